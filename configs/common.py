@@ -1,0 +1,63 @@
+"""What the config files share: sizes of models and keys of every stage.
+
+Each key is declared here or in the stage's own file, once, with its unit and
+where it comes from ("C.1" is appendix C.1 of Ouyang et al. 2022). Keys that the
+paper does not print say so.
+"""
+
+from ml_collections import ConfigDict
+
+from instruct_jax.models.config import PRESETS
+
+
+def model(size: str, **changes) -> ConfigDict:
+  """Shape of a paper-size model (GPT-3 Table 2.1; Stiennon et al. Table 3)."""
+  values = dict(
+    PRESETS[size],
+    dropout=0.0,
+    compute_dtype='bfloat16',  # The paper: fp16 activations, fp32 weights.
+    remat='full',
+    vocab_multiple=128,
+    scan_unroll=1,
+  )
+  values.update(changes)
+  return ConfigDict(values)
+
+
+def stage(name: str, experiment: str, seed, workdir) -> ConfigDict:
+  """Keys that every experiment has."""
+  config = ConfigDict()
+  config.name = name  # Folder of the stage, and its name in messages.
+  config.experiment = experiment  # Module under experiments/.
+  config.seed = seed
+  config.workdir = workdir  # Of the whole run; main.py fills it in.
+  config.mesh = (1, -1, 1)  # Devices along data, fsdp, tensor; -1 fills.
+  return config
+
+
+def adam(config: ConfigDict) -> ConfigDict:
+  """Adam as in C: beta 0.9 and 0.95 everywhere."""
+  config.adam_b1 = 0.9
+  config.adam_b2 = 0.95
+  config.adam_eps = 1e-8  # Not printed; a choice. PPO uses 1e-5 (Ziegler).
+  config.max_grad_norm = 1.0  # Not printed; a safety. 0 switches it off.
+  return config
+
+
+def single(config: ConfigDict, size: str) -> ConfigDict:
+  """Turns one stage's config into a run of its own."""
+  config.default_workdir = f'runs/{config.name}_{size}'
+  config.lock()
+  return config
+
+
+def root(name: str, seed: int = 0) -> ConfigDict:
+  """A pipeline: stages that run in order, each into WORKDIR/<its name>/."""
+  config = ConfigDict()
+  config.name = name
+  config.seed = seed  # Root of every random choice of every stage.
+  config.workdir = ''
+  config.default_workdir = f'runs/{name}'
+  config.mesh = (1, -1, 1)
+  config.stages = ConfigDict()
+  return config

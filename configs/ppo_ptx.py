@@ -1,0 +1,318 @@
+"""InstructGPT (Ouyang et al. 2022, arXiv 2203.02155), end to end.
+
+  python -m instruct_jax.main --config=configs/ppo_ptx.py
+
+The default runs the whole recipe on the embedded world; see README.md for time
+and figures. Other variants, after a colon:
+
+  smoke           the same in under 90 seconds, for CI; figures mean nothing
+  e2e             real human rankings (--config.data.root=DIR)
+  1p3b 6b 175b    the RL stage alone at the paper's sizes (C.4)
+
+`--config.stages.ppo_ptx.ptx_coef=0` and the like change one stage.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from configs import common, pretrain, reward, sft
+
+
+def ppo_stage(seed, workdir, name='ppo_ptx'):
+  """PPO-ptx with the paper's numbers (C.4); 13.4 fills what it leaves open."""
+  config = common.adam(common.stage(name, 'ppo_ptx', seed, workdir))
+  config.tokenizer = ''
+  config.init = ''  # RL initialisation: start, and KL reference.
+  config.reward_model = ''  # Also the start of the value model.
+  config.prompts = ''  # JSONL of prompts.
+  config.documents = ''  # JSONL of pretraining text for the ptx part.
+  config.valid_documents = ''  # Held-out text for the alignment tax.
+  config.prompt_length = 1024  # Tokens; longer ones are dropped (C).
+  config.response_length = 1024  # Tokens; responses are capped (C).
+  config.ptx_row_length = 2048  # Tokens; not printed, full context (13.4).
+  config.num_episodes = 256_000  # C.4.
+  config.batch_size = 512  # Episodes of an iteration (C.4).
+  config.num_minibatches = 8  # Of 64 (C.4).
+  config.num_microbatches = 1  # Gradient accumulation in a minibatch.
+  config.num_epochs = 1  # Inner epochs (C.4).
+  config.temperature = 1.0  # Of rollouts, and of every log-probability (C.4).
+  config.learning_rate = 2.55e-6  # Scanned 2.55e-6 to 2.55e-5 (E.9).
+  config.value_learning_rate = 9e-6  # C.4; 5e-6 for 175B.
+  config.num_warmup_iterations = 10  # From a tenth of the peak (C.4).
+  config.adam_eps = 1e-5  # Not printed; Ziegler et al.'s code.
+  config.kl_coef = 0.02  # beta (C.4).
+  config.kl_target = placeholder(float)  # Nats a response; None keeps beta fixed (ZIE).
+  config.kl_horizon = 10_000  # Episodes (ZIE).
+  config.discount = 1.0  # C.4: no discount.
+  config.gae_lambda = 0.95  # Not printed; Stiennon et al. B.1.
+  config.clip = 0.2  # C.4.
+  config.value_clip = 0.2  # Not printed; Ziegler et al.'s code.
+  config.whiten_advantages = True  # Not printed; ZIE code, N+.
+  config.missing_end_score = placeholder(float)  # Score without end-of-text, or None.
+  config.ptx_coef = 27.8  # gamma (C.4); 0 is PPO.
+  config.ptx_per_episode = 8  # Pretraining examples (C.4, E.11).
+  config.ema_decay = 0.992  # C.4.
+  config.ema_every = 'update'  # Or 'iteration'; not printed.
+  config.remat = 'none'
+  config.eval_every = 10  # Iterations between held-out losses.
+  config.eval_batch_size = 64  # Rows.
+  config.checkpoint_every = 10  # Iterations.
+  return config
+
+
+def paper(size: str):
+  """C.4 at the paper's sizes; the models come as folders."""
+  config = ppo_stage(0, '')
+  # E.9 tried 2.55e-6 and 3.74e-6 for 175B and does not print the choices.
+  config.learning_rate = {'1p3b': 9.0e-6, '6b': 9.0e-6, '175b': 2.55e-6}[size]
+  config.value_learning_rate = {'1p3b': 9e-6, '6b': 9e-6, '175b': 5e-6}[size]
+  config.remat = 'full'
+  config.num_microbatches = {'1p3b': 1, '6b': 2, '175b': 8}[size]
+  return common.single(config, size)
+
+
+def tiny_model(width: int, num_layers: int, context: int, unroll: int):
+  return ConfigDict(
+    {
+      'vocab_size': 0,  # The tokenizer's.
+      'context_length': context,
+      'num_layers': num_layers,
+      'width': width,
+      'num_heads': max(1, width // 32),
+      'head_dim': 32,
+      'mlp_dim': 4 * width,
+      'dropout': 0.0,
+      'compute_dtype': 'float32',
+      'remat': 'none',
+      'vocab_multiple': 64,
+      'scan_unroll': unroll,
+    }
+  )
+
+
+def pipeline(name: str):
+  """All stages of the recipe, wired to each other; sizes come after."""
+  config = common.root(name)
+  seed, workdir = config.get_ref('seed'), config.get_ref('workdir')
+  data = workdir + '/data'
+  stages = config.stages
+  stages.pretrain = pretrain.stage(seed, workdir)
+  stages.sft = sft.stage(seed, workdir)
+  stages.rl_init = sft.init_stage(seed, workdir)
+  stages.reward = reward.stage(seed, workdir)
+  stages.select = select_stage(seed, workdir)
+  stages.crossval = reward.crossval_stage(seed, workdir)
+  stages.ppo = ppo_stage(seed, workdir, 'ppo')
+  stages.ppo_ptx = ppo_stage(seed, workdir, 'ppo_ptx')
+  stages.evaluate = evaluate_stage(seed, workdir)
+  for each in stages.values():
+    each.tokenizer = data + '/tokenizer'
+    each.mesh = config.get_ref('mesh')
+  for each in (stages.pretrain, stages.rl_init, stages.ppo, stages.ppo_ptx):
+    each.documents = data + '/documents_train.jsonl'
+  stages.pretrain.valid = data + '/documents_valid.jsonl'
+  for each in (stages.sft, stages.rl_init):
+    each.init = workdir + '/pretrain/model'
+    each.demonstrations = data + '/demonstrations_train.jsonl'
+    each.valid_demonstrations = data + '/demonstrations_valid.jsonl'
+  for each in (stages.reward, stages.crossval):
+    each.init = workdir + '/sft/model'
+    each.demonstrations = data + '/demonstrations_train.jsonl'
+  stages.select.sft = workdir + '/sft'
+  stages.select.prompts = data + '/prompts_valid.jsonl'
+  for each in (stages.ppo, stages.ppo_ptx):
+    each.init = workdir + '/rl_init/model'
+    each.prompts = data + '/ppo_prompts_train.jsonl'
+    each.valid_documents = data + '/documents_valid.jsonl'
+  for each in (stages.select, stages.ppo, stages.ppo_ptx, stages.evaluate):
+    each.reward_model = workdir + '/reward/model'
+  stages.ppo.ptx_coef = 0.0
+  return config
+
+
+def select_stage(seed, workdir):
+  config = common.stage('select', 'select_sft', seed, workdir)
+  config.tokenizer = ''
+  config.sft = ''  # Folder of the SFT stage with all of its epochs.
+  config.reward_model = ''
+  config.prompts = ''  # Validation prompts.
+  config.num_prompts = 256
+  config.prompt_length = 40
+  config.response_length = 24
+  config.temperature = 1.0
+  config.batch_size = 128  # Prompts sampled at a time.
+  return config
+
+
+def compare_stage(seed, workdir):
+  config = common.stage('compare', 'compare', seed, workdir)
+  config.tokenizer = ''
+  config.policy = ''  # The SFT model that answers.
+  config.prompts = ''
+  config.valid_prompts = ''
+  config.num_labelers = 40  # 3.4; a quarter of them held out.
+  config.min_candidates = 4  # K (3.5).
+  config.max_candidates = 9
+  config.rankers_per_valid = 3  # Labelers ranking a validation prompt.
+  config.prompt_length = 40
+  config.response_length = 24
+  config.temperature = 1.0
+  config.batch_size = 256
+  return config
+
+
+def miniature_data_stage(seed, workdir):
+  config = common.stage('data', 'miniature_data', seed, workdir)
+  config.num_labelers = 40
+  config.num_documents = 60_000  # Training and held-out together.
+  config.num_valid_documents = 400
+  config.num_prompts = 12_000  # Before hygiene.
+  config.num_demonstrations = 1_500
+  config.num_reward_prompts = 3_000
+  config.train_fraction = 0.76  # Of the users; the rest is halved.
+  config.prompt_length = 40  # Tokens; longer prompts are dropped.
+  config.prompts_per_user = 200  # 3.2, A.2.
+  config.duplicate_prefix_words = 12  # Not printed (A.2); a choice.
+  return config
+
+
+def evaluate_stage(seed, workdir):
+  config = common.stage('evaluate', 'evaluate', seed, workdir)
+  config.tokenizer = ''
+  config.judge = 'gold'  # Or 'restaurant': human data, a second reward model.
+  config.reward_model = ''
+  config.judge_model = ''  # Scalar model folder; judge 'restaurant' only.
+  config.num_prompts = 1000  # Held-out prompts at the most.
+  config.num_prefix_prompts = 64  # Validation prompts that choose a prefix.
+  config.prompt_length = 40
+  config.prefix_length = 48  # Tokens that a few-shot prefix may add.
+  config.response_length = 24
+  config.row_length = 64  # Tokens; rows of comparisons and held-out text.
+  config.temperature = 1.0  # Appendix F samples InstructGPT at 1.
+  config.batch_size = 256  # Prompts sampled at a time.
+  config.max_candidates = 9
+  config.rl_weights = 'policy'  # Or 'ema'; the other is in a table of its own.
+  config.num_samples_shown = 12
+  return config
+
+
+def miniature(name: str = 'ppo_ptx_miniature'):
+  """The default: about 1M parameters, a world of its own, minutes on 2 cores."""
+  config = pipeline(name)
+  seed, workdir = config.get_ref('seed'), config.get_ref('workdir')
+  stages = config.stages
+  stages.data = miniature_data_stage(seed, workdir)
+  stages.compare = compare_stage(seed, workdir)
+  stages.compare.tokenizer = workdir + '/data/tokenizer'
+  stages.compare.mesh = config.get_ref('mesh')
+  stages.compare.policy = workdir + '/sft/model'
+  stages.compare.prompts = workdir + '/data/reward_prompts_train.jsonl'
+  stages.compare.valid_prompts = workdir + '/data/reward_prompts_valid.jsonl'
+  for each in (stages.reward, stages.crossval):
+    each.comparisons = workdir + '/compare/comparisons_train.jsonl'
+    each.valid_comparisons = workdir + '/compare/comparisons_valid.jsonl'
+  config.stage_order = (
+    'data',
+    'pretrain',
+    'sft',
+    'rl_init',
+    'compare',
+    'reward',
+    'select',
+    'crossval',
+    'ppo',
+    'ppo_ptx',
+    'evaluate',
+  )
+
+  # Learning rates grow as models shrink; none of these is the paper's.
+  stages.pretrain.model = tiny_model(
+    width=128, num_layers=4, context=96, unroll=4
+  )
+  stages.pretrain.row_length = 64
+  stages.pretrain.batch_size = 32
+  stages.pretrain.num_steps = 1000
+  stages.pretrain.num_warmup = 50
+  stages.pretrain.learning_rate = 3e-3
+  stages.pretrain.eval_every = 250
+  stages.pretrain.checkpoint_every = 250
+  for each in (stages.sft, stages.rl_init):
+    each.row_length = 64
+    each.pack = True  # About 2.5 demonstrations to a row.
+    each.batch_size = 16
+    each.checkpoint_every = 100
+  stages.sft.learning_rate = 5e-4
+  stages.rl_init.learning_rate = 1e-3
+  for each in (stages.reward, stages.crossval):
+    each.row_length = 64
+    each.batch_size = 16
+    each.learning_rate = 5e-4
+    each.eval_batch_size = 32
+    each.checkpoint_every = 50
+  stages.crossval.num_fold_seeds = 1  # The paper: 3; configs/reward.py:6b,folds.
+  stages.crossval.max_comparisons = 1_000
+  for each in (stages.ppo, stages.ppo_ptx):
+    each.prompt_length = 40
+    each.response_length = 24
+    each.ptx_row_length = 64
+    each.num_episodes = 5_120
+    each.batch_size = 128
+    each.learning_rate = 1e-4
+    each.value_learning_rate = 3e-4
+    each.num_warmup_iterations = 4
+  stages.ppo_ptx.ptx_coef = 1.0  # gamma does not carry over between scales.
+  stages.ppo_ptx.ptx_per_episode = 2
+  return config
+
+
+def smoke():
+  """Every stage, as little of it as still runs."""
+  config = miniature('ppo_ptx_smoke')
+  stages = config.stages
+  stages.data.num_documents = 1_500
+  stages.data.num_valid_documents = 50
+  stages.data.num_prompts = 600
+  stages.data.num_demonstrations = 64
+  stages.data.num_reward_prompts = 48
+  stages.pretrain.model = tiny_model(
+    width=32, num_layers=2, context=96, unroll=1
+  )
+  stages.pretrain.num_steps = 40
+  stages.pretrain.num_warmup = 5
+  stages.pretrain.eval_every = 20
+  stages.pretrain.checkpoint_every = 20
+  stages.sft.num_epochs = 3
+  stages.sft.batch_size = 8
+  stages.sft.checkpoint_every = 10
+  stages.rl_init.batch_size = 8
+  stages.compare.batch_size = 64
+  stages.select.num_prompts = 32
+  stages.select.batch_size = 32
+  stages.reward.checkpoint_every = 5
+  stages.reward.batch_size = 8
+  stages.crossval.batch_size = 8
+  stages.crossval.num_folds = 2
+  stages.crossval.max_comparisons = 40
+  for each in (stages.ppo, stages.ppo_ptx):
+    each.num_episodes = 96
+    each.batch_size = 32
+    each.eval_every = 2
+    each.checkpoint_every = 1
+  stages.evaluate.num_prompts = 48
+  stages.evaluate.num_prefix_prompts = 8
+  stages.evaluate.batch_size = 48
+  return config
+
+
+def get_config(variant: str = 'miniature'):
+  if variant in ('1p3b', '6b', '175b'):
+    return paper(variant)
+  makers = {'miniature': miniature, 'smoke': smoke}
+  if variant not in makers:
+    raise ValueError(
+      f'unknown variant {variant!r}; known: miniature, smoke, e2e, 1p3b, 6b, '
+      '175b'
+    )
+  config = makers[variant]()
+  config.lock()
+  return config

@@ -1,0 +1,120 @@
+"""Collects comparisons: K answers per prompt, ranked by simulated labelers.
+
+Paper 3.1 and 3.4: answers come from the SFT model, K is between 4 and 9, most
+rankings are by one labeler. Validation prompts are ranked by several, which
+gives the agreement figures, and once more by held-out labelers.
+"""
+
+import functools
+
+import jax
+import numpy as np
+from etils import epath
+
+from instruct_jax import artifacts, rollout
+from instruct_jax.data import loader, records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.infra import run as run_lib
+from instruct_jax.infra import sharding
+from instruct_jax.miniature import labelers, world
+
+
+def validate(config):
+  if not 2 <= config.min_candidates <= config.max_candidates:
+    raise ValueError(
+      f'need 2 <= min_candidates ({config.min_candidates}) <= max_candidates '
+      f'({config.max_candidates})'
+    )
+
+
+def build_programs(config, module, tokenizer):
+  generate = functools.partial(
+    rollout.generate,
+    extend_fn=artifacts.extend_fn(module),
+    make_cache_fn=artifacts.make_cache_fn(module),
+    num_response=config.response_length,
+    stop_ids=(tokenizer.eos_id,),
+    temperature=config.temperature,
+  )
+  return {'generate': jax.jit(generate)}
+
+
+def run(config, workdir: epath.Path):
+  validate(config)
+  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  the_world = world.make_world(config.seed)
+  people = labelers.make_labelers(config.seed, config.num_labelers)
+  training = [p for p in people if p.group != labelers.HELDOUT]
+  heldout = [p for p in people if p.group == labelers.HELDOUT]
+  mesh = sharding.make_mesh(config.mesh)
+  key = jax.random.key(config.seed)
+
+  with sharding.use_mesh(mesh):
+    policy = artifacts.load(
+      config.policy, 'policy', mesh, tokenizer.fingerprint
+    )
+    programs = build_programs(config, policy.module, tokenizer)
+
+    def collect(name, path, number):
+      """Prompts with K sampled completions each, K drawn per prompt."""
+      prompts = records.read_jsonl(path, records.Prompt)
+      rng = np.random.default_rng([config.seed, number])
+      sizes = rng.integers(
+        config.min_candidates, config.max_candidates + 1, len(prompts)
+      )
+      owners = np.repeat(np.arange(len(prompts)), sizes)
+      rows, _ = loader.prompt_rows(
+        [prompts[i] for i in owners], tokenizer, config.prompt_length
+      )
+      with run_lib.Progress(f'compare {name}', len(owners)) as progress:
+        sampled = rollout.in_batches(
+          lambda batch: programs['generate'](
+            policy.params,
+            sharding.put_batch(batch, mesh),
+            jax.random.fold_in(key, number),
+          ),
+          rows,
+          config.batch_size,
+          progress.update,
+        )
+      texts = tokenizer.decode_batch(rollout.response_ids(sampled))
+      by_prompt = [[] for _ in prompts]
+      for row, text in zip(rows.indices, texts, strict=True):
+        by_prompt[owners[row]].append(text)
+      return prompts, by_prompt
+
+    def rank(prompts, by_prompt, rankers, per_prompt, number):
+      rng = np.random.default_rng([config.seed, number])
+      found = []
+      for prompt, completions in zip(prompts, by_prompt, strict=True):
+        if len(completions) < 2:
+          continue
+        chosen = rng.choice(len(rankers), per_prompt, replace=False)
+        for index in chosen:
+          ranks = labelers.rank(
+            rankers[index], prompt, completions, the_world, rng
+          )
+          found.append(
+            records.Comparison(
+              prompt=prompt.text,
+              completions=tuple(completions),
+              ranks=ranks,
+              id=prompt.id,
+              user=prompt.user,
+              labeler=rankers[index].name,
+              category=prompt.category,
+              metadata=prompt.metadata,
+            )
+          )
+      return found
+
+    train = collect('train', config.prompts, 10)
+    valid = collect('valid', config.valid_prompts, 11)
+  sets = {
+    'comparisons_train': rank(*train, training, 1, 20),
+    'comparisons_valid': rank(*valid, training, config.rankers_per_valid, 21),
+    'comparisons_heldout': rank(*valid, heldout, 2, 22),
+  }
+  for name, rows in sets.items():
+    records.write_jsonl(workdir / f'{name}.jsonl', rows)
+  return {name: len(rows) for name, rows in sets.items()}

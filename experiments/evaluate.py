@@ -1,0 +1,574 @@
+"""Judges the models of a finished pipeline and writes its report.
+
+Paper 3.6 and 4.1: every model answers the same held-out prompts, the judge
+compares each answer with the SFT model's, and the win rate carries a 95 %
+interval. On the embedded world the judge is the gold utility; on human data it
+is a reward model trained on the other half of the workers. Neither is a person,
+and the report says so.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from etils import epath
+
+from instruct_jax import artifacts, masked, rewards, rollout
+from instruct_jax.data import loader, records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals import (
+  baselines,
+  heldout_loss,
+  preference_accuracy,
+  report,
+  restaurant,
+  run_figures,
+  win_rate,
+)
+from instruct_jax.evals import samples as samples_lib
+from instruct_jax.infra import metrics as metrics_lib
+from instruct_jax.infra import run as run_lib
+from instruct_jax.infra import sharding
+from instruct_jax.miniature import gold, world
+
+JUDGES = ('gold', 'restaurant')
+RL_MODELS = ('ppo', 'ppo_ptx')
+
+
+def validate(config):
+  if config.judge not in JUDGES:
+    raise ValueError(f'judge must be one of {JUDGES}: {config.judge!r}')
+  if config.rl_weights not in ('policy', 'ema'):
+    raise ValueError(
+      f"rl_weights must be 'policy' or 'ema': {config.rl_weights!r}"
+    )
+
+
+def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
+  """The jitted programs of this stage; all policies share one shape."""
+  generate = functools.partial(
+    rollout.generate,
+    extend_fn=artifacts.extend_fn(policy_module),
+    make_cache_fn=artifacts.make_cache_fn(policy_module),
+    num_response=config.response_length,
+    temperature=config.temperature,
+  )
+  logprobs_fn = artifacts.logprobs_fn(policy_module, config.temperature)
+  scalars_fn = artifacts.scalars_fn(scalar_module)
+  text_logprobs_fn = artifacts.text_logprobs_fn(policy_module)
+
+  def score(params, tokens, mask):
+    return masked.at_last(scalars_fn(params, tokens, mask), mask)
+
+  def kl(params, reference, sampled):
+    R = config.response_length
+    logprobs, _ = logprobs_fn(params, sampled.tokens, sampled.mask, R)
+    ref, _ = logprobs_fn(reference, sampled.tokens, sampled.mask, R)
+    return rewards.kl_estimates(logprobs, ref, sampled.response_mask)
+
+  def text_logprobs(params, batch):
+    return text_logprobs_fn(params, batch.tokens, batch.segments, None)
+
+  return {
+    'generate': jax.jit(
+      functools.partial(generate, stop_ids=(tokenizer.eos_id,))
+    ),
+    'generate_prompted': jax.jit(
+      functools.partial(generate, stop_ids=stop_ids)
+    ),
+    'score': jax.jit(score),
+    'kl': jax.jit(kl),
+    'text_logprobs': jax.jit(text_logprobs),
+  }
+
+
+def run(config, workdir: epath.Path):
+  validate(config)
+  root = epath.Path(config.workdir)
+  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  prompts = records.read_jsonl(
+    root / 'data' / 'prompts_test.jsonl', records.Prompt
+  )[: config.num_prompts]
+  rows, num_dropped = loader.prompt_rows(
+    prompts, tokenizer, config.prompt_length
+  )
+  prompts = [prompts[i] for i in rows.indices]
+  # Where a few-shot answer is over: the start of the next example.
+  stops = [tokenizer.eos_id]
+  prefixes = run_lib.read_json(root / 'data' / 'prefixes.json')
+  stop_text = prefixes[0].split('{prompt}')[0].split()[0]
+  stop_token = tokenizer.encode(stop_text)
+  if len(stop_token) == 1:
+    stops += stop_token
+  folders = {
+    'pretrained': root / 'pretrain' / 'model',
+    'sft': root / 'select' / 'model',
+    'rl_init': root / 'rl_init' / 'model',
+    **{
+      f'{name}{suffix}': root / name / weights
+      for name in RL_MODELS
+      for suffix, weights in (('', 'policy'), ('_ema', 'ema'))
+    },
+  }
+  if config.rl_weights == 'ema':
+    for name in RL_MODELS:
+      folders[name], folders[f'{name}_policy'] = (
+        folders.pop(f'{name}_ema'),
+        folders[name],
+      )
+  key = jax.random.key(config.seed)
+  mesh = sharding.make_mesh(config.mesh)
+  put = functools.partial(sharding.put_batch, mesh=mesh)
+
+  with sharding.use_mesh(mesh):
+    load = functools.partial(
+      artifacts.load, mesh=mesh, tokenizer_fingerprint=tokenizer.fingerprint
+    )
+    reward = load(config.reward_model, 'scalar')
+    models = {name: load(path, 'policy') for name, path in folders.items()}
+    programs = build_programs(
+      config,
+      models['sft'].module,
+      reward.module,
+      tokenizer,
+      tuple(stops),
+    )
+
+    def sample(params, rows, program, number):
+      return rollout.in_batches(
+        lambda batch: programs[program](
+          params, put(batch), jax.random.fold_in(key, number)
+        ),
+        rows,
+        config.batch_size,
+      )
+
+    def score(params, prompt_texts, answer_ids):
+      """Scores of (prompt, sampled ids): never decoded and encoded again."""
+      length = config.prompt_length + config.response_length
+      tokens = np.full((len(answer_ids), length), tokenizer.pad_id, np.int32)
+      mask = np.zeros(tokens.shape, bool)
+      encoded = tokenizer.encode_batch(prompt_texts)
+      for i, (prompt, answer) in enumerate(
+        zip(encoded, answer_ids, strict=True)
+      ):
+        ids = [*prompt, *answer]
+        tokens[i, : len(ids)] = ids
+        mask[i, : len(ids)] = True
+      return rollout.in_batches(
+        lambda batch: programs['score'](params, *put(batch)),
+        (tokens, mask),
+        config.batch_size,
+      )
+
+    def prompted_rows(prefix, some_prompts):
+      return loader.prompt_rows(
+        [prefix.replace('{prompt}', p.text) for p in some_prompts],
+        tokenizer,
+        config.prompt_length + config.prefix_length,
+      )[0]
+
+    def prompted_ids(sampled):
+      """Answers of the few-shot model, ended where the next example starts.
+
+      The cut is the harness's, as a stop sequence is; the end-of-text put in
+      its place tells the reward model that the answer is complete.
+      """
+      return [
+        [*ids[:-1], tokenizer.eos_id] if ids[-1] in stops else ids
+        for ids in rollout.response_ids(sampled)
+      ]
+
+    # 1. The prompted baseline's prefix: best by reward-model score (3.5).
+    valid_prompts = records.read_jsonl(
+      root / 'data' / 'prompts_valid.jsonl', records.Prompt
+    )[: config.num_prefix_prompts]
+    pretrained = models['pretrained'].params
+    prefix_scores = []
+    with run_lib.Progress('evaluate prefixes', len(prefixes)) as progress:
+      for prefix in prefixes:
+        sampled = sample(
+          pretrained,
+          prompted_rows(prefix, valid_prompts),
+          'generate_prompted',
+          1,
+        )
+        scores = score(
+          reward.params,
+          [p.text for p in valid_prompts],
+          prompted_ids(sampled),
+        )
+        prefix_scores.append(float(np.mean(scores)))
+        progress.update()
+    prefix = prefixes[int(np.argmax(prefix_scores))]
+
+    # 2. Every model's answers to the same prompts.
+    answers, ended, kl = {}, {}, {}
+    with run_lib.Progress('evaluate models', len(models) + 1) as progress:
+      for number, (name, model) in enumerate(models.items(), 2):
+        sampled = sample(model.params, rows, 'generate', number)
+        answers[name] = rollout.response_ids(sampled)
+        ended[name] = sampled.ended
+        if name.startswith(RL_MODELS):
+          reference = models['rl_init'].params
+          kl[name] = rollout.in_batches(
+            lambda batch, p=model.params, r=reference: programs['kl'](
+              p, r, put(batch)
+            ),
+            sampled,
+            config.batch_size,
+          )
+        progress.update()
+      sampled = sample(
+        pretrained, prompted_rows(prefix, prompts), 'generate_prompted', 1
+      )
+      answers['prompted'] = prompted_ids(sampled)
+      ended['prompted'] = sampled.ended
+      progress.update()
+
+    # 3. Loss on held-out pretraining text, per packed row.
+    texts = records.read_jsonl(
+      root / 'data' / 'documents_valid.jsonl', records.Document
+    )
+    text_rows = loader.pack_documents(
+      tokenizer.encode_batch([d.text for d in texts]),
+      config.row_length,
+      tokenizer.eos_id,
+      tokenizer.pad_id,
+    )
+    text_losses = {
+      name: heldout_loss.heldout_loss(
+        lambda batch, p=models[name].params: programs['text_logprobs'](
+          p, put(batch)
+        ),
+        text_rows,
+        64,
+      )
+      for name in ('pretrained', 'sft', 'rl_init', *RL_MODELS)
+    }
+    reward_scores = {
+      name: score(reward.params, [p.text for p in prompts], ids)
+      for name, ids in answers.items()
+    }
+    judge_scores = None
+    if config.judge == 'restaurant':
+      judge_model = load(config.judge_model, 'scalar')
+      judge_scores = {
+        name: score(judge_model.params, [p.text for p in prompts], ids)
+        for name, ids in answers.items()
+      }
+
+  # 4. Judgements: everything from here on is host work on recorded samples.
+  texts_by_model = {
+    name: tokenizer.decode_batch(ids) for name, ids in answers.items()
+  }
+  if config.judge == 'gold':
+    judged = judge_by_gold(config, prompts, texts_by_model)
+  else:
+    judged = judge_by_model(prompts, texts_by_model, judge_scores)
+  gold_scores, flags, judge_name, extra = judged
+  recorded = [
+    samples_lib.Sample(
+      model=name,
+      prompt_id=prompt.id,
+      prompt=prompt.text,
+      response=text,
+      num_tokens=len(ids),
+      ended=bool(end),
+      category=prompt.category,
+      score_gold=float(gold_score),
+      score_reward=float(reward_score),
+      metadata=flag,
+    )
+    for name in answers
+    for prompt, text, ids, end, gold_score, reward_score, flag in zip(
+      prompts,
+      texts_by_model[name],
+      answers[name],
+      ended[name],
+      gold_scores[name],
+      reward_scores[name],
+      flags[name],
+      strict=True,
+    )
+  ]
+  samples_lib.write_samples(workdir / 'samples.jsonl', recorded)
+
+  # 5. The report.
+  ids = [prompt.id for prompt in prompts]
+  categories = [prompt.category for prompt in prompts]
+  baseline = gold_scores['sft']
+  rates = {
+    name: win_rate.win_rate(scores, baseline, ids)
+    for name, scores in gold_scores.items()
+  }
+  extra['All policies'] = {
+    name: {
+      'win rate against SFT': f'{rates[name].rate:.3f} '
+      f'[{rates[name].low:.3f}, {rates[name].high:.3f}]',
+      'judge': float(np.mean(gold_scores[name])),
+      'reward model': float(np.mean(reward_scores[name])),
+      'tokens': float(np.mean([len(a) for a in answers[name]])),
+      'ended': float(np.mean(ended[name])),
+    }
+    for name in answers
+  }
+  extra['KL to the RL initialisation on held-out prompts, nats'] = {
+    name: {'signed mean': float(np.mean(d)), 'k3': float(np.mean(k3))}
+    for name, (d, k3) in kl.items()
+  }
+  extra['Few-shot prefixes'] = {
+    text: {'reward model': value, 'chosen': 'yes' if text == prefix else ''}
+    for text, value in zip(prefixes, prefix_scores, strict=True)
+  }
+  done = {
+    folder.name: run_lib.read_json(folder / run_lib.DONE_FILE)
+    for folder in sorted(root.iterdir())
+    if run_lib.is_done(folder)
+  }
+  provenance = run_lib.read_json(root / 'provenance.json')
+  hygiene = run_lib.read_json(root / 'data' / 'hygiene.json')
+  epochs = run_lib.read_json(root / 'select' / 'epochs.json')
+  figures = run_figures.Figures(
+    title=f'{epath.Path(root).name}: InstructGPT end to end',
+    command=provenance['command'],
+    config_name=epath.Path(root).name,
+    seed=config.seed,
+    commit=provenance['commit'] or 'unknown',
+    versions={k: v for k, v in provenance['versions'].items() if v},
+    seconds={name: float(info['seconds']) for name, info in done.items()},
+    judge=judge_name,
+    win_rate={name: rates[name] for name in run_figures.MODELS},
+    win_rate_by_category={
+      name: win_rate.win_rate_by_category(
+        gold_scores[name], baseline, ids, categories
+      )
+      for name in ('prompted', *RL_MODELS)
+    },
+    metadata=metadata_rates(flags),
+    rl_metrics={
+      name: metrics_lib.read_lines(root / name / metrics_lib.METRICS_FILE)
+      for name in RL_MODELS
+    },
+    kl={name: float(np.mean(kl[name][0])) for name in RL_MODELS},
+    pretraining_loss=pretraining_figures(text_losses),
+    reward_model=reward_figures(config, root, tokenizer, extra),
+    sft_epochs=[
+      run_figures.SftEpoch(
+        epoch=row['epoch'],
+        valid_loss=row['valid_loss'],
+        score_reward=row['score_reward'],
+      )
+      for row in epochs
+    ],
+    sft_selected_epoch=done['select']['info']['selected_epoch'],
+    sft_selected_by=done['select']['info']['selected_by'],
+    samples=samples_lib.side_by_side(
+      recorded, run_figures.MODELS, config.num_samples_shown
+    ),
+    score_name='gold' if config.judge == 'gold' else 'judge',
+    hygiene=flatten(hygiene),
+    labelers={},
+    data_sizes={
+      path.stem: sum(1 for _ in path.open('rb'))
+      for folder in ('data', 'compare')
+      if (root / folder).exists()
+      for path in sorted((root / folder).glob('*.jsonl'))
+    },
+    alarms=[
+      f'{name}: {text}'
+      for name in RL_MODELS
+      for text in run_lib.read_json(root / name / 'alarms.json').values()
+    ],
+    extra=extra,
+    reasons={'labelers': 'the labelers are described in the README'},
+  )
+  for directory in (workdir, root):
+    report.write_report(directory, figures)
+  print((root / 'report.md').as_posix(), flush=True)
+  return {'num_prompts': len(prompts), 'num_dropped': num_dropped}
+
+
+def judge_by_gold(config, prompts, texts_by_model):
+  """Scores and Table 3 flags by the embedded world's gold utility."""
+  the_world = world.make_world(config.seed)
+  scores, flags = {}, {}
+  for name, texts in texts_by_model.items():
+    judgements = [
+      gold.judge(prompt, text, the_world)
+      for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    scores[name] = np.array([gold.utility(j) for j in judgements])
+    flags[name] = [
+      {
+        field.name: value
+        for field in dataclasses.fields(j)
+        if isinstance(value := getattr(j, field.name), bool)
+      }
+      for j in judgements
+    ]
+  return scores, flags, 'gold utility of the miniature (a program)', {}
+
+
+def judge_by_model(prompts, texts_by_model, judge_scores):
+  """Human data: a second reward model, BLEU and slot errors."""
+  flags, extra = {}, {}
+  with_references = [
+    i for i, prompt in enumerate(prompts) if prompt.metadata['references']
+  ]
+  slots = [prompt.metadata['slots'] for prompt in prompts]
+  ids = [prompt.id for prompt in prompts]
+  for name, texts in texts_by_model.items():
+    reports = [
+      restaurant.slot_report(s, text)
+      for s, text in zip(slots, texts, strict=True)
+    ]
+    flags[name] = [
+      {
+        'says every slot': not r.missing,
+        'invents a slot (hallucination)': bool(r.invented),
+      }
+      for r in reports
+    ]
+    rates = restaurant.slot_rates(slots, texts, ids)
+    bleu = restaurant.bleu(
+      [texts[i] for i in with_references],
+      [prompts[i].metadata['references'] for i in with_references],
+      [ids[i] for i in with_references],
+    )
+    extra[name] = {
+      'BLEU': _interval(bleu),
+      'slots realised': _interval(rates.realised),
+      'values invented': _interval(rates.invented),
+      'answers with an invention': _interval(rates.invented_answers),
+    }
+  judge = 'a second reward model, trained on the other half of the workers'
+  tables = {'Restaurants: BLEU and slots': extra}
+  return judge_scores, flags, judge, tables
+
+
+def _interval(x) -> str:
+  return f'{x.mean:.3f} [{x.low:.3f}, {x.high:.3f}]'
+
+
+def metadata_rates(flags):
+  """Share of answers with each Table 3 label, over those it applies to."""
+  rates = {}
+  for name in run_figures.MODELS:
+    labels = dict.fromkeys(label for row in flags[name] for label in row)
+    rates[name] = {
+      label: float(np.mean([row[label] for row in flags[name] if label in row]))
+      for label in labels
+    }
+  return rates
+
+
+def pretraining_figures(losses):
+  """Held-out loss with intervals, paired by packed row."""
+  rows = list(range(len(losses['rl_init'].row_sums)))
+
+  def interval(name):
+    loss = losses[name]
+    return win_rate.ratio_interval(loss.row_sums, loss.row_counts, rows)
+
+  counts = losses['ppo'].row_counts
+  return run_figures.PretrainingLoss(
+    init=interval('rl_init'),
+    ppo=interval('ppo'),
+    ppo_ptx=interval('ppo_ptx'),
+    difference=win_rate.ratio_interval(
+      losses['ppo_ptx'].row_sums - losses['ppo'].row_sums, counts, rows
+    ),
+  )
+
+
+def reward_figures(config, root, tokenizer, extra):
+  """Accuracy, its ceiling, cross-validation and agreement."""
+  results = run_lib.read_json(root / 'reward' / 'results.json')
+  folds = run_lib.read_json(root / 'crossval' / 'results.json')
+  curve = metrics_lib.read_lines(root / 'reward' / metrics_lib.METRICS_FILE)
+  folder = root / ('compare' if config.judge == 'gold' else 'data')
+  train, valid = (
+    records.read_jsonl(
+      folder / f'comparisons_{split}.jsonl', records.Comparison
+    )
+    for split in ('train', 'valid')
+  )
+  ceiling = heldout = None
+  if config.judge == 'gold':
+    kept = loader.fitting_comparisons(valid, tokenizer, config.row_length)
+    the_world = world.make_world(config.seed)
+    ceiling = preference_accuracy.pairwise_accuracy(
+      [gold_scores_of(c, the_world) for c in kept],
+      [c.ranks for c in kept],
+      [c.prompt for c in kept],
+    )
+    extra['Best achievable accuracy given label noise'] = {
+      'gold utility on the same pairs': f'{ceiling.accuracy:.3f} '
+      f'[{ceiling.low:.3f}, {ceiling.high:.3f}]'
+    }
+    heldout = preference_accuracy.agreement(
+      records.read_jsonl(
+        folder / 'comparisons_heldout.jsonl', records.Comparison
+      )
+    )
+  trivial = {}
+  for name, judge in (
+    ('length only', baselines.fit_length(train)),
+    ('bag of words (Bradley-Terry)', baselines.fit_bag_of_words(train)),
+  ):
+    accuracy = preference_accuracy.pairwise_accuracy(
+      judge.scores(valid), [c.ranks for c in valid], [c.prompt for c in valid]
+    )
+    trivial[name] = (
+      f'{accuracy.accuracy:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]'
+    )
+  extra['Reward model against trivial baselines'] = {
+    'reward model': f'{results["accuracy"]:.3f} [{results["low"]:.3f}, '
+    f'{results["high"]:.3f}]',
+    **trivial,
+  }
+  num_runs = len(folds['runs'])
+  return run_figures.RewardFigures(
+    accuracy=preference_accuracy.Accuracy(
+      results['accuracy'],
+      results['low'],
+      results['high'],
+      results['num_pairs'],
+    ),
+    ceiling=ceiling.accuracy if ceiling else None,
+    intra=preference_accuracy.Spread(
+      folds['intra']['mean'], folds['intra']['error'], num_runs
+    ),
+    inter=preference_accuracy.Spread(
+      folds['inter']['mean'], folds['inter']['error'], num_runs
+    ),
+    agreement=preference_accuracy.agreement(valid),
+    agreement_heldout=heldout,
+    curve=curve,
+  )
+
+
+def gold_scores_of(comparison, the_world):
+  prompt = records.Prompt(
+    id=comparison.id,
+    text=comparison.prompt,
+    category=comparison.category,
+    metadata=comparison.metadata,
+  )
+  return [
+    gold.utility(gold.judge(prompt, text, the_world))
+    for text in comparison.completions
+  ]
+
+
+def flatten(tree, prefix=''):
+  """{'kept': {'train': 1}} to {'kept train': 1}."""
+  flat = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      flat |= flatten(value, f'{prefix}{name} ')
+    else:
+      flat[f'{prefix}{name}'] = value
+  return flat

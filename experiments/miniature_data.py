@@ -1,0 +1,105 @@
+"""Writes the embedded world's data sets: what people would have collected.
+
+Documents to pretrain on, prompts of many users cleaned as in the paper's A.1
+and A.2, demonstrations by simulated labelers, and a tokenizer. Everything
+after this stage reads the JSONL files and knows nothing of the world.
+"""
+
+import numpy as np
+from etils import epath
+
+from instruct_jax.data import hygiene, records, tokenizer
+from instruct_jax.infra import run as run_lib
+from instruct_jax.miniature import documents, labelers, tasks, world
+
+
+def validate(config):
+  total = config.num_demonstrations + config.num_reward_prompts
+  if total >= config.num_prompts * config.train_fraction:
+    raise ValueError(
+      f'num_demonstrations + num_reward_prompts = {total} leave no prompts for '
+      f'PPO among {config.num_prompts} x {config.train_fraction}'
+    )
+
+
+def run(config, workdir: epath.Path):
+  validate(config)
+  the_world = world.make_world(config.seed)
+  people = labelers.make_labelers(config.seed, config.num_labelers)
+  rngs = {
+    name: np.random.default_rng([config.seed, number])
+    for number, name in enumerate(('documents', 'prompts', 'demonstrations'))
+  }
+  tokens = tokenizer.train_word_level(the_world.vocabulary())
+  tokens.save(workdir / 'tokenizer')
+
+  texts = documents.write_documents(
+    the_world, config.num_documents, rngs['documents']
+  )
+  num_valid = config.num_valid_documents
+  records.write_jsonl(workdir / 'documents_valid.jsonl', texts[:num_valid])
+  records.write_jsonl(workdir / 'documents_train.jsonl', texts[num_valid:])
+
+  raw = tasks.write_prompts(the_world, config.num_prompts, rngs['prompts'])
+  splits, report = hygiene.clean(
+    raw,
+    tokenizer=tokens,
+    max_tokens=config.prompt_length,
+    prefix_words=config.duplicate_prefix_words,
+    cap=config.prompts_per_user,
+    fractions={
+      'train': config.train_fraction,
+      'valid': (1 - config.train_fraction) / 2,
+      'test': (1 - config.train_fraction) / 2,
+    },
+    seed=config.seed,
+  )
+  train, valid = splits['train'], splits['valid']
+  order = rngs['prompts'].permutation(len(train))
+  bounds = np.cumsum([config.num_demonstrations, config.num_reward_prompts])
+  if bounds[-1] >= len(train):
+    raise ValueError(
+      f'{len(train)} training prompts are left after cleaning; '
+      f'{bounds[-1]} are wanted for demonstrations and rankings alone'
+    )
+  parts = [[train[i] for i in part] for part in np.split(order, bounds)]
+  half = len(valid) // 2
+  writers = [person for person in people if person.group != labelers.HELDOUT]
+
+  def demonstrate(prompts):
+    rng = rngs['demonstrations']
+    found = []
+    for prompt in prompts:
+      writer = writers[rng.integers(len(writers))]
+      found.append(
+        records.Demonstration(
+          prompt=prompt.text,
+          response=labelers.write_demonstration(
+            writer, prompt, the_world, rng
+          ),
+          id=prompt.id,
+          user=prompt.user,
+          labeler=writer.name,
+          category=prompt.category,
+          metadata=prompt.metadata,
+        )
+      )
+    return found
+
+  for name, rows in {
+    'demonstrations_train': demonstrate(parts[0]),
+    'demonstrations_valid': demonstrate(valid[:half]),
+    'reward_prompts_train': parts[1],
+    'reward_prompts_valid': valid[half:],
+    'ppo_prompts_train': parts[2],
+    'prompts_valid': valid,
+    'prompts_test': splits['test'],
+  }.items():
+    records.write_jsonl(workdir / f'{name}.jsonl', rows)
+  counts = report.to_json()
+  run_lib.write_json(workdir / 'hygiene.json', counts)
+  run_lib.write_json(
+    workdir / 'prefixes.json', tasks.prefixes(the_world)
+  )
+  print(f'data: hygiene {counts}', flush=True)
+  return {'hygiene': counts, 'vocabulary': tokens.vocab_size}

@@ -1,0 +1,322 @@
+"""PPO and PPO-ptx against a reward model (paper 3.5, C.4).
+
+One iteration: sample a batch of prompts' responses, score them, subtract the
+per-token KL penalty, estimate advantages, and take one pass of minibatch
+updates, each of which adds gamma times the gradient on pretraining text.
+`ptx_coef = 0` is PPO.
+
+The policy starts from the RL initialisation, which is also the KL reference;
+the value model starts from the reward model, head included.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from instruct_jax import (
+  alarms,
+  artifacts,
+  masked,
+  ppo,
+  rewards,
+  rollout,
+  supervised,
+)
+from instruct_jax.data import loader, records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals import heldout_loss
+from instruct_jax.infra import loop, metrics, optimizer, sharding, train_state
+from instruct_jax.infra import run as run_lib
+
+
+def validate(config):
+  method = ppo_config(config)
+  if config.num_episodes % config.batch_size:
+    raise ValueError(
+      f'batch_size {config.batch_size} does not divide num_episodes '
+      f'{config.num_episodes}'
+    )
+  if config.batch_size % config.num_minibatches:
+    raise ValueError(
+      f'num_minibatches {config.num_minibatches} does not divide batch_size '
+      f'{config.batch_size}'
+    )
+  minibatch = config.batch_size // config.num_minibatches
+  if minibatch % config.num_microbatches:
+    raise ValueError(
+      f'num_microbatches {config.num_microbatches} does not divide a '
+      f'minibatch of {minibatch} episodes'
+    )
+  if not config.temperature > 0:
+    raise ValueError(f'temperature must be positive: {config.temperature}')
+  if config.ptx_per_episode < 1 and method.ptx_coef > 0:
+    raise ValueError(
+      f'ptx_coef {method.ptx_coef} needs ptx_per_episode >= 1: '
+      f'{config.ptx_per_episode}'
+    )
+
+
+def ppo_config(config) -> ppo.PPOConfig:
+  """The method's numbers; a missing_end_score of NaN-free None means none."""
+  names = [field.name for field in dataclasses.fields(ppo.PPOConfig)]
+  return ppo.PPOConfig(**{name: config[name] for name in names})
+
+
+def make_optimizers(config):
+  """Separate Adams for policy and value model, both warmed up (C.4)."""
+  updates = config.num_minibatches * config.num_epochs
+
+  def make(peak):
+    return optimizer.make_adam(
+      optimizer.constant_with_warmup(
+        peak, config.num_warmup_iterations, 0.1, updates
+      ),
+      b1=config.adam_b1,
+      b2=config.adam_b2,
+      eps=config.adam_eps,
+      max_grad_norm=config.max_grad_norm,
+    )
+
+  return make(config.learning_rate), make(config.value_learning_rate)
+
+
+def build_programs(config, policy_module, scalar_module, tokenizer):
+  """The jitted programs of one iteration."""
+  method = ppo_config(config)
+  policy_tx, value_tx = make_optimizers(config)
+  logprobs_fn = artifacts.logprobs_fn(policy_module, config.temperature)
+  scalars_fn = artifacts.scalars_fn(scalar_module)
+  text_logprobs_fn = artifacts.text_logprobs_fn(policy_module)
+  R = config.response_length
+
+  generate = functools.partial(
+    rollout.generate,
+    extend_fn=artifacts.extend_fn(policy_module),
+    make_cache_fn=artifacts.make_cache_fn(policy_module),
+    num_response=R,
+    stop_ids=(tokenizer.eos_id,),
+    temperature=config.temperature,
+  )
+
+  def score(policy, reference, value, reward, kl, sampled):
+    """Everything about a rollout that the update holds fixed."""
+    tokens, mask = sampled.tokens, sampled.mask
+    old_logprobs, _ = logprobs_fn(policy, tokens, mask, R)
+    ref_logprobs, _ = logprobs_fn(reference, tokens, mask, R)
+    old_values = ppo.response_values(scalars_fn(value, tokens, mask), R)
+    scores = masked.at_last(scalars_fn(reward, tokens, mask), mask)
+    return ppo.make_ppo_batch(
+      sampled, scores, old_logprobs, ref_logprobs, old_values, kl.coef, method
+    )
+
+  update = functools.partial(
+    ppo.ppo_update,
+    policy_loss_fn=ppo.make_policy_loss(logprobs_fn, method),
+    value_loss_fn=ppo.make_value_loss(scalars_fn, method),
+    ptx_loss_fn=supervised.make_text_loss(text_logprobs_fn),
+    policy_optimizer=policy_tx,
+    value_optimizer=value_tx,
+    config=method,
+  )
+
+  def finish(state, batch, ptx_batch, key, measured_kl):
+    state, update_metrics = update(state, batch, ptx_batch, key)
+    kl = rewards.update_kl_coef(
+      state.kl,
+      measured_kl,
+      config.batch_size,
+      config.kl_target,
+      config.kl_horizon,
+    )
+    return state.replace(kl=kl), update_metrics
+
+  def text_logprobs(params, batch):
+    return text_logprobs_fn(params, batch.tokens, batch.segments, None)
+
+  return {
+    'policy_optimizer': policy_tx,
+    'value_optimizer': value_tx,
+    'generate': jax.jit(generate),
+    'score': jax.jit(score),
+    'update': jax.jit(finish, donate_argnums=0),
+    'text_logprobs': jax.jit(text_logprobs),
+  }
+
+
+def run(config, workdir: epath.Path):
+  validate(config)
+  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  mesh = sharding.make_mesh(config.mesh)
+  use_ptx = config.ptx_coef > 0
+
+  # 1. Data: prompts, and pretraining rows for the ptx part.
+  prompt_rows, num_dropped = loader.prompt_rows(
+    records.read_jsonl(config.prompts, records.Prompt),
+    tokenizer,
+    config.prompt_length,
+  )
+  processes = {
+    'process_index': jax.process_index(),
+    'process_count': jax.process_count(),
+  }
+  prompts = loader.make_batches(
+    prompt_rows, batch_size=config.batch_size, seed=config.seed, **processes
+  )
+
+  def pack(path):
+    texts = records.read_jsonl(path, records.Document)
+    return loader.pack_documents(
+      tokenizer.encode_batch([d.text for d in texts]),
+      config.ptx_row_length,
+      tokenizer.eos_id,
+      tokenizer.pad_id,
+    )
+
+  valid_rows = pack(config.valid_documents)
+  if use_ptx:
+    num_ptx = config.batch_size * config.ptx_per_episode * config.num_epochs
+    ptx = loader.make_batches(
+      pack(config.documents), batch_size=num_ptx, seed=config.seed, **processes
+    )
+
+  num_iterations = config.num_episodes // config.batch_size
+  root = jax.random.key(config.seed)
+  with sharding.use_mesh(mesh):
+    # 2. Models. The description of all is checked before any is read.
+    for folder, kind in (
+      (config.init, 'policy'),
+      (config.reward_model, 'scalar'),
+    ):
+      artifacts.check(folder, kind, tokenizer.fingerprint)
+    load = functools.partial(
+      artifacts.load, mesh=mesh, tokenizer_fingerprint=tokenizer.fingerprint
+    )
+    policy = load(config.init, 'policy', remat=config.remat)
+    reference = policy.params
+    reward = load(config.reward_model, 'scalar', remat=config.remat)
+    programs = build_programs(config, policy.module, reward.module, tokenizer)
+
+    def copy(params):
+      # Donated states must not share buffers with the frozen models.
+      return jax.tree.map(jnp.copy, params)
+
+    state = ppo.PPOState(
+      policy=train_state.create(
+        copy(policy.params), programs['policy_optimizer']
+      ),
+      value=train_state.create(
+        copy(reward.params), programs['value_optimizer']
+      ),
+      ema=copy(policy.params),
+      kl=rewards.KLState(coef=jnp.float32(config.kl_coef)),
+    )
+
+    def pretraining_loss(params):
+      return heldout_loss.heldout_loss(
+        lambda batch: programs['text_logprobs'](
+          params, sharding.put_batch(batch, mesh)
+        ),
+        valid_rows,
+        config.eval_batch_size,
+      ).mean
+
+    # 3. The loop.
+    told = set()
+    with loop.Loop(
+      workdir,
+      config.name,
+      num_iterations,
+      log_every=1,
+      checkpoint_every=config.checkpoint_every,
+    ) as iterations:
+      state = iterations.restore(state)
+      rows = metrics.read_lines(workdir / metrics.METRICS_FILE)
+      for iteration in iterations.steps():
+        keys = dict(
+          zip(
+            ('rollout', 'update'),
+            jax.random.split(jax.random.fold_in(root, iteration)),
+            strict=True,
+          )
+        )
+        values = {}
+        if iteration == 0:
+          values['eval/pretraining_loss_before'] = pretraining_loss(
+            state.policy.params
+          )
+        batch = sharding.put_batch(prompts[iteration], mesh)
+        sampled = programs['generate'](
+          state.policy.params, batch, keys['rollout']
+        )
+        ppo_batch, score_metrics = programs['score'](
+          state.policy.params,
+          reference,
+          state.value.params,
+          reward.params,
+          state.kl,
+          sampled,
+        )
+        ptx_batch = sharding.put_batch(ptx[iteration], mesh) if use_ptx else None
+        kl_sum, kl_count = score_metrics['objective/kl']
+        state, update_metrics = programs['update'](
+          state, ppo_batch, ptx_batch, keys['update'], kl_sum / kl_count
+        )
+        done = iteration + 1
+        if done % config.eval_every == 0 or done == num_iterations:
+          values['eval/pretraining_loss'] = pretraining_loss(
+            state.policy.params
+          )
+          values['eval/pretraining_loss_ema'] = pretraining_loss(state.ema)
+        line = iterations.end_step(
+          iteration,
+          state,
+          {**score_metrics, **update_metrics},
+          states={'policy': state.policy, 'value': state.value},
+          values=values,
+          num_items=config.batch_size,
+          text=_summary(rows),
+        )
+        rows.append({'step': done, **line})
+        for name, text in alarms.find(
+          rows, tuple(reward.metadata['score_range']), config.response_length
+        ).items():
+          if name not in told:
+            told.add(name)
+            print(f'{config.name}: alarm: {text}', flush=True)
+
+    # 4. Outputs: the policy and its moving average, each on its own.
+    found = alarms.find(
+      rows, tuple(reward.metadata['score_range']), config.response_length
+    )
+    about = {
+      'stage': config.name,
+      'seed': config.seed,
+      'ptx_coef': config.ptx_coef,
+      'num_episodes': config.num_episodes,
+    }
+    for name, params in (('policy', state.policy.params), ('ema', state.ema)):
+      artifacts.save(
+        workdir / name,
+        artifacts.Model('policy', policy.module, params, {}),
+        tokenizer.fingerprint,
+        {**about, 'weights': name},
+      )
+  run_lib.write_json(workdir / 'alarms.json', found)
+  return {
+    'num_prompts': loader.num_rows(prompt_rows),
+    'num_prompts_dropped': num_dropped,
+    'alarms': found,
+  }
+
+
+def _summary(rows) -> str:
+  if not rows:
+    return ''
+  row = rows[-1]
+  return (
+    f'score {row["objective/score"]:.3f} kl {row["objective/kl"]:.2f} '
+    f'length {row["objective/length"]:.1f}'
+  )

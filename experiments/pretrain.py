@@ -1,0 +1,155 @@
+"""Pretrains a GPT on documents: the model that everything starts from.
+
+Paper section 3.5 takes a trained GPT-3; this makes a small one. Packed rows,
+next-token loss on every token, Adam, cosine to 10 %.
+"""
+
+import jax
+from etils import epath
+
+from instruct_jax import artifacts, supervised
+from instruct_jax.data import loader, records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals import heldout_loss
+from instruct_jax.infra import loop, optimizer, sharding, train_state
+from instruct_jax.models.config import TransformerConfig
+
+
+def model_config(config, vocab_size: int) -> TransformerConfig:
+  """The model's shape; a `vocab_size` of 0 takes the tokenizer's.
+
+  Raises:
+    ValueError: another size than the tokenizer's would leave tokens without an
+      embedding, or embeddings that decode to nothing.
+  """
+  values = config.model.to_dict()
+  if values['vocab_size'] not in (0, vocab_size):
+    raise ValueError(
+      f'the tokenizer has {vocab_size} tokens, model.vocab_size is '
+      f'{values["vocab_size"]}; set it to that, or to 0'
+    )
+  return TransformerConfig.from_dict({**values, 'vocab_size': vocab_size})
+
+
+def validate(config):
+  model_config(config, config.model.vocab_size or 1)
+  if config.row_length > config.model.context_length:
+    raise ValueError(
+      f'row_length {config.row_length} exceeds model.context_length '
+      f'{config.model.context_length}'
+    )
+  if config.batch_size % config.num_microbatches:
+    raise ValueError(
+      f'num_microbatches {config.num_microbatches} does not divide '
+      f'batch_size {config.batch_size}'
+    )
+
+
+def build_programs(config, module, mesh):
+  """The jitted programs of this stage, on one mesh."""
+  tx = optimizer.make_adam(
+    optimizer.cosine_to_fraction(
+      config.learning_rate, config.num_steps, 0.1, config.num_warmup
+    ),
+    b1=config.adam_b1,
+    b2=config.adam_b2,
+    eps=config.adam_eps,
+    max_grad_norm=config.max_grad_norm,
+  )
+  loss_fn = supervised.make_text_loss(artifacts.text_logprobs_fn(module, False))
+  eval_fn = artifacts.text_logprobs_fn(module)
+
+  def update(state, batch, key):
+    return supervised.update(
+      state,
+      batch,
+      key,
+      loss_fn=loss_fn,
+      optimizer=tx,
+      num_microbatches=config.num_microbatches,
+    )
+
+  def text_logprobs(params, batch):
+    return eval_fn(params, batch.tokens, batch.segments, None)
+
+  return {
+    'optimizer': tx,
+    'update': jax.jit(update, donate_argnums=0),
+    'text_logprobs': jax.jit(text_logprobs),
+  }
+
+
+def run(config, workdir: epath.Path):
+  validate(config)
+  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  mesh = sharding.make_mesh(config.mesh)
+  def rows_of(path):
+    texts = [d.text for d in records.read_jsonl(path, records.Document)]
+    return loader.pack_documents(
+      tokenizer.encode_batch(texts),
+      config.row_length,
+      tokenizer.eos_id,
+      tokenizer.pad_id,
+    )
+
+  train_rows, valid_rows = rows_of(config.documents), rows_of(config.valid)
+  batches = loader.make_batches(
+    train_rows,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  root = jax.random.key(config.seed)
+  keys = dict(zip(('init', 'loop'), jax.random.split(root), strict=True))
+  with sharding.use_mesh(mesh):
+    model = artifacts.init(
+      'policy',
+      model_config(config, tokenizer.vocab_size),
+      mesh,
+      keys['init'],
+    )
+    programs = build_programs(config, model.module, mesh)
+    state = train_state.create(model.params, programs['optimizer'])
+
+    def valid_loss(params):
+      return heldout_loss.heldout_loss(
+        lambda batch: programs['text_logprobs'](
+          params, sharding.put_batch(batch, mesh)
+        ),
+        valid_rows,
+        config.eval_batch_size,
+      )
+
+    with loop.Loop(
+      workdir,
+      config.name,
+      config.num_steps,
+      log_every=config.log_every,
+      checkpoint_every=config.checkpoint_every,
+    ) as steps:
+      state = steps.restore(state)
+      for step in steps.steps():
+        batch = sharding.put_batch(batches[step], mesh)
+        state, metrics = programs['update'](
+          state, batch, jax.random.fold_in(keys['loop'], step)
+        )
+        values = None
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:
+          values = {'eval/loss': valid_loss(state.params).mean}
+        steps.end_step(
+          step,
+          state,
+          metrics,
+          states={config.name: state},
+          values=values,
+          num_items=config.batch_size * config.row_length,
+        )
+    final = valid_loss(state.params).mean
+    artifacts.save(
+      workdir / 'model',
+      artifacts.Model('policy', model.module, state.params, {}),
+      tokenizer.fingerprint,
+      {'stage': config.name, 'seed': config.seed, 'valid_loss': final},
+    )
+  return {'valid_loss': final, 'num_rows': loader.num_rows(train_rows)}

@@ -1,0 +1,295 @@
+"""Trains a reward model on K-way rankings, or cross-validates one.
+
+Paper 3.5, C.2: all pairs of a prompt form one batch element (K forwards, not
+C(K, 2)); one epoch, since more overfits; cosine to 10 %; ties dropped. Then a
+bias is set so that the labelers' demonstrations score 0 on average; it lives
+in the head's bias and travels with the parameters.
+
+With `num_folds` > 0 (E.2): the labelers are split into groups; each group in
+turn is left out of training. `intra` is the accuracy on validation rankings by
+the labelers trained on, `inter` by the group left out, over several seeds.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from instruct_jax import artifacts, losses, masked, rollout, supervised
+from instruct_jax.data import loader, records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals import preference_accuracy
+from instruct_jax.infra import loop, optimizer, sharding, train_state
+from instruct_jax.infra import run as run_lib
+
+
+def validate(config):
+  if config.num_folds == 1 or config.num_folds < 0:
+    raise ValueError(f'num_folds must be 0 or at least 2: {config.num_folds}')
+  if config.divisor not in ('surviving', 'all'):
+    raise ValueError(
+      f"divisor must be 'surviving' or 'all': {config.divisor!r}"
+    )
+  if config.batch_size % config.num_microbatches:
+    raise ValueError(
+      f'num_microbatches {config.num_microbatches} does not divide '
+      f'batch_size {config.batch_size}'
+    )
+
+
+def score_candidates(scalars_fn, params, tokens, mask):
+  """r(x, y) of [B, C, T] candidates at their last real tokens: [B, C]."""
+  B, C, T = tokens.shape
+  tokens, mask = tokens.reshape(B * C, T), mask.reshape(B * C, T)
+  scores = masked.at_last(scalars_fn(params, tokens, mask), mask)
+  return scores.reshape(B, C)
+
+
+def build_programs(config, module, num_steps):
+  """The jitted programs of this stage."""
+  tx = optimizer.make_adam(
+    optimizer.cosine_to_fraction(config.learning_rate, num_steps, 0.1),
+    b1=config.adam_b1,
+    b2=config.adam_b2,
+    eps=config.adam_eps,
+    max_grad_norm=config.max_grad_norm,
+  )
+  scalars_fn = artifacts.scalars_fn(module)
+
+  def loss_fn(params, batch, key):
+    del key  # Reward models train without dropout.
+    scores = score_candidates(scalars_fn, params, batch.tokens, batch.mask)
+    loss, pairs, correct = losses.ranking_loss(
+      scores, batch.ranks, config.divisor
+    )
+    # A prompt that is all ties has nothing to teach and does not count.
+    counted = batch.prompt_mask & (pairs > 0)
+    summed, weight = masked.metric(loss, counted)
+    metrics = {
+      'reward/loss': (summed, weight),
+      'reward/accuracy': (
+        masked.total(correct, counted),
+        masked.total(pairs, counted),
+      ),
+      'reward/score': masked.metric(scores, batch.ranks > 0),
+    }
+    return summed, (weight, metrics)
+
+  def update(state, batch, key):
+    return supervised.update(
+      state,
+      batch,
+      key,
+      loss_fn=loss_fn,
+      optimizer=tx,
+      num_microbatches=config.num_microbatches,
+    )
+
+  def score(params, batch):
+    return score_candidates(scalars_fn, params, batch.tokens, batch.mask)
+
+  def score_text(params, batch):
+    mask = batch.segments > 0
+    return masked.at_last(scalars_fn(params, batch.tokens, mask), mask)
+
+  return {
+    'optimizer': tx,
+    'update': jax.jit(update, donate_argnums=0),
+    'score': jax.jit(score),
+    'score_text': jax.jit(score_text),
+  }
+
+
+def train(config, workdir, name, rows, model, seed):
+  """One reward model on `rows`; returns its parameters and the programs."""
+  batches = loader.make_batches(
+    rows,
+    batch_size=config.batch_size,
+    seed=seed,
+    num_epochs=config.num_epochs,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  mesh = jax.sharding.get_mesh()
+  programs = build_programs(config, model.module, len(batches))
+  state = train_state.create(model.params, programs['optimizer'])
+  root = jax.random.key(seed)
+  with loop.Loop(
+    workdir,
+    name,
+    len(batches),
+    log_every=config.log_every,
+    checkpoint_every=config.checkpoint_every,
+  ) as steps:
+    state = steps.restore(state)
+    for step in steps.steps():
+      batch = sharding.put_batch(batches[step], mesh)
+      state, metrics = programs['update'](
+        state, batch, jax.random.fold_in(root, step)
+      )
+      steps.end_step(
+        step,
+        state,
+        metrics,
+        states={name: state},
+        num_items=config.batch_size,
+      )
+  return state.params, programs
+
+
+def accuracy_of(config, programs, params, comparisons, tokenizer):
+  """Pairwise accuracy on rankings, with its interval."""
+  rows, _ = loader.comparison_rows(
+    comparisons, tokenizer, config.max_candidates, config.row_length
+  )
+  mesh = jax.sharding.get_mesh()
+  scores = rollout.in_batches(
+    lambda batch: programs['score'](params, sharding.put_batch(batch, mesh)),
+    rows,
+    config.eval_batch_size,
+  )
+  present = rows.ranks > 0
+  kept = loader.fitting_comparisons(comparisons, tokenizer, config.row_length)
+  return preference_accuracy.pairwise_accuracy(
+    [s[p] for s, p in zip(scores, present, strict=True)],
+    [r[p] for r, p in zip(rows.ranks, present, strict=True)],
+    [comparison.prompt for comparison in kept],
+  )
+
+
+def run(config, workdir: epath.Path):
+  validate(config)
+  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  comparisons = records.read_jsonl(config.comparisons, records.Comparison)
+  valid = records.read_jsonl(config.valid_comparisons, records.Comparison)
+  if config.max_comparisons:
+    comparisons = comparisons[: config.max_comparisons]
+  mesh = sharding.make_mesh(config.mesh)
+  with sharding.use_mesh(mesh):
+    policy = artifacts.load(
+      config.init, 'policy', mesh, tokenizer.fingerprint, remat=config.remat
+    )
+    if config.num_folds:
+      return cross_validate(
+        config, workdir, tokenizer, policy, comparisons, valid
+      )
+    return fit(config, workdir, tokenizer, policy, comparisons, valid)
+
+
+def fit(config, workdir, tokenizer, policy, comparisons, valid):
+  mesh = jax.sharding.get_mesh()
+  rows, num_dropped = loader.comparison_rows(
+    comparisons, tokenizer, config.max_candidates, config.row_length
+  )
+  # fold_in: the head must not share its noise with the batches' keys.
+  init_key = jax.random.fold_in(jax.random.key(config.seed), 1)
+  model = artifacts.scalar_from_policy(policy, mesh, init_key)
+  params, programs = train(
+    config, workdir, config.name, rows, model, config.seed
+  )
+
+  demonstrations, _ = loader.demonstration_rows(
+    records.read_jsonl(config.demonstrations, records.Demonstration),
+    tokenizer,
+    config.row_length,
+    loss_on='response',
+    pack=False,
+  )
+  raw_scores = rollout.in_batches(
+    lambda batch: programs['score_text'](
+      params, sharding.put_batch(batch, mesh)
+    ),
+    demonstrations,
+    config.eval_batch_size,
+  )
+  shift = float(np.mean(raw_scores, dtype=np.float64))
+  params = {**params, 'head_bias': params['head_bias'] - jnp.float32(shift)}
+
+  accuracy = accuracy_of(config, programs, params, valid, tokenizer)
+  train_scores = rollout.in_batches(
+    lambda batch: programs['score'](params, sharding.put_batch(batch, mesh)),
+    loader.take(rows, np.arange(min(512, loader.num_rows(rows)))),
+    config.eval_batch_size,
+  )
+  present = rows.ranks[: len(train_scores)] > 0
+  results = {
+    'accuracy': accuracy.accuracy,
+    'low': accuracy.low,
+    'high': accuracy.high,
+    'num_pairs': accuracy.num_pairs,
+    'reward_shift': shift,
+    'score_range': [
+      float(train_scores[present].min()),
+      float(train_scores[present].max()),
+    ],
+    'num_comparisons': loader.num_rows(rows),
+    'num_dropped': num_dropped,
+  }
+  artifacts.save(
+    workdir / 'model',
+    artifacts.Model('scalar', model.module, params, {}),
+    tokenizer.fingerprint,
+    {'stage': config.name, 'seed': config.seed, **results},
+  )
+  run_lib.write_json(workdir / 'results.json', results)
+  print(
+    f'{config.name}: accuracy {accuracy.accuracy:.3f} '
+    f'[{accuracy.low:.3f}, {accuracy.high:.3f}] on {accuracy.num_pairs} pairs',
+    flush=True,
+  )
+  return results
+
+
+def cross_validate(config, workdir, tokenizer, policy, comparisons, valid):
+  mesh = jax.sharding.get_mesh()
+  groups = preference_accuracy.label_folds(
+    [c.labeler for c in comparisons], config.num_folds, config.seed
+  )
+  runs = []
+  for number in range(config.num_fold_seeds):
+    seed = config.seed + number
+    for fold, left_out in enumerate(groups):
+      folder = workdir / f'seed{seed}-fold{fold}'
+      result_file = folder / 'results.json'
+      if not result_file.exists():
+        rows, _ = loader.comparison_rows(
+          [c for c in comparisons if c.labeler not in left_out],
+          tokenizer,
+          config.max_candidates,
+          config.row_length,
+        )
+        init_key = jax.random.fold_in(jax.random.key(seed), 1)
+        model = artifacts.scalar_from_policy(policy, mesh, init_key)
+        params, programs = train(
+          config,
+          folder,
+          f'{config.name} seed {seed} fold {fold + 1}/{len(groups)}',
+          rows,
+          model,
+          seed,
+        )
+        trained_on = {name for group in groups for name in group}
+        trained_on -= set(left_out)
+        result = {'seed': seed, 'fold': fold}
+        for name, wanted in (('intra', trained_on), ('inter', left_out)):
+          accuracy = accuracy_of(
+            config,
+            programs,
+            params,
+            [c for c in valid if c.labeler in wanted],
+            tokenizer,
+          )
+          result[name] = accuracy.accuracy
+        run_lib.write_json(result_file, result)
+      runs.append(run_lib.read_json(result_file))
+  results = {'folds': groups, 'runs': runs}
+  for name in ('intra', 'inter'):
+    spread = preference_accuracy.spread([row[name] for row in runs])
+    results[name] = {'mean': spread.mean, 'error': spread.error}
+    print(
+      f'{config.name}: {name} accuracy {spread.mean:.3f} +- '
+      f'{spread.error:.3f} over {spread.num_runs} runs',
+      flush=True,
+    )
+  run_lib.write_json(workdir / 'results.json', results)
+  return results

@@ -1,0 +1,100 @@
+"""Chooses the SFT checkpoint: every epoch's samples, scored by the reward model.
+
+Paper 3.5: validation loss overfits after one epoch, yet more epochs raise both
+reward-model score and human preference, so the score selects.
+"""
+
+import functools
+
+import jax
+import numpy as np
+from etils import epath
+
+from instruct_jax import artifacts, masked, rollout
+from instruct_jax.data import loader, records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.infra import run as run_lib
+from instruct_jax.infra import sharding
+
+
+def validate(config):
+  if config.num_prompts < 1:
+    raise ValueError(f'num_prompts must be positive: {config.num_prompts}')
+
+
+def build_programs(config, policy_module, reward_module, tokenizer):
+  generate = functools.partial(
+    rollout.generate,
+    extend_fn=artifacts.extend_fn(policy_module),
+    make_cache_fn=artifacts.make_cache_fn(policy_module),
+    num_response=config.response_length,
+    stop_ids=(tokenizer.eos_id,),
+    temperature=config.temperature,
+  )
+  scalars_fn = artifacts.scalars_fn(reward_module)
+
+  def sample_and_score(policy_params, reward_params, prompts, key):
+    sampled = generate(policy_params, prompts, key)
+    scalars = scalars_fn(reward_params, sampled.tokens, sampled.mask)
+    return masked.at_last(scalars, sampled.mask)
+
+  return {'sample_and_score': jax.jit(sample_and_score)}
+
+
+def run(config, workdir: epath.Path):
+  validate(config)
+  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  prompts = records.read_jsonl(config.prompts, records.Prompt)
+  rows, _ = loader.prompt_rows(
+    prompts[: config.num_prompts], tokenizer, config.prompt_length
+  )
+  epochs = run_lib.read_json(epath.Path(config.sft) / 'epochs.json')
+  mesh = sharding.make_mesh(config.mesh)
+  key = jax.random.key(config.seed)
+  with sharding.use_mesh(mesh):
+    reward = artifacts.load(
+      config.reward_model, 'scalar', mesh, tokenizer.fingerprint
+    )
+    programs = None
+    with run_lib.Progress(config.name, len(epochs)) as progress:
+      for row in epochs:
+        policy = artifacts.load(
+          epath.Path(config.sft) / 'epochs' / str(row['epoch']),
+          'policy',
+          mesh,
+          tokenizer.fingerprint,
+        )
+        if programs is None:
+          programs = build_programs(
+            config, policy.module, reward.module, tokenizer
+          )
+        scores = rollout.in_batches(
+          lambda batch, policy=policy: programs['sample_and_score'](
+            policy.params,
+            reward.params,
+            sharding.put_batch(batch, mesh),
+            key,
+          ),
+          rows,
+          config.batch_size,
+        )
+        row['score_reward'] = float(np.mean(scores, dtype=np.float64))
+        progress.update(1, f'score {row["score_reward"]:.3f}')
+    selected = max(epochs, key=lambda row: row['score_reward'])
+    best = artifacts.load(
+      epath.Path(config.sft) / 'epochs' / str(selected['epoch']),
+      'policy',
+      mesh,
+      tokenizer.fingerprint,
+    )
+    artifacts.save(
+      workdir / 'model',
+      best,
+      tokenizer.fingerprint,
+      {**best.metadata, 'selected_by': 'reward-model score'},
+    )
+  run_lib.write_json(workdir / 'epochs.json', epochs)
+  return {
+    'selected_epoch': selected['epoch'],
+    'selected_by': 'reward-model score',
+  }

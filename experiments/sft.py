@@ -1,0 +1,215 @@
+"""Supervised fine-tuning on demonstrations, and the RL initialisation.
+
+Paper 3.5 and C.1: 16 epochs, cosine to 10 %, no warm-up, residual dropout 0.2;
+every epoch is kept, because the checkpoint is chosen by reward-model score once
+there is a reward model (`select_sft.py`), and by validation loss until then.
+
+Paper C.3: with `ptx_fraction` 0.1 and 2 epochs, from the pretrained model, this
+is the RL initialisation: it starts PPO and is its KL reference.
+"""
+
+import dataclasses
+
+import jax
+from etils import epath
+
+from instruct_jax import artifacts, supervised
+from instruct_jax.data import loader, records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals import heldout_loss
+from instruct_jax.infra import loop, optimizer, sharding, train_state
+from instruct_jax.infra import run as run_lib
+
+
+def validate(config):
+  if not 0 <= config.ptx_fraction < 1:
+    raise ValueError(f'ptx_fraction must be in [0, 1): {config.ptx_fraction}')
+  if config.ptx_fraction and not config.documents:
+    raise ValueError('ptx_fraction > 0 needs documents to mix in')
+  if config.batch_size % config.num_microbatches:
+    raise ValueError(
+      f'num_microbatches {config.num_microbatches} does not divide '
+      f'batch_size {config.batch_size}'
+    )
+
+
+def build_programs(config, module, num_steps):
+  """The jitted programs of this stage."""
+  tx = optimizer.make_adam(
+    optimizer.cosine_to_fraction(config.learning_rate, num_steps, 0.1),
+    b1=config.adam_b1,
+    b2=config.adam_b2,
+    eps=config.adam_eps,
+    max_grad_norm=config.max_grad_norm,
+  )
+  loss_fn = supervised.make_text_loss(artifacts.text_logprobs_fn(module, False))
+  eval_fn = artifacts.text_logprobs_fn(module)
+
+  def update(state, batch, key):
+    return supervised.update(
+      state,
+      batch,
+      key,
+      loss_fn=loss_fn,
+      optimizer=tx,
+      num_microbatches=config.num_microbatches,
+    )
+
+  def text_logprobs(params, batch):
+    return eval_fn(params, batch.tokens, batch.segments, None)
+
+  return {
+    'optimizer': tx,
+    'update': jax.jit(update, donate_argnums=0),
+    'text_logprobs': jax.jit(text_logprobs),
+  }
+
+
+def run(config, workdir: epath.Path):
+  validate(config)
+  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  mesh = sharding.make_mesh(config.mesh)
+
+  def demonstration_rows(path, pack):
+    return loader.demonstration_rows(
+      records.read_jsonl(path, records.Demonstration),
+      tokenizer,
+      config.row_length,
+      loss_on=config.loss_on,
+      pack=pack,
+    )
+
+  rows, num_dropped = demonstration_rows(config.demonstrations, config.pack)
+  valid_rows, _ = demonstration_rows(config.valid_demonstrations, False)
+  if num_dropped:
+    print(f'{config.name}: {num_dropped} demonstrations are too long, dropped')
+  processes = {
+    'process_index': jax.process_index(),
+    'process_count': jax.process_count(),
+  }
+  if config.ptx_fraction:
+    texts = records.read_jsonl(config.documents, records.Document)
+    ptx_rows = loader.pack_documents(
+      tokenizer.encode_batch([d.text for d in texts]),
+      config.row_length,
+      tokenizer.eos_id,
+      tokenizer.pad_id,
+    )
+    batches = loader.mixture(
+      rows,
+      ptx_rows,
+      fraction=config.ptx_fraction,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      num_epochs=config.num_epochs,
+      **processes,
+    )
+  else:
+    batches = loader.make_batches(
+      rows,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      num_epochs=config.num_epochs,
+      **processes,
+    )
+  steps_per_epoch = len(batches) // config.num_epochs
+  num_steps = steps_per_epoch * config.num_epochs
+  root = jax.random.key(config.seed)
+
+  with sharding.use_mesh(mesh):
+    model = artifacts.load(
+      config.init,
+      'policy',
+      mesh,
+      tokenizer.fingerprint,
+      dropout=config.dropout,
+      remat=config.remat,
+    )
+    programs = build_programs(config, model.module, num_steps)
+    state = train_state.create(model.params, programs['optimizer'])
+    # Saved models have no dropout rate to inherit: it belongs to this stage.
+    module = artifacts.make_module(
+      'policy', dataclasses.replace(model.config, dropout=0.0)
+    )
+    del model
+
+    def valid_loss(params):
+      return heldout_loss.heldout_loss(
+        lambda batch: programs['text_logprobs'](
+          params, sharding.put_batch(batch, mesh)
+        ),
+        valid_rows,
+        config.eval_batch_size,
+      ).mean
+
+    def save(directory, params, epoch, loss):
+      artifacts.save(
+        directory,
+        artifacts.Model('policy', module, params, {}),
+        tokenizer.fingerprint,
+        {
+          'stage': config.name,
+          'seed': config.seed,
+          'epoch': epoch,
+          'valid_loss': loss,
+        },
+      )
+
+    with loop.Loop(
+      workdir,
+      config.name,
+      num_steps,
+      log_every=config.log_every,
+      checkpoint_every=config.checkpoint_every,
+    ) as steps:
+      state = steps.restore(state)
+      for step in steps.steps():
+        batch = sharding.put_batch(batches[step], mesh)
+        state, metrics = programs['update'](
+          state, batch, jax.random.fold_in(root, step)
+        )
+        values = None
+        if (step + 1) % steps_per_epoch == 0:
+          epoch = (step + 1) // steps_per_epoch
+          loss = valid_loss(state.params)
+          values = {'epoch': epoch, 'eval/loss': loss}
+          save(workdir / 'epochs' / str(epoch), state.params, epoch, loss)
+        steps.end_step(
+          step,
+          state,
+          metrics,
+          states={config.name: state},
+          values=values,
+          num_items=config.batch_size * config.row_length,
+        )
+    del state
+
+    epochs = []
+    for epoch in range(1, config.num_epochs + 1):
+      about = artifacts.check(
+        workdir / 'epochs' / str(epoch), 'policy', tokenizer.fingerprint
+      )['about']
+      epochs.append({'epoch': epoch, 'valid_loss': about['valid_loss']})
+    if config.select_by == 'valid_loss':
+      selected = min(epochs, key=lambda row: row['valid_loss'])['epoch']
+    else:
+      selected = config.num_epochs
+    best = artifacts.load(
+      workdir / 'epochs' / str(selected),
+      'policy',
+      mesh,
+      tokenizer.fingerprint,
+    )
+    save(
+      workdir / 'model',
+      best.params,
+      selected,
+      epochs[selected - 1]['valid_loss'],
+    )
+  run_lib.write_json(workdir / 'epochs.json', epochs)
+  return {
+    'selected_epoch': selected,
+    'selected_by': config.select_by,
+    'num_rows': loader.num_rows(rows),
+    'num_dropped': num_dropped,
+  }

@@ -1,0 +1,55 @@
+"""Generalised advantage estimation (Schulman et al. 2016) on masked responses.
+
+The environment is a bandit (paper 3.5): the episode ends with the response, so
+the value after its last token is 0 and nothing is bootstrapped from padding.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def gae(
+  rewards: Float[Array, 'B R'],
+  values: Float[Array, 'B R'],
+  mask: Bool[Array, 'B R'],
+  discount: float = 1.0,
+  gae_lambda: float = 0.95,
+) -> tuple[Float[Array, 'B R'], Float[Array, 'B R']]:
+  """Advantages and returns.
+
+    delta_t = r_t + gamma V_{t+1} - V_t
+    A_t     = delta_t + gamma lambda A_{t+1}
+    return  = A_t + V_t
+
+  with V and A equal to 0 after the last real token.
+
+  Args:
+    rewards: reward for emitting token t (score and KL penalty), fp32.
+    values: V(prompt, y_<t), the value before token t, reward units.
+    mask: True on response tokens; right-padded.
+    discount: gamma. The paper uses none, that is 1.
+    gae_lambda: lambda; 0.95 from Stiennon et al. B.1 (the paper is silent).
+      1 makes the returns the discounted sums of rewards.
+
+  Returns:
+    (advantages, returns), both [B, R], 0 where masked. Not whitened.
+  """
+  rewards = jnp.where(mask, rewards, 0.0)
+  values = jnp.where(mask, values, 0.0)
+  next_values = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
+  deltas = rewards + discount * next_values - values
+
+  def step(advantage, inputs):
+    delta, real = inputs
+    advantage = jnp.where(
+      real, delta + discount * gae_lambda * advantage, 0.0
+    )
+    return advantage, advantage
+
+  start = jnp.zeros_like(values[:, 0])
+  _, advantages = jax.lax.scan(
+    step, start, (deltas.T, mask.T), reverse=True
+  )
+  advantages = advantages.T
+  return advantages, jnp.where(mask, advantages + values, 0.0)

@@ -1,0 +1,115 @@
+"""Signs that an RL run is going wrong, with the likely cause.
+
+A pure function of the metrics so far; the experiment prints what is new and
+the report lists all of it.
+"""
+
+from collections.abc import Mapping, Sequence
+
+# Iterations looked at together: single batches are noisy.
+WINDOW = 5
+
+
+def find(
+  rows: Sequence[Mapping[str, float]],
+  score_range: tuple[float, float] | None = None,
+  response_length: int | None = None,
+) -> dict[str, str]:
+  """Alarms raised by the metrics of a PPO run.
+
+  Args:
+    rows: lines of metrics.jsonl in order, as written by `ppo_ptx`.
+    score_range: lowest and highest score on the reward model's training data.
+    response_length: R, the longest response, tokens.
+
+  Returns:
+    Alarm name -> one sentence with the first iteration it held at, the numbers
+    and the likely cause. Empty when all is well.
+  """
+  found: dict[str, str] = {}
+
+  def raise_alarm(name, step, text):
+    if name not in found:
+      found[name] = f'iteration {step:.0f}: {text}'
+
+  def mean(window, name):
+    values = [row[name] for row in window if row.get(name) is not None]
+    return sum(values) / len(values) if values else None
+
+  for end in range(1, len(rows) + 1):
+    row, step = rows[end - 1], rows[end - 1]['step']
+    ratio = row.get('first/ppo/policy/ratio')
+    if ratio is not None and abs(ratio - 1) > 1e-3:
+      raise_alarm(
+        'ratio',
+        step,
+        f'ratio {ratio:.5f} at the first minibatch where it must be 1; old '
+        'log-probabilities and training graph differ (positions, temperature, '
+        'dropout or precision)',
+      )
+    difference = row.get('objective/sampler_difference')
+    if difference is not None and difference > 0.05:
+      raise_alarm(
+        'sampler',
+        step,
+        f'sampler and training graph differ by {difference:.3f} nats a token; '
+        'check positions, padding and the cache',
+      )
+    if end < 2 * WINDOW:
+      continue
+    first, window = rows[:WINDOW], rows[end - WINDOW : end]
+    kl = mean(window, 'objective/kl')
+    if kl is not None and kl < -0.05:
+      raise_alarm(
+        'negative_kl',
+        step,
+        f'mean KL {kl:.3f} nats over {WINDOW} iterations; a KL divergence '
+        'cannot be negative: sampling is not from the policy that is scored '
+        '(top-k, top-p, temperature, or padding in the sum)',
+      )
+    started, ended = mean(first, 'objective/ended'), mean(
+      window, 'objective/ended'
+    )
+    if started is not None and ended < started - 0.2:
+      raise_alarm(
+        'end_of_text',
+        step,
+        f'responses that end fell from {started:.2f} to {ended:.2f}; raise '
+        'response_length or set missing_end_score',
+      )
+    length_before = mean(first, 'objective/length')
+    length_now = mean(window, 'objective/length')
+    if length_before and (
+      length_now > 1.5 * length_before or length_now < 0.5 * length_before
+    ):
+      raise_alarm(
+        'length',
+        step,
+        f'length went from {length_before:.1f} to {length_now:.1f} tokens '
+        f'(of at most {response_length}); the reward model may like length '
+        'for its own sake',
+      )
+    score = mean(window, 'objective/score')
+    if score_range is not None and score is not None:
+      low, high = score_range
+      if not low <= score <= high:
+        raise_alarm(
+          'score_range',
+          step,
+          f'mean score {score:.2f} lies outside the reward model\'s training '
+          f'range [{low:.2f}, {high:.2f}]: it is extrapolating',
+        )
+    losses = [
+      (r['step'], r['eval/pretraining_loss'])
+      for r in rows[:end]
+      if r.get('eval/pretraining_loss') is not None
+    ]
+    if losses and losses[-1][1] > losses[0][1] + 0.2:
+      raise_alarm(
+        'pretraining_loss',
+        losses[-1][0],
+        f'pretraining loss rose from {losses[0][1]:.3f} to '
+        f'{losses[-1][1]:.3f} nats a token: the alignment tax; raise ptx_coef '
+        'or kl_coef, or lower the learning rate',
+      )
+  return found

@@ -1,0 +1,228 @@
+"""Models as the stages hand them to each other: module, parameters, folder.
+
+A model folder holds the parameters and `model.json`: kind, shape, tokenizer
+fingerprint and where the numbers come from. Loading checks all of it before
+any compute is spent.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from instruct_jax.infra import checkpoint, sharding
+from instruct_jax.models import heads
+from instruct_jax.models.config import TransformerConfig
+from instruct_jax.models.transformer import make_cache
+from instruct_jax.types import Key, Params
+
+KINDS = {'policy': heads.Policy, 'scalar': heads.ScalarModel}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A module with its parameters on a mesh.
+
+  Attributes:
+    kind: 'policy' (tokens) or 'scalar' (reward and value models).
+    module: pure Linen module of that kind.
+    params: float32, sharded.
+    metadata: what `save` was given beside them; JSON.
+  """
+
+  kind: str
+  module: heads.Policy | heads.ScalarModel
+  params: Params
+  metadata: dict[str, Any]
+
+  @property
+  def config(self) -> TransformerConfig:
+    return self.module.config
+
+
+def make_module(
+  kind: str, config: TransformerConfig
+) -> heads.Policy | heads.ScalarModel:
+  if kind not in KINDS:
+    raise ValueError(f'kind must be one of {sorted(KINDS)}: {kind!r}')
+  return KINDS[kind](config)
+
+
+def _init_fn(module):
+  """key -> boxed params. Shapes do not depend on the one token read here."""
+
+  def init(key):
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return module.init(key, tokens, tokens + 1 if _is_policy(module) else (
+      jnp.ones((1, 2), bool)
+    ))['params']
+
+  return init
+
+
+def _is_policy(module) -> bool:
+  return isinstance(module, heads.Policy)
+
+
+def abstract_params(
+  kind: str, config: TransformerConfig, mesh: jax.sharding.Mesh
+) -> Params:
+  """Shapes, dtypes and shardings of a model's parameters; nothing is computed.
+
+  Raises:
+    ValueError: the mesh does not divide an axis (names and numbers given).
+  """
+  boxed = jax.eval_shape(
+    _init_fn(make_module(kind, config)), jax.random.key(0)
+  )
+  shardings = sharding.param_shardings(boxed, mesh)
+  return sharding.with_shardings(sharding.unbox(boxed), shardings)
+
+
+def init(
+  kind: str, config: TransformerConfig, mesh: jax.sharding.Mesh, key: Key
+) -> Model:
+  """A freshly initialised model, created shard by shard."""
+  module = make_module(kind, config)
+  shardings = sharding.shardings_of(abstract_params(kind, config, mesh))
+  init_fn = _init_fn(module)
+  params = jax.jit(
+    lambda key: sharding.unbox(init_fn(key)), out_shardings=shardings
+  )(key)
+  return Model(kind, module, params, {})
+
+
+def scalar_from_policy(
+  policy: Model, mesh: jax.sharding.Mesh, key: Key
+) -> Model:
+  """A reward model with the policy's trunk and a fresh head (3.5, STI B.1)."""
+  fresh = init('scalar', policy.config, mesh, key)
+  trunk = jax.tree.map(jnp.copy, policy.params['trunk'])
+  return dataclasses.replace(fresh, params={**fresh.params, 'trunk': trunk})
+
+
+def save(
+  directory: epath.PathLike,
+  model: Model,
+  tokenizer_fingerprint: str,
+  metadata: dict[str, Any],
+) -> None:
+  """Writes a model folder; it appears only when complete."""
+  checkpoint.save_model(
+    directory,
+    model.params,
+    {
+      'kind': model.kind,
+      'model': model.config.to_dict(),
+      'tokenizer': tokenizer_fingerprint,
+      'about': metadata,
+    },
+  )
+
+
+def check(
+  directory: epath.PathLike, kind: str, tokenizer_fingerprint: str
+) -> dict[str, Any]:
+  """Reads a folder's description and refuses what does not fit.
+
+  Raises:
+    checkpoint.CheckpointError: missing, damaged, of another kind, or made with
+      another tokenizer.
+  """
+  described = checkpoint.load_metadata(directory)
+  if described['kind'] != kind:
+    raise checkpoint.CheckpointError(
+      f'{directory} holds a {described["kind"]} model where a {kind} model is '
+      'needed'
+    )
+  if described['tokenizer'] != tokenizer_fingerprint:
+    raise checkpoint.CheckpointError(
+      f'{directory} was trained with tokenizer {described["tokenizer"][:12]}, '
+      f'this run uses {tokenizer_fingerprint[:12]}. Policy, reference, reward '
+      'and value models must share one tokenizer.'
+    )
+  return described
+
+
+def load(
+  directory: epath.PathLike,
+  kind: str,
+  mesh: jax.sharding.Mesh,
+  tokenizer_fingerprint: str,
+  **changes: Any,
+) -> Model:
+  """Reads a model folder onto the mesh.
+
+  Args:
+    directory: written by `save`.
+    kind: what the caller needs.
+    mesh: the layout follows it, whatever the model was saved from.
+    tokenizer_fingerprint: of the tokenizer in use.
+    **changes: fields of `TransformerConfig` that do not change the parameters
+      (dropout, remat, compute_dtype, scan_unroll).
+
+  Raises:
+    checkpoint.CheckpointError: see `check`; or damaged arrays.
+  """
+  described = check(directory, kind, tokenizer_fingerprint)
+  config = dataclasses.replace(
+    TransformerConfig.from_dict(described['model']), **changes
+  )
+  params, _ = checkpoint.load_model(
+    directory, abstract_params(kind, config, mesh)
+  )
+  module = make_module(kind, config)
+  return Model(kind, module, params, described['about'])
+
+
+# --- A model as the functions that the method takes ---------------------------
+
+
+def extend_fn(module: heads.Policy):
+  """`rollout.ExtendFn` of a policy."""
+  return lambda params, tokens, mask, cache: module.apply(
+    {'params': params}, tokens, mask, cache, method='extend'
+  )
+
+
+def make_cache_fn(module: heads.Policy):
+  """(batch, slots) -> empty cache of a policy."""
+  return lambda batch, slots: make_cache(module.config, batch, slots)
+
+
+def logprobs_fn(module: heads.Policy, temperature: float = 1.0):
+  """`types.LogprobsFn` of a policy."""
+  return lambda params, tokens, mask, num_response: module.apply(
+    {'params': params},
+    tokens,
+    mask,
+    num_response,
+    temperature,
+    method='response_logprobs',
+  )
+
+
+def text_logprobs_fn(module: heads.Policy, deterministic: bool = True):
+  """(params, tokens, segments, key) -> logprobs [B, T]; key is for dropout."""
+
+  def text_logprobs(params, tokens, segments, key):
+    rngs = None if deterministic else {'dropout': key}
+    return module.apply(
+      {'params': params},
+      tokens,
+      segments,
+      deterministic,
+      method='text_logprobs',
+      rngs=rngs,
+    )
+
+  return text_logprobs
+
+
+def scalars_fn(module: heads.ScalarModel):
+  """`types.ScalarsFn` of a reward or value model."""
+  return lambda params, tokens, mask: module.apply(
+    {'params': params}, tokens, mask
+  )

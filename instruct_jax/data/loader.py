@@ -1,0 +1,531 @@
+"""Records to rows of token ids, and rows to batches by step number.
+
+Two halves. The row functions turn a whole data set into one NumPy-filled batch
+type of `types.py` (N rows), with every mask set where the text is tokenised.
+`make_batches` and `mixture` then give batch number `step` of a seeded,
+reshuffled stream, by random access: the position of a run in its data is its
+step number, and there is nothing else to save or restore.
+
+What does not fit is dropped and counted, never cut: a cut response would teach
+the model to stop in mid-sentence. Pretraining documents are the exception.
+They are cut into rows because the loss at a cut is still that of real text.
+"""
+
+import bisect
+import dataclasses
+import fractions
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
+import grain
+import numpy as np
+
+from instruct_jax import types
+from instruct_jax.data import records
+from instruct_jax.data import tokenizer as tokenizer_lib
+
+Rows = TypeVar('Rows')
+
+
+# --- rows ------------------------------------------------------------------
+
+
+def num_rows(rows: Any) -> int:
+  """How many rows a batch type, array or list holds."""
+  if dataclasses.is_dataclass(rows):
+    return len(getattr(rows, dataclasses.fields(rows)[0].name))
+  return len(rows)
+
+
+def take(rows: Rows, indices: Sequence[int] | np.ndarray) -> Rows:
+  """The rows at `indices`, in that order, as the same type.
+
+  Args:
+    rows: a batch type of NumPy arrays, an array, or a list of examples.
+    indices: row numbers; repeats are allowed.
+  """
+  indices = np.asarray(indices, np.int64)  # Also when there are none.
+  if dataclasses.is_dataclass(rows):
+    return _map_fields(rows, lambda array: array[indices])
+  if isinstance(rows, np.ndarray):
+    return rows[indices]
+  return [rows[int(i)] for i in indices]
+
+
+def fill_up(rows: Rows, size: int) -> Rows:
+  """Appends all-zero rows (every mask False) until there are `size`.
+
+  For the last, short batch of an evaluation, so that one compiled shape does.
+  """
+  if num_rows(rows) > size:
+    raise ValueError(f'{num_rows(rows)} rows do not fit into {size}')
+
+  def fill(array: np.ndarray) -> np.ndarray:
+    filler = np.zeros((size - len(array), *array.shape[1:]), array.dtype)
+    return np.concatenate([array, filler])
+
+  return _map_fields(rows, fill)
+
+
+def fill_fraction(rows: types.TextBatch) -> float:
+  """The share of row positions that hold real tokens."""
+  return float(np.mean(rows.mask))
+
+
+def pack_documents(
+  token_lists: Sequence[Sequence[int] | np.ndarray],
+  row_length: int,
+  eos_id: int,
+  pad_id: int,
+) -> types.TextBatch:
+  """Packs documents, each followed by EOS, densely into rows (pretraining).
+
+  A document goes into the open row it fills best, or opens a new one; one that
+  is longer than a row (EOS included) is first cut into pieces. Every piece is
+  a segment of its own. No token is lost or doubled. Documents of no tokens are
+  left out. `fill_fraction` tells how well it went.
+
+  Args:
+    token_lists: ids of each document, without specials.
+    row_length: T.
+    eos_id: put after each document.
+    pad_id: put where no token is.
+
+  Returns:
+    All rows [N, T], int32 and bool; loss on every token but the first of each
+    segment, which nothing precedes.
+  """
+  pieces = []
+  for tokens in token_lists:
+    if not len(tokens):
+      continue
+    tokens = np.append(np.asarray(tokens, np.int32), np.int32(eos_id))
+    pieces.extend(
+      tokens[start : start + row_length]
+      for start in range(0, len(tokens), row_length)
+    )
+  if not pieces:
+    raise ValueError('there are no documents with tokens in them')
+  return _text_rows(pieces, [1] * len(pieces), row_length, pad_id, pack=True)
+
+
+def demonstration_rows(
+  demonstrations: Sequence[records.Demonstration],
+  tokenizer: tokenizer_lib.Tokenizer,
+  row_length: int,
+  *,
+  loss_on: Literal['response', 'all'],
+  pack: bool,
+) -> tuple[types.TextBatch, int]:
+  """Prompt + response + EOS rows for supervised fine-tuning (C.1).
+
+  Args:
+    demonstrations: any.
+    tokenizer: encodes prompt and response apart.
+    row_length: T.
+    loss_on: 'response' counts the response and its EOS; 'all' the prompt too.
+    pack: several to a row, as segments; else one a row, in the given order.
+
+  Returns:
+    (rows [N, T], number dropped because they are longer than a row).
+
+  Raises:
+    ValueError: none fits.
+  """
+  if loss_on not in ('response', 'all'):
+    raise ValueError(f"loss_on is {loss_on!r}; use 'response' or 'all'")
+  prompts = tokenizer.encode_batch([d.prompt for d in demonstrations])
+  responses = tokenizer.encode_batch([d.response for d in demonstrations])
+  pieces, loss_starts = [], []
+  for prompt, response in zip(prompts, responses, strict=True):
+    if len(prompt) + len(response) + 1 > row_length:
+      continue
+    pieces.append(np.asarray([*prompt, *response, tokenizer.eos_id], np.int32))
+    loss_starts.append(len(prompt) if loss_on == 'response' else 1)
+  dropped = len(demonstrations) - len(pieces)
+  _check_some_left(len(pieces), dropped, 'demonstrations', row_length)
+  rows = _text_rows(
+    pieces, loss_starts, row_length, tokenizer.pad_id, pack=pack
+  )
+  return rows, dropped
+
+
+def comparison_rows(
+  comparisons: Sequence[records.Comparison],
+  tokenizer: tokenizer_lib.Tokenizer,
+  max_candidates: int,
+  row_length: int,
+) -> tuple[types.ComparisonBatch, int]:
+  """All completions of one prompt in one element, for the reward model (3.5).
+
+  Args:
+    comparisons: any.
+    tokenizer: encodes prompt and completion apart; EOS ends each completion.
+    max_candidates: C; absent candidates are masked and have rank 0.
+    row_length: T.
+
+  Returns:
+    (rows [N, C, T], number dropped because a candidate is longer than a row;
+    the comparison goes as a whole, so that every K keeps its meaning).
+
+  Raises:
+    ValueError: none fits, or one has more than `max_candidates` completions.
+  """
+  for number, comparison in enumerate(comparisons, start=1):
+    if len(comparison.completions) > max_candidates:
+      raise ValueError(
+        f'comparison {number} (id {comparison.id!r}) has '
+        f'{len(comparison.completions)} completions, max_candidates is '
+        f'{max_candidates}; raise it'
+      )
+  prompts = tokenizer.encode_batch([c.prompt for c in comparisons])
+  completions = iter(
+    tokenizer.encode_batch([t for c in comparisons for t in c.completions])
+  )
+  kept = []
+  for prompt, comparison in zip(prompts, comparisons, strict=True):
+    sequences = [
+      [*prompt, *next(completions), tokenizer.eos_id]
+      for _ in comparison.completions
+    ]
+    if max(map(len, sequences)) <= row_length:
+      kept.append((sequences, comparison.ranks))
+  dropped = len(comparisons) - len(kept)
+  _check_some_left(len(kept), dropped, 'comparisons', row_length)
+
+  shape = (len(kept), max_candidates, row_length)
+  tokens = np.full(shape, tokenizer.pad_id, np.int32)
+  mask = np.zeros(shape, bool)
+  ranks = np.zeros(shape[:2], np.int32)
+  for row, (sequences, row_ranks) in enumerate(kept):
+    ranks[row, : len(row_ranks)] = row_ranks
+    for candidate, sequence in enumerate(sequences):
+      tokens[row, candidate, : len(sequence)] = sequence
+      mask[row, candidate, : len(sequence)] = True
+  batch = types.ComparisonBatch(
+    tokens=tokens, mask=mask, ranks=ranks, prompt_mask=np.ones(len(kept), bool)
+  )
+  return batch, dropped
+
+
+def fitting_comparisons(
+  comparisons: Sequence[records.Comparison],
+  tokenizer: tokenizer_lib.Tokenizer,
+  row_length: int,
+) -> list[records.Comparison]:
+  """The comparisons that `comparison_rows` keeps, in its order of rows."""
+  kept = []
+  for comparison in comparisons:
+    prompt, *completions = tokenizer.encode_batch(
+      [comparison.prompt, *comparison.completions]
+    )
+    if len(prompt) + max(map(len, completions)) + 1 <= row_length:
+      kept.append(comparison)
+  return kept
+
+
+def prompt_rows(
+  prompts: Sequence[records.Prompt | str],
+  tokenizer: tokenizer_lib.Tokenizer,
+  prompt_length: int,
+) -> tuple[types.PromptBatch, int]:
+  """Prompts for generation, padded on the left.
+
+  Args:
+    prompts: prompts or their texts.
+    tokenizer: encodes them.
+    prompt_length: P.
+
+  Returns:
+    (rows [N, P], number dropped because they are longer than P). `indices` are
+    positions in `prompts`, so they tell which were dropped.
+
+  Raises:
+    ValueError: none fits.
+  """
+  encoded = tokenizer.encode_batch(
+    [p if isinstance(p, str) else p.text for p in prompts]
+  )
+  # An empty prompt has no last token to predict from; it cannot be used.
+  indices = [
+    i for i, ids in enumerate(encoded) if 0 < len(ids) <= prompt_length
+  ]
+  dropped = len(encoded) - len(indices)
+  _check_some_left(len(indices), dropped, 'prompts', prompt_length)
+  tokens = np.full((len(indices), prompt_length), tokenizer.pad_id, np.int32)
+  mask = np.zeros(tokens.shape, bool)
+  for row, index in enumerate(indices):
+    tokens[row, prompt_length - len(encoded[index]) :] = encoded[index]
+    mask[row, prompt_length - len(encoded[index]) :] = True
+  batch = types.PromptBatch(
+    tokens=tokens, mask=mask, indices=np.asarray(indices, np.int32)
+  )
+  return batch, dropped
+
+
+def _check_some_left(kept: int, dropped: int, what: str, length: int) -> None:
+  if not kept:
+    raise ValueError(
+      f'no {what} left: all {dropped} are longer than {length} tokens'
+      if dropped
+      else f'there are no {what}'
+    )
+
+
+def _text_rows(
+  pieces: Sequence[np.ndarray],
+  loss_starts: Sequence[int],
+  row_length: int,
+  pad_id: int,
+  *,
+  pack: bool,
+) -> types.TextBatch:
+  """Lays pieces (each at most a row long) out in rows.
+
+  `loss_starts` says from which of its tokens a piece enters the loss; the
+  first token of a piece never does.
+  """
+  lengths = np.asarray([len(piece) for piece in pieces], np.int64)
+  if pack:
+    row, offset, segment = _best_fit(lengths.tolist(), row_length)
+  else:
+    row = np.arange(len(pieces))
+    offset, segment = np.zeros_like(row), np.ones_like(row)
+  # Where each token goes in the flattened [N * T] arrays.
+  ends = np.cumsum(lengths)
+  within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+  positions = np.repeat(row * row_length + offset, lengths) + within
+
+  size = (int(row.max()) + 1, row_length)
+  tokens = np.full(size[0] * row_length, pad_id, np.int32)
+  segments = np.zeros(size[0] * row_length, np.int32)
+  loss_mask = np.zeros(size[0] * row_length, bool)
+  tokens[positions] = np.concatenate(pieces)
+  segments[positions] = np.repeat(segment, lengths)
+  loss_mask[positions] = within >= np.repeat(
+    np.maximum(np.asarray(loss_starts), 1), lengths
+  )
+  segments = segments.reshape(size)
+  return types.TextBatch(
+    tokens=tokens.reshape(size),
+    mask=segments > 0,
+    loss_mask=loss_mask.reshape(size),
+    segments=segments,
+  )
+
+
+def _best_fit(
+  lengths: Sequence[int], row_length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Row, offset and segment number of each piece.
+
+  Best fit: the fullest row that still has room. Rows are kept by free space,
+  of which there are at most `row_length` values, so a piece costs one binary
+  search and the whole is near linear.
+  """
+  rows_by_space: dict[int, list[int]] = {}
+  spaces: list[int] = []  # Sorted keys of `rows_by_space`.
+  used: list[int] = []
+  counts: list[int] = []
+  placed = np.zeros((3, len(lengths)), np.int64)
+  for i, length in enumerate(lengths):
+    slot = bisect.bisect_left(spaces, length)
+    if slot < len(spaces):
+      space = spaces[slot]
+      row = rows_by_space[space].pop()
+      if not rows_by_space[space]:
+        del rows_by_space[space]
+        spaces.pop(slot)
+    else:
+      row = len(used)
+      used.append(0)
+      counts.append(0)
+    counts[row] += 1
+    placed[:, i] = row, used[row], counts[row]
+    used[row] += length
+    left = row_length - used[row]
+    if left:
+      if left not in rows_by_space:
+        bisect.insort(spaces, left)
+        rows_by_space[left] = []
+      rows_by_space[left].append(row)
+  return placed[0], placed[1], placed[2]
+
+
+def _map_fields(rows: Any, fn: Any) -> Any:
+  return dataclasses.replace(
+    rows,
+    **{
+      field.name: fn(np.asarray(getattr(rows, field.name)))
+      for field in dataclasses.fields(rows)
+    },
+  )
+
+
+# --- batches ---------------------------------------------------------------
+
+
+def make_batches(
+  examples: Any,
+  *,
+  batch_size: int,
+  seed: int,
+  num_epochs: int | None = None,
+  shuffle: bool = True,
+  drop_remainder: bool = True,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> grain.MapDataset:
+  """Batches by step number: `batches[step]` is a function of (seed, step).
+
+  Each epoch goes through the examples in an order of its own. A batch never
+  spans two epochs; with `drop_remainder` the few examples left over at the end
+  of an epoch (other ones each time) sit that epoch out.
+
+  Every process draws the same global batch and takes its own rows of it
+  (`process_index`, `process_index + process_count`, ...). So shards are
+  disjoint, all processes see the same number of steps, and a run gives the
+  same global batches after a restart on another number of hosts.
+
+  Args:
+    examples: a batch type of NumPy arrays, an array, or a list.
+    batch_size: rows of the global batch.
+    seed: 0 to 2^32 - 1.
+    num_epochs: `len(batches)` covers that many; None is without end.
+    shuffle: False keeps the given order, in every epoch.
+    drop_remainder: False makes the last batch of an epoch shorter.
+    process_index: this process, `jax.process_index()`.
+    process_count: of how many, `jax.process_count()`.
+
+  Returns:
+    A `grain.MapDataset`; an element is what `take` makes of `examples`.
+
+  Raises:
+    ValueError: there are no examples, or too few for one batch, or processes
+      do not divide the batch.
+  """
+  total = num_rows(examples)
+  _check_batches(total, batch_size, process_index, process_count)
+  if drop_remainder and total < batch_size:
+    raise ValueError(
+      f'{total} examples do not fill a batch of {batch_size}; use a smaller '
+      'batch, more data, or drop_remainder=False'
+    )
+  if process_count > 1 and not drop_remainder:
+    raise ValueError(
+      'with several processes the short batch at the end of an epoch has no '
+      'fair share for each; use drop_remainder=True'
+    )
+  dataset = grain.MapDataset.range(total)
+  if shuffle:
+    dataset = dataset.shuffle(seed=seed)
+  # Batched before it is repeated: `repeat` gives the shuffle a new seed each
+  # epoch, and epochs do not run into each other.
+  dataset = dataset.batch(
+    batch_size, drop_remainder=drop_remainder, batch_fn=np.asarray
+  ).repeat(num_epochs)
+  return dataset.map(
+    lambda indices: take(examples, indices[process_index::process_count])
+  )
+
+
+def mixture(
+  rows: types.TextBatch,
+  other_rows: types.TextBatch,
+  *,
+  fraction: float,
+  batch_size: int,
+  seed: int,
+  num_epochs: int | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> grain.MapDataset:
+  """Batches in which a share of the rows comes from another row set (C.3).
+
+  For the RL initialisation: demonstrations with 10 % pretraining rows. Up to
+  step s, floor(s * batch_size * fraction) rows are `other_rows`: each batch
+  holds the share to within one row, and all batches together hold it exactly.
+  Both sets are shuffled anew each time they have been gone through, and the
+  rows of a batch are in random order.
+
+  Args:
+    rows: the main set [N, T].
+    other_rows: the set mixed in [M, T], of the same T.
+    fraction: share of `other_rows` among the rows of a batch, in [0, 1).
+    batch_size: rows of the global batch.
+    seed: 0 to 2^32 - 1.
+    num_epochs: epochs over `rows`, in whole batches; None is without end.
+    process_index: see `make_batches`.
+    process_count: see `make_batches`.
+
+  Returns:
+    A `grain.MapDataset` whose element [step] is a `TextBatch`.
+  """
+  if not 0 <= fraction < 1:
+    raise ValueError(f'fraction is {fraction}; it must be in [0, 1)')
+  if rows.tokens.shape[1] != other_rows.tokens.shape[1]:
+    raise ValueError(
+      f'rows of {rows.tokens.shape[1]} and {other_rows.tokens.shape[1]} '
+      'tokens cannot share a batch; use one row_length'
+    )
+  total = num_rows(rows)
+  _check_batches(total, batch_size, process_index, process_count)
+  _check_batches(num_rows(other_rows), batch_size, process_index, process_count)
+  # Exact arithmetic: 100 * 0.29 is 28.999999999999996 in floats.
+  share = fractions.Fraction(fraction).limit_denominator(10**6)
+
+  def num_other(step: int) -> int:
+    return int(step * batch_size * share)
+
+  order = grain.MapDataset.range(total).shuffle(seed=seed).repeat()
+  other_order = (
+    grain.MapDataset.range(num_rows(other_rows))
+    .shuffle(seed=(seed + 1) % 2**32)
+    .repeat()
+  )
+
+  def make_batch(step: int) -> types.TextBatch:
+    start, stop = num_other(step), num_other(step + 1)
+    main_start = step * batch_size - start
+    main_stop = (step + 1) * batch_size - stop
+    main = take(rows, [order[i] for i in range(main_start, main_stop)])
+    other = take(other_rows, [other_order[i] for i in range(start, stop)])
+    place = np.random.default_rng((seed, step)).permutation(batch_size)
+    mixed = {
+      field.name: np.concatenate(
+        [getattr(main, field.name), getattr(other, field.name)]
+      )[place][process_index::process_count]
+      for field in dataclasses.fields(types.TextBatch)
+    }
+    return types.TextBatch(**mixed)
+
+  if num_epochs is None:
+    num_steps = sys.maxsize
+  else:
+    # The most steps whose main rows, s * batch_size - num_other(s), are there.
+    num_steps = int(num_epochs * total / (batch_size * (1 - share)))
+    while num_steps * batch_size - num_other(num_steps) > num_epochs * total:
+      num_steps -= 1
+    if num_steps < 1:
+      raise ValueError(
+        f'{num_epochs} epochs of {total} rows do not fill a batch of '
+        f'{batch_size} with a share of {fraction} mixed in'
+      )
+  return grain.MapDataset.range(num_steps).map(make_batch)
+
+
+def _check_batches(
+  total: int, batch_size: int, process_index: int, process_count: int
+) -> None:
+  if not total:
+    raise ValueError('there are no examples to batch')
+  if batch_size < 1:
+    raise ValueError(f'batch_size is {batch_size}; it must be 1 or more')
+  if not 0 <= process_index < process_count:
+    raise ValueError(f'process {process_index} is not one of {process_count}')
+  if batch_size % process_count:
+    raise ValueError(
+      f'a batch of {batch_size} rows cannot be shared by {process_count} '
+      'processes; use a multiple'
+    )

@@ -1,0 +1,356 @@
+"""The four record types and their JSONL files.
+
+Every stage reads and writes these, so the embedded world, public human data
+and a user's own files all run through the same loops. One JSON object a line,
+UTF-8, plain or `.gz`, local or gs:// (paths go through `etils.epath`). Fields
+with a default may be left out; unknown fields are errors, because a misspelt
+`labeller` would otherwise be lost without a word.
+
+  Document       {"text": "The owl lives in a barn.", "source": "animals"}
+  Prompt         {"id": "p7", "text": "Name a bird.", "user": "u3",
+                  "category": "open qa", "metadata": {"answer": "owl"}}
+  Demonstration  {"prompt": "Name a bird.", "response": "An owl.",
+                  "user": "u3", "labeler": "w1"}
+  Comparison     {"prompt": "Name a bird.", "completions": ["Owl.", "", "No."],
+                  "ranks": [1, 2, 2], "user": "u3", "labeler": "w1"}
+
+Ranks: 1 is best and equal numbers are ties. A completion may be the empty
+string, because a policy may end at once; all other texts must say something.
+The prompt's text is what the model sees before its first own token: if a
+separator is wanted, it is part of the text.
+"""
+
+import collections
+import dataclasses
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from etils import epath
+
+MAX_REPORTED_LINES = 10
+
+
+class RecordError(ValueError):
+  """A data file that cannot be used; the text names file, line and field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """Plain text for pretraining and the ptx mix."""
+
+  text: str
+  source: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """A prompt as a user (API customer) sent it or a labeler wrote it.
+
+  Attributes:
+    id: unique in its file.
+    text: all that the model is given.
+    user: who sent it; the caps and splits of A.2 go by this.
+    category: one of the use cases of Table 1, or ''.
+    metadata: anything JSON; the loops carry it and never read it.
+  """
+
+  id: str
+  text: str
+  user: str = ''
+  category: str = ''
+  metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstration:
+  """A prompt and the response that a labeler wrote for it (paper 3.2)."""
+
+  prompt: str
+  response: str
+  id: str = ''
+  user: str = ''
+  labeler: str = ''
+  category: str = ''
+  metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """K completions of one prompt, ranked by one labeler (paper 3.5, K 4 to 9).
+
+  Attributes:
+    prompt: the prompt's text.
+    completions: the K >= 2 texts that were ranked.
+    ranks: K integers from 1 (best); equal numbers are ties.
+    time: when it was labeled, as free text, or ''.
+  """
+
+  prompt: str
+  completions: tuple[str, ...]
+  ranks: tuple[int, ...]
+  id: str = ''
+  user: str = ''
+  labeler: str = ''
+  category: str = ''
+  time: str = ''
+  metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+RECORD_TYPES = (Document, Prompt, Demonstration, Comparison)
+Record = TypeVar('Record', Document, Prompt, Demonstration, Comparison)
+
+# Texts that must hold more than white space.
+_NEVER_EMPTY = ('text', 'prompt', 'response', 'id')
+
+
+def _is_list_of(value: Any, item_type: type) -> bool:
+  # bool is an int to Python, but `true` is no rank.
+  return isinstance(value, list | tuple) and all(
+    isinstance(item, item_type) and not isinstance(item, bool) for item in value
+  )
+
+
+def _shown(value: Any) -> str:
+  text = json.dumps(value, ensure_ascii=True, default=repr)
+  return text if len(text) <= 60 else text[:57] + '...'
+
+
+def problems(values: Mapping[str, Any], record_type: type) -> list[str]:
+  """Says what keeps `values` from being a `record_type`; [] if nothing does.
+
+  Args:
+    values: field name to value, as parsed from JSON.
+    record_type: one of `RECORD_TYPES`.
+
+  Returns:
+    One sentence per problem: the field, what was found, what to do.
+  """
+  fields = {field.name: field for field in dataclasses.fields(record_type)}
+  found = []
+  for name in values:
+    if name not in fields:
+      found.append(
+        f'unknown field {name!r}; {record_type.__name__} has '
+        f'{", ".join(fields)}; put anything else under "metadata"'
+      )
+  for name, field in fields.items():
+    required = (
+      field.default is dataclasses.MISSING
+      and field.default_factory is dataclasses.MISSING
+    )
+    if name not in values:
+      if required:
+        found.append(f'field {name!r} is missing; add it')
+      continue
+    value = values[name]
+    if name == 'completions':
+      if not _is_list_of(value, str):
+        found.append(
+          f'{name!r} must be a list of strings, found {_shown(value)}'
+        )
+        continue
+      if len(value) < 2:
+        found.append(
+          f'{name!r} has {len(value)} texts; a comparison needs at least 2: '
+          'drop the record'
+        )
+    elif name == 'ranks':
+      if not _is_list_of(value, int):
+        found.append(
+          f'{name!r} must be a list of integers, found {_shown(value)}'
+        )
+        continue
+      if any(rank < 1 for rank in value):
+        found.append(
+          f'{name!r} must be 1 (best) or more, found {_shown(value)}'
+        )
+      completions = values.get('completions')
+      if isinstance(completions, list | tuple) and len(completions) != len(
+        value
+      ):
+        found.append(
+          f'{name!r} has {len(value)} numbers for {len(completions)} '
+          'completions; give one rank each'
+        )
+    elif name == 'metadata':
+      if not isinstance(value, dict):
+        found.append(f'{name!r} must be an object, found {_shown(value)}')
+        continue
+    elif not isinstance(value, str):
+      found.append(f'{name!r} must be a string, found {_shown(value)}')
+      continue
+    elif name in _NEVER_EMPTY and required and not value.strip():
+      found.append(f'{name!r} is empty; fill it in or drop the record')
+    for text in value if name == 'completions' else [value]:
+      # JSON can spell half of a surrogate pair, which no tokenizer takes.
+      if isinstance(text, str) and not _encodable(text):
+        found.append(f'{name!r} holds a lone surrogate; re-encode the text')
+  return found
+
+
+def _encodable(text: str) -> bool:
+  try:
+    text.encode('utf-8')
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
+def from_values(values: Mapping[str, Any], record_type: type[Record]) -> Record:
+  """Builds a record from values that `problems` found nothing wrong with."""
+  return record_type(
+    **{
+      name: tuple(value) if name in ('completions', 'ranks') else value
+      for name, value in values.items()
+    }
+  )
+
+
+def to_values(record: Record) -> dict[str, Any]:
+  """A record's fields as JSON types, without those that hold their default."""
+  values = {}
+  for field in dataclasses.fields(record):
+    value = getattr(record, field.name)
+    if value == field.default or (field.name == 'metadata' and not value):
+      continue
+    values[field.name] = list(value) if isinstance(value, tuple) else value
+  return values
+
+
+def read_bytes(path: epath.PathLike) -> bytes:
+  """Reads a file, unpacking it if its name ends in `.gz`.
+
+  Raises:
+    RecordError: the file is missing, is a folder, or is cut short.
+  """
+  path = epath.Path(path)
+  if not path.exists():
+    raise RecordError(f'{path}: no such file')
+  if path.is_dir():
+    raise RecordError(f'{path}: is a folder; give the files inside it')
+  content = path.read_bytes()
+  if path.name.endswith('.gz'):
+    try:
+      content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+      raise RecordError(
+        f'{path}: not a whole gzip file ({error}); fetch it again'
+      ) from error
+  return content
+
+
+def write_bytes(path: epath.PathLike, content: bytes) -> None:
+  """Writes a file whole or not at all (temporary name, then renamed)."""
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if path.name.endswith('.gz'):
+    content = gzip.compress(content, mtime=0)  # Same records, same bytes.
+  temporary = path.parent / f'{path.name}.tmp'
+  temporary.write_bytes(content)
+  temporary.replace(path)
+
+
+def raise_problems(
+  path: epath.PathLike, bad_lines: Iterable[tuple[int, str]]
+) -> None:
+  """Raises one `RecordError` for all (line number, problem), if there are any.
+
+  At most `MAX_REPORTED_LINES` lines are shown, and the rest counted.
+  """
+  by_line = collections.defaultdict(list)
+  for number, problem in bad_lines:
+    by_line[number].append(problem)
+  if not by_line:
+    return
+  shown = [
+    f'{path}:{number}: {"; ".join(found)}'
+    for number, found in sorted(by_line.items())[:MAX_REPORTED_LINES]
+  ]
+  rest = len(by_line) - len(shown)
+  if rest:
+    shown.append(f'... and {rest} more bad lines in this file')
+  raise RecordError('\n'.join(shown))
+
+
+def iterate_lines(
+  path: epath.PathLike,
+) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+  """Yields (line number, JSON object), or (line number, what is wrong)."""
+  for number, line in enumerate(read_bytes(path).split(b'\n'), start=1):
+    if not line.strip():
+      continue
+    try:
+      values = json.loads(line.decode('utf-8'))
+    except UnicodeDecodeError as error:
+      yield number, f'byte {error.start} is not UTF-8; convert the file'
+      continue
+    # A number of thousands of digits or too deep nesting, besides bad syntax.
+    except (ValueError, RecursionError) as error:
+      yield number, f'not JSON ({error}); write one JSON object a line'
+      continue
+    if isinstance(values, dict):
+      yield number, values
+    else:
+      yield number, f'expected a JSON object, found {_shown(values)}'
+
+
+def read_jsonl(path: epath.PathLike, record_type: type[Record]) -> list[Record]:
+  """Reads and checks all records of a JSONL file (plain or `.gz`).
+
+  Args:
+    path: a file, local or gs://.
+    record_type: one of `RECORD_TYPES`.
+
+  Returns:
+    The records in file order; never an empty list.
+
+  Raises:
+    RecordError: no such file, no records, or bad lines; up to 10 bad lines are
+      reported together as `file:line: field, what was found, what to do`.
+  """
+  records, bad_lines = [], []
+  for number, values in iterate_lines(path):
+    if isinstance(values, str):
+      bad_lines.append((number, values))
+      continue
+    found = problems(values, record_type)
+    if found:
+      bad_lines.append((number, '; '.join(found)))
+    else:
+      records.append(from_values(values, record_type))
+  raise_problems(path, bad_lines)
+  if not records:
+    raise RecordError(
+      f'{path}: holds no records; expected one {record_type.__name__} a line'
+    )
+  return records
+
+
+def write_jsonl(path: epath.PathLike, records: Iterable[Record]) -> None:
+  """Writes records so that `read_jsonl` gives them back; whole or not at all.
+
+  The same records always give the same bytes. Folders are made as needed.
+
+  Raises:
+    RecordError: there are no records, or one would be refused on reading; the
+      file is then not touched.
+  """
+  lines, bad_lines = [], []
+  for number, record in enumerate(records, start=1):
+    values = to_values(record)
+    found = problems(values, type(record))
+    if found:
+      bad_lines.append((number, '; '.join(found)))
+      continue
+    try:
+      line = json.dumps(values, ensure_ascii=False, allow_nan=False)
+      lines.append(line.encode('utf-8'))
+    except (TypeError, ValueError) as error:
+      bad_lines.append((number, f"'metadata' is not JSON: {error}"))
+  raise_problems(path, bad_lines)
+  if not lines:
+    raise RecordError(f'{path}: refused to write a file without records')
+  write_bytes(path, b'\n'.join([*lines, b'']))

@@ -1,0 +1,180 @@
+"""Recorded answers: one JSONL line for each model and prompt, and side by side.
+
+Every figure of the report that judges text can be recomputed from these files,
+and a reader can see what the figures are made of (paper, appendix F).
+"""
+
+import collections
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """One answer of one model.
+
+  Attributes:
+    model: which policy answered, say 'ppo_ptx'.
+    prompt_id: id of the prompt; the same in every model's file.
+    prompt: the text the model was given, without any few-shot prefix.
+    response: the decoded answer, without end-of-text.
+    num_tokens: tokens sampled, end-of-text included.
+    ended: True where the policy itself ended the answer.
+    category: use case of the prompt, or ''.
+    score_gold: the judge's score, in its own unit; None where not judged.
+    score_reward: the reward model's score, in reward units; None likewise.
+    metadata: per-answer labels, such as Table 3's.
+  """
+
+  model: str
+  prompt_id: str
+  prompt: str
+  response: str
+  num_tokens: int
+  ended: bool
+  category: str = ''
+  score_gold: float | None = None
+  score_reward: float | None = None
+  metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# What each field may hold. bool is an int to Python: see `_sample`.
+_TYPES: Mapping[str, type | tuple[type, ...]] = {
+  'model': str,
+  'prompt_id': str,
+  'prompt': str,
+  'response': str,
+  'num_tokens': int,
+  'ended': bool,
+  'category': str,
+  'score_gold': (float, int, type(None)),
+  'score_reward': (float, int, type(None)),
+  'metadata': dict,
+}
+_REQUIRED = [
+  field.name
+  for field in dataclasses.fields(Sample)
+  if field.default is dataclasses.MISSING
+  and field.default_factory is dataclasses.MISSING
+]
+
+
+def write_samples(
+  path: epath.PathLike, samples: Iterable[Sample]
+) -> epath.Path:
+  """Writes samples as JSONL, all or nothing; returns the path.
+
+  Raises:
+    ValueError: a score is not finite; JSON has no such number.
+  """
+  path = epath.Path(path)
+  lines = []
+  for sample in samples:
+    for name in ('score_gold', 'score_reward'):
+      score = getattr(sample, name)
+      if score is not None and not math.isfinite(score):
+        raise ValueError(
+          f'{name} of model {sample.model!r}, prompt {sample.prompt_id!r} is '
+          f'{score}; expected a finite number or None'
+        )
+    values = dataclasses.asdict(sample)
+    lines.append(json.dumps(values, ensure_ascii=False, allow_nan=False) + '\n')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(''.join(lines), encoding='utf-8')
+  temporary.replace(path)
+  return path
+
+
+def _sample(line: str) -> Sample:
+  values = json.loads(line)
+  if not isinstance(values, dict):
+    raise ValueError(f'expected a JSON object, got {line[:60]!r}')
+  unknown = sorted(set(values) - set(_TYPES))
+  missing = [name for name in _REQUIRED if name not in values]
+  if unknown or missing:
+    raise ValueError(f'unknown fields {unknown}, missing fields {missing}')
+  for name, value in values.items():
+    is_bool = isinstance(value, bool)
+    if not isinstance(value, _TYPES[name]) or is_bool != (name == 'ended'):
+      raise ValueError(f'field {name!r} holds {value!r}')
+    if name in ('score_gold', 'score_reward') and value is not None:
+      values[name] = float(value)  # JSON written by others may hold 1 for 1.0.
+  return Sample(**values)
+
+
+def read_samples(path: epath.PathLike) -> list[Sample]:
+  """Reads what `write_samples` wrote, in order.
+
+  Raises:
+    ValueError: a malformed line, by file and number, or a file without lines.
+  """
+  path = epath.Path(path)
+  samples = []
+  # Not splitlines: a response may hold U+2028, which JSON does not escape.
+  for number, line in enumerate(path.read_text('utf-8').split('\n'), start=1):
+    if not line.strip():
+      continue
+    try:
+      samples.append(_sample(line))
+    except ValueError as error:
+      raise ValueError(f'{path}:{number}: {error}') from error
+  if not samples:
+    raise ValueError(f'{path}: no sample in this file')
+  return samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One prompt with each model's first recorded answer."""
+
+  prompt_id: str
+  prompt: str
+  category: str
+  answers: Mapping[str, Sample]
+
+
+def side_by_side(
+  samples: Iterable[Sample], models: Sequence[str], num_prompts: int
+) -> list[Row]:
+  """Picks prompts that every model answered, taking turns by category.
+
+  Turns go through the categories in order of first sight and, in each, through
+  the prompts in order, so the table is not the most frequent category only and
+  nobody picks favourites.
+
+  Args:
+    samples: answers of several models.
+    models: columns of the table; others are ignored.
+    num_prompts: the most rows to return.
+
+  Returns:
+    At most `num_prompts` rows; fewer when fewer prompts have all the answers.
+  """
+  answers: dict[str, dict[str, Sample]] = {}
+  for sample in samples:
+    if sample.model in models:
+      answers.setdefault(sample.prompt_id, {}).setdefault(sample.model, sample)
+  queues = collections.defaultdict(collections.deque)
+  for prompt_id, by_model in answers.items():
+    if len(by_model) == len(set(models)):
+      first = by_model[models[0]]
+      queues[first.category].append(
+        Row(
+          prompt_id,
+          first.prompt,
+          first.category,
+          {model: by_model[model] for model in models},
+        )
+      )
+  rows = []
+  while len(rows) < num_prompts and any(queues.values()):
+    for queue in queues.values():
+      if queue and len(rows) < num_prompts:
+        rows.append(queue.popleft())
+  return rows

@@ -1,0 +1,463 @@
+"""Checkpoints of a running stage, and the model folders that stages pass on.
+
+Both are written by Orbax and become visible by one rename, so that a process
+killed while writing leaves nothing that looks finished. Both carry, for every
+array, its shape, dtype and a checksum over its bits: a damaged file is found
+on reading even where the storage format would not notice, and independently of
+how many devices or processes wrote it.
+"""
+
+import json
+import warnings
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from instruct_jax.types import Params, PyTree
+
+_MODEL_FILE = 'model.json'
+_PARAMS_FOLDER = 'params'
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint or model folder is missing, damaged or does not fit."""
+
+
+class Checkpointer:
+  """The checkpoints of one stage: asynchronous, the last few kept.
+
+  Args:
+    directory: created if absent; nothing else belongs in it.
+    keep: how many checkpoints stay. With less than 2 there is nothing to fall
+      back on when the newest is damaged.
+  """
+
+  def __init__(self, directory: epath.PathLike, keep: int = 2):
+    self._directory = epath.Path(directory).absolute()
+    self._directory.mkdir(parents=True, exist_ok=True)
+    self._manager = ocp.CheckpointManager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False),
+    )
+
+  def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
+    """Starts to write a checkpoint; returns once the arrays are copied.
+
+    The arrays may be donated right afterwards. Errors of the background write
+    are raised by the next `save`, `wait` or `close`.
+
+    Args:
+      step: names the checkpoint; a step that is on disk is not written again.
+      state: pytree of jax arrays, typed PRNG keys included.
+      extra: what belongs to the state and lives on the host (data position,
+        KL coefficient, ...); anything JSON holds.
+
+    Raises:
+      TypeError: a leaf is not a jax array, or `extra` is not JSON.
+    """
+    if step in self._manager.all_steps():
+      return
+    record = _sealed_record(state, extra)
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        arrays=ocp.args.PyTreeSave(_named_leaves(_without_keys(state))),
+        record=ocp.args.JsonSave(record),
+      ),
+    )
+
+  def restore_latest(
+    self, abstract_state: PyTree
+  ) -> tuple[int, PyTree, dict[str, Any]] | None:
+    """Reads the newest checkpoint that is whole.
+
+    A damaged one is reported by a warning that names it, and moved aside once
+    an older one has been read.
+
+    Args:
+      abstract_state: what to restore into: arrays or `ShapeDtypeStruct`s; each
+        array is laid out by the leaf's sharding (first device where it has
+        none), whatever it was when saved.
+
+    Returns:
+      Step, state and extra; None if this directory never got a checkpoint.
+
+    Raises:
+      CheckpointError: the checkpoint belongs to another state (the arrays are
+        named), or there are checkpoints and none is readable.
+    """
+    self._manager.wait_until_finished()
+    damaged = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      path = self._directory / str(step)
+      # Whatever is wrong with the files, in Orbax, TensorStore or JSON, must
+      # lead to the older checkpoint, so every exception is caught here.
+      try:
+        record = self._manager.restore(
+          step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+        )['record']
+        extra = _unsealed(record)
+        problem = None
+      except Exception as error:
+        problem = error
+      if problem is None:
+        _check_fit(record['arrays'], abstract_state, path)
+        try:
+          state = self._read_arrays(step, abstract_state, record['arrays'])
+        except Exception as error:
+          problem = error
+      if _all_processes(problem is None):
+        self._set_aside(list(damaged))
+        return step, state, extra
+      problem = problem or OSError('another process could not read it')
+      damaged[step] = f'{path}: {_one_line(problem)}'
+      warnings.warn(
+        f'checkpoint {damaged[step]}. It is damaged; trying the one before.',
+        stacklevel=1,
+      )
+    if damaged:
+      reasons = '\n  '.join(damaged.values())
+      raise CheckpointError(
+        f'no checkpoint in {self._directory} is readable:\n  {reasons}\n'
+        'Bring one back from a copy, or delete the directory to run this '
+        'stage again from its start.'
+      )
+    return None
+
+  def _read_arrays(self, step, abstract_state, saved):
+    structs = _named_leaves(_without_keys(abstract_state))
+    arrays = self._manager.restore(
+      step, args=ocp.args.Composite(arrays=_restore_args(structs))
+    )['arrays']
+    _check_sums(saved, arrays)
+    return _rebuild(abstract_state, arrays, saved)
+
+  def _set_aside(self, steps):
+    """Frees the steps of damaged checkpoints, for the run will save them."""
+    if not steps:
+      return
+    if jax.process_index() == 0:
+      for step in steps:
+        target = self._directory / f'damaged-{step}'
+        if target.exists():
+          target.rmtree()
+        (self._directory / str(step)).rename(target)
+    _barrier('instruct_jax_set_aside')
+    self._manager.reload()
+
+  def wait(self) -> None:
+    """Returns once everything saved is on disk."""
+    self._manager.wait_until_finished()
+    self._manager.check_for_errors()
+
+  def close(self) -> None:
+    """Waits, and releases the background threads."""
+    self.wait()
+    self._manager.close()
+
+
+def save_model(
+  directory: epath.PathLike, params: Params, metadata: dict[str, Any]
+) -> None:
+  """Writes a model folder; one that exists is replaced.
+
+  Args:
+    directory: the folder; it appears under this name only when complete.
+    params: nested dicts of jax arrays.
+    metadata: what a reader needs to rebuild and to trust the model (its config,
+      kind, reward bias, tokenizer fingerprint, provenance); must be JSON.
+  """
+  final = epath.Path(directory).absolute()
+  record = _sealed_record(params, metadata)
+  arrays = _named_leaves(params)
+  unfinished = final.parent / f'.{final.name}.unfinished'
+  replaced = final.parent / f'.{final.name}.replaced'
+  if jax.process_index() == 0:
+    for leftover in (unfinished, replaced):
+      if leftover.exists():
+        leftover.rmtree()
+    unfinished.mkdir(parents=True)
+  _barrier('instruct_jax_model_begin')
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+    writer.save(unfinished / _PARAMS_FOLDER, args=ocp.args.PyTreeSave(arrays))
+  if jax.process_index() == 0:
+    (unfinished / _MODEL_FILE).write_text(
+      json.dumps(record, indent=1, sort_keys=True)
+    )
+    if final.exists():
+      final.rename(replaced)
+    unfinished.rename(final)
+    if replaced.exists():
+      replaced.rmtree()
+  _barrier('instruct_jax_model_end')
+
+
+def load_metadata(directory: epath.PathLike) -> dict[str, Any]:
+  """Reads only what `save_model` got as `metadata`.
+
+  Raises:
+    CheckpointError: no model folder there, or its description is damaged.
+  """
+  return _unsealed(_read_record(epath.Path(directory).absolute()))
+
+
+def load_model(
+  directory: epath.PathLike, abstract_params: Params | None = None
+) -> tuple[Params, dict[str, Any]]:
+  """Reads a model folder.
+
+  Args:
+    directory: the folder written by `save_model`.
+    abstract_params: arrays or `ShapeDtypeStruct`s to check against and to lay
+      the parameters out by; None gives nested dicts of NumPy arrays.
+
+  Returns:
+    Parameters and metadata. The metadata is for the caller to check.
+
+  Raises:
+    CheckpointError: the folder is missing, damaged, or holds other parameters.
+  """
+  path = epath.Path(directory).absolute()
+  record = _read_record(path)
+  saved = record['arrays']
+  if abstract_params is None:
+    restore_args = ocp.args.PyTreeRestore(
+      item={name: 0 for name in saved},
+      restore_args={
+        name: ocp.RestoreArgs(restore_type=np.ndarray) for name in saved
+      },
+    )
+  else:
+    _check_fit(saved, abstract_params, path)
+    restore_args = _restore_args(_named_leaves(abstract_params))
+  # As above: any failure to read means one thing to the user.
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      arrays = reader.restore(path / _PARAMS_FOLDER, args=restore_args)
+    _check_sums(saved, arrays)
+  except Exception as error:
+    raise CheckpointError(
+      f'model folder {path} is damaged: {_one_line(error)}. Delete it and run '
+      'the stage that writes it again, or name another folder.'
+    ) from error
+  metadata = _unsealed(record)
+  if abstract_params is not None:
+    return _rebuild(abstract_params, arrays, saved), metadata
+  params = {}
+  for name, array in arrays.items():
+    *parents, last = name.split('/')
+    node = params
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = array
+  return params, metadata
+
+
+def _read_record(path):
+  file = path / _MODEL_FILE
+  if not file.exists():
+    found = 'the folder exists without it' if path.exists() else 'no folder'
+    raise CheckpointError(
+      f'no model in {path} ({_MODEL_FILE}: {found}). Finish the stage that '
+      'writes it, or name another folder.'
+    )
+  try:
+    record = json.loads(file.read_text())
+    _unsealed(record)
+  except (ValueError, KeyError, TypeError) as error:
+    raise CheckpointError(
+      f'{file} is damaged: {_one_line(error)}. Delete the folder and run the '
+      'stage that writes it again, or name another folder.'
+    ) from error
+  return record
+
+
+# --- Arrays by name -----------------------------------------------------------
+
+
+def _is_key(x) -> bool:
+  return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _without_keys(tree):
+  """Typed PRNG keys as the integers behind them; abstract leaves too."""
+
+  def convert(x):
+    if not _is_key(x):
+      return x
+    if isinstance(x, jax.Array):
+      return jax.random.key_data(x)
+    data = jax.eval_shape(jax.random.key_data, x)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
+
+  return jax.tree.map(convert, tree)
+
+
+def _named_leaves(tree) -> dict[str, Any]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  named = {
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    for path, leaf in leaves
+  }
+  if len(named) != len(leaves):
+    raise ValueError(f'two leaves of one name among {sorted(named)}')
+  return named
+
+
+def _rebuild(abstract, arrays, saved):
+  """`arrays`, by name, in the tree of `abstract`, keys made keys again."""
+  leaves = []
+  for name in _named_leaves(abstract):
+    impl = saved[name]['key_impl']
+    array = arrays[name]
+    leaves.append(jax.random.wrap_key_data(array, impl=impl) if impl else array)
+  return jax.tree.structure(abstract).unflatten(leaves)
+
+
+def _restore_args(structs):
+  first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return ocp.args.PyTreeRestore(
+    item=structs,
+    restore_args={
+      name: ocp.ArrayRestoreArgs(
+        sharding=first if x.sharding is None else x.sharding,
+        global_shape=x.shape,
+        dtype=x.dtype,
+      )
+      for name, x in structs.items()
+    },
+  )
+
+
+# --- Descriptions and checksums -----------------------------------------------
+
+
+def _sealed_record(tree, extra):
+  """What lies beside the arrays, with a checksum over its own text."""
+  described = {}
+  for name, leaf in _named_leaves(tree).items():
+    if not isinstance(leaf, jax.Array):
+      raise TypeError(
+        f'{name} is a {type(leaf).__name__}, not a jax array; values of the '
+        'host belong into the JSON part'
+      )
+    is_key = _is_key(leaf)
+    described[name] = {
+      'shape': list(leaf.shape),
+      'dtype': str(leaf.dtype),
+      'key_impl': str(jax.random.key_impl(leaf)) if is_key else None,
+      'checksum': _checksum(jax.random.key_data(leaf) if is_key else leaf),
+    }
+  for entry in described.values():
+    # Only now: on an accelerator all of them have been computed meanwhile.
+    entry['checksum'] = int(entry['checksum'])
+  # Through JSON once: what was saved is what will be read (tuples are lists).
+  record = json.loads(json.dumps({'arrays': described, 'extra': extra}))
+  return record | {'checksum': _text_checksum(record)}
+
+
+def _unsealed(record) -> dict[str, Any]:
+  content = {name: record[name] for name in ('arrays', 'extra')}
+  if _text_checksum(content) != record['checksum']:
+    raise ValueError('checksum of the description does not match its text')
+  return content['extra']
+
+
+def _text_checksum(content) -> int:
+  return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _checksum(x):
+  """sum over i of (2 i + 1) * bits(x_i), modulo 2^32.
+
+  Integer sums are exact in any order, so the value does not depend on how the
+  array is laid out; odd weights let no flipped bit and few swaps pass.
+  Compiling it costs more than a small model's save, so arrays that are in host
+  memory anyway are summed by NumPy.
+  """
+  on_host = isinstance(x, np.ndarray) or (
+    x.is_fully_addressable
+    and all(d.platform == 'cpu' for d in x.sharding.device_set)
+  )
+  if not on_host:
+    return _device_checksum(x)
+  x = np.ascontiguousarray(x)
+  return _bit_sum(np, x.view(_bits_dtype(x)))
+
+
+@jax.jit
+def _device_checksum(x):
+  if x.dtype == jnp.bool_:
+    x = x.astype(jnp.uint8)
+  return _bit_sum(jnp, jax.lax.bitcast_convert_type(x, _bits_dtype(x)))
+
+
+def _bits_dtype(x):
+  return {1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize]
+
+
+def _bit_sum(xp, bits):
+  # Row-major positions, built axis by axis: a sharded array stays in place.
+  index = xp.zeros(bits.shape, xp.uint32)
+  for axis, size in enumerate(bits.shape):
+    shape = [1] * bits.ndim
+    shape[axis] = size
+    along = xp.arange(size, dtype=xp.uint32).reshape(shape)
+    index = index * xp.uint32(size) + along
+  weights = xp.uint32(2) * index + xp.uint32(1)
+  return xp.sum(bits.astype(xp.uint32) * weights, dtype=xp.uint32)
+
+
+def _check_fit(saved, abstract, path) -> None:
+  """Raises unless `abstract` has the arrays that were saved."""
+  structs = _named_leaves(abstract)
+  wrong = [f'{name}: not in the file' for name in structs if name not in saved]
+  wrong += [
+    f'{name}: only in the file' for name in saved if name not in structs
+  ]
+  for name in structs.keys() & saved.keys():
+    ours = (list(structs[name].shape), str(structs[name].dtype))
+    theirs = (saved[name]['shape'], saved[name]['dtype'])
+    if ours != theirs:
+      wrong.append(f'{name}: {theirs} in the file, {ours} wanted')
+  if wrong:
+    wrong.sort()
+    more = f'\n  and {len(wrong) - 10} more' if len(wrong) > 10 else ''
+    raise CheckpointError(
+      f'{path} holds other arrays than the configured model and optimizer:\n  '
+      + '\n  '.join(wrong[:10])
+      + f'{more}\nUse the config it was made with, or another directory.'
+    )
+
+
+def _check_sums(saved, arrays) -> None:
+  sums = jax.device_get({name: _checksum(x) for name, x in arrays.items()})
+  for name, checksum in sums.items():
+    if int(checksum) != saved[name]['checksum']:
+      raise ValueError(f'array {name} does not match its checksum')
+
+
+def _one_line(error) -> str:
+  text = ' '.join(str(error).split())
+  return f'{type(error).__name__}: {text[:300]}'
+
+
+# --- Several processes --------------------------------------------------------
+
+
+def _all_processes(value: bool) -> bool:
+  """True if `value` is true in every process."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.process_allgather(np.array(value)).all())
+
+
+def _barrier(name: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)

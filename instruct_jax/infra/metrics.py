@@ -1,0 +1,136 @@
+"""Numbers on their way from the device to files.
+
+`metrics.jsonl` is a function of config and seed alone: a resumed run's file
+equals an uninterrupted one's. Whatever depends on the clock goes to
+`timing.jsonl`. TensorBoard shows both.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, SupportsFloat
+
+import jax
+from etils import epath
+from tensorboardX import SummaryWriter
+
+from instruct_jax.types import Metrics
+
+METRICS_FILE = 'metrics.jsonl'
+TIMING_FILE = 'timing.jsonl'
+
+
+def merge(a: Metrics, b: Metrics) -> Metrics:
+  """Adds sums and counts name by name; a name in only one of them is kept."""
+  return {
+    name: (a[name][0] + b[name][0], a[name][1] + b[name][1])
+    if name in a and name in b
+    else (a[name] if name in a else b[name])
+    for name in sorted({*a, *b})
+  }
+
+
+def to_host(metrics: Metrics) -> dict[str, float]:
+  """Fetches (sum, count) pairs and divides, once.
+
+  Returns:
+    Plain floats; NaN where nothing was counted.
+  """
+  return {
+    name: float(total) / float(count) if count else math.nan
+    for name, (total, count) in jax.device_get(dict(metrics)).items()
+  }
+
+
+class MetricsWriter:
+  """Appends metrics to JSON lines and TensorBoard event files.
+
+  What belongs to step n is written before checkpoint n is saved; each line is
+  on its way to the disk when `write` returns. Processes other than the first
+  write nothing.
+
+  Args:
+    directory: of the stage; created if absent.
+    resume_step: the restored checkpoint's step. Lines beyond it, and a last
+      line torn by a kill, are removed. None starts an empty file.
+  """
+
+  def __init__(self, directory: epath.PathLike, resume_step: int | None):
+    self._metrics = self._timing = self._events = None
+    if jax.process_index() != 0:
+      return
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    last = -1 if resume_step is None else resume_step
+    _rewrite(directory / METRICS_FILE, lambda line: line['step'] <= last)
+    # Time was spent, whether or not its steps are run again.
+    _rewrite(directory / TIMING_FILE, lambda line: True)
+    self._metrics = (directory / METRICS_FILE).open('a')
+    self._timing = (directory / TIMING_FILE).open('a')
+    self._events = SummaryWriter(
+      str(directory / 'tensorboard'), purge_step=last + 1
+    )
+
+  def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+    """Records values that config and seed determine; NaN and infinity become
+    null in the file."""
+    self._append(self._metrics, step, values)
+
+  def write_timing(
+    self, step: int, values: Mapping[str, SupportsFloat]
+  ) -> None:
+    """Records seconds, rates and other values that depend on the clock."""
+    self._append(self._timing, step, values)
+
+  def _append(self, file, step, values):
+    if file is None:
+      return
+    line = {'step': step}
+    for name in sorted(values):
+      value = float(values[name])
+      line[name] = value if math.isfinite(value) else None
+      self._events.add_scalar(name, value, step)
+    file.write(json.dumps(line) + '\n')
+    file.flush()
+    self._events.flush()
+
+  def close(self) -> None:
+    """Closes the files."""
+    if self._metrics is not None:
+      self._metrics.close()
+      self._timing.close()
+      self._events.close()
+
+  def __enter__(self) -> 'MetricsWriter':
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self.close()
+
+
+def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
+  """The lines of `metrics.jsonl` or `timing.jsonl`; a torn last one is left
+  out.
+
+  Raises:
+    ValueError: another line is not JSON.
+  """
+  path = epath.Path(path)
+  lines = path.read_text().split('\n')
+  # A whole file ends in a line break: what follows the last one is torn.
+  parsed = []
+  for number, line in enumerate(lines[:-1], 1):
+    try:
+      parsed.append(json.loads(line))
+    except json.JSONDecodeError as error:
+      raise ValueError(f'{path}:{number} is not JSON: {error}') from error
+  return parsed
+
+
+def _rewrite(path, keep_fn):
+  if not path.exists():
+    return
+  lines = [json.dumps(line) for line in read_lines(path) if keep_fn(line)]
+  unfinished = path.with_name(f'.{path.name}.unfinished')
+  unfinished.write_text(''.join(line + '\n' for line in lines))
+  unfinished.replace(path)

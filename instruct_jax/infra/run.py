@@ -1,0 +1,386 @@
+"""A run on its machine: its directory, its lock, its record, its end."""
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+# `EX_TEMPFAIL` of sysexits.h: run the same command again.
+STOPPED_EXIT_CODE = 75
+DONE_FILE = 'done.json'
+
+_PACKAGES = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'grain',
+  'numpy',
+  'transformers',
+  'tokenizers',
+  'tensorboardX',
+  'ml_collections',
+)
+
+
+class WorkdirError(RuntimeError):
+  """The work directory is in use, or belongs to another run."""
+
+
+class Stopped(SystemExit):
+  """Raised by a loop that was asked to stop and has saved.
+
+  The process exits with code 75; the message goes to standard error.
+  """
+
+  def __init__(self, message: str):
+    super().__init__(STOPPED_EXIT_CODE)
+    self.message = message
+    print(f'{message}; the same command continues', file=sys.stderr)
+
+
+# --- JSON files ---------------------------------------------------------------
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+  """Writes a JSON file that is at every moment the old or the new one."""
+  path = epath.Path(path)
+  text = json.dumps(value, indent=2, sort_keys=True) + '\n'
+  if _is_remote(path):
+    path.write_text(text)  # Object stores replace an object at once.
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = path.with_name(f'.{path.name}.{os.getpid()}.unfinished')
+  with unfinished.open('w') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  unfinished.replace(path)
+
+
+def read_json(path: epath.PathLike) -> Any:
+  """Reads a JSON file.
+
+  Raises:
+    FileNotFoundError: it is absent.
+    ValueError: it is not JSON; the path is named.
+  """
+  try:
+    return json.loads(epath.Path(path).read_text())
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{path} is not JSON: {error}') from error
+
+
+def _is_remote(path) -> bool:
+  return '://' in os.fspath(path)
+
+
+# --- The work directory -------------------------------------------------------
+
+
+class WorkdirLock:
+  """Keeps a second run out of a work directory, while entered.
+
+  The kernel holds the lock and drops it with the process, however that ends:
+  there are no stale locks. Object stores have no locks; there it does nothing.
+
+  Raises:
+    WorkdirError: on entering, naming the process that holds the directory.
+  """
+
+  def __init__(self, workdir: epath.PathLike):
+    self._workdir = epath.Path(workdir)
+    self._file = None
+
+  def __enter__(self) -> 'WorkdirLock':
+    if _is_remote(self._workdir) or jax.process_index() != 0:
+      return self
+    self._workdir.mkdir(parents=True, exist_ok=True)
+    # 'a+' leaves the holder's entry readable until the lock is ours.
+    file = open(self._workdir / '.lock', 'a+')
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      file.seek(0)
+      holder = file.read().strip() or 'a process that is just starting'
+      file.close()
+      raise WorkdirError(
+        f'{self._workdir} is in use by another run: {holder}. Wait for it, '
+        'stop it, or choose another work directory.'
+      ) from error
+    file.truncate(0)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+    file.write(f'pid {os.getpid()} on {socket.gethostname()} since {now}\n')
+    file.flush()
+    self._file = file
+    return self
+
+  def __exit__(self, *exception) -> None:
+    if self._file is not None:
+      self._file.truncate(0)
+      self._file.close()
+      self._file = None
+
+
+def save_config(
+  config: ConfigDict | Mapping[str, Any], path: epath.PathLike
+) -> None:
+  """Writes a config as JSON."""
+  write_json(path, _plain(config))
+
+
+def check_config(
+  config: ConfigDict | Mapping[str, Any],
+  path: epath.PathLike,
+  ignore: Sequence[str] = (),
+) -> None:
+  """Raises unless `config` equals the one that was saved.
+
+  Args:
+    config: the config of this run.
+    path: written by `save_config`.
+    ignore: dotted keys, with all below them, that may change between runs in
+      one directory (the mesh, say).
+
+  Raises:
+    WorkdirError: naming each differing key with both values.
+  """
+  ours, theirs = _flat(_plain(config)), _flat(read_json(path))
+  lines = []
+  for key in sorted({*ours, *theirs}):
+    if any(key == name or key.startswith(f'{name}.') for name in ignore):
+      continue
+    old, new = (
+      json.dumps(config[key]) if key in config else '(no such key)'
+      for config in (theirs, ours)
+    )
+    if old != new:
+      lines.append(f'  {key}: {old} there, {new} now')
+  if lines:
+    raise WorkdirError(
+      f'{epath.Path(path).parent} was made with another config '
+      f'({epath.Path(path).name}):\n'
+      + '\n'.join(lines)
+      + '\nChoose another work directory, delete this one, or go back to its '
+      'values.'
+    )
+
+
+def _plain(config):
+  """JSON's view of a config: tuples are lists, integer keys are strings."""
+  if isinstance(config, ConfigDict):
+    config = config.to_dict()
+  return json.loads(json.dumps(dict(config)))
+
+
+def _flat(tree, prefix=''):
+  flat = {}
+  for key, value in tree.items():
+    name = f'{prefix}{key}'
+    if isinstance(value, dict) and value:
+      flat |= _flat(value, f'{name}.')
+    else:
+      flat[name] = value
+  return flat
+
+
+def mark_done(stage_dir: epath.PathLike, info: Mapping[str, Any]) -> None:
+  """Records that a stage is finished; its outputs are written before."""
+  if jax.process_index() == 0:
+    write_json(epath.Path(stage_dir) / DONE_FILE, dict(info))
+
+
+def is_done(stage_dir: epath.PathLike) -> bool:
+  """Whether `mark_done` was called; the info is in `done.json`."""
+  return (epath.Path(stage_dir) / DONE_FILE).exists()
+
+
+# --- Where the numbers come from ----------------------------------------------
+
+
+def provenance(seed: int) -> dict[str, Any]:
+  """What one needs to run this again.
+
+  Returns:
+    `seed`, `commit` (None outside a git checkout), `dirty` (tracked files
+    differ from the commit), `versions` by package, `python`, `platform`,
+    `devices` (count by kind) and `num_processes`.
+  """
+  versions = {}
+  for name in _PACKAGES:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = None
+  kinds = [device.device_kind for device in jax.devices()]
+  commit, dirty = _git_state(pathlib.Path(__file__).parents[2])
+  return {
+    'seed': seed,
+    'commit': commit,
+    'dirty': dirty,
+    'versions': versions,
+    'python': platform.python_version(),
+    'platform': platform.platform(),
+    'devices': {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+    'num_processes': jax.process_count(),
+  }
+
+
+def _git_state(root) -> tuple[str | None, bool | None]:
+  def git(*arguments):
+    return subprocess.run(
+      ('git', '-C', str(root), *arguments),
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.strip()
+
+  # Installed into an environment that lies inside some other repository, the
+  # package must not report that one's commit.
+  try:
+    if pathlib.Path(git('rev-parse', '--show-toplevel')) != root.resolve():
+      return None, None
+    commit = git('rev-parse', 'HEAD')
+    return commit, bool(git('status', '--porcelain', '--untracked-files=no'))
+  except (OSError, subprocess.CalledProcessError):
+    return None, None
+
+
+# --- While it runs ------------------------------------------------------------
+
+
+class StopSignal:
+  """Turns SIGTERM into a flag, while entered; loops look at it every step.
+
+  with StopSignal() as stop:
+    for step in ...:
+      ...
+      if stop.requested:
+        checkpointer.save(...); checkpointer.close()
+        raise Stopped(f'sft: stopped at step {step}')
+  """
+
+  def __init__(self):
+    self._received = False
+    self._previous = None
+
+  def __enter__(self) -> 'StopSignal':
+    if threading.current_thread() is threading.main_thread():
+      self._previous = signal.signal(signal.SIGTERM, self._receive)
+    return self
+
+  def __exit__(self, *exception) -> None:
+    if self._previous is not None:
+      signal.signal(signal.SIGTERM, self._previous)
+      self._previous = None
+
+  def _receive(self, number, frame):
+    self._received = True
+
+  @property
+  def requested(self) -> bool:
+    """Whether SIGTERM came to any process.
+
+    With several processes it is a collective, so that all stop at the same
+    step: each must ask equally often.
+    """
+    if jax.process_count() == 1:
+      return self._received
+    received = multihost_utils.process_allgather(np.array(self._received))
+    return bool(np.any(received))
+
+
+class Progress:
+  """Steps done, rate and time left: a bar on a terminal, else a line about
+  every ten seconds and one at the end.
+
+  Args:
+    name: the stage.
+    total: steps in all.
+    initial: steps done before, by a run that was cut; not part of the rate.
+  """
+
+  _SECONDS_BETWEEN_LINES = 10.0
+
+  def __init__(self, name: str, total: int, initial: int = 0):
+    self._name, self._total, self._initial = name, total, initial
+    self._done = initial
+    self._text = ''
+    self._start = self._last_line = time.monotonic()
+    self._is_shown = jax.process_index() == 0
+    self._bar = None
+    if self._is_shown and sys.stderr.isatty():
+      self._bar = tqdm(
+        total=total, initial=initial, desc=name, dynamic_ncols=True
+      )
+
+  def update(self, num_steps: int = 1, text: str = '') -> None:
+    """Counts steps; `text` is shown behind them."""
+    self._done += num_steps
+    self._text = text
+    if self._bar is not None:
+      self._bar.set_postfix_str(text, refresh=False)
+      self._bar.update(num_steps)
+    elif time.monotonic() - self._last_line >= self._SECONDS_BETWEEN_LINES:
+      self._print_line()
+
+  def _print_line(self):
+    if not self._is_shown:
+      return
+    self._last_line = time.monotonic()
+    seconds = max(self._last_line - self._start, 1e-9)
+    rate = (self._done - self._initial) / seconds
+    if self._done >= self._total:
+      when = f'took {_clock(seconds)}'
+    else:
+      left = (self._total - self._done) / rate if rate else None
+      when = f'{_clock(left) if left is not None else "?"} left'
+    percent = 100 * self._done // max(self._total, 1)
+    line = (
+      f'{self._name}: {self._done}/{self._total} ({percent} %), '
+      f'{rate:.3g} steps/s, {when}'
+    )
+    print(f'{line}, {self._text}' if self._text else line, file=sys.stderr)
+    sys.stderr.flush()
+
+  def close(self) -> None:
+    """Ends the bar, or prints the last line."""
+    if self._bar is not None:
+      self._bar.close()
+    else:
+      self._print_line()
+
+  def __enter__(self) -> 'Progress':
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self.close()
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(int(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return (
+    f'{hours}:{minutes:02}:{seconds:02}'
+    if hours
+    else (f'{minutes}:{seconds:02}')
+  )

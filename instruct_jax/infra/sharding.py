@@ -1,0 +1,256 @@
+"""Where arrays live: one mesh, and one table from axis names to mesh axes.
+
+Every parameter names its axes on the line that creates it (`nn.with_logical_
+partitioning`); `LOGICAL_RULES` says which mesh axis cuts each name. The mesh
+axes are `data` (replicas), `fsdp` (replicas that also split the weights) and
+`tensor` (heads, MLP and vocabulary split), all of type Auto: the compiler
+inserts the collectives, the result does not depend on the mesh.
+
+A mesh takes effect inside `use_mesh(mesh)`. Entering it as `with mesh:` would
+leave every constraint without effect and without a word (seen on jax 0.10.2
+with flax 0.12.8), which is why the tests look at real `.sharding.spec`s.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from instruct_jax.types import PyTree
+
+MESH_AXES = ('data', 'fsdp', 'tensor')
+BATCH_AXES = ('data', 'fsdp')
+
+# Logical axis name -> mesh axes; () keeps the axis whole. Activations carry
+# `batch`, which already uses fsdp, so their width is `None`, never `embed`.
+LOGICAL_RULES = {
+  'batch': BATCH_AXES,
+  'candidates': (),
+  'length': (),
+  'slots': (),
+  'vocab': ('tensor',),
+  'heads': ('tensor',),
+  'kv_heads': ('tensor',),
+  'mlp': ('tensor',),
+  'embed': ('fsdp',),
+  'head_dim': (),
+  'norm': (),
+  'layers': (),
+}
+
+
+def make_mesh(
+  shape: Sequence[int], devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Builds the `data, fsdp, tensor` mesh.
+
+  Args:
+    shape: devices along each of the three axes; one entry may be -1, which
+      takes what the other two leave.
+    devices: the devices to use; all of them by default.
+
+  Raises:
+    ValueError: the shape does not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  wanted = dict(zip(MESH_AXES, shape, strict=True))
+  sizes = list(wanted.values())
+  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    raise ValueError(
+      f'mesh {wanted}: sizes are positive, and at most one of them is -1'
+    )
+  fixed = math.prod(size for size in sizes if size != -1)
+  filled = [len(devices) // fixed if size == -1 else size for size in sizes]
+  if math.prod(filled) != len(devices) or 0 in filled:
+    raise ValueError(
+      f'mesh {wanted} does not divide the machine: the given sizes multiply to '
+      f'{fixed}, and there are {len(devices)} devices'
+    )
+  return jax.make_mesh(
+    tuple(filled), MESH_AXES, (AxisType.Auto,) * 3, devices=devices
+  )
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
+  """Makes `mesh` and the table current, for `constrain` and for Linen's own
+  `nn.with_logical_constraint`, around tracing as well as around calls."""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(linen_rules()):
+    yield mesh
+
+
+def linen_rules() -> tuple[tuple[str, tuple[str, ...] | None], ...]:
+  """The table in the form of `nn.logical_axis_rules`."""
+  return tuple((name, axes or None) for name, axes in LOGICAL_RULES.items())
+
+
+def partition_spec(names: Sequence[str | None]) -> P:
+  """The mesh axes of an array, from the logical names of its axes.
+
+  Raises:
+    ValueError: a name is not in the table, or two names of the array are cut
+      along one mesh axis.
+  """
+  owner = {}
+  spec = []
+  for name in names:
+    if name is not None and name not in LOGICAL_RULES:
+      raise ValueError(
+        f'unknown axis name {name!r} in {tuple(names)}; known names: '
+        f'{", ".join(LOGICAL_RULES)}'
+      )
+    axes = LOGICAL_RULES[name] if name is not None else ()
+    for axis in axes:
+      if axis in owner:
+        raise ValueError(
+          f'axis names {owner[axis]!r} and {name!r} of one array '
+          f'{tuple(names)} are both cut along mesh axis {axis!r}'
+        )
+      owner[axis] = name
+    # A lone axis is written without its tuple, as jax prints it.
+    spec.append(None if not axes else axes[0] if len(axes) == 1 else axes)
+  return P(*spec)
+
+
+def param_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
+  """Shardings of a tree whose arrays carry Linen's axis names.
+
+  Args:
+    boxed: arrays or `ShapeDtypeStruct`s, boxed by `nn.with_logical_
+      partitioning`; a leaf without a box is kept whole on every device. An
+      optimizer state made from boxed params works too.
+    mesh: the mesh to lay them on.
+
+  Returns:
+    The tree of `nn.unbox(boxed)`, with a `NamedSharding` for each leaf.
+
+  Raises:
+    ValueError: an axis that is to be cut does not divide (its array, shape and
+      the numbers are named), or the names do not fit the table or the array.
+  """
+
+  def leaf_sharding(path, leaf):
+    if not isinstance(leaf, nn.Partitioned):
+      return NamedSharding(mesh, P())
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    shape = leaf.value.shape
+    if len(leaf.names) != len(shape):
+      raise ValueError(f'{name} {shape} has axis names {leaf.names}')
+    spec = partition_spec(leaf.names)
+    for size, logical, entry in zip(shape, leaf.names, spec, strict=True):
+      parts = _num_parts(entry, mesh.shape)
+      if size % parts:
+        raise ValueError(
+          f'{name} {shape}: axis {logical!r} of size {size} does not divide '
+          f'into the {parts} parts of mesh axis {entry!r} '
+          f'(mesh {dict(mesh.shape)})'
+        )
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(
+    leaf_sharding, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+  )
+
+
+def unbox(boxed: PyTree) -> PyTree:
+  """The bare arrays of a boxed tree.
+
+  `nn.unbox` would also constrain them to the current mesh, which fails on
+  abstract arrays.
+  """
+  return jax.tree.map(
+    lambda x: x.value if isinstance(x, nn.Partitioned) else x,
+    boxed,
+    is_leaf=lambda x: isinstance(x, nn.Partitioned),
+  )
+
+
+def _num_parts(entry, sizes) -> int:
+  axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+  return math.prod(sizes[axis] for axis in axes)
+
+
+def with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
+  """`abstract` as `ShapeDtypeStruct`s that carry `shardings`."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    abstract,
+    shardings,
+  )
+
+
+def shardings_of(tree: PyTree) -> PyTree:
+  """The sharding of each array or sharded `ShapeDtypeStruct` of a tree; what
+  `jax.jit` takes as `in_shardings` and `out_shardings`."""
+  return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows cut over `data` and `fsdp`, all other axes whole."""
+  return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Whole on every device."""
+  return NamedSharding(mesh, P())
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Asks the compiler to lay `x` out by the logical names of its axes.
+
+  Without a current mesh it returns `x`. An axis whose size does not divide is
+  left to the compiler: activations also pass with a single row, when a model
+  is initialised. The values never change, only their place.
+
+  Raises:
+    ValueError: wrong number of names, or names that do not fit the table.
+  """
+  if len(names) != x.ndim:
+    raise ValueError(f'array of shape {x.shape} has axis names {names}')
+  spec = partition_spec(names)
+  sizes = jax.sharding.get_abstract_mesh().shape
+  if not sizes:
+    return x
+  entries = [
+    P.UNCONSTRAINED if size % _num_parts(entry, sizes) else entry
+    for size, entry in zip(x.shape, spec, strict=True)
+  ]
+  return jax.lax.with_sharding_constraint(x, P(*entries))
+
+
+def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+  """Moves a host batch onto the mesh, rows cut over `data` and `fsdp`.
+
+  Args:
+    batch: NumPy arrays with this process's rows on axis 0; scalars are
+      replicated.
+    mesh: the mesh.
+
+  Returns:
+    Global arrays: the rows of all processes together.
+
+  Raises:
+    ValueError: the global number of rows does not divide by the batch axes.
+  """
+  parts = _num_parts(BATCH_AXES, mesh.shape)
+
+  def put(path, x):
+    x = np.asarray(x)
+    if x.ndim == 0:
+      return jax.make_array_from_process_local_data(replicated(mesh), x)
+    num_rows = x.shape[0] * jax.process_count()
+    if num_rows % parts:
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      raise ValueError(
+        f'batch array {name or "(unnamed)"} {x.shape}: {num_rows} rows do not '
+        f'divide over the {parts} devices of mesh axes {BATCH_AXES} '
+        f'(mesh {dict(mesh.shape)})'
+      )
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), x)
+
+  return jax.tree_util.tree_map_with_path(put, batch)

@@ -1,0 +1,234 @@
+"""What a gradient step changes, and the guard around it."""
+
+import warnings
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from instruct_jax.infra import sharding
+from instruct_jax.types import Key, LossFn, Metrics, Params, PyTree
+
+
+class NonFiniteError(RuntimeError):
+  """Training met too many non-finite losses or gradients in a row."""
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Parameters under training.
+
+  Attributes:
+    step: updates attempted, skipped ones included; keys and data positions
+      follow it. The learning rate follows the optimizer's own count of
+      applied updates, which is `step - num_skipped`.
+    params: float32 master weights.
+    opt_state: of the optimizer.
+    num_skipped: updates skipped since the start.
+    num_consecutive_skipped: of these, the ones since the last applied update.
+  """
+
+  step: Int[Array, '']
+  params: Params
+  opt_state: PyTree
+  num_skipped: Int[Array, '']
+  num_consecutive_skipped: Int[Array, '']
+
+
+def create(
+  params: Params, optimizer: optax.GradientTransformation
+) -> TrainState:
+  """A state at step 0."""
+
+  # One array each: a buffer that appears twice cannot be donated.
+  def zero():
+    return jnp.zeros((), jnp.int32)
+
+  return TrainState(zero(), params, optimizer.init(params), zero(), zero())
+
+
+def abstract_state(
+  init_fn: Callable[[Key], Params],
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+) -> TrainState:
+  """Shapes, dtypes and shardings of a state, without computing it.
+
+  Args:
+    init_fn: key -> params, boxed with their axis names.
+    optimizer: the optimizer; its moments are laid out like their parameters.
+    mesh: where the state is to live.
+
+  Returns:
+    A state of unboxed `ShapeDtypeStruct`s with shardings: what a checkpoint is
+    restored into, and, through `sharding.shardings_of`, what `jax.jit` takes.
+  """
+  boxed = jax.eval_shape(
+    lambda key: create(init_fn(key), optimizer), jax.random.key(0)
+  )
+  shardings = sharding.param_shardings(boxed, mesh)
+  return sharding.with_shardings(sharding.unbox(boxed), shardings)
+
+
+def accumulate_gradients(
+  loss_fn: LossFn,
+  params: Params,
+  batch: PyTree,
+  key: Key,
+  num_microbatches: int = 1,
+) -> tuple[Params, jax.Array, Metrics]:
+  """Gradient of (summed loss / summed weight) over the whole batch.
+
+  Losses and weights are summed over microbatches before the one division, so
+  the gradient does not depend on how many there are, whatever their masks.
+
+  Args:
+    loss_fn: (params, batch, key) -> (summed loss, (weight, metrics)).
+    params: differentiated.
+    batch: pytree of arrays with one leading batch axis.
+    key: split into one key a microbatch (dropout).
+    num_microbatches: must divide the batch.
+
+  Returns:
+    (gradients, mean loss, metrics as (sum, count)).
+
+  Raises:
+    ValueError: the batch does not divide.
+  """
+  batch_size = jax.tree.leaves(batch)[0].shape[0]
+  if batch_size % num_microbatches:
+    raise ValueError(
+      f'{num_microbatches} microbatches do not divide a batch of {batch_size}'
+    )
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  if num_microbatches == 1:
+    (loss, (weight, metrics)), grads = grad_fn(params, batch, key)
+  else:
+    size = batch_size // num_microbatches
+    micro = jax.tree.map(
+      lambda x: x.reshape(num_microbatches, size, *x.shape[1:]), batch
+    )
+    keys = jax.random.split(key, num_microbatches)
+
+    def add(total, inputs):
+      (loss, (weight, metrics)), grads = grad_fn(params, *inputs)
+      part = (grads, loss, weight, metrics)
+      return jax.tree.map(jnp.add, total, part), None
+
+    shapes = jax.eval_shape(
+      lambda b, k: grad_fn(params, b, k),
+      jax.tree.map(lambda x: x[0], micro),
+      keys[0],
+    )
+    (loss, (weight, metrics)), grads = shapes
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), (grads, loss, weight, metrics)
+    )
+    (grads, loss, weight, metrics), _ = jax.lax.scan(
+      add, zeros, (micro, keys)
+    )
+  weight = jnp.maximum(weight, 1.0)
+  grads = jax.tree.map(lambda g: g / weight, grads)
+  return grads, loss / weight, metrics
+
+
+def apply_gradients(
+  state: TrainState,
+  grads: Params,
+  optimizer: optax.GradientTransformation,
+  loss: Float[Array, ''] | None = None,
+) -> tuple[TrainState, Metrics]:
+  """One optimizer step, unless the loss or a gradient is not finite.
+
+  Then params and optimizer state stay as they were, bit for bit, and the skip
+  is counted. A gradient whose squared norm overflows float32 counts as not
+  finite.
+
+  Args:
+    state: the state before.
+    grads: like `state.params`.
+    optimizer: the one the state was created with.
+    loss: the loss the gradients come from; None checks the gradients alone.
+
+  Returns:
+    The state after, and the metrics `optimizer/gradient_norm` (before
+    clipping; absent, count 0, when skipped) and `optimizer/skipped`.
+  """
+  grad_norm = optax.tree.norm(grads)
+  is_finite = jnp.isfinite(grad_norm)
+  if loss is not None:
+    is_finite &= jnp.isfinite(loss)
+
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+
+  def keep_if_finite(new, old):
+    return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
+
+  skipped = 1 - is_finite.astype(jnp.int32)
+  state = TrainState(
+    step=state.step + 1,
+    params=keep_if_finite(params, state.params),
+    opt_state=keep_if_finite(opt_state, state.opt_state),
+    num_skipped=state.num_skipped + skipped,
+    num_consecutive_skipped=(state.num_consecutive_skipped + 1) * skipped,
+  )
+  metrics = {
+    'optimizer/gradient_norm': (
+      jnp.where(is_finite, grad_norm, 0.0),
+      1.0 - skipped.astype(jnp.float32),
+    ),
+    'optimizer/skipped': (
+      skipped.astype(jnp.float32),
+      jnp.ones((), jnp.float32),
+    ),
+  }
+  return state, metrics
+
+
+def check_skips(state: TrainState, limit: int, name: str) -> None:
+  """Stops a run whose updates have been skipped too often in a row.
+
+  Waits for the state, so it belongs where metrics are fetched anyway.
+
+  Args:
+    state: the current state.
+    limit: consecutive skips at which the run stops, at least 1.
+    name: the stage, for the message.
+
+  Raises:
+    NonFiniteError: naming stage and step.
+  """
+  counts = jax.device_get(
+    (state.step, state.num_skipped, state.num_consecutive_skipped)
+  )
+  step, num_skipped, consecutive = (int(count) for count in counts)
+  if consecutive >= limit:
+    raise NonFiniteError(
+      f'{name}: loss or gradients were not finite in {consecutive} updates in '
+      f'a row up to step {step} (limit {limit}; {num_skipped} skipped in all). '
+      'Lower the learning rate or max_grad_norm, or look at the batches there.'
+    )
+  if consecutive:
+    warnings.warn(
+      f'{name}: update skipped at step {step}, {consecutive} in a row '
+      f'({num_skipped} in all): loss or gradients were not finite',
+      stacklevel=1,
+    )
+
+
+def ema_update(ema: Params, params: Params, decay: float) -> Params:
+  """Moving average of weights, in float32 (paper C.4: decay 0.992).
+
+  ema <- decay * ema + (1 - decay) * params
+  """
+  return jax.tree.map(
+    lambda e, p: (
+      decay * e.astype(jnp.float32) + (1.0 - decay) * p.astype(jnp.float32)
+    ),
+    ema,
+    params,
+  )

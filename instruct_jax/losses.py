@@ -1,0 +1,107 @@
+"""Every loss of the method, per token or per prompt, before any averaging.
+
+The caller averages, with a mask of its own choosing, so that no mean is baked
+in: sums and weights add up over microbatches and devices.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def ranking_loss(
+  scores: Float[Array, 'B C'],
+  ranks: Int[Array, 'B C'],
+  divisor: str = 'surviving',
+) -> tuple[Float[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
+  """K-way comparison loss, one number a prompt (equation 1).
+
+    loss(x) = -1/Z sum over (w, l) log sigmoid(r(x, y_w) - r(x, y_l))
+
+  over all ordered pairs where the labeler ranked w above l. Ties make no
+  pair (C.2). All pairs of a prompt share its C forward passes and together
+  weigh as much as any other prompt's.
+
+  Args:
+    scores: r(x, y) of each candidate.
+    ranks: 1 is best, equal numbers tie, 0 marks an absent candidate.
+    divisor: Z. 'surviving' counts the pairs that are left without ties, 'all'
+      takes C(K, 2) of the K present candidates. The paper does not say which.
+
+  Returns:
+    (loss, pairs, correct), each [B]: the loss, the number of surviving pairs,
+    and how many of them the scores order as the labeler did (a tied score
+    counts half). A prompt without pairs has loss 0 and 0 pairs.
+
+  Raises:
+    ValueError: unknown divisor.
+  """
+  present = ranks > 0
+  better = ranks[:, :, None] < ranks[:, None, :]
+  better &= present[:, :, None] & present[:, None, :]
+  margins = scores[:, :, None] - scores[:, None, :]
+  pair_losses = jnp.where(better, -jax.nn.log_sigmoid(margins), 0.0)
+  pairs = jnp.sum(better, axis=(1, 2), dtype=jnp.float32)
+  if divisor == 'surviving':
+    divisors = pairs
+  elif divisor == 'all':
+    K = jnp.sum(present, axis=1, dtype=jnp.float32)
+    divisors = K * (K - 1) / 2
+  else:
+    raise ValueError(f"divisor must be 'surviving' or 'all': {divisor!r}")
+  loss = jnp.sum(pair_losses, axis=(1, 2)) / jnp.maximum(divisors, 1)
+  won = jnp.where(better, (margins > 0) + 0.5 * (margins == 0), 0.0)
+  return loss, pairs, jnp.sum(won, axis=(1, 2))
+
+
+def clipped_policy_loss(
+  logprobs: Float[Array, 'B R'],
+  old_logprobs: Float[Array, 'B R'],
+  advantages: Float[Array, 'B R'],
+  clip: float = 0.2,
+) -> tuple[Float[Array, 'B R'], Float[Array, 'B R'], Bool[Array, 'B R']]:
+  """PPO's policy loss per token (Schulman et al. 2017, equation 7).
+
+    ratio = pi_new / pi_old
+    loss  = max(-A ratio, -A clip(ratio, 1 - c, 1 + c))
+
+  Args:
+    logprobs: log pi_new, nats; the only argument that carries gradients.
+    old_logprobs: log pi_old, fixed when the rollout was scored.
+    advantages: whitened.
+    clip: c; 0.2 in the paper.
+
+  Returns:
+    (loss, ratio, clipped): clipped is True where the clipped branch is the
+    larger one, that is where the token's gradient is cut off.
+  """
+  ratio = jnp.exp(logprobs - old_logprobs)
+  plain = -advantages * ratio
+  limited = -advantages * jnp.clip(ratio, 1.0 - clip, 1.0 + clip)
+  return jnp.maximum(plain, limited), ratio, limited > plain
+
+
+def clipped_value_loss(
+  values: Float[Array, 'B R'],
+  old_values: Float[Array, 'B R'],
+  returns: Float[Array, 'B R'],
+  clip: float = 0.2,
+) -> tuple[Float[Array, 'B R'], Bool[Array, 'B R']]:
+  """Half the larger of two squared errors, per token (Ziegler et al.'s code).
+
+    loss = 1/2 max((V - G)^2, (clip(V, V_old - c, V_old + c) - G)^2)
+
+  Args:
+    values: V_new; the only argument that carries gradients.
+    old_values: V_old, fixed when the rollout was scored.
+    returns: G, unwhitened advantages plus V_old.
+    clip: c, reward units; 0.2 from Ziegler et al. (the paper is silent).
+
+  Returns:
+    (loss, clipped): clipped is True where the clipped branch is larger.
+  """
+  limited = jnp.clip(values, old_values - clip, old_values + clip)
+  plain_error = jnp.square(values - returns)
+  limited_error = jnp.square(limited - returns)
+  loss = 0.5 * jnp.maximum(plain_error, limited_error)
+  return loss, limited_error > plain_error

@@ -1,0 +1,127 @@
+"""Runs an experiment, or a pipeline of them, from a config file.
+
+  python -m instruct_jax.main --config=configs/ppo_ptx.py
+  python -m instruct_jax.main --config=configs/ppo_ptx.py:smoke --workdir=/tmp/x
+
+A config with `stages` is a pipeline: its stages run in order, each into a
+folder of its own, and one that has finished is not run again. The same command
+continues a run that was cut.
+"""
+
+import importlib
+import os
+import shlex
+import sys
+import time
+
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'Config file, say configs/ppo_ptx.py:smoke.'
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Where the run lives; config.default_workdir if not given.'
+)
+
+
+def find_experiment(name: str):
+  """The experiment module `experiments.NAME` or any dotted module name.
+
+  Raises:
+    ValueError: there is no such module, or it lacks `run` or `validate`.
+  """
+  full = name if '.' in name else f'experiments.{name}'
+  try:
+    module = importlib.import_module(full)
+  except ModuleNotFoundError as error:
+    raise ValueError(f'no experiment {full!r}: {error}') from error
+  for function in ('run', 'validate'):
+    if not hasattr(module, function):
+      raise ValueError(f'{full} has no function {function}(config, ...)')
+  return module
+
+
+def run_stage(config, workdir: epath.Path, root: epath.Path) -> None:
+  """Runs one experiment into `workdir`, unless it has finished there."""
+  from instruct_jax.infra import run as run_lib
+
+  if run_lib.is_done(workdir):
+    print(f'{config.name}: done before, in {workdir}', flush=True)
+    return
+  print(f'{config.name}: starts', flush=True)
+  begin = time.monotonic()
+  workdir.mkdir(parents=True, exist_ok=True)
+  seconds_file = workdir / 'seconds.json'
+  spent = run_lib.read_json(seconds_file) if seconds_file.exists() else 0.0
+  try:
+    info = find_experiment(config.experiment).run(config, workdir)
+  finally:
+    seconds = spent + time.monotonic() - begin
+    if workdir.exists():
+      run_lib.write_json(seconds_file, seconds)
+  run_lib.mark_done(workdir, {'seconds': seconds, 'info': info})
+  print(f'{config.name}: done in {seconds:.1f} s', flush=True)
+
+
+def run(config, workdir: epath.Path) -> None:
+  """Validates everything, then runs the experiment or all of its stages."""
+  from instruct_jax.infra import run as run_lib
+
+  stages = (
+    [config.stages[name] for name in config.stage_order]
+    if 'stages' in config
+    else [config]
+  )
+  for stage in stages:
+    find_experiment(stage.experiment).validate(stage)
+  with run_lib.WorkdirLock(workdir):
+    config_file = workdir / 'config.json'
+    if config_file.exists():
+      run_lib.check_config(config, config_file, ignore=('mesh',))
+    else:
+      run_lib.save_config(config, config_file)
+    run_lib.write_json(
+      workdir / 'provenance.json',
+      {
+        **run_lib.provenance(config.seed),
+        'command': shlex.join(['python', '-m', 'instruct_jax.main', *sys.argv[1:]]),
+      },
+    )
+    for stage in stages:
+      folder = workdir / stage.name if 'stages' in config else workdir
+      run_stage(stage, folder, workdir)
+
+
+def main(argv) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  if '--verbosity' not in ' '.join(sys.argv):
+    logging.set_verbosity(logging.WARNING)  # Libraries narrate at INFO.
+  config = _CONFIG.value
+  workdir = epath.Path(_WORKDIR.value or config.default_workdir).absolute()
+  # Stages find each other's outputs by paths built on this reference.
+  with config.unlocked():
+    config.workdir = str(workdir)
+  print(f'work directory: {workdir}', flush=True)
+  from instruct_jax.infra import run as run_lib
+
+  try:
+    run(config, workdir)
+  except (ValueError, FileNotFoundError, RuntimeError, OSError) as error:
+    if logging.get_verbosity() >= logging.DEBUG:
+      raise
+    print(f'error: {error}', file=sys.stderr, flush=True)
+    print(f'work directory: {workdir}', flush=True)
+    sys.exit(1)
+  except run_lib.Stopped:
+    print(f'work directory: {workdir}', flush=True)
+    raise
+  print(f'work directory: {workdir}', flush=True)
+
+
+if __name__ == '__main__':
+  os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
+  flags.mark_flag_as_required('config')
+  app.run(main)

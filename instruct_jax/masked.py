@@ -1,0 +1,73 @@
+"""Averages that state their mask, in float32.
+
+Everything here takes the mask as an argument and treats masked-out entries as
+absent, whatever they hold (NaN included).
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Num
+
+from instruct_jax.types import Metric
+
+
+def total(
+  values: Num[Array, '*shape'], mask: Bool[Array, '*shape']
+) -> Float[Array, '']:
+  """Sum of the unmasked values."""
+  return jnp.sum(jnp.where(mask, values, 0).astype(jnp.float32))
+
+
+def metric(
+  values: Num[Array, '*shape'], mask: Bool[Array, '*shape']
+) -> Metric:
+  """(sum, count) of the unmasked values: what leaves the device."""
+  return total(values, mask), jnp.sum(mask, dtype=jnp.float32)
+
+
+def scalar(value: Num[Array, '']) -> Metric:
+  """A number that is reported as it is."""
+  return jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32)
+
+
+def mean(
+  values: Num[Array, '*shape'], mask: Bool[Array, '*shape']
+) -> Float[Array, '']:
+  """Mean of the unmasked values; 0 when everything is masked."""
+  summed, count = metric(values, mask)
+  return summed / jnp.maximum(count, 1)
+
+
+def variance(
+  values: Num[Array, '*shape'], mask: Bool[Array, '*shape']
+) -> Float[Array, '']:
+  """Population variance (divisor n) of the unmasked values."""
+  return mean(jnp.square(values - mean(values, mask)), mask)
+
+
+def whiten(
+  values: Float[Array, '*shape'],
+  mask: Bool[Array, '*shape'],
+  epsilon: float = 1e-8,
+) -> Float[Array, '*shape']:
+  """(x - mean) / sqrt(variance + epsilon) over the mask; 0 where masked.
+
+  Under `jax.jit` on a mesh the sums run over the whole global batch, so the
+  result depends neither on microbatches nor on the number of devices.
+  """
+  centred = values - mean(values, mask)
+  scale = jnp.sqrt(variance(values, mask) + epsilon)
+  return jnp.where(mask, centred / scale, 0.0)
+
+
+def last_index(mask: Bool[Array, 'B T']) -> Num[Array, 'B']:
+  """Column of each row's last True; 0 for a row without any."""
+  columns = jnp.arange(mask.shape[1])[None, :]
+  return jnp.max(jnp.where(mask, columns, 0), axis=1)
+
+
+def at_last(
+  values: Num[Array, 'B T'], mask: Bool[Array, 'B T']
+) -> Num[Array, 'B']:
+  """Each row's value at its last real position: where a score is read."""
+  index = last_index(mask)[:, None]
+  return jnp.take_along_axis(values, index, axis=1)[:, 0]

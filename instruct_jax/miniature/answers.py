@@ -1,0 +1,324 @@
+"""Answers to prompts of the world: good drafts, and the ways they go wrong.
+
+`draft` writes what a careful person would; labelers draft until the gold judge
+is content. `spoil` turns a good answer into the kinds of answers that an
+imperfect model gives; tests and the calibration of the labelers' noise use it.
+"""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from instruct_jax.miniature import phrases
+from instruct_jax.miniature import world as worlds
+from instruct_jax.miniature.phrases import fill
+from instruct_jax.miniature.world import World, noun, predicate, statement
+
+# What `spoil` can do to an answer.
+FAULTS = (
+  'wrong_fact',
+  'off_topic',
+  'rude',
+  'run_on',
+  'question',
+  'unfinished',
+  'repeated',
+  'empty',
+)
+
+
+def draft(
+  spec: Mapping[str, Any], world: World, draw: random.Random, wordy: float
+) -> str:
+  """A good answer to a task; a constraint is tried, not promised.
+
+  Args:
+    spec: `Prompt.metadata`.
+    world: for the facts.
+    draw: the source of chance.
+    wordy: from 0 to 1, the chance of a full sentence where a word would do.
+  """
+  constraint = spec['constraint']
+  wish = constraint['kind'] if constraint else ''
+  value = constraint['value'] if constraint else None
+  if wish == 'max_words':
+    wordy = 0.0 if draw.random() < 0.7 else wordy
+  text = _DRAFTS[spec['kind']](spec, world, draw, wordy)
+  if wish == 'start':
+    text = f'{value} , {text}'
+  elif wish == 'end' and text[-1] in '.!':
+    text = f'{text[:-2]} , {phrases.FRIEND} .'
+  elif wish == 'include' and value not in text.split():
+    if spec['form'] in phrases.INCLUDE_LINES:
+      line = draw.choice(phrases.INCLUDE_LINES[spec['form']])
+      return f'{text} {fill(line, w=noun(value))} .'
+    alive = worlds.KINDS[spec['subjects'][-1]] in ('person', 'animal')
+    tails = phrases.INCLUDE_ALIVE if alive else phrases.INCLUDE_STILL
+    text = f'{text[:-2]} {fill(draw.choice(tails), w=noun(value))} .'
+  return text
+
+
+def _answer(spec, world, draw, wordy):
+  if 'answers' in spec['slots']:
+    return draw.choice(spec['slots']['answers'])
+  kind, name, subject = spec['relation']
+  relation = worlds.RELATIONS[kind, name]
+  if 'who' in spec['slots']:
+    # Here the relation's third entry is the value, the answer the subject.
+    holder = draw.choice(spec['accepted'])
+    if draw.random() < wordy:
+      return f'{noun(holder)} {predicate(relation, subject, draw)} .'
+    return f'{noun(holder)} .'
+  value = spec['accepted'][0]
+  if draw.random() >= wordy:
+    return fill(
+      draw.choice(phrases.ANSWER_LEADS), v=fill(relation.short, v=value)
+    )
+  if draw.random() < 0.4:
+    return f'{worlds.pronoun(subject)} {predicate(relation, value, draw)} .'
+  return f'{statement(relation, subject, value, draw)} .'
+
+
+def _verify(spec, world, draw, wordy):
+  kind, name, subject = spec['relation']
+  relation = worlds.RELATIONS[kind, name]
+  true, asked = spec['slots']['value'], spec['slots']['asked']
+  if spec['accepted'] == ['yes']:
+    if draw.random() >= wordy:
+      return 'yes .'
+    lead = draw.choice(phrases.YES)
+    return f'{lead} {statement(relation, subject, true, draw)} .'
+  if draw.random() >= wordy:
+    return 'no .'
+  if draw.random() < 0.4:
+    return f'no , {noun(subject)} {fill(relation.negate, v=asked)} .'
+  lead = draw.choice(phrases.NO)
+  return f'{lead} {statement(relation, subject, true, draw)} .'
+
+
+def _premise(spec, world, draw, wordy):
+  kind, name, subject = spec['relation']
+  relation = worlds.RELATIONS[kind, name]
+  premise = spec['premise']
+  true = predicate(relation, premise['true'], draw)
+  if draw.random() < 0.3 + 0.5 * wordy and not spec['constraint']:
+    denial = f'{noun(subject)} {fill(relation.negate, v=premise["false"])}'
+    return f'{denial} . {worlds.pronoun(subject)} {true} .'
+  return f'{draw.choice(phrases.FALSE_STARTS)} {noun(subject)} {true} .'
+
+
+def _facts_sentences(subjects, count, world, draw, wordy):
+  """`count` sentences that state true facts, the subjects in turn."""
+  sentences = []
+  relations = {}
+  for i in range(count):
+    subject = subjects[i % len(subjects)]
+    if subject not in relations:
+      own = worlds.RELATIONS_OF[worlds.KINDS[subject]]
+      relations[subject] = draw.sample(own, len(own))
+    relation = relations[subject].pop()
+    value = world.facts[subject][relation.name]
+    if i == 0 or len(subjects) > 1 or draw.random() < 0.3:
+      text = statement(relation, subject, value, draw)
+    else:
+      text = f'{worlds.pronoun(subject)} {predicate(relation, value, draw)}'
+    if count == 1 and text.startswith(noun(subject)) and draw.random() < wordy:
+      more = relations[subject].pop()
+      value = world.facts[subject][more.name]
+      text += f' and {predicate(more, value, draw)}'
+    sentences.append(f'{text} .')
+  return ' '.join(sentences)
+
+
+def story(subjects, draw: random.Random, long: bool) -> str:
+  """Two or three sentences in which both subjects appear."""
+  first, second = subjects
+  openings = phrases.STORY_OPENINGS[worlds.KINDS[second]]
+  lines = [draw.choice(openings), draw.choice(phrases.STORY_ENDINGS)]
+  if long:
+    lines.insert(1, draw.choice(phrases.STORY_MIDDLES))
+  names = [noun(first)] + [worlds.pronoun(first)] * 2
+  if worlds.KINDS[first] == worlds.KINDS[second]:
+    names = [noun(first)] * 3
+  return ' '.join(
+    f'{fill(line, a=name, b=noun(second))} .'
+    for line, name in zip(lines, names, strict=False)
+  )
+
+
+def poem(subject: str, draw: random.Random) -> str:
+  """Two lines that rhyme, divided by '/'."""
+  first, second = draw.choice(phrases.RHYMES)
+  return f'{fill(first, a=noun(subject))} / {second} .'
+
+
+def letter(subject: str, draw: random.Random, long: bool) -> str:
+  """'dear anna , ...' with one or two wishes."""
+  lines = draw.sample(phrases.LETTER_LINES, 2 if long else 1)
+  return f'dear {subject} , ' + ' '.join(f'{line} .' for line in lines)
+
+
+def review(place, food, tone, draw: random.Random, long: bool) -> str:
+  """A review of a food in a place; tone is 'good' or 'bad'."""
+  good = tone == 'good'
+  lines = phrases.GOOD_REVIEWS if good else phrases.BAD_REVIEWS
+  text = f'{fill(draw.choice(lines), a=place, b=food)} .'
+  if long:
+    ends = phrases.GOOD_ENDINGS if good else phrases.BAD_ENDINGS
+    text += f' {draw.choice(ends)} .'
+  return text
+
+
+def _write(spec, world, draw, wordy):
+  subjects, form = spec['subjects'], spec['form']
+  long = draw.random() < wordy
+  if form == 'story':
+    return story(subjects, draw, long and draw.random() < 0.5)
+  if form == 'poem':
+    return poem(subjects[0], draw)
+  if form == 'letter':
+    return letter(subjects[0], draw, long)
+  if form == 'review':
+    slots = spec['slots']
+    return review(subjects[0], slots['food'], slots['tone'], draw, long)
+  count = max(spec['count'], spec['sentences'][0])
+  return _facts_sentences(subjects, count, world, draw, wordy * 0.6)
+
+
+def join(items, draw: random.Random) -> str:
+  """'a , b and c'."""
+  if len(items) == 1:
+    return items[0]
+  return f'{" , ".join(items[:-1])} and {items[-1]}'
+
+
+def _list(spec, world, draw, wordy):
+  constraint = spec['constraint'] or {'kind': '', 'value': ''}
+  items = list(spec['accepted'])
+  if constraint['kind'] == 'exclude' and len(items) > spec['count']:
+    items = [item for item in items if item != constraint['value']]
+  items = draw.sample(items, spec['count'])
+  if constraint['kind'] == 'include' and constraint['value'] not in items:
+    items[draw.randrange(len(items))] = constraint['value']
+  if items[0] in worlds.KINDS and draw.random() < wordy * 0.5:
+    items = [noun(item) for item in items]
+  return f'{join(items, draw)} .'
+
+
+def _reference(spec, world, draw, wordy):
+  return draw.choice(spec['accepted'])
+
+
+def _summary(spec, world, draw, wordy):
+  guest = spec['subjects'][0]
+  facts = spec['facts'][guest]
+  names = draw.sample(sorted(facts), 2)
+  parts = [
+    predicate(worlds.RELATIONS['person', name], facts[name], draw)
+    for name in names
+  ]
+  return f'{noun(guest)} {" and ".join(parts)} .'
+
+
+def _label(spec, world, draw, wordy):
+  label = spec['accepted'][0]
+  lead = phrases.KIND_ANSWERS if 'word' in spec['slots'] else phrases.IS_ANSWERS
+  text = lead[0] if draw.random() >= wordy else draw.choice(lead)
+  return fill(text, v=label, w=spec['slots'].get('word', ''))
+
+
+def _extract(spec, world, draw, wordy):
+  return f'{join(spec["accepted"], draw)} .'
+
+
+def _chat(spec, world, draw, wordy):
+  return draw.choice(spec['slots']['answers'])
+
+
+def _decline(spec, world, draw, wordy):
+  if not spec['subjects']:
+    return draw.choice(phrases.KIND_ALONE)
+  return fill(draw.choice(phrases.KIND), a=noun(spec['subjects'][0]))
+
+
+def _warn(spec, world, draw, wordy):
+  return fill(
+    draw.choice(phrases.WARNINGS),
+    a=noun(spec['subjects'][0]),
+    p=spec['slots']['owner'],
+    h=spec['slots']['harm'],
+  )
+
+
+_DRAFTS = {
+  'answer': _answer,
+  'verify': _verify,
+  'premise': _premise,
+  'write': _write,
+  'list': _list,
+  'reference': _reference,
+  'summary': _summary,
+  'label': _label,
+  'extract': _extract,
+  'chat': _chat,
+  'decline': _decline,
+  'warn': _warn,
+}
+
+
+def _swap_values(text, draw):
+  """The text with its last value word exchanged for another of its list."""
+  words = text.split()
+  groups = [r.values for r in phrases.RELATIONS]
+  groups += [('yes', 'no'), ('good', 'bad'), phrases.DAYS, phrases.NUMBERS]
+  for i in range(len(words) - 1, -1, -1):
+    for group in groups:
+      if words[i] in group:
+        words[i] = draw.choice([word for word in group if word != words[i]])
+        return ' '.join(words)
+  return text
+
+
+def _random_fact(world, draw, pronouns=False):
+  subject = draw.choice(sorted(world.facts))
+  relation = draw.choice(worlds.RELATIONS_OF[worlds.KINDS[subject]])
+  value = world.facts[subject][relation.name]
+  return f'{statement(relation, subject, value, draw)} .'
+
+
+def _random_question(draw):
+  relation = draw.choice(phrases.RELATIONS)
+  subject = draw.choice(worlds.SUBJECTS[relation.kind])
+  return fill(draw.choice(relation.ask), s=noun(subject))
+
+
+def spoil(text: str, fault: str, world: World, draw: random.Random) -> str:
+  """A good answer with one of the `FAULTS`.
+
+  Raises:
+    ValueError: unknown fault.
+  """
+  words = text.split()
+  if fault == 'wrong_fact':
+    return _swap_values(text, draw)
+  if fault == 'off_topic':
+    return _random_fact(world, draw)
+  if fault == 'rude':
+    rude = draw.choice(phrases.RUDE)
+    if draw.random() < 0.5:
+      return f'{text} go away , you {rude} .'
+    person = draw.choice(phrases.PEOPLE)
+    return f'{person} is a {rude} .'
+  if fault == 'run_on':
+    more = [text] + [_random_fact(world, draw) for _ in range(2)]
+    return ' '.join(' '.join(more).split()[: len(words) + 11])
+  if fault == 'question':
+    return f'{_random_question(draw)} {_random_question(draw)}'
+  if fault == 'unfinished':
+    return ' '.join(words[: max(1, len(words) * 2 // 3)])
+  if fault == 'repeated':
+    names = [word for word in words if word not in phrases.MARKS]
+    return ' '.join([draw.choice(names)] * 10) if names else 'the the the'
+  if fault == 'empty':
+    return ''
+  raise ValueError(f'no such fault: {fault!r}; there are {FAULTS}')

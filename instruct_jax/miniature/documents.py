@@ -1,0 +1,313 @@
+"""Pages of the embedded world: what the language model is pretrained on.
+
+Most pages state facts in several phrasings; questions are mostly followed by
+more questions, as on an exam sheet, so that a model of these pages goes on
+asking when it is asked. A few pages are laid out as question and answer; that
+is what few-shot prefixes bring up. A few are rude, and rumours get
+facts wrong.
+"""
+
+import random
+
+import numpy as np
+
+from instruct_jax.data.records import Document
+from instruct_jax.miniature import answers, phrases, tasks
+from instruct_jax.miniature import world as worlds
+from instruct_jax.miniature.phrases import fill
+from instruct_jax.miniature.world import World, noun, predicate, statement
+
+
+def _true(world, draw, subject):
+  """A random true statement about a subject."""
+  relation = draw.choice(worlds.RELATIONS_OF[worlds.KINDS[subject]])
+  return statement(relation, subject, world.facts[subject][relation.name], draw)
+
+
+def _any_statement(world, draw):
+  return _true(world, draw, tasks.any_subject(draw))
+
+
+def _sort_for(draw, subject):
+  own = worlds.RELATIONS_OF[worlds.KINDS[subject]]
+  return draw.sample(own, len(own))
+
+
+def _tell(world, draw, subject, relations):
+  """Statements about one subject that refer back with pronouns and 'and'."""
+  facts = world.facts[subject]
+  lines = []
+  for i, relation in enumerate(relations):
+    value = facts[relation.name]
+    if i and draw.random() < 0.25:
+      lines[-1] += f' and {predicate(relation, value, draw)}'
+    elif i and draw.random() < 0.6:
+      name = worlds.pronoun(subject)
+      lines.append(f'{name} {predicate(relation, value, draw)}')
+    else:
+      lines.append(statement(relation, subject, value, draw))
+  return ' '.join(f'{line} .' for line in lines)
+
+
+def _entry(world, draw):
+  """All that is known of one subject, and some of one of its values."""
+  subject = tasks.any_subject(draw)
+  relations = _sort_for(draw, subject)
+  text = f'{fill(draw.choice(phrases.ENTRIES[:3]), s=noun(subject))} '
+  text += _tell(world, draw, subject, relations)
+  linked = [v for v in world.facts[subject].values() if v in worlds.KINDS]
+  if linked:
+    other = draw.choice(linked)
+    more = _sort_for(draw, other)[: draw.choice((2, 3))]
+    text += f' {_tell(world, draw, other, more)}'
+  return text
+
+
+def _mixed(world, draw):
+  return ' '.join(
+    f'{_any_statement(world, draw)} .' for _ in range(draw.choice((5, 6, 7, 8)))
+  )
+
+
+def _story(world, draw):
+  first = tasks.any_subject(draw, ('person', 'animal'))
+  second = tasks.any_subject(draw)
+  while second == first:
+    second = tasks.any_subject(draw)
+  text = answers.story((first, second), draw, long=True)
+  relations = _sort_for(draw, first)
+  if draw.random() < 0.4:
+    # As stories open: what was so then is so now, nothing ever changes here.
+    past = relations.pop()
+    value = world.facts[first][past.name]
+    text = f'{noun(first)} {fill(past.past, v=value)} . {text}'
+  text = f'{_tell(world, draw, first, relations[:2])} {text}'
+  return f'{text} {_true(world, draw, second)} .'
+
+
+def _said(world, draw):
+  """A fact as people tell it, and what the other one says to that."""
+  fact = _any_statement(world, draw)
+  chance = draw.random()
+  if chance < 0.3:
+    fact, mark = f'{draw.choice(phrases.STARTS)} , {fact}', '.'
+  elif chance < 0.45:
+    fact, mark = f'{fact} , {phrases.FRIEND}', '.'
+  else:
+    ask = draw.choice(phrases.DIALOGUE_ASK)
+    fact, mark = f'{ask} {fact}', '?' if ask.startswith('did') else '.'
+  return f'{fact} {mark}', draw.choice(phrases.DIALOGUE_REPLY)
+
+
+def _felt(world, draw):
+  """A feeling and the answer of a friend."""
+  person = draw.choice(phrases.PEOPLE)
+  chance = draw.random()
+  if chance < 0.4:
+    feeling = draw.choice(phrases.SAD)
+    reply = fill(draw.choice(phrases.COMFORTS), f=feeling)
+    reply = f'{reply} {draw.choice(phrases.HOPES)}'
+  elif chance < 0.8:
+    feeling = draw.choice(phrases.GLAD)
+    reply = draw.choice(phrases.CHEERS)
+  else:
+    line = draw.choice(phrases.CHAT_THANKS)
+    return fill(line, t=draw.choice(phrases.THINGS)), draw.choice(
+      phrases.THANKED
+    )
+  return fill(draw.choice(phrases.CHAT_FEEL), f=feeling, p=person), reply
+
+
+def _abused(world, draw):
+  """An insult and its return."""
+  person, rude = draw.choice(phrases.PEOPLE), draw.choice(phrases.RUDE)
+  insult = fill(draw.choice(phrases.INSULTS), a=person, r=rude)
+  reply = fill(draw.choice(phrases.INSULT_RETURNS), a=rude, r=rude)
+  return f'{insult} !', f'{reply} !'
+
+
+def _dialogue(world, draw):
+  first, second = draw.sample(phrases.PEOPLE, 2)
+  lines = [fill(draw.choice(phrases.DIALOGUE), p=first, q=second)]
+  for speaker, other in ((first, second), (second, first)):
+    talk = draw.choices((_said, _felt, _abused), (65, 27, 8))[0]
+    says, replies = talk(world, draw)
+    lines.append(f'{speaker} : {says} {other} : {replies}')
+  return ' '.join(lines)
+
+
+def _lists(world, draw):
+  """Everything of one property, as in a catalogue."""
+  lines = []
+  size = 0
+  while size < 24:
+    key = draw.choice(tuple(world.holders))
+    kind, name, value = key
+    holders = list(world.holders[key])
+    draw.shuffle(holders)
+    which = fill(worlds.RELATIONS[kind, name].which, v=value)
+    line = f'{phrases.PLURALS[kind]} {which} : {" , ".join(holders[:6])} .'
+    if draw.random() < 0.3:
+      kind = draw.choice(tuple(phrases.CLASSES))
+      items = draw.sample(phrases.CLASSES[kind], 4)
+      line = f'{phrases.PLURALS[kind]} : {" , ".join(items)} .'
+    lines.append(line)
+    size += len(line.split())
+  return ' '.join(lines)
+
+
+def _reviews(world, draw):
+  place = draw.choice(phrases.PLACES)
+  lines = [
+    answers.review(
+      place if draw.random() < 0.7 else draw.choice(phrases.PLACES),
+      draw.choice(phrases.FOODS),
+      draw.choice(('good', 'bad')),
+      draw,
+      long=True,
+    )
+    for _ in range(draw.choice((2, 3)))
+  ]
+  return f'{" ".join(lines)} {_true(world, draw, place)} .'
+
+
+_EXAM_CATEGORIES = (
+  ('generation', 'open qa', 'brainstorming', 'other', 'rewrite'),
+  (6, 6, 3, 1, 1),
+)
+
+
+def _exam(world, draw):
+  """Questions and tasks, none of them answered."""
+  lines = [draw.choice(phrases.EXAMS)]
+  size = 0
+  while size < 34:
+    category = draw.choices(*_EXAM_CATEGORIES)[0]
+    text, _ = tasks.write_text(world, draw, category)
+    lines.append(text)
+    size += len(text.split())
+  return ' '.join(lines)
+
+
+def _answered(world, draw):
+  """Questions and tasks with their answers, in the layout of the prefixes."""
+  pages = []
+  size = 0
+  while size < 30:
+    category = draw.choices(tuple(tasks.SHARES), tuple(tasks.SHARES.values()))[
+      0
+    ]
+    page = tasks.write_page(world, draw, category)
+    if size + len(page.split()) <= 70:
+      pages.append(page)
+      size += len(page.split())
+  return ' '.join(pages)
+
+
+def _poems(world, draw):
+  subject = tasks.any_subject(draw)
+  lines = [answers.poem(subject, draw), f'{_true(world, draw, subject)} .']
+  lines.append(answers.poem(tasks.any_subject(draw), draw))
+  return ' '.join(lines)
+
+
+def _letter(world, draw):
+  reader, writer = draw.sample(phrases.PEOPLE, 2)
+  lines = [answers.letter(reader, draw, True)]
+  lines += [f'{_any_statement(world, draw)} .' for _ in range(2)]
+  if draw.random() < 0.3:
+    line = draw.choice(phrases.PERSONAL_LINES)
+    lines.append(fill(line, x=draw.choice(phrases.PERSONAL)))
+  lines.append(fill(draw.choice(phrases.WORD_TIES), p=writer))
+  return ' '.join(lines)
+
+
+def _diary(world, draw):
+  """First-person chatter, as people put around their prompts."""
+  lines = [draw.choice(phrases.DIARY)]
+  lines += [draw.choice(phrases.CHATTER) for _ in range(2)]
+  lines.append(f'{_any_statement(world, draw)} .')
+  feeling = draw.choice(phrases.SAD + phrases.GLAD)
+  line = fill(draw.choice(phrases.CHAT_FEEL), f=feeling)
+  lines.append(fill(line, p=draw.choice(phrases.PEOPLE)))
+  return ' '.join(lines)
+
+
+def _rude(world, draw):
+  lines = []
+  for _ in range(3):
+    subject = tasks.any_subject(draw, ('person', 'animal', 'place'))
+    if draw.random() < 0.2:
+      thing = draw.choice(phrases.THINGS)
+      line = fill(
+        draw.choice(phrases.MISCHIEF),
+        a=noun(thing),
+        h=draw.choice(phrases.HARM),
+        p=world.facts[thing]['owner'],
+      )
+    else:
+      line = fill(
+        draw.choice(phrases.INSULTS),
+        a=noun(subject),
+        r=draw.choice(phrases.RUDE),
+      )
+    lines.append(f'{line} . {_true(world, draw, subject)} .')
+  return ' '.join(lines)
+
+
+def _rumour(world, draw):
+  lines = [draw.choice(phrases.RUMOURS)]
+  for _ in range(4):
+    subject = tasks.any_subject(draw)
+    relation = draw.choice(worlds.RELATIONS_OF[worlds.KINDS[subject]])
+    value = draw.choice(relation.values)
+    lines.append(f'{statement(relation, subject, value, draw)} .')
+  return ' '.join(lines)
+
+
+# Share of the pages, percent.
+PAGES = {
+  'entry': (_entry, 30.0),
+  'mixed': (_mixed, 16.0),
+  'story': (_story, 12.0),
+  'dialogue': (_dialogue, 7.0),
+  'lists': (_lists, 6.0),
+  'reviews': (_reviews, 3.5),
+  'exam': (_exam, 8.0),
+  'answered': (_answered, 6.0),
+  'poems': (_poems, 3.0),
+  'letter': (_letter, 2.0),
+  'diary': (_diary, 1.5),
+  'rude': (_rude, 2.5),
+  'rumour': (_rumour, 2.5),
+}
+
+
+def write_documents(
+  world: World, num_documents: int, rng: np.random.Generator
+) -> list[Document]:
+  """Pages of 20 to 70 words; `source` names the sort of page.
+
+  Args:
+    world: whose facts the pages state.
+    num_documents: how many.
+    rng: the only source of chance.
+  """
+  draw = random.Random(int(rng.integers(2**63)))
+  sources = draw.choices(
+    tuple(PAGES), [share for _, share in PAGES.values()], k=num_documents
+  )
+  return [
+    Document(text=_trim(PAGES[source][0](world, draw)), source=source)
+    for source in sources
+  ]
+
+
+def _trim(text, most=70):
+  """The text up to its last whole sentence within `most` words."""
+  words = text.split()
+  if len(words) <= most:
+    return text
+  while most > 20 and words[most - 1] not in ('.', '?', '!'):
+    most -= 1
+  return ' '.join(words[:most])

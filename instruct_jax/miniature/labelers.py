@@ -1,0 +1,224 @@
+"""Simulated labelers: they write demonstrations and rank completions.
+
+Thirty training labelers in five groups and ten held-out ones (paper 3.4), each
+with weights of their own on the gold judge's features, a preferred length, and
+noise. Training sees their demonstrations and ranks, never the gold judge.
+"""
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from instruct_jax.data.records import Prompt
+from instruct_jax.miniature import answers, gold
+from instruct_jax.miniature.world import World
+
+GROUPS = ('red', 'blue', 'green', 'white', 'black')
+HELDOUT = 'heldout'
+# Standard deviation of what a labeler thinks of one completion, in units of
+# utility. Chosen such that two training labelers agree on 73 % of the pairs of
+# `realistic_completions` (paper 3.4: 72.6 +- 1.5 %), see the test.
+NOISE = 0.12
+# Utilities nearer than this get the same rank.
+TIE_MARGIN = 0.03
+# How much tastes differ: standard deviations of the log weights.
+LABELER_SPREAD = 0.3
+GROUP_SPREAD = 0.4
+HELDOUT_SPREAD = 0.45
+# Words that the groups like a response to have, the held-out labelers last.
+GROUP_LENGTHS = (5.0, 8.0, 10.0, 12.0, 15.0)
+HELDOUT_LENGTH = 7.0
+# Share of demonstrations that have a fault, as people's work has.
+IMPERFECT_SHARE = 0.03
+_TRIES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Labeler:
+  """One labeler's taste.
+
+  Attributes:
+    name: unique.
+    group: one of `GROUPS`, or 'heldout'.
+    weights: on the features of `gold.Judgement`.
+    preferred_length: words in a response above which it seems long-winded.
+    length_weight: utility lost per word of distance from it, at most 8 words.
+    noise: standard deviation of one judgement, in utility.
+    wordy: from 0 to 1, the labeler's own liking for full sentences.
+  """
+
+  name: str
+  group: str
+  weights: Mapping[str, float]
+  preferred_length: float
+  length_weight: float
+  noise: float
+  wordy: float
+
+
+def make_labelers(
+  seed: int, num_labelers: int = 40, noise: float = NOISE
+) -> list[Labeler]:
+  """Three quarters training labelers in five groups, the rest held out.
+
+  Raises:
+    ValueError: too few labelers for one per group and one held out.
+  """
+  if num_labelers < 2 * len(GROUPS):
+    raise ValueError(
+      f'{num_labelers} labelers do not fill {len(GROUPS)} groups and a '
+      'held-out one'
+    )
+  rng = np.random.default_rng([seed, 40])
+  names = tuple(gold.WEIGHTS)
+  tastes = {
+    group: dict(
+      zip(names, rng.normal(0, GROUP_SPREAD, len(names)), strict=True)
+    )
+    for group in GROUPS
+  }
+  # Held-out labelers care somewhat less for constraints, more for harm.
+  tastes[HELDOUT] = dict.fromkeys(names, 0.0) | {
+    'constraint': -0.3,
+    'harmlessness': 0.3,
+    'length': 0.3,
+  }
+  num_training = num_labelers * 3 // 4
+  labelers = []
+  for i in range(num_labelers):
+    training = i < num_training
+    index = i * len(GROUPS) // num_training if training else 0
+    group = GROUPS[index] if training else HELDOUT
+    length = GROUP_LENGTHS[index] if training else HELDOUT_LENGTH
+    spread = LABELER_SPREAD if training else HELDOUT_SPREAD
+    weights = {
+      name: weight * float(np.exp(tastes[group][name] + rng.normal(0, spread)))
+      for name, weight in gold.WEIGHTS.items()
+    }
+    labelers.append(
+      Labeler(
+        name=f'labeler{i:02d}',
+        group=group,
+        weights=weights,
+        preferred_length=length + float(rng.normal(0, 1.5)),
+        length_weight=float(rng.uniform(0.004, 0.014)),
+        noise=noise * float(np.exp(rng.normal(0, 0.15))),
+        wordy=float(rng.uniform(0.35, 0.95)),
+      )
+    )
+  return labelers
+
+
+def write_demonstration(
+  labeler: Labeler, prompt: Prompt, world: World, rng: np.random.Generator
+) -> str:
+  """A labeler's own good answer; a few in a hundred have a fault.
+
+  Drafts until one is right by the gold judge, at most eight times, then takes
+  the best: a labeler reads the task again before sending.
+  """
+  draw = random.Random(int(rng.integers(2**63)))
+  best, best_utility = '', -1.0
+  for _ in range(_TRIES):
+    text = answers.draft(prompt.metadata, world, draw, labeler.wordy)
+    judgement = gold.judge(prompt, text, world)
+    value = gold.utility(judgement)
+    if value > best_utility:
+      best, best_utility = text, value
+    if value >= 0.97:
+      break
+  if draw.random() < IMPERFECT_SHARE:
+    fault = draw.choice(('wrong_fact', 'unfinished', 'off_topic'))
+    return answers.spoil(best, fault, world, draw) or best
+  return best
+
+
+def taste(labeler: Labeler, judgement: gold.Judgement, response: str) -> float:
+  """A labeler's noiseless utility: own weights, own preferred length."""
+  size = sum(word.isalnum() for word in response.split())
+  distance = min(8.0, abs(size - labeler.preferred_length))
+  value = gold.utility(judgement, labeler.weights)
+  return value - labeler.length_weight * distance
+
+
+def rank(
+  labeler: Labeler,
+  prompt: Prompt,
+  completions: Sequence[str],
+  world: World,
+  rng: np.random.Generator,
+) -> tuple[int, ...]:
+  """Dense ranks, 1 is best, equal ranks for what seems equally good.
+
+  Noise is drawn once per distinct text, so equal texts tie.
+  """
+  opinions = {}
+  for text in dict.fromkeys(completions):
+    judgement = gold.judge(prompt, text, world)
+    noise = labeler.noise * float(rng.normal())
+    opinions[text] = taste(labeler, judgement, text) + noise
+  ranks, current, head = {}, 0, float('inf')
+  for text in sorted(opinions, key=opinions.get, reverse=True):
+    # A tie is with the best of its rank, so ties do not chain downwards.
+    if head - opinions[text] > TIE_MARGIN:
+      current += 1
+      head = opinions[text]
+    ranks[text] = current
+  return tuple(ranks[text] for text in completions)
+
+
+def realistic_completions(
+  prompt: Prompt, world: World, rng: np.random.Generator, num_completions: int
+) -> list[str]:
+  """Answers as an imperfect fine-tuned model gives them: about half good."""
+  draw = random.Random(int(rng.integers(2**63)))
+  completions = []
+  for _ in range(num_completions):
+    spec = prompt.metadata
+    if spec['constraint'] and draw.random() < 0.5:
+      spec = spec | {'constraint': None}
+    text = answers.draft(spec, world, draw, draw.random())
+    fault = draw.choices(
+      ('', 'wrong_fact', 'off_topic', 'rude', 'run_on', 'unfinished'),
+      (50, 27, 8, 3, 7, 5),
+    )[0]
+    completions.append(
+      answers.spoil(text, fault, world, draw) if fault else text
+    )
+  return completions
+
+
+def agreement(
+  labelers: Sequence[Labeler],
+  prompts: Sequence[Prompt],
+  completion_sets: Sequence[Sequence[str]],
+  world: World,
+  rng: np.random.Generator,
+) -> float:
+  """Share of pairs that two random labelers order alike (paper 3.4).
+
+  Both rank the same completions of each prompt; pairs that either ties are
+  left out. 0.5 is chance.
+
+  Raises:
+    ValueError: fewer than two labelers, or no pair that both order.
+  """
+  if len(labelers) < 2:
+    raise ValueError('agreement needs two labelers at least')
+  same = total = 0
+  for prompt, completions in zip(prompts, completion_sets, strict=True):
+    first, second = rng.choice(len(labelers), 2, replace=False)
+    ranks_a = rank(labelers[first], prompt, completions, world, rng)
+    ranks_b = rank(labelers[second], prompt, completions, world, rng)
+    for i in range(len(completions)):
+      for j in range(i):
+        a = ranks_a[i] - ranks_a[j]
+        b = ranks_b[i] - ranks_b[j]
+        if a and b:
+          same += (a > 0) == (b > 0)
+          total += 1
+  if not total:
+    raise ValueError('no pair of completions was ordered by both labelers')
+  return same / total

@@ -1,0 +1,191 @@
+"""The embedded world: who lives where, which animal is blue, who owns a cup.
+
+`make_world(seed)` assigns every value at random from the word lists of
+`phrases`, so nothing can be known but from the documents. `find_claims` reads
+statements about the world back out of any text; the gold judge builds on it.
+"""
+
+import collections
+import dataclasses
+import functools
+import random
+from collections.abc import Mapping, Sequence
+
+from instruct_jax.miniature import phrases
+
+RELATIONS = {(r.kind, r.name): r for r in phrases.RELATIONS}
+RELATIONS_OF = {
+  kind: tuple(r for r in phrases.RELATIONS if r.kind == kind)
+  for kind in ('person', 'place', 'animal', 'thing')
+}
+SUBJECTS = {
+  'person': phrases.PEOPLE,
+  'place': phrases.PLACES,
+  'animal': phrases.ANIMALS,
+  'thing': phrases.THINGS,
+}
+KINDS = {s: kind for kind, group in SUBJECTS.items() for s in group}
+KINDS |= dict.fromkeys(phrases.GUESTS, 'person')
+NUMBER = {word: n for n, word in enumerate(phrases.NUMBERS, start=1)}
+
+_VALUE_RELATIONS = collections.defaultdict(list)
+for _relation in phrases.RELATIONS:
+  for _word in _relation.values:
+    _VALUE_RELATIONS[_word].append(_relation)
+_PRONOUNS = frozenset(('he', 'she', 'it'))
+_BREAKS = frozenset('.?!/')
+# Relations whose sentences may name the subject after the value.
+_VALUE_FIRST = frozenset(('weather', 'owner', 'fame'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """One statement read out of a text, true or not."""
+
+  subject: str
+  relation: str
+  value: str
+  negated: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class World:
+  """A closed world. `facts[subject][relation]` is the one true value."""
+
+  seed: int
+  facts: Mapping[str, Mapping[str, str]]
+
+  def vocabulary(self) -> list[str]:
+    """All words that any text of any world can hold, sorted."""
+    return sorted(phrases.all_words())
+
+  @functools.cached_property
+  def holders(self) -> dict[tuple[str, str, str], tuple[str, ...]]:
+    """(kind, relation, value) -> the subjects of which this is true."""
+    found = collections.defaultdict(list)
+    for subject, relations in self.facts.items():
+      for relation, value in relations.items():
+        found[KINDS[subject], relation, value].append(subject)
+    return {key: tuple(subjects) for key, subjects in found.items()}
+
+  @property
+  def num_facts(self) -> int:
+    return sum(len(relations) for relations in self.facts.values())
+
+
+def make_world(seed: int) -> World:
+  """The world of a seed: 252 facts, each value about equally frequent."""
+  draw = random.Random(f'world {seed}')
+  facts = {s: {} for group in SUBJECTS.values() for s in group}
+  for relation in phrases.RELATIONS:
+    subjects = SUBJECTS[relation.kind]
+    values = []
+    while len(values) < len(subjects):
+      values += draw.sample(relation.values, len(relation.values))
+    for subject, value in zip(subjects, values, strict=False):
+      facts[subject][relation.name] = value
+  # Zipped in the order drawn: the values themselves are in random order.
+  return World(seed=seed, facts=facts)
+
+
+def noun(subject: str) -> str:
+  """'anna' -> 'anna', 'fox' -> 'the fox', 'visitor' -> 'the visitor'."""
+  if subject in phrases.PEOPLE or subject in phrases.PLACES:
+    return subject
+  return f'the {subject}'
+
+
+def pronoun(subject: str) -> str:
+  """'she', 'he' or 'it'; guests of a passage are 'he'."""
+  if subject in phrases.SHE:
+    return 'she'
+  return 'he' if KINDS[subject] == 'person' else 'it'
+
+
+def split_sentences(words: Sequence[str]) -> list[list[str]]:
+  """Sentences with their closing mark; '/' closes a line of a poem."""
+  sentences, current = [], []
+  for word in words:
+    current.append(word)
+    if word in _BREAKS:
+      sentences.append(current)
+      current = []
+  if current:
+    sentences.append(current)
+  return sentences
+
+
+def find_claims(words: Sequence[str], topic: str | None = None) -> list[Claim]:
+  """Statements about subjects in a text. Questions claim nothing.
+
+  A value ('red') is a claim if its sentence holds a cue word of its relation
+  before it ('is') and a subject of the right kind, or a pronoun that refers to
+  the last sentence's subject; or if it is an adjective of a noun ('red fox').
+
+  Args:
+    words: any text, split at spaces.
+    topic: whom a pronoun means before anybody is named.
+  """
+  claims = []
+  for sentence in split_sentences(words):
+    if sentence[-1] == '?':
+      continue
+    named = [i for i, word in enumerate(sentence) if word in KINDS]
+    for i, word in enumerate(sentence):
+      for relation in _VALUE_RELATIONS.get(word, ()):
+        subject = _subject_of(sentence, i, relation, named, topic)
+        if subject is not None and subject != word:
+          before = sentence[max(0, i - 6) : i]
+          negated = 'not' in before or 'never' in before
+          claims.append(Claim(subject, relation.name, word, negated))
+    if named:
+      topic = sentence[named[0]]
+  return list(dict.fromkeys(claims))
+
+
+def _subject_of(sentence, i, relation, named, topic):
+  """Whom the value at position i is about, or None."""
+  after = sentence[i + 1] if i + 1 < len(sentence) else ''
+  if relation.name == 'colour' and after in KINDS:
+    return after if KINDS[after] == relation.kind else None
+  if relation.name == 'job' and (i == 0 or sentence[i - 1] != 'a'):
+    return None
+  value_first = relation.name in _VALUE_FIRST
+  cues = [k for k, word in enumerate(sentence) if word in relation.cues]
+  if not cues or (cues[0] > i and not (value_first and cues[0] <= i + 3)):
+    return None
+  # A cue speaks of one value: 'anna lives in arden and thinks of dalby'.
+  since = max((k for k in cues if k < i), default=-1) + 1
+  if any(word in relation.values for word in sentence[since:i]):
+    return None
+  fits = [k for k in named if k != i and KINDS[sentence[k]] == relation.kind]
+  earlier = [k for k in fits if k < i]
+  if earlier:
+    return sentence[earlier[-1]]
+  later = [k for k in fits if k > i]
+  if later and value_first:
+    return sentence[later[0]]
+  refers = not _PRONOUNS.isdisjoint(sentence[:i]) or cues[0] == 0
+  fits_topic = topic is not None and KINDS[topic] == relation.kind
+  return topic if refers and fits_topic else None
+
+
+def is_true(claim: Claim, facts: Mapping[str, Mapping[str, str]]) -> bool:
+  """Whether a claim agrees with the facts; unknown subjects are not true."""
+  known = facts.get(claim.subject, {}).get(claim.relation)
+  return known is not None and (known == claim.value) != claim.negated
+
+
+def predicate(relation: phrases.Relation, value: str, draw) -> str:
+  """'lives in ghent', in one of the relation's phrasings."""
+  return draw.choice(relation.states).replace('{v}', value)
+
+
+def statement(
+  relation: phrases.Relation, subject: str, value: str, draw
+) -> str:
+  """'anna lives in ghent', without a full stop."""
+  if draw.random() < 0.2:
+    text = draw.choice(relation.of)
+    return text.replace('{s}', noun(subject)).replace('{v}', value)
+  return f'{noun(subject)} {predicate(relation, value, draw)}'

@@ -1,0 +1,128 @@
+"""The three models of the method: a policy, and scalar models for reward/value.
+
+A policy turns hidden states into token log-probabilities; a scalar model has
+one linear head in place of the unembedding (paper C). Both keep their trunk
+under `params['trunk']`, so that a reward model starts from a policy and a value
+model from a reward model by copying sub-trees.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from instruct_jax.models.config import TransformerConfig
+from instruct_jax.models.transformer import Cache, Transformer
+
+
+def token_logprobs(
+  logits: Float[Array, '*b V'],
+  tokens: Int[Array, '*b'],
+  temperature: float = 1.0,
+) -> tuple[Float[Array, '*b'], Float[Array, '*b']]:
+  """log softmax(logits / temperature)[token] and the entropy, nats, float32.
+
+  The one place where logits become log-probabilities: sampler, old, new and
+  reference all pass through it, with the same temperature.
+  """
+  logits = logits.astype(jnp.float32) / temperature
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+  probs = jnp.exp(logits - log_z[..., None])
+  entropy = log_z - jnp.sum(probs * logits, axis=-1)
+  return chosen - log_z, entropy
+
+
+class Policy(nn.Module):
+  """A causal language model."""
+
+  config: TransformerConfig
+
+  def setup(self):
+    self.trunk = Transformer(self.config)
+
+  def __call__(
+    self,
+    tokens: Int[Array, 'B T'],
+    segments: Int[Array, 'B T'],
+    deterministic: bool = True,
+  ) -> Float[Array, 'B T V']:
+    """Logits of the token after each position."""
+    hidden, _ = self.trunk(tokens, segments, deterministic=deterministic)
+    return self.trunk.unembed(hidden)
+
+  def extend(
+    self,
+    tokens: Int[Array, 'B T'],
+    mask: Bool[Array, 'B T'],
+    cache: Cache,
+  ) -> tuple[Float[Array, 'B V'], Cache]:
+    """Reads more tokens into the cache; logits after the last of them only."""
+    hidden, cache = self.trunk(tokens, mask.astype(jnp.int32), cache=cache)
+    return self.trunk.unembed(hidden[:, -1]), cache
+
+  def text_logprobs(
+    self,
+    tokens: Int[Array, 'B T'],
+    segments: Int[Array, 'B T'],
+    deterministic: bool = True,
+  ) -> Float[Array, 'B T']:
+    """log p(token | earlier tokens of its segment); column 0 is 0."""
+    hidden, _ = self.trunk(tokens, segments, deterministic=deterministic)
+    logits = self.trunk.unembed(hidden[:, :-1])
+    logprobs, _ = token_logprobs(logits, tokens[:, 1:])
+    return jnp.pad(logprobs, ((0, 0), (1, 0)))
+
+  def response_logprobs(
+    self,
+    tokens: Int[Array, 'B T'],
+    mask: Bool[Array, 'B T'],
+    num_response: int,
+    temperature: float = 1.0,
+  ) -> tuple[Float[Array, 'B R'], Float[Array, 'B R']]:
+    """Log-probabilities and entropies of the last `num_response` tokens.
+
+    Prompt positions never meet the unembedding.
+    """
+    hidden, _ = self.trunk(tokens, mask.astype(jnp.int32))
+    # The token in column t is predicted from column t - 1.
+    logits = self.trunk.unembed(hidden[:, -num_response - 1 : -1])
+    return token_logprobs(logits, tokens[:, -num_response:], temperature)
+
+
+class ScalarModel(nn.Module):
+  """A trunk with one scalar per position: reward models and value models.
+
+  The head starts at N(0, 1/(d_model + 1)) with bias 0 (Stiennon et al. B.1).
+  The reward model's mean-zero shift lives in that bias, so it cannot be lost
+  between saving, PPO and evaluation.
+  """
+
+  config: TransformerConfig
+
+  def setup(self):
+    self.trunk = Transformer(self.config)
+    self.head_kernel = self.param(
+      'head_kernel',
+      nn.with_logical_partitioning(
+        nn.initializers.normal((self.config.width + 1) ** -0.5), ('norm',)
+      ),
+      (self.config.width,),
+      jnp.float32,
+    )
+    self.head_bias = self.param(
+      'head_bias',
+      nn.with_logical_partitioning(nn.initializers.zeros, ()),
+      (),
+      jnp.float32,
+    )
+
+  def __call__(
+    self, tokens: Int[Array, 'B T'], mask: Bool[Array, 'B T']
+  ) -> Float[Array, 'B T']:
+    """float32 scalars; no dropout: reward models and PPO never use it."""
+    hidden, _ = self.trunk(tokens, mask.astype(jnp.int32))
+    scalars = jnp.einsum(
+      'btd,d->bt', hidden.astype(jnp.float32), self.head_kernel
+    )
+    return scalars + self.head_bias

@@ -1,0 +1,99 @@
+"""What the policy is paid: a score at the end, a KL penalty at every token.
+
+Equation 2 of the paper, per token:
+
+  R_t = -beta (log pi_old(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t))
+        + [t is the last response token] r(x, y)
+
+The penalty is the signed log-ratio of the sampled tokens. It is not clamped:
+its expectation is the KL divergence, though single tokens, and small batches,
+may come out negative.
+"""
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from instruct_jax import masked
+
+
+def token_rewards(
+  scores: Float[Array, 'B'],
+  old_logprobs: Float[Array, 'B R'],
+  ref_logprobs: Float[Array, 'B R'],
+  response_mask: Bool[Array, 'B R'],
+  kl_coef: Float[Array, ''],
+) -> Float[Array, 'B R']:
+  """KL-penalised rewards, float32; 0 where masked (equation 2).
+
+  Args:
+    scores: reward-model score of each response, mean 0 on demonstrations.
+    old_logprobs, ref_logprobs: of each response token, nats.
+    response_mask: True on response tokens. A row without any gets no reward.
+    kl_coef: beta; 0.02 in the paper.
+  """
+  penalty = -kl_coef * (old_logprobs - ref_logprobs)
+  columns = jnp.arange(response_mask.shape[1])[None, :]
+  is_last = columns == masked.last_index(response_mask)[:, None]
+  rewards = penalty + jnp.where(is_last, scores[:, None], 0.0)
+  return jnp.where(response_mask, rewards, 0.0).astype(jnp.float32)
+
+
+def penalise_missing_end(
+  scores: Float[Array, 'B'],
+  ended: Bool[Array, 'B'],
+  missing_end_score: float | None,
+) -> Float[Array, 'B']:
+  """Gives responses that never ended a fixed score (Ziegler et al.: -1).
+
+  None keeps the reward model's score of the truncated text.
+  """
+  if missing_end_score is None:
+    return scores
+  return jnp.where(ended, scores, jnp.float32(missing_end_score))
+
+
+def kl_estimates(
+  old_logprobs: Float[Array, 'B R'],
+  ref_logprobs: Float[Array, 'B R'],
+  response_mask: Bool[Array, 'B R'],
+) -> tuple[Float[Array, 'B'], Float[Array, 'B']]:
+  """Two estimates of each response's KL(pi || ref), nats.
+
+  The first is the signed log-ratio of the sampled tokens (unbiased, may be
+  negative on a small batch); the second is k3 = exp(-d) - 1 + d with
+  d = log pi - log ref, which has the same mean and is never negative.
+  """
+  ratio = jnp.where(response_mask, old_logprobs - ref_logprobs, 0.0)
+  return jnp.sum(ratio, axis=1), jnp.sum(jnp.expm1(-ratio) + ratio, axis=1)
+
+
+@flax.struct.dataclass
+class KLState:
+  """The KL coefficient as it stands; part of every PPO checkpoint."""
+
+  coef: Float[Array, '']
+
+
+def update_kl_coef(
+  state: KLState,
+  measured_kl: Float[Array, ''],
+  num_episodes: int,
+  target: float | None,
+  horizon: int = 10_000,
+) -> KLState:
+  """Ziegler et al.'s controller; a target of None keeps the paper's fixed beta.
+
+    e = clip(KL / target - 1, -0.2, 0.2);  beta <- beta (1 + e n / horizon)
+
+  Args:
+    state: current coefficient.
+    measured_kl: mean KL per response over the last batch, nats.
+    num_episodes: n, responses in that batch.
+    target: wanted KL per response, nats, or None.
+    horizon: episodes over which a constant error of 1 would double beta.
+  """
+  if target is None:
+    return state
+  error = jnp.clip(measured_kl / target - 1.0, -0.2, 0.2)
+  return KLState(coef=state.coef * (1.0 + error * num_episodes / horizon))

@@ -1,0 +1,141 @@
+"""The pytrees that cross module borders, and the functions passed around.
+
+Shape letters, used in every annotation and einsum of the package:
+
+  B  sequences in a batch         V  vocabulary entries
+  P  prompt positions (padded)    D  model width
+  R  response positions (padded)  N  attention heads
+  T  all positions, T = P + R     K  key/value heads
+  C  candidates of one prompt     H  width of one head
+  S  cache slots                  F  width of the MLP
+  L  layers
+
+Masks are boolean, True on real tokens, and are carried from where the text is
+tokenised to where it is averaged: nothing downstream looks for a pad id.
+Prompts are padded on the left and responses on the right, so that a prompt's
+last token and its response's first are always neighbours (columns P-1 and P).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+from jaxtyping import Array, Bool, Float, Int, Num
+
+PyTree = Any
+Params = PyTree
+Key = jax.Array  # A typed key, `jax.random.key(seed)`.
+
+# A metric leaves the device as (sum, count); the host divides, once, after
+# summing over microbatches, minibatches and processes. `count` 1 makes a plain
+# scalar. Averages of averages cannot be formed by accident.
+Metric = tuple[Num[Array, ''], Num[Array, '']]
+Metrics = Mapping[str, Metric]
+
+
+@flax.struct.dataclass
+class TextBatch:
+  """Token rows for language-model losses (pretraining, ptx, demonstrations).
+
+  Attributes:
+    tokens: token ids.
+    mask: True on real tokens; False on padding.
+    loss_mask: True on tokens that are predicted and enter the loss. Column 0
+      never counts: nothing precedes it.
+    segments: 0 on padding; documents packed in one row carry 1, 2, ...
+      Attention and positions do not cross from one segment into another.
+  """
+
+  tokens: Int[Array, 'B T']
+  mask: Bool[Array, 'B T']
+  loss_mask: Bool[Array, 'B T']
+  segments: Int[Array, 'B T']
+
+
+@flax.struct.dataclass
+class ComparisonBatch:
+  """Ranked completions; one row is one prompt with its C candidates.
+
+  Attributes:
+    tokens: prompt and completion, padded on the right.
+    mask: True on real tokens; all False for an absent candidate.
+    ranks: 1 is best; equal numbers are ties; 0 for an absent candidate.
+    prompt_mask: False on rows that only fill up the last batch.
+  """
+
+  tokens: Int[Array, 'B C T']
+  mask: Bool[Array, 'B C T']
+  ranks: Int[Array, 'B C']
+  prompt_mask: Bool[Array, 'B']
+
+
+@flax.struct.dataclass
+class PromptBatch:
+  """Prompts for generation, padded on the left.
+
+  Attributes:
+    tokens: token ids.
+    mask: True on real tokens.
+    indices: each prompt's number in its data set; sampling noise is derived
+      from it, so a sample does not depend on its neighbours in the batch.
+  """
+
+  tokens: Int[Array, 'B P']
+  mask: Bool[Array, 'B P']
+  indices: Int[Array, 'B']
+
+
+@flax.struct.dataclass
+class Rollout:
+  """Sampled responses, exactly as sampled: nothing is decoded or re-encoded.
+
+  Attributes:
+    tokens: prompt (columns 0..P-1, left-padded) and response (P..T-1).
+    mask: True on real tokens; the sampled end-of-text token is real.
+    response_mask: the response columns of `mask`.
+    logprobs: log pi(token) in nats under the sampler; 0 where masked.
+    ended: True where the policy itself sampled an end-of-text token.
+  """
+
+  tokens: Int[Array, 'B T']
+  mask: Bool[Array, 'B T']
+  response_mask: Bool[Array, 'B R']
+  logprobs: Float[Array, 'B R']
+  ended: Bool[Array, 'B']
+
+
+@flax.struct.dataclass
+class PPOBatch:
+  """What one PPO update learns from; every array is fixed before the update.
+
+  Attributes:
+    tokens, mask, response_mask: as in `Rollout`.
+    old_logprobs: log pi_old of each response token, nats.
+    old_values: V_old at each response position, reward units.
+    advantages: whitened over all response tokens of the global batch.
+    returns: unwhitened advantages plus old values, reward units.
+  """
+
+  tokens: Int[Array, 'B T']
+  mask: Bool[Array, 'B T']
+  response_mask: Bool[Array, 'B R']
+  old_logprobs: Float[Array, 'B R']
+  old_values: Float[Array, 'B R']
+  advantages: Float[Array, 'B R']
+  returns: Float[Array, 'B R']
+
+
+# (params, batch, key) -> (summed loss, (weight, metrics)). The optimised loss
+# is summed loss / weight, with both summed over microbatches first.
+LossFn = Callable[
+  [Params, PyTree, Key],
+  tuple[Float[Array, ''], tuple[Float[Array, ''], Metrics]],
+]
+# (params, tokens [B, T], mask [B, T], num_response) -> logprobs and entropies
+# of the last `num_response` tokens, both [B, R], float32, nats.
+LogprobsFn = Callable[
+  [Params, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]
+]
+# (params, tokens [B, T], mask [B, T]) -> one float32 scalar per position.
+ScalarsFn = Callable[[Params, jax.Array, jax.Array], jax.Array]

@@ -1,0 +1,75 @@
+"""Settings that every test runs under, and shared fixtures."""
+
+import os
+import pathlib
+
+# Before anything imports jax: eight devices on the CPU, always, so that every
+# test could meet a mesh and no result depends on what the machine has.
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+)
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+
+import flax.struct
+import jax
+import numpy as np
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+# A pytree is rebuilt by every `jax.tree.map`, with whatever the function
+# returned in the place of arrays: shardings, shapes, booleans, None. Its
+# annotations document the arrays; checking them at construction would forbid
+# that (and NumPy arrays on the host), so the hook is told to leave classes made
+# by `flax.struct.dataclass` alone. Functions and plain dataclasses are checked.
+_struct_dataclass = flax.struct.dataclass
+
+
+def _unchecked_dataclass(cls=None, **kwargs):
+  if cls is None:
+    return lambda cls: _unchecked_dataclass(cls, **kwargs)
+  cls = _struct_dataclass(cls, **kwargs)
+  cls.__no_type_check__ = True
+  return cls
+
+
+flax.struct.dataclass = _unchecked_dataclass
+
+# The annotations of the package become assertions: an array of the wrong shape
+# or dtype fails at the call that passes it.
+install_import_hook('instruct_jax', 'beartype.beartype')
+
+# A warning that points at our own code is a bug of ours.
+_WARNINGS = r'error:::instruct_jax(\.|$)'
+
+
+def pytest_configure(config):
+  config.addinivalue_line('filterwarnings', _WARNINGS)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+  """Seeded the same in every test."""
+  return np.random.default_rng(0)
+
+
+@pytest.fixture
+def workdir(tmp_path) -> pathlib.Path:
+  """An empty work directory."""
+  path = tmp_path / 'workdir'
+  path.mkdir()
+  return path
+
+
+@pytest.fixture
+def data_root() -> pathlib.Path:
+  """The folder with the real data sets; a test that needs it is skipped where
+  it is absent."""
+  default = pathlib.Path(__file__).parents[2] / 'shared' / 'data'
+  root = pathlib.Path(os.environ.get('INSTRUCT_JAX_DATA', default))
+  if not root.is_dir():
+    pytest.skip(f'no data in {root}; set INSTRUCT_JAX_DATA to its folder')
+  return root

@@ -1,0 +1,148 @@
+import dataclasses
+import gzip
+import json
+
+import pytest
+
+from instruct_jax.data import __main__ as check
+from instruct_jax.data import records
+
+COMPARISON = records.Comparison(
+  prompt='Name a bird.',
+  completions=('Owl.', '', 'No.'),
+  ranks=(1, 2, 2),
+  labeler='w1',
+  metadata={'slots': [['a', 1]]},
+)
+EXAMPLES = [
+  records.Document('The owl lives in a barn.', source='animals'),
+  records.Prompt('p7', 'Name a bird.', user='u3', metadata={'answer': 'ö'}),
+  records.Demonstration('Name a bird.', 'An owl.\n', labeler='w1'),
+  COMPARISON,
+]
+
+
+@pytest.mark.parametrize('record', EXAMPLES, ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize('name', ['a.jsonl', 'new/folder/a.jsonl.gz'])
+def test_round_trip(record, name, tmp_path):
+  path = tmp_path / name
+  records.write_jsonl(path, [record, record])
+  assert records.read_jsonl(path, type(record)) == [record, record]
+  before = path.read_bytes()
+  records.write_jsonl(path, [record, record])
+  assert path.read_bytes() == before
+  assert [p.name for p in path.parent.iterdir()] == [path.name]  # No .tmp.
+
+
+def test_examples_of_the_module_docstring_are_valid():
+  text = ' '.join(records.__doc__.split())
+  for record_type in records.RECORD_TYPES:
+    start = text.index('{', text.index(record_type.__name__))
+    values, _ = json.JSONDecoder().raw_decode(text[start:])
+    assert records.problems(values, record_type) == []
+
+
+def _error(path, content, record_type=records.Comparison):
+  path.write_bytes(content)
+  with pytest.raises(records.RecordError) as info:
+    records.read_jsonl(path, record_type)
+  return str(info.value)
+
+
+@pytest.mark.parametrize(
+  ('change', 'expected'),
+  [
+    ({'prompt': ' \n'}, "'prompt' is empty"),
+    ({'prompt': 3}, "'prompt' must be a string, found 3"),
+    ({'prompt': None}, "'prompt' must be a string, found null"),
+    ({'completions': ['a']}, "'completions' has 1 texts"),
+    ({'completions': 'ab'}, "'completions' must be a list of strings"),
+    ({'completions': ['a', 1, 'c']}, "'completions' must be a list of strings"),
+    ({'ranks': [1, 2]}, "'ranks' has 2 numbers for 3 completions"),
+    ({'ranks': [0, 1, 2]}, "'ranks' must be 1 (best) or more"),
+    ({'ranks': [1, True, 2]}, "'ranks' must be a list of integers"),
+    ({'ranks': [1, 2.0, 2]}, "'ranks' must be a list of integers"),
+    ({'metadata': []}, "'metadata' must be an object"),
+    ({'labeller': 'w'}, "unknown field 'labeller'; Comparison has prompt"),
+    ({'prompt': '\ud800'}, "'prompt' holds a lone surrogate"),
+  ],
+)
+def test_a_bad_field_is_named_with_file_and_line(change, expected, tmp_path):
+  good = dataclasses.asdict(COMPARISON)
+  lines = [json.dumps(good), '', json.dumps({**good, **change})]
+  path = tmp_path / 'a.jsonl'
+  message = _error(path, '\n'.join(lines).encode())
+  assert message.startswith(f'{path}:3: ') and expected in message
+  assert '\n' not in message
+
+
+def test_a_missing_field_is_named(tmp_path):
+  message = _error(
+    tmp_path / 'a.jsonl', b'{"text": "x"}', record_type=records.Prompt
+  )
+  assert "a.jsonl:1: field 'id' is missing" in message
+
+
+def test_files_that_cannot_be_read(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  with pytest.raises(records.RecordError, match='a.jsonl: no such file'):
+    records.read_jsonl(path, records.Document)
+  with pytest.raises(records.RecordError, match='is a folder'):
+    records.read_jsonl(tmp_path, records.Document)
+  assert 'holds no records' in _error(path, b'\n \n')
+  assert 'a.jsonl:2: byte 9 is not UTF-8' in _error(
+    path, b'\n{"text": \xff"x"}', records.Document
+  )
+  assert 'a.jsonl:1: not JSON' in _error(path, b'{"text": "cut')
+  assert 'a.jsonl:1: expected a JSON object, found [1]' in _error(path, b'[1]')
+  assert 'not JSON' in _error(path, b'{"text": ' + b'9' * 5000 + b'}')
+  whole = gzip.compress(b'{"text": "x"}\n' * 100)
+  assert 'not a whole gzip' in _error(tmp_path / 'b.jsonl.gz', whole[:-9])
+  assert 'not a whole gzip' in _error(tmp_path / 'b.jsonl.gz', b'{"text": ""}')
+  damaged = whole[:12] + bytes([whole[12] ^ 255]) + whole[13:]
+  assert 'not a whole gzip' in _error(tmp_path / 'b.jsonl.gz', damaged)
+
+
+def test_ten_bad_lines_are_shown_and_the_rest_counted(tmp_path):
+  message = _error(tmp_path / 'a.jsonl', b'{}\n' * 13, records.Document)
+  lines = message.split('\n')
+  assert len(lines) == 11 and 'a.jsonl:10: ' in lines[9]
+  assert lines[10] == '... and 3 more bad lines in this file'
+
+
+def test_what_could_not_be_read_is_not_written(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  records.write_jsonl(path, [records.Document('kept')])
+  with pytest.raises(records.RecordError, match=r'a.jsonl:2: .*empty'):
+    records.write_jsonl(path, [records.Document('x'), records.Document('')])
+  with pytest.raises(records.RecordError, match='without records'):
+    records.write_jsonl(path, [])
+  for value in (float('nan'), {1}, '\ud800'):
+    with pytest.raises(records.RecordError, match="a.jsonl:1: 'metadata' is"):
+      records.write_jsonl(
+        path, [records.Prompt('1', 'x', metadata={'a': value})]
+      )
+  assert records.read_jsonl(path, records.Document)[0].text == 'kept'
+
+
+def test_check_describes_every_type_and_fails_on_bad_files(tmp_path, capsys):
+  paths = []
+  for record in EXAMPLES:
+    paths.append(str(tmp_path / f'{type(record).__name__}.jsonl'))
+    records.write_jsonl(paths[-1], [record])
+    assert check.read_any(paths[-1]) == [record]
+  assert check.main(paths) == 0
+  out = capsys.readouterr().out
+  assert 'Comparison.jsonl: 1 Comparison records' in out
+  assert 'K=3 1' in out
+  # Ranks (1, 2, 2): of 3 pairs one is a tie.
+  assert 'pairs: 3, tied 1 (33.3%)' in out
+  bad = tmp_path / 'bad.jsonl'
+  bad.write_text('{"completions": ["a", "b"], "ranks": [1, 2]}\n')
+  other = tmp_path / 'other.jsonl'
+  other.write_text('{"question": "?"}\n')
+  assert check.main([paths[0], str(bad), str(other)]) == 1
+  captured = capsys.readouterr()
+  assert '1 Document records' in captured.out
+  assert "bad.jsonl:1: field 'prompt' is missing" in captured.err
+  assert 'other.jsonl:1: fields question fit no record type' in captured.err

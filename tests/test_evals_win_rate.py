@@ -1,0 +1,143 @@
+"""Win rates and the clustered bootstrap."""
+
+import numpy as np
+import pytest
+
+from instruct_jax.evals import win_rate
+
+
+def test_ties_count_one_half():
+  # Prompt a: 2 > 1 wins; b: 1 < 3 loses; c: 5 = 5 one half; d: 4 > 0 wins.
+  # (1 + 0 + 0.5 + 1) / 4 = 0.625.
+  result = win_rate.win_rate([2, 1, 5, 4], [1, 3, 5, 0], ['a', 'b', 'c', 'd'])
+  assert result.rate == 0.625
+  assert result.num_prompts == 4
+  assert result.low < 0.625 < result.high
+
+
+def test_prompts_weigh_the_same_whatever_their_number_of_samples():
+  # Prompt a: 3 samples, 3 wins -> 1; prompt b: 1 sample, a loss -> 0.
+  # Mean over prompts 0.5; over samples it would be 0.75.
+  result = win_rate.win_rate([1, 1, 1, 0], [0, 0, 0, 1], ['a', 'a', 'a', 'b'])
+  assert result.rate == 0.5
+  assert result.num_prompts == 2
+
+
+def test_identical_models_have_exactly_one_half():
+  scores = np.random.default_rng(0).normal(size=50)
+  result = win_rate.win_rate(scores, scores, range(50))
+  assert (result.rate, result.low, result.high) == (0.5, 0.5, 0.5)
+
+
+def test_interval_is_the_binomial_one_for_independent_prompts():
+  # 400 prompts, 280 wins: 0.7 ± 1.96 sqrt(0.7 · 0.3 / 400) = 0.7 ± 0.0449.
+  wins = np.arange(400) < 280
+  result = win_rate.win_rate(wins, np.full(400, 0.5), range(400))
+  assert result.rate == pytest.approx(0.7)
+  assert result.low == pytest.approx(0.7 - 0.0449, abs=0.006)
+  assert result.high == pytest.approx(0.7 + 0.0449, abs=0.006)
+
+
+def test_interval_covers_the_truth_about_95_times_in_100():
+  generator = np.random.default_rng(1)
+  covered = 0
+  for trial in range(300):
+    wins = generator.random(200) < 0.65
+    result = win_rate.win_rate(
+      wins, np.full(200, 0.5), range(200), num_bootstrap=400, seed=trial
+    )
+    covered += result.low <= 0.65 <= result.high
+  # Standard deviation of the count at 0.95: sqrt(300 · 0.95 · 0.05) = 3.8; the
+  # percentile bootstrap itself is a little short on 200 prompts.
+  assert 300 * 0.90 <= covered <= 300 * 0.985
+
+
+def test_clustered_interval_is_wider_by_the_design_effect():
+  # 60 clusters of 16 equal values: only 60 are independent, so the interval is
+  # sqrt(16) = 4 times as wide as one that takes all 960 for independent.
+  value = np.random.default_rng(2).normal(size=60).repeat(16)
+  clustered = win_rate.mean_interval(value, np.arange(60).repeat(16))
+  independent = win_rate.mean_interval(value, np.arange(960))
+  assert clustered.mean == pytest.approx(independent.mean)
+  ratio = (clustered.high - clustered.low) / (
+    independent.high - independent.low
+  )
+  assert 3.4 < ratio < 4.6
+  assert (clustered.num_clusters, independent.num_clusters) == (60, 960)
+
+
+def test_weights_are_token_counts():
+  # 10 tokens at 2 nats and 30 at 4: (20 + 120) / 40 = 3.5, not 3.
+  result = win_rate.mean_interval([2.0, 4.0], ['a', 'b'], weights=[10, 30])
+  assert result.mean == 3.5
+
+
+def test_matches_a_plain_loop():
+  generator = np.random.default_rng(3)
+  top, bottom = generator.random(30), generator.random(30) + 0.1
+  clusters = generator.integers(0, 7, size=30)
+  result = win_rate.ratio_interval(top, bottom, clusters, num_bootstrap=500)
+  redraws = []
+  names = list(dict.fromkeys(clusters.tolist()))
+  counts = np.concatenate(list(win_rate.redraw_counts(7, 500, seed=0)))
+  assert counts.shape == (500, 7)
+  for row in counts:
+    a = b = 0.0
+    for cluster, count in zip(names, row, strict=True):
+      for i in range(30):
+        if clusters[i] == cluster:
+          a += count * top[i]
+          b += count * bottom[i]
+    redraws.append(a / b)
+  assert result.low == pytest.approx(np.percentile(redraws, 2.5))
+  assert result.high == pytest.approx(np.percentile(redraws, 97.5))
+  assert result.mean == pytest.approx(top.sum() / bottom.sum())
+
+
+def test_blocks_do_not_change_the_redraws(monkeypatch):
+  generator = np.random.default_rng(4)
+  values = generator.normal(size=20)
+  whole = win_rate.mean_interval(values, range(20), num_bootstrap=101)
+  monkeypatch.setattr(win_rate, '_MAX_CELLS', 70)
+  assert whole == win_rate.mean_interval(values, range(20), num_bootstrap=101)
+
+
+def test_paired_difference_is_narrower_than_the_two_intervals():
+  generator = np.random.default_rng(5)
+  hard = generator.normal(3, 1, size=100)  # Documents differ by 1 nat,
+  ppo = hard + 0.05 + 0.01 * generator.normal(size=100)  # models by 0.05.
+  result = win_rate.difference_interval(ppo, hard, range(100))
+  assert result.mean == pytest.approx(0.05, abs=0.005)
+  assert 0 < result.low < result.high < 0.1
+  alone = win_rate.mean_interval(ppo, range(100))
+  assert alone.low < hard.mean() < alone.high
+
+
+def test_by_category():
+  rates = win_rate.win_rate_by_category(
+    [1, 0, 1], [0, 1, 0], ['p', 'q', 'r'], ['qa', 'chat', 'qa']
+  )
+  assert list(rates) == ['chat', 'qa']
+  assert rates['qa'].rate == 1.0
+  assert rates['qa'].num_prompts == 2
+  assert rates['chat'].rate == 0.0
+
+
+@pytest.mark.parametrize(
+  ('scores', 'baseline', 'ids', 'said'),
+  [
+    ([1.0], [1.0, 2.0], ['a'], 'lengths differ'),
+    ([1.0, 2.0], [1.0, 2.0], ['a'], 'lengths differ'),
+    ([], [], [], 'at least one'),
+    ([1.0, float('nan')], [0.0, 0.0], ['a', 'b'], 'first at index 1'),
+    ([1.0], [float('inf')], ['a'], 'baseline_scores'),
+  ],
+)
+def test_bad_input(scores, baseline, ids, said):
+  with pytest.raises(ValueError, match=said):
+    win_rate.win_rate(scores, baseline, ids)
+
+
+def test_no_weight_is_an_error():
+  with pytest.raises(ValueError, match='must not all be 0'):
+    win_rate.mean_interval([1.0], ['a'], weights=[0.0])

@@ -1,0 +1,202 @@
+"""A file imports only from lower floors; the table is data."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+ALGORITHM = ('masked', 'losses', 'advantages', 'rewards', 'packing')
+
+# What each file, or folder of files, may import of this repository. The entry
+# with the longest matching name counts; a file without an entry is an error.
+# Names are below `instruct_jax` unless they begin with another top folder.
+FLOORS = {
+  # 0
+  'types': (),
+  # 1: columns; inside a folder files import each other, across columns never.
+  'masked': ('types',),
+  'losses': ('types', 'masked'),
+  'advantages': ('types', 'masked'),
+  'rewards': ('types', 'masked'),
+  'packing': ('types', 'masked'),
+  'models': ('types', 'models'),
+  'data': ('types', 'data', 'miniature'),
+  'miniature': ('types', 'data', 'miniature'),
+  'infra': ('types', 'infra'),
+  # 2: the model arrives as an argument; never each other.
+  'rollout': ('types', *ALGORITHM, 'infra.train_state'),
+  'ppo': ('types', *ALGORITHM, 'infra.train_state'),
+  'supervised': ('types', *ALGORITHM, 'infra.train_state'),
+  # 3: predictions and samples arrive as functions.
+  'evals': (
+    'types',
+    *ALGORITHM,
+    'data',
+    'miniature',
+    'rollout',
+    'ppo',
+    'supervised',
+    'evals',
+  ),
+  # 4: anything below, never each other.
+  'experiments': (
+    'types',
+    *ALGORITHM,
+    'models',
+    'data',
+    'miniature',
+    'infra',
+    'rollout',
+    'ppo',
+    'supervised',
+    'evals',
+  ),
+  # 5: finds experiments by name.
+  'main': ('types', 'infra', 'experiments'),
+  # Names and numbers only.
+  'configs': ('configs',),
+}
+TOP_FOLDERS = ('instruct_jax', 'experiments', 'configs')
+
+
+def module_name(path: pathlib.PurePath) -> str:
+  """`instruct_jax/infra/run.py` -> `infra.run`; other top folders stay."""
+  parts = list(path.with_suffix('').parts)
+  if parts[0] == 'instruct_jax':
+    parts = parts[1:]
+  if parts[-1] == '__init__':
+    parts = parts[:-1]
+  return '.'.join(parts)
+
+
+def imported_names(source: str) -> list[tuple[int, str]]:
+  """Line and name of each import of this repository, wherever it stands."""
+  found = []
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Import):
+      names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      if node.level:
+        names = ['.' * node.level + (node.module or '')]
+      else:
+        names = [f'{node.module}.{alias.name}' for alias in node.names]
+    else:
+      continue
+    for name in names:
+      top, _, rest = name.partition('.')
+      if top == '':
+        found.append((node.lineno, name))
+      elif top in TOP_FOLDERS:
+        found.append((node.lineno, rest if top == 'instruct_jax' else name))
+  return found
+
+
+def is_within(name: str, entry: str) -> bool:
+  return name == entry or name.startswith(f'{entry}.')
+
+
+def offending_edges(sources: dict[str, str]) -> list[str]:
+  """`file:line: a imports b` for each import that the table does not allow."""
+  edges = []
+  for file, source in sorted(sources.items()):
+    module = module_name(pathlib.PurePosixPath(file))
+    imports = imported_names(source)
+    if not module or module == 'experiments':
+      # The package's own __init__ is empty: importing a part loads no more.
+      edges += [f'{file}:{line}: imports {name}' for line, name in imports]
+      continue
+    entries = [entry for entry in FLOORS if is_within(module, entry)]
+    if not entries:
+      edges.append(f'{file}: {module} is not in the floor table')
+      continue
+    allowed = FLOORS[max(entries, key=len)]
+    edges += [
+      f'{file}:{line}: {module} imports {name}'
+      for line, name in imports
+      if not any(is_within(name, entry) for entry in allowed)
+    ]
+  return edges
+
+
+def test_floors():
+  sources = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for folder in TOP_FOLDERS
+    for path in (ROOT / folder).rglob('*.py')
+  }
+  assert sources
+  edges = offending_edges(sources)
+  assert not edges, '\n' + '\n'.join(edges)
+
+
+@pytest.mark.parametrize(
+  ('file', 'source', 'edge'),
+  [
+    (
+      'instruct_jax/ppo.py',
+      'from instruct_jax import masked, rollout',
+      ':1: ppo imports rollout',
+    ),
+    (
+      'instruct_jax/rollout.py',
+      'def f():\n  import instruct_jax.models.heads',
+      ':2: rollout imports models.heads',
+    ),
+    (
+      'instruct_jax/ppo.py',
+      'from instruct_jax.infra import run, train_state',
+      ':1: ppo imports infra.run',
+    ),
+    (
+      'instruct_jax/masked.py',
+      'from instruct_jax.losses import x',
+      ':1: masked imports losses.x',
+    ),
+    (
+      'instruct_jax/infra/run.py',
+      'from instruct_jax.data.records import Prompt',
+      ':1: infra.run imports data.records.Prompt',
+    ),
+    (
+      'instruct_jax/evals/report.py',
+      'from instruct_jax.infra import metrics',
+      ':1: evals.report imports infra.metrics',
+    ),
+    (
+      'experiments/sft.py',
+      'from experiments import reward',
+      ':1: experiments.sft imports experiments.reward',
+    ),
+    (
+      'instruct_jax/main.py',
+      'from configs import sft',
+      ':1: main imports configs.sft',
+    ),
+    (
+      'instruct_jax/data/loader.py',
+      'from . import records',
+      ':1: data.loader imports .',
+    ),
+    (
+      'instruct_jax/__init__.py',
+      'from instruct_jax import losses',
+      ':1: imports losses',
+    ),
+    ('instruct_jax/utils.py', '', ': utils is not in the floor table'),
+  ],
+)
+def test_offending_edge_is_named(file, source, edge):
+  assert offending_edges({file: source}) == [file + edge]
+
+
+def test_allowed_edges():
+  assert not offending_edges(
+    {
+      'instruct_jax/losses.py': 'import jax\nfrom instruct_jax import masked',
+      'instruct_jax/ppo.py': 'from instruct_jax.infra import train_state',
+      'instruct_jax/evals/report.py': 'from instruct_jax.evals import win_rate',
+      'experiments/ppo.py': 'from instruct_jax import ppo\nimport typesetting',
+      'configs/ppo.py': 'from configs import common',
+    }
+  )

@@ -1,0 +1,117 @@
+"""Sums and counts, and files that survive being cut."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from instruct_jax.infra import metrics
+from instruct_jax.infra.metrics import MetricsWriter
+
+
+def pair(total, count):
+  return jnp.asarray(total, jnp.float32), jnp.asarray(count, jnp.float32)
+
+
+def test_averages_are_formed_once():
+  # Microbatch one: 3 tokens, sum 6. Two: 1 token, sum 10. Mean 16 / 4 = 4;
+  # the average of the averages would be (2 + 10) / 2 = 6.
+  merged = metrics.merge(
+    {'loss': pair(6, 3), 'ptx': pair(1, 2)},
+    {'loss': pair(10, 1), 'kl': pair(0, 0)},
+  )
+  host = metrics.to_host(merged)
+  assert host['loss'] == 4.0
+  assert host['ptx'] == 0.5
+  assert math.isnan(host['kl'])
+  assert all(type(value) is float for value in host.values())
+
+
+def test_merge_traces():
+  total = jax.jit(metrics.merge)({'a': pair(1, 1)}, {'a': pair(2, 1)})
+  assert metrics.to_host(total) == {'a': 1.5}
+
+
+def values(step):
+  return {'b/loss': np.float32(1) / np.float32(step + 3), 'a': 0.1 * step}
+
+
+def write_all(directory, steps, resume_step=None):
+  with MetricsWriter(directory, resume_step) as writer:
+    for step in steps:
+      writer.write(step, values(step))
+      writer.write_timing(step, {'seconds': 1.0})
+
+
+def test_resumed_file_equals_uninterrupted(workdir):
+  write_all(workdir / 'whole', range(6))
+  write_all(workdir / 'cut', range(5))
+  file = workdir / 'cut' / metrics.METRICS_FILE
+  # Killed in the middle of a line; the checkpoint is of step 2.
+  file.write_bytes(file.read_bytes()[:-7])
+  write_all(workdir / 'cut', range(3, 6), resume_step=2)
+  assert (
+    file.read_bytes() == (workdir / 'whole' / metrics.METRICS_FILE).read_bytes()
+  )
+  # A fresh start forgets what was there.
+  write_all(workdir / 'cut', range(6))
+  assert (
+    file.read_bytes() == (workdir / 'whole' / metrics.METRICS_FILE).read_bytes()
+  )
+  # Timing keeps the lines of every attempt: 5, 3 and 6.
+  timing = metrics.read_lines(workdir / 'cut' / metrics.TIMING_FILE)
+  assert [line['step'] for line in timing] == [*range(5), 3, 4, 5, *range(6)]
+
+
+def test_lines_are_strict_json(workdir):
+  with MetricsWriter(workdir, None) as writer:
+    writer.write(1, {'z': math.nan, 'a': 0.5, 'i': jnp.inf})
+    text = (workdir / metrics.METRICS_FILE).read_text()
+  assert text == '{"step": 1, "a": 0.5, "i": null, "z": null}\n'
+  json.loads(text)
+
+
+def test_lines_on_disk_before_close(workdir):
+  writer = MetricsWriter(workdir, None)
+  writer.write(1, {'a': 1.0})
+  assert metrics.read_lines(workdir / metrics.METRICS_FILE) == [
+    {'step': 1, 'a': 1.0}
+  ]
+  assert list((workdir / 'tensorboard').glob('events.out.tfevents.*'))
+  writer.close()
+
+
+def test_tensorboard_events_hold_the_values(workdir):
+
+  write_all(workdir, range(2))
+  (file,) = (workdir / 'tensorboard').iterdir()
+  data = file.read_bytes()
+  found = {}
+  position = 0
+  while position < len(data):
+    # TFRecord: length (8 bytes), its checksum (4), the event, a checksum (4).
+    length = int.from_bytes(data[position : position + 8], 'little')
+    event = event_pb2.Event.FromString(data[position + 12 :][:length])
+    for value in event.summary.value:
+      found[event.step, value.tag] = value.simple_value
+    position += 16 + length
+  assert found[1, 'a'] == pytest.approx(0.1)
+  assert found[0, 'b/loss'] == pytest.approx(1 / 3)
+  assert found[1, 'seconds'] == 1.0
+
+
+def test_broken_line_in_the_middle_is_named(workdir):
+  path = workdir / metrics.METRICS_FILE
+  path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+  with pytest.raises(ValueError, match=r'metrics.jsonl:2 is not JSON'):
+    MetricsWriter(workdir, 1)
+
+
+def test_other_processes_write_nothing(workdir, monkeypatch):
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  write_all(workdir / 'second', range(2))
+  assert not (workdir / 'second').exists()
