@@ -44,9 +44,18 @@ def adam(config: ConfigDict) -> ConfigDict:
   return config
 
 
+def machine(config: ConfigDict) -> ConfigDict:
+  """Keys about the machine rather than the method; they may change on resume."""
+  config.mesh = (1, -1, 1)  # Devices along data, fsdp, tensor; -1 fills.
+  config.xla_flags = ''  # Added to XLA_FLAGS before the first device is used.
+  config.compilation_cache = '~/.cache/instruct_jax'  # '' switches it off.
+  return config
+
+
 def single(config: ConfigDict, size: str) -> ConfigDict:
   """Turns one stage's config into a run of its own."""
   config.default_workdir = f'runs/{config.name}_{size}'
+  machine(config)
   config.lock()
   return config
 
@@ -58,6 +67,6 @@ def root(name: str, seed: int = 0) -> ConfigDict:
   config.seed = seed  # Root of every random choice of every stage.
   config.workdir = ''
   config.default_workdir = f'runs/{name}'
-  config.mesh = (1, -1, 1)
+  machine(config)
   config.stages = ConfigDict()
   return config

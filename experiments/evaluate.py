@@ -34,6 +34,8 @@ from instruct_jax.miniature import gold, world
 
 JUDGES = ('gold', 'restaurant')
 RL_MODELS = ('ppo', 'ppo_ptx')
+# Human data: whose rankings, and how their files' names begin.
+HALVES = {'reward model': '', 'judge': 'judge_'}
 
 
 def validate(config):
@@ -43,6 +45,26 @@ def validate(config):
     raise ValueError(
       f"rl_weights must be 'policy' or 'ema': {config.rl_weights!r}"
     )
+  if config.samples_per_prompt < 1:
+    raise ValueError(
+      f'samples_per_prompt must be positive: {config.samples_per_prompt}'
+    )
+
+
+def read_prefixes(path: epath.Path, tokenizer):
+  """Few-shot prefixes, and the tokens that end an answer to one.
+
+  Raises:
+    ValueError: the stop text is not one token, so sampling cannot meet it.
+  """
+  content = run_lib.read_json(path)
+  stop = tokenizer.encode(content['stop'])
+  if len(stop) != 1:
+    raise ValueError(
+      f'{path}: the stop {content["stop"]!r} has {len(stop)} tokens; choose a '
+      'text of one'
+    )
+  return content['prefixes'], (tokenizer.eos_id, *stop)
 
 
 def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
@@ -87,20 +109,18 @@ def run(config, workdir: epath.Path):
   validate(config)
   root = epath.Path(config.workdir)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  prompts = records.read_jsonl(
-    root / 'data' / 'prompts_test.jsonl', records.Prompt
-  )[: config.num_prompts]
+  prompts = [
+    prompt
+    for prompt in records.read_jsonl(
+      root / 'data' / 'prompts_test.jsonl', records.Prompt
+    )[: config.num_prompts]
+    for _ in range(config.samples_per_prompt)
+  ]
   rows, num_dropped = loader.prompt_rows(
     prompts, tokenizer, config.prompt_length
   )
   prompts = [prompts[i] for i in rows.indices]
-  # Where a few-shot answer is over: the start of the next example.
-  stops = [tokenizer.eos_id]
-  prefixes = run_lib.read_json(root / 'data' / 'prefixes.json')
-  stop_text = prefixes[0].split('{prompt}')[0].split()[0]
-  stop_token = tokenizer.encode(stop_text)
-  if len(stop_token) == 1:
-    stops += stop_token
+  prefixes, stop_ids = read_prefixes(root / 'data' / 'prefixes.json', tokenizer)
   folders = {
     'pretrained': root / 'pretrain' / 'model',
     'sft': root / 'select' / 'model',
@@ -132,7 +152,7 @@ def run(config, workdir: epath.Path):
       models['sft'].module,
       reward.module,
       tokenizer,
-      tuple(stops),
+      stop_ids,
     )
 
     def sample(params, rows, program, number):
@@ -162,12 +182,34 @@ def run(config, workdir: epath.Path):
         config.batch_size,
       )
 
+    def score_comparisons(params, comparisons):
+      """Per comparison, the score of each completion."""
+      scores = score(
+        params,
+        [c.prompt for c in comparisons for _ in c.completions],
+        [
+          [*ids, tokenizer.eos_id]
+          for ids in tokenizer.encode_batch(
+            [text for c in comparisons for text in c.completions]
+          )
+        ],
+      )
+      ends = np.cumsum([len(c.completions) for c in comparisons])
+      return np.split(scores, ends[:-1])
+
     def prompted_rows(prefix, some_prompts):
-      return loader.prompt_rows(
+      length = config.prompt_length + config.prefix_length
+      prompted, num_dropped = loader.prompt_rows(
         [prefix.replace('{prompt}', p.text) for p in some_prompts],
         tokenizer,
-        config.prompt_length + config.prefix_length,
-      )[0]
+        length,
+      )
+      if num_dropped:
+        raise ValueError(
+          f'a prefix and a prompt exceed {length} tokens together; raise '
+          f'prefix_length ({config.prefix_length}): {prefix!r}'
+        )
+      return prompted
 
     def prompted_ids(sampled):
       """Answers of the few-shot model, ended where the next example starts.
@@ -176,14 +218,20 @@ def run(config, workdir: epath.Path):
       its place tells the reward model that the answer is complete.
       """
       return [
-        [*ids[:-1], tokenizer.eos_id] if ids[-1] in stops else ids
+        [*ids[:-1], tokenizer.eos_id] if ids[-1] in stop_ids else ids
         for ids in rollout.response_ids(sampled)
       ]
 
     # 1. The prompted baseline's prefix: best by reward-model score (3.5).
     valid_prompts = records.read_jsonl(
       root / 'data' / 'prompts_valid.jsonl', records.Prompt
-    )[: config.num_prefix_prompts]
+    )
+    valid_rows, _ = loader.prompt_rows(
+      valid_prompts, tokenizer, config.prompt_length
+    )
+    valid_prompts = [
+      valid_prompts[i] for i in valid_rows.indices[: config.num_prefix_prompts]
+    ]
     pretrained = models['pretrained'].params
     prefix_scores = []
     with run_lib.Progress('evaluate prefixes', len(prefixes)) as progress:
@@ -251,13 +299,21 @@ def run(config, workdir: epath.Path):
       name: score(reward.params, [p.text for p in prompts], ids)
       for name, ids in answers.items()
     }
-    judge_scores = None
     if config.judge == 'restaurant':
-      judge_model = load(config.judge_model, 'scalar')
+      judge_params = load(config.judge_model, 'scalar').params
       judge_scores = {
-        name: score(judge_model.params, [p.text for p in prompts], ids)
+        name: score(judge_params, [p.text for p in prompts], ids)
         for name, ids in answers.items()
       }
+      accuracies = human_accuracies(
+        root,
+        tokenizer,
+        config.prompt_length + config.response_length,
+        {
+          'reward model': functools.partial(score_comparisons, reward.params),
+          'judge': functools.partial(score_comparisons, judge_params),
+        },
+      )
 
   # 4. Judgements: everything from here on is host work on recorded samples.
   texts_by_model = {
@@ -265,8 +321,10 @@ def run(config, workdir: epath.Path):
   }
   if config.judge == 'gold':
     judged = judge_by_gold(config, prompts, texts_by_model)
+    reward_model, reward_tables = gold_reward_figures(config, root, tokenizer)
   else:
-    judged = judge_by_model(prompts, texts_by_model, judge_scores)
+    judged = judge_restaurants(prompts, texts_by_model, judge_scores)
+    reward_model, reward_tables = human_reward_figures(root, accuracies)
   gold_scores, flags, judge_name, extra = judged
   recorded = [
     samples_lib.Sample(
@@ -305,8 +363,7 @@ def run(config, workdir: epath.Path):
   }
   extra['All policies'] = {
     name: {
-      'win rate against SFT': f'{rates[name].rate:.3f} '
-      f'[{rates[name].low:.3f}, {rates[name].high:.3f}]',
+      'win rate against SFT': rates[name],
       'judge': float(np.mean(gold_scores[name])),
       'reward model': float(np.mean(reward_scores[name])),
       'tokens': float(np.mean([len(a) for a in answers[name]])),
@@ -322,6 +379,11 @@ def run(config, workdir: epath.Path):
     text: {'reward model': value, 'chosen': 'yes' if text == prefix else ''}
     for text, value in zip(prefixes, prefix_scores, strict=True)
   }
+  extra["Loss on pretraining text minus the RL initialisation's"] = {
+    name: paired_difference(text_losses[name], text_losses['rl_init'])
+    for name in ('pretrained', 'sft', *RL_MODELS)
+  }
+  extra |= reward_tables
   done = {
     folder.name: run_lib.read_json(folder / run_lib.DONE_FILE)
     for folder in sorted(root.iterdir())
@@ -353,7 +415,7 @@ def run(config, workdir: epath.Path):
     },
     kl={name: float(np.mean(kl[name][0])) for name in RL_MODELS},
     pretraining_loss=pretraining_figures(text_losses),
-    reward_model=reward_figures(config, root, tokenizer, extra),
+    reward_model=reward_model,
     sft_epochs=[
       run_figures.SftEpoch(
         epoch=row['epoch'],
@@ -369,7 +431,7 @@ def run(config, workdir: epath.Path):
     ),
     score_name='gold' if config.judge == 'gold' else 'judge',
     hygiene=flatten(hygiene),
-    labelers={},
+    labelers=hygiene['workers'] if config.judge == 'restaurant' else {},
     data_sizes={
       path.stem: sum(1 for _ in path.open('rb'))
       for folder in ('data', 'compare')
@@ -382,7 +444,9 @@ def run(config, workdir: epath.Path):
       for text in run_lib.read_json(root / name / 'alarms.json').values()
     ],
     extra=extra,
-    reasons={'labelers': 'the labelers are described in the README'},
+    reasons={}
+    if config.judge == 'restaurant'
+    else {'labelers': 'the labelers are described in the README'},
   )
   for directory in (workdir, root):
     report.write_report(directory, figures)
@@ -411,45 +475,51 @@ def judge_by_gold(config, prompts, texts_by_model):
   return scores, flags, 'gold utility of the miniature (a program)', {}
 
 
-def judge_by_model(prompts, texts_by_model, judge_scores):
-  """Human data: a second reward model, BLEU and slot errors."""
-  flags, extra = {}, {}
+def judge_restaurants(prompts, texts_by_model, judge_scores):
+  """Human data: a second reward model judges; slots and BLEU beside it."""
+  slots = [prompt.metadata['slots'] for prompt in prompts]
+  ids = [prompt.id for prompt in prompts]
   with_references = [
     i for i, prompt in enumerate(prompts) if prompt.metadata['references']
   ]
-  slots = [prompt.metadata['slots'] for prompt in prompts]
-  ids = [prompt.id for prompt in prompts]
+  references = [prompts[i].metadata['references'] for i in with_references]
+  reference_ids = [ids[i] for i in with_references]
+  flags, table = {}, {}
   for name, texts in texts_by_model.items():
-    reports = [
-      restaurant.slot_report(s, text)
-      for s, text in zip(slots, texts, strict=True)
-    ]
-    flags[name] = [
-      {
-        'says every slot': not r.missing,
-        'invents a slot (hallucination)': bool(r.invented),
-      }
-      for r in reports
-    ]
-    rates = restaurant.slot_rates(slots, texts, ids)
-    bleu = restaurant.bleu(
-      [texts[i] for i in with_references],
-      [prompts[i].metadata['references'] for i in with_references],
-      [ids[i] for i in with_references],
-    )
-    extra[name] = {
-      'BLEU': _interval(bleu),
-      'slots realised': _interval(rates.realised),
-      'values invented': _interval(rates.invented),
-      'answers with an invention': _interval(rates.invented_answers),
+    flags[name] = []
+    for facts, text in zip(slots, texts, strict=True):
+      found = restaurant.slot_report(facts, text)
+      flags[name].append(
+        {
+          'says every slot': not found.missing,
+          'invents a value (hallucination)': bool(found.invented),
+        }
+      )
+    table[name] = {
+      'BLEU': restaurant.bleu(
+        [texts[i] for i in with_references], references, reference_ids
+      ),
+      **slot_columns(slots, texts, ids),
     }
+  # What people wrote for the same facts, as the measure of the measure.
+  pairs = [
+    (slots[i], text, ids[i])
+    for i, several in zip(with_references, references, strict=True)
+    for text in several
+  ]
+  table['people'] = slot_columns(*zip(*pairs, strict=True))
   judge = 'a second reward model, trained on the other half of the workers'
-  tables = {'Restaurants: BLEU and slots': extra}
-  return judge_scores, flags, judge, tables
+  return judge_scores, flags, judge, {'Slots and BLEU': table}
 
 
-def _interval(x) -> str:
-  return f'{x.mean:.3f} [{x.low:.3f}, {x.high:.3f}]'
+def slot_columns(slots, texts, ids):
+  rates = restaurant.slot_rates(slots, texts, ids)
+  return {
+    'slots realised': rates.realised,
+    'values invented': rates.invented,
+    'answers with an invention': rates.invented_answers,
+    'answers without any slot error': rates.faithful,
+  }
 
 
 def metadata_rates(flags):
@@ -465,89 +535,150 @@ def metadata_rates(flags):
 
 
 def pretraining_figures(losses):
-  """Held-out loss with intervals, paired by packed row."""
-  rows = list(range(len(losses['rl_init'].row_sums)))
+  """Held-out loss with intervals, by packed row."""
 
   def interval(name):
     loss = losses[name]
-    return win_rate.ratio_interval(loss.row_sums, loss.row_counts, rows)
+    return win_rate.ratio_interval(
+      loss.row_sums, loss.row_counts, range(len(loss.row_sums))
+    )
 
-  counts = losses['ppo'].row_counts
   return run_figures.PretrainingLoss(
     init=interval('rl_init'),
     ppo=interval('ppo'),
     ppo_ptx=interval('ppo_ptx'),
-    difference=win_rate.ratio_interval(
-      losses['ppo_ptx'].row_sums - losses['ppo'].row_sums, counts, rows
-    ),
+    difference=paired_difference(losses['ppo_ptx'], losses['ppo']),
   )
 
 
-def reward_figures(config, root, tokenizer, extra):
-  """Accuracy, its ceiling, cross-validation and agreement."""
+def paired_difference(loss, other):
+  """Nats per token by which `loss` is higher, paired by packed row."""
+  return win_rate.ratio_interval(
+    loss.row_sums - other.row_sums,
+    loss.row_counts,
+    range(len(loss.row_sums)),
+  )
+
+
+def gold_reward_figures(config, root, tokenizer):
+  """The embedded world: accuracy, its ceiling, and two groups of labelers."""
   results = run_lib.read_json(root / 'reward' / 'results.json')
-  folds = run_lib.read_json(root / 'crossval' / 'results.json')
-  curve = metrics_lib.read_lines(root / 'reward' / metrics_lib.METRICS_FILE)
-  folder = root / ('compare' if config.judge == 'gold' else 'data')
-  train, valid = (
+  train, valid, heldout = (
     records.read_jsonl(
-      folder / f'comparisons_{split}.jsonl', records.Comparison
+      root / 'compare' / f'comparisons_{name}.jsonl', records.Comparison
     )
-    for split in ('train', 'valid')
+    for name in ('train', 'valid', 'heldout')
   )
-  ceiling = heldout = None
-  if config.judge == 'gold':
-    kept = loader.fitting_comparisons(valid, tokenizer, config.row_length)
-    the_world = world.make_world(config.seed)
-    ceiling = preference_accuracy.pairwise_accuracy(
-      [gold_scores_of(c, the_world) for c in kept],
-      [c.ranks for c in kept],
-      [c.prompt for c in kept],
-    )
-    extra['Best achievable accuracy given label noise'] = {
-      'gold utility on the same pairs': f'{ceiling.accuracy:.3f} '
-      f'[{ceiling.low:.3f}, {ceiling.high:.3f}]'
-    }
-    heldout = preference_accuracy.agreement(
-      records.read_jsonl(
-        folder / 'comparisons_heldout.jsonl', records.Comparison
-      )
-    )
-  trivial = {}
-  for name, judge in (
-    ('length only', baselines.fit_length(train)),
-    ('bag of words (Bradley-Terry)', baselines.fit_bag_of_words(train)),
-  ):
-    accuracy = preference_accuracy.pairwise_accuracy(
-      judge.scores(valid), [c.ranks for c in valid], [c.prompt for c in valid]
-    )
-    trivial[name] = (
-      f'{accuracy.accuracy:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]'
-    )
-  extra['Reward model against trivial baselines'] = {
-    'reward model': f'{results["accuracy"]:.3f} [{results["low"]:.3f}, '
-    f'{results["high"]:.3f}]',
-    **trivial,
+  valid = loader.fitting_comparisons(valid, tokenizer, config.row_length)
+  accuracy = preference_accuracy.Accuracy(
+    results['accuracy'], results['low'], results['high'], results['num_pairs']
+  )
+  the_world = world.make_world(config.seed)
+  ceiling = accuracy_of([gold_scores_of(c, the_world) for c in valid], valid)
+  tables = {
+    'Best achievable accuracy given label noise': {
+      'gold utility on the same pairs': ceiling
+    },
+    'Reward model against trivial baselines': {
+      'reward model': accuracy,
+      **{
+        name: accuracy_of(judge.scores(valid), valid)
+        for name, judge in trivial_judges(train).items()
+      },
+    },
   }
-  num_runs = len(folds['runs'])
-  return run_figures.RewardFigures(
-    accuracy=preference_accuracy.Accuracy(
-      results['accuracy'],
-      results['low'],
-      results['high'],
-      results['num_pairs'],
-    ),
-    ceiling=ceiling.accuracy if ceiling else None,
-    intra=preference_accuracy.Spread(
-      folds['intra']['mean'], folds['intra']['error'], num_runs
-    ),
-    inter=preference_accuracy.Spread(
-      folds['inter']['mean'], folds['inter']['error'], num_runs
-    ),
+  figures = run_figures.RewardFigures(
+    accuracy=accuracy,
+    ceiling=ceiling.accuracy,
     agreement=preference_accuracy.agreement(valid),
-    agreement_heldout=heldout,
-    curve=curve,
+    agreement_heldout=preference_accuracy.agreement(heldout),
+    **fold_figures(root),
   )
+  return figures, tables
+
+
+def human_accuracies(root, tokenizer, row_length, models):
+  """Accuracies on rankings of representations that no training has seen.
+
+  Args:
+    root: of the run.
+    tokenizer: counts the tokens.
+    row_length: rankings with longer texts are left out.
+    models: name -> function from comparisons to their scores.
+
+  Returns:
+    Judge -> whose rankings -> accuracy. The trivial judges of each column
+    learned from the training rankings of that column's workers.
+  """
+  table = {}
+  for half, start in HALVES.items():
+    train, test = (
+      loader.fitting_comparisons(
+        records.read_jsonl(
+          root / 'data' / f'{start}comparisons_{split}.jsonl',
+          records.Comparison,
+        ),
+        tokenizer,
+        row_length,
+      )
+      for split in ('train', 'test')
+    )
+    scorers = dict(models)
+    for name, judge in trivial_judges(train).items():
+      scorers[name] = judge.scores
+    for name, scores in scorers.items():
+      row = table.setdefault(name, {})
+      row[f"{half}'s workers"] = accuracy_of(scores(test), test)
+  return table
+
+
+def human_reward_figures(root, accuracies):
+  """Human data: accuracies, and how far workers agree with one another."""
+  rankings = [
+    # Each criterion is a question of its own: no agreement across them.
+    dataclasses.replace(c, prompt=f'{c.labeler.split(":")[0]}\n{c.prompt}')
+    for start in HALVES.values()
+    for split in ('train', 'valid', 'test')
+    for c in records.read_jsonl(
+      root / 'data' / f'{start}comparisons_{split}.jsonl', records.Comparison
+    )
+  ]
+  figures = run_figures.RewardFigures(
+    accuracy=accuracies['reward model']["reward model's workers"],
+    agreement=preference_accuracy.agreement(rankings),
+    **fold_figures(root),
+  )
+  return figures, {'Accuracy on held-out representations': accuracies}
+
+
+def trivial_judges(train):
+  """What a reward model must beat, fitted to the same rankings."""
+  return {
+    'length only': baselines.fit_length(train),
+    'bag of words (Bradley-Terry)': baselines.fit_bag_of_words(train),
+  }
+
+
+def accuracy_of(scores, comparisons):
+  return preference_accuracy.pairwise_accuracy(
+    scores,
+    [c.ranks for c in comparisons],
+    [c.prompt for c in comparisons],
+  )
+
+
+def fold_figures(root):
+  """Cross-validation over labelers, and the training curve."""
+  folds = run_lib.read_json(root / 'crossval' / 'results.json')
+  return {
+    'curve': metrics_lib.read_lines(root / 'reward' / metrics_lib.METRICS_FILE),
+    **{
+      name: preference_accuracy.Spread(
+        folds[name]['mean'], folds[name]['error'], len(folds['runs'])
+      )
+      for name in ('intra', 'inter')
+    },
+  }
 
 
 def gold_scores_of(comparison, the_world):

@@ -10,7 +10,7 @@ from etils import epath
 
 from instruct_jax.data import hygiene, records, tokenizer
 from instruct_jax.infra import run as run_lib
-from instruct_jax.miniature import documents, labelers, tasks, world
+from instruct_jax.miniature import documents, labelers, phrases, tasks, world
 
 
 def validate(config):
@@ -99,7 +99,12 @@ def run(config, workdir: epath.Path):
   counts = report.to_json()
   run_lib.write_json(workdir / 'hygiene.json', counts)
   run_lib.write_json(
-    workdir / 'prefixes.json', tasks.prefixes(the_world)
+    workdir / 'prefixes.json',
+    {
+      'prefixes': tasks.prefixes(the_world),
+      # An answer is over where the next page would begin.
+      'stop': phrases.PAGE.split()[0],
+    },
   )
   print(f'data: hygiene {counts}', flush=True)
   return {'hygiene': counts, 'vocabulary': tokens.vocab_size}

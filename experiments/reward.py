@@ -37,14 +37,6 @@ def validate(config):
     )
 
 
-def score_candidates(scalars_fn, params, tokens, mask):
-  """r(x, y) of [B, C, T] candidates at their last real tokens: [B, C]."""
-  B, C, T = tokens.shape
-  tokens, mask = tokens.reshape(B * C, T), mask.reshape(B * C, T)
-  scores = masked.at_last(scalars_fn(params, tokens, mask), mask)
-  return scores.reshape(B, C)
-
-
 def build_programs(config, module, num_steps):
   """The jitted programs of this stage."""
   tx = optimizer.make_adam(
@@ -58,7 +50,8 @@ def build_programs(config, module, num_steps):
 
   def loss_fn(params, batch, key):
     del key  # Reward models train without dropout.
-    scores = score_candidates(scalars_fn, params, batch.tokens, batch.mask)
+    scalars = scalars_fn(params, batch.tokens, batch.segments)
+    scores = scalars.reshape(-1)[batch.ends]
     loss, pairs, correct = losses.ranking_loss(
       scores, batch.ranks, config.divisor
     )
@@ -85,18 +78,10 @@ def build_programs(config, module, num_steps):
       num_microbatches=config.num_microbatches,
     )
 
-  def score(params, batch):
-    return score_candidates(scalars_fn, params, batch.tokens, batch.mask)
-
-  def score_text(params, batch):
-    mask = batch.segments > 0
-    return masked.at_last(scalars_fn(params, batch.tokens, mask), mask)
-
   return {
     'optimizer': tx,
     'update': jax.jit(update, donate_argnums=0),
-    'score': jax.jit(score),
-    'score_text': jax.jit(score_text),
+    'scalars': jax.jit(scalars_fn),
   }
 
 
@@ -107,10 +92,32 @@ def train(config, workdir, name, rows, model, seed):
     batch_size=config.batch_size,
     seed=seed,
     num_epochs=config.num_epochs,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
   )
   mesh = jax.sharding.get_mesh()
+  # One shape for all batches: as many packed rows as the fullest one needs.
+  # Each microbatch is packed by itself, so that it is whole.
+  num_parts = config.num_microbatches
+
+  def parts_of(batch):
+    return [
+      loader.take(batch, part)
+      for part in np.split(np.arange(config.batch_size), num_parts)
+    ]
+
+  needed = max(
+    len(loader.pack_comparisons(part).tokens)
+    for step in range(len(batches))
+    for part in parts_of(batches[step])
+  )
+  num_devices = jax.device_count()
+  num_rows = -(-needed // num_devices) * num_devices
+
+  def pack(batch):
+    packed = [
+      loader.pack_comparisons(part, num_rows) for part in parts_of(batch)
+    ]
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *packed)
+
   programs = build_programs(config, model.module, len(batches))
   state = train_state.create(model.params, programs['optimizer'])
   root = jax.random.key(seed)
@@ -123,7 +130,7 @@ def train(config, workdir, name, rows, model, seed):
   ) as steps:
     state = steps.restore(state)
     for step in steps.steps():
-      batch = sharding.put_batch(batches[step], mesh)
+      batch = sharding.put_batch(pack(batches[step]), mesh)
       state, metrics = programs['update'](
         state, batch, jax.random.fold_in(root, step)
       )
@@ -137,17 +144,24 @@ def train(config, workdir, name, rows, model, seed):
   return state.params, programs
 
 
+def score_comparisons(config, programs, params, rows):
+  """r(x, y) of every candidate of a data set: [N, C] on the host."""
+  mesh = jax.sharding.get_mesh()
+  packed = loader.pack_comparisons(rows)
+  scalars = rollout.in_batches(
+    lambda batch: programs['scalars'](params, *sharding.put_batch(batch, mesh)),
+    (packed.tokens, packed.segments),
+    config.eval_batch_size,
+  )
+  return scalars.reshape(-1)[packed.ends]
+
+
 def accuracy_of(config, programs, params, comparisons, tokenizer):
   """Pairwise accuracy on rankings, with its interval."""
   rows, _ = loader.comparison_rows(
     comparisons, tokenizer, config.max_candidates, config.row_length
   )
-  mesh = jax.sharding.get_mesh()
-  scores = rollout.in_batches(
-    lambda batch: programs['score'](params, sharding.put_batch(batch, mesh)),
-    rows,
-    config.eval_batch_size,
-  )
+  scores = score_comparisons(config, programs, params, rows)
   present = rows.ranks > 0
   kept = loader.fitting_comparisons(comparisons, tokenizer, config.row_length)
   return preference_accuracy.pairwise_accuracy(
@@ -159,6 +173,9 @@ def accuracy_of(config, programs, params, comparisons, tokenizer):
 
 def run(config, workdir: epath.Path):
   validate(config)
+  if jax.process_count() > 1:
+    # `ends` would have to point across processes.
+    raise ValueError('reward models train in a single process')
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   comparisons = records.read_jsonl(config.comparisons, records.Comparison)
   valid = records.read_jsonl(config.valid_comparisons, records.Comparison)
@@ -195,21 +212,22 @@ def fit(config, workdir, tokenizer, policy, comparisons, valid):
     loss_on='response',
     pack=False,
   )
-  raw_scores = rollout.in_batches(
-    lambda batch: programs['score_text'](
-      params, sharding.put_batch(batch, mesh)
-    ),
-    demonstrations,
+  scalars = rollout.in_batches(
+    lambda batch: programs['scalars'](params, *sharding.put_batch(batch, mesh)),
+    (demonstrations.tokens, demonstrations.segments),
     config.eval_batch_size,
   )
+  last = demonstrations.mask.sum(axis=1) - 1
+  raw_scores = scalars[np.arange(len(last)), last]
   shift = float(np.mean(raw_scores, dtype=np.float64))
   params = {**params, 'head_bias': params['head_bias'] - jnp.float32(shift)}
 
   accuracy = accuracy_of(config, programs, params, valid, tokenizer)
-  train_scores = rollout.in_batches(
-    lambda batch: programs['score'](params, sharding.put_batch(batch, mesh)),
+  train_scores = score_comparisons(
+    config,
+    programs,
+    params,
     loader.take(rows, np.arange(min(512, loader.num_rows(rows)))),
-    config.eval_batch_size,
   )
   present = rows.ranks[: len(train_scores)] > 0
   results = {

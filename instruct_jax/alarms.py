@@ -67,10 +67,9 @@ def find(
         'cannot be negative: sampling is not from the policy that is scored '
         '(top-k, top-p, temperature, or padding in the sum)',
       )
-    started, ended = mean(first, 'objective/ended'), mean(
-      window, 'objective/ended'
-    )
-    if started is not None and ended < started - 0.2:
+    started = mean(first, 'objective/ended')
+    ended = mean(window, 'objective/ended')
+    if None not in (started, ended) and ended < started - 0.2:
       raise_alarm(
         'end_of_text',
         step,
@@ -79,8 +78,8 @@ def find(
       )
     length_before = mean(first, 'objective/length')
     length_now = mean(window, 'objective/length')
-    if length_before and (
-      length_now > 1.5 * length_before or length_now < 0.5 * length_before
+    if None not in (length_before, length_now) and not (
+      0.5 * length_before <= length_now <= 1.5 * length_before
     ):
       raise_alarm(
         'length',
@@ -96,20 +95,25 @@ def find(
         raise_alarm(
           'score_range',
           step,
-          f'mean score {score:.2f} lies outside the reward model\'s training '
+          f"mean score {score:.2f} lies outside the reward model's training "
           f'range [{low:.2f}, {high:.2f}]: it is extrapolating',
         )
-    losses = [
-      (r['step'], r['eval/pretraining_loss'])
-      for r in rows[:end]
-      if r.get('eval/pretraining_loss') is not None
-    ]
-    if losses and losses[-1][1] > losses[0][1] + 0.2:
-      raise_alarm(
-        'pretraining_loss',
-        losses[-1][0],
-        f'pretraining loss rose from {losses[0][1]:.3f} to '
-        f'{losses[-1][1]:.3f} nats a token: the alignment tax; raise ptx_coef '
-        'or kl_coef, or lower the learning rate',
-      )
+
+  # Held-out losses are rare and not noisy: each counts, against the one from
+  # before the first update, or the first there is.
+  before = None
+  for row in rows:
+    for name in ('eval/pretraining_loss_before', 'eval/pretraining_loss'):
+      loss = row.get(name)
+      if loss is None:
+        continue
+      before = loss if before is None else before
+      if loss > before + 0.2:
+        raise_alarm(
+          'pretraining_loss',
+          row['step'],
+          f'pretraining loss rose from {before:.3f} to {loss:.3f} nats a '
+          'token: the alignment tax; raise ptx_coef or kl_coef, or lower the '
+          'learning rate',
+        )
   return found

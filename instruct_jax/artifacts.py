@@ -223,6 +223,6 @@ def text_logprobs_fn(module: heads.Policy, deterministic: bool = True):
 
 def scalars_fn(module: heads.ScalarModel):
   """`types.ScalarsFn` of a reward or value model."""
-  return lambda params, tokens, mask: module.apply(
-    {'params': params}, tokens, mask
+  return lambda params, tokens, segments: module.apply(
+    {'params': params}, tokens, segments
   )

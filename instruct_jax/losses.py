@@ -39,7 +39,9 @@ def ranking_loss(
   present = ranks > 0
   better = ranks[:, :, None] < ranks[:, None, :]
   better &= present[:, :, None] & present[:, None, :]
-  margins = scores[:, :, None] - scores[:, None, :]
+  # Emptied before the logarithm: whatever an absent candidate scored, NaN
+  # included, must not reach the gradient of the others.
+  margins = jnp.where(better, scores[:, :, None] - scores[:, None, :], 0.0)
   pair_losses = jnp.where(better, -jax.nn.log_sigmoid(margins), 0.0)
   pairs = jnp.sum(better, axis=(1, 2), dtype=jnp.float32)
   if divisor == 'surviving':

@@ -17,9 +17,7 @@ def total(
   return jnp.sum(jnp.where(mask, values, 0).astype(jnp.float32))
 
 
-def metric(
-  values: Num[Array, '*shape'], mask: Bool[Array, '*shape']
-) -> Metric:
+def metric(values: Num[Array, '*shape'], mask: Bool[Array, '*shape']) -> Metric:
   """(sum, count) of the unmasked values: what leaves the device."""
   return total(values, mask), jnp.sum(mask, dtype=jnp.float32)
 
@@ -41,6 +39,8 @@ def variance(
   values: Num[Array, '*shape'], mask: Bool[Array, '*shape']
 ) -> Float[Array, '']:
   """Population variance (divisor n) of the unmasked values."""
+  # Emptied first: 0 times the gradient of a NaN would be NaN.
+  values = jnp.where(mask, values, 0.0)
   return mean(jnp.square(values - mean(values, mask)), mask)
 
 
@@ -54,6 +54,7 @@ def whiten(
   Under `jax.jit` on a mesh the sums run over the whole global batch, so the
   result depends neither on microbatches nor on the number of devices.
   """
+  values = jnp.where(mask, values, 0.0)
   centred = values - mean(values, mask)
   scale = jnp.sqrt(variance(values, mask) + epsilon)
   return jnp.where(mask, centred / scale, 0.0)

@@ -88,7 +88,8 @@ def update_kl_coef(
 
   Args:
     state: current coefficient.
-    measured_kl: mean KL per response over the last batch, nats.
+    measured_kl: mean KL per response over the last batch, nats. One that is
+      not finite leaves the coefficient as it is.
     num_episodes: n, responses in that batch.
     target: wanted KL per response, nats, or None.
     horizon: episodes over which a constant error of 1 would double beta.
@@ -96,4 +97,5 @@ def update_kl_coef(
   if target is None:
     return state
   error = jnp.clip(measured_kl / target - 1.0, -0.2, 0.2)
+  error = jnp.where(jnp.isfinite(measured_kl), error, 0.0)
   return KLState(coef=state.coef * (1.0 + error * num_episodes / horizon))

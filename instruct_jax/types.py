@@ -7,6 +7,7 @@ Shape letters, used in every annotation and einsum of the package:
   R  response positions (padded)  N  attention heads
   T  all positions, T = P + R     K  key/value heads
   C  candidates of one prompt     H  width of one head
+  M  rows of packed sequences
   S  cache slots                  F  width of the MLP
   L  layers
 
@@ -66,6 +67,29 @@ class ComparisonBatch:
 
   tokens: Int[Array, 'B C T']
   mask: Bool[Array, 'B C T']
+  ranks: Int[Array, 'B C']
+  prompt_mask: Bool[Array, 'B']
+
+
+@flax.struct.dataclass
+class PackedComparisons:
+  """The candidates of B prompts, several to a row, each a segment of its own.
+
+  A prompt's candidates may lie in different rows; its pairs are formed after
+  the scores have been gathered, so it stays one batch element.
+
+  Attributes:
+    tokens: prompt and completion of each candidate, M rows.
+    segments: 0 on padding; 1, 2, ... number the candidates of a row.
+    ends: where each candidate's last token is in the flattened [M * T] rows;
+      0 for an absent candidate.
+    ranks: 1 is best; equal numbers are ties; 0 for an absent candidate.
+    prompt_mask: False on prompts that only fill up the batch.
+  """
+
+  tokens: Int[Array, 'M T']
+  segments: Int[Array, 'M T']
+  ends: Int[Array, 'B C']
   ranks: Int[Array, 'B C']
   prompt_mask: Bool[Array, 'B']
 

@@ -56,6 +56,15 @@ def rng() -> np.random.Generator:
   return np.random.default_rng(0)
 
 
+@pytest.fixture(scope='module')
+def quick_compile():
+  """XLA without its slower passes, for files that compile more than they
+  compute: `pytestmark = pytest.mark.usefixtures('quick_compile')`."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 @pytest.fixture
 def workdir(tmp_path) -> pathlib.Path:
   """An empty work directory."""

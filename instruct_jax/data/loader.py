@@ -225,6 +225,52 @@ def fitting_comparisons(
   return kept
 
 
+def pack_comparisons(
+  batch: types.ComparisonBatch, num_rows: int | None = None
+) -> types.PackedComparisons:
+  """Lays the candidates of a batch out densely, several to a row.
+
+  With candidates of 24 tokens in rows of 64 this is a third of the work.
+
+  Args:
+    batch: one row a prompt, in NumPy arrays.
+    num_rows: M, so that every batch has one shape; as many as it takes if
+      None.
+
+  Raises:
+    ValueError: the candidates do not fit into `num_rows` rows.
+  """
+  row_length = batch.tokens.shape[2]
+  sizes = batch.mask.sum(axis=2)
+  prompt, candidate = np.nonzero(sizes)
+  lengths = sizes[prompt, candidate]
+  row, offset, segment = _best_fit(lengths.tolist(), row_length)
+  needed = int(row.max()) + 1
+  num_rows = needed if num_rows is None else num_rows
+  if needed > num_rows:
+    raise ValueError(f'{needed} rows are needed, num_rows is {num_rows}')
+  starts = row * row_length + offset
+  within = np.arange(lengths.sum()) - np.repeat(
+    np.cumsum(lengths) - lengths, lengths
+  )
+  positions = np.repeat(starts, lengths) + within
+  tokens = np.zeros(num_rows * row_length, np.int32)
+  segments = np.zeros(num_rows * row_length, np.int32)
+  tokens[positions] = batch.tokens[
+    np.repeat(prompt, lengths), np.repeat(candidate, lengths), within
+  ]
+  segments[positions] = np.repeat(segment, lengths)
+  ends = np.zeros(batch.ranks.shape, np.int32)
+  ends[prompt, candidate] = starts + lengths - 1
+  return types.PackedComparisons(
+    tokens=tokens.reshape(num_rows, row_length),
+    segments=segments.reshape(num_rows, row_length),
+    ends=ends,
+    ranks=np.asarray(batch.ranks),
+    prompt_mask=np.asarray(batch.prompt_mask),
+  )
+
+
 def prompt_rows(
   prompts: Sequence[records.Prompt | str],
   tokenizer: tokenizer_lib.Tokenizer,

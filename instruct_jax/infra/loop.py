@@ -64,6 +64,7 @@ class Loop:
     self._keep = keep
     self._start = 0
     self._pending: Metrics = {}
+    self._pending_items = 0.0
     self._last_log = time.monotonic()
 
   def __enter__(self) -> 'Loop':
@@ -139,6 +140,7 @@ class Loop:
     """
     done = step + 1
     self._pending = metrics.merge(self._pending, step_metrics)
+    self._pending_items += num_items
     is_last = done == self._num_steps
     line = None
     if done % self._log_every == 0 or is_last or values:
@@ -152,9 +154,10 @@ class Loop:
         done,
         {
           'timing/seconds': seconds,
-          'timing/items_per_second': num_items * self._log_every / seconds,
+          'timing/items_per_second': self._pending_items / seconds,
         },
       )
+      self._pending_items = 0.0
       for name, watched in states.items():
         train_state.check_skips(watched, self._max_skips, name)
     self._progress.update(1, text)

@@ -679,7 +679,7 @@ def _constrain(spec, draw):
   if kind == 'write' and form == 'facts':
     choices = ['exclude', 'start', 'include', 'end']
     if spec['count'] == 1:
-      choices += ['max_words', 'max_words', 'sentences']
+      choices += 2 * ['max_words', 'sentences']
   elif kind == 'write' and form in ('story', 'letter', 'review'):
     choices = ['start', 'end', 'include'] if form != 'letter' else ['include']
     if form == 'review':

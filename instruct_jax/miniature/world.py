@@ -176,16 +176,24 @@ def is_true(claim: Claim, facts: Mapping[str, Mapping[str, str]]) -> bool:
   return known is not None and (known == claim.value) != claim.negated
 
 
+# The plainest phrasing is the most frequent one, as in real text; it is also
+# what makes the facts memorable for a small model.
+_PLAIN_SHARE = 0.5
+_OF_SHARE = 0.12
+
+
 def predicate(relation: phrases.Relation, value: str, draw) -> str:
-  """'lives in ghent', in one of the relation's phrasings."""
-  return draw.choice(relation.states).replace('{v}', value)
+  """'lives in arden', in one of the relation's phrasings."""
+  plain = draw.random() < _PLAIN_SHARE
+  text = relation.states[0] if plain else draw.choice(relation.states)
+  return text.replace('{v}', value)
 
 
 def statement(
   relation: phrases.Relation, subject: str, value: str, draw
 ) -> str:
-  """'anna lives in ghent', without a full stop."""
-  if draw.random() < 0.2:
+  """'anna lives in arden', without a full stop."""
+  if draw.random() < _OF_SHARE:
     text = draw.choice(relation.of)
     return text.replace('{s}', noun(subject)).replace('{v}', value)
   return f'{noun(subject)} {predicate(relation, value, draw)}'

@@ -22,10 +22,12 @@ def token_logprobs(
 ) -> tuple[Float[Array, '*b'], Float[Array, '*b']]:
   """log softmax(logits / temperature)[token] and the entropy, nats, float32.
 
-  The one place where logits become log-probabilities: sampler, old, new and
-  reference all pass through it, with the same temperature.
+  Old, new and reference log-probabilities and every text loss pass through
+  here. As in the sampler, a temperature of 0 (greedy) leaves the logits alone.
   """
-  logits = logits.astype(jnp.float32) / temperature
+  logits = logits.astype(jnp.float32)
+  if temperature > 0:
+    logits = logits / temperature
   log_z = jax.nn.logsumexp(logits, axis=-1)
   chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
   probs = jnp.exp(logits - log_z[..., None])
@@ -118,10 +120,15 @@ class ScalarModel(nn.Module):
     )
 
   def __call__(
-    self, tokens: Int[Array, 'B T'], mask: Bool[Array, 'B T']
+    self,
+    tokens: Int[Array, 'B T'],
+    segments: Int[Array, 'B T'] | Bool[Array, 'B T'],
   ) -> Float[Array, 'B T']:
-    """float32 scalars; no dropout: reward models and PPO never use it."""
-    hidden, _ = self.trunk(tokens, mask.astype(jnp.int32))
+    """float32 scalars; no dropout: reward models and PPO never use it.
+
+    A mask does as segments where each row is one sequence.
+    """
+    hidden, _ = self.trunk(tokens, segments.astype(jnp.int32))
     scalars = jnp.einsum(
       'btd,d->bt', hidden.astype(jnp.float32), self.head_kernel
     )

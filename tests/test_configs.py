@@ -1,0 +1,158 @@
+"""Every config loads and validates; paper sizes carry the paper's numbers."""
+
+import importlib
+
+import jax
+import pytest
+
+from configs import pretrain, reward, sft
+from configs import ppo_ptx as ppo_config_file
+from experiments import ppo_ptx as ppo_experiment
+from instruct_jax import artifacts, main
+from instruct_jax.infra import sharding, train_state
+from instruct_jax.models.config import PRESETS, TransformerConfig
+
+SIZES = ('1p3b', '6b', '175b')
+
+
+@pytest.mark.parametrize('variant', ['miniature', 'smoke', 'e2e'])
+def test_every_stage_of_a_pipeline_validates(variant, tmp_path):
+  config = ppo_config_file.get_config(variant)
+  if variant == 'e2e':
+    for name in ('e2e_nlg', 'e2e_rankings', 'books'):
+      (tmp_path / name).mkdir()
+    config.data.root = str(tmp_path)
+  assert set(config.stage_order) == set(config.stages)
+  for name in config.stage_order:
+    stage = config.stages[name]
+    assert stage.name == name
+    main.find_experiment(stage.experiment).validate(stage)
+
+
+def test_workdir_and_seed_reach_every_stage():
+  config = ppo_config_file.get_config('smoke')
+  config.seed = 7
+  with config.unlocked():
+    config.workdir = '/somewhere'
+  assert {stage.seed for stage in config.stages.values()} == {7}
+  assert config.stages.ppo.init == '/somewhere/rl_init/model'
+  assert config.stages.ppo.ptx_coef == 0
+  assert config.stages.ppo_ptx.ptx_coef > 0
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_paper_numbers_of_sft(size):
+  # C.1 and C.3, as printed.
+  config = sft.get_config(size)
+  rate, batch = {
+    '1p3b': (9.65e-6, 32),
+    '6b': (9.65e-6, 32),
+    '175b': (5.03e-6, 8),
+  }[size]
+  assert (config.learning_rate, config.batch_size) == (rate, batch)
+  assert (config.num_epochs, config.dropout) == (16, 0.2)
+  assert (config.adam_b1, config.adam_b2) == (0.9, 0.95)
+  start = sft.get_config(f'{size},init')
+  rate = {'1p3b': 5e-6, '6b': 1.04e-5, '175b': 2.45e-6}[size]
+  assert (start.learning_rate, start.num_epochs) == (rate, 2)
+  assert (start.ptx_fraction, start.batch_size) == (0.1, batch)
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_paper_numbers_of_the_reward_model(size):
+  config = reward.get_config(size)
+  assert (config.learning_rate, config.batch_size) == (9e-6, 64)
+  assert (config.num_epochs, config.max_candidates) == (1, 9)
+  folds = reward.get_config(f'{size},folds')
+  assert (folds.num_folds, folds.num_fold_seeds) == (5, 3)
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_paper_numbers_of_ppo(size):
+  config = ppo_config_file.get_config(size)
+  expected = {
+    'num_episodes': 256_000,
+    'batch_size': 512,
+    'num_minibatches': 8,
+    'num_epochs': 1,
+    'kl_coef': 0.02,
+    'ptx_coef': 27.8,
+    'ptx_per_episode': 8,
+    'clip': 0.2,
+    'discount': 1.0,
+    'num_warmup_iterations': 10,
+    'ema_decay': 0.992,
+    'temperature': 1.0,
+    'prompt_length': 1024,
+    'response_length': 1024,
+    'value_learning_rate': 5e-6 if size == '175b' else 9e-6,
+  }
+  assert {name: config[name] for name in expected} == expected
+  assert 2.55e-6 <= config.learning_rate <= 2.55e-5  # E.9 scanned this.
+  ppo_experiment.validate(config)
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_pretraining_config_has_the_paper_shape(size):
+  config = pretrain.get_config(size)
+  for name, value in PRESETS[size].items():
+    assert config.model[name] == value
+  # 300 billion tokens.
+  tokens = config.num_steps * config.batch_size * config.row_length
+  assert abs(tokens - 300e9) < config.batch_size * config.row_length
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_paper_sizes_build_their_abstract_ppo_state(size):
+  mesh = sharding.make_mesh((1, -1, 1))
+  shape = TransformerConfig.from_dict(PRESETS[size])
+  value_shape = TransformerConfig.from_dict(PRESETS['6b'])
+  policy_tx, value_tx = ppo_experiment.make_optimizers(
+    ppo_config_file.get_config(size)
+  )
+  for kind, config, tx in (
+    ('policy', shape, policy_tx),
+    ('scalar', value_shape, value_tx),
+  ):
+    params = artifacts.abstract_params(kind, config, mesh)
+    state = jax.eval_shape(
+      lambda params, tx=tx: train_state.create(params, tx), params
+    )
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    head = config.width + 1 if kind == 'scalar' else 0
+    assert count == config.num_params + head
+    # Adam holds two more copies.
+    moments = sum(x.size for x in jax.tree.leaves(state.opt_state))
+    assert 2 * count <= moments <= 2 * count + 10
+
+
+@pytest.mark.parametrize(
+  'name,key,value,text',
+  [
+    ('ppo_ptx', 'num_minibatches', 7, 'num_minibatches 7'),
+    ('ppo_ptx', 'num_episodes', 1000, 'num_episodes 1000'),
+    ('ppo_ptx', 'temperature', 0.0, 'temperature'),
+    ('ppo_ptx', 'ema_every', 'often', 'ema_every'),
+    ('sft', 'ptx_fraction', 1.5, 'ptx_fraction'),
+    ('sft', 'num_microbatches', 5, 'num_microbatches 5'),
+    ('reward', 'divisor', 'some', 'divisor'),
+    ('reward', 'num_folds', 1, 'num_folds'),
+    ('pretrain', 'row_length', 4096, 'row_length 4096'),
+    ('compare', 'min_candidates', 1, 'min_candidates'),
+    ('evaluate', 'judge', 'me', 'judge'),
+    ('select', 'num_prompts', 0, 'num_prompts'),
+    ('data', 'num_reward_prompts', 10**6, 'num_reward_prompts'),
+  ],
+)
+def test_bad_values_are_named(name, key, value, text):
+  config = ppo_config_file.get_config('miniature').stages[name]
+  with config.unlocked():
+    config[key] = value
+  with pytest.raises(ValueError, match=text):
+    main.find_experiment(config.experiment).validate(config)
+
+
+@pytest.mark.parametrize('name', ['pretrain', 'sft', 'reward', 'ppo_ptx'])
+def test_unknown_variants_are_refused(name):
+  with pytest.raises((ValueError, KeyError)):
+    importlib.import_module(f'configs.{name}').get_config('2t')

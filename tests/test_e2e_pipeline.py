@@ -1,0 +1,183 @@
+"""The restaurant variant: its config, and all its stages on real data."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from configs import ppo_ptx
+from experiments import e2e_data
+from instruct_jax import main
+from instruct_jax.data import records, tokenizer
+from instruct_jax.infra import run as run_lib
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+# As little of every stage as still runs.
+SMOKE = {
+  'xla_flags': '--xla_backend_optimization_level=0',
+  'stages.data.vocab_size': 2_000,
+  'stages.pretrain.model.width': 32,
+  'stages.pretrain.model.num_layers': 2,
+  'stages.pretrain.model.num_heads': 1,
+  'stages.pretrain.model.mlp_dim': 64,
+  'stages.pretrain.model.scan_unroll': 1,
+  'stages.pretrain.num_steps': 20,
+  'stages.pretrain.num_warmup': 5,
+  'stages.sft.num_epochs': 2,
+  'stages.rl_init.num_epochs': 1,
+  'stages.reward.max_comparisons': 64,
+  'stages.judge.max_comparisons': 64,
+  'stages.crossval.max_comparisons': 64,
+  'stages.crossval.num_folds': 2,
+  'stages.select.num_prompts': 16,
+  'stages.select.batch_size': 16,
+  'stages.ppo.num_episodes': 32,
+  'stages.ppo.batch_size': 16,
+  'stages.ppo_ptx.num_episodes': 32,
+  'stages.ppo_ptx.batch_size': 16,
+  'stages.evaluate.num_prompts': 12,
+  'stages.evaluate.samples_per_prompt': 2,
+  'stages.evaluate.num_prefix_prompts': 4,
+  'stages.evaluate.batch_size': 24,
+}
+
+
+def _demonstration(prompt, response):
+  return records.Demonstration(prompt=f'{prompt}\n', response=response)
+
+
+def test_root_reaches_the_data_stage_by_either_name(tmp_path):
+  config = ppo_ptx.get_config('e2e')
+  config.data.root = 'a'
+  assert config.stages.data.root == 'a'
+  config.stages.data.root = 'b'
+  assert config.data.root == 'b'
+  # Saved and compared as any other key.
+  run_lib.save_config(config.copy_and_resolve_references(), tmp_path / 'c.json')
+  run_lib.check_config(
+    config.copy_and_resolve_references(), tmp_path / 'c.json'
+  )
+  config.data.root = 'c'
+  with pytest.raises(run_lib.WorkdirError, match='data.root'):
+    run_lib.check_config(
+      config.copy_and_resolve_references(), tmp_path / 'c.json'
+    )
+
+
+def test_a_missing_root_is_told_before_any_compute(tmp_path):
+  config = ppo_ptx.get_config('e2e')
+  with pytest.raises(ValueError, match=r'set --config\.data\.root=DIR'):
+    e2e_data.validate(config.stages.data)
+  (tmp_path / 'books').mkdir()
+  config.data.root = str(tmp_path)
+  with pytest.raises(ValueError, match='no folder e2e_nlg, e2e_rankings'):
+    e2e_data.validate(config.stages.data)
+
+
+def test_every_stage_validates_and_lengths_fit_together(tmp_path):
+  for name in e2e_data.FOLDERS:
+    (tmp_path / name).mkdir()
+  config = ppo_ptx.get_config('e2e')
+  config.data.root = str(tmp_path)
+  stages = config.stages
+  assert set(config.stage_order) == set(stages.keys())
+  for name in config.stage_order:
+    assert stages[name].name == name
+    main.find_experiment(stages[name].experiment).validate(stages[name])
+  assert stages.judge.comparisons != stages.reward.comparisons
+  assert stages.judge.seed != stages.reward.seed
+  context = stages.pretrain.model.context_length
+  longest = stages.evaluate.prompt_length + stages.evaluate.response_length
+  assert longest + stages.evaluate.prefix_length <= context
+  assert stages.data.prefix_length == stages.evaluate.prefix_length
+
+
+def test_prefixes_are_training_examples_and_fit():
+  demonstrations = [
+    _demonstration('name: A', 'It is A.'),
+    _demonstration('name: A', 'This is A.'),
+    _demonstration('name: B', 'It is B.'),
+    _demonstration('name: C', 'It is C.'),
+    _demonstration('name: D, area: ' + 'long ' * 40, 'It is D.'),
+  ]
+  tokens = tokenizer.train_bpe(
+    [d.prompt + d.response for d in demonstrations], 300
+  )
+  prefixes = e2e_data.make_prefixes(demonstrations, tokens, 60, seed=0)
+  assert len(prefixes) == e2e_data.NUM_PREFIXES
+  known = {d.prompt + d.response for d in demonstrations}
+  for prefix in prefixes:
+    *examples, slot = prefix.split('\n\n')
+    assert slot == '{prompt}'
+    assert len(examples) in (2, 3) and set(examples) <= known
+    facts = [example.split('\n')[0] for example in examples]
+    assert len(set(facts)) == len(facts)
+    assert len(tokens.encode(prefix.replace('{prompt}', ''))) <= 60
+  assert prefixes == e2e_data.make_prefixes(demonstrations, tokens, 60, seed=0)
+  assert prefixes != e2e_data.make_prefixes(demonstrations, tokens, 60, seed=1)
+  with pytest.raises(ValueError, match='raise prefix_length'):
+    e2e_data.make_prefixes(demonstrations, tokens, 5, seed=0)
+
+
+@pytest.mark.slow
+def test_all_stages_on_real_data(data_root, tmp_path):
+  # One book instead of 28: the tokenizer is most of the data stage.
+  root = tmp_path / 'root'
+  (root / 'books').mkdir(parents=True)
+  for name in ('e2e_nlg', 'e2e_rankings'):
+    if not (data_root / name).is_dir():
+      pytest.skip(f'no {name} in {data_root}')
+    (root / name).symlink_to(data_root / name)
+  book = min((data_root / 'books').glob('*.txt.gz'))
+  (root / 'books' / book.name).symlink_to(book)
+  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  workdir = tmp_path / 'run'
+  command = [
+    sys.executable,
+    '-m',
+    'instruct_jax.main',
+    '--config=configs/ppo_ptx.py:e2e',
+    f'--config.data.root={root}',
+    f'--workdir={workdir}',
+    *(f'--config.{key}={value}' for key, value in SMOKE.items()),
+  ]
+
+  def run():
+    done = subprocess.run(
+      command, cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+  run()
+  summary = json.loads((workdir / 'summary.json').read_text())
+  rates = summary['win_rate']
+  assert rates['sft']['rate'] == 0.5
+  # Samples of one prompt are one prompt.
+  assert {rate['num_prompts'] for rate in rates.values()} == {12}
+  assert 0 < summary['reward_model']['agreement'] < 1
+  assert summary['reward_model']['ceiling'] is None
+  extra = summary['extra']
+  accuracies = extra['Accuracy on held-out representations']
+  assert set(accuracies) == {
+    'reward model',
+    'judge',
+    'length only',
+    'bag of words (Bradley-Terry)',
+  }
+  # Neither of these two knows the models: they are the data's own.
+  assert accuracies['bag of words (Bradley-Terry)']["judge's workers"][
+    'accuracy'
+  ] == pytest.approx(0.7, abs=0.1)
+  slots = extra['Slots and BLEU']
+  assert slots['people']['slots realised']['mean'] == pytest.approx(
+    0.92, abs=0.03
+  )
+  assert 'BLEU' in slots['sft']
+  assert (workdir / 'report.md').exists()
+  # Finished stages are not run again.
+  assert 'evaluate: done before' in run()

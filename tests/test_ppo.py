@@ -1,0 +1,668 @@
+"""Scoring a rollout and updating on it.
+
+Most tests use a table in place of a Transformer: the next token depends on the
+present one alone, and a value on the token it stands at.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from instruct_jax import artifacts, masked, ppo, rewards, supervised
+from instruct_jax.infra import sharding, train_state
+from instruct_jax.models.heads import token_logprobs
+from instruct_jax.types import Rollout, TextBatch
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures('quick_compile')
+
+V, B, P, R = 8, 12, 2, 5
+T = P + R
+PPO = ppo.PPOConfig(ptx_coef=0.0, num_minibatches=3)
+CLOSE = {'rtol': 1e-5, 'atol': 1e-5}
+
+
+def table_logprobs(params, tokens, mask, num_response):
+  logits = params['table'][tokens[:, -num_response - 1 : -1]]
+  return token_logprobs(logits, tokens[:, -num_response:])
+
+
+def table_values(params, tokens, mask):
+  return params['values'][tokens]
+
+
+def table_text_logprobs(params, tokens, segments, key):
+  logprobs, _ = token_logprobs(params['table'][tokens[:, :-1]], tokens[:, 1:])
+  return jnp.pad(logprobs, ((0, 0), (1, 0)))
+
+
+PTX_LOSS = supervised.make_text_loss(table_text_logprobs)
+
+
+def sgd(rate):
+  """Its rate lives in the state: one program for every rate."""
+  return optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
+
+
+def make_state(rate=0.0, seed=0, optimizer=sgd):
+  rng = np.random.default_rng(seed)
+  policy = {'table': jnp.asarray(rng.normal(size=(V, V)), jnp.float32)}
+  value = {'values': jnp.asarray(rng.normal(size=V), jnp.float32)}
+  return ppo.PPOState(
+    policy=train_state.create(policy, optimizer(rate)),
+    value=train_state.create(value, optimizer(rate)),
+    ema=policy,
+    kl=rewards.KLState(coef=jnp.float32(0.1)),
+  )
+
+
+def make_rollout(seed=0) -> Rollout:
+  """Ragged responses: the first is empty, the second fills the buffer without
+  an end, the others end on their own."""
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(1, R + 1, B)
+  lengths[:2] = 0, R
+  response_mask = np.arange(R)[None] < lengths[:, None]
+  ended = lengths < R
+  ended[0] = False
+  tokens = rng.integers(0, V, (B, T))
+  mask = np.concatenate([np.ones((B, P), bool), response_mask], axis=1)
+  return jax.tree.map(
+    jnp.asarray,
+    Rollout(
+      tokens=tokens.astype(np.int32),
+      mask=mask,
+      response_mask=response_mask,
+      logprobs=np.zeros((B, R), np.float32),
+      ended=ended,
+    ),
+  )
+
+
+make_batch = jax.jit(ppo.make_ppo_batch, static_argnums=6)
+
+
+def scored(config=PPO, state=None, scores=None):
+  """A batch whose old log-probabilities and values are the state's own."""
+  state = make_state() if state is None else state
+  sampled = make_rollout()
+  old_logprobs, _ = table_logprobs(
+    state.policy.params, sampled.tokens, sampled.mask, R
+  )
+  values = ppo.response_values(
+    table_values(state.value.params, sampled.tokens, sampled.mask), R
+  )
+  if scores is None:
+    scores = jnp.linspace(-1.0, 1.0, B)
+  return make_batch(
+    sampled,
+    scores,
+    old_logprobs,
+    old_logprobs - 0.1,
+    values,
+    jnp.float32(0.1),
+    config,
+  )
+
+
+def ptx_batch(rows=12) -> TextBatch:
+  rng = np.random.default_rng(7)
+  lengths = rng.integers(2, T + 1, rows)
+  mask = np.arange(T)[None] < lengths[:, None]
+  loss_mask = mask.copy()
+  loss_mask[:, 0] = False
+  return TextBatch(
+    jnp.asarray(rng.integers(0, V, (rows, T)), jnp.int32),
+    jnp.asarray(mask),
+    jnp.asarray(loss_mask),
+    jnp.asarray(mask, jnp.int32),
+  )
+
+
+@functools.cache
+def make_update(config=PPO, optimizer=None, policy_loss_fn=None, ptx_loss=None):
+  optimizer = optimizer or sgd(0.0)
+  return jax.jit(
+    functools.partial(
+      ppo.ppo_update,
+      policy_loss_fn=policy_loss_fn
+      or ppo.make_policy_loss(table_logprobs, config),
+      value_loss_fn=ppo.make_value_loss(table_values, config),
+      ptx_loss_fn=ptx_loss or PTX_LOSS,
+      policy_optimizer=optimizer,
+      value_optimizer=optimizer,
+      config=config,
+    )
+  )
+
+
+KEY = jax.random.key(3)
+
+
+def ratio(metrics, name):
+  total, count = metrics[name]
+  return float(total) / float(count)
+
+
+# --- The batch ----------------------------------------------------------------
+
+
+def test_batch_by_hand():
+  """Four hand-made masks, lambda 1, beta 0.5, values 0."""
+  response_mask = jnp.array(
+    [
+      [False, False, False],  # Empty.
+      [True, True, True],  # Full, never ended.
+      [True, True, False],  # Ended.
+      [True, False, False],  # One token, which ended it.
+    ]
+  )
+  sampled = Rollout(
+    tokens=jnp.ones((4, 4), jnp.int32),
+    mask=jnp.concatenate([jnp.ones((4, 1), bool), response_mask], axis=1),
+    response_mask=response_mask,
+    logprobs=jnp.zeros((4, 3)),
+    ended=jnp.array([False, False, True, True]),
+  )
+  old = jnp.array([[9.0, 9, 9], [-1, -1, -1], [-1, -2, 9], [-1, 9, 9]])
+  ref = jnp.array([[9.0, 9, 9], [-1, -1, -3], [-2, -1, 9], [-1, 9, 9]])
+  config = ppo.PPOConfig(
+    gae_lambda=1.0, whiten_advantages=False, missing_end_score=-1.0
+  )
+  batch, metrics = make_batch(
+    sampled,
+    jnp.array([0.7, 0.7, 0.7, 0.7]),
+    old,
+    ref,
+    jnp.zeros((4, 3)),
+    jnp.float32(0.5),
+    config,
+  )
+  # Row 1: no end, so -1 instead of 0.7, and -0.5 * 2 on the last token.
+  # Row 2: -0.5 and +0.5 + 0.7; from the first token on: 0.7. Row 3: 0.7.
+  expected = [[0, 0, 0], [-2, -2, -2], [0.7, 1.2, 0], [0.7, 0, 0]]
+  np.testing.assert_allclose(batch.returns, expected, rtol=1e-6, atol=1e-6)
+  np.testing.assert_array_equal(batch.advantages, batch.returns)
+  assert batch.returns.dtype == batch.advantages.dtype == jnp.float32
+  assert not np.asarray(batch.old_logprobs)[~np.asarray(response_mask)].any()
+  # Over the three responses there are: 0.7 each as scored, KL 2, 0 and 0.
+  np.testing.assert_allclose(ratio(metrics, 'objective/score'), 0.7, rtol=1e-6)
+  np.testing.assert_allclose(ratio(metrics, 'objective/kl'), 2 / 3, rtol=1e-6)
+  np.testing.assert_allclose(
+    ratio(metrics, 'objective/reward'), (-2 + 0.7 + 0.7) / 3, rtol=1e-5
+  )
+  assert ratio(metrics, 'objective/length') == 2.0
+  np.testing.assert_allclose(
+    ratio(metrics, 'objective/ended'), 2 / 3, rtol=1e-6
+  )
+  assert metrics['ppo/return'][1] == 6.0
+
+
+def test_missing_end_score_is_an_option():
+  with_score, metrics = scored(
+    dataclasses.replace(PPO, missing_end_score=-5.0, whiten_advantages=False)
+  )
+  without, plain = scored(dataclasses.replace(PPO, whiten_advantages=False))
+  differs = np.any(np.asarray(with_score.returns != without.returns), axis=1)
+  # Of the responses there are, those that did not end.
+  sampled = make_rollout()
+  open_ended = ~sampled.ended & jnp.any(sampled.response_mask, axis=1)
+  np.testing.assert_array_equal(differs, open_ended)
+  # The reported score is the reward model's own.
+  assert metrics['objective/score'] == plain['objective/score']
+
+
+def test_scores_are_not_rounded_to_the_tokens_type():
+  batch, _ = scored(
+    dataclasses.replace(PPO, whiten_advantages=False),
+    scores=jnp.full(B, 0.7, jnp.bfloat16),
+  )
+  assert batch.returns.dtype == jnp.float32
+  assert np.unique(np.round(np.asarray(batch.returns), 3)).size > 2
+
+
+def test_kl_is_zero_before_the_first_update():
+  """Policy and reference are one set of weights: not small, zero."""
+  prompts = jax.tree.map(jnp.asarray, tiny.prompts())
+  state = tiny.ppo_state()
+  policy = state.policy.params
+  sampled = tiny.generate(policy, prompts, KEY)
+  _, metrics = tiny.score(
+    policy,
+    policy,
+    state.value.params,
+    tiny.params('scalar'),
+    state.kl,
+    sampled,
+  )
+  assert metrics['objective/kl'][0] == metrics['objective/kl_k3'][0] == 0.0
+  assert ratio(metrics, 'objective/score') == pytest.approx(
+    ratio(metrics, 'objective/reward'), rel=1e-4
+  )
+  assert ratio(metrics, 'objective/sampler_difference') < 1e-5
+
+
+def test_advantages_are_whitened_over_response_tokens():
+  batch, _ = scored()
+  mask = np.asarray(batch.response_mask)
+  real = np.asarray(batch.advantages)[mask]
+  np.testing.assert_allclose((real.mean(), real.std()), (0, 1), atol=1e-5)
+  raw, _ = scored(dataclasses.replace(PPO, whiten_advantages=False))
+  # The returns are made of the unwhitened ones.
+  np.testing.assert_array_equal(batch.returns, raw.returns)
+  np.testing.assert_allclose(
+    np.asarray(raw.advantages + raw.old_values)[mask],
+    np.asarray(raw.returns)[mask],
+    rtol=1e-6,
+  )
+
+
+# --- Ratios -------------------------------------------------------------------
+
+
+def test_learning_rate_zero_keeps_every_ratio_at_one():
+  config = dataclasses.replace(PPO, num_epochs=2)
+  state = make_state(0.0)
+  after, metrics = make_update(config)(state, scored()[0], None, KEY)
+  total, count = metrics['ppo/policy/ratio']
+  assert (
+    total
+    == count
+    == 2
+    * masked.total(make_rollout().response_mask, make_rollout().response_mask)
+  )
+  assert metrics['ppo/policy/clipfrac'][0] == 0
+  assert metrics['ppo/policy/approxkl'][0] == 0
+  assert metrics['ppo/val/clipfrac'][0] == 0
+  tiny.assert_trees_equal(after.policy.params, state.policy.params)
+  assert after.policy.step == 6
+
+
+def test_a_large_step_is_clipped_but_not_in_the_first_minibatch():
+  config = dataclasses.replace(PPO, num_epochs=2)
+  _, metrics = make_update(config)(make_state(20.0), scored()[0], None, KEY)
+  assert ratio(metrics, 'ppo/policy/clipfrac') > 0.1
+  assert metrics['ppo/policy/approxkl'][0] > 0
+  assert metrics['ppo/val/clipfrac'][0] > 0
+  total, count = metrics['first/ppo/policy/ratio']
+  assert total == count
+  assert metrics['first/ppo/policy/clipfrac'][0] == 0
+
+
+def test_metrics_count_response_tokens_only():
+  _, metrics = make_update(PPO)(make_state(0.0), scored()[0], None, KEY)
+  tokens = int(make_rollout().response_mask.sum())
+  for name in ('ratio', 'clipfrac', 'approxkl', 'entropy'):
+    assert metrics[f'ppo/policy/{name}'][1] == tokens
+  for name in ('ppo/loss/policy', 'ppo/loss/value', 'ppo/val/value'):
+    assert metrics[name][1] == tokens
+
+
+# --- Gradients ----------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def gradients():
+  """Of the plain policy gradient, of the value error and of the text."""
+  batch, state, text = scored()[0], make_state(), ptx_batch()
+  mask = batch.response_mask
+  count = jnp.sum(mask)
+
+  def policy_gradient(params):
+    logprobs, _ = table_logprobs(params, batch.tokens, batch.mask, R)
+    return -jnp.sum(jnp.where(mask, batch.advantages * logprobs, 0)) / count
+
+  def value_error(params):
+    values = ppo.response_values(
+      table_values(params, batch.tokens, batch.mask), R
+    )
+    error = jnp.square(values - batch.returns)
+    return 0.5 * jnp.sum(jnp.where(mask, error, 0)) / count
+
+  def text_loss(params):
+    summed, (count, _) = PTX_LOSS(params, text, None)
+    return summed / count
+
+  return {
+    'policy': jax.jit(jax.grad(policy_gradient))(state.policy.params),
+    'value': jax.jit(jax.grad(value_error))(state.value.params),
+    'ptx': jax.jit(jax.grad(text_loss))(state.policy.params),
+  }
+
+
+ONE = dataclasses.replace(PPO, num_minibatches=1)
+
+
+def test_first_gradient_is_the_plain_policy_gradient(gradients):
+  """Before any update the ratio is 1, so clipping does nothing: PPO is
+  sum A grad log pi, and the value loss a square."""
+  state = make_state(1.0)
+  after, _ = make_update(ONE)(state, scored()[0], None, KEY)
+  for name, before, now in (
+    ('policy', state.policy.params, after.policy.params),
+    ('value', state.value.params, after.value.params),
+  ):
+    tiny.assert_trees_close(
+      jax.tree.map(jnp.subtract, before, now), gradients[name], **CLOSE
+    )
+
+
+def test_ptx_gradients_are_added_before_the_step(gradients):
+  config = dataclasses.replace(ONE, ptx_coef=1.5)
+  state = make_state(1.0)
+  after, metrics = make_update(config)(state, scored()[0], ptx_batch(), KEY)
+  combined = jax.tree.map(
+    lambda g, p: g + 1.5 * p, gradients['policy'], gradients['ptx']
+  )
+  tiny.assert_trees_close(
+    jax.tree.map(jnp.subtract, state.policy.params, after.policy.params),
+    combined,
+    **CLOSE,
+  )
+  np.testing.assert_allclose(
+    ratio(metrics, 'ptx/gradient_norm'),
+    1.5 * optax.global_norm(gradients['ptx']),
+    rtol=1e-5,
+  )
+  assert metrics['ptx/loss'][1] == jnp.sum(ptx_batch().loss_mask)
+
+
+def test_ptx_is_one_step_of_adam_and_not_two(gradients):
+  """Two steps would cancel the coefficient: Adam is blind to scale."""
+  config = dataclasses.replace(ONE, ptx_coef=1.5)
+  optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.1))
+  state = make_state(optimizer=lambda rate: optimizer)
+  after, _ = make_update(config, optimizer)(
+    state, scored()[0], ptx_batch(), KEY
+  )
+  combined = jax.tree.map(
+    lambda g, p: g + 1.5 * p, gradients['policy'], gradients['ptx']
+  )
+  updates, _ = optimizer.update(
+    combined, state.policy.opt_state, state.policy.params
+  )
+  tiny.assert_trees_close(
+    after.policy.params,
+    optax.apply_updates(state.policy.params, updates),
+    **CLOSE,
+  )
+  counts = optax.tree.get_all_with_path(after.policy.opt_state, 'count')
+  assert [int(count) for _, count in counts] == [1]
+
+
+def test_ptx_coefficient_zero_is_ppo_bit_for_bit():
+  """The pretraining part takes no key and no order away from PPO: a run whose
+  pretraining gradients vanish, and one that has none, are one run."""
+
+  def nothing(params, batch, key):
+    zero = jnp.sum(params['table'] * 0.0)
+    return zero, (jnp.float32(1.0), {'nll': (zero, jnp.float32(1.0))})
+
+  state, batch = make_state(0.5), scored()[0]
+  plain, plain_metrics = make_update(PPO)(state, batch, None, KEY)
+  given, _ = make_update(PPO)(state, batch, ptx_batch(), KEY)
+  tiny.assert_trees_equal(given, plain)
+  with_ptx = dataclasses.replace(PPO, ptx_coef=1.0)
+  zero, zero_metrics = make_update(with_ptx, ptx_loss=nothing)(
+    state, batch, ptx_batch(), KEY
+  )
+  tiny.assert_trees_equal(zero, plain)
+  assert set(zero_metrics) - set(plain_metrics) == {
+    'ptx/loss',
+    'ptx/gradient_norm',
+    'ppo/policy/ppo_gradient_norm',
+  }
+
+
+def test_microbatches_change_nothing():
+  """Rows of a minibatch have different lengths: averages of averages would
+  show."""
+  state, batch = make_state(0.5), scored()[0]
+  config = dataclasses.replace(PPO, ptx_coef=1.5)
+  whole, whole_metrics = make_update(config)(state, batch, ptx_batch(), KEY)
+  halves, metrics = make_update(
+    dataclasses.replace(config, num_microbatches=2)
+  )(state, batch, ptx_batch(), KEY)
+  tiny.assert_trees_close(halves, whole, **CLOSE)
+  tiny.assert_trees_close(metrics, whole_metrics, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mesh_changes_nothing():
+  """The tiny Transformers with PPO-ptx, on one device and on eight."""
+  state = tiny.ppo_state()
+  sampled = tiny.generate(
+    state.policy.params, jax.tree.map(jnp.asarray, tiny.prompts()), KEY
+  )
+
+  def iterate(state, sampled, text):
+    batch, metrics = tiny.score(
+      state.policy.params,
+      state.ema,
+      state.value.params,
+      tiny.params('scalar'),
+      state.kl,
+      sampled,
+    )
+    state, more = tiny.update(state, batch, text, KEY)
+    return batch, state, {**metrics, **more}
+
+  alone = iterate(state, sampled, jax.tree.map(jnp.asarray, tiny.text()))
+  mesh = sharding.make_mesh((2, 2, 2))
+
+  def put(params, kind):
+    layout = artifacts.abstract_params(kind, tiny.CONFIG, mesh)
+    return jax.device_put(params, sharding.shardings_of(layout))
+
+  with sharding.use_mesh(mesh):
+    policy = put(state.policy.params, 'policy')
+    value = put(state.value.params, 'scalar')
+    cut = state.replace(
+      policy=train_state.create(policy, tiny.POLICY_ADAM),
+      value=train_state.create(value, tiny.VALUE_ADAM),
+      ema=policy,
+    )
+    spread = iterate(
+      cut,
+      sharding.put_batch(jax.device_get(sampled), mesh),
+      sharding.put_batch(tiny.text(), mesh),
+    )
+  tiny.assert_trees_close(spread[0], alone[0], **CLOSE)
+  # Adam divides by small numbers: 1e-5 of the weights, not of the steps.
+  tiny.assert_trees_close(
+    spread[1].policy.params, alone[1].policy.params, **CLOSE
+  )
+  tiny.assert_trees_close(
+    spread[1].value.params, alone[1].value.params, **CLOSE
+  )
+  tiny.assert_trees_close(spread[1].ema, alone[1].ema, **CLOSE)
+  tiny.assert_trees_close(spread[2], alone[2], rtol=1e-3, atol=1e-3)
+  # New weights and moments stay where the old ones were.
+  for tree in (
+    spread[1].policy.params,
+    spread[1].ema,
+    spread[1].policy.opt_state[1][0].mu,
+  ):
+    jax.tree.map(
+      lambda new, old: pytest.approx(new.sharding.spec) == old.sharding.spec,
+      tree,
+      policy,
+    )
+    kernel = tree['trunk']['layers']['query_kernel']
+    assert kernel.sharding.is_equivalent_to(
+      policy['trunk']['layers']['query_kernel'].sharding, kernel.ndim
+    )
+
+
+# --- Order --------------------------------------------------------------------
+
+
+def test_each_inner_epoch_takes_every_row_once_in_an_order_of_its_own():
+  """A policy of counters: its gradient marks, in the line of the present
+  update, the rows of the minibatch."""
+  config = dataclasses.replace(PPO, num_epochs=3, num_minibatches=4)
+  num_steps = 12
+
+  def mark(params, batch, key):
+    line = jnp.round(params['step']).astype(jnp.int32)
+    rows = batch.tokens[:, 0]
+    loss = -params['step'] - jnp.sum(params['seen'][line][rows])
+    one = (jnp.float32(1.0), jnp.float32(1.0))
+    metrics = {'ppo/policy/ratio': one, 'ppo/policy/clipfrac': one}
+    return loss, (jnp.float32(1.0), metrics)
+
+  batch = scored()[0]
+  numbered = batch.tokens.at[:, 0].set(jnp.arange(B))
+  # The value table has to read the row numbers, too.
+  value = {'values': jnp.zeros(B)}
+  policy = {'seen': jnp.zeros((num_steps, B)), 'step': jnp.zeros(())}
+  state = ppo.PPOState(
+    policy=train_state.create(policy, sgd(1.0)),
+    value=train_state.create(value, sgd(0.0)),
+    ema=policy,
+    kl=rewards.KLState(coef=jnp.float32(0.1)),
+  )
+  update = make_update(config, policy_loss_fn=mark)
+  orders = []
+  for seed in (0, 0, 1):
+    after, _ = update(
+      state, batch.replace(tokens=numbered), None, jax.random.key(seed)
+    )
+    seen = np.asarray(after.policy.params['seen'])
+    assert after.policy.params['step'] == num_steps
+    # A minibatch has 3 of the 12 rows; an epoch's 4 have each row once.
+    np.testing.assert_array_equal(seen.sum(axis=1), 3)
+    np.testing.assert_array_equal(seen.reshape(3, 4, B).sum(axis=1), 1)
+    orders.append(seen.reshape(3, -1))
+  np.testing.assert_array_equal(orders[0], orders[1])
+  for a, b in ((0, 1), (0, 2), (1, 2)):
+    assert (orders[0][a] != orders[0][b]).any()
+  for epoch in range(3):
+    assert (orders[0][epoch] != orders[2][epoch]).any()
+
+
+# --- Moving average -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('ema_every', 'expected'), [('update', 0.971), ('iteration', 0.98)]
+)
+def test_moving_average_by_hand(ema_every, expected):
+  """One weight, 1, whose gradient is 1: 0.9 and 0.8 after two updates.
+
+  every update:     0.9 * 1 + 0.1 * 0.9 = 0.99; 0.9 * 0.99 + 0.1 * 0.8 = 0.971
+  every iteration:  0.9 * 1 + 0.1 * 0.8 = 0.98
+  """
+
+  def slope(params, batch, key):
+    one = jnp.float32(1.0)
+    metrics = {
+      'ppo/policy/ratio': (one, one),
+      'ppo/policy/clipfrac': (one, one),
+    }
+    return params['weight'], (one, metrics)
+
+  config = dataclasses.replace(
+    PPO, num_minibatches=2, ema_decay=0.9, ema_every=ema_every
+  )
+  policy = {'weight': jnp.ones(())}
+  state = make_state(0.1).replace(
+    policy=train_state.create(policy, sgd(0.1)), ema=policy
+  )
+  after, _ = make_update(config, policy_loss_fn=slope)(
+    state, scored()[0], None, KEY
+  )
+  np.testing.assert_allclose(after.policy.params['weight'], 0.8, rtol=1e-6)
+  np.testing.assert_allclose(after.ema['weight'], expected, rtol=1e-6)
+  # The KL coefficient is not the update's business, but it is kept.
+  assert after.kl.coef == state.kl.coef
+
+
+# --- Things that are not numbers ----------------------------------------------
+
+
+def test_a_score_that_is_not_finite_skips_the_updates_it_reaches():
+  bad = jnp.linspace(-1.0, 1.0, B).at[4].set(jnp.nan)
+  state = make_state(0.5)
+  # Whitened over the whole batch, it reaches every minibatch of the policy;
+  # the value model misses only the minibatch that has it.
+  batch, _ = scored(scores=bad)
+  after, metrics = make_update(PPO)(state, batch, None, KEY)
+  tiny.assert_trees_equal(after.policy.params, state.policy.params)
+  assert after.policy.num_skipped == after.policy.num_consecutive_skipped == 3
+  assert metrics['policy/optimizer/skipped'] == (3.0, 3.0)
+  assert after.value.num_skipped == 1
+  assert metrics['value/optimizer/skipped'] == (1.0, 3.0)
+  assert metrics['value/optimizer/gradient_norm'][1] == 2.0
+  tiny.assert_trees_close(after.ema, state.ema, rtol=1e-6)
+  # Not whitened, it skips one update of either; the others are made.
+  raw, _ = scored(dataclasses.replace(PPO, whiten_advantages=False), scores=bad)
+  after, _ = make_update(PPO)(state, raw, None, KEY)
+  assert (after.policy.num_skipped, after.value.num_skipped) == (1, 1)
+  assert after.policy.step == 3
+  params = np.asarray(after.policy.params['table'])
+  assert np.isfinite(params).all()
+  assert (params != np.asarray(state.policy.params['table'])).any()
+
+
+def test_what_stands_in_padding_reaches_no_weight():
+  """Garbage where the mask is False: in tokens, values and log-probabilities
+  of the models, NaN included."""
+  state, batch = make_state(0.5), scored()[0]
+  clean, clean_metrics = make_update(PPO)(state, batch, None, KEY)
+
+  def dirty_logprobs(params, tokens, mask, num_response):
+    logprobs, entropies = table_logprobs(params, tokens, mask, num_response)
+    real = mask[:, -num_response:]
+    return (
+      jnp.where(real, logprobs, jnp.nan),
+      jnp.where(real, entropies, jnp.inf),
+    )
+
+  dirty, metrics = make_update(
+    PPO, policy_loss_fn=ppo.make_policy_loss(dirty_logprobs, PPO)
+  )(state, batch, None, KEY)
+  tiny.assert_trees_equal(dirty.policy.params, clean.policy.params)
+  tiny.assert_trees_equal(metrics, clean_metrics)
+
+
+# --- Errors -------------------------------------------------------------------
+
+
+def abstractly(config, text=None):
+  return jax.eval_shape(
+    make_update(config), make_state(), scored()[0], text, KEY
+  )
+
+
+def test_sizes_that_do_not_divide():
+  with pytest.raises(ValueError, match='5 minibatches do not divide a batch'):
+    abstractly(dataclasses.replace(PPO, num_minibatches=5))
+  with pytest.raises(ValueError, match='3 microbatches do not .* batch of 4'):
+    abstractly(dataclasses.replace(PPO, num_microbatches=3))
+  with_ptx = dataclasses.replace(PPO, ptx_coef=1.0)
+  with pytest.raises(ValueError, match='10 pretraining rows .* 3 minibatches'):
+    abstractly(with_ptx, ptx_batch(10))
+  with pytest.raises(ValueError, match='needs pretraining rows'):
+    abstractly(with_ptx)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'ema_every': 'epoch'}, "'update' or 'iteration': 'epoch'"),
+    ({'num_minibatches': 0}, 'num_minibatches must be at least 1: 0'),
+    ({'num_epochs': 0}, 'num_epochs must be at least 1: 0'),
+    ({'num_microbatches': -1}, 'num_microbatches must be at least 1: -1'),
+    ({'clip': 0.0}, 'clip must be positive: 0.0'),
+    ({'value_clip': float('nan')}, 'value_clip must be positive: nan'),
+    ({'ptx_coef': -1.0}, 'ptx_coef must not be negative: -1.0'),
+  ],
+)
+def test_config_errors(changes, message):
+  with pytest.raises(ValueError, match=message):
+    ppo.PPOConfig(**changes)

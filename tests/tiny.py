@@ -1,0 +1,186 @@
+"""Tiny models, batches and programs that several test files share.
+
+Whatever is jitted here is compiled once per shape in a test run, so the files
+keep to one shape: B = 16 rows of P = 6 prompt and R = 10 response columns.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from instruct_jax import artifacts, masked, ppo, rewards, rollout, supervised
+from instruct_jax.infra import sharding, train_state
+from instruct_jax.models.config import TransformerConfig
+from instruct_jax.types import PromptBatch, TextBatch
+
+B, P, R = 16, 6, 10
+T = P + R
+PAD, EOS = 0, 1
+# Two stop tokens, so that a good part of the responses ends on its own.
+STOPS = (EOS, 7)
+TEMPERATURE = 0.7
+# 30 tokens in 32 embedding rows: two rows can never be sampled.
+CONFIG = TransformerConfig(
+  vocab_size=30,
+  context_length=24,
+  num_layers=2,
+  width=16,
+  num_heads=4,
+  head_dim=4,
+  mlp_dim=32,
+  vocab_multiple=8,
+)
+POLICY = artifacts.make_module('policy', CONFIG)
+SCALAR = artifacts.make_module('scalar', CONFIG)
+
+
+def one_device():
+  return sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+
+
+@functools.cache
+def params(kind: str, seed: int = 0):
+  """Parameters far from a fresh model's, so that everything matters: with
+  GPT-2's small initial weights a wrong position would change next to nothing.
+  """
+  rng = np.random.default_rng(seed)
+
+  def leaf(path, x):
+    scale = 1.0 if 'scale' in jax.tree_util.keystr(path) else 0.0
+    return jnp.asarray(scale + rng.normal(0, 0.35, x.shape), jnp.float32)
+
+  abstract = artifacts.abstract_params(kind, CONFIG, one_device())
+  return jax.tree_util.tree_map_with_path(leaf, abstract)
+
+
+def prompts(seed: int = 0) -> PromptBatch:
+  """Ragged prompts, padded on the left; the first is full, the last one token
+  long."""
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(1, P + 1, B)
+  lengths[0], lengths[-1] = P, 1
+  mask = np.arange(P)[None] >= P - lengths[:, None]
+  tokens = np.where(mask, rng.integers(2, 30, (B, P)), PAD).astype(np.int32)
+  return PromptBatch(tokens, mask, np.arange(100, 100 + B, dtype=np.int32))
+
+
+def text(seed: int = 0, rows: int = B) -> TextBatch:
+  """Rows of two packed documents each and some padding."""
+  rng = np.random.default_rng(seed)
+  first = rng.integers(2, 8, rows)[:, None]
+  last = rng.integers(9, T + 1, rows)[:, None]
+  columns = np.arange(T)[None]
+  segments = np.where(columns < first, 1, np.where(columns < last, 2, 0))
+  starts = (columns == 0) | (columns == first)
+  mask = segments > 0
+  tokens = np.where(mask, rng.integers(2, 30, (rows, T)), PAD)
+  return TextBatch(
+    tokens.astype(np.int32), mask, mask & ~starts, segments.astype(np.int32)
+  )
+
+
+# --- Programs -----------------------------------------------------------------
+
+
+@jax.jit
+def forward(policy, scalar, tokens, segments):
+  """Everything the two models say about [B, T] rows."""
+  mask = segments > 0
+  logprobs, entropies = artifacts.logprobs_fn(POLICY, TEMPERATURE)(
+    policy, tokens, mask, R
+  )
+  return {
+    'logits': POLICY.apply({'params': policy}, tokens, segments),
+    'text_logprobs': artifacts.text_logprobs_fn(POLICY)(
+      policy, tokens, segments, None
+    ),
+    'logprobs': logprobs,
+    'entropies': entropies,
+    'scalars': artifacts.scalars_fn(SCALAR)(scalar, tokens, mask),
+    # The scalar trunk on packed rows, which its public call does not take.
+    'hidden': SCALAR.apply(
+      {'params': scalar},
+      tokens,
+      segments,
+      method=lambda model, tokens, segments: model.trunk(tokens, segments)[0],
+    ),
+  }
+
+
+generate = jax.jit(
+  functools.partial(
+    rollout.generate,
+    extend_fn=artifacts.extend_fn(POLICY),
+    make_cache_fn=artifacts.make_cache_fn(POLICY),
+    num_response=R,
+    stop_ids=STOPS,
+    temperature=TEMPERATURE,
+  )
+)
+
+METHOD = ppo.PPOConfig(ptx_coef=2.0, num_minibatches=2)
+
+
+def adam(rate: float) -> optax.GradientTransformation:
+  return optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.95, eps=1e-5)
+  )
+
+
+POLICY_ADAM, VALUE_ADAM = adam(3e-3), adam(1e-2)
+
+
+def ppo_state() -> ppo.PPOState:
+  """Before the first update: EMA and reference are the policy itself."""
+  policy, value = params('policy'), params('scalar', 2)
+  return ppo.PPOState(
+    policy=train_state.create(policy, POLICY_ADAM),
+    value=train_state.create(value, VALUE_ADAM),
+    ema=policy,
+    kl=rewards.KLState(coef=jnp.float32(0.1)),
+  )
+
+
+@jax.jit
+def score(policy, reference, value, reward, kl, sampled):
+  """What the PPO experiment computes about a rollout."""
+  logprobs_fn = artifacts.logprobs_fn(POLICY, TEMPERATURE)
+  scalars_fn = artifacts.scalars_fn(SCALAR)
+  tokens, mask = sampled.tokens, sampled.mask
+  old_logprobs, _ = logprobs_fn(policy, tokens, mask, R)
+  ref_logprobs, _ = logprobs_fn(reference, tokens, mask, R)
+  return ppo.make_ppo_batch(
+    sampled,
+    masked.at_last(scalars_fn(reward, tokens, mask), mask),
+    old_logprobs,
+    ref_logprobs,
+    ppo.response_values(scalars_fn(value, tokens, mask), R),
+    kl.coef,
+    METHOD,
+  )
+
+
+update = jax.jit(
+  functools.partial(
+    ppo.ppo_update,
+    policy_loss_fn=ppo.make_policy_loss(
+      artifacts.logprobs_fn(POLICY, TEMPERATURE), METHOD
+    ),
+    value_loss_fn=ppo.make_value_loss(artifacts.scalars_fn(SCALAR), METHOD),
+    ptx_loss_fn=supervised.make_text_loss(artifacts.text_logprobs_fn(POLICY)),
+    policy_optimizer=POLICY_ADAM,
+    value_optimizer=VALUE_ADAM,
+    config=METHOD,
+  )
+)
+
+
+def assert_trees_close(a, b, **tolerance):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def assert_trees_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
