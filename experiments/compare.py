@@ -43,7 +43,9 @@ def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   the_world = world.make_world(config.seed)
-  people = labelers.make_labelers(config.seed, config.num_labelers)
+  people = labelers.make_labelers(
+    config.seed, config.num_labelers, config.labeler_noise
+  )
   training = [p for p in people if p.group != labelers.HELDOUT]
   heldout = [p for p in people if p.group == labelers.HELDOUT]
   mesh = sharding.make_mesh(config.mesh)

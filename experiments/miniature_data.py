@@ -25,7 +25,9 @@ def validate(config):
 def run(config, workdir: epath.Path):
   validate(config)
   the_world = world.make_world(config.seed)
-  people = labelers.make_labelers(config.seed, config.num_labelers)
+  people = labelers.make_labelers(
+    config.seed, config.num_labelers, config.labeler_noise
+  )
   rngs = {
     name: np.random.default_rng([config.seed, number])
     for number, name in enumerate(('documents', 'prompts', 'demonstrations'))
@@ -74,9 +76,7 @@ def run(config, workdir: epath.Path):
       found.append(
         records.Demonstration(
           prompt=prompt.text,
-          response=labelers.write_demonstration(
-            writer, prompt, the_world, rng
-          ),
+          response=labelers.write_demonstration(writer, prompt, the_world, rng),
           id=prompt.id,
           user=prompt.user,
           labeler=writer.name,

@@ -42,14 +42,10 @@ def gae(
 
   def step(advantage, inputs):
     delta, real = inputs
-    advantage = jnp.where(
-      real, delta + discount * gae_lambda * advantage, 0.0
-    )
+    advantage = jnp.where(real, delta + discount * gae_lambda * advantage, 0.0)
     return advantage, advantage
 
   start = jnp.zeros_like(values[:, 0])
-  _, advantages = jax.lax.scan(
-    step, start, (deltas.T, mask.T), reverse=True
-  )
+  _, advantages = jax.lax.scan(step, start, (deltas.T, mask.T), reverse=True)
   advantages = advantages.T
   return advantages, jnp.where(mask, advantages + values, 0.0)

@@ -11,14 +11,15 @@ WINDOW = 5
 
 
 def find(
-  rows: Sequence[Mapping[str, float]],
+  rows: Sequence[Mapping[str, int | float | None]],
   score_range: tuple[float, float] | None = None,
   response_length: int | None = None,
 ) -> dict[str, str]:
   """Alarms raised by the metrics of a PPO run.
 
   Args:
-    rows: lines of metrics.jsonl in order, as written by `ppo_ptx`.
+    rows: lines of metrics.jsonl in order, as written by `ppo_ptx`; None is
+      what a batch had nothing to count of.
     score_range: lowest and highest score on the reward model's training data.
     response_length: R, the longest response, tokens.
 

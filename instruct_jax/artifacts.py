@@ -55,9 +55,11 @@ def _init_fn(module):
 
   def init(key):
     tokens = jnp.zeros((1, 2), jnp.int32)
-    return module.init(key, tokens, tokens + 1 if _is_policy(module) else (
-      jnp.ones((1, 2), bool)
-    ))['params']
+    return module.init(
+      key,
+      tokens,
+      tokens + 1 if _is_policy(module) else (jnp.ones((1, 2), bool)),
+    )['params']
 
   return init
 
@@ -74,9 +76,7 @@ def abstract_params(
   Raises:
     ValueError: the mesh does not divide an axis (names and numbers given).
   """
-  boxed = jax.eval_shape(
-    _init_fn(make_module(kind, config)), jax.random.key(0)
-  )
+  boxed = jax.eval_shape(_init_fn(make_module(kind, config)), jax.random.key(0))
   shardings = sharding.param_shardings(boxed, mesh)
   return sharding.with_shardings(sharding.unbox(boxed), shardings)
 

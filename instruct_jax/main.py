@@ -90,14 +90,20 @@ def run(config, workdir: epath.Path, described) -> None:
   with run_lib.WorkdirLock(workdir):
     config_file = workdir / 'config.json'
     if config_file.exists():
-      run_lib.check_config(described, config_file, ignore=(*MACHINE_KEYS, *(f'stages.{s.name}.mesh' for s in stages)))
+      run_lib.check_config(
+        described,
+        config_file,
+        ignore=(*MACHINE_KEYS, *(f'stages.{s.name}.mesh' for s in stages)),
+      )
     else:
       run_lib.save_config(described, config_file)
     run_lib.write_json(
       workdir / 'provenance.json',
       {
         **run_lib.provenance(config.seed),
-        'command': shlex.join(['python', '-m', 'instruct_jax.main', *sys.argv[1:]]),
+        'command': shlex.join(
+          ['python', '-m', 'instruct_jax.main', *sys.argv[1:]]
+        ),
       },
     )
     for stage in stages:
@@ -116,7 +122,7 @@ def prepare_machine(config) -> None:
       libc.mallopt(-4, 0)
       libc.mallopt(-1, 2**31 - 1)
   os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
-  given = os.environ['XLA_FLAGS'] if 'XLA_FLAGS' in os.environ else ''
+  given = os.environ.get('XLA_FLAGS', '')
   os.environ['XLA_FLAGS'] = f'{given} {config.xla_flags}'.strip()
   if config.compilation_cache:
     import jax
@@ -155,6 +161,18 @@ def main(argv) -> None:
   print(f'work directory: {workdir}', flush=True)
 
 
+def parse_flags(argv) -> list[str]:
+  """absl's parser, with a message where a config key does not exist."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except AttributeError as error:
+    # ml_collections wraps a KeyError whose text may go on with a suggestion.
+    cause = error.args[0]
+    text = cause.args[0] if isinstance(cause, KeyError) else cause
+    print(f'error: no such config key: {text}', file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
 if __name__ == '__main__':
   flags.mark_flag_as_required('config')
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

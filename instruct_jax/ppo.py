@@ -256,9 +256,7 @@ def ppo_update(
   Raises:
     ValueError: sizes that do not divide, or a missing ptx batch.
   """
-  keys = dict(
-    zip(('order', 'loss'), jax.random.split(key), strict=True)
-  )
+  keys = dict(zip(('order', 'loss'), jax.random.split(key), strict=True))
   num_rows = batch.tokens.shape[0]
   num_steps = config.num_epochs * config.num_minibatches
   if num_rows % config.num_minibatches:
@@ -309,10 +307,10 @@ def ppo_update(
       )
       metrics['ptx/loss'] = ptx_metrics['nll']
       metrics['ppo/policy/ppo_gradient_norm'] = masked.scalar(
-        optax.global_norm(grads)
+        optax.tree.norm(grads)
       )
       metrics['ptx/gradient_norm'] = masked.scalar(
-        config.ptx_coef * optax.global_norm(ptx_grads)
+        config.ptx_coef * optax.tree.norm(ptx_grads)
       )
       grads = jax.tree.map(
         lambda g, p: g + config.ptx_coef * p, grads, ptx_grads

@@ -193,4 +193,3 @@ def response_ids(rollout: Rollout) -> list[list[int]]:
   mask = np.asarray(rollout.response_mask)
   tokens = tokens[:, tokens.shape[1] - mask.shape[1] :]
   return [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
-

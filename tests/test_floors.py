@@ -20,11 +20,14 @@ FLOORS = {
   'advantages': ('types', 'masked'),
   'rewards': ('types', 'masked'),
   'packing': ('types', 'masked'),
+  'alarms': (),
   'models': ('types', 'models'),
   'data': ('types', 'data', 'miniature'),
   'miniature': ('types', 'data', 'miniature'),
   'infra': ('types', 'infra'),
-  # 2: the model arrives as an argument; never each other.
+  # 2: models and infra meet in `artifacts` alone; elsewhere the model arrives
+  # as an argument. Never each other.
+  'artifacts': ('types', 'models', 'infra'),
   'rollout': ('types', *ALGORITHM, 'infra.train_state'),
   'ppo': ('types', *ALGORITHM, 'infra.train_state'),
   'supervised': ('types', *ALGORITHM, 'infra.train_state'),
@@ -47,6 +50,8 @@ FLOORS = {
     'data',
     'miniature',
     'infra',
+    'alarms',
+    'artifacts',
     'rollout',
     'ppo',
     'supervised',
@@ -54,8 +59,8 @@ FLOORS = {
   ),
   # 5: finds experiments by name.
   'main': ('types', 'infra', 'experiments'),
-  # Names and numbers only.
-  'configs': ('configs',),
+  # Names and numbers only; the shapes of published models are such numbers.
+  'configs': ('configs', 'models.config'),
 }
 TOP_FOLDERS = ('instruct_jax', 'experiments', 'configs')
 
@@ -147,6 +152,21 @@ def test_floors():
       'instruct_jax/ppo.py',
       'from instruct_jax.infra import run, train_state',
       ':1: ppo imports infra.run',
+    ),
+    (
+      'instruct_jax/ppo.py',
+      'from instruct_jax import artifacts',
+      ':1: ppo imports artifacts',
+    ),
+    (
+      'instruct_jax/artifacts.py',
+      'from instruct_jax.data import loader',
+      ':1: artifacts imports data.loader',
+    ),
+    (
+      'instruct_jax/alarms.py',
+      'from instruct_jax import types',
+      ':1: alarms imports types',
     ),
     (
       'instruct_jax/masked.py',

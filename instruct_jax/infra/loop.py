@@ -12,6 +12,7 @@ newest checkpoint, else the state handed to `restore`.
 
 import time
 from collections.abc import Iterator, Mapping
+from typing import SupportsFloat
 
 import jax
 from etils import epath
@@ -64,7 +65,7 @@ class Loop:
     self._keep = keep
     self._start = 0
     self._pending: Metrics = {}
-    self._pending_items = 0.0
+    self._pending_items = 0
     self._last_log = time.monotonic()
 
   def __enter__(self) -> 'Loop':
@@ -115,8 +116,8 @@ class Loop:
     step_metrics: Metrics,
     *,
     states: Mapping[str, train_state.TrainState],
-    values: Mapping[str, float] | None = None,
-    num_items: float = 0.0,
+    values: Mapping[str, SupportsFloat] | None = None,
+    num_items: int = 0,
     text: str = '',
   ) -> dict[str, float] | None:
     """Logs, checkpoints and honours a stop, each when its turn has come.
@@ -157,7 +158,7 @@ class Loop:
           'timing/items_per_second': self._pending_items / seconds,
         },
       )
-      self._pending_items = 0.0
+      self._pending_items = 0
       for name, watched in states.items():
         train_state.check_skips(watched, self._max_skips, name)
     self._progress.update(1, text)

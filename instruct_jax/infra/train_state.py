@@ -127,9 +127,7 @@ def accumulate_gradients(
     zeros = jax.tree.map(
       lambda x: jnp.zeros(x.shape, x.dtype), (grads, loss, weight, metrics)
     )
-    (grads, loss, weight, metrics), _ = jax.lax.scan(
-      add, zeros, (micro, keys)
-    )
+    (grads, loss, weight, metrics), _ = jax.lax.scan(add, zeros, (micro, keys))
   weight = jnp.maximum(weight, 1.0)
   grads = jax.tree.map(lambda g: g / weight, grads)
   return grads, loss / weight, metrics

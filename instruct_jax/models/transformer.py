@@ -128,6 +128,7 @@ class Block(nn.Module):
       return nn.Dropout(config.dropout)(x, deterministic=deterministic)
 
     D, N, H, F = config.width, config.num_heads, config.head_dim, config.mlp_dim
+
     def project_heads(name, h):
       kernel = param(
         f'{name}_kernel',

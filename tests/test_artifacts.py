@@ -1,0 +1,76 @@
+"""Model folders: what is passed from stage to stage."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from instruct_jax import artifacts
+from instruct_jax.infra import sharding
+from instruct_jax.infra.checkpoint import CheckpointError
+from tests import tiny
+
+FINGERPRINT = 'a' * 64
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A saved reward model whose scores were shifted by 1.25."""
+  params = tiny.params('scalar')
+  model = artifacts.Model(
+    'scalar',
+    tiny.SCALAR,
+    {**params, 'head_bias': params['head_bias'] - jnp.float32(1.25)},
+    {},
+  )
+  artifacts.save(tmp_path / 'model', model, FINGERPRINT, {'reward_shift': 1.25})
+  return tmp_path / 'model'
+
+
+def test_a_model_comes_back_as_it_was_on_another_mesh(folder):
+  mesh = sharding.make_mesh((2, 2, 2))
+  model = artifacts.load(folder, 'scalar', mesh, FINGERPRINT)
+  expected = tiny.params('scalar')
+  tiny.assert_trees_equal(model.params['trunk'], expected['trunk'])
+  assert model.config == tiny.CONFIG
+  assert model.metadata == {'reward_shift': 1.25}
+  embedding = model.params['trunk']['token_embedding']
+  assert embedding.sharding.spec == PartitionSpec('tensor', 'fsdp')
+
+
+def test_the_reward_shift_travels_with_the_parameters(folder):
+  """Demonstrations score 0 on average wherever the model is used."""
+  model = artifacts.load(folder, 'scalar', tiny.one_device(), FINGERPRINT)
+  text = tiny.text()
+  arguments = jnp.asarray(text.tokens), jnp.asarray(text.segments)
+  before = tiny.forward(
+    tiny.params('policy'), tiny.params('scalar'), *arguments
+  )
+  after = tiny.forward(tiny.params('policy'), model.params, *arguments)
+  np.testing.assert_allclose(
+    after['scalars'], before['scalars'] - 1.25, atol=1e-5
+  )
+
+
+def test_switches_change_on_loading_and_shapes_do_not(folder):
+  mesh = tiny.one_device()
+  model = artifacts.load(
+    folder, 'scalar', mesh, FINGERPRINT, remat='full', dropout=0.2
+  )
+  assert model.config == dataclasses.replace(
+    tiny.CONFIG, remat='full', dropout=0.2
+  )
+  with pytest.raises(CheckpointError, match='position_embedding'):
+    artifacts.load(folder, 'scalar', mesh, FINGERPRINT, context_length=48)
+
+
+def test_what_does_not_fit_is_refused_with_both_names(folder):
+  mesh = tiny.one_device()
+  with pytest.raises(CheckpointError, match='scalar model where a policy'):
+    artifacts.load(folder, 'policy', mesh, FINGERPRINT)
+  with pytest.raises(CheckpointError, match='aaaaaaaaaaaa.* uses bbbbbbbbbbbb'):
+    artifacts.load(folder, 'scalar', mesh, 'b' * 64)
+  with pytest.raises(CheckpointError, match='no model in'):
+    artifacts.check(folder.parent / 'nowhere', 'scalar', FINGERPRINT)

@@ -1,0 +1,170 @@
+"""Resume, log, checkpoint, stop."""
+
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from instruct_jax.infra import loop, metrics, run, train_state
+
+pytestmark = pytest.mark.usefixtures('quick_compile')
+
+OPTIMIZER = optax.adam(0.1)
+ROOT = jax.random.key(4)
+NUM_STEPS = 10
+# Lines at 2, 4, ..., 10 and, for the evaluation, at 5; checkpoints at 4 and 8.
+EVALUATED = 5
+
+
+@jax.jit
+def update(state, key):
+  """A step that depends on everything that has to be restored."""
+  grads = {'w': state.params['w'] + jax.random.normal(key, (3,))}
+  loss = jnp.sum(jnp.square(grads['w']))
+  state, more = train_state.apply_gradients(state, grads, OPTIMIZER, loss)
+  return state, {'loss': (loss, jnp.float32(1.0)), **more}
+
+
+class KilledError(Exception):
+  """In the place of a kill: nothing of the loop runs after it."""
+
+
+def run_loop(workdir, kill_at=None, stop_at=None, update_fn=update, **changes):
+  state = train_state.create({'w': jnp.ones(3)}, OPTIMIZER)
+  arguments = {'log_every': 2, 'checkpoint_every': 4} | changes
+  with loop.Loop(workdir, 'toy', NUM_STEPS, **arguments) as steps:
+    state = steps.restore(state)
+    for step in steps.steps():
+      if step == kill_at:
+        raise KilledError
+      if step == stop_at:
+        os.kill(os.getpid(), signal.SIGTERM)
+      state, step_metrics = update_fn(state, jax.random.fold_in(ROOT, step))
+      values = {'eval/norm': float(jnp.sum(state.params['w']))}
+      steps.end_step(
+        step,
+        state,
+        step_metrics,
+        states={'toy': state},
+        values=values if step + 1 == EVALUATED else None,
+        num_items=7,
+      )
+  return state
+
+
+def lines_of(workdir):
+  return (workdir / metrics.METRICS_FILE).read_text()
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('uninterrupted')
+  return workdir, run_loop(workdir)
+
+
+def assert_same(workdir, state, uninterrupted):
+  assert lines_of(workdir) == lines_of(uninterrupted[0])
+  jax.tree.map(np.testing.assert_array_equal, state, uninterrupted[1])
+
+
+def test_lines(uninterrupted):
+  workdir, state = uninterrupted
+  lines = metrics.read_lines(workdir / metrics.METRICS_FILE)
+  assert [line['step'] for line in lines] == [2, 4, 5, 6, 8, 10]
+  # The evaluation is on the line of its own step only.
+  assert [line['step'] for line in lines if 'eval/norm' in line] == [5]
+  # A line is the mean over the steps since the one before it.
+  state = train_state.create({'w': jnp.ones(3)}, OPTIMIZER)
+  losses = []
+  for step in range(NUM_STEPS):
+    state, step_metrics = update(state, jax.random.fold_in(ROOT, step))
+    losses.append(float(step_metrics['loss'][0]))
+  for line, (start, end) in zip(
+    lines, [(0, 2), (2, 4), (4, 5), (5, 6), (6, 8), (8, 10)], strict=True
+  ):
+    np.testing.assert_allclose(
+      line['loss'], np.mean(losses[start:end]), rtol=1e-5
+    )
+
+
+def test_rates_count_the_items_of_the_line(uninterrupted):
+  for line in metrics.read_lines(uninterrupted[0] / metrics.TIMING_FILE):
+    steps = 1 if line['step'] in (5, 6) else 2
+    np.testing.assert_allclose(
+      line['timing/items_per_second'] * line['timing/seconds'], 7 * steps
+    )
+
+
+# Before the first checkpoint, right after one, between, and after the last.
+@pytest.mark.parametrize('kill_at', [3, 4, 7, 9])
+def test_killed_and_resumed_equals_uninterrupted(
+  workdir, uninterrupted, kill_at
+):
+  with pytest.raises(KilledError):
+    run_loop(workdir, kill_at=kill_at)
+  assert_same(workdir, run_loop(workdir), uninterrupted)
+
+
+def test_killed_twice(workdir, uninterrupted):
+  for kill_at in (5, 9):
+    with pytest.raises(KilledError):
+      run_loop(workdir, kill_at=kill_at)
+  assert_same(workdir, run_loop(workdir), uninterrupted)
+
+
+def test_sigterm_saves_and_exits_with_75(workdir, uninterrupted, capsys):
+  before = signal.getsignal(signal.SIGTERM)
+  # At step 2, which is 2 steps before a checkpoint: one is made at its line.
+  with pytest.raises(SystemExit) as stopped:
+    run_loop(workdir, stop_at=2)
+  assert stopped.value.code == run.STOPPED_EXIT_CODE == 75
+  assert 'toy: stopped after step 4' in capsys.readouterr().err
+  assert signal.getsignal(signal.SIGTERM) == before
+  assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['4']
+  state = run_loop(workdir)
+  assert 'continues after step 4' in capsys.readouterr().out
+  assert_same(workdir, state, uninterrupted)
+
+
+def test_sigterm_off_the_checkpoints(workdir, uninterrupted):
+  with pytest.raises(run.Stopped, match='75'):
+    run_loop(workdir, stop_at=5)
+  assert (workdir / 'checkpoints' / '6').is_dir()
+  assert_same(workdir, run_loop(workdir), uninterrupted)
+
+
+def test_sigterm_in_the_last_step_finishes(workdir, uninterrupted):
+  assert_same(workdir, run_loop(workdir, stop_at=9), uninterrupted)
+
+
+def test_a_run_that_meets_only_nan_stops(workdir):
+  def broken(state, key):
+    grads = {'w': jnp.full(3, jnp.nan)}
+    return train_state.apply_gradients(state, grads, OPTIMIZER)
+
+  with (
+    pytest.warns(UserWarning, match='toy: update skipped'),
+    pytest.raises(train_state.NonFiniteError, match='toy: .* 4 updates'),
+  ):
+    # Looked at where lines are written: 2 in a row are few, 4 too many.
+    run_loop(workdir, update_fn=broken, max_skips=3)
+
+
+@pytest.mark.parametrize(
+  ('log_every', 'checkpoint_every'), [(2, 3), (0, 4), (2, 0), (4, 2)]
+)
+def test_cadences_that_do_not_fit(workdir, log_every, checkpoint_every):
+  with pytest.raises(
+    ValueError,
+    match=rf'toy: checkpoint_every \({checkpoint_every}\) .* \({log_every}\)',
+  ):
+    run_loop(workdir, log_every=log_every, checkpoint_every=checkpoint_every)
+
+
+def test_no_steps(workdir):
+  with pytest.raises(ValueError, match='toy: num_steps must be positive: 0'):
+    loop.Loop(workdir, 'toy', 0, log_every=1, checkpoint_every=1)

@@ -1,0 +1,249 @@
+"""The command: configs, stages, work directories."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from etils import epath
+from ml_collections import ConfigDict
+
+from instruct_jax import main
+from instruct_jax.infra import run as run_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def toys(tmp_path, monkeypatch):
+  """A package of trivial experiments, importable as `toys.NAME`."""
+  folder = tmp_path / 'modules' / 'toys'
+  folder.mkdir(parents=True)
+  files = {
+    '__init__': '',
+    'write': """
+      def validate(config):
+        if config.size < 1:
+          raise ValueError(f'size must be positive: {config.size}')
+
+      def run(config, workdir):
+        if config.fails:
+          raise RuntimeError('toy failure')
+        with (workdir / 'runs').open('a') as file:
+          file.write('run\\n')
+        return {'size': config.size}
+      """,
+    'half': """
+      def run(config, workdir):
+        pass
+      """,
+  }
+  for name, source in files.items():
+    (folder / f'{name}.py').write_text(textwrap.dedent(source))
+  monkeypatch.syspath_prepend(folder.parent)
+  yield folder
+  for name in [n for n in sys.modules if n.split('.')[0] == 'toys']:
+    del sys.modules[name]
+
+
+def stage(name, experiment='toys.write', **changes):
+  values = {'name': name, 'experiment': experiment, 'size': 1, 'fails': False}
+  return values | {'mesh': (1, -1, 1)} | changes
+
+
+def pipeline(*stages):
+  return ConfigDict(
+    {
+      'name': 'toy',
+      'seed': 0,
+      'mesh': (1, -1, 1),
+      'xla_flags': '',
+      'compilation_cache': '',
+      'stage_order': tuple(s['name'] for s in stages),
+      'stages': {s['name']: s for s in stages},
+    }
+  )
+
+
+def run(config, workdir):
+  workdir = epath.Path(workdir)
+  main.run(config, workdir, config.copy_and_resolve_references())
+
+
+def num_runs(folder):
+  file = pathlib.Path(folder) / 'runs'
+  return len(file.read_text().split()) if file.exists() else 0
+
+
+# --- Experiments --------------------------------------------------------------
+
+
+def test_unknown_experiments_are_named(toys, workdir):
+  for name, message in [
+    ('nope', "no experiment 'experiments.nope'"),
+    ('toys.nope', "no experiment 'toys.nope'"),
+    ('toys.half', r'toys.half has no function validate\(config, ...\)'),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      run(pipeline(stage('a'), stage('b', name)), workdir)
+  # Found out before anything ran, or was written.
+  assert not list(workdir.iterdir())
+
+
+def test_every_stage_is_validated_before_the_first_runs(toys, workdir):
+  with pytest.raises(ValueError, match='size must be positive: 0'):
+    run(pipeline(stage('a'), stage('b', size=0)), workdir)
+  assert not list(workdir.iterdir())
+
+
+def test_all_experiments_of_the_repository_are_found():
+  for file in (ROOT / 'experiments').glob('*.py'):
+    if file.stem != '__init__':
+      assert main.find_experiment(file.stem).__name__ == (
+        f'experiments.{file.stem}'
+      )
+
+
+# --- Stages -------------------------------------------------------------------
+
+
+def test_a_pipeline_leaves_its_records(toys, workdir, capsys):
+  run(pipeline(stage('a', size=3), stage('b')), workdir)
+  assert [num_runs(workdir / name) for name in 'ab'] == [1, 1]
+  done = json.loads((workdir / 'a' / 'done.json').read_text())
+  assert done['info'] == {'size': 3} and done['seconds'] >= 0
+  config = json.loads((workdir / 'config.json').read_text())
+  assert config['stages']['a']['size'] == 3
+  provenance = json.loads((workdir / 'provenance.json').read_text())
+  assert provenance['seed'] == 0
+  assert provenance['command'].startswith('python -m instruct_jax.main')
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split(':')[0] for line in lines] == ['a', 'a', 'b', 'b']
+
+
+def test_a_single_experiment_runs_in_the_work_directory_itself(toys, workdir):
+  config = ConfigDict(stage('a') | {'seed': 0, 'compilation_cache': ''})
+  run(config, workdir)
+  assert num_runs(workdir) == 1
+  assert (workdir / 'done.json').exists()
+
+
+def test_what_is_done_is_not_run_again(toys, workdir, capsys):
+  config = pipeline(stage('a'), stage('b'))
+  run(config, workdir)
+  (workdir / 'b' / 'done.json').unlink()
+  capsys.readouterr()
+  run(config, workdir)
+  assert [num_runs(workdir / name) for name in 'ab'] == [1, 2]
+  assert 'a: done before' in capsys.readouterr().out
+
+
+def test_a_failed_stage_runs_again_and_its_time_adds_up(
+  toys, workdir, monkeypatch
+):
+  config = pipeline(stage('a'), stage('b'))
+  module = main.find_experiment('toys.write')
+  good = module.run
+
+  def fail(config, workdir):
+    if config.name == 'b':
+      raise RuntimeError('toy failure')
+    return good(config, workdir)
+
+  monkeypatch.setattr(module, 'run', fail)
+  with pytest.raises(RuntimeError, match='toy failure'):
+    run(config, workdir)
+  assert run_lib.is_done(workdir / 'a') and not run_lib.is_done(workdir / 'b')
+  seconds_file = workdir / 'b' / 'seconds.json'
+  assert run_lib.read_json(seconds_file) >= 0
+  run_lib.write_json(seconds_file, 100.0)
+  monkeypatch.setattr(module, 'run', good)
+  run(config, workdir)
+  assert [num_runs(workdir / name) for name in 'ab'] == [1, 1]
+  assert run_lib.read_json(workdir / 'b' / 'done.json')['seconds'] >= 100
+
+
+# --- Work directories ---------------------------------------------------------
+
+
+def test_another_config_in_an_old_directory_names_the_key(toys, workdir):
+  run(pipeline(stage('a')), workdir)
+  with pytest.raises(
+    run_lib.WorkdirError, match=r'stages\.a\.size: 1 there, 2 now'
+  ) as error:
+    run(pipeline(stage('a', size=2)), workdir)
+  assert 'mesh' not in str(error.value)
+  assert num_runs(workdir / 'a') == 1
+
+
+def test_another_machine_may_continue_a_run(toys, workdir):
+  run(pipeline(stage('a')), workdir)
+  config = pipeline(stage('a', mesh=(2, 2, 2)))
+  config.mesh, config.xla_flags = (8, 1, 1), '--xla_something'
+  config.compilation_cache = '/elsewhere'
+  run(config, workdir)
+  assert num_runs(workdir / 'a') == 1
+
+
+def test_a_directory_in_use_is_refused(toys, workdir):
+  with (
+    run_lib.WorkdirLock(workdir),
+    pytest.raises(run_lib.WorkdirError, match='in use by another run: pid'),
+  ):
+    run(pipeline(stage('a')), workdir)
+  assert not (workdir / 'config.json').exists()
+  run(pipeline(stage('a')), workdir)
+  assert num_runs(workdir / 'a') == 1
+
+
+# --- The command line ---------------------------------------------------------
+
+
+def command(*arguments):
+  return subprocess.run(
+    [sys.executable, '-m', 'instruct_jax.main', *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+
+
+SMOKE = '--config=configs/ppo_ptx.py:smoke'
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'words'),
+  [
+    ((), ['--config', 'must have a value']),
+    (('--config=configs/ppo_ptx.py:nope',), ['nope', 'smoke']),
+    (
+      (SMOKE, '--config.stages.ppo_ptx.batchsize=8'),
+      ["no such config key: 'batchsize'", 'Did you mean "batch_size"'],
+    ),
+    (
+      (SMOKE, '--config.stages.ppo_ptx.batch_size=many'),
+      ['batch_size', "'many'"],
+    ),
+    (
+      (SMOKE, '--config.stages.ppo_ptx.batch_size=7'),
+      ['batch_size 7 does not divide num_episodes'],
+    ),
+    (
+      (SMOKE, '--config.stages.ppo_ptx.experiment=nope'),
+      ["no experiment 'experiments.nope'"],
+    ),
+    ((SMOKE, 'word'), ["unexpected arguments: ['word']"]),
+  ],
+  ids=lambda x: ' '.join(x)[-40:] if isinstance(x, tuple) else '',
+)
+def test_mistakes_end_with_1_and_a_message(arguments, words, tmp_path):
+  ended = command(*arguments, f'--workdir={tmp_path / "never"}')
+  assert ended.returncode == 1
+  for word in words:
+    assert word in ended.stderr
+  if arguments != ('--config=configs/ppo_ptx.py:nope',):
+    assert 'Traceback' not in ended.stderr
+  assert not (tmp_path / 'never').exists()

@@ -1,0 +1,219 @@
+"""The smoke pipeline on 8 fake devices: it finishes, resumes, and complains.
+
+One run is shared by all tests here; each works on a copy of its directory.
+"""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from configs import ppo_ptx as config_file
+from experiments import ppo_ptx, reward, sft
+from instruct_jax import main
+from instruct_jax.infra import checkpoint, metrics, run
+
+SUMMARY_KEYS = {
+  'win_rate',
+  'reward_model',
+  'pretraining_loss',
+  'kl',
+  'metadata',
+  'seconds',
+  'seed',
+  'commit',
+  'versions',
+}
+
+
+def make_config(workdir):
+  config = config_file.get_config('smoke')
+  described = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.workdir = str(workdir)
+  return config, described
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('smoke')
+  config, described = make_config(workdir)
+  main.run(config, workdir, described)
+  return workdir
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+  shutil.copytree(finished, tmp_path / 'run')
+  return tmp_path / 'run'
+
+
+def lines(folder):
+  return metrics.read_lines(folder / metrics.METRICS_FILE)
+
+
+def test_the_report_is_complete(finished):
+  summary = json.loads((finished / 'summary.json').read_text())
+  assert set(summary) >= SUMMARY_KEYS
+  models = {'pretrained', 'prompted', 'sft', 'ppo', 'ppo_ptx'}
+  assert set(summary['win_rate']) == models
+  for rate in summary['win_rate'].values():
+    assert 0 <= rate['low'] <= rate['rate'] <= rate['high'] <= 1
+  assert summary['win_rate']['sft']['rate'] == 0.5
+  for name in ('accuracy', 'ceiling', 'intra', 'inter', 'agreement'):
+    assert 0 < summary['reward_model'][name] < 1
+  assert set(summary['seconds']) >= {'pretrain', 'sft', 'reward', 'ppo_ptx'}
+  for plot in ('win_rate', 'reward_kl', 'pretraining_loss', 'sft'):
+    assert (finished / f'{plot}.png').stat().st_size > 1000
+  assert 'win rate' in (finished / 'report.md').read_text().lower()
+
+
+def test_the_first_update_starts_at_the_reference(finished):
+  for name in ('ppo', 'ppo_ptx'):
+    first = lines(finished / name)[0]
+    assert abs(first['objective/kl']) < 1e-4
+    assert abs(first['first/ppo/policy/ratio'] - 1) < 1e-5
+    assert first['first/ppo/policy/clipfrac'] == 0
+    assert first['objective/sampler_difference'] < 1e-4
+
+
+def test_demonstrations_score_zero_after_save_and_load(finished):
+  from instruct_jax import artifacts
+  from instruct_jax.data import loader, records, tokenizer
+  from instruct_jax.infra import sharding
+
+  config, _ = make_config(finished)
+  config = config.stages.reward
+  tokens = tokenizer.Tokenizer.load(config.tokenizer)
+  rows, _ = loader.demonstration_rows(
+    records.read_jsonl(config.demonstrations, records.Demonstration),
+    tokens,
+    config.row_length,
+    loss_on='response',
+    pack=False,
+  )
+  mesh = sharding.make_mesh((1, -1, 1))
+  model = artifacts.load(
+    config.workdir + '/reward/model', 'scalar', mesh, tokens.fingerprint
+  )
+  scalars = artifacts.scalars_fn(model.module)(
+    model.params, rows.tokens, rows.segments
+  )
+  last = rows.mask.sum(axis=1) - 1
+  scores = np.asarray(scalars)[np.arange(len(last)), last]
+  assert abs(scores.mean()) < 1e-5
+
+
+def test_a_finished_run_does_nothing(finished):
+  config, described = make_config(finished)
+  before = (finished / 'ppo_ptx' / 'metrics.jsonl').stat().st_mtime_ns
+  main.run(config, finished, described)
+  assert (finished / 'ppo_ptx' / 'metrics.jsonl').stat().st_mtime_ns == before
+
+
+class StopAfter:
+  """Stands in for SIGTERM after a number of looks."""
+
+  def __init__(self, looks):
+    self.looks = looks
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    pass
+
+  @property
+  def requested(self):
+    self.looks -= 1
+    return self.looks < 0
+
+
+@pytest.mark.parametrize(
+  'name,experiment,looks,outputs',
+  [
+    ('ppo_ptx', ppo_ptx, 1, ('policy', 'ema')),
+    ('sft', sft, 0, ('model', 'epochs/2')),
+    ('reward', reward, 0, ('model',)),
+  ],
+)
+def test_stopped_and_resumed_equals_uninterrupted(
+  finished, copied, monkeypatch, name, experiment, looks, outputs
+):
+  config, _ = make_config(copied)
+  stage = config.stages[name]
+  folder = copied / name
+  shutil.rmtree(folder)
+  if name != 'ppo_ptx':
+    stage.log_every = stage.checkpoint_every = 4
+    reference = copied / 'uninterrupted'
+    reference.mkdir()
+    experiment.run(stage, reference)
+  else:
+    reference = finished / name
+  folder.mkdir()
+  with monkeypatch.context() as patch:
+    patch.setattr(run, 'StopSignal', lambda: StopAfter(looks))
+    with pytest.raises(run.Stopped) as stopped:
+      experiment.run(stage, folder)
+  assert stopped.value.code == 75
+  assert len(lines(folder)) < len(lines(reference))
+  experiment.run(stage, folder)
+  assert lines(folder) == lines(reference)
+  for output in outputs:
+    resumed, _ = checkpoint.load_model(folder / output)
+    expected, _ = checkpoint.load_model(reference / output)
+    jax.tree.map(np.testing.assert_array_equal, resumed, expected)
+
+
+def test_a_bad_record_is_named_by_file_and_line(copied):
+  config, _ = make_config(copied)
+  path = copied / 'data' / 'ppo_prompts_train.jsonl'
+  rows = path.read_text().splitlines()
+  rows[2] = '{"text": 3}'
+  path.write_text('\n'.join(rows) + '\n')
+  with pytest.raises(ValueError, match=r'ppo_prompts_train\.jsonl:3'):
+    ppo_ptx.run(config.stages.ppo_ptx, copied / 'again')
+
+
+def test_an_empty_data_set_is_refused(copied):
+  config, _ = make_config(copied)
+  (copied / 'data' / 'ppo_prompts_train.jsonl').write_text('')
+  with pytest.raises(ValueError, match='ppo_prompts_train'):
+    ppo_ptx.run(config.stages.ppo_ptx, copied / 'again')
+
+
+def test_another_tokenizer_is_refused(copied):
+  from instruct_jax.data import tokenizer
+
+  tokenizer.train_word_level(['other', 'words']).save(copied / 'other')
+  config, _ = make_config(copied)
+  stage = config.stages.ppo_ptx
+  stage.tokenizer = str(copied / 'other')
+  with pytest.raises(
+    (ValueError, checkpoint.CheckpointError), match='tokenizer'
+  ):
+    ppo_ptx.run(stage, copied / 'again')
+
+
+def test_a_missing_or_truncated_model_is_named(copied):
+  config, _ = make_config(copied)
+  stage = config.stages.ppo_ptx
+  (copied / 'reward' / 'model' / 'model.json').write_text('{"half')
+  with pytest.raises(checkpoint.CheckpointError, match='reward/model'):
+    ppo_ptx.run(stage, copied / 'again')
+  shutil.rmtree(copied / 'reward' / 'model')
+  with pytest.raises(checkpoint.CheckpointError, match='reward/model'):
+    ppo_ptx.run(stage, copied / 'again')
+  # The work directory stays usable: nothing of the failed run is there.
+  assert not (copied / 'again' / 'done.json').exists()
+
+
+def test_a_mesh_that_does_not_divide_is_refused(copied):
+  config, described = make_config(copied)
+  (copied / 'ppo_ptx' / 'done.json').unlink()
+  config.mesh = (3, 1, 1)
+  with pytest.raises(ValueError, match='8 devices'):
+    main.run(config, copied, described)
