@@ -45,7 +45,7 @@ def adam(config: ConfigDict) -> ConfigDict:
 
 
 def machine(config: ConfigDict) -> ConfigDict:
-  """Keys about the machine rather than the method; they may change on resume."""
+  """Keys about the machine, not the method; they may change on resume."""
   config.mesh = (1, -1, 1)  # Devices along data, fsdp, tensor; -1 fills.
   config.xla_flags = ''  # Added to XLA_FLAGS before the first device is used.
   config.compilation_cache = '~/.cache/instruct_jax'  # '' switches it off.

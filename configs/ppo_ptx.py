@@ -41,14 +41,18 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   config.num_warmup_iterations = 10  # From a tenth of the peak (C.4).
   config.adam_eps = 1e-5  # Not printed; Ziegler et al.'s code.
   config.kl_coef = 0.02  # beta (C.4).
-  config.kl_target = placeholder(float)  # Nats a response; None keeps beta fixed (ZIE).
+  config.kl_target = placeholder(
+    float
+  )  # Nats a response; None keeps beta fixed (ZIE).
   config.kl_horizon = 10_000  # Episodes (ZIE).
   config.discount = 1.0  # C.4: no discount.
   config.gae_lambda = 0.95  # Not printed; Stiennon et al. B.1.
   config.clip = 0.2  # C.4.
   config.value_clip = 0.2  # Not printed; Ziegler et al.'s code.
   config.whiten_advantages = True  # Not printed; ZIE code, N+.
-  config.missing_end_score = placeholder(float)  # Score without end-of-text, or None.
+  config.missing_end_score = placeholder(
+    float
+  )  # Score without end-of-text, or None.
   config.ptx_coef = 27.8  # gamma (C.4); 0 is PPO.
   config.ptx_per_episode = 8  # Pretraining examples (C.4, E.11).
   config.ema_decay = 0.992  # C.4.
@@ -200,7 +204,7 @@ def evaluate_stage(seed, workdir):
 
 
 def miniature(name: str = 'ppo_ptx_miniature'):
-  """The default: about 1M parameters, a world of its own, minutes on 2 cores."""
+  """The default: half a million parameters, a world of its own, 2 cores."""
   config = pipeline(name)
   seed, workdir = config.get_ref('seed'), config.get_ref('workdir')
   stages = config.stages

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (C.1) and, as `:1p3b,init`, the RL initialisation (C.3).
+"""Fine-tuning (C.1) and, as `:1p3b,init`, the RL initialisation (C.3).
 
   python -m instruct_jax.main --config=configs/sft.py:1p3b \
     --config.init=PRETRAINED --config.tokenizer=DIR \

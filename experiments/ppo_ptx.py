@@ -259,7 +259,9 @@ def run(config, workdir: epath.Path):
           state.kl,
           sampled,
         )
-        ptx_batch = sharding.put_batch(ptx[iteration], mesh) if use_ptx else None
+        ptx_batch = (
+          sharding.put_batch(ptx[iteration], mesh) if use_ptx else None
+        )
         kl_sum, kl_count = score_metrics['objective/kl']
         state, update_metrics = programs['update'](
           state, ppo_batch, ptx_batch, keys['update'], kl_sum / kl_count

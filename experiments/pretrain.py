@@ -83,6 +83,7 @@ def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   mesh = sharding.make_mesh(config.mesh)
+
   def rows_of(path):
     texts = [d.text for d in records.read_jsonl(path, records.Document)]
     return loader.pack_documents(

@@ -1,4 +1,4 @@
-"""Chooses the SFT checkpoint: every epoch's samples, scored by the reward model.
+"""Chooses the SFT checkpoint by reward-model score of every epoch's samples.
 
 Paper 3.5: validation loss overfits after one epoch, yet more epochs raise both
 reward-model score and human preference, so the score selects.
@@ -51,42 +51,34 @@ def run(config, workdir: epath.Path):
   epochs = run_lib.read_json(epath.Path(config.sft) / 'epochs.json')
   mesh = sharding.make_mesh(config.mesh)
   key = jax.random.key(config.seed)
+
+  def load(epoch):
+    folder = epath.Path(config.sft) / 'epochs' / str(epoch)
+    return artifacts.load(folder, 'policy', mesh, tokenizer.fingerprint)
+
   with sharding.use_mesh(mesh):
     reward = artifacts.load(
       config.reward_model, 'scalar', mesh, tokenizer.fingerprint
     )
-    programs = None
+    first = load(1)
+    programs = build_programs(config, first.module, reward.module, tokenizer)
+
+    def mean_score(policy):
+      scores = rollout.in_batches(
+        lambda batch: programs['sample_and_score'](
+          policy.params, reward.params, sharding.put_batch(batch, mesh), key
+        ),
+        rows,
+        config.batch_size,
+      )
+      return float(np.mean(scores, dtype=np.float64))
+
     with run_lib.Progress(config.name, len(epochs)) as progress:
       for row in epochs:
-        policy = artifacts.load(
-          epath.Path(config.sft) / 'epochs' / str(row['epoch']),
-          'policy',
-          mesh,
-          tokenizer.fingerprint,
-        )
-        if programs is None:
-          programs = build_programs(
-            config, policy.module, reward.module, tokenizer
-          )
-        scores = rollout.in_batches(
-          lambda batch, policy=policy: programs['sample_and_score'](
-            policy.params,
-            reward.params,
-            sharding.put_batch(batch, mesh),
-            key,
-          ),
-          rows,
-          config.batch_size,
-        )
-        row['score_reward'] = float(np.mean(scores, dtype=np.float64))
+        row['score_reward'] = mean_score(load(row['epoch']))
         progress.update(1, f'score {row["score_reward"]:.3f}')
     selected = max(epochs, key=lambda row: row['score_reward'])
-    best = artifacts.load(
-      epath.Path(config.sft) / 'epochs' / str(selected['epoch']),
-      'policy',
-      mesh,
-      tokenizer.fingerprint,
-    )
+    best = load(selected['epoch'])
     artifacts.save(
       workdir / 'model',
       best,

@@ -47,7 +47,7 @@ def find_experiment(name: str):
   return module
 
 
-def run_stage(config, workdir: epath.Path, root: epath.Path) -> None:
+def run_stage(config, workdir: epath.Path) -> None:
   """Runs one experiment into `workdir`, unless it has finished there."""
   from instruct_jax.infra import run as run_lib
 
@@ -108,7 +108,7 @@ def run(config, workdir: epath.Path, described) -> None:
     )
     for stage in stages:
       folder = workdir / stage.name if 'stages' in config else workdir
-      run_stage(stage, folder, workdir)
+      run_stage(stage, folder)
 
 
 def prepare_machine(config) -> None:

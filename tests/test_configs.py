@@ -5,8 +5,8 @@ import importlib
 import jax
 import pytest
 
-from configs import pretrain, reward, sft
 from configs import ppo_ptx as ppo_config_file
+from configs import pretrain, reward, sft
 from experiments import ppo_ptx as ppo_experiment
 from instruct_jax import artifacts, main
 from instruct_jax.infra import sharding, train_state
