@@ -172,9 +172,9 @@ def miniature_data_stage(seed, workdir):
   config.labeler_noise = 0.09  # Utility; agreement on SFT samples near 73 %.
   config.num_documents = 40_000  # Training and held-out together.
   config.num_valid_documents = 400
-  config.num_prompts = 8_000  # Before hygiene.
+  config.num_prompts = 11_000  # Before hygiene.
   config.num_demonstrations = 1_200
-  config.num_reward_prompts = 1_500
+  config.num_reward_prompts = 4_000
   config.train_fraction = 0.76  # Of the users; the rest is halved.
   config.prompt_length = 32  # Tokens; longer prompts are dropped.
   config.prompts_per_user = 200  # 3.2, A.2.
@@ -255,12 +255,12 @@ def miniature(name: str = 'ppo_ptx_miniature'):
   stages.rl_init.learning_rate = 1e-3
   for each in (stages.reward, stages.crossval):
     each.row_length = 64
-    each.batch_size = 16
+    each.batch_size = 8
     each.learning_rate = 1e-3
     each.eval_batch_size = 64
     each.checkpoint_every = 50
   stages.crossval.num_fold_seeds = 1  # The paper: 3 (reward.py:6b,folds).
-  stages.crossval.max_comparisons = 1_000
+  stages.crossval.max_comparisons = 800
   for each in (stages.ppo, stages.ppo_ptx):
     each.prompt_length = 32
     each.response_length = 20
