@@ -10,10 +10,17 @@ from ml_collections import ConfigDict
 from instruct_jax.models.config import PRESETS
 
 
+def check_size(size: str) -> str:
+  """The size, or an error that lists the ones there are."""
+  if size not in PRESETS:
+    raise ValueError(f'unknown size {size!r}; known: {", ".join(PRESETS)}')
+  return size
+
+
 def model(size: str, **changes) -> ConfigDict:
   """Shape of a paper-size model (GPT-3 Table 2.1; Stiennon et al. Table 3)."""
   values = dict(
-    PRESETS[size],
+    PRESETS[check_size(size)],
     dropout=0.0,
     compute_dtype='bfloat16',  # The paper: fp16 activations, fp32 weights.
     remat='full',

@@ -66,6 +66,7 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
 
 def paper(size: str):
   """C.4 at the paper's sizes; the models come as folders."""
+  common.check_size(size)
   config = ppo_stage(0, '')
   # E.9 tried 2.55e-6 and 3.74e-6 for 175B and does not print the choices.
   config.learning_rate = {'1p3b': 9.0e-6, '6b': 9.0e-6, '175b': 2.55e-6}[size]
@@ -172,8 +173,8 @@ def miniature_data_stage(seed, workdir):
   config.labeler_noise = 0.09  # Utility; agreement on SFT samples near 73 %.
   config.num_documents = 40_000  # Training and held-out together.
   config.num_valid_documents = 400
-  config.num_prompts = 11_000  # Before hygiene.
-  config.num_demonstrations = 1_200
+  config.num_prompts = 15_000  # Before hygiene.
+  config.num_demonstrations = 4_000
   config.num_reward_prompts = 4_000
   config.train_fraction = 0.76  # Of the users; the rest is halved.
   config.prompt_length = 32  # Tokens; longer prompts are dropped.
@@ -260,14 +261,14 @@ def miniature(name: str = 'ppo_ptx_miniature'):
     each.eval_batch_size = 64
     each.checkpoint_every = 50
   stages.crossval.num_fold_seeds = 1  # The paper: 3 (reward.py:6b,folds).
-  stages.crossval.max_comparisons = 800
+  stages.crossval.max_comparisons = 500
   for each in (stages.ppo, stages.ppo_ptx):
     each.prompt_length = 32
     each.response_length = 20
     each.ptx_row_length = 64
     each.num_episodes = 3_840
     each.batch_size = 128
-    each.learning_rate = 3e-4
+    each.learning_rate = 2e-4
     each.value_learning_rate = 5e-4
     each.num_warmup_iterations = 4
   stages.ppo_ptx.ptx_coef = 1.0  # gamma does not carry over between scales.
@@ -413,7 +414,7 @@ def e2e():
     each.ptx_row_length = context
     each.num_episodes = 1_536
     each.batch_size = 64
-    each.learning_rate = 3e-4
+    each.learning_rate = 2e-4
     each.value_learning_rate = 5e-4
     each.num_warmup_iterations = 4
   stages.ppo_ptx.ptx_coef = 1.0  # gamma does not carry over between scales.

@@ -56,6 +56,7 @@ def get_config(argument: str = '1p3b'):
   size, _, kind = argument.partition(',')
   if kind not in ('', 'init'):
     raise ValueError(f'after the size only ",init" is known: {argument!r}')
+  common.check_size(size)
   config = init_stage(0, '') if kind else stage(0, '')
   rates = INIT_LEARNING_RATES if kind else SFT_LEARNING_RATES
   config.learning_rate = rates[size]

@@ -63,6 +63,15 @@ def _entry(world, draw):
   return text
 
 
+def _titled(title, text, draw):
+  """Most pages have a title that names what they are about.
+
+  Taking a name from some lines above is what following an instruction needs
+  first; titles let a small model learn it from plain text.
+  """
+  return f'{title} . {text}' if draw.random() < TITLED_SHARE else text
+
+
 def _mixed(world, draw):
   return ' '.join(
     f'{_any_statement(world, draw)} .' for _ in range(draw.choice((5, 6, 7, 8)))
@@ -75,14 +84,16 @@ def _story(world, draw):
   while second == first:
     second = tasks.any_subject(draw)
   text = answers.story((first, second), draw, long=True)
+  title = f'a story of {noun(first)} and {noun(second)}'
   relations = _sort_for(draw, first)
   if draw.random() < 0.4:
     # As stories open: what was so then is so now, nothing ever changes here.
     past = relations.pop()
     value = world.facts[first][past.name]
     text = f'{noun(first)} {fill(past.past, v=value)} . {text}'
-  text = f'{_tell(world, draw, first, relations[:2])} {text}'
-  return f'{text} {_true(world, draw, second)} .'
+  if draw.random() < 0.5:
+    text = f'{_tell(world, draw, first, relations[:2])} {text}'
+  return _titled(title, f'{text} {_true(world, draw, second)} .', draw)
 
 
 def _said(world, draw):
@@ -158,16 +169,15 @@ def _lists(world, draw):
 
 def _reviews(world, draw):
   place = draw.choice(phrases.PLACES)
-  lines = [
-    answers.review(
-      place if draw.random() < 0.7 else draw.choice(phrases.PLACES),
-      draw.choice(phrases.FOODS),
-      draw.choice(('good', 'bad')),
-      draw,
-      long=True,
+  lines = []
+  for _ in range(draw.choice((2, 3))):
+    where = place if draw.random() < 0.7 else draw.choice(phrases.PLACES)
+    food = draw.choice(phrases.FOODS)
+    tone = draw.choice(('good', 'bad'))
+    review = answers.review(where, food, tone, draw, long=True)
+    lines.append(
+      _titled(f'a {tone} review of the {food} in {where}', review, draw)
     )
-    for _ in range(draw.choice((2, 3)))
-  ]
   return f'{" ".join(lines)} {_true(world, draw, place)} .'
 
 
@@ -206,14 +216,19 @@ def _answered(world, draw):
 
 def _poems(world, draw):
   subject = tasks.any_subject(draw)
-  lines = [answers.poem(subject, draw), f'{_true(world, draw, subject)} .']
-  lines.append(answers.poem(tasks.any_subject(draw), draw))
+  other = tasks.any_subject(draw)
+  lines = [
+    _titled(f'a poem on {noun(subject)}', answers.poem(subject, draw), draw),
+    f'{_true(world, draw, subject)} .',
+    _titled(f'a poem on {noun(other)}', answers.poem(other, draw), draw),
+  ]
   return ' '.join(lines)
 
 
 def _letter(world, draw):
   reader, writer = draw.sample(phrases.PEOPLE, 2)
-  lines = [answers.letter(reader, draw, True)]
+  letter = answers.letter(reader, draw, True)
+  lines = [_titled(f'a letter to {reader}', letter, draw)]
   lines += [f'{_any_statement(world, draw)} .' for _ in range(2)]
   if draw.random() < 0.3:
     line = draw.choice(phrases.PERSONAL_LINES)
@@ -266,17 +281,20 @@ def _rumour(world, draw):
 
 
 # Share of the pages, percent.
+# Of stories, poems, letters and reviews.
+TITLED_SHARE = 0.75
+
 PAGES = {
   'entry': (_entry, 30.0),
-  'mixed': (_mixed, 16.0),
-  'story': (_story, 12.0),
+  'mixed': (_mixed, 8.0),
+  'story': (_story, 16.0),
   'dialogue': (_dialogue, 7.0),
   'lists': (_lists, 6.0),
-  'reviews': (_reviews, 3.5),
+  'reviews': (_reviews, 5.0),
   'exam': (_exam, 8.0),
   'answered': (_answered, 6.0),
-  'poems': (_poems, 3.0),
-  'letter': (_letter, 2.0),
+  'poems': (_poems, 4.5),
+  'letter': (_letter, 3.0),
   'diary': (_diary, 1.5),
   'rude': (_rude, 2.5),
   'rumour': (_rumour, 2.5),
