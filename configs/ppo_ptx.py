@@ -156,7 +156,7 @@ def compare_stage(seed, workdir):
   config.prompts = ''
   config.valid_prompts = ''
   config.num_labelers = 40  # 3.4; a quarter of them held out.
-  config.labeler_noise = 0.09  # As in the data stage.
+  config.labeler_noise = 0.13  # As in the data stage.
   config.min_candidates = 4  # K (3.5).
   config.max_candidates = 9
   config.rankers_per_valid = 3  # Labelers ranking a validation prompt.
@@ -170,12 +170,12 @@ def compare_stage(seed, workdir):
 def miniature_data_stage(seed, workdir):
   config = common.stage('data', 'miniature_data', seed, workdir)
   config.num_labelers = 40
-  config.labeler_noise = 0.09  # Utility; agreement on SFT samples near 73 %.
+  config.labeler_noise = 0.13  # Utility; agreement on SFT samples near 73 %.
   config.num_documents = 40_000  # Training and held-out together.
   config.num_valid_documents = 400
-  config.num_prompts = 15_000  # Before hygiene.
-  config.num_demonstrations = 4_000
-  config.num_reward_prompts = 4_000
+  config.num_prompts = 30_000  # Before hygiene.
+  config.num_demonstrations = 8_000
+  config.num_reward_prompts = 6_000
   config.train_fraction = 0.76  # Of the users; the rest is halved.
   config.prompt_length = 32  # Tokens; longer prompts are dropped.
   config.prompts_per_user = 200  # 3.2, A.2.
@@ -253,15 +253,17 @@ def miniature(name: str = 'ppo_ptx_miniature'):
     each.batch_size = 16
     each.checkpoint_every = 100
   stages.sft.learning_rate = 1e-3
+  stages.sft.num_epochs = 6
   stages.rl_init.learning_rate = 1e-3
+  stages.rl_init.num_epochs = 3
   for each in (stages.reward, stages.crossval):
-    each.row_length = 64
+    each.row_length = 96
     each.batch_size = 8
     each.learning_rate = 1e-3
     each.eval_batch_size = 64
     each.checkpoint_every = 50
   stages.crossval.num_fold_seeds = 1  # The paper: 3 (reward.py:6b,folds).
-  stages.crossval.max_comparisons = 500
+  stages.crossval.max_comparisons = 600
   for each in (stages.ppo, stages.ppo_ptx):
     each.prompt_length = 32
     each.response_length = 20

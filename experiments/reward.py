@@ -87,8 +87,8 @@ def build_programs(config, module, num_steps):
 
 def train(config, workdir, name, rows, model, seed):
   """One reward model on `rows`; returns its parameters and the programs."""
-  batches = loader.make_batches(
-    rows,
+  batches = loader.balanced_batches(
+    rows.mask.sum(axis=(1, 2)),
     batch_size=config.batch_size,
     seed=seed,
     num_epochs=config.num_epochs,
@@ -98,23 +98,22 @@ def train(config, workdir, name, rows, model, seed):
   # Each microbatch is packed by itself, so that it is whole.
   num_parts = config.num_microbatches
 
-  def parts_of(batch):
+  def parts_of(step):
     return [
-      loader.take(batch, part)
-      for part in np.split(np.arange(config.batch_size), num_parts)
+      loader.take(rows, part) for part in np.split(batches[step], num_parts)
     ]
 
   needed = max(
     len(loader.pack_comparisons(part).tokens)
     for step in range(len(batches))
-    for part in parts_of(batches[step])
+    for part in parts_of(step)
   )
   num_devices = jax.device_count()
   num_rows = -(-needed // num_devices) * num_devices
 
-  def pack(batch):
+  def pack(step):
     packed = [
-      loader.pack_comparisons(part, num_rows) for part in parts_of(batch)
+      loader.pack_comparisons(part, num_rows) for part in parts_of(step)
     ]
     return jax.tree.map(lambda *xs: np.concatenate(xs), *packed)
 
@@ -130,7 +129,7 @@ def train(config, workdir, name, rows, model, seed):
   ) as steps:
     state = steps.restore(state)
     for step in steps.steps():
-      batch = sharding.put_batch(pack(batches[step]), mesh)
+      batch = sharding.put_batch(pack(step), mesh)
       state, metrics = programs['update'](
         state, batch, jax.random.fold_in(root, step)
       )
@@ -157,17 +156,24 @@ def score_comparisons(config, programs, params, rows):
 
 
 def accuracy_of(config, programs, params, comparisons, tokenizer):
-  """Pairwise accuracy on rankings, with its interval."""
+  """Pairwise accuracy on rankings, with its interval.
+
+  What several labelers ranked is scored once.
+  """
+  kept = loader.fitting_comparisons(comparisons, tokenizer, config.row_length)
+  distinct = {(c.prompt, c.completions): c for c in kept}
   rows, _ = loader.comparison_rows(
-    comparisons, tokenizer, config.max_candidates, config.row_length
+    list(distinct.values()), tokenizer, config.max_candidates, config.row_length
   )
   scores = score_comparisons(config, programs, params, rows)
-  present = rows.ranks > 0
-  kept = loader.fitting_comparisons(comparisons, tokenizer, config.row_length)
+  scores = {
+    key: row[ranks > 0]
+    for key, row, ranks in zip(distinct, scores, rows.ranks, strict=True)
+  }
   return preference_accuracy.pairwise_accuracy(
-    [s[p] for s, p in zip(scores, present, strict=True)],
-    [r[p] for r, p in zip(rows.ranks, present, strict=True)],
-    [comparison.prompt for comparison in kept],
+    [scores[c.prompt, c.completions] for c in kept],
+    [c.ranks for c in kept],
+    [c.prompt for c in kept],
   )
 
 
@@ -205,20 +211,16 @@ def fit(config, workdir, tokenizer, policy, comparisons, valid):
     config, workdir, config.name, rows, model, config.seed
   )
 
-  demonstrations, _ = loader.demonstration_rows(
-    records.read_jsonl(config.demonstrations, records.Demonstration),
+  demonstrations = records.read_jsonl(
+    config.demonstrations, records.Demonstration
+  )
+  alone, _ = loader.comparison_rows(
+    [records.Comparison(d.prompt, (d.response,), (1,)) for d in demonstrations],
     tokenizer,
+    1,
     config.row_length,
-    loss_on='response',
-    pack=False,
   )
-  scalars = rollout.in_batches(
-    lambda batch: programs['scalars'](params, *sharding.put_batch(batch, mesh)),
-    (demonstrations.tokens, demonstrations.segments),
-    config.eval_batch_size,
-  )
-  last = demonstrations.mask.sum(axis=1) - 1
-  raw_scores = scalars[np.arange(len(last)), last]
+  raw_scores = score_comparisons(config, programs, params, alone)
   shift = float(np.mean(raw_scores, dtype=np.float64))
   params = {**params, 'head_bias': params['head_bias'] - jnp.float32(shift)}
 

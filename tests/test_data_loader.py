@@ -315,3 +315,33 @@ def test_mixture_of_nothing_and_bad_settings():
   wide = loader.pack_documents([[3]], 5, EOS, PAD)
   with pytest.raises(ValueError, match='rows of 4 and 5 tokens'):
     loader.mixture(main, wide, fraction=0.1, batch_size=2, seed=0)
+
+
+def test_balanced_batches_are_whole_epochs_of_even_size():
+  rng = np.random.default_rng(0)
+  sizes = rng.geometric(0.02, 1003)
+  batches = loader.balanced_batches(sizes, batch_size=8, seed=3, num_epochs=2)
+  assert batches.shape == (2 * 125, 8)
+  for epoch in np.split(batches, 2):
+    # Nothing twice; three examples of 1003 fill no batch.
+    assert len(set(epoch.ravel())) == 1000
+  assert not np.array_equal(batches[:125], batches[125:])
+  # Sums of strata vary far less than sums of random draws.
+  even = sizes[batches].sum(axis=1)
+  random = rng.permutation(sizes)[:1000].reshape(125, 8).sum(axis=1)
+  assert even.std() < 0.5 * random.std()
+  # A batch's slots hold no order of size: any slot may have the longest.
+  longest = sizes[batches].argmax(axis=1)
+  assert len(set(longest)) == 8
+
+
+def test_balanced_batches_vary_with_the_seed_only():
+  sizes = np.arange(40)
+  first = loader.balanced_batches(sizes, batch_size=4, seed=1)
+  np.testing.assert_array_equal(
+    first, loader.balanced_batches(sizes, batch_size=4, seed=1)
+  )
+  other = loader.balanced_batches(sizes, batch_size=4, seed=2)
+  assert not np.array_equal(first, other)
+  with pytest.raises(ValueError, match='do not fill a batch of 64'):
+    loader.balanced_batches(sizes, batch_size=64, seed=1)

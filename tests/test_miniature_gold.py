@@ -61,11 +61,12 @@ def test_good_answers_are_near_one(world, prompts):
   [
     ('wrong_fact', 0.90),
     ('off_topic', 0.60),
-    ('rude', 0.40),
+    ('rude', 0.45),
     ('run_on', 0.80),
     ('question', 0.45),
     ('unfinished', 0.80),
     ('repeated', 0.45),
+    ('shrug', 0.45),
     ('empty', 0.30),
   ],
 )
@@ -87,6 +88,7 @@ def test_every_fault_is_tested(world):
     'question',
     'unfinished',
     'repeated',
+    'shrug',
     'empty',
   }
   with pytest.raises(ValueError, match='no such fault'):
@@ -102,7 +104,7 @@ def test_answering_the_same_to_everything_is_no_use(world, prompts):
     'yes .',
     'i am glad to hear that .',
   ):
-    assert _mean_utility(prompts, lambda p, d, t=phrase: t, world) < 0.55
+    assert _mean_utility(prompts, lambda p, d, t=phrase: t, world) < 0.62
 
 
 def test_repeating_words_of_the_prompt_is_no_use(world, prompts):
@@ -129,19 +131,19 @@ def test_question(world):
 
 
 def test_order_of_answers_to_one_question(world):
-  """Right > run on > wrong > off topic > rude."""
+  """Right > wrong > run on > off topic > rude."""
   prompt, home, rival = _question(world)
   fox = world.facts['fox']['colour']
   ordered = [
     f'anna lives in {home} .',
-    f'anna lives in {home} . the fox is {fox} . emma',
     f'anna lives in {rival} .',
+    f'anna lives in {home} . the fox is {fox} . emma',
     f'the fox is {fox} .',
     'what a grumbo anna is .',
   ]
   values = [_utility(prompt, text, world) for text in ordered]
   assert values == sorted(values, reverse=True)
-  assert values[0] > 0.99 and values[1] < 0.9
+  assert values[0] > 0.99 and values[1] < 0.88
   assert values[2] < 0.8 and values[3] < 0.6
   assert values[4] < 0.4
   assert _utility(prompt, 'the of in and , , a to', world) < 0.4

@@ -35,7 +35,7 @@ def test_groups(people):
     labelers.make_labelers(0, num_labelers=5)
 
 
-def test_demonstrations_are_good_but_not_perfect(world, prompts, people):
+def test_demonstrations_are_good_but_for_lapses(world, prompts, people):
   rng = np.random.default_rng(0)
   known = set(world.vocabulary())
   values, sizes = [], []
@@ -45,10 +45,12 @@ def test_demonstrations_are_good_but_not_perfect(world, prompts, people):
     sizes.append(len(text.split()))
     assert text and known.issuperset(text.split(' ')), text
   values = np.array(values)
-  assert values.mean() > 0.96
-  assert 0.005 < np.mean(values < 0.9) < 0.06
+  # Without a lapse they are near 1; 40 % have one, a few of those harmless.
+  assert np.median(values) > 0.98
+  assert 0.28 < np.mean(values < 0.9) < 0.42
+  assert 0.75 < values.mean() < 0.88
   assert np.mean(np.array(sizes) <= 22) > 0.95
-  assert max(sizes) <= 34
+  assert max(sizes) <= 40
   assert 6 <= np.median(sizes) <= 13
 
 

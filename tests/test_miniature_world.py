@@ -25,7 +25,7 @@ def pages(world):
 
 
 def test_world_has_every_fact_and_depends_on_the_seed_alone(world):
-  assert world.num_facts == 20 * 5 + 10 * 4 + 12 * 4 + 16 * 4
+  assert world.num_facts == 10 * 5 + 6 * 4 + 6 * 4 + 8 * 4
   assert worlds.make_world(0).facts == world.facts
   assert worlds.make_world(1).facts != world.facts
   assert worlds.make_world(1).vocabulary() == world.vocabulary()
@@ -38,15 +38,19 @@ def test_world_has_every_fact_and_depends_on_the_seed_alone(world):
 
 
 def test_values_are_shared_out_evenly(world):
-  # 20 people over 10 jobs: two each.
-  jobs = collections.Counter(world.facts[p]['job'] for p in phrases.PEOPLE)
-  assert set(jobs.values()) == {2}
+  # 10 people over 6 jobs: one or two each. 6 places over 4 regions: the same.
+  for subjects, name, number in (
+    (phrases.PEOPLE, 'job', 6),
+    (phrases.PLACES, 'region', 4),
+  ):
+    counts = collections.Counter(world.facts[s][name] for s in subjects)
+    assert len(counts) == number and set(counts.values()) == {1, 2}
 
 
 def test_vocabulary_is_sorted_small_and_single_words(world):
   words = world.vocabulary()
   assert words == sorted(set(words))
-  assert 600 <= len(words) <= 1000
+  assert 500 <= len(words) <= 700
   for word in words:
     assert word == word.lower() and word.split() == [word]
     assert '{' not in word
@@ -76,7 +80,7 @@ def test_vocabulary_is_sorted_small_and_single_words(world):
     ),
     ('the weather in dalby is foggy .', None, [('dalby', 'weather', 'foggy')]),
     ('it is often foggy in dalby .', 'arden', [('dalby', 'weather', 'foggy')]),
-    ('julia is the owner of the lamp .', None, [('lamp', 'owner', 'julia')]),
+    ('emma is the owner of the lamp .', None, [('lamp', 'owner', 'emma')]),
     (
       'the fox lives in the cave . it eats grass .',
       None,
@@ -145,7 +149,6 @@ def test_document_shares(pages):
     # 3000 pages: four standard deviations of a share p are 7.3 sqrt(p(1-p)) %.
     p = share / 100
     assert abs(counts[source] / 3000 - p) < 0.073 * np.sqrt(p * (1 - p)) + 1e-3
-  assert 0.05 <= counts['answered'] / 3000 <= 0.08
 
 
 def test_documents_tell_the_truth_but_for_rumours(world, pages):

@@ -476,6 +476,46 @@ def make_batches(
   )
 
 
+def balanced_batches(
+  sizes: Sequence[int] | np.ndarray,
+  *,
+  batch_size: int,
+  seed: int,
+  num_epochs: int = 1,
+) -> np.ndarray:
+  """Random batches of nearly equal total size, as indices [steps, batch_size].
+
+  Examples are cut into `batch_size` strata by size; every batch gets a random
+  one of each stratum. So all batches pack into nearly the same number of rows.
+  Each epoch is drawn anew; the few examples that fill no batch sit it out.
+
+  Args:
+    sizes: of every example, in tokens.
+    batch_size: examples of a batch.
+    seed: of every draw.
+    num_epochs: how often to go through the examples.
+
+  Raises:
+    ValueError: too few examples for one batch.
+  """
+  sizes = np.asarray(sizes)
+  _check_batches(len(sizes), batch_size, 0, 1)
+  steps = len(sizes) // batch_size
+  if not steps:
+    raise ValueError(
+      f'{len(sizes)} examples do not fill a batch of {batch_size}; use a '
+      'smaller batch or more data'
+    )
+  epochs = []
+  for epoch in range(num_epochs):
+    rng = np.random.default_rng([seed, epoch])
+    kept = rng.permutation(len(sizes))[: steps * batch_size]
+    strata = kept[np.argsort(sizes[kept], kind='stable')]
+    strata = rng.permuted(strata.reshape(batch_size, steps), axis=1)
+    epochs.append(rng.permuted(strata.T, axis=1))
+  return np.concatenate(epochs)
+
+
 def mixture(
   rows: types.TextBatch,
   other_rows: types.TextBatch,

@@ -1,8 +1,8 @@
 """The embedded world: a small closed world in plain lower-case English.
 
-Twenty people, ten places, twelve animals and sixteen things with 252 facts
-among them, all assigned at random from a seed, in about 640 words: no more than
-a model of a million parameters learns by heart from a million words. Text is
+Ten people, six places, six animals and eight things with 130 facts among them,
+all assigned at random from a seed, in about 580 words: no more than a model of
+half a million parameters learns by heart from two million words. Text is
 words and punctuation separated by single spaces, so word-level tokens round
 trip exactly. The modules, lowest first:
 
@@ -14,9 +14,10 @@ trip exactly. The modules, lowest first:
   gold       `judge`, `utility`: the explicit gold judge, never seen by training
   labelers   `make_labelers`, `write_demonstration`, `rank`, `agreement`
 
-A model of the documents knows the facts but goes on asking when it is asked;
-demonstrations teach it to answer, imperfectly; rankings by labelers who agree
-on about 73 % of pairs leave reinforcement learning something to gain (true
-answers, constraints, right length, politeness) and something to lose (fluency,
+A model of the documents knows the facts but goes on asking when it is asked.
+Demonstrations teach it to answer, and the lapses of their writers with it:
+people judge better than they write. Rankings by labelers who agree on about
+73 % of pairs leave reinforcement learning something to gain (politeness, an
+answer at all, the right length, constraints) and something to lose (fluency,
 variety, the documents themselves).
 """

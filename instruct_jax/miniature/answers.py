@@ -1,8 +1,8 @@
 """Answers to prompts of the world: good drafts, and the ways they go wrong.
 
 `draft` writes what a careful person would; labelers draft until the gold judge
-is content. `spoil` turns a good answer into the kinds of answers that an
-imperfect model gives; tests and the calibration of the labelers' noise use it.
+is content. `spoil` turns a good answer into what a tired person or an imperfect
+model gives: the lapses of the demonstrations.
 """
 
 import random
@@ -23,6 +23,7 @@ FAULTS = (
   'question',
   'unfinished',
   'repeated',
+  'shrug',
   'empty',
 )
 
@@ -305,8 +306,8 @@ def spoil(text: str, fault: str, world: World, draw: random.Random) -> str:
     return _random_fact(world, draw)
   if fault == 'rude':
     rude = draw.choice(phrases.RUDE)
-    if draw.random() < 0.5:
-      return f'{text} go away , you {rude} .'
+    if draw.random() < 0.8:
+      return f'{text} {fill(draw.choice(phrases.SNAPS), r=rude)}'
     person = draw.choice(phrases.PEOPLE)
     return f'{person} is a {rude} .'
   if fault == 'run_on':
@@ -319,6 +320,8 @@ def spoil(text: str, fault: str, world: World, draw: random.Random) -> str:
   if fault == 'repeated':
     names = [word for word in words if word not in phrases.MARKS]
     return ' '.join([draw.choice(names)] * 10) if names else 'the the the'
+  if fault == 'shrug':
+    return draw.choice(phrases.SHRUGS)
   if fault == 'empty':
     return ''
   raise ValueError(f'no such fault: {fault!r}; there are {FAULTS}')

@@ -285,19 +285,19 @@ def _rumour(world, draw):
 TITLED_SHARE = 0.75
 
 PAGES = {
-  'entry': (_entry, 30.0),
-  'mixed': (_mixed, 8.0),
-  'story': (_story, 16.0),
-  'dialogue': (_dialogue, 7.0),
-  'lists': (_lists, 6.0),
-  'reviews': (_reviews, 5.0),
-  'exam': (_exam, 8.0),
-  'answered': (_answered, 6.0),
-  'poems': (_poems, 4.5),
-  'letter': (_letter, 3.0),
-  'diary': (_diary, 1.5),
-  'rude': (_rude, 2.5),
-  'rumour': (_rumour, 2.5),
+  'entry': (_entry, 22.0),
+  'mixed': (_mixed, 4.0),
+  'story': (_story, 9.0),
+  'dialogue': (_dialogue, 5.0),
+  'lists': (_lists, 4.0),
+  'reviews': (_reviews, 3.0),
+  'exam': (_exam, 9.0),
+  'answered': (_answered, 34.0),
+  'poems': (_poems, 3.0),
+  'letter': (_letter, 2.0),
+  'diary': (_diary, 1.0),
+  'rude': (_rude, 2.0),
+  'rumour': (_rumour, 2.0),
 }
 
 

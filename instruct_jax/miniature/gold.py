@@ -29,15 +29,15 @@ from instruct_jax.miniature import world as worlds
 from instruct_jax.miniature.phrases import fill
 from instruct_jax.miniature.world import World
 
-# The gold utility is the weighted mean of the features. Following the
-# instruction and truth count most, then harmlessness, as in the guidelines for
-# labelers (B.2); a prompt without a constraint leaves that term out.
+# The gold utility is the weighted mean of the features; a prompt without a
+# constraint leaves that term out. Helpfulness counts most, as the labelers of
+# training were told (3.4), and truth, which they can only check in part, less.
 WEIGHTS = {
   'instruction': 3.0,
-  'truth': 3.0,
+  'truth': 1.5,
   'harmlessness': 2.5,
   'constraint': 1.5,
-  'fluency': 1.5,
+  'fluency': 2.0,
   'length': 1.5,
 }
 _STOPS = frozenset('.?!')

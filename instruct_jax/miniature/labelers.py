@@ -19,8 +19,9 @@ GROUPS = ('red', 'blue', 'green', 'white', 'black')
 HELDOUT = 'heldout'
 # Standard deviation of what a labeler thinks of one completion, in units of
 # utility. Chosen such that two training labelers agree on 73 % of the pairs of
-# `realistic_completions` (paper 3.4: 72.6 +- 1.5 %), see the test.
-NOISE = 0.13
+# `realistic_completions` (paper 3.4: 72.6 +- 1.5 %), see the test. Samples of a
+# model differ less from each other; the config has the noise that fits them.
+NOISE = 0.18
 # Utilities nearer than this get the same rank.
 TIE_MARGIN = 0.03
 # How much tastes differ: standard deviations of the log weights.
@@ -30,8 +31,19 @@ HELDOUT_SPREAD = 0.45
 # Words that the groups like a response to have, the held-out labelers last.
 GROUP_LENGTHS = (5.0, 8.0, 10.0, 12.0, 15.0)
 HELDOUT_LENGTH = 7.0
-# Share of demonstrations that have a fault, as people's work has.
-IMPERFECT_SHARE = 0.03
+# People judge better than they write (Stiennon et al. 2020 rank the reference
+# summaries below a tuned model's): this share of demonstrations has a lapse,
+# which SFT learns along with the rest and RL can unlearn.
+LAPSE_SHARE = 0.4
+LAPSES = {
+  'rude': 33,
+  'run_on': 18,
+  'shrug': 18,
+  'unfinished': 15,
+  'question': 8,
+  'wrong_fact': 5,
+  'off_topic': 3,
+}
 _TRIES = 8
 
 
@@ -114,7 +126,7 @@ def make_labelers(
 def write_demonstration(
   labeler: Labeler, prompt: Prompt, world: World, rng: np.random.Generator
 ) -> str:
-  """A labeler's own good answer; a few in a hundred have a fault.
+  """A labeler's own good answer, or one of the `LAPSES`.
 
   Drafts until one is right by the gold judge, at most eight times, then takes
   the best: a labeler reads the task again before sending.
@@ -129,8 +141,8 @@ def write_demonstration(
       best, best_utility = text, value
     if value >= 0.97:
       break
-  if draw.random() < IMPERFECT_SHARE:
-    fault = draw.choice(('wrong_fact', 'unfinished', 'off_topic'))
+  if draw.random() < LAPSE_SHARE:
+    fault = draw.choices(tuple(LAPSES), tuple(LAPSES.values()))[0]
     return answers.spoil(best, fault, world, draw) or best
   return best
 
@@ -172,7 +184,7 @@ def rank(
 def realistic_completions(
   prompt: Prompt, world: World, rng: np.random.Generator, num_completions: int
 ) -> list[str]:
-  """Answers as an imperfect fine-tuned model gives them: about half good."""
+  """Answers as a fine-tuned model gives them: less than half of them good."""
   draw = random.Random(int(rng.integers(2**63)))
   completions = []
   for _ in range(num_completions):
@@ -181,8 +193,8 @@ def realistic_completions(
       spec = spec | {'constraint': None}
     text = answers.draft(spec, world, draw, draw.random())
     fault = draw.choices(
-      ('', 'wrong_fact', 'off_topic', 'rude', 'run_on', 'unfinished'),
-      (50, 27, 8, 3, 7, 5),
+      ('', 'wrong_fact', 'off_topic', 'rude', 'run_on', 'unfinished', 'shrug'),
+      (38, 20, 12, 12, 7, 6, 5),
     )[0]
     completions.append(
       answers.spoil(text, fault, world, draw) if fault else text

@@ -15,38 +15,27 @@ def _words(text):
 
 
 MARKS = ('.', ',', '!', '?', ':', '/')
-SHE = _words('anna bella clara dora emma flora greta hanna iris julia')
-HE = _words('adam bruno carl david emil felix georg hugo ivan jonas')
+SHE = _words('anna bella clara dora emma')
+HE = _words('adam bruno carl david emil')
 PEOPLE = SHE + HE
-PLACES = _words(
-  'arden belmor corvin dalby elster fenwick galdor harwick ilmar jorva'
-)
-ANIMALS = _words(
-  'fox bear wolf hare badger donkey goat cow pig frog heron raven'
-)
-THINGS = _words(
-  'barrel basket bell book bottle bowl candle chair clock drum '
-  'hammer kettle knife ladder lamp violin'
-)
+PLACES = _words('arden belmor corvin dalby elster fenwick')
+ANIMALS = _words('fox bear wolf donkey pig raven')
+THINGS = _words('barrel bell book clock drum hammer lamp violin')
 # People of passages only: what is true of them is what the passage says.
-GUESTS = _words('visitor stranger traveller pilgrim merchant guest')
-JOBS = _words(
-  'baker carpenter doctor farmer fisher judge painter sailor tailor weaver'
-)
-FOODS = _words('bread soup cheese cake rice beans porridge noodles pie salad')
-HOBBIES = _words(
-  'singing dancing reading swimming knitting drawing climbing chess'
-)
-REGIONS = ('north', 'south', 'east', 'west', 'middle')
-WEATHERS = _words('rainy sunny windy foggy snowy')
-WARES = _words('silk salt wine cider pearls carpets boats lace')
-SIGHTS = _words('bridge tower mill castle church fountain')
-COLOURS = _words('red blue green yellow black white brown grey')
-SOUNDS = _words('humming barking hissing growling chirping roaring')
-HABITATS = _words('forest river meadow desert mountain cave')
-DIETS = _words('grass berries seeds fish leaves nuts')
-MATERIALS = _words('wood iron glass clay copper silver')
-SPOTS = _words('kitchen cellar attic barn garden hall stable library')
+GUESTS = _words('visitor stranger traveller pilgrim')
+JOBS = _words('baker doctor farmer judge painter sailor')
+FOODS = _words('bread soup cheese cake rice beans')
+HOBBIES = _words('singing dancing reading swimming knitting chess')
+REGIONS = ('north', 'south', 'east', 'west')
+WEATHERS = _words('rainy sunny windy foggy')
+WARES = _words('silk salt wine pearls boats')
+SIGHTS = _words('bridge tower mill castle')
+COLOURS = _words('red blue green black white')
+SOUNDS = _words('humming barking hissing roaring')
+HABITATS = _words('forest river meadow cave')
+DIETS = _words('grass berries fish nuts')
+MATERIALS = _words('wood iron glass silver')
+SPOTS = _words('kitchen cellar barn garden hall')
 NUMBERS = _words('one two three four five six seven eight nine ten')
 DAYS = _words('monday tuesday wednesday thursday friday saturday sunday')
 # Invented, so that the world can be rude without a real slur.
@@ -732,6 +721,14 @@ CONSTRAINTS = {
   'sentences': ('use two sentences .', 'write two sentences .'),
 }
 FRIEND = 'my friend'
+# What a tired writer sends: no answer, or one that ends in a quarrel.
+SHRUGS = (
+  'i do not know .',
+  'ask somebody else .',
+  'i can not say .',
+  'who knows that .',
+)
+SNAPS = ('go away , you {r} .', 'you {r} .', 'what a {r} you are .')
 STARTS = ('well', 'surely', 'indeed', 'listen', 'truly')
 # How a word that must be mentioned gets in; {w} is a subject with its article.
 INCLUDE_ALIVE = ('and thinks of {w}', 'and dreams of {w}')

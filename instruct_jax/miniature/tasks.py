@@ -220,7 +220,7 @@ def _generation(world, draw):
       _write_review,
       _write_rude,
     ),
-    (34, 9, 19, 13, 6, 11, 8),
+    (16, 5, 26, 19, 13, 13, 8),
   )[0](world, draw)
 
 
@@ -317,7 +317,7 @@ def _ask_harm(world, draw):
 def _open_qa(world, draw):
   return draw.choices(
     (_ask_fact, _ask_who, _ask_whether, _ask_false_premise, _ask_harm),
-    (45, 12, 17, 18, 8),
+    (40, 6, 24, 18, 12),
   )[0](world, draw)
 
 
@@ -337,7 +337,7 @@ def _list_spec(number, accepted, rivals):
 def _brainstorming(world, draw):
   number = draw.choice((2, 3, 4))
   kind = draw.random()
-  if kind < 0.4:
+  if kind < 0.15:
     relations = phrases.RELATIONS
     relation = draw.choice(relations)
     value = draw.choice(relation.values)
@@ -355,7 +355,7 @@ def _brainstorming(world, draw):
         c=named,
       )
       return text, _list_spec(number, accepted, rivals)
-  if kind < 0.7:
+  if kind < 0.6:
     name = draw.choice(tuple(phrases.LIST_IDEAS))
     text = draw.choice(phrases.LIST_IDEAS[name])
   else:
