@@ -175,7 +175,7 @@ def miniature_data_stage(seed, workdir):
   config.num_valid_documents = 400
   config.num_prompts = 30_000  # Before hygiene.
   config.num_demonstrations = 8_000
-  config.num_reward_prompts = 6_000
+  config.num_reward_prompts = 4_000
   config.train_fraction = 0.76  # Of the users; the rest is halved.
   config.prompt_length = 32  # Tokens; longer prompts are dropped.
   config.prompts_per_user = 200  # 3.2, A.2.
@@ -253,9 +253,9 @@ def miniature(name: str = 'ppo_ptx_miniature'):
     each.batch_size = 16
     each.checkpoint_every = 100
   stages.sft.learning_rate = 1e-3
-  stages.sft.num_epochs = 6
+  stages.sft.num_epochs = 6  # The paper: 16, of 13k demonstrations.
   stages.rl_init.learning_rate = 1e-3
-  stages.rl_init.num_epochs = 3
+  stages.rl_init.num_epochs = 3  # The paper: 2.
   for each in (stages.reward, stages.crossval):
     each.row_length = 96
     each.batch_size = 8
