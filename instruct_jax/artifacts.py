@@ -99,7 +99,11 @@ def scalar_from_policy(
 ) -> Model:
   """A reward model with the policy's trunk and a fresh head (3.5, STI B.1)."""
   fresh = init('scalar', policy.config, mesh, key)
-  trunk = jax.tree.map(jnp.copy, policy.params['trunk'])
+  # The policy's trunk may have an unembedding more.
+  trunk = {
+    name: jax.tree.map(jnp.copy, policy.params['trunk'][name])
+    for name in fresh.params['trunk']
+  }
   return dataclasses.replace(fresh, params={**fresh.params, 'trunk': trunk})
 
 
