@@ -281,10 +281,21 @@ class TransformerConfig:
         values['window_layers'] = tuple(values['window_layers'])
       for name in ('rotary', 'window_rotary'):
         if name in values and values[name] is not None:
-          values[name] = Rotary(**values[name])
+          values[name] = Rotary(**_with_floats(Rotary, values[name]))
+      values = _with_floats(cls, values)
       return cls(**values)
     except TypeError as error:
       raise ValueError(f'model config is incomplete: {error}') from error
+
+
+def _with_floats(cls, values):
+  """JSON files write 8 where 8.0 is meant."""
+  floats = {field.name for field in dataclasses.fields(cls)}
+  floats = {name for name in floats if cls.__annotations__[name] is float}
+  return {
+    name: float(value) if name in floats and isinstance(value, int) else value
+    for name, value in values.items()
+  }
 
 
 def _gpt3(num_layers: int, width: int, num_heads: int) -> dict[str, Any]:

@@ -150,9 +150,14 @@ def main() -> None:
     with torch.no_grad():
       logits = model(torch.tensor(tokens)).logits.numpy()
     tied = config.tie_word_embeddings
+    # GPT-NeoX files keep the name that memory gave up.
+    state = {
+      key.replace('lm_head', 'embed_out') if kind == 'gpt_neox' else key: value
+      for key, value in model.state_dict().items()
+    }
     weights = {
       f'weight:{key}': value.numpy().astype(np.float16)
-      for key, value in model.state_dict().items()
+      for key, value in state.items()
       if not (tied and key == 'lm_head.weight')
     }
     np.savez_compressed(
