@@ -190,7 +190,12 @@ def run(config, workdir: epath.Path):
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
     policy = artifacts.load(
-      config.init, 'policy', mesh, tokenizer.fingerprint, remat=config.remat
+      config.init,
+      'policy',
+      mesh,
+      tokenizer.fingerprint,
+      vocab_size=tokenizer.vocab_size,
+      remat=config.remat,
     )
     if config.num_folds:
       return cross_validate(

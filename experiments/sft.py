@@ -122,6 +122,7 @@ def run(config, workdir: epath.Path):
       'policy',
       mesh,
       tokenizer.fingerprint,
+      vocab_size=tokenizer.vocab_size,
       dropout=config.dropout,
       remat=config.remat,
     )

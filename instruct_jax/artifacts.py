@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from instruct_jax.infra import checkpoint, sharding
-from instruct_jax.models import heads
+from instruct_jax.models import heads, hf
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.transformer import make_cache
 from instruct_jax.types import Key, Params
@@ -99,7 +99,11 @@ def scalar_from_policy(
 ) -> Model:
   """A reward model with the policy's trunk and a fresh head (3.5, STI B.1)."""
   fresh = init('scalar', policy.config, mesh, key)
-  trunk = jax.tree.map(jnp.copy, policy.params['trunk'])
+  # The policy's trunk may have an unembedding more.
+  trunk = {
+    name: jax.tree.map(jnp.copy, policy.params['trunk'][name])
+    for name in fresh.params['trunk']
+  }
   return dataclasses.replace(fresh, params={**fresh.params, 'trunk': trunk})
 
 
@@ -131,6 +135,11 @@ def check(
     checkpoint.CheckpointError: missing, damaged, of another kind, or made with
       another tokenizer.
   """
+  if is_published(directory):
+    # These carry no fingerprint; `load` compares the number of tokens.
+    folder = hf.locate(str(directory))
+    TransformerConfig.from_hf(hf.read_config(folder))
+    return {'kind': kind, 'about': {'from': str(folder)}}
   described = checkpoint.load_metadata(directory)
   if described['kind'] != kind:
     raise checkpoint.CheckpointError(
@@ -144,6 +153,26 @@ def check(
       'and value models must share one tokenizer.'
     )
   return described
+
+
+def is_published(directory: epath.PathLike) -> bool:
+  """Whether it is `hf:NAME` or a folder in the Hugging Face format."""
+  if str(directory).startswith('hf:'):
+    return True
+  return (epath.Path(directory) / 'config.json').exists()
+
+
+def _load_published(folder, kind, mesh, changes):
+  described = hf.read_config(folder)
+  published = TransformerConfig.from_hf(described)
+  config = dataclasses.replace(published, **{'vocab_multiple': 128, **changes})
+  if config.vocab_size > published.embedding_rows + 1:
+    raise ValueError(
+      f'{folder} has {published.embedding_rows} embedding rows, the tokenizer '
+      f'in use has {config.vocab_size} tokens; use the tokenizer of that folder'
+    )
+  params = hf.load_params(folder, config, abstract_params(kind, config, mesh))
+  return Model(kind, make_module(kind, config), params, {'from': str(folder)})
 
 
 def load(
@@ -161,11 +190,16 @@ def load(
     mesh: the layout follows it, whatever the model was saved from.
     tokenizer_fingerprint: of the tokenizer in use.
     **changes: fields of `TransformerConfig` that do not change the parameters
-      (dropout, remat, compute_dtype, scan_unroll).
+      (dropout, remat, compute_dtype, scan_unroll), and for published models
+      also `vocab_size`: of the tokenizer in use, a PAD of our own included.
 
   Raises:
+    ValueError: a published model that is not handled or whose files are
+      damaged; see `hf.load_params`.
     checkpoint.CheckpointError: see `check`; or damaged arrays.
   """
+  if is_published(directory):
+    return _load_published(hf.locate(str(directory)), kind, mesh, changes)
   described = check(directory, kind, tokenizer_fingerprint)
   config = dataclasses.replace(
     TransformerConfig.from_dict(described['model']), **changes

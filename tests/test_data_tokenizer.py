@@ -83,13 +83,25 @@ def test_load_says_which_folder_and_what_is_missing(words, tmp_path):
   path.write_bytes(path.read_bytes()[:100])
   with pytest.raises(ValueError, match='cut: the tokenizer does not load'):
     tokenizer.Tokenizer.load(tmp_path / 'cut')
-  words.save(tmp_path / 'no_pad')
-  path = tmp_path / 'no_pad' / 'tokenizer_config.json'
+  words.save(tmp_path / 'no_eos')
+  path = tmp_path / 'no_eos' / 'tokenizer_config.json'
   config = json.loads(path.read_text())
-  del config['pad_token']
+  del config['eos_token']
   path.write_text(json.dumps(config))
-  with pytest.raises(ValueError, match='no_pad: .*PAD and an EOS token'):
-    tokenizer.Tokenizer.load(tmp_path / 'no_pad')
+  with pytest.raises(ValueError, match='no_eos: .*PAD and an EOS token'):
+    tokenizer.Tokenizer.load(tmp_path / 'no_eos')
+
+
+def test_a_pad_of_its_own_is_added_where_eos_fills_rows(words, tmp_path):
+  words.save(tmp_path)
+  path = tmp_path / 'tokenizer_config.json'
+  config = json.loads(path.read_text())
+  config['pad_token'] = config['eos_token']
+  path.write_text(json.dumps(config))
+  loaded = tokenizer.Tokenizer.load(tmp_path)
+  # <pad> is in this vocabulary already, so no id is added.
+  assert (loaded.pad_id, loaded.eos_id) == (0, 1)
+  assert loaded.vocab_size == words.vocab_size
 
 
 def test_bad_vocabulary_and_bad_ids(words):

@@ -28,6 +28,7 @@ FLOORS = {
   # 2: models and infra meet in `artifacts` alone; elsewhere the model arrives
   # as an argument. Never each other.
   'artifacts': ('types', 'models', 'infra'),
+  'export': ('artifacts', 'data', 'models', 'infra'),
   'rollout': ('types', *ALGORITHM, 'infra.train_state'),
   'ppo': ('types', *ALGORITHM, 'infra.train_state'),
   'supervised': ('types', *ALGORITHM, 'infra.train_state'),

@@ -163,6 +163,9 @@ class Tokenizer:
         fast_tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
           temporary, local_files_only=True
         )
+        if fast_tokenizer.pad_token_id in (None, fast_tokenizer.eos_token_id):
+          # Published tokenizers pad with EOS or not at all.
+          fast_tokenizer.add_special_tokens({'pad_token': PAD})
         return cls(fast_tokenizer)
       # The Rust side raises bare `Exception` on a damaged file.
       except Exception as error:

@@ -6,10 +6,87 @@ heads for the same model, and that is used here.
 """
 
 import dataclasses
+import math
 from typing import Any
+
+import numpy as np
+
+from instruct_jax.models import families
 
 REMAT_POLICIES = ('none', 'dots', 'full')
 COMPUTE_DTYPES = ('float32', 'bfloat16')
+NORMS = ('layer', 'rms', 'rms_plus_one')
+RESIDUALS = ('sequential', 'parallel', 'parallel_one_norm')
+ACTIVATIONS = ('gelu_tanh', 'gelu', 'silu', 'relu')
+SCALINGS = ('none', 'linear', 'llama3', 'yarn')
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+  """Rotary positions (Su et al. 2021) and how they are stretched.
+
+  Attributes:
+    dim: leading components of each head that turn; the others stay.
+    theta: base of the frequencies.
+    interleaved: pairs are (0, 1), (2, 3), ... as in GPT-J; otherwise component
+      i is paired with i + dim / 2.
+    scaling: 'none'; 'linear' divides all frequencies by `factor`; 'llama3'
+      divides the low ones; 'yarn' blends (Peng et al. 2023, section 3.2).
+    factor: how many times longer the context became.
+    original_context: tokens of the context before that.
+    low, high: llama3: `low_freq_factor`, `high_freq_factor`; yarn:
+      `beta_slow`, `beta_fast`. In turns over the original context.
+    truncate: yarn: whether the blend begins and ends at whole components.
+    magnitude: yarn: factor on cosines and sines.
+  """
+
+  dim: int
+  theta: float = 10_000.0
+  interleaved: bool = False
+  scaling: str = 'none'
+  factor: float = 1.0
+  original_context: int = 0
+  low: float = 1.0
+  high: float = 1.0
+  truncate: bool = True
+  magnitude: float = 1.0
+
+  def __post_init__(self):
+    if self.dim < 2 or self.dim % 2:
+      raise ValueError(f'rotary.dim must be even and positive: {self.dim}')
+    if self.scaling not in SCALINGS:
+      raise ValueError(
+        f'rotary.scaling must be one of {SCALINGS}: {self.scaling!r}'
+      )
+    if self.scaling in ('llama3', 'yarn') and self.original_context < 1:
+      raise ValueError(f'{self.scaling} scaling needs original_context')
+
+  def frequencies(self) -> np.ndarray:
+    """Radians a position of each pair, [dim / 2]."""
+    exponents = np.arange(0, self.dim, 2) / self.dim
+    plain = self.theta**-exponents
+    stretched = plain / self.factor
+    if self.scaling == 'none':
+      return plain
+    if self.scaling == 'linear':
+      return stretched
+    if self.scaling == 'llama3':
+      turns = self.original_context * plain / (2 * math.pi)
+      kept = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
+      return kept * plain + (1 - kept) * stretched
+
+    def component(turns):
+      wavelength = self.original_context / (turns * 2 * math.pi)
+      return self.dim * math.log(wavelength) / (2 * math.log(self.theta))
+
+    first, last = component(self.high), component(self.low)
+    if self.truncate:
+      first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, self.dim - 1)
+    # The reference does the same where both ends meet.
+    width = last - first if last != first else 0.001
+    lost = np.clip((np.arange(self.dim // 2) - first) / width, 0, 1)
+    return (1 - lost) * plain + lost * stretched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +107,26 @@ class TransformerConfig:
       among chips; the rows beyond `vocab_size` can never be sampled.
     scan_unroll: layers written out per step of the scan over layers: more is
       a little faster on CPU, and longer to compile. Same numbers.
+    embedding_rows: at least so many embedding rows (0: as `vocab_size` needs);
+      published models have more rows than their tokenizers have tokens.
+    num_kv_heads: heads of keys and values (K); 0 is one for each query head.
+    norm: 'layer' with bias, 'rms' without, 'rms_plus_one' scales by 1 + weight.
+    norm_epsilon: added to the variance.
+    rotary: rotary positions; None is learned positions.
+    window: tokens that a layer of `window_layers` sees, itself included.
+    window_layers: for each layer, whether it has the window; () is none.
+    window_rotary: rotary positions of those layers; None: as the others.
+    residual: 'sequential'; 'parallel' adds attention and MLP to the same
+      stream; 'parallel_one_norm' also gives both the same norm.
+    post_norms: a second norm after attention and MLP each (Gemma 2).
+    gated_mlp: activation(gate) * up in place of activation(up).
+    activation: 'gelu_tanh', 'gelu' (exact), 'silu' or 'relu'.
+    qkv_bias, out_bias, mlp_bias, unembed_bias: whether these products add one.
+    qk_norm: RMS norm over each head of queries and keys.
+    query_scale: factor on attention scores; 0 is head_dim ** -0.5.
+    attention_softcap, logit_softcap: c tanh(x / c) on scores, logits; 0 is off.
+    tied: the embedding is the unembedding.
+    embedding_scale: factor on token embeddings.
   """
 
   vocab_size: int
@@ -44,6 +141,28 @@ class TransformerConfig:
   remat: str = 'none'
   vocab_multiple: int = 128
   scan_unroll: int = 1
+  embedding_rows: int = 0
+  num_kv_heads: int = 0
+  norm: str = 'layer'
+  norm_epsilon: float = 1e-5
+  rotary: Rotary | None = None
+  window: int = 0
+  window_layers: tuple[bool, ...] = ()
+  window_rotary: Rotary | None = None
+  residual: str = 'sequential'
+  post_norms: bool = False
+  gated_mlp: bool = False
+  activation: str = 'gelu_tanh'
+  qkv_bias: bool = True
+  out_bias: bool = True
+  mlp_bias: bool = True
+  unembed_bias: bool = False
+  qk_norm: bool = False
+  query_scale: float = 0.0
+  attention_softcap: float = 0.0
+  logit_softcap: float = 0.0
+  tied: bool = True
+  embedding_scale: float = 1.0
 
   def __post_init__(self):
     for name in (
@@ -71,25 +190,82 @@ class TransformerConfig:
       raise ValueError(
         f'model.remat must be one of {REMAT_POLICIES}: {self.remat!r}'
       )
+    for name, known in (
+      ('norm', NORMS),
+      ('residual', RESIDUALS),
+      ('activation', ACTIVATIONS),
+    ):
+      if getattr(self, name) not in known:
+        raise ValueError(
+          f'model.{name} must be one of {known}: {getattr(self, name)!r}'
+        )
+    if self.num_kv_heads < 0 or self.num_heads % self.kv_heads:
+      raise ValueError(
+        f'model.num_kv_heads {self.num_kv_heads} does not divide num_heads '
+        f'{self.num_heads}'
+      )
+    if self.window_layers and (
+      len(self.window_layers) != self.num_layers or self.window < 1
+    ):
+      raise ValueError(
+        f'model.window_layers has {len(self.window_layers)} entries for '
+        f'{self.num_layers} layers, with a window of {self.window}'
+      )
+    if self.rotary is not None and self.rotary.dim > self.head_dim:
+      raise ValueError(
+        f'model.rotary.dim {self.rotary.dim} is beyond head_dim {self.head_dim}'
+      )
+    if self.window_rotary is not None and (
+      self.rotary is None
+      or self.window_rotary.dim != self.rotary.dim
+      or self.window_rotary.interleaved != self.rotary.interleaved
+    ):
+      raise ValueError(
+        'model.window_rotary must turn the same components as model.rotary'
+      )
 
   @property
   def vocab_rows(self) -> int:
     """Rows of the embedding: `vocab_size` rounded up to `vocab_multiple`."""
-    return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+    needed = max(self.vocab_size, self.embedding_rows)
+    return -(-needed // self.vocab_multiple) * self.vocab_multiple
+
+  @property
+  def kv_heads(self) -> int:
+    """K: `num_kv_heads`, or the query heads where that is 0."""
+    return self.num_kv_heads or self.num_heads
 
   @property
   def num_params(self) -> int:
     """Parameters of the language model (tied embedding counted once)."""
-    attention = 4 * self.width * self.num_heads * self.head_dim
-    attention += 3 * self.num_heads * self.head_dim + self.width
-    mlp = 2 * self.width * self.mlp_dim + self.mlp_dim + self.width
-    norms = 4 * self.width
-    embedding = (self.vocab_rows + self.context_length) * self.width
-    layers = self.num_layers * (attention + mlp + norms)
-    return layers + embedding + 2 * self.width
+    D, N, K = self.width, self.num_heads, self.kv_heads
+    H, F = self.head_dim, self.mlp_dim
+    norm = 2 * D if self.norm == 'layer' else D
+    attention = 2 * D * H * (N + K)
+    attention += self.qkv_bias * (N + 2 * K) * H + self.out_bias * D
+    attention += self.qk_norm * 2 * H
+    mlp = (2 + self.gated_mlp) * D * F
+    mlp += self.mlp_bias * (D + (1 + self.gated_mlp) * F)
+    num_norms = (self.residual != 'parallel_one_norm') + 1 + 2 * self.post_norms
+    embedding = (2 - self.tied) * self.vocab_rows * D
+    embedding += self.unembed_bias * self.vocab_rows
+    if self.rotary is None:
+      embedding += self.context_length * D
+    layers = self.num_layers * (attention + mlp + num_norms * norm)
+    return layers + embedding + norm
 
   def to_dict(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
+
+  @classmethod
+  def from_hf(cls, config_json: dict[str, Any]) -> 'TransformerConfig':
+    """The shape that a Hugging Face `config.json` describes.
+
+    Raises:
+      ValueError: an architecture, a field or a value that is not handled; it
+        is named.
+    """
+    return cls.from_dict(families.read_config(config_json))
 
   @classmethod
   def from_dict(cls, values: dict[str, Any]) -> 'TransformerConfig':
@@ -98,10 +274,28 @@ class TransformerConfig:
     unknown = sorted(set(values) - known)
     if unknown:
       raise ValueError(f'unknown model keys {unknown}; known: {sorted(known)}')
+    values = dict(values)
     try:
+      # JSON has neither tuples nor dataclasses.
+      if 'window_layers' in values:
+        values['window_layers'] = tuple(values['window_layers'])
+      for name in ('rotary', 'window_rotary'):
+        if name in values and values[name] is not None:
+          values[name] = Rotary(**_with_floats(Rotary, values[name]))
+      values = _with_floats(cls, values)
       return cls(**values)
     except TypeError as error:
       raise ValueError(f'model config is incomplete: {error}') from error
+
+
+def _with_floats(cls, values):
+  """JSON files write 8 where 8.0 is meant."""
+  floats = {field.name for field in dataclasses.fields(cls)}
+  floats = {name for name in floats if cls.__annotations__[name] is float}
+  return {
+    name: float(value) if name in floats and isinstance(value, int) else value
+    for name, value in values.items()
+  }
 
 
 def _gpt3(num_layers: int, width: int, num_heads: int) -> dict[str, Any]:

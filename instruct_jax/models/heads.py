@@ -103,7 +103,7 @@ class ScalarModel(nn.Module):
   config: TransformerConfig
 
   def setup(self):
-    self.trunk = Transformer(self.config)
+    self.trunk = Transformer(self.config, unembeds=False)
     self.head_kernel = self.param(
       'head_kernel',
       nn.with_logical_partitioning(

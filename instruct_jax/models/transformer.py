@@ -1,9 +1,11 @@
-"""A decoder-only Transformer of GPT-3's shape as one pure Linen module.
+"""A decoder-only Transformer as one pure Linen module.
 
-Pre-layer-norm blocks, learned positions, GELU, tied embedding. The layers run
-through `nn.scan`, so that compile time does not grow with depth and parameters
-are stacked with a leading `layers` axis. `deterministic` and `cache` are call
-arguments: the same module trains, scores and decodes.
+GPT-3's by default: pre-layer-norm blocks, learned positions, GELU, tied
+embedding. The switches of `TransformerConfig` make it GPT-J, GPT-NeoX, Llama,
+Mistral, Qwen or Gemma. The layers run through `nn.scan`, so that compile time
+does not grow with depth and parameters are stacked with a leading `layers`
+axis. `deterministic` and `cache` are call arguments: the same module trains,
+scores and decodes.
 """
 
 import math
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from instruct_jax.models.config import TransformerConfig
+from instruct_jax.models.config import Rotary, TransformerConfig
 
 # Finite, so that a row that masks everything gives uniform weights and not NaN.
 MASKED = -1e9
@@ -31,8 +33,8 @@ class Cache:
     length: slots written so far, the same for every row.
   """
 
-  keys: Float[Array, 'L B N S H']
-  values: Float[Array, 'L B N S H']
+  keys: Float[Array, 'L B K S H']
+  values: Float[Array, 'L B K S H']
   mask: Bool[Array, 'B S']
   length: Int[Array, '']
 
@@ -42,7 +44,7 @@ def make_cache(config: TransformerConfig, batch: int, slots: int) -> Cache:
   shape = (
     config.num_layers,
     batch,
-    config.num_heads,
+    config.kv_heads,
     slots,
     config.head_dim,
   )
@@ -75,11 +77,11 @@ def _normal(scale: float = 1.0):
 def dense(
   x: Float[Array, '*batch inner'],
   kernel: Float[Array, '*dims'],
-  bias: Float[Array, '*outer'],
+  bias: Float[Array, '*outer'] | None,
   num_in: int = 1,
 ) -> Float[Array, '*out']:
   """Contracts the last `num_in` axes of x with the first of the kernel, and
-  adds the bias, which has the shape of the rest.
+  adds the bias, if there is one, which has the shape of the rest.
 
   As one matrix product: XLA's CPU backend computes the weight gradient of a
   product with several batch axes 2.5 times slower than this.
@@ -88,20 +90,119 @@ def dense(
   outer = kernel.shape[num_in:]
   size = math.prod(inner)
   product = x.reshape(-1, size) @ kernel.reshape(size, -1)
-  product += bias.reshape(1, -1)
+  if bias is not None:
+    product += bias.reshape(1, -1)
   return product.reshape(*batch, *outer)
 
 
+class RMSNorm(nn.Module):
+  """x / sqrt(mean(x²) + epsilon) in float32, times weight (or 1 + weight)."""
+
+  epsilon: float
+  plus_one: bool
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+    scale = self.param(
+      'scale',
+      nn.with_logical_partitioning(init, ('norm',)),
+      (x.shape[-1],),
+      jnp.float32,
+    )
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(
+      jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon
+    )
+    scale = scale.reshape((1,) * (x.ndim - 1) + (-1,)) + self.plus_one
+    return (x * scale).astype(self.dtype)
+
+
+def make_norm(config: TransformerConfig, name: str | None = None) -> nn.Module:
+  """The kind of norm that the config names."""
+  dtype = jnp.dtype(config.compute_dtype)
+  if config.norm != 'layer':
+    plus_one = config.norm == 'rms_plus_one'
+    return RMSNorm(config.norm_epsilon, plus_one, dtype, name=name)
+  return nn.LayerNorm(
+    epsilon=config.norm_epsilon,
+    dtype=dtype,
+    scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('norm',)),
+    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)),
+    name=name,
+  )
+
+
+ACTIVATIONS = {
+  'gelu_tanh': jax.nn.gelu,
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'silu': jax.nn.silu,
+  'relu': jax.nn.relu,
+}
+
+
+def rotary_tables(
+  rotary: Rotary, positions: Int[Array, 'B T']
+) -> tuple[Float[Array, 'B 1 T half'], Float[Array, 'B 1 T half']]:
+  """Cosines and sines by which `rotate` turns the heads of each token."""
+  frequencies = jnp.asarray(rotary.frequencies(), jnp.float32)
+  angles = positions[:, None, :, None].astype(jnp.float32)
+  angles = angles * frequencies[None, None, None, :]
+  return jnp.cos(angles) * rotary.magnitude, jnp.sin(angles) * rotary.magnitude
+
+
+def rotate(
+  x: Float[Array, 'B N T H'], tables, rotary: Rotary
+) -> Float[Array, 'B N T H']:
+  """Turns the first `rotary.dim` components of each head, pair by pair."""
+  cos, sin = tables
+  turned, rest = x[..., : rotary.dim].astype(jnp.float32), x[..., rotary.dim :]
+  if rotary.interleaved:
+    first, second = turned[..., 0::2], turned[..., 1::2]
+  else:
+    first, second = jnp.split(turned, 2, axis=-1)
+  pair = (first * cos - second * sin, second * cos + first * sin)
+  if rotary.interleaved:
+    turned = jnp.stack(pair, axis=-1).reshape(turned.shape)
+  else:
+    turned = jnp.concatenate(pair, axis=-1)
+  return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+  """cap tanh(x / cap), which never leaves (-cap, cap); 0 leaves x alone."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
+@flax.struct.dataclass
+class Sight:
+  """What all layers of one kind share: which slots are seen, and positions."""
+
+  allowed: Bool[Array, 'B T S']
+  tables: tuple[jax.Array, jax.Array] | None
+
+
 class Block(nn.Module):
-  """One pre-LN layer: x + attention(LN(x)), then x + MLP(LN(x))."""
+  """One layer: x + attention(norm(x)), then x + MLP(norm(x)), or in parallel.
+
+  `sights` holds the `Sight` of plain layers and, where the model has windows,
+  that of windowed ones; `layer` is the layer's number and whether it is one.
+  """
 
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, carry, layer, allowed, deterministic):
+  def __call__(self, carry, layer, sights, deterministic):
     config = self.config
     dtype = jnp.dtype(config.compute_dtype)
     x, cache = carry
+    layer, windowed = layer
+    sight = sights[0]
+    if len(sights) > 1:
+      sight = jax.tree.map(
+        lambda plain, window: jnp.where(windowed, window, plain), *sights
+      )
     # GPT-2: the 2L projections onto the residual stream start 1/sqrt(2L)
     # smaller, so that the stream's variance does not grow with depth.
     residual_scale = (2 * config.num_layers) ** -0.5
@@ -111,42 +212,45 @@ class Block(nn.Module):
         name, nn.with_logical_partitioning(init, axes), shape, jnp.float32
       ).astype(dtype)
 
+    def bias(wanted, name, shape, axes):
+      if not wanted:
+        return None
+      return param(name, nn.initializers.zeros, shape, axes)
+
     def norm(name, x):
-      return nn.LayerNorm(
-        epsilon=1e-5,
-        dtype=dtype,
-        scale_init=nn.with_logical_partitioning(
-          nn.initializers.ones, ('norm',)
-        ),
-        bias_init=nn.with_logical_partitioning(
-          nn.initializers.zeros, ('norm',)
-        ),
-        name=name,
-      )(x)
+      return make_norm(config, name)(x)
+
+    def post_norm(name, x):
+      return norm(name, x) if config.post_norms else x
 
     def drop(x):
       return nn.Dropout(config.dropout)(x, deterministic=deterministic)
 
-    D, N, H, F = config.width, config.num_heads, config.head_dim, config.mlp_dim
+    D, N, K = config.width, config.num_heads, config.kv_heads
+    H, F = config.head_dim, config.mlp_dim
 
-    def project_heads(name, h):
+    def project_heads(name, h, num, axis):
       kernel = param(
-        f'{name}_kernel',
-        _normal(),
-        (D, N, H),
-        ('embed', 'heads', 'head_dim'),
+        f'{name}_kernel', _normal(), (D, num, H), ('embed', axis, 'head_dim')
       )
-      bias = param(
-        f'{name}_bias', nn.initializers.zeros, (N, H), ('heads', 'head_dim')
+      offset = bias(
+        config.qkv_bias, f'{name}_bias', (num, H), (axis, 'head_dim')
       )
       # [B, N, T, H]: batch axes first, as the products below want them.
-      return jnp.swapaxes(dense(h, kernel, bias), 1, 2)
+      return jnp.swapaxes(dense(h, kernel, offset), 1, 2)
 
     x = nn.with_logical_constraint(x, ('batch', 'length', None))
     h = norm('attention_norm', x)
-    queries = project_heads('query', h)
-    keys = project_heads('key', h)
-    values = project_heads('value', h)
+    queries = project_heads('query', h, N, 'heads')
+    kv_axis = 'heads' if K == N else 'kv_heads'
+    keys = project_heads('key', h, K, kv_axis)
+    values = project_heads('value', h, K, kv_axis)
+    if config.qk_norm:
+      queries = norm('query_norm', queries)
+      keys = norm('key_norm', keys)
+    if config.rotary is not None:
+      queries = rotate(queries, sight.tables, config.rotary)
+      keys = rotate(keys, sight.tables, config.rotary)
     if cache is not None:
       # The whole stack is carried and written in place: one [B, t] stripe a
       # layer, not a copy of the cache.
@@ -157,12 +261,7 @@ class Block(nn.Module):
       )
       keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
       values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
-    scores = jnp.einsum('bnth,bnsh->bnts', queries, keys) * H**-0.5
-    scores = jnp.where(
-      allowed[:, None, :, :], scores.astype(jnp.float32), MASKED
-    )
-    weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-    mixed = jnp.einsum('bnts,bnsh->bnth', weights, values)
+    mixed = attend(config, queries, keys, values, sight.allowed)
     mixed = jnp.swapaxes(mixed, 1, 2)
     out_kernel = param(
       'out_kernel',
@@ -170,18 +269,54 @@ class Block(nn.Module):
       (N, H, D),
       ('heads', 'head_dim', 'embed'),
     )
-    out_bias = param('out_bias', nn.initializers.zeros, (D,), ('norm',))
-    x = x + drop(dense(mixed, out_kernel, out_bias, num_in=2))
+    out_bias = bias(config.out_bias, 'out_bias', (D,), ('norm',))
+    attended = dense(mixed, out_kernel, out_bias, num_in=2)
+    attended = drop(post_norm('attention_post_norm', attended))
+    if config.residual == 'sequential':
+      x = x + attended
 
     up_kernel = param('up_kernel', _normal(), (D, F), ('embed', 'mlp'))
-    up_bias = param('up_bias', nn.initializers.zeros, (F,), ('mlp',))
+    up_bias = bias(config.mlp_bias, 'up_bias', (F,), ('mlp',))
     down_kernel = param(
       'down_kernel', _normal(residual_scale), (F, D), ('mlp', 'embed')
     )
-    down_bias = param('down_bias', nn.initializers.zeros, (D,), ('norm',))
-    h = jax.nn.gelu(dense(norm('mlp_norm', x), up_kernel, up_bias))
-    x = x + drop(dense(h, down_kernel, down_bias))
+    down_bias = bias(config.mlp_bias, 'down_bias', (D,), ('norm',))
+    activation = ACTIVATIONS[config.activation]
+    if config.residual != 'parallel_one_norm':
+      h = norm('mlp_norm', x)
+    up = dense(h, up_kernel, up_bias)
+    if config.gated_mlp:
+      gate_kernel = param('gate_kernel', _normal(), (D, F), ('embed', 'mlp'))
+      gate_bias = bias(config.mlp_bias, 'gate_bias', (F,), ('mlp',))
+      h = activation(dense(h, gate_kernel, gate_bias)) * up
+    else:
+      h = activation(up)
+    h = drop(post_norm('mlp_post_norm', dense(h, down_kernel, down_bias)))
+    x = x + h if config.residual == 'sequential' else x + attended + h
     return (x, cache), None
+
+
+def attend(
+  config: TransformerConfig,
+  queries: Float[Array, 'B N T H'],
+  keys: Float[Array, 'B K S H'],
+  values: Float[Array, 'B K S H'],
+  allowed: Bool[Array, 'B T S'],
+) -> Float[Array, 'B N T H']:
+  """Softmax attention; query head n reads key head n // (N / K)."""
+  scale = config.query_scale or config.head_dim**-0.5
+  shape, num_groups = queries.shape, queries.shape[1] // keys.shape[1]
+  if num_groups > 1:
+    # The queries of a group as more rows of one product.
+    B, N, T, H = shape
+    queries = queries.reshape(B, N // num_groups, num_groups * T, H)
+    allowed = jnp.tile(allowed, (1, num_groups, 1))
+  scores = jnp.einsum('bnth,bnsh->bnts', queries, keys) * scale
+  scores = scores.astype(jnp.float32)
+  scores = softcap(scores, config.attention_softcap)
+  scores = jnp.where(allowed[:, None, :, :], scores, MASKED)
+  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+  return jnp.einsum('bnts,bnsh->bnth', weights, values).reshape(shape)
 
 
 def _remat(block, policy: str):
@@ -198,9 +333,13 @@ def _remat(block, policy: str):
 
 
 class Transformer(nn.Module):
-  """Tokens to final hidden states; the trunk of every model here."""
+  """Tokens to final hidden states; the trunk of every model here.
+
+  Without `unembeds` it has no unembedding of its own (scalar models).
+  """
 
   config: TransformerConfig
+  unembeds: bool = True
 
   def setup(self):
     config = self.config
@@ -212,14 +351,31 @@ class Transformer(nn.Module):
       (config.vocab_rows, config.width),
       jnp.float32,
     )
-    self.position_embedding = self.param(
-      'position_embedding',
-      nn.with_logical_partitioning(
-        nn.initializers.normal(0.01), ('length', 'embed')
-      ),
-      (config.context_length, config.width),
-      jnp.float32,
-    )
+    if config.rotary is None:
+      self.position_embedding = self.param(
+        'position_embedding',
+        nn.with_logical_partitioning(
+          nn.initializers.normal(0.01), ('length', 'embed')
+        ),
+        (config.context_length, config.width),
+        jnp.float32,
+      )
+    if self.unembeds and not config.tied:
+      self.unembedding = self.param(
+        'unembedding',
+        nn.with_logical_partitioning(
+          nn.initializers.normal(0.02), ('vocab', 'embed')
+        ),
+        (config.vocab_rows, config.width),
+        jnp.float32,
+      )
+    if self.unembeds and config.unembed_bias:
+      self.unembedding_bias = self.param(
+        'unembedding_bias',
+        nn.with_logical_partitioning(nn.initializers.zeros, ('vocab',)),
+        (config.vocab_rows,),
+        jnp.float32,
+      )
     layers = nn.scan(
       _remat(Block, config.remat),
       variable_axes={'params': 0},
@@ -230,12 +386,7 @@ class Transformer(nn.Module):
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
     self.layers = layers(config)
-    self.final_norm = nn.LayerNorm(
-      epsilon=1e-5,
-      dtype=jnp.dtype(config.compute_dtype),
-      scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('norm',)),
-      bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)),
-    )
+    self.final_norm = make_norm(config)
     self.embedding_dropout = nn.Dropout(config.dropout)
 
   def __call__(
@@ -267,7 +418,7 @@ class Transformer(nn.Module):
       )
     mask = segments > 0
     if cache is None:
-      positions = positions_of(segments)
+      positions = slot_positions = positions_of(segments)
       columns = jnp.arange(num_tokens)
       allowed = segments[:, :, None] == segments[:, None, :]
       allowed &= (columns[:, None] >= columns[None, :])[None]
@@ -278,16 +429,30 @@ class Transformer(nn.Module):
       cached_mask = jax.lax.dynamic_update_slice(
         cache.mask, mask, (0, cache.length)
       )
+      slot_positions = jnp.maximum(jnp.cumsum(cached_mask, axis=1) - 1, 0)
       slots = jnp.arange(cached_mask.shape[1])
       rows = cache.length + jnp.arange(num_tokens)
       allowed = (rows[:, None] >= slots[None, :])[None]
       allowed = allowed & cached_mask[:, None, :]
     positions = jnp.clip(positions, 0, config.context_length - 1)
     dtype = jnp.dtype(config.compute_dtype)
-    x = self.token_embedding[tokens] + self.position_embedding[positions]
+    x = self.token_embedding[tokens]
+    if config.embedding_scale != 1.0:
+      x = x * config.embedding_scale
+    if config.rotary is None:
+      x = x + self.position_embedding[positions]
     x = self.embedding_dropout(x.astype(dtype), deterministic=deterministic)
+    sights = [Sight(allowed, self._tables(config.rotary, positions))]
+    windowed = config.window_layers or (False,) * config.num_layers
+    if any(windowed):
+      rotary = config.window_rotary or config.rotary
+      near = positions[:, :, None] - slot_positions[:, None, :] < config.window
+      sights.append(Sight(allowed & near, self._tables(rotary, positions)))
     (x, new_cache), _ = self.layers(
-      (x, cache), jnp.arange(config.num_layers), allowed, deterministic
+      (x, cache),
+      (jnp.arange(config.num_layers), jnp.asarray(windowed, bool)),
+      sights,
+      deterministic,
     )
     if cache is not None:
       new_cache = new_cache.replace(
@@ -295,16 +460,23 @@ class Transformer(nn.Module):
       )
     return self.final_norm(x), new_cache
 
+  def _tables(self, rotary, positions):
+    return None if rotary is None else rotary_tables(rotary, positions)
+
   def unembed(self, hidden: Float[Array, '*b D']) -> Float[Array, '*b V']:
     """Float32 logits over the embedding rows; unused rows get `MASKED`."""
     config = self.config
     rows = hidden.reshape(-1, config.width)
+    embedding = self.token_embedding if config.tied else self.unembedding
     logits = jnp.einsum(
       'md,vd->mv',
       rows,
-      self.token_embedding.astype(hidden.dtype),
+      embedding.astype(hidden.dtype),
       preferred_element_type=jnp.float32,
     ).reshape(*hidden.shape[:-1], config.vocab_rows)
+    if config.unembed_bias:
+      logits += self.unembedding_bias[(None,) * (logits.ndim - 1)]
+    logits = softcap(logits, config.logit_softcap)
     if config.vocab_rows > config.vocab_size:
       unused = jnp.arange(config.vocab_rows) >= config.vocab_size
       logits = jnp.where(unused[(None,) * (logits.ndim - 1)], MASKED, logits)

@@ -1,0 +1,234 @@
+"""Published families: parity, strict reading, and the way back.
+
+The goldens were computed by `transformers` (tests/golden/make_families.py).
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from instruct_jax import artifacts
+from instruct_jax.infra import sharding
+from instruct_jax.models import hf
+from instruct_jax.models.config import TransformerConfig
+from instruct_jax.models.transformer import make_cache
+
+pytestmark = pytest.mark.usefixtures('quick_compile')
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+FAMILIES = sorted(
+  path.stem.removeprefix('family_') for path in GOLDEN.glob('family_*.npz')
+)
+CLOSE = {'rtol': 0, 'atol': 1e-4}
+
+
+def write_folder(folder, name):
+  """The golden as a folder in the Hugging Face format."""
+  golden = np.load(GOLDEN / f'family_{name}.npz')
+  weights = {
+    key.removeprefix('weight:'): golden[key].astype(np.float32)
+    for key in golden
+    if key.startswith('weight:')
+  }
+  folder.mkdir()
+  hf.write_tensors(
+    folder, {k: v.shape for k, v in weights.items()}, weights.__getitem__
+  )
+  (folder / 'config.json').write_text(str(golden['config']))
+  return golden
+
+
+def load(folder, kind='policy', **changes):
+  config = TransformerConfig.from_hf(hf.read_config(folder))
+  config = dataclasses.replace(config, vocab_multiple=8, **changes)
+  mesh = sharding.make_mesh((8, 1, 1))
+  abstract = artifacts.abstract_params(kind, config, mesh)
+  params = hf.load_params(folder, config, abstract)
+  return artifacts.make_module(kind, config), params
+
+
+def test_all_families_are_here():
+  assert len(FAMILIES) == 12
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_parity_and_the_way_back(name, tmp_path):
+  golden = write_folder(tmp_path / 'in', name)
+  module, params = load(tmp_path / 'in')
+  config = module.config
+  tokens, logits = golden['tokens'].astype(np.int32), golden['logits']
+  num = tokens.shape[1]
+  V = logits.shape[-1]
+  padded = np.full((5, 2 * num), 1, np.int32)
+  segments = np.zeros((5, 2 * num), np.int32)
+  padded[0, :num], segments[0, :num] = tokens[0], 1  # Right-padded.
+  padded[1, -num:], segments[1, -num:] = tokens[0], 1  # Left-padded.
+  padded[2, 5 : 5 + num], segments[2, 5 : 5 + num] = tokens[1], 1
+  padded[3], segments[3] = tokens.reshape(-1), np.repeat([1, 2], num)  # Packed.
+  padded[4, :num], segments[4, :num] = tokens[1], 1
+
+  @jax.jit
+  def forward(params, tokens, segments):
+    return module.apply({'params': params}, tokens, segments)
+
+  got = np.asarray(forward(params, padded, segments))[..., :V]
+  np.testing.assert_allclose(got[0, :num], logits[0], **CLOSE)
+  np.testing.assert_allclose(got[1, -num:], logits[0], **CLOSE)
+  np.testing.assert_allclose(got[2, 5 : 5 + num], logits[1], **CLOSE)
+  np.testing.assert_allclose(got[3], logits.reshape(-1, V), **CLOSE)
+  np.testing.assert_allclose(got[4, :num], logits[1], **CLOSE)
+
+  # Cached: left-padded prompts of different lengths, then token by token.
+  @jax.jit
+  def extend(params, tokens, mask, cache):
+    return module.apply(
+      {'params': params}, tokens, mask, cache, method='extend'
+    )
+
+  lengths, prompt = (3, 6), 6
+  rows = np.ones((2, prompt), np.int32)
+  mask = np.zeros((2, prompt), bool)
+  for row, length in enumerate(lengths):
+    rows[row, prompt - length :] = tokens[row, :length]
+    mask[row, prompt - length :] = True
+  cache = make_cache(config, 2, prompt + num)
+  step, cache = extend(params, rows, mask, cache)
+  for added in range(num - max(lengths)):
+    for row, length in enumerate(lengths):
+      np.testing.assert_allclose(
+        np.asarray(step)[row, :V], logits[row, length + added - 1], **CLOSE
+      )
+    after = np.array([[tokens[r, n + added]] for r, n in enumerate(lengths)])
+    step, cache = extend(params, after, np.ones((2, 1), bool), cache)
+
+  hf.save(tmp_path / 'out', config, params)
+  before = hf.open_tensors(tmp_path / 'in')
+  written = hf.open_tensors(tmp_path / 'out')
+  assert set(before) == set(written)
+  for key, tensor in before.items():
+    np.testing.assert_array_equal(tensor, written[key], err_msg=key)
+  again, params_again = load(tmp_path / 'out')
+  assert jax.tree.all(
+    jax.tree.map(lambda a, b: bool((a == b).all()), params, params_again)
+  )
+  assert again.config.num_params == config.num_params
+  leaves = jax.tree.leaves(params)
+  assert config.num_params == sum(leaf.size for leaf in leaves)
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'gptj', 'qwen3'])
+def test_a_reward_model_goes_out_and_comes_back(name, tmp_path):
+  write_folder(tmp_path / 'in', name)
+  module, params = load(tmp_path / 'in')
+  mesh = sharding.make_mesh((8, 1, 1))
+  policy = artifacts.Model('policy', module, params, {})
+  reward = artifacts.scalar_from_policy(policy, mesh, jax.random.key(0))
+  ours = {**reward.params, 'head_bias': jnp.float32(-0.7)}
+  hf.save(tmp_path / 'out', module.config, ours)
+  _, again = load(tmp_path / 'out', 'scalar')
+  assert jax.tree.structure(ours) == jax.tree.structure(again)
+  for mine, theirs in zip(
+    jax.tree.leaves(ours), jax.tree.leaves(again), strict=True
+  ):
+    np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_pad_row_is_the_mean_and_unused_rows_are_zero(tmp_path):
+  golden = write_folder(tmp_path / 'in', 'gpt2')
+  _, params = load(tmp_path / 'in', vocab_size=38)
+  rows = np.asarray(params['trunk']['token_embedding'])
+  published = golden['weight:transformer.wte.weight'].astype(np.float32)
+  assert rows.shape[0] == 40
+  np.testing.assert_array_equal(rows[:37], published)
+  np.testing.assert_allclose(rows[37], published.mean(axis=0), atol=1e-6)
+  assert not rows[38:].any()
+
+
+def test_what_is_not_handled_is_named():
+  described = json.loads(str(np.load(GOLDEN / 'family_llama3.npz')['config']))
+  with pytest.raises(ValueError, match="model_type 'mamba' is not handled"):
+    TransformerConfig.from_hf({**described, 'model_type': 'mamba'})
+  with pytest.raises(ValueError, match='num_experts = 8 is not handled'):
+    TransformerConfig.from_hf({**described, 'num_experts': 8})
+  with pytest.raises(ValueError, match="rope_type 'longrope' is not handled"):
+    TransformerConfig.from_hf(
+      {**described, 'rope_parameters': {'rope_type': 'longrope'}}
+    )
+  with pytest.raises(ValueError, match='rope_parameters.mscale = 2 is not'):
+    TransformerConfig.from_hf(
+      {
+        **described,
+        'rope_parameters': {**described['rope_parameters'], 'mscale': 2},
+      }
+    )
+  del described['hidden_size']
+  with pytest.raises(ValueError, match='hidden_size is missing'):
+    TransformerConfig.from_hf(described)
+
+
+def rewrite(folder, change):
+  tensors = {k: np.array(v) for k, v in hf.open_tensors(folder).items()}
+  change(tensors)
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  hf.write_tensors(folder, shapes, tensors.__getitem__)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (lambda t: t.pop('model.norm.weight'), 'are missing: model.norm.weight'),
+    (lambda t: t.update(x=np.zeros(2, 'f4')), 'are left over: x'),
+    (
+      lambda t: t.update({'model.norm.weight': np.zeros(5, 'f4')}),
+      r'model.norm.weight has shape \(5,\); config.json asks for \(24,\)',
+    ),
+    (
+      lambda t: t['model.norm.weight'].fill(np.nan),
+      'tensor model.norm.weight holds NaN',
+    ),
+    (
+      lambda t: t.update(
+        {'model.embed_tokens.weight': np.zeros((30, 24), 'f4')}
+      ),
+      r'embed_tokens.weight has shape \(30, 24\)',
+    ),
+  ],
+)
+def test_strict_reading(change, message, tmp_path):
+  write_folder(tmp_path / 'in', 'llama3')
+  rewrite(tmp_path / 'in', change)
+  with pytest.raises(ValueError, match=message):
+    load(tmp_path / 'in')
+
+
+def test_damaged_pickled_and_empty_folders(tmp_path):
+  write_folder(tmp_path / 'in', 'llama3')
+  path = tmp_path / 'in' / 'model.safetensors'
+  path.write_bytes(path.read_bytes()[:-7])
+  with pytest.raises(ValueError, match='model.safetensors: truncated: tensor'):
+    load(tmp_path / 'in')
+  path.write_bytes(path.read_bytes()[:50])
+  with pytest.raises(ValueError, match='truncated or not safetensors: 50'):
+    load(tmp_path / 'in')
+  path.rename(tmp_path / 'in' / 'pytorch_model.bin')
+  with pytest.raises(ValueError, match='pytorch_model.bin are pickles'):
+    load(tmp_path / 'in')
+  with pytest.raises(ValueError, match='no config.json here'):
+    hf.read_config(tmp_path)
+
+
+def test_shards_of_files(tmp_path):
+  tensors = {str(i): np.full((3, i), i, 'f4') for i in range(1, 5)}
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  hf.write_tensors(tmp_path, shapes, tensors.__getitem__, shard_bytes=50)
+  assert len(list(tmp_path.glob('*.safetensors'))) == 3
+  for name, tensor in hf.open_tensors(tmp_path).items():
+    np.testing.assert_array_equal(tensor, tensors[name])
+  next(tmp_path.glob('*1-of*.safetensors')).unlink()
+  with pytest.raises(ValueError, match='files are missing: model-00001'):
+    hf.open_tensors(tmp_path)
