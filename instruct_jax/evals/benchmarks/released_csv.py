@@ -9,12 +9,8 @@ own models are written in these columns, so one command scores both.
 
 import csv
 import dataclasses
-import gzip
 import io
 import math
-import os
-import tempfile
-import zlib
 from collections.abc import Mapping, Sequence
 
 from etils import epath
@@ -143,14 +139,7 @@ def find_file(folder: epath.PathLike, task: str) -> epath.Path | None:
 
 
 def _read_text(path: epath.Path) -> str:
-  content = path.read_bytes()
-  if path.name.endswith('.gz'):
-    try:
-      content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-      raise records.RecordError(
-        f'{path}: damaged gzip file ({error}); fetch it again'
-      ) from error
+  content = records.read_bytes(path)
   try:
     return content.decode('utf-8-sig')
   except UnicodeDecodeError as error:
@@ -264,12 +253,4 @@ def write(path: epath.PathLike, task: str, rows: Sequence[Row]) -> None:
   writer.writerow(['', *layout.columns])
   for number, row in enumerate(rows):
     writer.writerow([number, *(row[column] for column in layout.columns)])
-  path = epath.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  if '://' in os.fspath(path):
-    path.write_text(buffer.getvalue())
-    return
-  descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix='.')
-  with os.fdopen(descriptor, 'w', encoding='utf-8', newline='') as file:
-    file.write(buffer.getvalue())
-  epath.Path(unfinished).replace(path)
+  records.write_bytes(path, buffer.getvalue().encode('utf-8'))
