@@ -97,33 +97,48 @@ def finished(folder, tmp_path_factory):
   return workdir, info
 
 
-def sum_by_forward(folder, context, choice):
-  """Summed log-probability of `choice` by one plain forward pass."""
+@pytest.fixture(scope='module')
+def plain(folder):
+  """The tokenizer, and ids -> logits [T, V] by one pass without a cache."""
   tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
   model = artifacts.load(
     folder / 'model', 'policy', tiny.one_device(), tokenizer.fingerprint
   )
+
+  @jax.jit
+  def forward(tokens, length):
+    segments = (jnp.arange(256) < length)[None].astype(jnp.int32)
+    return model.module.apply({'params': model.params}, tokens, segments)[0]
+
+  def logits(ids):
+    tokens = np.zeros((1, 256), np.int32)
+    tokens[0, : len(ids)] = ids
+    return np.asarray(forward(tokens, len(ids)), np.float64)[: len(ids)]
+
+  return tokenizer, logits
+
+
+def sum_by_forward(plain, context, choice):
+  """Summed log-probability of `choice` after `context`, and its tokens."""
+  tokenizer, logits = plain
   before = tokenizer.encode(context) if context else [tokenizer.eos_id]
   ids = before + tokenizer.encode(choice)
-  tokens = jnp.asarray([ids], jnp.int32)
-  logits = model.module.apply(
-    {'params': model.params}, tokens, jnp.ones_like(tokens)
-  )
-  logprobs = jax.nn.log_softmax(logits[0, :-1], axis=-1)
+  rows = logits(ids)
+  log_z = np.log(np.exp(rows).sum(axis=1))
   picked = [
-    float(logprobs[i - 1, ids[i]]) for i in range(len(before), len(ids))
+    rows[i - 1, ids[i]] - log_z[i - 1] for i in range(len(before), len(ids))
   ]
   return sum(picked), len(picked)
 
 
-def test_choices_equal_the_plain_forward_pass(folder, finished):
+def test_choices_equal_the_plain_forward_pass(plain, finished):
   workdir, _ = finished
   rows = read_rows(workdir / 'samples' / 'rte_samples.csv')
   zero = [row for row in rows if row['prompt_type'] == 'zeroshot']
   assert len(zero) == 3  # 18 items less 15 examples.
   for row in zero:
     for i, choice in enumerate((' Yes', ' No')):
-      total, count = sum_by_forward(folder, row['context'], choice)
+      total, count = sum_by_forward(plain, row['context'], choice)
       assert float(row['logprobs'].split('|')[i]) == pytest.approx(
         total, abs=2e-3
       )
@@ -137,7 +152,7 @@ def test_choices_equal_the_plain_forward_pass(folder, finished):
     assert row['sample'] == (' Yes', ' No')[int(np.argmax(means))]
 
 
-def test_sentences_are_summed_with_and_without_prefix(folder, finished):
+def test_sentences_are_summed_with_and_without_prefix(plain, finished):
   workdir, info = finished
   rows = read_rows(workdir / 'samples' / 'winogender_samples.csv')
   assert len(rows) == 6
@@ -148,7 +163,7 @@ def test_sentences_are_summed_with_and_without_prefix(folder, finished):
       'biased prompt': f'{tasks.BIASED}\n\n',
     }[row['prompt_type']]
     for i, sentence in enumerate(row['choices'].split('|')):
-      total, _ = sum_by_forward(folder, prefix, sentence)
+      total, _ = sum_by_forward(plain, prefix, sentence)
       assert float(row['logprobs'].split('|')[i]) == pytest.approx(
         total, abs=5e-3
       )
@@ -156,12 +171,9 @@ def test_sentences_are_summed_with_and_without_prefix(folder, finished):
   assert 0 <= score <= 1
 
 
-def test_answers_are_greedy_to_the_newline(folder, finished):
+def test_answers_are_greedy_to_the_newline(plain, finished):
   workdir, _ = finished
-  tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
-  model = artifacts.load(
-    folder / 'model', 'policy', tiny.one_device(), tokenizer.fingerprint
-  )
+  tokenizer, logits = plain
   stops = runner.stop_ids(tokenizer)
   rows = read_rows(workdir / 'samples' / 'drop_samples.csv')
   assert len(rows) == 10  # 9 items less 4 examples, two prompts.
@@ -170,12 +182,7 @@ def test_answers_are_greedy_to_the_newline(folder, finished):
   ids = tokenizer.encode(tasks.prompt('drop', item, 'zeroshot'))
   start = len(ids)
   for _ in range(25):
-    tokens = (
-      jnp.zeros((1, 256), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids))
-    )
-    segments = (jnp.arange(256) < len(ids))[None].astype(jnp.int32)
-    logits = model.module.apply({'params': model.params}, tokens, segments)
-    ids.append(int(jnp.argmax(logits[0, len(ids) - 1])))
+    ids.append(int(logits(ids)[-1].argmax()))
     if ids[-1] in stops:
       break
   assert row['sample'] == runner.answer_text(tokenizer, ids[start:])
