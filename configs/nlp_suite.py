@@ -44,6 +44,9 @@ def get_config(argument: str = ''):
   config.shots = ConfigDict(
     {name: '' for name in config.data}  # Other files to draw examples from.
   )
+  config.sha256 = ConfigDict(
+    {name: '' for name in config.data}  # Of unpacked files; '' accepts any.
+  )
   # CSV files of (text, label 0 or 1), comma between: the local toxicity scorer.
   config.toxicity_labels = ''
   # finetune_truth.jsonl and finetune_info.jsonl of TruthfulQA: the local judge.

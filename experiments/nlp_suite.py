@@ -197,6 +197,10 @@ def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   names = [name for name in tasks.TASKS if config.data[name]]
+  sums = {
+    name: tasks.checksums(name, config.data[name], config.sha256[name])
+    for name in names
+  }
   content = {name: read_items(config, name) for name in names}
   toxicity, truth = make_judges(config)
   mesh = sharding.make_mesh(config.mesh)
@@ -254,10 +258,10 @@ def run(config, workdir: epath.Path):
             truth_fn=truth,
           )
           counts[label] = dataclasses.asdict(count)
-  return write_results(config, workdir, rows, counts, content)
+  return write_results(config, workdir, rows, counts, content, sums)
 
 
-def write_results(config, workdir, rows, counts, content):
+def write_results(config, workdir, rows, counts, content, sums):
   """Sample files, scores, and an account of what was asked."""
   written = [name for name in rows if rows[name]]
   for name in written:
@@ -270,7 +274,7 @@ def write_results(config, workdir, rows, counts, content):
       f'{ {label: count["too_long"] for label, count in counts.items()} }'
     )
   result = released_samples.score_folder(workdir / 'samples', config.seed)
-  result['counts'] = counts
+  result['counts'], result['sha256'] = counts, sums
   lines = [
     '# Public NLP suite',
     '',

@@ -335,6 +335,25 @@ def test_missing_file_names_where_to_get_it(tmp_path):
     tasks.load('fr_to_en', f'{tmp_path}/a,{tmp_path}/b')
 
 
+def test_altered_files_are_named_with_both_sums(tmp_path):
+  path = save(tmp_path / 'x.txt', 'abc')
+  # FIPS 180-2's own example.
+  known = 'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad'
+  assert tasks.checksums('sst', path, '') == known
+  assert tasks.checksums('sst', path, known) == known
+  packed = save(tmp_path / 'x.txt.gz', 'abc')
+  assert tasks.checksums('fr_to_en', f'{path},{packed}', '') == (
+    f'{known},{known}'
+  )
+  assert tasks.checksums('sst', 'tfds:glue/sst2/validation', '') == ''
+  with pytest.raises(
+    records.RecordError, match=f'has SHA-256 {known}, expected 00.*SST-2'
+  ):
+    tasks.checksums('sst', path, '00')
+  with pytest.raises(records.RecordError, match='no such file .*SST-2'):
+    tasks.checksums('sst', tmp_path / 'y', '')
+
+
 # --- The real files -----------------------------------------------------------
 
 REAL = {

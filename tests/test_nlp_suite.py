@@ -257,5 +257,6 @@ def test_no_data_and_no_judge_are_named(folder, tmp_path):
 def test_config_lists_every_task():
   config = config_file.get_config()
   assert set(config.data) == set(config.shots) == set(tasks.TASKS)
+  assert set(config.sha256) == set(tasks.TASKS)
   with pytest.raises(ValueError, match='no variants'):
     config_file.get_config('1p3b')

@@ -102,23 +102,32 @@ def make_queries(
     context_length: positions that the model has, prompt and answer together.
   """
   task, layout = tasks.TASKS[name], released_csv.LAYOUTS[name]
-  counts, queries, seen = Counts(), [], set()
+  counts, queries = Counts(), []
+  distinct = {
+    tuple(_columns(item)[column] for column in layout.item): item
+    for item in reversed(items)
+  }
+  asked = list(reversed(distinct.values()))
+  counts.repeated = len(items) - len(asked)
   if prompt_type == 'fewshot':
     counts.examples = len(shots)
-  for item in items:
-    identity = tuple(_columns(item)[column] for column in layout.item)
-    if identity in seen:
-      counts.repeated += 1
-      continue
-    seen.add(identity)
-    choices = tuple(tokenizer.encode_batch(item.choices))
-    longest = max([task.max_tokens, *map(len, choices)])
-    for dropped in range(len(shots) + 1 if prompt_type == 'fewshot' else 1):
-      text = tasks.prompt(name, item, prompt_type, shots[dropped:])
-      ids = tokenizer.encode(text) if text else [tokenizer.eos_id]
-      if len(ids) + longest <= context_length:
-        break
-    else:
+
+  def encode(texts):
+    return [ids or [tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+
+  # All at once: the tokenizer then works on every core.
+  whole = encode([tasks.prompt(name, x, prompt_type, shots) for x in asked])
+  flat = iter(
+    tokenizer.encode_batch([choice for x in asked for choice in x.choices])
+  )
+  for item, ids in zip(asked, whole, strict=True):
+    choices = tuple(next(flat) for _ in item.choices)
+    room = context_length - max([task.max_tokens, *map(len, choices)])
+    dropped = 0
+    while len(ids) > room and dropped < counts.examples:
+      dropped += 1
+      (ids,) = encode([tasks.prompt(name, item, prompt_type, shots[dropped:])])
+    if len(ids) > room:
       counts.too_long += 1
       continue
     counts.asked += 1

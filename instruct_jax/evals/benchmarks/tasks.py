@@ -13,6 +13,7 @@ of its `tensorflow-datasets` builds, `tfds:NAME/SPLIT` may be given instead.
 import collections
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import random
@@ -926,6 +927,39 @@ def load(name: str, path: epath.PathLike) -> list[Item]:
     raise records.RecordError(
       f'{name}: {error} (official file: {task.source})'
     ) from error
+
+
+def checksums(name: str, path: epath.PathLike, expected: str) -> str:
+  """SHA-256 of a task's file, of the bytes inside `.gz`; '' for a TFDS name.
+
+  Two files, separated by a comma, give two sums, separated by a comma.
+
+  Args:
+    name: of the task.
+    path: as for `load`.
+    expected: what the sums must be, or '' for anything.
+
+  Raises:
+    RecordError: the file is absent, or was altered: both sums and the place to
+      get the file are named.
+  """
+  if str(path).startswith('tfds:'):
+    return ''
+  try:
+    found = ','.join(
+      hashlib.sha256(records.read_bytes(part)).hexdigest()
+      for part in str(path).split(',')
+    )
+  except records.RecordError as error:
+    raise records.RecordError(
+      f'{name}: {error} (official file: {TASKS[name].source})'
+    ) from error
+  if expected and found != expected:
+    raise records.RecordError(
+      f'{name}: {path} has SHA-256 {found}, expected {expected}; it was '
+      f'altered or is another version (official file: {TASKS[name].source})'
+    )
+  return found
 
 
 # --- Prompts ------------------------------------------------------------------
