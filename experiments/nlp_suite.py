@@ -306,7 +306,9 @@ def write_results(config, workdir, rows, counts, content, sums):
     lines += ['', f'Toxicity by {judges.TOXICITY_NAME}, not Perspective.']
   if config.data.truthful_qa:
     lines += ['', f"Truth by {judges.TRUTH_NAME}, not the paper's judges."]
-  text = '\n'.join(lines) + '\n\n' + released_samples.to_markdown(result)
+  text = (
+    '\n'.join(lines) + '\n\n' + released_samples.to_markdown(result, 'Scores')
+  )
   (workdir / 'suite.md').write_text(text)
   run_lib.write_json(workdir / 'suite.json', result)
   return {

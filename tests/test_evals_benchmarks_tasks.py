@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 
+import numpy as np
 import pytest
 
 from instruct_jax.data import records
@@ -333,6 +334,50 @@ def test_bad_files_are_named(tmp_path, name, file, content, message):
 def test_missing_file_names_where_to_get_it(tmp_path):
   with pytest.raises(records.RecordError, match='no such file .*statmt.org'):
     tasks.load('fr_to_en', f'{tmp_path}/a,{tmp_path}/b')
+
+
+def test_tensorflow_datasets_examples_are_read_alike(monkeypatch):
+  """Bytes, NumPy integers and object arrays, as `tfds.data_source` has them."""
+  tfds = pytest.importorskip('tensorflow_datasets')
+  examples = {
+    'super_glue/rte': {
+      'premise': b'It rains.',
+      'hypothesis': b'It is wet.',
+      'label': np.int64(1),
+    },
+    'hellaswag': {
+      'activity_label': b'Run',
+      'context': b'She runs. he',
+      'endings': np.array([b'sits.', b'runs.'], object),
+      'label': np.int32(1),
+    },
+    'glue/sst2': {'sentence': 'très bon'.encode(), 'label': np.int64(1)},
+    'drop': {
+      'passage': b'Bears won.',
+      'question': b'How many?',
+      'answer': b'7',
+      'validated_answers': np.array([b'8', b'7'], object),
+    },
+  }
+  opened = []
+
+  def data_source(name, split, download):
+    opened.append((name, split, download))
+    return [examples[name]]
+
+  monkeypatch.setattr(tfds, 'data_source', data_source)
+  (rte,) = tasks.load('rte', 'tfds:super_glue/rte/validation')
+  assert rte.references == (' No',)
+  (hellaswag,) = tasks.load('hellaswag', 'tfds:hellaswag/validation')
+  assert hellaswag.context == 'Run: She runs. he'
+  assert hellaswag.references == (' runs.',)
+  (sst,) = tasks.load('sst', 'tfds:glue/sst2/validation')
+  assert sst.context == 'Text: très bon\nLabel:'
+  (drop,) = tasks.load('drop', 'tfds:drop/dev')
+  assert drop.references == ('7', '8')
+  assert opened[0] == ('super_glue/rte', 'validation', False)
+  with pytest.raises(records.RecordError, match='expected tfds:NAME/SPLIT'):
+    tasks.load('rte', 'tfds:rte')
 
 
 def test_altered_files_are_named_with_both_sums(tmp_path):

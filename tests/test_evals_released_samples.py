@@ -66,6 +66,27 @@ def test_scores_and_reweighting_by_hand(tmp_path):
   assert row['correlation'] is None  # One model.
 
 
+def test_other_readings_are_set_beside_the_usual(tmp_path):
+  """ "Not in town" shares two words of three with the abstention, which counts
+  only where that is a text like any other: F1 2/3."""
+  rows = [
+    squad_row('gpt-xl', 'a', 'Not in background.', 'not in town'),
+    squad_row('gpt-xl', 'b', 'hen|fox', 'fox'),
+  ]
+  write_rows(tmp_path, 'squadv2', rows)
+  result = released_samples.score_folder(tmp_path)
+  assert result['cells'][0]['score'] == pytest.approx(50)
+  found = {
+    row['reading']: row['difference'] + 51.97 for row in result['readings']
+  }
+  assert found == {
+    'abstaining is a text like any other': pytest.approx(500 / 6),
+    'first reference only': pytest.approx(0),
+  }
+  text = released_samples.to_markdown(result)
+  assert '| squadv2 | F1, first reference only | zeroshot |' in text
+
+
 def test_reason_names_the_mix(tmp_path):
   """30 unanswerable questions, all abstained; 1 answerable, always wrong."""
   rows = [
@@ -79,6 +100,22 @@ def test_reason_names_the_mix(tmp_path):
   assert cell['reweighted'] == pytest.approx(100 * 5945 / 11873)
   assert 'at the mix of the benchmark too (91% of these items' in cell['why']
   assert cell['why'].startswith('above')
+
+
+def test_too_few_items_and_equal_items_judge_no_figure(tmp_path):
+  """Nine items, and twelve that all score 0: neither has a sound interval."""
+  rows = [
+    squad_row('gpt-xl', str(i), 'fox', 'fox' if i < 4 else 'hen')
+    for i in range(9)
+  ] + [squad_row('gpt-6b', str(i), 'fox', 'hen') for i in range(12)]
+  write_rows(tmp_path, 'squadv2', rows)
+  result = released_samples.score_folder(tmp_path)
+  few, same = result['cells']
+  assert (few['inside'], same['inside']) == (None, None)
+  assert few['why'] == 'too few items for an interval: 9 of 10'
+  assert same['why'] == 'no interval: all items score the same'
+  assert result['rows'][0]['num_cells'] == 0
+  assert 'figures lie in the 95 %' not in released_samples.to_markdown(result)
 
 
 def test_bleu_is_sacrebleus(tmp_path):

@@ -16,7 +16,8 @@ other is the mix of the items. Where the benchmark's own mix is known, a second
 score reweights the sample's strata to it:
 
   squadv2      share of questions without answer   5,945 of 11,873
-  drop         share of answers that are numbers   66.1 % (Dua et al. 2019)
+  drop         share of answers that are numbers   66.1 % of the training set
+                                                   (Dua et al. 2019)
   truthful_qa  share of adversarial questions      437 of 817 (Lin et al. 2022)
 """
 
@@ -37,6 +38,8 @@ from instruct_jax.evals import win_rate
 from instruct_jax.evals.benchmarks import released_csv, scorers, table14
 
 NUM_BOOTSTRAP = 2000
+# Below, a bootstrap knows too little of the spread to judge a figure by.
+MIN_ITEMS = 10
 # TruthfulQA's two prompts whose labels differ between the paper and the files.
 _OTHER_LABEL = {
   'QA + instruction': 'instruction prompt',
@@ -86,7 +89,8 @@ class Cell:
     score, low, high: ours with its 95 % interval.
     num_items: of this model and prompt.
     paper: Table 14's figure, or None.
-    inside: whether that lies in the interval, or None.
+    inside: whether that lies in the interval; None without a figure, with
+      fewer than `MIN_ITEMS` items, or where all items score the same.
     reweighted, reweighted_low, reweighted_high: at the benchmark's mix of
       items, or None where that is not known.
     reweighted_inside: as `inside`.
@@ -157,10 +161,10 @@ def _mean_metric(
   )
 
 
-def _bleu_metric() -> Metric:
+def _bleu_metric(lowercase: bool = False) -> Metric:
   import sacrebleu
 
-  metric = sacrebleu.BLEU(effective_order=True)
+  metric = sacrebleu.BLEU(effective_order=True, lowercase=lowercase)
   order = metric.max_ngram_order
 
   def item_stats(row):
@@ -293,6 +297,46 @@ def metrics_of(task: str) -> tuple[Metric, ...]:
   )
 
 
+def other_readings(task: str) -> Mapping[str, Metric]:
+  """Other ways to score a task that the paper's words would allow.
+
+  The paper names metrics, not scripts. What these do to the difference from
+  Table 14 shows how much hangs on the choice.
+  """
+  usual = metrics_of(task)[0]
+
+  def like(scorer, scale=1.0):
+    metric = _answer_metric(usual.name, task, scorer, scale=scale)
+    return dataclasses.replace(metric, strata=usual.strata, note=usual.note)
+
+  def best_f1(answer, texts):
+    return max(scorers.word_f1(answer, text) for text in texts)
+
+  if task == 'squadv2':
+    return {
+      'abstaining is a text like any other': like(best_f1, 100.0),
+      'first reference only': like(
+        lambda answer, texts: scorers.squad2_f1(answer, texts[:1]), 100.0
+      ),
+    }
+  if task == 'drop':
+    return {
+      "SQuAD's F1": like(best_f1, 100.0),
+      'first reference only': like(
+        lambda answer, texts: scorers.drop_f1(answer, texts[:1]), 100.0
+      ),
+      '"and" separates spans': like(
+        lambda answer, texts: scorers.drop_f1(
+          answer, [text.split(' and ') for text in texts]
+        ),
+        100.0,
+      ),
+    }
+  if task == 'fr_to_en':
+    return {'lower case': _bleu_metric(lowercase=True)}
+  return {}
+
+
 # --- Cells --------------------------------------------------------------------
 
 
@@ -316,12 +360,18 @@ def _percentiles(redraws: np.ndarray) -> tuple[float, float]:
   return float(low), float(high)
 
 
-def _is_within(value, low, high) -> bool | None:
-  return None if value is None else bool(low <= value <= high)
+def _is_within(value, low, high, num_items) -> bool | None:
+  """Whether a figure lies in an interval; None where nothing can be said."""
+  if value is None or num_items < MIN_ITEMS or not low < high:
+    return None
+  return bool(low <= value <= high)
 
 
 def score_task(
-  task: str, rows: Sequence[Row], seed: int = 0
+  task: str,
+  rows: Sequence[Row],
+  seed: int = 0,
+  metrics: Sequence[Metric] | None = None,
 ) -> tuple[list[Cell], list[RowSummary]]:
   """Every cell of one task, and one summary per metric and prompt type.
 
@@ -329,10 +379,11 @@ def score_task(
     task: a key of `released_csv.LAYOUTS`.
     rows: as `released_csv.read` returns them.
     seed: of the redraws.
+    metrics: in place of `metrics_of(task)`.
   """
   layout = released_csv.LAYOUTS[task]
   cells, summaries = [], []
-  for metric in metrics_of(task):
+  for metric in metrics_of(task) if metrics is None else metrics:
     stats = [metric.item_stats(row) for row in rows]
     for prompt in layout.prompts:
       chosen = [
@@ -405,12 +456,12 @@ def _score_row(task, metric, prompt, chosen, layout, seed):
       high=high,
       num_items=len(mine),
       paper=paper,
-      inside=_is_within(paper, low, high),
+      inside=_is_within(paper, low, high, len(mine)),
       reweighted=reweighted,
       reweighted_low=bounds[0],
       reweighted_high=bounds[1],
       reweighted_inside=(
-        None if reweighted is None else _is_within(paper, *bounds)
+        None if reweighted is None else _is_within(paper, *bounds, len(mine))
       ),
       fits_other_label=False,
       why='',
@@ -449,6 +500,12 @@ def _why(cell: Cell, metric: Metric, share: float) -> str:
   """Where and why the paper's figure is not in the interval."""
   if cell.paper is None:
     return 'the paper prints no figure'
+  if cell.inside is None:
+    return (
+      f'too few items for an interval: {cell.num_items} of {MIN_ITEMS}'
+      if cell.num_items < MIN_ITEMS
+      else 'no interval: all items score the same'
+    )
   if cell.inside:
     return ''
   side = 'below' if cell.score < cell.paper else 'above'
@@ -498,7 +555,9 @@ def _summary(
     return None
   ours, paper = np.array(pairs).T
   low, high = _percentiles(np.mean(differences, axis=0))
-  reweighted = [c for c in cells if c.reweighted_inside is not None]
+  reweighted = [
+    c for c in cells if c.paper is not None and c.reweighted is not None
+  ]
   bounds = (None, None)
   if reweighted_differences:
     bounds = _percentiles(np.mean(reweighted_differences, axis=0))
@@ -519,7 +578,7 @@ def _summary(
     reweighted_high=bounds[1],
     correlation=float(np.corrcoef(ours, paper)[0, 1]) if varies else None,
     num_inside=sum(bool(c.inside) for c in cells),
-    num_cells=len(pairs),
+    num_cells=sum(c.inside is not None for c in cells),
     num_reweighted_inside=(
       sum(bool(c.reweighted_inside) for c in reweighted) if reweighted else None
     ),
@@ -578,8 +637,9 @@ def score_folder(folder: epath.PathLike, seed: int = 0) -> dict[str, Any]:
   """Scores every sample file of a folder.
 
   Returns:
-    JSON: `cells`, `rows`, `labels` (TruthfulQA), `files` that were read with
-    their numbers of rows and items, `absent` tasks.
+    JSON: `cells`, `rows`, `readings` (rows by other scorers), `labels`
+    (TruthfulQA), `files` that were read with their numbers of rows and items,
+    `absent` tasks.
 
   Raises:
     RecordError: no such folder, no sample file in it, or a bad file.
@@ -587,7 +647,7 @@ def score_folder(folder: epath.PathLike, seed: int = 0) -> dict[str, Any]:
   folder = epath.Path(folder)
   if not folder.is_dir():
     raise records.RecordError(f'{folder}: no such folder')
-  cells, rows, files, absent = [], [], {}, []
+  cells, rows, files, absent, readings = [], [], {}, [], []
   for task, layout in released_csv.LAYOUTS.items():
     path = released_csv.find_file(folder, task)
     if path is None:
@@ -597,6 +657,9 @@ def score_folder(folder: epath.PathLike, seed: int = 0) -> dict[str, Any]:
     more, summaries = score_task(task, content, seed)
     cells += _swap_why(more)
     rows += summaries
+    for name, metric in other_readings(task).items():
+      _, others = score_task(task, content, seed, [metric])
+      readings += [{'reading': name, **dataclasses.asdict(x)} for x in others]
     column = 'answer' if task == 'truthful_qa' else 'sample'
     files[task] = {
       'file': path.name,
@@ -615,6 +678,7 @@ def score_folder(folder: epath.PathLike, seed: int = 0) -> dict[str, Any]:
   return {
     'cells': [dataclasses.asdict(cell) for cell in cells],
     'rows': [dataclasses.asdict(row) for row in rows],
+    'readings': readings,
     'labels': label_conflict(cells),
     'files': files,
     'absent': absent,
@@ -649,9 +713,47 @@ def _answer(value: bool | None) -> str:
   return {True: 'yes', False: 'no', None: '–'}[value]
 
 
-def to_markdown(result: Mapping[str, Any]) -> str:
+def _row_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Lines of Table 14, by the usual scorers or, where named, by others."""
+  return _table(
+    (
+      'task',
+      'metric',
+      'prompt',
+      'difference',
+      '95 % interval',
+      "at the benchmark's mix",
+      '95 % interval',
+      'correlation',
+      'inside',
+      'inside, reweighted',
+    ),
+    [
+      (
+        r['task'],
+        f'{r["metric"]}, {r["reading"]}' if 'reading' in r else r['metric'],
+        r['prompt'],
+        _shown(r['difference'], r['metric']),
+        _interval(r['low'], r['high'], r['metric']),
+        _shown(r['reweighted_difference'], r['metric']),
+        _interval(r['reweighted_low'], r['reweighted_high'], r['metric']),
+        '–' if r['correlation'] is None else f'{r["correlation"]:.2f}',
+        f'{r["num_inside"]}/{r["num_cells"]}',
+        '–'
+        if r['num_reweighted_inside'] is None
+        else f'{r["num_reweighted_inside"]}/{r["num_cells"]}',
+      )
+      for r in rows
+    ],
+  )
+
+
+def to_markdown(
+  result: Mapping[str, Any],
+  title: str = 'Released samples against Table 14',
+) -> str:
   """The report: what was read, a line per row of Table 14, every cell."""
-  lines = ['# Released samples against Table 14', '']
+  lines = [f'# {title}', '']
   lines += _table(
     ('task', 'file', 'rows', 'items', 'models', 'empty answers'),
     [
@@ -702,37 +804,10 @@ def to_markdown(result: Mapping[str, Any]) -> str:
       '',
     ]
   lines += ["## Lines of Table 14: mean of ours minus the paper's", '']
-  lines += _table(
-    (
-      'task',
-      'metric',
-      'prompt',
-      'difference',
-      '95 % interval',
-      "at the benchmark's mix",
-      '95 % interval',
-      'correlation',
-      'inside',
-      'inside, reweighted',
-    ),
-    [
-      (
-        r['task'],
-        r['metric'],
-        r['prompt'],
-        _shown(r['difference'], r['metric']),
-        _interval(r['low'], r['high'], r['metric']),
-        _shown(r['reweighted_difference'], r['metric']),
-        _interval(r['reweighted_low'], r['reweighted_high'], r['metric']),
-        '–' if r['correlation'] is None else f'{r["correlation"]:.2f}',
-        f'{r["num_inside"]}/{r["num_cells"]}',
-        '–'
-        if r['num_reweighted_inside'] is None
-        else f'{r["num_reweighted_inside"]}/{r["num_cells"]}',
-      )
-      for r in result['rows']
-    ],
-  )
+  lines += _row_table(result['rows'])
+  if result['readings']:
+    lines += ['## The same by other scorers', '']
+    lines += _row_table(result['readings'])
   grouped = collections.defaultdict(list)
   for cell in result['cells']:
     grouped[cell['task'], cell['metric'], cell['prompt']].append(cell)
