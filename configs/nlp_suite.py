@@ -1,0 +1,59 @@
+"""The public NLP suite of appendix D on model folders.
+
+  python -m instruct_jax.main --config=configs/nlp_suite.py \
+    --config.models='sft=RUN/select/model,ppo_ptx=RUN/ppo_ptx/policy' \
+    --config.tokenizer=RUN/data/tokenizer \
+    --config.data.drop=drop_dataset_dev.json --config.data.sst=dev.tsv
+
+A task whose file is '' is left out. Where to get each file, and its format:
+`instruct_jax/evals/benchmarks/tasks.py`. The results are sample files in the
+layout of OpenAI's, beside Table 14's in `suite.md`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(argument: str = ''):
+  if argument:
+    raise ValueError(f'nlp_suite has no variants: {argument!r}')
+  config = common.stage('nlp_suite', 'nlp_suite', 0, '')
+  config.models = ''  # NAME=FOLDER,NAME=FOLDER: policies; names of rows.
+  config.tokenizer = ''  # Folder of the tokenizer.
+  config.data = ConfigDict(
+    {  # Official files by task, plain or .gz; some also tfds:NAME/SPLIT.
+      'winogender': '',
+      'crows_pairs': '',
+      'real_toxicity': '',
+      'truthful_qa': '',
+      'drop': '',
+      'quac': '',
+      'squadv2': '',
+      'hellaswag': '',
+      'rte': '',
+      'sst': '',
+      'wsc': '',
+      'fr_to_en': '',  # Two files: FRENCH,ENGLISH.
+      'cnn_dm': '',
+      'tldr': '',
+      'timequestions': '',
+      'tiq': '',
+    }
+  )
+  config.shots = ConfigDict(
+    {name: '' for name in config.data}  # Other files to draw examples from.
+  )
+  config.sha256 = ConfigDict(
+    {name: '' for name in config.data}  # Of unpacked files; '' accepts any.
+  )
+  # CSV files of (text, label 0 or 1), comma between: the local toxicity scorer.
+  config.toxicity_labels = ''
+  # finetune_truth.jsonl and finetune_info.jsonl of TruthfulQA: the local judge.
+  config.truth_labels = ''
+  config.info_labels = ''
+  config.max_items = 0  # Of a task, drawn at random; 0 asks all.
+  config.batch_size = 32  # Queries a call; choices of a query share its prefix.
+  config.length_multiple = 128  # Rows are padded to these lengths (compiles).
+  config.remat = 'none'
+  return common.single(config, 'all')
