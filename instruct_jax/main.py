@@ -138,11 +138,13 @@ def main(argv) -> None:
   if '--verbosity' not in ' '.join(sys.argv):
     logging.set_verbosity(logging.WARNING)  # Libraries narrate at INFO.
   config = _CONFIG.value
+  # Stages find each other's outputs by paths built on this reference; what is
+  # kept of the config is free of them.
+  given, config.workdir = config.workdir, ''
   described = config.copy_and_resolve_references()
-  workdir = epath.Path(_WORKDIR.value or config.default_workdir).absolute()
-  # Stages find each other's outputs by paths built on this reference.
-  with config.unlocked():
-    config.workdir = str(workdir)
+  place = _WORKDIR.value or given or config.default_workdir
+  workdir = epath.Path(place).absolute()
+  config.workdir = str(workdir)
   print(f'work directory: {workdir}', flush=True)
   prepare_machine(config)
   from instruct_jax.infra import run as run_lib

@@ -247,3 +247,10 @@ def test_mistakes_end_with_1_and_a_message(arguments, words, tmp_path):
   if arguments != ('--config=configs/ppo_ptx.py:nope',):
     assert 'Traceback' not in ended.stderr
   assert not (tmp_path / 'never').exists()
+
+
+def test_the_work_directory_may_be_given_in_the_config_too(tmp_path):
+  place = f'--config.workdir={tmp_path / "there"}'
+  ended = command(SMOKE, place, '--config.stages.ppo_ptx.batch_size=7')
+  assert ended.returncode == 1
+  assert f'work directory: {tmp_path / "there"}' in ended.stdout
