@@ -19,6 +19,8 @@ EXAMPLES = [
   records.Prompt('p7', 'Name a bird.', user='u3', metadata={'answer': 'ö'}),
   records.Demonstration('Name a bird.', 'An owl.\n', labeler='w1'),
   COMPARISON,
+  dataclasses.replace(COMPARISON, scores=(2.5, 1.0, 1.0), time='2022-01-31'),
+  records.Prompt('p8', 'x', turns=(records.Turn('user', 'Name a bird.'),)),
 ]
 
 
@@ -26,10 +28,13 @@ EXAMPLES = [
 @pytest.mark.parametrize('name', ['a.jsonl', 'new/folder/a.jsonl.gz'])
 def test_round_trip(record, name, tmp_path):
   path = tmp_path / name
-  records.write_jsonl(path, [record, record])
-  assert records.read_jsonl(path, type(record)) == [record, record]
+  both = [record, record]
+  if isinstance(record, records.Prompt):  # Whose ids are distinct.
+    both[1] = dataclasses.replace(record, id='another')
+  records.write_jsonl(path, both)
+  assert records.read_jsonl(path, type(record)) == both
   before = path.read_bytes()
-  records.write_jsonl(path, [record, record])
+  records.write_jsonl(path, both)
   assert path.read_bytes() == before
   assert [p.name for p in path.parent.iterdir()] == [path.name]  # No .tmp.
 
