@@ -170,9 +170,7 @@ def _parse_dialogue(text: str) -> tuple[records.Turn, ...] | None:
   """`\\n\\nHuman: ..\\n\\nAssistant: ..` as turns, or None."""
   marks = {'\n\nHuman:': 'user', '\n\nAssistant:': 'assistant'}
   starts = sorted(
-    (position, mark)
-    for mark in marks
-    for position in _positions(text, mark)
+    (position, mark) for mark in marks for position in _positions(text, mark)
   )
   if not starts or starts[0][0] != 0:
     return None

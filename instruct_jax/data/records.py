@@ -23,9 +23,9 @@ its first own token: if a separator is wanted, it is part of the text.
 
 A conversation is a prompt, too. With `turns`, the text may be left out and is
 then `text_of_turns`; a tokenizer with a chat template renders the turns its own
-way: {"id": "p8", "turns": [{"role": "user", "content": "Name a bird."},
-{"role": "assistant", "content": "Owl."}, {"role": "user", "content": "More!"}]}.
-The last turn is the user's.
+way. The last turn is the user's. {"id": "p8", "turns": [
+{"role": "user", "content": "Name a bird."},
+{"role": "assistant", "content": "Owl."}, {"role": "user", "content": "More!"}]}
 """
 
 import collections
@@ -156,7 +156,7 @@ def text_of_turns(turns: Iterable[Turn]) -> str:
   return text + '\n\nAssistant:'
 
 
-def ranks_of_scores(scores: Iterable[float]) -> tuple[int, ...]:
+def ranks_of_scores(scores: Iterable[int | float]) -> tuple[int, ...]:
   """Ranks from 1 for the highest score; equal scores share a rank.
 
   Ranks are dense: (80, 100, 100, 60) has ranks (2, 1, 1, 3).
@@ -324,9 +324,11 @@ def _encodable(text: str) -> bool:
 def from_values(values: Mapping[str, Any], record_type: type[Record]) -> Record:
   """Builds a record from values that `problems` found nothing wrong with."""
   values = dict(values)
-  for name in ('completions', 'ranks', 'scores'):
+  for name in ('completions', 'ranks'):
     if name in values:
       values[name] = tuple(values[name])
+  if 'scores' in values:
+    values['scores'] = tuple(map(float, values['scores']))
   if 'turns' in values:
     values['turns'] = tuple(Turn(**turn) for turn in values['turns'])
   return record_type(**values)
@@ -370,9 +372,7 @@ def _check_file(path: epath.Path) -> None:
 
 
 def _gzip_error(path: epath.Path, error: Exception) -> RecordError:
-  return RecordError(
-    f'{path}: not a whole gzip file ({error}); fetch it again'
-  )
+  return RecordError(f'{path}: not a whole gzip file ({error}); fetch it again')
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
@@ -510,6 +510,23 @@ def read_jsonl(path: epath.PathLike, record_type: type[Record]) -> list[Record]:
       f'{path}: holds no records; expected one {record_type.__name__} a line'
     )
   return records
+
+
+def check_labels(
+  comparisons: Iterable[Comparison], path: epath.PathLike
+) -> None:
+  """Refuses rankings from which no reward model could learn.
+
+  Raises:
+    RecordError: in every comparison all completions are tied.
+  """
+  comparisons = list(comparisons)
+  if any(len(set(comparison.ranks)) > 1 for comparison in comparisons):
+    return
+  raise RecordError(
+    f'{path}: in all {len(comparisons)} comparisons every completion has the same rank; '
+    'ties teach a reward model nothing: check the ranks'
+  )
 
 
 def write_jsonl(path: epath.PathLike, records: Iterable[Record]) -> None:
