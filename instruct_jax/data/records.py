@@ -524,8 +524,8 @@ def check_labels(
   if any(len(set(comparison.ranks)) > 1 for comparison in comparisons):
     return
   raise RecordError(
-    f'{path}: in all {len(comparisons)} comparisons every completion has the same rank; '
-    'ties teach a reward model nothing: check the ranks'
+    f'{path}: in all {len(comparisons)} comparisons every completion has the '
+    'same rank; ties teach a reward model nothing: check the ranks'
   )
 
 
