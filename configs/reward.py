@@ -7,9 +7,17 @@
 
 Sizes: 1p3b, 6b (default: the paper's one reward model), 175b. The size only
 decides memory settings here; the shape comes with `init`.
+
+  python -m instruct_jax.main --config=configs/reward.py:hh \
+    --config.data.root=DIR
+
+pretrains a small GPT on Anthropic's HH dialogues, trains a reward model from
+it, and sets it beside baselines; DIR holds hh_helpful/ and hh_harmless/.
 """
 
-from configs import common
+from ml_collections import ConfigDict
+
+from configs import common, pretrain
 
 
 def stage(seed, workdir, name='reward'):
@@ -44,7 +52,75 @@ def crossval_stage(seed, workdir, name='crossval'):
   return config
 
 
+def hh():
+  """Real human preferences, single turn, on a laptop's processor."""
+  config = common.root('reward_hh')
+  seed, workdir = config.get_ref('seed'), config.get_ref('workdir')
+  data, stages = workdir + '/data', config.stages
+  stages.data = common.stage('data', 'hh_data', seed, workdir)
+  # One value under two names: the short one is for the command line.
+  config.data = ConfigDict({'root': ''})
+  stages.data.root = config.data.get_ref('root')
+  stages.data.sets = ('hh_helpful', 'hh_harmless')  # Folders in the root.
+  stages.data.valid_fraction = 0.1  # Of the prompts.
+  stages.data.vocab_size = 4096
+  stages.pretrain = pretrain.stage(seed, workdir)
+  stages.reward = stage(seed, workdir)
+  stages.baselines = common.stage(
+    'baselines', 'reward_baselines', seed, workdir
+  )
+  stages.pretrain.documents = data + '/documents_train.jsonl'
+  stages.pretrain.valid = data + '/documents_valid.jsonl'
+  stages.reward.init = workdir + '/pretrain/model'
+  stages.reward.demonstrations = data + '/demonstrations_train.jsonl'
+  stages.baselines.reward_model = workdir + '/reward/model'
+  stages.baselines.batch_size = 64  # Completions.
+  stages.baselines.row_length = 256
+  for each in (stages.reward, stages.baselines):
+    each.comparisons = data + '/comparisons_train.jsonl'
+    each.valid_comparisons = data + '/comparisons_valid.jsonl'
+  for each in (stages.pretrain, stages.reward, stages.baselines):
+    each.tokenizer = data + '/tokenizer'
+    each.mesh = config.get_ref('mesh')
+  config.stage_order = ('data', 'pretrain', 'reward', 'baselines')
+
+  # Learning rates grow as models shrink; none of these is the paper's.
+  stages.pretrain.model = ConfigDict(
+    {
+      'vocab_size': 0,  # The tokenizer's.
+      'context_length': 256,
+      'num_layers': 2,
+      'width': 128,
+      'num_heads': 4,
+      'head_dim': 32,
+      'mlp_dim': 512,
+      'dropout': 0.0,
+      'compute_dtype': 'float32',
+      'remat': 'none',
+      'vocab_multiple': 64,
+      'scan_unroll': 2,
+    }
+  )
+  stages.pretrain.row_length = 256
+  stages.pretrain.batch_size = 16
+  stages.pretrain.num_steps = 600
+  stages.pretrain.num_warmup = 50
+  stages.pretrain.learning_rate = 3e-3
+  stages.pretrain.eval_every = 200
+  stages.pretrain.checkpoint_every = 200
+  stages.reward.max_candidates = 2
+  stages.reward.row_length = 256
+  stages.reward.batch_size = 32
+  stages.reward.learning_rate = 1e-3
+  stages.reward.eval_batch_size = 32
+  stages.reward.checkpoint_every = 100
+  config.lock()
+  return config
+
+
 def get_config(argument: str = '6b'):
+  if argument == 'hh':
+    return hh()
   size, _, kind = argument.partition(',')
   if size not in ('1p3b', '6b', '175b') or kind not in ('', 'folds'):
     raise ValueError(f'unknown reward config: {argument!r}')

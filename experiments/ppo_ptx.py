@@ -97,7 +97,7 @@ def build_programs(config, policy_module, scalar_module, tokenizer):
     extend_fn=artifacts.extend_fn(policy_module),
     make_cache_fn=artifacts.make_cache_fn(policy_module),
     num_response=R,
-    stop_ids=(tokenizer.eos_id,),
+    stop_ids=tokenizer.stop_ids,
     temperature=config.temperature,
   )
 
@@ -169,7 +169,7 @@ def run(config, workdir: epath.Path):
   def pack(path):
     texts = records.read_jsonl(path, records.Document)
     return loader.pack_documents(
-      tokenizer.encode_batch([d.text for d in texts]),
+      tokenizer.encode_documents([d.text for d in texts]),
       config.ptx_row_length,
       tokenizer.eos_id,
       tokenizer.pad_id,

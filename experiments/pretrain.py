@@ -87,7 +87,7 @@ def run(config, workdir: epath.Path):
   def rows_of(path):
     texts = [d.text for d in records.read_jsonl(path, records.Document)]
     return loader.pack_documents(
-      tokenizer.encode_batch(texts),
+      tokenizer.encode_documents(texts),
       config.row_length,
       tokenizer.eos_id,
       tokenizer.pad_id,

@@ -187,6 +187,8 @@ def run(config, workdir: epath.Path):
   valid = records.read_jsonl(config.valid_comparisons, records.Comparison)
   if config.max_comparisons:
     comparisons = comparisons[: config.max_comparisons]
+  records.check_labels(comparisons, config.comparisons)
+  records.check_labels(valid, config.valid_comparisons)
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
     policy = artifacts.load(

@@ -28,7 +28,7 @@ def build_programs(config, policy_module, reward_module, tokenizer):
     extend_fn=artifacts.extend_fn(policy_module),
     make_cache_fn=artifacts.make_cache_fn(policy_module),
     num_response=config.response_length,
-    stop_ids=(tokenizer.eos_id,),
+    stop_ids=tokenizer.stop_ids,
     temperature=config.temperature,
   )
   scalars_fn = artifacts.scalars_fn(reward_module)

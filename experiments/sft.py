@@ -90,7 +90,7 @@ def run(config, workdir: epath.Path):
   if config.ptx_fraction:
     texts = records.read_jsonl(config.documents, records.Document)
     ptx_rows = loader.pack_documents(
-      tokenizer.encode_batch([d.text for d in texts]),
+      tokenizer.encode_documents([d.text for d in texts]),
       config.row_length,
       tokenizer.eos_id,
       tokenizer.pad_id,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from instruct_jax import hub
 from instruct_jax.infra import checkpoint, sharding
 from instruct_jax.models import heads, hf
 from instruct_jax.models.config import TransformerConfig
@@ -137,7 +138,7 @@ def check(
   """
   if is_published(directory):
     # These carry no fingerprint; `load` compares the number of tokens.
-    folder = hf.locate(str(directory))
+    folder = hub.locate(str(directory))
     TransformerConfig.from_hf(hf.read_config(folder))
     return {'kind': kind, 'about': {'from': str(folder)}}
   described = checkpoint.load_metadata(directory)
@@ -199,7 +200,7 @@ def load(
     checkpoint.CheckpointError: see `check`; or damaged arrays.
   """
   if is_published(directory):
-    return _load_published(hf.locate(str(directory)), kind, mesh, changes)
+    return _load_published(hub.locate(str(directory)), kind, mesh, changes)
   described = check(directory, kind, tokenizer_fingerprint)
   config = dataclasses.replace(
     TransformerConfig.from_dict(described['model']), **changes

@@ -27,8 +27,8 @@ def test_parse_meaning_by_hand():
 
 
 def test_ranks_of_scores():
-  assert e2e.ranks_of_scores([80.0, 100.0, 100.0, 60.0]) == (2, 1, 1, 3)
-  assert e2e.ranks_of_scores([5.0, 5.0]) == (1, 1)
+  assert records.ranks_of_scores([80.0, 100.0, 100.0, 60.0]) == (2, 1, 1, 3)
+  assert records.ranks_of_scores([5.0, 5.0]) == (1, 1)
 
 
 def test_demonstrations_by_hand(tmp_path):

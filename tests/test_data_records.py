@@ -5,7 +5,7 @@ import json
 import pytest
 
 from instruct_jax.data import __main__ as check
-from instruct_jax.data import records
+from instruct_jax.data import records, tokenizer
 
 COMPARISON = records.Comparison(
   prompt='Name a bird.',
@@ -19,6 +19,8 @@ EXAMPLES = [
   records.Prompt('p7', 'Name a bird.', user='u3', metadata={'answer': 'ö'}),
   records.Demonstration('Name a bird.', 'An owl.\n', labeler='w1'),
   COMPARISON,
+  dataclasses.replace(COMPARISON, scores=(2.5, 1.0, 1.0), time='2022-01-31'),
+  records.Prompt('p8', 'x', turns=(records.Turn('user', 'Name a bird.'),)),
 ]
 
 
@@ -26,10 +28,13 @@ EXAMPLES = [
 @pytest.mark.parametrize('name', ['a.jsonl', 'new/folder/a.jsonl.gz'])
 def test_round_trip(record, name, tmp_path):
   path = tmp_path / name
-  records.write_jsonl(path, [record, record])
-  assert records.read_jsonl(path, type(record)) == [record, record]
+  both = [record, record]
+  if isinstance(record, records.Prompt):  # Whose ids are distinct.
+    both[1] = dataclasses.replace(record, id='another')
+  records.write_jsonl(path, both)
+  assert records.read_jsonl(path, type(record)) == both
   before = path.read_bytes()
-  records.write_jsonl(path, [record, record])
+  records.write_jsonl(path, both)
   assert path.read_bytes() == before
   assert [p.name for p in path.parent.iterdir()] == [path.name]  # No .tmp.
 
@@ -146,3 +151,124 @@ def test_check_describes_every_type_and_fails_on_bad_files(tmp_path, capsys):
   assert '1 Document records' in captured.out
   assert "bad.jsonl:1: field 'prompt' is missing" in captured.err
   assert 'other.jsonl:1: fields question fit no record type' in captured.err
+
+
+TURNS = [
+  {'role': 'system', 'content': 'Be brief.'},
+  {'role': 'user', 'content': 'A bird?'},
+  {'role': 'assistant', 'content': 'Owl.'},
+  {'role': 'user', 'content': 'More!'},
+]
+
+
+def test_turns_stand_for_the_text(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text(json.dumps({'id': 'p', 'turns': TURNS}))
+  (prompt,) = records.read_jsonl(path, records.Prompt)
+  assert prompt.text == (
+    'Be brief.\n\nHuman: A bird?\n\nAssistant: Owl.\n\nHuman: More!'
+    '\n\nAssistant:'
+  )
+  assert prompt.turns[2] == records.Turn('assistant', 'Owl.')
+  records.write_jsonl(path, [prompt])
+  assert records.read_jsonl(path, records.Prompt) == [prompt]
+  path.write_text(json.dumps({'turns': TURNS, 'response': 'Wren.'}))
+  (row,) = records.read_jsonl(path, records.Demonstration)
+  assert row.prompt == prompt.text
+
+
+@pytest.mark.parametrize(
+  ('turns', 'expected'),
+  [
+    ('hi', '\'turns\' must be a list of turns, found "hi"'),
+    ([{'role': 'user'}], "'turns': turn 1 must have a role and a content"),
+    ([TURNS[1], {'role': 'bot', 'content': ''}], 'turn 2 must have a role of'),
+    (TURNS[:3], "'turns' must end with the user's turn"),
+    ([{'role': 'user', 'content': '\ud800'}], 'turn 1 holds a lone surrogate'),
+  ],
+)
+def test_bad_turns(turns, expected, tmp_path):
+  line = json.dumps({'id': 'p', 'text': 'x', 'turns': turns}).encode()
+  assert expected in _error(tmp_path / 'a.jsonl', line, records.Prompt)
+
+
+def test_scores_stand_for_ranks(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  values = {'prompt': 'x', 'completions': ['a', 'b', 'c'], 'scores': [1, 7, 1]}
+  path.write_text(json.dumps(values))
+  (row,) = records.read_jsonl(path, records.Comparison)
+  assert (row.ranks, row.scores) == ((2, 1, 2), (1, 7, 1))
+  for change, expected in (
+    ({'ranks': [1, 2, 1]}, 'the scores have ranks [2, 1, 2]'),
+    ({'scores': [1, 2]}, "'ranks' has 2 numbers for 3 completions"),
+    ({'scores': [1, 'x', 1]}, "'scores' must be a list of finite numbers"),
+    ({'scores': [1, float('nan'), 1]}, "'scores' must be a list of finite"),
+  ):
+    line = json.dumps({**values, **change}).encode()
+    assert expected in _error(path, line)
+
+
+def test_bad_input_has_its_message(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  good = {'prompt': 'x', 'completions': ['a', 'b'], 'ranks': [1, 2]}
+  # K = 1.
+  line = {**good, 'completions': ['a'], 'ranks': [1]}
+  assert (
+    "a.jsonl:1: 'completions' has 1 texts; a comparison needs at least 2"
+    in _error(path, json.dumps(line).encode())
+  )
+  # Empty completions are texts like any other: a policy may end at once.
+  path.write_text(json.dumps({**good, 'completions': ['', '']}))
+  assert records.read_jsonl(path, records.Comparison)[0].completions == ('', '')
+  # Duplicate ids.
+  prompt = json.dumps({'id': 'p', 'text': 'x'}).encode()
+  assert (
+    'a.jsonl:3: \'id\' "p" is that of line 1, too; ids must be distinct'
+    in _error(path, b'\n'.join([prompt, b'', prompt]), records.Prompt)
+  )
+  # Lines of 10 MB, one of them the last; what follows is read again.
+  long = json.dumps({'text': 'x' * 10_000_000}).encode()
+  message = _error(path, b'\n'.join([long, b'{}', long]), records.Document)
+  first, second, third = message.split('\n')
+  assert 'a.jsonl:1: 10,000,013 bytes on one line, at most 8,388,608' in first
+  assert "a.jsonl:2: field 'text' is missing" in second
+  assert 'a.jsonl:3: 10,000,012 bytes' in third
+  # All ties.
+  ties = [records.Comparison('x', ('a', 'b'), (1, 1))] * 2
+  with pytest.raises(
+    records.RecordError, match='all 2 comparisons every compl'
+  ):
+    records.check_labels(ties, path)
+  records.check_labels([*ties, COMPARISON], path)
+
+
+def test_the_check_tells_label_statistics(tmp_path, capsys):
+  rows = [
+    records.Comparison('x', ('a', 'b', 'c c'), (1, 2, 3), labeler='w1'),
+    # The same texts in another order: a < c, b; c and b tied.
+    records.Comparison('x', ('c c', 'b', 'a'), (2, 2, 1), labeler='w2'),
+    records.Comparison('y', ('a', ''), (2, 1), labeler='w1'),
+  ]
+  path = tmp_path / 'a.jsonl'
+  records.write_jsonl(path, rows)
+  # Pairs (a, b) and (a, c) were ordered by both, alike.
+  assert check.agreement(rows) == (2, 2)
+  swapped = dataclasses.replace(rows[1], ranks=(1, 2, 3))
+  # w2 now has c < b < a: none of three pairs alike.
+  assert check.agreement([rows[0], swapped]) == (0, 3)
+  assert check.main([str(path), '--limit', '2']) == 0
+  out = capsys.readouterr().out
+  assert 'labelers agree on 2 of 2 pairs' in out
+  assert 'K=2 1, K=3 2' in out
+  assert 'empty completions: 1' in out
+  assert 'longer than 2 words: 2 records' in out
+  records.write_jsonl(path, [dataclasses.replace(rows[2], ranks=(1, 1))])
+  assert check.main([str(path)]) == 1
+  assert 'ties teach a reward model nothing' in capsys.readouterr().err
+  tokenizer.train_bpe(['a'], 258).save(tmp_path / 'tokenizer')
+  folder = str(tmp_path / 'tokenizer')
+  records.write_jsonl(path, rows)
+  assert check.main([str(path), '--tokenizer', folder, '--limit', '3']) == 0
+  out = capsys.readouterr().out
+  # One token a byte: x and c, space, c are 4.
+  assert 'longer than 3 tokens: 2 records' in out

@@ -1,7 +1,10 @@
 import gzip
+import json
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.ipc
 import pytest
 
 from instruct_jax.data import records, sources
@@ -75,3 +78,71 @@ assert 'tensorflow' not in sys.modules
   )
   assert done.returncode == 0, done.stderr
   assert 'examples have description, label, title and no text' in done.stdout
+
+
+def write_saved(folder, rows, batches=2):
+  """A folder as `Dataset.save_to_disk` leaves it."""
+  folder.mkdir()
+  table = pyarrow.Table.from_pylist(rows)
+  with pyarrow.ipc.new_stream(folder / 'data-0.arrow', table.schema) as out:
+    for batch in table.to_batches(max_chunksize=-(-len(rows) // batches)):
+      out.write_batch(batch)
+  state = {'_data_files': [{'filename': 'data-0.arrow'}]}
+  (folder / 'state.json').write_text(json.dumps(state))
+
+
+def test_saved_datasets(tmp_path):
+  rows = [{'question': f'q{i}?', 'answer': f'a{i}', 'n': i} for i in range(5)]
+  write_saved(tmp_path / 'set', rows)
+  spec = f'datasets:{tmp_path / "set"}'
+  assert list(sources.read_examples(spec)) == rows
+  found = sources.from_fields(
+    sources.read_examples(spec),
+    records.Demonstration,
+    {'prompt': '{question} ({n})\n', 'response': '{answer}'},
+    spec,
+  )
+  assert found[3] == records.Demonstration('q3? (3)\n', 'a3')
+  with pytest.raises(records.RecordError, match='answer, n, question and no t'):
+    sources.read_documents(spec, words_per_document=9)
+  write_saved(tmp_path / 'texts', [{'text': 'one\n\ntwo'}, {'text': 'three'}])
+  spec = f'datasets:{tmp_path / "texts"}'
+  found = sources.read_documents(spec, words_per_document=1)
+  assert [d.text for d in found] == ['one', 'two', 'three']
+
+  path = tmp_path / 'texts' / 'data-0.arrow'
+  path.write_bytes(path.read_bytes()[:150])
+  with pytest.raises(records.RecordError, match='data-0.arrow: damaged'):
+    list(sources.read_examples(spec))
+  (tmp_path / 'dataset_dict.json').write_text('{"splits": ["train", "test"]}')
+  with pytest.raises(records.RecordError, match='one of train, test'):
+    list(sources.read_examples(f'datasets:{tmp_path}'))
+  with pytest.raises(records.RecordError, match=r'no state\.json'):
+    list(sources.read_examples(f'datasets:{tmp_path / "nowhere"}'))
+
+
+def test_bad_values_of_fields_are_reported_together():
+  examples = [{'a': '', 'b': 'x'}, {'a': 'y', 'b': 'x'}, {'a': 'z', 'b': ' '}]
+  with pytest.raises(records.RecordError) as info:
+    sources.from_fields(
+      examples, records.Demonstration, {'prompt': '{a}', 'response': '{b}'}, 'S'
+    )
+  message = str(info.value)
+  assert "S:1: 'prompt' is empty" in message
+  assert "S:3: 'response' is empty" in message
+
+
+def test_mix_by_hand():
+  a = [records.Document(f'a{i}') for i in range(10)]
+  b = [records.Document(f'b{i}') for i in range(100)]
+  mixed = sources.mix([a, b], [0.2, 0.8], seed=0)
+  # a has 10 for a fifth: 50 in all, 40 of them from b; none twice.
+  texts = [d.text for d in mixed]
+  assert len(texts) == len(set(texts)) == 50
+  assert sum(t.startswith('a') for t in texts) == 10
+  assert mixed == sources.mix([a, b], [1, 4], seed=0)
+  assert mixed != sources.mix([a, b], [1, 4], seed=1)
+  with pytest.raises(ValueError, match='must be positive'):
+    sources.mix([a, b], [1, 0], seed=0)
+  with pytest.raises(ValueError, match='not empty'):
+    sources.mix([a, []], [1, 1], seed=0)

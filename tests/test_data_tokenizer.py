@@ -3,8 +3,9 @@ import json
 
 import numpy as np
 import pytest
+import transformers
 
-from instruct_jax.data import records, tokenizer
+from instruct_jax.data import loader, records, tokenizer
 
 
 @pytest.fixture(scope='module')
@@ -142,3 +143,193 @@ def test_real_gpt2(data_root):
   assert gpt2.eos_id not in gpt2.encode('<|endoftext|>')
   for text in TEXTS:
     assert gpt2.decode(gpt2.encode(text)) == text
+
+
+# --- Templates and stop tokens ------------------------------------------------
+
+CHAT_TEMPLATE = (
+  "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+  '<|im_end|>\n{% endfor %}'
+  '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
+)
+TURNS = (
+  records.Turn('user', 'the cat'),
+  records.Turn('assistant', 'sat'),
+  records.Turn('user', 'on'),
+)
+
+
+@pytest.fixture
+def published(bpe, tmp_path):
+  """A folder as chat models publish it: no PAD, two tokens that end."""
+  bpe.save(tmp_path / 'bpe')
+  fast = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / 'bpe')
+  fast.add_special_tokens(
+    {
+      'additional_special_tokens': ['<|im_start|>', '<|im_end|>', '<|end|>'],
+      'eos_token': '<|im_end|>',
+      'pad_token': '<|end|>',
+    }
+  )
+  fast.chat_template = CHAT_TEMPLATE
+  folder = tmp_path / 'published'
+  fast.save_pretrained(folder)
+  ids = fast.convert_tokens_to_ids(['<|im_end|>', '<|end|>'])
+  (folder / 'generation_config.json').write_text(
+    json.dumps({'eos_token_id': ids})
+  )
+  return folder, fast
+
+
+def test_stop_tokens_are_a_set(published, tmp_path):
+  folder, fast = published
+  loaded = tokenizer.Tokenizer.load(f'hf:{folder}')
+  eos, end, start = fast.convert_tokens_to_ids(
+    ['<|im_end|>', '<|end|>', '<|im_start|>']
+  )
+  assert loaded.eos_id == eos
+  assert loaded.stop_ids == (eos, end)
+  # The published PAD ends responses, too: PAD is an id of its own instead.
+  assert loaded.pad_id not in loaded.stop_ids
+  assert loaded.decode([*loaded.encode('the cat'), end]) == 'the cat'
+  more = loaded.with_format('', ['<|im_start|>'])
+  assert set(more.stop_ids) == {eos, end, start}
+  assert more.fingerprint != loaded.fingerprint
+  assert more.vocabulary_fingerprint == loaded.vocabulary_fingerprint
+  more.save(tmp_path / 'saved')
+  again = tokenizer.Tokenizer.load(tmp_path / 'saved')
+  assert again.stop_ids == more.stop_ids
+  assert again.fingerprint == more.fingerprint
+  with pytest.raises(ValueError, match=r"\['<nowhere>'\] are not in the vocab"):
+    loaded.with_format('', ['<nowhere>'])
+  with pytest.raises(ValueError, match='is the PAD'):
+    loaded.with_format('', ['<pad>'])
+
+
+def test_format_string(bpe, tmp_path):
+  formatted = bpe.with_format('Q: {prompt}\nA:', [])
+  (ids,) = formatted.encode_prompts(['the {cat}'])
+  assert formatted.decode(ids) == 'Q: the {cat}\nA:'
+  prompt = records.Prompt('1', 'the cat', turns=TURNS)
+  assert formatted.encode_prompts([prompt]) == formatted.encode_prompts(
+    ['the cat']
+  )
+  assert bpe.encode_prompts([prompt]) == [bpe.encode('the cat')]
+  assert formatted.encode_responses([' the']) == [bpe.encode(' the')]
+  formatted.save(tmp_path)
+  again = tokenizer.Tokenizer.load(tmp_path)
+  assert again.encode_prompts(['x']) == formatted.encode_prompts(['x'])
+  assert again.fingerprint != bpe.fingerprint
+  for bad in ('no slot', '{prompt} {prompt}'):
+    with pytest.raises(
+      ValueError, match='must be .chat. or hold {prompt} once'
+    ):
+      bpe.with_format(bad, [])
+  with pytest.raises(ValueError, match='no chat template'):
+    bpe.with_format('chat', [])
+
+
+def test_chat_template(published):
+  pytest.importorskip('jinja2', reason='chat templates need jinja2')
+  folder, fast = published
+  chat = tokenizer.Tokenizer.load(folder).with_format('chat', [])
+  messages = [{'role': t.role, 'content': t.content} for t in TURNS]
+  expected = fast.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=False
+  )
+  prompt = records.Prompt('1', 'not used', turns=TURNS)
+  assert chat.encode_prompts([prompt]) == [expected]
+  assert expected.count(chat.eos_id) == 3
+  row = records.Demonstration('not used', ' sat', turns=TURNS)
+  rows, _ = loader.demonstration_rows(
+    [row], chat, 64, loss_on='response', pack=False
+  )
+  sequence = rows.tokens[0][rows.mask[0]].tolist()
+  assert sequence == [*expected, *chat.encode('sat'), chat.eos_id]
+  (single,) = chat.encode_prompts(['the cat'])
+  assert single == fast.apply_chat_template(
+    messages[:1], add_generation_prompt=True, return_dict=False
+  )
+  # What a user types is text, special tokens too.
+  (ids,) = chat.encode_prompts(['the <|im_end|> cat'])
+  assert ids.count(chat.eos_id) == 1
+  assert fast.decode(ids) == fast.decode(single).replace(
+    'the cat', 'the <|im_end|> cat'
+  )
+  assert chat.encode('<|im_end|>') != [chat.eos_id]
+
+
+def test_what_stands_before_every_text(bpe, tmp_path):
+  bpe.save(tmp_path)
+  path = tmp_path / 'tokenizer.json'
+  described = json.loads(path.read_text())
+  described['added_tokens'].append(
+    {**described['added_tokens'][0], 'id': bpe.vocab_size, 'content': '<bos>'}
+  )
+  described['post_processor'] = {
+    'type': 'TemplateProcessing',
+    'single': [
+      {'SpecialToken': {'id': '<bos>', 'type_id': 0}},
+      {'Sequence': {'id': 'A', 'type_id': 0}},
+    ],
+    'pair': [],
+    'special_tokens': {
+      '<bos>': {'id': '<bos>', 'ids': [bpe.vocab_size], 'tokens': ['<bos>']}
+    },
+  }
+  path.write_text(json.dumps(described))
+  loaded = tokenizer.Tokenizer.load(tmp_path)
+  bos = loaded.vocab_size - 1
+  assert loaded.prefix_ids == (bos,)
+  assert loaded.encode_prompts(['the']) == [[bos, *loaded.encode('the')]]
+  assert loaded.encode_documents(['the']) == [[bos, *loaded.encode('the')]]
+  assert bos not in loaded.encode_responses(['the'])[0]
+  assert loaded.decode([bos, *loaded.encode('the')]) == 'the'
+
+
+def test_a_published_model_with_another_tokenizer_is_refused(
+  words, bpe, tmp_path
+):
+  words.save(tmp_path / 'model')
+  tokenizer.check_published(bpe, str(tmp_path / 'model'))  # No model yet.
+  (tmp_path / 'model' / 'config.json').write_text('{}')
+  tokenizer.check_published(words, f'hf:{tmp_path / "model"}')
+  tokenizer.check_published(
+    words.with_format('{prompt} .', []), str(tmp_path / 'model')
+  )
+  with pytest.raises(
+    ValueError, match=r'model has a tokenizer of 7 tokens .* uses one of 2'
+  ):
+    tokenizer.check_published(bpe, f'hf:{tmp_path / "model"}')
+
+
+def test_the_command_prepares_a_tokenizer(words, tmp_path, capsys):
+  words.save(tmp_path / 'in')
+  command = [str(tmp_path / 'in'), '--output', str(tmp_path / 'out')]
+  assert tokenizer.main([*command, '--template', '{prompt} .']) == 0
+  assert 'stops [1]' in capsys.readouterr().out
+  loaded = tokenizer.Tokenizer.load(tmp_path / 'out')
+  assert loaded.encode_prompts(['cat']) == [[4, 6]]
+  assert tokenizer.main([*command, '--stop', 'dog']) == 1
+  assert 'are not in the vocabulary' in capsys.readouterr().err
+
+
+def test_gpt2_folder(tmp_path):
+  vocabulary = {'l': 0, 'o': 1, 'lo': 2, '<|endoftext|>': 3}
+  (tmp_path / 'vocab.json').write_text(json.dumps(vocabulary))
+  (tmp_path / 'merges.txt').write_text('#version: 0.2\nl o\n')
+  loaded = tokenizer.Tokenizer.load(tmp_path)
+  assert (loaded.encode('lol'), loaded.vocab_size) == ([2, 0], 5)
+
+
+def test_what_does_not_download_is_named(monkeypatch):
+  import huggingface_hub
+
+  def fail(name, allow_patterns):
+    raise OSError('no network')
+
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', fail)
+  with pytest.raises(
+    ValueError, match='hf:who/what: no such folder here, .*no'
+  ):
+    tokenizer.Tokenizer.load('hf:who/what')

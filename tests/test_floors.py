@@ -14,6 +14,7 @@ ALGORITHM = ('masked', 'losses', 'advantages', 'rewards', 'packing')
 FLOORS = {
   # 0
   'types': (),
+  'hub': (),
   # 1: columns; inside a folder files import each other, across columns never.
   'masked': ('types',),
   'losses': ('types', 'masked'),
@@ -22,12 +23,12 @@ FLOORS = {
   'packing': ('types', 'masked'),
   'alarms': (),
   'models': ('types', 'models'),
-  'data': ('types', 'data', 'miniature'),
+  'data': ('types', 'hub', 'data', 'miniature'),
   'miniature': ('types', 'data', 'miniature'),
   'infra': ('types', 'infra'),
   # 2: models and infra meet in `artifacts` alone; elsewhere the model arrives
   # as an argument. Never each other.
-  'artifacts': ('types', 'models', 'infra'),
+  'artifacts': ('types', 'hub', 'models', 'infra'),
   'export': ('artifacts', 'data', 'models', 'infra'),
   'rollout': ('types', *ALGORITHM, 'infra.train_state'),
   'ppo': ('types', *ALGORITHM, 'infra.train_state'),

@@ -1,10 +1,13 @@
 """Checks JSONL files and describes what is in them.
 
-  python -m instruct_jax.data FILE...
+  python -m instruct_jax.data FILE... [--tokenizer=FOLDER] [--limit=TOKENS]
 
-The record type is told from the fields of the first line. Prints counts, a
-table of lengths in words, and for comparisons the histogram of K, the share of
-tied pairs and the labelers. Exit code 1 if any file is bad.
+The record type is told from the fields of the first line. Prints counts and a
+table of lengths, in words or, with a tokenizer, in tokens, and how many records
+are longer than the limit as a whole. For comparisons also the histogram of K,
+the share of tied pairs, the labelers, and how often two labelers of the same
+completions agree. Exit code 1 if any file is bad, or if nothing can be learned
+from it (comparisons that are all ties).
 """
 
 import argparse
@@ -17,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from instruct_jax.data import records
+from instruct_jax.data import tokenizer as tokenizer_lib
 
 
 def guess_type(values: Mapping[str, Any]) -> type:
@@ -28,10 +32,12 @@ def guess_type(values: Mapping[str, Any]) -> type:
   for field, record_type in (
     ('completions', records.Comparison),
     ('ranks', records.Comparison),
+    ('scores', records.Comparison),
     ('response', records.Demonstration),
     ('prompt', records.Demonstration),
     ('id', records.Prompt),
     ('user', records.Prompt),
+    ('turns', records.Prompt),
     ('text', records.Document),
   ):
     if field in values:
@@ -56,8 +62,21 @@ def read_any(path: str) -> list[Any]:
   return records.read_jsonl(path, record_type)
 
 
-def describe(path: str, rows: Sequence[Any]) -> str:
-  """A few lines of text about the records of one file."""
+def describe(
+  path: str,
+  rows: Sequence[Any],
+  tokenizer: tokenizer_lib.Tokenizer | None = None,
+  limit: int | None = None,
+) -> str:
+  """A few lines of text about the records of one file.
+
+  Args:
+    path: named in the text.
+    rows: of one record type.
+    tokenizer: lengths are in its tokens; None counts words.
+    limit: records with a longer text, prompt and response together, are
+      counted; with completions, the longest of them.
+  """
   lines = [f'{path}: {len(rows)} {type(rows[0]).__name__} records']
   texts = collections.defaultdict(list)
   for row in rows:
@@ -66,12 +85,32 @@ def describe(path: str, rows: Sequence[Any]) -> str:
         texts[field].append(vars(row)[field])
     if isinstance(row, records.Comparison):
       texts['completions'].extend(row.completions)
-  lines.append(f'  {"words":<12}{"min":>8}{"median":>8}{"mean":>8}{"max":>8}')
-  for field, values in texts.items():
-    lengths = [len(value.split()) for value in values]
+
+  def lengths_of(values):
+    if tokenizer is None:
+      return np.array([len(value.split()) for value in values])
+    return np.array([len(ids) for ids in tokenizer.encode_batch(values)])
+
+  lengths = {field: lengths_of(values) for field, values in texts.items()}
+  unit = 'words' if tokenizer is None else 'tokens'
+  columns = ('min', 'median', 'mean', '95 %', '99 %', 'max')
+  lines.append(f'  {unit:<12}' + ''.join(f'{name:>8}' for name in columns))
+  for field, found in lengths.items():
+    low, median, high, higher, most = np.percentile(found, [0, 50, 95, 99, 100])
     lines.append(
-      f'  {field:<12}{min(lengths):>8}{np.median(lengths):>8.0f}'
-      f'{np.mean(lengths):>8.1f}{max(lengths):>8}'
+      f'  {field:<12}{low:>8.0f}{median:>8.0f}{found.mean():>8.1f}'
+      f'{high:>8.0f}{higher:>8.0f}{most:>8.0f}'
+    )
+  if limit is not None:
+    whole = next(iter(lengths.values())).copy()
+    if 'response' in lengths:
+      whole += lengths['response']
+    if 'completions' in lengths:
+      ends = np.cumsum([len(row.completions) for row in rows])
+      parts = np.split(lengths['completions'], ends[:-1])
+      whole += np.array([part.max() for part in parts])
+    lines.append(
+      f'  longer than {limit} {unit}: {(whole > limit).sum()} records'
     )
   for field in ('user', 'labeler', 'category', 'source'):
     if field in vars(rows[0]):
@@ -83,20 +122,61 @@ def describe(path: str, rows: Sequence[Any]) -> str:
         + (f' ({common}{", ..." if len(found) > 3 else ""})' if found else '')
         + (f', {unknown} records without' if unknown else '')
       )
+  if 'turns' in vars(rows[0]):
+    turns = collections.Counter(len(row.turns) for row in rows if row.turns)
+    if turns:
+      lines.append(
+        '  turns: ' + ', '.join(f'{k} {n}' for k, n in sorted(turns.items()))
+      )
   if isinstance(rows[0], records.Comparison):
-    sizes = collections.Counter(len(row.ranks) for row in rows)
-    pairs = [
-      a == b for row in rows for a, b in itertools.combinations(row.ranks, 2)
-    ]
-    lines.append(
-      '  completions ranked: '
-      + ', '.join(f'K={k} {n}' for k, n in sorted(sizes.items()))
-    )
-    lines.append(
-      f'  pairs: {len(pairs)}, tied {sum(pairs)} ({np.mean(pairs):.1%}); '
-      f'all tied in {sum(len(set(row.ranks)) == 1 for row in rows)} records'
-    )
+    lines += _describe_labels(rows)
   return '\n'.join(lines)
+
+
+def _describe_labels(rows: Sequence[records.Comparison]) -> list[str]:
+  sizes = collections.Counter(len(row.ranks) for row in rows)
+  pairs = [
+    a == b for row in rows for a, b in itertools.combinations(row.ranks, 2)
+  ]
+  all_tied = sum(len(set(row.ranks)) == 1 for row in rows)
+  empty = sum(not text.strip() for row in rows for text in row.completions)
+  lines = [
+    '  completions ranked: '
+    + ', '.join(f'K={k} {n}' for k, n in sorted(sizes.items())),
+    f'  pairs: {len(pairs)}, tied {sum(pairs)} ({np.mean(pairs):.1%}); '
+    f'all tied in {all_tied} records',
+    f'  empty completions: {empty}',
+  ]
+  same, compared = agreement(rows)
+  if compared:
+    lines.append(
+      f'  labelers agree on {same} of {compared} pairs ({same / compared:.1%}) '
+      'that two of them ordered'
+    )
+  else:
+    lines.append('  agreement: no completions were ranked by two labelers')
+  return lines
+
+
+def agreement(rows: Sequence[records.Comparison]) -> tuple[int, int]:
+  """(pairs ordered alike, pairs ordered by both), over any two labelers of one
+  prompt and the same completions; ties are left out (paper 3.4)."""
+  groups = collections.defaultdict(list)
+  for row in rows:
+    order = sorted(range(len(row.ranks)), key=lambda i: row.completions[i])
+    texts = tuple(row.completions[i] for i in order)
+    ranks = [row.ranks[i] for i in order]
+    groups[row.prompt, texts].append((row.labeler, ranks))
+  same = compared = 0
+  for (_, texts), ranked in groups.items():
+    for (who, ranks), (other, others) in itertools.combinations(ranked, 2):
+      if who == other:
+        continue
+      for a, b in itertools.combinations(range(len(texts)), 2):
+        if ranks[a] != ranks[b] and others[a] != others[b]:
+          compared += 1
+          same += (ranks[a] < ranks[b]) == (others[a] < others[b])
+  return same, compared
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,10 +185,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prog='python -m instruct_jax.data', description='Checks JSONL files.'
   )
   parser.add_argument('files', nargs='+', metavar='FILE')
-  failed = 0
-  for path in parser.parse_args(arguments).files:
+  parser.add_argument('--tokenizer', metavar='FOLDER', help='or hf:NAME')
+  parser.add_argument('--limit', type=int, metavar='TOKENS')
+  options = parser.parse_args(arguments)
+  tokenizer = None
+  if options.tokenizer:
     try:
-      print(describe(path, read_any(path)))
+      tokenizer = tokenizer_lib.Tokenizer.load(options.tokenizer)
+    except ValueError as error:
+      print(error, file=sys.stderr)
+      return 1
+  failed = 0
+  for path in options.files:
+    try:
+      rows = read_any(path)
+      print(describe(path, rows, tokenizer, options.limit))
+      if isinstance(rows[0], records.Comparison):
+        records.check_labels(rows, path)
     except records.RecordError as error:
       failed += 1
       print(error, file=sys.stderr)

@@ -200,7 +200,7 @@ def read_rankings_and_counts(
       continue
     count['merged'] += len(scores_by_text) < NUM_SYSTEMS
     scores = [float(np.mean(values)) for values in scores_by_text.values()]
-    ranks = ranks_of_scores(scores)
+    ranks = records.ranks_of_scores(scores)
     count['all_tied'] += len(set(ranks)) == 1
     comparisons.append(
       records.Comparison(
@@ -218,15 +218,6 @@ def read_rankings_and_counts(
     raise records.RecordError(f'{path}: holds no usable rankings')
   fields = dataclasses.fields(RankingCounts)
   return comparisons, RankingCounts(**{f.name: count[f.name] for f in fields})
-
-
-def ranks_of_scores(scores: Sequence[float]) -> tuple[int, ...]:
-  """Ranks from 1 for the highest score; equal scores share a rank.
-
-  Ranks are dense: (80, 100, 100, 60) has ranks (2, 1, 1, 3).
-  """
-  order = sorted(set(scores), reverse=True)
-  return tuple(order.index(score) + 1 for score in scores)
 
 
 def split_workers(

@@ -56,7 +56,7 @@ def drop_long(
   max_tokens: int,
 ) -> tuple[Prompts, int]:
   """Drops prompts of more than `max_tokens` tokens; none is ever cut (C)."""
-  lengths = map(len, tokenizer.encode_batch([p.text for p in prompts]))
+  lengths = map(len, tokenizer.encode_prompts(prompts))
   kept = [
     prompt
     for prompt, length in zip(prompts, lengths, strict=True)

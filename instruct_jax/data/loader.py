@@ -135,8 +135,8 @@ def demonstration_rows(
   """
   if loss_on not in ('response', 'all'):
     raise ValueError(f"loss_on is {loss_on!r}; use 'response' or 'all'")
-  prompts = tokenizer.encode_batch([d.prompt for d in demonstrations])
-  responses = tokenizer.encode_batch([d.response for d in demonstrations])
+  prompts = tokenizer.encode_prompts(demonstrations)
+  responses = tokenizer.encode_responses([d.response for d in demonstrations])
   pieces, loss_starts = [], []
   for prompt, response in zip(prompts, responses, strict=True):
     if len(prompt) + len(response) + 1 > row_length:
@@ -179,9 +179,9 @@ def comparison_rows(
         f'{len(comparison.completions)} completions, max_candidates is '
         f'{max_candidates}; raise it'
       )
-  prompts = tokenizer.encode_batch([c.prompt for c in comparisons])
+  prompts = tokenizer.encode_prompts(comparisons)
   completions = iter(
-    tokenizer.encode_batch([t for c in comparisons for t in c.completions])
+    tokenizer.encode_responses([t for c in comparisons for t in c.completions])
   )
   kept = []
   for prompt, comparison in zip(prompts, comparisons, strict=True):
@@ -217,9 +217,8 @@ def fitting_comparisons(
   """The comparisons that `comparison_rows` keeps, in its order of rows."""
   kept = []
   for comparison in comparisons:
-    prompt, *completions = tokenizer.encode_batch(
-      [comparison.prompt, *comparison.completions]
-    )
+    (prompt,) = tokenizer.encode_prompts([comparison])
+    completions = tokenizer.encode_responses(comparison.completions)
     if len(prompt) + max(map(len, completions)) + 1 <= row_length:
       kept.append(comparison)
   return kept
@@ -290,9 +289,7 @@ def prompt_rows(
   Raises:
     ValueError: none fits.
   """
-  encoded = tokenizer.encode_batch(
-    [p if isinstance(p, str) else p.text for p in prompts]
-  )
+  encoded = tokenizer.encode_prompts(prompts)
   # An empty prompt has no last token to predict from; it cannot be used.
   indices = [
     i for i, ids in enumerate(encoded) if 0 < len(ids) <= prompt_length

@@ -14,16 +14,26 @@ with a default may be left out; unknown fields are errors, because a misspelt
   Comparison     {"prompt": "Name a bird.", "completions": ["Owl.", "", "No."],
                   "ranks": [1, 2, 2], "user": "u3", "labeler": "w1"}
 
-Ranks: 1 is best and equal numbers are ties. A completion may be the empty
-string, because a policy may end at once; all other texts must say something.
-The prompt's text is what the model sees before its first own token: if a
-separator is wanted, it is part of the text.
+Ranks: 1 is best and equal numbers are ties. A comparison may have `scores`
+(higher is better) in place of ranks: {"prompt": "Name a bird.",
+"completions": ["Owl.", "No."], "scores": [6.5, 2], "time": "2022-01-31"}.
+A completion may be the empty string, because a policy may end at once; all
+other texts must say something. The prompt's text is what the model sees before
+its first own token: if a separator is wanted, it is part of the text.
+
+A conversation is a prompt, too. With `turns`, the text may be left out and is
+then `text_of_turns`; a tokenizer with a chat template renders the turns its own
+way. The last turn is the user's. {"id": "p8", "turns": [
+{"role": "user", "content": "Name a bird."},
+{"role": "assistant", "content": "Owl."}, {"role": "user", "content": "More!"}]}
 """
 
 import collections
 import dataclasses
 import gzip
+import io
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -31,10 +41,21 @@ from typing import Any, TypeVar
 from etils import epath
 
 MAX_REPORTED_LINES = 10
+# Far beyond any context length; a whole corpus on one line is a mistake.
+MAX_LINE_BYTES = 8 * 1024**2
+ROLES = ('system', 'user', 'assistant')
 
 
 class RecordError(ValueError):
   """A data file that cannot be used; the text names file, line and field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+  """One message of a conversation; `role` is one of `ROLES`."""
+
+  role: str
+  content: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +76,7 @@ class Prompt:
     user: who sent it; the caps and splits of A.2 go by this.
     category: one of the use cases of Table 1, or ''.
     metadata: anything JSON; the loops carry it and never read it.
+    turns: the conversation so far, the user's turn last; () is one turn.
   """
 
   id: str
@@ -62,6 +84,7 @@ class Prompt:
   user: str = ''
   category: str = ''
   metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+  turns: tuple[Turn, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +98,7 @@ class Demonstration:
   labeler: str = ''
   category: str = ''
   metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+  turns: tuple[Turn, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +110,7 @@ class Comparison:
     completions: the K >= 2 texts that were ranked.
     ranks: K integers from 1 (best); equal numbers are ties.
     time: when it was labeled, as free text, or ''.
+    scores: K finite numbers that gave the ranks, or ().
   """
 
   prompt: str
@@ -97,6 +122,8 @@ class Comparison:
   category: str = ''
   time: str = ''
   metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+  turns: tuple[Turn, ...] = ()
+  scores: tuple[float, ...] = ()
 
 
 RECORD_TYPES = (Document, Prompt, Demonstration, Comparison)
@@ -106,7 +133,7 @@ Record = TypeVar('Record', Document, Prompt, Demonstration, Comparison)
 _NEVER_EMPTY = ('text', 'prompt', 'response', 'id')
 
 
-def _is_list_of(value: Any, item_type: type) -> bool:
+def _is_list_of(value: Any, item_type: type | tuple[type, ...]) -> bool:
   # bool is an int to Python, but `true` is no rank.
   return isinstance(value, list | tuple) and all(
     isinstance(item, item_type) and not isinstance(item, bool) for item in value
@@ -116,6 +143,79 @@ def _is_list_of(value: Any, item_type: type) -> bool:
 def _shown(value: Any) -> str:
   text = json.dumps(value, ensure_ascii=True, default=repr)
   return text if len(text) <= 60 else text[:57] + '...'
+
+
+def text_of_turns(turns: Iterable[Turn]) -> str:
+  """A conversation as plain text that asks for the assistant's next turn.
+
+  The layout of Anthropic's HH files (Bai et al. 2022), which models without a
+  chat template read like any other text; a system turn comes first, bare.
+  """
+  names = {'system': '', 'user': '\n\nHuman: ', 'assistant': '\n\nAssistant: '}
+  text = ''.join(names[turn.role] + turn.content for turn in turns)
+  return text + '\n\nAssistant:'
+
+
+def ranks_of_scores(scores: Iterable[int | float]) -> tuple[int, ...]:
+  """Ranks from 1 for the highest score; equal scores share a rank.
+
+  Ranks are dense: (80, 100, 100, 60) has ranks (2, 1, 1, 3).
+  """
+  scores = tuple(scores)
+  order = sorted(set(scores), reverse=True)
+  return tuple(order.index(score) + 1 for score in scores)
+
+
+def completed(
+  values: Mapping[str, Any], record_type: type
+) -> Mapping[str, Any]:
+  """Values as a file may spell them, with ranks and text filled in.
+
+  `scores` stand for `ranks` and `turns` for the prompt's text; what is wrong
+  with either is left for `problems` to say.
+  """
+  filled = dict(values)
+  if (
+    record_type is Comparison
+    and 'ranks' not in filled
+    and _are_scores(values.get('scores'))
+  ):
+    filled['ranks'] = list(ranks_of_scores(values['scores']))
+  name = 'text' if record_type is Prompt else 'prompt'
+  if (
+    record_type is not Document
+    and name not in filled
+    and 'turns' in values
+    and not _turn_problems(values['turns'])
+  ):
+    turns = [Turn(**turn) for turn in values['turns']]
+    filled[name] = text_of_turns(turns)
+  return filled
+
+
+def _are_scores(value: Any) -> bool:
+  return _is_list_of(value, (int, float)) and all(map(math.isfinite, value))
+
+
+def _turn_problems(value: Any) -> str:
+  if not isinstance(value, list) or not value:
+    return f"'turns' must be a list of turns, found {_shown(value)}"
+  for number, turn in enumerate(value, start=1):
+    if not isinstance(turn, dict) or set(turn) != {'role', 'content'}:
+      return (
+        f"'turns': turn {number} must have a role and a content, found "
+        f'{_shown(turn)}'
+      )
+    if turn['role'] not in ROLES or not isinstance(turn['content'], str):
+      return (
+        f"'turns': turn {number} must have a role of {', '.join(ROLES)} and a "
+        f'text as content, found {_shown(turn)}'
+      )
+    if not _encodable(turn['content']):
+      return f"'turns': turn {number} holds a lone surrogate; re-encode it"
+  if value[-1]['role'] != 'user':
+    return "'turns' must end with the user's turn; the answer is no part of it"
+  return ''
 
 
 def problems(values: Mapping[str, Any], record_type: type) -> list[str]:
@@ -175,6 +275,28 @@ def problems(values: Mapping[str, Any], record_type: type) -> list[str]:
           f'{name!r} has {len(value)} numbers for {len(completions)} '
           'completions; give one rank each'
         )
+    elif name in ('scores', 'turns') and value in ((), []):
+      continue  # None given.
+    elif name == 'scores':
+      if not _are_scores(value):
+        found.append(
+          f'{name!r} must be a list of finite numbers, found {_shown(value)}'
+        )
+        continue
+      if _is_list_of(values.get('ranks'), int) and tuple(
+        values['ranks']
+      ) != ranks_of_scores(value):
+        found.append(
+          f'{name!r} {_shown(value)} and ranks {_shown(values["ranks"])} '
+          f'differ; the scores have ranks {list(ranks_of_scores(value))}: '
+          'leave the ranks out'
+        )
+      continue
+    elif name == 'turns':
+      problem = _turn_problems(value)
+      if problem:
+        found.append(problem)
+      continue
     elif name == 'metadata':
       if not isinstance(value, dict):
         found.append(f'{name!r} must be an object, found {_shown(value)}')
@@ -201,12 +323,15 @@ def _encodable(text: str) -> bool:
 
 def from_values(values: Mapping[str, Any], record_type: type[Record]) -> Record:
   """Builds a record from values that `problems` found nothing wrong with."""
-  return record_type(
-    **{
-      name: tuple(value) if name in ('completions', 'ranks') else value
-      for name, value in values.items()
-    }
-  )
+  values = dict(values)
+  for name in ('completions', 'ranks'):
+    if name in values:
+      values[name] = tuple(values[name])
+  if 'scores' in values:
+    values['scores'] = tuple(map(float, values['scores']))
+  if 'turns' in values:
+    values['turns'] = tuple(Turn(**turn) for turn in values['turns'])
+  return record_type(**values)
 
 
 def to_values(record: Record) -> dict[str, Any]:
@@ -217,6 +342,8 @@ def to_values(record: Record) -> dict[str, Any]:
     if value == field.default or (field.name == 'metadata' and not value):
       continue
     values[field.name] = list(value) if isinstance(value, tuple) else value
+    if field.name == 'turns':
+      values['turns'] = [dataclasses.asdict(turn) for turn in value]
   return values
 
 
@@ -227,19 +354,25 @@ def read_bytes(path: epath.PathLike) -> bytes:
     RecordError: the file is missing, is a folder, or is cut short.
   """
   path = epath.Path(path)
-  if not path.exists():
-    raise RecordError(f'{path}: no such file')
-  if path.is_dir():
-    raise RecordError(f'{path}: is a folder; give the files inside it')
+  _check_file(path)
   content = path.read_bytes()
   if path.name.endswith('.gz'):
     try:
       content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-      raise RecordError(
-        f'{path}: not a whole gzip file ({error}); fetch it again'
-      ) from error
+      raise _gzip_error(path, error) from error
   return content
+
+
+def _check_file(path: epath.Path) -> None:
+  if not path.exists():
+    raise RecordError(f'{path}: no such file')
+  if path.is_dir():
+    raise RecordError(f'{path}: is a folder; give the files inside it')
+
+
+def _gzip_error(path: epath.Path, error: Exception) -> RecordError:
+  return RecordError(f'{path}: not a whole gzip file ({error}); fetch it again')
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
@@ -278,8 +411,17 @@ def raise_problems(
 def iterate_lines(
   path: epath.PathLike,
 ) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-  """Yields (line number, JSON object), or (line number, what is wrong)."""
-  for number, line in enumerate(read_bytes(path).split(b'\n'), start=1):
+  """Yields (line number, JSON object), or (line number, what is wrong).
+
+  One line is held in memory at a time.
+
+  Raises:
+    RecordError: as in `read_bytes`.
+  """
+  for number, line in _raw_lines(epath.Path(path)):
+    if isinstance(line, str):
+      yield number, line
+      continue
     if not line.strip():
       continue
     try:
@@ -297,6 +439,42 @@ def iterate_lines(
       yield number, f'expected a JSON object, found {_shown(values)}'
 
 
+def _raw_lines(path: epath.Path) -> Iterator[tuple[int, bytes | str]]:
+  _check_file(path)
+  with path.open('rb') as file:
+    if path.name.endswith('.gz'):
+      file = io.BufferedReader(gzip.GzipFile(fileobj=file))
+    number = 0
+    try:
+      while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        size = len(line)
+        if size <= MAX_LINE_BYTES:
+          yield number, line
+          continue
+        while line and not line.endswith(b'\n'):
+          line = file.readline(MAX_LINE_BYTES)
+          size += len(line)
+        yield (
+          number,
+          f'{size:,} bytes on one line, at most {MAX_LINE_BYTES:,} are read; '
+          'split the text, or write one JSON object a line',
+        )
+    except (OSError, EOFError, zlib.error) as error:
+      raise _gzip_error(path, error) from error
+
+
+def _repeated_id(
+  name: str, number: int, line_of_id: dict[str, int]
+) -> list[str]:
+  first = line_of_id.setdefault(name, number)
+  if first == number:
+    return []
+  return [
+    f"'id' {_shown(name)} is that of line {first}, too; ids must be distinct"
+  ]
+
+
 def read_jsonl(path: epath.PathLike, record_type: type[Record]) -> list[Record]:
   """Reads and checks all records of a JSONL file (plain or `.gz`).
 
@@ -309,14 +487,19 @@ def read_jsonl(path: epath.PathLike, record_type: type[Record]) -> list[Record]:
 
   Raises:
     RecordError: no such file, no records, or bad lines; up to 10 bad lines are
-      reported together as `file:line: field, what was found, what to do`.
+      reported together as `file:line: field, what was found, what to do`. Two
+      prompts with one id are a bad line, too.
   """
   records, bad_lines = [], []
+  line_of_id: dict[str, int] = {}
   for number, values in iterate_lines(path):
     if isinstance(values, str):
       bad_lines.append((number, values))
       continue
+    values = completed(values, record_type)
     found = problems(values, record_type)
+    if record_type is Prompt and not found:
+      found = _repeated_id(values['id'], number, line_of_id)
     if found:
       bad_lines.append((number, '; '.join(found)))
     else:
@@ -329,6 +512,23 @@ def read_jsonl(path: epath.PathLike, record_type: type[Record]) -> list[Record]:
   return records
 
 
+def check_labels(
+  comparisons: Iterable[Comparison], path: epath.PathLike
+) -> None:
+  """Refuses rankings from which no reward model could learn.
+
+  Raises:
+    RecordError: in every comparison all completions are tied.
+  """
+  comparisons = list(comparisons)
+  if any(len(set(comparison.ranks)) > 1 for comparison in comparisons):
+    return
+  raise RecordError(
+    f'{path}: in all {len(comparisons)} comparisons every completion has the '
+    'same rank; ties teach a reward model nothing: check the ranks'
+  )
+
+
 def write_jsonl(path: epath.PathLike, records: Iterable[Record]) -> None:
   """Writes records so that `read_jsonl` gives them back; whole or not at all.
 
@@ -339,9 +539,12 @@ def write_jsonl(path: epath.PathLike, records: Iterable[Record]) -> None:
       file is then not touched.
   """
   lines, bad_lines = [], []
+  line_of_id: dict[str, int] = {}
   for number, record in enumerate(records, start=1):
     values = to_values(record)
     found = problems(values, type(record))
+    if isinstance(record, Prompt) and not found:
+      found = _repeated_id(record.id, number, line_of_id)
     if found:
       bad_lines.append((number, '; '.join(found)))
       continue

@@ -1,13 +1,19 @@
-"""Pretraining documents from plain text, JSONL or TensorFlow Datasets."""
+"""Records from plain text, JSONL, TensorFlow Datasets and saved `datasets`."""
 
+import fractions
+import json
 import re
-from collections.abc import Sequence
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from etils import epath
 
 from instruct_jax.data import records
 
 _TFDS = 'tfds:'
+_DATASETS = 'datasets:'
 _SUFFIXES = ('.txt', '.txt.gz', '.jsonl', '.jsonl.gz')
 
 
@@ -26,7 +32,8 @@ def read_documents(
       a folder: all such files in it (not below it), by name;
       `tfds:NAME/SPLIT`, such as `tfds:lm1b/train` or
       `tfds:wikipedia/20230601.en/train[:1%]`: the `text` feature of a data set
-      that has been prepared in `data_dir`; read without TensorFlow.
+      that has been prepared in `data_dir`; read without TensorFlow;
+      `datasets:FOLDER`: the `text` column, see `read_examples`.
     words_per_document: about how long the pieces of plain text are.
     data_dir: where TensorFlow Datasets keeps its data; None is its default.
 
@@ -40,8 +47,21 @@ def read_documents(
     raise ValueError(
       f'words_per_document is {words_per_document}; use 1 or more'
     )
-  if str(spec).startswith(_TFDS):
-    return _read_tfds(str(spec), words_per_document, data_dir)
+  if str(spec).startswith((_TFDS, _DATASETS)):
+    source = str(spec).partition(':')[2]
+    documents = [
+      records.Document(text=piece, source=source)
+      for record in from_fields(
+        read_examples(str(spec), data_dir),
+        records.Document,
+        {'text': '{text}'},
+        str(spec),
+      )
+      for piece in split_text(record.text, words_per_document)
+    ]
+    if not documents:
+      raise records.RecordError(f'{spec}: holds no text')
+    return documents
   path = epath.Path(spec)
   if not path.is_dir():
     return _read_file(path, words_per_document)
@@ -108,9 +128,147 @@ def _read_file(
   return documents
 
 
+def read_examples(
+  spec: str, data_dir: epath.PathLike | None = None
+) -> Iterator[Mapping[str, Any]]:
+  """Examples of a table, one mapping from feature to value each.
+
+  Args:
+    spec: one of
+      `tfds:NAME/SPLIT`, see `read_documents`;
+      `datasets:FOLDER`, what `save_to_disk` of Hugging Face `datasets` wrote
+      (for several splits, the folder of one of them).
+    data_dir: of TensorFlow Datasets.
+
+  Raises:
+    RecordError: it cannot be opened.
+  """
+  if spec.startswith(_DATASETS):
+    return _read_saved(epath.Path(spec.removeprefix(_DATASETS)))
+  if not spec.startswith(_TFDS):
+    raise records.RecordError(
+      f'{spec}: expected tfds:NAME/SPLIT or datasets:FOLDER'
+    )
+  return _read_tfds(spec, data_dir)
+
+
+def from_fields(
+  examples: Iterable[Mapping[str, Any]],
+  record_type: type[records.Record],
+  fields: Mapping[str, str],
+  source: str,
+) -> list[records.Record]:
+  """Records whose fields are format strings over an example's features.
+
+  {'prompt': '{question}\\n', 'response': '{answer}'} makes demonstrations of
+  questions and answers. `source` is named in errors.
+
+  Raises:
+    RecordError: a feature that the examples lack, or values that make no
+      record; up to 10 examples are reported together.
+  """
+  wanted = {
+    name
+    for template in fields.values()
+    for _, name, _, _ in string.Formatter().parse(template)
+    if name is not None
+  }
+  found, bad = [], []
+  for number, example in enumerate(examples, start=1):
+    missing = sorted(wanted - set(example))
+    if missing:
+      raise records.RecordError(
+        f'{source}: examples have {", ".join(sorted(example))} and no '
+        f'{", ".join(missing)}'
+      )
+    texts = {name: _as_text(example[name]) for name in wanted}
+    values = {
+      name: template.format(**texts) for name, template in fields.items()
+    }
+    problems = records.problems(values, record_type)
+    if problems:
+      bad.append((number, '; '.join(problems)))
+    else:
+      found.append(records.from_values(values, record_type))
+  records.raise_problems(source, bad)
+  return found
+
+
+def _as_text(value: Any) -> str:
+  return value.decode('utf-8') if isinstance(value, bytes) else str(value)
+
+
+def mix(
+  parts: Sequence[Sequence[records.Record]],
+  weights: Sequence[int | float],
+  seed: int,
+) -> list[records.Record]:
+  """As many records as there are in the proportions of `weights`, shuffled.
+
+  Each part is drawn from without repeats, so the part that runs out first, for
+  its weight, bounds the mixture; the others give what fits it.
+
+  Args:
+    parts: records of one type.
+    weights: one positive number each; only their proportions count.
+    seed: of the draws and the order.
+  """
+  if len(parts) != len(weights) or not parts:
+    raise ValueError(f'{len(parts)} parts with {len(weights)} weights')
+  if min(weights) <= 0 or not all(map(len, parts)):
+    raise ValueError(
+      f'weights {list(weights)} must be positive and parts of '
+      f'{[len(part) for part in parts]} records not empty'
+    )
+  shares = [fractions.Fraction(w).limit_denominator(10**6) for w in weights]
+  total = min(
+    len(part) / share for part, share in zip(parts, shares, strict=True)
+  )
+  rng = np.random.default_rng(seed)
+  mixed = []
+  for part, share in zip(parts, shares, strict=True):
+    chosen = rng.permutation(len(part))[: int(total * share)]
+    mixed += [part[i] for i in chosen]
+  return [mixed[i] for i in rng.permutation(len(mixed))]
+
+
+def _read_saved(folder: epath.Path) -> Iterator[Mapping[str, Any]]:
+  splits = folder / 'dataset_dict.json'
+  if splits.exists():
+    names = json.loads(splits.read_text())['splits']
+    raise records.RecordError(
+      f'{folder}: has splits; name the folder of one of {", ".join(names)}'
+    )
+  state = folder / 'state.json'
+  if not state.exists():
+    raise records.RecordError(
+      f'{folder}: no state.json, so no folder that `save_to_disk` of Hugging '
+      'Face datasets wrote'
+    )
+  described = json.loads(state.read_text())
+  if described.get('_indices_data_files'):
+    raise records.RecordError(
+      f'{folder}: an index over its rows was saved beside them; write it again '
+      'with flatten_indices()'
+    )
+  import pyarrow
+  import pyarrow.ipc
+
+  for entry in described['_data_files']:
+    path = folder / entry['filename']
+    if not path.exists():
+      raise records.RecordError(f'{path}: no such file')
+    with path.open('rb') as file:
+      try:
+        for batch in pyarrow.ipc.open_stream(file):
+          yield from batch.to_pylist()
+      except pyarrow.ArrowException as error:
+        raise records.RecordError(f'{path}: damaged ({error})') from error
+
+
 def _read_tfds(
-  spec: str, words_per_document: int, data_dir: epath.PathLike | None
-) -> list[records.Document]:
+  spec: str, data_dir: epath.PathLike | None
+) -> Iterator[Mapping[str, Any]]:
   name, _, split = spec.removeprefix(_TFDS).rpartition('/')
   if not name or not split:
     raise records.RecordError(
@@ -129,18 +287,4 @@ def _read_tfds(
       f'{spec}: cannot be opened ({error}); prepare it with tfds build, in the '
       'array_record format, and give its data_dir'
     ) from error
-  documents = []
-  for example in source:
-    if 'text' not in example:
-      raise records.RecordError(
-        f'{spec}: examples have {", ".join(sorted(example))} and no text'
-      )
-    text = example['text']
-    text = text.decode('utf-8') if isinstance(text, bytes) else str(text)
-    documents.extend(
-      records.Document(text=piece, source=spec.removeprefix(_TFDS))
-      for piece in split_text(text, words_per_document)
-    )
-  if not documents:
-    raise records.RecordError(f'{spec}: holds no text')
-  return documents
+  yield from source

@@ -38,22 +38,6 @@ _VOCABULARY = ('token_embedding', 'unembedding', 'unembedding_bias')
 _SHARD_BYTES = 2 * 1024**3
 
 
-def locate(name: str) -> pathlib.Path:
-  """The local folder of `hf:NAME` (downloaded once) or of a path."""
-  if not name.startswith('hf:'):
-    return pathlib.Path(name)
-  name = name.removeprefix('hf:')
-  if pathlib.Path(name).is_dir():
-    return pathlib.Path(name)
-  import huggingface_hub
-
-  return pathlib.Path(
-    huggingface_hub.snapshot_download(
-      name, allow_patterns=['*.json', '*.safetensors', '*.txt', '*.model']
-    )
-  )
-
-
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
   """config.json of a model folder.
 

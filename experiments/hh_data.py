@@ -1,0 +1,78 @@
+"""Anthropic's HH comparisons as files for pretraining and a reward model.
+
+The split is by prompt: no prompt of the validation rankings was seen in any
+other file. The dialogues of the training split, both sides of each, are also
+the text to pretrain on, so that nothing else is needed.
+"""
+
+from etils import epath
+
+from instruct_jax.data import convert, importers, records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.infra import run as run_lib
+
+
+def validate(config):
+  if not config.root:
+    raise ValueError(
+      'the data root is not given; set --config.data.root=DIR with '
+      f'{", ".join(config.sets)}'
+    )
+  for name in config.sets:
+    files_of(config, name)
+  if not 0 < config.valid_fraction < 1:
+    raise ValueError(
+      f'valid_fraction must be in (0, 1): {config.valid_fraction}'
+    )
+
+
+def files_of(config, name: str) -> list[epath.Path]:
+  """The JSONL files of one set, by name."""
+  folder = epath.Path(config.root) / name
+  files = (
+    sorted(
+      (p for p in folder.iterdir() if '.jsonl' in p.suffixes),
+      key=lambda path: path.name,
+    )
+    if folder.is_dir()
+    else []
+  )
+  if not files:
+    raise ValueError(f'{folder} has no .jsonl or .jsonl.gz files')
+  return files
+
+
+def run(config, workdir: epath.Path):
+  validate(config)
+  files = {
+    f'{kind}_{split}': []
+    for kind in ('comparisons', 'demonstrations', 'documents')
+    for split in ('train', 'valid')
+  }
+  skipped = {}
+  for name in config.sets:
+    for path in files_of(config, name):
+      imported = importers.read_hh(path)
+      for reason, number in imported.skipped.items():
+        skipped[reason] = skipped.get(reason, 0) + number
+      for row in imported.comparisons:
+        split = convert.split_of(row.prompt, config.valid_fraction, config.seed)
+        # The set's name goes where the use case would: accuracy is told by it.
+        row = records.Comparison(**{**vars(row), 'category': name})
+        files[f'comparisons_{split}'].append(row)
+        files[f'documents_{split}'] += [
+          records.Document(text=row.prompt + text, source=name)
+          for text in row.completions
+        ]
+      for row in imported.demonstrations:
+        split = convert.split_of(row.prompt, config.valid_fraction, config.seed)
+        files[f'demonstrations_{split}'].append(row)
+  for name, rows in files.items():
+    records.write_jsonl(workdir / f'{name}.jsonl', rows)
+  tokenizer = tokenizer_lib.train_bpe(
+    [document.text for document in files['documents_train']], config.vocab_size
+  )
+  tokenizer.save(workdir / 'tokenizer')
+  counts = {name: len(rows) for name, rows in files.items()}
+  run_lib.write_json(workdir / 'counts.json', {**counts, 'skipped': skipped})
+  return {**counts, 'skipped': skipped, 'vocabulary': tokenizer.vocab_size}

@@ -1,0 +1,35 @@
+"""Where the files of a published model or tokenizer lie on this machine."""
+
+import pathlib
+
+_PATTERNS = ('*.json', '*.jinja', '*.safetensors', '*.txt', '*.model')
+
+
+def locate(name: str, patterns: tuple[str, ...] = _PATTERNS) -> pathlib.Path:
+  """The local folder of `hf:NAME` (downloaded once) or of a path.
+
+  Args:
+    name: `hf:` before a folder or the name of a repository on the Hugging Face
+      hub, such as hf:gpt2; or a plain path.
+    patterns: of the files to download. Pickled weights are never among them.
+
+  Raises:
+    ValueError: no such folder or repository, or no network.
+  """
+  if not name.startswith('hf:'):
+    return pathlib.Path(name)
+  name = name.removeprefix('hf:')
+  if pathlib.Path(name).is_dir():
+    return pathlib.Path(name)
+  import huggingface_hub
+
+  try:
+    return pathlib.Path(
+      huggingface_hub.snapshot_download(name, allow_patterns=list(patterns))
+    )
+  # Bad names, unknown repositories, no network: unrelated exception types.
+  except Exception as error:
+    raise ValueError(
+      f'hf:{name}: no such folder here, and it does not download '
+      f'({type(error).__name__}: {error}); give the folder of a copy'
+    ) from error
