@@ -20,6 +20,7 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
   baselines,
   heldout_loss,
+  judges,
   preference_accuracy,
   report,
   restaurant,
@@ -166,19 +167,15 @@ def run(config, workdir: epath.Path):
 
     def score(params, prompt_texts, answer_ids):
       """Scores of (prompt, sampled ids): never decoded and encoded again."""
-      length = config.prompt_length + config.response_length
-      tokens = np.full((len(answer_ids), length), tokenizer.pad_id, np.int32)
-      mask = np.zeros(tokens.shape, bool)
-      encoded = tokenizer.encode_batch(prompt_texts)
-      for i, (prompt, answer) in enumerate(
-        zip(encoded, answer_ids, strict=True)
-      ):
-        ids = [*prompt, *answer]
-        tokens[i, : len(ids)] = ids
-        mask[i, : len(ids)] = True
+      scored = loader.answer_rows(
+        tokenizer.encode_batch(prompt_texts),
+        answer_ids,
+        tokenizer.pad_id,
+        config.prompt_length + config.response_length,
+      )
       return rollout.in_batches(
         lambda batch: programs['score'](params, *put(batch)),
-        (tokens, mask),
+        scored,
         config.batch_size,
       )
 
@@ -464,14 +461,7 @@ def judge_by_gold(config, prompts, texts_by_model):
       for prompt, text in zip(prompts, texts, strict=True)
     ]
     scores[name] = np.array([gold.utility(j) for j in judgements])
-    flags[name] = [
-      {
-        field.name: value
-        for field in dataclasses.fields(j)
-        if isinstance(value := getattr(j, field.name), bool)
-      }
-      for j in judgements
-    ]
+    flags[name] = [judges.gold_labels(j) for j in judgements]
   return scores, flags, 'gold utility of the miniature (a program)', {}
 
 

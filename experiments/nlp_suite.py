@@ -25,21 +25,8 @@ from instruct_jax.models.transformer import make_cache
 from instruct_jax.types import PromptBatch
 
 
-def model_folders(text: str) -> dict[str, str]:
-  """`NAME=FOLDER,...` as a mapping."""
-  folders = {}
-  for part in filter(None, text.split(',')):
-    name, separator, folder = part.partition('=')
-    if not (name and separator and folder) or name in folders:
-      raise ValueError(
-        f'models must be NAME=FOLDER,NAME=FOLDER with distinct names: {text!r}'
-      )
-    folders[name] = folder
-  return folders
-
-
 def validate(config):
-  if not model_folders(config.models):
+  if not artifacts.named_folders(config.models):
     raise ValueError('models is empty; give NAME=FOLDER of at least one policy')
   if not any(config.data.values()):
     raise ValueError('data names no file; give one for at least one task')
@@ -209,7 +196,7 @@ def run(config, workdir: epath.Path):
   rows = {name: [] for name in names}
   counts = {}
   with sharding.use_mesh(mesh), run_lib.StopSignal() as stop:
-    for model_name, folder in model_folders(config.models).items():
+    for model_name, folder in artifacts.named_folders(config.models).items():
       model = artifacts.load(
         folder, 'policy', mesh, tokenizer.fingerprint, remat=config.remat
       )

@@ -6,6 +6,7 @@ any compute is spent.
 """
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import jax
@@ -154,6 +155,48 @@ def check(
       'and value models must share one tokenizer.'
     )
   return described
+
+
+def named_folders(text: str) -> dict[str, str]:
+  """`NAME=FOLDER,NAME=FOLDER` as a mapping.
+
+  Raises:
+    ValueError: a part is not of this form, or a name stands twice.
+  """
+  folders = {}
+  for part in filter(None, text.split(',')):
+    name, separator, folder = part.partition('=')
+    if not (name and separator and folder) or name in folders:
+      raise ValueError(
+        f'models must be NAME=FOLDER,NAME=FOLDER with distinct names: {text!r}'
+      )
+    folders[name] = folder
+  return folders
+
+
+def content_hash(directory: epath.PathLike) -> str:
+  """SHA-256 of all that a model folder holds: names and bytes of its files."""
+  folder = epath.Path(directory)
+  if is_published(directory):
+    folder = hf.locate(str(directory))
+  if not folder.is_dir():
+    raise checkpoint.CheckpointError(f'{directory}: no model folder here')
+  total = hashlib.sha256()
+  for path in _files(folder):
+    total.update(str(path.relative_to(folder)).encode() + b'\0')
+    with path.open('rb') as file:
+      while block := file.read(1 << 24):
+        total.update(block)
+  return total.hexdigest()
+
+
+def _files(folder: epath.Path):
+  # epath has no recursive glob: object stores make it dear.
+  for path in sorted(folder.iterdir()):
+    if path.is_dir():
+      yield from _files(path)
+    else:
+      yield path
 
 
 def is_published(directory: epath.PathLike) -> bool:

@@ -307,6 +307,39 @@ def prompt_rows(
   return batch, dropped
 
 
+def answer_rows(
+  prompts: Sequence[Sequence[int]],
+  answers: Sequence[Sequence[int]],
+  pad_id: int,
+  length: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Prompt and answer in one row each, padded on the right, for a scalar model.
+
+  Args:
+    prompts: ids of each prompt.
+    answers: ids of each answer as sampled, end-of-text included.
+    pad_id: fills rows up.
+    length: T.
+
+  Returns:
+    (tokens [N, T], mask [N, T]).
+
+  Raises:
+    ValueError: a row is longer than T.
+  """
+  rows = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
+  longest = max(map(len, rows), default=0)
+  if longest > length:
+    raise ValueError(
+      f'a prompt with its answer has {longest} tokens, the rows {length}'
+    )
+  tokens = np.full((len(rows), length), pad_id, np.int32)
+  mask = np.zeros(tokens.shape, bool)
+  for i, ids in enumerate(rows):
+    tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
+  return tokens, mask
+
+
 def _check_some_left(kept: int, dropped: int, what: str, length: int) -> None:
   if not kept:
     raise ValueError(

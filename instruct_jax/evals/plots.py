@@ -178,29 +178,56 @@ def _plot_win_rate(figures: run_figures.Figures) -> bytes | None:
   rates = run_figures.ordered(figures.win_rate)
   if not rates:
     return None
-  figure, ((axis,),) = _canvas(1, 1, 6.4, 4.0)
+  prompts = sorted({rate.num_prompts for _, rate in rates})
+  count = f'{prompts[0]:,}' if len(prompts) == 1 else 'up to '
+  count += '' if len(prompts) == 1 else f'{prompts[-1]:,}'
+  return _win_rate_bars(
+    {model: (rate.rate, rate.low, rate.high) for model, rate in rates},
+    'SFT',
+    f'{count} prompts',
+    figures.judge,
+  )
+
+
+def win_rate_bars(
+  rates: Mapping[str, tuple[float, float, float]],
+  baseline: str,
+  count: str,
+  judge: str,
+) -> bytes:
+  """The paper's Figure 1 for any models, as PNG.
+
+  Args:
+    rates: model -> (rate, low, high).
+    baseline: what they are compared with.
+    count: what the intervals rest on, say '1,000 prompts'.
+    judge: who compared.
+  """
+  import matplotlib
+
+  with matplotlib.rc_context(_STYLE):
+    return _win_rate_bars(rates, baseline, count, judge)
+
+
+def _win_rate_bars(rates, baseline, count, judge):
+  figure, ((axis,),) = _canvas(1, 1, max(6.4, 1.1 * len(rates) + 1), 4.0)
   positions = range(len(rates))
   axis.bar(
     positions,
-    [rate.rate for _, rate in rates],
+    [rate for rate, _, _ in rates.values()],
     width=0.62,
-    color=[_colour(model) for model, _ in rates],
+    color=[_colour(model) for model in rates],
   )
   axis.axhline(0.5, color='#222222', linestyle='--', linewidth=1)
-  _error_bars(
-    axis, positions, [(rate.rate, rate.low, rate.high) for _, rate in rates]
-  )
-  axis.set_xticks(positions, [_label(model) for model, _ in rates])
+  _error_bars(axis, positions, list(rates.values()))
+  axis.set_xticks(positions, [_label(model) for model in rates])
   # Room above 1 for the number over a full bar.
   axis.set_ylim(0, 1.08)
   axis.set_yticks([0, 0.25, 0.5, 0.75, 1])
   axis.grid(axis='x', visible=False)
-  axis.set_ylabel('win rate against SFT (ties one half)')
-  prompts = sorted({rate.num_prompts for _, rate in rates})
-  count = f'{prompts[0]:,}' if len(prompts) == 1 else 'up to '
-  count += '' if len(prompts) == 1 else f'{prompts[-1]:,}'
-  judge = textwrap.fill(_plain_label(figures.judge), 76, max_lines=2)
-  axis.set_title(f'{count} prompts, 95 % intervals; judged by\n{judge}')
+  axis.set_ylabel(f'win rate against {_plain_label(baseline)} (ties one half)')
+  judge = textwrap.fill(_plain_label(judge), 76, max_lines=2)
+  axis.set_title(f'{count}, 95 % intervals; judged by\n{judge}')
   return _png(figure)
 
 

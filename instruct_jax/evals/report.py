@@ -49,17 +49,18 @@ def write_report(
   directory.mkdir(parents=True, exist_ok=True)
   drawn = plots.make_plots(figures)
   for name, content in drawn.items():
-    _write(directory / name, content)
+    write_file(directory / name, content)
   summary = json.dumps(
     make_summary(figures), indent=2, ensure_ascii=False, allow_nan=False
   )
-  _write(directory / 'summary.json', (summary + '\n').encode())
+  write_file(directory / 'summary.json', (summary + '\n').encode())
   # Last: whoever finds report.md finds all that it points at.
   text = make_markdown(figures, set(drawn))
-  _write(directory / 'report.md', text.encode())
+  write_file(directory / 'report.md', text.encode())
 
 
-def _write(path: epath.Path, content: bytes) -> None:
+def write_file(path: epath.Path, content: bytes) -> None:
+  """Writes a file whole or not at all."""
   temporary = path.with_name(path.name + '.tmp')
   temporary.write_bytes(content)
   temporary.replace(path)
@@ -82,16 +83,16 @@ def _check(figures: run_figures.Figures) -> None:
 # summary.json
 
 
-def _json(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
   """Plain JSON: dataclasses as dicts, NumPy scalars as numbers, NaN as null."""
   if dataclasses.is_dataclass(value):
     value = dataclasses.asdict(value)
   if isinstance(value, Mapping):
-    return {str(key): _json(item) for key, item in value.items()}
+    return {str(key): plain_json(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
-    return [_json(item) for item in value]
+    return [plain_json(item) for item in value]
   if hasattr(value, 'tolist'):  # NumPy scalars and arrays.
-    return _json(value.tolist())
+    return plain_json(value.tolist())
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
@@ -109,7 +110,7 @@ def make_summary(figures: run_figures.Figures) -> dict[str, Any]:
     value = None if owner is None else getattr(owner, name)
     return None if value is None else getattr(value, field)
 
-  return _json(
+  return plain_json(
     {
       'win_rate': {
         model: figures.win_rate.get(model) for model in run_figures.MODELS
@@ -187,7 +188,7 @@ def _name(name: str) -> str:
   )
 
 
-def _number(value: Any) -> str:
+def cell(value: Any) -> str:
   """A table cell: a number, `mean [low, high]`, `mean ± error` or text."""
   if hasattr(value, 'tolist'):
     value = value.tolist()
@@ -196,9 +197,9 @@ def _number(value: Any) -> str:
   if dataclasses.is_dataclass(value):
     numbers = list(dataclasses.asdict(value).values())
     if isinstance(value, preference_accuracy.Spread):
-      tail = '' if value.error is None else f' ± {_number(value.error)}'
-      return _number(value.mean) + tail
-    mean, low, high = (_number(number) for number in numbers[:3])
+      tail = '' if value.error is None else f' ± {cell(value.error)}'
+      return cell(value.mean) + tail
+    mean, low, high = (cell(number) for number in numbers[:3])
     return f'{mean} [{low}, {high}]'
   if isinstance(value, bool) or not isinstance(value, int | float):
     return escape(str(value))
@@ -209,7 +210,7 @@ def _number(value: Any) -> str:
   return f'{value:.3f}' if abs(value) < 100 else f'{value:.1f}'
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
   """Lines of a Markdown table; cells are escaped already."""
   lines = ['| ' + ' | '.join(head) + ' |']
   lines.append('|' + ' --- |' * len(head))
@@ -218,8 +219,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _pairs(head: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-  return _table(
-    head, [(_name(key), _number(value)) for key, value in values.items()]
+  return table(
+    head, [(_name(key), cell(value)) for key, value in values.items()]
   )
 
 
@@ -255,24 +256,22 @@ def _short_result(figures: run_figures.Figures) -> list[str]:
     else:
       verdict = 'not told apart from SFT'
     lines.append(
-      f'- {_name(model)} is {verdict}: win rate {_number(rate)}, '
+      f'- {_name(model)} is {verdict}: win rate {cell(rate)}, '
       f'{rate.num_prompts:,} prompts.'
     )
   reward = figures.reward_model
   if reward is not None:
-    line = f'- The reward model orders {_number(reward.accuracy)} of the pairs'
+    line = f'- The reward model orders {cell(reward.accuracy)} of the pairs'
     if reward.ceiling is not None:
       gap = 100 * (reward.ceiling - reward.accuracy.accuracy)
-      line += (
-        f'; the ceiling is {_number(reward.ceiling)} ({gap:.1f} points up)'
-      )
+      line += f'; the ceiling is {cell(reward.ceiling)} ({gap:.1f} points up)'
     lines.append(line + '.')
   loss = figures.pretraining_loss
   if loss is not None and loss.difference is not None:
     apart = loss.difference.low > 0 or loss.difference.high < 0
     lines.append(
       '- Pretraining loss of PPO-ptx minus PPO: '
-      f'{_number(loss.difference)} nats per token; the interval '
+      f'{cell(loss.difference)} nats per token; the interval '
       f'{"excludes" if apart else "includes"} 0.'
     )
   return [*lines, ''] if lines else []
@@ -280,14 +279,13 @@ def _short_result(figures: run_figures.Figures) -> list[str]:
 
 def _by_model(first: str, values: Mapping[str, Mapping[str, Any]]) -> list[str]:
   columns = run_figures.ordered(values)
-  return _table(
+  return table(
     [first, *(_name(model) for model, _ in columns)],
     [
       [
         _name(name),
         *(
-          _number(column[name]) if name in column else '–'
-          for _, column in columns
+          cell(column[name]) if name in column else '–' for _, column in columns
         ),
       ]
       for name in run_figures.row_names(values)
@@ -301,13 +299,13 @@ def _win_rate_section(
   lines = ['## Win rate against SFT', '']
   lines += [f'Judge: {escape(figures.judge)}. Ties count one half.', '']
   lines += _image('win_rate.png', 'Win rate by model', drawn)
-  lines += _table(
+  lines += table(
     ['model', 'win rate', '95 % interval', 'prompts'],
     [
       (
         _name(model),
-        _number(rate.rate),
-        f'{_number(rate.low)} – {_number(rate.high)}',
+        cell(rate.rate),
+        f'{cell(rate.low)} – {cell(rate.high)}',
         f'{rate.num_prompts:,}',
       )
       for model, rate in run_figures.ordered(figures.win_rate)
@@ -354,10 +352,10 @@ def _rl_section(figures: run_figures.Figures, drawn: set[str]) -> list[str]:
     ('PPO-ptx', loss.ppo_ptx),
     ('PPO-ptx minus PPO, paired by document', loss.difference),
   ]
-  return lines + _table(
+  return lines + table(
     ['', 'nats per token', 'documents'],
     [
-      (label, _number(value), f'{value.num_clusters:,}')
+      (label, cell(value), f'{value.num_clusters:,}')
       for label, value in rows
       if value is not None
     ],
@@ -376,17 +374,17 @@ def _reward_section(figures: run_figures.Figures, drawn: set[str]) -> list[str]:
       basis = f'{value.num_runs:,} runs, ± standard error'
     else:
       basis = f'{value.num_pairs:,} pairs'
-    rows.append((label, _number(value), basis))
+    rows.append((label, cell(value), basis))
   if reward.ceiling is not None:
     rows.insert(
       1,
       (
         'the gold utility on the same pairs',
-        _number(reward.ceiling),
+        cell(reward.ceiling),
         'ceiling',
       ),
     )
-  return lines + _table(['share of pairs ordered alike', '', 'over'], rows)
+  return lines + table(['share of pairs ordered alike', '', 'over'], rows)
 
 
 def _sft_section(figures: run_figures.Figures, drawn: set[str]) -> list[str]:
@@ -401,14 +399,14 @@ def _sft_section(figures: run_figures.Figures, drawn: set[str]) -> list[str]:
       '',
     ]
   lines += _image('sft.png', 'SFT by epoch', drawn)
-  return lines + _table(
+  return lines + table(
     ['epoch', 'validation loss', 'reward-model score', 'judge'],
     [
       [
         str(epoch.epoch),
-        _number(epoch.valid_loss),
-        _number(epoch.score_reward),
-        _number(epoch.score_gold),
+        cell(epoch.valid_loss),
+        cell(epoch.score_reward),
+        cell(epoch.score_gold),
       ]
       for epoch in figures.sft_epochs
     ],
@@ -434,14 +432,14 @@ def _samples_section(figures: run_figures.Figures) -> list[str]:
       cells[0] = f'**{escape(row.category)}**<br>{cells[0]}'
     for model in models:
       answer = row.answers[model]
-      cell = escape(_shorten(answer.response)) or '*(empty)*'
+      text = escape(_shorten(answer.response)) or '*(empty)*'
       if not answer.ended:
-        cell += ' *(cut)*'
+        text += ' *(cut)*'
       if answer.score_gold is not None:
-        cell += f' **[{_number(answer.score_gold)}]**'
-      cells.append(cell)
+        text += f' **[{cell(answer.score_gold)}]**'
+      cells.append(text)
     rows.append(cells)
-  return lines + _table(['prompt', *(_name(model) for model in models)], rows)
+  return lines + table(['prompt', *(_name(model) for model in models)], rows)
 
 
 def _data_section(figures: run_figures.Figures) -> list[str]:
@@ -466,12 +464,12 @@ def _extra_section(figures: run_figures.Figures) -> list[str]:
     lines += [f'## {_name(title)}', '']
     if rows and all(isinstance(row, Mapping) for row in rows.values()):
       columns = dict.fromkeys(name for row in rows.values() for name in row)
-      lines += _table(
+      lines += table(
         ['', *(_name(column) for column in columns)],
         [
           [
             _name(name),
-            *(_number(row[c]) if c in row else '–' for c in columns),
+            *(cell(row[c]) if c in row else '–' for c in columns),
           ]
           for name, row in rows.items()
         ],

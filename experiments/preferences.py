@@ -1,0 +1,588 @@
+"""Preference evaluation of any models, by any judge (paper 3.6, 4.1).
+
+Every model answers the same prompts once; answers are kept under a hash of all
+that they depend on, so a second judge or another model costs no sampling. The
+judge sees each pair in both orders. Ties count one half.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+
+import jax
+import numpy as np
+from etils import epath
+
+from instruct_jax import artifacts, masked, rollout
+from instruct_jax.data import loader, records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals import (
+  endpoint,
+  judges,
+  plots,
+  preferences,
+  report,
+  win_rate,
+)
+from instruct_jax.evals import samples as samples_lib
+from instruct_jax.infra import run as run_lib
+from instruct_jax.infra import sharding
+
+_RECORDED = ('.jsonl', '.jsonl.gz')
+
+
+def is_recorded(source: str) -> bool:
+  return source.partition('#')[0].endswith(_RECORDED)
+
+
+def validate(config):
+  models = artifacts.named_folders(config.models)
+  if config.baseline not in models or len(models) < 2:
+    raise ValueError(
+      f'models must hold the baseline {config.baseline!r} and one more: '
+      f'{sorted(models)}'
+    )
+  needed = {
+    'gold': {},
+    'reward': {'reward_model': config.reward_model},
+    'people': {'rankings': config.rankings},
+    'http': {
+      'endpoint.url': config.endpoint.url,
+      'endpoint.model': config.endpoint.model,
+    },
+  }
+  if config.judge not in needed:
+    raise ValueError(
+      f'judge must be one of {", ".join(needed)}: {config.judge!r}'
+    )
+  for key, value in {'prompts': config.prompts, **needed[config.judge]}.items():
+    if not value:
+      raise ValueError(f'{key} is empty; the {config.judge} judge needs it')
+  if config.pairs not in ('baseline', 'all'):
+    raise ValueError(f"pairs must be 'baseline' or 'all': {config.pairs!r}")
+  for key in ('num_prompts', 'batch_size', 'response_length', 'num_bootstrap'):
+    if config[key] < 1:
+      raise ValueError(f'{key} must be positive: {config[key]}')
+  sampled = [name for name, source in models.items() if not is_recorded(source)]
+  needs_ours = config.judge == 'reward' or any(
+    not artifacts.is_published(models[name]) for name in sampled
+  )
+  if needs_ours and not config.tokenizer:
+    raise ValueError('tokenizer is empty; models of ours need its folder')
+
+
+# --- Answers ------------------------------------------------------------------
+
+
+def read_recorded(name, source, prompts):
+  """Recorded answers of one model to these prompts, the first of each.
+
+  Raises:
+    ValueError: the file holds several models and the source names none, or no
+      answer to any of the prompts.
+  """
+  path, _, wanted = source.partition('#')
+  found = samples_lib.read_samples(path)
+  models = sorted({sample.model for sample in found})
+  if not wanted:
+    wanted = models[0] if len(models) == 1 else name
+  if wanted not in models:
+    raise ValueError(
+      f'{path} holds answers of {", ".join(models)}; choose one as '
+      f'{name}={path}#MODEL'
+    )
+  answers = {}
+  for sample in found:
+    if sample.model == wanted:
+      answers.setdefault(sample.prompt_id, sample)
+  texts = {prompt.id: prompt.text for prompt in prompts}
+  chosen = [
+    dataclasses.replace(answers[key], model=name)
+    for key in texts
+    if key in answers
+  ]
+  other = [s.prompt_id for s in chosen if s.prompt != texts[s.prompt_id]]
+  if other:
+    raise ValueError(
+      f'{path}: {len(other)} prompts have the ids of other texts than in the '
+      f'prompt file, first {other[0]!r}; give the file they were sampled from'
+    )
+  if not chosen:
+    raise ValueError(
+      f'{path}: {wanted} answers none of the {len(texts)} prompts'
+    )
+  return chosen
+
+
+@functools.cache
+def generate_program(module, num_response, stop_ids, temperature):
+  """Jitted `rollout.generate`; models of one shape share it."""
+  return jax.jit(
+    functools.partial(
+      rollout.generate,
+      extend_fn=artifacts.extend_fn(module),
+      make_cache_fn=artifacts.make_cache_fn(module),
+      num_response=num_response,
+      stop_ids=stop_ids,
+      temperature=temperature,
+    )
+  )
+
+
+def tokenizer_of(config, source):
+  """A published folder's own tokenizer where it has one, else the config's."""
+  folder = epath.Path(source)
+  if artifacts.is_published(source) and (folder / 'tokenizer.json').exists():
+    return tokenizer_lib.Tokenizer.load(folder)
+  if not config.tokenizer:
+    raise ValueError(f'{source} has no tokenizer.json; set tokenizer')
+  return tokenizer_lib.Tokenizer.load(config.tokenizer)
+
+
+def sample_answers(config, name, source, prompts, cache, mesh):
+  """A model's answers, from the cache or sampled now; one line a prompt."""
+  tokenizer = tokenizer_of(config, source)
+  settings = {
+    'model': artifacts.content_hash(source),
+    'tokenizer': tokenizer.fingerprint,
+    'prompts': [[prompt.id, prompt.text] for prompt in prompts],
+    'prompt_length': config.prompt_length,
+    'response_length': config.response_length,
+    'temperature': config.temperature,
+    'seed': config.seed,
+  }
+  content = json.dumps(settings, sort_keys=True).encode()
+  path = cache / f'{hashlib.sha256(content).hexdigest()[:32]}.jsonl'
+  if path.exists():
+    # The same weights may have had another name then.
+    return [
+      dataclasses.replace(sample, model=name)
+      for sample in samples_lib.read_samples(path)
+    ], True
+  rows, _ = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
+  changes = {}
+  if artifacts.is_published(source):
+    changes['vocab_size'] = tokenizer.vocab_size
+  model = artifacts.load(
+    source, 'policy', mesh, tokenizer.fingerprint, **changes
+  )
+  needed = config.prompt_length + config.response_length
+  if needed > model.config.context_length:
+    raise ValueError(
+      f'{name}: prompt_length + response_length are {needed} tokens, its '
+      f'context is {model.config.context_length}'
+    )
+  program = generate_program(
+    model.module,
+    config.response_length,
+    (tokenizer.eos_id,),
+    config.temperature,
+  )
+  key = jax.random.key(config.seed)
+  with run_lib.Progress(f'sample {name}', loader.num_rows(rows)) as progress:
+    sampled = rollout.in_batches(
+      lambda batch: program(model.params, sharding.put_batch(batch, mesh), key),
+      rows,
+      config.batch_size,
+      progress.update,
+    )
+  ids = rollout.response_ids(sampled)
+  samples = [
+    samples_lib.Sample(
+      model=name,
+      prompt_id=prompts[index].id,
+      prompt=prompts[index].text,
+      response=text,
+      num_tokens=len(answer),
+      ended=bool(ended),
+      category=prompts[index].category,
+      # Scored as sampled: decoding and encoding again may change the ids.
+      metadata={'ids': answer, 'tokenizer': tokenizer.fingerprint},
+    )
+    for index, text, answer, ended in zip(
+      rows.indices, tokenizer.decode_batch(ids), ids, sampled.ended, strict=True
+    )
+  ]
+  samples_lib.write_samples(path, samples)
+  return samples, False
+
+
+def collect_answers(config, prompts, cache, mesh):
+  """(model -> prompt id -> answer, model -> how its answers came about)."""
+  answers, account = {}, {}
+  for name, source in artifacts.named_folders(config.models).items():
+    if is_recorded(source):
+      found, how = read_recorded(name, source, prompts), 'recorded'
+    else:
+      found, cached = sample_answers(config, name, source, prompts, cache, mesh)
+      how = 'from the cache' if cached else 'sampled'
+    answers[name] = {sample.prompt_id: sample for sample in found}
+    account[name] = {
+      'from': how,
+      'answers': len(found),
+      'prompts without': len(prompts) - len(found),
+      'empty': sum(not sample.response.strip() for sample in found),
+      'not ended': sum(not sample.ended for sample in found),
+      'mean tokens': float(np.mean([sample.num_tokens for sample in found])),
+    }
+  return answers, account
+
+
+# --- Judges -------------------------------------------------------------------
+
+
+def reward_score(config, mesh):
+  """A `judges.ScoreFn` of a reward model; recorded texts are encoded."""
+  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  model = artifacts.load(
+    config.reward_model, 'scalar', mesh, tokenizer.fingerprint
+  )
+  scalars_fn = artifacts.scalars_fn(model.module)
+  program = jax.jit(
+    lambda params, tokens, mask: masked.at_last(
+      scalars_fn(params, tokens, mask), mask
+    )
+  )
+
+  def ids_of(answer):
+    known = answer.metadata
+    if 'ids' in known and known['tokenizer'] == tokenizer.fingerprint:
+      return known['ids']
+    end = [tokenizer.eos_id] if answer.ended else []
+    # The score is read at the last token, so an empty answer needs one.
+    return [*tokenizer.encode(answer.response), *end] or [tokenizer.eos_id]
+
+  def score(answers):
+    prompts = tokenizer.encode_batch([prompt.text for prompt, _ in answers])
+    ids = [ids_of(answer) for _, answer in answers]
+    longest = max(len(p) + len(a) for p, a in zip(prompts, ids, strict=True))
+    length = min(-(-longest // 64) * 64, model.config.context_length)
+    return rollout.in_batches(
+      lambda batch: program(model.params, *sharding.put_batch(batch, mesh)),
+      loader.answer_rows(prompts, ids, tokenizer.pad_id, length),
+      config.batch_size,
+    )
+
+  return score
+
+
+def make_judge(config, workdir, mesh):
+  """(name, CompareFn, RateFn or None, function that says what it cost)."""
+  if config.judge == 'gold':
+    name = 'gold utility of the miniature (a program)'
+    compare = judges.by_score(judges.gold_score(config.world_seed))
+    return name, compare, judges.gold_rating(config.world_seed), dict
+  if config.judge == 'reward':
+    name = f'a reward model (no person): {config.reward_model}'
+    return name, judges.by_score(reward_score(config, mesh)), None, dict
+  if config.judge == 'people':
+    compare, rate, labelers = judges.read_rankings(config.rankings)
+    name = f'{len(labelers)} labelers, {config.rankings}'
+    return name, compare, rate, dict
+  described = config.endpoint
+  asking = endpoint.Endpoint(
+    endpoint.Settings(
+      url=described.url,
+      key_variable=described.key_variable,
+      timeout=described.timeout,
+      max_retries=described.max_retries,
+      requests_per_minute=described.requests_per_minute,
+      num_workers=described.num_workers,
+    ),
+    workdir / 'journal.jsonl',
+  )
+  judge = judges.ChatJudge(
+    asking,
+    described.model,
+    judges.Prices(described.prompt_price, described.completion_price),
+    described.max_tokens,
+  )
+
+  def cost():
+    return {**dataclasses.asdict(asking.counts), **judge.cost()}
+
+  name = f'{described.model} (a model, no person) at {described.url}'
+  return name, judge.compare, judge.rate, cost
+
+
+# --- The evaluation -----------------------------------------------------------
+
+
+def run(config, workdir: epath.Path):
+  validate(config)
+  models = list(artifacts.named_folders(config.models))
+  prompts = records.read_jsonl(config.prompts, records.Prompt)
+  prompts = prompts[: config.num_prompts]
+  repeated = len(prompts) - len({prompt.id for prompt in prompts})
+  if repeated:
+    raise ValueError(f'{config.prompts}: {repeated} ids stand twice')
+  mesh = sharding.make_mesh(config.mesh)
+  cache = epath.Path(config.cache or workdir / 'answers')
+  with sharding.use_mesh(mesh):
+    answers, sources = collect_answers(config, prompts, cache, mesh)
+    common = [
+      prompt
+      for prompt in prompts
+      if all(prompt.id in answers[model] for model in models)
+    ]
+    if not common:
+      raise ValueError('no prompt has an answer of every model')
+    samples_lib.write_samples(
+      workdir / 'samples.jsonl',
+      [answers[model][p.id] for model in models for p in common],
+    )
+    judge_name, compare, rate, cost = make_judge(config, workdir, mesh)
+    others = [model for model in models if model != config.baseline]
+    sides = (
+      [(model, config.baseline) for model in others]
+      if config.pairs == 'baseline'
+      else list(itertools.combinations(models, 2))
+    )
+    pairs = [
+      judges.Pair(prompt, answers[a][prompt.id], answers[b][prompt.id])
+      for a, b in sides
+      for prompt in common
+    ]
+    judgements, account = judges.compare_both_orders(compare, pairs)
+    rated = []
+    if rate is not None and config.rate_answers:
+      flat = [(p, answers[model][p.id]) for model in models for p in common]
+      rated = [
+        (answer, rating)
+        for (_, answer), several in zip(flat, rate(flat), strict=True)
+        for rating in several
+      ]
+  lines = [json.dumps(dataclasses.asdict(j)) + '\n' for j in judgements]
+  report.write_file(workdir / 'judgements.jsonl', ''.join(lines).encode())
+  result = figures_of(config, judgements, account, rated)
+  result |= {
+    'judge': judge_name,
+    'baseline': config.baseline,
+    'models': sources,
+    'prompts': {
+      'in the file': len(prompts),
+      'answered by every model': len(common),
+    },
+    'asking': cost(),
+  }
+  write_results(config, workdir, result)
+  return {'num_prompts': len(common), 'num_judgements': len(judgements)}
+
+
+def figures_of(config, judgements, account, rated):
+  """All figures of a finished judging, as dataclasses and numbers."""
+  if not judgements:
+    raise ValueError(
+      f'the judge judged none of {account.pairs} pairs: {account.unjudged} '
+      f'without an opinion, {account.unparsed} not understood'
+    )
+  by_model = preferences.against(judgements, config.baseline)
+  share = account.contradictions / account.judgements
+  alarms = []
+  if share > config.max_contradictions:
+    alarms.append(
+      f'the judge contradicts itself in {share:.1%} of the pairs when the '
+      f'answers change places, more than {config.max_contradictions:.1%}; its '
+      'preferences are mostly about the place'
+    )
+  if account.unparsed:
+    alarms.append(f'{account.unparsed} verdicts could not be understood')
+  if account.unjudged:
+    alarms.append(
+      f'{account.unjudged} of {account.pairs} pairs have no verdict'
+    )
+  sides = {}
+  for judgement in judgements:
+    sides.setdefault((judgement.model, judgement.other), []).append(judgement)
+  return {
+    'account': dataclasses.asdict(account),
+    'alarms': alarms,
+    'win_rate': {
+      model: preferences.rates(rows, config.num_bootstrap, config.seed)
+      for model, rows in by_model.items()
+    },
+    'length_controlled': preferences.length_controlled(
+      by_model, seed=config.seed
+    ),
+    'by_category': {
+      model: preferences.rates_by_category(
+        rows, config.num_bootstrap, config.seed
+      )
+      for model, rows in by_model.items()
+    },
+    'bradley_terry': preferences.bradley_terry(
+      judgements, config.baseline, seed=config.seed
+    ),
+    'power': {
+      f'{model} – {other}': preferences.power(rows)
+      for (model, other), rows in sides.items()
+      if len({row.prompt_id for row in rows}) > 1
+    },
+    'ratings': rating_figures(config, rated),
+  }
+
+
+def rating_figures(config, rated):
+  """Model -> 'overall (1 to 7)' and each label -> mean with its interval."""
+  columns = {}
+  for answer, rating in rated:
+    values = dict(rating.labels)
+    if rating.likert is not None:
+      values['overall quality, 1 to 7'] = rating.likert
+    for name, value in values.items():
+      column = columns.setdefault(answer.model, {}).setdefault(name, ([], []))
+      column[0].append(float(value))
+      column[1].append(answer.prompt_id)
+  return {
+    model: {
+      name: win_rate.mean_interval(
+        values, ids, num_bootstrap=config.num_bootstrap, seed=config.seed
+      )
+      for name, (values, ids) in by_name.items()
+    }
+    for model, by_name in columns.items()
+  }
+
+
+def write_results(config, workdir, result):
+  text = json.dumps(
+    report.plain_json(result), indent=2, ensure_ascii=False, allow_nan=False
+  )
+  report.write_file(workdir / 'preferences.json', (text + '\n').encode())
+  count = result['prompts']['answered by every model']
+  report.write_file(
+    workdir / 'win_rate.png',
+    plots.win_rate_bars(
+      {
+        model: (r.by_prompt.mean, r.by_prompt.low, r.by_prompt.high)
+        for model, r in result['win_rate'].items()
+      },
+      config.baseline,
+      f'{count:,} prompts',
+      result['judge'],
+    ),
+  )
+  report.write_file(
+    workdir / 'preferences.md', markdown(config, result).encode()
+  )
+
+
+def markdown(config, result):
+  """preferences.md."""
+  cell, table, escape = report.cell, report.table, report.escape
+  baseline = escape(config.baseline)
+  lines = ['# Preferences', '', f'Judge: {escape(result["judge"])}.', '']
+  lines += [f'- Alarm: {escape(text)}.' for text in result['alarms']]
+  lines += [
+    '',
+    f'Win rate against {baseline}, ties one half, each pair judged in both '
+    'orders. Intervals are 95 %, redrawing prompts, and labelers where there '
+    'are several. At equal length: a logistic regression on the logarithm of '
+    'the length ratio takes out what length alone wins.',
+    '',
+  ]
+  controlled = result['length_controlled']
+  lines += table(
+    ['model', 'win rate', 'by labeler', 'at equal length', 'judgements'],
+    [
+      [
+        escape(model),
+        cell(rate.by_prompt),
+        cell(rate.by_labeler) if rate.by_labeler else '–',
+        cell(controlled.rates[model]),
+        cell(rate.num_judgements),
+      ]
+      for model, rate in result['win_rate'].items()
+    ],
+  )
+  lines += [
+    f'Log-odds of a win for each e-fold of length: {cell(controlled.slope)}.',
+    '',
+    '![Win rates](win_rate.png)',
+    '',
+    '## By use case',
+    '',
+  ]
+  categories = sorted(
+    {name for rates in result['by_category'].values() for name in rates}
+  )
+  lines += table(
+    ['use case', *map(escape, result['by_category'])],
+    [
+      [
+        escape(category) or '–',
+        *(
+          cell(rates[category].by_prompt) if category in rates else '–'
+          for rates in result['by_category'].values()
+        ),
+      ]
+      for category in categories
+    ],
+  )
+  lines += [
+    '## Bradley-Terry ratings',
+    '',
+    f'In nats, {baseline} at 0; one nat is 173.7 Elo points.',
+    '',
+  ]
+  lines += table(
+    ['model', 'rating'],
+    [[escape(m), cell(r)] for m, r in result['bradley_terry'].items()],
+  )
+  lines += [
+    '## How many prompts would separate two models',
+    '',
+    'At the rates seen: so many that a 95 % interval just excludes one half, '
+    'and that it does so in 80 % of the repetitions.',
+    '',
+  ]
+  lines += table(
+    ['pair', 'rate', 'prompts now', 'to separate', 'for 80 % power'],
+    [
+      [
+        escape(name),
+        cell(power.rate),
+        cell(power.num_prompts),
+        cell(power.to_separate),
+        cell(power.for_power),
+      ]
+      for name, power in result['power'].items()
+    ],
+  )
+  lines += ['## Ratings of single answers (Table 3)', '']
+  if result['ratings']:
+    names = list(
+      dict.fromkeys(n for row in result['ratings'].values() for n in row)
+    )
+    lines += table(
+      ['', *map(escape, result['ratings'])],
+      [
+        [
+          escape(name),
+          *(
+            cell(row[name]) if name in row else '–'
+            for row in result['ratings'].values()
+          ),
+        ]
+        for name in names
+      ],
+    )
+  else:
+    lines += ['*Left out: this judge gives none.*', '']
+  lines += ['## What was asked', '']
+  for values in (result['prompts'], result['account'], result['asking']):
+    if values:
+      lines += table(
+        ['', 'count'], [[escape(k), cell(v)] for k, v in values.items()]
+      )
+  columns = list(next(iter(result['models'].values())))
+  lines += table(
+    ['model', *columns],
+    [
+      [escape(model), *(cell(row[c]) for c in columns)]
+      for model, row in result['models'].items()
+    ],
+  )
+  return '\n'.join(lines).rstrip() + '\n'

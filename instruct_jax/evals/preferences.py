@@ -1,0 +1,389 @@
+"""Preferences between models: rates, length control, ratings, power.
+
+Everything starts from `Judgement`s: a judge saw two models' answers to one
+prompt, in both orders, and `outcome` says how far it preferred the first: 1,
+0, or one half for a tie. The paper says neither how its intervals are made nor
+how ties count (3.6); here they count one half, a prompt weighs the same
+however many people judged it, and intervals redraw whole clusters: prompts,
+or labelers where there are several.
+
+Host side, NumPy, float64.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from instruct_jax.evals import win_rate
+
+# Weak pull of logistic coefficients to 0, per squared nat: a model that wins
+# or loses everything keeps a finite rating; 100 judgements do not feel it.
+_RIDGE = 0.01
+_NUM_NEWTON = 60
+# Standard normal quantiles of 0.975 and of 0.8, for the power note.
+_Z_CONFIDENCE, _Z_POWER = 1.959964, 0.841621
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+  """One judge's view of two models' answers to one prompt.
+
+  Attributes:
+    prompt_id: of the prompt; what intervals redraw.
+    category: its use case, or ''.
+    model, other: the models.
+    outcome: 1 where `model` is preferred, 0 where `other` is, one half ties.
+    log_length_ratio: log(tokens of model / tokens of other).
+    labeler: who judged, or ''.
+    contradicts: the judge preferred one in one order, the other in the other.
+  """
+
+  prompt_id: str
+  category: str
+  model: str
+  other: str
+  outcome: float
+  log_length_ratio: float
+  labeler: str = ''
+  contradicts: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+  """How often a model is preferred to the baseline.
+
+  Attributes:
+    by_prompt: rate and interval, redrawing prompts.
+    by_labeler: the same rate, redrawing labelers; None with fewer than two.
+    num_judgements: judgements behind it.
+  """
+
+  by_prompt: win_rate.Interval
+  by_labeler: win_rate.Interval | None
+  num_judgements: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Power:
+  """How many prompts it takes to tell a rate from one half.
+
+  Attributes:
+    rate: mean outcome over prompts.
+    deviation: standard deviation of a prompt's outcome.
+    num_prompts: prompts behind both.
+    to_separate: prompts at which a 95 % interval of this width would just
+      exclude one half, if the rate stays; None at exactly one half.
+    for_power: prompts at which it would do so in 80 % of the repetitions.
+  """
+
+  rate: float
+  deviation: float
+  num_prompts: int
+  to_separate: int | None
+  for_power: int | None
+
+
+def both_orders(first: float, swapped: float) -> tuple[float, bool]:
+  """Outcome for the first answer from the verdicts of both orders.
+
+  Args:
+    first: preference for the answer shown first, in the original order.
+    swapped: the same when the answers changed places.
+
+  Returns:
+    (mean of `first` and 1 - `swapped`, whether the two contradict): a judge
+    that always takes what it sees first yields one half and a contradiction.
+  """
+  return (first + 1 - swapped) / 2, (first - 0.5) * (0.5 - swapped) < 0
+
+
+def length_ratio(num_tokens: int, num_other: int) -> float:
+  """log(tokens / tokens of the other); an empty answer counts as one token."""
+  return math.log(max(num_tokens, 1) / max(num_other, 1))
+
+
+def against(
+  judgements: Sequence[Judgement], baseline: str
+) -> dict[str, list[Judgement]]:
+  """Judgements against the baseline, by model, turned so that it comes second.
+
+  Raises:
+    ValueError: the baseline was never judged.
+  """
+  found = collections.defaultdict(list)
+  for judgement in judgements:
+    if judgement.other == baseline:
+      found[judgement.model].append(judgement)
+    elif judgement.model == baseline:
+      found[judgement.other].append(turned(judgement))
+  if not found:
+    raise ValueError(
+      f'no judgement of the baseline {baseline!r}; judged were '
+      f'{sorted({n for j in judgements for n in (j.model, j.other)})}'
+    )
+  return dict(found)
+
+
+def turned(judgement: Judgement) -> Judgement:
+  """The same judgement, told from the other model's side."""
+  return dataclasses.replace(
+    judgement,
+    model=judgement.other,
+    other=judgement.model,
+    outcome=1 - judgement.outcome,
+    log_length_ratio=-judgement.log_length_ratio,
+  )
+
+
+def rates(
+  judgements: Sequence[Judgement], num_bootstrap: int = 2000, seed: int = 0
+) -> Rates:
+  """Mean outcome of one model against one other, each prompt weighing 1.
+
+  Raises:
+    ValueError: no judgement.
+  """
+  if not judgements:
+    raise ValueError('no judgement to average')
+  weights = _prompt_weights(judgements)
+  outcomes = [judgement.outcome for judgement in judgements]
+  labelers = [judgement.labeler for judgement in judgements]
+
+  def interval(clusters):
+    return win_rate.mean_interval(
+      outcomes,
+      clusters,
+      weights=weights,
+      num_bootstrap=num_bootstrap,
+      seed=seed,
+    )
+
+  return Rates(
+    by_prompt=interval([judgement.prompt_id for judgement in judgements]),
+    by_labeler=interval(labelers) if len(set(labelers)) > 1 else None,
+    num_judgements=len(judgements),
+  )
+
+
+def rates_by_category(
+  judgements: Sequence[Judgement], num_bootstrap: int = 2000, seed: int = 0
+) -> dict[str, Rates]:
+  """`rates` of each use case, by name."""
+  found = collections.defaultdict(list)
+  for judgement in judgements:
+    found[judgement.category].append(judgement)
+  return {
+    category: rates(found[category], num_bootstrap, seed)
+    for category in sorted(found)
+  }
+
+
+def _prompt_weights(judgements: Sequence[Judgement]) -> np.ndarray:
+  """1 over the number of judgements of the prompt between the same models."""
+  keys = [(j.prompt_id, *sorted((j.model, j.other))) for j in judgements]
+  counts = collections.Counter(keys)
+  return np.array([1 / counts[key] for key in keys])
+
+
+# --- Logistic models ----------------------------------------------------------
+
+
+def _fit(
+  design: np.ndarray,
+  outcomes: np.ndarray,
+  weights: np.ndarray,
+  start: np.ndarray,
+) -> np.ndarray:
+  """Coefficients of a weighted logistic regression, by Newton's method.
+
+  Minimises Σ w [log(1 + e^z) - y z] + ridge/2 |θ|², z = design θ, for y in
+  [0, 1]; strictly convex. Steps are halved until the objective falls.
+  """
+
+  def objective(theta):
+    z = design @ theta
+    loss = weights @ (np.logaddexp(0, z) - outcomes * z)
+    return loss + _RIDGE / 2 * theta @ theta
+
+  theta, value = start, objective(start)
+  for _ in range(_NUM_NEWTON):
+    probs = (1 + np.tanh(design @ theta / 2)) / 2
+    gradient = design.T @ (weights * (probs - outcomes)) + _RIDGE * theta
+    curvature = weights * probs * (1 - probs)
+    hessian = (design.T * curvature) @ design + _RIDGE * np.eye(len(theta))
+    step = np.linalg.solve(hessian, gradient)
+    if gradient @ step < 1e-10:
+      break
+    size = 1.0
+    while size > 1e-8 and objective(theta - size * step) > value:
+      size /= 2
+    theta = theta - size * step
+    value = objective(theta)
+  return theta
+
+
+def _bootstrap_fit(design, outcomes, weights, clusters, num_bootstrap, seed):
+  """(coefficients, redrawn coefficients [num_bootstrap, K], clusters)."""
+  codes, num_clusters = win_rate.cluster_codes(clusters)
+  estimate = _fit(design, outcomes, weights, np.zeros(design.shape[1]))
+  redraws = [
+    _fit(design, outcomes, weights * count[codes], estimate)
+    for counts in win_rate.redraw_counts(num_clusters, num_bootstrap, seed)
+    for count in counts
+  ]
+  return estimate, np.array(redraws), num_clusters
+
+
+def _intervals(estimate, redraws, num_clusters):
+  low, high = np.percentile(redraws, [2.5, 97.5], axis=0)
+  return [
+    win_rate.Interval(float(m), float(a), float(b), num_clusters)
+    for m, a, b in zip(estimate, low, high, strict=True)
+  ]
+
+
+def _sigmoid(x):
+  return (1 + np.tanh(np.asarray(x) / 2)) / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthControlled:
+  """Win rates at equal length.
+
+  Attributes:
+    rates: model -> rate that the fit gives at a length ratio of 1.
+    slope: change of the log-odds when an answer is e times as long as the
+      baseline's; positive when the judge likes length.
+  """
+
+  rates: Mapping[str, win_rate.Interval]
+  slope: win_rate.Interval
+
+
+def length_controlled(
+  by_model: Mapping[str, Sequence[Judgement]],
+  num_bootstrap: int = 300,
+  seed: int = 0,
+) -> LengthControlled:
+  """Win rates with the effect of length taken out (Stiennon et al. 2020, F).
+
+  One logistic regression over all models: log-odds of a win = θ_model +
+  γ log(length / length of the baseline's answer), ties one half. The rate
+  reported is σ(θ_model). Prompts are redrawn for the intervals.
+
+  Args:
+    by_model: from `against`.
+    num_bootstrap: redraws.
+    seed: of the redraws.
+  """
+  models = list(by_model)
+  rows = [j for model in models for j in by_model[model]]
+  column = {model: i for i, model in enumerate(models)}
+  design = np.zeros((len(rows), len(models) + 1))
+  for i, row in enumerate(rows):
+    design[i, column[row.model]] = 1
+    design[i, -1] = row.log_length_ratio
+  estimate, redraws, num_clusters = _bootstrap_fit(
+    design,
+    np.array([row.outcome for row in rows]),
+    _prompt_weights(rows),
+    [row.prompt_id for row in rows],
+    num_bootstrap,
+    seed,
+  )
+  found = _intervals(
+    _sigmoid(estimate[:-1]), _sigmoid(redraws[:, :-1]), num_clusters
+  )
+  slope = _intervals(estimate[-1:], redraws[:, -1:], num_clusters)[0]
+  return LengthControlled(dict(zip(models, found, strict=True)), slope)
+
+
+def bradley_terry(
+  judgements: Sequence[Judgement],
+  anchor: str,
+  num_bootstrap: int = 300,
+  seed: int = 0,
+) -> dict[str, win_rate.Interval]:
+  """Ratings in nats: P(a preferred to b) = σ(rating_a - rating_b), ties half.
+
+  The anchor's rating is 0; 400 / ln 10 = 173.7 Elo points are one nat. Prompts
+  are redrawn for the intervals.
+
+  Raises:
+    ValueError: some model was never compared, however indirectly, with the
+      anchor, so no rating can relate them.
+  """
+  models = sorted({n for j in judgements for n in (j.model, j.other)})
+  linked, grown = {anchor}, True
+  while grown:
+    grown = False
+    for judgement in judgements:
+      pair = {judgement.model, judgement.other}
+      if pair & linked and not pair <= linked:
+        linked |= pair
+        grown = True
+  apart = [model for model in models if model not in linked]
+  if apart:
+    raise ValueError(
+      f'no chain of judgements links {apart} with {anchor!r}; judge more pairs'
+    )
+  rated = [model for model in models if model != anchor]
+  column = {model: i for i, model in enumerate(rated)}
+  design = np.zeros((len(judgements), len(rated)))
+  for i, judgement in enumerate(judgements):
+    for name, sign in ((judgement.model, 1), (judgement.other, -1)):
+      if name != anchor:
+        design[i, column[name]] = sign
+  estimate, redraws, num_clusters = _bootstrap_fit(
+    design,
+    np.array([judgement.outcome for judgement in judgements]),
+    _prompt_weights(judgements),
+    [judgement.prompt_id for judgement in judgements],
+    num_bootstrap,
+    seed,
+  )
+  ratings = dict(
+    zip(rated, _intervals(estimate, redraws, num_clusters), strict=True)
+  )
+  ratings[anchor] = win_rate.Interval(0.0, 0.0, 0.0, num_clusters)
+  return dict(sorted(ratings.items(), key=lambda item: -item[1].mean))
+
+
+# --- Power --------------------------------------------------------------------
+
+
+def power(judgements: Sequence[Judgement]) -> Power:
+  """How many prompts would separate the two models of these judgements.
+
+  A rate p over n prompts with standard deviation s has the interval
+  p ± 1.96 s/√n, which excludes one half from n = (1.96 s / |p - ½|)² on; to do
+  so in 80 % of the repetitions takes (1.96 + 0.84)² in the place of 1.96².
+
+  Raises:
+    ValueError: fewer than two prompts.
+  """
+  by_prompt = collections.defaultdict(list)
+  for judgement in judgements:
+    by_prompt[judgement.prompt_id].append(judgement.outcome)
+  if len(by_prompt) < 2:
+    raise ValueError(f'{len(by_prompt)} prompts tell nothing about spread')
+  outcomes = np.array([np.mean(values) for values in by_prompt.values()])
+  rate, deviation = float(outcomes.mean()), float(outcomes.std(ddof=1))
+  distance = abs(rate - 0.5)
+
+  def needed(z):
+    if distance < 1e-12:
+      return None
+    # The smallest sample that tells anything has two prompts.
+    return max(2, math.ceil((z * deviation / distance) ** 2))
+
+  return Power(
+    rate=rate,
+    deviation=deviation,
+    num_prompts=len(outcomes),
+    to_separate=needed(_Z_CONFIDENCE),
+    for_power=needed(_Z_CONFIDENCE + _Z_POWER),
+  )

@@ -1,0 +1,265 @@
+"""Judges: scores, people, and a chat model behind a faulty local server."""
+
+import json
+
+import pytest
+
+from instruct_jax.data import records
+from instruct_jax.evals import endpoint, judges
+from instruct_jax.evals.samples import Sample
+from instruct_jax.miniature import gold, tasks, world
+from tests.fake_server import Fault, serve
+
+PROMPT = records.Prompt('p1', 'name a colour', category='open qa')
+
+
+def answer(model, text, tokens=3, prompt=PROMPT):
+  return Sample(model, prompt.id, prompt.text, text, tokens, True)
+
+
+def pair(first='red', second='the colour red', prompt=PROMPT):
+  return judges.Pair(
+    prompt, answer('x', first, prompt=prompt), answer('y', second, 6, prompt)
+  )
+
+
+def test_scores_decide_and_are_asked_once():
+  asked = []
+
+  def score(answers):
+    asked.extend(answers)
+    return [len(a.response) for _, a in answers]
+
+  pairs = [pair(), pair('same', 'size'), pair('long one', 'no')]
+  found, account = judges.compare_both_orders(judges.by_score(score), pairs)
+  assert [j.outcome for j in found] == [0.0, 0.5, 1.0]
+  assert len(asked) == 6
+  assert (found[0].model, found[0].other) == ('x', 'y')
+  assert found[0].log_length_ratio == pytest.approx(-0.6931, abs=1e-4)
+  assert found[0].category == 'open qa'
+  assert account == judges.Account(pairs=3, judgements=3)
+
+
+def test_position_bias_cancels_and_is_counted():
+  def first_is_best(pairs):
+    return [[judges.Verdict(1.0)] for _ in pairs]
+
+  found, account = judges.compare_both_orders(first_is_best, [pair()])
+  assert found[0].outcome == 0.5 and found[0].contradicts
+  assert account.contradictions == 1
+
+
+def test_nothing_is_dropped_silently():
+  def moody(pairs):
+    verdicts = {
+      'red': [judges.Verdict(1.0)],
+      'the colour red': [judges.Verdict(None)],
+      'blue': [],
+    }
+    return [verdicts.get(p.first.response, []) for p in pairs]
+
+  pairs = [pair(), pair('blue', 'red'), pair('', 'red')]
+  found, account = judges.compare_both_orders(moody, pairs)
+  assert not found
+  assert account == judges.Account(pairs=3, unjudged=2, unparsed=1, empty=1)
+
+
+def test_gold_judge_agrees_with_the_gold_utility(rng):
+  the_world = world.make_world(3)
+  prompts = tasks.write_prompts(the_world, 20, rng)
+  score = judges.gold_score(3)
+  rate = judges.gold_rating(3)
+  for prompt in prompts[:5]:
+    judged = gold.judge(prompt, 'the wolf is red .', the_world)
+    found = [(prompt, answer('x', 'the wolf is red .', prompt=prompt))]
+    assert score(found) == [gold.utility(judged)]
+    rating = rate(found)[0][0]
+    assert rating.labels['hallucination'] == judged.hallucination
+    assert rating.likert is None
+    applies = judged.satisfies_constraint is not None
+    assert ('satisfies_constraint' in rating.labels) == applies
+
+
+# --- People -------------------------------------------------------------------
+
+
+def rankings(tmp_path, *comparisons):
+  path = tmp_path / 'rankings.jsonl'
+  records.write_jsonl(path, comparisons)
+  return judges.read_rankings(path)
+
+
+def ranking(labeler, ranks, **metadata):
+  return records.Comparison(
+    'name a colour',
+    ('red', 'the colour red', 'no'),
+    ranks,
+    labeler=labeler,
+    metadata=metadata,
+  )
+
+
+def test_people_judge_by_their_ranks(tmp_path):
+  compare, _, labelers = rankings(
+    tmp_path,
+    ranking('ann', (1, 2, 3)),
+    ranking('bob', (1, 1, 2)),
+    ranking('cy', (3, 2, 1)),
+  )
+  assert labelers == ['ann', 'bob', 'cy']
+  found, account = judges.compare_both_orders(compare, [pair()])
+  assert {j.labeler: j.outcome for j in found} == {
+    'ann': 1.0,
+    'bob': 0.5,
+    'cy': 0.0,
+  }
+  assert account.judgements == 3 and account.contradictions == 0
+  _, account = judges.compare_both_orders(compare, [pair('green', 'red')])
+  assert account.unjudged == 1
+
+
+def test_people_rate(tmp_path):
+  _, rate, _ = rankings(
+    tmp_path,
+    ranking(
+      'ann',
+      (1, 2, 3),
+      likert=[6, None, 1],
+      labels=[{'hallucination': False}, {}, {'hallucination': True}],
+    ),
+  )
+  found = rate(
+    [(PROMPT, answer('x', text)) for text in ('red', 'the colour red', 'mauve')]
+  )
+  assert found[0] == [judges.Rating(6.0, {'hallucination': False}, 'ann')]
+  assert found[1] == found[2] == []
+
+
+@pytest.mark.parametrize(
+  ('metadata', 'message'),
+  [
+    ({'likert': [6, 1]}, 'list of 3 entries'),
+    ({'likert': [6, 8, 1]}, 'holds 8; expected 1 to 7'),
+    ({'likert': [6, True, 1]}, 'holds True'),
+    ({'labels': [{}, {'rude': 1}, {}]}, 'object of true and false'),
+  ],
+)
+def test_malformed_ratings_are_named(tmp_path, metadata, message):
+  with pytest.raises(records.RecordError, match=f'record 1.*{message}'):
+    rankings(tmp_path, ranking('ann', (1, 2, 3), **metadata))
+
+
+# --- A chat model -------------------------------------------------------------
+
+
+def reply(text, prompt_tokens=10, completion_tokens=2):
+  return {
+    'choices': [{'message': {'role': 'assistant', 'content': text}}],
+    'usage': {
+      'prompt_tokens': prompt_tokens,
+      'completion_tokens': completion_tokens,
+    },
+  }
+
+
+def chat_judge(url, tmp_path):
+  asking = endpoint.Endpoint(
+    endpoint.Settings(url=url, timeout=2.0, num_workers=2),
+    tmp_path / 'journal.jsonl',
+    sleep=lambda seconds: None,
+  )
+  return judges.ChatJudge(asking, 'some-model', judges.Prices(1.0, 5.0))
+
+
+def content_of(body):
+  return body['messages'][0]['content']
+
+
+def prefers_short(body, number):
+  text = content_of(body)
+  first, second = (
+    text.split(f'<answer_{i}>\n')[1].split(f'\n</answer_{i}>')[0]
+    for i in (1, 2)
+  )
+  better = 1 if len(first) < len(second) else 2
+  return reply(f'```json\n{{"better": {better}}}\n```')
+
+
+def test_a_chat_model_compares_in_both_orders(tmp_path):
+  with serve(prefers_short) as (url, requests):
+    judge = chat_judge(url, tmp_path)
+    found, account = judges.compare_both_orders(
+      judge.compare, [pair(), pair('a long answer', 'no')]
+    )
+    assert [j.outcome for j in found] == [1.0, 0.0]
+    assert account.contradictions == 0
+    # 4 replies of 10 and 2 tokens, at 1 and 5 a million.
+    assert judge.cost() == {
+      'replies': 4,
+      'replies without usage': 0,
+      'prompt_tokens': 40,
+      'completion_tokens': 8,
+      'cost': pytest.approx(80e-6),
+    }
+    # A second run is free, and knows what the result had cost.
+    again = chat_judge(url, tmp_path)
+    judges.compare_both_orders(
+      again.compare, [pair(), pair('a long answer', 'no')]
+    )
+    assert again.cost() == judge.cost()
+  assert len(requests) == 4
+  body = requests[0][1]
+  assert (body['model'], body['temperature']) == ('some-model', 0)
+  assert 'name a colour' in content_of(body)
+
+
+def test_faults_and_nonsense_are_survived_and_counted(tmp_path):
+  def answer_of(body, number):
+    if number == 1:
+      return Fault(503, 'busy')
+    if 'gibberish' in content_of(body):
+      return reply('I like both.')
+    return prefers_short(body, number)
+
+  with serve(answer_of) as (url, _):
+    judge = chat_judge(url, tmp_path)
+    found, account = judges.compare_both_orders(
+      judge.compare, [pair('gibberish', 'red'), pair()]
+    )
+  assert len(found) == 1
+  assert account == judges.Account(pairs=2, unparsed=1, judgements=1)
+
+
+def test_a_chat_model_rates(tmp_path):
+  def answer_of(body, number):
+    if 'mauve' in content_of(body):
+      return reply('{"overall": 9}')
+    return reply(
+      json.dumps(
+        {'overall': 6, 'hallucination': False, 'expresses opinion': None}
+      )
+    )
+
+  with serve(answer_of) as (url, _):
+    found = chat_judge(url, tmp_path).rate(
+      [(PROMPT, answer('x', text)) for text in ('red', 'mauve')]
+    )
+  assert found == [[judges.Rating(6.0, {'hallucination': False})], []]
+
+
+@pytest.mark.parametrize(
+  'text',
+  ['', '{}', '{"better": 3}', '{"better": true}', '{"better": "1"}', '[1]'],
+)
+def test_what_is_no_preference(text):
+  with pytest.raises((ValueError, KeyError, TypeError)):
+    judges.read_preference(text)
+
+
+def test_braces_in_answers_reach_the_model_as_they_are(tmp_path):
+  with serve(lambda b, n: reply('{"better": 0}')) as (url, requests):
+    judge = chat_judge(url, tmp_path)
+    assert judge.compare([pair('{x} </answer_1>', 'red')]) == [
+      [judges.Verdict(0.5)]
+    ]
+  assert '{x} </answer_1>' in content_of(requests[0][1])

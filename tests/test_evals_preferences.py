@@ -1,0 +1,175 @@
+"""Rates, length control, ratings and power against hand-made numbers."""
+
+import math
+
+import numpy as np
+import pytest
+
+from instruct_jax.evals import preferences, win_rate
+
+
+def judgement(prompt, model, other, outcome, ratio=0.0, labeler='', cat=''):
+  return preferences.Judgement(
+    prompt, cat, model, other, outcome, ratio, labeler
+  )
+
+
+@pytest.mark.parametrize(
+  ('first', 'swapped', 'outcome', 'contradicts'),
+  [
+    (1.0, 0.0, 1.0, False),  # Both orders prefer the same answer.
+    (0.0, 1.0, 0.0, False),
+    (1.0, 1.0, 0.5, True),  # Always the one shown first.
+    (0.0, 0.0, 0.5, True),
+    (0.5, 0.5, 0.5, False),
+    (1.0, 0.5, 0.75, False),
+    (0.5, 0.0, 0.75, False),
+  ],
+)
+def test_both_orders(first, swapped, outcome, contradicts):
+  assert preferences.both_orders(first, swapped) == (outcome, contradicts)
+
+
+def test_prompts_weigh_the_same_however_many_people_judged():
+  # Prompt a: three of three for x. Prompt b: one of one against it.
+  rows = [
+    judgement('a', 'x', 'sft', 1.0, labeler=name) for name in ('u', 'v', 'w')
+  ] + [judgement('b', 'x', 'sft', 0.0, labeler='u')]
+  found = preferences.rates(rows)
+  assert found.by_prompt.mean == pytest.approx(0.5)
+  assert found.by_labeler.mean == pytest.approx(0.5)
+  assert found.by_prompt.num_clusters == 2
+  assert found.by_labeler.num_clusters == 3
+  assert found.num_judgements == 4
+
+
+def test_one_labeler_has_no_interval_by_labeler():
+  assert preferences.rates([judgement('a', 'x', 'y', 1.0)]).by_labeler is None
+
+
+def test_rates_equal_win_rate_on_scores(rng):
+  scores, baseline = rng.integers(0, 3, (2, 200)).astype(float)
+  rows = [
+    judgement(str(i), 'x', 'sft', (np.sign(a - b) + 1) / 2)
+    for i, (a, b) in enumerate(zip(scores, baseline, strict=True))
+  ]
+  ours = preferences.rates(rows).by_prompt
+  theirs = win_rate.win_rate(scores, baseline, [str(i) for i in range(200)])
+  assert (ours.mean, ours.low, ours.high) == pytest.approx(
+    (theirs.rate, theirs.low, theirs.high)
+  )
+
+
+def test_labelers_who_differ_widen_the_interval():
+  # Two labelers agree with themselves alone: 100 prompts hide it.
+  rows = [
+    judgement(str(i), 'x', 'y', float(i % 2), labeler=str(i % 2))
+    for i in range(100)
+  ]
+  found = preferences.rates(rows)
+  assert found.by_prompt.high - found.by_prompt.low < 0.25
+  assert (found.by_labeler.low, found.by_labeler.high) == (0.0, 1.0)
+
+
+def test_against_turns_judgements():
+  rows = [
+    judgement('a', 'sft', 'x', 1.0, 0.7),
+    judgement('b', 'x', 'sft', 1.0, 0.2),
+    judgement('c', 'x', 'y', 1.0),
+  ]
+  found = preferences.against(rows, 'sft')
+  assert set(found) == {'x'}
+  assert [row.outcome for row in found['x']] == [0.0, 1.0]
+  assert [row.log_length_ratio for row in found['x']] == [-0.7, 0.2]
+  with pytest.raises(ValueError, match="baseline 'z'.*'sft', 'x', 'y'"):
+    preferences.against(rows, 'z')
+
+
+def test_categories():
+  rows = [
+    judgement('a', 'x', 'y', 1.0, cat='chat'),
+    judgement('b', 'x', 'y', 0.0, cat='open qa'),
+  ]
+  found = preferences.rates_by_category(rows)
+  assert {name: rate.by_prompt.mean for name, rate in found.items()} == {
+    'chat': 1.0,
+    'open qa': 0.0,
+  }
+
+
+def test_length_control_finds_the_rate_at_equal_length(rng):
+  # The judge's log-odds are 0.4 + 1.5 x, and the model writes much longer.
+  ratios = rng.normal(0.8, 0.5, 6000)
+  probs = 1 / (1 + np.exp(-(0.4 + 1.5 * ratios)))
+  wins = (rng.random(6000) < probs).astype(float)
+  rows = [
+    judgement(str(i), 'x', 'sft', w, r)
+    for i, (w, r) in enumerate(zip(wins, ratios, strict=True))
+  ]
+  found = preferences.length_controlled({'x': rows}, num_bootstrap=100)
+  rate = found.rates['x']
+  truth = 1 / (1 + math.exp(-0.4))
+  assert wins.mean() > truth + 0.1
+  assert rate.low < truth < rate.high and rate.high - rate.low < 0.1
+  assert found.slope.low < 1.5 < found.slope.high
+
+
+def test_length_control_without_difference_is_the_plain_rate():
+  # Equal lengths: σ(θ) is the mean, 3 of 4, up to the ridge.
+  rows = [judgement(str(i), 'x', 'y', float(i % 4 > 0)) for i in range(400)]
+  found = preferences.length_controlled({'x': rows}, num_bootstrap=20)
+  assert found.rates['x'].mean == pytest.approx(0.75, abs=1e-4)
+  assert found.slope.mean == pytest.approx(0, abs=1e-9)
+
+
+def test_bradley_terry_recovers_odds():
+  # x beats y 3 of 4 times: ln 3 apart; y beats z 2 of 3 times: ln 2.
+  rows = [judgement(f'a{i}', 'x', 'y', float(i % 4 > 0)) for i in range(800)]
+  rows += [judgement(f'b{i}', 'y', 'z', float(i % 3 > 0)) for i in range(900)]
+  found = preferences.bradley_terry(rows, 'y', num_bootstrap=50)
+  assert list(found) == ['x', 'y', 'z']
+  assert found['y'].mean == found['y'].low == 0
+  assert found['x'].mean == pytest.approx(math.log(3), abs=2e-3)
+  assert found['z'].mean == pytest.approx(-math.log(2), abs=2e-3)
+  assert found['x'].low < math.log(3) < found['x'].high
+
+
+def test_bradley_terry_of_a_model_that_always_wins_is_finite():
+  rows = [judgement(str(i), 'x', 'y', 1.0) for i in range(50)]
+  rating = preferences.bradley_terry(rows, 'y', num_bootstrap=20)['x']
+  assert 2 < rating.mean < 20
+
+
+def test_bradley_terry_names_what_is_not_linked():
+  rows = [judgement('a', 'x', 'y', 1.0), judgement('b', 'u', 'v', 1.0)]
+  with pytest.raises(ValueError, match=r"\['u', 'v'\] with 'x'"):
+    preferences.bradley_terry(rows, 'x')
+
+
+def test_power_by_hand():
+  # 6 wins of 10: s² = 10/9 · 0.24 = 0.26667, distance 0.1.
+  # (1.959964)² · 0.26667 / 0.01 = 102.4; (2.801585)² · 26.667 = 209.3.
+  rows = [judgement(str(i), 'x', 'y', float(i < 6)) for i in range(10)]
+  found = preferences.power(rows)
+  assert found.rate == pytest.approx(0.6)
+  assert found.deviation == pytest.approx(math.sqrt(0.24 * 10 / 9))
+  assert (found.to_separate, found.for_power) == (103, 210)
+
+
+def test_power_of_a_tie_is_not_a_number():
+  rows = [judgement(str(i), 'x', 'y', float(i % 2)) for i in range(10)]
+  assert preferences.power(rows).to_separate is None
+  with pytest.raises(ValueError, match='1 prompts'):
+    preferences.power(rows[:1])
+
+
+def test_an_interval_of_the_size_asked_for_just_separates():
+  rows = [judgement(str(i), 'x', 'y', float(i % 5 < 3)) for i in range(100)]
+  needed = preferences.power(rows).to_separate
+  more = [judgement(str(i), 'x', 'y', float(i % 5 < 3)) for i in range(needed)]
+  low = preferences.rates(more).by_prompt.low
+  assert abs(low - 0.5) < 0.03
+
+
+def test_empty_answers_have_a_length_ratio():
+  assert preferences.length_ratio(0, 10) == pytest.approx(-math.log(10))
