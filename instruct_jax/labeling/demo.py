@@ -21,7 +21,9 @@ def fill(the_store: store.Store) -> None:
   rng = np.random.default_rng([config.seed, 8])
   prompts = [
     prompt
-    for prompt in tasks.write_prompts(the_world, 2 * config.demo_tasks + 60, rng)
+    for prompt in tasks.write_prompts(
+      the_world, 2 * config.demo_tasks + 60, rng
+    )
     if not prompt.metadata['dirt']
   ]
 

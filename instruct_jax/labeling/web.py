@@ -156,7 +156,7 @@ def _estimate(value):
     return 'nothing to compare yet'
   return (
     f'{100 * value.rate:.1f} % (95 %: {100 * value.low:.1f} – '
-    f'{100 * value.high:.1f}; {value.num_pairs} pairs)'
+    f'{100 * value.high:.1f}; n = {value.num_pairs})'
   )
 
 
@@ -814,7 +814,7 @@ class _Site:
       path=request.url.path,
       status=status,
       title=http.HTTPStatus(status).phrase,
-      message=message,
+      text=message,
     )
     return responses.HTMLResponse(text, status)
 
