@@ -44,6 +44,8 @@ FLOORS = {
     'supervised',
     'evals',
   ),
+  # The labeling site: people in the place of `experiments.compare`.
+  'labeling': ('data', 'miniature', 'evals', 'labeling'),
   # 4: anything below, never each other.
   'experiments': (
     'types',

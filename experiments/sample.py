@@ -1,0 +1,109 @@
+"""Samples prompts from one or more policies into one file for labelers.
+
+A line holds a prompt, its K completions and the models that wrote them: what
+the labeling site imports as ranking tasks (paper 3.1, 3.4).
+"""
+
+import functools
+import json
+
+import jax
+from etils import epath
+
+from instruct_jax import artifacts, rollout
+from instruct_jax.data import loader, records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.infra import run as run_lib
+from instruct_jax.infra import sharding
+
+
+def model_folders(text: str) -> dict[str, str]:
+  """`NAME=FOLDER,...` as a mapping."""
+  folders = {}
+  for part in filter(None, text.split(',')):
+    name, separator, folder = part.partition('=')
+    if not (name and separator and folder) or name in folders:
+      raise ValueError(
+        f'models must be NAME=FOLDER,NAME=FOLDER with distinct names: {text!r}'
+      )
+    folders[name] = folder
+  return folders
+
+
+def validate(config):
+  num_models = len(model_folders(config.models))
+  if num_models * config.samples_per_model < 2:
+    raise ValueError(
+      f'{num_models} models x {config.samples_per_model} samples_per_model '
+      'leave nothing to rank; 2 completions at least'
+    )
+  for key in ('tokenizer', 'prompts'):
+    if not config[key]:
+      raise ValueError(f'{key} is empty; give its path')
+
+
+def build_programs(config, module, tokenizer):
+  generate = functools.partial(
+    rollout.generate,
+    extend_fn=artifacts.extend_fn(module),
+    make_cache_fn=artifacts.make_cache_fn(module),
+    num_response=config.response_length,
+    stop_ids=(tokenizer.eos_id,),
+    temperature=config.temperature,
+  )
+  return {'generate': jax.jit(generate)}
+
+
+def run(config, workdir: epath.Path):
+  validate(config)
+  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  prompts = records.read_jsonl(config.prompts, records.Prompt)
+  rows, num_dropped = loader.prompt_rows(
+    [p for p in prompts for _ in range(config.samples_per_model)],
+    tokenizer,
+    config.prompt_length,
+  )
+  mesh = sharding.make_mesh(config.mesh)
+  completions = [[] for _ in prompts]
+  models = [[] for _ in prompts]
+  with sharding.use_mesh(mesh):
+    for number, (name, folder) in enumerate(
+      model_folders(config.models).items()
+    ):
+      policy = artifacts.load(folder, 'policy', mesh, tokenizer.fingerprint)
+      programs = build_programs(config, policy.module, tokenizer)
+      key = jax.random.fold_in(jax.random.key(config.seed), number)
+      with run_lib.Progress(f'sample {name}', len(rows.indices)) as progress:
+        sampled = rollout.in_batches(
+          lambda batch, p=policy, g=programs['generate'], k=key: g(
+            p.params, sharding.put_batch(batch, mesh), k
+          ),
+          rows,
+          config.batch_size,
+          progress.update,
+        )
+      texts = tokenizer.decode_batch(rollout.response_ids(sampled))
+      for row, text in zip(rows.indices, texts, strict=True):
+        prompt = row // config.samples_per_model
+        completions[prompt].append(text)
+        models[prompt].append(name)
+  lines = [
+    json.dumps(
+      {
+        'id': prompt.id,
+        'prompt': prompt.text,
+        'user': prompt.user,
+        'category': prompt.category,
+        'completions': completions[i],
+        'models': models[i],
+        'metadata': prompt.metadata,
+      },
+      ensure_ascii=False,
+    )
+    for i, prompt in enumerate(prompts)
+    if completions[i]
+  ]
+  path = workdir / 'samples.jsonl'
+  records.write_bytes(path, '\n'.join([*lines, '']).encode())
+  print(f'{config.name}: {len(lines)} prompts in {path}', flush=True)
+  return {'prompts': len(lines), 'dropped': num_dropped}

@@ -1,0 +1,173 @@
+"""Starts the labeling site, or does one thing to its database.
+
+python -m instruct_jax.labeling --config=configs/labeling.py --workdir=DIR
+... --demo                 with prompts and answers of the embedded world
+... --admin_link           prints a new link for the first admin
+... --import_file=FILE --batch=NAME --kind=ranking --phase=training
+... --export=FOLDER        writes the files that the experiments read
+... --backup=FILE.gz       one consistent copy, while the site runs, too
+... --restore=FILE.gz      into a database that is still empty
+"""
+
+import contextlib
+import os
+import pathlib
+import socket
+import sys
+
+import sqlalchemy as sa
+import uvicorn
+from absl import app, flags
+from ml_collections import config_flags
+
+from instruct_jax.data import records
+from instruct_jax.labeling import demo, research, schema, store, web
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'Config file, say configs/labeling.py.'
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Where the site lives; config.default_workdir if not given.'
+)
+_DEMO = flags.DEFINE_bool('demo', False, 'Fill an empty site with tasks.')
+_ADMIN_LINK = flags.DEFINE_bool('admin_link', False, 'Print a link and end.')
+_BACKUP = flags.DEFINE_string('backup', None, 'Write a back-up and end.')
+_RESTORE = flags.DEFINE_string('restore', None, 'Read a back-up and end.')
+_EXPORT = flags.DEFINE_string('export', None, 'Export to a folder and end.')
+_IMPORT = flags.DEFINE_string('import_file', None, 'Import a file and end.')
+_BATCH = flags.DEFINE_string('batch', None, 'Name of the imported batch.')
+_KIND = flags.DEFINE_string('kind', 'ranking', 'Kind of the imported tasks.')
+_PHASE = flags.DEFINE_string('phase', 'training', 'Instructions of the import.')
+_SCREENING = flags.DEFINE_bool('screening', False, 'Import for screening.')
+
+
+def first_admin(the_store: store.Store) -> tuple[int, bool]:
+  """Id of the first admin's account, made if missing; and whether it was."""
+  with the_store.read() as c:
+    found = c.scalar(
+      sa.select(schema.accounts.c.id)
+      .where(schema.accounts.c.role == 'admin')
+      .order_by(schema.accounts.c.id)
+      .limit(1)
+    )
+  if found is not None:
+    return found, False
+  return the_store.add_account('admin', 'admin', 'active'), True
+
+
+def _once(the_store) -> bool:
+  """Does what a flag asks for and says whether that was all."""
+  if _BACKUP.value:
+    count = store.backup(the_store.engine, _BACKUP.value)
+    print(f'{count} rows written to {_BACKUP.value}')
+  elif _EXPORT.value:
+    counts = research.export(the_store, _EXPORT.value)
+    for name, count in counts.items():
+      print(f'{_EXPORT.value}/{name}.jsonl: {count} lines')
+  elif _IMPORT.value:
+    path = pathlib.Path(_IMPORT.value)
+    count = research.import_tasks(
+      the_store,
+      records.read_bytes(_IMPORT.value),
+      source=_IMPORT.value,
+      name=_BATCH.value or path.name,
+      kind=_KIND.value,
+      phase=_PHASE.value,
+      overlap=the_store.config.overlap,
+      screening=_SCREENING.value,
+    )
+    print(f'{count} tasks imported')
+  else:
+    return False
+  return True
+
+
+def _listen(config):
+  """A listening socket, so that the port is known before the links."""
+  found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+  found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+  try:
+    found.bind((config.host, config.port))
+  except OSError as error:
+    raise store.StoreError(
+      f'cannot listen on {config.host}:{config.port} ({error.strerror}); '
+      'choose another --config.port, 0 for any'
+    ) from error
+  return found
+
+
+def run(config, workdir: pathlib.Path) -> None:
+  """Prepares the database and serves until stopped."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  os.chmod(workdir, 0o700)  # The database is nobody else's business.
+  engine = store.make_engine(
+    config.database or f'sqlite:///{workdir / "labeling.sqlite"}'
+  )
+  if _RESTORE.value:
+    print(f'{store.restore(engine, _RESTORE.value)} rows restored')
+    return
+  the_store = store.Store(engine, config)
+  the_store.prepare()
+  if _once(the_store):
+    return
+  listener = None
+  if not _ADMIN_LINK.value:
+    listener = _listen(config)
+  port = listener.getsockname()[1] if listener else config.port
+  url = config.public_url or f'http://{config.host}:{port}'
+  account_id, is_new = first_admin(the_store)
+  if is_new or _ADMIN_LINK.value:
+    print(
+      f'admin link (works once): {url}/join/{the_store.invite(account_id)}',
+      flush=True,
+    )
+  if _ADMIN_LINK.value:
+    return
+  if _DEMO.value:
+    demo.fill(the_store)
+    with the_store.read() as c:
+      guest = c.scalar(
+        sa.select(schema.accounts.c.id).where(
+          schema.accounts.c.name == 'newcomer'
+        )
+      )
+    if guest is None:
+      guest = the_store.add_account('newcomer', 'labeler', 'active')
+    print(
+      f'labeler link (works once; use another browser or a private window): '
+      f'{url}/join/{the_store.invite(guest)}',
+      flush=True,
+    )
+  print(f'labeling site on {url}, data in {workdir}', flush=True)
+  server = uvicorn.Server(
+    uvicorn.Config(
+      web.make_app(the_store, url, str(workdir / 'exports')),
+      access_log=False,  # Invitation tokens are in paths.
+      log_level='warning',
+      # Only a proxy on this machine may say who the visitor is.
+      forwarded_allow_ips='127.0.0.1',
+      server_header=False,
+    )
+  )
+  with contextlib.suppress(KeyboardInterrupt):
+    server.run(sockets=[listener])
+
+
+def main(argv) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  config = _CONFIG.value
+  workdir = pathlib.Path(_WORKDIR.value or config.default_workdir).absolute()
+  try:
+    run(config, workdir)
+  except (store.StoreError, records.RecordError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(1)
+  except sa.exc.OperationalError as error:
+    print(f'error: the database does not answer: {error}', file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == '__main__':
+  flags.mark_flag_as_required('config')
+  app.run(main)

@@ -1,0 +1,139 @@
+// Ranking by drag, touch and arrow keys; file import. Every page works without
+// this script: ranks are chosen from lists, which it only arranges.
+'use strict';
+
+function setUpRanking(list) {
+  const count = Number(list.dataset.ranks);
+  const announcement = document.getElementById('announcement');
+  const board = document.createElement('div');
+  board.className = 'board';
+  const columns = [];
+  for (let rank = 0; rank <= count; rank++) {
+    const column = document.createElement('section');
+    column.className = 'rank-column';
+    column.dataset.rank = rank || '';
+    const title = document.createElement('h3');
+    title.id = 'rank-title' + rank;
+    title.textContent = rank === 0 ? 'Not ranked yet' : 'Rank ' + rank +
+      (rank === 1 ? ' (best)' : rank === count ? ' (worst)' : '');
+    column.setAttribute('aria-labelledby', title.id);
+    const cards = document.createElement('ul');
+    cards.className = 'rank';
+    column.append(title, cards);
+    columns.push(column);
+    board.append(column);
+  }
+  const selectOf = (card) => card.querySelector('select');
+
+  function place(card) {
+    const column = columns[Number(selectOf(card).value || 0)];
+    const cards = column.querySelector('ul');
+    if (card.parentElement !== cards) cards.append(card);
+    columns[0].hidden = !columns[0].querySelector('.card');
+  }
+
+  function move(card, rank) {
+    selectOf(card).value = rank ? String(rank) : '';
+    place(card);
+    announcement.textContent = 'Output ' + card.dataset.letter +
+      (rank ? ' is now at rank ' + rank : ' is not ranked');
+  }
+
+  for (const card of [...list.children]) {
+    const handle = card.querySelector('.handle');
+    handle.hidden = false;
+    selectOf(card).addEventListener('change', () => {
+      const value = Number(selectOf(card).value || 0);
+      move(card, value);
+      selectOf(card).focus();
+    });
+    handle.addEventListener('keydown', (event) => {
+      const now = Number(selectOf(card).value || 0);
+      let rank;
+      if (event.key === 'ArrowUp') rank = now ? Math.max(1, now - 1) : count;
+      else if (event.key === 'ArrowDown') rank = Math.min(count, now + 1);
+      else if (event.key === 'Home') rank = 1;
+      else if (event.key === 'End') rank = count;
+      else if (/^[1-9]$/.test(event.key) && Number(event.key) <= count) {
+        rank = Number(event.key);
+      } else return;
+      event.preventDefault();
+      move(card, rank);
+      handle.focus();
+    });
+    setUpDrag(card, handle, columns, move);
+    place(card);
+  }
+  list.replaceWith(board);
+  // Cards were moved into columns before the board was in the page.
+  columns[0].hidden = !columns[0].querySelector('.card');
+}
+
+// Pointer events serve mouse, pen and touch alike.
+function setUpDrag(card, handle, columns, move) {
+  let startX = 0;
+  let startY = 0;
+  let target = null;
+  const columnAt = (x, y) => {
+    const found = document.elementFromPoint(x, y);
+    return found && found.closest('.rank-column');
+  };
+  function over(column) {
+    for (const each of columns) each.classList.toggle('over', each === column);
+    target = column;
+  }
+  function end() {
+    card.classList.remove('dragging');
+    card.style.removeProperty('transform');
+    card.style.removeProperty('pointer-events');
+    over(null);
+  }
+  handle.addEventListener('pointerdown', (event) => {
+    if (event.button !== 0) return;
+    startX = event.clientX;
+    startY = event.clientY + window.scrollY;
+    handle.setPointerCapture(event.pointerId);
+    card.classList.add('dragging');
+  });
+  handle.addEventListener('pointermove', (event) => {
+    if (!card.classList.contains('dragging')) return;
+    const edge = 60;
+    if (event.clientY < edge) window.scrollBy(0, -15);
+    if (event.clientY > window.innerHeight - edge) window.scrollBy(0, 15);
+    const x = event.clientX - startX;
+    const y = event.clientY + window.scrollY - startY;
+    card.style.transform = `translate(${x}px, ${y}px)`;
+    card.style.pointerEvents = 'none';
+    over(columnAt(event.clientX, event.clientY));
+  });
+  handle.addEventListener('pointerup', () => {
+    if (!card.classList.contains('dragging')) return;
+    const column = target;
+    end();
+    if (column) move(card, Number(column.dataset.rank || 0));
+    handle.focus();
+  });
+  handle.addEventListener('pointercancel', end);
+}
+
+for (const list of document.querySelectorAll('[data-ranks]')) {
+  setUpRanking(list);
+}
+
+for (const input of document.querySelectorAll('[data-fills]')) {
+  input.addEventListener('change', async () => {
+    if (!input.files.length) return;
+    const text = await input.files[0].text();
+    document.getElementById(input.dataset.fills).value = text;
+  });
+}
+
+// A page left with unsaved text asks first.
+for (const form of document.querySelectorAll('form.answer')) {
+  let changed = false;
+  form.addEventListener('input', () => { changed = true; });
+  form.addEventListener('submit', () => { changed = false; });
+  window.addEventListener('beforeunload', (event) => {
+    if (changed) event.preventDefault();
+  });
+}

@@ -1,0 +1,172 @@
+"""A labeling site in this process, and people who use its pages by HTTP."""
+
+import html
+import json
+import re
+
+from starlette import testclient
+
+from configs import labeling as config_file
+from instruct_jax.labeling import research, store, web
+
+URL = 'http://site.example'
+
+
+def make_config(**changes):
+  config = config_file.get_config()
+  with config.unlocked():
+    for key, value in changes.items():
+      if key not in config:
+        raise KeyError(key)
+      config[key] = value
+  return config
+
+
+class Clock:
+  """Time that passes when told."""
+
+  def __init__(self):
+    self.now = 1_800_000_000.0
+
+  def __call__(self):
+    return self.now
+
+
+class Site:
+  """A store with its application and an admin.
+
+  Attributes:
+    admin: a `Person` with the admin's session.
+  """
+
+  def __init__(self, url, folder, **changes):
+    self.clock = Clock()
+    self.engine = store.make_engine(url)
+    self.store = store.Store(self.engine, make_config(**changes), self.clock)
+    self.store.prepare()
+    self.app = web.make_app(self.store, URL, str(folder / 'exports'))
+    self.admin = self.person('admin', 'admin')
+
+  def person(self, name, role='labeler', status='active'):
+    account_id = self.store.add_account(name, role, status)
+    person = Person(self, account_id)
+    person.join(self.store.invite(account_id))
+    return person
+
+  def load(self, items, kind='ranking', name=None, **settings):
+    settings = {'phase': 'training', 'overlap': 1, **settings}
+    return research.import_tasks(
+      self.store,
+      '\n'.join(json.dumps(item) for item in items).encode(),
+      source='test.jsonl',
+      name=name or f'{kind} batch',
+      kind=kind,
+      **settings,
+    )
+
+  def rows(self):
+    return research.labeled(self.store)
+
+
+class Person:
+  """Somebody with a browser of their own."""
+
+  def __init__(self, site, account_id):
+    self.site = site
+    self.id = account_id
+    self.client = testclient.TestClient(
+      site.app, base_url=URL, raise_server_exceptions=True
+    )
+
+  def join(self, token):
+    self.client.get(f'/join/{token}')
+    reply = self.client.post(f'/join/{token}', follow_redirects=False)
+    assert reply.status_code == 303, reply.text
+
+  def get(self, path):
+    return self.client.get(path, follow_redirects=False)
+
+  @property
+  def csrf(self):
+    page = self.client.get('/?label=1').text
+    return re.search(r'name="csrf" value="([^"]+)"', page).group(1)
+
+  def post(self, path, **fields):
+    return self.client.post(
+      path, data={'csrf': self.csrf, **fields}, follow_redirects=False
+    )
+
+  def claim(self):
+    """Takes the next task; its assignment's id, or None."""
+    reply = self.post('/next')
+    if reply.status_code == 200:
+      return None
+    return int(re.match(r'/task/(\d+)/', reply.headers['location']).group(1))
+
+  def texts(self, assignment):
+    """Output texts by letter, read off the ranking page."""
+    page = self.get(f'/task/{assignment}/{self.num_pages(assignment) - 1}').text
+    return {
+      letter: html.unescape(text)
+      for letter, text in re.findall(
+        r'aria-label="Text of output (\w)">(.*?)</div>', page, re.S
+      )
+    }
+
+  def num_pages(self, assignment):
+    page = self.get(f'/task/{assignment}/0').text
+    numbers = re.findall(rf'href="/task/{assignment}/(\d+)"', page)
+    return max([0, *map(int, numbers)]) + 1
+
+  def fill(self, assignment, step, **wanted):
+    """Answers a page: what is wanted, else the first choice of each question.
+
+    Returns the reply and the submission number used.
+    """
+    page = self.get(f'/task/{assignment}/{step}').text
+    fields = {
+      name: value
+      for name, value in re.findall(
+        r'<input type="radio" name="(\w+)" value="([^"]+)"', page
+      )
+    }
+    fields |= dict(
+      re.findall(r'type="hidden" name="(submission)" value="(\w+)"', page)
+    )
+    last = 'value="submit"' in page
+    fields['action'] = 'submit' if last else 'next'
+    fields |= {k: str(v) for k, v in wanted.items()}
+    return self.post(f'/task/{assignment}/{step}', **fields), fields
+
+  def rank(self, assignment, order_of, about_prompt=None, **ratings):
+    """Answers a whole ranking task; `order_of` gives a text's rank."""
+    pages = self.num_pages(assignment)
+    reply, _ = self.fill(assignment, 0, **(about_prompt or {}))
+    assert reply.status_code == 303, reply.text
+    for step in range(1, pages - 1):
+      reply, _ = self.fill(assignment, step, **ratings)
+      assert reply.status_code == 303, reply.text
+    texts = self.texts(assignment)
+    ranks = {
+      f'rank{place}': order_of(texts[letter])
+      for place, letter in enumerate(sorted(texts))
+    }
+    return self.fill(assignment, pages - 1, **ranks)
+
+
+def ranking_items(number, outputs=4):
+  return [
+    {
+      'id': f'p{i}',
+      'user': f'u{i}',
+      'prompt': f'Prompt number {i}',
+      'completions': [f'text {j}' for j in range(outputs)],
+      'models': [f'secretmodel{j}' for j in range(outputs)],
+    }
+    for i in range(number)
+  ]
+
+
+def rank_of(text):
+  """`text 0` is best."""
+  return int(text.split()[1]) + 1

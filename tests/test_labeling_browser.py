@@ -1,0 +1,370 @@
+"""The labeling site in a real browser: mouse, touch, keyboard, accessibility.
+
+Needs `playwright` and Debian's `chromium`. With LABELING_SCREENSHOTS=DIR every
+page is also photographed at desktop and phone width. axe-core is used where
+AXE_CORE names its axe.min.js, or the axe-core-python package holds one.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import threading
+import time
+
+import pytest
+
+pytest.importorskip('starlette', reason='pip install -r requirements-labeling')
+pytest.importorskip('playwright')
+
+import uvicorn
+from playwright import sync_api
+
+from instruct_jax.data import records
+from instruct_jax.labeling import demo, research, schema, store, web
+from tests import labeling_people as people
+
+CHROMIUM = shutil.which('chromium')
+pytestmark = pytest.mark.skipif(
+  CHROMIUM is None, reason='no chromium: apt install chromium'
+)
+DESKTOP = {'width': 1280, 'height': 900}
+PHONE = {'width': 390, 'height': 844}
+
+
+class LiveSite:
+  """The site on a real port, in a thread."""
+
+  def __init__(self, folder):
+    self.store = store.Store(
+      store.make_engine(f'sqlite:///{folder}/site.sqlite'),
+      people.make_config(requests_per_minute=10_000, demo_tasks=4),
+    )
+    self.store.prepare()
+    server_config = uvicorn.Config(None, port=0, log_level='warning')
+    listener = server_config.bind_socket()
+    self.url = f'http://127.0.0.1:{listener.getsockname()[1]}'
+    self.exports = folder / 'exports'
+    server_config.app = web.make_app(self.store, self.url, str(self.exports))
+    self.server = uvicorn.Server(server_config)
+    self.thread = threading.Thread(
+      target=self.server.run, kwargs={'sockets': [listener]}
+    )
+    self.thread.start()
+    while not self.server.started:
+      time.sleep(0.02)
+
+  def close(self):
+    self.server.should_exit = True
+    self.thread.join()
+
+  def link(self, name, role='labeler', status='active'):
+    account_id = self.store.add_account(name, role, status)
+    return f'{self.url}/join/{self.store.invite(account_id)}'
+
+
+@pytest.fixture(scope='module')
+def browser():
+  with sync_api.sync_playwright() as playwright:
+    found = playwright.chromium.launch(
+      executable_path=CHROMIUM, args=['--no-sandbox']
+    )
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def live(tmp_path):
+  site = LiveSite(tmp_path)
+  yield site
+  site.close()
+
+
+def enter(browser, live, link, **settings):
+  """A page that is signed in; any script error or CSP report fails a test."""
+  context = browser.new_context(viewport=DESKTOP, **settings)
+  page = context.new_page()
+  page.set_default_timeout(30_000)
+  page.problems = []
+  page.on('pageerror', lambda error: page.problems.append(str(error)))
+  page.on(
+    'console',
+    lambda m: page.problems.append(m.text) if m.type == 'error' else None,
+  )
+  page.on('dialog', lambda dialog: dialog.accept())
+  page.goto(link)
+  page.get_by_role('button', name='Sign in').click()
+  return page
+
+
+def rate_all(page, outputs):
+  page.get_by_role('button', name='Next task').click()
+  page.get_by_role('button', name='Save and go on').click()
+  for _ in range(outputs):
+    page.get_by_label('5', exact=True).check()
+    page.get_by_role('button', name='Save and go on').click()
+  page.get_by_role('heading', name='Rank the outputs').wait_for()
+
+
+def letter_of(page, text):
+  card = page.locator('.card', has_text=text)
+  return card.get_attribute('data-letter')
+
+
+def handle(page, letter):
+  return page.get_by_role('button', name=f'Move output {letter}', exact=True)
+
+
+def column(page, rank):
+  return page.locator(f'.rank-column[data-rank="{rank}"]')
+
+
+def drag_by_mouse(page, letter, rank):
+  grip = handle(page, letter)
+  grip.scroll_into_view_if_needed()
+  box = grip.bounding_box()
+  page.mouse.move(box['x'] + 5, box['y'] + 5)
+  page.mouse.down()
+  target = column(page, rank).locator('h3').first
+  for _ in range(60):  # The page scrolls while the card is near its edge.
+    found = target.bounding_box()
+    y = min(max(found['y'] + 5, 30), 870)
+    page.mouse.move(found['x'] + 20, y, steps=3)
+    if abs(y - found['y'] - 5) < 1:
+      break
+  page.mouse.up()
+
+
+def test_from_clicks_in_a_browser_to_an_export(browser, live, tmp_path):
+  load(live, people.ranking_items(1, 3))
+  page = enter(browser, live, live.link('anna'))
+  rate_all(page, 3)
+  ranks = {'text 0': 2, 'text 1': 1, 'text 2': 2}
+  for text, rank in ranks.items():
+    drag_by_mouse(page, letter_of(page, text), rank)
+    assert column(page, rank).get_by_text(text).is_visible()
+  page.get_by_role('button', name='Submit').click()
+  page.get_by_role('heading', name='Your work').wait_for()
+  research.export(live.store, tmp_path / 'out')
+  (found,) = records.read_jsonl(
+    tmp_path / 'out/comparisons.jsonl', records.Comparison
+  )
+  assert found.ranks == (2, 1, 2)
+  assert page.problems == []
+
+
+def load(live, items, kind='ranking', phase='training', **settings):
+  research.import_tasks(
+    live.store,
+    '\n'.join(json.dumps(item) for item in items).encode(),
+    source='test',
+    name=settings.pop('name', kind),
+    kind=kind,
+    phase=phase,
+    overlap=3,
+    **settings,
+  )
+
+
+def test_ranking_by_keyboard_alone(browser, live):
+  load(live, people.ranking_items(1, 3))
+  page = enter(browser, live, live.link('anna'))
+
+  def tab_to(name):
+    for _ in range(120):
+      page.keyboard.press('Tab')
+      focused = page.evaluate(
+        'document.activeElement.innerText || document.activeElement.name'
+      )
+      if focused.strip() == name:
+        return
+    raise AssertionError(f'{name} is not reached by Tab')
+
+  tab_to('Next task')
+  page.keyboard.press('Enter')
+  page.wait_for_url('**/task/**')
+  tab_to('Save and go on')
+  page.keyboard.press('Enter')
+  for _ in range(3):
+    page.get_by_role('heading', name='Output', level=2).wait_for()
+    tab_to('overall')
+    page.keyboard.press('Space')
+    for _ in range(4):
+      page.keyboard.press('ArrowRight')
+    tab_to('Save and go on')
+    with page.expect_navigation():
+      page.keyboard.press('Enter')
+  texts = {letter_of(page, f'text {i}'): i for i in range(3)}
+  for letter, number in texts.items():
+    handle(page, letter).focus()
+    for _ in range(number + 1):  # The first press ranks it first.
+      page.keyboard.press('ArrowDown')
+    assert page.evaluate('document.activeElement.innerText').endswith(letter)
+    told = page.locator('#announcement').inner_text()
+    assert told == f'Output {letter} is now at rank {number + 1}'
+  tab_to('Submit')
+  page.keyboard.press('Enter')
+  page.get_by_role('heading', name='Your work').wait_for()
+  (row,) = research.labeled(live.store)
+  assert row.content['ranks'] == [1, 2, 3]
+  assert {r['overall'] for r in row.content['ratings']} == {5}
+  assert page.problems == []
+
+
+def test_ranking_by_touch(browser, live):
+  load(live, people.ranking_items(1, 2))
+  page = enter(browser, live, live.link('anna'), has_touch=True)
+  page.set_viewport_size(PHONE)
+  rate_all(page, 2)
+  cdp = page.context.new_cdp_session(page)
+
+  def touch(kind, x=0, y=0):
+    points = [] if kind == 'touchEnd' else [{'x': x, 'y': y}]
+    cdp.send('Input.dispatchTouchEvent', {'type': kind, 'touchPoints': points})
+
+  for text, rank in (('text 0', 2), ('text 1', 1)):
+    letter = letter_of(page, text)
+    # Both ends in view, so that nothing scrolls under the finger.
+    handle(page, letter).scroll_into_view_if_needed()
+    page.evaluate('window.scrollTo(0, document.body.scrollHeight)')
+    start = handle(page, letter).bounding_box()
+    end = column(page, rank).bounding_box()
+    touch('touchStart', start['x'] + 15, start['y'] + 15)
+    for part in range(1, 6):
+      y = start['y'] + 15 + (end['y'] + 20 - start['y'] - 15) * part / 5
+      touch('touchMove', start['x'] + 15, y)
+    touch('touchEnd')
+    assert column(page, rank).get_by_text(text).is_visible()
+  page.get_by_role('button', name='Submit').click()
+  page.get_by_role('heading', name='Your work').wait_for()
+  assert research.labeled(live.store)[0].content['ranks'] == [2, 1]
+
+
+def test_everything_works_without_scripts(browser, live):
+  load(live, people.ranking_items(1, 2))
+  page = enter(browser, live, live.link('anna'), java_script_enabled=False)
+  rate_all(page, 2)
+  for i in range(2):
+    page.locator(f'select[name=rank{i}]').select_option(str(i + 1))
+  page.get_by_role('button', name='Submit').click()
+  page.get_by_role('heading', name='Your work').wait_for()
+  assert len(research.labeled(live.store)) == 1
+
+
+def test_hostile_texts_stay_texts(browser, live):
+  hostile = [
+    '<script>document.title = "owned"</script><img src=x onerror=alert(1)>',
+    '\u202etxet desrever\u200b',
+    'a' * 1_000_000,
+  ]
+  load(live, [{'prompt': hostile[0], 'completions': hostile}])
+  page = enter(browser, live, live.link('anna'))
+  begin = time.monotonic()
+  rate_all(page, 3)
+  assert time.monotonic() - begin < 60
+  assert 'owned' not in page.title()
+  assert page.locator('main img').count() == 0
+  assert page.get_by_text('U+202E').count() == 1
+  width = page.evaluate('document.documentElement.scrollWidth')
+  assert width <= DESKTOP['width']  # A megabyte without a space is wrapped.
+  assert page.problems == []
+
+
+def _axe_source():
+  if 'AXE_CORE' in os.environ:
+    return pathlib.Path(os.environ['AXE_CORE']).read_text()
+  package = importlib.util.find_spec('axe_core_python')
+  if package is None:
+    return None
+  return next(pathlib.Path(package.origin).parent.rglob('axe*.js')).read_text()
+
+
+def _fill_demo(live, browser):
+  """A site with something on every page; returns labeler and admin pages."""
+  demo.fill(live.store)
+  judge = enter(browser, live, live.link('judge', 'researcher'))
+  rookie = enter(browser, live, live.link('rookie', status='screening'))
+  for page in (judge, rookie):
+    for rank in (1, 2):
+      rate_all(page, 4)
+      for i in range(4):
+        choice = page.locator(f'select[name=rank{i}]')
+        choice.select_option(str(1 + (i + rank) % 4))
+      page.get_by_role('button', name='Submit').click()
+      page.get_by_text('Your last answers').wait_for()
+  admin = enter(browser, live, live.link('boss', 'admin'))
+  labeler = enter(browser, live, live.link('newcomer'))
+  return rookie, labeler, admin
+
+
+def test_every_page_is_accessible_and_fits(browser, live):
+  """axe-core finds nothing; no page is wider than its window."""
+  axe = _axe_source()
+  pictures = os.environ.get('LABELING_SCREENSHOTS', '')
+  rookie, labeler, admin = _fill_demo(live, browser)
+  found = []
+
+  def visit(page, path, name):
+    if path is not None:
+      page.goto(live.url + path)
+    for label, size in (('desktop', DESKTOP), ('phone', PHONE)):
+      page.set_viewport_size(size)
+      width = page.evaluate('document.documentElement.scrollWidth')
+      assert width <= size['width'], f'{name} is {width} px wide on a {label}'
+      if pictures:
+        page.screenshot(path=f'{pictures}/{name}-{label}.png', full_page=True)
+      if axe is not None:
+        page.evaluate(axe)
+        for item in page.evaluate('axe.run().then(r => r.violations)'):
+          nodes = [node['html'][:120] for node in item['nodes'][:2]]
+          found.append(f'{name} {label}: {item["id"]}: {nodes}')
+    page.set_viewport_size(DESKTOP)
+
+  visit(labeler, '/', 'home')
+  visit(rookie, '/', 'home-screening')
+  for phase in ('training', 'evaluation', 'toxicity'):
+    visit(labeler, f'/instructions/{phase}', f'instructions-{phase}')
+  with live.store.read() as c:
+    batches = c.execute(schema.batches.select()).all()
+  mine = live.store.session(labeler.context.cookies()[0]['value'])
+  for batch in batches:
+    if batch.screening:
+      continue
+    # One batch at a time: what comes next is of its kind.
+    with live.store.write() as c:
+      c.execute(schema.batches.update().values(closed=True))
+      c.execute(
+        schema.batches.update()
+        .where(schema.batches.c.id == batch.id)
+        .values(closed=False)
+      )
+    for number in range(3 if batch.kind == 'prompt' else 1):
+      task = live.store.claim(mine)
+      work = live.store.work(task, mine.id)
+      pages = web._ordered_pages(work)
+      for step, page_name in enumerate(pages):
+        if page_name.startswith('output') and step > 1:
+          continue
+        kind = page_name if not page_name.startswith('output') else 'output'
+        visit(
+          labeler, f'/task/{task}/{step}', f'task-{batch.kind}-{kind}{number}'
+        )
+      live.store.skip(task, mine.id, 'Other')
+  task = research.disagreements(research.labeled(live.store))[0]['task_id']
+  for method, path, access, _ in web.ROUTES:
+    if method == 'GET' and access in ('admin', 'researcher'):
+      if '{' in path and '{task' not in path:
+        continue
+      name = path.replace('/', '-').strip('-').replace('{task:int}', 'x')
+      visit(admin, path.replace('{task:int}', str(task)), name)
+  admin.goto(live.url + '/admin/accounts')
+  admin.get_by_label('Pseudonym').fill('zoe')
+  admin.get_by_role('button', name='Invite').click()
+  admin.get_by_label('Invitation link').wait_for()
+  visit(admin, None, 'admin-invited')
+  admin.goto(live.url + '/admin/export')
+  visit(admin, '/nothing', 'error')
+  assert found == [], '\n' + '\n'.join(found)
+  if axe is None:
+    pytest.skip('fits everywhere; axe-core is not installed')
