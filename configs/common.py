@@ -26,6 +26,8 @@ def model(size: str, **changes) -> ConfigDict:
     remat='full',
     vocab_multiple=128,
     scan_unroll=1,
+    attention='auto',  # The platform's flash kernel where there is one.
+    logprob_chunk=128,  # Columns whose float32 logits exist at one time.
   )
   values.update(changes)
   return ConfigDict(values)

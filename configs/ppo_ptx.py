@@ -58,6 +58,10 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   config.ema_decay = 0.992  # C.4.
   config.ema_every = 'update'  # Or 'iteration'; not printed.
   config.remat = 'none'
+  config.attention = 'auto'  # The platform's flash kernel; or 'xla', 'flash'.
+  config.logprob_chunk = 0  # Columns of float32 logits at a time; 0 is all.
+  config.num_slices = 1  # Parts in which a batch is sampled and scored.
+  config.frozen_dtype = 'float32'  # Of reference and reward model's weights.
   config.eval_every = 10  # Iterations between held-out losses.
   config.eval_batch_size = 64  # Rows.
   config.checkpoint_every = 10  # Iterations.
@@ -72,6 +76,9 @@ def paper(size: str):
   config.learning_rate = {'1p3b': 9.0e-6, '6b': 9.0e-6, '175b': 2.55e-6}[size]
   config.value_learning_rate = {'1p3b': 9e-6, '6b': 9e-6, '175b': 5e-6}[size]
   config.remat = 'full'
+  config.logprob_chunk = 128
+  config.num_slices = 8  # The cache of 512 rows would fill the chips.
+  config.frozen_dtype = 'bfloat16'
   config.num_microbatches = {'1p3b': 1, '6b': 2, '175b': 8}[size]
   return common.single(config, size)
 

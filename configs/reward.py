@@ -36,6 +36,7 @@ def stage(seed, workdir, name='reward'):
   config.learning_rate = 9e-6  # C.2; cosine to 10 %.
   config.divisor = 'surviving'  # Pairs left without ties, or 'all' (13.4).
   config.remat = 'none'
+  config.attention = 'auto'  # The platform's flash kernel; or 'xla', 'flash'.
   config.num_folds = 0  # Labeler groups of the cross-validation; 0 is none.
   config.num_fold_seeds = 1
   config.log_every = 5

@@ -35,6 +35,8 @@ def stage(seed, workdir, name='sft'):
   config.learning_rate = 9.65e-6  # Peak; cosine to 10 %, no warm-up (C.1).
   config.dropout = 0.2  # On residual branches (C.1).
   config.remat = 'none'
+  config.attention = 'auto'  # The platform's flash kernel; or 'xla', 'flash'.
+  config.logprob_chunk = 0  # Columns of float32 logits at a time; 0 is all.
   config.select_by = 'valid_loss'  # Or 'last'; see select_sft.py.
   config.log_every = 10
   config.eval_batch_size = 64  # Rows.
@@ -62,4 +64,5 @@ def get_config(argument: str = '1p3b'):
   config.learning_rate = rates[size]
   config.batch_size = BATCH_SIZES[size]
   config.remat = 'full'
+  config.logprob_chunk = 128
   return common.single(config, size)

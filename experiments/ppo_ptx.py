@@ -50,6 +50,15 @@ def validate(config):
       f'num_microbatches {config.num_microbatches} does not divide a '
       f'minibatch of {minibatch} episodes'
     )
+  if config.batch_size % config.num_slices:
+    raise ValueError(
+      f'num_slices {config.num_slices} does not divide batch_size '
+      f'{config.batch_size}'
+    )
+  if config.frozen_dtype not in ('float32', 'bfloat16'):
+    raise ValueError(
+      f"frozen_dtype must be 'float32' or 'bfloat16': {config.frozen_dtype!r}"
+    )
   if not config.temperature > 0:
     raise ValueError(f'temperature must be positive: {config.temperature}')
   if config.ptx_per_episode < 1 and method.ptx_coef > 0:
@@ -92,7 +101,7 @@ def build_programs(config, policy_module, scalar_module, tokenizer):
   text_logprobs_fn = artifacts.text_logprobs_fn(policy_module)
   R = config.response_length
 
-  generate = functools.partial(
+  generate_slice = functools.partial(
     rollout.generate,
     extend_fn=artifacts.extend_fn(policy_module),
     make_cache_fn=artifacts.make_cache_fn(policy_module),
@@ -101,16 +110,28 @@ def build_programs(config, policy_module, scalar_module, tokenizer):
     temperature=config.temperature,
   )
 
+  def generate(params, prompts, key):
+    # A row's noise depends on its prompt's number, not on its neighbours: the
+    # slices change the memory that the cache takes, and nothing else.
+    return rollout.in_slices(
+      lambda rows: generate_slice(params, rows, key),
+      prompts,
+      config.num_slices,
+    )
+
   def score(policy, reference, value, reward, kl, sampled):
     """Everything about a rollout that the update holds fixed."""
-    tokens, mask = sampled.tokens, sampled.mask
-    old_logprobs, _ = logprobs_fn(policy, tokens, mask, R)
-    ref_logprobs, _ = logprobs_fn(reference, tokens, mask, R)
-    old_values = ppo.response_values(scalars_fn(value, tokens, mask), R)
-    scores = masked.at_last(scalars_fn(reward, tokens, mask), mask)
-    return ppo.make_ppo_batch(
-      sampled, scores, old_logprobs, ref_logprobs, old_values, kl.coef, method
-    )
+
+    def read(rows):
+      tokens, mask = rows.tokens, rows.mask
+      old_logprobs, _ = logprobs_fn(policy, tokens, mask, R)
+      ref_logprobs, _ = logprobs_fn(reference, tokens, mask, R)
+      old_values = ppo.response_values(scalars_fn(value, tokens, mask), R)
+      scores = masked.at_last(scalars_fn(reward, tokens, mask), mask)
+      return scores, old_logprobs, ref_logprobs, old_values
+
+    read_rows = rollout.in_slices(read, sampled, config.num_slices)
+    return ppo.make_ppo_batch(sampled, *read_rows, kl.coef, method)
 
   update = functools.partial(
     ppo.ppo_update,
@@ -194,14 +215,20 @@ def run(config, workdir: epath.Path):
     load = functools.partial(
       artifacts.load, mesh=mesh, tokenizer_fingerprint=tokenizer.fingerprint
     )
-    policy = load(config.init, 'policy', remat=config.remat)
-    reference = policy.params
-    reward = load(config.reward_model, 'scalar', remat=config.remat)
+    changes = {'remat': config.remat, 'attention': config.attention}
+    policy = load(
+      config.init, 'policy', logprob_chunk=config.logprob_chunk, **changes
+    )
+    reward = load(config.reward_model, 'scalar', **changes)
     programs = build_programs(config, policy.module, reward.module, tokenizer)
 
     def copy(params):
       # Donated states must not share buffers with the frozen models.
       return jax.tree.map(jnp.copy, params)
+
+    def freeze(params):
+      # Models that never learn need no master weights.
+      return jax.tree.map(lambda x: x.astype(config.frozen_dtype), params)
 
     state = ppo.PPOState(
       policy=train_state.create(
@@ -213,6 +240,10 @@ def run(config, workdir: epath.Path):
       ema=copy(policy.params),
       kl=rewards.KLState(coef=jnp.float32(config.kl_coef)),
     )
+
+    reference, reward_params = freeze(policy.params), freeze(reward.params)
+    reward_metadata, policy_module = reward.metadata, policy.module
+    del policy, reward  # Their float32 weights live on in the state alone.
 
     def pretraining_loss(params):
       return heldout_loss.heldout_loss(
@@ -255,7 +286,7 @@ def run(config, workdir: epath.Path):
           state.policy.params,
           reference,
           state.value.params,
-          reward.params,
+          reward_params,
           state.kl,
           sampled,
         )
@@ -283,7 +314,7 @@ def run(config, workdir: epath.Path):
         )
         rows.append({'step': done, **line})
         for name, text in alarms.find(
-          rows, tuple(reward.metadata['score_range']), config.response_length
+          rows, tuple(reward_metadata['score_range']), config.response_length
         ).items():
           if name not in told:
             told.add(name)
@@ -291,7 +322,7 @@ def run(config, workdir: epath.Path):
 
     # 4. Outputs: the policy and its moving average, each on its own.
     found = alarms.find(
-      rows, tuple(reward.metadata['score_range']), config.response_length
+      rows, tuple(reward_metadata['score_range']), config.response_length
     )
     about = {
       'stage': config.name,
@@ -302,7 +333,7 @@ def run(config, workdir: epath.Path):
     for name, params in (('policy', state.policy.params), ('ema', state.ema)):
       artifacts.save(
         workdir / name,
-        artifacts.Model('policy', policy.module, params, {}),
+        artifacts.Model('policy', policy_module, params, {}),
         tokenizer.fingerprint,
         {**about, 'weights': name},
       )

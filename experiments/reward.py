@@ -198,6 +198,7 @@ def run(config, workdir: epath.Path):
       tokenizer.fingerprint,
       vocab_size=tokenizer.vocab_size,
       remat=config.remat,
+      attention=config.attention,
     )
     if config.num_folds:
       return cross_validate(

@@ -125,6 +125,8 @@ def run(config, workdir: epath.Path):
       vocab_size=tokenizer.vocab_size,
       dropout=config.dropout,
       remat=config.remat,
+      attention=config.attention,
+      logprob_chunk=config.logprob_chunk,
     )
     programs = build_programs(config, model.module, num_steps)
     state = train_state.create(model.params, programs['optimizer'])

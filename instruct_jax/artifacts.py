@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from etils import epath
 
 from instruct_jax import hub
-from instruct_jax.infra import checkpoint, sharding
+from instruct_jax.infra import checkpoint, sharding, train_state
 from instruct_jax.models import heads, hf
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.transformer import make_cache
@@ -81,6 +82,18 @@ def abstract_params(
   boxed = jax.eval_shape(_init_fn(make_module(kind, config)), jax.random.key(0))
   shardings = sharding.param_shardings(boxed, mesh)
   return sharding.with_shardings(sharding.unbox(boxed), shardings)
+
+
+def abstract_state(
+  kind: str,
+  config: TransformerConfig,
+  mesh: jax.sharding.Mesh,
+  optimizer: optax.GradientTransformation,
+) -> train_state.TrainState:
+  """Shapes, dtypes and shardings of a train state; nothing is computed."""
+  return train_state.abstract_state(
+    _init_fn(make_module(kind, config)), optimizer, mesh
+  )
 
 
 def init(

@@ -149,6 +149,31 @@ def generate(
   )
 
 
+def in_slices(
+  fn: Callable[[PyTree], PyTree], rows: PyTree, num_slices: int
+) -> PyTree:
+  """Applies a function of rows, inside a program, to one slice after another.
+
+  Only one slice's temporaries exist at a time. Slice j holds rows j, j + n,
+  j + 2 n, ...: where rows are cut over devices, each keeps its own.
+
+  Args:
+    fn: rows to arrays with as many rows, each row for itself.
+    rows: pytree of arrays with B rows.
+    num_slices: n, which divides B; 1 calls fn on all rows.
+  """
+  if num_slices == 1:
+    return fn(rows)
+
+  def cut(x):
+    return jnp.swapaxes(x.reshape(-1, num_slices, *x.shape[1:]), 0, 1)
+
+  def join(x):
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+  return jax.tree.map(join, jax.lax.map(fn, jax.tree.map(cut, rows)))
+
+
 def in_batches(
   fn: Callable[[PyTree], PyTree],
   rows: PyTree,

@@ -132,6 +132,8 @@ def test_paper_sizes_build_their_abstract_ppo_state(size):
     ('ppo_ptx', 'num_minibatches', 7, 'num_minibatches 7'),
     ('ppo_ptx', 'num_episodes', 1000, 'num_episodes 1000'),
     ('ppo_ptx', 'temperature', 0.0, 'temperature'),
+    ('ppo_ptx', 'num_slices', 3, 'num_slices 3'),
+    ('ppo_ptx', 'frozen_dtype', 'int8', "frozen_dtype.*'int8'"),
     ('ppo_ptx', 'ema_every', 'often', 'ema_every'),
     ('sft', 'ptx_fraction', 1.5, 'ptx_fraction'),
     ('sft', 'num_microbatches', 5, 'num_microbatches 5'),

@@ -61,6 +61,18 @@ FLOORS = {
     'supervised',
     'evals',
   ),
+  # Compiles what the other experiments build, without running it.
+  'experiments.plan': (
+    'types',
+    'infra',
+    'artifacts',
+    'ppo',
+    'rewards',
+    'models.config',
+    'experiments.sft',
+    'experiments.reward',
+    'experiments.ppo_ptx',
+  ),
   # 5: finds experiments by name.
   'main': ('types', 'infra', 'experiments'),
   # Names and numbers only; the shapes of published models are such numbers.

@@ -257,3 +257,40 @@ def test_in_batches_fills_up_and_restores_the_order():
 def test_in_batches_without_rows():
   with pytest.raises(ValueError, match='no rows'):
     rollout.in_batches(lambda x: x, np.zeros((0, 3)), 4)
+
+
+# --- Slices -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('mesh_shape', [None, (2, 2, 2)])
+def test_slices_sample_the_same(sampled, mesh_shape):
+  def run(params, prompts):
+    return rollout.in_slices(
+      lambda rows: tiny.generate(params, rows, KEY), prompts, 4
+    )
+
+  params, prompts = tiny.params('policy'), tiny.prompts()
+  if mesh_shape is None:
+    sliced = jax.jit(run)(params, jax.tree.map(jnp.asarray, prompts))
+  else:
+    mesh = sharding.make_mesh(mesh_shape)
+    with sharding.use_mesh(mesh):
+      sliced = jax.jit(run)(params, sharding.put_batch(prompts, mesh))
+  for name in ('tokens', 'mask', 'response_mask', 'ended'):
+    np.testing.assert_array_equal(getattr(sliced, name), getattr(sampled, name))
+  np.testing.assert_allclose(sliced.logprobs, sampled.logprobs, atol=1e-5)
+
+
+def test_slices_keep_the_order_of_rows():
+  rows = np.arange(12.0).reshape(6, 2)
+  seen = []
+
+  def double(x):
+    seen.append(x.shape)
+    return {'twice': 2 * x, 'first': x[:, 0]}
+
+  result = rollout.in_slices(double, jnp.asarray(rows), 3)
+  np.testing.assert_array_equal(result['twice'], 2 * rows)
+  np.testing.assert_array_equal(result['first'], rows[:, 0])
+  # Only ever two rows at a time.
+  assert set(seen) == {(2, 2)}

@@ -19,6 +19,7 @@ NORMS = ('layer', 'rms', 'rms_plus_one')
 RESIDUALS = ('sequential', 'parallel', 'parallel_one_norm')
 ACTIVATIONS = ('gelu_tanh', 'gelu', 'silu', 'relu')
 SCALINGS = ('none', 'linear', 'llama3', 'yarn')
+ATTENTIONS = ('auto', 'xla', 'flash')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,11 @@ class TransformerConfig:
       among chips; the rows beyond `vocab_size` can never be sampled.
     scan_unroll: layers written out per step of the scan over layers: more is
       a little faster on CPU, and longer to compile. Same numbers.
+    attention: 'auto' takes the platform's flash kernel where it has one that
+      fits, 'xla' never, 'flash' or an error (`models/attention.py`).
+    logprob_chunk: columns whose logits exist at one time, in float32, when
+      log-probabilities are taken; 0 is all of them. The backward pass computes
+      them again.
     embedding_rows: at least so many embedding rows (0: as `vocab_size` needs);
       published models have more rows than their tokenizers have tokens.
     num_kv_heads: heads of keys and values (K); 0 is one for each query head.
@@ -141,6 +147,8 @@ class TransformerConfig:
   remat: str = 'none'
   vocab_multiple: int = 128
   scan_unroll: int = 1
+  attention: str = 'auto'
+  logprob_chunk: int = 0
   embedding_rows: int = 0
   num_kv_heads: int = 0
   norm: str = 'layer'
@@ -194,11 +202,16 @@ class TransformerConfig:
       ('norm', NORMS),
       ('residual', RESIDUALS),
       ('activation', ACTIVATIONS),
+      ('attention', ATTENTIONS),
     ):
       if getattr(self, name) not in known:
         raise ValueError(
           f'model.{name} must be one of {known}: {getattr(self, name)!r}'
         )
+    if self.logprob_chunk < 0:
+      raise ValueError(
+        f'model.logprob_chunk must not be negative: {self.logprob_chunk}'
+      )
     if self.num_kv_heads < 0 or self.num_heads % self.kv_heads:
       raise ValueError(
         f'model.num_kv_heads {self.num_kv_heads} does not divide num_heads '

@@ -71,8 +71,7 @@ class Policy(nn.Module):
   ) -> Float[Array, 'B T']:
     """log p(token | earlier tokens of its segment); column 0 is 0."""
     hidden, _ = self.trunk(tokens, segments, deterministic=deterministic)
-    logits = self.trunk.unembed(hidden[:, :-1])
-    logprobs, _ = token_logprobs(logits, tokens[:, 1:])
+    logprobs, _ = self._logprobs(hidden[:, :-1], tokens[:, 1:], 1.0)
     return jnp.pad(logprobs, ((0, 0), (1, 0)))
 
   def response_logprobs(
@@ -88,8 +87,52 @@ class Policy(nn.Module):
     """
     hidden, _ = self.trunk(tokens, mask.astype(jnp.int32))
     # The token in column t is predicted from column t - 1.
-    logits = self.trunk.unembed(hidden[:, -num_response - 1 : -1])
-    return token_logprobs(logits, tokens[:, -num_response:], temperature)
+    return self._logprobs(
+      hidden[:, -num_response - 1 : -1],
+      tokens[:, -num_response:],
+      temperature,
+    )
+
+  def _logprobs(
+    self,
+    hidden: Float[Array, 'B t D'],
+    tokens: Int[Array, 'B t'],
+    temperature: float,
+  ) -> tuple[Float[Array, 'B t'], Float[Array, 'B t']]:
+    """`token_logprobs` of the unembedded hidden states, chunk by chunk."""
+    chunk = self.config.logprob_chunk
+
+    def logprobs_of(model, hidden, tokens):
+      logits = nn.with_logical_constraint(
+        model.trunk.unembed(hidden), ('batch', 'length', 'vocab')
+      )
+      return token_logprobs(logits, tokens, temperature)
+
+    num_tokens = tokens.shape[1]
+    if not 0 < chunk < num_tokens:
+      return logprobs_of(self, hidden, tokens)
+    # The last chunk is filled up with columns that are cut off again.
+    num_chunks = -(-num_tokens // chunk)
+    filler = num_chunks * chunk - num_tokens
+    hidden = jnp.pad(hidden, ((0, 0), (0, filler), (0, 0)))
+    tokens = jnp.pad(tokens, ((0, 0), (0, filler)))
+    batch, width = hidden.shape[0], hidden.shape[2]
+    chunks = (
+      jnp.swapaxes(hidden.reshape(batch, num_chunks, chunk, width), 0, 1),
+      jnp.swapaxes(tokens.reshape(batch, num_chunks, chunk), 0, 1),
+    )
+
+    def step(model, carry, inputs):
+      # Without the checkpoint the backward pass would keep every chunk's
+      # logits after all.
+      return carry, nn.remat(logprobs_of, prevent_cse=False)(model, *inputs)
+
+    scan = nn.scan(step, variable_broadcast='params', split_rngs={})
+    _, results = scan(self, (), chunks)
+    return jax.tree.map(
+      lambda x: jnp.swapaxes(x, 0, 1).reshape(batch, -1)[:, :num_tokens],
+      results,
+    )
 
 
 class ScalarModel(nn.Module):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from instruct_jax.models import attention
 from instruct_jax.models.config import Rotary, TransformerConfig
 
 # Finite, so that a row that masks everything gives uniform weights and not NaN.
@@ -31,12 +32,15 @@ class Cache:
       step multiplies them as they lie.
     mask: slots that hold a real token.
     length: slots written so far, the same for every row.
+    is_empty: static; known to be so while tracing, a flash kernel may read the
+      prompt, which has then only itself to look at.
   """
 
   keys: Float[Array, 'L B K S H']
   values: Float[Array, 'L B K S H']
   mask: Bool[Array, 'B S']
   length: Int[Array, '']
+  is_empty: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def make_cache(config: TransformerConfig, batch: int, slots: int) -> Cache:
@@ -54,6 +58,7 @@ def make_cache(config: TransformerConfig, batch: int, slots: int) -> Cache:
     values=jnp.zeros(shape, dtype),
     mask=jnp.zeros((batch, slots), bool),
     length=jnp.zeros((), jnp.int32),
+    is_empty=True,
   )
 
 
@@ -177,10 +182,15 @@ def softcap(x: jax.Array, cap: float) -> jax.Array:
 
 @flax.struct.dataclass
 class Sight:
-  """What all layers of one kind share: which slots are seen, and positions."""
+  """What all layers of one kind share: which slots are seen, and positions.
 
-  allowed: Bool[Array, 'B T S']
+  A flash kernel reads the segments; plain attention reads `allowed`.
+  """
+
+  allowed: Bool[Array, 'B T S'] | None
+  segments: Int[Array, 'B T'] | None
   tables: tuple[jax.Array, jax.Array] | None
+  kernel: str | None = flax.struct.field(pytree_node=False, default=None)
 
 
 class Block(nn.Module):
@@ -251,6 +261,7 @@ class Block(nn.Module):
     if config.rotary is not None:
       queries = rotate(queries, sight.tables, config.rotary)
       keys = rotate(keys, sight.tables, config.rotary)
+    fresh_keys, fresh_values = keys, values
     if cache is not None:
       # The whole stack is carried and written in place: one [B, t] stripe a
       # layer, not a copy of the cache.
@@ -261,7 +272,17 @@ class Block(nn.Module):
       )
       keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
       values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
-    mixed = attend(config, queries, keys, values, sight.allowed)
+    if sight.kernel is not None:
+      mixed = attention.flash(
+        config,
+        sight.kernel,
+        queries,
+        fresh_keys,
+        fresh_values,
+        sight.segments,
+      )
+    else:
+      mixed = attend(config, queries, keys, values, sight.allowed)
     mixed = jnp.swapaxes(mixed, 1, 2)
     out_kernel = param(
       'out_kernel',
@@ -436,18 +457,29 @@ class Transformer(nn.Module):
       allowed = allowed & cached_mask[:, None, :]
     positions = jnp.clip(positions, 0, config.context_length - 1)
     dtype = jnp.dtype(config.compute_dtype)
-    x = self.token_embedding[tokens]
+    # Whole rows of the table: looked up in pieces of rows, they would have to
+    # be gathered for the rows of all devices before they can be put together.
+    table = nn.with_logical_constraint(self.token_embedding, ('vocab', None))
+    x = table[tokens]
     if config.embedding_scale != 1.0:
       x = x * config.embedding_scale
     if config.rotary is None:
       x = x + self.position_embedding[positions]
     x = self.embedding_dropout(x.astype(dtype), deterministic=deterministic)
-    sights = [Sight(allowed, self._tables(config.rotary, positions))]
+    kernel = None
+    if cache is None or cache.is_empty:
+      kernel = attention.choose(config, tokens.shape[0], num_tokens)
+    tables = self._tables(config.rotary, positions)
+    if kernel is None:
+      sights = [Sight(allowed, None, tables)]
+    else:
+      sights = [Sight(None, segments, tables, kernel)]
     windowed = config.window_layers or (False,) * config.num_layers
-    if any(windowed):
+    if any(windowed) and kernel is None:
       rotary = config.window_rotary or config.rotary
       near = positions[:, :, None] - slot_positions[:, None, :] < config.window
-      sights.append(Sight(allowed & near, self._tables(rotary, positions)))
+      tables = self._tables(rotary, positions)
+      sights.append(Sight(allowed & near, None, tables))
     (x, new_cache), _ = self.layers(
       (x, cache),
       (jnp.arange(config.num_layers), jnp.asarray(windowed, bool)),
@@ -456,7 +488,7 @@ class Transformer(nn.Module):
     )
     if cache is not None:
       new_cache = new_cache.replace(
-        mask=cached_mask, length=cache.length + num_tokens
+        mask=cached_mask, length=cache.length + num_tokens, is_empty=False
       )
     return self.final_norm(x), new_cache
 
