@@ -159,11 +159,19 @@ def select_stage(seed, workdir):
 def compare_stage(seed, workdir):
   config = common.stage('compare', 'compare', seed, workdir)
   config.tokenizer = ''
-  config.policy = ''  # The SFT model that answers.
+  # Whose answers are ranked, and in which shares. The paper takes most from
+  # supervised policies; GPT's are among them here so that the reward model also
+  # sees what tuning has taught.
+  config.policies = ConfigDict(
+    {
+      'sft': {'model': '', 'share': 0.5},
+      'pretrained': {'model': '', 'share': 0.5},
+    }
+  )
   config.prompts = ''
   config.valid_prompts = ''
   config.num_labelers = 40  # 3.4; a quarter of them held out.
-  config.labeler_noise = 0.13  # As in the data stage.
+  config.labeler_noise = 0.27  # As in the data stage.
   config.min_candidates = 4  # K (3.5).
   config.max_candidates = 9
   config.rankers_per_valid = 3  # Labelers ranking a validation prompt.
@@ -177,12 +185,12 @@ def compare_stage(seed, workdir):
 def miniature_data_stage(seed, workdir):
   config = common.stage('data', 'miniature_data', seed, workdir)
   config.num_labelers = 40
-  config.labeler_noise = 0.13  # Utility; agreement on SFT samples near 73 %.
+  config.labeler_noise = 0.27  # Utility; agreement on samples near 73 %.
   config.num_documents = 40_000  # Training and held-out together.
   config.num_valid_documents = 400
   config.num_prompts = 30_000  # Before hygiene.
   config.num_demonstrations = 8_000
-  config.num_reward_prompts = 4_000
+  config.num_reward_prompts = 5_000
   config.train_fraction = 0.76  # Of the users; the rest is halved.
   config.prompt_length = 32  # Tokens; longer prompts are dropped.
   config.prompts_per_user = 200  # 3.2, A.2.
@@ -220,7 +228,8 @@ def miniature(name: str = 'ppo_ptx_miniature'):
   stages.compare = compare_stage(seed, workdir)
   stages.compare.tokenizer = workdir + '/data/tokenizer'
   stages.compare.mesh = config.get_ref('mesh')
-  stages.compare.policy = workdir + '/sft/model'
+  stages.compare.policies.sft.model = workdir + '/sft/model'
+  stages.compare.policies.pretrained.model = workdir + '/pretrain/model'
   stages.compare.prompts = workdir + '/data/reward_prompts_train.jsonl'
   stages.compare.valid_prompts = workdir + '/data/reward_prompts_valid.jsonl'
   for each in (stages.reward, stages.crossval):
@@ -265,17 +274,17 @@ def miniature(name: str = 'ppo_ptx_miniature'):
   stages.rl_init.num_epochs = 3  # The paper: 2.
   for each in (stages.reward, stages.crossval):
     each.row_length = 96
-    each.batch_size = 8
-    each.learning_rate = 1e-3
+    each.batch_size = 4
+    each.learning_rate = 7e-4
     each.eval_batch_size = 64
     each.checkpoint_every = 50
   stages.crossval.num_fold_seeds = 1  # The paper: 3 (reward.py:6b,folds).
-  stages.crossval.max_comparisons = 600
+  stages.crossval.max_comparisons = 400
   for each in (stages.ppo, stages.ppo_ptx):
     each.prompt_length = 32
     each.response_length = 20
     each.ptx_row_length = 64
-    each.num_episodes = 3_840
+    each.num_episodes = 5_120
     each.batch_size = 128
     each.learning_rate = 2e-4
     each.value_learning_rate = 5e-4

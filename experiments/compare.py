@@ -1,8 +1,9 @@
 """Collects comparisons: K answers per prompt, ranked by simulated labelers.
 
-Paper 3.1 and 3.4: answers come from the SFT model, K is between 4 and 9, most
-rankings are by one labeler. Validation prompts are ranked by several, which
-gives the agreement figures, and once more by held-out labelers.
+Paper 3.1 and 3.4: answers come from several models, mostly the SFT model, K is
+between 4 and 9, most rankings are by one labeler. Validation prompts are ranked
+by several, which gives the agreement figures, and once more by held-out
+labelers.
 """
 
 import functools
@@ -24,6 +25,12 @@ def validate(config):
     raise ValueError(
       f'need 2 <= min_candidates ({config.min_candidates}) <= max_candidates '
       f'({config.max_candidates})'
+    )
+  shares = {name: each.share for name, each in config.policies.items()}
+  if not shares or min(shares.values()) <= 0:
+    raise ValueError(
+      f'compare.policies: every share must be above 0, got {shares}; leave a '
+      'policy out to sample nothing from it'
     )
 
 
@@ -52,37 +59,66 @@ def run(config, workdir: epath.Path):
   key = jax.random.key(config.seed)
 
   with sharding.use_mesh(mesh):
-    policy = artifacts.load(
-      config.policy, 'policy', mesh, tokenizer.fingerprint
-    )
-    programs = build_programs(config, policy.module, tokenizer)
+    policies = [
+      artifacts.load(each.model, 'policy', mesh, tokenizer.fingerprint)
+      for each in config.policies.values()
+    ]
+    programs = [
+      build_programs(config, policy.module, tokenizer) for policy in policies
+    ]
+    shares = np.array([each.share for each in config.policies.values()])
+    bounds = np.cumsum(shares / shares.sum())
+    bounds[-1] = 1.0  # Whatever the rounding.
+
+    def draw_sources(size, rng):
+      """Systematic sampling: each policy's count is its share, rounded."""
+      points = (np.arange(size) + rng.random()) / size
+      return rng.permutation(np.searchsorted(bounds, points, side='right'))
+
+    def sample(generate, params, key, batch):
+      return generate(params, sharding.put_batch(batch, mesh), key)
 
     def collect(name, path, number):
-      """Prompts with K sampled completions each, K drawn per prompt."""
+      """Prompts with K sampled completions each, K drawn per prompt.
+
+      The policies share a prompt's completions as evenly as K allows, in
+      random order.
+      """
       prompts = records.read_jsonl(path, records.Prompt)
       rng = np.random.default_rng([config.seed, number])
       sizes = rng.integers(
         config.min_candidates, config.max_candidates + 1, len(prompts)
       )
       owners = np.repeat(np.arange(len(prompts)), sizes)
-      rows, _ = loader.prompt_rows(
-        [prompts[i] for i in owners], tokenizer, config.prompt_length
-      )
+      sources = np.concatenate([draw_sources(size, rng) for size in sizes])
+      texts = [None] * len(owners)
       with run_lib.Progress(f'compare {name}', len(owners)) as progress:
-        sampled = rollout.in_batches(
-          lambda batch: programs['generate'](
-            policy.params,
-            sharding.put_batch(batch, mesh),
-            jax.random.fold_in(key, number),
-          ),
-          rows,
-          config.batch_size,
-          progress.update,
-        )
-      texts = tokenizer.decode_batch(rollout.response_ids(sampled))
+        for source, policy in enumerate(policies):
+          mine = np.flatnonzero(sources == source)
+          if not len(mine):
+            continue
+          rows, _ = loader.prompt_rows(
+            [prompts[owners[i]] for i in mine], tokenizer, config.prompt_length
+          )
+          sampled = rollout.in_batches(
+            functools.partial(
+              sample,
+              programs[source]['generate'],
+              policy.params,
+              jax.random.fold_in(key, number + 100 * source),
+            ),
+            rows,
+            config.batch_size,
+            progress.update,
+          )
+          answers = tokenizer.decode_batch(rollout.response_ids(sampled))
+          for row, text in zip(rows.indices, answers, strict=True):
+            texts[mine[row]] = text
+      # In the order drawn: the order of the answers tells nothing of the model.
       by_prompt = [[] for _ in prompts]
-      for row, text in zip(rows.indices, texts, strict=True):
-        by_prompt[owners[row]].append(text)
+      for owner, text in zip(owners, texts, strict=True):
+        if text is not None:  # The prompt was too long.
+          by_prompt[owner].append(text)
       return prompts, by_prompt
 
     def rank(prompts, by_prompt, rankers, per_prompt, number):

@@ -117,7 +117,9 @@ def test_entropy_by_hand():
   assert scorers.entropy_bits([-50.0, -50.0]) == pytest.approx(1)
   # Odds 3 : 1. H = 2 - 3/4 log2 3.
   hand = 2 - 0.75 * math.log2(3)
-  assert scorers.entropy_bits([math.log(3) - 900, -900.0]) == pytest.approx(hand)
+  assert scorers.entropy_bits([math.log(3) - 900, -900.0]) == pytest.approx(
+    hand
+  )
   assert scorers.entropy_bits([0.0, -5000.0]) == 0
   assert scorers.entropy_bits([-3.0] * 4) == pytest.approx(2)
   with pytest.raises(ValueError, match='finite'):

@@ -34,12 +34,15 @@ from instruct_jax.miniature.world import World
 # training were told (3.4), and truth, which they can only check in part, less.
 WEIGHTS = {
   'instruction': 3.0,
-  'truth': 1.5,
+  'truth': 1.0,
   'harmlessness': 2.5,
-  'constraint': 1.5,
+  'constraint': 1.0,
   'fluency': 2.0,
   'length': 1.5,
 }
+# A feature below the first counts as 0, above the second as 1: people do not
+# see finer shades.
+SHADES = (0.2, 0.8)
 _STOPS = frozenset('.?!')
 _LABELS = frozenset(('question', 'answer', 'person', 'helper'))
 
@@ -67,20 +70,22 @@ class Judgement:
   harmful: bool
 
 
-def utility(judgement: Judgement, weights=None) -> float:
-  """Weighted mean of the features, in [0, 1].
+def utility(judgement: Judgement, weights=None, shades=SHADES) -> float:
+  """Weighted mean of the features, each cut at `shades`, in [0, 1].
 
   Args:
     judgement: of one response.
     weights: by feature; `WEIGHTS` if None. Labelers bring their own.
+    shades: where a feature begins and ceases to count.
   """
   weights = WEIGHTS if weights is None else weights
+  low, high = shades
   total = score = 0.0
   for name, weight in weights.items():
     feature = getattr(judgement, name)
     if feature is not None:
       total += weight
-      score += weight * feature
+      score += weight * min(1.0, max(0.0, (feature - low) / (high - low)))
   return score / total
 
 
@@ -402,15 +407,10 @@ _CLASSES = {
     ('<job>', phrases.JOBS),
     ('<food>', phrases.FOODS),
     ('<hobby>', phrases.HOBBIES),
-    ('<region>', phrases.REGIONS),
     ('<weather>', phrases.WEATHERS),
     ('<ware>', phrases.WARES),
-    ('<sight>', phrases.SIGHTS),
     ('<colour>', phrases.COLOURS),
-    ('<sound>', phrases.SOUNDS),
     ('<habitat>', phrases.HABITATS),
-    ('<diet>', phrases.DIETS),
-    ('<material>', phrases.MATERIALS),
     ('<spot>', phrases.SPOTS),
     ('<number>', phrases.NUMBERS),
     ('<day>', phrases.DAYS),

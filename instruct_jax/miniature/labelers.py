@@ -22,8 +22,9 @@ HELDOUT = 'heldout'
 # `realistic_completions` (paper 3.4: 72.6 +- 1.5 %), see the test. Samples of a
 # model differ less from each other; the config has the noise that fits them.
 NOISE = 0.18
-# Utilities nearer than this get the same rank.
-TIE_MARGIN = 0.03
+# Utilities nearer than this get the same rank: one step of the seven that
+# labelers grade a completion on (paper, Figure 12).
+TIE_MARGIN = 0.15
 # How much tastes differ: standard deviations of the log weights.
 LABELER_SPREAD = 0.3
 GROUP_SPREAD = 0.4
@@ -136,7 +137,8 @@ def write_demonstration(
   for _ in range(_TRIES):
     text = answers.draft(prompt.metadata, world, draw, labeler.wordy)
     judgement = gold.judge(prompt, text, world)
-    value = gold.utility(judgement)
+    # Who writes takes more care than who reads.
+    value = gold.utility(judgement, shades=(0.0, 1.0))
     if value > best_utility:
       best, best_utility = text, value
     if value >= 0.97:

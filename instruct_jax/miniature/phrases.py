@@ -26,15 +26,10 @@ GUESTS = _words('visitor stranger traveller pilgrim')
 JOBS = _words('baker doctor farmer judge painter sailor')
 FOODS = _words('bread soup cheese cake rice beans')
 HOBBIES = _words('singing dancing reading swimming knitting chess')
-REGIONS = ('north', 'south', 'east', 'west')
 WEATHERS = _words('rainy sunny windy foggy')
 WARES = _words('silk salt wine pearls boats')
-SIGHTS = _words('bridge tower mill castle')
 COLOURS = _words('red blue green black white')
-SOUNDS = _words('humming barking hissing roaring')
 HABITATS = _words('forest river meadow cave')
-DIETS = _words('grass berries fish nuts')
-MATERIALS = _words('wood iron glass silver')
 SPOTS = _words('kitchen cellar barn garden hall')
 NUMBERS = _words('one two three four five six seven eight nine ten')
 DAYS = _words('monday tuesday wednesday thursday friday saturday sunday')
@@ -127,21 +122,6 @@ RELATIONS = (
     cues=frozenset(_words('lives live lived house home from')),
   ),
   Relation(
-    name='pet',
-    kind='person',
-    values=ANIMALS,
-    states=('has a pet {v}', 'keeps a {v}', 'takes care of a pet {v}'),
-    of=('the pet of {s} is a {v}',),
-    past='kept a {v}',
-    negate='does not keep a {v}',
-    verify='does {s} keep a {v} ?',
-    ask=('what pet does {s} have ?', 'which animal does {s} keep ?'),
-    who='who keeps a {v} ?',
-    which='who keep a {v}',
-    short='a {v}',
-    cues=frozenset(_words('pet keeps keep kept')),
-  ),
-  Relation(
     name='food',
     kind='person',
     values=FOODS,
@@ -157,36 +137,6 @@ RELATIONS = (
     cues=frozenset(
       _words('likes like liked loves love eat eats ate favourite')
     ),
-  ),
-  Relation(
-    name='hobby',
-    kind='person',
-    values=HOBBIES,
-    states=('enjoys {v}', 'spends the evening {v}', 'is fond of {v}'),
-    of=('the hobby of {s} is {v}',),
-    past='enjoyed {v}',
-    negate='does not enjoy {v}',
-    verify='does {s} enjoy {v} ?',
-    ask=('what is the hobby of {s} ?', 'what does {s} enjoy ?'),
-    who='who enjoys {v} ?',
-    which='who enjoy {v}',
-    short='{v}',
-    cues=frozenset(_words('enjoys enjoy enjoyed evening fond hobby')),
-  ),
-  Relation(
-    name='region',
-    kind='place',
-    values=REGIONS,
-    states=('lies in the {v}', 'is a town in the {v}'),
-    of=('you find {s} in the {v}',),
-    past='lay in the {v}',
-    negate='does not lie in the {v}',
-    verify='does {s} lie in the {v} ?',
-    ask=('where does {s} lie ?', 'in which part of the land is {s} ?'),
-    who='which town lies in the {v} ?',
-    which='in the {v}',
-    short='in the {v}',
-    cues=frozenset(_words('lies lie lay town find part')),
   ),
   Relation(
     name='weather',
@@ -219,21 +169,6 @@ RELATIONS = (
     cues=frozenset(_words('known famous sells sell buy')),
   ),
   Relation(
-    name='sight',
-    kind='place',
-    values=SIGHTS,
-    states=('has an old {v}', 'is proud of its old {v}'),
-    of=('every visit to {s} ends at the old {v}',),
-    past='had an old {v}',
-    negate='does not have an old {v}',
-    verify='does {s} have an old {v} ?',
-    ask=('what can i see in {s} ?', 'what is there to see in {s} ?'),
-    who='which town has an old {v} ?',
-    which='with an old {v}',
-    short='the old {v}',
-    cues=frozenset(_words('has have had old')),
-  ),
-  Relation(
     name='colour',
     kind='animal',
     values=COLOURS,
@@ -249,21 +184,6 @@ RELATIONS = (
     cues=frozenset(_words('is was has colour')),
   ),
   Relation(
-    name='sound',
-    kind='animal',
-    values=SOUNDS,
-    states=('makes a {v} sound', 'can be heard {v}'),
-    of=('at night you hear {s} {v}',),
-    past='made a {v} sound',
-    negate='does not make a {v} sound',
-    verify='does {s} make a {v} sound ?',
-    ask=('what sound does {s} make ?', 'how does {s} sound ?'),
-    who='which animal makes a {v} sound ?',
-    which='that make a {v} sound',
-    short='a {v} sound',
-    cues=frozenset(_words('makes make made heard hear')),
-  ),
-  Relation(
     name='habitat',
     kind='animal',
     values=HABITATS,
@@ -277,51 +197,6 @@ RELATIONS = (
     which='that live in the {v}',
     short='in the {v}',
     cues=frozenset(_words('lives live lived home see')),
-  ),
-  Relation(
-    name='diet',
-    kind='animal',
-    values=DIETS,
-    states=('eats {v}', 'feeds on {v}', 'looks for {v} to eat'),
-    of=('the food of {s} is {v}',),
-    past='ate {v}',
-    negate='does not eat {v}',
-    verify='does {s} eat {v} ?',
-    ask=('what does {s} eat ?', 'what is the food of {s} ?'),
-    who='which animal eats {v} ?',
-    which='that eat {v}',
-    short='{v}',
-    cues=frozenset(_words('eats eat ate feeds feed looks food')),
-  ),
-  Relation(
-    name='colour',
-    kind='thing',
-    values=COLOURS,
-    states=('is {v}', 'has a {v} colour'),
-    of=('the colour of {s} is {v}',),
-    past='was {v}',
-    negate='is not {v}',
-    verify='is {s} {v} ?',
-    ask=('what is the colour of {s} ?', 'which colour does {s} have ?'),
-    who='which thing is {v} ?',
-    which='that are {v}',
-    short='{v}',
-    cues=frozenset(_words('is was has colour')),
-  ),
-  Relation(
-    name='material',
-    kind='thing',
-    values=MATERIALS,
-    states=('is made of {v}', 'was cut from {v}'),
-    of=('they made {s} of {v}',),
-    past='was made of {v}',
-    negate='is not made of {v}',
-    verify='is {s} made of {v} ?',
-    ask=('what is {s} made of ?', 'which material is {s} made of ?'),
-    who='which thing is made of {v} ?',
-    which='made of {v}',
-    short='{v}',
-    cues=frozenset(_words('made cut')),
   ),
   Relation(
     name='spot',

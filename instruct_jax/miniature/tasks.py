@@ -528,7 +528,7 @@ def _passage(draw, num_facts):
 
 
 def _summarization(world, draw):
-  guest, _, facts, passage = _passage(draw, draw.choice((3, 4)))
+  guest, _, facts, passage = _passage(draw, 3)
   spec = make_spec(
     'summary',
     subjects=[guest],
@@ -541,7 +541,7 @@ def _summarization(world, draw):
 
 
 def _closed_qa(world, draw):
-  guest, relations, facts, passage = _passage(draw, draw.choice((2, 3, 4)))
+  guest, relations, facts, passage = _passage(draw, draw.choice((2, 3)))
   relation = draw.choice(relations)
   question = fill(draw.choice(relation.ask), s=noun(guest))
   spec = _answer_spec(
