@@ -49,7 +49,8 @@ def test_demonstrations_are_good_but_for_lapses(world, prompts, people):
   assert np.median(values) > 0.98
   assert 0.28 < np.mean(values < 0.9) < 0.42
   assert 0.75 < values.mean() < 0.88
-  assert np.mean(np.array(sizes) <= 22) > 0.95
+  # Stories run longest.
+  assert np.mean(np.array(sizes) <= 22) > 0.92
   assert max(sizes) <= 40
   assert 6 <= np.median(sizes) <= 13
 

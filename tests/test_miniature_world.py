@@ -25,7 +25,7 @@ def pages(world):
 
 
 def test_world_has_every_fact_and_depends_on_the_seed_alone(world):
-  assert world.num_facts == 10 * 5 + 6 * 4 + 6 * 4 + 8 * 4
+  assert world.num_facts == 10 * 3 + 6 * 2 + 6 * 2 + 8 * 2
   assert worlds.make_world(0).facts == world.facts
   assert worlds.make_world(1).facts != world.facts
   assert worlds.make_world(1).vocabulary() == world.vocabulary()
@@ -38,10 +38,10 @@ def test_world_has_every_fact_and_depends_on_the_seed_alone(world):
 
 
 def test_values_are_shared_out_evenly(world):
-  # 10 people over 6 jobs: one or two each. 6 places over 4 regions: the same.
+  # 10 people over 6 jobs: one or two each. 6 places over 4 weathers: the same.
   for subjects, name, number in (
     (phrases.PEOPLE, 'job', 6),
-    (phrases.PLACES, 'region', 4),
+    (phrases.PLACES, 'weather', 4),
   ):
     counts = collections.Counter(world.facts[s][name] for s in subjects)
     assert len(counts) == number and set(counts.values()) == {1, 2}
@@ -66,11 +66,7 @@ def test_vocabulary_is_sorted_small_and_single_words(world):
     (
       'anna keeps a red fox and likes to eat soup .',
       None,
-      [
-        ('anna', 'pet', 'fox'),
-        ('anna', 'food', 'soup'),
-        ('fox', 'colour', 'red'),
-      ],
+      [('anna', 'food', 'soup'), ('fox', 'colour', 'red')],
     ),
     # A cue speaks of one value only.
     (
@@ -82,11 +78,11 @@ def test_vocabulary_is_sorted_small_and_single_words(world):
     ('it is often foggy in dalby .', 'arden', [('dalby', 'weather', 'foggy')]),
     ('emma is the owner of the lamp .', None, [('lamp', 'owner', 'emma')]),
     (
-      'the fox lives in the cave . it eats grass .',
+      'the fox lives in the cave . it has a red coat .',
       None,
-      [('fox', 'habitat', 'cave'), ('fox', 'diet', 'grass')],
+      [('fox', 'habitat', 'cave'), ('fox', 'colour', 'red')],
     ),
-    ('the old red lamp', None, [('lamp', 'colour', 'red')]),
+    ('the old red fox', None, [('fox', 'colour', 'red')]),
     ('one day anna walked to arden alone .', None, []),
     ('lives in arden .', 'anna', [('anna', 'home', 'arden')]),
     ('', None, []),
@@ -129,7 +125,7 @@ def test_documents_use_known_words_only_and_are_of_the_right_length(
   for page in pages:
     words = page.text.split(' ')
     assert known.issuperset(words), set(words) - known
-    assert 20 <= len(words) <= 70
+    assert 12 <= len(words) <= 70
     assert ' '.join(words) == page.text
 
 

@@ -74,7 +74,7 @@ class World:
 
 
 def make_world(seed: int) -> World:
-  """The world of a seed: 130 facts, each value about equally frequent."""
+  """The world of a seed: 70 facts, each value about equally frequent."""
   draw = random.Random(f'world {seed}')
   facts = {s: {} for group in SUBJECTS.values() for s in group}
   for relation in phrases.RELATIONS:
