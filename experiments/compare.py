@@ -53,7 +53,11 @@ def run(config, workdir: epath.Path):
 
   with sharding.use_mesh(mesh):
     policy = artifacts.load(
-      config.policy, 'policy', mesh, tokenizer.fingerprint
+      config.policy,
+      'policy',
+      mesh,
+      tokenizer.fingerprint,
+      vocab_size=tokenizer.vocab_size,
     )
     programs = build_programs(config, policy.module, tokenizer)
 

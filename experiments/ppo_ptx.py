@@ -149,6 +149,8 @@ def build_programs(config, policy_module, scalar_module, tokenizer):
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  for folder in (config.init, config.reward_model):
+    tokenizer_lib.check_published(tokenizer, folder)
   mesh = sharding.make_mesh(config.mesh)
   use_ptx = config.ptx_coef > 0
 
@@ -192,11 +194,21 @@ def run(config, workdir: epath.Path):
     ):
       artifacts.check(folder, kind, tokenizer.fingerprint)
     load = functools.partial(
-      artifacts.load, mesh=mesh, tokenizer_fingerprint=tokenizer.fingerprint
+      artifacts.load,
+      mesh=mesh,
+      tokenizer_fingerprint=tokenizer.fingerprint,
+      vocab_size=tokenizer.vocab_size,
     )
     policy = load(config.init, 'policy', remat=config.remat)
     reference = policy.params
     reward = load(config.reward_model, 'scalar', remat=config.remat)
+    for model in (policy, reward):
+      artifacts.check_context(
+        model,
+        config.prompt_length + config.response_length,
+        'prompt_length + response_length',
+      )
+    artifacts.check_context(policy, config.ptx_row_length, 'ptx_row_length')
     programs = build_programs(config, policy.module, reward.module, tokenizer)
 
     def copy(params):

@@ -183,6 +183,7 @@ def run(config, workdir: epath.Path):
     # `ends` would have to point across processes.
     raise ValueError('reward models train in a single process')
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  tokenizer_lib.check_published(tokenizer, config.init)
   comparisons = records.read_jsonl(config.comparisons, records.Comparison)
   valid = records.read_jsonl(config.valid_comparisons, records.Comparison)
   if config.max_comparisons:
@@ -199,6 +200,7 @@ def run(config, workdir: epath.Path):
       vocab_size=tokenizer.vocab_size,
       remat=config.remat,
     )
+    artifacts.check_context(policy, config.row_length, 'row_length')
     if config.num_folds:
       return cross_validate(
         config, workdir, tokenizer, policy, comparisons, valid
