@@ -8,6 +8,8 @@ and figures. Other variants, after a colon:
   smoke           the same in under 90 seconds, for CI; figures mean nothing
   e2e             real human rankings (--config.data.root=DIR)
   1p3b 6b 175b    the RL stage alone at the paper's sizes (C.4)
+  gpt2            the RL stage alone for published models of GPT-2's size
+                  (--config.init=hf:FOLDER --config.reward_model=FOLDER)
 
 `--config.stages.ppo_ptx.ptx_coef=0` and the like change one stage.
 """
@@ -81,6 +83,27 @@ def paper(size: str):
   config.frozen_dtype = 'bfloat16'
   config.num_microbatches = {'1p3b': 1, '6b': 2, '175b': 8}[size]
   return common.single(config, size)
+
+
+def gpt2():
+  """A published policy; none of these numbers is the paper's.
+
+  Policy and value model of 124 M parameters with Adam, reference, reward model
+  and moving average: 6 GB in float32 before activations; one GPU or a v4-8.
+  """
+  config = ppo_stage(0, '')
+  config.prompt_length = 384
+  config.response_length = 128
+  config.ptx_row_length = 512
+  config.num_episodes = 32_768
+  config.batch_size = 128
+  config.num_minibatches = 4
+  config.num_microbatches = 2
+  config.learning_rate = 1e-5
+  config.value_learning_rate = 2e-5
+  config.ptx_per_episode = 1
+  config.remat = 'dots'
+  return common.single(config, 'gpt2')
 
 
 def tiny_model(width: int, num_layers: int, context: int, unroll: int):
@@ -447,11 +470,13 @@ def e2e():
 def get_config(variant: str = 'miniature'):
   if variant in ('1p3b', '6b', '175b'):
     return paper(variant)
+  if variant == 'gpt2':
+    return gpt2()
   makers = {'miniature': miniature, 'smoke': smoke, 'e2e': e2e}
   if variant not in makers:
     raise ValueError(
-      f'unknown variant {variant!r}; known: miniature, smoke, e2e, 1p3b, 6b, '
-      '175b'
+      f'unknown variant {variant!r}; known: miniature, smoke, e2e, gpt2, 1p3b, '
+      '6b, 175b'
     )
   config = makers[variant]()
   config.lock()

@@ -6,7 +6,9 @@
     --config.demonstrations=demonstrations.jsonl
 
 Sizes: 1p3b, 6b (default: the paper's one reward model), 175b. The size only
-decides memory settings here; the shape comes with `init`.
+decides memory settings here; the shape comes with `init`. `:gpt2` has settings
+for published models of that size and context (`--config.init=hf:gpt2`, or the
+model of `configs/sft.py:gpt2`).
 
   python -m instruct_jax.main --config=configs/reward.py:hh \
     --config.data.root=DIR
@@ -119,9 +121,22 @@ def hh():
   return config
 
 
+def gpt2():
+  """A published model; none of these numbers is the paper's."""
+  config = stage(0, '')
+  config.max_candidates = 9
+  config.row_length = 1024  # GPT-2's context.
+  config.learning_rate = 1e-5
+  config.num_microbatches = 4
+  config.remat = 'dots'
+  return common.single(config, 'gpt2')
+
+
 def get_config(argument: str = '6b'):
   if argument == 'hh':
     return hh()
+  if argument == 'gpt2':
+    return gpt2()
   size, _, kind = argument.partition(',')
   if size not in ('1p3b', '6b', '175b') or kind not in ('', 'folds'):
     raise ValueError(f'unknown reward config: {argument!r}')

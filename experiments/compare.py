@@ -60,7 +60,13 @@ def run(config, workdir: epath.Path):
 
   with sharding.use_mesh(mesh):
     policies = [
-      artifacts.load(each.model, 'policy', mesh, tokenizer.fingerprint)
+      artifacts.load(
+        each.model,
+        'policy',
+        mesh,
+        tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+      )
       for each in config.policies.values()
     ]
     programs = [

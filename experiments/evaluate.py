@@ -144,7 +144,10 @@ def run(config, workdir: epath.Path):
 
   with sharding.use_mesh(mesh):
     load = functools.partial(
-      artifacts.load, mesh=mesh, tokenizer_fingerprint=tokenizer.fingerprint
+      artifacts.load,
+      mesh=mesh,
+      tokenizer_fingerprint=tokenizer.fingerprint,
+      vocab_size=tokenizer.vocab_size,
     )
     reward = load(config.reward_model, 'scalar')
     models = {name: load(path, 'policy') for name, path in folders.items()}

@@ -170,6 +170,8 @@ def build_programs(config, policy_module, scalar_module, tokenizer):
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  for folder in (config.init, config.reward_model):
+    tokenizer_lib.check_published(tokenizer, folder)
   mesh = sharding.make_mesh(config.mesh)
   use_ptx = config.ptx_coef > 0
 
@@ -213,13 +215,23 @@ def run(config, workdir: epath.Path):
     ):
       artifacts.check(folder, kind, tokenizer.fingerprint)
     load = functools.partial(
-      artifacts.load, mesh=mesh, tokenizer_fingerprint=tokenizer.fingerprint
+      artifacts.load,
+      mesh=mesh,
+      tokenizer_fingerprint=tokenizer.fingerprint,
+      vocab_size=tokenizer.vocab_size,
     )
     changes = {'remat': config.remat, 'attention': config.attention}
     policy = load(
       config.init, 'policy', logprob_chunk=config.logprob_chunk, **changes
     )
     reward = load(config.reward_model, 'scalar', **changes)
+    for model in (policy, reward):
+      artifacts.check_context(
+        model,
+        config.prompt_length + config.response_length,
+        'prompt_length + response_length',
+      )
+    artifacts.check_context(policy, config.ptx_row_length, 'ptx_row_length')
     programs = build_programs(config, policy.module, reward.module, tokenizer)
 
     def copy(params):
@@ -243,7 +255,11 @@ def run(config, workdir: epath.Path):
 
     reference, reward_params = freeze(policy.params), freeze(reward.params)
     reward_metadata, policy_module = reward.metadata, policy.module
-    del policy, reward  # Their float32 weights live on in the state alone.
+    del (
+      policy,
+      reward,
+      model,
+    )  # Their float32 weights live on in the state alone.
 
     def pretraining_loss(params):
       return heldout_loss.heldout_loss(

@@ -183,6 +183,7 @@ def run(config, workdir: epath.Path):
     # `ends` would have to point across processes.
     raise ValueError('reward models train in a single process')
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  tokenizer_lib.check_published(tokenizer, config.init)
   comparisons = records.read_jsonl(config.comparisons, records.Comparison)
   valid = records.read_jsonl(config.valid_comparisons, records.Comparison)
   if config.max_comparisons:
@@ -200,6 +201,7 @@ def run(config, workdir: epath.Path):
       remat=config.remat,
       attention=config.attention,
     )
+    artifacts.check_context(policy, config.row_length, 'row_length')
     if config.num_folds:
       return cross_validate(
         config, workdir, tokenizer, policy, comparisons, valid

@@ -68,6 +68,7 @@ def build_programs(config, module, num_steps):
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  tokenizer_lib.check_published(tokenizer, config.init)
   mesh = sharding.make_mesh(config.mesh)
 
   def demonstration_rows(path, pack):
@@ -128,6 +129,7 @@ def run(config, workdir: epath.Path):
       attention=config.attention,
       logprob_chunk=config.logprob_chunk,
     )
+    artifacts.check_context(model, config.row_length, 'row_length')
     programs = build_programs(config, model.module, num_steps)
     state = train_state.create(model.params, programs['optimizer'])
     # Saved models have no dropout rate to inherit: it belongs to this stage.

@@ -7,6 +7,7 @@ any compute is spent.
 
 import dataclasses
 import hashlib
+import math
 from typing import Any
 
 import jax
@@ -229,7 +230,25 @@ def _load_published(folder, kind, mesh, changes):
       f'in use has {config.vocab_size} tokens; use the tokenizer of that folder'
     )
   params = hf.load_params(folder, config, abstract_params(kind, config, mesh))
-  return Model(kind, make_module(kind, config), params, {'from': str(folder)})
+  about = {'from': str(folder)}
+  if kind == 'scalar':
+    # On which scores it was trained is not published: no score is beyond them.
+    about['score_range'] = (-math.inf, math.inf)
+  return Model(kind, make_module(kind, config), params, about)
+
+
+def check_context(model: Model, num_tokens: int, what: str) -> None:
+  """Refuses rows that are longer than the model can read.
+
+  Raises:
+    ValueError: with the numbers and `what`, the config keys they come from.
+  """
+  if num_tokens > model.config.context_length:
+    raise ValueError(
+      f'{what} ask for {num_tokens} tokens, the model from '
+      f'{model.metadata.get("from", "the folder given")} has a context of '
+      f'{model.config.context_length}; lower them'
+    )
 
 
 def load(

@@ -6,7 +6,9 @@
 DIR gets config.json, safetensors, the tokenizer, generation_config.json and a
 model card. A policy becomes a causal language model; a reward model becomes a
 sequence classifier with one label, whose logit plus `score_shift` of
-config.json is the score.
+config.json is the score. With --fold_shift the final norm's bias takes the
+shift up, where the family has one: the logit itself is then the score, to
+rounding, and the folder no longer comes back bit for bit.
 """
 
 import json
@@ -29,6 +31,9 @@ _TOKENIZER = flags.DEFINE_string(
   'Folder of the tokenizer it was trained with.',
   required=True,
 )
+_FOLD_SHIFT = flags.DEFINE_bool(
+  'fold_shift', False, "Let a reward model's logit be its score."
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to write.', required=True)
 
 
@@ -36,12 +41,15 @@ def export(
   checkpoint_folder: epath.PathLike,
   tokenizer_folder: epath.PathLike,
   output: epath.PathLike,
+  *,
+  fold_shift: bool = False,
 ) -> None:
   """Writes `output`; see the top of this file.
 
   Raises:
     checkpoint.CheckpointError: damaged, or made with another tokenizer.
-    ValueError: `output` is not empty, or no published family has this model.
+    ValueError: `output` is not empty, no published family has this model, or
+      there is no shift to fold or no bias to fold it into.
   """
   output = pathlib.Path(output)
   if output.exists() and any(output.iterdir()):
@@ -54,17 +62,22 @@ def export(
     sharding.make_mesh((1, -1, 1)),
     tokenizer.fingerprint,
   )
-  hf.save(output, model.config, model.params)
+  params = hf.fold_shift(model.params) if fold_shift else model.params
+  hf.save(output, model.config, params)
   tokenizer.save(output)
   path = output / 'config.json'
   values = json.loads(path.read_text('utf-8'))
-  ids = {'eos_token_id': tokenizer.eos_id, 'pad_token_id': tokenizer.pad_id}
+  stop_ids = list(tokenizer.stop_ids)
+  ids = {
+    'eos_token_id': stop_ids if len(stop_ids) > 1 else tokenizer.eos_id,
+    'pad_token_id': tokenizer.pad_id,
+  }
   path.write_text(json.dumps({**values, **ids}, indent=2) + '\n', 'utf-8')
   (output / 'generation_config.json').write_text(
     json.dumps({'do_sample': True, **ids}, indent=2) + '\n', 'utf-8'
   )
   use = (
-    'Language model: sample with temperature 1 and stop at the EOS token.'
+    'Language model: sample with temperature 1 and stop at an EOS token.'
     if model.kind == 'policy'
     else 'Reward model: the score of a prompt with its answer and EOS is the '
     f'logit plus `score_shift` = {values["score_shift"]}.'
@@ -79,7 +92,12 @@ def export(
 
 def main(argv: list[str]) -> None:
   del argv
-  export(_CHECKPOINT.value, _TOKENIZER.value, _OUTPUT.value)
+  export(
+    _CHECKPOINT.value,
+    _TOKENIZER.value,
+    _OUTPUT.value,
+    fold_shift=_FOLD_SHIFT.value,
+  )
   print(_OUTPUT.value)
 
 

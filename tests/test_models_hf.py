@@ -6,6 +6,7 @@ The goldens were computed by `transformers` (tests/golden/make_families.py).
 import dataclasses
 import json
 import pathlib
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,79 @@ def test_what_is_not_handled_is_named():
   del described['hidden_size']
   with pytest.raises(ValueError, match='hidden_size is missing'):
     TransformerConfig.from_hf(described)
+
+
+def test_magnitude_of_yarn():
+  described = json.loads(str(np.load(GOLDEN / 'family_llama3.npz')['config']))
+  del described['rope_parameters']
+  yarn = {
+    'rope_type': 'yarn',
+    'rope_theta': 10_000.0,
+    'factor': 4.0,
+    'original_max_position_embeddings': 32,
+  }
+
+  def magnitude(**fields):
+    described['rope_parameters'] = {**yarn, **fields}
+    return TransformerConfig.from_hf(described).rotary.magnitude
+
+  # 0.1 ln 4 = 0.138629.
+  assert magnitude() == pytest.approx(1.138629, abs=1e-6)
+  both = magnitude(mscale=0.707, mscale_all_dim=0.5)
+  assert both == pytest.approx(1.098011 / 1.069315, abs=1e-5)
+  assert magnitude(mscale=0.707) == magnitude()  # One alone is not used.
+  assert magnitude(mscale=2, mscale_all_dim=2) == 1
+  assert magnitude(mscale=2, mscale_all_dim=1, attention_factor=1.5) == 1.5
+
+
+def test_blocks_and_shards_give_the_same_tensor(tmp_path, monkeypatch):
+  """Whatever the block size, and however the devices share it."""
+  golden = write_folder(tmp_path / 'in', 'gpt_neox')
+  _, whole = load(tmp_path / 'in')
+  monkeypatch.setattr(hf, '_BLOCK_BYTES', 200)
+  config = TransformerConfig.from_hf(hf.read_config(tmp_path / 'in'))
+  config = dataclasses.replace(config, vocab_multiple=8)
+  mesh = sharding.make_mesh((2, 4, 1))
+  abstract = artifacts.abstract_params('policy', config, mesh)
+  shared = hf.load_params(tmp_path / 'in', config, abstract)
+  assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(shared))
+  jax.tree.map(np.testing.assert_array_equal, whole, shared)
+  kernel = golden['weight:gpt_neox.layers.1.attention.dense.weight']
+  N, H = config.num_heads, config.head_dim
+  np.testing.assert_array_equal(
+    shared['trunk']['layers']['out_kernel'][1],
+    kernel.astype(np.float32).T.reshape(N, H, -1),
+  )
+
+
+def test_the_host_never_holds_the_model(tmp_path, monkeypatch):
+  """At most 1.3 times the largest tensor, beside what a CPU device itself
+  holds: unstacked parameters are the very arrays that were read."""
+  config = TransformerConfig(
+    vocab_size=64,
+    context_length=64,
+    num_layers=12,
+    width=128,
+    num_heads=2,
+    head_dim=64,
+    mlp_dim=1024,
+    vocab_multiple=8,
+  )
+  monkeypatch.setattr(hf, '_BLOCK_BYTES', 2**15)
+  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  abstract = artifacts.abstract_params('policy', config, mesh)
+  params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), abstract)
+  hf.save(tmp_path, config, params)
+  hf.load_params(tmp_path, config, abstract)  # Compiles.
+  tracemalloc.start()
+  hf.load_params(tmp_path, config, abstract)
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  largest = 4 * config.width * config.mlp_dim  # 0.5 MiB; a stack is 6 MiB.
+  rows = config.vocab_rows + config.context_length + 2
+  unstacked = 4 * config.width * rows
+  # Python's own objects: names, indices, closures.
+  assert peak < 1.3 * largest + unstacked + 200_000
 
 
 def rewrite(folder, change):

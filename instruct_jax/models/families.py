@@ -317,6 +317,11 @@ def _rotary(values, head_dim, context):
     }
   elif kind == 'yarn':
     factor = fields.take('factor')
+    # DeepSeek's spelling: two factors, where both are given and not 0.
+    whole, each = fields.take('mscale', 0), fields.take('mscale_all_dim', 0)
+    magnitude = _yarn_magnitude(factor)
+    if whole and each:
+      magnitude = _yarn_magnitude(factor, whole) / _yarn_magnitude(factor, each)
     rotary |= {
       'scaling': kind,
       'factor': factor,
@@ -326,14 +331,17 @@ def _rotary(values, head_dim, context):
       'low': fields.take('beta_slow', 1),
       'high': fields.take('beta_fast', 32),
       'truncate': fields.take('truncate', True),
-      'magnitude': fields.take(
-        'attention_factor', 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-      ),
+      'magnitude': fields.take('attention_factor', magnitude),
     }
   elif kind != 'default':
     raise ValueError(f'config.json: rope_type {kind!r} is not handled')
   fields.finish(kind)
   return rotary
+
+
+def _yarn_magnitude(factor: int | float, scale: int | float = 1) -> float:
+  """Peng et al. 2023 (YaRN), section 3.4: sqrt(1/t) = 0.1 ln(s) + 1."""
+  return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 # --- Weights ------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Model folders in the Hugging Face format, in and out.
 
-Safetensors files are read through a memory map, one published tensor at a
-time, straight into the shard that each device holds; the host never has the
-model. Reading is strict both ways: no tensor missing, none left over, every
-shape as config.json says, every number finite.
+Safetensors files are read one published tensor at a time, in blocks, straight
+into the shard that each device holds; tensors of stacked layers go into the
+stack on the device, layer by layer. So the host holds a shard of one tensor and
+never the model. Reading is strict both ways: no tensor missing, none left over,
+every shape as config.json says, every number finite.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -36,6 +38,7 @@ _BUFFERS = (
 )
 _VOCABULARY = ('token_embedding', 'unembedding', 'unembedding_bias')
 _SHARD_BYTES = 2 * 1024**3
+_BLOCK_BYTES = 16 * 1024**2
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -250,28 +253,127 @@ def _published_shapes(entry):
 
 
 def _place(entry, tensors, struct, folder, vocab_size):
-  def one(layer):
+  """The parameter of one entry, laid out as `struct` asks."""
+
+  def from_callback(layer, shape, layout, buffers):
     name = entry.name.format(layer)
-    tensor = np.asarray(tensors[name]).reshape(entry.view)
+
+    def read(index):
+      bounds = tuple(
+        part.indices(size)[:2] for part, size in zip(index, shape, strict=True)
+      )
+      if bounds not in buffers:
+        sizes = [stop - start for start, stop in bounds]
+        buffers[bounds] = np.empty(sizes, np.float32)
+      where = f'{folder}: tensor {name}'
+      _read_shard(
+        entry, tensors[name], bounds, buffers[bounds], where, vocab_size
+      )
+      return buffers[bounds]
+
+    return jax.make_array_from_callback(shape, layout, read)
+
+  if not entry.stacked:
+    return from_callback(0, struct.shape, struct.sharding, {})
+  spec = struct.sharding.spec
+  if spec and spec[0] is not None:
+    raise ValueError(
+      f'{"/".join(entry.path)}: layers are sharded over {spec[0]}; published '
+      'models are read layer by layer, so they must not be'
+    )
+  layer_sharding = jax.sharding.NamedSharding(
+    struct.sharding.mesh, jax.sharding.PartitionSpec(*spec[1:])
+  )
+  stack = _make_stack(struct.shape, struct.sharding)()
+  write = _write_layer(struct.sharding)
+  # The same host memory for all layers: freed buffers linger in jax, and each
+  # layer is in the stack before the next one is read.
+  buffers = {}
+  for layer in range(struct.shape[0]):
+    part = from_callback(layer, struct.shape[1:], layer_sharding, buffers)
+    stack = write(stack, part, layer)
+    stack.block_until_ready()
+    del part
+  return stack
+
+
+@functools.cache
+def _make_stack(shape, layout):
+  return jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=layout)
+
+
+@functools.cache
+def _write_layer(layout):
+  return jax.jit(
+    lambda stack, part, layer: jax.lax.dynamic_update_index_in_dim(
+      stack, part, layer, 0
+    ),
+    donate_argnums=0,
+    out_shardings=layout,
+  )
+
+
+def _read_shard(entry, stored, bounds, out, where, vocab_size):
+  """Fills `out` with a part of one parameter of ours, float32.
+
+  The tensor is read in blocks along the slowest of its own axes. Each block is
+  mapped afresh, so that no more of the file than a block is ever resident.
+
+  Args:
+    bounds: (start, stop) of the part along each of our axes.
+  """
+  # The published axis that each of ours is, and ours of the slowest.
+  kept = [
+    axis
+    for axis in range(len(entry.view))
+    if entry.part is None or axis != entry.part[0]
+  ]
+  axes = [kept[axis] for axis in entry.order]
+  slowest = int(np.argmin(axes)) if axes else 0
+  start, stop = bounds[slowest]
+  # Rows of tokens beyond the published ones are filled in afterwards.
+  num_rows = entry.view[axes[slowest]]
+  step = max(1, _BLOCK_BYTES // max(1, 4 * out[_at(slowest, 0, 1)].size))
+
+  def block(first, last):
+    view = _map_again(stored).reshape(entry.view)
     if entry.part is not None:
-      tensor = np.take(tensor, entry.part[1], axis=entry.part[0])
-    tensor = tensor.transpose(entry.order).astype(np.float32)
-    if not np.isfinite(tensor).all():
-      raise ValueError(f'{folder}: tensor {name} holds NaN or infinity')
-    if entry.path[0] in _VOCABULARY:
-      rows = struct.shape[0]
-      added = np.zeros((rows - tensor.shape[0], *tensor.shape[1:]), np.float32)
-      added[: max(vocab_size - tensor.shape[0], 0)] = tensor.mean(axis=0)
-      tensor = np.concatenate([tensor, added])
-    return tensor
+      view = view[_at(entry.part[0], entry.part[1], None)]
+    wanted = [slice(low, high) for low, high in bounds]
+    wanted[slowest] = slice(first, last)
+    return view.transpose(entry.order)[tuple(wanted)]
 
-  def shard(index):
-    if not entry.stacked:
-      return one(0)[index]
-    layers = range(*index[0].indices(struct.shape[0]))
-    return np.stack([one(layer)[index[1:]] for layer in layers])
+  for first in range(start, min(stop, num_rows), step):
+    last = min(first + step, stop, num_rows)
+    place = out[_at(slowest, first - start, last - start)]
+    np.copyto(place, block(first, last), casting='same_kind')
+    if not np.isfinite(place).all():
+      raise ValueError(f'{where} holds NaN or infinity')
+  if entry.path[0] in _VOCABULARY and stop > num_rows:
+    out[max(num_rows - start, 0) :] = 0
+    if num_rows < vocab_size:
+      total = np.zeros(out.shape[1:], np.float64)
+      for first in range(0, num_rows, step):
+        last = min(first + step, num_rows)
+        total += block(first, last).astype(np.float32).sum(0, np.float64)
+      low, high = max(num_rows - start, 0), max(vocab_size - start, 0)
+      out[low:high] = total / num_rows
+  return out
 
-  return jax.make_array_from_callback(struct.shape, struct.sharding, shard)
+
+def _at(axis, first, last):
+  """An index at one axis: a slice, or one element where `last` is None."""
+  part = first if last is None else slice(first, last)
+  return (slice(None),) * axis + (part,)
+
+
+def _map_again(stored):
+  """A fresh map of the same bytes; what it brings into memory goes with it."""
+  if not isinstance(stored, np.memmap):
+    return stored
+  return np.memmap(
+    stored.filename, stored.dtype, 'r', stored.offset, stored.shape
+  )
 
 
 # --- Out ----------------------------------------------------------------------
@@ -336,6 +438,35 @@ def save(
   (folder / 'config.json').write_text(
     json.dumps(described, indent=2) + '\n', 'utf-8'
   )
+
+
+def fold_shift(params: Params) -> Params:
+  """A reward model's parameters with its bias moved into the final norm's.
+
+  The score is w . (h + b) + c, with h the normed state, b the norm's bias and c
+  the head's: b + w c / |w|^2 in the place of b makes c superfluous.
+
+  Raises:
+    ValueError: a policy, or a final norm without bias (RMS).
+  """
+  if 'head_kernel' not in params:
+    raise ValueError(
+      'only reward models have a shift to fold; this is a policy'
+    )
+  norm = params['trunk']['final_norm']
+  if 'bias' not in norm:
+    raise ValueError(
+      'the final norm of this family has no bias to fold the shift into; add '
+      '`score_shift` of config.json to the logit'
+    )
+  head = np.asarray(params['head_kernel'], np.float64)
+  added = head * float(params['head_bias']) / np.sum(head**2)
+  bias = (np.asarray(norm['bias'], np.float64) + added).astype(np.float32)
+  return {
+    **params,
+    'trunk': {**params['trunk'], 'final_norm': {**norm, 'bias': bias}},
+    'head_bias': np.zeros((), np.float32),
+  }
 
 
 def write_tensors(

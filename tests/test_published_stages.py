@@ -1,0 +1,261 @@
+"""SFT, reward model and PPO-ptx from published folders, on HH-shaped files."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from etils import epath
+
+from configs import ppo_ptx, reward, sft
+from instruct_jax import artifacts, export, main
+from instruct_jax.data import convert, records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.infra import checkpoint, sharding
+from instruct_jax.models import hf
+from instruct_jax.models.config import Rotary, TransformerConfig
+
+pytestmark = pytest.mark.usefixtures('quick_compile')
+
+# 259 ids: 256 bytes, two merges, EOS. There is no PAD, as in GPT-2.
+NUM_TOKENS = 259
+GPT2 = TransformerConfig(
+  vocab_size=NUM_TOKENS,
+  context_length=96,
+  num_layers=2,
+  width=16,
+  num_heads=2,
+  head_dim=8,
+  mlp_dim=32,
+  vocab_multiple=1,
+)
+LLAMA = TransformerConfig(
+  vocab_size=NUM_TOKENS,
+  context_length=96,
+  num_layers=1,
+  width=24,
+  num_heads=4,
+  head_dim=6,
+  mlp_dim=16,
+  vocab_multiple=1,
+  num_kv_heads=2,
+  norm='rms',
+  rotary=Rotary(dim=6),
+  gated_mlp=True,
+  activation='silu',
+  qkv_bias=False,
+  out_bias=False,
+  mlp_bias=False,
+  tied=False,
+)
+
+
+def write_model(folder, config, kind='policy'):
+  """A random model with its tokenizer, as published."""
+  mesh = sharding.make_mesh((1, -1, 1))
+  model = artifacts.init(kind, config, mesh, jax.random.key(1))
+  hf.save(folder, config, model.params)
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+  byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.pre_tokenizer = byte_level
+  backend.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=NUM_TOKENS,
+    special_tokens=['<|endoftext|>'],
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  backend.train_from_iterator(['Human Assistant'] * 9, trainer)
+  transformers.PreTrainedTokenizerFast(
+    tokenizer_object=backend,
+    eos_token='<|endoftext|>',
+    clean_up_tokenization_spaces=False,
+  ).save_pretrained(folder)
+  return f'hf:{folder}'
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+  """HH files as upstream writes them, and what `convert` makes of them."""
+  folder = tmp_path_factory.mktemp('data')
+  lines = []
+  for i in range(60):
+    asked = f'\n\nHuman: Name {i}?\n\nAssistant: '
+    if i % 3 == 0:
+      asked = f'\n\nHuman: Hi\n\nAssistant: Yes?{asked}'
+    lines.append(
+      json.dumps({'chosen': f'{asked}It is {i}.', 'rejected': f'{asked}No.'})
+    )
+  (folder / 'train.jsonl').write_text('\n'.join(lines))
+  convert.convert('hh', [folder / 'train.jsonl'], folder, valid=0.2, seed=0)
+  texts = [records.Document(f'The number {i} is a number.') for i in range(60)]
+  records.write_jsonl(folder / 'documents.jsonl', texts)
+  return folder
+
+
+def run(config, workdir, **changes):
+  config = config.unlock() or config
+  for name, value in changes.items():
+    config[name] = value
+  config.workdir = str(workdir)
+  main.run(config, epath.Path(workdir), config.copy_and_resolve_references())
+
+
+def small(config):
+  with config.unlocked():
+    config.num_microbatches = 1
+    config.remat = 'none'
+    config.eval_batch_size = 8
+  return config
+
+
+def run_sft(data, workdir, init):
+  run(
+    small(sft.get_config('gpt2')),
+    workdir,
+    init=init,
+    tokenizer=init,
+    demonstrations=str(data / 'demonstrations_train.jsonl'),
+    valid_demonstrations=str(data / 'demonstrations_valid.jsonl'),
+    row_length=96,
+    batch_size=8,
+    num_epochs=1,
+  )
+
+
+def run_reward(data, workdir, init, tokenizer):
+  run(
+    small(reward.get_config('gpt2')),
+    workdir,
+    init=init,
+    tokenizer=tokenizer,
+    comparisons=str(data / 'comparisons_train.jsonl'),
+    valid_comparisons=str(data / 'comparisons_valid.jsonl'),
+    demonstrations=str(data / 'demonstrations_train.jsonl'),
+    max_candidates=2,
+    row_length=96,
+    batch_size=16,
+  )
+
+
+def run_ppo(data, workdir, init, reward_model, tokenizer, **changes):
+  values = {
+    'prompt_length': 80,
+    'response_length': 8,
+    'ptx_row_length': 40,
+    'num_episodes': 16,
+    'batch_size': 8,
+    'num_minibatches': 2,
+  }
+  run(
+    small(ppo_ptx.get_config('gpt2')),
+    workdir,
+    init=init,
+    reward_model=reward_model,
+    tokenizer=tokenizer,
+    prompts=str(data / 'prompts_train.jsonl'),
+    documents=str(data / 'documents.jsonl'),
+    valid_documents=str(data / 'documents.jsonl'),
+    **{**values, **changes},
+  )
+
+
+def test_all_stages_from_a_published_folder(data, tmp_path):
+  init = write_model(tmp_path / 'gpt2', GPT2)
+  run_sft(data, tmp_path / 'sft', init)
+  run_reward(data, tmp_path / 'reward', str(tmp_path / 'sft' / 'model'), init)
+  run_ppo(
+    data,
+    tmp_path / 'ppo',
+    str(tmp_path / 'sft' / 'model'),
+    str(tmp_path / 'reward' / 'model'),
+    init,
+  )
+  tokenizer = tokenizer_lib.Tokenizer.load(init)
+  assert tokenizer.vocab_size == NUM_TOKENS + 1  # A PAD of its own.
+
+  # Out again: policy and moving average, each on its own, and they differ.
+  mesh = sharding.make_mesh((1, -1, 1))
+  weights = []
+  for name in ('policy', 'ema'):
+    export.export(tmp_path / 'ppo' / name, init, tmp_path / f'out_{name}')
+    again = artifacts.load(
+      f'hf:{tmp_path / f"out_{name}"}',
+      'policy',
+      mesh,
+      tokenizer.fingerprint,
+      vocab_size=tokenizer.vocab_size,
+    )
+    ours = artifacts.load(
+      tmp_path / 'ppo' / name, 'policy', mesh, tokenizer.fingerprint
+    )
+    jax.tree.map(np.testing.assert_array_equal, again.params, ours.params)
+    weights.append(np.asarray(ours.params['trunk']['layers']['up_kernel']))
+    tokenizer_lib.check_published(tokenizer, f'hf:{tmp_path / f"out_{name}"}')
+  assert not np.array_equal(*weights)
+
+
+def test_policy_and_reward_model_of_two_families(data, tmp_path):
+  policy = write_model(tmp_path / 'gpt2', GPT2)
+  other = write_model(tmp_path / 'llama', LLAMA, 'scalar')
+  run_ppo(data, tmp_path / 'ppo', policy, other, policy, num_episodes=8)
+  described = [
+    checkpoint.load_metadata(tmp_path / 'ppo' / 'policy')['model'],
+    hf.read_config(tmp_path / 'llama'),
+  ]
+  assert described[0]['norm'] == 'layer'
+  assert described[1]['model_type'] == 'llama'
+
+  # Rows that the models cannot read, prompts that fit none.
+  with pytest.raises(ValueError, match='ask for 112 tokens, .* of 96; lower'):
+    run_ppo(data, tmp_path / 'a', policy, other, policy, response_length=32)
+  with pytest.raises(ValueError, match='no prompts left: all .* longer than 4'):
+    run_ppo(data, tmp_path / 'b', policy, other, policy, prompt_length=4)
+  # Another tokenizer in the reward model's folder.
+  tokenizer_lib.train_bpe(['x'], 258).save(tmp_path / 'llama')
+  with pytest.raises(ValueError, match='llama has a tokenizer of 258 tokens'):
+    run_ppo(data, tmp_path / 'c', policy, other, policy)
+
+
+def test_folded_shift_gives_the_same_score(tmp_path):
+  """A classifier of transformers adds no bias: the final norm's can."""
+  tokenizer = tokenizer_lib.train_bpe(['some text'], 258)
+  tokenizer.save(tmp_path / 'tokenizer')
+  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+
+  def write(config, name):
+    config = dataclasses.replace(config, vocab_size=258)
+    model = artifacts.init('scalar', config, mesh, jax.random.key(0))
+    params = {**model.params, 'head_bias': jnp.float32(-1.25)}
+    model = dataclasses.replace(model, params=params)
+    artifacts.save(tmp_path / name, model, tokenizer.fingerprint, {})
+    return model
+
+  ours = write(GPT2, 'gpt2')
+  arguments = tmp_path / 'tokenizer', tmp_path / 'out'
+  export.export(tmp_path / 'gpt2', *arguments, fold_shift=True)
+  described = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert described['score_shift'] == 0
+  theirs = artifacts.load(
+    tmp_path / 'out', 'scalar', mesh, tokenizer.fingerprint
+  )
+  assert float(theirs.params['head_bias']) == 0
+  tokens = jnp.array([tokenizer.encode('some text, and more')], jnp.int32)
+  scores = [
+    model.module.apply({'params': model.params}, tokens, jnp.ones_like(tokens))
+    for model in (ours, theirs)
+  ]
+  np.testing.assert_allclose(*scores, rtol=0, atol=1e-5)
+  assert np.abs(np.asarray(scores[0])).max() > 0.5  # The shift is in there.
+  write(LLAMA, 'llama')  # RMS norms have no bias.
+  with pytest.raises(ValueError, match='no bias to fold the shift'):
+    export.export(
+      tmp_path / 'llama',
+      tmp_path / 'tokenizer',
+      tmp_path / 'llama_out',
+      fold_shift=True,
+    )
