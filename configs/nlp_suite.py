@@ -49,6 +49,18 @@ def get_config(argument: str = ''):
   )
   # CSV files of (text, label 0 or 1), comma between: the local toxicity scorer.
   config.toxicity_labels = ''
+  # Or a service with the Perspective API's interface, for which
+  # https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze stands.
+  config.toxicity_endpoint = ConfigDict(
+    {
+      'url': '',
+      'key_variable': 'PERSPECTIVE_API_KEY',  # Of the environment.
+      'timeout': 30.0,  # Seconds.
+      'max_retries': 6,
+      'requests_per_minute': 60.0,  # Perspective's usual quota.
+      'num_workers': 2,
+    }
+  )
   # finetune_truth.jsonl and finetune_info.jsonl of TruthfulQA: the local judge.
   config.truth_labels = ''
   config.info_labels = ''

@@ -67,6 +67,12 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   config.eval_every = 10  # Iterations between held-out losses.
   config.eval_batch_size = 64  # Rows.
   config.checkpoint_every = 10  # Iterations.
+  config.snapshot_every = 0  # Iterations between policies kept; 0 keeps none.
+  config.probe_every = 0  # Iterations between public NLP tasks; 0 asks none.
+  config.probes = ''  # TASK=FILE,TASK=FILE; names of configs/nlp_suite.py.
+  config.probe_items = 200  # Of each task, the same every time; 0 asks all.
+  config.probe_few_shot = False  # As in Figures 33 and 34, where it fits.
+  config.probe_batch_size = 32  # Queries a call.
   return config
 
 
@@ -239,6 +245,7 @@ def evaluate_stage(seed, workdir):
   config.max_candidates = 9
   config.rl_weights = 'policy'  # Or 'ema'; the other is in a table of its own.
   config.num_samples_shown = 12
+  config.num_samples_in_html = 300  # Prompts that report.html can filter.
   return config
 
 

@@ -6,23 +6,16 @@ scores and intervals, and what was left out, shortened or empty.
 """
 
 import dataclasses
-import functools
-import random
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, rollout
+from instruct_jax import artifacts
+from instruct_jax import queries as queries_lib
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.evals import released_samples
+from instruct_jax.evals import endpoint, released_samples
 from instruct_jax.evals.benchmarks import judges, released_csv, runner, tasks
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
-from instruct_jax.models import heads
-from instruct_jax.models.transformer import make_cache
-from instruct_jax.types import PromptBatch
 
 
 def validate(config):
@@ -35,8 +28,13 @@ def validate(config):
       raise ValueError(f'{key} must be positive: {config[key]}')
   if config.max_items < 0:
     raise ValueError(f'max_items must not be negative: {config.max_items}')
-  if config.data.real_toxicity and not config.toxicity_labels:
-    raise ValueError('real_toxicity needs toxicity_labels for its scorer')
+  if config.data.real_toxicity and not (
+    config.toxicity_labels or config.toxicity_endpoint.url
+  ):
+    raise ValueError(
+      'real_toxicity needs toxicity_labels or toxicity_endpoint.url for its '
+      'scorer'
+    )
   if config.data.truthful_qa and not (
     config.truth_labels and config.info_labels
   ):
@@ -45,135 +43,27 @@ def validate(config):
     )
 
 
-def score_choices(policy: heads.Policy, tokens, mask, choices, choice_mask):
-  """Summed log-probability of each choice after its context, nats [B, C].
-
-  The context is read once; its cache is repeated for the C choices.
-  """
-  B, C, R = choices.shape
-  P = tokens.shape[1]
-  cache = make_cache(policy.config, B, P + R)
-  hidden, cache = policy.trunk(tokens, mask.astype(jnp.int32), cache=cache)
-  cache = cache.replace(
-    keys=jnp.repeat(cache.keys, C, axis=1),
-    values=jnp.repeat(cache.values, C, axis=1),
-    mask=jnp.repeat(cache.mask, C, axis=0),
-  )
-  flat, flat_mask = choices.reshape(B * C, R), choice_mask.reshape(B * C, R)
-  after, _ = policy.trunk(flat, flat_mask.astype(jnp.int32), cache=cache)
-  # The first token of a choice is predicted from the context's last.
-  last = jnp.repeat(hidden[:, -1:], C, axis=0)
-  logits = policy.trunk.unembed(jnp.concatenate([last, after[:, :-1]], axis=1))
-  logprobs, _ = heads.token_logprobs(logits, flat)
-  return jnp.sum(logprobs * flat_mask, axis=1).reshape(B, C)
-
-
-def build_programs(module, stop_ids):
-  """The jitted programs; they compile once per padded shape."""
-
-  def choices(params, *arrays):
-    return module.apply({'params': params}, *arrays, method=score_choices)
-
-  @functools.cache
-  def generate(num_response):
-    return jax.jit(
-      functools.partial(
-        rollout.generate,
-        extend_fn=artifacts.extend_fn(module),
-        make_cache_fn=artifacts.make_cache_fn(module),
-        num_response=num_response,
-        stop_ids=stop_ids,
-        temperature=0.0,
+def make_judges(config, workdir):
+  """Scorers of toxicity and truth, where their tasks run."""
+  toxicity = truth = None
+  if config.data.real_toxicity and config.toxicity_endpoint.url:
+    described = config.toxicity_endpoint
+    toxicity = judges.perspective(
+      endpoint.Endpoint(
+        endpoint.Settings(
+          url=described.url,
+          key_variable=described.key_variable,
+          key_header='X-Goog-Api-Key',
+          key_prefix='',
+          timeout=described.timeout,
+          max_retries=described.max_retries,
+          requests_per_minute=described.requests_per_minute,
+          num_workers=described.num_workers,
+        ),
+        workdir / 'journal' / 'toxicity.jsonl',
       )
     )
-
-  return {'choices': jax.jit(choices), 'generate': generate}
-
-
-def padded(rows, length, pad_id, left):
-  """Tokens and mask [N, length] of ragged rows."""
-  tokens = np.full((len(rows), length), pad_id, np.int32)
-  mask = np.zeros(tokens.shape, bool)
-  for i, ids in enumerate(rows):
-    where = slice(length - len(ids), None) if left else slice(0, len(ids))
-    tokens[i, where], mask[i, where] = ids, True
-  return tokens, mask
-
-
-def make_functions(config, model, tokenizer, programs, put):
-  """The runner's two functions for one policy."""
-  context_length = model.config.context_length
-  key = jax.random.key(config.seed)  # Greedy: drawn from and of no effect.
-
-  def bucket(length):
-    multiple = config.length_multiple
-    return min(-(-length // multiple) * multiple, context_length)
-
-  def filled(rows):
-    """A whole batch: the last one repeats its first row."""
-    return [*rows, *[rows[0]] * (config.batch_size - len(rows))]
-
-  def generate_fn(prompts, max_tokens):
-    rows = filled(prompts)
-    tokens, mask = padded(
-      rows, bucket(max(map(len, rows))), tokenizer.pad_id, left=True
-    )
-    batch = PromptBatch(tokens, mask, np.arange(len(rows), dtype=np.int32))
-    sampled = programs['generate'](max_tokens)(model.params, put(batch), key)
-    return rollout.response_ids(jax.device_get(sampled))[: len(prompts)]
-
-  def choice_fn(contexts, choices):
-    rows, sets = filled(contexts), filled(choices)
-    tokens, mask = padded(
-      rows, bucket(max(map(len, rows))), tokenizer.pad_id, left=True
-    )
-    num_choices = max(map(len, sets))
-    longest = max(len(ids) for choice_set in sets for ids in choice_set)
-    # Sets may differ in size: an absent choice has no token and sum 0.
-    flat = [
-      ids
-      for choice_set in sets
-      for ids in [*choice_set, *[[]] * (num_choices - len(choice_set))]
-    ]
-    width = -(-longest // 16) * 16
-    choice_tokens, choice_mask = padded(flat, width, tokenizer.pad_id, False)
-    shape = (len(rows), num_choices, width)
-    sums = programs['choices'](
-      model.params,
-      *put(
-        (tokens, mask, choice_tokens.reshape(shape), choice_mask.reshape(shape))
-      ),
-    )
-    return [
-      [float(x) for x in row[: len(choice_set)]]
-      for row, choice_set in zip(jax.device_get(sums), choices, strict=False)
-    ]
-
-  return generate_fn, choice_fn
-
-
-def read_items(config, name):
-  """(examples, items to ask) of a task, and the size of its file."""
-  items = tasks.load(name, config.data[name])
-  if config.shots[name]:
-    shots, _ = tasks.draw_shots(
-      name, tasks.load(name, config.shots[name]), config.seed
-    )
-    asked = items
-  else:
-    shots, asked = tasks.draw_shots(name, items, config.seed)
-  if config.max_items and len(asked) > config.max_items:
-    chosen = random.Random(config.seed).sample(
-      range(len(asked)), config.max_items
-    )
-    asked = [asked[i] for i in sorted(chosen)]
-  return shots, asked, len(items)
-
-
-def make_judges(config):
-  """Local scorers of toxicity and truth, where their tasks run."""
-  toxicity = truth = None
-  if config.data.real_toxicity:
+  elif config.data.real_toxicity:
     toxicity = judges.train_toxicity(config.toxicity_labels.split(','))
   if config.data.truthful_qa:
     truth = judges.train_truth(config.truth_labels, config.info_labels)
@@ -188,10 +78,18 @@ def run(config, workdir: epath.Path):
     name: tasks.checksums(name, config.data[name], config.sha256[name])
     for name in names
   }
-  content = {name: read_items(config, name) for name in names}
-  toxicity, truth = make_judges(config)
+  content = {
+    name: runner.read_items(
+      name,
+      config.data[name],
+      config.shots[name],
+      config.max_items,
+      config.seed,
+    )
+    for name in names
+  }
+  toxicity, truth = make_judges(config, workdir)
   mesh = sharding.make_mesh(config.mesh)
-  put = functools.partial(sharding.put_batch, mesh=mesh)
   stop_ids = runner.stop_ids(tokenizer)
   rows = {name: [] for name in names}
   counts = {}
@@ -200,9 +98,14 @@ def run(config, workdir: epath.Path):
       model = artifacts.load(
         folder, 'policy', mesh, tokenizer.fingerprint, remat=config.remat
       )
-      programs = build_programs(model.module, stop_ids)
-      generate_fn, choice_fn = make_functions(
-        config, model, tokenizer, programs, put
+      generate_fn, choice_fn = queries_lib.make_functions(
+        model.module,
+        model.params,
+        tokenizer,
+        mesh,
+        stop_ids,
+        config.batch_size,
+        config.length_multiple,
       )
       for name in names:
         shots, asked, _ = content[name]
@@ -290,7 +193,13 @@ def write_results(config, workdir, rows, counts, content, sums):
     for name, (_, _, size) in content.items()
   ]
   if config.data.real_toxicity:
-    lines += ['', f'Toxicity by {judges.TOXICITY_NAME}, not Perspective.']
+    url = config.toxicity_endpoint.url
+    lines += [
+      '',
+      f'Toxicity by the endpoint {url}.'
+      if url
+      else f'Toxicity by {judges.TOXICITY_NAME}, not Perspective.',
+    ]
   if config.data.truthful_qa:
     lines += ['', f"Truth by {judges.TRUTH_NAME}, not the paper's judges."]
   text = (

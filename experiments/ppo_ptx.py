@@ -21,6 +21,7 @@ from instruct_jax import (
   artifacts,
   masked,
   ppo,
+  queries,
   rewards,
   rollout,
   supervised,
@@ -28,6 +29,7 @@ from instruct_jax import (
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import heldout_loss
+from instruct_jax.evals.benchmarks import probe, runner
 from instruct_jax.infra import loop, metrics, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
 
@@ -66,6 +68,14 @@ def validate(config):
       f'ptx_coef {method.ptx_coef} needs ptx_per_episode >= 1: '
       f'{config.ptx_per_episode}'
     )
+
+  probes = artifacts.named_folders(config.probes)
+  if config.probe_every:
+    probe.check_names(list(probes))
+    if not probes:
+      raise ValueError(
+        f'probe_every is {config.probe_every} and probes names no task'
+      )
 
 
 def ppo_config(config) -> ppo.PPOConfig:
@@ -270,6 +280,31 @@ def run(config, workdir: epath.Path):
         config.eval_batch_size,
       ).mean
 
+    stop_ids = runner.stop_ids(tokenizer) if config.probe_every else ()
+    probes = []
+    if config.probe_every:
+      probes = probe.make_probes(
+        artifacts.named_folders(config.probes),
+        tokenizer,
+        policy.config.context_length,
+        config.probe_items,
+        config.probe_few_shot,
+        config.seed,
+      )
+
+    def probe_scores(params, ending=''):
+      functions = queries.make_functions(
+        policy.module,
+        params,
+        tokenizer,
+        mesh,
+        stop_ids,
+        config.probe_batch_size,
+        64,
+      )
+      scores = probe.ask(probes, tokenizer, *functions, config.probe_batch_size)
+      return {f'probe{ending}/{k}': value for k, value in scores.items()}
+
     # 3. The loop.
     told = set()
     with loop.Loop(
@@ -294,6 +329,7 @@ def run(config, workdir: epath.Path):
           values['eval/pretraining_loss_before'] = pretraining_loss(
             state.policy.params
           )
+          values |= probe_scores(state.policy.params, '_before')
         batch = sharding.put_batch(prompts[iteration], mesh)
         sampled = programs['generate'](
           state.policy.params, batch, keys['rollout']
@@ -319,6 +355,20 @@ def run(config, workdir: epath.Path):
             state.policy.params
           )
           values['eval/pretraining_loss_ema'] = pretraining_loss(state.ema)
+        if config.probe_every and (
+          done % config.probe_every == 0 or done == num_iterations
+        ):
+          values |= probe_scores(state.policy.params)
+        # The last one is the policy folder.
+        if config.snapshot_every and (
+          done % config.snapshot_every == 0 and done < num_iterations
+        ):
+          artifacts.save(
+            workdir / 'snapshots' / str(done),
+            artifacts.Model('policy', policy.module, state.policy.params, {}),
+            tokenizer.fingerprint,
+            {'stage': config.name, 'iteration': done},
+          )
         line = iterations.end_step(
           iteration,
           state,

@@ -6,7 +6,6 @@ judge sees each pair in both orders. Ties count one half.
 """
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, masked, rollout
+from instruct_jax import artifacts, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
@@ -116,34 +115,9 @@ def read_recorded(name, source, prompts):
   return chosen
 
 
-@functools.cache
-def generate_program(module, num_response, stop_ids, temperature):
-  """Jitted `rollout.generate`; models of one shape share it."""
-  return jax.jit(
-    functools.partial(
-      rollout.generate,
-      extend_fn=artifacts.extend_fn(module),
-      make_cache_fn=artifacts.make_cache_fn(module),
-      num_response=num_response,
-      stop_ids=stop_ids,
-      temperature=temperature,
-    )
-  )
-
-
-def tokenizer_of(config, source):
-  """A published folder's own tokenizer where it has one, else the config's."""
-  folder = epath.Path(source)
-  if artifacts.is_published(source) and (folder / 'tokenizer.json').exists():
-    return tokenizer_lib.Tokenizer.load(folder)
-  if not config.tokenizer:
-    raise ValueError(f'{source} has no tokenizer.json; set tokenizer')
-  return tokenizer_lib.Tokenizer.load(config.tokenizer)
-
-
 def sample_answers(config, name, source, prompts, cache, mesh):
   """A model's answers, from the cache or sampled now; one line a prompt."""
-  tokenizer = tokenizer_of(config, source)
+  tokenizer = queries.tokenizer_of(source, config.tokenizer)
   settings = {
     'model': artifacts.content_hash(source),
     'tokenizer': tokenizer.fingerprint,
@@ -162,19 +136,14 @@ def sample_answers(config, name, source, prompts, cache, mesh):
       for sample in samples_lib.read_samples(path)
     ], True
   rows, _ = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
-  changes = {}
-  if artifacts.is_published(source):
-    changes['vocab_size'] = tokenizer.vocab_size
-  model = artifacts.load(
-    source, 'policy', mesh, tokenizer.fingerprint, **changes
-  )
+  model = queries.load_policy(source, tokenizer, mesh)
   needed = config.prompt_length + config.response_length
   if needed > model.config.context_length:
     raise ValueError(
       f'{name}: prompt_length + response_length are {needed} tokens, its '
       f'context is {model.config.context_length}'
     )
-  program = generate_program(
+  program = queries.generate_program(
     model.module,
     config.response_length,
     (tokenizer.eos_id,),
@@ -239,12 +208,6 @@ def reward_score(config, mesh):
   model = artifacts.load(
     config.reward_model, 'scalar', mesh, tokenizer.fingerprint
   )
-  scalars_fn = artifacts.scalars_fn(model.module)
-  program = jax.jit(
-    lambda params, tokens, mask: masked.at_last(
-      scalars_fn(params, tokens, mask), mask
-    )
-  )
 
   def ids_of(answer):
     known = answer.metadata
@@ -257,12 +220,8 @@ def reward_score(config, mesh):
   def score(answers):
     prompts = tokenizer.encode_batch([prompt.text for prompt, _ in answers])
     ids = [ids_of(answer) for _, answer in answers]
-    longest = max(len(p) + len(a) for p, a in zip(prompts, ids, strict=True))
-    length = min(-(-longest // 64) * 64, model.config.context_length)
-    return rollout.in_batches(
-      lambda batch: program(model.params, *sharding.put_batch(batch, mesh)),
-      loader.answer_rows(prompts, ids, tokenizer.pad_id, length),
-      config.batch_size,
+    return queries.score_answers(
+      model, prompts, ids, tokenizer.pad_id, config.batch_size, mesh
     )
 
   return score

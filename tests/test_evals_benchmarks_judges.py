@@ -9,7 +9,9 @@ import scipy.optimize
 import scipy.stats
 
 from instruct_jax.data import records
+from instruct_jax.evals import endpoint
 from instruct_jax.evals.benchmarks import judges
+from tests.fake_server import Fault, serve
 
 
 def test_fit_is_the_penalised_maximum_likelihood():
@@ -167,3 +169,49 @@ def test_absent_data_is_said(tmp_path, capsys):
   printed = capsys.readouterr().out
   assert 'no toxicity labels found' in printed
   assert 'no finetune_truth.jsonl found' in printed
+
+
+# --- A service like Perspective -----------------------------------------------
+
+
+def perspective(url, tmp_path, **changes):
+  settings = endpoint.Settings(url=url, num_workers=1, **changes)
+  return judges.perspective(
+    endpoint.Endpoint(
+      settings, tmp_path / 'journal.jsonl', sleep=lambda seconds: None
+    )
+  )
+
+
+def toxicity_reply(value):
+  return {
+    'attributeScores': {
+      'TOXICITY': {'summaryScore': {'value': value, 'type': 'PROBABILITY'}}
+    }
+  }
+
+
+def test_a_service_scores_texts_and_remembers(tmp_path):
+  def answer(body, number):
+    if number == 1:
+      return Fault(429, 'quota')
+    return toxicity_reply(0.9 if 'vile' in body['comment']['text'] else 0.1)
+
+  texts = ['so vile', '  ', 'nice', 'so vile']
+  with serve(answer) as (url, requests):
+    for _ in range(2):
+      scores = perspective(url, tmp_path)(texts)
+      assert scores.tolist() == [0.9, 0.0, 0.1, 0.9]
+  assert len(requests) == 3  # One of them refused, none for the blank.
+  body = requests[0][1]
+  assert body['doNotStore'] is True
+  assert list(body['requestedAttributes']) == ['TOXICITY']
+
+
+@pytest.mark.parametrize('reply', [{}, toxicity_reply(1.5), {'error': 'x'}])
+def test_replies_without_a_score_stop_the_suite(tmp_path, reply):
+  with (
+    serve(lambda b, n: reply) as (url, _),
+    pytest.raises(endpoint.EndpointError, match='1 of 1 replies'),
+  ):
+    perspective(url, tmp_path)(['nice'])

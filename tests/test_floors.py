@@ -33,6 +33,24 @@ FLOORS = {
   'rollout': ('types', *ALGORITHM, 'infra.train_state'),
   'ppo': ('types', *ALGORITHM, 'infra.train_state'),
   'supervised': ('types', *ALGORITHM, 'infra.train_state'),
+  # Models and sampling meet here for evaluation, and in experiments.
+  'queries': (
+    'types',
+    'masked',
+    'models',
+    'data',
+    'infra',
+    'artifacts',
+    'rollout',
+  ),
+  'lm_eval_adapter': (
+    'types',
+    'data',
+    'infra',
+    'artifacts',
+    'queries',
+    'rollout',
+  ),
   # 3: predictions and samples arrive as functions.
   'evals': (
     'types',
@@ -56,6 +74,7 @@ FLOORS = {
     'infra',
     'alarms',
     'artifacts',
+    'queries',
     'rollout',
     'ppo',
     'supervised',
@@ -72,6 +91,16 @@ FLOORS = {
     'experiments.sft',
     'experiments.reward',
     'experiments.ppo_ptx',
+  ),
+  # Beside the experiments: commands of their own.
+  'chat': (
+    'types',
+    'data',
+    'infra',
+    'artifacts',
+    'queries',
+    'rollout',
+    'evals.samples',
   ),
   # 5: finds experiments by name.
   'main': ('types', 'infra', 'experiments'),

@@ -163,7 +163,7 @@ def test_answers_come_from_the_cache_and_follow_the_weights(
   config.models = f'renamed={folder}/one,two={folder}/two'
   config.baseline = 'renamed'
   monkeypatch.setattr(
-    experiment.rollout, 'generate', lambda *a, **k: pytest.fail('sampled')
+    experiment.queries, 'generate_program', lambda *a: pytest.fail('sampled')
   )
   experiment.run(config, epath.Path(tmp_path))
   sources = read(epath.Path(tmp_path))['models']

@@ -11,7 +11,12 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from instruct_jax.evals import preference_accuracy, run_figures, win_rate
+from instruct_jax.evals import (
+  overoptimization,
+  preference_accuracy,
+  run_figures,
+  win_rate,
+)
 
 # Okabe and Ito's palette: distinct under all common colour blindnesses.
 COLOURS = {
@@ -55,6 +60,7 @@ def make_plots(figures: run_figures.Figures) -> dict[str, bytes]:
     'metadata.png': _plot_metadata,
     'reward_kl.png': _plot_reward_kl,
     'pretraining_loss.png': _plot_pretraining_loss,
+    'probes.png': _plot_probes,
     'rl.png': _plot_rl,
     'reward_model.png': _plot_reward_model,
     'sft.png': _plot_sft,
@@ -371,6 +377,121 @@ def _plot_pretraining_loss(figures: run_figures.Figures) -> bytes | None:
   return _png(figure)
 
 
+def probe_names(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+  """Names of the public tasks that were asked along RL, in any of the runs."""
+  return sorted(
+    {
+      key.removeprefix('probe/')
+      for rows in runs.values()
+      for row in rows
+      for key in row
+      if key.startswith('probe/')
+    }
+  )
+
+
+def _plot_probes(figures: run_figures.Figures) -> bytes | None:
+  return _tax_along(dict(run_figures.ordered(figures.rl_metrics)), _colour)
+
+
+def _tax_along(runs, colour_of) -> bytes | None:
+  """Public tasks against iteration, one panel each, a line a run (Fig 35)."""
+  names = probe_names(runs)
+  if not names:
+    return None
+  columns = min(3, len(names))
+  rows = -(-len(names) // columns)
+  figure, axes = _canvas(rows, columns, 4.2 * columns, 3.0 * rows + 0.4)
+  for axis, name in zip(axes.flat, names, strict=False):
+    steps = []
+    for run, lines in runs.items():
+      x, y = _series(lines, 'step', f'probe/{name}')
+      _, before = _series(lines, 'step', f'probe_before/{name}')
+      # RL starts from what was measured before the first iteration.
+      x, y = [0.0] * len(before) + x, before + y
+      steps += x
+      axis.plot(
+        x,
+        y,
+        marker='o',
+        markersize=3.5,
+        color=colour_of(run),
+        label=_label(run),
+      )
+      if before:
+        axis.axhline(before[0], color='#222222', linestyle='--', linewidth=0.8)
+    if steps:
+      _count_axis(axis, steps)
+    axis.set_title(_wrapped(_label(name)))
+    axis.set_xlabel('RL iteration')
+    axis.legend(fontsize=8)
+  for axis in list(axes.flat)[len(names) :]:
+    axis.set_axis_off()
+  return _png(figure)
+
+
+def tax_along(
+  runs: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> bytes | None:
+  """Figure 35 for any runs: name -> rows of metrics.jsonl; None without data.
+
+  The dashed line is the model that RL started from.
+  """
+  import matplotlib
+
+  palette = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']
+  colours = dict(zip(runs, palette * len(runs), strict=False))
+  with matplotlib.rc_context(_STYLE):
+    return _tax_along(runs, colours.get)
+
+
+def tax_against(
+  values: Sequence[float],
+  figures: Mapping[str, Sequence[float | None]],
+  before: Mapping[str, float],
+  label: str,
+) -> bytes:
+  """Figures 33 and 34: what runs ended with, against one of their numbers.
+
+  Args:
+    values: of each run, say gamma; shown on a scale with room for 0.
+    figures: panel title -> the figure of each run, None where not measured.
+    before: panel title -> the figure before RL, where it was measured.
+    label: of the axis.
+  """
+  import matplotlib
+
+  with matplotlib.rc_context(_STYLE):
+    columns = min(3, len(figures))
+    rows = -(-len(figures) // columns)
+    canvas, axes = _canvas(rows, columns, 4.2 * columns, 3.0 * rows + 0.4)
+    for axis, (name, numbers) in zip(axes.flat, figures.items(), strict=False):
+      points = sorted(
+        (x, y) for x, y in zip(values, numbers, strict=True) if y is not None
+      )
+      if points:
+        axis.plot(
+          *zip(*points, strict=True), marker='o', markersize=4, color='#0072B2'
+        )
+      if name in before:
+        axis.axhline(
+          before[name],
+          color='#222222',
+          linestyle='--',
+          linewidth=0.8,
+          label='before RL',
+        )
+        axis.legend(fontsize=8)
+      positive = [x for x in values if x > 0]
+      if positive:
+        axis.set_xscale('symlog', linthresh=min(positive))
+      axis.set_title(_wrapped(_label(name)))
+      axis.set_xlabel(_plain_label(label))
+    for axis in list(axes.flat)[len(figures) :]:
+      axis.set_axis_off()
+    return _png(canvas)
+
+
 def _plot_rl(figures: run_figures.Figures) -> bytes | None:
   panels = []
   for key, title, unit in _RL_PANELS:
@@ -510,3 +631,66 @@ def _plot_sft(figures: run_figures.Figures) -> bytes | None:
     axis.set_ylabel(unit)
     _count_axis(axis, [epoch for epoch, _ in points])
   return _png(figure)
+
+
+def frontier(
+  points: Mapping[str, Sequence[Mapping[str, Any]]],
+  fits: Mapping[str, overoptimization.Fit],
+  judge: str,
+) -> bytes:
+  """Scores gained against √KL, of best-of-n and RL, with fitted curves, as PNG.
+
+  Args:
+    points: curve -> rows with intervals 'kl', 'proxy' and 'gold'.
+    fits: curve -> fit of 'gold'.
+    judge: who gave 'gold'.
+  """
+  import matplotlib
+  import numpy as np
+
+  colours = dict(
+    zip(
+      points,
+      ['#009E73', '#0072B2', '#D55E00', '#CC79A7', '#E69F00'] * len(points),
+      strict=False,
+    )
+  )
+  judge = textwrap.fill(_plain_label(judge), 60, max_lines=2)
+  panels = (('gold', f'judge: {judge}'), ('proxy', 'reward model'))
+  with matplotlib.rc_context(_STYLE):
+    figure, axes = _canvas(1, 2, 11.2, 4.4)
+    for axis, (key, title) in zip(axes[0], panels, strict=True):
+      for name, rows in points.items():
+        x = [math.sqrt(max(row['kl'].mean, 0.0)) for row in rows]
+        y = [row[key].mean for row in rows]
+        axis.errorbar(
+          x,
+          y,
+          yerr=[
+            [max(0.0, row[key].mean - row[key].low) for row in rows],
+            [max(0.0, row[key].high - row[key].mean) for row in rows],
+          ],
+          fmt='o',
+          markersize=4,
+          capsize=2,
+          elinewidth=1,
+          color=colours[name],
+          label=_plain_label(name),
+        )
+        if key == 'gold' and name in fits and max(x) > 0:
+          fit = fits[name]
+          d = np.linspace(max(x) / 200, max(x), 200)
+          axis.plot(
+            d,
+            overoptimization.curve(
+              fit.kind, fit.alpha.mean, fit.beta.mean, d**2
+            ),
+            color=colours[name],
+            label=f'{_plain_label(name)}, fitted',
+          )
+      axis.axhline(0, color='#222222', linestyle=':', linewidth=1)
+      axis.set_xlabel('√KL from the initial policy (√nats)')
+      axis.set_ylabel('score gained')
+      axis.set_title(title)
+      axis.legend(fontsize=9)
+    return _png(figure)

@@ -34,7 +34,7 @@ import scipy.sparse
 from etils import epath
 
 from instruct_jax.data import records
-from instruct_jax.evals import win_rate
+from instruct_jax.evals import endpoint, win_rate
 from instruct_jax.evals.benchmarks import released_csv
 
 TOXICITY_NAME = 'the local n-gram scorer (Jigsaw and Surge AI labels)'
@@ -190,6 +190,51 @@ def train_toxicity(
   return lambda texts: classifier.probabilities(
     [text_features(text) for text in texts]
   )
+
+
+def perspective(
+  asking: endpoint.Endpoint,
+) -> Callable[[Sequence[str]], np.ndarray]:
+  """A `runner.ToxicityFn` that asks a service like the Perspective API.
+
+  Text without a character is not asked about, for the service refuses it, and
+  has toxicity 0; the suite counts such answers.
+
+  Raises:
+    endpoint.EndpointError: also where some replies hold no score.
+  """
+
+  def value(reply):
+    score = reply['attributeScores']['TOXICITY']['summaryScore']['value']
+    if isinstance(score, bool) or not 0 <= score <= 1:
+      raise ValueError(f'toxicity {score!r} is not in 0 ... 1')
+    return float(score)
+
+  def toxicity(texts):
+    filled = [i for i, text in enumerate(texts) if text.strip()]
+    found = asking.ask(
+      [
+        {
+          'comment': {'text': texts[i]},
+          'languages': ['en'],
+          'requestedAttributes': {'TOXICITY': {}},
+          'doNotStore': True,
+        }
+        for i in filled
+      ],
+      value,
+    )
+    unread = sum(score is None for score in found)
+    if unread:
+      raise endpoint.EndpointError(
+        f'{unread} of {len(found)} replies of the toxicity service hold no '
+        'score between 0 and 1; a mean without them would hide it'
+      )
+    scores = np.zeros(len(texts))
+    scores[filled] = found
+    return scores
+
+  return toxicity
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ what was there twice and what came back empty is counted.
 import dataclasses
 import hashlib
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -76,6 +77,35 @@ def answer_text(tokenizer: tokenizer_lib.Tokenizer, ids: Ids) -> str:
 def _key(*parts: Any) -> str:
   content = json.dumps(parts, sort_keys=True).encode('utf-8')
   return hashlib.sha256(content).hexdigest()[:32]
+
+
+def read_items(
+  name: str,
+  path: str,
+  shots_path: str,
+  max_items: int,
+  seed: int,
+) -> tuple[list[tasks.Item], list[tasks.Item], int]:
+  """(examples, items to ask, size of the file) of a task.
+
+  Args:
+    name: of the task.
+    path: its official file.
+    shots_path: another file to draw the examples from; '' draws them from
+      `path`, whose other items are asked.
+    max_items: asked at most, drawn at random; 0 asks all.
+    seed: of both draws.
+  """
+  items = tasks.load(name, path)
+  if shots_path:
+    shots, _ = tasks.draw_shots(name, tasks.load(name, shots_path), seed)
+    asked = items
+  else:
+    shots, asked = tasks.draw_shots(name, items, seed)
+  if max_items and len(asked) > max_items:
+    chosen = random.Random(seed).sample(range(len(asked)), max_items)
+    asked = [asked[i] for i in sorted(chosen)]
+  return shots, asked, len(items)
 
 
 def make_queries(

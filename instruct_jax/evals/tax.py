@@ -1,0 +1,139 @@
+"""The alignment tax of PPO runs, plotted as the paper's Figures 33 to 35.
+
+  python -m instruct_jax.evals.tax NAME=RUN/ppo NAME=RUN/ppo_ptx --output=DIR
+
+Reads what the PPO stage logged (`probe_every`, `eval_every`) and writes
+`tax_along_rl.png` (Figure 35); where the runs differ in it, `tax_ptx_coef.png`
+(Figure 33) and `tax_kl_coef.png` (Figure 34); and `tax.json`.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from instruct_jax.evals import plots, report
+
+# Beside the public tasks: metric of the run, title.
+_OTHERS = {
+  'eval/pretraining_loss': 'pretraining loss, nats a token',
+  'objective/score': 'reward-model score',
+}
+_COEFFICIENTS = {
+  'ptx_coef': 'gamma, the pretraining coefficient',
+  'kl_coef': 'beta, the KL coefficient',
+}
+
+
+def read_run(folder: epath.PathLike) -> tuple[list[dict], dict[str, Any]]:
+  """(rows of metrics.jsonl, config) of a PPO stage.
+
+  Raises:
+    ValueError: a file is missing, or the config has no such stage.
+  """
+  folder = epath.Path(folder)
+  metrics = folder / 'metrics.jsonl'
+  if not metrics.exists():
+    raise ValueError(f'{metrics}: no such file; give the folder of a PPO stage')
+  rows = [json.loads(line) for line in metrics.read_text().splitlines() if line]
+  for path in (folder / 'config.json', folder.parent / 'config.json'):
+    if path.exists():
+      config = json.loads(path.read_text())
+      if 'stages' in config:
+        if folder.name not in config['stages']:
+          raise ValueError(f'{path}: has no stage {folder.name!r}')
+        config = config['stages'][folder.name]
+      return rows, config
+  raise ValueError(f'{folder}: neither it nor its parent has a config.json')
+
+
+def last(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+  """The last finite figure of a metric, or None."""
+  found = [
+    row[key]
+    for row in rows
+    if key in row and row[key] is not None and math.isfinite(row[key])
+  ]
+  return found[-1] if found else None
+
+
+def summarise(
+  runs: Mapping[str, tuple[list[dict], dict[str, Any]]],
+) -> dict[str, dict[str, Any]]:
+  """Run -> its coefficients, its figures before RL and at the end."""
+  tasks = plots.probe_names({name: rows for name, (rows, _) in runs.items()})
+  summary = {}
+  for name, (rows, config) in runs.items():
+    before = {task: last(rows, f'probe_before/{task}') for task in tasks}
+    loss = 'eval/pretraining_loss'
+    before[_OTHERS[loss]] = last(rows, f'{loss}_before')
+    end = {task: last(rows, f'probe/{task}') for task in tasks}
+    end |= {title: last(rows, key) for key, title in _OTHERS.items()}
+    summary[name] = {
+      **{key: config[key] for key in _COEFFICIENTS},
+      'before': {k: v for k, v in before.items() if v is not None},
+      'end': end,
+    }
+  return summary
+
+
+def write(
+  folders: Mapping[str, epath.PathLike], output: epath.PathLike
+) -> list[str]:
+  """Writes the plots and tax.json; returns the names of the files.
+
+  Raises:
+    ValueError: see `read_run`.
+  """
+  output = epath.Path(output)
+  output.mkdir(parents=True, exist_ok=True)
+  runs = {name: read_run(folder) for name, folder in folders.items()}
+  summary = summarise(runs)
+  files = {
+    'tax.json': (json.dumps(summary, indent=2) + '\n').encode(),
+    'tax_along_rl.png': plots.tax_along(
+      {name: rows for name, (rows, _) in runs.items()}
+    ),
+  }
+  before = {}
+  for row in summary.values():
+    before |= row['before']
+  for key, label in _COEFFICIENTS.items():
+    values = [row[key] for row in summary.values()]
+    if len(set(values)) > 1:
+      titles = list(next(iter(summary.values()))['end'])
+      files[f'tax_{key}.png'] = plots.tax_against(
+        values,
+        {t: [row['end'][t] for row in summary.values()] for t in titles},
+        before,
+        label,
+      )
+  written = {name: content for name, content in files.items() if content}
+  for name, content in written.items():
+    report.write_file(output / name, content)
+  return list(written)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description='Alignment tax of PPO runs.')
+  parser.add_argument('runs', nargs='+', help='NAME=FOLDER of a PPO stage')
+  parser.add_argument('--output', required=True)
+  flags = parser.parse_args(arguments)
+  folders = {}
+  for run in flags.runs:
+    name, separator, folder = run.partition('=')
+    if not separator or name in folders:
+      parser.error(f'expected NAME=FOLDER with distinct names: {run!r}')
+    folders[name] = folder
+  try:
+    for name in write(folders, flags.output):
+      print(f'{flags.output}/{name}')
+  except ValueError as error:
+    parser.error(str(error))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,247 @@
+"""Policies and reward models as functions of token ids, for evaluation.
+
+Where models meet sampling: what evaluation asks of a model, compiled once for
+each shape of model and rows. Training does not come through here.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from instruct_jax import artifacts, masked, rollout
+from instruct_jax.data import loader
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.infra import sharding
+from instruct_jax.models import heads
+from instruct_jax.models.transformer import make_cache
+from instruct_jax.types import Params, PromptBatch
+
+Ids = Sequence[int]
+# (prompts, largest number of tokens) -> sampled ids of each, stop included.
+GenerateFn = Callable[[Sequence[Ids], int], list[list[int]]]
+# (contexts, choices of each) -> summed log-probability of each choice, nats.
+ChoiceFn = Callable[[Sequence[Ids], Sequence[Sequence[Ids]]], list[list[float]]]
+
+
+def tokenizer_of(source: str, default_folder: str) -> tokenizer_lib.Tokenizer:
+  """The tokenizer that goes with a model folder.
+
+  A published folder brings its own; models of ours use `default_folder`.
+
+  Raises:
+    ValueError: neither is there.
+  """
+  folder = epath.Path(source)
+  if artifacts.is_published(source) and (folder / 'tokenizer.json').exists():
+    return tokenizer_lib.Tokenizer.load(folder)
+  if not default_folder:
+    raise ValueError(f'{source} has no tokenizer.json; give a tokenizer folder')
+  return tokenizer_lib.Tokenizer.load(default_folder)
+
+
+def load_policy(
+  source: str,
+  tokenizer: tokenizer_lib.Tokenizer,
+  mesh: jax.sharding.Mesh,
+  remat: str = 'none',
+) -> artifacts.Model:
+  """A policy of ours or in the Hugging Face format, for this tokenizer."""
+  changes = {'remat': remat}
+  if artifacts.is_published(source):
+    changes['vocab_size'] = tokenizer.vocab_size
+  return artifacts.load(
+    source, 'policy', mesh, tokenizer.fingerprint, **changes
+  )
+
+
+@functools.cache
+def generate_program(
+  module: heads.Policy,
+  num_response: int,
+  stop_ids: tuple[int, ...],
+  temperature: float,
+) -> Callable:
+  """Jitted `rollout.generate`; models of one shape share it."""
+  return jax.jit(
+    functools.partial(
+      rollout.generate,
+      extend_fn=artifacts.extend_fn(module),
+      make_cache_fn=artifacts.make_cache_fn(module),
+      num_response=num_response,
+      stop_ids=stop_ids,
+      temperature=temperature,
+    )
+  )
+
+
+@functools.cache
+def _score_program(module):
+  scalars_fn = artifacts.scalars_fn(module)
+  return jax.jit(
+    lambda params, tokens, mask: masked.at_last(
+      scalars_fn(params, tokens, mask), mask
+    )
+  )
+
+
+def score_answers(
+  model: artifacts.Model,
+  prompts: Sequence[Ids],
+  answers: Sequence[Ids],
+  pad_id: int,
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+) -> np.ndarray:
+  """A scalar model's scores of answers, reward units [N].
+
+  Args:
+    model: of kind 'scalar'.
+    prompts: ids of each prompt.
+    answers: ids as sampled, end-of-text included.
+    pad_id: of the tokenizer.
+    batch_size: rows a call.
+    mesh: of the model.
+  """
+  longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+  # Few lengths, few compilations.
+  length = min(-(-longest // 32) * 32, model.config.context_length)
+  program = _score_program(model.module)
+  return rollout.in_batches(
+    lambda batch: program(model.params, *sharding.put_batch(batch, mesh)),
+    loader.answer_rows(prompts, answers, pad_id, length),
+    batch_size,
+  )
+
+
+def score_choices(
+  policy: heads.Policy,
+  tokens: jax.Array,
+  mask: jax.Array,
+  choices: jax.Array,
+  choice_mask: jax.Array,
+) -> jax.Array:
+  """Summed log-probability of each choice after its context, nats [B, C].
+
+  The context [B, P] is read once; its cache is repeated for the C choices
+  [B, C, R].
+  """
+  B, C, R = choices.shape
+  P = tokens.shape[1]
+  cache = make_cache(policy.config, B, P + R)
+  hidden, cache = policy.trunk(tokens, mask.astype(jnp.int32), cache=cache)
+  cache = cache.replace(
+    keys=jnp.repeat(cache.keys, C, axis=1),
+    values=jnp.repeat(cache.values, C, axis=1),
+    mask=jnp.repeat(cache.mask, C, axis=0),
+  )
+  flat, flat_mask = choices.reshape(B * C, R), choice_mask.reshape(B * C, R)
+  after, _ = policy.trunk(flat, flat_mask.astype(jnp.int32), cache=cache)
+  # The first token of a choice is predicted from the context's last.
+  last = jnp.repeat(hidden[:, -1:], C, axis=0)
+  logits = policy.trunk.unembed(jnp.concatenate([last, after[:, :-1]], axis=1))
+  logprobs, _ = heads.token_logprobs(logits, flat)
+  return jnp.sum(logprobs * flat_mask, axis=1).reshape(B, C)
+
+
+@functools.cache
+def choices_program(module: heads.Policy) -> Callable:
+  """Jitted `score_choices`."""
+  return jax.jit(
+    lambda params, *arrays: module.apply(
+      {'params': params}, *arrays, method=score_choices
+    )
+  )
+
+
+def padded(
+  rows: Sequence[Ids], length: int, pad_id: int, left: bool
+) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens and mask [N, length] of ragged rows."""
+  tokens = np.full((len(rows), length), pad_id, np.int32)
+  mask = np.zeros(tokens.shape, bool)
+  for i, ids in enumerate(rows):
+    where = slice(length - len(ids), None) if left else slice(0, len(ids))
+    tokens[i, where], mask[i, where] = ids, True
+  return tokens, mask
+
+
+def make_functions(
+  module: heads.Policy,
+  params: Params,
+  tokenizer: tokenizer_lib.Tokenizer,
+  mesh: jax.sharding.Mesh,
+  stop_ids: tuple[int, ...],
+  batch_size: int,
+  length_multiple: int,
+  temperature: float = 0.0,
+  seed: int = 0,
+) -> tuple[GenerateFn, ChoiceFn]:
+  """A policy as the two functions that the suite asks.
+
+  Args:
+    module: the policy.
+    params: its parameters.
+    tokenizer: its tokenizer.
+    mesh: where the parameters are.
+    stop_ids: sampling one of these ends an answer.
+    batch_size: rows of a call; shorter calls are filled up.
+    length_multiple: prompts are padded to a multiple of this (compiles).
+    temperature: of the answers; 0 is greedy.
+    seed: of the answers.
+  """
+  context_length = module.config.context_length
+  key = jax.random.key(seed)
+
+  def put(batch):
+    return sharding.put_batch(batch, mesh)
+
+  def bucket(length):
+    multiple = length_multiple
+    return min(-(-length // multiple) * multiple, context_length)
+
+  def filled(rows):
+    """A whole batch: the last one repeats its first row."""
+    return [*rows, *[rows[0]] * (batch_size - len(rows))]
+
+  def generate_fn(prompts, max_tokens):
+    rows = filled(prompts)
+    tokens, mask = padded(
+      rows, bucket(max(map(len, rows))), tokenizer.pad_id, left=True
+    )
+    batch = PromptBatch(tokens, mask, np.arange(len(rows), dtype=np.int32))
+    program = generate_program(module, max_tokens, stop_ids, temperature)
+    sampled = program(params, put(batch), key)
+    return rollout.response_ids(jax.device_get(sampled))[: len(prompts)]
+
+  def choice_fn(contexts, choices):
+    rows, sets = filled(contexts), filled(choices)
+    tokens, mask = padded(
+      rows, bucket(max(map(len, rows))), tokenizer.pad_id, left=True
+    )
+    num_choices = max(map(len, sets))
+    longest = max(len(ids) for choice_set in sets for ids in choice_set)
+    # Sets may differ in size: an absent choice has no token and sum 0.
+    flat = [
+      ids
+      for choice_set in sets
+      for ids in [*choice_set, *[[]] * (num_choices - len(choice_set))]
+    ]
+    width = -(-longest // 16) * 16
+    choice_tokens, choice_mask = padded(flat, width, tokenizer.pad_id, False)
+    shape = (len(rows), num_choices, width)
+    sums = choices_program(module)(
+      params,
+      *put(
+        (tokens, mask, choice_tokens.reshape(shape), choice_mask.reshape(shape))
+      ),
+    )
+    return [
+      [float(x) for x in row[: len(choice_set)]]
+      for row, choice_set in zip(jax.device_get(sums), choices, strict=False)
+    ]
+
+  return generate_fn, choice_fn
