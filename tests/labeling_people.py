@@ -1,5 +1,6 @@
 """A labeling site in this process, and people who use its pages by HTTP."""
 
+import functools
 import html
 import json
 import re
@@ -86,7 +87,7 @@ class Person:
   def get(self, path):
     return self.client.get(path, follow_redirects=False)
 
-  @property
+  @functools.cached_property
   def csrf(self):
     page = self.client.get('/?label=1').text
     return re.search(r'name="csrf" value="([^"]+)"', page).group(1)

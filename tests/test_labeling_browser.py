@@ -19,11 +19,14 @@ pytest.importorskip('starlette', reason='pip install -r requirements-labeling')
 pytest.importorskip('playwright')
 
 import uvicorn
+from etils import epath
 from playwright import sync_api
 
+from experiments import reward
 from instruct_jax.data import records
 from instruct_jax.labeling import demo, research, schema, store, web
 from tests import labeling_people as people
+from tests import test_labeling_reward
 
 CHROMIUM = shutil.which('chromium')
 pytestmark = pytest.mark.skipif(
@@ -152,6 +155,36 @@ def test_from_clicks_in_a_browser_to_an_export(browser, live, tmp_path):
   )
   assert found.ranks == (2, 1, 2)
   assert page.problems == []
+
+
+@pytest.mark.slow
+def test_from_clicks_in_a_browser_to_a_reward_model(
+  browser, live, tmp_path, quick_compile
+):
+  load(live, people.ranking_items(8, 2))
+  page = enter(browser, live, live.link('anna'))
+  for _ in range(8):
+    rate_all(page, 2)
+    for text, rank in (('text 0', 1), ('text 1', 2)):
+      drag_by_mouse(page, letter_of(page, text), rank)
+    page.get_by_role('button', name='Submit').click()
+    page.get_by_role('heading', name='Your work').wait_for()
+  load(live, [{'prompt': 'Prompt number 1'}], 'demonstration')
+  page.get_by_role('button', name='Next task').click()
+  page.get_by_label('The response').fill('text 0')
+  page.get_by_role('button', name='Submit').click()
+  page.get_by_role('heading', name='Your work').wait_for()
+  folder = epath.Path(tmp_path)
+  research.export(live.store, folder / 'out')
+  for split in ('train', 'valid'):  # So few may all fall on one side.
+    shutil.copy(
+      folder / 'out/comparisons.jsonl',
+      folder / f'out/comparisons_{split}.jsonl',
+    )
+  config = test_labeling_reward.make_config(folder / 'out', folder, folds=False)
+  results = reward.run(config, folder / 'reward')
+  assert results['accuracy'] == 1.0
+  assert results['num_comparisons'] == 8
 
 
 def load(live, items, kind='ranking', phase='training', **settings):

@@ -29,9 +29,12 @@ def exported(tmp_path_factory):
   """Five labelers rank; returns the folder of the export."""
   folder = epath.Path(tmp_path_factory.mktemp('labels'))
   site = people.Site(
-    f'sqlite:///{folder}/site.sqlite', folder, valid_fraction=0.4
+    f'sqlite:///{folder}/site.sqlite',
+    folder,
+    valid_fraction=0.4,
+    requests_per_minute=100_000,
   )
-  site.load(people.ranking_items(16, 3), overlap=5)
+  site.load(people.ranking_items(10, 3), overlap=5)
   site.load(
     [{'prompt': f'Prompt number {i}'} for i in range(4)], 'demonstration'
   )
@@ -48,9 +51,7 @@ def exported(tmp_path_factory):
 
 def make_config(exported, workdir, folds):
   config = config_file.get_config('6b,folds' if folds else '6b')
-  tokens = tokenizer.train_word_level(
-    [*WORDS, *map(str, range(16)), 'text', 'Prompt']
-  )
+  tokens = tokenizer.train_word_level([*WORDS, *map(str, range(16))])
   tokens.save(workdir / 'tokenizer')
   shape = TransformerConfig(
     vocab_size=tokens.vocab_size,
@@ -72,7 +73,7 @@ def make_config(exported, workdir, folds):
   config.valid_comparisons = str(exported / 'comparisons_valid.jsonl')
   config.demonstrations = str(exported / 'demonstrations.jsonl')
   config.row_length = 32
-  config.batch_size = 8
+  config.batch_size = 8  # Of eight fake devices.
   config.num_microbatches = 1
   config.learning_rate = 1e-2
   config.num_epochs = 3
@@ -93,11 +94,18 @@ def test_a_reward_model_trains_on_the_export(exported, workdir):
   assert results['num_comparisons'] == len(train)
 
 
-def test_labeler_cross_validation_runs_on_the_export(exported, workdir):
+@pytest.mark.parametrize(
+  'num_folds', [2, pytest.param(5, marks=pytest.mark.slow)]
+)
+def test_labeler_cross_validation_runs_on_the_export(
+  exported, workdir, num_folds
+):
   config = make_config(exported, epath.Path(workdir), folds=True)
+  assert config.num_folds == 5  # E.2, unless changed here.
+  config.num_folds = num_folds
   results = reward.run(config, epath.Path(workdir) / 'folds')
   assert sorted(sum(results['folds'], [])) == [f'labeler{i}' for i in range(5)]
-  assert len(results['runs']) == 5
+  assert len(results['runs']) == num_folds
 
 
 def test_no_user_is_in_both_splits(exported):
@@ -119,7 +127,7 @@ def test_statistics_for_a_model_card(exported):
   found = json.loads((exported / 'statistics.json').read_text())
   assert found['num_labelers'] == 5
   assert found['agreement']['labelers']['rate'] == 1.0
-  assert found['by_kind'] == {'ranking': 80, 'demonstration': 20}
+  assert found['by_kind'] == {'ranking': 50, 'demonstration': 4}
   assert {p['name'] for p in found['labelers']} >= {'labeler0', 'labeler4'}
 
 
