@@ -303,6 +303,8 @@ def test_escape_shows_what_was_written():
   assert report.escape('plain words, (brackets) and 50 %') == (
     'plain words, (brackets) and 50 %'
   )
+  assert report.escape('person : ppo_ptx: 1') == 'person : ppo_ptx: 1'
+  assert '_' not in report.escape('_it_ and __bold__ (_here_)')
 
 
 def test_a_command_cannot_leave_its_block():

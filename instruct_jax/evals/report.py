@@ -152,9 +152,12 @@ def make_summary(figures: run_figures.Figures) -> dict[str, Any]:
 
 # report.md
 
-# Marks that Markdown, its GitHub dialect or HTML give a meaning; colon, at and
-# "www." because bare addresses become links.
-_MARKS = re.compile(r'[\\`*_\[\]<>#|~&$:@]|(?<=www)\.', re.IGNORECASE)
+# Marks that Markdown, its GitHub dialect or HTML give a meaning: an underscore
+# outside of a word; "://", at and "www." because bare addresses become links.
+_MARKS = re.compile(
+  r'[\\`*\[\]<>#|~&$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.',
+  re.IGNORECASE,
+)
 # Control characters and the marks that reorder text on the screen.
 _INVISIBLE = re.compile(
   '[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]'
