@@ -164,15 +164,21 @@ def main(argv) -> None:
 
 
 def parse_flags(argv) -> list[str]:
-  """absl's parser, with a message where a config key does not exist."""
+  """absl's parser, with one line for a wrong key, variant or config file."""
   try:
-    return app.parse_flags_with_usage(argv)
+    return flags.FLAGS(argv)
   except AttributeError as error:
     # ml_collections wraps a KeyError whose text may go on with a suggestion.
     cause = error.args[0]
     text = cause.args[0] if isinstance(cause, KeyError) else cause
-    print(f'error: no such config key: {text}', file=sys.stderr, flush=True)
-    sys.exit(1)
+    text = f'no such config key: {text}'
+  except (flags.Error, OSError) as error:
+    # What the config file raised comes as a traceback; its end says it.
+    text = str(error)
+    if 'Traceback' in text or isinstance(error, OSError):
+      text = f'--config: {text.strip().splitlines()[-1].strip()}'
+  print(f'error: {text}', file=sys.stderr, flush=True)
+  sys.exit(1)
 
 
 if __name__ == '__main__':
