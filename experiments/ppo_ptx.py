@@ -286,7 +286,7 @@ def run(config, workdir: epath.Path):
       probes = probe.make_probes(
         artifacts.named_folders(config.probes),
         tokenizer,
-        policy.config.context_length,
+        policy_module.config.context_length,
         config.probe_items,
         config.probe_few_shot,
         config.seed,
@@ -294,7 +294,7 @@ def run(config, workdir: epath.Path):
 
     def probe_scores(params, ending=''):
       functions = queries.make_functions(
-        policy.module,
+        policy_module,
         params,
         tokenizer,
         mesh,
@@ -365,7 +365,7 @@ def run(config, workdir: epath.Path):
         ):
           artifacts.save(
             workdir / 'snapshots' / str(done),
-            artifacts.Model('policy', policy.module, state.policy.params, {}),
+            artifacts.Model('policy', policy_module, state.policy.params, {}),
             tokenizer.fingerprint,
             {'stage': config.name, 'iteration': done},
           )
