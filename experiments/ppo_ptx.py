@@ -329,7 +329,8 @@ def run(config, workdir: epath.Path):
           values['eval/pretraining_loss_before'] = pretraining_loss(
             state.policy.params
           )
-          values |= probe_scores(state.policy.params, '_before')
+          if config.probe_every:
+            values |= probe_scores(state.policy.params, '_before')
         batch = sharding.put_batch(prompts[iteration], mesh)
         sampled = programs['generate'](
           state.policy.params, batch, keys['rollout']
