@@ -166,7 +166,9 @@ def main(argv) -> None:
 def parse_flags(argv) -> list[str]:
   """absl's parser, with one line for a wrong key, variant or config file."""
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
+    _ = _CONFIG.value  # A file that did not load says so only when asked for.
+    return rest
   except AttributeError as error:
     # ml_collections wraps a KeyError whose text may go on with a suggestion.
     cause = error.args[0]
