@@ -1,0 +1,98 @@
+"""The HH pipeline: its data, and the table beside the baselines."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from etils import epath
+
+from configs import reward
+from experiments import hh_data, reward_baselines
+from instruct_jax import artifacts, main
+from instruct_jax.data import records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.infra import sharding
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures('quick_compile')
+
+
+def write_set(folder, better, worse):
+  """40 prompts with two answers, one of which always says `better`."""
+  folder.mkdir(parents=True)
+  lines = []
+  for i in range(40):
+    asked = f'\n\nHuman: Number {i}?\n\nAssistant: '
+    lines.append(
+      json.dumps(
+        {'chosen': f'{asked}{better} {i}', 'rejected': f'{asked}{worse} {i}'}
+      )
+    )
+  (folder / 'train.jsonl').write_text('\n'.join(lines))
+
+
+def test_data_and_baselines(tmp_path, capsys):
+  root = tmp_path / 'root'
+  write_set(root / 'hh_helpful', 'surely it is', 'no')
+  write_set(root / 'hh_harmless', 'sorry', 'well it must be')
+  config = reward.get_config('hh')
+  with config.unlocked():
+    config.workdir = str(tmp_path / 'run')
+  config.data.root = str(root)
+  config.stages.data.vocab_size = 300
+  config.stages.data.valid_fraction = 0.3
+  for name in config.stage_order:
+    stage = config.stages[name]
+    main.find_experiment(stage.experiment).validate(stage)
+
+  folder = epath.Path(tmp_path / 'run' / 'data')
+  counts = hh_data.run(config.stages.data, folder)
+  assert counts['comparisons_train'] + counts['comparisons_valid'] == 80
+  splits = [
+    records.read_jsonl(
+      folder / f'comparisons_{split}.jsonl', records.Comparison
+    )
+    for split in ('train', 'valid')
+  ]
+  # The two sets ask the same 40 questions: each is in one split for both.
+  train, valid = ({c.prompt for c in rows} for rows in splits)
+  assert not train & valid
+  assert {c.category for c in splits[1]} == {'hh_helpful', 'hh_harmless'}
+  documents = records.read_jsonl(
+    folder / 'documents_train.jsonl', records.Document
+  )
+  assert len(documents) == 2 * len(splits[0])
+  assert not any(d.text.startswith(p) for d in documents for p in valid)
+
+  tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
+  shape = dataclasses.replace(
+    tiny.CONFIG, vocab_size=tokenizer.vocab_size, context_length=48
+  )
+  mesh = sharding.make_mesh((1, -1, 1))
+  model = artifacts.init('scalar', shape, mesh, jax.random.key(0))
+  artifacts.save(
+    tmp_path / 'run' / 'reward' / 'model', model, tokenizer.fingerprint, {}
+  )
+  config.stages.baselines.row_length = 48
+  config.stages.baselines.batch_size = 16
+  results = reward_baselines.run(
+    config.stages.baselines, epath.Path(tmp_path / 'run' / 'baselines')
+  )
+  for name, length in (('hh_helpful', 1.0), ('hh_harmless', 0.0)):
+    row = results['categories'][name]
+    # Longer is always better in one set and always worse in the other.
+    assert row['longer is better']['accuracy'] == length
+    assert row['length']['accuracy'] == 1
+    assert row['bag of words']['accuracy'] == 1
+    assert 0 <= row['reward model']['accuracy'] <= 1
+  assert 'hh_harmless: reward model' in capsys.readouterr().out
+
+
+def test_missing_folders_are_named(tmp_path):
+  config = reward.get_config('hh').stages.data
+  with pytest.raises(ValueError, match='set --config.data.root=DIR with hh_h'):
+    hh_data.validate(config)
+  config.root = str(tmp_path)
+  with pytest.raises(ValueError, match='hh_helpful has no .jsonl or'):
+    hh_data.validate(config)
