@@ -8,6 +8,7 @@ and the report says so.
 """
 
 import dataclasses
+import datetime
 import functools
 
 import jax
@@ -21,6 +22,7 @@ from instruct_jax.evals import (
   baselines,
   heldout_loss,
   judges,
+  model_card,
   preference_accuracy,
   report,
   restaurant,
@@ -429,6 +431,9 @@ def run(config, workdir: epath.Path):
     samples=samples_lib.side_by_side(
       recorded, run_figures.MODELS, config.num_samples_shown
     ),
+    more_samples=samples_lib.side_by_side(
+      recorded, run_figures.MODELS, config.num_samples_in_html
+    ),
     score_name='gold' if config.judge == 'gold' else 'judge',
     hygiene=flatten(hygiene),
     labelers=hygiene['workers'] if config.judge == 'restaurant' else {},
@@ -448,7 +453,12 @@ def run(config, workdir: epath.Path):
     if config.judge == 'restaurant'
     else {'labelers': 'the labelers are described in the README'},
   )
+  card = model_card.make_card(
+    figures,
+    card_facts(config, root, models['sft'].config, reward.module.config),
+  )
   for directory in (workdir, root):
+    report.write_file(directory / 'model_card.md', card.encode())
     report.write_report(directory, figures)
   print((root / 'report.md').as_posix(), flush=True)
   return {'num_prompts': len(prompts), 'num_dropped': num_dropped}
@@ -685,6 +695,91 @@ def gold_scores_of(comparison, the_world):
     gold.utility(gold.judge(prompt, text, the_world))
     for text in comparison.completions
   ]
+
+
+# Keys of the stages' configs that the model card names.
+CARD_KEYS = (
+  'num_steps',
+  'num_epochs',
+  'num_episodes',
+  'batch_size',
+  'learning_rate',
+  'value_learning_rate',
+  'dropout',
+  'ptx_fraction',
+  'max_candidates',
+  'kl_coef',
+  'ptx_coef',
+  'ptx_per_episode',
+  'clip',
+  'gae_lambda',
+  'temperature',
+  'ema_decay',
+)
+TRAINING_STAGES = ('pretrain', 'sft', 'rl_init', 'reward', 'ppo', 'ppo_ptx')
+
+
+def card_facts(config, root, policy, scalar):
+  """What the model card says beside the figures, from the run's own files."""
+  stages = run_lib.read_json(root / 'config.json')['stages']
+  people = config.judge == 'restaurant'
+  return model_card.Facts(
+    name=root.name,
+    date=datetime.date.today().isoformat(),
+    policy_parameters=policy.num_params,
+    reward_parameters=scalar.num_params,
+    world=(
+      'Restaurant facts with sentences written by crowd workers (E2E), and '
+      'their rankings of system outputs; books as pretraining text.'
+      if people
+      else 'An embedded world of plain English: documents, prompts, '
+      'demonstrations and rankings are all written by programs '
+      '(instruct_jax/miniature). Nothing in it is about real persons.'
+    ),
+    people=people,
+    hyper_parameters={
+      name: {key: stages[name][key] for key in CARD_KEYS if key in stages[name]}
+      for name in TRAINING_STAGES
+    },
+    compute=compute_of(root, stages, policy.num_params, scalar.num_params),
+  )
+
+
+def compute_of(root, stages, num_policy, num_scalar):
+  """Stage -> floating-point operations of its training, by formula."""
+  operations = {}
+  for name in ('pretrain', 'sft', 'rl_init'):
+    stage = stages[name]
+    steps = metrics_lib.read_lines(root / name / metrics_lib.METRICS_FILE)[-1]
+    operations[name] = model_card.training_operations(
+      num_policy, steps['step'] * stage['batch_size'] * stage['row_length']
+    )
+  folder = 'compare' if (root / 'compare').exists() else 'data'
+  comparisons = records.read_jsonl(
+    root / folder / 'comparisons_train.jsonl', records.Comparison
+  )
+  answers = sum(len(c.completions) for c in comparisons)
+  # Each prompt with each of its answers, as long as RL has them at the most.
+  length = stages['ppo']['prompt_length'] + stages['ppo']['response_length']
+  operations['reward'] = model_card.training_operations(
+    num_scalar, stages['reward']['num_epochs'] * answers * length
+  )
+  for name in ('ppo', 'ppo_ptx'):
+    stage = stages[name]
+    text = (
+      stage['num_episodes'] * stage['num_epochs'] * stage['ptx_per_episode']
+      if stage['ptx_coef'] > 0
+      else 0
+    )
+    operations[name] = model_card.ppo_operations(
+      num_policy,
+      num_scalar,
+      stage['num_episodes'],
+      stage['prompt_length'] + stage['response_length'],
+      stage['num_epochs'],
+      text * stage['ptx_row_length'],
+    )
+  return operations
 
 
 def flatten(tree, prefix=''):

@@ -262,8 +262,16 @@ def make_judge(config, workdir, mesh):
   def cost():
     return {**dataclasses.asdict(asking.counts), **judge.cost()}
 
+  def shown(label, ask):
+    def asked(items):
+      with run_lib.Progress(label, len(items)) as progress:
+        judge.progress = progress.update
+        return ask(items)
+
+    return asked
+
   name = f'{described.model} (a model, no person) at {described.url}'
-  return name, judge.compare, judge.rate, cost
+  return name, shown('judge', judge.compare), shown('rate', judge.rate), cost
 
 
 # --- The evaluation -----------------------------------------------------------

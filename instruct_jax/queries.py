@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from instruct_jax import artifacts, masked, rollout
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding
-from instruct_jax.models import heads
+from instruct_jax.models import heads, hf
 from instruct_jax.models.transformer import make_cache
 from instruct_jax.types import Params, PromptBatch
 
@@ -35,9 +34,10 @@ def tokenizer_of(source: str, default_folder: str) -> tokenizer_lib.Tokenizer:
   Raises:
     ValueError: neither is there.
   """
-  folder = epath.Path(source)
-  if artifacts.is_published(source) and (folder / 'tokenizer.json').exists():
-    return tokenizer_lib.Tokenizer.load(folder)
+  if artifacts.is_published(source):
+    folder = hf.locate(source)
+    if (folder / 'tokenizer.json').exists():
+      return tokenizer_lib.Tokenizer.load(folder)
   if not default_folder:
     raise ValueError(f'{source} has no tokenizer.json; give a tokenizer folder')
   return tokenizer_lib.Tokenizer.load(default_folder)

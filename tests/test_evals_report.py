@@ -150,7 +150,7 @@ def written(tmp_path_factory):
 
 def test_every_file_and_no_other(written):
   names = {path.name for path in written.iterdir()}
-  assert names == _PLOTS | {'report.md', 'summary.json'}
+  assert names == _PLOTS | {'report.html', 'report.md', 'summary.json'}
   for name in _PLOTS:
     content = (written / name).read_bytes()
     assert content.startswith(b'\x89PNG')
@@ -217,7 +217,12 @@ def test_missing_parts_are_left_out_with_their_reason(tmp_path):
   figures = _minimal(reasons={'reward_model': 'the stage was not run'})
   report.write_report(tmp_path, figures)
   names = {path.name for path in tmp_path.iterdir()}
-  assert names == {'report.md', 'summary.json', 'win_rate.png'}
+  assert names == {
+    'report.html',
+    'report.md',
+    'summary.json',
+    'win_rate.png',
+  }
   text = (tmp_path / 'report.md').read_text()
   assert '*Left out: the stage was not run.*' in text
   assert text.count('*Left out: not measured in this run.*') == 10

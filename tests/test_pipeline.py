@@ -4,6 +4,7 @@ One run is shared by all tests here; each works on a copy of its directory.
 """
 
 import json
+import pathlib
 import shutil
 
 import jax
@@ -29,8 +30,14 @@ SUMMARY_KEYS = {
 }
 
 
+PROBE_FILE = pathlib.Path(__file__).parent / 'probe_winogender.tsv'
+
+
 def make_config(workdir):
   config = config_file.get_config('smoke')
+  ppo = config.stages.ppo
+  ppo.snapshot_every = ppo.probe_every = 2
+  ppo.probes = f'winogender={PROBE_FILE}'
   described = config.copy_and_resolve_references()
   with config.unlocked():
     config.workdir = str(workdir)
@@ -69,6 +76,31 @@ def test_the_report_is_complete(finished):
   for plot in ('win_rate', 'reward_kl', 'pretraining_loss', 'sft'):
     assert (finished / f'{plot}.png').stat().length > 1000
   assert 'win rate' in (finished / 'report.md').read_text().lower()
+
+
+def test_card_and_page_are_written(finished):
+  card = (finished / 'model_card.md').read_text()
+  assert 'not people' in card
+  summary = json.loads((finished / 'summary.json').read_text())
+  assert f'{summary["win_rate"]["ppo_ptx"]["rate"]:.3f}' in card
+  for stage in ('pretrain', 'sft', 'rl_init', 'reward', 'ppo', 'ppo_ptx'):
+    assert f'**{stage.replace("_", "&#95;")}**' in card
+  page = (finished / 'report.html').read_text()
+  assert page.count('data-number=') == 48  # Every held-out prompt.
+  assert (finished / 'probes.png').stat().length > 1000
+
+
+def test_probes_and_snapshots_along_rl(finished):
+  rows = lines(finished / 'ppo')
+  key = 'winogender_basic_prompt_entropy'
+  assert [f'probe/{key}' in row for row in rows] == [False, True, True]
+  assert 0 <= rows[0][f'probe_before/{key}'] <= 1
+  assert f'probe_before/{key}' not in rows[1]
+  # PPO moved the policy between the two askings.
+  assert rows[1][f'probe/{key}'] != rows[2][f'probe/{key}']
+  snapshots = finished / 'ppo' / 'snapshots'
+  assert [path.name for path in snapshots.iterdir()] == ['2']
+  assert not (finished / 'ppo_ptx' / 'snapshots').exists()
 
 
 def test_the_first_update_starts_at_the_reference(finished):

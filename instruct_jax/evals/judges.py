@@ -386,6 +386,9 @@ class ChatJudge:
     model: name that the endpoint knows.
     prices: for `cost`.
     max_tokens: of a reply.
+
+  Attributes:
+    progress: told of each answered question, or None.
   """
 
   def __init__(

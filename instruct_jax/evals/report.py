@@ -7,11 +7,13 @@ text: no sample can become a link, an image, HTML or a column of its own.
 
 Files of `write_report`, each written whole or not at all:
   report.md             all of it
+  report.html           the same to look at: one file, with samples to filter
   summary.json          the figures that other programs read
   win_rate.png          the paper's Figure 1, for one model size
   metadata.png          the paper's Figure 4
   reward_kl.png         score against KL of PPO and PPO-ptx
   pretraining_loss.png  the alignment tax along RL (paper 4.2)
+  probes.png            the same on public NLP tasks (Figure 35)
   rl.png                score, KL, entropy, length, ... along RL
   reward_model.png      accuracies and agreement (paper E.2), training curve
   sft.png               validation loss and scores by epoch (paper C.1)
@@ -26,7 +28,12 @@ from typing import Any
 
 from etils import epath
 
-from instruct_jax.evals import plots, preference_accuracy, run_figures
+from instruct_jax.evals import (
+  html_report,
+  plots,
+  preference_accuracy,
+  run_figures,
+)
 
 _MAX_SAMPLE_CHARACTERS = 500
 
@@ -54,6 +61,8 @@ def write_report(
     make_summary(figures), indent=2, ensure_ascii=False, allow_nan=False
   )
   write_file(directory / 'summary.json', (summary + '\n').encode())
+  page = html_report.make_html(figures, drawn)
+  write_file(directory / 'report.html', page.encode())
   # Last: whoever finds report.md finds all that it points at.
   text = make_markdown(figures, set(drawn))
   write_file(directory / 'report.md', text.encode())
@@ -346,6 +355,7 @@ def _rl_section(figures: run_figures.Figures, drawn: set[str]) -> list[str]:
     lines += _left_out(figures, 'rl')
   lines += ['### Pretraining loss', '']
   lines += _image('pretraining_loss.png', 'Pretraining loss along RL', drawn)
+  lines += _image('probes.png', 'Public tasks along RL', drawn)
   loss = figures.pretraining_loss
   if loss is None:
     return lines + _left_out(figures, 'pretraining_loss')

@@ -128,6 +128,7 @@ class Figures:
     sft_selected_epoch: the epoch that later stages use.
     sft_selected_by: why that one, say 'reward-model score'.
     samples: prompts with each model's answer, from `samples.side_by_side`.
+    more_samples: the same, more of them, for report.html's filters.
     score_name: the unit of the samples' gold scores, for the table's heading.
     hygiene: what data hygiene dropped -> count (paper A.1, A.2).
     labelers: statement about the labelers -> figure or text.
@@ -164,6 +165,7 @@ class Figures:
   sft_selected_epoch: int | None = None
   sft_selected_by: str = ''
   samples: Sequence[samples_lib.Row] = ()
+  more_samples: Sequence[samples_lib.Row] = ()
   score_name: str = 'gold'
   hygiene: Mapping[str, Cell] = dataclasses.field(default_factory=dict)
   labelers: Mapping[str, Cell] = dataclasses.field(default_factory=dict)

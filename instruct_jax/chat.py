@@ -1,0 +1,311 @@
+"""Talk to a policy in the terminal, or to several side by side.
+
+  python -m instruct_jax.chat --checkpoint=RUN/ppo_ptx/policy \
+    --tokenizer=RUN/data/tokenizer [--compare=RUN/select/model] \
+    [--reward=RUN/reward/model] [--transcript=FILE.jsonl]
+
+Answers appear as they are sampled. With several models the same prompt goes to
+each, and with a reward model its score stands behind each answer. The
+transcript is a file of recorded answers, as every evaluation reads them. Ends
+with /quit or the end of the input.
+"""
+
+import argparse
+import functools
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instruct_jax import artifacts, queries, rollout
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals import samples
+from instruct_jax.infra import checkpoint, sharding
+
+_LENGTH_MULTIPLE = 32
+
+
+@functools.cache
+def _step_programs(module, temperature):
+  """Jitted (first token of a prompt, next token), for one row."""
+  extend = artifacts.extend_fn(module)
+  make_cache = artifacts.make_cache_fn(module)
+
+  def sample(logits, key, t):
+    row_key = jax.random.fold_in(jax.random.fold_in(key, 0), t)
+    token, _ = rollout.sample_tokens(logits, row_key[None], temperature)
+    return token
+
+  @functools.partial(jax.jit, static_argnums=4)
+  def first(params, tokens, mask, key, num_slots):
+    cache = make_cache(1, num_slots)
+    logits, cache = extend(params, tokens, mask, cache)
+    return sample(logits, key, 0), cache
+
+  @functools.partial(jax.jit, donate_argnums=2)
+  def following(params, token, cache, key, t):
+    logits, cache = extend(
+      params, token[:, None], jnp.ones((1, 1), bool), cache
+    )
+    return sample(logits, key, t), cache
+
+  return first, following
+
+
+def stream(
+  model: artifacts.Model,
+  ids: Sequence[int],
+  tokenizer: tokenizer_lib.Tokenizer,
+  max_tokens: int,
+  temperature: float,
+  key: jax.Array,
+) -> Iterator[int]:
+  """Yields the sampled ids of an answer one by one, end-of-text included.
+
+  The same ids as `rollout.generate` gives the first prompt of a batch.
+
+  Raises:
+    ValueError: prompt and answer do not fit the model.
+  """
+  context = model.config.context_length
+  room = context - max_tokens
+  if not 0 < len(ids) <= room:
+    raise ValueError(
+      f'the prompt has {len(ids)} tokens; with {max_tokens} for the answer the '
+      f'model reads 1 to {room}'
+    )
+  length = min(-(-len(ids) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, room)
+  tokens, mask = queries.padded([ids], length, tokenizer.pad_id, left=True)
+  first, following = _step_programs(model.module, temperature)
+  token, cache = first(
+    model.params,
+    jnp.asarray(tokens),
+    jnp.asarray(mask),
+    key,
+    length + max_tokens,
+  )
+  for t in range(1, max_tokens + 1):
+    number = int(token[0])
+    yield number
+    if number == tokenizer.eos_id or t == max_tokens:
+      return
+    token, cache = following(model.params, token, cache, key, jnp.int32(t))
+
+
+def pieces(
+  tokenizer: tokenizer_lib.Tokenizer, ids: Iterator[int], into: list[int]
+) -> Iterator[str]:
+  """Text as it grows; a character of several tokens comes when it is whole.
+
+  Args:
+    tokenizer: of the ids.
+    ids: from `stream`.
+    into: collects the ids.
+  """
+  shown = ''
+  for number in ids:
+    into.append(number)
+    text = tokenizer.decode(into)
+    # An unfinished character decodes to U+FFFD at the end.
+    whole = text.rstrip('\ufffd')
+    if whole.startswith(shown) and len(whole) > len(shown):
+      yield whole[len(shown) :]
+      shown = whole
+  rest = tokenizer.decode(into)
+  if rest.startswith(shown) and len(rest) > len(shown):
+    yield rest[len(shown) :]
+
+
+def side_by_side(columns: Sequence[tuple[str, str]], width: int) -> str:
+  """(title, text) pairs in columns that share `width` characters."""
+  each = max(12, (width - 3 * (len(columns) - 1)) // len(columns))
+  cells = []
+  for title, text in columns:
+    lines = [title[:each], '-' * min(each, len(title))]
+    for paragraph in text.split('\n'):
+      lines += textwrap.wrap(paragraph, each) or ['']
+    cells.append(lines)
+  rows = []
+  for i in range(max(map(len, cells))):
+    parts = [lines[i] if i < len(lines) else '' for lines in cells]
+    rows.append(' | '.join(f'{part:<{each}}' for part in parts).rstrip())
+  return '\n'.join(rows)
+
+
+def plain(text: str) -> str:
+  """Text without control characters: no answer may steer the terminal."""
+  return ''.join(
+    c if c in '\n\t' or c.isprintable() else '\ufffd' for c in text
+  )
+
+
+class Chat:
+  """Models that answer the same prompts.
+
+  Args:
+    models: name -> (policy, its tokenizer).
+    reward: (scalar model, its tokenizer), or None.
+    mesh: where the parameters are.
+    max_tokens: of an answer.
+    temperature: of the sampling; 0 is greedy.
+    seed: of the sampling; each turn has a key of its own.
+    write: where text goes; None prints it.
+    width: of the terminal, in characters.
+  """
+
+  def __init__(
+    self,
+    models: dict,
+    reward: tuple | None,
+    mesh: jax.sharding.Mesh,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    write: Callable[[str], Any] | None = None,
+    width: int = 80,
+  ):
+    self._models, self._reward, self._mesh = models, reward, mesh
+    self._max_tokens, self._temperature = max_tokens, temperature
+    self._key = jax.random.key(seed)
+    self._write = write or functools.partial(print, end='', flush=True)
+    self._width = width
+    self.transcript: list[samples.Sample] = []
+    self._turns = 0
+
+  def turn(self, prompt: str) -> None:
+    """Answers one prompt by every model, and remembers it."""
+    key = jax.random.fold_in(self._key, self._turns)
+    self._turns += 1
+    columns = []
+    for name, (model, tokenizer) in self._models.items():
+      ids = []
+      source = stream(
+        model,
+        tokenizer.encode(prompt),
+        tokenizer,
+        self._max_tokens,
+        self._temperature,
+        key,
+      )
+      self._write(f'{name}> ')
+      for piece in pieces(tokenizer, source, ids):
+        self._write(plain(piece))
+      ended = ids[-1] == tokenizer.eos_id
+      score = self._score(prompt, ids, tokenizer)
+      notes = '' if ended else ' (cut)'
+      notes += '' if score is None else f' [reward {score:+.3f}]'
+      self._write(f'{notes}\n')
+      text = tokenizer.decode(ids)
+      columns.append((f'{name}{notes}', plain(text)))
+      self.transcript.append(
+        samples.Sample(
+          model=name,
+          prompt_id=f'turn{self._turns}',
+          prompt=prompt,
+          response=text,
+          num_tokens=len(ids),
+          ended=ended,
+          score_reward=score,
+          metadata={'ids': ids, 'tokenizer': tokenizer.fingerprint},
+        )
+      )
+    if len(columns) > 1:
+      self._write('\n' + side_by_side(columns, self._width) + '\n')
+
+  def _score(self, prompt, ids, tokenizer):
+    if self._reward is None:
+      return None
+    model, own = self._reward
+    if own.fingerprint != tokenizer.fingerprint:
+      # Other tokens: the text is what both can read.
+      ids = [*own.encode(tokenizer.decode(ids)), own.eos_id]
+    scores = queries.score_answers(
+      model, [own.encode(prompt)], [ids], own.pad_id, 1, self._mesh
+    )
+    return float(np.asarray(scores)[0])
+
+
+def read_models(
+  checkpoint_folder: str,
+  compare: Sequence[str],
+  reward_folder: str,
+  tokenizer_folder: str,
+  mesh: jax.sharding.Mesh,
+) -> tuple[dict, tuple | None]:
+  """(name -> (policy, tokenizer), (reward model, tokenizer) or None).
+
+  Names are the last two parts of a folder's path.
+  """
+  models = {}
+  for source in (checkpoint_folder, *compare):
+    name = '/'.join(source.rstrip('/').split('/')[-2:])
+    if name in models:
+      raise ValueError(f'two models are called {name}; rename a folder')
+    tokenizer = queries.tokenizer_of(source, tokenizer_folder)
+    models[name] = (queries.load_policy(source, tokenizer, mesh), tokenizer)
+  if not reward_folder:
+    return models, None
+  tokenizer = queries.tokenizer_of(reward_folder, tokenizer_folder)
+  reward = artifacts.load(reward_folder, 'scalar', mesh, tokenizer.fingerprint)
+  return models, (reward, tokenizer)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(description='Talk to a policy.')
+  parser.add_argument('--checkpoint', required=True, help='policy folder')
+  parser.add_argument('--compare', action='append', default=[])
+  parser.add_argument('--reward', default='', help='reward model folder')
+  parser.add_argument('--tokenizer', default='', help='of models of ours')
+  parser.add_argument('--temperature', type=float, default=1.0)
+  parser.add_argument('--max_tokens', type=int, default=64)
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--transcript', default='', help='JSONL to write')
+  flags = parser.parse_args(arguments)
+  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  with sharding.use_mesh(mesh):
+    try:
+      models, reward = read_models(
+        flags.checkpoint, flags.compare, flags.reward, flags.tokenizer, mesh
+      )
+    except (ValueError, OSError, checkpoint.CheckpointError) as error:
+      print(f'error: {error}', file=sys.stderr)
+      return 1
+    chat = Chat(
+      models,
+      reward,
+      mesh,
+      flags.max_tokens,
+      flags.temperature,
+      flags.seed,
+      width=shutil.get_terminal_size().columns,
+    )
+    try:
+      while True:
+        try:
+          prompt = input('you> ').strip()
+        except EOFError:
+          break
+        if prompt == '/quit':
+          break
+        if not prompt:
+          continue
+        try:
+          chat.turn(prompt)
+        except ValueError as error:
+          print(f'error: {error}')
+    except KeyboardInterrupt:
+      print()
+    finally:
+      if flags.transcript and chat.transcript:
+        samples.write_samples(flags.transcript, chat.transcript)
+        print(f'transcript: {flags.transcript}')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,93 @@
+"""The model card: its figures come from the run, its gaps are named."""
+
+import dataclasses
+
+import pytest
+
+from instruct_jax.evals import model_card
+from tests import test_evals_report
+
+FACTS = model_card.Facts(
+  name='a <run>',
+  date='2026-01-02',
+  policy_parameters=1_000_000,
+  reward_parameters=1_000_001,
+  world='A made-up world.',
+  people=False,
+  hyper_parameters={'ppo': {'kl_coef': 0.02, 'num_episodes': 256}},
+  compute={'sft': 6e12, 'ppo': 8.64e19},
+)
+
+
+def figures():
+  return test_evals_report._full()
+
+
+def test_sections_and_figures_are_there():
+  card = model_card.make_card(figures(), FACTS)
+  for section in (
+    '## Details',
+    '## Use',
+    '## Data',
+    '### Labelers',
+    '## Training',
+    '### Compute',
+    '## Performance',
+    '## Limitations',
+    '### Of this model',
+    '### Of the method',
+    '## Not evaluated',
+  ):
+    assert f'\n{section}\n' in card
+  assert '1,000,000 parameters' in card
+  assert 'kl&#95;coef 0.02' in card
+  assert '1.00e+00' in card  # 8.64e19 operations are a petaflop/s-day.
+  assert 'a &#60;run&#62;' in card
+  for rate in figures().win_rate.values():
+    assert f'{rate.rate:.3f}' in card
+
+
+def test_programs_are_not_passed_off_as_people():
+  card = model_card.make_card(figures(), FACTS)
+  assert 'programs with tastes' in card
+  assert 'preferences of people' in card
+  people = dataclasses.replace(FACTS, people=True)
+  card = model_card.make_card(figures(), people)
+  assert 'programs with tastes' not in card
+  assert 'preferences of people' not in card
+
+
+def test_what_was_not_measured_is_named():
+  nothing = dataclasses.replace(
+    figures(), reward_model=None, pretraining_loss=None, metadata={}
+  )
+  missing = '\n'.join(model_card.not_evaluated(nothing, FACTS))
+  for text in ('reward-model accuracy', 'pretraining loss', 'public NLP suite'):
+    assert text in missing
+  with_suite = dataclasses.replace(FACTS, suite={'DROP F1': 12.0})
+  assert 'NLP suite' not in '\n'.join(
+    model_card.not_evaluated(figures(), with_suite)
+  )
+  assert 'DROP F1' in model_card.make_card(figures(), with_suite)
+
+
+def test_operations_by_hand():
+  assert model_card.training_operations(10, 5) == 300
+  # 3 policy and 2 scalar forwards, 2 x 3 x 100 + 2 x 2 x 10 = 640 a token;
+  # updates 6 x 110 = 660 an epoch; 4 tokens: (640 + 2 x 660) x 4 = 7,840;
+  # and 6 x 100 x 7 = 4,200 for the text.
+  assert model_card.ppo_operations(100, 10, 2, 2, 2, 7) == 7_840 + 4_200
+  assert model_card.petaflop_days(8.64e19) == pytest.approx(1)
+
+
+def test_the_papers_compute_comes_out():
+  # 175B (paper 5.1): SFT 4.9 petaflop/s-days, PPO-ptx 60. Lengths are not
+  # printed; full contexts of 2,048 give 5.1 for 16 epochs of 12,725
+  # demonstrations. RL: 256,000 episodes of some 400 tokens, a 6B reward model,
+  # and eight full contexts of text for each.
+  sft = model_card.training_operations(175e9, 16 * 12_725 * 2048)
+  assert model_card.petaflop_days(sft) == pytest.approx(4.9, rel=0.05)
+  rl = model_card.ppo_operations(
+    175e9, 6e9, 256_000, 400, 1, 256_000 * 8 * 2048
+  )
+  assert model_card.petaflop_days(rl) == pytest.approx(60, rel=0.15)
