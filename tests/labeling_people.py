@@ -5,6 +5,7 @@ import html
 import json
 import re
 
+import sqlalchemy
 from starlette import testclient
 
 from configs import labeling as config_file
@@ -43,6 +44,13 @@ class Site:
   def __init__(self, url, folder, **changes):
     self.clock = Clock()
     self.engine = store.make_engine(url)
+    if self.engine.dialect.name == 'sqlite':
+      # Waiting for the disk is tested where processes are killed, not here.
+      @sqlalchemy.event.listens_for(self.engine, 'connect')
+      def _hurry(connection, record):
+        del record
+        connection.execute('PRAGMA synchronous=OFF')
+
     self.store = store.Store(self.engine, make_config(**changes), self.clock)
     self.store.prepare()
     self.app = web.make_app(self.store, URL, str(folder / 'exports'))

@@ -98,6 +98,7 @@ def _listen(config):
 
 def run(config, workdir: pathlib.Path) -> None:
   """Prepares the database and serves until stopped."""
+  store.validate(config)
   workdir.mkdir(parents=True, exist_ok=True)
   os.chmod(workdir, 0o700)  # The database is nobody else's business.
   engine = store.make_engine(

@@ -45,6 +45,42 @@ class StoreError(ValueError):
   """A request that cannot be granted; the text may be shown to who asked."""
 
 
+def validate(config) -> None:
+  """Refuses settings that cannot work, before anything is opened.
+
+  Raises:
+    StoreError: the key, what was found, what to do.
+  """
+  for key in (
+    'session_days',
+    'invitation_days',
+    'task_minutes',
+    'idle_minutes',
+    'requests_per_minute',
+    'joins_per_minute',
+    'max_body_bytes',
+    'max_import_bytes',
+    'overlap',
+    'demo_tasks',
+  ):
+    if config[key] <= 0:
+      raise StoreError(f'{key} must be positive: {config[key]}')
+  for key in ('cut_flags', 'cut_rankings', 'valid_fraction'):
+    if not 0 <= config[key] <= 1:
+      raise StoreError(f'{key} must be from 0 to 1: {config[key]}')
+  if not config.public_url and config.host not in ('127.0.0.1', 'localhost'):
+    raise StoreError(
+      f'host {config.host} is open to others; set public_url to the address '
+      'that their browsers use (https://..., with a proxy that adds TLS)'
+    )
+  if config.public_url and not config.public_url.startswith(
+    ('http://', 'https://')
+  ):
+    raise StoreError(
+      f'public_url must begin with https:// or http://: {config.public_url!r}'
+    )
+
+
 class _TakenError(Exception):
   """Somebody else was given the slot first."""
 

@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import hmac
 import http
-import json
 import pathlib
 import re
 import secrets
@@ -95,7 +94,6 @@ class Visit:
   def page(self, template: str, status: int = 200, **values):
     text = self.site.templates.get_template(template).render(
       account=self.account,
-      path=self.request.url.path,
       **values,
     )
     return responses.HTMLResponse(text, status)
@@ -415,11 +413,9 @@ def answer_task(visit):
       raise answers.AnswerError('Please use the Submit button')
   except (answers.AnswerError, store.StoreError) as error:
     status = 422 if isinstance(error, answers.AnswerError) else 409
-    reply = _task_page(
+    return _task_page(
       visit, _own_work(visit), number, str(error), dict(form), status
     )
-    reply.status_code = status
-    return reply
   return _to(f'/task/{work["id"]}/{number + 1}')
 
 
@@ -728,7 +724,6 @@ class _Site:
       duration=_duration,
       percent=_percent,
       estimate=_estimate,
-      json=lambda value: json.dumps(value, ensure_ascii=False),
     )
     self.templates.globals['letters'] = _LETTERS
 
@@ -761,11 +756,10 @@ class _Site:
       config = self.store.config
       address = request.client.host if request.client else ''
       if account is None:
+        joins = request.url.path.startswith('/join/')
         allowed = access == 'anyone' and self.limit.allows(
-          f'address {address}',
-          config.joins_per_minute
-          if request.url.path.startswith('/join')
-          else config.requests_per_minute,
+          f'{"joins" if joins else "address"} {address}',
+          config.joins_per_minute if joins else config.requests_per_minute,
         )
         if access != 'anyone':
           raise RefusedError(401, 'Please use your invitation link to sign in.')
@@ -795,11 +789,11 @@ class _Site:
       visit = Visit(self, request, account, form)
       reply = await concurrency.run_in_threadpool(handler, visit)
     except RefusedError as error:
-      reply = self.error(request, account, error.status, str(error))
+      reply = self.error(account, error.status, str(error))
     except store.StoreError as error:
-      reply = self.error(request, account, 409, str(error))
+      reply = self.error(account, 409, str(error))
     except answers.AnswerError as error:
-      reply = self.error(request, account, 422, str(error))
+      reply = self.error(account, 422, str(error))
     except Exception:
       traceback.print_exc()  # For who runs the site; the visitor sees nothing.
       reply = self.error(
@@ -808,10 +802,9 @@ class _Site:
     reply.headers.update(HEADERS)
     return reply
 
-  def error(self, request, account, status, message):
+  def error(self, account, status, message):
     text = self.templates.get_template('error.html').render(
       account=account,
-      path=request.url.path,
       status=status,
       title=http.HTTPStatus(status).phrase,
       text=message,
@@ -838,8 +831,8 @@ def make_app(
     return respond
 
   async def missing(request, error):
-    del error
-    reply = site.error(request, None, 404, 'There is no such page.')
+    del request, error
+    reply = site.error(None, 404, 'There is no such page.')
     reply.headers.update(HEADERS)
     return reply
 

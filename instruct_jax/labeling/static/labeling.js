@@ -128,6 +128,19 @@ for (const input of document.querySelectorAll('[data-fills]')) {
   });
 }
 
+// Progress is fetched again every ten seconds, unless somebody is using it.
+for (const part of document.querySelectorAll('[data-live]')) {
+  setInterval(async () => {
+    if (document.hidden || part.contains(document.activeElement)) return;
+    const reply = await fetch(location.href).catch(() => null);
+    if (!reply || !reply.ok) return;
+    const page = new DOMParser().parseFromString(
+      await reply.text(), 'text/html');
+    const fresh = page.getElementById(part.id);
+    if (fresh) part.replaceChildren(...fresh.childNodes);
+  }, 10000);
+}
+
 // A page left with unsaved text asks first.
 for (const form of document.querySelectorAll('form.answer')) {
   let changed = false;

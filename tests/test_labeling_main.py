@@ -1,0 +1,121 @@
+"""The labeling site's command line, in processes of its own."""
+
+import pathlib
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+
+pytest.importorskip('starlette', reason='pip install -r requirements-labeling')
+pytest.importorskip('sqlalchemy')
+
+import httpx2
+
+from instruct_jax.data import records
+from instruct_jax.labeling import store
+from tests import labeling_people as people
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def command(workdir, *arguments):
+  return [
+    sys.executable,
+    '-m',
+    'instruct_jax.labeling',
+    f'--config={ROOT}/configs/labeling.py',
+    f'--workdir={workdir}',
+    '--config.port=0',
+    '--config.demo_tasks=2',
+    *arguments,
+  ]
+
+
+def once(workdir, *arguments):
+  return subprocess.run(
+    command(workdir, *arguments),
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+
+
+def started(workdir, *arguments):
+  """The process of a site, and what it printed until it was ready."""
+  process = subprocess.Popen(
+    command(workdir, *arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True
+  )
+  timer = threading.Timer(300, process.kill)
+  timer.start()
+  lines = []
+  for line in process.stdout:
+    lines.append(line)
+    if line.startswith('labeling site on'):
+      break
+  timer.cancel()
+  return process, ''.join(lines)
+
+
+def test_a_newcomer_ranks_within_a_few_clicks(tmp_path):
+  workdir = tmp_path / 'site'
+  process, printed = started(workdir, '--demo')
+  try:
+    admin, labeler = re.findall(r'http://\S+/join/\S+', printed)
+    with httpx2.Client(follow_redirects=True) as browser:
+      assert 'Sign in' in browser.get(labeler).text
+      page = browser.post(labeler).text
+      csrf = re.search(r'name="csrf" value="([^"]+)"', page).group(1)
+      page = browser.post(
+        admin.split('/join')[0] + '/next', data={'csrf': csrf}
+      ).text
+      assert 'Rank outputs' in page
+    with httpx2.Client(follow_redirects=True) as browser:
+      assert 'Progress' in browser.post(admin).text
+    # What was said at the start is not in the database.
+    assert once(workdir, f'--backup={tmp_path}/b.gz').returncode == 0
+  finally:
+    process.terminate()
+    process.wait()
+  content = records.read_bytes(tmp_path / 'b.gz').decode()
+  assert admin.rsplit('/', 1)[1] not in content
+
+  process, printed = started(workdir)
+  process.terminate()
+  process.wait()
+  assert '/join/' not in printed  # The link is the first start's.
+  assert '/join/' in once(workdir, '--admin_link').stdout
+
+  other = tmp_path / 'other'
+  assert 'rows restored' in once(other, f'--restore={tmp_path}/b.gz').stdout
+  again = once(other, f'--restore={tmp_path}/b.gz')
+  assert again.returncode == 1 and 'not empty' in again.stderr
+  lines = tmp_path / 'more.jsonl'
+  lines.write_text('{"prompt": "a", "completions": ["b", "c"]}\n{"prompt": 3}')
+  bad = once(other, f'--import_file={lines}')
+  assert bad.returncode == 1 and 'more.jsonl:2:' in bad.stderr
+  assert 'Traceback' not in bad.stderr
+  lines.write_text('{"prompt": "a", "completions": ["b", "c"]}')
+  assert '1 tasks imported' in once(other, f'--import_file={lines}').stdout
+  assert once(other, f'--export={tmp_path}/out').returncode == 0
+  assert (tmp_path / 'out/statistics.json').exists()
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'words'),
+  [
+    ('overlap', 0, 'overlap must be positive: 0'),
+    ('cut_flags', 75.0, 'cut_flags must be from 0 to 1: 75.0'),
+    ('host', '0.0.0.0', 'set public_url'),
+    ('public_url', 'labels.example.org', 'must begin with https://'),
+  ],
+)
+def test_bad_settings_are_named(key, value, words):
+  with pytest.raises(store.StoreError, match=re.escape(words)):
+    store.validate(people.make_config(**{key: value}))
+
+
+def test_the_config_as_it_is_passes():
+  store.validate(people.make_config())
