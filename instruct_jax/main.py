@@ -167,7 +167,9 @@ def parse_flags(argv) -> list[str]:
   """absl's parser, with one line for a wrong key, variant or config file."""
   try:
     rest = flags.FLAGS(argv)
-    _ = _CONFIG.value  # A file that did not load says so only when asked for.
+    _ = (
+      _CONFIG.value.workdir
+    )  # A file that did not load says so when it is read.
     return rest
   except AttributeError as error:
     # ml_collections wraps a KeyError whose text may go on with a suggestion.
