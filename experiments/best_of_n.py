@@ -128,7 +128,7 @@ def run(config, workdir: epath.Path):
     generate = queries.generate_program(
       policy.module,
       config.response_length,
-      (tokenizer.eos_id,),
+      tokenizer.stop_ids,
       config.temperature,
     )
     kl_program = make_kl(
@@ -151,7 +151,7 @@ def run(config, workdir: epath.Path):
       ids = rollout.response_ids(sampled)
       score = functools.partial(
         queries.score_answers,
-        prompts=tokenizer.encode_batch([prompt.text for prompt in several]),
+        prompts=tokenizer.encode_prompts(several),
         answers=ids,
         pad_id=tokenizer.pad_id,
         batch_size=config.batch_size,

@@ -67,7 +67,7 @@ def read_prefixes(path: epath.Path, tokenizer):
       f'{path}: the stop {content["stop"]!r} has {len(stop)} tokens; choose a '
       'text of one'
     )
-  return content['prefixes'], (tokenizer.eos_id, *stop)
+  return content['prefixes'], (*tokenizer.stop_ids, *stop)
 
 
 def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
@@ -97,7 +97,7 @@ def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
 
   return {
     'generate': jax.jit(
-      functools.partial(generate, stop_ids=(tokenizer.eos_id,))
+      functools.partial(generate, stop_ids=tokenizer.stop_ids)
     ),
     'generate_prompted': jax.jit(
       functools.partial(generate, stop_ids=stop_ids)
@@ -282,7 +282,7 @@ def run(config, workdir: epath.Path):
       root / 'data' / 'documents_valid.jsonl', records.Document
     )
     text_rows = loader.pack_documents(
-      tokenizer.encode_batch([d.text for d in texts]),
+      tokenizer.encode_documents([d.text for d in texts]),
       config.row_length,
       tokenizer.eos_id,
       tokenizer.pad_id,

@@ -146,7 +146,7 @@ def sample_answers(config, name, source, prompts, cache, mesh):
   program = queries.generate_program(
     model.module,
     config.response_length,
-    (tokenizer.eos_id,),
+    tokenizer.stop_ids,
     config.temperature,
   )
   key = jax.random.key(config.seed)

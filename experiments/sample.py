@@ -48,7 +48,7 @@ def build_programs(config, module, tokenizer):
     extend_fn=artifacts.extend_fn(module),
     make_cache_fn=artifacts.make_cache_fn(module),
     num_response=config.response_length,
-    stop_ids=(tokenizer.eos_id,),
+    stop_ids=tokenizer.stop_ids,
     temperature=config.temperature,
   )
   return {'generate': jax.jit(generate)}
