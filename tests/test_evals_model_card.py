@@ -40,7 +40,7 @@ def test_sections_and_figures_are_there():
   ):
     assert f'\n{section}\n' in card
   assert '1,000,000 parameters' in card
-  assert 'kl&#95;coef 0.02' in card
+  assert 'kl_coef 0.02' in card
   assert '1.00e+00' in card  # 8.64e19 operations are a petaflop/s-day.
   assert 'a &#60;run&#62;' in card
   for rate in figures().win_rate.values():
