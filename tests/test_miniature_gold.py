@@ -144,9 +144,12 @@ def test_order_of_answers_to_one_question(world):
   values = [_utility(prompt, text, world) for text in ordered]
   assert values == sorted(values, reverse=True)
   assert values[0] > 0.99 and values[1] < 0.91
-  assert values[2] < 0.8 and values[3] < 0.6
-  assert values[4] < 0.4
-  assert _utility(prompt, 'the of in and , , a to', world) < 0.4
+  assert values[2] < 0.8
+  # Off topic: what is left without instruction and truth. Salad: nor fluency.
+  assert values[3] == pytest.approx(0.6)
+  salad = _utility(prompt, 'the of in and , , a to', world)
+  assert salad == pytest.approx(0.4)
+  assert values[4] < salad
 
 
 def test_constraints_are_checked(world):
