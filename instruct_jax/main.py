@@ -21,6 +21,16 @@ from ml_collections import config_flags
 
 # Keys that may differ between the runs of one work directory.
 MACHINE_KEYS = ('mesh', 'xla_flags', 'compilation_cache')
+# Keys of any stage that are sizes; 0 would fail late, or do nothing.
+_AT_LEAST_ONE = (
+  'batch_size',
+  'eval_batch_size',
+  'num_epochs',
+  'num_microbatches',
+  'row_length',
+  'prompt_length',
+  'response_length',
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file, say configs/ppo_ptx.py:smoke.'
@@ -69,6 +79,28 @@ def run_stage(config, workdir: epath.Path) -> None:
   print(f'{config.name}: done in {seconds:.1f} s', flush=True)
 
 
+def check_numbers(stage) -> None:
+  """Sizes and rates that mean the same in every experiment.
+
+  Raises:
+    ValueError: one of them is too small; the key is named.
+  """
+  for key in _AT_LEAST_ONE:
+    if key in stage and stage[key] < 1:
+      raise ValueError(
+        f'{stage.name}: {key} must be at least 1, got {stage[key]}'
+      )
+  if 'learning_rate' in stage and not stage.learning_rate > 0:
+    raise ValueError(
+      f'{stage.name}: learning_rate must be positive, got {stage.learning_rate}'
+    )
+  if 'temperature' in stage and not stage.temperature >= 0:
+    raise ValueError(
+      f'{stage.name}: temperature must not be negative (0 takes the most '
+      f'probable token), got {stage.temperature}'
+    )
+
+
 def run(config, workdir: epath.Path, described) -> None:
   """Validates everything, then runs the experiment or all of its stages.
 
@@ -86,6 +118,7 @@ def run(config, workdir: epath.Path, described) -> None:
     else [config]
   )
   for stage in stages:
+    check_numbers(stage)
     find_experiment(stage.experiment).validate(stage)
   with run_lib.WorkdirLock(workdir):
     config_file = workdir / 'config.json'
