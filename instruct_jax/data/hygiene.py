@@ -13,7 +13,8 @@ own, so it is never capped and may go to any split.
 runs `clean` on prompts (JSONL) and writes `prompts_{train,valid,test}.jsonl`
 and the counts, `hygiene.json`. `--presidio` finds personal data with
 Microsoft's library (requirements-personal-data.txt) beside the patterns of this
-file, and `--presidio=en_core_web_lg` people's names, too, with that spaCy model.
+file; `--presidio=en_core_web_lg` finds people's names, too, with that spaCy
+model.
 """
 
 import argparse
