@@ -316,7 +316,8 @@ def run(config, workdir: epath.Path):
     ) as iterations:
       state = iterations.restore(state)
       rows = metrics.read_lines(workdir / metrics.METRICS_FILE)
-      for iteration in iterations.steps():
+      data = loader.ahead(lambda i: (prompts[i], ptx[i] if use_ptx else None))
+      for iteration, (prompt_batch, ptx_rows) in iterations.steps_with(data):
         keys = dict(
           zip(
             ('rollout', 'update'),
@@ -331,7 +332,7 @@ def run(config, workdir: epath.Path):
           )
           if config.probe_every:
             values |= probe_scores(state.policy.params, '_before')
-        batch = sharding.put_batch(prompts[iteration], mesh)
+        batch = sharding.put_batch(prompt_batch, mesh)
         sampled = programs['generate'](
           state.policy.params, batch, keys['rollout']
         )
@@ -343,9 +344,7 @@ def run(config, workdir: epath.Path):
           state.kl,
           sampled,
         )
-        ptx_batch = (
-          sharding.put_batch(ptx[iteration], mesh) if use_ptx else None
-        )
+        ptx_batch = sharding.put_batch(ptx_rows, mesh) if use_ptx else None
         kl_sum, kl_count = score_metrics['objective/kl']
         state, update_metrics = programs['update'](
           state, ppo_batch, ptx_batch, keys['update'], kl_sum / kl_count

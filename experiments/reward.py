@@ -128,8 +128,8 @@ def train(config, workdir, name, rows, model, seed):
     checkpoint_every=config.checkpoint_every,
   ) as steps:
     state = steps.restore(state)
-    for step in steps.steps():
-      batch = sharding.put_batch(pack(step), mesh)
+    for step, host_batch in steps.steps_with(loader.ahead(pack)):
+      batch = sharding.put_batch(host_batch, mesh)
       state, metrics = programs['update'](
         state, batch, jax.random.fold_in(root, step)
       )

@@ -168,8 +168,9 @@ def run(config, workdir: epath.Path):
       checkpoint_every=config.checkpoint_every,
     ) as steps:
       state = steps.restore(state)
-      for step in steps.steps():
-        batch = sharding.put_batch(batches[step], mesh)
+      data = loader.ahead(batches.__getitem__)
+      for step, host_batch in steps.steps_with(data):
+        batch = sharding.put_batch(host_batch, mesh)
         state, metrics = programs['update'](
           state, batch, jax.random.fold_in(root, step)
         )

@@ -192,7 +192,7 @@ def content_hash(directory: epath.PathLike) -> str:
   """SHA-256 of all that a model folder holds: names and bytes of its files."""
   folder = epath.Path(directory)
   if is_published(directory):
-    folder = hf.locate(str(directory))
+    folder = epath.Path(hub.locate(str(directory)))
   if not folder.is_dir():
     raise checkpoint.CheckpointError(f'{directory}: no model folder here')
   total = hashlib.sha256()

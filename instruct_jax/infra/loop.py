@@ -2,23 +2,26 @@
 
   with Loop(workdir, 'sft', num_steps, log_every=10, checkpoint_every=100) as l:
     state = l.restore(state)
-    for step in l.steps():
-      state, metrics = update(state, batches[step], key_of(step))
+    for step, batch in l.steps_with(loader.ahead(batch_fn)):
+      state, metrics = update(state, batch, key_of(step))
       l.end_step(step, state, metrics)
 
 What the loop computes stays in the experiment. Resume order: the stage's own
-newest checkpoint, else the state handed to `restore`.
+newest checkpoint, else the state handed to `restore`. `timing.jsonl` says which
+share of its time the loop stood waiting for batches.
 """
 
 import time
-from collections.abc import Iterator, Mapping
-from typing import SupportsFloat
+from collections.abc import Callable, Iterator, Mapping
+from typing import SupportsFloat, TypeVar
 
 import jax
 from etils import epath
 
 from instruct_jax.infra import checkpoint, metrics, run, train_state
 from instruct_jax.types import Metrics, PyTree
+
+Batch = TypeVar('Batch')
 
 
 class Loop:
@@ -66,6 +69,7 @@ class Loop:
     self._start = 0
     self._pending: Metrics = {}
     self._pending_items = 0
+    self._waited = 0.0
     self._last_log = time.monotonic()
 
   def __enter__(self) -> 'Loop':
@@ -108,6 +112,21 @@ class Loop:
   def steps(self) -> Iterator[int]:
     """Step numbers still to run, from 0."""
     yield from range(self._start, self._num_steps)
+
+  def steps_with(
+    self, open_fn: Callable[[int, int], Iterator[Batch]]
+  ) -> Iterator[tuple[int, Batch]]:
+    """Step numbers still to run, each with its batch.
+
+    Args:
+      open_fn: (first step, one past the last) -> their batches in order.
+    """
+    batches = open_fn(self._start, self._num_steps)
+    for step in self.steps():
+      before = time.monotonic()
+      batch = next(batches)
+      self._waited += time.monotonic() - before
+      yield step, batch
 
   def end_step(
     self,
@@ -156,9 +175,10 @@ class Loop:
         {
           'timing/seconds': seconds,
           'timing/items_per_second': self._pending_items / seconds,
+          'timing/waiting_fraction': self._waited / seconds,
         },
       )
-      self._pending_items = 0
+      self._pending_items, self._waited = 0, 0.0
       for name, watched in states.items():
         train_state.check_skips(watched, self._max_skips, name)
     self._progress.update(1, text)
