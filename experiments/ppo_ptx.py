@@ -273,8 +273,8 @@ def run(config, workdir: epath.Path):
 
     def pretraining_loss(params):
       return heldout_loss.heldout_loss(
-        lambda batch: programs['text_logprobs'](
-          params, sharding.put_batch(batch, mesh)
+        lambda batch: sharding.fetch(
+          programs['text_logprobs'](params, sharding.put_whole(batch, mesh))
         ),
         valid_rows,
         config.eval_batch_size,
@@ -314,8 +314,11 @@ def run(config, workdir: epath.Path):
       log_every=1,
       checkpoint_every=config.checkpoint_every,
     ) as iterations:
-      state = iterations.restore(state)
-      rows = metrics.read_lines(workdir / metrics.METRICS_FILE)
+      state = iterations.restore(sharding.place(state, mesh))
+      # The first process alone writes lines, and looks at them.
+      rows = []
+      if jax.process_index() == 0:
+        rows = metrics.read_lines(workdir / metrics.METRICS_FILE)
       for iteration in iterations.steps():
         keys = dict(
           zip(
@@ -383,7 +386,7 @@ def run(config, workdir: epath.Path):
         for name, text in alarms.find(
           rows, tuple(reward_metadata['score_range']), config.response_length
         ).items():
-          if name not in told:
+          if name not in told and jax.process_index() == 0:
             told.add(name)
             print(f'{config.name}: alarm: {text}', flush=True)
 

@@ -115,8 +115,8 @@ def run(config, workdir: epath.Path):
 
     def valid_loss(params):
       return heldout_loss.heldout_loss(
-        lambda batch: programs['text_logprobs'](
-          params, sharding.put_batch(batch, mesh)
+        lambda batch: sharding.fetch(
+          programs['text_logprobs'](params, sharding.put_whole(batch, mesh))
         ),
         valid_rows,
         config.eval_batch_size,
@@ -129,7 +129,7 @@ def run(config, workdir: epath.Path):
       log_every=config.log_every,
       checkpoint_every=config.checkpoint_every,
     ) as steps:
-      state = steps.restore(state)
+      state = steps.restore(sharding.place(state, mesh))
       for step in steps.steps():
         batch = sharding.put_batch(batches[step], mesh)
         state, metrics = programs['update'](

@@ -127,9 +127,10 @@ def train(config, workdir, name, rows, model, seed):
     log_every=config.log_every,
     checkpoint_every=config.checkpoint_every,
   ) as steps:
-    state = steps.restore(state)
+    state = steps.restore(sharding.place(state, mesh))
     for step in steps.steps():
-      batch = sharding.put_batch(pack(step), mesh)
+      # Every process packs the whole batch, for `ends` points across rows.
+      batch = sharding.put_whole(pack(step), mesh)
       state, metrics = programs['update'](
         state, batch, jax.random.fold_in(root, step)
       )
@@ -148,7 +149,9 @@ def score_comparisons(config, programs, params, rows):
   mesh = jax.sharding.get_mesh()
   packed = loader.pack_comparisons(rows)
   scalars = rollout.in_batches(
-    lambda batch: programs['scalars'](params, *sharding.put_batch(batch, mesh)),
+    lambda batch: sharding.fetch(
+      programs['scalars'](params, *sharding.put_whole(batch, mesh))
+    ),
     (packed.tokens, packed.segments),
     config.eval_batch_size,
   )
@@ -179,9 +182,6 @@ def accuracy_of(config, programs, params, comparisons, tokenizer):
 
 def run(config, workdir: epath.Path):
   validate(config)
-  if jax.process_count() > 1:
-    # `ends` would have to point across processes.
-    raise ValueError('reward models train in a single process')
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   tokenizer_lib.check_published(tokenizer, config.init)
   comparisons = records.read_jsonl(config.comparisons, records.Comparison)

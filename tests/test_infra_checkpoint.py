@@ -257,26 +257,36 @@ def test_host_values_are_refused(workdir):
   checkpointer.close()
 
 
+def checksum(x):
+  return checkpoint._checksums({'x': x})['x']
+
+
 def test_checksum_by_hand():
   # 1 * 5 + 3 * 7 + 5 * 2.
-  assert checkpoint._checksum(np.array([5, 7, 2], np.uint32)) == 36
+  assert checksum(np.array([5, 7, 2], np.uint32)) == 36
   # A sign bit is 2^31; times the odd weight 3 it is 2^31 again, modulo 2^32.
-  assert checkpoint._checksum(np.array([0.0, -0.0], np.float32)) == 2**31
+  assert checksum(np.array([0.0, -0.0], np.float32)) == 2**31
 
 
 @pytest.mark.parametrize(
   'dtype', [np.float32, ml_dtypes.bfloat16, np.int32, np.uint8, np.bool_]
 )
-def test_checksum_is_the_same_on_device_and_on_host(rng, dtype):
+def test_checksum_does_not_depend_on_the_layout(rng, dtype):
   x = (rng.normal(size=(4, 6, 8)) * 3).astype(dtype)
   mesh = sharding.make_mesh((2, 2, 2))
-  placed = jax.device_put(x, NamedSharding(mesh, P('data', None, 'tensor')))
-  host = checkpoint._checksum(x)
-  assert host == checkpoint._checksum(placed)
-  assert host == checkpoint._device_checksum(placed)
-  assert host == checkpoint._device_checksum(jnp.asarray(x))
+  host = checksum(x)
+  # Some devices hold the same part here; it counts once.
+  for spec in (P('data', None, 'tensor'), P(None, 'fsdp'), P(), P('data')):
+    assert checksum(jax.device_put(x, NamedSharding(mesh, spec))) == host
+  assert checksum(jnp.asarray(x)) == host
+  # Two halves, as an accelerator would sum them.
+  halves = [
+    int(checkpoint._device_sum(jnp.asarray(x[:, i : i + 3]), (0, i, 0), x.shape))
+    for i in (0, 3)
+  ]
+  assert sum(halves) % 2**32 == host
   scalar = jnp.asarray(x[0, 0, 0])
-  assert checkpoint._checksum(scalar) == checkpoint._device_checksum(scalar)
+  assert checksum(scalar) == int(checkpoint._device_sum(scalar, (), ()))
 
 
 _KILLED = """
