@@ -313,7 +313,9 @@ def run(config, workdir: epath.Path):
       num_iterations,
       log_every=1,
       checkpoint_every=config.checkpoint_every,
+      **config.loop,
     ) as iterations:
+      programs = iterations.watched(programs)
       state = iterations.restore(sharding.place(state, mesh))
       # The first process alone writes lines, and looks at them.
       rows = []
@@ -386,9 +388,9 @@ def run(config, workdir: epath.Path):
         for name, text in alarms.find(
           rows, tuple(reward_metadata['score_range']), config.response_length
         ).items():
-          if name not in told and jax.process_index() == 0:
+          if name not in told:
             told.add(name)
-            print(f'{config.name}: alarm: {text}', flush=True)
+            run_lib.say(f'{config.name}: alarm: {text}')
 
     # 4. Outputs: the policy and its moving average, each on its own.
     found = alarms.find(

@@ -128,7 +128,9 @@ def run(config, workdir: epath.Path):
       config.num_steps,
       log_every=config.log_every,
       checkpoint_every=config.checkpoint_every,
+      **config.loop,
     ) as steps:
+      programs = steps.watched(programs)
       state = steps.restore(sharding.place(state, mesh))
       for step in steps.steps():
         batch = sharding.put_batch(batches[step], mesh)

@@ -126,7 +126,9 @@ def train(config, workdir, name, rows, model, seed):
     len(batches),
     log_every=config.log_every,
     checkpoint_every=config.checkpoint_every,
+    **config.loop,
   ) as steps:
+    programs = steps.watched(programs)
     state = steps.restore(sharding.place(state, mesh))
     for step in steps.steps():
       # Every process packs the whole batch, for `ends` points across rows.
@@ -262,10 +264,9 @@ def fit(config, workdir, tokenizer, policy, comparisons, valid):
     {'stage': config.name, 'seed': config.seed, **results},
   )
   run_lib.write_json(workdir / 'results.json', results)
-  print(
+  run_lib.say(
     f'{config.name}: accuracy {accuracy.accuracy:.3f} '
-    f'[{accuracy.low:.3f}, {accuracy.high:.3f}] on {accuracy.num_pairs} pairs',
-    flush=True,
+    f'[{accuracy.low:.3f}, {accuracy.high:.3f}] on {accuracy.num_pairs} pairs'
   )
   return results
 
@@ -311,15 +312,15 @@ def cross_validate(config, workdir, tokenizer, policy, comparisons, valid):
           )
           result[name] = accuracy.accuracy
         run_lib.write_json(result_file, result)
+        run_lib.wait_for_all(str(result_file))
       runs.append(run_lib.read_json(result_file))
   results = {'folds': groups, 'runs': runs}
   for name in ('intra', 'inter'):
     spread = preference_accuracy.spread([row[name] for row in runs])
     results[name] = {'mean': spread.mean, 'error': spread.error}
-    print(
+    run_lib.say(
       f'{config.name}: {name} accuracy {spread.mean:.3f} +- '
-      f'{spread.error:.3f} over {spread.num_runs} runs',
-      flush=True,
+      f'{spread.error:.3f} over {spread.num_runs} runs'
     )
   run_lib.write_json(workdir / 'results.json', results)
   return results

@@ -83,7 +83,9 @@ def run(config, workdir: epath.Path):
   rows, num_dropped = demonstration_rows(config.demonstrations, config.pack)
   valid_rows, _ = demonstration_rows(config.valid_demonstrations, False)
   if num_dropped:
-    print(f'{config.name}: {num_dropped} demonstrations are too long, dropped')
+    run_lib.say(
+      f'{config.name}: {num_dropped} demonstrations are too long, dropped'
+    )
   processes = {
     'process_index': jax.process_index(),
     'process_count': jax.process_count(),
@@ -166,7 +168,9 @@ def run(config, workdir: epath.Path):
       num_steps,
       log_every=config.log_every,
       checkpoint_every=config.checkpoint_every,
+      **config.loop,
     ) as steps:
+      programs = steps.watched(programs)
       state = steps.restore(sharding.place(state, mesh))
       for step in steps.steps():
         batch = sharding.put_batch(batches[step], mesh)

@@ -27,6 +27,16 @@ HEARTBEAT_SECONDS = 20
 # Experiments without a device: of several processes only the first runs them.
 HOST_EXPERIMENTS = ('miniature_data', 'e2e_data', 'hh_data')
 
+# Experiments whose host side has not been told apart: one process.
+SINGLE_EXPERIMENTS = (
+  'preferences',
+  'best_of_n',
+  'nlp_suite',
+  'reward_baselines',
+  'sample',
+  'plan',
+)
+
 # Keys that may differ between the runs of one work directory.
 MACHINE_KEYS = ('mesh', 'loop', 'xla_flags', 'compilation_cache')
 
@@ -73,13 +83,10 @@ def run_stage(config, workdir: epath.Path) -> None:
 
   from instruct_jax.infra import run as run_lib
 
-  is_first = jax.process_index() == 0
   if run_lib.agreed(run_lib.is_done(workdir)):
-    if is_first:
-      print(f'{config.name}: done before, in {workdir}', flush=True)
+    run_lib.say(f'{config.name}: done before, in {workdir}')
     return
-  if is_first:
-    print(f'{config.name}: starts', flush=True)
+  run_lib.say(f'{config.name}: starts')
   begin = time.monotonic()
   workdir.mkdir(parents=True, exist_ok=True)
   seconds_file = workdir / 'seconds.json'
@@ -87,7 +94,7 @@ def run_stage(config, workdir: epath.Path) -> None:
   info = None
   try:
     run_lib.write_json(workdir / 'inputs.json', run_lib.input_hashes(config))
-    if is_first or config.experiment not in HOST_EXPERIMENTS:
+    if jax.process_index() == 0 or config.experiment not in HOST_EXPERIMENTS:
       info = find_experiment(config.experiment).run(config, workdir)
   finally:
     seconds = spent + time.monotonic() - begin
@@ -96,8 +103,7 @@ def run_stage(config, workdir: epath.Path) -> None:
       if workdir.exists():
         run_lib.write_json(seconds_file, seconds)
   run_lib.mark_done(workdir, {'seconds': seconds, 'info': info})
-  if is_first:
-    print(f'{config.name}: done in {seconds:.1f} s', flush=True)
+  run_lib.say(f'{config.name}: done in {seconds:.1f} s')
 
 
 def run(config, workdir: epath.Path, described) -> None:
@@ -112,6 +118,8 @@ def run(config, workdir: epath.Path, described) -> None:
   Raises:
     run_lib.Stopped: SIGTERM came, and what can be saved is.
   """
+  import jax
+
   from instruct_jax.infra import run as run_lib
 
   stages = (
@@ -121,6 +129,11 @@ def run(config, workdir: epath.Path, described) -> None:
   )
   for stage in stages:
     find_experiment(stage.experiment).validate(stage)
+    if jax.process_count() > 1 and stage.experiment in SINGLE_EXPERIMENTS:
+      raise ValueError(
+        f'{stage.name}: {stage.experiment} runs in a single process, and there '
+        f'are {jax.process_count()}'
+      )
   with (
     run_lib.StopSignal(at_once=True) as stop,
     run_lib.WorkdirLock(workdir),

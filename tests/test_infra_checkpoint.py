@@ -281,7 +281,9 @@ def test_checksum_does_not_depend_on_the_layout(rng, dtype):
   assert checksum(jnp.asarray(x)) == host
   # Two halves, as an accelerator would sum them.
   halves = [
-    int(checkpoint._device_sum(jnp.asarray(x[:, i : i + 3]), (0, i, 0), x.shape))
+    int(
+      checkpoint._device_sum(jnp.asarray(x[:, i : i + 3]), (0, i, 0), x.shape)
+    )
     for i in (0, 3)
   ]
   assert sum(halves) % 2**32 == host

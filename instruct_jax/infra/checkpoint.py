@@ -7,6 +7,7 @@ on reading even where the storage format would not notice, and independently of
 how many devices or processes wrote it.
 """
 
+import contextlib
 import functools
 import json
 import warnings
@@ -37,14 +38,23 @@ class Checkpointer:
     directory: created if absent; nothing else belongs in it.
     keep: how many checkpoints stay. With less than 2 there is nothing to fall
       back on when the newest is damaged.
+    keep_every: those of steps that it divides stay, too; 0 for none.
   """
 
-  def __init__(self, directory: epath.PathLike, keep: int = 2):
+  def __init__(
+    self, directory: epath.PathLike, keep: int = 2, keep_every: int = 0
+  ):
     self._directory = epath.Path(directory).absolute()
     self._directory.mkdir(parents=True, exist_ok=True)
     self._manager = ocp.CheckpointManager(
       self._directory,
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        keep_period=keep_every or None,
+        create=False,
+        # What was being written when the process was killed.
+        cleanup_tmp_directories=True,
+      ),
     )
 
   def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
@@ -61,17 +71,19 @@ class Checkpointer:
 
     Raises:
       TypeError: a leaf is not a jax array, or `extra` is not JSON.
+      CheckpointError: it, or the one before, could not be written.
     """
     if step in self._manager.all_steps():
       return
     record = _sealed_record(state, extra)
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        arrays=ocp.args.PyTreeSave(_named_leaves(_without_keys(state))),
-        record=ocp.args.JsonSave(record),
-      ),
-    )
+    with self._naming_errors():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          arrays=ocp.args.PyTreeSave(_named_leaves(_without_keys(state))),
+          record=ocp.args.JsonSave(record),
+        ),
+      )
 
   def restore_latest(
     self, abstract_state: PyTree
@@ -159,14 +171,40 @@ class Checkpointer:
     self._manager.reload()
 
   def wait(self) -> None:
-    """Returns once everything saved is on disk."""
-    self._manager.wait_until_finished()
-    self._manager.check_for_errors()
+    """Returns once everything saved is on disk.
+
+    Raises:
+      CheckpointError: something could not be written.
+    """
+    with self._naming_errors():
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
 
   def close(self) -> None:
     """Waits, and releases the background threads."""
-    self.wait()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      with self._naming_errors():
+        self._manager.close()
+
+  @contextlib.contextmanager
+  def _naming_errors(self):
+    # A full disk is an error of Python, of TensorStore or of Orbax.
+    try:
+      yield
+    except Exception as error:
+      whole = [p.name for p in self._directory.glob('*') if p.name.isdigit()]
+      last = (
+        f'the last one is of step {max(map(int, whole))}'
+        if whole
+        else ('there is none yet')
+      )
+      raise CheckpointError(
+        f'no checkpoint could be written to {self._directory}; {last}. Make '
+        'room, or make the directory writable again; the same command then '
+        f'continues. {_one_line(error)}'
+      ) from error
 
 
 def save_model(

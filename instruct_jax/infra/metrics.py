@@ -7,12 +7,15 @@ equals an uninterrupted one's. Whatever depends on the clock goes to
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from typing import Any, SupportsFloat
 
 import jax
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
 from instruct_jax.types import Metrics
 
@@ -67,8 +70,16 @@ class MetricsWriter:
     _rewrite(directory / TIMING_FILE, lambda line: True)
     self._metrics = (directory / METRICS_FILE).open('a')
     self._timing = (directory / TIMING_FILE).open('a')
-    self._events = SummaryWriter(
-      str(directory / 'tensorboard'), purge_step=last + 1
+    (directory / 'tensorboard').mkdir(exist_ok=True)
+    # Not tensorboardX's SummaryWriter: its thread dies on a full disk, and the
+    # next line would wait for it for ever.
+    self._events = EventsWriter(str(directory / 'tensorboard' / 'events'))
+    self._events.write_event(
+      event_pb2.Event(
+        wall_time=time.time(),
+        step=last + 1,
+        session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
+      )
     )
 
   def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
@@ -89,10 +100,21 @@ class MetricsWriter:
     for name in sorted(values):
       value = float(values[name])
       line[name] = value if math.isfinite(value) else None
-      self._events.add_scalar(name, value, step)
-    file.write(json.dumps(line) + '\n')
-    file.flush()
-    self._events.flush()
+    try:
+      file.write(json.dumps(line) + '\n')
+      file.flush()
+      for name in sorted(values):
+        self._events.write_event(
+          event_pb2.Event(
+            wall_time=time.time(),
+            step=step,
+            summary=summary.scalar(name, float(values[name])),
+          )
+        )
+      self._events.flush()
+    except OSError as error:
+      # Python names the file only where opening it fails.
+      raise OSError(error.errno, error.strerror, file.name) from error
 
   def close(self) -> None:
     """Closes the files."""

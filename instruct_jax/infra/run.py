@@ -226,6 +226,12 @@ def is_done(stage_dir: epath.PathLike) -> bool:
 # --- Several processes --------------------------------------------------------
 
 
+def say(text: str) -> None:
+  """Prints a line, in the first process."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
 def agreed(value: bool) -> bool:
   """The first process's answer, in every process; all must ask.
 

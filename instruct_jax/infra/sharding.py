@@ -13,7 +13,7 @@ with flax 0.12.8), which is why the tests look at real `.sharding.spec`s.
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.linen as nn
 import jax
@@ -330,3 +330,8 @@ def fetch(tree: PyTree) -> PyTree:
     ),
     tree,
   )
+
+
+def fetched(program: Callable[..., PyTree]) -> Callable[..., PyTree]:
+  """The program with its result on the host, whole in every process."""
+  return lambda *args: fetch(program(*args))
