@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from experiments import pretrain
 from instruct_jax import artifacts
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import checkpoint, metrics, sharding
@@ -23,10 +25,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 WORDS = [f'w{i}' for i in range(24)]
 
 CONFIG = """
-from configs import common, ppo_ptx, reward
+from configs import common, ppo_ptx, pretrain, reward
 
 def get_config(argument):
-  if argument == 'reward':
+  if argument == 'pretrain':
+    config = pretrain.stage(0, '')
+    config.documents = config.valid = {inputs!r} + '/documents.jsonl'
+    config.model = ppo_ptx.tiny_model(32, 1, 16, 1)
+    config.batch_size, config.row_length, config.num_steps = 8, 12, 4
+    config.num_warmup, config.eval_every, config.eval_batch_size = 1, 4, 8
+    config.log_every, config.checkpoint_every = 1, 2
+  elif argument == 'reward':
     config = reward.stage(0, '')
     config.comparisons = config.valid_comparisons = {inputs!r} + '/ranked.jsonl'
     config.demonstrations = {inputs!r} + '/demonstrations.jsonl'
@@ -44,8 +53,11 @@ def get_config(argument):
     config.num_minibatches, config.eval_batch_size = 2, 8
     config.learning_rate, config.value_learning_rate = 1e-3, 1e-3
     config.checkpoint_every, config.eval_every, config.ptx_coef = 1, 100, 1.0
-  config.init = {inputs!r} + '/policy'
+  if argument != 'pretrain':
+    config.init = {inputs!r} + '/policy'
   config.tokenizer = {inputs!r} + '/tokenizer'
+  # At Adam's usual 1e-8, gradients of zero up to rounding make full steps.
+  config.adam_eps = 1e-4
   config = common.single(config, 'tiny')
   with config.unlocked():
     config.compilation_cache = ''
@@ -56,7 +68,7 @@ def get_config(argument):
 
 @pytest.fixture(scope='module')
 def inputs(tmp_path_factory):
-  """Models that have learnt nothing, and a few lines of each kind of data."""
+  """A few lines of each kind of data, and a config file that names them."""
   folder = tmp_path_factory.mktemp('inputs')
   tokenizer = tokenizer_lib.train_word_level(WORDS)
   tokenizer.save(epath.Path(folder / 'tokenizer'))
@@ -87,6 +99,14 @@ def inputs(tmp_path_factory):
       for _ in range(32)
     ],
   )
+  (folder / 'config.py').write_text(CONFIG.format(inputs=str(folder)))
+  return folder
+
+
+@pytest.fixture(scope='module')
+def models(inputs):
+  """A policy and a reward model that have learnt nothing, beside the data."""
+  tokenizer = tokenizer_lib.Tokenizer.load(inputs / 'tokenizer')
   config = TransformerConfig(
     vocab_size=tokenizer.vocab_size,
     context_length=16,
@@ -104,13 +124,11 @@ def inputs(tmp_path_factory):
     with sharding.use_mesh(mesh):
       model = artifacts.init(kind, config, mesh, jax.random.key(number))
       artifacts.save(
-        folder / name,
+        inputs / name,
         model,
         tokenizer.fingerprint,
         {'score_range': [-9.0, 9.0]},
       )
-  (folder / 'config.py').write_text(CONFIG.format(inputs=str(folder)))
-  return folder
 
 
 def free_port() -> int:
@@ -119,12 +137,12 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
-def start(inputs, argument, workdir, count):
-  """`count` processes with 8 devices together; one needs no coordinator."""
+def start(inputs, argument, workdir, count, devices=8):
+  """`count` processes that share the devices; one needs no coordinator."""
   address = f'localhost:{free_port()}'
   environment = {
     **os.environ,
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={8 // count}',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices // count}',
     'JAX_PLATFORMS': 'cpu',
     'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path]),
   }
@@ -159,8 +177,8 @@ def finish(processes, seconds=600):
   return [p.returncode for p in processes], outputs
 
 
-def run(inputs, argument, workdir, count):
-  codes, outputs = finish(start(inputs, argument, workdir, count))
+def run(inputs, argument, workdir, count, devices=8):
+  codes, outputs = finish(start(inputs, argument, workdir, count, devices))
   assert codes == [0] * count, '\n'.join(outputs)[-4000:]
 
 
@@ -186,8 +204,38 @@ def assert_same_run(one, other, models):
     )
 
 
+def pretrain_here(inputs, folder):
+  """One process of eight devices: this one."""
+  source = {}
+  exec((inputs / 'config.py').read_text(), source)
+  folder.mkdir(exist_ok=True)
+  pretrain.run(source['get_config']('pretrain'), epath.Path(folder))
+
+
+def test_pretraining_over_two_processes_equals_one(
+  inputs, tmp_path, quick_compile
+):
+  """The cheapest stage, so that something of this runs every time."""
+  run(inputs, 'pretrain', tmp_path / 'two', 2, devices=2)
+  pretrain_here(inputs, tmp_path / 'alone')
+  assert_same_run(tmp_path / 'two', tmp_path / 'alone', ('model',))
+
+
+@pytest.mark.slow
+def test_one_process_continues_what_two_saved(inputs, tmp_path):
+  workdir = tmp_path / 'two'
+  run(inputs, 'pretrain', workdir, 2, devices=2)
+  before = tmp_path / 'before'
+  shutil.copytree(workdir, before)
+  shutil.rmtree(workdir / 'model')
+  pretrain_here(inputs, workdir)
+  assert_same_run(workdir, before, ('model',))
+  timing = metrics.read_lines(epath.Path(workdir) / metrics.TIMING_FILE)
+  assert [line['step'] for line in timing] == [1, 2, 3, 4, 3, 4]
+
+
 @pytest.fixture(scope='module')
-def alone(inputs, tmp_path_factory):
+def alone(inputs, models, tmp_path_factory):
   """Two iterations in a single process."""
   workdir = tmp_path_factory.mktemp('alone')
   run(inputs, '2', workdir, 1)
@@ -202,7 +250,9 @@ def test_several_processes_equal_one(inputs, alone, workdir, count):
 
 
 @pytest.mark.slow
-def test_reward_training_over_two_processes_equals_one(inputs, tmp_path):
+def test_reward_training_over_two_processes_equals_one(
+  inputs, models, tmp_path
+):
   run(inputs, 'reward', tmp_path / 'two', 2)
   run(inputs, 'reward', tmp_path / 'one', 1)
   assert_same_run(tmp_path / 'two', tmp_path / 'one', ('model',))
@@ -210,7 +260,7 @@ def test_reward_training_over_two_processes_equals_one(inputs, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_a_restart_resumes(
-  inputs, tmp_path
+  inputs, models, tmp_path
 ):
   workdir = tmp_path / 'killed'
   processes = start(inputs, '400', workdir, 2)
