@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from instruct_jax.infra import run
 from instruct_jax.types import Params, PyTree
 
 _MODEL_FILE = 'model.json'
@@ -223,9 +224,14 @@ def save_model(
   arrays = _named_leaves(params)
   unfinished = final.parent / f'.{final.name}.unfinished'
   replaced = final.parent / f'.{final.name}.replaced'
+  if run.is_remote(final):
+    # Directories cannot be renamed at once there. A model without its
+    # description is none, so that one goes first and comes last.
+    unfinished = final
   if jax.process_index() == 0:
     for leftover in (unfinished, replaced):
       if leftover.exists():
+        (leftover / _MODEL_FILE).unlink(missing_ok=True)
         leftover.rmtree()
     unfinished.mkdir(parents=True)
   _barrier('instruct_jax_model_begin')
@@ -235,11 +241,12 @@ def save_model(
     (unfinished / _MODEL_FILE).write_text(
       json.dumps(record, indent=1, sort_keys=True)
     )
-    if final.exists():
-      final.rename(replaced)
-    unfinished.rename(final)
-    if replaced.exists():
-      replaced.rmtree()
+    if unfinished != final:
+      if final.exists():
+        final.rename(replaced)
+      unfinished.rename(final)
+      if replaced.exists():
+        replaced.rmtree()
   _barrier('instruct_jax_model_end')
 
 

@@ -243,7 +243,7 @@ class Loop:
   def _check_workdir(self):
     """Files that were open when their directory was deleted would take lines
     for ever."""
-    if not self._workdir.exists():
+    if not run.is_remote(self._workdir) and not self._workdir.exists():
       raise run.WorkdirError(
         f'{self._name}: the work directory {self._workdir} is gone. Bring it '
         'back, or start again in another one.'

@@ -17,6 +17,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
+from instruct_jax.infra import run
 from instruct_jax.types import Metrics
 
 METRICS_FILE = 'metrics.jsonl'
@@ -68,6 +69,10 @@ class MetricsWriter:
     _rewrite(directory / METRICS_FILE, lambda line: line['step'] <= last)
     # Time was spent, whether or not its steps are run again.
     _rewrite(directory / TIMING_FILE, lambda line: True)
+    if run.is_remote(directory):
+      self._metrics = _WholeFile(directory / METRICS_FILE)
+      self._timing = _WholeFile(directory / TIMING_FILE)
+      return
     self._metrics = (directory / METRICS_FILE).open('a')
     self._timing = (directory / TIMING_FILE).open('a')
     (directory / 'tensorboard').mkdir(exist_ok=True)
@@ -103,25 +108,29 @@ class MetricsWriter:
     try:
       file.write(json.dumps(line) + '\n')
       file.flush()
-      for name in sorted(values):
-        self._events.write_event(
-          event_pb2.Event(
-            wall_time=time.time(),
-            step=step,
-            summary=summary.scalar(name, float(values[name])),
-          )
-        )
-      self._events.flush()
+      self._write_events(step, values)
     except OSError as error:
       # Python names the file only where opening it fails.
       raise OSError(error.errno, error.strerror, file.name) from error
 
+  def _write_events(self, step, values):
+    if self._events is None:
+      return
+    for name in sorted(values):
+      self._events.write_event(
+        event_pb2.Event(
+          wall_time=time.time(),
+          step=step,
+          summary=summary.scalar(name, float(values[name])),
+        )
+      )
+    self._events.flush()
+
   def close(self) -> None:
     """Closes the files."""
-    if self._metrics is not None:
-      self._metrics.close()
-      self._timing.close()
-      self._events.close()
+    for file in (self._metrics, self._timing, self._events):
+      if file is not None:
+        file.close()
 
   def __enter__(self) -> 'MetricsWriter':
     return self
@@ -153,6 +162,28 @@ def _rewrite(path, keep_fn):
   if not path.exists():
     return
   lines = [json.dumps(line) for line in read_lines(path) if keep_fn(line)]
+  text = ''.join(line + '\n' for line in lines)
+  if run.is_remote(path):
+    path.write_text(text)
+    return
   unfinished = path.with_name(f'.{path.name}.unfinished')
-  unfinished.write_text(''.join(line + '\n' for line in lines))
+  unfinished.write_text(text)
   unfinished.replace(path)
+
+
+class _WholeFile:
+  """Where there is no appending: all lines, written at each flush."""
+
+  def __init__(self, path):
+    self.name = str(path)
+    self._path = path
+    self._text = path.read_text() if path.exists() else ''
+
+  def write(self, text):
+    self._text += text
+
+  def flush(self):
+    self._path.write_text(self._text)
+
+  def close(self):
+    pass

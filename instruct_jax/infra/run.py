@@ -71,7 +71,7 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     return
   path = epath.Path(path)
   text = json.dumps(value, indent=2, sort_keys=True) + '\n'
-  if _is_remote(path):
+  if is_remote(path):
     path.write_text(text)  # Object stores replace an object at once.
     return
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,9 @@ def read_json(path: epath.PathLike) -> Any:
     raise ValueError(f'{path} is not JSON: {error}') from error
 
 
-def _is_remote(path) -> bool:
+def is_remote(path: epath.PathLike) -> bool:
+  """Whether it is in an object store: no locks, no appending, no renaming at
+  once, but an object is replaced at once."""
   return '://' in os.fspath(path)
 
 
@@ -118,7 +120,7 @@ class WorkdirLock:
     self._file = None
 
   def __enter__(self) -> 'WorkdirLock':
-    if _is_remote(self._workdir) or jax.process_index() != 0:
+    if is_remote(self._workdir) or jax.process_index() != 0:
       return self
     self._workdir.mkdir(parents=True, exist_ok=True)
     # 'a+' leaves the holder's entry readable until the lock is ours.
