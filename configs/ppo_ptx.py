@@ -22,7 +22,8 @@ from configs import common, pretrain, reward, sft
 
 def ppo_stage(seed, workdir, name='ppo_ptx'):
   """PPO-ptx with the paper's numbers (C.4); 13.4 fills what it leaves open."""
-  config = common.adam(common.stage(name, 'ppo_ptx', seed, workdir))
+  config = common.stage(name, 'ppo_ptx', seed, workdir)
+  common.loop(common.adam(config))
   config.tokenizer = ''
   config.init = ''  # RL initialisation: start, and KL reference.
   config.reward_model = ''  # Also the start of the value model.

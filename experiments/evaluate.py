@@ -142,7 +142,7 @@ def run(config, workdir: epath.Path):
       )
   key = jax.random.key(config.seed)
   mesh = sharding.make_mesh(config.mesh)
-  put = functools.partial(sharding.put_batch, mesh=mesh)
+  put = functools.partial(sharding.put_whole, mesh=mesh)
 
   with sharding.use_mesh(mesh):
     load = functools.partial(
@@ -160,6 +160,7 @@ def run(config, workdir: epath.Path):
       tokenizer,
       stop_ids,
     )
+    programs = {name: sharding.fetched(p) for name, p in programs.items()}
 
     def sample(params, rows, program, number):
       return rollout.in_batches(
@@ -318,6 +319,8 @@ def run(config, workdir: epath.Path):
       )
 
   # 4. Judgements: everything from here on is host work on recorded samples.
+  if jax.process_index() != 0:
+    return {}
   texts_by_model = {
     name: tokenizer.decode_batch(ids) for name, ids in answers.items()
   }

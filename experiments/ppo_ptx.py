@@ -273,8 +273,8 @@ def run(config, workdir: epath.Path):
 
     def pretraining_loss(params):
       return heldout_loss.heldout_loss(
-        lambda batch: programs['text_logprobs'](
-          params, sharding.put_batch(batch, mesh)
+        lambda batch: sharding.fetch(
+          programs['text_logprobs'](params, sharding.put_whole(batch, mesh))
         ),
         valid_rows,
         config.eval_batch_size,
@@ -313,9 +313,14 @@ def run(config, workdir: epath.Path):
       num_iterations,
       log_every=1,
       checkpoint_every=config.checkpoint_every,
+      **config.loop,
     ) as iterations:
-      state = iterations.restore(state)
-      rows = metrics.read_lines(workdir / metrics.METRICS_FILE)
+      programs = iterations.watched(programs)
+      state = iterations.restore(sharding.place(state, mesh))
+      # The first process alone writes lines, and looks at them.
+      rows = []
+      if jax.process_index() == 0:
+        rows = metrics.read_lines(workdir / metrics.METRICS_FILE)
       data = loader.ahead(lambda i: (prompts[i], ptx[i] if use_ptx else None))
       for iteration, (prompt_batch, ptx_rows) in iterations.steps_with(data):
         keys = dict(
@@ -384,7 +389,7 @@ def run(config, workdir: epath.Path):
         ).items():
           if name not in told:
             told.add(name)
-            print(f'{config.name}: alarm: {text}', flush=True)
+            run_lib.say(f'{config.name}: alarm: {text}')
 
     # 4. Outputs: the policy and its moving average, each on its own.
     found = alarms.find(

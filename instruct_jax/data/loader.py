@@ -460,10 +460,10 @@ def make_batches(
   spans two epochs; with `drop_remainder` the few examples left over at the end
   of an epoch (other ones each time) sit that epoch out.
 
-  Every process draws the same global batch and takes its own rows of it
-  (`process_index`, `process_index + process_count`, ...). So shards are
-  disjoint, all processes see the same number of steps, and a run gives the
-  same global batches after a restart on another number of hosts.
+  Every process draws the same global batch and takes its own block of its
+  rows. So shards are disjoint, all processes see the same number of steps, and
+  put together in the order of processes the global batch has the same rows in
+  the same order on any number of hosts.
 
   Args:
     examples: a batch type of NumPy arrays, an array, or a list.
@@ -503,8 +503,14 @@ def make_batches(
     batch_size, drop_remainder=drop_remainder, batch_fn=np.asarray
   ).repeat(num_epochs)
   return dataset.map(
-    lambda indices: take(examples, indices[process_index::process_count])
+    lambda indices: take(examples, own(indices, process_index, process_count))
   )
+
+
+def own(rows: np.ndarray, process_index: int, process_count: int) -> np.ndarray:
+  """This process's block of the rows of a batch."""
+  size = len(rows) // process_count
+  return rows[process_index * size : (process_index + 1) * size]
 
 
 def balanced_batches(
@@ -609,10 +615,11 @@ def mixture(
     main = take(rows, [order[i] for i in range(main_start, main_stop)])
     other = take(other_rows, [other_order[i] for i in range(start, stop)])
     place = np.random.default_rng((seed, step)).permutation(batch_size)
+    place = own(place, process_index, process_count)
     mixed = {
       field.name: np.concatenate(
         [getattr(main, field.name), getattr(other, field.name)]
-      )[place][process_index::process_count]
+      )[place]
       for field in dataclasses.fields(types.TextBatch)
     }
     return types.TextBatch(**mixed)
