@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float
 
 from instruct_jax import advantages, losses, masked, rewards
-from instruct_jax.infra import train_state
+from instruct_jax.infra import sharding, train_state
 from instruct_jax.types import (
   Key,
   LogprobsFn,
@@ -281,9 +281,12 @@ def ppo_update(
       raise ValueError(
         f'{num_ptx} pretraining rows do not divide into {num_steps} minibatches'
       )
-    inputs['ptx'] = jax.tree.map(
-      lambda x: x.reshape(num_steps, num_ptx // num_steps, *x.shape[1:]),
-      ptx_batch,
+    inputs['ptx'] = sharding.constrain_rows(
+      jax.tree.map(
+        lambda x: x.reshape(num_steps, num_ptx // num_steps, *x.shape[1:]),
+        ptx_batch,
+      ),
+      axis=1,
     )
 
   def step(state: PPOState, inputs):

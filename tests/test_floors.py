@@ -31,7 +31,7 @@ FLOORS = {
   'artifacts': ('types', 'hub', 'models', 'infra'),
   'export': ('artifacts', 'data', 'models', 'infra'),
   'rollout': ('types', *ALGORITHM, 'infra.train_state'),
-  'ppo': ('types', *ALGORITHM, 'infra.train_state'),
+  'ppo': ('types', *ALGORITHM, 'infra.train_state', 'infra.sharding'),
   'supervised': ('types', *ALGORITHM, 'infra.train_state'),
   # Models and sampling meet here for evaluation, and in experiments.
   'queries': (
