@@ -35,7 +35,7 @@ from instruct_jax.types import (
 STAGES = ('sft', 'reward', 'generate', 'score', 'update')
 EPISODES = ('generate', 'score', 'update')
 
-Tokenizer = collections.namedtuple('Tokenizer', ['eos_id'])
+Tokenizer = collections.namedtuple('Tokenizer', ['stop_ids'])
 
 
 def validate(config):
@@ -184,7 +184,7 @@ def ppo_program(name, config, mesh, remat, parts):
     stage,
     artifacts.make_module('policy', policy_shape),
     artifacts.make_module('scalar', scalar_shape),
-    Tokenizer(eos_id=1),
+    Tokenizer(stop_ids=(1,)),
   )
   policy = artifacts.abstract_state(
     'policy', policy_shape, mesh, built['policy_optimizer']

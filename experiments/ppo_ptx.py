@@ -102,14 +102,29 @@ def make_optimizers(config):
   return make(config.learning_rate), make(config.value_learning_rate)
 
 
-def build_programs(config, policy_module, scalar_module, tokenizer):
-  """The jitted programs of one iteration."""
+def build_programs(
+  config, policy_module, scalar_module, tokenizer, score_fn=None
+):
+  """The jitted programs of one iteration.
+
+  Args:
+    config: of the stage.
+    policy_module, scalar_module: pure modules.
+    tokenizer: its `stop_ids` end responses.
+    score_fn: (reward model's parameters, tokens, mask) -> scores [B], for
+      rewards that no model gives; None reads the reward model.
+  """
   method = ppo_config(config)
   policy_tx, value_tx = make_optimizers(config)
   logprobs_fn = artifacts.logprobs_fn(policy_module, config.temperature)
   scalars_fn = artifacts.scalars_fn(scalar_module)
   text_logprobs_fn = artifacts.text_logprobs_fn(policy_module)
   R = config.response_length
+
+  def reward_scores(params, tokens, mask):
+    return masked.at_last(scalars_fn(params, tokens, mask), mask)
+
+  score_fn = score_fn or reward_scores
 
   generate_slice = functools.partial(
     rollout.generate,
@@ -137,7 +152,7 @@ def build_programs(config, policy_module, scalar_module, tokenizer):
       old_logprobs, _ = logprobs_fn(policy, tokens, mask, R)
       ref_logprobs, _ = logprobs_fn(reference, tokens, mask, R)
       old_values = ppo.response_values(scalars_fn(value, tokens, mask), R)
-      scores = masked.at_last(scalars_fn(reward, tokens, mask), mask)
+      scores = score_fn(reward, tokens, mask)
       return scores, old_logprobs, ref_logprobs, old_values
 
     read_rows = rollout.in_slices(read, sampled, config.num_slices)
@@ -175,6 +190,28 @@ def build_programs(config, policy_module, scalar_module, tokenizer):
     'update': jax.jit(finish, donate_argnums=0),
     'text_logprobs': jax.jit(text_logprobs),
   }
+
+
+def initial_state(programs, policy, value, kl_coef) -> ppo.PPOState:
+  """Before the first update; the parameters given are copied.
+
+  Donated states must not share buffers with the frozen models.
+  """
+
+  def copy(params):
+    return jax.tree.map(jnp.copy, params)
+
+  return ppo.PPOState(
+    policy=train_state.create(copy(policy), programs['policy_optimizer']),
+    value=train_state.create(copy(value), programs['value_optimizer']),
+    ema=copy(policy),
+    kl=rewards.KLState(coef=jnp.float32(kl_coef)),
+  )
+
+
+def freeze(params, dtype):
+  """Weights of a model that never learns: it needs no master weights."""
+  return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def run(config, workdir: epath.Path):
@@ -244,26 +281,11 @@ def run(config, workdir: epath.Path):
     artifacts.check_context(policy, config.ptx_row_length, 'ptx_row_length')
     programs = build_programs(config, policy.module, reward.module, tokenizer)
 
-    def copy(params):
-      # Donated states must not share buffers with the frozen models.
-      return jax.tree.map(jnp.copy, params)
-
-    def freeze(params):
-      # Models that never learn need no master weights.
-      return jax.tree.map(lambda x: x.astype(config.frozen_dtype), params)
-
-    state = ppo.PPOState(
-      policy=train_state.create(
-        copy(policy.params), programs['policy_optimizer']
-      ),
-      value=train_state.create(
-        copy(reward.params), programs['value_optimizer']
-      ),
-      ema=copy(policy.params),
-      kl=rewards.KLState(coef=jnp.float32(config.kl_coef)),
+    state = initial_state(
+      programs, policy.params, reward.params, config.kl_coef
     )
-
-    reference, reward_params = freeze(policy.params), freeze(reward.params)
+    reference = freeze(policy.params, config.frozen_dtype)
+    reward_params = freeze(reward.params, config.frozen_dtype)
     reward_metadata, policy_module = reward.metadata, policy.module
     del (
       policy,
