@@ -28,7 +28,7 @@ import numpy as np
 from etils import epath
 
 from experiments import ppo_ptx, sft
-from instruct_jax import artifacts
+from instruct_jax import artifacts, packing
 from instruct_jax.data import loader
 from instruct_jax.infra import (
   checkpoint,
@@ -301,7 +301,12 @@ class Iteration:
       self.state.policy.params, prompts, jax.random.fold_in(self.root, number)
     )
 
-  def score(self, sampled):
+  def plan(self, sampled, number):
+    return ppo_ptx.plan_rows(
+      self.stage, self.programs, sampled, self.mesh, number
+    )
+
+  def score(self, sampled, layout):
     return self.programs['score'](
       self.state.policy.params,
       self.reference,
@@ -309,6 +314,7 @@ class Iteration:
       self.reward,
       self.state.kl,
       sampled,
+      layout,
     )
 
   def update(self, programs, batch, ptx, number):
@@ -325,7 +331,8 @@ class Iteration:
     """One iteration as ppo_ptx.py runs it; what it sampled."""
     prompts, ptx = self.batches(number)
     sampled = self.generate(prompts, number)
-    batch, score_metrics = self.score(sampled)
+    layout = self.plan(sampled, number)
+    batch, score_metrics = self.score(sampled, layout)
     update_metrics = self.update(self.programs, batch, ptx, number)
     metrics.to_host({**score_metrics, **update_metrics})
     return sampled
@@ -365,7 +372,9 @@ def measure_iteration(config, workdir) -> dict:
       laps['host'].append(watch.lap()[0])
       sampled = jax.block_until_ready(work.generate(prompts, number))
       laps['generate'].append(watch.lap()[0])
-      batch, score_metrics = jax.block_until_ready(work.score(sampled))
+      layout = jax.block_until_ready(work.plan(sampled, number))
+      laps['host'][-1] += watch.lap()[0]
+      batch, score_metrics = jax.block_until_ready(work.score(sampled, layout))
       laps['score'].append(watch.lap()[0])
       update_metrics = jax.block_until_ready(
         work.update(work.programs, batch, ptx, number)
@@ -417,7 +426,9 @@ def measure_iteration(config, workdir) -> dict:
   )
   read_policy = forward_flops(work.shape, real, lengths.sum())
   read_scalar = forward_flops(work.scalar_shape, real, 0)
-  score_flops = 2 * read_policy + read_scalar * (1 + (config.reward == 'model'))
+  # The old log-probabilities are the sampler's, where those agree.
+  score_flops = read_policy * (1 + (stage.sampler_tolerance == 0))
+  score_flops += read_scalar * (1 + (config.reward == 'model'))
   epochs = stage.num_epochs
   num_params = sum(x.size for x in jax.tree.leaves(work.state.policy.params))
   phases = {
@@ -458,7 +469,8 @@ def measure_iteration(config, workdir) -> dict:
     'phases': phases,
     'host_share': seconds['host'] / blocked,
     'checkpoint_written_seconds': written,
-    'padding': padding(config, work, sampled),
+    'padding': padding(sampled, layout),
+    'padding_without_packing': padding(sampled, None),
     'occupancy': float(lengths.sum() / (slots * longest.sum())),
     'mean_response': float(lengths.mean()),
     'compile_seconds': compiled.seconds,
@@ -471,10 +483,11 @@ def measure_iteration(config, workdir) -> dict:
   }
 
 
-def padding(config, work, sampled) -> float:
+def padding(sampled, layout) -> float:
   """Share of the positions that score and update read without a token."""
-  del config, work
-  return float(1 - np.mean(np.asarray(sampled.mask)))
+  if layout is None:
+    return float(1 - np.mean(np.asarray(sampled.mask)))
+  return 1 - packing.fill_fraction(layout)
 
 
 def measure_checkpoint(state, workdir) -> tuple[float, float]:

@@ -97,6 +97,7 @@ FLOORS = {
     'data',
     'infra',
     'artifacts',
+    'packing',
     'models.config',
     'experiments.sft',
     'experiments.ppo_ptx',
