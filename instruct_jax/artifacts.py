@@ -331,8 +331,26 @@ def text_logprobs_fn(module: heads.Policy, deterministic: bool = True):
   return text_logprobs
 
 
-def scalars_fn(module: heads.ScalarModel):
-  """`types.ScalarsFn` of a reward or value model."""
+def packed_logprobs_fn(module: heads.Policy, temperature: float, longest: int):
+  """`types.PackedLogprobsFn` of a policy; no segment is longer than that."""
+  return lambda params, tokens, segments, where, targets: module.apply(
+    {'params': params},
+    tokens,
+    segments,
+    where,
+    targets,
+    temperature,
+    longest,
+    method='packed_logprobs',
+  )
+
+
+def scalars_fn(module: heads.ScalarModel, longest: int = 0):
+  """`types.ScalarsFn` of a reward or value model.
+
+  Packed rows have segments in the place of the mask; `longest` is as in
+  `Transformer.__call__`.
+  """
   return lambda params, tokens, segments: module.apply(
-    {'params': params}, tokens, segments
+    {'params': params}, tokens, segments, longest
   )
