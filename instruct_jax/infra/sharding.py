@@ -13,7 +13,7 @@ with flax 0.12.8), which is why the tests look at real `.sharding.spec`s.
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.linen as nn
 import jax
@@ -42,6 +42,9 @@ LOGICAL_RULES = {
   'norm': (),
   'layers': (),
 }
+
+
+_ONE = dict.fromkeys(MESH_AXES, 1)
 
 
 def make_mesh(
@@ -221,6 +224,32 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     for size, entry in zip(x.shape, spec, strict=True)
   ]
   return jax.lax.with_sharding_constraint(x, P(*entries))
+
+
+def num_batch_shards() -> int:
+  """Parts into which the current mesh cuts the rows of a batch."""
+  return _num_parts(BATCH_AXES, jax.sharding.get_abstract_mesh().shape or _ONE)
+
+
+def per_shard(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
+  """Lets every shard of rows run a function of rows for itself.
+
+  What follows indices from one row to another then stays on its device; left
+  to the compiler, the rows of all devices might be gathered first. Heads that
+  are cut over `tensor` stay cut.
+
+  Args:
+    fn: arrays to arrays, the first axis of each a shard's own rows.
+  """
+  if num_batch_shards() == 1:
+    return fn
+  return jax.shard_map(
+    fn,
+    in_specs=P(BATCH_AXES),
+    out_specs=P(BATCH_AXES),
+    axis_names=set(BATCH_AXES),
+    check_vma=False,
+  )
 
 
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
