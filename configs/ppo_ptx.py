@@ -17,7 +17,7 @@ and figures. Other variants, after a colon:
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import common, pretrain, reward, sft
+from configs import common, nlp_suite, pretrain, reward, sft
 
 
 def ppo_stage(seed, workdir, name='ppo_ptx'):
@@ -152,6 +152,14 @@ def pipeline(name: str):
   stages.crossval = reward.crossval_stage(seed, workdir)
   stages.ppo = ppo_stage(seed, workdir, 'ppo')
   stages.ppo_ptx = ppo_stage(seed, workdir, 'ppo_ptx')
+  # Asks nothing unless told of files: --config.stages.nlp_suite.data.drop=FILE.
+  stages.nlp_suite = nlp_suite.stage(seed, workdir)
+  stages.nlp_suite.may_be_empty = True
+  stages.nlp_suite.models = (
+    'pretrained=' + workdir + '/pretrain/model,sft=' + workdir
+    + '/select/model,ppo=' + workdir + '/ppo/ema,ppo_ptx=' + workdir
+    + '/ppo_ptx/ema'
+  )  # fmt: skip
   stages.evaluate = evaluate_stage(seed, workdir)
   for each in stages.values():
     each.tokenizer = data + '/tokenizer'
@@ -175,7 +183,14 @@ def pipeline(name: str):
   for each in (stages.select, stages.ppo, stages.ppo_ptx, stages.evaluate):
     each.reward_model = workdir + '/reward/model'
   stages.ppo.ptx_coef = 0.0
+  stages.evaluate.suite = workdir + '/nlp_suite/suite.json'
   return config
+
+
+def show_rankings(stages):
+  """Tells the evaluation which rankings the reward model learned from."""
+  for key in ('comparisons', 'valid_comparisons'):
+    stages.evaluate[key] = stages.reward.get_ref(key)
 
 
 def select_stage(seed, workdir):
@@ -239,6 +254,11 @@ def evaluate_stage(seed, workdir):
   config.tokenizer = ''
   config.judge = 'gold'  # Or 'restaurant': human data, a second reward model.
   config.reward_model = ''
+  config.suite = ''  # suite.json for the model card, where there is one.
+  # What the reward model learned from. Beside rankings of the labeling site
+  # lies statistics.json, which the model card reads.
+  config.comparisons = ''
+  config.valid_comparisons = ''
   config.judge_model = ''  # Scalar model folder; judge 'restaurant' only.
   config.num_prompts = 1000  # Held-out prompts at the most.
   config.samples_per_prompt = 1  # Intervals redraw prompts, not samples.
@@ -274,6 +294,7 @@ def miniature(name: str = 'ppo_ptx_miniature'):
   for each in (stages.reward, stages.crossval):
     each.comparisons = workdir + '/compare/comparisons_train.jsonl'
     each.valid_comparisons = workdir + '/compare/comparisons_valid.jsonl'
+  show_rankings(stages)
   config.stage_order = (
     'data',
     'pretrain',
@@ -285,6 +306,7 @@ def miniature(name: str = 'ppo_ptx_miniature'):
     'crossval',
     'ppo',
     'ppo_ptx',
+    'nlp_suite',
     'evaluate',
   )
 
@@ -411,6 +433,7 @@ def e2e():
   for each in (stages.reward, stages.crossval):
     each.comparisons = data + '/comparisons_train.jsonl'
     each.valid_comparisons = data + '/comparisons_valid.jsonl'
+  show_rankings(stages)
   stages.evaluate.judge = 'restaurant'
   stages.evaluate.judge_model = workdir + '/judge/model'
   config.stage_order = (
@@ -424,6 +447,7 @@ def e2e():
     'crossval',
     'ppo',
     'ppo_ptx',
+    'nlp_suite',
     'evaluate',
   )
 
