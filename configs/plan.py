@@ -81,8 +81,9 @@ def get_config(argument: str = '1p3b,v5e-8'):
   if size == '175b':
     # 64 sequences of a minibatch are too few for more shards of rows.
     config.meshes = ((1, 64, -1), (1, 32, -1))
-  config.remats = (config.policy.remat,)  # Policies to try on each mesh.
-  config.stop_at_first = True  # Or compile every mesh and take the fastest.
+  # Policies to try on each mesh: what saves most memory first.
+  config.remats = ('none',) if size == 'miniature' else ('full', 'dots')
+  config.stop_at_first = False  # Or take the first mesh and remat that fit.
   config.programs = ('sft', 'reward', 'generate', 'score', 'update')
   # 'NAME=VALUE' for the TPU compiler; none is what a run would use.
   config.compiler_options = ()

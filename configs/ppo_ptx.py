@@ -63,6 +63,12 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   config.remat = 'none'
   config.attention = 'auto'  # The platform's flash kernel; or 'xla', 'flash'.
   config.logprob_chunk = 0  # Columns of float32 logits at a time; 0 is all.
+  config.pack = True  # Score and update dense rows, without padding.
+  config.pack_row_length = 0  # Tokens a row aims at; 0 is eight episodes'.
+  config.pack_multiple = 8  # Of row lengths; 128 for a TPU's flash kernel.
+  # Nats: the sampler's log-probabilities are the old ones where those of a
+  # minibatch agree with the training graph's to this; 0 computes all anew.
+  config.sampler_tolerance = 1e-3
   config.num_slices = 1  # Parts in which a batch is sampled and scored.
   config.frozen_dtype = 'float32'  # Of reference and reward model's weights.
   config.eval_every = 10  # Iterations between held-out losses.

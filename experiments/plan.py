@@ -3,13 +3,18 @@
 Compiles the programs of the other experiments, as they stand, ahead of time
 for a described TPU topology: memory, arithmetic, traffic, and the least time
 that the chip's published figures allow. What does not fit is compiled again
-with another mesh, smaller slices and microbatches, until something does.
+in smaller slices and microbatches, with another mesh and another remat; of
+what fits, the fastest is the plan. Every attempt is kept in `tried.json`, and
+a plan that was cut goes on from there.
 
-Needs `pip install libtpu==0.0.42.*`; a TPU it needs not.
+Needs `pip install -r requirements-plan.txt`; a TPU it needs not.
 """
 
 import collections
 import dataclasses
+import functools
+import math
+import operator
 import os
 import re
 import time
@@ -32,10 +37,12 @@ from instruct_jax.types import (
   TextBatch,
 )
 
-STAGES = ('sft', 'reward', 'generate', 'score', 'update')
 EPISODES = ('generate', 'score', 'update')
+# Programs that run with the same models in memory, on one mesh.
+STAGES = (('sft',), ('reward',), EPISODES)
+SLICED = ('generate', 'score')
 
-Tokenizer = collections.namedtuple('Tokenizer', ['eos_id'])
+Tokenizer = collections.namedtuple('Tokenizer', ['stop_ids'])
 
 
 def validate(config):
@@ -43,9 +50,10 @@ def validate(config):
     raise ValueError(
       f'chip must be one of {sorted(programs_lib.CHIPS)}: {config.chip!r}'
     )
-  unknown = sorted(set(config.programs) - set(STAGES))
+  known = [name for names in STAGES for name in names]
+  unknown = sorted(set(config.programs) - set(known))
   if unknown:
-    raise ValueError(f'unknown programs {unknown}; known: {STAGES}')
+    raise ValueError(f'unknown programs {unknown}; known: {known}')
   if not config.meshes:
     raise ValueError('meshes is empty: there is nothing to try')
 
@@ -73,7 +81,7 @@ def topology_devices(config):
   except (RuntimeError, ImportError) as error:
     raise RuntimeError(
       f'no topology {config.topology!r}: {error}. Planning for TPUs needs '
-      '`pip install libtpu==0.0.42.*` (and no TPU).'
+      '`pip install -r requirements-plan.txt` (and no TPU).'
     ) from error
 
 
@@ -184,7 +192,7 @@ def ppo_program(name, config, mesh, remat, parts):
     stage,
     artifacts.make_module('policy', policy_shape),
     artifacts.make_module('scalar', scalar_shape),
-    Tokenizer(eos_id=1),
+    Tokenizer(stop_ids=(1,)),
   )
   policy = artifacts.abstract_state(
     'policy', policy_shape, mesh, built['policy_optimizer']
@@ -254,42 +262,67 @@ def build(name, config, mesh, remat, parts):
   return ppo_program(name, config, mesh, remat, parts)
 
 
-def largest_parts(name, config) -> int:
-  """Microbatches or slices at most: one row in each."""
-  if name in ('generate', 'score'):
-    return config.ppo.batch_size
+def largest_parts(name, config, mesh) -> int:
+  """Microbatches or slices at most: one row in each, on every shard."""
+  if name == 'reward':
+    return config.reward.batch_size  # Packed into as many rows as it takes.
+  rows = config.sft.batch_size
+  if name in EPISODES:
+    rows = config.ppo.batch_size
   if name == 'update':
-    return config.ppo.batch_size // config.ppo.num_minibatches
-  return config[name].batch_size
+    rows //= config.ppo.num_minibatches
+  return max(1, rows // (mesh.shape['data'] * mesh.shape['fsdp']))
 
 
-def first_parts(name, config) -> int:
-  if name in ('generate', 'score'):
-    return config.ppo.num_slices
-  return config['ppo' if name == 'update' else name].num_microbatches
+def first_parts(name, config, mesh, kept) -> int:
+  """Where the search begins: 1, or as many slices as the cache alone needs.
+
+  Fewer pieces read and gather the weights less often.
+  """
+  parts, room = 1, programs_lib.CHIPS[config.chip].memory - kept
+  if name == 'generate':
+    largest = largest_parts(name, config, mesh)
+    while cache_bytes(config, mesh, parts) > room and 2 * parts <= largest:
+      parts *= 2
+  return parts
 
 
-def measure(name, config, mesh, remat, parts):
-  """Compiles one program; everything known about it, bytes and seconds."""
+def measure(name, config, mesh, remat, parts, too_slow=math.inf):
+  """Compiles one program; everything known about it, bytes and seconds.
+
+  Not compiled is what cannot win: models that alone are larger than the
+  memory, and arithmetic that alone takes `too_slow` seconds.
+  """
   chip = programs_lib.CHIPS[config.chip]
   program, arguments, resident = build(name, config, mesh, remat, parts)
+  row = {
+    'program': name,
+    'mesh': list(mesh.shape.values()),
+    'remat': remat,
+    'parts': parts,
+    'resident': {
+      kind: programs_lib.bytes_per_chip(tree) for kind, tree in resident.items()
+    },
+  }
+  kept = sum(row['resident'].values())
+  row['cache'] = cache_bytes(config, mesh, parts) if name == 'generate' else 0.0
+  if kept + row['cache'] > chip.memory:
+    needed = kept + row['cache']
+    return row | {'needed': needed, 'missing': needed - chip.memory}
+  # Sampling reads the prompts, then runs one loop step a token.
+  phases = {name: 1}
+  if name == 'generate':
+    phases = {'prefill': 0, 'decode': config.ppo.response_length - 1}
   begin = time.monotonic()
   with sharding.use_mesh(mesh):
     traced = program.trace(*arguments)
-    num_trips = config.ppo.response_length - 1 if name == 'generate' else 1
-    num_flops = programs_lib.flops(traced.jaxpr, num_trips) / mesh.size
+    flops = _by_phase(
+      phases, lambda n: programs_lib.flops(traced.jaxpr, n) / mesh.size
+    )
+    row['flops'] = sum(flops.values())
+    if row['flops'] / chip.flops >= too_slow:
+      return row | {'slower': row['flops'] / chip.flops}
     lowered = traced.lower(lowering_platforms=('tpu',))
-    row = {
-      'program': name,
-      'mesh': list(mesh.shape.values()),
-      'remat': remat,
-      'parts': parts,
-      'flops': num_flops,
-      'resident': {
-        kind: programs_lib.bytes_per_chip(tree)
-        for kind, tree in resident.items()
-      },
-    }
     try:
       options = dict(o.split('=', 1) for o in config.compiler_options)
       compiled = lowered.compile(options)
@@ -298,29 +331,45 @@ def measure(name, config, mesh, remat, parts):
       if needed is None:
         raise
       if 'HLO temporaries' in str(error):
-        needed += sum(row['resident'].values())
+        needed += kept
       row['compile_seconds'] = time.monotonic() - begin
       return row | {'needed': needed, 'missing': needed - chip.memory}
   row['compile_seconds'] = time.monotonic() - begin
   text, memory = compiled.as_text(), compiled.memory_analysis()
-  moved = programs_lib.traffic(text, num_trips)
-  kept = sum(row['resident'].values())
   inputs = memory.argument_size_in_bytes
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
   # Of the arguments, the models are among the residents; the rest is new.
   fresh = max(0.0, inputs - _residents_read(arguments, resident))
   row['temporaries'] = float(memory.temp_size_in_bytes)
-  row['cache'] = cache_bytes(config, mesh, parts) if name == 'generate' else 0.0
   row['batches'] = float(fresh + outputs)
   row['code'] = float(memory.generated_code_size_in_bytes)
   row['needed'] = kept + row['temporaries'] + row['batches'] + row['code']
   row['missing'] = row['needed'] - chip.memory
+  traffic = _by_phase(phases, lambda n: programs_lib.traffic(text, n))
+  moved = functools.reduce(operator.add, traffic.values())
   row['memory_traffic'] = moved.memory
   row['collectives'] = dict(moved.collectives)
   row['kernels'] = programs_lib.num_kernels(text)
-  row['seconds'] = programs_lib.ceiling(chip, num_flops, moved)
-  row['least_seconds'] = max(row['seconds'].values())
+  row['seconds'] = {
+    phase: programs_lib.ceiling(chip, flops[phase], traffic[phase])
+    for phase in phases
+  }
+  row['least_seconds'] = sum(max(s.values()) for s in row['seconds'].values())
   return row
+
+
+def _by_phase(phases, cost_of_trips):
+  """What each phase costs, from the cost of the program by its loop's trips.
+
+  `phases` maps names to trips; the loop's own share is what they add.
+  """
+  if len(phases) == 1:
+    return {name: cost_of_trips(trips) for name, trips in phases.items()}
+  (outside, _), (inside, trips) = phases.items()
+  before, more = cost_of_trips(0), cost_of_trips(1)
+  if isinstance(before, float):
+    return {outside: before, inside: trips * (more - before)}
+  return {outside: before, inside: (more + before.times(-1)).times(trips)}
 
 
 def _residents_read(arguments, resident) -> float:
@@ -352,38 +401,74 @@ def _needed_bytes(message: str) -> float | None:
   return float(match[1]) * 1024 ** ('KMGT'.index(match[2]) + 1)
 
 
-def fit(name, config, mesh, remat, tried):
-  """The first number of microbatches or slices at which a program fits."""
-  parts = first_parts(name, config)
+class Attempts:
+  """All that was tried, on disk as it comes: a plan that was cut goes on."""
+
+  def __init__(self, path: epath.Path):
+    self._path = path
+    self.rows = run_lib.read_json(path) if path.exists() else []
+
+  def find(self, name, mesh, remat, parts):
+    """The row of an earlier attempt, or None."""
+    for row in self.rows:
+      if row['program'] == name and row['mesh'] == list(mesh.shape.values()):
+        # Without a backward pass there is nothing to compute again.
+        same = name in SLICED or row['remat'] == remat
+        if same and row['parts'] == parts and 'slower' not in row:
+          return row
+    return None
+
+  def add(self, row):
+    self.rows.append(row)
+    run_lib.write_json(self._path, self.rows)
+
+
+def attempt(name, config, mesh, remat, parts, attempts, too_slow):
+  """One row, measured now or before; a problem is a row too."""
+  row = attempts.find(name, mesh, remat, parts)
+  if row is not None:
+    return row
+  try:
+    row = measure(name, config, mesh, remat, parts, too_slow)
+  except ValueError as error:
+    row = {
+      'program': name,
+      'mesh': list(mesh.shape.values()),
+      'remat': remat,
+      'parts': parts,
+      'problem': str(error),
+    }
+  attempts.add(row)
+  print(f'plan: {_describe(row)}: {_verdict(row)}', flush=True)
+  return row
+
+
+def fit(name, config, mesh, remat, parts, attempts, too_slow=math.inf):
+  """The first number of microbatches or slices at which a program fits.
+
+  None where none does, or where it is slower than `too_slow` seconds.
+  """
+  chip = programs_lib.CHIPS[config.chip]
   while True:
-    try:
-      row = measure(name, config, mesh, remat, parts)
-    except ValueError as error:
-      tried.append(
-        {
-          'program': name,
-          'mesh': list(mesh.shape.values()),
-          'remat': remat,
-          'parts': parts,
-          'problem': str(error),
-        }
-      )
-      print(f'plan: {_describe(tried[-1])}: {error}', flush=True)
+    row = attempt(name, config, mesh, remat, parts, attempts, too_slow)
+    if 'problem' in row or 'slower' in row:
       return None
-    tried.append(row)
-    print(f'plan: {_describe(row)}: {_verdict(row)}', flush=True)
     if row['missing'] <= 0:
       return row
+    kept = sum(row['resident'].values())
+    room, rest = chip.memory - kept, row['needed'] - kept
     # Where the models alone are too large, smaller pieces help nothing.
-    chip = programs_lib.CHIPS[config.chip]
-    is_hopeless = sum(row['resident'].values()) > chip.memory
-    if is_hopeless or 2 * parts > largest_parts(name, config):
+    largest = largest_parts(name, config, mesh)
+    if room <= 0 or 2 * parts > largest:
       return None
     parts *= 2
+    # What is not the models shrinks with the pieces, at the best.
+    while room * 2 < rest and 2 * parts <= largest:
+      parts, rest = 2 * parts, rest / 2
 
 
 def _describe(row) -> str:
-  kind = 'slices' if row['program'] in ('generate', 'score') else 'microbatches'
+  kind = 'slices' if row['program'] in SLICED else 'microbatches'
   mesh = 'x'.join(map(str, row['mesh']))
   return (
     f'{row["program"]} on {mesh}, remat {row["remat"]}, {row["parts"]} {kind}'
@@ -391,64 +476,137 @@ def _describe(row) -> str:
 
 
 def _verdict(row) -> str:
-  size, seconds = row['needed'] / 2**30, row['compile_seconds']
+  if 'problem' in row:
+    return row['problem']
+  if 'slower' in row:
+    return f'not compiled: {row["slower"]:.3g} s of arithmetic, slower anyway'
+  size = f'{row["needed"] / 2**30:.1f} GiB'
+  when = 'not compiled: models and cache alone'
+  if 'compile_seconds' in row:
+    when = f'compiled in {row["compile_seconds"]:.0f} s'
   if row['missing'] > 0:
-    return (
-      f'{size:.1f} GiB, {row["missing"] / 2**30:.1f} GiB too much '
-      f'(compiled in {seconds:.0f} s)'
-    )
-  return (
-    f'{size:.1f} GiB, at least {row["least_seconds"]:.3g} s '
-    f'(compiled in {seconds:.0f} s)'
-  )
+    return f'{size}, {row["missing"] / 2**30:.1f} GiB too much ({when})'
+  return f'{size}, at least {row["least_seconds"]:.3g} s ({when})'
 
 
-def plan_once(config, devices, shape, remat, tried):
-  """All programs on one mesh; None unless each fits."""
-  mesh = sharding.make_mesh(shape, devices)
-  found = {}
-  for name in config.programs:
-    row = fit(name, config, mesh, remat, tried)
+def plan_once(names, config, mesh, remat, attempts, too_slow):
+  """The programs of one stage on one mesh; None unless each fits."""
+  found, slices = {}, 1
+  for name in names:
+    kept = 0.0
+    if name == 'generate':
+      _, _, resident = build(name, config, mesh, remat, 1)
+      kept = sum(map(programs_lib.bytes_per_chip, resident.values()))
+    parts = first_parts(name, config, mesh, kept)
+    spent = sum(row['least_seconds'] for row in found.values())
+    # One key says in how many slices a batch is sampled and scored.
+    parts = max(parts, slices) if name in SLICED else parts
+    row = fit(name, config, mesh, remat, parts, attempts, too_slow - spent)
     if row is None:
       return None
     found[name] = row
+    if name in SLICED and row['parts'] > slices:
+      slices = row['parts']
+      if name == 'score' and 'generate' in found:
+        again = fit('generate', config, mesh, remat, slices, attempts)
+        if again is None:
+          return None
+        found['generate'] = again
   return found
+
+
+def search(names, config, devices, attempts):
+  """The fastest of the meshes and remats on which a stage's programs fit.
+
+  Meshes come in the order of their tensor parallelism: once more of it is
+  slower, the rest are left out.
+  """
+  best, best_seconds = None, math.inf
+  for remat in config.remats:
+    for shape in config.meshes:
+      mesh = sharding.make_mesh(shape, devices)
+      found = plan_once(names, config, mesh, remat, attempts, best_seconds)
+      if found is None:
+        continue
+      seconds = sum(row['least_seconds'] for row in found.values())
+      is_slower = seconds >= best_seconds
+      if not is_slower:
+        best, best_seconds = found, seconds
+      if is_slower or config.stop_at_first:
+        break
+    if best and config.stop_at_first:
+      break
+  return best
 
 
 def run(config, workdir: epath.Path):
   validate(config)
   devices = topology_devices(config)
-  tried, plans = [], []
-  for shape in config.meshes:
-    for remat in config.remats:
-      found = plan_once(config, devices, shape, remat, tried)
-      if found is not None:
-        plans.append(found)
-      run_lib.write_json(workdir / 'tried.json', tried)
-      if plans and config.stop_at_first:
-        break
-    if plans and config.stop_at_first:
-      break
-  if not plans:
-    raise RuntimeError(
-      f'{config.size} fits on {config.topology} in none of '
-      f'{len(tried)} attempts ({workdir / "tried.json"}): add chips, meshes '
-      'with more tensor parallelism, or remat "full"'
-    )
-  best = min(plans, key=lambda p: sum(r['least_seconds'] for r in p.values()))
+  attempts = Attempts(workdir / 'tried.json')
+  rows, without = {}, []
+  for names in STAGES:
+    names = [name for name in names if name in config.programs]
+    found = search(names, config, devices, attempts) if names else {}
+    if found is None:
+      without += names
+    else:
+      rows |= found
   summary = {
     'size': config.size,
     'chip': config.chip,
     'num_chips': len(devices),
-    'programs': best,
+    'programs': rows,
+    'knobs': knobs(rows, attempts.rows),
   }
-  if set(EPISODES) <= set(best):
-    summary['iteration'] = iteration(config, best, len(devices))
-  run_lib.write_json(workdir / 'plan.json', summary)
+  if set(EPISODES) <= set(rows):
+    summary['iteration'] = iteration(config, rows, len(devices))
   text = table(summary)
   (workdir / 'plan.md').write_text(text)
   print(text, flush=True)
+  if without:
+    raise RuntimeError(
+      f'{config.size}: {", ".join(without)} fit on {config.topology} in none '
+      f'of {len(attempts.rows)} attempts ({workdir / "tried.json"}): add '
+      'chips, meshes with more tensor parallelism, or remat "full"'
+    )
+  run_lib.write_json(workdir / 'plan.json', summary)
   return summary
+
+
+def knobs(rows, tried) -> list[str]:
+  """For each attempt that did not fit, by how much, and what made it fit."""
+  lines = []
+  for failed in tried:
+    if not failed.get('missing', 0) > 0:
+      continue
+    line = f'{_describe(failed)}: {_verdict(failed)}'
+    name, change = failed['program'], None
+    for row in tried:
+      if row['program'] != name or row.get('missing', 1) > 0:
+        continue
+      keys = [k for k in ('mesh', 'remat', 'parts') if row[k] != failed[k]]
+      # The smallest change that was tried.
+      if change is None or len(keys) < len(change[0]):
+        change = keys, row
+    if change is None and name in rows:
+      change = ('mesh', 'remat', 'parts'), rows[name]
+    if change is None:
+      line += '; nothing that was tried makes it fit'
+    else:
+      keys, row = change
+      told = ', '.join(_knob(key, row) for key in keys)
+      line += f'; fits with {told}: {row["needed"] / 2**30:.1f} GiB'
+    lines.append(line)
+  return lines
+
+
+def _knob(key, row) -> str:
+  if key == 'mesh':
+    return f'mesh {tuple(row["mesh"])}'
+  if key == 'remat':
+    return f'remat "{row["remat"]}"'
+  kind = 'num_slices' if row['program'] in SLICED else 'num_microbatches'
+  return f'{kind} {row["parts"]}'
 
 
 def iteration(config, rows, num_chips):
@@ -470,26 +628,35 @@ def table(summary) -> str:
     f'{summary["size"]} on {summary["num_chips"]} x {summary["chip"]}; figures '
     'per chip.',
     '',
-    '| program | mesh, remat, parts | memory GiB (models, optimizer, rest) '
-    '| TFLOP | memory traffic GB | between chips GB | kernels | compiled s '
-    '| least time s |',
+    '| program | mesh, remat, parts | memory GiB: models, optimizer, cache, '
+    'temporaries, all | TFLOP | memory traffic GB | between chips GB '
+    '| kernels | compiled s | least time s |',
     '|---|---|---|---|---|---|---|---|---|',
   ]
   for name, row in summary['programs'].items():
     kept = row['resident']
-    models_size = sum(kept.values()) - kept['optimizer']
-    rest = row['needed'] - sum(kept.values())
+    sizes = (
+      sum(kept.values()) - kept['optimizer'],
+      kept['optimizer'],
+      row['cache'],
+      # The cache is one of the temporaries.
+      row['needed'] - sum(kept.values()) - row['cache'],
+      row['needed'],
+    )
+    sizes = ', '.join(f'{size / 2**30:.2f}' for size in sizes)
     collectives = ', '.join(
       f'{kind} {size / 1e9:.3g}' for kind, size in row['collectives'].items()
     )
     mesh = 'x'.join(map(str, row['mesh']))
+    times = ', '.join(
+      f'{phase} {max(seconds.values()):.3g} ({max(seconds, key=seconds.get)})'
+      for phase, seconds in row['seconds'].items()
+    )
     lines.append(
       f'| {name} | {mesh}, {row["remat"]}, {row["parts"]} '
-      f'| {row["needed"] / 2**30:.2f} ({models_size / 2**30:.2f}, '
-      f'{kept["optimizer"] / 2**30:.2f}, {rest / 2**30:.2f}) '
-      f'| {row["flops"] / 1e12:.3g} | {row["memory_traffic"] / 1e9:.3g} '
-      f'| {collectives or "none"} | {row["kernels"]} '
-      f'| {row["compile_seconds"]:.0f} | {row["least_seconds"]:.3g} |'
+      f'| {sizes} | {row["flops"] / 1e12:.3g} '
+      f'| {row["memory_traffic"] / 1e9:.3g} | {collectives or "none"} '
+      f'| {row["kernels"]} | {row["compile_seconds"]:.0f} | {times} |'
     )
   if 'iteration' in summary:
     whole = summary['iteration']
@@ -499,4 +666,7 @@ def table(summary) -> str:
       f'{whole["tokens_per_second_per_chip"]:.0f} tokens a second and chip, at '
       f'least {whole["chip_hours"]:.3g} chip-hours for all episodes.',
     ]
+  if summary['knobs']:
+    lines += ['', 'What did not fit, and what made it fit:', '']
+    lines += [f'- {line}' for line in summary['knobs']]
   return '\n'.join(lines) + '\n'

@@ -132,8 +132,9 @@ def run(config, workdir: epath.Path):
     ) as steps:
       programs = steps.watched(programs)
       state = steps.restore(sharding.place(state, mesh))
-      for step in steps.steps():
-        batch = sharding.put_batch(batches[step], mesh)
+      data = loader.ahead(batches.__getitem__)
+      for step, host_batch in steps.steps_with(data):
+        batch = sharding.put_batch(host_batch, mesh)
         state, metrics = programs['update'](
           state, batch, jax.random.fold_in(keys['loop'], step)
         )

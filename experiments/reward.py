@@ -130,9 +130,9 @@ def train(config, workdir, name, rows, model, seed):
   ) as steps:
     programs = steps.watched(programs)
     state = steps.restore(sharding.place(state, mesh))
-    for step in steps.steps():
+    for step, host_batch in steps.steps_with(loader.ahead(pack)):
       # Every process packs the whole batch, for `ends` points across rows.
-      batch = sharding.put_whole(pack(step), mesh)
+      batch = sharding.put_whole(host_batch, mesh)
       state, metrics = programs['update'](
         state, batch, jax.random.fold_in(root, step)
       )

@@ -192,7 +192,7 @@ def content_hash(directory: epath.PathLike) -> str:
   """SHA-256 of all that a model folder holds: names and bytes of its files."""
   folder = epath.Path(directory)
   if is_published(directory):
-    folder = hf.locate(str(directory))
+    folder = epath.Path(hub.locate(str(directory)))
   if not folder.is_dir():
     raise checkpoint.CheckpointError(f'{directory}: no model folder here')
   total = hashlib.sha256()
@@ -331,8 +331,26 @@ def text_logprobs_fn(module: heads.Policy, deterministic: bool = True):
   return text_logprobs
 
 
-def scalars_fn(module: heads.ScalarModel):
-  """`types.ScalarsFn` of a reward or value model."""
+def packed_logprobs_fn(module: heads.Policy, temperature: float, longest: int):
+  """`types.PackedLogprobsFn` of a policy; no segment is longer than that."""
+  return lambda params, tokens, segments, where, targets: module.apply(
+    {'params': params},
+    tokens,
+    segments,
+    where,
+    targets,
+    temperature,
+    longest,
+    method='packed_logprobs',
+  )
+
+
+def scalars_fn(module: heads.ScalarModel, longest: int = 0):
+  """`types.ScalarsFn` of a reward or value model.
+
+  Packed rows have segments in the place of the mask; `longest` is as in
+  `Transformer.__call__`.
+  """
   return lambda params, tokens, segments: module.apply(
-    {'params': params}, tokens, segments
+    {'params': params}, tokens, segments, longest
   )

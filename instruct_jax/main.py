@@ -39,6 +39,16 @@ SINGLE_EXPERIMENTS = (
 
 # Keys that may differ between the runs of one work directory.
 MACHINE_KEYS = ('mesh', 'loop', 'xla_flags', 'compilation_cache')
+# Keys of any stage that are sizes; 0 would fail late, or do nothing.
+_AT_LEAST_ONE = (
+  'batch_size',
+  'eval_batch_size',
+  'num_epochs',
+  'num_microbatches',
+  'row_length',
+  'prompt_length',
+  'response_length',
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file, say configs/ppo_ptx.py:smoke.'
@@ -106,6 +116,28 @@ def run_stage(config, workdir: epath.Path) -> None:
   run_lib.say(f'{config.name}: done in {seconds:.1f} s')
 
 
+def check_numbers(stage) -> None:
+  """Sizes and rates that mean the same in every experiment.
+
+  Raises:
+    ValueError: one of them is too small; the key is named.
+  """
+  for key in _AT_LEAST_ONE:
+    if key in stage and stage[key] < 1:
+      raise ValueError(
+        f'{stage.name}: {key} must be at least 1, got {stage[key]}'
+      )
+  if 'learning_rate' in stage and not stage.learning_rate > 0:
+    raise ValueError(
+      f'{stage.name}: learning_rate must be positive, got {stage.learning_rate}'
+    )
+  if 'temperature' in stage and not stage.temperature >= 0:
+    raise ValueError(
+      f'{stage.name}: temperature must not be negative (0 takes the most '
+      f'probable token), got {stage.temperature}'
+    )
+
+
 def run(config, workdir: epath.Path, described) -> None:
   """Validates everything, then runs the experiment or all of its stages.
 
@@ -128,6 +160,7 @@ def run(config, workdir: epath.Path, described) -> None:
     else [config]
   )
   for stage in stages:
+    check_numbers(stage)
     find_experiment(stage.experiment).validate(stage)
     if jax.process_count() > 1 and stage.experiment in SINGLE_EXPERIMENTS:
       raise ValueError(

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instruct_jax import artifacts, masked, rollout
+from instruct_jax import artifacts, hub, masked, rollout
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding
-from instruct_jax.models import heads, hf
+from instruct_jax.models import heads
 from instruct_jax.models.transformer import make_cache
 from instruct_jax.types import Params, PromptBatch
 
@@ -35,7 +35,7 @@ def tokenizer_of(source: str, default_folder: str) -> tokenizer_lib.Tokenizer:
     ValueError: neither is there.
   """
   if artifacts.is_published(source):
-    folder = hf.locate(source)
+    folder = hub.locate(source)
     if (folder / 'tokenizer.json').exists():
       return tokenizer_lib.Tokenizer.load(folder)
   if not default_folder:

@@ -150,6 +150,33 @@ class PPOBatch:
   returns: Float[Array, 'B R']
 
 
+@flax.struct.dataclass
+class PackedPPOBatch:
+  """A `PPOBatch` in dense rows, several episodes to a row (`packing.py`).
+
+  Q counts the response tokens of a row; what a padded batch holds at [B, R]
+  stands here at [M, Q].
+
+  Attributes:
+    tokens: episodes, one behind the other.
+    segments: 0 on padding; 1, 2, ... number the episodes of a row.
+    where: column of the position that predicts each response token.
+    targets: those response tokens.
+    response_mask: True where there is one.
+    old_logprobs, old_values, advantages, returns: as in `PPOBatch`.
+  """
+
+  tokens: Int[Array, 'M T']
+  segments: Int[Array, 'M T']
+  where: Int[Array, 'M Q']
+  targets: Int[Array, 'M Q']
+  response_mask: Bool[Array, 'M Q']
+  old_logprobs: Float[Array, 'M Q']
+  old_values: Float[Array, 'M Q']
+  advantages: Float[Array, 'M Q']
+  returns: Float[Array, 'M Q']
+
+
 # (params, batch, key) -> (summed loss, (weight, metrics)). The optimised loss
 # is summed loss / weight, with both summed over microbatches first.
 LossFn = Callable[
@@ -160,6 +187,12 @@ LossFn = Callable[
 # of the last `num_response` tokens, both [B, R], float32, nats.
 LogprobsFn = Callable[
   [Params, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]
+]
+# (params, tokens [M, T], segments [M, T], where [M, Q], targets [M, Q]) ->
+# logprobs and entropies of the targets, both [M, Q], float32, nats.
+PackedLogprobsFn = Callable[
+  [Params, jax.Array, jax.Array, jax.Array, jax.Array],
+  tuple[jax.Array, jax.Array],
 ]
 # (params, tokens [B, T], mask [B, T]) -> one float32 scalar per position.
 ScalarsFn = Callable[[Params, jax.Array, jax.Array], jax.Array]

@@ -1,5 +1,6 @@
 import collections
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -198,6 +199,29 @@ def test_batches_are_a_function_of_seed_and_step():
   # A resumed run asks for step 1000 first, and gets what it would have got.
   assert again[1000] == first[1000] and again[3] == first[3]
   assert first[0] != loader.make_batches(examples, batch_size=8, seed=2)[0]
+
+
+def test_batches_are_made_ahead_in_order():
+  batches = loader.make_batches(list(range(50)), batch_size=8, seed=1)
+  found = list(loader.ahead(batches.__getitem__)(3, 9))
+  assert found == [batches[step] for step in range(3, 9)]
+  made = []
+
+  def slowly_used(step):
+    made.append(step)
+    if step == 5:
+      raise ValueError('no batch 5')
+    return step
+
+  waiting = loader.ahead(slowly_used, 2)(0, 10**9)
+  assert next(waiting) == 0
+  deadline = time.monotonic() + 10
+  while len(made) < 3 and time.monotonic() < deadline:
+    time.sleep(0.01)
+  # Two lie ready that nobody asked for; not many more.
+  assert made[:3] == [0, 1, 2] and len(made) < 5
+  with pytest.raises(ValueError, match='no batch 5'):
+    list(waiting)
 
 
 def test_order_and_remainder():

@@ -31,7 +31,7 @@ FLOORS = {
   'artifacts': ('types', 'hub', 'models', 'infra'),
   'export': ('artifacts', 'data', 'models', 'infra'),
   'rollout': ('types', *ALGORITHM, 'infra.train_state'),
-  'ppo': ('types', *ALGORITHM, 'infra.train_state'),
+  'ppo': ('types', *ALGORITHM, 'infra.train_state', 'infra.sharding'),
   'supervised': ('types', *ALGORITHM, 'infra.train_state'),
   # Models and sampling meet here for evaluation, and in experiments.
   'queries': (
@@ -80,7 +80,7 @@ FLOORS = {
     'supervised',
     'evals',
   ),
-  # Compiles what the other experiments build, without running it.
+  # Compiles what the other experiments build, without running it; or times it.
   'experiments.plan': (
     'types',
     'infra',
@@ -90,6 +90,16 @@ FLOORS = {
     'models.config',
     'experiments.sft',
     'experiments.reward',
+    'experiments.ppo_ptx',
+  ),
+  'experiments.benchmark': (
+    'types',
+    'data',
+    'infra',
+    'artifacts',
+    'packing',
+    'models.config',
+    'experiments.sft',
     'experiments.ppo_ptx',
   ),
   # Beside the experiments: commands of their own.

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +36,20 @@ class KilledError(Exception):
   """In the place of a kill: nothing of the loop runs after it."""
 
 
+def numbers(first, last):
+  """The batch of a step is its number; the fourth takes a while."""
+  for step in range(first, last):
+    time.sleep(0.2 if step == 3 else 0)
+    yield step
+
+
 def run_loop(workdir, kill_at=None, stop_at=None, update_fn=update, **changes):
   state = train_state.create({'w': jnp.ones(3)}, OPTIMIZER)
   arguments = {'log_every': 2, 'checkpoint_every': 4} | changes
   with loop.Loop(workdir, 'toy', NUM_STEPS, **arguments) as steps:
     state = steps.restore(state)
-    for step in steps.steps():
+    for step, batch in steps.steps_with(numbers):
+      assert batch == step
       if step == kill_at:
         raise KilledError
       if step == stop_at:
@@ -99,6 +108,16 @@ def test_rates_count_the_items_of_the_line(uninterrupted):
     np.testing.assert_allclose(
       line['timing/items_per_second'] * line['timing/seconds'], 7 * steps
     )
+
+
+def test_time_spent_waiting_for_batches_is_told(uninterrupted):
+  lines = metrics.read_lines(uninterrupted[0] / metrics.TIMING_FILE)
+  waited = {
+    line['step']: line['timing/waiting_fraction'] * line['timing/seconds']
+    for line in lines
+  }
+  # The batch of step 3 took 0.2 s, and is on the line after it.
+  assert 0.2 <= waited[4] == max(waited.values())
 
 
 # Before the first checkpoint, right after one, between, and after the last.

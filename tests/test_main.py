@@ -101,6 +101,22 @@ def test_every_stage_is_validated_before_the_first_runs(toys, workdir):
   assert not list(workdir.iterdir())
 
 
+@pytest.mark.parametrize(
+  ('key', 'value', 'message'),
+  [
+    ('batch_size', 0, 'b: batch_size must be at least 1, got 0'),
+    ('learning_rate', 0.0, 'b: learning_rate must be positive, got 0.0'),
+    ('temperature', -1.0, 'b: temperature must not be negative .*, got -1.0'),
+  ],
+)
+def test_numbers_without_sense_are_named(toys, workdir, key, value, message):
+  second = stage('b')
+  second[key] = value
+  with pytest.raises(ValueError, match=message):
+    run(pipeline(stage('a'), second), workdir)
+  assert not list(workdir.iterdir())
+
+
 def test_all_experiments_of_the_repository_are_found():
   for file in (ROOT / 'experiments').glob('*.py'):
     if file.stem != '__init__':

@@ -13,10 +13,11 @@ from instruct_jax.infra import programs
 
 @pytest.fixture
 def config():
-  pytest.importorskip('libtpu', reason='pip install libtpu==0.0.42.*')
+  pytest.importorskip('libtpu', reason='pip install -r requirements-plan.txt')
   config = config_file.get_config('miniature,v5e-4')
   with config.unlocked():
     config.programs = ('sft',)
+    config.stop_at_first = True
     # Long enough rows and wide enough heads for the attention kernel.
     for shape in (config.policy, config.scalar):
       shape.head_dim, shape.context_length = 64, 128
@@ -54,7 +55,7 @@ def test_what_cannot_fit_says_by_how_much(config, workdir, monkeypatch, capsys):
   monkeypatch.setitem(programs.CHIPS, 'v5e', small)
   with config.unlocked():
     config.meshes = ((1, -1, 1),)
-  with pytest.raises(RuntimeError, match='fits on v5e:2x2 in none of 1'):
+  with pytest.raises(RuntimeError, match='sft fit on v5e:2x2 in none of 1 '):
     plan.run(config, epath.Path(workdir))
   assert 'GiB too much' in capsys.readouterr().out
   tried = json.loads((workdir / 'tried.json').read_text())

@@ -4,7 +4,8 @@ Two halves. The row functions turn a whole data set into one NumPy-filled batch
 type of `types.py` (N rows), with every mask set where the text is tokenised.
 `make_batches` and `mixture` then give batch number `step` of a seeded,
 reshuffled stream, by random access: the position of a run in its data is its
-step number, and there is nothing else to save or restore.
+step number, and there is nothing else to save or restore. `ahead` makes the
+next batches while the device is busy with the one before.
 
 What does not fit is dropped and counted, never cut: a cut response would teach
 the model to stop in mid-sentence. Pretraining documents are the exception.
@@ -15,7 +16,7 @@ import bisect
 import dataclasses
 import fractions
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import grain
@@ -636,6 +637,30 @@ def mixture(
         f'{batch_size} with a share of {fraction} mixed in'
       )
   return grain.MapDataset.range(num_steps).map(make_batch)
+
+
+def ahead(
+  batch_fn: Callable[[int], Any], num_ahead: int = 2
+) -> Callable[[int, int], Iterator[Any]]:
+  """Batches of consecutive steps, made by a thread before they are asked for.
+
+  Order and content are those of `batch_fn(step)`, so a run that starts again
+  at a step gets what it would have got.
+
+  Args:
+    batch_fn: step -> its batch; `batches.__getitem__` of the data sets above.
+    num_ahead: how many are kept ready.
+
+  Returns:
+    (first step, one past the last) -> iterator over their batches.
+  """
+  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=num_ahead)
+
+  def open_at(first: int, last: int) -> Iterator[Any]:
+    steps = grain.MapDataset.range(first, last).map(batch_fn)
+    return iter(steps.to_iter_dataset(options))
+
+  return open_at
 
 
 def _check_batches(

@@ -2,25 +2,28 @@
 
   with Loop(workdir, 'sft', num_steps, log_every=10, checkpoint_every=100) as l:
     state = l.restore(state)
-    for step in l.steps():
-      state, metrics = update(state, batches[step], key_of(step))
+    for step, batch in l.steps_with(loader.ahead(batch_fn)):
+      state, metrics = update(state, batch, key_of(step))
       l.end_step(step, state, metrics)
 
 What the loop computes stays in the experiment. Resume order: the stage's own
-newest checkpoint, else the state handed to `restore`.
+newest checkpoint, else the state handed to `restore`. `timing.jsonl` says which
+share of its time the loop stood waiting for batches.
 """
 
 import contextlib
 import re
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, SupportsFloat
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, SupportsFloat, TypeVar
 
 import jax
 from etils import epath
 
 from instruct_jax.infra import checkpoint, metrics, run, train_state, watch
 from instruct_jax.types import Metrics, PyTree
+
+Batch = TypeVar('Batch')
 
 
 class Loop:
@@ -90,6 +93,7 @@ class Loop:
     self._start = 0
     self._pending: Metrics = {}
     self._pending_items = 0
+    self._waited = 0.0
     self._last_line = 0
     self._last_log = self._last_checkpoint = time.monotonic()
     self._watch = watch.Watch(name)
@@ -164,6 +168,21 @@ class Loop:
         self._is_profiling = False
         self._profiled = range(0)
 
+  def steps_with(
+    self, open_fn: Callable[[int, int], Iterator[Batch]]
+  ) -> Iterator[tuple[int, Batch]]:
+    """Step numbers still to run, each with its batch.
+
+    Args:
+      open_fn: (first step, one past the last) -> their batches in order.
+    """
+    batches = open_fn(self._start, self._num_steps)
+    for step in self.steps():
+      before = time.monotonic()
+      batch = next(batches)
+      self._waited += time.monotonic() - before
+      yield step, batch
+
   def end_step(
     self,
     step: int,
@@ -212,9 +231,10 @@ class Loop:
         {
           'timing/seconds': seconds,
           'timing/items_per_second': self._pending_items / seconds,
+          'timing/waiting_fraction': self._waited / seconds,
         },
       )
-      self._pending_items = 0
+      self._pending_items, self._waited = 0, 0.0
       self._watch.lap(done, done - self._last_line)
       self._last_line = done
       for name, watched in states.items():

@@ -224,6 +224,31 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, P(*entries))
 
 
+def constrain_rows(batch: PyTree, axis: int = 0) -> PyTree:
+  """Asks the compiler to cut the rows of each array over `data` and `fsdp`.
+
+  For rows that were picked or reshaped inside a program: left to the compiler,
+  a microbatch may end up on one device, or whole on all of them.
+
+  Args:
+    batch: arrays whose axis `axis` counts rows; others, and axes that do not
+      divide, are left alone. The axes before it are kept whole.
+    axis: of the rows.
+  """
+  sizes = jax.sharding.get_abstract_mesh().shape
+  if not sizes:
+    return batch
+
+  def cut(x):
+    if x.ndim <= axis or x.shape[axis] % _num_parts(BATCH_AXES, sizes):
+      return x
+    rest = (P.UNCONSTRAINED,) * (x.ndim - axis - 1)
+    spec = P(*(None,) * axis, BATCH_AXES, *rest)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+  return jax.tree.map(cut, batch)
+
+
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
   """Moves a host batch onto the mesh, rows cut over `data` and `fsdp`.
 

@@ -104,6 +104,7 @@ def accumulate_gradients(
       f'{num_microbatches} microbatches do not divide a batch of {batch_size}'
     )
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  batch = sharding.constrain_rows(batch)
   if num_microbatches == 1:
     (loss, (weight, metrics)), grads = grad_fn(params, batch, key)
   else:
@@ -111,6 +112,8 @@ def accumulate_gradients(
     micro = jax.tree.map(
       lambda x: x.reshape(num_microbatches, size, *x.shape[1:]), batch
     )
+    # Each microbatch on all devices, not each on some.
+    micro = sharding.constrain_rows(micro, axis=1)
     keys = jax.random.split(key, num_microbatches)
 
     def add(total, inputs):

@@ -8,6 +8,7 @@ axis. `deterministic` and `cache` are call arguments: the same module trains,
 scores and decodes.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -191,6 +192,8 @@ class Sight:
   segments: Int[Array, 'B T'] | None
   tables: tuple[jax.Array, jax.Array] | None
   kernel: str | None = flax.struct.field(pytree_node=False, default=None)
+  # Tokens of a block, where attention reaches over a few blocks only.
+  block: int = flax.struct.field(pytree_node=False, default=0)
 
 
 class Block(nn.Module):
@@ -280,6 +283,15 @@ class Block(nn.Module):
         fresh_keys,
         fresh_values,
         sight.segments,
+      )
+    elif sight.block:
+      mixed = attention.in_blocks(
+        functools.partial(attend, config),
+        queries,
+        keys,
+        values,
+        sight.allowed,
+        sight.block,
       )
     else:
       mixed = attend(config, queries, keys, values, sight.allowed)
@@ -417,6 +429,7 @@ class Transformer(nn.Module):
     *,
     deterministic: bool = True,
     cache: Cache | None = None,
+    longest: int = 0,
   ) -> tuple[Float[Array, 'B T D'], Cache | None]:
     """Hidden states after the final norm.
 
@@ -427,15 +440,19 @@ class Transformer(nn.Module):
       deterministic: True switches dropout off.
       cache: when given, the tokens continue the cached ones (one segment a
         row) and the cache comes back with them added.
+      longest: tokens of the longest segment, when rows may be much longer:
+        attention then costs what segments cost, and not what rows do. 0: a
+        segment may be as long as a row.
 
     Raises:
-      ValueError: more tokens than the context length.
+      ValueError: segments that may be longer than the context length.
     """
     config = self.config
     num_tokens = tokens.shape[1]
-    if num_tokens > config.context_length:
+    if (longest or num_tokens) > config.context_length:
       raise ValueError(
-        f'{num_tokens} tokens in a context of {config.context_length}'
+        f'{longest or num_tokens} tokens in a context of '
+        f'{config.context_length}'
       )
     mask = segments > 0
     if cache is None:
@@ -470,11 +487,17 @@ class Transformer(nn.Module):
     if cache is None or cache.is_empty:
       kernel = attention.choose(config, tokens.shape[0], num_tokens)
     tables = self._tables(config.rotary, positions)
-    if kernel is None:
-      sights = [Sight(allowed, None, tables)]
-    else:
-      sights = [Sight(None, segments, tables, kernel)]
     windowed = config.window_layers or (False,) * config.num_layers
+    block = 0
+    if cache is None and not any(windowed):
+      block = attention.block_size(num_tokens, longest)
+    if kernel is not None:
+      sights = [Sight(None, segments, tables, kernel)]
+    elif block:
+      allowed = attention.allowed_in_blocks(segments, longest, block)
+      sights = [Sight(allowed, None, tables, block=block)]
+    else:
+      sights = [Sight(allowed, None, tables)]
     if any(windowed) and kernel is None:
       rotary = config.window_rotary or config.rotary
       near = positions[:, :, None] - slot_positions[:, None, :] < config.window
