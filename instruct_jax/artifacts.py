@@ -6,10 +6,12 @@ any compute is spent.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,10 +19,10 @@ from etils import epath
 
 from instruct_jax import hub
 from instruct_jax.infra import checkpoint, sharding, train_state
-from instruct_jax.models import heads, hf
+from instruct_jax.models import decoding, heads, hf
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.transformer import make_cache
-from instruct_jax.types import Key, Params
+from instruct_jax.types import Decoder, Key, Params
 
 KINDS = {'policy': heads.Policy, 'scalar': heads.ScalarModel}
 
@@ -288,6 +290,44 @@ def load(
 
 
 # --- A model as the functions that the method takes ---------------------------
+
+
+def decoder(module: heads.Policy, gather_weights: bool = True) -> Decoder:
+  """What `rollout.generate` samples with.
+
+  Args:
+    module: the policy.
+    gather_weights: put the weights together over `fsdp` once a rollout, in the
+      compute dtype, and keep them so; otherwise they stay cut as in training,
+      and every token gathers them again: slower, where memory is short.
+  """
+  boxed = jax.eval_shape(_init_fn(module), jax.random.key(0))
+  kept = {'embed': None} if gather_weights else {}
+
+  def lay_out(leaf, x):
+    return sharding.constrain(x, *(kept.get(n, n) for n in leaf.names))
+
+  def prepare(params):
+    params, cast = (
+      jax.tree.map(
+        lay_out, boxed, tree, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+      )
+      for tree in (params, decoding.in_compute_dtype(module.config, params))
+    )
+    return decoding.weights_of(module.config, params, cast)
+
+  def make_cache(num_slots, num_columns):
+    return jax.tree.map(
+      lambda x: sharding.constrain(x, 'batch', 'kv_heads', None, None),
+      decoding.make_cache(module.config, num_slots, num_columns),
+    )
+
+  return Decoder(
+    prepare=prepare,
+    make_cache=make_cache,
+    read=functools.partial(decoding.read, module),
+    step=functools.partial(decoding.step, module),
+  )
 
 
 def extend_fn(module: heads.Policy):

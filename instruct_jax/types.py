@@ -18,7 +18,7 @@ last token and its response's first are always neighbours (columns P-1 and P).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -196,3 +196,26 @@ PackedLogprobsFn = Callable[
 ]
 # (params, tokens [B, T], mask [B, T]) -> one float32 scalar per position.
 ScalarsFn = Callable[[Params, jax.Array, jax.Array], jax.Array]
+
+
+class Decoder(NamedTuple):
+  """A policy as the functions that `rollout.generate` samples with.
+
+  A cache is a pytree of arrays [S, K, W, ...]: slots first, columns third. A
+  row's token in position c lies in column c.
+
+  Attributes:
+    prepare: params -> the policy's weights as the others take them.
+    make_cache: (slots, columns) -> empty cache.
+    read: (weights, tokens [S, P], lengths [S]) -> cache of S right-padded
+      prompts, P columns.
+    step: (weights, tokens [S], lengths [S], cache) -> (logits [S, V] after
+      these tokens, cache with each token in column `lengths`).
+  """
+
+  prepare: Callable[[Params], PyTree]
+  make_cache: Callable[[int, int], PyTree]
+  read: Callable[[PyTree, jax.Array, jax.Array], PyTree]
+  step: Callable[
+    [PyTree, jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]
+  ]

@@ -293,9 +293,11 @@ def test_what_is_written_is_kept_without_a_button(browser, live):
   # A submit while a draft is on its way waits for it.
   page.route(
     '**/task/**',
-    lambda route: (time.sleep(0.5), route.continue_())
-    if 'autosave' in (route.request.post_data or '')
-    else route.continue_(),
+    lambda route: (
+      (time.sleep(0.5), route.continue_())
+      if 'autosave' in (route.request.post_data or '')
+      else route.continue_()
+    ),
   )
   with page.expect_request(
     lambda request: 'autosave' in (request.post_data or '')

@@ -533,9 +533,7 @@ def test_every_reply_has_the_headers(site):
     assert reply.headers['x-content-type-options'] == 'nosniff'
 
 
-def test_a_fault_of_ours_shows_nothing_and_keeps_the_headers(
-  site, monkeypatch
-):
+def test_a_fault_of_ours_shows_nothing_and_keeps_the_headers(site, monkeypatch):
   def broken(the_store):
     del the_store
     raise RuntimeError('secret detail')

@@ -45,6 +45,9 @@ LOGICAL_RULES = {
 }
 
 
+_ONE = dict.fromkeys(MESH_AXES, 1)
+
+
 def make_mesh(
   shape: Sequence[int], devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
@@ -247,6 +250,32 @@ def constrain_rows(batch: PyTree, axis: int = 0) -> PyTree:
     return jax.lax.with_sharding_constraint(x, spec)
 
   return jax.tree.map(cut, batch)
+
+
+def num_batch_shards() -> int:
+  """Parts into which the current mesh cuts the rows of a batch."""
+  return _num_parts(BATCH_AXES, jax.sharding.get_abstract_mesh().shape or _ONE)
+
+
+def per_shard(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
+  """Lets every shard of rows run a function of rows for itself.
+
+  What follows indices from one row to another then stays on its device; left
+  to the compiler, the rows of all devices might be gathered first. Heads that
+  are cut over `tensor` stay cut.
+
+  Args:
+    fn: arrays to arrays, the first axis of each a shard's own rows.
+  """
+  if num_batch_shards() == 1:
+    return fn
+  return jax.shard_map(
+    fn,
+    in_specs=P(BATCH_AXES),
+    out_specs=P(BATCH_AXES),
+    axis_names=set(BATCH_AXES),
+    check_vma=False,
+  )
 
 
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
