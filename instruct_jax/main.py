@@ -22,7 +22,9 @@ from ml_collections import config_flags
 
 # Seconds without a sign of life after which a process counts as lost; the
 # others end then.
-HEARTBEAT_SECONDS = 20
+HEARTBEAT_SECONDS = 30
+# Seconds that a process which ends in order waits for the others to do so.
+SHUTDOWN_SECONDS = 30
 
 # Experiments without a device: of several processes only the first runs them.
 HOST_EXPERIMENTS = ('miniature_data', 'e2e_data', 'hh_data')
@@ -243,8 +245,12 @@ def join_processes(
   # On CPU, programs in flight at one time may start in another order on each
   # device; where both talk to other devices, they would wait for ever.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
+  timeouts = {
+    'heartbeat_timeout_seconds': HEARTBEAT_SECONDS,
+    'shutdown_timeout_seconds': SHUTDOWN_SECONDS,
+  }
   if coordinator == 'auto':
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    jax.distributed.initialize(**timeouts)
     return
   if num_processes is None or process_id is None:
     raise ValueError(
@@ -255,7 +261,7 @@ def join_processes(
     coordinator,
     num_processes,
     process_id,
-    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    **timeouts,
   )
 
 
@@ -293,10 +299,8 @@ def main(argv) -> None:
       # An orderly exit would wait for processes that are no more.
       os._exit(1)
     sys.exit(1)
-  except run_lib.Stopped as stopped:
+  except run_lib.Stopped:
     print(f'work directory: {workdir}', flush=True)
-    if several:
-      os._exit(stopped.code)
     raise
   print(f'work directory: {workdir}', flush=True)
 

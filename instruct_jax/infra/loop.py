@@ -257,6 +257,7 @@ class Loop:
       self._last_checkpoint = time.monotonic()
     if stop:
       self._checkpointer.wait()
+      run.wait_for_all(f'{self._name} stopped')
       raise run.Stopped(f'{self._name}: stopped after step {done}')
     return line
 
