@@ -142,5 +142,3 @@ def generate(
     logprobs=state['logprobs'],
     ended=ended,
   )
-
-
