@@ -99,6 +99,14 @@ def test_rates_count_the_items_of_the_line(uninterrupted):
     )
 
 
+def test_lines_tell_what_was_compiled(uninterrupted):
+  lines = metrics.read_lines(uninterrupted[0] / metrics.TIMING_FILE)
+  assert lines[0]['timing/programs_compiled'] > 0
+  assert lines[0]['timing/compile_seconds'] > 0
+  # All shapes have been seen.
+  assert lines[-1]['timing/programs_compiled'] == 0
+
+
 # Before the first checkpoint, right after one, between, and after the last.
 @pytest.mark.parametrize('kill_at', [3, 4, 7, 9])
 def test_killed_and_resumed_equals_uninterrupted(

@@ -17,7 +17,7 @@ from typing import SupportsFloat
 import jax
 from etils import epath
 
-from instruct_jax.infra import checkpoint, metrics, run, train_state
+from instruct_jax.infra import checkpoint, measure, metrics, run, train_state
 from instruct_jax.types import Metrics, PyTree
 
 
@@ -67,6 +67,7 @@ class Loop:
     self._pending: Metrics = {}
     self._pending_items = 0
     self._last_log = time.monotonic()
+    self._compiled = measure.compilations()
 
   def __enter__(self) -> 'Loop':
     self._checkpointer = checkpoint.Checkpointer(
@@ -129,7 +130,9 @@ class Loop:
       states: train states to watch for skipped updates, by name.
       values: host numbers for this very step's line (evaluations); they force
         a line.
-      num_items: tokens or episodes of this step, for the rate in timing.jsonl.
+      num_items: tokens or episodes of this step, for the rate in timing.jsonl,
+        which also counts the programs compiled since the line before: none,
+        in a run that has seen all of its shapes.
       text: shown behind the progress bar.
 
     Returns:
@@ -151,11 +154,17 @@ class Loop:
       now = time.monotonic()
       seconds = now - self._last_log
       self._last_log = now
+      compiled = measure.compilations()
+      since = compiled - self._compiled
+      self._compiled = compiled
       self._writer.write_timing(
         done,
         {
           'timing/seconds': seconds,
           'timing/items_per_second': self._pending_items / seconds,
+          'timing/programs_compiled': since.programs,
+          'timing/programs_from_disk': since.from_disk,
+          'timing/compile_seconds': since.seconds,
         },
       )
       self._pending_items = 0
