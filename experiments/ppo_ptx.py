@@ -35,6 +35,7 @@ from instruct_jax.evals import heldout_loss
 from instruct_jax.evals.benchmarks import probe, runner
 from instruct_jax.infra import loop, metrics, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
+from instruct_jax.models import attention
 from instruct_jax.types import PackedPPOBatch
 
 
@@ -65,11 +66,8 @@ def validate(config):
     raise ValueError(
       f'sampler_tolerance must not be negative: {config.sampler_tolerance}'
     )
-  if config.pack_episodes < 1 or config.pack_multiple < 1:
-    raise ValueError(
-      'pack_episodes and pack_multiple must be positive: '
-      f'{config.pack_episodes}, {config.pack_multiple}'
-    )
+  if config.pack_episodes < 1:
+    raise ValueError(f'pack_episodes must be positive: {config.pack_episodes}')
   if config.frozen_dtype not in ('float32', 'bfloat16'):
     raise ValueError(
       f"frozen_dtype must be 'float32' or 'bfloat16': {config.frozen_dtype!r}"
@@ -330,6 +328,9 @@ def plan_rows(config, programs, sampled, mesh, iteration, known=()):
   prompts, responses = np.asarray(programs['lengths'](sampled))
   if np.sum(prompts + responses) > 0.95 * sampled.mask.size:
     return None
+  # A TPU's flash kernel reads whole tiles.
+  on_tpu = mesh.devices.flat[0].platform == 'tpu'
+  tiled = config.attention == 'flash' or (config.attention == 'auto' and on_tpu)
   layout = packing.plan(
     prompts,
     responses,
@@ -340,7 +341,7 @@ def plan_rows(config, programs, sampled, mesh, iteration, known=()):
     num_epochs=config.num_epochs,
     num_shards=mesh.shape['data'] * mesh.shape['fsdp'],
     row_episodes=config.pack_episodes,
-    multiple=config.pack_multiple,
+    multiple=attention.TILE if tiled else 8,
     seed=(config.seed, iteration),
     known=known,
   )
