@@ -64,8 +64,7 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   config.attention = 'auto'  # The platform's flash kernel; or 'xla', 'flash'.
   config.logprob_chunk = 0  # Columns of float32 logits at a time; 0 is all.
   config.pack = True  # Score and update dense rows, without padding.
-  config.pack_row_length = 0  # Tokens a row aims at; 0 is eight episodes'.
-  config.pack_multiple = 8  # Of row lengths; 128 for a TPU's flash kernel.
+  config.pack_episodes = 8  # Of a row, about.
   # Nats: the sampler's log-probabilities are the old ones where those of a
   # minibatch agree with the training graph's to this; 0 computes all anew.
   config.sampler_tolerance = 1e-3

@@ -177,6 +177,8 @@ def test_paper_sizes_build_their_abstract_ppo_state(size):
     ('ppo_ptx', 'num_slices', 3, 'num_slices 3'),
     ('ppo_ptx', 'num_slots', 10**6, 'num_slots'),
     ('ppo_ptx', 'frozen_dtype', 'int8', "frozen_dtype.*'int8'"),
+    ('ppo_ptx', 'pack_episodes', 0, 'pack_episodes'),
+    ('ppo_ptx', 'sampler_tolerance', -1.0, 'sampler_tolerance'),
     ('ppo_ptx', 'ema_every', 'often', 'ema_every'),
     ('sft', 'ptx_fraction', 1.5, 'ptx_fraction'),
     ('sft', 'num_microbatches', 5, 'num_microbatches 5'),

@@ -120,6 +120,14 @@ def test_time_spent_waiting_for_batches_is_told(uninterrupted):
   assert 0.2 <= waited[4] == max(waited.values())
 
 
+def test_lines_tell_what_was_compiled(uninterrupted):
+  lines = metrics.read_lines(uninterrupted[0] / metrics.TIMING_FILE)
+  assert lines[0]['timing/programs_compiled'] > 0
+  assert lines[0]['timing/compile_seconds'] > 0
+  # All shapes have been seen.
+  assert lines[-1]['timing/programs_compiled'] == 0
+
+
 # Before the first checkpoint, right after one, between, and after the last.
 @pytest.mark.parametrize('kill_at', [3, 4, 7, 9])
 def test_killed_and_resumed_equals_uninterrupted(

@@ -20,7 +20,14 @@ from typing import Any, SupportsFloat, TypeVar
 import jax
 from etils import epath
 
-from instruct_jax.infra import checkpoint, metrics, run, train_state, watch
+from instruct_jax.infra import (
+  checkpoint,
+  measure,
+  metrics,
+  run,
+  train_state,
+  watch,
+)
 from instruct_jax.types import Metrics, PyTree
 
 Batch = TypeVar('Batch')
@@ -97,6 +104,7 @@ class Loop:
     self._last_line = 0
     self._last_log = self._last_checkpoint = time.monotonic()
     self._watch = watch.Watch(name)
+    self._compiled = measure.compilations()
 
   def __enter__(self) -> 'Loop':
     self._checkpointer = checkpoint.Checkpointer(
@@ -203,7 +211,9 @@ class Loop:
       states: train states to watch for skipped updates, by name.
       values: host numbers for this very step's line (evaluations); they force
         a line.
-      num_items: tokens or episodes of this step, for the rate in timing.jsonl.
+      num_items: tokens or episodes of this step, for the rate in timing.jsonl,
+        which also counts the programs compiled since the line before: none,
+        in a run that has seen all of its shapes.
       text: shown behind the progress bar.
 
     Returns:
@@ -226,12 +236,18 @@ class Loop:
       now = time.monotonic()
       seconds = now - self._last_log
       self._last_log = now
+      compiled = measure.compilations()
+      since = compiled - self._compiled
+      self._compiled = compiled
       self._writer.write_timing(
         done,
         {
           'timing/seconds': seconds,
           'timing/items_per_second': self._pending_items / seconds,
           'timing/waiting_fraction': self._waited / seconds,
+          'timing/programs_compiled': since.programs,
+          'timing/programs_from_disk': since.from_disk,
+          'timing/compile_seconds': since.seconds,
         },
       )
       self._pending_items, self._waited = 0, 0.0
