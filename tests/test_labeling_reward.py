@@ -69,9 +69,7 @@ def make_config(exported, workdir, folds):
     artifacts.save(workdir / 'sft', model, tokens.fingerprint, {})
   config.tokenizer = str(workdir / 'tokenizer')
   config.init = str(workdir / 'sft')
-  config.comparisons = str(exported / 'comparisons_train.jsonl')
-  config.valid_comparisons = str(exported / 'comparisons_valid.jsonl')
-  config.demonstrations = str(exported / 'demonstrations.jsonl')
+  config.data.comparisons = str(exported)
   config.row_length = 32
   config.batch_size = 8  # Of eight fake devices.
   config.num_microbatches = 1
