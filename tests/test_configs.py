@@ -78,6 +78,8 @@ def test_the_tax_is_swept_on_the_models_of_a_finished_run(tmp_path):
   assert {s.ptx_coef for s in beta} == {0}
   assert {s.num_episodes for s in long} == {2 * run.num_episodes}
   assert [s.seed for s in long] == [0, 1, 2]
+  config.num_episodes = 64
+  assert (beta[0].num_episodes, long[0].num_episodes) == (64, 128)
   assert long[0].init == f'{tmp_path}/rl_init/model'
   assert long[0].documents == f'{tmp_path}/data/documents_train.jsonl'
 
