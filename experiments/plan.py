@@ -211,8 +211,12 @@ def ppo_program(name, config, mesh, remat, parts):
     'parameters': (policy.params, value.params),
     'optimizer': (policy.opt_state, value.opt_state),
     'ema': state.ema,
-    'frozen models': (reference, reward_model),
+    'reference': reference,
+    'reward': reward_model,
   }
+  needs = {'score': ('reference', 'reward'), 'update': ('ema',)}
+  for away in set(stage.offload) - set(needs.get(name, ())):
+    del resident[away]  # It waits on the host.
   if name == 'generate':
     prompts = rows_of(
       mesh,
@@ -272,19 +276,6 @@ def largest_parts(name, config, mesh) -> int:
   if name == 'update':
     rows //= config.ppo.num_minibatches
   return max(1, rows // (mesh.shape['data'] * mesh.shape['fsdp']))
-
-
-def first_parts(name, config, mesh, kept) -> int:
-  """Where the search begins: 1, or as many slices as the cache alone needs.
-
-  Fewer pieces read and gather the weights less often.
-  """
-  parts, room = 1, programs_lib.CHIPS[config.chip].memory - kept
-  if name == 'generate':
-    largest = largest_parts(name, config, mesh)
-    while cache_bytes(config, mesh, parts) > room and 2 * parts <= largest:
-      parts *= 2
-  return parts
 
 
 def measure(name, config, mesh, remat, parts, too_slow=math.inf):
@@ -493,14 +484,9 @@ def plan_once(names, config, mesh, remat, attempts, too_slow):
   """The programs of one stage on one mesh; None unless each fits."""
   found, slices = {}, 1
   for name in names:
-    kept = 0.0
-    if name == 'generate':
-      _, _, resident = build(name, config, mesh, remat, 1)
-      kept = sum(map(programs_lib.bytes_per_chip, resident.values()))
-    parts = first_parts(name, config, mesh, kept)
     spent = sum(row['least_seconds'] for row in found.values())
     # One key says in how many slices a batch is sampled and scored.
-    parts = max(parts, slices) if name in SLICED else parts
+    parts = slices if name in SLICED else 1
     row = fit(name, config, mesh, remat, parts, attempts, too_slow - spent)
     if row is None:
       return None

@@ -33,6 +33,8 @@ from instruct_jax.evals.benchmarks import probe, runner
 from instruct_jax.infra import loop, metrics, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
 
+OFFLOADED = ('ema', 'reference', 'reward')
+
 
 def validate(config):
   method = ppo_config(config)
@@ -60,6 +62,12 @@ def validate(config):
   if config.frozen_dtype not in ('float32', 'bfloat16'):
     raise ValueError(
       f"frozen_dtype must be 'float32' or 'bfloat16': {config.frozen_dtype!r}"
+    )
+  unknown = sorted(set(config.offload) - set(OFFLOADED))
+  if unknown:
+    raise ValueError(
+      f'offload names what cannot wait on the host: {unknown}; known: '
+      f'{OFFLOADED}'
     )
   if not config.temperature > 0:
     raise ValueError(f'temperature must be positive: {config.temperature}')
@@ -182,7 +190,16 @@ def run(config, workdir: epath.Path):
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   for folder in (config.init, config.reward_model):
     tokenizer_lib.check_published(tokenizer, folder)
-  mesh = sharding.make_mesh(config.mesh)
+  minibatch = config.batch_size // config.num_minibatches
+  mesh = artifacts.make_mesh(
+    config.mesh,
+    [config.init, config.reward_model],
+    [
+      minibatch // config.num_microbatches,
+      config.batch_size // config.num_slices,
+      config.eval_batch_size,
+    ],
+  )
   use_ptx = config.ptx_coef > 0
 
   # 1. Data: prompts, and pretraining rows for the ptx part.
@@ -264,6 +281,15 @@ def run(config, workdir: epath.Path):
     )
 
     reference, reward_params = freeze(policy.params), freeze(reward.params)
+
+    def rest(name, params):
+      return sharding.to_host(params) if name in config.offload else params
+
+    def wake(name, params):
+      return sharding.to_device(params) if name in config.offload else params
+
+    reference = rest('reference', reference)
+    reward_params = rest('reward', reward_params)
     reward_metadata, policy_module = reward.metadata, policy.module
     del (
       policy,
@@ -332,20 +358,22 @@ def run(config, workdir: epath.Path):
           if config.probe_every:
             values |= probe_scores(state.policy.params, '_before')
         batch = sharding.put_batch(prompts[iteration], mesh)
+        state = state.replace(ema=rest('ema', state.ema))
         sampled = programs['generate'](
           state.policy.params, batch, keys['rollout']
         )
         ppo_batch, score_metrics = programs['score'](
           state.policy.params,
-          reference,
+          wake('reference', reference),
           state.value.params,
-          reward_params,
+          wake('reward', reward_params),
           state.kl,
           sampled,
         )
         ptx_batch = (
           sharding.put_batch(ptx[iteration], mesh) if use_ptx else None
         )
+        state = state.replace(ema=wake('ema', state.ema))
         kl_sum, kl_count = score_metrics['objective/kl']
         state, update_metrics = programs['update'](
           state, ppo_batch, ptx_batch, keys['update'], kl_sum / kl_count

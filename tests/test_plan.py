@@ -95,3 +95,158 @@ def test_bad_values_are_named():
     config.programs = ('sft', 'dance')
   with pytest.raises(ValueError, match='dance'):
     plan.validate(config)
+
+
+# --- The search, on a compiler that is a formula ------------------------------
+
+
+@pytest.fixture
+def made_up(workdir, monkeypatch):
+  """A planner whose `measure` is arithmetic; returns what it measured."""
+  config = config_file.get_config('1p3b,v5e-8')
+  config.programs = plan.EPISODES
+  config.meshes = ((1, 8, 1), (1, 4, 2), (1, 2, 4))
+  config.remats = ('full', 'none')
+  measured = []
+  gib = 2.0**30
+
+  def measure(name, config, mesh, remat, parts, too_slow=float('inf')):
+    tensor = mesh.shape['tensor']
+    row = {
+      'program': name,
+      'mesh': list(mesh.shape.values()),
+      'remat': remat,
+      'parts': parts,
+      'resident': {'parameters': 4 * gib, 'optimizer': 4 * gib},
+      'cache': 0.0,
+    }
+    # Without remat a quarter less arithmetic, and four times the memory.
+    seconds = {'generate': 1.0, 'score': 1.0, 'update': 8.0}[name]
+    if name == 'update' and remat == 'none':
+      seconds *= 0.75
+    if seconds / 2 >= too_slow:
+      return row | {'slower': seconds / 2}
+    measured.append((name, tuple(row['mesh']), remat, parts))
+    if mesh.shape['fsdp'] == 8 and name == 'score':
+      raise ValueError('12 rows do not divide over 8 shards')
+    rest = 5.0 if name != 'update' else 24.0 * (4 if remat == 'none' else 1)
+    needed = 8 * gib + rest * gib / parts
+    row |= {'needed': needed, 'missing': needed - 15.75 * gib}
+    row['compile_seconds'] = 1.0
+    if row['missing'] <= 0:
+      row |= {'flops': 1e12, 'memory_traffic': 1e9, 'kernels': 2}
+      row['collectives'] = {'all-reduce': 1e9}
+      row['seconds'] = {name: {'arithmetic': seconds * tensor}}
+      row['least_seconds'] = seconds * tensor
+    return row
+
+  monkeypatch.setattr(plan, 'measure', measure)
+  monkeypatch.setattr(
+    plan, 'topology_devices', lambda config: plan.jax.devices()
+  )
+  return lambda: (plan.run(config, epath.Path(workdir)), measured)
+
+
+def test_the_fastest_that_fits_is_found_and_the_rest_left_out(made_up):
+  summary, measured = made_up()
+  rows = summary['programs']
+  # 24 GiB in 4 microbatches are 6; in one remat, 96 in 16 are 6: room is 7.75.
+  assert rows['update']['mesh'] == [1, 4, 2]
+  assert (rows['update']['remat'], rows['update']['parts']) == ('none', 16)
+  assert rows['update']['least_seconds'] == 0.75 * 8 * 2
+  assert rows['generate']['parts'] == rows['score']['parts'] == 1
+  # From 1 to 4 at once: 2 could not have been enough. With 13 times too
+  # much, 16.
+  updates = [m for m in measured if m[0] == 'update']
+  assert updates == [
+    ('update', (1, 4, 2), 'full', 1),
+    ('update', (1, 4, 2), 'full', 4),
+    ('update', (1, 2, 4), 'full', 1),
+    ('update', (1, 2, 4), 'full', 4),
+    ('update', (1, 4, 2), 'none', 1),
+    ('update', (1, 4, 2), 'none', 16),
+    ('update', (1, 2, 4), 'none', 1),
+    ('update', (1, 2, 4), 'none', 16),
+  ]
+  # Sampling and scoring have no backward pass: measured once a mesh.
+  assert measured.count(('generate', (1, 4, 2), 'full', 1)) == 1
+  assert ('generate', (1, 4, 2), 'none', 1) not in measured
+  # (1 + 1 + 6) x 2 s, 500 iterations on 8 chips.
+  assert summary['iteration']['seconds'] == 16.0
+  assert summary['iteration']['chip_hours'] == pytest.approx(
+    500 * 16 * 8 / 3600
+  )
+
+
+def test_what_did_not_fit_is_told_with_the_knob(made_up, workdir):
+  summary, _ = made_up()
+  assert summary['knobs'][0] == (
+    'update on 1x4x2, remat full, 1 microbatches: 32.0 GiB, 16.2 GiB too much '
+    '(compiled in 1 s); fits with num_microbatches 4: 14.0 GiB'
+  )
+  assert any('fits with num_microbatches 16' in k for k in summary['knobs'])
+  text = (workdir / 'plan.md').read_text()
+  assert '12 rows' not in text and summary['knobs'][0] in text
+  tried = json.loads((workdir / 'tried.json').read_text())
+  assert [row['problem'] for row in tried if 'problem' in row] == [
+    '12 rows do not divide over 8 shards'
+  ]
+
+
+def test_a_plan_that_was_cut_goes_on(made_up, workdir):
+  summary, measured = made_up()
+  tried = workdir / 'tried.json'
+  rows = json.loads(tried.read_text())
+  tried.write_text(json.dumps(rows[:-3]))
+  done = len(measured)
+  again, measured = made_up()
+  assert again['programs'] == summary['programs']
+  assert len(measured) - done <= 3
+
+
+def test_phases_of_sampling_by_hand():
+  """Reading costs 7 and a step 3: five steps are 7 and 15."""
+  phases = {'prefill': 0, 'decode': 5}
+  found = plan._by_phase(phases, lambda trips: 7.0 + 3.0 * trips)
+  assert found == {'prefill': 7.0, 'decode': 15.0}
+  found = plan._by_phase(
+    phases,
+    lambda trips: programs.Traffic(
+      7.0 + 3 * trips, {'all-gather': 2.0 * trips}
+    ),
+  )
+  assert found['prefill'].memory == 7.0
+  assert found['decode'].memory == 15.0
+  assert found['decode'].collectives == {'all-gather': 10.0}
+  assert plan._by_phase({'sft': 1}, lambda trips: 3.0) == {'sft': 3.0}
+
+
+def test_what_the_cache_alone_forbids_is_not_compiled(monkeypatch):
+  config = config_file.get_config('1p3b,v5e-8')
+  mesh = plan.sharding.make_mesh((1, 8, 1))
+  # 24 layers x keys and values x 2,048 x 2,048 slots x 2 bytes: 0.4 GB a row.
+  whole = plan.cache_bytes(config, mesh, 1)
+  assert whole == 24 * 2 * 2048 * 2048 * 2 * 512 / 8
+  monkeypatch.setattr(programs, 'flops', None)  # Nothing is traced.
+  row = plan.measure('generate', config, mesh, 'full', 1)
+  assert row['needed'] == sum(row['resident'].values()) + whole
+  assert row['missing'] == row['needed'] - 15.75 * 2**30
+  # No more pieces than leave a row to every shard.
+  assert plan.largest_parts('generate', config, mesh) == 64
+  assert plan.largest_parts('update', config, mesh) == 8
+  assert plan.largest_parts('sft', config, mesh) == 4
+
+
+def test_what_waits_on_the_host_takes_no_memory():
+  config = config_file.get_config('1p3b,v5e-8')
+  mesh = plan.sharding.make_mesh((1, 8, 1))
+  with config.unlocked():
+    config.ppo.offload = ('ema', 'reference')
+  kinds = {'parameters', 'optimizer', 'reward'}
+  for name, more in (
+    ('generate', set()),
+    ('score', {'reference'}),
+    ('update', {'ema'}),
+  ):
+    _, _, resident = plan.build(name, config, mesh, 'full', 1)
+    assert set(resident) == kinds | more
