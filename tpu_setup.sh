@@ -1,23 +1,37 @@
 #!/usr/bin/env bash
-# Installs instruct_jax and its pinned stack on a TPU VM, then checks the chips.
+# Installs instruct_jax and its pinned stack on a TPU VM, or on all workers of a
+# pod, then checks every chip and the links between them.
 #
 #   one VM:      bash tpu_setup.sh
 #   whole pod:   gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all \
 #                  --command='cd instruct_jax && bash tpu_setup.sh'
 #
-# The repository must lie on every worker (git clone with --worker=all first).
-# Set VENV to choose another folder for the environment.
+# The repository must lie on every worker, in the same place (git clone with
+# --worker=all first). VENV: another folder for the environment. WAIT: seconds
+# that the check waits for workers that install more slowly (600).
+#
+# When it fails:
+#   no Python 3.11      the line that it prints installs one; then run it again
+#   pip finds no jax    another Python is first in PATH; look at $VENV/bin
+#   the check waits     a worker does not run it: with a pod, --worker=all; the
+#                       one that is missing is in the error after WAIT seconds
+#   not a TPU, or busy  another process holds the chips; the error says how to
+#                       find it. After a preemption: make the slice anew
+#   a wrong sum         a chip or a link is broken: delete the slice, make it
+#                       anew, and report the worker's name to Google
 set -euo pipefail
 cd "$(dirname "$0")"
 VENV=${VENV:-$HOME/venv-instruct-jax}
+export WAIT=${WAIT:-600}
 
 python=''
 for candidate in python3.12 python3.11; do
   if command -v "$candidate" > /dev/null; then python=$candidate; break; fi
 done
 if [ -z "$python" ]; then
-  echo 'error: Python 3.11 or newer is needed.' >&2
-  echo 'On Ubuntu 22.04: sudo apt-get install -y python3.11 python3.11-venv' >&2
+  echo "error: $(hostname): Python 3.11 or newer is needed." >&2
+  echo 'On Ubuntu 22.04: sudo apt-get update &&' \
+    'sudo apt-get install -y python3.11 python3.11-venv' >&2
   exit 1
 fi
 
@@ -25,29 +39,14 @@ fi
 # shellcheck disable=SC1091
 source "$VENV/bin/activate"
 pip install --quiet --upgrade pip
-# The same jax as everywhere, with the TPU runtime it was released with.
+# The same jax as everywhere, with the TPU runtime it was released with; gcsfs
+# for work directories and data on gs://.
 jax=$(grep '^jax==' requirements.txt)
-pip install --quiet "${jax/jax==/jax[tpu]==}" -r requirements.txt \
+pip install --quiet "${jax/jax==/jax[tpu]==}" -r requirements.txt gcsfs \
   -f https://storage.googleapis.com/jax-releases/libtpu_releases.html
 pip install --quiet --no-deps -e .
 
-python - <<'PYTHON'
-import jax
-import jax.numpy as jnp
-
-# On a pod every worker runs this script at the same time, and must.
-if jax.default_backend() != 'tpu':
-  raise SystemExit(
-    f'error: jax found {jax.default_backend()}, not a TPU. Is another process '
-    'holding the chips (sudo lsof /dev/accel* /dev/vfio/*)? Is this a TPU VM?'
-  )
-devices = jax.local_devices()
-total = jax.pmap(lambda x: jax.lax.psum(x, 'i'), axis_name='i')(
-  jnp.ones(len(devices))
-)
-if int(total[0]) != len(devices):
-  raise SystemExit(f'error: a sum over {len(devices)} chips gave {total[0]}')
-print(f'ok: {len(devices)} x {devices[0].device_kind} on this host')
-PYTHON
-echo "Next: source $VENV/bin/activate"
-echo '      python -m instruct_jax.main --config=configs/ppo_ptx.py'
+python -m instruct_jax.infra.device_check --backend=tpu --wait="$WAIT"
+echo "Next, on all workers alike: source $VENV/bin/activate"
+echo '  one VM: python -m instruct_jax.main --config=configs/ppo_ptx.py'
+echo '  a pod:  the same with --coordinator=auto --workdir=gs://BUCKET/RUN'

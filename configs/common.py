@@ -53,6 +53,21 @@ def adam(config: ConfigDict) -> ConfigDict:
   return config
 
 
+def loop(config: ConfigDict) -> ConfigDict:
+  """How a training loop saves, stops and is looked at; may change on resume."""
+  config.loop = ConfigDict(
+    dict(
+      # A checkpoint is also due after so long without one; 0: by steps alone.
+      checkpoint_minutes=0.0,
+      keep=2,  # Newest checkpoints kept.
+      keep_every=0,  # Steps; checkpoints at multiples stay for good. 0: none.
+      max_skips=10,  # Non-finite updates in a row that stop the run.
+      profile_steps='',  # Say 3-5: a trace of these goes to WORKDIR/profile.
+    )
+  )
+  return config
+
+
 def machine(config: ConfigDict) -> ConfigDict:
   """Keys about the machine, not the method; they may change on resume."""
   config.mesh = ()  # Devices along data, fsdp, tensor; -1 fills, () chooses.

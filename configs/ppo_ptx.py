@@ -17,12 +17,13 @@ and figures. Other variants, after a colon:
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import common, pretrain, reward, sft
+from configs import common, nlp_suite, pretrain, reward, sft
 
 
 def ppo_stage(seed, workdir, name='ppo_ptx'):
   """PPO-ptx with the paper's numbers (C.4); 13.4 fills what it leaves open."""
-  config = common.adam(common.stage(name, 'ppo_ptx', seed, workdir))
+  config = common.stage(name, 'ppo_ptx', seed, workdir)
+  common.loop(common.adam(config))
   config.tokenizer = ''
   config.init = ''  # RL initialisation: start, and KL reference.
   config.reward_model = ''  # Also the start of the value model.
@@ -62,6 +63,12 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   config.remat = 'none'
   config.attention = 'auto'  # The platform's flash kernel; or 'xla', 'flash'.
   config.logprob_chunk = 0  # Columns of float32 logits at a time; 0 is all.
+  config.pack = True  # Score and update dense rows, without padding.
+  config.pack_row_length = 0  # Tokens a row aims at; 0 is eight episodes'.
+  config.pack_multiple = 8  # Of row lengths; 128 for a TPU's flash kernel.
+  # Nats: the sampler's log-probabilities are the old ones where those of a
+  # minibatch agree with the training graph's to this; 0 computes all anew.
+  config.sampler_tolerance = 1e-3
   config.num_slices = 1  # Parts in which a batch is sampled and scored.
   config.frozen_dtype = 'float32'  # Of reference and reward model's weights.
   # Weights that wait in host memory while no program reads them: 'ema' (in
@@ -148,6 +155,14 @@ def pipeline(name: str):
   stages.crossval = reward.crossval_stage(seed, workdir)
   stages.ppo = ppo_stage(seed, workdir, 'ppo')
   stages.ppo_ptx = ppo_stage(seed, workdir, 'ppo_ptx')
+  # Asks nothing unless told of files: --config.stages.nlp_suite.data.drop=FILE.
+  stages.nlp_suite = nlp_suite.stage(seed, workdir)
+  stages.nlp_suite.may_be_empty = True
+  stages.nlp_suite.models = (
+    'pretrained=' + workdir + '/pretrain/model,sft=' + workdir
+    + '/select/model,ppo=' + workdir + '/ppo/ema,ppo_ptx=' + workdir
+    + '/ppo_ptx/ema'
+  )  # fmt: skip
   stages.evaluate = evaluate_stage(seed, workdir)
   for each in stages.values():
     each.tokenizer = data + '/tokenizer'
@@ -171,7 +186,14 @@ def pipeline(name: str):
   for each in (stages.select, stages.ppo, stages.ppo_ptx, stages.evaluate):
     each.reward_model = workdir + '/reward/model'
   stages.ppo.ptx_coef = 0.0
+  stages.evaluate.suite = workdir + '/nlp_suite/suite.json'
   return config
+
+
+def show_rankings(stages):
+  """Tells the evaluation which rankings the reward model learned from."""
+  for key in ('comparisons', 'valid_comparisons'):
+    stages.evaluate[key] = stages.reward.get_ref(key)
 
 
 def select_stage(seed, workdir):
@@ -235,6 +257,11 @@ def evaluate_stage(seed, workdir):
   config.tokenizer = ''
   config.judge = 'gold'  # Or 'restaurant': human data, a second reward model.
   config.reward_model = ''
+  config.suite = ''  # suite.json for the model card, where there is one.
+  # What the reward model learned from. Beside rankings of the labeling site
+  # lies statistics.json, which the model card reads.
+  config.comparisons = ''
+  config.valid_comparisons = ''
   config.judge_model = ''  # Scalar model folder; judge 'restaurant' only.
   config.num_prompts = 1000  # Held-out prompts at the most.
   config.samples_per_prompt = 1  # Intervals redraw prompts, not samples.
@@ -270,6 +297,7 @@ def miniature(name: str = 'ppo_ptx_miniature'):
   for each in (stages.reward, stages.crossval):
     each.comparisons = workdir + '/compare/comparisons_train.jsonl'
     each.valid_comparisons = workdir + '/compare/comparisons_valid.jsonl'
+  show_rankings(stages)
   config.stage_order = (
     'data',
     'pretrain',
@@ -281,6 +309,7 @@ def miniature(name: str = 'ppo_ptx_miniature'):
     'crossval',
     'ppo',
     'ppo_ptx',
+    'nlp_suite',
     'evaluate',
   )
 
@@ -407,6 +436,7 @@ def e2e():
   for each in (stages.reward, stages.crossval):
     each.comparisons = data + '/comparisons_train.jsonl'
     each.valid_comparisons = data + '/comparisons_valid.jsonl'
+  show_rankings(stages)
   stages.evaluate.judge = 'restaurant'
   stages.evaluate.judge_model = workdir + '/judge/model'
   config.stage_order = (
@@ -420,6 +450,7 @@ def e2e():
     'crossval',
     'ppo',
     'ppo_ptx',
+    'nlp_suite',
     'evaluate',
   )
 

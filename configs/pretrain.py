@@ -17,7 +17,8 @@ NUM_TOKENS = 300e9
 
 
 def stage(seed, workdir, name='pretrain'):
-  config = common.adam(common.stage(name, 'pretrain', seed, workdir))
+  config = common.stage(name, 'pretrain', seed, workdir)
+  common.loop(common.adam(config))
   config.tokenizer = ''  # Folder of the tokenizer.
   config.documents = ''  # JSONL of documents to train on.
   config.valid = ''  # JSONL of held-out documents.

@@ -82,7 +82,8 @@ def run(config, workdir: epath.Path):
       return rng.permutation(np.searchsorted(bounds, points, side='right'))
 
     def sample(generate, params, key, batch):
-      return generate(params, sharding.put_batch(batch, mesh), key)
+      batch = sharding.put_whole(batch, mesh)
+      return sharding.fetch(generate(params, batch, key))
 
     def collect(name, path, number):
       """Prompts with K sampled completions each, K drawn per prompt.
@@ -159,6 +160,7 @@ def run(config, workdir: epath.Path):
     'comparisons_valid': rank(*valid, training, config.rankers_per_valid, 21),
     'comparisons_heldout': rank(*valid, heldout, 2, 22),
   }
-  for name, rows in sets.items():
-    records.write_jsonl(workdir / f'{name}.jsonl', rows)
+  if jax.process_index() == 0:
+    for name, rows in sets.items():
+      records.write_jsonl(workdir / f'{name}.jsonl', rows)
   return {name: len(rows) for name, rows in sets.items()}

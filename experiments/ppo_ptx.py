@@ -11,15 +11,18 @@ the value model starts from the reward model, head included.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from instruct_jax import (
   alarms,
   artifacts,
   masked,
+  packing,
   ppo,
   queries,
   rewards,
@@ -32,6 +35,7 @@ from instruct_jax.evals import heldout_loss
 from instruct_jax.evals.benchmarks import probe, runner
 from instruct_jax.infra import loop, metrics, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
+from instruct_jax.types import PackedPPOBatch
 
 OFFLOADED = ('ema', 'reference', 'reward')
 
@@ -58,6 +62,15 @@ def validate(config):
     raise ValueError(
       f'num_slices {config.num_slices} does not divide batch_size '
       f'{config.batch_size}'
+    )
+  if config.sampler_tolerance < 0:
+    raise ValueError(
+      f'sampler_tolerance must not be negative: {config.sampler_tolerance}'
+    )
+  if config.pack_row_length < 0 or config.pack_multiple < 1:
+    raise ValueError(
+      'pack_row_length must not be negative, pack_multiple positive: '
+      f'{config.pack_row_length}, {config.pack_multiple}'
     )
   if config.frozen_dtype not in ('float32', 'bfloat16'):
     raise ValueError(
@@ -110,14 +123,29 @@ def make_optimizers(config):
   return make(config.learning_rate), make(config.value_learning_rate)
 
 
-def build_programs(config, policy_module, scalar_module, tokenizer):
-  """The jitted programs of one iteration."""
+def build_programs(
+  config, policy_module, scalar_module, tokenizer, score_fn=None
+):
+  """The jitted programs of one iteration.
+
+  Args:
+    config: of the stage.
+    policy_module, scalar_module: pure modules.
+    tokenizer: its `stop_ids` end responses.
+    score_fn: (reward model's parameters, tokens, mask) -> scores [B], for
+      rewards that no model gives; None reads the reward model.
+  """
   method = ppo_config(config)
   policy_tx, value_tx = make_optimizers(config)
   logprobs_fn = artifacts.logprobs_fn(policy_module, config.temperature)
   scalars_fn = artifacts.scalars_fn(scalar_module)
   text_logprobs_fn = artifacts.text_logprobs_fn(policy_module)
   R = config.response_length
+  longest = config.prompt_length + R
+  packed_logprobs_fn = artifacts.packed_logprobs_fn(
+    policy_module, config.temperature, longest
+  )
+  packed_scalars_fn = artifacts.scalars_fn(scalar_module, longest)
 
   generate_slice = functools.partial(
     rollout.generate,
@@ -137,24 +165,114 @@ def build_programs(config, policy_module, scalar_module, tokenizer):
       config.num_slices,
     )
 
-  def score(policy, reference, value, reward, kl, sampled):
-    """Everything about a rollout that the update holds fixed."""
+  def choose_old(read_old, rows, num_slices, sampler, mask):
+    """The sampler's log-probabilities, where those of every so many rows agree
+    with the training graph's; else the graph's of all rows."""
+    if config.sampler_tolerance == 0:
+      return rollout.in_slices(read_old, rows, num_slices), {}
 
+    def some(x):
+      return x[:: config.num_minibatches]
+
+    difference = jnp.abs(read_old(jax.tree.map(some, rows)) - some(sampler))
+    largest = jnp.max(jnp.where(some(mask), difference, 0.0))
+    agrees = largest <= config.sampler_tolerance
+    old_logprobs = jax.lax.cond(
+      agrees,
+      lambda: sampler,
+      lambda: rollout.in_slices(read_old, rows, num_slices),
+    )
+    return old_logprobs, {
+      'objective/sampler_difference': masked.metric(difference, some(mask)),
+      'objective/sampler_difference_max': masked.scalar(largest),
+      'objective/sampler_trusted': masked.scalar(agrees.astype(jnp.float32)),
+    }
+
+  def score_padded(policy, reference, value, reward, sampled):
     def read(rows):
       tokens, mask = rows.tokens, rows.mask
-      old_logprobs, _ = logprobs_fn(policy, tokens, mask, R)
       ref_logprobs, _ = logprobs_fn(reference, tokens, mask, R)
       old_values = ppo.response_values(scalars_fn(value, tokens, mask), R)
-      scores = masked.at_last(scalars_fn(reward, tokens, mask), mask)
-      return scores, old_logprobs, ref_logprobs, old_values
+      if score_fn is None:
+        scores = masked.at_last(scalars_fn(reward, tokens, mask), mask)
+      else:
+        scores = score_fn(reward, tokens, mask)
+      return scores, ref_logprobs, old_values
 
-    read_rows = rollout.in_slices(read, sampled, config.num_slices)
-    return ppo.make_ppo_batch(sampled, *read_rows, kl.coef, method)
+    scores, *others = rollout.in_slices(read, sampled, config.num_slices)
+    old_logprobs, more = choose_old(
+      lambda rows: logprobs_fn(policy, rows.tokens, rows.mask, R)[0],
+      sampled,
+      config.num_slices,
+      sampled.logprobs,
+      sampled.response_mask,
+    )
+    return (scores, old_logprobs, *others), more
 
+  def score_packed(policy, reference, value, reward, sampled, layout):
+    def first_epoch(x):
+      return packing.first_epoch(x, layout)
+
+    def unpack(values):
+      return packing.unpack_responses(values, layout, sampled.response_mask)
+
+    def read(rows):
+      tokens, segments, where, _ = rows
+      ref_logprobs, _ = packed_logprobs_fn(reference, *rows)
+      values = packed_scalars_fn(value, tokens, segments)
+      values = jnp.take_along_axis(values, where, axis=1)
+      if score_fn is None:
+        return ref_logprobs, values, packed_scalars_fn(reward, tokens, segments)
+      return ref_logprobs, values
+
+    tokens, targets = packing.pack_tokens(sampled.tokens, layout)
+    rows = jax.tree.map(
+      first_epoch, (tokens, layout.segments, layout.where, targets)
+    )
+    # Rows come in multiples of minibatches, and not always of slices.
+    num_slices = math.gcd(config.num_slices, rows[0].shape[0])
+    ref_logprobs, values, *scalars = rollout.in_slices(read, rows, num_slices)
+    if score_fn is None:
+      scores = scalars[0].reshape(-1)[layout.ends]
+    else:
+      scores = score_fn(reward, sampled.tokens, sampled.mask)
+    sampler = packing.pack_responses(sampled.logprobs, layout)
+    old_logprobs, more = choose_old(
+      lambda rows: packed_logprobs_fn(policy, *rows)[0],
+      rows,
+      num_slices,
+      first_epoch(sampler),
+      first_epoch(layout.response_mask),
+    )
+    others = map(unpack, (old_logprobs, ref_logprobs, values))
+    return (scores, *others), more
+
+  def score(policy, reference, value, reward, kl, sampled, layout=None):
+    """Everything about a rollout that the update holds fixed."""
+    models = (policy, reference, value, reward)
+    if layout is None:
+      read_rows, more = score_padded(*models, sampled)
+    else:
+      read_rows, more = score_packed(*models, sampled, layout)
+    batch, score_metrics = ppo.make_ppo_batch(
+      sampled, *read_rows, kl.coef, method
+    )
+    if layout is not None:
+      batch = packing.pack_batch(batch, layout)
+    return batch, {**score_metrics, **more}
+
+  losses = {
+    False: (
+      ppo.make_policy_loss(logprobs_fn, method),
+      ppo.make_value_loss(scalars_fn, method),
+    ),
+    True: (
+      ppo.make_packed_policy_loss(packed_logprobs_fn, method),
+      ppo.make_packed_value_loss(packed_scalars_fn, method),
+    ),
+  }
   update = functools.partial(
     ppo.ppo_update,
-    policy_loss_fn=ppo.make_policy_loss(logprobs_fn, method),
-    value_loss_fn=ppo.make_value_loss(scalars_fn, method),
     ptx_loss_fn=supervised.make_text_loss(text_logprobs_fn),
     policy_optimizer=policy_tx,
     value_optimizer=value_tx,
@@ -162,7 +280,15 @@ def build_programs(config, policy_module, scalar_module, tokenizer):
   )
 
   def finish(state, batch, ptx_batch, key, measured_kl):
-    state, update_metrics = update(state, batch, ptx_batch, key)
+    policy_loss_fn, value_loss_fn = losses[isinstance(batch, PackedPPOBatch)]
+    state, update_metrics = update(
+      state,
+      batch,
+      ptx_batch,
+      key,
+      policy_loss_fn=policy_loss_fn,
+      value_loss_fn=value_loss_fn,
+    )
     kl = rewards.update_kl_coef(
       state.kl,
       measured_kl,
@@ -172,6 +298,12 @@ def build_programs(config, policy_module, scalar_module, tokenizer):
     )
     return state.replace(kl=kl), update_metrics
 
+  def episode_lengths(sampled):
+    responses = jnp.sum(sampled.response_mask, axis=1)
+    lengths = jnp.stack([jnp.sum(sampled.mask, axis=1) - responses, responses])
+    # Whole on every host: each makes the same plan.
+    return sharding.constrain(lengths, None, None)
+
   def text_logprobs(params, batch):
     return text_logprobs_fn(params, batch.tokens, batch.segments, None)
 
@@ -179,10 +311,65 @@ def build_programs(config, policy_module, scalar_module, tokenizer):
     'policy_optimizer': policy_tx,
     'value_optimizer': value_tx,
     'generate': jax.jit(generate),
+    'lengths': jax.jit(episode_lengths),
     'score': jax.jit(score),
     'update': jax.jit(finish, donate_argnums=0),
     'text_logprobs': jax.jit(text_logprobs),
   }
+
+
+def plan_rows(config, programs, sampled, mesh, iteration):
+  """Where score and update find a rollout's episodes: a layout on the mesh.
+
+  None where it would not pay: without packing, or with padding below a
+  twentieth. Waits for the rollout, since lengths decide shapes.
+  """
+  if not config.pack:
+    return None
+  prompts, responses = np.asarray(programs['lengths'](sampled))
+  if np.sum(prompts + responses) > 0.95 * sampled.mask.size:
+    return None
+  T = config.prompt_length + config.response_length
+  layout = packing.plan(
+    prompts,
+    responses,
+    prompt_columns=config.prompt_length,
+    response_columns=config.response_length,
+    num_minibatches=config.num_minibatches,
+    num_microbatches=config.num_microbatches,
+    num_epochs=config.num_epochs,
+    num_shards=mesh.shape['data'] * mesh.shape['fsdp'],
+    row_length=config.pack_row_length or 8 * T,
+    multiple=config.pack_multiple,
+    seed=(config.seed, iteration),
+  )
+  # Every host has the whole plan and hands over its own rows of it.
+  layout = jax.tree.map(
+    lambda x: np.split(x, jax.process_count())[jax.process_index()], layout
+  )
+  return sharding.put_batch(layout, mesh)
+
+
+def initial_state(programs, policy, value, kl_coef) -> ppo.PPOState:
+  """Before the first update; the parameters given are copied.
+
+  Donated states must not share buffers with the frozen models.
+  """
+
+  def copy(params):
+    return jax.tree.map(jnp.copy, params)
+
+  return ppo.PPOState(
+    policy=train_state.create(copy(policy), programs['policy_optimizer']),
+    value=train_state.create(copy(value), programs['value_optimizer']),
+    ema=copy(policy),
+    kl=rewards.KLState(coef=jnp.float32(kl_coef)),
+  )
+
+
+def freeze(params, dtype):
+  """Weights of a model that never learns: it needs no master weights."""
+  return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def run(config, workdir: epath.Path):
@@ -261,26 +448,11 @@ def run(config, workdir: epath.Path):
     artifacts.check_context(policy, config.ptx_row_length, 'ptx_row_length')
     programs = build_programs(config, policy.module, reward.module, tokenizer)
 
-    def copy(params):
-      # Donated states must not share buffers with the frozen models.
-      return jax.tree.map(jnp.copy, params)
-
-    def freeze(params):
-      # Models that never learn need no master weights.
-      return jax.tree.map(lambda x: x.astype(config.frozen_dtype), params)
-
-    state = ppo.PPOState(
-      policy=train_state.create(
-        copy(policy.params), programs['policy_optimizer']
-      ),
-      value=train_state.create(
-        copy(reward.params), programs['value_optimizer']
-      ),
-      ema=copy(policy.params),
-      kl=rewards.KLState(coef=jnp.float32(config.kl_coef)),
+    state = initial_state(
+      programs, policy.params, reward.params, config.kl_coef
     )
-
-    reference, reward_params = freeze(policy.params), freeze(reward.params)
+    reference = freeze(policy.params, config.frozen_dtype)
+    reward_params = freeze(reward.params, config.frozen_dtype)
 
     def rest(name, params):
       return sharding.to_host(params) if name in config.offload else params
@@ -299,8 +471,8 @@ def run(config, workdir: epath.Path):
 
     def pretraining_loss(params):
       return heldout_loss.heldout_loss(
-        lambda batch: programs['text_logprobs'](
-          params, sharding.put_batch(batch, mesh)
+        lambda batch: sharding.fetch(
+          programs['text_logprobs'](params, sharding.put_whole(batch, mesh))
         ),
         valid_rows,
         config.eval_batch_size,
@@ -339,10 +511,16 @@ def run(config, workdir: epath.Path):
       num_iterations,
       log_every=1,
       checkpoint_every=config.checkpoint_every,
+      **config.loop,
     ) as iterations:
-      state = iterations.restore(state)
-      rows = metrics.read_lines(workdir / metrics.METRICS_FILE)
-      for iteration in iterations.steps():
+      programs = iterations.watched(programs)
+      state = iterations.restore(sharding.place(state, mesh))
+      # The first process alone writes lines, and looks at them.
+      rows = []
+      if jax.process_index() == 0:
+        rows = metrics.read_lines(workdir / metrics.METRICS_FILE)
+      data = loader.ahead(lambda i: (prompts[i], ptx[i] if use_ptx else None))
+      for iteration, (prompt_batch, ptx_rows) in iterations.steps_with(data):
         keys = dict(
           zip(
             ('rollout', 'update'),
@@ -357,11 +535,12 @@ def run(config, workdir: epath.Path):
           )
           if config.probe_every:
             values |= probe_scores(state.policy.params, '_before')
-        batch = sharding.put_batch(prompts[iteration], mesh)
+        batch = sharding.put_batch(prompt_batch, mesh)
         state = state.replace(ema=rest('ema', state.ema))
         sampled = programs['generate'](
           state.policy.params, batch, keys['rollout']
         )
+        layout = plan_rows(config, programs, sampled, mesh, iteration)
         ppo_batch, score_metrics = programs['score'](
           state.policy.params,
           wake('reference', reference),
@@ -369,10 +548,9 @@ def run(config, workdir: epath.Path):
           wake('reward', reward_params),
           state.kl,
           sampled,
+          layout,
         )
-        ptx_batch = (
-          sharding.put_batch(ptx[iteration], mesh) if use_ptx else None
-        )
+        ptx_batch = sharding.put_batch(ptx_rows, mesh) if use_ptx else None
         state = state.replace(ema=wake('ema', state.ema))
         kl_sum, kl_count = score_metrics['objective/kl']
         state, update_metrics = programs['update'](
@@ -413,7 +591,7 @@ def run(config, workdir: epath.Path):
         ).items():
           if name not in told:
             told.add(name)
-            print(f'{config.name}: alarm: {text}', flush=True)
+            run_lib.say(f'{config.name}: alarm: {text}')
 
     # 4. Outputs: the policy and its moving average, each on its own.
     found = alarms.find(

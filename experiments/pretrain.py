@@ -120,8 +120,8 @@ def run(config, workdir: epath.Path):
 
     def valid_loss(params):
       return heldout_loss.heldout_loss(
-        lambda batch: programs['text_logprobs'](
-          params, sharding.put_batch(batch, mesh)
+        lambda batch: sharding.fetch(
+          programs['text_logprobs'](params, sharding.put_whole(batch, mesh))
         ),
         valid_rows,
         config.eval_batch_size,
@@ -133,10 +133,13 @@ def run(config, workdir: epath.Path):
       config.num_steps,
       log_every=config.log_every,
       checkpoint_every=config.checkpoint_every,
+      **config.loop,
     ) as steps:
-      state = steps.restore(state)
-      for step in steps.steps():
-        batch = sharding.put_batch(batches[step], mesh)
+      programs = steps.watched(programs)
+      state = steps.restore(sharding.place(state, mesh))
+      data = loader.ahead(batches.__getitem__)
+      for step, host_batch in steps.steps_with(data):
+        batch = sharding.put_batch(host_batch, mesh)
         state, metrics = programs['update'](
           state, batch, jax.random.fold_in(keys['loop'], step)
         )

@@ -126,10 +126,13 @@ def train(config, workdir, name, rows, model, seed):
     len(batches),
     log_every=config.log_every,
     checkpoint_every=config.checkpoint_every,
+    **config.loop,
   ) as steps:
-    state = steps.restore(state)
-    for step in steps.steps():
-      batch = sharding.put_batch(pack(step), mesh)
+    programs = steps.watched(programs)
+    state = steps.restore(sharding.place(state, mesh))
+    for step, host_batch in steps.steps_with(loader.ahead(pack)):
+      # Every process packs the whole batch, for `ends` points across rows.
+      batch = sharding.put_whole(host_batch, mesh)
       state, metrics = programs['update'](
         state, batch, jax.random.fold_in(root, step)
       )
@@ -148,7 +151,9 @@ def score_comparisons(config, programs, params, rows):
   mesh = jax.sharding.get_mesh()
   packed = loader.pack_comparisons(rows)
   scalars = rollout.in_batches(
-    lambda batch: programs['scalars'](params, *sharding.put_batch(batch, mesh)),
+    lambda batch: sharding.fetch(
+      programs['scalars'](params, *sharding.put_whole(batch, mesh))
+    ),
     (packed.tokens, packed.segments),
     config.eval_batch_size,
   )
@@ -179,9 +184,6 @@ def accuracy_of(config, programs, params, comparisons, tokenizer):
 
 def run(config, workdir: epath.Path):
   validate(config)
-  if jax.process_count() > 1:
-    # `ends` would have to point across processes.
-    raise ValueError('reward models train in a single process')
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   tokenizer_lib.check_published(tokenizer, config.init)
   comparisons = records.read_jsonl(config.comparisons, records.Comparison)
@@ -264,10 +266,9 @@ def fit(config, workdir, tokenizer, policy, comparisons, valid):
     {'stage': config.name, 'seed': config.seed, **results},
   )
   run_lib.write_json(workdir / 'results.json', results)
-  print(
+  run_lib.say(
     f'{config.name}: accuracy {accuracy.accuracy:.3f} '
-    f'[{accuracy.low:.3f}, {accuracy.high:.3f}] on {accuracy.num_pairs} pairs',
-    flush=True,
+    f'[{accuracy.low:.3f}, {accuracy.high:.3f}] on {accuracy.num_pairs} pairs'
   )
   return results
 
@@ -313,15 +314,15 @@ def cross_validate(config, workdir, tokenizer, policy, comparisons, valid):
           )
           result[name] = accuracy.accuracy
         run_lib.write_json(result_file, result)
+        run_lib.wait_for_all(str(result_file))
       runs.append(run_lib.read_json(result_file))
   results = {'folds': groups, 'runs': runs}
   for name in ('intra', 'inter'):
     spread = preference_accuracy.spread([row[name] for row in runs])
     results[name] = {'mean': spread.mean, 'error': spread.error}
-    print(
+    run_lib.say(
       f'{config.name}: {name} accuracy {spread.mean:.3f} +- '
-      f'{spread.error:.3f} over {spread.num_runs} runs',
-      flush=True,
+      f'{spread.error:.3f} over {spread.num_runs} runs'
     )
   run_lib.write_json(workdir / 'results.json', results)
   return results

@@ -63,10 +63,12 @@ def run(config, workdir: epath.Path):
     first = load(1)
     programs = build_programs(config, first.module, reward.module, tokenizer)
 
+    sample_and_score = sharding.fetched(programs['sample_and_score'])
+
     def mean_score(policy):
       scores = rollout.in_batches(
-        lambda batch: programs['sample_and_score'](
-          policy.params, reward.params, sharding.put_batch(batch, mesh), key
+        lambda batch: sample_and_score(
+          policy.params, reward.params, sharding.put_whole(batch, mesh), key
         ),
         rows,
         config.batch_size,

@@ -87,7 +87,9 @@ def run(config, workdir: epath.Path):
   rows, num_dropped = demonstration_rows(config.demonstrations, config.pack)
   valid_rows, _ = demonstration_rows(config.valid_demonstrations, False)
   if num_dropped:
-    print(f'{config.name}: {num_dropped} demonstrations are too long, dropped')
+    run_lib.say(
+      f'{config.name}: {num_dropped} demonstrations are too long, dropped'
+    )
   processes = {
     'process_index': jax.process_index(),
     'process_count': jax.process_count(),
@@ -144,8 +146,8 @@ def run(config, workdir: epath.Path):
 
     def valid_loss(params):
       return heldout_loss.heldout_loss(
-        lambda batch: programs['text_logprobs'](
-          params, sharding.put_batch(batch, mesh)
+        lambda batch: sharding.fetch(
+          programs['text_logprobs'](params, sharding.put_whole(batch, mesh))
         ),
         valid_rows,
         config.eval_batch_size,
@@ -170,10 +172,13 @@ def run(config, workdir: epath.Path):
       num_steps,
       log_every=config.log_every,
       checkpoint_every=config.checkpoint_every,
+      **config.loop,
     ) as steps:
-      state = steps.restore(state)
-      for step in steps.steps():
-        batch = sharding.put_batch(batches[step], mesh)
+      programs = steps.watched(programs)
+      state = steps.restore(sharding.place(state, mesh))
+      data = loader.ahead(batches.__getitem__)
+      for step, host_batch in steps.steps_with(data):
+        batch = sharding.put_batch(host_batch, mesh)
         state, metrics = programs['update'](
           state, batch, jax.random.fold_in(root, step)
         )

@@ -6,11 +6,13 @@ any compute is spent.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,10 +20,10 @@ from etils import epath
 
 from instruct_jax import hub
 from instruct_jax.infra import checkpoint, sharding, train_state
-from instruct_jax.models import heads, hf
+from instruct_jax.models import decoding, heads, hf
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.transformer import make_cache
-from instruct_jax.types import Key, Params
+from instruct_jax.types import Decoder, Key, Params
 
 KINDS = {'policy': heads.Policy, 'scalar': heads.ScalarModel}
 
@@ -219,7 +221,7 @@ def content_hash(directory: epath.PathLike) -> str:
   """SHA-256 of all that a model folder holds: names and bytes of its files."""
   folder = epath.Path(directory)
   if is_published(directory):
-    folder = hf.locate(str(directory))
+    folder = epath.Path(hub.locate(str(directory)))
   if not folder.is_dir():
     raise checkpoint.CheckpointError(f'{directory}: no model folder here')
   total = hashlib.sha256()
@@ -317,6 +319,44 @@ def load(
 # --- A model as the functions that the method takes ---------------------------
 
 
+def decoder(module: heads.Policy, gather_weights: bool = True) -> Decoder:
+  """What `rollout.generate` samples with.
+
+  Args:
+    module: the policy.
+    gather_weights: put the weights together over `fsdp` once a rollout, in the
+      compute dtype, and keep them so; otherwise they stay cut as in training,
+      and every token gathers them again: slower, where memory is short.
+  """
+  boxed = jax.eval_shape(_init_fn(module), jax.random.key(0))
+  kept = {'embed': None} if gather_weights else {}
+
+  def lay_out(leaf, x):
+    return sharding.constrain(x, *(kept.get(n, n) for n in leaf.names))
+
+  def prepare(params):
+    params, cast = (
+      jax.tree.map(
+        lay_out, boxed, tree, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+      )
+      for tree in (params, decoding.in_compute_dtype(module.config, params))
+    )
+    return decoding.weights_of(module.config, params, cast)
+
+  def make_cache(num_slots, num_columns):
+    return jax.tree.map(
+      lambda x: sharding.constrain(x, 'batch', 'kv_heads', None, None),
+      decoding.make_cache(module.config, num_slots, num_columns),
+    )
+
+  return Decoder(
+    prepare=prepare,
+    make_cache=make_cache,
+    read=functools.partial(decoding.read, module),
+    step=functools.partial(decoding.step, module),
+  )
+
+
 def extend_fn(module: heads.Policy):
   """`rollout.ExtendFn` of a policy."""
   return lambda params, tokens, mask, cache: module.apply(
@@ -358,8 +398,26 @@ def text_logprobs_fn(module: heads.Policy, deterministic: bool = True):
   return text_logprobs
 
 
-def scalars_fn(module: heads.ScalarModel):
-  """`types.ScalarsFn` of a reward or value model."""
+def packed_logprobs_fn(module: heads.Policy, temperature: float, longest: int):
+  """`types.PackedLogprobsFn` of a policy; no segment is longer than that."""
+  return lambda params, tokens, segments, where, targets: module.apply(
+    {'params': params},
+    tokens,
+    segments,
+    where,
+    targets,
+    temperature,
+    longest,
+    method='packed_logprobs',
+  )
+
+
+def scalars_fn(module: heads.ScalarModel, longest: int = 0):
+  """`types.ScalarsFn` of a reward or value model.
+
+  Packed rows have segments in the place of the mask; `longest` is as in
+  `Transformer.__call__`.
+  """
   return lambda params, tokens, segments: module.apply(
-    {'params': params}, tokens, segments
+    {'params': params}, tokens, segments, longest
   )

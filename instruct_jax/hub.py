@@ -3,6 +3,8 @@
 import pathlib
 
 _PATTERNS = ('*.json', '*.jinja', '*.safetensors', '*.txt', '*.model')
+# The same weights once more, in their authors' own format.
+_IGNORED = ('consolidated*', '*/*')
 
 
 def locate(name: str, patterns: tuple[str, ...] = _PATTERNS) -> pathlib.Path:
@@ -25,7 +27,11 @@ def locate(name: str, patterns: tuple[str, ...] = _PATTERNS) -> pathlib.Path:
 
   try:
     return pathlib.Path(
-      huggingface_hub.snapshot_download(name, allow_patterns=list(patterns))
+      huggingface_hub.snapshot_download(
+        name,
+        allow_patterns=list(patterns),
+        ignore_patterns=list(_IGNORED),
+      )
     )
   # Bad names, unknown repositories, no network: unrelated exception types.
   except Exception as error:

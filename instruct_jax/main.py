@@ -8,6 +8,7 @@ folder of its own, and one that has finished is not run again. The same command
 continues a run that was cut.
 """
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -19,14 +20,55 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
+# Seconds without a sign of life after which a process counts as lost; the
+# others end then.
+HEARTBEAT_SECONDS = 30
+# Seconds that a process which ends in order waits for the others to do so.
+SHUTDOWN_SECONDS = 30
+
+# Experiments without a device: of several processes only the first runs them.
+HOST_EXPERIMENTS = ('miniature_data', 'e2e_data', 'hh_data')
+
+# Experiments whose host side has not been told apart: one process.
+SINGLE_EXPERIMENTS = (
+  'preferences',
+  'best_of_n',
+  'nlp_suite',
+  'reward_baselines',
+  'sample',
+  'plan',
+)
+
 # Keys that may differ between the runs of one work directory.
-MACHINE_KEYS = ('mesh', 'xla_flags', 'compilation_cache')
+MACHINE_KEYS = ('mesh', 'loop', 'xla_flags', 'compilation_cache')
+# Keys of any stage that are sizes; 0 would fail late, or do nothing.
+_AT_LEAST_ONE = (
+  'batch_size',
+  'eval_batch_size',
+  'num_epochs',
+  'num_microbatches',
+  'row_length',
+  'prompt_length',
+  'response_length',
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file, say configs/ppo_ptx.py:smoke.'
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where the run lives; config.default_workdir if not given.'
+)
+
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator',
+  None,
+  "HOST:PORT of process 0 where there are several; 'auto' on a TPU pod.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, "How many there are; not with 'auto'."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, "This one's number, from 0; not with 'auto'."
 )
 
 
@@ -49,24 +91,53 @@ def find_experiment(name: str):
 
 def run_stage(config, workdir: epath.Path) -> None:
   """Runs one experiment into `workdir`, unless it has finished there."""
+  import jax
+
   from instruct_jax.infra import run as run_lib
 
-  if run_lib.is_done(workdir):
-    print(f'{config.name}: done before, in {workdir}', flush=True)
+  if run_lib.agreed(run_lib.is_done(workdir)):
+    run_lib.say(f'{config.name}: done before, in {workdir}')
     return
-  print(f'{config.name}: starts', flush=True)
+  run_lib.say(f'{config.name}: starts')
   begin = time.monotonic()
   workdir.mkdir(parents=True, exist_ok=True)
   seconds_file = workdir / 'seconds.json'
   spent = run_lib.read_json(seconds_file) if seconds_file.exists() else 0.0
+  info = None
   try:
-    info = find_experiment(config.experiment).run(config, workdir)
+    run_lib.write_json(workdir / 'inputs.json', run_lib.input_hashes(config))
+    if jax.process_index() == 0 or config.experiment not in HOST_EXPERIMENTS:
+      info = find_experiment(config.experiment).run(config, workdir)
   finally:
     seconds = spent + time.monotonic() - begin
-    if workdir.exists():
-      run_lib.write_json(seconds_file, seconds)
+    # The disk may be full or gone: what ended the stage is worth more.
+    with contextlib.suppress(OSError):
+      if workdir.exists():
+        run_lib.write_json(seconds_file, seconds)
   run_lib.mark_done(workdir, {'seconds': seconds, 'info': info})
-  print(f'{config.name}: done in {seconds:.1f} s', flush=True)
+  run_lib.say(f'{config.name}: done in {seconds:.1f} s')
+
+
+def check_numbers(stage) -> None:
+  """Sizes and rates that mean the same in every experiment.
+
+  Raises:
+    ValueError: one of them is too small; the key is named.
+  """
+  for key in _AT_LEAST_ONE:
+    if key in stage and stage[key] < 1:
+      raise ValueError(
+        f'{stage.name}: {key} must be at least 1, got {stage[key]}'
+      )
+  if 'learning_rate' in stage and not stage.learning_rate > 0:
+    raise ValueError(
+      f'{stage.name}: learning_rate must be positive, got {stage.learning_rate}'
+    )
+  if 'temperature' in stage and not stage.temperature >= 0:
+    raise ValueError(
+      f'{stage.name}: temperature must not be negative (0 takes the most '
+      f'probable token), got {stage.temperature}'
+    )
 
 
 def run(config, workdir: epath.Path, described) -> None:
@@ -77,7 +148,12 @@ def run(config, workdir: epath.Path, described) -> None:
     workdir: where the run lives.
     described: the config as it came, without this machine's paths: what a
       later run in the same directory is compared with.
+
+  Raises:
+    run_lib.Stopped: SIGTERM came, and what can be saved is.
   """
+  import jax
+
   from instruct_jax.infra import run as run_lib
 
   stages = (
@@ -86,14 +162,30 @@ def run(config, workdir: epath.Path, described) -> None:
     else [config]
   )
   for stage in stages:
+    check_numbers(stage)
     find_experiment(stage.experiment).validate(stage)
-  with run_lib.WorkdirLock(workdir):
+    if jax.process_count() > 1 and stage.experiment in SINGLE_EXPERIMENTS:
+      raise ValueError(
+        f'{stage.name}: {stage.experiment} runs in a single process, and there '
+        f'are {jax.process_count()}'
+      )
+  with (
+    run_lib.StopSignal(at_once=True) as stop,
+    run_lib.WorkdirLock(workdir),
+  ):
     config_file = workdir / 'config.json'
-    if config_file.exists():
+    if run_lib.agreed(config_file.exists()):
       run_lib.check_config(
         described,
         config_file,
-        ignore=(*MACHINE_KEYS, *(f'stages.{s.name}.mesh' for s in stages)),
+        ignore=(
+          *MACHINE_KEYS,
+          *(
+            f'stages.{stage.name}.{key}'
+            for stage in stages
+            for key in ('mesh', 'loop')
+          ),
+        ),
       )
     else:
       run_lib.save_config(described, config_file)
@@ -107,6 +199,8 @@ def run(config, workdir: epath.Path, described) -> None:
       },
     )
     for stage in stages:
+      if stop.requested:
+        raise run_lib.Stopped(f'stopped before {stage.name}')
       folder = workdir / stage.name if 'stages' in config else workdir
       run_stage(stage, folder)
 
@@ -132,6 +226,45 @@ def prepare_machine(config) -> None:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
+def join_processes(
+  coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+  """Joins the other processes of a run, before the first use of a device.
+
+  Raises:
+    ValueError: an address without numbers, or numbers without an address.
+  """
+  if coordinator is None:
+    if num_processes is not None or process_id is not None:
+      raise ValueError('--num_processes and --process_id need --coordinator')
+    return
+  import jax
+
+  # It would take SIGTERM for itself.
+  jax.config.update('jax_enable_preemption_service', False)
+  # On CPU, programs in flight at one time may start in another order on each
+  # device; where both talk to other devices, they would wait for ever.
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
+  timeouts = {
+    'heartbeat_timeout_seconds': HEARTBEAT_SECONDS,
+    'shutdown_timeout_seconds': SHUTDOWN_SECONDS,
+  }
+  if coordinator == 'auto':
+    jax.distributed.initialize(**timeouts)
+    return
+  if num_processes is None or process_id is None:
+    raise ValueError(
+      f'--coordinator={coordinator} needs --num_processes and --process_id '
+      '(on a TPU pod: --coordinator=auto alone)'
+    )
+  jax.distributed.initialize(
+    coordinator,
+    num_processes,
+    process_id,
+    **timeouts,
+  )
+
+
 def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
@@ -149,13 +282,22 @@ def main(argv) -> None:
   prepare_machine(config)
   from instruct_jax.infra import run as run_lib
 
+  several = _COORDINATOR.value is not None
   try:
+    join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     run(config, workdir, described)
   except (ValueError, FileNotFoundError, RuntimeError, OSError) as error:
     if logging.get_verbosity() >= logging.DEBUG:
       raise
-    print(f'error: {error}', file=sys.stderr, flush=True)
+    hint = (
+      '\nWhere another process has ended, its error came first; all of them '
+      'end, and the same commands continue.'
+    )
+    print(f'error: {error}{hint * several}', file=sys.stderr, flush=True)
     print(f'work directory: {workdir}', flush=True)
+    if several:
+      # An orderly exit would wait for processes that are no more.
+      os._exit(1)
     sys.exit(1)
   except run_lib.Stopped:
     print(f'work directory: {workdir}', flush=True)

@@ -21,6 +21,8 @@ from instruct_jax.types import (
   LogprobsFn,
   LossFn,
   Metrics,
+  PackedLogprobsFn,
+  PackedPPOBatch,
   Params,
   PPOBatch,
   Rollout,
@@ -171,26 +173,50 @@ def make_policy_loss(logprobs_fn: LogprobsFn, config: PPOConfig) -> LossFn:
   def loss_fn(params, batch: PPOBatch, key):
     del key  # No dropout in PPO.
     mask = batch.response_mask
-    logprobs, entropy = logprobs_fn(
-      params, batch.tokens, batch.mask, mask.shape[1]
+    return _policy_loss(
+      *logprobs_fn(params, batch.tokens, batch.mask, mask.shape[1]),
+      batch,
+      config,
     )
-    # Padding must not reach exp(): its old log-probability is 0.
-    logprobs = jnp.where(mask, logprobs, batch.old_logprobs)
-    loss, ratio, clipped = losses.clipped_policy_loss(
-      logprobs, batch.old_logprobs, batch.advantages, config.clip
-    )
-    log_ratio = logprobs - batch.old_logprobs
-    metrics = {
-      'ppo/loss/policy': masked.metric(loss, mask),
-      'ppo/policy/clipfrac': masked.metric(clipped.astype(jnp.float32), mask),
-      'ppo/policy/ratio': masked.metric(ratio, mask),
-      'ppo/policy/approxkl': masked.metric(ratio - 1.0 - log_ratio, mask),
-      'ppo/policy/entropy': masked.metric(entropy, mask),
-    }
-    weight = jnp.sum(mask, dtype=jnp.float32)
-    return masked.total(loss, mask), (weight, metrics)
 
   return loss_fn
+
+
+def make_packed_policy_loss(
+  logprobs_fn: PackedLogprobsFn, config: PPOConfig
+) -> LossFn:
+  """The same loss of a `PackedPPOBatch`."""
+
+  def loss_fn(params, batch: PackedPPOBatch, key):
+    del key
+    return _policy_loss(
+      *logprobs_fn(
+        params, batch.tokens, batch.segments, batch.where, batch.targets
+      ),
+      batch,
+      config,
+    )
+
+  return loss_fn
+
+
+def _policy_loss(logprobs, entropy, batch, config):
+  mask = batch.response_mask
+  # Padding must not reach exp(): its old log-probability is 0.
+  logprobs = jnp.where(mask, logprobs, batch.old_logprobs)
+  loss, ratio, clipped = losses.clipped_policy_loss(
+    logprobs, batch.old_logprobs, batch.advantages, config.clip
+  )
+  log_ratio = logprobs - batch.old_logprobs
+  metrics = {
+    'ppo/loss/policy': masked.metric(loss, mask),
+    'ppo/policy/clipfrac': masked.metric(clipped.astype(jnp.float32), mask),
+    'ppo/policy/ratio': masked.metric(ratio, mask),
+    'ppo/policy/approxkl': masked.metric(ratio - 1.0 - log_ratio, mask),
+    'ppo/policy/entropy': masked.metric(entropy, mask),
+  }
+  weight = jnp.sum(mask, dtype=jnp.float32)
+  return masked.total(loss, mask), (weight, metrics)
 
 
 def make_value_loss(values_fn: ScalarsFn, config: PPOConfig) -> LossFn:
@@ -198,28 +224,49 @@ def make_value_loss(values_fn: ScalarsFn, config: PPOConfig) -> LossFn:
 
   def loss_fn(params, batch: PPOBatch, key):
     del key
-    mask = batch.response_mask
     values = response_values(
-      values_fn(params, batch.tokens, batch.mask), mask.shape[1]
+      values_fn(params, batch.tokens, batch.mask), batch.response_mask.shape[1]
     )
-    values = jnp.where(mask, values, batch.old_values)
-    loss, clipped = losses.clipped_value_loss(
-      values, batch.old_values, batch.returns, config.value_clip
-    )
-    metrics = {
-      'ppo/loss/value': masked.metric(loss, mask),
-      'ppo/val/clipfrac': masked.metric(clipped.astype(jnp.float32), mask),
-      'ppo/val/value': masked.metric(values, mask),
-    }
-    weight = jnp.sum(mask, dtype=jnp.float32)
-    return masked.total(loss, mask), (weight, metrics)
+    return _value_loss(values, batch, config)
 
   return loss_fn
 
 
+def make_packed_value_loss(values_fn: ScalarsFn, config: PPOConfig) -> LossFn:
+  """The same loss of a `PackedPPOBatch`.
+
+  Args:
+    values_fn: takes segments in the place of the mask.
+    config: the method's numbers.
+  """
+
+  def loss_fn(params, batch: PackedPPOBatch, key):
+    del key
+    scalars = values_fn(params, batch.tokens, batch.segments)
+    values = jnp.take_along_axis(scalars, batch.where, axis=1)
+    return _value_loss(values, batch, config)
+
+  return loss_fn
+
+
+def _value_loss(values, batch, config):
+  mask = batch.response_mask
+  values = jnp.where(mask, values, batch.old_values)
+  loss, clipped = losses.clipped_value_loss(
+    values, batch.old_values, batch.returns, config.value_clip
+  )
+  metrics = {
+    'ppo/loss/value': masked.metric(loss, mask),
+    'ppo/val/clipfrac': masked.metric(clipped.astype(jnp.float32), mask),
+    'ppo/val/value': masked.metric(values, mask),
+  }
+  weight = jnp.sum(mask, dtype=jnp.float32)
+  return masked.total(loss, mask), (weight, metrics)
+
+
 def ppo_update(
   state: PPOState,
-  batch: PPOBatch,
+  batch: PPOBatch | PackedPPOBatch,
   ptx_batch: TextBatch | None,
   key: Key,
   *,
@@ -241,7 +288,8 @@ def ppo_update(
 
   Args:
     state: policy, value, EMA, KL coefficient.
-    batch: B episodes; every inner epoch takes them in a fresh order.
+    batch: B episodes; every inner epoch takes them in a fresh order. A packed
+      batch has that order already: row i * num_steps + s is of step s.
     ptx_batch: num_epochs * 8 * B pretraining rows in the paper; any number
       that divides into num_epochs * num_minibatches. None when ptx_coef is 0.
     key: of this iteration.
@@ -259,7 +307,8 @@ def ppo_update(
   keys = dict(zip(('order', 'loss'), jax.random.split(key), strict=True))
   num_rows = batch.tokens.shape[0]
   num_steps = config.num_epochs * config.num_minibatches
-  if num_rows % config.num_minibatches:
+  is_packed = isinstance(batch, PackedPPOBatch)
+  if num_rows % (num_steps if is_packed else config.num_minibatches):
     raise ValueError(
       f'{config.num_minibatches} minibatches do not divide a batch of '
       f'{num_rows}'
@@ -267,14 +316,15 @@ def ppo_update(
   use_ptx = config.ptx_coef > 0
   if use_ptx and (ptx_batch is None or ptx_loss_fn is None):
     raise ValueError('ptx_coef > 0 needs pretraining rows and their loss')
-  minibatch_size = num_rows // config.num_minibatches
-  orders = jax.vmap(lambda k: jax.random.permutation(k, num_rows))(
-    jax.random.split(keys['order'], config.num_epochs)
-  ).reshape(num_steps, minibatch_size)
-  inputs = {
-    'rows': orders,
-    'key': jax.random.split(keys['loss'], num_steps),
-  }
+  inputs = {'key': jax.random.split(keys['loss'], num_steps)}
+  if is_packed:
+    inputs['packed'] = jax.tree.map(
+      lambda x: jnp.swapaxes(x.reshape(-1, num_steps, x.shape[1]), 0, 1), batch
+    )
+  else:
+    inputs['rows'] = jax.vmap(lambda k: jax.random.permutation(k, num_rows))(
+      jax.random.split(keys['order'], config.num_epochs)
+    ).reshape(num_steps, num_rows // config.num_minibatches)
   if use_ptx:
     num_ptx = ptx_batch.tokens.shape[0]
     if num_ptx % num_steps:
@@ -290,7 +340,10 @@ def ppo_update(
     )
 
   def step(state: PPOState, inputs):
-    minibatch = jax.tree.map(lambda x: x[inputs['rows']], batch)
+    if is_packed:
+      minibatch = inputs['packed']
+    else:
+      minibatch = jax.tree.map(lambda x: x[inputs['rows']], batch)
     policy_key, value_key, ptx_key = jax.random.split(inputs['key'], 3)
     grads, loss, metrics = train_state.accumulate_gradients(
       policy_loss_fn,

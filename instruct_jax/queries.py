@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instruct_jax import artifacts, masked, rollout
+from instruct_jax import artifacts, hub, masked, rollout
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding
-from instruct_jax.models import heads, hf
+from instruct_jax.models import heads
 from instruct_jax.models.transformer import make_cache
 from instruct_jax.types import Params, PromptBatch
 
@@ -35,7 +35,7 @@ def tokenizer_of(source: str, default_folder: str) -> tokenizer_lib.Tokenizer:
     ValueError: neither is there.
   """
   if artifacts.is_published(source):
-    folder = hf.locate(source)
+    folder = hub.locate(source)
     if (folder / 'tokenizer.json').exists():
       return tokenizer_lib.Tokenizer.load(folder)
   if not default_folder:
@@ -109,9 +109,9 @@ def score_answers(
   longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
   # Few lengths, few compilations.
   length = min(-(-longest // 32) * 32, model.config.context_length)
-  program = _score_program(model.module)
+  program = sharding.fetched(_score_program(model.module))
   return rollout.in_batches(
-    lambda batch: program(model.params, *sharding.put_batch(batch, mesh)),
+    lambda batch: program(model.params, *sharding.put_whole(batch, mesh)),
     loader.answer_rows(prompts, answers, pad_id, length),
     batch_size,
   )
@@ -197,7 +197,7 @@ def make_functions(
   key = jax.random.key(seed)
 
   def put(batch):
-    return sharding.put_batch(batch, mesh)
+    return sharding.put_whole(batch, mesh)
 
   def bucket(length):
     multiple = length_multiple
@@ -215,7 +215,7 @@ def make_functions(
     batch = PromptBatch(tokens, mask, np.arange(len(rows), dtype=np.int32))
     program = generate_program(module, max_tokens, stop_ids, temperature)
     sampled = program(params, put(batch), key)
-    return rollout.response_ids(jax.device_get(sampled))[: len(prompts)]
+    return rollout.response_ids(sharding.fetch(sampled))[: len(prompts)]
 
   def choice_fn(contexts, choices):
     rows, sets = filled(contexts), filled(choices)
@@ -241,7 +241,7 @@ def make_functions(
     )
     return [
       [float(x) for x in row[: len(choice_set)]]
-      for row, choice_set in zip(jax.device_get(sums), choices, strict=False)
+      for row, choice_set in zip(sharding.fetch(sums), choices, strict=False)
     ]
 
   return generate_fn, choice_fn

@@ -1,11 +1,16 @@
-"""Sampling responses: read the prompts once, then one token at a time.
+"""Sampling responses: a queue of prompts, and slots that never wait.
 
-One jitted program per batch, without a host round trip per token. The loop
-leaves early once every response has ended; that changes the time taken and
-nothing else, because the noise of a token depends only on the key, on the
-prompt's number and on the token's position.
+One jitted program. Prompts are read into caches some at a time; every slot then
+samples one token a step, and a slot whose response has ended takes the next
+prompt at once. Where no prompt is left, the slots still at work are moved
+together and the others given up.
+
+A token depends on the weights, the key, the prompt's number and the token's
+place in the response: not on the slot, on its neighbours or on the order of the
+queue, save for the rounding of matrix products of other sizes.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -13,52 +18,167 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from instruct_jax.types import Key, Params, PromptBatch, PyTree, Rollout
+from instruct_jax.infra import sharding
+from instruct_jax.types import (
+  Decoder,
+  Key,
+  Params,
+  PromptBatch,
+  PyTree,
+  Rollout,
+)
 
-# (params, tokens [B, t], mask [B, t], cache) -> (logits [B, V] after the last
-# token, cache).
-ExtendFn = Callable[
-  [Params, jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]
-]
+# Probabilities are added up in pieces of about this many tokens.
+_PIECE = 128
+# Columns of a cache are a multiple of this.
+_COLUMNS = 16
+# A cache without refill grows in steps of at least this many columns.
+_GROWTH = 128
+
+
+def uniform_noise(keys: Key, num_tokens: int) -> Float[Array, 'B {num_tokens}']:
+  """The uniform number behind each token: from fold_in(key of the row, t)."""
+
+  def one(key, t):
+    return jax.random.uniform(jax.random.fold_in(key, t))
+
+  return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(
+    keys, jnp.arange(num_tokens)
+  )
 
 
 def sample_tokens(
   logits: Float[Array, 'B V'],
-  keys: Key,
+  uniform: Float[Array, 'B'],
   temperature: float,
 ) -> tuple[Int[Array, 'B'], Float[Array, 'B']]:
   """One token a row and its log-probability, nats, float32.
 
   Inverts the cumulative distribution at one uniform number a row, which costs
-  one random number where Gumbel noise costs V of them. No top-k, no top-p.
+  one random number where Gumbel noise costs V of them: first among the sums of
+  pieces of the vocabulary, then within a piece, so that no sum over all tokens
+  is kept. No top-k, no top-p.
 
   Args:
     logits: any float dtype.
-    keys: one key a row.
+    uniform: in [0, 1), one number a row.
     temperature: divides the logits; 0 takes the most probable token and
       reports its log-probability at temperature 1.
   """
   logits = logits.astype(jnp.float32)
   if temperature > 0:
     logits = logits / temperature
-  logprobs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+  highest = jnp.max(logits, axis=-1, keepdims=True)
+  weights = jnp.exp(logits - highest)
+  B, V = logits.shape
+  pieces = -(-V // _PIECE)
+  size = -(-V // pieces)
+  filled = jnp.pad(weights, ((0, 0), (0, pieces * size - V)))
+  filled = filled.reshape(B, pieces, size)
+  upto = jnp.cumsum(jnp.sum(filled, axis=2), axis=1)
+  total = upto[:, -1]
   if temperature > 0:
-    probs = jnp.exp(logprobs)
-    cumulative = jnp.cumsum(probs, axis=-1)
-    uniform = jax.vmap(jax.random.uniform)(keys)
-    threshold = uniform * cumulative[:, -1]
-    # The first token whose cumulative probability exceeds the threshold. A
-    # token of probability 0 is never first, save where a parallel sum rounds
-    # down and up again; hence the second condition.
-    eligible = (cumulative > threshold[:, None]) & (probs > 0)
-    tokens = jnp.argmax(eligible, axis=-1)
-    tokens = jnp.where(
-      jnp.any(eligible, axis=-1), tokens, jnp.argmax(logprobs, axis=-1)
-    )
+    piece, below = _first_above(upto, uniform * total)
+    inside = jnp.take_along_axis(filled, piece[:, None, None], axis=1)[:, 0]
+    rest = uniform * total - below
+    place, _ = _first_above(jnp.cumsum(inside, axis=1), rest)
+    tokens = piece * size + place
   else:
-    tokens = jnp.argmax(logprobs, axis=-1)
-  chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
-  return tokens.astype(jnp.int32), chosen
+    tokens = jnp.argmax(logits, axis=-1)
+  chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
+  logprobs = (chosen - highest)[:, 0] - jnp.log(total)
+  return tokens.astype(jnp.int32), logprobs
+
+
+def _first_above(upto, threshold):
+  """Where rising sums first exceed a threshold, and the sum before.
+
+  A place that adds nothing cannot be the first to exceed. Where rounding left
+  the threshold at the very end, the last place that adds something is taken.
+  """
+  before = jnp.pad(upto, ((0, 0), (1, 0)))[:, :-1]
+  adds = upto > before
+  found = adds & (upto > threshold[:, None])
+  last = upto.shape[1] - 1 - jnp.argmax(adds[:, ::-1], axis=1)
+  place = jnp.where(jnp.any(found, axis=1), jnp.argmax(found, axis=1), last)
+  return place, jnp.take_along_axis(before, place[:, None], axis=1)[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """Sizes of one rollout, all of one shard of rows.
+
+  Attributes:
+    prompts, rows: in the queue; rows = prompts * samples.
+    samples: of each prompt.
+    bank: prompts read at a time.
+    slots: at first.
+    response: R.
+    widths: columns of the cache, growing.
+  """
+
+  prompts: int
+  rows: int
+  samples: int
+  bank: int
+  slots: int
+  response: int
+  widths: tuple[int, ...]
+
+  @property
+  def refills(self) -> bool:
+    return self.slots < self.rows
+
+  def drains(self) -> list[int]:
+    """Slots that are kept as the queue runs dry: a half, a quarter, ..."""
+    sizes, least = [], max(self.slots // 8, min(self.slots, 4))
+    size = self.slots // 2
+    while size >= least:
+      sizes.append(size)
+      size //= 2
+    return sizes
+
+
+def make_plan(
+  num_prompts: int,
+  num_columns: int,
+  num_response: int,
+  num_slots: int,
+  num_samples: int,
+  num_shards: int,
+) -> _Plan:
+  """Sizes of one shard's part, from those of the whole.
+
+  Raises:
+    ValueError: shards that do not divide prompts or slots.
+  """
+  rows = num_prompts * num_samples
+  slots = min(num_slots or rows, rows)
+  for name, size in (('prompts', num_prompts), ('slots', slots)):
+    if size % num_shards:
+      raise ValueError(
+        f'{size} {name} do not divide over {num_shards} shards of the mesh; '
+        'choose a multiple'
+      )
+  prompts, slots = num_prompts // num_shards, slots // num_shards
+  # The last token is never read.
+  longest = num_columns + num_response - 1
+  refills = slots < prompts * num_samples
+  growths = 1 if refills else max(1, min(4, num_response // _GROWTH))
+  widths = (
+    num_columns + -(-num_response * (i + 1) // growths) for i in range(growths)
+  )
+  return _Plan(
+    prompts=prompts,
+    rows=prompts * num_samples,
+    samples=num_samples,
+    bank=max(1, min(prompts, slots // 4)),
+    slots=slots,
+    response=num_response,
+    widths=tuple(
+      -(-min(width, longest) // _COLUMNS) * _COLUMNS for width in widths
+    ),
+  )
 
 
 def generate(
@@ -66,87 +186,368 @@ def generate(
   prompts: PromptBatch,
   key: Key,
   *,
-  extend_fn: ExtendFn,
-  make_cache_fn: Callable[[int, int], PyTree],
+  decoder: Decoder,
   num_response: int,
   stop_ids: tuple[int, ...],
   temperature: float = 1.0,
-  early_exit: bool = True,
+  num_slots: int = 0,
+  num_samples: int = 1,
 ) -> Rollout:
-  """Samples one response of at most `num_response` tokens for each prompt.
+  """Samples responses of at most `num_response` tokens to each prompt.
 
   Args:
     params: of the policy.
-    prompts: left-padded, so that every response starts in column P.
-    key: of this rollout. The noise of token t of prompt i comes from
-      fold_in(fold_in(key, i), t): independent of batch and neighbours.
-    extend_fn: reads tokens into a cache, returns the last position's logits.
-    make_cache_fn: (batch, slots) -> empty cache.
+    prompts: left-padded, so that every response starts in column P. A prompt
+      without tokens gets a response without tokens.
+    key: of this rollout. The noise of token t of sample j of prompt i comes
+      from fold_in(fold_in(key, n i + j), t), n samples a prompt: independent of
+      slot, neighbours and order.
+    decoder: the policy's functions.
     num_response: R, the longest response, the stop token counted.
     stop_ids: sampling one of these ends the response; it stays in it.
     temperature: 1 in the paper's rollouts; 0 is greedy.
-    early_exit: leave the loop when every response has ended.
+    num_slots: rows that are sampled at a time: what the cache has room for; 0
+      is one for each response.
+    num_samples: responses of each prompt, which is read once for all of them;
+      they stand one behind the other.
+
+  Raises:
+    ValueError: shards of the mesh that do not divide prompts or slots.
+  """
+  sampled, _ = generate_counted(
+    params,
+    prompts,
+    key,
+    decoder=decoder,
+    num_response=num_response,
+    stop_ids=stop_ids,
+    temperature=temperature,
+    num_slots=num_slots,
+    num_samples=num_samples,
+  )
+  return sampled
+
+
+def generate_counted(
+  params: Params,
+  prompts: PromptBatch,
+  key: Key,
+  *,
+  decoder: Decoder,
+  num_response: int,
+  stop_ids: tuple[int, ...],
+  temperature: float,
+  num_slots: int,
+  num_samples: int,
+) -> tuple[Rollout, dict[str, jax.Array]]:
+  """`generate`, and how well the slots were used.
+
+  Returns:
+    The rollout, and counts: `steps`; `slot_steps`, each step times its slots;
+    `queued_slot_steps`, of those until the last prompt was taken; `idle` and
+    `queued_idle`, those that sampled nothing; `reads`, batches of prompts read.
   """
   B, P = prompts.tokens.shape
-  row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, prompts.indices)
-  stops = jnp.asarray(stop_ids, jnp.int32)
+  num_shards = sharding.num_batch_shards()
+  plan = make_plan(B, P, num_response, num_slots, num_samples, num_shards)
+  weights = decoder.prepare(params)
+  numbers = prompts.indices[:, None] * num_samples
+  numbers = (numbers + jnp.arange(num_samples)[None, :]).reshape(-1)
+  row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+  tokens, lengths = sharding.per_shard(_left_aligned)(
+    prompts.tokens, prompts.mask
+  )
+  engine = _Engine(
+    plan,
+    decoder,
+    weights,
+    tokens,
+    lengths,
+    uniform_noise(row_keys, num_response),
+    np.asarray(stop_ids, np.int32),
+    temperature,
+  )
+  state = engine.run()
+  out, counts = state['out'], state['counts']
+  mask = jnp.arange(num_response)[None, :] < out['lengths'][:, None]
 
-  def sample(logits, t):
-    keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, t)
-    return sample_tokens(logits, keys, temperature)
+  def repeat(x):
+    return jnp.repeat(x, num_samples, axis=0) if num_samples > 1 else x
 
-  def is_stop(tokens):
-    return jnp.any(tokens[:, None] == stops[None, :], axis=1)
+  return Rollout(
+    tokens=jnp.concatenate([repeat(prompts.tokens), out['tokens']], axis=1),
+    mask=jnp.concatenate([repeat(prompts.mask), mask], axis=1),
+    response_mask=mask,
+    logprobs=out['logprobs'],
+    ended=out['ended'],
+  ), counts
 
-  cache = make_cache_fn(B, P + num_response)
-  logits, cache = extend_fn(params, prompts.tokens, prompts.mask, cache)
-  token, logprob = sample(logits, 0)
-  column = jnp.arange(num_response)[None, :] == 0
-  state = {
-    't': jnp.ones((), jnp.int32),
-    'token': token,
-    'ended': is_stop(token),
-    'cache': cache,
-    'tokens': jnp.where(column, token[:, None], 0),
-    'mask': jnp.broadcast_to(column, (B, num_response)),
-    'logprobs': jnp.where(column, logprob[:, None], 0.0),
-  }
 
-  def unfinished(state):
-    more = state['t'] < num_response
-    return more & ~jnp.all(state['ended']) if early_exit else more
+def _left_aligned(tokens, mask):
+  """Left-padded rows padded on the right instead, and their lengths."""
+  lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
+  P = tokens.shape[1]
+  columns = (jnp.arange(P)[None, :] + P - lengths[:, None]) % P
+  return jnp.take_along_axis(tokens, columns, axis=1), lengths
 
-  def step(state):
-    t, going = state['t'], ~state['ended']
-    logits, cache = extend_fn(
-      params, state['token'][:, None], going[:, None], state['cache']
-    )
-    token, logprob = sample(logits, t)
-    column = (jnp.arange(num_response)[None, :] == t) & going[:, None]
+
+class _Engine:
+  """The loops of one rollout; a state is a dict of arrays, shards first."""
+
+  def __init__(
+    self, plan, decoder, weights, tokens, lengths, noise, stops, temperature
+  ):
+    self.plan = plan
+    self.decoder = decoder
+    self.weights = weights
+    self.queue = {'tokens': tokens, 'lengths': lengths, 'noise': noise}
+    self.stops = stops
+    self.temperature = temperature
+    self.num_shards = tokens.shape[0] // plan.prompts
+
+  def start(self):
+    """All slots free, nothing read."""
+    plan, D = self.plan, self.num_shards
+    S, num_columns = D * plan.slots, self.queue['tokens'].shape[1]
+    zeros = jnp.zeros((S,), jnp.int32)
+    noise = self.queue['noise']
     return {
-      't': t + 1,
-      'token': token,
-      'ended': state['ended'] | is_stop(token),
-      'cache': cache,
-      'tokens': jnp.where(column, token[:, None], state['tokens']),
-      'mask': state['mask'] | column,
-      'logprobs': jnp.where(column, logprob[:, None], state['logprobs']),
+      'slots': {
+        'row': zeros,
+        'length': zeros,
+        'count': zeros,
+        'token': zeros,
+        'alive': jnp.zeros((S,), bool),
+      },
+      'cache': self.decoder.make_cache(S, plan.widths[0]),
+      'bank': self.decoder.make_cache(D * plan.bank, num_columns),
+      # Of each shard: the next row to be taken, and the first prompt that is
+      # not in the bank nor was before.
+      'next': jnp.zeros((D,), jnp.int32),
+      'end': jnp.zeros((D,), jnp.int32),
+      'out': {
+        'tokens': jnp.zeros(noise.shape, jnp.int32),
+        'logprobs': jnp.zeros_like(noise),
+        'lengths': jnp.zeros((noise.shape[0],), jnp.int32),
+        'ended': jnp.zeros((noise.shape[0],), bool),
+      },
+      'counts': {
+        name: jnp.zeros((), jnp.int32)
+        for name in (
+          'steps',
+          'slot_steps',
+          'queued_slot_steps',
+          'idle',
+          'queued_idle',
+          'reads',
+        )
+      },
     }
 
-  state = jax.lax.while_loop(unfinished, step, state)
-  # A stop sampled after the response had ended is not the response's own.
-  ended = jnp.any(
-    state['mask']
-    & jnp.any(state['tokens'][:, :, None] == stops[None, None, :], axis=2),
-    axis=1,
-  )
-  return Rollout(
-    tokens=jnp.concatenate([prompts.tokens, state['tokens']], axis=1),
-    mask=jnp.concatenate([prompts.mask, state['mask']], axis=1),
-    response_mask=state['mask'],
-    logprobs=state['logprobs'],
-    ended=ended,
-  )
+  # --- Filling slots, each shard for itself -----------------------------------
+
+  def _wants(self, slots, after, end):
+    """Whether a slot is free for a prompt that is not in the bank [1]."""
+    plan = self.plan
+    free = jnp.any(~slots['alive']) & (after < plan.rows)
+    return free & (after // plan.samples >= end)
+
+  def _next_prompts(self, queue, after):
+    """Tokens and lengths of the prompts that the bank takes next."""
+    first = after[0] // self.plan.samples
+    rows = jnp.minimum(
+      first + jnp.arange(self.plan.bank), self.plan.prompts - 1
+    )
+    return (
+      queue['tokens'][rows],
+      queue['lengths'][rows],
+      jnp.full((1,), first + self.plan.bank),
+    )
+
+  def _admit(self, queue, slots, cache, bank, after, end):
+    """Free slots take rows whose prompts are in the bank."""
+    plan = self.plan
+
+    def more(carry):
+      slots, _, after = carry
+      return (
+        jnp.any(~slots['alive'])
+        & (after[0] < plan.rows)
+        & (after[0] // plan.samples < end[0])
+      )
+
+    def take(carry):
+      slots, cache, after = carry
+      slot, row = jnp.argmin(slots['alive']), after[0]
+      prompt = row // plan.samples
+      length = queue['lengths'][prompt]
+
+      def copy(to, source):
+        source = jax.lax.dynamic_slice_in_dim(
+          source, prompt - end[0] + plan.bank, 1
+        )
+        return jax.lax.dynamic_update_slice(
+          to, source, (slot, *[0] * (to.ndim - 1))
+        )
+
+      # The prompt's last token is read again, by the step that samples the
+      # response's first: prompts need no logits of their own.
+      new = {
+        'row': row,
+        'length': jnp.maximum(length - 1, 0),
+        'count': 0,
+        'token': queue['tokens'][prompt, jnp.maximum(length - 1, 0)],
+        'alive': length > 0,
+      }
+      slots = {name: x.at[slot].set(new[name]) for name, x in slots.items()}
+      return slots, jax.tree.map(copy, cache, bank), after + 1
+
+    return jax.lax.while_loop(more, take, (slots, cache, after))
+
+  def fill(self, state):
+    """Gives every free slot a row, reading prompts as they are needed."""
+    wants = sharding.per_shard(self._wants)
+
+    def admitted(state):
+      slots, cache, after = sharding.per_shard(self._admit)(
+        self.queue,
+        *(state[name] for name in ('slots', 'cache', 'bank', 'next', 'end')),
+      )
+      return {**state, 'slots': slots, 'cache': cache, 'next': after}
+
+    def needs(state):
+      return jnp.any(wants(state['slots'], state['next'], state['end']))
+
+    def read(state):
+      tokens, lengths, end = sharding.per_shard(self._next_prompts)(
+        self.queue, state['next']
+      )
+      bank = self.decoder.read(self.weights, tokens, lengths)
+      counts = state['counts']
+      counts = {**counts, 'reads': counts['reads'] + 1}
+      return admitted({**state, 'bank': bank, 'end': end, 'counts': counts})
+
+    return jax.lax.while_loop(needs, read, admitted(state))
+
+  # --- One token in every slot ------------------------------------------------
+
+  def _record(self, queue, slots, out, token, logprob):
+    """Writes down what live slots sampled; some of them end."""
+    plan = self.plan
+    alive, count = slots['alive'], slots['count']
+    # A slot that idles writes nowhere.
+    row = jnp.where(alive, slots['row'], plan.rows)
+    stopped = jnp.any(token[:, None] == self.stops[None, :], axis=1)
+    out = {
+      'tokens': out['tokens'].at[row, count].set(token, mode='drop'),
+      'logprobs': out['logprobs'].at[row, count].set(logprob, mode='drop'),
+      'lengths': out['lengths'].at[row].set(count + 1, mode='drop'),
+      'ended': out['ended'].at[row].set(stopped, mode='drop'),
+    }
+    slots = {
+      'row': slots['row'],
+      'length': slots['length'] + alive,
+      'count': count + alive,
+      'token': token,
+      'alive': alive & ~stopped & (count + 1 < plan.response),
+    }
+    return slots, out
+
+  def step(self, state):
+    """Every slot reads its last token and samples the next."""
+    slots, counts = state['slots'], state['counts']
+    logits, cache = self.decoder.step(
+      self.weights, slots['token'], slots['length'], state['cache']
+    )
+    uniform = sharding.per_shard(
+      lambda queue, slots: queue['noise'][slots['row'], slots['count']]
+    )(self.queue, slots)
+    token, logprob = sample_tokens(logits, uniform, self.temperature)
+    after, out = sharding.per_shard(self._record)(
+      self.queue, slots, state['out'], token, logprob
+    )
+    idle = jnp.sum(~slots['alive'], dtype=jnp.int32)
+    queued = self._queue_left(state)
+    num_slots = slots['alive'].shape[0]
+    more = {
+      'steps': 1,
+      'slot_steps': num_slots,
+      'queued_slot_steps': jnp.where(queued, num_slots, 0),
+      'idle': idle,
+      'queued_idle': jnp.where(queued, idle, 0),
+      'reads': 0,
+    }
+    counts = {name: counts[name] + more[name] for name in counts}
+    return {
+      **state,
+      'slots': after,
+      'cache': cache,
+      'out': out,
+      'counts': counts,
+    }
+
+  # --- The whole rollout ------------------------------------------------------
+
+  def _queue_left(self, state):
+    return jnp.any(state['next'] < self.plan.rows)
+
+  def _most_alive(self, state):
+    """Live slots of the shard that has most."""
+    count = sharding.per_shard(
+      lambda alive: jnp.sum(alive, dtype=jnp.int32)[None]
+    )
+    return jnp.max(count(state['slots']['alive']))
+
+  def _steps(self, state, width, least, refills):
+    """Steps until few slots are alive, or the cache is full."""
+
+    def goes_on(state):
+      slots = state['slots']
+      going = self._most_alive(state) > least
+      if refills:
+        going |= self._queue_left(state) & jnp.any(slots['alive'])
+      if width < self.plan.widths[-1]:
+        longest = jnp.max(jnp.where(slots['alive'], slots['length'], 0))
+        going &= longest < width
+      return going
+
+    def body(state):
+      state = self.step(state)
+      return self.fill(state) if refills else state
+
+    return jax.lax.while_loop(goes_on, body, state)
+
+  def _compact(self, state, num_slots):
+    """Keeps so many slots of each shard, the live ones first."""
+
+    def keep(slots, cache):
+      order = jnp.argsort(~slots['alive'], stable=True)[:num_slots]
+      return jax.tree.map(lambda x: x[order], (slots, cache))
+
+    slots, cache = sharding.per_shard(keep)(state['slots'], state['cache'])
+    return {**state, 'slots': slots, 'cache': cache}
+
+  def run(self):
+    plan = self.plan
+    drains = [*plan.drains(), 0]
+    state = self.fill(self.start())
+    if not plan.refills:
+      del state['bank']
+    for width in plan.widths:
+
+      def wider(x, width=width):
+        padding = [(0, 0)] * x.ndim
+        padding[2] = (0, width - x.shape[2])
+        return jnp.pad(x, padding)
+
+      if state['cache'] and width > plan.widths[0]:
+        state['cache'] = jax.tree.map(wider, state['cache'])
+      state = self._steps(state, width, drains[0], plan.refills)
+    state.pop('bank', None)
+    for num_slots, least in zip(drains, drains[1:], strict=False):
+      state = self._compact(state, num_slots)
+      state = self._steps(state, plan.widths[-1], least, refills=False)
+    return state
 
 
 def in_slices(

@@ -18,7 +18,7 @@ last token and its response's first are always neighbours (columns P-1 and P).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -150,6 +150,33 @@ class PPOBatch:
   returns: Float[Array, 'B R']
 
 
+@flax.struct.dataclass
+class PackedPPOBatch:
+  """A `PPOBatch` in dense rows, several episodes to a row (`packing.py`).
+
+  Q counts the response tokens of a row; what a padded batch holds at [B, R]
+  stands here at [M, Q].
+
+  Attributes:
+    tokens: episodes, one behind the other.
+    segments: 0 on padding; 1, 2, ... number the episodes of a row.
+    where: column of the position that predicts each response token.
+    targets: those response tokens.
+    response_mask: True where there is one.
+    old_logprobs, old_values, advantages, returns: as in `PPOBatch`.
+  """
+
+  tokens: Int[Array, 'M T']
+  segments: Int[Array, 'M T']
+  where: Int[Array, 'M Q']
+  targets: Int[Array, 'M Q']
+  response_mask: Bool[Array, 'M Q']
+  old_logprobs: Float[Array, 'M Q']
+  old_values: Float[Array, 'M Q']
+  advantages: Float[Array, 'M Q']
+  returns: Float[Array, 'M Q']
+
+
 # (params, batch, key) -> (summed loss, (weight, metrics)). The optimised loss
 # is summed loss / weight, with both summed over microbatches first.
 LossFn = Callable[
@@ -161,5 +188,34 @@ LossFn = Callable[
 LogprobsFn = Callable[
   [Params, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]
 ]
+# (params, tokens [M, T], segments [M, T], where [M, Q], targets [M, Q]) ->
+# logprobs and entropies of the targets, both [M, Q], float32, nats.
+PackedLogprobsFn = Callable[
+  [Params, jax.Array, jax.Array, jax.Array, jax.Array],
+  tuple[jax.Array, jax.Array],
+]
 # (params, tokens [B, T], mask [B, T]) -> one float32 scalar per position.
 ScalarsFn = Callable[[Params, jax.Array, jax.Array], jax.Array]
+
+
+class Decoder(NamedTuple):
+  """A policy as the functions that `rollout.generate` samples with.
+
+  A cache is a pytree of arrays [S, K, W, ...]: slots first, columns third. A
+  row's token in position c lies in column c.
+
+  Attributes:
+    prepare: params -> the policy's weights as the others take them.
+    make_cache: (slots, columns) -> empty cache.
+    read: (weights, tokens [S, P], lengths [S]) -> cache of S right-padded
+      prompts, P columns.
+    step: (weights, tokens [S], lengths [S], cache) -> (logits [S, V] after
+      these tokens, cache with each token in column `lengths`).
+  """
+
+  prepare: Callable[[Params], PyTree]
+  make_cache: Callable[[int, int], PyTree]
+  read: Callable[[PyTree, jax.Array, jax.Array], PyTree]
+  step: Callable[
+    [PyTree, jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]
+  ]

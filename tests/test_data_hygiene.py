@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 
@@ -103,6 +104,67 @@ def test_personal_data(text, kinds):
   assert hygiene.personal_data_kinds(text) == kinds
   kept, dropped = hygiene.drop_personal_data(_prompts('fine', text))
   assert dropped == bool(kinds) and len(kept) == 2 - dropped
+
+
+@pytest.fixture(scope='module')
+def presidio():
+  reason = 'needs requirements-personal-data.txt'
+  pytest.importorskip('presidio_analyzer', reason=reason)
+  return hygiene.presidio_kinds()
+
+
+@pytest.mark.parametrize(
+  ('text', 'kinds'),
+  [
+    ('write to jo.b@mail.example.org now', ['e-mail']),
+    # No number of any country, and one that is.
+    ('about +44 20 7946 0958 today', ['phone']),
+    ('my number is 2125550187', ['phone']),
+    ('my order is 9125550000123', []),
+    ('transfer to DE89370400440532013000', ['id number']),
+    ('card 4111111111111111', ['card number']),
+    ('server 192.168.0.1 is down', ['IP address']),
+    ('I live at 221b Baker Street.', ['street address']),
+    ('John Smith wrote a poem', []),  # Names need a model.
+  ],
+)
+def test_personal_data_with_the_library(presidio, text, kinds):
+  assert presidio(text) == kinds
+
+
+def test_a_missing_library_or_model_is_named(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'presidio_analyzer', None)
+  with pytest.raises(ValueError, match='install -r requirements-personal'):
+    hygiene.presidio_kinds()
+
+
+def test_the_command_writes_splits_and_counts(tmp_path, capsys):
+  tokenizer.train_word_level(['a']).save(tmp_path / 'tokenizer')
+  prompts = []
+  for user in range(10):
+    texts = [f'u{user} q{i}' for i in range(4)] + [f'u{user} b@c.org']
+    prompts += _prompts(*texts, user=f'user{user}')
+  records.write_jsonl(tmp_path / 'prompts.jsonl', prompts)
+  command = [
+    str(tmp_path / 'prompts.jsonl'),
+    f'--output={tmp_path / "out"}',
+    f'--tokenizer={tmp_path / "tokenizer"}',
+    '--valid=0.2',
+    '--test=0',
+  ]
+  assert hygiene.main([*command[:-1], '--test=-1']) == 1
+  assert 'must be positive' in capsys.readouterr().err
+  assert hygiene.main(command) == 0
+  counts = json.loads((tmp_path / 'out' / 'hygiene.json').read_text())
+  assert counts['kept'] == {'train': 32, 'valid': 10}
+  assert counts['personal_data'] == 8
+  train = records.read_jsonl(
+    tmp_path / 'out' / 'prompts_train.jsonl', records.Prompt
+  )
+  assert len(train) == 32 and not any('@' in p.text for p in train)
+  assert hygiene.main([*command[:-1], '--presidio=no_such_model']) == 1
+  error = capsys.readouterr().err
+  assert 'no_such_model' in error or 'pip install' in error
 
 
 def test_clean_counts_every_drop():

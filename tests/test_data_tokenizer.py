@@ -1,3 +1,4 @@
+import fnmatch
 import gzip
 import json
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 import transformers
 
+from instruct_jax import hub
 from instruct_jax.data import loader, records, tokenizer
 
 
@@ -322,10 +324,34 @@ def test_gpt2_folder(tmp_path):
   assert (loaded.encode('lol'), loaded.vocab_size) == ([2, 0], 5)
 
 
+def test_downloads_leave_pickles_and_copies_out(monkeypatch, tmp_path):
+  import huggingface_hub
+
+  asked = {}
+
+  def download(name, **patterns):
+    asked.update(patterns, name=name)
+    return str(tmp_path)
+
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+  assert hub.locate('hf:who/what') == tmp_path
+  assert asked['name'] == 'who/what'
+
+  def wanted(file):
+    return any(
+      fnmatch.fnmatch(file, p) for p in asked['allow_patterns']
+    ) and not any(fnmatch.fnmatch(file, p) for p in asked['ignore_patterns'])
+
+  files = ['config.json', 'model-00001-of-00002.safetensors', 'merges.txt']
+  assert all(map(wanted, files))
+  for file in ('pytorch_model.bin', 'consolidated.safetensors', 'onnx/a.json'):
+    assert not wanted(file)
+
+
 def test_what_does_not_download_is_named(monkeypatch):
   import huggingface_hub
 
-  def fail(name, allow_patterns):
+  def fail(name, allow_patterns, ignore_patterns):
     raise OSError('no network')
 
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', fail)

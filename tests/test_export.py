@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax import artifacts, export
+from instruct_jax import artifacts, export, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding
 from instruct_jax.models.config import TransformerConfig
@@ -40,6 +40,8 @@ def test_out_and_back(kind, tmp_path):
   assert again.fingerprint == tokenizer.fingerprint
   assert artifacts.is_published(out)
   assert not artifacts.is_published(tmp_path / 'model')
+  assert queries.tokenizer_of(f'hf:{out}', '').fingerprint == again.fingerprint
+  assert artifacts.content_hash(f'hf:{out}') == artifacts.content_hash(out)
   for name in (str(out), f'hf:{out}'):
     loaded = artifacts.load(
       name,

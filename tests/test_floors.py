@@ -80,7 +80,7 @@ FLOORS = {
     'supervised',
     'evals',
   ),
-  # Compiles what the other experiments build, without running it.
+  # Compiles what the other experiments build, without running it; or times it.
   'experiments.plan': (
     'types',
     'infra',
@@ -90,6 +90,16 @@ FLOORS = {
     'models.config',
     'experiments.sft',
     'experiments.reward',
+    'experiments.ppo_ptx',
+  ),
+  'experiments.benchmark': (
+    'types',
+    'data',
+    'infra',
+    'artifacts',
+    'packing',
+    'models.config',
+    'experiments.sft',
     'experiments.ppo_ptx',
   ),
   # Beside the experiments: commands of their own.

@@ -1,9 +1,11 @@
 """Checkpoints: bit-exact, on any mesh, and never a damaged one in silence."""
 
+import contextlib
 import gc
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,7 +22,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from instruct_jax.infra import checkpoint, sharding, train_state
+from instruct_jax.infra import checkpoint, run, sharding, train_state
 from instruct_jax.infra.checkpoint import (
   Checkpointer,
   CheckpointError,
@@ -248,6 +250,35 @@ def test_other_shapes_are_an_error_not_damage(workdir):
   checkpointer.close()
 
 
+def test_a_write_that_fails_in_the_middle(workdir, rng):
+  """No file may grow beyond 64 KiB: what a disk does when it is full."""
+  state = {'w': jnp.asarray(rng.normal(size=(400, 400)), jnp.float32)}
+  checkpointer = Checkpointer(workdir)
+  checkpointer.save(1, state, {})
+  checkpointer.wait()
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+  try:
+    with pytest.raises(
+      CheckpointError, match=f'written to {workdir}; the last one is of step 1'
+    ):
+      checkpointer.save(2, state, {})
+      checkpointer.wait()
+    with contextlib.suppress(CheckpointError):
+      checkpointer.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert len(list(workdir.iterdir())) == 2  # One of them half.
+  checkpointer = Checkpointer(workdir)
+  step, restored, _ = checkpointer.restore_latest(state)
+  assert step == 1
+  assert_same(restored, state)
+  checkpointer.save(2, state, {})
+  checkpointer.close()
+  # What was half written is gone, too.
+  assert sorted(path.name for path in workdir.iterdir()) == ['1', '2']
+
+
 def test_host_values_are_refused(workdir):
   checkpointer = Checkpointer(workdir)
   with pytest.raises(TypeError, match='w is a ndarray'):
@@ -257,26 +288,38 @@ def test_host_values_are_refused(workdir):
   checkpointer.close()
 
 
+def checksum(x):
+  return checkpoint._checksums({'x': x})['x']
+
+
 def test_checksum_by_hand():
   # 1 * 5 + 3 * 7 + 5 * 2.
-  assert checkpoint._checksum(np.array([5, 7, 2], np.uint32)) == 36
+  assert checksum(np.array([5, 7, 2], np.uint32)) == 36
   # A sign bit is 2^31; times the odd weight 3 it is 2^31 again, modulo 2^32.
-  assert checkpoint._checksum(np.array([0.0, -0.0], np.float32)) == 2**31
+  assert checksum(np.array([0.0, -0.0], np.float32)) == 2**31
 
 
 @pytest.mark.parametrize(
   'dtype', [np.float32, ml_dtypes.bfloat16, np.int32, np.uint8, np.bool_]
 )
-def test_checksum_is_the_same_on_device_and_on_host(rng, dtype):
+def test_checksum_does_not_depend_on_the_layout(rng, dtype):
   x = (rng.normal(size=(4, 6, 8)) * 3).astype(dtype)
   mesh = sharding.make_mesh((2, 2, 2))
-  placed = jax.device_put(x, NamedSharding(mesh, P('data', None, 'tensor')))
-  host = checkpoint._checksum(x)
-  assert host == checkpoint._checksum(placed)
-  assert host == checkpoint._device_checksum(placed)
-  assert host == checkpoint._device_checksum(jnp.asarray(x))
+  host = checksum(x)
+  # Some devices hold the same part here; it counts once.
+  for spec in (P('data', None, 'tensor'), P(None, 'fsdp'), P(), P('data')):
+    assert checksum(jax.device_put(x, NamedSharding(mesh, spec))) == host
+  assert checksum(jnp.asarray(x)) == host
+  # Two halves, as an accelerator would sum them.
+  halves = [
+    int(
+      checkpoint._device_sum(jnp.asarray(x[:, i : i + 3]), (0, i, 0), x.shape)
+    )
+    for i in (0, 3)
+  ]
+  assert sum(halves) % 2**32 == host
   scalar = jnp.asarray(x[0, 0, 0])
-  assert checkpoint._checksum(scalar) == checkpoint._device_checksum(scalar)
+  assert checksum(scalar) == int(checkpoint._device_sum(scalar, (), ()))
 
 
 _KILLED = """
@@ -351,6 +394,25 @@ def test_model_folder_round_trip(workdir):
   assert_same(params, make_params())
   # Nothing but the model is left behind.
   assert [p.name for p in path.parent.iterdir()] == ['model']
+
+
+def test_in_an_object_store_the_description_comes_last(workdir, monkeypatch):
+  """There a folder cannot be renamed: one that is cut short has no model."""
+  monkeypatch.setattr(run, 'is_remote', lambda path: True)
+  path = workdir / 'model'
+  save_model(path, make_params(), {'kind': 'old'})
+  save_model(path, make_params(), {'kind': 'new'})
+  assert load_metadata(path) == {'kind': 'new'}
+
+  def fail(*arguments, **keywords):
+    assert not (path / 'model.json').exists()
+    raise OSError('cut')
+
+  monkeypatch.setattr(checkpoint.ocp.Checkpointer, 'save', fail)
+  with pytest.raises(OSError, match='cut'):
+    save_model(path, make_params(), {'kind': 'newer'})
+  with pytest.raises(CheckpointError, match='the folder exists without it'):
+    load_model(path)
 
 
 def test_bad_model_folders_name_the_path(workdir):

@@ -67,6 +67,18 @@ def test_resumed_file_equals_uninterrupted(workdir):
   assert [line['step'] for line in timing] == [*range(5), 3, 4, 5, *range(6)]
 
 
+def test_without_appending_the_lines_are_the_same(workdir, monkeypatch):
+  write_all(workdir / 'disk', range(6))
+  monkeypatch.setattr(metrics.run, 'is_remote', lambda path: True)
+  write_all(workdir / 'store', range(5))
+  write_all(workdir / 'store', range(3, 6), resume_step=2)
+  assert (workdir / 'store' / metrics.METRICS_FILE).read_bytes() == (
+    workdir / 'disk' / metrics.METRICS_FILE
+  ).read_bytes()
+  assert len(metrics.read_lines(workdir / 'store' / metrics.TIMING_FILE)) == 8
+  assert not (workdir / 'store' / 'tensorboard').exists()
+
+
 def test_lines_are_strict_json(workdir):
   with MetricsWriter(workdir, None) as writer:
     writer.write(1, {'z': math.nan, 'a': 0.5, 'i': jnp.inf})

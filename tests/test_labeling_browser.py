@@ -274,6 +274,44 @@ def test_ranking_by_touch(browser, live):
   assert research.labeled(live.store)[0].content['ranks'] == [2, 1]
 
 
+def test_what_is_written_is_kept_without_a_button(browser, live):
+  load(live, [{'prompt': 'W'}], 'demonstration')
+  page = enter(browser, live, live.link('anna'))
+  page.get_by_role('button', name='Next task').click()
+  response = page.get_by_label('The response')
+  response.fill('one and a ha')
+  page.get_by_text('Draft saved').wait_for()
+  page.reload()
+  assert response.input_value() == 'one and a ha'
+  # Offline for a while: it says so, and saves when the site answers again.
+  page.route('**/task/**', lambda route: route.abort())
+  response.fill('one and a half')
+  page.get_by_text('The draft is not saved yet').wait_for()
+  page.unroute('**/task/**')
+  page.get_by_text('Draft saved').wait_for()
+  assert not research.labeled(live.store)
+  # A submit while a draft is on its way waits for it.
+  page.route(
+    '**/task/**',
+    lambda route: (
+      (time.sleep(0.5), route.continue_())
+      if 'autosave' in (route.request.post_data or '')
+      else route.continue_()
+    ),
+  )
+  with page.expect_request(
+    lambda request: 'autosave' in (request.post_data or '')
+  ):
+    response.fill('one and a half.')
+  response.fill('All of it.')
+  page.get_by_role('button', name='Submit').click()
+  page.get_by_role('heading', name='Your work').wait_for()
+  (row,) = research.labeled(live.store)
+  assert row.content['response'] == 'All of it.'
+  work = live.store.work(row.assignment_id, row.account_id)
+  assert work['draft']['write']['response'] == 'All of it.'
+
+
 def test_everything_works_without_scripts(browser, live):
   load(live, people.ranking_items(1, 2))
   page = enter(browser, live, live.link('anna'), java_script_enabled=False)

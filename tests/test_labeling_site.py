@@ -252,6 +252,24 @@ def test_a_draft_and_an_answer_can_be_taken_up_again(site):
   assert f'href="/task/{task}/0"' in anna.get('/').text
 
 
+def test_a_page_is_saved_while_it_is_written(site):
+  site.load(people.ranking_items(1))
+  anna = site.person('anna')
+  task = anna.claim()
+  anna.fill(task, 0)
+  path = f'/task/{task}/1'
+  reply = anna.post(path, action='autosave', notes='half a <b>')
+  assert (reply.status_code, reply.text) == (204, '')
+  page = anna.get(path).text
+  assert 'half a &lt;b&gt;</textarea>' in page
+  # Begun is not done: the page has no tick and is where the task goes on.
+  assert page.count('(saved)') == 1
+  assert anna.post('/next').headers['location'] == path
+  anna.fill(task, 1)
+  assert anna.get(f'/task/{task}/2').text.count('(saved)') == 2
+  assert site.rows() == []
+
+
 def test_a_submit_sent_twice_counts_once(site):
   site.load(people.ranking_items(1))
   anna = site.person('anna')
@@ -513,6 +531,19 @@ def test_every_reply_has_the_headers(site):
     assert "default-src 'none'" in policy
     assert 'unsafe' not in policy
     assert reply.headers['x-content-type-options'] == 'nosniff'
+
+
+def test_a_fault_of_ours_shows_nothing_and_keeps_the_headers(site, monkeypatch):
+  def broken(the_store):
+    del the_store
+    raise RuntimeError('secret detail')
+
+  monkeypatch.setattr(research, 'progress', broken)
+  reply = site.admin.get('/admin')
+  assert reply.status_code == 500
+  assert 'Something went wrong' in reply.text
+  assert 'secret detail' not in reply.text
+  assert "default-src 'none'" in reply.headers['content-security-policy']
 
 
 def test_pages_hold_no_inline_script_or_style(site):

@@ -1,7 +1,10 @@
 """Resume, log, checkpoint, stop."""
 
+import gzip
+import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +36,20 @@ class KilledError(Exception):
   """In the place of a kill: nothing of the loop runs after it."""
 
 
+def numbers(first, last):
+  """The batch of a step is its number; the fourth takes a while."""
+  for step in range(first, last):
+    time.sleep(0.2 if step == 3 else 0)
+    yield step
+
+
 def run_loop(workdir, kill_at=None, stop_at=None, update_fn=update, **changes):
   state = train_state.create({'w': jnp.ones(3)}, OPTIMIZER)
   arguments = {'log_every': 2, 'checkpoint_every': 4} | changes
   with loop.Loop(workdir, 'toy', NUM_STEPS, **arguments) as steps:
     state = steps.restore(state)
-    for step in steps.steps():
+    for step, batch in steps.steps_with(numbers):
+      assert batch == step
       if step == kill_at:
         raise KilledError
       if step == stop_at:
@@ -97,6 +108,16 @@ def test_rates_count_the_items_of_the_line(uninterrupted):
     np.testing.assert_allclose(
       line['timing/items_per_second'] * line['timing/seconds'], 7 * steps
     )
+
+
+def test_time_spent_waiting_for_batches_is_told(uninterrupted):
+  lines = metrics.read_lines(uninterrupted[0] / metrics.TIMING_FILE)
+  waited = {
+    line['step']: line['timing/waiting_fraction'] * line['timing/seconds']
+    for line in lines
+  }
+  # The batch of step 3 took 0.2 s, and is on the line after it.
+  assert 0.2 <= waited[4] == max(waited.values())
 
 
 # Before the first checkpoint, right after one, between, and after the last.
@@ -168,3 +189,99 @@ def test_cadences_that_do_not_fit(workdir, log_every, checkpoint_every):
 def test_no_steps(workdir):
   with pytest.raises(ValueError, match='toy: num_steps must be positive: 0'):
     loop.Loop(workdir, 'toy', 0, log_every=1, checkpoint_every=1)
+
+
+# --- Cadences, traces, and a disk that fails ---------------------------------
+
+
+def kept(workdir):
+  return sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+
+
+def test_checkpoints_kept_for_good(workdir):
+  run_loop(workdir, checkpoint_every=2, keep=1, keep_every=4)
+  assert kept(workdir) == [4, 8]
+  with pytest.raises(ValueError, match=r'keep_every \(3\) must be 0 or a mul'):
+    run_loop(workdir, checkpoint_every=2, keep_every=3)
+
+
+def test_checkpoints_by_time(workdir, monkeypatch, uninterrupted):
+  class Clock:
+    now = 0.0
+
+    def monotonic(self):
+      return self.now
+
+  clock = Clock()
+  monkeypatch.setattr(loop, 'time', clock)
+
+  def timed_update(state, key):
+    clock.now += 50.0
+    return update(state, key)
+
+  # Lines at 2, 4, 6, ...; two minutes are over at 150 s, seen at 200 (step 4),
+  # and again at 400 (step 8). Steps alone would save at 10, which is the last.
+  state = run_loop(
+    workdir,
+    update_fn=timed_update,
+    checkpoint_every=10,
+    checkpoint_minutes=2.0,
+  )
+  assert kept(workdir) == [4, 8]
+  assert_same(workdir, state, uninterrupted)
+
+
+@pytest.mark.parametrize('text', ['0', '3-2', '9-11', 'all', '-2'])
+def test_steps_to_profile_that_there_are_not(workdir, text):
+  with pytest.raises(ValueError, match='toy: profile_steps .* within 1 to 10'):
+    run_loop(workdir, profile_steps=text)
+
+
+def test_a_trace_for_perfetto_and_xprof(workdir, uninterrupted):
+  state = run_loop(workdir, profile_steps='3-4')
+  assert_same(workdir, state, uninterrupted)
+  (trace,) = (workdir / 'profile').rglob('perfetto_trace.json.gz')
+  events = json.loads(gzip.decompress(trace.read_bytes()))['traceEvents']
+  steps = [e['args']['step_num'] for e in events if e.get('name') == 'toy']
+  assert [int(step) for step in steps] == [3, 4]
+  assert list((workdir / 'profile').rglob('*.xplane.pb'))
+
+
+def test_a_directory_that_is_gone(workdir):
+  def removing(state, key):
+    if int(state.step) == 5:
+      os.rename(workdir, f'{workdir}.moved')
+    return update(state, key)
+
+  with pytest.raises(run.WorkdirError, match=f'toy: .* {workdir} is gone'):
+    run_loop(workdir, update_fn=removing)
+  assert not workdir.exists()
+
+
+def test_a_full_disk_under_the_lines(workdir, uninterrupted):
+  """/dev/full is a disk without room."""
+  real = metrics.MetricsWriter
+
+  def full_writer(directory, resume_step):
+    os.symlink('/dev/full', directory / metrics.METRICS_FILE)
+    return real(directory, None)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(metrics, '_rewrite', lambda path, keep: None)
+    patch.setattr(metrics, 'MetricsWriter', full_writer)
+    with pytest.raises(OSError, match='No space left.*metrics.jsonl'):
+      run_loop(workdir)
+  (workdir / metrics.METRICS_FILE).unlink()
+  assert_same(workdir, run_loop(workdir), uninterrupted)
+
+
+def test_sigterm_not_acted_on_goes_to_the_outer_signal(workdir):
+  with run.StopSignal() as outer:
+    run_loop(workdir, stop_at=9)
+    assert outer.requested
+
+
+def test_sigterm_between_loops_stops_at_once():
+  with pytest.raises(run.Stopped), run.StopSignal(at_once=True):
+    os.kill(os.getpid(), signal.SIGTERM)
+    pytest.fail('went on')

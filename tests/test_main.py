@@ -1,7 +1,10 @@
 """The command: configs, stages, work directories."""
 
+import hashlib
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import textwrap
@@ -95,6 +98,22 @@ def test_unknown_experiments_are_named(toys, workdir):
 def test_every_stage_is_validated_before_the_first_runs(toys, workdir):
   with pytest.raises(ValueError, match='size must be positive: 0'):
     run(pipeline(stage('a'), stage('b', size=0)), workdir)
+  assert not list(workdir.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'message'),
+  [
+    ('batch_size', 0, 'b: batch_size must be at least 1, got 0'),
+    ('learning_rate', 0.0, 'b: learning_rate must be positive, got 0.0'),
+    ('temperature', -1.0, 'b: temperature must not be negative .*, got -1.0'),
+  ],
+)
+def test_numbers_without_sense_are_named(toys, workdir, key, value, message):
+  second = stage('b')
+  second[key] = value
+  with pytest.raises(ValueError, match=message):
+    run(pipeline(stage('a'), second), workdir)
   assert not list(workdir.iterdir())
 
 
@@ -198,6 +217,64 @@ def test_a_directory_in_use_is_refused(toys, workdir):
   assert num_runs(workdir / 'a') == 1
 
 
+def test_a_place_that_cannot_be_written_is_named(toys, tmp_path):
+  file = tmp_path / 'file'
+  file.write_text('')
+  with pytest.raises(OSError, match=r'file/run'):
+    run(pipeline(stage('a')), file / 'run')
+
+
+def test_what_a_stage_reads_is_recorded(toys, workdir, tmp_path):
+  data = tmp_path / 'data'
+  data.mkdir()
+  (data / 'a.jsonl').write_text('{}')
+  folder = tmp_path / 'model'
+  (folder / 'params').mkdir(parents=True)
+  (folder / 'params' / 'x').write_text('12')
+  paths = {'data': str(data / 'a.jsonl'), 'policies': f'm={folder},n=/nowhere'}
+  run(pipeline(stage('a', **paths)), workdir)
+  inputs = json.loads((workdir / 'a' / 'inputs.json').read_text())
+  assert set(inputs) == {'data', 'policies.m'}
+  assert inputs['data'] == {
+    'path': str(data / 'a.jsonl'),
+    'sha256': hashlib.sha256(b'{}').hexdigest(),
+  }
+  before = inputs['policies.m']['sha256']
+  (folder / 'params' / 'x').write_text('13')
+  found = run_lib.input_hashes(paths)
+  assert found['data'] == inputs['data']
+  assert found['policies.m']['sha256'] != before
+
+
+def test_a_signal_between_stages_stops_the_pipeline(
+  toys, workdir, monkeypatch, capsys
+):
+  module = main.find_experiment('toys.write')
+  good = module.run
+
+  def signalled(config, workdir):
+    # As a loop does that gets it in its last step: the stage finishes.
+    with run_lib.StopSignal():
+      os.kill(os.getpid(), signal.SIGTERM)
+    return good(config, workdir)
+
+  monkeypatch.setattr(module, 'run', signalled)
+  with pytest.raises(run_lib.Stopped):
+    run(pipeline(stage('a'), stage('b')), workdir)
+  assert run_lib.is_done(workdir / 'a') and not (workdir / 'b').exists()
+  assert 'stopped before b' in capsys.readouterr().err
+  # Anywhere else there is nothing to save.
+  monkeypatch.setattr(
+    module, 'run', lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+  )
+  with pytest.raises(run_lib.Stopped):
+    run(pipeline(stage('a'), stage('b')), workdir)
+  assert 'outside of a training loop' in capsys.readouterr().err
+  monkeypatch.setattr(module, 'run', good)
+  run(pipeline(stage('a'), stage('b')), workdir)
+  assert [num_runs(workdir / name) for name in 'ab'] == [1, 1]
+
+
 # --- The command line ---------------------------------------------------------
 
 
@@ -235,6 +312,10 @@ SMOKE = '--config=configs/ppo_ptx.py:smoke'
     (
       (SMOKE, '--config.stages.ppo_ptx.experiment=nope'),
       ["no experiment 'experiments.nope'"],
+    ),
+    (
+      (SMOKE, '--num_processes=2'),
+      ['--num_processes and --process_id need --coordinator'],
     ),
     ((SMOKE, 'word'), ["unexpected arguments: ['word']"]),
   ],

@@ -54,7 +54,7 @@ def load(folder, kind='policy', **changes):
 
 
 def test_all_families_are_here():
-  assert len(FAMILIES) == 12
+  assert len(FAMILIES) == 13
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -170,6 +170,154 @@ def test_what_is_not_handled_is_named():
   del described['hidden_size']
   with pytest.raises(ValueError, match='hidden_size is missing'):
     TransformerConfig.from_hf(described)
+
+
+# What the files of published models hold beside the shape, as far as it is not
+# in the goldens' newer spelling.
+PUBLISHED = {
+  'gpt2': {
+    'model_type': 'gpt2',
+    'n_ctx': 1024,
+    'n_embd': 768,
+    'n_head': 12,
+    'n_layer': 12,
+    'n_positions': 1024,
+    'summary_type': 'cls_index',
+    'task_specific_params': {'text-generation': {'max_length': 50}},
+    'vocab_size': 50257,
+  },
+  'gptj': {
+    'model_type': 'gptj',
+    'n_embd': 4096,
+    'n_head': 16,
+    'n_inner': None,
+    'n_layer': 28,
+    'n_positions': 2048,
+    'rotary': True,
+    'rotary_dim': 64,
+    'scale_attn_weights': True,
+    'tie_word_embeddings': False,
+    'tokenizer_class': 'GPT2Tokenizer',
+    'vocab_size': 50400,
+  },
+  'gpt_neox': {
+    'model_type': 'gpt_neox',
+    'attention_probs_dropout_prob': 0,
+    'hidden_act': 'gelu_fast',
+    'hidden_dropout_prob': 0,
+    'hidden_size': 6144,
+    'intermediate_size': 24576,
+    'max_position_embeddings': 2048,
+    'num_attention_heads': 64,
+    'num_hidden_layers': 44,
+    'rotary_emb_base': 10000,
+    'rotary_pct': 0.25,
+    'tie_word_embeddings': False,
+    'torch_dtype': 'float16',
+    'vocab_size': 50432,
+  },
+  'llama3.1': {
+    'model_type': 'llama',
+    'eos_token_id': [128001, 128008, 128009],
+    'hidden_size': 4096,
+    'intermediate_size': 14336,
+    'max_position_embeddings': 131072,
+    'mlp_bias': False,
+    'num_attention_heads': 32,
+    'num_hidden_layers': 32,
+    'num_key_value_heads': 8,
+    'pretraining_tp': 1,
+    'rope_scaling': {
+      'factor': 8.0,
+      'low_freq_factor': 1.0,
+      'high_freq_factor': 4.0,
+      'original_max_position_embeddings': 8192,
+      'rope_type': 'llama3',
+    },
+    'rope_theta': 500000.0,
+    'vocab_size': 128256,
+  },
+  'qwen2.5': {
+    'model_type': 'qwen2',
+    'hidden_size': 3584,
+    'intermediate_size': 18944,
+    'max_position_embeddings': 131072,
+    'max_window_layers': 28,
+    'num_attention_heads': 28,
+    'num_hidden_layers': 28,
+    'num_key_value_heads': 4,
+    'rope_theta': 1000000.0,
+    'sliding_window': 131072,
+    'tie_word_embeddings': False,
+    'use_mrope': False,
+    'use_sliding_window': False,
+    'vocab_size': 152064,
+  },
+  'gemma': {
+    'model_type': 'gemma',
+    'head_dim': 256,
+    'hidden_act': 'gelu',
+    'hidden_size': 2048,
+    'intermediate_size': 16384,
+    'max_position_embeddings': 8192,
+    'num_attention_heads': 8,
+    'num_hidden_layers': 18,
+    'num_key_value_heads': 1,
+    'rope_scaling': None,
+    'vocab_size': 256000,
+  },
+  'gemma3': {
+    'model_type': 'gemma3_text',
+    'attn_logit_softcapping': None,
+    'cache_implementation': 'hybrid',
+    'head_dim': 256,
+    'hidden_activation': 'gelu_pytorch_tanh',
+    'hidden_size': 1152,
+    'intermediate_size': 6912,
+    'max_position_embeddings': 32768,
+    'num_attention_heads': 4,
+    'num_hidden_layers': 26,
+    'num_key_value_heads': 1,
+    'query_pre_attn_scalar': 256,
+    'rope_local_base_freq': 10000,
+    'rope_scaling': None,
+    'rope_theta': 1000000,
+    'sliding_window': 512,
+    'sliding_window_pattern': 6,
+    'vocab_size': 262144,
+  },
+}
+
+
+@pytest.mark.parametrize(
+  ('name', 'millions'),
+  [
+    ('gpt2', 124),
+    ('gptj', 6051),
+    ('gpt_neox', 20555),
+    ('llama3.1', 8030),
+    ('qwen2.5', 7616),
+    ('gemma', 2506),
+    ('gemma3', 1000),
+  ],
+)
+def test_older_spellings(name, millions):
+  """Parameters as the models' cards count them."""
+  config = TransformerConfig.from_hf(PUBLISHED[name])
+  assert abs(config.num_params / 1e6 - millions) < 1
+  if name.startswith('gemma'):
+    # The first Gemma's files say 'gelu' and mean the approximation.
+    assert config.activation == 'gelu_tanh'
+  if name == 'gemma3':
+    assert (config.rotary.theta, config.window_rotary.theta) == (1e6, 1e4)
+    assert [i for i, near in enumerate(config.window_layers) if not near] == [
+      5,
+      11,
+      17,
+      23,
+    ]
+  if name == 'qwen2.5':
+    assert not config.window_layers
 
 
 def test_magnitude_of_yarn():
@@ -294,6 +442,20 @@ def test_damaged_pickled_and_empty_folders(tmp_path):
     load(tmp_path / 'in')
   with pytest.raises(ValueError, match='no config.json here'):
     hf.read_config(tmp_path)
+
+
+def test_the_index_says_which_files_count(tmp_path):
+  """Mistral's folders hold the weights once more, under other names."""
+  tensors = {str(i): np.full((3, i), i, 'f4') for i in range(1, 5)}
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  extra = np.zeros((2, 2), 'f4')
+  for shard_bytes in (50, 10**6):
+    folder = tmp_path / str(shard_bytes)
+    hf.write_tensors(tmp_path, {'x': (2, 2)}, lambda _: extra)
+    folder.mkdir()
+    hf.write_tensors(folder, shapes, tensors.__getitem__, shard_bytes)
+    (tmp_path / 'model.safetensors').rename(folder / 'consolidated.safetensors')
+    assert set(hf.open_tensors(folder)) == set(tensors)
 
 
 def test_shards_of_files(tmp_path):

@@ -6,16 +6,18 @@ One run is shared by all tests here; each works on a copy of its directory.
 import json
 import pathlib
 import shutil
+import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 
 from configs import ppo_ptx as config_file
-from experiments import ppo_ptx, reward, sft
+from experiments import ppo_ptx, pretrain, reward, sft
 from instruct_jax import main
-from instruct_jax.infra import checkpoint, metrics, run
+from instruct_jax.infra import checkpoint, metrics, run, sharding, train_state
 
 SUMMARY_KEYS = {
   'win_rate',
@@ -38,6 +40,7 @@ def make_config(workdir):
   ppo = config.stages.ppo
   ppo.snapshot_every = ppo.probe_every = 2
   ppo.probes = f'winogender={PROBE_FILE}'
+  config.stages.nlp_suite.data.winogender = str(PROBE_FILE)
   described = config.copy_and_resolve_references()
   with config.unlocked():
     config.workdir = str(workdir)
@@ -85,7 +88,16 @@ def test_card_and_page_are_written(finished):
   assert f'{summary["win_rate"]["ppo_ptx"]["rate"]:.3f}' in card
   for stage in ('pretrain', 'sft', 'rl_init', 'reward', 'ppo', 'ppo_ptx'):
     assert f'**{stage}**' in card
+  suite = json.loads((finished / 'nlp_suite' / 'suite.json').read_text())
+  for cell in suite['cells']:
+    assert f'{cell["score"]:.3f} [{cell["low"]:.3f}' in card
+  assert 'winogender, basic_prompt' in card
+  assert 'NLP suite (TruthfulQA' not in card  # It was not left out.
+  likert = summary['likert']['ppo_ptx']
+  assert 1 <= likert['low'] <= likert['mean'] <= likert['high'] <= 7
+  assert f'{likert["mean"]:.3f}' in card
   page = (finished / 'report.html').read_text()
+  assert 'Overall quality, 1 to 7' in page
   assert page.count('data-number=') == 48  # Every held-out prompt.
   assert (finished / 'probes.png').stat().length > 1000
 
@@ -252,3 +264,127 @@ def test_a_mesh_that_does_not_divide_is_refused(copied):
   config.mesh = (3, 1, 1)
   with pytest.raises(ValueError, match='8 devices'):
     main.run(config, copied, described)
+
+
+# --- Numbers that are not finite, and another mesh ----------------------------
+
+
+def poison(monkeypatch, every):
+  """NaN in the gradients, or in the loss alone, wherever a step's key says."""
+  real = train_state.accumulate_gradients
+
+  def poisoned(loss_fn, params, batch, key, num_microbatches=1):
+    grads, loss, more = real(loss_fn, params, batch, key, num_microbatches)
+    word = jax.random.key_data(key)[-1]
+    is_hit = word % every == 0
+    in_loss = (word // every) % 2 == 0
+    grads = jax.tree.map(
+      lambda g: jnp.where(is_hit & ~in_loss, jnp.nan, g), grads
+    )
+    return grads, jnp.where(is_hit & in_loss, jnp.nan, loss), more
+
+  monkeypatch.setattr(train_state, 'accumulate_gradients', poisoned)
+
+
+POISONED = {
+  'pretrain': (pretrain, 'model', ('optimizer/skipped',)),
+  'sft': (sft, 'model', ('optimizer/skipped',)),
+  'rl_init': (sft, 'model', ('optimizer/skipped',)),
+  'reward': (reward, 'model', ('optimizer/skipped',)),
+  'ppo_ptx': (
+    ppo_ptx,
+    'policy',
+    ('policy/optimizer/skipped', 'value/optimizer/skipped'),
+  ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', POISONED)
+def test_steps_that_are_not_finite_are_skipped_and_counted(
+  copied, monkeypatch, name
+):
+  experiment, output, skipped = POISONED[name]
+  config, _ = make_config(copied)
+  stage = config.stages[name]
+  poison(monkeypatch, every=3)
+  folder = copied / 'poisoned'
+  folder.mkdir()
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore', UserWarning)
+    experiment.run(stage, folder)
+  rows = lines(folder)
+  for metric in skipped:
+    shares = [row[metric] for row in rows]
+    assert 0 < np.mean(shares) < 1, metric
+  # Nothing of it got into the weights.
+  params, _ = checkpoint.load_model(folder / output)
+  before, _ = checkpoint.load_model(copied / name / output)
+  for leaf in jax.tree.leaves(params):
+    assert np.all(np.isfinite(leaf))
+  assert any(
+    np.any(a != b)
+    for a, b in zip(
+      jax.tree.leaves(params), jax.tree.leaves(before), strict=True
+    )
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', POISONED)
+def test_a_stage_that_meets_only_nan_stops_by_name(copied, monkeypatch, name):
+  experiment, _, _ = POISONED[name]
+  config, _ = make_config(copied)
+  stage = config.stages[name]
+  stage.loop.max_skips = 2
+  if name != 'ppo_ptx':
+    stage.log_every = stage.checkpoint_every = 1
+  poison(monkeypatch, every=1)
+  folder = copied / 'poisoned'
+  folder.mkdir()
+  with (
+    warnings.catch_warnings(),
+    pytest.raises(
+      train_state.NonFiniteError, match=rf'{name}.* in a row up to step \d'
+    ),
+  ):
+    warnings.simplefilter('ignore', UserWarning)
+    experiment.run(stage, folder)
+  assert not (folder / 'model').exists() and not (folder / 'policy').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('shape', [(8, 1, 1), (2, 4, 1)])
+def test_continued_on_another_mesh(finished, copied, monkeypatch, shape):
+  config, _ = make_config(copied)
+  stage = config.stages.ppo_ptx
+  folder = copied / 'ppo_ptx'
+  shutil.rmtree(folder)
+  folder.mkdir()
+  seen = []
+  put_batch = sharding.put_batch
+
+  def noted(batch, mesh):
+    seen.append((dict(mesh.shape), jax.tree.map(np.asarray, batch)))
+    return put_batch(batch, mesh)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(run, 'StopSignal', lambda: StopAfter(0))
+    with pytest.raises(run.Stopped):
+      ppo_ptx.run(stage, folder)
+  config.mesh = shape
+  with monkeypatch.context() as patch:
+    patch.setattr(sharding, 'put_batch', noted)
+    ppo_ptx.run(stage, folder)
+  assert seen
+  for mesh, _ in seen:
+    assert tuple(mesh.values()) == shape
+  # The lines hold scores, KL and losses of the same prompts in the same order.
+  expected = lines(finished / 'ppo_ptx')
+  found = lines(folder)
+  assert [row['step'] for row in found] == [row['step'] for row in expected]
+  for row, wanted in zip(found, expected, strict=True):
+    for name, value in wanted.items():
+      np.testing.assert_allclose(
+        row[name], value, rtol=2e-3, atol=2e-4, err_msg=name
+      )

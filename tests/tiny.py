@@ -113,8 +113,7 @@ def forward(policy, scalar, tokens, segments):
 generate = jax.jit(
   functools.partial(
     rollout.generate,
-    extend_fn=artifacts.extend_fn(POLICY),
-    make_cache_fn=artifacts.make_cache_fn(POLICY),
+    decoder=artifacts.decoder(POLICY),
     num_response=R,
     stop_ids=STOPS,
     temperature=TEMPERATURE,

@@ -7,18 +7,32 @@ the docstrings.
 
 A prompt whose `user` is '' has an unknown author: it counts as a user of its
 own, so it is never capped and may go to any split.
+
+  python -m instruct_jax.data.hygiene FILE... --output=DIR --tokenizer=FOLDER
+
+runs `clean` on prompts (JSONL) and writes `prompts_{train,valid,test}.jsonl`
+and the counts, `hygiene.json`. `--presidio` finds personal data with
+Microsoft's library (requirements-personal-data.txt) beside the patterns of this
+file; `--presidio=en_core_web_lg` finds people's names, too, with that spaCy
+model.
 """
 
+import argparse
 import collections
 import dataclasses
 import hashlib
+import json
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from etils import epath
 
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 
 Prompts = list[records.Prompt]
+KindsFn = Callable[[str], list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,11 +217,96 @@ def personal_data_kinds(text: str) -> list[str]:
   return kinds
 
 
+# The library's names of what it finds, and ours.
+_PRESIDIO_KINDS = {
+  'EMAIL_ADDRESS': 'e-mail',
+  'PHONE_NUMBER': 'phone',
+  'CREDIT_CARD': 'card number',
+  'US_SSN': 'id number',
+  'IBAN_CODE': 'id number',
+  'IP_ADDRESS': 'IP address',
+  'PERSON': 'name',
+}
+# What a phone number has without a word such as "call" beside it; weaker finds
+# are any nine digits.
+_PRESIDIO_SCORE = 0.4
+
+
+def presidio_kinds(spacy_model: str = '') -> KindsFn:
+  """`personal_data_kinds` with Microsoft's Presidio beside the patterns.
+
+  Phone numbers are then checked against the numbering plans of all countries,
+  e-mail addresses against the list of public suffixes, and bank and card
+  numbers by their checksums. Nothing is downloaded.
+
+  Args:
+    spacy_model: name or folder of an installed English model that knows
+      people's names, which then count as personal data, the famous ones too;
+      '' finds no names.
+
+  Raises:
+    ValueError: the library or the model is not installed.
+  """
+  try:
+    import presidio_analyzer
+    import spacy
+    import tldextract
+    from presidio_analyzer import predefined_recognizers as found_by
+    from presidio_analyzer.nlp_engine import SpacyNlpEngine
+  except ImportError as error:
+    raise ValueError(
+      f'personal data: {error}; pip install -r '
+      'requirements-personal-data.txt, or leave --presidio out'
+    ) from error
+  try:
+    pipeline = spacy.load(spacy_model) if spacy_model else spacy.blank('en')
+  except OSError as error:
+    raise ValueError(f'personal data: {error}') from error
+  # Its default fetches the newest list over the network.
+  suffixes = tldextract.TLDExtract(suffix_list_urls=())
+
+  class Email(found_by.EmailRecognizer):
+    def validate_result(self, pattern_text):
+      return bool(suffixes(pattern_text).fqdn)
+
+  class Pipeline(SpacyNlpEngine):
+    """One that is already there; the parent's would download it."""
+
+    def __init__(self):
+      super().__init__([{'lang_code': 'en', 'model_name': 'given'}])
+      self.nlp = {'en': pipeline}
+
+  recognizers = [
+    Email(),
+    found_by.PhoneRecognizer(),
+    found_by.CreditCardRecognizer(),
+    found_by.IbanRecognizer(),
+    found_by.IpRecognizer(),
+    found_by.UsSsnRecognizer(),
+  ]
+  if spacy_model:
+    recognizers.append(found_by.SpacyRecognizer(supported_entities=['PERSON']))
+  analyzer = presidio_analyzer.AnalyzerEngine(
+    registry=presidio_analyzer.RecognizerRegistry(recognizers=recognizers),
+    nlp_engine=Pipeline(),
+    supported_languages=['en'],
+  )
+
+  def kinds(text: str) -> list[str]:
+    results = analyzer.analyze(
+      text, language='en', score_threshold=_PRESIDIO_SCORE
+    )
+    found = {_PRESIDIO_KINDS[result.entity_type] for result in results}
+    return sorted(found.union(personal_data_kinds(text)))
+
+  return kinds
+
+
 def drop_personal_data(
-  prompts: Sequence[records.Prompt],
+  prompts: Sequence[records.Prompt], kinds_fn: KindsFn = personal_data_kinds
 ) -> tuple[Prompts, int]:
   """Drops prompts that hold personal data; for the training split (A.1)."""
-  kept = [prompt for prompt in prompts if not personal_data_kinds(prompt.text)]
+  kept = [prompt for prompt in prompts if not kinds_fn(prompt.text)]
   return kept, len(prompts) - len(kept)
 
 
@@ -221,6 +320,7 @@ def clean(
   fractions: Mapping[str, float],
   seed: int,
   training_split: str = 'train',
+  kinds_fn: KindsFn = personal_data_kinds,
 ) -> tuple[dict[str, Prompts], HygieneReport]:
   """All of the above: duplicates, length, cap, split, then personal data.
 
@@ -237,6 +337,7 @@ def clean(
     fractions: see `split_by_user`; must hold `training_split`.
     seed: of the cap and the split.
     training_split: the split that is searched for personal data.
+    kinds_fn: what finds it; or `presidio_kinds`.
 
   Returns:
     The prompts of each split, and the counts.
@@ -260,7 +361,7 @@ def clean(
   kept, over_cap = cap_per_user(kept, cap, seed=seed)
   splits = split_by_user(kept, fractions, seed)
   splits[training_split], personal_data = drop_personal_data(
-    splits[training_split]
+    splits[training_split], kinds_fn
   )
   report = HygieneReport(
     given=len(prompts),
@@ -297,3 +398,62 @@ def _passes_luhn(number: str) -> bool:
   digits = [int(c) for c in reversed(number) if c.isdigit()]
   doubled = (sum(divmod(2 * digit, 10)) for digit in digits[1::2])
   return (sum(digits[::2]) + sum(doubled)) % 10 == 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Cleans and splits prompts; returns the exit code."""
+  parser = argparse.ArgumentParser(
+    prog='python -m instruct_jax.data.hygiene',
+    description='Cleans prompts and splits them by user (3.2, A.1, A.2).',
+  )
+  parser.add_argument('files', nargs='+', metavar='FILE')
+  parser.add_argument('--output', required=True, metavar='DIR')
+  parser.add_argument(
+    '--tokenizer', required=True, metavar='FOLDER', help='or hf:NAME'
+  )
+  parser.add_argument('--max_tokens', type=int, default=1024)
+  parser.add_argument('--prefix_words', type=int, default=20)
+  parser.add_argument('--cap', type=int, default=200, help='prompts a user')
+  parser.add_argument('--valid', type=float, default=0.1, metavar='SHARE')
+  parser.add_argument('--test', type=float, default=0.1, metavar='SHARE')
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument(
+    '--presidio', nargs='?', const='', metavar='SPACY_MODEL', default=None
+  )
+  options = parser.parse_args(arguments)
+  try:
+    kinds_fn = personal_data_kinds
+    if options.presidio is not None:
+      kinds_fn = presidio_kinds(options.presidio)
+    prompts = [
+      prompt
+      for path in options.files
+      for prompt in records.read_jsonl(path, records.Prompt)
+    ]
+    shares = {'valid': options.valid, 'test': options.test}
+    shares['train'] = 1 - sum(shares.values())
+    splits, report = clean(
+      prompts,
+      tokenizer=tokenizer_lib.Tokenizer.load(options.tokenizer),
+      max_tokens=options.max_tokens,
+      prefix_words=options.prefix_words,
+      cap=options.cap,
+      fractions={name: share for name, share in shares.items() if share},
+      seed=options.seed,
+      kinds_fn=kinds_fn,
+    )
+  except ValueError as error:
+    print(error, file=sys.stderr)
+    return 1
+  output = epath.Path(options.output)
+  for name, split in splits.items():
+    if split:
+      records.write_jsonl(output / f'prompts_{name}.jsonl', split)
+  counts = json.dumps(report.to_json(), indent=2)
+  records.write_bytes(output / 'hygiene.json', counts.encode('utf-8'))
+  print(counts)
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -4,7 +4,8 @@ Two halves. The row functions turn a whole data set into one NumPy-filled batch
 type of `types.py` (N rows), with every mask set where the text is tokenised.
 `make_batches` and `mixture` then give batch number `step` of a seeded,
 reshuffled stream, by random access: the position of a run in its data is its
-step number, and there is nothing else to save or restore.
+step number, and there is nothing else to save or restore. `ahead` makes the
+next batches while the device is busy with the one before.
 
 What does not fit is dropped and counted, never cut: a cut response would teach
 the model to stop in mid-sentence. Pretraining documents are the exception.
@@ -15,7 +16,7 @@ import bisect
 import dataclasses
 import fractions
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import grain
@@ -459,10 +460,10 @@ def make_batches(
   spans two epochs; with `drop_remainder` the few examples left over at the end
   of an epoch (other ones each time) sit that epoch out.
 
-  Every process draws the same global batch and takes its own rows of it
-  (`process_index`, `process_index + process_count`, ...). So shards are
-  disjoint, all processes see the same number of steps, and a run gives the
-  same global batches after a restart on another number of hosts.
+  Every process draws the same global batch and takes its own block of its
+  rows. So shards are disjoint, all processes see the same number of steps, and
+  put together in the order of processes the global batch has the same rows in
+  the same order on any number of hosts.
 
   Args:
     examples: a batch type of NumPy arrays, an array, or a list.
@@ -502,8 +503,14 @@ def make_batches(
     batch_size, drop_remainder=drop_remainder, batch_fn=np.asarray
   ).repeat(num_epochs)
   return dataset.map(
-    lambda indices: take(examples, indices[process_index::process_count])
+    lambda indices: take(examples, own(indices, process_index, process_count))
   )
+
+
+def own(rows: np.ndarray, process_index: int, process_count: int) -> np.ndarray:
+  """This process's block of the rows of a batch."""
+  size = len(rows) // process_count
+  return rows[process_index * size : (process_index + 1) * size]
 
 
 def balanced_batches(
@@ -608,10 +615,11 @@ def mixture(
     main = take(rows, [order[i] for i in range(main_start, main_stop)])
     other = take(other_rows, [other_order[i] for i in range(start, stop)])
     place = np.random.default_rng((seed, step)).permutation(batch_size)
+    place = own(place, process_index, process_count)
     mixed = {
       field.name: np.concatenate(
         [getattr(main, field.name), getattr(other, field.name)]
-      )[place][process_index::process_count]
+      )[place]
       for field in dataclasses.fields(types.TextBatch)
     }
     return types.TextBatch(**mixed)
@@ -629,6 +637,30 @@ def mixture(
         f'{batch_size} with a share of {fraction} mixed in'
       )
   return grain.MapDataset.range(num_steps).map(make_batch)
+
+
+def ahead(
+  batch_fn: Callable[[int], Any], num_ahead: int = 2
+) -> Callable[[int, int], Iterator[Any]]:
+  """Batches of consecutive steps, made by a thread before they are asked for.
+
+  Order and content are those of `batch_fn(step)`, so a run that starts again
+  at a step gets what it would have got.
+
+  Args:
+    batch_fn: step -> its batch; `batches.__getitem__` of the data sets above.
+    num_ahead: how many are kept ready.
+
+  Returns:
+    (first step, one past the last) -> iterator over their batches.
+  """
+  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=num_ahead)
+
+  def open_at(first: int, last: int) -> Iterator[Any]:
+    steps = grain.MapDataset.range(first, last).map(batch_fn)
+    return iter(steps.to_iter_dataset(options))
+
+  return open_at
 
 
 def _check_batches(

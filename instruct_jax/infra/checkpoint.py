@@ -7,6 +7,8 @@ on reading even where the storage format would not notice, and independently of
 how many devices or processes wrote it.
 """
 
+import contextlib
+import functools
 import json
 import warnings
 import zlib
@@ -19,6 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from instruct_jax.infra import run
 from instruct_jax.types import Params, PyTree
 
 _MODEL_FILE = 'model.json'
@@ -36,14 +39,23 @@ class Checkpointer:
     directory: created if absent; nothing else belongs in it.
     keep: how many checkpoints stay. With less than 2 there is nothing to fall
       back on when the newest is damaged.
+    keep_every: those of steps that it divides stay, too; 0 for none.
   """
 
-  def __init__(self, directory: epath.PathLike, keep: int = 2):
+  def __init__(
+    self, directory: epath.PathLike, keep: int = 2, keep_every: int = 0
+  ):
     self._directory = epath.Path(directory).absolute()
     self._directory.mkdir(parents=True, exist_ok=True)
     self._manager = ocp.CheckpointManager(
       self._directory,
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        keep_period=keep_every or None,
+        create=False,
+        # What was being written when the process was killed.
+        cleanup_tmp_directories=True,
+      ),
     )
 
   def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
@@ -60,17 +72,19 @@ class Checkpointer:
 
     Raises:
       TypeError: a leaf is not a jax array, or `extra` is not JSON.
+      CheckpointError: it, or the one before, could not be written.
     """
     if step in self._manager.all_steps():
       return
     record = _sealed_record(state, extra)
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        arrays=ocp.args.PyTreeSave(_named_leaves(_without_keys(state))),
-        record=ocp.args.JsonSave(record),
-      ),
-    )
+    with self._naming_errors():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          arrays=ocp.args.PyTreeSave(_named_leaves(_without_keys(state))),
+          record=ocp.args.JsonSave(record),
+        ),
+      )
 
   def restore_latest(
     self, abstract_state: PyTree
@@ -106,16 +120,24 @@ class Checkpointer:
         problem = None
       except Exception as error:
         problem = error
+      problem = _problem_of_all(problem)
       if problem is None:
         _check_fit(record['arrays'], abstract_state, path)
         try:
-          state = self._read_arrays(step, abstract_state, record['arrays'])
+          arrays = self._read_arrays(step, abstract_state)
         except Exception as error:
           problem = error
-      if _all_processes(problem is None):
+        problem = _problem_of_all(problem)
+      if problem is None:
+        # The sums are over all processes: it fails in all of them or in none.
+        try:
+          _check_sums(record['arrays'], arrays)
+        except ValueError as error:
+          problem = error
+      if problem is None:
         self._set_aside(list(damaged))
+        state = _rebuild(abstract_state, arrays, record['arrays'])
         return step, state, extra
-      problem = problem or OSError('another process could not read it')
       damaged[step] = f'{path}: {_one_line(problem)}'
       warnings.warn(
         f'checkpoint {damaged[step]}. It is damaged; trying the one before.',
@@ -130,13 +152,11 @@ class Checkpointer:
       )
     return None
 
-  def _read_arrays(self, step, abstract_state, saved):
+  def _read_arrays(self, step, abstract_state):
     structs = _named_leaves(_without_keys(abstract_state))
-    arrays = self._manager.restore(
+    return self._manager.restore(
       step, args=ocp.args.Composite(arrays=_restore_args(structs))
     )['arrays']
-    _check_sums(saved, arrays)
-    return _rebuild(abstract_state, arrays, saved)
 
   def _set_aside(self, steps):
     """Frees the steps of damaged checkpoints, for the run will save them."""
@@ -152,14 +172,40 @@ class Checkpointer:
     self._manager.reload()
 
   def wait(self) -> None:
-    """Returns once everything saved is on disk."""
-    self._manager.wait_until_finished()
-    self._manager.check_for_errors()
+    """Returns once everything saved is on disk.
+
+    Raises:
+      CheckpointError: something could not be written.
+    """
+    with self._naming_errors():
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
 
   def close(self) -> None:
     """Waits, and releases the background threads."""
-    self.wait()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      with self._naming_errors():
+        self._manager.close()
+
+  @contextlib.contextmanager
+  def _naming_errors(self):
+    # A full disk is an error of Python, of TensorStore or of Orbax.
+    try:
+      yield
+    except Exception as error:
+      whole = [p.name for p in self._directory.glob('*') if p.name.isdigit()]
+      last = (
+        f'the last one is of step {max(map(int, whole))}'
+        if whole
+        else ('there is none yet')
+      )
+      raise CheckpointError(
+        f'no checkpoint could be written to {self._directory}; {last}. Make '
+        'room, or make the directory writable again; the same command then '
+        f'continues. {_one_line(error)}'
+      ) from error
 
 
 def save_model(
@@ -178,9 +224,14 @@ def save_model(
   arrays = _named_leaves(params)
   unfinished = final.parent / f'.{final.name}.unfinished'
   replaced = final.parent / f'.{final.name}.replaced'
+  if run.is_remote(final):
+    # Directories cannot be renamed at once there. A model without its
+    # description is none, so that one goes first and comes last.
+    unfinished = final
   if jax.process_index() == 0:
     for leftover in (unfinished, replaced):
       if leftover.exists():
+        (leftover / _MODEL_FILE).unlink(missing_ok=True)
         leftover.rmtree()
     unfinished.mkdir(parents=True)
   _barrier('instruct_jax_model_begin')
@@ -190,11 +241,12 @@ def save_model(
     (unfinished / _MODEL_FILE).write_text(
       json.dumps(record, indent=1, sort_keys=True)
     )
-    if final.exists():
-      final.rename(replaced)
-    unfinished.rename(final)
-    if replaced.exists():
-      replaced.rmtree()
+    if unfinished != final:
+      if final.exists():
+        final.rename(replaced)
+      unfinished.rename(final)
+      if replaced.exists():
+        replaced.rmtree()
   _barrier('instruct_jax_model_end')
 
 
@@ -340,23 +392,23 @@ def _restore_args(structs):
 
 def _sealed_record(tree, extra):
   """What lies beside the arrays, with a checksum over its own text."""
-  described = {}
-  for name, leaf in _named_leaves(tree).items():
+  leaves = _named_leaves(tree)
+  for name, leaf in leaves.items():
     if not isinstance(leaf, jax.Array):
       raise TypeError(
         f'{name} is a {type(leaf).__name__}, not a jax array; values of the '
         'host belong into the JSON part'
       )
-    is_key = _is_key(leaf)
-    described[name] = {
+  sums = _checksums(_named_leaves(_without_keys(tree)))
+  described = {
+    name: {
       'shape': list(leaf.shape),
       'dtype': str(leaf.dtype),
-      'key_impl': str(jax.random.key_impl(leaf)) if is_key else None,
-      'checksum': _checksum(jax.random.key_data(leaf) if is_key else leaf),
+      'key_impl': str(jax.random.key_impl(leaf)) if _is_key(leaf) else None,
+      'checksum': sums[name],
     }
-  for entry in described.values():
-    # Only now: on an accelerator all of them have been computed meanwhile.
-    entry['checksum'] = int(entry['checksum'])
+    for name, leaf in leaves.items()
+  }
   # Through JSON once: what was saved is what will be read (tuples are lists).
   record = json.loads(json.dumps({'arrays': described, 'extra': extra}))
   return record | {'checksum': _text_checksum(record)}
@@ -373,43 +425,69 @@ def _text_checksum(content) -> int:
   return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _checksum(x):
-  """sum over i of (2 i + 1) * bits(x_i), modulo 2^32.
+def _checksums(arrays: dict[str, Any]) -> dict[str, int]:
+  """sum over i of (2 i + 1) * bits(x_i), modulo 2^32, of each array.
 
   Integer sums are exact in any order, so the value does not depend on how the
-  array is laid out; odd weights let no flipped bit and few swaps pass.
-  Compiling it costs more than a small model's save, so arrays that are in host
-  memory anyway are summed by NumPy.
+  array is laid out; odd weights let no flipped bit and few swaps pass. Every
+  shard is summed where it is, and the sums of all processes are exchanged at
+  once: a program of all devices for each array would be slower, and on CPU
+  several of those in flight can wait for each other for ever.
   """
-  on_host = isinstance(x, np.ndarray) or (
-    x.is_fully_addressable
-    and all(d.platform == 'cpu' for d in x.sharding.device_set)
+  parts = {name: list(_shard_sums(x)) for name, x in arrays.items()}
+  # Only now: on an accelerator all of them have been computed meanwhile.
+  sums = np.array(
+    [sum(int(part) for part in row) % 2**32 for row in parts.values()],
+    np.uint32,
   )
-  if not on_host:
-    return _device_checksum(x)
+  if jax.process_count() > 1:
+    everywhere = multihost_utils.process_allgather(sums)
+    sums = everywhere.sum(axis=0, dtype=np.uint32)
+  return {name: int(value) for name, value in zip(parts, sums, strict=True)}
+
+
+def _shard_sums(x):
+  """The part of the sum of each of this process's own shards."""
+  if isinstance(x, np.ndarray):
+    yield _bit_sum(np, _host_bits(x), (0,) * x.ndim, x.shape)
+    return
+  for shard in x.addressable_shards:
+    if shard.replica_id:
+      continue  # Another device, or process, counts this part.
+    starts = tuple(axis.start or 0 for axis in shard.index)
+    if shard.device.platform == 'cpu':
+      # Compiling it costs more than a small model's save.
+      bits = _host_bits(np.asarray(shard.data))
+      yield _bit_sum(np, bits, starts, x.shape)
+    else:
+      yield _device_sum(shard.data, starts, x.shape)
+
+
+def _host_bits(x):
   x = np.ascontiguousarray(x)
-  return _bit_sum(np, x.view(_bits_dtype(x)))
+  return x.view(_bits_dtype(x))
 
 
-@jax.jit
-def _device_checksum(x):
+@functools.partial(jax.jit, static_argnums=2)
+def _device_sum(x, starts, shape):
+  dtype = _bits_dtype(x)
   if x.dtype == jnp.bool_:
     x = x.astype(jnp.uint8)
-  return _bit_sum(jnp, jax.lax.bitcast_convert_type(x, _bits_dtype(x)))
+  return _bit_sum(jnp, jax.lax.bitcast_convert_type(x, dtype), starts, shape)
 
 
 def _bits_dtype(x):
   return {1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize]
 
 
-def _bit_sum(xp, bits):
-  # Row-major positions, built axis by axis: a sharded array stays in place.
+def _bit_sum(xp, bits, starts, shape):
+  # Row-major positions in the whole array, built axis by axis.
   index = xp.zeros(bits.shape, xp.uint32)
-  for axis, size in enumerate(bits.shape):
-    shape = [1] * bits.ndim
-    shape[axis] = size
-    along = xp.arange(size, dtype=xp.uint32).reshape(shape)
-    index = index * xp.uint32(size) + along
+  for axis, (size, start) in enumerate(zip(shape, starts, strict=True)):
+    along_shape = [1] * bits.ndim
+    along_shape[axis] = bits.shape[axis]
+    along = xp.arange(bits.shape[axis], dtype=xp.uint32).reshape(along_shape)
+    index = index * xp.uint32(size) + (along + xp.asarray(start, xp.uint32))
   weights = xp.uint32(2) * index + xp.uint32(1)
   return xp.sum(bits.astype(xp.uint32) * weights, dtype=xp.uint32)
 
@@ -437,9 +515,8 @@ def _check_fit(saved, abstract, path) -> None:
 
 
 def _check_sums(saved, arrays) -> None:
-  sums = jax.device_get({name: _checksum(x) for name, x in arrays.items()})
-  for name, checksum in sums.items():
-    if int(checksum) != saved[name]['checksum']:
+  for name, checksum in _checksums(arrays).items():
+    if checksum != saved[name]['checksum']:
       raise ValueError(f'array {name} does not match its checksum')
 
 
@@ -451,11 +528,17 @@ def _one_line(error) -> str:
 # --- Several processes --------------------------------------------------------
 
 
-def _all_processes(value: bool) -> bool:
-  """True if `value` is true in every process."""
+def _problem_of_all(problem: Exception | None) -> Exception | None:
+  """This process's problem, or a word about another's; None if there is none.
+
+  All processes go on alike: each of them has to take part in what follows.
+  """
   if jax.process_count() == 1:
-    return value
-  return bool(multihost_utils.process_allgather(np.array(value)).all())
+    return problem
+  found = multihost_utils.process_allgather(np.array(problem is not None))
+  if problem is None and found.any():
+    return OSError('another process could not read it')
+  return problem
 
 
 def _barrier(name: str) -> None:

@@ -2,23 +2,28 @@
 
   with Loop(workdir, 'sft', num_steps, log_every=10, checkpoint_every=100) as l:
     state = l.restore(state)
-    for step in l.steps():
-      state, metrics = update(state, batches[step], key_of(step))
+    for step, batch in l.steps_with(loader.ahead(batch_fn)):
+      state, metrics = update(state, batch, key_of(step))
       l.end_step(step, state, metrics)
 
 What the loop computes stays in the experiment. Resume order: the stage's own
-newest checkpoint, else the state handed to `restore`.
+newest checkpoint, else the state handed to `restore`. `timing.jsonl` says which
+share of its time the loop stood waiting for batches.
 """
 
+import contextlib
+import re
 import time
-from collections.abc import Iterator, Mapping
-from typing import SupportsFloat
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, SupportsFloat, TypeVar
 
 import jax
 from etils import epath
 
-from instruct_jax.infra import checkpoint, metrics, run, train_state
+from instruct_jax.infra import checkpoint, metrics, run, train_state, watch
 from instruct_jax.types import Metrics, PyTree
+
+Batch = TypeVar('Batch')
 
 
 class Loop:
@@ -31,11 +36,17 @@ class Loop:
     log_every: steps between lines of metrics.jsonl. A stop is honoured there.
     checkpoint_every: steps between checkpoints, a multiple of `log_every`, so
       that a resumed run's lines equal an uninterrupted one's.
+    checkpoint_minutes: a checkpoint is also due at the first line after so
+      many minutes without one; 0 leaves it to the steps.
+    keep: newest checkpoints kept.
+    keep_every: steps; checkpoints at multiples of it are kept for good. 0 keeps
+      none.
     max_skips: consecutive non-finite updates at which the run stops.
-    keep: checkpoints kept.
+    profile_steps: 'FIRST-LAST' or 'STEP', counted from 1: a trace of these is
+      written to WORKDIR/profile. '' traces none.
 
   Raises:
-    ValueError: cadences that do not fit together.
+    ValueError: cadences that do not fit together, or no such steps.
   """
 
   def __init__(
@@ -46,44 +57,76 @@ class Loop:
     *,
     log_every: int,
     checkpoint_every: int,
-    max_skips: int = 10,
+    checkpoint_minutes: float = 0.0,
     keep: int = 2,
+    keep_every: int = 0,
+    max_skips: int = 10,
+    profile_steps: str = '',
   ):
     if log_every < 1 or checkpoint_every < 1 or checkpoint_every % log_every:
       raise ValueError(
         f'{name}: checkpoint_every ({checkpoint_every}) must be a positive '
         f'multiple of log_every ({log_every})'
       )
+    if keep_every % checkpoint_every:
+      raise ValueError(
+        f'{name}: keep_every ({keep_every}) must be 0 or a multiple of '
+        f'checkpoint_every ({checkpoint_every})'
+      )
     if num_steps < 1:
       raise ValueError(f'{name}: num_steps must be positive: {num_steps}')
+    if keep < 1 or max_skips < 1 or checkpoint_minutes < 0:
+      raise ValueError(
+        f'{name}: keep ({keep}) and max_skips ({max_skips}) must be at least '
+        f'1, checkpoint_minutes ({checkpoint_minutes}) not negative'
+      )
     self._workdir = epath.Path(workdir)
     self._name = name
     self._num_steps = num_steps
     self._log_every = log_every
     self._checkpoint_every = checkpoint_every
+    self._checkpoint_seconds = 60 * checkpoint_minutes
     self._max_skips = max_skips
-    self._keep = keep
+    self._keep, self._keep_every = keep, keep_every
+    self._profiled = _parse_steps(profile_steps, name, num_steps)
+    self._is_profiling = False
     self._start = 0
     self._pending: Metrics = {}
     self._pending_items = 0
-    self._last_log = time.monotonic()
+    self._waited = 0.0
+    self._last_line = 0
+    self._last_log = self._last_checkpoint = time.monotonic()
+    self._watch = watch.Watch(name)
 
   def __enter__(self) -> 'Loop':
     self._checkpointer = checkpoint.Checkpointer(
-      self._workdir / 'checkpoints', keep=self._keep
+      self._workdir / 'checkpoints', self._keep, self._keep_every
     )
     self._stop = run.StopSignal()
     self._stop.__enter__()
+    self._watch.__enter__()
     self._writer = self._progress = None
     return self
 
-  def __exit__(self, *exception) -> None:
-    self._stop.__exit__(*exception)
-    if self._progress is not None:
-      self._progress.close()
-    if self._writer is not None:
-      self._writer.close()
-    self._checkpointer.close()
+  def __exit__(self, kind, *exception) -> None:
+    self._watch.__exit__(kind, *exception)
+    # When the disk is full or gone, closing fails for the reason for which the
+    # loop is being left, and that one is told.
+    quiet = contextlib.suppress(*((Exception,) if kind is not None else ()))
+    with contextlib.ExitStack() as stack:
+      stack.callback(self._stop.__exit__, kind, *exception)
+      for close in (
+        self._checkpointer.close,
+        self._writer.close if self._writer is not None else None,
+        self._progress.close if self._progress is not None else None,
+        jax.profiler.stop_trace if self._is_profiling else None,
+      ):
+        if close is not None:
+          stack.callback(_call, close, quiet)
+
+  def watched(self, programs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same programs; one that hangs, or is slow, is then told by name."""
+    return self._watch.programs(programs)
 
   def restore(self, state: PyTree) -> PyTree:
     """The newest checkpoint's state, or `state` when there is none.
@@ -98,16 +141,47 @@ class Loop:
     restored = self._checkpointer.restore_latest(state)
     if restored is not None:
       self._start, state, _ = restored
-      print(f'{self._name}: continues after step {self._start}', flush=True)
+      if jax.process_index() == 0:
+        print(f'{self._name}: continues after step {self._start}', flush=True)
+    self._last_line = self._start
     resume_step = self._start if restored is not None else None
     self._writer = metrics.MetricsWriter(self._workdir, resume_step)
     self._progress = run.Progress(self._name, self._num_steps, self._start)
-    self._last_log = time.monotonic()
+    self._last_log = self._last_checkpoint = time.monotonic()
     return state
 
   def steps(self) -> Iterator[int]:
     """Step numbers still to run, from 0."""
-    yield from range(self._start, self._num_steps)
+    for step in range(self._start, self._num_steps):
+      if step + 1 in self._profiled and not self._is_profiling:
+        jax.profiler.start_trace(
+          str(self._workdir / 'profile'), create_perfetto_trace=True
+        )
+        self._is_profiling = True
+      if not self._is_profiling:
+        yield step
+        continue
+      with jax.profiler.StepTraceAnnotation(self._name, step_num=step + 1):
+        yield step
+      if step + 1 == self._profiled[-1]:
+        jax.profiler.stop_trace()
+        self._is_profiling = False
+        self._profiled = range(0)
+
+  def steps_with(
+    self, open_fn: Callable[[int, int], Iterator[Batch]]
+  ) -> Iterator[tuple[int, Batch]]:
+    """Step numbers still to run, each with its batch.
+
+    Args:
+      open_fn: (first step, one past the last) -> their batches in order.
+    """
+    batches = open_fn(self._start, self._num_steps)
+    for step in self.steps():
+      before = time.monotonic()
+      batch = next(batches)
+      self._waited += time.monotonic() - before
+      yield step, batch
 
   def end_step(
     self,
@@ -147,6 +221,7 @@ class Loop:
     if done % self._log_every == 0 or is_last or values:
       line = {**metrics.to_host(self._pending), **(values or {})}
       self._pending = {}
+      self._check_workdir()
       self._writer.write(done, line)
       now = time.monotonic()
       seconds = now - self._last_log
@@ -156,19 +231,64 @@ class Loop:
         {
           'timing/seconds': seconds,
           'timing/items_per_second': self._pending_items / seconds,
+          'timing/waiting_fraction': self._waited / seconds,
         },
       )
-      self._pending_items = 0
+      self._pending_items, self._waited = 0, 0.0
+      self._watch.lap(done, done - self._last_line)
+      self._last_line = done
       for name, watched in states.items():
         train_state.check_skips(watched, self._max_skips, name)
+    if self._is_profiling:
+      jax.block_until_ready(state)  # A step's work is to lie within the step.
     self._progress.update(1, text)
+    stop = False
     due = done % self._checkpoint_every == 0 and not is_last
-    at_line = done % self._log_every == 0
-    stop = at_line and not is_last and self._stop.requested
+    if done % self._log_every == 0 and not is_last:
+      # The processes' clocks differ: the first one's counts.
+      late = (
+        time.monotonic() - self._last_checkpoint > self._checkpoint_seconds > 0
+      )
+      due |= self._checkpoint_seconds > 0 and run.agreed(late)
+      stop = self._stop.requested
     if due or stop:
       jax.block_until_ready(state)
       self._checkpointer.save(done, state, {})
+      self._last_checkpoint = time.monotonic()
     if stop:
       self._checkpointer.wait()
+      run.wait_for_all(f'{self._name} stopped')
       raise run.Stopped(f'{self._name}: stopped after step {done}')
     return line
+
+  def _check_workdir(self):
+    """Files that were open when their directory was deleted would take lines
+    for ever."""
+    if not run.is_remote(self._workdir) and not self._workdir.exists():
+      raise run.WorkdirError(
+        f'{self._name}: the work directory {self._workdir} is gone. Bring it '
+        'back, or start again in another one.'
+      )
+
+
+def _call(function, context) -> None:
+  with context:
+    function()
+
+
+def _parse_steps(text: str, name: str, num_steps: int) -> range:
+  """'3-5' -> 3, 4, 5.
+
+  Raises:
+    ValueError: another form, or steps that there are not.
+  """
+  if not text:
+    return range(0)
+  match = re.fullmatch(r'(\d+)(?:-(\d+))?', text)
+  first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+  if not 1 <= first <= last <= num_steps:
+    raise ValueError(
+      f"{name}: profile_steps must be 'FIRST-LAST' or 'STEP' within 1 to "
+      f'{num_steps}: {text!r}'
+    )
+  return range(first, last + 1)

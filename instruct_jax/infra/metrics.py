@@ -7,13 +7,17 @@ equals an uninterrupted one's. Whatever depends on the clock goes to
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from typing import Any, SupportsFloat
 
 import jax
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
+from instruct_jax.infra import run
 from instruct_jax.types import Metrics
 
 METRICS_FILE = 'metrics.jsonl'
@@ -65,10 +69,22 @@ class MetricsWriter:
     _rewrite(directory / METRICS_FILE, lambda line: line['step'] <= last)
     # Time was spent, whether or not its steps are run again.
     _rewrite(directory / TIMING_FILE, lambda line: True)
+    if run.is_remote(directory):
+      self._metrics = _WholeFile(directory / METRICS_FILE)
+      self._timing = _WholeFile(directory / TIMING_FILE)
+      return
     self._metrics = (directory / METRICS_FILE).open('a')
     self._timing = (directory / TIMING_FILE).open('a')
-    self._events = SummaryWriter(
-      str(directory / 'tensorboard'), purge_step=last + 1
+    (directory / 'tensorboard').mkdir(exist_ok=True)
+    # Not tensorboardX's SummaryWriter: its thread dies on a full disk, and the
+    # next line would wait for it for ever.
+    self._events = EventsWriter(str(directory / 'tensorboard' / 'events'))
+    self._events.write_event(
+      event_pb2.Event(
+        wall_time=time.time(),
+        step=last + 1,
+        session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
+      )
     )
 
   def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
@@ -89,17 +105,32 @@ class MetricsWriter:
     for name in sorted(values):
       value = float(values[name])
       line[name] = value if math.isfinite(value) else None
-      self._events.add_scalar(name, value, step)
-    file.write(json.dumps(line) + '\n')
-    file.flush()
+    try:
+      file.write(json.dumps(line) + '\n')
+      file.flush()
+      self._write_events(step, values)
+    except OSError as error:
+      # Python names the file only where opening it fails.
+      raise OSError(error.errno, error.strerror, file.name) from error
+
+  def _write_events(self, step, values):
+    if self._events is None:
+      return
+    for name in sorted(values):
+      self._events.write_event(
+        event_pb2.Event(
+          wall_time=time.time(),
+          step=step,
+          summary=summary.scalar(name, float(values[name])),
+        )
+      )
     self._events.flush()
 
   def close(self) -> None:
     """Closes the files."""
-    if self._metrics is not None:
-      self._metrics.close()
-      self._timing.close()
-      self._events.close()
+    for file in (self._metrics, self._timing, self._events):
+      if file is not None:
+        file.close()
 
   def __enter__(self) -> 'MetricsWriter':
     return self
@@ -131,6 +162,28 @@ def _rewrite(path, keep_fn):
   if not path.exists():
     return
   lines = [json.dumps(line) for line in read_lines(path) if keep_fn(line)]
+  text = ''.join(line + '\n' for line in lines)
+  if run.is_remote(path):
+    path.write_text(text)
+    return
   unfinished = path.with_name(f'.{path.name}.unfinished')
-  unfinished.write_text(''.join(line + '\n' for line in lines))
+  unfinished.write_text(text)
   unfinished.replace(path)
+
+
+class _WholeFile:
+  """Where there is no appending: all lines, written at each flush."""
+
+  def __init__(self, path):
+    self.name = str(path)
+    self._path = path
+    self._text = path.read_text() if path.exists() else ''
+
+  def write(self, text):
+    self._text += text
+
+  def flush(self):
+    self._path.write_text(self._text)
+
+  def close(self):
+    pass

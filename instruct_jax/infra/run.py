@@ -2,6 +2,7 @@
 
 import datetime
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -62,10 +63,15 @@ class Stopped(SystemExit):
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-  """Writes a JSON file that is at every moment the old or the new one."""
+  """Writes a JSON file that is at every moment the old or the new one.
+
+  Of several processes only the first writes.
+  """
+  if jax.process_index() != 0:
+    return
   path = epath.Path(path)
   text = json.dumps(value, indent=2, sort_keys=True) + '\n'
-  if _is_remote(path):
+  if is_remote(path):
     path.write_text(text)  # Object stores replace an object at once.
     return
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +96,9 @@ def read_json(path: epath.PathLike) -> Any:
     raise ValueError(f'{path} is not JSON: {error}') from error
 
 
-def _is_remote(path) -> bool:
+def is_remote(path: epath.PathLike) -> bool:
+  """Whether it is in an object store: no locks, no appending, no renaming at
+  once, but an object is replaced at once."""
   return '://' in os.fspath(path)
 
 
@@ -112,7 +120,7 @@ class WorkdirLock:
     self._file = None
 
   def __enter__(self) -> 'WorkdirLock':
-    if _is_remote(self._workdir) or jax.process_index() != 0:
+    if is_remote(self._workdir) or jax.process_index() != 0:
       return self
     self._workdir.mkdir(parents=True, exist_ok=True)
     # 'a+' leaves the holder's entry readable until the lock is ours.
@@ -204,9 +212,12 @@ def _flat(tree, prefix=''):
 
 
 def mark_done(stage_dir: epath.PathLike, info: Mapping[str, Any]) -> None:
-  """Records that a stage is finished; its outputs are written before."""
-  if jax.process_index() == 0:
-    write_json(epath.Path(stage_dir) / DONE_FILE, dict(info))
+  """Records that a stage is finished; its outputs are written before.
+
+  Returns in all processes once the first has written it.
+  """
+  write_json(epath.Path(stage_dir) / DONE_FILE, dict(info))
+  wait_for_all(f'{stage_dir} is done')
 
 
 def is_done(stage_dir: epath.PathLike) -> bool:
@@ -214,7 +225,91 @@ def is_done(stage_dir: epath.PathLike) -> bool:
   return (epath.Path(stage_dir) / DONE_FILE).exists()
 
 
+# --- Several processes --------------------------------------------------------
+
+
+def say(text: str) -> None:
+  """Prints a line, in the first process."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
+def agreed(value: bool) -> bool:
+  """The first process's answer, in every process; all must ask.
+
+  What one process sees of a shared directory, another may see a moment later.
+  """
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def wait_for_all(name: str) -> None:
+  """Returns once every process has come here; the name must be the same."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
 # --- Where the numbers come from ----------------------------------------------
+
+# Of a folder, larger files count by name and size: the arrays of a model, whose
+# checksums are in its model.json.
+_HASHED_BYTES = 16 << 20
+# Keys whose values name no input, though there may be a folder of that name.
+_NO_INPUTS = ('name', 'experiment', 'workdir', 'compilation_cache')
+
+
+def input_hashes(
+  config: ConfigDict | Mapping[str, Any],
+) -> dict[str, dict[str, str]]:
+  """What a stage reads: each config value that names a file or folder there.
+
+  Returns:
+    `{key: {'path': ..., 'sha256': ...}}`, keys dotted. The hash of a folder is
+    over the names and sizes of its files, and what those up to 16 MiB hold.
+    Empty in all processes but the first.
+  """
+  if jax.process_index() != 0:
+    return {}
+  found = {}
+  for key, value in _flat(_plain(config)).items():
+    if not isinstance(value, str) or key.endswith(_NO_INPUTS):
+      continue
+    # One path, or NAME=PATH,NAME=PATH.
+    for part in value.split(','):
+      name, separator, place = part.partition('=')
+      path = epath.Path(place if separator else part)
+      if str(path) != '.' and path.exists():
+        found[f'{key}.{name}' if separator else key] = {
+          'path': str(path),
+          'sha256': _content_hash(path),
+        }
+  return found
+
+
+def _content_hash(path) -> str:
+  total = hashlib.sha256()
+  if not path.is_dir():
+    _add_file(total, path)
+    return total.hexdigest()
+  folders = [path]
+  while folders:
+    # epath has no recursive glob: object stores make it dear.
+    for entry in sorted(folders.pop().iterdir()):
+      if entry.is_dir():
+        folders.append(entry)
+        continue
+      size = entry.stat().length
+      total.update(f'{entry.relative_to(path)}\0{size}\0'.encode())
+      if size <= _HASHED_BYTES:
+        _add_file(total, entry)
+  return total.hexdigest()
+
+
+def _add_file(total, path) -> None:
+  with path.open('rb') as file:
+    while block := file.read(1 << 24):
+      total.update(block)
 
 
 def provenance(seed: int) -> dict[str, Any]:
@@ -277,24 +372,40 @@ class StopSignal:
       if stop.requested:
         checkpointer.save(...); checkpointer.close()
         raise Stopped(f'sft: stopped at step {step}')
+
+  They nest: a signal that the inner one received and did not act on is passed
+  to the outer one when the inner one is left.
+
+  Args:
+    at_once: raise `Stopped` where the signal meets the program. For what lies
+      between loops: there is nothing to save there.
   """
 
-  def __init__(self):
+  _entered: ClassVar[list['StopSignal']] = []
+
+  def __init__(self, at_once: bool = False):
+    self._at_once = at_once
     self._received = False
     self._previous = None
 
   def __enter__(self) -> 'StopSignal':
     if threading.current_thread() is threading.main_thread():
       self._previous = signal.signal(signal.SIGTERM, self._receive)
+    self._entered.append(self)
     return self
 
   def __exit__(self, *exception) -> None:
+    self._entered.remove(self)
+    if self._received and self._entered:
+      self._entered[-1]._received = True
     if self._previous is not None:
       signal.signal(signal.SIGTERM, self._previous)
       self._previous = None
 
   def _receive(self, number, frame):
     self._received = True
+    if self._at_once:
+      raise Stopped('stopped outside of a training loop')
 
   @property
   def requested(self) -> bool:

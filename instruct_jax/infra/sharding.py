@@ -13,11 +13,12 @@ with flax 0.12.8), which is why the tests look at real `.sharding.spec`s.
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -44,6 +45,9 @@ LOGICAL_RULES = {
   'norm': (),
   'layers': (),
 }
+
+
+_ONE = dict.fromkeys(MESH_AXES, 1)
 
 
 def make_mesh(
@@ -310,6 +314,32 @@ def constrain_rows(batch: PyTree, axis: int = 0) -> PyTree:
   return jax.tree.map(cut, batch)
 
 
+def num_batch_shards() -> int:
+  """Parts into which the current mesh cuts the rows of a batch."""
+  return _num_parts(BATCH_AXES, jax.sharding.get_abstract_mesh().shape or _ONE)
+
+
+def per_shard(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
+  """Lets every shard of rows run a function of rows for itself.
+
+  What follows indices from one row to another then stays on its device; left
+  to the compiler, the rows of all devices might be gathered first. Heads that
+  are cut over `tensor` stay cut.
+
+  Args:
+    fn: arrays to arrays, the first axis of each a shard's own rows.
+  """
+  if num_batch_shards() == 1:
+    return fn
+  return jax.shard_map(
+    fn,
+    in_specs=P(BATCH_AXES),
+    out_specs=P(BATCH_AXES),
+    axis_names=set(BATCH_AXES),
+    check_vma=False,
+  )
+
+
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
   """Moves a host batch onto the mesh, rows cut over `data` and `fsdp`.
 
@@ -322,9 +352,12 @@ def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     Global arrays: the rows of all processes together.
 
   Raises:
-    ValueError: the global number of rows does not divide by the batch axes.
+    ValueError: the global number of rows does not divide by the batch axes, or
+      the mesh gives processes the same rows.
   """
   parts = _num_parts(BATCH_AXES, mesh.shape)
+  if jax.process_count() > 1:
+    _check_own_rows(mesh, parts)
 
   def put(path, x):
     x = np.asarray(x)
@@ -341,3 +374,80 @@ def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     return jax.make_array_from_process_local_data(batch_sharding(mesh), x)
 
   return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def _check_own_rows(mesh, parts) -> None:
+  """Raises unless each process holds an equal block of the rows, in order."""
+  rows = batch_sharding(mesh).devices_indices_map((parts,))
+  count = jax.process_count()
+  for device, (index,) in rows.items():
+    if index.start * count // parts != device.process_index or parts % count:
+      raise ValueError(
+        f'mesh {dict(mesh.shape)}: the {parts} shards of the rows do not lie '
+        f'on {count} processes in equal blocks. Keep the tensor axis within a '
+        f'process ({jax.local_device_count()} devices).'
+      )
+
+
+def put_whole(batch: PyTree, mesh: Mesh) -> PyTree:
+  """Moves rows that every process has in full onto the mesh.
+
+  Unlike `put_batch`, which takes each process's own rows: for evaluations, and
+  for batches whose rows refer to each other.
+
+  Raises:
+    ValueError: the number of rows does not divide by the batch axes.
+  """
+  if jax.process_count() == 1:
+    return put_batch(batch, mesh)
+  parts = _num_parts(BATCH_AXES, mesh.shape)
+
+  def put(path, x):
+    x = np.asarray(x)
+    if x.ndim and x.shape[0] % parts:
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      raise ValueError(
+        f'batch array {name or "(unnamed)"} {x.shape}: {x.shape[0]} rows do '
+        f'not divide over the {parts} devices of mesh axes {BATCH_AXES} '
+        f'(mesh {dict(mesh.shape)})'
+      )
+    place = batch_sharding(mesh) if x.ndim else replicated(mesh)
+    return jax.make_array_from_callback(x.shape, place, lambda i: x[i])
+
+  return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def place(tree: PyTree, mesh: Mesh) -> PyTree:
+  """A state whose counters and other small arrays, made by each process for
+  itself, are arrays of all processes; with one process nothing changes."""
+  if jax.process_count() == 1:
+    return tree
+
+  def put(x):
+    if isinstance(x.sharding, NamedSharding):
+      return x
+    value = np.asarray(x)
+    return jax.make_array_from_callback(
+      value.shape, replicated(mesh), lambda i: value[i]
+    )
+
+  return jax.tree.map(put, tree)
+
+
+def fetch(tree: PyTree) -> PyTree:
+  """Whole arrays as NumPy arrays, in every process; all must call it."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return jax.tree.map(
+    lambda x: (
+      np.asarray(x)
+      if x.is_fully_replicated
+      else multihost_utils.process_allgather(x, tiled=True)
+    ),
+    tree,
+  )
+
+
+def fetched(program: Callable[..., PyTree]) -> Callable[..., PyTree]:
+  """The program with its result on the host, whole in every process."""
+  return lambda *args: fetch(program(*args))

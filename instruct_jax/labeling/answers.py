@@ -257,6 +257,17 @@ def check_page(
     _about_output(kind, posted, draft.get('prompt', {}))
 
 
+def is_complete(
+  kind: str, page: str, draft: Mapping[str, Any], num_outputs: int, style: str
+) -> bool:
+  """Whether a page of the draft is answered, and not only begun."""
+  try:
+    check_page(kind, page, draft.get(page, {}), draft, num_outputs, style)
+  except AnswerError:
+    return False
+  return True
+
+
 def content(
   kind: str, draft: Mapping[str, Any], num_outputs: int, style: str = ''
 ) -> dict[str, Any]:

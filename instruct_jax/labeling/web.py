@@ -273,13 +273,14 @@ def next_task(visit):
 
 
 def _first_page(visit, assignment_id):
-  """Where the labeler stopped: the first page without a saved draft."""
+  """Where the labeler stopped: the first page that is not complete."""
   work = visit.store.work(assignment_id, visit.account.id)
   names = _ordered_pages(work)
   if work['state'] == 'submitted':
     return f'/task/{assignment_id}/0'
+  complete = _complete_pages(work)
   for number, name in enumerate(names):
-    if name not in work['draft']:
+    if name not in complete:
       return f'/task/{assignment_id}/{number}'
   return f'/task/{assignment_id}/{len(names) - 1}'
 
@@ -291,6 +292,21 @@ def _ordered_pages(work):
   if shown_order and names[0] == 'prompt':
     names[1 : 1 + len(shown_order)] = shown_order
   return names
+
+
+def _complete_pages(work):
+  """Names of the pages whose drafts are complete."""
+  return {
+    name
+    for name in work['draft']
+    if answers.is_complete(
+      work['kind'], name, work['draft'], len(work['texts']), _style(work)
+    )
+  }
+
+
+def _style(work):
+  return work['record'].get('style', 'plain')
 
 
 def _own_work(visit):
@@ -336,7 +352,8 @@ def _task_page(visit, work, number, message='', posted=None, status=200):
     'kind_title': answers.KINDS[kind],
     'reasons': answers.SKIP_REASONS,
     'submission': secrets.token_hex(16),
-    'style': work['record'].get('style', 'plain'),
+    'style': _style(work),
+    'complete': _complete_pages(work),
     'status': status,
   }
   about = work['draft'].get('prompt', {})
@@ -372,7 +389,10 @@ def _task_page(visit, work, number, message='', posted=None, status=200):
 
 
 def answer_task(visit):
-  """One page of a task: `action` is next, draft, or submit."""
+  """One page of a task: `action` is next, draft, autosave or submit.
+
+  `autosave` is the page's script, which wants no page back.
+  """
   work = _own_work(visit)
   names = _ordered_pages(work)
   number = visit.number('step')
@@ -399,6 +419,8 @@ def answer_task(visit):
       )
       return _to(f'/?label=1&saved={work["id"]}-{revision}')
     visit.store.save_draft(work['id'], visit.account.id, name, posted)
+    if action == 'autosave':
+      return responses.Response(status_code=204)
     if action == 'draft':
       return _to('/?label=1&draft=1')
     answers.check_page(
@@ -407,7 +429,7 @@ def answer_task(visit):
       posted,
       work['draft'],
       len(work['texts']),
-      work['record'].get('style', 'plain'),
+      _style(work),
     )
     if number == len(names) - 1:
       raise answers.AnswerError('Please use the Submit button')
@@ -797,7 +819,7 @@ class _Site:
     except Exception:
       traceback.print_exc()  # For who runs the site; the visitor sees nothing.
       reply = self.error(
-        request, account, 500, 'Something went wrong. Please try again.'
+        account, 500, 'Something went wrong. Please try again.'
       )
     reply.headers.update(HEADERS)
     return reply

@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_mask as splash_mask,
 )
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from instruct_jax.models.config import TransformerConfig
 
@@ -120,6 +120,82 @@ def flash(
       check_vma=False,
     )
   return one_shard(queries * scale, keys, values, segments)
+
+
+# --- Segments much shorter than their rows ------------------------------------
+
+
+def block_size(num_tokens: int, longest: int) -> int:
+  """Tokens of a block; 0 where whole rows cost no more.
+
+  Half of the longest segment: a token then looks at its own block and the two
+  before, one and a half times what it needs at most.
+  """
+  block = -(-longest // 2)
+  return block if longest and num_tokens > 3 * block else 0
+
+
+def _blocks(x: Array, block: int, num_before: int) -> Array:
+  """[B, T, ...] to [B * blocks, (num_before + 1) * block, ...]: each block with
+  those before it, zeros where there are none."""
+  num_blocks = -(-x.shape[1] // block)
+  filler = num_blocks * block - x.shape[1]
+  padding = [(0, 0), (num_before * block, filler), *[(0, 0)] * (x.ndim - 2)]
+  x = jnp.pad(x, padding)
+  x = x.reshape(x.shape[0], -1, block, *x.shape[2:])
+  parts = [x[:, i : i + num_blocks] for i in range(num_before + 1)]
+  x = jnp.concatenate(parts, axis=2)
+  return x.reshape(-1, *x.shape[2:])
+
+
+def _num_before(longest: int, block: int) -> int:
+  # The first token of a block sees longest - 1 tokens before itself.
+  return -(-(longest - 1) // block)
+
+
+def allowed_in_blocks(
+  segments: Int[Array, 'B T'], longest: int, block: int
+) -> Bool[Array, 'b t s']:
+  """Which keys of its own and the blocks before each query sees."""
+  num_before = _num_before(longest, block)
+  queries = _blocks(segments, block, 0)
+  keys = _blocks(segments, block, num_before)
+  rows = num_before * block + jnp.arange(block)
+  columns = jnp.arange((num_before + 1) * block)
+  allowed = queries[:, :, None] == keys[:, None, :]
+  allowed &= (rows[:, None] >= columns[None, :])[None]
+  return allowed & (keys > 0)[:, None, :]
+
+
+def in_blocks(
+  attend_fn,
+  queries: Float[Array, 'B N T H'],
+  keys: Float[Array, 'B K T H'],
+  values: Float[Array, 'B K T H'],
+  allowed: Bool[Array, 'b t s'],
+  block: int,
+) -> Float[Array, 'B N T H']:
+  """Attention of rows whose segments are short, block by block.
+
+  Args:
+    attend_fn: (queries, keys, values, allowed) -> mixed values, of rows.
+    queries, keys, values: of whole rows.
+    allowed: of `allowed_in_blocks`.
+    block: tokens of a block.
+  """
+  num_rows, num_tokens = queries.shape[0], queries.shape[2]
+  num_before = allowed.shape[2] // block - 1
+
+  def cut(x, num_before):
+    x = _blocks(jnp.swapaxes(x, 1, 2), block, num_before)
+    return jnp.swapaxes(x, 1, 2)
+
+  mixed = attend_fn(
+    cut(queries, 0), cut(keys, num_before), cut(values, num_before), allowed
+  )
+  mixed = jnp.swapaxes(mixed, 1, 2)
+  mixed = mixed.reshape(num_rows, -1, *mixed.shape[2:])[:, :num_tokens]
+  return jnp.swapaxes(mixed, 1, 2)
 
 
 def _splash(queries, keys, values, segments, *, softcap, interpret):

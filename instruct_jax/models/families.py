@@ -20,7 +20,8 @@ _WITHOUT_EFFECT = frozenset(
   resid_pdrop return_dict summary_activation summary_first_dropout
   summary_proj_to_labels summary_type summary_use_proj task_specific_params
   tokenizer_class torch_dtype transformers_version unsloth_version use_cache
-  cache_implementation _attn_implementation
+  cache_implementation _attn_implementation attention_probs_dropout_prob
+  hidden_dropout_prob
   """.split()  # noqa: SIM905
 )
 # Fields that are handled at one value only, which is the usual one.
@@ -31,6 +32,7 @@ _ONLY = {
   'scale_attn_by_inverse_layer_idx': False,
   'scale_attn_weights': True,
   'use_bidirectional_attention': False,
+  'use_mrope': False,
 }
 _ACTIVATIONS = {
   'gelu_new': 'gelu_tanh',
@@ -190,6 +192,10 @@ def _llama_like(family, fields):
   context = fields.take('max_position_embeddings')
   activation = fields.take('hidden_act', 'gelu_pytorch_tanh')
   activation = fields.take('hidden_activation', activation)
+  if family == 'gemma' and activation == 'gelu':
+    # The first Gemma's files say so and mean the other one; so do its authors'
+    # and the reference's code.
+    activation = 'gelu_pytorch_tanh'
   rotary, window_rotary = _rotaries(fields, head_dim, context, 1.0)
   if not gemma and family in ('llama', 'qwen3'):
     bias = fields.take('attention_bias', False)

@@ -93,14 +93,40 @@ class Policy(nn.Module):
       temperature,
     )
 
+  def packed_logprobs(
+    self,
+    tokens: Int[Array, 'M T'],
+    segments: Int[Array, 'M T'],
+    where: Int[Array, 'M Q'],
+    targets: Int[Array, 'M Q'],
+    temperature: float = 1.0,
+    longest: int = 0,
+  ) -> tuple[Float[Array, 'M Q'], Float[Array, 'M Q']]:
+    """Log-probabilities and entropies of chosen tokens of packed rows.
+
+    Args:
+      tokens, segments: see `Transformer.__call__`.
+      where: columns of the positions that predict; no other one meets the
+        unembedding.
+      targets: what each of them predicts.
+      temperature: divides the logits.
+      longest: tokens of the longest segment; 0 is a whole row.
+    """
+    hidden, _ = self.trunk(tokens, segments, longest=longest)
+    hidden = jnp.take_along_axis(hidden, where[:, :, None], axis=1)
+    # A packed row stands for several padded ones: as many logits at one time.
+    rows = tokens.shape[1] // longest if longest else 1
+    return self._logprobs(hidden, targets, temperature, max(1, rows))
+
   def _logprobs(
     self,
     hidden: Float[Array, 'B t D'],
     tokens: Int[Array, 'B t'],
     temperature: float,
+    rows_in_one: int = 1,
   ) -> tuple[Float[Array, 'B t'], Float[Array, 'B t']]:
     """`token_logprobs` of the unembedded hidden states, chunk by chunk."""
-    chunk = self.config.logprob_chunk
+    chunk = self.config.logprob_chunk * rows_in_one
 
     def logprobs_of(model, hidden, tokens):
       logits = nn.with_logical_constraint(
@@ -166,12 +192,14 @@ class ScalarModel(nn.Module):
     self,
     tokens: Int[Array, 'B T'],
     segments: Int[Array, 'B T'] | Bool[Array, 'B T'],
+    longest: int = 0,
   ) -> Float[Array, 'B T']:
     """float32 scalars; no dropout: reward models and PPO never use it.
 
-    A mask does as segments where each row is one sequence.
+    A mask does as segments where each row is one sequence; `longest` is as in
+    `Transformer.__call__`.
     """
-    hidden, _ = self.trunk(tokens, segments.astype(jnp.int32))
+    hidden, _ = self.trunk(tokens, segments.astype(jnp.int32), longest=longest)
     scalars = jnp.einsum(
       'btd,d->bt', hidden.astype(jnp.float32), self.head_kernel
     )

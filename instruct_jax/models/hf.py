@@ -63,7 +63,9 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-  """The tensors of all safetensors files of a folder, not read yet.
+  """The tensors of the safetensors files of a folder, not read yet.
+
+  Those that the index names; without one, `model.safetensors`; else all.
 
   Raises:
     ValueError: there are none (pickled weights are refused), or a file is
@@ -82,18 +84,22 @@ def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
         '.save_pretrained(NEW_FOLDER) writes safetensors'
       )
     raise ValueError(f'{folder}: no *.safetensors file here')
+  index = folder / 'model.safetensors.index.json'
+  if index.is_file():
+    # Some folders hold the same weights once more in their authors' own format.
+    expected = set(json.loads(index.read_text('utf-8'))['weight_map'].values())
+    absent = sorted(expected - {path.name for path in paths})
+    if absent:
+      raise ValueError(f'{index}: files are missing: {", ".join(absent)}')
+    paths = [path for path in paths if path.name in expected]
+  elif folder / 'model.safetensors' in paths:
+    paths = [folder / 'model.safetensors']
   tensors = {}
   for path in paths:
     for name, tensor in _open_file(path).items():
       if name in tensors:
         raise ValueError(f'{path}: tensor {name} is in another file, too')
       tensors[name] = tensor
-  index = folder / 'model.safetensors.index.json'
-  if index.is_file():
-    expected = json.loads(index.read_text('utf-8'))['weight_map']
-    absent = sorted(set(expected.values()) - {path.name for path in paths})
-    if absent:
-      raise ValueError(f'{index}: files are missing: {", ".join(absent)}')
   return tensors
 
 
@@ -400,6 +406,8 @@ def save(
     name = families.FAMILIES[family]
     for ending in ('LMHeadModel', 'ForCausalLM'):
       name = name.removesuffix(ending)
+    if family == 'gemma3_text':
+      name += 'Text'  # Without it, the class is that of text and images.
     described |= {
       'architectures': [f'{name}ForSequenceClassification'],
       'num_labels': 1,

@@ -8,6 +8,7 @@ axis. `deterministic` and `cache` are call arguments: the same module trains,
 scores and decodes.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -42,6 +43,23 @@ class Cache:
   length: Int[Array, '']
   is_empty: bool = flax.struct.field(pytree_node=False, default=False)
 
+  def extended(self, layer, keys, values):
+    """With one layer's new keys and values, and all of that layer's.
+
+    The whole stack is carried and written in place: one [B, t] stripe a layer,
+    not a copy of the cache.
+    """
+    start = (layer, 0, 0, self.length, 0)
+    cache = self.replace(
+      keys=jax.lax.dynamic_update_slice(self.keys, keys[None], start),
+      values=jax.lax.dynamic_update_slice(self.values, values[None], start),
+    )
+    return (
+      cache,
+      jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False),
+      jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False),
+    )
+
 
 def make_cache(config: TransformerConfig, batch: int, slots: int) -> Cache:
   """An empty cache for `batch` rows of up to `slots` tokens."""
@@ -60,6 +78,37 @@ def make_cache(config: TransformerConfig, batch: int, slots: int) -> Cache:
     length=jnp.zeros((), jnp.int32),
     is_empty=True,
   )
+
+
+@flax.struct.dataclass
+class LayerCache:
+  """One layer's keys and values, each row filled as far as it goes.
+
+  Column c holds the token in position c, so that a row's padding costs nothing
+  and layers need no common clock. Without arrays it is about to be filled by
+  the tokens read.
+
+  Attributes:
+    keys, values: in the compute dtype.
+    lengths: columns filled in each row.
+  """
+
+  keys: Float[Array, 'S K W H'] | None = None
+  values: Float[Array, 'S K W H'] | None = None
+  lengths: Int[Array, 'S'] | None = None
+
+  def extended(self, layer, keys, values):
+    """With the tokens' own keys and values, and what they may look at."""
+    del layer  # It is this one.
+    if self.keys is None:
+      return self.replace(keys=keys, values=values), keys, values
+
+    def put(row, new, length):
+      return jax.lax.dynamic_update_slice(row, new, (0, length, 0))
+
+    keys = jax.vmap(put)(self.keys, keys, self.lengths)
+    values = jax.vmap(put)(self.values, values, self.lengths)
+    return self.replace(keys=keys, values=values), keys, values
 
 
 def positions_of(segments: Int[Array, 'B T']) -> Int[Array, 'B T']:
@@ -191,6 +240,40 @@ class Sight:
   segments: Int[Array, 'B T'] | None
   tables: tuple[jax.Array, jax.Array] | None
   kernel: str | None = flax.struct.field(pytree_node=False, default=None)
+  # Tokens of a block, where attention reaches over a few blocks only.
+  block: int = flax.struct.field(pytree_node=False, default=0)
+
+
+def make_sights(
+  config: TransformerConfig,
+  positions: Int[Array, 'B T'],
+  slot_positions: Int[Array, 'B S'],
+  allowed: Bool[Array, 'B T S'],
+  segments: Int[Array, 'B T'] | None,
+  kernel: str | None,
+) -> list[Sight]:
+  """The `Sight` of plain layers and, where there are any, of windowed ones.
+
+  Args:
+    config: of the model.
+    positions: of the tokens that look.
+    slot_positions: of the tokens that may be looked at.
+    allowed: which of them, windows apart.
+    segments: of the tokens; read by a flash kernel only.
+    kernel: a flash kernel's name, or None for plain attention.
+  """
+
+  def tables(rotary):
+    return None if rotary is None else rotary_tables(rotary, positions)
+
+  if kernel is not None:
+    return [Sight(None, segments, tables(config.rotary), kernel)]
+  sights = [Sight(allowed, None, tables(config.rotary))]
+  if any(config.window_layers):
+    near = positions[:, :, None] - slot_positions[:, None, :] < config.window
+    rotary = config.window_rotary or config.rotary
+    sights.append(Sight(allowed & near, None, tables(rotary)))
+  return sights
 
 
 class Block(nn.Module):
@@ -263,15 +346,7 @@ class Block(nn.Module):
       keys = rotate(keys, sight.tables, config.rotary)
     fresh_keys, fresh_values = keys, values
     if cache is not None:
-      # The whole stack is carried and written in place: one [B, t] stripe a
-      # layer, not a copy of the cache.
-      start = (layer, 0, 0, cache.length, 0)
-      cache = cache.replace(
-        keys=jax.lax.dynamic_update_slice(cache.keys, keys[None], start),
-        values=jax.lax.dynamic_update_slice(cache.values, values[None], start),
-      )
-      keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
-      values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
+      cache, keys, values = cache.extended(layer, keys, values)
     if sight.kernel is not None:
       mixed = attention.flash(
         config,
@@ -280,6 +355,15 @@ class Block(nn.Module):
         fresh_keys,
         fresh_values,
         sight.segments,
+      )
+    elif sight.block:
+      mixed = attention.in_blocks(
+        functools.partial(attend, config),
+        queries,
+        keys,
+        values,
+        sight.allowed,
+        sight.block,
       )
     else:
       mixed = attend(config, queries, keys, values, sight.allowed)
@@ -417,6 +501,7 @@ class Transformer(nn.Module):
     *,
     deterministic: bool = True,
     cache: Cache | None = None,
+    longest: int = 0,
   ) -> tuple[Float[Array, 'B T D'], Cache | None]:
     """Hidden states after the final norm.
 
@@ -427,15 +512,19 @@ class Transformer(nn.Module):
       deterministic: True switches dropout off.
       cache: when given, the tokens continue the cached ones (one segment a
         row) and the cache comes back with them added.
+      longest: tokens of the longest segment, when rows may be much longer:
+        attention then costs what segments cost, and not what rows do. 0: a
+        segment may be as long as a row.
 
     Raises:
-      ValueError: more tokens than the context length.
+      ValueError: segments that may be longer than the context length.
     """
     config = self.config
     num_tokens = tokens.shape[1]
-    if num_tokens > config.context_length:
+    if (longest or num_tokens) > config.context_length:
       raise ValueError(
-        f'{num_tokens} tokens in a context of {config.context_length}'
+        f'{longest or num_tokens} tokens in a context of '
+        f'{config.context_length}'
       )
     mask = segments > 0
     if cache is None:
@@ -456,30 +545,26 @@ class Transformer(nn.Module):
       allowed = (rows[:, None] >= slots[None, :])[None]
       allowed = allowed & cached_mask[:, None, :]
     positions = jnp.clip(positions, 0, config.context_length - 1)
-    dtype = jnp.dtype(config.compute_dtype)
-    # Whole rows of the table: looked up in pieces of rows, they would have to
-    # be gathered for the rows of all devices before they can be put together.
-    table = nn.with_logical_constraint(self.token_embedding, ('vocab', None))
-    x = table[tokens]
-    if config.embedding_scale != 1.0:
-      x = x * config.embedding_scale
-    if config.rotary is None:
-      x = x + self.position_embedding[positions]
-    x = self.embedding_dropout(x.astype(dtype), deterministic=deterministic)
+    x = self.embedding_dropout(
+      self.embed(tokens, positions), deterministic=deterministic
+    )
     kernel = None
     if cache is None or cache.is_empty:
       kernel = attention.choose(config, tokens.shape[0], num_tokens)
-    tables = self._tables(config.rotary, positions)
-    if kernel is None:
-      sights = [Sight(allowed, None, tables)]
-    else:
-      sights = [Sight(None, segments, tables, kernel)]
     windowed = config.window_layers or (False,) * config.num_layers
-    if any(windowed) and kernel is None:
-      rotary = config.window_rotary or config.rotary
-      near = positions[:, :, None] - slot_positions[:, None, :] < config.window
-      tables = self._tables(rotary, positions)
-      sights.append(Sight(allowed & near, None, tables))
+    block = 0
+    if cache is None and kernel is None and not any(windowed):
+      block = attention.block_size(num_tokens, longest)
+    if block:
+      allowed = attention.allowed_in_blocks(segments, longest, block)
+      tables = None
+      if config.rotary is not None:
+        tables = rotary_tables(config.rotary, positions)
+      sights = [Sight(allowed, None, tables, block=block)]
+    else:
+      sights = make_sights(
+        config, positions, slot_positions, allowed, segments, kernel
+      )
     (x, new_cache), _ = self.layers(
       (x, cache),
       (jnp.arange(config.num_layers), jnp.asarray(windowed, bool)),
@@ -492,8 +577,24 @@ class Transformer(nn.Module):
       )
     return self.final_norm(x), new_cache
 
-  def _tables(self, rotary, positions):
-    return None if rotary is None else rotary_tables(rotary, positions)
+  def embed(
+    self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T']
+  ) -> Float[Array, 'B T D']:
+    """What the first layer reads; positions count from 0."""
+    config = self.config
+    # Whole rows of the table: looked up in pieces of rows, they would have to
+    # be gathered for the rows of all devices before they can be put together.
+    table = nn.with_logical_constraint(self.token_embedding, ('vocab', None))
+    x = table[tokens]
+    if config.embedding_scale != 1.0:
+      x = x * config.embedding_scale
+    if config.rotary is None:
+      x = x + self.position_embedding[positions]
+    return x.astype(config.compute_dtype)
+
+  def logits(self, x: Float[Array, '*b D']) -> Float[Array, '*b V']:
+    """`unembed` of what the last layer wrote."""
+    return self.unembed(self.final_norm(x))
 
   def unembed(self, hidden: Float[Array, '*b D']) -> Float[Array, '*b V']:
     """Float32 logits over the embedding rows; unused rows get `MASKED`."""

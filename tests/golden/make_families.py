@@ -2,14 +2,16 @@
 
 Needs torch (2.13.0, CPU) besides transformers; the tests need neither:
 
-  python tests/golden/make_families.py
+  python tests/golden/make_families.py [NAME...]
 
-Writes one compressed file a family: its config.json, weights and logits.
+Writes one compressed file a family, or those named: its config.json, weights
+and logits.
 Weights are float16 numbers, computed with in float32.
 """
 
 import json
 import pathlib
+import sys
 
 import numpy as np
 import torch
@@ -130,11 +132,21 @@ MODELS = {
       },
     },
   ),
+  # Two factors on the magnitude, as DeepSeek spells them.
+  'llama_yarn': (
+    'llama',
+    {
+      **LLAMA,
+      'rope_parameters': {**YARN, 'mscale': 2.0, 'mscale_all_dim': 0.5},
+    },
+  ),
 }
 
 
 def main() -> None:
   for seed, (name, (kind, values)) in enumerate(MODELS.items()):
+    if sys.argv[1:] and name not in sys.argv[1:]:
+      continue
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(kind, **values)
     config._attn_implementation = 'eager'

@@ -37,6 +37,7 @@ function setUpRanking(list) {
     place(card);
     announcement.textContent = 'Output ' + card.dataset.letter +
       (rank ? ' is now at rank ' + rank : ' is not ranked');
+    card.dispatchEvent(new Event('input', {bubbles: true}));
   }
 
   for (const card of [...list.children]) {
@@ -141,12 +142,56 @@ for (const part of document.querySelectorAll('[data-live]')) {
   }, 10000);
 }
 
-// A page left with unsaved text asks first.
-for (const form of document.querySelectorAll('form.answer')) {
+// What is written is kept as a draft two seconds after the last change. A page
+// left before that asks first.
+function setUpDrafts(form) {
+  const told = form.querySelector('[data-saved]');
   let changed = false;
-  form.addEventListener('input', () => { changed = true; });
-  form.addEventListener('submit', () => { changed = false; });
+  let timer = null;
+  let saving = null;
+
+  async function save() {
+    const body = new URLSearchParams(new FormData(form));
+    body.set('action', 'autosave');
+    changed = false;
+    told.textContent = '';
+    const reply = await fetch(form.getAttribute('action'), {
+      method: 'POST', body, signal: AbortSignal.timeout(10000),
+    }).catch(() => null);
+    const kept = reply !== null && reply.status === 204;
+    told.textContent = kept ? 'Draft saved' : 'The draft is not saved yet';
+    if (!kept) changed = true;
+    saving = null;
+    // What the site refuses, it would refuse again.
+    if (changed && (kept || reply === null)) schedule(kept ? 2000 : 10000);
+  }
+
+  function schedule(milliseconds) {
+    clearTimeout(timer);
+    timer = setTimeout(() => { saving = saving || save(); }, milliseconds);
+  }
+
+  form.addEventListener('input', () => {
+    changed = true;
+    if (!saving) schedule(2000);
+  });
+  form.addEventListener('submit', (event) => {
+    clearTimeout(timer);
+    if (saving) {
+      // An older draft must not arrive after the answer.
+      event.preventDefault();
+      const button = event.submitter;
+      saving.then(() => {
+        clearTimeout(timer);
+        form.requestSubmit(button);
+      });
+    } else {
+      changed = false;
+    }
+  });
   window.addEventListener('beforeunload', (event) => {
     if (changed) event.preventDefault();
   });
 }
+
+for (const form of document.querySelectorAll('form.answer')) setUpDrafts(form);

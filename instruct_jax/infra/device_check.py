@@ -1,0 +1,97 @@
+"""Whether every chip computes, and every link between them carries.
+
+  python -m instruct_jax.infra.device_check --backend=tpu
+
+On a pod, every worker runs it at the same time (`tpu_setup.sh` does). Each
+device contributes its number to a sum over all, gathers all the others' numbers
+and passes its own to its neighbour: the collectives that training uses.
+"""
+
+import argparse
+import socket
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def check(backend: str) -> str:
+  """Runs the collectives over all devices of all processes.
+
+  Args:
+    backend: the platform that has to be there ('tpu', 'gpu', 'cpu').
+
+  Returns:
+    One line: how many devices of which kind.
+
+  Raises:
+    RuntimeError: another platform, or a wrong result.
+  """
+  if jax.default_backend() != backend:
+    raise RuntimeError(
+      f'jax found {jax.default_backend()}, not {backend}. Is another process '
+      'holding the chips (sudo lsof /dev/accel* /dev/vfio/*)? Is this the '
+      'right machine?'
+    )
+  devices = jax.devices()
+  count = len(devices)
+  mesh = jax.make_mesh((count,), ('all',), (AxisType.Auto,), devices=devices)
+  numbers = np.arange(count, dtype=np.float32) + 1
+  x = jax.make_array_from_callback(
+    (count,), NamedSharding(mesh, P('all')), lambda index: numbers[index]
+  )
+
+  def collectives(x):
+    total = jax.lax.psum(x, 'all')
+    gathered = jax.lax.all_gather(x, 'all', tiled=True)
+    shift = [(i, (i + 1) % count) for i in range(count)]
+    passed = jax.lax.ppermute(x, 'all', shift)
+    return total, jnp.sum(gathered)[None], passed
+
+  found = jax.jit(
+    jax.shard_map(
+      collectives, mesh=mesh, in_specs=P('all'), out_specs=(P('all'),) * 3
+    )
+  )(x)
+  wanted = (
+    np.full(count, numbers.sum()),
+    np.full(count, numbers.sum()),
+    np.roll(numbers, 1),
+  )
+  for name, array, expected in zip(
+    ('sum', 'gather', 'shift'), found, wanted, strict=True
+  ):
+    for shard in array.addressable_shards:
+      value = float(np.asarray(shard.data)[0])
+      if value != expected[shard.index[0]][0]:
+        raise RuntimeError(
+          f'{name} over {count} devices: {shard.device} has {value} instead of '
+          f'{expected[shard.index[0]][0]}'
+        )
+  return (
+    f'{jax.local_device_count()} of {count} x {devices[0].device_kind} here, '
+    f'{jax.process_count()} processes'
+  )
+
+
+def main(arguments=None) -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--backend', required=True)
+  parser.add_argument('--wait', type=int, default=600, help='seconds')
+  given = parser.parse_args(arguments)
+  host = socket.gethostname()
+  try:
+    if given.backend == 'tpu':
+      # Finds the other workers of a pod; on a single TPU VM it is alone.
+      jax.distributed.initialize(initialization_timeout=given.wait)
+    print(f'ok: {host}: {check(given.backend)}', flush=True)
+  except (RuntimeError, ValueError) as error:
+    print(f'error: {host}: {error}', file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,166 @@
+"""Says which program hangs, and which one made a step slow.
+
+Programs are dispatched and return at once; what hangs is found by asking the
+oldest of their outputs that is not there yet. A thread asks, so that a word
+comes even while the main thread waits for ever, in a collective whose other
+side is gone, say.
+"""
+
+import collections
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+
+class Watch:
+  """Watches the programs of one loop, while entered.
+
+  Args:
+    name: of the stage, for the messages.
+    first_seconds: patience before there is anything to compare with; compiling
+      falls into it.
+    min_seconds: nothing shorter is ever reported.
+    factor: times the usual duration at which a step is slow, or hangs.
+  """
+
+  _TICK = 0.5  # Seconds between looks.
+  _NUM_USUAL = 50  # Durations that make up the usual one.
+
+  def __init__(
+    self,
+    name: str,
+    first_seconds: float = 900.0,
+    min_seconds: float = 60.0,
+    factor: float = 10.0,
+  ):
+    self._name = name
+    self._first_seconds = first_seconds
+    self._min_seconds = min_seconds
+    self._factor = factor
+    self._durations = collections.deque(maxlen=self._NUM_USUAL)  # Of a step.
+    # [program, one of its outputs], oldest first; None while it is called.
+    self._running = collections.deque()
+    self._waited = collections.Counter()  # Seconds by program, this time.
+    self._lock = threading.Lock()
+    self._ended = threading.Event()
+    self._has_compiled = False  # How long that takes says nothing of the rest.
+    self._begin = time.monotonic()
+    self._reported_at = 0.0
+    self._step = 0
+    self._thread = threading.Thread(target=self._look_on, daemon=True)
+
+  def programs(self, programs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same programs, watched; what cannot be called is left alone."""
+    return {
+      name: self._watched(name, program) if callable(program) else program
+      for name, program in programs.items()
+    }
+
+  def _watched(self, name: str, program: Callable) -> Callable:
+    def call(*args):
+      if self._ended.is_set():
+        return program(*args)
+      entry = [name, None]
+      with self._lock:
+        self._running.append(entry)
+      try:
+        result = program(*args)
+      except BaseException:
+        with self._lock:
+          self._running.remove(entry)
+        raise
+      # The last output is never the state, which the next program eats.
+      leaves = jax.tree.leaves(result)
+      with self._lock:
+        if leaves:
+          entry[1] = leaves[-1]
+        else:
+          self._running.remove(entry)
+      return result
+
+    return call
+
+  def lap(self, step: int, num_steps: int) -> None:
+    """Tells that the steps up to `step` are computed, `num_steps` since the
+    last call; says so if they were slow."""
+    now = time.monotonic()
+    with self._lock:
+      seconds = now - self._begin
+      usual = self._usual(num_steps)
+      slowest = self._waited.most_common(1)
+      self._begin, self._step, self._reported_at = now, step, 0.0
+      self._waited.clear()
+      self._running.clear()
+    if self._has_compiled:
+      self._durations.append(seconds / num_steps)
+    self._has_compiled = True
+    if usual is not None and seconds > self._limit(usual):
+      where = f', most of it in {slowest[0][0]}' if slowest else ''
+      self._say(
+        f'{self._steps(step, num_steps)} took {seconds:.0f} s, usually '
+        f'{usual:.2g} s{where}'
+      )
+
+  def _steps(self, step, num_steps):
+    first = step - num_steps + 1
+    return f'step {step}' if num_steps == 1 else f'steps {first} to {step}'
+
+  def _usual(self, num_steps=1):
+    if len(self._durations) < 3:
+      return None
+    return statistics.median(self._durations) * num_steps
+
+  def _limit(self, usual):
+    if usual is None:
+      return self._first_seconds
+    return max(self._factor * usual, self._min_seconds)
+
+  def _look_on(self):
+    while not self._ended.wait(self._TICK):
+      with self._lock:
+        while self._running and self._is_over(self._running[0][1]):
+          self._running.popleft()
+        current = self._running[0] if self._running else None
+        if current is not None:
+          self._waited[current[0]] += self._TICK
+        seconds = time.monotonic() - self._begin
+        usual, step = self._usual(), self._step
+        # Said again when twice the time has passed.
+        limit = max(self._limit(usual), 2 * self._reported_at)
+        if seconds <= limit:
+          continue
+        self._reported_at = seconds
+      if current is None:
+        doing = 'no program is running'
+      elif current[1] is None:
+        doing = f'{current[0]} is being compiled or has not returned'
+      else:
+        doing = f'{current[0]} has not finished'
+      compared = '' if usual is None else f' (usually {usual:.2g} s a step)'
+      self._say(
+        f'no news for {seconds:.0f} s after step {step}{compared}: {doing}'
+      )
+
+  @staticmethod
+  def _is_over(output):
+    if output is None:
+      return False
+    return output.is_deleted() or output.is_ready()
+
+  def _say(self, text):
+    process = f' (process {jax.process_index()})' * (jax.process_count() > 1)
+    print(f'{self._name}{process}: {text}', file=sys.stderr, flush=True)
+
+  def __enter__(self) -> 'Watch':
+    self._begin = time.monotonic()
+    self._thread.start()
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._ended.set()
+    self._thread.join()

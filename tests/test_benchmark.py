@@ -1,0 +1,253 @@
+"""The benchmark's own arithmetic, and one tiny run of it."""
+
+import json
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from configs import benchmark as config_file
+from experiments import benchmark
+from instruct_jax import artifacts
+from instruct_jax.infra import measure, programs
+from instruct_jax.models.config import TransformerConfig
+from tests.tiny import one_device
+
+SHAPE = TransformerConfig.from_dict(
+  {**config_file.SHAPES['tiny'], 'gated_mlp': True, 'vocab_multiple': 64}
+)
+
+
+def tiny(variant, **changes):
+  config = config_file.get_config(f'tiny,{variant}')
+  with config.unlocked():
+    for name, value in changes.items():
+      config[name] = value
+  return config
+
+
+def test_useful_work_is_the_programs_own():
+  B, T = 3, 20
+  module = artifacts.make_module('policy', SHAPE)
+  params = jax.eval_shape(
+    lambda: module.init(jax.random.key(0), *[jnp.ones((1, 2), jnp.int32)] * 2)
+  )
+  tokens = jnp.zeros((B, T), jnp.int32)
+  traced = jax.jit(module.apply).trace(params, tokens, tokens + 1)
+  # The program multiplies every pair of tokens, the mask leaves T (T + 1) / 2.
+  unseen = B * (T * T - T * (T + 1) // 2)
+  unseen *= 4 * SHAPE.num_layers * SHAPE.num_heads * SHAPE.head_dim
+  useful = benchmark.forward_flops(SHAPE, np.full(B, T), B * T)
+  assert useful + unseen == programs.flops(traced.jaxpr)
+
+
+def test_work_of_decoding_is_summed_token_by_token():
+  prompts, responses, slots = [5, 2, 7], [1, 4, 3], 2
+  flops = entries = steps = 0.0
+  for p, r in zip(prompts, responses, strict=True):
+    for t in range(1, r):  # The first token comes of the prompt's pass.
+      entries += p + t
+      steps += 1 / slots
+      flops += 2 * benchmark.matmul_weights(SHAPE)
+      flops += 2 * SHAPE.width * SHAPE.vocab_size
+      flops += 4 * SHAPE.num_layers * SHAPE.num_heads * SHAPE.head_dim * (p + t)
+  weights = benchmark.matmul_weights(SHAPE) + SHAPE.width * SHAPE.vocab_size
+  entry = 2 * SHAPE.num_layers * SHAPE.kv_heads * SHAPE.head_dim
+  got = benchmark.decode_work(SHAPE, prompts, responses, slots)
+  np.testing.assert_allclose(
+    got, (flops, 4 * (steps * weights + entries * entry)), rtol=1e-12
+  )
+
+
+@pytest.mark.usefixtures('quick_compile')
+@pytest.mark.parametrize(
+  'ptx_coef', [0.0, pytest.param(1.0, marks=pytest.mark.slow)]
+)
+def test_an_iteration_is_taken_apart(ptx_coef, workdir, monkeypatch):
+  # Eight devices would only be eight times as long to compile for.
+  mesh = one_device()
+  monkeypatch.setattr(benchmark.sharding, 'make_mesh', lambda _: mesh)
+  config = tiny('iteration_ragged')
+  with config.unlocked():
+    config.ppo.ptx_coef = ptx_coef
+    config.stop_fraction = 0.3
+    config.reward = 'model'
+  benchmark.run(config, epath.Path(workdir))
+  result = json.loads((workdir / 'benchmark.json').read_text())
+  phases = result['phases']
+  assert set(phases) == {
+    'prefill',
+    'decode',
+    'score',
+    'update',
+    'ptx',
+    'ema',
+    'host',
+    'checkpoint',
+  }
+  assert result['recompilations'] == 0
+  assert result['programs_compiled'] >= 3
+  assert len(result['seconds']['runs']) == 5
+  assert 0 < result['padding'] < 0.6
+  assert 0 < result['occupancy'] <= 1
+  assert 1 <= result['mean_response'] < 8
+  assert 0 < result['host_share'] < 1
+  # 8 episodes of 6 prompt tokens and the mean response.
+  tokens = 8 * (6 + result['mean_response'])
+  assert phases['score']['tokens'] == pytest.approx(tokens)
+  assert phases['ptx']['tokens'] == (8 * 16 if ptx_coef else 0)
+  ceiling = result['ceilings']['matmul']
+  score = phases['score']
+  assert score['matmul_share'] == pytest.approx(
+    score['flops'] / score['seconds'] / ceiling
+  )
+  text = (workdir / 'benchmark.md').read_text()
+  assert all(f'| {name} |' in text for name in phases)
+  assert not (workdir / 'checkpoints').exists()
+
+
+@pytest.fixture
+def peers(tmp_path):
+  """Scripts that answer as the peers' do, and one that fails."""
+  folder = tmp_path / 'peers'
+  folder.mkdir()
+  (folder / 'hf_bench.py').write_text(
+    textwrap.dedent("""
+      import json, os, sys
+      assert sys.argv[1:] == ['W2', 'S']
+      assert os.environ['OMP_NUM_THREADS'] == '2'
+      print('noise')
+      print('RESULT ' + json.dumps({'median': 50.0, 'peak_rss_mib': 3.0}))
+      """)
+  )
+  (folder / 'trl_sft.py').write_text('raise SystemExit("no such trainer")')
+  return folder
+
+
+def test_ours_and_peers_are_set_side_by_side(
+  peers, workdir, monkeypatch, capsys
+):
+  config = tiny(
+    'sft', peers=str(peers), hf_python=sys.executable, num_rounds=2, cores=2
+  )
+  ours = iter([100.0, 300.0])
+  monkeypatch.setattr(
+    benchmark,
+    'run_ours',
+    lambda *_: {
+      'value': next(ours),
+      'unit': 'tokens/s',
+      'peak_host_bytes': 2**20,
+    },
+  )
+  benchmark.run(config, epath.Path(workdir))
+  rows = json.loads((workdir / 'benchmark.json').read_text())['comparison']
+  # Tunix has no python, and TRL's script fails: both are left out.
+  assert [row['who'] for row in rows] == ['ours', 'torch loop']
+  assert rows[0]['value'] == 200.0
+  assert rows[1]['ours_is_faster_by'] == 4.0
+  assert rows[1]['runs'] == [50.0, 50.0]
+  assert rows[1]['peak_host_bytes'] == 3 * 2**20
+  printed = capsys.readouterr().out
+  assert 'TRL SFTTrainer: ' in printed
+  assert 'no such trainer' in printed
+  assert '| sft | torch loop | 50 | tokens/s | 3 | 4.00 |' in printed
+
+
+def test_a_process_of_its_own_gets_the_same_config(workdir):
+  config = tiny('rollout', num_iterations=6)
+  with config.unlocked():
+    config.ppo.response_length = 16
+    config.growth = 'batch'
+  *_, file, folder, first = benchmark.command_of(config, 'rollout', workdir)[:6]
+  command = benchmark.command_of(config, 'rollout', workdir)
+  arguments = [x for x in command[2:] if not x.startswith('--workdir')]
+  values = flags.FlagValues()
+  holder = config_flags.DEFINE_config_file(
+    'config', flag_values=values, sys_argv=arguments
+  )
+  values(arguments)
+  with config.unlocked():
+    config.growth = ''  # The child measures one work.
+  theirs = holder.value.to_dict()
+  assert theirs == config.to_dict()
+
+
+@pytest.mark.parametrize('kind', benchmark.GROWTHS)
+@pytest.mark.parametrize('factor', [2, 4])
+def test_growth_multiplies_the_work(kind, factor):
+  config = config_file.get_config('s,sft')
+  with config.unlocked():
+    for key, value in benchmark.grown(config, kind, factor).items():
+      part, _, name = key.rpartition('.')
+      config[part][name] = value
+  benchmark.validate(config)
+  if kind == 'model':
+    base = config_file.get_config('s,sft').policy.to_dict()
+    before = benchmark.matmul_weights(TransformerConfig.from_dict(base))
+    shape = TransformerConfig.from_dict(config.policy.to_dict())
+    assert benchmark.matmul_weights(shape) == factor * before
+
+
+@pytest.mark.parametrize(
+  'key,value,text',
+  [
+    ('num_iterations', 4, 'at least 5'),
+    ('growth', 'width', "unknown growth .'width'"),
+    ('peers', '/no/such/folder', '/no/such/folder'),
+    ('reward', 'me', "'me'"),
+    ('stop_fraction', 1.0, 'stop_fraction'),
+    ('work', 'rest', "'rest'"),
+  ],
+)
+def test_bad_values_are_named(key, value, text):
+  config = tiny('sft', **{key: value})
+  with pytest.raises(ValueError, match=text):
+    benchmark.validate(config)
+
+
+def test_unknown_variants_are_refused():
+  with pytest.raises(ValueError, match="'s,dance'"):
+    config_file.get_config('s,dance')
+
+
+def test_all_works_are_run_one_by_one(workdir, monkeypatch):
+  config = tiny('all')
+  result = {
+    'value': 1.0,
+    'unit': 's/iteration',
+    'seconds': measure.Repeats((1.0,) * 5, (0.0,) * 5).summary(),
+    'phases': {},
+    'ceilings': {'matmul': 1e9, 'bandwidth': 1e9},
+    'compile_seconds': 0.0,
+    'programs_compiled': 1,
+    'programs_from_disk': 0,
+    'recompilations': 0,
+    'peak_host_bytes': 2**20,
+    'peak_device_bytes': 2**30,
+  }
+  monkeypatch.setattr(benchmark, 'run_ours', lambda *_: result)
+  benchmark.run(config, epath.Path(workdir))
+  saved = json.loads((workdir / 'benchmark.json').read_text())
+  assert set(saved) == {*benchmark.PEERS, 'variant'}
+  text = (workdir / 'benchmark.md').read_text()
+  assert text.count('1.0 GiB on a device') == len(benchmark.PEERS)
+
+
+@pytest.mark.slow
+def test_growth_in_processes_of_their_own(workdir):
+  config = tiny('sft', growth='batch', mesh=(1, -1, 1))
+  with config.unlocked():
+    config.sft.batch_size = 8
+  benchmark.run(config, epath.Path(workdir))
+  saved = json.loads((workdir / 'benchmark.json').read_text())
+  rows = saved['growth']
+  assert [row['work_ratio'] for row in rows] == pytest.approx([2, 4])
+  assert all(row['peak_host_bytes'] > 2**25 for row in rows)
+  assert '| batch x4 |' in (workdir / 'benchmark.md').read_text()

@@ -1,0 +1,129 @@
+"""Folders written by us, opened by `transformers`; needs torch.
+
+Everything else is tested without torch. With it (2.13.0, CPU):
+
+  python -m pytest tests/test_export_transformers.py
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+from instruct_jax import artifacts, export
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.infra import sharding
+from instruct_jax.models import hf
+from tests import test_models_hf
+
+torch = pytest.importorskip('torch', reason='opens our folders with torch')
+
+pytestmark = pytest.mark.usefixtures('quick_compile')
+
+CLOSE = {'rtol': 0, 'atol': 1e-4}
+PAD = 0
+
+
+def open_with_transformers(auto_class, folder):
+  """The model, with every weight from the file and none left over."""
+  model, found = auto_class.from_pretrained(
+    folder, output_loading_info=True, attn_implementation='eager'
+  )
+  for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
+    assert not found[kind], (kind, found[kind])
+  return model.eval()
+
+
+def with_padding(tokens):
+  """Right-padded rows of different lengths, [B, T], and their lengths."""
+  lengths = tokens.shape[1] - 3 * np.arange(len(tokens))
+  mask = np.arange(tokens.shape[1])[None] < lengths[:, None]
+  return np.where(mask, tokens, PAD), mask
+
+
+def our_scores(module, params, tokens, mask):
+  scalars = jax.jit(artifacts.scalars_fn(module))(
+    params, jnp.asarray(tokens), jnp.asarray(mask)
+  )
+  last = mask.sum(axis=1) - 1
+  return np.asarray(scalars)[np.arange(len(tokens)), last]
+
+
+def their_scores(folder, tokens, mask):
+  model = open_with_transformers(
+    transformers.AutoModelForSequenceClassification, folder
+  )
+  with torch.no_grad():
+    logits = model(
+      torch.tensor(tokens), attention_mask=torch.tensor(mask)
+    ).logits
+  described = json.loads((folder / 'config.json').read_text())
+  assert described['architectures'] == [type(model).__name__]
+  assert logits.shape == (len(tokens), 1)
+  return logits.numpy()[:, 0]
+
+
+@pytest.mark.parametrize('name', test_models_hf.FAMILIES)
+def test_policies_and_reward_models_open_with_equal_numbers(name, tmp_path):
+  golden = test_models_hf.write_folder(tmp_path / 'in', name)
+  module, params = test_models_hf.load(tmp_path / 'in')
+  hf.save(tmp_path / 'policy', module.config, params)
+  model = open_with_transformers(
+    transformers.AutoModelForCausalLM, tmp_path / 'policy'
+  )
+  tokens = golden['tokens'].astype(np.int64)
+  with torch.no_grad():
+    logits = model(torch.tensor(tokens)).logits.numpy()
+  np.testing.assert_allclose(logits, golden['logits'], **CLOSE)
+  described = json.loads((tmp_path / 'policy' / 'config.json').read_text())
+  assert described['architectures'] == [type(model).__name__]
+
+  policy = artifacts.Model('policy', module, params, {})
+  mesh = sharding.make_mesh((8, 1, 1))
+  reward = artifacts.scalar_from_policy(policy, mesh, jax.random.key(0))
+  ours = {**reward.params, 'head_bias': jnp.float32(-0.7)}
+  hf.save(tmp_path / 'reward', module.config, ours)
+  path = tmp_path / 'reward' / 'config.json'
+  described = json.loads(path.read_text())
+  path.write_text(json.dumps({**described, 'pad_token_id': PAD}))
+  padded, mask = with_padding(tokens)
+  theirs = their_scores(tmp_path / 'reward', padded, mask)
+  wanted = our_scores(reward.module, ours, padded, mask)
+  np.testing.assert_allclose(theirs + described['score_shift'], wanted, **CLOSE)
+
+
+def test_folded_reward_model_and_tokenizer_open(tmp_path):
+  """The whole command: the logit is the score, and ids are the same."""
+  tokenizer = tokenizer_lib.train_bpe(['some text, and more'] * 3, 262)
+  tokenizer.save(tmp_path / 'tokenizer')
+  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  golden = np.load(test_models_hf.GOLDEN / 'family_gpt2.npz')
+  config = test_models_hf.TransformerConfig.from_hf(
+    json.loads(str(golden['config']))
+  )
+  config = dataclasses.replace(
+    config, vocab_size=tokenizer.vocab_size, embedding_rows=0
+  )
+  model = artifacts.init('scalar', config, mesh, jax.random.key(0))
+  params = {**model.params, 'head_bias': jnp.float32(-1.25)}
+  model = dataclasses.replace(model, params=params)
+  artifacts.save(tmp_path / 'model', model, tokenizer.fingerprint, {})
+  out = tmp_path / 'out'
+  export.export(
+    tmp_path / 'model', tmp_path / 'tokenizer', out, fold_shift=True
+  )
+  theirs = transformers.AutoTokenizer.from_pretrained(out)
+  texts = ['some text', 'and more text']
+  batch = theirs(texts, padding=True, return_tensors='np')
+  ids = [row[row != tokenizer.pad_id].tolist() for row in batch['input_ids']]
+  assert ids == tokenizer.encode_batch(texts)
+  tokens, mask = batch['input_ids'], batch['attention_mask'].astype(bool)
+  scores = their_scores(out, tokens, mask)
+  np.testing.assert_allclose(
+    scores, our_scores(model.module, params, tokens, mask), **CLOSE
+  )
+  assert np.abs(scores).max() > 0.5  # The shift is in there.

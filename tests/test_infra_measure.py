@@ -1,0 +1,62 @@
+"""Clocks, compilations and ceilings."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instruct_jax.infra import measure
+
+
+def test_compilations_are_counted_once_per_shape():
+  double = jax.jit(lambda x: 2 * x)
+  inputs = [jnp.ones(3), jnp.ones(5)]
+  before = measure.compilations()
+  double(inputs[0])
+  double(inputs[0])
+  once = measure.compilations() - before
+  assert once.programs == 1
+  assert once.seconds > 0
+  double(inputs[1])
+  assert (measure.compilations() - before).programs == 2
+
+
+def test_repeats_tell_the_clock():
+  calls = []
+
+  def work():
+    calls.append(None)
+    time.sleep(0.02 if len(calls) < 5 else 0.06)
+
+  times = measure.repeat(work, 3, 2)
+  assert len(calls) == 5
+  assert times.median >= 0.02
+  summary = times.summary()
+  assert summary['least'] >= 0.02
+  assert summary['most'] >= 0.06
+  assert summary['runs'] == list(times.seconds)
+  quiet = measure.Repeats((1.0, 2.0, 4.0), (0.0, float('nan'), 0.5))
+  assert (quiet.median, quiet.summary()['disturbed']) == (2.0, 1)
+
+
+def test_ceilings_are_of_the_order_of_numpy():
+  x = np.ones((512, 512), np.float32)
+  seconds = []
+  for _ in range(5):
+    begin = time.perf_counter()
+    x @ x
+    seconds.append(time.perf_counter() - begin)
+  theirs = 2 * 512**3 / min(seconds)
+  ours = measure.matmul_peak('float32', 512)
+  assert theirs / 30 < ours < theirs * 30
+  # More than a disk, less than a cache of registers.
+  assert 1e8 < measure.read_bandwidth(2**22) < 1e13
+
+
+def test_peak_memory_grows_with_what_is_held():
+  before = measure.peak_host_bytes()
+  held = np.ones(before + 2**26, np.uint8)
+  assert measure.peak_host_bytes() >= before + 2**25
+  del held
+  assert measure.peak_device_bytes() is None
