@@ -69,7 +69,13 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   # Nats: the sampler's log-probabilities are the old ones where those of a
   # minibatch agree with the training graph's to this; 0 computes all anew.
   config.sampler_tolerance = 1e-3
-  config.num_slices = 1  # Parts in which a batch is sampled and scored.
+  config.num_slices = 1  # Parts in which a batch is scored.
+  # Responses sampled at a time, the next prompt taking the slot of one that has
+  # ended; 0 samples a whole batch.
+  config.num_slots = 0
+  # Whether sampling puts the policy's weights together over `fsdp` once a
+  # rollout, in the compute dtype; otherwise again for every token.
+  config.gather_weights = True
   config.frozen_dtype = 'float32'  # Of reference and reward model's weights.
   # Weights that wait in host memory while no program reads them: 'ema' (in
   # rollouts and scoring), 'reference' and 'reward' (but in scoring).
@@ -95,7 +101,9 @@ def paper(size: str):
   config.value_learning_rate = {'1p3b': 9e-6, '6b': 9e-6, '175b': 5e-6}[size]
   config.remat = 'full'
   config.logprob_chunk = 128
-  config.num_slices = 8  # The cache of 512 rows would fill the chips.
+  config.num_slices = 8  # The activations of 512 rows would fill the chips.
+  config.num_slots = 64  # So would their cache.
+  config.gather_weights = size != '175b'
   config.frozen_dtype = 'bfloat16'
   config.num_microbatches = {'1p3b': 1, '6b': 2, '175b': 8}[size]
   return common.single(config, size)

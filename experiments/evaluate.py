@@ -74,10 +74,10 @@ def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
   """The jitted programs of this stage; all policies share one shape."""
   generate = functools.partial(
     rollout.generate,
-    extend_fn=artifacts.extend_fn(policy_module),
-    make_cache_fn=artifacts.make_cache_fn(policy_module),
+    decoder=artifacts.decoder(policy_module),
     num_response=config.response_length,
     temperature=config.temperature,
+    num_slots=config.batch_size,
   )
   logprobs_fn = artifacts.logprobs_fn(policy_module, config.temperature)
   scalars_fn = artifacts.scalars_fn(scalar_module)
@@ -97,7 +97,11 @@ def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
 
   return {
     'generate': jax.jit(
-      functools.partial(generate, stop_ids=tokenizer.stop_ids)
+      functools.partial(
+        generate,
+        stop_ids=tokenizer.stop_ids,
+        num_samples=config.samples_per_prompt,
+      )
     ),
     'generate_prompted': jax.jit(
       functools.partial(generate, stop_ids=stop_ids)
@@ -112,17 +116,16 @@ def run(config, workdir: epath.Path):
   validate(config)
   root = epath.Path(config.workdir)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  prompts = [
-    prompt
-    for prompt in records.read_jsonl(
-      root / 'data' / 'prompts_test.jsonl', records.Prompt
-    )[: config.num_prompts]
-    for _ in range(config.samples_per_prompt)
-  ]
+  prompts = records.read_jsonl(
+    root / 'data' / 'prompts_test.jsonl', records.Prompt
+  )[: config.num_prompts]
   rows, num_dropped = loader.prompt_rows(
     prompts, tokenizer, config.prompt_length
   )
-  prompts = [prompts[i] for i in rows.indices]
+  # One entry for each answer.
+  prompts = [
+    prompts[i] for i in rows.indices for _ in range(config.samples_per_prompt)
+  ]
   prefixes, stop_ids = read_prefixes(root / 'data' / 'prefixes.json', tokenizer)
   folders = {
     'pretrained': root / 'pretrain' / 'model',
@@ -162,13 +165,14 @@ def run(config, workdir: epath.Path):
     )
     programs = {name: sharding.fetched(p) for name, p in programs.items()}
 
-    def sample(params, rows, program, number):
-      return rollout.in_batches(
+    def sample(params, rows, program, number, num_samples=1):
+      return rollout.in_queues(
         lambda batch: programs[program](
           params, put(batch), jax.random.fold_in(key, number)
         ),
         rows,
         config.batch_size,
+        num_samples,
       )
 
     def score(params, prompt_texts, answer_ids):
@@ -258,7 +262,9 @@ def run(config, workdir: epath.Path):
     answers, ended, kl = {}, {}, {}
     with run_lib.Progress('evaluate models', len(models) + 1) as progress:
       for number, (name, model) in enumerate(models.items(), 2):
-        sampled = sample(model.params, rows, 'generate', number)
+        sampled = sample(
+          model.params, rows, 'generate', number, config.samples_per_prompt
+        )
         answers[name] = rollout.response_ids(sampled)
         ended[name] = sampled.ended
         if name.startswith(RL_MODELS):

@@ -148,14 +148,15 @@ def sample_answers(config, name, source, prompts, cache, mesh):
     config.response_length,
     tokenizer.stop_ids,
     config.temperature,
+    config.batch_size,
   )
   key = jax.random.key(config.seed)
   with run_lib.Progress(f'sample {name}', loader.num_rows(rows)) as progress:
-    sampled = rollout.in_batches(
+    sampled = rollout.in_queues(
       lambda batch: program(model.params, sharding.put_batch(batch, mesh), key),
       rows,
       config.batch_size,
-      progress.update,
+      progress=progress.update,
     )
   ids = rollout.response_ids(sampled)
   samples = [

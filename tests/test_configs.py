@@ -175,6 +175,7 @@ def test_paper_sizes_build_their_abstract_ppo_state(size):
     ('ppo_ptx', 'num_episodes', 1000, 'num_episodes 1000'),
     ('ppo_ptx', 'temperature', 0.0, 'temperature'),
     ('ppo_ptx', 'num_slices', 3, 'num_slices 3'),
+    ('ppo_ptx', 'num_slots', 10**6, 'num_slots'),
     ('ppo_ptx', 'frozen_dtype', 'int8', "frozen_dtype.*'int8'"),
     ('ppo_ptx', 'ema_every', 'often', 'ema_every'),
     ('sft', 'ptx_fraction', 1.5, 'ptx_fraction'),
