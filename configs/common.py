@@ -40,7 +40,7 @@ def stage(name: str, experiment: str, seed, workdir) -> ConfigDict:
   config.experiment = experiment  # Module under experiments/.
   config.seed = seed
   config.workdir = workdir  # Of the whole run; main.py fills it in.
-  config.mesh = (1, -1, 1)  # Devices along data, fsdp, tensor; -1 fills.
+  config.mesh = ()  # Devices along data, fsdp, tensor; -1 fills, () chooses.
   return config
 
 
@@ -70,7 +70,7 @@ def loop(config: ConfigDict) -> ConfigDict:
 
 def machine(config: ConfigDict) -> ConfigDict:
   """Keys about the machine, not the method; they may change on resume."""
-  config.mesh = (1, -1, 1)  # Devices along data, fsdp, tensor; -1 fills.
+  config.mesh = ()  # Devices along data, fsdp, tensor; -1 fills, () chooses.
   config.xla_flags = ''  # Added to XLA_FLAGS before the first device is used.
   config.compilation_cache = '~/.cache/instruct_jax'  # '' switches it off.
   return config

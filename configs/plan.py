@@ -39,10 +39,13 @@ TOPOLOGIES = {
 
 
 def paper_stages(size, config):
-  config.policy = common.model(size)
+  # 'flash': a program without the attention kernel is no plan.
+  config.policy = common.model(size, attention='flash')
   # 6B reward and value models for every policy (paper 3.5, C.2), save where
   # the policy itself is smaller: one fits on small slices only with the like.
-  config.scalar = common.model('1p3b' if size == '1p3b' else '6b')
+  config.scalar = common.model(
+    '1p3b' if size == '1p3b' else '6b', attention='flash'
+  )
   config.sft = sft.get_config(size).copy_and_resolve_references()
   config.reward = reward.get_config(size).copy_and_resolve_references()
   config.ppo = ppo_ptx.get_config(size).copy_and_resolve_references()
@@ -84,7 +87,7 @@ def get_config(argument: str = '1p3b,v5e-8'):
   # Policies to try on each mesh: what saves most memory first.
   config.remats = ('none',) if size == 'miniature' else ('full', 'dots')
   config.stop_at_first = False  # Or take the first mesh and remat that fit.
-  config.programs = ('sft', 'reward', 'generate', 'score', 'update')
+  config.programs = ('sft', 'reward', 'decode', 'prefill', 'score', 'update')
   # 'NAME=VALUE' for the TPU compiler; none is what a run would use.
   config.compiler_options = ()
   return common.single(config, f'{size}_{topology}')

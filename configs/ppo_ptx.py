@@ -76,6 +76,9 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   # rollout, in the compute dtype; otherwise again for every token.
   config.gather_weights = True
   config.frozen_dtype = 'float32'  # Of reference and reward model's weights.
+  # Weights that wait in host memory while no program reads them: 'ema' (in
+  # rollouts and scoring), 'reference' and 'reward' (but in scoring).
+  config.offload = ()
   config.eval_every = 10  # Iterations between held-out losses.
   config.eval_batch_size = 64  # Rows.
   config.checkpoint_every = 10  # Iterations.

@@ -14,7 +14,6 @@ import collections
 import dataclasses
 import functools
 import math
-import operator
 import os
 import re
 import time
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from experiments import ppo_ptx, reward, sft
-from instruct_jax import artifacts, ppo, rewards
+from instruct_jax import artifacts, ppo, rewards, rollout
 from instruct_jax.infra import programs as programs_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
@@ -32,15 +31,27 @@ from instruct_jax.models.config import TransformerConfig
 from instruct_jax.types import (
   PackedComparisons,
   PPOBatch,
-  PromptBatch,
   Rollout,
   TextBatch,
 )
 
-EPISODES = ('generate', 'score', 'update')
+# One iteration of PPO. Sampling reads prompts and steps through tokens in loops
+# whose trips depend on the data: their bodies are compiled, each on its own.
+SAMPLING = ('decode', 'prefill')
+EPISODES = (*SAMPLING, 'score', 'update')
 # Programs that run with the same models in memory, on one mesh.
 STAGES = (('sft',), ('reward',), EPISODES)
-SLICED = ('generate', 'score')
+# Without a backward pass there is nothing to compute again.
+READING = (*SAMPLING, 'score')
+# What makes pieces of a program's rows, as the config names it.
+PIECES = {
+  'sft': 'microbatches',
+  'reward': 'microbatches',
+  'decode': 'parts of the slots',
+  'prefill': 'parts of the slots',
+  'score': 'slices',
+  'update': 'microbatches',
+}
 
 Tokenizer = collections.namedtuple('Tokenizer', ['stop_ids'])
 
@@ -181,8 +192,10 @@ def ppo_program(name, config, mesh, remat, parts):
   stage = config.ppo.copy_and_resolve_references()
   if name == 'update':
     stage.num_microbatches = parts
-  else:
+  elif name == 'score':
     stage.num_slices = parts
+  else:
+    stage.num_slots = stage.batch_size // parts
   ppo_ptx.validate(stage)
   policy_shape, scalar_shape = models(config, remat)
   policy_shape = dataclasses.replace(
@@ -211,17 +224,14 @@ def ppo_program(name, config, mesh, remat, parts):
     'parameters': (policy.params, value.params),
     'optimizer': (policy.opt_state, value.opt_state),
     'ema': state.ema,
-    'frozen models': (reference, reward_model),
+    'reference': reference,
+    'reward': reward_model,
   }
-  if name == 'generate':
-    prompts = rows_of(
-      mesh,
-      PromptBatch,
-      tokens=(jnp.int32, B, P),
-      mask=(bool, B, P),
-      indices=(jnp.int32, B),
-    )
-    return built[name], (policy.params, prompts, described_key()), resident
+  needs = {'score': ('reference', 'reward'), 'update': ('ema',)}
+  for away in set(stage.offload) - set(needs.get(name, ())):
+    del resident[away]  # It waits on the host.
+  if name in SAMPLING:
+    return sampling_program(name, stage, policy_shape, mesh, resident)
   if name == 'score':
     sampled = rows_of(
       mesh,
@@ -253,6 +263,82 @@ def ppo_program(name, config, mesh, remat, parts):
   return built[name], arguments, resident
 
 
+@functools.lru_cache(maxsize=1)
+def sampling_weights(module, gather_weights, mesh):
+  """What sampling makes of the weights once a rollout, described.
+
+  Compiled, since only the compiler knows where it leaves them.
+  """
+  params = artifacts.abstract_params('policy', module.config, mesh)
+  prepare = jax.jit(artifacts.decoder(module, gather_weights).prepare)
+  with sharding.use_mesh(mesh):
+    lowered = prepare.trace(params).lower(lowering_platforms=('tpu',))
+    compiled = lowered.compile()
+  return sharding.with_shardings(compiled.out_info, compiled.output_shardings)
+
+
+def sampling_program(name, stage, shape, mesh, resident):
+  """One step in every slot, or one reading of as many prompts as are read at a
+  time; the last slots' emptying is left out."""
+  module = artifacts.make_module('policy', shape)
+  decoder = artifacts.decoder(module, stage.gather_weights)
+  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  sizes = rollout.make_plan(
+    stage.batch_size,
+    stage.prompt_length,
+    stage.response_length,
+    stage.num_slots,
+    1,
+    shards,
+  )
+  num_slots, num_read = sizes.slots * shards, sizes.bank * shards
+
+  def cache_of(rows, columns):
+    place = sharding.partition_spec(('batch', 'kv_heads', None, None))
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, place)
+      ),
+      jax.eval_shape(lambda: decoder.make_cache(rows, columns)),
+    )
+
+  def rows(dtype, *dims):
+    place = sharding.batch_sharding(mesh)
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=place)
+
+  weights = sampling_weights(module, stage.gather_weights, mesh)
+  cache = cache_of(num_slots, sizes.widths[-1])
+  resident = resident | {'sampling weights': weights, 'cache': cache}
+  if name == 'prefill':
+    tokens = rows(jnp.int32, num_read, stage.prompt_length)
+    arguments = (weights, tokens, rows(jnp.int32, num_read))
+    return jax.jit(decoder.read), arguments, resident
+
+  def step(cache, weights, tokens, lengths, uniform):
+    logits, cache = decoder.step(weights, tokens, lengths, cache)
+    return rollout.sample_tokens(logits, uniform, stage.temperature), cache
+
+  # What was read waits beside the slots for one to become free.
+  bank = cache_of(num_read, stage.prompt_length)
+  resident['cache'] = (cache, bank)
+  each = rows(jnp.int32, num_slots)
+  arguments = (cache, weights, each, each, rows(jnp.float32, num_slots))
+  return jax.jit(step, donate_argnums=0), arguments, resident
+
+
+def num_calls(name, config, mesh, parts) -> int:
+  """Of a program in one iteration, or step, at full lengths."""
+  stage = config.ppo
+  if name == 'decode':
+    return parts * stage.response_length
+  if name == 'prefill':
+    shards = mesh.shape['data'] * mesh.shape['fsdp']
+    slots = stage.batch_size // parts
+    read = max(1, slots // shards // 4) * shards
+    return -(-stage.batch_size // read)
+  return 1
+
+
 def build(name, config, mesh, remat, parts):
   """A jitted program, its described arguments, and what lies beside it."""
   if name == 'sft':
@@ -274,19 +360,6 @@ def largest_parts(name, config, mesh) -> int:
   return max(1, rows // (mesh.shape['data'] * mesh.shape['fsdp']))
 
 
-def first_parts(name, config, mesh, kept) -> int:
-  """Where the search begins: 1, or as many slices as the cache alone needs.
-
-  Fewer pieces read and gather the weights less often.
-  """
-  parts, room = 1, programs_lib.CHIPS[config.chip].memory - kept
-  if name == 'generate':
-    largest = largest_parts(name, config, mesh)
-    while cache_bytes(config, mesh, parts) > room and 2 * parts <= largest:
-      parts *= 2
-  return parts
-
-
 def measure(name, config, mesh, remat, parts, too_slow=math.inf):
   """Compiles one program; everything known about it, bytes and seconds.
 
@@ -305,23 +378,16 @@ def measure(name, config, mesh, remat, parts, too_slow=math.inf):
     },
   }
   kept = sum(row['resident'].values())
-  row['cache'] = cache_bytes(config, mesh, parts) if name == 'generate' else 0.0
-  if kept + row['cache'] > chip.memory:
-    needed = kept + row['cache']
-    return row | {'needed': needed, 'missing': needed - chip.memory}
-  # Sampling reads the prompts, then runs one loop step a token.
-  phases = {name: 1}
-  if name == 'generate':
-    phases = {'prefill': 0, 'decode': config.ppo.response_length - 1}
+  if kept > chip.memory:
+    return row | {'needed': kept, 'missing': kept - chip.memory}
+  row['calls'] = num_calls(name, config, mesh, parts)
   begin = time.monotonic()
   with sharding.use_mesh(mesh):
     traced = program.trace(*arguments)
-    flops = _by_phase(
-      phases, lambda n: programs_lib.flops(traced.jaxpr, n) / mesh.size
-    )
-    row['flops'] = sum(flops.values())
-    if row['flops'] / chip.flops >= too_slow:
-      return row | {'slower': row['flops'] / chip.flops}
+    row['flops'] = programs_lib.flops(traced.jaxpr) / mesh.size
+    arithmetic = row['calls'] * row['flops'] / chip.flops
+    if arithmetic >= too_slow:
+      return row | {'slower': arithmetic}
     lowered = traced.lower(lowering_platforms=('tpu',))
     try:
       options = dict(o.split('=', 1) for o in config.compiler_options)
@@ -345,31 +411,13 @@ def measure(name, config, mesh, remat, parts, too_slow=math.inf):
   row['code'] = float(memory.generated_code_size_in_bytes)
   row['needed'] = kept + row['temporaries'] + row['batches'] + row['code']
   row['missing'] = row['needed'] - chip.memory
-  traffic = _by_phase(phases, lambda n: programs_lib.traffic(text, n))
-  moved = functools.reduce(operator.add, traffic.values())
+  moved = programs_lib.traffic(text)
   row['memory_traffic'] = moved.memory
   row['collectives'] = dict(moved.collectives)
   row['kernels'] = programs_lib.num_kernels(text)
-  row['seconds'] = {
-    phase: programs_lib.ceiling(chip, flops[phase], traffic[phase])
-    for phase in phases
-  }
-  row['least_seconds'] = sum(max(s.values()) for s in row['seconds'].values())
+  row['seconds'] = programs_lib.ceiling(chip, row['flops'], moved)
+  row['least_seconds'] = row['calls'] * max(row['seconds'].values())
   return row
-
-
-def _by_phase(phases, cost_of_trips):
-  """What each phase costs, from the cost of the program by its loop's trips.
-
-  `phases` maps names to trips; the loop's own share is what they add.
-  """
-  if len(phases) == 1:
-    return {name: cost_of_trips(trips) for name, trips in phases.items()}
-  (outside, _), (inside, trips) = phases.items()
-  before, more = cost_of_trips(0), cost_of_trips(1)
-  if isinstance(before, float):
-    return {outside: before, inside: trips * (more - before)}
-  return {outside: before, inside: (more + before.times(-1)).times(trips)}
 
 
 def _residents_read(arguments, resident) -> float:
@@ -378,17 +426,6 @@ def _residents_read(arguments, resident) -> float:
   return programs_lib.bytes_per_chip(
     [x for x in jax.tree.leaves(arguments) if id(x) in known]
   )
-
-
-def cache_bytes(config, mesh, parts) -> float:
-  """Keys and values of one slice of prompts, a chip's share; these bytes are
-  among the temporaries."""
-  shape, _ = models(config, 'none')
-  stage = config.ppo
-  slots = stage.prompt_length + stage.response_length
-  size = 2 * shape.num_layers * shape.kv_heads * shape.head_dim * slots
-  size *= jnp.dtype(shape.compute_dtype).itemsize * stage.batch_size / parts
-  return size / mesh.size
 
 
 def _needed_bytes(message: str) -> float | None:
@@ -412,8 +449,7 @@ class Attempts:
     """The row of an earlier attempt, or None."""
     for row in self.rows:
       if row['program'] == name and row['mesh'] == list(mesh.shape.values()):
-        # Without a backward pass there is nothing to compute again.
-        same = name in SLICED or row['remat'] == remat
+        same = name in READING or row['remat'] == remat
         if same and row['parts'] == parts and 'slower' not in row:
           return row
     return None
@@ -455,7 +491,8 @@ def fit(name, config, mesh, remat, parts, attempts, too_slow=math.inf):
       return None
     if row['missing'] <= 0:
       return row
-    kept = sum(row['resident'].values())
+    # The cache is cut into pieces too; the models are not.
+    kept = sum(row['resident'].values()) - row['resident'].get('cache', 0.0)
     room, rest = chip.memory - kept, row['needed'] - kept
     # Where the models alone are too large, smaller pieces help nothing.
     largest = largest_parts(name, config, mesh)
@@ -468,7 +505,7 @@ def fit(name, config, mesh, remat, parts, attempts, too_slow=math.inf):
 
 
 def _describe(row) -> str:
-  kind = 'slices' if row['program'] in SLICED else 'microbatches'
+  kind = PIECES[row['program']]
   mesh = 'x'.join(map(str, row['mesh']))
   return (
     f'{row["program"]} on {mesh}, remat {row["remat"]}, {row["parts"]} {kind}'
@@ -491,27 +528,20 @@ def _verdict(row) -> str:
 
 def plan_once(names, config, mesh, remat, attempts, too_slow):
   """The programs of one stage on one mesh; None unless each fits."""
-  found, slices = {}, 1
+  found = {}
   for name in names:
-    kept = 0.0
-    if name == 'generate':
-      _, _, resident = build(name, config, mesh, remat, 1)
-      kept = sum(map(programs_lib.bytes_per_chip, resident.values()))
-    parts = first_parts(name, config, mesh, kept)
     spent = sum(row['least_seconds'] for row in found.values())
-    # One key says in how many slices a batch is sampled and scored.
-    parts = max(parts, slices) if name in SLICED else parts
+    # Steps and reading share their slots.
+    parts = found['decode']['parts'] if name == 'prefill' else 1
     row = fit(name, config, mesh, remat, parts, attempts, too_slow - spent)
     if row is None:
       return None
     found[name] = row
-    if name in SLICED and row['parts'] > slices:
-      slices = row['parts']
-      if name == 'score' and 'generate' in found:
-        again = fit('generate', config, mesh, remat, slices, attempts)
-        if again is None:
-          return None
-        found['generate'] = again
+    if name == 'prefill' and row['parts'] > parts:
+      again = fit('decode', config, mesh, remat, row['parts'], attempts)
+      if again is None:
+        return None
+      found['decode'] = again
   return found
 
 
@@ -605,8 +635,9 @@ def _knob(key, row) -> str:
     return f'mesh {tuple(row["mesh"])}'
   if key == 'remat':
     return f'remat "{row["remat"]}"'
-  kind = 'num_slices' if row['program'] in SLICED else 'num_microbatches'
-  return f'{kind} {row["parts"]}'
+  if row['program'] in SAMPLING:
+    return f'num_slots a {row["parts"]}th of batch_size'
+  return f'num_{PIECES[row["program"]]} {row["parts"]}'
 
 
 def iteration(config, rows, num_chips):
@@ -626,21 +657,20 @@ def table(summary) -> str:
   """The plan as Markdown."""
   lines = [
     f'{summary["size"]} on {summary["num_chips"]} x {summary["chip"]}; figures '
-    'per chip.',
+    'of one chip and call, the time of all calls.',
     '',
     '| program | mesh, remat, parts | memory GiB: models, optimizer, cache, '
     'temporaries, all | TFLOP | memory traffic GB | between chips GB '
-    '| kernels | compiled s | least time s |',
-    '|---|---|---|---|---|---|---|---|---|',
+    '| kernels | compiled s | calls | least time s |',
+    '|---|---|---|---|---|---|---|---|---|---|',
   ]
   for name, row in summary['programs'].items():
     kept = row['resident']
     sizes = (
-      sum(kept.values()) - kept['optimizer'],
+      sum(kept.values()) - kept['optimizer'] - kept.get('cache', 0.0),
       kept['optimizer'],
-      row['cache'],
-      # The cache is one of the temporaries.
-      row['needed'] - sum(kept.values()) - row['cache'],
+      kept.get('cache', 0.0),
+      row['needed'] - sum(kept.values()),
       row['needed'],
     )
     sizes = ', '.join(f'{size / 2**30:.2f}' for size in sizes)
@@ -648,15 +678,13 @@ def table(summary) -> str:
       f'{kind} {size / 1e9:.3g}' for kind, size in row['collectives'].items()
     )
     mesh = 'x'.join(map(str, row['mesh']))
-    times = ', '.join(
-      f'{phase} {max(seconds.values()):.3g} ({max(seconds, key=seconds.get)})'
-      for phase, seconds in row['seconds'].items()
-    )
+    bound = max(row['seconds'], key=row['seconds'].get)
     lines.append(
       f'| {name} | {mesh}, {row["remat"]}, {row["parts"]} '
       f'| {sizes} | {row["flops"] / 1e12:.3g} '
       f'| {row["memory_traffic"] / 1e9:.3g} | {collectives or "none"} '
-      f'| {row["kernels"]} | {row["compile_seconds"]:.0f} | {times} |'
+      f'| {row["kernels"]} | {row["compile_seconds"]:.0f} | {row["calls"]} '
+      f'| {row["least_seconds"]:.3g} ({bound}) |'
     )
   if 'iteration' in summary:
     whole = summary['iteration']

@@ -38,6 +38,8 @@ from instruct_jax.infra import run as run_lib
 from instruct_jax.models import attention
 from instruct_jax.types import PackedPPOBatch
 
+OFFLOADED = ('ema', 'reference', 'reward')
+
 
 def validate(config):
   method = ppo_config(config)
@@ -76,6 +78,12 @@ def validate(config):
   if config.frozen_dtype not in ('float32', 'bfloat16'):
     raise ValueError(
       f"frozen_dtype must be 'float32' or 'bfloat16': {config.frozen_dtype!r}"
+    )
+  unknown = sorted(set(config.offload) - set(OFFLOADED))
+  if unknown:
+    raise ValueError(
+      f'offload names what cannot wait on the host: {unknown}; known: '
+      f'{OFFLOADED}'
     )
   if not config.temperature > 0:
     raise ValueError(f'temperature must be positive: {config.temperature}')
@@ -391,7 +399,16 @@ def run(config, workdir: epath.Path):
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   for folder in (config.init, config.reward_model):
     tokenizer_lib.check_published(tokenizer, folder)
-  mesh = sharding.make_mesh(config.mesh)
+  minibatch = config.batch_size // config.num_minibatches
+  mesh = artifacts.make_mesh(
+    config.mesh,
+    [config.init, config.reward_model],
+    [
+      minibatch // config.num_microbatches,
+      config.batch_size // config.num_slices,
+      config.eval_batch_size,
+    ],
+  )
   use_ptx = config.ptx_coef > 0
 
   # 1. Data: prompts, and pretraining rows for the ptx part.
@@ -458,6 +475,15 @@ def run(config, workdir: epath.Path):
     )
     reference = freeze(policy.params, config.frozen_dtype)
     reward_params = freeze(reward.params, config.frozen_dtype)
+
+    def rest(name, params):
+      return sharding.to_host(params) if name in config.offload else params
+
+    def wake(name, params):
+      return sharding.to_device(params) if name in config.offload else params
+
+    reference = rest('reference', reference)
+    reward_params = rest('reward', reward_params)
     reward_metadata, policy_module = reward.metadata, policy.module
     del (
       policy,
@@ -532,6 +558,7 @@ def run(config, workdir: epath.Path):
           if config.probe_every:
             values |= probe_scores(state.policy.params, '_before')
         batch = sharding.put_batch(prompt_batch, mesh)
+        state = state.replace(ema=rest('ema', state.ema))
         sampled = programs['generate'](
           state.policy.params, batch, keys['rollout']
         )
@@ -540,14 +567,15 @@ def run(config, workdir: epath.Path):
         )
         ppo_batch, score_metrics = programs['score'](
           state.policy.params,
-          reference,
+          wake('reference', reference),
           state.value.params,
-          reward_params,
+          wake('reward', reward_params),
           state.kl,
           sampled,
           layout,
         )
         ptx_batch = sharding.put_batch(ptx_rows, mesh) if use_ptx else None
+        state = state.replace(ema=wake('ema', state.ema))
         kl_sum, kl_count = score_metrics['objective/kl']
         state, update_metrics = programs['update'](
           state, ppo_batch, ptx_batch, keys['update'], kl_sum / kl_count

@@ -82,7 +82,12 @@ def build_programs(config, module, mesh):
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  mesh = sharding.make_mesh(config.mesh)
+  shape = model_config(config, tokenizer.vocab_size)
+  mesh = sharding.make_mesh(
+    config.mesh,
+    rows=[config.batch_size // config.num_microbatches, config.eval_batch_size],
+    heads=[shape.num_heads, shape.kv_heads, shape.mlp_dim],
+  )
 
   def rows_of(path):
     texts = [d.text for d in records.read_jsonl(path, records.Document)]
@@ -106,7 +111,7 @@ def run(config, workdir: epath.Path):
   with sharding.use_mesh(mesh):
     model = artifacts.init(
       'policy',
-      model_config(config, tokenizer.vocab_size),
+      shape,
       mesh,
       keys['init'],
     )

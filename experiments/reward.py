@@ -192,7 +192,9 @@ def run(config, workdir: epath.Path):
     comparisons = comparisons[: config.max_comparisons]
   records.check_labels(comparisons, config.comparisons)
   records.check_labels(valid, config.valid_comparisons)
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = artifacts.make_mesh(
+    config.mesh, [config.init], [config.batch_size, config.eval_batch_size]
+  )
   with sharding.use_mesh(mesh):
     policy = artifacts.load(
       config.init,

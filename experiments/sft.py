@@ -69,7 +69,11 @@ def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   tokenizer_lib.check_published(tokenizer, config.init)
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = artifacts.make_mesh(
+    config.mesh,
+    [config.init],
+    [config.batch_size // config.num_microbatches, config.eval_batch_size],
+  )
 
   def demonstration_rows(path, pack):
     return loader.demonstration_rows(

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -171,6 +172,32 @@ def check(
       'and value models must share one tokenizer.'
     )
   return described
+
+
+def make_mesh(
+  shape: Sequence[int], folders: Sequence[str], rows: Sequence[int]
+) -> jax.sharding.Mesh:
+  """The mesh of a stage, chosen for its models where `shape` is ().
+
+  Args:
+    shape: `config.mesh`.
+    folders: of the models, published ones too; their descriptions are read.
+    rows: of each batch and microbatch.
+
+  Raises:
+    checkpoint.CheckpointError: a folder is missing or damaged.
+    ValueError: the shape does not multiply to the number of devices.
+  """
+  heads = []
+  for folder in folders if not shape else ():
+    if is_published(folder):
+      values = hf.read_config(hub.locate(str(folder)))
+      config = TransformerConfig.from_hf(values)
+    else:
+      values = checkpoint.load_metadata(folder)['model']
+      config = TransformerConfig.from_dict(values)
+    heads += [config.num_heads, config.kv_heads, config.mlp_dim]
+  return sharding.make_mesh(shape, rows=rows, heads=heads)
 
 
 def named_folders(text: str) -> dict[str, str]:

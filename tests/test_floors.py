@@ -88,6 +88,7 @@ FLOORS = {
     'artifacts',
     'ppo',
     'rewards',
+    'rollout',
     'models.config',
     'experiments.sft',
     'experiments.reward',

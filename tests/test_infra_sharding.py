@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from instruct_jax.infra import sharding, train_state
@@ -84,6 +85,69 @@ def test_make_mesh_fills_the_open_axis(shape, expected):
 def test_make_mesh_names_the_numbers(shape, message):
   with pytest.raises(ValueError, match=message):
     sharding.make_mesh(shape)
+
+
+@pytest.mark.parametrize(
+  ('rows', 'heads', 'expected'),
+  [
+    ((), (), (1, 8, 1)),
+    ((64, 16), (4,), (1, 8, 1)),
+    # Twelve rows divide by four, the other batch's 32 by more.
+    ((12, 32), (4, 2), (1, 4, 2)),
+    ((6,), (8, 4), (1, 2, 4)),
+    ((3,), (16, 8), (1, 1, 8)),
+    # Three heads cannot be halved: uneven rows are the lesser evil.
+    ((12,), (3,), (1, 8, 1)),
+    ((12,), (), (1, 8, 1)),
+  ],
+)
+def test_a_mesh_that_is_not_given_is_chosen(rows, heads, expected):
+  mesh = sharding.make_mesh((), rows=rows, heads=heads)
+  assert tuple(mesh.shape.values()) == expected
+  # A given one is taken as it is.
+  given = sharding.make_mesh((2, -1, 1), rows=rows, heads=heads)
+  assert tuple(given.shape.values()) == (2, 4, 1)
+
+
+def test_what_grew_large_is_cut_though_the_table_leaves_it_whole():
+  def boxed(size, names=('layers', 'norm')):
+    shape = jax.ShapeDtypeStruct((3, size), jnp.float32)
+    return {'scale': nn.Partitioned(shape, names)}
+
+  def spec(tree, mesh_shape):
+    mesh = sharding.make_mesh(mesh_shape)
+    return sharding.param_shardings(tree, mesh)['scale'].spec
+
+  # 3 x 87,384 floats are just above a megabyte.
+  large, small = boxed(87_384), boxed(87_376)
+  assert spec(large, (1, 8, 1)) == P(None, 'fsdp')
+  assert spec(large, (2, 2, 2)) == P(None, ('fsdp', 'tensor'))
+  assert spec(large, (1, 1, 8)) == P(None, 'tensor')
+  assert spec(small, (1, 8, 1)) == P(None, None)
+  # Replicas are whole; so is what nothing divides.
+  assert spec(large, (8, 1, 1)) == P(None, None)
+  assert spec(boxed(87_385), (1, 8, 1)) == P(None, None)
+  # What the table cuts stays as the table says.
+  matrix = boxed(87_384, ('layers', 'mlp'))
+  assert spec(matrix, (2, 2, 2)) == P(None, 'tensor')
+
+
+def test_rows_picked_inside_a_program_are_cut_again():
+  mesh = sharding.make_mesh((2, 2, 2))
+
+  def pick(batch):
+    picked = jax.tree.map(lambda x: x[::-1].reshape(2, 8, -1), batch)
+    return sharding.constrain_rows(picked, axis=1)
+
+  batch = {'tokens': np.arange(48).reshape(16, 3), 'one': np.arange(16)}
+  with sharding.use_mesh(mesh):
+    picked = jax.jit(pick)(sharding.put_batch(batch, mesh))
+  # Both microbatches of eight rows on all four shards of rows.
+  assert picked['tokens'].addressable_shards[0].data.shape[:2] == (2, 2)
+  np.testing.assert_array_equal(
+    picked['tokens'], batch['tokens'][::-1].reshape(2, 8, 3)
+  )
+  assert sharding.constrain_rows(batch) is batch
 
 
 def test_make_mesh_on_some_devices():
@@ -201,3 +265,15 @@ def test_put_batch():
   assert placed['weight'].sharding.is_fully_replicated
   with pytest.raises(ValueError, match='tokens.*6 rows.*4 devices'):
     sharding.put_batch({'tokens': np.zeros((6, 3))}, mesh)
+
+
+def test_what_waits_on_the_host_comes_back_as_it_was():
+  mesh = sharding.make_mesh((2, 2, 2))
+  place = NamedSharding(mesh, P('fsdp', 'tensor'))
+  x = jax.device_put(np.arange(32.0, dtype=np.float32).reshape(8, 4), place)
+  waiting = sharding.to_host({'x': x})['x']
+  assert waiting.sharding == place.with_memory_kind('pinned_host')
+  back = sharding.to_device({'x': waiting})['x']
+  assert back.sharding.is_equivalent_to(place, 2)
+  assert back.sharding.memory_kind == x.sharding.memory_kind == 'device'
+  np.testing.assert_array_equal(back, x)

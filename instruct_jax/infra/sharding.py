@@ -26,6 +26,8 @@ from instruct_jax.types import PyTree
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
 BATCH_AXES = ('data', 'fsdp')
+# Bytes above which no parameter is left whole on every device.
+LARGE = 2**20
 
 # Logical axis name -> mesh axes; () keeps the axis whole. Activations carry
 # `batch`, which already uses fsdp, so their width is `None`, never `embed`.
@@ -49,19 +51,30 @@ _ONE = dict.fromkeys(MESH_AXES, 1)
 
 
 def make_mesh(
-  shape: Sequence[int], devices: Sequence[jax.Device] | None = None
+  shape: Sequence[int],
+  devices: Sequence[jax.Device] | None = None,
+  *,
+  rows: Sequence[int] = (),
+  heads: Sequence[int] = (),
 ) -> Mesh:
   """Builds the `data, fsdp, tensor` mesh.
 
   Args:
     shape: devices along each of the three axes; one entry may be -1, which
-      takes what the other two leave.
+      takes what the other two leave. () chooses: all of them along `fsdp`,
+      which splits weights and rows alike, unless they do not divide the rows;
+      then as many as do, and the rest along `tensor`, if that divides the
+      heads.
     devices: the devices to use; all of them by default.
+    rows: of each batch and microbatch that the programs take.
+    heads: and other axes that `tensor` would cut. Like `rows` they are looked
+      at only where the shape is to be chosen; without any, `tensor` stays 1.
 
   Raises:
     ValueError: the shape does not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
+  shape = shape or _choose(len(devices), rows, heads)
   wanted = dict(zip(MESH_AXES, shape, strict=True))
   sizes = list(wanted.values())
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
@@ -78,6 +91,19 @@ def make_mesh(
   return jax.make_mesh(
     tuple(filled), MESH_AXES, (AxisType.Auto,) * 3, devices=devices
   )
+
+
+def _choose(num_devices, rows, heads) -> tuple[int, int, int]:
+  for fsdp in range(num_devices, 0, -1):
+    tensor, rest = divmod(num_devices, fsdp)
+    cuts_heads = tensor == 1 or (
+      heads and all(num % tensor == 0 for num in heads)
+    )
+    if not rest and cuts_heads and all(num % fsdp == 0 for num in rows):
+      return 1, fsdp, tensor
+  # Nothing fits well. Uneven microbatches cost time; batches that do not
+  # divide are refused, with their numbers, when they come.
+  return 1, num_devices, 1
 
 
 @contextlib.contextmanager
@@ -124,6 +150,10 @@ def partition_spec(names: Sequence[str | None]) -> P:
 def param_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
   """Shardings of a tree whose arrays carry Linen's axis names.
 
+  The table leaves vectors whole, and positions where there is no fsdp. Those
+  that have grown to more than a megabyte (the norms of all 96 layers, say) are
+  cut along their last axis that the devices of `fsdp` and `tensor` divide.
+
   Args:
     boxed: arrays or `ShapeDtypeStruct`s, boxed by `nn.with_logical_
       partitioning`; a leaf without a box is kept whole on every device. An
@@ -154,11 +184,26 @@ def param_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
           f'into the {parts} parts of mesh axis {entry!r} '
           f'(mesh {dict(mesh.shape)})'
         )
+    is_whole = all(_num_parts(entry, mesh.shape) == 1 for entry in spec)
+    if is_whole and math.prod(shape) * leaf.value.dtype.itemsize > LARGE:
+      spec = _cut_somewhere(shape, mesh.shape) or spec
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(
     leaf_sharding, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
   )
+
+
+def _cut_somewhere(shape, sizes) -> P | None:
+  """Along the last axis that divides: the first is that of the layers, which
+  are needed one at a time on all devices. None where nothing can be cut."""
+  axes = tuple(axis for axis in ('fsdp', 'tensor') if sizes[axis] > 1)
+  for axis in reversed(range(len(shape))):
+    if axes and shape[axis] % _num_parts(axes, sizes) == 0:
+      spec = [None] * len(shape)
+      spec[axis] = axes if len(axes) > 1 else axes[0]
+      return P(*spec)
+  return None
 
 
 def unbox(boxed: PyTree) -> PyTree:
@@ -202,6 +247,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
   """Whole on every device."""
   return NamedSharding(mesh, P())
+
+
+def to_host(tree: PyTree) -> PyTree:
+  """Moves each array's shards into the memory of the host they are attached
+  to; how they are cut stays. No program may read them there."""
+  return _moved(tree, 'pinned_host')
+
+
+def to_device(tree: PyTree) -> PyTree:
+  """Moves the shards back; what is on the device already stays."""
+  return _moved(tree, 'device')
+
+
+def _moved(tree, kind):
+  return jax.tree.map(
+    lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)), tree
+  )
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
