@@ -15,12 +15,11 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config(argument: str = ''):
-  if argument:
-    raise ValueError(f'nlp_suite has no variants: {argument!r}')
-  config = common.stage('nlp_suite', 'nlp_suite', 0, '')
+def stage(seed, workdir):
+  config = common.stage('nlp_suite', 'nlp_suite', seed, workdir)
   config.models = ''  # NAME=FOLDER,NAME=FOLDER: policies; names of rows.
   config.tokenizer = ''  # Folder of the tokenizer.
+  config.may_be_empty = False  # No file at all: an error, or nothing to do.
   config.data = ConfigDict(
     {  # Official files by task, plain or .gz; some also tfds:NAME/SPLIT.
       'winogender': '',
@@ -68,4 +67,10 @@ def get_config(argument: str = ''):
   config.batch_size = 32  # Queries a call; choices of a query share its prefix.
   config.length_multiple = 128  # Rows are padded to these lengths (compiles).
   config.remat = 'none'
-  return common.single(config, 'all')
+  return config
+
+
+def get_config(argument: str = ''):
+  if argument:
+    raise ValueError(f'nlp_suite has no variants: {argument!r}')
+  return common.single(stage(0, ''), 'all')

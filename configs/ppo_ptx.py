@@ -17,7 +17,7 @@ and figures. Other variants, after a colon:
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import common, pretrain, reward, sft
+from configs import common, nlp_suite, pretrain, reward, sft
 
 
 def ppo_stage(seed, workdir, name='ppo_ptx'):
@@ -69,7 +69,13 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   # Nats: the sampler's log-probabilities are the old ones where those of a
   # minibatch agree with the training graph's to this; 0 computes all anew.
   config.sampler_tolerance = 1e-3
-  config.num_slices = 1  # Parts in which a batch is sampled and scored.
+  config.num_slices = 1  # Parts in which a batch is scored.
+  # Responses sampled at a time, the next prompt taking the slot of one that has
+  # ended; 0 samples a whole batch.
+  config.num_slots = 0
+  # Whether sampling puts the policy's weights together over `fsdp` once a
+  # rollout, in the compute dtype; otherwise again for every token.
+  config.gather_weights = True
   config.frozen_dtype = 'float32'  # Of reference and reward model's weights.
   config.eval_every = 10  # Iterations between held-out losses.
   config.eval_batch_size = 64  # Rows.
@@ -92,7 +98,9 @@ def paper(size: str):
   config.value_learning_rate = {'1p3b': 9e-6, '6b': 9e-6, '175b': 5e-6}[size]
   config.remat = 'full'
   config.logprob_chunk = 128
-  config.num_slices = 8  # The cache of 512 rows would fill the chips.
+  config.num_slices = 8  # The activations of 512 rows would fill the chips.
+  config.num_slots = 64  # So would their cache.
+  config.gather_weights = size != '175b'
   config.frozen_dtype = 'bfloat16'
   config.num_microbatches = {'1p3b': 1, '6b': 2, '175b': 8}[size]
   return common.single(config, size)
@@ -152,6 +160,14 @@ def pipeline(name: str):
   stages.crossval = reward.crossval_stage(seed, workdir)
   stages.ppo = ppo_stage(seed, workdir, 'ppo')
   stages.ppo_ptx = ppo_stage(seed, workdir, 'ppo_ptx')
+  # Asks nothing unless told of files: --config.stages.nlp_suite.data.drop=FILE.
+  stages.nlp_suite = nlp_suite.stage(seed, workdir)
+  stages.nlp_suite.may_be_empty = True
+  stages.nlp_suite.models = (
+    'pretrained=' + workdir + '/pretrain/model,sft=' + workdir
+    + '/select/model,ppo=' + workdir + '/ppo/ema,ppo_ptx=' + workdir
+    + '/ppo_ptx/ema'
+  )  # fmt: skip
   stages.evaluate = evaluate_stage(seed, workdir)
   for each in stages.values():
     each.tokenizer = data + '/tokenizer'
@@ -175,7 +191,14 @@ def pipeline(name: str):
   for each in (stages.select, stages.ppo, stages.ppo_ptx, stages.evaluate):
     each.reward_model = workdir + '/reward/model'
   stages.ppo.ptx_coef = 0.0
+  stages.evaluate.suite = workdir + '/nlp_suite/suite.json'
   return config
+
+
+def show_rankings(stages):
+  """Tells the evaluation which rankings the reward model learned from."""
+  for key in ('comparisons', 'valid_comparisons'):
+    stages.evaluate[key] = stages.reward.get_ref(key)
 
 
 def select_stage(seed, workdir):
@@ -239,6 +262,11 @@ def evaluate_stage(seed, workdir):
   config.tokenizer = ''
   config.judge = 'gold'  # Or 'restaurant': human data, a second reward model.
   config.reward_model = ''
+  config.suite = ''  # suite.json for the model card, where there is one.
+  # What the reward model learned from. Beside rankings of the labeling site
+  # lies statistics.json, which the model card reads.
+  config.comparisons = ''
+  config.valid_comparisons = ''
   config.judge_model = ''  # Scalar model folder; judge 'restaurant' only.
   config.num_prompts = 1000  # Held-out prompts at the most.
   config.samples_per_prompt = 1  # Intervals redraw prompts, not samples.
@@ -274,6 +302,7 @@ def miniature(name: str = 'ppo_ptx_miniature'):
   for each in (stages.reward, stages.crossval):
     each.comparisons = workdir + '/compare/comparisons_train.jsonl'
     each.valid_comparisons = workdir + '/compare/comparisons_valid.jsonl'
+  show_rankings(stages)
   config.stage_order = (
     'data',
     'pretrain',
@@ -285,6 +314,7 @@ def miniature(name: str = 'ppo_ptx_miniature'):
     'crossval',
     'ppo',
     'ppo_ptx',
+    'nlp_suite',
     'evaluate',
   )
 
@@ -411,6 +441,7 @@ def e2e():
   for each in (stages.reward, stages.crossval):
     each.comparisons = data + '/comparisons_train.jsonl'
     each.valid_comparisons = data + '/comparisons_valid.jsonl'
+  show_rankings(stages)
   stages.evaluate.judge = 'restaurant'
   stages.evaluate.judge_model = workdir + '/judge/model'
   config.stage_order = (
@@ -424,6 +455,7 @@ def e2e():
     'crossval',
     'ppo',
     'ppo_ptx',
+    'nlp_suite',
     'evaluate',
   )
 

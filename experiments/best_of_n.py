@@ -103,11 +103,6 @@ def run(config, workdir: epath.Path):
   )
   prompts = [prompts[i] for i in rows.indices]
   N, sizes = config.num_samples, sizes_up_to(config.num_samples)
-  repeated, _ = loader.prompt_rows(
-    [prompt for prompt in prompts for _ in range(N)],
-    tokenizer,
-    config.prompt_length,
-  )
   mesh = sharding.make_mesh(config.mesh)
   put = functools.partial(sharding.put_batch, mesh=mesh)
   with sharding.use_mesh(mesh):
@@ -125,24 +120,28 @@ def run(config, workdir: epath.Path):
     else:
       judge_model = load_scalar(config.judge_model)
       judge = f'another reward model, {config.judge_model}'
-    generate = queries.generate_program(
-      policy.module,
-      config.response_length,
-      tokenizer.stop_ids,
-      config.temperature,
-    )
     kl_program = make_kl(
       policy.module, config.response_length, config.temperature
     )
 
-    def sample(params, batch_rows, name, number):
+    def sample(params, num_samples, name, number):
+      """So many answers of each prompt, which is read once for all."""
+      generate = queries.generate_program(
+        policy.module,
+        config.response_length,
+        tokenizer.stop_ids,
+        config.temperature,
+        config.batch_size,
+        num_samples,
+      )
       key = jax.random.fold_in(jax.random.key(config.seed), number)
-      total = loader.num_rows(batch_rows)
+      total = num_samples * len(prompts)
       with run_lib.Progress(f'sample {name}', total) as progress:
-        return rollout.in_batches(
+        return rollout.in_queues(
           lambda batch: generate(params, put(batch), key),
-          batch_rows,
+          rows,
           config.batch_size,
+          num_samples,
           progress.update,
         )
 
@@ -171,7 +170,7 @@ def run(config, workdir: epath.Path):
     several = [prompt for prompt in prompts for _ in range(N)]
     proxy, gold = (
       np.asarray(x, float).reshape(len(prompts), N)
-      for x in scores_of(several, sample(policy.params, repeated, 'policy', 0))
+      for x in scores_of(several, sample(policy.params, N, 'policy', 0))
     )
     start = {'proxy': proxy.mean(axis=1), 'gold': gold.mean(axis=1)}
     curves = {
@@ -192,7 +191,7 @@ def run(config, workdir: epath.Path):
       paths = rl_policies(folder)
       for number, path in enumerate(paths, 1):
         model = queries.load_policy(str(path), tokenizer, mesh)
-        sampled = sample(model.params, rows, f'{name}/{path.name}', number)
+        sampled = sample(model.params, 1, f'{name}/{path.name}', number)
         signed, _ = rollout.in_batches(
           lambda batch, p=model.params: kl_program(
             p, policy.params, put(batch)

@@ -37,11 +37,11 @@ def validate(config):
 def build_programs(config, module, tokenizer):
   generate = functools.partial(
     rollout.generate,
-    extend_fn=artifacts.extend_fn(module),
-    make_cache_fn=artifacts.make_cache_fn(module),
+    decoder=artifacts.decoder(module),
     num_response=config.response_length,
     stop_ids=tokenizer.stop_ids,
     temperature=config.temperature,
+    num_slots=config.batch_size,
   )
   return {'generate': jax.jit(generate)}
 
@@ -107,7 +107,7 @@ def run(config, workdir: epath.Path):
           rows, _ = loader.prompt_rows(
             [prompts[owners[i]] for i in mine], tokenizer, config.prompt_length
           )
-          sampled = rollout.in_batches(
+          sampled = rollout.in_queues(
             functools.partial(
               sample,
               programs[source]['generate'],
@@ -116,7 +116,7 @@ def run(config, workdir: epath.Path):
             ),
             rows,
             config.batch_size,
-            progress.update,
+            progress=progress.update,
           )
           answers = tokenizer.decode_batch(rollout.response_ids(sampled))
           for row, text in zip(rows.indices, answers, strict=True):

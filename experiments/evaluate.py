@@ -74,10 +74,10 @@ def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
   """The jitted programs of this stage; all policies share one shape."""
   generate = functools.partial(
     rollout.generate,
-    extend_fn=artifacts.extend_fn(policy_module),
-    make_cache_fn=artifacts.make_cache_fn(policy_module),
+    decoder=artifacts.decoder(policy_module),
     num_response=config.response_length,
     temperature=config.temperature,
+    num_slots=config.batch_size,
   )
   logprobs_fn = artifacts.logprobs_fn(policy_module, config.temperature)
   scalars_fn = artifacts.scalars_fn(scalar_module)
@@ -97,7 +97,11 @@ def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
 
   return {
     'generate': jax.jit(
-      functools.partial(generate, stop_ids=tokenizer.stop_ids)
+      functools.partial(
+        generate,
+        stop_ids=tokenizer.stop_ids,
+        num_samples=config.samples_per_prompt,
+      )
     ),
     'generate_prompted': jax.jit(
       functools.partial(generate, stop_ids=stop_ids)
@@ -112,17 +116,16 @@ def run(config, workdir: epath.Path):
   validate(config)
   root = epath.Path(config.workdir)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  prompts = [
-    prompt
-    for prompt in records.read_jsonl(
-      root / 'data' / 'prompts_test.jsonl', records.Prompt
-    )[: config.num_prompts]
-    for _ in range(config.samples_per_prompt)
-  ]
+  prompts = records.read_jsonl(
+    root / 'data' / 'prompts_test.jsonl', records.Prompt
+  )[: config.num_prompts]
   rows, num_dropped = loader.prompt_rows(
     prompts, tokenizer, config.prompt_length
   )
-  prompts = [prompts[i] for i in rows.indices]
+  # One entry for each answer.
+  prompts = [
+    prompts[i] for i in rows.indices for _ in range(config.samples_per_prompt)
+  ]
   prefixes, stop_ids = read_prefixes(root / 'data' / 'prefixes.json', tokenizer)
   folders = {
     'pretrained': root / 'pretrain' / 'model',
@@ -162,13 +165,14 @@ def run(config, workdir: epath.Path):
     )
     programs = {name: sharding.fetched(p) for name, p in programs.items()}
 
-    def sample(params, rows, program, number):
-      return rollout.in_batches(
+    def sample(params, rows, program, number, num_samples=1):
+      return rollout.in_queues(
         lambda batch: programs[program](
           params, put(batch), jax.random.fold_in(key, number)
         ),
         rows,
         config.batch_size,
+        num_samples,
       )
 
     def score(params, prompt_texts, answer_ids):
@@ -258,7 +262,9 @@ def run(config, workdir: epath.Path):
     answers, ended, kl = {}, {}, {}
     with run_lib.Progress('evaluate models', len(models) + 1) as progress:
       for number, (name, model) in enumerate(models.items(), 2):
-        sampled = sample(model.params, rows, 'generate', number)
+        sampled = sample(
+          model.params, rows, 'generate', number, config.samples_per_prompt
+        )
         answers[name] = rollout.response_ids(sampled)
         ended[name] = sampled.ended
         if name.startswith(RL_MODELS):
@@ -330,7 +336,7 @@ def run(config, workdir: epath.Path):
   else:
     judged = judge_restaurants(prompts, texts_by_model, judge_scores)
     reward_model, reward_tables = human_reward_figures(root, accuracies)
-  gold_scores, flags, judge_name, extra = judged
+  gold_scores, flags, likert, judge_name, extra = judged
   recorded = [
     samples_lib.Sample(
       model=name,
@@ -414,6 +420,16 @@ def run(config, workdir: epath.Path):
       for name in ('prompted', *RL_MODELS)
     },
     metadata=metadata_rates(flags),
+    likert={
+      name: win_rate.mean_interval(likert[name], ids)
+      for name in run_figures.MODELS
+      if name in likert
+    },
+    likert_by_category={
+      name: mean_by_category(likert[name], ids, categories)
+      for name in run_figures.MODELS
+      if name in likert
+    },
     rl_metrics={
       name: metrics_lib.read_lines(root / name / metrics_lib.METRICS_FILE)
       for name in RL_MODELS
@@ -439,7 +455,9 @@ def run(config, workdir: epath.Path):
     ),
     score_name='gold' if config.judge == 'gold' else 'judge',
     hygiene=flatten(hygiene),
-    labelers=hygiene['workers'] if config.judge == 'restaurant' else {},
+    labelers=hygiene['workers']
+    if config.judge == 'restaurant'
+    else labeling_summary(config),
     data_sizes={
       path.stem: sum(1 for _ in path.open('rb'))
       for folder in ('data', 'compare')
@@ -468,9 +486,9 @@ def run(config, workdir: epath.Path):
 
 
 def judge_by_gold(config, prompts, texts_by_model):
-  """Scores and Table 3 flags by the embedded world's gold utility."""
+  """Scores, Table 3 flags and Likert by the world's gold utility."""
   the_world = world.make_world(config.seed)
-  scores, flags = {}, {}
+  scores, flags, likert = {}, {}, {}
   for name, texts in texts_by_model.items():
     judgements = [
       gold.judge(prompt, text, the_world)
@@ -478,7 +496,20 @@ def judge_by_gold(config, prompts, texts_by_model):
     ]
     scores[name] = np.array([gold.utility(j) for j in judgements])
     flags[name] = [judges.gold_labels(j) for j in judgements]
-  return scores, flags, 'gold utility of the miniature (a program)', {}
+    likert[name] = [judges.gold_likert(j) for j in judgements]
+  judge = 'gold utility of the miniature (a program)'
+  return scores, flags, likert, judge, {}
+
+
+def mean_by_category(values, ids, categories):
+  """Use case -> mean with its interval, clustered by prompt."""
+  found = {}
+  for category in sorted(set(categories)):
+    chosen = [i for i, name in enumerate(categories) if name == category]
+    found[category] = win_rate.mean_interval(
+      [values[i] for i in chosen], [ids[i] for i in chosen]
+    )
+  return found
 
 
 def judge_restaurants(prompts, texts_by_model, judge_scores):
@@ -515,7 +546,7 @@ def judge_restaurants(prompts, texts_by_model, judge_scores):
   ]
   table['people'] = slot_columns(*zip(*pairs, strict=True))
   judge = 'a second reward model, trained on the other half of the workers'
-  return judge_scores, flags, judge, {'Slots and BLEU': table}
+  return judge_scores, flags, {}, judge, {'Slots and BLEU': table}
 
 
 def slot_columns(slots, texts, ids):
@@ -569,22 +600,24 @@ def paired_difference(loss, other):
 def gold_reward_figures(config, root, tokenizer):
   """The embedded world: accuracy, its ceiling, and two groups of labelers."""
   results = run_lib.read_json(root / 'reward' / 'results.json')
+  heldout = root / 'compare' / 'comparisons_heldout.jsonl'
   train, valid, heldout = (
-    records.read_jsonl(
-      root / 'compare' / f'comparisons_{name}.jsonl', records.Comparison
-    )
-    for name in ('train', 'valid', 'heldout')
+    records.read_jsonl(path, records.Comparison)
+    for path in (config.comparisons, config.valid_comparisons, heldout)
   )
   valid = loader.fitting_comparisons(valid, tokenizer, config.row_length)
   accuracy = preference_accuracy.Accuracy(
     results['accuracy'], results['low'], results['high'], results['num_pairs']
   )
-  the_world = world.make_world(config.seed)
-  ceiling = accuracy_of([gold_scores_of(c, the_world) for c in valid], valid)
-  tables = {
-    'Best achievable accuracy given label noise': {
+  # The gold utility judges what its world asks, and no prompt of other people.
+  ceiling, tables = None, {}
+  if all('kind' in comparison.metadata for comparison in valid):
+    the_world = world.make_world(config.seed)
+    ceiling = accuracy_of([gold_scores_of(c, the_world) for c in valid], valid)
+    tables['Best achievable accuracy given label noise'] = {
       'gold utility on the same pairs': ceiling
-    },
+    }
+  tables |= {
     'Reward model against trivial baselines': {
       'reward model': accuracy,
       **{
@@ -595,12 +628,49 @@ def gold_reward_figures(config, root, tokenizer):
   }
   figures = run_figures.RewardFigures(
     accuracy=accuracy,
-    ceiling=ceiling.accuracy,
+    ceiling=ceiling and ceiling.accuracy,
     agreement=preference_accuracy.agreement(valid),
-    agreement_heldout=preference_accuracy.agreement(heldout),
+    # Simulated ones have nothing to say about people's rankings.
+    agreement_heldout=None
+    if labeling_statistics(config)
+    else preference_accuracy.agreement(heldout),
     **fold_figures(root),
   )
   return figures, tables
+
+
+def labeling_statistics(config):
+  """statistics.json beside the rankings, of the labeling site; {} without."""
+  path = epath.Path(config.comparisons).parent / 'statistics.json'
+  return run_lib.read_json(path) if path.exists() else {}
+
+
+def labeling_summary(config):
+  """Statement about the people who ranked -> figure, for the report."""
+  found = labeling_statistics(config)
+  if not found:
+    return {}
+  rates = {
+    f'agreement of {who}': preference_accuracy.Agreement(**value)
+    for who, value in found['agreement'].items()
+    if value is not None
+  }
+  counts = {'labelers': found['num_labelers'], 'answers': found['num_answers']}
+  return counts | rates
+
+
+def suite_table(path):
+  """(task, prompt and metric -> model -> figure, task -> judge) of a suite."""
+  if not epath.Path(path).exists():
+    return {}, {}
+  result = run_lib.read_json(path)
+  found = {}
+  for cell in result['cells']:
+    row = f'{cell["task"]}, {cell["prompt"]}, {cell["metric"]}'
+    found.setdefault(row, {})[cell['model']] = win_rate.Interval(
+      cell['score'], cell['low'], cell['high'], cell['num_items']
+    )
+  return found, result['judges']
 
 
 def human_accuracies(root, tokenizer, row_length, models):
@@ -726,6 +796,7 @@ def card_facts(config, root, policy, scalar):
   """What the model card says beside the figures, from the run's own files."""
   stages = run_lib.read_json(root / 'config.json')['stages']
   people = config.judge == 'restaurant'
+  suite, suite_judges = suite_table(config.suite)
   return model_card.Facts(
     name=root.name,
     date=datetime.date.today().isoformat(),
@@ -744,11 +815,16 @@ def card_facts(config, root, policy, scalar):
       name: {key: stages[name][key] for key in CARD_KEYS if key in stages[name]}
       for name in TRAINING_STAGES
     },
-    compute=compute_of(root, stages, policy.num_params, scalar.num_params),
+    compute=compute_of(
+      config, root, stages, policy.num_params, scalar.num_params
+    ),
+    labeling=labeling_statistics(config),
+    suite=suite,
+    suite_judges=suite_judges,
   )
 
 
-def compute_of(root, stages, num_policy, num_scalar):
+def compute_of(config, root, stages, num_policy, num_scalar):
   """Stage -> floating-point operations of its training, by formula."""
   operations = {}
   for name in ('pretrain', 'sft', 'rl_init'):
@@ -757,10 +833,7 @@ def compute_of(root, stages, num_policy, num_scalar):
     operations[name] = model_card.training_operations(
       num_policy, steps['step'] * stage['batch_size'] * stage['row_length']
     )
-  folder = 'compare' if (root / 'compare').exists() else 'data'
-  comparisons = records.read_jsonl(
-    root / folder / 'comparisons_train.jsonl', records.Comparison
-  )
+  comparisons = records.read_jsonl(config.comparisons, records.Comparison)
   answers = sum(len(c.completions) for c in comparisons)
   # Each prompt with each of its answers, as long as RL has them at the most.
   length = stages['ppo']['prompt_length'] + stages['ppo']['response_length']

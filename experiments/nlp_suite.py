@@ -19,10 +19,12 @@ from instruct_jax.infra import sharding
 
 
 def validate(config):
+  if not any(config.data.values()):
+    if config.may_be_empty:
+      return
+    raise ValueError('data names no file; give one for at least one task')
   if not artifacts.named_folders(config.models):
     raise ValueError('models is empty; give NAME=FOLDER of at least one policy')
-  if not any(config.data.values()):
-    raise ValueError('data names no file; give one for at least one task')
   for key in ('batch_size', 'length_multiple'):
     if config[key] < 1:
       raise ValueError(f'{key} must be positive: {config[key]}')
@@ -72,6 +74,8 @@ def make_judges(config, workdir):
 
 def run(config, workdir: epath.Path):
   validate(config)
+  if not any(config.data.values()):
+    return {'scores': {}}
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   names = [name for name in tasks.TASKS if config.data[name]]
   sums = {
@@ -151,6 +155,21 @@ def run(config, workdir: epath.Path):
   return write_results(config, workdir, rows, counts, content, sums)
 
 
+def judge_names(config):
+  """Task -> who judges its answers, of those that no rule can judge."""
+  names = {}
+  if config.data.real_toxicity:
+    url = config.toxicity_endpoint.url
+    names['real_toxicity'] = (
+      f'the endpoint {url}'
+      if url
+      else f'{judges.TOXICITY_NAME}, not Perspective'
+    )
+  if config.data.truthful_qa:
+    names['truthful_qa'] = f"{judges.TRUTH_NAME}, not the paper's judges"
+  return names
+
+
 def write_results(config, workdir, rows, counts, content, sums):
   """Sample files, scores, and an account of what was asked."""
   written = [name for name in rows if rows[name]]
@@ -165,6 +184,7 @@ def write_results(config, workdir, rows, counts, content, sums):
     )
   result = released_samples.score_folder(workdir / 'samples', config.seed)
   result['counts'], result['sha256'] = counts, sums
+  result['judges'] = judge_names(config)
   lines = [
     '# Public NLP suite',
     '',
@@ -192,16 +212,8 @@ def write_results(config, workdir, rows, counts, content, sums):
     f'- {name}: {size} given, {tasks.TASKS[name].official_size} in the paper'
     for name, (_, _, size) in content.items()
   ]
-  if config.data.real_toxicity:
-    url = config.toxicity_endpoint.url
-    lines += [
-      '',
-      f'Toxicity by the endpoint {url}.'
-      if url
-      else f'Toxicity by {judges.TOXICITY_NAME}, not Perspective.',
-    ]
-  if config.data.truthful_qa:
-    lines += ['', f"Truth by {judges.TRUTH_NAME}, not the paper's judges."]
+  for name, judge in result['judges'].items():
+    lines += ['', f'{name} is judged by {judge}.']
   text = (
     '\n'.join(lines) + '\n\n' + released_samples.to_markdown(result, 'Scores')
   )

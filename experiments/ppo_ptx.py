@@ -70,6 +70,11 @@ def validate(config):
       'pack_row_length must not be negative, pack_multiple positive: '
       f'{config.pack_row_length}, {config.pack_multiple}'
     )
+  if not 0 <= config.num_slots <= config.batch_size:
+    raise ValueError(
+      f'num_slots must be 0 (as batch_size) to {config.batch_size}: '
+      f'{config.num_slots}'
+    )
   if config.frozen_dtype not in ('float32', 'bfloat16'):
     raise ValueError(
       f"frozen_dtype must be 'float32' or 'bfloat16': {config.frozen_dtype!r}"
@@ -139,23 +144,16 @@ def build_programs(
   )
   packed_scalars_fn = artifacts.scalars_fn(scalar_module, longest)
 
-  generate_slice = functools.partial(
+  # A row's noise depends on its prompt's number, not on its neighbours: the
+  # slots change the memory that the cache takes and the time, nothing else.
+  generate = functools.partial(
     rollout.generate,
-    extend_fn=artifacts.extend_fn(policy_module),
-    make_cache_fn=artifacts.make_cache_fn(policy_module),
+    decoder=artifacts.decoder(policy_module, config.gather_weights),
     num_response=R,
     stop_ids=tokenizer.stop_ids,
     temperature=config.temperature,
+    num_slots=config.num_slots,
   )
-
-  def generate(params, prompts, key):
-    # A row's noise depends on its prompt's number, not on its neighbours: the
-    # slices change the memory that the cache takes, and nothing else.
-    return rollout.in_slices(
-      lambda rows: generate_slice(params, rows, key),
-      prompts,
-      config.num_slices,
-    )
 
   def choose_old(read_old, rows, num_slices, sampler, mask):
     """The sampler's log-probabilities, where those of every so many rows agree

@@ -148,14 +148,15 @@ def sample_answers(config, name, source, prompts, cache, mesh):
     config.response_length,
     tokenizer.stop_ids,
     config.temperature,
+    config.batch_size,
   )
   key = jax.random.key(config.seed)
   with run_lib.Progress(f'sample {name}', loader.num_rows(rows)) as progress:
-    sampled = rollout.in_batches(
+    sampled = rollout.in_queues(
       lambda batch: program(model.params, sharding.put_batch(batch, mesh), key),
       rows,
       config.batch_size,
-      progress.update,
+      progress=progress.update,
     )
   ids = rollout.response_ids(sampled)
   samples = [
@@ -388,7 +389,16 @@ def figures_of(config, judgements, account, rated):
       if len({row.prompt_id for row in rows}) > 1
     },
     'ratings': rating_figures(config, rated),
+    'ratings_by_category': {
+      category: rating_figures(
+        config, [row for row in rated if row[0].category == category]
+      )
+      for category in sorted({answer.category for answer, _ in rated})
+    },
   }
+
+
+LIKERT = 'overall quality, 1 to 7'
 
 
 def rating_figures(config, rated):
@@ -397,7 +407,7 @@ def rating_figures(config, rated):
   for answer, rating in rated:
     values = dict(rating.labels)
     if rating.likert is not None:
-      values['overall quality, 1 to 7'] = rating.likert
+      values[LIKERT] = rating.likert
     for name, value in values.items():
       column = columns.setdefault(answer.model, {}).setdefault(name, ([], []))
       column[0].append(float(value))
@@ -433,6 +443,24 @@ def write_results(config, workdir, result):
   )
   report.write_file(
     workdir / 'preferences.md', markdown(config, result).encode()
+  )
+
+
+def ratings_table(first, columns):
+  """Markdown lines; columns: model -> row name -> figure."""
+  names = dict.fromkeys(name for column in columns.values() for name in column)
+  return report.table(
+    [first, *map(report.escape, columns)],
+    [
+      [
+        report.escape(name),
+        *(
+          report.cell(column[name]) if name in column else '–'
+          for column in columns.values()
+        ),
+      ]
+      for name in names
+    ],
   )
 
 
@@ -520,22 +548,18 @@ def markdown(config, result):
   )
   lines += ['## Ratings of single answers (Table 3)', '']
   if result['ratings']:
-    names = list(
-      dict.fromkeys(n for row in result['ratings'].values() for n in row)
-    )
-    lines += table(
-      ['', *map(escape, result['ratings'])],
-      [
-        [
-          escape(name),
-          *(
-            cell(row[name]) if name in row else '–'
-            for row in result['ratings'].values()
-          ),
-        ]
-        for name in names
-      ],
-    )
+    lines += ratings_table('', result['ratings'])
+    lines += [
+      'Overall quality by use case; preferences.json has every label by use '
+      'case.',
+      '',
+    ]
+    by_case = {model: {} for model in result['ratings']}
+    for category, ratings in result['ratings_by_category'].items():
+      for model, row in ratings.items():
+        if LIKERT in row:
+          by_case[model][category or '–'] = row[LIKERT]
+    lines += ratings_table('use case', by_case)
   else:
     lines += ['*Left out: this judge gives none.*', '']
   lines += ['## What was asked', '']

@@ -8,6 +8,7 @@ import functools
 import json
 
 import jax
+import numpy as np
 from etils import epath
 
 from instruct_jax import artifacts, rollout
@@ -45,11 +46,12 @@ def validate(config):
 def build_programs(config, module, tokenizer):
   generate = functools.partial(
     rollout.generate,
-    extend_fn=artifacts.extend_fn(module),
-    make_cache_fn=artifacts.make_cache_fn(module),
+    decoder=artifacts.decoder(module),
     num_response=config.response_length,
     stop_ids=tokenizer.stop_ids,
     temperature=config.temperature,
+    num_slots=config.batch_size,
+    num_samples=config.samples_per_model,
   )
   return {'generate': jax.jit(generate)}
 
@@ -59,10 +61,9 @@ def run(config, workdir: epath.Path):
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   prompts = records.read_jsonl(config.prompts, records.Prompt)
   rows, num_dropped = loader.prompt_rows(
-    [p for p in prompts for _ in range(config.samples_per_model)],
-    tokenizer,
-    config.prompt_length,
+    prompts, tokenizer, config.prompt_length
   )
+  num_rows = len(rows.indices) * config.samples_per_model
   mesh = sharding.make_mesh(config.mesh)
   completions = [[] for _ in prompts]
   models = [[] for _ in prompts]
@@ -73,18 +74,19 @@ def run(config, workdir: epath.Path):
       policy = artifacts.load(folder, 'policy', mesh, tokenizer.fingerprint)
       programs = build_programs(config, policy.module, tokenizer)
       key = jax.random.fold_in(jax.random.key(config.seed), number)
-      with run_lib.Progress(f'sample {name}', len(rows.indices)) as progress:
-        sampled = rollout.in_batches(
+      with run_lib.Progress(f'sample {name}', num_rows) as progress:
+        sampled = rollout.in_queues(
           lambda batch, p=policy, g=programs['generate'], k=key: g(
             p.params, sharding.put_batch(batch, mesh), k
           ),
           rows,
           config.batch_size,
+          config.samples_per_model,
           progress.update,
         )
       texts = tokenizer.decode_batch(rollout.response_ids(sampled))
-      for row, text in zip(rows.indices, texts, strict=True):
-        prompt = row // config.samples_per_model
+      owners = np.repeat(rows.indices, config.samples_per_model)
+      for prompt, text in zip(owners, texts, strict=True):
         completions[prompt].append(text)
         models[prompt].append(name)
   lines = [

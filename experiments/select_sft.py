@@ -25,8 +25,7 @@ def validate(config):
 def build_programs(config, policy_module, reward_module, tokenizer):
   generate = functools.partial(
     rollout.generate,
-    extend_fn=artifacts.extend_fn(policy_module),
-    make_cache_fn=artifacts.make_cache_fn(policy_module),
+    decoder=artifacts.decoder(policy_module),
     num_response=config.response_length,
     stop_ids=tokenizer.stop_ids,
     temperature=config.temperature,

@@ -308,13 +308,15 @@ def decoder(module: heads.Policy, gather_weights: bool = True) -> Decoder:
     return sharding.constrain(x, *(kept.get(n, n) for n in leaf.names))
 
   def prepare(params):
-    params, cast = (
+    laid_out, cast = (
       jax.tree.map(
         lay_out, boxed, tree, is_leaf=lambda x: isinstance(x, nn.Partitioned)
       )
       for tree in (params, decoding.in_compute_dtype(module.config, params))
     )
-    return decoding.weights_of(module.config, params, cast)
+    # Prompts are read with the layers as they lie, one gathered at a time.
+    trunk = {**laid_out['trunk'], 'layers': params['trunk']['layers']}
+    return decoding.weights_of(module.config, {'trunk': trunk}, cast)
 
   def make_cache(num_slots, num_columns):
     return jax.tree.map(

@@ -38,7 +38,8 @@ def _step_programs(module, temperature):
 
   def sample(logits, key, t):
     row_key = jax.random.fold_in(jax.random.fold_in(key, 0), t)
-    token, _ = rollout.sample_tokens(logits, row_key[None], temperature)
+    uniform = jax.random.uniform(row_key, (1,))
+    token, _ = rollout.sample_tokens(logits, uniform, temperature)
     return token
 
   @functools.partial(jax.jit, static_argnums=4)

@@ -64,16 +64,19 @@ def generate_program(
   num_response: int,
   stop_ids: tuple[int, ...],
   temperature: float,
+  num_slots: int = 0,
+  num_samples: int = 1,
 ) -> Callable:
   """Jitted `rollout.generate`; models of one shape share it."""
   return jax.jit(
     functools.partial(
       rollout.generate,
-      extend_fn=artifacts.extend_fn(module),
-      make_cache_fn=artifacts.make_cache_fn(module),
+      decoder=artifacts.decoder(module),
       num_response=num_response,
       stop_ids=stop_ids,
       temperature=temperature,
+      num_slots=num_slots,
+      num_samples=num_samples,
     )
   )
 

@@ -32,6 +32,10 @@ from instruct_jax.types import (
 _PIECE = 128
 # Columns of a cache are a multiple of this.
 _COLUMNS = 16
+# Of a shard; fewer are not worth a loop of their own.
+_LEAST_SLOTS = 8
+# Times that a queue may be twice as long before it becomes several.
+_DOUBLINGS = 3
 # A cache without refill grows in steps of at least this many columns.
 _GROWTH = 128
 
@@ -129,14 +133,15 @@ class _Plan:
   def refills(self) -> bool:
     return self.slots < self.rows
 
-  def drains(self) -> list[int]:
-    """Slots that are kept as the queue runs dry: a half, a quarter, ..."""
-    sizes, least = [], max(self.slots // 8, min(self.slots, 4))
-    size = self.slots // 2
-    while size >= least:
-      sizes.append(size)
-      size //= 2
-    return sizes
+  @property
+  def drains(self) -> tuple[int, ...]:
+    """Slots that are kept as the queue runs dry: a half, then a quarter.
+
+    With geometric lengths an eighth would save 1 % more; each size is a loop
+    more to compile.
+    """
+    sizes = (self.slots // 2, self.slots // 4)
+    return tuple(size for size in sizes if size >= _LEAST_SLOTS)
 
 
 def make_plan(
@@ -300,7 +305,19 @@ class _Engine:
     self.plan = plan
     self.decoder = decoder
     self.weights = weights
-    self.queue = {'tokens': tokens, 'lengths': lengths, 'noise': noise}
+    # Of each shard: rows up to the last prompt that has a token.
+    present = sharding.per_shard(
+      lambda lengths: jnp.max(
+        jnp.where(lengths > 0, jnp.arange(1, lengths.shape[0] + 1), 0),
+        keepdims=True,
+      )
+    )(lengths)
+    self.queue = {
+      'tokens': tokens,
+      'lengths': lengths,
+      'noise': noise,
+      'rows': present * plan.samples,
+    }
     self.stops = stops
     self.temperature = temperature
     self.num_shards = tokens.shape[0] // plan.prompts
@@ -346,11 +363,10 @@ class _Engine:
 
   # --- Filling slots, each shard for itself -----------------------------------
 
-  def _wants(self, slots, after, end):
+  def _wants(self, queue, slots, after, end):
     """Whether a slot is free for a prompt that is not in the bank [1]."""
-    plan = self.plan
-    free = jnp.any(~slots['alive']) & (after < plan.rows)
-    return free & (after // plan.samples >= end)
+    free = jnp.any(~slots['alive']) & (after < queue['rows'])
+    return free & (after // self.plan.samples >= end)
 
   def _next_prompts(self, queue, after):
     """Tokens and lengths of the prompts that the bank takes next."""
@@ -372,7 +388,7 @@ class _Engine:
       slots, _, after = carry
       return (
         jnp.any(~slots['alive'])
-        & (after[0] < plan.rows)
+        & (after[0] < queue['rows'][0])
         & (after[0] // plan.samples < end[0])
       )
 
@@ -416,7 +432,9 @@ class _Engine:
       return {**state, 'slots': slots, 'cache': cache, 'next': after}
 
     def needs(state):
-      return jnp.any(wants(state['slots'], state['next'], state['end']))
+      return jnp.any(
+        wants(self.queue, state['slots'], state['next'], state['end'])
+      )
 
     def read(state):
       tokens, lengths, end = sharding.per_shard(self._next_prompts)(
@@ -489,7 +507,7 @@ class _Engine:
   # --- The whole rollout ------------------------------------------------------
 
   def _queue_left(self, state):
-    return jnp.any(state['next'] < self.plan.rows)
+    return jnp.any(state['next'] < self.queue['rows'])
 
   def _most_alive(self, state):
     """Live slots of the shard that has most."""
@@ -505,15 +523,14 @@ class _Engine:
       slots = state['slots']
       going = self._most_alive(state) > least
       if refills:
-        going |= self._queue_left(state) & jnp.any(slots['alive'])
+        going |= self._queue_left(state)
       if width < self.plan.widths[-1]:
         longest = jnp.max(jnp.where(slots['alive'], slots['length'], 0))
         going &= longest < width
       return going
 
     def body(state):
-      state = self.step(state)
-      return self.fill(state) if refills else state
+      return self.step(self.fill(state) if refills else state)
 
     return jax.lax.while_loop(goes_on, body, state)
 
@@ -529,9 +546,10 @@ class _Engine:
 
   def run(self):
     plan = self.plan
-    drains = [*plan.drains(), 0]
-    state = self.fill(self.start())
+    drains = [*plan.drains, 0]
+    state = self.start()
     if not plan.refills:
+      state = self.fill(state)
       del state['bank']
     for width in plan.widths:
 
@@ -540,7 +558,7 @@ class _Engine:
         padding[2] = (0, width - x.shape[2])
         return jnp.pad(x, padding)
 
-      if state['cache'] and width > plan.widths[0]:
+      if width > plan.widths[0]:
         state['cache'] = jax.tree.map(wider, state['cache'])
       state = self._steps(state, width, drains[0], plan.refills)
     state.pop('bank', None)
@@ -610,6 +628,63 @@ def in_batches(
     parts.append(jax.tree.map(lambda x, k=kept: x[:k], result))
     if progress is not None:
       progress(kept)
+  return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+def in_queues(
+  fn: Callable[[PromptBatch], Rollout],
+  rows: PromptBatch,
+  num_slots: int,
+  num_samples: int = 1,
+  progress: Callable[[int], None] | None = None,
+) -> Rollout:
+  """Samples any number of prompts, as many as sensible in one call.
+
+  The last queue is filled up with prompts without tokens, and the prompts are
+  dealt out to the shards of the current mesh one by one, so that all have as
+  many. Queues come in few lengths: enough for the slots, twice, ... 8 times.
+
+  Args:
+    fn: a jitted `generate` of a queue of prompts, with `num_slots` slots and
+      `num_samples` responses of each prompt.
+    rows: numpy arrays of N prompts.
+    num_slots: rows that are sampled at a time.
+    num_samples: of each prompt.
+    progress: told the number of responses that each call brought.
+
+  Returns:
+    The responses as numpy arrays of N * num_samples rows, in order.
+
+  Raises:
+    ValueError: no prompts.
+  """
+  num_rows = rows.indices.shape[0]
+  if num_rows == 0:
+    raise ValueError('no prompts to sample from')
+  num_shards = sharding.num_batch_shards()
+  size = -(-num_slots // (num_shards * num_samples)) * num_shards
+  for _ in range(_DOUBLINGS):
+    size = 2 * size if size < num_rows else size
+  # The prompt in place i of a queue goes to shard i % n.
+  place = np.arange(size).reshape(num_shards, -1, order='F').reshape(-1)
+  back = np.argsort(place)
+  parts = []
+  for start in range(0, num_rows, size):
+    kept = min(size, num_rows - start)
+
+    def queue(x, start=start, kept=kept):
+      filled = np.zeros((size, *x.shape[1:]), x.dtype)
+      filled[:kept] = x[start : start + kept]
+      return filled[place]
+
+    def ordered(x, kept=kept):
+      x = x.reshape(size, num_samples, *x.shape[1:])[back][:kept]
+      return x.reshape(kept * num_samples, *x.shape[2:])
+
+    sampled = jax.device_get(fn(jax.tree.map(queue, rows)))
+    parts.append(jax.tree.map(ordered, sampled))
+    if progress is not None:
+      progress(kept * num_samples)
   return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 

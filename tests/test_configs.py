@@ -7,7 +7,9 @@ import pytest
 
 from configs import ppo_ptx as ppo_config_file
 from configs import pretrain, reward, sft
+from configs import tax as tax_config_file
 from experiments import ppo_ptx as ppo_experiment
+from experiments import tax as tax_experiment
 from instruct_jax import artifacts, main
 from instruct_jax.infra import sharding, train_state
 from instruct_jax.models.config import PRESETS, TransformerConfig
@@ -29,6 +31,12 @@ def test_every_stage_of_a_pipeline_validates(variant, tmp_path):
     main.find_experiment(stage.experiment).validate(stage)
 
 
+def test_rankings_of_people_reach_the_model_card():
+  config = ppo_config_file.get_config('smoke')
+  config.stages.reward.comparisons = '/export/comparisons_train.jsonl'
+  assert config.stages.evaluate.comparisons == '/export/comparisons_train.jsonl'
+
+
 def test_workdir_and_seed_reach_every_stage():
   config = ppo_config_file.get_config('smoke')
   config.seed = 7
@@ -38,6 +46,40 @@ def test_workdir_and_seed_reach_every_stage():
   assert config.stages.ppo.init == '/somewhere/rl_init/model'
   assert config.stages.ppo.ptx_coef == 0
   assert config.stages.ppo_ptx.ptx_coef > 0
+
+
+def test_the_tax_is_swept_on_the_models_of_a_finished_run(tmp_path):
+  config = tax_config_file.get_config('smoke')
+  (*names, last) = config.stage_order
+  assert last == 'tax' and set(config.stage_order) == set(config.stages)
+  for name in names:
+    stage = config.stages[name]
+    assert stage.name == name
+    main.find_experiment(stage.experiment).validate(stage)
+  plot = config.stages.tax
+  with pytest.raises(ValueError, match='source is empty'):
+    tax_experiment.validate(plot)
+  config.source = str(tmp_path)
+  with pytest.raises(ValueError, match='rl_init/model: no such folder'):
+    tax_experiment.validate(plot)
+  for part in ('rl_init/model', 'reward/model', 'data/tokenizer'):
+    (tmp_path / part).mkdir(parents=True)
+  tax_experiment.validate(plot)
+  run = ppo_config_file.get_config('smoke').stages.ppo_ptx
+  gamma, beta, long = (
+    [config.stages[name] for name in plot.figures[f'figure{number}']]
+    for number in (33, 34, 35)
+  )
+  assert [s.ptx_coef / run.ptx_coef for s in gamma] == [0, 0.1, 1, 10]
+  assert {s.kl_coef for s in gamma} == {run.kl_coef}
+  assert [s.kl_coef / run.kl_coef for s in beta] == pytest.approx(
+    [0.3, 1, 10, 100]
+  )
+  assert {s.ptx_coef for s in beta} == {0}
+  assert {s.num_episodes for s in long} == {2 * run.num_episodes}
+  assert [s.seed for s in long] == [0, 1, 2]
+  assert long[0].init == f'{tmp_path}/rl_init/model'
+  assert long[0].documents == f'{tmp_path}/data/documents_train.jsonl'
 
 
 @pytest.mark.parametrize('size', SIZES)
@@ -133,6 +175,7 @@ def test_paper_sizes_build_their_abstract_ppo_state(size):
     ('ppo_ptx', 'num_episodes', 1000, 'num_episodes 1000'),
     ('ppo_ptx', 'temperature', 0.0, 'temperature'),
     ('ppo_ptx', 'num_slices', 3, 'num_slices 3'),
+    ('ppo_ptx', 'num_slots', 10**6, 'num_slots'),
     ('ppo_ptx', 'frozen_dtype', 'int8', "frozen_dtype.*'int8'"),
     ('ppo_ptx', 'ema_every', 'often', 'ema_every'),
     ('sft', 'ptx_fraction', 1.5, 'ptx_fraction'),

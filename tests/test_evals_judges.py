@@ -75,7 +75,8 @@ def test_gold_judge_agrees_with_the_gold_utility(rng):
     assert score(found) == [gold.utility(judged)]
     rating = rate(found)[0][0]
     assert rating.labels['hallucination'] == judged.hallucination
-    assert rating.likert is None
+    assert rating.likert == judges.gold_likert(judged)
+    assert rating.likert - 1 <= 7 * gold.utility(judged) <= rating.likert
     applies = judged.satisfies_constraint is not None
     assert ('satisfies_constraint' in rating.labels) == applies
 

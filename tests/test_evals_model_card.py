@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from instruct_jax.evals import model_card
+from instruct_jax.evals import model_card, win_rate
 from tests import test_evals_report
 
 FACTS = model_card.Facts(
@@ -45,6 +45,8 @@ def test_sections_and_figures_are_there():
   assert 'a &#60;run&#62;' in card
   for rate in figures().win_rate.values():
     assert f'{rate.rate:.3f}' in card
+  for likert in figures().likert.values():
+    assert f'{likert.mean:.3f} [{likert.low:.3f}' in card
 
 
 def test_programs_are_not_passed_off_as_people():
@@ -64,11 +66,65 @@ def test_what_was_not_measured_is_named():
   missing = '\n'.join(model_card.not_evaluated(nothing, FACTS))
   for text in ('reward-model accuracy', 'pretraining loss', 'public NLP suite'):
     assert text in missing
-  with_suite = dataclasses.replace(FACTS, suite={'DROP F1': 12.0})
-  assert 'NLP suite' not in '\n'.join(
-    model_card.not_evaluated(figures(), with_suite)
+  assert 'Likert' not in missing
+  no_likert = dataclasses.replace(figures(), likert={})
+  assert 'Likert' in '\n'.join(model_card.not_evaluated(no_likert, FACTS))
+
+
+def test_the_suite_is_a_table_of_models():
+  interval = win_rate.Interval
+  facts = dataclasses.replace(
+    FACTS,
+    suite={
+      'drop, zeroshot, F1': {'sft': interval(12.0, 10.0, 14.0, 50)},
+      'truthful_qa, qa, true': {
+        'sft': interval(0.5, 0.4, 0.6, 30),
+        'ppo': interval(0.25, 0.2, 0.3, 30),
+      },
+    },
+    suite_judges={'truthful_qa': 'a local | scorer'},
   )
-  assert 'DROP F1' in model_card.make_card(figures(), with_suite)
+  card = model_card.make_card(figures(), facts)
+  assert '| task | SFT | PPO |' in card
+  assert '| drop, zeroshot, F1 | 12.000 [10.000, 14.000] | – |' in card
+  assert '| 0.250 [0.200, 0.300] |' in card
+  assert 'truthful_qa is judged by a local &#124; scorer.' in card
+  missing = '\n'.join(model_card.not_evaluated(figures(), facts))
+  assert 'NLP suite' not in missing
+
+
+def test_labelers_of_the_labeling_site_are_described():
+  rate = {'rate': 0.725, 'low': 0.7, 'high': 0.75, 'num_pairs': 1234}
+  statistics = {
+    'num_labelers': 2,
+    'num_answers': 77,
+    'by_kind': {'ranking': 70, 'demonstration': 7},
+    'instructions': ['training/1', 'training/2'],
+    'agreement': {'labelers': rate, 'researchers': None},
+    'labelers': [
+      {
+        'name': 'anna',
+        'role': 'labeler',
+        'answers': 40,
+        'median_seconds': 93.5,
+        'tie_rate': 0.125,
+        'skip_rate': None,
+        'agreement': rate,
+        'with_researchers': None,
+      }
+    ],
+  }
+  facts = dataclasses.replace(FACTS, labeling=statistics)
+  card = model_card.make_card(figures(), facts)
+  assert '| labelers | 2 |' in card
+  assert '| answers of kind demonstration | 7 |' in card
+  assert 'training/1, training/2' in card
+  assert '0.725 [0.700, 0.750], 1,234 pairs' in card
+  assert '| anna | labeler | 40 | 93.500 | 0.125 | – |' in card
+  assert 'programs with tastes' not in card
+  # Who judged is another matter.
+  missing = '\n'.join(model_card.not_evaluated(figures(), facts))
+  assert 'all judgements are by programs' in missing
 
 
 def test_operations_by_hand():

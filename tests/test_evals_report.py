@@ -31,6 +31,7 @@ _SUMMARY_KEYS = {
   'pretraining_loss',
   'kl',
   'metadata',
+  'likert',
   'seconds',
   'seed',
   'commit',
@@ -106,6 +107,11 @@ def _full(**changes):
       model: {'hallucination': 0.1, 'costs $5 and $6': np.float32(0.5)}
       for model in run_figures.MODELS
     },
+    'likert': {
+      model: interval(2.0 + i, 1.5 + i, 2.5 + i, 100)
+      for i, model in enumerate(run_figures.MODELS)
+    },
+    'likert_by_category': {'ppo': {'chat': interval(4.25, 4.0, 4.5, 20)}},
     'rl_metrics': {'ppo': _rl_rows(0.1), 'ppo_ptx': _rl_rows(0.01)},
     'kl': {'ppo': 5.5, 'ppo_ptx': np.float64(4.5)},
     'pretraining_loss': run_figures.PretrainingLoss(
@@ -194,6 +200,7 @@ def test_summary_has_exactly_its_keys(written):
   }
   assert summary['kl'] == {'ppo': 5.5, 'ppo_ptx': 4.5}
   assert summary['metadata']['sft']['costs $5 and $6'] == 0.5
+  assert summary['likert']['sft']['mean'] == 4.0
   assert summary['seconds'] == {'sft': 1.5}
   assert (summary['seed'], summary['commit']) == (3, 'abc')
   extra = summary['extra']

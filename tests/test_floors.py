@@ -30,12 +30,13 @@ FLOORS = {
   # as an argument. Never each other.
   'artifacts': ('types', 'hub', 'models', 'infra'),
   'export': ('artifacts', 'data', 'models', 'infra'),
-  'rollout': ('types', *ALGORITHM, 'infra.train_state'),
+  'rollout': ('types', *ALGORITHM, 'infra.sharding'),
   'ppo': ('types', *ALGORITHM, 'infra.train_state', 'infra.sharding'),
   'supervised': ('types', *ALGORITHM, 'infra.train_state'),
   # Models and sampling meet here for evaluation, and in experiments.
   'queries': (
     'types',
+    'hub',
     'masked',
     'models',
     'data',

@@ -122,6 +122,43 @@ def test_parity_and_the_way_back(name, tmp_path):
   assert config.num_params == sum(leaf.size for leaf in leaves)
 
 
+@pytest.mark.parametrize('name', ['gemma3', 'gemma2', 'gptj', 'qwen2'])
+def test_token_by_token_as_the_sampler_does(name, tmp_path):
+  """Prompts of 3 and 6 tokens, padded on the right, in one cache."""
+  golden = write_folder(tmp_path / 'in', name)
+  module, params = load(tmp_path / 'in')
+  tokens, logits = golden['tokens'].astype(np.int32), golden['logits']
+  decoder = artifacts.decoder(module)
+  lengths = np.array([3, 6])
+
+  @jax.jit
+  def run(params, tokens):
+    weights = decoder.prepare(params)
+    bank = decoder.read(weights, tokens[:, :6], lengths)
+    cache = jax.tree.map(
+      lambda empty, read: empty.at[:, :, :6].set(read),
+      decoder.make_cache(2, tokens.shape[1]),
+      bank,
+    )
+    found = []
+    # From each prompt's last token on, which is read a second time.
+    for added in range(tokens.shape[1] - 5):
+      place = lengths - 1 + added
+      step, cache = decoder.step(
+        weights, tokens[jnp.arange(2), place], jnp.asarray(place), cache
+      )
+      found.append(step)
+    return found
+
+  for added, step in enumerate(run(params, tokens)):
+    for row, length in enumerate(lengths):
+      np.testing.assert_allclose(
+        np.asarray(step)[row, : logits.shape[-1]],
+        logits[row, length - 1 + added],
+        **CLOSE,
+      )
+
+
 @pytest.mark.parametrize('name', ['gpt2', 'gptj', 'qwen3'])
 def test_a_reward_model_goes_out_and_comes_back(name, tmp_path):
   write_folder(tmp_path / 'in', name)

@@ -40,6 +40,7 @@ def make_config(workdir):
   ppo = config.stages.ppo
   ppo.snapshot_every = ppo.probe_every = 2
   ppo.probes = f'winogender={PROBE_FILE}'
+  config.stages.nlp_suite.data.winogender = str(PROBE_FILE)
   described = config.copy_and_resolve_references()
   with config.unlocked():
     config.workdir = str(workdir)
@@ -87,7 +88,16 @@ def test_card_and_page_are_written(finished):
   assert f'{summary["win_rate"]["ppo_ptx"]["rate"]:.3f}' in card
   for stage in ('pretrain', 'sft', 'rl_init', 'reward', 'ppo', 'ppo_ptx'):
     assert f'**{stage}**' in card
+  suite = json.loads((finished / 'nlp_suite' / 'suite.json').read_text())
+  for cell in suite['cells']:
+    assert f'{cell["score"]:.3f} [{cell["low"]:.3f}' in card
+  assert 'winogender, basic_prompt' in card
+  assert 'NLP suite (TruthfulQA' not in card  # It was not left out.
+  likert = summary['likert']['ppo_ptx']
+  assert 1 <= likert['low'] <= likert['mean'] <= likert['high'] <= 7
+  assert f'{likert["mean"]:.3f}' in card
   page = (finished / 'report.html').read_text()
+  assert 'Overall quality, 1 to 7' in page
   assert page.count('data-number=') == 48  # Every held-out prompt.
   assert (finished / 'probes.png').stat().length > 1000
 

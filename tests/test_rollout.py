@@ -1,16 +1,17 @@
 """Sampling responses."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax import rollout
+from instruct_jax import artifacts, rollout
 from instruct_jax.infra import sharding
-from instruct_jax.types import PromptBatch
-from tests import tiny
+from instruct_jax.types import Decoder, PromptBatch
+from tests import simple_rollout, tiny
 from tests.tiny import B, P, R
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -36,10 +37,10 @@ def sampled():
 
 def draw(logits, count, temperature=1.0):
   """`count` tokens from one row of logits."""
-  keys = jax.random.split(jax.random.key(11), count)
+  uniform = jax.random.uniform(jax.random.key(11), (count,))
   rows = jnp.broadcast_to(jnp.asarray(logits), (count, len(logits)))
   tokens, logprobs = jax.jit(rollout.sample_tokens, static_argnums=2)(
-    rows, keys, temperature
+    rows, uniform, temperature
   )
   return np.asarray(tokens), np.asarray(logprobs)
 
@@ -189,48 +190,312 @@ def test_a_mesh_gives_the_same_samples(sampled):
   np.testing.assert_allclose(out.logprobs, sampled.logprobs, atol=1e-5)
 
 
-# --- Leaving early ------------------------------------------------------------
-
-STEPS = []
+# --- Slots, queues and drains -------------------------------------------------
 
 
-def counted_extend(params, tokens, mask, cache):
-  """A model that ends with probability 1/2 whatever it has read."""
-  jax.debug.callback(lambda: STEPS.append(1))
-  total = cache + jnp.sum(jnp.where(mask, tokens, 0), axis=1)
-  rest = jnp.sin(params * jnp.arange(1, 4)[None] * total[:, None])
-  end = jax.nn.logsumexp(rest, axis=1, keepdims=True)
-  return jnp.concatenate([end, rest], axis=1), total
-
-
-@pytest.mark.parametrize('length', [40, 2])
-def test_leaving_early_changes_nothing_but_the_time(length):
-  """40 columns: all end long before; 2 columns: some never end."""
-  prompts = PromptBatch(
-    jnp.arange(12).reshape(6, 2), jnp.ones((6, 2), bool), jnp.arange(6)
-  )
-  outs, steps = [], []
-  for early_exit in (True, False):
-    STEPS.clear()
-    outs.append(
-      jax.jit(
-        functools.partial(
-          rollout.generate,
-          extend_fn=counted_extend,
-          make_cache_fn=lambda batch, slots: jnp.zeros(batch, jnp.int32),
-          num_response=length,
-          stop_ids=(0,),
-          early_exit=early_exit,
-        )
-      )(jnp.float32(0.7), prompts, KEY)
+def engine(num_slots, num_samples=1):
+  """The tiny Transformer's rollout with its counts, jitted."""
+  return jax.jit(
+    functools.partial(
+      rollout.generate_counted,
+      decoder=artifacts.decoder(tiny.POLICY),
+      num_response=R,
+      stop_ids=tiny.STOPS,
+      temperature=tiny.TEMPERATURE,
+      num_slots=num_slots,
+      num_samples=num_samples,
     )
-    jax.effects_barrier()
-    steps.append(len(STEPS))
-  tiny.assert_trees_equal(*outs)
-  assert steps[1] == length
-  assert steps[0] == outs[0].response_mask.sum(axis=1).max()
-  assert steps[0] < length or not outs[0].ended.all()
-  assert outs[0].ended.all() == (length == 40)
+  )
+
+
+@jax.jit
+def looped(params, prompts, key):
+  """The same by the obvious loop."""
+  return simple_rollout.generate(
+    params,
+    prompts,
+    key,
+    extend_fn=artifacts.extend_fn(tiny.POLICY),
+    make_cache_fn=artifacts.make_cache_fn(tiny.POLICY),
+    num_response=R,
+    stop_ids=tiny.STOPS,
+    temperature=tiny.TEMPERATURE,
+  )
+
+
+def assert_same_rollout(ours, theirs, atol=1e-5):
+  for name in ('tokens', 'mask', 'response_mask', 'ended'):
+    np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+  np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=atol)
+
+
+def test_the_obvious_loop_gives_the_same(sampled):
+  prompts = jax.tree.map(jnp.asarray, tiny.prompts())
+  assert_same_rollout(sampled, looped(tiny.params('policy'), prompts, KEY))
+
+
+def test_refilled_slots_give_the_same(sampled):
+  """5 slots for 16 prompts: every slot is used several times."""
+  prompts = jax.tree.map(jnp.asarray, tiny.prompts())
+  out, counts = engine(5)(tiny.params('policy'), prompts, KEY)
+  assert_same_rollout(out, sampled)
+  # Nothing idled as long as there were prompts, and each was read once.
+  assert counts['queued_slot_steps'] > 0 == counts['queued_idle']
+  assert counts['reads'] == B
+  assert counts['slot_steps'] - counts['idle'] == sampled.response_mask.sum()
+
+
+def test_samples_of_one_prompt_share_its_reading():
+  prompts = jax.tree.map(lambda x: jnp.asarray(x[:8]), tiny.prompts())
+  out, counts = engine(4, 2)(tiny.params('policy'), prompts, KEY)
+  assert counts['reads'] == 8
+  twice = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), prompts)
+  numbers = 2 * prompts.indices[:, None] + jnp.arange(2)[None, :]
+  twice = twice.replace(indices=numbers.reshape(-1))
+  expected = looped(tiny.params('policy'), twice, KEY)
+  assert_same_rollout(out, expected)
+  assert (np.asarray(out.tokens[0::2]) != out.tokens[1::2]).any()
+
+
+def test_slots_on_a_mesh_keep_to_their_shard(sampled):
+  mesh = sharding.make_mesh((2, 2, 2))
+  layout = artifacts.abstract_params('policy', tiny.CONFIG, mesh)
+  params = jax.device_put(tiny.params('policy'), sharding.shardings_of(layout))
+  with sharding.use_mesh(mesh):
+    prompts = sharding.put_batch(tiny.prompts(), mesh)
+    program = engine(8).lower(params, prompts, KEY).compile()
+    out, counts = program(params, prompts, KEY)
+  assert_same_rollout(out, sampled)
+  assert counts['queued_slot_steps'] > 0
+  # Of the two slots and two heads of a shard, [2, 2, 16, 4] in each layer, or
+  # of the one prompt read, nothing goes to another device.
+  sent = [
+    shape
+    for line in program.as_text().splitlines()
+    if re.search(r' = .* (all-\w+|collective-\w+|reduce-scatter)\(', line)
+    for shape in re.findall(r'f32\[([\d,]+)\]', line.split(' = ')[1])
+  ]
+  assert sent
+  caches = [s for s in sent if re.fullmatch(r'\d+,\d+,(6|16),4', s)]
+  assert not caches
+
+
+def test_weights_are_put_together_before_the_loop_not_in_it():
+  """Over fsdp alone, no parameter is gathered for every token, unless the
+  weights are to stay cut."""
+  mesh = sharding.make_mesh((1, 8, 1))
+  layout = artifacts.abstract_params('policy', tiny.CONFIG, mesh)
+  params = jax.device_put(tiny.params('policy'), sharding.shardings_of(layout))
+
+  def gathers(gather_weights):
+    decoder = artifacts.decoder(tiny.POLICY, gather_weights)
+
+    def step(params, tokens, lengths):
+      cache = decoder.make_cache(16, 16)
+      weights = decoder.prepare(params)
+
+      def body(state):
+        t, lengths, cache = state
+        logits, cache = decoder.step(weights, tokens, lengths, cache)
+        return t + jnp.argmax(logits[0]) + 1, lengths + 1, cache
+
+      return jax.lax.while_loop(
+        lambda state: state[0] < 3, body, (0, lengths, cache)
+      )
+
+    with sharding.use_mesh(mesh):
+      rows = sharding.put_batch(np.ones(16, np.int32), mesh)
+      text = jax.jit(step).lower(params, rows, rows).compile().as_text()
+    blocks = re.split(r'\n(?=\S)', text)
+    loop = re.search(r' while\(.*body=%([\w.\-]+)', text)[1]
+    (body,) = [b for b in blocks if b.startswith(f'%{loop} ')]
+    return [x for x in body.splitlines() if ' all-gather(' in x]
+
+  assert not [x for x in gathers(True) if 'f32[1' in x and ',16]' in x]
+  assert gathers(False)
+
+
+def fake_decoder(chance):
+  """A model without weights: a response ends with this probability at every
+  token; the others depend on the sum of all columns read so far."""
+
+  def step(weights, tokens, lengths, cache):
+    columns = jnp.arange(cache.shape[2])[None, :]
+    lengths = lengths[:, None]
+    cache = jnp.where(
+      (columns == lengths)[:, None, :, None],
+      tokens[:, None, None, None],
+      cache,
+    )
+    total = jnp.sum(jnp.where(columns <= lengths, cache[:, 0, :, 0], 0), axis=1)
+    return fake_logits(total, chance), cache
+
+  def read(weights, tokens, lengths):
+    return tokens[:, None, :, None]
+
+  return Decoder(
+    prepare=lambda params: params,
+    # What is not overwritten must not count.
+    make_cache=lambda slots, columns: jnp.full(
+      (slots, 1, columns, 1), 999, jnp.int32
+    ),
+    read=read,
+    step=step,
+  )
+
+
+def fake_logits(total, chance):
+  rest = jnp.sin(0.7 * jnp.arange(1, 4)[None] * total[:, None])
+  rest = jax.nn.log_softmax(rest, axis=1) + jnp.log1p(-chance)
+  end = jnp.full((total.shape[0], 1), jnp.log(chance))
+  return jnp.concatenate([end, rest], axis=1)
+
+
+def fake_prompts(num_rows):
+  rng = np.random.default_rng(2)
+  mask = np.arange(5)[None] >= rng.integers(0, 5, num_rows)[:, None]
+  tokens = np.where(mask, rng.integers(1, 4, (num_rows, 5)), 0)
+  return jax.tree.map(
+    jnp.asarray,
+    PromptBatch(tokens.astype(np.int32), mask, np.arange(num_rows)),
+  )
+
+
+def fake_rollout(num_rows, num_slots, num_response, chance):
+  program = jax.jit(
+    functools.partial(
+      rollout.generate_counted,
+      decoder=fake_decoder(chance),
+      num_response=num_response,
+      stop_ids=(0,),
+      temperature=1.0,
+      num_slots=num_slots,
+      num_samples=1,
+    )
+  )
+  out, counts = jax.device_get(program(None, fake_prompts(num_rows), KEY))
+  return out, {name: int(count) for name, count in counts.items()}
+
+
+def fake_looped(num_rows, num_response, chance):
+  def extend(params, tokens, mask, total):
+    total = total + jnp.sum(jnp.where(mask, tokens, 0), axis=1)
+    return fake_logits(total, chance), total
+
+  return jax.jit(
+    functools.partial(
+      simple_rollout.generate,
+      extend_fn=extend,
+      make_cache_fn=lambda batch, slots: jnp.zeros(batch, jnp.int32),
+      num_response=num_response,
+      stop_ids=(0,),
+    )
+  )(None, fake_prompts(num_rows), KEY)
+
+
+@pytest.mark.parametrize(
+  'num_rows,num_slots,num_response,chance,least,most',
+  [(512, 32, 64, 0.038, 20, 28), (96, 16, 1024, 1 / 200, 150, 250)],
+)
+def test_slots_are_busy_until_the_queue_is_empty(
+  num_rows, num_slots, num_response, chance, least, most
+):
+  """Geometric lengths of mean 24 (at most 64) and 200 (at most 1024)."""
+  out, counts = fake_rollout(num_rows, num_slots, num_response, chance)
+  assert_same_rollout(out, fake_looped(num_rows, num_response, chance))
+  lengths = out.response_mask.sum(axis=1)
+  assert least < lengths.mean() < most
+  assert counts['slot_steps'] - counts['idle'] == lengths.sum()
+  occupancy = 1 - counts['queued_idle'] / counts['queued_slot_steps']
+  assert occupancy >= 0.9
+  # The drains: as slots are given up, steps cost less.
+  assert counts['slot_steps'] < num_slots * counts['steps']
+  # Each batch of prompts that was read was needed.
+  assert counts['reads'] == num_rows / (num_slots // 4)
+
+
+@pytest.mark.parametrize('chance', [1e-4, 0.02])
+def test_a_cache_that_grows_gives_the_same(chance):
+  """Without refill: 512 columns in four steps, all of them used, or few."""
+  out, counts = fake_rollout(32, 0, 512, chance)
+  assert_same_rollout(out, fake_looped(32, 512, chance))
+  plan = rollout.make_plan(32, 5, 512, 0, 1, 1)
+  assert plan.widths == (144, 272, 400, 528)
+  assert counts['steps'] == out.response_mask.sum(axis=1).max()
+  assert (counts['slot_steps'] == 32 * 512) == (chance == 1e-4)
+
+
+def test_sizes_that_do_not_divide_are_named():
+  with pytest.raises(ValueError, match='6 slots do not divide over 4 shards'):
+    rollout.make_plan(16, 5, 8, 6, 1, 4)
+  with pytest.raises(ValueError, match='10 prompts do not divide over 4'):
+    rollout.make_plan(10, 5, 8, 8, 1, 4)
+
+
+# --- Queues of any length -----------------------------------------------------
+
+
+@pytest.mark.parametrize('mesh_shape', [None, (4, 2, 1)])
+def test_queues_restore_the_order(mesh_shape):
+  """11 prompts in queues of 16 or 4; the engine is replaced by its contract."""
+  rows = PromptBatch(
+    tokens=np.arange(33, dtype=np.int32).reshape(11, 3),
+    mask=np.ones((11, 3), bool),
+    indices=np.arange(11),
+  )
+  seen, told = [], []
+
+  def fake(batch):
+    seen.append(batch)
+    twice = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), batch)
+    return {'tokens': 2 * twice.tokens, 'mask': twice.mask}
+
+  def run(num_slots):
+    seen.clear()
+    told.clear()
+    out = rollout.in_queues(fake, rows, num_slots, 2, told.append)
+    np.testing.assert_array_equal(
+      out['tokens'], np.repeat(2 * rows.tokens, 2, axis=0)
+    )
+    assert out['mask'].all()
+
+  if mesh_shape is None:
+    run(16)
+    assert [b.tokens.shape for b in seen] == [(16, 3)] and told == [22]
+    # What fills a queue up has no tokens.
+    assert not seen[0].mask[11:].any()
+    run(1)
+    assert [b.tokens.shape[0] for b in seen] == [8, 8] and told == [16, 6]
+  else:
+    with sharding.use_mesh(sharding.make_mesh(mesh_shape)):
+      run(16)
+    # Two prompts for each of eight shards; three shards have one only.
+    parts = seen[0].mask.any(axis=1).reshape(8, 2).sum(axis=1)
+    assert parts.tolist() == [2, 2, 2, 1, 1, 1, 1, 1]
+
+
+def test_prompts_without_tokens_get_no_response(sampled):
+  """As many as fill up a queue, wherever they stand."""
+  params, prompts = tiny.params('policy'), tiny.prompts()
+  absent = np.isin(np.arange(B), (2, 3, B - 1))
+  prompts = prompts.replace(
+    tokens=np.where(absent[:, None], 0, prompts.tokens),
+    mask=prompts.mask & ~absent[:, None],
+  )
+  out = tiny.generate(params, jax.tree.map(jnp.asarray, prompts), KEY)
+  assert not out.mask[absent].any() and not out.ended[absent].any()
+  np.testing.assert_array_equal(out.tokens[~absent], sampled.tokens[~absent])
+  rows = jax.tree.map(lambda x: x[:11], tiny.prompts())
+  out = rollout.in_queues(
+    lambda batch: tiny.generate(params, batch, KEY), rows, B
+  )
+  assert_same_rollout(out, jax.tree.map(lambda x: x[:11], sampled))
+
+
+def test_queues_without_prompts():
+  rows = jax.tree.map(lambda x: x[:0], tiny.prompts())
+  with pytest.raises(ValueError, match='no prompts'):
+    rollout.in_queues(lambda x: x, rows, 4)
 
 
 # --- Any number of rows -------------------------------------------------------
@@ -260,25 +525,6 @@ def test_in_batches_without_rows():
 
 
 # --- Slices -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('mesh_shape', [None, (2, 2, 2)])
-def test_slices_sample_the_same(sampled, mesh_shape):
-  def run(params, prompts):
-    return rollout.in_slices(
-      lambda rows: tiny.generate(params, rows, KEY), prompts, 4
-    )
-
-  params, prompts = tiny.params('policy'), tiny.prompts()
-  if mesh_shape is None:
-    sliced = jax.jit(run)(params, jax.tree.map(jnp.asarray, prompts))
-  else:
-    mesh = sharding.make_mesh(mesh_shape)
-    with sharding.use_mesh(mesh):
-      sliced = jax.jit(run)(params, sharding.put_batch(prompts, mesh))
-  for name in ('tokens', 'mask', 'response_mask', 'ended'):
-    np.testing.assert_array_equal(getattr(sliced, name), getattr(sampled, name))
-  np.testing.assert_allclose(sliced.logprobs, sampled.logprobs, atol=1e-5)
 
 
 def test_slices_keep_the_order_of_rows():

@@ -286,8 +286,24 @@ def make_html(figures: run_figures.Figures, drawn: Mapping[str, bytes]) -> str:
   )
   metadata = run_figures.ordered(figures.metadata)
   labels = ''
+  if figures.likert:
+    likert = run_figures.ordered(figures.likert)
+    cases = run_figures.ordered(figures.likert_by_category)
+    labels += '<h2>Overall quality, 1 to 7</h2>' + _table(
+      ['', *(_text(run_figures.label(model)) for model, _ in likert)],
+      [
+        ['all', *(_range(value) for _, value in likert)],
+        *(
+          [
+            _text(name) or '–',
+            *(_range(row[name]) if name in row else '–' for _, row in cases),
+          ]
+          for name in run_figures.row_names(figures.likert_by_category)
+        ),
+      ],
+    )
   if metadata:
-    labels = '<h2>Labels of single answers</h2>' + _table(
+    labels += '<h2>Labels of single answers</h2>' + _table(
       ['', *(_text(run_figures.label(model)) for model, _ in metadata)],
       [
         [

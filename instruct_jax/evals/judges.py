@@ -200,13 +200,24 @@ def gold_labels(judgement: gold.Judgement) -> dict[str, bool]:
   }
 
 
+def gold_likert(judgement: gold.Judgement) -> float:
+  """Overall quality, 1 to 7, of a gold judgement.
+
+  The utility, from 0 to 1, cut into seven equal parts; a choice, since people's
+  use of the scale cannot be known from a program.
+  """
+  return float(min(7, 1 + int(7 * gold.utility(judgement))))
+
+
 def gold_rating(seed: int) -> RateFn:
-  """The miniature's labels; a program gives no Likert rating."""
+  """The miniature's labels, and its utility on the Likert scale."""
   the_world = world.make_world(seed)
-  return lambda answers: [
-    [Rating(None, gold_labels(gold.judge(prompt, a.response, the_world)))]
-    for prompt, a in answers
-  ]
+
+  def rate(answers):
+    judged = [gold.judge(p, a.response, the_world) for p, a in answers]
+    return [[Rating(gold_likert(j), gold_labels(j))] for j in judged]
+
+  return rate
 
 
 # --- People -------------------------------------------------------------------

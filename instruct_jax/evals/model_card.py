@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from instruct_jax.evals import report, run_figures
+from instruct_jax.evals import preference_accuracy, report, run_figures
 
 _SECONDS_PER_DAY = 86_400
 _PAPER_COMPUTE = 'SFT 4.9, PPO-ptx 60, GPT-3 pretraining 3,640 (paper 5.1)'
@@ -25,9 +25,13 @@ class Facts:
     policy_parameters, reward_parameters: without padding of the vocabulary.
     world: what the data are, in a sentence or two.
     people: True where people labeled, False where programs did.
+    labeling: content of the statistics.json of a labeling site's export that
+      the reward model learned from; empty without one.
     hyper_parameters: stage -> name -> value.
     compute: stage -> floating-point operations.
-    suite: public task -> figure, where the suite was run.
+    suite: public task, prompt and metric -> model -> figure, where the suite
+      was run.
+    suite_judges: task -> who judged its answers, where no rule can.
   """
 
   name: str
@@ -38,7 +42,11 @@ class Facts:
   people: bool
   hyper_parameters: Mapping[str, Mapping[str, Any]]
   compute: Mapping[str, float]
-  suite: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  labeling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  suite: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
+  suite_judges: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def training_operations(
@@ -88,10 +96,14 @@ def not_evaluated(figures: run_figures.Figures, facts: Facts) -> list[str]:
   """What a reader of the paper would look for and not find here."""
   missing = []
   if not facts.people:
-    missing.append(
-      'preferences of people: all labels and all judgements are by programs'
+    made = (
+      'all judgements are'
+      if facts.labeling
+      else 'all labels and all judgements are'
     )
-  missing.append('Likert ratings of overall quality')
+    missing.append(f'preferences of people: {made} by programs')
+  if not figures.likert:
+    missing.append('Likert ratings of overall quality')
   if not facts.suite:
     missing.append(
       'the public NLP suite (TruthfulQA, RealToxicityPrompts, Winogender, '
@@ -195,19 +207,20 @@ def make_card(figures: run_figures.Figures, facts: Facts) -> str:
     '',
   ]
   lines += table(
-    ['model', 'win rate', 'prompts'],
+    ['model', 'win rate', 'overall quality, 1 to 7', 'prompts'],
     [
-      [escape(run_figures.label(m)), cell(rate), f'{rate.num_prompts:,}']
+      [
+        escape(run_figures.label(m)),
+        cell(rate),
+        cell(figures.likert[m]) if m in figures.likert else '–',
+        f'{rate.num_prompts:,}',
+      ]
       for m, rate in run_figures.ordered(figures.win_rate)
     ],
   )
   lines += _reward_model(figures)
   lines += _tax(figures)
-  if facts.suite:
-    lines += ['Public NLP suite:', '']
-    lines += table(
-      ['task', 'figure'], [[escape(k), cell(v)] for k, v in facts.suite.items()]
-    )
+  lines += _suite(facts)
   lines += _limitations(figures, facts)
   lines += ['## Not evaluated', '']
   lines += [f'- {escape(text)}' for text in not_evaluated(figures, facts)]
@@ -217,6 +230,8 @@ def make_card(figures: run_figures.Figures, facts: Facts) -> str:
 def _labelers(figures, facts) -> Sequence[str]:
   cell, escape = report.cell, report.escape
   lines = []
+  if facts.labeling:
+    return _labeling(facts.labeling)
   if not facts.people:
     lines += [
       'The labelers are programs with tastes and noise of their own, not '
@@ -234,6 +249,89 @@ def _labelers(figures, facts) -> Sequence[str]:
         rows.append([name, cell(value)])
     rows.append(['in the paper', '72.6 ± 1.5 % and 77.3 ± 1.3 %'])
   return lines + (report.table(['', ''], rows) if rows else [])
+
+
+def _labeling(statistics) -> Sequence[str]:
+  """What the labeling site's export says about who labeled."""
+  cell, escape = report.cell, report.escape
+
+  def agreement(value):
+    return '–' if value is None else _agreement(value)
+
+  rows = [
+    ['labelers', cell(statistics['num_labelers'])],
+    ['answers', cell(statistics['num_answers'])],
+    *(
+      [f'answers of kind {escape(kind)}', cell(count)]
+      for kind, count in statistics['by_kind'].items()
+    ),
+    ['instructions', escape(', '.join(statistics['instructions']))],
+    *(
+      [f'agreement, {escape(who)}', agreement(value)]
+      for who, value in statistics['agreement'].items()
+    ),
+    ['agreement in the paper', '72.6 ± 1.5 % and 77.3 ± 1.3 %'],
+  ]
+  return [
+    'The rankings that the reward model learned from were made by people on '
+    'the labeling site; names are pseudonyms, and the site asks for no '
+    'personal data. Agreement is the share of pairs ordered alike.',
+    '',
+    *report.table(['', ''], rows),
+    *report.table(
+      [
+        'labeler',
+        'role',
+        'answers',
+        'median seconds',
+        'ties',
+        'skipped',
+        'agreement with labelers',
+        'with researchers',
+      ],
+      [
+        [
+          escape(person['name']),
+          escape(person['role']),
+          cell(person['answers']),
+          cell(person['median_seconds']),
+          cell(person['tie_rate']),
+          cell(person['skip_rate']),
+          agreement(person['agreement']),
+          agreement(person['with_researchers']),
+        ]
+        for person in statistics['labelers']
+      ],
+    ),
+  ]
+
+
+def _agreement(value) -> str:
+  found = preference_accuracy.Agreement(**value)
+  return f'{report.cell(found)}, {found.num_pairs:,} pairs'
+
+
+def _suite(facts) -> Sequence[str]:
+  if not facts.suite:
+    return []
+  models = list(dict.fromkeys(m for row in facts.suite.values() for m in row))
+  lines = [
+    'Public NLP suite (paper, Table 14), 95 % intervals by item:',
+    '',
+    *report.table(
+      ['task', *(report.escape(run_figures.label(m)) for m in models)],
+      [
+        [
+          report.escape(task),
+          *(report.cell(row[m]) if m in row else '–' for m in models),
+        ]
+        for task, row in facts.suite.items()
+      ],
+    ),
+  ]
+  for task, judge in facts.suite_judges.items():
+    lines += [f'{report.escape(task)} is judged by {report.escape(judge)}.', '']
+  return lines
 
 
 def _reward_model(figures) -> Sequence[str]:

@@ -391,22 +391,40 @@ def probe_names(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
 
 
 def _plot_probes(figures: run_figures.Figures) -> bytes | None:
-  return _tax_along(dict(run_figures.ordered(figures.rl_metrics)), _colour)
+  runs = dict(run_figures.ordered(figures.rl_metrics))
+  return _tax_along(runs, _probe_panels(runs), _colour)
 
 
-def _tax_along(runs, colour_of) -> bytes | None:
-  """Public tasks against iteration, one panel each, a line a run (Fig 35)."""
-  names = probe_names(runs)
+def _probe_panels(runs):
+  return {
+    name: (f'probe/{name}', f'probe_before/{name}')
+    for name in probe_names(runs)
+  }
+
+
+def _tax_along(runs, panels, colour_of) -> bytes | None:
+  """Figures against iteration, one panel each, a line a run (Fig 35).
+
+  Args:
+    runs: name -> rows of metrics.jsonl.
+    panels: title -> (metric, metric before RL).
+    colour_of: run -> colour.
+  """
+  names = {
+    title: keys
+    for title, keys in panels.items()
+    if any(keys[0] in row for rows in runs.values() for row in rows)
+  }
   if not names:
     return None
   columns = min(3, len(names))
   rows = -(-len(names) // columns)
   figure, axes = _canvas(rows, columns, 4.2 * columns, 3.0 * rows + 0.4)
-  for axis, name in zip(axes.flat, names, strict=False):
+  for axis, (name, keys) in zip(axes.flat, names.items(), strict=False):
     steps = []
     for run, lines in runs.items():
-      x, y = _series(lines, 'step', f'probe/{name}')
-      _, before = _series(lines, 'step', f'probe_before/{name}')
+      x, y = _series(lines, 'step', keys[0])
+      _, before = _series(lines, 'step', keys[1])
       # RL starts from what was measured before the first iteration.
       x, y = [0.0] * len(before) + x, before + y
       steps += x
@@ -442,7 +460,18 @@ def tax_along(
   palette = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']
   colours = dict(zip(runs, palette * len(runs), strict=False))
   with matplotlib.rc_context(_STYLE):
-    return _tax_along(runs, colours.get)
+    return _tax_along(
+      runs,
+      _probe_panels(runs)
+      | {
+        'pretraining loss, nats a token': (
+          'eval/pretraining_loss',
+          'eval/pretraining_loss_before',
+        ),
+        'reward-model score': ('objective/score', 'objective/score_before'),
+      },
+      colours.get,
+    )
 
 
 def tax_against(

@@ -136,6 +136,7 @@ def make_summary(figures: run_figures.Figures) -> dict[str, Any]:
       },
       'kl': {model: figures.kl.get(model) for model in run_figures.RL_MODELS},
       'metadata': figures.metadata,
+      'likert': figures.likert,
       'seconds': figures.seconds,
       'seed': figures.seed,
       'commit': figures.commit,
@@ -334,7 +335,12 @@ def _win_rate_section(
 def _metadata_section(
   figures: run_figures.Figures, drawn: set[str]
 ) -> list[str]:
-  lines = ['## Labels of single answers (paper, Table 3)', '']
+  lines = []
+  if figures.likert:
+    lines += ['## Overall quality, 1 to 7', '']
+    lines += _by_model('', {m: {'all': v} for m, v in figures.likert.items()})
+    lines += _by_model('use case', figures.likert_by_category)
+  lines += ['## Labels of single answers (paper, Table 3)', '']
   if not figures.metadata:
     return lines + _left_out(figures, 'metadata')
   lines += _image('metadata.png', 'Labels by model', drawn)

@@ -117,6 +117,8 @@ class Figures:
     win_rate: model (of `MODELS`) -> win rate against SFT.
     win_rate_by_category: model -> use case -> win rate against SFT.
     metadata: model -> Table 3 label -> share of answers in [0, 1].
+    likert: model -> mean overall quality, 1 to 7, clustered by prompt.
+    likert_by_category: model -> use case -> the same.
     rl_metrics: 'ppo', 'ppo_ptx' -> rows of metrics.jsonl, one an iteration,
       with 'step' and any of 'objective/score', 'objective/kl' (nats per
       response), 'eval/pretraining_loss' (nats per token), 'eval/gold', ...
@@ -152,6 +154,12 @@ class Figures:
   )
   metadata: Mapping[str, Mapping[str, win_rate_lib.Number]] = dataclasses.field(
     default_factory=dict
+  )
+  likert: Mapping[str, win_rate_lib.Interval] = dataclasses.field(
+    default_factory=dict
+  )
+  likert_by_category: Mapping[str, Mapping[str, win_rate_lib.Interval]] = (
+    dataclasses.field(default_factory=dict)
   )
   rl_metrics: Mapping[str, Sequence[MetricsRow]] = dataclasses.field(
     default_factory=dict

@@ -3,14 +3,17 @@
 The same blocks as in training, one after another instead of under `nn.scan`:
 every layer has its weights and its cache as arrays of their own, which matrix
 products read where they lie; slices of a stack would be copied for every token.
+Prompts are read as in training.
 """
+
+import math
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from instruct_jax.models import attention
+from instruct_jax.models import transformer
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.heads import Policy
 from instruct_jax.models.transformer import Block, LayerCache, make_sights
@@ -25,15 +28,47 @@ class Weights:
   """A policy's parameters laid out for decoding.
 
   Attributes:
-    outer: all but the layers, as they are trained: embeddings are added up in
-      float32.
-    unembedding: `outer` in the compute dtype.
-    layers: the parameters of each layer, matrices in the compute dtype.
+    trunk: as it is trained; prompts are read with it, and embeddings are added
+      up in float32.
+    unembedding: all of it but the layers, in the compute dtype.
+    layers: the parameters of each layer, matrices in the compute dtype and
+      transposed: [outputs, inputs], all else as trained.
   """
 
-  outer: Params
+  trunk: Params
   unembedding: Params
   layers: tuple[Params, ...]
+
+
+def _turned(params: Params) -> Params:
+  """A layer's kernels as matrices [outputs, inputs]; all else as it is."""
+
+  def turn(name, x):
+    if not name.endswith('_kernel'):
+      return x
+    num_in = 2 if name == 'out_kernel' else 1
+    inputs = math.prod(x.shape[:num_in])
+    return x.reshape(inputs, -1).T
+
+  return {name: turn(name, x) for name, x in params.items()}
+
+
+def _turned_back(config: TransformerConfig, params: Params) -> Params:
+  """As the blocks want them: another name for the same numbers, no copy."""
+  heads = {
+    'query_kernel': (config.num_heads, config.head_dim),
+    'key_kernel': (config.kv_heads, config.head_dim),
+    'value_kernel': (config.kv_heads, config.head_dim),
+  }
+
+  def turn(name, x):
+    if not name.endswith('_kernel'):
+      return x
+    if name == 'out_kernel':
+      return x.T.reshape(config.num_heads, config.head_dim, -1)
+    return x.T.reshape(x.shape[1], *heads.get(name, (x.shape[0],)))
+
+  return {name: turn(name, x) for name, x in params.items()}
 
 
 def in_compute_dtype(config: TransformerConfig, params: Params) -> Params:
@@ -61,14 +96,13 @@ def weights_of(
     cast: `in_compute_dtype` of them, laid out as decoding wants it.
   """
   layers = tuple(
-    jax.tree.map(lambda x, i=i: x[i], cast['trunk']['layers'])
+    _turned(jax.tree.map(lambda x, i=i: x[i], cast['trunk']['layers']))
     for i in range(config.num_layers)
   )
-  outer, unembedding = (
-    {name: x for name, x in tree['trunk'].items() if name != 'layers'}
-    for tree in (params, cast)
-  )
-  return Weights(outer, unembedding, layers)
+  unembedding = {
+    name: x for name, x in cast['trunk'].items() if name != 'layers'
+  }
+  return Weights(params['trunk'], unembedding, layers)
 
 
 def make_cache(
@@ -83,30 +117,6 @@ def make_cache(
   )
 
 
-def _embed(module, weights, tokens, positions):
-  return module.apply(
-    {'params': {'trunk': weights.outer}},
-    tokens,
-    jnp.clip(positions, 0, module.config.context_length - 1),
-    method=lambda model, *args: model.trunk.embed(*args),
-  )
-
-
-def _through_layers(config, weights, x, caches, sights):
-  windowed = config.window_layers or (False,) * config.num_layers
-  after = []
-  for params, cache, is_windowed in zip(
-    weights.layers, caches, windowed, strict=True
-  ):
-    # A flash kernel is chosen only where windows make no difference.
-    sight = sights[is_windowed and len(sights) > 1]
-    (x, cache), _ = Block(config).apply(
-      {'params': params}, (x, cache), (0, False), [sight], True
-    )
-    after.append((cache.keys, cache.values))
-  return x, tuple(after)
-
-
 def read(
   module: Policy,
   weights: Weights,
@@ -116,6 +126,7 @@ def read(
   """Keys and values of prompts, [S, K, P, H] in each layer.
 
   No logits: the last token of a prompt is read again by the first `step`.
+  Through the layers as in training, many tokens being worth a slice.
 
   Args:
     module: the policy.
@@ -124,30 +135,19 @@ def read(
     lengths: real tokens of each row.
   """
   config = module.config
-  num_rows, num_tokens = tokens.shape
-  columns = jnp.arange(num_tokens)
-  segments = (columns[None, :] < lengths[:, None]).astype(jnp.int32)
-  positions = jnp.broadcast_to(columns[None, :], tokens.shape)
-  allowed = (columns[:, None] >= columns[None, :])[None]
-  allowed = jnp.broadcast_to(
-    allowed & (segments > 0)[:, None, :], (num_rows, num_tokens, num_tokens)
+  segments = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
+  _, cache = module.apply(
+    {'params': {'trunk': weights.trunk}},
+    tokens,
+    segments.astype(jnp.int32),
+    transformer.make_cache(config, *tokens.shape),
+    method=lambda model, tokens, segments, cache: model.trunk(
+      tokens, segments, cache=cache
+    ),
   )
-  sights = make_sights(
-    config,
-    positions,
-    positions,
-    allowed,
-    segments,
-    attention.choose(config, num_rows, num_tokens),
+  return tuple(
+    (cache.keys[i], cache.values[i]) for i in range(config.num_layers)
   )
-  _, cache = _through_layers(
-    config,
-    weights,
-    _embed(module, weights, tokens, positions),
-    [LayerCache()] * config.num_layers,
-    sights,
-  )
-  return cache
 
 
 def step(
@@ -181,16 +181,28 @@ def step(
     None,
     None,
   )
-  x, cache = _through_layers(
-    config,
-    weights,
-    _embed(module, weights, tokens[:, None], positions),
-    [LayerCache(keys, values, lengths) for keys, values in cache],
-    sights,
+  x = module.apply(
+    {'params': {'trunk': weights.trunk}},
+    tokens[:, None],
+    jnp.clip(positions, 0, config.context_length - 1),
+    method=lambda model, *args: model.trunk.embed(*args),
   )
+  windowed = config.window_layers or (False,) * config.num_layers
+  after = []
+  for params, (keys, values), is_windowed in zip(
+    weights.layers, cache, windowed, strict=True
+  ):
+    (x, layer), _ = Block(config).apply(
+      {'params': _turned_back(config, params)},
+      (x, LayerCache(keys, values, lengths)),
+      (0, False),
+      [sights[is_windowed]],
+      True,
+    )
+    after.append((layer.keys, layer.values))
   logits = module.apply(
     {'params': {'trunk': weights.unembedding}},
     x[:, 0],
     method=lambda model, x: model.trunk.logits(x),
   )
-  return logits, cache
+  return logits, tuple(after)

@@ -1,0 +1,112 @@
+"""The alignment tax swept as in E.6: Figures 33, 34 and 35.
+
+  python -m instruct_jax.main --config=configs/tax.py --config.source=RUN \\
+    --config.probe_every=10 --config.probes=winogender=FILE
+
+RUN is a finished run of `configs/ppo_ptx.py`; `:smoke` and `:e2e` for runs of
+those variants. RL starts again from RUN's models, with the settings of its
+PPO-ptx stage save for one:
+
+  figure33  gamma, the pretraining coefficient
+  figure34  beta, the KL coefficient, with gamma at 0
+  figure35  twice the episodes, three seeds
+
+Values are multiples of the stage's own. Each is a stage, so a run that was cut
+goes on. Output: tax/figure33/tax_ptx_coef.png and so on, and tax.json beside
+them. Pretraining loss and reward-model score are always plotted, public tasks
+(names of `configs/nlp_suite.py`) where files are given.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, ppo_ptx
+
+GAMMAS = (0.0, 0.1, 1.0, 10.0)  # E.6 has 0 to beyond 27.8, on a log scale.
+BETAS = (0.3, 1.0, 10.0, 100.0)  # E.6: up to 100 times its own 0.02.
+NUM_SEEDS = 3  # Figure 35.
+_FROM_SOURCE = (
+  'tokenizer',
+  'init',
+  'reward_model',
+  'prompts',
+  'documents',
+  'valid_documents',
+)
+
+
+def ppo_stage(config, template, name, **changes):
+  """PPO on the models of `config.source`, with some keys changed."""
+  found = template.copy_and_resolve_references()
+  source = config.get_ref('source')
+  for key in _FROM_SOURCE:
+    found[key] = source + template[key]
+  found.name = name
+  found.workdir = config.get_ref('workdir')
+  found.mesh = config.get_ref('mesh')
+  found.probes = config.get_ref('probes')
+  found.probe_every = config.get_ref('probe_every')
+  found.probe_items = config.get_ref('probe_items')
+  found.update(changes)
+  return found
+
+
+def tax_stage(seed, workdir):
+  config = common.stage('tax', 'tax', seed, workdir)
+  config.source = ''
+  config.figures = ConfigDict()  # Folder of plots -> stages that are in them.
+  return config
+
+
+def _name(share):
+  return f'{share:g}'.replace('.', 'p')  # Keys hold no dots.
+
+
+def get_config(argument: str = 'miniature'):
+  if argument not in ('miniature', 'smoke', 'e2e'):
+    raise ValueError(
+      f'unknown variant {argument!r}; known: miniature, smoke, e2e'
+    )
+  # With an empty workdir its paths are those inside of a run.
+  template = ppo_ptx.get_config(argument).stages.ppo_ptx
+  config = common.root(f'tax_{argument}')
+  config.source = ''  # Folder of a finished run.
+  config.probes = ''  # TASK=FILE,TASK=FILE.
+  config.probe_every = 0  # Iterations between them; 0 asks none.
+  config.probe_items = template.probe_items
+  config.xla_flags = ppo_ptx.get_config(argument).xla_flags
+  seed, workdir = config.get_ref('seed'), config.get_ref('workdir')
+  groups = {
+    'figure33': {
+      f'gamma_x{_name(share)}': {
+        'ptx_coef': share * template.ptx_coef,
+        'seed': seed,
+      }
+      for share in GAMMAS
+    },
+    'figure34': {
+      f'beta_x{_name(share)}': {
+        'kl_coef': share * template.kl_coef,
+        'ptx_coef': 0.0,
+        'seed': seed,
+      }
+      for share in BETAS
+    },
+    'figure35': {
+      f'long_{number}': {
+        'num_episodes': 2 * template.num_episodes,
+        'seed': seed + number,
+      }
+      for number in range(NUM_SEEDS)
+    },
+  }
+  stages = config.stages
+  for runs in groups.values():
+    for name, changes in runs.items():
+      stages[name] = ppo_stage(config, template, name, **changes)
+  stages.tax = tax_stage(seed, workdir)
+  stages.tax.source = config.get_ref('source')
+  for figure, runs in groups.items():
+    stages.tax.figures[figure] = tuple(runs)
+  config.stage_order = (*(n for runs in groups.values() for n in runs), 'tax')
+  config.lock()
+  return config
