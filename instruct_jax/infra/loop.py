@@ -143,14 +143,16 @@ class Loop:
       state: arrays with the wanted shardings, at step 0.
 
     Raises:
-      checkpoint.CheckpointError: the checkpoint does not fit, or is damaged
-        beyond the ones kept.
+      checkpoint.CheckpointError: the checkpoint does not fit, is damaged
+        beyond the ones kept, or gone.
     """
     restored = self._checkpointer.restore_latest(state)
     if restored is not None:
       self._start, state, _ = restored
       if jax.process_index() == 0:
         print(f'{self._name}: continues after step {self._start}', flush=True)
+    else:
+      self._tell_of_a_fresh_start()
     self._last_line = self._start
     resume_step = self._start if restored is not None else None
     self._writer = metrics.MetricsWriter(self._workdir, resume_step)
@@ -277,13 +279,33 @@ class Loop:
       raise run.Stopped(f'{self._name}: stopped after step {done}')
     return line
 
+  def _tell_of_a_fresh_start(self):
+    """Lines without a checkpoint: killed before the first one, or it is gone.
+
+    A save waits for the one before: past the second one, there was one.
+    """
+    path = self._workdir / metrics.METRICS_FILE
+    if jax.process_index() != 0 or not path.exists():
+      return
+    last = max((line['step'] for line in metrics.read_lines(path)), default=0)
+    if last > 2 * self._checkpoint_every:
+      raise checkpoint.CheckpointError(
+        f'{self._name}: {path} goes to step {last}, and there is no checkpoint '
+        f'in {self._workdir / "checkpoints"}. Bring them back, or delete '
+        f'{self._workdir} to run this stage again from its start.'
+      )
+    if last:
+      run.say(f'{self._name}: had no checkpoint yet, starts again at step 0')
+
   def _check_workdir(self):
     """Files that were open when their directory was deleted would take lines
-    for ever."""
-    if not run.is_remote(self._workdir) and not self._workdir.exists():
+    for ever. A write in the background may have made the directory anew."""
+    if jax.process_index() != 0 or run.is_remote(self._workdir):
+      return
+    if not (self._workdir / metrics.METRICS_FILE).exists():
       raise run.WorkdirError(
-        f'{self._name}: the work directory {self._workdir} is gone. Bring it '
-        'back, or start again in another one.'
+        f'{self._name}: the work directory {self._workdir} is gone, or its '
+        f'{metrics.METRICS_FILE} is. Bring it back, or start again in another.'
       )
 
 
