@@ -75,6 +75,8 @@ def validate(config):
     )
   if config.pack_episodes < 1:
     raise ValueError(f'pack_episodes must be positive: {config.pack_episodes}')
+  if config.pack_spare < 1:
+    raise ValueError(f'pack_spare must be at least 1: {config.pack_spare}')
   if config.frozen_dtype not in ('float32', 'bfloat16'):
     raise ValueError(
       f"frozen_dtype must be 'float32' or 'bfloat16': {config.frozen_dtype!r}"
@@ -350,6 +352,7 @@ def plan_rows(config, programs, sampled, mesh, iteration, known=()):
     multiple=attention.TILE if tiled else 8,
     seed=(config.seed, iteration),
     known=known,
+    spare=config.pack_spare,
   )
   # Every host has the whole plan and hands over its own rows of it.
   layout = jax.tree.map(

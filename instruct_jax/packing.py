@@ -12,6 +12,7 @@ so as to even out in the others. So all minibatches have nearly the same number
 of tokens, and one shape fits them; and each inner epoch has a deal of its own.
 """
 
+import math
 from collections.abc import Iterable
 
 import flax.struct
@@ -54,15 +55,12 @@ class Layout:
   num_epochs: int = flax.struct.field(pytree_node=False)
 
 
-# A shape that was compiled before serves again up to so much more than needed.
-SPARE_TOKENS, SPARE_RESPONSES = 1.05, 1.25
-
-
 def choose_shape(
   num_tokens: int,
   num_responses: int,
   multiple: int,
   known: Iterable[tuple[int, int]] = (),
+  spare: float = 1.05,
 ) -> tuple[int, int]:
   """Columns of rows that hold so many tokens and response tokens.
 
@@ -71,18 +69,22 @@ def choose_shape(
     multiple: the first is a multiple of this.
     known: shapes used before, the smallest of which is taken if it fits
       without too much to spare: every new one is compiled.
+    spare: up to this many times the tokens that are needed, a known shape
+      serves; up to a fifth more for responses, which cost little. Above 1.1, a
+      new shape is larger than needed too, for what comes later.
   """
   fitting = [
     (length, responses)
     for length, responses in known
-    if num_tokens <= length <= SPARE_TOKENS * num_tokens
-    and num_responses <= responses <= SPARE_RESPONSES * num_responses
+    if num_tokens <= length <= spare * num_tokens
+    and num_responses <= responses <= 1.2 * spare * num_responses
   ]
   if fitting:
     return min(fitting)
-  length = round_up(num_tokens, multiple)
+  room = max(1.0, spare / 1.1)
+  length = round_up(math.ceil(room * num_tokens), multiple)
   step = max(8, length // 128 * 8)
-  return length, -(-num_responses // step) * step
+  return length, -(-math.ceil(room * num_responses) // step) * step
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -143,6 +145,7 @@ def plan(
   multiple: int,
   seed: tuple[int, ...],
   known: Iterable[tuple[int, int]] = (),
+  spare: float = 1.05,
 ) -> Layout:
   """Lays a rollout's episodes out in rows; NumPy arrays.
 
@@ -162,6 +165,7 @@ def plan(
     multiple: row lengths are multiples of this.
     seed: of the deal; the iteration is part of it.
     known: (L, Q) of earlier layouts of the run; see `choose_shape`.
+    spare: how much larger than needed rows may be; see `choose_shape`.
 
   Raises:
     ValueError: groups that do not divide the episodes; an empty episode.
@@ -204,7 +208,7 @@ def plan(
   final_row = row_in_step * num_steps + step
 
   L, Q = choose_shape(
-    int(used.max()), max(1, int(responses.max())), multiple, known
+    int(used.max()), max(1, int(responses.max())), multiple, known, spare
   )
   M = num_steps * num_microbatches * rows_per_group
   source, segments = np.zeros((2, M * L), np.int32)
