@@ -424,7 +424,7 @@ def measure_iteration(config, workdir) -> dict:
   per_iteration = 1 / config.num_iterations
   tokens, responses = real.sum() * per_iteration, lengths.sum() * per_iteration
   prompts_read = np.full(len(lengths), stage.prompt_length)
-  slots = stage.batch_size // stage.num_slices
+  slots = stage.num_slots or stage.batch_size
   decode_flops, decode_bytes = decode_work(
     work.shape, prompts_read, lengths, slots
   )
@@ -523,7 +523,7 @@ def measure_rollout(config, workdir) -> dict:
     times, compiled, recompiled = timed(config, sample)
   lengths = np.stack(lengths[config.num_warmups :])
   prompt_lengths = np.full(lengths.size, config.ppo.prompt_length)
-  slots = config.ppo.batch_size // config.ppo.num_slices
+  slots = config.ppo.num_slots or config.ppo.batch_size
   flops, moved = decode_work(work.shape, prompt_lengths, lengths.ravel(), slots)
   flops += forward_flops(work.shape, prompt_lengths, lengths.size)
   count = config.num_iterations

@@ -134,7 +134,7 @@ def test_token_by_token_as_the_sampler_does(name, tmp_path):
   @jax.jit
   def run(params, tokens):
     weights = decoder.prepare(params)
-    bank = decoder.read(weights, tokens[:, :6], lengths)
+    bank = decoder.read(weights, tokens[:, :6], jnp.asarray(lengths))
     cache = jax.tree.map(
       lambda empty, read: empty.at[:, :, :6].set(read),
       decoder.make_cache(2, tokens.shape[1]),
