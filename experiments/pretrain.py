@@ -84,16 +84,19 @@ def run(config, workdir: epath.Path):
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   mesh = sharding.make_mesh(config.mesh)
 
-  def rows_of(path):
+  def rows_of(path, cut):
     texts = [d.text for d in records.read_jsonl(path, records.Document)]
     return loader.pack_documents(
       tokenizer.encode_documents(texts),
       config.row_length,
       tokenizer.eos_id,
       tokenizer.pad_id,
+      cut=cut,
     )
 
-  train_rows, valid_rows = rows_of(config.documents), rows_of(config.valid)
+  train_rows = rows_of(config.documents, config.cut_documents)
+  # Held-out documents are whole, so that losses compare.
+  valid_rows = rows_of(config.valid, False)
   batches = loader.make_batches(
     train_rows,
     batch_size=config.batch_size,
