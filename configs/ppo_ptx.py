@@ -33,6 +33,7 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   config.prompt_length = 1024  # Tokens; longer ones are dropped (C).
   config.response_length = 1024  # Tokens; responses are capped (C).
   config.ptx_row_length = 2048  # Tokens; not printed, full context (13.4).
+  config.cut_documents = True  # Where a row ends; or rows have room left.
   config.num_episodes = 256_000  # C.4.
   config.batch_size = 512  # Episodes of an iteration (C.4).
   config.num_minibatches = 8  # Of 64 (C.4).
@@ -179,6 +180,7 @@ def pipeline(name: str):
     each.mesh = config.get_ref('mesh')
   for each in (stages.pretrain, stages.rl_init, stages.ppo, stages.ppo_ptx):
     each.documents = data + '/documents_train.jsonl'
+    each.cut_documents = False  # The logged runs had whole ones.
   stages.pretrain.valid = data + '/documents_valid.jsonl'
   for each in (stages.sft, stages.rl_init):
     each.init = workdir + '/pretrain/model'

@@ -428,20 +428,25 @@ def run(config, workdir: epath.Path):
     prompt_rows, batch_size=config.batch_size, seed=config.seed, **processes
   )
 
-  def pack(path):
+  def pack(path, cut):
     texts = records.read_jsonl(path, records.Document)
     return loader.pack_documents(
       tokenizer.encode_documents([d.text for d in texts]),
       config.ptx_row_length,
       tokenizer.eos_id,
       tokenizer.pad_id,
+      cut=cut,
     )
 
-  valid_rows = pack(config.valid_documents)
+  # Held-out documents are whole, so that losses compare.
+  valid_rows = pack(config.valid_documents, False)
   if use_ptx:
     num_ptx = config.batch_size * config.ptx_per_episode * config.num_epochs
     ptx = loader.make_batches(
-      pack(config.documents), batch_size=num_ptx, seed=config.seed, **processes
+      pack(config.documents, config.cut_documents),
+      batch_size=num_ptx,
+      seed=config.seed,
+      **processes,
     )
 
   num_iterations = config.num_episodes // config.batch_size
