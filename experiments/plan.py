@@ -231,7 +231,7 @@ def ppo_program(name, config, mesh, remat, parts):
   for away in set(stage.offload) - set(needs.get(name, ())):
     del resident[away]  # It waits on the host.
   if name in SAMPLING:
-    return sampling_program(name, stage, policy_shape, mesh, resident)
+    return sampling_program(name, stage, policy_shape, mesh, policy, resident)
   if name == 'score':
     sampled = rows_of(
       mesh,
@@ -277,7 +277,7 @@ def sampling_weights(module, gather_weights, mesh):
   return sharding.with_shardings(compiled.out_info, compiled.output_shardings)
 
 
-def sampling_program(name, stage, shape, mesh, resident):
+def sampling_program(name, stage, shape, mesh, policy, resident):
   """One step in every slot, or one reading of as many prompts as are read at a
   time; the last slots' emptying is left out."""
   module = artifacts.make_module('policy', shape)
@@ -308,7 +308,13 @@ def sampling_program(name, stage, shape, mesh, resident):
 
   weights = sampling_weights(module, stage.gather_weights, mesh)
   cache = cache_of(num_slots, sizes.widths[-1])
-  resident = resident | {'sampling weights': weights, 'cache': cache}
+  # Prompts are read with the layers as they are trained, where they lie.
+  trunk = weights.trunk | {'layers': policy.params['trunk']['layers']}
+  resident = resident | {
+    'sampling weights': weights.replace(trunk=trunk | {'layers': {}}),
+    'cache': cache,
+  }
+  weights = weights.replace(trunk=trunk)
   if name == 'prefill':
     tokens = rows(jnp.int32, num_read, stage.prompt_length)
     arguments = (weights, tokens, rows(jnp.int32, num_read))

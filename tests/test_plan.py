@@ -9,6 +9,7 @@ from etils import epath
 from configs import plan as config_file
 from experiments import plan
 from instruct_jax.infra import programs
+from instruct_jax.models import decoding
 
 
 @pytest.fixture
@@ -207,13 +208,12 @@ def test_a_plan_that_was_cut_goes_on(made_up, workdir):
 @pytest.fixture
 def described_weights(monkeypatch):
   """Without a TPU compiler nobody knows where sampling keeps its weights."""
-  monkeypatch.setattr(
-    plan,
-    'sampling_weights',
-    lambda module, gather, mesh: plan.artifacts.abstract_params(
-      'policy', module.config, mesh
-    ),
-  )
+
+  def weights(module, gather, mesh):
+    params = plan.artifacts.abstract_params('policy', module.config, mesh)
+    return decoding.Weights(params['trunk'], {}, ())
+
+  monkeypatch.setattr(plan, 'sampling_weights', weights)
 
 
 def test_what_the_cache_alone_forbids_is_not_compiled(
@@ -228,6 +228,11 @@ def test_what_the_cache_alone_forbids_is_not_compiled(
   size = 24 * 2 * 2048 * 2 * (512 * 2048 + 128 * 1024) / 8
   assert row['resident']['cache'] == size
   assert row['needed'] == sum(row['resident'].values())
+  # The embeddings; the layers are the policy's own, counted there.
+  shape, _ = plan.models(config, 'none')
+  embeddings = (shape.vocab_rows + shape.context_length) * shape.width
+  weights = row['resident']['sampling weights']
+  assert weights == pytest.approx(4 * embeddings / 8, rel=0.001)
   assert row['missing'] == row['needed'] - 15.75 * 2**30
   # No more pieces than leave a row to every shard.
   assert plan.largest_parts('decode', config, mesh) == 64
