@@ -33,6 +33,7 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   config.prompt_length = 1024  # Tokens; longer ones are dropped (C).
   config.response_length = 1024  # Tokens; responses are capped (C).
   config.ptx_row_length = 2048  # Tokens; not printed, full context (13.4).
+  config.cut_documents = True  # Where a row ends; or rows have room left.
   config.num_episodes = 256_000  # C.4.
   config.batch_size = 512  # Episodes of an iteration (C.4).
   config.num_minibatches = 8  # Of 64 (C.4).
@@ -64,8 +65,10 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   config.attention = 'auto'  # The platform's flash kernel; or 'xla', 'flash'.
   config.logprob_chunk = 0  # Columns of float32 logits at a time; 0 is all.
   config.pack = True  # Score and update dense rows, without padding.
-  config.pack_row_length = 0  # Tokens a row aims at; 0 is eight episodes'.
-  config.pack_multiple = 8  # Of row lengths; 128 for a TPU's flash kernel.
+  config.pack_episodes = 8  # Of a row, about.
+  # Rows may be this many times longer than needed where that spares compiling
+  # score and update for another length.
+  config.pack_spare = 1.05
   # Nats: the sampler's log-probabilities are the old ones where those of a
   # minibatch agree with the training graph's to this; 0 computes all anew.
   config.sampler_tolerance = 1e-3
@@ -177,6 +180,7 @@ def pipeline(name: str):
     each.mesh = config.get_ref('mesh')
   for each in (stages.pretrain, stages.rl_init, stages.ppo, stages.ppo_ptx):
     each.documents = data + '/documents_train.jsonl'
+    each.cut_documents = False  # The logged runs had whole ones.
   stages.pretrain.valid = data + '/documents_valid.jsonl'
   for each in (stages.sft, stages.rl_init):
     each.init = workdir + '/pretrain/model'
@@ -364,6 +368,7 @@ def miniature(name: str = 'ppo_ptx_miniature'):
     each.learning_rate = 2e-4
     each.value_learning_rate = 5e-4
     each.num_warmup_iterations = 4
+    each.pack_spare = 1.4  # Compiling costs as much as a dozen iterations.
   stages.ppo_ptx.ptx_coef = 1.0  # gamma does not carry over between scales.
   stages.ppo_ptx.ptx_per_episode = 2
   return config
@@ -512,6 +517,7 @@ def e2e():
     each.learning_rate = 2e-4
     each.value_learning_rate = 5e-4
     each.num_warmup_iterations = 4
+    each.pack_spare = 1.25
   stages.ppo_ptx.ptx_coef = 1.0  # gamma does not carry over between scales.
   stages.ppo_ptx.ptx_per_episode = 1
   stages.evaluate.row_length = context

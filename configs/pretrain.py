@@ -23,6 +23,7 @@ def stage(seed, workdir, name='pretrain'):
   config.documents = ''  # JSONL of documents to train on.
   config.valid = ''  # JSONL of held-out documents.
   config.row_length = 2048  # Tokens in a packed row (C: 2k context).
+  config.cut_documents = True  # Where a row ends; or rows have room left.
   config.batch_size = 512  # Rows.
   config.num_microbatches = 1  # Gradient accumulation.
   config.num_steps = 1

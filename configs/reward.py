@@ -5,6 +5,9 @@
     --config.comparisons=train.jsonl --config.valid_comparisons=valid.jsonl \
     --config.demonstrations=demonstrations.jsonl
 
+or, of an export of the labeling site, `--config.data.comparisons=EXPORT` for
+all three files.
+
 Sizes: 1p3b, 6b (default: the paper's one reward model), 175b. The size only
 decides memory settings here; the shape comes with `init`. `:gpt2` has settings
 for published models of that size and context (`--config.init=hf:gpt2`, or the
@@ -115,16 +118,26 @@ def hh():
   stages.reward.max_candidates = 2
   stages.reward.row_length = 256
   stages.reward.batch_size = 32
-  stages.reward.learning_rate = 1e-3
+  stages.reward.learning_rate = 3e-4  # 1e-3 learns less, 3e-3 nothing.
   stages.reward.eval_batch_size = 32
   stages.reward.checkpoint_every = 100
   config.lock()
   return config
 
 
+def from_export(config):
+  """The three files as the labeling site's export names them."""
+  config.data = ConfigDict({'comparisons': '.'})  # Folder of the export.
+  folder = config.data.get_ref('comparisons')
+  config.comparisons = folder + '/comparisons_train.jsonl'
+  config.valid_comparisons = folder + '/comparisons_valid.jsonl'
+  config.demonstrations = folder + '/demonstrations.jsonl'
+  return config
+
+
 def gpt2():
   """A published model; none of these numbers is the paper's."""
-  config = stage(0, '')
+  config = from_export(stage(0, ''))
   config.max_candidates = 9
   config.row_length = 1024  # GPT-2's context.
   config.learning_rate = 1e-5
@@ -141,7 +154,7 @@ def get_config(argument: str = '6b'):
   size, _, kind = argument.partition(',')
   if size not in ('1p3b', '6b', '175b') or kind not in ('', 'folds'):
     raise ValueError(f'unknown reward config: {argument!r}')
-  config = crossval_stage(0, '') if kind else stage(0, '')
+  config = from_export(crossval_stage(0, '') if kind else stage(0, ''))
   config.remat = 'full'
   config.num_microbatches = 8
   return common.single(config, size)

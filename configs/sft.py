@@ -36,6 +36,7 @@ def stage(seed, workdir, name='sft'):
   config.demonstrations = ''  # JSONL to train on.
   config.valid_demonstrations = ''  # JSONL for the loss of every epoch.
   config.documents = ''  # JSONL of pretraining text, for ptx_fraction.
+  config.cut_documents = True  # Where a row ends; or rows have room left.
   config.ptx_fraction = 0.0  # Share of pretraining rows in a batch (C.3).
   config.loss_on = 'response'  # Or 'all'. Not printed; a choice (13.4).
   config.pack = False  # Several demonstrations to a row.

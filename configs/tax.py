@@ -46,7 +46,10 @@ def ppo_stage(config, template, name, **changes):
   found.probes = config.get_ref('probes')
   found.probe_every = config.get_ref('probe_every')
   found.probe_items = config.get_ref('probe_items')
-  found.update(changes)
+  # Each once: a second value would change what the first refers to.
+  changes = {'num_episodes': config.get_ref('num_episodes'), **changes}
+  for key, value in changes.items():
+    found[key] = value
   return found
 
 
@@ -73,6 +76,7 @@ def get_config(argument: str = 'miniature'):
   config.probes = ''  # TASK=FILE,TASK=FILE.
   config.probe_every = 0  # Iterations between them; 0 asks none.
   config.probe_items = template.probe_items
+  config.num_episodes = template.num_episodes  # Of a run; fewer for a look.
   config.xla_flags = ppo_ptx.get_config(argument).xla_flags
   seed, workdir = config.get_ref('seed'), config.get_ref('workdir')
   groups = {
@@ -93,7 +97,7 @@ def get_config(argument: str = 'miniature'):
     },
     'figure35': {
       f'long_{number}': {
-        'num_episodes': 2 * template.num_episodes,
+        'num_episodes': config.get_ref('num_episodes') * 2,
         'seed': seed + number,
       }
       for number in range(NUM_SEEDS)

@@ -253,6 +253,7 @@ class Iteration:
       self.programs, self.policy.params, value.params, stage.kl_coef
     )
     self.reference = ppo_ptx.freeze(self.policy.params, stage.frozen_dtype)
+    self.known = set()  # Shapes of layouts so far.
     self.reward = None
     if config.reward == 'model':
       self.reward = ppo_ptx.freeze(value.params, stage.frozen_dtype)
@@ -302,9 +303,12 @@ class Iteration:
     )
 
   def plan(self, sampled, number):
-    return ppo_ptx.plan_rows(
-      self.stage, self.programs, sampled, self.mesh, number
+    layout = ppo_ptx.plan_rows(
+      self.stage, self.programs, sampled, self.mesh, number, self.known
     )
+    if layout is not None:
+      self.known.add((layout.source.shape[1], layout.where.shape[1]))
+    return layout
 
   def score(self, sampled, layout):
     return self.programs['score'](
@@ -420,7 +424,7 @@ def measure_iteration(config, workdir) -> dict:
   per_iteration = 1 / config.num_iterations
   tokens, responses = real.sum() * per_iteration, lengths.sum() * per_iteration
   prompts_read = np.full(len(lengths), stage.prompt_length)
-  slots = stage.batch_size // stage.num_slices
+  slots = stage.num_slots or stage.batch_size
   decode_flops, decode_bytes = decode_work(
     work.shape, prompts_read, lengths, slots
   )
@@ -519,7 +523,7 @@ def measure_rollout(config, workdir) -> dict:
     times, compiled, recompiled = timed(config, sample)
   lengths = np.stack(lengths[config.num_warmups :])
   prompt_lengths = np.full(lengths.size, config.ppo.prompt_length)
-  slots = config.ppo.batch_size // config.ppo.num_slices
+  slots = config.ppo.num_slots or config.ppo.batch_size
   flops, moved = decode_work(work.shape, prompt_lengths, lengths.ravel(), slots)
   flops += forward_flops(work.shape, prompt_lengths, lengths.size)
   count = config.num_iterations

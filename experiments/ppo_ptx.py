@@ -35,6 +35,7 @@ from instruct_jax.evals import heldout_loss
 from instruct_jax.evals.benchmarks import probe, runner
 from instruct_jax.infra import loop, metrics, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
+from instruct_jax.models import attention
 from instruct_jax.types import PackedPPOBatch
 
 OFFLOADED = ('ema', 'reference', 'reward')
@@ -67,16 +68,15 @@ def validate(config):
     raise ValueError(
       f'sampler_tolerance must not be negative: {config.sampler_tolerance}'
     )
-  if config.pack_row_length < 0 or config.pack_multiple < 1:
-    raise ValueError(
-      'pack_row_length must not be negative, pack_multiple positive: '
-      f'{config.pack_row_length}, {config.pack_multiple}'
-    )
   if not 0 <= config.num_slots <= config.batch_size:
     raise ValueError(
       f'num_slots must be 0 (as batch_size) to {config.batch_size}: '
       f'{config.num_slots}'
     )
+  if config.pack_episodes < 1:
+    raise ValueError(f'pack_episodes must be positive: {config.pack_episodes}')
+  if config.pack_spare < 1:
+    raise ValueError(f'pack_spare must be at least 1: {config.pack_spare}')
   if config.frozen_dtype not in ('float32', 'bfloat16'):
     raise ValueError(
       f"frozen_dtype must be 'float32' or 'bfloat16': {config.frozen_dtype!r}"
@@ -257,6 +257,14 @@ def build_programs(
     )
     if layout is not None:
       batch = packing.pack_batch(batch, layout)
+      real = layout.segments > 0
+      more |= {
+        'packing/fill': masked.metric(real.astype(jnp.float32), real | True),
+        'packing/row_length': masked.scalar(jnp.asarray(real.shape[1])),
+        'packing/row_responses': masked.scalar(
+          jnp.asarray(layout.where.shape[1])
+        ),
+      }
     return batch, {**score_metrics, **more}
 
   losses = {
@@ -316,18 +324,21 @@ def build_programs(
   }
 
 
-def plan_rows(config, programs, sampled, mesh, iteration):
+def plan_rows(config, programs, sampled, mesh, iteration, known=()):
   """Where score and update find a rollout's episodes: a layout on the mesh.
 
   None where it would not pay: without packing, or with padding below a
-  twentieth. Waits for the rollout, since lengths decide shapes.
+  twentieth. Waits for the rollout, since lengths decide shapes; `known` ones
+  (of `layout_shapes`) are used again.
   """
   if not config.pack:
     return None
   prompts, responses = np.asarray(programs['lengths'](sampled))
   if np.sum(prompts + responses) > 0.95 * sampled.mask.size:
     return None
-  T = config.prompt_length + config.response_length
+  # A TPU's flash kernel reads whole tiles.
+  on_tpu = mesh.devices.flat[0].platform == 'tpu'
+  tiled = config.attention == 'flash' or (config.attention == 'auto' and on_tpu)
   layout = packing.plan(
     prompts,
     responses,
@@ -337,15 +348,31 @@ def plan_rows(config, programs, sampled, mesh, iteration):
     num_microbatches=config.num_microbatches,
     num_epochs=config.num_epochs,
     num_shards=mesh.shape['data'] * mesh.shape['fsdp'],
-    row_length=config.pack_row_length or 8 * T,
-    multiple=config.pack_multiple,
+    row_episodes=config.pack_episodes,
+    multiple=attention.TILE if tiled else 8,
     seed=(config.seed, iteration),
+    known=known,
+    spare=config.pack_spare,
   )
   # Every host has the whole plan and hands over its own rows of it.
   layout = jax.tree.map(
     lambda x: np.split(x, jax.process_count())[jax.process_index()], layout
   )
   return sharding.put_batch(layout, mesh)
+
+
+def layout_shapes(rows) -> set[tuple[int, int]]:
+  """Shapes of layouts in the metrics so far.
+
+  From there and not from memory: a resumed run must choose as the one that was
+  cut would have chosen.
+  """
+  names = ('packing/row_length', 'packing/row_responses')
+  return {
+    tuple(int(row[name]) for name in names)
+    for row in rows
+    if row.get(names[0]) is not None
+  }
 
 
 def initial_state(programs, policy, value, kl_coef) -> ppo.PPOState:
@@ -401,20 +428,25 @@ def run(config, workdir: epath.Path):
     prompt_rows, batch_size=config.batch_size, seed=config.seed, **processes
   )
 
-  def pack(path):
+  def pack(path, cut):
     texts = records.read_jsonl(path, records.Document)
     return loader.pack_documents(
       tokenizer.encode_documents([d.text for d in texts]),
       config.ptx_row_length,
       tokenizer.eos_id,
       tokenizer.pad_id,
+      cut=cut,
     )
 
-  valid_rows = pack(config.valid_documents)
+  # Held-out documents are whole, so that losses compare.
+  valid_rows = pack(config.valid_documents, False)
   if use_ptx:
     num_ptx = config.batch_size * config.ptx_per_episode * config.num_epochs
     ptx = loader.make_batches(
-      pack(config.documents), batch_size=num_ptx, seed=config.seed, **processes
+      pack(config.documents, config.cut_documents),
+      batch_size=num_ptx,
+      seed=config.seed,
+      **processes,
     )
 
   num_iterations = config.num_episodes // config.batch_size
@@ -538,7 +570,9 @@ def run(config, workdir: epath.Path):
         sampled = programs['generate'](
           state.policy.params, batch, keys['rollout']
         )
-        layout = plan_rows(config, programs, sampled, mesh, iteration)
+        layout = plan_rows(
+          config, programs, sampled, mesh, iteration, layout_shapes(rows)
+        )
         ppo_batch, score_metrics = programs['score'](
           state.policy.params,
           wake('reference', reference),

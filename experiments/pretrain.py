@@ -89,16 +89,19 @@ def run(config, workdir: epath.Path):
     heads=[shape.num_heads, shape.kv_heads, shape.mlp_dim],
   )
 
-  def rows_of(path):
+  def rows_of(path, cut):
     texts = [d.text for d in records.read_jsonl(path, records.Document)]
     return loader.pack_documents(
       tokenizer.encode_documents(texts),
       config.row_length,
       tokenizer.eos_id,
       tokenizer.pad_id,
+      cut=cut,
     )
 
-  train_rows, valid_rows = rows_of(config.documents), rows_of(config.valid)
+  train_rows = rows_of(config.documents, config.cut_documents)
+  # Held-out documents are whole, so that losses compare.
+  valid_rows = rows_of(config.valid, False)
   batches = loader.make_batches(
     train_rows,
     batch_size=config.batch_size,

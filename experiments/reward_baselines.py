@@ -1,8 +1,9 @@
 """A reward model beside what needs no language model, by kind of prompt.
 
 Baselines: the longer (or the shorter) completion is better, whichever holds in
-training; and Bradley-Terry on bags of words. Each is fit on the training
-rankings of one category, the reward model has seen all of them.
+training; and Bradley-Terry on bags of words, its ridge chosen within the
+training rankings. Each is fit on the training rankings of one category, the
+reward model has seen all of them.
 """
 
 import jax
@@ -60,12 +61,14 @@ def run(config, workdir: epath.Path):
   for name in sorted({c.category for c in kept}):
     wanted = [i for i, c in enumerate(kept) if c.category == name]
     seen = [c for c in train if c.category == name]
+    l2 = baselines.choose_l2(seen)
     judges = {
       'length': baselines.fit_length(seen),
-      'bag of words': baselines.fit_bag_of_words(seen),
+      'bag of words': baselines.fit_bag_of_words(seen, l2=l2),
     }
     row = {
       'num_comparisons': len(wanted),
+      'l2': l2,
       'reward model': accuracy(
         wanted, lambda i: scores[i][: len(kept[i].completions)]
       ),

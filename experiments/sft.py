@@ -101,6 +101,7 @@ def run(config, workdir: epath.Path):
       config.row_length,
       tokenizer.eos_id,
       tokenizer.pad_id,
+      cut=config.cut_documents,
     )
     batches = loader.mixture(
       rows,

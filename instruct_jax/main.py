@@ -27,7 +27,7 @@ HEARTBEAT_SECONDS = 30
 SHUTDOWN_SECONDS = 30
 
 # Experiments without a device: of several processes only the first runs them.
-HOST_EXPERIMENTS = ('miniature_data', 'e2e_data', 'hh_data')
+HOST_EXPERIMENTS = ('miniature_data', 'e2e_data', 'hh_data', 'tax')
 
 # Experiments whose host side has not been told apart: one process.
 SINGLE_EXPERIMENTS = (
@@ -37,6 +37,7 @@ SINGLE_EXPERIMENTS = (
   'reward_baselines',
   'sample',
   'plan',
+  'benchmark',
 )
 
 # Keys that may differ between the runs of one work directory.

@@ -12,6 +12,9 @@ so as to even out in the others. So all minibatches have nearly the same number
 of tokens, and one shape fits them; and each inner epoch has a deal of its own.
 """
 
+import math
+from collections.abc import Iterable
+
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +53,38 @@ class Layout:
   ends: Int[Array, 'B']
   num_steps: int = flax.struct.field(pytree_node=False)
   num_epochs: int = flax.struct.field(pytree_node=False)
+
+
+def choose_shape(
+  num_tokens: int,
+  num_responses: int,
+  multiple: int,
+  known: Iterable[tuple[int, int]] = (),
+  spare: float = 1.05,
+) -> tuple[int, int]:
+  """Columns of rows that hold so many tokens and response tokens.
+
+  Args:
+    num_tokens, num_responses: of the fullest row.
+    multiple: the first is a multiple of this.
+    known: shapes used before, the smallest of which is taken if it fits
+      without too much to spare: every new one is compiled.
+    spare: up to this many times the tokens that are needed, a known shape
+      serves; up to a fifth more for responses, which cost little. Above 1.1, a
+      new shape is larger than needed too, for what comes later.
+  """
+  fitting = [
+    (length, responses)
+    for length, responses in known
+    if num_tokens <= length <= spare * num_tokens
+    and num_responses <= responses <= 1.2 * spare * num_responses
+  ]
+  if fitting:
+    return min(fitting)
+  room = max(1.0, spare / 1.1)
+  length = round_up(math.ceil(room * num_tokens), multiple)
+  step = max(8, length // 128 * 8)
+  return length, -(-math.ceil(room * num_responses) // step) * step
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -106,14 +141,17 @@ def plan(
   num_microbatches: int,
   num_epochs: int,
   num_shards: int,
-  row_length: int,
+  row_episodes: int,
   multiple: int,
   seed: tuple[int, ...],
+  known: Iterable[tuple[int, int]] = (),
+  spare: float = 1.05,
 ) -> Layout:
   """Lays a rollout's episodes out in rows; NumPy arrays.
 
   Within a group (a microbatch of a minibatch) the longest episode that is left
-  goes to the row with the most room, as many rows as devices, or multiples.
+  goes to the row with the most room; the number of rows does not depend on the
+  lengths.
 
   Args:
     prompt_lengths, response_lengths: real tokens of each episode.
@@ -122,10 +160,12 @@ def plan(
     num_minibatches, num_microbatches: groups an inner epoch.
     num_epochs: inner epochs, each dealt anew.
     num_shards: devices that rows are cut over.
-    row_length: tokens of a row to aim at; rows of attention kernels that read
-      whole rows should be few episodes long.
+    row_episodes: episodes of a row, about: rows fill up better with many, and
+      attention kernels that read whole rows cost less with few.
     multiple: row lengths are multiples of this.
     seed: of the deal; the iteration is part of it.
+    known: (L, Q) of earlier layouts of the run; see `choose_shape`.
+    spare: how much larger than needed rows may be; see `choose_shape`.
 
   Raises:
     ValueError: groups that do not divide the episodes; an empty episode.
@@ -141,9 +181,8 @@ def plan(
       for epoch in range(num_epochs)
     ]
   )
-  largest = int(lengths[groups].sum(axis=1).max())
   rows_per_group = num_shards * max(
-    1, round(largest / (num_shards * max(row_length, int(lengths.max()))))
+    1, round(groups.shape[1] / (num_shards * row_episodes))
   )
   num_steps = num_epochs * num_minibatches
   # Row and offset of every episode, in every epoch: [epochs * groups, E].
@@ -168,8 +207,9 @@ def plan(
   row_in_step = micro * rows_per_group + row
   final_row = row_in_step * num_steps + step
 
-  L = round_up(int(used.max()), multiple)
-  Q = round_up(max(1, int(responses.max())), 8)
+  L, Q = choose_shape(
+    int(used.max()), max(1, int(responses.max())), multiple, known, spare
+  )
   M = num_steps * num_microbatches * rows_per_group
   source, segments = np.zeros((2, M * L), np.int32)
   where, response = np.zeros((2, M * Q), np.int32)

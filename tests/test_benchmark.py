@@ -76,6 +76,8 @@ def test_an_iteration_is_taken_apart(ptx_coef, workdir, monkeypatch):
   config = tiny('iteration_ragged')
   with config.unlocked():
     config.ppo.ptx_coef = ptx_coef
+    # So few episodes change the shape of packed rows with every batch.
+    config.ppo.pack = ptx_coef > 0
     config.stop_fraction = 0.3
     config.reward = 'model'
   benchmark.run(config, epath.Path(workdir))
@@ -91,7 +93,9 @@ def test_an_iteration_is_taken_apart(ptx_coef, workdir, monkeypatch):
     'host',
     'checkpoint',
   }
-  assert result['recompilations'] == 0
+  if not config.ppo.pack:
+    assert result['recompilations'] == 0
+    assert result['padding'] == result['padding_without_packing']
   assert result['programs_compiled'] >= 3
   assert len(result['seconds']['runs']) == 5
   assert 0 < result['padding'] < 0.6

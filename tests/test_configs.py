@@ -78,6 +78,8 @@ def test_the_tax_is_swept_on_the_models_of_a_finished_run(tmp_path):
   assert {s.ptx_coef for s in beta} == {0}
   assert {s.num_episodes for s in long} == {2 * run.num_episodes}
   assert [s.seed for s in long] == [0, 1, 2]
+  config.num_episodes = 64
+  assert (beta[0].num_episodes, long[0].num_episodes) == (64, 128)
   assert long[0].init == f'{tmp_path}/rl_init/model'
   assert long[0].documents == f'{tmp_path}/data/documents_train.jsonl'
 
@@ -177,6 +179,8 @@ def test_paper_sizes_build_their_abstract_ppo_state(size):
     ('ppo_ptx', 'num_slices', 3, 'num_slices 3'),
     ('ppo_ptx', 'num_slots', 10**6, 'num_slots'),
     ('ppo_ptx', 'frozen_dtype', 'int8', "frozen_dtype.*'int8'"),
+    ('ppo_ptx', 'pack_episodes', 0, 'pack_episodes'),
+    ('ppo_ptx', 'sampler_tolerance', -1.0, 'sampler_tolerance'),
     ('ppo_ptx', 'ema_every', 'often', 'ema_every'),
     ('sft', 'ptx_fraction', 1.5, 'ptx_fraction'),
     ('sft', 'num_microbatches', 5, 'num_microbatches 5'),

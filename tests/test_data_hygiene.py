@@ -1,6 +1,8 @@
 import json
 import sys
+import time
 
+import numpy as np
 import pytest
 
 from instruct_jax.data import hygiene, records, tokenizer
@@ -204,3 +206,45 @@ def test_clean_counts_every_drop():
       fractions={'train': 1.0},
       seed=0,
     )
+
+
+@pytest.mark.slow
+def test_a_million_prompts():
+  """Minutes at most, and the time grows with the number (`-s` shows it)."""
+  generator = np.random.default_rng(0)
+  words = np.array([f'word{i}' for i in range(20_000)])
+  prompts = []
+  for number in range(1_000_000):
+    # Of 1,000 openings 20 words long, some alone and some with an own first
+    # word, so that about a tenth are duplicates.
+    text = ' '.join(words[(number % 1000 + np.arange(14)) % 20_000])
+    if generator.random() < 0.9:
+      text = f'{number} {text}'
+    user = f'u{generator.integers(100_000)}'
+    prompts.append(records.Prompt(id=str(number), text=text, user=user))
+
+  def seconds(what, function, rows):
+    start = time.process_time()
+    found = function(rows)
+    taken = time.process_time() - start
+    print(f'{what}, {len(rows):,} prompts: {taken:.2f} s of one core')
+    return found, taken
+
+  def duplicates(rows):
+    return hygiene.drop_duplicates(rows, 20)
+
+  _, short = seconds('duplicates', duplicates, prompts[:100_000])
+  (kept, dropped), long = seconds('duplicates', duplicates, prompts)
+  assert dropped > 90_000 and len(kept) + dropped == 1_000_000
+  assert long < 20 * short < 600
+  _, cap = seconds(
+    'cap', lambda rows: hygiene.cap_per_user(rows, 200, seed=0), kept
+  )
+  shares = {'train': 0.8, 'valid': 0.1, 'test': 0.1}
+  splits, split = seconds(
+    'split', lambda rows: hygiene.split_by_user(rows, shares, 0), kept
+  )
+  _, personal = seconds(
+    'personal data', hygiene.drop_personal_data, splits['train']
+  )
+  assert long + cap + split + personal < 600

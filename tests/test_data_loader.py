@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from instruct_jax import types
-from instruct_jax.data import loader, records, tokenizer
+from instruct_jax.data import importers, loader, records, sources, tokenizer
 
 EOS, PAD = 1, 0
 
@@ -43,6 +43,26 @@ def test_packing_by_hand():
   assert rows.tokens.dtype == np.int32 and rows.mask.dtype == bool
 
 
+@pytest.mark.parametrize('row_length', [512, 2048])
+def test_rows_of_real_lengths_are_full(data_root, row_length):
+  """97 % of all positions hold tokens, dialogues and pages alike."""
+  gpt2 = tokenizer.Tokenizer.load(data_root / 'gpt2_bpe')
+  dialogues = importers.read_hh(data_root / 'hh_helpful/train_gt.jsonl.gz')
+  rows, dropped = loader.demonstration_rows(
+    dialogues.demonstrations, gpt2, row_length, loss_on='response', pack=True
+  )
+  assert dropped < 40
+  assert loader.fill_fraction(rows) >= 0.97
+  pages = sources.read_documents(
+    data_root / 'wikitext2', words_per_document=300
+  )
+  ids = gpt2.encode_documents([page.text for page in pages])
+  rows = loader.pack_documents(
+    ids, row_length, gpt2.eos_id, gpt2.pad_id, cut=True
+  )
+  assert loader.fill_fraction(rows) >= 0.97
+
+
 def test_a_long_document_is_cut_into_segments():
   rows = loader.pack_documents([[3, 4, 5, 6, 7], [], [8, 9, 2]], 4, EOS, PAD)
   # 5 + EOS = 4 + 2 tokens; 3 + EOS = 4 fill a row; the empty one is left out.
@@ -51,6 +71,24 @@ def test_a_long_document_is_cut_into_segments():
   )
   with pytest.raises(ValueError, match='no documents'):
     loader.pack_documents([[]], 4, EOS, PAD)
+
+
+def test_documents_cut_where_rows_end():
+  documents = [[3, 4, 5, 6, 7], [], [8, 9, 2], [3, 4], [5]]
+  rows = loader.pack_documents(documents, 4, EOS, PAD, cut=True)
+  np.testing.assert_array_equal(
+    rows.tokens,
+    [[3, 4, 5, 6], [7, 1, 8, 9], [2, 1, 3, 4], [1, 5, 1, 0]],
+  )
+  np.testing.assert_array_equal(
+    rows.segments,
+    [[1, 1, 1, 1], [1, 1, 2, 2], [1, 1, 2, 2], [1, 2, 2, 0]],
+  )
+  # What begins a row has nothing before it in that row.
+  np.testing.assert_array_equal(
+    rows.loss_mask.astype(int),
+    [[0, 1, 1, 1], [0, 1, 0, 1], [0, 1, 0, 1], [0, 0, 1, 0]],
+  )
 
 
 def test_packing_loses_and_doubles_no_token(rng):

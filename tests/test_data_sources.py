@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.ipc
 import pytest
 
-from instruct_jax.data import records, sources
+from instruct_jax.data import convert, records, sources
 
 TEXT = 'one two\nthree\n\n\n  four five\n \nsix\n\n'
 
@@ -63,7 +63,7 @@ def test_tfds_without_tensorflow():
   program = """
 import sys
 import tensorflow_datasets as tfds
-from instruct_jax.data import records, sources
+from instruct_jax.data import convert, records, sources
 with tfds.testing.mock_data(num_examples=3):
   found = sources.read_documents('tfds:lm1b/train', words_per_document=9999)
   try:
@@ -146,3 +146,55 @@ def test_mix_by_hand():
     sources.mix([a, b], [1, 0], seed=0)
   with pytest.raises(ValueError, match='not empty'):
     sources.mix([a, []], [1, 1], seed=0)
+
+
+def test_the_command_reads_tables_and_mixes(tmp_path, capsys):
+  rows = [{'question': f'q{i}?', 'answer': f'a{i}'} for i in range(60)]
+  write_saved(tmp_path / 'set', rows)
+  out = tmp_path / 'out'
+  command = [
+    'demonstrations',
+    f'datasets:{tmp_path / "set"}',
+    '--field=prompt={question}\\n',
+    '--field=response={answer}',
+    f'--output={out}',
+    '--valid=0.2',
+  ]
+  assert convert.main(command) == 0
+  train, valid = (
+    records.read_jsonl(
+      out / f'demonstrations_{split}.jsonl', records.Demonstration
+    )
+    for split in ('train', 'valid')
+  )
+  assert len(train) + len(valid) == 60
+  assert train[0] == records.Demonstration('q0?\n', 'a0')
+
+  other = [records.Demonstration(f'x{i}', 'y') for i in range(60)]
+  records.write_jsonl(tmp_path / 'other.jsonl', other)
+  command = [
+    'demonstrations',
+    str(out / 'demonstrations_train.jsonl'),
+    str(tmp_path / 'other.jsonl'),
+    f'--output={tmp_path / "mix"}',
+    '--weights=1,0.5',
+  ]
+  assert convert.main(command) == 0
+  mixed = [
+    row
+    for split in ('train', 'valid')
+    for row in records.read_jsonl(
+      tmp_path / f'mix/demonstrations_{split}.jsonl', records.Demonstration
+    )
+  ]
+  own = sum(row.prompt.startswith('q') for row in mixed)
+  assert own == len(train) and len(mixed) - own == len(train) // 2
+  assert convert.main([*command[:-1], '--weights=1']) == 1
+  assert '2 parts with 1 weights' in capsys.readouterr().err
+  assert convert.main(['hh', *command[1:]]) == 1
+  assert 'go with documents, prompts' in capsys.readouterr().err
+
+  (tmp_path / 'a.txt').write_text('\n\n'.join(f'page {i}' for i in range(40)))
+  command = ['documents', str(tmp_path / 'a.txt'), '--words=2']
+  assert convert.main([*command, f'--output={tmp_path / "docs"}']) == 0
+  assert 'documents_train: ' in capsys.readouterr().out

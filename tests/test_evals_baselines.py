@@ -98,6 +98,29 @@ def test_separable_data_and_rare_words_are_no_trouble():
   assert judge.scores(unknown)[0].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize('noisy', [False, True])
+def test_the_ridge_is_chosen_on_prompts_that_were_not_seen(noisy):
+  """One word that always tells, or 300 that tell nothing."""
+  generator = np.random.default_rng(1)
+  comparisons = []
+  for number in range(200):
+    pair = [
+      ' '.join(f'w{i}' for i in generator.integers(0, 300, 20)) for _ in 'ab'
+    ]
+    if not noisy:
+      pair[0] += ' good'
+    comparisons.append(
+      records.Comparison(
+        prompt=f'p{number}', completions=tuple(pair), ranks=(1, 2)
+      )
+    )
+  l2 = baselines.choose_l2(comparisons, (0.1, 10.0, 1000.0))
+  assert l2 == (1000.0 if noisy else 0.1)
+  # Both comparisons of a prompt are on the same side.
+  with pytest.raises(ValueError, match='every pair tied'):
+    baselines.choose_l2(comparisons[:1] * 2)
+
+
 def test_bad_input():
   tied = [records.Comparison(prompt='p', completions=('a', 'b'), ranks=(1, 1))]
   with pytest.raises(ValueError, match='every pair tied'):

@@ -115,9 +115,10 @@ def test_killed_at_25_points_equals_uninterrupted(tmp_path):
     # By turns, so that each kind of point comes up: four times or more.
     point = POINTS[len(kills) % len(POINTS)]
     number = int(rng.integers(1, 3))
-    if point == 'stage':  # One look a stage: before ppo, before ppo_ptx.
-      number = 7 if 'ppo_ptx' not in diary.read_text() else 8
-    elif point == 'model' and last_step(diary, 'ppo') < NUM_ITERATIONS - 4:
+    current = STAGES[last_step(diary, STAGES[1]) >= 0]
+    if point == 'stage':  # One look a stage: six before ppo.
+      number = 7 + STAGES.index(current)
+    elif point == 'model' and last_step(diary, current) < NUM_ITERATIONS - 3:
       point = 'update'  # No model is near.
     delay = float(rng.uniform(0, 0.15))
     reached = {stage: last_step(diary, stage) for stage in STAGES}

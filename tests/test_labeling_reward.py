@@ -1,5 +1,6 @@
 """From clicks on the labeling site to a trained reward model."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,16 +10,19 @@ pytest.importorskip('starlette', reason='pip install -r requirements-labeling')
 pytest.importorskip('sqlalchemy')
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from configs import reward as config_file
 from configs import sample as sample_config_file
-from experiments import reward, sample
+from experiments import evaluate, reward, sample
 from instruct_jax import artifacts
 from instruct_jax.data import records, tokenizer
+from instruct_jax.evals import model_card
 from instruct_jax.infra import sharding
 from instruct_jax.labeling import research
 from instruct_jax.models.config import TransformerConfig
 from tests import labeling_people as people
+from tests import test_evals_model_card, test_evals_report
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 WORDS = ['Prompt', 'number', 'text']
@@ -69,9 +73,7 @@ def make_config(exported, workdir, folds):
     artifacts.save(workdir / 'sft', model, tokens.fingerprint, {})
   config.tokenizer = str(workdir / 'tokenizer')
   config.init = str(workdir / 'sft')
-  config.comparisons = str(exported / 'comparisons_train.jsonl')
-  config.valid_comparisons = str(exported / 'comparisons_valid.jsonl')
-  config.demonstrations = str(exported / 'demonstrations.jsonl')
+  config.data.comparisons = str(exported)
   config.row_length = 32
   config.batch_size = 8  # Of eight fake devices.
   config.num_microbatches = 1
@@ -122,13 +124,29 @@ def test_no_user_is_in_both_splits(exported):
   assert not users['train'] & users['valid']
 
 
-def test_statistics_for_a_model_card(exported):
-
+def test_statistics_reach_the_model_card(exported):
   found = json.loads((exported / 'statistics.json').read_text())
   assert found['num_labelers'] == 5
   assert found['agreement']['labelers']['rate'] == 1.0
   assert found['by_kind'] == {'ranking': 50, 'demonstration': 4}
   assert {p['name'] for p in found['labelers']} >= {'labeler0', 'labeler4'}
+  # As the evaluation of a pipeline finds them, beside the rankings.
+  config = ConfigDict(
+    {'comparisons': str(exported / 'comparisons_train.jsonl')}
+  )
+  assert evaluate.labeling_statistics(config) == found
+  card = model_card.make_card(
+    test_evals_report._full(),
+    dataclasses.replace(test_evals_model_card.FACTS, labeling=found),
+  )
+  assert '| labelers | 5 |' in card
+  assert '| answers of kind ranking | 50 |' in card
+  assert '| agreement, labelers | 1.000 [1.000, 1.000]' in card
+  assert '| labeler3 | labeler | 10 |' in card
+  summary = evaluate.labeling_summary(config)
+  assert summary['agreement of labelers'].rate == 1.0
+  no_export = ConfigDict({'comparisons': str(exported / 'none' / 'x.jsonl')})
+  assert evaluate.labeling_summary(no_export) == {}
 
 
 def test_samples_of_checkpoints_become_tasks(exported, tmp_path):
@@ -146,7 +164,7 @@ def test_samples_of_checkpoints_become_tasks(exported, tmp_path):
   config.tokenizer = model.tokenizer
   config.prompts = str(folder / 'prompts.jsonl')
   config.prompt_length = config.response_length = 4
-  assert sample.run(config, folder / 'sample') == {'prompts': 1, 'dropped': 2}
+  assert sample.run(config, folder / 'sample') == {'prompts': 1, 'dropped': 1}
   content = (folder / 'sample' / 'samples.jsonl').read_bytes()
   line = json.loads(content)
   assert line['models'] == ['first', 'first', 'second', 'second']

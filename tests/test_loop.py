@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from instruct_jax.infra import loop, metrics, run, train_state
+from instruct_jax.infra import checkpoint, loop, metrics, run, train_state
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -118,6 +119,14 @@ def test_time_spent_waiting_for_batches_is_told(uninterrupted):
   }
   # The batch of step 3 took 0.2 s, and is on the line after it.
   assert 0.2 <= waited[4] == max(waited.values())
+
+
+def test_lines_tell_what_was_compiled(uninterrupted):
+  lines = metrics.read_lines(uninterrupted[0] / metrics.TIMING_FILE)
+  assert lines[0]['timing/programs_compiled'] > 0
+  assert lines[0]['timing/compile_seconds'] > 0
+  # All shapes have been seen.
+  assert lines[-1]['timing/programs_compiled'] == 0
 
 
 # Before the first checkpoint, right after one, between, and after the last.
@@ -255,7 +264,7 @@ def test_a_directory_that_is_gone(workdir):
 
   with pytest.raises(run.WorkdirError, match=f'toy: .* {workdir} is gone'):
     run_loop(workdir, update_fn=removing)
-  assert not workdir.exists()
+  assert not (workdir / metrics.METRICS_FILE).exists()
 
 
 def test_a_full_disk_under_the_lines(workdir, uninterrupted):
@@ -273,6 +282,27 @@ def test_a_full_disk_under_the_lines(workdir, uninterrupted):
       run_loop(workdir)
   (workdir / metrics.METRICS_FILE).unlink()
   assert_same(workdir, run_loop(workdir), uninterrupted)
+
+
+def test_lost_checkpoints_are_no_fresh_start(workdir, capsys):
+  with pytest.raises(KilledError):
+    run_loop(workdir, kill_at=7, checkpoint_every=2)
+  shutil.rmtree(workdir / 'checkpoints')
+  before = lines_of(workdir)
+  with pytest.raises(
+    checkpoint.CheckpointError, match=r'toy: .* goes to step 6, and there is no'
+  ):
+    run_loop(workdir, checkpoint_every=2)
+  assert lines_of(workdir) == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_says_so(
+  workdir, uninterrupted, capsys
+):
+  with pytest.raises(KilledError):
+    run_loop(workdir, kill_at=3)
+  assert_same(workdir, run_loop(workdir), uninterrupted)
+  assert 'toy: had no checkpoint yet, starts again' in capsys.readouterr().out
 
 
 def test_sigterm_not_acted_on_goes_to_the_outer_signal(workdir):

@@ -125,6 +125,16 @@ def test_all_experiments_of_the_repository_are_found():
       )
 
 
+def test_every_experiment_says_what_several_processes_do():
+  """Those of the third group run in all of them (tests/test_multihost.py)."""
+  files = {file.stem for file in (ROOT / 'experiments').glob('*.py')}
+  together = {'pretrain', 'sft', 'compare', 'reward', 'select_sft', 'ppo_ptx'}
+  together |= {'evaluate', '__init__'}
+  groups = (set(main.HOST_EXPERIMENTS), set(main.SINGLE_EXPERIMENTS), together)
+  assert sum(map(len, groups)) == len(files)
+  assert set.union(*groups) == files
+
+
 # --- Stages -------------------------------------------------------------------
 
 

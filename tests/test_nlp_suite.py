@@ -249,6 +249,8 @@ def test_no_data_and_no_judge_are_named(folder, tmp_path):
     config.data[name] = ''
   with pytest.raises(ValueError, match='data names no file'):
     nlp_suite.validate(config)
+  config.may_be_empty = True  # As a stage of a pipeline.
+  assert nlp_suite.run(config, epath.Path(tmp_path)) == {'scores': {}}
   config.data.truthful_qa = 'x.csv'
   with pytest.raises(ValueError, match='truth_labels and info_labels'):
     nlp_suite.validate(config)

@@ -48,7 +48,7 @@ def plan(rows: Rollout, **changes) -> packing.Layout:
     'num_microbatches': 2,
     'num_epochs': 2,
     'num_shards': 1,
-    'row_length': 3 * T,
+    'row_episodes': 3,
     'multiple': 8,
     'seed': (0, 5),
   } | changes
@@ -155,7 +155,7 @@ def test_padding_of_ragged_work_is_below_a_twentieth(
       num_microbatches=1,
       num_epochs=1,
       num_shards=1,
-      row_length=8 * (prompt + longest),
+      row_episodes=8,
       multiple=8,
       seed=(0, seed),
     )
@@ -171,6 +171,16 @@ def test_sizes_come_from_a_short_ladder():
   assert ((rungs - sizes)[large] < sizes[large] / 16).all()
   # Sixteen rungs an octave.
   assert len(np.unique(rungs[(sizes > 1024) & (sizes <= 2048)])) == 16
+
+
+def test_known_shapes_serve_again():
+  shape = packing.choose_shape(1_000, 300, 8)
+  assert shape == (1_024, 320)
+  known = {shape, (2_048, 640)}
+  assert packing.choose_shape(990, 310, 8, known) == shape
+  # 1,024 is more than a twentieth above 970; nothing known holds 1,025.
+  assert packing.choose_shape(970, 300, 8, known) == (992, 336)
+  assert packing.choose_shape(1_025, 300, 8, known)[0] == 1_088
 
 
 def test_bad_batches_are_named():
@@ -245,7 +255,7 @@ def build(**changes):
     'learning_rate': 1e-2,
     'value_learning_rate': 1e-2,
     'num_warmup_iterations': 0,
-    'pack_row_length': 3 * T,
+    'pack_episodes': 8,
   } | changes
   for name, value in values.items():
     config[name] = value
@@ -290,7 +300,13 @@ def test_scores_do_not_depend_on_packing(programs):
     np.testing.assert_allclose(
       back, getattr(padded, name), rtol=1e-4, atol=1e-4, err_msg=name
     )
-  assert set(packed_metrics) == set(padded_metrics)
+  extra = {'packing/fill', 'packing/row_length', 'packing/row_responses'}
+  assert set(packed_metrics) == set(padded_metrics) | extra
+  row = {name: total for name, (total, _) in packed_metrics.items()}
+  shape = (layout.segments.shape[1], layout.where.shape[1])
+  assert ppo_ptx.layout_shapes([{}, row]) == {shape}
+  total, count = packed_metrics['packing/fill']
+  assert total / count == pytest.approx(packing.fill_fraction(layout))
   for name, (total, count) in padded_metrics.items():
     if name.startswith('objective/sampler'):
       continue  # Of some rows, and not of the same ones.

@@ -91,7 +91,7 @@ def test_card_and_page_are_written(finished):
   suite = json.loads((finished / 'nlp_suite' / 'suite.json').read_text())
   for cell in suite['cells']:
     assert f'{cell["score"]:.3f} [{cell["low"]:.3f}' in card
-  assert 'winogender, basic_prompt' in card
+  assert 'winogender, basic prompt' in card
   assert 'NLP suite (TruthfulQA' not in card  # It was not left out.
   likert = summary['likert']['ppo_ptx']
   assert 1 <= likert['low'] <= likert['mean'] <= likert['high'] <= 7

@@ -113,7 +113,8 @@ def small(config):
   return config
 
 
-def run_sft(data, workdir, init):
+def run_sft(data, workdir, init, **changes):
+  values = {'row_length': 96, 'batch_size': 8, 'num_epochs': 1}
   run(
     small(sft.get_config('gpt2')),
     workdir,
@@ -121,13 +122,12 @@ def run_sft(data, workdir, init):
     tokenizer=init,
     demonstrations=str(data / 'demonstrations_train.jsonl'),
     valid_demonstrations=str(data / 'demonstrations_valid.jsonl'),
-    row_length=96,
-    batch_size=8,
-    num_epochs=1,
+    **{**values, **changes},
   )
 
 
-def run_reward(data, workdir, init, tokenizer):
+def run_reward(data, workdir, init, tokenizer, **changes):
+  values = {'max_candidates': 2, 'row_length': 96, 'batch_size': 16}
   run(
     small(reward.get_config('gpt2')),
     workdir,
@@ -136,9 +136,7 @@ def run_reward(data, workdir, init, tokenizer):
     comparisons=str(data / 'comparisons_train.jsonl'),
     valid_comparisons=str(data / 'comparisons_valid.jsonl'),
     demonstrations=str(data / 'demonstrations_train.jsonl'),
-    max_candidates=2,
-    row_length=96,
-    batch_size=16,
+    **{**values, **changes},
   )
 
 
@@ -259,3 +257,47 @@ def test_folded_shift_gives_the_same_score(tmp_path):
       tmp_path / 'llama_out',
       fold_shift=True,
     )
+
+
+@pytest.mark.slow
+def test_all_stages_on_real_dialogues(data_root, tmp_path):
+  """HH's own files and GPT-2's own vocabulary, with a tiny random GPT-2."""
+  for name, file in (
+    ('helpful', 'hh_helpful/train_gt.jsonl.gz'),
+    ('harmless', 'hh_harmless/harmless_train_gt.jsonl.gz'),
+  ):
+    lines = records.read_bytes(data_root / file).split(b'\n')[:60]
+    (tmp_path / f'{name}.jsonl').write_bytes(b'\n'.join(lines))
+  paths = [tmp_path / 'helpful.jsonl', tmp_path / 'harmless.jsonl']
+  counts = convert.convert('hh', paths, tmp_path, valid=0.2, seed=0)
+  assert counts['comparisons_train'] + counts['comparisons_valid'] > 110
+  texts = records.read_jsonl(
+    tmp_path / 'demonstrations_train.jsonl', records.Demonstration
+  )
+  records.write_jsonl(
+    tmp_path / 'documents.jsonl',
+    [records.Document(d.prompt + d.response) for d in texts],
+  )
+  shape = dataclasses.replace(GPT2, vocab_size=50257, context_length=128)
+  model = artifacts.init(
+    'policy', shape, sharding.make_mesh((1, -1, 1)), jax.random.key(1)
+  )
+  hf.save(tmp_path / 'gpt2', shape, model.params)
+  for ours, theirs in (
+    ('encoder.json.gz', 'vocab.json'),
+    ('vocab.bpe.gz', 'merges.txt'),
+  ):
+    content = records.read_bytes(data_root / 'gpt2_bpe' / ours)
+    (tmp_path / 'gpt2' / theirs).write_bytes(content)
+  init = f'hf:{tmp_path / "gpt2"}'
+  rows = {'row_length': 128, 'batch_size': 8, 'eval_batch_size': 8}
+  run_sft(tmp_path, tmp_path / 'sft', init, **rows)
+  folders = [str(tmp_path / name / 'model') for name in ('sft', 'reward')]
+  run_reward(tmp_path, tmp_path / 'reward', folders[0], init, **rows)
+  run_ppo(tmp_path, tmp_path / 'ppo', *folders, init, prompt_length=100)
+  results = json.loads((tmp_path / 'reward' / 'results.json').read_text())
+  # Some are longer than a row; most are not.
+  assert 0 < results['num_dropped'] < 60 < results['num_comparisons']
+  lines = (tmp_path / 'ppo' / 'metrics.jsonl').read_text().splitlines()
+  assert len(lines) == 2
+  assert all(json.loads(line)['objective/kl'] is not None for line in lines)

@@ -8,10 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from instruct_jax import losses, masked, supervised
+from instruct_jax import artifacts, losses, masked, supervised
+from instruct_jax.data import loader, records
+from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import train_state
 from instruct_jax.models.heads import token_logprobs
 from instruct_jax.types import TextBatch
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -74,6 +77,46 @@ def test_loss_by_hand():
   np.testing.assert_allclose(summed, 3 * 2.0794415, rtol=1e-6)
   assert count == 3.0
   assert metrics['nll'] == (summed, count)
+
+
+def test_packed_rows_have_the_loss_of_rows_of_their_own():
+  """Through a Transformer: no attention across, positions from 0 again."""
+  words = tokenizer_lib.train_word_level([f'w{i}' for i in range(27)])
+  generator = np.random.default_rng(0)
+
+  def text(low, high):
+    numbers = generator.integers(0, 27, generator.integers(low, high))
+    return ' '.join(f'w{number}' for number in numbers)
+
+  demonstrations = [
+    records.Demonstration(text(1, 5), text(1, 6)) for _ in range(tiny.B)
+  ]
+  loss_fn = supervised.make_text_loss(artifacts.text_logprobs_fn(tiny.POLICY))
+
+  @jax.jit
+  def loss_and_gradient(batch):
+    def mean(params):
+      summed, (count, _) = loss_fn(params, batch, KEY)
+      return summed / count, count
+
+    return jax.value_and_grad(mean, has_aux=True)(tiny.params('policy'))
+
+  found = []
+  for pack in (False, True):
+    rows, dropped = loader.demonstration_rows(
+      demonstrations, words, tiny.T, loss_on='response', pack=pack
+    )
+    assert not dropped
+    assert (rows.segments.max() > 1) == pack
+    assert (loader.num_rows(rows) < tiny.B) == pack
+    found.append(loss_and_gradient(loader.fill_up(rows, tiny.B)))
+  (alone, packed) = found
+  assert alone[0][1] == packed[0][1] > tiny.B  # As many tokens.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
+    alone,
+    packed,
+  )
 
 
 def test_microbatches_change_nothing(rng):

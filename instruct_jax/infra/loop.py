@@ -20,7 +20,14 @@ from typing import Any, SupportsFloat, TypeVar
 import jax
 from etils import epath
 
-from instruct_jax.infra import checkpoint, metrics, run, train_state, watch
+from instruct_jax.infra import (
+  checkpoint,
+  measure,
+  metrics,
+  run,
+  train_state,
+  watch,
+)
 from instruct_jax.types import Metrics, PyTree
 
 Batch = TypeVar('Batch')
@@ -97,6 +104,7 @@ class Loop:
     self._last_line = 0
     self._last_log = self._last_checkpoint = time.monotonic()
     self._watch = watch.Watch(name)
+    self._compiled = measure.compilations()
 
   def __enter__(self) -> 'Loop':
     self._checkpointer = checkpoint.Checkpointer(
@@ -135,14 +143,16 @@ class Loop:
       state: arrays with the wanted shardings, at step 0.
 
     Raises:
-      checkpoint.CheckpointError: the checkpoint does not fit, or is damaged
-        beyond the ones kept.
+      checkpoint.CheckpointError: the checkpoint does not fit, is damaged
+        beyond the ones kept, or gone.
     """
     restored = self._checkpointer.restore_latest(state)
     if restored is not None:
       self._start, state, _ = restored
       if jax.process_index() == 0:
         print(f'{self._name}: continues after step {self._start}', flush=True)
+    else:
+      self._tell_of_a_fresh_start()
     self._last_line = self._start
     resume_step = self._start if restored is not None else None
     self._writer = metrics.MetricsWriter(self._workdir, resume_step)
@@ -203,7 +213,9 @@ class Loop:
       states: train states to watch for skipped updates, by name.
       values: host numbers for this very step's line (evaluations); they force
         a line.
-      num_items: tokens or episodes of this step, for the rate in timing.jsonl.
+      num_items: tokens or episodes of this step, for the rate in timing.jsonl,
+        which also counts the programs compiled since the line before: none,
+        in a run that has seen all of its shapes.
       text: shown behind the progress bar.
 
     Returns:
@@ -226,12 +238,18 @@ class Loop:
       now = time.monotonic()
       seconds = now - self._last_log
       self._last_log = now
+      compiled = measure.compilations()
+      since = compiled - self._compiled
+      self._compiled = compiled
       self._writer.write_timing(
         done,
         {
           'timing/seconds': seconds,
           'timing/items_per_second': self._pending_items / seconds,
           'timing/waiting_fraction': self._waited / seconds,
+          'timing/programs_compiled': since.programs,
+          'timing/programs_from_disk': since.from_disk,
+          'timing/compile_seconds': since.seconds,
         },
       )
       self._pending_items, self._waited = 0, 0.0
@@ -261,13 +279,33 @@ class Loop:
       raise run.Stopped(f'{self._name}: stopped after step {done}')
     return line
 
+  def _tell_of_a_fresh_start(self):
+    """Lines without a checkpoint: killed before the first one, or it is gone.
+
+    A save waits for the one before: past the second one, there was one.
+    """
+    path = self._workdir / metrics.METRICS_FILE
+    if jax.process_index() != 0 or not path.exists():
+      return
+    last = max((line['step'] for line in metrics.read_lines(path)), default=0)
+    if last > 2 * self._checkpoint_every:
+      raise checkpoint.CheckpointError(
+        f'{self._name}: {path} goes to step {last}, and there is no checkpoint '
+        f'in {self._workdir / "checkpoints"}. Bring them back, or delete '
+        f'{self._workdir} to run this stage again from its start.'
+      )
+    if last:
+      run.say(f'{self._name}: had no checkpoint yet, starts again at step 0')
+
   def _check_workdir(self):
     """Files that were open when their directory was deleted would take lines
-    for ever."""
-    if not run.is_remote(self._workdir) and not self._workdir.exists():
+    for ever. A write in the background may have made the directory anew."""
+    if jax.process_index() != 0 or run.is_remote(self._workdir):
+      return
+    if not (self._workdir / metrics.METRICS_FILE).exists():
       raise run.WorkdirError(
-        f'{self._name}: the work directory {self._workdir} is gone. Bring it '
-        'back, or start again in another one.'
+        f'{self._name}: the work directory {self._workdir} is gone, or its '
+        f'{metrics.METRICS_FILE} is. Bring it back, or start again in another.'
       )
 
 

@@ -140,6 +140,21 @@ MODELS = {
       'rope_parameters': {**YARN, 'mscale': 2.0, 'mscale_all_dim': 0.5},
     },
   ),
+  'gpt_neox_sequential': (
+    'gpt_neox',
+    {
+      'vocab_size': V,
+      'hidden_size': D,
+      'num_attention_heads': 3,
+      'num_hidden_layers': 2,
+      'intermediate_size': 20,
+      'max_position_embeddings': 32,
+      'initializer_range': 0.3,
+      'use_parallel_residual': False,
+      'attention_bias': False,
+      'hidden_act': 'gelu_fast',
+    },
+  ),
 }
 
 
