@@ -456,6 +456,7 @@ def rows_of_all_devices(text: str) -> list[str]:
   return sorted(found)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_no_number_and_every_device_has_its_own_rows():
   found = compare('qwen3', (2, 2, 2))
   alone = on_one_device('qwen3')
