@@ -140,7 +140,7 @@ def _running_mean(values: win_rate.Numbers, window: int) -> list[float]:
 
 
 def _window(num_values: int) -> int:
-  return max(1, num_values // 20) | 1  # Odd, so that it is centred.
+  return max(1, num_values // 8) | 1  # Odd, so that it is centred.
 
 
 def _error_bars(axis: Any, positions: Sequence[int], values: Sequence) -> None:
