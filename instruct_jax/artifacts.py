@@ -175,7 +175,9 @@ def check(
 
 
 def make_mesh(
-  shape: Sequence[int], folders: Sequence[str], rows: Sequence[int]
+  shape: Sequence[int],
+  folders: Sequence[epath.PathLike],
+  rows: Sequence[int],
 ) -> jax.sharding.Mesh:
   """The mesh of a stage, chosen for its models where `shape` is ().
 

@@ -74,3 +74,20 @@ def test_what_does_not_fit_is_refused_with_both_names(folder):
     artifacts.load(folder, 'scalar', mesh, 'b' * 64)
   with pytest.raises(CheckpointError, match='no model in'):
     artifacts.check(folder.parent / 'nowhere', 'scalar', FINGERPRINT)
+
+
+def test_a_mesh_is_chosen_for_the_models_of_a_stage(folder):
+  """Four heads; eight devices."""
+
+  def shape(given, rows):
+    mesh = artifacts.make_mesh(given, [folder, folder], rows)
+    return tuple(mesh.shape.values())
+
+  assert shape((), [16, 64]) == (1, 8, 1)
+  assert shape((), [12, 64]) == (1, 4, 2)
+  # Two rows would want four parts of the heads, one row eight.
+  assert shape((), [2]) == (1, 2, 4)
+  assert shape((), [1]) == (1, 8, 1)
+  assert shape((2, 2, 2), [1]) == (2, 2, 2)
+  with pytest.raises(CheckpointError, match='nowhere'):
+    artifacts.make_mesh((), [f'{folder}/nowhere'], [16])
