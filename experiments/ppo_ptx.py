@@ -319,8 +319,9 @@ def build_programs(
 def plan_rows(config, programs, sampled, mesh, iteration, known=()):
   """Where score and update find a rollout's episodes: a layout on the mesh.
 
-  None without packing, or where it would save less than a twentieth. Waits for the rollout, since lengths decide shapes; `known` ones
-  (of `layout_shapes`) are used again.
+  None without packing, or where it would save less than a twentieth. Waits for
+  the rollout, since lengths decide shapes; `known` ones (of `layout_shapes`)
+  are used again.
   """
   if not config.pack:
     return None
