@@ -327,9 +327,9 @@ def build_programs(
 def plan_rows(config, programs, sampled, mesh, iteration, known=()):
   """Where score and update find a rollout's episodes: a layout on the mesh.
 
-  None where it would not pay: without packing, or with padding below a
-  twentieth. Waits for the rollout, since lengths decide shapes; `known` ones
-  (of `layout_shapes`) are used again.
+  None without packing, or where it would save less than a twentieth. Waits for
+  the rollout, since lengths decide shapes; `known` ones (of `layout_shapes`)
+  are used again.
   """
   if not config.pack:
     return None
@@ -354,6 +354,9 @@ def plan_rows(config, programs, sampled, mesh, iteration, known=()):
     known=known,
     spare=config.pack_spare,
   )
+  # With few episodes a device, every row holds one and some hold none.
+  if layout.source.size > 0.95 * config.num_epochs * sampled.mask.size:
+    return None
   # Every host has the whole plan and hands over its own rows of it.
   layout = jax.tree.map(
     lambda x: np.split(x, jax.process_count())[jax.process_index()], layout
