@@ -330,7 +330,8 @@ def decoder(module: heads.Policy, gather_weights: bool = True) -> Decoder:
       compute dtype, and keep them so; otherwise they stay cut as in training,
       and every token gathers them again: slower, where memory is short.
   """
-  boxed = jax.eval_shape(_init_fn(module), jax.random.key(0))
+  # The key too: the current mesh may be one that is only described.
+  boxed = jax.eval_shape(lambda: _init_fn(module)(jax.random.key(0)))
   kept = {'embed': None} if gather_weights else {}
 
   def lay_out(leaf, x):
