@@ -34,6 +34,8 @@ _PIECE = 128
 _COLUMNS = 16
 # Of a shard; fewer are not worth a loop of their own.
 _LEAST_SLOTS = 8
+# Tokens; shorter responses are over before fewer slots could save much.
+_LEAST_RESPONSE = 64
 # Times that a queue may be twice as long before it becomes several.
 _DOUBLINGS = 3
 # A cache without refill grows in steps of at least this many columns.
@@ -138,8 +140,10 @@ class _Plan:
     """Slots that are kept as the queue runs dry: a half, then a quarter.
 
     With geometric lengths an eighth would save 1 % more; each size is a loop
-    more to compile.
+    more to compile, which short responses do not earn back.
     """
+    if self.response < _LEAST_RESPONSE:
+      return ()
     sizes = (self.slots // 2, self.slots // 4)
     return tuple(size for size in sizes if size >= _LEAST_SLOTS)
 
