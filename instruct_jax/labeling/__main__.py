@@ -88,6 +88,8 @@ def _listen(config):
   found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
   try:
     found.bind((config.host, config.port))
+    # Who follows a link before the server runs waits, and is not refused.
+    found.listen(128)
   except OSError as error:
     raise store.StoreError(
       f'cannot listen on {config.host}:{config.port} ({error.strerror}); '
