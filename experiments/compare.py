@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, rollout
+from instruct_jax import artifacts, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
@@ -32,18 +32,6 @@ def validate(config):
       f'compare.policies: every share must be above 0, got {shares}; leave a '
       'policy out to sample nothing from it'
     )
-
-
-def build_programs(config, module, tokenizer):
-  generate = functools.partial(
-    rollout.generate,
-    decoder=artifacts.decoder(module),
-    num_response=config.response_length,
-    stop_ids=tokenizer.stop_ids,
-    temperature=config.temperature,
-    num_slots=config.batch_size,
-  )
-  return {'generate': jax.jit(generate)}
 
 
 def run(config, workdir: epath.Path):
@@ -69,8 +57,15 @@ def run(config, workdir: epath.Path):
       )
       for each in config.policies.values()
     ]
-    programs = [
-      build_programs(config, policy.module, tokenizer) for policy in policies
+    generators = [
+      queries.generate_program(
+        policy.module,
+        config.response_length,
+        tokenizer.stop_ids,
+        config.temperature,
+        num_slots=config.batch_size,
+      )
+      for policy in policies
     ]
     shares = np.array([each.share for each in config.policies.values()])
     bounds = np.cumsum(shares / shares.sum())
@@ -110,7 +105,7 @@ def run(config, workdir: epath.Path):
           sampled = rollout.in_queues(
             functools.partial(
               sample,
-              programs[source]['generate'],
+              generators[source],
               policy.params,
               jax.random.fold_in(key, number + 100 * source),
             ),

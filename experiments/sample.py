@@ -4,14 +4,13 @@ A line holds a prompt, its K completions and the models that wrote them: what
 the labeling site imports as ranking tasks (paper 3.1, 3.4).
 """
 
-import functools
 import json
 
 import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, rollout
+from instruct_jax import artifacts, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
@@ -43,19 +42,6 @@ def validate(config):
       raise ValueError(f'{key} is empty; give its path')
 
 
-def build_programs(config, module, tokenizer):
-  generate = functools.partial(
-    rollout.generate,
-    decoder=artifacts.decoder(module),
-    num_response=config.response_length,
-    stop_ids=tokenizer.stop_ids,
-    temperature=config.temperature,
-    num_slots=config.batch_size,
-    num_samples=config.samples_per_model,
-  )
-  return {'generate': jax.jit(generate)}
-
-
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
@@ -72,11 +58,18 @@ def run(config, workdir: epath.Path):
       model_folders(config.models).items()
     ):
       policy = artifacts.load(folder, 'policy', mesh, tokenizer.fingerprint)
-      programs = build_programs(config, policy.module, tokenizer)
+      generate = queries.generate_program(
+        policy.module,
+        config.response_length,
+        tokenizer.stop_ids,
+        config.temperature,
+        num_slots=config.batch_size,
+        num_samples=config.samples_per_model,
+      )
       key = jax.random.fold_in(jax.random.key(config.seed), number)
       with run_lib.Progress(f'sample {name}', num_rows) as progress:
         sampled = rollout.in_queues(
-          lambda batch, p=policy, g=programs['generate'], k=key: g(
+          lambda batch, p=policy, g=generate, k=key: g(
             p.params, sharding.put_batch(batch, mesh), k
           ),
           rows,

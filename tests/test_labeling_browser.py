@@ -312,6 +312,21 @@ def test_what_is_written_is_kept_without_a_button(browser, live):
   assert work['draft']['write']['response'] == 'All of it.'
 
 
+def test_what_is_written_before_the_script_came_is_kept(browser, live):
+  load(live, [{'prompt': 'W'}], 'demonstration')
+  page = enter(browser, live, live.link('anna'))
+  held = []
+  page.route('**/labeling.js', lambda route: held.append(route))
+  page.get_by_role('button', name='Next task').click(no_wait_after=True)
+  page.get_by_label('The response').fill('early words')
+  (script,) = held
+  script.continue_()
+  page.get_by_text('Draft saved').wait_for()
+  page.unroute('**/labeling.js')
+  page.reload()
+  assert page.get_by_label('The response').input_value() == 'early words'
+
+
 def test_everything_works_without_scripts(browser, live):
   load(live, people.ranking_items(1, 2))
   page = enter(browser, live, live.link('anna'), java_script_enabled=False)

@@ -45,13 +45,6 @@ def _labeled_pairs(
   return np.array(pairs)
 
 
-def _unflatten(
-  scores: np.ndarray, comparisons: Sequence[records.Comparison]
-) -> list[np.ndarray]:
-  ends = np.cumsum([len(comparison.completions) for comparison in comparisons])
-  return np.split(scores, ends[:-1]) if len(ends) else []
-
-
 @dataclasses.dataclass(frozen=True)
 class LengthJudge:
   """Prefers long answers (sign 1) or short ones (sign -1)."""

@@ -142,6 +142,18 @@ for (const part of document.querySelectorAll('[data-live]')) {
   }, 10000);
 }
 
+// Not as the page came: a field changed before this script was there.
+function differs(field) {
+  if (field.type === 'radio' || field.type === 'checkbox') {
+    return field.checked !== field.defaultChecked;
+  }
+  if (field.tagName === 'SELECT') {
+    const chosen = [...field.options].findIndex((o) => o.defaultSelected);
+    return field.selectedIndex !== Math.max(0, chosen);
+  }
+  return 'defaultValue' in field && field.value !== field.defaultValue;
+}
+
 // What is written is kept as a draft two seconds after the last change. A page
 // left before that asks first.
 function setUpDrafts(form) {
@@ -192,6 +204,10 @@ function setUpDrafts(form) {
   window.addEventListener('beforeunload', (event) => {
     if (changed) event.preventDefault();
   });
+  if ([...form.elements].some(differs)) {
+    changed = true;
+    schedule(2000);
+  }
 }
 
 for (const form of document.querySelectorAll('form.answer')) setUpDrafts(form);
