@@ -615,7 +615,10 @@ def run(config, workdir: epath.Path):
           iteration,
           state,
           {**score_metrics, **update_metrics},
-          states={'policy': state.policy, 'value': state.value},
+          states={
+            f'{config.name} policy': state.policy,
+            f'{config.name} value': state.value,
+          },
           values=values,
           num_items=config.batch_size,
           text=_summary(rows),

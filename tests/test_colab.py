@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 
@@ -77,5 +78,7 @@ def test_the_notebook_runs_with_the_smoke_config(tmp_path):
   assert 'KL without a penalty:' in text
   # Two models answered the message.
   talk = notebook.cells[7].outputs
-  assert any('score' in output.get('text', '') for output in talk), talk
+  talked = ''.join(output.get('text', '') for output in talk)
+  for name in ('ppo_ptx', 'select'):
+    assert re.search(rf'{name}.*> .*\[reward [+-]\d', talked), talked
   assert (tmp_path / 'experiments' / 'my_ppo.py').exists()
