@@ -41,6 +41,8 @@ class Site:
     admin: a `Person` with the admin's session.
   """
 
+  url = URL
+
   def __init__(self, url, folder, **changes):
     self.clock = Clock()
     self.engine = store.make_engine(url)
@@ -84,7 +86,7 @@ class Person:
     self.site = site
     self.id = account_id
     self.client = testclient.TestClient(
-      site.app, base_url=URL, raise_server_exceptions=True
+      site.app, base_url=site.url, raise_server_exceptions=True
     )
 
   def join(self, token):

@@ -49,7 +49,8 @@ class LiveSite:
     listener = server_config.bind_socket()
     self.url = f'http://127.0.0.1:{listener.getsockname()[1]}'
     self.exports = folder / 'exports'
-    server_config.app = web.make_app(self.store, self.url, str(self.exports))
+    self.app = web.make_app(self.store, self.url, str(self.exports))
+    server_config.app = self.app
     self.server = uvicorn.Server(server_config)
     self.thread = threading.Thread(
       target=self.server.run, kwargs={'sockets': [listener]}
@@ -366,6 +367,13 @@ def _axe_source():
   return next(pathlib.Path(package.origin).parent.rglob('axe*.js')).read_text()
 
 
+def by_http(live, name, status):
+  account_id = live.store.add_account(name, 'labeler', status)
+  person = people.Person(live, account_id)
+  person.join(live.store.invite(account_id))
+  return person
+
+
 def _fill_demo(live, browser):
   """A site with something on every page; returns labeler and admin pages."""
   demo.fill(live.store)
@@ -379,6 +387,18 @@ def _fill_demo(live, browser):
         choice.select_option(str(1 + (i + rank) % 4))
       page.get_by_role('button', name='Submit').click()
       page.get_by_text('Your last answers').wait_for()
+  # Two labelers on the same answers, and demonstrations to grade.
+  for number, name in enumerate(('anna', 'ben')):
+    person = by_http(live, name, 'active')
+    for _ in range(3):
+      person.rank(
+        person.claim(), lambda text, n=number: 1 + (len(text) + n) % 4
+      )
+  scribe = by_http(live, 'scribe', 'screening')
+  for _ in range(4):
+    scribe.rank(scribe.claim(), lambda text: 1 + len(text) % 4)
+  for _ in range(2):
+    scribe.fill(scribe.claim(), 0, response='i would rather not say that .')
   admin = enter(browser, live, live.link('boss', 'admin'))
   labeler = enter(browser, live, live.link('newcomer'))
   return rookie, labeler, admin
