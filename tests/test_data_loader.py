@@ -196,17 +196,13 @@ def test_nothing_left_is_an_error(words):
     )
 
 
-def test_take_and_fill_up(words):
+def test_take(words):
   rows, _ = loader.prompt_rows(['a', 'b', 'c'], words, 2)
   some = loader.take(rows, [2, 0, 2])
   assert isinstance(some, types.PromptBatch)
   assert some.indices.tolist() == [2, 0, 2]
   assert some.tokens[:, 1].tolist() == [5, 3, 5]
-  full = loader.fill_up(some, 5)
-  assert loader.num_rows(full) == 5 and not full.mask[3:].any()
   assert loader.take(['x', 'y'], np.asarray([1, 1])) == ['y', 'y']
-  with pytest.raises(ValueError, match='3 rows do not fit into 2'):
-    loader.fill_up(some, 2)
 
 
 def _epochs(batches, steps_per_epoch, num_epochs):

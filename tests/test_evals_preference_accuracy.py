@@ -115,9 +115,6 @@ def test_agreement_by_hand():
   result = preference.agreement(comparisons)
   assert result.num_pairs == 7
   assert result.rate == pytest.approx(4 / 7)
-  within = preference.agreement_within(comparisons, ['ann', 'bob'])
-  assert within.num_pairs == 3
-  assert within.rate == pytest.approx(2 / 3)
 
 
 def test_a_text_ranked_twice_has_its_mean_rank():

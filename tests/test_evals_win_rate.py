@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from instruct_jax.evals import win_rate
+from experiments import evaluate
+from instruct_jax.evals import heldout_loss, win_rate
 
 
 def test_ties_count_one_half():
@@ -104,13 +105,18 @@ def test_blocks_do_not_change_the_redraws(monkeypatch):
 
 def test_paired_difference_is_narrower_than_the_two_intervals():
   generator = np.random.default_rng(5)
-  hard = generator.normal(3, 1, size=100)  # Documents differ by 1 nat,
-  ppo = hard + 0.05 + 0.01 * generator.normal(size=100)  # models by 0.05.
-  result = win_rate.difference_interval(ppo, hard, range(100))
-  assert result.mean == pytest.approx(0.05, abs=0.005)
-  assert 0 < result.low < result.high < 0.1
-  alone = win_rate.mean_interval(ppo, range(100))
-  assert alone.low < hard.mean() < alone.high
+  counts = generator.integers(20, 60, 100).astype(float)
+  hard = counts * generator.normal(3, 1, 100)  # Rows differ by 1 nat a token,
+  ppo = hard + counts * (0.05 + 0.01 * generator.normal(size=100))  # not 0.05.
+
+  def loss(sums):
+    return heldout_loss.HeldoutLoss(sums.sum() / counts.sum(), sums, counts)
+
+  result = evaluate.paired_difference(loss(ppo), loss(hard))
+  assert result.mean == pytest.approx((ppo - hard).sum() / counts.sum())
+  assert 0.045 < result.low < result.high < 0.055
+  alone = win_rate.ratio_interval(ppo, counts, range(100))
+  assert alone.low < hard.sum() / counts.sum() < alone.high
 
 
 def test_by_category():

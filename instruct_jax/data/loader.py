@@ -54,21 +54,6 @@ def take(rows: Rows, indices: Sequence[int] | np.ndarray) -> Rows:
   return [rows[int(i)] for i in indices]
 
 
-def fill_up(rows: Rows, size: int) -> Rows:
-  """Appends all-zero rows (every mask False) until there are `size`.
-
-  For the last, short batch of an evaluation, so that one compiled shape does.
-  """
-  if num_rows(rows) > size:
-    raise ValueError(f'{num_rows(rows)} rows do not fit into {size}')
-
-  def fill(array: np.ndarray) -> np.ndarray:
-    filler = np.zeros((size - len(array), *array.shape[1:]), array.dtype)
-    return np.concatenate([array, filler])
-
-  return _map_fields(rows, fill)
-
-
 def fill_fraction(rows: types.TextBatch) -> float:
   """The share of row positions that hold real tokens."""
   return float(np.mean(rows.mask))

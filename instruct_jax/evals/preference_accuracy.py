@@ -198,22 +198,6 @@ def agreement(
   return Agreement(interval.mean, interval.low, interval.high, sum(counted))
 
 
-def agreement_within(
-  comparisons: Sequence[records.Comparison],
-  labelers: Sequence[str],
-  *,
-  num_bootstrap: int = 2000,
-  seed: int = 0,
-) -> Agreement | None:
-  """`agreement` among the named labelers alone, say the held-out ones."""
-  kept = set(labelers)
-  return agreement(
-    [comparison for comparison in comparisons if comparison.labeler in kept],
-    num_bootstrap=num_bootstrap,
-    seed=seed,
-  )
-
-
 def label_folds(
   labelers: Sequence[str], num_folds: int, seed: int
 ) -> list[list[str]]:

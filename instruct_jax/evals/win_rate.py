@@ -185,43 +185,6 @@ def mean_interval(
   )
 
 
-def difference_interval(
-  values_a: Numbers,
-  values_b: Numbers,
-  cluster_ids: Ids,
-  *,
-  weights: Numbers | None = None,
-  num_bootstrap: int = 2000,
-  seed: int = 0,
-) -> Interval:
-  """Mean of the paired differences a - b with its clustered interval.
-
-  Paired: both models saw the same items, so what an item adds to both cancels.
-  Two intervals that overlap may still have a difference that excludes 0.
-
-  Args:
-    values_a: n numbers, say PPO-ptx's loss on each document, nats per token.
-    values_b: n numbers, say PPO's loss on the same documents.
-    cluster_ids: as in `mean_interval`, as are the keyword arguments.
-    weights: n weights or None.
-    num_bootstrap: see `ratio_interval`.
-    seed: see `ratio_interval`.
-
-  Returns:
-    The mean of a - b; negative when a is lower.
-  """
-  values_a = _vector('values_a', values_a)
-  values_b = _vector('values_b', values_b)
-  _same_length(values_a=values_a, values_b=values_b)
-  return mean_interval(
-    values_a - values_b,
-    cluster_ids,
-    weights=weights,
-    num_bootstrap=num_bootstrap,
-    seed=seed,
-  )
-
-
 def win_rate(
   scores: Numbers,
   baseline_scores: Numbers,
