@@ -106,7 +106,6 @@ def paper(size: str):
   config.logprob_chunk = 128
   config.num_slices = 8  # The activations of 512 rows would fill the chips.
   config.num_slots = 64  # So would their cache.
-  config.gather_weights = size != '175b'
   config.frozen_dtype = 'bfloat16'
   config.num_microbatches = {'1p3b': 1, '6b': 2, '175b': 8}[size]
   return common.single(config, size)

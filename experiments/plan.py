@@ -373,15 +373,23 @@ def measure(name, config, mesh, remat, parts, too_slow=math.inf):
   memory, and arithmetic that alone takes `too_slow` seconds.
   """
   chip = programs_lib.CHIPS[config.chip]
-  program, arguments, resident = build(name, config, mesh, remat, parts)
   row = {
     'program': name,
     'mesh': list(mesh.shape.values()),
     'remat': remat,
     'parts': parts,
-    'resident': {
-      kind: programs_lib.bytes_per_chip(tree) for kind, tree in resident.items()
-    },
+  }
+  try:
+    program, arguments, resident = build(name, config, mesh, remat, parts)
+  except jax.errors.JaxRuntimeError as error:
+    # Putting the weights together for sampling is a program of its own.
+    needed = _needed_bytes(str(error))
+    if needed is None:
+      raise
+    row['resident'] = {'sampling weights': needed}
+    return row | {'needed': needed, 'missing': needed - chip.memory}
+  row['resident'] = {
+    kind: programs_lib.bytes_per_chip(tree) for kind, tree in resident.items()
   }
   kept = sum(row['resident'].values())
   if kept > chip.memory:
