@@ -3,12 +3,13 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 from etils import epath
 
 from configs import plan as config_file
 from experiments import plan
-from instruct_jax.infra import programs
+from instruct_jax.infra import programs, sharding
 from instruct_jax.models import decoding
 
 
@@ -72,6 +73,27 @@ def test_the_compiler_own_refusal_is_read():
   )
   assert plan._needed_bytes(message) == pytest.approx(26.2 * 2**30)
   assert plan._needed_bytes('something else') is None
+
+
+def test_weights_that_cannot_be_put_together_do_not_fit(monkeypatch):
+  def build(*_):
+    raise jax.errors.JaxRuntimeError(
+      'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required '
+      'for HLO temporaries (21.98G) exceeds available HBM (15.75G).'
+    )
+
+  monkeypatch.setattr(plan, 'build', build)
+  config = config_file.get_config('6b,v5e-64')
+  mesh = sharding.make_mesh((1, 8, 1))
+  row = plan.measure('decode', config, mesh, 'full', 1)
+  assert row['missing'] == pytest.approx((21.98 - 15.75) * 2**30)
+
+  class Nothing:
+    def find(self, *_):
+      return row
+
+  # Smaller pieces would not help.
+  assert plan.fit('decode', config, mesh, 'full', 1, Nothing()) is None
 
 
 def test_an_iteration_by_hand():
