@@ -59,10 +59,7 @@ class Site:
     self.admin = self.person('admin', 'admin')
 
   def person(self, name, role='labeler', status='active'):
-    account_id = self.store.add_account(name, role, status)
-    person = Person(self, account_id)
-    person.join(self.store.invite(account_id))
-    return person
+    return enter(self, name, role, status)
 
   def load(self, items, kind='ranking', name=None, **settings):
     settings = {'phase': 'training', 'overlap': 1, **settings}
@@ -77,6 +74,14 @@ class Site:
 
   def rows(self):
     return research.labeled(self.store)
+
+
+def enter(site, name, role='labeler', status='active'):
+  """A new account's person, signed in by the invitation link."""
+  account_id = site.store.add_account(name, role, status)
+  person = Person(site, account_id)
+  person.join(site.store.invite(account_id))
+  return person
 
 
 class Person:

@@ -367,13 +367,6 @@ def _axe_source():
   return next(pathlib.Path(package.origin).parent.rglob('axe*.js')).read_text()
 
 
-def by_http(live, name, status):
-  account_id = live.store.add_account(name, 'labeler', status)
-  person = people.Person(live, account_id)
-  person.join(live.store.invite(account_id))
-  return person
-
-
 def _fill_demo(live, browser):
   """A site with something on every page; returns labeler and admin pages."""
   demo.fill(live.store)
@@ -389,12 +382,12 @@ def _fill_demo(live, browser):
       page.get_by_text('Your last answers').wait_for()
   # Two labelers on the same answers, and demonstrations to grade.
   for number, name in enumerate(('anna', 'ben')):
-    person = by_http(live, name, 'active')
+    person = people.enter(live, name)
     for _ in range(3):
       person.rank(
         person.claim(), lambda text, n=number: 1 + (len(text) + n) % 4
       )
-  scribe = by_http(live, 'scribe', 'screening')
+  scribe = people.enter(live, 'scribe', status='screening')
   for _ in range(4):
     scribe.rank(scribe.claim(), lambda text: 1 + len(text) % 4)
   for _ in range(2):
