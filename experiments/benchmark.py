@@ -812,17 +812,17 @@ def run(config, workdir: epath.Path):
 
 
 def measure_one(config, workdir) -> dict:
-  """Ceilings and one work, in this process."""
-  ceilings = measure_ceilings(config)
+  """One work, then the ceilings, in this process.
+
+  The ceilings' matrices would count as memory of a work that comes after them.
+  """
   measure_work = {
     'iteration': measure_iteration,
     'rollout': measure_rollout,
     'sft': measure_sft,
   }[config.work]
   result = measure_work(config, workdir)
-  # Again afterwards: a neighbour that came or went shows.
-  after = measure_ceilings(config)
-  ceilings = {name: max(ceilings[name], after[name]) for name in ceilings}
+  ceilings = measure_ceilings(config)
   result['ceilings'] = ceilings
   result['phases'] = {
     name: phase.row(ceilings) for name, phase in result['phases'].items()

@@ -39,7 +39,7 @@ _LEAST_RESPONSE = 64
 # Times that a queue may be twice as long before it becomes several.
 _DOUBLINGS = 3
 # A cache without refill grows in steps of at least this many columns.
-_GROWTH = 128
+_GROWTH = 32
 
 
 def uniform_noise(keys: Key, num_tokens: int) -> Float[Array, 'B {num_tokens}']:

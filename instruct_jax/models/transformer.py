@@ -145,8 +145,10 @@ def dense(
   size = math.prod(inner)
   x, kernel = x.reshape(-1, size), kernel.reshape(size, -1)
   if kernel_first:
-    # The barrier keeps the compiler from exchanging the factors again.
-    product = jax.lax.optimization_barrier(kernel.T @ x.T).T
+    # The barriers keep the compiler from exchanging the factors again, and the
+    # rows, as columns, in the order in which the product reads them.
+    columns = jax.lax.optimization_barrier(x.T)
+    product = jax.lax.optimization_barrier(kernel.T @ columns).T
   else:
     product = x @ kernel
   if bias is not None:
