@@ -16,8 +16,9 @@ model of `configs/sft.py:gpt2`).
   python -m instruct_jax.main --config=configs/reward.py:hh \
     --config.data.root=DIR
 
-pretrains a small GPT on Anthropic's HH dialogues, trains a reward model from
-it, and sets it beside baselines; DIR holds hh_helpful/ and hh_harmless/.
+pretrains a small GPT on Anthropic's HH dialogues, trains two reward models from
+it, one for helpfulness and one for harmlessness, and sets them beside
+baselines; DIR holds hh_helpful/ and hh_harmless/.
 """
 
 from ml_collections import ConfigDict
@@ -59,6 +60,12 @@ def crossval_stage(seed, workdir, name='crossval'):
   return config
 
 
+# Folders of the data root. Each has a reward model of its own, as in Llama 2
+# (Touvron et al. 2023, 3.2.2): one set prefers long answers and the other short
+# ones, and a small model of both orders neither.
+HH_SETS = ('hh_helpful', 'hh_harmless')
+
+
 def hh():
   """Real human preferences, single turn, on a laptop's processor."""
   config = common.root('reward_hh')
@@ -68,28 +75,40 @@ def hh():
   # One value under two names: the short one is for the command line.
   config.data = ConfigDict({'root': ''})
   stages.data.root = config.data.get_ref('root')
-  stages.data.sets = ('hh_helpful', 'hh_harmless')  # Folders in the root.
+  stages.data.sets = HH_SETS
   stages.data.valid_fraction = 0.1  # Of the prompts.
   stages.data.vocab_size = 4096
   stages.pretrain = pretrain.stage(seed, workdir)
-  stages.reward = stage(seed, workdir)
   stages.baselines = common.stage(
     'baselines', 'reward_baselines', seed, workdir
   )
   stages.pretrain.documents = data + '/documents_train.jsonl'
   stages.pretrain.valid = data + '/documents_valid.jsonl'
-  stages.reward.init = workdir + '/pretrain/model'
-  stages.reward.demonstrations = data + '/demonstrations_train.jsonl'
-  stages.baselines.reward_model = workdir + '/reward/model'
   stages.baselines.batch_size = 64  # Completions.
   stages.baselines.row_length = 256
-  for each in (stages.reward, stages.baselines):
-    each.comparisons = data + '/comparisons_train.jsonl'
-    each.valid_comparisons = data + '/comparisons_valid.jsonl'
-  for each in (stages.pretrain, stages.reward, stages.baselines):
-    each.tokenizer = data + '/tokenizer'
-    each.mesh = config.get_ref('mesh')
-  config.stage_order = ('data', 'pretrain', 'reward', 'baselines')
+  stages.baselines.sets = ConfigDict()
+  for name in HH_SETS:
+    folder = data + f'/{name}'
+    reward_name = name.replace('hh', 'reward')
+    reward = stages[reward_name] = stage(seed, workdir, reward_name)
+    reward.init = workdir + '/pretrain/model'
+    reward.demonstrations = folder + '/demonstrations_train.jsonl'
+    files = stages.baselines.sets[name] = ConfigDict()
+    files.reward_model = workdir + f'/{reward_name}/model'
+    for each in (reward, files):
+      each.comparisons = folder + '/comparisons_train.jsonl'
+      each.valid_comparisons = folder + '/comparisons_valid.jsonl'
+    reward.max_candidates = 2
+    reward.row_length = 256
+    reward.batch_size = 32
+    reward.learning_rate = 5e-4
+    reward.eval_batch_size = 32
+    reward.checkpoint_every = 100
+  trained = [name.replace('hh', 'reward') for name in HH_SETS]
+  for name in ('pretrain', *trained, 'baselines'):
+    stages[name].tokenizer = data + '/tokenizer'
+    stages[name].mesh = config.get_ref('mesh')
+  config.stage_order = ('data', 'pretrain', *trained, 'baselines')
 
   # Learning rates grow as models shrink; none of these is the paper's.
   stages.pretrain.model = ConfigDict(
@@ -110,17 +129,11 @@ def hh():
   )
   stages.pretrain.row_length = 256
   stages.pretrain.batch_size = 16
-  stages.pretrain.num_steps = 600
+  stages.pretrain.num_steps = 1200
   stages.pretrain.num_warmup = 50
   stages.pretrain.learning_rate = 3e-3
   stages.pretrain.eval_every = 200
   stages.pretrain.checkpoint_every = 200
-  stages.reward.max_candidates = 2
-  stages.reward.row_length = 256
-  stages.reward.batch_size = 32
-  stages.reward.learning_rate = 3e-4  # Of three, in short runs on one seed.
-  stages.reward.eval_batch_size = 32
-  stages.reward.checkpoint_every = 100
   config.lock()
   return config
 

@@ -1,8 +1,9 @@
 """Anthropic's HH comparisons as files for pretraining and a reward model.
 
 The split is by prompt: no prompt of the validation rankings was seen in any
-other file. The dialogues of the training split, both sides of each, are also
-the text to pretrain on, so that nothing else is needed.
+other file. Each set has comparisons and demonstrations of its own, in a folder
+of its name. The dialogues of the training split of all sets, both sides of
+each, are also the text to pretrain on, so that nothing else is needed.
 """
 
 from etils import epath
@@ -44,35 +45,39 @@ def files_of(config, name: str) -> list[epath.Path]:
 
 def run(config, workdir: epath.Path):
   validate(config)
-  files = {
-    f'{kind}_{split}': []
-    for kind in ('comparisons', 'demonstrations', 'documents')
-    for split in ('train', 'valid')
-  }
-  skipped = {}
+  splits = ('train', 'valid')
+  documents = {split: [] for split in splits}
+  counts, skipped = {}, {}
   for name in config.sets:
+    comparisons = {split: [] for split in splits}
+    demonstrations = {split: [] for split in splits}
     for path in files_of(config, name):
       imported = importers.read_hh(path)
       for reason, number in imported.skipped.items():
         skipped[reason] = skipped.get(reason, 0) + number
       for row in imported.comparisons:
         split = convert.split_of(row.prompt, config.valid_fraction, config.seed)
-        # The set's name goes where the use case would: accuracy is told by it.
-        row = records.Comparison(**{**vars(row), 'category': name})
-        files[f'comparisons_{split}'].append(row)
-        files[f'documents_{split}'] += [
+        comparisons[split].append(row)
+        documents[split] += [
           records.Document(text=row.prompt + text, source=name)
           for text in row.completions
         ]
       for row in imported.demonstrations:
         split = convert.split_of(row.prompt, config.valid_fraction, config.seed)
-        files[f'demonstrations_{split}'].append(row)
-  for name, rows in files.items():
-    records.write_jsonl(workdir / f'{name}.jsonl', rows)
+        demonstrations[split].append(row)
+    for split in splits:
+      for kind, rows in (
+        ('comparisons', comparisons[split]),
+        ('demonstrations', demonstrations[split]),
+      ):
+        records.write_jsonl(workdir / name / f'{kind}_{split}.jsonl', rows)
+        counts[f'{name}/{kind}_{split}'] = len(rows)
+  for split in splits:
+    records.write_jsonl(workdir / f'documents_{split}.jsonl', documents[split])
+    counts[f'documents_{split}'] = len(documents[split])
   tokenizer = tokenizer_lib.train_bpe(
-    [document.text for document in files['documents_train']], config.vocab_size
+    [document.text for document in documents['train']], config.vocab_size
   )
   tokenizer.save(workdir / 'tokenizer')
-  counts = {name: len(rows) for name, rows in files.items()}
   run_lib.write_json(workdir / 'counts.json', {**counts, 'skipped': skipped})
   return {**counts, 'skipped': skipped, 'vocabulary': tokenizer.vocab_size}

@@ -1,9 +1,9 @@
-"""A reward model beside what needs no language model, by kind of prompt.
+"""Reward models beside what needs no language model, set by set.
 
 Baselines: the longer (or the shorter) completion is better, whichever holds in
 training; and Bradley-Terry on bags of words, its ridge chosen within the
-training rankings. Each is fit on the training rankings of one category, the
-reward model has seen all of them.
+training rankings. Reward model and baselines of a set have seen the same
+rankings.
 """
 
 import jax
@@ -22,21 +22,16 @@ def validate(config):
     raise ValueError(f'batch_size must be positive: {config.batch_size}')
 
 
-def run(config, workdir: epath.Path):
-  validate(config)
-  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  train = records.read_jsonl(config.comparisons, records.Comparison)
-  valid = records.read_jsonl(config.valid_comparisons, records.Comparison)
-  kept = loader.fitting_comparisons(valid, tokenizer, config.row_length)
+def score_of(config, model_dir, comparisons, tokenizer):
+  """r(x, y) of each comparison's completions; those too long are left out."""
+  kept = loader.fitting_comparisons(comparisons, tokenizer, config.row_length)
   num_candidates = max(len(c.completions) for c in kept)
   rows, _ = loader.comparison_rows(
     kept, tokenizer, num_candidates, config.row_length
   )
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
-    reward = artifacts.load(
-      config.reward_model, 'scalar', mesh, tokenizer.fingerprint
-    )
+    reward = artifacts.load(model_dir, 'scalar', mesh, tokenizer.fingerprint)
     scalars_fn = artifacts.scalars_fn(reward.module)
     score = jax.jit(
       lambda params, tokens, mask: masked.at_last(
@@ -48,48 +43,47 @@ def run(config, workdir: epath.Path):
       tuple(x.reshape(-1, config.row_length) for x in (rows.tokens, rows.mask)),
       config.batch_size,
     ).reshape(len(kept), num_candidates)
+  found = [
+    row[: len(c.completions)] for row, c in zip(scores, kept, strict=True)
+  ]
+  return kept, found
 
-  def accuracy(wanted, scores_of):
-    found = preference_accuracy.pairwise_accuracy(
-      [scores_of(i) for i in wanted],
-      [kept[i].ranks for i in wanted],
-      [kept[i].prompt for i in wanted],
-    )
-    return {'accuracy': found.accuracy, 'low': found.low, 'high': found.high}
 
-  results = {'num_left_out': len(valid) - len(kept), 'categories': {}}
-  for name in sorted({c.category for c in kept}):
-    wanted = [i for i, c in enumerate(kept) if c.category == name]
-    seen = [c for c in train if c.category == name]
-    l2 = baselines.choose_l2(seen)
-    judges = {
-      'length': baselines.fit_length(seen),
-      'bag of words': baselines.fit_bag_of_words(seen, l2=l2),
+def run(config, workdir: epath.Path):
+  validate(config)
+  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  results = {}
+  for name, files in config.sets.items():
+    train = records.read_jsonl(files.comparisons, records.Comparison)
+    valid = records.read_jsonl(files.valid_comparisons, records.Comparison)
+    kept, scores = score_of(config, files.reward_model, valid, tokenizer)
+    l2 = baselines.choose_l2(train)
+    words = baselines.fit_bag_of_words(train, l2=l2)
+    judged = {
+      'reward model': scores,
+      'length': baselines.fit_length(train).scores(kept),
+      'bag of words': words.scores(kept),
+      'longer is better': baselines.LengthJudge(1).scores(kept),
     }
     row = {
-      'num_comparisons': len(wanted),
+      'num_comparisons': len(kept),
+      'num_left_out': len(valid) - len(kept),
       'l2': l2,
-      'reward model': accuracy(
-        wanted, lambda i: scores[i][: len(kept[i].completions)]
-      ),
     }
-    for judge_name, judge in judges.items():
-      judged = dict(
-        zip(wanted, judge.scores([kept[i] for i in wanted]), strict=True)
+    for judge, found in judged.items():
+      accuracy = preference_accuracy.pairwise_accuracy(
+        found, [c.ranks for c in kept], [c.prompt for c in kept]
       )
-      row[judge_name] = accuracy(wanted, judged.__getitem__)
-    row['longer is better'] = accuracy(
-      wanted, lambda i: [len(text.split()) for text in kept[i].completions]
-    )
-    results['categories'][name] = row
+      row[judge] = {
+        'accuracy': accuracy.accuracy,
+        'low': accuracy.low,
+        'high': accuracy.high,
+      }
+    results[name] = row
     print(
       f'{config.name}: {name}: '
-      + ', '.join(
-        f'{key} {value["accuracy"]:.3f}'
-        for key, value in row.items()
-        if isinstance(value, dict)
-      )
-      + f' on {len(wanted)} comparisons',
+      + ', '.join(f'{judge} {row[judge]["accuracy"]:.3f}' for judge in judged)
+      + f' on {len(kept)} comparisons',
       flush=True,
     )
   run_lib.write_json(workdir / 'results.json', results)
