@@ -498,6 +498,12 @@ def tax_against(
       points = sorted(
         (x, y) for x, y in zip(values, numbers, strict=True) if y is not None
       )
+      # Before anything is drawn: margins are those of the scale at that time.
+      positive = [x for x in values if x > 0]
+      if len(positive) == len(values):
+        axis.set_xscale('log')
+      elif positive:
+        axis.set_xscale('symlog', linthresh=min(positive))
       if points:
         axis.plot(
           *zip(*points, strict=True), marker='o', markersize=4, color='#0072B2'
@@ -511,9 +517,6 @@ def tax_against(
           label='before RL',
         )
         axis.legend(fontsize=8)
-      positive = [x for x in values if x > 0]
-      if positive:
-        axis.set_xscale('symlog', linthresh=min(positive))
       axis.set_title(_wrapped(_label(name)))
       axis.set_xlabel(_plain_label(label))
     for axis in list(axes.flat)[len(figures) :]:
