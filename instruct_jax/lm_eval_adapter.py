@@ -185,7 +185,7 @@ class InstructJaxLM(TemplateLM):
           f'{self.max_length}; set max_gen_toks lower'
         )
       ids = self.tok_encode(context)[-room:] or [self.eot_token_id]
-      temperature = float(options['temperature'])
+      temperature = float(options.get('temperature', 0.0))  # Not set: greedy.
       rows.append((ids, most, temperature, tuple(until)))
     texts = [''] * len(rows)
     kinds = dict.fromkeys((most, heat) for _, most, heat, _ in rows)
