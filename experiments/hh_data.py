@@ -45,39 +45,39 @@ def files_of(config, name: str) -> list[epath.Path]:
 
 def run(config, workdir: epath.Path):
   validate(config)
-  splits = ('train', 'valid')
-  documents = {split: [] for split in splits}
-  counts, skipped = {}, {}
+  files = {
+    f'{folder}{kind}_{split}': []
+    for folder, kinds in (
+      ('', ('documents',)),
+      *(
+        (f'{name}/', ('comparisons', 'demonstrations')) for name in config.sets
+      ),
+    )
+    for kind in kinds
+    for split in ('train', 'valid')
+  }
+  skipped = {}
   for name in config.sets:
-    comparisons = {split: [] for split in splits}
-    demonstrations = {split: [] for split in splits}
     for path in files_of(config, name):
       imported = importers.read_hh(path)
       for reason, number in imported.skipped.items():
         skipped[reason] = skipped.get(reason, 0) + number
       for row in imported.comparisons:
         split = convert.split_of(row.prompt, config.valid_fraction, config.seed)
-        comparisons[split].append(row)
-        documents[split] += [
+        files[f'{name}/comparisons_{split}'].append(row)
+        files[f'documents_{split}'] += [
           records.Document(text=row.prompt + text, source=name)
           for text in row.completions
         ]
       for row in imported.demonstrations:
         split = convert.split_of(row.prompt, config.valid_fraction, config.seed)
-        demonstrations[split].append(row)
-    for split in splits:
-      for kind, rows in (
-        ('comparisons', comparisons[split]),
-        ('demonstrations', demonstrations[split]),
-      ):
-        records.write_jsonl(workdir / name / f'{kind}_{split}.jsonl', rows)
-        counts[f'{name}/{kind}_{split}'] = len(rows)
-  for split in splits:
-    records.write_jsonl(workdir / f'documents_{split}.jsonl', documents[split])
-    counts[f'documents_{split}'] = len(documents[split])
+        files[f'{name}/demonstrations_{split}'].append(row)
+  for name, rows in files.items():
+    records.write_jsonl(workdir / f'{name}.jsonl', rows)
   tokenizer = tokenizer_lib.train_bpe(
-    [document.text for document in documents['train']], config.vocab_size
+    [document.text for document in files['documents_train']], config.vocab_size
   )
   tokenizer.save(workdir / 'tokenizer')
+  counts = {name: len(rows) for name, rows in files.items()}
   run_lib.write_json(workdir / 'counts.json', {**counts, 'skipped': skipped})
   return {**counts, 'skipped': skipped, 'vocabulary': tokenizer.vocab_size}
