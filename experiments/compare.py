@@ -32,6 +32,12 @@ def validate(config):
       f'compare.policies: every share must be above 0, got {shares}; leave a '
       'policy out to sample nothing from it'
     )
+  for name, each in config.policies.items():
+    if each.temperature < 0:
+      raise ValueError(
+        f'compare.policies.{name}.temperature must not be negative (0 takes '
+        f'the most probable token), got {each.temperature}'
+      )
 
 
 def run(config, workdir: epath.Path):
@@ -62,10 +68,10 @@ def run(config, workdir: epath.Path):
         policy.module,
         config.response_length,
         tokenizer.stop_ids,
-        config.temperature,
+        each.temperature,
         num_slots=config.batch_size,
       )
-      for policy in policies
+      for policy, each in zip(policies, config.policies.values(), strict=True)
     ]
     shares = np.array([each.share for each in config.policies.values()])
     bounds = np.cumsum(shares / shares.sum())

@@ -220,7 +220,7 @@ def _generation(world, draw):
       _write_review,
       _write_rude,
     ),
-    (16, 5, 26, 19, 13, 13, 8),
+    (6, 4, 30, 20, 16, 15, 9),
   )[0](world, draw)
 
 
@@ -317,7 +317,7 @@ def _ask_harm(world, draw):
 def _open_qa(world, draw):
   return draw.choices(
     (_ask_fact, _ask_who, _ask_whether, _ask_false_premise, _ask_harm),
-    (40, 6, 24, 18, 12),
+    (24, 4, 30, 26, 16),
   )[0](world, draw)
 
 
