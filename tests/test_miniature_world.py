@@ -125,7 +125,7 @@ def test_documents_use_known_words_only_and_are_of_the_right_length(
   for page in pages:
     words = page.text.split(' ')
     assert known.issuperset(words), set(words) - known
-    assert 12 <= len(words) <= 70
+    assert 11 <= len(words) <= 70
     assert ' '.join(words) == page.text
 
 

@@ -304,7 +304,7 @@ PAGES = {
 def write_documents(
   world: World, num_documents: int, rng: np.random.Generator
 ) -> list[Document]:
-  """Pages of 12 to 70 words; `source` names the sort of page.
+  """Pages of 11 to 70 words; `source` names the sort of page.
 
   Args:
     world: whose facts the pages state.

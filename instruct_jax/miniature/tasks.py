@@ -220,7 +220,7 @@ def _generation(world, draw):
       _write_review,
       _write_rude,
     ),
-    (6, 4, 30, 20, 16, 15, 9),
+    (8, 3, 29, 20, 16, 15, 9),
   )[0](world, draw)
 
 
@@ -679,7 +679,8 @@ def _constrain(spec, draw):
   if kind == 'write' and form == 'facts':
     choices = ['exclude', 'start', 'include', 'end']
     if spec['count'] == 1:
-      choices += 2 * ['max_words', 'sentences']
+      # No other task can have the last one.
+      choices += 2 * ['max_words'] + 8 * ['sentences']
   elif kind == 'write' and form in ('story', 'letter', 'review'):
     choices = ['start', 'end', 'include'] if form != 'letter' else ['include']
     if form == 'review':
