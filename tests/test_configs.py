@@ -188,6 +188,8 @@ def test_paper_sizes_build_their_abstract_ppo_state(size):
     ('reward', 'num_folds', 1, 'num_folds'),
     ('pretrain', 'row_length', 4096, 'row_length 4096'),
     ('compare', 'min_candidates', 1, 'min_candidates'),
+    ('compare', 'policies.sft.share', 0.0, "share must be above 0.*'sft': 0"),
+    ('compare', 'policies.sft.temperature', -1.0, 'sft.temperature'),
     ('evaluate', 'judge', 'me', 'judge'),
     ('select', 'num_prompts', 0, 'num_prompts'),
     ('data', 'num_reward_prompts', 10**6, 'num_reward_prompts'),
@@ -196,7 +198,7 @@ def test_paper_sizes_build_their_abstract_ppo_state(size):
 def test_bad_values_are_named(name, key, value, text):
   config = ppo_config_file.get_config('miniature').stages[name]
   with config.unlocked():
-    config[key] = value
+    config.update_from_flattened_dict({key: value})
   with pytest.raises(ValueError, match=text):
     main.find_experiment(config.experiment).validate(config)
 
