@@ -68,6 +68,12 @@ def loop(config: ConfigDict) -> ConfigDict:
   return config
 
 
+# XLA's CPU backend by default keeps the results of many operations at a time,
+# to run several side by side. From a few million parameters on one operation
+# fills the cores: in order they need half of the room and take as long.
+LEAN_ON_CPU = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
+
+
 def machine(config: ConfigDict) -> ConfigDict:
   """Keys about the machine, not the method; they may change on resume."""
   config.mesh = ()  # Devices along data, fsdp, tensor; -1 fills, () chooses.
@@ -80,6 +86,7 @@ def single(config: ConfigDict, size: str) -> ConfigDict:
   """Turns one stage's config into a run of its own."""
   config.default_workdir = f'runs/{config.name}_{size}'
   machine(config)
+  config.xla_flags = LEAN_ON_CPU
   config.lock()
   return config
 
