@@ -33,7 +33,7 @@ _PIECE = 128
 # Columns of a cache are a multiple of this.
 _COLUMNS = 16
 # Of a shard; fewer are not worth a loop of their own.
-_LEAST_SLOTS = 8
+_LEAST_SLOTS = 4
 # Tokens; shorter responses are over before fewer slots could save much.
 _LEAST_RESPONSE = 64
 # Times that a queue may be twice as long before it becomes several.
@@ -137,14 +137,14 @@ class _Plan:
 
   @property
   def drains(self) -> tuple[int, ...]:
-    """Slots that are kept as the queue runs dry: a half, then a quarter.
+    """Slots that are kept as the queue runs dry, fewer and fewer.
 
-    With geometric lengths an eighth would save 1 % more; each size is a loop
-    more to compile, which short responses do not earn back.
+    Each size is a loop more to compile, which short responses do not earn back.
     """
     if self.response < _LEAST_RESPONSE:
       return ()
-    sizes = (self.slots // 2, self.slots // 4)
+    eighths = (6, 4, 2, 1)
+    sizes = (self.slots * eighth // 8 for eighth in eighths)
     return tuple(size for size in sizes if size >= _LEAST_SLOTS)
 
 
