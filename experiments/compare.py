@@ -1,9 +1,8 @@
 """Collects comparisons: K answers per prompt, ranked by simulated labelers.
 
 Paper 3.1 and 3.4: answers come from several models, mostly the SFT model, K is
-between 4 and 9, most rankings are by one labeler. Validation prompts are ranked
-by several, which gives the agreement figures, and once more by held-out
-labelers.
+between 4 and 9. Validation prompts are ranked by several labelers, which gives
+the agreement figures, and once more by held-out ones.
 """
 
 import functools
@@ -32,6 +31,13 @@ def validate(config):
       f'compare.policies: every share must be above 0, got {shares}; leave a '
       'policy out to sample nothing from it'
     )
+  num_training = config.num_labelers * 3 // 4
+  for key in ('rankers_per_prompt', 'rankers_per_valid'):
+    if not 1 <= config[key] <= num_training:
+      raise ValueError(
+        f'compare.{key} must be from 1 to {num_training}, the training '
+        f'labelers among {config.num_labelers}, got {config[key]}'
+      )
   for name, each in config.policies.items():
     if each.temperature < 0:
       raise ValueError(
@@ -136,10 +142,9 @@ def run(config, workdir: epath.Path):
         if len(completions) < 2:
           continue
         chosen = rng.choice(len(rankers), per_prompt, replace=False)
+        judgements = labelers.judge_each(prompt, completions, the_world)
         for index in chosen:
-          ranks = labelers.rank(
-            rankers[index], prompt, completions, the_world, rng
-          )
+          ranks = labelers.rank(rankers[index], completions, judgements, rng)
           found.append(
             records.Comparison(
               prompt=prompt.text,
@@ -157,7 +162,7 @@ def run(config, workdir: epath.Path):
     train = collect('train', config.prompts, 10)
     valid = collect('valid', config.valid_prompts, 11)
   sets = {
-    'comparisons_train': rank(*train, training, 1, 20),
+    'comparisons_train': rank(*train, training, config.rankers_per_prompt, 20),
     'comparisons_valid': rank(*valid, training, config.rankers_per_valid, 21),
     'comparisons_heldout': rank(*valid, heldout, 2, 22),
   }

@@ -181,7 +181,7 @@ def reward_program(config, mesh, remat, parts):
     tokens=(jnp.int32, num_rows, stage.row_length),
     segments=(jnp.int32, num_rows, stage.row_length),
     ends=(jnp.int32, rows, candidates),
-    ranks=(jnp.int32, rows, candidates),
+    ranks=(jnp.int32, rows, 1, candidates),
     prompt_mask=(bool, rows),
   )
   resident = {'parameters': state.params, 'optimizer': state.opt_state}

@@ -1,9 +1,10 @@
 """Trains a reward model on K-way rankings, or cross-validates one.
 
 Paper 3.5, C.2: all pairs of a prompt form one batch element (K forwards, not
-C(K, 2)); one epoch, since more overfits; cosine to 10 %; ties dropped. Then a
-bias is set so that the labelers' demonstrations score 0 on average; it lives
-in the head's bias and travels with the parameters.
+C(K, 2), nor K for each labeler who ranked the same answers); one epoch, since
+more overfits; cosine to 10 %; ties dropped. Then a bias is set so that the
+labelers' demonstrations score 0 on average; it lives in the head's bias and
+travels with the parameters.
 
 With `num_folds` > 0 (E.2): the labelers are split into groups; each group in
 turn is left out of training. `intra` is the accuracy on validation rankings by
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jaxtyping import Array, Float, Int
 
 from instruct_jax import artifacts, losses, masked, rollout, supervised
 from instruct_jax.data import loader, records
@@ -37,6 +39,20 @@ def validate(config):
     )
 
 
+def prompt_losses(
+  scores: Float[Array, 'B C'], ranks: Int[Array, 'B R C'], divisor: str
+) -> tuple[Float[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
+  """`losses.ranking_loss` of each prompt: the mean over its labelers.
+
+  So a prompt weighs as much as any other, however many ranked it. Labelers who
+  tied everything do not count. Pairs and correct ones are summed.
+  """
+  loss, pairs, correct = losses.ranking_loss(scores[:, None], ranks, divisor)
+  num_labelers = jnp.sum(pairs > 0, axis=1, dtype=jnp.float32)
+  loss = jnp.sum(loss, axis=1) / jnp.maximum(num_labelers, 1)
+  return loss, jnp.sum(pairs, axis=1), jnp.sum(correct, axis=1)
+
+
 def build_programs(config, module, num_steps):
   """The jitted programs of this stage."""
   tx = optimizer.make_adam(
@@ -52,9 +68,7 @@ def build_programs(config, module, num_steps):
     del key  # Reward models train without dropout.
     scalars = scalars_fn(params, batch.tokens, batch.segments)
     scores = scalars.reshape(-1)[batch.ends]
-    loss, pairs, correct = losses.ranking_loss(
-      scores, batch.ranks, config.divisor
-    )
+    loss, pairs, correct = prompt_losses(scores, batch.ranks, config.divisor)
     # A prompt that is all ties has nothing to teach and does not count.
     counted = batch.prompt_mask & (pairs > 0)
     summed, weight = masked.metric(loss, counted)
@@ -64,7 +78,7 @@ def build_programs(config, module, num_steps):
         masked.total(correct, counted),
         masked.total(pairs, counted),
       ),
-      'reward/score': masked.metric(scores, batch.ranks > 0),
+      'reward/score': masked.metric(scores, jnp.any(batch.ranks > 0, axis=1)),
     }
     return summed, (weight, metrics)
 
@@ -146,6 +160,17 @@ def train(config, workdir, name, rows, model, seed):
   return state.params, programs
 
 
+def training_rows(config, comparisons, tokenizer):
+  """`loader.comparison_rows` as this stage learns from them."""
+  return loader.comparison_rows(
+    comparisons,
+    tokenizer,
+    config.max_candidates,
+    config.row_length,
+    merge=config.merge_rankings,
+  )
+
+
 def score_comparisons(config, programs, params, rows):
   """r(x, y) of every candidate of a data set: [N, C] on the host."""
   mesh = jax.sharding.get_mesh()
@@ -160,25 +185,28 @@ def score_comparisons(config, programs, params, rows):
   return scalars.reshape(-1)[packed.ends]
 
 
-def accuracy_of(config, programs, params, comparisons, tokenizer):
-  """Pairwise accuracy on rankings, with its interval.
+def scores_of(config, programs, params, comparisons, tokenizer):
+  """(comparisons that fit, {(prompt, completions): scores}).
 
   What several labelers ranked is scored once.
   """
   kept = loader.fitting_comparisons(comparisons, tokenizer, config.row_length)
-  distinct = {(c.prompt, c.completions): c for c in kept}
   rows, _ = loader.comparison_rows(
-    list(distinct.values()), tokenizer, config.max_candidates, config.row_length
+    kept, tokenizer, config.max_candidates, config.row_length, merge=True
   )
+  distinct = dict.fromkeys((c.prompt, c.completions) for c in kept)
   scores = score_comparisons(config, programs, params, rows)
-  scores = {
-    key: row[ranks > 0]
-    for key, row, ranks in zip(distinct, scores, rows.ranks, strict=True)
+  return kept, {
+    key: row[: len(key[1])] for key, row in zip(distinct, scores, strict=True)
   }
+
+
+def accuracy_from(scores, comparisons):
+  """Pairwise accuracy of the scores on rankings, with its interval."""
   return preference_accuracy.pairwise_accuracy(
-    [scores[c.prompt, c.completions] for c in kept],
-    [c.ranks for c in kept],
-    [c.prompt for c in kept],
+    [scores[c.prompt, c.completions] for c in comparisons],
+    [c.ranks for c in comparisons],
+    [c.prompt for c in comparisons],
   )
 
 
@@ -215,9 +243,7 @@ def run(config, workdir: epath.Path):
 
 def fit(config, workdir, tokenizer, policy, comparisons, valid):
   mesh = jax.sharding.get_mesh()
-  rows, num_dropped = loader.comparison_rows(
-    comparisons, tokenizer, config.max_candidates, config.row_length
-  )
+  rows, num_dropped = training_rows(config, comparisons, tokenizer)
   # fold_in: the head must not share its noise with the batches' keys.
   init_key = jax.random.fold_in(jax.random.key(config.seed), 1)
   model = artifacts.scalar_from_policy(policy, mesh, init_key)
@@ -238,14 +264,15 @@ def fit(config, workdir, tokenizer, policy, comparisons, valid):
   shift = float(np.mean(raw_scores, dtype=np.float64))
   params = {**params, 'head_bias': params['head_bias'] - jnp.float32(shift)}
 
-  accuracy = accuracy_of(config, programs, params, valid, tokenizer)
+  kept, scores = scores_of(config, programs, params, valid, tokenizer)
+  accuracy = accuracy_from(scores, kept)
   train_scores = score_comparisons(
     config,
     programs,
     params,
     loader.take(rows, np.arange(min(512, loader.num_rows(rows)))),
   )
-  present = rows.ranks[: len(train_scores)] > 0
+  present = rows.mask[: len(train_scores)].any(axis=2)
   results = {
     'accuracy': accuracy.accuracy,
     'low': accuracy.low,
@@ -256,7 +283,8 @@ def fit(config, workdir, tokenizer, policy, comparisons, valid):
       float(train_scores[present].min()),
       float(train_scores[present].max()),
     ],
-    'num_comparisons': loader.num_rows(rows),
+    'num_comparisons': len(comparisons) - num_dropped,
+    'num_prompts': loader.num_rows(rows),
     'num_dropped': num_dropped,
   }
   artifacts.save(
@@ -285,11 +313,10 @@ def cross_validate(config, workdir, tokenizer, policy, comparisons, valid):
       folder = workdir / f'seed{seed}-fold{fold}'
       result_file = folder / 'results.json'
       if not result_file.exists():
-        rows, _ = loader.comparison_rows(
+        rows, _ = training_rows(
+          config,
           [c for c in comparisons if c.labeler not in left_out],
           tokenizer,
-          config.max_candidates,
-          config.row_length,
         )
         init_key = jax.random.fold_in(jax.random.key(seed), 1)
         model = artifacts.scalar_from_policy(policy, mesh, init_key)
@@ -304,15 +331,11 @@ def cross_validate(config, workdir, tokenizer, policy, comparisons, valid):
         trained_on = {name for group in groups for name in group}
         trained_on -= set(left_out)
         result = {'seed': seed, 'fold': fold}
+        kept, scores = scores_of(config, programs, params, valid, tokenizer)
         for name, wanted in (('intra', trained_on), ('inter', left_out)):
-          accuracy = accuracy_of(
-            config,
-            programs,
-            params,
-            [c for c in valid if c.labeler in wanted],
-            tokenizer,
-          )
-          result[name] = accuracy.accuracy
+          result[name] = accuracy_from(
+            scores, [c for c in kept if c.labeler in wanted]
+          ).accuracy
         run_lib.write_json(result_file, result)
         run_lib.wait_for_all(str(result_file))
       runs.append(run_lib.read_json(result_file))

@@ -10,50 +10,51 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def ranking_loss(
-  scores: Float[Array, 'B C'],
-  ranks: Int[Array, 'B C'],
+  scores: Float[Array, '*#B C'],
+  ranks: Int[Array, '*B C'],
   divisor: str = 'surviving',
-) -> tuple[Float[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
-  """K-way comparison loss, one number a prompt (equation 1).
+) -> tuple[Float[Array, '*B'], Float[Array, '*B'], Float[Array, '*B']]:
+  """K-way comparison loss, one number a ranking (equation 1).
 
     loss(x) = -1/Z sum over (w, l) log sigmoid(r(x, y_w) - r(x, y_l))
 
   over all ordered pairs where the labeler ranked w above l. Ties make no
-  pair (C.2). All pairs of a prompt share its C forward passes and together
-  weigh as much as any other prompt's.
+  pair (C.2). All pairs of a ranking share its C forward passes and together
+  weigh as much as any other ranking's.
 
   Args:
-    scores: r(x, y) of each candidate.
+    scores: r(x, y) of each candidate; [B, 1, C] against ranks of [B, R, C]
+      where several labelers ranked the same answers.
     ranks: 1 is best, equal numbers tie, 0 marks an absent candidate.
     divisor: Z. 'surviving' counts the pairs that are left without ties, 'all'
       takes C(K, 2) of the K present candidates. The paper does not say which.
 
   Returns:
-    (loss, pairs, correct), each [B]: the loss, the number of surviving pairs,
+    (loss, pairs, correct), each [*B]: the loss, the number of surviving pairs,
     and how many of them the scores order as the labeler did (a tied score
-    counts half). A prompt without pairs has loss 0 and 0 pairs.
+    counts half). A ranking without pairs has loss 0 and 0 pairs.
 
   Raises:
     ValueError: unknown divisor.
   """
   present = ranks > 0
-  better = ranks[:, :, None] < ranks[:, None, :]
-  better &= present[:, :, None] & present[:, None, :]
+  better = ranks[..., :, None] < ranks[..., None, :]
+  better &= present[..., :, None] & present[..., None, :]
   # Emptied before the logarithm: whatever an absent candidate scored, NaN
   # included, must not reach the gradient of the others.
-  margins = jnp.where(better, scores[:, :, None] - scores[:, None, :], 0.0)
+  margins = jnp.where(better, scores[..., :, None] - scores[..., None, :], 0.0)
   pair_losses = jnp.where(better, -jax.nn.log_sigmoid(margins), 0.0)
-  pairs = jnp.sum(better, axis=(1, 2), dtype=jnp.float32)
+  pairs = jnp.sum(better, axis=(-2, -1), dtype=jnp.float32)
   if divisor == 'surviving':
     divisors = pairs
   elif divisor == 'all':
-    K = jnp.sum(present, axis=1, dtype=jnp.float32)
+    K = jnp.sum(present, axis=-1, dtype=jnp.float32)
     divisors = K * (K - 1) / 2
   else:
     raise ValueError(f"divisor must be 'surviving' or 'all': {divisor!r}")
-  loss = jnp.sum(pair_losses, axis=(1, 2)) / jnp.maximum(divisors, 1)
+  loss = jnp.sum(pair_losses, axis=(-2, -1)) / jnp.maximum(divisors, 1)
   won = jnp.where(better, (margins > 0) + 0.5 * (margins == 0), 0.0)
-  return loss, pairs, jnp.sum(won, axis=(1, 2))
+  return loss, pairs, jnp.sum(won, axis=(-2, -1))
 
 
 def clipped_policy_loss(

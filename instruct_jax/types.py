@@ -61,13 +61,14 @@ class ComparisonBatch:
   Attributes:
     tokens: prompt and completion, padded on the right.
     mask: True on real tokens; all False for an absent candidate.
-    ranks: 1 is best; equal numbers are ties; 0 for an absent candidate.
+    ranks: of R labelers; 1 is best; equal numbers are ties; 0 for an absent
+      candidate or labeler.
     prompt_mask: False on rows that only fill up the last batch.
   """
 
   tokens: Int[Array, 'B C T']
   mask: Bool[Array, 'B C T']
-  ranks: Int[Array, 'B C']
+  ranks: Int[Array, 'B R C']
   prompt_mask: Bool[Array, 'B']
 
 
@@ -83,14 +84,14 @@ class PackedComparisons:
     segments: 0 on padding; 1, 2, ... number the candidates of a row.
     ends: where each candidate's last token is in the flattened [M * T] rows;
       0 for an absent candidate.
-    ranks: 1 is best; equal numbers are ties; 0 for an absent candidate.
+    ranks: of R labelers, as in `ComparisonBatch`.
     prompt_mask: False on prompts that only fill up the batch.
   """
 
   tokens: Int[Array, 'M T']
   segments: Int[Array, 'M T']
   ends: Int[Array, 'B C']
-  ranks: Int[Array, 'B C']
+  ranks: Int[Array, 'B R C']
   prompt_mask: Bool[Array, 'B']
 
 

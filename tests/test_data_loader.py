@@ -168,10 +168,39 @@ def test_comparison_rows_by_hand(words):
     ],
   )
   np.testing.assert_array_equal(rows.mask.sum(axis=-1), [[3, 2, 4], [3, 3, 0]])
-  np.testing.assert_array_equal(rows.ranks, [[1, 3, 1], [2, 1, 0]])
+  np.testing.assert_array_equal(rows.ranks, [[[1, 3, 1]], [[2, 1, 0]]])
   assert rows.prompt_mask.tolist() == [True, True]
   with pytest.raises(ValueError, match='comparison 1 .* has 3 completions'):
     loader.comparison_rows(comparisons, words, 2, 4)
+
+
+def test_rankings_of_the_same_answers_become_one_element(words):
+  comparisons = [
+    records.Comparison('a', ('b', 'c'), (1, 2), labeler='x'),
+    records.Comparison('b', ('b', 'c'), (2, 1), labeler='x'),
+    records.Comparison('a', ('b', 'c'), (2, 1), labeler='y'),
+    records.Comparison('a', ('c', 'b'), (1, 1), labeler='z'),
+    records.Comparison('a', ('b', 'b c d e'), (1, 2), labeler='x'),
+    records.Comparison('a', ('b', 'b c d e'), (1, 1), labeler='y'),
+  ]
+  apart, num_dropped = loader.comparison_rows(comparisons, words, 3, 4)
+  assert (apart.ranks.shape, num_dropped) == ((4, 1, 3), 2)
+  rows, num_dropped = loader.comparison_rows(
+    comparisons, words, 3, 4, merge=True
+  )
+  assert num_dropped == 2  # Comparisons, not elements.
+  np.testing.assert_array_equal(
+    rows.ranks,
+    [
+      [[1, 2, 0], [2, 1, 0]],
+      [[2, 1, 0], [0, 0, 0]],
+      [[1, 1, 0], [0, 0, 0]],
+    ],
+  )
+  np.testing.assert_array_equal(rows.tokens, apart.tokens[[0, 1, 3]])
+  packed = loader.pack_comparisons(rows)
+  assert packed.ends.shape == (3, 3)
+  np.testing.assert_array_equal(packed.ranks, rows.ranks)
 
 
 def test_prompt_rows_by_hand(words):

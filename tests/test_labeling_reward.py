@@ -38,7 +38,7 @@ def exported(tmp_path_factory):
     valid_fraction=0.4,
     requests_per_minute=100_000,
   )
-  site.load(people.ranking_items(10, 3), overlap=5)
+  site.load(people.ranking_items(16, 3), overlap=5)
   site.load(
     [{'prompt': f'Prompt number {i}'} for i in range(4)], 'demonstration'
   )
@@ -128,7 +128,7 @@ def test_statistics_reach_the_model_card(exported):
   found = json.loads((exported / 'statistics.json').read_text())
   assert found['num_labelers'] == 5
   assert found['agreement']['labelers']['rate'] == 1.0
-  assert found['by_kind'] == {'ranking': 50, 'demonstration': 4}
+  assert found['by_kind'] == {'ranking': 80, 'demonstration': 4}
   assert {p['name'] for p in found['labelers']} >= {'labeler0', 'labeler4'}
   # As the evaluation of a pipeline finds them, beside the rankings.
   config = ConfigDict(
@@ -140,9 +140,9 @@ def test_statistics_reach_the_model_card(exported):
     dataclasses.replace(test_evals_model_card.FACTS, labeling=found),
   )
   assert '| labelers | 5 |' in card
-  assert '| answers of kind ranking | 50 |' in card
+  assert '| answers of kind ranking | 80 |' in card
   assert '| agreement, labelers | 1.000 [1.000, 1.000]' in card
-  assert '| labeler3 | labeler | 10 |' in card
+  assert '| labeler3 | labeler | 16 |' in card
   summary = evaluate.labeling_summary(config)
   assert summary['agreement of labelers'].rate == 1.0
   no_export = ConfigDict({'comparisons': str(exported / 'none' / 'x.jsonl')})

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import reward
 from instruct_jax import losses
 
 ranking_loss = jax.jit(losses.ranking_loss, static_argnames='divisor')
@@ -78,6 +79,27 @@ def test_ranking_against_a_loop(rng, divisor):
   # No candidates, one candidate, all tied: nothing to learn.
   assert result[0][1:4].tolist() == [0, 0, 0]
   assert result[1][1:4].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize('divisor', ['surviving', 'all'])
+def test_a_prompt_is_the_mean_of_its_labelers(rng, divisor):
+  scores = rng.normal(size=(6, 4)).astype(np.float32)
+  ranks = rng.integers(1, 4, (6, 3, 4)).astype(np.int32)
+  ranks[0, 1:] = 0  # One labeler.
+  ranks[1, 2] = 2  # The third one ties everything.
+  ranks[2] = 1  # All do.
+  ranks[3, :, 3] = 0  # Three candidates.
+  result = reward.prompt_losses(jnp.array(scores), jnp.array(ranks), divisor)
+  for prompt in range(6):
+    loss, pairs, correct = ranking_loop(
+      [scores[prompt]] * 3, ranks[prompt], divisor
+    )
+    counted = loss[pairs > 0]
+    expected = counted.mean() if counted.size else 0.0
+    ours = [float(column[prompt]) for column in result]
+    np.testing.assert_allclose(
+      ours, [expected, pairs.sum(), correct.sum()], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_ranking_sees_differences_and_not_the_order_of_candidates(rng):

@@ -276,8 +276,9 @@ def comparisons() -> PackedComparisons:
   segments = np.repeat([[1, 2]], TEXT // 2, axis=1).reshape(1, TEXT)
   segments = np.sort(np.broadcast_to(segments, (NUM_ROWS, TEXT)), axis=1)
   ends = np.arange(num_prompts * 3).reshape(num_prompts, 3) * TEXT + TEXT - 1
-  ranks = np.tile([[1, 2, 3]], (num_prompts, 1))
-  ranks[::4, 2] = 2  # A tie.
+  ranks = np.tile([[1, 2, 3], [2, 1, 1]], (num_prompts, 1, 1))
+  ranks[::4, 0, 2] = 2  # A tie.
+  ranks[::3, 1] = 0  # Only one labeler.
   return PackedComparisons(
     tokens,
     segments.astype(np.int32),

@@ -72,7 +72,9 @@ def test_ranks_are_dense_and_equal_texts_tie(world, prompts, people):
   for i, prompt in enumerate(prompts[:200]):
     texts = labelers.realistic_completions(prompt, world, rng, 5)
     texts = [*texts, texts[0], '']
-    ranks = labelers.rank(people[i % 40], prompt, texts, world, rng)
+    ranks = labelers.rank(
+      people[i % 40], texts, labelers.judge_each(prompt, texts, world), rng
+    )
     assert len(ranks) == 7 and all(type(r) is int for r in ranks)
     assert sorted(set(ranks)) == list(range(1, max(ranks) + 1))
     assert ranks[0] == ranks[5]
@@ -85,7 +87,8 @@ def test_without_noise_ranks_follow_the_labelers_taste(world, prompts, people):
   person = dataclasses.replace(people[3], noise=0.0)
   for prompt in prompts[:100]:
     texts = labelers.realistic_completions(prompt, world, rng, 6)
-    ranks = labelers.rank(person, prompt, texts, world, rng)
+    judgements = labelers.judge_each(prompt, texts, world)
+    ranks = labelers.rank(person, texts, judgements, rng)
     tastes = [
       labelers.taste(person, gold.judge(prompt, text, world), text)
       for text in texts

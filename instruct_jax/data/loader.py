@@ -148,6 +148,8 @@ def comparison_rows(
   tokenizer: tokenizer_lib.Tokenizer,
   max_candidates: int,
   row_length: int,
+  *,
+  merge: bool = False,
 ) -> tuple[types.ComparisonBatch, int]:
   """All completions of one prompt in one element, for the reward model (3.5).
 
@@ -156,10 +158,12 @@ def comparison_rows(
     tokenizer: encodes prompt and completion apart; EOS ends each completion.
     max_candidates: C; absent candidates are masked and have rank 0.
     row_length: T.
+    merge: rankings of the same answers to the same prompt become one element,
+      in the place of the first; else each is an element of its own, and R is 1.
 
   Returns:
-    (rows [N, C, T], number dropped because a candidate is longer than a row;
-    the comparison goes as a whole, so that every K keeps its meaning).
+    (rows [N, C, T], number of comparisons dropped because a candidate is longer
+    than a row; they go as a whole, so that every K keeps its meaning).
 
   Raises:
     ValueError: none fits, or one has more than `max_candidates` completions.
@@ -171,27 +175,34 @@ def comparison_rows(
         f'{len(comparison.completions)} completions, max_candidates is '
         f'{max_candidates}; raise it'
       )
-  prompts = tokenizer.encode_prompts(comparisons)
+  elements = {}
+  for number, comparison in enumerate(comparisons):
+    key = (comparison.prompt, comparison.completions) if merge else number
+    elements.setdefault(key, []).append(comparison)
+  firsts = [rankings[0] for rankings in elements.values()]
+  prompts = tokenizer.encode_prompts(firsts)
   completions = iter(
-    tokenizer.encode_responses([t for c in comparisons for t in c.completions])
+    tokenizer.encode_responses([t for c in firsts for t in c.completions])
   )
-  kept = []
-  for prompt, comparison in zip(prompts, comparisons, strict=True):
+  kept, dropped = [], 0
+  for prompt, rankings in zip(prompts, elements.values(), strict=True):
     sequences = [
       [*prompt, *next(completions), tokenizer.eos_id]
-      for _ in comparison.completions
+      for _ in rankings[0].completions
     ]
     if max(map(len, sequences)) <= row_length:
-      kept.append((sequences, comparison.ranks))
-  dropped = len(comparisons) - len(kept)
+      kept.append((sequences, [ranking.ranks for ranking in rankings]))
+    else:
+      dropped += len(rankings)
   _check_some_left(len(kept), dropped, 'comparisons', row_length)
 
   shape = (len(kept), max_candidates, row_length)
   tokens = np.full(shape, tokenizer.pad_id, np.int32)
   mask = np.zeros(shape, bool)
-  ranks = np.zeros(shape[:2], np.int32)
-  for row, (sequences, row_ranks) in enumerate(kept):
-    ranks[row, : len(row_ranks)] = row_ranks
+  num_labelers = max(len(rankings) for _, rankings in kept)
+  ranks = np.zeros((len(kept), num_labelers, max_candidates), np.int32)
+  for row, (sequences, rankings) in enumerate(kept):
+    ranks[row, : len(rankings), : len(sequences)] = rankings
     for candidate, sequence in enumerate(sequences):
       tokens[row, candidate, : len(sequence)] = sequence
       mask[row, candidate, : len(sequence)] = True
@@ -206,7 +217,7 @@ def fitting_comparisons(
   tokenizer: tokenizer_lib.Tokenizer,
   row_length: int,
 ) -> list[records.Comparison]:
-  """The comparisons that `comparison_rows` keeps, in its order of rows."""
+  """The comparisons that `comparison_rows` keeps, in the order given."""
   kept = []
   for comparison in comparisons:
     (prompt,) = tokenizer.encode_prompts([comparison])
@@ -251,7 +262,7 @@ def pack_comparisons(
     np.repeat(prompt, lengths), np.repeat(candidate, lengths), within
   ]
   segments[positions] = np.repeat(segment, lengths)
-  ends = np.zeros(batch.ranks.shape, np.int32)
+  ends = np.zeros(sizes.shape, np.int32)
   ends[prompt, candidate] = starts + lengths - 1
   return types.PackedComparisons(
     tokens=tokens.reshape(num_rows, row_length),

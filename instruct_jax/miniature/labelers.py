@@ -157,22 +157,35 @@ def taste(labeler: Labeler, judgement: gold.Judgement, response: str) -> float:
   return value - labeler.length_weight * distance
 
 
+def judge_each(
+  prompt: Prompt, completions: Sequence[str], world: World
+) -> dict[str, gold.Judgement]:
+  """The judgement of each distinct text, for any number of labelers."""
+  return {
+    text: gold.judge(prompt, text, world) for text in dict.fromkeys(completions)
+  }
+
+
 def rank(
   labeler: Labeler,
-  prompt: Prompt,
   completions: Sequence[str],
-  world: World,
+  judgements: Mapping[str, gold.Judgement],
   rng: np.random.Generator,
 ) -> tuple[int, ...]:
   """Dense ranks, 1 is best, equal ranks for what seems equally good.
 
   Noise is drawn once per distinct text, so equal texts tie.
+
+  Args:
+    labeler: who ranks.
+    completions: what to rank.
+    judgements: of every completion, from `judge_each`.
+    rng: draws the noise.
   """
   opinions = {}
   for text in dict.fromkeys(completions):
-    judgement = gold.judge(prompt, text, world)
     noise = labeler.noise * float(rng.normal())
-    opinions[text] = taste(labeler, judgement, text) + noise
+    opinions[text] = taste(labeler, judgements[text], text) + noise
   ranks, current, head = {}, 0, float('inf')
   for text in sorted(opinions, key=opinions.get, reverse=True):
     # A tie is with the best of its rank, so ties do not chain downwards.
@@ -224,8 +237,9 @@ def agreement(
   same = total = 0
   for prompt, completions in zip(prompts, completion_sets, strict=True):
     first, second = rng.choice(len(labelers), 2, replace=False)
-    ranks_a = rank(labelers[first], prompt, completions, world, rng)
-    ranks_b = rank(labelers[second], prompt, completions, world, rng)
+    judgements = judge_each(prompt, completions, world)
+    ranks_a = rank(labelers[first], completions, judgements, rng)
+    ranks_b = rank(labelers[second], completions, judgements, rng)
     for i in range(len(completions)):
       for j in range(i):
         a = ranks_a[i] - ranks_a[j]

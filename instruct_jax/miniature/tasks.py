@@ -220,7 +220,7 @@ def _generation(world, draw):
       _write_review,
       _write_rude,
     ),
-    (16, 5, 26, 19, 13, 13, 8),
+    (8, 3, 29, 20, 16, 15, 9),
   )[0](world, draw)
 
 
@@ -317,7 +317,7 @@ def _ask_harm(world, draw):
 def _open_qa(world, draw):
   return draw.choices(
     (_ask_fact, _ask_who, _ask_whether, _ask_false_premise, _ask_harm),
-    (40, 6, 24, 18, 12),
+    (24, 4, 30, 26, 16),
   )[0](world, draw)
 
 
@@ -679,7 +679,8 @@ def _constrain(spec, draw):
   if kind == 'write' and form == 'facts':
     choices = ['exclude', 'start', 'include', 'end']
     if spec['count'] == 1:
-      choices += 2 * ['max_words', 'sentences']
+      # No other task can have the last one.
+      choices += 2 * ['max_words'] + 8 * ['sentences']
   elif kind == 'write' and form in ('story', 'letter', 'review'):
     choices = ['start', 'end', 'include'] if form != 'letter' else ['include']
     if form == 'review':
