@@ -36,8 +36,8 @@ def stage(seed, workdir, name='reward'):
   config.demonstrations = ''  # Their mean score becomes 0 (3.5).
   config.max_comparisons = 0  # Use only the first N; 0 is all.
   config.max_candidates = 9  # C: K is 4 to 9 (3.5).
-  # Whether rankings of the same answers by several labelers are one element of
-  # a batch: the K forwards are shared, and a prompt weighs as much as any other.
+  # Whether several labelers' rankings of the same answers are one element of a
+  # batch: they share the K forwards, and a prompt weighs as much as any other.
   config.merge_rankings = True
   config.row_length = 2048
   config.batch_size = 64  # Prompts, each with all of its pairs (C.2).

@@ -31,12 +31,12 @@ def validate(config):
       f'compare.policies: every share must be above 0, got {shares}; leave a '
       'policy out to sample nothing from it'
     )
-  num_training = config.num_labelers * 3 // 4
+  most = labelers.num_training(config.num_labelers)
   for key in ('rankers_per_prompt', 'rankers_per_valid'):
-    if not 1 <= config[key] <= num_training:
+    if not 1 <= config[key] <= most:
       raise ValueError(
-        f'compare.{key} must be from 1 to {num_training}, the training '
-        f'labelers among {config.num_labelers}, got {config[key]}'
+        f'compare.{key} must be from 1 to {most}, the training labelers among '
+        f'{config.num_labelers}, got {config[key]}'
       )
   for name, each in config.policies.items():
     if each.temperature < 0:

@@ -190,6 +190,8 @@ def test_paper_sizes_build_their_abstract_ppo_state(size):
     ('compare', 'min_candidates', 1, 'min_candidates'),
     ('compare', 'policies.sft.share', 0.0, "share must be above 0.*'sft': 0"),
     ('compare', 'policies.sft.temperature', -1.0, 'sft.temperature'),
+    ('compare', 'rankers_per_prompt', 31, 'from 1 to 30.* among 40, got 31'),
+    ('compare', 'rankers_per_valid', 0, 'rankers_per_valid'),
     ('evaluate', 'judge', 'me', 'judge'),
     ('select', 'num_prompts', 0, 'num_prompts'),
     ('data', 'num_reward_prompts', 10**6, 'num_reward_prompts'),

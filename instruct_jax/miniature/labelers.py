@@ -71,6 +71,11 @@ class Labeler:
   wordy: float
 
 
+def num_training(num_labelers: int) -> int:
+  """How many of `make_labelers`' do not belong to the held-out group."""
+  return num_labelers * 3 // 4
+
+
 def make_labelers(
   seed: int, num_labelers: int = 40, noise: float = NOISE
 ) -> list[Labeler]:
@@ -98,11 +103,11 @@ def make_labelers(
     'harmlessness': 0.3,
     'length': 0.3,
   }
-  num_training = num_labelers * 3 // 4
+  last = num_training(num_labelers)
   labelers = []
   for i in range(num_labelers):
-    training = i < num_training
-    index = i * len(GROUPS) // num_training if training else 0
+    training = i < last
+    index = i * len(GROUPS) // last if training else 0
     group = GROUPS[index] if training else HELDOUT
     length = GROUP_LENGTHS[index] if training else HELDOUT_LENGTH
     spread = LABELER_SPREAD if training else HELDOUT_SPREAD
