@@ -44,6 +44,21 @@ def test_bag_of_words_solves_the_one_word_problem():
   assert weight['the'] == pytest.approx(0, abs=1e-9)
 
 
+def test_bag_of_words_counts_every_labeler_of_a_pair():
+  # Three prefer it and one does not: the optimum of 3 log(1 + e^-w) + log(1 +
+  # e^w) + w²/2 has w = 3 σ(-w) - σ(w). The text that wins comes second in two.
+  comparisons = [_comparison('the good pub', 'the pub')] * 2
+  comparisons += [
+    records.Comparison('p', ('the good pub', 'the pub'), ranks)
+    for ranks in ((1, 2), (2, 1))
+  ]
+  judge = baselines.fit_bag_of_words(comparisons, l2=1.0)
+  weight = dict(zip(judge.vocabulary, judge.weights, strict=True))['good']
+  sigmoid = 1 / (1 + np.exp(-weight))
+  assert weight == pytest.approx(3 * (1 - sigmoid) - sigmoid)
+  assert weight > 0.5
+
+
 def test_bag_of_words_finds_planted_tastes_on_new_texts():
   generator = np.random.default_rng(0)
   vocabulary = [f'w{i}' for i in range(30)]

@@ -152,32 +152,48 @@ def fit_bag_of_words(
     (word for word, count in frequencies.items() if count >= min_count),
     key=lambda word: (-frequencies[word], word),
   )[:max_words]
-  pairs = _labeled_pairs(comparisons)
-  counts = _word_counts(texts, vocabulary)
+  # Where several labelers ranked the same answers, a pair of texts comes once,
+  # with how often its first text won and how often it lost.
+  numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+  labeled = np.array([numbers[text] for text in texts])[
+    _labeled_pairs(comparisons)
+  ]
+  pairs, which = np.unique(
+    np.sort(labeled, axis=1), axis=0, return_inverse=True
+  )
+  first_won = labeled[:, 0] == pairs[which, 0]
+  won, lost = (
+    np.bincount(which, outcome, len(pairs))
+    for outcome in (first_won, ~first_won)
+  )
+  counts = _word_counts(list(numbers), vocabulary)
 
-  def blocks() -> Iterator[np.ndarray]:
+  def blocks() -> Iterator[tuple[np.ndarray, ...]]:
     # [pairs, words] differences, a block at a time: 1e5 pairs of 1,000 words
     # would take 800 MB at once.
     for start in range(0, len(pairs), _PAIRS_PER_BLOCK):
-      better, worse = pairs[start : start + _PAIRS_PER_BLOCK].T
-      yield counts[better] - counts[worse]
+      block = slice(start, start + _PAIRS_PER_BLOCK)
+      first, second = pairs[block].T
+      yield counts[first] - counts[second], won[block], lost[block]
 
   def objective(weights: np.ndarray) -> float:
     # -log σ(z) = log(1 + e^-z), without overflow.
     margins = counts @ weights
     margins = margins[pairs[:, 0]] - margins[pairs[:, 1]]
-    return np.logaddexp(0, -margins).sum() + l2 / 2 * weights @ weights
+    losses = won * np.logaddexp(0, -margins) + lost * np.logaddexp(0, margins)
+    return losses.sum() + l2 / 2 * weights @ weights
 
   weights = np.zeros(len(vocabulary))
   value = objective(weights)
   for _ in range(num_steps):
     gradient = l2 * weights
     hessian = l2 * np.eye(len(vocabulary))
-    for differences in blocks():
+    for differences, block_won, block_lost in blocks():
       # σ(-z) = (1 - tanh(z/2)) / 2 never overflows.
       wrong = (1 - np.tanh(differences @ weights / 2)) / 2
-      gradient -= differences.T @ wrong
-      hessian += (differences.T * (wrong * (1 - wrong))) @ differences
+      gradient -= differences.T @ (block_won * wrong - block_lost * (1 - wrong))
+      curvature = (block_won + block_lost) * wrong * (1 - wrong)
+      hessian += (differences.T * curvature) @ differences
     step = np.linalg.solve(hessian, gradient)
     # Half of gradient·step is what a Newton step gains to second order.
     if gradient @ step < 1e-12 * (1 + value):
