@@ -613,11 +613,10 @@ def gold_reward_figures(config, root, tokenizer):
   ceiling, tables = None, {}
   if all('kind' in comparison.metadata for comparison in valid):
     the_world = world.make_world(config.seed)
-    distinct = {(c.prompt, c.completions): c for c in valid}
+    # What several labelers ranked is judged once.
+    distinct = {(c.id, c.completions): c for c in valid}
     scores = {k: gold_scores_of(c, the_world) for k, c in distinct.items()}
-    ceiling = accuracy_of(
-      [scores[c.prompt, c.completions] for c in valid], valid
-    )
+    ceiling = accuracy_of([scores[c.id, c.completions] for c in valid], valid)
     tables['Best achievable accuracy given label noise'] = {
       'gold utility on the same pairs': ceiling
     }
@@ -838,10 +837,9 @@ def compute_of(config, root, stages, num_policy, num_scalar):
       num_policy, steps['step'] * stage['batch_size'] * stage['row_length']
     )
   comparisons = records.read_jsonl(config.comparisons, records.Comparison)
-  forwards = [(c.prompt, c.completions) for c in comparisons]
   if stages['reward']['merge_rankings']:
-    forwards = dict.fromkeys(forwards)
-  answers = sum(len(completions) for _, completions in forwards)
+    comparisons = {loader.answers_ranked(c): c for c in comparisons}.values()
+  answers = sum(len(c.completions) for c in comparisons)
   # Each prompt with each of its answers, as long as RL has them at the most.
   length = stages['ppo']['prompt_length'] + stages['ppo']['response_length']
   operations['reward'] = model_card.training_operations(

@@ -185,26 +185,32 @@ def score_comparisons(config, programs, params, rows):
   return scalars.reshape(-1)[packed.ends]
 
 
+def answers_of(comparison):
+  """What is scored: all of a comparison but who ranked it, and how."""
+  return comparison.prompt, comparison.turns, comparison.completions
+
+
 def scores_of(config, programs, params, comparisons, tokenizer):
-  """(comparisons that fit, {(prompt, completions): scores}).
+  """(comparisons that fit, {`answers_of`: scores}).
 
   What several labelers ranked is scored once.
   """
   kept = loader.fitting_comparisons(comparisons, tokenizer, config.row_length)
+  distinct = {answers_of(comparison): comparison for comparison in kept}
   rows, _ = loader.comparison_rows(
-    kept, tokenizer, config.max_candidates, config.row_length, merge=True
+    list(distinct.values()), tokenizer, config.max_candidates, config.row_length
   )
-  distinct = dict.fromkeys((c.prompt, c.completions) for c in kept)
   scores = score_comparisons(config, programs, params, rows)
   return kept, {
-    key: row[: len(key[1])] for key, row in zip(distinct, scores, strict=True)
+    key: row[: len(comparison.completions)]
+    for (key, comparison), row in zip(distinct.items(), scores, strict=True)
   }
 
 
 def accuracy_from(scores, comparisons):
   """Pairwise accuracy of the scores on rankings, with its interval."""
   return preference_accuracy.pairwise_accuracy(
-    [scores[c.prompt, c.completions] for c in comparisons],
+    [scores[answers_of(c)] for c in comparisons],
     [c.ranks for c in comparisons],
     [c.prompt for c in comparisons],
   )

@@ -175,16 +175,21 @@ def test_comparison_rows_by_hand(words):
 
 
 def test_rankings_of_the_same_answers_become_one_element(words):
+  turns = (records.Turn('user', 'x'), records.Turn('user', 'a'))
   comparisons = [
     records.Comparison('a', ('b', 'c'), (1, 2), labeler='x'),
     records.Comparison('b', ('b', 'c'), (2, 1), labeler='x'),
     records.Comparison('a', ('b', 'c'), (2, 1), labeler='y'),
-    records.Comparison('a', ('c', 'b'), (1, 1), labeler='z'),
+    # In another order, as where the chosen answer comes first.
+    records.Comparison('a', ('c', 'b'), (1, 2), labeler='z'),
+    records.Comparison('a', ('b', 'c'), (1, 1), turns=turns),
     records.Comparison('a', ('b', 'b c d e'), (1, 2), labeler='x'),
     records.Comparison('a', ('b', 'b c d e'), (1, 1), labeler='y'),
+    records.Comparison('c', ('b', 'c', 'b'), (1, 2, 3), labeler='x'),
+    records.Comparison('c', ('c', 'b', 'b'), (3, 1, 2), labeler='y'),
   ]
   apart, num_dropped = loader.comparison_rows(comparisons, words, 3, 4)
-  assert (apart.ranks.shape, num_dropped) == ((4, 1, 3), 2)
+  assert (apart.ranks.shape, num_dropped) == ((7, 1, 3), 2)
   rows, num_dropped = loader.comparison_rows(
     comparisons, words, 3, 4, merge=True
   )
@@ -192,14 +197,15 @@ def test_rankings_of_the_same_answers_become_one_element(words):
   np.testing.assert_array_equal(
     rows.ranks,
     [
-      [[1, 2, 0], [2, 1, 0]],
-      [[2, 1, 0], [0, 0, 0]],
-      [[1, 1, 0], [0, 0, 0]],
+      [[1, 2, 0], [2, 1, 0], [2, 1, 0]],
+      [[2, 1, 0], [0, 0, 0], [0, 0, 0]],
+      [[1, 1, 0], [0, 0, 0], [0, 0, 0]],  # Another conversation.
+      [[1, 2, 3], [1, 3, 2], [0, 0, 0]],
     ],
   )
-  np.testing.assert_array_equal(rows.tokens, apart.tokens[[0, 1, 3]])
+  np.testing.assert_array_equal(rows.tokens, apart.tokens[[0, 1, 4, 5]])
   packed = loader.pack_comparisons(rows)
-  assert packed.ends.shape == (3, 3)
+  assert packed.ends.shape == (4, 3)
   np.testing.assert_array_equal(packed.ranks, rows.ranks)
 
 

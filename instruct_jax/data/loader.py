@@ -13,6 +13,7 @@ They are cut into rows because the loss at a cut is still that of real text.
 """
 
 import bisect
+import collections
 import dataclasses
 import fractions
 import sys
@@ -143,6 +144,20 @@ def demonstration_rows(
   return rows, dropped
 
 
+def answers_ranked(comparison: records.Comparison) -> tuple:
+  """What a comparison ranks, whatever their order: equal ones can merge."""
+  answers = tuple(sorted(comparison.completions))
+  return comparison.prompt, comparison.turns, answers
+
+
+def _ranks_in(order: Sequence[str], ranking: records.Comparison) -> list[int]:
+  """The ranks of the same texts, laid out in another order of them."""
+  by_text = collections.defaultdict(list)
+  for text, rank in zip(ranking.completions, ranking.ranks, strict=True):
+    by_text[text].append(rank)
+  return [by_text[text].pop(0) for text in order]
+
+
 def comparison_rows(
   comparisons: Sequence[records.Comparison],
   tokenizer: tokenizer_lib.Tokenizer,
@@ -158,8 +173,9 @@ def comparison_rows(
     tokenizer: encodes prompt and completion apart; EOS ends each completion.
     max_candidates: C; absent candidates are masked and have rank 0.
     row_length: T.
-    merge: rankings of the same answers to the same prompt become one element,
-      in the place of the first; else each is an element of its own, and R is 1.
+    merge: rankings of the same answers to the same prompt, in whatever order,
+      become one element, in the place of the first; else each is an element of
+      its own, and R is 1.
 
   Returns:
     (rows [N, C, T], number of comparisons dropped because a candidate is longer
@@ -177,7 +193,7 @@ def comparison_rows(
       )
   elements = {}
   for number, comparison in enumerate(comparisons):
-    key = (comparison.prompt, comparison.completions) if merge else number
+    key = answers_ranked(comparison) if merge else number
     elements.setdefault(key, []).append(comparison)
   firsts = [rankings[0] for rankings in elements.values()]
   prompts = tokenizer.encode_prompts(firsts)
@@ -186,12 +202,10 @@ def comparison_rows(
   )
   kept, dropped = [], 0
   for prompt, rankings in zip(prompts, elements.values(), strict=True):
-    sequences = [
-      [*prompt, *next(completions), tokenizer.eos_id]
-      for _ in rankings[0].completions
-    ]
+    order = rankings[0].completions
+    sequences = [[*prompt, *next(completions), tokenizer.eos_id] for _ in order]
     if max(map(len, sequences)) <= row_length:
-      kept.append((sequences, [ranking.ranks for ranking in rankings]))
+      kept.append((sequences, [_ranks_in(order, each) for each in rankings]))
     else:
       dropped += len(rankings)
   _check_some_left(len(kept), dropped, 'comparisons', row_length)
