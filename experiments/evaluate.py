@@ -478,9 +478,10 @@ def run(config, workdir: epath.Path):
     figures,
     card_facts(config, root, models['sft'].config, reward.module.config),
   )
+  plots = report.draw(figures)
   for directory in (workdir, root):
     report.write_file(directory / 'model_card.md', card.encode())
-    report.write_report(directory, figures)
+    report.write_report(directory, figures, plots)
   print((root / 'report.md').as_posix(), flush=True)
   return {'num_prompts': len(prompts), 'num_dropped': num_dropped}
 
@@ -836,10 +837,7 @@ def compute_of(config, root, stages, num_policy, num_scalar):
     operations[name] = model_card.training_operations(
       num_policy, steps['step'] * stage['batch_size'] * stage['row_length']
     )
-  comparisons = records.read_jsonl(config.comparisons, records.Comparison)
-  if stages['reward']['merge_rankings']:
-    comparisons = {loader.answers_ranked(c): c for c in comparisons}.values()
-  answers = sum(len(c.completions) for c in comparisons)
+  answers = run_lib.read_json(root / 'reward' / 'results.json')['num_forwards']
   # Each prompt with each of its answers, as long as RL has them at the most.
   length = stages['ppo']['prompt_length'] + stages['ppo']['response_length']
   operations['reward'] = model_card.training_operations(

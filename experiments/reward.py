@@ -11,13 +11,15 @@ turn is left out of training. `intra` is the accuracy on validation rankings by
 the labelers trained on, `inter` by the group left out, over several seeds.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int
 
-from instruct_jax import artifacts, losses, masked, rollout, supervised
+from instruct_jax import artifacts, losses, masked, rollout, supervised, types
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import preference_accuracy
@@ -190,20 +192,41 @@ def answers_of(comparison):
   return comparison.prompt, comparison.turns, comparison.completions
 
 
-def scores_of(config, programs, params, comparisons, tokenizer):
-  """(comparisons that fit, {`answers_of`: scores}).
+@dataclasses.dataclass(frozen=True)
+class Rankings:
+  """Encoded rankings, for any number of reward models.
 
-  What several labelers ranked is scored once.
+  Attributes:
+    fitting: those that fit into a row.
+    distinct: `answers_of` them -> one of them; it is scored once, however many
+      labelers ranked it.
+    rows: of `distinct`, in its order.
   """
-  kept = loader.fitting_comparisons(comparisons, tokenizer, config.row_length)
-  distinct = {answers_of(comparison): comparison for comparison in kept}
+
+  fitting: list[records.Comparison]
+  distinct: dict[tuple, records.Comparison]
+  rows: types.ComparisonBatch
+
+
+def encode_rankings(config, comparisons, tokenizer) -> Rankings:
+  fitting = loader.fitting_comparisons(
+    comparisons, tokenizer, config.row_length
+  )
+  distinct = {answers_of(comparison): comparison for comparison in fitting}
   rows, _ = loader.comparison_rows(
     list(distinct.values()), tokenizer, config.max_candidates, config.row_length
   )
-  scores = score_comparisons(config, programs, params, rows)
-  return kept, {
+  return Rankings(fitting, distinct, rows)
+
+
+def scores_of(config, programs, params, rankings: Rankings):
+  """{`answers_of`: one score a completion}."""
+  scores = score_comparisons(config, programs, params, rankings.rows)
+  return {
     key: row[: len(comparison.completions)]
-    for (key, comparison), row in zip(distinct.items(), scores, strict=True)
+    for (key, comparison), row in zip(
+      rankings.distinct.items(), scores, strict=True
+    )
   }
 
 
@@ -270,8 +293,9 @@ def fit(config, workdir, tokenizer, policy, comparisons, valid):
   shift = float(np.mean(raw_scores, dtype=np.float64))
   params = {**params, 'head_bias': params['head_bias'] - jnp.float32(shift)}
 
-  kept, scores = scores_of(config, programs, params, valid, tokenizer)
-  accuracy = accuracy_from(scores, kept)
+  rankings = encode_rankings(config, valid, tokenizer)
+  scores = scores_of(config, programs, params, rankings)
+  accuracy = accuracy_from(scores, rankings.fitting)
   train_scores = score_comparisons(
     config,
     programs,
@@ -291,6 +315,7 @@ def fit(config, workdir, tokenizer, policy, comparisons, valid):
     ],
     'num_comparisons': len(comparisons) - num_dropped,
     'num_prompts': loader.num_rows(rows),
+    'num_forwards': int(rows.mask.any(axis=2).sum()),  # An epoch.
     'num_dropped': num_dropped,
   }
   artifacts.save(
@@ -312,9 +337,13 @@ def cross_validate(config, workdir, tokenizer, policy, comparisons, valid):
   groups = preference_accuracy.label_folds(
     [c.labeler for c in comparisons], config.num_folds, config.seed
   )
+  rankings = encode_rankings(config, valid, tokenizer)
+  scoring = None  # The first fold's program scores for all.
   runs = []
   for number in range(config.num_fold_seeds):
     seed = config.seed + number
+    init_key = jax.random.fold_in(jax.random.key(seed), 1)
+    model = artifacts.scalar_from_policy(policy, mesh, init_key)
     for fold, left_out in enumerate(groups):
       folder = workdir / f'seed{seed}-fold{fold}'
       result_file = folder / 'results.json'
@@ -324,23 +353,24 @@ def cross_validate(config, workdir, tokenizer, policy, comparisons, valid):
           [c for c in comparisons if c.labeler not in left_out],
           tokenizer,
         )
-        init_key = jax.random.fold_in(jax.random.key(seed), 1)
-        model = artifacts.scalar_from_policy(policy, mesh, init_key)
+        # A copy: training writes over what it starts from.
+        start = jax.tree.map(jnp.copy, model.params)
         params, programs = train(
           config,
           folder,
           f'{config.name} seed {seed} fold {fold + 1}/{len(groups)}',
           rows,
-          model,
+          dataclasses.replace(model, params=start),
           seed,
         )
+        scoring = scoring or programs
         trained_on = {name for group in groups for name in group}
         trained_on -= set(left_out)
         result = {'seed': seed, 'fold': fold}
-        kept, scores = scores_of(config, programs, params, valid, tokenizer)
+        scores = scores_of(config, scoring, params, rankings)
         for name, wanted in (('intra', trained_on), ('inter', left_out)):
           result[name] = accuracy_from(
-            scores, [c for c in kept if c.labeler in wanted]
+            scores, [c for c in rankings.fitting if c.labeler in wanted]
           ).accuracy
         run_lib.write_json(result_file, result)
         run_lib.wait_for_all(str(result_file))

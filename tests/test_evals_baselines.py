@@ -91,18 +91,6 @@ def test_bag_of_words_finds_planted_tastes_on_new_texts():
   np.testing.assert_array_equal(judge.weights, again.weights)
 
 
-def test_blocks_do_not_change_the_weights(monkeypatch):
-  comparisons = [
-    _comparison('a b c d', 'a b'),
-    _comparison('c a', 'd d b'),
-    _comparison('b c', 'a d'),
-  ]
-  whole = baselines.fit_bag_of_words(comparisons, min_count=1)
-  monkeypatch.setattr(baselines, '_PAIRS_PER_BLOCK', 1)
-  blocked = baselines.fit_bag_of_words(comparisons, min_count=1)
-  np.testing.assert_allclose(whole.weights, blocked.weights, atol=1e-9)
-
-
 def test_separable_data_and_rare_words_are_no_trouble():
   # 500 pairs that one word separates: the ridge keeps its weight finite.
   comparisons = [_comparison('yes ' * 50, 'no ' * 50)] * 500

@@ -10,15 +10,15 @@ import collections
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+import scipy.sparse
 
 from instruct_jax.data import records
 
 # Words and single marks: "Cocum's pub." -> cocum's, pub, "."
 _WORD = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
-_PAIRS_PER_BLOCK = 4096
 
 
 def words(text: str) -> list[str]:
@@ -104,13 +104,21 @@ class BagOfWordsJudge:
     ]
 
 
-def _word_counts(texts: Sequence[str], vocabulary: Sequence[str]) -> np.ndarray:
+def _word_counts(
+  texts: Sequence[str], vocabulary: Sequence[str]
+) -> scipy.sparse.csr_array:
+  """[texts, words]: how often a word of the vocabulary is in a text."""
   column = {word: i for i, word in enumerate(vocabulary)}
-  counts = np.zeros((len(texts), len(vocabulary)))
-  for row, text in enumerate(texts):
-    for word in words(text):
-      if word in column:
-        counts[row, column[word]] += 1
+  found = [
+    [column[word] for word in words(text) if word in column] for text in texts
+  ]
+  sizes = [len(columns) for columns in found]
+  places = np.array(list(itertools.chain.from_iterable(found)), int)
+  counts = scipy.sparse.csr_array(
+    (np.ones(len(places)), places, np.cumsum([0, *sizes])),
+    shape=(len(texts), len(vocabulary)),
+  )
+  counts.sum_duplicates()
   return counts
 
 
@@ -145,9 +153,10 @@ def fit_bag_of_words(
   if not l2 > 0:
     raise ValueError(f'l2 must be positive, got {l2}')
   texts = [text for record in comparisons for text in record.completions]
-  frequencies = collections.Counter(
-    itertools.chain.from_iterable(words(text) for text in texts)
-  )
+  frequencies = collections.Counter()
+  for text, times in collections.Counter(texts).items():
+    for word in words(text):
+      frequencies[word] += times
   vocabulary = sorted(
     (word for word, count in frequencies.items() if count >= min_count),
     key=lambda word: (-frequencies[word], word),
@@ -167,33 +176,25 @@ def fit_bag_of_words(
     for outcome in (first_won, ~first_won)
   )
   counts = _word_counts(list(numbers), vocabulary)
-
-  def blocks() -> Iterator[tuple[np.ndarray, ...]]:
-    # [pairs, words] differences, a block at a time: 1e5 pairs of 1,000 words
-    # would take 800 MB at once.
-    for start in range(0, len(pairs), _PAIRS_PER_BLOCK):
-      block = slice(start, start + _PAIRS_PER_BLOCK)
-      first, second = pairs[block].T
-      yield counts[first] - counts[second], won[block], lost[block]
+  # [pairs, words]: few words of a pair differ, so this is small.
+  differences = counts[pairs[:, 0]] - counts[pairs[:, 1]]
 
   def objective(weights: np.ndarray) -> float:
     # -log σ(z) = log(1 + e^-z), without overflow.
-    margins = counts @ weights
-    margins = margins[pairs[:, 0]] - margins[pairs[:, 1]]
+    margins = differences @ weights
     losses = won * np.logaddexp(0, -margins) + lost * np.logaddexp(0, margins)
     return losses.sum() + l2 / 2 * weights @ weights
 
   weights = np.zeros(len(vocabulary))
   value = objective(weights)
   for _ in range(num_steps):
+    # σ(-z) = (1 - tanh(z/2)) / 2 never overflows.
+    wrong = (1 - np.tanh(differences @ weights / 2)) / 2
     gradient = l2 * weights
-    hessian = l2 * np.eye(len(vocabulary))
-    for differences, block_won, block_lost in blocks():
-      # σ(-z) = (1 - tanh(z/2)) / 2 never overflows.
-      wrong = (1 - np.tanh(differences @ weights / 2)) / 2
-      gradient -= differences.T @ (block_won * wrong - block_lost * (1 - wrong))
-      curvature = (block_won + block_lost) * wrong * (1 - wrong)
-      hessian += (differences.T * curvature) @ differences
+    gradient -= differences.T @ (won * wrong - lost * (1 - wrong))
+    curvature = scipy.sparse.diags_array((won + lost) * wrong * (1 - wrong))
+    hessian = (differences.T @ curvature @ differences).toarray()
+    hessian += l2 * np.eye(len(vocabulary))
     step = np.linalg.solve(hessian, gradient)
     # Half of gradient·step is what a Newton step gains to second order.
     if gradient @ step < 1e-12 * (1 + value):

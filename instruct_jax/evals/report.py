@@ -38,8 +38,20 @@ from instruct_jax.evals import (
 _MAX_SAMPLE_CHARACTERS = 500
 
 
+def draw(figures: run_figures.Figures) -> dict[str, bytes]:
+  """The plots that have data, as PNG by file name.
+
+  Raises:
+    ValueError: a model, or a key of `reasons`, that no part of it knows.
+  """
+  _check(figures)
+  return plots.make_plots(figures)
+
+
 def write_report(
-  directory: epath.PathLike, figures: run_figures.Figures
+  directory: epath.PathLike,
+  figures: run_figures.Figures,
+  drawn: Mapping[str, bytes] | None = None,
 ) -> None:
   """Writes report.md, summary.json and the plots that have data.
 
@@ -47,6 +59,7 @@ def write_report(
     directory: created if need be; files of the same names are replaced, each
       by a rename, so a reader never sees half of one.
     figures: what to show.
+    drawn: from `draw`, where one drawing serves several folders.
 
   Raises:
     ValueError: a model, or a key of `reasons`, that no part of it knows.
@@ -54,7 +67,7 @@ def write_report(
   _check(figures)
   directory = epath.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  drawn = plots.make_plots(figures)
+  drawn = draw(figures) if drawn is None else drawn
   for name, content in drawn.items():
     write_file(directory / name, content)
   summary = json.dumps(
