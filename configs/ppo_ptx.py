@@ -358,6 +358,7 @@ def miniature(name: str = 'ppo_ptx_miniature'):
     each.checkpoint_every = 50
   stages.crossval.num_fold_seeds = 1  # The paper: 3 (reward.py:6b,folds).
   stages.crossval.max_comparisons = 2_000  # Of 400 prompts.
+  stages.crossval.max_valid_comparisons = 1_200  # Of 400 others.
   for each in (stages.ppo, stages.ppo_ptx):
     each.prompt_length = 32
     each.response_length = 20

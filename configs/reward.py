@@ -35,6 +35,7 @@ def stage(seed, workdir, name='reward'):
   config.valid_comparisons = ''
   config.demonstrations = ''  # Their mean score becomes 0 (3.5).
   config.max_comparisons = 0  # Use only the first N; 0 is all.
+  config.max_valid_comparisons = 0  # As well.
   config.max_candidates = 9  # C: K is 4 to 9 (3.5).
   # Whether several labelers' rankings of the same answers are one element of a
   # batch: they share the K forwards, and a prompt weighs as much as any other.

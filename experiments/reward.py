@@ -245,8 +245,8 @@ def run(config, workdir: epath.Path):
   tokenizer_lib.check_published(tokenizer, config.init)
   comparisons = records.read_jsonl(config.comparisons, records.Comparison)
   valid = records.read_jsonl(config.valid_comparisons, records.Comparison)
-  if config.max_comparisons:
-    comparisons = comparisons[: config.max_comparisons]
+  comparisons = comparisons[: config.max_comparisons or None]
+  valid = valid[: config.max_valid_comparisons or None]
   records.check_labels(comparisons, config.comparisons)
   records.check_labels(valid, config.valid_comparisons)
   mesh = artifacts.make_mesh(

@@ -94,6 +94,8 @@ def test_a_reward_model_trains_on_the_export(exported, workdir):
   assert results['num_dropped'] == 0
   train = records.read_jsonl(config.comparisons, records.Comparison)
   assert results['num_comparisons'] == len(train)
+  assert results['num_forwards'] == 3 * results['num_prompts']
+  assert results['num_prompts'] == len(train) / 5  # Everybody ranked each.
 
 
 @pytest.mark.parametrize(
