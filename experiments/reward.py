@@ -209,6 +209,7 @@ class Rankings:
 
 
 def encode_rankings(config, comparisons, tokenizer) -> Rankings:
+  """Tokens of what is to be scored; what is too long is left out."""
   fitting = loader.fitting_comparisons(
     comparisons, tokenizer, config.row_length
   )
