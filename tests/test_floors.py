@@ -28,7 +28,7 @@ FLOORS = {
   'infra': ('types', 'infra'),
   # 2: models and infra meet in `artifacts` alone; elsewhere the model arrives
   # as an argument. Never each other.
-  'artifacts': ('types', 'hub', 'models', 'infra'),
+  'artifacts': ('types', 'hub', 'models', 'infra', 'data.tokenizer'),
   'export': ('artifacts', 'data', 'models', 'infra'),
   'rollout': ('types', *ALGORITHM, 'infra.sharding'),
   'ppo': ('types', *ALGORITHM, 'infra.train_state', 'infra.sharding'),
@@ -43,6 +43,7 @@ FLOORS = {
     'infra',
     'artifacts',
     'rollout',
+    'evals.samples',
   ),
   'lm_eval_adapter': (
     'types',
