@@ -131,6 +131,7 @@ def save_chain(
   num_tokens: int,
   following: dict[int, int],
   context: int = 256,
+  attention: float = 0.0,
 ) -> None:
   """A Llama whose likeliest next token depends on the last one alone.
 
@@ -139,12 +140,15 @@ def save_chain(
     num_tokens: of the vocabulary.
     following: token -> the one that follows it.
     context: longest sequence.
+    attention: how much the average of the tokens before counts besides.
   """
   width = -(-num_tokens // 16) * 16
   unembedding = np.zeros((num_tokens, width), np.float32)
   for token, next_token in following.items():
     unembedding[next_token, token] = 1.0
-  _save_llama(folder, num_tokens, width, context, unembedding=unembedding)
+  _save_llama(
+    folder, num_tokens, width, context, attention, unembedding=unembedding
+  )
 
 
 def save_scorer(
@@ -159,30 +163,29 @@ def save_scorer(
   head = np.zeros((1, width), np.float32)
   for token, score in scores.items():
     head[0, token] = score
-  _save_llama(folder, num_tokens, width, 256, score=head)
+  _save_llama(folder, num_tokens, width, 256, 100.0, score=head)
 
 
 def _save_llama(
-  folder, num_tokens, width, context, *, unembedding=None, score=None
+  folder, num_tokens, width, context, attention, unembedding=None, score=None
 ):
   heads, head_dim, mlp_dim = 2, width // 2, 8
   layer = 'model.layers.0.'
-  attended = score is not None
   identity = np.eye(width, dtype=np.float32)
   tensors = {
     'model.embed_tokens.weight': np.eye(num_tokens, width, dtype=np.float32),
     'model.norm.weight': np.ones(width, np.float32),
     f'{layer}self_attn.q_proj.weight': np.zeros((width, width), np.float32),
     f'{layer}self_attn.k_proj.weight': np.zeros((width, width), np.float32),
-    f'{layer}self_attn.v_proj.weight': identity * attended,
-    f'{layer}self_attn.o_proj.weight': identity * 100 * attended,
+    f'{layer}self_attn.v_proj.weight': identity,
+    f'{layer}self_attn.o_proj.weight': identity * attention,
     f'{layer}mlp.gate_proj.weight': np.zeros((mlp_dim, width), np.float32),
     f'{layer}mlp.up_proj.weight': np.zeros((mlp_dim, width), np.float32),
     f'{layer}mlp.down_proj.weight': np.zeros((width, mlp_dim), np.float32),
     f'{layer}input_layernorm.weight': np.ones(width, np.float32),
     f'{layer}post_attention_layernorm.weight': np.ones(width, np.float32),
   }
-  if attended:
+  if score is not None:
     tensors['score.weight'] = score
   else:
     tensors['lm_head.weight'] = unembedding
@@ -203,6 +206,6 @@ def _save_llama(
     'hidden_act': 'silu',
     'tie_word_embeddings': False,
   }
-  if attended:
+  if score is not None:
     described['num_labels'] = 1
   (folder / 'config.json').write_text(json.dumps(described))

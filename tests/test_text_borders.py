@@ -139,6 +139,7 @@ def test_centring_reads_the_whole_conversation(model, tmp_path):
   """Demonstrations that are conversations score 0 on average as they are read
   everywhere else."""
   folder, tokenizer = model
+  published.save_chain(folder, tokenizer.vocab_size, {}, attention=1.0)
   tokenizer.save(tmp_path / 'tokenizer')
   conversations = [
     (records.Turn('user', 'Name a bird.'), *TURNS[1:]),
