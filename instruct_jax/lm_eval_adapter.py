@@ -194,11 +194,15 @@ class InstructJaxLM(TemplateLM):
   def loglikelihood_rolling(
     self, requests: Sequence[Instance], disable_tqdm: bool = False
   ) -> list[float]:
-    """Log-probability of whole texts, each token predicted once."""
+    """Log-probability of whole texts, each token predicted once.
+
+    As in the `hf` backend, a BOS that the tokenizer puts before a text counts
+    as its first token, predicted from another one.
+    """
     windows, owners = [], []
     for owner, request in enumerate(requests):
       for window in get_rolling_token_windows(
-        token_list=self.tok_encode(request.args[0], add_special_tokens=False),
+        token_list=self.tok_encode(request.args[0]),
         prefix_token=self.prefix_token_id,
         max_seq_len=self.max_length,
         context_len=1,
