@@ -179,7 +179,7 @@ def run(
     have_run = []
     for stage in stages:
       if stop.requested:
-        raise run_lib.Stopped(f'stopped before {stage.name}')
+        raise run_lib.Stopped(f'stopped before {stage.name}', True)
       run_lib.in_first(
         lambda stage=stage: stages_lib.check_turn(
           stage, stages, have_run, accept_new_inputs
@@ -302,8 +302,10 @@ def main(argv) -> None:
       # An orderly exit would wait for processes that are no more.
       os._exit(1)
     sys.exit(1)
-  except run_lib.Stopped:
+  except run_lib.Stopped as stopped:
     print(f'work directory: {workdir}', flush=True)
+    if several and not stopped.is_agreed:
+      os._exit(stopped.code)
     raise
   print(f'work directory: {workdir}', flush=True)
 

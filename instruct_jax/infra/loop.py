@@ -300,7 +300,7 @@ class Loop:
     if stop:
       self._checkpointer.wait()
       run.wait_for_all(f'{self._name} stopped')
-      raise run.Stopped(f'{self._name}: stopped after step {done}')
+      raise run.Stopped(f'{self._name}: stopped after step {done}', True)
     return line
 
   def _wait_for_older_steps(self, step_metrics: Metrics):

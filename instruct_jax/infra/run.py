@@ -50,11 +50,16 @@ class Stopped(SystemExit):
   """Raised by a loop that was asked to stop and has saved.
 
   The process exits with code 75; the message goes to standard error.
+
+  Args:
+    message: where it stopped.
+    is_agreed: of several processes, all stop here: an orderly end waits for no
+      other one.
   """
 
-  def __init__(self, message: str):
+  def __init__(self, message: str, is_agreed: bool = False):
     super().__init__(STOPPED_EXIT_CODE)
-    self.message = message
+    self.message, self.is_agreed = message, is_agreed
     print(f'{message}; the same command continues', file=sys.stderr)
 
 

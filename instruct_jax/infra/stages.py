@@ -512,8 +512,13 @@ def _dependents(changed, stages):
 def _save(workdir, saved, now):
   """Writes config.json, and what changed in it to the history."""
   if saved is not None and 'stages' in now:
-    # A stage that this config lacks may be in the next one again.
-    now = {**now, 'stages': {**saved.get('stages', {}), **now['stages']}}
+    # A stage that is not among these may be among the next ones again.
+    kept = saved.get('stages', {})
+    names = set(now['stage_order']) | (set(now['stages']) - set(kept))
+    now = {
+      **now,
+      'stages': kept | {name: now['stages'][name] for name in sorted(names)},
+    }
   if saved == now:
     return
   if saved is not None:
