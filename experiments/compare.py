@@ -74,8 +74,7 @@ def run(config, workdir: epath.Path):
         each.model,
         'policy',
         mesh,
-        tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
+        tokenizer,
       )
       for each in config.policies.values()
     ]
@@ -135,7 +134,7 @@ def run(config, workdir: epath.Path):
             config.batch_size,
             progress=progress.update,
           )
-          answers = tokenizer.decode_batch(rollout.response_ids(sampled))
+          answers = tokenizer.decode_responses(rollout.response_ids(sampled))
           for row, text in zip(rows.indices, answers, strict=True):
             texts[mine[row]] = text
       # In the order drawn: the order of the answers tells nothing of the model.
@@ -165,6 +164,7 @@ def run(config, workdir: epath.Path):
               labeler=rankers[index].name,
               category=prompt.category,
               metadata=prompt.metadata,
+              turns=prompt.turns,
             )
           )
       return found

@@ -116,18 +116,19 @@ def run(config, workdir: epath.Path):
   }
   toxicity, truth = make_judges(config, workdir)
   mesh = sharding.make_mesh(config.mesh)
-  stop_ids = runner.stop_ids(tokenizer)
+  asking = tokenizer.with_format('', []) if config.plain_prompts else tokenizer
+  stop_ids = runner.stop_ids(asking)
   rows = {name: [] for name in names}
   counts = {}
   with sharding.use_mesh(mesh), run_lib.StopSignal() as stop:
     for model_name, folder in artifacts.named_folders(config.models).items():
       model = artifacts.load(
-        folder, 'policy', mesh, tokenizer.fingerprint, remat=config.remat
+        folder, 'policy', mesh, tokenizer, remat=config.remat
       )
       generate_fn, choice_fn = queries_lib.make_functions(
         model.module,
         model.params,
-        tokenizer,
+        asking,
         mesh,
         stop_ids,
         config.batch_size,
@@ -141,7 +142,7 @@ def run(config, workdir: epath.Path):
             asked,
             prompt_type,
             shots,
-            tokenizer,
+            asking,
             model.config.context_length,
           )
           label = f'{model_name} {name} {prompt_type}'
@@ -157,7 +158,7 @@ def run(config, workdir: epath.Path):
               name,
               queries,
               workdir / 'journal' / model_name / file,
-              tokenizer=tokenizer,
+              tokenizer=asking,
               generate_fn=generate_fn,
               choice_fn=choice_fn,
               batch_size=config.batch_size,
@@ -174,7 +175,9 @@ def run(config, workdir: epath.Path):
             truth_fn=truth,
           )
           counts[label] = dataclasses.asdict(count)
-  return write_results(config, workdir, rows, counts, content, sums)
+  return write_results(
+    config, workdir, rows, counts, content, sums, asking.describe()
+  )
 
 
 def judge_names(config):
@@ -192,7 +195,7 @@ def judge_names(config):
   return names
 
 
-def write_results(config, workdir, rows, counts, content, sums):
+def write_results(config, workdir, rows, counts, content, sums, read):
   """Sample files, scores, and an account of what was asked."""
   written = [name for name in rows if rows[name]]
   for name in written:
@@ -207,8 +210,11 @@ def write_results(config, workdir, rows, counts, content, sums):
   result = released_samples.score_folder(workdir / 'samples', config.seed)
   result['counts'], result['sha256'] = counts, sums
   result['judges'] = judge_names(config)
+  result['read'] = read
   lines = [
     '# Public NLP suite',
+    '',
+    f'The models read {read}.',
     '',
     'Of each model, task and prompt: items asked, repeated (asked once), too '
     'long for the model, with fewer examples than wanted, empty answers.',

@@ -417,8 +417,9 @@ def freeze(params, dtype):
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  for folder in (config.init, config.reward_model):
-    tokenizer_lib.check_published(tokenizer, folder)
+  # The description of all is checked before any is read.
+  artifacts.check(config.init, 'policy', tokenizer)
+  artifacts.check(config.reward_model, 'scalar', tokenizer)
   minibatch = config.batch_size // config.num_minibatches
   mesh = artifacts.make_mesh(
     config.mesh,
@@ -432,10 +433,13 @@ def run(config, workdir: epath.Path):
   use_ptx = config.ptx_coef > 0
 
   # 1. Data: prompts, and pretraining rows for the ptx part.
-  prompt_rows, num_dropped = loader.prompt_rows(
+  prompt_rows, dropped = loader.prompt_rows(
     records.read_jsonl(config.prompts, records.Prompt),
     tokenizer,
     config.prompt_length,
+  )
+  run_lib.tell_dropped(
+    config.name, dropped.describe('prompts', 'prompt_length')
   )
   processes = {
     'process_index': jax.process_index(),
@@ -469,17 +473,11 @@ def run(config, workdir: epath.Path):
   num_iterations = config.num_episodes // config.batch_size
   root = jax.random.key(config.seed)
   with sharding.use_mesh(mesh):
-    # 2. Models. The description of all is checked before any is read.
-    for folder, kind in (
-      (config.init, 'policy'),
-      (config.reward_model, 'scalar'),
-    ):
-      artifacts.check(folder, kind, tokenizer.fingerprint)
+    # 2. Models.
     load = functools.partial(
       artifacts.load,
       mesh=mesh,
-      tokenizer_fingerprint=tokenizer.fingerprint,
-      vocab_size=tokenizer.vocab_size,
+      tokenizer=tokenizer,
     )
     changes = {'remat': config.remat, 'attention': config.attention}
     policy = load(
@@ -622,7 +620,7 @@ def run(config, workdir: epath.Path):
           artifacts.save(
             workdir / 'snapshots' / str(done),
             artifacts.Model('policy', policy_module, state.policy.params, {}),
-            tokenizer.fingerprint,
+            tokenizer,
             {'stage': config.name, 'iteration': done},
           )
         line = iterations.end_step(
@@ -659,13 +657,13 @@ def run(config, workdir: epath.Path):
       artifacts.save(
         workdir / name,
         artifacts.Model('policy', policy_module, params, {}),
-        tokenizer.fingerprint,
+        tokenizer,
         {**about, 'weights': name},
       )
   run_lib.write_json(workdir / 'alarms.json', found)
   return {
     'num_prompts': loader.num_rows(prompt_rows),
-    'num_prompts_dropped': num_dropped,
+    'num_prompts_dropped': dropped.total,
     'alarms': found,
   }
 

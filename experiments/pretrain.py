@@ -166,7 +166,7 @@ def run(config, workdir: epath.Path):
     artifacts.save(
       workdir / 'model',
       artifacts.Model('policy', model.module, state.params, {}),
-      tokenizer.fingerprint,
+      tokenizer,
       {'stage': config.name, 'seed': config.seed, 'valid_loss': final},
     )
   return {'valid_loss': final, 'num_rows': loader.num_rows(train_rows)}

@@ -39,7 +39,7 @@ def score_of(config, model_dir, comparisons, tokenizer):
   )
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
-    reward = artifacts.load(model_dir, 'scalar', mesh, tokenizer.fingerprint)
+    reward = artifacts.load(model_dir, 'scalar', mesh, tokenizer)
     scalars_fn = artifacts.scalars_fn(reward.module)
     score = jax.jit(
       lambda params, tokens, mask: masked.at_last(

@@ -56,8 +56,11 @@ def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   prompts = records.read_jsonl(config.prompts, records.Prompt)
-  rows, _ = loader.prompt_rows(
+  rows, dropped = loader.prompt_rows(
     prompts[: config.num_prompts], tokenizer, config.prompt_length
+  )
+  run_lib.tell_dropped(
+    config.name, dropped.describe('prompts', 'prompt_length')
   )
   epochs = run_lib.read_json(epath.Path(config.sft) / 'epochs.json')
   mesh = sharding.make_mesh(config.mesh)
@@ -65,12 +68,10 @@ def run(config, workdir: epath.Path):
 
   def load(epoch):
     folder = epath.Path(config.sft) / 'epochs' / str(epoch)
-    return artifacts.load(folder, 'policy', mesh, tokenizer.fingerprint)
+    return artifacts.load(folder, 'policy', mesh, tokenizer)
 
   with sharding.use_mesh(mesh):
-    reward = artifacts.load(
-      config.reward_model, 'scalar', mesh, tokenizer.fingerprint
-    )
+    reward = artifacts.load(config.reward_model, 'scalar', mesh, tokenizer)
     first = load(1)
     programs = build_programs(config, first.module, reward.module, tokenizer)
 
@@ -95,7 +96,7 @@ def run(config, workdir: epath.Path):
     artifacts.save(
       workdir / 'model',
       best,
-      tokenizer.fingerprint,
+      tokenizer,
       {**best.metadata, 'selected_by': 'reward-model score'},
     )
   run_lib.write_json(workdir / 'epochs.json', epochs)

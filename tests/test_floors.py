@@ -29,7 +29,7 @@ FLOORS = {
   'infra': ('types', 'hub', 'command', 'infra'),
   # 2: models and infra meet in `artifacts` alone; elsewhere the model arrives
   # as an argument. Never each other.
-  'artifacts': ('types', 'hub', 'models', 'infra'),
+  'artifacts': ('types', 'hub', 'models', 'infra', 'data.tokenizer'),
   'export': ('command', 'artifacts', 'data', 'models', 'infra'),
   'rollout': ('types', *ALGORITHM, 'infra.sharding'),
   'ppo': ('types', *ALGORITHM, 'infra.train_state', 'infra.sharding'),
@@ -44,6 +44,7 @@ FLOORS = {
     'infra',
     'artifacts',
     'rollout',
+    'evals.samples',
   ),
   'lm_eval_adapter': (
     'types',

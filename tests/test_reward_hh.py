@@ -74,7 +74,7 @@ def test_data_and_baselines(tmp_path, capsys):
     artifacts.save(
       tmp_path / 'run' / f'reward_{name}' / 'model',
       model,
-      tokenizer.fingerprint,
+      tokenizer,
       {},
     )
   config.stages.baselines.row_length = 48

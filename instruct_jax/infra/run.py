@@ -207,6 +207,12 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def tell_dropped(name: str, text: str) -> None:
+  """Says what a stage leaves out; '' is nothing."""
+  if text:
+    say(f'{name}: {text}')
+
+
 def agreed(value: bool) -> bool:
   """The first process's answer, in every process; all must ask.
 
