@@ -105,6 +105,15 @@ def timestamp() -> str:
   return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+  """The path from the root of its file system or object store.
+
+  epath's own `absolute` puts the current folder before gs://.
+  """
+  path = epath.Path(path)
+  return path if is_remote(path) else path.absolute()
+
+
 def is_remote(path: epath.PathLike) -> bool:
   """Whether it is in an object store: no locks, no appending, no renaming at
   once, but an object is replaced at once."""
