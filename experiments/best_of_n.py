@@ -50,6 +50,22 @@ def validate(config):
   artifacts.named_folders(config.rl)
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  keys = ['policy', 'reward_model', 'prompts', 'tokenizer']
+  if config.judge == 'reward':
+    keys.append('judge_model')
+  found = {key: config[key] for key in keys}
+  for name, folder in artifacts.named_folders(config.rl).items():
+    found[f'rl.{name}'] = folder
+    if epath.Path(folder).exists():
+      del found[f'rl.{name}']
+      for path in rl_policies(folder):
+        part = path.relative_to(folder).as_posix()
+        found[f'rl.{name}/{part}'] = str(path)
+  return found
+
+
 def rl_policies(folder: str) -> list[epath.Path]:
   """A PPO stage's snapshots in order, and its final policy.
 

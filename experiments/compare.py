@@ -46,6 +46,16 @@ def validate(config):
       )
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  found = {
+    key: config[key] for key in ('tokenizer', 'prompts', 'valid_prompts')
+  }
+  for name, each in config.policies.items():
+    found[f'policies.{name}.model'] = each.model
+  return found
+
+
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)

@@ -54,6 +54,50 @@ def validate(config):
     )
 
 
+# What earlier stages of the run wrote, below the work directory.
+_OF_RUN = (
+  'data/prompts_test.jsonl',
+  'data/prompts_valid.jsonl',
+  'data/prefixes.json',
+  'data/documents_valid.jsonl',
+  'data/hygiene.json',
+  'pretrain/model',
+  'select/model',
+  'select/epochs.json',
+  'rl_init/model',
+  'reward/results.json',
+  'crossval/results.json',
+  *(
+    f'{name}/{part}'
+    for name in RL_MODELS
+    for part in ('policy', 'ema', 'alarms.json')
+  ),
+)
+_OF_JUDGE = {
+  'gold': ('compare/comparisons_heldout.jsonl',),
+  'restaurant': tuple(
+    f'data/{start}comparisons_{split}.jsonl'
+    for start in HALVES.values()
+    for split in ('train', 'valid', 'test')
+  ),
+}
+
+
+def inputs(config):
+  """What this stage reads, by config key, or by its place in the run."""
+  keys = ['tokenizer', 'reward_model']
+  if config.judge == 'gold':
+    keys += ['comparisons', 'valid_comparisons']
+  else:
+    keys.append('judge_model')
+  found = {key: config[key] for key in keys}
+  if config.suite and epath.Path(config.suite).exists():
+    found['suite'] = config.suite
+  for part in (*_OF_RUN, *_OF_JUDGE[config.judge]):
+    found[f'run/{part}'] = f'{config.workdir}/{part}'
+  return found
+
+
 def read_prefixes(path: epath.Path, tokenizer):
   """Few-shot prefixes, and the tokens that end an answer to one.
 

@@ -45,6 +45,28 @@ def validate(config):
     )
 
 
+def inputs(config):
+  """What this stage reads, by config key; nothing where it asks no task."""
+  names = [name for name in config.data if config.data[name]]
+  if not names:
+    return {}
+  found = {'tokenizer': config.tokenizer}
+  for name, folder in artifacts.named_folders(config.models).items():
+    found[f'models.{name}'] = folder
+  files = {f'data.{name}': config.data[name] for name in names}
+  files |= {f'shots.{name}': config.shots[name] for name in names}
+  if config.data.real_toxicity and not config.toxicity_endpoint.url:
+    files['toxicity_labels'] = config.toxicity_labels
+  if config.data.truthful_qa:
+    files |= {key: config[key] for key in ('truth_labels', 'info_labels')}
+  for key, text in files.items():
+    # Several files of one key have commas between.
+    several = text.split(',') if text else []
+    for number, path in enumerate(several, 1):
+      found[f'{key}/{number}' if len(several) > 1 else key] = path
+  return found
+
+
 def make_judges(config, workdir):
   """Scorers of toxicity and truth, where their tasks run."""
   toxicity = truth = None

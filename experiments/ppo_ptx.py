@@ -104,6 +104,20 @@ def validate(config):
       )
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  keys = ['tokenizer', 'init', 'reward_model', 'prompts']
+  if config.ptx_coef > 0:
+    keys.append('documents')
+  if config.valid_documents:
+    keys.append('valid_documents')
+  found = {key: config[key] for key in keys}
+  if config.probe_every:
+    for name, path in artifacts.named_folders(config.probes).items():
+      found[f'probes.{name}'] = path
+  return found
+
+
 def ppo_config(config) -> ppo.PPOConfig:
   """The method's numbers; a missing_end_score of NaN-free None means none."""
   names = [field.name for field in dataclasses.fields(ppo.PPOConfig)]
@@ -619,7 +633,7 @@ def run(config, workdir: epath.Path):
           },
           values=values,
           num_items=config.batch_size,
-          text=_summary(rows),
+          text_fn=_summary,
         )
         rows.append({'step': done, **line})
         for name, text in alarms.find(
@@ -654,11 +668,8 @@ def run(config, workdir: epath.Path):
   }
 
 
-def _summary(rows) -> str:
-  if not rows:
-    return ''
-  row = rows[-1]
+def _summary(line) -> str:
   return (
-    f'score {row["objective/score"]:.3f} kl {row["objective/kl"]:.2f} '
-    f'length {row["objective/length"]:.1f}'
+    f'score {line["objective/score"]:.3f} kl {line["objective/kl"]:.2f} '
+    f'length {line["objective/length"]:.1f}'
   )

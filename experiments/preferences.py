@@ -71,6 +71,19 @@ def validate(config):
     raise ValueError('tokenizer is empty; models of ours need its folder')
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  found = {'prompts': config.prompts}
+  if config.tokenizer:
+    found['tokenizer'] = config.tokenizer
+  for name, source in artifacts.named_folders(config.models).items():
+    found[f'models.{name}'] = source.partition('#')[0]
+  key = {'reward': 'reward_model', 'people': 'rankings'}.get(config.judge)
+  if key:
+    found[key] = config[key]
+  return found
+
+
 # --- Answers ------------------------------------------------------------------
 
 

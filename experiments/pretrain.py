@@ -45,6 +45,11 @@ def validate(config):
     )
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  return {key: config[key] for key in ('tokenizer', 'documents', 'valid')}
+
+
 def build_programs(config, module, mesh):
   """The jitted programs of this stage, on one mesh."""
   tx = optimizer.make_adam(

@@ -41,6 +41,14 @@ def validate(config):
     )
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  keys = ['tokenizer', 'init', 'comparisons', 'valid_comparisons']
+  if not config.num_folds:
+    keys.append('demonstrations')
+  return {key: config[key] for key in keys}
+
+
 def prompt_losses(
   scores: Float[Array, 'B C'], ranks: Int[Array, 'B R C'], divisor: str
 ) -> tuple[Float[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:

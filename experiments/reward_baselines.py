@@ -22,6 +22,14 @@ def validate(config):
     raise ValueError(f'batch_size must be positive: {config.batch_size}')
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  found = {'tokenizer': config.tokenizer}
+  for name, files in config.sets.items():
+    found |= {f'sets.{name}.{key}': path for key, path in files.items()}
+  return found
+
+
 def score_of(config, model_dir, comparisons, tokenizer):
   """r(x, y) of each comparison's completions; those too long are left out."""
   kept = loader.fitting_comparisons(comparisons, tokenizer, config.row_length)

@@ -42,6 +42,14 @@ def validate(config):
       raise ValueError(f'{key} is empty; give its path')
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  found = {'tokenizer': config.tokenizer, 'prompts': config.prompts}
+  for name, folder in artifacts.named_folders(config.models).items():
+    found[f'models.{name}'] = folder
+  return found
+
+
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)

@@ -22,6 +22,18 @@ def validate(config):
     raise ValueError(f'num_prompts must be positive: {config.num_prompts}')
 
 
+def inputs(config):
+  """What this stage reads, by config key; every epoch that SFT kept."""
+  found = {key: config[key] for key in ('tokenizer', 'reward_model', 'prompts')}
+  if not config.sft:
+    return {**found, 'sft': ''}
+  record = epath.Path(config.sft) / 'epochs.json'
+  parts = ['epochs.json']
+  if record.exists():
+    parts += [f'epochs/{row["epoch"]}' for row in run_lib.read_json(record)]
+  return {**found, **{f'sft/{part}': f'{config.sft}/{part}' for part in parts}}
+
+
 def build_programs(config, policy_module, reward_module, tokenizer):
   generate = functools.partial(
     rollout.generate,

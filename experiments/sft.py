@@ -33,6 +33,14 @@ def validate(config):
     )
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  keys = ['tokenizer', 'init', 'demonstrations', 'valid_demonstrations']
+  if config.ptx_fraction:
+    keys.append('documents')
+  return {key: config[key] for key in keys}
+
+
 def build_programs(config, module, num_steps):
   """The jitted programs of this stage."""
   tx = optimizer.make_adam(
