@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, masked, rewards, rollout
+from instruct_jax import artifacts, queries, rewards, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
@@ -70,7 +70,7 @@ def read_prefixes(path: epath.Path, tokenizer):
   return content['prefixes'], (*tokenizer.stop_ids, *stop)
 
 
-def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
+def build_programs(config, policy_module, tokenizer, stop_ids):
   """The jitted programs of this stage; all policies share one shape."""
   generate = functools.partial(
     rollout.generate,
@@ -80,11 +80,7 @@ def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
     num_slots=config.batch_size,
   )
   logprobs_fn = artifacts.logprobs_fn(policy_module, config.temperature)
-  scalars_fn = artifacts.scalars_fn(scalar_module)
   text_logprobs_fn = artifacts.text_logprobs_fn(policy_module)
-
-  def score(params, tokens, mask):
-    return masked.at_last(scalars_fn(params, tokens, mask), mask)
 
   def kl(params, reference, sampled):
     R = config.response_length
@@ -106,7 +102,6 @@ def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
     'generate_prompted': jax.jit(
       functools.partial(generate, stop_ids=stop_ids)
     ),
-    'score': jax.jit(score),
     'kl': jax.jit(kl),
     'text_logprobs': jax.jit(text_logprobs),
   }
@@ -159,7 +154,6 @@ def run(config, workdir: epath.Path):
     programs = build_programs(
       config,
       models['sft'].module,
-      reward.module,
       tokenizer,
       stop_ids,
     )
@@ -175,7 +169,7 @@ def run(config, workdir: epath.Path):
         num_samples,
       )
 
-    def score(params, prompt_texts, answer_ids):
+    def score(model, prompt_texts, answer_ids):
       """Scores of (prompt, sampled ids): never decoded and encoded again."""
       scored = loader.answer_rows(
         tokenizer.encode_batch(prompt_texts),
@@ -183,16 +177,17 @@ def run(config, workdir: epath.Path):
         tokenizer.pad_id,
         config.prompt_length + config.response_length,
       )
+      program = sharding.fetched(queries.score_program(model.module))
       return rollout.in_batches(
-        lambda batch: programs['score'](params, *put(batch)),
+        lambda batch: program(model.params, *put(batch)),
         scored,
         config.batch_size,
       )
 
-    def score_comparisons(params, comparisons):
+    def score_comparisons(model, comparisons):
       """Per comparison, the score of each completion."""
       scores = score(
-        params,
+        model,
         [c.prompt for c in comparisons for _ in c.completions],
         [
           [*ids, tokenizer.eos_id]
@@ -250,7 +245,7 @@ def run(config, workdir: epath.Path):
           1,
         )
         scores = score(
-          reward.params,
+          reward,
           [p.text for p in valid_prompts],
           prompted_ids(sampled),
         )
@@ -305,13 +300,13 @@ def run(config, workdir: epath.Path):
       for name in ('pretrained', 'sft', 'rl_init', *RL_MODELS)
     }
     reward_scores = {
-      name: score(reward.params, [p.text for p in prompts], ids)
+      name: score(reward, [p.text for p in prompts], ids)
       for name, ids in answers.items()
     }
     if config.judge == 'restaurant':
-      judge_params = load(config.judge_model, 'scalar').params
+      judge_model = load(config.judge_model, 'scalar')
       judge_scores = {
-        name: score(judge_params, [p.text for p in prompts], ids)
+        name: score(judge_model, [p.text for p in prompts], ids)
         for name, ids in answers.items()
       }
       accuracies = human_accuracies(
@@ -319,8 +314,8 @@ def run(config, workdir: epath.Path):
         tokenizer,
         config.prompt_length + config.response_length,
         {
-          'reward model': functools.partial(score_comparisons, reward.params),
-          'judge': functools.partial(score_comparisons, judge_params),
+          'reward model': functools.partial(score_comparisons, reward),
+          'judge': functools.partial(score_comparisons, judge_model),
         },
       )
 

@@ -35,7 +35,7 @@ from instruct_jax.evals import heldout_loss
 from instruct_jax.evals.benchmarks import probe, runner
 from instruct_jax.infra import loop, metrics, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
-from instruct_jax.models import attention
+from instruct_jax.models import attention, heads
 from instruct_jax.types import PackedPPOBatch
 
 OFFLOADED = ('ema', 'reference', 'reward')
@@ -192,7 +192,9 @@ def build_programs(
       ref_logprobs, _ = logprobs_fn(reference, tokens, mask, R)
       old_values = ppo.response_values(scalars_fn(value, tokens, mask), R)
       if score_fn is None:
-        scores = masked.at_last(scalars_fn(reward, tokens, mask), mask)
+        scores = heads.read_scores(
+          scalar_module, scalars_fn(reward, tokens, mask), tokens, mask
+        )
       else:
         scores = score_fn(reward, tokens, mask)
       return scores, ref_logprobs, old_values
@@ -231,7 +233,9 @@ def build_programs(
     num_slices = math.gcd(config.num_slices, rows[0].shape[0])
     ref_logprobs, values, *scalars = rollout.in_slices(read, rows, num_slices)
     if score_fn is None:
-      scores = scalars[0].reshape(-1)[layout.ends]
+      scores = heads.read_scores(
+        scalar_module, scalars[0], rows[0], rows[1], layout.ends
+      )
     else:
       scores = score_fn(reward, sampled.tokens, sampled.mask)
     sampler = packing.pack_responses(sampled.logprobs, layout)

@@ -64,12 +64,11 @@ def build_programs(config, module, num_steps):
     eps=config.adam_eps,
     max_grad_norm=config.max_grad_norm,
   )
-  scalars_fn = artifacts.scalars_fn(module)
+  scores_fn = artifacts.scores_fn(module)
 
   def loss_fn(params, batch, key):
     del key  # Reward models train without dropout.
-    scalars = scalars_fn(params, batch.tokens, batch.segments)
-    scores = scalars.reshape(-1)[batch.ends]
+    scores = scores_fn(params, batch.tokens, batch.segments, batch.ends)
     loss, pairs, correct = prompt_losses(scores, batch.ranks, config.divisor)
     # A prompt that is all ties has nothing to teach and does not count.
     counted = batch.prompt_mask & (pairs > 0)
@@ -97,7 +96,7 @@ def build_programs(config, module, num_steps):
   return {
     'optimizer': tx,
     'update': jax.jit(update, donate_argnums=0),
-    'scalars': jax.jit(scalars_fn),
+    'scalars': jax.jit(artifacts.scalars_fn(module)),
   }
 
 
@@ -184,6 +183,7 @@ def score_comparisons(config, programs, params, rows):
     (packed.tokens, packed.segments),
     config.eval_batch_size,
   )
+  # A head made here reads the score at the last token, whatever that is.
   return scalars.reshape(-1)[packed.ends]
 
 

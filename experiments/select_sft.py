@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, masked, rollout
+from instruct_jax import artifacts, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
@@ -30,12 +30,11 @@ def build_programs(config, policy_module, reward_module, tokenizer):
     stop_ids=tokenizer.stop_ids,
     temperature=config.temperature,
   )
-  scalars_fn = artifacts.scalars_fn(reward_module)
+  scores_fn = artifacts.scores_fn(reward_module)
 
   def sample_and_score(policy_params, reward_params, prompts, key):
     sampled = generate(policy_params, prompts, key)
-    scalars = scalars_fn(reward_params, sampled.tokens, sampled.mask)
-    return masked.at_last(scalars, sampled.mask)
+    return scores_fn(reward_params, sampled.tokens, sampled.mask)
 
   return {'sample_and_score': jax.jit(sample_and_score)}
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instruct_jax import artifacts, hub, masked, rollout
+from instruct_jax import artifacts, hub, rollout
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding
@@ -82,13 +82,9 @@ def generate_program(
 
 
 @functools.cache
-def _score_program(module):
-  scalars_fn = artifacts.scalars_fn(module)
-  return jax.jit(
-    lambda params, tokens, mask: masked.at_last(
-      scalars_fn(params, tokens, mask), mask
-    )
-  )
+def score_program(module: heads.ScalarModel) -> Callable:
+  """Jitted (params, tokens, mask) -> scores; models of one shape share it."""
+  return jax.jit(artifacts.scores_fn(module))
 
 
 def score_answers(
@@ -112,7 +108,7 @@ def score_answers(
   longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
   # Few lengths, few compilations.
   length = min(-(-longest // 32) * 32, model.config.context_length)
-  program = sharding.fetched(_score_program(model.module))
+  program = sharding.fetched(score_program(model.module))
   return rollout.in_batches(
     lambda batch: program(model.params, *sharding.put_whole(batch, mesh)),
     loader.answer_rows(prompts, answers, pad_id, length),
