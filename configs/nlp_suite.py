@@ -17,6 +17,7 @@ from configs import common
 
 def stage(seed, workdir):
   config = common.stage('nlp_suite', 'nlp_suite', seed, workdir)
+  common.models(config)
   config.models = ''  # NAME=FOLDER,NAME=FOLDER: policies; names of rows.
   config.tokenizer = ''  # Folder of the tokenizer.
   config.may_be_empty = False  # No file at all: an error, or nothing to do.

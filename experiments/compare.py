@@ -17,9 +17,11 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
 from instruct_jax.miniature import labelers, world
+from instruct_jax.models.config import check_compute_dtype
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   if not 2 <= config.min_candidates <= config.max_candidates:
     raise ValueError(
       f'need 2 <= min_candidates ({config.min_candidates}) <= max_candidates '
@@ -66,6 +68,7 @@ def run(config, workdir: epath.Path):
         mesh,
         tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
+        compute_dtype=config.compute_dtype,
       )
       for each in config.policies.values()
     ]

@@ -34,6 +34,7 @@ from instruct_jax.infra import metrics as metrics_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
 from instruct_jax.miniature import gold, world
+from instruct_jax.models.config import check_compute_dtype
 
 JUDGES = ('gold', 'restaurant')
 RL_MODELS = ('ppo', 'ppo_ptx')
@@ -42,6 +43,7 @@ HALVES = {'reward model': '', 'judge': 'judge_'}
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   if config.judge not in JUDGES:
     raise ValueError(f'judge must be one of {JUDGES}: {config.judge!r}')
   if config.rl_weights not in ('policy', 'ema'):
@@ -148,6 +150,7 @@ def run(config, workdir: epath.Path):
       mesh=mesh,
       tokenizer_fingerprint=tokenizer.fingerprint,
       vocab_size=tokenizer.vocab_size,
+      compute_dtype=config.compute_dtype,
     )
     reward = load(config.reward_model, 'scalar')
     models = {name: load(path, 'policy') for name, path in folders.items()}

@@ -36,12 +36,14 @@ from instruct_jax.evals.benchmarks import probe, runner
 from instruct_jax.infra import loop, metrics, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models import attention, heads
+from instruct_jax.models.config import check_compute_dtype
 from instruct_jax.types import PackedPPOBatch
 
 OFFLOADED = ('ema', 'reference', 'reward')
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   method = ppo_config(config)
   if config.num_episodes % config.batch_size:
     raise ValueError(
@@ -471,7 +473,11 @@ def run(config, workdir: epath.Path):
       tokenizer_fingerprint=tokenizer.fingerprint,
       vocab_size=tokenizer.vocab_size,
     )
-    changes = {'remat': config.remat, 'attention': config.attention}
+    changes = {
+      'remat': config.remat,
+      'attention': config.attention,
+      'compute_dtype': config.compute_dtype,
+    }
     policy = load(
       config.init, 'policy', logprob_chunk=config.logprob_chunk, **changes
     )

@@ -28,6 +28,7 @@ from instruct_jax.evals import (
 from instruct_jax.evals import samples as samples_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
+from instruct_jax.models.config import check_compute_dtype
 
 _RECORDED = ('.jsonl', '.jsonl.gz')
 
@@ -37,6 +38,7 @@ def is_recorded(source: str) -> bool:
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   models = artifacts.named_folders(config.models)
   if config.baseline not in models or len(models) < 2:
     raise ValueError(
@@ -127,6 +129,8 @@ def sample_answers(config, name, source, prompts, cache, mesh):
     'temperature': config.temperature,
     'seed': config.seed,
   }
+  if config.compute_dtype:  # Of other numbers come other answers.
+    settings['compute_dtype'] = config.compute_dtype
   content = json.dumps(settings, sort_keys=True).encode()
   path = cache / f'{hashlib.sha256(content).hexdigest()[:32]}.jsonl'
   if path.exists():
@@ -136,7 +140,9 @@ def sample_answers(config, name, source, prompts, cache, mesh):
       for sample in samples_lib.read_samples(path)
     ], True
   rows, _ = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
-  model = queries.load_policy(source, tokenizer, mesh)
+  model = queries.load_policy(
+    source, tokenizer, mesh, compute_dtype=config.compute_dtype
+  )
   needed = config.prompt_length + config.response_length
   if needed > model.config.context_length:
     raise ValueError(
@@ -207,7 +213,11 @@ def reward_score(config, mesh):
   """A `judges.ScoreFn` of a reward model; recorded texts are encoded."""
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   model = artifacts.load(
-    config.reward_model, 'scalar', mesh, tokenizer.fingerprint
+    config.reward_model,
+    'scalar',
+    mesh,
+    tokenizer.fingerprint,
+    compute_dtype=config.compute_dtype,
   )
 
   def ids_of(answer):

@@ -25,9 +25,11 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import preference_accuracy
 from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
+from instruct_jax.models.config import check_compute_dtype
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   if config.num_folds == 1 or config.num_folds < 0:
     raise ValueError(f'num_folds must be 0 or at least 2: {config.num_folds}')
   if config.divisor not in ('surviving', 'all'):
@@ -262,6 +264,7 @@ def run(config, workdir: epath.Path):
       vocab_size=tokenizer.vocab_size,
       remat=config.remat,
       attention=config.attention,
+      compute_dtype=config.compute_dtype,
     )
     artifacts.check_context(policy, config.row_length, 'row_length')
     if config.num_folds:

@@ -15,9 +15,11 @@ from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
+from instruct_jax.models.config import check_compute_dtype
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   if config.num_prompts < 1:
     raise ValueError(f'num_prompts must be positive: {config.num_prompts}')
 
@@ -50,13 +52,23 @@ def run(config, workdir: epath.Path):
   mesh = sharding.make_mesh(config.mesh)
   key = jax.random.key(config.seed)
 
-  def load(epoch):
+  def load(epoch, compute_dtype=config.compute_dtype):
     folder = epath.Path(config.sft) / 'epochs' / str(epoch)
-    return artifacts.load(folder, 'policy', mesh, tokenizer.fingerprint)
+    return artifacts.load(
+      folder,
+      'policy',
+      mesh,
+      tokenizer.fingerprint,
+      compute_dtype=compute_dtype,
+    )
 
   with sharding.use_mesh(mesh):
     reward = artifacts.load(
-      config.reward_model, 'scalar', mesh, tokenizer.fingerprint
+      config.reward_model,
+      'scalar',
+      mesh,
+      tokenizer.fingerprint,
+      compute_dtype=config.compute_dtype,
     )
     first = load(1)
     programs = build_programs(config, first.module, reward.module, tokenizer)
@@ -78,7 +90,7 @@ def run(config, workdir: epath.Path):
         row['score_reward'] = mean_score(load(row['epoch']))
         progress.update(1, f'score {row["score_reward"]:.3f}')
     selected = max(epochs, key=lambda row: row['score_reward'])
-    best = load(selected['epoch'])
+    best = load(selected['epoch'], '')  # Chosen, not changed.
     artifacts.save(
       workdir / 'model',
       best,

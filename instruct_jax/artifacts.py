@@ -270,7 +270,7 @@ def _load_published(folder, kind, mesh, changes):
         f'{folder}: config.json says that the unembedding is the embedding; '
         'its files hold another one, which is used, as transformers does'
       )
-  config = dataclasses.replace(published, **{'vocab_multiple': 128, **changes})
+  config = _changed(folder, published, {'vocab_multiple': 128, **changes})
   if config.vocab_size > published.embedding_rows + 1:
     raise ValueError(
       f'{folder} has {published.embedding_rows} embedding rows, the tokenizer '
@@ -278,6 +278,17 @@ def _load_published(folder, kind, mesh, changes):
     )
   params = hf.load_params(folder, config, abstract_params(kind, config, mesh))
   return Model(kind, make_module(kind, config, **attributes), params, about)
+
+
+def _changed(directory, config, changes):
+  """The config with the changes; another compute dtype is told."""
+  changed = dataclasses.replace(config, **changes)
+  if changed.compute_dtype != config.compute_dtype:
+    run_lib.say(
+      f'{directory}: computes in {changed.compute_dtype} (compute_dtype), its '
+      f'folder says {config.compute_dtype}; weights stay float32'
+    )
+  return changed
 
 
 def check_context(model: Model, num_tokens: int, what: str) -> None:
@@ -311,17 +322,24 @@ def load(
     **changes: fields of `TransformerConfig` that do not change the parameters
       (dropout, remat, compute_dtype, scan_unroll), and for published models
       also `vocab_size`: of the tokenizer in use, a PAD of our own included.
+      A `compute_dtype` of '' is what the folder says, and float32 where it is
+      a published one; another one than that is told.
 
   Raises:
     ValueError: a published model that is not handled or whose files are
       damaged; see `hf.load_params`.
     checkpoint.CheckpointError: see `check`; or damaged arrays.
   """
+  changes = {
+    name: value
+    for name, value in changes.items()
+    if (name, value) != ('compute_dtype', '')
+  }
   if is_published(directory):
     return _load_published(hub.locate(str(directory)), kind, mesh, changes)
   described = check(directory, kind, tokenizer_fingerprint)
-  config = dataclasses.replace(
-    TransformerConfig.from_dict(described['model']), **changes
+  config = _changed(
+    directory, TransformerConfig.from_dict(described['model']), changes
   )
   params, _ = checkpoint.load_model(
     directory, abstract_params(kind, config, mesh)

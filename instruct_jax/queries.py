@@ -48,9 +48,10 @@ def load_policy(
   tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
   remat: str = 'none',
+  compute_dtype: str = '',
 ) -> artifacts.Model:
   """A policy of ours or in the Hugging Face format, for this tokenizer."""
-  changes = {'remat': remat}
+  changes = {'remat': remat, 'compute_dtype': compute_dtype}
   if artifacts.is_published(source):
     changes['vocab_size'] = tokenizer.vocab_size
   return artifacts.load(
