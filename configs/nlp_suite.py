@@ -17,6 +17,7 @@ from configs import common
 
 def stage(seed, workdir):
   config = common.stage('nlp_suite', 'nlp_suite', seed, workdir)
+  common.models(config)
   config.models = ''  # NAME=FOLDER,NAME=FOLDER: policies; names of rows.
   config.tokenizer = ''  # Folder of the tokenizer.
   # Asks the bare texts, without the tokenizer's template; else each query is

@@ -23,7 +23,7 @@ from configs import common, nlp_suite, pretrain, reward, sft
 def ppo_stage(seed, workdir, name='ppo_ptx'):
   """PPO-ptx with the paper's numbers (C.4); 13.4 fills what it leaves open."""
   config = common.stage(name, 'ppo_ptx', seed, workdir)
-  common.loop(common.adam(config))
+  common.models(common.loop(common.adam(config)))
   config.tokenizer = ''
   config.init = ''  # RL initialisation: start, and KL reference.
   config.reward_model = ''  # Also the start of the value model.
@@ -209,6 +209,7 @@ def show_rankings(stages):
 
 def select_stage(seed, workdir):
   config = common.stage('select', 'select_sft', seed, workdir)
+  common.models(config)
   config.tokenizer = ''
   config.sft = ''  # Folder of the SFT stage with all of its epochs.
   config.reward_model = ''
@@ -223,6 +224,7 @@ def select_stage(seed, workdir):
 
 def compare_stage(seed, workdir):
   config = common.stage('compare', 'compare', seed, workdir)
+  common.models(config)
   config.tokenizer = ''
   # Whose answers are ranked, in which shares, and how they are sampled. The
   # paper takes most from supervised policies; GPT's are among them here so that
@@ -268,6 +270,7 @@ def miniature_data_stage(seed, workdir):
 
 def evaluate_stage(seed, workdir):
   config = common.stage('evaluate', 'evaluate', seed, workdir)
+  common.models(config)
   config.tokenizer = ''
   config.judge = 'gold'  # Or 'restaurant': human data, a second reward model.
   config.reward_model = ''

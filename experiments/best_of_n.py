@@ -25,9 +25,11 @@ from instruct_jax.evals import (
 from instruct_jax.evals.samples import Sample
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
+from instruct_jax.models.config import check_compute_dtype
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   if config.judge not in ('gold', 'reward'):
     raise ValueError(f"judge must be 'gold' or 'reward': {config.judge!r}")
   for key in ('policy', 'reward_model', 'prompts', 'tokenizer'):
@@ -126,12 +128,19 @@ def run(config, workdir: epath.Path):
   mesh = sharding.make_mesh(config.mesh)
   put = functools.partial(sharding.put_batch, mesh=mesh)
   with sharding.use_mesh(mesh):
-    policy = queries.load_policy(config.policy, tokenizer, mesh)
+    load_policy = functools.partial(
+      queries.load_policy,
+      tokenizer=tokenizer,
+      mesh=mesh,
+      compute_dtype=config.compute_dtype,
+    )
+    policy = load_policy(config.policy)
     load_scalar = functools.partial(
       artifacts.load,
       kind='scalar',
       mesh=mesh,
       tokenizer=tokenizer,
+      compute_dtype=config.compute_dtype,
     )
     proxy_model = load_scalar(config.reward_model)
     if config.judge == 'gold':
@@ -210,7 +219,7 @@ def run(config, workdir: epath.Path):
       found = {'kl': [], 'proxy': [], 'gold': []}
       paths = rl_policies(folder)
       for number, path in enumerate(paths, 1):
-        model = queries.load_policy(str(path), tokenizer, mesh)
+        model = load_policy(str(path))
         sampled = sample(model.params, 1, f'{name}/{path.name}', number)
         signed, _ = rollout.in_batches(
           lambda batch, p=model.params: kl_program(

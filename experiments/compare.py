@@ -17,9 +17,11 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
 from instruct_jax.miniature import labelers, world
+from instruct_jax.models.config import check_compute_dtype
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   if not 2 <= config.min_candidates <= config.max_candidates:
     raise ValueError(
       f'need 2 <= min_candidates ({config.min_candidates}) <= max_candidates '
@@ -75,6 +77,7 @@ def run(config, workdir: epath.Path):
         'policy',
         mesh,
         tokenizer,
+        compute_dtype=config.compute_dtype,
       )
       for each in config.policies.values()
     ]

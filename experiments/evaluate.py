@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, masked, rewards, rollout
+from instruct_jax import artifacts, queries, rewards, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
@@ -34,6 +34,7 @@ from instruct_jax.infra import metrics as metrics_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
 from instruct_jax.miniature import gold, world
+from instruct_jax.models.config import check_compute_dtype
 
 JUDGES = ('gold', 'restaurant')
 RL_MODELS = ('ppo', 'ppo_ptx')
@@ -42,6 +43,7 @@ HALVES = {'reward model': '', 'judge': 'judge_'}
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   if config.judge not in JUDGES:
     raise ValueError(f'judge must be one of {JUDGES}: {config.judge!r}')
   if config.rl_weights not in ('policy', 'ema'):
@@ -114,7 +116,7 @@ def read_prefixes(path: epath.Path, tokenizer):
   return content['prefixes'], (*tokenizer.stop_ids, *stop)
 
 
-def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
+def build_programs(config, policy_module, tokenizer, stop_ids):
   """The jitted programs of this stage; all policies share one shape."""
   generate = functools.partial(
     rollout.generate,
@@ -124,11 +126,7 @@ def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
     num_slots=config.batch_size,
   )
   logprobs_fn = artifacts.logprobs_fn(policy_module, config.temperature)
-  scalars_fn = artifacts.scalars_fn(scalar_module)
   text_logprobs_fn = artifacts.text_logprobs_fn(policy_module)
-
-  def score(params, tokens, mask):
-    return masked.at_last(scalars_fn(params, tokens, mask), mask)
 
   def kl(params, reference, sampled):
     R = config.response_length
@@ -150,7 +148,6 @@ def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
     'generate_prompted': jax.jit(
       functools.partial(generate, stop_ids=stop_ids)
     ),
-    'score': jax.jit(score),
     'kl': jax.jit(kl),
     'text_logprobs': jax.jit(text_logprobs),
   }
@@ -197,13 +194,13 @@ def run(config, workdir: epath.Path):
       artifacts.load,
       mesh=mesh,
       tokenizer=tokenizer,
+      compute_dtype=config.compute_dtype,
     )
     reward = load(config.reward_model, 'scalar')
     models = {name: load(path, 'policy') for name, path in folders.items()}
     programs = build_programs(
       config,
       models['sft'].module,
-      reward.module,
       tokenizer,
       stop_ids,
     )
@@ -219,7 +216,7 @@ def run(config, workdir: epath.Path):
         num_samples,
       )
 
-    def score(params, asked, answer_ids):
+    def score(model, asked, answer_ids):
       """Scores of (prompt, sampled ids): never decoded and encoded again."""
       scored = loader.answer_rows(
         tokenizer.encode_prompts(asked),
@@ -227,16 +224,17 @@ def run(config, workdir: epath.Path):
         tokenizer.pad_id,
         config.prompt_length + config.response_length,
       )
+      program = sharding.fetched(queries.score_program(model.module))
       return rollout.in_batches(
-        lambda batch: programs['score'](params, *put(batch)),
+        lambda batch: program(model.params, *put(batch)),
         scored,
         config.batch_size,
       )
 
-    def score_comparisons(params, comparisons):
+    def score_comparisons(model, comparisons):
       """Per comparison, the score of each completion."""
       scores = score(
-        params,
+        model,
         [c for c in comparisons for _ in c.completions],
         tokenizer.encode_responses(
           [text for c in comparisons for text in c.completions], ended=True
@@ -291,7 +289,7 @@ def run(config, workdir: epath.Path):
           1,
         )
         scores = score(
-          reward.params,
+          reward,
           valid_prompts,
           prompted_ids(sampled),
         )
@@ -346,20 +344,20 @@ def run(config, workdir: epath.Path):
       for name in ('pretrained', 'sft', 'rl_init', *RL_MODELS)
     }
     reward_scores = {
-      name: score(reward.params, prompts, ids) for name, ids in answers.items()
+      name: score(reward, prompts, ids) for name, ids in answers.items()
     }
     if config.judge == 'restaurant':
-      judge_params = load(config.judge_model, 'scalar').params
+      judge_model = load(config.judge_model, 'scalar')
       judge_scores = {
-        name: score(judge_params, prompts, ids) for name, ids in answers.items()
+        name: score(judge_model, prompts, ids) for name, ids in answers.items()
       }
       accuracies = human_accuracies(
         root,
         tokenizer,
         config.prompt_length + config.response_length,
         {
-          'reward model': functools.partial(score_comparisons, reward.params),
-          'judge': functools.partial(score_comparisons, judge_params),
+          'reward model': functools.partial(score_comparisons, reward),
+          'judge': functools.partial(score_comparisons, judge_model),
         },
       )
 

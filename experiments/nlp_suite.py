@@ -16,9 +16,11 @@ from instruct_jax.evals import endpoint, released_samples
 from instruct_jax.evals.benchmarks import judges, released_csv, runner, tasks
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
+from instruct_jax.models.config import check_compute_dtype
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   if not any(config.data.values()):
     if config.may_be_empty:
       return
@@ -123,7 +125,12 @@ def run(config, workdir: epath.Path):
   with sharding.use_mesh(mesh), run_lib.StopSignal() as stop:
     for model_name, folder in artifacts.named_folders(config.models).items():
       model = artifacts.load(
-        folder, 'policy', mesh, tokenizer, remat=config.remat
+        folder,
+        'policy',
+        mesh,
+        tokenizer,
+        remat=config.remat,
+        compute_dtype=config.compute_dtype,
       )
       generate_fn, choice_fn = queries_lib.make_functions(
         model.module,

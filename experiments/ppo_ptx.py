@@ -35,13 +35,15 @@ from instruct_jax.evals import heldout_loss
 from instruct_jax.evals.benchmarks import probe, runner
 from instruct_jax.infra import loop, metrics, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
-from instruct_jax.models import attention
+from instruct_jax.models import attention, heads
+from instruct_jax.models.config import check_compute_dtype
 from instruct_jax.types import PackedPPOBatch
 
 OFFLOADED = ('ema', 'reference', 'reward')
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   method = ppo_config(config)
   if config.num_episodes % config.batch_size:
     raise ValueError(
@@ -179,22 +181,23 @@ def build_programs(
 
   def choose_old(read_old, rows, num_slices, sampler, mask):
     """The sampler's log-probabilities, where those of every so many rows agree
-    with the training graph's; else the graph's of all rows."""
-    if config.sampler_tolerance == 0:
-      return rollout.in_slices(read_old, rows, num_slices), {}
+    with the training graph's; else the graph's of all rows. And how far they
+    agree."""
+    compares = config.sampler_tolerance > 0
+
+    def read_all():
+      return rollout.in_slices(read_old, rows, num_slices)
 
     def some(x):
-      return x[:: config.num_minibatches]
+      return x[:: config.num_minibatches] if compares else x
 
-    difference = jnp.abs(read_old(jax.tree.map(some, rows)) - some(sampler))
+    graph = read_old(jax.tree.map(some, rows)) if compares else read_all()
+    difference = jnp.abs(graph - some(sampler))
     largest = jnp.max(jnp.where(some(mask), difference, 0.0))
-    agrees = largest <= config.sampler_tolerance
-    old_logprobs = jax.lax.cond(
-      agrees,
-      lambda: sampler,
-      lambda: rollout.in_slices(read_old, rows, num_slices),
-    )
-    return old_logprobs, {
+    agrees = compares & (largest <= config.sampler_tolerance)
+    if compares:
+      graph = jax.lax.cond(agrees, lambda: sampler, read_all)
+    return graph, {
       'objective/sampler_difference': masked.metric(difference, some(mask)),
       'objective/sampler_difference_max': masked.scalar(largest),
       'objective/sampler_trusted': masked.scalar(agrees.astype(jnp.float32)),
@@ -206,7 +209,9 @@ def build_programs(
       ref_logprobs, _ = logprobs_fn(reference, tokens, mask, R)
       old_values = ppo.response_values(scalars_fn(value, tokens, mask), R)
       if score_fn is None:
-        scores = masked.at_last(scalars_fn(reward, tokens, mask), mask)
+        scores = heads.read_scores(
+          scalar_module, scalars_fn(reward, tokens, mask), tokens, mask
+        )
       else:
         scores = score_fn(reward, tokens, mask)
       return scores, ref_logprobs, old_values
@@ -245,7 +250,9 @@ def build_programs(
     num_slices = math.gcd(config.num_slices, rows[0].shape[0])
     ref_logprobs, values, *scalars = rollout.in_slices(read, rows, num_slices)
     if score_fn is None:
-      scores = scalars[0].reshape(-1)[layout.ends]
+      scores = heads.read_scores(
+        scalar_module, scalars[0], rows[0], rows[1], layout.ends
+      )
     else:
       scores = score_fn(reward, sampled.tokens, sampled.mask)
     sampler = packing.pack_responses(sampled.logprobs, layout)
@@ -479,7 +486,11 @@ def run(config, workdir: epath.Path):
       mesh=mesh,
       tokenizer=tokenizer,
     )
-    changes = {'remat': config.remat, 'attention': config.attention}
+    changes = {
+      'remat': config.remat,
+      'attention': config.attention,
+      'compute_dtype': config.compute_dtype,
+    }
     policy = load(
       config.init, 'policy', logprob_chunk=config.logprob_chunk, **changes
     )
@@ -550,6 +561,11 @@ def run(config, workdir: epath.Path):
 
     # 3. The loop.
     told = set()
+    alarm_limits = (
+      tuple(reward_metadata['score_range']),
+      config.response_length,
+      policy_module.config.compute_dtype,
+    )
     with loop.Loop(
       workdir,
       config.name,
@@ -636,17 +652,13 @@ def run(config, workdir: epath.Path):
           text_fn=_summary,
         )
         rows.append({'step': done, **line})
-        for name, text in alarms.find(
-          rows, tuple(reward_metadata['score_range']), config.response_length
-        ).items():
+        for name, text in alarms.find(rows, *alarm_limits).items():
           if name not in told:
             told.add(name)
             run_lib.say(f'{config.name}: alarm: {text}')
 
     # 4. Outputs: the policy and its moving average, each on its own.
-    found = alarms.find(
-      rows, tuple(reward_metadata['score_range']), config.response_length
-    )
+    found = alarms.find(rows, *alarm_limits)
     about = {
       'stage': config.name,
       'seed': config.seed,

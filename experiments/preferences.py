@@ -27,6 +27,7 @@ from instruct_jax.evals import (
 from instruct_jax.evals import samples as samples_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
+from instruct_jax.models.config import check_compute_dtype
 
 _RECORDED = ('.jsonl', '.jsonl.gz')
 
@@ -36,6 +37,7 @@ def is_recorded(source: str) -> bool:
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   models = artifacts.named_folders(config.models)
   if config.baseline not in models or len(models) < 2:
     raise ValueError(
@@ -138,6 +140,8 @@ def sample_answers(config, name, source, tokenizer, prompts, cache, mesh):
     'temperature': config.temperature,
     'seed': config.seed,
   }
+  if config.compute_dtype:  # Of other numbers come other answers.
+    settings['compute_dtype'] = config.compute_dtype
   content = json.dumps(settings, sort_keys=True).encode()
   path = cache / f'{hashlib.sha256(content).hexdigest()[:32]}.jsonl'
   if path.exists():
@@ -150,7 +154,9 @@ def sample_answers(config, name, source, tokenizer, prompts, cache, mesh):
   run_lib.tell_dropped(
     f'{config.name}, {name}', dropped.describe('prompts', 'prompt_length')
   )
-  model = queries.load_policy(source, tokenizer, mesh)
+  model = queries.load_policy(
+    source, tokenizer, mesh, compute_dtype=config.compute_dtype
+  )
   needed = config.prompt_length + config.response_length
   if needed > model.config.context_length:
     raise ValueError(
@@ -232,7 +238,13 @@ def reward_score(config, mesh):
   tokenizer = queries.tokenizer_of(
     config.reward_model, config.tokenizer, chat=True
   )
-  model = artifacts.load(config.reward_model, 'scalar', mesh, tokenizer)
+  model = artifacts.load(
+    config.reward_model,
+    'scalar',
+    mesh,
+    tokenizer,
+    compute_dtype=config.compute_dtype,
+  )
 
   def score(answers):
     prompts = tokenizer.encode_prompts([prompt for prompt, _ in answers])

@@ -25,9 +25,11 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import preference_accuracy
 from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
+from instruct_jax.models.config import check_compute_dtype
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   if config.num_folds == 1 or config.num_folds < 0:
     raise ValueError(f'num_folds must be 0 or at least 2: {config.num_folds}')
   if config.divisor not in ('surviving', 'all'):
@@ -72,12 +74,11 @@ def build_programs(config, module, num_steps):
     eps=config.adam_eps,
     max_grad_norm=config.max_grad_norm,
   )
-  scalars_fn = artifacts.scalars_fn(module)
+  scores_fn = artifacts.scores_fn(module)
 
   def loss_fn(params, batch, key):
     del key  # Reward models train without dropout.
-    scalars = scalars_fn(params, batch.tokens, batch.segments)
-    scores = scalars.reshape(-1)[batch.ends]
+    scores = scores_fn(params, batch.tokens, batch.segments, batch.ends)
     loss, pairs, correct = prompt_losses(scores, batch.ranks, config.divisor)
     # A prompt that is all ties has nothing to teach and does not count.
     counted = batch.prompt_mask & (pairs > 0)
@@ -105,7 +106,7 @@ def build_programs(config, module, num_steps):
   return {
     'optimizer': tx,
     'update': jax.jit(update, donate_argnums=0),
-    'scalars': jax.jit(scalars_fn),
+    'scalars': jax.jit(artifacts.scalars_fn(module)),
   }
 
 
@@ -192,6 +193,7 @@ def score_comparisons(config, programs, params, rows):
     (packed.tokens, packed.segments),
     config.eval_batch_size,
   )
+  # A head made here reads the score at the last token, whatever that is.
   return scalars.reshape(-1)[packed.ends]
 
 
@@ -269,6 +271,7 @@ def run(config, workdir: epath.Path):
       tokenizer,
       remat=config.remat,
       attention=config.attention,
+      compute_dtype=config.compute_dtype,
     )
     artifacts.check_context(policy, config.row_length, 'row_length')
     if config.num_folds:

@@ -15,6 +15,7 @@ from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
+from instruct_jax.models.config import check_compute_dtype
 
 
 def model_folders(text: str) -> dict[str, str]:
@@ -31,6 +32,7 @@ def model_folders(text: str) -> dict[str, str]:
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   num_models = len(model_folders(config.models))
   if num_models * config.samples_per_model < 2:
     raise ValueError(
@@ -66,7 +68,13 @@ def run(config, workdir: epath.Path):
     for number, (name, folder) in enumerate(
       model_folders(config.models).items()
     ):
-      policy = artifacts.load(folder, 'policy', mesh, tokenizer)
+      policy = artifacts.load(
+        folder,
+        'policy',
+        mesh,
+        tokenizer,
+        compute_dtype=config.compute_dtype,
+      )
       generate = queries.generate_program(
         policy.module,
         config.response_length,

@@ -19,9 +19,11 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import heldout_loss
 from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
+from instruct_jax.models.config import check_compute_dtype
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   if not 0 <= config.ptx_fraction < 1:
     raise ValueError(f'ptx_fraction must be in [0, 1): {config.ptx_fraction}')
   if config.ptx_fraction and not config.documents:
@@ -145,6 +147,7 @@ def run(config, workdir: epath.Path):
       remat=config.remat,
       attention=config.attention,
       logprob_chunk=config.logprob_chunk,
+      compute_dtype=config.compute_dtype,
     )
     artifacts.check_context(model, config.row_length, 'row_length')
     programs = build_programs(config, model.module, num_steps)

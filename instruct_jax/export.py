@@ -72,6 +72,9 @@ def export(
     'eos_token_id': stop_ids if len(stop_ids) > 1 else tokenizer.eos_id,
     'pad_token_id': tokenizer.pad_id,
   }
+  if model.kind == 'scalar' and model.module.skipped_id >= 0:
+    # Read in `transformers`, the score is then that of the model here.
+    ids['pad_token_id'] = model.module.skipped_id
   path.write_text(json.dumps({**values, **ids}, indent=2) + '\n', 'utf-8')
   (output / 'generation_config.json').write_text(
     json.dumps({'do_sample': True, **ids}, indent=2) + '\n', 'utf-8'

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, hub, masked, rollout
+from instruct_jax import artifacts, hub, rollout
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import samples
@@ -94,9 +94,17 @@ def load_policy(
   tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
   remat: str = 'none',
+  compute_dtype: str = '',
 ) -> artifacts.Model:
   """A policy of ours or in the Hugging Face format, for this tokenizer."""
-  return artifacts.load(source, 'policy', mesh, tokenizer, remat=remat)
+  return artifacts.load(
+    source,
+    'policy',
+    mesh,
+    tokenizer,
+    remat=remat,
+    compute_dtype=compute_dtype,
+  )
 
 
 @functools.cache
@@ -123,13 +131,9 @@ def generate_program(
 
 
 @functools.cache
-def _score_program(module):
-  scalars_fn = artifacts.scalars_fn(module)
-  return jax.jit(
-    lambda params, tokens, mask: masked.at_last(
-      scalars_fn(params, tokens, mask), mask
-    )
-  )
+def score_program(module: heads.ScalarModel) -> Callable:
+  """Jitted (params, tokens, mask) -> scores; models of one shape share it."""
+  return jax.jit(artifacts.scores_fn(module))
 
 
 def score_answers(
@@ -153,7 +157,7 @@ def score_answers(
   longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
   # Few lengths, few compilations.
   length = min(-(-longest // 32) * 32, model.config.context_length)
-  program = sharding.fetched(_score_program(model.module))
+  program = sharding.fetched(score_program(model.module))
   return rollout.in_batches(
     lambda batch: program(model.params, *sharding.put_whole(batch, mesh)),
     loader.answer_rows(prompts, answers, pad_id, length),

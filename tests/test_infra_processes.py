@@ -193,4 +193,3 @@ def test_a_stop_of_one_stops_all(tmp_path, who):
   assert found[1 - who][1] == [
     f'process {who} was stopped, and so is this one; the same command continues'
   ]
-

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from instruct_jax import artifacts, masked, ppo, rewards, rollout, supervised
+from instruct_jax import artifacts, ppo, rewards, rollout, supervised
 from instruct_jax.infra import sharding, train_state
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.types import PromptBatch, TextBatch
@@ -153,7 +153,7 @@ def score(policy, reference, value, reward, kl, sampled):
   ref_logprobs, _ = logprobs_fn(reference, tokens, mask, R)
   return ppo.make_ppo_batch(
     sampled,
-    masked.at_last(scalars_fn(reward, tokens, mask), mask),
+    artifacts.scores_fn(SCALAR)(reward, tokens, mask),
     old_logprobs,
     ref_logprobs,
     ppo.response_values(scalars_fn(value, tokens, mask), R),
