@@ -10,7 +10,7 @@ pytest.importorskip('sqlalchemy')
 
 import sqlalchemy as sa
 
-from instruct_jax.data import records
+from instruct_jax.data import labels, records
 from instruct_jax.labeling import answers, research, schema, store, web
 from tests import labeling_people as people
 
@@ -385,9 +385,9 @@ def test_screening_answers_are_not_exported(site, tmp_path):
 
 def test_pair_counts_by_hand():
   # Pairs: 01 both order alike; 02 alike; 12 tied by the second.
-  assert research.pair_counts([1, 2, 3], [1, 2, 2]) == (2, 2)
+  assert labels.pair_counts([1, 2, 3], [1, 2, 2]) == (2, 2)
   # 01 against, 02 alike, 12 alike.
-  assert research.pair_counts([1, 2, 3], [2, 1, 3]) == (2, 3)
+  assert labels.pair_counts([1, 2, 3], [2, 1, 3]) == (2, 3)
 
 
 def test_agreement_and_disagreements(site):

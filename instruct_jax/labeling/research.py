@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from etils import epath
 
-from instruct_jax.data import records
+from instruct_jax.data import labels, records
 from instruct_jax.evals import preference_accuracy, win_rate
 from instruct_jax.labeling import answers, schema, store
 
@@ -315,16 +315,6 @@ def labeled(the_store: store.Store, task_id: int | None = None):
 # --- Agreement --------------------------------------------------------------
 
 
-def pair_counts(a: Sequence[int], b: Sequence[int]) -> tuple[int, int]:
-  """(pairs ordered alike, pairs that both ordered) of two rankings."""
-  agreed = counted = 0
-  for i, j in itertools.combinations(range(len(a)), 2):
-    sign = (a[i] - a[j]) * (b[i] - b[j])
-    agreed += sign > 0
-    counted += sign != 0
-  return agreed, counted
-
-
 def _interval(counts, seed):
   """counts: list of (agreed, counted, task id)."""
   agreed, counted, clusters = zip(*counts, strict=True) if counts else ((),) * 3
@@ -342,7 +332,7 @@ def _between(rows, keep, seed):
   for row in rows:
     by_task[row.task_id].append(row)
   counts = [
-    (*pair_counts(a.content['ranks'], b.content['ranks']), task_id)
+    (*labels.pair_counts(a.content['ranks'], b.content['ranks']), task_id)
     for task_id, group in by_task.items()
     for a, b in itertools.combinations(group, 2)
     if keep(a, b)
@@ -378,7 +368,7 @@ def disagreements(rows: Sequence[Labeled]) -> list[dict[str, Any]]:
   found = []
   for task_id, group in by_task.items():
     pairs = [
-      pair_counts(a.content['ranks'], b.content['ranks'])
+      labels.pair_counts(a.content['ranks'], b.content['ranks'])
       for a, b in itertools.combinations(group, 2)
     ]
     counted = sum(pair[1] for pair in pairs)
@@ -510,7 +500,7 @@ def screening(the_store: store.Store, rows: Sequence[Labeled]) -> list[dict]:
         )
         person['flags'].append((int(same), 1, row.task_id))
       if row.kind in answers.RANKED:
-        pair = pair_counts(row.content['ranks'], other.content['ranks'])
+        pair = labels.pair_counts(row.content['ranks'], other.content['ranks'])
         person['rankings'].append((*pair, row.task_id))
   for person in found.values():
     for name in ('flags', 'rankings'):
