@@ -65,15 +65,17 @@ def test_a_newcomer_ranks_within_a_few_clicks(tmp_path):
   try:
     admin, labeler = re.findall(r'http://\S+/join/\S+', printed)
     with httpx2.Client(follow_redirects=True) as browser:
-      assert 'Sign in' in browser.get(labeler).text
-      page = browser.post(labeler).text
+      page = browser.get(labeler).text
+      assert 'Sign in' in page
+      page = browser.post(labeler, data=people.joining_fields(page)).text
       csrf = re.search(r'name="csrf" value="([^"]+)"', page).group(1)
       page = browser.post(
         admin.split('/join')[0] + '/next', data={'csrf': csrf}
       ).text
       assert 'Rank outputs' in page
     with httpx2.Client(follow_redirects=True) as browser:
-      assert 'Progress' in browser.post(admin).text
+      fields = people.joining_fields(browser.get(admin).text)
+      assert 'Progress' in browser.post(admin, data=fields).text
     # What was said at the start is not in the database.
     assert once(workdir, f'--backup={tmp_path}/b.gz').returncode == 0
   finally:

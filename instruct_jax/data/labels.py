@@ -35,7 +35,9 @@ def rank_by_text(comparison: records.Comparison) -> dict[str, float]:
   return {text: sum(values) / len(values) for text, values in ranks.items()}
 
 
-def pair_counts(a: Sequence[float], b: Sequence[float]) -> tuple[int, int]:
+def pair_counts(
+  a: Sequence[int | float], b: Sequence[int | float]
+) -> tuple[int, int]:
   """(pairs ordered alike, pairs that both ordered) of two rankings."""
   agreed = counted = 0
   for i, j in itertools.combinations(range(len(a)), 2):

@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from etils import epath
 
-from instruct_jax.data import labels, records
+from instruct_jax.data import invisible, labels, records
 from instruct_jax.evals import preference_accuracy, win_rate
 from instruct_jax.labeling import answers, schema, store
 
@@ -52,7 +52,9 @@ def _problems(values, kind):
     return found
   if ('prompt' in values) == ('text' in values):
     found.append("give either 'prompt' or 'text'")
-  elif not (values['prompt'] if 'prompt' in values else values['text']).strip():
+  elif invisible.is_blank(
+    values['prompt'] if 'prompt' in values else values['text']
+  ):
     found.append('the prompt is empty; fill it in or drop the line')
   completions = values.get('completions', [])
   models = values['models'] if 'models' in values else ['' for _ in completions]
@@ -130,7 +132,7 @@ def import_tasks(
   if not 1 <= overlap <= 100:
     raise store.StoreError(f'overlap must be from 1 to 100, found {overlap}')
   name = answers.clean(name, 'The name').strip()
-  if not 1 <= len(name) <= 80:
+  if len(name) > 80 or invisible.is_blank(name):
     raise store.StoreError('The batch needs a name of at most 80 characters')
   items, bad = [], []
   for number, line in enumerate(content.split(b'\n'), start=1):
@@ -654,7 +656,7 @@ def _demonstrations(row):
   if row.content['style'] == 'few-shot':
     return list(few_shot(row.content['text'], row.content['pairs']))
   pair = (row.content['text'], row.content['response'])
-  return [pair] if pair[1].strip() else []
+  return [] if invisible.is_blank(pair[1]) else [pair]
 
 
 def _is_valid(unit: str, fraction: float) -> bool:
