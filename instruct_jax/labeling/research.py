@@ -659,20 +659,63 @@ def _demonstrations(row):
   return [] if invisible.is_blank(pair[1]) else [pair]
 
 
-def _is_valid(unit: str, fraction: float) -> bool:
-  digest = hashlib.sha256(unit.encode()).digest()
-  return int.from_bytes(digest[:8], 'big') < fraction * 2**64
+def _split(
+  comparisons: Sequence[records.Comparison], fraction: float
+) -> list[str]:
+  """'train' or 'valid' of each comparison, about `fraction` of them valid.
+
+  What shares a user (A.2) or a prompt is in one split, and so is what shares
+  them by way of others.
+  """
+  first = {}
+
+  def root(name):
+    while first.setdefault(name, name) != name:
+      name = first[name]
+    return name
+
+  # Users come before prompts, which decide where there is none.
+  def names(comparison):
+    user = [(0, f'user {comparison.user}')] if comparison.user else []
+    return [*user, (1, comparison.prompt)]
+
+  for comparison in comparisons:
+    roots = sorted(map(root, names(comparison)))
+    first.update(dict.fromkeys(roots, roots[0]))
+
+  def split(comparison):
+    _, unit = root(names(comparison)[0])
+    digest = hashlib.sha256(unit.encode()).digest()
+    is_valid = int.from_bytes(digest[:8], 'big') < fraction * 2**64
+    return 'valid' if is_valid else 'train'
+
+  return list(map(split, comparisons))
+
+
+# All files that an export may write, besides statistics.json.
+_EXPORTED = (
+  'comparisons',
+  'comparisons_train',
+  'comparisons_valid',
+  'comparisons_evaluation',
+  'comparisons_toxicity',
+  'comparisons_researchers',
+  'demonstrations',
+  'prompts',
+  'ratings',
+)
 
 
 def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, Any]:
   """Writes the files that the experiments read, and the statistics.
 
-  comparisons.jsonl and its split by user (or prompt) into comparisons_train
-  and comparisons_valid: rankings by labelers under the training instructions.
+  comparisons.jsonl and its split by user and prompt into comparisons_train and
+  comparisons_valid: rankings by labelers under the training instructions.
   comparisons_evaluation, comparisons_toxicity and comparisons_researchers are
   kept apart: they follow other criteria, or were made to compare with.
   demonstrations.jsonl, prompts.jsonl, ratings.jsonl, statistics.json. Answers
-  of the screening round are not data and stay out.
+  of the screening round are not data and stay out. Files that an earlier
+  export left in the folder are replaced or removed.
 
   Returns:
     Line counts by file; a file without lines is not written.
@@ -691,10 +734,6 @@ def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, Any]:
         files['comparisons_evaluation'].append(comparison)
       else:
         files['comparisons'].append(comparison)
-        # By user where there is one, so that none is in two splits (A.2).
-        unit = f'user {comparison.user}' if comparison.user else row.prompt
-        valid = _is_valid(unit, the_store.config.valid_fraction)
-        files[f'comparisons_{"valid" if valid else "train"}'].append(comparison)
     elif row.kind in ('demonstration', 'prompt') and not row.is_researcher:
       own = {'labeling': _own(row)}
       written = row.kind == 'prompt'
@@ -741,8 +780,16 @@ def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, Any]:
     if 'ratings' in row.content
     for position, rating in enumerate(row.content['ratings'])
   ]
+  ranked = files['comparisons']
+  splits = _split(ranked, the_store.config.valid_fraction)
+  for comparison, split in zip(ranked, splits, strict=True):
+    files[f'comparisons_{split}'].append(comparison)
+  files = {name: found for name, found in files.items() if found}
   folder = epath.Path(folder)
   counts = {}
+  for name in _EXPORTED:
+    if name not in files and not (name == 'ratings' and ratings):
+      (folder / f'{name}.jsonl').unlink(missing_ok=True)
   for name, found in sorted(files.items()):
     records.write_jsonl(folder / f'{name}.jsonl', found)
     counts[name] = len(found)
