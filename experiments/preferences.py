@@ -269,7 +269,7 @@ def make_judge(config, workdir, mesh):
     return name, judges.by_score(score), None, dict
   if config.judge == 'people':
     compare, rate, labelers = judges.read_rankings(config.rankings)
-    name = f'{len(labelers)} labelers, {config.rankings}'
+    name = f'people ({len(labelers)} by name), {config.rankings}'
     return name, compare, rate, dict
   described = config.endpoint
   asking = endpoint.Endpoint(
@@ -343,7 +343,8 @@ def run(config, workdir: epath.Path):
       for a, b in sides
       for prompt in common
     ]
-    judgements, account = judges.compare_both_orders(compare, pairs)
+    everything, account = judges.ask_both_orders(compare, pairs)
+    judgements = [j for j in everything if j.outcome is not None]
     rated = []
     if rate is not None and config.rate_answers:
       flat = [(p, answers[model][p.id]) for model in models for p in common]
@@ -352,7 +353,7 @@ def run(config, workdir: epath.Path):
         for (_, answer), several in zip(flat, rate(flat), strict=True)
         for rating in several
       ]
-  lines = [json.dumps(dataclasses.asdict(j)) + '\n' for j in judgements]
+  lines = [json.dumps(dataclasses.asdict(j)) + '\n' for j in everything]
   report.write_file(workdir / 'judgements.jsonl', ''.join(lines).encode())
   result = figures_of(config, judgements, account, rated)
   result |= {
@@ -374,7 +375,8 @@ def figures_of(config, judgements, account, rated):
   if not judgements:
     raise ValueError(
       f'the judge judged none of {account.pairs} pairs: {account.unjudged} '
-      f'without an opinion, {account.unparsed} not understood'
+      f'without an opinion in both orders, {account.unparsed} verdicts not '
+      'understood; judgements.jsonl has what it said'
     )
   by_model = preferences.against(judgements, config.baseline)
   share = account.contradictions / account.judgements
@@ -391,9 +393,35 @@ def figures_of(config, judgements, account, rated):
     alarms.append(
       f'{account.unjudged} of {account.pairs} pairs have no verdict'
     )
+  if account.one_order:
+    alarms.append(
+      f'{account.one_order} verdicts stand alone: the same judge said nothing '
+      'in the other order'
+    )
+  nameless = sum(not judgement.labeler for judgement in judgements)
+  if 0 < nameless < len(judgements):
+    alarms.append(
+      f'{nameless} of {len(judgements)} judgements name no labeler, so no '
+      'interval goes by labeler'
+    )
   sides = {}
   for judgement in judgements:
     sides.setdefault((judgement.model, judgement.other), []).append(judgement)
+  places = {
+    name: preferences.first_place(rows, config.num_bootstrap, config.seed)
+    for name, rows in (
+      ('all pairs', judgements),
+      *((f'{model} – {other}', rows) for (model, other), rows in sides.items()),
+    )
+  }
+  if places['all pairs'].is_biased:
+    found = places['all pairs'].rate
+    alarms.append(
+      f'the answer in the first place wins {found.mean:.1%} '
+      f'[{found.low:.1%}, {found.high:.1%}] of the verdicts: the judge looks '
+      'at the place; both orders are averaged, which cancels it in the rates '
+      'and draws them towards one half'
+    )
   return {
     'account': dataclasses.asdict(account),
     'alarms': alarms,
@@ -413,6 +441,7 @@ def figures_of(config, judgements, account, rated):
     'bradley_terry': preferences.bradley_terry(
       judgements, config.baseline, seed=config.seed
     ),
+    'first_place': places,
     'power': {
       f'{model} – {other}': preferences.power(rows)
       for (model, other), rows in sides.items()
@@ -555,6 +584,28 @@ def markdown(config, result):
   lines += table(
     ['model', 'rating'],
     [[escape(m), cell(r)] for m, r in result['bradley_terry'].items()],
+  )
+  lines += [
+    '## Does the place of an answer decide?',
+    '',
+    'How often the answer shown first wins, ties one half. Each pair was '
+    'judged in both orders, so a judge that reads the answers alone has '
+    'exactly one half, whichever is better. Every verdict is in '
+    'judgements.jsonl.',
+    '',
+  ]
+  lines += table(
+    ['pair', 'first place wins', 'ties', 'contradictions', 'verdicts'],
+    [
+      [
+        escape(name),
+        cell(found.rate),
+        cell(found.ties),
+        cell(found.contradictions),
+        cell(found.num_verdicts),
+      ]
+      for name, found in result['first_place'].items()
+    ],
   )
   lines += [
     '## How many prompts would separate two models',

@@ -135,7 +135,7 @@ def test_demonstrations_score_0_as_the_classifier_reads_them(
     '--config.compilation_cache=',
   )
   assert '2 demonstrations scored' in out
-  assert '(1 were longer than row_length 96)' in out
+  assert '1 longer than row_length (96 tokens)' in out
   results = json.loads((tmp_path / 'results.json').read_text())
   assert results['num_demonstrations'] == 2 and results['num_dropped'] == 1
 

@@ -256,6 +256,14 @@ def test_the_check_tells_label_statistics(tmp_path, capsys):
   swapped = dataclasses.replace(rows[1], ranks=(1, 2, 3))
   # w2 now has c < b < a: none of three pairs alike.
   assert check.agreement([rows[0], swapped]) == (0, 3)
+  # Nobody knows whether two nameless rankings are one person's.
+  nameless = [dataclasses.replace(row, labeler='') for row in rows]
+  assert check.agreement([*rows, *nameless]) == (2, 2)
+  assert "without a labeler's name" not in check.describe('a', rows)
+  assert (
+    "without a labeler's name, so left out of the agreement: 3 records"
+    in check.describe('a', [*rows, *nameless])
+  )
   assert check.main([str(path), '--limit', '2']) == 0
   out = capsys.readouterr().out
   assert 'labelers agree on 2 of 2 pairs' in out

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from instruct_jax.data import loader, records
+from instruct_jax.data import labels, loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 
 
@@ -192,28 +192,20 @@ def _describe_labels(rows: Sequence[records.Comparison]) -> list[str]:
     )
   else:
     lines.append('  agreement: no completions were ranked by two labelers')
+  nameless = sum(not row.labeler for row in rows)
+  if nameless:
+    lines.append(
+      f"  without a labeler's name, so left out of the agreement: {nameless} "
+      'records'
+    )
   return lines
 
 
 def agreement(rows: Sequence[records.Comparison]) -> tuple[int, int]:
   """(pairs ordered alike, pairs ordered by both), over any two labelers of one
-  prompt and the same completions; ties are left out (paper 3.4)."""
-  groups = collections.defaultdict(list)
-  for row in rows:
-    order = sorted(range(len(row.ranks)), key=lambda i: row.completions[i])
-    texts = tuple(row.completions[i] for i in order)
-    ranks = [row.ranks[i] for i in order]
-    groups[row.prompt, texts].append((row.labeler, ranks))
-  same = compared = 0
-  for (_, texts), ranked in groups.items():
-    for (who, ranks), (other, others) in itertools.combinations(ranked, 2):
-      if who == other:
-        continue
-      for a, b in itertools.combinations(range(len(texts)), 2):
-        if ranks[a] != ranks[b] and others[a] != others[b]:
-          compared += 1
-          same += (ranks[a] < ranks[b]) == (others[a] < others[b])
-  return same, compared
+  prompt; see `labels.agreement`."""
+  found = labels.agreement(rows)
+  return sum(found.agreed), sum(found.counted)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
