@@ -24,6 +24,7 @@ from instruct_jax.evals import (
   judges,
   model_card,
   preference_accuracy,
+  released_samples,
   report,
   restaurant,
   run_figures,
@@ -419,7 +420,7 @@ def run(config, workdir: epath.Path):
       )
       for name in ('prompted', *RL_MODELS)
     },
-    metadata=metadata_rates(flags),
+    metadata=metadata_rates(flags, ids),
     likert={
       name: win_rate.mean_interval(likert[name], ids)
       for name in run_figures.MODELS
@@ -560,15 +561,27 @@ def slot_columns(slots, texts, ids):
   }
 
 
-def metadata_rates(flags):
-  """Share of answers with each Table 3 label, over those it applies to."""
+def metadata_rates(flags, ids):
+  """Model -> Table 3 label -> share of the answers it applies to.
+
+  Intervals redraw prompts; where all prompts agree, which leaves nothing to
+  redraw, they are Wilson's for so many prompts.
+  """
   rates = {}
   for name in run_figures.MODELS:
     labels = dict.fromkeys(label for row in flags[name] for label in row)
-    rates[name] = {
-      label: float(np.mean([row[label] for row in flags[name] if label in row]))
-      for label in labels
-    }
+    rates[name] = {}
+    for label in labels:
+      chosen = [i for i, row in enumerate(flags[name]) if label in row]
+      share = win_rate.mean_interval(
+        [flags[name][i][label] for i in chosen], [ids[i] for i in chosen]
+      )
+      if share.low == share.high:
+        low, high = released_samples.wilson_interval(
+          share.mean, share.num_clusters
+        )
+        share = dataclasses.replace(share, low=low, high=high)
+      rates[name][label] = share
   return rates
 
 
