@@ -23,7 +23,7 @@ from instruct_jax.evals import plots, run_figures, samples, sections
 
 _FOLDER = pathlib.Path(__file__).parent / 'templates'
 # Longer texts begin folded.
-_LONG = 700
+_LONG = 400
 
 
 @functools.cache
@@ -110,6 +110,10 @@ def _picture(name: str, content: bytes) -> dict[str, Any]:
   }
 
 
+def _percent(share: float, decimals: int = 1) -> str:
+  return f'{100 * share:.{decimals}f}\u00a0%'
+
+
 def _tiles(figures: run_figures.Figures) -> list[dict[str, str]]:
   tiles = []
   for model, rate in run_figures.ordered(figures.win_rate):
@@ -119,9 +123,9 @@ def _tiles(figures: run_figures.Figures) -> list[dict[str, str]]:
     tiles.append(
       {
         'kind': {'better': 'good', 'worse': 'bad'}.get(verdict, ''),
-        'figure': f'{rate.rate:.0%}',
+        'figure': _percent(rate.rate, 0),
         'what': f'{run_figures.label(model)} against SFT',
-        'doubt': f'{verdict}: {100 * rate.low:.1f} to {100 * rate.high:.1f} %, '
+        'doubt': f'{verdict}: {100 * rate.low:.1f} to {_percent(rate.high)}, '
         f'{rate.num_prompts:,} prompts',
       }
     )
@@ -129,11 +133,11 @@ def _tiles(figures: run_figures.Figures) -> list[dict[str, str]]:
   if reward is not None:
     ceiling = ''
     if reward.ceiling is not None:
-      ceiling = f'at most {100 * reward.ceiling:.1f} %, '
+      ceiling = f'at most {_percent(reward.ceiling)}, '
     tiles.append(
       {
         'kind': '',
-        'figure': f'{reward.accuracy.accuracy:.0%}',
+        'figure': _percent(reward.accuracy.accuracy, 0),
         'what': 'of the pairs ordered by the reward model as by labelers',
         'doubt': f'{ceiling}{reward.accuracy.num_pairs:,} pairs',
       }
@@ -184,20 +188,18 @@ def _answers(
         'category': row.category,
         'gain': f'{_gain(row, models):.6f}',
         'prompt': row.prompt,
-        'answers': [
-          {
-            'text': row.answers[model].response,
-            'ended': row.answers[model].ended,
-            'score': ''
-            if row.answers[model].score_gold is None
-            else f'{row.answers[model].score_gold:.3f}',
-          }
-          for model in models
-        ],
+        'answers': [_answer(row.answers[model]) for model in models],
       }
       for row in rows
     ],
   }
+
+
+def _answer(answer: samples.Sample) -> dict[str, str]:
+  notes = [] if answer.ended else ['cut off']
+  if answer.score_gold is not None:
+    notes.append(f'{answer.score_gold:.3f}')
+  return {'text': answer.response, 'notes': ', '.join(notes)}
 
 
 def make_html(figures: run_figures.Figures, drawn: Mapping[str, bytes]) -> str:
@@ -218,8 +220,8 @@ def make_html(figures: run_figures.Figures, drawn: Mapping[str, bytes]) -> str:
   return make_page(
     figures.title,
     [
-      f'Judge: {figures.judge}. Ties count one half. Intervals are 95 %, '
-      'redrawing prompts (losses: documents).',
+      f'Judge: {figures.judge}. Intervals are 95 %, redrawing prompts (losses: '
+      'documents).',
       f'Config {figures.config_name}, seed {figures.seed}, commit '
       f'{figures.commit[:12]}, {minutes:.1f} minutes.',
     ],

@@ -46,9 +46,9 @@ _OTHER_COLOURS = (
 _MARKERS = 'osD^vP<>X*'
 _INK, _SOFT = '#222222', '#555555'
 # Inches, and pixels an inch: html_report shows 100 of these an inch.
-_WIDTH, DPI = 6.4, 150
+_WIDTH, DPI = 5.6, 160
 # Characters of a line across the whole width, in a heading and in a note.
-_HEADING_CHARACTERS, _NOTE_CHARACTERS = 62, 96
+_HEADING_CHARACTERS, _NOTE_CHARACTERS = 54, 84
 # Panels along RL: metric of metrics.jsonl, title, unit.
 _RL_PANELS = (
   ('objective/score', 'Reward-model score', 'reward units'),
@@ -123,6 +123,21 @@ def _canvas(rows: int, columns: int, height: float, **options: Any):
   return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+def _upper_and_lower(top: float, bottom: float, num_lower: int):
+  """A figure with an axis, and below it `num_lower` of their own margins."""
+  from matplotlib.backends import backend_agg
+  from matplotlib.figure import Figure
+
+  heights = [top, bottom] if num_lower else [top]
+  figure = Figure(figsize=(_WIDTH, sum(heights)), layout='constrained')
+  backend_agg.FigureCanvasAgg(figure)
+  parts = figure.subfigures(len(heights), 1, height_ratios=heights)
+  if not num_lower:
+    return figure, parts.subplots(), ()
+  lower = parts[1].subplots(1, num_lower, squeeze=False)
+  return figure, parts[0].subplots(), list(lower[0])
+
+
 def _png(figure: Any) -> bytes:
   buffer = io.BytesIO()
   figure.savefig(buffer, format='png', dpi=DPI)
@@ -136,50 +151,59 @@ def _plain(text: str) -> str:
 
 def _wrapped(text: str, width: int, max_lines: int = 3) -> str:
   """Plain text on lines of so many characters, the rest left out with '…'."""
+  text = text.replace(' %', '\u00a0%')
   return _plain(
     textwrap.fill(text, width, max_lines=max_lines, placeholder=' …')
   )
 
 
-def _label(name: str, width: int = 24) -> str:
-  return _wrapped(run_figures.label(name), width)
+def _label(name: str, width: int = 24, max_lines: int = 3) -> str:
+  return _wrapped(run_figures.label(name), width, max_lines)
 
 
-def _heading(figure: Any, title: str, note: str = '', legend: Any = ()) -> None:
+def _height(labels: Sequence[str], least: float) -> float:
+  """Inches of rows with these labels, each as high as the highest needs."""
+  lines = max(label.count('\n') + 1 for label in labels)
+  return len(labels) * max(least, 0.17 * lines + 0.06)
+
+
+def _heading(
+  figure: Any, title: str, note: str = '', legend: Sequence[Any] = ()
+) -> None:
   """What is shown, which line is whose, and below what bars and lines mean.
 
   Args:
-    figure: of `_canvas`.
+    figure: of `_canvas`; it grows by what is written here.
     title: of the whole.
     note: below the plots.
     legend: handles with labels, between title and plots.
   """
   title = _wrapped(title, _HEADING_CHARACTERS)
+  inches = 0.22 * (title.count('\n') + 1)
   style = {'size': 12, 'weight': 'bold'}
   if legend:
-    lines = [line for h in legend for line in h.get_label().split('\n')]
-    # A character is half as wide as the type is high, a handle five of them.
-    fitting = _WIDTH * 72 / (9.5 * 0.56 * (max(map(len, lines)) + 7))
-    made = figure.legend(
+    labels = [handle.get_label() for handle in legend]
+    longest = max(len(line) for label in labels for line in label.split('\n'))
+    # A character is half as wide as the type is high, a handle seven of them.
+    columns = max(1, int(_WIDTH * 72 / (9.5 * 0.56 * (longest + 7))))
+    columns = min(columns, len(legend))
+    inches += 0.05 + _height(labels, 0.2) / columns
+    figure.legend(
       handles=legend,
       loc='outside upper left',
-      ncols=max(1, min(len(legend), int(fitting))),
+      ncols=columns,
       title=title,
       title_fontproperties=style,
       alignment='left',
       borderaxespad=0.2,
     )
-    made.set_in_layout(True)
   else:
     figure.suptitle(title, x=0.012, ha='left', **style)
   if note:
-    figure.supxlabel(
-      _wrapped(note, _NOTE_CHARACTERS, 5),
-      x=0.012,
-      ha='left',
-      fontsize=8,
-      color=_SOFT,
-    )
+    note = _wrapped(note, _NOTE_CHARACTERS, 5)
+    inches += 0.13 * (note.count('\n') + 1) + 0.05
+    figure.supxlabel(note, x=0.012, ha='left', fontsize=8, color=_SOFT)
+  figure.set_figheight(figure.get_figheight() + inches)
 
 
 def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -254,11 +278,11 @@ def _window(num_values: int) -> int:
   return max(1, num_values // 8) | 1  # Odd, so that it is centred.
 
 
-def _line(axis: Any, x: Sequence[float], y: Sequence[float], look) -> None:
+def _line(axis: Any, x: win_rate.Numbers, y: win_rate.Numbers, look) -> None:
   """A line; with a mark at each point while they are few."""
   colour, marker = look
   axis.plot(
-    x, y, color=colour, marker=marker if len(x) <= 30 else '', markersize=4
+    x, y, color=colour, marker=marker if len(x) <= 20 else '', markersize=4
   )
 
 
@@ -275,19 +299,19 @@ def _reference_line(axis: Any, value: float, horizontal: bool = True) -> None:
   line(value, color=_INK, linestyle='--', linewidth=1)
 
 
-def _steps_axis(axis: Any, steps: win_rate.Numbers) -> None:
+def _steps_axis(axis: Any, steps: win_rate.Numbers, most: int = 5) -> None:
   """Whole numbers under the axis, and some width for a single one."""
   from matplotlib.ticker import MaxNLocator
 
-  axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+  axis.xaxis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
   if steps and min(steps) == max(steps):
     axis.set_xlim(steps[0] - 0.5, steps[0] + 0.5)
 
 
-def _values_axis(axis: Any, values: Sequence[float], unit: str) -> None:
+def _values_axis(axis: Any, values: win_rate.Numbers, unit: str) -> None:
   """The unit, some height for equal figures, no room for what cannot be."""
   axis.set_ylabel(_wrapped(unit, 30))
-  if not values:
+  if not len(values):
     return
   low, high = min(values), max(values)
   if low == high:
@@ -410,8 +434,7 @@ def win_rate_bars(
 
 def _draw_win_rates(rates, baseline, count, judge):
   labels = [_label(model) for model in rates]
-  lines = sum(max(2, label.count('\n') + 1) for label in labels)
-  figure, ((axis,),) = _canvas(1, 1, 1.6 + 0.19 * lines)
+  figure, ((axis,),) = _canvas(1, 1, 0.7 + _height(labels, 0.38))
   values = list(rates.values())
   decimals = _decimals([value[1:] for value in values], 3)
   _interval_rows(
@@ -452,16 +475,16 @@ def _draw_metadata(figures: run_figures.Figures) -> Any:
       found[name] = row
   if not found:
     return None
-  labels = [_label(model, 16) for model in models]
-  lines = sum(label.count('\n') + 1 for label in labels)
+  labels = [_label(model, 18, 2) for model in models]
+  titles = [_label(name, 30) for name in found]
+  panel = 0.6 + _height(labels, 0.2)
+  panel += 0.17 * max(title.count('\n') for title in titles)
   columns = min(2, len(found))
   rows = -(-len(found) // columns)
-  figure, axes = _canvas(
-    rows, columns, 0.8 + rows * (0.6 + 0.2 * lines), sharey=True
-  )
+  figure, axes = _canvas(rows, columns, 0.3 + rows * panel, sharey=True)
   looks = _looks(models)
-  for i, (axis, (name, row)) in enumerate(
-    zip(axes.flat, found.items(), strict=False)
+  for i, (axis, title, row) in enumerate(
+    zip(axes.flat, titles, found.values(), strict=False)
   ):
     nothing = (math.nan,) * 3
     decimals = _decimals([bounds[1:] for bounds in row.values()], 2)
@@ -478,7 +501,7 @@ def _draw_metadata(figures: run_figures.Figures) -> Any:
     top = max(high for _, _, high in row.values())
     axis.set_xlim(0, min(1.05 * top, 100) if top > 0 else 1)
     axis.locator_params(axis='x', nbins=4)
-    axis.set_title(_label(name, 34))
+    axis.set_title(title)
     if i >= len(found) - columns:
       axis.set_xlabel('% of answers')
   _blank(axes, len(found))
@@ -511,7 +534,7 @@ def _draw_reward_kl(figures: run_figures.Figures) -> Any:
     dict.fromkeys(m for by_model in data.values() for m in by_model)
   )
   looks = _looks(models)
-  figure, axes = _canvas(len(data), 1, 1.2 + 2.7 * len(data), sharex=True)
+  figure, axes = _canvas(len(data), 1, 0.4 + 2.6 * len(data), sharex=True)
   for axis, (label, by_model) in zip(axes[:, 0], data.items(), strict=True):
     for model, (kl, score) in by_model.items():
       window = _window(len(kl))
@@ -552,14 +575,14 @@ def _draw_pretraining_loss(figures: run_figures.Figures) -> Any:
   if not curves:
     return None
   looks = _looks(list(curves))
-  figure, ((axis,),) = _canvas(1, 1, 3.9)
+  figure, ((axis,),) = _canvas(1, 1, 3.0)
   for model, curve in curves.items():
     _line(axis, *curve, looks[model])
   note = 'The point at 0 is the RL initialisation, before the first iteration.'
   if figures.pretraining_loss is not None:
     _reference_line(axis, figures.pretraining_loss.init.mean)
     note = 'Point at 0 and dashed: the RL initialisation.'
-  _steps_axis(axis, [step for curve in curves.values() for step in curve[0]])
+  _steps_axis(axis, [step for curve in curves.values() for step in curve[0]], 8)
   axis.set_xlabel('RL iteration')
   axis.set_ylabel('nats per token')
   _heading(
@@ -626,7 +649,7 @@ def _draw_along(runs, panels, title) -> Any:
   looks = _looks(list(runs))
   columns = min(2, len(found))
   rows = -(-len(found) // columns)
-  figure, axes = _canvas(rows, columns, 1.2 + 2.3 * rows)
+  figure, axes = _canvas(rows, columns, 0.1 + 2.3 * rows)
   for axis, (name, (curves, unit)) in zip(
     axes.flat, found.items(), strict=False
   ):
@@ -637,7 +660,7 @@ def _draw_along(runs, panels, title) -> Any:
         _reference_line(axis, curve[1][0])
     _steps_axis(axis, [x for curve in curves.values() for x in curve[0]])
     _values_axis(axis, [y for curve in curves.values() for y in curve[1]], unit)
-    axis.set_title(_label(name, 34))
+    axis.set_title(_label(name, 30))
     axis.set_xlabel('RL iteration')
   _blank(axes, len(found))
   _heading(
@@ -703,7 +726,7 @@ def _draw_against(values, figures, before, label):
   found = {name: points for name, points in found.items() if points}
   columns = max(1, min(2, len(found)))
   rows = max(1, -(-len(found) // columns))
-  figure, axes = _canvas(rows, columns, 1.1 + 2.4 * rows)
+  figure, axes = _canvas(rows, columns, 0.1 + 2.4 * rows)
   look = _looks(['run'])['run']
   for axis, (name, points) in zip(axes.flat, found.items(), strict=False):
     # Before anything is drawn: margins are those of the scale at that time.
@@ -722,7 +745,7 @@ def _draw_against(values, figures, before, label):
       axis.set_xticks(ticks, [f'{x:.3g}' for x in ticks])
       axis.xaxis.set_minor_locator(NullLocator())
     _values_axis(axis, shown, _unit(name))
-    axis.set_title(_label(name, 34))
+    axis.set_title(_label(name, 30))
     axis.set_xlabel(_wrapped(label, 40))
   _blank(axes, len(found))
   _heading(
@@ -749,7 +772,7 @@ def _draw_rl(figures: run_figures.Figures) -> Any:
   looks = _looks(models)
   columns = min(2, len(panels))
   rows = -(-len(panels) // columns)
-  figure, axes = _canvas(rows, columns, 1.2 + 2.1 * rows)
+  figure, axes = _canvas(rows, columns, 0.2 + 2.1 * rows)
   for i, (axis, (title, unit, curves)) in enumerate(
     zip(axes.flat, panels, strict=False)
   ):
@@ -775,26 +798,18 @@ def _draw_reward_model(figures: run_figures.Figures) -> Any:
   if reward is None:
     return None
   curves = [
-    ('reward/loss', 'training loss\n(nats per pair)'),
-    ('reward/accuracy', 'training accuracy\n(share of pairs)'),
+    ('Training loss', 'nats per pair', 'reward/loss'),
+    ('Training accuracy', 'share of pairs', 'reward/accuracy'),
   ]
   curves = [
-    (label, _series(reward.curve, 'step', key)) for key, label in curves
+    (title, unit, _series(reward.curve, 'step', key))
+    for title, unit, key in curves
   ]
-  curves = [(label, series) for label, series in curves if series[0]]
+  curves = [curve for curve in curves if curve[2][0]]
   found = run_figures.reward_rows(reward)
   labels = [_wrapped(name, 26) for name, _ in found]
-  top = 0.5 + 0.45 * len(found)
-  figure, axes = _canvas(
-    1 + bool(curves),
-    max(1, len(curves)),
-    1.2 + top + 2.2 * bool(curves),
-    height_ratios=[top, 2.0] if curves else None,
-  )
-  axis = axes[0, 0]
-  if len(curves) == 2:
-    axes[0, 1].remove()
-    axis.set_subplotspec(axes[0, 0].get_gridspec()[0, :])
+  top = 0.5 + _height(labels, 0.4)
+  figure, axis, lower = _upper_and_lower(top, 2.1, len(curves))
   values, texts, runs = [], [], set()
   for _, value in found:
     if isinstance(value, preference_accuracy.Spread):
@@ -830,13 +845,12 @@ def _draw_reward_model(figures: run_figures.Figures) -> Any:
       'held-out comparisons, reached by the gold utility.'
     )
   _shares_axis(axis, 'share of pairs ordered alike')
-  for axis, (label, (steps, numbers)) in zip(
-    axes[-1] if curves else (), curves, strict=True
-  ):
+  for axis, (title, unit, (steps, numbers)) in zip(lower, curves, strict=True):
     _smooth_line(axis, steps, numbers, ('#0072B2', 'o'))
     _steps_axis(axis, steps)
-    _values_axis(axis, numbers, label)
-    axis.set_xlabel('step of training')
+    _values_axis(axis, numbers, unit)
+    axis.set_title(title)
+    axis.set_xlabel('step')
   _heading(figure, 'Reward model and labelers', note)
   return figure
 
@@ -859,7 +873,7 @@ def _draw_sft(figures: run_figures.Figures) -> Any:
       drawn.append((title, unit, points))
   if not drawn:
     return None
-  figure, axes = _canvas(len(drawn), 1, 0.9 + 2.0 * len(drawn), sharex=True)
+  figure, axes = _canvas(len(drawn), 1, 0.3 + 2.0 * len(drawn), sharex=True)
   note = ''
   for axis, (title, unit, points) in zip(axes[:, 0], drawn, strict=True):
     _line(axis, *zip(*points, strict=True), (COLOURS['sft'], 'o'))
@@ -876,8 +890,9 @@ def _draw_sft(figures: run_figures.Figures) -> Any:
       by = figures.sft_selected_by
       note = f'Star: epoch {chosen[0][0]}, selected{f" by {by}" if by else ""}.'
     axis.set_title(title)
+    axis.margins(y=0.15)  # Room for the star.
     _values_axis(axis, [y for _, y in points], unit)
-    _steps_axis(axis, [epoch for epoch, _ in points])
+    _steps_axis(axis, [epoch for epoch, _ in points], 10)
   axes[-1, 0].set_xlabel('epoch')
   _heading(figure, 'Supervised fine-tuning by epoch', note)
   return figure
@@ -908,7 +923,7 @@ def _draw_frontier(points, fits, judge):
   import numpy as np
 
   looks = _looks(list(points))
-  figure, axes = _canvas(2, 1, 7.0, sharex=True)
+  figure, axes = _canvas(2, 1, 6.0, sharex=True)
   panels = (('gold', 'By the judge'), ('proxy', 'By the reward model'))
   for axis, (key, title) in zip(axes[:, 0], panels, strict=True):
     for name, rows in points.items():

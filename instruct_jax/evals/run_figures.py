@@ -25,6 +25,11 @@ LABELS = {
   'sft': 'SFT',
   'ppo': 'PPO',
   'ppo_ptx': 'PPO-ptx',
+  'rl_init': 'RL initialisation',
+  'ppo_policy': 'PPO, last weights',
+  'ppo_ptx_policy': 'PPO-ptx, last weights',
+  'ppo_ema': 'PPO, averaged weights',
+  'ppo_ptx_ema': 'PPO-ptx, averaged weights',
 }
 RL_MODELS = ('ppo', 'ppo_ptx')
 SECTIONS = (

@@ -189,7 +189,7 @@ def results(figures: run_figures.Figures, drawn: set[str]) -> list[Section]:
             (
               run_figures.label(model),
               rate.rate,
-              f'{number(rate.low)} – {number(rate.high)}',
+              Shown(f'{number(rate.low)} – {number(rate.high)}'),
               rate.num_prompts,
             )
             for model, rate in run_figures.ordered(figures.win_rate)
@@ -230,7 +230,7 @@ def results(figures: run_figures.Figures, drawn: set[str]) -> list[Section]:
   if figures.kl:
     kl = _pairs(['model', 'KL at the end, nats per response'], figures.kl)
   found.append(
-    Section('PPO and PPO-ptx', [kl, *(along or [_left_out(figures, 'rl')])])
+    Section('PPO and PPO-ptx', [*(along or [_left_out(figures, 'rl')]), kl])
   )
   found.append(
     Section(
