@@ -396,6 +396,9 @@ def run(config, workdir: epath.Path):
     for name in ('pretrained', 'sft', *RL_MODELS)
   }
   extra |= reward_tables
+  suite, _ = suite_table(config.suite)
+  if suite:
+    extra['Public NLP suite (paper, appendix D)'] = suite
   done = {
     folder.name: run_lib.read_json(folder / run_lib.DONE_FILE)
     for folder in sorted(root.iterdir())
@@ -562,26 +565,16 @@ def slot_columns(slots, texts, ids):
 
 
 def metadata_rates(flags, ids):
-  """Model -> Table 3 label -> share of the answers it applies to.
-
-  Intervals redraw prompts; where all prompts agree, which leaves nothing to
-  redraw, they are Wilson's for so many prompts.
-  """
+  """Model -> Table 3 label -> share of the answers it applies to, by prompt."""
   rates = {}
   for name in run_figures.MODELS:
     labels = dict.fromkeys(label for row in flags[name] for label in row)
     rates[name] = {}
     for label in labels:
       chosen = [i for i, row in enumerate(flags[name]) if label in row]
-      share = win_rate.mean_interval(
+      rates[name][label] = win_rate.share_interval(
         [flags[name][i][label] for i in chosen], [ids[i] for i in chosen]
       )
-      if share.low == share.high:
-        low, high = released_samples.wilson_interval(
-          share.mean, share.num_clusters
-        )
-        share = dataclasses.replace(share, low=low, high=high)
-      rates[name][label] = share
   return rates
 
 
@@ -683,8 +676,8 @@ def suite_table(path):
   result = run_lib.read_json(path)
   found = {}
   for cell in result['cells']:
-    row = f'{cell["task"]}, {cell["prompt"]}, {cell["metric"]}'
-    found.setdefault(row, {})[cell['model']] = win_rate.Interval(
+    row = found.setdefault(released_samples.line_name(cell), {})
+    row[cell['model']] = win_rate.Interval(
       cell['score'], cell['low'], cell['high'], cell['num_items']
     )
   return found, result['judges']

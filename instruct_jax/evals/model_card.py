@@ -136,7 +136,7 @@ def make_card(figures: run_figures.Figures, facts: Facts) -> str:
     '',
   ]
   lines += table(
-    ['', ''],
+    ['', 'this run'],
     [
       ['date', escape(facts.date)],
       ['policy', f'{facts.policy_parameters:,} parameters'],
@@ -146,7 +146,7 @@ def make_card(figures: run_figures.Figures, facts: Facts) -> str:
       ],
       ['config', escape(figures.config_name)],
       ['seed', str(figures.seed)],
-      ['commit', escape(figures.commit)],
+      ['commit', escape(figures.commit[:12])],
       [
         'versions',
         escape(', '.join(f'{k} {v}' for k, v in figures.versions.items())),

@@ -158,6 +158,7 @@ def _wrapped(text: str, width: int, max_lines: int = 3) -> str:
 
 
 def _label(name: str, width: int = 24, max_lines: int = 3) -> str:
+  """A model of the pipeline or another key, in words."""
   return _wrapped(run_figures.label(name), width, max_lines)
 
 
@@ -220,20 +221,20 @@ def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
   return looks
 
 
-def _handles(names: Sequence[str], looks: Mapping[str, tuple[str, str]]):
-  """A legend's lines of these names."""
+def _handles(looks: Mapping[str, tuple[str, str]], label_fn=_label):
+  """A legend's lines; `label_fn` is `_wrapped` where names are the user's."""
   from matplotlib.lines import Line2D
 
   return [
     Line2D(
       [],
       [],
-      color=looks[name][0],
-      marker=looks[name][1],
+      color=colour,
+      marker=marker,
       markersize=4.5,
-      label=_label(name, 40),
+      label=label_fn(name, 40),
     )
-    for name in names
+    for name, (colour, marker) in looks.items()
   ]
 
 
@@ -409,6 +410,7 @@ def _draw_win_rate(figures: run_figures.Figures) -> Any:
     'sft',
     count,
     figures.judge,
+    _label,
   )
 
 
@@ -429,11 +431,11 @@ def win_rate_bars(
   import matplotlib
 
   with matplotlib.rc_context(_STYLE):
-    return _png(_draw_win_rates(rates, baseline, count, judge))
+    return _png(_draw_win_rates(rates, baseline, count, judge, _wrapped))
 
 
-def _draw_win_rates(rates, baseline, count, judge):
-  labels = [_label(model) for model in rates]
+def _draw_win_rates(rates, baseline, count, judge, label_fn):
+  labels = [label_fn(model, 24) for model in rates]
   figure, ((axis,),) = _canvas(1, 1, 0.7 + _height(labels, 0.38))
   values = list(rates.values())
   decimals = _decimals([value[1:] for value in values], 3)
@@ -450,7 +452,7 @@ def _draw_win_rates(rates, baseline, count, judge):
     ],
   )
   _reference_line(axis, 0.5, horizontal=False)
-  name = run_figures.label(baseline)
+  name = label_fn(baseline, 40)
   _shares_axis(axis, 'share of prompts won, ties one half')
   _heading(
     figure,
@@ -561,7 +563,7 @@ def _draw_reward_kl(figures: run_figures.Figures) -> Any:
     'Reward against KL',
     'One dot an iteration, of its batch alone; line: running mean, in the '
     'order of the iterations.',
-    _handles(models, looks),
+    _handles(looks),
   )
   return figure
 
@@ -589,7 +591,7 @@ def _draw_pretraining_loss(figures: run_figures.Figures) -> Any:
     figure,
     'The alignment tax: loss on held-out pretraining text',
     f'{note} Lower is better.',
-    _handles(list(curves), looks),
+    _handles(looks),
   )
   return figure
 
@@ -609,7 +611,9 @@ def probe_names(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
 
 def _draw_probes(figures: run_figures.Figures) -> Any:
   runs = dict(run_figures.ordered(figures.rl_metrics))
-  return _draw_along(runs, _probe_panels(runs), 'Public NLP tasks along RL')
+  return _draw_along(
+    runs, _probe_panels(runs), 'Public NLP tasks along RL', _label
+  )
 
 
 def _probe_panels(runs):
@@ -629,13 +633,14 @@ def _unit(title: str) -> str:
   return 'nats per token' if 'loss' in title else 'score'
 
 
-def _draw_along(runs, panels, title) -> Any:
+def _draw_along(runs, panels, title, label_fn) -> Any:
   """Figures against iteration, one panel each, a line a run (Fig 35).
 
   Args:
     runs: name -> rows of metrics.jsonl.
     panels: title -> (metric, metric before RL, unit).
     title: of the whole.
+    label_fn: of the runs' names.
   """
   found = {}
   for name, (key, before, unit) in panels.items():
@@ -667,7 +672,7 @@ def _draw_along(runs, panels, title) -> Any:
     figure,
     title,
     'Point at 0 and dashed: before RL.',
-    _handles(list(runs), looks),
+    _handles(looks, label_fn),
   )
   return figure
 
@@ -690,7 +695,7 @@ def tax_along(
     ),
   }
   with matplotlib.rc_context(_STYLE):
-    figure = _draw_along(runs, panels, 'The alignment tax along RL')
+    figure = _draw_along(runs, panels, 'The alignment tax along RL', _wrapped)
     return None if figure is None else _png(figure)
 
 
@@ -712,6 +717,17 @@ def tax_against(
 
   with matplotlib.rc_context(_STYLE):
     return _png(_draw_against(values, figures, before, label))
+
+
+def _apart(axis: Any, values: Sequence[float]) -> list[float]:
+  """Of ascending values on the x axis those whose labels have room."""
+  places = [axis.transScale.transform((x, 0))[0] for x in values]
+  room = 0.17 * (places[-1] - places[0])
+  kept = [0]
+  for i, place in enumerate(places):
+    if place - places[kept[-1]] > room:
+      kept.append(i)
+  return [values[i] for i in kept]
 
 
 def _draw_against(values, figures, before, label):
@@ -740,13 +756,12 @@ def _draw_against(values, figures, before, label):
     if name in before:
       _reference_line(axis, before[name])
       shown.append(before[name])
-    ticks = sorted(set(values))
-    if len(ticks) <= 6:
-      axis.set_xticks(ticks, [f'{x:.3g}' for x in ticks])
-      axis.xaxis.set_minor_locator(NullLocator())
+    ticks = _apart(axis, sorted(set(values)))
+    axis.set_xticks(ticks, [f'{x:.3g}' for x in ticks])
+    axis.xaxis.set_minor_locator(NullLocator())
     _values_axis(axis, shown, _unit(name))
     axis.set_title(_label(name, 30))
-    axis.set_xlabel(_wrapped(label, 40))
+    axis.set_xlabel(_wrapped(label, 26))
   _blank(axes, len(found))
   _heading(
     figure,
@@ -788,7 +803,7 @@ def _draw_rl(figures: run_figures.Figures) -> Any:
     figure,
     'Along RL',
     'Faint: each iteration; line: running mean.',
-    _handles(models, looks),
+    _handles(looks),
   )
   return figure
 
@@ -962,6 +977,6 @@ def _draw_frontier(points, fits, judge):
     'Best of n and RL: what KL buys',
     'Whiskers: 95 % intervals, redrawing prompts. Lines: fitted curves (Gao et '
     f'al. 2022). Dotted: the initial policy. Judge: {judge}',
-    _handles(list(points), looks),
+    _handles(looks, _wrapped),
   )
   return figure

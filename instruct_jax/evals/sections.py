@@ -51,9 +51,10 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Bullets:
-  """A list of sentences."""
+  """A list of sentences, or of warnings."""
 
   items: Sequence[str]
+  alarming: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,8 @@ def number(value: Any) -> str:
     return '–'
   if isinstance(value, int):
     return f'{value:,}'
+  if abs(value) < 1e-12:  # What rounding leaves of 0.
+    value = 0.0
   if value and not 1e-3 <= abs(value) < 1e5:
     return f'{value:.2e}'
   return f'{value:.3f}' if abs(value) < 100 else f'{value:.1f}'
@@ -169,7 +172,7 @@ def results(figures: run_figures.Figures, drawn: set[str]) -> list[Section]:
     figures: of the run.
     drawn: names of the plots that exist; others are not pointed at.
   """
-  alarms = Bullets(figures.alarms) if figures.alarms else 'None.'
+  alarms = Bullets(figures.alarms, alarming=True) if figures.alarms else 'None.'
   if not figures.alarms and 'alarms' in figures.reasons:
     alarms = _left_out(figures, 'alarms')
 
