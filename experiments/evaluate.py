@@ -24,6 +24,7 @@ from instruct_jax.evals import (
   judges,
   model_card,
   preference_accuracy,
+  released_samples,
   report,
   restaurant,
   run_figures,
@@ -432,6 +433,9 @@ def run(config, workdir: epath.Path):
     for name in ('pretrained', 'sft', *RL_MODELS)
   }
   extra |= reward_tables
+  suite, _ = suite_table(config.suite)
+  if suite:
+    extra['Public NLP suite (paper, appendix D)'] = suite
   done = {
     folder.name: run_lib.read_json(folder / run_lib.DONE_FILE)
     for folder in sorted(root.iterdir())
@@ -456,7 +460,7 @@ def run(config, workdir: epath.Path):
       )
       for name in ('prompted', *RL_MODELS)
     },
-    metadata=metadata_rates(flags),
+    metadata=metadata_rates(flags, ids),
     likert={
       name: win_rate.mean_interval(likert[name], ids)
       for name in run_figures.MODELS
@@ -597,15 +601,17 @@ def slot_columns(slots, texts, ids):
   }
 
 
-def metadata_rates(flags):
-  """Share of answers with each Table 3 label, over those it applies to."""
+def metadata_rates(flags, ids):
+  """Model -> Table 3 label -> share of the answers it applies to, by prompt."""
   rates = {}
   for name in run_figures.MODELS:
     labels = dict.fromkeys(label for row in flags[name] for label in row)
-    rates[name] = {
-      label: float(np.mean([row[label] for row in flags[name] if label in row]))
-      for label in labels
-    }
+    rates[name] = {}
+    for label in labels:
+      chosen = [i for i, row in enumerate(flags[name]) if label in row]
+      rates[name][label] = win_rate.share_interval(
+        [flags[name][i][label] for i in chosen], [ids[i] for i in chosen]
+      )
   return rates
 
 
@@ -707,8 +713,8 @@ def suite_table(path):
   result = run_lib.read_json(path)
   found = {}
   for cell in result['cells']:
-    row = f'{cell["task"]}, {cell["prompt"]}, {cell["metric"]}'
-    found.setdefault(row, {})[cell['model']] = win_rate.Interval(
+    row = found.setdefault(released_samples.line_name(cell), {})
+    row[cell['model']] = win_rate.Interval(
       cell['score'], cell['low'], cell['high'], cell['num_items']
     )
   return found, result['judges']

@@ -473,9 +473,9 @@ def rating_figures(config, rated):
       column[1].append(answer.prompt_id)
   return {
     model: {
-      name: win_rate.mean_interval(
-        values, ids, num_bootstrap=config.num_bootstrap, seed=config.seed
-      )
+      name: (
+        win_rate.mean_interval if name == LIKERT else win_rate.share_interval
+      )(values, ids, num_bootstrap=config.num_bootstrap, seed=config.seed)
       for name, (values, ids) in by_name.items()
     }
     for model, by_name in columns.items()

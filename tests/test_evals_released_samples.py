@@ -12,7 +12,7 @@ import pytest
 import sacrebleu
 
 from instruct_jax.data import records
-from instruct_jax.evals import released_samples
+from instruct_jax.evals import released_samples, win_rate
 from instruct_jax.evals.benchmarks import released_csv, table14
 
 
@@ -164,14 +164,14 @@ def test_bootstrap_interval_against_the_normal_one(tmp_path, rng):
 def test_wilson_interval():
   # Both ends solve |p - x| = z sqrt(p (1 - p) / n): what the interval means.
   for mean, count in [(0.3, 50), (0.9, 10), (0.5, 7)]:
-    for p in released_samples.wilson_interval(mean, count):
+    for p in win_rate.wilson_interval(mean, count):
       z = abs(mean - p) / math.sqrt(p * (1 - p) / count)
       assert z == pytest.approx(1.96, abs=1e-3)
-  assert released_samples.wilson_interval(0.0, 50) == (
+  assert win_rate.wilson_interval(0.0, 50) == (
     0.0,
     pytest.approx(0.0714, abs=1e-3),
   )
-  assert released_samples.wilson_interval(1.0, 50)[1] == 1.0
+  assert win_rate.wilson_interval(1.0, 50)[1] == 1.0
 
 
 def truthful_rows(figures_of):

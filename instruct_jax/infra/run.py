@@ -374,12 +374,16 @@ class Progress:
     name: the stage.
     total: steps in all.
     initial: steps done before, by a run that was cut; not part of the rate.
+    unit: what a step is called.
   """
 
   _SECONDS_BETWEEN_LINES = 10.0
 
-  def __init__(self, name: str, total: int, initial: int = 0):
+  def __init__(
+    self, name: str, total: int, initial: int = 0, unit: str = 'steps'
+  ):
     self._name, self._total, self._initial = name, total, initial
+    self._unit = unit
     self._done = initial
     self._text = ''
     self._start = self._last_line = time.monotonic()
@@ -387,7 +391,11 @@ class Progress:
     self._bar = None
     if self._is_shown and sys.stderr.isatty():
       self._bar = tqdm(
-        total=total, initial=initial, desc=name, dynamic_ncols=True
+        total=total,
+        initial=initial,
+        desc=name,
+        unit=f' {unit}',
+        dynamic_ncols=True,
       )
 
   def update(self, num_steps: int = 1, text: str = '') -> None:
@@ -399,6 +407,14 @@ class Progress:
       self._bar.update(num_steps)
     elif time.monotonic() - self._last_line >= self._SECONDS_BETWEEN_LINES:
       self._print_line()
+
+  def skip(self, num_steps: int) -> None:
+    """Counts steps that took no time: they are not part of the rate."""
+    self._done += num_steps
+    self._initial += num_steps
+    if self._bar is not None:
+      self._bar.initial += num_steps
+      self._bar.update(num_steps)
 
   def _print_line(self):
     if not self._is_shown:
@@ -414,7 +430,7 @@ class Progress:
     percent = 100 * self._done // max(self._total, 1)
     line = (
       f'{self._name}: {self._done}/{self._total} ({percent} %), '
-      f'{rate:.3g} steps/s, {when}'
+      f'{rate:.3g} {self._unit}/s, {when}'
     )
     print(f'{line}, {self._text}' if self._text else line, file=sys.stderr)
     sys.stderr.flush()
