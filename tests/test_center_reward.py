@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures('quick_compile')
 
 TEMPLATE = (
   "{{ '<bos>' }}{% for m in messages %}"
-  "{{ '<turn>' + m['role'] + '\n' + m['content'] + '<end>\n' }}{% endfor %}"
+  "{{ '<turn>' + m['role'] + '\n' + m['content'] + '<eos>\n' }}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<turn>assistant\n' }}{% endif %}"
 )
 ROOT = pathlib.Path(__file__).parents[1]
