@@ -105,6 +105,12 @@ def validate(config):
   sft.validate(config.sft)
 
 
+def inputs(config):
+  """Nothing: the weights are random. The peers' scripts are programs."""
+  del config
+  return {}
+
+
 def growths(config) -> list[str]:
   return [name for name in config.growth.split(',') if name]
 

@@ -50,6 +50,22 @@ def validate(config):
   artifacts.named_folders(config.rl)
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  keys = ['policy', 'reward_model', 'prompts', 'tokenizer']
+  if config.judge == 'reward':
+    keys.append('judge_model')
+  found = {key: config[key] for key in keys}
+  for name, folder in artifacts.named_folders(config.rl).items():
+    found[f'rl.{name}'] = folder
+    if epath.Path(folder).exists():
+      del found[f'rl.{name}']
+      for path in rl_policies(folder):
+        part = path.relative_to(folder).as_posix()
+        found[f'rl.{name}/{part}'] = str(path)
+  return found
+
+
 def rl_policies(folder: str) -> list[epath.Path]:
   """A PPO stage's snapshots in order, and its final policy.
 
@@ -98,9 +114,13 @@ def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   prompts = records.read_jsonl(config.prompts, records.Prompt)
-  rows, num_dropped = loader.prompt_rows(
+  rows, dropped = loader.prompt_rows(
     prompts[: config.num_prompts], tokenizer, config.prompt_length
   )
+  run_lib.tell_dropped(
+    config.name, dropped.describe('prompts', 'prompt_length')
+  )
+  num_dropped = dropped.total
   prompts = [prompts[i] for i in rows.indices]
   N, sizes = config.num_samples, sizes_up_to(config.num_samples)
   mesh = sharding.make_mesh(config.mesh)
@@ -111,7 +131,7 @@ def run(config, workdir: epath.Path):
       artifacts.load,
       kind='scalar',
       mesh=mesh,
-      tokenizer_fingerprint=tokenizer.fingerprint,
+      tokenizer=tokenizer,
     )
     proxy_model = load_scalar(config.reward_model)
     if config.judge == 'gold':
@@ -159,7 +179,7 @@ def run(config, workdir: epath.Path):
       proxy = score(proxy_model)
       if config.judge == 'reward':
         return proxy, score(judge_model)
-      texts = tokenizer.decode_batch(ids)
+      texts = tokenizer.decode_responses(ids)
       answers = [
         (prompt, Sample('', prompt.id, prompt.text, text, len(a), True))
         for prompt, text, a in zip(several, texts, ids, strict=True)

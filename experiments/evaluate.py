@@ -54,6 +54,50 @@ def validate(config):
     )
 
 
+# What earlier stages of the run wrote, below the work directory.
+_OF_RUN = (
+  'data/prompts_test.jsonl',
+  'data/prompts_valid.jsonl',
+  'data/prefixes.json',
+  'data/documents_valid.jsonl',
+  'data/hygiene.json',
+  'pretrain/model',
+  'select/model',
+  'select/epochs.json',
+  'rl_init/model',
+  'reward/results.json',
+  'crossval/results.json',
+  *(
+    f'{name}/{part}'
+    for name in RL_MODELS
+    for part in ('policy', 'ema', 'alarms.json')
+  ),
+)
+_OF_JUDGE = {
+  'gold': ('compare/comparisons_heldout.jsonl',),
+  'restaurant': tuple(
+    f'data/{start}comparisons_{split}.jsonl'
+    for start in HALVES.values()
+    for split in ('train', 'valid', 'test')
+  ),
+}
+
+
+def inputs(config):
+  """What this stage reads, by config key, or by its place in the run."""
+  keys = ['tokenizer', 'reward_model']
+  if config.judge == 'gold':
+    keys += ['comparisons', 'valid_comparisons']
+  else:
+    keys.append('judge_model')
+  found = {key: config[key] for key in keys}
+  if config.suite and epath.Path(config.suite).exists():
+    found['suite'] = config.suite
+  for part in (*_OF_RUN, *_OF_JUDGE[config.judge]):
+    found[f'run/{part}'] = f'{config.workdir}/{part}'
+  return found
+
+
 def read_prefixes(path: epath.Path, tokenizer):
   """Few-shot prefixes, and the tokens that end an answer to one.
 
@@ -119,8 +163,9 @@ def run(config, workdir: epath.Path):
   prompts = records.read_jsonl(
     root / 'data' / 'prompts_test.jsonl', records.Prompt
   )[: config.num_prompts]
-  rows, num_dropped = loader.prompt_rows(
-    prompts, tokenizer, config.prompt_length
+  rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
+  run_lib.tell_dropped(
+    config.name, dropped.describe('prompts', 'prompt_length')
   )
   # One entry for each answer.
   prompts = [
@@ -151,8 +196,7 @@ def run(config, workdir: epath.Path):
     load = functools.partial(
       artifacts.load,
       mesh=mesh,
-      tokenizer_fingerprint=tokenizer.fingerprint,
-      vocab_size=tokenizer.vocab_size,
+      tokenizer=tokenizer,
     )
     reward = load(config.reward_model, 'scalar')
     models = {name: load(path, 'policy') for name, path in folders.items()}
@@ -175,10 +219,10 @@ def run(config, workdir: epath.Path):
         num_samples,
       )
 
-    def score(params, prompt_texts, answer_ids):
+    def score(params, asked, answer_ids):
       """Scores of (prompt, sampled ids): never decoded and encoded again."""
       scored = loader.answer_rows(
-        tokenizer.encode_batch(prompt_texts),
+        tokenizer.encode_prompts(asked),
         answer_ids,
         tokenizer.pad_id,
         config.prompt_length + config.response_length,
@@ -193,25 +237,22 @@ def run(config, workdir: epath.Path):
       """Per comparison, the score of each completion."""
       scores = score(
         params,
-        [c.prompt for c in comparisons for _ in c.completions],
-        [
-          [*ids, tokenizer.eos_id]
-          for ids in tokenizer.encode_batch(
-            [text for c in comparisons for text in c.completions]
-          )
-        ],
+        [c for c in comparisons for _ in c.completions],
+        tokenizer.encode_responses(
+          [text for c in comparisons for text in c.completions], ended=True
+        ),
       )
       ends = np.cumsum([len(c.completions) for c in comparisons])
       return np.split(scores, ends[:-1])
 
     def prompted_rows(prefix, some_prompts):
       length = config.prompt_length + config.prefix_length
-      prompted, num_dropped = loader.prompt_rows(
+      prompted, dropped = loader.prompt_rows(
         [prefix.replace('{prompt}', p.text) for p in some_prompts],
         tokenizer,
         length,
       )
-      if num_dropped:
+      if dropped.total:
         raise ValueError(
           f'a prefix and a prompt exceed {length} tokens together; raise '
           f'prefix_length ({config.prefix_length}): {prefix!r}'
@@ -221,11 +262,11 @@ def run(config, workdir: epath.Path):
     def prompted_ids(sampled):
       """Answers of the few-shot model, ended where the next example starts.
 
-      The cut is the harness's, as a stop sequence is; the end-of-text put in
-      its place tells the reward model that the answer is complete.
+      The cut is the harness's, as a stop sequence is; the end put in its place
+      tells the reward model that the answer is complete.
       """
       return [
-        [*ids[:-1], tokenizer.eos_id] if ids[-1] in stop_ids else ids
+        [*ids[:-1], tokenizer.end_id] if ids[-1] in stop_ids else ids
         for ids in rollout.response_ids(sampled)
       ]
 
@@ -251,7 +292,7 @@ def run(config, workdir: epath.Path):
         )
         scores = score(
           reward.params,
-          [p.text for p in valid_prompts],
+          valid_prompts,
           prompted_ids(sampled),
         )
         prefix_scores.append(float(np.mean(scores)))
@@ -305,14 +346,12 @@ def run(config, workdir: epath.Path):
       for name in ('pretrained', 'sft', 'rl_init', *RL_MODELS)
     }
     reward_scores = {
-      name: score(reward.params, [p.text for p in prompts], ids)
-      for name, ids in answers.items()
+      name: score(reward.params, prompts, ids) for name, ids in answers.items()
     }
     if config.judge == 'restaurant':
       judge_params = load(config.judge_model, 'scalar').params
       judge_scores = {
-        name: score(judge_params, [p.text for p in prompts], ids)
-        for name, ids in answers.items()
+        name: score(judge_params, prompts, ids) for name, ids in answers.items()
       }
       accuracies = human_accuracies(
         root,
@@ -328,7 +367,7 @@ def run(config, workdir: epath.Path):
   if jax.process_index() != 0:
     return {}
   texts_by_model = {
-    name: tokenizer.decode_batch(ids) for name, ids in answers.items()
+    name: tokenizer.decode_responses(ids) for name, ids in answers.items()
   }
   if config.judge == 'gold':
     judged = judge_by_gold(config, prompts, texts_by_model)
@@ -483,7 +522,7 @@ def run(config, workdir: epath.Path):
     report.write_file(directory / 'model_card.md', card.encode())
     report.write_report(directory, figures, plots)
   print((root / 'report.md').as_posix(), flush=True)
-  return {'num_prompts': len(prompts), 'num_dropped': num_dropped}
+  return {'num_prompts': len(prompts), 'num_dropped': dropped.total}
 
 
 def judge_by_gold(config, prompts, texts_by_model):

@@ -19,12 +19,15 @@ def validate(config):
       'the data root is not given; set --config.data.root=DIR with '
       f'{", ".join(config.sets)}'
     )
-  for name in config.sets:
-    files_of(config, name)
   if not 0 < config.valid_fraction < 1:
     raise ValueError(
       f'valid_fraction must be in (0, 1): {config.valid_fraction}'
     )
+
+
+def inputs(config):
+  """What this stage reads, by config key."""
+  return {f'root/{name}': f'{config.root}/{name}' for name in config.sets}
 
 
 def files_of(config, name: str) -> list[epath.Path]:

@@ -45,6 +45,28 @@ def validate(config):
     )
 
 
+def inputs(config):
+  """What this stage reads, by config key; nothing where it asks no task."""
+  names = [name for name in config.data if config.data[name]]
+  if not names:
+    return {}
+  found = {'tokenizer': config.tokenizer}
+  for name, folder in artifacts.named_folders(config.models).items():
+    found[f'models.{name}'] = folder
+  files = {f'data.{name}': config.data[name] for name in names}
+  files |= {f'shots.{name}': config.shots[name] for name in names}
+  if config.data.real_toxicity and not config.toxicity_endpoint.url:
+    files['toxicity_labels'] = config.toxicity_labels
+  if config.data.truthful_qa:
+    files |= {key: config[key] for key in ('truth_labels', 'info_labels')}
+  for key, text in files.items():
+    # Several files of one key have commas between.
+    several = text.split(',') if text else []
+    for number, path in enumerate(several, 1):
+      found[f'{key}/{number}' if len(several) > 1 else key] = path
+  return found
+
+
 def make_judges(config, workdir):
   """Scorers of toxicity and truth, where their tasks run."""
   toxicity = truth = None
@@ -94,18 +116,19 @@ def run(config, workdir: epath.Path):
   }
   toxicity, truth = make_judges(config, workdir)
   mesh = sharding.make_mesh(config.mesh)
-  stop_ids = runner.stop_ids(tokenizer)
+  asking = tokenizer.with_format('', []) if config.plain_prompts else tokenizer
+  stop_ids = runner.stop_ids(asking)
   rows = {name: [] for name in names}
   counts = {}
   with sharding.use_mesh(mesh), run_lib.StopSignal() as stop:
     for model_name, folder in artifacts.named_folders(config.models).items():
       model = artifacts.load(
-        folder, 'policy', mesh, tokenizer.fingerprint, remat=config.remat
+        folder, 'policy', mesh, tokenizer, remat=config.remat
       )
       generate_fn, choice_fn = queries_lib.make_functions(
         model.module,
         model.params,
-        tokenizer,
+        asking,
         mesh,
         stop_ids,
         config.batch_size,
@@ -119,7 +142,7 @@ def run(config, workdir: epath.Path):
             asked,
             prompt_type,
             shots,
-            tokenizer,
+            asking,
             model.config.context_length,
           )
           label = f'{model_name} {name} {prompt_type}'
@@ -135,7 +158,7 @@ def run(config, workdir: epath.Path):
               name,
               queries,
               workdir / 'journal' / model_name / file,
-              tokenizer=tokenizer,
+              tokenizer=asking,
               generate_fn=generate_fn,
               choice_fn=choice_fn,
               batch_size=config.batch_size,
@@ -152,7 +175,9 @@ def run(config, workdir: epath.Path):
             truth_fn=truth,
           )
           counts[label] = dataclasses.asdict(count)
-  return write_results(config, workdir, rows, counts, content, sums)
+  return write_results(
+    config, workdir, rows, counts, content, sums, asking.describe()
+  )
 
 
 def judge_names(config):
@@ -170,7 +195,7 @@ def judge_names(config):
   return names
 
 
-def write_results(config, workdir, rows, counts, content, sums):
+def write_results(config, workdir, rows, counts, content, sums, read):
   """Sample files, scores, and an account of what was asked."""
   written = [name for name in rows if rows[name]]
   for name in written:
@@ -185,8 +210,11 @@ def write_results(config, workdir, rows, counts, content, sums):
   result = released_samples.score_folder(workdir / 'samples', config.seed)
   result['counts'], result['sha256'] = counts, sums
   result['judges'] = judge_names(config)
+  result['read'] = read
   lines = [
     '# Public NLP suite',
+    '',
+    f'The models read {read}.',
     '',
     'Of each model, task and prompt: items asked, repeated (asked once), too '
     'long for the model, with fewer examples than wanted, empty answers.',

@@ -104,6 +104,20 @@ def validate(config):
       )
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  keys = ['tokenizer', 'init', 'reward_model', 'prompts']
+  if config.ptx_coef > 0:
+    keys.append('documents')
+  if config.valid_documents:
+    keys.append('valid_documents')
+  found = {key: config[key] for key in keys}
+  if config.probe_every:
+    for name, path in artifacts.named_folders(config.probes).items():
+      found[f'probes.{name}'] = path
+  return found
+
+
 def ppo_config(config) -> ppo.PPOConfig:
   """The method's numbers; a missing_end_score of NaN-free None means none."""
   names = [field.name for field in dataclasses.fields(ppo.PPOConfig)]
@@ -403,8 +417,9 @@ def freeze(params, dtype):
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  for folder in (config.init, config.reward_model):
-    tokenizer_lib.check_published(tokenizer, folder)
+  # The description of all is checked before any is read.
+  artifacts.check(config.init, 'policy', tokenizer)
+  artifacts.check(config.reward_model, 'scalar', tokenizer)
   minibatch = config.batch_size // config.num_minibatches
   mesh = artifacts.make_mesh(
     config.mesh,
@@ -418,10 +433,13 @@ def run(config, workdir: epath.Path):
   use_ptx = config.ptx_coef > 0
 
   # 1. Data: prompts, and pretraining rows for the ptx part.
-  prompt_rows, num_dropped = loader.prompt_rows(
+  prompt_rows, dropped = loader.prompt_rows(
     records.read_jsonl(config.prompts, records.Prompt),
     tokenizer,
     config.prompt_length,
+  )
+  run_lib.tell_dropped(
+    config.name, dropped.describe('prompts', 'prompt_length')
   )
   processes = {
     'process_index': jax.process_index(),
@@ -455,17 +473,11 @@ def run(config, workdir: epath.Path):
   num_iterations = config.num_episodes // config.batch_size
   root = jax.random.key(config.seed)
   with sharding.use_mesh(mesh):
-    # 2. Models. The description of all is checked before any is read.
-    for folder, kind in (
-      (config.init, 'policy'),
-      (config.reward_model, 'scalar'),
-    ):
-      artifacts.check(folder, kind, tokenizer.fingerprint)
+    # 2. Models.
     load = functools.partial(
       artifacts.load,
       mesh=mesh,
-      tokenizer_fingerprint=tokenizer.fingerprint,
-      vocab_size=tokenizer.vocab_size,
+      tokenizer=tokenizer,
     )
     changes = {'remat': config.remat, 'attention': config.attention}
     policy = load(
@@ -608,7 +620,7 @@ def run(config, workdir: epath.Path):
           artifacts.save(
             workdir / 'snapshots' / str(done),
             artifacts.Model('policy', policy_module, state.policy.params, {}),
-            tokenizer.fingerprint,
+            tokenizer,
             {'stage': config.name, 'iteration': done},
           )
         line = iterations.end_step(
@@ -621,7 +633,7 @@ def run(config, workdir: epath.Path):
           },
           values=values,
           num_items=config.batch_size,
-          text=_summary(rows),
+          text_fn=_summary,
         )
         rows.append({'step': done, **line})
         for name, text in alarms.find(
@@ -645,22 +657,19 @@ def run(config, workdir: epath.Path):
       artifacts.save(
         workdir / name,
         artifacts.Model('policy', policy_module, params, {}),
-        tokenizer.fingerprint,
+        tokenizer,
         {**about, 'weights': name},
       )
   run_lib.write_json(workdir / 'alarms.json', found)
   return {
     'num_prompts': loader.num_rows(prompt_rows),
-    'num_prompts_dropped': num_dropped,
+    'num_prompts_dropped': dropped.total,
     'alarms': found,
   }
 
 
-def _summary(rows) -> str:
-  if not rows:
-    return ''
-  row = rows[-1]
+def _summary(line) -> str:
   return (
-    f'score {row["objective/score"]:.3f} kl {row["objective/kl"]:.2f} '
-    f'length {row["objective/length"]:.1f}'
+    f'score {line["objective/score"]:.3f} kl {line["objective/kl"]:.2f} '
+    f'length {line["objective/length"]:.1f}'
   )

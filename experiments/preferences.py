@@ -16,7 +16,6 @@ from etils import epath
 
 from instruct_jax import artifacts, queries, rollout
 from instruct_jax.data import loader, records
-from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
   endpoint,
   judges,
@@ -72,6 +71,19 @@ def validate(config):
     raise ValueError('tokenizer is empty; models of ours need its folder')
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  found = {'prompts': config.prompts}
+  if config.tokenizer:
+    found['tokenizer'] = config.tokenizer
+  for name, source in artifacts.named_folders(config.models).items():
+    found[f'models.{name}'] = source.partition('#')[0]
+  key = {'reward': 'reward_model', 'people': 'rankings'}.get(config.judge)
+  if key:
+    found[key] = config[key]
+  return found
+
+
 # --- Answers ------------------------------------------------------------------
 
 
@@ -115,13 +127,12 @@ def read_recorded(name, source, prompts):
   return chosen
 
 
-def sample_answers(config, name, source, prompts, cache, mesh):
+def sample_answers(config, name, source, tokenizer, prompts, cache, mesh):
   """A model's answers, from the cache or sampled now; one line a prompt."""
-  tokenizer = queries.tokenizer_of(source, config.tokenizer)
   settings = {
     'model': artifacts.content_hash(source),
     'tokenizer': tokenizer.fingerprint,
-    'prompts': [[prompt.id, prompt.text] for prompt in prompts],
+    'prompts': [records.to_values(prompt) for prompt in prompts],
     'prompt_length': config.prompt_length,
     'response_length': config.response_length,
     'temperature': config.temperature,
@@ -135,7 +146,10 @@ def sample_answers(config, name, source, prompts, cache, mesh):
       dataclasses.replace(sample, model=name)
       for sample in samples_lib.read_samples(path)
     ], True
-  rows, _ = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
+  rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
+  run_lib.tell_dropped(
+    f'{config.name}, {name}', dropped.describe('prompts', 'prompt_length')
+  )
   model = queries.load_policy(source, tokenizer, mesh)
   needed = config.prompt_length + config.response_length
   if needed > model.config.context_length:
@@ -172,7 +186,11 @@ def sample_answers(config, name, source, prompts, cache, mesh):
       metadata={'ids': answer, 'tokenizer': tokenizer.fingerprint},
     )
     for index, text, answer, ended in zip(
-      rows.indices, tokenizer.decode_batch(ids), ids, sampled.ended, strict=True
+      rows.indices,
+      tokenizer.decode_responses(ids),
+      ids,
+      sampled.ended,
+      strict=True,
     )
   ]
   samples_lib.write_samples(path, samples)
@@ -185,12 +203,18 @@ def collect_answers(config, prompts, cache, mesh):
   for name, source in artifacts.named_folders(config.models).items():
     if is_recorded(source):
       found, how = read_recorded(name, source, prompts), 'recorded'
+      read = 'recorded; how it was asked is not known'
     else:
-      found, cached = sample_answers(config, name, source, prompts, cache, mesh)
+      tokenizer = queries.tokenizer_of(source, config.tokenizer, chat=True)
+      read = tokenizer.describe()
+      found, cached = sample_answers(
+        config, name, source, tokenizer, prompts, cache, mesh
+      )
       how = 'from the cache' if cached else 'sampled'
     answers[name] = {sample.prompt_id: sample for sample in found}
     account[name] = {
       'from': how,
+      'asked with': read,
       'answers': len(found),
       'prompts without': len(prompts) - len(found),
       'empty': sum(not sample.response.strip() for sample in found),
@@ -204,28 +228,20 @@ def collect_answers(config, prompts, cache, mesh):
 
 
 def reward_score(config, mesh):
-  """A `judges.ScoreFn` of a reward model; recorded texts are encoded."""
-  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  model = artifacts.load(
-    config.reward_model, 'scalar', mesh, tokenizer.fingerprint
+  """(a `judges.ScoreFn` of the reward model, its tokenizer)."""
+  tokenizer = queries.tokenizer_of(
+    config.reward_model, config.tokenizer, chat=True
   )
-
-  def ids_of(answer):
-    known = answer.metadata
-    if 'ids' in known and known['tokenizer'] == tokenizer.fingerprint:
-      return known['ids']
-    end = [tokenizer.eos_id] if answer.ended else []
-    # The score is read at the last token, so an empty answer needs one.
-    return [*tokenizer.encode(answer.response), *end] or [tokenizer.eos_id]
+  model = artifacts.load(config.reward_model, 'scalar', mesh, tokenizer)
 
   def score(answers):
-    prompts = tokenizer.encode_batch([prompt.text for prompt, _ in answers])
-    ids = [ids_of(answer) for _, answer in answers]
+    prompts = tokenizer.encode_prompts([prompt for prompt, _ in answers])
+    ids = [queries.answer_ids(tokenizer, answer) for _, answer in answers]
     return queries.score_answers(
       model, prompts, ids, tokenizer.pad_id, config.batch_size, mesh
     )
 
-  return score
+  return score, tokenizer
 
 
 def make_judge(config, workdir, mesh):
@@ -235,8 +251,10 @@ def make_judge(config, workdir, mesh):
     compare = judges.by_score(judges.gold_score(config.world_seed))
     return name, compare, judges.gold_rating(config.world_seed), dict
   if config.judge == 'reward':
+    score, tokenizer = reward_score(config, mesh)
     name = f'a reward model (no person): {config.reward_model}'
-    return name, judges.by_score(reward_score(config, mesh)), None, dict
+    name += f'; it reads {tokenizer.describe()}'
+    return name, judges.by_score(score), None, dict
   if config.judge == 'people':
     compare, rate, labelers = judges.read_rankings(config.rankings)
     name = f'{len(labelers)} labelers, {config.rankings}'

@@ -41,6 +41,14 @@ def validate(config):
     )
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  keys = ['tokenizer', 'init', 'comparisons', 'valid_comparisons']
+  if not config.num_folds:
+    keys.append('demonstrations')
+  return {key: config[key] for key in keys}
+
+
 def prompt_losses(
   scores: Float[Array, 'B C'], ranks: Int[Array, 'B R C'], divisor: str
 ) -> tuple[Float[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
@@ -243,7 +251,7 @@ def accuracy_from(scores, comparisons):
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  tokenizer_lib.check_published(tokenizer, config.init)
+  artifacts.check(config.init, 'policy', tokenizer)
   comparisons = records.read_jsonl(config.comparisons, records.Comparison)
   valid = records.read_jsonl(config.valid_comparisons, records.Comparison)
   comparisons = comparisons[: config.max_comparisons or None]
@@ -258,8 +266,7 @@ def run(config, workdir: epath.Path):
       config.init,
       'policy',
       mesh,
-      tokenizer.fingerprint,
-      vocab_size=tokenizer.vocab_size,
+      tokenizer,
       remat=config.remat,
       attention=config.attention,
     )
@@ -273,7 +280,10 @@ def run(config, workdir: epath.Path):
 
 def fit(config, workdir, tokenizer, policy, comparisons, valid):
   mesh = jax.sharding.get_mesh()
-  rows, num_dropped = training_rows(config, comparisons, tokenizer)
+  rows, dropped = training_rows(config, comparisons, tokenizer)
+  run_lib.tell_dropped(
+    config.name, dropped.describe('comparisons', 'row_length')
+  )
   # fold_in: the head must not share its noise with the batches' keys.
   init_key = jax.random.fold_in(jax.random.key(config.seed), 1)
   model = artifacts.scalar_from_policy(policy, mesh, init_key)
@@ -284,11 +294,18 @@ def fit(config, workdir, tokenizer, policy, comparisons, valid):
   demonstrations = records.read_jsonl(
     config.demonstrations, records.Demonstration
   )
-  alone, _ = loader.comparison_rows(
-    [records.Comparison(d.prompt, (d.response,), (1,)) for d in demonstrations],
+  alone, dropped_demonstrations = loader.comparison_rows(
+    [
+      records.Comparison(d.prompt, (d.response,), (1,), d.id, turns=d.turns)
+      for d in demonstrations
+    ],
     tokenizer,
     1,
     config.row_length,
+  )
+  run_lib.tell_dropped(
+    config.name,
+    dropped_demonstrations.describe('demonstrations', 'row_length'),
   )
   raw_scores = score_comparisons(config, programs, params, alone)
   shift = float(np.mean(raw_scores, dtype=np.float64))
@@ -314,15 +331,15 @@ def fit(config, workdir, tokenizer, policy, comparisons, valid):
       float(train_scores[present].min()),
       float(train_scores[present].max()),
     ],
-    'num_comparisons': len(comparisons) - num_dropped,
+    'num_comparisons': len(comparisons) - dropped.total,
     'num_prompts': loader.num_rows(rows),
     'num_forwards': int(rows.mask.any(axis=2).sum()),  # An epoch.
-    'num_dropped': num_dropped,
+    'num_dropped': dropped.total,
   }
   artifacts.save(
     workdir / 'model',
     artifacts.Model('scalar', model.module, params, {}),
-    tokenizer.fingerprint,
+    tokenizer,
     {'stage': config.name, 'seed': config.seed, **results},
   )
   run_lib.write_json(workdir / 'results.json', results)

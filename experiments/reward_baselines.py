@@ -22,6 +22,14 @@ def validate(config):
     raise ValueError(f'batch_size must be positive: {config.batch_size}')
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  found = {'tokenizer': config.tokenizer}
+  for name, files in config.sets.items():
+    found |= {f'sets.{name}.{key}': path for key, path in files.items()}
+  return found
+
+
 def score_of(config, model_dir, comparisons, tokenizer):
   """r(x, y) of each comparison's completions; those too long are left out."""
   kept = loader.fitting_comparisons(comparisons, tokenizer, config.row_length)
@@ -31,7 +39,7 @@ def score_of(config, model_dir, comparisons, tokenizer):
   )
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
-    reward = artifacts.load(model_dir, 'scalar', mesh, tokenizer.fingerprint)
+    reward = artifacts.load(model_dir, 'scalar', mesh, tokenizer)
     scalars_fn = artifacts.scalars_fn(reward.module)
     score = jax.jit(
       lambda params, tokens, mask: masked.at_last(

@@ -22,6 +22,18 @@ def validate(config):
     raise ValueError(f'num_prompts must be positive: {config.num_prompts}')
 
 
+def inputs(config):
+  """What this stage reads, by config key; every epoch that SFT kept."""
+  found = {key: config[key] for key in ('tokenizer', 'reward_model', 'prompts')}
+  if not config.sft:
+    return {**found, 'sft': ''}
+  record = epath.Path(config.sft) / 'epochs.json'
+  parts = ['epochs.json']
+  if record.exists():
+    parts += [f'epochs/{row["epoch"]}' for row in run_lib.read_json(record)]
+  return {**found, **{f'sft/{part}': f'{config.sft}/{part}' for part in parts}}
+
+
 def build_programs(config, policy_module, reward_module, tokenizer):
   generate = functools.partial(
     rollout.generate,
@@ -44,8 +56,11 @@ def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   prompts = records.read_jsonl(config.prompts, records.Prompt)
-  rows, _ = loader.prompt_rows(
+  rows, dropped = loader.prompt_rows(
     prompts[: config.num_prompts], tokenizer, config.prompt_length
+  )
+  run_lib.tell_dropped(
+    config.name, dropped.describe('prompts', 'prompt_length')
   )
   epochs = run_lib.read_json(epath.Path(config.sft) / 'epochs.json')
   mesh = sharding.make_mesh(config.mesh)
@@ -53,12 +68,10 @@ def run(config, workdir: epath.Path):
 
   def load(epoch):
     folder = epath.Path(config.sft) / 'epochs' / str(epoch)
-    return artifacts.load(folder, 'policy', mesh, tokenizer.fingerprint)
+    return artifacts.load(folder, 'policy', mesh, tokenizer)
 
   with sharding.use_mesh(mesh):
-    reward = artifacts.load(
-      config.reward_model, 'scalar', mesh, tokenizer.fingerprint
-    )
+    reward = artifacts.load(config.reward_model, 'scalar', mesh, tokenizer)
     first = load(1)
     programs = build_programs(config, first.module, reward.module, tokenizer)
 
@@ -83,7 +96,7 @@ def run(config, workdir: epath.Path):
     artifacts.save(
       workdir / 'model',
       best,
-      tokenizer.fingerprint,
+      tokenizer,
       {**best.metadata, 'selected_by': 'reward-model score'},
     )
   run_lib.write_json(workdir / 'epochs.json', epochs)

@@ -19,6 +19,7 @@ import optax
 from etils import epath
 
 from instruct_jax import hub
+from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import checkpoint, sharding, train_state
 from instruct_jax.models import decoding, heads, hf
 from instruct_jax.models.config import TransformerConfig
@@ -129,7 +130,7 @@ def scalar_from_policy(
 def save(
   directory: epath.PathLike,
   model: Model,
-  tokenizer_fingerprint: str,
+  tokenizer: tokenizer_lib.Tokenizer,
   metadata: dict[str, Any],
 ) -> None:
   """Writes a model folder; it appears only when complete."""
@@ -139,23 +140,25 @@ def save(
     {
       'kind': model.kind,
       'model': model.config.to_dict(),
-      'tokenizer': tokenizer_fingerprint,
+      'tokenizer': tokenizer.fingerprint,
       'about': metadata,
     },
   )
 
 
 def check(
-  directory: epath.PathLike, kind: str, tokenizer_fingerprint: str
+  directory: epath.PathLike, kind: str, tokenizer: tokenizer_lib.Tokenizer
 ) -> dict[str, Any]:
   """Reads a folder's description and refuses what does not fit.
 
   Raises:
     checkpoint.CheckpointError: missing, damaged, of another kind, or made with
       another tokenizer.
+    ValueError: a published folder with another tokenizer, or of a kind that is
+      not handled.
   """
   if is_published(directory):
-    # These carry no fingerprint; `load` compares the number of tokens.
+    tokenizer_lib.check_published(tokenizer, str(directory))
     folder = hub.locate(str(directory))
     TransformerConfig.from_hf(hf.read_config(folder))
     return {'kind': kind, 'about': {'from': str(folder)}}
@@ -165,10 +168,10 @@ def check(
       f'{directory} holds a {described["kind"]} model where a {kind} model is '
       'needed'
     )
-  if described['tokenizer'] != tokenizer_fingerprint:
+  if described['tokenizer'] != tokenizer.fingerprint:
     raise checkpoint.CheckpointError(
       f'{directory} was trained with tokenizer {described["tokenizer"][:12]}, '
-      f'this run uses {tokenizer_fingerprint[:12]}. Policy, reference, reward '
+      f'this run uses {tokenizer.fingerprint[:12]}. Policy, reference, reward '
       'and value models must share one tokenizer.'
     )
   return described
@@ -286,7 +289,7 @@ def load(
   directory: epath.PathLike,
   kind: str,
   mesh: jax.sharding.Mesh,
-  tokenizer_fingerprint: str,
+  tokenizer: tokenizer_lib.Tokenizer,
   **changes: Any,
 ) -> Model:
   """Reads a model folder onto the mesh.
@@ -295,19 +298,19 @@ def load(
     directory: written by `save`.
     kind: what the caller needs.
     mesh: the layout follows it, whatever the model was saved from.
-    tokenizer_fingerprint: of the tokenizer in use.
+    tokenizer: in use; published models get an embedding for its PAD.
     **changes: fields of `TransformerConfig` that do not change the parameters
-      (dropout, remat, compute_dtype, scan_unroll), and for published models
-      also `vocab_size`: of the tokenizer in use, a PAD of our own included.
+      (dropout, remat, compute_dtype, scan_unroll).
 
   Raises:
-    ValueError: a published model that is not handled or whose files are
-      damaged; see `hf.load_params`.
+    ValueError: a published model with another tokenizer, that is not handled,
+      or whose files are damaged; see `hf.load_params`.
     checkpoint.CheckpointError: see `check`; or damaged arrays.
   """
+  described = check(directory, kind, tokenizer)
   if is_published(directory):
+    changes['vocab_size'] = tokenizer.vocab_size
     return _load_published(hub.locate(str(directory)), kind, mesh, changes)
-  described = check(directory, kind, tokenizer_fingerprint)
   config = dataclasses.replace(
     TransformerConfig.from_dict(described['model']), **changes
   )

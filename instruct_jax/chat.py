@@ -5,12 +5,17 @@
     [--reward=RUN/reward/model] [--transcript=FILE.jsonl]
 
 Answers appear as they are sampled. With several models the same prompt goes to
-each, and with a reward model its score stands behind each answer. The
-transcript is a file of recorded answers, as every evaluation reads them. Ends
-with /quit or the end of the input.
+each, and with a reward model its score stands behind each answer.
+
+A model whose tokenizer uses a chat template reads the whole conversation, its
+own answers included; /new begins another one. Without a template every prompt
+stands alone, as in training. The transcript is a file of recorded answers, as
+every evaluation reads them. Ends with /quit or the end of the input.
 """
 
 import argparse
+import dataclasses
+import datetime
 import functools
 import shutil
 import sys
@@ -23,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from instruct_jax import artifacts, queries, rollout
+from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import samples
 from instruct_jax.infra import checkpoint, sharding
@@ -66,20 +72,14 @@ def stream(
   temperature: float,
   key: jax.Array,
 ) -> Iterator[int]:
-  """Yields the sampled ids of an answer one by one, end-of-text included.
+  """Yields the sampled ids of an answer one by one, the stop included.
 
   The same ids as `rollout.generate` gives the first prompt of a batch.
 
   Raises:
     ValueError: prompt and answer do not fit the model.
   """
-  context = model.config.context_length
-  room = context - max_tokens
-  if not 0 < len(ids) <= room:
-    raise ValueError(
-      f'the prompt has {len(ids)} tokens; with {max_tokens} for the answer the '
-      f'model reads 1 to {room}'
-    )
+  room = check_room(model, ids, max_tokens)
   length = min(-(-len(ids) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, room)
   tokens, mask = queries.padded([ids], length, tokenizer.pad_id, left=True)
   first, following = _step_programs(model.module, temperature)
@@ -93,9 +93,26 @@ def stream(
   for t in range(1, max_tokens + 1):
     number = int(token[0])
     yield number
-    if number == tokenizer.eos_id or t == max_tokens:
+    if number in tokenizer.stop_ids or t == max_tokens:
       return
     token, cache = following(model.params, token, cache, key, jnp.int32(t))
+
+
+def check_room(
+  model: artifacts.Model, ids: Sequence[int], max_tokens: int
+) -> int:
+  """The most tokens that a prompt may have.
+
+  Raises:
+    ValueError: this one has more, or none.
+  """
+  room = model.config.context_length - max_tokens
+  if not 0 < len(ids) <= room:
+    raise ValueError(
+      f'the prompt has {len(ids)} tokens; with {max_tokens} for the answer the '
+      f'model reads 1 to {room}'
+    )
+  return room
 
 
 def pieces(
@@ -111,13 +128,13 @@ def pieces(
   shown = ''
   for number in ids:
     into.append(number)
-    text = tokenizer.decode(into)
+    text = tokenizer.decode_response(into)
     # An unfinished character decodes to U+FFFD at the end.
     whole = text.rstrip('\ufffd')
     if whole.startswith(shown) and len(whole) > len(shown):
       yield whole[len(shown) :]
       shown = whole
-  rest = tokenizer.decode(into)
+  rest = tokenizer.decode_response(into)
   if rest.startswith(shown) and len(rest) > len(shown):
     yield rest[len(shown) :]
 
@@ -177,9 +194,30 @@ class Chat:
     self._width = width
     self.transcript: list[samples.Sample] = []
     self._turns = 0
+    self.start_anew()
 
-  def turn(self, prompt: str) -> None:
-    """Answers one prompt by every model, and remembers it."""
+  def start_anew(self) -> None:
+    """Forgets the conversation; the transcript keeps it."""
+    self._past = {name: () for name in self._models}
+
+  def turn(self, text: str) -> None:
+    """Answers one prompt by every model, and remembers it.
+
+    Raises:
+      ValueError: a model cannot read it, and none has answered.
+    """
+    prompts = {
+      name: self._prompt(text, name, tokenizer)
+      for name, (_, tokenizer) in self._models.items()
+    }
+    asked = {}
+    for name, (model, tokenizer) in self._models.items():
+      (asked[name],) = tokenizer.encode_prompts([prompts[name]])
+      try:
+        check_room(model, asked[name], self._max_tokens)
+      except ValueError as error:
+        hint = ' (/new begins another conversation)' * bool(self._past[name])
+        raise ValueError(f'{name}: {error}{hint}') from error
     key = jax.random.fold_in(self._key, self._turns)
     self._turns += 1
     columns = []
@@ -187,7 +225,7 @@ class Chat:
       ids = []
       source = stream(
         model,
-        tokenizer.encode(prompt),
+        asked[name],
         tokenizer,
         self._max_tokens,
         self._temperature,
@@ -196,39 +234,53 @@ class Chat:
       self._write(f'{name}> ')
       for piece in pieces(tokenizer, source, ids):
         self._write(plain(piece))
-      ended = ids[-1] == tokenizer.eos_id
-      score = self._score(prompt, ids, tokenizer)
-      notes = '' if ended else ' (cut)'
+      sample = samples.Sample(
+        model=name,
+        prompt_id=f'turn{self._turns}',
+        prompt=prompts[name].text,
+        response=tokenizer.decode_response(ids),
+        num_tokens=len(ids),
+        ended=ids[-1] in tokenizer.stop_ids,
+        metadata={'ids': ids, 'tokenizer': tokenizer.fingerprint},
+      )
+      sample = self._scored(prompts[name], sample)
+      score = sample.score_reward
+      notes = '' if sample.ended else ' (cut)'
       notes += '' if score is None else f' [reward {score:+.3f}]'
       self._write(f'{notes}\n')
-      text = tokenizer.decode(ids)
-      columns.append((f'{name}{notes}', plain(text)))
-      self.transcript.append(
-        samples.Sample(
-          model=name,
-          prompt_id=f'turn{self._turns}',
-          prompt=prompt,
-          response=text,
-          num_tokens=len(ids),
-          ended=ended,
-          score_reward=score,
-          metadata={'ids': ids, 'tokenizer': tokenizer.fingerprint},
-        )
-      )
+      columns.append((f'{name}{notes}', plain(sample.response)))
+      self.transcript.append(sample)
+      if prompts[name].turns:
+        answer = records.Turn('assistant', sample.response)
+        self._past[name] = (*prompts[name].turns, answer)
     if len(columns) > 1:
       self._write('\n' + side_by_side(columns, self._width) + '\n')
 
-  def _score(self, prompt, ids, tokenizer):
+  def _prompt(self, text, name, tokenizer):
+    """The prompt of one model: with its own past, where it has a template."""
+    number = f'turn{self._turns + 1}'
+    turns = (*self._past[name], records.Turn('user', text))
+    if tokenizer.template != tokenizer_lib.CHAT:
+      return records.Prompt(number, text)
+    if len(turns) > 1:
+      text = records.text_of_turns(turns)
+    return records.Prompt(number, text, turns=turns)
+
+  def _scored(self, prompt, sample):
     if self._reward is None:
-      return None
+      return sample
     model, own = self._reward
-    if own.fingerprint != tokenizer.fingerprint:
-      # Other tokens: the text is what both can read.
-      ids = [*own.encode(tokenizer.decode(ids)), own.eos_id]
     scores = queries.score_answers(
-      model, [own.encode(prompt)], [ids], own.pad_id, 1, self._mesh
+      model,
+      own.encode_prompts([prompt]),
+      [queries.answer_ids(own, sample)],
+      own.pad_id,
+      1,
+      self._mesh,
     )
-    return float(np.asarray(scores)[0])
+    return dataclasses.replace(
+      sample, score_reward=float(np.asarray(scores)[0])
+    )
 
 
 def read_models(
@@ -242,17 +294,22 @@ def read_models(
 
   Names are the last two parts of a folder's path.
   """
+
+  def tokenizer_of(source):
+    today = datetime.date.today()
+    return queries.tokenizer_of(source, tokenizer_folder, chat=True, date=today)
+
   models = {}
   for source in (checkpoint_folder, *compare):
     name = '/'.join(source.rstrip('/').split('/')[-2:])
     if name in models:
       raise ValueError(f'two models are called {name}; rename a folder')
-    tokenizer = queries.tokenizer_of(source, tokenizer_folder)
+    tokenizer = tokenizer_of(source)
     models[name] = (queries.load_policy(source, tokenizer, mesh), tokenizer)
   if not reward_folder:
     return models, None
-  tokenizer = queries.tokenizer_of(reward_folder, tokenizer_folder)
-  reward = artifacts.load(reward_folder, 'scalar', mesh, tokenizer.fingerprint)
+  tokenizer = tokenizer_of(reward_folder)
+  reward = artifacts.load(reward_folder, 'scalar', mesh, tokenizer)
   return models, (reward, tokenizer)
 
 
@@ -285,6 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       flags.seed,
       width=shutil.get_terminal_size().columns,
     )
+    for name, (_, tokenizer) in models.items():
+      print(f'{name}: {tokenizer.describe()}', file=sys.stderr)
     try:
       while True:
         try:
@@ -293,6 +352,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
           break
         if prompt == '/quit':
           break
+        if prompt == '/new':
+          chat.start_anew()
+          continue
         if not prompt:
           continue
         try:

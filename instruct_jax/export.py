@@ -60,7 +60,7 @@ def export(
     checkpoint_folder,
     described['kind'],
     sharding.make_mesh((1, -1, 1)),
-    tokenizer.fingerprint,
+    tokenizer,
   )
   params = hf.fold_shift(model.params) if fold_shift else model.params
   hf.save(output, model.config, params)

@@ -4,16 +4,19 @@ Where models meet sampling: what evaluation asks of a model, compiled once for
 each shape of model and rows. Training does not come through here.
 """
 
+import datetime
 import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from instruct_jax import artifacts, hub, masked, rollout
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals import samples
 from instruct_jax.infra import sharding
 from instruct_jax.models import heads
 from instruct_jax.models.transformer import make_cache
@@ -26,21 +29,64 @@ GenerateFn = Callable[[Sequence[Ids], int], list[list[int]]]
 ChoiceFn = Callable[[Sequence[Ids], Sequence[Sequence[Ids]]], list[list[float]]]
 
 
-def tokenizer_of(source: str, default_folder: str) -> tokenizer_lib.Tokenizer:
-  """The tokenizer that goes with a model folder.
+def tokenizer_of(
+  source: str,
+  given_folder: str,
+  *,
+  chat: bool = False,
+  date: datetime.date | None = None,
+) -> tokenizer_lib.Tokenizer:
+  """The tokenizer with which a model is asked.
 
-  A published folder brings its own; models of ours use `default_folder`.
+  The one given, except for a published folder that brings another vocabulary:
+  its own is the only one that fits. So models of one vocabulary are asked in
+  one way, template and stop tokens included.
+
+  Args:
+    source: a model folder, or hf:NAME.
+    given_folder: of a tokenizer; '' where none is given.
+    chat: whether a published folder's own chat template is used where nobody
+      has prepared the tokenizer (`data.tokenizer`).
+    date: for a template that reads the clock.
 
   Raises:
-    ValueError: neither is there.
+    ValueError: there is no tokenizer.
   """
+  given = None
+  if given_folder:
+    given = tokenizer_lib.Tokenizer.load(given_folder)
+  folder = None
   if artifacts.is_published(source):
-    folder = hub.locate(source)
-    if (folder / 'tokenizer.json').exists():
-      return tokenizer_lib.Tokenizer.load(folder)
-  if not default_folder:
-    raise ValueError(f'{source} has no tokenizer.json; give a tokenizer folder')
-  return tokenizer_lib.Tokenizer.load(default_folder)
+    folder = epath.Path(hub.locate(source))
+    if not tokenizer_lib.is_folder(folder):
+      folder = None
+  if folder is None:
+    if given is None:
+      raise ValueError(
+        f'{source} brings no tokenizer.json; give a tokenizer folder'
+      )
+    return given
+  own = tokenizer_lib.Tokenizer.load(folder)
+  if given and own.vocabulary_fingerprint == given.vocabulary_fingerprint:
+    return given
+  if chat and own.chat_template and not tokenizer_lib.is_prepared(folder):
+    return own.with_format(tokenizer_lib.CHAT, [], date)
+  return own
+
+
+def answer_ids(
+  tokenizer: tokenizer_lib.Tokenizer, answer: samples.Sample
+) -> list[int]:
+  """A recorded answer's ids: as sampled where this tokenizer sampled it.
+
+  Else its text is encoded, with an end only where the policy ended it. There
+  is always one id at least, since a score is read at the last one.
+  """
+  known = answer.metadata
+  if 'ids' in known and known['tokenizer'] == tokenizer.fingerprint:
+    return known['ids']
+  (ids,) = tokenizer.encode_responses([answer.response], ended=answer.ended)
+  return ids or [tokenizer.end_id]
 
 
 def load_policy(
@@ -50,12 +96,7 @@ def load_policy(
   remat: str = 'none',
 ) -> artifacts.Model:
   """A policy of ours or in the Hugging Face format, for this tokenizer."""
-  changes = {'remat': remat}
-  if artifacts.is_published(source):
-    changes['vocab_size'] = tokenizer.vocab_size
-  return artifacts.load(
-    source, 'policy', mesh, tokenizer.fingerprint, **changes
-  )
+  return artifacts.load(source, 'policy', mesh, tokenizer, remat=remat)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Settings that every test runs under, and shared fixtures."""
 
+import contextlib
 import os
 import pathlib
 
@@ -16,6 +17,8 @@ import jax
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook
+
+from tests import starts
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -63,6 +66,13 @@ def quick_compile():
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='session')
+def start():
+  """`start('instruct_jax.main', '--config=...')`; see `starts.py`."""
+  with contextlib.closing(starts.Starts()) as found:
+    yield found
 
 
 @pytest.fixture

@@ -148,23 +148,66 @@ def test_killed_twice(workdir, uninterrupted):
 
 def test_sigterm_saves_and_exits_with_75(workdir, uninterrupted, capsys):
   before = signal.getsignal(signal.SIGTERM)
-  # At step 2, which is 2 steps before a checkpoint: one is made at its line.
+  # At step 2, with a line due after step 4: it does not wait for that.
   with pytest.raises(SystemExit) as stopped:
     run_loop(workdir, stop_at=2)
   assert stopped.value.code == run.STOPPED_EXIT_CODE == 75
-  assert 'toy: stopped after step 4' in capsys.readouterr().err
+  assert 'toy: stopped after step 3' in capsys.readouterr().err
   assert signal.getsignal(signal.SIGTERM) == before
-  assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['4']
+  assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['3']
   state = run_loop(workdir)
-  assert 'continues after step 4' in capsys.readouterr().out
+  assert 'continues after step 3' in capsys.readouterr().out
   assert_same(workdir, state, uninterrupted)
 
 
-def test_sigterm_off_the_checkpoints(workdir, uninterrupted):
+# Between two lines, at one, and before the first and the last.
+@pytest.mark.parametrize('stop_at', [0, 1, 5, 6, 8])
+def test_a_stop_at_any_step_leaves_the_same_lines(
+  workdir, uninterrupted, stop_at
+):
   with pytest.raises(run.Stopped, match='75'):
-    run_loop(workdir, stop_at=5)
-  assert (workdir / 'checkpoints' / '6').is_dir()
+    run_loop(workdir, stop_at=stop_at)
+  assert kept(workdir)[-1] == stop_at + 1
   assert_same(workdir, run_loop(workdir), uninterrupted)
+
+
+def test_stopped_at_every_step(workdir, uninterrupted):
+  for step in range(NUM_STEPS - 1):
+    with pytest.raises(run.Stopped):
+      run_loop(workdir, stop_at=step)
+  assert_same(workdir, run_loop(workdir), uninterrupted)
+
+
+def test_few_steps_are_under_way(workdir, monkeypatch):
+  """Or a stop would have to wait for all that were dispatched."""
+  waited = []
+  block = jax.block_until_ready
+  monkeypatch.setattr(
+    jax, 'block_until_ready', lambda x: waited.append(x) or block(x)
+  )
+  run_loop(workdir, log_every=10, checkpoint_every=10)
+  # All but the last two, in order; each is a list of one metric.
+  assert len([x for x in waited if isinstance(x, list)]) == NUM_STEPS - 2
+
+
+def test_the_text_behind_the_bar_is_of_the_newest_line(workdir, capsys):
+  state = train_state.create({'w': jnp.ones(3)}, OPTIMIZER)
+  shown = []
+  with loop.Loop(workdir, 'toy', 4, log_every=2, checkpoint_every=2) as steps:
+    state = steps.restore(state)
+    for step in steps.steps():
+      state, step_metrics = update(state, jax.random.fold_in(ROOT, step))
+      line = steps.end_step(
+        step,
+        state,
+        step_metrics,
+        states={},
+        text_fn=lambda line: f'loss {line["loss"]:.6f}',
+      )
+      if line is not None:
+        shown.append(f'loss {line["loss"]:.6f}')
+      assert steps._progress._text == (shown[-1] if shown else '')
+  assert capsys.readouterr().err.splitlines()[-1].endswith(shown[-1])
 
 
 def test_sigterm_in_the_last_step_finishes(workdir, uninterrupted):

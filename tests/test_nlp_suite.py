@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
     model.params,
   )
   model = artifacts.Model('policy', model.module, params, {})
-  artifacts.save(root / 'model', model, tokenizer.fingerprint, {})
+  artifacts.save(root / 'model', model, tokenizer, {})
   drop = [
     {'context': f'{"fox " * i}left.', 'question': 'who?', 'answer': f'fox {i}'}
     for i in range(9)
@@ -102,7 +102,7 @@ def plain(folder):
   """The tokenizer, and ids -> logits [T, V] by one pass without a cache."""
   tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
   model = artifacts.load(
-    folder / 'model', 'policy', tiny.one_device(), tokenizer.fingerprint
+    folder / 'model', 'policy', tiny.one_device(), tokenizer
   )
 
   @jax.jit

@@ -45,7 +45,7 @@ class Checkpointer:
   def __init__(
     self, directory: epath.PathLike, keep: int = 2, keep_every: int = 0
   ):
-    self._directory = epath.Path(directory).absolute()
+    self._directory = run.absolute(directory)
     self._directory.mkdir(parents=True, exist_ok=True)
     self._manager = ocp.CheckpointManager(
       self._directory,
@@ -219,7 +219,7 @@ def save_model(
     metadata: what a reader needs to rebuild and to trust the model (its config,
       kind, reward bias, tokenizer fingerprint, provenance); must be JSON.
   """
-  final = epath.Path(directory).absolute()
+  final = run.absolute(directory)
   record = _sealed_record(params, metadata)
   arrays = _named_leaves(params)
   unfinished = final.parent / f'.{final.name}.unfinished'
@@ -256,7 +256,7 @@ def load_metadata(directory: epath.PathLike) -> dict[str, Any]:
   Raises:
     CheckpointError: no model folder there, or its description is damaged.
   """
-  return _unsealed(_read_record(epath.Path(directory).absolute()))
+  return _unsealed(_read_record(run.absolute(directory)))
 
 
 def load_model(
@@ -275,7 +275,7 @@ def load_model(
   Raises:
     CheckpointError: the folder is missing, damaged, or holds other parameters.
   """
-  path = epath.Path(directory).absolute()
+  path = run.absolute(directory)
   record = _read_record(path)
   saved = record['arrays']
   if abstract_params is None:
