@@ -44,6 +44,7 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
+from instruct_jax import command
 from instruct_jax.data import folders, importers, records, sources
 
 RECORDS = {
@@ -138,7 +139,7 @@ def convert(
     counts,
     output,
     inputs=paths,
-    command=f'convert {format_name}',
+    by=f'convert {format_name}',
     split={'valid': valid, 'seed': seed},
     replace=replace,
   )
@@ -216,7 +217,7 @@ def gather(
     counts,
     output,
     inputs=specs,
-    command=f'convert {name}',
+    by=f'convert {name}',
     split={'valid': valid, 'seed': seed},
     replace=replace,
   )
@@ -274,7 +275,7 @@ def _write(
   output: epath.PathLike,
   *,
   inputs: Sequence[epath.PathLike],
-  command: str,
+  by: str,
   split: Mapping[str, int | float],
   replace: bool,
 ) -> dict[str, int]:
@@ -289,7 +290,7 @@ def _write(
   with folders.writing(
     output,
     [f'{kind}_*' for kind in kinds],
-    command=command,
+    command=by,
     settings=split,
     inputs=[path for path in inputs if not sources.is_data_set(path)],
     replace=replace,
@@ -341,7 +342,7 @@ def _numbers(text: str) -> list[float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the conversion; returns the exit code."""
-  parser = argparse.ArgumentParser(
+  parser = command.Parser(
     prog='python -m instruct_jax.data.convert',
     description='Writes published data as JSONL.',
   )
@@ -425,4 +426,4 @@ def _warn_of_uneven(kind, counts, valid) -> None:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  command.end(main)

@@ -71,7 +71,7 @@ def writing(
       that a command of ours wrote, and other JSONL.
     command: what writes, for written.json and messages.
     settings: what decided the content, for written.json (JSON).
-    inputs: files that are read: none of them may be overwritten.
+    inputs: files and folders that are read: none may be overwritten.
     replace: remove owned files of earlier runs that this run does not write.
 
   Raises:
@@ -84,7 +84,9 @@ def writing(
     raise records.RecordError(f'{folder}: is a file; name a folder')
   for path in inputs:
     path = epath.Path(path).absolute()
-    if path.parent == folder and _is_owned(path.name, owned):
+    if path == folder or (
+      path.parent == folder and _is_owned(path.name, owned)
+    ):
       raise records.RecordError(
         f'{path}: is read and would be overwritten; name another folder for '
         'the output'
@@ -119,6 +121,11 @@ def writing(
       (folder / name).parent.mkdir(parents=True, exist_ok=True)
       (unfinished / name).rename(folder / name)
     records.write_bytes(folder / MANIFEST, text.encode('utf-8'))
+  except records.RecordError as error:
+    # What is wrong with a file is said of the place where it was to be.
+    raise records.RecordError(
+      str(error).replace(str(unfinished), str(folder))
+    ) from error
   finally:
     _clear(unfinished)
 

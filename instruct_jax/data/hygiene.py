@@ -33,6 +33,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
+from instruct_jax import command
 from instruct_jax.data import folders, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 
@@ -105,7 +106,8 @@ def drop_refused(
         kept.append(prompt)
       except ValueError as error:
         # The cause has the words alone, without this prompt's name.
-        said = str(error.__cause__ or error)
+        said = ' '.join(str(error.__cause__ or error).split())
+        said = said.removeprefix(f'prompt {prompt.id!r}: ')
         if len(refused) == _MAX_REASONS and said not in refused:
           said = 'other reasons'
         refused.setdefault(said, []).append(prompt.id)
@@ -339,7 +341,7 @@ _IBAN = re.compile(
 )
 
 # Phone numbers. S is what stands between groups of digits.
-_S = r'[ .\-/\u00a0\u2010-\u2013\u202f]'
+_S = r'[ .\-/\u00a0\u2010-\u2015\u202f]'
 _DAY = r'(?:0?[1-9]|[12]\d|3[01])'
 _MONTH = r'(?:0?[1-9]|1[0-2])'
 _YEAR = r'(?:1[5-9]|20)\d\d'
@@ -390,7 +392,7 @@ _PHONES = tuple(
     rf'(?<![\w+)])\(?\+\(?\d{{1,4}}\)?(?:(?:{_S}|[()]){{0,3}}\d){{6,13}}(?!\d)',
     rf'(?<![\w.,+-])00{_S}?[1-9]\d?(?:(?:{_S}|[()]){{0,3}}\d){{8,12}}(?!\d)',
     # (555)123-4567, 555/123-4567, 1-555-123-4567
-    rf'\(\d{{3}}\){_S}{{0,3}}\d{{3}}{_S}{{0,3}}\d{{4}}(?!\d)',
+    rf'(?<!\d)\d{{3}}[)\]]{_S}{{0,3}}\d{{3}}{_S}{{0,3}}\d{{4}}(?!\d)',
     rf'(?<!\w)(?<!\d[.\-/])(?:\d{{1,3}}{_S}{{1,2}})?\d{{3}}{_S}{{1,3}}\d{{3}}'
     rf'{_S}{{1,3}}\d{{4}}(?!\d)(?![.\-]\d)',
     # (020) 7946 0958, (11) 91234-5678; not (2003) 345-352
@@ -403,7 +405,8 @@ _PHONES = tuple(
     rf'(?<!\w)(?<!\d{_S})\d{{2}}{_S}9\d{{4}}-\d{{4}}(?!\d)',
     r'(?<![\w-])[6-9]\d{4}-\d{5}(?![\w-])',
     rf'(?<!\w)(?<!\d{_S})8{_S}?\(?9\d\d\)?{_S}?\d{{3}}{_S}?\d\d{_S}?\d\d(?!\d)',
-    # Groups with hyphens.
+    # Groups with hyphens; and the exchange that people make numbers up with.
+    r'(?<![\w.-])555[-.]\d{4}(?![\w-]|\.\d)',
     r'(?<![\w.])(?<!\d[\-./])\d{2,4}(?:-\d{2,4}){2,4}(?!\w|-\w|[./]\d)',
   )
 )
@@ -480,19 +483,21 @@ def _has_phone(text: str) -> bool:
 def _is_phone(number: str, after: str, before: str) -> bool:
   """Whether grouped digits are a number to dial and not a row of numbers."""
   # Numbers in a row are longer rows, or sums; groups with hyphens may name a
-  # thing.
+  # thing, unless they are those of a North American number.
   if re.fullmatch(r'[\d ]+', number) and (
     re.search(r'\d[ ,]+$', before) or re.match(r'[ ,]+\d', after)
   ):
     return False
   if (
     re.fullmatch(r'[\d -]+', number)
+    and not re.fullmatch(r'(?:\d{1,3}-)?\d{3}-\d{3}-\d{4}', number)
     and number[0] != '0'
     and _SUM_WORDS.search(before)
   ):
     return False
   has_plus = number.lstrip('(').startswith(('+', '00'))
-  return _is_dialled(number, least=8 if has_plus else 9)
+  least = 8 if has_plus else 7 if number.startswith('555') else 9
+  return _is_dialled(number, least)
 
 
 def _is_dialled(number: str, least: int) -> bool:
@@ -502,6 +507,7 @@ def _is_dialled(number: str, least: int) -> bool:
   return (
     least <= len(digits) <= 15
     and len(digits.rstrip('0')) > 3
+    and len(set(digits)) > 2
     # Neither 1 2 3 4 5 6 7 8 9 nor 10-20-30-40-50.
     and (has_plus or all(len(group) > 1 for group in groups[1:-1]))
     and (has_plus or max(map(len, groups)) > 2 or digits[0] == '0')
@@ -751,7 +757,7 @@ def _draw(seed: int, *parts: str) -> bytes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Cleans and splits prompts; returns the exit code."""
-  parser = argparse.ArgumentParser(
+  parser = command.Parser(
     prog='python -m instruct_jax.data.hygiene',
     description='Cleans prompts and splits them by user (3.2, A.1, A.2).',
   )
@@ -833,4 +839,4 @@ def _run(options: argparse.Namespace) -> dict[str, int | dict[str, int]]:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  command.end(main)
