@@ -24,6 +24,7 @@ template that reads the clock is pinned to a date (`--date`), in the folder.
 """
 
 import argparse
+import codecs
 import copy
 import datetime
 import functools
@@ -41,7 +42,7 @@ import tokenizers
 from etils import epath
 
 from instruct_jax import hub
-from instruct_jax.data import records
+from instruct_jax.data import folders, records
 
 PAD, EOS, UNK = '<pad>', '<eos>', '<unk>'
 CHAT, SLOT = 'chat', '{prompt}'
@@ -656,14 +657,19 @@ def _sha256(content: Any) -> str:
 def _copy_files(folder, names, target) -> None:
   for name in names:
     if name in _FILES:
-      (target / name).write_bytes((folder / name).read_bytes())
+      (target / name).write_bytes(_without_mark(folder / name))
   templates = folder / 'additional_chat_templates'
   if templates.name in names:
     (target / templates.name).mkdir()
     for path in templates.iterdir():
       if path.name.endswith('.jinja'):
         copied = target / templates.name / path.name
-        copied.write_bytes(path.read_bytes())
+        copied.write_bytes(_without_mark(path))
+
+
+def _without_mark(path: epath.Path) -> bytes:
+  """A file without a byte order mark, which its readers would stumble over."""
+  return path.read_bytes().removeprefix(codecs.BOM_UTF8)
 
 
 def _read_object(path: epath.Path) -> dict[str, Any]:
@@ -908,16 +914,11 @@ def load_gpt2_bpe(
   Raises:
     RecordError: a file is missing or not what its name says.
   """
-  try:
-    vocabulary = json.loads(records.read_bytes(encoder_json).decode('utf-8'))
-  except ValueError as error:
-    if isinstance(error, records.RecordError):
-      raise
-    raise records.RecordError(
-      f'{encoder_json}: not a JSON object of tokens ({error})'
-    ) from error
+  vocabulary = records.read_json(encoder_json)
+  if not isinstance(vocabulary, dict):
+    raise records.RecordError(f'{encoder_json}: not a JSON object of tokens')
   merges = []
-  lines = records.read_bytes(vocab_bpe).decode('utf-8').split('\n')
+  lines = records.read_text(vocab_bpe).split('\n')
   for number, line in enumerate(lines, start=1):
     if not line or line.startswith('#version'):
       continue
@@ -983,14 +984,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     metavar='YYYY-MM-DD',
     help='what a chat template that reads the clock is told; today by default',
   )
+  parser.add_argument(
+    '--replace',
+    action='store_true',
+    help='remove files of an earlier run that this one does not write',
+  )
   options = parser.parse_args(arguments)
   try:
     tokenizer = Tokenizer.load(options.source)
     clock = options.template == CHAT and reads_clock(tokenizer.chat_template)
     date = (options.date or datetime.date.today()) if clock else None
     tokenizer = tokenizer.with_format(options.template, options.stop, date)
-    tokenizer.save(options.output)
-  except ValueError as error:
+    with folders.writing(
+      options.output,
+      ('*',),
+      command='tokenizer',
+      inputs=[options.source],
+      replace=options.replace,
+    ) as folder:
+      tokenizer.save(folder)
+  except (ValueError, OSError) as error:
     print(error, file=sys.stderr)
     return 1
   print(f'{options.output}: {tokenizer.describe()}, PAD {tokenizer.pad_id}')
