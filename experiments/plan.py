@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from experiments import ppo_ptx, reward, sft
-from instruct_jax import artifacts, ppo, rewards, rollout
+from instruct_jax import artifacts, ppo, rewards, rollout, sampling
 from instruct_jax.infra import programs as programs_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
@@ -328,7 +328,7 @@ def sampling_program(name, stage, shape, mesh, policy, resident):
 
   def step(cache, weights, tokens, lengths, uniform):
     logits, cache = decoder.step(weights, tokens, lengths, cache)
-    return rollout.sample_tokens(logits, uniform, stage.temperature), cache
+    return sampling.sample_tokens(logits, uniform, stage.temperature), cache
 
   # What was read waits beside the slots for one to become free.
   bank = cache_of(num_read, stage.prompt_length)

@@ -24,7 +24,6 @@ from instruct_jax.infra import checkpoint, sharding, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models import decoding, families, heads, hf
 from instruct_jax.models.config import TransformerConfig
-from instruct_jax.models.transformer import make_cache
 from instruct_jax.types import Decoder, Key, Params
 
 KINDS = {'policy': heads.Policy, 'scalar': heads.ScalarModel}
@@ -396,18 +395,6 @@ def decoder(module: heads.Policy, gather_weights: bool = True) -> Decoder:
     read=functools.partial(decoding.read, module),
     step=functools.partial(decoding.step, module),
   )
-
-
-def extend_fn(module: heads.Policy):
-  """`rollout.ExtendFn` of a policy."""
-  return lambda params, tokens, mask, cache: module.apply(
-    {'params': params}, tokens, mask, cache, method='extend'
-  )
-
-
-def make_cache_fn(module: heads.Policy):
-  """(batch, slots) -> empty cache of a policy."""
-  return lambda batch, slots: make_cache(module.config, batch, slots)
 
 
 def logprobs_fn(module: heads.Policy, temperature: float = 1.0):

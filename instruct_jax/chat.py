@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instruct_jax import artifacts, queries, rollout
+from instruct_jax import artifacts, queries, sampling
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import samples
@@ -37,31 +37,33 @@ _LENGTH_MULTIPLE = 32
 
 
 @functools.cache
-def _step_programs(module, temperature):
-  """Jitted (first token of a prompt, next token), for one row."""
-  extend = artifacts.extend_fn(module)
-  make_cache = artifacts.make_cache_fn(module)
+def _programs(module, temperature):
+  """The engine's functions, jitted for one row.
 
-  def sample(logits, key, t):
-    row_key = jax.random.fold_in(jax.random.fold_in(key, 0), t)
-    uniform = jax.random.uniform(row_key, (1,))
-    token, _ = rollout.sample_tokens(logits, uniform, temperature)
-    return token
+  (weights, tokens, length, columns) -> cache with the prompt in it; and
+  (weights, token, length, cache, key, t) -> (token t of the answer, cache).
+  """
+  decoder = artifacts.decoder(module)
 
-  @functools.partial(jax.jit, static_argnums=4)
-  def first(params, tokens, mask, key, num_slots):
-    cache = make_cache(1, num_slots)
-    logits, cache = extend(params, tokens, mask, cache)
-    return sample(logits, key, 0), cache
-
-  @functools.partial(jax.jit, donate_argnums=2)
-  def following(params, token, cache, key, t):
-    logits, cache = extend(
-      params, token[:, None], jnp.ones((1, 1), bool), cache
+  @functools.partial(jax.jit, static_argnums=3)
+  def read(weights, tokens, length, num_columns):
+    cache = decoder.make_cache(1, num_columns)
+    return jax.tree.map(
+      lambda empty, new: jax.lax.dynamic_update_slice(empty, new, (0,) * 4),
+      cache,
+      decoder.read(weights, tokens, length),
     )
-    return sample(logits, key, t), cache
 
-  return first, following
+  @functools.partial(jax.jit, donate_argnums=3)
+  def step(weights, token, length, cache, key, t):
+    logits, cache = decoder.step(weights, token, length, cache)
+    noise = sampling.uniform_noise(jax.random.fold_in(key, 0)[None], t[None])[
+      :, 0
+    ]
+    token, _ = sampling.sample_tokens(logits, noise, temperature)
+    return token, cache
+
+  return jax.jit(decoder.prepare), read, step
 
 
 def stream(
@@ -80,22 +82,21 @@ def stream(
     ValueError: prompt and answer do not fit the model.
   """
   room = check_room(model, ids, max_tokens)
-  length = min(-(-len(ids) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, room)
-  tokens, mask = queries.padded([ids], length, tokenizer.pad_id, left=True)
-  first, following = _step_programs(model.module, temperature)
-  token, cache = first(
-    model.params,
-    jnp.asarray(tokens),
-    jnp.asarray(mask),
-    key,
-    length + max_tokens,
-  )
-  for t in range(1, max_tokens + 1):
+  columns = min(-(-len(ids) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, room)
+  tokens, _ = queries.padded([ids], columns, tokenizer.pad_id, left=False)
+  prepare, read, step = _programs(model.module, temperature)
+  weights = prepare(model.params)
+  length = jnp.asarray([len(ids)], jnp.int32)
+  cache = read(weights, tokens, length, columns + max_tokens)
+  # The prompt's last token is read again, by the step that samples the first.
+  token, length = jnp.asarray(ids[-1:], jnp.int32), length - 1
+  for t in range(max_tokens):
+    token, cache = step(weights, token, length, cache, key, jnp.int32(t))
+    length += 1
     number = int(token[0])
     yield number
-    if number in tokenizer.stop_ids or t == max_tokens:
+    if number in tokenizer.stop_ids:
       return
-    token, cache = following(model.params, token, cache, key, jnp.int32(t))
 
 
 def check_room(

@@ -18,8 +18,7 @@ from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import samples
 from instruct_jax.infra import sharding
-from instruct_jax.models import heads
-from instruct_jax.models.transformer import make_cache
+from instruct_jax.models import decoding, heads
 from instruct_jax.types import Params, PromptBatch
 
 Ids = Sequence[int]
@@ -166,43 +165,52 @@ def score_answers(
 
 
 def score_choices(
-  policy: heads.Policy,
+  module: heads.Policy,
+  params: Params,
   tokens: jax.Array,
-  mask: jax.Array,
+  lengths: jax.Array,
   choices: jax.Array,
   choice_mask: jax.Array,
 ) -> jax.Array:
   """Summed log-probability of each choice after its context, nats [B, C].
 
-  The context [B, P] is read once; its cache is repeated for the C choices
-  [B, C, R].
+  The context is read once; its cache is repeated for the C choices.
+
+  Args:
+    module: the policy.
+    params: its parameters.
+    tokens: contexts [B, P], padded on the right.
+    lengths: their tokens [B], at least 1.
+    choices, choice_mask: [B, C, R], padded on the right.
   """
   B, C, R = choices.shape
-  P = tokens.shape[1]
-  cache = make_cache(policy.config, B, P + R)
-  hidden, cache = policy.trunk(tokens, mask.astype(jnp.int32), cache=cache)
-  cache = cache.replace(
-    keys=jnp.repeat(cache.keys, C, axis=1),
-    values=jnp.repeat(cache.values, C, axis=1),
-    mask=jnp.repeat(cache.mask, C, axis=0),
+  weights = artifacts.decoder(module).prepare(params)
+  cache = decoding.read(module, weights, tokens, lengths)
+
+  def repeat(x):
+    return jnp.repeat(jnp.pad(x, ((0, 0), (0, 0), (0, R), (0, 0))), C, axis=0)
+
+  flat = choices.reshape(B * C, R)
+  # A context's last token is read again: it predicts a choice's first.
+  last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
+  read = jnp.concatenate([jnp.repeat(last, C, axis=0), flat[:, :-1]], axis=1)
+  x, _ = decoding.extend(
+    module,
+    weights,
+    read,
+    jnp.repeat(lengths - 1, C),
+    jax.tree.map(repeat, cache),
   )
-  flat, flat_mask = choices.reshape(B * C, R), choice_mask.reshape(B * C, R)
-  after, _ = policy.trunk(flat, flat_mask.astype(jnp.int32), cache=cache)
-  # The first token of a choice is predicted from the context's last.
-  last = jnp.repeat(hidden[:, -1:], C, axis=0)
-  logits = policy.trunk.unembed(jnp.concatenate([last, after[:, :-1]], axis=1))
+  logits = decoding.logits_of(module, weights, x)
   logprobs, _ = heads.token_logprobs(logits, flat)
-  return jnp.sum(logprobs * flat_mask, axis=1).reshape(B, C)
+  sums = jnp.sum(logprobs * choice_mask.reshape(B * C, R), axis=1)
+  return sums.reshape(B, C)
 
 
 @functools.cache
 def choices_program(module: heads.Policy) -> Callable:
   """Jitted `score_choices`."""
-  return jax.jit(
-    lambda params, *arrays: module.apply(
-      {'params': params}, *arrays, method=score_choices
-    )
-  )
+  return jax.jit(functools.partial(score_choices, module))
 
 
 def padded(
@@ -268,8 +276,9 @@ def make_functions(
   def choice_fn(contexts, choices):
     rows, sets = filled(contexts), filled(choices)
     tokens, mask = padded(
-      rows, bucket(max(map(len, rows))), tokenizer.pad_id, left=True
+      rows, bucket(max(map(len, rows))), tokenizer.pad_id, left=False
     )
+    lengths = mask.sum(axis=1, dtype=np.int32)
     num_choices = max(map(len, sets))
     longest = max(len(ids) for choice_set in sets for ids in choice_set)
     # Sets may differ in size: an absent choice has no token and sum 0.
@@ -284,7 +293,12 @@ def make_functions(
     sums = choices_program(module)(
       params,
       *put(
-        (tokens, mask, choice_tokens.reshape(shape), choice_mask.reshape(shape))
+        (
+          tokens,
+          lengths,
+          choice_tokens.reshape(shape),
+          choice_mask.reshape(shape),
+        )
       ),
     )
     return [

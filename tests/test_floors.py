@@ -31,7 +31,8 @@ FLOORS = {
   # as an argument. Never each other.
   'artifacts': ('types', 'hub', 'models', 'infra', 'data.tokenizer'),
   'export': ('command', 'artifacts', 'data', 'models', 'infra'),
-  'rollout': ('types', *ALGORITHM, 'infra.sharding'),
+  'sampling': ('types',),
+  'rollout': ('types', *ALGORITHM, 'sampling', 'infra.sharding'),
   'ppo': ('types', *ALGORITHM, 'infra.train_state', 'infra.sharding'),
   'supervised': ('types', *ALGORITHM, 'infra.train_state'),
   # Models and sampling meet here for evaluation, and in experiments.
@@ -93,6 +94,7 @@ FLOORS = {
     'ppo',
     'rewards',
     'rollout',
+    'sampling',
     'models.config',
     'experiments.sft',
     'experiments.reward',
@@ -116,7 +118,7 @@ FLOORS = {
     'infra',
     'artifacts',
     'queries',
-    'rollout',
+    'sampling',
     'evals.samples',
   ),
   # 5: finds experiments by name.

@@ -12,11 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from instruct_jax.models.config import TransformerConfig
-from instruct_jax.models.transformer import (
-  Cache,
-  Transformer,
-  positions_of,
-)
+from instruct_jax.models.transformer import Transformer, positions_of
 
 
 def token_logprobs(
@@ -56,16 +52,6 @@ class Policy(nn.Module):
     """Logits of the token after each position."""
     hidden, _ = self.trunk(tokens, segments, deterministic=deterministic)
     return self.trunk.unembed(hidden)
-
-  def extend(
-    self,
-    tokens: Int[Array, 'B T'],
-    mask: Bool[Array, 'B T'],
-    cache: Cache,
-  ) -> tuple[Float[Array, 'B V'], Cache]:
-    """Reads more tokens into the cache; logits after the last of them only."""
-    hidden, cache = self.trunk(tokens, mask.astype(jnp.int32), cache=cache)
-    return self.trunk.unembed(hidden[:, -1]), cache
 
   def text_logprobs(
     self,
