@@ -669,7 +669,10 @@ def run(config, workdir: epath.Path):
 
 
 def _summary(line) -> str:
-  return (
-    f'score {line["objective/score"]:.3f} kl {line["objective/kl"]:.2f} '
-    f'length {line["objective/length"]:.1f}'
-  )
+  """The line in few words; what is None was not a finite number."""
+
+  def show(name, digits):
+    value = line.get(f'objective/{name}')
+    return f'{name} {"?" if value is None else f"{value:.{digits}f}"}'
+
+  return ' '.join((show('score', 3), show('kl', 2), show('length', 1)))
