@@ -66,9 +66,9 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   config.logprob_chunk = 0  # Columns of float32 logits at a time; 0 is all.
   config.pack = True  # Score and update dense rows, without padding.
   config.pack_episodes = 8  # Of a row, about.
-  # Rows may be this many times longer than needed where that spares compiling
-  # score and update for another length.
-  config.pack_spare = 1.05
+  # Rows are at the most so many times longer than needed. They come in few
+  # lengths, this far apart: score and update are compiled for each that is met.
+  config.pack_spare = 1.1
   # Nats: the sampler's log-probabilities are the old ones where those of a
   # minibatch agree with the training graph's to this; 0 computes all anew.
   config.sampler_tolerance = 1e-3
@@ -374,7 +374,7 @@ def miniature(name: str = 'ppo_ptx_miniature'):
     each.learning_rate = 2e-4
     each.value_learning_rate = 5e-4
     each.num_warmup_iterations = 4
-    each.pack_spare = 1.4  # Compiling costs as much as a dozen iterations.
+    each.pack_spare = 1.25  # Compiling costs as much as a dozen iterations.
   stages.ppo_ptx.ptx_coef = 1.0  # gamma does not carry over between scales.
   stages.ppo_ptx.ptx_per_episode = 2
   return config

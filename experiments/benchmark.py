@@ -259,7 +259,6 @@ class Iteration:
       self.programs, self.policy.params, value.params, stage.kl_coef
     )
     self.reference = ppo_ptx.freeze(self.policy.params, stage.frozen_dtype)
-    self.known = set()  # Shapes of layouts so far.
     self.reward = None
     if config.reward == 'model':
       self.reward = ppo_ptx.freeze(value.params, stage.frozen_dtype)
@@ -309,12 +308,9 @@ class Iteration:
     )
 
   def plan(self, sampled, number):
-    layout = ppo_ptx.plan_rows(
-      self.stage, self.programs, sampled, self.mesh, number, self.known
+    return ppo_ptx.plan_rows(
+      self.stage, self.programs, sampled, self.mesh, number
     )
-    if layout is not None:
-      self.known.add((layout.source.shape[1], layout.where.shape[1]))
-    return layout
 
   def score(self, sampled, layout):
     return self.programs['score'](

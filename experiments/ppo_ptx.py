@@ -33,7 +33,7 @@ from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import heldout_loss
 from instruct_jax.evals.benchmarks import probe, runner
-from instruct_jax.infra import loop, metrics, optimizer, sharding, train_state
+from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models import attention, heads
 from instruct_jax.models.config import check_compute_dtype
@@ -345,58 +345,65 @@ def build_programs(
   }
 
 
-def plan_rows(config, programs, sampled, mesh, iteration, known=()):
+def row_settings(config, mesh):
+  """What `packing.plan` is told besides the lengths."""
+  # A TPU's flash kernel reads whole tiles.
+  on_tpu = mesh.devices.flat[0].platform == 'tpu'
+  tiled = config.attention == 'flash' or (config.attention == 'auto' and on_tpu)
+  return {
+    'prompt_columns': config.prompt_length,
+    'response_columns': config.response_length,
+    'num_minibatches': config.num_minibatches,
+    'num_microbatches': config.num_microbatches,
+    'num_epochs': config.num_epochs,
+    'num_shards': mesh.shape['data'] * mesh.shape['fsdp'],
+    'row_episodes': config.pack_episodes,
+    'multiple': attention.TILE if tiled else 8,
+    'spare': config.pack_spare,
+  }
+
+
+def row_shapes(config, mesh) -> tuple[tuple[int, int], ...]:
+  """The shapes of rows that score and update may be compiled for, besides the
+  padded one."""
+  if not config.pack:
+    return ()
+  settings = row_settings(config, mesh)
+  groups = config.num_minibatches * config.num_microbatches
+  group_size = config.batch_size // groups
+  return packing.ladder(
+    config.prompt_length + config.response_length,
+    group_size,
+    packing.rows_per_group(
+      group_size, settings['num_shards'], settings['row_episodes']
+    ),
+    settings['multiple'],
+    settings['spare'],
+  )
+
+
+def plan_rows(config, programs, sampled, mesh, iteration):
   """Where score and update find a rollout's episodes: a layout on the mesh.
 
   None without packing, or where it would save less than a twentieth. Waits for
-  the rollout, since lengths decide shapes; `known` ones (of `layout_shapes`)
-  are used again.
+  the rollout, since its lengths choose one of `row_shapes`.
   """
   if not config.pack:
     return None
   prompts, responses = np.asarray(programs['lengths'](sampled))
-  if np.sum(prompts + responses) > 0.95 * sampled.mask.size:
-    return None
-  # A TPU's flash kernel reads whole tiles.
-  on_tpu = mesh.devices.flat[0].platform == 'tpu'
-  tiled = config.attention == 'flash' or (config.attention == 'auto' and on_tpu)
   layout = packing.plan(
     prompts,
     responses,
-    prompt_columns=config.prompt_length,
-    response_columns=config.response_length,
-    num_minibatches=config.num_minibatches,
-    num_microbatches=config.num_microbatches,
-    num_epochs=config.num_epochs,
-    num_shards=mesh.shape['data'] * mesh.shape['fsdp'],
-    row_episodes=config.pack_episodes,
-    multiple=attention.TILE if tiled else 8,
     seed=(config.seed, iteration),
-    known=known,
-    spare=config.pack_spare,
+    **row_settings(config, mesh),
   )
-  # With few episodes a device, every row holds one and some hold none.
-  if layout.source.size > 0.95 * config.num_epochs * sampled.mask.size:
+  if layout is None:
     return None
   # Every host has the whole plan and hands over its own rows of it.
   layout = jax.tree.map(
     lambda x: np.split(x, jax.process_count())[jax.process_index()], layout
   )
   return sharding.put_batch(layout, mesh)
-
-
-def layout_shapes(rows) -> set[tuple[int, int]]:
-  """Shapes of layouts in the metrics so far.
-
-  From there and not from memory: a resumed run must choose as the one that was
-  cut would have chosen.
-  """
-  names = ('packing/row_length', 'packing/row_responses')
-  return {
-    tuple(int(row[name]) for name in names)
-    for row in rows
-    if row.get(names[0]) is not None
-  }
 
 
 def initial_state(programs, policy, value, kl_coef) -> ppo.PPOState:
@@ -576,10 +583,7 @@ def run(config, workdir: epath.Path):
     ) as iterations:
       programs = iterations.watched(programs)
       state = iterations.restore(sharding.place(state, mesh))
-      # The first process alone writes lines, and looks at them.
-      rows = []
-      if jax.process_index() == 0:
-        rows = metrics.read_lines(workdir / metrics.METRICS_FILE)
+      rows = iterations.lines  # They grow with the run.
       data = loader.ahead(lambda i: (prompts[i], ptx[i] if use_ptx else None))
       for iteration, (prompt_batch, ptx_rows) in iterations.steps_with(data):
         keys = dict(
@@ -601,9 +605,7 @@ def run(config, workdir: epath.Path):
         sampled = programs['generate'](
           state.policy.params, batch, keys['rollout']
         )
-        layout = plan_rows(
-          config, programs, sampled, mesh, iteration, layout_shapes(rows)
-        )
+        layout = plan_rows(config, programs, sampled, mesh, iteration)
         ppo_batch, score_metrics = programs['score'](
           state.policy.params,
           wake('reference', reference),
@@ -639,7 +641,7 @@ def run(config, workdir: epath.Path):
             tokenizer,
             {'stage': config.name, 'iteration': done},
           )
-        line = iterations.end_step(
+        iterations.end_step(
           iteration,
           state,
           {**score_metrics, **update_metrics},
@@ -651,7 +653,6 @@ def run(config, workdir: epath.Path):
           num_items=config.batch_size,
           text_fn=_summary,
         )
-        rows.append({'step': done, **line})
         for name, text in alarms.find(rows, *alarm_limits).items():
           if name not in told:
             told.add(name)
@@ -681,7 +682,10 @@ def run(config, workdir: epath.Path):
 
 
 def _summary(line) -> str:
-  return (
-    f'score {line["objective/score"]:.3f} kl {line["objective/kl"]:.2f} '
-    f'length {line["objective/length"]:.1f}'
-  )
+  """The line in few words; what is None was not a finite number."""
+
+  def show(name, digits):
+    value = line.get(f'objective/{name}')
+    return f'{name} {"?" if value is None else f"{value:.{digits}f}"}'
+
+  return ' '.join((show('score', 3), show('kl', 2), show('length', 1)))
