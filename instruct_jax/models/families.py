@@ -83,6 +83,7 @@ _OLDER = {
     (*_ROTARY, 'rope_theta', 'original_max_position_embeddings'),
   ),
 }
+_ROPE_TYPES = ('default', 'linear', 'dynamic', 'llama3', 'yarn')
 # In these the name of the activation has two fields, of which one is read.
 _OTHER_ACTIVATION = {
   'gemma': 'hidden_activation',
@@ -104,6 +105,8 @@ class _Fields:
 
   def __init__(self, family: str, values: Mapping[str, Any]):
     self.family, self.values = family, values
+    if family in _OLDER:
+      _check_rope_types(values)
     self.resolved = _as_reference(family, values)
     aliases = getattr(self.resolved, 'attribute_map', {})
     for name in _SIZES:
@@ -122,6 +125,17 @@ class _Fields:
     """Refuses what the file says and nothing here has read."""
     ignored = self.read | _WITHOUT_EFFECT | _generation_fields()
     _refuse_rest(self.values, ignored, self.family)
+
+
+def _check_rope_types(values):
+  for name in ('rope_parameters', 'rope_scaling'):
+    parameters = values.get(name) or {}
+    for each in (parameters, *parameters.values()):
+      if not isinstance(each, Mapping):
+        continue
+      kind = each.get('rope_type', each.get('type', 'default'))
+      if kind not in _ROPE_TYPES:
+        raise ValueError(f'config.json: rope_type {kind!r} is not handled')
 
 
 def _refuse_rest(values, ignored, family, where=''):
@@ -472,8 +486,6 @@ def _rotary(values, head_dim, context, partial=False, nested=False):
       'magnitude': number('attention_factor', magnitude),
     }
     read.add('truncate')
-  elif kind != 'default':
-    raise ValueError(f'config.json: rope_type {kind!r} is not handled')
   else:
     # Of another type's fields the reference's default reads none.
     read |= {'factor', 'original_max_position_embeddings'}
