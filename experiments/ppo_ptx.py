@@ -167,22 +167,23 @@ def build_programs(
 
   def choose_old(read_old, rows, num_slices, sampler, mask):
     """The sampler's log-probabilities, where those of every so many rows agree
-    with the training graph's; else the graph's of all rows."""
-    if config.sampler_tolerance == 0:
-      return rollout.in_slices(read_old, rows, num_slices), {}
+    with the training graph's; else the graph's of all rows. And how far they
+    agree."""
+    compares = config.sampler_tolerance > 0
+
+    def read_all():
+      return rollout.in_slices(read_old, rows, num_slices)
 
     def some(x):
-      return x[:: config.num_minibatches]
+      return x[:: config.num_minibatches] if compares else x
 
-    difference = jnp.abs(read_old(jax.tree.map(some, rows)) - some(sampler))
+    graph = read_old(jax.tree.map(some, rows)) if compares else read_all()
+    difference = jnp.abs(graph - some(sampler))
     largest = jnp.max(jnp.where(some(mask), difference, 0.0))
-    agrees = largest <= config.sampler_tolerance
-    old_logprobs = jax.lax.cond(
-      agrees,
-      lambda: sampler,
-      lambda: rollout.in_slices(read_old, rows, num_slices),
-    )
-    return old_logprobs, {
+    agrees = compares & (largest <= config.sampler_tolerance)
+    if compares:
+      graph = jax.lax.cond(agrees, lambda: sampler, read_all)
+    return graph, {
       'objective/sampler_difference': masked.metric(difference, some(mask)),
       'objective/sampler_difference_max': masked.scalar(largest),
       'objective/sampler_trusted': masked.scalar(agrees.astype(jnp.float32)),
@@ -548,6 +549,11 @@ def run(config, workdir: epath.Path):
 
     # 3. The loop.
     told = set()
+    alarm_limits = (
+      tuple(reward_metadata['score_range']),
+      config.response_length,
+      policy_module.config.compute_dtype,
+    )
     with loop.Loop(
       workdir,
       config.name,
@@ -634,17 +640,13 @@ def run(config, workdir: epath.Path):
           text=_summary(rows),
         )
         rows.append({'step': done, **line})
-        for name, text in alarms.find(
-          rows, tuple(reward_metadata['score_range']), config.response_length
-        ).items():
+        for name, text in alarms.find(rows, *alarm_limits).items():
           if name not in told:
             told.add(name)
             run_lib.say(f'{config.name}: alarm: {text}')
 
     # 4. Outputs: the policy and its moving average, each on its own.
-    found = alarms.find(
-      rows, tuple(reward_metadata['score_range']), config.response_length
-    )
+    found = alarms.find(rows, *alarm_limits)
     about = {
       'stage': config.name,
       'seed': config.seed,

@@ -241,7 +241,7 @@ def test_models_say_the_same_of_packed_rows():
 # --- Scores and updates -------------------------------------------------------
 
 
-def build(**changes):
+def build(scalar=tiny.SCALAR, **changes):
   config = config_file.ppo_stage(0, '')
   values = {
     'prompt_length': P,
@@ -261,9 +261,7 @@ def build(**changes):
     config[name] = value
   ppo_ptx.validate(config)
   tokenizer = type('Tokenizer', (), {'stop_ids': tiny.STOPS})
-  return config, ppo_ptx.build_programs(
-    config, tiny.POLICY, tiny.SCALAR, tokenizer
-  )
+  return config, ppo_ptx.build_programs(config, tiny.POLICY, scalar, tokenizer)
 
 
 @pytest.fixture(scope='module')
@@ -314,6 +312,33 @@ def test_scores_do_not_depend_on_packing(programs):
       packed_metrics[name][0], total, rtol=1e-4, atol=1e-4, err_msg=name
     )
     assert packed_metrics[name][1] == count
+
+
+def test_an_end_that_the_reward_model_skips_is_not_read(programs):
+  """Padded or packed: at the last token of another kind, as by hand."""
+  skipped = tiny.STOPS[1]
+  _, built = build(tiny.SCALAR.clone(skipped_id=skipped))
+  rows = on_device(sampled())
+  layout = on_device(plan(rows, num_epochs=1))
+  expected = []
+  for tokens, mask in zip(
+    *jax.device_get((rows.tokens, rows.mask)), strict=True
+  ):
+    ids = tokens[mask]
+    scalars = artifacts.scalars_fn(tiny.SCALAR)(
+      tiny.params('scalar', 1), jnp.array([ids]), jnp.ones((1, len(ids)), bool)
+    )
+    expected.append(float(scalars[0, np.flatnonzero(ids != skipped)[-1]]))
+  responses = np.asarray(rows.response_mask).any(axis=1)
+  expected = np.array(expected)[responses].mean()
+  means = []
+  for each in (built, programs[1]):
+    for where in (None, layout):
+      _, metrics = score(each, rows, where)
+      total, count = metrics['objective/score']
+      means.append(total / count)
+  np.testing.assert_allclose(means[:2], expected, rtol=1e-4, atol=1e-4)
+  assert (np.abs(np.array(means[2:]) - expected) > 1e-2).all()
 
 
 def test_gradients_do_not_depend_on_packing(programs):
@@ -494,3 +519,17 @@ def test_the_sampler_is_believed_as_far_as_it_agrees(pack, programs):
   assert metrics['objective/sampler_trusted'] == 0
   assert 9e-3 < metrics['objective/sampler_difference_max'] < 1.1e-2
   tiny.assert_trees_close(batch.old_logprobs, old, atol=2e-5)
+
+
+def test_without_a_tolerance_all_rows_say_how_far_the_sampler_is():
+  _, built = build(sampler_tolerance=0.0)
+  rows = on_device(sampled())
+  batch, metrics = score(built, rows, None)
+  mask = np.asarray(rows.response_mask)
+  difference = np.abs(np.asarray(batch.old_logprobs - rows.logprobs))[mask]
+  total, count = metrics['objective/sampler_difference']
+  assert count == mask.sum()
+  np.testing.assert_allclose(total / count, difference.mean(), rtol=1e-5)
+  largest, _ = metrics['objective/sampler_difference_max']
+  np.testing.assert_allclose(largest, difference.max(), rtol=1e-5)
+  assert metrics['objective/sampler_trusted'][0] == 0
