@@ -57,7 +57,9 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   config.missing_end_score = placeholder(
     float
   )  # Score without end-of-text, or None.
-  config.ptx_coef = 27.8  # gamma (C.4); 0 is PPO.
+  # gamma (C.4); 0 is PPO. `ptx/gradient_norm`, gamma included, is logged beside
+  # `ppo/policy/ppo_gradient_norm`; an alarm says when one drowns the other.
+  config.ptx_coef = 27.8
   config.ptx_per_episode = 8  # Pretraining examples (C.4, E.11).
   config.ema_decay = 0.992  # C.4.
   config.ema_every = 'update'  # Or 'iteration'; not printed.
@@ -70,7 +72,10 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   # lengths, this far apart: score and update are compiled for each that is met.
   config.pack_spare = 1.1
   # Nats: the sampler's log-probabilities are the old ones where those of a
-  # minibatch agree with the training graph's to this; 0 computes all anew.
+  # minibatch of rows all agree with the training graph's to this; else, and at
+  # 0, the graph's are computed for all. In float32 they agree to 4e-5. In
+  # bfloat16 they do not (SmolLM2-135M: 0.03 on average, 0.26 at most), so the
+  # old ones are the graph's there.
   config.sampler_tolerance = 1e-3
   config.num_slices = 1  # Parts in which a batch is scored.
   # Responses sampled at a time, the next prompt taking the slot of one that has
@@ -127,6 +132,12 @@ def gpt2():
   config.num_microbatches = 2
   config.learning_rate = 1e-5
   config.value_learning_rate = 2e-5
+  # gamma does not carry over between scales. The rule: of the two gradients
+  # that metrics.jsonl logs, pretraining's is a fifth to a half of PPO's, as it
+  # is on the miniature, where a tenth of that no longer undoes the tax and ten
+  # times that costs reward. SmolLM2-135M, minibatches of 32: PPO's norm is 2.4,
+  # pretraining's 4.3 before gamma; at 27.8 it would be 49 times PPO's.
+  config.ptx_coef = 0.3
   config.ptx_per_episode = 1
   config.remat = 'dots'
   return common.single(config, 'gpt2')

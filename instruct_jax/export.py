@@ -85,6 +85,11 @@ def export(
     else 'Reward model: the score of a prompt with its answer and EOS is the '
     f'logit plus `score_shift` = {values["score_shift"]}.'
   )
+  if ids['pad_token_id'] != tokenizer.pad_id:
+    use += (
+      f' It is read at the last token that is not {ids["pad_token_id"]}: pad '
+      'rows with that one.'
+    )
   about = json.dumps(model.metadata, indent=2)
   (output / 'README.md').write_text(
     f'# {output.name}\n\n{use} {model.config.num_params:,} parameters in '

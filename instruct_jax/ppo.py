@@ -401,6 +401,10 @@ def ppo_update(
       )
     )
   metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked)
-  for name in ('ppo/policy/ratio', 'ppo/policy/clipfrac'):
+  for name in (
+    'ppo/policy/ratio',
+    'ppo/policy/clipfrac',
+    'ppo/policy/approxkl',
+  ):
     metrics[f'first/{name}'] = jax.tree.map(lambda x: x[0], stacked[name])
   return state, metrics

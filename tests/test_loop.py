@@ -143,9 +143,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 @pytest.mark.parametrize('fate', ['cut', 'deleted', 'older'])
-def test_lost_lines_come_back_from_the_checkpoint(
-  workdir, uninterrupted, fate
-):
+def test_lost_lines_come_back_from_the_checkpoint(workdir, uninterrupted, fate):
   path = workdir / metrics.METRICS_FILE
   with pytest.raises(KilledError):
     run_loop(workdir, kill_at=5)

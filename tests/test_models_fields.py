@@ -154,6 +154,16 @@ def test_a_copy_of_the_embedding_is_the_embedding(tmp_path, capsys):
   np.testing.assert_allclose(got, golden['logits'], **CLOSE)
 
 
+def test_one_matrix_may_have_either_name(tmp_path):
+  golden = write_case(tmp_path / 'in', 'gpt2')
+  change_tensors(
+    tmp_path / 'in',
+    lambda t: t.update({'lm_head.weight': t.pop('transformer.wte.weight')}),
+  )
+  got = logits_of(load(tmp_path / 'in'), golden['tokens'])
+  np.testing.assert_allclose(got, golden['logits'], **CLOSE)
+
+
 def test_an_absent_unembedding_is_named(tmp_path):
   write_case(tmp_path / 'in', 'gpt2', (), {'tie_word_embeddings': False})
   with pytest.raises(ValueError, match=r'missing: lm_head\.weight'):

@@ -352,9 +352,9 @@ def test_scores_do_not_depend_on_packing(programs):
 
 def test_an_end_that_the_reward_model_skips_is_not_read(programs):
   """Padded or packed: at the last token of another kind, as by hand."""
-  skipped = tiny.STOPS[1]
-  _, built = build(tiny.SCALAR.clone(skipped_id=skipped))
   rows = on_device(sampled())
+  skipped = int(rows.tokens[0][rows.mask[0]][-1])  # What ends the first row.
+  _, built = build(tiny.SCALAR.clone(skipped_id=skipped))
   layout = on_device(plan(rows, num_epochs=1))
   expected = []
   for tokens, mask in zip(

@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import transformers
-
 # Fields that change no logit of a forward pass without dropout.
 _WITHOUT_EFFECT = frozenset(
   """
@@ -152,11 +150,16 @@ def _refuse_rest(values, ignored, family, where=''):
 
 def _generation_fields() -> set[str]:
   """Of how to sample: the reference keeps them out of the model."""
+  import transformers
+
   return set(transformers.GenerationConfig().to_dict())
 
 
 def _as_reference(family, values):
   """The configuration object that `transformers` makes of a config.json."""
+  # A second to import; presets do not need it.
+  import transformers
+
   model_type = family
   if family == 'mistral' and 'layer_types' in values:
     model_type = 'ministral'  # As its AutoConfig does.

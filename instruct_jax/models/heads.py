@@ -228,10 +228,16 @@ def read_scores(
   columns = jnp.arange(num_tokens)[None, :]
   if ends is None:
     last = jnp.max(jnp.where(segments > 0, columns, 0), axis=1)
-    ends = num_tokens * jnp.arange(tokens.shape[0]) + last
+  else:
+    last = ends % num_tokens
+
+  def at(values, column):
+    if ends is None:  # Within each row: its device need ask no other.
+      return jnp.take_along_axis(values, column[:, None], axis=1)[:, 0]
+    return values.reshape(-1)[ends - ends % num_tokens + column]
+
   if module.skipped_id >= 0:
     first = columns - positions_of(segments.astype(jnp.int32))
-    last = jnp.where(tokens != module.skipped_id, columns, 0)
-    last = jnp.maximum(jax.lax.cummax(last, axis=1), first)
-    ends = ends - ends % num_tokens + last.reshape(-1)[ends]
-  return scalars.reshape(-1)[ends]
+    kept = jnp.where(tokens != module.skipped_id, columns, 0)
+    last = at(jnp.maximum(jax.lax.cummax(kept, axis=1), first), last)
+  return at(scalars, last)

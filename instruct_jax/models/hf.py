@@ -223,10 +223,15 @@ def load_params(
   scalar = 'head_kernel' in abstract
   entries = families.entries(family, published, scalar)
   tensors = _open_named(folder, family)
-  if config.tied and not scalar and _other_unembedding(family, tensors):
+  embedding, unembedding = families.embedding_names(family)
+  if config.tied and not scalar and embedding not in tensors:
+    # One matrix, under its other name.
+    if unembedding in tensors:
+      tensors[embedding] = tensors.pop(unembedding)
+  elif config.tied and not scalar and _other_unembedding(family, tensors):
     raise ValueError(
       f'{folder}: config.json says that the unembedding is the embedding, and '
-      f'{families.embedding_names(family)[1]} holds another one'
+      f'{unembedding} holds another one'
     )
   _check_names(folder, family, entries, tensors, published)
   params = {}
