@@ -372,16 +372,14 @@ def write_e2e(
     )
   else:
     tokenizer = tokenizer_lib.train_bpe(_training_texts(files), vocab_size)
-  kept = sum(len(rows) for name, rows in files.items() if 'prompts' not in name)
   report |= {
     'meaning_representations': {s: len(p) for s, p in prompts_by_split.items()},
     'repeated_sentences': repeated,
     'duplicates': duplicates,
     'personal_data': personal_data,
-    'rows_of_personal_data': len(documents)
-    + len(demonstrations)
-    + len(comparisons)
-    - num_rows,
+    'rows_of_personal_data': sum(
+      split_of_row(row) is None for row in (*demonstrations, *comparisons)
+    ),
     'workers': {'reward_model': len(rater_half), 'judge': len(judge_half)},
     'vocab_size': tokenizer.vocab_size,
     'records': {name: len(rows) for name, rows in files.items()},

@@ -397,7 +397,12 @@ def problems(values: Mapping[str, Any], record_type: type) -> list[str]:
     elif name == 'metadata':
       if not isinstance(value, dict):
         found.append(f'{name!r} must be an object, found {_shown(value)}')
-        continue
+      elif value and not _is_json(value):
+        found.append(
+          f'{name!r} is not JSON: {_shown(value)}; numbers must be finite, '
+          'texts without lone surrogates'
+        )
+      continue
     elif not isinstance(value, str):
       found.append(f'{name!r} must be a string, found {_shown(value)}')
       continue
@@ -420,6 +425,27 @@ def _agree(text: str, turns: list[dict[str, str]]) -> bool:
       ' '.join(unicodedata.normalize('NFC', turns[0]['content']).split())
     )
   return ' '.join(unicodedata.normalize('NFC', text).split()) in said
+
+
+def _is_json(value: Any) -> bool:
+  left = [value]  # A stack, for it may be deep.
+  while left:
+    part = left.pop()
+    if isinstance(part, dict):
+      left += [*part, *part.values()]
+      if not all(isinstance(key, str) for key in part):
+        return False
+    elif isinstance(part, list | tuple):
+      left += part
+    elif isinstance(part, str):
+      if not encodable(part):
+        return False
+    elif isinstance(part, float):
+      if not math.isfinite(part):
+        return False
+    elif part is not None and not isinstance(part, int):
+      return False
+  return True
 
 
 def encodable(text: str) -> bool:

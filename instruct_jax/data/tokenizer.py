@@ -914,9 +914,14 @@ def load_gpt2_bpe(
   Raises:
     RecordError: a file is missing or not what its name says.
   """
-  vocabulary = records.read_json(encoder_json)
-  if not isinstance(vocabulary, dict):
-    raise records.RecordError(f'{encoder_json}: not a JSON object of tokens')
+  try:
+    vocabulary = json.loads(records.read_text(encoder_json))
+  except ValueError as error:
+    if isinstance(error, records.RecordError):
+      raise
+    raise records.RecordError(
+      f'{encoder_json}: not a JSON object of tokens ({error})'
+    ) from error
   merges = []
   lines = records.read_text(vocab_bpe).split('\n')
   for number, line in enumerate(lines, start=1):
