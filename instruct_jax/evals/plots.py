@@ -217,7 +217,9 @@ def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
       colour = COLOURS[name]
     else:
       colour, number = free[number % len(free)], number + 1
-    looks[name] = colour, _MARKERS[i % len(_MARKERS)]
+    # Where colours come again, they come with other marks.
+    marker = _MARKERS[(i + i // len(free)) % len(_MARKERS)]
+    looks[name] = colour, marker
   return looks
 
 
@@ -722,7 +724,7 @@ def tax_against(
 def _apart(axis: Any, values: Sequence[float]) -> list[float]:
   """Of ascending values on the x axis those whose labels have room."""
   places = [axis.transScale.transform((x, 0))[0] for x in values]
-  room = 0.17 * (places[-1] - places[0])
+  room = 0.24 * (places[-1] - places[0])
   kept = [0]
   for i, place in enumerate(places):
     if place - places[kept[-1]] > room:
