@@ -32,7 +32,13 @@ def full(**changes):
   runs = {
     model: [before | {'probe_before/drop_zeroshot_F1': 21.0}]
     + [
-      row | {'probe/drop_zeroshot_F1': 20.0 - row['step']}
+      row
+      | {'probe/drop_zeroshot_F1': 20.0 - row['step']}
+      | (
+        {'eval/pretraining_loss_ema': 2.9}
+        if 'eval/pretraining_loss' in row
+        else {}
+      )
       for row in test_evals_report._rl_rows(slope)
     ]
     for model, slope in (('ppo', 0.1), ('ppo_ptx', 0.01))
@@ -239,7 +245,7 @@ def test_labelers_of_the_reward_model_are_explained(drawn):
 def test_pretraining_loss_begins_before_rl(drawn):
   (axis,) = drawn['full pretraining_loss.png'].axes
   curves = [line for line in axis.lines if len(line.get_xdata()) > 2]
-  assert len(curves) == 2
+  assert [line.get_linestyle() for line in curves] == ['-', ':', '-', ':']
   for line in curves:
     assert (line.get_xdata()[0], line.get_ydata()[0]) == (0, 2.875)
     assert line.get_xdata()[-1] == 8

@@ -580,12 +580,20 @@ def _draw_pretraining_loss(figures: run_figures.Figures) -> Any:
     return None
   looks = _looks(list(curves))
   figure, ((axis,),) = _canvas(1, 1, 3.0)
+  averaged = False
   for model, curve in curves.items():
     _line(axis, *curve, looks[model])
+    steps, losses = _from_start(
+      figures.rl_metrics[model], f'{_LOSS[0]}_ema', _LOSS[1]
+    )
+    averaged = averaged or len(steps) > 1
+    axis.plot(steps, losses, color=looks[model][0], linestyle=':')
   note = 'The point at 0 is the RL initialisation, before the first iteration.'
   if figures.pretraining_loss is not None:
     _reference_line(axis, figures.pretraining_loss.init.mean)
     note = 'Point at 0 and dashed: the RL initialisation.'
+  if averaged:
+    note += ' Dotted: averaged weights.'
   _steps_axis(axis, [step for curve in curves.values() for step in curve[0]], 8)
   axis.set_xlabel('RL iteration')
   axis.set_ylabel('nats per token')
