@@ -808,7 +808,7 @@ def run(config, workdir: epath.Path):
     ]
   run_lib.write_json(workdir / 'benchmark.json', summary)
   text = table(summary)
-  (workdir / 'benchmark.md').write_text(text)
+  (workdir / 'benchmark.md').write_text(f'# Benchmark\n\n{text}')
   print(text, flush=True)
   return {'variant': config.variant}
 
@@ -902,7 +902,7 @@ def phase_table(name, result) -> list[str]:
   ]
   for phase, row in result['phases'].items():
     cells = [
-      f'{row["tokens_per_second"]:.4g}' if row['tokens'] else '',
+      f'{row["tokens_per_second"]:,.0f}' if row['tokens'] else '',
       f'{row["matmul_share"]:.1%}' if row['flops'] else '',
       f'{row["bandwidth_share"]:.1%}' if row['bytes'] else '',
     ]

@@ -611,7 +611,7 @@ def run(config, workdir: epath.Path):
   if set(EPISODES) <= set(rows):
     summary['iteration'] = iteration(config, rows, len(devices))
   text = table(summary)
-  (workdir / 'plan.md').write_text(text)
+  (workdir / 'plan.md').write_text(f'# Plan\n\n{text}')
   print(text, flush=True)
   if without:
     raise RuntimeError(

@@ -217,7 +217,9 @@ def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
       colour = COLOURS[name]
     else:
       colour, number = free[number % len(free)], number + 1
-    looks[name] = colour, _MARKERS[i % len(_MARKERS)]
+    # Where colours come again, they come with other marks.
+    marker = _MARKERS[(i + i // len(free)) % len(_MARKERS)]
+    looks[name] = colour, marker
   return looks
 
 
@@ -578,12 +580,20 @@ def _draw_pretraining_loss(figures: run_figures.Figures) -> Any:
     return None
   looks = _looks(list(curves))
   figure, ((axis,),) = _canvas(1, 1, 3.0)
+  averaged = False
   for model, curve in curves.items():
     _line(axis, *curve, looks[model])
+    steps, losses = _from_start(
+      figures.rl_metrics[model], f'{_LOSS[0]}_ema', _LOSS[1]
+    )
+    averaged = averaged or len(steps) > 1
+    axis.plot(steps, losses, color=looks[model][0], linestyle=':')
   note = 'The point at 0 is the RL initialisation, before the first iteration.'
   if figures.pretraining_loss is not None:
     _reference_line(axis, figures.pretraining_loss.init.mean)
     note = 'Point at 0 and dashed: the RL initialisation.'
+  if averaged:
+    note += ' Dotted: averaged weights.'
   _steps_axis(axis, [step for curve in curves.values() for step in curve[0]], 8)
   axis.set_xlabel('RL iteration')
   axis.set_ylabel('nats per token')
@@ -722,7 +732,7 @@ def tax_against(
 def _apart(axis: Any, values: Sequence[float]) -> list[float]:
   """Of ascending values on the x axis those whose labels have room."""
   places = [axis.transScale.transform((x, 0))[0] for x in values]
-  room = 0.17 * (places[-1] - places[0])
+  room = 0.24 * (places[-1] - places[0])
   kept = [0]
   for i, place in enumerate(places):
     if place - places[kept[-1]] > room:
