@@ -27,6 +27,10 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   config.tokenizer = ''
   config.init = ''  # RL initialisation: start, and KL reference.
   config.reward_model = ''  # Also the start of the value model.
+  config.reward_weight = 1.0  # Of its score, where there are others.
+  # Python functions of the texts by their dotted names, NAME or NAME=WEIGHT,
+  # added to the reward model's score or in its place (`score_fns.py`).
+  config.reward_fn = ''
   config.prompts = ''  # JSONL of prompts.
   config.documents = ''  # JSONL of pretraining text for the ptx part.
   config.valid_documents = ''  # Held-out text for the alignment tax.

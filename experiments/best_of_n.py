@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, queries, rewards, rollout
+from instruct_jax import artifacts, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
@@ -24,7 +24,7 @@ from instruct_jax.evals import (
 )
 from instruct_jax.evals.samples import Sample
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding
+from instruct_jax.infra import sharding, slices
 from instruct_jax.models.config import check_compute_dtype
 
 
@@ -98,20 +98,6 @@ def sizes_up_to(num_samples: int) -> list[int]:
   return sizes if sizes[-1] == num_samples else [*sizes, num_samples]
 
 
-def make_kl(module, response_length, temperature):
-  """Jitted (params, reference, rollout) -> each answer's log-ratio, nats."""
-  logprobs_fn = artifacts.logprobs_fn(module, temperature)
-
-  def kl(params, reference, sampled):
-    ours, _ = logprobs_fn(params, sampled.tokens, sampled.mask, response_length)
-    theirs, _ = logprobs_fn(
-      reference, sampled.tokens, sampled.mask, response_length
-    )
-    return rewards.kl_estimates(ours, theirs, sampled.response_mask)
-
-  return jax.jit(kl)
-
-
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
@@ -149,9 +135,7 @@ def run(config, workdir: epath.Path):
     else:
       judge_model = load_scalar(config.judge_model)
       judge = f'another reward model, {config.judge_model}'
-    kl_program = make_kl(
-      policy.module, config.response_length, config.temperature
-    )
+    kl_program = queries.kl_program(policy.module, config.temperature)
 
     def sample(params, num_samples, name, number):
       """So many answers of each prompt, which is read once for all."""
@@ -221,7 +205,7 @@ def run(config, workdir: epath.Path):
       for number, path in enumerate(paths, 1):
         model = load_policy(str(path))
         sampled = sample(model.params, 1, f'{name}/{path.name}', number)
-        signed, _ = rollout.in_batches(
+        signed, _ = slices.in_batches(
           lambda batch, p=model.params: kl_program(
             p, policy.params, put(batch)
           ),

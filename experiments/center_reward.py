@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, queries, rollout
+from instruct_jax import artifacts, queries
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding
+from instruct_jax.infra import sharding, slices
 from instruct_jax.models.config import check_compute_dtype
 
 
@@ -39,7 +39,7 @@ def scores_of(config, model, comparisons, tokenizer, mesh):
   )
   program = sharding.fetched(queries.score_program(model.module))
   present = rows.mask.any(axis=2)
-  scores = rollout.in_batches(
+  scores = slices.in_batches(
     lambda batch: program(model.params, *sharding.put_whole(batch, mesh)),
     (rows.tokens[present], rows.mask[present]),
     config.batch_size,

@@ -15,12 +15,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, queries, rewards, rollout
+from instruct_jax import artifacts, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
   baselines,
-  heldout_loss,
   judges,
   model_card,
   preference_accuracy,
@@ -33,7 +32,7 @@ from instruct_jax.evals import (
 from instruct_jax.evals import samples as samples_lib
 from instruct_jax.infra import metrics as metrics_lib
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding
+from instruct_jax.infra import sharding, slices
 from instruct_jax.miniature import gold, world
 from instruct_jax.models.config import check_compute_dtype
 
@@ -126,18 +125,6 @@ def build_programs(config, policy_module, tokenizer, stop_ids):
     temperature=config.temperature,
     num_slots=config.batch_size,
   )
-  logprobs_fn = artifacts.logprobs_fn(policy_module, config.temperature)
-  text_logprobs_fn = artifacts.text_logprobs_fn(policy_module)
-
-  def kl(params, reference, sampled):
-    R = config.response_length
-    logprobs, _ = logprobs_fn(params, sampled.tokens, sampled.mask, R)
-    ref, _ = logprobs_fn(reference, sampled.tokens, sampled.mask, R)
-    return rewards.kl_estimates(logprobs, ref, sampled.response_mask)
-
-  def text_logprobs(params, batch):
-    return text_logprobs_fn(params, batch.tokens, batch.segments, None)
-
   return {
     'generate': jax.jit(
       functools.partial(
@@ -149,8 +136,7 @@ def build_programs(config, policy_module, tokenizer, stop_ids):
     'generate_prompted': jax.jit(
       functools.partial(generate, stop_ids=stop_ids)
     ),
-    'kl': jax.jit(kl),
-    'text_logprobs': jax.jit(text_logprobs),
+    'kl': queries.kl_program(policy_module, config.temperature),
   }
 
 
@@ -226,7 +212,7 @@ def run(config, workdir: epath.Path):
         config.prompt_length + config.response_length,
       )
       program = sharding.fetched(queries.score_program(model.module))
-      return rollout.in_batches(
+      return slices.in_batches(
         lambda batch: program(model.params, *put(batch)),
         scored,
         config.batch_size,
@@ -309,7 +295,7 @@ def run(config, workdir: epath.Path):
         ended[name] = sampled.ended
         if name.startswith(RL_MODELS):
           reference = models['rl_init'].params
-          kl[name] = rollout.in_batches(
+          kl[name] = slices.in_batches(
             lambda batch, p=model.params, r=reference: programs['kl'](
               p, r, put(batch)
             ),
@@ -325,23 +311,14 @@ def run(config, workdir: epath.Path):
       progress.update()
 
     # 3. Loss on held-out pretraining text, per packed row.
-    texts = records.read_jsonl(
-      root / 'data' / 'documents_valid.jsonl', records.Document
+    text_rows = loader.document_rows(
+      root / 'data' / 'documents_valid.jsonl', tokenizer, config.row_length
     )
-    text_rows = loader.pack_documents(
-      tokenizer.encode_documents([d.text for d in texts]),
-      config.row_length,
-      tokenizer.eos_id,
-      tokenizer.pad_id,
+    text_loss = queries.make_heldout_loss(
+      models['sft'].module, text_rows, 64, mesh
     )
     text_losses = {
-      name: heldout_loss.heldout_loss(
-        lambda batch, p=models[name].params: programs['text_logprobs'](
-          p, put(batch)
-        ),
-        text_rows,
-        64,
-      )
+      name: text_loss(models[name].params)
       for name in ('pretrained', 'sft', 'rl_init', *RL_MODELS)
     }
     reward_scores = {

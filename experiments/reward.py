@@ -19,11 +19,11 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int
 
-from instruct_jax import artifacts, losses, masked, rollout, supervised, types
+from instruct_jax import artifacts, losses, masked, supervised, types
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import preference_accuracy
-from instruct_jax.infra import loop, optimizer, sharding, train_state
+from instruct_jax.infra import loop, optimizer, sharding, slices, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import check_compute_dtype
 
@@ -76,8 +76,8 @@ def build_programs(config, module, num_steps):
   )
   scores_fn = artifacts.scores_fn(module)
 
-  def loss_fn(params, batch, key):
-    del key  # Reward models train without dropout.
+  def loss_fn(params, frozen, batch, key):
+    del frozen, key  # Reward models train without dropout.
     scores = scores_fn(params, batch.tokens, batch.segments, batch.ends)
     loss, pairs, correct = prompt_losses(scores, batch.ranks, config.divisor)
     # A prompt that is all ties has nothing to teach and does not count.
@@ -186,7 +186,7 @@ def score_comparisons(config, programs, params, rows):
   """r(x, y) of every candidate of a data set: [N, C] on the host."""
   mesh = jax.sharding.get_mesh()
   packed = loader.pack_comparisons(rows)
-  scalars = rollout.in_batches(
+  scalars = slices.in_batches(
     lambda batch: sharding.fetch(
       programs['scalars'](params, *sharding.put_whole(batch, mesh))
     ),

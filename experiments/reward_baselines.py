@@ -9,12 +9,12 @@ rankings.
 import jax
 from etils import epath
 
-from instruct_jax import artifacts, rollout
+from instruct_jax import artifacts
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import baselines, preference_accuracy
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding
+from instruct_jax.infra import sharding, slices
 
 
 def validate(config):
@@ -41,7 +41,7 @@ def score_of(config, model_dir, comparisons, tokenizer):
   with sharding.use_mesh(mesh):
     reward = artifacts.load(model_dir, 'scalar', mesh, tokenizer)
     score = jax.jit(artifacts.scores_fn(reward.module))
-    scores = rollout.in_batches(
+    scores = slices.in_batches(
       lambda batch: score(reward.params, *sharding.put_batch(batch, mesh)),
       tuple(x.reshape(-1, config.row_length) for x in (rows.tokens, rows.mask)),
       config.batch_size,

@@ -14,7 +14,7 @@ from instruct_jax import artifacts, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding
+from instruct_jax.infra import sharding, slices
 from instruct_jax.models.config import check_compute_dtype
 
 
@@ -87,7 +87,7 @@ def run(config, workdir: epath.Path):
     sample_and_score = sharding.fetched(programs['sample_and_score'])
 
     def mean_score(policy):
-      scores = rollout.in_batches(
+      scores = slices.in_batches(
         lambda batch: sample_and_score(
           policy.params, reward.params, sharding.put_whole(batch, mesh), key
         ),

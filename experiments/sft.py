@@ -13,10 +13,9 @@ import dataclasses
 import jax
 from etils import epath
 
-from instruct_jax import artifacts, supervised
+from instruct_jax import artifacts, queries, supervised
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.evals import heldout_loss
 from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import check_compute_dtype
@@ -52,8 +51,7 @@ def build_programs(config, module, num_steps):
     eps=config.adam_eps,
     max_grad_norm=config.max_grad_norm,
   )
-  loss_fn = supervised.make_text_loss(artifacts.text_logprobs_fn(module, False))
-  eval_fn = artifacts.text_logprobs_fn(module)
+  loss_fn = supervised.make_text_loss(artifacts.logprobs_fn(module), True)
 
   def update(state, batch, key):
     return supervised.update(
@@ -65,14 +63,7 @@ def build_programs(config, module, num_steps):
       num_microbatches=config.num_microbatches,
     )
 
-  def text_logprobs(params, batch):
-    return eval_fn(params, batch.tokens, batch.segments, None)
-
-  return {
-    'optimizer': tx,
-    'update': jax.jit(update, donate_argnums=0),
-    'text_logprobs': jax.jit(text_logprobs),
-  }
+  return {'optimizer': tx, 'update': jax.jit(update, donate_argnums=0)}
 
 
 def run(config, workdir: epath.Path):
@@ -108,12 +99,10 @@ def run(config, workdir: epath.Path):
     'process_count': jax.process_count(),
   }
   if config.ptx_fraction:
-    texts = records.read_jsonl(config.documents, records.Document)
-    ptx_rows = loader.pack_documents(
-      tokenizer.encode_documents([d.text for d in texts]),
+    ptx_rows = loader.document_rows(
+      config.documents,
+      tokenizer,
       config.row_length,
-      tokenizer.eos_id,
-      tokenizer.pad_id,
       cut=config.cut_documents,
     )
     batches = loader.mixture(
@@ -158,14 +147,9 @@ def run(config, workdir: epath.Path):
     )
     del model
 
-    def valid_loss(params):
-      return heldout_loss.heldout_loss(
-        lambda batch: sharding.fetch(
-          programs['text_logprobs'](params, sharding.put_whole(batch, mesh))
-        ),
-        valid_rows,
-        config.eval_batch_size,
-      ).mean
+    valid_loss = queries.make_heldout_loss(
+      module, valid_rows, config.eval_batch_size, mesh
+    )
 
     def save(directory, params, epoch, loss):
       artifacts.save(
@@ -199,7 +183,7 @@ def run(config, workdir: epath.Path):
         values = None
         if (step + 1) % steps_per_epoch == 0:
           epoch = (step + 1) // steps_per_epoch
-          loss = valid_loss(state.params)
+          loss = valid_loss(state.params).mean
           values = {'epoch': epoch, 'eval/loss': loss}
           save(workdir / 'epochs' / str(epoch), state.params, epoch, loss)
         steps.end_step(

@@ -24,7 +24,7 @@ from instruct_jax.infra import checkpoint, sharding, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models import decoding, families, heads, hf
 from instruct_jax.models.config import TransformerConfig
-from instruct_jax.types import Decoder, Key, Params
+from instruct_jax.types import Decoder, Key, LogprobsFn, Params, ScalarsFn
 
 KINDS = {'policy': heads.Policy, 'scalar': heads.ScalarModel}
 
@@ -397,50 +397,34 @@ def decoder(module: heads.Policy, gather_weights: bool = True) -> Decoder:
   )
 
 
-def logprobs_fn(module: heads.Policy, temperature: float = 1.0):
-  """`types.LogprobsFn` of a policy."""
-  return lambda params, tokens, mask, num_response: module.apply(
-    {'params': params},
-    tokens,
-    mask,
-    num_response,
-    temperature,
-    method='response_logprobs',
-  )
+def logprobs_fn(
+  module: heads.Policy, temperature: float = 1.0, longest: int = 0
+) -> LogprobsFn:
+  """A policy as `types.LogprobsFn`.
 
+  Args:
+    module: the policy.
+    temperature: divides the logits.
+    longest: tokens of the longest segment, where rows may be much longer.
+  """
 
-def text_logprobs_fn(module: heads.Policy, deterministic: bool = True):
-  """(params, tokens, segments, key) -> logprobs [B, T]; key is for dropout."""
-
-  def text_logprobs(params, tokens, segments, key):
-    rngs = None if deterministic else {'dropout': key}
+  def logprobs(params, tokens, segments, where=None, dropout_key=None):
     return module.apply(
       {'params': params},
       tokens,
       segments,
-      deterministic,
-      method='text_logprobs',
-      rngs=rngs,
+      where,
+      temperature=temperature,
+      longest=longest,
+      deterministic=dropout_key is None,
+      method='logprobs',
+      rngs=None if dropout_key is None else {'dropout': dropout_key},
     )
 
-  return text_logprobs
+  return logprobs
 
 
-def packed_logprobs_fn(module: heads.Policy, temperature: float, longest: int):
-  """`types.PackedLogprobsFn` of a policy; no segment is longer than that."""
-  return lambda params, tokens, segments, where, targets: module.apply(
-    {'params': params},
-    tokens,
-    segments,
-    where,
-    targets,
-    temperature,
-    longest,
-    method='packed_logprobs',
-  )
-
-
-def scalars_fn(module: heads.ScalarModel, longest: int = 0):
+def scalars_fn(module: heads.ScalarModel, longest: int = 0) -> ScalarsFn:
   """`types.ScalarsFn` of a reward or value model.
 
   Packed rows have segments in the place of the mask; `longest` is as in
