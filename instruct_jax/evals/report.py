@@ -284,8 +284,7 @@ def _short_result(figures: run_figures.Figures) -> list[str]:
 def _samples_lines(figures: run_figures.Figures) -> list[str]:
   lines = ['## Answers side by side', '']
   if not figures.samples:
-    reason = figures.reasons.get('samples', 'not measured in this run')
-    return lines + _part_lines(sections.LeftOut(reason))
+    return lines + _part_lines(sections.left_out(figures, 'samples'))
   models = [
     model for model, _ in run_figures.ordered(figures.samples[0].answers)
   ]
