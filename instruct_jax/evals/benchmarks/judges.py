@@ -23,6 +23,7 @@ import argparse
 import collections
 import csv
 import dataclasses
+import functools
 import io
 import re
 import sys
@@ -50,14 +51,24 @@ _WORD = re.compile(r"[\w']+|[^\w\s]")
 # --- Logistic regression on n-grams -------------------------------------------
 
 
+@functools.lru_cache(maxsize=200_000)
+def _characters(word: str) -> tuple[str, ...]:
+  """Runs of 2 to 5 characters within a word, its ends marked."""
+  padded = f'<{word[:30]}>'
+  return tuple(
+    f'c {padded[i : i + size]}'
+    for size in range(2, 6)
+    for i in range(len(padded) - size + 1)
+  )
+
+
 def text_features(text: str) -> set[str]:
-  """Words, word pairs, and 4-grams of the characters within words."""
+  """Words, word pairs, and runs of characters within words."""
   words = _WORD.findall(text.lower().replace('’', "'"))
   found = {f'w {word}' for word in words}
   found |= {f'p {a} {b}' for a, b in zip(words, words[1:], strict=False)}
-  for word in words:
-    padded = f'<{word[:30]}>'
-    found |= {f'c {padded[i : i + 4]}' for i in range(len(padded) - 3)}
+  for word in set(words):
+    found.update(_characters(word))
   return found
 
 
@@ -77,52 +88,75 @@ def answer_features(question: str, answer: str) -> set[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-  """p = sigmoid(w · x / |x| + b), x the indicator of known features."""
+  """p = sigmoid(w · x / |x| + b), x the known features by their rarity.
+
+  Attributes:
+    columns: feature -> index.
+    rarity: log(texts / texts with the feature) + 1, of the training texts.
+    weights: w.
+    bias: b.
+  """
 
   columns: Mapping[str, int]
+  rarity: np.ndarray
   weights: np.ndarray
   bias: float
 
+  def logits(self, features: Sequence[set[str]]) -> np.ndarray:
+    return _matrix(features, self.columns, self.rarity) @ self.weights + (
+      self.bias
+    )
+
   def probabilities(self, features: Sequence[set[str]]) -> np.ndarray:
-    logits = _matrix(features, self.columns) @ self.weights + self.bias
-    return 1 / (1 + np.exp(-logits))
+    return sigmoid(self.logits(features))
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+  return 1 / (1 + np.exp(-logits))
 
 
 def _matrix(
-  features: Sequence[set[str]], columns: Mapping[str, int]
+  features: Sequence[set[str]],
+  columns: Mapping[str, int],
+  rarity: np.ndarray,
 ) -> scipy.sparse.csr_matrix:
   """Rows of length 1 (or 0, for a text without a known feature)."""
-  indices, ends, values = [], [0], []
+  indices, ends = [], [0]
   for found in features:
-    known = sorted(columns[name] for name in found if name in columns)
-    indices += known
-    values += [len(known) ** -0.5] * len(known) if known else []
+    indices += sorted(columns[name] for name in found if name in columns)
     ends.append(len(indices))
-  return scipy.sparse.csr_matrix(
-    (values, indices, ends), shape=(len(features), len(columns))
+  matrix = scipy.sparse.csr_matrix(
+    (rarity[indices], indices, ends), shape=(len(features), len(columns))
   )
+  lengths = np.sqrt(matrix.multiply(matrix).sum(axis=1)).A1
+  scale = 1 / np.where(lengths > 0, lengths, 1)
+  return scipy.sparse.diags(scale) @ matrix
 
 
 def fit(
   features: Sequence[set[str]],
-  labels: Sequence[int],
+  labels: Sequence[int | float],
   penalty: float = 1.0,
 ) -> Classifier:
   """Maximum likelihood with an L2 penalty, by L-BFGS; no randomness.
 
   Args:
     features: of each text.
-    labels: 0 or 1.
+    labels: from 0 to 1; a probability counts as so much of either label.
     penalty: of |w|^2 / 2, against the summed log-likelihood; the bias is free.
 
   Raises:
-    ValueError: lengths differ, or only one label occurs.
+    ValueError: lengths differ, a label is out of range, or all are the same.
   """
   targets = np.asarray(labels, np.float64)
-  if len(features) != len(targets) or set(targets) != {0.0, 1.0}:
+  if (
+    len(features) != len(targets)
+    or not ((targets >= 0) & (targets <= 1)).all()
+    or len(set(targets)) < 2
+  ):
     raise ValueError(
       f'{len(features)} texts and {len(targets)} labels of values '
-      f'{sorted(set(targets))}; both 0 and 1 must occur'
+      f'{sorted(set(targets))[:5]}; both 0 and 1 must occur, or values between'
     )
   counts = collections.Counter(name for found in features for name in found)
   frequent = [
@@ -131,27 +165,32 @@ def fit(
     if count >= min(_MIN_TEXTS, len(features) // 2)
   ]
   columns = {name: i for i, name in enumerate(sorted(frequent))}
-  matrix = _matrix(features, columns)
+  seen = np.array([counts[name] for name in columns])
+  rarity = np.log(len(features) / seen) + 1
+  matrix = _matrix(features, columns, rarity)
+  transposed = matrix.T.tocsr()
 
   def loss(parameters):
     weights, bias = parameters[:-1], parameters[-1]
     logits = matrix @ weights + bias
     # log(1 + e^z) - y z, and its derivative sigmoid(z) - y.
     value = np.logaddexp(0, logits) - targets * logits
-    residual = 1 / (1 + np.exp(-logits)) - targets
+    residual = sigmoid(logits) - targets
     gradient = np.append(
-      matrix.T @ residual + penalty * weights, residual.sum()
+      transposed @ residual + penalty * weights, residual.sum()
     )
-    return value.sum() + penalty * weights @ weights / 2, gradient
+    total = value.sum() + penalty * weights @ weights / 2
+    # A mean, so that the tolerance does not depend on the number of texts.
+    return total / len(targets), gradient / len(targets)
 
   found = scipy.optimize.minimize(
     loss,
     np.zeros(len(columns) + 1),
     jac=True,
     method='L-BFGS-B',
-    options={'maxiter': 300},
+    options={'maxiter': 300, 'gtol': 1e-4, 'ftol': 1e-9},
   )
-  return Classifier(columns, found.x[:-1], float(found.x[-1]))
+  return Classifier(columns, rarity, found.x[:-1], float(found.x[-1]))
 
 
 # --- The two scorers ----------------------------------------------------------
