@@ -17,8 +17,12 @@ from configs import common
 
 def stage(seed, workdir):
   config = common.stage('nlp_suite', 'nlp_suite', seed, workdir)
+  common.models(config)
   config.models = ''  # NAME=FOLDER,NAME=FOLDER: policies; names of rows.
   config.tokenizer = ''  # Folder of the tokenizer.
+  # Asks the bare texts, without the tokenizer's template; else each query is
+  # one turn of a user and each choice an answer, as in training.
+  config.plain_prompts = False
   config.may_be_empty = False  # No file at all: an error, or nothing to do.
   config.data = ConfigDict(
     {  # Official files by task, plain or .gz; some also tfds:NAME/SPLIT.

@@ -25,9 +25,11 @@ from instruct_jax.evals import (
 from instruct_jax.evals.samples import Sample
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
+from instruct_jax.models.config import check_compute_dtype
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   if config.judge not in ('gold', 'reward'):
     raise ValueError(f"judge must be 'gold' or 'reward': {config.judge!r}")
   for key in ('policy', 'reward_model', 'prompts', 'tokenizer'):
@@ -48,6 +50,22 @@ def validate(config):
   if not config.temperature > 0:
     raise ValueError(f'temperature must be positive: {config.temperature}')
   artifacts.named_folders(config.rl)
+
+
+def inputs(config):
+  """What this stage reads, by config key."""
+  keys = ['policy', 'reward_model', 'prompts', 'tokenizer']
+  if config.judge == 'reward':
+    keys.append('judge_model')
+  found = {key: config[key] for key in keys}
+  for name, folder in artifacts.named_folders(config.rl).items():
+    found[f'rl.{name}'] = folder
+    if epath.Path(folder).exists():
+      del found[f'rl.{name}']
+      for path in rl_policies(folder):
+        part = path.relative_to(folder).as_posix()
+        found[f'rl.{name}/{part}'] = str(path)
+  return found
 
 
 def rl_policies(folder: str) -> list[epath.Path]:
@@ -98,20 +116,31 @@ def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   prompts = records.read_jsonl(config.prompts, records.Prompt)
-  rows, num_dropped = loader.prompt_rows(
+  rows, dropped = loader.prompt_rows(
     prompts[: config.num_prompts], tokenizer, config.prompt_length
   )
+  run_lib.tell_dropped(
+    config.name, dropped.describe('prompts', 'prompt_length')
+  )
+  num_dropped = dropped.total
   prompts = [prompts[i] for i in rows.indices]
   N, sizes = config.num_samples, sizes_up_to(config.num_samples)
   mesh = sharding.make_mesh(config.mesh)
   put = functools.partial(sharding.put_batch, mesh=mesh)
   with sharding.use_mesh(mesh):
-    policy = queries.load_policy(config.policy, tokenizer, mesh)
+    load_policy = functools.partial(
+      queries.load_policy,
+      tokenizer=tokenizer,
+      mesh=mesh,
+      compute_dtype=config.compute_dtype,
+    )
+    policy = load_policy(config.policy)
     load_scalar = functools.partial(
       artifacts.load,
       kind='scalar',
       mesh=mesh,
-      tokenizer_fingerprint=tokenizer.fingerprint,
+      tokenizer=tokenizer,
+      compute_dtype=config.compute_dtype,
     )
     proxy_model = load_scalar(config.reward_model)
     if config.judge == 'gold':
@@ -159,7 +188,7 @@ def run(config, workdir: epath.Path):
       proxy = score(proxy_model)
       if config.judge == 'reward':
         return proxy, score(judge_model)
-      texts = tokenizer.decode_batch(ids)
+      texts = tokenizer.decode_responses(ids)
       answers = [
         (prompt, Sample('', prompt.id, prompt.text, text, len(a), True))
         for prompt, text, a in zip(several, texts, ids, strict=True)
@@ -190,7 +219,7 @@ def run(config, workdir: epath.Path):
       found = {'kl': [], 'proxy': [], 'gold': []}
       paths = rl_policies(folder)
       for number, path in enumerate(paths, 1):
-        model = queries.load_policy(str(path), tokenizer, mesh)
+        model = load_policy(str(path))
         sampled = sample(model.params, 1, f'{name}/{path.name}', number)
         signed, _ = rollout.in_batches(
           lambda batch, p=model.params: kl_program(

@@ -17,9 +17,11 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
 from instruct_jax.miniature import labelers, world
+from instruct_jax.models.config import check_compute_dtype
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   if not 2 <= config.min_candidates <= config.max_candidates:
     raise ValueError(
       f'need 2 <= min_candidates ({config.min_candidates}) <= max_candidates '
@@ -46,6 +48,16 @@ def validate(config):
       )
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  found = {
+    key: config[key] for key in ('tokenizer', 'prompts', 'valid_prompts')
+  }
+  for name, each in config.policies.items():
+    found[f'policies.{name}.model'] = each.model
+  return found
+
+
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
@@ -64,8 +76,8 @@ def run(config, workdir: epath.Path):
         each.model,
         'policy',
         mesh,
-        tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
+        tokenizer,
+        compute_dtype=config.compute_dtype,
       )
       for each in config.policies.values()
     ]
@@ -125,7 +137,7 @@ def run(config, workdir: epath.Path):
             config.batch_size,
             progress=progress.update,
           )
-          answers = tokenizer.decode_batch(rollout.response_ids(sampled))
+          answers = tokenizer.decode_responses(rollout.response_ids(sampled))
           for row, text in zip(rows.indices, answers, strict=True):
             texts[mine[row]] = text
       # In the order drawn: the order of the answers tells nothing of the model.
@@ -155,6 +167,7 @@ def run(config, workdir: epath.Path):
               labeler=rankers[index].name,
               category=prompt.category,
               metadata=prompt.metadata,
+              turns=prompt.turns,
             )
           )
       return found

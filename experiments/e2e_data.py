@@ -20,15 +20,16 @@ STOP = '\n'
 
 
 def validate(config):
-  wanted = f'set --config.data.root=DIR with {", ".join(FOLDERS)}'
   if not config.root:
-    raise ValueError(f'the data root is not given; {wanted}')
-  root = epath.Path(config.root)
-  missing = [name for name in FOLDERS if not (root / name).is_dir()]
-  if missing:
     raise ValueError(
-      f'{root.absolute()} has no folder {", ".join(missing)}; {wanted}'
+      'the data root is not given; set --config.data.root=DIR with '
+      + ', '.join(FOLDERS)
     )
+
+
+def inputs(config):
+  """What this stage reads, by config key."""
+  return {f'root/{name}': f'{config.root}/{name}' for name in FOLDERS}
 
 
 def run(config, workdir: epath.Path):

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, masked, rewards, rollout
+from instruct_jax import artifacts, queries, rewards, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
@@ -24,6 +24,7 @@ from instruct_jax.evals import (
   judges,
   model_card,
   preference_accuracy,
+  released_samples,
   report,
   restaurant,
   run_figures,
@@ -34,6 +35,7 @@ from instruct_jax.infra import metrics as metrics_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
 from instruct_jax.miniature import gold, world
+from instruct_jax.models.config import check_compute_dtype
 
 JUDGES = ('gold', 'restaurant')
 RL_MODELS = ('ppo', 'ppo_ptx')
@@ -42,6 +44,7 @@ HALVES = {'reward model': '', 'judge': 'judge_'}
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   if config.judge not in JUDGES:
     raise ValueError(f'judge must be one of {JUDGES}: {config.judge!r}')
   if config.rl_weights not in ('policy', 'ema'):
@@ -52,6 +55,50 @@ def validate(config):
     raise ValueError(
       f'samples_per_prompt must be positive: {config.samples_per_prompt}'
     )
+
+
+# What earlier stages of the run wrote, below the work directory.
+_OF_RUN = (
+  'data/prompts_test.jsonl',
+  'data/prompts_valid.jsonl',
+  'data/prefixes.json',
+  'data/documents_valid.jsonl',
+  'data/hygiene.json',
+  'pretrain/model',
+  'select/model',
+  'select/epochs.json',
+  'rl_init/model',
+  'reward/results.json',
+  'crossval/results.json',
+  *(
+    f'{name}/{part}'
+    for name in RL_MODELS
+    for part in ('policy', 'ema', 'alarms.json')
+  ),
+)
+_OF_JUDGE = {
+  'gold': ('compare/comparisons_heldout.jsonl',),
+  'restaurant': tuple(
+    f'data/{start}comparisons_{split}.jsonl'
+    for start in HALVES.values()
+    for split in ('train', 'valid', 'test')
+  ),
+}
+
+
+def inputs(config):
+  """What this stage reads, by config key, or by its place in the run."""
+  keys = ['tokenizer', 'reward_model']
+  if config.judge == 'gold':
+    keys += ['comparisons', 'valid_comparisons']
+  else:
+    keys.append('judge_model')
+  found = {key: config[key] for key in keys}
+  if config.suite and epath.Path(config.suite).exists():
+    found['suite'] = config.suite
+  for part in (*_OF_RUN, *_OF_JUDGE[config.judge]):
+    found[f'run/{part}'] = f'{config.workdir}/{part}'
+  return found
 
 
 def read_prefixes(path: epath.Path, tokenizer):
@@ -70,7 +117,7 @@ def read_prefixes(path: epath.Path, tokenizer):
   return content['prefixes'], (*tokenizer.stop_ids, *stop)
 
 
-def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
+def build_programs(config, policy_module, tokenizer, stop_ids):
   """The jitted programs of this stage; all policies share one shape."""
   generate = functools.partial(
     rollout.generate,
@@ -80,11 +127,7 @@ def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
     num_slots=config.batch_size,
   )
   logprobs_fn = artifacts.logprobs_fn(policy_module, config.temperature)
-  scalars_fn = artifacts.scalars_fn(scalar_module)
   text_logprobs_fn = artifacts.text_logprobs_fn(policy_module)
-
-  def score(params, tokens, mask):
-    return masked.at_last(scalars_fn(params, tokens, mask), mask)
 
   def kl(params, reference, sampled):
     R = config.response_length
@@ -106,7 +149,6 @@ def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
     'generate_prompted': jax.jit(
       functools.partial(generate, stop_ids=stop_ids)
     ),
-    'score': jax.jit(score),
     'kl': jax.jit(kl),
     'text_logprobs': jax.jit(text_logprobs),
   }
@@ -119,8 +161,9 @@ def run(config, workdir: epath.Path):
   prompts = records.read_jsonl(
     root / 'data' / 'prompts_test.jsonl', records.Prompt
   )[: config.num_prompts]
-  rows, num_dropped = loader.prompt_rows(
-    prompts, tokenizer, config.prompt_length
+  rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
+  run_lib.tell_dropped(
+    config.name, dropped.describe('prompts', 'prompt_length')
   )
   # One entry for each answer.
   prompts = [
@@ -151,15 +194,14 @@ def run(config, workdir: epath.Path):
     load = functools.partial(
       artifacts.load,
       mesh=mesh,
-      tokenizer_fingerprint=tokenizer.fingerprint,
-      vocab_size=tokenizer.vocab_size,
+      tokenizer=tokenizer,
+      compute_dtype=config.compute_dtype,
     )
     reward = load(config.reward_model, 'scalar')
     models = {name: load(path, 'policy') for name, path in folders.items()}
     programs = build_programs(
       config,
       models['sft'].module,
-      reward.module,
       tokenizer,
       stop_ids,
     )
@@ -175,43 +217,41 @@ def run(config, workdir: epath.Path):
         num_samples,
       )
 
-    def score(params, prompt_texts, answer_ids):
+    def score(model, asked, answer_ids):
       """Scores of (prompt, sampled ids): never decoded and encoded again."""
       scored = loader.answer_rows(
-        tokenizer.encode_batch(prompt_texts),
+        tokenizer.encode_prompts(asked),
         answer_ids,
         tokenizer.pad_id,
         config.prompt_length + config.response_length,
       )
+      program = sharding.fetched(queries.score_program(model.module))
       return rollout.in_batches(
-        lambda batch: programs['score'](params, *put(batch)),
+        lambda batch: program(model.params, *put(batch)),
         scored,
         config.batch_size,
       )
 
-    def score_comparisons(params, comparisons):
+    def score_comparisons(model, comparisons):
       """Per comparison, the score of each completion."""
       scores = score(
-        params,
-        [c.prompt for c in comparisons for _ in c.completions],
-        [
-          [*ids, tokenizer.eos_id]
-          for ids in tokenizer.encode_batch(
-            [text for c in comparisons for text in c.completions]
-          )
-        ],
+        model,
+        [c for c in comparisons for _ in c.completions],
+        tokenizer.encode_responses(
+          [text for c in comparisons for text in c.completions], ended=True
+        ),
       )
       ends = np.cumsum([len(c.completions) for c in comparisons])
       return np.split(scores, ends[:-1])
 
     def prompted_rows(prefix, some_prompts):
       length = config.prompt_length + config.prefix_length
-      prompted, num_dropped = loader.prompt_rows(
+      prompted, dropped = loader.prompt_rows(
         [prefix.replace('{prompt}', p.text) for p in some_prompts],
         tokenizer,
         length,
       )
-      if num_dropped:
+      if dropped.total:
         raise ValueError(
           f'a prefix and a prompt exceed {length} tokens together; raise '
           f'prefix_length ({config.prefix_length}): {prefix!r}'
@@ -221,11 +261,11 @@ def run(config, workdir: epath.Path):
     def prompted_ids(sampled):
       """Answers of the few-shot model, ended where the next example starts.
 
-      The cut is the harness's, as a stop sequence is; the end-of-text put in
-      its place tells the reward model that the answer is complete.
+      The cut is the harness's, as a stop sequence is; the end put in its place
+      tells the reward model that the answer is complete.
       """
       return [
-        [*ids[:-1], tokenizer.eos_id] if ids[-1] in stop_ids else ids
+        [*ids[:-1], tokenizer.end_id] if ids[-1] in stop_ids else ids
         for ids in rollout.response_ids(sampled)
       ]
 
@@ -250,8 +290,8 @@ def run(config, workdir: epath.Path):
           1,
         )
         scores = score(
-          reward.params,
-          [p.text for p in valid_prompts],
+          reward,
+          valid_prompts,
           prompted_ids(sampled),
         )
         prefix_scores.append(float(np.mean(scores)))
@@ -305,22 +345,20 @@ def run(config, workdir: epath.Path):
       for name in ('pretrained', 'sft', 'rl_init', *RL_MODELS)
     }
     reward_scores = {
-      name: score(reward.params, [p.text for p in prompts], ids)
-      for name, ids in answers.items()
+      name: score(reward, prompts, ids) for name, ids in answers.items()
     }
     if config.judge == 'restaurant':
-      judge_params = load(config.judge_model, 'scalar').params
+      judge_model = load(config.judge_model, 'scalar')
       judge_scores = {
-        name: score(judge_params, [p.text for p in prompts], ids)
-        for name, ids in answers.items()
+        name: score(judge_model, prompts, ids) for name, ids in answers.items()
       }
       accuracies = human_accuracies(
         root,
         tokenizer,
         config.prompt_length + config.response_length,
         {
-          'reward model': functools.partial(score_comparisons, reward.params),
-          'judge': functools.partial(score_comparisons, judge_params),
+          'reward model': functools.partial(score_comparisons, reward),
+          'judge': functools.partial(score_comparisons, judge_model),
         },
       )
 
@@ -328,7 +366,7 @@ def run(config, workdir: epath.Path):
   if jax.process_index() != 0:
     return {}
   texts_by_model = {
-    name: tokenizer.decode_batch(ids) for name, ids in answers.items()
+    name: tokenizer.decode_responses(ids) for name, ids in answers.items()
   }
   if config.judge == 'gold':
     judged = judge_by_gold(config, prompts, texts_by_model)
@@ -395,6 +433,9 @@ def run(config, workdir: epath.Path):
     for name in ('pretrained', 'sft', *RL_MODELS)
   }
   extra |= reward_tables
+  suite, _ = suite_table(config.suite)
+  if suite:
+    extra['Public NLP suite (paper, appendix D)'] = suite
   done = {
     folder.name: run_lib.read_json(folder / run_lib.DONE_FILE)
     for folder in sorted(root.iterdir())
@@ -419,7 +460,7 @@ def run(config, workdir: epath.Path):
       )
       for name in ('prompted', *RL_MODELS)
     },
-    metadata=metadata_rates(flags),
+    metadata=metadata_rates(flags, ids),
     likert={
       name: win_rate.mean_interval(likert[name], ids)
       for name in run_figures.MODELS
@@ -483,7 +524,7 @@ def run(config, workdir: epath.Path):
     report.write_file(directory / 'model_card.md', card.encode())
     report.write_report(directory, figures, plots)
   print((root / 'report.md').as_posix(), flush=True)
-  return {'num_prompts': len(prompts), 'num_dropped': num_dropped}
+  return {'num_prompts': len(prompts), 'num_dropped': dropped.total}
 
 
 def judge_by_gold(config, prompts, texts_by_model):
@@ -560,15 +601,17 @@ def slot_columns(slots, texts, ids):
   }
 
 
-def metadata_rates(flags):
-  """Share of answers with each Table 3 label, over those it applies to."""
+def metadata_rates(flags, ids):
+  """Model -> Table 3 label -> share of the answers it applies to, by prompt."""
   rates = {}
   for name in run_figures.MODELS:
     labels = dict.fromkeys(label for row in flags[name] for label in row)
-    rates[name] = {
-      label: float(np.mean([row[label] for row in flags[name] if label in row]))
-      for label in labels
-    }
+    rates[name] = {}
+    for label in labels:
+      chosen = [i for i, row in enumerate(flags[name]) if label in row]
+      rates[name][label] = win_rate.share_interval(
+        [flags[name][i][label] for i in chosen], [ids[i] for i in chosen]
+      )
   return rates
 
 
@@ -670,8 +713,8 @@ def suite_table(path):
   result = run_lib.read_json(path)
   found = {}
   for cell in result['cells']:
-    row = f'{cell["task"]}, {cell["prompt"]}, {cell["metric"]}'
-    found.setdefault(row, {})[cell['model']] = win_rate.Interval(
+    row = found.setdefault(released_samples.line_name(cell), {})
+    row[cell['model']] = win_rate.Interval(
       cell['score'], cell['low'], cell['high'], cell['num_items']
     )
   return found, result['judges']

@@ -22,6 +22,12 @@ def validate(config):
     )
 
 
+def inputs(config):
+  """Nothing: this stage writes its world itself."""
+  del config
+  return {}
+
+
 def run(config, workdir: epath.Path):
   validate(config)
   the_world = world.make_world(config.seed)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from experiments import ppo_ptx, reward, sft
-from instruct_jax import artifacts, ppo, rewards, rollout
+from instruct_jax import artifacts, ppo, rewards, rollout, sampling
 from instruct_jax.infra import programs as programs_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
@@ -67,6 +67,12 @@ def validate(config):
     raise ValueError(f'unknown programs {unknown}; known: {known}')
   if not config.meshes:
     raise ValueError('meshes is empty: there is nothing to try')
+
+
+def inputs(config):
+  """Nothing: shapes alone are compiled."""
+  del config
+  return {}
 
 
 def topology_devices(config):
@@ -322,7 +328,7 @@ def sampling_program(name, stage, shape, mesh, policy, resident):
 
   def step(cache, weights, tokens, lengths, uniform):
     logits, cache = decoder.step(weights, tokens, lengths, cache)
-    return rollout.sample_tokens(logits, uniform, stage.temperature), cache
+    return sampling.sample_tokens(logits, uniform, stage.temperature), cache
 
   # What was read waits beside the slots for one to become free.
   bank = cache_of(num_read, stage.prompt_length)
@@ -605,7 +611,7 @@ def run(config, workdir: epath.Path):
   if set(EPISODES) <= set(rows):
     summary['iteration'] = iteration(config, rows, len(devices))
   text = table(summary)
-  (workdir / 'plan.md').write_text(text)
+  (workdir / 'plan.md').write_text(f'# Plan\n\n{text}')
   print(text, flush=True)
   if without:
     raise RuntimeError(

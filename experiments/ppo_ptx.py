@@ -33,15 +33,17 @@ from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import heldout_loss
 from instruct_jax.evals.benchmarks import probe, runner
-from instruct_jax.infra import loop, metrics, optimizer, sharding, train_state
+from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
-from instruct_jax.models import attention
+from instruct_jax.models import attention, heads
+from instruct_jax.models.config import check_compute_dtype
 from instruct_jax.types import PackedPPOBatch
 
 OFFLOADED = ('ema', 'reference', 'reward')
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   method = ppo_config(config)
   if config.num_episodes % config.batch_size:
     raise ValueError(
@@ -102,6 +104,20 @@ def validate(config):
       raise ValueError(
         f'probe_every is {config.probe_every} and probes names no task'
       )
+
+
+def inputs(config):
+  """What this stage reads, by config key."""
+  keys = ['tokenizer', 'init', 'reward_model', 'prompts']
+  if config.ptx_coef > 0:
+    keys.append('documents')
+  if config.valid_documents:
+    keys.append('valid_documents')
+  found = {key: config[key] for key in keys}
+  if config.probe_every:
+    for name, path in artifacts.named_folders(config.probes).items():
+      found[f'probes.{name}'] = path
+  return found
 
 
 def ppo_config(config) -> ppo.PPOConfig:
@@ -165,22 +181,23 @@ def build_programs(
 
   def choose_old(read_old, rows, num_slices, sampler, mask):
     """The sampler's log-probabilities, where those of every so many rows agree
-    with the training graph's; else the graph's of all rows."""
-    if config.sampler_tolerance == 0:
-      return rollout.in_slices(read_old, rows, num_slices), {}
+    with the training graph's; else the graph's of all rows. And how far they
+    agree."""
+    compares = config.sampler_tolerance > 0
+
+    def read_all():
+      return rollout.in_slices(read_old, rows, num_slices)
 
     def some(x):
-      return x[:: config.num_minibatches]
+      return x[:: config.num_minibatches] if compares else x
 
-    difference = jnp.abs(read_old(jax.tree.map(some, rows)) - some(sampler))
+    graph = read_old(jax.tree.map(some, rows)) if compares else read_all()
+    difference = jnp.abs(graph - some(sampler))
     largest = jnp.max(jnp.where(some(mask), difference, 0.0))
-    agrees = largest <= config.sampler_tolerance
-    old_logprobs = jax.lax.cond(
-      agrees,
-      lambda: sampler,
-      lambda: rollout.in_slices(read_old, rows, num_slices),
-    )
-    return old_logprobs, {
+    agrees = compares & (largest <= config.sampler_tolerance)
+    if compares:
+      graph = jax.lax.cond(agrees, lambda: sampler, read_all)
+    return graph, {
       'objective/sampler_difference': masked.metric(difference, some(mask)),
       'objective/sampler_difference_max': masked.scalar(largest),
       'objective/sampler_trusted': masked.scalar(agrees.astype(jnp.float32)),
@@ -192,7 +209,9 @@ def build_programs(
       ref_logprobs, _ = logprobs_fn(reference, tokens, mask, R)
       old_values = ppo.response_values(scalars_fn(value, tokens, mask), R)
       if score_fn is None:
-        scores = masked.at_last(scalars_fn(reward, tokens, mask), mask)
+        scores = heads.read_scores(
+          scalar_module, scalars_fn(reward, tokens, mask), tokens, mask
+        )
       else:
         scores = score_fn(reward, tokens, mask)
       return scores, ref_logprobs, old_values
@@ -231,7 +250,9 @@ def build_programs(
     num_slices = math.gcd(config.num_slices, rows[0].shape[0])
     ref_logprobs, values, *scalars = rollout.in_slices(read, rows, num_slices)
     if score_fn is None:
-      scores = scalars[0].reshape(-1)[layout.ends]
+      scores = heads.read_scores(
+        scalar_module, scalars[0], rows[0], rows[1], layout.ends
+      )
     else:
       scores = score_fn(reward, sampled.tokens, sampled.mask)
     sampler = packing.pack_responses(sampled.logprobs, layout)
@@ -324,58 +345,65 @@ def build_programs(
   }
 
 
-def plan_rows(config, programs, sampled, mesh, iteration, known=()):
+def row_settings(config, mesh):
+  """What `packing.plan` is told besides the lengths."""
+  # A TPU's flash kernel reads whole tiles.
+  on_tpu = mesh.devices.flat[0].platform == 'tpu'
+  tiled = config.attention == 'flash' or (config.attention == 'auto' and on_tpu)
+  return {
+    'prompt_columns': config.prompt_length,
+    'response_columns': config.response_length,
+    'num_minibatches': config.num_minibatches,
+    'num_microbatches': config.num_microbatches,
+    'num_epochs': config.num_epochs,
+    'num_shards': mesh.shape['data'] * mesh.shape['fsdp'],
+    'row_episodes': config.pack_episodes,
+    'multiple': attention.TILE if tiled else 8,
+    'spare': config.pack_spare,
+  }
+
+
+def row_shapes(config, mesh) -> tuple[tuple[int, int], ...]:
+  """The shapes of rows that score and update may be compiled for, besides the
+  padded one."""
+  if not config.pack:
+    return ()
+  settings = row_settings(config, mesh)
+  groups = config.num_minibatches * config.num_microbatches
+  group_size = config.batch_size // groups
+  return packing.ladder(
+    config.prompt_length + config.response_length,
+    group_size,
+    packing.rows_per_group(
+      group_size, settings['num_shards'], settings['row_episodes']
+    ),
+    settings['multiple'],
+    settings['spare'],
+  )
+
+
+def plan_rows(config, programs, sampled, mesh, iteration):
   """Where score and update find a rollout's episodes: a layout on the mesh.
 
   None without packing, or where it would save less than a twentieth. Waits for
-  the rollout, since lengths decide shapes; `known` ones (of `layout_shapes`)
-  are used again.
+  the rollout, since its lengths choose one of `row_shapes`.
   """
   if not config.pack:
     return None
   prompts, responses = np.asarray(programs['lengths'](sampled))
-  if np.sum(prompts + responses) > 0.95 * sampled.mask.size:
-    return None
-  # A TPU's flash kernel reads whole tiles.
-  on_tpu = mesh.devices.flat[0].platform == 'tpu'
-  tiled = config.attention == 'flash' or (config.attention == 'auto' and on_tpu)
   layout = packing.plan(
     prompts,
     responses,
-    prompt_columns=config.prompt_length,
-    response_columns=config.response_length,
-    num_minibatches=config.num_minibatches,
-    num_microbatches=config.num_microbatches,
-    num_epochs=config.num_epochs,
-    num_shards=mesh.shape['data'] * mesh.shape['fsdp'],
-    row_episodes=config.pack_episodes,
-    multiple=attention.TILE if tiled else 8,
     seed=(config.seed, iteration),
-    known=known,
-    spare=config.pack_spare,
+    **row_settings(config, mesh),
   )
-  # With few episodes a device, every row holds one and some hold none.
-  if layout.source.size > 0.95 * config.num_epochs * sampled.mask.size:
+  if layout is None:
     return None
   # Every host has the whole plan and hands over its own rows of it.
   layout = jax.tree.map(
     lambda x: np.split(x, jax.process_count())[jax.process_index()], layout
   )
   return sharding.put_batch(layout, mesh)
-
-
-def layout_shapes(rows) -> set[tuple[int, int]]:
-  """Shapes of layouts in the metrics so far.
-
-  From there and not from memory: a resumed run must choose as the one that was
-  cut would have chosen.
-  """
-  names = ('packing/row_length', 'packing/row_responses')
-  return {
-    tuple(int(row[name]) for name in names)
-    for row in rows
-    if row.get(names[0]) is not None
-  }
 
 
 def initial_state(programs, policy, value, kl_coef) -> ppo.PPOState:
@@ -403,8 +431,9 @@ def freeze(params, dtype):
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  for folder in (config.init, config.reward_model):
-    tokenizer_lib.check_published(tokenizer, folder)
+  # The description of all is checked before any is read.
+  artifacts.check(config.init, 'policy', tokenizer)
+  artifacts.check(config.reward_model, 'scalar', tokenizer)
   minibatch = config.batch_size // config.num_minibatches
   mesh = artifacts.make_mesh(
     config.mesh,
@@ -418,10 +447,13 @@ def run(config, workdir: epath.Path):
   use_ptx = config.ptx_coef > 0
 
   # 1. Data: prompts, and pretraining rows for the ptx part.
-  prompt_rows, num_dropped = loader.prompt_rows(
+  prompt_rows, dropped = loader.prompt_rows(
     records.read_jsonl(config.prompts, records.Prompt),
     tokenizer,
     config.prompt_length,
+  )
+  run_lib.tell_dropped(
+    config.name, dropped.describe('prompts', 'prompt_length')
   )
   processes = {
     'process_index': jax.process_index(),
@@ -455,19 +487,17 @@ def run(config, workdir: epath.Path):
   num_iterations = config.num_episodes // config.batch_size
   root = jax.random.key(config.seed)
   with sharding.use_mesh(mesh):
-    # 2. Models. The description of all is checked before any is read.
-    for folder, kind in (
-      (config.init, 'policy'),
-      (config.reward_model, 'scalar'),
-    ):
-      artifacts.check(folder, kind, tokenizer.fingerprint)
+    # 2. Models.
     load = functools.partial(
       artifacts.load,
       mesh=mesh,
-      tokenizer_fingerprint=tokenizer.fingerprint,
-      vocab_size=tokenizer.vocab_size,
+      tokenizer=tokenizer,
     )
-    changes = {'remat': config.remat, 'attention': config.attention}
+    changes = {
+      'remat': config.remat,
+      'attention': config.attention,
+      'compute_dtype': config.compute_dtype,
+    }
     policy = load(
       config.init, 'policy', logprob_chunk=config.logprob_chunk, **changes
     )
@@ -538,6 +568,11 @@ def run(config, workdir: epath.Path):
 
     # 3. The loop.
     told = set()
+    alarm_limits = (
+      tuple(reward_metadata['score_range']),
+      config.response_length,
+      policy_module.config.compute_dtype,
+    )
     with loop.Loop(
       workdir,
       config.name,
@@ -548,10 +583,7 @@ def run(config, workdir: epath.Path):
     ) as iterations:
       programs = iterations.watched(programs)
       state = iterations.restore(sharding.place(state, mesh))
-      # The first process alone writes lines, and looks at them.
-      rows = []
-      if jax.process_index() == 0:
-        rows = metrics.read_lines(workdir / metrics.METRICS_FILE)
+      rows = iterations.lines  # They grow with the run.
       data = loader.ahead(lambda i: (prompts[i], ptx[i] if use_ptx else None))
       for iteration, (prompt_batch, ptx_rows) in iterations.steps_with(data):
         keys = dict(
@@ -573,9 +605,7 @@ def run(config, workdir: epath.Path):
         sampled = programs['generate'](
           state.policy.params, batch, keys['rollout']
         )
-        layout = plan_rows(
-          config, programs, sampled, mesh, iteration, layout_shapes(rows)
-        )
+        layout = plan_rows(config, programs, sampled, mesh, iteration)
         ppo_batch, score_metrics = programs['score'](
           state.policy.params,
           wake('reference', reference),
@@ -608,10 +638,10 @@ def run(config, workdir: epath.Path):
           artifacts.save(
             workdir / 'snapshots' / str(done),
             artifacts.Model('policy', policy_module, state.policy.params, {}),
-            tokenizer.fingerprint,
+            tokenizer,
             {'stage': config.name, 'iteration': done},
           )
-        line = iterations.end_step(
+        iterations.end_step(
           iteration,
           state,
           {**score_metrics, **update_metrics},
@@ -621,20 +651,15 @@ def run(config, workdir: epath.Path):
           },
           values=values,
           num_items=config.batch_size,
-          text=_summary(rows),
+          text_fn=_summary,
         )
-        rows.append({'step': done, **line})
-        for name, text in alarms.find(
-          rows, tuple(reward_metadata['score_range']), config.response_length
-        ).items():
+        for name, text in alarms.find(rows, *alarm_limits).items():
           if name not in told:
             told.add(name)
             run_lib.say(f'{config.name}: alarm: {text}')
 
     # 4. Outputs: the policy and its moving average, each on its own.
-    found = alarms.find(
-      rows, tuple(reward_metadata['score_range']), config.response_length
-    )
+    found = alarms.find(rows, *alarm_limits)
     about = {
       'stage': config.name,
       'seed': config.seed,
@@ -645,22 +670,22 @@ def run(config, workdir: epath.Path):
       artifacts.save(
         workdir / name,
         artifacts.Model('policy', policy_module, params, {}),
-        tokenizer.fingerprint,
+        tokenizer,
         {**about, 'weights': name},
       )
   run_lib.write_json(workdir / 'alarms.json', found)
   return {
     'num_prompts': loader.num_rows(prompt_rows),
-    'num_prompts_dropped': num_dropped,
+    'num_prompts_dropped': dropped.total,
     'alarms': found,
   }
 
 
-def _summary(rows) -> str:
-  if not rows:
-    return ''
-  row = rows[-1]
-  return (
-    f'score {row["objective/score"]:.3f} kl {row["objective/kl"]:.2f} '
-    f'length {row["objective/length"]:.1f}'
-  )
+def _summary(line) -> str:
+  """The line in few words; what is None was not a finite number."""
+
+  def show(name, digits):
+    value = line.get(f'objective/{name}')
+    return f'{name} {"?" if value is None else f"{value:.{digits}f}"}'
+
+  return ' '.join((show('score', 3), show('kl', 2), show('length', 1)))

@@ -16,7 +16,6 @@ from etils import epath
 
 from instruct_jax import artifacts, queries, rollout
 from instruct_jax.data import loader, records
-from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
   endpoint,
   judges,
@@ -28,6 +27,7 @@ from instruct_jax.evals import (
 from instruct_jax.evals import samples as samples_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
+from instruct_jax.models.config import check_compute_dtype
 
 _RECORDED = ('.jsonl', '.jsonl.gz')
 
@@ -37,6 +37,7 @@ def is_recorded(source: str) -> bool:
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   models = artifacts.named_folders(config.models)
   if config.baseline not in models or len(models) < 2:
     raise ValueError(
@@ -70,6 +71,19 @@ def validate(config):
   )
   if needs_ours and not config.tokenizer:
     raise ValueError('tokenizer is empty; models of ours need its folder')
+
+
+def inputs(config):
+  """What this stage reads, by config key."""
+  found = {'prompts': config.prompts}
+  if config.tokenizer:
+    found['tokenizer'] = config.tokenizer
+  for name, source in artifacts.named_folders(config.models).items():
+    found[f'models.{name}'] = source.partition('#')[0]
+  key = {'reward': 'reward_model', 'people': 'rankings'}.get(config.judge)
+  if key:
+    found[key] = config[key]
+  return found
 
 
 # --- Answers ------------------------------------------------------------------
@@ -115,18 +129,19 @@ def read_recorded(name, source, prompts):
   return chosen
 
 
-def sample_answers(config, name, source, prompts, cache, mesh):
+def sample_answers(config, name, source, tokenizer, prompts, cache, mesh):
   """A model's answers, from the cache or sampled now; one line a prompt."""
-  tokenizer = queries.tokenizer_of(source, config.tokenizer)
   settings = {
     'model': artifacts.content_hash(source),
     'tokenizer': tokenizer.fingerprint,
-    'prompts': [[prompt.id, prompt.text] for prompt in prompts],
+    'prompts': [records.to_values(prompt) for prompt in prompts],
     'prompt_length': config.prompt_length,
     'response_length': config.response_length,
     'temperature': config.temperature,
     'seed': config.seed,
   }
+  if config.compute_dtype:  # Of other numbers come other answers.
+    settings['compute_dtype'] = config.compute_dtype
   content = json.dumps(settings, sort_keys=True).encode()
   path = cache / f'{hashlib.sha256(content).hexdigest()[:32]}.jsonl'
   if path.exists():
@@ -135,8 +150,13 @@ def sample_answers(config, name, source, prompts, cache, mesh):
       dataclasses.replace(sample, model=name)
       for sample in samples_lib.read_samples(path)
     ], True
-  rows, _ = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
-  model = queries.load_policy(source, tokenizer, mesh)
+  rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
+  run_lib.tell_dropped(
+    f'{config.name}, {name}', dropped.describe('prompts', 'prompt_length')
+  )
+  model = queries.load_policy(
+    source, tokenizer, mesh, compute_dtype=config.compute_dtype
+  )
   needed = config.prompt_length + config.response_length
   if needed > model.config.context_length:
     raise ValueError(
@@ -172,7 +192,11 @@ def sample_answers(config, name, source, prompts, cache, mesh):
       metadata={'ids': answer, 'tokenizer': tokenizer.fingerprint},
     )
     for index, text, answer, ended in zip(
-      rows.indices, tokenizer.decode_batch(ids), ids, sampled.ended, strict=True
+      rows.indices,
+      tokenizer.decode_responses(ids),
+      ids,
+      sampled.ended,
+      strict=True,
     )
   ]
   samples_lib.write_samples(path, samples)
@@ -185,12 +209,18 @@ def collect_answers(config, prompts, cache, mesh):
   for name, source in artifacts.named_folders(config.models).items():
     if is_recorded(source):
       found, how = read_recorded(name, source, prompts), 'recorded'
+      read = 'recorded; how it was asked is not known'
     else:
-      found, cached = sample_answers(config, name, source, prompts, cache, mesh)
+      tokenizer = queries.tokenizer_of(source, config.tokenizer, chat=True)
+      read = tokenizer.describe()
+      found, cached = sample_answers(
+        config, name, source, tokenizer, prompts, cache, mesh
+      )
       how = 'from the cache' if cached else 'sampled'
     answers[name] = {sample.prompt_id: sample for sample in found}
     account[name] = {
       'from': how,
+      'asked with': read,
       'answers': len(found),
       'prompts without': len(prompts) - len(found),
       'empty': sum(not sample.response.strip() for sample in found),
@@ -204,28 +234,26 @@ def collect_answers(config, prompts, cache, mesh):
 
 
 def reward_score(config, mesh):
-  """A `judges.ScoreFn` of a reward model; recorded texts are encoded."""
-  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  """(a `judges.ScoreFn` of the reward model, its tokenizer)."""
+  tokenizer = queries.tokenizer_of(
+    config.reward_model, config.tokenizer, chat=True
+  )
   model = artifacts.load(
-    config.reward_model, 'scalar', mesh, tokenizer.fingerprint
+    config.reward_model,
+    'scalar',
+    mesh,
+    tokenizer,
+    compute_dtype=config.compute_dtype,
   )
 
-  def ids_of(answer):
-    known = answer.metadata
-    if 'ids' in known and known['tokenizer'] == tokenizer.fingerprint:
-      return known['ids']
-    end = [tokenizer.eos_id] if answer.ended else []
-    # The score is read at the last token, so an empty answer needs one.
-    return [*tokenizer.encode(answer.response), *end] or [tokenizer.eos_id]
-
   def score(answers):
-    prompts = tokenizer.encode_batch([prompt.text for prompt, _ in answers])
-    ids = [ids_of(answer) for _, answer in answers]
+    prompts = tokenizer.encode_prompts([prompt for prompt, _ in answers])
+    ids = [queries.answer_ids(tokenizer, answer) for _, answer in answers]
     return queries.score_answers(
       model, prompts, ids, tokenizer.pad_id, config.batch_size, mesh
     )
 
-  return score
+  return score, tokenizer
 
 
 def make_judge(config, workdir, mesh):
@@ -235,8 +263,10 @@ def make_judge(config, workdir, mesh):
     compare = judges.by_score(judges.gold_score(config.world_seed))
     return name, compare, judges.gold_rating(config.world_seed), dict
   if config.judge == 'reward':
+    score, tokenizer = reward_score(config, mesh)
     name = f'a reward model (no person): {config.reward_model}'
-    return name, judges.by_score(reward_score(config, mesh)), None, dict
+    name += f'; it reads {tokenizer.describe()}'
+    return name, judges.by_score(score), None, dict
   if config.judge == 'people':
     compare, rate, labelers = judges.read_rankings(config.rankings)
     name = f'people ({len(labelers)} by name), {config.rankings}'
@@ -443,9 +473,9 @@ def rating_figures(config, rated):
       column[1].append(answer.prompt_id)
   return {
     model: {
-      name: win_rate.mean_interval(
-        values, ids, num_bootstrap=config.num_bootstrap, seed=config.seed
-      )
+      name: (
+        win_rate.mean_interval if name == LIKERT else win_rate.share_interval
+      )(values, ids, num_bootstrap=config.num_bootstrap, seed=config.seed)
       for name, (values, ids) in by_name.items()
     }
     for model, by_name in columns.items()

@@ -45,6 +45,11 @@ def validate(config):
     )
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  return {key: config[key] for key in ('tokenizer', 'documents', 'valid')}
+
+
 def build_programs(config, module, mesh):
   """The jitted programs of this stage, on one mesh."""
   tx = optimizer.make_adam(
@@ -161,7 +166,7 @@ def run(config, workdir: epath.Path):
     artifacts.save(
       workdir / 'model',
       artifacts.Model('policy', model.module, state.params, {}),
-      tokenizer.fingerprint,
+      tokenizer,
       {'stage': config.name, 'seed': config.seed, 'valid_loss': final},
     )
   return {'valid_loss': final, 'num_rows': loader.num_rows(train_rows)}

@@ -25,9 +25,11 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import preference_accuracy
 from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
+from instruct_jax.models.config import check_compute_dtype
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   if config.num_folds == 1 or config.num_folds < 0:
     raise ValueError(f'num_folds must be 0 or at least 2: {config.num_folds}')
   if config.divisor not in ('surviving', 'all'):
@@ -39,6 +41,14 @@ def validate(config):
       f'num_microbatches {config.num_microbatches} does not divide '
       f'batch_size {config.batch_size}'
     )
+
+
+def inputs(config):
+  """What this stage reads, by config key."""
+  keys = ['tokenizer', 'init', 'comparisons', 'valid_comparisons']
+  if not config.num_folds:
+    keys.append('demonstrations')
+  return {key: config[key] for key in keys}
 
 
 def prompt_losses(
@@ -64,12 +74,11 @@ def build_programs(config, module, num_steps):
     eps=config.adam_eps,
     max_grad_norm=config.max_grad_norm,
   )
-  scalars_fn = artifacts.scalars_fn(module)
+  scores_fn = artifacts.scores_fn(module)
 
   def loss_fn(params, batch, key):
     del key  # Reward models train without dropout.
-    scalars = scalars_fn(params, batch.tokens, batch.segments)
-    scores = scalars.reshape(-1)[batch.ends]
+    scores = scores_fn(params, batch.tokens, batch.segments, batch.ends)
     loss, pairs, correct = prompt_losses(scores, batch.ranks, config.divisor)
     # A prompt that is all ties has nothing to teach and does not count.
     counted = batch.prompt_mask & (pairs > 0)
@@ -97,7 +106,7 @@ def build_programs(config, module, num_steps):
   return {
     'optimizer': tx,
     'update': jax.jit(update, donate_argnums=0),
-    'scalars': jax.jit(scalars_fn),
+    'scalars': jax.jit(artifacts.scalars_fn(module)),
   }
 
 
@@ -184,6 +193,7 @@ def score_comparisons(config, programs, params, rows):
     (packed.tokens, packed.segments),
     config.eval_batch_size,
   )
+  # A head made here reads the score at the last token, whatever that is.
   return scalars.reshape(-1)[packed.ends]
 
 
@@ -243,7 +253,7 @@ def accuracy_from(scores, comparisons):
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  tokenizer_lib.check_published(tokenizer, config.init)
+  artifacts.check(config.init, 'policy', tokenizer)
   comparisons = records.read_jsonl(config.comparisons, records.Comparison)
   valid = records.read_jsonl(config.valid_comparisons, records.Comparison)
   comparisons = comparisons[: config.max_comparisons or None]
@@ -258,10 +268,10 @@ def run(config, workdir: epath.Path):
       config.init,
       'policy',
       mesh,
-      tokenizer.fingerprint,
-      vocab_size=tokenizer.vocab_size,
+      tokenizer,
       remat=config.remat,
       attention=config.attention,
+      compute_dtype=config.compute_dtype,
     )
     artifacts.check_context(policy, config.row_length, 'row_length')
     if config.num_folds:
@@ -273,7 +283,10 @@ def run(config, workdir: epath.Path):
 
 def fit(config, workdir, tokenizer, policy, comparisons, valid):
   mesh = jax.sharding.get_mesh()
-  rows, num_dropped = training_rows(config, comparisons, tokenizer)
+  rows, dropped = training_rows(config, comparisons, tokenizer)
+  run_lib.tell_dropped(
+    config.name, dropped.describe('comparisons', 'row_length')
+  )
   # fold_in: the head must not share its noise with the batches' keys.
   init_key = jax.random.fold_in(jax.random.key(config.seed), 1)
   model = artifacts.scalar_from_policy(policy, mesh, init_key)
@@ -284,11 +297,18 @@ def fit(config, workdir, tokenizer, policy, comparisons, valid):
   demonstrations = records.read_jsonl(
     config.demonstrations, records.Demonstration
   )
-  alone, _ = loader.comparison_rows(
-    [records.Comparison(d.prompt, (d.response,), (1,)) for d in demonstrations],
+  alone, dropped_demonstrations = loader.comparison_rows(
+    [
+      records.Comparison(d.prompt, (d.response,), (1,), d.id, turns=d.turns)
+      for d in demonstrations
+    ],
     tokenizer,
     1,
     config.row_length,
+  )
+  run_lib.tell_dropped(
+    config.name,
+    dropped_demonstrations.describe('demonstrations', 'row_length'),
   )
   raw_scores = score_comparisons(config, programs, params, alone)
   shift = float(np.mean(raw_scores, dtype=np.float64))
@@ -314,15 +334,15 @@ def fit(config, workdir, tokenizer, policy, comparisons, valid):
       float(train_scores[present].min()),
       float(train_scores[present].max()),
     ],
-    'num_comparisons': len(comparisons) - num_dropped,
+    'num_comparisons': len(comparisons) - dropped.total,
     'num_prompts': loader.num_rows(rows),
     'num_forwards': int(rows.mask.any(axis=2).sum()),  # An epoch.
-    'num_dropped': num_dropped,
+    'num_dropped': dropped.total,
   }
   artifacts.save(
     workdir / 'model',
     artifacts.Model('scalar', model.module, params, {}),
-    tokenizer.fingerprint,
+    tokenizer,
     {'stage': config.name, 'seed': config.seed, **results},
   )
   run_lib.write_json(workdir / 'results.json', results)

@@ -9,7 +9,7 @@ rankings.
 import jax
 from etils import epath
 
-from instruct_jax import artifacts, masked, rollout
+from instruct_jax import artifacts, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import baselines, preference_accuracy
@@ -22,6 +22,14 @@ def validate(config):
     raise ValueError(f'batch_size must be positive: {config.batch_size}')
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  found = {'tokenizer': config.tokenizer}
+  for name, files in config.sets.items():
+    found |= {f'sets.{name}.{key}': path for key, path in files.items()}
+  return found
+
+
 def score_of(config, model_dir, comparisons, tokenizer):
   """r(x, y) of each comparison's completions; those too long are left out."""
   kept = loader.fitting_comparisons(comparisons, tokenizer, config.row_length)
@@ -31,13 +39,8 @@ def score_of(config, model_dir, comparisons, tokenizer):
   )
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
-    reward = artifacts.load(model_dir, 'scalar', mesh, tokenizer.fingerprint)
-    scalars_fn = artifacts.scalars_fn(reward.module)
-    score = jax.jit(
-      lambda params, tokens, mask: masked.at_last(
-        scalars_fn(params, tokens, mask), mask
-      )
-    )
+    reward = artifacts.load(model_dir, 'scalar', mesh, tokenizer)
+    score = jax.jit(artifacts.scores_fn(reward.module))
     scores = rollout.in_batches(
       lambda batch: score(reward.params, *sharding.put_batch(batch, mesh)),
       tuple(x.reshape(-1, config.row_length) for x in (rows.tokens, rows.mask)),

@@ -15,6 +15,7 @@ from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
+from instruct_jax.models.config import check_compute_dtype
 
 
 def model_folders(text: str) -> dict[str, str]:
@@ -31,6 +32,7 @@ def model_folders(text: str) -> dict[str, str]:
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   num_models = len(model_folders(config.models))
   if num_models * config.samples_per_model < 2:
     raise ValueError(
@@ -42,12 +44,21 @@ def validate(config):
       raise ValueError(f'{key} is empty; give its path')
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  found = {'tokenizer': config.tokenizer, 'prompts': config.prompts}
+  for name, folder in artifacts.named_folders(config.models).items():
+    found[f'models.{name}'] = folder
+  return found
+
+
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   prompts = records.read_jsonl(config.prompts, records.Prompt)
-  rows, num_dropped = loader.prompt_rows(
-    prompts, tokenizer, config.prompt_length
+  rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
+  run_lib.tell_dropped(
+    config.name, dropped.describe('prompts', 'prompt_length')
   )
   num_rows = len(rows.indices) * config.samples_per_model
   mesh = sharding.make_mesh(config.mesh)
@@ -57,7 +68,13 @@ def run(config, workdir: epath.Path):
     for number, (name, folder) in enumerate(
       model_folders(config.models).items()
     ):
-      policy = artifacts.load(folder, 'policy', mesh, tokenizer.fingerprint)
+      policy = artifacts.load(
+        folder,
+        'policy',
+        mesh,
+        tokenizer,
+        compute_dtype=config.compute_dtype,
+      )
       generate = queries.generate_program(
         policy.module,
         config.response_length,
@@ -77,7 +94,7 @@ def run(config, workdir: epath.Path):
           config.samples_per_model,
           progress.update,
         )
-      texts = tokenizer.decode_batch(rollout.response_ids(sampled))
+      texts = tokenizer.decode_responses(rollout.response_ids(sampled))
       owners = np.repeat(rows.indices, config.samples_per_model)
       for prompt, text in zip(owners, texts, strict=True):
         completions[prompt].append(text)
@@ -101,4 +118,4 @@ def run(config, workdir: epath.Path):
   path = workdir / 'samples.jsonl'
   records.write_bytes(path, '\n'.join([*lines, '']).encode())
   print(f'{config.name}: {len(lines)} prompts in {path}', flush=True)
-  return {'prompts': len(lines), 'dropped': num_dropped}
+  return {'prompts': len(lines), 'dropped': dropped.total}

@@ -10,16 +10,30 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, masked, rollout
+from instruct_jax import artifacts, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
+from instruct_jax.models.config import check_compute_dtype
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   if config.num_prompts < 1:
     raise ValueError(f'num_prompts must be positive: {config.num_prompts}')
+
+
+def inputs(config):
+  """What this stage reads, by config key; every epoch that SFT kept."""
+  found = {key: config[key] for key in ('tokenizer', 'reward_model', 'prompts')}
+  if not config.sft:
+    return {**found, 'sft': ''}
+  record = epath.Path(config.sft) / 'epochs.json'
+  parts = ['epochs.json']
+  if record.exists():
+    parts += [f'epochs/{row["epoch"]}' for row in run_lib.read_json(record)]
+  return {**found, **{f'sft/{part}': f'{config.sft}/{part}' for part in parts}}
 
 
 def build_programs(config, policy_module, reward_module, tokenizer):
@@ -30,12 +44,11 @@ def build_programs(config, policy_module, reward_module, tokenizer):
     stop_ids=tokenizer.stop_ids,
     temperature=config.temperature,
   )
-  scalars_fn = artifacts.scalars_fn(reward_module)
+  scores_fn = artifacts.scores_fn(reward_module)
 
   def sample_and_score(policy_params, reward_params, prompts, key):
     sampled = generate(policy_params, prompts, key)
-    scalars = scalars_fn(reward_params, sampled.tokens, sampled.mask)
-    return masked.at_last(scalars, sampled.mask)
+    return scores_fn(reward_params, sampled.tokens, sampled.mask)
 
   return {'sample_and_score': jax.jit(sample_and_score)}
 
@@ -44,20 +57,29 @@ def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   prompts = records.read_jsonl(config.prompts, records.Prompt)
-  rows, _ = loader.prompt_rows(
+  rows, dropped = loader.prompt_rows(
     prompts[: config.num_prompts], tokenizer, config.prompt_length
+  )
+  run_lib.tell_dropped(
+    config.name, dropped.describe('prompts', 'prompt_length')
   )
   epochs = run_lib.read_json(epath.Path(config.sft) / 'epochs.json')
   mesh = sharding.make_mesh(config.mesh)
   key = jax.random.key(config.seed)
 
-  def load(epoch):
+  def load(epoch, compute_dtype=config.compute_dtype):
     folder = epath.Path(config.sft) / 'epochs' / str(epoch)
-    return artifacts.load(folder, 'policy', mesh, tokenizer.fingerprint)
+    return artifacts.load(
+      folder, 'policy', mesh, tokenizer, compute_dtype=compute_dtype
+    )
 
   with sharding.use_mesh(mesh):
     reward = artifacts.load(
-      config.reward_model, 'scalar', mesh, tokenizer.fingerprint
+      config.reward_model,
+      'scalar',
+      mesh,
+      tokenizer,
+      compute_dtype=config.compute_dtype,
     )
     first = load(1)
     programs = build_programs(config, first.module, reward.module, tokenizer)
@@ -79,11 +101,11 @@ def run(config, workdir: epath.Path):
         row['score_reward'] = mean_score(load(row['epoch']))
         progress.update(1, f'score {row["score_reward"]:.3f}')
     selected = max(epochs, key=lambda row: row['score_reward'])
-    best = load(selected['epoch'])
+    best = load(selected['epoch'], '')  # Chosen, not changed.
     artifacts.save(
       workdir / 'model',
       best,
-      tokenizer.fingerprint,
+      tokenizer,
       {**best.metadata, 'selected_by': 'reward-model score'},
     )
   run_lib.write_json(workdir / 'epochs.json', epochs)

@@ -19,9 +19,11 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import heldout_loss
 from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
+from instruct_jax.models.config import check_compute_dtype
 
 
 def validate(config):
+  check_compute_dtype(config.compute_dtype)
   if not 0 <= config.ptx_fraction < 1:
     raise ValueError(f'ptx_fraction must be in [0, 1): {config.ptx_fraction}')
   if config.ptx_fraction and not config.documents:
@@ -31,6 +33,14 @@ def validate(config):
       f'num_microbatches {config.num_microbatches} does not divide '
       f'batch_size {config.batch_size}'
     )
+
+
+def inputs(config):
+  """What this stage reads, by config key."""
+  keys = ['tokenizer', 'init', 'demonstrations', 'valid_demonstrations']
+  if config.ptx_fraction:
+    keys.append('documents')
+  return {key: config[key] for key in keys}
 
 
 def build_programs(config, module, num_steps):
@@ -68,7 +78,7 @@ def build_programs(config, module, num_steps):
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  tokenizer_lib.check_published(tokenizer, config.init)
+  artifacts.check(config.init, 'policy', tokenizer)
   mesh = artifacts.make_mesh(
     config.mesh,
     [config.init],
@@ -84,12 +94,15 @@ def run(config, workdir: epath.Path):
       pack=pack,
     )
 
-  rows, num_dropped = demonstration_rows(config.demonstrations, config.pack)
-  valid_rows, _ = demonstration_rows(config.valid_demonstrations, False)
-  if num_dropped:
-    run_lib.say(
-      f'{config.name}: {num_dropped} demonstrations are too long, dropped'
-    )
+  rows, dropped = demonstration_rows(config.demonstrations, config.pack)
+  valid_rows, valid_dropped = demonstration_rows(
+    config.valid_demonstrations, False
+  )
+  for what, each in (
+    ('demonstrations', dropped),
+    ('held-out demonstrations', valid_dropped),
+  ):
+    run_lib.tell_dropped(config.name, each.describe(what, 'row_length'))
   processes = {
     'process_index': jax.process_index(),
     'process_count': jax.process_count(),
@@ -129,12 +142,12 @@ def run(config, workdir: epath.Path):
       config.init,
       'policy',
       mesh,
-      tokenizer.fingerprint,
-      vocab_size=tokenizer.vocab_size,
+      tokenizer,
       dropout=config.dropout,
       remat=config.remat,
       attention=config.attention,
       logprob_chunk=config.logprob_chunk,
+      compute_dtype=config.compute_dtype,
     )
     artifacts.check_context(model, config.row_length, 'row_length')
     programs = build_programs(config, model.module, num_steps)
@@ -158,7 +171,7 @@ def run(config, workdir: epath.Path):
       artifacts.save(
         directory,
         artifacts.Model('policy', module, params, {}),
-        tokenizer.fingerprint,
+        tokenizer,
         {
           'stage': config.name,
           'seed': config.seed,
@@ -202,7 +215,7 @@ def run(config, workdir: epath.Path):
     epochs = []
     for epoch in range(1, config.num_epochs + 1):
       about = artifacts.check(
-        workdir / 'epochs' / str(epoch), 'policy', tokenizer.fingerprint
+        workdir / 'epochs' / str(epoch), 'policy', tokenizer
       )['about']
       epochs.append({'epoch': epoch, 'valid_loss': about['valid_loss']})
     if config.select_by == 'valid_loss':
@@ -213,7 +226,7 @@ def run(config, workdir: epath.Path):
       workdir / 'epochs' / str(selected),
       'policy',
       mesh,
-      tokenizer.fingerprint,
+      tokenizer,
     )
     save(
       workdir / 'model',
@@ -226,5 +239,5 @@ def run(config, workdir: epath.Path):
     'selected_epoch': selected,
     'selected_by': config.select_by,
     'num_rows': loader.num_rows(rows),
-    'num_dropped': num_dropped,
+    'num_dropped': dropped.total,
   }

@@ -4,20 +4,20 @@ from etils import epath
 
 from instruct_jax.evals import tax
 
+_PARTS = ('rl_init/model', 'reward/model', 'data/tokenizer')
+
 
 def validate(config):
   if not config.source:
     raise ValueError(
       'source is empty; give the folder of a finished run of configs/ppo_ptx.py'
     )
-  # Checked before hours of RL begin.
-  for part in ('rl_init/model', 'reward/model', 'data/tokenizer'):
-    path = epath.Path(config.source) / part
-    if not path.exists():
-      raise ValueError(
-        f'{path}: no such folder; source must be a finished run of '
-        'configs/ppo_ptx.py'
-      )
+
+
+def inputs(config):
+  """What has to be there before hours of RL begin; the plots read the run's
+  own stages."""
+  return {f'source/{part}': f'{config.source}/{part}' for part in _PARTS}
 
 
 def run(config, workdir: epath.Path):

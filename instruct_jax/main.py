@@ -13,18 +13,23 @@ import ctypes
 import importlib
 import os
 import shlex
+import signal
 import sys
 import time
+import traceback
+
+if __name__ == '__main__':
+  # The imports below take seconds, in which there is nothing to save.
+  def stop_at_once(number, frame) -> None:
+    del number, frame
+    os.write(2, b'stopped before anything began; the same command starts\n')
+    os._exit(75)
+
+  signal.signal(signal.SIGTERM, stop_at_once)
 
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
-
-# Seconds without a sign of life after which a process counts as lost; the
-# others end then.
-HEARTBEAT_SECONDS = 30
-# Seconds that a process which ends in order waits for the others to do so.
-SHUTDOWN_SECONDS = 30
 
 # Experiments without a device: of several processes only the first runs them.
 HOST_EXPERIMENTS = ('miniature_data', 'e2e_data', 'hh_data', 'tax')
@@ -40,26 +45,17 @@ SINGLE_EXPERIMENTS = (
   'benchmark',
 )
 
-# Keys that may differ between the runs of one work directory.
-MACHINE_KEYS = ('mesh', 'loop', 'xla_flags', 'compilation_cache')
-# Keys of any stage that are sizes; 0 would fail late, or do nothing.
-_AT_LEAST_ONE = (
-  'batch_size',
-  'eval_batch_size',
-  'num_epochs',
-  'num_microbatches',
-  'row_length',
-  'prompt_length',
-  'response_length',
-)
-
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file, say configs/ppo_ptx.py:smoke.'
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where the run lives; config.default_workdir if not given.'
 )
-
+_ACCEPT_NEW_INPUTS = flags.DEFINE_bool(
+  'accept_new_inputs',
+  False,
+  'Go on where files that a stage began with have other contents now.',
+)
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
   None,
@@ -90,58 +86,43 @@ def find_experiment(name: str):
   return module
 
 
-def run_stage(config, workdir: epath.Path) -> None:
-  """Runs one experiment into `workdir`, unless it has finished there."""
+def run_stage(stage) -> None:
+  """Runs one `stages.Stage` in its folder, unless it has finished there."""
   import jax
 
   from instruct_jax.infra import run as run_lib
+  from instruct_jax.infra import stages as stages_lib
 
-  if run_lib.agreed(run_lib.is_done(workdir)):
-    run_lib.say(f'{config.name}: done before, in {workdir}')
+  config, folder = stage.config, stage.folder
+  if run_lib.agreed(stage.is_done):
+    run_lib.say(f'{stage.name}: done before, in {folder}')
     return
-  run_lib.say(f'{config.name}: starts')
+  run_lib.say(f'{stage.name}: starts')
   begin = time.monotonic()
-  workdir.mkdir(parents=True, exist_ok=True)
-  seconds_file = workdir / 'seconds.json'
+  folder.mkdir(parents=True, exist_ok=True)
+  seconds_file = folder / 'seconds.json'
   spent = run_lib.read_json(seconds_file) if seconds_file.exists() else 0.0
   info = None
   try:
-    run_lib.write_json(workdir / 'inputs.json', run_lib.input_hashes(config))
+    run_lib.in_first(lambda: stages_lib.record_inputs(stage))
     if jax.process_index() == 0 or config.experiment not in HOST_EXPERIMENTS:
-      info = find_experiment(config.experiment).run(config, workdir)
+      info = stage.experiment.run(config, folder)
+  except (ValueError, OSError, RuntimeError) as error:
+    error.stage = stage.name
+    raise
   finally:
     seconds = spent + time.monotonic() - begin
     # The disk may be full or gone: what ended the stage is worth more.
     with contextlib.suppress(OSError):
-      if workdir.exists():
+      if folder.exists():
         run_lib.write_json(seconds_file, seconds)
-  run_lib.mark_done(workdir, {'seconds': seconds, 'info': info})
-  run_lib.say(f'{config.name}: done in {seconds:.1f} s')
+  run_lib.mark_done(folder, {'seconds': seconds, 'info': info})
+  run_lib.say(f'{stage.name}: done in {seconds:.1f} s')
 
 
-def check_numbers(stage) -> None:
-  """Sizes and rates that mean the same in every experiment.
-
-  Raises:
-    ValueError: one of them is too small; the key is named.
-  """
-  for key in _AT_LEAST_ONE:
-    if key in stage and stage[key] < 1:
-      raise ValueError(
-        f'{stage.name}: {key} must be at least 1, got {stage[key]}'
-      )
-  if 'learning_rate' in stage and not stage.learning_rate > 0:
-    raise ValueError(
-      f'{stage.name}: learning_rate must be positive, got {stage.learning_rate}'
-    )
-  if 'temperature' in stage and not stage.temperature >= 0:
-    raise ValueError(
-      f'{stage.name}: temperature must not be negative (0 takes the most '
-      f'probable token), got {stage.temperature}'
-    )
-
-
-def run(config, workdir: epath.Path, described) -> None:
+def run(
+  config, workdir: epath.Path, described, accept_new_inputs: bool = False
+) -> None:
   """Validates everything, then runs the experiment or all of its stages.
 
   Args:
@@ -149,47 +130,38 @@ def run(config, workdir: epath.Path, described) -> None:
     workdir: where the run lives.
     described: the config as it came, without this machine's paths: what a
       later run in the same directory is compared with.
+    accept_new_inputs: go on where inputs have other contents now.
 
   Raises:
+    ValueError: a key or an input that is not as it should be.
+    run_lib.WorkdirError: the directory is in use, or a stage in it began with
+      another config or other inputs.
     run_lib.Stopped: SIGTERM came, and what can be saved is.
   """
   import jax
 
   from instruct_jax.infra import run as run_lib
+  from instruct_jax.infra import stages as stages_lib
 
-  stages = (
-    [config.stages[name] for name in config.stage_order]
-    if 'stages' in config
-    else [config]
-  )
+  stages = stages_lib.of_run(config, described, workdir, find_experiment)
   for stage in stages:
-    check_numbers(stage)
-    find_experiment(stage.experiment).validate(stage)
-    if jax.process_count() > 1 and stage.experiment in SINGLE_EXPERIMENTS:
+    stages_lib.validate(stage)
+    experiment = stage.config.experiment
+    if jax.process_count() > 1 and experiment in SINGLE_EXPERIMENTS:
       raise ValueError(
-        f'{stage.name}: {stage.experiment} runs in a single process, and there '
-        f'are {jax.process_count()}'
+        f'{stage.name}: {experiment} runs in a single process, and there are '
+        f'{jax.process_count()}'
       )
+  run_lib.in_first(lambda: stages_lib.find_missing(stages))
   with (
     run_lib.StopSignal(at_once=True) as stop,
     run_lib.WorkdirLock(workdir),
   ):
-    config_file = workdir / 'config.json'
-    if run_lib.agreed(config_file.exists()):
-      run_lib.check_config(
-        described,
-        config_file,
-        ignore=(
-          *MACHINE_KEYS,
-          *(
-            f'stages.{stage.name}.{key}'
-            for stage in stages
-            for key in ('mesh', 'loop')
-          ),
-        ),
+    run_lib.in_first(
+      lambda: stages_lib.check_unchanged(
+        stages, described, workdir, accept_new_inputs
       )
-    else:
-      run_lib.save_config(described, config_file)
+    )
     run_lib.write_json(
       workdir / 'provenance.json',
       {
@@ -199,11 +171,17 @@ def run(config, workdir: epath.Path, described) -> None:
         ),
       },
     )
+    have_run = []
     for stage in stages:
       if stop.requested:
-        raise run_lib.Stopped(f'stopped before {stage.name}')
-      folder = workdir / stage.name if 'stages' in config else workdir
-      run_stage(stage, folder)
+        raise run_lib.Stopped(f'stopped before {stage.name}', True)
+      run_lib.in_first(
+        lambda stage=stage: stages_lib.check_turn(
+          stage, stages, have_run, accept_new_inputs
+        )
+      )
+      run_stage(stage)
+      have_run.append(stage.name)
 
 
 def prepare_machine(config) -> None:
@@ -243,45 +221,6 @@ def prepare_allocator() -> None:
   jax.monitoring.register_event_duration_secs_listener(trim)
 
 
-def join_processes(
-  coordinator: str | None, num_processes: int | None, process_id: int | None
-) -> None:
-  """Joins the other processes of a run, before the first use of a device.
-
-  Raises:
-    ValueError: an address without numbers, or numbers without an address.
-  """
-  if coordinator is None:
-    if num_processes is not None or process_id is not None:
-      raise ValueError('--num_processes and --process_id need --coordinator')
-    return
-  import jax
-
-  # It would take SIGTERM for itself.
-  jax.config.update('jax_enable_preemption_service', False)
-  # On CPU, programs in flight at one time may start in another order on each
-  # device; where both talk to other devices, they would wait for ever.
-  jax.config.update('jax_cpu_enable_async_dispatch', False)
-  timeouts = {
-    'heartbeat_timeout_seconds': HEARTBEAT_SECONDS,
-    'shutdown_timeout_seconds': SHUTDOWN_SECONDS,
-  }
-  if coordinator == 'auto':
-    jax.distributed.initialize(**timeouts)
-    return
-  if num_processes is None or process_id is None:
-    raise ValueError(
-      f'--coordinator={coordinator} needs --num_processes and --process_id '
-      '(on a TPU pod: --coordinator=auto alone)'
-    )
-  jax.distributed.initialize(
-    coordinator,
-    num_processes,
-    process_id,
-    **timeouts,
-  )
-
-
 def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
@@ -293,32 +232,38 @@ def main(argv) -> None:
   given, config.workdir = config.workdir, ''
   described = config.copy_and_resolve_references()
   place = _WORKDIR.value or given or config.default_workdir
-  workdir = epath.Path(place).absolute()
-  config.workdir = str(workdir)
-  print(f'work directory: {workdir}', flush=True)
   prepare_machine(config)
+  from instruct_jax.infra import processes
   from instruct_jax.infra import run as run_lib
 
-  several = _COORDINATOR.value is not None
+  workdir = run_lib.absolute(place)
+  config.workdir = str(workdir)
+  print(f'work directory: {workdir}', flush=True)
+
   try:
-    join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    run(config, workdir, described)
+    processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    run(config, workdir, described, _ACCEPT_NEW_INPUTS.value)
   except (ValueError, FileNotFoundError, RuntimeError, OSError) as error:
     if logging.get_verbosity() >= logging.DEBUG:
-      raise
-    hint = (
-      '\nWhere another process has ended, its error came first; all of them '
-      'end, and the same commands continue.'
-    )
-    print(f'error: {error}{hint * several}', file=sys.stderr, flush=True)
+      traceback.print_exc()
+    text, stage = str(error), getattr(error, 'stage', '')
+    if stage and not text.startswith(stage):
+      text = f'{stage}: {text}'
     print(f'work directory: {workdir}', flush=True)
-    if several:
-      # An orderly exit would wait for processes that are no more.
-      os._exit(1)
-    sys.exit(1)
-  except run_lib.Stopped:
+    processes.fail(f'error: {text}', error)
+  except run_lib.Stopped as stopped:
     print(f'work directory: {workdir}', flush=True)
+    if not stopped.is_agreed:
+      processes.fail('', code=stopped.code)
+    processes.leave()
     raise
+  except BaseException as error:
+    if not processes.are_joined():
+      raise
+    # A fault of the program: the others must not wait for this process.
+    traceback.print_exc()
+    processes.fail(f'error: {type(error).__name__}: {error}', error)
+  processes.leave()
   print(f'work directory: {workdir}', flush=True)
 
 

@@ -13,7 +13,6 @@ of tokens, and one shape fits them; and each inner epoch has a deal of its own.
 """
 
 import math
-from collections.abc import Iterable
 
 import flax.struct
 import jax.numpy as jnp
@@ -55,46 +54,56 @@ class Layout:
   num_epochs: int = flax.struct.field(pytree_node=False)
 
 
-def choose_shape(
-  num_tokens: int,
-  num_responses: int,
-  multiple: int,
-  known: Iterable[tuple[int, int]] = (),
-  spare: float = 1.05,
-) -> tuple[int, int]:
-  """Columns of rows that hold so many tokens and response tokens.
+def rows_per_group(group_size: int, num_shards: int, row_episodes: int) -> int:
+  """Rows that hold a group of so many episodes, whatever their lengths.
 
   Args:
-    num_tokens, num_responses: of the fullest row.
-    multiple: the first is a multiple of this.
-    known: shapes used before, the smallest of which is taken if it fits
-      without too much to spare: every new one is compiled.
-    spare: up to this many times the tokens that are needed, a known shape
-      serves; up to a fifth more for responses, which cost little. Above 1.1, a
-      new shape is larger than needed too, for what comes later.
+    group_size: episodes of a microbatch.
+    num_shards: devices that rows are cut over.
+    row_episodes: of a row, about.
   """
-  fitting = [
-    (length, responses)
-    for length, responses in known
-    if num_tokens <= length <= spare * num_tokens
-    and num_responses <= responses <= 1.2 * spare * num_responses
-  ]
-  if fitting:
-    return min(fitting)
-  room = max(1.0, spare / 1.1)
-  length = round_up(math.ceil(room * num_tokens), multiple)
-  step = max(8, length // 128 * 8)
-  return length, -(-math.ceil(room * num_responses) // step) * step
+  return num_shards * max(1, round(group_size / (num_shards * row_episodes)))
 
 
-def round_up(size: int, multiple: int) -> int:
-  """To the next of a ladder of sizes, so that few shapes are compiled.
+def ladder(
+  longest: int,
+  group_size: int,
+  num_rows: int,
+  multiple: int,
+  spare: float,
+) -> tuple[tuple[int, int], ...]:
+  """The shapes (L, Q) that rows may have in a run, in ascending order.
 
-  A rung is a thirty-second to a sixteenth of its size above the one before,
-  and a multiple of `multiple`: at most 6 % is lost, 2 % on average.
+  Each is compiled once, when first needed, so this is how many there can be.
+  They follow from the config: no shape depends on what a run has seen, and a
+  resumed run, or another process, takes the same one for the same lengths.
+
+  Lengths descend from the longest that saves a twentieth of the padded batch to
+  half an episode, by a factor of `spare` each. Response tokens have a third of
+  a row, two thirds, or all of it.
+
+  Args:
+    longest: tokens of the longest episode, P + R.
+    group_size: episodes of a group.
+    num_rows: that hold it.
+    multiple: lengths are multiples of this.
+    spare: rows are at the most so many times longer than needed, but for
+      `multiple`.
   """
-  step = max(multiple, 2 ** max(0, int(size - 1).bit_length() - 5))
-  return -(-size // step) * step
+  size = int(0.95 * longest * group_size / num_rows) // multiple * multiple
+  lengths = []
+  while size > 0 and (not lengths or lengths[-1] > longest / 2):
+    lengths.append(math.ceil(size / multiple) * multiple)
+    size = min(size / spare, size - multiple)
+  return tuple(
+    sorted(
+      {
+        (length, min(length, -(-length * thirds // 24) * 8))
+        for length in lengths
+        for thirds in (1, 2, 3)
+      }
+    )
+  )
 
 
 def deal(
@@ -143,11 +152,12 @@ def plan(
   num_shards: int,
   row_episodes: int,
   multiple: int,
+  spare: float,
   seed: tuple[int, ...],
-  known: Iterable[tuple[int, int]] = (),
-  spare: float = 1.05,
-) -> Layout:
+) -> Layout | None:
   """Lays a rollout's episodes out in rows; NumPy arrays.
+
+  None where that would save less than a twentieth of the padded batch.
 
   Within a group (a microbatch of a minibatch) the longest episode that is left
   goes to the row with the most room; the number of rows does not depend on the
@@ -162,10 +172,8 @@ def plan(
     num_shards: devices that rows are cut over.
     row_episodes: episodes of a row, about: rows fill up better with many, and
       attention kernels that read whole rows cost less with few.
-    multiple: row lengths are multiples of this.
+    multiple, spare: see `ladder`, from which the shape is taken.
     seed: of the deal; the iteration is part of it.
-    known: (L, Q) of earlier layouts of the run; see `choose_shape`.
-    spare: how much larger than needed rows may be; see `choose_shape`.
 
   Raises:
     ValueError: groups that do not divide the episodes; an empty episode.
@@ -181,15 +189,14 @@ def plan(
       for epoch in range(num_epochs)
     ]
   )
-  rows_per_group = num_shards * max(
-    1, round(groups.shape[1] / (num_shards * row_episodes))
-  )
+  group_size = groups.shape[1]
+  num_rows = rows_per_group(group_size, num_shards, row_episodes)
   num_steps = num_epochs * num_minibatches
   # Row and offset of every episode, in every epoch: [epochs * groups, E].
   row = np.zeros_like(groups)
   offset, number = np.zeros_like(groups), np.zeros_like(groups)
   response_offset = np.zeros_like(groups)
-  used = np.zeros((len(groups), rows_per_group), np.int64)
+  used = np.zeros((len(groups), num_rows), np.int64)
   responses = np.zeros_like(used)
   counts = np.zeros_like(used)
   for g, members in enumerate(groups):
@@ -204,13 +211,19 @@ def plan(
   # Group g is microbatch g % num_microbatches of step g // num_microbatches.
   group = np.broadcast_to(np.arange(len(groups))[:, None], groups.shape)
   step, micro = np.divmod(group, num_microbatches)
-  row_in_step = micro * rows_per_group + row
+  row_in_step = micro * num_rows + row
   final_row = row_in_step * num_steps + step
 
-  L, Q = choose_shape(
-    int(used.max()), max(1, int(responses.max())), multiple, known, spare
+  # The fullest row decides.
+  fitting = (
+    (L, Q)
+    for L, Q in ladder(T, group_size, num_rows, multiple, spare)
+    if used.max() <= L and responses.max() <= Q
   )
-  M = num_steps * num_microbatches * rows_per_group
+  if (shape := next(fitting, None)) is None:
+    return None
+  L, Q = shape
+  M = num_steps * num_microbatches * num_rows
   source, segments = np.zeros((2, M * L), np.int32)
   where, response = np.zeros((2, M * Q), np.int32)
   response_mask = np.zeros(M * Q, bool)

@@ -143,9 +143,6 @@ def make_ppo_batch(
     'objective/ended': masked.metric(
       rollout.ended.astype(jnp.float32), responses
     ),
-    'objective/sampler_difference': masked.metric(
-      jnp.abs(rollout.logprobs - old_logprobs), mask
-    ),
     'ppo/advantage': masked.metric(raw_advantages, mask),
     'ppo/return': masked.metric(returns, mask),
     'ppo/val/var_explained': masked.scalar(explained),
@@ -404,6 +401,10 @@ def ppo_update(
       )
     )
   metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked)
-  for name in ('ppo/policy/ratio', 'ppo/policy/clipfrac'):
+  for name in (
+    'ppo/policy/ratio',
+    'ppo/policy/clipfrac',
+    'ppo/policy/approxkl',
+  ):
     metrics[f'first/{name}'] = jax.tree.map(lambda x: x[0], stacked[name])
   return state, metrics

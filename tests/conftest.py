@@ -1,5 +1,6 @@
 """Settings that every test runs under, and shared fixtures."""
 
+import contextlib
 import os
 import pathlib
 
@@ -16,6 +17,8 @@ import jax
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook
+
+from tests import starts
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -65,6 +68,13 @@ def quick_compile():
   jax.config.update('jax_disable_most_optimizations', False)
 
 
+@pytest.fixture(scope='session')
+def start():
+  """`start('instruct_jax.main', '--config=...')`; see `starts.py`."""
+  with contextlib.closing(starts.Starts()) as found:
+    yield found
+
+
 @pytest.fixture
 def workdir(tmp_path) -> pathlib.Path:
   """An empty work directory."""
@@ -82,3 +92,15 @@ def data_root() -> pathlib.Path:
   if not root.is_dir():
     pytest.skip(f'no data in {root}; set INSTRUCT_JAX_DATA to its folder')
   return root
+
+
+@pytest.fixture
+def models_root() -> pathlib.Path:
+  """The folder of published models; a test that needs it is skipped without."""
+  root = os.environ.get('INSTRUCT_JAX_MODELS', '')
+  if not root or not pathlib.Path(root).is_dir():
+    pytest.skip(
+      f'no published models in {root!r}; set INSTRUCT_JAX_MODELS to a folder '
+      'that holds SmolLM2-135M-Instruct'
+    )
+  return pathlib.Path(root)

@@ -4,6 +4,7 @@ import importlib
 
 import jax
 import pytest
+from etils import epath
 
 from configs import ppo_ptx as ppo_config_file
 from configs import pretrain, reward, sft
@@ -12,6 +13,7 @@ from experiments import ppo_ptx as ppo_experiment
 from experiments import tax as tax_experiment
 from instruct_jax import artifacts, main
 from instruct_jax.infra import sharding, train_state
+from instruct_jax.infra import stages as stages_lib
 from instruct_jax.models.config import PRESETS, TransformerConfig
 
 SIZES = ('1p3b', '6b', '175b')
@@ -60,11 +62,19 @@ def test_the_tax_is_swept_on_the_models_of_a_finished_run(tmp_path):
   with pytest.raises(ValueError, match='source is empty'):
     tax_experiment.validate(plot)
   config.source = str(tmp_path)
-  with pytest.raises(ValueError, match='rl_init/model: no such folder'):
-    tax_experiment.validate(plot)
+  tax_experiment.validate(plot)
+  stages = stages_lib.of_run(
+    config, config, epath.Path(tmp_path / 'run'), main.find_experiment
+  )
+  with pytest.raises(ValueError, match='rl_init/model: no such file') as error:
+    stages_lib.find_missing(stages)
+  # One line an input, though each of eleven stages wants it.
+  assert len(str(error.value).splitlines()) == 6
   for part in ('rl_init/model', 'reward/model', 'data/tokenizer'):
     (tmp_path / part).mkdir(parents=True)
-  tax_experiment.validate(plot)
+  for part in ('ppo_prompts_train', 'documents_train', 'documents_valid'):
+    (tmp_path / f'data/{part}.jsonl').touch()
+  assert stages_lib.find_missing(stages) == {}
   run = ppo_config_file.get_config('smoke').stages.ppo_ptx
   gamma, beta, long = (
     [config.stages[name] for name in plot.figures[f'figure{number}']]
@@ -202,6 +212,24 @@ def test_bad_values_are_named(name, key, value, text):
   with config.unlocked():
     config.update_from_flattened_dict({key: value})
   with pytest.raises(ValueError, match=text):
+    main.find_experiment(config.experiment).validate(config)
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['sft', 'reward', 'ppo_ptx', 'nlp_suite', 'evaluate', 'sample', 'best_of_n']
+  + ['center_reward', 'select', 'compare', 'preferences'],
+)
+def test_every_stage_that_loads_a_model_takes_a_compute_dtype(name):
+  if name in ('sample', 'best_of_n', 'center_reward'):
+    config = importlib.import_module(f'configs.{name}').get_config()
+  elif name == 'preferences':
+    config = importlib.import_module('configs.evaluate').get_config()
+  else:
+    config = ppo_config_file.get_config('miniature').stages[name]
+  assert config.compute_dtype == ''
+  config.compute_dtype = 'float16'
+  with pytest.raises(ValueError, match="compute_dtype must be ''.*'float16'"):
     main.find_experiment(config.experiment).validate(config)
 
 

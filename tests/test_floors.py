@@ -15,6 +15,7 @@ FLOORS = {
   # 0
   'types': (),
   'hub': (),
+  'command': (),
   # 1: columns; inside a folder files import each other, across columns never.
   'masked': ('types',),
   'losses': ('types', 'masked'),
@@ -23,14 +24,15 @@ FLOORS = {
   'packing': ('types', 'masked'),
   'alarms': (),
   'models': ('types', 'models'),
-  'data': ('types', 'hub', 'data', 'miniature'),
+  'data': ('types', 'hub', 'command', 'data', 'miniature'),
   'miniature': ('types', 'data', 'miniature'),
-  'infra': ('types', 'infra'),
+  'infra': ('types', 'hub', 'command', 'infra'),
   # 2: models and infra meet in `artifacts` alone; elsewhere the model arrives
   # as an argument. Never each other.
-  'artifacts': ('types', 'hub', 'models', 'infra'),
-  'export': ('artifacts', 'data', 'models', 'infra'),
-  'rollout': ('types', *ALGORITHM, 'infra.sharding'),
+  'artifacts': ('types', 'hub', 'models', 'infra', 'data.tokenizer'),
+  'export': ('command', 'artifacts', 'data', 'models', 'infra'),
+  'sampling': ('types',),
+  'rollout': ('types', *ALGORITHM, 'sampling', 'infra.sharding'),
   'ppo': ('types', *ALGORITHM, 'infra.train_state', 'infra.sharding'),
   'supervised': ('types', *ALGORITHM, 'infra.train_state'),
   # Models and sampling meet here for evaluation, and in experiments.
@@ -43,9 +45,11 @@ FLOORS = {
     'infra',
     'artifacts',
     'rollout',
+    'evals.samples',
   ),
   'lm_eval_adapter': (
     'types',
+    'command',
     'data',
     'infra',
     'artifacts',
@@ -55,6 +59,7 @@ FLOORS = {
   # 3: predictions and samples arrive as functions.
   'evals': (
     'types',
+    'command',
     *ALGORITHM,
     'data',
     'miniature',
@@ -64,7 +69,7 @@ FLOORS = {
     'evals',
   ),
   # The labeling site: people in the place of `experiments.compare`.
-  'labeling': ('data', 'miniature', 'evals', 'labeling'),
+  'labeling': ('command', 'data', 'miniature', 'evals', 'labeling'),
   # 4: anything below, never each other.
   'experiments': (
     'types',
@@ -89,6 +94,7 @@ FLOORS = {
     'ppo',
     'rewards',
     'rollout',
+    'sampling',
     'models.config',
     'experiments.sft',
     'experiments.reward',
@@ -107,11 +113,12 @@ FLOORS = {
   # Beside the experiments: commands of their own.
   'chat': (
     'types',
+    'command',
     'data',
     'infra',
     'artifacts',
     'queries',
-    'rollout',
+    'sampling',
     'evals.samples',
   ),
   # 5: finds experiments by name.

@@ -11,7 +11,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from instruct_jax.infra import run
 from instruct_jax.infra.run import (
@@ -70,39 +69,6 @@ def test_write_json_replaces_at_once(workdir):
   path.write_text('{"b":')
   with pytest.raises(ValueError, match='a.json is not JSON'):
     run.read_json(path)
-
-
-def test_check_config_names_each_difference(workdir):
-  path = workdir / 'config.json'
-
-  def config():
-    return ConfigDict(
-      {
-        'seed': 1,
-        'ppo': {'kl_coef': 0.02, 'betas': (0.9, 0.95)},
-        'mesh': {'shape': (1, 1, 1)},
-        'empty': {},
-      }
-    )
-
-  run.save_config(config(), path)
-  run.check_config(config(), path)
-  changed = config()
-  changed.ppo.kl_coef = 0.1
-  changed.ppo.betas = (0.9, 0.999)
-  changed.mesh.shape = (8, 1, 1)
-  changed.extra = 'x'
-  with pytest.raises(WorkdirError) as error:
-    run.check_config(changed, path, ignore=('mesh',))
-  message = str(error.value)
-  assert 'ppo.kl_coef: 0.02 there, 0.1 now' in message
-  assert 'ppo.betas: [0.9, 0.95] there, [0.9, 0.999] now' in message
-  assert 'extra: (no such key) there, "x" now' in message
-  assert 'mesh' not in message
-  assert 'seed' not in message
-  assert str(workdir) in message
-  with pytest.raises(WorkdirError, match='mesh.shape'):
-    run.check_config(changed, path)
 
 
 def test_done(workdir):
@@ -185,6 +151,18 @@ def test_progress_prints_plain_lines(monkeypatch, capsys):
   assert len(lines) == 5
 
 
+def test_progress_leaves_what_was_skipped_out_of_its_rate(monkeypatch, capsys):
+  clock = Clock()
+  monkeypatch.setattr(run, 'time', clock)
+  with Progress('suite', total=100, unit='items') as progress:
+    progress.skip(60)
+    clock.now += 10
+    progress.update(20)
+  first = capsys.readouterr().err.splitlines()[0]
+  # 20 in 10 s, not 80; the other 20 take as long.
+  assert first == 'suite: 80/100 (80 %), 2 items/s, 0:10 left'
+
+
 def test_progress_of_nothing(capsys):
   Progress('sft', total=5).close()
   assert 'sft: 0/5 (0 %)' in capsys.readouterr().err
@@ -197,7 +175,8 @@ def test_progress_bar_on_a_terminal(monkeypatch):
 
   terminal = Terminal()
   monkeypatch.setattr(sys, 'stderr', terminal)
-  with Progress('ppo', total=3) as progress:
+  with Progress('ppo', total=4, unit='items') as progress:
+    progress.skip(1)
     for _ in range(3):
       progress.update(text='kl 0.1')
   assert 'ppo: 100%' in terminal.getvalue()
@@ -205,6 +184,11 @@ def test_progress_bar_on_a_terminal(monkeypatch):
 
 
 def test_plain_configs_accept_what_json_accepts():
-  assert run._plain({'a': (1, 2)}) == {'a': [1, 2]}
+  assert run.plain({'a': (1, 2)}) == {'a': [1, 2]}
   with pytest.raises(TypeError):
-    run._plain({'a': np.zeros(2)})
+    run.plain({'a': np.zeros(2)})
+  assert run.flat({'a': {'b': 1, 'c': {}}, 'd': [2]}) == {
+    'a.b': 1,
+    'a.c': {},
+    'd': [2],
+  }

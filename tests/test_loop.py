@@ -44,7 +44,9 @@ def numbers(first, last):
     yield step
 
 
-def run_loop(workdir, kill_at=None, stop_at=None, update_fn=update, **changes):
+def run_loop(
+  workdir, kill_at=None, stop_at=None, update_fn=update, text_fn=None, **changes
+):
   state = train_state.create({'w': jnp.ones(3)}, OPTIMIZER)
   arguments = {'log_every': 2, 'checkpoint_every': 4} | changes
   with loop.Loop(workdir, 'toy', NUM_STEPS, **arguments) as steps:
@@ -64,6 +66,7 @@ def run_loop(workdir, kill_at=None, stop_at=None, update_fn=update, **changes):
         states={'toy': state},
         values=values if step + 1 == EVALUATED else None,
         num_items=7,
+        text_fn=text_fn,
       )
   return state
 
@@ -139,6 +142,42 @@ def test_killed_and_resumed_equals_uninterrupted(
   assert_same(workdir, run_loop(workdir), uninterrupted)
 
 
+@pytest.mark.parametrize('fate', ['cut', 'deleted', 'older'])
+def test_lost_lines_come_back_from_the_checkpoint(workdir, uninterrupted, fate):
+  path = workdir / metrics.METRICS_FILE
+  with pytest.raises(KilledError):
+    run_loop(workdir, kill_at=5)
+  first = path.read_text().splitlines(keepends=True)[0]
+  with pytest.raises(KilledError):
+    run_loop(workdir, kill_at=9)
+  if fate == 'deleted':
+    path.unlink()
+  else:
+    path.write_text(first if fate == 'older' else first[:-20])
+  assert_same(workdir, run_loop(workdir), uninterrupted)
+
+
+def test_a_run_goes_on_after_lines_of_nan(workdir):
+  """Also between two lines, where the sums are NaN."""
+
+  def broken(state, key):
+    state, told = update(state, key)
+    return state, {**told, 'loss': (jnp.float32(jnp.nan), jnp.float32(1))}
+
+  whole = run_loop(workdir / 'whole', update_fn=broken)
+  with pytest.raises(run.Stopped):
+    run_loop(workdir / 'cut', update_fn=broken, stop_at=4)
+  told = []
+
+  def tell(line):
+    told.append(line['loss'])
+    return 'a line'
+
+  state = run_loop(workdir / 'cut', update_fn=broken, text_fn=tell)
+  assert_same(workdir / 'cut', state, (workdir / 'whole', whole))
+  assert told == [None, None, None]
+
+
 def test_killed_twice(workdir, uninterrupted):
   for kill_at in (5, 9):
     with pytest.raises(KilledError):
@@ -148,23 +187,66 @@ def test_killed_twice(workdir, uninterrupted):
 
 def test_sigterm_saves_and_exits_with_75(workdir, uninterrupted, capsys):
   before = signal.getsignal(signal.SIGTERM)
-  # At step 2, which is 2 steps before a checkpoint: one is made at its line.
+  # At step 2, with a line due after step 4: it does not wait for that.
   with pytest.raises(SystemExit) as stopped:
     run_loop(workdir, stop_at=2)
   assert stopped.value.code == run.STOPPED_EXIT_CODE == 75
-  assert 'toy: stopped after step 4' in capsys.readouterr().err
+  assert 'toy: stopped after step 3' in capsys.readouterr().err
   assert signal.getsignal(signal.SIGTERM) == before
-  assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['4']
+  assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['3']
   state = run_loop(workdir)
-  assert 'continues after step 4' in capsys.readouterr().out
+  assert 'continues after step 3' in capsys.readouterr().out
   assert_same(workdir, state, uninterrupted)
 
 
-def test_sigterm_off_the_checkpoints(workdir, uninterrupted):
+# Between two lines, at one, and before the first and the last.
+@pytest.mark.parametrize('stop_at', [0, 1, 5, 6, 8])
+def test_a_stop_at_any_step_leaves_the_same_lines(
+  workdir, uninterrupted, stop_at
+):
   with pytest.raises(run.Stopped, match='75'):
-    run_loop(workdir, stop_at=5)
-  assert (workdir / 'checkpoints' / '6').is_dir()
+    run_loop(workdir, stop_at=stop_at)
+  assert kept(workdir)[-1] == stop_at + 1
   assert_same(workdir, run_loop(workdir), uninterrupted)
+
+
+def test_stopped_at_every_step(workdir, uninterrupted):
+  for step in range(NUM_STEPS - 1):
+    with pytest.raises(run.Stopped):
+      run_loop(workdir, stop_at=step)
+  assert_same(workdir, run_loop(workdir), uninterrupted)
+
+
+def test_few_steps_are_under_way(workdir, monkeypatch):
+  """Or a stop would have to wait for all that were dispatched."""
+  waited = []
+  block = jax.block_until_ready
+  monkeypatch.setattr(
+    jax, 'block_until_ready', lambda x: waited.append(x) or block(x)
+  )
+  run_loop(workdir, log_every=10, checkpoint_every=10)
+  # All but the last two, in order; each is a list of one metric.
+  assert len([x for x in waited if isinstance(x, list)]) == NUM_STEPS - 2
+
+
+def test_the_text_behind_the_bar_is_of_the_newest_line(workdir, capsys):
+  state = train_state.create({'w': jnp.ones(3)}, OPTIMIZER)
+  shown = []
+  with loop.Loop(workdir, 'toy', 4, log_every=2, checkpoint_every=2) as steps:
+    state = steps.restore(state)
+    for step in steps.steps():
+      state, step_metrics = update(state, jax.random.fold_in(ROOT, step))
+      line = steps.end_step(
+        step,
+        state,
+        step_metrics,
+        states={},
+        text_fn=lambda line: f'loss {line["loss"]:.6f}',
+      )
+      if line is not None:
+        shown.append(f'loss {line["loss"]:.6f}')
+      assert steps._progress._text == (shown[-1] if shown else '')
+  assert capsys.readouterr().err.splitlines()[-1].endswith(shown[-1])
 
 
 def test_sigterm_in_the_last_step_finishes(workdir, uninterrupted):
@@ -269,18 +351,11 @@ def test_a_directory_that_is_gone(workdir):
 
 def test_a_full_disk_under_the_lines(workdir, uninterrupted):
   """/dev/full is a disk without room."""
-  real = metrics.MetricsWriter
-
-  def full_writer(directory, resume_step):
-    os.symlink('/dev/full', directory / metrics.METRICS_FILE)
-    return real(directory, None)
-
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(metrics, '_rewrite', lambda path, keep: None)
-    patch.setattr(metrics, 'MetricsWriter', full_writer)
-    with pytest.raises(OSError, match='No space left.*metrics.jsonl'):
+    patch.setattr(metrics, '_open', lambda path, lines: open('/dev/full', 'a'))
+    patch.setattr(loop.Loop, '_check_workdir', lambda self: None)
+    with pytest.raises(OSError, match='No space left'):
       run_loop(workdir)
-  (workdir / metrics.METRICS_FILE).unlink()
   assert_same(workdir, run_loop(workdir), uninterrupted)
 
 

@@ -14,6 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from instruct_jax import main
+from instruct_jax.infra import inputs as inputs_lib
 from instruct_jax.infra import run as run_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -251,7 +252,7 @@ def test_what_a_stage_reads_is_recorded(toys, workdir, tmp_path):
   }
   before = inputs['policies.m']['sha256']
   (folder / 'params' / 'x').write_text('13')
-  found = run_lib.input_hashes(paths)
+  found = inputs_lib.hashes(inputs_lib.read_by(None, ConfigDict(paths)))
   assert found['data'] == inputs['data']
   assert found['policies.m']['sha256'] != before
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def folder(tmp_path_factory):
     model.params,
   )
   model = artifacts.Model('policy', model.module, params, {})
-  artifacts.save(root / 'model', model, tokenizer.fingerprint, {})
+  artifacts.save(root / 'model', model, tokenizer, {})
   drop = [
     {'context': f'{"fox " * i}left.', 'question': 'who?', 'answer': f'fox {i}'}
     for i in range(9)
@@ -102,7 +103,7 @@ def plain(folder):
   """The tokenizer, and ids -> logits [T, V] by one pass without a cache."""
   tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
   model = artifacts.load(
-    folder / 'model', 'policy', tiny.one_device(), tokenizer.fingerprint
+    folder / 'model', 'policy', tiny.one_device(), tokenizer
   )
 
   @jax.jit
@@ -223,6 +224,68 @@ def test_report_says_what_was_asked_and_by_whom_judged(finished):
   # Fifteen examples do not fit 256 positions.
   counts = json.loads((workdir / 'suite.json').read_text())['counts']
   assert counts['tiny rte fewshot']['fewer_shots'] > 0
+
+
+def test_scores_are_a_table_of_models(finished):
+  workdir, info = finished
+  text = (workdir / 'suite.md').read_text()
+  assert '| task | tiny | items |' in text
+  score = info['scores']['tiny rte zeroshot accuracy']
+  assert f'| rte, zeroshot, accuracy | {score:.3f} [' in text
+  # Models of one's own have nothing beside Table 14.
+  assert 'Table 14' not in text
+  page = (workdir / 'suite.html').read_text()
+  assert 'rte, zeroshot, accuracy' in page and f'{score:.3f}' in page
+
+
+def test_progress_is_of_the_whole_suite(folder, finished, tmp_path, capsys):
+  """Four tasks have eleven prompts; a journal's items take no time."""
+  workdir, _ = finished
+  config = suite_config(folder, tmp_path)
+  config.models = f'tiny={folder}/model,again={folder}/model'
+  shutil.copytree(workdir / 'journal', tmp_path / 'journal')
+  capsys.readouterr()
+  nlp_suite.run(config, epath.Path(tmp_path))
+  lines = capsys.readouterr().err.splitlines()
+  (last,) = [line for line in lines if '(100 %)' in line]
+  total = 2 * sum(
+    len(content) * len(tasks.TASKS[name].prompts)
+    for name, content in {
+      'drop': range(5),
+      'winogender': range(2),
+      'rte': range(3),
+      'real_toxicity': range(3),
+    }.items()
+  )
+  assert last.startswith(f'nlp_suite: {total}/{total} (100 %)')
+  assert last.endswith('task 20 of 20: again rte fewshot')
+  # Both models are one: nothing tells them apart.
+  assert '**' not in (tmp_path / 'suite.md').read_text()
+
+
+def test_tasks_that_do_not_fit_say_so(folder, tmp_path, capsys):
+  config = suite_config(folder, tmp_path)
+  for name in ('winogender', 'rte', 'real_toxicity'):
+    config.data[name] = ''
+  long = [
+    {'context': f'{i} ' * 300, 'question': 'who?', 'answer': f'fox {i}'}
+    for i in range(9)
+  ]
+  (tmp_path / 'long.json').write_text(json.dumps(long))
+  config.data.drop = f'{tmp_path}/long.json'
+  with pytest.raises(
+    ValueError,
+    match='drop, zeroshot: none of 5 items fits a context of 256 tokens',
+  ):
+    nlp_suite.run(config, epath.Path(tmp_path))
+  err = capsys.readouterr().err
+  assert '0/0' not in err
+  config.data.rte = f'{folder}/rte.jsonl'
+  nlp_suite.run(config, epath.Path(tmp_path))
+  text = (tmp_path / 'suite.md').read_text()
+  for prompt in ('zeroshot', 'fewshot'):
+    said = f'drop, {prompt}: none of 5 items fits a context of 256 tokens'
+    assert f'- {said} (tiny)' in text
 
 
 @pytest.mark.parametrize(

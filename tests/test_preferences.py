@@ -42,7 +42,7 @@ def save_model(root, name, kind, tokenizer, seed):
   artifacts.save(
     root / name,
     artifacts.Model(kind, model.module, params, {}),
-    tokenizer.fingerprint,
+    tokenizer,
     {},
   )
 
@@ -128,7 +128,7 @@ def test_win_rates_follow_the_reward_models_scores(folder, finished):
   workdir, _ = finished
   tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
   model = artifacts.load(
-    folder / 'reward', 'scalar', tiny.one_device(), tokenizer.fingerprint
+    folder / 'reward', 'scalar', tiny.one_device(), tokenizer
   )
   apply = jax.jit(
     lambda tokens, mask: model.module.apply(

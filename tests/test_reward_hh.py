@@ -74,7 +74,7 @@ def test_data_and_baselines(tmp_path, capsys):
     artifacts.save(
       tmp_path / 'run' / f'reward_{name}' / 'model',
       model,
-      tokenizer.fingerprint,
+      tokenizer,
       {},
     )
   config.stages.baselines.row_length = 48
@@ -97,5 +97,10 @@ def test_missing_folders_are_named(tmp_path):
   with pytest.raises(ValueError, match='set --config.data.root=DIR with hh_h'):
     hh_data.validate(config)
   config.root = str(tmp_path)
+  assert set(hh_data.inputs(config).values()) == {
+    f'{tmp_path}/hh_helpful',
+    f'{tmp_path}/hh_harmless',
+  }
+  (tmp_path / 'hh_helpful').mkdir()
   with pytest.raises(ValueError, match='hh_helpful has no .jsonl or'):
-    hh_data.validate(config)
+    hh_data.run(config, epath.Path(tmp_path / 'out'))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax import artifacts, rollout
+from instruct_jax import artifacts, rollout, sampling
 from instruct_jax.infra import sharding
 from instruct_jax.types import Decoder, PromptBatch, Rollout
 from tests import simple_rollout, tiny
@@ -40,7 +40,7 @@ def draw(logits, count, temperature=1.0):
   """`count` tokens from one row of logits."""
   uniform = jax.random.uniform(jax.random.key(11), (count,))
   rows = jnp.broadcast_to(jnp.asarray(logits), (count, len(logits)))
-  tokens, logprobs = jax.jit(rollout.sample_tokens, static_argnums=2)(
+  tokens, logprobs = jax.jit(sampling.sample_tokens, static_argnums=2)(
     rows, uniform, temperature
   )
   return np.asarray(tokens), np.asarray(logprobs)
@@ -241,8 +241,8 @@ def looped(params, prompts, key):
     params,
     prompts,
     key,
-    extend_fn=artifacts.extend_fn(tiny.POLICY),
-    make_cache_fn=artifacts.make_cache_fn(tiny.POLICY),
+    extend_fn=tiny.extend,
+    make_cache_fn=tiny.make_extend_cache,
     num_response=R,
     stop_ids=tiny.STOPS,
     temperature=tiny.TEMPERATURE,

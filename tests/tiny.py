@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from instruct_jax import artifacts, masked, ppo, rewards, rollout, supervised
+from instruct_jax import artifacts, ppo, rewards, rollout, supervised
 from instruct_jax.infra import sharding, train_state
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.types import PromptBatch, TextBatch
@@ -110,6 +110,24 @@ def forward(policy, scalar, tokens, segments):
   }
 
 
+def extend(params, tokens, mask, cache):
+  """A `simple_rollout.ExtendFn`: the cache is all tokens so far, and every
+  step reads all of them as training does."""
+  kept, kept_mask, length = cache
+  kept = jax.lax.dynamic_update_slice(kept, tokens, (0, length))
+  kept_mask = jax.lax.dynamic_update_slice(kept_mask, mask, (0, length))
+  length += tokens.shape[1]
+  logits = POLICY.apply({'params': params}, kept, kept_mask.astype(jnp.int32))
+  logits = jax.lax.dynamic_index_in_dim(logits, length - 1, 1, keepdims=False)
+  return logits, (kept, kept_mask, length)
+
+
+def make_extend_cache(batch, columns):
+  """An empty cache of `extend`."""
+  empty = jnp.zeros((batch, columns), jnp.int32)
+  return empty, empty > 0, jnp.zeros((), jnp.int32)
+
+
 generate = jax.jit(
   functools.partial(
     rollout.generate,
@@ -153,7 +171,7 @@ def score(policy, reference, value, reward, kl, sampled):
   ref_logprobs, _ = logprobs_fn(reference, tokens, mask, R)
   return ppo.make_ppo_batch(
     sampled,
-    masked.at_last(scalars_fn(reward, tokens, mask), mask),
+    artifacts.scores_fn(SCALAR)(reward, tokens, mask),
     old_logprobs,
     ref_logprobs,
     ppo.response_values(scalars_fn(value, tokens, mask), R),

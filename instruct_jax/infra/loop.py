@@ -11,13 +11,17 @@ newest checkpoint, else the state handed to `restore`. `timing.jsonl` says which
 share of its time the loop stood waiting for batches.
 """
 
+import collections
 import contextlib
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, SupportsFloat, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from instruct_jax.infra import (
@@ -32,6 +36,11 @@ from instruct_jax.types import Metrics, PyTree
 
 Batch = TypeVar('Batch')
 
+# Several processes that write lines this often look for a stop at lines alone.
+_SECONDS_WITHOUT_ASKING = 5.0
+# So many steps keep a device busy while the host prepares the next one.
+_STEPS_UNDER_WAY = 2
+
 
 class Loop:
   """One stage's steps, from wherever they were left off.
@@ -40,7 +49,8 @@ class Loop:
     workdir: of the stage.
     name: for progress, errors and the stop message.
     num_steps: in all.
-    log_every: steps between lines of metrics.jsonl. A stop is honoured there.
+    log_every: steps between lines of metrics.jsonl. A stop is honoured at the
+      next step, between two lines as well.
     checkpoint_every: steps between checkpoints, a multiple of `log_every`, so
       that a resumed run's lines equal an uninterrupted one's.
     checkpoint_minutes: a checkpoint is also due at the first line after so
@@ -98,6 +108,10 @@ class Loop:
     self._profiled = _parse_steps(profile_steps, name, num_steps)
     self._is_profiling = False
     self._start = 0
+    self._text = ''
+    # Whether a stop is looked for at every step; see `_stop_is_due`.
+    self._asks_often = True
+    self._under_way = collections.deque()
     self._pending: Metrics = {}
     self._pending_items = 0
     self._waited = 0.0
@@ -148,17 +162,37 @@ class Loop:
     """
     restored = self._checkpointer.restore_latest(state)
     if restored is not None:
-      self._start, state, _ = restored
+      self._start, state, extra = restored
+      if 'lines' not in extra:
+        raise checkpoint.CheckpointError(
+          f'{self._name}: the checkpoints in {self._workdir / "checkpoints"} '
+          'are from before lines of metrics were kept in them. Finish the run '
+          f'with the version that began it, or delete {self._workdir} to run '
+          'this stage again from its start.'
+        )
+      lines, self._pending = extra['lines'], _from_json(extra['pending'])
       if jax.process_index() == 0:
         print(f'{self._name}: continues after step {self._start}', flush=True)
     else:
       self._tell_of_a_fresh_start()
+      lines = []
     self._last_line = self._start
     resume_step = self._start if restored is not None else None
-    self._writer = metrics.MetricsWriter(self._workdir, resume_step)
+    self._writer = metrics.MetricsWriter(self._workdir, lines, resume_step)
     self._progress = run.Progress(self._name, self._num_steps, self._start)
     self._last_log = self._last_checkpoint = time.monotonic()
     return state
+
+  @property
+  def start(self) -> int:
+    """Steps done before, by a run that was cut; known after `restore`."""
+    return self._start
+
+  @property
+  def lines(self) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl so far, those of a run that was cut included; the
+    same in all processes."""
+    return self._writer.lines
 
   def steps(self) -> Iterator[int]:
     """Step numbers still to run, from 0."""
@@ -202,8 +236,8 @@ class Loop:
     states: Mapping[str, train_state.TrainState],
     values: Mapping[str, SupportsFloat] | None = None,
     num_items: int = 0,
-    text: str = '',
-  ) -> dict[str, float] | None:
+    text_fn: Callable[[dict[str, Any]], str] | None = None,
+  ) -> dict[str, Any] | None:
     """Logs, checkpoints and honours a stop, each when its turn has come.
 
     Args:
@@ -216,25 +250,30 @@ class Loop:
       num_items: tokens or episodes of this step, for the rate in timing.jsonl,
         which also counts the programs compiled since the line before: none,
         in a run that has seen all of its shapes.
-      text: shown behind the progress bar.
+      text_fn: a line -> what the progress bar shows behind it, until the next
+        line is written.
 
     Returns:
-      The line written, or None when none was due.
+      The line as it will be read (None in the place of NaN and infinity), or
+      None when none was due.
 
     Raises:
+      checkpoint.CheckpointError: the last checkpoint could not be written.
       run.Stopped: SIGTERM came, and everything is saved.
       train_state.NonFiniteError: too many skipped updates in a row.
     """
     done = step + 1
+    self._checkpointer.check()
     self._pending = metrics.merge(self._pending, step_metrics)
     self._pending_items += num_items
+    self._wait_for_older_steps(step_metrics)
     is_last = done == self._num_steps
     line = None
     if done % self._log_every == 0 or is_last or values:
       line = {**metrics.to_host(self._pending), **(values or {})}
       self._pending = {}
       self._check_workdir()
-      self._writer.write(done, line)
+      line = self._writer.write(done, line)
       now = time.monotonic()
       seconds = now - self._last_log
       self._last_log = now
@@ -255,12 +294,15 @@ class Loop:
       self._pending_items, self._waited = 0, 0.0
       self._watch.lap(done, done - self._last_line)
       self._last_line = done
+      self._text = text_fn(line) if text_fn is not None else self._text
       for name, watched in states.items():
         train_state.check_skips(watched, self._max_skips, name)
     if self._is_profiling:
       jax.block_until_ready(state)  # A step's work is to lie within the step.
-    self._progress.update(1, text)
-    stop = False
+    self._progress.update(1, self._text)
+    stop = not is_last and self._stop_is_due(
+      seconds if line is not None else None
+    )
     due = done % self._checkpoint_every == 0 and not is_last
     if done % self._log_every == 0 and not is_last:
       # The processes' clocks differ: the first one's counts.
@@ -268,16 +310,42 @@ class Loop:
         time.monotonic() - self._last_checkpoint > self._checkpoint_seconds > 0
       )
       due |= self._checkpoint_seconds > 0 and run.agreed(late)
-      stop = self._stop.requested
     if due or stop:
       jax.block_until_ready(state)
-      self._checkpointer.save(done, state, {})
+      # Between two lines, what the next one is to sum belongs to the state.
+      extra = {'lines': self.lines, 'pending': _to_json(self._pending)}
+      self._checkpointer.save(done, state, extra)
       self._last_checkpoint = time.monotonic()
     if stop:
       self._checkpointer.wait()
       run.wait_for_all(f'{self._name} stopped')
-      raise run.Stopped(f'{self._name}: stopped after step {done}')
+      raise run.Stopped(f'{self._name}: stopped after step {done}', True)
     return line
+
+  def _wait_for_older_steps(self, step_metrics: Metrics):
+    """Steps return before they are computed. Few may be under way, or those
+    would have to be waited for when a stop is asked for."""
+    self._under_way.append(jax.tree.leaves(step_metrics)[:1])
+    if len(self._under_way) > _STEPS_UNDER_WAY:
+      jax.block_until_ready(self._under_way.popleft())
+
+  def _stop_is_due(self, line_seconds: float | None) -> bool:
+    """Whether SIGTERM came to any process.
+
+    One process looks at every step. Several have to ask each other, and wait
+    for the step to do so: where lines come often, they ask at lines alone.
+
+    Args:
+      line_seconds: since the line before; None between two lines.
+    """
+    if jax.process_count() == 1:
+      return self._stop.requested
+    if line_seconds is None and not self._asks_often:
+      return False
+    stop = self._stop.requested
+    if line_seconds is not None:
+      self._asks_often = run.agreed(line_seconds > _SECONDS_WITHOUT_ASKING)
+    return stop
 
   def _tell_of_a_fresh_start(self):
     """Lines without a checkpoint: killed before the first one, or it is gone.
@@ -287,11 +355,16 @@ class Loop:
     path = self._workdir / metrics.METRICS_FILE
     if jax.process_index() != 0 or not path.exists():
       return
-    last = max((line['step'] for line in metrics.read_lines(path)), default=0)
+    try:
+      lines = metrics.read_lines(path)
+      last = max((line['step'] for line in lines), default=0)
+      problem = f'{path} goes to step {last}'
+    except ValueError as error:
+      last, problem = math.inf, str(error)
     if last > 2 * self._checkpoint_every:
       raise checkpoint.CheckpointError(
-        f'{self._name}: {path} goes to step {last}, and there is no checkpoint '
-        f'in {self._workdir / "checkpoints"}. Bring them back, or delete '
+        f'{self._name}: {problem}, and there is no checkpoint in '
+        f'{self._workdir / "checkpoints"}. Bring them back, or delete '
         f'{self._workdir} to run this stage again from its start.'
       )
     if last:
@@ -305,8 +378,25 @@ class Loop:
     if not (self._workdir / metrics.METRICS_FILE).exists():
       raise run.WorkdirError(
         f'{self._name}: the work directory {self._workdir} is gone, or its '
-        f'{metrics.METRICS_FILE} is. Bring it back, or start again in another.'
+        f'{metrics.METRICS_FILE} is. The same command continues from the last '
+        'checkpoint that is there.'
       )
+
+
+def _to_json(pending: Metrics) -> dict[str, list]:
+  """(sum, count) pairs as numbers with their dtype: JSON keeps every bit."""
+  host = jax.device_get(dict(pending))
+  return {
+    name: [[float(x), str(np.asarray(x).dtype)] for x in pair]
+    for name, pair in host.items()
+  }
+
+
+def _from_json(saved: Mapping[str, list]) -> Metrics:
+  return {
+    name: tuple(jnp.asarray(value, dtype) for value, dtype in pair)
+    for name, pair in saved.items()
+  }
 
 
 def _call(function, context) -> None:

@@ -2,7 +2,6 @@
 
 import datetime
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -51,11 +50,16 @@ class Stopped(SystemExit):
   """Raised by a loop that was asked to stop and has saved.
 
   The process exits with code 75; the message goes to standard error.
+
+  Args:
+    message: where it stopped.
+    is_agreed: of several processes, all stop here: an orderly end waits for no
+      other one.
   """
 
-  def __init__(self, message: str):
+  def __init__(self, message: str, is_agreed: bool = False):
     super().__init__(STOPPED_EXIT_CODE)
-    self.message = message
+    self.message, self.is_agreed = message, is_agreed
     print(f'{message}; the same command continues', file=sys.stderr)
 
 
@@ -94,6 +98,20 @@ def read_json(path: epath.PathLike) -> Any:
     return json.loads(epath.Path(path).read_text())
   except json.JSONDecodeError as error:
     raise ValueError(f'{path} is not JSON: {error}') from error
+
+
+def timestamp() -> str:
+  """Now, in UTC, to the second."""
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+  """The path from the root of its file system or object store.
+
+  epath's own `absolute` puts the current folder before gs://.
+  """
+  path = epath.Path(path)
+  return path if is_remote(path) else path.absolute()
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -136,8 +154,9 @@ class WorkdirLock:
         'stop it, or choose another work directory.'
       ) from error
     file.truncate(0)
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-    file.write(f'pid {os.getpid()} on {socket.gethostname()} since {now}\n')
+    file.write(
+      f'pid {os.getpid()} on {socket.gethostname()} since {timestamp()}\n'
+    )
     file.flush()
     self._file = file
     return self
@@ -149,66 +168,23 @@ class WorkdirLock:
       self._file = None
 
 
-def save_config(
-  config: ConfigDict | Mapping[str, Any], path: epath.PathLike
-) -> None:
-  """Writes a config as JSON."""
-  write_json(path, _plain(config))
-
-
-def check_config(
-  config: ConfigDict | Mapping[str, Any],
-  path: epath.PathLike,
-  ignore: Sequence[str] = (),
-) -> None:
-  """Raises unless `config` equals the one that was saved.
-
-  Args:
-    config: the config of this run.
-    path: written by `save_config`.
-    ignore: dotted keys, with all below them, that may change between runs in
-      one directory (the mesh, say).
-
-  Raises:
-    WorkdirError: naming each differing key with both values.
-  """
-  ours, theirs = _flat(_plain(config)), _flat(read_json(path))
-  lines = []
-  for key in sorted({*ours, *theirs}):
-    if any(key == name or key.startswith(f'{name}.') for name in ignore):
-      continue
-    old, new = (
-      json.dumps(config[key]) if key in config else '(no such key)'
-      for config in (theirs, ours)
-    )
-    if old != new:
-      lines.append(f'  {key}: {old} there, {new} now')
-  if lines:
-    raise WorkdirError(
-      f'{epath.Path(path).parent} was made with another config '
-      f'({epath.Path(path).name}):\n'
-      + '\n'.join(lines)
-      + '\nChoose another work directory, delete this one, or go back to its '
-      'values.'
-    )
-
-
-def _plain(config):
+def plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
   """JSON's view of a config: tuples are lists, integer keys are strings."""
   if isinstance(config, ConfigDict):
     config = config.to_dict()
   return json.loads(json.dumps(dict(config)))
 
 
-def _flat(tree, prefix=''):
-  flat = {}
+def flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Dotted key -> value; an empty mapping is a value."""
+  found = {}
   for key, value in tree.items():
     name = f'{prefix}{key}'
     if isinstance(value, dict) and value:
-      flat |= _flat(value, f'{name}.')
+      found |= flat(value, f'{name}.')
     else:
-      flat[name] = value
-  return flat
+      found[name] = value
+  return found
 
 
 def mark_done(stage_dir: epath.PathLike, info: Mapping[str, Any]) -> None:
@@ -225,6 +201,12 @@ def is_done(stage_dir: epath.PathLike) -> bool:
   return (epath.Path(stage_dir) / DONE_FILE).exists()
 
 
+def mark_undone(stage_dir: epath.PathLike) -> None:
+  """Takes `mark_done` back, in the first process."""
+  if jax.process_index() == 0:
+    (epath.Path(stage_dir) / DONE_FILE).unlink(missing_ok=True)
+
+
 # --- Several processes --------------------------------------------------------
 
 
@@ -232,6 +214,12 @@ def say(text: str) -> None:
   """Prints a line, in the first process."""
   if jax.process_index() == 0:
     print(text, flush=True)
+
+
+def tell_dropped(name: str, text: str) -> None:
+  """Says what a stage leaves out; '' is nothing."""
+  if text:
+    say(f'{name}: {text}')
 
 
 def agreed(value: bool) -> bool:
@@ -244,6 +232,23 @@ def agreed(value: bool) -> bool:
   return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
+def in_first(function: Callable[[], None]) -> None:
+  """Calls a function in the first process; where it fails, all fail.
+
+  Raises:
+    ValueError, RuntimeError, OSError: as it did, in the first process.
+    WorkdirError: in the others.
+  """
+  problem = None
+  if jax.process_index() == 0:
+    try:
+      function()
+    except (ValueError, RuntimeError, OSError) as error:
+      problem = error
+  if not agreed(problem is None):
+    raise problem or WorkdirError('the first process refuses; it says why')
+
+
 def wait_for_all(name: str) -> None:
   """Returns once every process has come here; the name must be the same."""
   if jax.process_count() > 1:
@@ -251,65 +256,6 @@ def wait_for_all(name: str) -> None:
 
 
 # --- Where the numbers come from ----------------------------------------------
-
-# Of a folder, larger files count by name and size: the arrays of a model, whose
-# checksums are in its model.json.
-_HASHED_BYTES = 16 << 20
-# Keys whose values name no input, though there may be a folder of that name.
-_NO_INPUTS = ('name', 'experiment', 'workdir', 'compilation_cache')
-
-
-def input_hashes(
-  config: ConfigDict | Mapping[str, Any],
-) -> dict[str, dict[str, str]]:
-  """What a stage reads: each config value that names a file or folder there.
-
-  Returns:
-    `{key: {'path': ..., 'sha256': ...}}`, keys dotted. The hash of a folder is
-    over the names and sizes of its files, and what those up to 16 MiB hold.
-    Empty in all processes but the first.
-  """
-  if jax.process_index() != 0:
-    return {}
-  found = {}
-  for key, value in _flat(_plain(config)).items():
-    if not isinstance(value, str) or key.endswith(_NO_INPUTS):
-      continue
-    # One path, or NAME=PATH,NAME=PATH.
-    for part in value.split(','):
-      name, separator, place = part.partition('=')
-      path = epath.Path(place if separator else part)
-      if str(path) != '.' and path.exists():
-        found[f'{key}.{name}' if separator else key] = {
-          'path': str(path),
-          'sha256': _content_hash(path),
-        }
-  return found
-
-
-def _content_hash(path) -> str:
-  total = hashlib.sha256()
-  if not path.is_dir():
-    _add_file(total, path)
-    return total.hexdigest()
-  folders = [path]
-  while folders:
-    # epath has no recursive glob: object stores make it dear.
-    for entry in sorted(folders.pop().iterdir()):
-      if entry.is_dir():
-        folders.append(entry)
-        continue
-      size = entry.stat().length
-      total.update(f'{entry.relative_to(path)}\0{size}\0'.encode())
-      if size <= _HASHED_BYTES:
-        _add_file(total, entry)
-  return total.hexdigest()
-
-
-def _add_file(total, path) -> None:
-  with path.open('rb') as file:
-    while block := file.read(1 << 24):
-      total.update(block)
 
 
 def provenance(seed: int) -> dict[str, Any]:
@@ -428,12 +374,16 @@ class Progress:
     name: the stage.
     total: steps in all.
     initial: steps done before, by a run that was cut; not part of the rate.
+    unit: what a step is called.
   """
 
   _SECONDS_BETWEEN_LINES = 10.0
 
-  def __init__(self, name: str, total: int, initial: int = 0):
+  def __init__(
+    self, name: str, total: int, initial: int = 0, unit: str = 'steps'
+  ):
     self._name, self._total, self._initial = name, total, initial
+    self._unit = unit
     self._done = initial
     self._text = ''
     self._start = self._last_line = time.monotonic()
@@ -441,7 +391,11 @@ class Progress:
     self._bar = None
     if self._is_shown and sys.stderr.isatty():
       self._bar = tqdm(
-        total=total, initial=initial, desc=name, dynamic_ncols=True
+        total=total,
+        initial=initial,
+        desc=name,
+        unit=f' {unit}',
+        dynamic_ncols=True,
       )
 
   def update(self, num_steps: int = 1, text: str = '') -> None:
@@ -453,6 +407,14 @@ class Progress:
       self._bar.update(num_steps)
     elif time.monotonic() - self._last_line >= self._SECONDS_BETWEEN_LINES:
       self._print_line()
+
+  def skip(self, num_steps: int) -> None:
+    """Counts steps that took no time: they are not part of the rate."""
+    self._done += num_steps
+    self._initial += num_steps
+    if self._bar is not None:
+      self._bar.initial += num_steps
+      self._bar.update(num_steps)
 
   def _print_line(self):
     if not self._is_shown:
@@ -468,7 +430,7 @@ class Progress:
     percent = 100 * self._done // max(self._total, 1)
     line = (
       f'{self._name}: {self._done}/{self._total} ({percent} %), '
-      f'{rate:.3g} steps/s, {when}'
+      f'{rate:.3g} {self._unit}/s, {when}'
     )
     print(f'{line}, {self._text}' if self._text else line, file=sys.stderr)
     sys.stderr.flush()

@@ -22,6 +22,19 @@ SCALINGS = ('none', 'linear', 'llama3', 'yarn')
 ATTENTIONS = ('auto', 'xla', 'flash')
 
 
+def check_compute_dtype(compute_dtype: str) -> None:
+  """Of a stage's config, where '' keeps what each model folder says.
+
+  Raises:
+    ValueError: it is another name.
+  """
+  if compute_dtype not in ('', *COMPUTE_DTYPES):
+    raise ValueError(
+      f"compute_dtype must be '' (as the model folders say; published ones: "
+      f"'float32') or one of {COMPUTE_DTYPES}: {compute_dtype!r}"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Rotary:
   """Rotary positions (Su et al. 2021) and how they are stretched.

@@ -1,0 +1,534 @@
+"""What has to hold before the stages of a run may start, or start again.
+
+Keys are in range, inputs are there or will be made by an earlier stage, and a
+stage that has begun goes on with the config and the inputs it began with. What
+differs is judged stage by stage: a stage that has saved nothing may change.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from instruct_jax.infra import inputs, run
+
+CONFIG_FILE = 'config.json'
+HISTORY_FILE = 'config_history.json'
+_MAX_LINES = 20
+
+# Keys of any stage that are sizes; 0 would fail late, or do nothing.
+_AT_LEAST_ONE = (
+  'batch_size',
+  'eval_batch_size',
+  'num_epochs',
+  'num_microbatches',
+  'row_length',
+  'prompt_length',
+  'response_length',
+)
+
+# Keys that may change at any time, with all that is below them: the results are
+# the same, or the same but for rounding.
+MAY_CHANGE = {
+  'mesh': 'over which devices arrays are cut',
+  'xla_flags': "the compiler's",
+  'compilation_cache': 'where compiled programs are kept',
+  'default_workdir': 'where a run lives that is told no place',
+  'loop': 'how a loop saves, stops and is traced',
+  'checkpoint_every': 'how much a kill can cost',
+  'remat': 'what the backward pass computes again',
+  'attention': 'the kernel of the same products',
+  'logprob_chunk': 'logits that exist at one time',
+  'scan_unroll': 'layers written out at a time',
+  'num_slices': 'parts in which a batch is scored',
+  'num_slots': "a sample's noise belongs to its prompt, not to its slot",
+  'gather_weights': 'where the weights lie while tokens are sampled',
+  'offload': 'where weights wait',
+  'pack_episodes': 'how episodes are laid out in rows',
+  'pack_spare': 'how episodes are laid out in rows',
+  'eval_batch_size': 'rows that are evaluated at a time',
+  'probe_batch_size': 'queries that are asked at a time',
+  'length_multiple': 'padding',
+  'cache': 'where answers are kept, under a hash of all they depend on',
+  'timeout': 'patience with a service',
+  'max_retries': 'patience with a service',
+  'requests_per_minute': 'pace of asking a service',
+  'num_workers': 'questions that are asked at a time',
+  'key_variable': 'which variable holds the key of a service',
+}
+
+
+def _dropout(stage: Mapping[str, Any]) -> float:
+  return stage.get('dropout', stage.get('model.dropout', 0.0))
+
+
+# The like, for stages of which the condition holds.
+MAY_CHANGE_IF: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+  # Sums over microbatches are those over the batch; dropout draws anew in each.
+  'num_microbatches': lambda stage: not _dropout(stage),
+  # Of training it is the method; elsewhere, what is sampled at a time.
+  'batch_size': lambda stage: 'learning_rate' not in stage,
+  # In PPO a layout of rows, the same episodes; in SFT it makes other batches.
+  'pack': lambda stage: 'num_episodes' in stage,
+}
+
+# Files of a stage that hold nothing a later start would build on. Lines of
+# metrics do not count: without a checkpoint they are written again.
+_NO_PROGRESS = (
+  inputs.INPUTS_FILE,
+  inputs.ACCEPTED_FILE,
+  CONFIG_FILE,
+  HISTORY_FILE,
+  'provenance.json',
+  'seconds.json',
+  'metrics.jsonl',
+  'timing.jsonl',
+  'tensorboard',
+  'profile',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage of a run, or a run of one stage.
+
+  Attributes:
+    config: with this machine's paths.
+    described: dotted key -> value, free of them: what is kept of the config.
+    folder: its own, below the work directory, or the work directory itself.
+    prefix: of its keys on the command line, say 'stages.sft.'.
+    experiment: the module; None where an experiment is not needed.
+  """
+
+  config: ConfigDict
+  described: Mapping[str, Any]
+  folder: epath.Path
+  prefix: str
+  experiment: ModuleType | None
+
+  @property
+  def name(self) -> str:
+    return self.config.name
+
+  @property
+  def is_done(self) -> bool:
+    return run.is_done(self.folder)
+
+  @property
+  def has_progress(self) -> bool:
+    """Whether it has saved anything that a later start would build on."""
+    if not self.folder.exists():
+      return False
+    reads = self.inputs().values()
+    for path in self.folder.iterdir():
+      if path.name == 'checkpoints':
+        if any(step.name.isdigit() for step in path.iterdir()):
+          return True
+      elif path.name in _NO_PROGRESS or path.name.startswith('.'):
+        continue
+      elif not any(_is_within(read, path) for read in reads):
+        return True
+    return False
+
+  def inputs(self) -> dict[str, str]:
+    """Label -> path of what it reads; see `inputs.read_by`."""
+    return inputs.read_by(self.experiment, self.config)
+
+  def key(self, label: str) -> str:
+    """The key of the command line that an input comes from, or its label."""
+    key = inputs.key_of(label, self.described)
+    return f'{self.prefix}{key}' if key in self.described else label
+
+
+def of_run(
+  config: ConfigDict,
+  described: ConfigDict,
+  workdir: epath.Path,
+  find_experiment: Callable[[str], ModuleType],
+) -> list[Stage]:
+  """The stages of a config, in order.
+
+  Args:
+    config: of the run, with `workdir` filled in.
+    described: the same without this machine's paths.
+    workdir: where the run lives.
+    find_experiment: name -> module.
+  """
+  if 'stages' not in config:
+    values = run.flat(run.plain(described))
+    experiment = find_experiment(config.experiment)
+    return [Stage(config, values, workdir, '', experiment)]
+  return [
+    Stage(
+      config.stages[name],
+      run.flat(run.plain(described.stages[name])),
+      workdir / config.stages[name].name,
+      f'stages.{name}.',
+      find_experiment(config.stages[name].experiment),
+    )
+    for name in config.stage_order
+  ]
+
+
+# --- Keys ---------------------------------------------------------------------
+
+
+def validate(stage: Stage) -> None:
+  """What can be said of a stage's config without reading a file.
+
+  Raises:
+    ValueError: with the names of the stage and the key.
+  """
+  try:
+    _check_numbers(stage.config)
+    stage.experiment.validate(stage.config)
+  except ValueError as error:
+    raise ValueError(f'{stage.name}: {error}') from error
+
+
+def _check_numbers(config) -> None:
+  """Sizes and rates that mean the same in every experiment."""
+
+  def given(key):
+    return key in config and config[key] is not None
+
+  for key in _AT_LEAST_ONE:
+    if given(key) and config[key] < 1:
+      raise ValueError(f'{key} must be at least 1, got {config[key]}')
+  if given('learning_rate') and not config.learning_rate > 0:
+    raise ValueError(
+      f'learning_rate must be positive, got {config.learning_rate}'
+    )
+  if given('temperature') and not config.temperature >= 0:
+    raise ValueError(
+      f'temperature must not be negative (0 takes the most probable token), '
+      f'got {config.temperature}'
+    )
+
+
+def may_change(key: str, stage: Mapping[str, Any]) -> bool:
+  """Whether a dotted key of a stage (dotted key -> value) may always change."""
+  parts = key.split('.')
+  if any(part in MAY_CHANGE for part in parts):
+    return True
+  return parts[-1] in MAY_CHANGE_IF and MAY_CHANGE_IF[parts[-1]](stage)
+
+
+# --- Inputs that are not there ------------------------------------------------
+
+
+def find_missing(
+  stages: Sequence[Stage], have_run: Iterable[str] = ()
+) -> dict[str, str]:
+  """Looks for all inputs of all stages that are still to run.
+
+  Args:
+    stages: of the run, in order.
+    have_run: names of those that this process has run: what they were to write
+      and is not there will not come.
+
+  Returns:
+    Name -> why, of finished stages that have to run again, because what they
+    wrote is gone and is still needed.
+
+  Raises:
+    ValueError: inputs that are not there and that no stage will make; a line
+      each, with stage and key.
+  """
+  again, missing = {}, {}
+  for number in reversed(range(len(stages))):
+    stage = stages[number]
+    if stage.is_done and stage.name not in again:
+      continue
+    for label, path in reversed(stage.inputs().items()):
+      reason = inputs.problem(path)
+      if not reason:
+        continue
+      maker = _maker(path, stages[:number])
+      if maker is not None and maker.is_done and maker.name in have_run:
+        reason = (
+          f'{path} is missing, though {maker.name} is done; delete '
+          f'{maker.folder} to run {maker.name} from its start'
+        )
+        maker = None
+      if maker is None:
+        key = label if reason == inputs.EMPTY else reason
+        missing.setdefault(key, []).insert(0, (stage, label, reason))
+      elif maker.is_done:
+        again.setdefault(
+          maker.name, f'{path}, which {stage.name} reads, is gone'
+        )
+  if missing:
+    lines = [_missing(*found) for found in reversed(missing.values())]
+    raise ValueError('\n'.join(lines))
+  return again
+
+
+def check_turn(
+  stage: Stage,
+  stages: Sequence[Stage],
+  have_run: Sequence[str],
+  accept_new_inputs: bool,
+) -> None:
+  """What can only be said now that the stages before this one have run.
+
+  Finished stages whose outputs are gone and still needed are marked to run
+  again.
+
+  Args:
+    stage: whose turn it is.
+    stages: all of the run, in order.
+    have_run: names of those that this process has run or passed.
+    accept_new_inputs: as in `check_inputs`.
+
+  Raises:
+    ValueError: see `find_missing`.
+    run.WorkdirError: see `check_inputs`.
+  """
+  again = find_missing(stages, have_run)
+  for other in stages:
+    if other.name in again:
+      run.say(f'{other.name}: {again[other.name]}; it runs again')
+      run.mark_undone(other.folder)
+  check_inputs([stage], stages, accept_new_inputs)
+
+
+def _maker(path: str, stages: Sequence[Stage]) -> Stage | None:
+  """The stage into whose folder a path leads."""
+  for stage in stages:
+    if stage.prefix and _is_within(path, stage.folder):
+      return stage
+  return None
+
+
+def _is_within(path: str, folder: epath.Path) -> bool:
+  # Both are spelled by the same config.
+  return f'{path}/'.startswith(f'{folder}/')
+
+
+def _missing(*found) -> str:
+  """A line about one input that several stages may want: the first is named."""
+  stage, label, reason = found[0]
+  key = stage.key(label)
+  who = stage.name
+  if len(found) > 1:
+    who += f' (and {", ".join(other.name for other, _, _ in found[1:])})'
+  if key == label:  # Of no key: what an earlier stage of the run would write.
+    return f'{who}: {reason}'
+  if reason == inputs.EMPTY:
+    return f'{who}: {label} is empty; give --config.{key}=PATH'
+  return f'{who}: {label}: {reason}; correct --config.{key}'
+
+
+# --- What differs from the last time ------------------------------------------
+
+
+def check_unchanged(
+  stages: Sequence[Stage],
+  described: ConfigDict,
+  workdir: epath.Path,
+  accept_new_inputs: bool,
+) -> None:
+  """Compares config and inputs with those that each stage began with.
+
+  Writes config.json, which also keeps the stages that this config does not
+  have, and a line of config_history.json for each start that changed it.
+
+  Args:
+    stages: of the run, in order.
+    described: the whole config, without this machine's paths.
+    workdir: where the run lives.
+    accept_new_inputs: go on with inputs that have other contents now.
+
+  Raises:
+    run.WorkdirError: a stage that has begun differs; stage, key, old and new
+      are named, and what to do.
+  """
+  now, path = run.plain(described), workdir / CONFIG_FILE
+  saved = run.read_json(path) if path.exists() else None
+  lines, changed, notes = [], [], []
+  for stage in stages if saved is not None else ():
+    before = _saved(saved, stage)
+    if before is None:
+      continue
+    found, noted = _changes(stage, before)
+    notes += noted
+    if found:
+      changed.append(stage)
+      lines += found
+  if lines:
+    raise run.WorkdirError(
+      f'{workdir} was made with another config:\n{_listed(lines)}\nGo back to '
+      'these values, choose another --workdir, or '
+      + _start_anew(changed, stages)
+    )
+  check_inputs(stages, stages, accept_new_inputs)
+  for note in notes:
+    run.say(note)
+  _save(workdir, saved, now)
+
+
+def _saved(saved, stage):
+  """The flat config that a stage had, or None where there was no such stage."""
+  if not stage.prefix:
+    return run.flat(saved)
+  name = stage.prefix.split('.')[1]
+  stages = saved.get('stages', {})
+  return run.flat(stages[name]) if name in stages else None
+
+
+def _changes(stage, before):
+  """(lines about keys that must not differ, lines about those that may)."""
+  state = _state(stage)
+  moved = _moved(stage) if state else ()
+  lines, notes = [], []
+  for key in sorted({*before, *stage.described}):
+    old, new = (
+      json.dumps(values[key]) if key in values else '(no such key)'
+      for values in (before, stage.described)
+    )
+    if old == new:
+      continue
+    text = f'{stage.prefix}{key}: {old} there, {new} now'
+    if may_change(key, before) and may_change(key, stage.described):
+      notes.append(f'{stage.name}: {text}; that may change')
+    elif not state:
+      notes.append(f'{stage.name}: {text}; nothing of it was saved yet')
+    elif key in moved:
+      notes.append(f'{stage.name}: {text}; the contents are the same')
+    else:
+      lines.append(f'{stage.name} is {state}; {text}')
+  return lines, notes
+
+
+def _state(stage) -> str:
+  if stage.is_done:
+    return 'finished'
+  return 'under way' if stage.has_progress else ''
+
+
+def _moved(stage):
+  """Keys of inputs that lie elsewhere; whether they are the same is not said:
+  `check_inputs` compares the contents."""
+  known, paths = inputs.known(stage.folder), stage.inputs()
+
+  def by_key(labels):
+    groups = {}
+    for label in labels:
+      key = inputs.key_of(label, stage.described)
+      groups.setdefault(key, set()).add(label)
+    return groups
+
+  before, now = by_key(known), by_key(paths)
+  return {
+    key
+    for key in before.keys() & now.keys()
+    if before[key] == now[key]
+    and not any(inputs.problem(paths[label]) for label in now[key])
+  }
+
+
+def check_inputs(
+  chosen: Iterable[Stage], stages: Sequence[Stage], accept_new_inputs: bool
+) -> None:
+  """Compares the inputs of stages that have begun with those they began with.
+
+  Args:
+    chosen: stages to look at.
+    stages: all of the run.
+    accept_new_inputs: record the new ones, and go on.
+
+  Raises:
+    run.WorkdirError: an input has other contents now.
+  """
+  lines, changed = [], []
+  for stage in chosen:
+    state, paths = _state(stage), stage.inputs()
+    found = inputs.differences(stage.folder, paths) if state else {}
+    if found and accept_new_inputs:
+      inputs.accept(stage.folder, found)
+    elif found:
+      changed.append(stage)
+    for label, (before, after) in found.items():
+      text = (
+        f'{stage.name} is {state}; {stage.key(label)}: {after["path"]} had '
+        f'SHA-256 {before["sha256"][:12]}, now {after["sha256"][:12]}'
+      )
+      if accept_new_inputs:
+        run.say(f'{text}; accepted')
+      lines.append(text)
+  if changed:
+    raise run.WorkdirError(
+      'inputs are not those that these stages began with:\n'
+      f'{_listed(lines)}\nBring them back, go on with the new ones by '
+      '--accept_new_inputs, or ' + _start_anew(changed, stages)
+    )
+
+
+def record_inputs(stage: Stage) -> None:
+  """Writes inputs.json as a stage begins; one that goes on keeps its own."""
+  path = stage.folder / inputs.INPUTS_FILE
+  if stage.has_progress and path.exists():
+    return
+  (stage.folder / inputs.ACCEPTED_FILE).unlink(missing_ok=True)
+  run.write_json(path, inputs.hashes(stage.inputs()))
+
+
+def _listed(lines):
+  more = len(lines) - _MAX_LINES
+  if more > 0:
+    lines = [*lines[:_MAX_LINES], f'and {more} more']
+  return '\n'.join(f'  {line}' for line in lines)
+
+
+def _start_anew(changed, stages):
+  folders = [
+    str(stage.folder)
+    for stage in _dependents(changed, stages)
+    if stage.folder.exists()
+  ]
+  return (
+    'delete these folders, and the same command makes them anew: '
+    + ' '.join(folders)
+  )
+
+
+def _dependents(changed, stages):
+  """These stages and all that read what they write, in order."""
+  found = []
+  for stage in stages:
+    reads = stage.inputs().values()
+    if stage in changed or any(
+      _is_within(path, other.folder) for path in reads for other in found
+    ):
+      found.append(stage)
+  return found
+
+
+def _save(workdir, saved, now):
+  """Writes config.json, and what changed in it to the history."""
+  if saved is not None and 'stages' in now:
+    # A stage that is not among these may be among the next ones again.
+    kept = saved.get('stages', {})
+    names = set(now['stage_order']) | (set(now['stages']) - set(kept))
+    now = {
+      **now,
+      'stages': kept | {name: now['stages'][name] for name in sorted(names)},
+    }
+  if saved == now:
+    return
+  if saved is not None:
+    before, after, path = run.flat(saved), run.flat(now), workdir / HISTORY_FILE
+    rows = run.read_json(path) if path.exists() else []
+    changes = {
+      key: [before.get(key), after.get(key)]
+      for key in sorted({*before, *after})
+      if before.get(key) != after.get(key)
+    }
+    rows.append({'time': run.timestamp(), 'changes': changes})
+    run.write_json(path, rows)
+  run.write_json(workdir / CONFIG_FILE, now)

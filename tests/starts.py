@@ -1,0 +1,129 @@
+"""Starts of `python -m MODULE ...`, without importing everything each time.
+
+A server that has imported the libraries, and no device, forks for each start
+and runs the module as `python -m` does. Signals, exit codes, output, working
+directory and environment are those of a process of its own.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@dataclasses.dataclass
+class Ended:
+  """What a start left."""
+
+  returncode: int
+  stdout: str
+  stderr: str
+
+
+class Starts:
+  """The server, from the side of the tests."""
+
+  def __init__(self):
+    self._server = subprocess.Popen(
+      [sys.executable, __file__],
+      cwd=ROOT,
+      env={**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'},
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+
+  def __call__(
+    self,
+    module,
+    *arguments,
+    env=(),
+    stdin='',
+    until=None,
+    number=signal.SIGTERM,
+  ) -> Ended:
+    """One start, to its end.
+
+    Args:
+      module: such as 'instruct_jax.main'.
+      *arguments: of its command line.
+      env: variables beside those of this process.
+      stdin: what it reads.
+      until: called over and over; once it is true, the process gets a signal.
+      number: which one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+      out, err, given = (pathlib.Path(folder) / name for name in 'oei')
+      given.write_text(stdin)
+      request = {
+        'module': module,
+        'arguments': list(map(str, arguments)),
+        'env': dict(env),
+        'files': [str(given), str(out), str(err)],
+      }
+      self._server.stdin.write(json.dumps(request) + '\n')
+      self._server.stdin.flush()
+      pid = json.loads(self._server.stdout.readline())
+      try:
+        while until is not None and not until():
+          if (pathlib.Path('/proc') / str(pid) / 'stat').exists():
+            continue
+          break
+        if until is not None:
+          with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        code = json.loads(self._server.stdout.readline())
+      except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        raise
+      return Ended(code, out.read_text(), err.read_text())
+
+  def close(self):
+    self._server.stdin.close()
+    self._server.wait()
+
+
+def serve():
+  """Forks for each line of standard input."""
+  sys.path[0] = str(ROOT)
+  for path in sorted((ROOT / 'experiments').glob('[a-z]*.py')):
+    importlib.import_module(f'experiments.{path.stem}')
+  for line in sys.stdin:
+    request = json.loads(line)
+    pid = os.fork()
+    if not pid:
+      run(request)
+      return
+    print(pid, flush=True)
+    _, status = os.waitpid(pid, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def run(request):
+  """What `python -m` would do."""
+  for number, (path, flags) in enumerate(
+    zip(
+      request['files'],
+      (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT] * 2),
+      strict=True,
+    )
+  ):
+    os.dup2(os.open(path, flags, 0o600), number)
+  sys.stdin = os.fdopen(0, closefd=False)
+  os.environ.update(request['env'])
+  sys.path[1:1] = os.environ.get('PYTHONPATH', '').split(os.pathsep)
+  sys.argv[1:] = request['arguments']
+  runpy.run_module(request['module'], run_name='__main__', alter_sys=True)
+
+
+if __name__ == '__main__':
+  serve()
