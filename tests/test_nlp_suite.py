@@ -17,6 +17,7 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals.benchmarks import runner, tasks
 from instruct_jax.models.config import TransformerConfig
 from tests import tiny
+from tests.test_evals_benchmarks_judges import truth_files
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -66,6 +67,7 @@ def folder(tmp_path_factory):
     )
   )
   (root / 'labels.csv').write_text('vile,1\nnice,0\n' * 5)
+  truth_files(root, num_questions=10)
   return root
 
 
@@ -80,6 +82,8 @@ def suite_config(folder, workdir):
     config.data.rte = f'{folder}/rte.jsonl'
     config.data.real_toxicity = f'{folder}/toxicity.jsonl'
     config.toxicity_labels = f'{folder}/labels.csv'
+    config.data.truthful_qa = f'{folder}/TruthfulQA.csv'
+    config.truth_labels = config.info_labels = f'{folder}/truth.jsonl'
     config.batch_size = 8  # Divides among the eight devices of the tests.
     config.length_multiple = 64
     config.mesh = (1, 1, 1) if jax.device_count() == 1 else (8, 1, 1)
@@ -218,7 +222,19 @@ def test_report_says_what_was_asked_and_by_whom_judged(finished):
   text = (workdir / 'suite.md').read_text()
   assert '| tiny rte zeroshot | 3 | 0 | 0 | 0 | 0 | 0 |' in text
   assert '- drop: 9 given, 9536 in the paper' in text
-  assert 'not Perspective' in text
+  # Who judges, and how well: in the page and in the figures alike.
+  found = json.loads((workdir / 'suite.json').read_text())['judges']
+  assert found['real_toxicity'].startswith(
+    'the local n-gram scorer, not Perspective (labels of labels.csv); too few '
+    'labels to hold some out; elsewhere, once: area under curve'
+  )
+  assert found['truthful_qa'].startswith(
+    "the local n-gram judge, not the paper's judges (TruthfulQA judgments and "
+    'references); on labels held out: truth: accuracy '
+  )
+  for name, judge in found.items():
+    said = f'{name} is judged by {judge}.'
+    assert said in text.replace('\\', '')
   rows = read_rows(workdir / 'samples' / 'real_toxicity_samples.csv')
   assert len(rows) == 9
   # Fifteen examples do not fit 256 positions.
@@ -314,7 +330,7 @@ def test_no_data_and_no_judge_are_named(folder, tmp_path):
     nlp_suite.validate(config)
   config.may_be_empty = True  # As a stage of a pipeline.
   assert nlp_suite.run(config, epath.Path(tmp_path)) == {'scores': {}}
-  config.data.truthful_qa = 'x.csv'
+  config.data.truthful_qa, config.truth_labels = 'x.csv', ''
   with pytest.raises(ValueError, match='truth_labels and info_labels'):
     nlp_suite.validate(config)
 

@@ -47,8 +47,27 @@ from instruct_jax.data import records
 from instruct_jax.evals import endpoint, win_rate
 from instruct_jax.evals.benchmarks import released_csv
 
-TOXICITY_NAME = 'the local n-gram scorer'
-TRUTH_NAME = 'the local n-gram judge (TruthfulQA judgments)'
+# What the command above prints of scorers with all labels that the docstring
+# names: on these texts, figures of the labels held out would flatter. A slow
+# test repeats it.
+MEASURED = {
+  "toxicity: area under curve, made-up sentences of HateCheck's kinds": (
+    win_rate.Interval(0.520, 0.316, 0.724, 24)
+  ),
+  "toxicity: area under curve for labels > 0.5, OpenAI's samples": (
+    win_rate.Interval(0.913, 0.866, 0.946, 50)
+  ),
+  "toxicity: mean of ours minus theirs, OpenAI's samples": (
+    win_rate.Interval(0.068, 0.046, 0.090, 50)
+  ),
+  "truth by the words: accuracy, OpenAI's samples": (
+    win_rate.Interval(0.734, 0.672, 0.795, 50)
+  ),
+  'truth by the words: share above one half minus that of the labels, '
+  "OpenAI's samples": win_rate.Interval(0.074, 0.007, 0.138, 50),
+}
+TOXICITY_NAME = 'the local n-gram scorer, not Perspective'
+TRUTH_NAME = "the local n-gram judge, not the paper's judges"
 # Features seen in fewer texts are dropped; more than this many are cut.
 _MIN_TEXTS = 3
 _MAX_FEATURES = 200_000
@@ -257,26 +276,41 @@ class Scorer:
   Attributes:
     score: called with texts, or with questions and answers.
     name: what it is.
+    kind: how the figures of `MEASURED` that are about it begin.
     held_out: figure -> its value on labels that it was not trained on, with
       95 % intervals; empty where the labels are too few.
   """
 
   score: Callable[..., Any]
   name: str
+  kind: str
   held_out: Mapping[str, win_rate.Interval]
+
+  @property
+  def elsewhere(self) -> dict[str, win_rate.Interval]:
+    """Figures of a scorer of this kind on other texts, measured once."""
+    return {
+      name.removeprefix(f'{self.kind}: '): interval
+      for name, interval in MEASURED.items()
+      if name.startswith(self.kind)
+    }
 
   def __call__(self, *arguments: Any) -> Any:
     return self.score(*arguments)
 
   def described(self) -> str:
     """Its name and figures, to be printed wherever its scores are."""
-    if not self.held_out:
-      return f'{self.name}, of too few labels to say how well it judges'
-    figures = ', '.join(
-      f'{name} {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]'
-      for name, found in self.held_out.items()
-    )
-    return f'{self.name}; on labels held out: {figures}'
+
+    def listed(figures):
+      return ', '.join(
+        f'{name} {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]'
+        for name, found in figures.items()
+      )
+
+    here = 'too few labels to hold some out'
+    if self.held_out:
+      here = f'on labels held out: {listed(self.held_out)}'
+    return f'{self.name}; {here}; elsewhere, once: {listed(self.elsewhere)}'
 
 
 # --- Toxicity -----------------------------------------------------------------
@@ -349,6 +383,7 @@ def train_toxicity(paths: Sequence[epath.PathLike]) -> Scorer:
   return Scorer(
     lambda texts: classifier.probabilities(list(map(text_features, texts))),
     f'{TOXICITY_NAME} (labels of {files})',
+    'toxicity',
     {} if logits is None else _figures(sigmoid(logits), labels, texts),
   )
 
@@ -664,12 +699,13 @@ def train_truth(
     if scores is not None:
       for name, interval in _judged(judgments, scores, references).items():
         figures[f'{kind}: {name}'] = interval
-  name = f'{TRUTH_NAME[:-1]}{" and references" if references else ""})'
+  learned = 'judgments and references' if references else 'judgments'
   return Scorer(
     lambda questions, answers: tuple(
       judge(questions, answers) for judge in found
     ),
-    name,
+    f'{TRUTH_NAME} (TruthfulQA {learned})',
+    'truth',
     figures,
   )
 
@@ -822,6 +858,8 @@ def _hatecheck(path):
 def agreement(data: epath.PathLike) -> Iterator[str]:
   """Lines of a table: each scorer against what it stands in for."""
   root = epath.Path(data)
+  if not root.is_dir():
+    raise records.RecordError(f'{root}: no such folder')
   yield '| what | agreement | 95 % interval | clusters |'
   yield '|---|---|---|---|'
   yield from _toxicity_agreement(root)
@@ -871,7 +909,7 @@ def _toxicity_agreement(root):
   if path is not None:
     rows = released_csv.read(path, 'real_toxicity')
     yield from _compared(
-      "OpenAI's samples (Perspective)",
+      "OpenAI's samples",
       score([row['sample'] for row in rows]),
       np.array([float(row['toxicity']) for row in rows]),
       [row['context'] for row in rows],
@@ -936,9 +974,8 @@ def _truth_agreement(root):
           [float(row[column]) for row in rows],
           [row['question'] for row in rows],
         )
-        what = f"OpenAI's samples and judge ({known} of {len(rows)} known)"
         for name, interval in figures.items():
-          yield _line(f'{kind} {way}: {name}, {what}', interval)
+          yield _line(f"{kind} {way}: {name}, OpenAI's samples", interval)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
