@@ -1,6 +1,7 @@
 """The suite on a tiny random policy: numbers against the plain forward pass."""
 
 import csv
+import html
 import json
 import shutil
 
@@ -233,8 +234,7 @@ def test_report_says_what_was_asked_and_by_whom_judged(finished):
     'references); on labels held out: truth: accuracy '
   )
   for name, judge in found.items():
-    said = f'{name} is judged by {judge}.'
-    assert said in text.replace('\\', '')
+    assert f'{name} is judged by {judge}.' in html.unescape(text)
   rows = read_rows(workdir / 'samples' / 'real_toxicity_samples.csv')
   assert len(rows) == 9
   # Fifteen examples do not fit 256 positions.
@@ -255,7 +255,7 @@ def test_scores_are_a_table_of_models(finished):
 
 
 def test_progress_is_of_the_whole_suite(folder, finished, tmp_path, capsys):
-  """Four tasks have eleven prompts; a journal's items take no time."""
+  """Five tasks have thirteen prompts; a journal's items take no time."""
   workdir, _ = finished
   config = suite_config(folder, tmp_path)
   config.models = f'tiny={folder}/model,again={folder}/model'
@@ -271,10 +271,11 @@ def test_progress_is_of_the_whole_suite(folder, finished, tmp_path, capsys):
       'winogender': range(2),
       'rte': range(3),
       'real_toxicity': range(3),
+      'truthful_qa': range(10),
     }.items()
   )
   assert last.startswith(f'nlp_suite: {total}/{total} (100 %)')
-  assert last.endswith('task 20 of 20: again rte fewshot')
+  assert last.endswith('task 26 of 26: again rte fewshot')
   # Both models are one: nothing tells them apart.
   assert '**' not in (tmp_path / 'suite.md').read_text()
 
