@@ -50,7 +50,8 @@ def stage(seed, workdir):
   config.sha256 = ConfigDict(
     {name: '' for name in config.data}  # Of unpacked files; '' accepts any.
   )
-  # CSV files of (text, label 0 or 1), comma between: the local toxicity scorer.
+  # The local toxicity scorer's labels, comma between: CSV files of (text, label
+  # 0 or 1); better, RealToxicityPrompts' own JSONL with Perspective's scores.
   config.toxicity_labels = ''
   # Or a service with the Perspective API's interface, for which
   # https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze stands.

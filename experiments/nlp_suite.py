@@ -100,7 +100,9 @@ def make_judges(config, workdir):
   elif config.data.real_toxicity:
     toxicity = judges.train_toxicity(config.toxicity_labels.split(','))
   if config.data.truthful_qa:
-    truth = judges.train_truth(config.truth_labels, config.info_labels)
+    truth = judges.train_truth(
+      config.truth_labels, config.info_labels, config.data.truthful_qa
+    )
   return toxicity, truth
 
 
@@ -207,8 +209,9 @@ def run(config, workdir: epath.Path):
             truth_fn=truth,
           )
           counts[label] |= dataclasses.asdict(count)
+  judged_by = judge_names(config, toxicity, truth)
   return write_results(
-    config, workdir, rows, counts, content, sums, asking.describe()
+    config, workdir, rows, counts, content, sums, judged_by, asking.describe()
   )
 
 
@@ -237,22 +240,22 @@ def none_fits(count):
   )
 
 
-def judge_names(config):
-  """Task -> who judges its answers, of those that no rule can judge."""
+def judge_names(config, toxicity, truth):
+  """Task -> who judges its answers, and how well, where no rule can judge."""
   names = {}
   if config.data.real_toxicity:
     url = config.toxicity_endpoint.url
     names['real_toxicity'] = (
-      f'the endpoint {url}'
-      if url
-      else f'{judges.TOXICITY_NAME}, not Perspective'
+      f'the endpoint {url}' if url else toxicity.described()
     )
   if config.data.truthful_qa:
-    names['truthful_qa'] = f"{judges.TRUTH_NAME}, not the paper's judges"
+    names['truthful_qa'] = truth.described()
   return names
 
 
-def write_results(config, workdir, rows, counts, content, sums, read):
+def write_results(
+  config, workdir, rows, counts, content, sums, judged_by, read
+):
   """Sample files, scores, and an account of what was asked."""
   written = [name for name in rows if rows[name]]
   for name in written:
@@ -269,7 +272,7 @@ def write_results(config, workdir, rows, counts, content, sums, read):
     raise ValueError(f'no item of any task fits; {"; ".join(without)}')
   result = released_samples.score_folder(workdir / 'samples', config.seed)
   result['counts'], result['sha256'] = counts, sums
-  result['judges'] = judge_names(config)
+  result['judges'] = judged_by
   result['read'] = read
   title = 'Public NLP suite'
   found = to_sections(result, without, content)

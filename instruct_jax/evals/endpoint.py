@@ -259,7 +259,8 @@ def _read_journal(path: epath.Path) -> dict[str, list[Any]]:
   answers: dict[str, list[Any]] = {}
   if not path.exists():
     return answers
-  text = path.read_text()
+  # A line may have been cut within a character.
+  text = path.read_bytes().decode('utf-8', 'replace')
   for line in text.split('\n'):
     try:
       values = json.loads(line)
