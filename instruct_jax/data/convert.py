@@ -117,7 +117,8 @@ def convert(
   prompts = whole.prompts()
   # One entry may give a comparison and a demonstration.
   entries = {
-    row.id for row in (*whole.comparisons, *whole.every_demonstration())
+    (row.id, row.prompt)
+    for row in (*whole.comparisons, *whole.every_demonstration())
   }
   counts['skipped: the same prompt again, in prompts'] = len(entries) - len(
     prompts
@@ -295,10 +296,15 @@ def _write(
     inputs=[path for path in inputs if not sources.is_data_set(path)],
     replace=replace,
   ) as folder:
+    # By text, which several kinds share.
+    splits: dict[str, str] = {}
     for kind, rows in kinds.items():
       parts = {'train': [], 'valid': []}
       for row in rows:
-        parts[split_of(row, **split)].append(row)
+        text = row.prompt if hasattr(row, 'prompt') else row.text
+        if text not in splits:
+          splits[text] = split_of(row, **split)
+        parts[splits[text]].append(row)
       for name, part in parts.items():
         if part:
           records.write_jsonl(folder / f'{kind}_{name}.jsonl', part)
@@ -420,7 +426,7 @@ def _warn_of_uneven(kind, counts, valid) -> None:
     print(
       f'note: {kind}_valid has {found} records, about {expected:.0f} were to '
       'be expected: few openings begin many conversations, and each is in one '
-      'split',
+      'split; or this seed has split them before',
       file=sys.stderr,
     )
 

@@ -30,6 +30,7 @@ people chose among answers of models, for want of better.
 
 import collections
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -230,6 +231,7 @@ def _problem(values, fields) -> str:
   return ''
 
 
+@functools.lru_cache(maxsize=1)
 def _name(path: epath.PathLike) -> str:
   return epath.Path(path).name.split('.')[0]
 
