@@ -315,18 +315,22 @@ def _write(
 
 def _check_neighbours(output, kinds, split) -> None:
   """Refuses a folder where a conversation could be in two splits."""
+
+  def flags(settings):
+    return ' '.join(f'--{name}={settings[name]}' for name in sorted(settings))
+
   for name, entry in folders.written(output).items():
-    kind = name.split('_')[0]
+    kind, settings = name.split('_')[0], entry.get('settings', {})
     if (
       kind in RECORDS
       and 'documents' not in (kind, *kinds)
       and kind not in kinds
-      and entry.get('settings') != split
+      and settings != split
       and (epath.Path(output) / name).exists()
     ):
       raise records.RecordError(
         f'{output}: {name} was split by {entry.get("command")} with '
-        f'{entry.get("settings")}, this run splits with {dict(split)}; a '
+        f'{flags(settings)}, this run splits with {flags(split)}; a '
         'conversation could be in two splits: use the same settings, or '
         'another folder'
       )

@@ -309,7 +309,7 @@ def read_oasst(path: epath.PathLike) -> Imported:
       # A stack, for conversations may be deeper than Python's calls.
       while left:
         node, turns = left.pop()
-        node.place = f'message {node.values.get("message_id", "without id")}'
+        node.place = f'message {node.values.get("message_id")!r}'
         left += reversed(_visit_oasst(imported, node, turns, name))
     except records.RecordError as error:
       raise records.RecordError(
@@ -560,9 +560,11 @@ def read_dolly(path: epath.PathLike) -> Imported:
   imported = Imported()
   for line, entry in _entries(path, {}):
     name = f'dolly:{_name(path)}:{line}'
-    answer = 'text' if 'response' not in entry.values else 'response'
+    answer = 'response'
+    if answer not in entry.values and 'text' in entry.values:
+      answer = 'text'
     model, _ = sources.model_of(entry.values, (answer,))
-    if 'prompt' in entry.values and answer == 'response':
+    if 'prompt' in entry.values and answer in entry.values:
       prompt = entry.text('prompt')
       prompt = prompt if prompt.strip() else ''
     else:
