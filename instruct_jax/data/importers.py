@@ -304,8 +304,8 @@ def read_oasst(path: epath.PathLike) -> Imported:
   imported = Imported()
   for line, tree in _entries(path, {'prompt': dict}):
     name = tree.optional('message_tree_id') or str(line)
-    left = [(_Entry(tree.values['prompt'], 'prompt'), ())]
     try:
+      left = [(_Entry(tree.values['prompt'], 'prompt'), ())]
       # A stack, for conversations may be deeper than Python's calls.
       while left:
         node, turns = left.pop()
