@@ -1,5 +1,6 @@
 """Output folders: all files of a run or none, no old file beside new ones."""
 
+import codecs
 import json
 import pathlib
 import signal
@@ -216,6 +217,33 @@ def test_a_tokenizer_keeps_no_template_of_an_earlier_one(tmp_path, capsys):
   (tmp_path / 'model' / 'model.safetensors').write_text('')
   assert tokenizer.main([*plain[:1], f'--output={tmp_path / "model"}']) == 1
   assert 'model.safetensors, which' in capsys.readouterr().err
+
+
+def test_byte_order_marks_in_a_tokenizer_s_folder(tmp_path):
+  """Editors on Windows put one before each file that they touch."""
+  folder = tmp_path / 'chat'
+  published.save_byte_tokenizer(
+    folder, template=published.TEMPLATE, prepared=True
+  )
+  before = tokenizer.Tokenizer.load(folder)
+  for path in folder.iterdir():
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+  after = tokenizer.Tokenizer.load(folder)
+  prompts = [records.Prompt('p', 'Ein Café?')]
+  assert after.encode_prompts(prompts) == before.encode_prompts(prompts)
+  assert (after.fingerprint, after.stop_ids) == (
+    before.fingerprint,
+    before.stop_ids,
+  )
+  vocabulary = {'l': 0, 'o': 1, 'lo': 2, '<|endoftext|>': 3}
+  files = {'encoder.json': json.dumps(vocabulary), 'vocab.bpe': 'l o\n'}
+  found = []
+  for mark in (b'', codecs.BOM_UTF8):
+    for name, text in files.items():
+      (tmp_path / name).write_bytes(mark + text.encode())
+    loaded = tokenizer.load_gpt2_bpe(*(tmp_path / name for name in files))
+    found.append(loaded.fingerprint)
+  assert found[0] == found[1]
 
 
 def test_a_kill_leaves_no_mixture(tmp_path):
