@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       print(describe(path, rows, tokenizer, options.limit))
       if isinstance(rows[0], records.Comparison):
         records.check_labels(rows, path)
-    except records.RecordError as error:
+    except (ValueError, OSError) as error:
       failed += 1
       print(error, file=sys.stderr)
   return int(failed > 0)

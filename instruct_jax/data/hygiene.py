@@ -40,6 +40,7 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 # Prompts that are encoded at a time, and refusals that are told apart.
 _CHUNK = 4096
 _MAX_REASONS = 10
+_QUOTED = re.compile(r"'.*'|\".*\"")
 Prompts = list[records.Prompt]
 KindsFn = Callable[[str], list[str]]
 
@@ -105,10 +106,12 @@ def drop_refused(
         lengths += map(len, tokenizer.encode_prompts([prompt]))
         kept.append(prompt)
       except ValueError as error:
-        # The cause has the words alone, without this prompt's name.
+        # The cause has the template's words alone; our own name the prompt.
         said = ' '.join(str(error.__cause__ or error).split())
-        said = said.removeprefix(f'prompt {prompt.id!r}: ')
-        if len(refused) == _MAX_REASONS and said not in refused:
+        if error.__cause__ is None:
+          said = said.removeprefix(f'prompt {prompt.id!r}: ')
+          said = _QUOTED.sub("'...'", said)
+        if said not in refused and len(refused) >= _MAX_REASONS:
           said = 'other reasons'
         refused.setdefault(said, []).append(prompt.id)
   return (
@@ -354,7 +357,7 @@ _OTHER_DIGITS = re.compile(
   rf'|{_DAY}[-/.]{_DAY}[-/.](?:{_YEAR}|\d\d))(?![-/.]?\d)'
   r'|\b\d{1,2}:\d\d(?::\d\d)?(?:[.,]\d+)?\b'
   rf'|\b{_YEAR}(?:{_S}{{1,3}}{_YEAR})+\b'
-  r'|\b(?:isbn|issn|doi|pmid|arxiv|ean|upc)(?:-1[03])?[:#\s]*[\dx][\dx .\-/]+'
+  r'|\b(?:isbn|issn|pmid|arxiv|ean|upc)(?:-1[03])?[:#\s]*[\dx][\dx .\-/]+'
   r'|(?<!\d)97[89]-?(?:\d-?){9}\d(?!\d)'
   r'|[$€£¥₹]\s?\d[\d,]*(?:\.\d+)?'
   r'|(?<![\d.\-/])\d[\d,]*(?:\.\d+)?\s?(?:[€£¥₹%°]|(?:usd|eur|gbp|dollars?|euros?'
@@ -364,10 +367,10 @@ _OTHER_DIGITS = re.compile(
   re.IGNORECASE,
 )
 _PHONE_WORDS = re.compile(
-  r'(?:\b(?:(?:tele)?phone|tel|mobile|cell|fax|whatsapp|sms|landline)'
+  r'(?<![\w.])(?:(?:(?:tele)?phone|tel|mobile|cell|fax|whatsapp|sms|landline)'
   r'(?: ?(?:number|no\.?|nr\.?|#))?'
-  r'|\b(?:call|ring|dial|text|reach|contact)(?: (?:me|us|him|her|them|it|now))?'
-  r'|\b(?:my|his|her|our|their|your) number)'
+  r'|(?:call|ring|dial|text|reach|contact)(?: (?:me|us|him|her|them|it|now))?'
+  r'|(?:my|his|her|our|their|your) number)'
   r"(?: (?:is|at|on|under|today)|'s)*[ .:#=-]{0,3}$",
   re.IGNORECASE,
 )

@@ -53,6 +53,9 @@ _PREDICTED = (
   ('prediction', 'prediction'),
   ('predictions', 'predictions'),
 )
+_TELLING = frozenset(
+  (*_GENERATORS, *_GENERATED, *_API_KEYS, *(key for _, key in _PREDICTED))
+)
 _PEOPLE = re.compile(
   r'humans?|people|person|labell?ers?|annotators?|experts?|workers?|crowd.*'
   r'|none|n/a|reference|gold'
@@ -195,7 +198,11 @@ def is_data_set(spec: epath.PathLike) -> bool:
 def is_table(spec: epath.PathLike) -> bool:
   """Whether records come from it only by format strings."""
   name = str(spec).removesuffix('.gz')
-  return is_data_set(spec) or name.endswith(('.csv', '.tsv', '.json'))
+  return (
+    is_data_set(spec)
+    or name.endswith(('.csv', '.tsv'))
+    or (name.endswith('.json') and records.begins_with(spec, b'['))
+  )
 
 
 def _numbered_examples(
@@ -333,6 +340,8 @@ def model_of(
   Returns:
     ('', '') if nothing says so.
   """
+  if _TELLING.isdisjoint(values):
+    return '', ''
   for key in _GENERATORS:
     name = values.get(key)
     if isinstance(name, str) and name.strip():
