@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
+from instruct_jax import command
 from instruct_jax.data import importers, records, sources
 
 RECORDS = {
@@ -158,7 +159,7 @@ def _numbers(text: str) -> list[float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the conversion; returns the exit code."""
-  parser = argparse.ArgumentParser(
+  parser = command.Parser(
     prog='python -m instruct_jax.data.convert',
     description='Writes published data as JSONL.',
   )
@@ -206,4 +207,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  command.end(main)

@@ -17,7 +17,6 @@ file; `--presidio=en_core_web_lg` finds people's names, too, with that spaCy
 model.
 """
 
-import argparse
 import collections
 import dataclasses
 import hashlib
@@ -28,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from etils import epath
 
+from instruct_jax import command
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 
@@ -402,7 +402,7 @@ def _passes_luhn(number: str) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Cleans and splits prompts; returns the exit code."""
-  parser = argparse.ArgumentParser(
+  parser = command.Parser(
     prog='python -m instruct_jax.data.hygiene',
     description='Cleans prompts and splits them by user (3.2, A.1, A.2).',
   )
@@ -456,4 +456,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  command.end(main)

@@ -18,7 +18,6 @@ saved with it, so that no stage can differ from another:
 prepares a published tokenizer: a PAD of its own, the template, stop tokens.
 """
 
-import argparse
 import functools
 import hashlib
 import json
@@ -33,7 +32,7 @@ import numpy as np
 import tokenizers
 from etils import epath
 
-from instruct_jax import hub
+from instruct_jax import command, hub
 from instruct_jax.data import records
 
 PAD, EOS, UNK = '<pad>', '<eos>', '<unk>'
@@ -531,7 +530,7 @@ def _import_transformers() -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Prepares a published tokenizer; returns the exit code."""
-  parser = argparse.ArgumentParser(
+  parser = command.Parser(
     prog='python -m instruct_jax.data.tokenizer',
     description='Prepares a published tokenizer.',
   )
@@ -558,4 +557,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  command.end(main)

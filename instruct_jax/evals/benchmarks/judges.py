@@ -19,7 +19,6 @@ DIR holds `toxicity_labels/{jigsaw,toxicity_en}.csv`, `truthfulqa/finetune_*
 plain or `.gz`; what is absent is left out, by name.
 """
 
-import argparse
 import collections
 import csv
 import dataclasses
@@ -33,6 +32,7 @@ import scipy.optimize
 import scipy.sparse
 from etils import epath
 
+from instruct_jax import command
 from instruct_jax.data import records
 from instruct_jax.evals import endpoint, win_rate
 from instruct_jax.evals.benchmarks import released_csv
@@ -395,8 +395,14 @@ def held_out(
 
 
 def agreement(data: epath.PathLike) -> Iterator[str]:
-  """Lines of a table: each scorer against what it stands in for."""
+  """Lines of a table: each scorer against what it stands in for.
+
+  Raises:
+    RecordError: there is no such folder, or a file in it cannot be read.
+  """
   root = epath.Path(data)
+  if not root.is_dir():
+    raise records.RecordError(f'{root}: no such folder')
   yield '| what | agreement | 95 % interval | clusters |'
   yield '|---|---|---|---|'
   labels = {
@@ -518,9 +524,7 @@ def _judge_agreement(kind, column, path, samples):
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Prints the agreement table; returns the exit code."""
-  parser = argparse.ArgumentParser(
-    prog='python -m instruct_jax.evals.benchmarks.judges'
-  )
+  parser = command.Parser(prog='python -m instruct_jax.evals.benchmarks.judges')
   parser.add_argument('--data', required=True, metavar='DIR')
   try:
     for line in agreement(parser.parse_args(arguments).data):
@@ -532,4 +536,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  command.end(main)
