@@ -28,8 +28,7 @@ from instruct_jax.infra import sharding
 
 
 def validate(config):
-  if config.judge not in ('gold', 'reward'):
-    raise ValueError(f"judge must be 'gold' or 'reward': {config.judge!r}")
+  run_lib.check_choice(config, 'judge', ('gold', 'reward'))
   for key in ('policy', 'reward_model', 'prompts', 'tokenizer'):
     if not config[key]:
       raise ValueError(f'{key} is empty')

@@ -28,20 +28,20 @@ def validate(config):
   shares = {name: each.share for name, each in config.policies.items()}
   if not shares or min(shares.values()) <= 0:
     raise ValueError(
-      f'compare.policies: every share must be above 0, got {shares}; leave a '
-      'policy out to sample nothing from it'
+      f'policies: every share must be above 0, got {shares}; leave a policy '
+      'out to sample nothing from it'
     )
   most = labelers.num_training(config.num_labelers)
   for key in ('rankers_per_prompt', 'rankers_per_valid'):
     if not 1 <= config[key] <= most:
       raise ValueError(
-        f'compare.{key} must be from 1 to {most}, the training labelers among '
+        f'{key} must be from 1 to {most}, the training labelers among '
         f'{config.num_labelers}, got {config[key]}'
       )
   for name, each in config.policies.items():
     if each.temperature < 0:
       raise ValueError(
-        f'compare.policies.{name}.temperature must not be negative (0 takes '
+        f'policies.{name}.temperature must not be negative (0 takes '
         f'the most probable token), got {each.temperature}'
       )
 

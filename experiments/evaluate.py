@@ -42,12 +42,8 @@ HALVES = {'reward model': '', 'judge': 'judge_'}
 
 
 def validate(config):
-  if config.judge not in JUDGES:
-    raise ValueError(f'judge must be one of {JUDGES}: {config.judge!r}')
-  if config.rl_weights not in ('policy', 'ema'):
-    raise ValueError(
-      f"rl_weights must be 'policy' or 'ema': {config.rl_weights!r}"
-    )
+  run_lib.check_choice(config, 'judge', JUDGES)
+  run_lib.check_choice(config, 'rl_weights', ('policy', 'ema'))
   if config.samples_per_prompt < 1:
     raise ValueError(
       f'samples_per_prompt must be positive: {config.samples_per_prompt}'

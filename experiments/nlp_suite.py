@@ -16,9 +16,11 @@ from instruct_jax.evals import endpoint, released_samples
 from instruct_jax.evals.benchmarks import judges, released_csv, runner, tasks
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
+from instruct_jax.models.config import REMAT_POLICIES
 
 
 def validate(config):
+  run_lib.check_choice(config, 'remat', REMAT_POLICIES)
   if not any(config.data.values()):
     if config.may_be_empty:
       return

@@ -36,6 +36,11 @@ from instruct_jax.evals.benchmarks import probe, runner
 from instruct_jax.infra import loop, metrics, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models import attention
+from instruct_jax.models.config import (
+  ATTENTIONS,
+  COMPUTE_DTYPES,
+  REMAT_POLICIES,
+)
 from instruct_jax.types import PackedPPOBatch
 
 OFFLOADED = ('ema', 'reference', 'reward')
@@ -77,16 +82,10 @@ def validate(config):
     raise ValueError(f'pack_episodes must be positive: {config.pack_episodes}')
   if config.pack_spare < 1:
     raise ValueError(f'pack_spare must be at least 1: {config.pack_spare}')
-  if config.frozen_dtype not in ('float32', 'bfloat16'):
-    raise ValueError(
-      f"frozen_dtype must be 'float32' or 'bfloat16': {config.frozen_dtype!r}"
-    )
-  unknown = sorted(set(config.offload) - set(OFFLOADED))
-  if unknown:
-    raise ValueError(
-      f'offload names what cannot wait on the host: {unknown}; known: '
-      f'{OFFLOADED}'
-    )
+  run_lib.check_choice(config, 'frozen_dtype', COMPUTE_DTYPES)
+  run_lib.check_choice(config, 'offload', OFFLOADED)
+  run_lib.check_choice(config, 'remat', REMAT_POLICIES)
+  run_lib.check_choice(config, 'attention', ATTENTIONS)
   if not config.temperature > 0:
     raise ValueError(f'temperature must be positive: {config.temperature}')
   if config.ptx_per_episode < 1 and method.ptx_coef > 0:
@@ -437,6 +436,9 @@ def run(config, workdir: epath.Path):
     tokenizer,
     config.prompt_length,
   )
+  run_lib.check_enough(
+    loader.num_rows(prompt_rows), config.batch_size, 'prompts', 'batch_size'
+  )
   processes = {
     'process_index': jax.process_index(),
     'process_count': jax.process_count(),
@@ -459,8 +461,15 @@ def run(config, workdir: epath.Path):
   valid_rows = pack(config.valid_documents, False)
   if use_ptx:
     num_ptx = config.batch_size * config.ptx_per_episode * config.num_epochs
+    ptx_rows = pack(config.documents, config.cut_documents)
+    run_lib.check_enough(
+      loader.num_rows(ptx_rows),
+      num_ptx,
+      'rows of documents',
+      'batch_size x ptx_per_episode x num_epochs',
+    )
     ptx = loader.make_batches(
-      pack(config.documents, config.cut_documents),
+      ptx_rows,
       batch_size=num_ptx,
       seed=config.seed,
       **processes,

@@ -52,15 +52,11 @@ def validate(config):
       'endpoint.model': config.endpoint.model,
     },
   }
-  if config.judge not in needed:
-    raise ValueError(
-      f'judge must be one of {", ".join(needed)}: {config.judge!r}'
-    )
+  run_lib.check_choice(config, 'judge', tuple(needed))
   for key, value in {'prompts': config.prompts, **needed[config.judge]}.items():
     if not value:
       raise ValueError(f'{key} is empty; the {config.judge} judge needs it')
-  if config.pairs not in ('baseline', 'all'):
-    raise ValueError(f"pairs must be 'baseline' or 'all': {config.pairs!r}")
+  run_lib.check_choice(config, 'pairs', ('baseline', 'all'))
   for key in ('num_prompts', 'batch_size', 'response_length', 'num_bootstrap'):
     if config[key] < 1:
       raise ValueError(f'{key} must be positive: {config[key]}')

@@ -12,6 +12,7 @@ from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import heldout_loss
 from instruct_jax.infra import loop, optimizer, sharding, train_state
+from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import TransformerConfig
 
 
@@ -107,6 +108,12 @@ def run(config, workdir: epath.Path):
   train_rows = rows_of(config.documents, config.cut_documents)
   # Held-out documents are whole, so that losses compare.
   valid_rows = rows_of(config.valid, False)
+  run_lib.check_enough(
+    loader.num_rows(train_rows),
+    config.batch_size,
+    'rows of documents',
+    'batch_size',
+  )
   batches = loader.make_batches(
     train_rows,
     batch_size=config.batch_size,

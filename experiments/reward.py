@@ -25,15 +25,15 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import preference_accuracy
 from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
+from instruct_jax.models.config import ATTENTIONS, REMAT_POLICIES
 
 
 def validate(config):
   if config.num_folds == 1 or config.num_folds < 0:
     raise ValueError(f'num_folds must be 0 or at least 2: {config.num_folds}')
-  if config.divisor not in ('surviving', 'all'):
-    raise ValueError(
-      f"divisor must be 'surviving' or 'all': {config.divisor!r}"
-    )
+  run_lib.check_choice(config, 'divisor', ('surviving', 'all'))
+  run_lib.check_choice(config, 'remat', REMAT_POLICIES)
+  run_lib.check_choice(config, 'attention', ATTENTIONS)
   if config.batch_size % config.num_microbatches:
     raise ValueError(
       f'num_microbatches {config.num_microbatches} does not divide '

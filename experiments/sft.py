@@ -19,9 +19,14 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import heldout_loss
 from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
+from instruct_jax.models.config import ATTENTIONS, REMAT_POLICIES
 
 
 def validate(config):
+  run_lib.check_choice(config, 'loss_on', ('response', 'all'))
+  run_lib.check_choice(config, 'select_by', ('valid_loss', 'last'))
+  run_lib.check_choice(config, 'remat', REMAT_POLICIES)
+  run_lib.check_choice(config, 'attention', ATTENTIONS)
   if not 0 <= config.ptx_fraction < 1:
     raise ValueError(f'ptx_fraction must be in [0, 1): {config.ptx_fraction}')
   if config.ptx_fraction and not config.documents:
@@ -102,6 +107,12 @@ def run(config, workdir: epath.Path):
     'process_index': jax.process_index(),
     'process_count': jax.process_count(),
   }
+  run_lib.check_enough(
+    loader.num_rows(rows),
+    config.batch_size,
+    'rows of demonstrations',
+    'batch_size',
+  )
   if config.ptx_fraction:
     texts = records.read_jsonl(config.documents, records.Document)
     ptx_rows = loader.pack_documents(

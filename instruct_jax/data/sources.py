@@ -286,6 +286,7 @@ def _read_tfds(
   except Exception as error:
     raise records.RecordError(
       f'{spec}: cannot be opened ({command.one_line(error)}); prepare it with '
-      'tfds build, in the array_record format, and give its data_dir'
+      'tfds build, in the array_record format, and set TFDS_DATA_DIR to its '
+      'folder'
     ) from error
   yield from source
