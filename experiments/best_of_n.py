@@ -25,13 +25,12 @@ from instruct_jax.evals import (
 from instruct_jax.evals.samples import Sample
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding, slices
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
-  if config.judge not in ('gold', 'reward'):
-    raise ValueError(f"judge must be 'gold' or 'reward': {config.judge!r}")
+  check_stage(config)
+  run_lib.check_choice(config, 'judge', ('gold', 'reward'))
   for key in ('policy', 'reward_model', 'prompts', 'tokenizer'):
     if not config[key]:
       raise ValueError(f'{key} is empty')

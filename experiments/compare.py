@@ -17,11 +17,11 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
 from instruct_jax.miniature import labelers, world
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  check_stage(config)
   if not 2 <= config.min_candidates <= config.max_candidates:
     raise ValueError(
       f'need 2 <= min_candidates ({config.min_candidates}) <= max_candidates '
@@ -30,20 +30,20 @@ def validate(config):
   shares = {name: each.share for name, each in config.policies.items()}
   if not shares or min(shares.values()) <= 0:
     raise ValueError(
-      f'compare.policies: every share must be above 0, got {shares}; leave a '
-      'policy out to sample nothing from it'
+      f'policies: every share must be above 0, got {shares}; leave a policy '
+      'out to sample nothing from it'
     )
   most = labelers.num_training(config.num_labelers)
   for key in ('rankers_per_prompt', 'rankers_per_valid'):
     if not 1 <= config[key] <= most:
       raise ValueError(
-        f'compare.{key} must be from 1 to {most}, the training labelers among '
+        f'{key} must be from 1 to {most}, the training labelers among '
         f'{config.num_labelers}, got {config[key]}'
       )
   for name, each in config.policies.items():
     if each.temperature < 0:
       raise ValueError(
-        f'compare.policies.{name}.temperature must not be negative (0 takes '
+        f'policies.{name}.temperature must not be negative (0 takes '
         f'the most probable token), got {each.temperature}'
       )
 

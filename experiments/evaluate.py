@@ -34,7 +34,7 @@ from instruct_jax.infra import metrics as metrics_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding, slices
 from instruct_jax.miniature import gold, world
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 JUDGES = ('gold', 'restaurant')
 RL_MODELS = ('ppo', 'ppo_ptx')
@@ -43,13 +43,9 @@ HALVES = {'reward model': '', 'judge': 'judge_'}
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
-  if config.judge not in JUDGES:
-    raise ValueError(f'judge must be one of {JUDGES}: {config.judge!r}')
-  if config.rl_weights not in ('policy', 'ema'):
-    raise ValueError(
-      f"rl_weights must be 'policy' or 'ema': {config.rl_weights!r}"
-    )
+  check_stage(config)
+  run_lib.check_choice(config, 'judge', JUDGES)
+  run_lib.check_choice(config, 'rl_weights', ('policy', 'ema'))
   if config.samples_per_prompt < 1:
     raise ValueError(
       f'samples_per_prompt must be positive: {config.samples_per_prompt}'

@@ -24,11 +24,11 @@ from instruct_jax.evals import (
 from instruct_jax.evals.benchmarks import judges, released_csv, runner, tasks
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  check_stage(config)
   if not any(config.data.values()):
     if config.may_be_empty:
       return

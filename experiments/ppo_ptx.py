@@ -38,13 +38,13 @@ from instruct_jax.evals.benchmarks import probe
 from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models import attention, heads
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 OFFLOADED = ('ema', 'reference', 'reward')
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  check_stage(config)
   method = ppo_config(config)
   for divisor, size in (
     ('batch_size', 'num_episodes'),
@@ -69,16 +69,8 @@ def validate(config):
   for key, least in (('pack_episodes', 1), ('pack_spare', 1.0)):
     if config[key] < least:
       raise ValueError(f'{key} must be at least {least}: {config[key]}')
-  if config.frozen_dtype not in ('float32', 'bfloat16'):
-    raise ValueError(
-      f"frozen_dtype must be 'float32' or 'bfloat16': {config.frozen_dtype!r}"
-    )
-  unknown = sorted(set(config.offload) - set(OFFLOADED))
-  if unknown:
-    raise ValueError(
-      f'offload names what cannot wait on the host: {unknown}; known: '
-      f'{OFFLOADED}'
-    )
+  check_stage(config)
+  run_lib.check_choice(config, 'offload', OFFLOADED)
   if not config.temperature > 0:
     raise ValueError(f'temperature must be positive: {config.temperature}')
   if config.ptx_per_episode < 1 and method.ptx_coef > 0:
@@ -329,6 +321,9 @@ def run(config, workdir: epath.Path):
   run_lib.tell_dropped(
     config.name, dropped.describe('prompts', 'prompt_length')
   )
+  run_lib.check_enough(
+    loader.num_rows(prompt_rows), config.batch_size, 'prompts', 'batch_size'
+  )
   make_batches = functools.partial(
     loader.make_batches,
     seed=config.seed,
@@ -340,10 +335,15 @@ def run(config, workdir: epath.Path):
     loader.document_rows, tokenizer=tokenizer, row_length=config.ptx_row_length
   )
   if use_ptx:
-    ptx = make_batches(
-      documents(config.documents, cut=config.cut_documents),
-      batch_size=config.batch_size * config.ptx_per_episode * config.num_epochs,
+    num_ptx = config.batch_size * config.ptx_per_episode * config.num_epochs
+    ptx_rows = documents(config.documents, cut=config.cut_documents)
+    run_lib.check_enough(
+      loader.num_rows(ptx_rows),
+      num_ptx,
+      'rows of documents',
+      'batch_size x ptx_per_episode x num_epochs',
     )
+    ptx = make_batches(ptx_rows, batch_size=num_ptx)
 
   with sharding.use_mesh(mesh):
     # 2. Models.

@@ -27,7 +27,7 @@ from instruct_jax.evals import (
 from instruct_jax.evals import samples as samples_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 _RECORDED = ('.jsonl', '.jsonl.gz')
 
@@ -37,7 +37,7 @@ def is_recorded(source: str) -> bool:
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  check_stage(config)
   models = artifacts.named_folders(config.models)
   if config.baseline not in models or len(models) < 2:
     raise ValueError(
@@ -53,15 +53,11 @@ def validate(config):
       'endpoint.model': config.endpoint.model,
     },
   }
-  if config.judge not in needed:
-    raise ValueError(
-      f'judge must be one of {", ".join(needed)}: {config.judge!r}'
-    )
+  run_lib.check_choice(config, 'judge', tuple(needed))
   for key, value in {'prompts': config.prompts, **needed[config.judge]}.items():
     if not value:
       raise ValueError(f'{key} is empty; the {config.judge} judge needs it')
-  if config.pairs not in ('baseline', 'all'):
-    raise ValueError(f"pairs must be 'baseline' or 'all': {config.pairs!r}")
+  run_lib.check_choice(config, 'pairs', ('baseline', 'all'))
   for key in ('num_prompts', 'batch_size', 'response_length', 'num_bootstrap'):
     if config[key] < 1:
       raise ValueError(f'{key} must be positive: {config[key]}')

@@ -25,17 +25,14 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import preference_accuracy
 from instruct_jax.infra import loop, optimizer, sharding, slices, train_state
 from instruct_jax.infra import run as run_lib
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  check_stage(config)
   if config.num_folds == 1 or config.num_folds < 0:
     raise ValueError(f'num_folds must be 0 or at least 2: {config.num_folds}')
-  if config.divisor not in ('surviving', 'all'):
-    raise ValueError(
-      f"divisor must be 'surviving' or 'all': {config.divisor!r}"
-    )
+  run_lib.check_choice(config, 'divisor', ('surviving', 'all'))
   if config.batch_size % config.num_microbatches:
     raise ValueError(
       f'num_microbatches {config.num_microbatches} does not divide '

@@ -15,7 +15,7 @@ from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 
 def model_folders(text: str) -> dict[str, str]:
@@ -32,7 +32,7 @@ def model_folders(text: str) -> dict[str, str]:
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  check_stage(config)
   num_models = len(model_folders(config.models))
   if num_models * config.samples_per_model < 2:
     raise ValueError(

@@ -15,11 +15,11 @@ from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding, slices
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  check_stage(config)
   if config.num_prompts < 1:
     raise ValueError(f'num_prompts must be positive: {config.num_prompts}')
 

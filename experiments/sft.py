@@ -18,11 +18,13 @@ from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  run_lib.check_choice(config, 'loss_on', ('response', 'all'))
+  run_lib.check_choice(config, 'select_by', ('valid_loss', 'last'))
+  check_stage(config)
   if not 0 <= config.ptx_fraction < 1:
     raise ValueError(f'ptx_fraction must be in [0, 1): {config.ptx_fraction}')
   if config.ptx_fraction and not config.documents:
@@ -98,6 +100,12 @@ def run(config, workdir: epath.Path):
     'process_index': jax.process_index(),
     'process_count': jax.process_count(),
   }
+  run_lib.check_enough(
+    loader.num_rows(rows),
+    config.batch_size,
+    'rows of demonstrations',
+    'batch_size',
+  )
   if config.ptx_fraction:
     ptx_rows = loader.document_rows(
       config.documents,

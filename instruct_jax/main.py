@@ -31,6 +31,8 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
+from instruct_jax import command
+
 # Experiments without a device: of several processes only the first runs them.
 HOST_EXPERIMENTS = ('miniature_data', 'e2e_data', 'hh_data', 'tax')
 
@@ -223,7 +225,7 @@ def prepare_allocator() -> None:
 
 def main(argv) -> None:
   if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+    sys.exit(f'error: unexpected arguments: {argv[1:]}')
   if '--verbosity' not in ' '.join(sys.argv):
     logging.set_verbosity(logging.WARNING)  # Libraries narrate at INFO.
   config = _CONFIG.value
@@ -268,25 +270,7 @@ def main(argv) -> None:
 
 
 def parse_flags(argv) -> list[str]:
-  """absl's parser, with one line for a wrong key, variant or config file."""
-  try:
-    rest = flags.FLAGS(argv)
-    _ = (
-      _CONFIG.value.workdir
-    )  # A file that did not load says so when it is read.
-    return rest
-  except AttributeError as error:
-    # ml_collections wraps a KeyError whose text may go on with a suggestion.
-    cause = error.args[0]
-    text = cause.args[0] if isinstance(cause, KeyError) else cause
-    text = f'no such config key: {text}'
-  except (flags.Error, OSError) as error:
-    # What the config file raised comes as a traceback; its end says it.
-    text = str(error)
-    if 'Traceback' in text or isinstance(error, OSError):
-      text = f'--config: {text.strip().splitlines()[-1].strip()}'
-  print(f'error: {text}', file=sys.stderr, flush=True)
-  sys.exit(1)
+  return command.parse_flags(argv, _CONFIG)
 
 
 if __name__ == '__main__':
