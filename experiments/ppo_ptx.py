@@ -69,7 +69,6 @@ def validate(config):
   for key, least in (('pack_episodes', 1), ('pack_spare', 1.0)):
     if config[key] < least:
       raise ValueError(f'{key} must be at least {least}: {config[key]}')
-  check_stage(config)
   run_lib.check_choice(config, 'offload', OFFLOADED)
   if not config.temperature > 0:
     raise ValueError(f'temperature must be positive: {config.temperature}')

@@ -7,10 +7,10 @@ heads for the same model, and that is used here.
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from instruct_jax.models import families
 
@@ -32,7 +32,7 @@ STAGE_KEYS = {
 }
 
 
-def check_stage(config: Mapping[str, Any]) -> None:
+def check_stage(config: ConfigDict) -> None:
   """Checks the keys of a stage's config that say how its models compute.
 
   Raises:
