@@ -10,6 +10,8 @@ how many devices or processes wrote it.
 import contextlib
 import functools
 import json
+import logging
+import sys
 import threading
 import warnings
 import zlib
@@ -29,6 +31,23 @@ _MODEL_FILE = 'model.json'
 _PARAMS_FOLDER = 'params'
 # Orbax writes it last, where folders cannot be renamed at once.
 _COMMITTED_FILE = 'commit_success.txt'
+
+
+# Orbax logs each failure with its traceback, and then raises it.
+logging.getLogger('absl').addFilter(
+  lambda record: '/orbax/' not in record.pathname or not record.exc_info
+)
+_unraisable = sys.unraisablehook
+
+
+def _report_unraisable(problem) -> None:
+  # When one of its reads or writes fails, Orbax abandons the others, which come
+  # back to a loop that is closed.
+  if 'Event loop is closed' not in str(problem.exc_value):
+    _unraisable(problem)
+
+
+sys.unraisablehook = _report_unraisable
 
 
 class CheckpointError(RuntimeError):
