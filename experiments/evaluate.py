@@ -156,12 +156,22 @@ def run(config, workdir: epath.Path):
   validate(config)
   root = epath.Path(config.workdir)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  prompts = records.read_jsonl(
-    root / 'data' / 'prompts_test.jsonl', records.Prompt
-  )[: config.num_prompts]
+
+  def say_dropped(number, total, what, key):
+    run_lib.say_dropped(config.name, number, total, what, key, config[key])
+
+  def draw(name, number):
+    """(the prompts drawn, how many the file holds)."""
+    given = records.read_jsonl(root / 'data' / f'{name}.jsonl', records.Prompt)
+    drawn = samples_lib.draw_prompts(given, number, config.seed)
+    run_lib.say_drawn(config.name, len(drawn), len(given), name)
+    return drawn, len(given)
+
+  prompts, num_given = draw('prompts_test', config.num_prompts)
   rows, num_dropped = loader.prompt_rows(
     prompts, tokenizer, config.prompt_length
   )
+  say_dropped(num_dropped, len(prompts), 'held-out prompts', 'prompt_length')
   # One entry for each answer.
   prompts = [
     prompts[i] for i in rows.indices for _ in range(config.samples_per_prompt)
@@ -196,6 +206,11 @@ def run(config, workdir: epath.Path):
     )
     reward = load(config.reward_model, 'scalar')
     models = {name: load(path, 'policy') for name, path in folders.items()}
+    lengths = 'prompt_length + response_length'
+    num_tokens = config.prompt_length + config.response_length
+    for model in (reward, *models.values()):
+      artifacts.check_context(model, num_tokens, lengths)
+      artifacts.check_context(model, config.row_length, 'row_length')
     programs = build_programs(
       config,
       models['sft'].module,
@@ -256,6 +271,12 @@ def run(config, workdir: epath.Path):
           f'a prefix and a prompt exceed {length} tokens together; raise '
           f'prefix_length ({config.prefix_length}): {prefix!r}'
         )
+      # Of those there are: padding takes no position.
+      artifacts.check_context(
+        models['pretrained'],
+        int(prompted.mask.sum(axis=1).max()) + config.response_length,
+        f'the prefix {prefix!r}, prompt_length and response_length',
+      )
       return prompted
 
     def prompted_ids(sampled):
@@ -270,15 +291,14 @@ def run(config, workdir: epath.Path):
       ]
 
     # 1. The prompted baseline's prefix: best by reward-model score (3.5).
-    valid_prompts = records.read_jsonl(
-      root / 'data' / 'prompts_valid.jsonl', records.Prompt
-    )
-    valid_rows, _ = loader.prompt_rows(
+    valid_prompts, num_valid = draw('prompts_valid', config.num_prefix_prompts)
+    valid_rows, num_long = loader.prompt_rows(
       valid_prompts, tokenizer, config.prompt_length
     )
-    valid_prompts = [
-      valid_prompts[i] for i in valid_rows.indices[: config.num_prefix_prompts]
-    ]
+    say_dropped(
+      num_long, len(valid_prompts), 'prompts for prefixes', 'prompt_length'
+    )
+    valid_prompts = [valid_prompts[i] for i in valid_rows.indices]
     pretrained = models['pretrained'].params
     prefix_scores = []
     with run_lib.Progress('evaluate prefixes', len(prefixes)) as progress:
@@ -412,6 +432,20 @@ def run(config, workdir: epath.Path):
     name: win_rate.win_rate(scores, baseline, ids)
     for name, scores in gold_scores.items()
   }
+  extra['Held-out prompts'] = {
+    'prompts': {
+      'judged': len(rows.indices),
+      'drawn': len(rows.indices) + num_dropped,
+      'in the file': num_given,
+      'too long': num_dropped,
+    },
+    'prompts that choose a prefix': {
+      'judged': len(valid_prompts),
+      'drawn': len(valid_prompts) + num_long,
+      'in the file': num_valid,
+      'too long': num_long,
+    },
+  }
   extra['All policies'] = {
     name: {
       'win rate against SFT': rates[name],
@@ -523,7 +557,11 @@ def run(config, workdir: epath.Path):
     report.write_file(directory / 'model_card.md', card.encode())
     report.write_report(directory, figures, plots)
   print((root / 'report.md').as_posix(), flush=True)
-  return {'num_prompts': len(prompts), 'num_dropped': num_dropped}
+  return {
+    'num_prompts': len(rows.indices),
+    'num_given': num_given,
+    'num_dropped': num_dropped,
+  }
 
 
 def judge_by_gold(config, prompts, texts_by_model):
@@ -646,7 +684,9 @@ def gold_reward_figures(config, root, tokenizer):
     records.read_jsonl(path, records.Comparison)
     for path in (config.comparisons, config.valid_comparisons, heldout)
   )
-  valid = loader.fitting_comparisons(valid, tokenizer, config.row_length)
+  valid = fitting(
+    valid, tokenizer, 'valid_comparisons', 'row_length', config.row_length
+  )
   accuracy = preference_accuracy.Accuracy(
     results['accuracy'], results['low'], results['high'], results['num_pairs']
   )
@@ -681,6 +721,20 @@ def gold_reward_figures(config, root, tokenizer):
     **fold_figures(root),
   )
   return figures, tables
+
+
+def fitting(comparisons, tokenizer, what, key, limit):
+  """The comparisons that fit; says how many do not."""
+  kept = loader.fitting_comparisons(comparisons, tokenizer, limit)
+  run_lib.say_dropped(
+    'evaluate',
+    len(comparisons) - len(kept),
+    len(comparisons),
+    what,
+    key,
+    limit,
+  )
+  return kept
 
 
 def labeling_statistics(config):
@@ -733,12 +787,14 @@ def human_accuracies(root, tokenizer, row_length, models):
   table = {}
   for half, start in HALVES.items():
     train, test = (
-      loader.fitting_comparisons(
+      fitting(
         records.read_jsonl(
           root / 'data' / f'{start}comparisons_{split}.jsonl',
           records.Comparison,
         ),
         tokenizer,
+        f'{start}comparisons_{split}',
+        'prompt_length + response_length',
         row_length,
       )
       for split in ('train', 'test')

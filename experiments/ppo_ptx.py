@@ -94,7 +94,7 @@ def validate(config):
       f'{config.ptx_per_episode}'
     )
 
-  probes = artifacts.named_folders(config.probes)
+  probes = artifacts.named_folders(config.probes, 'probes')
   if config.probe_every:
     probe.check_names(list(probes))
     if not probes:
@@ -112,7 +112,7 @@ def inputs(config):
     keys.append('valid_documents')
   found = {key: config[key] for key in keys}
   if config.probe_every:
-    for name, path in artifacts.named_folders(config.probes).items():
+    for name, path in artifacts.named_folders(config.probes, 'probes').items():
       found[f'probes.{name}'] = path
   return found
 
@@ -180,7 +180,11 @@ def build_programs(
     """The sampler's log-probabilities, where those of every so many rows agree
     with the training graph's; else the graph's of all rows."""
     if config.sampler_tolerance == 0:
-      return rollout.in_slices(read_old, rows, num_slices), {}
+      old_logprobs = rollout.in_slices(read_old, rows, num_slices)
+      difference = jnp.abs(old_logprobs - sampler)
+      return old_logprobs, {
+        'objective/sampler_difference': masked.metric(difference, mask)
+      }
 
     def some(x):
       return x[:: config.num_minibatches]
@@ -431,9 +435,16 @@ def run(config, workdir: epath.Path):
   use_ptx = config.ptx_coef > 0
 
   # 1. Data: prompts, and pretraining rows for the ptx part.
+  found_prompts = records.read_jsonl(config.prompts, records.Prompt)
   prompt_rows, num_dropped = loader.prompt_rows(
-    records.read_jsonl(config.prompts, records.Prompt),
-    tokenizer,
+    found_prompts, tokenizer, config.prompt_length
+  )
+  run_lib.say_dropped(
+    config.name,
+    num_dropped,
+    len(found_prompts),
+    'prompts',
+    'prompt_length',
     config.prompt_length,
   )
   run_lib.check_enough(
@@ -458,7 +469,9 @@ def run(config, workdir: epath.Path):
     )
 
   # Held-out documents are whole, so that losses compare.
-  valid_rows = pack(config.valid_documents, False)
+  valid_rows = None
+  if config.valid_documents:
+    valid_rows = pack(config.valid_documents, False)
   if use_ptx:
     num_ptx = config.batch_size * config.ptx_per_episode * config.num_epochs
     ptx_rows = pack(config.documents, config.cut_documents)
@@ -525,20 +538,30 @@ def run(config, workdir: epath.Path):
       model,
     )  # Their float32 weights live on in the state alone.
 
-    def pretraining_loss(params):
-      return heldout_loss.heldout_loss(
-        lambda batch: sharding.fetch(
-          programs['text_logprobs'](params, sharding.put_whole(batch, mesh))
-        ),
-        valid_rows,
-        config.eval_batch_size,
-      ).mean
+    def pretraining_losses(models):
+      """Ending -> policy becomes metric -> loss, where there is text for it."""
+      if valid_rows is None:
+        return {}
+
+      def loss(params):
+        return heldout_loss.heldout_loss(
+          lambda batch: sharding.fetch(
+            programs['text_logprobs'](params, sharding.put_whole(batch, mesh))
+          ),
+          valid_rows,
+          config.eval_batch_size,
+        ).mean
+
+      return {
+        f'eval/pretraining_loss{ending}': loss(params)
+        for ending, params in models.items()
+      }
 
     stop_ids = runner.stop_ids(tokenizer) if config.probe_every else ()
     probes = []
     if config.probe_every:
       probes = probe.make_probes(
-        artifacts.named_folders(config.probes),
+        artifacts.named_folders(config.probes, 'probes'),
         tokenizer,
         policy_module.config.context_length,
         config.probe_items,
@@ -586,9 +609,7 @@ def run(config, workdir: epath.Path):
         )
         values = {}
         if iteration == 0:
-          values['eval/pretraining_loss_before'] = pretraining_loss(
-            state.policy.params
-          )
+          values |= pretraining_losses({'_before': state.policy.params})
           if config.probe_every:
             values |= probe_scores(state.policy.params, '_before')
         batch = sharding.put_batch(prompt_batch, mesh)
@@ -616,10 +637,9 @@ def run(config, workdir: epath.Path):
         )
         done = iteration + 1
         if done % config.eval_every == 0 or done == num_iterations:
-          values['eval/pretraining_loss'] = pretraining_loss(
-            state.policy.params
+          values |= pretraining_losses(
+            {'': state.policy.params, '_ema': state.ema}
           )
-          values['eval/pretraining_loss_ema'] = pretraining_loss(state.ema)
         if config.probe_every and (
           done % config.probe_every == 0 or done == num_iterations
         ):

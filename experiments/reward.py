@@ -172,12 +172,20 @@ def train(config, workdir, name, rows, model, seed):
 
 def training_rows(config, comparisons, tokenizer):
   """`loader.comparison_rows` as this stage learns from them."""
-  return loader.comparison_rows(
+  rows, num_dropped = loader.comparison_rows(
     comparisons,
     tokenizer,
     config.max_candidates,
     config.row_length,
     merge=config.merge_rankings,
+  )
+  say_dropped(config, num_dropped, len(comparisons), 'comparisons')
+  return rows, num_dropped
+
+
+def say_dropped(config, number, total, what):
+  run_lib.say_dropped(
+    config.name, number, total, what, 'row_length', config.row_length
   )
 
 
@@ -221,6 +229,8 @@ def encode_rankings(config, comparisons, tokenizer) -> Rankings:
   fitting = loader.fitting_comparisons(
     comparisons, tokenizer, config.row_length
   )
+  num_dropped = len(comparisons) - len(fitting)
+  say_dropped(config, num_dropped, len(comparisons), 'valid_comparisons')
   distinct = {answers_of(comparison): comparison for comparison in fitting}
   rows, _ = loader.comparison_rows(
     list(distinct.values()), tokenizer, config.max_candidates, config.row_length
@@ -292,12 +302,13 @@ def fit(config, workdir, tokenizer, policy, comparisons, valid):
   demonstrations = records.read_jsonl(
     config.demonstrations, records.Demonstration
   )
-  alone, _ = loader.comparison_rows(
+  alone, num_long = loader.comparison_rows(
     [records.Comparison(d.prompt, (d.response,), (1,)) for d in demonstrations],
     tokenizer,
     1,
     config.row_length,
   )
+  say_dropped(config, num_long, len(demonstrations), 'demonstrations')
   raw_scores = score_comparisons(config, programs, params, alone)
   shift = float(np.mean(raw_scores, dtype=np.float64))
   params = {**params, 'head_bias': params['head_bias'] - jnp.float32(shift)}

@@ -13,6 +13,7 @@ from etils import epath
 from instruct_jax import artifacts, masked, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals.samples import draw_prompts
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
 
@@ -56,8 +57,18 @@ def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   prompts = records.read_jsonl(config.prompts, records.Prompt)
-  rows, _ = loader.prompt_rows(
-    prompts[: config.num_prompts], tokenizer, config.prompt_length
+  chosen = draw_prompts(prompts, config.num_prompts, config.seed)
+  run_lib.say_drawn(config.name, len(chosen), len(prompts), 'prompts')
+  rows, num_dropped = loader.prompt_rows(
+    chosen, tokenizer, config.prompt_length
+  )
+  run_lib.say_dropped(
+    config.name,
+    num_dropped,
+    len(chosen),
+    'prompts',
+    'prompt_length',
+    config.prompt_length,
   )
   epochs = run_lib.read_json(epath.Path(config.sft) / 'epochs.json')
   mesh = sharding.make_mesh(config.mesh)
@@ -72,6 +83,12 @@ def run(config, workdir: epath.Path):
       config.reward_model, 'scalar', mesh, tokenizer.fingerprint
     )
     first = load(1)
+    for model in (reward, first):
+      artifacts.check_context(
+        model,
+        config.prompt_length + config.response_length,
+        'prompt_length + response_length',
+      )
     programs = build_programs(config, first.module, reward.module, tokenizer)
 
     sample_and_score = sharding.fetched(programs['sample_and_score'])
@@ -102,4 +119,6 @@ def run(config, workdir: epath.Path):
   return {
     'selected_epoch': selected['epoch'],
     'selected_by': 'reward-model score',
+    'num_prompts': loader.num_rows(rows),
+    'num_prompts_given': len(prompts),
   }

@@ -88,21 +88,18 @@ def run(config, workdir: epath.Path):
     [config.batch_size // config.num_microbatches, config.eval_batch_size],
   )
 
-  def demonstration_rows(path, pack):
-    return loader.demonstration_rows(
-      records.read_jsonl(path, records.Demonstration),
-      tokenizer,
-      config.row_length,
-      loss_on=config.loss_on,
-      pack=pack,
+  def demonstration_rows(key, pack):
+    found = records.read_jsonl(config[key], records.Demonstration)
+    rows, num_dropped = loader.demonstration_rows(
+      found, tokenizer, config.row_length, loss_on=config.loss_on, pack=pack
     )
+    run_lib.say_dropped(
+      config.name, num_dropped, len(found), key, 'row_length', config.row_length
+    )
+    return rows, num_dropped
 
-  rows, num_dropped = demonstration_rows(config.demonstrations, config.pack)
-  valid_rows, _ = demonstration_rows(config.valid_demonstrations, False)
-  if num_dropped:
-    run_lib.say(
-      f'{config.name}: {num_dropped} demonstrations are too long, dropped'
-    )
+  rows, num_dropped = demonstration_rows('demonstrations', config.pack)
+  valid_rows, _ = demonstration_rows('valid_demonstrations', False)
   processes = {
     'process_index': jax.process_index(),
     'process_count': jax.process_count(),

@@ -143,9 +143,6 @@ def make_ppo_batch(
     'objective/ended': masked.metric(
       rollout.ended.astype(jnp.float32), responses
     ),
-    'objective/sampler_difference': masked.metric(
-      jnp.abs(rollout.logprobs - old_logprobs), mask
-    ),
     'ppo/advantage': masked.metric(raw_advantages, mask),
     'ppo/return': masked.metric(returns, mask),
     'ppo/val/var_explained': masked.scalar(explained),

@@ -207,10 +207,9 @@ def test_batch_by_hand():
     ratio(metrics, 'objective/ended'), 2 / 3, rtol=1e-6
   )
   assert metrics['ppo/return'][1] == 6.0
-  # The sampler's logprobs are 0 here: |0 - old| = 1, 1, 1; 1, 2; 1.
-  np.testing.assert_allclose(
-    ratio(metrics, 'objective/sampler_difference'), 7 / 6, rtol=1e-6
-  )
+  # `experiments.ppo_ptx` alone compares the sampler with the training graph:
+  # the old log-probabilities here may be the sampler's own.
+  assert 'objective/sampler_difference' not in metrics
 
 
 def test_a_value_is_the_one_before_its_token():
@@ -261,7 +260,6 @@ def test_kl_is_zero_before_the_first_update():
   assert ratio(metrics, 'objective/score') == pytest.approx(
     ratio(metrics, 'objective/reward'), rel=1e-4
   )
-  assert ratio(metrics, 'objective/sampler_difference') < 1e-5
 
 
 def test_advantages_are_whitened_over_response_tokens():

@@ -285,6 +285,32 @@ def wait_for_all(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def say_drawn(stage: str, number: int, total: int, what: str) -> None:
+  """A line about how many records of a file are used, where not all are."""
+  if number < total:
+    say(f'{stage}: {number} of {total} {what}, drawn by seed')
+
+
+def say_dropped(
+  stage: str, number: int, total: int, what: str, key: str, limit: int
+) -> None:
+  """A line about records that are left out because they are too long.
+
+  Args:
+    stage: its name.
+    number: left out; 0 says nothing.
+    total: with these.
+    what: they are, in the plural.
+    key: of the config, or keys, that holds the limit.
+    limit: tokens.
+  """
+  if number:
+    say(
+      f'{stage}: {number} of {total} {what} are longer than {limit} tokens '
+      f'({key}) and left out'
+    )
+
+
 # --- Where the numbers come from ----------------------------------------------
 
 
