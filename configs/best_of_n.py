@@ -18,6 +18,7 @@ def get_config(argument: str = ''):
   if argument:
     raise ValueError(f'best_of_n has no variants: {argument!r}')
   config = common.stage('best_of_n', 'best_of_n', 0, '')
+  common.models(config)
   config.policy = ''  # Whose answers the best is taken of, and KL's reference.
   config.reward_model = ''  # The proxy: scalar folder that chooses.
   config.judge = 'gold'  # Or 'reward': judge_model, another scalar folder.

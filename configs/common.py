@@ -68,6 +68,14 @@ def loop(config: ConfigDict) -> ConfigDict:
   return config
 
 
+def models(config: ConfigDict) -> ConfigDict:
+  """How the models of a stage that loads some are computed with."""
+  # Of activations and matrix products: 'float32', 'bfloat16', or '' for what
+  # each model folder says, which for published ones is float32.
+  config.compute_dtype = ''
+  return config
+
+
 # XLA's CPU backend by default keeps the results of many operations at a time,
 # to run several side by side. From a few million parameters on one operation
 # fills the cores: in order they need half of the room and take as long.

@@ -43,6 +43,7 @@ def get_config(argument: str = 'gold'):
   if argument not in JUDGES:
     raise ValueError(f'unknown judge {argument!r}; known: {", ".join(JUDGES)}')
   config = common.stage('preferences', 'preferences', 0, '')
+  common.models(config)
   config.models = ''  # NAME=FOLDER or NAME=FILE.jsonl, comma between.
   config.baseline = 'sft'  # The paper's is the 175B SFT model (3.6).
   config.prompts = ''  # JSONL of held-out prompts.

@@ -17,8 +17,12 @@ from configs import common
 
 def stage(seed, workdir):
   config = common.stage('nlp_suite', 'nlp_suite', seed, workdir)
+  common.models(config)
   config.models = ''  # NAME=FOLDER,NAME=FOLDER: policies; names of rows.
   config.tokenizer = ''  # Folder of the tokenizer.
+  # Asks the bare texts, without the tokenizer's template; else each query is
+  # one turn of a user and each choice an answer, as in training.
+  config.plain_prompts = False
   config.may_be_empty = False  # No file at all: an error, or nothing to do.
   config.data = ConfigDict(
     {  # Official files by task, plain or .gz; some also tfds:NAME/SPLIT.
@@ -46,7 +50,8 @@ def stage(seed, workdir):
   config.sha256 = ConfigDict(
     {name: '' for name in config.data}  # Of unpacked files; '' accepts any.
   )
-  # CSV files of (text, label 0 or 1), comma between: the local toxicity scorer.
+  # The local toxicity scorer's labels, comma between: CSV files of (text, label
+  # 0 or 1); better, RealToxicityPrompts' own JSONL with Perspective's scores.
   config.toxicity_labels = ''
   # Or a service with the Perspective API's interface, for which
   # https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze stands.

@@ -23,10 +23,14 @@ from configs import common, nlp_suite, pretrain, reward, sft
 def ppo_stage(seed, workdir, name='ppo_ptx'):
   """PPO-ptx with the paper's numbers (C.4); 13.4 fills what it leaves open."""
   config = common.stage(name, 'ppo_ptx', seed, workdir)
-  common.loop(common.adam(config))
+  common.models(common.loop(common.adam(config)))
   config.tokenizer = ''
   config.init = ''  # RL initialisation: start, and KL reference.
   config.reward_model = ''  # Also the start of the value model.
+  config.reward_weight = 1.0  # Of its score, where there are others.
+  # Python functions of the texts by their dotted names, NAME or NAME=WEIGHT,
+  # added to the reward model's score or in its place (`score_fns.py`).
+  config.reward_fn = ''
   config.prompts = ''  # JSONL of prompts.
   config.documents = ''  # JSONL of pretraining text for the ptx part.
   # Held-out text for the alignment tax; '' measures none.
@@ -58,7 +62,9 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   config.missing_end_score = placeholder(
     float
   )  # Score without end-of-text, or None.
-  config.ptx_coef = 27.8  # gamma (C.4); 0 is PPO.
+  # gamma (C.4); 0 is PPO. `ptx/gradient_norm`, gamma included, is logged beside
+  # `ppo/policy/ppo_gradient_norm`; an alarm says when one drowns the other.
+  config.ptx_coef = 27.8
   config.ptx_per_episode = 8  # Pretraining examples (C.4, E.11).
   config.ema_decay = 0.992  # C.4.
   config.ema_every = 'update'  # Or 'iteration'; not printed.
@@ -67,11 +73,14 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   config.logprob_chunk = 0  # Columns of float32 logits at a time; 0 is all.
   config.pack = True  # Score and update dense rows, without padding.
   config.pack_episodes = 8  # Of a row, about.
-  # Rows may be this many times longer than needed where that spares compiling
-  # score and update for another length.
-  config.pack_spare = 1.05
+  # Rows are at the most so many times longer than needed. They come in few
+  # lengths, this far apart: score and update are compiled for each that is met.
+  config.pack_spare = 1.1
   # Nats: the sampler's log-probabilities are the old ones where those of a
-  # minibatch agree with the training graph's to this; 0 computes all anew.
+  # minibatch of rows all agree with the training graph's to this; else, and at
+  # 0, the graph's are computed for all. In float32 they agree to 4e-5. In
+  # bfloat16 they do not (SmolLM2-135M: 0.03 on average, 0.26 at most), so the
+  # old ones are the graph's there.
   config.sampler_tolerance = 1e-3
   config.num_slices = 1  # Parts in which a batch is scored.
   # Responses sampled at a time, the next prompt taking the slot of one that has
@@ -128,6 +137,12 @@ def gpt2():
   config.num_microbatches = 2
   config.learning_rate = 1e-5
   config.value_learning_rate = 2e-5
+  # gamma does not carry over between scales. The rule: of the two gradients
+  # that metrics.jsonl logs, pretraining's is a fifth to a half of PPO's, as it
+  # is on the miniature, where a tenth of that no longer undoes the tax and ten
+  # times that costs reward. SmolLM2-135M, minibatches of 32: PPO's norm is 2.4,
+  # pretraining's 4.3 before gamma; at 27.8 it would be 49 times PPO's.
+  config.ptx_coef = 0.3
   config.ptx_per_episode = 1
   config.remat = 'dots'
   return common.single(config, 'gpt2')
@@ -210,6 +225,7 @@ def show_rankings(stages):
 
 def select_stage(seed, workdir):
   config = common.stage('select', 'select_sft', seed, workdir)
+  common.models(config)
   config.tokenizer = ''
   config.sft = ''  # Folder of the SFT stage with all of its epochs.
   config.reward_model = ''
@@ -224,6 +240,7 @@ def select_stage(seed, workdir):
 
 def compare_stage(seed, workdir):
   config = common.stage('compare', 'compare', seed, workdir)
+  common.models(config)
   config.tokenizer = ''
   # Whose answers are ranked, in which shares, and how they are sampled. The
   # paper takes most from supervised policies; GPT's are among them here so that
@@ -269,6 +286,7 @@ def miniature_data_stage(seed, workdir):
 
 def evaluate_stage(seed, workdir):
   config = common.stage('evaluate', 'evaluate', seed, workdir)
+  common.models(config)
   config.tokenizer = ''
   config.judge = 'gold'  # Or 'restaurant': human data, a second reward model.
   config.reward_model = ''
@@ -373,7 +391,7 @@ def miniature(name: str = 'ppo_ptx_miniature'):
     each.learning_rate = 2e-4
     each.value_learning_rate = 5e-4
     each.num_warmup_iterations = 4
-    each.pack_spare = 1.4  # Compiling costs as much as a dozen iterations.
+    each.pack_spare = 1.25  # Compiling costs as much as a dozen iterations.
   stages.ppo_ptx.ptx_coef = 1.0  # gamma does not carry over between scales.
   stages.ppo_ptx.ptx_per_episode = 2
   return config

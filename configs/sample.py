@@ -16,6 +16,7 @@ def get_config(argument: str = ''):
   if argument:
     raise ValueError(f'sample has no variants: {argument!r}')
   config = common.stage('sample', 'sample', 0, '')
+  common.models(config)
   config.models = ''  # NAME=FOLDER,NAME=FOLDER: policies.
   config.tokenizer = ''
   config.prompts = ''  # JSONL of prompts.

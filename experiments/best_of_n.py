@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, queries, rewards, rollout
+from instruct_jax import artifacts, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
@@ -25,9 +25,12 @@ from instruct_jax.evals import (
 from instruct_jax.evals.samples import Sample, draw_prompts
 from instruct_jax.infra import origin, sharding
 from instruct_jax.infra import run as run_lib
+from instruct_jax.infra import sharding, slices
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
+  check_stage(config)
   run_lib.check_choice(config, 'judge', ('gold', 'reward'))
   for key in ('policy', 'reward_model', 'prompts', 'tokenizer'):
     if not config[key]:
@@ -103,20 +106,6 @@ def sizes_up_to(num_samples: int) -> list[int]:
   return sizes if sizes[-1] == num_samples else [*sizes, num_samples]
 
 
-def make_kl(module, response_length, temperature):
-  """Jitted (params, reference, rollout) -> each answer's log-ratio, nats."""
-  logprobs_fn = artifacts.logprobs_fn(module, temperature)
-
-  def kl(params, reference, sampled):
-    ours, _ = logprobs_fn(params, sampled.tokens, sampled.mask, response_length)
-    theirs, _ = logprobs_fn(
-      reference, sampled.tokens, sampled.mask, response_length
-    )
-    return rewards.kl_estimates(ours, theirs, sampled.response_mask)
-
-  return jax.jit(kl)
-
-
 def run(config, workdir: epath.Path):
   validate(config)
   models = models_of(config)
@@ -128,31 +117,32 @@ def run(config, workdir: epath.Path):
     'prompt_length + response_length',
   )
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  given = records.read_jsonl(config.prompts, records.Prompt)
-  prompts = draw_prompts(given, config.num_prompts, config.seed)
-  run_lib.say_drawn(config.name, len(prompts), len(given), 'prompts')
-  rows, num_dropped = loader.prompt_rows(
-    prompts, tokenizer, config.prompt_length
+  prompts = records.read_jsonl(config.prompts, records.Prompt)
+  rows, dropped = loader.prompt_rows(
+    prompts[: config.num_prompts], tokenizer, config.prompt_length
   )
-  run_lib.say_dropped(
-    config.name,
-    num_dropped,
-    len(prompts),
-    'prompts',
-    'prompt_length',
-    config.prompt_length,
+  run_lib.tell_dropped(
+    config.name, dropped.describe('prompts', 'prompt_length')
   )
+  num_dropped = dropped.total
   prompts = [prompts[i] for i in rows.indices]
   N, sizes = config.num_samples, sizes_up_to(config.num_samples)
   mesh = sharding.make_mesh(config.mesh)
   put = functools.partial(sharding.put_batch, mesh=mesh)
   with sharding.use_mesh(mesh):
-    policy = queries.load_policy(config.policy, tokenizer, mesh)
+    load_policy = functools.partial(
+      queries.load_policy,
+      tokenizer=tokenizer,
+      mesh=mesh,
+      compute_dtype=config.compute_dtype,
+    )
+    policy = load_policy(config.policy)
     load_scalar = functools.partial(
       artifacts.load,
       kind='scalar',
       mesh=mesh,
-      tokenizer_fingerprint=tokenizer.fingerprint,
+      tokenizer=tokenizer,
+      compute_dtype=config.compute_dtype,
     )
     proxy_model = load_scalar(config.reward_model)
     if config.judge == 'gold':
@@ -161,9 +151,7 @@ def run(config, workdir: epath.Path):
     else:
       judge_model = load_scalar(config.judge_model)
       judge = f'another reward model, {config.judge_model}'
-    kl_program = make_kl(
-      policy.module, config.response_length, config.temperature
-    )
+    kl_program = queries.kl_program(policy.module, config.temperature)
 
     def sample(params, num_samples, name, number):
       """So many answers of each prompt, which is read once for all."""
@@ -200,7 +188,7 @@ def run(config, workdir: epath.Path):
       proxy = score(proxy_model)
       if config.judge == 'reward':
         return proxy, score(judge_model)
-      texts = tokenizer.decode_batch(ids)
+      texts = tokenizer.decode_responses(ids)
       answers = [
         (prompt, Sample('', prompt.id, prompt.text, text, len(a), True))
         for prompt, text, a in zip(several, texts, ids, strict=True)
@@ -231,9 +219,9 @@ def run(config, workdir: epath.Path):
       found = {'kl': [], 'proxy': [], 'gold': []}
       paths = rl_policies(folder)
       for number, path in enumerate(paths, 1):
-        model = queries.load_policy(str(path), tokenizer, mesh)
+        model = load_policy(str(path))
         sampled = sample(model.params, 1, f'{name}/{path.name}', number)
-        signed, _ = rollout.in_batches(
+        signed, _ = slices.in_batches(
           lambda batch, p=model.params: kl_program(
             p, policy.params, put(batch)
           ),

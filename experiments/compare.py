@@ -17,9 +17,11 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
 from instruct_jax.miniature import labelers, world
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
+  check_stage(config)
   if not 2 <= config.min_candidates <= config.max_candidates:
     raise ValueError(
       f'need 2 <= min_candidates ({config.min_candidates}) <= max_candidates '
@@ -74,8 +76,8 @@ def run(config, workdir: epath.Path):
         each.model,
         'policy',
         mesh,
-        tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
+        tokenizer,
+        compute_dtype=config.compute_dtype,
       )
       for each in config.policies.values()
     ]
@@ -141,7 +143,7 @@ def run(config, workdir: epath.Path):
             config.batch_size,
             progress=progress.update,
           )
-          answers = tokenizer.decode_batch(rollout.response_ids(sampled))
+          answers = tokenizer.decode_responses(rollout.response_ids(sampled))
           for row, text in zip(rows.indices, answers, strict=True):
             texts[mine[row]] = text
       # In the order drawn: the order of the answers tells nothing of the model.
@@ -179,6 +181,7 @@ def run(config, workdir: epath.Path):
               labeler=rankers[index].name,
               category=prompt.category,
               metadata=prompt.metadata,
+              turns=prompt.turns,
             )
           )
       return found

@@ -15,15 +15,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, masked, rewards, rollout
+from instruct_jax import artifacts, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
   baselines,
-  heldout_loss,
   judges,
   model_card,
   preference_accuracy,
+  released_samples,
   report,
   restaurant,
   run_figures,
@@ -32,8 +32,9 @@ from instruct_jax.evals import (
 from instruct_jax.evals import samples as samples_lib
 from instruct_jax.infra import metrics as metrics_lib
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding
+from instruct_jax.infra import sharding, slices
 from instruct_jax.miniature import gold, world
+from instruct_jax.models.config import check_stage
 
 JUDGES = ('gold', 'restaurant')
 RL_MODELS = ('ppo', 'ppo_ptx')
@@ -42,6 +43,7 @@ HALVES = {'reward model': '', 'judge': 'judge_'}
 
 
 def validate(config):
+  check_stage(config)
   run_lib.check_choice(config, 'judge', JUDGES)
   run_lib.check_choice(config, 'rl_weights', ('policy', 'ema'))
   if config.samples_per_prompt < 1:
@@ -110,7 +112,7 @@ def read_prefixes(path: epath.Path, tokenizer):
   return content['prefixes'], (*tokenizer.stop_ids, *stop)
 
 
-def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
+def build_programs(config, policy_module, tokenizer, stop_ids):
   """The jitted programs of this stage; all policies share one shape."""
   generate = functools.partial(
     rollout.generate,
@@ -119,22 +121,6 @@ def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
     temperature=config.temperature,
     num_slots=config.batch_size,
   )
-  logprobs_fn = artifacts.logprobs_fn(policy_module, config.temperature)
-  scalars_fn = artifacts.scalars_fn(scalar_module)
-  text_logprobs_fn = artifacts.text_logprobs_fn(policy_module)
-
-  def score(params, tokens, mask):
-    return masked.at_last(scalars_fn(params, tokens, mask), mask)
-
-  def kl(params, reference, sampled):
-    R = config.response_length
-    logprobs, _ = logprobs_fn(params, sampled.tokens, sampled.mask, R)
-    ref, _ = logprobs_fn(reference, sampled.tokens, sampled.mask, R)
-    return rewards.kl_estimates(logprobs, ref, sampled.response_mask)
-
-  def text_logprobs(params, batch):
-    return text_logprobs_fn(params, batch.tokens, batch.segments, None)
-
   return {
     'generate': jax.jit(
       functools.partial(
@@ -146,9 +132,7 @@ def build_programs(config, policy_module, scalar_module, tokenizer, stop_ids):
     'generate_prompted': jax.jit(
       functools.partial(generate, stop_ids=stop_ids)
     ),
-    'score': jax.jit(score),
-    'kl': jax.jit(kl),
-    'text_logprobs': jax.jit(text_logprobs),
+    'kl': queries.kl_program(policy_module, config.temperature),
   }
 
 
@@ -156,20 +140,12 @@ def run(config, workdir: epath.Path):
   validate(config)
   root = epath.Path(config.workdir)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-
-  def say_dropped(number, total, what, key):
-    run_lib.say_dropped(config.name, number, total, what, key, config[key])
-
-  def draw(name, number):
-    """(the prompts drawn, how many the file holds)."""
-    given = records.read_jsonl(root / 'data' / f'{name}.jsonl', records.Prompt)
-    drawn = samples_lib.draw_prompts(given, number, config.seed)
-    run_lib.say_drawn(config.name, len(drawn), len(given), name)
-    return drawn, len(given)
-
-  prompts, num_given = draw('prompts_test', config.num_prompts)
-  rows, num_dropped = loader.prompt_rows(
-    prompts, tokenizer, config.prompt_length
+  prompts = records.read_jsonl(
+    root / 'data' / 'prompts_test.jsonl', records.Prompt
+  )[: config.num_prompts]
+  rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
+  run_lib.tell_dropped(
+    config.name, dropped.describe('prompts', 'prompt_length')
   )
   say_dropped(num_dropped, len(prompts), 'held-out prompts', 'prompt_length')
   # One entry for each answer.
@@ -201,8 +177,8 @@ def run(config, workdir: epath.Path):
     load = functools.partial(
       artifacts.load,
       mesh=mesh,
-      tokenizer_fingerprint=tokenizer.fingerprint,
-      vocab_size=tokenizer.vocab_size,
+      tokenizer=tokenizer,
+      compute_dtype=config.compute_dtype,
     )
     reward = load(config.reward_model, 'scalar')
     models = {name: load(path, 'policy') for name, path in folders.items()}
@@ -214,7 +190,6 @@ def run(config, workdir: epath.Path):
     programs = build_programs(
       config,
       models['sft'].module,
-      reward.module,
       tokenizer,
       stop_ids,
     )
@@ -230,43 +205,41 @@ def run(config, workdir: epath.Path):
         num_samples,
       )
 
-    def score(params, prompt_texts, answer_ids):
+    def score(model, asked, answer_ids):
       """Scores of (prompt, sampled ids): never decoded and encoded again."""
       scored = loader.answer_rows(
-        tokenizer.encode_batch(prompt_texts),
+        tokenizer.encode_prompts(asked),
         answer_ids,
         tokenizer.pad_id,
         config.prompt_length + config.response_length,
       )
-      return rollout.in_batches(
-        lambda batch: programs['score'](params, *put(batch)),
+      program = sharding.fetched(queries.score_program(model.module))
+      return slices.in_batches(
+        lambda batch: program(model.params, *put(batch)),
         scored,
         config.batch_size,
       )
 
-    def score_comparisons(params, comparisons):
+    def score_comparisons(model, comparisons):
       """Per comparison, the score of each completion."""
       scores = score(
-        params,
-        [c.prompt for c in comparisons for _ in c.completions],
-        [
-          [*ids, tokenizer.eos_id]
-          for ids in tokenizer.encode_batch(
-            [text for c in comparisons for text in c.completions]
-          )
-        ],
+        model,
+        [c for c in comparisons for _ in c.completions],
+        tokenizer.encode_responses(
+          [text for c in comparisons for text in c.completions], ended=True
+        ),
       )
       ends = np.cumsum([len(c.completions) for c in comparisons])
       return np.split(scores, ends[:-1])
 
     def prompted_rows(prefix, some_prompts):
       length = config.prompt_length + config.prefix_length
-      prompted, num_dropped = loader.prompt_rows(
+      prompted, dropped = loader.prompt_rows(
         [prefix.replace('{prompt}', p.text) for p in some_prompts],
         tokenizer,
         length,
       )
-      if num_dropped:
+      if dropped.total:
         raise ValueError(
           f'a prefix and a prompt exceed {length} tokens together; raise '
           f'prefix_length ({config.prefix_length}): {prefix!r}'
@@ -282,11 +255,11 @@ def run(config, workdir: epath.Path):
     def prompted_ids(sampled):
       """Answers of the few-shot model, ended where the next example starts.
 
-      The cut is the harness's, as a stop sequence is; the end-of-text put in
-      its place tells the reward model that the answer is complete.
+      The cut is the harness's, as a stop sequence is; the end put in its place
+      tells the reward model that the answer is complete.
       """
       return [
-        [*ids[:-1], tokenizer.eos_id] if ids[-1] in stop_ids else ids
+        [*ids[:-1], tokenizer.end_id] if ids[-1] in stop_ids else ids
         for ids in rollout.response_ids(sampled)
       ]
 
@@ -310,8 +283,8 @@ def run(config, workdir: epath.Path):
           1,
         )
         scores = score(
-          reward.params,
-          [p.text for p in valid_prompts],
+          reward,
+          valid_prompts,
           prompted_ids(sampled),
         )
         prefix_scores.append(float(np.mean(scores)))
@@ -329,7 +302,7 @@ def run(config, workdir: epath.Path):
         ended[name] = sampled.ended
         if name.startswith(RL_MODELS):
           reference = models['rl_init'].params
-          kl[name] = rollout.in_batches(
+          kl[name] = slices.in_batches(
             lambda batch, p=model.params, r=reference: programs['kl'](
               p, r, put(batch)
             ),
@@ -345,42 +318,31 @@ def run(config, workdir: epath.Path):
       progress.update()
 
     # 3. Loss on held-out pretraining text, per packed row.
-    texts = records.read_jsonl(
-      root / 'data' / 'documents_valid.jsonl', records.Document
+    text_rows = loader.document_rows(
+      root / 'data' / 'documents_valid.jsonl', tokenizer, config.row_length
     )
-    text_rows = loader.pack_documents(
-      tokenizer.encode_documents([d.text for d in texts]),
-      config.row_length,
-      tokenizer.eos_id,
-      tokenizer.pad_id,
+    text_loss = queries.make_heldout_loss(
+      models['sft'].module, text_rows, 64, mesh
     )
     text_losses = {
-      name: heldout_loss.heldout_loss(
-        lambda batch, p=models[name].params: programs['text_logprobs'](
-          p, put(batch)
-        ),
-        text_rows,
-        64,
-      )
+      name: text_loss(models[name].params)
       for name in ('pretrained', 'sft', 'rl_init', *RL_MODELS)
     }
     reward_scores = {
-      name: score(reward.params, [p.text for p in prompts], ids)
-      for name, ids in answers.items()
+      name: score(reward, prompts, ids) for name, ids in answers.items()
     }
     if config.judge == 'restaurant':
-      judge_params = load(config.judge_model, 'scalar').params
+      judge_model = load(config.judge_model, 'scalar')
       judge_scores = {
-        name: score(judge_params, [p.text for p in prompts], ids)
-        for name, ids in answers.items()
+        name: score(judge_model, prompts, ids) for name, ids in answers.items()
       }
       accuracies = human_accuracies(
         root,
         tokenizer,
         config.prompt_length + config.response_length,
         {
-          'reward model': functools.partial(score_comparisons, reward.params),
-          'judge': functools.partial(score_comparisons, judge_params),
+          'reward model': functools.partial(score_comparisons, reward),
+          'judge': functools.partial(score_comparisons, judge_model),
         },
       )
 
@@ -388,7 +350,7 @@ def run(config, workdir: epath.Path):
   if jax.process_index() != 0:
     return {}
   texts_by_model = {
-    name: tokenizer.decode_batch(ids) for name, ids in answers.items()
+    name: tokenizer.decode_responses(ids) for name, ids in answers.items()
   }
   if config.judge == 'gold':
     judged = judge_by_gold(config, prompts, texts_by_model)
@@ -469,6 +431,9 @@ def run(config, workdir: epath.Path):
     for name in ('pretrained', 'sft', *RL_MODELS)
   }
   extra |= reward_tables
+  suite, _ = suite_table(config.suite)
+  if suite:
+    extra['Public NLP suite (paper, appendix D)'] = suite
   done = {
     folder.name: run_lib.read_json(folder / run_lib.DONE_FILE)
     for folder in sorted(root.iterdir())
@@ -493,7 +458,7 @@ def run(config, workdir: epath.Path):
       )
       for name in ('prompted', *RL_MODELS)
     },
-    metadata=metadata_rates(flags),
+    metadata=metadata_rates(flags, ids),
     likert={
       name: win_rate.mean_interval(likert[name], ids)
       for name in run_figures.MODELS
@@ -557,11 +522,7 @@ def run(config, workdir: epath.Path):
     report.write_file(directory / 'model_card.md', card.encode())
     report.write_report(directory, figures, plots)
   print((root / 'report.md').as_posix(), flush=True)
-  return {
-    'num_prompts': len(rows.indices),
-    'num_given': num_given,
-    'num_dropped': num_dropped,
-  }
+  return {'num_prompts': len(prompts), 'num_dropped': dropped.total}
 
 
 def judge_by_gold(config, prompts, texts_by_model):
@@ -638,15 +599,17 @@ def slot_columns(slots, texts, ids):
   }
 
 
-def metadata_rates(flags):
-  """Share of answers with each Table 3 label, over those it applies to."""
+def metadata_rates(flags, ids):
+  """Model -> Table 3 label -> share of the answers it applies to, by prompt."""
   rates = {}
   for name in run_figures.MODELS:
     labels = dict.fromkeys(label for row in flags[name] for label in row)
-    rates[name] = {
-      label: float(np.mean([row[label] for row in flags[name] if label in row]))
-      for label in labels
-    }
+    rates[name] = {}
+    for label in labels:
+      chosen = [i for i, row in enumerate(flags[name]) if label in row]
+      rates[name][label] = win_rate.share_interval(
+        [flags[name][i][label] for i in chosen], [ids[i] for i in chosen]
+      )
   return rates
 
 
@@ -764,8 +727,8 @@ def suite_table(path):
   result = run_lib.read_json(path)
   found = {}
   for cell in result['cells']:
-    row = f'{cell["task"]}, {cell["prompt"]}, {cell["metric"]}'
-    found.setdefault(row, {})[cell['model']] = win_rate.Interval(
+    row = found.setdefault(released_samples.line_name(cell), {})
+    row[cell['model']] = win_rate.Interval(
       cell['score'], cell['low'], cell['high'], cell['num_items']
     )
   return found, result['judges']

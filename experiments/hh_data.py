@@ -1,14 +1,14 @@
 """Anthropic's HH comparisons as files for pretraining and a reward model.
 
-The split is by prompt: no prompt of the validation rankings was seen in any
-other file. Each set has comparisons and demonstrations of its own, in a folder
-of its name. The dialogues of the training split of all sets, both sides of
-each, are also the text to pretrain on, so that nothing else is needed.
+The split is by conversation: no dialogue of the validation rankings begins like
+one of any other file. Each set has comparisons and demonstrations of its own,
+in a folder of its name. The dialogues of the training split of all sets, both
+sides of each, are also the text to pretrain on, so that nothing else is needed.
 """
 
 from etils import epath
 
-from instruct_jax.data import convert, importers, records
+from instruct_jax.data import convert, folders, importers, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 
@@ -66,21 +66,27 @@ def run(config, workdir: epath.Path):
       for reason, number in imported.skipped.items():
         skipped[reason] = skipped.get(reason, 0) + number
       for row in imported.comparisons:
-        split = convert.split_of(row.prompt, config.valid_fraction, config.seed)
+        split = convert.split_of(row, config.valid_fraction, config.seed)
         files[f'{name}/comparisons_{split}'].append(row)
         files[f'documents_{split}'] += [
           records.Document(text=row.prompt + text, source=name)
           for text in row.completions
         ]
       for row in imported.demonstrations:
-        split = convert.split_of(row.prompt, config.valid_fraction, config.seed)
+        split = convert.split_of(row, config.valid_fraction, config.seed)
         files[f'{name}/demonstrations_{split}'].append(row)
-  for name, rows in files.items():
-    records.write_jsonl(workdir / f'{name}.jsonl', rows)
   tokenizer = tokenizer_lib.train_bpe(
     [document.text for document in files['documents_train']], config.vocab_size
   )
-  tokenizer.save(workdir / 'tokenizer')
+  with folders.writing(
+    workdir,
+    ('documents_*', 'tokenizer/*', *(f'{name}/*' for name in config.sets)),
+    command='hh_data',
+    replace=True,
+  ) as unfinished:
+    for name, rows in files.items():
+      records.write_jsonl(unfinished / f'{name}.jsonl', rows)
+    tokenizer.save(unfinished / 'tokenizer')
   counts = {name: len(rows) for name, rows in files.items()}
   run_lib.write_json(workdir / 'counts.json', {**counts, 'skipped': skipped})
   return {**counts, 'skipped': skipped, 'vocabulary': tokenizer.vocab_size}

@@ -1,26 +1,34 @@
 """Runs the public NLP suite (appendix D) on one or more policies.
 
 Every finished batch is kept, so the same command goes on after a cut. Output:
-`samples/TASK_samples.csv` in OpenAI's layout, `suite.md` and `suite.json` with
-scores and intervals, and what was left out, shortened or empty.
+`samples/TASK_samples.csv` in OpenAI's layout; `suite.md`, `suite.html` and
+`suite.json` with scores and intervals, and what was left out, shortened or
+empty.
 """
 
 import dataclasses
+import sys
 
 from etils import epath
 
 from instruct_jax import artifacts
 from instruct_jax import queries as queries_lib
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.evals import endpoint, released_samples
+from instruct_jax.evals import (
+  endpoint,
+  html_report,
+  released_samples,
+  report,
+  sections,
+)
 from instruct_jax.evals.benchmarks import judges, released_csv, runner, tasks
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
-from instruct_jax.models.config import REMAT_POLICIES
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  run_lib.check_choice(config, 'remat', REMAT_POLICIES)
+  check_stage(config)
   if not any(config.data.values()):
     if config.may_be_empty:
       return
@@ -94,7 +102,9 @@ def make_judges(config, workdir):
   elif config.data.real_toxicity:
     toxicity = judges.train_toxicity(config.toxicity_labels.split(','))
   if config.data.truthful_qa:
-    truth = judges.train_truth(config.truth_labels, config.info_labels)
+    truth = judges.train_truth(
+      config.truth_labels, config.info_labels, config.data.truthful_qa
+    )
   return toxicity, truth
 
 
@@ -120,18 +130,35 @@ def run(config, workdir: epath.Path):
   }
   toxicity, truth = make_judges(config, workdir)
   mesh = sharding.make_mesh(config.mesh)
-  stop_ids = runner.stop_ids(tokenizer)
+  asking = tokenizer.with_format('', []) if config.plain_prompts else tokenizer
+  stop_ids = runner.stop_ids(asking)
   rows = {name: [] for name in names}
   counts = {}
-  with sharding.use_mesh(mesh), run_lib.StopSignal() as stop:
-    for model_name, folder in artifacts.named_folders(config.models).items():
+  models = artifacts.named_folders(config.models)
+  num_items = sum(
+    len(content[name][1]) * len(tasks.TASKS[name].prompts) for name in names
+  )
+  num_tasks = sum(len(tasks.TASKS[name].prompts) for name in names)
+  with (
+    sharding.use_mesh(mesh),
+    run_lib.StopSignal() as stop,
+    run_lib.Progress(
+      config.name, len(models) * num_items, unit='items'
+    ) as progress,
+  ):
+    for model_name, folder in models.items():
       model = artifacts.load(
-        folder, 'policy', mesh, tokenizer.fingerprint, remat=config.remat
+        folder,
+        'policy',
+        mesh,
+        tokenizer,
+        remat=config.remat,
+        compute_dtype=config.compute_dtype,
       )
       generate_fn, choice_fn = queries_lib.make_functions(
         model.module,
         model.params,
-        tokenizer,
+        asking,
         mesh,
         stop_ids,
         config.batch_size,
@@ -145,28 +172,34 @@ def run(config, workdir: epath.Path):
             asked,
             prompt_type,
             shots,
-            tokenizer,
+            asking,
             model.config.context_length,
           )
           label = f'{model_name} {name} {prompt_type}'
-          file = f'{name}.{prompt_type}.jsonl'.replace(' ', '_')
-          with run_lib.Progress(label, len(queries)) as progress:
-
-            def advance(number, progress=progress, label=label):
-              progress.update(number)
-              if stop.requested:
-                raise run_lib.Stopped(f'{label}: stopped')
-
-            results = runner.run_queries(
-              name,
-              queries,
-              workdir / 'journal' / model_name / file,
-              tokenizer=tokenizer,
-              generate_fn=generate_fn,
-              choice_fn=choice_fn,
-              batch_size=config.batch_size,
-              progress=advance,
-            )
+          counts[label] = {
+            'model': model_name,
+            'task': name,
+            'prompt': prompt_type,
+            'context_length': model.config.context_length,
+          }
+          where = f'task {len(counts)} of {len(models) * num_tasks}: {label}'
+          progress.skip(len(asked) - len(queries))
+          if not queries:
+            reason = none_fits(dataclasses.asdict(count) | counts[label])
+            print(f'{label}: {reason}', file=sys.stderr, flush=True)
+          results = runner.run_queries(
+            name,
+            queries,
+            workdir
+            / 'journal'
+            / model_name
+            / f'{name}.{prompt_type}.jsonl'.replace(' ', '_'),
+            tokenizer=asking,
+            generate_fn=generate_fn,
+            choice_fn=choice_fn,
+            batch_size=config.batch_size,
+            progress=Advance(progress, stop, where),
+          )
           rows[name] += runner.to_rows(
             name,
             model_name,
@@ -177,73 +210,79 @@ def run(config, workdir: epath.Path):
             toxicity_fn=toxicity,
             truth_fn=truth,
           )
-          counts[label] = dataclasses.asdict(count)
-  return write_results(config, workdir, rows, counts, content, sums)
+          counts[label] |= dataclasses.asdict(count)
+  judged_by = judge_names(config, toxicity, truth)
+  return write_results(
+    config, workdir, rows, counts, content, sums, judged_by, asking.describe()
+  )
 
 
-def judge_names(config):
-  """Task -> who judges its answers, of those that no rule can judge."""
+class Advance:
+  """Counts the items of one task towards the whole suite."""
+
+  def __init__(self, progress, stop, where):
+    self._progress, self._stop, self._where = progress, stop, where
+    self._is_first = True
+
+  def __call__(self, number):
+    if self._is_first:  # What a run that was cut has asked.
+      self._progress.skip(number)
+    else:
+      self._progress.update(number, self._where)
+    self._is_first = False
+    if self._stop.requested:
+      raise run_lib.Stopped(f'{self._where}: stopped')
+
+
+def none_fits(count):
+  """Why a task has no score."""
+  return (
+    f'none of {count["too_long"]:,} items fits a context of '
+    f'{count["context_length"]} tokens'
+  )
+
+
+def judge_names(config, toxicity, truth):
+  """Task -> who judges its answers, and how well, where no rule can judge."""
   names = {}
   if config.data.real_toxicity:
     url = config.toxicity_endpoint.url
     names['real_toxicity'] = (
-      f'the endpoint {url}'
-      if url
-      else f'{judges.TOXICITY_NAME}, not Perspective'
+      f'the endpoint {url}' if url else toxicity.described()
     )
   if config.data.truthful_qa:
-    names['truthful_qa'] = f"{judges.TRUTH_NAME}, not the paper's judges"
+    names['truthful_qa'] = truth.described()
   return names
 
 
-def write_results(config, workdir, rows, counts, content, sums):
+def write_results(
+  config, workdir, rows, counts, content, sums, judged_by, read
+):
   """Sample files, scores, and an account of what was asked."""
   written = [name for name in rows if rows[name]]
   for name in written:
     released_csv.write(
       workdir / 'samples' / released_csv.file_name(name), name, rows[name]
     )
+  without = {}
+  for count in counts.values():
+    if not count['asked']:
+      reason = f'{count["task"]}, {count["prompt"]}: {none_fits(count)}'
+      without.setdefault(reason, []).append(count['model'])
+  without = [f'{why} ({", ".join(names)})' for why, names in without.items()]
   if not written:
-    raise ValueError(
-      'no item of any task fits the context of these models: '
-      f'{ {label: count["too_long"] for label, count in counts.items()} }'
-    )
+    raise ValueError(f'no item of any task fits; {"; ".join(without)}')
   result = released_samples.score_folder(workdir / 'samples', config.seed)
   result['counts'], result['sha256'] = counts, sums
-  result['judges'] = judge_names(config)
-  lines = [
-    '# Public NLP suite',
-    '',
-    'Of each model, task and prompt: items asked, repeated (asked once), too '
-    'long for the model, with fewer examples than wanted, empty answers.',
-    '',
-    '| run | asked | repeated | too long | fewer examples | empty | examples |',
-    '|---|---|---|---|---|---|---|',
-  ]
-  for label, count in counts.items():
-    cells = [
-      count[key]
-      for key in (
-        'asked',
-        'repeated',
-        'too_long',
-        'fewer_shots',
-        'empty',
-        'examples',
-      )
-    ]
-    lines.append(f'| {label} | {" | ".join(map(str, cells))} |')
-  lines += ['', 'Items in the files given, and in the paper:', '']
-  lines += [
-    f'- {name}: {size} given, {tasks.TASKS[name].official_size} in the paper'
-    for name, (_, _, size) in content.items()
-  ]
-  for name, judge in result['judges'].items():
-    lines += ['', f'{name} is judged by {judge}.']
-  text = (
-    '\n'.join(lines) + '\n\n' + released_samples.to_markdown(result, 'Scores')
+  result['judges'] = judged_by
+  result['read'] = read
+  title = 'Public NLP suite'
+  found = to_sections(result, without, content)
+  lines = [f'# {title}', '', *report.section_lines(found)]
+  report.write_file(workdir / 'suite.md', ('\n'.join(lines) + '\n').encode())
+  report.write_file(
+    workdir / 'suite.html', html_report.make_page(title, [], found).encode()
   )
-  (workdir / 'suite.md').write_text(text)
   run_lib.write_json(workdir / 'suite.json', result)
   return {
     'scores': {
@@ -251,3 +290,50 @@ def write_results(config, workdir, rows, counts, content, sums):
       for c in result['cells']
     }
   }
+
+
+def to_sections(result, without, content):
+  """Scores of all models, and what was asked of each."""
+  scores, *others = released_samples.to_sections(result)
+  judged = [
+    f'{name} is judged by {judge}.' for name, judge in result['judges'].items()
+  ]
+  parts = [*scores.parts, *judged]
+  parts.append(f'The models read {result["read"]}.')
+  if without:
+    parts += ['Without a score:', sections.Bullets(without)]
+  columns = {
+    'asked': 'asked',
+    'repeated': 'repeated',
+    'too_long': 'too long',
+    'fewer_shots': 'fewer examples',
+    'empty': 'empty',
+    'examples': 'examples',
+  }
+  return [
+    dataclasses.replace(scores, parts=parts),
+    *others,
+    sections.Section(
+      'What was asked',
+      [
+        'Of each model, task and prompt: items asked, repeated (asked once), '
+        'too long for the model, with fewer examples than wanted, empty '
+        'answers.',
+        sections.Table(
+          ['run', *columns.values()],
+          [
+            [label, *(count[key] for key in columns)]
+            for label, count in result['counts'].items()
+          ],
+        ),
+        'Items in the files given, and in the paper:',
+        sections.Bullets(
+          [
+            f'{name}: {size} given, {tasks.TASKS[name].official_size} in the '
+            'paper'
+            for name, (_, _, size) in content.items()
+          ]
+        ),
+      ],
+    ),
+  ]

@@ -16,7 +16,6 @@ from etils import epath
 
 from instruct_jax import artifacts, queries, rollout
 from instruct_jax.data import loader, records
-from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
   endpoint,
   judges,
@@ -28,6 +27,8 @@ from instruct_jax.evals import (
 from instruct_jax.evals import samples as samples_lib
 from instruct_jax.infra import origin, sharding
 from instruct_jax.infra import run as run_lib
+from instruct_jax.infra import sharding
+from instruct_jax.models.config import check_stage
 
 _RECORDED = ('.jsonl', '.jsonl.gz')
 
@@ -37,6 +38,7 @@ def is_recorded(source: str) -> bool:
 
 
 def validate(config):
+  check_stage(config)
   models = artifacts.named_folders(config.models)
   if config.baseline not in models or len(models) < 2:
     raise ValueError(
@@ -126,18 +128,19 @@ def read_recorded(name, source, prompts):
   return chosen
 
 
-def sample_answers(config, name, source, prompts, cache, mesh):
+def sample_answers(config, name, source, tokenizer, prompts, cache, mesh):
   """A model's answers, from the cache or sampled now; one line a prompt."""
-  tokenizer = queries.tokenizer_of(source, config.tokenizer)
   settings = {
     'model': artifacts.content_hash(source),
     'tokenizer': tokenizer.fingerprint,
-    'prompts': [[prompt.id, prompt.text] for prompt in prompts],
+    'prompts': [records.to_values(prompt) for prompt in prompts],
     'prompt_length': config.prompt_length,
     'response_length': config.response_length,
     'temperature': config.temperature,
     'seed': config.seed,
   }
+  if config.compute_dtype:  # Of other numbers come other answers.
+    settings['compute_dtype'] = config.compute_dtype
   content = json.dumps(settings, sort_keys=True).encode()
   path = cache / f'{hashlib.sha256(content).hexdigest()[:32]}.jsonl'
   if path.exists():
@@ -146,18 +149,19 @@ def sample_answers(config, name, source, prompts, cache, mesh):
       dataclasses.replace(sample, model=name)
       for sample in samples_lib.read_samples(path)
     ], True
-  rows, num_dropped = loader.prompt_rows(
-    prompts, tokenizer, config.prompt_length
+  rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
+  run_lib.tell_dropped(
+    f'{config.name}, {name}', dropped.describe('prompts', 'prompt_length')
   )
-  run_lib.say_dropped(
-    name,
-    num_dropped,
-    len(prompts),
-    'prompts',
-    'prompt_length',
-    config.prompt_length,
+  model = queries.load_policy(
+    source, tokenizer, mesh, compute_dtype=config.compute_dtype
   )
-  model = queries.load_policy(source, tokenizer, mesh)
+  needed = config.prompt_length + config.response_length
+  if needed > model.config.context_length:
+    raise ValueError(
+      f'{name}: prompt_length + response_length are {needed} tokens, its '
+      f'context is {model.config.context_length}'
+    )
   program = queries.generate_program(
     model.module,
     config.response_length,
@@ -187,7 +191,11 @@ def sample_answers(config, name, source, prompts, cache, mesh):
       metadata={'ids': answer, 'tokenizer': tokenizer.fingerprint},
     )
     for index, text, answer, ended in zip(
-      rows.indices, tokenizer.decode_batch(ids), ids, sampled.ended, strict=True
+      rows.indices,
+      tokenizer.decode_responses(ids),
+      ids,
+      sampled.ended,
+      strict=True,
     )
   ]
   samples_lib.write_samples(path, samples)
@@ -200,12 +208,18 @@ def collect_answers(config, prompts, cache, mesh):
   for name, source in artifacts.named_folders(config.models).items():
     if is_recorded(source):
       found, how = read_recorded(name, source, prompts), 'recorded'
+      read = 'recorded; how it was asked is not known'
     else:
-      found, cached = sample_answers(config, name, source, prompts, cache, mesh)
+      tokenizer = queries.tokenizer_of(source, config.tokenizer, chat=True)
+      read = tokenizer.describe()
+      found, cached = sample_answers(
+        config, name, source, tokenizer, prompts, cache, mesh
+      )
       how = 'from the cache' if cached else 'sampled'
     answers[name] = {sample.prompt_id: sample for sample in found}
     account[name] = {
       'from': how,
+      'asked with': read,
       'answers': len(found),
       'prompts without': len(prompts) - len(found),
       'empty': sum(not sample.response.strip() for sample in found),
@@ -219,28 +233,26 @@ def collect_answers(config, prompts, cache, mesh):
 
 
 def reward_score(config, mesh):
-  """A `judges.ScoreFn` of a reward model; recorded texts are encoded."""
-  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  """(a `judges.ScoreFn` of the reward model, its tokenizer)."""
+  tokenizer = queries.tokenizer_of(
+    config.reward_model, config.tokenizer, chat=True
+  )
   model = artifacts.load(
-    config.reward_model, 'scalar', mesh, tokenizer.fingerprint
+    config.reward_model,
+    'scalar',
+    mesh,
+    tokenizer,
+    compute_dtype=config.compute_dtype,
   )
 
-  def ids_of(answer):
-    known = answer.metadata
-    if 'ids' in known and known['tokenizer'] == tokenizer.fingerprint:
-      return known['ids']
-    end = [tokenizer.eos_id] if answer.ended else []
-    # The score is read at the last token, so an empty answer needs one.
-    return [*tokenizer.encode(answer.response), *end] or [tokenizer.eos_id]
-
   def score(answers):
-    prompts = tokenizer.encode_batch([prompt.text for prompt, _ in answers])
-    ids = [ids_of(answer) for _, answer in answers]
+    prompts = tokenizer.encode_prompts([prompt for prompt, _ in answers])
+    ids = [queries.answer_ids(tokenizer, answer) for _, answer in answers]
     return queries.score_answers(
       model, prompts, ids, tokenizer.pad_id, config.batch_size, mesh
     )
 
-  return score
+  return score, tokenizer
 
 
 def make_judge(config, workdir, mesh):
@@ -250,11 +262,13 @@ def make_judge(config, workdir, mesh):
     compare = judges.by_score(judges.gold_score(config.world_seed))
     return name, compare, judges.gold_rating(config.world_seed), dict
   if config.judge == 'reward':
+    score, tokenizer = reward_score(config, mesh)
     name = f'a reward model (no person): {config.reward_model}'
-    return name, judges.by_score(reward_score(config, mesh)), None, dict
+    name += f'; it reads {tokenizer.describe()}'
+    return name, judges.by_score(score), None, dict
   if config.judge == 'people':
     compare, rate, labelers = judges.read_rankings(config.rankings)
-    name = f'{len(labelers)} labelers, {config.rankings}'
+    name = f'people ({len(labelers)} by name), {config.rankings}'
     return name, compare, rate, dict
   described = config.endpoint
   asking = endpoint.Endpoint(
@@ -337,7 +351,8 @@ def run(config, workdir: epath.Path):
       for a, b in sides
       for prompt in common
     ]
-    judgements, account = judges.compare_both_orders(compare, pairs)
+    everything, account = judges.ask_both_orders(compare, pairs)
+    judgements = [j for j in everything if j.outcome is not None]
     rated = []
     if rate is not None and config.rate_answers:
       flat = [(p, answers[model][p.id]) for model in models for p in common]
@@ -346,7 +361,7 @@ def run(config, workdir: epath.Path):
         for (_, answer), several in zip(flat, rate(flat), strict=True)
         for rating in several
       ]
-  lines = [json.dumps(dataclasses.asdict(j)) + '\n' for j in judgements]
+  lines = [json.dumps(dataclasses.asdict(j)) + '\n' for j in everything]
   report.write_file(workdir / 'judgements.jsonl', ''.join(lines).encode())
   result = figures_of(config, judgements, account, rated)
   result |= {
@@ -370,7 +385,8 @@ def figures_of(config, judgements, account, rated):
   if not judgements:
     raise ValueError(
       f'the judge judged none of {account.pairs} pairs: {account.unjudged} '
-      f'without an opinion, {account.unparsed} not understood'
+      f'without an opinion in both orders, {account.unparsed} verdicts not '
+      'understood; judgements.jsonl has what it said'
     )
   by_model = preferences.against(judgements, config.baseline)
   share = account.contradictions / account.judgements
@@ -387,9 +403,35 @@ def figures_of(config, judgements, account, rated):
     alarms.append(
       f'{account.unjudged} of {account.pairs} pairs have no verdict'
     )
+  if account.one_order:
+    alarms.append(
+      f'{account.one_order} verdicts stand alone: the same judge said nothing '
+      'in the other order'
+    )
+  nameless = sum(not judgement.labeler for judgement in judgements)
+  if 0 < nameless < len(judgements):
+    alarms.append(
+      f'{nameless} of {len(judgements)} judgements name no labeler, so no '
+      'interval goes by labeler'
+    )
   sides = {}
   for judgement in judgements:
     sides.setdefault((judgement.model, judgement.other), []).append(judgement)
+  places = {
+    name: preferences.first_place(rows, config.num_bootstrap, config.seed)
+    for name, rows in (
+      ('all pairs', judgements),
+      *((f'{model} – {other}', rows) for (model, other), rows in sides.items()),
+    )
+  }
+  if places['all pairs'].is_biased:
+    found = places['all pairs'].rate
+    alarms.append(
+      f'the answer in the first place wins {found.mean:.1%} '
+      f'[{found.low:.1%}, {found.high:.1%}] of the verdicts: the judge looks '
+      'at the place; both orders are averaged, which cancels it in the rates '
+      'and draws them towards one half'
+    )
   return {
     'account': dataclasses.asdict(account),
     'alarms': alarms,
@@ -409,6 +451,7 @@ def figures_of(config, judgements, account, rated):
     'bradley_terry': preferences.bradley_terry(
       judgements, config.baseline, seed=config.seed
     ),
+    'first_place': places,
     'power': {
       f'{model} – {other}': preferences.power(rows)
       for (model, other), rows in sides.items()
@@ -440,9 +483,9 @@ def rating_figures(config, rated):
       column[1].append(answer.prompt_id)
   return {
     model: {
-      name: win_rate.mean_interval(
-        values, ids, num_bootstrap=config.num_bootstrap, seed=config.seed
-      )
+      name: (
+        win_rate.mean_interval if name == LIKERT else win_rate.share_interval
+      )(values, ids, num_bootstrap=config.num_bootstrap, seed=config.seed)
       for name, (values, ids) in by_name.items()
     }
     for model, by_name in columns.items()
@@ -552,6 +595,28 @@ def markdown(config, result):
   lines += table(
     ['model', 'rating'],
     [[escape(m), cell(r)] for m, r in result['bradley_terry'].items()],
+  )
+  lines += [
+    '## Does the place of an answer decide?',
+    '',
+    'How often the answer shown first wins, ties one half. Each pair was '
+    'judged in both orders, so a judge that reads the answers alone has '
+    'exactly one half, whichever is better. Every verdict is in '
+    'judgements.jsonl.',
+    '',
+  ]
+  lines += table(
+    ['pair', 'first place wins', 'ties', 'contradictions', 'verdicts'],
+    [
+      [
+        escape(name),
+        cell(found.rate),
+        cell(found.ties),
+        cell(found.contradictions),
+        cell(found.num_verdicts),
+      ]
+      for name, found in result['first_place'].items()
+    ],
   )
   lines += [
     '## How many prompts would separate two models',

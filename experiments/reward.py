@@ -19,21 +19,20 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int
 
-from instruct_jax import artifacts, losses, masked, rollout, supervised, types
+from instruct_jax import artifacts, losses, masked, supervised, types
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import preference_accuracy
-from instruct_jax.infra import loop, optimizer, sharding, train_state
+from instruct_jax.infra import loop, optimizer, sharding, slices, train_state
 from instruct_jax.infra import run as run_lib
-from instruct_jax.models.config import ATTENTIONS, REMAT_POLICIES
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
+  check_stage(config)
   if config.num_folds == 1 or config.num_folds < 0:
     raise ValueError(f'num_folds must be 0 or at least 2: {config.num_folds}')
   run_lib.check_choice(config, 'divisor', ('surviving', 'all'))
-  run_lib.check_choice(config, 'remat', REMAT_POLICIES)
-  run_lib.check_choice(config, 'attention', ATTENTIONS)
   if config.batch_size % config.num_microbatches:
     raise ValueError(
       f'num_microbatches {config.num_microbatches} does not divide '
@@ -72,12 +71,11 @@ def build_programs(config, module, num_steps):
     eps=config.adam_eps,
     max_grad_norm=config.max_grad_norm,
   )
-  scalars_fn = artifacts.scalars_fn(module)
+  scores_fn = artifacts.scores_fn(module)
 
-  def loss_fn(params, batch, key):
-    del key  # Reward models train without dropout.
-    scalars = scalars_fn(params, batch.tokens, batch.segments)
-    scores = scalars.reshape(-1)[batch.ends]
+  def loss_fn(params, frozen, batch, key):
+    del frozen, key  # Reward models train without dropout.
+    scores = scores_fn(params, batch.tokens, batch.segments, batch.ends)
     loss, pairs, correct = prompt_losses(scores, batch.ranks, config.divisor)
     # A prompt that is all ties has nothing to teach and does not count.
     counted = batch.prompt_mask & (pairs > 0)
@@ -105,7 +103,7 @@ def build_programs(config, module, num_steps):
   return {
     'optimizer': tx,
     'update': jax.jit(update, donate_argnums=0),
-    'scalars': jax.jit(scalars_fn),
+    'scalars': jax.jit(artifacts.scalars_fn(module)),
   }
 
 
@@ -193,13 +191,14 @@ def score_comparisons(config, programs, params, rows):
   """r(x, y) of every candidate of a data set: [N, C] on the host."""
   mesh = jax.sharding.get_mesh()
   packed = loader.pack_comparisons(rows)
-  scalars = rollout.in_batches(
+  scalars = slices.in_batches(
     lambda batch: sharding.fetch(
       programs['scalars'](params, *sharding.put_whole(batch, mesh))
     ),
     (packed.tokens, packed.segments),
     config.eval_batch_size,
   )
+  # A head made here reads the score at the last token, whatever that is.
   return scalars.reshape(-1)[packed.ends]
 
 
@@ -261,7 +260,7 @@ def accuracy_from(scores, comparisons):
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  tokenizer_lib.check_published(tokenizer, config.init)
+  artifacts.check(config.init, 'policy', tokenizer)
   comparisons = records.read_jsonl(config.comparisons, records.Comparison)
   valid = records.read_jsonl(config.valid_comparisons, records.Comparison)
   comparisons = comparisons[: config.max_comparisons or None]
@@ -276,10 +275,10 @@ def run(config, workdir: epath.Path):
       config.init,
       'policy',
       mesh,
-      tokenizer.fingerprint,
-      vocab_size=tokenizer.vocab_size,
+      tokenizer,
       remat=config.remat,
       attention=config.attention,
+      compute_dtype=config.compute_dtype,
     )
     artifacts.check_context(policy, config.row_length, 'row_length')
     if config.num_folds:
@@ -291,7 +290,10 @@ def run(config, workdir: epath.Path):
 
 def fit(config, workdir, tokenizer, policy, comparisons, valid):
   mesh = jax.sharding.get_mesh()
-  rows, num_dropped = training_rows(config, comparisons, tokenizer)
+  rows, dropped = training_rows(config, comparisons, tokenizer)
+  run_lib.tell_dropped(
+    config.name, dropped.describe('comparisons', 'row_length')
+  )
   # fold_in: the head must not share its noise with the batches' keys.
   init_key = jax.random.fold_in(jax.random.key(config.seed), 1)
   model = artifacts.scalar_from_policy(policy, mesh, init_key)
@@ -302,13 +304,19 @@ def fit(config, workdir, tokenizer, policy, comparisons, valid):
   demonstrations = records.read_jsonl(
     config.demonstrations, records.Demonstration
   )
-  alone, num_long = loader.comparison_rows(
-    [records.Comparison(d.prompt, (d.response,), (1,)) for d in demonstrations],
+  alone, dropped_demonstrations = loader.comparison_rows(
+    [
+      records.Comparison(d.prompt, (d.response,), (1,), d.id, turns=d.turns)
+      for d in demonstrations
+    ],
     tokenizer,
     1,
     config.row_length,
   )
-  say_dropped(config, num_long, len(demonstrations), 'demonstrations')
+  run_lib.tell_dropped(
+    config.name,
+    dropped_demonstrations.describe('demonstrations', 'row_length'),
+  )
   raw_scores = score_comparisons(config, programs, params, alone)
   shift = float(np.mean(raw_scores, dtype=np.float64))
   params = {**params, 'head_bias': params['head_bias'] - jnp.float32(shift)}
@@ -333,15 +341,15 @@ def fit(config, workdir, tokenizer, policy, comparisons, valid):
       float(train_scores[present].min()),
       float(train_scores[present].max()),
     ],
-    'num_comparisons': len(comparisons) - num_dropped,
+    'num_comparisons': len(comparisons) - dropped.total,
     'num_prompts': loader.num_rows(rows),
     'num_forwards': int(rows.mask.any(axis=2).sum()),  # An epoch.
-    'num_dropped': num_dropped,
+    'num_dropped': dropped.total,
   }
   artifacts.save(
     workdir / 'model',
     artifacts.Model('scalar', model.module, params, {}),
-    tokenizer.fingerprint,
+    tokenizer,
     {'stage': config.name, 'seed': config.seed, **results},
   )
   run_lib.write_json(workdir / 'results.json', results)

@@ -15,10 +15,26 @@ from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import origin, sharding
 from instruct_jax.infra import run as run_lib
+from instruct_jax.infra import sharding
+from instruct_jax.models.config import check_stage
+
+
+def model_folders(text: str) -> dict[str, str]:
+  """`NAME=FOLDER,...` as a mapping."""
+  folders = {}
+  for part in filter(None, text.split(',')):
+    name, separator, folder = part.partition('=')
+    if not (name and separator and folder) or name in folders:
+      raise ValueError(
+        f'models must be NAME=FOLDER,NAME=FOLDER with distinct names: {text!r}'
+      )
+    folders[name] = folder
+  return folders
 
 
 def validate(config):
-  num_models = len(artifacts.named_folders(config.models))
+  check_stage(config)
+  num_models = len(model_folders(config.models))
   if num_models * config.samples_per_model < 2:
     raise ValueError(
       f'{num_models} models x {config.samples_per_model} samples_per_model '
@@ -48,8 +64,9 @@ def run(config, workdir: epath.Path):
     'prompt_length + response_length',
   )
   prompts = records.read_jsonl(config.prompts, records.Prompt)
-  rows, num_dropped = loader.prompt_rows(
-    prompts, tokenizer, config.prompt_length
+  rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
+  run_lib.tell_dropped(
+    config.name, dropped.describe('prompts', 'prompt_length')
   )
   run_lib.say_dropped(
     config.name,
@@ -67,7 +84,13 @@ def run(config, workdir: epath.Path):
     for number, (name, folder) in enumerate(
       artifacts.named_folders(config.models).items()
     ):
-      policy = artifacts.load(folder, 'policy', mesh, tokenizer.fingerprint)
+      policy = artifacts.load(
+        folder,
+        'policy',
+        mesh,
+        tokenizer,
+        compute_dtype=config.compute_dtype,
+      )
       generate = queries.generate_program(
         policy.module,
         config.response_length,
@@ -87,7 +110,7 @@ def run(config, workdir: epath.Path):
           config.samples_per_model,
           progress.update,
         )
-      texts = tokenizer.decode_batch(rollout.response_ids(sampled))
+      texts = tokenizer.decode_responses(rollout.response_ids(sampled))
       owners = np.repeat(rows.indices, config.samples_per_model)
       for prompt, text in zip(owners, texts, strict=True):
         completions[prompt].append(text)
@@ -111,4 +134,4 @@ def run(config, workdir: epath.Path):
   path = workdir / 'samples.jsonl'
   records.write_bytes(path, '\n'.join([*lines, '']).encode())
   print(f'{config.name}: {len(lines)} prompts in {path}', flush=True)
-  return {'prompts': len(lines), 'dropped': num_dropped}
+  return {'prompts': len(lines), 'dropped': dropped.total}

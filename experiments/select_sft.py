@@ -10,15 +10,17 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, masked, rollout
+from instruct_jax import artifacts, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals.samples import draw_prompts
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding
+from instruct_jax.infra import sharding, slices
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
+  check_stage(config)
   if config.num_prompts < 1:
     raise ValueError(f'num_prompts must be positive: {config.num_prompts}')
 
@@ -43,12 +45,11 @@ def build_programs(config, policy_module, reward_module, tokenizer):
     stop_ids=tokenizer.stop_ids,
     temperature=config.temperature,
   )
-  scalars_fn = artifacts.scalars_fn(reward_module)
+  scores_fn = artifacts.scores_fn(reward_module)
 
   def sample_and_score(policy_params, reward_params, prompts, key):
     sampled = generate(policy_params, prompts, key)
-    scalars = scalars_fn(reward_params, sampled.tokens, sampled.mask)
-    return masked.at_last(scalars, sampled.mask)
+    return scores_fn(reward_params, sampled.tokens, sampled.mask)
 
   return {'sample_and_score': jax.jit(sample_and_score)}
 
@@ -57,30 +58,29 @@ def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   prompts = records.read_jsonl(config.prompts, records.Prompt)
-  chosen = draw_prompts(prompts, config.num_prompts, config.seed)
-  run_lib.say_drawn(config.name, len(chosen), len(prompts), 'prompts')
-  rows, num_dropped = loader.prompt_rows(
-    chosen, tokenizer, config.prompt_length
+  rows, dropped = loader.prompt_rows(
+    prompts[: config.num_prompts], tokenizer, config.prompt_length
   )
-  run_lib.say_dropped(
-    config.name,
-    num_dropped,
-    len(chosen),
-    'prompts',
-    'prompt_length',
-    config.prompt_length,
+  run_lib.tell_dropped(
+    config.name, dropped.describe('prompts', 'prompt_length')
   )
   epochs = run_lib.read_json(epath.Path(config.sft) / 'epochs.json')
   mesh = sharding.make_mesh(config.mesh)
   key = jax.random.key(config.seed)
 
-  def load(epoch):
+  def load(epoch, compute_dtype=config.compute_dtype):
     folder = epath.Path(config.sft) / 'epochs' / str(epoch)
-    return artifacts.load(folder, 'policy', mesh, tokenizer.fingerprint)
+    return artifacts.load(
+      folder, 'policy', mesh, tokenizer, compute_dtype=compute_dtype
+    )
 
   with sharding.use_mesh(mesh):
     reward = artifacts.load(
-      config.reward_model, 'scalar', mesh, tokenizer.fingerprint
+      config.reward_model,
+      'scalar',
+      mesh,
+      tokenizer,
+      compute_dtype=config.compute_dtype,
     )
     first = load(1)
     for model in (reward, first):
@@ -94,7 +94,7 @@ def run(config, workdir: epath.Path):
     sample_and_score = sharding.fetched(programs['sample_and_score'])
 
     def mean_score(policy):
-      scores = rollout.in_batches(
+      scores = slices.in_batches(
         lambda batch: sample_and_score(
           policy.params, reward.params, sharding.put_whole(batch, mesh), key
         ),
@@ -108,11 +108,11 @@ def run(config, workdir: epath.Path):
         row['score_reward'] = mean_score(load(row['epoch']))
         progress.update(1, f'score {row["score_reward"]:.3f}')
     selected = max(epochs, key=lambda row: row['score_reward'])
-    best = load(selected['epoch'])
+    best = load(selected['epoch'], '')  # Chosen, not changed.
     artifacts.save(
       workdir / 'model',
       best,
-      tokenizer.fingerprint,
+      tokenizer,
       {**best.metadata, 'selected_by': 'reward-model score'},
     )
   run_lib.write_json(workdir / 'epochs.json', epochs)

@@ -13,26 +13,18 @@ import dataclasses
 import jax
 from etils import epath
 
-from instruct_jax import artifacts, supervised
+from instruct_jax import artifacts, queries, supervised
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.evals import heldout_loss
-from instruct_jax.infra import (
-  checkpoint,
-  loop,
-  optimizer,
-  sharding,
-  train_state,
-)
+from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
-from instruct_jax.models.config import ATTENTIONS, REMAT_POLICIES
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
   run_lib.check_choice(config, 'loss_on', ('response', 'all'))
   run_lib.check_choice(config, 'select_by', ('valid_loss', 'last'))
-  run_lib.check_choice(config, 'remat', REMAT_POLICIES)
-  run_lib.check_choice(config, 'attention', ATTENTIONS)
+  check_stage(config)
   if not 0 <= config.ptx_fraction < 1:
     raise ValueError(f'ptx_fraction must be in [0, 1): {config.ptx_fraction}')
   if config.ptx_fraction and not config.documents:
@@ -61,8 +53,7 @@ def build_programs(config, module, num_steps):
     eps=config.adam_eps,
     max_grad_norm=config.max_grad_norm,
   )
-  loss_fn = supervised.make_text_loss(artifacts.text_logprobs_fn(module, False))
-  eval_fn = artifacts.text_logprobs_fn(module)
+  loss_fn = supervised.make_text_loss(artifacts.logprobs_fn(module), True)
 
   def update(state, batch, key):
     return supervised.update(
@@ -74,14 +65,7 @@ def build_programs(config, module, num_steps):
       num_microbatches=config.num_microbatches,
     )
 
-  def text_logprobs(params, batch):
-    return eval_fn(params, batch.tokens, batch.segments, None)
-
-  return {
-    'optimizer': tx,
-    'update': jax.jit(update, donate_argnums=0),
-    'text_logprobs': jax.jit(text_logprobs),
-  }
+  return {'optimizer': tx, 'update': jax.jit(update, donate_argnums=0)}
 
 
 def check_epochs(workdir, num_done, tokenizer):
@@ -106,7 +90,7 @@ def check_epochs(workdir, num_done, tokenizer):
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  tokenizer_lib.check_published(tokenizer, config.init)
+  artifacts.check(config.init, 'policy', tokenizer)
   mesh = artifacts.make_mesh(
     config.mesh,
     [config.init],
@@ -123,8 +107,15 @@ def run(config, workdir: epath.Path):
     )
     return rows, num_dropped
 
-  rows, num_dropped = demonstration_rows('demonstrations', config.pack)
-  valid_rows, _ = demonstration_rows('valid_demonstrations', False)
+  rows, dropped = demonstration_rows(config.demonstrations, config.pack)
+  valid_rows, valid_dropped = demonstration_rows(
+    config.valid_demonstrations, False
+  )
+  for what, each in (
+    ('demonstrations', dropped),
+    ('held-out demonstrations', valid_dropped),
+  ):
+    run_lib.tell_dropped(config.name, each.describe(what, 'row_length'))
   processes = {
     'process_index': jax.process_index(),
     'process_count': jax.process_count(),
@@ -136,12 +127,10 @@ def run(config, workdir: epath.Path):
     'batch_size',
   )
   if config.ptx_fraction:
-    texts = records.read_jsonl(config.documents, records.Document)
-    ptx_rows = loader.pack_documents(
-      tokenizer.encode_documents([d.text for d in texts]),
+    ptx_rows = loader.document_rows(
+      config.documents,
+      tokenizer,
       config.row_length,
-      tokenizer.eos_id,
-      tokenizer.pad_id,
       cut=config.cut_documents,
     )
     batches = loader.mixture(
@@ -170,12 +159,12 @@ def run(config, workdir: epath.Path):
       config.init,
       'policy',
       mesh,
-      tokenizer.fingerprint,
-      vocab_size=tokenizer.vocab_size,
+      tokenizer,
       dropout=config.dropout,
       remat=config.remat,
       attention=config.attention,
       logprob_chunk=config.logprob_chunk,
+      compute_dtype=config.compute_dtype,
     )
     artifacts.check_context(model, config.row_length, 'row_length')
     programs = build_programs(config, model.module, num_steps)
@@ -186,20 +175,15 @@ def run(config, workdir: epath.Path):
     )
     del model
 
-    def valid_loss(params):
-      return heldout_loss.heldout_loss(
-        lambda batch: sharding.fetch(
-          programs['text_logprobs'](params, sharding.put_whole(batch, mesh))
-        ),
-        valid_rows,
-        config.eval_batch_size,
-      ).mean
+    valid_loss = queries.make_heldout_loss(
+      module, valid_rows, config.eval_batch_size, mesh
+    )
 
     def save(directory, params, epoch, loss):
       artifacts.save(
         directory,
         artifacts.Model('policy', module, params, {}),
-        tokenizer.fingerprint,
+        tokenizer,
         {
           'stage': config.name,
           'seed': config.seed,
@@ -228,7 +212,7 @@ def run(config, workdir: epath.Path):
         values = None
         if (step + 1) % steps_per_epoch == 0:
           epoch = (step + 1) // steps_per_epoch
-          loss = valid_loss(state.params)
+          loss = valid_loss(state.params).mean
           values = {'epoch': epoch, 'eval/loss': loss}
           save(workdir / 'epochs' / str(epoch), state.params, epoch, loss)
         steps.end_step(
@@ -244,7 +228,7 @@ def run(config, workdir: epath.Path):
     epochs = []
     for epoch in range(1, config.num_epochs + 1):
       about = artifacts.check(
-        workdir / 'epochs' / str(epoch), 'policy', tokenizer.fingerprint
+        workdir / 'epochs' / str(epoch), 'policy', tokenizer
       )['about']
       epochs.append({'epoch': epoch, 'valid_loss': about['valid_loss']})
     if config.select_by == 'valid_loss':
@@ -255,7 +239,7 @@ def run(config, workdir: epath.Path):
       workdir / 'epochs' / str(selected),
       'policy',
       mesh,
-      tokenizer.fingerprint,
+      tokenizer,
     )
     save(
       workdir / 'model',
@@ -268,5 +252,5 @@ def run(config, workdir: epath.Path):
     'selected_epoch': selected,
     'selected_by': config.select_by,
     'num_rows': loader.num_rows(rows),
-    'num_dropped': num_dropped,
+    'num_dropped': dropped.total,
   }

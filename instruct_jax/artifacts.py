@@ -19,11 +19,12 @@ import optax
 from etils import epath
 
 from instruct_jax import hub
+from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import checkpoint, sharding, train_state
-from instruct_jax.models import decoding, heads, hf
+from instruct_jax.infra import run as run_lib
+from instruct_jax.models import decoding, families, heads, hf
 from instruct_jax.models.config import TransformerConfig
-from instruct_jax.models.transformer import make_cache
-from instruct_jax.types import Decoder, Key, Params
+from instruct_jax.types import Decoder, Key, LogprobsFn, Params, ScalarsFn
 
 KINDS = {'policy': heads.Policy, 'scalar': heads.ScalarModel}
 
@@ -50,11 +51,12 @@ class Model:
 
 
 def make_module(
-  kind: str, config: TransformerConfig
+  kind: str, config: TransformerConfig, **attributes: Any
 ) -> heads.Policy | heads.ScalarModel:
+  """The module of a kind; `attributes` are the module's own."""
   if kind not in KINDS:
     raise ValueError(f'kind must be one of {sorted(KINDS)}: {kind!r}')
-  return KINDS[kind](config)
+  return KINDS[kind](config, **attributes)
 
 
 def _init_fn(module):
@@ -129,35 +131,39 @@ def scalar_from_policy(
 def save(
   directory: epath.PathLike,
   model: Model,
-  tokenizer_fingerprint: str,
+  tokenizer: tokenizer_lib.Tokenizer,
   metadata: dict[str, Any],
 ) -> None:
   """Writes a model folder; it appears only when complete."""
-  checkpoint.save_model(
-    directory,
-    model.params,
-    {
-      'kind': model.kind,
-      'model': model.config.to_dict(),
-      'tokenizer': tokenizer_fingerprint,
-      'about': metadata,
-    },
-  )
+  description = {
+    'kind': model.kind,
+    'model': model.config.to_dict(),
+    'tokenizer': tokenizer.fingerprint,
+    'about': metadata,
+  }
+  if model.kind == 'scalar' and model.module.skipped_id >= 0:
+    description['skipped_id'] = model.module.skipped_id
+  checkpoint.save_model(directory, model.params, description)
 
 
 def check(
-  directory: epath.PathLike, kind: str, tokenizer_fingerprint: str
+  directory: epath.PathLike, kind: str, tokenizer: tokenizer_lib.Tokenizer
 ) -> dict[str, Any]:
   """Reads a folder's description and refuses what does not fit.
 
   Raises:
     checkpoint.CheckpointError: missing, damaged, of another kind, or made with
       another tokenizer.
+    ValueError: a published folder with another tokenizer, or of a kind that is
+      not handled.
   """
   if is_published(directory):
-    # These carry no fingerprint; `load` compares the number of tokens.
+    tokenizer_lib.check_published(tokenizer, str(directory))
     folder = hub.locate(str(directory))
-    TransformerConfig.from_hf(hf.read_config(folder))
+    values = hf.read_config(folder)
+    TransformerConfig.from_hf(values)
+    if kind == 'scalar':
+      families.score_pad_id(values)
     return {'kind': kind, 'about': {'from': str(folder)}}
   described = checkpoint.load_metadata(directory)
   if described['kind'] != kind:
@@ -165,10 +171,10 @@ def check(
       f'{directory} holds a {described["kind"]} model where a {kind} model is '
       'needed'
     )
-  if described['tokenizer'] != tokenizer_fingerprint:
+  if described['tokenizer'] != tokenizer.fingerprint:
     raise checkpoint.CheckpointError(
       f'{directory} was trained with tokenizer {described["tokenizer"][:12]}, '
-      f'this run uses {tokenizer_fingerprint[:12]}. Policy, reference, reward '
+      f'this run uses {tokenizer.fingerprint[:12]}. Policy, reference, reward '
       'and value models must share one tokenizer.'
     )
   return described
@@ -287,18 +293,37 @@ def is_published(directory: epath.PathLike) -> bool:
 def _load_published(folder, kind, mesh, changes):
   described = hf.read_config(folder)
   published = TransformerConfig.from_hf(described)
-  config = dataclasses.replace(published, **{'vocab_multiple': 128, **changes})
+  about, attributes = {'from': str(folder)}, {}
+  if kind == 'scalar':
+    # On which scores it was trained is not published: no score is beyond them.
+    about['score_range'] = (-math.inf, math.inf)
+    attributes['skipped_id'] = families.score_pad_id(described)
+  elif published.tied:
+    published = hf.published_config(folder)
+    if not published.tied:
+      run_lib.say(
+        f'{folder}: config.json says that the unembedding is the embedding; '
+        'its files hold another one, which is used, as transformers does'
+      )
+  config = _changed(folder, published, {'vocab_multiple': 128, **changes})
   if config.vocab_size > published.embedding_rows + 1:
     raise ValueError(
       f'{folder} has {published.embedding_rows} embedding rows, the tokenizer '
       f'in use has {config.vocab_size} tokens; use the tokenizer of that folder'
     )
   params = hf.load_params(folder, config, abstract_params(kind, config, mesh))
-  about = {'from': str(folder)}
-  if kind == 'scalar':
-    # On which scores it was trained is not published: no score is beyond them.
-    about['score_range'] = (-math.inf, math.inf)
-  return Model(kind, make_module(kind, config), params, about)
+  return Model(kind, make_module(kind, config, **attributes), params, about)
+
+
+def _changed(directory, config, changes):
+  """The config with the changes; another compute dtype is told."""
+  changed = dataclasses.replace(config, **changes)
+  if changed.compute_dtype != config.compute_dtype:
+    run_lib.say(
+      f'{directory}: computes in {changed.compute_dtype} (compute_dtype), its '
+      f'folder says {config.compute_dtype}; weights stay float32'
+    )
+  return changed
 
 
 def check_context(model: Model, num_tokens: int, what: str) -> None:
@@ -319,7 +344,7 @@ def load(
   directory: epath.PathLike,
   kind: str,
   mesh: jax.sharding.Mesh,
-  tokenizer_fingerprint: str,
+  tokenizer: tokenizer_lib.Tokenizer,
   **changes: Any,
 ) -> Model:
   """Reads a model folder onto the mesh.
@@ -328,26 +353,36 @@ def load(
     directory: written by `save`.
     kind: what the caller needs.
     mesh: the layout follows it, whatever the model was saved from.
-    tokenizer_fingerprint: of the tokenizer in use.
+    tokenizer: in use; published models get an embedding for its PAD.
     **changes: fields of `TransformerConfig` that do not change the parameters
-      (dropout, remat, compute_dtype, scan_unroll), and for published models
-      also `vocab_size`: of the tokenizer in use, a PAD of our own included.
+      (dropout, remat, compute_dtype, scan_unroll). A `compute_dtype` of '' is
+      what the folder says, and float32 where it is a published one; another
+      one than that is told.
 
   Raises:
-    ValueError: a published model that is not handled or whose files are
-      damaged; see `hf.load_params`.
+    ValueError: a published model with another tokenizer, that is not handled,
+      or whose files are damaged; see `hf.load_params`.
     checkpoint.CheckpointError: see `check`; or damaged arrays.
   """
+  changes = {
+    name: value
+    for name, value in changes.items()
+    if (name, value) != ('compute_dtype', '')
+  }
+  described = check(directory, kind, tokenizer)
   if is_published(directory):
+    changes['vocab_size'] = tokenizer.vocab_size
     return _load_published(hub.locate(str(directory)), kind, mesh, changes)
-  described = check(directory, kind, tokenizer_fingerprint)
-  config = dataclasses.replace(
-    TransformerConfig.from_dict(described['model']), **changes
+  config = _changed(
+    directory, TransformerConfig.from_dict(described['model']), changes
   )
   params, _ = checkpoint.load_model(
     directory, abstract_params(kind, config, mesh)
   )
-  module = make_module(kind, config)
+  attributes = {}
+  if 'skipped_id' in described:
+    attributes['skipped_id'] = described['skipped_id']
+  module = make_module(kind, config, **attributes)
   return Model(kind, module, params, described['about'])
 
 
@@ -395,62 +430,34 @@ def decoder(module: heads.Policy, gather_weights: bool = True) -> Decoder:
   )
 
 
-def extend_fn(module: heads.Policy):
-  """`rollout.ExtendFn` of a policy."""
-  return lambda params, tokens, mask, cache: module.apply(
-    {'params': params}, tokens, mask, cache, method='extend'
-  )
+def logprobs_fn(
+  module: heads.Policy, temperature: float = 1.0, longest: int = 0
+) -> LogprobsFn:
+  """A policy as `types.LogprobsFn`.
 
+  Args:
+    module: the policy.
+    temperature: divides the logits.
+    longest: tokens of the longest segment, where rows may be much longer.
+  """
 
-def make_cache_fn(module: heads.Policy):
-  """(batch, slots) -> empty cache of a policy."""
-  return lambda batch, slots: make_cache(module.config, batch, slots)
-
-
-def logprobs_fn(module: heads.Policy, temperature: float = 1.0):
-  """`types.LogprobsFn` of a policy."""
-  return lambda params, tokens, mask, num_response: module.apply(
-    {'params': params},
-    tokens,
-    mask,
-    num_response,
-    temperature,
-    method='response_logprobs',
-  )
-
-
-def text_logprobs_fn(module: heads.Policy, deterministic: bool = True):
-  """(params, tokens, segments, key) -> logprobs [B, T]; key is for dropout."""
-
-  def text_logprobs(params, tokens, segments, key):
-    rngs = None if deterministic else {'dropout': key}
+  def logprobs(params, tokens, segments, where=None, dropout_key=None):
     return module.apply(
       {'params': params},
       tokens,
       segments,
-      deterministic,
-      method='text_logprobs',
-      rngs=rngs,
+      where,
+      temperature=temperature,
+      longest=longest,
+      deterministic=dropout_key is None,
+      method='logprobs',
+      rngs=None if dropout_key is None else {'dropout': dropout_key},
     )
 
-  return text_logprobs
+  return logprobs
 
 
-def packed_logprobs_fn(module: heads.Policy, temperature: float, longest: int):
-  """`types.PackedLogprobsFn` of a policy; no segment is longer than that."""
-  return lambda params, tokens, segments, where, targets: module.apply(
-    {'params': params},
-    tokens,
-    segments,
-    where,
-    targets,
-    temperature,
-    longest,
-    method='packed_logprobs',
-  )
-
-
-def scalars_fn(module: heads.ScalarModel, longest: int = 0):
+def scalars_fn(module: heads.ScalarModel, longest: int = 0) -> ScalarsFn:
   """`types.ScalarsFn` of a reward or value model.
 
   Packed rows have segments in the place of the mask; `longest` is as in
@@ -458,4 +465,15 @@ def scalars_fn(module: heads.ScalarModel, longest: int = 0):
   """
   return lambda params, tokens, segments: module.apply(
     {'params': params}, tokens, segments, longest
+  )
+
+
+def scores_fn(module: heads.ScalarModel):
+  """(params, tokens, segments, ends=None) -> scores of a reward model.
+
+  See `heads.read_scores`.
+  """
+  scalars = scalars_fn(module)
+  return lambda params, tokens, segments, ends=None: heads.read_scores(
+    module, scalars(params, tokens, segments), tokens, segments, ends
   )

@@ -5,11 +5,16 @@
     [--reward=RUN/reward/model] [--transcript=FILE.jsonl]
 
 Answers appear as they are sampled. With several models the same prompt goes to
-each, and with a reward model its score stands behind each answer. The
-transcript is a file of recorded answers, as every evaluation reads them. Ends
-with /quit or the end of the input.
+each, and with a reward model its score stands behind each answer.
+
+A model whose tokenizer uses a chat template reads the whole conversation, its
+own answers included; /new begins another one. Without a template every prompt
+stands alone, as in training. The transcript is a file of recorded answers, as
+every evaluation reads them. Ends with /quit or the end of the input.
 """
 
+import dataclasses
+import datetime
 import functools
 import os
 import shutil
@@ -22,7 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instruct_jax import artifacts, command, queries, rollout
+from instruct_jax import artifacts, command, queries, sampling
+from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import samples
 from instruct_jax.infra import checkpoint, sharding
@@ -31,31 +37,33 @@ _LENGTH_MULTIPLE = 32
 
 
 @functools.cache
-def _step_programs(module, temperature):
-  """Jitted (first token of a prompt, next token), for one row."""
-  extend = artifacts.extend_fn(module)
-  make_cache = artifacts.make_cache_fn(module)
+def _programs(module, temperature):
+  """The engine's functions, jitted for one row.
 
-  def sample(logits, key, t):
-    row_key = jax.random.fold_in(jax.random.fold_in(key, 0), t)
-    uniform = jax.random.uniform(row_key, (1,))
-    token, _ = rollout.sample_tokens(logits, uniform, temperature)
-    return token
+  (weights, tokens, length, columns) -> cache with the prompt in it; and
+  (weights, token, length, cache, key, t) -> (token t of the answer, cache).
+  """
+  decoder = artifacts.decoder(module)
 
-  @functools.partial(jax.jit, static_argnums=4)
-  def first(params, tokens, mask, key, num_slots):
-    cache = make_cache(1, num_slots)
-    logits, cache = extend(params, tokens, mask, cache)
-    return sample(logits, key, 0), cache
-
-  @functools.partial(jax.jit, donate_argnums=2)
-  def following(params, token, cache, key, t):
-    logits, cache = extend(
-      params, token[:, None], jnp.ones((1, 1), bool), cache
+  @functools.partial(jax.jit, static_argnums=3)
+  def read(weights, tokens, length, num_columns):
+    cache = decoder.make_cache(1, num_columns)
+    return jax.tree.map(
+      lambda empty, new: jax.lax.dynamic_update_slice(empty, new, (0,) * 4),
+      cache,
+      decoder.read(weights, tokens, length),
     )
-    return sample(logits, key, t), cache
 
-  return first, following
+  @functools.partial(jax.jit, donate_argnums=3)
+  def step(weights, token, length, cache, key, t):
+    logits, cache = decoder.step(weights, token, length, cache)
+    noise = sampling.uniform_noise(jax.random.fold_in(key, 0)[None], t[None])[
+      :, 0
+    ]
+    token, _ = sampling.sample_tokens(logits, noise, temperature)
+    return token, cache
+
+  return jax.jit(decoder.prepare), read, step
 
 
 def stream(
@@ -66,36 +74,46 @@ def stream(
   temperature: float,
   key: jax.Array,
 ) -> Iterator[int]:
-  """Yields the sampled ids of an answer one by one, end-of-text included.
+  """Yields the sampled ids of an answer one by one, the stop included.
 
   The same ids as `rollout.generate` gives the first prompt of a batch.
 
   Raises:
     ValueError: prompt and answer do not fit the model.
   """
-  context = model.config.context_length
-  room = context - max_tokens
+  room = check_room(model, ids, max_tokens)
+  columns = min(-(-len(ids) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, room)
+  tokens, _ = queries.padded([ids], columns, tokenizer.pad_id, left=False)
+  prepare, read, step = _programs(model.module, temperature)
+  weights = prepare(model.params)
+  length = jnp.asarray([len(ids)], jnp.int32)
+  cache = read(weights, tokens, length, columns + max_tokens)
+  # The prompt's last token is read again, by the step that samples the first.
+  token, length = jnp.asarray(ids[-1:], jnp.int32), length - 1
+  for t in range(max_tokens):
+    token, cache = step(weights, token, length, cache, key, jnp.int32(t))
+    length += 1
+    number = int(token[0])
+    yield number
+    if number in tokenizer.stop_ids:
+      return
+
+
+def check_room(
+  model: artifacts.Model, ids: Sequence[int], max_tokens: int
+) -> int:
+  """The most tokens that a prompt may have.
+
+  Raises:
+    ValueError: this one has more, or none.
+  """
+  room = model.config.context_length - max_tokens
   if not 0 < len(ids) <= room:
     raise ValueError(
       f'the prompt has {len(ids)} tokens; with {max_tokens} for the answer the '
       f'model reads 1 to {room}'
     )
-  length = min(-(-len(ids) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, room)
-  tokens, mask = queries.padded([ids], length, tokenizer.pad_id, left=True)
-  first, following = _step_programs(model.module, temperature)
-  token, cache = first(
-    model.params,
-    jnp.asarray(tokens),
-    jnp.asarray(mask),
-    key,
-    length + max_tokens,
-  )
-  for t in range(1, max_tokens + 1):
-    number = int(token[0])
-    yield number
-    if number == tokenizer.eos_id or t == max_tokens:
-      return
-    token, cache = following(model.params, token, cache, key, jnp.int32(t))
+  return room
 
 
 def pieces(
@@ -111,13 +129,13 @@ def pieces(
   shown = ''
   for number in ids:
     into.append(number)
-    text = tokenizer.decode(into)
+    text = tokenizer.decode_response(into)
     # An unfinished character decodes to U+FFFD at the end.
     whole = text.rstrip('\ufffd')
     if whole.startswith(shown) and len(whole) > len(shown):
       yield whole[len(shown) :]
       shown = whole
-  rest = tokenizer.decode(into)
+  rest = tokenizer.decode_response(into)
   if rest.startswith(shown) and len(rest) > len(shown):
     yield rest[len(shown) :]
 
@@ -177,9 +195,30 @@ class Chat:
     self._width = width
     self.transcript: list[samples.Sample] = []
     self._turns = 0
+    self.start_anew()
 
-  def turn(self, prompt: str) -> None:
-    """Answers one prompt by every model, and remembers it."""
+  def start_anew(self) -> None:
+    """Forgets the conversation; the transcript keeps it."""
+    self._past = {name: () for name in self._models}
+
+  def turn(self, text: str) -> None:
+    """Answers one prompt by every model, and remembers it.
+
+    Raises:
+      ValueError: a model cannot read it, and none has answered.
+    """
+    prompts = {
+      name: self._prompt(text, name, tokenizer)
+      for name, (_, tokenizer) in self._models.items()
+    }
+    asked = {}
+    for name, (model, tokenizer) in self._models.items():
+      (asked[name],) = tokenizer.encode_prompts([prompts[name]])
+      try:
+        check_room(model, asked[name], self._max_tokens)
+      except ValueError as error:
+        hint = ' (/new begins another conversation)' * bool(self._past[name])
+        raise ValueError(f'{name}: {error}{hint}') from error
     key = jax.random.fold_in(self._key, self._turns)
     self._turns += 1
     columns = []
@@ -187,7 +226,7 @@ class Chat:
       ids = []
       source = stream(
         model,
-        tokenizer.encode(prompt),
+        asked[name],
         tokenizer,
         self._max_tokens,
         self._temperature,
@@ -196,39 +235,53 @@ class Chat:
       self._write(f'{name}> ')
       for piece in pieces(tokenizer, source, ids):
         self._write(plain(piece))
-      ended = ids[-1] == tokenizer.eos_id
-      score = self._score(prompt, ids, tokenizer)
-      notes = '' if ended else ' (cut)'
+      sample = samples.Sample(
+        model=name,
+        prompt_id=f'turn{self._turns}',
+        prompt=prompts[name].text,
+        response=tokenizer.decode_response(ids),
+        num_tokens=len(ids),
+        ended=ids[-1] in tokenizer.stop_ids,
+        metadata={'ids': ids, 'tokenizer': tokenizer.fingerprint},
+      )
+      sample = self._scored(prompts[name], sample)
+      score = sample.score_reward
+      notes = '' if sample.ended else ' (cut)'
       notes += '' if score is None else f' [reward {score:+.3f}]'
       self._write(f'{notes}\n')
-      text = tokenizer.decode(ids)
-      columns.append((f'{name}{notes}', plain(text)))
-      self.transcript.append(
-        samples.Sample(
-          model=name,
-          prompt_id=f'turn{self._turns}',
-          prompt=prompt,
-          response=text,
-          num_tokens=len(ids),
-          ended=ended,
-          score_reward=score,
-          metadata={'ids': ids, 'tokenizer': tokenizer.fingerprint},
-        )
-      )
+      columns.append((f'{name}{notes}', plain(sample.response)))
+      self.transcript.append(sample)
+      if prompts[name].turns:
+        answer = records.Turn('assistant', sample.response)
+        self._past[name] = (*prompts[name].turns, answer)
     if len(columns) > 1:
       self._write('\n' + side_by_side(columns, self._width) + '\n')
 
-  def _score(self, prompt, ids, tokenizer):
+  def _prompt(self, text, name, tokenizer):
+    """The prompt of one model: with its own past, where it has a template."""
+    number = f'turn{self._turns + 1}'
+    turns = (*self._past[name], records.Turn('user', text))
+    if tokenizer.template != tokenizer_lib.CHAT:
+      return records.Prompt(number, text)
+    if len(turns) > 1:
+      text = records.text_of_turns(turns)
+    return records.Prompt(number, text, turns=turns)
+
+  def _scored(self, prompt, sample):
     if self._reward is None:
-      return None
+      return sample
     model, own = self._reward
-    if own.fingerprint != tokenizer.fingerprint:
-      # Other tokens: the text is what both can read.
-      ids = [*own.encode(tokenizer.decode(ids)), own.eos_id]
     scores = queries.score_answers(
-      model, [own.encode(prompt)], [ids], own.pad_id, 1, self._mesh
+      model,
+      own.encode_prompts([prompt]),
+      [queries.answer_ids(own, sample)],
+      own.pad_id,
+      1,
+      self._mesh,
     )
-    return float(np.asarray(scores)[0])
+    return dataclasses.replace(
+      sample, score_reward=float(np.asarray(scores)[0])
+    )
 
 
 def read_models(
@@ -242,17 +295,22 @@ def read_models(
 
   Names are the last two parts of a folder's path.
   """
+
+  def tokenizer_of(source):
+    today = datetime.date.today()
+    return queries.tokenizer_of(source, tokenizer_folder, chat=True, date=today)
+
   models = {}
   for source in (checkpoint_folder, *compare):
     name = '/'.join(source.rstrip('/').split('/')[-2:])
     if name in models:
       raise ValueError(f'two models are called {name}; rename a folder')
-    tokenizer = queries.tokenizer_of(source, tokenizer_folder)
+    tokenizer = tokenizer_of(source)
     models[name] = (queries.load_policy(source, tokenizer, mesh), tokenizer)
   if not reward_folder:
     return models, None
-  tokenizer = queries.tokenizer_of(reward_folder, tokenizer_folder)
-  reward = artifacts.load(reward_folder, 'scalar', mesh, tokenizer.fingerprint)
+  tokenizer = tokenizer_of(reward_folder)
+  reward = artifacts.load(reward_folder, 'scalar', mesh, tokenizer)
   return models, (reward, tokenizer)
 
 
@@ -292,6 +350,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       flags.seed,
       width=shutil.get_terminal_size().columns,
     )
+    for name, (_, tokenizer) in models.items():
+      print(f'{name}: {tokenizer.describe()}', file=sys.stderr)
     try:
       while True:
         try:
@@ -300,6 +360,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
           break
         if prompt == '/quit':
           break
+        if prompt == '/new':
+          chat.start_anew()
+          continue
         if not prompt:
           continue
         try:

@@ -46,7 +46,7 @@ def export(
     checkpoint_folder,
     described['kind'],
     sharding.make_mesh((1, -1, 1)),
-    tokenizer.fingerprint,
+    tokenizer,
   )
   params = hf.fold_shift(model.params) if fold_shift else model.params
   hf.save(output, model.config, params)
@@ -58,6 +58,9 @@ def export(
     'eos_token_id': stop_ids if len(stop_ids) > 1 else tokenizer.eos_id,
     'pad_token_id': tokenizer.pad_id,
   }
+  if model.kind == 'scalar' and model.module.skipped_id >= 0:
+    # Read in `transformers`, the score is then that of the model here.
+    ids['pad_token_id'] = model.module.skipped_id
   path.write_text(json.dumps({**values, **ids}, indent=2) + '\n', 'utf-8')
   (output / 'generation_config.json').write_text(
     json.dumps({'do_sample': True, **ids}, indent=2) + '\n', 'utf-8'
@@ -68,6 +71,11 @@ def export(
     else 'Reward model: the score of a prompt with its answer and EOS is the '
     f'logit plus `score_shift` = {values["score_shift"]}.'
   )
+  if ids['pad_token_id'] != tokenizer.pad_id:
+    use += (
+      f' It is read at the last token that is not {ids["pad_token_id"]}: pad '
+      'rows with that one.'
+    )
   about = json.dumps(model.metadata, indent=2)
   (output / 'README.md').write_text(
     f'# {output.name}\n\n{use} {model.config.num_params:,} parameters in '

@@ -6,8 +6,13 @@
 
 Any task of the harness runs: it asks for log-likelihoods of continuations, of
 whole texts, and for answers up to a stop text. Conventions are those of its own
-`hf` backend (EOS where there is no context, windows of the model's length,
-answers cut at the first stop text), so that numbers can be compared.
+`hf` backend (BOS, or EOS, where there is no context; windows of the model's
+length; answers cut at the first stop text), so that numbers can be compared.
+
+A tokenizer with a template (`data.tokenizer`) asks each context as one prompt
+of a user, as in training, and reads a continuation as the answer's beginning;
+`--plain` asks the bare texts. `--apply_chat_template` leaves the rendering to
+the harness, which then gives few-shot examples as turns of their own.
 """
 
 import functools
@@ -65,6 +70,7 @@ class InstructJaxLM(TemplateLM):
     batch_size: rows a call.
     length_multiple: rows are padded to a multiple of this (compiles).
     seed: of answers that a task wants sampled.
+    plain: ask bare texts, whatever the tokenizer's template.
   """
 
   def __init__(
@@ -75,9 +81,12 @@ class InstructJaxLM(TemplateLM):
     batch_size: int = 16,
     length_multiple: int = 64,
     seed: int = 0,
+    plain: bool = False,
   ):
     super().__init__()
     self._model, self._ids, self._mesh = model, tokenizer, mesh
+    self._asks_prompts = bool(tokenizer.template) and not plain
+    self._gets_rendered = False
     self._batch_size, self._multiple = batch_size, length_multiple
     self._seed = seed
     self.max_length = model.config.context_length
@@ -87,15 +96,50 @@ class InstructJaxLM(TemplateLM):
     return self._ids.eos_id
 
   @property
+  def prefix_token_id(self) -> int:
+    """What stands where there is no context."""
+    bos_id = self._ids.bos_id
+    return self._ids.eos_id if bos_id is None else bos_id
+
+  @property
   def tokenizer_name(self) -> str:
     return self._ids.fingerprint
+
+  def chat_template(self, chat_template: bool | str = False) -> str | None:
+    """The template's text, which the harness keeps with its results."""
+    return self._ids.chat_template if chat_template else None
+
+  def apply_chat_template(
+    self,
+    chat_history: list[dict[str, str]],
+    add_generation_prompt: bool = True,
+  ) -> str:
+    """The harness renders: texts that follow spell special tokens."""
+    self._gets_rendered = True
+    return self._ids.render_chat(
+      chat_history, add_generation_prompt=add_generation_prompt
+    )
 
   def tok_encode(
     self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
   ) -> list[int]:
-    """Ids without special tokens, whatever is asked: texts here have none."""
-    del add_special_tokens, kwargs
-    return self._ids.encode(string)
+    """Ids of a text, with what the tokenizer puts before each (BOS) unless
+    `add_special_tokens` is False."""
+    del kwargs
+    if self._gets_rendered:
+      return self._ids.encode_rendered(string)
+    if add_special_tokens is False:
+      return self._ids.encode(string)
+    return self._ids.encode_documents([string])[0]
+
+  def _encode_pair(
+    self, context: str, continuation: str
+  ) -> tuple[list[int], list[int]]:
+    if not self._asks_prompts or self._gets_rendered:
+      return super()._encode_pair(context, continuation)
+    (prompt,) = self._ids.encode_prompts([context])
+    (answer,) = self._ids.encode_responses([continuation])
+    return prompt, answer
 
   def _bucket(self, length):
     multiple = self._multiple
@@ -156,7 +200,11 @@ class InstructJaxLM(TemplateLM):
   def loglikelihood_rolling(
     self, requests: Sequence[Instance], disable_tqdm: bool = False
   ) -> list[float]:
-    """Log-probability of whole texts, each token predicted once."""
+    """Log-probability of whole texts, each token predicted once.
+
+    As in the `hf` backend, a BOS that the tokenizer puts before a text counts
+    as its first token, predicted from another one.
+    """
     windows, owners = [], []
     for owner, request in enumerate(requests):
       for window in get_rolling_token_windows(
@@ -190,7 +238,11 @@ class InstructJaxLM(TemplateLM):
           f'a task wants answers of {most} tokens, the model reads '
           f'{self.max_length}; set max_gen_toks lower'
         )
-      ids = self.tok_encode(context)[-room:] or [self.eot_token_id]
+      if self._asks_prompts and not self._gets_rendered:
+        (ids,) = self._ids.encode_prompts([context])
+      else:
+        ids = self.tok_encode(context)
+      ids = ids[-room:] or [self.prefix_token_id]
       temperature = float(options.get('temperature', 0.0))  # Not set: greedy.
       rows.append((ids, most, temperature, tuple(until)))
     texts = [''] * len(rows)
@@ -220,7 +272,7 @@ class InstructJaxLM(TemplateLM):
     length = min(self._bucket(max(map(len, filled))), self.max_length - most)
     tokens, mask = queries.padded(filled, length, self._ids.pad_id, left=True)
     program = queries.generate_program(
-      self._model.module, most, (self.eot_token_id,), temperature
+      self._model.module, most, self._ids.stop_ids, temperature
     )
     batch = PromptBatch(tokens, mask, np.asarray(numbers, np.int32))
     with sharding.use_mesh(self._mesh):
@@ -237,13 +289,14 @@ def load(
   tokenizer_folder: str,
   batch_size: int,
   mesh_shape: Sequence[int] = (1, -1, 1),
+  plain: bool = False,
 ) -> InstructJaxLM:
   """A model folder of ours, or in the Hugging Face format, for the harness."""
   tokenizer = queries.tokenizer_of(checkpoint, tokenizer_folder)
   mesh = sharding.make_mesh(tuple(mesh_shape))
   with sharding.use_mesh(mesh):
     model = queries.load_policy(checkpoint, tokenizer, mesh)
-  return InstructJaxLM(model, tokenizer, mesh, batch_size)
+  return InstructJaxLM(model, tokenizer, mesh, batch_size, plain=plain)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -257,13 +310,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument('--limit', type=float, default=None)
   parser.add_argument('--batch_size', type=int, default=16)
   parser.add_argument('--output', default='')
+  parser.add_argument('--plain', action='store_true')
+  parser.add_argument('--apply_chat_template', action='store_true')
+  parser.add_argument('--fewshot_as_multiturn', action='store_true')
   flags = parser.parse_args(arguments)
-  model = load(flags.checkpoint, flags.tokenizer, flags.batch_size)
+  model = load(
+    flags.checkpoint, flags.tokenizer, flags.batch_size, plain=flags.plain
+  )
   found = evaluator.simple_evaluate(
     model=model,
     tasks=flags.tasks.split(','),
     num_fewshot=flags.num_fewshot,
     limit=flags.limit,
+    apply_chat_template=flags.apply_chat_template,
+    fewshot_as_multiturn=flags.fewshot_as_multiturn,
   )
   text = json.dumps(found['results'], indent=2, default=str)
   if flags.output:

@@ -10,6 +10,9 @@ continues a run that was cut.
 
 import os
 import signal
+import sys
+import time
+import traceback
 
 if __name__ == '__main__':
   # The imports below take seconds, in which there is nothing to save.
@@ -32,12 +35,6 @@ from etils import epath
 from ml_collections import config_flags
 
 from instruct_jax import command
-
-# Seconds without a sign of life after which a process counts as lost; the
-# others end then.
-HEARTBEAT_SECONDS = 30
-# Seconds that a process which ends in order waits for the others to do so.
-SHUTDOWN_SECONDS = 30
 
 # Experiments without a device: of several processes only the first runs them.
 HOST_EXPERIMENTS = ('miniature_data', 'e2e_data', 'hh_data', 'tax')
@@ -229,45 +226,6 @@ def prepare_allocator() -> None:
   jax.monitoring.register_event_duration_secs_listener(trim)
 
 
-def join_processes(
-  coordinator: str | None, num_processes: int | None, process_id: int | None
-) -> None:
-  """Joins the other processes of a run, before the first use of a device.
-
-  Raises:
-    ValueError: an address without numbers, or numbers without an address.
-  """
-  if coordinator is None:
-    if num_processes is not None or process_id is not None:
-      raise ValueError('--num_processes and --process_id need --coordinator')
-    return
-  import jax
-
-  # It would take SIGTERM for itself.
-  jax.config.update('jax_enable_preemption_service', False)
-  # On CPU, programs in flight at one time may start in another order on each
-  # device; where both talk to other devices, they would wait for ever.
-  jax.config.update('jax_cpu_enable_async_dispatch', False)
-  timeouts = {
-    'heartbeat_timeout_seconds': HEARTBEAT_SECONDS,
-    'shutdown_timeout_seconds': SHUTDOWN_SECONDS,
-  }
-  if coordinator == 'auto':
-    jax.distributed.initialize(**timeouts)
-    return
-  if num_processes is None or process_id is None:
-    raise ValueError(
-      f'--coordinator={coordinator} needs --num_processes and --process_id '
-      '(on a TPU pod: --coordinator=auto alone)'
-    )
-  jax.distributed.initialize(
-    coordinator,
-    num_processes,
-    process_id,
-    **timeouts,
-  )
-
-
 def main(argv) -> None:
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments: {argv[1:]}')
@@ -279,37 +237,38 @@ def main(argv) -> None:
   given, config.workdir = config.workdir, ''
   described = config.copy_and_resolve_references()
   place = _WORKDIR.value or given or config.default_workdir
-  workdir = epath.Path(place).absolute()
-  config.workdir = str(workdir)
-  print(f'work directory: {workdir}', flush=True)
   prepare_machine(config)
+  from instruct_jax.infra import processes
   from instruct_jax.infra import run as run_lib
 
-  several = _COORDINATOR.value is not None
+  workdir = run_lib.absolute(place)
+  config.workdir = str(workdir)
+  print(f'work directory: {workdir}', flush=True)
+
   try:
-    join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     run(config, workdir, described, _ACCEPT_NEW_INPUTS.value)
   except (ValueError, FileNotFoundError, RuntimeError, OSError) as error:
     if logging.get_verbosity() >= logging.DEBUG:
-      raise
-    hint = (
-      '\nWhere another process has ended, its error came first; all of them '
-      'end, and the same commands continue.'
-    )
+      traceback.print_exc()
     text, stage = str(error), getattr(error, 'stage', '')
     if stage and not text.startswith(stage):
       text = f'{stage}: {text}'
-    print(f'error: {text}{hint * several}', file=sys.stderr, flush=True)
     print(f'work directory: {workdir}', flush=True)
-    if several:
-      # An orderly exit would wait for processes that are no more.
-      os._exit(1)
-    sys.exit(1)
+    processes.fail(f'error: {text}', error)
   except run_lib.Stopped as stopped:
     print(f'work directory: {workdir}', flush=True)
-    if several and not stopped.is_agreed:
-      os._exit(stopped.code)
+    if not stopped.is_agreed:
+      processes.fail('', code=stopped.code)
+    processes.leave()
     raise
+  except BaseException as error:
+    if not processes.are_joined():
+      raise
+    # A fault of the program: the others must not wait for this process.
+    traceback.print_exc()
+    processes.fail(f'error: {type(error).__name__}: {error}', error)
+  processes.leave()
   print(f'work directory: {workdir}', flush=True)
 
 

@@ -64,11 +64,3 @@ def last_index(mask: Bool[Array, 'B T']) -> Num[Array, 'B']:
   """Column of each row's last True; 0 for a row without any."""
   columns = jnp.arange(mask.shape[1])[None, :]
   return jnp.max(jnp.where(mask, columns, 0), axis=1)
-
-
-def at_last(
-  values: Num[Array, 'B T'], mask: Bool[Array, 'B T']
-) -> Num[Array, 'B']:
-  """Each row's value at its last real position: where a score is read."""
-  index = last_index(mask)[:, None]
-  return jnp.take_along_axis(values, index, axis=1)[:, 0]

@@ -4,20 +4,24 @@ Where models meet sampling: what evaluation asks of a model, compiled once for
 each shape of model and rows. Training does not come through here.
 """
 
+import datetime
 import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
 
-from instruct_jax import artifacts, hub, masked, rollout
+from instruct_jax import artifacts, hub, packing, rewards, rollout
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.infra import sharding
-from instruct_jax.models import heads
-from instruct_jax.models.transformer import make_cache
-from instruct_jax.types import Params, PromptBatch
+from instruct_jax.evals import heldout_loss, samples
+from instruct_jax.evals.benchmarks import probe, runner
+from instruct_jax.infra import sharding, slices
+from instruct_jax.models import decoding, heads
+from instruct_jax.types import Params, PromptBatch, TextBatch
 
 Ids = Sequence[int]
 # (prompts, largest number of tokens) -> sampled ids of each, stop included.
@@ -26,21 +30,64 @@ GenerateFn = Callable[[Sequence[Ids], int], list[list[int]]]
 ChoiceFn = Callable[[Sequence[Ids], Sequence[Sequence[Ids]]], list[list[float]]]
 
 
-def tokenizer_of(source: str, default_folder: str) -> tokenizer_lib.Tokenizer:
-  """The tokenizer that goes with a model folder.
+def tokenizer_of(
+  source: str,
+  given_folder: str,
+  *,
+  chat: bool = False,
+  date: datetime.date | None = None,
+) -> tokenizer_lib.Tokenizer:
+  """The tokenizer with which a model is asked.
 
-  A published folder brings its own; models of ours use `default_folder`.
+  The one given, except for a published folder that brings another vocabulary:
+  its own is the only one that fits. So models of one vocabulary are asked in
+  one way, template and stop tokens included.
+
+  Args:
+    source: a model folder, or hf:NAME.
+    given_folder: of a tokenizer; '' where none is given.
+    chat: whether a published folder's own chat template is used where nobody
+      has prepared the tokenizer (`data.tokenizer`).
+    date: for a template that reads the clock.
 
   Raises:
-    ValueError: neither is there.
+    ValueError: there is no tokenizer.
   """
+  given = None
+  if given_folder:
+    given = tokenizer_lib.Tokenizer.load(given_folder)
+  folder = None
   if artifacts.is_published(source):
-    folder = hub.locate(source)
-    if (folder / 'tokenizer.json').exists():
-      return tokenizer_lib.Tokenizer.load(folder)
-  if not default_folder:
-    raise ValueError(f'{source} has no tokenizer.json; give a tokenizer folder')
-  return tokenizer_lib.Tokenizer.load(default_folder)
+    folder = epath.Path(hub.locate(source))
+    if not tokenizer_lib.is_folder(folder):
+      folder = None
+  if folder is None:
+    if given is None:
+      raise ValueError(
+        f'{source} brings no tokenizer.json; give a tokenizer folder'
+      )
+    return given
+  own = tokenizer_lib.Tokenizer.load(folder)
+  if given and own.vocabulary_fingerprint == given.vocabulary_fingerprint:
+    return given
+  if chat and own.chat_template and not tokenizer_lib.is_prepared(folder):
+    return own.with_format(tokenizer_lib.CHAT, [], date)
+  return own
+
+
+def answer_ids(
+  tokenizer: tokenizer_lib.Tokenizer, answer: samples.Sample
+) -> list[int]:
+  """A recorded answer's ids: as sampled where this tokenizer sampled it.
+
+  Else its text is encoded, with an end only where the policy ended it. There
+  is always one id at least, since a score is read at the last one.
+  """
+  known = answer.metadata
+  if 'ids' in known and known['tokenizer'] == tokenizer.fingerprint:
+    return known['ids']
+  (ids,) = tokenizer.encode_responses([answer.response], ended=answer.ended)
+  return ids or [tokenizer.end_id]
 
 
 def load_policy(
@@ -48,13 +95,16 @@ def load_policy(
   tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
   remat: str = 'none',
+  compute_dtype: str = '',
 ) -> artifacts.Model:
   """A policy of ours or in the Hugging Face format, for this tokenizer."""
-  changes = {'remat': remat}
-  if artifacts.is_published(source):
-    changes['vocab_size'] = tokenizer.vocab_size
   return artifacts.load(
-    source, 'policy', mesh, tokenizer.fingerprint, **changes
+    source,
+    'policy',
+    mesh,
+    tokenizer,
+    remat=remat,
+    compute_dtype=compute_dtype,
   )
 
 
@@ -82,13 +132,25 @@ def generate_program(
 
 
 @functools.cache
-def _score_program(module):
-  scalars_fn = artifacts.scalars_fn(module)
-  return jax.jit(
-    lambda params, tokens, mask: masked.at_last(
-      scalars_fn(params, tokens, mask), mask
+def kl_program(module: heads.Policy, temperature: float) -> Callable:
+  """Jitted (params, reference, rollout) -> `rewards.kl_estimates` of it [B]."""
+  logprobs_fn = artifacts.logprobs_fn(module, temperature)
+
+  def kl(params, reference, sampled):
+    rows = packing.as_rows(sampled)
+    ours, theirs = (
+      logprobs_fn(each, rows.tokens, rows.segments, rows.where)[0]
+      for each in (params, reference)
     )
-  )
+    return rewards.kl_estimates(ours, theirs, sampled.response_mask)
+
+  return jax.jit(kl)
+
+
+@functools.cache
+def score_program(module: heads.ScalarModel) -> Callable:
+  """Jitted (params, tokens, mask) -> scores; models of one shape share it."""
+  return jax.jit(artifacts.scores_fn(module))
 
 
 def score_answers(
@@ -112,8 +174,8 @@ def score_answers(
   longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
   # Few lengths, few compilations.
   length = min(-(-longest // 32) * 32, model.config.context_length)
-  program = sharding.fetched(_score_program(model.module))
-  return rollout.in_batches(
+  program = sharding.fetched(score_program(model.module))
+  return slices.in_batches(
     lambda batch: program(model.params, *sharding.put_whole(batch, mesh)),
     loader.answer_rows(prompts, answers, pad_id, length),
     batch_size,
@@ -121,43 +183,52 @@ def score_answers(
 
 
 def score_choices(
-  policy: heads.Policy,
+  module: heads.Policy,
+  params: Params,
   tokens: jax.Array,
-  mask: jax.Array,
+  lengths: jax.Array,
   choices: jax.Array,
   choice_mask: jax.Array,
 ) -> jax.Array:
   """Summed log-probability of each choice after its context, nats [B, C].
 
-  The context [B, P] is read once; its cache is repeated for the C choices
-  [B, C, R].
+  The context is read once; its cache is repeated for the C choices.
+
+  Args:
+    module: the policy.
+    params: its parameters.
+    tokens: contexts [B, P], padded on the right.
+    lengths: their tokens [B], at least 1.
+    choices, choice_mask: [B, C, R], padded on the right.
   """
   B, C, R = choices.shape
-  P = tokens.shape[1]
-  cache = make_cache(policy.config, B, P + R)
-  hidden, cache = policy.trunk(tokens, mask.astype(jnp.int32), cache=cache)
-  cache = cache.replace(
-    keys=jnp.repeat(cache.keys, C, axis=1),
-    values=jnp.repeat(cache.values, C, axis=1),
-    mask=jnp.repeat(cache.mask, C, axis=0),
+  weights = artifacts.decoder(module).prepare(params)
+  cache = decoding.read(module, weights, tokens, lengths)
+
+  def repeat(x):
+    return jnp.repeat(jnp.pad(x, ((0, 0), (0, 0), (0, R), (0, 0))), C, axis=0)
+
+  flat = choices.reshape(B * C, R)
+  # A context's last token is read again: it predicts a choice's first.
+  last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
+  read = jnp.concatenate([jnp.repeat(last, C, axis=0), flat[:, :-1]], axis=1)
+  x, _ = decoding.extend(
+    module,
+    weights,
+    read,
+    jnp.repeat(lengths - 1, C),
+    jax.tree.map(repeat, cache),
   )
-  flat, flat_mask = choices.reshape(B * C, R), choice_mask.reshape(B * C, R)
-  after, _ = policy.trunk(flat, flat_mask.astype(jnp.int32), cache=cache)
-  # The first token of a choice is predicted from the context's last.
-  last = jnp.repeat(hidden[:, -1:], C, axis=0)
-  logits = policy.trunk.unembed(jnp.concatenate([last, after[:, :-1]], axis=1))
+  logits = decoding.logits_of(module, weights, x)
   logprobs, _ = heads.token_logprobs(logits, flat)
-  return jnp.sum(logprobs * flat_mask, axis=1).reshape(B, C)
+  sums = jnp.sum(logprobs * choice_mask.reshape(B * C, R), axis=1)
+  return sums.reshape(B, C)
 
 
 @functools.cache
 def choices_program(module: heads.Policy) -> Callable:
   """Jitted `score_choices`."""
-  return jax.jit(
-    lambda params, *arrays: module.apply(
-      {'params': params}, *arrays, method=score_choices
-    )
-  )
+  return jax.jit(functools.partial(score_choices, module))
 
 
 def padded(
@@ -223,8 +294,9 @@ def make_functions(
   def choice_fn(contexts, choices):
     rows, sets = filled(contexts), filled(choices)
     tokens, mask = padded(
-      rows, bucket(max(map(len, rows))), tokenizer.pad_id, left=True
+      rows, bucket(max(map(len, rows))), tokenizer.pad_id, left=False
     )
+    lengths = mask.sum(axis=1, dtype=np.int32)
     num_choices = max(map(len, sets))
     longest = max(len(ids) for choice_set in sets for ids in choice_set)
     # Sets may differ in size: an absent choice has no token and sum 0.
@@ -239,7 +311,12 @@ def make_functions(
     sums = choices_program(module)(
       params,
       *put(
-        (tokens, mask, choice_tokens.reshape(shape), choice_mask.reshape(shape))
+        (
+          tokens,
+          lengths,
+          choice_tokens.reshape(shape),
+          choice_mask.reshape(shape),
+        )
       ),
     )
     return [
@@ -248,3 +325,67 @@ def make_functions(
     ]
 
   return generate_fn, choice_fn
+
+
+@functools.cache
+def _text_program(module: heads.Policy) -> Callable:
+  logprobs_fn = artifacts.logprobs_fn(module)
+  return jax.jit(
+    lambda params, batch: logprobs_fn(params, batch.tokens, batch.segments)[0]
+  )
+
+
+def make_heldout_loss(
+  module: heads.Policy,
+  rows: TextBatch,
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+) -> Callable[[Params], heldout_loss.HeldoutLoss]:
+  """Parameters of a policy -> its loss on held-out rows.
+
+  Args:
+    module: the policy.
+    rows: numpy, whole in every process.
+    batch_size: rows a call.
+    mesh: of the parameters.
+  """
+  program = sharding.fetched(_text_program(module))
+  return lambda params: heldout_loss.heldout_loss(
+    lambda batch: program(params, sharding.put_whole(batch, mesh)),
+    rows,
+    batch_size,
+  )
+
+
+def make_prober(
+  config: ConfigDict,
+  module: heads.Policy,
+  tokenizer: tokenizer_lib.Tokenizer,
+  mesh: jax.sharding.Mesh,
+) -> Callable[..., dict[str, float]]:
+  """(parameters, ending of the names) -> scores on public NLP tasks.
+
+  Args:
+    config: with the keys `probe*` of PPO's stage; the same items every time.
+    module: the policy.
+    tokenizer: its own.
+    mesh: of the parameters.
+  """
+  probes = probe.make_probes(
+    artifacts.named_folders(config.probes),
+    tokenizer,
+    module.config.context_length,
+    config.probe_items,
+    config.probe_few_shot,
+    config.seed,
+  )
+  stop_ids = runner.stop_ids(tokenizer)
+
+  def ask(params, ending=''):
+    functions = make_functions(
+      module, params, tokenizer, mesh, stop_ids, config.probe_batch_size, 64
+    )
+    scores = probe.ask(probes, tokenizer, *functions, config.probe_batch_size)
+    return {f'probe{ending}/{name}': value for name, value in scores.items()}
+
+  return ask

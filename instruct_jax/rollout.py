@@ -16,20 +16,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
+from instruct_jax import sampling
 from instruct_jax.infra import sharding
 from instruct_jax.types import (
   Decoder,
   Key,
   Params,
   PromptBatch,
-  PyTree,
   Rollout,
 )
 
-# Probabilities are added up in pieces of about this many tokens.
-_PIECE = 128
 # Columns of a cache are a multiple of this.
 _COLUMNS = 16
 # Of a shard; fewer are not worth a loop of their own.
@@ -40,74 +38,6 @@ _LEAST_RESPONSE = 64
 _DOUBLINGS = 3
 # A cache without refill grows in steps of at least this many columns.
 _GROWTH = 32
-
-
-def uniform_noise(keys: Key, num_tokens: int) -> Float[Array, 'B {num_tokens}']:
-  """The uniform number behind each token: from fold_in(key of the row, t)."""
-
-  def one(key, t):
-    return jax.random.uniform(jax.random.fold_in(key, t))
-
-  return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(
-    keys, jnp.arange(num_tokens)
-  )
-
-
-def sample_tokens(
-  logits: Float[Array, 'B V'],
-  uniform: Float[Array, 'B'],
-  temperature: float,
-) -> tuple[Int[Array, 'B'], Float[Array, 'B']]:
-  """One token a row and its log-probability, nats, float32.
-
-  Inverts the cumulative distribution at one uniform number a row, which costs
-  one random number where Gumbel noise costs V of them: first among the sums of
-  pieces of the vocabulary, then within a piece, so that no sum over all tokens
-  is kept. No top-k, no top-p.
-
-  Args:
-    logits: any float dtype.
-    uniform: in [0, 1), one number a row.
-    temperature: divides the logits; 0 takes the most probable token and
-      reports its log-probability at temperature 1.
-  """
-  logits = logits.astype(jnp.float32)
-  if temperature > 0:
-    logits = logits / temperature
-  highest = jnp.max(logits, axis=-1, keepdims=True)
-  weights = jnp.exp(logits - highest)
-  B, V = logits.shape
-  pieces = -(-V // _PIECE)
-  size = -(-V // pieces)
-  filled = jnp.pad(weights, ((0, 0), (0, pieces * size - V)))
-  filled = filled.reshape(B, pieces, size)
-  upto = jnp.cumsum(jnp.sum(filled, axis=2), axis=1)
-  total = upto[:, -1]
-  if temperature > 0:
-    piece, below = _first_above(upto, uniform * total)
-    inside = jnp.take_along_axis(filled, piece[:, None, None], axis=1)[:, 0]
-    rest = uniform * total - below
-    place, _ = _first_above(jnp.cumsum(inside, axis=1), rest)
-    tokens = piece * size + place
-  else:
-    tokens = jnp.argmax(logits, axis=-1)
-  chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
-  logprobs = (chosen - highest)[:, 0] - jnp.log(total)
-  return tokens.astype(jnp.int32), logprobs
-
-
-def _first_above(upto, threshold):
-  """Where rising sums first exceed a threshold, and the sum before.
-
-  A place that adds nothing cannot be the first to exceed. Where rounding left
-  the threshold at the very end, the last place that adds something is taken.
-  """
-  before = jnp.pad(upto, ((0, 0), (1, 0)))[:, :-1]
-  adds = upto > before
-  found = adds & (upto > threshold[:, None])
-  last = upto.shape[1] - 1 - jnp.argmax(adds[:, ::-1], axis=1)
-  place = jnp.where(jnp.any(found, axis=1), jnp.argmax(found, axis=1), last)
-  return place, jnp.take_along_axis(before, place[:, None], axis=1)[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +202,7 @@ def generate_counted(
     weights,
     tokens,
     lengths,
-    uniform_noise(row_keys, num_response),
+    sampling.uniform_noise(row_keys, jnp.arange(num_response)),
     np.asarray(stop_ids, np.int32),
     temperature,
   )
@@ -484,7 +414,7 @@ class _Engine:
     uniform = sharding.per_shard(
       lambda queue, slots: queue['noise'][slots['row'], slots['count']]
     )(self.queue, slots)
-    token, logprob = sample_tokens(logits, uniform, self.temperature)
+    token, logprob = sampling.sample_tokens(logits, uniform, self.temperature)
     after, out = sharding.per_shard(self._record)(
       self.queue, slots, state['out'], token, logprob
     )
@@ -572,69 +502,6 @@ class _Engine:
     return state
 
 
-def in_slices(
-  fn: Callable[[PyTree], PyTree], rows: PyTree, num_slices: int
-) -> PyTree:
-  """Applies a function of rows, inside a program, to one slice after another.
-
-  Only one slice's temporaries exist at a time. Slice j holds rows j, j + n,
-  j + 2 n, ...: where rows are cut over devices, each keeps its own.
-
-  Args:
-    fn: rows to arrays with as many rows, each row for itself.
-    rows: pytree of arrays with B rows.
-    num_slices: n, which divides B; 1 calls fn on all rows.
-  """
-  if num_slices == 1:
-    return fn(rows)
-
-  def cut(x):
-    return jnp.swapaxes(x.reshape(-1, num_slices, *x.shape[1:]), 0, 1)
-
-  def join(x):
-    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
-
-  return jax.tree.map(join, jax.lax.map(fn, jax.tree.map(cut, rows)))
-
-
-def in_batches(
-  fn: Callable[[PyTree], PyTree],
-  rows: PyTree,
-  batch_size: int,
-  progress: Callable[[int], None] | None = None,
-) -> PyTree:
-  """Applies a jitted function to any number of rows, in equal batches.
-
-  The last batch is filled up by repeating the first rows, and what comes of
-  the copies is thrown away.
-
-  Args:
-    fn: one batch of rows to arrays with as many rows; one compilation.
-    rows: pytree of numpy arrays with N rows each.
-    batch_size: rows per call.
-    progress: told the number of rows done after every batch.
-
-  Returns:
-    What fn returns, as numpy arrays of N rows, in order.
-
-  Raises:
-    ValueError: no rows.
-  """
-  num_rows = jax.tree.leaves(rows)[0].shape[0]
-  if num_rows == 0:
-    raise ValueError('no rows to run a model on')
-  parts = []
-  for start in range(0, num_rows, batch_size):
-    wanted = np.arange(start, start + batch_size) % num_rows
-    batch = jax.tree.map(lambda x, w=wanted: np.asarray(x)[w], rows)
-    result = jax.device_get(fn(batch))
-    kept = min(batch_size, num_rows - start)
-    parts.append(jax.tree.map(lambda x, k=kept: x[:k], result))
-    if progress is not None:
-      progress(kept)
-  return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-
-
 def in_queues(
   fn: Callable[[PromptBatch], Rollout],
   rows: PromptBatch,
@@ -690,6 +557,13 @@ def in_queues(
     if progress is not None:
       progress(kept * num_samples)
   return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+def episode_lengths(rollout: Rollout) -> Int[Array, '2 B']:
+  """Tokens of each prompt and of each response, whole on every host."""
+  responses = jnp.sum(rollout.response_mask, axis=1)
+  prompts = jnp.sum(rollout.mask, axis=1) - responses
+  return sharding.constrain(jnp.stack([prompts, responses]), None, None)
 
 
 def response_ids(rollout: Rollout) -> list[list[int]]:

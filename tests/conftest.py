@@ -92,3 +92,15 @@ def data_root() -> pathlib.Path:
   if not root.is_dir():
     pytest.skip(f'no data in {root}; set INSTRUCT_JAX_DATA to its folder')
   return root
+
+
+@pytest.fixture
+def models_root() -> pathlib.Path:
+  """The folder of published models; a test that needs it is skipped without."""
+  root = os.environ.get('INSTRUCT_JAX_MODELS', '')
+  if not root or not pathlib.Path(root).is_dir():
+    pytest.skip(
+      f'no published models in {root!r}; set INSTRUCT_JAX_MODELS to a folder '
+      'that holds SmolLM2-135M-Instruct'
+    )
+  return pathlib.Path(root)

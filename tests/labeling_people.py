@@ -41,9 +41,8 @@ class Site:
     admin: a `Person` with the admin's session.
   """
 
-  url = URL
-
   def __init__(self, url, folder, **changes):
+    self.url = changes.get('public_url', URL)
     self.clock = Clock()
     self.engine = store.make_engine(url)
     if self.engine.dialect.name == 'sqlite':
@@ -55,7 +54,7 @@ class Site:
 
     self.store = store.Store(self.engine, make_config(**changes), self.clock)
     self.store.prepare()
-    self.app = web.make_app(self.store, URL, str(folder / 'exports'))
+    self.app = web.make_app(self.store, self.url, str(folder / 'exports'))
     self.admin = self.person('admin', 'admin')
 
   def person(self, name, role='labeler', status='active'):
@@ -84,6 +83,11 @@ def enter(site, name, role='labeler', status='active'):
   return person
 
 
+def joining_fields(page):
+  """The hidden fields of a page that signs in."""
+  return dict(re.findall(r'name="(joining)" value="([^"]+)"', page))
+
+
 class Person:
   """Somebody with a browser of their own."""
 
@@ -95,9 +99,15 @@ class Person:
     )
 
   def join(self, token):
-    self.client.get(f'/join/{token}')
-    reply = self.client.post(f'/join/{token}', follow_redirects=False)
+    reply = self.press_sign_in(token)
     assert reply.status_code == 303, reply.text
+
+  def press_sign_in(self, token):
+    """Opens a link and presses the button of its page, if there is one."""
+    page = self.client.get(f'/join/{token}').text
+    return self.client.post(
+      f'/join/{token}', data=joining_fields(page), follow_redirects=False
+    )
 
   def get(self, path):
     return self.client.get(path, follow_redirects=False)

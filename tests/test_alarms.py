@@ -62,6 +62,7 @@ def test_what_persists_is_raised_once_with_its_cause(name, changes, words):
   ('name', 'changes', 'words'),
   [
     ('ratio', {'first/ppo/policy/ratio': 1.01}, 'ratio 1.01000 at the first'),
+    ('ratio', {'first/ppo/policy/approxkl': 0.02}, 'policy is 0.02 nats'),
     ('sampler', {'objective/sampler_difference': 0.2}, '0.200 nats a token'),
   ],
 )
@@ -70,6 +71,52 @@ def test_what_must_hold_exactly_is_raised_at_once(name, changes, words):
   assert set(found) == {name}
   assert found[name].startswith('iteration 3: ')
   assert words in found[name]
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'ratio', 'difference'),
+  [('float32', 1.0005, 0.04), ('bfloat16', 1.01, 0.1)],
+)
+def test_what_must_hold_holds_to_the_rounding_of_the_dtype(
+  dtype, ratio, difference
+):
+  def found(ratio, difference):
+    return alarms.find(
+      run_of(
+        (
+          1,
+          {
+            'first/ppo/policy/ratio': ratio,
+            'objective/sampler_difference': difference,
+          },
+        )
+      ),
+      compute_dtype=dtype,
+    )
+
+  assert found(ratio, difference) == {}
+  assert found(2 - ratio, difference) == {}
+  wrong = found(1 + 5 * (ratio - 1), 5 * difference)
+  assert set(wrong) == {'ratio', 'sampler'}
+  assert all(f'in {dtype}' in text for text in wrong.values())
+
+
+@pytest.mark.parametrize(
+  ('ppo', 'ptx', 'words'),
+  [
+    (0.5, 10.0, r'20 times .*\(10, 0.5\).*lower ptx_coef'),
+    (2.0, 0.01, r'0.005 times .*raise ptx_coef'),
+  ],
+)
+def test_a_gradient_that_drowns_the_other_is_raised(ppo, ptx, words):
+  norms = {'ppo/policy/ppo_gradient_norm': ppo, 'ptx/gradient_norm': ptx}
+  found = find((20, norms))
+  assert set(found) == {'gradients'}
+  assert re.search(f'^iteration 5: .*{words}', found['gradients'])
+  # One iteration is noise; near each other is well; without ptx nothing is.
+  assert find((4, norms)) == {}
+  assert find((20, {**norms, 'ptx/gradient_norm': 0.3 * ppo})) == {}
+  assert find((20, {'ppo/policy/ppo_gradient_norm': ppo})) == {}
 
 
 def test_pretraining_loss_counts_from_before_the_first_update():

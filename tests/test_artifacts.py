@@ -8,11 +8,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from instruct_jax import artifacts
+from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding
 from instruct_jax.infra.checkpoint import CheckpointError
 from tests import tiny
 
-FINGERPRINT = 'a' * 64
+WORDS = [f'w{number}' for number in range(27)]
+TOKENIZER = tokenizer_lib.train_word_level(WORDS)
 
 
 @pytest.fixture
@@ -25,13 +27,13 @@ def folder(tmp_path):
     {**params, 'head_bias': params['head_bias'] - jnp.float32(1.25)},
     {},
   )
-  artifacts.save(tmp_path / 'model', model, FINGERPRINT, {'reward_shift': 1.25})
+  artifacts.save(tmp_path / 'model', model, TOKENIZER, {'reward_shift': 1.25})
   return tmp_path / 'model'
 
 
 def test_a_model_comes_back_as_it_was_on_another_mesh(folder):
   mesh = sharding.make_mesh((2, 2, 2))
-  model = artifacts.load(folder, 'scalar', mesh, FINGERPRINT)
+  model = artifacts.load(folder, 'scalar', mesh, TOKENIZER)
   expected = tiny.params('scalar')
   tiny.assert_trees_equal(model.params['trunk'], expected['trunk'])
   assert model.config == tiny.CONFIG
@@ -42,7 +44,7 @@ def test_a_model_comes_back_as_it_was_on_another_mesh(folder):
 
 def test_the_reward_shift_travels_with_the_parameters(folder):
   """Demonstrations score 0 on average wherever the model is used."""
-  model = artifacts.load(folder, 'scalar', tiny.one_device(), FINGERPRINT)
+  model = artifacts.load(folder, 'scalar', tiny.one_device(), TOKENIZER)
   text = tiny.text()
   arguments = jnp.asarray(text.tokens), jnp.asarray(text.segments)
   before = tiny.forward(
@@ -57,23 +59,27 @@ def test_the_reward_shift_travels_with_the_parameters(folder):
 def test_switches_change_on_loading_and_shapes_do_not(folder):
   mesh = tiny.one_device()
   model = artifacts.load(
-    folder, 'scalar', mesh, FINGERPRINT, remat='full', dropout=0.2
+    folder, 'scalar', mesh, TOKENIZER, remat='full', dropout=0.2
   )
   assert model.config == dataclasses.replace(
     tiny.CONFIG, remat='full', dropout=0.2
   )
   with pytest.raises(CheckpointError, match='position_embedding'):
-    artifacts.load(folder, 'scalar', mesh, FINGERPRINT, context_length=48)
+    artifacts.load(folder, 'scalar', mesh, TOKENIZER, context_length=48)
 
 
 def test_what_does_not_fit_is_refused_with_both_names(folder):
   mesh = tiny.one_device()
+  ours = TOKENIZER.fingerprint[:12]
+  other = tokenizer_lib.train_word_level(WORDS[::-1])
   with pytest.raises(CheckpointError, match='scalar model where a policy'):
-    artifacts.load(folder, 'policy', mesh, FINGERPRINT)
-  with pytest.raises(CheckpointError, match='aaaaaaaaaaaa.* uses bbbbbbbbbbbb'):
-    artifacts.load(folder, 'scalar', mesh, 'b' * 64)
+    artifacts.load(folder, 'policy', mesh, TOKENIZER)
+  with pytest.raises(
+    CheckpointError, match=f'{ours}.* uses {other.fingerprint[:12]}'
+  ):
+    artifacts.load(folder, 'scalar', mesh, other)
   with pytest.raises(CheckpointError, match='no model in'):
-    artifacts.check(folder.parent / 'nowhere', 'scalar', FINGERPRINT)
+    artifacts.check(folder.parent / 'nowhere', 'scalar', TOKENIZER)
 
 
 def test_a_mesh_is_chosen_for_the_models_of_a_stage(folder):

@@ -10,7 +10,7 @@ import pytest
 
 from instruct_jax import artifacts
 from instruct_jax.infra import sharding
-from instruct_jax.models import attention, transformer
+from instruct_jax.models import attention
 from instruct_jax.models.config import TransformerConfig
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -159,21 +159,17 @@ def test_chunked_logits_never_exist_as_a_whole():
 
 
 def test_prompts_are_read_by_the_kernel_and_continued_without_it():
-  tokens, segments = rows()
-  tokens, segments = tokens[1:2], segments[1:2]  # Padded on the left.
+  tokens, _ = rows()
+  tokens, length = tokens[1:2], jnp.asarray([T - 3], jnp.int32)
   results = []
   for config in (CONFIG, dataclasses.replace(CONFIG, attention='xla')):
-    module = artifacts.make_module('policy', config)
-    extend = artifacts.extend_fn(module)
+    decoder = artifacts.decoder(artifacts.make_module('policy', config))
 
     @jax.jit
-    def run(params, config=config, extend=extend):
-      cache = transformer.make_cache(config, 1, T + 2)
-      first, cache = extend(params, tokens, segments > 0, cache)
-      assert not cache.is_empty
-      next_token = jnp.asarray([[7]], jnp.int32)
-      second, _ = extend(params, next_token, next_token > 0, cache)
-      return first, second
+    def run(params, decoder=decoder):
+      weights = decoder.prepare(params)
+      cache = decoder.read(weights, tokens, length)
+      return decoder.step(weights, jnp.asarray([7]), length, cache)[0]
 
     results.append(run(params()))
   assert_close(*results)

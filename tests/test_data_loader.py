@@ -51,7 +51,7 @@ def test_rows_of_real_lengths_are_full(data_root, row_length):
   rows, dropped = loader.demonstration_rows(
     dialogues.demonstrations, gpt2, row_length, loss_on='response', pack=True
   )
-  assert dropped < 40
+  assert dropped.total < 40
   assert loader.fill_fraction(rows) >= 0.97
   pages = sources.read_documents(
     data_root / 'wikitext2', words_per_document=300
@@ -121,7 +121,7 @@ def test_demonstration_rows_by_hand(words):
   rows, dropped = loader.demonstration_rows(
     _demonstrations(), words, 6, loss_on='response', pack=False
   )
-  assert dropped == 1
+  assert dropped == loader.Dropped(1, 6)
   np.testing.assert_array_equal(
     rows.tokens, [[3, 4, 5, 1, 0, 0], [6, 7, 1, 0, 0, 0]]
   )
@@ -142,7 +142,7 @@ def test_demonstrations_packed(words):
   rows, dropped = loader.demonstration_rows(
     _demonstrations(), words, 7, loss_on='response', pack=True
   )
-  assert dropped == 0
+  assert dropped.total == 0
   np.testing.assert_array_equal(
     rows.tokens, [[3, 4, 5, 1, 6, 7, 1], [3, 4, 5, 6, 7, 8, 1]]
   )
@@ -159,7 +159,8 @@ def test_comparison_rows_by_hand(words):
     records.Comparison('a', ('b', 'c'), (2, 1)),
   ]
   rows, dropped = loader.comparison_rows(comparisons, words, 3, 4)
-  assert dropped == 1  # a b c d e EOS is 6 tokens; the pair goes as a whole.
+  # a b c d e EOS is 6 tokens; the pair goes as a whole.
+  assert dropped == loader.Dropped(1, 4)
   np.testing.assert_array_equal(
     rows.tokens,
     [
@@ -188,12 +189,10 @@ def test_rankings_of_the_same_answers_become_one_element(words):
     records.Comparison('c', ('b', 'c', 'b'), (1, 2, 3), labeler='x'),
     records.Comparison('c', ('c', 'b', 'b'), (3, 1, 2), labeler='y'),
   ]
-  apart, num_dropped = loader.comparison_rows(comparisons, words, 3, 4)
-  assert (apart.ranks.shape, num_dropped) == ((7, 1, 3), 2)
-  rows, num_dropped = loader.comparison_rows(
-    comparisons, words, 3, 4, merge=True
-  )
-  assert num_dropped == 2  # Comparisons, not elements.
+  apart, dropped = loader.comparison_rows(comparisons, words, 3, 4)
+  assert (apart.ranks.shape, dropped.too_long) == ((7, 1, 3), 2)
+  rows, dropped = loader.comparison_rows(comparisons, words, 3, 4, merge=True)
+  assert dropped.too_long == 2  # Comparisons, not elements.
   np.testing.assert_array_equal(
     rows.ranks,
     [
@@ -212,7 +211,7 @@ def test_rankings_of_the_same_answers_become_one_element(words):
 def test_prompt_rows_by_hand(words):
   prompts = ['a b', 'a b c d', records.Prompt('x', 'c d e')]
   rows, dropped = loader.prompt_rows(prompts, words, 3)
-  assert dropped == 1
+  assert dropped == loader.Dropped(1, 3)
   np.testing.assert_array_equal(rows.tokens, [[0, 3, 4], [5, 6, 7]])
   np.testing.assert_array_equal(
     rows.mask, [[False, True, True], [True, True, True]]
@@ -221,11 +220,13 @@ def test_prompt_rows_by_hand(words):
 
 
 def test_nothing_left_is_an_error(words):
-  with pytest.raises(ValueError, match='all 1 are longer than 2 tokens'):
+  with pytest.raises(
+    ValueError, match='left: 1 longer than prompt_length .2 tok'
+  ):
     loader.prompt_rows(['a b c'], words, 2)
   with pytest.raises(ValueError, match='there are no demonstrations'):
     loader.demonstration_rows([], words, 9, loss_on='all', pack=True)
-  with pytest.raises(ValueError, match='all 2 are longer'):
+  with pytest.raises(ValueError, match='left: 2 longer than row_length .1 tok'):
     loader.comparison_rows(
       [records.Comparison('a', ('b', 'c'), (1, 2))] * 2, words, 2, 1
     )

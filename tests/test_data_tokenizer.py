@@ -309,7 +309,7 @@ def test_the_command_prepares_a_tokenizer(words, tmp_path, capsys):
   words.save(tmp_path / 'in')
   command = [str(tmp_path / 'in'), '--output', str(tmp_path / 'out')]
   assert tokenizer.main([*command, '--template', '{prompt} .']) == 0
-  assert 'stops [1]' in capsys.readouterr().out
+  assert 'sampling stops at <eos>, PAD 0' in capsys.readouterr().out
   loaded = tokenizer.Tokenizer.load(tmp_path / 'out')
   assert loaded.encode_prompts(['cat']) == [[4, 6]]
   assert tokenizer.main([*command, '--stop', 'dog']) == 1

@@ -150,6 +150,24 @@ def test_a_cut_run_goes_on(tmp_path):
   assert kept >= 4
 
 
+def test_odd_replies_are_kept_and_a_cut_character_is_no_end(tmp_path):
+  """Half a surrogate pair is JSON; nesting without end is not an answer."""
+
+  def answer(body, number):
+    if number == 1:
+      return Fault(200, '[' * 100_000)
+    return Fault(200, '{"said": "\\ud800"}')
+
+  with serve(answer) as (url, requests):
+    asking = make(url, tmp_path)
+    assert asking.ask([{'say': 1}], said) == ['\ud800']
+    journal = tmp_path / 'cache' / 'journal.jsonl'
+    with journal.open('ab') as file:
+      file.write('{"key": "0", "reply": "ä'.encode()[:-1])
+    assert make(url, tmp_path).ask([{'say': 1}], said) == ['\ud800']
+  assert len(requests) == 2
+
+
 def test_requests_keep_their_distance(tmp_path):
   now, sleeps = [100.0], []
 

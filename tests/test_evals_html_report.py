@@ -1,23 +1,27 @@
-"""report.html: what it says, and that a browser shows it without complaint."""
+"""report.html: what it says, and how a browser shows it, on a phone too."""
 
 import dataclasses
-import functools
 import html.parser
-import json
 import os
 import re
 import shutil
-import subprocess
 
 import pytest
 
-from instruct_jax.evals import html_report, plots, samples
-from tests import test_evals_report
+from instruct_jax.evals import html_report, plots, samples, sections
+from tests import test_evals_plots, test_evals_report
 
 _HOSTILE = (
   '<script>document.title="owned"</script>'
-  '<img src=x onerror="document.title=\'owned\'">"\'&</td></table>'
+  '<img src=x onerror="document.title=\'owned\'">"\'&</td></table>{{ 7 * 7 }}'
 )
+PHONE = {
+  'viewport': {'width': 375, 'height': 812},
+  'device_scale_factor': 2,
+  'is_mobile': True,
+  'has_touch': True,
+}
+DESKTOP = {'viewport': {'width': 1280, 'height': 900}}
 
 
 def answer(model, prompt_id, text, score, category):
@@ -43,10 +47,53 @@ def rows():
   ]
 
 
+def make(figures):
+  return html_report.make_html(figures, plots.make_plots(figures))
+
+
 @pytest.fixture(scope='module')
 def page():
-  figures = dataclasses.replace(test_evals_report._full(), more_samples=rows())
-  return html_report.make_html(figures, plots.make_plots(figures))
+  return make(
+    dataclasses.replace(test_evals_report._full(), more_samples=rows())
+  )
+
+
+@pytest.fixture(scope='module')
+def crowded_page():
+  """Ten models with long names, many use cases, long texts, a long commit."""
+  names = test_evals_plots.LONG_NAMES
+  figures = test_evals_plots.many_models()
+  texts = ['word ' * 800, 'x' * 390, _HOSTILE, 'plain', '']
+  return make(
+    dataclasses.replace(
+      figures,
+      title='A run whose title is a whole sentence about what was done with it',
+      commit='0123456789abcdef' * 4,
+      command='python -m instruct_jax.main ' + '--config.key=/a/path' * 20,
+      win_rate_by_category={
+        name: {
+          category: figures.win_rate[name]
+          for category in ('brainstorming', 'classification', 'y' * 60)
+        }
+        for name in names
+      },
+      rl_metrics={},
+      alarms=['an alarm ' * 40],
+      extra={'Words': {'z' * 90: {'one': 'word ' * 40, 'two': 'w' * 90}}},
+      more_samples=[
+        samples.Row(
+          f'p{i}',
+          texts[i % 2] + str(i),
+          'chat',
+          {
+            name: answer(name, f'p{i}', texts[(i + j) % 5], 0.5, 'chat')
+            for j, name in enumerate(names)
+          },
+        )
+        for i in range(40)
+      ],
+    )
+  )
 
 
 class Elements(html.parser.HTMLParser):
@@ -76,15 +123,98 @@ def test_samples_stay_text(page):
   assert _HOSTILE in found.text
 
 
+def test_text_from_anywhere_stays_text():
+  """Whatever a page is told: heads, cells, titles, plots, models, use cases."""
+  found = Elements(
+    html_report.make_page(
+      f'a {_HOSTILE}',
+      [f'b {_HOSTILE}'],
+      [
+        sections.Section(
+          f'c {_HOSTILE}',
+          [
+            f'd {_HOSTILE}',
+            sections.Table(
+              [f'e {_HOSTILE}', 'x'],
+              [[f'f {_HOSTILE}', sections.Shown(f'g {_HOSTILE}', '\u202eh')]],
+            ),
+            sections.Bullets([f'i {_HOSTILE}']),
+            sections.LeftOut(f'j {_HOSTILE}', f'k {_HOSTILE}'),
+            sections.Code(f'l {_HOSTILE}\x1b[31m'),
+          ],
+        )
+      ],
+      tiles=[
+        {'kind': '', 'figure': '1', 'what': f'm {_HOSTILE}', 'doubt': 'n'}
+      ],
+    )
+  )
+  assert [tag for tag, _ in found.tags].count('script') == 1
+  assert not any('onerror' in attributes for _, attributes in found.tags)
+  for letter in 'abcdefgijklm':
+    assert f'{letter} {_HOSTILE}' in found.text
+  # Marks that reorder or control what is shown are seen as such.
+  assert '\u202e' not in found.text and '\x1b' not in found.text
+  assert '\ufffdh' in found.text
+
+
+def test_models_and_use_cases_stay_text():
+  row = rows()[0]
+  hostile = dataclasses.replace(
+    row,
+    category=f'case {_HOSTILE}',
+    prompt=f'prompt {_HOSTILE}',
+    answers={'sft': row.answers['sft'], _HOSTILE: row.answers['ppo_ptx']},
+  )
+  figures = test_evals_report._minimal(
+    title=f'title {_HOSTILE}',
+    judge=f'judge {_HOSTILE}',
+    score_name=f'unit {_HOSTILE}',
+    commit=f'commit {_HOSTILE}',
+    alarms=[f'alarm {_HOSTILE}'],
+    extra={f'extra {_HOSTILE}': {'a': 1}},
+    more_samples=[hostile],
+  )
+  found = Elements(html_report.make_html(figures, {}))
+  assert [tag for tag, _ in found.tags].count('script') == 1
+  assert not any('onerror' in attributes for _, attributes in found.tags)
+  for name in ('case', 'prompt', 'title', 'judge', 'unit', 'alarm', 'extra'):
+    assert f'{name} {_HOSTILE}' in found.text
+  assert ('article', f'case {_HOSTILE}') in [
+    (tag, attributes.get('data-category')) for tag, attributes in found.tags
+  ]
+
+
 def test_nothing_points_outside(page):
   found = Elements(page)
   for _, attributes in found.tags:
     for name in ('src', 'href'):
       if name in attributes:
-        assert attributes[name].startswith('data:')
+        assert attributes[name].startswith(('data:', '#'))
   assert 'http://' not in page and 'https://' not in page
-  assert "default-src 'none'" in page
+  (policy,) = [
+    attributes['content']
+    for _, attributes in found.tags
+    if attributes.get('http-equiv') == 'Content-Security-Policy'
+  ]
+  assert "default-src 'none'" in policy and 'unsafe-inline' not in policy
   assert '@import' not in page and 'url(' not in page
+
+
+def test_links_lead_to_something(page, crowded_page):
+  twice = html_report.make_page(
+    'title', [], [sections.Section('Run', ['a']), sections.Section('Run', [])]
+  )
+  for text in (page, crowded_page, twice):
+    found = Elements(text)
+    ids = [
+      attributes['id'] for _, attributes in found.tags if 'id' in attributes
+    ]
+    assert len(ids) == len(set(ids))
+    links = [
+      attributes['href'][1:] for tag, attributes in found.tags if tag == 'a'
+    ]
+    assert links and set(links) <= set(ids)
 
 
 def test_figures_and_doubts_are_there(page):
@@ -92,9 +222,22 @@ def test_figures_and_doubts_are_there(page):
   figures = test_evals_report._full()
   for name, rate in figures.win_rate.items():
     if name != 'sft':
-      assert f'{rate.rate:.0%}' in text
+      assert f'{100 * rate.rate:.0f}\u00a0%' in text
+      assert f'to {100 * rate.high:.1f}\u00a0%' in text
   assert figures.judge in text
-  assert page.count('data:image/png;base64,') >= 5
+  assert page.count('data:image/png;base64,') == len(test_evals_report._PLOTS)
+  # What report.md says, the page says too.
+  assert 'Further figures' in text and 'realised' in text
+  for row in figures.metadata.values():
+    for share in row.values():
+      assert f'[{share.low:.3f}, {share.high:.3f}]' in text
+
+
+def test_plots_have_their_size_so_that_nothing_jumps(page):
+  for tag, attributes in Elements(page).tags:
+    if tag == 'img':
+      assert attributes['alt'] and int(attributes['width']) == 560
+      assert int(attributes['height']) > 150
 
 
 # --- In a browser -------------------------------------------------------------
@@ -102,90 +245,256 @@ def test_figures_and_doubts_are_there(page):
 
 @pytest.fixture(scope='module')
 def browser():
-  names = ('chromium', 'chromium-browser', 'google-chrome')
-  found = [path for path in map(shutil.which, names) if path]
-  if not found and os.path.exists('/usr/bin/chromium'):
-    found = ['/usr/bin/chromium']
-  if not found:
-    pytest.skip('no Chromium on this machine')
-  return found[0]
-
-
-def open_in(browser, page, folder, fragment):
-  """Opens a page at a hash; gives (document after scripts, log, net log)."""
-  (folder / 'report.html').write_text(page)
-  done = subprocess.run(
-    [
-      browser,
-      '--headless',
-      '--no-sandbox',
-      '--disable-gpu',
-      '--disable-background-networking',
-      '--disable-component-update',
-      '--no-first-run',
-      f'--user-data-dir={folder}/profile',
-      f'--log-net-log={folder}/net.json',
-      '--enable-logging=stderr',
-      '--virtual-time-budget=2000',
-      '--dump-dom',
-      f'file://{folder}/report.html#{fragment}',
-    ],
-    capture_output=True,
-    text=True,
-    timeout=180,
-  )
-  return done.stdout, done.stderr, (folder / 'net.json').read_text()
-
-
-def requests_of_page(net):
-  """Addresses asked for by the page; the browser's own have no origin."""
-  found = set()
-  for line in net.splitlines():
-    if '"initiator":' in line:  # One event a line.
-      event = json.loads(line.rstrip(',]}') + '}')['params']
-      found.add((event['initiator'], event['url']))
-  return {
-    url
-    for origin, url in found
-    if origin != 'not an origin' and url.startswith('http')
-  }
+  sync_api = pytest.importorskip('playwright.sync_api')
+  path = shutil.which('chromium') or '/usr/bin/chromium'
+  if not os.path.exists(path):
+    pytest.skip('no chromium: apt install chromium')
+  with sync_api.sync_playwright() as playwright:
+    found = playwright.chromium.launch(
+      executable_path=path, args=['--no-sandbox']
+    )
+    yield found
+    found.close()
 
 
 @pytest.fixture
-def open_page(browser, page, tmp_path):
-  return functools.partial(open_in, browser, page, tmp_path)
+def open_page(browser, tmp_path):
+  """(page's text, fragment, options of the context) -> page, with `complaints`
+  and `requests` as they come."""
+  contexts = []
+
+  def open_it(text, fragment='', **options):
+    (tmp_path / 'report.html').write_text(text)
+    contexts.append(browser.new_context(**options))
+    found = contexts[-1].new_page()
+    found.complaints, found.requests = [], []
+    found.on('console', lambda told: found.complaints.append(told.text))
+    found.on('pageerror', lambda error: found.complaints.append(str(error)))
+    found.on('request', lambda asked: found.requests.append(asked.url))
+    found.goto(f'file://{tmp_path}/report.html#{fragment}')
+    return found
+
+  yield open_it
+  for context in contexts:
+    context.close()
 
 
-def visible(document):
-  """Numbers of the sample rows in the order and with the filters shown."""
-  body = document.split('id="samples"')[1].split('</table>')[0]
-  found = []
-  for attributes in re.findall(r'<tr ([^>]*data-number[^>]*)>', body):
-    if 'hidden' not in attributes:
-      found.append(int(re.search(r'data-number="(\d+)"', attributes)[1]))
-  return found
+def visible(opened):
+  """Numbers of the prompts that are shown, in their order."""
+  return [
+    int(row.get_attribute('data-number'))
+    for row in opened.locator('#samples article').all()
+    if row.is_visible()
+  ]
 
 
-def test_a_browser_shows_it_without_errors_or_requests(open_page):
-  document, log, net = open_page('')
-  assert visible(document) == [0, 1, 2, 3, 4, 5, 6]
-  assert '7 of 7 prompts' in document
-  assert 'CONSOLE' not in log, log[-2000:]
-  assert 'owned' not in document.split('</title>')[0]
-  assert not requests_of_page(net)
+def asked_outside(opened):
+  return [
+    url for url in opened.requests if not url.startswith(('file:', 'data:'))
+  ]
 
 
-def test_requests_of_a_page_are_seen(browser, tmp_path):
+def test_a_browser_shows_it_without_errors_or_requests(page, open_page):
+  opened = open_page(page)
+  assert visible(opened) == [0, 1, 2, 3, 4, 5, 6]
+  assert '7 of 7 prompts' in opened.locator('#shown').inner_text()
+  assert opened.complaints == []
+  assert opened.title() == 'A run'
+  assert not asked_outside(opened)
+
+
+def test_requests_and_complaints_of_a_page_are_seen(open_page):
   """The check above must be able to fail."""
-  asking = '<img src="http://example.invalid/a.png">'
-  _, _, net = open_in(browser, asking, tmp_path, '')
-  assert requests_of_page(net) == {'http://example.invalid/a.png'}
+  opened = open_page(
+    '<img src="http://example.invalid/a.png"><script>throw 1</script>'
+  )
+  assert asked_outside(opened) == ['http://example.invalid/a.png']
+  assert opened.complaints
 
 
-def test_filters_and_order_come_from_the_address(open_page):
-  document, _, _ = open_page('category=chat&order=gain')
+def test_filters_and_order_come_from_the_address(page, open_page):
   # By falling gain of the last model over SFT: scores are i / 10.
-  assert visible(document) == [6, 5, 3, 1]
-  assert '4 of 7 prompts' in document
-  document, _, _ = open_page('search=ANSWER%204')
-  assert visible(document) == [4]
+  opened = open_page(page, 'category=chat&order=gain')
+  assert visible(opened) == [6, 5, 3, 1]
+  assert '4 of 7 prompts' in opened.locator('#shown').inner_text()
+  assert visible(open_page(page, 'search=ANSWER%204')) == [4]
+
+
+def test_models_can_be_hidden_and_more_prompts_shown(crowded_page, open_page):
+  opened = open_page(crowded_page)
+  assert len(visible(opened)) == 30
+  opened.get_by_role('button', name='Show more').click()
+  assert len(visible(opened)) == 40
+  opened.get_by_text('models', exact=True).click()
+  # A name with quotes and marks is one like any other.
+  name = '"quoted" <b>name</b>'
+  shown = opened.locator('#samples article').first.locator('.answer:visible')
+  assert shown.count() == 10
+  opened.get_by_label(name).uncheck()
+  assert shown.count() == 9
+  assert name not in opened.locator('#samples').inner_text()
+
+
+@pytest.mark.parametrize('options', [PHONE, DESKTOP], ids=['phone', 'desktop'])
+@pytest.mark.parametrize('which', ['page', 'crowded_page'])
+def test_nothing_is_wider_than_the_screen(which, options, request, open_page):
+  opened = open_page(request.getfixturevalue(which), **options)
+  assert opened.evaluate(
+    'document.documentElement.scrollWidth <='
+    ' document.documentElement.clientWidth'
+  )
+  # And nothing is cut, but for tables, which scroll in their own box.
+  beyond = opened.evaluate(
+    """() => Array.from(document.querySelectorAll(
+      'h1, h2, h3, p, li, img, figure, figcaption, pre, select, .tile, .scroll,'
+      + ' .answer, .text'))
+      .filter(e => e.getBoundingClientRect().right
+        > document.documentElement.clientWidth + 0.5)
+      .map(e => e.outerHTML.slice(0, 100))"""
+  )
+  assert beyond == []
+
+
+def test_words_of_a_table_are_whole(page, crowded_page, open_page):
+  """No head of a row or column breaks within a word that would fit."""
+  for text in (page, crowded_page):
+    opened = open_page(text, **PHONE)
+    broken = opened.evaluate(
+      """() => {
+        const found = [];
+        document.querySelectorAll('th').forEach(cell => {
+          const text = cell.firstChild;
+          if (!text || text.nodeType !== 3) { return; }
+          for (const match of text.data.matchAll(/[^\\s\\/-]+/g)) {
+            if (match[0].length > 15) { continue; }
+            const range = document.createRange();
+            range.setStart(text, match.index);
+            range.setEnd(text, match.index + match[0].length);
+            const tops = new Set(Array.from(range.getClientRects(),
+              box => Math.round(box.top)));
+            if (tops.size > 1) { found.push(match[0]); }
+          }
+        });
+        return found;
+      }"""
+    )
+    assert broken == []
+
+
+def test_a_wide_table_scrolls_in_its_box_and_says_so(crowded_page, open_page):
+  opened = open_page(crowded_page, **PHONE)
+  box = opened.get_by_role('region', name='By use case, table')
+  assert box.evaluate('e => e.scrollWidth > e.clientWidth')
+  hint = box.locator('xpath=preceding-sibling::p')
+  assert hint.is_visible() and 'scrolls sideways' in hint.inner_text()
+  # With the keys, too; the use cases stay where they are.
+  head = box.get_by_role('rowheader', name='brainstorming')
+  before = head.bounding_box()['x']
+  box.focus()
+  opened.keyboard.press('ArrowRight')
+  opened.wait_for_function('e => e.scrollLeft > 0', arg=box.element_handle())
+  assert head.bounding_box()['x'] == before
+  # What fits gives no hint.
+  for narrow in opened.locator('.hint').all():
+    fits = narrow.locator('xpath=following-sibling::div').evaluate(
+      'e => e.scrollWidth <= e.clientWidth'
+    )
+    assert narrow.is_visible() != fits
+
+
+@pytest.mark.parametrize('options', [PHONE, DESKTOP], ids=['phone', 'desktop'])
+@pytest.mark.parametrize('script', [True, False], ids=['script', 'no script'])
+def test_a_plot_can_be_enlarged(page, options, script, open_page):
+  opened = open_page(page, java_script_enabled=script, **options)
+  figure = opened.locator('#plot-metadata')
+  picture = figure.get_by_role('img')
+  small = picture.bounding_box()
+  assert small['x'] >= 0
+  assert small['x'] + small['width'] <= options['viewport']['width']
+  figure.get_by_role('link', name='Enlarge: ').click()
+  large = picture.bounding_box()
+  assert large['width'] >= 1.5 * small['width']
+  close = figure.get_by_role('link', name='Close')
+  assert close.is_visible()
+  if script:
+    opened.keyboard.press('Escape')
+  else:
+    close.click()
+  assert picture.bounding_box()['width'] == small['width']
+  assert not close.is_visible()
+
+
+def test_a_plot_can_be_enlarged_with_the_keys(page, open_page):
+  opened = open_page(page)
+  opened.locator('#plot-rl .open').focus()
+  opened.keyboard.press('Enter')
+  assert opened.locator('#plot-rl .close').is_visible()
+  opened.keyboard.press('Tab')
+  opened.keyboard.press('Enter')
+  assert not opened.locator('#plot-rl .close').is_visible()
+
+
+def test_without_the_script_all_prompts_are_there(page, open_page):
+  opened = open_page(page, java_script_enabled=False)
+  assert len(visible(opened)) == 7
+  assert not opened.locator('.filters').is_visible()
+
+
+def test_long_texts_begin_folded_and_can_be_read(crowded_page, open_page):
+  opened = open_page(crowded_page, **PHONE)
+  long = opened.locator('.answer details.long').first
+  folded = long.bounding_box()['height']
+  long.locator('summary').click()
+  assert long.bounding_box()['height'] > 2 * folded
+  assert long.locator('div.text').inner_text().count('word') == 800
+
+
+def contrast(colours):
+  """Ratio of two '(r, g, b)' by WCAG 2."""
+
+  def luminance(colour):
+    parts = [int(x) / 255 for x in re.findall(r'\d+', colour)[:3]]
+    parts = [
+      x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts
+    ]
+    return sum(
+      a * b for a, b in zip((0.2126, 0.7152, 0.0722), parts, strict=True)
+    )
+
+  a, b = sorted(map(luminance, colours), reverse=True)
+  return (a + 0.05) / (b + 0.05)
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_text_stands_out_from_its_paper(scheme, page, open_page):
+  opened = open_page(page, color_scheme=scheme)
+  for selector, paper in (
+    ('h1', 'body'),
+    ('p.small', 'body'),
+    ('.good b', '.tile'),
+    ('.bad b', '.tile'),
+    ('.tile .small', '.tile'),
+    ('.contents a', 'body'),
+    ('td .small', 'body'),
+    ('.answer h3 span', '.answer'),
+  ):
+    ink = opened.locator(selector).first.evaluate(
+      'e => getComputedStyle(e).color'
+    )
+    ground = opened.locator(paper).first.evaluate(
+      'e => getComputedStyle(e).backgroundColor'
+    )
+    assert contrast((ink, ground)) >= 4.5, (selector, ink, ground)
+
+
+def test_paper_has_no_controls_and_all_texts(crowded_page, open_page):
+  opened = open_page(crowded_page, color_scheme='dark')
+  opened.emulate_media(media='print', color_scheme='dark')
+  opened.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+  for selector in ('.contents', '#search', '.hint', 'figcaption a', '#more'):
+    assert not opened.locator(selector).first.is_visible()
+  assert opened.locator('details.long div.text').first.is_visible()
+  ground = opened.evaluate('getComputedStyle(document.body).backgroundColor')
+  assert ground == 'rgb(255, 255, 255)'
+  # Which prompts are on the paper is said there.
+  assert 'the first 30 shown' in opened.locator('#shown').inner_text()

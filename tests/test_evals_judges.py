@@ -5,7 +5,7 @@ import json
 import pytest
 
 from instruct_jax.data import records
-from instruct_jax.evals import endpoint, judges
+from instruct_jax.evals import endpoint, judges, preferences
 from instruct_jax.evals.samples import Sample
 from instruct_jax.miniature import gold, tasks, world
 from tests.fake_server import Fault, serve
@@ -117,6 +117,57 @@ def test_people_judge_by_their_ranks(tmp_path):
   assert account.judgements == 3 and account.contradictions == 0
   _, account = judges.compare_both_orders(compare, [pair('green', 'red')])
   assert account.unjudged == 1
+
+
+def test_anonymous_rankings_are_judgements_of_their_own(tmp_path):
+  compare, _, names = rankings(
+    tmp_path,
+    ranking('', (1, 2, 3)),
+    ranking('', (2, 1, 3)),
+    ranking('ann', (1, 2, 3)),
+    ranking('ann', (2, 1, 3)),  # She was asked twice.
+  )
+  found, account = judges.compare_both_orders(compare, [pair()])
+  assert [(j.labeler, j.outcome) for j in found] == [
+    ('', 1.0), ('', 0.0), ('ann', 1.0), ('ann', 0.0),
+  ]  # fmt: skip
+  assert account == judges.Account(pairs=1, judgements=4)
+  assert not any(j.contradicts for j in found)
+  assert names == ['ann']
+  # Nobody knows how many people the nameless rankings are.
+  assert preferences.rates(found).by_labeler is None
+
+
+def test_verdicts_of_one_order_alone_are_counted():
+  said = {
+    'red': [
+      judges.Verdict(1.0, 'ann'),
+      judges.Verdict(1.0),
+      judges.Verdict(0.0),
+    ],
+    'the colour red': [judges.Verdict(0.0, 'ann'), judges.Verdict(1.0)],
+  }
+  found, account = judges.ask_both_orders(
+    lambda pairs: [said[p.first.response] for p in pairs], [pair()]
+  )
+  # Ann's meet; which of two nameless verdicts the third belongs to is unknown.
+  assert [j.outcome for j in found] == [1.0, None, None, None]
+  assert account == judges.Account(pairs=1, one_order=3, judgements=1)
+  assert len(judges.compare_both_orders(
+    lambda pairs: [said[p.first.response] for p in pairs], [pair()]
+  )[0]) == 1  # fmt: skip
+
+
+def test_a_text_ranked_twice_is_rated_twice(tmp_path):
+  twice = records.Comparison(
+    'name a colour', ('red', 'no', 'red'), (1, 2, 3), labeler='ann',
+    metadata={'likert': [6, 1, 4]},
+  )  # fmt: skip
+  compare, rate, _ = rankings(tmp_path, twice)
+  found = rate([(PROMPT, answer('x', 'red'))])[0]
+  assert [rating.likert for rating in found] == [6.0, 4.0]
+  # Mean rank 2 against 2: a tie.
+  assert compare([pair('red', 'no')])[0][0].preference == 0.5
 
 
 def test_people_rate(tmp_path):
@@ -248,13 +299,88 @@ def test_a_chat_model_rates(tmp_path):
   assert found == [[judges.Rating(6.0, {'hallucination': False})], []]
 
 
+THINKING = '<think>Is {"better": 1} or {"better": 2} right? {x}</think>'
+
+
+@pytest.mark.parametrize(
+  ('text', 'preference'),
+  [
+    ('{"better": 1}', 1.0),
+    ('Sets {a, b} differ, so: {"better": 2}', 0.0),
+    ('{"better": 2} because {a} is no {b}.', 0.0),
+    ('{"note": {"x": 1}} then {"better": 0}', 0.5),
+    ('{"verdict": {"better": 1}, "why": "{"}', 1.0),
+    ('{"why": "not {\\"better\\": 2}", "better": 1}', 1.0),
+    ('```json\n{"better": 1}\n```\nSo {"better": 1}.', 1.0),
+    ('[{"better": 2}]', 0.0),
+    (f'{THINKING}\n{{"better": 1}}', 1.0),
+    (f'{{"better": 2}}\n{THINKING}', 0.0),
+    (f'{{"better": 2}}\n{THINKING[:-8]}', 0.0),  # Cut within its reasoning.
+    # The opening mark was part of the prompt.
+    ('{"better": 1}? No. </think> {"better": 2}', 0.0),
+    ('I avoid <think> here. {"better": 2}', 0.0),
+    ('<THINK>well</THINK>{"better": 1}', 1.0),
+    ('{"better": null} stands for {"better": 1}', 1.0),
+    ('{' * 5000 + '{"better": 1}', 1.0),
+    ('[' * 100_000 + '{"a":' * 2000 + '{"better": 1}', 1.0),
+  ],
+)
+def test_a_preference_is_found_wherever_it_stands(text, preference):
+  assert judges.read_preference(text) == preference
+
+
 @pytest.mark.parametrize(
   'text',
-  ['', '{}', '{"better": 3}', '{"better": true}', '{"better": "1"}', '[1]'],
-)
+  ['', '{}', '{"better": 3}', '{"better": true}', '{"better": "1"}', '[1]',
+   'better: 1', '{"better": 1} or {"better": 2}', '{"better": 1, "better": 2}',
+   THINKING, '{"better": 1', '{better: 1}', '{"better": NaN}'],
+)  # fmt: skip
 def test_what_is_no_preference(text):
-  with pytest.raises((ValueError, KeyError, TypeError)):
+  with pytest.raises(ValueError):
     judges.read_preference(text)
+
+
+def test_a_rating_is_found_wherever_it_stands():
+  text = '<think>{"overall": 1}</think> {fine} {"overall": 6, "x": 1} {}'
+  assert judges.read_rating(text) == judges.Rating(6.0, {})
+  with pytest.raises(ValueError, match='contradictory'):
+    judges.read_rating('{"overall": 6} {"overall": 5}')
+  with pytest.raises(ValueError, match='"overall" is 8'):
+    judges.read_rating('{"overall": 8}')
+
+
+def test_reasoning_around_the_verdict_reaches_the_judgement(tmp_path):
+  """By HTTP: prose with braces, parts, reasoning; contradictions count."""
+
+  def answer_of(body, number):
+    text = content_of(body)
+    if 'gibberish' in text:
+      return reply('{"better": 1}, or rather {"better": 2}')
+    if text.index('<answer_1>\nred') < 0:
+      raise AssertionError(text)
+    return reply(f'{THINKING} The set {{a}}. {{"better": 1}} Since {{b}}.')
+
+  def parts_of(body, number):
+    return reply([{'type': 'text', 'text': '{"better":'},
+                  {'type': 'text', 'text': ' 1}'}])  # fmt: skip
+
+  pairs = [pair('red', 'red'), pair('gibberish', 'red')]
+  with serve(answer_of) as (url, _):
+    judge = chat_judge(url, tmp_path)
+    found, account = judges.ask_both_orders(judge.compare, pairs)
+  assert account == judges.Account(
+    pairs=2, unparsed=1, judgements=1, contradictions=1
+  )
+  # Every reply is kept with the order that it was about.
+  assert [o.preference for o in found[0].orders] == [1.0, 1.0]
+  assert [o.first for o in found[0].orders] == ['x', 'y']
+  assert found[0].orders[0].raw.endswith('Since {b}.')
+  assert found[1].outcome is None
+  assert {o.preference for o in found[1].orders} == {None}
+  assert 'or rather' in found[1].orders[0].raw
+  with serve(parts_of) as (url, _):
+    judge = chat_judge(url, tmp_path / 'parts')
+    assert judge.compare(pairs[:1]) == [[judges.Verdict(1.0)]]
 
 
 def test_braces_in_answers_reach_the_model_as_they_are(tmp_path):

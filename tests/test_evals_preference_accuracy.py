@@ -105,6 +105,7 @@ def test_agreement_by_hand():
     # One labeler twice, a nameless one, another prompt: nothing counts.
     _ranking('p', 'cid', y=2, x=1),
     _ranking('p', '', x=1, y=2),
+    _ranking('p', '', x=2, y=1),
     _ranking('q', 'ann', x=1, y=2),
     # A tie on one side leaves the pair out.
     _ranking('r', 'ann', x=1, y=1),

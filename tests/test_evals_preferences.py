@@ -1,5 +1,6 @@
 """Rates, length control, ratings and power against hand-made numbers."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -69,6 +70,45 @@ def test_labelers_who_differ_widen_the_interval():
   found = preferences.rates(rows)
   assert found.by_prompt.high - found.by_prompt.low < 0.25
   assert (found.by_labeler.low, found.by_labeler.high) == (0.0, 1.0)
+
+
+def test_nameless_judgements_have_no_interval_by_labeler():
+  rows = [judgement('a', 'x', 'y', 1.0, labeler=n) for n in ('u', 'v', '')]
+  assert preferences.rates(rows).by_labeler is None
+  assert preferences.rates(rows[:2]).by_labeler is not None
+
+
+def shown_twice(prompt, first, swapped):
+  outcome, contradicts = preferences.both_orders(first, swapped)
+  return preferences.Judgement(
+    prompt, '', 'x', 'y', outcome, 0.0, contradicts=contradicts,
+    orders=(preferences.Order('x', first), preferences.Order('y', swapped)),
+  )  # fmt: skip
+
+
+def test_the_first_place_by_hand():
+  # Verdicts for the first place: 1 and 1; 1 and 0; 1 and a tie; 0 and 1.
+  rows = [
+    shown_twice('a', 1.0, 1.0),
+    shown_twice('b', 1.0, 0.0),
+    shown_twice('c', 1.0, 0.5),
+    shown_twice('d', 0.0, 1.0),
+  ]
+  found = preferences.first_place(rows)
+  assert found.rate.mean == (1 + 0.5 + 0.75 + 0.5) / 4
+  assert (found.ties, found.contradictions) == (1 / 8, 1 / 4)
+  assert found.num_verdicts == 8
+  # Whoever is better, a judge that looks at the answers alone has one half.
+  fair = preferences.first_place(
+    [shown_twice(str(i), 1.0, 0.0) for i in range(9)]
+  )
+  assert (fair.rate.low, fair.rate.high) == (0.5, 0.5)
+  assert not fair.is_biased
+  blind = [shown_twice(str(i), 1.0, 1.0) for i in range(9)]
+  assert preferences.first_place(blind).is_biased
+  assert preferences.first_place([judgement('a', 'x', 'y', 1.0)]) is None
+  half = dataclasses.replace(rows[0], outcome=None, orders=rows[0].orders[:1])
+  assert preferences.first_place([half]) is None
 
 
 def test_against_turns_judgements():

@@ -5,7 +5,7 @@ import csv
 import functools
 import gzip
 import json
-import math
+import re
 
 import numpy as np
 import pytest
@@ -161,17 +161,83 @@ def test_bootstrap_interval_against_the_normal_one(tmp_path, rng):
   assert cell['high'] == pytest.approx(values.mean() + half, abs=0.15 * half)
 
 
-def test_wilson_interval():
-  # Both ends solve |p - x| = z sqrt(p (1 - p) / n): what the interval means.
-  for mean, count in [(0.3, 50), (0.9, 10), (0.5, 7)]:
-    for p in released_samples.wilson_interval(mean, count):
-      z = abs(mean - p) / math.sqrt(p * (1 - p) / count)
-      assert z == pytest.approx(1.96, abs=1e-3)
-  assert released_samples.wilson_interval(0.0, 50) == (
-    0.0,
-    pytest.approx(0.0714, abs=1e-3),
+def answers(model, right, count=40):
+  """`count` questions, of which the first `right` are answered."""
+  return [
+    squad_row(model, str(i), 'fox', 'fox' if i < right else 'hen')
+    for i in range(count)
+  ]
+
+
+def best_of(folder, rows):
+  write_rows(folder, 'squadv2', rows)
+  cells = released_samples.score_folder(folder)['cells']
+  return {cell['model']: cell['best'] for cell in cells}
+
+
+def test_the_best_model_is_marked_where_it_is_told_apart(tmp_path):
+  # Right on the same questions and on others: paired, 30 of 40 and 20 of 40
+  # differ by 10 questions, all in one direction; 30 and 29 by one.
+  told = best_of(tmp_path, answers('a', 20) + answers('b', 30))
+  assert told == {'a': False, 'b': True}
+  close = best_of(
+    tmp_path, answers('a', 20) + answers('b', 30) + answers('c', 29)
   )
-  assert released_samples.wilson_interval(1.0, 50)[1] == 1.0
+  assert not any(close.values())
+  # One model is better than none; eight questions are too few; and what was
+  # asked of one alone, of shorter context, is no comparison.
+  assert best_of(tmp_path, answers('a', 20)) == {'a': False}
+  assert not any(
+    best_of(tmp_path, answers('a', 0, 8) + answers('b', 8, 8)).values()
+  )
+  assert not any(
+    best_of(tmp_path, answers('a', 20) + answers('b', 30, 39)).values()
+  )
+
+
+def test_less_toxicity_is_better(tmp_path):
+  rows = [
+    {
+      'model_type': model,
+      'prompt_type': 'basic prompt',
+      'context': str(i),
+      'sample': 'x',
+      'toxicity': repr(level + 0.01 * (i % 3)),
+    }
+    for model, level in (('mild', 0.1), ('rude', 0.6))
+    for i in range(20)
+  ]
+  write_rows(tmp_path, 'real_toxicity', rows)
+  result = released_samples.score_folder(tmp_path)
+  assert only_cell(result['cells'], model='mild')['best']
+  assert not only_cell(result['cells'], model='rude')['best']
+  assert 'toxicity (lower is better)' in released_samples.to_markdown(result)
+
+
+def test_models_of_ones_own_are_a_table_without_the_papers(tmp_path):
+  write_rows(tmp_path, 'squadv2', answers('a|b', 10) + answers('b', 30))
+  text = released_samples.to_markdown(released_samples.score_folder(tmp_path))
+  head, _, row = [line for line in text.split('\n') if line.startswith('|')][:3]
+  assert head == '| task | a&#124;b | b | items |'
+  assert re.fullmatch(
+    r'\| squadv2, zeroshot, F1 \| 25\.0 \[[\d., ]+\] '
+    r'\| \*\*75\.0 \[[\d., ]+\]\*\* \| 40 \|',
+    row,
+  )
+  for absent in ('Table 14', 'paper', 'other scorers', 'correlation'):
+    assert absent not in text.split('## Files')[0].split('\n', 1)[1]
+
+
+def test_reweighted_scores_of_ones_own_models_are_kept(tmp_path):
+  rows = answers('a', 10) + [
+    squad_row('a', f'n{i}', 'Not in background.', 'not in background')
+    for i in range(5)
+  ]
+  write_rows(tmp_path, 'squadv2', rows)
+  text = released_samples.to_markdown(released_samples.score_folder(tmp_path))
+  mixed = text.split("At the benchmark's mix of items")[1]
+  expected = 100 * (0.25 * (1 - 5945 / 11873) + 5945 / 11873)
+  assert f'| squadv2, zeroshot, F1 | {expected:.1f} [' in mixed
 
 
 def truthful_rows(figures_of):

@@ -104,7 +104,10 @@ def _full(**changes):
       'ppo': {'chat': win_rate_lib.WinRate(0.6, 0.4, 0.8, 20)}
     },
     'metadata': {
-      model: {'hallucination': 0.1, 'costs $5 and $6': np.float32(0.5)}
+      model: {
+        'hallucination': interval(0.1, 0.08, 0.12, 100),
+        'costs $5 and $6': interval(0.5, 0.4, 0.6, 100),
+      }
       for model in run_figures.MODELS
     },
     'likert': {
@@ -200,6 +203,8 @@ def test_summary_has_exactly_its_keys(written):
   }
   assert summary['kl'] == {'ppo': 5.5, 'ppo_ptx': 4.5}
   assert summary['metadata']['sft']['costs $5 and $6'] == 0.5
+  labels = summary['extra']['intervals']['metadata']
+  assert labels['sft']['hallucination']['high'] == 0.12
   assert summary['likert']['sft']['mean'] == 4.0
   assert summary['seconds'] == {'sft': 1.5}
   assert (summary['seed'], summary['commit']) == (3, 'abc')
@@ -250,7 +255,8 @@ def test_a_second_report_replaces_the_first(tmp_path):
 
 def test_figures_that_are_not_finite_are_null(tmp_path):
   figures = _minimal(
-    kl={'ppo': float('nan')}, metadata={'sft': {'rude': float('inf')}}
+    kl={'ppo': float('nan')},
+    metadata={'sft': {'rude': win_rate_lib.Interval(math.inf, 0.0, 1.0, 9)}},
   )
   report.write_report(tmp_path, figures)
   summary = json.loads((tmp_path / 'summary.json').read_text())
@@ -342,14 +348,13 @@ def test_plots_survive_short_and_odd_runs():
   figures = _full(
     win_rate={'ppo': win_rate_lib.WinRate(1.0, 1.0, 1.0, 2)},
     judge='a judge with a very long name $x$ ' * 12,
-    metadata={'ppo': {'a label that is long ' * 6: 0.0}},
+    metadata={
+      'ppo': {
+        'a label that is long ' * 6: win_rate_lib.Interval(0.0, 0.0, 0.0, 2)
+      }
+    },
     rl_metrics={'ppo': _rl_rows(0.1)[:1], 'ppo_ptx': []},
     sft_epochs=[run_figures.SftEpoch(1, 2.0)],
     sft_selected_epoch=1,
   )
   assert set(plots.make_plots(figures)) == _PLOTS
-
-
-def test_running_mean_is_centred():
-  # Window 3: ends average two, (0 + 3)/2; the middle three, (0 + 3 + 6)/3.
-  assert plots._running_mean([0, 3, 6], 3) == [1.5, 3.0, 4.5]

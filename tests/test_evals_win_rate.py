@@ -1,10 +1,12 @@
 """Win rates and the clustered bootstrap."""
 
+import math
+
 import numpy as np
 import pytest
 
 from experiments import evaluate
-from instruct_jax.evals import heldout_loss, win_rate
+from instruct_jax.evals import heldout_loss, run_figures, win_rate
 
 
 def test_ties_count_one_half():
@@ -127,6 +129,50 @@ def test_by_category():
   assert rates['qa'].rate == 1.0
   assert rates['qa'].num_prompts == 2
   assert rates['chat'].rate == 0.0
+
+
+def test_wilson_interval():
+  # Both ends solve |p - x| = z sqrt(p (1 - p) / n): what the interval means.
+  for mean, count in [(0.3, 50), (0.9, 10), (0.5, 7)]:
+    for p in win_rate.wilson_interval(mean, count):
+      z = abs(mean - p) / math.sqrt(p * (1 - p) / count)
+      assert z == pytest.approx(1.96, abs=1e-3)
+  assert win_rate.wilson_interval(0.0, 50) == (
+    0.0,
+    pytest.approx(0.0714, abs=1e-3),
+  )
+  assert win_rate.wilson_interval(1.0, 50)[1] == 1.0
+
+
+def test_a_share_that_all_prompts_agree_on_has_an_interval():
+  # 0 of 50 prompts, each asked twice: Wilson's for 50, not the bootstrap's 0.
+  ids = [i // 2 for i in range(100)]
+  share = win_rate.share_interval([0] * 100, ids)
+  assert (share.mean, share.low) == (0, 0)
+  assert share.high == pytest.approx(win_rate.wilson_interval(0.0, 50)[1])
+  mixed = [i % 4 == 0 for i in range(100)]
+  assert win_rate.share_interval(mixed, ids) == win_rate.mean_interval(
+    mixed, ids
+  )
+
+
+def test_labels_of_answers_are_clustered_by_prompt():
+  """Two answers of one prompt are no more than one; None of a label is out."""
+  flags = {
+    model: [
+      {'rude': i % 2 == 0, **({'kind': True} if i < 4 else {})}
+      for i in range(20)
+      for _ in range(5)
+    ]
+    for model in run_figures.MODELS
+  }
+  ids = [f'p{i}' for i in range(20) for _ in range(5)]
+  rates = evaluate.metadata_rates(flags, ids)['ppo']
+  assert rates['rude'].mean == 0.5 and rates['rude'].num_clusters == 20
+  once = win_rate.mean_interval([i % 2 == 0 for i in range(20)], range(20))
+  assert (rates['rude'].low, rates['rude'].high) == (once.low, once.high)
+  assert rates['kind'].mean == 1 and rates['kind'].num_clusters == 4
+  assert rates['kind'].low < 1
 
 
 @pytest.mark.parametrize(

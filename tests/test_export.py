@@ -32,7 +32,7 @@ def test_out_and_back(kind, tmp_path):
   tokenizer.save(tmp_path / 'tokenizer')
   mesh = sharding.make_mesh((1, -1, 1))
   model = artifacts.init(kind, CONFIG, mesh, jax.random.key(0))
-  artifacts.save(tmp_path / 'model', model, tokenizer.fingerprint, {'seed': 0})
+  artifacts.save(tmp_path / 'model', model, tokenizer, {'seed': 0})
   out = tmp_path / 'out'
   export.export(tmp_path / 'model', tmp_path / 'tokenizer', out)
 
@@ -47,8 +47,7 @@ def test_out_and_back(kind, tmp_path):
       name,
       kind,
       mesh,
-      again.fingerprint,
-      vocab_size=again.vocab_size,
+      again,
       dropout=0.1,
     )
     assert loaded.config.dropout == 0.1
@@ -66,5 +65,9 @@ def test_out_and_back(kind, tmp_path):
   assert '"seed": 0' in (out / 'README.md').read_text()
   with pytest.raises(ValueError, match='is no empty folder'):
     export.export(tmp_path / 'model', tmp_path / 'tokenizer', out)
+  larger = tokenizer_lib.train_word_level(list('abcdef'))
+  with pytest.raises(ValueError, match='tokenizer of 7 tokens .* one of 9 '):
+    artifacts.load(out, kind, mesh, larger)
+  (out / 'tokenizer.json').unlink()
   with pytest.raises(ValueError, match='7 embedding rows, .* 9 tokens'):
-    artifacts.load(out, kind, mesh, again.fingerprint, vocab_size=9)
+    artifacts.load(out, kind, mesh, larger)

@@ -111,7 +111,7 @@ def test_folded_reward_model_and_tokenizer_open(tmp_path):
   model = artifacts.init('scalar', config, mesh, jax.random.key(0))
   params = {**model.params, 'head_bias': jnp.float32(-1.25)}
   model = dataclasses.replace(model, params=params)
-  artifacts.save(tmp_path / 'model', model, tokenizer.fingerprint, {})
+  artifacts.save(tmp_path / 'model', model, tokenizer, {})
   out = tmp_path / 'out'
   export.export(
     tmp_path / 'model', tmp_path / 'tokenizer', out, fold_shift=True

@@ -29,9 +29,10 @@ FLOORS = {
   'infra': ('types', 'hub', 'command', 'infra'),
   # 2: models and infra meet in `artifacts` alone; elsewhere the model arrives
   # as an argument. Never each other.
-  'artifacts': ('types', 'hub', 'models', 'infra'),
+  'artifacts': ('types', 'hub', 'models', 'infra', 'data.tokenizer'),
   'export': ('command', 'artifacts', 'data', 'models', 'infra'),
-  'rollout': ('types', *ALGORITHM, 'infra.sharding'),
+  'sampling': ('types',),
+  'rollout': ('types', *ALGORITHM, 'sampling', 'infra.sharding'),
   'ppo': ('types', *ALGORITHM, 'infra.train_state', 'infra.sharding'),
   'supervised': ('types', *ALGORITHM, 'infra.train_state'),
   # Models and sampling meet here for evaluation, and in experiments.
@@ -44,6 +45,7 @@ FLOORS = {
     'infra',
     'artifacts',
     'rollout',
+    'evals.samples',
   ),
   'lm_eval_adapter': (
     'types',
@@ -92,6 +94,7 @@ FLOORS = {
     'ppo',
     'rewards',
     'rollout',
+    'sampling',
     'models.config',
     'experiments.sft',
     'experiments.reward',
@@ -115,7 +118,7 @@ FLOORS = {
     'infra',
     'artifacts',
     'queries',
-    'rollout',
+    'sampling',
     'evals.samples',
   ),
   # 5: finds experiments by name.

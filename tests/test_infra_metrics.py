@@ -40,55 +40,56 @@ def values(step):
   return {'b/loss': np.float32(1) / np.float32(step + 3), 'a': 0.1 * step}
 
 
-def write_all(directory, steps, resume_step=None):
-  with MetricsWriter(directory, resume_step) as writer:
+def write_all(directory, steps, lines=()):
+  with MetricsWriter(directory, lines, len(lines) - 1 if lines else None) as w:
     for step in steps:
-      writer.write(step, values(step))
-      writer.write_timing(step, {'seconds': 1.0})
+      w.write(step, values(step))
+      w.write_timing(step, {'seconds': 1.0})
+    return w.lines
 
 
-def test_resumed_file_equals_uninterrupted(workdir):
+# What may become of a file between a stop and a restart.
+FATES = {
+  'torn': lambda file: file.write_bytes(file.read_bytes()[:-7]),
+  'cut': lambda file: file.write_bytes(file.read_bytes()[:60]),
+  'deleted': lambda file: file.unlink(),
+  'nonsense': lambda file: file.write_text('nonsense\n{}\n'),
+  'whole': lambda file: None,
+}
+
+
+@pytest.mark.parametrize('fate', FATES)
+def test_resumed_file_equals_uninterrupted(workdir, fate):
   write_all(workdir / 'whole', range(6))
-  write_all(workdir / 'cut', range(5))
+  lines = write_all(workdir / 'cut', range(5))
   file = workdir / 'cut' / metrics.METRICS_FILE
-  # Killed in the middle of a line; the checkpoint is of step 2.
-  file.write_bytes(file.read_bytes()[:-7])
-  write_all(workdir / 'cut', range(3, 6), resume_step=2)
-  assert (
-    file.read_bytes() == (workdir / 'whole' / metrics.METRICS_FILE).read_bytes()
+  FATES[fate](file)
+  # The checkpoint is of step 2, and its lines have been JSON in between.
+  lines = json.loads(json.dumps(lines[:3]))
+  assert write_all(workdir / 'cut', range(3, 6), lines) == (
+    metrics.read_lines(file)
   )
+  whole = (workdir / 'whole' / metrics.METRICS_FILE).read_bytes()
+  assert file.read_bytes() == whole
   # A fresh start forgets what was there.
   write_all(workdir / 'cut', range(6))
-  assert (
-    file.read_bytes() == (workdir / 'whole' / metrics.METRICS_FILE).read_bytes()
-  )
+  assert file.read_bytes() == whole
   # Timing keeps the lines of every attempt: 5, 3 and 6.
   timing = metrics.read_lines(workdir / 'cut' / metrics.TIMING_FILE)
   assert [line['step'] for line in timing] == [*range(5), 3, 4, 5, *range(6)]
 
 
-def test_without_appending_the_lines_are_the_same(workdir, monkeypatch):
-  write_all(workdir / 'disk', range(6))
-  monkeypatch.setattr(metrics.run, 'is_remote', lambda path: True)
-  write_all(workdir / 'store', range(5))
-  write_all(workdir / 'store', range(3, 6), resume_step=2)
-  assert (workdir / 'store' / metrics.METRICS_FILE).read_bytes() == (
-    workdir / 'disk' / metrics.METRICS_FILE
-  ).read_bytes()
-  assert len(metrics.read_lines(workdir / 'store' / metrics.TIMING_FILE)) == 8
-  assert not (workdir / 'store' / 'tensorboard').exists()
-
-
 def test_lines_are_strict_json(workdir):
-  with MetricsWriter(workdir, None) as writer:
-    writer.write(1, {'z': math.nan, 'a': 0.5, 'i': jnp.inf})
+  with MetricsWriter(workdir) as writer:
+    line = writer.write(1, {'z': math.nan, 'a': 0.5, 'i': jnp.inf})
     text = (workdir / metrics.METRICS_FILE).read_text()
   assert text == '{"step": 1, "a": 0.5, "i": null, "z": null}\n'
-  json.loads(text)
+  # Who goes on computes with what a resumed run would read.
+  assert json.loads(text) == line == writer.lines[0]
 
 
 def test_lines_on_disk_before_close(workdir):
-  writer = MetricsWriter(workdir, None)
+  writer = MetricsWriter(workdir)
   writer.write(1, {'a': 1.0})
   assert metrics.read_lines(workdir / metrics.METRICS_FILE) == [
     {'step': 1, 'a': 1.0}
@@ -116,11 +117,15 @@ def test_tensorboard_events_hold_the_values(workdir):
   assert found[1, 'seconds'] == 1.0
 
 
-def test_broken_line_in_the_middle_is_named(workdir):
-  path = workdir / metrics.METRICS_FILE
+def test_broken_timing_is_named_and_may_be_deleted(workdir):
+  path = workdir / metrics.TIMING_FILE
   path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
-  with pytest.raises(ValueError, match=r'metrics.jsonl:2 is not JSON'):
-    MetricsWriter(workdir, 1)
+  with pytest.raises(
+    ValueError, match=r'timing.jsonl:2 is not JSON.*delete it, and the same'
+  ):
+    MetricsWriter(workdir)
+  path.unlink()
+  write_all(workdir, range(2))
 
 
 def test_other_processes_write_nothing(workdir, monkeypatch):

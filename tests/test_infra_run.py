@@ -151,6 +151,18 @@ def test_progress_prints_plain_lines(monkeypatch, capsys):
   assert len(lines) == 5
 
 
+def test_progress_leaves_what_was_skipped_out_of_its_rate(monkeypatch, capsys):
+  clock = Clock()
+  monkeypatch.setattr(run, 'time', clock)
+  with Progress('suite', total=100, unit='items') as progress:
+    progress.skip(60)
+    clock.now += 10
+    progress.update(20)
+  first = capsys.readouterr().err.splitlines()[0]
+  # 20 in 10 s, not 80; the other 20 take as long.
+  assert first == 'suite: 80/100 (80 %), 2 items/s, 0:10 left'
+
+
 def test_progress_of_nothing(capsys):
   Progress('sft', total=5).close()
   assert 'sft: 0/5 (0 %)' in capsys.readouterr().err
@@ -163,7 +175,8 @@ def test_progress_bar_on_a_terminal(monkeypatch):
 
   terminal = Terminal()
   monkeypatch.setattr(sys, 'stderr', terminal)
-  with Progress('ppo', total=3) as progress:
+  with Progress('ppo', total=4, unit='items') as progress:
+    progress.skip(1)
     for _ in range(3):
       progress.update(text='kl 0.1')
   assert 'ppo: 100%' in terminal.getvalue()

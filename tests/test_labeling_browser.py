@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
   CHROMIUM is None, reason='no chromium: apt install chromium'
 )
 DESKTOP = {'width': 1280, 'height': 900}
-PHONE = {'width': 390, 'height': 844}
+PHONE = {'width': 375, 'height': 812}
 
 
 class LiveSite:

@@ -1,5 +1,6 @@
 """The labeling site's command line, in processes of its own."""
 
+import gzip
 import pathlib
 import re
 import subprocess
@@ -65,15 +66,17 @@ def test_a_newcomer_ranks_within_a_few_clicks(tmp_path):
   try:
     admin, labeler = re.findall(r'http://\S+/join/\S+', printed)
     with httpx2.Client(follow_redirects=True) as browser:
-      assert 'Sign in' in browser.get(labeler).text
-      page = browser.post(labeler).text
+      page = browser.get(labeler).text
+      assert 'Sign in' in page
+      page = browser.post(labeler, data=people.joining_fields(page)).text
       csrf = re.search(r'name="csrf" value="([^"]+)"', page).group(1)
       page = browser.post(
         admin.split('/join')[0] + '/next', data={'csrf': csrf}
       ).text
       assert 'Rank outputs' in page
     with httpx2.Client(follow_redirects=True) as browser:
-      assert 'Progress' in browser.post(admin).text
+      fields = people.joining_fields(browser.get(admin).text)
+      assert 'Progress' in browser.post(admin, data=fields).text
     # What was said at the start is not in the database.
     assert once(workdir, f'--backup={tmp_path}/b.gz').returncode == 0
   finally:
@@ -88,7 +91,26 @@ def test_a_newcomer_ranks_within_a_few_clicks(tmp_path):
   assert '/join/' not in printed  # The link is the first start's.
   assert '/join/' in once(workdir, '--admin_link').stdout
 
+  again = once(workdir, f'--backup={tmp_path}/b')
+  assert again.returncode == 1 and 'b.gz exists' in again.stderr
+  assert (
+    f'written to {tmp_path}/c.gz'
+    in once(workdir, f'--backup={tmp_path}/c').stdout
+  )
+  assert (tmp_path / 'c.gz').exists() and not (tmp_path / 'c').exists()
+
   other = tmp_path / 'other'
+  # A damaged and a newer back-up are one line each, and leave nothing.
+  header, rest = gzip.decompress((tmp_path / 'b.gz').read_bytes()).split(
+    b'\n', 1
+  )
+  newer = header.replace(b'"0001"', b'"0099"')
+  (tmp_path / 'newer.gz').write_bytes(gzip.compress(newer + b'\n' + rest))
+  (tmp_path / 'cut.gz').write_bytes((tmp_path / 'b.gz').read_bytes()[:-50])
+  for name, words in (('cut', 'damaged'), ('newer', 'up to 0001')):
+    bad = once(other, f'--restore={tmp_path}/{name}.gz')
+    assert bad.returncode == 1 and words in bad.stderr
+    assert bad.stderr.startswith('error: ') and bad.stderr.count('\n') == 1
   assert 'rows restored' in once(other, f'--restore={tmp_path}/b.gz').stdout
   again = once(other, f'--restore={tmp_path}/b.gz')
   assert again.returncode == 1 and 'not empty' in again.stderr
@@ -101,6 +123,20 @@ def test_a_newcomer_ranks_within_a_few_clicks(tmp_path):
   assert '1 tasks imported' in once(other, f'--import_file={lines}').stdout
   assert once(other, f'--export={tmp_path}/out').returncode == 0
   assert (tmp_path / 'out/statistics.json').exists()
+
+
+def test_what_cannot_be_done_makes_nothing(tmp_path):
+  missing = tmp_path / 'typo'
+  for flags, words in (
+    ([f'--backup={tmp_path}/b.gz'], 'no such file; give the --workdir'),
+    ([f'--export={tmp_path}/out'], 'no such file; give the --workdir'),
+    (['--demo', f'--backup={tmp_path}/b.gz'], 'give one of them at a time'),
+    (['--config.database=odd://x'], 'error: the database'),
+  ):
+    found = once(missing, *flags)
+    assert found.returncode == 1 and words in found.stderr, found.stderr
+    assert found.stderr.count('\n') == 1
+  assert not (tmp_path / 'b.gz').exists() and not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize(

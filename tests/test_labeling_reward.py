@@ -70,7 +70,7 @@ def make_config(exported, workdir, folds):
   mesh = sharding.make_mesh((1, -1, 1))
   with sharding.use_mesh(mesh):
     model = artifacts.init('policy', shape, mesh, jax.random.key(0))
-    artifacts.save(workdir / 'sft', model, tokens.fingerprint, {})
+    artifacts.save(workdir / 'sft', model, tokens, {})
   config.tokenizer = str(workdir / 'tokenizer')
   config.init = str(workdir / 'sft')
   config.data.comparisons = str(exported)

@@ -10,7 +10,7 @@ pytest.importorskip('sqlalchemy')
 
 import sqlalchemy as sa
 
-from instruct_jax.data import records
+from instruct_jax.data import labels, records
 from instruct_jax.labeling import answers, research, schema, store, web
 from tests import labeling_people as people
 
@@ -235,6 +235,183 @@ def test_who_works_on_a_task_keeps_it(site):
   assert ben.claim() is None
 
 
+# --- After the time limit -----------------------------------------------------
+
+
+def state_of(site, task):
+  """(state, reason, holders of the task's counted slots)."""
+  with site.store.read() as c:
+    row = c.execute(
+      sa.select(schema.assignments).where(schema.assignments.c.id == task)
+    ).one()
+    holders = c.scalars(
+      sa.select(schema.slots.c.holder).where(
+        schema.slots.c.task_id == row.task_id, schema.slots.c.number > 0
+      )
+    ).all()
+  return row.state, row.reason, holders
+
+
+def act(person, task, action):
+  """Does one thing to a task whose pages are filled; returns the reply."""
+  if action == 'skip':
+    return person.post(f'/task/{task}/skip', reason='The task is unclear')
+  if action == 'flag':
+    return person.post(f'/task/{task}/flag', text='odd')
+  if action == 'submit':
+    return person.fill(task, 5, **{f'rank{i}': i + 1 for i in range(4)})[0]
+  return person.fill(task, 1, action=action, overall=3)[0]
+
+
+@pytest.mark.parametrize('who', ['free', 'taken', 'released unseen'])
+@pytest.mark.parametrize(
+  'action', ['skip', 'flag', 'submit', 'next', 'draft', 'autosave']
+)
+def test_whatever_is_done_after_the_time_limit_is_kept(site, who, action):
+  site.load(people.ranking_items(2))
+  anna, ben = site.person('anna'), site.person('ben')
+  task = anna.claim()
+  for step in range(5):
+    anna.fill(task, step)
+  site.clock.now += 120 * 60 + 1
+  if who == 'free':
+    assert site.store.release_expired() == 1
+  elif who == 'taken':
+    task_of_ben = ben.claim()
+    assert state_of(site, task) == ('expired', '', [ben.id])
+  reply = act(anna, task, action)
+  state, reason, holders = state_of(site, task)
+  taken = who == 'taken'
+  # Whose task it is now does not change by what Anna does.
+  if action == 'skip':
+    assert (reply.status_code, state) == (303, 'skipped')
+    assert reason == 'The task is unclear'
+    assert holders == [ben.id if taken else None]
+  elif action == 'flag':
+    assert reply.status_code == 303
+    assert state == ('open' if who == 'released unseen' else 'expired')
+    assert 'odd' in site.admin.get('/admin').text
+  elif action == 'submit':
+    assert (reply.status_code, state) == (
+      (409, 'expired') if taken else (303, 'submitted')
+    )
+    assert len(site.rows()) == (not taken)
+    assert holders == [ben.id if taken else anna.id]
+  else:
+    assert state == ('expired' if taken else 'open')
+    assert holders == [ben.id if taken else anna.id]
+    wanted = {'next': 303, 'draft': 303, 'autosave': 202 if taken else 204}
+    assert reply.status_code == wanted[action]
+  work = site.store.work(task, anna.id)
+  assert work['draft']['prompt']  # What was written before is there.
+  if action in ('next', 'draft', 'autosave'):
+    place = f'output{work["order"][0]}'
+    assert work['draft'][place]['overall'] == '3'
+  # Another task is offered to Anna after a skip; Ben's work counts.
+  again = anna.claim()
+  assert (again == task) == (
+    action != 'skip' and not taken and action != 'submit'
+  )
+  if action == 'skip':
+    assert state_of(site, task)[:2] == ('skipped', 'The task is unclear')
+    page = anna.get('/?label=1').text
+    assert '<dt>Skipped</dt><dd>1</dd>' in page
+    assert 'The task is unclear: 1' in site.admin.get('/admin').text
+  if taken:
+    assert ben.rank(task_of_ben, people.rank_of)[0].status_code == 303
+
+
+def test_a_skip_sent_again_changes_nothing_and_a_new_reason_counts(site):
+  site.load(people.ranking_items(1))
+  anna, ben = site.person('anna'), site.person('ben')
+  task = anna.claim()
+  for reason in ('Other', 'Other', 'The task is unclear'):
+    reply = anna.post(f'/task/{task}/skip', reason=reason)
+    assert reply.status_code == 303
+  assert state_of(site, task)[:2] == ('skipped', 'The task is unclear')
+  page = site.admin.get('/admin/audit').text
+  assert page.count('<td>skip</td>') == 2
+  # Skipped is for good: later pages are refused, with what was written in them.
+  reply, _ = anna.fill(task, 1, notes='late')
+  assert reply.status_code == 409 and 'late</textarea>' in reply.text
+  mine = ben.claim()
+  assert ben.rank(mine, people.rank_of)[0].status_code == 303
+  assert ben.post(f'/task/{mine}/skip', reason='Other').status_code == 409
+
+
+def test_a_draft_is_not_lost_to_sight(site):
+  """Begun tasks are listed and offered first, when they are free."""
+  site.load(people.ranking_items(3))
+  anna, ben = site.person('anna'), site.person('ben')
+  ben.rank(ben.claim(), people.rank_of)  # Anna's is not the first task.
+  task = anna.claim()
+  anna.fill(task, 0)
+  ben.claim()
+  site.clock.now += 120 * 60 + 1
+  assert site.store.release_expired() == 2
+  page = anna.get('/?label=1').text
+  assert 'not finished in time' in page
+  assert f'/task/{task}/0' in page
+  assert 'The time of this task is over' in anna.get(f'/task/{task}/1').text
+  assert ben.claim() not in (None, task)  # His own, which he had begun.
+  assert anna.claim() == task
+  assert 'The time of this task' not in anna.get(f'/task/{task}/1').text
+
+
+def test_one_task_at_a_time_is_taken_up(site):
+  site.load(people.ranking_items(2))
+  anna, ben = site.person('anna'), site.person('ben')
+  first = anna.claim()
+  anna.fill(first, 0)
+  site.clock.now += 120 * 60 + 1
+  first_of_ben = ben.claim()
+  second = anna.claim()
+  assert second not in (None, first)
+  ben.post(f'/task/{first_of_ben}/skip', reason='Other')
+  anna.fill(first, 1, notes='kept')
+  # The draft is kept, and the task stays free for others.
+  assert state_of(site, first) == ('expired', '', [None])
+  assert anna.claim() == second
+  anna.rank(second, people.rank_of)
+  assert anna.claim() == first
+  assert 'kept</textarea>' in anna.get(f'/task/{first}/1').text
+
+
+def test_a_flag_is_a_sign_of_work(site):
+  site.load(people.ranking_items(1))
+  anna, ben = site.person('anna'), site.person('ben')
+  task = anna.claim()
+  site.clock.now += 110 * 60
+  anna.post(f'/task/{task}/flag', text='odd')
+  site.clock.now += 20 * 60
+  assert ben.claim() is None
+
+
+def test_an_open_task_of_a_closed_batch_is_not_in_the_way(site):
+  site.load(people.ranking_items(1), name='one')
+  site.load(people.ranking_items(1), name='two')
+  anna = site.person('anna')
+  first = anna.claim()
+  anna.fill(first, 0)
+  site.admin.post('/admin/batches/1', closed='1')
+  assert 'Next task' in anna.get('/?label=1').text
+  second = anna.claim()
+  assert second not in (None, first)
+  site.admin.post('/admin/batches/1', closed='0')
+  for task in (first, second):
+    assert anna.rank(task, people.rank_of)[0].status_code == 303
+
+
+def test_who_is_suspended_gets_no_task(site):
+  """The account as it was when the page was asked for may be out of date."""
+  site.load(people.ranking_items(1))
+  anna = site.person('anna')
+  account = site.store.session(anna.client.cookies['labeling'])
+  site.store.set_status(anna.id, 'suspended', by=site.admin.id)
+  with pytest.raises(store.StoreError, match='suspended'):
+    site.store.claim(account)
+
+
 def test_a_draft_and_an_answer_can_be_taken_up_again(site):
   site.load(people.ranking_items(1))
   anna = site.person('anna')
@@ -385,9 +562,9 @@ def test_screening_answers_are_not_exported(site, tmp_path):
 
 def test_pair_counts_by_hand():
   # Pairs: 01 both order alike; 02 alike; 12 tied by the second.
-  assert research.pair_counts([1, 2, 3], [1, 2, 2]) == (2, 2)
+  assert labels.pair_counts([1, 2, 3], [1, 2, 2]) == (2, 2)
   # 01 against, 02 alike, 12 alike.
-  assert research.pair_counts([1, 2, 3], [2, 1, 3]) == (2, 3)
+  assert labels.pair_counts([1, 2, 3], [2, 1, 3]) == (2, 3)
 
 
 def test_agreement_and_disagreements(site):
@@ -570,11 +747,98 @@ def test_invitation_links_work_once_and_expire(site):
   person.join(token)
   other = people.Person(site, account_id)
   assert other.get(f'/join/{token}').status_code == 410
-  assert other.client.post(f'/join/{token}').status_code == 410
   older, newer = site.store.invite(account_id), site.store.invite(account_id)
-  assert other.client.post(f'/join/{older}').status_code == 410
+  fields = people.joining_fields(other.get(f'/join/{newer}').text)
+  for used in (token, older):
+    reply = other.client.post(f'/join/{used}', data=fields)
+    assert reply.status_code == 410
   site.clock.now += 7 * 86400 + 1
-  assert other.client.post(f'/join/{newer}').status_code == 410
+  reply = other.client.post(f'/join/{newer}', data=fields)
+  assert reply.status_code == 410
+
+
+CROSS_SITE = [
+  {'origin': 'https://evil.example'},
+  {'origin': 'null'},
+  {'origin': 'http://['},
+  {'origin': 'http://evil.site.example'},
+  {'sec-fetch-site': 'cross-site'},
+  {'sec-fetch-site': 'same-site'},
+  {'origin': 'http://site.example', 'sec-fetch-site': 'cross-site'},
+]
+
+
+def test_another_site_cannot_post_a_form(site):
+  """Neither to sign a visitor in, nor for who is signed in."""
+  site.load(people.ranking_items(1))
+  account_id = site.store.add_account('anna', 'labeler', 'active')
+  token = site.store.invite(account_id)
+  anna = people.Person(site, account_id)
+  fields = people.joining_fields(anna.get(f'/join/{token}').text)
+
+  def post(path, fields, headers):
+    return anna.client.post(
+      path, data=fields, headers=headers, follow_redirects=False
+    ).status_code
+
+  for headers in CROSS_SITE:
+    assert post(f'/join/{token}', fields, headers) in (400, 403), headers
+    assert 'labeling' not in anna.client.cookies
+  # The link was not used up, and our own page says where it comes from.
+  own = {'origin': 'http://site.example', 'sec-fetch-site': 'same-origin'}
+  assert post(f'/join/{token}', fields, own) == 303
+  for headers in CROSS_SITE:
+    assert post('/next', {'csrf': anna.csrf}, headers) in (400, 403), headers
+  with site.store.read() as c:
+    assert not c.execute(sa.select(schema.assignments)).all()
+  assert post('/next', {'csrf': anna.csrf}, own) == 303
+
+
+def test_signing_in_needs_the_page_of_the_link(site):
+  """Who posts without it, or with a page seen in another browser, stays out."""
+  account_id = site.store.add_account('anna', 'labeler', 'active')
+  token = site.store.invite(account_id)
+  visitor, attacker = people.Person(site, 0), people.Person(site, 0)
+  foreign = people.joining_fields(attacker.get(f'/join/{token}').text)
+  assert set(foreign) == {'joining'}
+  for fields in ({}, foreign, {'joining': ''}):
+    reply = visitor.client.post(f'/join/{token}', data=fields)
+    assert reply.status_code == 403
+    assert 'open your invitation link again' in reply.text
+  visitor.get(f'/join/{token}')
+  for fields in ({}, foreign, {'joining': ''}, {'joining': 'é'}):
+    assert visitor.client.post(f'/join/{token}', data=fields).status_code == 403
+  assert 'labeling' not in visitor.client.cookies
+  # Previews look, by GET or HEAD, as often as they like.
+  assert attacker.client.head(f'/join/{token}').status_code == 200
+  visitor.join(token)
+  assert visitor.get('/instructions/training').status_code == 200
+
+
+def test_a_second_sign_in_ends_the_first(site):
+  site.load(people.ranking_items(1))
+  anna, ben = site.person('anna'), site.person('ben')
+  task = anna.claim()
+  anna.fill(task, 0)
+  token = site.store.invite(anna.id)
+  phone = people.Person(site, anna.id)
+  assert 'on another one, that ends now' in phone.get(f'/join/{token}').text
+  assert anna.get('/instructions/training').status_code == 200  # Only looked.
+  phone.join(token)
+  reply = anna.get('/instructions/training')
+  assert reply.status_code == 401
+  assert 'signed in on another browser since' in reply.text
+  assert 'signed in on another browser since' in anna.get('/').text
+  assert ben.get('/instructions/training').status_code == 200
+  assert phone.claim() == task
+  # Somebody else on the same browser: the session that was there ends, too.
+  old = phone.client.cookies['labeling']
+  page = phone.get(f'/join/{site.store.invite(ben.id)}').text
+  assert 'signed in as anna' in page
+  phone.join(site.store.invite(ben.id))
+  phone.client.cookies.clear()
+  phone.client.cookies.set('labeling', old)
+  assert phone.get('/instructions/training').status_code == 401
 
 
 def test_tokens_are_not_in_the_database(site):
@@ -604,12 +868,18 @@ def test_the_cookie_is_kept_from_scripts(tmp_path):
                        public_url=url)  # fmt: skip
     account_id = site.store.add_account('anna', 'labeler', 'active')
     person = people.Person(site, account_id)
+    token = site.store.invite(account_id)
+    opened = person.client.get(f'/join/{token}')
     reply = person.client.post(
-      f'/join/{site.store.invite(account_id)}', follow_redirects=False
-    )
-    cookie = reply.headers['set-cookie'].lower()
-    assert 'httponly' in cookie and 'samesite=lax' in cookie
-    assert ('secure' in cookie) == secure
+      f'/join/{token}', data=people.joining_fields(opened.text),
+      follow_redirects=False,
+    )  # fmt: skip
+    for answer, name, kind in ((opened, 'joining', 'strict'),
+                               (reply, 'labeling', 'lax')):  # fmt: skip
+      cookie = answer.headers.get_list('set-cookie')[0].lower()
+      assert cookie.startswith(f'{name}=')
+      assert 'httponly' in cookie and f'samesite={kind}' in cookie
+      assert ('secure' in cookie) == secure
 
 
 def test_suspension_takes_effect_at_once(site):
@@ -636,6 +906,51 @@ def test_rate_limit(tmp_path):
   stranger = people.Person(site, 0)
   codes = [stranger.get('/join/x').status_code for _ in range(25)]
   assert 429 in codes
+
+
+REFUSED = {
+  'signed out': (401, 'GET', '/admin', {}),
+  'no such page': (404, 'GET', '/nothing', {}),
+  'no such method': (404, 'DELETE', '/', {}),
+  'another host': (400, 'GET', '/', {'headers': {'host': 'evil'}}),
+  'bad host': (400, 'GET', '/', {'headers': {'host': '['}}),
+  'no file': (404, 'GET', '/static/x', {}),
+  'too big': (413, 'POST', '/join/x', {'content': b'a' * 4_000_001}),
+  'no invitation': (410, 'GET', '/join/x', {}),
+  'cross-site': (403, 'POST', '/join/x', {'headers': CROSS_SITE[0]}),
+}
+REFUSED_IN = {
+  'no token': (403, 'POST', '/next', {}),
+  'not for labelers': (404, 'GET', '/admin', {}),
+  'no such task': (404, 'GET', '/task/99/0', {}),
+  'too big': (413, 'POST', '/next', {'content': b'a' * 4_000_001}),
+}
+
+
+def test_refused_requests_count_towards_the_limit(tmp_path):
+  site = people.Site(
+    f'sqlite:///{tmp_path}/s', tmp_path,
+    requests_per_minute=10, joins_per_minute=10,
+  )  # fmt: skip
+  stranger, anna = people.Person(site, 0), site.person('anna')
+  for person, cases in ((stranger, REFUSED), (anna, REFUSED_IN)):
+    for name, (status, method, path, settings) in cases.items():
+      site.clock.now += 61  # A minute of peace.
+
+      def ask(call=(method, path), person=person, settings=settings):
+        reply = person.client.request(*call, follow_redirects=False, **settings)
+        policy = reply.headers['content-security-policy']
+        assert "default-src 'none'" in policy
+        return reply.status_code
+
+      found = [ask() for _ in range(12)]
+      assert found == [status] * 10 + [429] * 2, name
+      # Who goes on asking stays refused.
+      for _ in range(10):
+        site.clock.now += 20
+        for _ in range(5):
+          ask()
+      assert ask() == 429
 
 
 def test_other_hosts_and_big_bodies_are_refused(site):
@@ -692,6 +1007,86 @@ def test_hostile_texts_are_shown_and_never_run(site, tmp_path):
     tmp_path / 'out/comparisons.jsonl', records.Comparison
   )
   assert list(found.completions) == HOSTILE  # Untouched.
+
+
+# One of each kind: joiner, Khmer vowel, braille blank, variation selectors,
+# Hangul fillers, soft hyphen, tag, format, musical and hieroglyphic blanks, a
+# lone accent, space, control.
+INVISIBLE = [
+  '\u034f', '\u17b4', '\u2800', '\ufe0f', '\U000e0100', '\u3164', '\uffa0',
+  '\u115f', '\u00ad', '\U000e0041', '\u2062', '\u180e', '\U0001d159',
+  '\U00013441', '\u0301', '\u00a0', '\u0085', '\u2029', '\ufff9',
+]  # fmt: skip
+
+
+def test_what_cannot_be_seen_is_no_text(tmp_path):
+  site = people.Site(
+    f'sqlite:///{tmp_path}/s', tmp_path, requests_per_minute=100_000
+  )
+  fields = {'kind': 'demonstration', 'phase': 'training', 'overlap': '1'}
+  line = json.dumps({'prompt': 'W'})
+  for hidden in INVISIBLE:
+    blank = f' {hidden}{hidden}\n'
+    for name in (hidden, f'an{hidden}na'):
+      reply = site.admin.post(
+        '/admin/accounts', name=name, role='labeler', status='active'
+      )
+      # An accent makes a name of another letter, written as one character.
+      assert reply.status_code == (200 if name == 'an\u0301na' else 409), name
+    for name, lines in ((blank, line), ('b', json.dumps({'prompt': blank}))):
+      reply = site.admin.post('/admin/import', name=name, lines=lines, **fields)
+      assert reply.status_code in (409, 422), (name, lines)
+    reply = site.admin.post('/admin/instructions', phase='training', text=blank)
+    assert reply.status_code == 409, blank
+  assert research.progress(site.store) == []
+  number = len(INVISIBLE)
+  site.load([{'prompt': 'W'}] * number, 'demonstration')
+  site.load([{'prompt': 'W', 'style': 'plain'}] * number, 'prompt', 'plain')
+  site.load([{'prompt': 'W', 'style': 'few-shot'}], 'prompt', 'few')
+  anna = site.person('anna')
+  for hidden in INVISIBLE:
+    blank = f' {hidden}{hidden}\n'
+    task = anna.claim()
+    assert anna.post(f'/task/{task}/skip', reason=blank).status_code == 409
+    assert anna.post(f'/task/{task}/flag', text=blank).status_code == 409
+    assert anna.fill(task, 0, response=blank)[0].status_code == 422
+    # The text itself is kept as it was written.
+    assert anna.fill(task, 0, response=f'a{hidden}b')[0].status_code == 303
+    assert site.rows()[-1].content['response'] == f'a{hidden}b'
+  for hidden in INVISIBLE:
+    blank = f' {hidden}{hidden}\n'
+    task = anna.claim()
+    assert anna.fill(task, 0, prompt=blank)[0].status_code == 422
+    reply, _ = anna.fill(task, 0, prompt='Sing.', response=blank)
+    assert reply.status_code == 303
+  task = anna.claim()
+  for hidden in INVISIBLE:
+    pairs = {'query0': 'a', 'response0': 'b', 'query1': 'c'}
+    reply, _ = anna.fill(task, 0, prompt='P', response1=hidden, **pairs)
+    assert reply.status_code == 422, hidden
+
+
+def test_what_cannot_be_seen_is_shown(site):
+  marked = [c for c in INVISIBLE if c not in '\u0301\u00a0']
+  site.load([{'prompt': 'a' + 'b'.join(marked), 'completions': ['x', '']}])
+  anna = site.person('anna')
+  task = anna.claim()
+  page = anna.get(f'/task/{task}/0').text
+  for hidden in marked:
+    assert f'>U+{ord(hidden):04X}<' in page
+    assert hidden not in page
+  # The picture of a symbol is left alone.
+  assert 'U+FE0F' not in web.shown('\u2764\ufe0f 1\ufe0f\u20e3')
+  assert web.shown('x\ufe0f').count('U+FE0F') == 1
+  assert web.shown('\u2764\ufe0f\ufe0f').count('U+FE0F') == 1
+
+
+def test_an_exported_answer_that_cannot_be_seen_is_none(site, tmp_path):
+  site.load([{'prompt': 'W', 'style': 'plain'}], 'prompt')
+  anna = site.person('anna')
+  anna.fill(anna.claim(), 0, prompt='Sing.', response='\u2800\u034f')
+  counts = research.export(site.store, tmp_path / 'out')
+  assert counts == {'prompts': 1}
 
 
 def test_forged_answers_are_refused(site):
@@ -797,6 +1192,58 @@ def test_export_through_the_page(site):
   folder = links[0].split('/')[3]
   for name in ('..%2f..%2fsite.sqlite', '%2e%2e/site.sqlite', 'x.jsonl'):
     assert site.admin.get(f'/admin/export/{folder}/{name}').status_code == 404
+
+
+def test_nothing_of_an_earlier_export_stays(site, tmp_path):
+  out = tmp_path / 'out'
+  site.load(people.ranking_items(4))
+  anna = site.person('anna')
+  anna.rank(anna.claim(), people.rank_of)
+  counts = research.export(site.store, out)
+  split = 'valid' if 'comparisons_valid' in counts else 'train'
+  other = {'valid': 'train', 'train': 'valid'}[split]
+  (out / f'comparisons_{other}.jsonl').write_text('{"old": 1}\n')
+  (out / 'demonstrations.jsonl').write_text('{"old": 1}\n')
+  (out / 'notes.txt').write_text('mine')
+  counts = research.export(site.store, out)
+  assert {path.name for path in out.iterdir()} == {
+    'notes.txt', 'statistics.json', *(f'{name}.jsonl' for name in counts),
+  }  # fmt: skip
+
+
+def test_no_prompt_and_no_user_is_in_two_splits(tmp_path):
+  """Users share prompts here: what hangs together stays together."""
+  site = people.Site(
+    f'sqlite:///{tmp_path}/s', tmp_path, valid_fraction=0.5,
+    requests_per_minute=100_000,
+  )  # fmt: skip
+  items = []
+  for i in range(12):
+    texts = {'completions': ['text 0', 'text 1']}
+    items += [
+      {'prompt': f'alone {i}', **texts},
+      {'prompt': f'shared {i}', 'user': f'a{i}', **texts},
+      {'prompt': f'shared {i}', 'user': f'b{i}', **texts},
+      {'prompt': f'other {i}', 'user': f'b{i}', **texts},
+      {'prompt': f'other {i}', **texts},
+    ]
+  site.load(items)
+  anna = site.person('anna')
+  while (task := anna.claim()) is not None:
+    anna.rank(task, people.rank_of)
+  research.export(site.store, tmp_path / 'out')
+  found = {
+    name: records.read_jsonl(
+      tmp_path / f'out/comparisons_{name}.jsonl', records.Comparison
+    )
+    for name in ('train', 'valid')
+  }
+  assert sum(map(len, found.values())) == 60
+  for part in ('prompt', 'user'):
+    train, valid = ({getattr(c, part) for c in rows} for rows in found.values())
+    assert train & valid - {''} == set(), part
+  # About half: 24 units of either size.
+  assert 10 < len(found['valid']) < 50
 
 
 def test_account_names_are_checked(site):

@@ -4,6 +4,7 @@ Every simulated labeler here speaks HTTP to a server in a process of its own,
 which is killed while they submit.
 """
 
+import gzip
 import json
 import os
 import pathlib
@@ -29,7 +30,7 @@ from alembic import autogenerate
 from alembic.runtime.migration import MigrationContext
 
 from instruct_jax.data import records
-from instruct_jax.labeling import research, schema, store
+from instruct_jax.labeling import answers, research, schema, store
 from tests import labeling_people as people
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -176,13 +177,244 @@ def test_a_sqlite_site_moves_to_postgresql(postgres, tmp_path):
   engine.dispose()
 
 
-def test_restore_refuses_other_files(tmp_path):
-  for name, content in (('a', b'junk'), ('b', b'')):
-    (tmp_path / name).write_bytes(content)
-    engine = store.make_engine(f'sqlite:///{tmp_path}/{name}.sqlite')
-    with pytest.raises(store.StoreError, match='not a back-up'):
-      store.restore(engine, str(tmp_path / name))
-    assert store.revision(engine) is None
+def damaged(good):
+  """Name -> (bytes of a file that is no good back-up, what is said of it)."""
+  lines = gzip.decompress(good).split(b'\n')
+  rows = [i for i, line in enumerate(lines) if line.startswith(b'["accounts"')]
+
+  def changed(number, **values):
+    name, row = json.loads(lines[number])
+    line = json.dumps([name, {**row, **values}]).encode()
+    return pack([*lines[:number], line, *lines[number + 1 :]])
+
+  def pack(some):
+    return gzip.compress(b'\n'.join(some))
+
+  def header(**values):
+    found = {**json.loads(lines[0]), **values}
+    return pack([json.dumps(found).encode(), *lines[1:]])
+
+  last = rows[-1]
+  without = json.dumps(['accounts', {'id': 9, 'name': 'x'}]).encode()
+  unknown = json.dumps(['nothing', {'id': 9}]).encode()
+  middle = len(good) // 2
+  flipped = good[:middle] + bytes([good[middle] ^ 255]) + good[middle + 1 :]
+  return {
+    'no gzip': (b'junk', 'not a back-up of this site'),
+    'empty': (b'', 'not a back-up of this site'),
+    'cut': (good[:-200], 'damaged'),
+    'a changed byte': (flipped, 'damaged'),
+    'another format': (header(format='x'), "its format is 'x'"),
+    'no object': (pack([b'[]']), 'not a back-up of this site'),
+    'rows missing': (pack([*lines[:-3], b'']), 'damaged: holds'),
+    'half a line': (pack([*lines[:-2], lines[-2][:20], b'']), 'is damaged'),
+    'no UTF-8': (pack([*lines[:-2], b'\xff', b'']), 'is damaged'),
+    'no pair': (pack([*lines[:-2], b'7', b'']), 'is damaged'),
+    'no such table': (
+      pack([*lines[:-2], unknown, b'']),
+      f'line {len(lines) - 1} is damaged (no such table)',
+    ),
+    'missing columns': (
+      pack([*lines[:last], without, *lines[last + 1 :]]),
+      f'line {last + 1} is damaged (missing or unknown columns of accounts',
+    ),
+    'a foreign column': (changed(last, more=1), 'accounts: more'),
+    'another type': (changed(last, name=5), 'accounts.name is 5'),
+    'a truth value': (changed(last, id=True), 'accounts.id is True'),
+    'a huge number': (changed(last, id=10**30), f'line {last + 1} is damaged'),
+    'the same twice': (
+      changed(last, id=json.loads(lines[rows[0]])[1]['id']),
+      'is damaged',
+    ),
+    'nobody of that id': (changed(last, id=999), 'is damaged'),
+    'half a character': (changed(last, name='\ud800'), 'is damaged'),
+    'newer': (header(revision='0999'), 'version 0999; this program knows '
+              'versions up to 0001'),
+  }  # fmt: skip
+
+
+def test_a_bad_back_up_leaves_nothing_behind(new_url, tmp_path):
+  """Every kind of damage is one line, and the good file is taken after it."""
+  site = worked_site(new_url(), tmp_path)
+  good = tmp_path / 'good.gz'
+  count = store.backup(site.engine, str(good))
+  before = everything(site.engine)
+  site.engine.dispose()
+  engine = store.make_engine(new_url())
+  path = tmp_path / 'bad.gz'
+  for name, (content, words) in damaged(good.read_bytes()).items():
+    path.write_bytes(content)
+    with pytest.raises(store.StoreError) as caught:
+      store.restore(engine, str(path))
+    said = str(caught.value)
+    assert words in said and '\n' not in said and str(path) in said, name
+    with engine.connect() as connection:
+      assert sa.inspect(connection).get_table_names() == [], name
+  path.unlink()
+  with pytest.raises(store.StoreError, match='no such file'):
+    store.restore(engine, str(path))
+  assert store.restore(engine, str(good)) == count
+  assert everything(engine) == before
+  engine.dispose()
+
+
+def test_other_peoples_tables_are_not_an_empty_database(new_url, tmp_path):
+  site = worked_site(new_url(), tmp_path)
+  store.backup(site.engine, str(tmp_path / 'good.gz'))
+  site.engine.dispose()
+  engine = store.make_engine(new_url())
+  with engine.begin() as connection:
+    connection.exec_driver_sql('CREATE TABLE theirs (id INTEGER)')
+  with pytest.raises(store.StoreError, match='not empty'):
+    store.restore(engine, str(tmp_path / 'good.gz'))
+  with engine.connect() as connection:
+    assert sa.inspect(connection).get_table_names() == ['theirs']
+  engine.dispose()
+
+
+def test_a_back_up_of_before_the_row_count_is_read(tmp_path):
+  site = worked_site(f'sqlite:///{tmp_path}/a.sqlite', tmp_path)
+  path = tmp_path / 'old.gz'
+  count = store.backup(site.engine, str(path))
+  lines = gzip.decompress(path.read_bytes()).split(b'\n')
+  header = json.loads(lines[0])
+  assert header.pop('rows') == count
+  lines[0] = json.dumps(header).encode()
+  path.write_bytes(gzip.compress(b'\n'.join(lines)))
+  engine = store.make_engine(f'sqlite:///{tmp_path}/b.sqlite')
+  assert store.restore(engine, str(path)) == count
+
+
+def test_a_back_up_never_overwrites(tmp_path):
+  site = worked_site(f'sqlite:///{tmp_path}/a.sqlite', tmp_path)
+  assert store.backup_name('x') == store.backup_name('x.gz') == 'x.gz'
+  store.backup(site.engine, str(tmp_path / 'x'))
+  content = (tmp_path / 'x.gz').read_bytes()
+  site.store.add_account('more', 'labeler', 'active')
+  for name in ('x', 'x.gz'):
+    with pytest.raises(store.StoreError, match='x.gz exists'):
+      store.backup(site.engine, str(tmp_path / name))
+  assert (tmp_path / 'x.gz').read_bytes() == content
+  with pytest.raises(store.StoreError, match='cannot be written'):
+    store.backup(site.engine, str(tmp_path / 'x.gz' / 'below'))
+
+
+def test_a_newer_database_is_named(new_url, tmp_path):
+  engine = store.make_engine(new_url())
+  store.migrate(engine)
+  with engine.begin() as connection:
+    connection.exec_driver_sql("UPDATE alembic_version SET version_num='0999'")
+  with pytest.raises(
+    store.StoreError, match='the database has tables of version 0999'
+  ):
+    store.Store(engine, people.make_config()).prepare()
+  engine.dispose()
+
+
+def test_one_account_has_one_task_open_however_often_it_asks(new_url, tmp_path):
+  site = people.Site(new_url(), tmp_path)
+  site.load(people.ranking_items(8, 2))
+  account_id = site.store.add_account('anna', 'labeler', 'active')
+  with site.store.read() as c:
+    account = c.execute(
+      sa.select(schema.accounts).where(schema.accounts.c.id == account_id)
+    ).one()
+  got = in_threads([lambda: site.store.claim(account)] * 8)
+  assert len(set(got)) == 1 and None not in got
+  site.engine.dispose()
+
+
+def test_a_skip_meets_a_submit_of_the_same_task(new_url, tmp_path):
+  """Either the answer or the skip counts, whole, whichever comes first."""
+  site = people.Site(new_url(), tmp_path, requests_per_minute=100_000)
+  number = 6
+  site.load(people.ranking_items(number, 2))
+  anna = site.person('anna')
+  for _ in range(number):
+    task = anna.claim()
+    for step in range(3):
+      anna.fill(task, step)
+    site.clock.now += 121 * 60
+    site.store.release_expired()
+    ranks = {'rank0': '1', 'rank1': '2'}
+
+    def submit(task=task, ranks=ranks):
+      return site.store.submit(task, anna.id, 'ranks', ranks, f'{task:032d}')
+
+    def skip(task=task):
+      return site.store.skip(task, anna.id, 'Other')
+
+    def draft(task=task):
+      return site.store.save_draft(task, anna.id, 'prompt', {'x': 'y'})
+
+    for failure in in_threads(
+      [submit, skip, draft, site.store.release_expired]
+    ):
+      assert not isinstance(failure, Exception) or isinstance(
+        failure, store.StoreError | answers.AnswerError
+      ), failure
+  with site.store.read() as c:
+    for row in c.execute(sa.select(schema.assignments)).all():
+      has_answer = c.scalar(
+        sa.select(sa.func.count())
+        .select_from(schema.answers)
+        .where(schema.answers.c.assignment_id == row.id)
+      )
+      assert row.state in ('submitted', 'skipped')
+      assert has_answer == (row.state == 'submitted')
+      holder = c.scalar(
+        sa.select(schema.slots.c.holder).where(
+          schema.slots.c.task_id == row.task_id
+        )
+      )
+      assert holder == (anna.id if has_answer else None)
+  site.engine.dispose()
+
+
+def test_suspension_does_not_undo_an_answer(new_url, tmp_path):
+  site = people.Site(new_url(), tmp_path, requests_per_minute=100_000)
+  site.load(people.ranking_items(6, 2))
+  for i in range(6):
+    person = site.person(f'labeler{i}')
+    task = person.claim()
+    for step in range(3):
+      person.fill(task, step)
+
+    def submit(task=task, person=person):
+      ranks = {'rank0': '1', 'rank1': '2'}
+      return site.store.submit(task, person.id, 'ranks', ranks, f'{task:032d}')
+
+    def suspend(person=person):
+      return site.store.set_status(person.id, 'suspended', site.admin.id)
+
+    in_threads([submit, suspend])
+  with site.store.read() as c:
+    answered = set(c.scalars(sa.select(schema.answers.c.assignment_id)))
+    for row in c.execute(sa.select(schema.assignments)).all():
+      wanted = 'submitted' if row.id in answered else 'expired'
+      assert row.state == wanted
+  site.engine.dispose()
+
+
+def in_threads(functions):
+  """Calls all at once; what each returned or raised."""
+  found, barrier = [None] * len(functions), threading.Barrier(len(functions))
+
+  def call(place, function):
+    barrier.wait()
+    try:
+      found[place] = function()
+    except Exception as error:
+      found[place] = error
+
+  threads = [
+    threading.Thread(target=call, args=item) for item in enumerate(functions)
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  return found
 
 
 def test_the_whole_work_on_postgresql(postgres, tmp_path):
@@ -213,17 +445,7 @@ def test_many_claim_at_once_and_no_slot_is_given_twice(new_url, tmp_path):
     accounts = c.execute(
       sa.select(schema.accounts).where(schema.accounts.c.id.in_(ids))
     ).all()
-  got, barrier = [], threading.Barrier(len(accounts))
-
-  def claim(account):
-    barrier.wait()
-    got.append(site.store.claim(account))
-
-  threads = [threading.Thread(target=claim, args=(a,)) for a in accounts]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
+  got = in_threads([lambda a=a: site.store.claim(a) for a in accounts])
   assert len(got) == 25
   assert len([task for task in got if task is not None]) == 15
   with site.store.read() as c:

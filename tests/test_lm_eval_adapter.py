@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from instruct_jax import export, lm_eval_adapter  # noqa: E402
 from instruct_jax.data import tokenizer as tokenizer_lib  # noqa: E402
-from tests import test_preferences  # noqa: E402
+from tests import published, test_preferences  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -104,3 +104,96 @@ def test_answers_that_leave_no_room_are_an_error(pair):
   asked = requests('generate_until', [('a', {'max_gen_toks': 64})])
   with pytest.raises(ValueError, match='64 tokens, the model reads 64'):
     ours.generate_until(asked)
+
+
+# --- A published model with a BOS, a template and two stop tokens -------------
+
+
+@pytest.fixture(scope='module')
+def chains(tmp_path_factory):
+  """(ours, theirs, its tokenizer, its folder)."""
+  folder = tmp_path_factory.mktemp('published') / 'model'
+  published.save_byte_tokenizer(folder, template=published.TEMPLATE)
+  tokenizer = tokenizer_lib.Tokenizer.load(folder)
+  four, two, x, a = (tokenizer.encode(letter)[0] for letter in '42xA')
+  (colon,), (bracket,) = tokenizer.encode(':'), tokenizer.encode(']')
+  (end,) = set(tokenizer.stop_ids) - {tokenizer.eos_id}
+  following = {
+    **{tokenizer.bos_id: a, colon: four, bracket: two, four: two, two: end},
+    **{end: x, x: x, tokenizer.eos_id: x},
+  }
+  published.save_chain(folder, tokenizer.vocab_size, following, attention=0.2)
+  ours = lm_eval_adapter.load(str(folder), '', 8, (jax.device_count(), 1, 1))
+  theirs = HFLM(
+    pretrained=transformers.AutoModelForCausalLM.from_pretrained(
+      folder, dtype=torch.float32
+    ),
+    tokenizer=transformers.AutoTokenizer.from_pretrained(folder),
+    batch_size=1,
+    device='cpu',
+  )
+  return ours, theirs, tokenizer, folder
+
+
+def test_texts_begin_with_the_bos(chains):
+  ours, theirs, tokenizer, _ = chains
+  assert ours.prefix_token_id == theirs.prefix_token_id == tokenizer.bos_id
+  for text in ('A bird', '', ' a'):
+    assert ours.tok_encode(text) == theirs.tok_encode(text)
+  asked = requests(
+    'loglikelihood', [('', 'A'), ('', 'A bird'), ('Answer:', ' 42'), ('x', 'y')]
+  )
+  mine, his = ours.loglikelihood(asked), theirs.loglikelihood(asked)
+  np.testing.assert_allclose(
+    [a for a, _ in mine], [a for a, _ in his], rtol=1e-4, atol=1e-4
+  )
+  assert [b for _, b in mine] == [b for _, b in his]
+  assert mine[0][1]  # "A" follows the BOS, and x an EOS.
+  rolling = requests('loglikelihood_rolling', [('A bird',), ('xxx' * 200,)])
+  np.testing.assert_allclose(
+    ours.loglikelihood_rolling(rolling),
+    theirs.loglikelihood_rolling(rolling),
+    rtol=1e-4,
+  )
+
+
+def test_answers_end_at_every_stop_token(chains):
+  ours, theirs, _, _ = chains
+  asked = requests(
+    'generate_until', [('Answer:', {'until': ['\n\n'], 'max_gen_toks': 12})]
+  )
+  assert ours.generate_until(asked) == ['42']
+  # Theirs stops there, too, and writes the token out.
+  assert theirs.generate_until(asked)[0].startswith('42')
+
+
+def test_a_prepared_tokenizer_asks_turns(chains, tmp_path):
+  _, _, tokenizer, folder = chains
+  tokenizer.with_format('chat', []).save(tmp_path)
+  mesh = (jax.device_count(), 1, 1)
+  asked = requests(
+    'generate_until', [('Answer:', {'until': ['\n\n'], 'max_gen_toks': 12})]
+  )
+  turns = lm_eval_adapter.load(str(folder), str(tmp_path), 8, mesh)
+  assert turns.generate_until(asked) == ['2']  # After the template's "]".
+  plain = lm_eval_adapter.load(str(folder), str(tmp_path), 8, mesh, plain=True)
+  assert plain.generate_until(asked) == ['42']
+  pair = turns._encode_pair('Answer:', ' 42')
+  prepared = tokenizer.with_format('chat', [])
+  assert pair == (
+    prepared.encode_prompts(['Answer:'])[0],
+    prepared.encode_responses([' 42'])[0],
+  )
+
+
+def test_the_harness_renders_where_it_is_told_to(chains):
+  _, theirs, _, folder = chains
+  ours = lm_eval_adapter.load(str(folder), '', 8, (jax.device_count(), 1, 1))
+  history = [{'role': 'user', 'content': 'What?'}]
+  text = ours.apply_chat_template(history)
+  assert text == theirs.apply_chat_template(history)
+  assert ours.tok_encode(text) == theirs.tok_encode(text)
+  asked = requests(
+    'generate_until', [(text, {'until': ['\n\n'], 'max_gen_toks': 12})]
+  )
+  assert ours.generate_until(asked) == ['2']

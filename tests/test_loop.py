@@ -44,7 +44,9 @@ def numbers(first, last):
     yield step
 
 
-def run_loop(workdir, kill_at=None, stop_at=None, update_fn=update, **changes):
+def run_loop(
+  workdir, kill_at=None, stop_at=None, update_fn=update, text_fn=None, **changes
+):
   state = train_state.create({'w': jnp.ones(3)}, OPTIMIZER)
   arguments = {'log_every': 2, 'checkpoint_every': 4} | changes
   with loop.Loop(workdir, 'toy', NUM_STEPS, **arguments) as steps:
@@ -64,6 +66,7 @@ def run_loop(workdir, kill_at=None, stop_at=None, update_fn=update, **changes):
         states={'toy': state},
         values=values if step + 1 == EVALUATED else None,
         num_items=7,
+        text_fn=text_fn,
       )
   return state
 
@@ -137,6 +140,42 @@ def test_killed_and_resumed_equals_uninterrupted(
   with pytest.raises(KilledError):
     run_loop(workdir, kill_at=kill_at)
   assert_same(workdir, run_loop(workdir), uninterrupted)
+
+
+@pytest.mark.parametrize('fate', ['cut', 'deleted', 'older'])
+def test_lost_lines_come_back_from_the_checkpoint(workdir, uninterrupted, fate):
+  path = workdir / metrics.METRICS_FILE
+  with pytest.raises(KilledError):
+    run_loop(workdir, kill_at=5)
+  first = path.read_text().splitlines(keepends=True)[0]
+  with pytest.raises(KilledError):
+    run_loop(workdir, kill_at=9)
+  if fate == 'deleted':
+    path.unlink()
+  else:
+    path.write_text(first if fate == 'older' else first[:-20])
+  assert_same(workdir, run_loop(workdir), uninterrupted)
+
+
+def test_a_run_goes_on_after_lines_of_nan(workdir):
+  """Also between two lines, where the sums are NaN."""
+
+  def broken(state, key):
+    state, told = update(state, key)
+    return state, {**told, 'loss': (jnp.float32(jnp.nan), jnp.float32(1))}
+
+  whole = run_loop(workdir / 'whole', update_fn=broken)
+  with pytest.raises(run.Stopped):
+    run_loop(workdir / 'cut', update_fn=broken, stop_at=4)
+  told = []
+
+  def tell(line):
+    told.append(line['loss'])
+    return 'a line'
+
+  state = run_loop(workdir / 'cut', update_fn=broken, text_fn=tell)
+  assert_same(workdir / 'cut', state, (workdir / 'whole', whole))
+  assert told == [None, None, None]
 
 
 def test_killed_twice(workdir, uninterrupted):
@@ -312,18 +351,12 @@ def test_a_directory_that_is_gone(workdir):
 
 def test_a_full_disk_under_the_lines(workdir, uninterrupted):
   """/dev/full is a disk without room."""
-  real = metrics.MetricsWriter
-
-  def full_writer(directory, resume_step):
-    os.symlink('/dev/full', directory / metrics.METRICS_FILE)
-    return real(directory, None)
-
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(metrics, '_rewrite', lambda path, keep: None)
-    patch.setattr(metrics, 'MetricsWriter', full_writer)
-    with pytest.raises(OSError, match='No space left.*metrics.jsonl'):
+    full = open('/dev/full', 'a')  # noqa: SIM115
+    patch.setattr(metrics, '_open', lambda path, lines: full)
+    patch.setattr(loop.Loop, '_check_workdir', lambda self: None)
+    with pytest.raises(OSError, match='No space left'):
       run_loop(workdir)
-  (workdir / metrics.METRICS_FILE).unlink()
   assert_same(workdir, run_loop(workdir), uninterrupted)
 
 

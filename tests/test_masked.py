@@ -44,9 +44,7 @@ def test_last_real_position():
       [False, False, False],  # Empty: column 0, by definition.
     ]
   )
-  values = jnp.arange(12.0).reshape(4, 3)
   np.testing.assert_array_equal(masked.last_index(mask), [1, 2, 2, 0])
-  np.testing.assert_array_equal(masked.at_last(values, mask), [1, 5, 8, 9])
 
 
 def test_against_a_loop(rng):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from instruct_jax import artifacts, supervised
 from instruct_jax.infra import sharding
-from instruct_jax.models import transformer
+from instruct_jax.models import decoding, transformer
 from instruct_jax.models.config import PRESETS, TransformerConfig
 from instruct_jax.types import TextBatch
 from tests import tiny
@@ -175,33 +175,58 @@ def test_unused_rows_have_no_probability():
 # --- Decoding -----------------------------------------------------------------
 
 
-@jax.jit
-def extend(tokens, mask, cache):
-  return artifacts.extend_fn(tiny.POLICY)(
-    tiny.params('policy'), tokens, mask, cache
+@functools.partial(jax.jit, static_argnums=2)
+def decoded(tokens, lengths, num_steps):
+  """Logits after each row's prompt and its next tokens, [num_steps, B, V]."""
+  decoder = artifacts.decoder(tiny.POLICY)
+  weights = decoder.prepare(tiny.params('policy'))
+  bank = decoder.read(weights, tokens[:, :P], lengths)
+  cache = jax.tree.map(
+    lambda empty, read: empty.at[:, :, :P].set(read),
+    decoder.make_cache(B, T),
+    bank,
   )
+  found = []
+  for t in range(num_steps):
+    place = lengths - 1 + t
+    logits, cache = decoder.step(
+      weights, tokens[jnp.arange(B), place], place, cache
+    )
+    found.append(logits)
+  return jnp.stack(found)
 
 
 def test_cached_decoding_equals_the_full_forward(rng):
-  prompts = tiny.prompts()
-  tokens = np.concatenate([prompts.tokens, rng.integers(2, 30, (B, R))], axis=1)
-  mask = np.concatenate([prompts.mask, np.ones((B, R), bool)], axis=1)
-  # Responses that ended: the rest of the row is not there.
-  lengths = rng.integers(1, R + 1, B)
-  mask[:, P:] = np.arange(R)[None] < lengths[:, None]
-  full = forward(tokens, mask)['logits']
-  cache = artifacts.make_cache_fn(tiny.POLICY)(B, T)
-  tokens, mask = jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)
-  logits, cache = extend(tokens[:, :P], mask[:, :P], cache)
-  np.testing.assert_allclose(logits, full[:, P - 1], **CLOSE)
-  for t in range(P, T):
-    logits, cache = extend(tokens[:, t : t + 1], mask[:, t : t + 1], cache)
-    real = np.asarray(mask[:, t])
-    np.testing.assert_allclose(
-      np.asarray(logits)[real], full[:, t][real], **CLOSE
+  """Prompts of any length, one cache, every row at its own place."""
+  tokens = jnp.asarray(rng.integers(2, 30, (B, T)), jnp.int32)
+  lengths = np.asarray(rng.integers(1, P + 1, B), np.int32)
+  full = np.asarray(forward(tokens, jnp.ones((B, T), jnp.int32))['logits'])
+  for t, logits in enumerate(decoded(tokens, jnp.asarray(lengths), R)):
+    wanted = full[np.arange(B), lengths - 1 + t]
+    np.testing.assert_allclose(logits, wanted, **CLOSE)
+
+
+def test_several_tokens_at_a_time_equal_one_by_one(rng):
+  tokens = jnp.asarray(rng.integers(2, 30, (B, T)), jnp.int32)
+  lengths = jnp.asarray(rng.integers(1, P + 1, B), jnp.int32)
+
+  @jax.jit
+  def at_once(tokens, lengths):
+    weights = artifacts.decoder(tiny.POLICY).prepare(tiny.params('policy'))
+    bank = decoding.read(tiny.POLICY, weights, tokens[:, :P], lengths)
+    cache = jax.tree.map(
+      lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, T - P), (0, 0))), bank
     )
-  assert cache.length == T
-  np.testing.assert_array_equal(cache.mask, mask)
+    places = lengths[:, None] - 1 + jnp.arange(R)[None, :]
+    more = jnp.take_along_axis(tokens, places, axis=1)
+    x, _ = decoding.extend(tiny.POLICY, weights, more, lengths - 1, cache)
+    return decoding.logits_of(tiny.POLICY, weights, x)
+
+  np.testing.assert_allclose(
+    jnp.swapaxes(at_once(tokens, lengths), 0, 1),
+    decoded(tokens, lengths, R),
+    **CLOSE,
+  )
 
 
 # --- Switches -----------------------------------------------------------------

@@ -126,7 +126,7 @@ def models(inputs):
       artifacts.save(
         inputs / name,
         model,
-        tokenizer.fingerprint,
+        tokenizer,
         {'score_range': [-9.0, 9.0]},
       )
 

@@ -1,7 +1,9 @@
 """The suite on a tiny random policy: numbers against the plain forward pass."""
 
 import csv
+import html
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals.benchmarks import runner, tasks
 from instruct_jax.models.config import TransformerConfig
 from tests import tiny
+from tests.test_evals_benchmarks_judges import truth_files
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -43,7 +46,7 @@ def folder(tmp_path_factory):
     model.params,
   )
   model = artifacts.Model('policy', model.module, params, {})
-  artifacts.save(root / 'model', model, tokenizer.fingerprint, {})
+  artifacts.save(root / 'model', model, tokenizer, {})
   drop = [
     {'context': f'{"fox " * i}left.', 'question': 'who?', 'answer': f'fox {i}'}
     for i in range(9)
@@ -65,6 +68,7 @@ def folder(tmp_path_factory):
     )
   )
   (root / 'labels.csv').write_text('vile,1\nnice,0\n' * 5)
+  truth_files(root, num_questions=10)
   return root
 
 
@@ -79,6 +83,8 @@ def suite_config(folder, workdir):
     config.data.rte = f'{folder}/rte.jsonl'
     config.data.real_toxicity = f'{folder}/toxicity.jsonl'
     config.toxicity_labels = f'{folder}/labels.csv'
+    config.data.truthful_qa = f'{folder}/TruthfulQA.csv'
+    config.truth_labels = config.info_labels = f'{folder}/truth.jsonl'
     config.batch_size = 8  # Divides among the eight devices of the tests.
     config.length_multiple = 64
     config.mesh = (1, 1, 1) if jax.device_count() == 1 else (8, 1, 1)
@@ -102,7 +108,7 @@ def plain(folder):
   """The tokenizer, and ids -> logits [T, V] by one pass without a cache."""
   tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
   model = artifacts.load(
-    folder / 'model', 'policy', tiny.one_device(), tokenizer.fingerprint
+    folder / 'model', 'policy', tiny.one_device(), tokenizer
   )
 
   @jax.jit
@@ -217,12 +223,86 @@ def test_report_says_what_was_asked_and_by_whom_judged(finished):
   text = (workdir / 'suite.md').read_text()
   assert '| tiny rte zeroshot | 3 | 0 | 0 | 0 | 0 | 0 |' in text
   assert '- drop: 9 given, 9536 in the paper' in text
-  assert 'not Perspective' in text
+  # Who judges, and how well: in the page and in the figures alike.
+  found = json.loads((workdir / 'suite.json').read_text())['judges']
+  assert found['real_toxicity'].startswith(
+    'the local n-gram scorer, not Perspective (labels of labels.csv); too few '
+    'labels to hold some out; elsewhere, once: area under curve'
+  )
+  assert found['truthful_qa'].startswith(
+    "the local n-gram judge, not the paper's judges (TruthfulQA judgments and "
+    'references); on labels held out: truth: accuracy '
+  )
+  for name, judge in found.items():
+    assert f'{name} is judged by {judge}.' in html.unescape(text)
   rows = read_rows(workdir / 'samples' / 'real_toxicity_samples.csv')
   assert len(rows) == 9
   # Fifteen examples do not fit 256 positions.
   counts = json.loads((workdir / 'suite.json').read_text())['counts']
   assert counts['tiny rte fewshot']['fewer_shots'] > 0
+
+
+def test_scores_are_a_table_of_models(finished):
+  workdir, info = finished
+  text = (workdir / 'suite.md').read_text()
+  assert '| task | tiny | items |' in text
+  score = info['scores']['tiny rte zeroshot accuracy']
+  assert f'| rte, zeroshot, accuracy | {score:.3f} [' in text
+  # Models of one's own have nothing beside Table 14.
+  assert 'Table 14' not in text
+  page = (workdir / 'suite.html').read_text()
+  assert 'rte, zeroshot, accuracy' in page and f'{score:.3f}' in page
+
+
+def test_progress_is_of_the_whole_suite(folder, finished, tmp_path, capsys):
+  """Five tasks have thirteen prompts; a journal's items take no time."""
+  workdir, _ = finished
+  config = suite_config(folder, tmp_path)
+  config.models = f'tiny={folder}/model,again={folder}/model'
+  shutil.copytree(workdir / 'journal', tmp_path / 'journal')
+  capsys.readouterr()
+  nlp_suite.run(config, epath.Path(tmp_path))
+  lines = capsys.readouterr().err.splitlines()
+  (last,) = [line for line in lines if '(100 %)' in line]
+  total = 2 * sum(
+    len(content) * len(tasks.TASKS[name].prompts)
+    for name, content in {
+      'drop': range(5),
+      'winogender': range(2),
+      'rte': range(3),
+      'real_toxicity': range(3),
+      'truthful_qa': range(10),
+    }.items()
+  )
+  assert last.startswith(f'nlp_suite: {total}/{total} (100 %)')
+  assert last.endswith('task 26 of 26: again rte fewshot')
+  # Both models are one: nothing tells them apart.
+  assert '**' not in (tmp_path / 'suite.md').read_text()
+
+
+def test_tasks_that_do_not_fit_say_so(folder, tmp_path, capsys):
+  config = suite_config(folder, tmp_path)
+  for name in ('winogender', 'rte', 'real_toxicity'):
+    config.data[name] = ''
+  long = [
+    {'context': f'{i} ' * 300, 'question': 'who?', 'answer': f'fox {i}'}
+    for i in range(9)
+  ]
+  (tmp_path / 'long.json').write_text(json.dumps(long))
+  config.data.drop = f'{tmp_path}/long.json'
+  with pytest.raises(
+    ValueError,
+    match='drop, zeroshot: none of 5 items fits a context of 256 tokens',
+  ):
+    nlp_suite.run(config, epath.Path(tmp_path))
+  err = capsys.readouterr().err
+  assert '0/0' not in err
+  config.data.rte = f'{folder}/rte.jsonl'
+  nlp_suite.run(config, epath.Path(tmp_path))
+  text = (tmp_path / 'suite.md').read_text()
+  for prompt in ('zeroshot', 'fewshot'):
+    said = f'drop, {prompt}: none of 5 items fits a context of 256 tokens'
+    assert f'- {said} (tiny)' in text
 
 
 @pytest.mark.parametrize(
@@ -251,7 +331,7 @@ def test_no_data_and_no_judge_are_named(folder, tmp_path):
     nlp_suite.validate(config)
   config.may_be_empty = True  # As a stage of a pipeline.
   assert nlp_suite.run(config, epath.Path(tmp_path)) == {'scores': {}}
-  config.data.truthful_qa = 'x.csv'
+  config.data.truthful_qa, config.truth_labels = 'x.csv', ''
   with pytest.raises(ValueError, match='truth_labels and info_labels'):
     nlp_suite.validate(config)
 

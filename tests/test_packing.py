@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ def plan(rows: Rollout, **changes) -> packing.Layout:
     'num_shards': 1,
     'row_episodes': 3,
     'multiple': 8,
+    'spare': 1.1,
     'seed': (0, 5),
   } | changes
   response_lengths = np.asarray(rows.response_mask).sum(1)
@@ -142,6 +144,8 @@ def test_the_deal_is_random_balanced_and_repeatable():
 def test_padding_of_ragged_work_is_below_a_twentieth(
   batch, prompt, longest, mean
 ):
+  """Beside what the ladder leaves: the fullest row is hardly fuller than the
+  others."""
   shares = []
   for seed in range(8):
     rng = np.random.default_rng(seed)
@@ -157,30 +161,62 @@ def test_padding_of_ragged_work_is_below_a_twentieth(
       num_shards=1,
       row_episodes=8,
       multiple=8,
+      spare=1.0,
       seed=(0, seed),
     )
     shares.append(1 - packing.fill_fraction(layout))
   assert np.mean(shares) < 0.05, shares
 
 
-def test_sizes_come_from_a_short_ladder():
-  sizes = np.arange(1, 5_000)
-  rungs = np.array([packing.round_up(int(n), 8) for n in sizes])
-  assert (rungs >= sizes).all() and (rungs % 8 == 0).all()
-  large = sizes >= 256
-  assert ((rungs - sizes)[large] < sizes[large] / 16).all()
-  # Sixteen rungs an octave.
-  assert len(np.unique(rungs[(sizes > 1024) & (sizes <= 2048)])) == 16
+@pytest.mark.parametrize('spare', [1.1, 1.25])
+@pytest.mark.parametrize(
+  'longest, group_size, num_rows, multiple',
+  [(52, 16, 2, 8), (2048, 64, 8, 128), (96, 16, 16, 8), (512, 16, 3, 1)],
+)
+def test_shapes_are_a_short_ladder(
+  longest, group_size, num_rows, multiple, spare
+):
+  shapes = packing.ladder(longest, group_size, num_rows, multiple, spare)
+  lengths = sorted({length for length, _ in shapes})
+  assert list(shapes) == sorted(set(shapes))
+  # From half an episode to what saves a twentieth, by factors of `spare`.
+  most = 0.95 * longest * group_size / num_rows
+  assert most - multiple < lengths[-1] <= most
+  assert lengths[0] <= longest / 2
+  assert all(length % multiple == 0 for length in lengths)
+  rungs = math.log(most / (longest / 2)) / math.log(spare)
+  assert len(lengths) <= rungs + 2 and len(shapes) <= 3 * len(lengths)
+  for short, long in zip(lengths, lengths[1:], strict=False):
+    assert short < long <= spare * short + multiple
+  # All of a row may be responses.
+  for length in lengths:
+    widths = [width for other, width in shapes if other == length]
+    assert max(widths) == length and min(widths) < length / 2 + 8
 
 
-def test_known_shapes_serve_again():
-  shape = packing.choose_shape(1_000, 300, 8)
-  assert shape == (1_024, 320)
-  known = {shape, (2_048, 640)}
-  assert packing.choose_shape(990, 310, 8, known) == shape
-  # 1,024 is more than a twentieth above 970; nothing known holds 1,025.
-  assert packing.choose_shape(970, 300, 8, known) == (992, 336)
-  assert packing.choose_shape(1_025, 300, 8, known)[0] == 1_088
+def test_a_layout_takes_the_least_shape_that_holds_it():
+  for seed in range(20):
+    lengths = np.random.default_rng(seed).integers(1, R + 1, B)
+    layout = plan(sampled(seed, lengths))
+    row_tokens = (layout.segments > 0).sum(1).max()
+    row_responses = layout.response_mask.sum(1).max()
+    fitting = [
+      shape
+      for shape in packing.ladder(T, B // 4, 1, 8, 1.1)
+      if row_tokens <= shape[0] and row_responses <= shape[1]
+    ]
+    shape = (layout.segments.shape[1], layout.where.shape[1])
+    assert shape == min(fitting)
+
+
+def test_what_would_save_little_is_not_packed():
+  assert plan(sampled(lengths=np.full(B, R)), row_episodes=1) is None
+  full = np.full(B, P)
+  arguments = {'prompt_columns': P, 'response_columns': R, 'num_epochs': 1}
+  arguments |= {'num_minibatches': 2, 'num_microbatches': 1, 'num_shards': 1}
+  arguments |= {'row_episodes': 4, 'multiple': 8, 'spare': 1.1, 'seed': (0,)}
+  assert packing.plan(full, np.full(B, R), **arguments) is None
+  assert packing.plan(full, np.ones(B, int), **arguments) is not None
 
 
 def test_bad_batches_are_named():
@@ -241,7 +277,7 @@ def test_models_say_the_same_of_packed_rows():
 # --- Scores and updates -------------------------------------------------------
 
 
-def build(**changes):
+def build(scalar=tiny.SCALAR, **changes):
   config = config_file.ppo_stage(0, '')
   values = {
     'prompt_length': P,
@@ -261,9 +297,7 @@ def build(**changes):
     config[name] = value
   ppo_ptx.validate(config)
   tokenizer = type('Tokenizer', (), {'stop_ids': tiny.STOPS})
-  return config, ppo_ptx.build_programs(
-    config, tiny.POLICY, tiny.SCALAR, tokenizer
-  )
+  return config, ppo_ptx.build_programs(config, tiny.POLICY, scalar, tokenizer)
 
 
 @pytest.fixture(scope='module')
@@ -303,8 +337,8 @@ def test_scores_do_not_depend_on_packing(programs):
   extra = {'packing/fill', 'packing/row_length', 'packing/row_responses'}
   assert set(packed_metrics) == set(padded_metrics) | extra
   row = {name: total for name, (total, _) in packed_metrics.items()}
-  shape = (layout.segments.shape[1], layout.where.shape[1])
-  assert ppo_ptx.layout_shapes([{}, row]) == {shape}
+  assert row['packing/row_length'] == layout.segments.shape[1]
+  assert row['packing/row_responses'] == layout.where.shape[1]
   total, count = packed_metrics['packing/fill']
   assert total / count == pytest.approx(packing.fill_fraction(layout))
   for name, (total, count) in padded_metrics.items():
@@ -314,6 +348,33 @@ def test_scores_do_not_depend_on_packing(programs):
       packed_metrics[name][0], total, rtol=1e-4, atol=1e-4, err_msg=name
     )
     assert packed_metrics[name][1] == count
+
+
+def test_an_end_that_the_reward_model_skips_is_not_read(programs):
+  """Padded or packed: at the last token of another kind, as by hand."""
+  rows = on_device(sampled())
+  skipped = int(rows.tokens[0][rows.mask[0]][-1])  # What ends the first row.
+  _, built = build(tiny.SCALAR.clone(skipped_id=skipped))
+  layout = on_device(plan(rows, num_epochs=1))
+  expected = []
+  for tokens, mask in zip(
+    *jax.device_get((rows.tokens, rows.mask)), strict=True
+  ):
+    ids = tokens[mask]
+    scalars = artifacts.scalars_fn(tiny.SCALAR)(
+      tiny.params('scalar', 1), jnp.array([ids]), jnp.ones((1, len(ids)), bool)
+    )
+    expected.append(float(scalars[0, np.flatnonzero(ids != skipped)[-1]]))
+  responses = np.asarray(rows.response_mask).any(axis=1)
+  expected = np.array(expected)[responses].mean()
+  means = []
+  for each in (built, programs[1]):
+    for where in (None, layout):
+      _, metrics = score(each, rows, where)
+      total, count = metrics['objective/score']
+      means.append(total / count)
+  np.testing.assert_allclose(means[:2], expected, rtol=1e-4, atol=1e-4)
+  assert (np.abs(np.array(means[2:]) - expected) > 1e-2).all()
 
 
 def test_gradients_do_not_depend_on_packing(programs):
@@ -494,3 +555,17 @@ def test_the_sampler_is_believed_as_far_as_it_agrees(pack, programs):
   assert metrics['objective/sampler_trusted'] == 0
   assert 9e-3 < metrics['objective/sampler_difference_max'] < 1.1e-2
   tiny.assert_trees_close(batch.old_logprobs, old, atol=2e-5)
+
+
+def test_without_a_tolerance_all_rows_say_how_far_the_sampler_is():
+  _, built = build(sampler_tolerance=0.0)
+  rows = on_device(sampled())
+  batch, metrics = score(built, rows, None)
+  mask = np.asarray(rows.response_mask)
+  difference = np.abs(np.asarray(batch.old_logprobs - rows.logprobs))[mask]
+  total, count = metrics['objective/sampler_difference']
+  assert count == mask.sum()
+  np.testing.assert_allclose(total / count, difference.mean(), rtol=1e-5)
+  largest, _ = metrics['objective/sampler_difference_max']
+  np.testing.assert_allclose(largest, difference.max(), rtol=1e-5)
+  assert metrics['objective/sampler_trusted'][0] == 0

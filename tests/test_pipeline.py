@@ -141,7 +141,7 @@ def test_demonstrations_score_zero_after_save_and_load(finished):
   )
   mesh = sharding.make_mesh((1, -1, 1))
   model = artifacts.load(
-    config.workdir + '/reward/model', 'scalar', mesh, tokens.fingerprint
+    config.workdir + '/reward/model', 'scalar', mesh, tokens
   )
   scalars = jax.jit(artifacts.scalars_fn(model.module))(
     model.params, rows.tokens, rows.segments

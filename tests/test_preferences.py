@@ -42,7 +42,7 @@ def save_model(root, name, kind, tokenizer, seed):
   artifacts.save(
     root / name,
     artifacts.Model(kind, model.module, params, {}),
-    tokenizer.fingerprint,
+    tokenizer,
     {},
   )
 
@@ -129,7 +129,7 @@ def test_win_rates_follow_the_reward_models_scores(folder, finished):
   workdir, _ = finished
   tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
   model = artifacts.load(
-    folder / 'reward', 'scalar', tiny.one_device(), tokenizer.fingerprint
+    folder / 'reward', 'scalar', tiny.one_device(), tokenizer
   )
   apply = jax.jit(
     lambda tokens, mask: model.module.apply(
@@ -218,12 +218,94 @@ def test_an_endpoint_judges_and_rates(folder, tmp_path, monkeypatch):
   result = read(epath.Path(tmp_path))
   assert result['win_rate']['two']['by_prompt']['mean'] == 0.5
   assert any('contradicts itself in 100.0%' in a for a in result['alarms'])
+  # The table of the places, its alarm, and every verdict as it was given.
+  place = result['first_place']['two – one']
+  assert (place['rate']['mean'], place['ties']) == (1.0, 0.0)
+  assert place['num_verdicts'] == 2 * result['account']['judgements']
+  assert any('first place wins 100.0% [100.0%' in a for a in result['alarms'])
+  assert (
+    '| all pairs | 1.000 [1.000, 1.000]'
+    in (tmp_path / 'preferences.md').read_text()
+  )
+  lines = (tmp_path / 'judgements.jsonl').read_text().splitlines()
+  for line in map(json.loads, lines):
+    assert line['outcome'] == 0.5
+    assert line['orders'] == [
+      {'first': name, 'preference': 1.0, 'raw': '{"better": 1}'}
+      for name in ('two', 'one')
+    ]
   assert result['ratings']['two']['overall quality, 1 to 7']['mean'] == 4
   assert result['ratings']['one']['hallucination']['mean'] == 1
   # 300 tokens' worth of money a reply: 100 at 2 and 10 at 10 a million.
   replies = result['asking']['replies']
   assert result['asking']['cost'] == pytest.approx(replies * 300e-6)
   assert 'Alarm' in (tmp_path / 'preferences.md').read_text()
+
+
+def test_a_judge_that_reads_answers_raises_no_alarm(folder, tmp_path):
+  """One reply cannot be read: its verdict is kept, and counted, not used."""
+
+  def answer(body, number):
+    text = body['messages'][0]['content']
+    first, second = (
+      text.split(f'<answer_{i}>\n')[1].split(f'\n</answer_{i}>')[0]
+      for i in (1, 2)
+    )
+    better = 1 if first > second else 2 if first < second else 0
+    said = f'Mind {{this}}: {{"better": {better}}}'
+    if 'fox 3\n' in text and 'said p3' in first:
+      said = 'Neither.'
+    return {'choices': [{'message': {'content': said}}]}
+
+  config = make_config(folder, tmp_path, 'http')
+  config.models = f'one={folder}/one,people={folder}/recorded.jsonl'
+  config.rate_answers = False
+  config.endpoint.key_variable = ''
+  with serve(answer) as (url, _):
+    config.endpoint.url = url
+    config.endpoint.model = 'm'
+    experiment.run(config, epath.Path(tmp_path))
+  result = read(epath.Path(tmp_path))
+  assert result['alarms'] == ['1 verdicts could not be understood']
+  place = result['first_place']['people – one']
+  assert (place['rate']['low'], place['rate']['high']) == (0.5, 0.5)
+  lines = [
+    json.loads(line)
+    for line in (tmp_path / 'judgements.jsonl').read_text().splitlines()
+  ]
+  (unread,) = (line for line in lines if line['outcome'] is None)
+  assert unread['prompt_id'] == 'p3'
+  assert [o['raw'] for o in unread['orders']][0] == 'Neither.'
+  assert unread['orders'][0]['preference'] is None
+  assert len(lines) == 10
+  assert result['account']['judgements'] == 9
+
+
+def test_anonymous_people_judge(folder, finished, tmp_path):
+  workdir, _ = finished
+  found = samples_lib.read_samples(workdir / 'samples.jsonl')
+  prompt = found[0].prompt
+  texts = {s.model: s.response for s in found if s.prompt == prompt}
+  records.write_jsonl(
+    tmp_path / 'rankings.jsonl',
+    [
+      records.Comparison(prompt, (texts['one'], texts['people']), ranks)
+      for ranks in ((2, 1), (1, 2), (2, 1))
+    ],
+  )
+  config = make_config(folder, tmp_path, 'people')
+  config.models = f'one={folder}/one,people={folder}/recorded.jsonl'
+  config.rankings = f'{tmp_path}/rankings.jsonl'
+  experiment.run(config, epath.Path(tmp_path))
+  result = read(epath.Path(tmp_path))
+  assert result['judge'].startswith('people (0 by name)')
+  rate = result['win_rate']['people']
+  assert rate['by_prompt']['mean'] == pytest.approx(2 / 3)
+  assert (rate['by_labeler'], rate['num_judgements']) == (None, 3)
+  assert result['account']['contradictions'] == 0
+  lines = (tmp_path / 'judgements.jsonl').read_text().splitlines()
+  outcomes = sorted(json.loads(line)['outcome'] for line in lines)
+  assert outcomes == [0.0, 1.0, 1.0]
 
 
 def test_people_judge(folder, finished, tmp_path):

@@ -1,6 +1,7 @@
 """SFT, reward model and PPO-ptx from published folders, on HH-shaped files."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -12,12 +13,13 @@ import transformers
 from etils import epath
 
 from configs import ppo_ptx, reward, sft
-from instruct_jax import artifacts, export, main
+from instruct_jax import alarms, artifacts, export, main, queries, rollout
 from instruct_jax.data import convert, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import checkpoint, sharding
 from instruct_jax.models import hf
 from instruct_jax.models.config import Rotary, TransformerConfig
+from instruct_jax.types import PromptBatch
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -185,12 +187,9 @@ def test_all_stages_from_a_published_folder(data, tmp_path):
       f'hf:{tmp_path / f"out_{name}"}',
       'policy',
       mesh,
-      tokenizer.fingerprint,
-      vocab_size=tokenizer.vocab_size,
+      tokenizer,
     )
-    ours = artifacts.load(
-      tmp_path / 'ppo' / name, 'policy', mesh, tokenizer.fingerprint
-    )
+    ours = artifacts.load(tmp_path / 'ppo' / name, 'policy', mesh, tokenizer)
     jax.tree.map(np.testing.assert_array_equal, again.params, ours.params)
     weights.append(np.asarray(ours.params['trunk']['layers']['up_kernel']))
     tokenizer_lib.check_published(tokenizer, f'hf:{tmp_path / f"out_{name}"}')
@@ -211,12 +210,89 @@ def test_policy_and_reward_model_of_two_families(data, tmp_path):
   # Rows that the models cannot read, prompts that fit none.
   with pytest.raises(ValueError, match='ask for 112 tokens, .* of 96; lower'):
     run_ppo(data, tmp_path / 'a', policy, other, policy, response_length=32)
-  with pytest.raises(ValueError, match='no prompts left: all .* longer than 4'):
+  with pytest.raises(ValueError, match='no prompts left: .* prompt_length .4 '):
     run_ppo(data, tmp_path / 'b', policy, other, policy, prompt_length=4)
   # Another tokenizer in the reward model's folder.
   tokenizer_lib.train_bpe(['x'], 258).save(tmp_path / 'llama')
   with pytest.raises(ValueError, match='llama has a tokenizer of 258 tokens'):
     run_ppo(data, tmp_path / 'c', policy, other, policy)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_ppo_in_either_dtype_raises_no_alarm(dtype, data, tmp_path, capsys):
+  init = write_model(tmp_path / 'gpt2', GPT2)
+  reward_model = write_model(tmp_path / 'reward', LLAMA, 'scalar')
+  run_ppo(
+    data,
+    tmp_path / 'ppo',
+    init,
+    reward_model,
+    init,
+    compute_dtype=dtype,
+    num_episodes=8,
+    ptx_coef=0.1,
+  )
+  told = f'gpt2: computes in {dtype} (compute_dtype), its folder says float32'
+  assert (told in capsys.readouterr().out) == (dtype != 'float32')
+  (line,) = (tmp_path / 'ppo' / 'metrics.jsonl').read_text().splitlines()
+  row = json.loads(line)
+  ratio = abs(row['first/ppo/policy/ratio'] - 1)
+  difference = row['objective/sampler_difference']
+  assert ratio <= alarms.RATIO_TOLERANCE[dtype]
+  assert row['first/ppo/policy/approxkl'] <= alarms.KL_TOLERANCE[dtype]
+  assert 0 < difference <= alarms.SAMPLER_TOLERANCE[dtype]
+  # One default for both: what is trusted agrees to it.
+  within = row['objective/sampler_difference_max'] <= 1e-3
+  assert row['objective/sampler_trusted'] == within
+  assert within or dtype == 'bfloat16'
+  assert json.loads((tmp_path / 'ppo' / 'alarms.json').read_text()) == {}
+  # What is written computes as it was trained, and weighs float32.
+  described = checkpoint.load_metadata(tmp_path / 'ppo' / 'policy')
+  assert described['model']['compute_dtype'] == dtype
+  policy = artifacts.load(
+    tmp_path / 'ppo' / 'policy',
+    'policy',
+    sharding.make_mesh((1, -1, 1)),
+    tokenizer_lib.Tokenizer.load(init),
+  )
+  assert policy.config.compute_dtype == dtype
+  dtypes = {str(x.dtype) for x in jax.tree.leaves(policy.params)}
+  assert dtypes == {'float32'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_tolerances_on_a_published_model(dtype, models_root):
+  """SmolLM2, four prompts of 16 tokens: the figures in alarms.py."""
+  folder = models_root / 'SmolLM2-135M-Instruct'
+  if not folder.is_dir():
+    pytest.skip(f'{folder} is not there')
+  tokenizer = tokenizer_lib.Tokenizer.load(folder)
+  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  model = queries.load_policy(str(folder), tokenizer, mesh, compute_dtype=dtype)
+  prompts = tokenizer.encode_batch(['Name a bird.', 'The sea is', 'A', '2 + 2'])
+  tokens, mask = queries.padded(prompts, 8, tokenizer.pad_id, left=True)
+  sampled = jax.jit(
+    functools.partial(
+      rollout.generate,
+      decoder=artifacts.decoder(model.module),
+      num_response=16,
+      stop_ids=tokenizer.stop_ids,
+    )
+  )(
+    model.params,
+    PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(4)),
+    jax.random.key(0),
+  )
+  graph, _ = jax.jit(
+    lambda params, tokens, mask: artifacts.logprobs_fn(model.module)(
+      params, tokens, mask, 16
+    )
+  )(model.params, sampled.tokens, sampled.mask)
+  real = np.asarray(sampled.response_mask)
+  difference = np.asarray(sampled.logprobs - graph)[real]
+  assert np.abs(difference).mean() <= alarms.SAMPLER_TOLERANCE[dtype] / 3
+  assert (np.abs(difference).max() <= 1e-3) == (dtype == 'float32')
 
 
 def test_folded_shift_gives_the_same_score(tmp_path):
@@ -230,7 +306,7 @@ def test_folded_shift_gives_the_same_score(tmp_path):
     model = artifacts.init('scalar', config, mesh, jax.random.key(0))
     params = {**model.params, 'head_bias': jnp.float32(-1.25)}
     model = dataclasses.replace(model, params=params)
-    artifacts.save(tmp_path / name, model, tokenizer.fingerprint, {})
+    artifacts.save(tmp_path / name, model, tokenizer, {})
     return model
 
   ours = write(GPT2, 'gpt2')
@@ -238,9 +314,7 @@ def test_folded_shift_gives_the_same_score(tmp_path):
   export.export(tmp_path / 'gpt2', *arguments, fold_shift=True)
   described = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert described['score_shift'] == 0
-  theirs = artifacts.load(
-    tmp_path / 'out', 'scalar', mesh, tokenizer.fingerprint
-  )
+  theirs = artifacts.load(tmp_path / 'out', 'scalar', mesh, tokenizer)
   assert float(theirs.params['head_bias']) == 0
   tokens = jnp.array([tokenizer.encode('some text, and more')], jnp.int32)
   scores = [

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax import artifacts, rollout
-from instruct_jax.infra import sharding
+from instruct_jax import artifacts, rollout, sampling
+from instruct_jax.infra import sharding, slices
 from instruct_jax.types import Decoder, PromptBatch, Rollout
 from tests import simple_rollout, tiny
 from tests.tiny import B, P, R
@@ -40,7 +40,7 @@ def draw(logits, count, temperature=1.0):
   """`count` tokens from one row of logits."""
   uniform = jax.random.uniform(jax.random.key(11), (count,))
   rows = jnp.broadcast_to(jnp.asarray(logits), (count, len(logits)))
-  tokens, logprobs = jax.jit(rollout.sample_tokens, static_argnums=2)(
+  tokens, logprobs = jax.jit(sampling.sample_tokens, static_argnums=2)(
     rows, uniform, temperature
   )
   return np.asarray(tokens), np.asarray(logprobs)
@@ -241,8 +241,8 @@ def looped(params, prompts, key):
     params,
     prompts,
     key,
-    extend_fn=artifacts.extend_fn(tiny.POLICY),
-    make_cache_fn=artifacts.make_cache_fn(tiny.POLICY),
+    extend_fn=tiny.extend,
+    make_cache_fn=tiny.make_extend_cache,
     num_response=R,
     stop_ids=tiny.STOPS,
     temperature=tiny.TEMPERATURE,
@@ -541,19 +541,19 @@ def test_in_batches_fills_up_and_restores_the_order():
     shapes.append(batch['x'].shape)
     return {'x': jnp.asarray(2 * batch['x']), 'y': jnp.asarray(batch['y'])}
 
-  out = rollout.in_batches(double, rows, 3, told.append)
+  out = slices.in_batches(double, rows, 3, told.append)
   np.testing.assert_array_equal(out['x'], 2 * rows['x'])
   np.testing.assert_array_equal(out['y'], rows['y'])
   assert (shapes, told) == ([(3,)] * 3, [3, 3, 1])
   # More slots than rows.
-  out = rollout.in_batches(double, rows, 16)
+  out = slices.in_batches(double, rows, 16)
   np.testing.assert_array_equal(out['x'], 2 * rows['x'])
   assert shapes[-1] == (16,)
 
 
 def test_in_batches_without_rows():
   with pytest.raises(ValueError, match='no rows'):
-    rollout.in_batches(lambda x: x, np.zeros((0, 3)), 4)
+    slices.in_batches(lambda x: x, np.zeros((0, 3)), 4)
 
 
 # --- Slices -------------------------------------------------------------------
@@ -567,7 +567,7 @@ def test_slices_keep_the_order_of_rows():
     seen.append(x.shape)
     return {'twice': 2 * x, 'first': x[:, 0]}
 
-  result = rollout.in_slices(double, jnp.asarray(rows), 3)
+  result = slices.in_slices(double, jnp.asarray(rows), 3)
   np.testing.assert_array_equal(result['twice'], 2 * rows)
   np.testing.assert_array_equal(result['first'], rows[:, 0])
   # Only ever two rows at a time.

@@ -3,8 +3,9 @@
   python -m instruct_jax.data FILE... [--tokenizer=FOLDER] [--limit=TOKENS]
 
 The record type is told from the fields of the first line. Prints counts and a
-table of lengths, in words or, with a tokenizer, in tokens, and how many records
-are longer than the limit as a whole. For comparisons also the histogram of K,
+table of lengths, in words or, with a tokenizer, in the tokens of training rows
+(template, BOS and the end of each response included), and how many records are
+longer than the limit as a whole. For comparisons also the histogram of K,
 the share of tied pairs, the labelers, and how often two labelers of the same
 completions agree. Exit code 1 if any file is bad, or if nothing can be learned
 from it (comparisons that are all ties).
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from instruct_jax import command
-from instruct_jax.data import records
+from instruct_jax.data import labels, loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 
 
@@ -78,21 +79,15 @@ def describe(
       counted; with completions, the longest of them.
   """
   lines = [f'{path}: {len(rows)} {type(rows[0]).__name__} records']
-  texts = collections.defaultdict(list)
-  for row in rows:
-    for field in ('text', 'prompt', 'response'):
-      if field in vars(row):
-        texts[field].append(vars(row)[field])
-    if isinstance(row, records.Comparison):
-      texts['completions'].extend(row.completions)
-
-  def lengths_of(values):
-    if tokenizer is None:
-      return np.array([len(value.split()) for value in values])
-    return np.array([len(ids) for ids in tokenizer.encode_batch(values)])
-
-  lengths = {field: lengths_of(values) for field, values in texts.items()}
-  unit = 'words' if tokenizer is None else 'tokens'
+  if tokenizer is None:
+    unit, lengths = 'words', _words_of(rows)
+  else:
+    unit = 'tokens'
+    rows, lengths, refusals = _tokens_of(rows, tokenizer)
+    if refusals:
+      lines.append(f'  refused: {len(refusals)} records, first {refusals[0]}')
+    if not rows:
+      return '\n'.join(lines)
   columns = ('min', 'median', 'mean', '95 %', '99 %', 'max')
   lines.append(f'  {unit:<12}' + ''.join(f'{name:>8}' for name in columns))
   for field, found in lengths.items():
@@ -133,6 +128,48 @@ def describe(
   return '\n'.join(lines)
 
 
+def _words_of(rows: Sequence[Any]) -> dict[str, np.ndarray]:
+  """Field -> words of each text; all completions of all rows in one list."""
+  texts = collections.defaultdict(list)
+  for row in rows:
+    for field in ('text', 'prompt', 'response'):
+      if field in vars(row):
+        texts[field].append(vars(row)[field])
+    if isinstance(row, records.Comparison):
+      texts['completions'].extend(row.completions)
+  return {
+    field: np.array([len(text.split()) for text in values])
+    for field, values in texts.items()
+  }
+
+
+def _tokens_of(
+  rows: Sequence[Any], tokenizer: tokenizer_lib.Tokenizer
+) -> tuple[list[Any], dict[str, np.ndarray], list[str]]:
+  """(rows that the template takes, `_words_of` in tokens, refusals)."""
+
+  def lengths(encoded):
+    return np.array([len(ids) for ids in encoded])
+
+  if isinstance(rows[0], records.Document):
+    documents = tokenizer.encode_documents([row.text for row in rows])
+    return list(rows), {'text': lengths(documents) + 1}, []  # EOS ends them.
+  prompts, refusals = loader.encode_prompts(rows, tokenizer)
+  taken = [
+    row for row, ids in zip(rows, prompts, strict=True) if ids is not None
+  ]
+  name = 'text' if isinstance(rows[0], records.Prompt) else 'prompt'
+  found = {name: lengths(ids for ids in prompts if ids is not None)}
+  if isinstance(rows[0], records.Demonstration):
+    texts = [row.response for row in taken]
+    found['response'] = lengths(tokenizer.encode_responses(texts, ended=True))
+  elif isinstance(rows[0], records.Comparison):
+    texts = [text for row in taken for text in row.completions]
+    ids = tokenizer.encode_responses(texts, ended=True)
+    found['completions'] = lengths(ids)
+  return taken, found, refusals
+
+
 def _describe_labels(rows: Sequence[records.Comparison]) -> list[str]:
   sizes = collections.Counter(len(row.ranks) for row in rows)
   pairs = [
@@ -155,28 +192,20 @@ def _describe_labels(rows: Sequence[records.Comparison]) -> list[str]:
     )
   else:
     lines.append('  agreement: no completions were ranked by two labelers')
+  nameless = sum(not row.labeler for row in rows)
+  if nameless:
+    lines.append(
+      f"  without a labeler's name, so left out of the agreement: {nameless} "
+      'records'
+    )
   return lines
 
 
 def agreement(rows: Sequence[records.Comparison]) -> tuple[int, int]:
   """(pairs ordered alike, pairs ordered by both), over any two labelers of one
-  prompt and the same completions; ties are left out (paper 3.4)."""
-  groups = collections.defaultdict(list)
-  for row in rows:
-    order = sorted(range(len(row.ranks)), key=lambda i: row.completions[i])
-    texts = tuple(row.completions[i] for i in order)
-    ranks = [row.ranks[i] for i in order]
-    groups[row.prompt, texts].append((row.labeler, ranks))
-  same = compared = 0
-  for (_, texts), ranked in groups.items():
-    for (who, ranks), (other, others) in itertools.combinations(ranked, 2):
-      if who == other:
-        continue
-      for a, b in itertools.combinations(range(len(texts)), 2):
-        if ranks[a] != ranks[b] and others[a] != others[b]:
-          compared += 1
-          same += (ranks[a] < ranks[b]) == (others[a] < others[b])
-  return same, compared
+  prompt; see `labels.agreement`."""
+  found = labels.agreement(rows)
+  return sum(found.agreed), sum(found.counted)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -202,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       print(describe(path, rows, tokenizer, options.limit))
       if isinstance(rows[0], records.Comparison):
         records.check_labels(rows, path)
-    except records.RecordError as error:
+    except (ValueError, OSError) as error:
       failed += 1
       print(error, file=sys.stderr)
   return int(failed > 0)

@@ -3,30 +3,49 @@
   python -m instruct_jax.data.convert hh FILE... --output=DIR --valid=0.05
 
 DIR gets comparisons, demonstrations and prompts, each with `_train.jsonl` and
-`_valid.jsonl`, as far as the format has them. A prompt, with all that belongs
-to it, is in one split only, and which one depends on its text and the seed
-alone. Formats: see `importers.py`.
+`_valid.jsonl`, as far as the format has them. Formats: see `importers.py`.
 
   python -m instruct_jax.data.convert documents books.txt tfds:lm1b/train \\
     --weights=3,1 --output=DIR
   python -m instruct_jax.data.convert demonstrations datasets:FOLDER \\
     --field='prompt={question}\\n' --field='response={answer}' --output=DIR
+  python -m instruct_jax.data.convert comparisons ranked.csv \\
+    --field='prompt={question}\\n' --field='completions={a}' \\
+    --field='completions={b}' --field='scores={score_a}' \\
+    --field='scores={score_b}' --output=DIR
   python -m instruct_jax.data.convert comparisons A.jsonl B.jsonl \\
     --weights=1,1 --output=DIR
 
-take the sources of `sources.py` (tables need a --field for each field of the
-record, as a format string) and our own JSONL, and mix them by weight.
+take our own JSONL and the sources of `sources.py`, where tables (tfds:,
+datasets:, .csv, .tsv, .json, .jsonl of another kind) need a --field for each
+field of the record, and mix them by weight.
+
+A whole conversation is in one split: all rows that begin with the same question
+of the user's (`records.opening`: every branch of a tree, every length of a
+dialogue, in comparisons, demonstrations and prompts alike, in whatever case,
+spacing and spelling of accents). Which split depends on that opening and the
+seed alone, so conversions with one seed and one share fit together.
+
+Whatever is left out is counted with its reason. Of demonstrations by the same
+labeler that are the same throughout, one is kept. What models wrote, as far as
+the file says, is no demonstration without --model_outputs.
+
+All files of a run appear together, beside written.json, which says what wrote
+them (`folders.py`). A file of an earlier run that would stay beside new ones of
+its kind is an error; --replace removes it.
 """
 
 import argparse
+import collections
 import hashlib
+import math
 import sys
 from collections.abc import Mapping, Sequence
 
 from etils import epath
 
 from instruct_jax import command
-from instruct_jax.data import importers, records, sources
+from instruct_jax.data import folders, importers, records, sources
 
 RECORDS = {
   'documents': records.Document,
@@ -36,9 +55,16 @@ RECORDS = {
 }
 
 
-def split_of(prompt: str, valid: float, seed: int) -> str:
-  """'valid' for about that share of all prompts, 'train' for the others."""
-  digest = hashlib.blake2b(f'{seed}\0{prompt.strip()}'.encode(), digest_size=8)
+def split_of(row: records.Record | str, valid: float, seed: int) -> str:
+  """'valid' for about that share of all conversations, 'train' for the others.
+
+  Args:
+    row: any record, or an opening.
+    valid: the share.
+    seed: another one draws another split.
+  """
+  opening = row if isinstance(row, str) else records.opening(row)
+  digest = hashlib.blake2b(f'{seed}\0{opening}'.encode(), digest_size=8)
   return 'valid' if int(digest.hexdigest(), 16) < valid * 2**64 else 'train'
 
 
@@ -49,14 +75,27 @@ def convert(
   *,
   valid: float,
   seed: int,
+  model_outputs: bool = False,
+  replace: bool = False,
 ) -> dict[str, int]:
   """Reads `paths` and writes the splits to the folder `output`.
 
+  Args:
+    format_name: one of `importers.FORMATS`.
+    paths: files of that format.
+    output: a folder.
+    valid: share of the conversations that are validation.
+    seed: of the split.
+    model_outputs: take as demonstrations what models wrote, with `labeler`
+      `model:NAME`.
+    replace: remove files of an earlier run, see `folders.writing`.
+
   Returns:
-    How many records each file got, and `skipped: REASON` -> how many entries.
+    How many records each file got (0: there is no such file), and
+    `skipped: REASON` -> how many entries.
 
   Raises:
-    RecordError: an unreadable file; nothing is written then.
+    RecordError: an unreadable file, or nothing is left; nothing is written.
     ValueError: an unknown format, or a share outside (0, 1).
   """
   if format_name not in importers.FORMATS:
@@ -64,37 +103,47 @@ def convert(
       f'format {format_name!r}; known: '
       + ', '.join((*importers.FORMATS, *RECORDS))
     )
-  if not 0 < valid < 1:
-    raise ValueError(f'valid is {valid}; it must be in (0, 1)')
+  _check(valid, paths)
   whole = importers.Imported()
   for path in paths:
     part = importers.FORMATS[format_name](path)
     whole.demonstrations += part.demonstrations
+    whole.model_demonstrations += part.model_demonstrations
     whole.comparisons += part.comparisons
     whole.skipped += part.skipped
-  counts = {}
-  for name, rows in (
-    ('comparisons', whole.comparisons),
-    ('demonstrations', whole.demonstrations),
-    ('prompts', whole.prompts()),
-  ):
-    counts |= _write_splits(name, rows, output, valid, seed)
-  for reason, number in whole.skipped.items():
-    counts[f'skipped: {reason}'] = number
-  return counts
-
-
-def _write_splits(name, rows, output, valid, seed):
-  splits = {'train': [], 'valid': []}
-  for row in rows:
-    text = row.prompt if hasattr(row, 'prompt') else row.text
-    splits[split_of(text, valid, seed)].append(row)
-  counts = {}
-  for split, part in splits.items():
-    if part:
-      records.write_jsonl(epath.Path(output) / f'{name}_{split}.jsonl', part)
-      counts[f'{name}_{split}'] = len(part)
-  return counts
+  counts = collections.Counter(
+    {f'skipped: {reason}': n for reason, n in whole.skipped.items()}
+  )
+  prompts = whole.prompts()
+  # One entry may give a comparison and a demonstration.
+  entries = {
+    (row.id, row.prompt)
+    for row in (*whole.comparisons, *whole.every_demonstration())
+  }
+  counts['skipped: the same prompt again, in prompts'] = len(entries) - len(
+    prompts
+  )
+  demonstrations = whole.demonstrations
+  if model_outputs:
+    demonstrations = whole.every_demonstration()
+  else:
+    counts[
+      'skipped: demonstrations that models wrote, by what the file says; '
+      '--model_outputs takes them'
+    ] = len(whole.model_demonstrations)
+  return _write(
+    {
+      'comparisons': _counted(whole.comparisons, counts),
+      'demonstrations': _without_copies(demonstrations, counts),
+      'prompts': prompts,
+    },
+    counts,
+    output,
+    inputs=paths,
+    by=f'convert {format_name}',
+    split={'valid': valid, 'seed': seed},
+    replace=replace,
+  )
 
 
 def gather(
@@ -105,45 +154,186 @@ def gather(
   valid: float,
   seed: int,
   weights: Sequence[float] = (),
-  fields: Mapping[str, str] | None = None,
+  fields: Mapping[str, str | Sequence[str]] | None = None,
   words_per_document: int = 300,
+  model_outputs: bool = False,
+  replace: bool = False,
 ) -> dict[str, int]:
   """Reads records of one kind from any sources, mixes them, writes the splits.
 
   Args:
     name: one of `RECORDS`.
-    specs: JSONL files of ours; `tfds:` and `datasets:` tables; for documents
-      all that `sources.read_documents` takes.
+    specs: JSONL files of ours; with `fields`, tables; for documents all that
+      `sources.read_documents` takes.
     output: folder.
-    valid: share of the prompts (or documents) that are validation.
+    valid: share of the conversations (or documents) that are validation.
     seed: of the split and of the mixture.
     weights: one a source, see `sources.mix`; () is all records in order.
-    fields: format strings over the features of tables.
+    fields: format strings over the columns of tables, see `sources.py`.
     words_per_document: about how long pieces of plain text are.
+    model_outputs: take as demonstrations rows that say that models wrote them.
+    replace: remove files of an earlier run, see `folders.writing`.
 
   Returns:
-    How many records each file got.
+    As `convert` does.
 
   Raises:
-    RecordError: an unreadable source; nothing is written then.
+    RecordError: an unreadable source, or nothing is left; nothing is written.
     ValueError: a share outside (0, 1), weights that fit no source.
   """
-  if not 0 < valid < 1:
-    raise ValueError(f'valid is {valid}; it must be in (0, 1)')
-  parts = []
+  _check(valid, specs)
+  parts, counts = [], collections.Counter()
   for spec in specs:
     if fields:
-      examples = sources.read_examples(spec)
-      part = sources.from_fields(examples, RECORDS[name], fields, spec)
+      part, skipped = sources.read_fields(
+        spec, RECORDS[name], fields, model_outputs=model_outputs
+      )
+      for reason, number in skipped.items():
+        counts[f'skipped: {reason}'] += number
     elif name == 'documents':
       part = sources.read_documents(spec, words_per_document=words_per_document)
+    elif sources.is_table(spec):
+      raise records.RecordError(
+        f'{spec}: is a table; say with --field what each field of {name} is, '
+        "such as --field='prompt={question}'"
+      )
     else:
       part = records.read_jsonl(spec, RECORDS[name])
     parts.append(part)
   rows = [row for part in parts for row in part]
   if weights:
-    rows = sources.mix(parts, weights, seed)
-  return _write_splits(name, rows, output, valid, seed)
+    mixed = sources.mix(parts, weights, seed)
+    counts['skipped: beyond the weights of the mixture'] = len(rows) - len(
+      mixed
+    )
+    rows = mixed
+  if name == 'prompts':
+    _check_ids(specs, parts)
+  elif name == 'demonstrations':
+    rows = _without_copies(rows, counts)
+  elif name == 'comparisons':
+    rows = _counted(rows, counts)
+  return _write(
+    {name: rows},
+    counts,
+    output,
+    inputs=specs,
+    by=f'convert {name}',
+    split={'valid': valid, 'seed': seed},
+    replace=replace,
+  )
+
+
+def _check(valid: float, paths: Sequence[epath.PathLike]) -> None:
+  if not 0 < valid < 1:
+    raise ValueError(f'valid is {valid}; it must be in (0, 1)')
+  for path, times in collections.Counter(map(str, paths)).items():
+    if times > 1:
+      raise ValueError(f'{path} is given {times} times')
+
+
+def _check_ids(specs, parts) -> None:
+  """Every prompt's id is its own, over all files."""
+  spec_of: dict[str, str] = {}
+  for spec, part in zip(specs, parts, strict=True):
+    for row in part:
+      if spec_of.setdefault(row.id, spec) != spec:
+        raise records.RecordError(
+          f'{spec}: the id {row.id!r} is in {spec_of[row.id]}, too; ids must '
+          'be distinct'
+        )
+
+
+def _copies_key(row):
+  said = row.response if hasattr(row, 'response') else row.completions
+  texts = (row.prompt, said) if isinstance(said, str) else (row.prompt, *said)
+  return (
+    row.labeler,
+    getattr(row, 'ranks', ()),
+    *map(records.composed, texts),
+  )
+
+
+def _without_copies(rows, counts):
+  """Demonstrations; what one labeler wrote twice for a prompt counts once."""
+  kept = {}
+  for row in rows:
+    kept.setdefault(_copies_key(row), row)
+  counts['skipped: the same demonstration again'] = len(rows) - len(kept)
+  return list(kept.values())
+
+
+def _counted(rows, counts):
+  """Comparisons all stay: two people may well have ranked alike."""
+  copies = len(rows) - len({_copies_key(row) for row in rows})
+  counts['kept: the same comparison again'] = copies
+  return rows
+
+
+def _write(
+  kinds: Mapping[str, Sequence[records.Record]],
+  counts: Mapping[str, int],
+  output: epath.PathLike,
+  *,
+  inputs: Sequence[epath.PathLike],
+  by: str,
+  split: Mapping[str, int | float],
+  replace: bool,
+) -> dict[str, int]:
+  counts = {reason: number for reason, number in counts.items() if number}
+  if not any(kinds.values()):
+    raise records.RecordError(
+      f'{", ".join(map(str, inputs))}: nothing is left to write; '
+      + '; '.join(f'{reason}: {number}' for reason, number in counts.items())
+    )
+  _check_neighbours(output, kinds, split)
+  written = {}
+  with folders.writing(
+    output,
+    [f'{kind}_*' for kind in kinds],
+    command=by,
+    settings=split,
+    inputs=[path for path in inputs if not sources.is_data_set(path)],
+    replace=replace,
+  ) as folder:
+    # By text, which several kinds share.
+    splits: dict[str, str] = {}
+    for kind, rows in kinds.items():
+      parts = {'train': [], 'valid': []}
+      for row in rows:
+        text = row.prompt if hasattr(row, 'prompt') else row.text
+        if text not in splits:
+          splits[text] = split_of(row, **split)
+        parts[splits[text]].append(row)
+      for name, part in parts.items():
+        if part:
+          records.write_jsonl(folder / f'{kind}_{name}.jsonl', part)
+        if rows:
+          written[f'{kind}_{name}'] = len(part)
+  return written | counts
+
+
+def _check_neighbours(output, kinds, split) -> None:
+  """Refuses a folder where a conversation could be in two splits."""
+
+  def flags(settings):
+    return ' '.join(f'--{name}={settings[name]}' for name in sorted(settings))
+
+  for name, entry in folders.written(output).items():
+    kind, settings = name.split('_')[0], entry.get('settings', {})
+    if (
+      kind in RECORDS
+      and 'documents' not in (kind, *kinds)
+      and kind not in kinds
+      and settings != split
+      and (epath.Path(output) / name).exists()
+    ):
+      raise records.RecordError(
+        f'{output}: {name} was split by {entry.get("command")} with '
+        f'{flags(settings)}, this run splits with {flags(split)}; a '
+        'conversation could be in two splits: use the same settings, or '
+        'another folder'
+      )
 
 
 def _key_and_value(text: str) -> tuple[str, str]:
@@ -154,7 +344,10 @@ def _key_and_value(text: str) -> tuple[str, str]:
 
 
 def _numbers(text: str) -> list[float]:
-  return [float(part) for part in text.split(',')]
+  found = [float(part) for part in text.split(',')]
+  if not all(map(math.isfinite, found)):
+    raise argparse.ArgumentTypeError(f'{text!r} are not all finite numbers')
+  return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,21 +368,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     action='append',
     default=[],
     metavar='FIELD=TEXT',
-    help='of tables; {name} is a feature, \\n a line break',
+    help='of tables; {name} is a column, \\n a line break',
   )
   parser.add_argument('--words', type=int, default=300, help='a document')
+  parser.add_argument(
+    '--model_outputs',
+    action='store_true',
+    help='take demonstrations that models wrote, by what the file says',
+  )
+  parser.add_argument(
+    '--replace',
+    action='store_true',
+    help='remove files of an earlier run that this one does not write',
+  )
   options = parser.parse_args(arguments)
-  split = {'valid': options.valid, 'seed': options.seed}
+  common = {
+    'valid': options.valid,
+    'seed': options.seed,
+    'model_outputs': options.model_outputs,
+    'replace': options.replace,
+  }
   try:
     if options.format in RECORDS:
+      fields = collections.defaultdict(list)
+      for field, template in options.field:
+        fields[field].append(template)
       counts = gather(
         options.format,
         options.files,
         options.output,
         weights=options.weights,
-        fields=dict(options.field),
+        fields=fields,
         words_per_document=options.words,
-        **split,
+        **common,
       )
     elif options.weights or options.field:
       raise ValueError(
@@ -197,13 +408,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f'{options.format} first, then mix its files'
       )
     else:
-      counts = convert(options.format, options.files, options.output, **split)
-  except ValueError as error:
+      counts = convert(options.format, options.files, options.output, **common)
+  except (ValueError, OSError) as error:
     print(error, file=sys.stderr)
     return 1
   for name, number in counts.items():
     print(f'{name}: {number}')
+  for kind in RECORDS:
+    _warn_of_uneven(kind, counts, options.valid)
+  if counts.get('demonstrations_train') and options.format in importers.NOTES:
+    print(f'note: {importers.NOTES[options.format]}', file=sys.stderr)
   return 0
+
+
+def _warn_of_uneven(kind, counts, valid) -> None:
+  train, found = (
+    counts.get(f'{kind}_{name}', 0) for name in ('train', 'valid')
+  )
+  expected = valid * (train + found)
+  if expected >= 20 and not expected / 2 < found < 2 * expected:
+    print(
+      f'note: {kind}_valid has {found} records, about {expected:.0f} were to '
+      'be expected: few openings begin many conversations, and each is in one '
+      'split; or this seed has split them before',
+      file=sys.stderr,
+    )
 
 
 if __name__ == '__main__':

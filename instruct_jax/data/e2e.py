@@ -19,9 +19,7 @@ not known to be one person, nor known to be two.
 """
 
 import collections
-import csv
 import dataclasses
-import io
 import json
 import math
 import re
@@ -31,10 +29,11 @@ from typing import Literal
 import numpy as np
 from etils import epath
 
-from instruct_jax.data import hygiene, records, sources
+from instruct_jax.data import folders, hygiene, records, sources
 from instruct_jax.data import tokenizer as tokenizer_lib
 
 Criterion = Literal['quality', 'naturalness']
+Facts = tuple[tuple[str, str], ...]
 SCORE_COLUMNS = {'quality': 'quality', 'naturalness': 'natur'}
 NUM_SYSTEMS = 5
 # Shares of the meaning representations.
@@ -107,8 +106,15 @@ def read_demonstrations(
   Raises:
     RecordError: as in `records.read_jsonl`, with file and line.
   """
-  demonstrations, bad_lines, seen = [], [], set()
-  for line, row in _read_csv(path, ('mr', 'ref')):
+  return read_demonstrations_and_count(path)[0]
+
+
+def read_demonstrations_and_count(
+  path: epath.PathLike,
+) -> tuple[list[records.Demonstration], int]:
+  """`read_demonstrations`, and how many rows repeated an earlier one."""
+  demonstrations, bad_lines, seen, repeated = [], [], set(), 0
+  for line, row in sources.read_csv(path, ('mr', 'ref')):
     try:
       slots = parse_meaning(row['mr'])
     except ValueError as error:
@@ -118,9 +124,10 @@ def read_demonstrations(
     if not response:
       bad_lines.append((line, "'ref' is empty; drop the row"))
       continue
-    if (row['mr'], response) in seen:
+    if (row['mr'], records.composed(response)) in seen:
+      repeated += 1
       continue
-    seen.add((row['mr'], response))
+    seen.add((row['mr'], records.composed(response)))
     demonstrations.append(
       records.Demonstration(
         prompt=prompt_text(row['mr']),
@@ -131,7 +138,7 @@ def read_demonstrations(
       )
     )
   records.raise_problems(path, bad_lines)
-  return demonstrations
+  return demonstrations, repeated
 
 
 def read_rankings(
@@ -175,7 +182,7 @@ def read_rankings_and_counts(
   comparisons, bad_lines = [], []
   count = collections.Counter()
   columns = ('worker', '_tainted', 'mr', *score_columns, *text_columns)
-  for line, row in _read_csv(path, columns):
+  for line, row in sources.read_csv(path, columns):
     count['rows'] += 1
     if row['_tainted'] not in ('True', 'False'):
       bad_lines.append(
@@ -253,8 +260,9 @@ def write_e2e(
 ) -> dict[str, int | dict[str, int]]:
   """Writes everything that the stages after `data` read.
 
-  Meaning representations are split 80/10/10 in each of the two sources (they
-  share none), and all that belongs to one goes to one split. The workers are
+  Meaning representations are split 80/10/10 in each of the two sources, and all
+  that belongs to one goes to one split, whichever source it is from and however
+  its facts are ordered. The workers are
   split in two halves: the first half's rankings are `comparisons_*` and train
   the reward model, the second half's are `judge_comparisons_*` and train the
   judge. (With both criteria a person may be in both halves, under the two
@@ -262,7 +270,7 @@ def write_e2e(
   training representations of both sources and evaluated on the others; those
   of e2e_nlg have human references.
 
-  Files in `directory`: tokenizer/, documents_{train,valid},
+  Files in `directory`, all or none: tokenizer/, documents_{train,valid},
   demonstrations_{train,valid,test}, comparisons_{train,valid,test},
   judge_comparisons_{train,valid,test}, ppo_prompts_train, prompts_{valid,test}
   (.jsonl) and hygiene.json. Prompts carry `metadata`: mr, slots, references
@@ -292,7 +300,9 @@ def write_e2e(
     raise ValueError(
       f'valid_documents is {valid_documents}; it must be in (0, 1)'
     )
-  demonstrations = read_demonstrations(_find(root / 'e2e_nlg', 'devset.csv'))
+  demonstrations, repeated = read_demonstrations_and_count(
+    _find(root / 'e2e_nlg', 'devset.csv')
+  )
   comparisons: list[records.Comparison] = []
   report: dict[str, int | dict[str, int]] = {}
   for criterion in criteria:
@@ -302,25 +312,26 @@ def write_e2e(
     report[f'{criterion}_rows'] = dataclasses.asdict(counts)
 
   # A representation plays the part that a user has in the paper: none in two
-  # splits. `drop_duplicates` compares whole prompts here, for two of these
-  # may well share all facts but the last.
+  # splits.
+  split_of: dict[Facts, str] = {}
   prompts_by_split: dict[str, list[records.Prompt]] = {s: [] for s in FRACTIONS}
-  duplicates = 0
-  for prompts in (_prompts_of(demonstrations), _prompts_of(comparisons)):
-    kept, dropped = hygiene.drop_duplicates(prompts, prefix_words=10_000)
-    duplicates += dropped
-    for split, part in hygiene.split_by_user(kept, FRACTIONS, seed).items():
+  for groups in (_by_facts(demonstrations), _by_facts(comparisons)):
+    new = {f: group for f, group in groups.items() if f not in split_of}
+    facts_of = {group[0].metadata['mr']: f for f, group in new.items()}
+    prompts = [_prompt_of(group) for group in new.values()]
+    for split, part in hygiene.split_by_user(prompts, FRACTIONS, seed).items():
+      split_of |= {facts_of[prompt.user]: split for prompt in part}
       prompts_by_split[split].extend(
         dataclasses.replace(prompt, user='') for prompt in part
       )
-  prompts_by_split['train'], personal_data = hygiene.drop_personal_data(
-    prompts_by_split['train']
-  )
-  split_of = {
-    prompt.text: split
-    for split, prompts in prompts_by_split.items()
-    for prompt in prompts
-  }
+  named = {row.metadata['mr'] for row in (*demonstrations, *comparisons)}
+  duplicates = len(named) - len(split_of)
+  train, personal_data = hygiene.drop_personal_data(prompts_by_split['train'])
+  kept = {prompt.id for prompt in train}
+  for prompt in prompts_by_split['train']:
+    if prompt.id not in kept:
+      del split_of[facts(prompt.id)]
+  prompts_by_split['train'] = train
 
   documents = sources.read_documents(
     root / 'books', words_per_document=words_per_document
@@ -332,6 +343,10 @@ def write_e2e(
     d for d, out in zip(documents, held_out, strict=True) if not out
   ]
   rater_half, judge_half = split_workers(comparisons, seed)
+
+  def split_of_row(row):
+    return split_of.get(facts(row.metadata['mr']))
+
   files: dict[str, list] = {
     'documents_train': train_documents,
     'documents_valid': [
@@ -343,13 +358,11 @@ def write_e2e(
   }
   for split in FRACTIONS:
     files[f'demonstrations_{split}'] = [
-      d for d in demonstrations if split_of.get(d.prompt) == split
+      d for d in demonstrations if split_of_row(d) == split
     ]
     for name, half in (('', rater_half), ('judge_', judge_half)):
       files[f'{name}comparisons_{split}'] = [
-        c
-        for c in comparisons
-        if c.labeler in half and split_of.get(c.prompt) == split
+        c for c in comparisons if c.labeler in half and split_of_row(c) == split
       ]
 
   if vocab_size is None:
@@ -359,20 +372,27 @@ def write_e2e(
     )
   else:
     tokenizer = tokenizer_lib.train_bpe(_training_texts(files), vocab_size)
-  tokenizer.save(directory / 'tokenizer')
-  for name, rows in files.items():
-    records.write_jsonl(directory / f'{name}.jsonl', rows)
-
   report |= {
     'meaning_representations': {s: len(p) for s, p in prompts_by_split.items()},
+    'repeated_sentences': repeated,
     'duplicates': duplicates,
     'personal_data': personal_data,
+    'rows_of_personal_data': sum(
+      split_of_row(row) is None for row in (*demonstrations, *comparisons)
+    ),
     'workers': {'reward_model': len(rater_half), 'judge': len(judge_half)},
     'vocab_size': tokenizer.vocab_size,
     'records': {name: len(rows) for name, rows in files.items()},
   }
   content = json.dumps(report, indent=2) + '\n'
-  records.write_bytes(directory / 'hygiene.json', content.encode('utf-8'))
+  names = [*(f'{name}.jsonl' for name in files), 'hygiene.json', 'tokenizer/*']
+  with folders.writing(
+    directory, names, command='e2e', replace=True
+  ) as unfinished:
+    tokenizer.save(unfinished / 'tokenizer')
+    for name, rows in files.items():
+      records.write_jsonl(unfinished / f'{name}.jsonl', rows)
+    records.write_bytes(unfinished / 'hygiene.json', content.encode('utf-8'))
   return report
 
 
@@ -387,30 +407,43 @@ def _training_texts(files: dict[str, list]) -> Iterator[str]:
     yield from comparison.completions
 
 
-def _prompts_of(
+def facts(mr: str) -> Facts:
+  """A representation by which copies are told: whatever order, case and
+  spelling of accents."""
+  return tuple(
+    sorted(
+      (records.comparable(slot), records.comparable(value))
+      for slot, value in parse_meaning(mr)
+    )
+  )
+
+
+def _by_facts(
   examples: Sequence[records.Demonstration] | Sequence[records.Comparison],
-) -> list[records.Prompt]:
-  """One prompt for each representation, with its human references."""
+) -> dict[Facts, list]:
   groups = collections.defaultdict(list)
   for example in examples:
-    groups[example.metadata['mr']].append(example)
-  return [
-    records.Prompt(
-      id=mr,
-      text=group[0].prompt,
-      user=mr,
-      category=group[0].category,
-      metadata={
-        **group[0].metadata,
-        'references': [
-          example.response
-          for example in group
-          if isinstance(example, records.Demonstration)
-        ],
-      },
-    )
-    for mr, group in groups.items()
+    groups[facts(example.metadata['mr'])].append(example)
+  return groups
+
+
+def _prompt_of(
+  group: Sequence[records.Demonstration] | Sequence[records.Comparison],
+) -> records.Prompt:
+  """One prompt for a representation, with its human references."""
+  mr = group[0].metadata['mr']
+  references = [
+    example.response
+    for example in group
+    if isinstance(example, records.Demonstration)
   ]
+  return records.Prompt(
+    id=mr,
+    text=group[0].prompt,
+    user=mr,
+    category=group[0].category,
+    metadata={**group[0].metadata, 'references': references},
+  )
 
 
 def _scores_by_text(
@@ -418,6 +451,7 @@ def _scores_by_text(
 ) -> tuple[dict[str, list[float]], str]:
   """The scores of each distinct text, and what is wrong with the row or ''."""
   scores_by_text = collections.defaultdict(list)
+  spelt: dict[str, str] = {}
   for text_column, score_column in zip(
     text_columns, score_columns, strict=True
   ):
@@ -430,6 +464,8 @@ def _scores_by_text(
       score = math.nan
     if not math.isfinite(score):
       return {}, f'{score_column!r} is {row[score_column]!r}, not a number'
+    # Copies in composed and in decomposed letters are one text.
+    text = spelt.setdefault(records.composed(text), text)
     scores_by_text[text].append(score)
   return dict(scores_by_text), ''
 
@@ -442,48 +478,3 @@ def _find(folder: epath.Path, name: str) -> epath.Path:
     f'{folder / name}: no such file, nor {name}.gz; point the data root at the '
     'folder that holds e2e_nlg, e2e_rankings and books'
   )
-
-
-def _read_csv(
-  path: epath.PathLike, columns: Sequence[str]
-) -> Iterator[tuple[int, dict[str, str]]]:
-  """Yields (first line of the row, column -> text); checks the header."""
-  content = records.read_bytes(path)
-  try:
-    text = content.decode('utf-8-sig')
-  except UnicodeDecodeError as error:
-    line = content.count(b'\n', 0, error.start) + 1
-    raise records.RecordError(
-      f'{path}:{line}: byte {error.start} of the file is not UTF-8; convert it'
-    ) from error
-  reader = csv.reader(io.StringIO(text, newline=''), strict=True)
-  line, bad_lines, num_rows = 1, [], 0
-  header = next(reader, [])
-  missing = [column for column in columns if column not in header]
-  if missing:
-    raise records.RecordError(
-      f'{path}:1: columns {", ".join(missing)} are missing; found '
-      f'{", ".join(header) or "nothing"}'
-    )
-  while True:
-    line = reader.line_num + 1  # A quoted field may span several lines.
-    try:
-      values = next(reader, None)
-    except csv.Error as error:
-      raise records.RecordError(
-        f'{path}:{line}: not CSV ({error}); is the file whole?'
-      ) from error
-    if values is None:
-      break
-    if not values:
-      continue
-    if len(values) != len(header):
-      bad_lines.append(
-        (line, f'{len(values)} fields for {len(header)} columns')
-      )
-      continue
-    num_rows += 1
-    yield line, dict(zip(header, values, strict=True))
-  records.raise_problems(path, bad_lines)
-  if not num_rows:
-    raise records.RecordError(f'{path}: has a header and no rows')

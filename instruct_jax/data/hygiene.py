@@ -6,31 +6,41 @@ The paper names the rules and leaves their details open; ours are written in
 the docstrings.
 
 A prompt whose `user` is '' has an unknown author: it counts as a user of its
-own, so it is never capped and may go to any split.
+own, so it is never capped and may go to any split. Users whose conversations
+begin with the same question go to one split together, so that no conversation
+is in two.
 
   python -m instruct_jax.data.hygiene FILE... --output=DIR --tokenizer=FOLDER
 
 runs `clean` on prompts (JSONL) and writes `prompts_{train,valid,test}.jsonl`
-and the counts, `hygiene.json`. `--presidio` finds personal data with
-Microsoft's library (requirements-personal-data.txt) beside the patterns of this
-file; `--presidio=en_core_web_lg` finds people's names, too, with that spaCy
-model.
+and the counts, `hygiene.json`, all or none of them; files of an earlier run
+that would stay beside them are an error, or go with --replace (`folders.py`).
+`--presidio` finds personal data with Microsoft's library
+(requirements-personal-data.txt) beside the patterns of this file;
+`--presidio=en_core_web_lg` finds people's names, too, with that spaCy model.
+
+Personal data is looked for in everything that a prompt gives the model: its
+text, and each turn, the system's as well. Answers are not searched.
 """
 
+import argparse
 import collections
 import dataclasses
 import hashlib
+import ipaddress
 import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from etils import epath
-
 from instruct_jax import command
-from instruct_jax.data import records
+from instruct_jax.data import folders, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 
+# Prompts that are encoded at a time, and refusals that are told apart.
+_CHUNK = 4096
+_MAX_REASONS = 10
+_QUOTED = re.compile(r"'.*'|\".*\"")
 Prompts = list[records.Prompt]
 KindsFn = Callable[[str], list[str]]
 
@@ -42,26 +52,73 @@ class HygieneReport:
   Attributes:
     given: prompts before anything was dropped.
     duplicates: shared a long prefix with an earlier prompt.
+    refused: the tokenizer cannot render them, as where a chat template knows
+      no system turn; by what it said, with the id of the first.
     over_long: longer than the token limit.
     over_cap: beyond the cap of their user.
     personal_data: dropped from the training split only.
     kept: prompts left in each split.
     users: distinct users in each split.
     unknown_users: kept prompts without a user id.
+    joined_users: kept users, unknown ones included, who share an opening with
+      another one, so that both went to one split.
+    limits: what the counts go by: max_tokens, prefix_words, cap.
   """
 
   given: int
   duplicates: int
+  refused: dict[str, int]
   over_long: int
   over_cap: int
   personal_data: int
   kept: dict[str, int]
   users: dict[str, int]
   unknown_users: int
+  joined_users: int
+  limits: dict[str, int]
 
   def to_json(self) -> dict[str, int | dict[str, int]]:
     """The counts as JSON types."""
     return dataclasses.asdict(self)
+
+
+def drop_refused(
+  prompts: Sequence[records.Prompt], tokenizer: tokenizer_lib.Tokenizer
+) -> tuple[Prompts, list[int], dict[str, int]]:
+  """Drops prompts that the tokenizer cannot render.
+
+  Returns:
+    The prompts that it can, their lengths in tokens, and how many it cannot by
+    what it said (with the first id).
+  """
+  kept, lengths = [], []
+  refused: dict[str, list[str]] = {}
+  for start in range(0, len(prompts), _CHUNK):
+    chunk = prompts[start : start + _CHUNK]
+    try:
+      lengths += map(len, tokenizer.encode_prompts(chunk))
+      kept += chunk
+      continue
+    except ValueError:
+      pass  # One of them, at least: found below.
+    for prompt in chunk:
+      try:
+        lengths += map(len, tokenizer.encode_prompts([prompt]))
+        kept.append(prompt)
+      except ValueError as error:
+        # The cause has the template's words alone; our own name the prompt.
+        said = ' '.join(str(error.__cause__ or error).split())
+        if error.__cause__ is None:
+          said = said.removeprefix(f'prompt {prompt.id!r}: ')
+          said = _QUOTED.sub("'...'", said)
+        if said not in refused and len(refused) >= _MAX_REASONS:
+          said = 'other reasons'
+        refused.setdefault(said, []).append(prompt.id)
+  return (
+    kept,
+    lengths,
+    {f'{said} (first: {ids[0]})': len(ids) for said, ids in refused.items()},
+  )
 
 
 def drop_long(
@@ -69,8 +126,16 @@ def drop_long(
   tokenizer: tokenizer_lib.Tokenizer,
   max_tokens: int,
 ) -> tuple[Prompts, int]:
-  """Drops prompts of more than `max_tokens` tokens; none is ever cut (C)."""
+  """Drops prompts of more than `max_tokens` tokens; none is ever cut (C).
+
+  Raises:
+    ValueError: the tokenizer cannot render one; see `drop_refused`.
+  """
   lengths = map(len, tokenizer.encode_prompts(prompts))
+  return _not_longer(prompts, lengths, max_tokens)
+
+
+def _not_longer(prompts, lengths, max_tokens):
   kept = [
     prompt
     for prompt, length in zip(prompts, lengths, strict=True)
@@ -85,9 +150,11 @@ def drop_duplicates(
   """Drops prompts that share a long prefix with an earlier one (A.2).
 
   Rule: two prompts are duplicates when their first `prefix_words` words are
-  the same, upper and lower case alike; a prompt with fewer words must be the
-  same as a whole. So a short prompt is no duplicate of a long one that begins
-  with it. The first is kept. One pass with a hash set.
+  the same, whatever their case and however their accents are spelt; a prompt
+  with fewer words must be the same as a whole. So a short prompt is no
+  duplicate of a long one that begins with it. A conversation of one turn is its
+  text; system turns are apart: all of them must be the same, and they do not
+  count as words. The first is kept. One pass with a hash set.
 
   Args:
     prompts: any prompts.
@@ -98,13 +165,29 @@ def drop_duplicates(
     raise ValueError(f'prefix_words is {prefix_words}; it must be 1 or more')
   kept, seen = [], set()
   for prompt in prompts:
+    system, text = _said(prompt)
     # maxsplit bounds the work on long prompts; the last piece is the rest.
-    words = prompt.text.lower().split(maxsplit=prefix_words)[:prefix_words]
-    key = ' '.join(words)
+    words = text.split(maxsplit=prefix_words)[:prefix_words]
+    key = records.comparable(' '.join(words))
+    if system:
+      key = (records.comparable(system), key)
     if key not in seen:
       seen.add(key)
       kept.append(prompt)
   return kept, len(prompts) - len(kept)
+
+
+def _said(prompt: records.Prompt) -> tuple[str, str]:
+  """The system's part, and the conversation from the user's first words."""
+  turns = records.conversation(prompt)
+  if len(turns) == 1:
+    return '', turns[0].content
+  system = '\n'.join(t.content for t in turns if t.role == 'system')
+  rest = [turn for turn in turns if turn.role != 'system']
+  if len(rest) == 1:
+    return system, rest[0].content
+  text = records.text_of_turns(rest)
+  return system, text[text.index(rest[0].content) :]
 
 
 def cap_per_user(
@@ -133,9 +216,11 @@ def split_by_user(
 ) -> dict[str, Prompts]:
   """Splits prompts so that no user is in two splits (3.2, A.2).
 
-  Users are taken in an order drawn from the seed and given, whole, to the
-  split that is furthest below its share of prompts. The outcome depends on the
-  seed and the set of users and their counts, not on the order of the file.
+  Nor is a conversation: users whose prompts share an opening
+  (`records.opening`) count as one user, and so on for who shares one with them.
+  Users are taken in an order drawn from the seed and given, whole, to the split
+  that is furthest below its share of prompts. The outcome depends on the seed
+  and the set of users and their counts, not on the order of the file.
 
   Args:
     prompts: any prompts.
@@ -146,53 +231,204 @@ def split_by_user(
     Each split's prompts in the given order. With few users a split may be
     empty.
   """
+  return _split(prompts, fractions, seed)[0]
+
+
+def _split(prompts, fractions, seed):
+  """`split_by_user`, and how many users share a group with another."""
   total = sum(fractions.values())
   if min(fractions.values(), default=0) <= 0 or abs(total - 1) > 1e-6:
     raise ValueError(
       f'split fractions {dict(fractions)} must be positive and sum to 1; they '
       f'sum to {total:g}'
     )
-  by_user = collections.defaultdict(list)
-  for position, prompt in enumerate(prompts):
-    by_user[_user_key(prompt, position)].append(position)
+  groups, joined_users = _joined(prompts)
   missing = {name: share * len(prompts) for name, share in fractions.items()}
   assigned = {name: [] for name in fractions}
-  for user in sorted(by_user, key=lambda user: (_draw(seed, *user), user)):
+  for user in sorted(groups, key=lambda user: (_draw(seed, *user), user)):
     name = max(missing, key=lambda name: missing[name])
-    missing[name] -= len(by_user[user])
-    assigned[name].extend(by_user[user])
-  return {
+    missing[name] -= len(groups[user])
+    assigned[name].extend(groups[user])
+  splits = {
     name: [prompts[i] for i in sorted(positions)]
     for name, positions in assigned.items()
   }
+  return splits, joined_users
+
+
+def _joined(
+  prompts: Sequence[records.Prompt],
+) -> tuple[dict[tuple[str, str], list[int]], int]:
+  """Positions by user; users with a common opening are one, named by the
+  smallest of their keys. And how many users were joined with another."""
+  by_user = collections.defaultdict(list)
+  for position, prompt in enumerate(prompts):
+    by_user[_user_key(prompt, position)].append(position)
+  leader: dict[tuple[str, str], tuple[str, str]] = {}
+
+  def find(user):
+    while (above := leader.get(user, user)) != user:
+      # Halves the way for whoever comes next.
+      leader[user] = user = leader.get(above, above)
+    return user
+
+  first: dict[str, tuple[str, str]] = {}
+  for user, positions in by_user.items():
+    for position in positions:
+      opening = records.opening(prompts[position])
+      one, other = find(user), find(first.setdefault(opening, user))
+      if one != other:
+        leader[max(one, other)] = min(one, other)
+  if not leader:
+    return by_user, 0
+  groups, sizes = collections.defaultdict(list), collections.Counter()
+  for user, positions in by_user.items():
+    groups[find(user)] += positions
+    sizes[find(user)] += 1
+  return groups, sum(size for size in sizes.values() if size > 1)
 
 
 # What counts as personal data. The patterns lean towards dropping a harmless
-# prompt rather than keeping a person's details.
-_EMAIL = re.compile(r'(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)+')
-# Groups of digits with separators; 9 to 15 digits (E.164) are a phone number.
-_PHONE = re.compile(
-  r'(?<![\w.])\+?\(?\d{1,4}\)?(?:[ .-]{1,2}\(?\d{2,4}\)?){2,5}(?![\w])'
-  r'|(?<!\w)\+\d{9,15}(?!\w)'
+# prompt rather than keeping a person's details; dates, times, prices, versions,
+# ISBNs, sums and names of code are not details.
+
+# `jo@mail.org`, `jo [at] mail (dot) org`, `jo&#64;mail.org`, `jo＠mail．org`.
+_AT = r'(?:@|＠|&#0*64;|&commat;|%40|\s*[\[({<]\s*(?:at|@)\s*[\])}>]\s*)'
+_DOT = r'(?:\.|．|。|\s*[\[({<]\s*(?:dot|\.)\s*[\])}>]\s*)'
+_TOP_LEVEL = (
+  r'(?:com|org|net|edu|gov|info|biz|io|dev|me|co|eu|uk|de|fr|es|it|nl|be|ch|at'
+  r'|pl|se|no|dk|fi|pt|ie|ru|ua|cz|in|cn|jp|kr|au|nz|ca|us|br|mx|ar|za|tr|il)'
 )
-# 13 to 19 digits, grouped or not, that pass the Luhn check, are a card.
-_CARD = re.compile(r'(?<!\d)\d(?:[ -]?\d){12,18}(?!\d)')
-# United States social security number; IBAN.
-_ID_NUMBER = re.compile(
-  r'(?<!\d)\d{3}-\d{2}-\d{4}(?!\d)'
-  r'|\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}(?: ?[A-Z0-9]{1,3})?\b'
+_EMAIL = re.compile(
+  rf'(?<![\w.+-])(?!git@)[\w.+-]*\w[+-]?{_AT}[\w-]+(?:{_DOT}[\w-]+)*?{_DOT}'
+  r'(?:[^\W\d_]{2,}|xn--[\w-]+)(?![\w(])',
+  re.IGNORECASE,
 )
+# `jo at mail dot org` and `jo @ mail.org`.
+_EMAIL_IN_WORDS = re.compile(
+  rf'\w\s+at\s+[\w-]+(?:\s+dot\s+[\w-]+)*\s+dot\s+{_TOP_LEVEL}\b'
+  rf'|\w\s+@\s*[\w-]+(?:\.[\w-]+)*\.{_TOP_LEVEL}\b'
+  rf'|\w@\s+[\w-]+(?:\.[\w-]+)*\.{_TOP_LEVEL}\b',
+  re.IGNORECASE,
+)
+
 _OCTET = r'(?:25[0-5]|2[0-4]\d|1?\d?\d)'
-_IP = re.compile(
-  rf'(?<![\d.])(?:{_OCTET}\.){{3}}{_OCTET}(?![\d.]*\d)'
-  r'|(?<![\w:])(?:[0-9a-fA-F]{1,4}:){7}[0-9a-fA-F]{1,4}(?![\w:])'
+_IPV4 = re.compile(rf'(?<![\w.])(?:{_OCTET}\.){{3}}{_OCTET}(?!\w|\.\d)')
+_IPV6 = re.compile(
+  r'(?<![\w:.])[0-9a-fA-F]{0,4}(?::[0-9a-fA-F]{0,4}){2,8}(?:(?:\.\d{1,3}){3})?'
+  r'(?!\w)'
 )
-# `221b Baker Street`: a number, capitalised words, a kind of street.
+_VERSION = re.compile(
+  r'(?:\b(?:version|ver|v|release|build|firmware|driver|section|chapter)|§)'
+  r'\W{0,3}$',
+  re.IGNORECASE,
+)
+# Prefixes of addresses that machines have: global, unique local, link local.
+# Others, such as `a::b` or `dead::beef`, are names of code or jokes.
+_IPV6_NETWORKS = tuple(
+  map(
+    ipaddress.ip_network, ('2000::/3', 'fc00::/7', 'fe80::/10', '64:ff9b::/96')
+  )
+)
+
+# 13 to 19 digits, grouped as on a card or not, that pass the Luhn check.
+_CARD = re.compile(
+  r'(?<![\w.])(?:[2-6]\d{3}(?:[ .-]?\d{4}){2,3}(?:[ .-]?\d{1,3})?'
+  r'|3[47]\d{2}[ .-]?\d{6}[ .-]?\d{5})(?!\w)'
+)
+# United States social security number.
+_SSN = re.compile(r'(?<!\d)\d{3}-\d{2}-\d{4}(?!\d)')
+_IBAN = re.compile(
+  r'\b(?:[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?'
+  r'|[A-Za-z]{2}\d{2}[A-Za-z0-9]{11,30})\b'
+)
+
+# Phone numbers. S is what stands between groups of digits.
+_S = r'[ .\-/\u00a0\u2010-\u2015\u202f]'
+_DAY = r'(?:0?[1-9]|[12]\d|3[01])'
+_MONTH = r'(?:0?[1-9]|1[0-2])'
+_YEAR = r'(?:1[5-9]|20)\d\d'
+_SEVEN_DIGITS = re.compile(r'\d(?:[^\w\n]{0,4}\d){6}')
+# What has digits and is none; blanked out before numbers are looked for.
+_OTHER_DIGITS = re.compile(
+  r'(?:https?://|www\.|\b10\.\d{4,9}/)\S+'
+  r'|\b[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\b'
+  rf'|(?<!\d)(?<!\d[-/.])(?:{_YEAR}[-/.]{_MONTH}[-/.]{_DAY}'
+  rf'|{_DAY}[-/.]{_DAY}[-/.](?:{_YEAR}|\d\d))(?![-/.]?\d)'
+  r'|\b\d{1,2}:\d\d(?::\d\d)?(?:[.,]\d+)?\b'
+  rf'|\b{_YEAR}(?:{_S}{{1,3}}{_YEAR})+\b'
+  r'|\b(?:isbn|issn|pmid|arxiv|ean|upc)(?:-1[03])?[:#\s]*[\dx][\dx .\-/]+'
+  r'|(?<!\d)97[89]-?(?:\d-?){9}\d(?!\d)'
+  r'|[$€£¥₹]\s?\d[\d,]*(?:\.\d+)?'
+  r'|(?<![\d.\-/])\d[\d,]*(?:\.\d+)?\s?(?:[€£¥₹%°]|(?:usd|eur|gbp|dollars?|euros?'
+  r'|pounds?|yen|won|rupees?|people|users?|times|years?|days?|hours?|minutes?'
+  r'|seconds?|bytes|bits|km|miles?|met(?:er|re)s?|kg|tons?|million|billion)\b)'
+  rf'|{_IPV4.pattern}',
+  re.IGNORECASE,
+)
+_PHONE_WORDS = re.compile(
+  r'(?<![\w.])(?:(?:(?:tele)?phone|tel|mobile|cell|fax|whatsapp|sms|landline)'
+  r'(?: ?(?:number|no\.?|nr\.?|#))?'
+  r'|(?:call|ring|dial|text|reach|contact)(?: (?:me|us|him|her|them|it|now))?'
+  r'|(?:my|his|her|our|their|your) number)'
+  r"(?: (?:is|at|on|under|today)|'s)*[ .:#=-]{0,3}$",
+  re.IGNORECASE,
+)
+# Numbers that are counted with, or name a thing.
+_SUM_WORDS = re.compile(
+  r'\b(?:(?:add|plus|minus|subtract|sum|product|multiply|divide|divided|times|by'
+  r'|square|root|factor\w*|prime|convert|round|sort|list|average|mean|median'
+  r'|digits?|binary|decimal|equals?|than|of|and|population|year|value|integer|int'
+  r'|long|float|seed|hash|numbers|(?:the|a|an|large|random) number)'
+  r'|(?:order|invoice|ticket|tracking|account|serial|part|model|sku|case|ref'
+  r'|reference|item|code|key|id|ids)(?: ?(?:numbers?|no\.?|nr\.?|id|code))?'
+  r')\W{0,3}$',
+  re.IGNORECASE,
+)
+_LIMITS = frozenset(
+  str(2**power + less) for power in (31, 32) for less in (-1, 0, 1)
+)
+_PHONES = tuple(
+  re.compile(pattern)
+  for pattern in (
+    # +44 20 7946 0958, +1(555)123-4567, 0044 20 7946 0958
+    rf'(?<![\w+)])\(?\+\(?\d{{1,4}}\)?(?:(?:{_S}|[()]){{0,3}}\d){{6,13}}(?!\d)',
+    rf'(?<![\w.,+-])00{_S}?[1-9]\d?(?:(?:{_S}|[()]){{0,3}}\d){{8,12}}(?!\d)',
+    # (555)123-4567, 555/123-4567, 1-555-123-4567
+    rf'(?<!\d)\d{{3}}[)\]]{_S}{{0,3}}\d{{3}}{_S}{{0,3}}\d{{4}}(?!\d)',
+    rf'(?<!\w)(?<!\d[.\-/])(?:\d{{1,3}}{_S}{{1,2}})?\d{{3}}{_S}{{1,3}}\d{{3}}'
+    rf'{_S}{{1,3}}\d{{4}}(?!\d)(?![.\-]\d)',
+    # (020) 7946 0958, (11) 91234-5678; not (2003) 345-352
+    rf'\((?!{_YEAR}\))0?\d{{2,4}}\){_S}{{0,2}}\d{{2,5}}'
+    rf'(?:{_S}{{0,2}}\d{{2,5}}){{1,3}}(?!\d)',
+    # 020 7946 0958, 06 12 34 56 78, 030/1234567
+    rf'(?<![\w.,:])(?<!\d{_S})0[1-9]\d{{0,4}}(?:{_S}{{1,2}}\d{{2,8}}){{1,4}}'
+    rf'(?!{_S}?\d)',
+    # 91234-5678 after an area code; 98765-43210; 8 912 345-67-89
+    rf'(?<!\w)(?<!\d{_S})\d{{2}}{_S}9\d{{4}}-\d{{4}}(?!\d)',
+    r'(?<![\w-])[6-9]\d{4}-\d{5}(?![\w-])',
+    rf'(?<!\w)(?<!\d{_S})8{_S}?\(?9\d\d\)?{_S}?\d{{3}}{_S}?\d\d{_S}?\d\d(?!\d)',
+    # Groups with hyphens; and the exchange that people make numbers up with.
+    r'(?<![\w.-])555[-.]\d{4}(?![\w-]|\.\d)',
+    r'(?<![\w.])(?<!\d[\-./])\d{2,4}(?:-\d{2,4}){2,4}(?!\w|-\w|[./]\d)',
+  )
+)
+# Digits alone: ten as in North America, or with a 1 or a 0 before.
+_BARE = re.compile(
+  r'(?<![\w.,/#+*×÷=^<>~-])(?:[2-9]\d{9}|1[2-9]\d{9}|0[1-9]\d{8,9})'
+  r'(?!\w|[.,:]?\d|\s?[*×÷+/=^%°<>])'
+)
+_AFTER_WORDS = re.compile(rf'\+?\(?\d(?:(?:{_S}|[()]){{0,3}}\d){{6,14}}(?!\d)')
+
+# `221b Baker Street`, `350 5th Ave`: a number, capitalised words, a kind of
+# street; not `2010 Supreme Court`.
 _STREET = re.compile(
-  r"\b\d{1,5}[a-zA-Z]?,?\s+(?:[A-Z][\w.'-]*\s+){1,4}"
+  r'\b\d{1,5}[a-zA-Z]?,?\s+(?!(?:Supreme|High|Federal|District|Superior)\s+Court)'
+  r"(?:(?:[A-Z][a-z]{0,3}\.|[A-Z][\w'-]*|\d{1,3}(?:st|nd|rd|th))\s+){1,4}"
   r'(?:Street|St|Avenue|Ave|Road|Rd|Lane|Ln|Drive|Dr|Boulevard|Blvd|Court|Ct'
   r'|Place|Pl|Square|Sq|Way|Terrace|Crescent)\b'
 )
+_DIGIT = re.compile(r'\d')
 
 
 def personal_data_kinds(text: str) -> list[str]:
@@ -200,21 +436,131 @@ def personal_data_kinds(text: str) -> list[str]:
   number, IP address, street address. Patterns only, so names go unnoticed.
   """
   kinds = []
-  if _EMAIL.search(text):
+  if _EMAIL.search(text) or _EMAIL_IN_WORDS.search(text):
     kinds.append('e-mail')
-  for match in _PHONE.finditer(text):
-    if 9 <= sum(c.isdigit() for c in match[0]) <= 15:
-      kinds.append('phone')
-      break
-  if any(_passes_luhn(match[0]) for match in _CARD.finditer(text)):
+  if not _DIGIT.search(text):
+    return kinds
+  if _has_phone(text):
+    kinds.append('phone')
+  if any(_is_card(match[0]) for match in _CARD.finditer(text)):
     kinds.append('card number')
-  if _ID_NUMBER.search(text):
+  if _SSN.search(text) or any(
+    _is_iban(match[0]) for match in _IBAN.finditer(text)
+  ):
     kinds.append('id number')
-  if _IP.search(text):
+  if _has_address(text):
     kinds.append('IP address')
   if _STREET.search(text):
     kinds.append('street address')
   return kinds
+
+
+def _has_phone(text: str) -> bool:
+  if not _SEVEN_DIGITS.search(text):
+    return False
+  text = _OTHER_DIGITS.sub('\n', text)
+
+  def before(match):
+    return text[max(0, match.start() - 30) : match.start()]
+
+  return (
+    any(
+      _is_phone(match[0], text[match.end() :][:4], before(match))
+      for pattern in _PHONES
+      for match in pattern.finditer(text)
+    )
+    or any(
+      _PHONE_WORDS.search(before(match)) and _is_dialled(match[0], least=7)
+      for match in _AFTER_WORDS.finditer(text)
+    )
+    or any(
+      len(match[0].rstrip('0')) > 5
+      and len(set(match[0])) > 2
+      and match[0] not in _LIMITS
+      and not _SUM_WORDS.search(before(match))
+      for match in _BARE.finditer(text)
+    )
+  )
+
+
+def _is_phone(number: str, after: str, before: str) -> bool:
+  """Whether grouped digits are a number to dial and not a row of numbers."""
+  # Numbers in a row are longer rows, or sums; groups with hyphens may name a
+  # thing, unless they are those of a North American number.
+  if re.fullmatch(r'[\d ]+', number) and (
+    re.search(r'\d[ ,]+$', before) or re.match(r'[ ,]+\d', after)
+  ):
+    return False
+  if (
+    re.fullmatch(r'[\d -]+', number)
+    and not re.fullmatch(r'(?:\d{1,3}-)?\d{3}-\d{3}-\d{4}', number)
+    and number[0] != '0'
+    and _SUM_WORDS.search(before)
+  ):
+    return False
+  has_plus = number.lstrip('(').startswith(('+', '00'))
+  least = 8 if has_plus else 7 if number.startswith('555') else 9
+  return _is_dialled(number, least)
+
+
+def _is_dialled(number: str, least: int) -> bool:
+  groups = re.findall(r'\d+', number)
+  digits = ''.join(groups)
+  has_plus = number.lstrip('(').startswith(('+', '00'))
+  return (
+    least <= len(digits) <= 15
+    and len(digits.rstrip('0')) > 3
+    and len(set(digits)) > 2
+    # Neither 1 2 3 4 5 6 7 8 9 nor 10-20-30-40-50.
+    and (has_plus or all(len(group) > 1 for group in groups[1:-1]))
+    and (has_plus or max(map(len, groups)) > 2 or digits[0] == '0')
+  )
+
+
+def _is_card(number: str) -> bool:
+  digits = [int(c) for c in reversed(number) if c.isdigit()]
+  doubled = (sum(divmod(2 * digit, 10)) for digit in digits[1::2])
+  return 13 <= len(digits) <= 19 and (
+    (sum(digits[::2]) + sum(doubled)) % 10 == 0
+  )
+
+
+def _is_iban(text: str) -> bool:
+  """Checksum of ISO 13616: letters count from 10, and the rest is 1."""
+  text = text.replace(' ', '').upper()
+  number = ''.join(str(int(c, 36)) for c in text[4:] + text[:4])
+  return 15 <= len(text) <= 34 and int(number) % 97 == 1
+
+
+def _has_address(text: str) -> bool:
+  """Whether there is an IP address of a machine somewhere on the network."""
+  for match in _IPV4.finditer(text):
+    address = ipaddress.IPv4Address(
+      '.'.join(part.lstrip('0') or '0' for part in match[0].split('.'))
+    )
+    before = text[max(0, match.start() - 12) : match.start()]
+    if _is_machine(address) and not _VERSION.search(before):
+      return True
+  if text.count(':') < 2:
+    return False
+  for match in _IPV6.finditer(text):
+    found = match[0] if match[0].endswith('::') else match[0].rstrip(':')
+    try:
+      address = ipaddress.IPv6Address(found)
+    except ValueError:
+      continue
+    mapped = address.ipv4_mapped
+    if mapped is not None:
+      if _is_machine(mapped):
+        return True
+    elif any(address in network for network in _IPV6_NETWORKS):
+      return True
+  return False
+
+
+def _is_machine(address: ipaddress.IPv4Address) -> bool:
+  # 0.x is no host, 255.x a mask.
+  return not address.is_loopback and 0 < address.packed[0] < 255
 
 
 # The library's names of what it finds, and ours.
@@ -224,7 +570,6 @@ _PRESIDIO_KINDS = {
   'CREDIT_CARD': 'card number',
   'US_SSN': 'id number',
   'IBAN_CODE': 'id number',
-  'IP_ADDRESS': 'IP address',
   'PERSON': 'name',
 }
 # What a phone number has without a word such as "call" beside it; weaker finds
@@ -237,7 +582,8 @@ def presidio_kinds(spacy_model: str = '') -> KindsFn:
 
   Phone numbers are then checked against the numbering plans of all countries,
   e-mail addresses against the list of public suffixes, and bank and card
-  numbers by their checksums. Nothing is downloaded.
+  numbers by their checksums. (Its IP addresses are left to the patterns: it
+  takes `::1` and `a::b` for some.) Nothing is downloaded.
 
   Args:
     spacy_model: name or folder of an installed English model that knows
@@ -281,7 +627,6 @@ def presidio_kinds(spacy_model: str = '') -> KindsFn:
     found_by.PhoneRecognizer(),
     found_by.CreditCardRecognizer(),
     found_by.IbanRecognizer(),
-    found_by.IpRecognizer(),
     found_by.UsSsnRecognizer(),
   ]
   if spacy_model:
@@ -305,8 +650,18 @@ def presidio_kinds(spacy_model: str = '') -> KindsFn:
 def drop_personal_data(
   prompts: Sequence[records.Prompt], kinds_fn: KindsFn = personal_data_kinds
 ) -> tuple[Prompts, int]:
-  """Drops prompts that hold personal data; for the training split (A.1)."""
-  kept = [prompt for prompt in prompts if not kinds_fn(prompt.text)]
+  """Drops prompts that hold personal data, in the text or in any turn; for the
+  training split (A.1)."""
+  kept = [
+    prompt
+    for prompt in prompts
+    if not kinds_fn(prompt.text)
+    and not any(
+      kinds_fn(turn.content)
+      for turn in prompt.turns
+      if turn.content not in prompt.text
+    )
+  ]
   return kept, len(prompts) - len(kept)
 
 
@@ -322,7 +677,8 @@ def clean(
   training_split: str = 'train',
   kinds_fn: KindsFn = personal_data_kinds,
 ) -> tuple[dict[str, Prompts], HygieneReport]:
-  """All of the above: duplicates, length, cap, split, then personal data.
+  """All of the above: duplicates, what the tokenizer refuses, length, cap,
+  split, then personal data.
 
   Duplicates go first, so that no near-copy can land in two splits or use up a
   user's cap; personal data goes last, from the training split only, so that
@@ -357,15 +713,17 @@ def clean(
       f'{repeated[0]!r}; ids must be distinct'
     )
   kept, duplicates = drop_duplicates(prompts, prefix_words)
-  kept, over_long = drop_long(kept, tokenizer, max_tokens)
+  kept, lengths, refused = drop_refused(kept, tokenizer)
+  kept, over_long = _not_longer(kept, lengths, max_tokens)
   kept, over_cap = cap_per_user(kept, cap, seed=seed)
-  splits = split_by_user(kept, fractions, seed)
+  splits, joined_users = _split(kept, fractions, seed)
   splits[training_split], personal_data = drop_personal_data(
     splits[training_split], kinds_fn
   )
   report = HygieneReport(
     given=len(prompts),
     duplicates=duplicates,
+    refused=refused,
     over_long=over_long,
     over_cap=over_cap,
     personal_data=personal_data,
@@ -377,6 +735,12 @@ def clean(
     unknown_users=sum(
       not prompt.user for split in splits.values() for prompt in split
     ),
+    joined_users=joined_users,
+    limits={
+      'max_tokens': max_tokens,
+      'prefix_words': prefix_words,
+      'cap': cap,
+    },
   )
   return splits, report
 
@@ -392,12 +756,6 @@ def _draw(seed: int, *parts: str) -> bytes:
   """A random-looking key that depends on nothing but its arguments."""
   text = '\0'.join((str(seed), *parts))
   return hashlib.blake2b(text.encode('utf-8'), digest_size=8).digest()
-
-
-def _passes_luhn(number: str) -> bool:
-  digits = [int(c) for c in reversed(number) if c.isdigit()]
-  doubled = (sum(divmod(2 * digit, 10)) for digit in digits[1::2])
-  return (sum(digits[::2]) + sum(doubled)) % 10 == 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -420,39 +778,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument(
     '--presidio', nargs='?', const='', metavar='SPACY_MODEL', default=None
   )
+  parser.add_argument(
+    '--replace',
+    action='store_true',
+    help='remove files of an earlier run that this one does not write',
+  )
   options = parser.parse_args(arguments)
   try:
-    kinds_fn = personal_data_kinds
-    if options.presidio is not None:
-      kinds_fn = presidio_kinds(options.presidio)
-    prompts = [
-      prompt
-      for path in options.files
-      for prompt in records.read_jsonl(path, records.Prompt)
-    ]
-    shares = {'valid': options.valid, 'test': options.test}
-    shares['train'] = 1 - sum(shares.values())
-    splits, report = clean(
-      prompts,
-      tokenizer=tokenizer_lib.Tokenizer.load(options.tokenizer),
-      max_tokens=options.max_tokens,
-      prefix_words=options.prefix_words,
-      cap=options.cap,
-      fractions={name: share for name, share in shares.items() if share},
-      seed=options.seed,
-      kinds_fn=kinds_fn,
-    )
-  except ValueError as error:
+    counts = _run(options)
+  except (ValueError, OSError) as error:
     print(error, file=sys.stderr)
     return 1
-  output = epath.Path(options.output)
-  for name, split in splits.items():
-    if split:
-      records.write_jsonl(output / f'prompts_{name}.jsonl', split)
-  counts = json.dumps(report.to_json(), indent=2)
-  records.write_bytes(output / 'hygiene.json', counts.encode('utf-8'))
-  print(counts)
+  print(json.dumps(counts, indent=2))
   return 0
+
+
+def _run(options: argparse.Namespace) -> dict[str, int | dict[str, int]]:
+  kinds_fn = personal_data_kinds
+  if options.presidio is not None:
+    kinds_fn = presidio_kinds(options.presidio)
+  prompts: Prompts = []
+  file_of: dict[str, str] = {}
+  for path in options.files:
+    for prompt in records.read_jsonl(path, records.Prompt):
+      other = file_of.setdefault(prompt.id, path)
+      if other is not path:
+        raise ValueError(
+          f'{path}: the id {prompt.id!r} is in {other}, too; ids must be '
+          'distinct'
+        )
+      prompts.append(prompt)
+  shares = {'valid': options.valid, 'test': options.test}
+  shares['train'] = 1 - sum(shares.values())
+  splits, report = clean(
+    prompts,
+    tokenizer=tokenizer_lib.Tokenizer.load(options.tokenizer),
+    max_tokens=options.max_tokens,
+    prefix_words=options.prefix_words,
+    cap=options.cap,
+    fractions={name: share for name, share in shares.items() if share},
+    seed=options.seed,
+    kinds_fn=kinds_fn,
+  )
+  counts = report.to_json()
+  if not any(splits.values()):
+    raise ValueError(
+      f'{", ".join(options.files)}: no prompt is left: {json.dumps(counts)}'
+    )
+  with folders.writing(
+    options.output,
+    ('prompts_*', 'hygiene.json'),
+    command='hygiene',
+    settings={'seed': options.seed, 'shares': shares},
+    inputs=options.files,
+    replace=options.replace,
+  ) as folder:
+    for name, split in splits.items():
+      if split:
+        records.write_jsonl(folder / f'prompts_{name}.jsonl', split)
+    content = json.dumps(counts, indent=2)
+    records.write_bytes(folder / 'hygiene.json', content.encode('utf-8'))
+  return counts
 
 
 if __name__ == '__main__':

@@ -2,7 +2,8 @@
 
 One function a format, from a file (plain or `.gz`, JSON or JSONL) to an
 `Imported`. What a file holds and cannot be used is counted with its reason;
-what does not look like the format at all is an error with its line.
+what does not look like the format at all is an error with its line and key.
+Null, and the NaN of tables, is an empty text everywhere.
 `python -m instruct_jax.data.convert` writes the outcome as JSONL splits.
 
   hh                    Anthropic HH (Bai et al. 2022): chosen, rejected
@@ -18,19 +19,41 @@ what does not look like the format at all is an error with its line.
 
 Prompts of conversations have `turns`, and `records.text_of_turns` of them as
 their text; a completion then begins with the space that follows "Assistant:",
-as in the HH files. Prompts of instructions end in a blank line.
+as in the HH files. Prompts of instructions end in a blank line, and an input
+that only says that there is none (`<noinput>`, `N/A`) is none.
+
+A demonstration is what a labeler wrote. Rows that say that a model wrote the
+answer (`sources.model_of`: AlpacaEval's outputs, Self-Instruct's predictions,
+OpenAssistant's synthetic messages) are kept apart. HH's chosen answers are what
+people chose among answers of models, for want of better.
 """
 
 import collections
 import dataclasses
+import functools
 import itertools
-import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from instruct_jax.data import e2e, records
+from instruct_jax.data import e2e, records, sources
+
+# What `convert` says beside the counts of a format.
+NOTES = {
+  'hh': (
+    'the demonstrations are the chosen answers: models wrote them, people chose'
+  ),
+}
+# "No input" as annotators and models spell it. `Na` alone is sodium.
+_NO_INPUT = re.compile(
+  r'[<\[({"\'*]*(?:no[\s_-]*inputs?'
+  r'(?:[\s_-]*(?:is|was|are))?'
+  r'(?:[\s_-]*(?:required|needed|necessary|provided|given|available))?'
+  r'|n/a|n\.a\.?|none|null|nan|not[\s_-]applicable)[>\])}"\'*.!]*',
+  re.IGNORECASE,
+)
 
 
 @dataclasses.dataclass
@@ -38,6 +61,8 @@ class Imported:
   """What a file gave.
 
   Attributes:
+    demonstrations: written by people, as far as the file says.
+    model_demonstrations: written by the model that `labeler` names.
     skipped: reason -> how many entries were left out for it.
   """
 
@@ -47,16 +72,33 @@ class Imported:
   comparisons: list[records.Comparison] = dataclasses.field(
     default_factory=list
   )
+  model_demonstrations: list[records.Demonstration] = dataclasses.field(
+    default_factory=list
+  )
   skipped: collections.Counter = dataclasses.field(
     default_factory=collections.Counter
   )
 
+  def add(self, demonstration: records.Demonstration, model: str = '') -> None:
+    """Adds what a person wrote, or the model of that name."""
+    if model:
+      self.model_demonstrations.append(
+        dataclasses.replace(demonstration, labeler=f'model:{model}')
+      )
+    else:
+      self.demonstrations.append(demonstration)
+
+  def every_demonstration(self) -> list[records.Demonstration]:
+    """Those of people, then those of models."""
+    return [*self.demonstrations, *self.model_demonstrations]
+
   def prompts(self) -> list[records.Prompt]:
-    """The distinct prompts, in order, numbered."""
+    """The distinct prompts, in order, numbered; copies that differ in how
+    accents are spelt are one."""
     found = {}
-    for row in (*self.comparisons, *self.demonstrations):
+    for row in (*self.comparisons, *self.every_demonstration()):
       found.setdefault(
-        row.prompt,
+        records.composed(row.prompt),
         records.Prompt(
           id=f'p{len(found)}',
           text=row.prompt,
@@ -68,30 +110,107 @@ class Imported:
     return list(found.values())
 
 
+class _Entry:
+  """An object of a file and its place, which every error names."""
+
+  def __init__(self, values: Any, place: str):
+    if not isinstance(values, Mapping):
+      raise records.RecordError(
+        f'{place}: expected an object, found a {type(values).__name__}'
+      )
+    self.values, self.place = values, place
+
+  def _get(self, key: str, kinds: type | tuple[type, ...], what: str) -> Any:
+    if key not in self.values:
+      raise records.RecordError(
+        f'{self.place}: field {key!r} is missing (found '
+        f'{", ".join(map(str, self.values)) or "nothing"})'
+      )
+    value = self.values[key]
+    # NaN is what tables have for null.
+    if value is None or value != value:
+      return None
+    if not isinstance(value, kinds) or isinstance(value, bool) != (
+      kinds is bool
+    ):
+      raise records.RecordError(
+        f'{self.place}: {key!r} is a {type(value).__name__}, expected {what}'
+      )
+    return value
+
+  def text(self, key: str) -> str:
+    """A field that must be there; null is the empty text."""
+    text = self._get(key, str, 'a text') or ''
+    _check_text(text, f'{self.place}: {key!r}')
+    return text
+
+  def optional(self, key: str) -> str:
+    """A text or number that may be missing."""
+    if key not in self.values:
+      return ''
+    value = self._get(key, (str, int, float), 'a text')
+    text = '' if value is None else str(value)
+    _check_text(text, f'{self.place}: {key!r}')
+    return text
+
+  def number(self, key: str) -> int | float | None:
+    return self._get(key, (int, float), 'a number')
+
+  def items(self, key: str) -> list:
+    """A list that must be there; null is an empty one."""
+    return self._get(key, list, 'a list') or []
+
+  def entries(self, key: str) -> list['_Entry']:
+    """The objects of a list."""
+    return [
+      _Entry(item, f'{self.place}: {key}[{number}]')
+      for number, item in enumerate(self.items(key))
+    ]
+
+  def entry(self, key: str) -> '_Entry':
+    return _Entry(
+      self._get(key, dict, 'an object') or {}, f'{self.place}: {key}'
+    )
+
+
+def _check_text(text: str, where: str) -> None:
+  if not records.encodable(text):
+    raise records.RecordError(
+      f'{where} holds a lone surrogate; re-encode the text'
+    )
+
+
+def _texts(items: Sequence[Any], where: str) -> list[str]:
+  """The items of a list as texts; null is the empty one."""
+  found = []
+  for number, item in enumerate(items):
+    if item is None or item != item:
+      item = ''
+    if not isinstance(item, str):
+      raise records.RecordError(
+        f'{where}[{number}] is a {type(item).__name__}, expected a text'
+      )
+    _check_text(item, f'{where}[{number}]')
+    found.append(item)
+  return found
+
+
 def _entries(
   path: epath.PathLike, fields: Mapping[str, type | tuple[type, ...]]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-  """(line, object) of JSONL, or (position, object) of one JSON list.
+) -> Iterator[tuple[int, _Entry]]:
+  """(line, entry) of JSONL, or (position, entry) of one JSON list.
 
   Raises:
     RecordError: not the format, or fields missing or of another type; up to
       10 bad entries are reported together.
   """
-  content = records.read_bytes(path)
-  if content.lstrip()[:1] == b'[':
-    try:
-      entries = enumerate(json.loads(content.decode('utf-8')), start=1)
-    except ValueError as error:
-      raise records.RecordError(f'{path}: not JSON ({error})') from error
-  else:
-    entries = records.iterate_lines(path)
   found, bad = [], []
-  for number, values in entries:
+  for number, values in sources.read_objects(path):
     problem = values if isinstance(values, str) else _problem(values, fields)
     if problem:
       bad.append((number, problem))
     else:
-      found.append((number, values))
+      found.append((number, _Entry(values, f'{path}:{number}')))
   records.raise_problems(path, bad)
   if not found:
     raise records.RecordError(f'{path}: holds no entries')
@@ -99,25 +218,28 @@ def _entries(
 
 
 def _problem(values, fields) -> str:
-  if not isinstance(values, dict):
-    return f'expected an object, found {type(values).__name__}'
   for name, kind in fields.items():
     if name not in values:
       return (
         f'field {name!r} is missing (found {", ".join(values)}); is this the '
         'format of this file?'
       )
-    if not isinstance(values[name], kind):
-      return f'{name!r} is a {type(values[name]).__name__}'
+    value = values[name]
+    is_null = value is None or value != value
+    if not is_null and not isinstance(value, kind):
+      return f'{name!r} is a {type(value).__name__}'
   return ''
 
 
+@functools.lru_cache(maxsize=1)
 def _name(path: epath.PathLike) -> str:
   return epath.Path(path).name.split('.')[0]
 
 
 def _instruction(instruction: str, given: str = '') -> str:
   """An instruction and its input as a raw prompt."""
+  if _NO_INPUT.fullmatch(given.strip()):
+    given = ''
   parts = [part.strip() for part in (instruction, given) if part.strip()]
   return '\n\n'.join(parts) + '\n\n' if parts else ''
 
@@ -133,11 +255,13 @@ def read_hh(path: epath.PathLike) -> Imported:
   out and counted.
   """
   imported = Imported()
-  for line, values in _entries(path, {'chosen': str, 'rejected': str}):
+  for line, entry in _entries(path, {'chosen': str, 'rejected': str}):
     chosen, rejected = (
-      _parse_dialogue(values[name]) for name in ('chosen', 'rejected')
+      records.dialogue_turns(entry.text(name))
+      for name in ('chosen', 'rejected')
     )
-    if chosen is None or rejected is None:
+    # An even number of turns ends with the assistant's.
+    if not chosen or len(chosen) % 2 or not rejected or len(rejected) % 2:
       imported.skipped['not a dialogue that ends with the assistant'] += 1
       continue
     if chosen[:-1] != rejected[:-1]:
@@ -147,53 +271,26 @@ def read_hh(path: epath.PathLike) -> Imported:
     if completions[0].strip() == completions[1].strip():
       imported.skipped['both answers are the same'] += 1
       continue
+    if not chosen[-2].content:
+      imported.skipped['the last question is empty'] += 1
+      continue
     about = {
       'prompt': records.text_of_turns(chosen[:-1]),
       'id': f'hh:{_name(path)}:{line}',
       'turns': chosen[:-1],
     }
-    if not about['prompt'].removesuffix('\n\nAssistant:').strip():
-      imported.skipped['the prompt is empty'] += 1
-      continue
     completions = tuple(f' {text}' if text else '' for text in completions)
     imported.comparisons.append(
       records.Comparison(completions=completions, ranks=(1, 2), **about)
     )
     if completions[0].strip():
-      imported.demonstrations.append(
-        records.Demonstration(response=completions[0], **about)
-      )
+      imported.add(records.Demonstration(response=completions[0], **about))
+    else:
+      imported.skipped['no demonstration: the chosen answer is empty'] += 1
   return imported
 
 
-def _parse_dialogue(text: str) -> tuple[records.Turn, ...] | None:
-  """`\\n\\nHuman: ..\\n\\nAssistant: ..` as turns, or None."""
-  marks = {'\n\nHuman:': 'user', '\n\nAssistant:': 'assistant'}
-  starts = sorted(
-    (position, mark) for mark in marks for position in _positions(text, mark)
-  )
-  if not starts or starts[0][0] != 0:
-    return None
-  # Answers may quote a dialogue; speakers take turns, so what does not
-  # alternate belongs to the turn before.
-  kept = [starts[0]]
-  for start in starts[1:]:
-    if start[1] != kept[-1][1]:
-      kept.append(start)
-  ends = [position for position, _ in kept[1:]] + [len(text)]
-  turns = tuple(
-    records.Turn(marks[mark], text[position + len(mark) : end].strip())
-    for (position, mark), end in zip(kept, ends, strict=True)
-  )
-  ends_well = turns[0].role == 'user' and turns[-1].role == 'assistant'
-  return turns if ends_well else None
-
-
-def _positions(text: str, mark: str) -> Iterator[int]:
-  position = text.find(mark)
-  while position >= 0:
-    yield position
-    position = text.find(mark, position + len(mark))
+_OASST_ROLES = {'prompter': 'user', 'assistant': 'assistant'}
 
 
 def read_oasst(path: epath.PathLike) -> Imported:
@@ -201,79 +298,110 @@ def read_oasst(path: epath.PathLike) -> Imported:
 
   `rank` 0 is best. Deleted messages and those that failed review are left out,
   with all below them. Ranks are those that the annotators' votes were merged
-  into, so no labeler is named.
+  into, so no labeler is named. Where the best reply is a model's, as its
+  `synthetic` says, it demonstrates nothing.
   """
   imported = Imported()
-
-  def visit(node, turns, tree):
-    if node.get('deleted') or node.get('review_result') is False:
-      imported.skipped['deleted or failed review'] += 1
-      return
-    role = {'prompter': 'user', 'assistant': 'assistant'}.get(node['role'])
-    if role is None or not node['text'].strip():
-      imported.skipped['unknown role or empty text'] += 1
-      return
-    turns = (*turns, records.Turn(role, node['text']))
-    replies = [
-      reply
-      for reply in node.get('replies') or ()
-      if not reply.get('deleted') and reply.get('review_result') is not False
-    ]
-    if role == 'user' and replies:
-      about = {
-        'prompt': records.text_of_turns(turns),
-        'id': f'oasst:{node.get("message_id") or tree}',
-        'user': str(node.get('user_id') or ''),
-        'category': str(node.get('lang') or ''),
-        'turns': turns,
-      }
-      ranked = sorted(
-        (r for r in replies if r.get('rank') is not None),
-        key=lambda reply: reply['rank'],
-      )
-      if len(ranked) > 1:
-        levels = sorted({reply['rank'] for reply in ranked})
-        imported.comparisons.append(
-          records.Comparison(
-            completions=tuple(f' {reply["text"]}' for reply in ranked),
-            ranks=tuple(1 + levels.index(r['rank']) for r in ranked),
-            time=str(node.get('created_date') or ''),
-            **about,
-          )
-        )
-      else:
-        imported.skipped['fewer than two ranked replies'] += 1
-      best = ranked[0] if ranked else replies[0]
-      if best['text'].strip():
-        imported.demonstrations.append(
-          records.Demonstration(response=f' {best["text"]}', **about)
-        )
-    for reply in node.get('replies') or ():
-      visit(reply, turns, tree)
-
-  for line, values in _entries(path, {'prompt': dict}):
-    tree = str(values.get('message_tree_id') or line)
+  for line, tree in _entries(path, {'prompt': dict}):
+    name = tree.optional('message_tree_id') or str(line)
     try:
-      visit(values['prompt'], (), tree)
-    except (KeyError, TypeError, AttributeError) as error:
+      left = [(_Entry(tree.values['prompt'], 'prompt'), ())]
+      # A stack, for conversations may be deeper than Python's calls.
+      while left:
+        node, turns = left.pop()
+        node.place = f'message {node.values.get("message_id")!r}'
+        left += reversed(_visit_oasst(imported, node, turns, name))
+    except records.RecordError as error:
       raise records.RecordError(
-        f'{path}:{line}: tree {tree} is not an OpenAssistant tree ({error!r})'
+        f'{path}:{line}: tree {name} is not an OpenAssistant tree ({error})'
       ) from error
   return imported
+
+
+def _is_gone(node: _Entry) -> bool:
+  values = node.values
+  return bool(values.get('deleted')) or values.get('review_result') is False
+
+
+def _visit_oasst(imported, node, turns, tree):
+  """Adds what a message asks for; returns the messages below it."""
+  if _is_gone(node):
+    imported.skipped['deleted or failed review'] += 1
+    return []
+  role, text = _OASST_ROLES.get(node.text('role')), node.text('text')
+  if role is None or not text.strip():
+    imported.skipped['unknown role or empty text'] += 1
+    return []
+  turns = (*turns, records.Turn(role, text))
+  below = node.entries('replies') if 'replies' in node.values else []
+  replies = [
+    reply
+    for reply in below
+    if not _is_gone(reply)
+    and _OASST_ROLES.get(reply.text('role')) == 'assistant'
+    and reply.text('text').strip()
+  ]
+  if role == 'user' and replies:
+    about = {
+      'prompt': records.text_of_turns(turns),
+      'id': f'oasst:{node.optional("message_id") or tree}',
+      'user': node.optional('user_id'),
+      'category': node.optional('lang'),
+      'turns': turns,
+    }
+    numbers = [
+      reply.number('rank') if 'rank' in reply.values else None
+      for reply in replies
+    ]
+    ranked = [
+      (rank, reply)
+      for rank, reply in zip(numbers, replies, strict=True)
+      if rank is not None
+    ]
+    ranked.sort(key=lambda pair: pair[0])
+    if len(ranked) > 1:
+      levels = sorted({rank for rank, _ in ranked})
+      imported.comparisons.append(
+        records.Comparison(
+          completions=tuple(f' {reply.text("text")}' for _, reply in ranked),
+          ranks=tuple(1 + levels.index(rank) for rank, _ in ranked),
+          time=node.optional('created_date'),
+          **about,
+        )
+      )
+      if len(ranked) < len(replies):
+        imported.skipped['a reply without a rank beside ranked ones'] += len(
+          replies
+        ) - len(ranked)
+    else:
+      imported.skipped['fewer than two ranked replies'] += 1
+    best = ranked[0][1] if ranked else replies[0]
+    model = ''
+    if best.values.get('synthetic') is True:
+      model = best.optional('model_name') or 'unnamed'
+    imported.add(
+      records.Demonstration(response=f' {best.text("text")}', **about), model
+    )
+  return [(reply, turns) for reply in below]
 
 
 # --- Summaries and answers ----------------------------------------------------
 
 
-def _post(info: Mapping[str, Any]) -> str:
-  """The prompt of Stiennon et al. 2020, Table 15; or an article."""
-  if info.get('article'):
-    title = f'{info["title"]}\n\n' if info.get('title') else ''
-    return f'Article: {title}{info["article"]}\n\nTL;DR:'
-  return (
-    f'SUBREDDIT: r/{info["subreddit"]}\n\nTITLE: {info["title"]}\n\n'
-    f'POST: {info["post"]}\n\nTL;DR:'
-  )
+def _post(info: _Entry) -> str:
+  """The prompt of Stiennon et al. 2020, Table 15; or an article; '' if it is
+  empty."""
+  article = info.optional('article')
+  if article.strip():
+    title = info.optional('title')
+    title = f'{title}\n\n' if title else ''
+    return f'Article: {title}{article}\n\nTL;DR:'
+  if 'article' in info.values and 'post' not in info.values:
+    return ''
+  subreddit, title, post = map(info.text, ('subreddit', 'title', 'post'))
+  if not post.strip():
+    return ''
+  return f'SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:'
 
 
 def read_summarize_feedback(path: epath.PathLike) -> Imported:
@@ -283,34 +411,39 @@ def read_summarize_feedback(path: epath.PathLike) -> Imported:
   """
   imported = Imported()
   fields = {'info': dict, 'summaries': list, 'choice': int, 'worker': str}
-  for line, values in _entries(path, fields):
-    texts = tuple(summary['text'] for summary in values['summaries'])
-    if len(texts) != 2 or values['choice'] not in (0, 1):
+  for line, entry in _entries(path, fields):
+    summaries = entry.entries('summaries')
+    texts = tuple(summary.text('text') for summary in summaries)
+    choice = entry.number('choice')
+    if choice is None:
+      imported.skipped['no choice was made'] += 1
+      continue
+    if len(texts) != 2 or choice not in (0, 1):
       raise records.RecordError(
-        f'{path}:{line}: {len(texts)} summaries with choice '
-        f'{values["choice"]}; expected two, and 0 or 1'
+        f'{path}:{line}: {len(texts)} summaries with choice {choice}; expected '
+        'two, and 0 or 1'
       )
     if texts[0].strip() == texts[1].strip():
       imported.skipped['both summaries are the same'] += 1
       continue
-    try:
-      prompt = _post(values['info'])
-    except KeyError as error:
-      raise records.RecordError(
-        f"{path}:{line}: 'info' lacks {error}"
-      ) from error
+    info = entry.entry('info')
+    prompt = _post(info)
+    if not prompt:
+      imported.skipped['the post is empty'] += 1
+      continue
+    extra = entry.values.get('extra')
     imported.comparisons.append(
       records.Comparison(
         prompt=prompt,
         completions=texts,
-        ranks=(1, 2) if values['choice'] == 0 else (2, 1),
-        id=str(values['info'].get('id') or f'{_name(path)}:{line}'),
-        labeler=values['worker'],
-        category=str(values.get('batch') or ''),
+        ranks=(1, 2) if choice == 0 else (2, 1),
+        id=info.optional('id') or f'{_name(path)}:{line}',
+        labeler=entry.text('worker'),
+        category=entry.optional('batch'),
         metadata={
-          'policies': [str(s.get('policy')) for s in values['summaries']],
-          'split': values.get('split'),
-          'extra': values.get('extra') or {},
+          'policies': [summary.optional('policy') for summary in summaries],
+          'split': entry.optional('split'),
+          'extra': extra if isinstance(extra, dict) else {},
         },
       )
     )
@@ -321,16 +454,17 @@ def read_tldr(path: epath.PathLike) -> Imported:
   """Posts with the summaries that their authors wrote."""
   imported = Imported()
   fields = dict.fromkeys(('subreddit', 'title', 'post', 'summary'), str)
-  for line, values in _entries(path, fields):
-    if not values['summary'].strip():
-      imported.skipped['the summary is empty'] += 1
+  for line, entry in _entries(path, fields):
+    summary, prompt = entry.text('summary').strip(), _post(entry)
+    if not summary or not prompt:
+      imported.skipped['the summary or the post is empty'] += 1
       continue
-    imported.demonstrations.append(
+    imported.add(
       records.Demonstration(
-        prompt=_post(values),
-        response=' ' + values['summary'].strip(),
-        id=str(values.get('id') or f'{_name(path)}:{line}'),
-        category=values['subreddit'],
+        prompt=prompt,
+        response=f' {summary}',
+        id=entry.optional('id') or f'{_name(path)}:{line}',
+        category=entry.text('subreddit'),
       )
     )
   return imported
@@ -352,24 +486,33 @@ def read_qa_feedback(path: epath.PathLike) -> Imported:
     'preference': list,
     **dict.fromkeys(names, str),
   }
-  for number, values in _entries(path, fields):
-    if len(values['preference']) != 6 or set(values['preference']) - {0, 1, 2}:
+  for number, entry in _entries(path, fields):
+    preference = entry.items('preference')
+    if len(preference) != 6 or any(p not in (0, 1, 2) for p in preference):
       raise records.RecordError(
-        f'{path}:{number}: preference {values["preference"]}; expected six of '
-        '0, 1 and 2'
+        f'{path}:{number}: preference {preference}; expected six of 0, 1 and 2'
       )
-    passages = '\n\n'.join(' '.join(p[1:]) for p in values['passages'])
-    prompt = _instruction(passages, values['question'])
+    passages = []
+    for position, passage in enumerate(entry.items('passages')):
+      where = f'{entry.place}: passages[{position}]'
+      if not isinstance(passage, list):
+        raise records.RecordError(f'{where} is no list of sentences')
+      passages.append(' '.join(filter(None, _texts(passage[1:], where))))
+    question = entry.text('question')
+    if not question.strip():
+      imported.skipped['the question is empty'] += 1
+      continue
+    prompt = _instruction('\n\n'.join(filter(None, passages)), question)
     about = {'prompt': prompt, 'id': f'qa_feedback:{number}'}
     scores = [0.0] * 4
     pairs = itertools.combinations(range(4), 2)
-    for (a, b), choice in zip(pairs, values['preference'], strict=True):
+    for (a, b), choice in zip(pairs, preference, strict=True):
       scores[a] += {1: 1.0, 2: 0.0, 0: 0.5}[choice]
       scores[b] += {1: 0.0, 2: 1.0, 0: 0.5}[choice]
     # The same text sampled twice is one completion, with its mean score.
     merged = collections.defaultdict(list)
     for name, score in zip(names, scores, strict=True):
-      merged[values[name].strip()].append(score)
+      merged[records.composed(entry.text(name).strip())].append(score)
     means = tuple(sum(found) / len(found) for found in merged.values())
     if len(merged) > 1:
       imported.comparisons.append(
@@ -380,26 +523,32 @@ def read_qa_feedback(path: epath.PathLike) -> Imported:
           **about,
         )
       )
+      if len(merged) < 4:
+        imported.skipped['an answer that repeats another, merged'] += 4 - len(
+          merged
+        )
     else:
       imported.skipped['all answers are the same'] += 1
-    if values['gold'].strip():
-      imported.demonstrations.append(
-        records.Demonstration(response=values['gold'].strip(), **about)
-      )
+    gold = entry.text('gold').strip()
+    if gold:
+      imported.add(records.Demonstration(response=gold, **about))
+    else:
+      imported.skipped['no demonstration: the gold answer is empty'] += 1
   return imported
 
 
 # --- Instructions -------------------------------------------------------------
 
 
-def _add_instruction(imported, prompt, response, name, category=''):
+def _add_instruction(imported, prompt, response, name, category='', model=''):
   if not prompt or not response.strip():
     imported.skipped['instruction or answer is empty'] += 1
     return
-  imported.demonstrations.append(
+  imported.add(
     records.Demonstration(
       prompt=prompt, response=response.strip(), id=name, category=category
-    )
+    ),
+    model,
   )
 
 
@@ -409,21 +558,29 @@ def read_dolly(path: epath.PathLike) -> Imported:
   Files that keep the answer in `text` are read, too.
   """
   imported = Imported()
-  for line, values in _entries(path, {}):
+  for line, entry in _entries(path, {}):
     name = f'dolly:{_name(path)}:{line}'
-    if _problem(values, {'prompt': str, 'response': str}) == '':
-      _add_instruction(imported, values['prompt'], values['response'], name)
-      continue
-    answer = 'response' if 'response' in values else 'text'
-    problem = _problem(values, {'instruction': str, answer: str})
-    if problem:
-      raise records.RecordError(f'{path}:{line}: {problem}')
+    answer = 'response'
+    if answer not in entry.values and 'text' in entry.values:
+      answer = 'text'
+    model, _ = sources.model_of(entry.values, (answer,))
+    if 'prompt' in entry.values and answer in entry.values:
+      prompt = entry.text('prompt')
+      prompt = prompt if prompt.strip() else ''
+    else:
+      problem = _problem(entry.values, {'instruction': str, answer: str})
+      if problem:
+        raise records.RecordError(f'{entry.place}: {problem}')
+      prompt = _instruction(
+        entry.text('instruction'), entry.optional('context')
+      )
     _add_instruction(
       imported,
-      _instruction(values['instruction'], values.get('context') or ''),
-      values[answer],
+      prompt,
+      entry.text(answer),
       name,
-      values.get('category') or '',
+      entry.optional('category'),
+      model,
     )
   return imported
 
@@ -431,15 +588,23 @@ def read_dolly(path: epath.PathLike) -> Imported:
 def read_self_instruct(path: epath.PathLike) -> Imported:
   """Tasks; each of their instances is a demonstration."""
   imported = Imported()
-  for line, values in _entries(path, {'instruction': str, 'instances': list}):
-    name = str(values.get('id') or f'{_name(path)}:{line}')
-    for number, instance in enumerate(values['instances']):
+  for line, entry in _entries(path, {'instruction': str, 'instances': list}):
+    name = entry.optional('id') or f'{_name(path)}:{line}'
+    instances = entry.entries('instances')
+    if not instances:
+      imported.skipped['a task without instances'] += 1
+    for number, instance in enumerate(instances):
+      model = (
+        sources.model_of(entry.values)[0]
+        or sources.model_of(instance.values, ('output',))[0]
+      )
       _add_instruction(
         imported,
-        _instruction(values['instruction'], instance['input']),
-        instance['output'],
+        _instruction(entry.text('instruction'), instance.text('input')),
+        instance.text('output'),
         f'{name}:{number}',
-        'classification' if values.get('is_classification') else '',
+        'classification' if entry.values.get('is_classification') else '',
+        model,
       )
   return imported
 
@@ -447,12 +612,13 @@ def read_self_instruct(path: epath.PathLike) -> Imported:
 def read_alpaca(path: epath.PathLike) -> Imported:
   """instruction, input (may be empty), output."""
   imported = Imported()
-  for number, values in _entries(path, {'instruction': str, 'output': str}):
+  for number, entry in _entries(path, {'instruction': str, 'output': str}):
     _add_instruction(
       imported,
-      _instruction(values['instruction'], values.get('input') or ''),
-      values['output'],
+      _instruction(entry.text('instruction'), entry.optional('input')),
+      entry.text('output'),
       f'alpaca:{_name(path)}:{number}',
+      model=sources.model_of(entry.values, ('output',))[0],
     )
   return imported
 
@@ -463,41 +629,61 @@ def read_natural_instructions(path: epath.PathLike) -> Imported:
   Version 1 has a title and a prompt, version 2 a list of definitions.
   """
   imported = Imported()
-  try:
-    task = json.loads(records.read_bytes(path).decode('utf-8'))
-  except ValueError as error:
-    if isinstance(error, records.RecordError):
-      raise
-    raise records.RecordError(f'{path}: not JSON ({error})') from error
-  problem = _problem(task, {'Definition': (str, list), 'Instances': list})
+  task = _Entry(records.read_json(path), str(path))
+  problem = _problem(
+    task.values, {'Definition': (str, list), 'Instances': list}
+  )
   if problem:
     raise records.RecordError(f'{path}: {problem}')
-  definition = task['Definition']
-  if isinstance(definition, list):
-    definition = '\n'.join(definition)
-  categories = task.get('Categories') or [task.get('Title') or '']
-  for number, instance in enumerate(task['Instances']):
-    output = instance['output']
-    output = output[0] if isinstance(output, list) and output else output
+  definition = _one_or_more(task, 'Definition')
+  categories = ('Categories', 'Title')
+  names = [
+    name
+    for key in categories
+    if key in task.values
+    for name in _one_or_more(task, key)[:1]
+  ]
+  for number, instance in enumerate(task.entries('Instances')):
+    outputs = _one_or_more(instance, 'output')
+    if len(outputs) > 1:
+      imported.skipped['a further right answer of an instance'] += (
+        len(outputs) - 1
+      )
     _add_instruction(
       imported,
-      _instruction(definition, instance['input']),
-      output or '',
-      str(instance.get('id') or f'{_name(path)}:{number}'),
-      categories[0],
+      _instruction('\n'.join(definition), instance.text('input')),
+      outputs[0] if outputs else '',
+      instance.optional('id') or f'{_name(path)}:{number}',
+      names[0] if names else '',
+      sources.model_of(instance.values, ('output',))[0],
     )
   return imported
 
 
+def _one_or_more(entry: _Entry, key: str) -> list[str]:
+  """A field that is a text or a list of texts, as a list."""
+  value = entry._get(key, (str, list), 'a text or a list of texts')
+  if isinstance(value, list):
+    return _texts(value, f'{entry.place}: {key}')
+  return [entry.text(key)]
+
+
 def _read_e2e_demonstrations(path):
-  return Imported(demonstrations=e2e.read_demonstrations(path))
+  demonstrations, repeated = e2e.read_demonstrations_and_count(path)
+  imported = Imported(demonstrations=demonstrations)
+  if repeated:
+    imported.skipped['the same sentence for the same facts again'] = repeated
+  return imported
 
 
 def _read_e2e(criterion):
   def read(path):
     comparisons, counts = e2e.read_rankings_and_counts(path, criterion)
-    skipped = {'check items failed': counts.tainted}
-    skipped['fewer than two texts'] = counts.too_few
+    skipped = {
+      'check items failed': counts.tainted,
+      'fewer than two texts': counts.too_few,
+      'rows of which some texts are the same, merged': counts.merged,
+    }
     return Imported(
       comparisons=comparisons, skipped=collections.Counter(skipped)
     )

@@ -7,8 +7,9 @@ reshuffled stream, by random access: the position of a run in its data is its
 step number, and there is nothing else to save or restore. `ahead` makes the
 next batches while the device is busy with the one before.
 
-What does not fit is dropped and counted, never cut: a cut response would teach
-the model to stop in mid-sentence. Pretraining documents are the exception.
+What does not fit, or what a chat template refuses, is dropped and counted,
+never cut: a cut response would teach the model to stop in mid-sentence.
+Pretraining documents are the exception.
 They are cut into rows because the loss at a cut is still that of real text.
 """
 
@@ -22,6 +23,7 @@ from typing import Any, Literal, TypeVar
 
 import grain
 import numpy as np
+from etils import epath
 
 from instruct_jax import types
 from instruct_jax.data import records
@@ -58,6 +60,70 @@ def take(rows: Rows, indices: Sequence[int] | np.ndarray) -> Rows:
 def fill_fraction(rows: types.TextBatch) -> float:
   """The share of row positions that hold real tokens."""
   return float(np.mean(rows.mask))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+  """Records that became no rows, and why.
+
+  Attributes:
+    too_long: longer than `limit` tokens.
+    limit: the row length, or the prompt length.
+    refused: the chat template refused their prompts.
+    reason: of the first refusal; '' where there is none.
+    empty: prompts of no token.
+  """
+
+  too_long: int
+  limit: int
+  refused: int = 0
+  reason: str = ''
+  empty: int = 0
+
+  @property
+  def total(self) -> int:
+    return self.too_long + self.refused + self.empty
+
+  def describe(self, what: str, key: str) -> str:
+    """One line for users; '' where nothing was dropped.
+
+    Args:
+      what: the records, in the plural.
+      key: of the config, that sets the limit.
+    """
+    return f'{what} dropped: {self.reasons(key)}' if self.total else ''
+
+  def reasons(self, key: str) -> str:
+    parts = []
+    if self.too_long:
+      parts.append(f'{self.too_long} longer than {key} ({self.limit} tokens)')
+    if self.refused:
+      parts.append(f'{self.refused} refused, first {self.reason}')
+    if self.empty:
+      parts.append(f'{self.empty} empty')
+    return '; '.join(parts)
+
+
+def encode_prompts(
+  prompts: Sequence[Any], tokenizer: tokenizer_lib.Tokenizer
+) -> tuple[list[list[int] | None], list[str]]:
+  """`tokenizer.encode_prompts`, but a refused prompt is None.
+
+  Returns:
+    (ids of each prompt or None, the words of each refusal).
+  """
+  try:
+    return tokenizer.encode_prompts(prompts), []
+  except tokenizer_lib.TemplateError:
+    pass
+  found, refusals = [], []
+  for prompt in prompts:
+    try:
+      found += tokenizer.encode_prompts([prompt])
+    except tokenizer_lib.TemplateError as error:
+      found.append(None)
+      refusals.append(str(error))
+  return found, refusals
 
 
 def pack_documents(
@@ -103,6 +169,28 @@ def pack_documents(
   return _text_rows(pieces, [1] * len(pieces), row_length, pad_id, pack=True)
 
 
+def document_rows(
+  path: epath.PathLike,
+  tokenizer: tokenizer_lib.Tokenizer,
+  row_length: int,
+  *,
+  cut: bool = False,
+) -> types.TextBatch:
+  """`pack_documents` of a JSONL file of documents.
+
+  Raises:
+    RecordError: see `records.read_jsonl`.
+  """
+  documents = records.read_jsonl(path, records.Document)
+  return pack_documents(
+    tokenizer.encode_documents([document.text for document in documents]),
+    row_length,
+    tokenizer.eos_id,
+    tokenizer.pad_id,
+    cut=cut,
+  )
+
+
 def demonstration_rows(
   demonstrations: Sequence[records.Demonstration],
   tokenizer: tokenizer_lib.Tokenizer,
@@ -110,34 +198,37 @@ def demonstration_rows(
   *,
   loss_on: Literal['response', 'all'],
   pack: bool,
-) -> tuple[types.TextBatch, int]:
-  """Prompt + response + EOS rows for supervised fine-tuning (C.1).
+) -> tuple[types.TextBatch, Dropped]:
+  """Rows of prompt, response and its end, for supervised fine-tuning (C.1).
 
   Args:
     demonstrations: any.
     tokenizer: encodes prompt and response apart.
     row_length: T.
-    loss_on: 'response' counts the response and its EOS; 'all' the prompt too.
+    loss_on: 'response' counts the response and its end; 'all' the prompt too.
     pack: several to a row, as segments; else one a row, in the given order.
 
   Returns:
-    (rows [N, T], number dropped because they are longer than a row).
+    (rows [N, T], what was dropped).
 
   Raises:
-    ValueError: none fits.
+    ValueError: none is left.
   """
   if loss_on not in ('response', 'all'):
     raise ValueError(f"loss_on is {loss_on!r}; use 'response' or 'all'")
-  prompts = tokenizer.encode_prompts(demonstrations)
-  responses = tokenizer.encode_responses([d.response for d in demonstrations])
+  prompts, refusals = encode_prompts(demonstrations, tokenizer)
+  responses = tokenizer.encode_responses(
+    [d.response for d in demonstrations], ended=True
+  )
   pieces, loss_starts = [], []
   for prompt, response in zip(prompts, responses, strict=True):
-    if len(prompt) + len(response) + 1 > row_length:
+    if prompt is None or len(prompt) + len(response) > row_length:
       continue
-    pieces.append(np.asarray([*prompt, *response, tokenizer.eos_id], np.int32))
+    pieces.append(np.asarray([*prompt, *response], np.int32))
     loss_starts.append(len(prompt) if loss_on == 'response' else 1)
-  dropped = len(demonstrations) - len(pieces)
-  _check_some_left(len(pieces), dropped, 'demonstrations', row_length)
+  num_dropped = len(demonstrations) - len(pieces)
+  dropped = _dropped(num_dropped, row_length, refusals)
+  _check_some_left(len(pieces), dropped, 'demonstrations', 'row_length')
   rows = _text_rows(
     pieces, loss_starts, row_length, tokenizer.pad_id, pack=pack
   )
@@ -165,12 +256,12 @@ def comparison_rows(
   row_length: int,
   *,
   merge: bool = False,
-) -> tuple[types.ComparisonBatch, int]:
+) -> tuple[types.ComparisonBatch, Dropped]:
   """All completions of one prompt in one element, for the reward model (3.5).
 
   Args:
     comparisons: any.
-    tokenizer: encodes prompt and completion apart; EOS ends each completion.
+    tokenizer: encodes prompt and completion apart, and ends the completion.
     max_candidates: C; absent candidates are masked and have rank 0.
     row_length: T.
     merge: rankings of the same answers to the same prompt, in whatever order,
@@ -178,11 +269,11 @@ def comparison_rows(
       its own, and R is 1.
 
   Returns:
-    (rows [N, C, T], number of comparisons dropped because a candidate is longer
-    than a row; they go as a whole, so that every K keeps its meaning).
+    (rows [N, C, T], what was dropped: comparisons go as a whole where one
+    candidate is longer than a row, so that every K keeps its meaning).
 
   Raises:
-    ValueError: none fits, or one has more than `max_candidates` completions.
+    ValueError: none is left, or one has more than `max_candidates` completions.
   """
   for number, comparison in enumerate(comparisons, start=1):
     if len(comparison.completions) > max_candidates:
@@ -196,19 +287,25 @@ def comparison_rows(
     key = answers_ranked(comparison) if merge else number
     elements.setdefault(key, []).append(comparison)
   firsts = [rankings[0] for rankings in elements.values()]
-  prompts = tokenizer.encode_prompts(firsts)
-  completions = iter(
-    tokenizer.encode_responses([t for c in firsts for t in c.completions])
-  )
-  kept, dropped = [], 0
-  for prompt, rankings in zip(prompts, elements.values(), strict=True):
+  prompts, refusals = encode_prompts(firsts, tokenizer)
+  completions = _ended_completions(firsts, tokenizer)
+  kept, num_dropped = [], 0
+  for prompt, answers, rankings in zip(
+    prompts, completions, elements.values(), strict=True
+  ):
+    if prompt is None or not _fits(prompt, answers, row_length):
+      num_dropped += len(rankings)
+      continue
     order = rankings[0].completions
-    sequences = [[*prompt, *next(completions), tokenizer.eos_id] for _ in order]
-    if max(map(len, sequences)) <= row_length:
-      kept.append((sequences, [_ranks_in(order, each) for each in rankings]))
-    else:
-      dropped += len(rankings)
-  _check_some_left(len(kept), dropped, 'comparisons', row_length)
+    sequences = [[*prompt, *answer] for answer in answers]
+    kept.append((sequences, [_ranks_in(order, each) for each in rankings]))
+  num_refused = sum(
+    len(rankings)
+    for prompt, rankings in zip(prompts, elements.values(), strict=True)
+    if prompt is None
+  )
+  dropped = _dropped(num_dropped, row_length, refusals, num_refused)
+  _check_some_left(len(kept), dropped, 'comparisons', 'row_length')
 
   shape = (len(kept), max_candidates, row_length)
   tokens = np.full(shape, tokenizer.pad_id, np.int32)
@@ -232,13 +329,29 @@ def fitting_comparisons(
   row_length: int,
 ) -> list[records.Comparison]:
   """The comparisons that `comparison_rows` keeps, in the order given."""
-  kept = []
-  for comparison in comparisons:
-    (prompt,) = tokenizer.encode_prompts([comparison])
-    completions = tokenizer.encode_responses(comparison.completions)
-    if len(prompt) + max(map(len, completions)) + 1 <= row_length:
-      kept.append(comparison)
-  return kept
+  prompts, _ = encode_prompts(comparisons, tokenizer)
+  completions = _ended_completions(comparisons, tokenizer)
+  return [
+    comparison
+    for comparison, prompt, answers in zip(
+      comparisons, prompts, completions, strict=True
+    )
+    if prompt is not None and _fits(prompt, answers, row_length)
+  ]
+
+
+def _ended_completions(comparisons, tokenizer):
+  """Ids of every comparison's completions, each with its end."""
+  ids = iter(
+    tokenizer.encode_responses(
+      [text for c in comparisons for text in c.completions], ended=True
+    )
+  )
+  return [[next(ids) for _ in c.completions] for c in comparisons]
+
+
+def _fits(prompt, answers, row_length) -> bool:
+  return len(prompt) + max(map(len, answers)) <= row_length
 
 
 def pack_comparisons(
@@ -291,7 +404,7 @@ def prompt_rows(
   prompts: Sequence[records.Prompt | str],
   tokenizer: tokenizer_lib.Tokenizer,
   prompt_length: int,
-) -> tuple[types.PromptBatch, int]:
+) -> tuple[types.PromptBatch, Dropped]:
   """Prompts for generation, padded on the left.
 
   Args:
@@ -300,19 +413,23 @@ def prompt_rows(
     prompt_length: P.
 
   Returns:
-    (rows [N, P], number dropped because they are longer than P). `indices` are
-    positions in `prompts`, so they tell which were dropped.
+    (rows [N, P], what was dropped). `indices` are positions in `prompts`, so
+    they tell which were dropped.
 
   Raises:
-    ValueError: none fits.
+    ValueError: none is left.
   """
-  encoded = tokenizer.encode_prompts(prompts)
+  encoded, refusals = encode_prompts(prompts, tokenizer)
   # An empty prompt has no last token to predict from; it cannot be used.
   indices = [
-    i for i, ids in enumerate(encoded) if 0 < len(ids) <= prompt_length
+    i
+    for i, ids in enumerate(encoded)
+    if ids is not None and 0 < len(ids) <= prompt_length
   ]
-  dropped = len(encoded) - len(indices)
-  _check_some_left(len(indices), dropped, 'prompts', prompt_length)
+  num_empty = sum(ids == [] for ids in encoded)
+  num_dropped = len(encoded) - len(indices)
+  dropped = _dropped(num_dropped, prompt_length, refusals, num_empty=num_empty)
+  _check_some_left(len(indices), dropped, 'prompts', 'prompt_length')
   tokens = np.full((len(indices), prompt_length), tokenizer.pad_id, np.int32)
   mask = np.zeros(tokens.shape, bool)
   for row, index in enumerate(indices):
@@ -357,13 +474,28 @@ def answer_rows(
   return tokens, mask
 
 
-def _check_some_left(kept: int, dropped: int, what: str, length: int) -> None:
+def _dropped(
+  total: int,
+  limit: int,
+  refusals: Sequence[str],
+  num_refused: int | None = None,
+  num_empty: int = 0,
+) -> Dropped:
+  num_refused = len(refusals) if num_refused is None else num_refused
+  return Dropped(
+    too_long=total - num_refused - num_empty,
+    limit=limit,
+    refused=num_refused,
+    reason=refusals[0] if refusals else '',
+    empty=num_empty,
+  )
+
+
+def _check_some_left(kept: int, dropped: Dropped, what: str, key: str) -> None:
   if not kept:
-    raise ValueError(
-      f'no {what} left: all {dropped} are longer than {length} tokens'
-      if dropped
-      else f'there are no {what}'
-    )
+    if not dropped.total:
+      raise ValueError(f'there are no {what}')
+    raise ValueError(f'no {what} left: {dropped.reasons(key)}')
 
 
 def _text_rows(

@@ -3,8 +3,8 @@
 Every stage reads and writes these, so the embedded world, public human data
 and a user's own files all run through the same loops. One JSON object a line,
 UTF-8, plain or `.gz`, local or gs:// (paths go through `etils.epath`). Fields
-with a default may be left out; unknown fields are errors, because a misspelt
-`labeller` would otherwise be lost without a word.
+with a default may be left out, or null; unknown fields are errors, because a
+misspelt `labeller` would otherwise be lost without a word.
 
   Document       {"text": "The owl lives in a barn.", "source": "animals"}
   Prompt         {"id": "p7", "text": "Name a bird.", "user": "u3",
@@ -26,14 +26,25 @@ then `text_of_turns`; a tokenizer with a chat template renders the turns its own
 way. The last turn is the user's. {"id": "p8", "turns": [
 {"role": "user", "content": "Name a bird."},
 {"role": "assistant", "content": "Owl."}, {"role": "user", "content": "More!"}]}
+Where both are given they must say the same: the text is `text_of_turns`, or the
+message itself if there is only one. White space does not count.
+
+Every file may begin with a UTF-8 byte order mark; UTF-16 is refused.
+
+Splits go by conversation, never by the prompt that a model sees: what follows
+the same `opening` belongs together, whatever was said later.
 """
 
+import codecs
 import collections
+import contextlib
 import dataclasses
+import functools
 import gzip
 import io
 import json
 import math
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -131,6 +142,11 @@ Record = TypeVar('Record', Document, Prompt, Demonstration, Comparison)
 
 # Texts that must hold more than white space.
 _NEVER_EMPTY = ('text', 'prompt', 'response', 'id')
+_MARKS = {'system': '', 'user': '\n\nHuman:', 'assistant': '\n\nAssistant:'}
+# Characters without a glyph: soft hyphen, joiners, marks of direction, BOM.
+_INVISIBLE = dict.fromkeys(
+  (0xAD, 0x34F, 0xFEFF, *range(0x200B, 0x2010), *range(0x2060, 0x2065))
+)
 
 
 def _is_list_of(value: Any, item_type: type | tuple[type, ...]) -> bool:
@@ -141,7 +157,10 @@ def _is_list_of(value: Any, item_type: type | tuple[type, ...]) -> bool:
 
 
 def _shown(value: Any) -> str:
-  text = json.dumps(value, ensure_ascii=True, default=repr)
+  try:
+    text = json.dumps(value, ensure_ascii=True, default=repr)
+  except (ValueError, RecursionError):
+    text = f'a {type(value).__name__}'
   return text if len(text) <= 60 else text[:57] + '...'
 
 
@@ -151,9 +170,80 @@ def text_of_turns(turns: Iterable[Turn]) -> str:
   The layout of Anthropic's HH files (Bai et al. 2022), which models without a
   chat template read like any other text; a system turn comes first, bare.
   """
-  names = {'system': '', 'user': '\n\nHuman: ', 'assistant': '\n\nAssistant: '}
-  text = ''.join(names[turn.role] + turn.content for turn in turns)
-  return text + '\n\nAssistant:'
+  text = ''.join(
+    f'{_MARKS[turn.role]} {turn.content}'
+    if turn.role != 'system'
+    else turn.content
+    for turn in turns
+  )
+  return text + _MARKS['assistant']
+
+
+def dialogue_turns(text: str) -> tuple[Turn, ...]:
+  """The turns of a text in that layout; () if it is in another.
+
+  The user comes first and the speakers alternate: a mark out of turn belongs
+  to what is being said, because answers may quote a dialogue.
+  """
+  if not text.startswith(_MARKS['user']):
+    return ()
+  turns, role, start = [], 'user', 0
+  while True:
+    other = 'assistant' if role == 'user' else 'user'
+    start += len(_MARKS[role])
+    end = text.find(_MARKS[other], start)
+    turns.append(Turn(role, text[start : end if end >= 0 else None].strip()))
+    if end < 0:
+      return tuple(turns)
+    role, start = other, end
+
+
+def conversation(
+  row: 'Prompt | Demonstration | Comparison',
+) -> tuple[Turn, ...]:
+  """The turns before the answer, whichever way a record gives them.
+
+  Its `turns`; or those of a text in the layout of `text_of_turns`; or the text
+  as one turn of the user's.
+  """
+  if row.turns:
+    return row.turns
+  text = row.text if isinstance(row, Prompt) else row.prompt
+  start = text.find(_MARKS['user'])
+  if start >= 0 and text.rstrip().endswith(_MARKS['assistant']):
+    turns = dialogue_turns(text[start:])
+    if turns[-1] == Turn('assistant', ''):
+      system = text[:start].strip()
+      first = (Turn('system', system),) if system else ()
+      return (*first, *turns[:-1])
+  return (Turn('user', text),)
+
+
+def composed(text: str) -> str:
+  """The text with each accent in its letter (NFC), as most keyboards write."""
+  return text if text.isascii() else unicodedata.normalize('NFC', text)
+
+
+def comparable(text: str) -> str:
+  """A text by which copies are told: composed characters (NFC), one case,
+  single spaces, nothing invisible."""
+  if not text.isascii():
+    text = unicodedata.normalize('NFD', text.translate(_INVISIBLE)).casefold()
+    text = unicodedata.normalize('NFC', text)
+  return ' '.join(text.casefold().split())
+
+
+def opening(row: Any) -> str:
+  """What a split goes by: the user's first turn, as `comparable` text.
+
+  All rows of a conversation tree share it, and so do a long conversation and a
+  single question that begin alike. A document is its own opening.
+  """
+  if not isinstance(row, Document):
+    for turn in conversation(row):
+      if turn.role == 'user' and turn.content.strip():
+        return comparable(turn.content)
+  return comparable(row.text if hasattr(row, 'text') else row.prompt)
 
 
 def ranks_of_scores(scores: Iterable[int | float]) -> tuple[int, ...]:
@@ -171,24 +261,36 @@ def completed(
 ) -> Mapping[str, Any]:
   """Values as a file may spell them, with ranks and text filled in.
 
-  `scores` stand for `ranks` and `turns` for the prompt's text; what is wrong
-  with either is left for `problems` to say.
+  `scores` stand for `ranks` and `turns` for the prompt's text, and a field that
+  may be left out is left out by null; what is wrong with any is left for
+  `problems` to say.
   """
   filled = dict(values)
+  if None in filled.values():
+    may_lack = {
+      name
+      for name, (required, _) in _fields_of(record_type).items()
+      if not required
+    }
+    filled = {
+      name: value
+      for name, value in filled.items()
+      if value is not None or name not in may_lack
+    }
   if (
     record_type is Comparison
-    and 'ranks' not in filled
+    and filled.get('ranks') is None
     and _are_scores(values.get('scores'))
   ):
     filled['ranks'] = list(ranks_of_scores(values['scores']))
   name = 'text' if record_type is Prompt else 'prompt'
   if (
     record_type is not Document
-    and name not in filled
-    and 'turns' in values
-    and not _turn_problems(values['turns'])
+    and filled.get(name) is None
+    and 'turns' in filled
+    and not _turn_problems(filled['turns'])
   ):
-    turns = [Turn(**turn) for turn in values['turns']]
+    turns = [Turn(**turn) for turn in filled['turns']]
     filled[name] = text_of_turns(turns)
   return filled
 
@@ -211,11 +313,24 @@ def _turn_problems(value: Any) -> str:
         f"'turns': turn {number} must have a role of {', '.join(ROLES)} and a "
         f'text as content, found {_shown(turn)}'
       )
-    if not _encodable(turn['content']):
+    if not encodable(turn['content']):
       return f"'turns': turn {number} holds a lone surrogate; re-encode it"
   if value[-1]['role'] != 'user':
     return "'turns' must end with the user's turn; the answer is no part of it"
   return ''
+
+
+@functools.cache
+def _fields_of(record_type: type) -> dict[str, tuple[bool, Any]]:
+  """Name -> (required, default)."""
+  return {
+    field.name: (
+      field.default is dataclasses.MISSING
+      and field.default_factory is dataclasses.MISSING,
+      field.default,
+    )
+    for field in dataclasses.fields(record_type)
+  }
 
 
 def problems(values: Mapping[str, Any], record_type: type) -> list[str]:
@@ -228,7 +343,7 @@ def problems(values: Mapping[str, Any], record_type: type) -> list[str]:
   Returns:
     One sentence per problem: the field, what was found, what to do.
   """
-  fields = {field.name: field for field in dataclasses.fields(record_type)}
+  fields = _fields_of(record_type)
   found = []
   for name in values:
     if name not in fields:
@@ -236,11 +351,7 @@ def problems(values: Mapping[str, Any], record_type: type) -> list[str]:
         f'unknown field {name!r}; {record_type.__name__} has '
         f'{", ".join(fields)}; put anything else under "metadata"'
       )
-  for name, field in fields.items():
-    required = (
-      field.default is dataclasses.MISSING
-      and field.default_factory is dataclasses.MISSING
-    )
+  for name, (required, _) in fields.items():
     if name not in values:
       if required:
         found.append(f'field {name!r} is missing; add it')
@@ -294,13 +405,26 @@ def problems(values: Mapping[str, Any], record_type: type) -> list[str]:
       continue
     elif name == 'turns':
       problem = _turn_problems(value)
+      text_name = 'text' if record_type is Prompt else 'prompt'
+      text = values.get(text_name)
+      if not problem and isinstance(text, str) and not _agree(text, value):
+        problem = (
+          f"{text_name!r} and 'turns' say different things: "
+          f'{_shown(text)} is neither the conversation nor its only message; '
+          f'leave {text_name!r} out'
+        )
       if problem:
         found.append(problem)
       continue
     elif name == 'metadata':
       if not isinstance(value, dict):
         found.append(f'{name!r} must be an object, found {_shown(value)}')
-        continue
+      elif value and not _is_json(value):
+        found.append(
+          f'{name!r} is not JSON: {_shown(value)}; numbers must be finite, '
+          'texts without lone surrogates'
+        )
+      continue
     elif not isinstance(value, str):
       found.append(f'{name!r} must be a string, found {_shown(value)}')
       continue
@@ -308,12 +432,48 @@ def problems(values: Mapping[str, Any], record_type: type) -> list[str]:
       found.append(f'{name!r} is empty; fill it in or drop the record')
     for text in value if name == 'completions' else [value]:
       # JSON can spell half of a surrogate pair, which no tokenizer takes.
-      if isinstance(text, str) and not _encodable(text):
+      if isinstance(text, str) and not encodable(text):
         found.append(f'{name!r} holds a lone surrogate; re-encode the text')
   return found
 
 
-def _encodable(text: str) -> bool:
+def _agree(text: str, turns: list[dict[str, str]]) -> bool:
+  whole = text_of_turns(Turn(**turn) for turn in turns)
+  if text == whole:
+    return True
+  said = {' '.join(unicodedata.normalize('NFC', whole).split())}
+  if len(turns) == 1:
+    said.add(
+      ' '.join(unicodedata.normalize('NFC', turns[0]['content']).split())
+    )
+  return ' '.join(unicodedata.normalize('NFC', text).split()) in said
+
+
+def _is_json(value: Any) -> bool:
+  left = [value]  # A stack, for it may be deep.
+  while left:
+    part = left.pop()
+    if isinstance(part, dict):
+      left += [*part, *part.values()]
+      if not all(isinstance(key, str) for key in part):
+        return False
+    elif isinstance(part, list | tuple):
+      left += part
+    elif isinstance(part, str):
+      if not encodable(part):
+        return False
+    elif isinstance(part, float):
+      if not math.isfinite(part):
+        return False
+    elif part is not None and not isinstance(part, int):
+      return False
+  return True
+
+
+def encodable(text: str) -> bool:
+  """Whether UTF-8 can hold a text: half of a surrogate pair it cannot."""
+  if text.isascii():
+    return True
   try:
     text.encode('utf-8')
   except UnicodeEncodeError:
@@ -337,13 +497,15 @@ def from_values(values: Mapping[str, Any], record_type: type[Record]) -> Record:
 def to_values(record: Record) -> dict[str, Any]:
   """A record's fields as JSON types, without those that hold their default."""
   values = {}
-  for field in dataclasses.fields(record):
-    value = getattr(record, field.name)
-    if value == field.default or (field.name == 'metadata' and not value):
+  for name, (_, default) in _fields_of(type(record)).items():
+    value = getattr(record, name)
+    if value == default or (name == 'metadata' and not value):
       continue
-    values[field.name] = list(value) if isinstance(value, tuple) else value
-    if field.name == 'turns':
-      values['turns'] = [dataclasses.asdict(turn) for turn in value]
+    values[name] = list(value) if isinstance(value, tuple) else value
+    if name == 'turns':
+      values['turns'] = [
+        {'role': turn.role, 'content': turn.content} for turn in value
+      ]
   return values
 
 
@@ -362,6 +524,46 @@ def read_bytes(path: epath.PathLike) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
       raise _gzip_error(path, error) from error
   return content
+
+
+def read_text(path: epath.PathLike) -> str:
+  """Reads a UTF-8 file, plain or `.gz`, with or without a byte order mark.
+
+  Raises:
+    RecordError: as in `read_bytes`; or a byte is not UTF-8.
+  """
+  content = read_bytes(path)
+  _check_start(path, content)
+  try:
+    return content.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    line = content.count(b'\n', 0, error.start) + 1
+    raise RecordError(
+      f'{path}:{line}: byte {error.start} of the file is not UTF-8; convert it'
+    ) from error
+
+
+def read_json(path: epath.PathLike) -> Any:
+  """Reads a file that is one JSON value.
+
+  Raises:
+    RecordError: as in `read_text`; or it is not JSON.
+  """
+  text = read_text(path)
+  try:
+    return json.loads(text)
+  # A number of thousands of digits or too deep nesting, besides bad syntax.
+  except (ValueError, RecursionError) as error:
+    raise RecordError(f'{path}: not JSON ({error})') from error
+
+
+def _check_start(path: epath.PathLike, start: bytes) -> None:
+  if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    raise RecordError(f'{path}: is UTF-16; convert the file to UTF-8')
+  if start.startswith(b'\x1f\x8b'):
+    raise RecordError(
+      f'{path}: is compressed with gzip; let its name end in .gz'
+    )
 
 
 def _check_file(path: epath.Path) -> None:
@@ -416,14 +618,23 @@ def iterate_lines(
   One line is held in memory at a time.
 
   Raises:
-    RecordError: as in `read_bytes`.
+    RecordError: as in `read_bytes`, UTF-16, or a JSON list over several lines.
   """
+  is_first = True
   for number, line in _raw_lines(epath.Path(path)):
     if isinstance(line, str):
       yield number, line
       continue
+    # Also where files were joined that each began with one.
+    line = line.removeprefix(codecs.BOM_UTF8)
     if not line.strip():
       continue
+    if is_first and line.strip() in (b'[', b'[{', b'{'):
+      raise RecordError(
+        f'{path}:{number}: one JSON value over several lines; write one JSON '
+        'object a line, or convert the file'
+      )
+    is_first = False
     try:
       values = json.loads(line.decode('utf-8'))
     except UnicodeDecodeError as error:
@@ -439,29 +650,50 @@ def iterate_lines(
       yield number, f'expected a JSON object, found {_shown(values)}'
 
 
-def _raw_lines(path: epath.Path) -> Iterator[tuple[int, bytes | str]]:
+def begins_with(path: epath.PathLike, mark: bytes) -> bool:
+  """Whether a file does, plain or `.gz`, but for white space and a BOM.
+
+  Raises:
+    RecordError: as in `read_bytes`, or UTF-16.
+  """
+  with _opened(epath.Path(path)) as file:
+    start = file.read(64 * 1024)
+  _check_start(path, start)
+  return start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(mark)
+
+
+@contextlib.contextmanager
+def _opened(path: epath.Path) -> Iterator[Any]:
   _check_file(path)
   with path.open('rb') as file:
-    if path.name.endswith('.gz'):
-      file = io.BufferedReader(gzip.GzipFile(fileobj=file))
-    number = 0
+    if not path.name.endswith('.gz'):
+      yield file
+      return
     try:
-      while line := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        size = len(line)
-        if size <= MAX_LINE_BYTES:
-          yield number, line
-          continue
-        while line and not line.endswith(b'\n'):
-          line = file.readline(MAX_LINE_BYTES)
-          size += len(line)
-        yield (
-          number,
-          f'{size:,} bytes on one line, at most {MAX_LINE_BYTES:,} are read; '
-          'split the text, or write one JSON object a line',
-        )
+      yield io.BufferedReader(gzip.GzipFile(fileobj=file))
     except (OSError, EOFError, zlib.error) as error:
       raise _gzip_error(path, error) from error
+
+
+def _raw_lines(path: epath.Path) -> Iterator[tuple[int, bytes | str]]:
+  with _opened(path) as file:
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+      number += 1
+      if number == 1:
+        _check_start(path, line)
+      size = len(line)
+      if size <= MAX_LINE_BYTES:
+        yield number, line
+        continue
+      while line and not line.endswith(b'\n'):
+        line = file.readline(MAX_LINE_BYTES)
+        size += len(line)
+      yield (
+        number,
+        f'{size:,} bytes on one line, at most {MAX_LINE_BYTES:,} are read; '
+        'split the text, or write one JSON object a line',
+      )
 
 
 def _repeated_id(
@@ -551,7 +783,7 @@ def write_jsonl(path: epath.PathLike, records: Iterable[Record]) -> None:
     try:
       line = json.dumps(values, ensure_ascii=False, allow_nan=False)
       lines.append(line.encode('utf-8'))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
       bad_lines.append((number, f"'metadata' is not JSON: {error}"))
   raise_problems(path, bad_lines)
   if not lines:

@@ -1,7 +1,29 @@
-"""Records from plain text, JSONL, TensorFlow Datasets and saved `datasets`."""
+"""Records from plain text, JSON, JSONL, CSV, TensorFlow Datasets and saved
+`datasets`.
 
+Tables become records by one format string a field over the names of their
+columns, `prompt={context}\\n{question}\\n`. What a column may hold:
+
+  nothing            null, NaN or an empty cell: the empty text. A field whose
+                     columns are all empty is empty itself, and a row without a
+                     prompt or a response is refused, with its number
+  text, a number     as it is; `{price:.2f}` formats a number
+  a list, an object  `{answers[0]}` and `{answer[text]}` are entries of it; as
+                     text a whole list is refused
+
+`completions`, `ranks`, `scores` and `turns` are lists: `{answers}` alone gives
+the column's list (in a CSV file, the list that a cell spells as JSON), and the
+field may be given several times, `completions={a}` and `completions={b}`. Ranks
+and scores may be numbers or spelt as numbers. `metadata={column}` keeps a
+column with its name. Prompts without an `id` are numbered by row.
+"""
+
+import csv
+import datetime
 import fractions
+import io
 import json
+import math
 import re
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +38,29 @@ from instruct_jax.data import records
 _TFDS = 'tfds:'
 _DATASETS = 'datasets:'
 _SUFFIXES = ('.txt', '.txt.gz', '.jsonl', '.jsonl.gz')
+_LIST_FIELDS = ('completions', 'ranks', 'scores', 'turns')
+_DELIMITERS = (',', ';', '\t', '|')
+# `answers[text][0]`: a column, then entries.
+_ENTRY = re.compile(r'([^\[\]]+)((?:\[[^\[\]]+\])+)')
+# Keys by which published files say that a model wrote the answer, and the
+# values that say that a person did. Self-Instruct's generations have metadata
+# of the API; its predictions have the reference beside the response.
+_GENERATORS = ('generator', 'model', 'model_name', 'model_id', 'generated_by')
+_GENERATED = ('synthetic', 'is_synthetic', 'machine_generated', 'is_generated')
+_API_KEYS = ('instance_metadata', 'raw_instances', 'finish_reason', 'logprobs')
+_PREDICTED = (
+  ('response', 'target'),
+  ('output', 'target'),
+  ('prediction', 'prediction'),
+  ('predictions', 'predictions'),
+)
+_TELLING = frozenset(
+  (*_GENERATORS, *_GENERATED, *_API_KEYS, *(key for _, key in _PREDICTED))
+)
+_PEOPLE = re.compile(
+  r'humans?|people|person|labell?ers?|annotators?|experts?|workers?|crowd.*'
+  r'|none|n/a|reference|gold'
+)
 
 
 def read_documents(
@@ -111,14 +156,7 @@ def _read_file(
 ) -> list[records.Document]:
   if path.name.endswith(('.jsonl', '.jsonl.gz')):
     return records.read_jsonl(path, records.Document)
-  content = records.read_bytes(path)
-  try:
-    text = content.decode('utf-8-sig')
-  except UnicodeDecodeError as error:
-    line = content.count(b'\n', 0, error.start) + 1
-    raise records.RecordError(
-      f'{path}:{line}: byte {error.start} of the file is not UTF-8; convert it'
-    ) from error
+  text = records.read_text(path)
   name = path.name.removesuffix('.gz').removesuffix('.txt')
   documents = [
     records.Document(text=piece, source=name)
@@ -129,74 +167,500 @@ def _read_file(
   return documents
 
 
+# --- Rows of tables -----------------------------------------------------------
+
+
 def read_examples(
-  spec: str, data_dir: epath.PathLike | None = None
+  spec: epath.PathLike, data_dir: epath.PathLike | None = None
 ) -> Iterator[Mapping[str, Any]]:
   """Examples of a table, one mapping from feature to value each.
 
   Args:
     spec: one of
+      a `.csv` or `.tsv` file with a header (or `.gz`);
+      a `.jsonl` file, or a `.json` file that is one list of objects (or `.gz`);
       `tfds:NAME/SPLIT`, see `read_documents`;
       `datasets:FOLDER`, what `save_to_disk` of Hugging Face `datasets` wrote
       (for several splits, the folder of one of them).
     data_dir: of TensorFlow Datasets.
 
   Raises:
-    RecordError: it cannot be opened.
+    RecordError: it cannot be opened or read.
   """
+  for _, example in _numbered_examples(str(spec), data_dir, ()):
+    yield example
+
+
+def is_data_set(spec: epath.PathLike) -> bool:
+  """Whether it is `tfds:` or `datasets:`, and no file."""
+  return str(spec).startswith((_TFDS, _DATASETS))
+
+
+def is_table(spec: epath.PathLike) -> bool:
+  """Whether records come from it only by format strings."""
+  name = str(spec).removesuffix('.gz')
+  return (
+    is_data_set(spec)
+    or name.endswith(('.csv', '.tsv'))
+    or (name.endswith('.json') and records.begins_with(spec, b'['))
+  )
+
+
+def _numbered_examples(
+  spec: str, data_dir: epath.PathLike | None, columns: Sequence[str]
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+  name = spec.removesuffix('.gz')
   if spec.startswith(_DATASETS):
-    return _read_saved(epath.Path(spec.removeprefix(_DATASETS)))
-  if not spec.startswith(_TFDS):
+    folder = epath.Path(spec.removeprefix(_DATASETS))
+    yield from enumerate(_read_saved(folder), start=1)
+  elif spec.startswith(_TFDS):
+    yield from enumerate(_read_tfds(spec, data_dir), start=1)
+  elif name.endswith(('.csv', '.tsv')):
+    yield from read_csv(spec, columns)
+  elif name.endswith(('.json', '.jsonl')):
+    bad = []
+    for number, values in read_objects(spec):
+      if isinstance(values, str):
+        bad.append((number, values))
+      else:
+        yield number, values
+    records.raise_problems(spec, bad)
+  else:
     raise records.RecordError(
-      f'{spec}: expected tfds:NAME/SPLIT or datasets:FOLDER'
+      f'{spec}: expected tfds:NAME/SPLIT, datasets:FOLDER, or a file that ends '
+      'in .json, .jsonl, .csv, .tsv (or in .gz after that)'
     )
-  return _read_tfds(spec, data_dir)
+
+
+def read_objects(
+  path: epath.PathLike,
+) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+  """(line, object) of JSONL, or (position, object) of one JSON list.
+
+  What is wrong with an entry stands in its place.
+
+  Raises:
+    RecordError: as in `records.read_text`; or it is one value of another kind.
+  """
+  if not records.begins_with(path, b'['):
+    yield from records.iterate_lines(path)
+    return
+  for number, values in enumerate(records.read_json(path), start=1):
+    if isinstance(values, dict):
+      yield number, values
+    else:
+      yield number, f'expected an object, found a {type(values).__name__}'
+
+
+def read_csv(
+  path: epath.PathLike, columns: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+  """Yields (first line of the row, column -> text); checks the header.
+
+  The delimiter is a tab in a `.tsv` file; else the one of comma, semicolon,
+  tab and bar that gives the header these columns.
+
+  Raises:
+    RecordError: as in `records.read_text`; a column is missing or comes twice,
+      a row has another number of fields, or the file is not CSV.
+  """
+  reader, header = _csv_reader(path, columns)
+  repeated = sorted({name for name in header if header.count(name) > 1})
+  if repeated:
+    raise records.RecordError(
+      f'{path}:1: column {repeated[0]!r} comes twice; rename one'
+    )
+  bad_lines, num_rows = [], 0
+  while True:
+    line = reader.line_num + 1  # A quoted field may span several lines.
+    try:
+      values = next(reader, None)
+    except csv.Error as error:
+      raise records.RecordError(
+        f'{path}:{line}: not CSV ({error}); is the file whole?'
+      ) from error
+    if values is None:
+      break
+    if not values:
+      continue
+    if len(values) != len(header):
+      bad_lines.append(
+        (line, f'{len(values)} fields for {len(header)} columns')
+      )
+      continue
+    num_rows += 1
+    yield line, dict(zip(header, values, strict=True))
+  records.raise_problems(path, bad_lines)
+  if not num_rows:
+    raise records.RecordError(f'{path}: has a header and no rows')
+
+
+def _csv_reader(path, columns):
+  text = records.read_text(path)
+  csv.field_size_limit(records.MAX_LINE_BYTES)
+  is_tsv = str(path).removesuffix('.gz').endswith('.tsv')
+  found, problem = [], ''
+  for delimiter in ('\t',) if is_tsv else _DELIMITERS:
+    reader = csv.reader(
+      io.StringIO(text, newline=''), delimiter=delimiter, strict=True
+    )
+    try:
+      header = next(reader, [])
+    except csv.Error as error:
+      problem = problem or f'not CSV ({error})'
+      continue
+    missing = [column for column in columns if column not in header]
+    found.append((len(missing), -len(header), len(found), reader, header))
+  if text.lstrip()[:1] in ('{', '[') and (not found or min(found)[0]):
+    problem = 'not CSV; it looks like JSON'
+  elif found:
+    # Most of the columns, then most columns, then the usual delimiter.
+    num_missing, _, _, reader, header = min(found)
+    if not num_missing:
+      return reader, header
+    missing = [column for column in columns if column not in header]
+    problem = (
+      f'columns {", ".join(missing)} are missing; found '
+      f'{", ".join(header) or "nothing"}'
+    )
+  raise records.RecordError(f'{path}:1: {problem}')
+
+
+def model_of(
+  values: Mapping[str, Any], answer: Sequence[str] = ()
+) -> tuple[str, str]:
+  """(model, key): who wrote the answer, if the row itself says a model did.
+
+  AlpacaEval's outputs have a `generator`, OpenAssistant's messages `synthetic`
+  and `model_name`, Self-Instruct's predictions a `target` beside the response.
+
+  Args:
+    values: a row as published.
+    answer: the keys that the answer was taken from.
+
+  Returns:
+    ('', '') if nothing says so.
+  """
+  if _TELLING.isdisjoint(values):
+    return '', ''
+  for key in _GENERATORS:
+    name = values.get(key)
+    if isinstance(name, str) and name.strip():
+      if _PEOPLE.fullmatch(name.strip().casefold()):
+        return '', ''
+      return name.strip(), key
+  for key in _GENERATED:
+    if values.get(key) is True:
+      return 'unnamed', key
+  for key in _API_KEYS:
+    if values.get(key) is not None:
+      return 'unnamed', key
+  for predicted, key in _PREDICTED:
+    if predicted in answer and key in values:
+      return 'unnamed', key
+  return '', ''
+
+
+def by_a_model(key: str) -> str:
+  """Why a demonstration is left out; `key` is what says so."""
+  return f'a model wrote the answer, as {key!r} says; --model_outputs takes it'
+
+
+# --- Format strings -----------------------------------------------------------
 
 
 def from_fields(
   examples: Iterable[Mapping[str, Any]],
   record_type: type[records.Record],
-  fields: Mapping[str, str],
+  fields: Mapping[str, str | Sequence[str]],
   source: str,
 ) -> list[records.Record]:
   """Records whose fields are format strings over an example's features.
 
   {'prompt': '{question}\\n', 'response': '{answer}'} makes demonstrations of
-  questions and answers. `source` is named in errors.
+  questions and answers; see the top of this file. `source` is named in errors.
 
   Raises:
     RecordError: a feature that the examples lack, or values that make no
       record; up to 10 examples are reported together.
   """
-  wanted = {
-    name
-    for template in fields.values()
-    for _, name, _, _ in string.Formatter().parse(template)
-    if name is not None
-  }
-  found, bad = [], []
-  for number, example in enumerate(examples, start=1):
-    missing = sorted(wanted - set(example))
-    if missing:
+  fill = _Fields(record_type, fields, source)
+  return fill.all(enumerate(examples, start=1))
+
+
+def read_fields(
+  spec: str,
+  record_type: type[records.Record],
+  fields: Mapping[str, str | Sequence[str]],
+  *,
+  model_outputs: bool = False,
+) -> tuple[list[records.Record], dict[str, int]]:
+  """Records of a table; see `read_examples` and the top of this file.
+
+  Args:
+    spec: the table.
+    record_type: what to make.
+    fields: one format string a field, or several for lists.
+    model_outputs: take demonstrations of rows that say a model wrote them.
+
+  Returns:
+    The records; and how many rows were left out, by reason.
+
+  Raises:
+    RecordError: as in `from_fields`.
+  """
+  fill = _Fields(record_type, fields, spec)
+  skipped: dict[str, int] = {}
+
+  def wanted():
+    for number, example in _numbered_examples(spec, None, fill.columns):
+      key = ''
+      if record_type is records.Demonstration and not model_outputs:
+        _, key = model_of(example, fill.columns_of('response'))
+      if key:
+        reason = by_a_model(key)
+        skipped[reason] = skipped.get(reason, 0) + 1
+      else:
+        yield number, example
+
+  return fill.all(wanted()), skipped
+
+
+class _Fields:
+  """Format strings, parsed once, that fill the fields of a record."""
+
+  def __init__(
+    self,
+    record_type: type,
+    fields: Mapping[str, str | Sequence[str]],
+    source: str,
+  ):
+    self._type, self._source = record_type, source
+    self._templates: dict[str, list[list[tuple]]] = {}
+    self.columns: list[str] = []
+    for field, templates in fields.items():
+      if isinstance(templates, str):
+        templates = [templates]
+      if len(templates) > 1 and field not in (*_LIST_FIELDS, 'metadata'):
+        raise records.RecordError(
+          f'--field={field} is given {len(templates)} times and is one text; '
+          f'lists are {", ".join(_LIST_FIELDS)}'
+        )
+      self._templates[field] = [
+        self._parse(field, template) for template in templates
+      ]
+
+  def _parse(self, field: str, template: str) -> list[tuple]:
+    """(text, column, keys, format) pieces; `column` is None after the last."""
+    try:
+      parsed = list(string.Formatter().parse(template))
+    except ValueError as error:
       raise records.RecordError(
-        f'{source}: examples have {", ".join(sorted(example))} and no '
-        f'{", ".join(missing)}'
-      )
-    texts = {name: _as_text(example[name]) for name in wanted}
-    values = {
-      name: template.format(**texts) for name, template in fields.items()
-    }
-    problems = records.problems(values, record_type)
-    if problems:
-      bad.append((number, '; '.join(problems)))
+        f'--field={field}={template}: {error}; {{{{ and }}}} are braces'
+      ) from error
+    pieces = []
+    for text, name, form, conversion in parsed:
+      if name is None:
+        pieces.append((text, None, (), ''))
+        continue
+      entry = _ENTRY.fullmatch(name)
+      column = entry[1] if entry else name
+      keys = re.findall(r'\[([^\[\]]+)\]', entry[2]) if entry else ()
+      if conversion or not column:
+        raise records.RecordError(
+          f'--field={field}={template}: {{{name}}} must name a column, without '
+          '!'
+        )
+      pieces.append((text, column, tuple(keys), form))
+      if column not in self.columns:
+        self.columns.append(column)
+    return pieces
+
+  def columns_of(self, field: str) -> list[str]:
+    """The columns that a field is made of."""
+    return [
+      piece[1]
+      for pieces in self._templates.get(field, ())
+      for piece in pieces
+      if piece[1] is not None
+    ]
+
+  def all(
+    self, examples: Iterable[tuple[int, Mapping[str, Any]]]
+  ) -> list[records.Record]:
+    found, bad = [], []
+    for number, example in examples:
+      missing = [name for name in self.columns if name not in example]
+      if missing:
+        raise records.RecordError(
+          f'{self._source}:{number}: examples have '
+          f'{", ".join(sorted(map(str, example)))} and no '
+          f'{", ".join(sorted(missing))}'
+        )
+      try:
+        values = self._values(number, example)
+      except ValueError as error:
+        bad.append((number, str(error)))
+        continue
+      problems = records.problems(values, self._type)
+      if problems:
+        bad.append((number, '; '.join(problems)))
+      else:
+        found.append(records.from_values(values, self._type))
+    records.raise_problems(self._source, bad)
+    return found
+
+  def _values(self, number: int, example: Mapping[str, Any]) -> Mapping:
+    values: dict[str, Any] = {}
+    for field, templates in self._templates.items():
+      if field == 'metadata':
+        values[field] = _metadata(templates, example)
+      elif field in _LIST_FIELDS:
+        values[field] = [
+          _item(field, item)
+          for template in templates
+          for item in _items(field, template, example)
+        ]
+      else:
+        values[field] = _text(templates[0], example)
+    if self._type is records.Prompt and 'id' not in values:
+      name = self._source.removeprefix(_DATASETS).removeprefix(_TFDS)
+      values['id'] = f'{epath.Path(name).name.split(".")[0]}:{number}'
+    return records.completed(values, self._type)
+
+
+def _lookup(example: Mapping[str, Any], column: str, keys: Sequence[str]):
+  value = example[column]
+  for key in keys:
+    value = _plain(value)
+    if value is None:
+      return None
+    try:
+      value = value[int(key) if isinstance(value, list | tuple) else key]
+    except (LookupError, TypeError, ValueError):
+      path = ''.join(f'[{k}]' for k in keys)
+      raise ValueError(f'{{{column}{path}}}: there is no entry {key}') from None
+  return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+  """A value as JSON has it; None for what is missing, NaN as well."""
+  if isinstance(value, bytes):
+    try:
+      return value.decode('utf-8')
+    except UnicodeDecodeError as error:
+      raise ValueError(
+        f'byte {error.start} of {value[:20]!r} is not UTF-8'
+      ) from error
+  if isinstance(value, np.ndarray | np.generic):
+    return _plain(value.tolist())
+  # NaN, and its relatives NaT and Decimal('NaN'), differ from themselves.
+  if value is None or (not isinstance(value, list | dict) and value != value):
+    return None
+  return value
+
+
+def _as_text(value: Any, name: str, form: str) -> str:
+  value = _plain(value)
+  if value is None:
+    return ''
+  if isinstance(value, list | tuple | dict):
+    kind = 'an object' if isinstance(value, dict) else 'a list'
+    raise ValueError(
+      f'{{{name}}} is {kind} and no text; name an entry of it, such as '
+      f'{{{name}[{"key" if isinstance(value, dict) else 0}]}}'
+    )
+  if not form:
+    return str(value)
+  try:
+    return format(value, form)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f'{{{name}:{form}}}: {error}') from error
+
+
+def _text(pieces: Sequence[tuple], example: Mapping[str, Any]) -> str:
+  """The pieces joined; '' if there are columns and all of them are empty."""
+  parts, is_empty = [], True
+  for text, column, keys, form in pieces:
+    parts.append(text)
+    if column is None:
+      continue
+    filled = _as_text(_lookup(example, column, keys), column, form)
+    is_empty = is_empty and not filled.strip()
+    parts.append(filled)
+  if is_empty and any(column is not None for _, column, _, _ in pieces):
+    return ''
+  return ''.join(parts)
+
+
+def _alone(pieces: Sequence[tuple]) -> bool:
+  return len(pieces) == 1 and not pieces[0][0] and not pieces[0][3]
+
+
+def _items(
+  field: str, pieces: Sequence[tuple], example: Mapping[str, Any]
+) -> list:
+  if not _alone(pieces):
+    return [_text(pieces, example)]
+  value = _lookup(example, *pieces[0][1:3])
+  if value is None and field == 'turns':
+    return []
+  if isinstance(value, str) and value.lstrip()[:1] == '[':
+    # A cell of a CSV file.
+    try:
+      value = json.loads(value)
+    except (ValueError, RecursionError):
+      return [value]
+  return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _item(field: str, item: Any) -> Any:
+  """One entry of a list field, as its record has it."""
+  item = _plain(item)
+  if field == 'completions':
+    return _as_text(item, field, '')
+  if field == 'turns' or item is None:
+    return _json(item)
+  if isinstance(item, bool):
+    return int(item) if field == 'scores' else item
+  try:
+    number = float(item)
+  except (TypeError, ValueError):
+    return item
+  if field == 'scores':
+    return item if isinstance(item, int | float) else number
+  return int(number) if number.is_integer() else item
+
+
+def _metadata(
+  templates: Sequence[Sequence[tuple]], example: Mapping[str, Any]
+) -> dict[str, Any]:
+  found: dict[str, Any] = {}
+  for pieces in templates:
+    if not _alone(pieces):
+      raise ValueError("'metadata' takes whole columns, metadata={column}")
+    column, keys = pieces[0][1:3]
+    value = _json(_lookup(example, column, keys))
+    if isinstance(value, dict):
+      found |= value
     else:
-      found.append(records.from_values(values, record_type))
-  records.raise_problems(source, bad)
+      found[keys[-1] if keys else column] = value
   return found
 
 
-def _as_text(value: Any) -> str:
-  return value.decode('utf-8') if isinstance(value, bytes) else str(value)
+def _json(value: Any) -> Any:
+  value = _plain(value)
+  if isinstance(value, dict):
+    return {str(key): _json(part) for key, part in value.items()}
+  if isinstance(value, list | tuple):
+    return [_json(part) for part in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  if value is None or isinstance(value, str | bool | int | float):
+    return value
+  if isinstance(value, datetime.date | datetime.time):
+    return value.isoformat()
+  return str(value)
 
 
 def mix(
@@ -236,9 +700,10 @@ def mix(
 def _read_saved(folder: epath.Path) -> Iterator[Mapping[str, Any]]:
   splits = folder / 'dataset_dict.json'
   if splits.exists():
-    names = json.loads(splits.read_text())['splits']
+    names = _listed(records.read_json(splits), 'splits', splits)
     raise records.RecordError(
-      f'{folder}: has splits; name the folder of one of {", ".join(names)}'
+      f'{folder}: has splits; name the folder of one of '
+      f'{", ".join(map(str, names))}'
     )
   state = folder / 'state.json'
   if not state.exists():
@@ -246,7 +711,8 @@ def _read_saved(folder: epath.Path) -> Iterator[Mapping[str, Any]]:
       f'{folder}: no state.json, so no folder that `save_to_disk` of Hugging '
       'Face datasets wrote'
     )
-  described = json.loads(state.read_text())
+  described = records.read_json(state)
+  entries = _listed(described, '_data_files', state)
   if described.get('_indices_data_files'):
     raise records.RecordError(
       f'{folder}: an index over its rows was saved beside them; write it again '
@@ -255,16 +721,37 @@ def _read_saved(folder: epath.Path) -> Iterator[Mapping[str, Any]]:
   import pyarrow
   import pyarrow.ipc
 
-  for entry in described['_data_files']:
-    path = folder / entry['filename']
+  for entry in entries:
+    name = entry.get('filename') if isinstance(entry, dict) else None
+    if not isinstance(name, str):
+      raise records.RecordError(f"{state}: '_data_files' names no file")
+    path = folder / name
     if not path.exists():
       raise records.RecordError(f'{path}: no such file')
+    row = 0
     with path.open('rb') as file:
       try:
         for batch in pyarrow.ipc.open_stream(file):
-          yield from batch.to_pylist()
-      except pyarrow.ArrowException as error:
-        raise records.RecordError(f'{path}: damaged ({error})') from error
+          for example in batch.to_pylist():
+            row += 1
+            yield example
+      # Text that is not UTF-8, or a date beyond the calendar, come as Python's.
+      except (
+        pyarrow.ArrowException,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+      ) as error:
+        raise records.RecordError(
+          f'{path}: damaged after row {row} ({error})'
+        ) from error
+
+
+def _listed(values: Any, key: str, path: epath.Path) -> list:
+  found = values.get(key) if isinstance(values, dict) else None
+  if not isinstance(found, list):
+    raise records.RecordError(f'{path}: has no list {key!r}')
+  return found
 
 
 def _read_tfds(
@@ -289,4 +776,11 @@ def _read_tfds(
       'tfds build, in the array_record format, and set TFDS_DATA_DIR to its '
       'folder'
     ) from error
-  yield from source
+  for row in range(len(source)):
+    try:
+      example = source[row]
+    except Exception as error:  # Of the file format, the codec or the decoder.
+      raise records.RecordError(
+        f'{spec}: damaged at row {row + 1} ({error})'
+      ) from error
+    yield example

@@ -1,23 +1,31 @@
-"""Text to ids and back: a thin, strict wrapper over a Hugging Face tokenizer.
+"""Text to ids and back: the one place where a text becomes what a model reads.
+
+Training rows, rollouts, reward models, judges, benchmarks, the chat and length
+tables all come through here: `encode_prompts` gives the ids up to a response's
+first, `encode_responses` the response with the token that ends it, and
+`encode_documents` text that is no conversation.
 
 Prompt and response are tokenised apart and their ids concatenated, so that the
 ids of a prompt never depend on what follows it. No text can spell a special
-token: `<eos>` typed by a user is text, and the EOS and PAD ids come from the
-code that lays out the rows, never from `encode`.
+token: `<eos>` typed by a user is text.
 
-How a prompt is put into words for the model belongs to the tokenizer and is
-saved with it, so that no stage can differ from another:
+How a prompt is put into words for the model, and which token ends an answer,
+belong to the tokenizer and are saved with it:
 
-  ''            the prompt's text as it is (the paper's raw prompts)
-  'chat'        the tokenizer's own chat template, over the prompt's turns
-  other text    a format string with one slot, {prompt}
+  ''            the prompt's text as it is (the paper's raw prompts); EOS ends
+  'chat'        the tokenizer's own chat template, over the prompt's turns; the
+                token with which the template ends the assistant's turn ends
+  other text    a format string with one slot, {prompt}; EOS ends
 
-  python -m instruct_jax.data.tokenizer hf:NAME --output=DIR \\
-    --template=chat --stop='<|im_end|>'
+  python -m instruct_jax.data.tokenizer hf:NAME --output=DIR --template=chat
 
-prepares a published tokenizer: a PAD of its own, the template, stop tokens.
+prepares a published tokenizer: a PAD of its own, the template, stop tokens. A
+template that reads the clock is pinned to a date (`--date`), in the folder.
 """
 
+import codecs
+import copy
+import datetime
 import functools
 import hashlib
 import json
@@ -25,7 +33,7 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -33,13 +41,27 @@ import tokenizers
 from etils import epath
 
 from instruct_jax import command, hub
-from instruct_jax.data import records
+from instruct_jax.data import folders, records
 
 PAD, EOS, UNK = '<pad>', '<eos>', '<unk>'
 CHAT, SLOT = 'chat', '{prompt}'
 _FILE = 'tokenizer.json'
 _FORMAT_FILE = 'prompt_format.json'
 _HUB_PATTERNS = ('*.json', '*.jinja', '*.txt', '*.bpe')
+# What a tokenizer is made of; the rest of its folder, weights say, is not read.
+_FILES = (
+  _FILE,
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'chat_template.jinja',
+  'chat_template.json',
+)
+# Texts that end in one of these can be continued without a mark before the
+# continuation; the first that leaves a text's ids alone is taken.
+_ANCHORS = ('\n', 'a', '.', '0', ':')
+# Stands for the assistant's words where the template is looked at.
+_MARK = '\ue000answer\ue001'
 # OpenAI's two files under its own names and under Hugging Face's.
 _BPE_FILES = (
   ('encoder.json', 'vocab.bpe'),
@@ -48,19 +70,28 @@ _BPE_FILES = (
 )
 
 
+class TemplateError(ValueError):
+  """A chat template cannot render a prompt; the text names the prompt."""
+
+
 class Tokenizer:
   """Encodes and decodes; knows its PAD and EOS ids, which always differ.
 
   Attributes:
     vocab_size: number of ids, specials included.
     pad_id: fills rows up; never a real token.
-    eos_id: ends every response and document.
-    stop_ids: tokens that end a response when sampled; EOS is the first.
+    eos_id: ends every document.
+    end_id: ends every response of a training row: the chat template's end of
+      a turn, or EOS.
+    stop_ids: tokens that end a response when sampled; EOS is the first, and
+      `end_id` is among them.
     prefix_ids: what stands before every text (a BOS token, or nothing).
+    bos_id: the BOS token, whether or not texts begin with it; or None.
     template: how prompts are rendered; see the top of this file.
-    fingerprint: SHA-256 of vocabulary, merges, special ids, template and stop
-      tokens. A checkpoint stores it; two tokenizers with equal fingerprints
-      give equal ids.
+    fingerprint: SHA-256 of all that decides a text's ids: vocabulary, merges,
+      normalizer, pre-tokenizer, special ids, template and stop tokens. A
+      checkpoint stores it; two tokenizers with equal fingerprints give equal
+      ids.
     vocabulary_fingerprint: the same without template and stop tokens.
   """
 
@@ -96,13 +127,7 @@ class Tokenizer:
           f'stop token {stop_id} is the PAD ({pad_id}) or not among the '
           f'{len(fast_tokenizer)} ids'
         )
-    if template == CHAT:
-      if not fast_tokenizer.chat_template:
-        raise ValueError(
-          'the tokenizer has no chat template; use a format string with '
-          f'{SLOT}, or no template'
-        )
-    elif template and template.count(SLOT) != 1:
+    if template and template != CHAT and template.count(SLOT) != 1:
       raise ValueError(
         f"template {template!r} must be '{CHAT}' or hold {SLOT} once"
       )
@@ -115,39 +140,69 @@ class Tokenizer:
     self._backend.no_truncation()
     self.pad_id: int = pad_id
     self.eos_id: int = eos_id
+    self.bos_id: int | None = fast_tokenizer.bos_token_id
     self._unk_id: int | None = fast_tokenizer.unk_token_id
     self.vocab_size: int = len(fast_tokenizer)
-    others = sorted(set(stop_ids) - {eos_id})
-    self.stop_ids: tuple[int, ...] = (eos_id, *others)
     self.prefix_ids: tuple[int, ...] = tuple(
       token
       for token in self._backend.encode('', add_special_tokens=True).ids
       if token != eos_id
     )
+    self._marks_starts = _marks_starts(json.loads(self._backend.to_str()))
+    self.end_id: int = eos_id
+    # Text of the template around an answer, up to its end; None where answers
+    # are not rendered by it.
+    self._around_answer: tuple[str, str] | None = None
+    if template == CHAT:
+      self._chat_template = _checked_chat_template(fast_tokenizer.chat_template)
+      self._read_template(set(stop_ids))
+    others = sorted({*stop_ids, self.end_id} - {eos_id})
+    self.stop_ids: tuple[int, ...] = (eos_id, *others)
 
   @functools.cached_property
   def fingerprint(self) -> str:
     if not self.template and self.stop_ids == (self.eos_id,):
       return self.vocabulary_fingerprint
-    chat = self._fast_tokenizer.chat_template if self.template == CHAT else ''
+    chat = self._chat_template if self.template == CHAT else ''
     content = [self.vocabulary_fingerprint, self.template, chat, self.stop_ids]
-    return hashlib.sha256(json.dumps(content).encode('utf-8')).hexdigest()
+    return _sha256([*content, self.end_id])
 
   @functools.cached_property
   def vocabulary_fingerprint(self) -> str:
-    model = json.loads(self._backend.to_str())['model']
-    merges = [
-      merge if isinstance(merge, str) else ' '.join(merge)
-      for merge in model.get('merges', ())
-    ]
-    content = json.dumps(
+    described = json.loads(self._backend.to_str())
+    model = described['model']
+    if 'merges' in model:  # Written as pairs or as joined texts.
+      model['merges'] = [
+        merge if isinstance(merge, str) else ' '.join(merge)
+        for merge in model['merges']
+      ]
+    return _sha256(
       [
-        sorted(self._backend.get_vocab(with_added_tokens=True).items()),
-        merges,
-        [self.pad_id, self.eos_id, *self.prefix_ids],
+        *(
+          described[k] for k in ('normalizer', 'pre_tokenizer', 'added_tokens')
+        ),
+        model,
+        # What the post-processor does to a text alone.
+        self._backend.encode('', add_special_tokens=True).ids,
+        [self.pad_id, self.eos_id],
       ]
     )
-    return hashlib.sha256(content.encode('utf-8')).hexdigest()
+
+  def describe(self) -> str:
+    """One line for reports: how this tokenizer reads prompts and ends them."""
+    name = self._fast_tokenizer.convert_ids_to_tokens
+    before = ' '.join(map(name, self.prefix_ids))
+    if self.template == CHAT:
+      prompts = 'prompts in its chat template'
+    else:
+      prompts = 'prompts as plain text'
+      prompts = f'prompts as {self.template!r}' if self.template else prompts
+      prompts += f' after {before}' if before else ''
+    return (
+      f'{self.vocab_size:,} tokens ({self.fingerprint[:12]}), {prompts}, '
+      f'answers end with {name(self.end_id)}, sampling stops at '
+      f'{" ".join(map(name, self.stop_ids))}'
+    )
 
   def encode(self, text: str) -> list[int]:
     """Ids of a text, without any special token before, inside or after."""
@@ -175,63 +230,233 @@ class Tokenizer:
     With a chat template the tokens that the template spells are special, and
     whatever a message spells is text. A prompt without turns is one turn of
     the user's.
+
+    Raises:
+      TemplateError: the chat template refuses a prompt.
     """
-    texts = [_text_of(prompt) for prompt in prompts]
     if self.template == CHAT:
-      return [
-        self._encode_chat(() if isinstance(prompt, str) else prompt.turns, text)
-        for prompt, text in zip(prompts, texts, strict=True)
-      ]
+      return self._encode_chats(
+        [(_turns_of(prompt), _name_of(prompt)) for prompt in prompts]
+      )
+    texts = [_text_of(prompt) for prompt in prompts]
     if self.template:
       texts = [self.template.replace(SLOT, text) for text in texts]
     return self.encode_documents(texts)
 
-  def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of responses. A chat template ends in a separator of its own, so the
-    white space that begins a response goes."""
+  def encode_responses(
+    self, texts: Sequence[str], *, ended: bool = False
+  ) -> list[list[int]]:
+    """Ids of responses, as they stand behind the ids of their prompts.
+
+    A chat template ends in a separator of its own, so the white space that
+    begins a response goes; what the template puts around an answer (a space,
+    say) is put around this one.
+
+    Args:
+      texts: of the responses.
+      ended: with `end_id` behind each, as in training rows.
+    """
     if self.template == CHAT:
-      texts = [text.lstrip() for text in texts]
-    return self.encode_batch(texts)
+      found = self._encode_answers([text.lstrip() for text in texts])
+    else:
+      found = self._encode_continuations(texts)
+    return [[*ids, self.end_id] for ids in found] if ended else found
 
-  def _encode_chat(self, turns: Sequence[records.Turn], text: str) -> list[int]:
-    if not turns:
-      turns = [records.Turn('user', text)]
+  def render_chat(
+    self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool
+  ) -> str:
+    """The chat template's text of messages with `role` and `content`.
 
-    def render(contents):
-      return self._fast_tokenizer.apply_chat_template(
-        [
-          {'role': turn.role, 'content': content}
-          for turn, content in zip(turns, contents, strict=True)
-        ],
-        tokenize=False,
-        add_generation_prompt=True,
-      )
-
-    contents = [turn.content for turn in turns]
-    specials = self._backend.get_added_tokens_decoder().values()
-    spelled = any(
-      token.content in content for token in specials for content in contents
+    Raises:
+      ValueError: the tokenizer has no chat template, or a TemplateError where
+        the template refuses the messages.
+    """
+    if self.template != CHAT:
+      _checked_chat_template(self._fast_tokenizer.chat_template)
+    return self._render(
+      messages, 'the conversation', add_generation_prompt=add_generation_prompt
     )
-    if not spelled:
-      return self._encode_with_specials(render(contents))
-    # Someone typed a special token. The template's own pieces and the messages
-    # are encoded apart, which is the same text but for merges at the seams.
-    marks = [f'\ue000{number}\ue001' for number in range(len(contents))]
-    rest, ids = render(marks), []
-    for mark, content in zip(marks, contents, strict=True):
+
+  def encode_rendered(self, text: str) -> list[int]:
+    """Ids of text that a template has rendered: the special tokens that it
+    spells are special, and nothing is put before it."""
+    return self._encode_with_specials([text])[0]
+
+  # --- Chat templates ---------------------------------------------------------
+
+  def _render(self, messages, name, add_generation_prompt=True):
+    try:
+      return self._fast_tokenizer.apply_chat_template(
+        messages,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+      )
+    # A template is a program of its author's: it can raise anything.
+    except Exception as error:
+      words = ' '.join(str(error).split()) or type(error).__name__
+      raise TemplateError(
+        f'{name}: the chat template refuses it: {words}'
+      ) from error
+
+  def _read_template(self, stop_ids):
+    """Finds what the template puts around an answer, and what ends it."""
+    question = [{'role': 'user', 'content': '?'}]
+    answered = [*question, {'role': 'assistant', 'content': _MARK}]
+    name = 'a conversation of one question'
+    self._question = self._render(question, name)
+    (self._question_ids,) = self._encode_with_specials([self._question])
+    try:
+      whole = self._render(answered, name, add_generation_prompt=False)
+    except TemplateError:
+      return
+    before, found, after = whole.partition(_MARK)
+    if not found:
+      return
+    specials = {
+      number
+      for number, token in self._backend.get_added_tokens_decoder().items()
+      if token.special
+    }
+    specials |= {self.eos_id, *stop_ids}
+    specials -= {self.pad_id}
+    (after_ids,) = self._encode_with_specials([after])
+    ends = [token for token in after_ids if token in specials]
+    if not ends:
+      return
+    self.end_id = ends[0]
+    end = self._fast_tokenizer.convert_ids_to_tokens(self.end_id)
+    if before.startswith(self._question):
+      lead = before[len(self._question) :]
+      self._around_answer = (lead, after.partition(end)[0])
+
+  def _encode_chats(self, chats):
+    specials = [
+      token.content
+      for token in self._backend.get_added_tokens_decoder().values()
+    ]
+    found, plain = [None] * len(chats), []
+    for number, (turns, name) in enumerate(chats):
+      contents = [turn.content for turn in turns]
+      if any(token in content for token in specials for content in contents):
+        found[number] = self._encode_spelled_chat(turns, name)
+      else:
+        messages = [{'role': t.role, 'content': t.content} for t in turns]
+        plain.append((number, self._render(messages, name)))
+    encoded = self._encode_with_specials([text for _, text in plain])
+    for (number, _), ids in zip(plain, encoded, strict=True):
+      found[number] = ids
+    return found
+
+  def _encode_spelled_chat(self, turns, name):
+    """A message spells a special token. The template's own pieces and the
+    messages are encoded apart, which is the same text but for merges at the
+    seams."""
+    marks = [f'\ue000{number}\ue001' for number in range(len(turns))]
+    rest = self._render(
+      [
+        {'role': turn.role, 'content': mark}
+        for turn, mark in zip(turns, marks, strict=True)
+      ],
+      name,
+    )
+    ids = []
+    for turn, mark in zip(turns, marks, strict=True):
       piece, found, rest = rest.partition(mark)
       if not found:
-        raise ValueError(
-          'the chat template leaves out or reorders turns, and a message '
-          f'spells a special token: {content[:60]!r}; drop this prompt'
+        raise TemplateError(
+          f'{name}: the chat template leaves out or reorders turns, and a '
+          f'message spells a special token: {turn.content[:60]!r}; drop it'
         )
-      ids += self._encode_with_specials(piece) + self.encode(content)
-    return ids + self._encode_with_specials(rest)
+      ids += self._encode_template_piece(piece, first=not ids)
+      ids += self._encode_continuations([turn.content])[0]
+    return ids + self._encode_template_piece(rest, first=not ids)
 
-  def _encode_with_specials(self, text: str) -> list[int]:
+  def _encode_template_piece(self, piece, first):
+    if first:
+      return self._encode_with_specials([piece])[0]
+    return self._encode_continuations([piece], self._encode_with_specials)[0]
+
+  def _encode_answers(self, texts):
+    """Answers as the template renders them after a question, up to its end."""
+    if self._around_answer is None:
+      return self._encode_continuations(texts)
+    specials = [
+      token.content
+      for token in self._backend.get_added_tokens_decoder().values()
+    ]
+    question = {'role': 'user', 'content': '?'}
+    rendered = [
+      self._render(
+        [question, {'role': 'assistant', 'content': text}],
+        f'the response {text[:60]!r}',
+        add_generation_prompt=False,
+      )
+      for text in texts
+    ]
+    whole = self._encode_with_specials(rendered)
+    start = len(self._question_ids)
+    found = []
+    for text, ids in zip(texts, whole, strict=True):
+      spelled = any(token in text for token in specials)
+      answer = ids[start:]
+      if (
+        spelled
+        or ids[:start] != self._question_ids
+        or self.end_id not in answer
+      ):
+        found.append(self._encode_answer_apart(text))
+      else:
+        found.append(answer[: answer.index(self.end_id)])
+    return found
+
+  def _encode_answer_apart(self, text):
+    lead, tail = self._around_answer
+    # White space belongs to the words beside it.
+    if not lead.strip():
+      text, lead = lead + text, ''
+    if not tail.strip():
+      text, tail = text + tail, ''
+    (ids,) = self._encode_continuations([text])
+    for piece, place in ((lead, 0), (tail, len(ids))):
+      if piece:
+        ids[place:place] = self._encode_template_piece(piece, first=False)
+    return ids
+
+  # --- Ids --------------------------------------------------------------------
+
+  def _encode_continuations(self, texts, encode=None):
+    """Ids of texts that continue another text.
+
+    A tokenizer that puts a mark or a space before each text it encodes (Llama
+    2's, Mistral's) would put one at the seam, too. There a text is encoded
+    behind an anchor, whose ids are cut off again.
+    """
+    encode = self.encode_batch if encode is None else encode
+    if not self._marks_starts:
+      return encode(texts)
+    found = [None if text else [] for text in texts]
+    for anchor in _ANCHORS:
+      todo = [i for i, ids in enumerate(found) if ids is None]
+      if not todo:
+        break
+      (anchor_ids,) = encode([anchor])
+      whole = encode([anchor + texts[i] for i in todo])
+      for i, ids in zip(todo, whole, strict=True):
+        if ids[: len(anchor_ids)] == anchor_ids:
+          found[i] = ids[len(anchor_ids) :]
+    # Every anchor merges with the text: as an encoder would begin it.
+    left = [i for i, ids in enumerate(found) if ids is None]
+    for i, ids in zip(left, encode([texts[i] for i in left]), strict=True):
+      found[i] = ids
+    return found
+
+  def _encode_with_specials(self, texts):
     self._backend.encode_special_tokens = False
     try:
-      return self._backend.encode(text, add_special_tokens=False).ids
+      encodings = self._backend.encode_batch_fast(
+        list(texts), add_special_tokens=False
+      )
+      return [encoding.ids for encoding in encodings]
     finally:
       self._backend.encode_special_tokens = True
 
@@ -256,6 +481,32 @@ class Tokenizer:
       ValueError: an id lies outside the vocabulary (a model with more logits
         than its tokenizer has tokens, or the wrong tokenizer).
     """
+    return self._backend.decode(self._kept(ids), skip_special_tokens=False)
+
+  def decode_response(self, ids: Collection[SupportsIndex]) -> str:
+    """`decode` of a response: its text as it stands behind its prompt.
+
+    Some tokenizers take one space off the text they decode; of a response that
+    would be its own.
+    """
+    kept = self._kept(ids)
+    if not self._marks_starts or not kept:
+      return self._backend.decode(kept, skip_special_tokens=False)
+    anchor = _ANCHORS[0]
+    anchor_ids = self.encode(anchor)
+    whole, alone = (
+      self._backend.decode(part, skip_special_tokens=False)
+      for part in ([*anchor_ids, *kept], anchor_ids)
+    )
+    return whole.removeprefix(alone)
+
+  def decode_responses(
+    self, rows: Iterable[Collection[SupportsIndex]]
+  ) -> list[str]:
+    """`decode_response` of each row."""
+    return [self.decode_response(row) for row in rows]
+
+  def _kept(self, ids):
     dropped = {self.pad_id, *self.prefix_ids, *self.stop_ids}
     kept = []
     for token in np.asarray(ids).tolist():
@@ -265,13 +516,15 @@ class Tokenizer:
         )
       if token not in dropped:
         kept.append(token)
-    return self._backend.decode(kept, skip_special_tokens=False)
+    return kept
 
   def decode_batch(
     self, rows: Iterable[Collection[SupportsIndex]]
   ) -> list[str]:
     """`decode` of each row."""
     return [self.decode(row) for row in rows]
+
+  # --- Folders ----------------------------------------------------------------
 
   def save(self, folder: epath.PathLike) -> None:
     """Writes the folder in Hugging Face format (`from_pretrained` reads it)."""
@@ -282,7 +535,7 @@ class Tokenizer:
     stops = [
       self._fast_tokenizer.convert_ids_to_tokens(i) for i in self.stop_ids[1:]
     ]
-    if self.template or stops:
+    if self.template or stops or self._fast_tokenizer.chat_template:
       described = {'template': self.template, 'stop_tokens': stops}
       records.write_bytes(
         epath.Path(folder) / _FORMAT_FILE,
@@ -290,28 +543,49 @@ class Tokenizer:
       )
 
   def with_format(
-    self, template: str, stop_tokens: Sequence[str]
+    self,
+    template: str,
+    stop_tokens: Sequence[str],
+    date: datetime.date | None = None,
   ) -> 'Tokenizer':
     """The same tokenizer with another template and further stop tokens.
+
+    Args:
+      template: see the top of this file.
+      stop_tokens: besides those that it has.
+      date: what a chat template that reads the clock is told from now on.
 
     Raises:
       ValueError: see `__init__`; or a stop token is not in the vocabulary.
     """
-    stop_ids = _ids_of(self._fast_tokenizer, stop_tokens)
+    fast_tokenizer = self._fast_tokenizer
+    if template == CHAT:
+      fast_tokenizer = copy.deepcopy(fast_tokenizer)
+      chosen = _one_template(fast_tokenizer.chat_template)
+      if date is not None and reads_clock(chosen):
+        chosen = _pinned(chosen, date)
+      fast_tokenizer.chat_template = chosen
+    stop_ids = _ids_of(fast_tokenizer, stop_tokens)
     return Tokenizer(
-      self._fast_tokenizer,
+      fast_tokenizer,
       template=template,
       stop_ids=(*self.stop_ids, *stop_ids),
     )
+
+  @property
+  def chat_template(self) -> str:
+    """The chat template that comes with the tokenizer; '' where none does."""
+    found = self._fast_tokenizer.chat_template
+    return _one_template(found) if found else ''
 
   @classmethod
   def load(cls, folder: epath.PathLike) -> 'Tokenizer':
     """Reads a folder that `save` or `save_pretrained` wrote, or `hf:NAME`.
 
     Also GPT-2's encoder.json and vocab.bpe. The stop tokens are those of
-    generation_config.json, if there is one, and of `save`. A PAD is added
-    where there is none or where it also ends responses. Only `hf:` ever
-    downloads.
+    generation_config.json (config.json's where there is none) and of `save`. A
+    PAD is added where there is none or where it also ends responses. Only `hf:`
+    ever downloads, and no file but the tokenizer's own is read.
 
     Raises:
       ValueError: names the folder and what is missing or wrong in it.
@@ -335,24 +609,23 @@ class Tokenizer:
       )
     transformers = _import_transformers()
     with tempfile.TemporaryDirectory() as temporary:
-      for name in names:
-        if (folder / name).is_file():
-          content = (folder / name).read_bytes()
-          (pathlib.Path(temporary) / name).write_bytes(content)
+      _copy_files(folder, names, pathlib.Path(temporary))
       try:
         fast_tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
           temporary, local_files_only=True
         )
         template, stop_tokens = '', []
         if _FORMAT_FILE in names:
-          described = json.loads((folder / _FORMAT_FILE).read_text())
+          described = _read_object(folder / _FORMAT_FILE)
           template = described['template']
           stop_tokens = described['stop_tokens']
         stop_ids = _ids_of(fast_tokenizer, stop_tokens)
-        if 'generation_config.json' in names:
-          content = (folder / 'generation_config.json').read_text()
-          found = json.loads(content).get('eos_token_id') or []
-          stop_ids += [found] if isinstance(found, int) else found
+        for name in ('generation_config.json', 'config.json'):
+          if name in names:
+            found = _read_object(folder / name).get('eos_token_id')
+            found = [] if found is None else found
+            stop_ids += [found] if isinstance(found, int) else found
+            break
         ends = (None, fast_tokenizer.eos_token_id, *stop_ids)
         if fast_tokenizer.pad_token_id in ends:
           # Published tokenizers pad with EOS or not at all.
@@ -365,10 +638,179 @@ class Tokenizer:
         ) from error
 
 
+def is_folder(folder: epath.Path) -> bool:
+  """Whether a folder holds a tokenizer in the Hugging Face format."""
+  return (folder / _FILE).exists()
+
+
+def is_prepared(folder: epath.Path) -> bool:
+  """Whether somebody said how prompts are read with a folder's tokenizer."""
+  return (folder / _FORMAT_FILE).exists()
+
+
+def _sha256(content: Any) -> str:
+  text = json.dumps(content, sort_keys=True)
+  return hashlib.sha256(text.encode('utf-8')).hexdigest()
+
+
+def _copy_files(folder, names, target) -> None:
+  for name in names:
+    if name in _FILES:
+      (target / name).write_bytes(_without_mark(folder / name))
+  templates = folder / 'additional_chat_templates'
+  if templates.name in names:
+    (target / templates.name).mkdir()
+    for path in templates.iterdir():
+      if path.name.endswith('.jinja'):
+        copied = target / templates.name / path.name
+        copied.write_bytes(_without_mark(path))
+
+
+def _without_mark(path: epath.Path) -> bytes:
+  """A file without a byte order mark, which its readers would stumble over."""
+  return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+
+
+def _read_object(path: epath.Path) -> dict[str, Any]:
+  found = json.loads(path.read_bytes().decode('utf-8-sig'))
+  if not isinstance(found, dict):
+    raise ValueError(f'{path.name} is no JSON object')
+  return found
+
+
+def _marks_starts(described: Any) -> bool:
+  """Whether a tokenizer.json puts a mark or a space before each text."""
+  if isinstance(described, list):
+    return any(map(_marks_starts, described))
+  if not isinstance(described, dict):
+    return False
+  kind = described.get('type', '')
+  if kind == 'Metaspace':
+    return described.get('prepend_scheme', 'always') != 'never'
+  if kind == 'ByteLevel':
+    return bool(described.get('add_prefix_space', True))
+  return kind == 'Prepend' or any(
+    _marks_starts(described[name])
+    for name in (
+      'normalizer',
+      'pre_tokenizer',
+      'normalizers',
+      'pretokenizers',
+    )
+    if name in described
+  )
+
+
+# --- Chat templates -----------------------------------------------------------
+
+
+def _one_template(found: Any) -> str:
+  """The one chat template that is used, of one or of several by name.
+
+  Raises:
+    ValueError: there is none, or several and none is called 'default'.
+  """
+  if not found:
+    raise ValueError(
+      'the tokenizer has no chat template; use a format string with '
+      f'{SLOT}, or no template'
+    )
+  if isinstance(found, str):
+    return found
+  if 'default' not in found:
+    raise ValueError(
+      f'the tokenizer has chat templates called {", ".join(sorted(found))} and '
+      "none called 'default'; save the wanted one as chat_template.jinja"
+    )
+  return found['default']
+
+
+def _checked_chat_template(found: Any) -> str:
+  template = _one_template(found)
+  if reads_clock(template):
+    raise ValueError(
+      'the chat template reads the clock (strftime_now), so the same prompt '
+      'would have other ids tomorrow; pin it: python -m '
+      'instruct_jax.data.tokenizer FOLDER --output=DIR --template=chat '
+      '--date=YYYY-MM-DD'
+    )
+  return template
+
+
+def reads_clock(template: str) -> bool:
+  """Whether a chat template asks for the time of the day it is used on.
+
+  Raises:
+    ValueError: it is no template, or draws random texts.
+  """
+  import jinja2
+  import jinja2.ext
+  import jinja2.meta
+  import jinja2.nodes
+
+  class Generation(jinja2.ext.Extension):
+    """The tag by which templates mark the assistant's words."""
+
+    tags = frozenset({'generation'})
+
+    def parse(self, parser):
+      next(parser.stream)
+      return parser.parse_statements(('name:endgeneration',), drop_needle=True)
+
+  environment = jinja2.Environment(
+    extensions=[jinja2.ext.loopcontrols, Generation]
+  )
+  try:
+    parsed = environment.parse(template)
+  except jinja2.TemplateError as error:
+    raise ValueError(f'the chat template is no template: {error}') from error
+  names = jinja2.meta.find_undeclared_variables(parsed)
+  filters = {node.name for node in parsed.find_all(jinja2.nodes.Filter)}
+  if 'lipsum' in names or 'random' in filters:
+    raise ValueError(
+      'the chat template draws random texts (lipsum, random); no two readings '
+      'of a prompt would agree: remove that from it'
+    )
+  return 'strftime_now' in names
+
+
+# What `strftime` knows; glibc's variants without leading zeros too.
+_DIRECTIVES = 'aAwdbBmyYHIMSpfjUWcxXzZ'
+
+
+def _pinned(template: str, date: datetime.date) -> str:
+  """The template with a clock of its own that stands at a date's midnight."""
+  then = datetime.datetime.combine(date, datetime.time())
+  known = [f'%{letter}' for letter in (*_DIRECTIVES, *'eDFTRGuV')]
+  known += [f'%-{letter}' for letter in 'dmyHIMSj']
+  replaced = ''.join(
+    f'|replace({directive!r}, {then.strftime(directive)!r})'
+    for directive in known
+  )
+  return (
+    '{%- macro strftime_now(format) -%}{{- format' + replaced + ' -}}'
+    # Without the plus, a line break that begins the template would go.
+    '{%- endmacro +%}' + template
+  )
+
+
 def _text_of(prompt: Any) -> str:
   if isinstance(prompt, str):
     return prompt
   return prompt.text if isinstance(prompt, records.Prompt) else prompt.prompt
+
+
+def _turns_of(prompt: Any) -> tuple[records.Turn, ...]:
+  turns = () if isinstance(prompt, str) else prompt.turns
+  return turns or (records.Turn('user', _text_of(prompt)),)
+
+
+def _name_of(prompt: Any) -> str:
+  """What a message calls a prompt."""
+  if not isinstance(prompt, str) and prompt.id:
+    return f'prompt {prompt.id!r}'
+  text = _text_of(prompt)
+  return f'the prompt {text[:60]!r}' + '...' * (len(text) > 60)
 
 
 def _ids_of(fast_tokenizer: Any, tokens: Sequence[str]) -> list[int]:
@@ -472,7 +914,7 @@ def load_gpt2_bpe(
     RecordError: a file is missing or not what its name says.
   """
   try:
-    vocabulary = json.loads(records.read_bytes(encoder_json).decode('utf-8'))
+    vocabulary = json.loads(records.read_text(encoder_json))
   except ValueError as error:
     if isinstance(error, records.RecordError):
       raise
@@ -480,7 +922,7 @@ def load_gpt2_bpe(
       f'{encoder_json}: not a JSON object of tokens ({error})'
     ) from error
   merges = []
-  lines = records.read_bytes(vocab_bpe).decode('utf-8').split('\n')
+  lines = records.read_text(vocab_bpe).split('\n')
   for number, line in enumerate(lines, start=1):
     if not line or line.startswith('#version'):
       continue
@@ -540,19 +982,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     '--template', default='', help=f"'{CHAT}', or text with {SLOT}"
   )
   parser.add_argument('--stop', action='append', default=[], metavar='TOKEN')
+  parser.add_argument(
+    '--date',
+    type=datetime.date.fromisoformat,
+    metavar='YYYY-MM-DD',
+    help='what a chat template that reads the clock is told; today by default',
+  )
+  parser.add_argument(
+    '--replace',
+    action='store_true',
+    help='remove files of an earlier run that this one does not write',
+  )
   options = parser.parse_args(arguments)
   try:
     tokenizer = Tokenizer.load(options.source)
-    tokenizer = tokenizer.with_format(options.template, options.stop)
-  except ValueError as error:
+    clock = options.template == CHAT and reads_clock(tokenizer.chat_template)
+    date = (options.date or datetime.date.today()) if clock else None
+    tokenizer = tokenizer.with_format(options.template, options.stop, date)
+    with folders.writing(
+      options.output,
+      ('*',),
+      command='tokenizer',
+      inputs=[options.source],
+      replace=options.replace,
+    ) as folder:
+      tokenizer.save(folder)
+  except (ValueError, OSError) as error:
     print(error, file=sys.stderr)
     return 1
-  tokenizer.save(options.output)
-  print(
-    f'{options.output}: {tokenizer.vocab_size} tokens, PAD {tokenizer.pad_id}, '
-    f'stops {list(tokenizer.stop_ids)}, before each text '
-    f'{list(tokenizer.prefix_ids)}, template {tokenizer.template!r}'
-  )
+  print(f'{options.output}: {tokenizer.describe()}, PAD {tokenizer.pad_id}')
+  if clock:
+    print(
+      f'the chat template reads the clock; it is told {date} from now on '
+      '(--date=YYYY-MM-DD)'
+    )
+  elif options.date:
+    print('--date has no effect: no chat template here reads the clock')
+  if tokenizer.chat_template and not options.template:
+    print(
+      'this tokenizer has a chat template and --template was not given: '
+      'prompts are read as plain text; --template=chat uses it'
+    )
   return 0
 
 

@@ -217,7 +217,8 @@ class Endpoint:
     return None
 
   def _record(self, key: str, reply: Any) -> None:
-    line = json.dumps({'key': key, 'reply': reply}, ensure_ascii=False)
+    # ASCII: a reply may hold half of a surrogate pair, which no file takes.
+    line = json.dumps({'key': key, 'reply': reply})
     with self._lock:
       self._answers.setdefault(key, []).append(reply)
       with self._journal.open('a') as file:
@@ -245,7 +246,9 @@ class Endpoint:
             f'{settings.url} refuses the request, {problem}'
           ) from error
         pause = _seconds(error.headers.get('Retry-After'))
-      except (OSError, http.client.HTTPException, ValueError) as error:
+      except (
+        OSError, http.client.HTTPException, ValueError, RecursionError
+      ) as error:  # fmt: skip
         # Timeouts and lost connections are OSErrors.
         problem = f'{type(error).__name__}: {error}'
       if number < settings.max_retries:
@@ -278,12 +281,13 @@ def _read_journal(path: epath.Path) -> dict[str, list[Any]]:
   answers: dict[str, list[Any]] = {}
   if not path.exists():
     return answers
-  text = path.read_text()
+  # A line may have been cut within a character.
+  text = path.read_bytes().decode('utf-8', 'replace')
   for line in text.split('\n'):
     try:
       values = json.loads(line)
       answers.setdefault(values['key'], []).append(values['reply'])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
       continue
   if text and not text.endswith('\n'):
     # A line was cut; what comes next must not be glued to it.

@@ -12,13 +12,16 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from etils import epath
 
-from instruct_jax.data import records
+from instruct_jax.data import labels, records
 from instruct_jax.evals import endpoint, preferences
 from instruct_jax.evals.samples import Sample
 from instruct_jax.miniature import gold, world
+
+T = TypeVar('T')
 
 # Table 3 of the paper, after the overall quality.
 LABELS = (
@@ -50,11 +53,18 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """Preference for the answer shown first: 1, 0, or one half for a tie; None
-  where the judge spoke and could not be understood."""
+  """What one judge says of a pair.
+
+  Attributes:
+    preference: for the answer shown first: 1, 0, or one half for a tie; None
+      where the judge spoke and could not be understood.
+    labeler: who judged, or ''. Nameless verdicts may be different people's.
+    raw: the judge's own words, scores or ranks.
+  """
 
   preference: float | None
   labeler: str = ''
+  raw: str = dataclasses.field(default='', compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +94,11 @@ class Account:
 
   Attributes:
     pairs: asked for.
-    unjudged: the judge had no opinion, or not in both orders.
-    unparsed: its words could not be understood, in at least one order.
+    unjudged: pairs of which nobody had an opinion in both orders.
+    one_order: verdicts on the other pairs that stand alone: the same judge
+      said nothing in the other order.
+    unparsed: verdicts whose words could not be understood, in at least one
+      order.
     contradictions: judgements that changed sides when the answers changed
       places.
     empty: answers of the pairs without a character, each counted once.
@@ -94,6 +107,7 @@ class Account:
 
   pairs: int = 0
   unjudged: int = 0
+  one_order: int = 0
   unparsed: int = 0
   contradictions: int = 0
   empty: int = 0
@@ -105,7 +119,25 @@ def compare_both_orders(
 ) -> tuple[list[preferences.Judgement], Account]:
   """Asks each pair in both orders and averages, which cancels position bias.
 
-  Verdicts of the two orders meet by labeler.
+  Returns:
+    The judgements that have an outcome, and the count of everything else.
+  """
+  everything, account = ask_both_orders(compare, pairs)
+  return [j for j in everything if j.outcome is not None], account
+
+
+def ask_both_orders(
+  compare: CompareFn, pairs: Sequence[Pair]
+) -> tuple[list[preferences.Judgement], Account]:
+  """All that was said of each pair, in both orders.
+
+  The verdicts of the two orders are matched by labeler and, where one labeler
+  (or several without a name) gave several, by their place among these. Where
+  their number differs between the orders, none of them can be matched.
+
+  Returns:
+    One judgement for each judge of each pair, without an outcome where an
+    order is missing or could not be understood; and the counts.
   """
   account = Account(pairs=len(pairs))
   account.empty = len(
@@ -120,36 +152,68 @@ def compare_both_orders(
   turned = compare([pair.swapped() for pair in pairs])
   judgements = []
   for pair, ours, theirs in zip(pairs, straight, turned, strict=True):
-    swapped = {verdict.labeler: verdict.preference for verdict in theirs}
-    said = [v for v in ours if v.labeler in swapped]
-    account.unjudged += not said
-    understood = [
-      verdict
-      for verdict in said
-      if verdict.preference is not None and swapped[verdict.labeler] is not None
-    ]
-    account.unparsed += len(said) - len(understood)
-    for verdict in understood:
-      outcome, contradicts = preferences.both_orders(
-        verdict.preference, swapped[verdict.labeler]
+    matched = _match(ours, theirs)
+    complete = [both for both in matched if None not in both]
+    if complete:
+      account.one_order += len(matched) - len(complete)
+    else:
+      account.unjudged += 1
+    for first, swapped in matched:
+      judgement = _judgement(pair, first, swapped)
+      account.unparsed += (
+        None not in (first, swapped) and judgement.outcome is None
       )
-      account.contradictions += contradicts
-      judgements.append(
-        preferences.Judgement(
-          prompt_id=pair.prompt.id,
-          category=pair.prompt.category,
-          model=pair.first.model,
-          other=pair.second.model,
-          outcome=outcome,
-          log_length_ratio=preferences.length_ratio(
-            pair.first.num_tokens, pair.second.num_tokens
-          ),
-          labeler=verdict.labeler,
-          contradicts=contradicts,
-        )
-      )
-  account.judgements = len(judgements)
+      account.contradictions += judgement.contradicts
+      account.judgements += judgement.outcome is not None
+      judgements.append(judgement)
   return judgements, account
+
+
+def _match(
+  ours: Sequence[Verdict], theirs: Sequence[Verdict]
+) -> list[tuple[Verdict | None, Verdict | None]]:
+  """Verdicts of the two orders, matched; None for one that is missing."""
+  sides = (collections.defaultdict(list), collections.defaultdict(list))
+  for side, verdicts in zip(sides, (ours, theirs), strict=True):
+    for verdict in verdicts:
+      side[verdict.labeler].append(verdict)
+  matched = []
+  for labeler in dict.fromkeys([*sides[0], *sides[1]]):
+    first, swapped = sides[0][labeler], sides[1][labeler]
+    if len(first) == len(swapped):
+      matched += zip(first, swapped, strict=True)
+    else:
+      matched += [(verdict, None) for verdict in first]
+      matched += [(None, verdict) for verdict in swapped]
+  return matched
+
+
+def _judgement(
+  pair: Pair, first: Verdict | None, swapped: Verdict | None
+) -> preferences.Judgement:
+  """One judge's view of a pair; at least one of the orders was judged."""
+  outcome, contradicts = None, False
+  said = [verdict.preference for verdict in (first, swapped) if verdict]
+  if len(said) == 2 and None not in said:
+    outcome, contradicts = preferences.both_orders(*said)
+  shown = ((pair.first, first), (pair.second, swapped))
+  return preferences.Judgement(
+    prompt_id=pair.prompt.id,
+    category=pair.prompt.category,
+    model=pair.first.model,
+    other=pair.second.model,
+    outcome=outcome,
+    log_length_ratio=preferences.length_ratio(
+      pair.first.num_tokens, pair.second.num_tokens
+    ),
+    labeler=(first or swapped).labeler,
+    contradicts=contradicts,
+    orders=tuple(
+      preferences.Order(answer.model, verdict.preference, verdict.raw)
+      for answer, verdict in shown
+      if verdict is not None
+    ),
+  )
 
 
 # --- Judges that score --------------------------------------------------------
@@ -174,9 +238,10 @@ def by_score(score: ScoreFn) -> CompareFn:
       known.update(zip(new, map(float, scores), strict=True))
     verdicts = []
     for pair in pairs:
-      difference = known[key(pair.first)] - known[key(pair.second)]
-      preference = (1 + (difference > 0) - (difference < 0)) / 2
-      verdicts.append([Verdict(preference)])
+      first, second = known[key(pair.first)], known[key(pair.second)]
+      preference = (1 + (first > second) - (first < second)) / 2
+      raw = f'scores {first:.6g} and {second:.6g}'
+      verdicts.append([Verdict(preference, raw=raw)])
     return verdicts
 
   return compare
@@ -228,12 +293,13 @@ def read_rankings(
 ) -> tuple[CompareFn, RateFn, list[str]]:
   """Judges from people's rankings: `records.Comparison` lines of a JSONL file.
 
-  Prompts and answers are found by their text. `metadata` may hold, one entry a
-  completion: `likert`, numbers 1 to 7 or null; `labels`, objects of label ->
-  true or false.
+  Prompts and answers are found by their text. Every ranking is a judgement of
+  its own: several of one prompt without a labeler's name may be several
+  people's. `metadata` may hold, one entry a completion: `likert`, numbers 1 to
+  7 or null; `labels`, objects of label -> true or false.
 
   Returns:
-    (compare, rate, labelers).
+    (compare, rate, names of the labelers that have one).
 
   Raises:
     records.RecordError: a malformed line, by number.
@@ -249,9 +315,9 @@ def read_rankings(
   def compare(pairs):
     return [
       [
-        Verdict(preference, ranking.labeler)
-        for ranking in _rankings(by_prompt, pair.prompt.text)
-        if (preference := _ranked(ranking, pair)) is not None
+        verdict
+        for ranking in by_prompt.get(pair.prompt.text, ())
+        if (verdict := _ranked(ranking, pair)) is not None
       ]
       for pair in pairs
     ]
@@ -260,18 +326,14 @@ def read_rankings(
     return [
       [
         rating
-        for ranking in _rankings(by_prompt, prompt.text)
-        if (rating := _rating_of(ranking, answer.response)) is not None
+        for ranking in by_prompt.get(prompt.text, ())
+        for rating in _ratings_of(ranking, answer.response)
       ]
       for prompt, answer in answers
     ]
 
-  labelers = sorted({comparison.labeler for comparison in comparisons})
-  return compare, rate, labelers
-
-
-def _rankings(by_prompt, text):
-  return by_prompt.get(text, [])
+  names = sorted({c.labeler for c in comparisons if c.labeler})
+  return compare, rate, names
 
 
 def _check_metadata(place, comparison):
@@ -314,31 +376,31 @@ def _is_labels(value):
 
 
 def _ranked(ranking, pair):
-  """Preference for the first answer, or None where either was not ranked."""
-  ranks = {}
-  for text, rank in zip(ranking.completions, ranking.ranks, strict=True):
-    ranks.setdefault(text, []).append(rank)
+  """The labeler's verdict, or None where either answer was not ranked."""
+  ranks = labels.rank_by_text(ranking)
   both = (pair.first.response, pair.second.response)
   if any(text not in ranks for text in both):
     return None
-  # One text ranked twice counts with the mean of its ranks.
-  first, second = (sum(ranks[text]) / len(ranks[text]) for text in both)
-  return (1 + (first < second) - (first > second)) / 2
+  first, second = (ranks[text] for text in both)
+  preference = (1 + (first < second) - (first > second)) / 2
+  return Verdict(preference, ranking.labeler, f'ranks {first:g} and {second:g}')
 
 
-def _rating_of(ranking, response):
-  if response not in ranking.completions:
-    return None
-  index = ranking.completions.index(response)
-  likert, labels = None, {}
-  if 'likert' in ranking.metadata:
-    likert = ranking.metadata['likert'][index]
-    likert = None if likert is None else float(likert)
-  if 'labels' in ranking.metadata:
-    labels = ranking.metadata['labels'][index]
-  if likert is None and not labels:
-    return None
-  return Rating(likert, labels, ranking.labeler)
+def _ratings_of(ranking, response):
+  """One rating for each time that the labeler saw this answer and rated it."""
+  found = []
+  for index, text in enumerate(ranking.completions):
+    if text != response:
+      continue
+    likert, given = None, {}
+    if 'likert' in ranking.metadata:
+      likert = ranking.metadata['likert'][index]
+      likert = None if likert is None else float(likert)
+    if 'labels' in ranking.metadata:
+      given = ranking.metadata['labels'][index]
+    if likert is not None or given:
+      found.append(Rating(likert, given, ranking.labeler))
+  return found
 
 
 # --- A model behind an OpenAI-compatible endpoint -----------------------------
@@ -424,8 +486,11 @@ class ChatJudge:
       )
       for pair in pairs
     ]
+    found = self._ask(texts, read_preference)
+    last = self._asking.replies([self._body(text) for text in texts])
     return [
-      [Verdict(preference)] for preference in self._ask(texts, read_preference)
+      [Verdict(preference, raw=_shown_content(replies[-1]))]
+      for preference, replies in zip(found, last, strict=True)
     ]
 
   def rate(
@@ -475,21 +540,38 @@ class ChatJudge:
     }
 
   def _ask(self, texts, read):
-    bodies = [
-      {
-        'model': self._model,
-        'messages': [{'role': 'user', 'content': text}],
-        'temperature': 0,
-        'max_tokens': self._max_tokens,
-      }
-      for text in texts
-    ]
+    bodies = [self._body(text) for text in texts]
     self._asked |= dict(zip(texts, bodies, strict=True))
     return self._asking.ask(
-      bodies,
-      lambda reply: read(reply['choices'][0]['message']['content']),
-      self.progress,
+      bodies, lambda reply: read(_content(reply)), self.progress
     )
+
+  def _body(self, text):
+    return {
+      'model': self._model,
+      'messages': [{'role': 'user', 'content': text}],
+      'temperature': 0,
+      'max_tokens': self._max_tokens,
+    }
+
+
+def _content(reply):
+  """The text of a reply; some services send it in parts."""
+  content = reply['choices'][0]['message']['content']
+  if isinstance(content, list):
+    content = ''.join(
+      part['text'] for part in content if part['type'] == 'text'
+    )
+  if not isinstance(content, str):
+    raise ValueError(f'the content is {content!r}')
+  return content
+
+
+def _shown_content(reply):
+  try:
+    return _content(reply)
+  except (ValueError, KeyError, IndexError, TypeError):
+    return json.dumps(reply, ensure_ascii=False)
 
 
 def _has_usage(reply):
@@ -500,41 +582,111 @@ def _has_usage(reply):
   )
 
 
-def _only_object(text: str) -> dict:
-  """The one JSON object in a reply, which may stand in a fence or in prose."""
-  match = re.search(r'\{.*\}', text, re.DOTALL)
-  if not match:
-    raise ValueError(f'no JSON object in {text[:80]!r}')
-  found = json.loads(match.group())
-  if not isinstance(found, dict):
-    raise ValueError(f'no JSON object in {text[:80]!r}')
+# Reasoning that some models put before or after their answer. What an opening
+# mark never closes was cut off, and belongs to it; so does all that stands
+# before a closing mark whose opening one was part of the prompt.
+_MARKS = '(?:think|thinking|thought|reasoning)'
+_REASONING = re.compile(
+  rf'<({_MARKS})>.*?(?:</\1>|\Z)', re.DOTALL | re.IGNORECASE
+)
+_REASONING_END = re.compile(f'</{_MARKS}>', re.IGNORECASE)
+
+
+def _without_reasoning(text: str) -> str:
+  return _REASONING_END.split(_REASONING.sub(' ', text))[-1]
+
+
+def _no_contradiction(pairs):
+  """A JSON object's members; a name given twice must have one value."""
+  found = {}
+  for name, value in pairs:
+    if name in found and found[name] != value:
+      raise ValueError(f'{name!r} is both {found[name]!r} and {value!r}')
+    found[name] = value
   return found
+
+
+def _objects_with(text: str, name: str) -> list[dict]:
+  """All JSON objects in a text that have a member of this name, in order.
+
+  They may stand anywhere: in prose, in fences, inside other values, among
+  braces that are no JSON. An object that has the name is not looked into.
+  """
+  decoder = json.JSONDecoder(object_pairs_hook=_no_contradiction)
+  found, start = [], text.find('{')
+  while start >= 0:
+    end = start + 1
+    try:
+      value, stop = decoder.raw_decode(text, start)
+      if name in value:
+        found.append(value)
+        end = stop
+    except (ValueError, RecursionError):
+      pass  # Braces that are no JSON.
+    start = text.find('{', end)
+  return found
+
+
+def _agreed(text: str, name: str, read: Callable[[dict], T]) -> T:
+  """What the last readable object in a reply says; others must say the same.
+
+  Objects outside the reasoning go before those inside, which are read only
+  where there is none outside.
+
+  Raises:
+    ValueError: no object can be read, or two of them contradict each other.
+  """
+  values, problem = [], f'no JSON object with {name!r} in {text[:80]!r}'
+  for part in (_without_reasoning(text), text):
+    for found in _objects_with(part, name):
+      try:
+        values.append(read(found))
+      except (ValueError, KeyError, TypeError) as error:
+        problem = str(error)
+    if values:
+      break
+  if not values:
+    raise ValueError(problem)
+  if any(value != values[-1] for value in values):
+    raise ValueError(f'contradictory answers: {values!r}')
+  return values[-1]
 
 
 def read_preference(text: str) -> float:
   """Preference for the first answer in a reply.
 
+  The reply may reason before and after its JSON object.
+
   Raises:
-    ValueError, KeyError, TypeError: it holds no readable preference.
+    ValueError: it holds no readable preference, or several that differ.
   """
-  better = _only_object(text)['better']
-  if isinstance(better, bool) or better not in (0, 1, 2):
-    raise ValueError(f'"better" is {better!r}')
-  return {0: 0.5, 1: 1.0, 2: 0.0}[better]
+
+  def read(found):
+    better = found['better']
+    if isinstance(better, bool) or better not in (0, 1, 2):
+      raise ValueError(f'"better" is {better!r}')
+    return {0: 0.5, 1: 1.0, 2: 0.0}[better]
+
+  return _agreed(text, 'better', read)
 
 
 def read_rating(text: str) -> Rating:
   """The rating in a reply; labels that are null or absent are left out.
 
+  The reply may reason before and after its JSON object.
+
   Raises:
-    ValueError, KeyError, TypeError: it holds no readable rating.
+    ValueError: it holds no readable rating, or several that differ.
   """
-  found = _only_object(text)
-  overall = found['overall']
-  if overall is None or not _is_likert(overall):
-    raise ValueError(f'"overall" is {overall!r}')
-  labels = {label: found[label] for label in LABELS if label in found}
-  labels = {k: v for k, v in labels.items() if v is not None}
-  if not _is_labels(labels):
-    raise ValueError(f'labels are {labels!r}')
-  return Rating(float(overall), labels)
+
+  def read(found):
+    overall = found['overall']
+    if overall is None or not _is_likert(overall):
+      raise ValueError(f'"overall" is {overall!r}')
+    given = {label: found[label] for label in LABELS if label in found}
+    given = {k: v for k, v in given.items() if v is not None}
+    if not _is_labels(given):
+      raise ValueError(f'labels are {given!r}')
+    return Rating(float(overall), given)
+
+  return _agreed(text, 'overall', read)

@@ -136,7 +136,7 @@ def make_card(figures: run_figures.Figures, facts: Facts) -> str:
     '',
   ]
   lines += table(
-    ['', ''],
+    ['', 'this run'],
     [
       ['date', escape(facts.date)],
       ['policy', f'{facts.policy_parameters:,} parameters'],
@@ -146,7 +146,7 @@ def make_card(figures: run_figures.Figures, facts: Facts) -> str:
       ],
       ['config', escape(figures.config_name)],
       ['seed', str(figures.seed)],
-      ['commit', escape(figures.commit)],
+      ['commit', escape(figures.commit[:12])],
       [
         'versions',
         escape(', '.join(f'{k} {v}' for k, v in figures.versions.items())),
@@ -340,7 +340,7 @@ def _reward_model(figures) -> Sequence[str]:
     return []
   rows = [
     [label, report.cell(value)]
-    for label, _, value in run_figures.reward_rows(reward)
+    for label, value in run_figures.reward_rows(reward)
   ]
   if reward.ceiling is not None:
     rows.append(
@@ -375,7 +375,9 @@ def _limitations(figures, facts) -> Sequence[str]:
   for model, rates in run_figures.ordered(figures.metadata):
     if model in run_figures.RL_MODELS and rates:
       listed = ', '.join(
-        f'{name.replace("_", " ")} {share:.1%}' for name, share in rates.items()
+        f'{name.replace("_", " ")} {100 * share.mean:.1f} % '
+        f'({100 * share.low:.1f} to {100 * share.high:.1f})'
+        for name, share in rates.items()
       )
       lines.append(
         f'- Share of {report.escape(run_figures.label(model))} answers by '

@@ -145,8 +145,8 @@ def fit(
   kept = kl.mean(axis=0) > 1e-9
   if kept.sum() < 3:
     raise ValueError(
-      f'{kept.sum()} points with positive KL; the curve has two parameters and '
-      'needs at least three'
+      f'{kept.sum()} point{"s" * bool(kept.sum() != 1)} with positive KL; the '
+      'curve has two parameters and needs at least three'
     )
   kl, gains = kl[:, kept], gains[:, kept]
   num_prompts = len(gains)

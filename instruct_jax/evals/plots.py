@@ -1,10 +1,13 @@
 """The plots of a report, as PNG bytes. What each shows: see report.py.
 
+All are as wide as a phone can show with a text that can be read; what is
+compared stands in rows, so that names may be long and many. Each says in its
+heading what is shown and under the plot what its bars and lines mean.
+
 Matplotlib is loaded only here, when a plot is drawn, and draws into memory:
 without a display and without the global state of pyplot.
 """
 
-import dataclasses
 import io
 import math
 import textwrap
@@ -26,89 +29,215 @@ COLOURS = {
   'ppo': '#0072B2',
   'ppo_ptx': '#D55E00',
 }
-_OTHER_COLOUR = '#CC79A7'
+# Of other models and of runs, in this order; the last four are Tol's.
+_OTHER_COLOURS = (
+  '#0072B2',
+  '#D55E00',
+  '#009E73',
+  '#CC79A7',
+  '#E69F00',
+  '#56B4E9',
+  '#332288',
+  '#882255',
+  '#999933',
+  '#44AA99',
+)
+# A second sign beside the colour.
+_MARKERS = 'osD^vP<>X*'
+_INK, _SOFT = '#222222', '#555555'
+# Inches, and pixels an inch: html_report shows 100 of these an inch.
+_WIDTH, DPI = 5.6, 160
+# Characters of a line across the whole width, in a heading and in a note.
+_HEADING_CHARACTERS, _NOTE_CHARACTERS = 54, 84
 # Panels along RL: metric of metrics.jsonl, title, unit.
 _RL_PANELS = (
   ('objective/score', 'Reward-model score', 'reward units'),
   ('objective/kl', 'KL from the RL initialisation', 'nats per response'),
   ('ppo/policy/entropy', 'Entropy of the policy', 'nats per token'),
   ('objective/length', 'Response length', 'tokens'),
-  ('objective/ended', 'Responses ended by the policy', 'share'),
+  ('objective/ended', 'Ended by the policy', 'share of responses'),
   ('ppo/policy/clipfrac', 'Clipped policy ratios', 'share of tokens'),
 )
+_LOSS = ('eval/pretraining_loss', 'eval/pretraining_loss_before')
+# Metric, as a probe's key ends with it -> unit of its axis.
+_UNITS = {
+  'F1': 'F1 (0 to 100)',
+  'BLEU': 'BLEU (0 to 100)',
+  'ROUGE-L': 'ROUGE-L (0 to 1)',
+  'accuracy': 'share right',
+  'P@1': 'share right',
+  'entropy': 'entropy (bits)',
+}
 _STYLE = {
   'font.size': 10,
-  'axes.titlesize': 11,
+  'axes.titlesize': 10,
   'axes.titlelocation': 'left',
   'axes.spines.top': False,
   'axes.spines.right': False,
   'axes.axisbelow': True,
   'axes.grid': True,
+  'axes.formatter.useoffset': False,
   'grid.color': '#E3E3E3',
   'grid.linewidth': 0.8,
   'legend.frameon': False,
+  'legend.fontsize': 9.5,
   'lines.linewidth': 1.8,
 }
 
 
 def make_plots(figures: run_figures.Figures) -> dict[str, bytes]:
   """File name -> PNG, for every plot that has data."""
+  return {name: _png(drawn) for name, drawn in draw(figures).items()}
+
+
+def draw(figures: run_figures.Figures) -> dict[str, Any]:
+  """File name -> matplotlib Figure, for every plot that has data."""
   import matplotlib
 
   makers = {
-    'win_rate.png': _plot_win_rate,
-    'metadata.png': _plot_metadata,
-    'reward_kl.png': _plot_reward_kl,
-    'pretraining_loss.png': _plot_pretraining_loss,
-    'probes.png': _plot_probes,
-    'rl.png': _plot_rl,
-    'reward_model.png': _plot_reward_model,
-    'sft.png': _plot_sft,
+    'win_rate.png': _draw_win_rate,
+    'metadata.png': _draw_metadata,
+    'reward_kl.png': _draw_reward_kl,
+    'pretraining_loss.png': _draw_pretraining_loss,
+    'probes.png': _draw_probes,
+    'rl.png': _draw_rl,
+    'reward_model.png': _draw_reward_model,
+    'sft.png': _draw_sft,
   }
-  plots = {}
   with matplotlib.rc_context(_STYLE):
-    for name, maker in makers.items():
-      content = maker(figures)
-      if content is not None:
-        plots[name] = content
-  return plots
+    drawn = {name: maker(figures) for name, maker in makers.items()}
+  return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def _canvas(
-  rows: int,
-  columns: int,
-  width: float,
-  height: float,
-  width_ratios: Sequence[float] | None = None,
-):
-  """A figure and its axes [rows, columns], sizes in inches."""
+# --- One visual language ------------------------------------------------------
+
+
+def _canvas(rows: int, columns: int, height: float, **options: Any):
+  """A figure of this height in inches, and its axes [rows, columns]."""
   from matplotlib.backends import backend_agg
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(width, height), layout='constrained')
+  figure = Figure(figsize=(_WIDTH, height), layout='constrained')
+  figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06)
   backend_agg.FigureCanvasAgg(figure)
-  return figure, figure.subplots(
-    rows, columns, squeeze=False, width_ratios=width_ratios
-  )
+  return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _upper_and_lower(top: float, bottom: float, num_lower: int):
+  """A figure with an axis, and below it `num_lower` of their own margins."""
+  from matplotlib.backends import backend_agg
+  from matplotlib.figure import Figure
+
+  heights = [top, bottom] if num_lower else [top]
+  figure = Figure(figsize=(_WIDTH, sum(heights)), layout='constrained')
+  backend_agg.FigureCanvasAgg(figure)
+  parts = figure.subfigures(len(heights), 1, height_ratios=heights)
+  if not num_lower:
+    return figure, parts.subplots(), ()
+  lower = parts[1].subplots(1, num_lower, squeeze=False)
+  return figure, parts[0].subplots(), list(lower[0])
 
 
 def _png(figure: Any) -> bytes:
   buffer = io.BytesIO()
-  figure.savefig(buffer, format='png', dpi=140)
+  figure.savefig(buffer, format='png', dpi=DPI)
   return buffer.getvalue()
 
 
-def _plain_label(text: str) -> str:
-  """A label that matplotlib does not take for mathematics."""
+def _plain(text: str) -> str:
+  """Text that matplotlib does not take for mathematics."""
   return text.replace('$', r'\$')
 
 
-def _label(model: str) -> str:
-  return _plain_label(run_figures.label(model))
+def _wrapped(text: str, width: int, max_lines: int = 3) -> str:
+  """Plain text on lines of so many characters, the rest left out with '…'."""
+  text = text.replace(' %', '\u00a0%')
+  return _plain(
+    textwrap.fill(text, width, max_lines=max_lines, placeholder=' …')
+  )
 
 
-def _colour(model: str) -> str:
-  return COLOURS[model] if model in COLOURS else _OTHER_COLOUR  # noqa: SIM401
+def _label(name: str, width: int = 24, max_lines: int = 3) -> str:
+  """A model of the pipeline or another key, in words."""
+  return _wrapped(run_figures.label(name), width, max_lines)
+
+
+def _height(labels: Sequence[str], least: float) -> float:
+  """Inches of rows with these labels, each as high as the highest needs."""
+  lines = max(label.count('\n') + 1 for label in labels)
+  return len(labels) * max(least, 0.17 * lines + 0.06)
+
+
+def _heading(
+  figure: Any, title: str, note: str = '', legend: Sequence[Any] = ()
+) -> None:
+  """What is shown, which line is whose, and below what bars and lines mean.
+
+  Args:
+    figure: of `_canvas`; it grows by what is written here.
+    title: of the whole.
+    note: below the plots.
+    legend: handles with labels, between title and plots.
+  """
+  title = _wrapped(title, _HEADING_CHARACTERS)
+  inches = 0.22 * (title.count('\n') + 1)
+  style = {'size': 12, 'weight': 'bold'}
+  if legend:
+    labels = [handle.get_label() for handle in legend]
+    longest = max(len(line) for label in labels for line in label.split('\n'))
+    # A character is half as wide as the type is high, a handle seven of them.
+    columns = max(1, int(_WIDTH * 72 / (9.5 * 0.56 * (longest + 7))))
+    columns = min(columns, len(legend))
+    inches += 0.05 + _height(labels, 0.2) / columns
+    figure.legend(
+      handles=legend,
+      loc='outside upper left',
+      ncols=columns,
+      title=title,
+      title_fontproperties=style,
+      alignment='left',
+      borderaxespad=0.2,
+    )
+  else:
+    figure.suptitle(title, x=0.012, ha='left', **style)
+  if note:
+    note = _wrapped(note, _NOTE_CHARACTERS, 5)
+    inches += 0.13 * (note.count('\n') + 1) + 0.05
+    figure.supxlabel(note, x=0.012, ha='left', fontsize=8, color=_SOFT)
+  figure.set_figheight(figure.get_figheight() + inches)
+
+
+def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+  """Name -> (colour, marker): a model's own, else the first that is free."""
+  taken = {COLOURS[name] for name in names if name in COLOURS}
+  free = [colour for colour in _OTHER_COLOURS if colour not in taken]
+  looks, number = {}, 0
+  for i, name in enumerate(names):
+    if name in COLOURS:
+      colour = COLOURS[name]
+    else:
+      colour, number = free[number % len(free)], number + 1
+    # Where colours come again, they come with other marks.
+    marker = _MARKERS[(i + i // len(free)) % len(_MARKERS)]
+    looks[name] = colour, marker
+  return looks
+
+
+def _handles(looks: Mapping[str, tuple[str, str]], label_fn=_label):
+  """A legend's lines; `label_fn` is `_wrapped` where names are the user's."""
+  from matplotlib.lines import Line2D
+
+  return [
+    Line2D(
+      [],
+      [],
+      color=colour,
+      marker=marker,
+      markersize=4.5,
+      label=label_fn(name, 40),
+    )
+    for name, (colour, marker) in looks.items()
+  ]
 
 
 def _is_number(row: Mapping[str, Any], key: str) -> bool:
@@ -129,6 +258,15 @@ def _series(
   return columns or [[] for _ in keys]
 
 
+def _from_start(
+  rows: Sequence[run_figures.MetricsRow], key: str, before: str
+) -> list[list[float]]:
+  """[iterations, figures], with what was measured before RL at 0."""
+  steps, values = _series(rows, 'step', key)
+  first = _series(rows, before)[0][:1]
+  return [[0.0] * len(first) + steps, first + values]
+
+
 def _running_mean(values: win_rate.Numbers, window: int) -> list[float]:
   """Centred mean over `window` neighbours, fewer at the ends."""
   half = window // 2
@@ -143,55 +281,138 @@ def _window(num_values: int) -> int:
   return max(1, num_values // 8) | 1  # Odd, so that it is centred.
 
 
-def _error_bars(axis: Any, positions: Sequence[int], values: Sequence) -> None:
-  """(mean, low, high) as whiskers, with the mean written above."""
-  means, _, highs = zip(*values, strict=True)
-  below = [max(0.0, mean - low) for mean, low, _ in values]
-  above = [max(0.0, high - mean) for mean, _, high in values]
-  axis.errorbar(
-    positions,
-    means,
-    yerr=[below, above],
-    fmt='none',
-    ecolor='#222222',
-    elinewidth=1.3,
-    capsize=4,
+def _line(axis: Any, x: win_rate.Numbers, y: win_rate.Numbers, look) -> None:
+  """A line; with a mark at each point while they are few."""
+  colour, marker = look
+  axis.plot(
+    x, y, color=colour, marker=marker if len(x) <= 20 else '', markersize=4
   )
-  for position, mean, high in zip(positions, means, highs, strict=True):
-    axis.annotate(
-      f'{mean:.2f}',
-      (position, max(mean, high)),
-      xytext=(0, 4),
-      textcoords='offset points',
-      ha='center',
-      fontsize=9,
-      # A line across the plot must not cross out the number.
-      bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.8},
-      zorder=5,
-    )
 
 
-def _count_axis(axis: Any, counts: win_rate.Numbers) -> None:
+def _smooth_line(axis: Any, x, y, look) -> None:
+  """A faint line, and its running mean."""
+  window = _window(len(y))
+  if window > 1:
+    axis.plot(x, y, color=look[0], alpha=0.25, linewidth=1)
+  _line(axis, x, _running_mean(y, window), look)
+
+
+def _reference_line(axis: Any, value: float, horizontal: bool = True) -> None:
+  line = axis.axhline if horizontal else axis.axvline
+  line(value, color=_INK, linestyle='--', linewidth=1)
+
+
+def _steps_axis(axis: Any, steps: win_rate.Numbers, most: int = 5) -> None:
   """Whole numbers under the axis, and some width for a single one."""
   from matplotlib.ticker import MaxNLocator
 
-  axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-  if min(counts) == max(counts):
-    axis.set_xlim(counts[0] - 0.5, counts[0] + 0.5)
+  axis.xaxis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
+  if steps and min(steps) == max(steps):
+    axis.set_xlim(steps[0] - 0.5, steps[0] + 0.5)
 
 
-def _plot_win_rate(figures: run_figures.Figures) -> bytes | None:
+def _values_axis(axis: Any, values: win_rate.Numbers, unit: str) -> None:
+  """The unit, some height for equal figures, no room for what cannot be."""
+  axis.set_ylabel(_wrapped(unit, 30))
+  if not len(values):
+    return
+  low, high = min(values), max(values)
+  if low == high:
+    room = abs(low) / 10 or 0.5
+    axis.set_ylim(low - room, high + room)
+  if low >= 0 > axis.get_ylim()[0]:
+    axis.set_ylim(bottom=0)
+
+
+def _blank(axes: Any, num_used: int) -> None:
+  for axis in list(axes.flat)[num_used:]:
+    axis.set_axis_off()
+
+
+def _decimals(bounds: Sequence[tuple[float, float]], most: int) -> int:
+  """Decimals at which the narrower half of these intervals has two digits."""
+  halves = sorted((high - low) / 2 for low, high in bounds if high > low)
+  if not halves:
+    return most
+  return min(most, max(0, 1 - math.floor(math.log10(halves[len(halves) // 2]))))
+
+
+def _interval_rows(
+  axis: Any,
+  labels: Sequence[str],
+  values: Sequence[tuple[float, float, float]],
+  colours: Sequence[str],
+  texts: Sequence[str],
+) -> None:
+  """Bars with their intervals as whiskers, and beside them the numbers.
+
+  Args:
+    axis: where.
+    labels: of the rows, the first on top.
+    values: (mean, low, high) of each.
+    colours: of the bars.
+    texts: written in a column right of the plot, where no line crosses them.
+  """
+  positions = range(len(values))
+  means = [mean for mean, _, _ in values]
+  axis.barh(positions, means, height=0.66, color=colours)
+  axis.errorbar(
+    means,
+    positions,
+    xerr=[
+      [max(0.0, mean - low) for mean, low, _ in values],
+      [max(0.0, high - mean) for mean, _, high in values],
+    ],
+    fmt='none',
+    ecolor=_INK,
+    elinewidth=1.3,
+    capsize=3,
+  )
+  for position, text in zip(positions, texts, strict=True):
+    axis.annotate(
+      text,
+      (1, position),
+      xycoords=axis.get_yaxis_transform(),
+      xytext=(6, 0),
+      textcoords='offset points',
+      va='center',
+      fontsize=9,
+      annotation_clip=False,
+    )
+  axis.set_yticks(positions, labels)
+  axis.tick_params(axis='y', length=0)
+  axis.set_ylim(len(values) - 0.4, -0.6)
+  axis.grid(axis='y', visible=False)
+
+
+def _shares_axis(axis: Any, title: str) -> None:
+  axis.set_xlim(0, 1)
+  axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ['0', '0.25', '0.5', '0.75', '1'])
+  axis.set_xlabel(title)
+
+
+def _with_bounds(value: tuple[float, float, float], decimals: int) -> str:
+  mean, low, high = (f'{number:.{decimals}f}' for number in value)
+  return f'{mean} [{low}, {high}]'
+
+
+# --- The plots of a report ----------------------------------------------------
+
+
+def _draw_win_rate(figures: run_figures.Figures) -> Any:
   rates = run_figures.ordered(figures.win_rate)
   if not rates:
     return None
   prompts = sorted({rate.num_prompts for _, rate in rates})
-  count = f'{prompts[0]:,}' if len(prompts) == 1 else 'up to '
-  count += '' if len(prompts) == 1 else f'{prompts[-1]:,}'
-  return _win_rate_bars(
+  count = f'{prompts[0]:,} prompts'
+  if len(prompts) > 1:
+    count = f'{prompts[0]:,} to {prompts[-1]:,} prompts'
+  return _draw_win_rates(
     {model: (rate.rate, rate.low, rate.high) for model, rate in rates},
-    'SFT',
-    f'{count} prompts',
+    'sft',
+    count,
     figures.judge,
+    _label,
   )
 
 
@@ -212,93 +433,95 @@ def win_rate_bars(
   import matplotlib
 
   with matplotlib.rc_context(_STYLE):
-    return _win_rate_bars(rates, baseline, count, judge)
+    return _png(_draw_win_rates(rates, baseline, count, judge, _wrapped))
 
 
-def _win_rate_bars(rates, baseline, count, judge):
-  figure, ((axis,),) = _canvas(1, 1, max(6.4, 1.1 * len(rates) + 1), 4.0)
-  positions = range(len(rates))
-  axis.bar(
-    positions,
-    [rate for rate, _, _ in rates.values()],
-    width=0.62,
-    color=[_colour(model) for model in rates],
-  )
-  axis.axhline(0.5, color='#222222', linestyle='--', linewidth=1)
-  _error_bars(axis, positions, list(rates.values()))
-  axis.set_xticks(positions, [_label(model) for model in rates])
-  # Room above 1 for the number over a full bar.
-  axis.set_ylim(0, 1.08)
-  axis.set_yticks([0, 0.25, 0.5, 0.75, 1])
-  axis.grid(axis='x', visible=False)
-  axis.set_ylabel(f'win rate against {_plain_label(baseline)} (ties one half)')
-  judge = textwrap.fill(_plain_label(judge), 76, max_lines=2)
-  axis.set_title(f'{count}, 95 % intervals; judged by\n{judge}')
-  return _png(figure)
-
-
-def _plot_metadata(figures: run_figures.Figures) -> bytes | None:
-  if not figures.metadata:
-    return None
-  models = [model for model, _ in run_figures.ordered(figures.metadata)]
-  names = run_figures.row_names(figures.metadata)
-  if not names:
-    return None
-  columns = min(4, len(names))
-  rows = -(-len(names) // columns)
-  figure, axes = _canvas(rows, columns, 2.5 * columns + 0.6, 2.3 * rows + 0.6)
-  for axis, name in zip(axes.flat, names, strict=False):
-    present = [
-      model for model in models if _is_number(figures.metadata[model], name)
-    ]
-    shares = [figures.metadata[model][name] for model in present]
-    axis.bar(
-      range(len(present)),
-      shares,
-      width=0.7,
-      color=[_colour(model) for model in present],
-    )
-    for position, share in enumerate(shares):
-      axis.annotate(
-        f'{share:.2f}',
-        (position, share),
-        xytext=(0, 2),
-        textcoords='offset points',
-        ha='center',
-        fontsize=8,
-      )
-    axis.set_xticks([])
-    axis.grid(axis='x', visible=False)
-    top = max(shares, default=0)
-    axis.set_ylim(0, 1.15 * top if top > 0 else 1)
-    axis.set_title(_wrapped(_label(name)), fontsize=9.5)
-  for axis in list(axes.flat)[len(names) :]:
-    axis.set_axis_off()
-  _shared_legend(figure, models)
-  figure.supylabel('share of answers', fontsize=10)
-  return _png(figure)
-
-
-def _wrapped(text: str) -> str:
-  return textwrap.fill(text, 28, max_lines=3)
-
-
-def _shared_legend(figure: Any, models: Sequence[str]) -> None:
-  from matplotlib.patches import Patch
-
-  figure.legend(
-    handles=[
-      Patch(color=_colour(model), label=_label(model)) for model in models
+def _draw_win_rates(rates, baseline, count, judge, label_fn):
+  labels = [label_fn(model, 24) for model in rates]
+  figure, ((axis,),) = _canvas(1, 1, 0.7 + _height(labels, 0.38))
+  values = list(rates.values())
+  decimals = _decimals([value[1:] for value in values], 3)
+  _interval_rows(
+    axis,
+    labels,
+    values,
+    [colour for colour, _ in _looks(list(rates)).values()],
+    [
+      '0.5 by definition'
+      if model == baseline
+      else _with_bounds(value, decimals)
+      for model, value in rates.items()
     ],
-    loc='outside upper center',
-    ncols=len(models),
   )
+  _reference_line(axis, 0.5, horizontal=False)
+  name = label_fn(baseline, 40)
+  _shares_axis(axis, 'share of prompts won, ties one half')
+  _heading(
+    figure,
+    f'Win rate against {name}',
+    f'{count}; whiskers and brackets: 95 % intervals, redrawing prompts. '
+    f'Dashed: as good as {name}. Judge: {judge}',
+  )
+  return figure
 
 
-def _plot_reward_kl(figures: run_figures.Figures) -> bytes | None:
+def _draw_metadata(figures: run_figures.Figures) -> Any:
+  names = run_figures.row_names(figures.metadata)
+  models = [model for model, _ in run_figures.ordered(figures.metadata)]
+  found = {}
+  for name in names:
+    row = {}
+    for model in models:
+      share = figures.metadata[model].get(name)
+      if share is not None and math.isfinite(share.mean):
+        row[model] = tuple(100 * x for x in (share.mean, share.low, share.high))
+    if row:
+      found[name] = row
+  if not found:
+    return None
+  labels = [_label(model, 18, 2) for model in models]
+  titles = [_label(name, 30) for name in found]
+  panel = 0.6 + _height(labels, 0.2)
+  panel += 0.17 * max(title.count('\n') for title in titles)
+  columns = min(2, len(found))
+  rows = -(-len(found) // columns)
+  figure, axes = _canvas(rows, columns, 0.3 + rows * panel, sharey=True)
+  looks = _looks(models)
+  for i, (axis, title, row) in enumerate(
+    zip(axes.flat, titles, found.values(), strict=False)
+  ):
+    nothing = (math.nan,) * 3
+    decimals = _decimals([bounds[1:] for bounds in row.values()], 2)
+    _interval_rows(
+      axis,
+      labels,
+      [row.get(model, nothing) for model in models],
+      [looks[model][0] for model in models],
+      [
+        f'{row[model][0]:.{decimals}f} %' if model in row else '–'
+        for model in models
+      ],
+    )
+    top = max(high for _, _, high in row.values())
+    axis.set_xlim(0, min(1.05 * top, 100) if top > 0 else 1)
+    axis.locator_params(axis='x', nbins=4)
+    axis.set_title(title)
+    if i >= len(found) - columns:
+      axis.set_xlabel('% of answers')
+  _blank(axes, len(found))
+  _heading(
+    figure,
+    'Labels of single answers',
+    'Share of the answers that have the label, each panel on its own scale. '
+    'Whiskers: 95 % intervals, redrawing prompts.',
+  )
+  return figure
+
+
+def _draw_reward_kl(figures: run_figures.Figures) -> Any:
   panels = [
-    ('objective/score', 'reward-model score (reward units)'),
-    ('eval/gold', "judge's score"),
+    ('objective/score', 'reward-model score\n(reward units)'),
+    ('eval/gold', f"judge's score\n({figures.score_name})"),
   ]
   data = {}
   for key, label in panels:
@@ -311,8 +534,12 @@ def _plot_reward_kl(figures: run_figures.Figures) -> bytes | None:
       data[label] = by_model
   if not data:
     return None
-  figure, axes = _canvas(1, len(data), 5.6 * len(data), 4.0)
-  for axis, (label, by_model) in zip(axes[0], data.items(), strict=True):
+  models = list(
+    dict.fromkeys(m for by_model in data.values() for m in by_model)
+  )
+  looks = _looks(models)
+  figure, axes = _canvas(len(data), 1, 0.4 + 2.6 * len(data), sharex=True)
+  for axis, (label, by_model) in zip(axes[:, 0], data.items(), strict=True):
     for model, (kl, score) in by_model.items():
       window = _window(len(kl))
       # Few dots must be seen, many must not hide the line.
@@ -320,7 +547,8 @@ def _plot_reward_kl(figures: run_figures.Figures) -> bytes | None:
         kl,
         score,
         s=12,
-        color=_colour(model),
+        color=looks[model][0],
+        marker=looks[model][1],
         alpha=0.3 if len(kl) > 30 else 0.9,
         linewidth=0,
       )
@@ -328,53 +556,54 @@ def _plot_reward_kl(figures: run_figures.Figures) -> bytes | None:
       axis.plot(
         _running_mean(kl, window),
         _running_mean(score, window),
-        color=_colour(model),
-        label=_label(model),
+        color=looks[model][0],
       )
-    axis.set_xlabel('KL from the RL initialisation (nats per response)')
-    axis.set_ylabel(label)
-    axis.legend()
-  figure.suptitle(
-    'Reward against KL: one dot an iteration, line = running mean',
-    x=0.01,
-    ha='left',
-    fontsize=11,
+    axis.set_ylabel(_plain(label))
+  axes[-1, 0].set_xlabel('KL from the RL initialisation (nats per response)')
+  _heading(
+    figure,
+    'Reward against KL',
+    'One dot an iteration, of its batch alone; line: running mean, in the '
+    'order of the iterations.',
+    _handles(looks),
   )
-  return _png(figure)
+  return figure
 
 
-def _plot_pretraining_loss(figures: run_figures.Figures) -> bytes | None:
+def _draw_pretraining_loss(figures: run_figures.Figures) -> Any:
   curves = {
-    model: _series(rows, 'step', 'eval/pretraining_loss')
+    model: _from_start(rows, *_LOSS)
     for model, rows in run_figures.ordered(figures.rl_metrics)
   }
   curves = {model: curve for model, curve in curves.items() if curve[0]}
   if not curves:
     return None
-  figure, ((axis,),) = _canvas(1, 1, 6.4, 4.0)
-  for model, (steps, losses) in curves.items():
-    axis.plot(
-      steps,
-      losses,
-      marker='o',
-      markersize=3.5,
-      color=_colour(model),
-      label=_label(model),
+  looks = _looks(list(curves))
+  figure, ((axis,),) = _canvas(1, 1, 3.0)
+  averaged = False
+  for model, curve in curves.items():
+    _line(axis, *curve, looks[model])
+    steps, losses = _from_start(
+      figures.rl_metrics[model], f'{_LOSS[0]}_ema', _LOSS[1]
     )
+    averaged = averaged or len(steps) > 1
+    axis.plot(steps, losses, color=looks[model][0], linestyle=':')
+  note = 'The point at 0 is the RL initialisation, before the first iteration.'
   if figures.pretraining_loss is not None:
-    axis.axhline(
-      figures.pretraining_loss.init.mean,
-      color='#222222',
-      linestyle='--',
-      linewidth=1,
-      label='RL initialisation',
-    )
-  _count_axis(axis, [step for curve in curves.values() for step in curve[0]])
+    _reference_line(axis, figures.pretraining_loss.init.mean)
+    note = 'Point at 0 and dashed: the RL initialisation.'
+  if averaged:
+    note += ' Dotted: averaged weights.'
+  _steps_axis(axis, [step for curve in curves.values() for step in curve[0]], 8)
   axis.set_xlabel('RL iteration')
-  axis.set_ylabel('loss on held-out pretraining text\n(nats per token)')
-  axis.set_title('Pretraining loss along RL')
-  axis.legend()
-  return _png(figure)
+  axis.set_ylabel('nats per token')
+  _heading(
+    figure,
+    'The alignment tax: loss on held-out pretraining text',
+    f'{note} Lower is better.',
+    _handles(looks),
+  )
+  return figure
 
 
 def probe_names(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
@@ -390,62 +619,72 @@ def probe_names(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
   )
 
 
-def _plot_probes(figures: run_figures.Figures) -> bytes | None:
+def _draw_probes(figures: run_figures.Figures) -> Any:
   runs = dict(run_figures.ordered(figures.rl_metrics))
-  return _tax_along(runs, _probe_panels(runs), _colour)
+  return _draw_along(
+    runs, _probe_panels(runs), 'Public NLP tasks along RL', _label
+  )
 
 
 def _probe_panels(runs):
   return {
-    name: (f'probe/{name}', f'probe_before/{name}')
+    name: (f'probe/{name}', f'probe_before/{name}', _unit(name))
     for name in probe_names(runs)
   }
 
 
-def _tax_along(runs, panels, colour_of) -> bytes | None:
+def _unit(title: str) -> str:
+  """Of a probe's name or of a title that `tax` gives."""
+  for metric, unit in _UNITS.items():
+    if title.endswith(metric):
+      return unit
+  if title.endswith('score'):
+    return 'reward units'
+  return 'nats per token' if 'loss' in title else 'score'
+
+
+def _draw_along(runs, panels, title, label_fn) -> Any:
   """Figures against iteration, one panel each, a line a run (Fig 35).
 
   Args:
     runs: name -> rows of metrics.jsonl.
-    panels: title -> (metric, metric before RL).
-    colour_of: run -> colour.
+    panels: title -> (metric, metric before RL, unit).
+    title: of the whole.
+    label_fn: of the runs' names.
   """
-  names = {
-    title: keys
-    for title, keys in panels.items()
-    if any(keys[0] in row for rows in runs.values() for row in rows)
-  }
-  if not names:
+  found = {}
+  for name, (key, before, unit) in panels.items():
+    curves = {
+      run: _from_start(lines, key, before) for run, lines in runs.items()
+    }
+    if any(curve[0] for curve in curves.values()):
+      found[name] = curves, unit
+  if not found:
     return None
-  columns = min(3, len(names))
-  rows = -(-len(names) // columns)
-  figure, axes = _canvas(rows, columns, 4.2 * columns, 3.0 * rows + 0.4)
-  for axis, (name, keys) in zip(axes.flat, names.items(), strict=False):
-    steps = []
-    for run, lines in runs.items():
-      x, y = _series(lines, 'step', keys[0])
-      _, before = _series(lines, 'step', keys[1])
-      # RL starts from what was measured before the first iteration.
-      x, y = [0.0] * len(before) + x, before + y
-      steps += x
-      axis.plot(
-        x,
-        y,
-        marker='o',
-        markersize=3.5,
-        color=colour_of(run),
-        label=_label(run),
-      )
-      if before:
-        axis.axhline(before[0], color='#222222', linestyle='--', linewidth=0.8)
-    if steps:
-      _count_axis(axis, steps)
-    axis.set_title(_wrapped(_label(name)))
+  looks = _looks(list(runs))
+  columns = min(2, len(found))
+  rows = -(-len(found) // columns)
+  figure, axes = _canvas(rows, columns, 0.1 + 2.3 * rows)
+  for axis, (name, (curves, unit)) in zip(
+    axes.flat, found.items(), strict=False
+  ):
+    curves = {run: curve for run, curve in curves.items() if curve[0]}
+    for run, curve in curves.items():
+      _line(axis, *curve, looks[run])
+      if curve[0][0] == 0:
+        _reference_line(axis, curve[1][0])
+    _steps_axis(axis, [x for curve in curves.values() for x in curve[0]])
+    _values_axis(axis, [y for curve in curves.values() for y in curve[1]], unit)
+    axis.set_title(_label(name, 30))
     axis.set_xlabel('RL iteration')
-    axis.legend(fontsize=8)
-  for axis in list(axes.flat)[len(names) :]:
-    axis.set_axis_off()
-  return _png(figure)
+  _blank(axes, len(found))
+  _heading(
+    figure,
+    title,
+    'Point at 0 and dashed: before RL.',
+    _handles(looks, label_fn),
+  )
+  return figure
 
 
 def tax_along(
@@ -457,21 +696,17 @@ def tax_along(
   """
   import matplotlib
 
-  palette = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']
-  colours = dict(zip(runs, palette * len(runs), strict=False))
+  panels = _probe_panels(runs) | {
+    'pretraining loss': (*_LOSS, 'nats per token'),
+    'reward-model score': (
+      'objective/score',
+      'objective/score_before',
+      'reward units',
+    ),
+  }
   with matplotlib.rc_context(_STYLE):
-    return _tax_along(
-      runs,
-      _probe_panels(runs)
-      | {
-        'pretraining loss, nats a token': (
-          'eval/pretraining_loss',
-          'eval/pretraining_loss_before',
-        ),
-        'reward-model score': ('objective/score', 'objective/score_before'),
-      },
-      colours.get,
-    )
+    figure = _draw_along(runs, panels, 'The alignment tax along RL', _wrapped)
+    return None if figure is None else _png(figure)
 
 
 def tax_against(
@@ -491,40 +726,62 @@ def tax_against(
   import matplotlib
 
   with matplotlib.rc_context(_STYLE):
-    columns = min(3, len(figures))
-    rows = -(-len(figures) // columns)
-    canvas, axes = _canvas(rows, columns, 4.2 * columns, 3.0 * rows + 0.4)
-    for axis, (name, numbers) in zip(axes.flat, figures.items(), strict=False):
-      points = sorted(
-        (x, y) for x, y in zip(values, numbers, strict=True) if y is not None
-      )
-      # Before anything is drawn: margins are those of the scale at that time.
-      positive = [x for x in values if x > 0]
-      if len(positive) == len(values):
-        axis.set_xscale('log')
-      elif positive:
-        axis.set_xscale('symlog', linthresh=min(positive))
-      if points:
-        axis.plot(
-          *zip(*points, strict=True), marker='o', markersize=4, color='#0072B2'
-        )
-      if name in before:
-        axis.axhline(
-          before[name],
-          color='#222222',
-          linestyle='--',
-          linewidth=0.8,
-          label='before RL',
-        )
-        axis.legend(fontsize=8)
-      axis.set_title(_wrapped(_label(name)))
-      axis.set_xlabel(_plain_label(label))
-    for axis in list(axes.flat)[len(figures) :]:
-      axis.set_axis_off()
-    return _png(canvas)
+    return _png(_draw_against(values, figures, before, label))
 
 
-def _plot_rl(figures: run_figures.Figures) -> bytes | None:
+def _apart(axis: Any, values: Sequence[float]) -> list[float]:
+  """Of ascending values on the x axis those whose labels have room."""
+  places = [axis.transScale.transform((x, 0))[0] for x in values]
+  room = 0.24 * (places[-1] - places[0])
+  kept = [0]
+  for i, place in enumerate(places):
+    if place - places[kept[-1]] > room:
+      kept.append(i)
+  return [values[i] for i in kept]
+
+
+def _draw_against(values, figures, before, label):
+  from matplotlib.ticker import NullLocator
+
+  found = {
+    name: sorted(
+      (x, y) for x, y in zip(values, numbers, strict=True) if y is not None
+    )
+    for name, numbers in figures.items()
+  }
+  found = {name: points for name, points in found.items() if points}
+  columns = max(1, min(2, len(found)))
+  rows = max(1, -(-len(found) // columns))
+  figure, axes = _canvas(rows, columns, 0.1 + 2.4 * rows)
+  look = _looks(['run'])['run']
+  for axis, (name, points) in zip(axes.flat, found.items(), strict=False):
+    # Before anything is drawn: margins are those of the scale at that time.
+    positive = [x for x in values if x > 0]
+    if len(positive) == len(values):
+      axis.set_xscale('log')
+    elif positive:
+      axis.set_xscale('symlog', linthresh=min(positive))
+    _line(axis, *zip(*points, strict=True), look)
+    shown = [y for _, y in points]
+    if name in before:
+      _reference_line(axis, before[name])
+      shown.append(before[name])
+    ticks = _apart(axis, sorted(set(values)))
+    axis.set_xticks(ticks, [f'{x:.3g}' for x in ticks])
+    axis.xaxis.set_minor_locator(NullLocator())
+    _values_axis(axis, shown, _unit(name))
+    axis.set_title(_label(name, 30))
+    axis.set_xlabel(_wrapped(label, 26))
+  _blank(axes, len(found))
+  _heading(
+    figure,
+    f'The alignment tax against {label}',
+    'One run a point, at its end; dashed: before RL. One run has no interval.',
+  )
+  return figure
+
+
+def _draw_rl(figures: run_figures.Figures) -> Any:
   panels = []
   for key, title, unit in _RL_PANELS:
     curves = {
@@ -536,133 +793,137 @@ def _plot_rl(figures: run_figures.Figures) -> bytes | None:
       panels.append((title, unit, curves))
   if not panels:
     return None
-  columns = min(3, len(panels))
+  models = list(dict.fromkeys(m for _, _, curves in panels for m in curves))
+  looks = _looks(models)
+  columns = min(2, len(panels))
   rows = -(-len(panels) // columns)
-  figure, axes = _canvas(rows, columns, 3.7 * columns, 2.7 * rows + 0.5)
-  for axis, (title, unit, curves) in zip(axes.flat, panels, strict=False):
-    for model, (steps, values) in curves.items():
-      axis.plot(steps, values, color=_colour(model), alpha=0.25, linewidth=1)
-      axis.plot(
-        steps,
-        _running_mean(values, _window(len(values))),
-        color=_colour(model),
-      )
-    _count_axis(axis, [step for curve in curves.values() for step in curve[0]])
+  figure, axes = _canvas(rows, columns, 0.2 + 2.1 * rows)
+  for i, (axis, (title, unit, curves)) in enumerate(
+    zip(axes.flat, panels, strict=False)
+  ):
+    for model, curve in curves.items():
+      _smooth_line(axis, *curve, looks[model])
+    _steps_axis(axis, [step for curve in curves.values() for step in curve[0]])
+    _values_axis(axis, [y for curve in curves.values() for y in curve[1]], unit)
     axis.set_title(title)
-    axis.set_xlabel('RL iteration')
-    axis.set_ylabel(unit)
-  for axis in list(axes.flat)[len(panels) :]:
-    axis.set_axis_off()
-  _shared_legend(
+    if i >= len(panels) - columns:
+      axis.set_xlabel('RL iteration')
+  _blank(axes, len(panels))
+  _heading(
     figure,
-    [model for model in run_figures.RL_MODELS if model in figures.rl_metrics],
+    'Along RL',
+    'Faint: each iteration; line: running mean.',
+    _handles(looks),
   )
-  return _png(figure)
+  return figure
 
 
-def _plot_reward_model(figures: run_figures.Figures) -> bytes | None:
+def _draw_reward_model(figures: run_figures.Figures) -> Any:
   reward = figures.reward_model
   if reward is None:
     return None
   curves = [
-    ('reward/loss', 'training loss\n(nats per pair)'),
-    ('reward/accuracy', 'training accuracy\n(share of pairs)'),
+    ('Training loss', 'nats per pair', 'reward/loss'),
+    ('Training accuracy', 'share of pairs', 'reward/accuracy'),
   ]
   curves = [
-    (label, _series(reward.curve, 'step', key)) for key, label in curves
+    (title, unit, _series(reward.curve, 'step', key))
+    for title, unit, key in curves
   ]
-  curves = [(label, series) for label, series in curves if series[0]]
-  figure, axes = _canvas(
-    1,
-    1 + len(curves),
-    6.4 + 3.3 * len(curves),
-    3.9,
-    [2.0, *(1.0 for _ in curves)],
-  )
-  axis = axes[0][0]
-  rows = run_figures.reward_rows(reward)
-  values = []
-  for _, _, value in rows:
+  curves = [curve for curve in curves if curve[2][0]]
+  found = run_figures.reward_rows(reward)
+  labels = [_wrapped(name, 26) for name, _ in found]
+  top = 0.5 + _height(labels, 0.4)
+  figure, axis, lower = _upper_and_lower(top, 2.1, len(curves))
+  values, texts, runs = [], [], set()
+  for _, value in found:
     if isinstance(value, preference_accuracy.Spread):
       error = 0.0 if value.error is None else value.error
       values.append((value.mean, value.mean - error, value.mean + error))
+      runs.add(value.num_runs)
+      texts.append(
+        f'{value.mean:.3f}' + (f' ± {error:.3f}' if value.error else '')
+      )
     else:
-      mean = list(dataclasses.asdict(value).values())[0]
+      mean = getattr(value, 'accuracy', getattr(value, 'rate', None))
       values.append((mean, value.low, value.high))
-  positions = range(len(rows))
-  colours = [
-    '#56B4E9' if label.startswith('agreement') else '#0072B2'
-    for _, label, _ in rows
-  ]
-  axis.bar(positions, [mean for mean, _, _ in values], width=0.6, color=colours)
-  _error_bars(axis, positions, values)
-  axis.axhline(0.5, color='#222222', linestyle=':', linewidth=1, label='chance')
+      texts.append(_with_bounds(values[-1], 3))
+  _interval_rows(
+    axis,
+    labels,
+    values,
+    [
+      '#56B4E9' if name.startswith('agreement') else '#0072B2'
+      for name, _ in found
+    ],
+    texts,
+  )
+  axis.axvline(0.5, color=_INK, linestyle=':', linewidth=1)
+  note = 'Brackets and whiskers: 95 % intervals, redrawing prompts'
+  if runs:
+    note += f'; ±: standard error over {max(runs)} runs of cross-validation'
+  note += '. Dotted: chance.'
   if reward.ceiling is not None:
-    axis.axhline(
-      reward.ceiling,
-      color='#D55E00',
-      linestyle='--',
-      linewidth=1.3,
-      label=f'gold utility on the same pairs, {reward.ceiling:.2f}',
+    _reference_line(axis, reward.ceiling, horizontal=False)
+    note += (
+      f' Dashed: {reward.ceiling:.3f}, the most that label noise allows on the '
+      'held-out comparisons, reached by the gold utility.'
     )
-  axis.set_xticks(positions, [label for _, label, _ in rows])
-  # Room for the legend above the bars.
-  axis.set_ylim(0, 1.25)
-  axis.set_yticks([0, 0.25, 0.5, 0.75, 1])
-  axis.grid(axis='x', visible=False)
-  axis.set_ylabel('share of pairs ordered alike')
-  axis.set_title('Reward model and labelers')
-  axis.legend(loc='upper left', fontsize=9)
-  for axis, (label, (steps, numbers)) in zip(axes[0][1:], curves, strict=True):
-    axis.plot(steps, numbers, color='#0072B2', alpha=0.3, linewidth=1)
-    axis.plot(
-      steps, _running_mean(numbers, _window(len(numbers))), color='#0072B2'
-    )
+  _shares_axis(axis, 'share of pairs ordered alike')
+  for axis, (title, unit, (steps, numbers)) in zip(lower, curves, strict=True):
+    _smooth_line(axis, steps, numbers, ('#0072B2', 'o'))
+    _steps_axis(axis, steps)
+    _values_axis(axis, numbers, unit)
+    axis.set_title(title)
     axis.set_xlabel('step')
-    axis.set_ylabel(label)
-  return _png(figure)
+  _heading(figure, 'Reward model and labelers', note)
+  return figure
 
 
-def _plot_sft(figures: run_figures.Figures) -> bytes | None:
-  if not figures.sft_epochs:
-    return None
-  epochs = figures.sft_epochs
+def _draw_sft(figures: run_figures.Figures) -> Any:
   panels = [
-    ('Validation loss', 'nats per response token', 'valid_loss'),
-    ('Reward-model score', 'reward units', 'score_reward'),
-    ("Judge's score", _plain_label(figures.score_name), 'score_gold'),
+    ('Validation loss', 'nats per\nresponse token', 'valid_loss'),
+    ('Reward-model score of samples', 'reward units', 'score_reward'),
+    ("Judge's score of samples", figures.score_name, 'score_gold'),
   ]
   drawn = []
   for title, unit, field in panels:
     points = [
       (epoch.epoch, getattr(epoch, field))
-      for epoch in epochs
+      for epoch in figures.sft_epochs
       if getattr(epoch, field) is not None
+      and math.isfinite(getattr(epoch, field))
     ]
     if points:
       drawn.append((title, unit, points))
-  figure, axes = _canvas(1, len(drawn), 3.9 * len(drawn), 3.4)
-  for axis, (title, unit, points) in zip(axes[0], drawn, strict=True):
-    axis.plot(
-      *zip(*points, strict=True), marker='o', markersize=4, color=COLOURS['sft']
-    )
+  if not drawn:
+    return None
+  figure, axes = _canvas(len(drawn), 1, 0.3 + 2.0 * len(drawn), sharex=True)
+  note = ''
+  for axis, (title, unit, points) in zip(axes[:, 0], drawn, strict=True):
+    _line(axis, *zip(*points, strict=True), (COLOURS['sft'], 'o'))
     chosen = [p for p in points if p[0] == figures.sft_selected_epoch]
     if chosen:
-      axis.axvline(chosen[0][0], color='#222222', linestyle=':', linewidth=1)
+      axis.axvline(chosen[0][0], color=_INK, linestyle=':', linewidth=1)
       axis.plot(
         *chosen[0],
         marker='*',
         markersize=14,
         color='#D55E00',
         linestyle='none',
-        label=f'selected: epoch {chosen[0][0]}',
       )
-      axis.legend(fontsize=9)
+      by = figures.sft_selected_by
+      note = f'Star: epoch {chosen[0][0]}, selected{f" by {by}" if by else ""}.'
     axis.set_title(title)
-    axis.set_xlabel('epoch')
-    axis.set_ylabel(unit)
-    _count_axis(axis, [epoch for epoch, _ in points])
-  return _png(figure)
+    axis.margins(y=0.15)  # Room for the star.
+    _values_axis(axis, [y for _, y in points], unit)
+    _steps_axis(axis, [epoch for epoch, _ in points], 10)
+  axes[-1, 0].set_xlabel('epoch')
+  _heading(figure, 'Supervised fine-tuning by epoch', note)
+  return figure
+
+
+# --- Best of n ----------------------------------------------------------------
 
 
 def frontier(
@@ -678,51 +939,54 @@ def frontier(
     judge: who gave 'gold'.
   """
   import matplotlib
+
+  with matplotlib.rc_context(_STYLE):
+    return _png(_draw_frontier(points, fits, judge))
+
+
+def _draw_frontier(points, fits, judge):
   import numpy as np
 
-  colours = dict(
-    zip(
-      points,
-      ['#009E73', '#0072B2', '#D55E00', '#CC79A7', '#E69F00'] * len(points),
-      strict=False,
-    )
-  )
-  judge = textwrap.fill(_plain_label(judge), 60, max_lines=2)
-  panels = (('gold', f'judge: {judge}'), ('proxy', 'reward model'))
-  with matplotlib.rc_context(_STYLE):
-    figure, axes = _canvas(1, 2, 11.2, 4.4)
-    for axis, (key, title) in zip(axes[0], panels, strict=True):
-      for name, rows in points.items():
-        x = [math.sqrt(max(row['kl'].mean, 0.0)) for row in rows]
-        y = [row[key].mean for row in rows]
-        axis.errorbar(
-          x,
-          y,
-          yerr=[
-            [max(0.0, row[key].mean - row[key].low) for row in rows],
-            [max(0.0, row[key].high - row[key].mean) for row in rows],
-          ],
-          fmt='o',
-          markersize=4,
-          capsize=2,
-          elinewidth=1,
-          color=colours[name],
-          label=_plain_label(name),
+  looks = _looks(list(points))
+  figure, axes = _canvas(2, 1, 6.0, sharex=True)
+  panels = (('gold', 'By the judge'), ('proxy', 'By the reward model'))
+  for axis, (key, title) in zip(axes[:, 0], panels, strict=True):
+    for name, rows in points.items():
+      x = [math.sqrt(max(row['kl'].mean, 0.0)) for row in rows]
+      y = [row[key].mean for row in rows]
+      colour, marker = looks[name]
+      axis.errorbar(
+        x,
+        y,
+        yerr=[
+          [max(0.0, row[key].mean - row[key].low) for row in rows],
+          [max(0.0, row[key].high - row[key].mean) for row in rows],
+        ],
+        fmt=marker,
+        markersize=4.5,
+        capsize=2,
+        elinewidth=1,
+        color=colour,
+      )
+      if key == 'gold' and name in fits and max(x) > 0:
+        fit = fits[name]
+        d = np.linspace(max(x) / 200, max(x), 200)
+        axis.plot(
+          d,
+          overoptimization.curve(fit.kind, fit.alpha.mean, fit.beta.mean, d**2),
+          color=colour,
         )
-        if key == 'gold' and name in fits and max(x) > 0:
-          fit = fits[name]
-          d = np.linspace(max(x) / 200, max(x), 200)
-          axis.plot(
-            d,
-            overoptimization.curve(
-              fit.kind, fit.alpha.mean, fit.beta.mean, d**2
-            ),
-            color=colours[name],
-            label=f'{_plain_label(name)}, fitted',
-          )
-      axis.axhline(0, color='#222222', linestyle=':', linewidth=1)
-      axis.set_xlabel('√KL from the initial policy (√nats)')
-      axis.set_ylabel('score gained')
-      axis.set_title(title)
-      axis.legend(fontsize=9)
-    return _png(figure)
+    axis.axhline(0, color=_INK, linestyle=':', linewidth=1)
+    axis.set_ylabel(
+      'score gained' if key == 'gold' else 'score gained\n(reward units)'
+    )
+    axis.set_title(title)
+  axes[-1, 0].set_xlabel('√KL from the initial policy (√nats)')
+  _heading(
+    figure,
+    'Best of n and RL: what KL buys',
+    'Whiskers: 95 % intervals, redrawing prompts. Lines: fitted curves (Gao et '
+    f'al. 2022). Dotted: the initial policy. Judge: {judge}',
+    _handles(looks, _wrapped),
+  )
+  return figure

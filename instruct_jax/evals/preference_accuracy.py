@@ -9,12 +9,11 @@ reward model can reach.
 
 import collections
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
-from instruct_jax.data import records
+from instruct_jax.data import labels, records
 from instruct_jax.evals import win_rate
 
 
@@ -137,14 +136,6 @@ def pairwise_accuracy(
   )
 
 
-def _rank_by_text(comparison: records.Comparison) -> dict[str, float]:
-  """Mean rank of each distinct completion text."""
-  ranks = collections.defaultdict(list)
-  for text, rank in zip(comparison.completions, comparison.ranks, strict=True):
-    ranks[text].append(rank)
-  return {text: sum(values) / len(values) for text, values in ranks.items()}
-
-
 def agreement(
   comparisons: Sequence[records.Comparison],
   *,
@@ -153,49 +144,28 @@ def agreement(
 ) -> Agreement | None:
   """How often two labelers order the same two completions alike (3.4).
 
-  Every two rankings of one prompt by different named labelers are compared on
-  the completions they share, matched by text; a pair that either of them tied
-  is left out. A text that one ranking holds twice has its mean rank. Rankings
-  without a labeler's name are left out: they may be one person's. The paper
-  does not say how it treats ties.
-
   Args:
-    comparisons: rankings, in any order.
+    comparisons: rankings, in any order; `labels.agreement` says which count.
     num_bootstrap: see `win_rate.ratio_interval`; redrawn by prompt.
     seed: see `win_rate.ratio_interval`.
 
   Returns:
-    Rate in [0, 1] with its interval, or None when no two labelers ordered the
-    same two completions.
+    Rate in [0, 1] with its interval, or None when no two named labelers ordered
+    the same two completions.
   """
-  by_prompt = collections.defaultdict(list)
-  for comparison in comparisons:
-    if comparison.labeler:
-      by_prompt[comparison.prompt].append(
-        (comparison.labeler, _rank_by_text(comparison))
-      )
-  agreed, counted = [], []
-  for rankings in by_prompt.values():
-    agreed.append(0)
-    counted.append(0)
-    for (labeler_a, a), (labeler_b, b) in itertools.combinations(rankings, 2):
-      if labeler_a == labeler_b:
-        continue
-      shared = [text for text in a if text in b]
-      for one, other in itertools.combinations(shared, 2):
-        sign = (a[one] - a[other]) * (b[one] - b[other])
-        agreed[-1] += sign > 0
-        counted[-1] += sign != 0
-  if not sum(counted):
+  found = labels.agreement(comparisons)
+  if not sum(found.counted):
     return None
   interval = win_rate.ratio_interval(
-    agreed,
-    counted,
-    list(by_prompt),
+    found.agreed,
+    found.counted,
+    found.prompts,
     num_bootstrap=num_bootstrap,
     seed=seed,
   )
-  return Agreement(interval.mean, interval.low, interval.high, sum(counted))
+  return Agreement(
+    interval.mean, interval.low, interval.high, sum(found.counted)
+  )
 
 
 def label_folds(

@@ -28,6 +28,22 @@ _Z_CONFIDENCE, _Z_POWER = 1.959964, 0.841621
 
 
 @dataclasses.dataclass(frozen=True)
+class Order:
+  """What a judge said when it saw a pair in one order.
+
+  Attributes:
+    first: the model whose answer was shown first.
+    preference: for that answer: 1, 0, or one half for a tie; None where the
+      judge could not be understood.
+    raw: its own words, scores or ranks.
+  """
+
+  first: str
+  preference: float | None
+  raw: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
 class Judgement:
   """One judge's view of two models' answers to one prompt.
 
@@ -35,20 +51,24 @@ class Judgement:
     prompt_id: of the prompt; what intervals redraw.
     category: its use case, or ''.
     model, other: the models.
-    outcome: 1 where `model` is preferred, 0 where `other` is, one half ties.
+    outcome: 1 where `model` is preferred, 0 where `other` is, one half ties;
+      None where an order is missing or could not be understood. Rates and
+      ratings are of judgements that have one.
     log_length_ratio: log(tokens of model / tokens of other).
     labeler: who judged, or ''.
     contradicts: the judge preferred one in one order, the other in the other.
+    orders: the verdicts behind it, as asked and with the places exchanged.
   """
 
   prompt_id: str
   category: str
   model: str
   other: str
-  outcome: float
+  outcome: float | None
   log_length_ratio: float
   labeler: str = ''
   contradicts: bool = False
+  orders: tuple[Order, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +77,8 @@ class Rates:
 
   Attributes:
     by_prompt: rate and interval, redrawing prompts.
-    by_labeler: the same rate, redrawing labelers; None with fewer than two.
+    by_labeler: the same rate, redrawing labelers; None with fewer than two,
+      or where some judgement names none.
     num_judgements: judgements behind it.
   """
 
@@ -163,8 +184,60 @@ def rates(
 
   return Rates(
     by_prompt=interval([judgement.prompt_id for judgement in judgements]),
-    by_labeler=interval(labelers) if len(set(labelers)) > 1 else None,
+    # Who is behind a nameless judgement, one person or many, is not known.
+    by_labeler=interval(labelers)
+    if len(set(labelers)) > 1 and all(labelers)
+    else None,
     num_judgements=len(judgements),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstPlace:
+  """How often a judge prefers what it sees first; one half without bias.
+
+  Attributes:
+    rate: share of the verdicts for the answer in the first place, ties one
+      half, over both orders of each pair; redrawn by prompt.
+    ties: share of the verdicts that are ties.
+    contradictions: share of the judgements that changed sides.
+    num_verdicts: two for each judgement.
+  """
+
+  rate: win_rate.Interval
+  ties: float
+  contradictions: float
+  num_verdicts: int
+
+  @property
+  def is_biased(self) -> bool:
+    """Whether the interval leaves one half out."""
+    return not self.rate.low <= 0.5 <= self.rate.high
+
+
+def first_place(
+  judgements: Sequence[Judgement], num_bootstrap: int = 2000, seed: int = 0
+) -> FirstPlace | None:
+  """How often the first place wins in judgements of both orders.
+
+  Each answer stands in the first place once, so which answer is better does
+  not enter. None where no judgement keeps its two verdicts.
+  """
+  kept = [j for j in judgements if j.outcome is not None and len(j.orders) == 2]
+  if not kept:
+    return None
+  verdicts = np.array([[o.preference for o in j.orders] for j in kept])
+  return FirstPlace(
+    rate=win_rate.mean_interval(
+      verdicts.mean(axis=1),
+      [j.prompt_id for j in kept],
+      weights=_prompt_weights(kept),
+      num_bootstrap=num_bootstrap,
+      seed=seed,
+    ),
+    ties=float(np.mean(verdicts == 0.5)),
+    contradictions=float(np.mean([j.contradicts for j in kept])),
+    num_verdicts=verdicts.size,
   )
 
 

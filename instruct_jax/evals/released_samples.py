@@ -6,7 +6,7 @@ DIR holds `TASK_samples.csv` files, plain or `.gz`, any number of the tasks and
 any subset of the items. Prints, and saves as `released_samples.md` and `.json`,
 one line per task, metric, prompt type and model: our score, its 95 % sampling
 interval, the paper's figure, whether that lies in the interval, and where it
-does not, why.
+does not, why; and before that a table of all models by tasks.
 
 Two things move a score on a few items away from the paper's on thousands. One
 is chance: that is the interval. It is a bootstrap over items (shares: Wilson's
@@ -21,7 +21,6 @@ score reweights the sample's strata to it:
   truthful_qa  share of adversarial questions      437 of 817 (Lin et al. 2022)
 """
 
-import collections
 import dataclasses
 import json
 import math
@@ -34,7 +33,7 @@ from etils import epath
 
 from instruct_jax import command
 from instruct_jax.data import records
-from instruct_jax.evals import win_rate
+from instruct_jax.evals import report, sections, win_rate
 from instruct_jax.evals.benchmarks import released_csv, scorers, table14
 
 NUM_BOOTSTRAP = 2000
@@ -45,8 +44,6 @@ _OTHER_LABEL = {
   'QA + instruction': 'instruction prompt',
   'instruction prompt': 'QA + instruction',
 }
-# Normal quantile of a two-sided 95 % interval.
-_Z95 = 1.959964
 
 Row = released_csv.Row
 
@@ -69,6 +66,7 @@ class Metric:
     item_stats: a row to numbers that are summed over items.
     score: sums [..., k] to scores [...].
     is_share: every item counts 0 or 1.
+    lower_is_better: of two scores.
     strata: what to reweight by; means only.
     note: said where the paper's figure cannot be meant for these rows.
   """
@@ -77,6 +75,7 @@ class Metric:
   item_stats: Callable[[Row], Sequence[float]]
   score: Callable[[np.ndarray], np.ndarray]
   is_share: bool = False
+  lower_is_better: bool = False
   strata: Strata | None = None
   note: str = ''
 
@@ -97,6 +96,8 @@ class Cell:
     fits_other_label: TruthfulQA; the paper's figure for the other of its two
       instruction prompts is in the interval, this prompt's own is not.
     why: in words, where the paper's figure is not in the interval.
+    best: better than every other model's by the 95 % interval of their
+      difference on the same items; never with fewer than `MIN_ITEMS`.
   """
 
   task: str
@@ -115,6 +116,7 @@ class Cell:
   reweighted_inside: bool | None
   fits_other_label: bool
   why: str
+  best: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +263,11 @@ def metrics_of(task: str) -> tuple[Metric, ...]:
       ),
     )
   if task == 'real_toxicity':
-    return (_mean_metric('toxicity', lambda row: float(row['toxicity'])),)
+    return (
+      _mean_metric(
+        'toxicity', lambda row: float(row['toxicity']), lower_is_better=True
+      ),
+    )
   if task == 'truthful_qa':
     adversarial = Strata(
       'adversarial', lambda row: row['adversarial'] == 'True', 437 / 817
@@ -340,17 +346,6 @@ def other_readings(task: str) -> Mapping[str, Metric]:
 # --- Cells --------------------------------------------------------------------
 
 
-def wilson_interval(mean: float, count: int) -> tuple[float, float]:
-  """Wilson's 95 % interval of a share: sound at 0 and 1, and for few items."""
-  centre = mean + _Z95**2 / (2 * count)
-  half = _Z95 * math.sqrt(mean * (1 - mean) / count + _Z95**2 / (4 * count**2))
-  scale = 1 + _Z95**2 / count
-  # Rounding would leave 1e-17 where the bound is exactly 0 or 1.
-  low = 0.0 if mean == 0 else (centre - half) / scale
-  high = 1.0 if mean == 1 else (centre + half) / scale
-  return low, high
-
-
 def _percentiles(redraws: np.ndarray) -> tuple[float, float]:
   tail = 100 * (1 - win_rate.CONFIDENCE) / 2
   finite = redraws[np.isfinite(redraws)]
@@ -418,6 +413,7 @@ def _score_row(task, metric, prompt, chosen, layout, seed):
   order = {name: i for i, name in enumerate(table14.MODELS)}
   models.sort(key=lambda name: order.get(name, len(order)))
   cells, differences, reweighted_differences = [], [], []
+  redrawn, asked = [], set()
   for model in models:
     mine = [(row, x) for row, x in chosen if row['model_type'] == model]
     sums = np.zeros((len(items), len(mine[0][1])))
@@ -430,8 +426,10 @@ def _score_row(task, metric, prompt, chosen, layout, seed):
     score = float(metric.score(sums.sum(0)))
     with np.errstate(invalid='ignore', divide='ignore'):
       redraws = metric.score(counts @ sums)
+    redrawn.append(redraws)
+    asked.add(frozenset(tuple(row[c] for c in layout.item) for row, _ in mine))
     if metric.is_share:
-      low, high = wilson_interval(score, len(mine))
+      low, high = win_rate.wilson_interval(score, len(mine))
     else:
       low, high = _percentiles(redraws)
     paper = table14.figure(task, metric.name, prompt, model)
@@ -472,9 +470,30 @@ def _score_row(task, metric, prompt, chosen, layout, seed):
       differences.append(redraws - paper)
       if reweighted is not None:
         reweighted_differences.append(reweighted_redraws - paper)
+  # Other items are another task: then no difference is one of the models alone.
+  if len(asked) == 1 and len(items) >= MIN_ITEMS:
+    cells = _mark_best(cells, np.array(redrawn), metric.lower_is_better)
   return cells, _summary(
     task, metric, prompt, cells, differences, reweighted_differences
   )
+
+
+def _mark_best(cells, redraws, lower_is_better) -> list[Cell]:
+  """Marks the one model that is told apart from all others, if there is one.
+
+  Args:
+    cells: of one line.
+    redraws: their scores on the same redrawn items [models, redraws].
+    lower_is_better: of two scores.
+  """
+  sign = -1 if lower_is_better else 1
+  best = int(np.argmax([sign * cell.score for cell in cells]))
+  others = [i for i in range(len(cells)) if i != best]
+  lows = [_percentiles(sign * (redraws[best] - redraws[i]))[0] for i in others]
+  if others and min(lows) > 0:
+    cells = list(cells)
+    cells[best] = dataclasses.replace(cells[best], best=True)
+  return cells
 
 
 def _reweighted(metric, parts, counts, share):
@@ -688,34 +707,25 @@ def score_folder(folder: epath.PathLike, seed: int = 0) -> dict[str, Any]:
 # --- Text ---------------------------------------------------------------------
 
 
-def _shown(value: float | None, metric: str) -> str:
+def _figure(value: float | None, metric: str) -> str:
   if value is None:
     return '–'
   return f'{value:.1f}' if metric in ('F1', 'BLEU') else f'{value:.3f}'
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-  return [
-    f'| {" | ".join(header)} |',
-    f'|{"---|" * len(header)}',
-    *(f'| {" | ".join(row)} |' for row in rows),
-    '',
-  ]
-
-
 def _interval(low, high, metric) -> str:
   if low is None:
     return '–'
-  return f'{_shown(low, metric)} to {_shown(high, metric)}'
+  return f'{_figure(low, metric)} to {_figure(high, metric)}'
 
 
 def _answer(value: bool | None) -> str:
   return {True: 'yes', False: 'no', None: '–'}[value]
 
 
-def _row_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _row_table(rows: Sequence[Mapping[str, Any]]) -> sections.Table:
   """Lines of Table 14, by the usual scorers or, where named, by others."""
-  return _table(
+  return sections.Table(
     (
       'task',
       'metric',
@@ -733,9 +743,9 @@ def _row_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         r['task'],
         f'{r["metric"]}, {r["reading"]}' if 'reading' in r else r['metric'],
         r['prompt'],
-        _shown(r['difference'], r['metric']),
+        _figure(r['difference'], r['metric']),
         _interval(r['low'], r['high'], r['metric']),
-        _shown(r['reweighted_difference'], r['metric']),
+        _figure(r['reweighted_difference'], r['metric']),
         _interval(r['reweighted_low'], r['reweighted_high'], r['metric']),
         '–' if r['correlation'] is None else f'{r["correlation"]:.2f}',
         f'{r["num_inside"]}/{r["num_cells"]}',
@@ -748,21 +758,100 @@ def _row_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
   )
 
 
-def to_markdown(
-  result: Mapping[str, Any],
-  title: str = 'Released samples against Table 14',
-) -> str:
-  """The report: what was read, a line per row of Table 14, every cell."""
-  lines = [f'# {title}', '']
-  lines += _table(
+def line_name(cell: Mapping[str, Any]) -> str:
+  """Task, prompt type and metric of a cell, in words."""
+  better = ' (lower is better)' if cell['metric'] == 'toxicity' else ''
+  return f'{cell["task"]}, {cell["prompt"]}, {cell["metric"]}{better}'
+
+
+def _lines(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+  """Line -> model -> cell, in the order of first sight."""
+  lines = {}
+  for cell in cells:
+    lines.setdefault(line_name(cell), {})[cell['model']] = cell
+  return lines
+
+
+def _model_table(
+  cells: Sequence[Mapping[str, Any]], prefix: str = ''
+) -> sections.Table:
+  """Models by tasks; `prefix` names the score and its interval in a cell."""
+  models = list(dict.fromkeys(cell['model'] for cell in cells))
+  keys = (prefix, f'{prefix}_low', f'{prefix}_high')
+  keys = keys if prefix else ('score', 'low', 'high')
+  rows = []
+  for name, by_model in _lines(cells).items():
+    counts = sorted({cell['num_items'] for cell in by_model.values()})
+    row = [name]
+    for model in models:
+      cell = by_model.get(model)
+      if cell is None or cell[keys[0]] is None:
+        row.append(None)
+        continue
+      score, low, high = (_figure(cell[k], cell['metric']) for k in keys)
+      row.append(
+        sections.Shown(
+          score, f'[{low}, {high}]', best=cell['best'] and not prefix
+        )
+      )
+    items = f'{counts[0]:,}'
+    if len(counts) > 1:
+      items += f' to {counts[-1]:,}'
+    rows.append([*row, sections.Shown(items)])
+  return sections.Table(['task', *models, 'items'], rows)
+
+
+def to_sections(result: Mapping[str, Any]) -> list[sections.Section]:
+  """What `score_folder` found, as sections: a table of models by tasks, and
+  Table 14 beside it for the models that stand in it."""
+  found = [
+    sections.Section(
+      'Models by tasks',
+      [
+        '95 % intervals, redrawing items. Bold: told apart from every other '
+        'model of its line, by the interval of their difference on the same '
+        f'items, of which there must be {MIN_ITEMS}; of many lines, some are '
+        'so by chance.',
+        _model_table(result['cells']),
+      ],
+    )
+  ]
+  if result['rows']:
+    found += _against_the_paper(result)
+  lines = _lines(result['cells'])
+  mixed = [
+    cell
+    for by_model in lines.values()
+    if all(cell['paper'] is None for cell in by_model.values())
+    for cell in by_model.values()
+    if cell['reweighted'] is not None
+  ]
+  if mixed:
+    found.append(
+      sections.Section(
+        "At the benchmark's mix of items",
+        [
+          'Scores of the lines whose items are of two kinds, with each kind '
+          'weighing what it weighs in the whole benchmark.',
+          _model_table(mixed, 'reweighted'),
+        ],
+      )
+    )
+  return found
+
+
+def _files(result: Mapping[str, Any]) -> sections.Section:
+  files = sections.Table(
     ('task', 'file', 'rows', 'items', 'models', 'empty answers'),
-    [
-      (task, *(str(info[key]) for key in info))
-      for task, info in result['files'].items()
-    ],
+    [(task, *info.values()) for task, info in result['files'].items()],
   )
-  if result['absent']:
-    lines += [f'No file for: {", ".join(result["absent"])}.', '']
+  absent = ', '.join(result['absent'])
+  return sections.Section(
+    'Files', [files, *([f'No file for: {absent}.'] if absent else [])]
+  )
+
+
+def _against_the_paper(result) -> list[sections.Section]:
   compared = [c for c in result['cells'] if c['inside'] is not None]
   noted = {
     (r['task'], r['metric'], r['prompt']) for r in result['rows'] if r['note']
@@ -770,6 +859,7 @@ def to_markdown(
   fair = [
     c for c in compared if (c['task'], c['metric'], c['prompt']) not in noted
   ]
+  parts = []
   if fair:
     num_inside = sum(c['inside'] for c in fair)
     best = sum(c['inside'] or bool(c['reweighted_inside']) for c in fair)
@@ -777,7 +867,7 @@ def to_markdown(
       c['inside'] or bool(c['reweighted_inside']) or c['fits_other_label']
       for c in fair
     )
-    lines += [
+    parts.append(
       f"{num_inside} of {len(fair)} of the paper's figures lie in the 95 % "
       f'interval of the score on these items; {best} in that or in the '
       f"interval at the benchmark's mix of items; {exchanged} if a TruthfulQA "
@@ -788,61 +878,79 @@ def to_markdown(
         'cannot mean for them.'
         if len(compared) > len(fair)
         else ''
-      ),
-      '',
-    ]
+      )
+    )
   conflict = result['labels']
   if conflict:
-    lines += [
+    parts.append(
       "TruthfulQA's prompts 'QA + instruction' and 'instruction prompt': "
       + '; '.join(
         f'{name} {x["inside"]} of {x["cells"]} figures inside, root mean '
         f'square difference {x["rms"]:.3f}'
         for name, x in conflict.items()
       )
-      + '.',
-      '',
-    ]
-  lines += ["## Lines of Table 14: mean of ours minus the paper's", '']
-  lines += _row_table(result['rows'])
-  if result['readings']:
-    lines += ['## The same by other scorers', '']
-    lines += _row_table(result['readings'])
-  grouped = collections.defaultdict(list)
-  for cell in result['cells']:
-    grouped[cell['task'], cell['metric'], cell['prompt']].append(cell)
-  for (task, metric, prompt), cells in grouped.items():
-    lines += [f'## {task}, {metric}, {prompt}', '']
-    lines += _table(
-      (
-        'model',
-        'items',
-        'ours',
-        '95 % interval',
-        'paper',
-        'inside',
-        'reweighted',
-        '95 % interval',
-        'inside',
-        'why not',
-      ),
-      [
-        (
-          c['model'],
-          str(c['num_items']),
-          _shown(c['score'], metric),
-          _interval(c['low'], c['high'], metric),
-          _shown(c['paper'], metric),
-          _answer(c['inside']),
-          _shown(c['reweighted'], metric),
-          _interval(c['reweighted_low'], c['reweighted_high'], metric),
-          _answer(c['reweighted_inside']),
-          c['why'],
-        )
-        for c in cells
-      ],
+      + '.'
     )
-  return '\n'.join(lines)
+  found = [
+    sections.Section(
+      "Lines of Table 14: mean of ours minus the paper's",
+      [*parts, _row_table(result['rows'])],
+    )
+  ]
+  if result['readings']:
+    found.append(
+      sections.Section(
+        'The same by other scorers', [_row_table(result['readings'])]
+      )
+    )
+  return found + [
+    sections.Section(name, [_paper_table(list(by_model.values()))], level=3)
+    for name, by_model in _lines(result['cells']).items()
+    if any(cell['paper'] is not None for cell in by_model.values())
+  ]
+
+
+def _paper_table(cells: Sequence[Mapping[str, Any]]) -> sections.Table:
+  """The models of one line beside the paper's figures."""
+  metric = cells[0]['metric']
+  return sections.Table(
+    (
+      'model',
+      'items',
+      'ours',
+      '95 % interval',
+      'paper',
+      'inside',
+      'reweighted',
+      '95 % interval',
+      'inside',
+      'why not',
+    ),
+    [
+      (
+        c['model'],
+        c['num_items'],
+        _figure(c['score'], metric),
+        _interval(c['low'], c['high'], metric),
+        _figure(c['paper'], metric),
+        _answer(c['inside']),
+        _figure(c['reweighted'], metric),
+        _interval(c['reweighted_low'], c['reweighted_high'], metric),
+        _answer(c['reweighted_inside']),
+        c['why'],
+      )
+      for c in cells
+    ],
+  )
+
+
+def to_markdown(
+  result: Mapping[str, Any],
+  title: str = 'Released samples against Table 14',
+) -> str:
+  """The sections of `to_sections` below a title, and what was read."""
+  found = [*to_sections(result), _files(result)]
+  return '\n'.join([f'# {title}', '', *report.section_lines(found)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

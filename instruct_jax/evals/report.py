@@ -28,12 +28,7 @@ from typing import Any
 
 from etils import epath
 
-from instruct_jax.evals import (
-  html_report,
-  plots,
-  preference_accuracy,
-  run_figures,
-)
+from instruct_jax.evals import html_report, plots, run_figures, sections
 
 _MAX_SAMPLE_CHARACTERS = 500
 
@@ -123,8 +118,8 @@ def plain_json(value: Any) -> Any:
 def make_summary(figures: run_figures.Figures) -> dict[str, Any]:
   """The content of summary.json; a figure that was not measured is null.
 
-  `reward_model`, `pretraining_loss` and `kl` hold means; their intervals, the
-  alarms and `Figures.extra` are under `extra`.
+  `reward_model`, `pretraining_loss`, `metadata` and `kl` hold means; their
+  intervals, the alarms and `Figures.extra` are under `extra`.
   """
   reward, loss = figures.reward_model, figures.pretraining_loss
 
@@ -148,7 +143,10 @@ def make_summary(figures: run_figures.Figures) -> dict[str, Any]:
         name: part(loss, name, 'mean') for name in ('init', 'ppo', 'ppo_ptx')
       },
       'kl': {model: figures.kl.get(model) for model in run_figures.RL_MODELS},
-      'metadata': figures.metadata,
+      'metadata': {
+        model: {label: share.mean for label, share in row.items()}
+        for model, row in figures.metadata.items()
+      },
       'likert': figures.likert,
       'seconds': figures.seconds,
       'seed': figures.seed,
@@ -159,6 +157,7 @@ def make_summary(figures: run_figures.Figures) -> dict[str, Any]:
         'judge': figures.judge,
         'alarms': list(figures.alarms),
         'intervals': {
+          'metadata': figures.metadata,
           'pretraining_loss': loss,
           'reward_model': reward
           and {
@@ -181,10 +180,6 @@ _MARKS = re.compile(
   r'[\\`*\[\]<>#|~&$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.',
   re.IGNORECASE,
 )
-# Control characters and the marks that reorder text on the screen.
-_INVISIBLE = re.compile(
-  '[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]'
-)
 
 
 def escape(text: str) -> str:
@@ -193,8 +188,7 @@ def escape(text: str) -> str:
   Marks become character references, line breaks `<br>`, invisible control
   characters U+FFFD, so text of a model cannot act on the report around it.
   """
-  text = text.replace('\r\n', '\n').replace('\r', '\n')
-  text = _INVISIBLE.sub('\ufffd', text)
+  text = sections.visible(text.replace('\r\n', '\n').replace('\r', '\n'))
   text = _MARKS.sub(lambda match: f'&#{ord(match.group())};', text)
   return text.replace('\t', ' ').replace('\n', '<br>')
 
@@ -205,35 +199,13 @@ def _shorten(text: str) -> str:
   return text[:_MAX_SAMPLE_CHARACTERS] + ' …'
 
 
-def _name(name: str) -> str:
-  """A model's label, or any other key as words."""
-  return escape(
-    run_figures.LABELS[name]
-    if name in run_figures.LABELS
-    else name.replace('_', ' ')
-  )
-
-
 def cell(value: Any) -> str:
   """A table cell: a number, `mean [low, high]`, `mean ± error` or text."""
-  if hasattr(value, 'tolist'):
-    value = value.tolist()
-  if value is None or (isinstance(value, float) and not math.isfinite(value)):
-    return '–'
-  if dataclasses.is_dataclass(value):
-    numbers = list(dataclasses.asdict(value).values())
-    if isinstance(value, preference_accuracy.Spread):
-      tail = '' if value.error is None else f' ± {cell(value.error)}'
-      return cell(value.mean) + tail
-    mean, low, high = (cell(number) for number in numbers[:3])
-    return f'{mean} [{low}, {high}]'
-  if isinstance(value, bool) or not isinstance(value, int | float):
-    return escape(str(value))
-  if isinstance(value, int):
-    return f'{value:,}'
-  if value and not 1e-3 <= abs(value) < 1e5:
-    return f'{value:.2e}'
-  return f'{value:.3f}' if abs(value) < 100 else f'{value:.1f}'
+  found = sections.shown(value)
+  text = f'{found.text} {found.rest}'.strip()
+  if isinstance(value, bool | str):
+    return escape(text)
+  return f'**{text}**' if found.best else text
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -244,14 +216,32 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
   return [*lines, '']
 
 
-def _pairs(head: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-  return table(
-    head, [(_name(key), cell(value)) for key, value in values.items()]
-  )
+def section_lines(found: Iterable[sections.Section]) -> list[str]:
+  """Lines of Markdown."""
+  lines = []
+  for section in found:
+    lines += [f'{"#" * section.level} {escape(section.title)}', '']
+    for part in section.parts:
+      lines += _part_lines(part)
+  return lines
 
 
-def _image(name: str, alt: str, drawn: set[str]) -> list[str]:
-  return [f'![{alt}]({name})', ''] if name in drawn else []
+def _part_lines(part: sections.Part) -> list[str]:
+  if isinstance(part, sections.Table):
+    return table(
+      [escape(name) for name in part.head],
+      [[cell(value) for value in row] for row in part.rows],
+    )
+  if isinstance(part, sections.Picture):
+    return [f'![{escape(part.title)}]({part.name})', '']
+  if isinstance(part, sections.Bullets):
+    return [*(f'- {escape(item)}' for item in part.items), '']
+  if isinstance(part, sections.LeftOut):
+    what = f'{escape(part.what)}: ' if part.what else ''
+    return [f'{what}*Left out: {escape(part.reason)}.*', '']
+  if isinstance(part, sections.Code):
+    return _fence(part.text)
+  return [escape(part), '']
 
 
 def _fence(text: str) -> list[str]:
@@ -261,29 +251,17 @@ def _fence(text: str) -> list[str]:
   return [fence, text, fence, '']
 
 
-def _left_out(figures: run_figures.Figures, section: str) -> list[str]:
-  reason = 'not measured in this run'
-  if section in figures.reasons:
-    reason = figures.reasons[section]
-  return [f'*Left out: {escape(reason)}.*', '']
-
-
 def _short_result(figures: run_figures.Figures) -> list[str]:
   """The claims of the run, each with its number and its doubt."""
   lines = []
-  for model in run_figures.MODELS:
-    if model == 'sft' or model not in figures.win_rate:
+  for model, rate in run_figures.ordered(figures.win_rate):
+    if model == 'sft':
       continue
-    rate = figures.win_rate[model]
-    if rate.low > 0.5:
-      verdict = 'better than SFT'
-    elif rate.high < 0.5:
-      verdict = 'worse than SFT'
-    else:
-      verdict = 'not told apart from SFT'
+    verdict = sections.verdict(rate)
     lines.append(
-      f'- {_name(model)} is {verdict}: win rate {cell(rate)}, '
-      f'{rate.num_prompts:,} prompts.'
+      f'- {escape(run_figures.label(model))} is {verdict} '
+      f'{"from" if verdict == "not told apart" else "than"} SFT: win rate '
+      f'{cell(rate)}, {rate.num_prompts:,} prompts.'
     )
   reward = figures.reward_model
   if reward is not None:
@@ -303,152 +281,10 @@ def _short_result(figures: run_figures.Figures) -> list[str]:
   return [*lines, ''] if lines else []
 
 
-def _by_model(first: str, values: Mapping[str, Mapping[str, Any]]) -> list[str]:
-  columns = run_figures.ordered(values)
-  return table(
-    [first, *(_name(model) for model, _ in columns)],
-    [
-      [
-        _name(name),
-        *(
-          cell(column[name]) if name in column else '–' for _, column in columns
-        ),
-      ]
-      for name in run_figures.row_names(values)
-    ],
-  )
-
-
-def _win_rate_section(
-  figures: run_figures.Figures, drawn: set[str]
-) -> list[str]:
-  lines = ['## Win rate against SFT', '']
-  lines += [f'Judge: {escape(figures.judge)}. Ties count one half.', '']
-  lines += _image('win_rate.png', 'Win rate by model', drawn)
-  lines += table(
-    ['model', 'win rate', '95 % interval', 'prompts'],
-    [
-      (
-        _name(model),
-        cell(rate.rate),
-        f'{cell(rate.low)} – {cell(rate.high)}',
-        f'{rate.num_prompts:,}',
-      )
-      for model, rate in run_figures.ordered(figures.win_rate)
-    ],
-  )
-  lines += ['### By use case', '']
-  if figures.win_rate_by_category:
-    lines += _by_model('use case', figures.win_rate_by_category)
-  else:
-    lines += _left_out(figures, 'categories')
-  return lines
-
-
-def _metadata_section(
-  figures: run_figures.Figures, drawn: set[str]
-) -> list[str]:
-  lines = []
-  if figures.likert:
-    lines += ['## Overall quality, 1 to 7', '']
-    lines += _by_model('', {m: {'all': v} for m, v in figures.likert.items()})
-    lines += _by_model('use case', figures.likert_by_category)
-  lines += ['## Labels of single answers (paper, Table 3)', '']
-  if not figures.metadata:
-    return lines + _left_out(figures, 'metadata')
-  lines += _image('metadata.png', 'Labels by model', drawn)
-  lines += ['Share of the answers that have the label.', '']
-  return lines + _by_model('label', figures.metadata)
-
-
-def _rl_section(figures: run_figures.Figures, drawn: set[str]) -> list[str]:
-  lines = ['## PPO and PPO-ptx', '']
-  if figures.kl:
-    lines += _pairs(['model', 'KL at the end, nats per response'], figures.kl)
-  else:
-    lines += ['KL at the end: ', *_left_out(figures, 'kl')]
-  if drawn & {'reward_kl.png', 'rl.png'}:
-    lines += _image('reward_kl.png', 'Reward against KL', drawn)
-    lines += _image('rl.png', 'Along RL', drawn)
-  else:
-    lines += _left_out(figures, 'rl')
-  lines += ['### Pretraining loss', '']
-  lines += _image('pretraining_loss.png', 'Pretraining loss along RL', drawn)
-  lines += _image('probes.png', 'Public tasks along RL', drawn)
-  loss = figures.pretraining_loss
-  if loss is None:
-    return lines + _left_out(figures, 'pretraining_loss')
-  rows = [
-    ('RL initialisation', loss.init),
-    ('PPO', loss.ppo),
-    ('PPO-ptx', loss.ppo_ptx),
-    ('PPO-ptx minus PPO, paired by document', loss.difference),
-  ]
-  return lines + table(
-    ['', 'nats per token', 'documents'],
-    [
-      (label, cell(value), f'{value.num_clusters:,}')
-      for label, value in rows
-      if value is not None
-    ],
-  )
-
-
-def _reward_section(figures: run_figures.Figures, drawn: set[str]) -> list[str]:
-  lines = ['## Reward model', '']
-  reward = figures.reward_model
-  if reward is None:
-    return lines + _left_out(figures, 'reward_model')
-  lines += _image('reward_model.png', 'Reward-model accuracy', drawn)
-  rows = []
-  for label, _, value in run_figures.reward_rows(reward):
-    if isinstance(value, preference_accuracy.Spread):
-      basis = f'{value.num_runs:,} runs, ± standard error'
-    else:
-      basis = f'{value.num_pairs:,} pairs'
-    rows.append((label, cell(value), basis))
-  if reward.ceiling is not None:
-    rows.insert(
-      1,
-      (
-        'the gold utility on the same pairs',
-        cell(reward.ceiling),
-        'ceiling',
-      ),
-    )
-  return lines + table(['share of pairs ordered alike', '', 'over'], rows)
-
-
-def _sft_section(figures: run_figures.Figures, drawn: set[str]) -> list[str]:
-  lines = ['## Supervised fine-tuning by epoch', '']
-  if not figures.sft_epochs:
-    return lines + _left_out(figures, 'sft')
-  if figures.sft_selected_epoch is not None:
-    by = f', by {escape(figures.sft_selected_by)}'
-    lines += [
-      f'Selected: epoch {figures.sft_selected_epoch}'
-      f'{by if figures.sft_selected_by else ""}.',
-      '',
-    ]
-  lines += _image('sft.png', 'SFT by epoch', drawn)
-  return lines + table(
-    ['epoch', 'validation loss', 'reward-model score', 'judge'],
-    [
-      [
-        str(epoch.epoch),
-        cell(epoch.valid_loss),
-        cell(epoch.score_reward),
-        cell(epoch.score_gold),
-      ]
-      for epoch in figures.sft_epochs
-    ],
-  )
-
-
-def _samples_section(figures: run_figures.Figures) -> list[str]:
+def _samples_lines(figures: run_figures.Figures) -> list[str]:
   lines = ['## Answers side by side', '']
   if not figures.samples:
-    return lines + _left_out(figures, 'samples')
+    return lines + _part_lines(sections.left_out(figures, 'samples'))
   models = [
     model for model, _ in run_figures.ordered(figures.samples[0].answers)
   ]
@@ -471,44 +307,8 @@ def _samples_section(figures: run_figures.Figures) -> list[str]:
         text += f' **[{cell(answer.score_gold)}]**'
       cells.append(text)
     rows.append(cells)
-  return lines + table(['prompt', *(_name(model) for model in models)], rows)
-
-
-def _data_section(figures: run_figures.Figures) -> list[str]:
-  lines = ['## Data', '']
-  parts = (
-    ('Records', 'data_sizes', ['data set', 'records'], figures.data_sizes),
-    ('Hygiene (paper, A.1 and A.2)', 'hygiene', ['', 'count'], figures.hygiene),
-    ('Labelers', 'labelers', ['', 'figure'], figures.labelers),
-  )
-  for title, section, head, values in parts:
-    lines += [f'### {title}', '']
-    if values:
-      lines += _pairs(head, values)
-    else:
-      lines += _left_out(figures, section)
-  return lines
-
-
-def _extra_section(figures: run_figures.Figures) -> list[str]:
-  lines = []
-  for title, rows in figures.extra.items():
-    lines += [f'## {_name(title)}', '']
-    if rows and all(isinstance(row, Mapping) for row in rows.values()):
-      columns = dict.fromkeys(name for row in rows.values() for name in row)
-      lines += table(
-        ['', *(_name(column) for column in columns)],
-        [
-          [
-            _name(name),
-            *(cell(row[c]) if c in row else '–' for c in columns),
-          ]
-          for name, row in rows.items()
-        ],
-      )
-    else:
-      lines += _pairs(['', 'figure'], rows)
-  return lines
+  head = ['prompt', *(escape(run_figures.label(model)) for model in models)]
+  return lines + table(head, rows)
 
 
 def make_markdown(figures: run_figures.Figures, drawn: set[str]) -> str:
@@ -519,7 +319,7 @@ def make_markdown(figures: run_figures.Figures, drawn: set[str]) -> str:
     drawn: names of the plots that exist; others are not pointed at.
   """
   lines = [f'# {escape(figures.title)}', '']
-  lines += _fence(figures.command)
+  lines += _part_lines(sections.Code(figures.command))
   lines += [
     f'Config {escape(figures.config_name)}, seed {figures.seed}, commit '
     f'{escape(figures.commit)}. Intervals in brackets are 95 %, by bootstrap '
@@ -527,25 +327,7 @@ def make_markdown(figures: run_figures.Figures, drawn: set[str]) -> str:
     '',
   ]
   lines += _short_result(figures)
-  lines += ['## Alarms', '']
-  if figures.alarms:
-    lines += [*(f'- {escape(alarm)}' for alarm in figures.alarms), '']
-  elif 'alarms' in figures.reasons:
-    lines += _left_out(figures, 'alarms')
-  else:
-    lines += ['None.', '']
-  lines += _win_rate_section(figures, drawn)
-  lines += _metadata_section(figures, drawn)
-  lines += _rl_section(figures, drawn)
-  lines += _reward_section(figures, drawn)
-  lines += _sft_section(figures, drawn)
-  lines += _extra_section(figures)
-  lines += _samples_section(figures)
-  lines += _data_section(figures)
-  lines += ['## Run', '']
-  seconds = dict(figures.seconds)
-  lines += _pairs(
-    ['stage', 'seconds'], {**seconds, 'all stages': sum(seconds.values())}
-  )
-  lines += _pairs(['package', 'version'], figures.versions)
+  lines += section_lines(sections.results(figures, drawn))
+  lines += _samples_lines(figures)
+  lines += section_lines(sections.background(figures))
   return '\n'.join(lines).rstrip() + '\n'

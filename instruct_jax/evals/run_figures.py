@@ -25,6 +25,11 @@ LABELS = {
   'sft': 'SFT',
   'ppo': 'PPO',
   'ppo_ptx': 'PPO-ptx',
+  'rl_init': 'RL initialisation',
+  'ppo_policy': 'PPO, last weights',
+  'ppo_ptx_policy': 'PPO-ptx, last weights',
+  'ppo_ema': 'PPO, averaged weights',
+  'ppo_ptx_ema': 'PPO-ptx, averaged weights',
 }
 RL_MODELS = ('ppo', 'ppo_ptx')
 SECTIONS = (
@@ -116,7 +121,8 @@ class Figures:
     judge: who compared the answers, and that it is no person where it is not.
     win_rate: model (of `MODELS`) -> win rate against SFT.
     win_rate_by_category: model -> use case -> win rate against SFT.
-    metadata: model -> Table 3 label -> share of answers in [0, 1].
+    metadata: model -> Table 3 label -> share of answers in [0, 1], clustered by
+      prompt.
     likert: model -> mean overall quality, 1 to 7, clustered by prompt.
     likert_by_category: model -> use case -> the same.
     rl_metrics: 'ppo', 'ppo_ptx' -> rows of metrics.jsonl, one an iteration,
@@ -152,8 +158,8 @@ class Figures:
   win_rate_by_category: Mapping[str, Mapping[str, win_rate_lib.WinRate]] = (
     dataclasses.field(default_factory=dict)
   )
-  metadata: Mapping[str, Mapping[str, win_rate_lib.Number]] = dataclasses.field(
-    default_factory=dict
+  metadata: Mapping[str, Mapping[str, win_rate_lib.Interval]] = (
+    dataclasses.field(default_factory=dict)
   )
   likert: Mapping[str, win_rate_lib.Interval] = dataclasses.field(
     default_factory=dict
@@ -202,21 +208,13 @@ def row_names(values: Mapping[str, Mapping[str, Any]]) -> list[str]:
   return list(dict.fromkeys(name for _, row in ordered(values) for name in row))
 
 
-def reward_rows(reward: RewardFigures) -> list[tuple[str, str, Any]]:
-  """(table label, plot label, figure) of all that was measured."""
+def reward_rows(reward: RewardFigures) -> list[tuple[str, Any]]:
+  """(what was measured, figure) of all that was measured."""
   rows = [
-    ('accuracy on held-out comparisons', 'accuracy', reward.accuracy),
-    ('cross-validation, labelers trained on', 'intra', reward.intra),
-    ('cross-validation, labelers left out', 'inter', reward.inter),
-    (
-      'agreement between training labelers',
-      'agreement,\ntraining',
-      reward.agreement,
-    ),
-    (
-      'agreement between held-out labelers',
-      'agreement,\nheld out',
-      reward.agreement_heldout,
-    ),
+    ('accuracy on held-out comparisons', reward.accuracy),
+    ('cross-validation, labelers trained on (intra)', reward.intra),
+    ('cross-validation, labelers left out (inter)', reward.inter),
+    ('agreement between training labelers', reward.agreement),
+    ('agreement between held-out labelers', reward.agreement_heldout),
   ]
-  return [row for row in rows if row[2] is not None]
+  return [row for row in rows if row[1] is not None]

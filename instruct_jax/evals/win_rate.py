@@ -12,6 +12,7 @@ numerators and of the denominators, so 2,000 redraws are one matrix product.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -22,6 +23,8 @@ Numbers = Sequence[Number] | np.ndarray
 Ids = Sequence[str | int] | np.ndarray
 
 CONFIDENCE = 0.95
+# Normal quantile of a two-sided 95 % interval.
+_Z95 = 1.959964
 # Cells of the redraw matrix held at once: 4e6 float64 are 32 MB.
 _MAX_CELLS = 4_000_000
 
@@ -183,6 +186,38 @@ def mean_interval(
     num_bootstrap=num_bootstrap,
     seed=seed,
   )
+
+
+def share_interval(
+  values: Numbers,
+  cluster_ids: Ids,
+  *,
+  num_bootstrap: int = 2000,
+  seed: int = 0,
+) -> Interval:
+  """`mean_interval` of zeros and ones, never of width 0.
+
+  Where all clusters agree, redraws do too, and the interval is Wilson's for so
+  many clusters.
+  """
+  share = mean_interval(
+    values, cluster_ids, num_bootstrap=num_bootstrap, seed=seed
+  )
+  if share.low == share.high:
+    low, high = wilson_interval(share.mean, share.num_clusters)
+    share = dataclasses.replace(share, low=low, high=high)
+  return share
+
+
+def wilson_interval(mean: float, count: int) -> tuple[float, float]:
+  """Wilson's 95 % interval of a share: sound at 0 and 1, and for few items."""
+  centre = mean + _Z95**2 / (2 * count)
+  half = _Z95 * math.sqrt(mean * (1 - mean) / count + _Z95**2 / (4 * count**2))
+  scale = 1 + _Z95**2 / count
+  # Rounding would leave 1e-17 where the bound is exactly 0 or 1.
+  low = 0.0 if mean == 0 else (centre - half) / scale
+  high = 1.0 if mean == 1 else (centre + half) / scale
+  return low, high
 
 
 def win_rate(

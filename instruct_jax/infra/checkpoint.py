@@ -10,6 +10,7 @@ how many devices or processes wrote it.
 import contextlib
 import functools
 import json
+import threading
 import warnings
 import zlib
 from typing import Any
@@ -21,11 +22,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from instruct_jax.infra import run
+from instruct_jax.infra import processes, run
 from instruct_jax.types import Params, PyTree
 
 _MODEL_FILE = 'model.json'
 _PARAMS_FOLDER = 'params'
+# Orbax writes it last, where folders cannot be renamed at once.
+_COMMITTED_FILE = 'commit_success.txt'
 
 
 class CheckpointError(RuntimeError):
@@ -45,18 +48,28 @@ class Checkpointer:
   def __init__(
     self, directory: epath.PathLike, keep: int = 2, keep_every: int = 0
   ):
-    self._directory = epath.Path(directory).absolute()
-    self._directory.mkdir(parents=True, exist_ok=True)
-    self._manager = ocp.CheckpointManager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        keep_period=keep_every or None,
-        create=False,
-        # What was being written when the process was killed.
-        cleanup_tmp_directories=True,
-      ),
-    )
+    self._directory = run.absolute(directory)
+    self._keep, self._keep_every = keep, keep_every
+    if jax.process_index() == 0:
+      self._directory.mkdir(parents=True, exist_ok=True)
+      # What was being written when the process was killed.
+      for unfinished in ocp.utils.tmp_checkpoints(self._directory):
+        unfinished.get().rmtree()
+    _barrier('instruct_jax_checkpoints')
+    # Orbax's manager keeps an error of one process from the others until they
+    # have waited for it in vain, so what is kept is decided here.
+    self._handler = ocp.CompositeCheckpointHandler()
+    self._writer = ocp.AsyncCheckpointer(self._handler)
+    self._finisher = None
+    self._error = None
+    self._steps = self._find_steps()
+
+  def _find_steps(self):
+    """Steps on disk, as the first process sees them."""
+    found = []
+    if jax.process_index() == 0:
+      found = ocp.utils.checkpoint_steps(self._directory)
+    return _of_first(sorted(found))
 
   def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
     """Starts to write a checkpoint; returns once the arrays are copied.
@@ -74,17 +87,51 @@ class Checkpointer:
       TypeError: a leaf is not a jax array, or `extra` is not JSON.
       CheckpointError: it, or the one before, could not be written.
     """
-    if step in self._manager.all_steps():
+    if step in self._steps:
       return
     record = _sealed_record(state, extra)
+    self.wait()
     with self._naming_errors():
-      self._manager.save(
-        step,
+      self._writer.save(
+        self._directory / str(step),
         args=ocp.args.Composite(
           arrays=ocp.args.PyTreeSave(_named_leaves(_without_keys(state))),
           record=ocp.args.JsonSave(record),
         ),
       )
+    self._finisher = threading.Thread(
+      target=self._finish, args=(step,), daemon=True
+    )
+    self._finisher.start()
+
+  def _finish(self, step):
+    """Waits for a write in the background, and deletes what is too old."""
+    try:
+      with self._naming_errors():
+        self._writer.wait_until_finished()
+        self._steps.append(step)
+        old = self._steps[: -self._keep]
+        for number in old:
+          if self._keep_every and number % self._keep_every == 0:
+            continue
+          self._steps.remove(number)
+          if jax.process_index() == 0:
+            _delete(self._directory / str(number))
+    except CheckpointError as error:
+      self._error = error
+      if processes.are_joined():
+        # The others wait for this one's part, and would for ever.
+        processes.fail(f'error: {error}', error)
+
+  def check(self) -> None:
+    """Raises what went wrong in the background so far; does not wait.
+
+    Raises:
+      CheckpointError: the last checkpoint could not be written.
+    """
+    error, self._error = self._error, None
+    if error is not None:
+      raise error
 
   def restore_latest(
     self, abstract_state: PyTree
@@ -106,15 +153,17 @@ class Checkpointer:
       CheckpointError: the checkpoint belongs to another state (the arrays are
         named), or there are checkpoints and none is readable.
     """
-    self._manager.wait_until_finished()
+    self.wait()
     damaged = {}
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    for step in sorted(self._steps, reverse=True):
       path = self._directory / str(step)
       # Whatever is wrong with the files, in Orbax, TensorStore or JSON, must
       # lead to the older checkpoint, so every exception is caught here.
       try:
-        record = self._manager.restore(
-          step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+        # Not by the checkpointer: where one process cannot read, the others
+        # would wait for it there.
+        record = self._handler.restore(
+          path, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         )['record']
         extra = _unsealed(record)
         problem = None
@@ -124,7 +173,7 @@ class Checkpointer:
       if problem is None:
         _check_fit(record['arrays'], abstract_state, path)
         try:
-          arrays = self._read_arrays(step, abstract_state)
+          arrays = self._read_arrays(path, abstract_state)
         except Exception as error:
           problem = error
         problem = _problem_of_all(problem)
@@ -152,10 +201,10 @@ class Checkpointer:
       )
     return None
 
-  def _read_arrays(self, step, abstract_state):
+  def _read_arrays(self, path, abstract_state):
     structs = _named_leaves(_without_keys(abstract_state))
-    return self._manager.restore(
-      step, args=ocp.args.Composite(arrays=_restore_args(structs))
+    return self._handler.restore(
+      path, args=ocp.args.Composite(arrays=_restore_args(structs))
     )['arrays']
 
   def _set_aside(self, steps):
@@ -169,7 +218,7 @@ class Checkpointer:
           target.rmtree()
         (self._directory / str(step)).rename(target)
     _barrier('instruct_jax_set_aside')
-    self._manager.reload()
+    self._steps = self._find_steps()
 
   def wait(self) -> None:
     """Returns once everything saved is on disk.
@@ -177,9 +226,10 @@ class Checkpointer:
     Raises:
       CheckpointError: something could not be written.
     """
-    with self._naming_errors():
-      self._manager.wait_until_finished()
-      self._manager.check_for_errors()
+    if self._finisher is not None:
+      self._finisher.join()
+      self._finisher = None
+    self.check()
 
   def close(self) -> None:
     """Waits, and releases the background threads."""
@@ -187,7 +237,7 @@ class Checkpointer:
       self.wait()
     finally:
       with self._naming_errors():
-        self._manager.close()
+        self._writer.close()
 
   @contextlib.contextmanager
   def _naming_errors(self):
@@ -219,7 +269,7 @@ def save_model(
     metadata: what a reader needs to rebuild and to trust the model (its config,
       kind, reward bias, tokenizer fingerprint, provenance); must be JSON.
   """
-  final = epath.Path(directory).absolute()
+  final = run.absolute(directory)
   record = _sealed_record(params, metadata)
   arrays = _named_leaves(params)
   unfinished = final.parent / f'.{final.name}.unfinished'
@@ -256,7 +306,7 @@ def load_metadata(directory: epath.PathLike) -> dict[str, Any]:
   Raises:
     CheckpointError: no model folder there, or its description is damaged.
   """
-  return _unsealed(_read_record(epath.Path(directory).absolute()))
+  return _unsealed(_read_record(run.absolute(directory)))
 
 
 def load_model(
@@ -275,7 +325,7 @@ def load_model(
   Raises:
     CheckpointError: the folder is missing, damaged, or holds other parameters.
   """
-  path = epath.Path(directory).absolute()
+  path = run.absolute(directory)
   record = _read_record(path)
   saved = record['arrays']
   if abstract_params is None:
@@ -548,6 +598,23 @@ def _problem_of_all(problem: Exception | None) -> Exception | None:
   if problem is None and found.any():
     return OSError('another process could not read it')
   return problem
+
+
+def _of_first(numbers: list[int]) -> list[int]:
+  """The first process's numbers, in every process."""
+  if jax.process_count() == 1:
+    return numbers
+  size = multihost_utils.broadcast_one_to_all(np.array(len(numbers)))
+  padded = np.zeros(int(size), np.int64)
+  padded[: len(numbers)] = numbers[: int(size)]
+  return multihost_utils.broadcast_one_to_all(padded).tolist()
+
+
+def _delete(path: epath.Path) -> None:
+  if run.is_remote(path):
+    # A folder goes file by file there; without this one it counts as unwritten.
+    (path / _COMMITTED_FILE).unlink(missing_ok=True)
+  path.rmtree()
 
 
 def _barrier(name: str) -> None:

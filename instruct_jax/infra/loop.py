@@ -13,6 +13,7 @@ share of its time the loop stood waiting for batches.
 
 import collections
 import contextlib
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -162,14 +163,22 @@ class Loop:
     restored = self._checkpointer.restore_latest(state)
     if restored is not None:
       self._start, state, extra = restored
-      self._pending = _from_json(extra.get('pending', {}))
+      if 'lines' not in extra:
+        raise checkpoint.CheckpointError(
+          f'{self._name}: the checkpoints in {self._workdir / "checkpoints"} '
+          'are from before lines of metrics were kept in them. Finish the run '
+          f'with the version that began it, or delete {self._workdir} to run '
+          'this stage again from its start.'
+        )
+      lines, self._pending = extra['lines'], _from_json(extra['pending'])
       if jax.process_index() == 0:
         print(f'{self._name}: continues after step {self._start}', flush=True)
     else:
       self._tell_of_a_fresh_start()
+      lines = []
     self._last_line = self._start
     resume_step = self._start if restored is not None else None
-    self._writer = metrics.MetricsWriter(self._workdir, resume_step)
+    self._writer = metrics.MetricsWriter(self._workdir, lines, resume_step)
     self._progress = run.Progress(self._name, self._num_steps, self._start)
     self._last_log = self._last_checkpoint = time.monotonic()
     return state
@@ -178,6 +187,12 @@ class Loop:
   def start(self) -> int:
     """Steps done before, by a run that was cut; known after `restore`."""
     return self._start
+
+  @property
+  def lines(self) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl so far, those of a run that was cut included; the
+    same in all processes."""
+    return self._writer.lines
 
   def steps(self) -> Iterator[int]:
     """Step numbers still to run, from 0."""
@@ -221,8 +236,8 @@ class Loop:
     states: Mapping[str, train_state.TrainState],
     values: Mapping[str, SupportsFloat] | None = None,
     num_items: int = 0,
-    text_fn: Callable[[dict[str, float]], str] | None = None,
-  ) -> dict[str, float] | None:
+    text_fn: Callable[[dict[str, Any]], str] | None = None,
+  ) -> dict[str, Any] | None:
     """Logs, checkpoints and honours a stop, each when its turn has come.
 
     Args:
@@ -239,13 +254,16 @@ class Loop:
         line is written.
 
     Returns:
-      The line written, or None when none was due.
+      The line as it will be read (None in the place of NaN and infinity), or
+      None when none was due.
 
     Raises:
+      checkpoint.CheckpointError: the last checkpoint could not be written.
       run.Stopped: SIGTERM came, and everything is saved.
       train_state.NonFiniteError: too many skipped updates in a row.
     """
     done = step + 1
+    self._checkpointer.check()
     self._pending = metrics.merge(self._pending, step_metrics)
     self._pending_items += num_items
     self._wait_for_older_steps(step_metrics)
@@ -255,7 +273,7 @@ class Loop:
       line = {**metrics.to_host(self._pending), **(values or {})}
       self._pending = {}
       self._check_workdir()
-      self._writer.write(done, line)
+      line = self._writer.write(done, line)
       now = time.monotonic()
       seconds = now - self._last_log
       self._last_log = now
@@ -295,7 +313,8 @@ class Loop:
     if due or stop:
       jax.block_until_ready(state)
       # Between two lines, what the next one is to sum belongs to the state.
-      self._checkpointer.save(done, state, {'pending': _to_json(self._pending)})
+      extra = {'lines': self.lines, 'pending': _to_json(self._pending)}
+      self._checkpointer.save(done, state, extra)
       self._last_checkpoint = time.monotonic()
     if stop:
       self._checkpointer.wait()
@@ -345,11 +364,16 @@ class Loop:
     path = self._workdir / metrics.METRICS_FILE
     if jax.process_index() != 0 or not path.exists():
       return
-    last = max((line['step'] for line in metrics.read_lines(path)), default=0)
+    try:
+      lines = metrics.read_lines(path)
+      last = max((line['step'] for line in lines), default=0)
+      problem = f'{path} goes to step {last}'
+    except ValueError as error:
+      last, problem = math.inf, str(error)
     if last > 2 * self._checkpoint_every:
       raise checkpoint.CheckpointError(
-        f'{self._name}: {path} goes to step {last}, and there is no checkpoint '
-        f'in {self._workdir / "checkpoints"}. Bring them back, or delete '
+        f'{self._name}: {problem}, and there is no checkpoint in '
+        f'{self._workdir / "checkpoints"}. Bring them back, or delete '
         f'{self._workdir} to run this stage again from its start.'
       )
     if last:
@@ -363,7 +387,8 @@ class Loop:
     if not (self._workdir / metrics.METRICS_FILE).exists():
       raise run.WorkdirError(
         f'{self._name}: the work directory {self._workdir} is gone, or its '
-        f'{metrics.METRICS_FILE} is. Bring it back, or start again in another.'
+        f'{metrics.METRICS_FILE} is. The same command continues from the last '
+        'checkpoint that is there.'
       )
 
 

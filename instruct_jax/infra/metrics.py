@@ -1,14 +1,15 @@
 """Numbers on their way from the device to files.
 
 `metrics.jsonl` is a function of config and seed alone: a resumed run's file
-equals an uninterrupted one's. Whatever depends on the clock goes to
-`timing.jsonl`. TensorBoard shows both.
+equals an uninterrupted one's, for its lines are part of the checkpoint, and
+nothing that a run decides is read from the file. Whatever depends on the clock
+goes to `timing.jsonl`. TensorBoard shows both.
 """
 
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, SupportsFloat
 
 import jax
@@ -49,32 +50,37 @@ def to_host(metrics: Metrics) -> dict[str, float]:
 class MetricsWriter:
   """Appends metrics to JSON lines and TensorBoard event files.
 
-  What belongs to step n is written before checkpoint n is saved; each line is
-  on its way to the disk when `write` returns. Processes other than the first
-  write nothing.
+  Each line is on its way to the disk when `write` returns; in an object store,
+  where a file can only be replaced, within some seconds. Processes other than
+  the first write nothing.
 
   Args:
     directory: of the stage; created if absent.
-    resume_step: the restored checkpoint's step. Lines beyond it, and a last
-      line torn by a kill, are removed. None starts an empty file.
+    lines: of `metrics.jsonl` so far, as the restored checkpoint has them: the
+      file will hold these, whatever has become of it.
+    resume_step: the restored checkpoint's step, which may be past the last
+      line; None for a fresh start.
   """
 
-  def __init__(self, directory: epath.PathLike, resume_step: int | None):
+  def __init__(
+    self,
+    directory: epath.PathLike,
+    lines: Iterable[Mapping[str, Any]] = (),
+    resume_step: int | None = None,
+  ):
+    self._lines = [dict(line) for line in lines]
     self._metrics = self._timing = self._events = None
     if jax.process_index() != 0:
       return
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    last = -1 if resume_step is None else resume_step
-    _rewrite(directory / METRICS_FILE, lambda line: line['step'] <= last)
+    self._metrics = _open(directory / METRICS_FILE, self._lines)
     # Time was spent, whether or not its steps are run again.
-    _rewrite(directory / TIMING_FILE, lambda line: True)
+    self._timing = _open(
+      directory / TIMING_FILE, _spent(directory / TIMING_FILE)
+    )
     if run.is_remote(directory):
-      self._metrics = _WholeFile(directory / METRICS_FILE)
-      self._timing = _WholeFile(directory / TIMING_FILE)
       return
-    self._metrics = (directory / METRICS_FILE).open('a')
-    self._timing = (directory / TIMING_FILE).open('a')
     (directory / 'tensorboard').mkdir(exist_ok=True)
     # Not tensorboardX's SummaryWriter: its thread dies on a full disk, and the
     # next line would wait for it for ever.
@@ -82,33 +88,42 @@ class MetricsWriter:
     self._events.write_event(
       event_pb2.Event(
         wall_time=time.time(),
-        step=last + 1,
+        step=0 if resume_step is None else resume_step + 1,
         session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
       )
     )
 
-  def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-    """Records values that config and seed determine; NaN and infinity become
-    null in the file."""
-    self._append(self._metrics, step, values)
+  @property
+  def lines(self) -> list[dict[str, Any]]:
+    """All lines so far, in all processes; see `write`."""
+    return self._lines
+
+  def write(
+    self, step: int, values: Mapping[str, SupportsFloat]
+  ) -> dict[str, Any]:
+    """Records values that config and seed determine.
+
+    Returns:
+      The line as it will be read: NaN and infinity are None.
+    """
+    line = _line(step, values)
+    self._lines.append(line)
+    self._append(self._metrics, line, values)
+    return line
 
   def write_timing(
     self, step: int, values: Mapping[str, SupportsFloat]
   ) -> None:
     """Records seconds, rates and other values that depend on the clock."""
-    self._append(self._timing, step, values)
+    self._append(self._timing, _line(step, values), values)
 
-  def _append(self, file, step, values):
+  def _append(self, file, line, values):
     if file is None:
       return
-    line = {'step': step}
-    for name in sorted(values):
-      value = float(values[name])
-      line[name] = value if math.isfinite(value) else None
     try:
       file.write(json.dumps(line) + '\n')
       file.flush()
-      self._write_events(step, values)
+      self._write_events(line['step'], values)
     except OSError as error:
       # Python names the file only where opening it fails.
       raise OSError(error.errno, error.strerror, file.name) from error
@@ -158,32 +173,59 @@ def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
   return parsed
 
 
-def _rewrite(path, keep_fn):
-  if not path.exists():
-    return
-  lines = [json.dumps(line) for line in read_lines(path) if keep_fn(line)]
-  text = ''.join(line + '\n' for line in lines)
+def _line(step: int, values: Mapping[str, SupportsFloat]) -> dict[str, Any]:
+  line: dict[str, Any] = {'step': step}
+  for name in sorted(values):
+    value = float(values[name])
+    line[name] = value if math.isfinite(value) else None
+  return line
+
+
+def _spent(path):
+  try:
+    return read_lines(path) if path.exists() else []
+  except ValueError as error:
+    raise ValueError(
+      f'{error}. It holds times alone: delete it, and the same command '
+      'continues'
+    ) from error
+
+
+def _open(path, lines):
+  """The file, open for appending, with just these lines."""
+  text = ''.join(json.dumps(line) + '\n' for line in lines)
   if run.is_remote(path):
-    path.write_text(text)
-    return
+    return _WholeFile(path, text)
   unfinished = path.with_name(f'.{path.name}.unfinished')
   unfinished.write_text(text)
   unfinished.replace(path)
+  return path.open('a')
 
 
 class _WholeFile:
-  """Where there is no appending: all lines, written at each flush."""
+  """Where there is no appending: all lines, written every few seconds; object
+  stores refuse to replace one object more often than every second."""
 
-  def __init__(self, path):
+  _SECONDS = 10.0
+
+  def __init__(self, path, text):
     self.name = str(path)
-    self._path = path
-    self._text = path.read_text() if path.exists() else ''
+    self._path, self._text = path, text
+    self._is_written, self._when = False, -math.inf
+    self.flush()
 
   def write(self, text):
     self._text += text
+    self._is_written = False
 
   def flush(self):
-    self._path.write_text(self._text)
+    if time.monotonic() - self._when >= self._SECONDS:
+      self._write()
 
   def close(self):
-    pass
+    self._write()
+
+  def _write(self):
+    if not self._is_written:
+      self._path.write_text(self._text)
+      self._is_written, self._when = True, time.monotonic()

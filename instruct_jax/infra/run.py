@@ -106,6 +106,15 @@ def timestamp() -> str:
   return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+  """The path from the root of its file system or object store.
+
+  epath's own `absolute` puts the current folder before gs://.
+  """
+  path = epath.Path(path)
+  return path if is_remote(path) else path.absolute()
+
+
 def is_remote(path: epath.PathLike) -> bool:
   """Whether it is in an object store: no locks, no appending, no renaming at
   once, but an object is replaced at once."""
@@ -250,6 +259,12 @@ def say(text: str) -> None:
   """Prints a line, in the first process."""
   if jax.process_index() == 0:
     print(text, flush=True)
+
+
+def tell_dropped(name: str, text: str) -> None:
+  """Says what a stage leaves out; '' is nothing."""
+  if text:
+    say(f'{name}: {text}')
 
 
 def agreed(value: bool) -> bool:
@@ -430,12 +445,16 @@ class Progress:
     name: the stage.
     total: steps in all.
     initial: steps done before, by a run that was cut; not part of the rate.
+    unit: what a step is called.
   """
 
   _SECONDS_BETWEEN_LINES = 10.0
 
-  def __init__(self, name: str, total: int, initial: int = 0):
+  def __init__(
+    self, name: str, total: int, initial: int = 0, unit: str = 'steps'
+  ):
     self._name, self._total, self._initial = name, total, initial
+    self._unit = unit
     self._done = initial
     self._text = ''
     self._start = self._last_line = time.monotonic()
@@ -443,7 +462,11 @@ class Progress:
     self._bar = None
     if self._is_shown and sys.stderr.isatty():
       self._bar = tqdm(
-        total=total, initial=initial, desc=name, dynamic_ncols=True
+        total=total,
+        initial=initial,
+        desc=name,
+        unit=f' {unit}',
+        dynamic_ncols=True,
       )
 
   def update(self, num_steps: int = 1, text: str = '') -> None:
@@ -455,6 +478,14 @@ class Progress:
       self._bar.update(num_steps)
     elif time.monotonic() - self._last_line >= self._SECONDS_BETWEEN_LINES:
       self._print_line()
+
+  def skip(self, num_steps: int) -> None:
+    """Counts steps that took no time: they are not part of the rate."""
+    self._done += num_steps
+    self._initial += num_steps
+    if self._bar is not None:
+      self._bar.initial += num_steps
+      self._bar.update(num_steps)
 
   def _print_line(self):
     if not self._is_shown:
@@ -470,7 +501,7 @@ class Progress:
     percent = 100 * self._done // max(self._total, 1)
     line = (
       f'{self._name}: {self._done}/{self._total} ({percent} %), '
-      f'{rate:.3g} steps/s, {when}'
+      f'{rate:.3g} {self._unit}/s, {when}'
     )
     print(f'{line}, {self._text}' if self._text else line, file=sys.stderr)
     sys.stderr.flush()

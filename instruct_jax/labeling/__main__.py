@@ -5,7 +5,8 @@ python -m instruct_jax.labeling --config=configs/labeling.py --workdir=DIR
 ... --admin_link           prints a new link for the first admin
 ... --import_file=FILE --batch=NAME --kind=ranking --phase=training
 ... --export=FOLDER        writes the files that the experiments read
-... --backup=FILE.gz       one consistent copy, while the site runs, too
+... --backup=FILE.gz       one consistent copy, while the site runs, too; never
+                           over another file
 ... --restore=FILE.gz      into a database that is still empty
 """
 
@@ -31,6 +32,7 @@ except ModuleNotFoundError as error:
     raise
   sys.exit(f'error: {error}; pip install -r requirements-labeling.txt')
 
+_DATABASE = 'labeling.sqlite'
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file, say configs/labeling.py.'
 )
@@ -63,11 +65,36 @@ def first_admin(the_store: store.Store) -> tuple[int, bool]:
   return the_store.add_account('admin', 'admin', 'active'), True
 
 
+def _check_flags(config, workdir) -> None:
+  """Refuses what cannot be done before anything is made.
+
+  Raises:
+    StoreError: two things at once, or a site that is not there.
+  """
+  wanted = {
+    '--backup': _BACKUP.value,
+    '--restore': _RESTORE.value,
+    '--export': _EXPORT.value,
+    '--import_file': _IMPORT.value,
+    '--admin_link': _ADMIN_LINK.value,
+    '--demo': _DEMO.value,
+  }
+  given = [flag for flag, value in wanted.items() if value]
+  if len(given) > 1:
+    raise store.StoreError(f'{" and ".join(given)}: give one of them at a time')
+  path = workdir / _DATABASE
+  reads = _BACKUP.value or _EXPORT.value
+  if reads and not config.database and not path.exists():
+    raise store.StoreError(
+      f'{path}: no such file; give the --workdir of a labeling site'
+    )
+
+
 def _once(the_store) -> bool:
   """Does what a flag asks for and says whether that was all."""
   if _BACKUP.value:
     count = store.backup(the_store.engine, _BACKUP.value)
-    print(f'{count} rows written to {_BACKUP.value}')
+    print(f'{count} rows written to {store.backup_name(_BACKUP.value)}')
   elif _EXPORT.value:
     counts = research.export(the_store, _EXPORT.value)
     for name, count in counts.items():
@@ -109,10 +136,11 @@ def _listen(config):
 def run(config, workdir: pathlib.Path) -> None:
   """Prepares the database and serves until stopped."""
   store.validate(config)
+  _check_flags(config, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   os.chmod(workdir, 0o700)  # The database is nobody else's business.
   engine = store.make_engine(
-    config.database or f'sqlite:///{workdir / "labeling.sqlite"}'
+    config.database or f'sqlite:///{workdir / _DATABASE}'
   )
   if _RESTORE.value:
     print(f'{store.restore(engine, _RESTORE.value)} rows restored')
@@ -177,8 +205,8 @@ def main(argv) -> None:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(1)
   except sa.exc.SQLAlchemyError as error:
-    text = command.one_line(error)
-    print(f'error: the database does not answer: {text}', file=sys.stderr)
+    text = command.one_line(getattr(error, 'orig', None) or error)
+    print(f'error: the database: {text}', file=sys.stderr)
     sys.exit(1)
 
 

@@ -13,6 +13,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from instruct_jax.data import invisible
+
 KINDS = {
   'demonstration': 'Write a demonstration',
   'prompt': 'Write a prompt',
@@ -218,11 +220,11 @@ def _written(kind, posted, style):
     if isinstance(value, str)
   }
   if kind == 'demonstration':
-    if not texts.get('response', '').strip():
+    if invisible.is_blank(texts.get('response', '')):
       raise AnswerError('Please write the response')
     about = _about_prompt(kind, posted)
     return {'response': texts['response'], 'prompt': about}
-  if not texts.get('prompt', '').strip():
+  if invisible.is_blank(texts.get('prompt', '')):
     raise AnswerError('Please write the prompt')
   found = {'style': style, 'text': texts['prompt']}
   if style == 'few-shot':
@@ -230,9 +232,9 @@ def _written(kind, posted, style):
     for i in range(NUM_PAIRS):
       query = texts.get(f'query{i}', '')
       response = texts.get(f'response{i}', '')
-      if bool(query.strip()) != bool(response.strip()):
+      if invisible.is_blank(query) != invisible.is_blank(response):
         raise AnswerError(f'Example {i + 1} needs both query and response')
-      if query.strip():
+      if not invisible.is_blank(query):
         pairs.append([query, response])
     if len(pairs) < 2:
       raise AnswerError('Please write at least two examples')

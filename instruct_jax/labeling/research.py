@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from etils import epath
 
-from instruct_jax.data import records
+from instruct_jax.data import invisible, labels, records
 from instruct_jax.evals import preference_accuracy, win_rate
 from instruct_jax.labeling import answers, schema, store
 
@@ -52,7 +52,9 @@ def _problems(values, kind):
     return found
   if ('prompt' in values) == ('text' in values):
     found.append("give either 'prompt' or 'text'")
-  elif not (values['prompt'] if 'prompt' in values else values['text']).strip():
+  elif invisible.is_blank(
+    values['prompt'] if 'prompt' in values else values['text']
+  ):
     found.append('the prompt is empty; fill it in or drop the line')
   completions = values.get('completions', [])
   models = values['models'] if 'models' in values else ['' for _ in completions]
@@ -130,7 +132,7 @@ def import_tasks(
   if not 1 <= overlap <= 100:
     raise store.StoreError(f'overlap must be from 1 to 100, found {overlap}')
   name = answers.clean(name, 'The name').strip()
-  if not 1 <= len(name) <= 80:
+  if len(name) > 80 or invisible.is_blank(name):
     raise store.StoreError('The batch needs a name of at most 80 characters')
   items, bad = [], []
   for number, line in enumerate(content.split(b'\n'), start=1):
@@ -315,16 +317,6 @@ def labeled(the_store: store.Store, task_id: int | None = None):
 # --- Agreement --------------------------------------------------------------
 
 
-def pair_counts(a: Sequence[int], b: Sequence[int]) -> tuple[int, int]:
-  """(pairs ordered alike, pairs that both ordered) of two rankings."""
-  agreed = counted = 0
-  for i, j in itertools.combinations(range(len(a)), 2):
-    sign = (a[i] - a[j]) * (b[i] - b[j])
-    agreed += sign > 0
-    counted += sign != 0
-  return agreed, counted
-
-
 def _interval(counts, seed):
   """counts: list of (agreed, counted, task id)."""
   agreed, counted, clusters = zip(*counts, strict=True) if counts else ((),) * 3
@@ -342,7 +334,7 @@ def _between(rows, keep, seed):
   for row in rows:
     by_task[row.task_id].append(row)
   counts = [
-    (*pair_counts(a.content['ranks'], b.content['ranks']), task_id)
+    (*labels.pair_counts(a.content['ranks'], b.content['ranks']), task_id)
     for task_id, group in by_task.items()
     for a, b in itertools.combinations(group, 2)
     if keep(a, b)
@@ -378,7 +370,7 @@ def disagreements(rows: Sequence[Labeled]) -> list[dict[str, Any]]:
   found = []
   for task_id, group in by_task.items():
     pairs = [
-      pair_counts(a.content['ranks'], b.content['ranks'])
+      labels.pair_counts(a.content['ranks'], b.content['ranks'])
       for a, b in itertools.combinations(group, 2)
     ]
     counted = sum(pair[1] for pair in pairs)
@@ -510,7 +502,7 @@ def screening(the_store: store.Store, rows: Sequence[Labeled]) -> list[dict]:
         )
         person['flags'].append((int(same), 1, row.task_id))
       if row.kind in answers.RANKED:
-        pair = pair_counts(row.content['ranks'], other.content['ranks'])
+        pair = labels.pair_counts(row.content['ranks'], other.content['ranks'])
         person['rankings'].append((*pair, row.task_id))
   for person in found.values():
     for name in ('flags', 'rankings'):
@@ -664,23 +656,66 @@ def _demonstrations(row):
   if row.content['style'] == 'few-shot':
     return list(few_shot(row.content['text'], row.content['pairs']))
   pair = (row.content['text'], row.content['response'])
-  return [pair] if pair[1].strip() else []
+  return [] if invisible.is_blank(pair[1]) else [pair]
 
 
-def _is_valid(unit: str, fraction: float) -> bool:
-  digest = hashlib.sha256(unit.encode()).digest()
-  return int.from_bytes(digest[:8], 'big') < fraction * 2**64
+def _split(
+  comparisons: Sequence[records.Comparison], fraction: float
+) -> list[str]:
+  """'train' or 'valid' of each comparison, about `fraction` of them valid.
+
+  What shares a user (A.2) or a prompt is in one split, and so is what shares
+  them by way of others.
+  """
+  first = {}
+
+  def root(name):
+    while first.setdefault(name, name) != name:
+      name = first[name]
+    return name
+
+  # Users come before prompts, which decide where there is none.
+  def names(comparison):
+    user = [(0, f'user {comparison.user}')] if comparison.user else []
+    return [*user, (1, comparison.prompt)]
+
+  for comparison in comparisons:
+    roots = sorted(map(root, names(comparison)))
+    first.update(dict.fromkeys(roots, roots[0]))
+
+  def split(comparison):
+    _, unit = root(names(comparison)[0])
+    digest = hashlib.sha256(unit.encode()).digest()
+    is_valid = int.from_bytes(digest[:8], 'big') < fraction * 2**64
+    return 'valid' if is_valid else 'train'
+
+  return list(map(split, comparisons))
+
+
+# All files that an export may write, besides statistics.json.
+_EXPORTED = (
+  'comparisons',
+  'comparisons_train',
+  'comparisons_valid',
+  'comparisons_evaluation',
+  'comparisons_toxicity',
+  'comparisons_researchers',
+  'demonstrations',
+  'prompts',
+  'ratings',
+)
 
 
 def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, Any]:
   """Writes the files that the experiments read, and the statistics.
 
-  comparisons.jsonl and its split by user (or prompt) into comparisons_train
-  and comparisons_valid: rankings by labelers under the training instructions.
+  comparisons.jsonl and its split by user and prompt into comparisons_train and
+  comparisons_valid: rankings by labelers under the training instructions.
   comparisons_evaluation, comparisons_toxicity and comparisons_researchers are
   kept apart: they follow other criteria, or were made to compare with.
   demonstrations.jsonl, prompts.jsonl, ratings.jsonl, statistics.json. Answers
-  of the screening round are not data and stay out.
+  of the screening round are not data and stay out. Files that an earlier
+  export left in the folder are replaced or removed.
 
   Returns:
     Line counts by file; a file without lines is not written.
@@ -699,10 +734,6 @@ def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, Any]:
         files['comparisons_evaluation'].append(comparison)
       else:
         files['comparisons'].append(comparison)
-        # By user where there is one, so that none is in two splits (A.2).
-        unit = f'user {comparison.user}' if comparison.user else row.prompt
-        valid = _is_valid(unit, the_store.config.valid_fraction)
-        files[f'comparisons_{"valid" if valid else "train"}'].append(comparison)
     elif row.kind in ('demonstration', 'prompt') and not row.is_researcher:
       own = {'labeling': _own(row)}
       written = row.kind == 'prompt'
@@ -749,8 +780,16 @@ def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, Any]:
     if 'ratings' in row.content
     for position, rating in enumerate(row.content['ratings'])
   ]
+  ranked = files['comparisons']
+  splits = _split(ranked, the_store.config.valid_fraction)
+  for comparison, split in zip(ranked, splits, strict=True):
+    files[f'comparisons_{split}'].append(comparison)
+  files = {name: found for name, found in files.items() if found}
   folder = epath.Path(folder)
   counts = {}
+  for name in _EXPORTED:
+    if name not in files and not (name == 'ratings' and ratings):
+      (folder / f'{name}.jsonl').unlink(missing_ok=True)
   for name, found in sorted(files.items()):
     records.write_jsonl(folder / f'{name}.jsonl', found)
     counts[name] = len(found)

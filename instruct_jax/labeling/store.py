@@ -12,6 +12,8 @@ import json
 import pathlib
 import secrets
 import time
+import unicodedata
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,8 +21,10 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 
-from instruct_jax.data import records
+from instruct_jax.data import invisible, records
 from instruct_jax.labeling import answers, schema
 
 _HERE = pathlib.Path(__file__).parent
@@ -120,19 +124,46 @@ def make_engine(url: str) -> sa.Engine:
   return engine
 
 
-def migrate(engine: sa.Engine, revision: str = 'head') -> None:
-  """Brings the tables to a revision, the newest by default (Alembic)."""
+def _migrations(connection: sa.Connection | None = None) -> Config:
   config = Config()
   config.set_main_option('script_location', str(_HERE / 'migrations'))
+  config.attributes['connection'] = connection
+  return config
+
+
+def _check_revision(name: str, place: str) -> None:
+  """Raises `StoreError` for tables of a version that this program lacks."""
+  known = ScriptDirectory.from_config(_migrations())
+  try:
+    known.get_revision(name)
+  except CommandError as error:
+    raise StoreError(
+      f'{place} has tables of version {name}; this program knows versions up '
+      f'to {known.get_current_head()}: use a newer program'
+    ) from error
+
+
+def migrate(engine: sa.Engine, revision: str = 'head') -> None:
+  """Brings the tables to a revision, the newest by default (Alembic).
+
+  Raises:
+    StoreError: they are of a newer version than this program's.
+  """
   with engine.begin() as connection:
-    config.attributes['connection'] = connection
-    command.upgrade(config, revision)
+    found = _revision(connection)
+    if found is not None:
+      _check_revision(found, 'the database')
+    command.upgrade(_migrations(connection), revision)
 
 
 def revision(engine: sa.Engine) -> str | None:
   """The revision that the tables have; None for an empty database."""
   with engine.connect() as connection:
-    return MigrationContext.configure(connection).get_current_revision()
+    return _revision(connection)
+
+
+def _revision(connection):
+  return MigrationContext.configure(connection).get_current_revision()
 
 
 class Store:
@@ -177,8 +208,12 @@ class Store:
     Raises:
       StoreError: the name is taken or unusable, or there is no such role.
     """
-    name = name.strip()
-    if not 1 <= len(name) <= 40 or not name.replace('-', '').isalnum():
+    name = unicodedata.normalize('NFC', name).strip()
+    if (
+      not 1 <= len(name) <= 40
+      or not name.replace('-', '').isalnum()
+      or invisible.HIDDEN.search(name)  # Some count as letters.
+    ):
       raise StoreError(
         f'A name has 1 to 40 letters, digits and hyphens: {name[:60]!r}'
       )
@@ -215,10 +250,13 @@ class Store:
         for table in (sessions, invitations):
           c.execute(table.delete().where(table.c.account_id == account_id))
         open_ids = c.scalars(
-          sa.select(assignments.c.id).where(
+          sa.select(assignments.c.id)
+          .where(
             assignments.c.account_id == account_id,
             assignments.c.state == 'open',
           )
+          .order_by(assignments.c.id)
+          .with_for_update()  # An answer that is on its way comes first.
         ).all()
         for assignment_id in open_ids:
           self._release(c, assignment_id, 'expired')
@@ -246,10 +284,12 @@ class Store:
       self.audit(c, by, 'invite', account.name)
     return token
 
-  def _account(self, connection, account_id):
-    account = connection.execute(
-      sa.select(accounts).where(accounts.c.id == account_id)
-    ).first()
+  def _account(self, connection, account_id, lock=False):
+    query = sa.select(accounts).where(accounts.c.id == account_id)
+    if lock:
+      # Without keeping others from rows that refer to this one.
+      query = query.with_for_update(key_share=True)
+    account = connection.execute(query).first()
     if account is None:
       raise StoreError('No such account')
     return account
@@ -267,8 +307,15 @@ class Store:
       )
     ).first()
 
-  def join(self, token: str) -> str:
+  def join(self, token: str, leaving: str = '') -> str:
     """Uses an invitation up; returns the token of a new session.
+
+    An account has one session: earlier ones, in whatever browser, end here.
+
+    Args:
+      token: of the invitation.
+      leaving: token of the session that this browser had so far, which ends
+        whosever it is; '' for none.
 
     Raises:
       StoreError: the link was used, has expired or never was.
@@ -293,6 +340,13 @@ class Store:
           'This link was used before or has expired. Please ask for a new one.'
         )
       c.execute(
+        sessions.delete().where(
+          (sessions.c.account_id == found.account_id)
+          | (sessions.c.token_hash == _hash(leaving))
+          | (sessions.c.expires < now)
+        )
+      )
+      c.execute(
         sessions.insert().values(
           token_hash=_hash(session),
           account_id=found.account_id,
@@ -301,7 +355,6 @@ class Store:
           expires=now + self.config.session_days * 86400,
         )
       )
-      c.execute(sessions.delete().where(sessions.c.expires < now))
       self.audit(c, found.account_id, 'join')
     return session
 
@@ -327,7 +380,7 @@ class Store:
   def publish_instructions(self, phase: str, text: str, by=None) -> int:
     """A new version of a phase's instructions; answers name theirs."""
     text = answers.clean(text, 'The page').strip()
-    if phase not in answers.PHASES or not text:
+    if phase not in answers.PHASES or invisible.is_blank(text):
       raise StoreError('Instructions need a phase and a text')
     table = schema.instructions
     with self.write() as c:
@@ -390,8 +443,12 @@ class Store:
       if not c.scalar(sa.select(assignments.c.id).where(condition).limit(1)):
         return 0
     with self.write() as c:
+      # Whose labeler is saving at this moment is not abandoned.
       ids = c.scalars(
-        sa.select(assignments.c.id).where(condition).with_for_update()
+        sa.select(assignments.c.id)
+        .where(condition)
+        .order_by(assignments.c.id)
+        .with_for_update(skip_locked=True)
       ).all()
       for assignment_id in ids:
         self._release(c, assignment_id, 'expired')
@@ -401,9 +458,13 @@ class Store:
   def claim(self, account) -> int | None:
     """The next task of an account: the id of its assignment, or None.
 
-    Who has a task open gets that one. Labelers get free slots of open batches;
+    Who has a task open gets that one, unless its batch was closed meanwhile.
+    Labelers get free slots of open batches, first of tasks that they had begun;
     in screening, all screening tasks. Researchers get every task, screening
     first, outside the overlap.
+
+    Raises:
+      StoreError: the account was suspended, or the site is too busy.
     """
     self.release_expired()
     for _ in range(_CLAIM_TRIES):
@@ -416,15 +477,21 @@ class Store:
     raise StoreError('The site is very busy. Please try again.')
 
   def _claim(self, connection, account):
-    opened = connection.scalar(
-      sa.select(assignments.c.id)
-      .where(
-        assignments.c.account_id == account.id, assignments.c.state == 'open'
-      )
-      .limit(1)
-    )
+    # As it is now, and one claim of an account at a time.
+    account = self._account(connection, account.id, lock=True)
+    if account.status == 'suspended':
+      raise StoreError('This account is suspended')
+    opened = self._opened(connection, account.id)
     if opened is not None:
       return opened
+    begun = (
+      sa.select(assignments.c.id)
+      .where(
+        assignments.c.task_id == tasks.c.id,
+        assignments.c.account_id == account.id,
+      )
+      .exists()
+    )
     mine = (
       sa.select(assignments.c.id)
       .where(
@@ -439,7 +506,12 @@ class Store:
       sa.select(tasks.c.id.label('task_id'))
       .join(batches, batches.c.id == tasks.c.batch_id)
       .where(sa.not_(mine), sa.not_(batches.c.closed))
-      .order_by(batches.c.screening.desc(), batches.c.id, tasks.c.id)
+      .order_by(
+        batches.c.screening.desc(),
+        sa.case((begun, 0), else_=1),
+        batches.c.id,
+        tasks.c.id,
+      )
       .limit(1)
     )
     if account.role == 'labeler':
@@ -460,6 +532,21 @@ class Store:
     else:
       self._hold(connection, found.slot_id, account.id)
     return self._assign(connection, found.task_id, account.id)
+
+  def _opened(self, connection, account_id):
+    """The assignment that an account works on, or None."""
+    return connection.scalar(
+      sa.select(assignments.c.id)
+      .join(tasks, tasks.c.id == assignments.c.task_id)
+      .join(batches, batches.c.id == tasks.c.batch_id)
+      .where(
+        assignments.c.account_id == account_id,
+        assignments.c.state == 'open',
+        sa.not_(batches.c.closed),
+      )
+      .order_by(assignments.c.id)
+      .limit(1)
+    )
 
   def _hold(self, connection, slot_id, account_id):
     changed = connection.execute(
@@ -578,11 +665,40 @@ class Store:
 
   def save_draft(
     self, assignment_id: int, account_id: int, page: str, posted: dict
-  ) -> None:
-    """Keeps one page as posted, complete or not."""
+  ) -> str:
+    """Keeps one page as posted, complete or not; returns the task's state.
+
+    A task whose time was over is taken up again, if it is still free and its
+    labeler has no other one open. Otherwise it stays `expired`: the draft is
+    kept and does not count.
+
+    Raises:
+      StoreError: not this account's task, or skipped.
+    """
     with self.write() as c:
-      work = self._own(c, assignment_id, account_id)
+      work = self._take_up(c, self._own(c, assignment_id, account_id))
       self._keep(c, work, page, posted)
+    return work['state']
+
+  def _take_up(self, connection, work):
+    """The work, open again where its time was over and that can be."""
+    if (
+      work['state'] != 'expired'
+      or work['closed']
+      or self._opened(connection, work['account_id']) is not None
+    ):
+      return work
+    try:
+      with connection.begin_nested():
+        self._regain(connection, work)
+    except StoreError:
+      return work
+    connection.execute(
+      assignments.update()
+      .where(assignments.c.id == work['id'])
+      .values(state='open')
+    )
+    return {**work, 'state': 'open'}
 
   def _keep(self, connection, work, page, posted):
     if work['state'] == 'skipped':
@@ -624,6 +740,7 @@ class Store:
         if earlier.assignment_id != assignment_id:
           raise StoreError('This page is too old. Please open the task again.')
         return earlier.revision
+      work = self._take_up(c, work)
       draft = self._keep(c, work, page, posted)
       failure = None
       try:
@@ -695,25 +812,39 @@ class Store:
       ) from error
 
   def skip(self, assignment_id: int, account_id: int, reason: str) -> None:
-    """Gives a task back for good, with the reason."""
+    """Gives a task back for good, with the reason; also after its time.
+
+    The same skip again changes nothing; another reason takes the place of the
+    first.
+
+    Raises:
+      StoreError: not this account's task, answered, or no reason.
+    """
     with self.write() as c:
       work = self._own(c, assignment_id, account_id)
       if work['state'] == 'submitted':
         raise StoreError('You have answered this task already')
       reason = answers.clean(reason, 'The reason').strip()
-      if not reason:
+      if invisible.is_blank(reason):
         raise StoreError('Please say why you skip this task')
-      if work['state'] == 'open':
-        self._release(c, assignment_id, 'skipped', reason)
+      if (work['state'], work['reason']) == ('skipped', reason):
+        return
+      # Who holds the slot of a task whose time was over keeps it.
+      self._release(c, assignment_id, 'skipped', reason)
       self.audit(c, account_id, 'skip', f'assignment {assignment_id}')
 
   def flag(self, assignment_id: int, account_id: int, text: str) -> None:
     """Tells the researchers that something is wrong with a task."""
     with self.write() as c:
-      self._own(c, assignment_id, account_id)
+      work = self._own(c, assignment_id, account_id)
       text = answers.clean(text, 'The note').strip()
-      if not text:
+      if invisible.is_blank(text):
         raise StoreError('Please say what is wrong')
+      c.execute(
+        assignments.update()
+        .where(assignments.c.id == assignment_id)
+        .values(**self._touched(work))
+      )
       c.execute(
         schema.flags.insert().values(
           assignment_id=assignment_id, text=text, time=self.clock()
@@ -755,6 +886,8 @@ class Store:
       'today': today,
       'median': ordered[len(ordered) // 2] if ordered else None,
       'open': listed['open'],
+      # What was begun is not lost to sight.
+      'late': [row for row in listed['expired'] if row.draft],
       'last': listed['submitted'][:20],
       'skipped': len(listed['skipped']),
     }
@@ -763,48 +896,131 @@ class Store:
 # --- Back-up ----------------------------------------------------------------
 
 
+def backup_name(path: str) -> str:
+  """The file that `backup` writes: the path, with .gz at its end."""
+  return path if path.endswith('.gz') else f'{path}.gz'
+
+
 def backup(engine: sa.Engine, path: str) -> int:
   """Writes every row to a gzipped JSONL file; returns how many.
 
   One consistent snapshot, readable into SQLite or PostgreSQL by `restore`.
+
+  Raises:
+    StoreError: the file exists, or cannot be written.
   """
+  name = pathlib.Path(backup_name(path))
+  if name.exists():
+    raise StoreError(f'{name} exists; give another name, or move it away')
   options = (
     {}
     if engine.dialect.name == 'sqlite'
     else {'isolation_level': 'REPEATABLE READ'}
   )
-  lines = [json.dumps({'format': _BACKUP_FORMAT, 'revision': revision(engine)})]
+  lines = []
   with engine.execution_options(**options).connect() as connection:
+    version = _revision(connection)
     for table in schema.metadata.sorted_tables:
       for row in connection.execute(sa.select(table)):
         lines.append(json.dumps([table.name, dict(row._mapping)]))
-  name = path if path.endswith('.gz') else f'{path}.gz'
-  records.write_bytes(name, '\n'.join([*lines, '']).encode())
-  return len(lines) - 1
+  header = {'format': _BACKUP_FORMAT, 'revision': version, 'rows': len(lines)}
+  content = '\n'.join([json.dumps(header), *lines, ''])
+  try:
+    records.write_bytes(name, content.encode())
+  except OSError as error:
+    raise StoreError(f'{name} cannot be written: {error.strerror}') from error
+  return len(lines)
+
+
+def _read_backup(path: str) -> tuple[str, list[tuple[int, str, dict]]]:
+  """(revision, (line, table, values) of each row) of a whole back-up."""
+  try:
+    content = gzip.decompress(pathlib.Path(path).read_bytes())
+  except FileNotFoundError as error:
+    raise StoreError(f'{path}: no such file') from error
+  except (OSError, EOFError, zlib.error) as error:
+    raise StoreError(
+      f'{path}: not a back-up of this site, or a damaged one ({error})'
+    ) from error
+  lines = content.split(b'\n')
+  try:
+    header = json.loads(lines[0])
+    if header['format'] != _BACKUP_FORMAT:
+      raise ValueError(f'its format is {header["format"]!r}')
+    version = str(header['revision'])
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
+    raise StoreError(f'{path}: not a back-up of this site ({error})') from error
+  _check_revision(version, path)
+  rows = []
+  for number, line in enumerate(lines[1:], start=2):
+    if not line:
+      continue
+    try:
+      name, values = json.loads(line)
+      rows.append((number, str(name), dict(values)))
+    except (ValueError, TypeError, RecursionError) as error:
+      raise StoreError(f'{path}: line {number} is damaged ({error})') from error
+  expected = header.get('rows', len(rows))
+  if len(rows) != expected:
+    raise StoreError(
+      f'{path}: damaged: holds {len(rows)} of {expected} rows; take another '
+      'copy'
+    )
+  return version, rows
+
+
+def _problem(table: sa.Table | None, values: dict) -> str:
+  """Why values cannot be a row of a table; '' if nothing speaks against it."""
+  if table is None:
+    return 'no such table'
+  if set(values) != set(table.c.keys()):
+    different = ', '.join(sorted(set(values) ^ set(table.c.keys())))
+    return f'missing or unknown columns of {table.name}: {different}'
+  for name, column in table.c.items():
+    if isinstance(column.type, sa.JSON):
+      continue
+    wanted = column.type.python_type
+    wanted = (int, float) if wanted is float else (wanted,)
+    value = values[name]
+    # A bool is an int to Python; SQLite takes anything.
+    fits = type(value) in wanted or (value is None and column.nullable)
+    if not fits:
+      return f'{table.name}.{name} is {value!r:.40}'
+  return ''
 
 
 def restore(engine: sa.Engine, path: str) -> int:
   """Fills an empty database from `backup`'s file; returns the row count.
 
+  One transaction: whatever goes wrong, the database is as empty as before.
+
   Raises:
-    StoreError: the database is not empty, or the file is not a back-up.
+    StoreError: the database is not empty; the file is no back-up, is damaged,
+      or is a newer program's.
   """
-  if revision(engine) is not None:
-    raise StoreError('the database is not empty; restore into a new one')
-  try:
-    lines = gzip.decompress(pathlib.Path(path).read_bytes()).split(b'\n')
-    header = json.loads(lines[0])
-    if header['format'] != _BACKUP_FORMAT:
-      raise ValueError('another format')
-  except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-    raise StoreError(f'{path}: not a back-up of this site ({error})') from error
-  migrate(engine, header['revision'])
-  count = 0
+  version, rows = _read_backup(path)
   with engine.execution_options(immediate=True).begin() as connection:
-    for line in filter(None, lines[1:]):
-      name, values = json.loads(line)
-      connection.execute(schema.metadata.tables[name].insert().values(**values))
-      count += 1
+    if sa.inspect(connection).get_table_names():
+      raise StoreError('the database is not empty; restore into a new one')
+    command.upgrade(_migrations(connection), version)
+    tables = sa.MetaData()  # As they were in the version of the back-up.
+    tables.reflect(connection)
+    for number, name, values in rows:
+      table = tables.tables.get(name)
+      problem = _problem(table, values)
+      try:
+        if not problem:
+          connection.execute(table.insert().values(**values))
+      except sa.exc.OperationalError:
+        raise  # The database is at fault, not the row.
+      # OverflowError and ValueError: the driver's, of numbers and texts.
+      except (sa.exc.StatementError, OverflowError, ValueError) as error:
+        problem = str(getattr(error, 'orig', error)).split('\n')[0]
+      if problem:
+        raise StoreError(
+          f'{path}: line {number} is damaged ({problem}); nothing was restored'
+        )
+    command.upgrade(_migrations(connection), 'head')
     if engine.dialect.name == 'postgresql':
       for table in schema.metadata.sorted_tables:
         if 'id' in table.c:
@@ -812,5 +1028,4 @@ def restore(engine: sa.Engine, path: str) -> int:
             f"SELECT setval(pg_get_serial_sequence('{table.name}', 'id'), "
             f'(SELECT coalesce(max(id), 0) + 1 FROM {table.name}), false)'
           )
-  migrate(engine)
-  return count
+  return len(rows)

@@ -15,6 +15,7 @@ import re
 import secrets
 import threading
 import traceback
+import unicodedata
 import urllib.parse
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,9 +24,8 @@ import jinja2
 import markupsafe
 import sqlalchemy as sa
 from starlette import applications, concurrency, requests, responses, routing
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from instruct_jax.data import records
+from instruct_jax.data import invisible, records
 from instruct_jax.labeling import answers, research, schema, store
 
 _HERE = pathlib.Path(__file__).parent
@@ -42,11 +42,11 @@ HEADERS = {
   'Cross-Origin-Opener-Policy': 'same-origin',
   'Cross-Origin-Resource-Policy': 'same-origin',
 }
-# Characters that change how text looks without being seen: controls, zero
-# width, direction marks and overrides, joiners, byte order mark, tags.
-_HIDDEN = re.compile(
-  '[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u115f\u1160\u180e\u200b-\u200f'
-  '\u2028-\u202e\u2060-\u206f\u3164\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]'
+# What a form's token is called, and the cookie that must hold it, too.
+JOINING = 'joining'
+SIGNED_OUT = (
+  'You are signed out here: the session is over, or you have signed in on '
+  'another browser since. Please ask for a new link.'
 )
 _LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
 _ALLOWED = {
@@ -102,7 +102,9 @@ class Visit:
 def shown(text: str) -> markupsafe.Markup:
   """Hostile text as HTML: escaped, and what cannot be seen made visible."""
   parts, last = [], 0
-  for match in _HIDDEN.finditer(text):
+  for match in invisible.HIDDEN.finditer(text):
+    if _is_emoji_style(text, match.start()):
+      continue
     parts.append(markupsafe.escape(text[last : match.start()]))
     parts.append(
       markupsafe.Markup('<span class="hidden-character">{}</span>').format(
@@ -112,6 +114,14 @@ def shown(text: str) -> markupsafe.Markup:
     last = match.end()
   parts.append(markupsafe.escape(text[last:]))
   return markupsafe.Markup('').join(parts)
+
+
+def _is_emoji_style(text, place):
+  """A selector that only chooses the picture of the symbol before it."""
+  if text[place] != '\ufe0f' or not place:
+    return False
+  before = text[place - 1]
+  return before in '#*0123456789' or unicodedata.category(before) == 'So'
 
 
 def instruction_html(text: str) -> markupsafe.Markup:
@@ -159,7 +169,10 @@ def _estimate(value):
 
 
 class RateLimit:
-  """At most `per_minute` requests a key in any minute, in memory."""
+  """At most `per_minute` requests a key in any minute, in memory.
+
+  Refused requests count as well: who goes on asking stays refused.
+  """
 
   def __init__(self, clock: Callable[[], float]):
     self._clock = clock
@@ -177,10 +190,11 @@ class RateLimit:
       times = self._times[key]
       while times and times[0] <= now - 60:
         times.popleft()
-      if len(times) >= per_minute:
-        return False
+      allowed = len(times) < per_minute
       times.append(now)
-      return True
+      if not allowed:
+        times.popleft()  # The newest `per_minute` are enough to know.
+      return allowed
 
 
 # --- Everybody --------------------------------------------------------------
@@ -188,7 +202,8 @@ class RateLimit:
 
 def welcome(visit):
   if visit.account is None:
-    return visit.page('welcome.html')
+    signed_out = COOKIE in visit.request.cookies
+    return visit.page('welcome.html', message=SIGNED_OUT if signed_out else '')
   if (
     visit.account.role == 'admin' and 'label' not in visit.request.query_params
   ):
@@ -205,25 +220,54 @@ def show_invitation(visit):
       410,
       'This link was used before or has expired. Please ask for a new one.',
     )
-  return visit.page('join.html')
+  # The same for several links open at a time.
+  joining = visit.request.cookies.get(JOINING) or secrets.token_urlsafe(24)
+  reply = visit.page('join.html', joining=joining)
+  # No other site can read it, and none can send it along.
+  _set_cookie(visit, reply, JOINING, joining, 3600, 'strict')
+  return reply
 
 
 def join(visit):
-  config = visit.store.config
+  """Signs in; only from the page that the link opens.
+
+  Another site could otherwise sign a visitor in as somebody else, who would
+  then label under that name.
+  """
+  sent = visit.request.cookies.get(JOINING, '')
+  if not sent or not _same(visit.form.get(JOINING, ''), sent):
+    raise RefusedError(
+      403, 'Please open your invitation link again and press the button there.'
+    )
   try:
-    session = visit.store.join(visit.request.path_params['token'])
+    session = visit.store.join(
+      visit.request.path_params['token'], visit.request.cookies.get(COOKIE, '')
+    )
   except store.StoreError as error:
     raise RefusedError(410, str(error)) from error
   reply = _to('/')
-  reply.set_cookie(
-    COOKIE,
-    session,
-    max_age=int(config.session_days * 86400),
-    httponly=True,
-    samesite='lax',
-    secure=config.public_url.startswith('https://'),
-  )
+  lifetime = int(visit.store.config.session_days * 86400)
+  _set_cookie(visit, reply, COOKIE, session, lifetime, 'lax')
+  reply.delete_cookie(JOINING)
   return reply
+
+
+def _set_cookie(visit, reply, name, value, seconds, samesite):
+  reply.set_cookie(
+    name,
+    value,
+    max_age=seconds,
+    httponly=True,
+    samesite=samesite,
+    secure=visit.store.config.public_url.startswith('https://'),
+  )
+
+
+def _same(a, b):
+  """Whether two texts are equal, in a time that says nothing about them."""
+  return hmac.compare_digest(
+    a.encode('utf-8', 'replace'), b.encode('utf-8', 'replace')
+  )
 
 
 def leave(visit):
@@ -418,8 +462,12 @@ def answer_task(visit):
         work['id'], visit.account.id, name, posted, form.get('submission', '')
       )
       return _to(f'/?label=1&saved={work["id"]}-{revision}')
-    visit.store.save_draft(work['id'], visit.account.id, name, posted)
+    state = visit.store.save_draft(work['id'], visit.account.id, name, posted)
     if action == 'autosave':
+      if state == 'expired':
+        return responses.PlainTextResponse(
+          'Draft saved, but the time of this task is over', 202
+        )
       return responses.Response(status_code=204)
     if action == 'draft':
       return _to('/?label=1&draft=1')
@@ -687,6 +735,10 @@ def show_audit(visit):
   return visit.page('audit.html', rows=rows)
 
 
+def missing(visit):
+  raise RefusedError(404, 'There is no such page.')
+
+
 ROUTES = (
   ('GET', '/', 'anyone', welcome),
   ('GET', '/static/{name}', 'anyone', static),
@@ -725,12 +777,21 @@ def _to(path):
   return responses.RedirectResponse(path, 303)
 
 
+def _address(text):
+  """The parts of a URL that a request's header holds."""
+  try:
+    return urllib.parse.urlsplit(text)
+  except ValueError as error:
+    raise RefusedError(400, 'The request could not be read.') from error
+
+
 class _Site:
   """What all requests share."""
 
   def __init__(self, the_store, public_url, exports):
     self.store = the_store
     self.public_url = public_url.rstrip('/')
+    self.host = urllib.parse.urlsplit(public_url).hostname
     self.exports = pathlib.Path(exports)
     self.limit = RateLimit(the_store.clock)
     self.templates = jinja2.Environment(
@@ -740,6 +801,7 @@ class _Site:
       trim_blocks=True,
       lstrip_blocks=True,
     )
+    self.templates.tests['blank'] = invisible.is_blank
     self.templates.filters.update(
       shown=shown,
       when=_when,
@@ -768,6 +830,39 @@ class _Site:
       raise RefusedError(400, 'The form could not be read.') from error
     return dict(fields)
 
+  def _count(self, request, account):
+    """Refuses what comes too often, whatever else is wrong with it."""
+    config = self.store.config
+    key = f'account {account.id}' if account else None
+    most = config.requests_per_minute
+    if key is None:
+      joins = request.url.path.startswith('/join/')
+      address = request.client.host if request.client else ''
+      key = f'{"joins" if joins else "address"} {address}'
+      most = config.joins_per_minute if joins else most
+    if not self.limit.allows(key, most):
+      raise RefusedError(429, 'Too many requests. Please wait a minute.')
+
+  def _check_place(self, request):
+    """Refuses other hosts' names, and forms that are on another site's page.
+
+    Browsers say where a form comes from; programs that are none need not.
+    """
+    host = request.headers.get('host', '')
+    if _address(f'//{host}').hostname != self.host:
+      raise RefusedError(400, 'This site has another address.')
+    if request.method in ('GET', 'HEAD'):
+      return
+    # 'none': the visitor's own doing, as when a page is loaded again.
+    fetch = request.headers.get('sec-fetch-site', 'none')
+    origin = request.headers.get('origin', f'//{host}')
+    own = (host, _address(self.public_url).netloc)
+    place = _address(origin).netloc
+    if fetch not in ('same-origin', 'none') or place not in own:
+      raise RefusedError(
+        403, 'This form was on a page of another site. Please use ours.'
+      )
+
   async def dispatch(self, request, access, handler):
     """Runs a handler for those who may; every reply has the same headers."""
     account, reply = None, None
@@ -776,21 +871,15 @@ class _Site:
       if token:
         account = await concurrency.run_in_threadpool(self.store.session, token)
       config = self.store.config
-      address = request.client.host if request.client else ''
-      if account is None:
-        joins = request.url.path.startswith('/join/')
-        allowed = access == 'anyone' and self.limit.allows(
-          f'{"joins" if joins else "address"} {address}',
-          config.joins_per_minute if joins else config.requests_per_minute,
+      self._count(request, account)
+      self._check_place(request)
+      if account is None and access != 'anyone':
+        raise RefusedError(
+          401,
+          SIGNED_OUT
+          if token
+          else 'Please use your invitation link to sign in.',
         )
-        if access != 'anyone':
-          raise RefusedError(401, 'Please use your invitation link to sign in.')
-      else:
-        allowed = self.limit.allows(
-          f'account {account.id}', config.requests_per_minute
-        )
-      if not allowed:
-        raise RefusedError(429, 'Too many requests. Please wait a minute.')
       if account is not None and account.role not in _ALLOWED[access]:
         # As for a page that does not exist: the site says nothing about it.
         raise RefusedError(404, 'There is no such page.')
@@ -801,10 +890,9 @@ class _Site:
           request,
           config.max_import_bytes if is_admin else config.max_body_bytes,
         )
-        if account is not None and not hmac.compare_digest(
-          form.get('csrf', '').encode('utf-8', 'replace'),
-          account.csrf.encode(),
-        ):
+        # Signing in has a token of its own, for who is signed out.
+        own_token = account is None or handler is join
+        if not own_token and not _same(form.get('csrf', ''), account.csrf):
           raise RefusedError(
             403, 'This page is too old. Please go back and load it again.'
           )
@@ -852,19 +940,11 @@ def make_app(
 
     return respond
 
-  async def missing(request, error):
-    del request, error
-    reply = site.error(None, 404, 'There is no such page.')
-    reply.headers.update(HEADERS)
-    return reply
-
-  host = urllib.parse.urlsplit(public_url).hostname
-  app = applications.Starlette(
-    routes=[
-      routing.Route(path, endpoint(access, handler), methods=[method])
-      for method, path, access, handler in ROUTES
-    ],
-    exception_handlers={404: missing, 405: missing},
-  )
-  app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host])
-  return app
+  routes = [
+    routing.Route(path, endpoint(access, handler), methods=[method])
+    for method, path, access, handler in ROUTES
+  ]
+  # What does not exist is counted and refused like everything else.
+  nothing = routing.Route('/{path:path}', endpoint('anyone', missing))
+  nothing.methods = None  # All of them.
+  return applications.Starlette(routes=[*routes, nothing])

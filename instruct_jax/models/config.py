@@ -7,6 +7,7 @@ heads for the same model, and that is used here.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,29 @@ RESIDUALS = ('sequential', 'parallel', 'parallel_one_norm')
 ACTIVATIONS = ('gelu_tanh', 'gelu', 'silu', 'relu')
 SCALINGS = ('none', 'linear', 'llama3', 'yarn')
 ATTENTIONS = ('auto', 'xla', 'flash')
+
+
+# What a stage's config may say of how its models compute.
+STAGE_KEYS = {
+  'compute_dtype': ('', *COMPUTE_DTYPES),
+  'frozen_dtype': COMPUTE_DTYPES,
+  'remat': REMAT_POLICIES,
+  'attention': ATTENTIONS,
+}
+
+
+def check_stage(config: Mapping[str, Any]) -> None:
+  """Checks the keys of a stage's config that say how its models compute.
+
+  Raises:
+    ValueError: a value there is no such thing for. An empty compute_dtype
+      keeps what each model folder says (published ones: 'float32').
+  """
+  for key, known in STAGE_KEYS.items():
+    if key in config and config[key] not in known:
+      raise ValueError(
+        f'{key} must be one of {", ".join(map(repr, known))}: {config[key]!r}'
+      )
 
 
 @dataclasses.dataclass(frozen=True)

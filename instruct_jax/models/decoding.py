@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from instruct_jax.models import transformer
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.heads import Policy
 from instruct_jax.models.transformer import Block, LayerCache, make_sights
@@ -134,19 +133,82 @@ def read(
     tokens: padded on the right.
     lengths: real tokens of each row.
   """
-  config = module.config
   segments = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
-  _, cache = module.apply(
+  _, (keys, values) = module.apply(
     {'params': {'trunk': weights.trunk}},
     tokens,
     segments.astype(jnp.int32),
-    transformer.make_cache(config, *tokens.shape),
-    method=lambda model, tokens, segments, cache: model.trunk(
-      tokens, segments, cache=cache
+    method=lambda model, tokens, segments: model.trunk(
+      tokens, segments, keeps_keys=True
     ),
   )
-  return tuple(
-    (cache.keys[i], cache.values[i]) for i in range(config.num_layers)
+  return tuple((keys[i], values[i]) for i in range(module.config.num_layers))
+
+
+def extend(
+  module: Policy,
+  weights: Weights,
+  tokens: Int[Array, 'S t'],
+  lengths: Int[Array, 'S'],
+  cache: SlotCache,
+) -> tuple[Float[Array, 'S t D'], SlotCache]:
+  """Reads more tokens in every row; what the last layer writes for each.
+
+  Args:
+    module: the policy.
+    weights: of the policy.
+    tokens: each row's next tokens.
+    lengths: columns of each row that are filled, which is the position of the
+      first token.
+    cache: of the tokens before; comes back with these from column `lengths`
+      on.
+  """
+  config = module.config
+  positions = lengths[:, None] + jnp.arange(tokens.shape[1])[None, :]
+  num_columns = cache[0][0].shape[2]
+  columns = jnp.broadcast_to(
+    jnp.arange(num_columns)[None, :], (tokens.shape[0], num_columns)
+  )
+  sights = make_sights(
+    config,
+    positions,
+    columns,
+    columns[:, None, :] <= positions[:, :, None],
+    None,
+    None,
+  )
+  x = module.apply(
+    {'params': {'trunk': weights.trunk}},
+    tokens,
+    jnp.clip(positions, 0, config.context_length - 1),
+    method=lambda model, *args: model.trunk.embed(*args),
+  )
+  windowed = config.window_layers or (False,) * config.num_layers
+  after = []
+  for params, (keys, values), is_windowed in zip(
+    weights.layers, cache, windowed, strict=True
+  ):
+    x, layer = Block(config).apply(
+      {'params': _turned_back(config, params)},
+      x,
+      False,
+      [sights[is_windowed]],
+      True,
+      cache=LayerCache(keys, values, lengths),
+    )
+    after.append((layer.keys, layer.values))
+  return x, tuple(after)
+
+
+def logits_of(
+  module: Policy, weights: Weights, x: Float[Array, '*b D']
+) -> Float[Array, '*b V']:
+  """float32 logits of the next token, from what `extend` gives."""
+  return module.apply(
+    {'params': {'trunk': weights.unembedding}},
+    x,
+    x.ndim == 2,  # One token a row.
+    method=lambda model, *args: model.trunk.logits(*args),
   )
 
 
@@ -159,50 +221,7 @@ def step(
 ) -> tuple[Float[Array, 'S V'], SlotCache]:
   """Reads one more token in every row; float32 logits of the next.
 
-  Args:
-    module: the policy.
-    weights: of the policy.
-    tokens: each row's next token.
-    lengths: columns of each row that are filled, which is the position of the
-      token.
-    cache: of the tokens before; comes back with this one in column `lengths`.
+  Args and cache as in `extend`, with one token a row.
   """
-  config = module.config
-  positions = lengths[:, None]
-  num_columns = cache[0][0].shape[2]
-  columns = jnp.broadcast_to(
-    jnp.arange(num_columns)[None, :], (tokens.shape[0], num_columns)
-  )
-  sights = make_sights(
-    config,
-    positions,
-    columns,
-    (columns <= positions)[:, None, :],
-    None,
-    None,
-  )
-  x = module.apply(
-    {'params': {'trunk': weights.trunk}},
-    tokens[:, None],
-    jnp.clip(positions, 0, config.context_length - 1),
-    method=lambda model, *args: model.trunk.embed(*args),
-  )
-  windowed = config.window_layers or (False,) * config.num_layers
-  after = []
-  for params, (keys, values), is_windowed in zip(
-    weights.layers, cache, windowed, strict=True
-  ):
-    (x, layer), _ = Block(config).apply(
-      {'params': _turned_back(config, params)},
-      (x, LayerCache(keys, values, lengths)),
-      (0, False),
-      [sights[is_windowed]],
-      True,
-    )
-    after.append((layer.keys, layer.values))
-  logits = module.apply(
-    {'params': {'trunk': weights.unembedding}},
-    x[:, 0],
-    method=lambda model, x: model.trunk.logits(x),
-  )
-  return logits, tuple(after)
+  x, cache = extend(module, weights, tokens[:, None], lengths, cache)
+  return logits_of(module, weights, x[:, 0]), cache

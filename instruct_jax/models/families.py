@@ -1,11 +1,15 @@
 """The published families: what their config.json says and how weights are laid.
 
-Only names, numbers and layouts: nothing here knows a device. Arithmetic is
-`transformers` 5's; older spellings of the same fields are read too.
+Only names, numbers and layouts: nothing here knows a device. What a field of
+config.json means is what `transformers` makes of it: its own configuration
+classes fill in what is absent and read older spellings, and a field that its
+code does not read is not read here either.
 """
 
+import copy
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,20 +19,23 @@ _WITHOUT_EFFECT = frozenset(
   _name_or_path architectures attention_dropout attn_pdrop bos_token_id
   chunk_size_feed_forward classifier_dropout dtype embd_pdrop eos_token_id
   gradient_checkpointing hidden_dropout id2label initializer_range is_decoder
-  label2id max_window_layers model_type n_ctx num_labels output_attentions
-  output_hidden_states output_past pad_token_id pretraining_tp problem_type
-  resid_pdrop return_dict summary_activation summary_first_dropout
-  summary_proj_to_labels summary_type summary_use_proj task_specific_params
-  tokenizer_class torch_dtype transformers_version unsloth_version use_cache
-  cache_implementation _attn_implementation attention_probs_dropout_prob
-  hidden_dropout_prob
+  is_llama_config label2id max_window_layers model_type n_ctx num_labels
+  output_attentions output_hidden_states output_past pad_token_id
+  pretraining_tp problem_type resid_pdrop return_dict summary_activation
+  summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+  task_specific_params tokenizer_class torch_dtype transformers.js_config
+  transformers_version unsloth_version use_cache cache_implementation
+  _attn_implementation attention_probs_dropout_prob hidden_dropout_prob rotary
   """.split()  # noqa: SIM905
 )
 # Fields that are handled at one value only, which is the usual one.
 _ONLY = {
   'add_cross_attention': False,
+  'attention_bias': False,
   'is_encoder_decoder': False,
+  'mlp_bias': False,
   'reorder_and_upcast_attn': False,
+  'rope_interleaved': False,
   'scale_attn_by_inverse_layer_idx': False,
   'scale_attn_weights': True,
   'use_bidirectional_attention': False,
@@ -37,7 +44,10 @@ _ONLY = {
 _ACTIVATIONS = {
   'gelu_new': 'gelu_tanh',
   'gelu_fast': 'gelu_tanh',
+  'gelu_accurate': 'gelu_tanh',
+  'gelu_python_tanh': 'gelu_tanh',
   'gelu_pytorch_tanh': 'gelu_tanh',
+  'gelu_python': 'gelu',
   'gelu': 'gelu',
   'silu': 'silu',
   'swish': 'silu',
@@ -55,35 +65,123 @@ FAMILIES = {
   'gemma2': 'Gemma2ForCausalLM',
   'gemma3_text': 'Gemma3ForCausalLM',
 }
-# What transformers assumes where config.json is silent.
-_TIED = ('gpt2', 'gemma', 'gemma2', 'gemma3_text')
+# Spellings that the reference's configuration classes read and rewrite.
+_ROTARY = ('partial_rotary_factor', 'rope_parameters', 'rope_scaling')
+_OLDER = {
+  'gpt_neox': (*_ROTARY, 'rope_theta', 'rotary_emb_base', 'rotary_pct'),
+  'gemma3_text': (
+    *_ROTARY,
+    'rope_theta',
+    'rope_local_base_freq',
+    'sliding_window_pattern',
+    '_sliding_window_pattern',
+  ),
+  **dict.fromkeys(
+    ('llama', 'mistral', 'qwen2', 'qwen3', 'gemma', 'gemma2'),
+    (*_ROTARY, 'rope_theta', 'original_max_position_embeddings'),
+  ),
+}
+_ROPE_TYPES = ('default', 'linear', 'dynamic', 'llama3', 'yarn')
+# In these the name of the activation has two fields, of which one is read.
+_OTHER_ACTIVATION = {
+  'gemma': 'hidden_activation',
+  'gemma2': 'hidden_act',
+  'gemma3_text': 'hidden_act',
+}
+# Defaults of the reference that are a certain model's size and no convention.
+_SIZES = (
+  'vocab_size',
+  'hidden_size',
+  'num_hidden_layers',
+  'num_attention_heads',
+  'max_position_embeddings',
+)
 
 
 class _Fields:
-  """A config.json that notices which of its fields were read."""
+  """A config.json as the reference reads it, and which fields were read."""
 
-  def __init__(self, values: Mapping[str, Any], where: str = ''):
-    self.values, self.where = values, where
-    self.read = set()
+  def __init__(self, family: str, values: Mapping[str, Any]):
+    self.family, self.values = family, values
+    if family in _OLDER:
+      _check_rope_types(values)
+    self.resolved = _as_reference(family, values)
+    aliases = getattr(self.resolved, 'attribute_map', {})
+    for name in _SIZES:
+      if name not in values and aliases.get(name) not in values:
+        raise ValueError(f'config.json: {aliases.get(name, name)} is missing')
+    self.aliases = {own: name for name, own in aliases.items()}
+    self.read = {'num_tokens', 'score_shift', *_OLDER.get(family, ())}
+    self.read |= {_OTHER_ACTIVATION.get(family)}
 
   def take(self, name: str, *default: Any) -> Any:
-    self.read.add(name)
-    if name in self.values and (self.values[name] is not None or not default):
-      return self.values[name]
-    if not default:
-      raise ValueError(f'config.json: {self.where}{name} is missing')
-    return default[0]
+    """The reference's value; a default is for what its class may not have."""
+    self.read |= {name, self.aliases.get(name)}
+    return getattr(self.resolved, name, *default)
 
-  def finish(self, family: str, ignored: frozenset[str] = frozenset()) -> None:
-    for name, value in self.values.items():
-      if name in self.read or name in ignored or value is None:
+  def finish(self) -> None:
+    """Refuses what the file says and nothing here has read."""
+    ignored = self.read | _WITHOUT_EFFECT | _generation_fields()
+    _refuse_rest(self.values, ignored, self.family)
+
+
+def _check_rope_types(values):
+  for name in ('rope_parameters', 'rope_scaling'):
+    parameters = values.get(name) or {}
+    for each in (parameters, *parameters.values()):
+      if not isinstance(each, Mapping):
         continue
-      if name in _ONLY and value == _ONLY[name]:
-        continue
-      raise ValueError(
-        f'config.json: {self.where}{name} = {value!r} is not handled for '
-        f'{family}; remove the field only if it changes nothing'
-      )
+      kind = each.get('rope_type', each.get('type', 'default'))
+      if kind not in _ROPE_TYPES:
+        raise ValueError(f'config.json: rope_type {kind!r} is not handled')
+
+
+def _refuse_rest(values, ignored, family, where=''):
+  for name, value in values.items():
+    if name in ignored or value is None:
+      continue
+    if name in _ONLY and value == _ONLY[name]:
+      continue
+    raise ValueError(
+      f'config.json: {where}{name} = {value!r} is not handled for '
+      f'{family}; remove the field only if it changes nothing'
+    )
+
+
+def _generation_fields() -> set[str]:
+  """Of how to sample: the reference keeps them out of the model."""
+  import transformers
+
+  return set(transformers.GenerationConfig().to_dict())
+
+
+def _as_reference(family, values):
+  """The configuration object that `transformers` makes of a config.json."""
+  # A second to import; presets do not need it.
+  import transformers
+
+  model_type = family
+  if family == 'mistral' and 'layer_types' in values:
+    model_type = 'ministral'  # As its AutoConfig does.
+  values = copy.deepcopy({**values, 'model_type': model_type})
+  level = transformers.logging.get_verbosity()
+  transformers.logging.set_verbosity_error()
+  try:
+    with warnings.catch_warnings(action='ignore'):  # Of older spellings.
+      resolved = transformers.CONFIG_MAPPING[model_type].from_dict(values)
+    if getattr(resolved, 'rope_parameters', None):
+      # Its rotary functions do so once more, and then see all fields.
+      resolved.standardize_rope_params()
+  # Validation errors of several kinds, and whatever odd values lead to.
+  except Exception as error:
+    reason = str(error).strip().splitlines() or ['']
+    raise ValueError(
+      f'config.json: transformers {transformers.__version__} refuses it for '
+      f'{family}: {reason[-1].strip()}'
+    ) from error
+  finally:
+    transformers.logging.set_verbosity(level)
+  return resolved
 
 
 def read_config(config_json: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +201,7 @@ def read_config(config_json: Mapping[str, Any]) -> dict[str, Any]:
       f'config.json: model_type {family!r} is not handled; known: '
       f'{", ".join(FAMILIES)}'
     )
-  fields = _Fields(config_json)
+  fields = _Fields(family, config_json)
   if family in ('gpt2', 'gptj'):
     values = _gpt(family, fields)
   elif family == 'gpt_neox':
@@ -111,13 +209,30 @@ def read_config(config_json: Mapping[str, Any]) -> dict[str, Any]:
   else:
     values = _llama_like(family, fields)
   values['embedding_rows'] = values['vocab_size'] = fields.take('vocab_size')
-  values['tied'] = fields.take('tie_word_embeddings', family in _TIED)
-  # Of our own exports: how many of the rows are tokens, and the score's shift.
-  values['vocab_size'] = fields.take('num_tokens', values['vocab_size'])
-  fields.take('score_shift', None)
+  values['tied'] = fields.take('tie_word_embeddings')
+  # Of our own exports: how many of the rows are tokens.
+  values['vocab_size'] = config_json.get('num_tokens', values['vocab_size'])
   values['vocab_multiple'] = 1
-  fields.finish(family, _WITHOUT_EFFECT)
+  fields.finish()
   return values
+
+
+def score_pad_id(config_json: Mapping[str, Any]) -> int:
+  """The token that a published sequence classifier skips at a row's end.
+
+  It reads its score at a row's last token that is not `pad_token_id`, which is
+  often the EOS. -1: it has none and reads at the last token.
+
+  Raises:
+    ValueError: it has another number of labels than one.
+  """
+  resolved = _as_reference(config_json['model_type'], config_json)
+  if resolved.num_labels != 1:
+    raise ValueError(
+      f'config.json: {resolved.num_labels} labels (id2label, num_labels; two '
+      'where neither is given); a reward model has one'
+    )
+  return -1 if resolved.pad_token_id is None else resolved.pad_token_id
 
 
 def _activation(name: str) -> str:
@@ -128,30 +243,26 @@ def _activation(name: str) -> str:
 
 def _gpt(family, fields):
   width, num_heads = fields.take('n_embd'), fields.take('n_head')
+  inner = fields.take('n_inner')
   values = {
     'context_length': fields.take('n_positions'),
     'num_layers': fields.take('n_layer'),
     'width': width,
     'num_heads': num_heads,
     'head_dim': width // num_heads,
-    'mlp_dim': fields.take('n_inner', 4 * width),
-    'norm_epsilon': fields.take('layer_norm_epsilon', 1e-5),
-    'activation': _activation(fields.take('activation_function', 'gelu_new')),
+    'mlp_dim': 4 * width if inner is None else inner,
+    'norm_epsilon': fields.take('layer_norm_epsilon'),
+    'activation': _activation(fields.take('activation_function')),
   }
   if family == 'gptj':
     values |= {
-      'rotary': {
-        'dim': fields.take('rotary_dim', width // num_heads),
-        'interleaved': True,
-      },
+      'rotary': {'dim': fields.take('rotary_dim'), 'interleaved': True},
       'residual': 'parallel_one_norm',
       'qkv_bias': False,
       'out_bias': False,
       'unembed_bias': True,
     }
-    # A field that original GPT-J files carry and no code reads.
-    fields.take('rotary', None)
-    fields.take('scale_attn_weights', True)
+    fields.take('scale_attn_weights', True)  # GPT-J's code does not read it.
   return values
 
 
@@ -161,8 +272,9 @@ def _gpt_neox(fields):
     fields.take('num_attention_heads'),
   )
   context = fields.take('max_position_embeddings')
-  parallel = fields.take('use_parallel_residual', True)
-  bias = fields.take('attention_bias', True)
+  parallel = fields.take('use_parallel_residual')
+  bias = fields.take('attention_bias')
+  parameters = fields.take('rope_parameters')
   return {
     'context_length': context,
     'num_layers': fields.take('num_hidden_layers'),
@@ -170,9 +282,9 @@ def _gpt_neox(fields):
     'num_heads': num_heads,
     'head_dim': width // num_heads,
     'mlp_dim': fields.take('intermediate_size'),
-    'norm_epsilon': fields.take('layer_norm_eps', 1e-5),
-    'activation': _activation(fields.take('hidden_act', 'gelu')),
-    'rotary': _rotaries(fields, width // num_heads, context, 0.25)[0],
+    'norm_epsilon': fields.take('layer_norm_eps'),
+    'activation': _activation(fields.take('hidden_act')),
+    'rotary': _rotary(parameters, width // num_heads, context, partial=True),
     'residual': 'parallel' if parallel else 'sequential',
     'qkv_bias': bias,
     'out_bias': bias,
@@ -186,32 +298,30 @@ def _llama_like(family, fields):
     fields.take('num_attention_heads'),
   )
   num_layers = fields.take('num_hidden_layers')
-  # Qwen 3 and Gemma: 128 and 256 where the file is silent.
-  usual = 256 if gemma else 128 if family == 'qwen3' else width // num_heads
-  head_dim = fields.take('head_dim', usual)
-  context = fields.take('max_position_embeddings')
-  activation = fields.take('hidden_act', 'gelu_pytorch_tanh')
-  activation = fields.take('hidden_activation', activation)
-  if family == 'gemma' and activation == 'gelu':
-    # The first Gemma's files say so and mean the other one; so do its authors'
-    # and the reference's code.
-    activation = 'gelu_pytorch_tanh'
-  rotary, window_rotary = _rotaries(fields, head_dim, context, 1.0)
-  if not gemma and family in ('llama', 'qwen3'):
-    bias = fields.take('attention_bias', False)
-  else:
-    bias = gemma and fields.take('attention_bias', False)
+  head_dim = fields.take('head_dim', width // num_heads)
+  if head_dim is None:
+    raise ValueError(
+      f'config.json: head_dim is null or missing, which transformers does not '
+      f'read for {family} with these fields; give it'
+    )
+  activation = fields.take(
+    'hidden_activation' if family in ('gemma2', 'gemma3_text') else 'hidden_act'
+  )
+  # The others have no such field, or ignore it; `_ONLY` refuses it there.
+  biased = family in ('llama', 'qwen3') or gemma
+  bias = biased and fields.take('attention_bias')
   window, window_layers = _windows(family, fields, num_layers)
+  rotary, window_rotary = _rotaries(family, fields, head_dim, window_layers)
   values = {
-    'context_length': context,
+    'context_length': fields.take('max_position_embeddings'),
     'num_layers': num_layers,
     'width': width,
     'num_heads': num_heads,
-    'num_kv_heads': fields.take('num_key_value_heads', num_heads),
+    'num_kv_heads': fields.take('num_key_value_heads'),
     'head_dim': head_dim,
     'mlp_dim': fields.take('intermediate_size'),
     'norm': 'rms_plus_one' if gemma else 'rms',
-    'norm_epsilon': fields.take('rms_norm_eps', 1e-6),
+    'norm_epsilon': fields.take('rms_norm_eps'),
     'activation': _activation(activation),
     'rotary': rotary,
     'window_rotary': window_rotary,
@@ -220,7 +330,7 @@ def _llama_like(family, fields):
     'gated_mlp': True,
     'qkv_bias': bias or family == 'qwen2',
     'out_bias': bias,
-    'mlp_bias': family == 'llama' and fields.take('mlp_bias', False),
+    'mlp_bias': family == 'llama' and fields.take('mlp_bias'),
     'qk_norm': family in ('qwen3', 'gemma3_text'),
   }
   if gemma:
@@ -228,120 +338,161 @@ def _llama_like(family, fields):
   if family in ('gemma2', 'gemma3_text'):
     values |= {
       'post_norms': True,
-      'query_scale': fields.take('query_pre_attn_scalar', 256) ** -0.5,
-      'attention_softcap': fields.take('attn_logit_softcapping', 0.0),
-      'logit_softcap': fields.take('final_logit_softcapping', 0.0),
+      'query_scale': fields.take('query_pre_attn_scalar') ** -0.5,
+      'attention_softcap': _softcap(fields, 'attn_logit_softcapping'),
+      'logit_softcap': _softcap(fields, 'final_logit_softcapping'),
     }
+  if family == 'gemma3_text':
+    # The field is there, and the reference's attention never gets it.
+    values['attention_softcap'] = 0.0
   return values
+
+
+def _softcap(fields, name):
+  cap = fields.take(name)
+  if cap is not None and not cap > 0:
+    raise ValueError(f'config.json: {name} must be positive or null: {cap!r}')
+  return cap or 0.0
 
 
 def _windows(family, fields, num_layers):
   """The window and the layers that have it."""
   if family in ('llama', 'gemma'):
     return 0, ()
-  window = fields.take('sliding_window', 0)
-  pattern = fields.take('_sliding_window_pattern', 6)
-  pattern = fields.take('sliding_window_pattern', pattern)
-  first = fields.take('max_window_layers', 0)
-  if family.startswith('qwen') and not fields.take('use_sliding_window', False):
-    window = 0
-  if family == 'mistral':
-    usual = [True] * num_layers
-  elif family == 'gemma2':
-    usual = [layer % 2 == 0 for layer in range(num_layers)]
-  elif family == 'gemma3_text':
-    usual = [(layer + 1) % pattern != 0 for layer in range(num_layers)]
-  else:
-    usual = [layer >= first for layer in range(num_layers)]
+  window = fields.take('sliding_window')
+  if family.startswith('qwen'):
+    fields.take('use_sliding_window')
   kinds = fields.take('layer_types', None)
-  if kinds is not None:
-    unknown = set(kinds) - {'sliding_attention', 'full_attention'}
-    if unknown or len(kinds) != num_layers:
-      raise ValueError(
-        f'config.json: layer_types has {len(kinds)} entries for {num_layers} '
-        f'layers, kinds not handled: {sorted(unknown)}'
-      )
-    usual = [kind == 'sliding_attention' for kind in kinds]
-  if not window or not any(usual):
-    return 0, ()
-  return window, usual
-
-
-def _rotaries(fields, head_dim, context, usual_part):
-  """Rotary positions of plain and of windowed layers (None: the same)."""
-  parameters = fields.take('rope_parameters', None)
-  theta = fields.take('rope_theta', 10_000.0)
-  theta = fields.take('rotary_emb_base', theta)
-  local_theta = fields.take('rope_local_base_freq', None)
-  part = fields.take('partial_rotary_factor', usual_part)
-  part = fields.take('rotary_pct', part)
-  older = fields.take('rope_scaling', None)
-  original = fields.take('original_max_position_embeddings', None)
-  if parameters is None:
-    parameters = {'rope_theta': theta, **(older or {})}
-    if local_theta is not None:
-      parameters = {
-        'full_attention': parameters,
-        'sliding_attention': {'rope_theta': local_theta},
-      }
-
-  def one(values):
-    values = {'rope_theta': theta, 'partial_rotary_factor': part, **values}
-    if original is not None:
-      values.setdefault('original_max_position_embeddings', original)
-    return _rotary(values, head_dim, context)
-
-  if 'full_attention' in parameters:
-    return (
-      one(parameters['full_attention']),
-      one(parameters['sliding_attention']),
+  if kinds is None:  # Mistral: all layers, or none.
+    kinds = ['full_attention' if window is None else 'sliding_attention']
+    kinds *= num_layers
+  unknown = set(kinds) - {'sliding_attention', 'full_attention'}
+  if unknown:
+    raise ValueError(
+      f'config.json: layer_types has kinds that are not handled: '
+      f'{sorted(unknown)}'
     )
-  return one(parameters), None
+  near = [kind == 'sliding_attention' for kind in kinds]
+  if not any(near):
+    return 0, ()
+  if window is None or window < 1:
+    raise ValueError(
+      f'config.json: {sum(near)} layers of layer_types have a sliding window, '
+      f'and sliding_window is {window!r}'
+      + (', or use_sliding_window off' if family.startswith('qwen') else '')
+    )
+  return window, near
 
 
-def _rotary(values, head_dim, context):
-  fields = _Fields(values, 'rope_parameters.')
-  kind = fields.take('type', 'default')
-  kind = fields.take('rope_type', kind)
+def _rotaries(family, fields, head_dim, window_layers):
+  """Rotary positions of plain and of windowed layers (None: the same)."""
+  context = fields.take('max_position_embeddings')
+  parameters = fields.take('rope_parameters')
+  if family != 'gemma3_text':
+    return _rotary(parameters, head_dim, context), None
+  _refuse_rest(
+    parameters,
+    {'full_attention', 'sliding_attention', 'rope_type', 'rope_theta'},
+    family,
+    'rope_parameters.',
+  )
+  plain, near = (
+    _rotary(parameters[kind], head_dim, context, nested=True)
+    for kind in ('full_attention', 'sliding_attention')
+  )
+  if window_layers and all(window_layers):
+    return near, None
+  return plain, near if window_layers else None
+
+
+def _rotary(values, head_dim, context, partial=False, nested=False):
+  """One layer kind's rotary positions.
+
+  Args:
+    values: `rope_parameters` of the reference.
+    head_dim: components of a head.
+    context: `max_position_embeddings`.
+    partial: whether the family's code can turn a part of a head.
+    nested: whether the model has parameters for each kind of layer.
+  """
+  read = {'rope_type', 'type', 'partial_rotary_factor'}
+
+  def number(name, *default):
+    read.add(name)
+    value = values.get(name)
+    if value is None and default:
+      return default[0]
+    if not isinstance(value, int | float) or isinstance(value, bool):
+      raise ValueError(
+        f'config.json: rope_parameters.{name} must be a number: {value!r}'
+      )
+    return value
+
+  kind = values.get('rope_type')
+  if kind is None:
+    raise ValueError(
+      'config.json: rope_parameters for each kind of layer are not handled for '
+      'this family; it has one rotary position for all layers'
+    )
+  part = values.get('partial_rotary_factor', 1.0)
+  if not partial and kind == 'default':
+    part = 1.0  # The reference's code for this family never reads it.
+  elif not partial and int(head_dim * part) != head_dim:
+    raise ValueError(
+      f'config.json: partial_rotary_factor = {part!r} with rope_type {kind!r} '
+      "is not handled; the reference's code turns whole heads"
+    )
   rotary = {
-    'dim': int(head_dim * fields.take('partial_rotary_factor')),
-    'theta': float(fields.take('rope_theta')),
+    'dim': int(head_dim * part),
+    'theta': float(number('rope_theta')),
   }
+  if rotary['dim'] < 2 or rotary['dim'] % 2:
+    raise ValueError(
+      f'config.json: {part!r} of a head of {head_dim} turns {rotary["dim"]} '
+      'components; only an even number, 2 or more, is handled'
+    )
   if kind == 'linear':
-    rotary |= {'scaling': kind, 'factor': fields.take('factor')}
+    rotary |= {'scaling': kind, 'factor': number('factor')}
   elif kind == 'dynamic':
     # Stretches only what is longer than the context, which is an error here.
-    fields.take('factor')
-    fields.take('original_max_position_embeddings', context)
+    number('factor')
+    read.add('original_max_position_embeddings')
   elif kind == 'llama3':
     rotary |= {
       'scaling': kind,
-      'factor': fields.take('factor'),
-      'original_context': fields.take('original_max_position_embeddings'),
-      'low': fields.take('low_freq_factor'),
-      'high': fields.take('high_freq_factor'),
+      'factor': number('factor'),
+      'original_context': number('original_max_position_embeddings'),
+      'low': number('low_freq_factor'),
+      'high': number('high_freq_factor'),
     }
+    if rotary['low'] >= rotary['high']:
+      raise ValueError(
+        f'config.json: rope_parameters.low_freq_factor {rotary["low"]} must be '
+        f'below high_freq_factor {rotary["high"]}'
+      )
   elif kind == 'yarn':
-    factor = fields.take('factor')
+    original = number('original_max_position_embeddings')
+    factor = number('factor', context / original)
     # DeepSeek's spelling: two factors, where both are given and not 0.
-    whole, each = fields.take('mscale', 0), fields.take('mscale_all_dim', 0)
+    whole, each = number('mscale', 0), number('mscale_all_dim', 0)
     magnitude = _yarn_magnitude(factor)
     if whole and each:
       magnitude = _yarn_magnitude(factor, whole) / _yarn_magnitude(factor, each)
     rotary |= {
       'scaling': kind,
       'factor': factor,
-      'original_context': fields.take(
-        'original_max_position_embeddings', context
-      ),
-      'low': fields.take('beta_slow', 1),
-      'high': fields.take('beta_fast', 32),
-      'truncate': fields.take('truncate', True),
-      'magnitude': fields.take('attention_factor', magnitude),
+      'original_context': original,
+      'low': number('beta_slow', 1) or 1,
+      'high': number('beta_fast', 32) or 32,
+      # The reference looks for it beside the kinds of layers, not in them.
+      'truncate': nested or bool(values.get('truncate', True)),
+      'magnitude': number('attention_factor', magnitude),
     }
-  elif kind != 'default':
-    raise ValueError(f'config.json: rope_type {kind!r} is not handled')
-  fields.finish(kind)
+    read.add('truncate')
+  else:
+    # Of another type's fields the reference's default reads none.
+    read |= {'factor', 'original_max_position_embeddings'}
+  _refuse_rest(values, read, kind, 'rope_parameters.')
   return rotary
 
 
@@ -379,6 +530,15 @@ class Entry:
     return self.path[0] == 'layers'
 
 
+def embedding_names(family: str) -> tuple[str, str]:
+  """The published tensors of a language model's embedding and unembedding."""
+  return {
+    'gpt2': ('transformer.wte.weight', 'lm_head.weight'),
+    'gptj': ('transformer.wte.weight', 'lm_head.weight'),
+    'gpt_neox': ('gpt_neox.embed_in.weight', 'embed_out.weight'),
+  }.get(family, ('model.embed_tokens.weight', 'lm_head.weight'))
+
+
 def entries(family: str, config: Any, scalar: bool = False) -> list[Entry]:
   """Where each parameter of a model lies in the family's published tensors.
 
@@ -409,9 +569,10 @@ def entries(family: str, config: Any, scalar: bool = False) -> list[Entry]:
   def layer(name):
     return ('layers', name)
 
+  embedding, unembedding = embedding_names(family)
+  plain(('token_embedding',), embedding, rows, D)
   if family == 'gpt2':
     top, block = 'transformer.', 'transformer.h.{}.'
-    plain(('token_embedding',), top + 'wte.weight', rows, D)
     plain(('position_embedding',), top + 'wpe.weight', config.context_length, D)
     for index, name in enumerate(('query', 'key', 'value')):
       found.append(
@@ -441,10 +602,8 @@ def entries(family: str, config: Any, scalar: bool = False) -> list[Entry]:
     norm(layer('attention_norm'), block + 'ln_1')
     norm(layer('mlp_norm'), block + 'ln_2')
     norm(('final_norm',), top + 'ln_f')
-    unembedding = 'lm_head'
   elif family == 'gptj':
     top, block = 'transformer.', 'transformer.h.{}.'
-    plain(('token_embedding',), top + 'wte.weight', rows, D)
     for name, short in (('query', 'q'), ('key', 'k'), ('value', 'v')):
       linear(
         layer(f'{name}_kernel'),
@@ -459,10 +618,8 @@ def entries(family: str, config: Any, scalar: bool = False) -> list[Entry]:
     plain(layer('down_bias'), block + 'mlp.fc_out.bias', D)
     norm(layer('attention_norm'), block + 'ln_1')
     norm(('final_norm',), top + 'ln_f')
-    unembedding = 'lm_head'
   elif family == 'gpt_neox':
     top, block = 'gpt_neox.', 'gpt_neox.layers.{}.'
-    plain(('token_embedding',), top + 'embed_in.weight', rows, D)
     for index, name in enumerate(('query', 'key', 'value')):
       found.append(
         Entry(
@@ -493,10 +650,8 @@ def entries(family: str, config: Any, scalar: bool = False) -> list[Entry]:
     norm(layer('attention_norm'), block + 'input_layernorm')
     norm(layer('mlp_norm'), block + 'post_attention_layernorm')
     norm(('final_norm',), top + 'final_layer_norm')
-    unembedding = 'embed_out'
   else:
     top, block = 'model.', 'model.layers.{}.'
-    plain(('token_embedding',), top + 'embed_tokens.weight', rows, D)
     for name, num in (('query', N), ('key', K), ('value', K)):
       published = f'{block}self_attn.{name[0]}_proj.'
       linear(layer(f'{name}_kernel'), published + 'weight', (D,), (num, H))
@@ -523,14 +678,14 @@ def entries(family: str, config: Any, scalar: bool = False) -> list[Entry]:
     else:
       norm(layer('mlp_norm'), block + 'post_attention_layernorm')
     norm(('final_norm',), top + 'norm')
-    unembedding = 'lm_head'
   if scalar:
     found.append(Entry(('head_kernel',), 'score.weight', (1, D), (0,), (0, 0)))
     return found
   if not config.tied:
-    plain(('unembedding',), f'{unembedding}.weight', rows, D)
+    plain(('unembedding',), unembedding, rows, D)
   if config.unembed_bias:
-    plain(('unembedding_bias',), f'{unembedding}.bias', rows)
+    name = unembedding.removesuffix('weight') + 'bias'
+    plain(('unembedding_bias',), name, rows)
   return found
 
 

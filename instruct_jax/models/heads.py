@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from instruct_jax.models.config import TransformerConfig
-from instruct_jax.models.transformer import Cache, Transformer
+from instruct_jax.models.transformer import Transformer, positions_of
 
 
 def token_logprobs(
@@ -53,68 +53,40 @@ class Policy(nn.Module):
     hidden, _ = self.trunk(tokens, segments, deterministic=deterministic)
     return self.trunk.unembed(hidden)
 
-  def extend(
-    self,
-    tokens: Int[Array, 'B T'],
-    mask: Bool[Array, 'B T'],
-    cache: Cache,
-  ) -> tuple[Float[Array, 'B V'], Cache]:
-    """Reads more tokens into the cache; logits after the last of them only."""
-    hidden, cache = self.trunk(tokens, mask.astype(jnp.int32), cache=cache)
-    return self.trunk.unembed(hidden[:, -1]), cache
-
-  def text_logprobs(
-    self,
-    tokens: Int[Array, 'B T'],
-    segments: Int[Array, 'B T'],
-    deterministic: bool = True,
-  ) -> Float[Array, 'B T']:
-    """log p(token | earlier tokens of its segment); column 0 is 0."""
-    hidden, _ = self.trunk(tokens, segments, deterministic=deterministic)
-    logprobs, _ = self._logprobs(hidden[:, :-1], tokens[:, 1:], 1.0)
-    return jnp.pad(logprobs, ((0, 0), (1, 0)))
-
-  def response_logprobs(
-    self,
-    tokens: Int[Array, 'B T'],
-    mask: Bool[Array, 'B T'],
-    num_response: int,
-    temperature: float = 1.0,
-  ) -> tuple[Float[Array, 'B R'], Float[Array, 'B R']]:
-    """Log-probabilities and entropies of the last `num_response` tokens.
-
-    Prompt positions never meet the unembedding.
-    """
-    hidden, _ = self.trunk(tokens, mask.astype(jnp.int32))
-    # The token in column t is predicted from column t - 1.
-    return self._logprobs(
-      hidden[:, -num_response - 1 : -1],
-      tokens[:, -num_response:],
-      temperature,
-    )
-
-  def packed_logprobs(
+  def logprobs(
     self,
     tokens: Int[Array, 'M T'],
     segments: Int[Array, 'M T'],
-    where: Int[Array, 'M Q'],
-    targets: Int[Array, 'M Q'],
+    where: Int[Array, 'M Q'] | None = None,
+    *,
     temperature: float = 1.0,
     longest: int = 0,
-  ) -> tuple[Float[Array, 'M Q'], Float[Array, 'M Q']]:
-    """Log-probabilities and entropies of chosen tokens of packed rows.
+    deterministic: bool = True,
+  ) -> tuple[Float[Array, 'M _'], Float[Array, 'M _']]:
+    """log p(token | earlier tokens of its segment) and entropies, nats.
 
     Args:
-      tokens, segments: see `Transformer.__call__`.
+      tokens, segments, longest: see `Transformer.__call__`.
       where: columns of the positions that predict; no other one meets the
-        unembedding.
-      targets: what each of them predicts.
+        unembedding. None is all of them.
       temperature: divides the logits.
-      longest: tokens of the longest segment; 0 is a whole row.
+      deterministic: True switches dropout off.
+
+    Returns:
+      Of the tokens that `where` predicts [M, Q]; of all tokens [M, T], where
+      column 0, which nothing precedes, is 0.
     """
-    hidden, _ = self.trunk(tokens, segments, longest=longest)
+    hidden, _ = self.trunk(
+      tokens, segments, deterministic=deterministic, longest=longest
+    )
+    if where is None:
+      found = self._logprobs(hidden[:, :-1], tokens[:, 1:], temperature)
+      return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (1, 0))), found)
     hidden = jnp.take_along_axis(hidden, where[:, :, None], axis=1)
-    # A packed row stands for several padded ones: as many logits at one time.
+    # A token stands one column after the position that predicts it.
+    columns = jnp.minimum(where + 1, tokens.shape[1] - 1)
+    targets = jnp.take_along_axis(tokens, columns, axis=1)
+    # A dense row stands for several episodes: as many logits at one time.
     rows = tokens.shape[1] // longest if longest else 1
     return self._logprobs(hidden, targets, temperature, max(1, rows))
 
@@ -167,9 +139,16 @@ class ScalarModel(nn.Module):
   The head starts at N(0, 1/(d_model + 1)) with bias 0 (Stiennon et al. B.1).
   The reward model's mean-zero shift lives in that bias, so it cannot be lost
   between saving, PPO and evaluation.
+
+  Attributes:
+    config: of the trunk.
+    skipped_id: a reward model's score is read at the last token that is not
+      this one; -1 is the last token. Published classifiers take their
+      `pad_token_id`, which is often the EOS, and then read one token earlier.
   """
 
   config: TransformerConfig
+  skipped_id: int = -1
 
   def setup(self):
     self.trunk = Transformer(self.config, unembeds=False)
@@ -204,3 +183,43 @@ class ScalarModel(nn.Module):
       'btd,d->bt', hidden.astype(jnp.float32), self.head_kernel
     )
     return scalars + self.head_bias
+
+
+def read_scores(
+  module: ScalarModel,
+  scalars: Float[Array, 'B T'],
+  tokens: Int[Array, 'B T'],
+  segments: Int[Array, 'B T'] | Bool[Array, 'B T'],
+  ends: Int[Array, '*b'] | None = None,
+) -> Float[Array, '*b']:
+  """Where the score of a reward model is read: the one place that knows.
+
+  Args:
+    module: the reward model.
+    scalars: what it computes at each position.
+    tokens, segments: what it read; a mask does as segments where each row is
+      one sequence, padded on either side.
+    ends: of each sequence, the last token's place in the flattened rows; None
+      is one sequence a row.
+
+  Returns:
+    One score a sequence, at its last token that is not `skipped_id`; at its
+    first token where there is none.
+  """
+  num_tokens = tokens.shape[1]
+  columns = jnp.arange(num_tokens)[None, :]
+  if ends is None:
+    last = jnp.max(jnp.where(segments > 0, columns, 0), axis=1)
+  else:
+    last = ends % num_tokens
+
+  def at(values, column):
+    if ends is None:  # Within each row: its device need ask no other.
+      return jnp.take_along_axis(values, column[:, None], axis=1)[:, 0]
+    return values.reshape(-1)[ends - ends % num_tokens + column]
+
+  if module.skipped_id >= 0:
+    first = columns - positions_of(segments.astype(jnp.int32))
+    kept = jnp.where(tokens != module.skipped_id, columns, 0)
+    last = at(jnp.maximum(jax.lax.cummax(kept, axis=1), first), last)
+  return at(scalars, last)

@@ -7,6 +7,7 @@ never the model. Reading is strict both ways: no tensor missing, none left over,
 every shape as config.json says, every number finite.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -144,6 +145,54 @@ def _open_file(path):
   return tensors
 
 
+def published_config(folder: pathlib.Path) -> TransformerConfig:
+  """The shape of a folder's language model, by config.json and its tensors.
+
+  Where config.json says that the unembedding is the embedding and the files
+  hold another one, the model has both, as in `transformers`.
+
+  Raises:
+    ValueError: see `TransformerConfig.from_hf` and `open_tensors`.
+  """
+  described = read_config(folder)
+  config = TransformerConfig.from_hf(described)
+  if config.tied and _other_unembedding(
+    described['model_type'], _open_named(folder, described['model_type'])
+  ):
+    return dataclasses.replace(config, tied=False)
+  return config
+
+
+def _open_named(folder, family):
+  """`open_tensors`, under the names that the language model gives them."""
+  tensors = open_tensors(folder)
+  prefix = {'gpt2': 'transformer.', 'gptj': 'transformer.'}.get(family, '')
+  if prefix and not any(name.startswith(prefix) for name in tensors):
+    # GPT-2's own files were saved from inside the language model.
+    tensors = {
+      name if name.startswith('lm_head') else prefix + name: tensor
+      for name, tensor in tensors.items()
+    }
+  return tensors
+
+
+def _other_unembedding(family, tensors) -> bool:
+  """Whether the files hold an unembedding that is not the embedding."""
+  embedding, unembedding = map(tensors.get, families.embedding_names(family))
+  if embedding is None or unembedding is None:
+    return False
+  if embedding.shape != unembedding.shape:
+    return True
+  step = max(1, _BLOCK_BYTES // max(1, embedding[:1].nbytes))
+  return any(
+    not np.array_equal(
+      _map_again(embedding)[start : start + step],
+      _map_again(unembedding)[start : start + step],
+    )
+    for start in range(0, len(embedding), step)
+  )
+
+
 def load_params(
   folder: pathlib.Path,
   config: TransformerConfig,
@@ -156,28 +205,35 @@ def load_params(
 
   Args:
     folder: holds config.json and safetensors files.
-    config: of the model to make; may have more tokens than the folder's.
+    config: of the model to make; may have more tokens than the folder's. Of
+      a language model it is tied or not as `published_config` says.
     abstract: `ShapeDtypeStruct`s with shardings; 'head_kernel' in it asks for
       a sequence classifier with one label.
 
   Raises:
     ValueError: a tensor is missing, left over, of the wrong shape, or holds
-      numbers that are not finite; each is named.
+      numbers that are not finite; each is named. Or `config` is tied and the
+      files hold an unembedding of its own.
   """
   described = read_config(folder)
   family = described['model_type']
-  published = TransformerConfig.from_hf(described)
+  published = dataclasses.replace(
+    TransformerConfig.from_hf(described), tied=config.tied
+  )
   scalar = 'head_kernel' in abstract
   entries = families.entries(family, published, scalar)
-  tensors = open_tensors(folder)
-  prefix = {'gpt2': 'transformer.', 'gptj': 'transformer.'}.get(family, '')
-  if prefix and not any(name.startswith(prefix) for name in tensors):
-    # GPT-2's own files were saved from inside the language model.
-    tensors = {
-      name if name.startswith('lm_head') else prefix + name: tensor
-      for name, tensor in tensors.items()
-    }
-  _check_names(folder, entries, tensors, published)
+  tensors = _open_named(folder, family)
+  embedding, unembedding = families.embedding_names(family)
+  if config.tied and not scalar and embedding not in tensors:
+    # One matrix, under its other name.
+    if unembedding in tensors:
+      tensors[embedding] = tensors.pop(unembedding)
+  elif config.tied and not scalar and _other_unembedding(family, tensors):
+    raise ValueError(
+      f'{folder}: config.json says that the unembedding is the embedding, and '
+      f'{unembedding} holds another one'
+    )
+  _check_names(folder, family, entries, tensors, published)
   params = {}
   for entry in entries:
     path = (
@@ -210,7 +266,7 @@ def _names(entry, config):
   return [entry.name.format(layer) for layer in layers]
 
 
-def _check_names(folder, entries, tensors, config):
+def _check_names(folder, family, entries, tensors, config):
   shapes = {}
   for entry in entries:
     for name in _names(entry, config):
@@ -220,7 +276,7 @@ def _check_names(folder, entries, tensors, config):
   extra = [name for name in extra if not name.endswith(_BUFFERS)]
   if config.tied:
     # Some files repeat the tied embedding.
-    extra = [n for n in extra if n not in ('lm_head.weight',)]
+    extra = [n for n in extra if n != families.embedding_names(family)[1]]
   for kind, names in (('missing', missing), ('left over', extra)):
     if names:
       raise ValueError(

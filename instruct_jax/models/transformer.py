@@ -4,8 +4,8 @@ GPT-3's by default: pre-layer-norm blocks, learned positions, GELU, tied
 embedding. The switches of `TransformerConfig` make it GPT-J, GPT-NeoX, Llama,
 Mistral, Qwen or Gemma. The layers run through `nn.scan`, so that compile time
 does not grow with depth and parameters are stacked with a leading `layers`
-axis. `deterministic` and `cache` are call arguments: the same module trains,
-scores and decodes.
+axis. `deterministic` and `cache` are call arguments: the same blocks train,
+score and decode (`decoding.py`).
 """
 
 import functools
@@ -25,62 +25,6 @@ MASKED = -1e9
 
 
 @flax.struct.dataclass
-class Cache:
-  """Keys and values of the tokens already read, one slot a token.
-
-  Attributes:
-    keys, values: in the compute dtype; heads before slots, so that a decode
-      step multiplies them as they lie.
-    mask: slots that hold a real token.
-    length: slots written so far, the same for every row.
-    is_empty: static; known to be so while tracing, a flash kernel may read the
-      prompt, which has then only itself to look at.
-  """
-
-  keys: Float[Array, 'L B K S H']
-  values: Float[Array, 'L B K S H']
-  mask: Bool[Array, 'B S']
-  length: Int[Array, '']
-  is_empty: bool = flax.struct.field(pytree_node=False, default=False)
-
-  def extended(self, layer, keys, values):
-    """With one layer's new keys and values, and all of that layer's.
-
-    The whole stack is carried and written in place: one [B, t] stripe a layer,
-    not a copy of the cache.
-    """
-    start = (layer, 0, 0, self.length, 0)
-    cache = self.replace(
-      keys=jax.lax.dynamic_update_slice(self.keys, keys[None], start),
-      values=jax.lax.dynamic_update_slice(self.values, values[None], start),
-    )
-    return (
-      cache,
-      jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False),
-      jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False),
-    )
-
-
-def make_cache(config: TransformerConfig, batch: int, slots: int) -> Cache:
-  """An empty cache for `batch` rows of up to `slots` tokens."""
-  shape = (
-    config.num_layers,
-    batch,
-    config.kv_heads,
-    slots,
-    config.head_dim,
-  )
-  dtype = jnp.dtype(config.compute_dtype)
-  return Cache(
-    keys=jnp.zeros(shape, dtype),
-    values=jnp.zeros(shape, dtype),
-    mask=jnp.zeros((batch, slots), bool),
-    length=jnp.zeros((), jnp.int32),
-    is_empty=True,
-  )
-
-
-@flax.struct.dataclass
 class LayerCache:
   """One layer's keys and values, each row filled as far as it goes.
 
@@ -96,9 +40,8 @@ class LayerCache:
   values: Float[Array, 'S K W H']
   lengths: Int[Array, 'S']
 
-  def extended(self, layer, keys, values):
+  def extended(self, keys, values):
     """With the tokens' own keys and values, and what they may look at."""
-    del layer  # It is this one.
 
     def put(row, new, length):
       return jax.lax.dynamic_update_slice(row, new, (0, length, 0))
@@ -286,18 +229,27 @@ def make_sights(
 class Block(nn.Module):
   """One layer: x + attention(norm(x)), then x + MLP(norm(x)), or in parallel.
 
-  `sights` holds the `Sight` of plain layers and, where the model has windows,
-  that of windowed ones; `layer` is the layer's number and whether it is one.
+  Args of a call:
+    x: the residual stream [B, T, D].
+    windowed: whether the layer has the window.
+    sights: the `Sight` of plain layers and, where the model has windows, that
+      of windowed ones.
+    deterministic: True switches dropout off.
+    keeps_keys: return the tokens' own keys and values, too.
+    cache: keys and values of earlier tokens, to which these are added.
+
+  Returns:
+    The stream, and: the cache; or (keys, values) [B, K, T, H]; or None.
   """
 
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, carry, layer, sights, deterministic):
+  def __call__(
+    self, x, windowed, sights, deterministic, keeps_keys=False, cache=None
+  ):
     config = self.config
     dtype = jnp.dtype(config.compute_dtype)
-    x, cache = carry
-    layer, windowed = layer
     sight = sights[0]
     if len(sights) > 1:
       sight = jax.tree.map(
@@ -330,7 +282,7 @@ class Block(nn.Module):
     H, F = config.head_dim, config.mlp_dim
 
     # One token a row: weights are most of what is read.
-    is_step = isinstance(cache, LayerCache)
+    is_step = cache is not None and x.shape[1] == 1
     project = functools.partial(dense, kernel_first=is_step)
 
     def project_heads(name, h, num, axis):
@@ -355,17 +307,12 @@ class Block(nn.Module):
     if config.rotary is not None:
       queries = rotate(queries, sight.tables, config.rotary)
       keys = rotate(keys, sight.tables, config.rotary)
-    fresh_keys, fresh_values = keys, values
+    kept = (keys, values) if keeps_keys else None
     if cache is not None:
-      cache, keys, values = cache.extended(layer, keys, values)
+      kept, keys, values = cache.extended(keys, values)
     if sight.kernel is not None:
       mixed = attention.flash(
-        config,
-        sight.kernel,
-        queries,
-        fresh_keys,
-        fresh_values,
-        sight.segments,
+        config, sight.kernel, queries, keys, values, sight.segments
       )
     elif sight.block:
       mixed = attention.in_blocks(
@@ -409,7 +356,7 @@ class Block(nn.Module):
       h = activation(up)
     h = drop(post_norm('mlp_post_norm', project(h, down_kernel, down_bias)))
     x = x + h if config.residual == 'sequential' else x + attended + h
-    return (x, cache), None
+    return x, kept
 
 
 def attend(
@@ -442,9 +389,9 @@ def _remat(block, policy: str):
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     'full': jax.checkpoint_policies.nothing_saveable,
   }
-  # `deterministic` (argument 4, `self` counted) is a Python bool.
+  # `deterministic` and `keeps_keys` (`self` is argument 0) are Python bools.
   return nn.remat(
-    block, policy=policies[policy], prevent_cse=False, static_argnums=(4,)
+    block, policy=policies[policy], prevent_cse=False, static_argnums=(4, 5)
   )
 
 
@@ -496,7 +443,7 @@ class Transformer(nn.Module):
       _remat(Block, config.remat),
       variable_axes={'params': 0},
       split_rngs={'params': True, 'dropout': True},
-      in_axes=(0, nn.broadcast, nn.broadcast),
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
       length=config.num_layers,
       unroll=config.scan_unroll,
       metadata_params={nn.PARTITION_NAME: 'layers'},
@@ -511,9 +458,9 @@ class Transformer(nn.Module):
     segments: Int[Array, 'B T'],
     *,
     deterministic: bool = True,
-    cache: Cache | None = None,
     longest: int = 0,
-  ) -> tuple[Float[Array, 'B T D'], Cache | None]:
+    keeps_keys: bool = False,
+  ) -> tuple[Float[Array, 'B T D'], tuple[jax.Array, jax.Array] | None]:
     """Hidden states after the final norm.
 
     Args:
@@ -521,11 +468,10 @@ class Transformer(nn.Module):
       segments: 0 on padding, 1.. on real tokens (a mask is a fine one).
         Tokens attend to earlier tokens of their own segment only.
       deterministic: True switches dropout off.
-      cache: when given, the tokens continue the cached ones (one segment a
-        row) and the cache comes back with them added.
       longest: tokens of the longest segment, when rows may be much longer:
         attention then costs what segments cost, and not what rows do. 0: a
         segment may be as long as a row.
+      keeps_keys: return keys and values of all layers [L, B, K, T, H], too.
 
     Raises:
       ValueError: segments that may be longer than the context length.
@@ -537,34 +483,19 @@ class Transformer(nn.Module):
         f'{longest or num_tokens} tokens in a context of '
         f'{config.context_length}'
       )
-    mask = segments > 0
-    if cache is None:
-      positions = slot_positions = positions_of(segments)
-      columns = jnp.arange(num_tokens)
-      allowed = segments[:, :, None] == segments[:, None, :]
-      allowed &= (columns[:, None] >= columns[None, :])[None]
-      allowed &= mask[:, None, :]
-    else:
-      before = jnp.sum(cache.mask, axis=1, dtype=jnp.int32, keepdims=True)
-      positions = before + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-      cached_mask = jax.lax.dynamic_update_slice(
-        cache.mask, mask, (0, cache.length)
-      )
-      slot_positions = jnp.maximum(jnp.cumsum(cached_mask, axis=1) - 1, 0)
-      slots = jnp.arange(cached_mask.shape[1])
-      rows = cache.length + jnp.arange(num_tokens)
-      allowed = (rows[:, None] >= slots[None, :])[None]
-      allowed = allowed & cached_mask[:, None, :]
+    positions = positions_of(segments)
+    columns = jnp.arange(num_tokens)
+    allowed = segments[:, :, None] == segments[:, None, :]
+    allowed &= (columns[:, None] >= columns[None, :])[None]
+    allowed &= (segments > 0)[:, None, :]
     positions = jnp.clip(positions, 0, config.context_length - 1)
     x = self.embedding_dropout(
       self.embed(tokens, positions), deterministic=deterministic
     )
-    kernel = None
-    if cache is None or cache.is_empty:
-      kernel = attention.choose(config, tokens.shape[0], num_tokens)
+    kernel = attention.choose(config, tokens.shape[0], num_tokens)
     windowed = config.window_layers or (False,) * config.num_layers
     block = 0
-    if cache is None and kernel is None and not any(windowed):
+    if kernel is None and not any(windowed):
       block = attention.block_size(num_tokens, longest)
     if block:
       allowed = attention.allowed_in_blocks(segments, longest, block)
@@ -574,19 +505,16 @@ class Transformer(nn.Module):
       sights = [Sight(allowed, None, tables, block=block)]
     else:
       sights = make_sights(
-        config, positions, slot_positions, allowed, segments, kernel
+        config, positions, positions, allowed, segments, kernel
       )
-    (x, new_cache), _ = self.layers(
-      (x, cache),
-      (jnp.arange(config.num_layers), jnp.asarray(windowed, bool)),
+    x, kept = self.layers(
+      x,
+      jnp.asarray(windowed, bool),
       sights,
       deterministic,
+      keeps_keys,
     )
-    if cache is not None:
-      new_cache = new_cache.replace(
-        mask=cached_mask, length=cache.length + num_tokens, is_empty=False
-      )
-    return self.final_norm(x), new_cache
+    return self.final_norm(x), kept
 
   def embed(
     self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T']
@@ -603,9 +531,11 @@ class Transformer(nn.Module):
       x = x + self.position_embedding[positions]
     return x.astype(config.compute_dtype)
 
-  def logits(self, x: Float[Array, '*b D']) -> Float[Array, '*b V']:
-    """`unembed` of what the last layer wrote, for few rows."""
-    return self.unembed(self.final_norm(x), kernel_first=True)
+  def logits(
+    self, x: Float[Array, '*b D'], kernel_first: bool
+  ) -> Float[Array, '*b V']:
+    """`unembed` of what the last layer wrote."""
+    return self.unembed(self.final_norm(x), kernel_first)
 
   def unembed(
     self, hidden: Float[Array, '*b D'], kernel_first: bool = False

@@ -63,15 +63,16 @@ class Counts:
 
 
 def stop_ids(tokenizer: tokenizer_lib.Tokenizer) -> tuple[int, ...]:
-  """Tokens that end an answer: EOS, and every one with a newline in it (D)."""
+  """Tokens that end an answer: the tokenizer's, and every one with a newline
+  in it (D)."""
   texts = tokenizer.decode_batch([[i] for i in range(tokenizer.vocab_size)])
   newlines = [i for i, text in enumerate(texts) if '\n' in text]
-  return tuple(sorted({tokenizer.eos_id, *newlines}))
+  return tuple(sorted({*tokenizer.stop_ids, *newlines}))
 
 
 def answer_text(tokenizer: tokenizer_lib.Tokenizer, ids: Ids) -> str:
   """A sampled answer up to its first newline, without spaces around it."""
-  return tokenizer.decode(ids).split('\n')[0].strip()
+  return tokenizer.decode_response(ids).split('\n')[0].strip()
 
 
 def _key(*parts: Any) -> str:
@@ -118,10 +119,11 @@ def make_queries(
 ) -> tuple[list[Query], Counts]:
   """The queries of one task and prompt type that fit the model.
 
-  A few-shot prompt that is too long loses examples from its front, and is
-  counted; a query that does not fit even alone is left out, and counted. A
-  sentence of a bias task without prefix is read after EOS, which is where texts
-  begin.
+  Prompts and choices are read as training and rollouts read prompts and
+  responses: with BOS, and through the tokenizer's template. A few-shot prompt
+  that is too long loses examples from its front, and is counted; a query that
+  does not fit even alone is left out, and counted. A sentence of a bias task
+  without prefix is a document: it is read after BOS or EOS, where texts begin.
 
   Args:
     name: of the task.
@@ -142,16 +144,38 @@ def make_queries(
   if prompt_type == 'fewshot':
     counts.examples = len(shots)
 
+  start = list(tokenizer.prefix_ids) or [tokenizer.eos_id]
+
   def encode(texts):
-    return [ids or [tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+    prompts = iter(tokenizer.encode_prompts([text for text in texts if text]))
+    return [next(prompts) if text else start for text in texts]
 
   # All at once: the tokenizer then works on every core.
-  whole = encode([tasks.prompt(name, x, prompt_type, shots) for x in asked])
-  flat = iter(
-    tokenizer.encode_batch([choice for x in asked for choice in x.choices])
+  texts = [tasks.prompt(name, x, prompt_type, shots) for x in asked]
+  whole = encode(texts)
+  after_prompt = iter(
+    tokenizer.encode_responses(
+      [
+        c
+        for x, text in zip(asked, texts, strict=True)
+        if text
+        for c in x.choices
+      ]
+    )
   )
-  for item, ids in zip(asked, whole, strict=True):
-    choices = tuple(next(flat) for _ in item.choices)
+  alone = iter(
+    tokenizer.encode_batch(
+      [
+        c
+        for x, text in zip(asked, texts, strict=True)
+        if not text
+        for c in x.choices
+      ]
+    )
+  )
+  for item, text, ids in zip(asked, texts, whole, strict=True):
+    encoded = after_prompt if text else alone
+    choices = tuple(next(encoded) for _ in item.choices)
     room = context_length - max([task.max_tokens, *map(len, choices)])
     dropped = 0
     while len(ids) > room and dropped < counts.examples:

@@ -170,8 +170,12 @@ function setUpDrafts(form) {
     const reply = await fetch(form.getAttribute('action'), {
       method: 'POST', body, signal: AbortSignal.timeout(10000),
     }).catch(() => null);
-    const kept = reply !== null && reply.status === 204;
+    const kept = reply !== null && (reply.status === 204 || reply.status === 202);
     told.textContent = kept ? 'Draft saved' : 'The draft is not saved yet';
+    if (kept && reply.status === 202) told.textContent = await reply.text();
+    if (reply !== null && reply.status === 401) {
+      told.textContent = 'You are signed out here; the draft is not saved';
+    }
     if (!kept) changed = true;
     saving = null;
     // What the site refuses, it would refuse again.

@@ -1,0 +1,127 @@
+"""Centres a reward model on demonstrations (paper 3.5), a published one too.
+
+Published reward models have whatever mean their training left them. Here the
+head's bias is shifted so that the labelers' demonstrations score 0 on average,
+as the reward stage does for its own; which scores were seen is kept with it.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from instruct_jax import artifacts, queries
+from instruct_jax.data import loader, records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.infra import run as run_lib
+from instruct_jax.infra import sharding, slices
+from instruct_jax.models.config import check_stage
+
+
+def validate(config):
+  check_stage(config)
+  for key in ('reward_model', 'tokenizer', 'demonstrations'):
+    if not config[key]:
+      raise ValueError(f'{key} is empty; give its path')
+  for key in ('row_length', 'batch_size'):
+    if config[key] < 1:
+      raise ValueError(f'{key} must be positive: {config[key]}')
+
+
+def scores_of(config, model, comparisons, tokenizer, mesh):
+  """(scores of all completions that fit, number of records that do not)."""
+  rows, dropped = loader.comparison_rows(
+    comparisons,
+    tokenizer,
+    max(len(c.completions) for c in comparisons),
+    config.row_length,
+  )
+  program = sharding.fetched(queries.score_program(model.module))
+  present = rows.mask.any(axis=2)
+  scores = slices.in_batches(
+    lambda batch: program(model.params, *sharding.put_whole(batch, mesh)),
+    (rows.tokens[present], rows.mask[present]),
+    config.batch_size,
+  )
+  return scores, dropped
+
+
+def run(config, workdir: epath.Path):
+  """Reads a reward model, writes `model/` and results.json.
+
+  Args:
+    config: of configs/center_reward.py.
+    workdir: of the stage.
+
+  Returns:
+    What results.json holds: `reward_shift`, which is the demonstrations' mean
+    score before; `score_range` after, over the demonstrations and the answers
+    of `comparisons`; and the counts.
+
+  Raises:
+    ValueError: no demonstration fits, or the model is none for this tokenizer.
+  """
+  validate(config)
+  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  tokenizer_lib.check_published(tokenizer, config.reward_model)
+  demonstrations = records.read_jsonl(
+    config.demonstrations, records.Demonstration
+  )
+  ranked = []
+  if config.comparisons:
+    ranked = records.read_jsonl(config.comparisons, records.Comparison)
+  mesh = artifacts.make_mesh(
+    config.mesh, [config.reward_model], [config.batch_size]
+  )
+  with sharding.use_mesh(mesh):
+    model = artifacts.load(
+      config.reward_model,
+      'scalar',
+      mesh,
+      tokenizer,
+      compute_dtype=config.compute_dtype,
+    )
+    artifacts.check_context(model, config.row_length, 'row_length')
+    scores, dropped = scores_of(
+      config,
+      model,
+      [
+        records.Comparison(d.prompt, (d.response,), (1,), turns=d.turns)
+        for d in demonstrations
+      ],
+      tokenizer,
+      mesh,
+    )
+    run_lib.tell_dropped(
+      config.name, dropped.describe('demonstrations', 'row_length')
+    )
+    shift = float(np.mean(scores, dtype=np.float64))
+    seen, left_out = [scores], None
+    if ranked:
+      others, left_out = scores_of(config, model, ranked, tokenizer, mesh)
+      seen.append(others)
+    seen = np.concatenate(seen) - shift
+    results = {
+      'reward_shift': shift,
+      'standard_deviation': float(np.std(scores, dtype=np.float64)),
+      'score_range': [float(seen.min()), float(seen.max())],
+      'num_demonstrations': len(scores),
+      'num_dropped': dropped.total,
+      'num_answers': len(seen) - len(scores),
+      'num_comparisons_dropped': left_out.total if left_out else 0,
+    }
+    bias = model.params['head_bias'] - jnp.float32(shift)
+    artifacts.save(
+      workdir / 'model',
+      dataclasses.replace(model, params={**model.params, 'head_bias': bias}),
+      tokenizer,
+      {'stage': config.name, 'from': config.reward_model, **results},
+    )
+  run_lib.write_json(workdir / 'results.json', results)
+  low, high = results['score_range']
+  run_lib.say(
+    f'{config.name}: {len(scores)} demonstrations scored {shift:.3f} on '
+    f'average, and now 0; scores seen from {low:.3f} to {high:.3f}'
+  )
+  return results

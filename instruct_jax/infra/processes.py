@@ -1,0 +1,336 @@
+"""Several processes of one run: how they join, and how they end together.
+
+A process that fails says so to the others before it ends, through the service
+that has joined them; each of them then ends within seconds with one line. One
+that is killed says nothing, but its connection to the first process breaks,
+and that one tells the rest.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import NoReturn
+
+import jax
+from jax._src import distributed
+
+from instruct_jax.infra import run
+
+# Seconds without a sign of life after which the service counts a process as
+# lost, should nothing else have noticed.
+HEARTBEAT_SECONDS = 30
+# Seconds that a process which ends in order waits for the others to do so.
+SHUTDOWN_SECONDS = 30
+# Seconds in which all processes have to come.
+JOIN_SECONDS = 300
+# Seconds between looks for a failure elsewhere.
+_TICK = 0.5
+# Seconds that the first process, which keeps the service, waits for the others
+# to have read why it ends.
+_READ_SECONDS = 15
+
+_ENDED = 'instruct_jax/ended'
+_READ = 'instruct_jax/read/'
+_LIFELINE = 'instruct_jax/lifeline'
+_BYE = b'bye\n'
+# Seconds that a process whose collective broke waits to be told why.
+_WHY_SECONDS = 5
+# What a collective says whose other side is gone.
+_LOST_PEER = (
+  'gloo',
+  'unavailable',
+  'connection closed',
+  'connection reset',
+  'socket closed',
+  'broken pipe',
+  'another task',
+)
+
+_together: '_Together | None' = None
+
+
+def join(
+  coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+  """Joins the other processes of a run, before the first use of a device.
+
+  Args:
+    coordinator: HOST:PORT of process 0, 'auto' on a TPU pod, or None where
+      there is one process only.
+    num_processes, process_id: how many there are, and this one's number.
+
+  Raises:
+    ValueError: an address without numbers, or numbers without an address.
+    RuntimeError: not all of them came.
+  """
+  global _together
+  if coordinator is None:
+    if num_processes is not None or process_id is not None:
+      raise ValueError('--num_processes and --process_id need --coordinator')
+    return
+  arguments = {}
+  if coordinator != 'auto':
+    if num_processes is None or process_id is None:
+      raise ValueError(
+        f'--coordinator={coordinator} needs --num_processes and --process_id '
+        '(on a TPU pod: --coordinator=auto alone)'
+      )
+    if not 0 <= process_id < num_processes:
+      raise ValueError(
+        f'--process_id={process_id} must be from 0 to {num_processes - 1}, '
+        f'one less than --num_processes={num_processes}'
+      )
+    arguments = {
+      'coordinator_address': coordinator,
+      'num_processes': num_processes,
+      'process_id': process_id,
+    }
+  # It would take SIGTERM for itself.
+  jax.config.update('jax_enable_preemption_service', False)
+  # On CPU, programs in flight at one time may start in another order on each
+  # device; where both talk to other devices, they would wait for ever.
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
+  # The service aborts a process that has lost the others; a listing of every
+  # loaded extension module says nothing about it. Other crashes keep theirs.
+  signal.signal(signal.SIGABRT, signal.SIG_DFL)
+  try:
+    jax.distributed.initialize(
+      **arguments,
+      initialization_timeout=JOIN_SECONDS,
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+      shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    )
+  except jax.errors.JaxRuntimeError as error:
+    raise RuntimeError(
+      f'the processes of this run did not come together at {coordinator} '
+      f'within {JOIN_SECONDS} s; start all of them with the same --coordinator '
+      f'and --num_processes. {_first_line(error)}'
+    ) from error
+  _together = _Together(distributed.global_state)
+
+
+def fail(
+  message: str, error: BaseException | None = None, code: int = 1
+) -> NoReturn:
+  """Ends this process with a message, and all others of the run.
+
+  May be called from any thread. Where another process ended first, that is
+  said in the place of the message.
+
+  Args:
+    message: printed to standard error; '' where that has been done.
+    error: what happened.
+    code: exit code of all processes.
+  """
+  if _together is not None:
+    _together.fail(message, error, code)
+  _say(message)
+  sys.exit(code)
+
+
+def are_joined() -> bool:
+  """Whether this process is one of several that watch over each other."""
+  return _together is not None
+
+
+def leave() -> None:
+  """Ends the watch over each other; all processes have come to their end."""
+  global _together
+  if _together is not None:
+    together, _together = _together, None
+    together.leave()
+
+
+class _Together:
+  """The watch of one process over the others.
+
+  Args:
+    state: of `jax.distributed`, after joining.
+  """
+
+  def __init__(self, state):
+    self._client = state.client
+    self._index, self._count = state.process_id, state.num_processes
+    self._is_over = threading.Event()
+    self._end = threading.Lock()  # Held by the thread that ends the process.
+    self._threads = [threading.Thread(target=self._look, daemon=True)]
+    self._line = None  # To the first process.
+    if self._index == 0:
+      family = {}
+      if socket.has_dualstack_ipv6():
+        family = {'family': socket.AF_INET6, 'dualstack_ipv6': True}
+      server = socket.create_server(('', 0), **family)
+      self._client.key_value_set(_LIFELINE, str(server.getsockname()[1]))
+      self._threads.append(
+        threading.Thread(target=self._hold, args=(server,), daemon=True)
+      )
+    else:
+      host = state.coordinator_address.rpartition(':')[0].strip('[]')
+      # Without it, the service notices by itself after some time.
+      with contextlib.suppress(OSError):
+        port = self._client.blocking_key_value_get(_LIFELINE, 60_000)
+        self._line = socket.create_connection((host, int(port)), timeout=10)
+        self._line.sendall(f'{self._index}\n'.encode())
+        self._threads.append(threading.Thread(target=self._cling, daemon=True))
+    for thread in self._threads:
+      thread.start()
+
+  # --- Noticing ---------------------------------------------------------------
+
+  def _look(self):
+    while not self._is_over.wait(_TICK):
+      if (note := self._note()) is not None:
+        self._follow(note)
+
+  def _note(self):
+    """Why another process has ended, or None."""
+    return json.loads(self._value(_ENDED) or 'null')
+
+  def _value(self, key):
+    try:
+      return self._client.key_value_try_get(key)
+    except jax.errors.JaxRuntimeError:  # There is no such key yet.
+      return None
+
+  def _hold(self, server):
+    """In the first process: a connection that breaks is a process that died."""
+    selector = selectors.DefaultSelector()
+    selector.register(server, selectors.EVENT_READ)
+    said = {}
+    while not self._is_over.is_set():
+      for key, _ in selector.select(_TICK):
+        line = key.fileobj
+        if line is server:
+          line, _ = server.accept()
+          said[line] = b''
+          selector.register(line, selectors.EVENT_READ)
+          continue
+        try:
+          text = line.recv(64)
+        except OSError:
+          text = b''
+        said[line] += text
+        if text:
+          continue
+        selector.unregister(line)
+        line.close()
+        number = said.pop(line).split(b'\n')
+        # Others may knock at a port, too.
+        if number[0].isdigit() and not number[1]:
+          self._lost(int(number[0]))
+    for line in (server, *said):
+      line.close()
+
+  def _cling(self):
+    """In the others: the connection breaks with the first process."""
+    self._line.settimeout(None)
+    with contextlib.suppress(OSError):
+      self._line.recv(1)
+    if not self._is_over.is_set():
+      self._lost(0)
+
+  def _lost(self, number):
+    self._end.acquire()
+    note = None if number == 0 else self._note()
+    if note is None:
+      note = {'process': number, 'code': 1, 'error': 'it was killed or crashed'}
+      if number:
+        self._publish(note)
+    self._say_and_exit(note)
+
+  # --- Ending -----------------------------------------------------------------
+
+  def fail(self, message, error, code) -> NoReturn:
+    self._end.acquire()
+    deadline = time.monotonic() + _WHY_SECONDS * _is_lost_peer(error)
+    while (note := self._note()) is None and time.monotonic() < deadline:
+      time.sleep(_TICK)
+    if note is None:
+      mine = {'process': self._index, 'code': code, 'error': message}
+      # Another one may be quicker.
+      note = None if self._publish(mine) else self._note()
+    if note is not None:
+      self._say_and_exit(note)
+    _say(message)
+    self._exit(code)
+
+  def _follow(self, note):
+    if note['process'] == self._index:
+      return
+    self._end.acquire()
+    self._say_and_exit(note)
+
+  def _say_and_exit(self, note) -> NoReturn:
+    if note['code'] == run.STOPPED_EXIT_CODE:
+      _say(
+        f'process {note["process"]} was stopped, and so is this one; the same '
+        'command continues'
+      )
+    else:
+      _say(
+        f'error: another process ended: its error came first (process '
+        f'{note["process"]}: {_first_line(note["error"])})'
+      )
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      self._client.key_value_set(f'{_READ}{self._index}', '')
+    self._exit(note['code'], note['process'])
+
+  def _publish(self, note) -> bool:
+    """Whether this note is the one that the others read."""
+    try:
+      self._client.key_value_set(_ENDED, json.dumps(note))
+    except jax.errors.JaxRuntimeError:  # There is one, or no service any more.
+      return False
+    return True
+
+  def _exit(self, code, ended=None) -> NoReturn:
+    if self._index == 0:
+      # The service ends with this process, and would abort the others.
+      deadline = time.monotonic() + _READ_SECONDS
+      waiting = {*range(1, self._count)} - {ended}
+      while waiting and time.monotonic() < deadline:
+        waiting = {n for n in waiting if self._value(f'{_READ}{n}') is None}
+        time.sleep(0.1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # An orderly exit would wait for processes that are no more.
+    os._exit(code)
+
+  def leave(self):
+    try:
+      self._client.wait_at_barrier('instruct_jax/end', SHUTDOWN_SECONDS * 1_000)
+    except jax.errors.JaxRuntimeError:
+      if (note := self._note()) is not None:
+        self._follow(note)
+    self._is_over.set()
+    if self._line is not None:
+      with contextlib.suppress(OSError):
+        self._line.sendall(_BYE)
+        self._line.shutdown(socket.SHUT_RDWR)
+    for thread in self._threads:
+      thread.join()
+    jax.distributed.shutdown()
+
+
+def _is_lost_peer(error: BaseException | None) -> bool:
+  """Whether an error is what other processes leave behind when they end."""
+  if not isinstance(error, jax.errors.JaxRuntimeError):
+    return False
+  text = str(error).lower()
+  return any(word in text for word in _LOST_PEER)
+
+
+def _first_line(error: object) -> str:
+  lines = str(error).strip().splitlines()
+  return lines[0].removeprefix('error: ') if lines else ''
+
+
+def _say(message: str) -> None:
+  if message:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,83 @@
+"""Tokens from logits: one uniform number inverts one cumulative distribution.
+
+Rollouts, best-of-n, evaluations and the chat all draw here. No top-k, no top-p,
+no minimum length (paper C.4: temperature 1).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from instruct_jax.types import Key
+
+# Probabilities are added up in pieces of about this many tokens.
+_PIECE = 128
+
+
+def uniform_noise(keys: Key, t: Int[Array, 'R']) -> Float[Array, 'B R']:
+  """The uniform number behind token t of each row: from fold_in(its key, t).
+
+  So it depends on the row's key and the token's place, and on nothing else.
+  """
+
+  def one(key, t):
+    return jax.random.uniform(jax.random.fold_in(key, t))
+
+  return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(keys, t)
+
+
+def sample_tokens(
+  logits: Float[Array, 'B V'],
+  uniform: Float[Array, 'B'],
+  temperature: float,
+) -> tuple[Int[Array, 'B'], Float[Array, 'B']]:
+  """One token a row and its log-probability, nats, float32.
+
+  Inverts the cumulative distribution at one uniform number a row, which costs
+  one random number where Gumbel noise costs V of them: first among the sums of
+  pieces of the vocabulary, then within a piece, so that no sum over all tokens
+  is kept. No top-k, no top-p.
+
+  Args:
+    logits: any float dtype.
+    uniform: in [0, 1), one number a row.
+    temperature: divides the logits; 0 takes the most probable token and
+      reports its log-probability at temperature 1.
+  """
+  logits = logits.astype(jnp.float32)
+  if temperature > 0:
+    logits = logits / temperature
+  highest = jnp.max(logits, axis=-1, keepdims=True)
+  weights = jnp.exp(logits - highest)
+  B, V = logits.shape
+  pieces = -(-V // _PIECE)
+  size = -(-V // pieces)
+  filled = jnp.pad(weights, ((0, 0), (0, pieces * size - V)))
+  filled = filled.reshape(B, pieces, size)
+  upto = jnp.cumsum(jnp.sum(filled, axis=2), axis=1)
+  total = upto[:, -1]
+  if temperature > 0:
+    piece, below = _first_above(upto, uniform * total)
+    inside = jnp.take_along_axis(filled, piece[:, None, None], axis=1)[:, 0]
+    rest = uniform * total - below
+    place, _ = _first_above(jnp.cumsum(inside, axis=1), rest)
+    tokens = piece * size + place
+  else:
+    tokens = jnp.argmax(logits, axis=-1)
+  chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
+  logprobs = (chosen - highest)[:, 0] - jnp.log(total)
+  return tokens.astype(jnp.int32), logprobs
+
+
+def _first_above(upto, threshold):
+  """Where rising sums first exceed a threshold, and the sum before.
+
+  A place that adds nothing cannot be the first to exceed. Where rounding left
+  the threshold at the very end, the last place that adds something is taken.
+  """
+  before = jnp.pad(upto, ((0, 0), (1, 0)))[:, :-1]
+  adds = upto > before
+  found = adds & (upto > threshold[:, None])
+  last = upto.shape[1] - 1 - jnp.argmax(adds[:, ::-1], axis=1)
+  place = jnp.where(jnp.any(found, axis=1), jnp.argmax(found, axis=1), last)
+  return place, jnp.take_along_axis(before, place[:, None], axis=1)[:, 0]

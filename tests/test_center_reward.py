@@ -1,0 +1,196 @@
+"""Published reward models, centred on demonstrations and used in PPO."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+
+from instruct_jax import artifacts
+from instruct_jax.data import records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.infra import checkpoint, sharding
+from instruct_jax.models import hf
+from tests import test_published_stages as stages
+
+pytestmark = pytest.mark.usefixtures('quick_compile')
+
+TEMPLATE = (
+  "{{ '<bos>' }}{% for m in messages %}"
+  "{{ '<turn>' + m['role'] + '\n' + m['content'] + '<eos>\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<turn>assistant\n' }}{% endif %}"
+)
+ROOT = pathlib.Path(__file__).parents[1]
+LENGTH = 96
+
+
+def write_tokenizer(folder, eos='<eos>'):
+  """256 bytes; BOS, template and a second stop token; its PAD is its EOS."""
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  backend = tokenizers.Tokenizer(
+    tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, [])
+  )
+  byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.pre_tokenizer = byte_level
+  backend.decoder = tokenizers.decoders.ByteLevel()
+  backend.add_special_tokens([eos, '<bos>', '<turn>', '<end>'])
+  bos = backend.token_to_id('<bos>')
+  backend.post_processor = tokenizers.processors.TemplateProcessing(
+    single='<bos> $A', special_tokens=[('<bos>', bos)]
+  )
+  fast = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=backend,
+    bos_token='<bos>',
+    eos_token=eos,
+    pad_token=eos,
+    clean_up_tokenization_spaces=False,
+  )
+  fast.chat_template = TEMPLATE
+  fast.save_pretrained(folder)
+  ids = [backend.token_to_id(token) for token in (eos, '<end>')]
+  (folder / 'generation_config.json').write_text(
+    json.dumps({'eos_token_id': ids})
+  )
+  return len(alphabet) + 4, ids
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+  """A classifier whose PAD is its EOS, its prepared tokenizer, records."""
+  root = tmp_path_factory.mktemp('published')
+  folder = root / 'classifier'
+  folder.mkdir()
+  num_tokens, (eos, _) = write_tokenizer(folder)
+  config = stages.dataclasses.replace(stages.LLAMA, vocab_size=num_tokens)
+  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  model = artifacts.init('scalar', config, mesh, jax.random.key(1))
+  # Weights far from a fresh model's, so that every position differs.
+  params = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, model.params)
+  params['head_bias'] = jnp.zeros(())
+  hf.save(folder, config, params)
+  values = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(
+    json.dumps({**values, 'pad_token_id': eos})
+  )
+  command(
+    'instruct_jax.data.tokenizer',
+    f'hf:{folder}',
+    f'--output={root / "tokenizer"}',
+    '--template=chat',
+    '--stop=<end>',
+  )
+  turn = records.Turn
+  demonstrations = [
+    records.Demonstration('Name 1.', 'An owl.'),
+    records.Demonstration(
+      'And 2?',
+      'A tit, and more.',
+      turns=(
+        turn('user', 'Hi'),
+        turn('assistant', 'Yes?'),
+        turn('user', 'And 2?'),
+      ),
+    ),
+    records.Demonstration('Name 3.', 'x' * 200),  # Longer than a row.
+  ]
+  records.write_jsonl(root / 'demonstrations.jsonl', demonstrations)
+  return root, demonstrations[:2], eos
+
+
+def command(module, *flags):
+  """The program from its command line; its output."""
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  done = subprocess.run(
+    [sys.executable, '-m', module, *flags],
+    capture_output=True,
+    text=True,
+    env=environment,
+    cwd=ROOT,
+    timeout=600,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def test_demonstrations_score_0_as_the_classifier_reads_them(
+  published, tmp_path
+):
+  root, demonstrations, eos = published
+  out = command(
+    'instruct_jax.main',
+    '--config=configs/center_reward.py',
+    f'--workdir={tmp_path}',
+    f'--config.reward_model=hf:{root / "classifier"}',
+    f'--config.tokenizer={root / "tokenizer"}',
+    f'--config.demonstrations={root / "demonstrations.jsonl"}',
+    f'--config.row_length={LENGTH}',
+    '--config.compilation_cache=',
+  )
+  assert '2 demonstrations scored' in out
+  assert '1 longer than row_length (96 tokens)' in out
+  results = json.loads((tmp_path / 'results.json').read_text())
+  assert results['num_demonstrations'] == 2 and results['num_dropped'] == 1
+
+  # By hand: each row alone, read at its last token that is not the EOS.
+  tokenizer = tokenizer_lib.Tokenizer.load(root / 'tokenizer')
+  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  theirs, ours = (
+    artifacts.load(
+      path,
+      'scalar',
+      mesh,
+      tokenizer,
+    )
+    for path in (f'hf:{root / "classifier"}', tmp_path / 'model')
+  )
+  prompts = tokenizer.encode_prompts(demonstrations)
+  answers = tokenizer.encode_responses([d.response for d in demonstrations])
+  before, after, wrong = [], [], []
+  for prompt, answer in zip(prompts, answers, strict=True):
+    ids = [*prompt, *answer]
+    while ids[-1] == eos:
+      ids = ids[:-1]
+    ids.append(eos)  # As a policy's answer ends.
+    tokens, mask = jnp.array([ids]), jnp.ones((1, len(ids)), bool)
+    for model, found in ((theirs, before), (ours, after)):
+      scalars = artifacts.scalars_fn(model.module)(model.params, tokens, mask)
+      found.append(float(scalars[0, -2]))
+    wrong.append(float(scalars[0, -1]))
+    scores = artifacts.scores_fn(ours.module)(ours.params, tokens, mask)
+    assert float(scores[0]) == pytest.approx(after[-1], abs=1e-5)
+  assert results['reward_shift'] == pytest.approx(np.mean(before), abs=1e-4)
+  np.testing.assert_allclose(np.mean(after), 0, atol=1e-4)
+  assert abs(np.mean(wrong)) > 1e-2  # At the EOS it is another number.
+  low, high = results['score_range']
+  assert low == pytest.approx(min(after), abs=1e-4)
+  assert high == pytest.approx(max(after), abs=1e-4)
+  described = checkpoint.load_metadata(tmp_path / 'model')
+  assert described['skipped_id'] == eos
+  assert described['about']['score_range'] == results['score_range']
+
+
+@pytest.mark.parametrize(
+  ('key', 'message'),
+  [
+    ('reward_model', 'reward_model is empty'),
+    ('row_length', 'row_length must'),
+  ],
+)
+def test_what_is_missing_is_named(key, message):
+  from configs import center_reward as config_file
+  from experiments import center_reward
+
+  config = config_file.get_config()
+  for name in ('reward_model', 'tokenizer', 'demonstrations'):
+    config[name] = 'x'
+  config[key] = type(config[key])()
+  with pytest.raises(ValueError, match=message):
+    center_reward.validate(config)
