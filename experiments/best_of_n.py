@@ -23,9 +23,8 @@ from instruct_jax.evals import (
   win_rate,
 )
 from instruct_jax.evals.samples import Sample, draw_prompts
-from instruct_jax.infra import origin, sharding
+from instruct_jax.infra import origin, sharding, slices
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding, slices
 from instruct_jax.models.config import check_stage
 
 
@@ -117,14 +116,13 @@ def run(config, workdir: epath.Path):
     'prompt_length + response_length',
   )
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  prompts = records.read_jsonl(config.prompts, records.Prompt)
-  rows, dropped = loader.prompt_rows(
-    prompts[: config.num_prompts], tokenizer, config.prompt_length
-  )
+  given = records.read_jsonl(config.prompts, records.Prompt)
+  prompts = draw_prompts(given, config.num_prompts, config.seed)
+  run_lib.say_drawn(config.name, len(prompts), len(given), 'prompts')
+  rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
   run_lib.tell_dropped(
     config.name, dropped.describe('prompts', 'prompt_length')
   )
-  num_dropped = dropped.total
   prompts = [prompts[i] for i in rows.indices]
   N, sizes = config.num_samples, sizes_up_to(config.num_samples)
   mesh = sharding.make_mesh(config.mesh)
@@ -239,7 +237,7 @@ def run(config, workdir: epath.Path):
   counts = {
     'num_prompts': len(prompts),
     'num_given': len(given),
-    'num_dropped': num_dropped,
+    'num_dropped': dropped.total,
   }
   return write_results(config, workdir, judge, curves, start, counts)
 

@@ -151,13 +151,12 @@ def run(config, workdir: epath.Path):
       for owner, text in zip(owners, texts, strict=True):
         if text is not None:  # The prompt was too long.
           by_prompt[owner].append(text)
-      run_lib.say_dropped(
+      run_lib.say_left_out(
         config.name,
         sum(not texts for texts in by_prompt),
         len(prompts),
         f'{name} prompts',
-        'prompt_length',
-        config.prompt_length,
+        f'prompt_length ({config.prompt_length} tokens)',
       )
       return prompts, by_prompt
 

@@ -140,18 +140,28 @@ def run(config, workdir: epath.Path):
   validate(config)
   root = epath.Path(config.workdir)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  prompts = records.read_jsonl(
-    root / 'data' / 'prompts_test.jsonl', records.Prompt
-  )[: config.num_prompts]
-  rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
-  run_lib.tell_dropped(
-    config.name, dropped.describe('prompts', 'prompt_length')
-  )
-  say_dropped(num_dropped, len(prompts), 'held-out prompts', 'prompt_length')
+
+  def draw(name, number):
+    """(the prompts drawn, their rows, counts for the report)."""
+    given = records.read_jsonl(root / 'data' / f'{name}.jsonl', records.Prompt)
+    drawn = samples_lib.draw_prompts(given, number, config.seed)
+    run_lib.say_drawn(config.name, len(drawn), len(given), name)
+    rows, dropped = loader.prompt_rows(drawn, tokenizer, config.prompt_length)
+    run_lib.tell_dropped(config.name, dropped.describe(name, 'prompt_length'))
+    return (
+      [drawn[i] for i in rows.indices],
+      rows,
+      {
+        'used': len(rows.indices),
+        'drawn': len(drawn),
+        'in the file': len(given),
+        'dropped': dropped.total,
+      },
+    )
+
+  prompts, rows, counts = draw('prompts_test', config.num_prompts)
   # One entry for each answer.
-  prompts = [
-    prompts[i] for i in rows.indices for _ in range(config.samples_per_prompt)
-  ]
+  prompts = [p for p in prompts for _ in range(config.samples_per_prompt)]
   prefixes, stop_ids = read_prefixes(root / 'data' / 'prefixes.json', tokenizer)
   folders = {
     'pretrained': root / 'pretrain' / 'model',
@@ -264,14 +274,9 @@ def run(config, workdir: epath.Path):
       ]
 
     # 1. The prompted baseline's prefix: best by reward-model score (3.5).
-    valid_prompts, num_valid = draw('prompts_valid', config.num_prefix_prompts)
-    valid_rows, num_long = loader.prompt_rows(
-      valid_prompts, tokenizer, config.prompt_length
+    valid_prompts, _, valid_counts = draw(
+      'prompts_valid', config.num_prefix_prompts
     )
-    say_dropped(
-      num_long, len(valid_prompts), 'prompts for prefixes', 'prompt_length'
-    )
-    valid_prompts = [valid_prompts[i] for i in valid_rows.indices]
     pretrained = models['pretrained'].params
     prefix_scores = []
     with run_lib.Progress('evaluate prefixes', len(prefixes)) as progress:
@@ -395,18 +400,8 @@ def run(config, workdir: epath.Path):
     for name, scores in gold_scores.items()
   }
   extra['Held-out prompts'] = {
-    'prompts': {
-      'judged': len(rows.indices),
-      'drawn': len(rows.indices) + num_dropped,
-      'in the file': num_given,
-      'too long': num_dropped,
-    },
-    'prompts that choose a prefix': {
-      'judged': len(valid_prompts),
-      'drawn': len(valid_prompts) + num_long,
-      'in the file': num_valid,
-      'too long': num_long,
-    },
+    'judged': counts,
+    'to choose a prefix': valid_counts,
   }
   extra['All policies'] = {
     name: {
@@ -522,7 +517,11 @@ def run(config, workdir: epath.Path):
     report.write_file(directory / 'model_card.md', card.encode())
     report.write_report(directory, figures, plots)
   print((root / 'report.md').as_posix(), flush=True)
-  return {'num_prompts': len(prompts), 'num_dropped': dropped.total}
+  return {
+    'num_prompts': counts['used'],
+    'num_given': counts['in the file'],
+    'num_dropped': counts['dropped'],
+  }
 
 
 def judge_by_gold(config, prompts, texts_by_model):
@@ -689,13 +688,12 @@ def gold_reward_figures(config, root, tokenizer):
 def fitting(comparisons, tokenizer, what, key, limit):
   """The comparisons that fit; says how many do not."""
   kept = loader.fitting_comparisons(comparisons, tokenizer, limit)
-  run_lib.say_dropped(
+  run_lib.say_left_out(
     'evaluate',
     len(comparisons) - len(kept),
     len(comparisons),
     what,
-    key,
-    limit,
+    f'{key} ({limit} tokens)',
   )
   return kept
 

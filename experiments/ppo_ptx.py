@@ -83,7 +83,7 @@ def validate(config):
   for name in score_fns.parse_weights(config.reward_fn):
     score_fns.find_function(name)
   if config.probe_every:
-    probes = artifacts.named_folders(config.probes)
+    probes = artifacts.named_folders(config.probes, 'probes')
     probe.check_names(list(probes))
     if not probes:
       raise ValueError(

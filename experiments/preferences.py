@@ -27,7 +27,6 @@ from instruct_jax.evals import (
 from instruct_jax.evals import samples as samples_lib
 from instruct_jax.infra import origin, sharding
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding
 from instruct_jax.models.config import check_stage
 
 _RECORDED = ('.jsonl', '.jsonl.gz')
@@ -156,12 +155,6 @@ def sample_answers(config, name, source, tokenizer, prompts, cache, mesh):
   model = queries.load_policy(
     source, tokenizer, mesh, compute_dtype=config.compute_dtype
   )
-  needed = config.prompt_length + config.response_length
-  if needed > model.config.context_length:
-    raise ValueError(
-      f'{name}: prompt_length + response_length are {needed} tokens, its '
-      f'context is {model.config.context_length}'
-    )
   program = queries.generate_program(
     model.module,
     config.response_length,

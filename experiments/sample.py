@@ -15,26 +15,12 @@ from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import origin, sharding
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding
 from instruct_jax.models.config import check_stage
-
-
-def model_folders(text: str) -> dict[str, str]:
-  """`NAME=FOLDER,...` as a mapping."""
-  folders = {}
-  for part in filter(None, text.split(',')):
-    name, separator, folder = part.partition('=')
-    if not (name and separator and folder) or name in folders:
-      raise ValueError(
-        f'models must be NAME=FOLDER,NAME=FOLDER with distinct names: {text!r}'
-      )
-    folders[name] = folder
-  return folders
 
 
 def validate(config):
   check_stage(config)
-  num_models = len(model_folders(config.models))
+  num_models = len(artifacts.named_folders(config.models))
   if num_models * config.samples_per_model < 2:
     raise ValueError(
       f'{num_models} models x {config.samples_per_model} samples_per_model '
@@ -67,14 +53,6 @@ def run(config, workdir: epath.Path):
   rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
   run_lib.tell_dropped(
     config.name, dropped.describe('prompts', 'prompt_length')
-  )
-  run_lib.say_dropped(
-    config.name,
-    num_dropped,
-    len(prompts),
-    'prompts',
-    'prompt_length',
-    config.prompt_length,
   )
   num_rows = len(rows.indices) * config.samples_per_model
   mesh = sharding.make_mesh(config.mesh)

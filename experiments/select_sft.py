@@ -58,9 +58,9 @@ def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   prompts = records.read_jsonl(config.prompts, records.Prompt)
-  rows, dropped = loader.prompt_rows(
-    prompts[: config.num_prompts], tokenizer, config.prompt_length
-  )
+  chosen = draw_prompts(prompts, config.num_prompts, config.seed)
+  run_lib.say_drawn(config.name, len(chosen), len(prompts), 'prompts')
+  rows, dropped = loader.prompt_rows(chosen, tokenizer, config.prompt_length)
   run_lib.tell_dropped(
     config.name, dropped.describe('prompts', 'prompt_length')
   )

@@ -77,9 +77,7 @@ def check_epochs(workdir, num_done, tokenizer):
   """
   for epoch in range(1, num_done + 1):
     try:
-      artifacts.check(
-        workdir / 'epochs' / str(epoch), 'policy', tokenizer.fingerprint
-      )
+      artifacts.check(workdir / 'epochs' / str(epoch), 'policy', tokenizer)
     except checkpoint.CheckpointError as error:
       raise checkpoint.CheckpointError(
         f'epoch {epoch} cannot be used, and the checkpoints are past it: '
@@ -97,15 +95,14 @@ def run(config, workdir: epath.Path):
     [config.batch_size // config.num_microbatches, config.eval_batch_size],
   )
 
-  def demonstration_rows(key, pack):
-    found = records.read_jsonl(config[key], records.Demonstration)
-    rows, num_dropped = loader.demonstration_rows(
-      found, tokenizer, config.row_length, loss_on=config.loss_on, pack=pack
+  def demonstration_rows(path, pack):
+    return loader.demonstration_rows(
+      records.read_jsonl(path, records.Demonstration),
+      tokenizer,
+      config.row_length,
+      loss_on=config.loss_on,
+      pack=pack,
     )
-    run_lib.say_dropped(
-      config.name, num_dropped, len(found), key, 'row_length', config.row_length
-    )
-    return rows, num_dropped
 
   rows, dropped = demonstration_rows(config.demonstrations, config.pack)
   valid_rows, valid_dropped = demonstration_rows(

@@ -10,9 +10,6 @@ continues a run that was cut.
 
 import os
 import signal
-import sys
-import time
-import traceback
 
 if __name__ == '__main__':
   # The imports below take seconds, in which there is nothing to save.
@@ -29,6 +26,7 @@ import importlib
 import shlex
 import sys
 import time
+import traceback
 
 from absl import app, flags, logging
 from etils import epath

@@ -306,24 +306,20 @@ def say_drawn(stage: str, number: int, total: int, what: str) -> None:
     say(f'{stage}: {number} of {total} {what}, drawn by seed')
 
 
-def say_dropped(
-  stage: str, number: int, total: int, what: str, key: str, limit: int
+def say_left_out(
+  stage: str, number: int, total: int, what: str, limit: str
 ) -> None:
-  """A line about records that are left out because they are too long.
+  """A line about records that do not fit; none where `number` is 0.
 
   Args:
     stage: its name.
-    number: left out; 0 says nothing.
+    number: left out.
     total: with these.
     what: they are, in the plural.
-    key: of the config, or keys, that holds the limit.
-    limit: tokens.
+    limit: key of the config and number of tokens.
   """
   if number:
-    say(
-      f'{stage}: {number} of {total} {what} are longer than {limit} tokens '
-      f'({key}) and left out'
-    )
+    say(f'{stage}: {number} of {total} {what} left out: do not fit {limit}')
 
 
 # --- Where the numbers come from ----------------------------------------------
