@@ -81,6 +81,12 @@ def run(config, workdir: epath.Path):
       )
       for each in config.policies.values()
     ]
+    for policy in policies:
+      artifacts.check_context(
+        policy,
+        config.prompt_length + config.response_length,
+        'prompt_length + response_length',
+      )
     generators = [
       queries.generate_program(
         policy.module,
@@ -145,6 +151,13 @@ def run(config, workdir: epath.Path):
       for owner, text in zip(owners, texts, strict=True):
         if text is not None:  # The prompt was too long.
           by_prompt[owner].append(text)
+      run_lib.say_left_out(
+        config.name,
+        sum(not texts for texts in by_prompt),
+        len(prompts),
+        f'{name} prompts',
+        f'prompt_length ({config.prompt_length} tokens)',
+      )
       return prompts, by_prompt
 
     def rank(prompts, by_prompt, rankers, per_prompt, number):

@@ -47,6 +47,8 @@ def validate(config):
       'real_toxicity needs toxicity_labels or toxicity_endpoint.url for its '
       'scorer'
     )
+  if config.data.real_toxicity and config.toxicity_endpoint.url:
+    endpoint.check(config.toxicity_endpoint, 'toxicity_endpoint')
   if config.data.truthful_qa and not (
     config.truth_labels and config.info_labels
   ):

@@ -82,7 +82,7 @@ def validate(config):
   for name in score_fns.parse_weights(config.reward_fn):
     score_fns.find_function(name)
   if config.probe_every:
-    probes = artifacts.named_folders(config.probes)
+    probes = artifacts.named_folders(config.probes, 'probes')
     probe.check_names(list(probes))
     if not probes:
       raise ValueError(
@@ -97,7 +97,7 @@ def inputs(config):
   keys += [key for key in ('reward_model', 'valid_documents') if config[key]]
   found = {key: config[key] for key in keys}
   if config.probe_every:
-    for name, path in artifacts.named_folders(config.probes).items():
+    for name, path in artifacts.named_folders(config.probes, 'probes').items():
       found[f'probes.{name}'] = path
   return found
 

@@ -68,6 +68,23 @@ def build_programs(config, module, num_steps):
   return {'optimizer': tx, 'update': jax.jit(update, donate_argnums=0)}
 
 
+def check_epochs(workdir, num_done, tokenizer):
+  """Refuses to go on without an epoch that this stage has saved before.
+
+  Raises:
+    checkpoint.CheckpointError: one is gone or damaged; a resumed run would not
+      write it again.
+  """
+  for epoch in range(1, num_done + 1):
+    try:
+      artifacts.check(workdir / 'epochs' / str(epoch), 'policy', tokenizer)
+    except checkpoint.CheckpointError as error:
+      raise checkpoint.CheckpointError(
+        f'epoch {epoch} cannot be used, and the checkpoints are past it: '
+        f'{error} Or delete {workdir} to run this stage again from its start.'
+      ) from error
+
+
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
@@ -182,6 +199,7 @@ def run(config, workdir: epath.Path):
     ) as steps:
       programs = steps.watched(programs)
       state = steps.restore(sharding.place(state, mesh))
+      check_epochs(workdir, steps.start // steps_per_epoch, tokenizer)
       data = loader.ahead(batches.__getitem__)
       for step, host_batch in steps.steps_with(data):
         batch = sharding.put_batch(host_batch, mesh)

@@ -8,15 +8,8 @@ folder of its own, and one that has finished is not run again. The same command
 continues a run that was cut.
 """
 
-import contextlib
-import ctypes
-import importlib
 import os
-import shlex
 import signal
-import sys
-import time
-import traceback
 
 if __name__ == '__main__':
   # The imports below take seconds, in which there is nothing to save.
@@ -26,6 +19,14 @@ if __name__ == '__main__':
     os._exit(75)
 
   signal.signal(signal.SIGTERM, stop_at_once)
+
+import contextlib
+import ctypes
+import importlib
+import shlex
+import sys
+import time
+import traceback
 
 from absl import app, flags, logging
 from etils import epath

@@ -300,6 +300,28 @@ def wait_for_all(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def say_drawn(stage: str, number: int, total: int, what: str) -> None:
+  """A line about how many records of a file are used, where not all are."""
+  if number < total:
+    say(f'{stage}: {number} of {total} {what}, drawn by seed')
+
+
+def say_left_out(
+  stage: str, number: int, total: int, what: str, limit: str
+) -> None:
+  """A line about records that do not fit; none where `number` is 0.
+
+  Args:
+    stage: its name.
+    number: left out.
+    total: with these.
+    what: they are, in the plural.
+    limit: key of the config and number of tokens.
+  """
+  if number:
+    say(f'{stage}: {number} of {total} {what} left out: do not fit {limit}')
+
+
 # --- Where the numbers come from ----------------------------------------------
 
 
