@@ -77,8 +77,6 @@ def validate(config):
       f'ptx_coef {method.ptx_coef} needs ptx_per_episode >= 1: '
       f'{config.ptx_per_episode}'
     )
-  if not config.reward_model and not config.reward_fn:
-    raise ValueError('reward_model and reward_fn are empty; give one of them')
   for name in score_fns.parse_weights(config.reward_fn):
     score_fns.find_function(name)
   if config.probe_every:
@@ -94,7 +92,9 @@ def inputs(config):
   """What this stage reads, by config key."""
   keys = ['tokenizer', 'init', 'prompts']
   keys += ['documents'] * (config.ptx_coef > 0)
-  keys += [key for key in ('reward_model', 'valid_documents') if config[key]]
+  # Where no function pays, a reward model has to.
+  keys += ['reward_model'] * bool(config.reward_model or not config.reward_fn)
+  keys += ['valid_documents'] * bool(config.valid_documents)
   found = {key: config[key] for key in keys}
   if config.probe_every:
     for name, path in artifacts.named_folders(config.probes, 'probes').items():
