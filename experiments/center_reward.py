@@ -29,6 +29,13 @@ def validate(config):
       raise ValueError(f'{key} must be positive: {config[key]}')
 
 
+def inputs(config):
+  """What this stage reads, by config key."""
+  keys = ['reward_model', 'tokenizer', 'demonstrations']
+  keys += ['comparisons'] * bool(config.comparisons)
+  return {key: config[key] for key in keys}
+
+
 def scores_of(config, model, comparisons, tokenizer, mesh):
   """(scores of all completions that fit, number of records that do not)."""
   rows, dropped = loader.comparison_rows(

@@ -94,7 +94,9 @@ def inputs(config):
     raise ValueError('reward_model and reward_fn are empty; give one of them')
   keys = ['tokenizer', 'init', 'prompts']
   keys += ['documents'] * (config.ptx_coef > 0)
-  keys += [key for key in ('reward_model', 'valid_documents') if config[key]]
+  # Where no function pays, a reward model has to.
+  keys += ['reward_model'] * bool(config.reward_model or not config.reward_fn)
+  keys += ['valid_documents'] * bool(config.valid_documents)
   found = {key: config[key] for key in keys}
   if config.probe_every:
     for name, path in artifacts.named_folders(config.probes, 'probes').items():

@@ -46,6 +46,7 @@ SINGLE_EXPERIMENTS = (
   'sample',
   'plan',
   'benchmark',
+  'center_reward',
 )
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -23,6 +23,7 @@ CONFIGS = {
   'best_of_n': ('',),
   'nlp_suite': ('',),
   'sample': ('',),
+  'center_reward': ('',),
   'tax': ('miniature',),
   'plan': ('1p3b,v5e-8', 'miniature,v5e-8'),
   'benchmark': ('s,iteration', '1p3b,all'),
@@ -64,7 +65,17 @@ FREE = {
   *('figure33', 'figure34', 'figure35', 'hf_python', 'host', 'info_labels'),
   *('init', 'judge_model', 'key_variable', 'mesh', 'meshes', 'model', 'models'),
   *('peers', 'policy', 'probes', 'profile_steps', 'prompts', 'public_url'),
-  *('rankings', 'reward_model', 'rl', 'root', 'sets', 'sft', 'source', 'suite'),
+  *(
+    'rankings',
+    'reward_fn',
+    'reward_model',
+    'rl',
+    'root',
+    'sets',
+    'sft',
+    'source',
+    'suite',
+  ),
   *('tokenizer', 'toxicity_labels', 'trl_python', 'truth_labels'),
   *('tunix_python', 'url', 'valid', 'valid_comparisons'),
   *('valid_demonstrations', 'valid_documents', 'valid_prompts', 'workdir'),
@@ -129,7 +140,7 @@ def test_an_enumerated_key_takes_no_other_value(name, variant, key, tmp_path):
   config.unlock()
   values = {'models': 'sft=a,b=c', 'prompts': 'p', 'tokenizer': 't'}
   values |= {'rankings': 'r', 'reward_model': 'm', 'policy': 'p'}
-  values |= {'documents': 'd', 'source': 's'}
+  values |= {'documents': 'd', 'source': 's', 'demonstrations': 'e'}
   config.update(
     {k: v for k, v in values.items() if k in config and not config[k]}
   )
@@ -169,6 +180,9 @@ _OF_OTHERS = {
   *('array_record', 'eos_token', 'layer_types', 'max_gen_toks', 'model_type'),
   *('not_entailment', 'pad_token', 'prompt_type', 'ref_text', 'rope_type'),
   *('save_to_disk', 'score_shift', 'add_special_tokens', 'flatten_indices'),
+  *('chat_template', 'high_freq_factor', 'label_gold', 'num_labels'),
+  *('partial_rotary_factor', 'rope_parameters', 'sliding_window'),
+  *('strftime_now', 'test_case', 'instruct_jax'),
 }
 # Arguments of functions whose callers check before: a stage never gets there.
 _ARGUMENTS = {
