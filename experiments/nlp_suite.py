@@ -27,9 +27,14 @@ from instruct_jax.infra import sharding
 from instruct_jax.models.config import check_stage
 
 
+def is_idle(config) -> bool:
+  """Whether no task is asked, so that any number of processes may do it."""
+  return not any(config.data.values())
+
+
 def validate(config):
   check_stage(config)
-  if not any(config.data.values()):
+  if is_idle(config):
     if config.may_be_empty:
       return
     raise ValueError('data names no file; give one for at least one task')
@@ -110,7 +115,7 @@ def make_judges(config, workdir):
 
 def run(config, workdir: epath.Path):
   validate(config)
-  if not any(config.data.values()):
+  if is_idle(config):
     return {'scores': {}}
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   names = [name for name in tasks.TASKS if config.data[name]]

@@ -151,10 +151,16 @@ def run(
   for stage in stages:
     stages_lib.validate(stage)
     experiment = stage.config.experiment
-    if jax.process_count() > 1 and experiment in SINGLE_EXPERIMENTS:
+    is_idle = getattr(stage.experiment, 'is_idle', lambda config: False)
+    if (
+      jax.process_count() > 1
+      and experiment in SINGLE_EXPERIMENTS
+      and not is_idle(stage.config)
+    ):
       raise ValueError(
         f'{stage.name}: {experiment} runs in a single process, and there are '
-        f'{jax.process_count()}'
+        f'{jax.process_count()}; leave it out of --config.stage_order, and run '
+        'the same command without it in one process afterwards'
       )
   run_lib.in_first(lambda: stages_lib.find_missing(stages))
   with (
