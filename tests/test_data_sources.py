@@ -527,6 +527,11 @@ def test_a_delimiter_is_told_by_the_columns(delimiter, tmp_path):
 def test_tables_need_fields(tmp_path, capsys):
   write_table(tmp_path, 'csv', QUESTIONS)
   write_table(tmp_path, 'json', QUESTIONS)
+  for name in ('table.csv', 'table.json'):
+    # Not text to pretrain on, either.
+    command = ['documents', str(tmp_path / name)]
+    assert convert.main([*command, f'--output={tmp_path / "out"}']) == 1
+    assert name in capsys.readouterr().err
   for name in ('table.csv', 'table.json', 'datasets:nowhere', 'tfds:a/b'):
     spec = name if ':' in name else str(tmp_path / name)
     assert convert.main(['prompts', spec, f'--output={tmp_path / "out"}']) == 1

@@ -44,6 +44,7 @@ import gzip
 import io
 import json
 import math
+import os
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -578,11 +579,15 @@ def _gzip_error(path: epath.Path, error: Exception) -> RecordError:
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
-  """Writes a file whole or not at all (temporary name, then renamed)."""
+  """Writes a file whole or not at all (temporary name, then renamed; objects
+  of a store appear when they are whole)."""
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   if path.name.endswith('.gz'):
     content = gzip.compress(content, mtime=0)  # Same records, same bytes.
+  if '://' in os.fspath(path):
+    path.write_bytes(content)
+    return
   temporary = path.parent / f'{path.name}.tmp'
   temporary.write_bytes(content)
   temporary.replace(path)
@@ -667,6 +672,9 @@ def _opened(path: epath.Path) -> Iterator[Any]:
   _check_file(path)
   with path.open('rb') as file:
     if not path.name.endswith('.gz'):
+      if not isinstance(file, io.BufferedIOBase):
+        # Those of object stores know no longest line.
+        file = io.BufferedReader(file)
       yield file
       return
     try:

@@ -72,9 +72,9 @@ def read_documents(
 
   Args:
     spec: one of
-      a `.txt` or `.txt.gz` file, split by `split_text`;
+      a text file, plain or `.gz`, split by `split_text`;
       a `.jsonl` or `.jsonl.gz` file of `Document` records, taken as they are;
-      a folder: all such files in it (not below it), by name;
+      a folder: all .txt and .jsonl files in it (not below it), by name;
       `tfds:NAME/SPLIT`, such as `tfds:lm1b/train` or
       `tfds:wikipedia/20230601.en/train[:1%]`: the `text` feature of a data set
       that has been prepared in `data_dir`; read without TensorFlow;
@@ -153,8 +153,14 @@ def split_text(text: str, words_per_document: int) -> list[str]:
 def _read_file(
   path: epath.Path, words_per_document: int
 ) -> list[records.Document]:
-  if path.name.endswith(('.jsonl', '.jsonl.gz')):
+  name = path.name.removesuffix('.gz')
+  if name.endswith(('.jsonl', '.json')):
     return records.read_jsonl(path, records.Document)
+  if name.endswith(('.csv', '.tsv', '.parquet')):
+    raise records.RecordError(
+      f"{path}: is a table; say with --field='text={{column}}' which text to "
+      'take'
+    )
   text = records.read_text(path)
   name = path.name.removesuffix('.gz').removesuffix('.txt')
   documents = [
