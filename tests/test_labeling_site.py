@@ -10,7 +10,7 @@ pytest.importorskip('sqlalchemy')
 
 import sqlalchemy as sa
 
-from instruct_jax.data import labels, records
+from instruct_jax.data import folders, labels, records
 from instruct_jax.labeling import answers, research, schema, store, web
 from tests import labeling_people as people
 
@@ -1202,13 +1202,21 @@ def test_nothing_of_an_earlier_export_stays(site, tmp_path):
   counts = research.export(site.store, out)
   split = 'valid' if 'comparisons_valid' in counts else 'train'
   other = {'valid': 'train', 'train': 'valid'}[split]
-  (out / f'comparisons_{other}.jsonl').write_text('{"old": 1}\n')
-  (out / 'demonstrations.jsonl').write_text('{"old": 1}\n')
+  old = (f'comparisons_{other}.jsonl', 'demonstrations.jsonl')
+  with folders.writing(out, old, command='labeling --export') as earlier:
+    for name in old:
+      (earlier / name).write_text('{"old": 1}\n')
   (out / 'notes.txt').write_text('mine')
   counts = research.export(site.store, out)
-  assert {path.name for path in out.iterdir()} == {
+  left = {
     'notes.txt', 'statistics.json', *(f'{name}.jsonl' for name in counts),
   }  # fmt: skip
+  assert {path.name for path in out.iterdir()} == left | {folders.MANIFEST}
+  # What no export wrote is nobody's to remove.
+  (out / 'prompts.jsonl').write_text('mine')
+  with pytest.raises(records.RecordError, match='holds prompts.jsonl, which'):
+    research.export(site.store, out)
+  assert (out / 'prompts.jsonl').read_text() == 'mine'
 
 
 def test_no_prompt_and_no_user_is_in_two_splits(tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from etils import epath
 
-from instruct_jax.data import invisible, labels, records
+from instruct_jax.data import folders, invisible, labels, records
 from instruct_jax.evals import preference_accuracy, win_rate
 from instruct_jax.labeling import answers, schema, store
 
@@ -714,8 +714,8 @@ def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, Any]:
   comparisons_evaluation, comparisons_toxicity and comparisons_researchers are
   kept apart: they follow other criteria, or were made to compare with.
   demonstrations.jsonl, prompts.jsonl, ratings.jsonl, statistics.json. Answers
-  of the screening round are not data and stay out. Files that an earlier
-  export left in the folder are replaced or removed.
+  of the screening round are not data and stay out. All files come together, and
+  those of an earlier export go (`data/folders.py`).
 
   Returns:
     Line counts by file; a file without lines is not written.
@@ -785,24 +785,26 @@ def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, Any]:
   for comparison, split in zip(ranked, splits, strict=True):
     files[f'comparisons_{split}'].append(comparison)
   files = {name: found for name, found in files.items() if found}
-  folder = epath.Path(folder)
-  counts = {}
-  for name in _EXPORTED:
-    if name not in files and not (name == 'ratings' and ratings):
-      (folder / f'{name}.jsonl').unlink(missing_ok=True)
-  for name, found in sorted(files.items()):
-    records.write_jsonl(folder / f'{name}.jsonl', found)
-    counts[name] = len(found)
+  counts = {name: len(found) for name, found in sorted(files.items())}
   if ratings:
-    lines = [json.dumps(line, ensure_ascii=False) for line in ratings]
-    records.write_bytes(
-      folder / 'ratings.jsonl', '\n'.join([*lines, '']).encode()
-    )
     counts['ratings'] = len(ratings)
   summary = statistics(the_store, everything) | {'files': counts}
-  records.write_bytes(
-    folder / 'statistics.json', json.dumps(summary, indent=2).encode()
-  )
+  with folders.writing(
+    folder,
+    ('statistics.json', *(f'{name}.jsonl' for name in _EXPORTED)),
+    command='labeling --export',
+    replace=True,
+  ) as unfinished:
+    for name, found in files.items():
+      records.write_jsonl(unfinished / f'{name}.jsonl', found)
+    if ratings:
+      lines = [json.dumps(line, ensure_ascii=False) for line in ratings]
+      records.write_bytes(
+        unfinished / 'ratings.jsonl', '\n'.join([*lines, '']).encode()
+      )
+    records.write_bytes(
+      unfinished / 'statistics.json', json.dumps(summary, indent=2).encode()
+    )
   return counts
 
 
