@@ -52,6 +52,8 @@ from typing import Any, TypeVar
 
 from etils import epath
 
+from instruct_jax.data import invisible
+
 MAX_REPORTED_LINES = 10
 # Far beyond any context length; a whole corpus on one line is a mistake.
 MAX_LINE_BYTES = 8 * 1024**2
@@ -144,10 +146,6 @@ Record = TypeVar('Record', Document, Prompt, Demonstration, Comparison)
 # Texts that must hold more than white space.
 _NEVER_EMPTY = ('text', 'prompt', 'response', 'id')
 _MARKS = {'system': '', 'user': '\n\nHuman:', 'assistant': '\n\nAssistant:'}
-# Characters without a glyph: soft hyphen, joiners, marks of direction, BOM.
-_INVISIBLE = dict.fromkeys(
-  (0xAD, 0x34F, 0xFEFF, *range(0x200B, 0x2010), *range(0x2060, 0x2065))
-)
 
 
 def _is_list_of(value: Any, item_type: type | tuple[type, ...]) -> bool:
@@ -229,7 +227,8 @@ def comparable(text: str) -> str:
   """A text by which copies are told: composed characters (NFC), one case,
   single spaces, nothing invisible."""
   if not text.isascii():
-    text = unicodedata.normalize('NFD', text.translate(_INVISIBLE)).casefold()
+    text = invisible.HIDDEN.sub('', ' '.join(text.split()))
+    text = unicodedata.normalize('NFD', text).casefold()
     text = unicodedata.normalize('NFC', text)
   return ' '.join(text.casefold().split())
 
