@@ -19,6 +19,7 @@ column with its name. Prompts without an `id` are numbered by row.
 """
 
 import csv
+import dataclasses
 import datetime
 import fractions
 import io
@@ -38,6 +39,8 @@ _TFDS = 'tfds:'
 _DATASETS = 'datasets:'
 _SUFFIXES = ('.txt', '.txt.gz', '.jsonl', '.jsonl.gz')
 _LIST_FIELDS = ('completions', 'ranks', 'scores', 'turns')
+# What stands for a field that is not given.
+_OR = {'text': 'turns', 'prompt': 'turns', 'ranks': 'scores'}
 _DELIMITERS = (',', ';', '\t', '|')
 # `answers[text][0]`: a column, then entries.
 _ENTRY = re.compile(r'([^\[\]]+)((?:\[[^\[\]]+\])+)')
@@ -443,6 +446,7 @@ class _Fields:
     self._type, self._source = record_type, source
     self._templates: dict[str, list[list[tuple]]] = {}
     self.columns: list[str] = []
+    self._check(fields)
     for field, templates in fields.items():
       if isinstance(templates, str):
         templates = [templates]
@@ -454,6 +458,26 @@ class _Fields:
       self._templates[field] = [
         self._parse(field, template) for template in templates
       ]
+
+  def _check(self, fields):
+    known = {field.name: field for field in dataclasses.fields(self._type)}
+    for name in fields:
+      if name not in known:
+        raise records.RecordError(
+          f'--field={name}: {self._type.__name__} has {", ".join(known)}'
+        )
+    for name, field in known.items():
+      is_needed = (
+        field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+        and name != 'id'  # Of prompts, which are numbered.
+      )
+      other = _OR.get(name, name)
+      if is_needed and name not in fields and other not in fields:
+        raise records.RecordError(
+          f'{self._type.__name__} needs --field={name}=..., the text of that '
+          'field with {column} where a column goes'
+        )
 
   def _parse(self, field: str, template: str) -> list[tuple]:
     """(text, column, keys, format) pieces; `column` is None after the last."""
