@@ -4,6 +4,7 @@ Agreement counts pairs of outputs that both people ordered; a pair that either
 tied is left out, as in `evals.preference_accuracy`.
 """
 
+import codecs
 import collections
 import dataclasses
 import datetime
@@ -136,6 +137,7 @@ def import_tasks(
     raise store.StoreError('The batch needs a name of at most 80 characters')
   items, bad = [], []
   for number, line in enumerate(content.split(b'\n'), start=1):
+    line = line.removeprefix(codecs.BOM_UTF8)
     if not line.strip():
       continue
     try:
