@@ -1236,6 +1236,12 @@ def test_no_prompt_and_no_user_is_in_two_splits(tmp_path):
       {'prompt': f'shared {i}', 'user': f'b{i}', **texts},
       {'prompt': f'other {i}', 'user': f'b{i}', **texts},
       {'prompt': f'other {i}', **texts},
+      # The same question, and what was said after it.
+      {
+        'prompt': f'\n\nHuman: Alone  {i}\n\nAssistant: Yes.'
+        '\n\nHuman: More!\n\nAssistant:',
+        **texts,
+      },
     ]
   site.load(items)
   anna = site.person('anna')
@@ -1248,12 +1254,12 @@ def test_no_prompt_and_no_user_is_in_two_splits(tmp_path):
     )
     for name in ('train', 'valid')
   }
-  assert sum(map(len, found.values())) == 60
-  for part in ('prompt', 'user'):
-    train, valid = ({getattr(c, part) for c in rows} for rows in found.values())
-    assert train & valid - {''} == set(), part
+  assert sum(map(len, found.values())) == 72
+  for part in (records.opening, lambda comparison: comparison.user):
+    train, valid = (set(map(part, rows)) for rows in found.values())
+    assert train & valid - {''} == set()
   # About half: 24 units of either size.
-  assert 10 < len(found['valid']) < 50
+  assert 12 < len(found['valid']) < 60
 
 
 def test_account_names_are_checked(site):

@@ -666,8 +666,8 @@ def _split(
 ) -> list[str]:
   """'train' or 'valid' of each comparison, about `fraction` of them valid.
 
-  What shares a user (A.2) or a prompt is in one split, and so is what shares
-  them by way of others.
+  What shares a user (A.2) or the opening of a conversation is in one split, and
+  so is what shares them by way of others.
   """
   first = {}
 
@@ -676,10 +676,10 @@ def _split(
       name = first[name]
     return name
 
-  # Users come before prompts, which decide where there is none.
+  # Users come before openings, which decide where there is none.
   def names(comparison):
     user = [(0, f'user {comparison.user}')] if comparison.user else []
-    return [*user, (1, comparison.prompt)]
+    return [*user, (1, records.opening(comparison))]
 
   for comparison in comparisons:
     roots = sorted(map(root, names(comparison)))
