@@ -24,7 +24,6 @@ from experiments import ppo_ptx
 from instruct_jax import main
 from instruct_jax.infra import checkpoint, loop, run, sharding
 
-
 PROGRAMS = ('respond', 'score', 'penalise', 'train')
 
 

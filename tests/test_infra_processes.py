@@ -187,9 +187,7 @@ def test_no_process_alone_loads_a_program(tmp_path):
     folder.mkdir()
     processes = start(folder, 'compile', cache=tmp_path / 'cache')
     assert [code for code, _ in finish(processes)[0]] == [0, 0]
-    counts += [
-      (folder / 'run' / f'compiled{i}').read_text() for i in range(2)
-    ]
+    counts += [(folder / 'run' / f'compiled{i}').read_text() for i in range(2)]
   assert counts == ['1 0'] * 4
 
 
