@@ -28,7 +28,7 @@ import numpy as np
 from etils import epath
 
 from experiments import ppo_ptx, sft
-from instruct_jax import artifacts, packing
+from instruct_jax import artifacts, packing, rl
 from instruct_jax.data import loader
 from instruct_jax.infra import (
   checkpoint,
@@ -254,10 +254,10 @@ class Iteration:
     value = artifacts.init('scalar', self.scalar_shape, self.mesh, keys[1])
     self.programs = self.build(stage)
     self.state = ppo_ptx.initial_state(stage, self.policy.params, value.params)
-    self.reference = ppo_ptx.freeze(self.policy.params, stage.frozen_dtype)
-    self.reward = None
+    models = {'reference': self.policy.params}
     if config.reward == 'model':
-      self.reward = ppo_ptx.freeze(value.params, stage.frozen_dtype)
+      models['reward'] = value.params
+    self.frozen = rl.Frozen(stage, models)
     self.policy = dataclasses.replace(self.policy, params=None)
     self.prompts = loader.make_batches(
       random_prompts(config, 4), batch_size=stage.batch_size, seed=config.seed
@@ -300,19 +300,17 @@ class Iteration:
     )
 
   def lay_out(self, sampled, number):
-    return ppo_ptx.lay_out(
-      self.stage, self.programs, sampled, self.mesh, number
-    )
+    return rl.lay_out(self.stage, self.programs, sampled, self.mesh, number)
 
   def score(self, sampled, layout):
     """Scores, and the batch that they make: all that the update reads."""
-    if self.reward is None:
+    if self.config.reward != 'model':
       scores = share_of_small_ids(sampled)
     else:
-      scores = self.programs['score'](self.reward, sampled, layout)
+      scores = self.programs['score'](self.frozen['reward'], sampled, layout)
     return self.programs['penalise'](
       self.state.replace(ema=None),
-      {'reference': self.reference},
+      {'reference': self.frozen['reference']},
       sampled,
       layout,
       scores,
@@ -550,7 +548,7 @@ def measure_sft(config, workdir) -> dict:
 
     def step():
       nonlocal state
-      state, line = programs['update'](state, batch, root)
+      state, line = programs['update'](state, {}, batch, root)
       return line
 
     times, compiled, recompiled = timed(config, step)

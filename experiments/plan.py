@@ -23,7 +23,15 @@ import numpy as np
 from etils import epath
 
 from experiments import ppo_ptx, reward, sft
-from instruct_jax import artifacts, packing, ppo, rewards, rollout, sampling
+from instruct_jax import (
+  artifacts,
+  packing,
+  ppo,
+  rewards,
+  rl,
+  rollout,
+  sampling,
+)
 from instruct_jax.infra import programs as programs_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
@@ -167,7 +175,7 @@ def sft_program(config, mesh, remat, parts):
   state = artifacts.abstract_state('policy', shape, mesh, built['optimizer'])
   batch = text_rows(mesh, stage.batch_size, stage.row_length)
   resident = {'parameters': state.params, 'optimizer': state.opt_state}
-  return built['update'], (state, batch, described_key()), resident
+  return built['update'], (state, {}, batch, described_key()), resident
 
 
 def reward_program(config, mesh, remat, parts):
@@ -193,7 +201,7 @@ def reward_program(config, mesh, remat, parts):
     prompt_mask=(bool, rows),
   )
   resident = {'parameters': state.params, 'optimizer': state.opt_state}
-  return built['update'], (state, batch, described_key()), resident
+  return built['update'], (state, {}, batch, described_key()), resident
 
 
 def ppo_program(name, config, mesh, remat, parts):
@@ -294,7 +302,7 @@ def on_rows(tree, mesh):
 
 def full_layout(stage, mesh):
   """The layout of episodes at full length, as PPO lays them out."""
-  sizes = ppo_ptx.row_sizes(stage, mesh)
+  sizes = rl.row_sizes(stage, mesh)
   prompts = np.full(stage.batch_size, stage.prompt_length)
   responses = np.full(stage.batch_size, stage.response_length)
   groups = packing.deal_epochs(prompts + responses, sizes, (0,))

@@ -65,15 +65,7 @@ def build_programs(config, module, mesh):
   )
   loss_fn = supervised.make_text_loss(artifacts.logprobs_fn(module), True)
 
-  def update(state, batch, key):
-    return supervised.update(
-      state,
-      batch,
-      key,
-      loss_fn=loss_fn,
-      optimizer=tx,
-      num_microbatches=config.num_microbatches,
-    )
+  update = supervised.make_update(loss_fn, tx, config.num_microbatches)
 
   return {'optimizer': tx, 'update': jax.jit(update, donate_argnums=0)}
 
@@ -136,7 +128,7 @@ def run(config, workdir: epath.Path):
       for step, host_batch in steps.steps_with(data):
         batch = sharding.put_batch(host_batch, mesh)
         state, metrics = programs['update'](
-          state, batch, jax.random.fold_in(keys['loop'], step)
+          state, {}, batch, jax.random.fold_in(keys['loop'], step)
         )
         values = None
         if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:

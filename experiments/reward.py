@@ -90,15 +90,7 @@ def build_programs(config, module, num_steps):
     }
     return summed, (weight, metrics)
 
-  def update(state, batch, key):
-    return supervised.update(
-      state,
-      batch,
-      key,
-      loss_fn=loss_fn,
-      optimizer=tx,
-      num_microbatches=config.num_microbatches,
-    )
+  update = supervised.make_update(loss_fn, tx, config.num_microbatches)
 
   return {
     'optimizer': tx,
@@ -156,7 +148,7 @@ def train(config, workdir, name, rows, model, seed):
       # Every process packs the whole batch, for `ends` points across rows.
       batch = sharding.put_whole(host_batch, mesh)
       state, metrics = programs['update'](
-        state, batch, jax.random.fold_in(root, step)
+        state, {}, batch, jax.random.fold_in(root, step)
       )
       steps.end_step(
         step,

@@ -55,15 +55,7 @@ def build_programs(config, module, num_steps):
   )
   loss_fn = supervised.make_text_loss(artifacts.logprobs_fn(module), True)
 
-  def update(state, batch, key):
-    return supervised.update(
-      state,
-      batch,
-      key,
-      loss_fn=loss_fn,
-      optimizer=tx,
-      num_microbatches=config.num_microbatches,
-    )
+  update = supervised.make_update(loss_fn, tx, config.num_microbatches)
 
   return {'optimizer': tx, 'update': jax.jit(update, donate_argnums=0)}
 
@@ -204,7 +196,7 @@ def run(config, workdir: epath.Path):
       for step, host_batch in steps.steps_with(data):
         batch = sharding.put_batch(host_batch, mesh)
         state, metrics = programs['update'](
-          state, batch, jax.random.fold_in(root, step)
+          state, {}, batch, jax.random.fold_in(root, step)
         )
         values = None
         if (step + 1) % steps_per_epoch == 0:

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import ppo_ptx as ppo_config
 from experiments import ppo_ptx, reward, sft
-from instruct_jax import artifacts, ppo, rewards
+from instruct_jax import artifacts, ppo, rewards, rl
 from instruct_jax.infra import sharding, train_state
 from instruct_jax.models.config import PRESETS, TransformerConfig
 from instruct_jax.types import PackedComparisons, PromptBatch, TextBatch
@@ -350,7 +350,7 @@ def run_everything(family: str, mesh_shape) -> dict:
   def update_of(programs, kind, batch):
     state = train_state.create(place(kind, 0), programs['optimizer'])
     state, metrics = programs['update'](
-      state, sharding.put_batch(batch, mesh), key
+      state, {}, sharding.put_batch(batch, mesh), key
     )
     # Adam's first moment after one step: a tenth of the clipped gradient.
     return state.opt_state[1].mu, means(metrics)
@@ -389,7 +389,7 @@ def run_everything(family: str, mesh_shape) -> dict:
     asked = sharding.put_batch(prompts(), mesh)
     sampled = call('respond', state.policy.params, asked, key)
     numbers['samples'] = sampled
-    layout = ppo_ptx.lay_out(config, programs, sampled, mesh, 0)
+    layout = rl.lay_out(config, programs, sampled, mesh, 0)
     scores = call('score', place('scalar', 2), sampled, layout)
     numbers['scores'] = scores
     batch, kl, metrics = call(

@@ -11,7 +11,7 @@ import pytest
 
 from configs import ppo_ptx as config_file
 from experiments import ppo_ptx
-from instruct_jax import artifacts, packing, ppo, rewards
+from instruct_jax import artifacts, packing, ppo, rewards, rl
 from instruct_jax.infra import sharding, train_state
 from instruct_jax.models.heads import token_logprobs
 from instruct_jax.types import RLBatch, Rollout
@@ -459,7 +459,7 @@ def test_an_end_that_the_reward_model_skips_is_not_read(programs):
 def gradients(loss_fn):
   return jax.jit(
     lambda params, batch: train_state.accumulate_gradients(
-      loss_fn, params, batch, jax.random.key(0)
+      loss_fn, params, {}, batch, jax.random.key(0)
     )
   )
 
@@ -467,7 +467,7 @@ def gradients(loss_fn):
 def test_gradients_do_not_depend_on_the_layout(programs):
   """One minibatch of eight episodes: losses, metrics and gradients."""
   config, built = programs
-  method = ppo_ptx.ppo_config(config)
+  method = rl.method_of(config)
   rollout = sampled()
   layouts = [
     lay_out(rollout, num_epochs=1, num_microbatches=1, row_episodes=episodes)
@@ -628,7 +628,7 @@ def test_the_config_says_whether_rows_are_dense(programs):
   rollout = on_device(sampled())
 
   def longest(config, rollout):
-    layout = ppo_ptx.lay_out(config, built, rollout, mesh, 0)
+    layout = rl.lay_out(config, built, rollout, mesh, 0)
     return int(layout.segments.max())
 
   with sharding.use_mesh(mesh):

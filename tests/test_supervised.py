@@ -55,14 +55,7 @@ def make_text(rng) -> TextBatch:
 
 @functools.cache
 def make_update(num_microbatches=1, loss_fn=LOSS):
-  return jax.jit(
-    functools.partial(
-      supervised.update,
-      loss_fn=loss_fn,
-      optimizer=OPTIMIZER,
-      num_microbatches=num_microbatches,
-    )
-  )
+  return jax.jit(supervised.make_update(loss_fn, OPTIMIZER, num_microbatches))
 
 
 def test_loss_by_hand():
@@ -121,14 +114,14 @@ def test_packed_rows_have_the_loss_of_rows_of_their_own():
 
 def test_microbatches_change_nothing(rng):
   batch = make_text(rng)
-  whole, metrics = make_update()(make_state(), batch, KEY)
+  whole, metrics = make_update()(make_state(), {}, batch, KEY)
   assert metrics['nll'][1] == batch.loss_mask.sum()
   np.testing.assert_allclose(
     metrics['loss'][0], metrics['nll'][0] / metrics['nll'][1], rtol=1e-6
   )
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-    make_update(4)(make_state(), batch, KEY),
+    make_update(4)(make_state(), {}, batch, KEY),
     (whole, metrics),
   )
 
@@ -150,9 +143,9 @@ def test_reward_microbatches_keep_the_weight_of_a_prompt(rng):
   batch = {'rows': jnp.arange(B), 'ranks': jnp.asarray(ranks)}
   params = {'scores': jnp.asarray(rng.normal(size=(B, 4)), jnp.float32)}
   state = train_state.create(params, OPTIMIZER)
-  accumulate = jax.jit(train_state.accumulate_gradients, static_argnums=(0, 4))
-  whole = accumulate(loss_fn, params, batch, KEY, 1)
-  parts = accumulate(loss_fn, params, batch, KEY, 4)
+  accumulate = jax.jit(train_state.accumulate_gradients, static_argnums=(0, 5))
+  whole = accumulate(loss_fn, params, {}, batch, KEY, 1)
+  parts = accumulate(loss_fn, params, {}, batch, KEY, 4)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
     parts,
@@ -162,7 +155,7 @@ def test_reward_microbatches_keep_the_weight_of_a_prompt(rng):
   assert whole[2]['loss'][1] == 5.0
   # A batch without any pair moves nothing, and is finite.
   ties = batch | {'ranks': jnp.ones((B, 4), jnp.int32)}
-  after, metrics = make_update(2, loss_fn)(state, ties, KEY)
+  after, metrics = make_update(2, loss_fn)(state, {}, ties, KEY)
   assert metrics['optimizer/skipped'] == (0.0, 1.0)
   np.testing.assert_array_equal(after.params['scores'], params['scores'])
 
@@ -174,7 +167,7 @@ def test_a_loss_that_is_not_finite_is_skipped(rng, num_microbatches):
   bad = bad.replace(params={'table': bad.params['table'].at[3].set(jnp.nan)})
   batch = batch.replace(tokens=batch.tokens.at[B - 1, 1].set(3))
   update = make_update(num_microbatches)
-  after, metrics = update(bad, batch, KEY)
+  after, metrics = update(bad, {}, batch, KEY)
   jax.tree.map(
     np.testing.assert_array_equal,
     (after.params, after.opt_state),
