@@ -247,9 +247,7 @@ def main(argv) -> None:
   print(f'work directory: {workdir}', flush=True)
 
   try:
-    processes.join(
-      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-    )
+    processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     run(config, workdir, described, _ACCEPT_NEW_INPUTS.value)
   except (ValueError, FileNotFoundError, RuntimeError, OSError) as error:
     if logging.get_verbosity() >= logging.DEBUG:

@@ -54,9 +54,7 @@ class Layout:
   num_epochs: int = flax.struct.field(pytree_node=False)
 
 
-def rows_per_group(
-  group_size: int, num_shards: int, row_episodes: int
-) -> int:
+def rows_per_group(group_size: int, num_shards: int, row_episodes: int) -> int:
   """Rows that hold a group of so many episodes, whatever their lengths.
 
   Args:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import pathlib
 import shutil
 import signal
 import time
@@ -143,9 +144,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 @pytest.mark.parametrize('fate', ['cut', 'deleted', 'older'])
-def test_lost_lines_come_back_from_the_checkpoint(
-  workdir, uninterrupted, fate
-):
+def test_lost_lines_come_back_from_the_checkpoint(workdir, uninterrupted, fate):
   path = workdir / metrics.METRICS_FILE
   with pytest.raises(KilledError):
     run_loop(workdir, kill_at=5)
@@ -354,7 +353,8 @@ def test_a_directory_that_is_gone(workdir):
 def test_a_full_disk_under_the_lines(workdir, uninterrupted):
   """/dev/full is a disk without room."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(metrics, '_open', lambda path, lines: open('/dev/full', 'a'))
+    full = pathlib.Path('/dev/full')
+    patch.setattr(metrics, '_open', lambda path, lines: full.open('a'))
     patch.setattr(loop.Loop, '_check_workdir', lambda self: None)
     with pytest.raises(OSError, match='No space left'):
       run_loop(workdir)
