@@ -221,3 +221,25 @@ def test_a_stop_of_one_stops_all(tmp_path, who):
   assert found[1 - who][1] == [
     f'process {who} was stopped, and so is this one; the same command continues'
   ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('index', [0, 1])
+def test_who_waits_in_vain_is_told(tmp_path, index):
+  """The other one was never started."""
+  ended = subprocess.run(
+    [
+      *(sys.executable, '-c'),
+      'from instruct_jax.infra import processes\n'
+      'processes.JOIN_SECONDS = 5\n'
+      f'processes.join("localhost:{free_port()}", 2, {index})',
+    ],
+    cwd=ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '2'},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert ended.returncode == 1
+  (line,) = ended.stderr.splitlines()
+  assert line.startswith('error: the processes of this run have not come')
