@@ -84,22 +84,21 @@ PEERS = {
 
 
 def validate(config):
-  if config.work not in (*WORKS, 'all'):
-    raise ValueError(f'work must be one of {WORKS} or all: {config.work!r}')
+  run_lib.check_choice(config, 'work', (*WORKS, 'all'))
+  run_lib.check_choice(config, 'reward', ('model', 'tokens'))
   if config.num_iterations < 5:
     raise ValueError(
       f'num_iterations must be at least 5, or the spread says nothing: '
       f'{config.num_iterations}'
     )
-  if config.reward not in ('model', 'tokens'):
-    raise ValueError(f"reward must be 'model' or 'tokens': {config.reward!r}")
   if not 0 <= config.stop_fraction < 1:
     raise ValueError(f'stop_fraction must be in [0, 1): {config.stop_fraction}')
-  unknown = sorted(set(growths(config)) - set(GROWTHS))
-  if unknown:
-    raise ValueError(f'unknown growth {unknown}; known: {GROWTHS}')
+  run_lib.check_choice({'growth': growths(config)}, 'growth', GROWTHS)
   if config.peers and not pathlib.Path(config.peers).is_dir():
     raise ValueError(f"peers: there is no folder '{config.peers}'")
+  for name in ('policy', 'scalar'):
+    with run_lib.naming('model', name):
+      TransformerConfig.from_dict(config[name].to_dict())
   ppo_ptx.validate(config.ppo)
   sft.validate(config.sft)
 

@@ -22,16 +22,15 @@ from instruct_jax.evals import (
   report,
   win_rate,
 )
-from instruct_jax.evals.samples import Sample
+from instruct_jax.evals.samples import Sample, draw_prompts
+from instruct_jax.infra import origin, sharding, slices
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding, slices
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
-  if config.judge not in ('gold', 'reward'):
-    raise ValueError(f"judge must be 'gold' or 'reward': {config.judge!r}")
+  check_stage(config)
+  run_lib.check_choice(config, 'judge', ('gold', 'reward'))
   for key in ('policy', 'reward_model', 'prompts', 'tokenizer'):
     if not config[key]:
       raise ValueError(f'{key} is empty')
@@ -49,23 +48,31 @@ def validate(config):
     )
   if not config.temperature > 0:
     raise ValueError(f'temperature must be positive: {config.temperature}')
-  artifacts.named_folders(config.rl)
+  artifacts.named_folders(config.rl, 'rl')
+
+
+def models_of(config) -> dict[str, str]:
+  """Label -> folder of each model that is read."""
+  found = {key: config[key] for key in ('policy', 'reward_model')}
+  if config.judge == 'reward':
+    found['judge_model'] = config.judge_model
+  for name, folder in artifacts.named_folders(config.rl, 'rl').items():
+    if not epath.Path(folder).exists():
+      found[f'rl.{name}'] = folder
+      continue
+    for path in rl_policies(folder):
+      part = path.relative_to(folder).as_posix()
+      found[f'rl.{name}/{part}'] = str(path)
+  return found
 
 
 def inputs(config):
   """What this stage reads, by config key."""
-  keys = ['policy', 'reward_model', 'prompts', 'tokenizer']
-  if config.judge == 'reward':
-    keys.append('judge_model')
-  found = {key: config[key] for key in keys}
-  for name, folder in artifacts.named_folders(config.rl).items():
-    found[f'rl.{name}'] = folder
-    if epath.Path(folder).exists():
-      del found[f'rl.{name}']
-      for path in rl_policies(folder):
-        part = path.relative_to(folder).as_posix()
-        found[f'rl.{name}/{part}'] = str(path)
-  return found
+  return {
+    'prompts': config.prompts,
+    'tokenizer': config.tokenizer,
+    **models_of(config),
+  }
 
 
 def rl_policies(folder: str) -> list[epath.Path]:
@@ -100,15 +107,22 @@ def sizes_up_to(num_samples: int) -> list[int]:
 
 def run(config, workdir: epath.Path):
   validate(config)
-  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  prompts = records.read_jsonl(config.prompts, records.Prompt)
-  rows, dropped = loader.prompt_rows(
-    prompts[: config.num_prompts], tokenizer, config.prompt_length
+  models = models_of(config)
+  keys = [*origin.LENGTHS, *[origin.WORLD] * (config.judge == 'gold')]
+  config = origin.filled(config, keys, models, config.prompts)
+  artifacts.check_contexts(
+    models,
+    config.prompt_length + config.response_length,
+    'prompt_length + response_length',
   )
+  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  given = records.read_jsonl(config.prompts, records.Prompt)
+  prompts = draw_prompts(given, config.num_prompts, config.seed)
+  run_lib.say_drawn(config.name, len(prompts), len(given), 'prompts')
+  rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
   run_lib.tell_dropped(
     config.name, dropped.describe('prompts', 'prompt_length')
   )
-  num_dropped = dropped.total
   prompts = [prompts[i] for i in rows.indices]
   N, sizes = config.num_samples, sizes_up_to(config.num_samples)
   mesh = sharding.make_mesh(config.mesh)
@@ -199,7 +213,7 @@ def run(config, workdir: epath.Path):
     }
 
     # 2. Policies along RL, one answer a prompt.
-    for name, folder in artifacts.named_folders(config.rl).items():
+    for name, folder in artifacts.named_folders(config.rl, 'rl').items():
       found = {'kl': [], 'proxy': [], 'gold': []}
       paths = rl_policies(folder)
       for number, path in enumerate(paths, 1):
@@ -220,9 +234,12 @@ def run(config, workdir: epath.Path):
         'labels': [path.name for path in paths],
         **{key: np.stack(value, axis=1) for key, value in found.items()},
       }
-  return write_results(
-    config, workdir, judge, curves, start, len(prompts), num_dropped
-  )
+  counts = {
+    'num_prompts': len(prompts),
+    'num_given': len(given),
+    'num_dropped': dropped.total,
+  }
+  return write_results(config, workdir, judge, curves, start, counts)
 
 
 def points_of(config, curve, start):
@@ -249,9 +266,7 @@ def points_of(config, curve, start):
   return rows
 
 
-def write_results(
-  config, workdir, judge, curves, start, num_prompts, num_dropped
-):
+def write_results(config, workdir, judge, curves, start, counts):
   points, fits, reasons = {}, {}, {}
   for name, curve in curves.items():
     points[name] = points_of(config, curve, start)
@@ -267,8 +282,7 @@ def write_results(
       reasons[name] = str(error)
   result = {
     'judge': judge,
-    'num_prompts': num_prompts,
-    'num_dropped': num_dropped,
+    **counts,
     'num_samples': config.num_samples,
     'points': points,
     'fits': fits,
@@ -282,9 +296,10 @@ def write_results(
   lines = [
     '# Best-of-n and RL',
     '',
-    f'Judge: {report.escape(judge)}. {num_prompts} prompts, '
-    f'{config.num_samples} answers each. Scores are gains over the initial '
-    'policy; KL is from it, in nats. Intervals are 95 %, redrawing prompts.',
+    f'Judge: {report.escape(judge)}. {counts["num_prompts"]} of '
+    f'{counts["num_given"]} prompts, {config.num_samples} answers each. Scores '
+    'are gains over the initial policy; KL is from it, in nats. Intervals are '
+    '95 %, redrawing prompts.',
     '',
     '![Frontier](frontier.png)',
     '',
@@ -324,4 +339,4 @@ def write_results(
   report.write_file(
     workdir / 'best_of_n.md', ('\n'.join(lines).rstrip() + '\n').encode()
   )
-  return {'num_prompts': num_prompts, 'num_dropped': num_dropped}
+  return counts

@@ -16,17 +16,24 @@ from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding, slices
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  check_stage(config)
   for key in ('reward_model', 'tokenizer', 'demonstrations'):
     if not config[key]:
       raise ValueError(f'{key} is empty; give its path')
   for key in ('row_length', 'batch_size'):
     if config[key] < 1:
       raise ValueError(f'{key} must be positive: {config[key]}')
+
+
+def inputs(config):
+  """What this stage reads, by config key."""
+  keys = ['reward_model', 'tokenizer', 'demonstrations']
+  keys += ['comparisons'] * bool(config.comparisons)
+  return {key: config[key] for key in keys}
 
 
 def scores_of(config, model, comparisons, tokenizer, mesh):

@@ -27,7 +27,7 @@ from instruct_jax import artifacts, packing, ppo, rewards, rollout, sampling
 from instruct_jax.infra import programs as programs_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
-from instruct_jax.models.config import TransformerConfig
+from instruct_jax.models.config import REMAT_POLICIES, TransformerConfig
 from instruct_jax.types import (
   Episodes,
   PackedComparisons,
@@ -57,14 +57,16 @@ PIECES = {
 
 
 def validate(config):
-  if config.chip not in programs_lib.CHIPS:
-    raise ValueError(
-      f'chip must be one of {sorted(programs_lib.CHIPS)}: {config.chip!r}'
-    )
-  known = [name for names in STAGES for name in names]
-  unknown = sorted(set(config.programs) - set(known))
-  if unknown:
-    raise ValueError(f'unknown programs {unknown}; known: {known}')
+  run_lib.check_choice(config, 'chip', tuple(programs_lib.CHIPS))
+  run_lib.check_choice(config, 'remats', REMAT_POLICIES)
+  run_lib.check_choice(
+    config, 'programs', [name for names in STAGES for name in names]
+  )
+  for name in ('policy', 'scalar'):
+    with run_lib.naming('model', name):
+      TransformerConfig.from_dict(config[name].to_dict())
+  for stage, name in ((sft, 'sft'), (reward, 'reward'), (ppo_ptx, 'ppo')):
+    stage.validate(config[name])
   if not config.meshes:
     raise ValueError('meshes is empty: there is nothing to try')
 

@@ -38,13 +38,13 @@ from instruct_jax.evals.benchmarks import probe
 from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models import attention, heads
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 OFFLOADED = ('ema', 'reference', 'reward')
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  check_stage(config)
   method = ppo_config(config)
   for divisor, size in (
     ('batch_size', 'num_episodes'),
@@ -69,16 +69,7 @@ def validate(config):
   for key, least in (('pack_episodes', 1), ('pack_spare', 1.0)):
     if config[key] < least:
       raise ValueError(f'{key} must be at least {least}: {config[key]}')
-  if config.frozen_dtype not in ('float32', 'bfloat16'):
-    raise ValueError(
-      f"frozen_dtype must be 'float32' or 'bfloat16': {config.frozen_dtype!r}"
-    )
-  unknown = sorted(set(config.offload) - set(OFFLOADED))
-  if unknown:
-    raise ValueError(
-      f'offload names what cannot wait on the host: {unknown}; known: '
-      f'{OFFLOADED}'
-    )
+  run_lib.check_choice(config, 'offload', OFFLOADED)
   if not config.temperature > 0:
     raise ValueError(f'temperature must be positive: {config.temperature}')
   if config.ptx_per_episode < 1 and method.ptx_coef > 0:
@@ -86,12 +77,10 @@ def validate(config):
       f'ptx_coef {method.ptx_coef} needs ptx_per_episode >= 1: '
       f'{config.ptx_per_episode}'
     )
-  if not config.reward_model and not config.reward_fn:
-    raise ValueError('reward_model and reward_fn are empty; give one of them')
   for name in score_fns.parse_weights(config.reward_fn):
     score_fns.find_function(name)
   if config.probe_every:
-    probes = artifacts.named_folders(config.probes)
+    probes = artifacts.named_folders(config.probes, 'probes')
     probe.check_names(list(probes))
     if not probes:
       raise ValueError(
@@ -101,12 +90,16 @@ def validate(config):
 
 def inputs(config):
   """What this stage reads, by config key."""
+  if not config.reward_model and not config.reward_fn:
+    raise ValueError('reward_model and reward_fn are empty; give one of them')
   keys = ['tokenizer', 'init', 'prompts']
   keys += ['documents'] * (config.ptx_coef > 0)
-  keys += [key for key in ('reward_model', 'valid_documents') if config[key]]
+  # Where no function pays, a reward model has to.
+  keys += ['reward_model'] * bool(config.reward_model or not config.reward_fn)
+  keys += ['valid_documents'] * bool(config.valid_documents)
   found = {key: config[key] for key in keys}
   if config.probe_every:
-    for name, path in artifacts.named_folders(config.probes).items():
+    for name, path in artifacts.named_folders(config.probes, 'probes').items():
       found[f'probes.{name}'] = path
   return found
 
@@ -329,6 +322,9 @@ def run(config, workdir: epath.Path):
   run_lib.tell_dropped(
     config.name, dropped.describe('prompts', 'prompt_length')
   )
+  run_lib.check_enough(
+    loader.num_rows(prompt_rows), config.batch_size, 'prompts', 'batch_size'
+  )
   make_batches = functools.partial(
     loader.make_batches,
     seed=config.seed,
@@ -340,10 +336,15 @@ def run(config, workdir: epath.Path):
     loader.document_rows, tokenizer=tokenizer, row_length=config.ptx_row_length
   )
   if use_ptx:
-    ptx = make_batches(
-      documents(config.documents, cut=config.cut_documents),
-      batch_size=config.batch_size * config.ptx_per_episode * config.num_epochs,
+    num_ptx = config.batch_size * config.ptx_per_episode * config.num_epochs
+    ptx_rows = documents(config.documents, cut=config.cut_documents)
+    run_lib.check_enough(
+      loader.num_rows(ptx_rows),
+      num_ptx,
+      'rows of documents',
+      'batch_size x ptx_per_episode x num_epochs',
     )
+    ptx = make_batches(ptx_rows, batch_size=num_ptx)
 
   with sharding.use_mesh(mesh):
     # 2. Models.

@@ -13,6 +13,7 @@ from instruct_jax import artifacts, queries, supervised
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import loop, optimizer, sharding, train_state
+from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import TransformerConfig
 
 
@@ -93,6 +94,12 @@ def run(config, workdir: epath.Path):
   train_rows = documents(config.documents, cut=config.cut_documents)
   # Held-out documents are whole, so that losses compare.
   valid_rows = documents(config.valid)
+  run_lib.check_enough(
+    loader.num_rows(train_rows),
+    config.batch_size,
+    'rows of documents',
+    'batch_size',
+  )
   batches = loader.make_batches(
     train_rows,
     batch_size=config.batch_size,

@@ -25,17 +25,14 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import preference_accuracy
 from instruct_jax.infra import loop, optimizer, sharding, slices, train_state
 from instruct_jax.infra import run as run_lib
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  check_stage(config)
   if config.num_folds == 1 or config.num_folds < 0:
     raise ValueError(f'num_folds must be 0 or at least 2: {config.num_folds}')
-  if config.divisor not in ('surviving', 'all'):
-    raise ValueError(
-      f"divisor must be 'surviving' or 'all': {config.divisor!r}"
-    )
+  run_lib.check_choice(config, 'divisor', ('surviving', 'all'))
   if config.batch_size % config.num_microbatches:
     raise ValueError(
       f'num_microbatches {config.num_microbatches} does not divide '
@@ -173,13 +170,17 @@ def train(config, workdir, name, rows, model, seed):
 
 def training_rows(config, comparisons, tokenizer):
   """`loader.comparison_rows` as this stage learns from them."""
-  return loader.comparison_rows(
+  rows, dropped = loader.comparison_rows(
     comparisons,
     tokenizer,
     config.max_candidates,
     config.row_length,
     merge=config.merge_rankings,
   )
+  run_lib.tell_dropped(
+    config.name, dropped.describe('comparisons', 'row_length')
+  )
+  return rows, dropped
 
 
 def score_comparisons(config, programs, params, rows):
@@ -222,6 +223,13 @@ def encode_rankings(config, comparisons, tokenizer) -> Rankings:
   """Tokens of what is to be scored; what is too long is left out."""
   fitting = loader.fitting_comparisons(
     comparisons, tokenizer, config.row_length
+  )
+  run_lib.say_left_out(
+    config.name,
+    len(comparisons) - len(fitting),
+    len(comparisons),
+    'valid_comparisons',
+    f'row_length ({config.row_length} tokens)',
   )
   distinct = {answers_of(comparison): comparison for comparison in fitting}
   rows, _ = loader.comparison_rows(
@@ -284,9 +292,6 @@ def run(config, workdir: epath.Path):
 def fit(config, workdir, tokenizer, policy, comparisons, valid):
   mesh = jax.sharding.get_mesh()
   rows, dropped = training_rows(config, comparisons, tokenizer)
-  run_lib.tell_dropped(
-    config.name, dropped.describe('comparisons', 'row_length')
-  )
   # fold_in: the head must not share its noise with the batches' keys.
   init_key = jax.random.fold_in(jax.random.key(config.seed), 1)
   model = artifacts.scalar_from_policy(policy, mesh, init_key)

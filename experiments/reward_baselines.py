@@ -33,6 +33,13 @@ def inputs(config):
 def score_of(config, model_dir, comparisons, tokenizer):
   """r(x, y) of each comparison's completions; those too long are left out."""
   kept = loader.fitting_comparisons(comparisons, tokenizer, config.row_length)
+  run_lib.say_left_out(
+    config.name,
+    len(comparisons) - len(kept),
+    len(comparisons),
+    'valid_comparisons',
+    f'row_length ({config.row_length} tokens)',
+  )
   num_candidates = max(len(c.completions) for c in kept)
   rows, _ = loader.comparison_rows(
     kept, tokenizer, num_candidates, config.row_length

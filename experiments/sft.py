@@ -18,11 +18,13 @@ from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  run_lib.check_choice(config, 'loss_on', ('response', 'all'))
+  run_lib.check_choice(config, 'select_by', ('valid_loss', 'last'))
+  check_stage(config)
   if not 0 <= config.ptx_fraction < 1:
     raise ValueError(f'ptx_fraction must be in [0, 1): {config.ptx_fraction}')
   if config.ptx_fraction and not config.documents:
@@ -66,6 +68,23 @@ def build_programs(config, module, num_steps):
   return {'optimizer': tx, 'update': jax.jit(update, donate_argnums=0)}
 
 
+def check_epochs(workdir, num_done, tokenizer):
+  """Refuses to go on without an epoch that this stage has saved before.
+
+  Raises:
+    checkpoint.CheckpointError: one is gone or damaged; a resumed run would not
+      write it again.
+  """
+  for epoch in range(1, num_done + 1):
+    try:
+      artifacts.check(workdir / 'epochs' / str(epoch), 'policy', tokenizer)
+    except checkpoint.CheckpointError as error:
+      raise checkpoint.CheckpointError(
+        f'epoch {epoch} cannot be used, and the checkpoints are past it: '
+        f'{error} Or delete {workdir} to run this stage again from its start.'
+      ) from error
+
+
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
@@ -98,6 +117,12 @@ def run(config, workdir: epath.Path):
     'process_index': jax.process_index(),
     'process_count': jax.process_count(),
   }
+  run_lib.check_enough(
+    loader.num_rows(rows),
+    config.batch_size,
+    'rows of demonstrations',
+    'batch_size',
+  )
   if config.ptx_fraction:
     ptx_rows = loader.document_rows(
       config.documents,
@@ -174,6 +199,7 @@ def run(config, workdir: epath.Path):
     ) as steps:
       programs = steps.watched(programs)
       state = steps.restore(sharding.place(state, mesh))
+      check_epochs(workdir, steps.start // steps_per_epoch, tokenizer)
       data = loader.ahead(batches.__getitem__)
       for step, host_batch in steps.steps_with(data):
         batch = sharding.put_batch(host_batch, mesh)

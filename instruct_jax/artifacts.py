@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -198,18 +198,51 @@ def make_mesh(
   """
   heads = []
   for folder in folders if not shape else ():
-    if is_published(folder):
-      values = hf.read_config(hub.locate(str(folder)))
-      config = TransformerConfig.from_hf(values)
-    else:
-      values = checkpoint.load_metadata(folder)['model']
-      config = TransformerConfig.from_dict(values)
+    config = shape_of(folder)
     heads += [config.num_heads, config.kv_heads, config.mlp_dim]
   return sharding.make_mesh(shape, rows=rows, heads=heads)
 
 
-def named_folders(text: str) -> dict[str, str]:
+def shape_of(folder: epath.PathLike) -> TransformerConfig:
+  """The shape of a model; its description is read, and no array.
+
+  Raises:
+    checkpoint.CheckpointError, ValueError: the folder is missing or damaged.
+  """
+  if is_published(folder):
+    return TransformerConfig.from_hf(hf.read_config(hub.locate(str(folder))))
+  return TransformerConfig.from_dict(checkpoint.load_metadata(folder)['model'])
+
+
+def check_contexts(
+  folders: Mapping[str, epath.PathLike], num_tokens: int, what: str
+) -> None:
+  """Refuses rows that are longer than one of the models can read, before any
+  is loaded.
+
+  Args:
+    folders: name for the message -> model.
+    num_tokens: of a row.
+    what: the config keys that they come from.
+
+  Raises:
+    ValueError: with the numbers; or as `shape_of`.
+  """
+  for name, folder in folders.items():
+    length = shape_of(folder).context_length
+    if num_tokens > length:
+      raise ValueError(
+        f'{name}: {what} ask for {num_tokens} tokens, the context of {folder} '
+        f'has {length}; lower them'
+      )
+
+
+def named_folders(text: str, key: str = 'models') -> dict[str, str]:
   """`NAME=FOLDER,NAME=FOLDER` as a mapping.
+
+  Args:
+    text: of that form, or ''.
+    key: of the config that holds it, for the error.
 
   Raises:
     ValueError: a part is not of this form, or a name stands twice.
@@ -219,7 +252,7 @@ def named_folders(text: str) -> dict[str, str]:
     name, separator, folder = part.partition('=')
     if not (name and separator and folder) or name in folders:
       raise ValueError(
-        f'models must be NAME=FOLDER,NAME=FOLDER with distinct names: {text!r}'
+        f'{key} must be NAME=FOLDER,NAME=FOLDER with distinct names: {text!r}'
       )
     folders[name] = folder
   return folders

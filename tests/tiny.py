@@ -212,8 +212,8 @@ def ppo_state() -> ppo.RLState:
   )
 
 
-LOGPROBS_FN = artifacts.logprobs_fn(POLICY, TEMPERATURE)
-SCALARS_FN = artifacts.scalars_fn(SCALAR)
+LOGPROBS_FN = artifacts.logprobs_fn(POLICY, TEMPERATURE, T)
+SCALARS_FN = artifacts.scalars_fn(SCALAR, T)
 score = jax.jit(
   score_fns.reward_program(
     SCALARS_FN, functools.partial(heads.read_scores, SCALAR), 1

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from instruct_jax import command
 from instruct_jax.data import records
 
 _TFDS = 'tfds:'
@@ -801,8 +802,9 @@ def _read_tfds(
   # Not found, not prepared and unknown split are unrelated exception types.
   except Exception as error:
     raise records.RecordError(
-      f'{spec}: cannot be opened ({error}); prepare it with tfds build, in the '
-      'array_record format, and give its data_dir'
+      f'{spec}: cannot be opened ({command.one_line(error)}); prepare it with '
+      'tfds build, in the array_record format, and set TFDS_DATA_DIR to its '
+      'folder'
     ) from error
   for row in range(len(source)):
     try:

@@ -21,7 +21,6 @@ score reweights the sample's strata to it:
   truthful_qa  share of adversarial questions      437 of 817 (Lin et al. 2022)
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -32,6 +31,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from instruct_jax import command
 from instruct_jax.data import folders, records
 from instruct_jax.evals import report, sections, win_rate
 from instruct_jax.evals.benchmarks import released_csv, scorers, table14
@@ -955,7 +955,7 @@ def to_markdown(
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command; returns the exit code."""
-  parser = argparse.ArgumentParser(
+  parser = command.Parser(
     prog='python -m instruct_jax.evals.released_samples',
     description='Scores sample files in the released layout.',
   )
@@ -986,4 +986,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  command.end(main)

@@ -202,9 +202,7 @@ def _shorten(text: str) -> str:
 def cell(value: Any) -> str:
   """A table cell: a number, `mean [low, high]`, `mean ± error` or text."""
   found = sections.shown(value)
-  text = f'{found.text} {found.rest}'.strip()
-  if isinstance(value, bool | str):
-    return escape(text)
+  text = f'{escape(found.text)} {found.rest}'.strip()
   return f'**{text}**' if found.best else text
 
 

@@ -7,7 +7,6 @@ Reads what the PPO stage logged (`probe_every`, `eval_every`) and writes
 (Figure 33) and `tax_kl_coef.png` (Figure 34); and `tax.json`.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from etils import epath
 
+from instruct_jax import command
 from instruct_jax.data import folders as folders_lib
 from instruct_jax.data import records
 from instruct_jax.evals import plots
@@ -48,6 +48,12 @@ def read_run(folder: epath.PathLike) -> tuple[list[dict], dict[str, Any]]:
         if folder.name not in config['stages']:
           raise ValueError(f'{path}: has no stage {folder.name!r}')
         config = config['stages'][folder.name]
+      missing = [key for key in _COEFFICIENTS if key not in config]
+      if missing:
+        raise ValueError(
+          f'{folder} is no PPO stage: its config in {path} has no '
+          + ' and no '.join(missing)
+        )
       return rows, config
   raise ValueError(f'{folder}: neither it nor its parent has a config.json')
 
@@ -122,8 +128,8 @@ def write(
   return list(written)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description='Alignment tax of PPO runs.')
+def main(arguments: Sequence[str] | None = None) -> int:
+  parser = command.Parser(description='Alignment tax of PPO runs.')
   parser.add_argument('runs', nargs='+', help='NAME=FOLDER of a PPO stage')
   parser.add_argument('--output', required=True)
   flags = parser.parse_args(arguments)
@@ -133,12 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not separator or name in folders:
       parser.error(f'expected NAME=FOLDER with distinct names: {run!r}')
     folders[name] = folder
-  try:
-    for name in write(folders, flags.output):
-      print(f'{flags.output}/{name}')
-  except ValueError as error:
-    parser.error(str(error))
+  for name in write(folders, flags.output):
+    print(f'{flags.output}/{name}')
+  return 0
 
 
 if __name__ == '__main__':
-  main()
+  command.end(main)
