@@ -9,6 +9,8 @@ Gao et al. 2022. RL points are the snapshots of a run (`snapshot_every` of the
 PPO stage) and its final policy. Output: best_of_n.md, .json, frontier.png.
 """
 
+from ml_collections.config_dict import placeholder
+
 from configs import common
 
 
@@ -21,14 +23,18 @@ def get_config(argument: str = ''):
   config.reward_model = ''  # The proxy: scalar folder that chooses.
   config.judge = 'gold'  # Or 'reward': judge_model, another scalar folder.
   config.judge_model = ''
-  config.world_seed = 0  # gold: seed of the run whose world is judged.
+  # gold: seed of the world that is judged. None: as in the run in whose folder
+  # the prompts lie.
+  config.world_seed = placeholder(int)
   config.rl = ''  # NAME=FOLDER of PPO stages, comma between.
   config.prompts = ''  # JSONL of held-out prompts.
-  config.num_prompts = 200  # At the most.
+  config.num_prompts = 200  # At the most; drawn by seed.
   config.num_samples = 64  # N, of each prompt; n goes up to it by doubling.
   config.tokenizer = ''
-  config.prompt_length = 64  # Tokens; longer prompts are left out, counted.
-  config.response_length = 64  # Tokens.
+  # Tokens; longer prompts are left out and counted. None: as in the run in
+  # whose folder the models, or else the prompts, lie.
+  config.prompt_length = placeholder(int)
+  config.response_length = placeholder(int)
   config.temperature = 1.0  # As in RL's rollouts.
   config.batch_size = 256  # Answers sampled at a time.
   config.num_bootstrap = 1000

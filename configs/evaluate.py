@@ -20,6 +20,7 @@ Output: preferences.md, preferences.json, judgements.jsonl, samples.jsonl.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import common
 
@@ -46,17 +47,21 @@ def get_config(argument: str = 'gold'):
   config.models = ''  # NAME=FOLDER or NAME=FILE.jsonl, comma between.
   config.baseline = 'sft'  # The paper's is the 175B SFT model (3.6).
   config.prompts = ''  # JSONL of held-out prompts.
-  config.num_prompts = 1000  # At the most.
+  config.num_prompts = 1000  # At the most; drawn by seed.
   config.tokenizer = ''  # Of the models that do not bring their own.
-  config.prompt_length = 64  # Tokens; longer prompts are left out, counted.
-  config.response_length = 64  # Tokens.
+  # Tokens; longer prompts are left out and counted. None: as in the run in
+  # whose folder the models, or else the prompts, lie.
+  config.prompt_length = placeholder(int)
+  config.response_length = placeholder(int)
   config.temperature = 1.0  # Appendix F samples InstructGPT at 1.
   config.batch_size = 256  # Prompts sampled at a time.
   config.cache = ''  # Folder of sampled answers; '' keeps them in the workdir.
   config.judge = argument
   config.pairs = 'baseline'  # Each model against it; or 'all' pairs.
   config.rate_answers = True  # Likert and labels too, where the judge can.
-  config.world_seed = 0  # gold: seed of the run whose world is judged.
+  # gold: seed of the world that is judged. None: as in the run in whose folder
+  # the prompts lie.
+  config.world_seed = placeholder(int)
   config.reward_model = ''  # reward: scalar folder; its tokenizer is ours.
   config.rankings = ''  # people: JSONL of comparisons.
   config.endpoint = endpoint('JUDGE_API_KEY')  # http.

@@ -87,7 +87,15 @@ def get_config(argument: str = '1p3b,v5e-8'):
   # Policies to try on each mesh: what saves most memory first.
   config.remats = ('none',) if size == 'miniature' else ('full', 'dots')
   config.stop_at_first = False  # Or take the first mesh and remat that fit.
-  config.programs = ('sft', 'reward', 'decode', 'prefill', 'score', 'update')
+  config.programs = (
+    'sft',
+    'reward',
+    'decode',
+    'prefill',
+    'score',
+    'penalise',
+    'train',
+  )
   # 'NAME=VALUE' for the TPU compiler; none is what a run would use.
   config.compiler_options = ()
   return common.single(config, f'{size}_{topology}')

@@ -27,9 +27,14 @@ def ppo_stage(seed, workdir, name='ppo_ptx'):
   config.tokenizer = ''
   config.init = ''  # RL initialisation: start, and KL reference.
   config.reward_model = ''  # Also the start of the value model.
+  config.reward_weight = 1.0  # Of its score, where there are others.
+  # Python functions of the texts by their dotted names, NAME or NAME=WEIGHT,
+  # added to the reward model's score or in its place (`score_fns.py`).
+  config.reward_fn = ''
   config.prompts = ''  # JSONL of prompts.
   config.documents = ''  # JSONL of pretraining text for the ptx part.
-  config.valid_documents = ''  # Held-out text for the alignment tax.
+  # Held-out text for the alignment tax; '' measures none.
+  config.valid_documents = ''
   config.prompt_length = 1024  # Tokens; longer ones are dropped (C).
   config.response_length = 1024  # Tokens; responses are capped (C).
   config.ptx_row_length = 2048  # Tokens; not printed, full context (13.4).
@@ -225,7 +230,7 @@ def select_stage(seed, workdir):
   config.sft = ''  # Folder of the SFT stage with all of its epochs.
   config.reward_model = ''
   config.prompts = ''  # Validation prompts.
-  config.num_prompts = 256
+  config.num_prompts = 256  # At the most, drawn by seed.
   config.prompt_length = 32
   config.response_length = 20
   config.temperature = 1.0
@@ -291,9 +296,10 @@ def evaluate_stage(seed, workdir):
   config.comparisons = ''
   config.valid_comparisons = ''
   config.judge_model = ''  # Scalar model folder; judge 'restaurant' only.
-  config.num_prompts = 1000  # Held-out prompts at the most.
+  config.num_prompts = 1000  # Held-out prompts at the most, drawn by seed.
   config.samples_per_prompt = 1  # Intervals redraw prompts, not samples.
-  config.num_prefix_prompts = 64  # Validation prompts that choose a prefix.
+  # Validation prompts that choose a prefix, at the most; drawn by seed.
+  config.num_prefix_prompts = 64
   config.prompt_length = 32
   config.prefix_length = 48  # Tokens that a few-shot prefix may add.
   config.response_length = 20

@@ -7,6 +7,8 @@
 Its samples.jsonl is what `python -m instruct_jax.labeling --import_file` reads.
 """
 
+from ml_collections.config_dict import placeholder
+
 from configs import common
 
 
@@ -19,8 +21,10 @@ def get_config(argument: str = ''):
   config.tokenizer = ''
   config.prompts = ''  # JSONL of prompts.
   config.samples_per_model = 2  # K is this times the models; 4 to 9 (3.5).
-  config.prompt_length = 1024  # Tokens; longer prompts are left out.
-  config.response_length = 1024
+  # Tokens; longer prompts are left out and counted. None: as in the run in
+  # whose folder the models, or else the prompts, lie.
+  config.prompt_length = placeholder(int)
+  config.response_length = placeholder(int)
   config.temperature = 1.0  # Not printed for comparisons; as in rollouts (C.4).
   config.batch_size = 64
   return common.single(config, 'all')

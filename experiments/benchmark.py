@@ -46,7 +46,6 @@ GROWTHS = ('response', 'batch', 'model')
 ROOT = pathlib.Path(__file__).parents[1]
 
 # What the programs ask of a tokenizer.
-Tokenizer = collections.namedtuple('Tokenizer', ['stop_ids'])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,22 +84,21 @@ PEERS = {
 
 
 def validate(config):
-  if config.work not in (*WORKS, 'all'):
-    raise ValueError(f'work must be one of {WORKS} or all: {config.work!r}')
+  run_lib.check_choice(config, 'work', (*WORKS, 'all'))
+  run_lib.check_choice(config, 'reward', ('model', 'tokens'))
   if config.num_iterations < 5:
     raise ValueError(
       f'num_iterations must be at least 5, or the spread says nothing: '
       f'{config.num_iterations}'
     )
-  if config.reward not in ('model', 'tokens'):
-    raise ValueError(f"reward must be 'model' or 'tokens': {config.reward!r}")
   if not 0 <= config.stop_fraction < 1:
     raise ValueError(f'stop_fraction must be in [0, 1): {config.stop_fraction}')
-  unknown = sorted(set(growths(config)) - set(GROWTHS))
-  if unknown:
-    raise ValueError(f'unknown growth {unknown}; known: {GROWTHS}')
+  run_lib.check_choice({'growth': growths(config)}, 'growth', GROWTHS)
   if config.peers and not pathlib.Path(config.peers).is_dir():
     raise ValueError(f"peers: there is no folder '{config.peers}'")
+  for name in ('policy', 'scalar'):
+    with run_lib.naming('model', name):
+      TransformerConfig.from_dict(config[name].to_dict())
   ppo_ptx.validate(config.ppo)
   sft.validate(config.sft)
 
@@ -191,11 +189,11 @@ def random_text(config, num_rows, length) -> TextBatch:
   return TextBatch(tokens, mask, loss_mask, mask.astype(np.int32))
 
 
-def share_of_small_ids(params, tokens, mask):
+@jax.jit
+def share_of_small_ids(sampled):
   """The peers' reward: the share of tokens below 100, in [0, 1]."""
-  del params
-  small = jnp.sum((tokens < 100) & mask, axis=1)
-  return small / jnp.maximum(jnp.sum(mask, axis=1), 1)
+  small = jnp.sum((sampled.tokens < 100) & sampled.mask, axis=1)
+  return small / jnp.maximum(jnp.sum(sampled.mask, axis=1), 1)
 
 
 # --- Measuring ----------------------------------------------------------------
@@ -255,9 +253,7 @@ class Iteration:
     self.policy = artifacts.init('policy', self.shape, self.mesh, keys[0])
     value = artifacts.init('scalar', self.scalar_shape, self.mesh, keys[1])
     self.programs = self.build(stage)
-    self.state = ppo_ptx.initial_state(
-      self.programs, self.policy.params, value.params, stage.kl_coef
-    )
+    self.state = ppo_ptx.initial_state(stage, self.policy.params, value.params)
     self.reference = ppo_ptx.freeze(self.policy.params, stage.frozen_dtype)
     self.reward = None
     if config.reward == 'model':
@@ -276,15 +272,11 @@ class Iteration:
 
   def build(self, stage):
     """Programs of ppo_ptx.py for a stage's numbers."""
-    score_fn = None
-    if self.config.reward == 'tokens':
-      score_fn = share_of_small_ids
     return ppo_ptx.build_programs(
       stage,
       self.policy.module,
       artifacts.make_module('scalar', self.scalar_shape),
-      Tokenizer(stop_ids(self.config)),
-      score_fn,
+      stop_ids(self.config),
     )
 
   def changed(self, **changes):
@@ -302,45 +294,44 @@ class Iteration:
       ptx = sharding.put_batch(self.ptx[number], self.mesh)
     return prompts, ptx
 
-  def generate(self, prompts, number):
-    return self.programs['generate'](
+  def respond(self, prompts, number):
+    return self.programs['respond'](
       self.state.policy.params, prompts, jax.random.fold_in(self.root, number)
     )
 
-  def plan(self, sampled, number):
-    return ppo_ptx.plan_rows(
+  def lay_out(self, sampled, number):
+    return ppo_ptx.lay_out(
       self.stage, self.programs, sampled, self.mesh, number
     )
 
   def score(self, sampled, layout):
-    return self.programs['score'](
-      self.state.policy.params,
-      self.reference,
-      self.state.value.params,
-      self.reward,
-      self.state.kl,
+    """Scores, and the batch that they make: all that the update reads."""
+    if self.reward is None:
+      scores = share_of_small_ids(sampled)
+    else:
+      scores = self.programs['score'](self.reward, sampled, layout)
+    return self.programs['penalise'](
+      self.state.replace(ema=None),
+      {'reference': self.reference},
       sampled,
       layout,
+      scores,
     )
 
-  def update(self, programs, batch, ptx, number):
-    self.state, update_metrics = programs['update'](
-      self.state,
-      batch,
-      ptx,
-      jax.random.fold_in(self.root, number),
-      jnp.float32(0.0),
+  def train(self, programs, batch, kl, ptx, number):
+    self.state, train_metrics = programs['train'](
+      self.state, {}, batch, ptx, kl, jax.random.fold_in(self.root, number)
     )
-    return update_metrics
+    return train_metrics
 
   def whole(self, number):
     """One iteration as ppo_ptx.py runs it; what it sampled."""
     prompts, ptx = self.batches(number)
-    sampled = self.generate(prompts, number)
-    layout = self.plan(sampled, number)
-    batch, score_metrics = self.score(sampled, layout)
-    update_metrics = self.update(self.programs, batch, ptx, number)
-    metrics.to_host({**score_metrics, **update_metrics})
+    sampled = self.respond(prompts, number)
+    layout = self.lay_out(sampled, number)
+    batch, kl, score_metrics = self.score(sampled, layout)
+    train_metrics = self.train(self.programs, batch, kl, ptx, number)
+    metrics.to_host({**score_metrics, **train_metrics})
     return sampled
 
 
@@ -376,23 +367,25 @@ def measure_iteration(config, workdir) -> dict:
       watch.lap()
       prompts, ptx = jax.block_until_ready(work.batches(number))
       laps['host'].append(watch.lap()[0])
-      sampled = jax.block_until_ready(work.generate(prompts, number))
+      sampled = jax.block_until_ready(work.respond(prompts, number))
       laps['generate'].append(watch.lap()[0])
-      layout = jax.block_until_ready(work.plan(sampled, number))
+      layout = jax.block_until_ready(work.lay_out(sampled, number))
       laps['host'][-1] += watch.lap()[0]
-      batch, score_metrics = jax.block_until_ready(work.score(sampled, layout))
+      batch, kl, score_metrics = jax.block_until_ready(
+        work.score(sampled, layout)
+      )
       laps['score'].append(watch.lap()[0])
-      update_metrics = jax.block_until_ready(
-        work.update(work.programs, batch, ptx, number)
+      train_metrics = jax.block_until_ready(
+        work.train(work.programs, batch, kl, ptx, number)
       )
       laps['update'].append(watch.lap()[0])
-      metrics.to_host({**score_metrics, **update_metrics})
+      metrics.to_host({**score_metrics, **train_metrics})
       laps['host'][-1] += watch.lap()[0]
     seconds = {name: statistics.median(x) for name, x in laps.items()}
 
     # 3. What lies inside one program.
     repeats = config.num_iterations
-    short = work.build(work.changed(response_length=1))['generate']
+    short = work.build(work.changed(response_length=1))['respond']
     params = work.state.policy.params
     prefill = measure.repeat(
       lambda: short(params, prompts, work.root), repeats
@@ -402,7 +395,7 @@ def measure_iteration(config, workdir) -> dict:
     if stage.ptx_coef > 0:
       plain = work.build(work.changed(ptx_coef=0.0))
       without_ptx = measure.repeat(
-        lambda: work.update(plain, batch, None, 0), repeats
+        lambda: work.train(plain, batch, kl, None, 0), repeats
       ).median
     average = jax.jit(
       functools.partial(train_state.ema_update, decay=stage.ema_decay),
@@ -475,8 +468,8 @@ def measure_iteration(config, workdir) -> dict:
     'phases': phases,
     'host_share': seconds['host'] / blocked,
     'checkpoint_written_seconds': written,
-    'padding': padding(sampled, layout),
-    'padding_without_packing': padding(sampled, None),
+    'padding': 1 - packing.fill_fraction(layout),
+    'padding_without_packing': float(1 - np.mean(np.asarray(sampled.mask))),
     'occupancy': float(lengths.sum() / (slots * longest.sum())),
     'mean_response': float(lengths.mean()),
     'compile_seconds': compiled.seconds,
@@ -487,13 +480,6 @@ def measure_iteration(config, workdir) -> dict:
     'peak_device_bytes': peak_device,
     'num_params': num_params,
   }
-
-
-def padding(sampled, layout) -> float:
-  """Share of the positions that score and update read without a token."""
-  if layout is None:
-    return float(1 - np.mean(np.asarray(sampled.mask)))
-  return 1 - packing.fill_fraction(layout)
 
 
 def measure_checkpoint(state, workdir) -> tuple[float, float]:

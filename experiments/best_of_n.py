@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, queries, rewards, rollout
+from instruct_jax import artifacts, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
@@ -22,16 +22,15 @@ from instruct_jax.evals import (
   report,
   win_rate,
 )
-from instruct_jax.evals.samples import Sample
+from instruct_jax.evals.samples import Sample, draw_prompts
+from instruct_jax.infra import origin, sharding, slices
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
-  if config.judge not in ('gold', 'reward'):
-    raise ValueError(f"judge must be 'gold' or 'reward': {config.judge!r}")
+  check_stage(config)
+  run_lib.check_choice(config, 'judge', ('gold', 'reward'))
   for key in ('policy', 'reward_model', 'prompts', 'tokenizer'):
     if not config[key]:
       raise ValueError(f'{key} is empty')
@@ -49,23 +48,31 @@ def validate(config):
     )
   if not config.temperature > 0:
     raise ValueError(f'temperature must be positive: {config.temperature}')
-  artifacts.named_folders(config.rl)
+  artifacts.named_folders(config.rl, 'rl')
+
+
+def models_of(config) -> dict[str, str]:
+  """Label -> folder of each model that is read."""
+  found = {key: config[key] for key in ('policy', 'reward_model')}
+  if config.judge == 'reward':
+    found['judge_model'] = config.judge_model
+  for name, folder in artifacts.named_folders(config.rl, 'rl').items():
+    if not epath.Path(folder).exists():
+      found[f'rl.{name}'] = folder
+      continue
+    for path in rl_policies(folder):
+      part = path.relative_to(folder).as_posix()
+      found[f'rl.{name}/{part}'] = str(path)
+  return found
 
 
 def inputs(config):
   """What this stage reads, by config key."""
-  keys = ['policy', 'reward_model', 'prompts', 'tokenizer']
-  if config.judge == 'reward':
-    keys.append('judge_model')
-  found = {key: config[key] for key in keys}
-  for name, folder in artifacts.named_folders(config.rl).items():
-    found[f'rl.{name}'] = folder
-    if epath.Path(folder).exists():
-      del found[f'rl.{name}']
-      for path in rl_policies(folder):
-        part = path.relative_to(folder).as_posix()
-        found[f'rl.{name}/{part}'] = str(path)
-  return found
+  return {
+    'prompts': config.prompts,
+    'tokenizer': config.tokenizer,
+    **models_of(config),
+  }
 
 
 def rl_policies(folder: str) -> list[epath.Path]:
@@ -98,31 +105,24 @@ def sizes_up_to(num_samples: int) -> list[int]:
   return sizes if sizes[-1] == num_samples else [*sizes, num_samples]
 
 
-def make_kl(module, response_length, temperature):
-  """Jitted (params, reference, rollout) -> each answer's log-ratio, nats."""
-  logprobs_fn = artifacts.logprobs_fn(module, temperature)
-
-  def kl(params, reference, sampled):
-    ours, _ = logprobs_fn(params, sampled.tokens, sampled.mask, response_length)
-    theirs, _ = logprobs_fn(
-      reference, sampled.tokens, sampled.mask, response_length
-    )
-    return rewards.kl_estimates(ours, theirs, sampled.response_mask)
-
-  return jax.jit(kl)
-
-
 def run(config, workdir: epath.Path):
   validate(config)
-  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  prompts = records.read_jsonl(config.prompts, records.Prompt)
-  rows, dropped = loader.prompt_rows(
-    prompts[: config.num_prompts], tokenizer, config.prompt_length
+  models = models_of(config)
+  keys = [*origin.LENGTHS, *[origin.WORLD] * (config.judge == 'gold')]
+  config = origin.filled(config, keys, models, config.prompts)
+  artifacts.check_contexts(
+    models,
+    config.prompt_length + config.response_length,
+    'prompt_length + response_length',
   )
+  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  given = records.read_jsonl(config.prompts, records.Prompt)
+  prompts = draw_prompts(given, config.num_prompts, config.seed)
+  run_lib.say_drawn(config.name, len(prompts), len(given), 'prompts')
+  rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
   run_lib.tell_dropped(
     config.name, dropped.describe('prompts', 'prompt_length')
   )
-  num_dropped = dropped.total
   prompts = [prompts[i] for i in rows.indices]
   N, sizes = config.num_samples, sizes_up_to(config.num_samples)
   mesh = sharding.make_mesh(config.mesh)
@@ -149,9 +149,7 @@ def run(config, workdir: epath.Path):
     else:
       judge_model = load_scalar(config.judge_model)
       judge = f'another reward model, {config.judge_model}'
-    kl_program = make_kl(
-      policy.module, config.response_length, config.temperature
-    )
+    kl_program = queries.kl_program(policy.module, config.temperature)
 
     def sample(params, num_samples, name, number):
       """So many answers of each prompt, which is read once for all."""
@@ -215,13 +213,13 @@ def run(config, workdir: epath.Path):
     }
 
     # 2. Policies along RL, one answer a prompt.
-    for name, folder in artifacts.named_folders(config.rl).items():
+    for name, folder in artifacts.named_folders(config.rl, 'rl').items():
       found = {'kl': [], 'proxy': [], 'gold': []}
       paths = rl_policies(folder)
       for number, path in enumerate(paths, 1):
         model = load_policy(str(path))
         sampled = sample(model.params, 1, f'{name}/{path.name}', number)
-        signed, _ = rollout.in_batches(
+        signed, _ = slices.in_batches(
           lambda batch, p=model.params: kl_program(
             p, policy.params, put(batch)
           ),
@@ -236,9 +234,12 @@ def run(config, workdir: epath.Path):
         'labels': [path.name for path in paths],
         **{key: np.stack(value, axis=1) for key, value in found.items()},
       }
-  return write_results(
-    config, workdir, judge, curves, start, len(prompts), num_dropped
-  )
+  counts = {
+    'num_prompts': len(prompts),
+    'num_given': len(given),
+    'num_dropped': dropped.total,
+  }
+  return write_results(config, workdir, judge, curves, start, counts)
 
 
 def points_of(config, curve, start):
@@ -265,9 +266,7 @@ def points_of(config, curve, start):
   return rows
 
 
-def write_results(
-  config, workdir, judge, curves, start, num_prompts, num_dropped
-):
+def write_results(config, workdir, judge, curves, start, counts):
   points, fits, reasons = {}, {}, {}
   for name, curve in curves.items():
     points[name] = points_of(config, curve, start)
@@ -283,8 +282,7 @@ def write_results(
       reasons[name] = str(error)
   result = {
     'judge': judge,
-    'num_prompts': num_prompts,
-    'num_dropped': num_dropped,
+    **counts,
     'num_samples': config.num_samples,
     'points': points,
     'fits': fits,
@@ -298,9 +296,10 @@ def write_results(
   lines = [
     '# Best-of-n and RL',
     '',
-    f'Judge: {report.escape(judge)}. {num_prompts} prompts, '
-    f'{config.num_samples} answers each. Scores are gains over the initial '
-    'policy; KL is from it, in nats. Intervals are 95 %, redrawing prompts.',
+    f'Judge: {report.escape(judge)}. {counts["num_prompts"]} of '
+    f'{counts["num_given"]} prompts, {config.num_samples} answers each. Scores '
+    'are gains over the initial policy; KL is from it, in nats. Intervals are '
+    '95 %, redrawing prompts.',
     '',
     '![Frontier](frontier.png)',
     '',
@@ -340,4 +339,4 @@ def write_results(
   report.write_file(
     workdir / 'best_of_n.md', ('\n'.join(lines).rstrip() + '\n').encode()
   )
-  return {'num_prompts': num_prompts, 'num_dropped': num_dropped}
+  return counts

@@ -11,22 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, queries, rollout
+from instruct_jax import artifacts, queries
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.infra import sharding, slices
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  check_stage(config)
   for key in ('reward_model', 'tokenizer', 'demonstrations'):
     if not config[key]:
       raise ValueError(f'{key} is empty; give its path')
   for key in ('row_length', 'batch_size'):
     if config[key] < 1:
       raise ValueError(f'{key} must be positive: {config[key]}')
+
+
+def inputs(config):
+  """What this stage reads, by config key."""
+  keys = ['reward_model', 'tokenizer', 'demonstrations']
+  keys += ['comparisons'] * bool(config.comparisons)
+  return {key: config[key] for key in keys}
 
 
 def scores_of(config, model, comparisons, tokenizer, mesh):
@@ -39,7 +46,7 @@ def scores_of(config, model, comparisons, tokenizer, mesh):
   )
   program = sharding.fetched(queries.score_program(model.module))
   present = rows.mask.any(axis=2)
-  scores = rollout.in_batches(
+  scores = slices.in_batches(
     lambda batch: program(model.params, *sharding.put_whole(batch, mesh)),
     (rows.tokens[present], rows.mask[present]),
     config.batch_size,

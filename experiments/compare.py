@@ -17,11 +17,11 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
 from instruct_jax.miniature import labelers, world
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  check_stage(config)
   if not 2 <= config.min_candidates <= config.max_candidates:
     raise ValueError(
       f'need 2 <= min_candidates ({config.min_candidates}) <= max_candidates '
@@ -30,20 +30,20 @@ def validate(config):
   shares = {name: each.share for name, each in config.policies.items()}
   if not shares or min(shares.values()) <= 0:
     raise ValueError(
-      f'compare.policies: every share must be above 0, got {shares}; leave a '
-      'policy out to sample nothing from it'
+      f'policies: every share must be above 0, got {shares}; leave a policy '
+      'out to sample nothing from it'
     )
   most = labelers.num_training(config.num_labelers)
   for key in ('rankers_per_prompt', 'rankers_per_valid'):
     if not 1 <= config[key] <= most:
       raise ValueError(
-        f'compare.{key} must be from 1 to {most}, the training labelers among '
+        f'{key} must be from 1 to {most}, the training labelers among '
         f'{config.num_labelers}, got {config[key]}'
       )
   for name, each in config.policies.items():
     if each.temperature < 0:
       raise ValueError(
-        f'compare.policies.{name}.temperature must not be negative (0 takes '
+        f'policies.{name}.temperature must not be negative (0 takes '
         f'the most probable token), got {each.temperature}'
       )
 
@@ -81,6 +81,12 @@ def run(config, workdir: epath.Path):
       )
       for each in config.policies.values()
     ]
+    for policy in policies:
+      artifacts.check_context(
+        policy,
+        config.prompt_length + config.response_length,
+        'prompt_length + response_length',
+      )
     generators = [
       queries.generate_program(
         policy.module,
@@ -145,6 +151,13 @@ def run(config, workdir: epath.Path):
       for owner, text in zip(owners, texts, strict=True):
         if text is not None:  # The prompt was too long.
           by_prompt[owner].append(text)
+      run_lib.say_left_out(
+        config.name,
+        sum(not texts for texts in by_prompt),
+        len(prompts),
+        f'{name} prompts',
+        f'prompt_length ({config.prompt_length} tokens)',
+      )
       return prompts, by_prompt
 
     def rank(prompts, by_prompt, rankers, per_prompt, number):

@@ -20,6 +20,7 @@ STOP = '\n'
 
 
 def validate(config):
+  run_lib.check_choice(config, 'criteria', ('quality', 'naturalness'))
   if not config.root:
     raise ValueError(
       'the data root is not given; set --config.data.root=DIR with '

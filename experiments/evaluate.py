@@ -15,12 +15,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, queries, rewards, rollout
+from instruct_jax import artifacts, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
   baselines,
-  heldout_loss,
   judges,
   model_card,
   preference_accuracy,
@@ -33,9 +32,9 @@ from instruct_jax.evals import (
 from instruct_jax.evals import samples as samples_lib
 from instruct_jax.infra import metrics as metrics_lib
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding
+from instruct_jax.infra import sharding, slices
 from instruct_jax.miniature import gold, world
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 JUDGES = ('gold', 'restaurant')
 RL_MODELS = ('ppo', 'ppo_ptx')
@@ -44,13 +43,9 @@ HALVES = {'reward model': '', 'judge': 'judge_'}
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
-  if config.judge not in JUDGES:
-    raise ValueError(f'judge must be one of {JUDGES}: {config.judge!r}')
-  if config.rl_weights not in ('policy', 'ema'):
-    raise ValueError(
-      f"rl_weights must be 'policy' or 'ema': {config.rl_weights!r}"
-    )
+  check_stage(config)
+  run_lib.check_choice(config, 'judge', JUDGES)
+  run_lib.check_choice(config, 'rl_weights', ('policy', 'ema'))
   if config.samples_per_prompt < 1:
     raise ValueError(
       f'samples_per_prompt must be positive: {config.samples_per_prompt}'
@@ -126,18 +121,6 @@ def build_programs(config, policy_module, tokenizer, stop_ids):
     temperature=config.temperature,
     num_slots=config.batch_size,
   )
-  logprobs_fn = artifacts.logprobs_fn(policy_module, config.temperature)
-  text_logprobs_fn = artifacts.text_logprobs_fn(policy_module)
-
-  def kl(params, reference, sampled):
-    R = config.response_length
-    logprobs, _ = logprobs_fn(params, sampled.tokens, sampled.mask, R)
-    ref, _ = logprobs_fn(reference, sampled.tokens, sampled.mask, R)
-    return rewards.kl_estimates(logprobs, ref, sampled.response_mask)
-
-  def text_logprobs(params, batch):
-    return text_logprobs_fn(params, batch.tokens, batch.segments, None)
-
   return {
     'generate': jax.jit(
       functools.partial(
@@ -149,8 +132,7 @@ def build_programs(config, policy_module, tokenizer, stop_ids):
     'generate_prompted': jax.jit(
       functools.partial(generate, stop_ids=stop_ids)
     ),
-    'kl': jax.jit(kl),
-    'text_logprobs': jax.jit(text_logprobs),
+    'kl': queries.kl_program(policy_module, config.temperature),
   }
 
 
@@ -158,17 +140,28 @@ def run(config, workdir: epath.Path):
   validate(config)
   root = epath.Path(config.workdir)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  prompts = records.read_jsonl(
-    root / 'data' / 'prompts_test.jsonl', records.Prompt
-  )[: config.num_prompts]
-  rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
-  run_lib.tell_dropped(
-    config.name, dropped.describe('prompts', 'prompt_length')
-  )
+
+  def draw(name, number):
+    """(the prompts drawn, their rows, counts for the report)."""
+    given = records.read_jsonl(root / 'data' / f'{name}.jsonl', records.Prompt)
+    drawn = samples_lib.draw_prompts(given, number, config.seed)
+    run_lib.say_drawn(config.name, len(drawn), len(given), name)
+    rows, dropped = loader.prompt_rows(drawn, tokenizer, config.prompt_length)
+    run_lib.tell_dropped(config.name, dropped.describe(name, 'prompt_length'))
+    return (
+      [drawn[i] for i in rows.indices],
+      rows,
+      {
+        'used': len(rows.indices),
+        'drawn': len(drawn),
+        'in the file': len(given),
+        'dropped': dropped.total,
+      },
+    )
+
+  prompts, rows, counts = draw('prompts_test', config.num_prompts)
   # One entry for each answer.
-  prompts = [
-    prompts[i] for i in rows.indices for _ in range(config.samples_per_prompt)
-  ]
+  prompts = [p for p in prompts for _ in range(config.samples_per_prompt)]
   prefixes, stop_ids = read_prefixes(root / 'data' / 'prefixes.json', tokenizer)
   folders = {
     'pretrained': root / 'pretrain' / 'model',
@@ -199,6 +192,11 @@ def run(config, workdir: epath.Path):
     )
     reward = load(config.reward_model, 'scalar')
     models = {name: load(path, 'policy') for name, path in folders.items()}
+    lengths = 'prompt_length + response_length'
+    num_tokens = config.prompt_length + config.response_length
+    for model in (reward, *models.values()):
+      artifacts.check_context(model, num_tokens, lengths)
+      artifacts.check_context(model, config.row_length, 'row_length')
     programs = build_programs(
       config,
       models['sft'].module,
@@ -226,7 +224,7 @@ def run(config, workdir: epath.Path):
         config.prompt_length + config.response_length,
       )
       program = sharding.fetched(queries.score_program(model.module))
-      return rollout.in_batches(
+      return slices.in_batches(
         lambda batch: program(model.params, *put(batch)),
         scored,
         config.batch_size,
@@ -256,6 +254,12 @@ def run(config, workdir: epath.Path):
           f'a prefix and a prompt exceed {length} tokens together; raise '
           f'prefix_length ({config.prefix_length}): {prefix!r}'
         )
+      # Of those there are: padding takes no position.
+      artifacts.check_context(
+        models['pretrained'],
+        int(prompted.mask.sum(axis=1).max()) + config.response_length,
+        f'the prefix {prefix!r}, prompt_length and response_length',
+      )
       return prompted
 
     def prompted_ids(sampled):
@@ -270,15 +274,9 @@ def run(config, workdir: epath.Path):
       ]
 
     # 1. The prompted baseline's prefix: best by reward-model score (3.5).
-    valid_prompts = records.read_jsonl(
-      root / 'data' / 'prompts_valid.jsonl', records.Prompt
+    valid_prompts, _, valid_counts = draw(
+      'prompts_valid', config.num_prefix_prompts
     )
-    valid_rows, _ = loader.prompt_rows(
-      valid_prompts, tokenizer, config.prompt_length
-    )
-    valid_prompts = [
-      valid_prompts[i] for i in valid_rows.indices[: config.num_prefix_prompts]
-    ]
     pretrained = models['pretrained'].params
     prefix_scores = []
     with run_lib.Progress('evaluate prefixes', len(prefixes)) as progress:
@@ -309,7 +307,7 @@ def run(config, workdir: epath.Path):
         ended[name] = sampled.ended
         if name.startswith(RL_MODELS):
           reference = models['rl_init'].params
-          kl[name] = rollout.in_batches(
+          kl[name] = slices.in_batches(
             lambda batch, p=model.params, r=reference: programs['kl'](
               p, r, put(batch)
             ),
@@ -325,23 +323,14 @@ def run(config, workdir: epath.Path):
       progress.update()
 
     # 3. Loss on held-out pretraining text, per packed row.
-    texts = records.read_jsonl(
-      root / 'data' / 'documents_valid.jsonl', records.Document
+    text_rows = loader.document_rows(
+      root / 'data' / 'documents_valid.jsonl', tokenizer, config.row_length
     )
-    text_rows = loader.pack_documents(
-      tokenizer.encode_documents([d.text for d in texts]),
-      config.row_length,
-      tokenizer.eos_id,
-      tokenizer.pad_id,
+    text_loss = queries.make_heldout_loss(
+      models['sft'].module, text_rows, 64, mesh
     )
     text_losses = {
-      name: heldout_loss.heldout_loss(
-        lambda batch, p=models[name].params: programs['text_logprobs'](
-          p, put(batch)
-        ),
-        text_rows,
-        64,
-      )
+      name: text_loss(models[name].params)
       for name in ('pretrained', 'sft', 'rl_init', *RL_MODELS)
     }
     reward_scores = {
@@ -409,6 +398,10 @@ def run(config, workdir: epath.Path):
   rates = {
     name: win_rate.win_rate(scores, baseline, ids)
     for name, scores in gold_scores.items()
+  }
+  extra['Held-out prompts'] = {
+    'judged': counts,
+    'to choose a prefix': valid_counts,
   }
   extra['All policies'] = {
     name: {
@@ -524,7 +517,11 @@ def run(config, workdir: epath.Path):
     report.write_file(directory / 'model_card.md', card.encode())
     report.write_report(directory, figures, plots)
   print((root / 'report.md').as_posix(), flush=True)
-  return {'num_prompts': len(prompts), 'num_dropped': dropped.total}
+  return {
+    'num_prompts': counts['used'],
+    'num_given': counts['in the file'],
+    'num_dropped': counts['dropped'],
+  }
 
 
 def judge_by_gold(config, prompts, texts_by_model):
@@ -649,7 +646,9 @@ def gold_reward_figures(config, root, tokenizer):
     records.read_jsonl(path, records.Comparison)
     for path in (config.comparisons, config.valid_comparisons, heldout)
   )
-  valid = loader.fitting_comparisons(valid, tokenizer, config.row_length)
+  valid = fitting(
+    valid, tokenizer, 'valid_comparisons', 'row_length', config.row_length
+  )
   accuracy = preference_accuracy.Accuracy(
     results['accuracy'], results['low'], results['high'], results['num_pairs']
   )
@@ -684,6 +683,19 @@ def gold_reward_figures(config, root, tokenizer):
     **fold_figures(root),
   )
   return figures, tables
+
+
+def fitting(comparisons, tokenizer, what, key, limit):
+  """The comparisons that fit; says how many do not."""
+  kept = loader.fitting_comparisons(comparisons, tokenizer, limit)
+  run_lib.say_left_out(
+    'evaluate',
+    len(comparisons) - len(kept),
+    len(comparisons),
+    what,
+    f'{key} ({limit} tokens)',
+  )
+  return kept
 
 
 def labeling_statistics(config):
@@ -736,12 +748,14 @@ def human_accuracies(root, tokenizer, row_length, models):
   table = {}
   for half, start in HALVES.items():
     train, test = (
-      loader.fitting_comparisons(
+      fitting(
         records.read_jsonl(
           root / 'data' / f'{start}comparisons_{split}.jsonl',
           records.Comparison,
         ),
         tokenizer,
+        f'{start}comparisons_{split}',
+        'prompt_length + response_length',
         row_length,
       )
       for split in ('train', 'test')

@@ -14,6 +14,13 @@ from instruct_jax.miniature import documents, labelers, phrases, tasks, world
 
 
 def validate(config):
+  for key in ('duplicate_prefix_words', 'prompts_per_user', 'num_documents'):
+    if config[key] < 1:
+      raise ValueError(f'{key} must be at least 1, got {config[key]}')
+  if not 0 < config.train_fraction < 1:
+    raise ValueError(
+      f'train_fraction must be in (0, 1), got {config.train_fraction}'
+    )
   total = config.num_demonstrations + config.num_reward_prompts
   if total >= config.num_prompts * config.train_fraction:
     raise ValueError(

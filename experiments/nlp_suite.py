@@ -24,12 +24,17 @@ from instruct_jax.evals import (
 from instruct_jax.evals.benchmarks import judges, released_csv, runner, tasks
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
+
+
+def is_idle(config) -> bool:
+  """Whether no task is asked, so that any number of processes may do it."""
+  return not any(config.data.values())
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
-  if not any(config.data.values()):
+  check_stage(config)
+  if is_idle(config):
     if config.may_be_empty:
       return
     raise ValueError('data names no file; give one for at least one task')
@@ -47,6 +52,8 @@ def validate(config):
       'real_toxicity needs toxicity_labels or toxicity_endpoint.url for its '
       'scorer'
     )
+  if config.data.real_toxicity and config.toxicity_endpoint.url:
+    endpoint.check(config.toxicity_endpoint, 'toxicity_endpoint')
   if config.data.truthful_qa and not (
     config.truth_labels and config.info_labels
   ):
@@ -108,7 +115,7 @@ def make_judges(config, workdir):
 
 def run(config, workdir: epath.Path):
   validate(config)
-  if not any(config.data.values()):
+  if is_idle(config):
     return {'scores': {}}
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   names = [name for name in tasks.TASKS if config.data[name]]

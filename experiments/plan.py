@@ -10,7 +10,6 @@ a plan that was cut goes on from there.
 Needs `pip install -r requirements-plan.txt`; a TPU it needs not.
 """
 
-import collections
 import dataclasses
 import functools
 import math
@@ -20,17 +19,19 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from experiments import ppo_ptx, reward, sft
-from instruct_jax import artifacts, ppo, rewards, rollout, sampling
+from instruct_jax import artifacts, packing, ppo, rewards, rollout, sampling
 from instruct_jax.infra import programs as programs_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
-from instruct_jax.models.config import TransformerConfig
+from instruct_jax.models.config import REMAT_POLICIES, TransformerConfig
 from instruct_jax.types import (
+  Episodes,
   PackedComparisons,
-  PPOBatch,
+  RLBatch,
   Rollout,
   TextBatch,
 )
@@ -38,11 +39,11 @@ from instruct_jax.types import (
 # One iteration of PPO. Sampling reads prompts and steps through tokens in loops
 # whose trips depend on the data: their bodies are compiled, each on its own.
 SAMPLING = ('decode', 'prefill')
-EPISODES = (*SAMPLING, 'score', 'update')
+EPISODES = (*SAMPLING, 'score', 'penalise', 'train')
 # Programs that run with the same models in memory, on one mesh.
 STAGES = (('sft',), ('reward',), EPISODES)
 # Without a backward pass there is nothing to compute again.
-READING = (*SAMPLING, 'score')
+READING = (*SAMPLING, 'score', 'penalise')
 # What makes pieces of a program's rows, as the config names it.
 PIECES = {
   'sft': 'microbatches',
@@ -50,21 +51,22 @@ PIECES = {
   'decode': 'parts of the slots',
   'prefill': 'parts of the slots',
   'score': 'slices',
-  'update': 'microbatches',
+  'penalise': 'slices',
+  'train': 'microbatches',
 }
-
-Tokenizer = collections.namedtuple('Tokenizer', ['stop_ids'])
 
 
 def validate(config):
-  if config.chip not in programs_lib.CHIPS:
-    raise ValueError(
-      f'chip must be one of {sorted(programs_lib.CHIPS)}: {config.chip!r}'
-    )
-  known = [name for names in STAGES for name in names]
-  unknown = sorted(set(config.programs) - set(known))
-  if unknown:
-    raise ValueError(f'unknown programs {unknown}; known: {known}')
+  run_lib.check_choice(config, 'chip', tuple(programs_lib.CHIPS))
+  run_lib.check_choice(config, 'remats', REMAT_POLICIES)
+  run_lib.check_choice(
+    config, 'programs', [name for names in STAGES for name in names]
+  )
+  for name in ('policy', 'scalar'):
+    with run_lib.naming('model', name):
+      TransformerConfig.from_dict(config[name].to_dict())
+  for stage, name in ((sft, 'sft'), (reward, 'reward'), (ppo_ptx, 'ppo')):
+    stage.validate(config[name])
   if not config.meshes:
     raise ValueError('meshes is empty: there is nothing to try')
 
@@ -196,9 +198,9 @@ def reward_program(config, mesh, remat, parts):
 
 def ppo_program(name, config, mesh, remat, parts):
   stage = config.ppo.copy_and_resolve_references()
-  if name == 'update':
+  if name == 'train':
     stage.num_microbatches = parts
-  elif name == 'score':
+  elif name in ('score', 'penalise'):
     stage.num_slices = parts
   else:
     stage.num_slots = stage.batch_size // parts
@@ -211,16 +213,17 @@ def ppo_program(name, config, mesh, remat, parts):
     stage,
     artifacts.make_module('policy', policy_shape),
     artifacts.make_module('scalar', scalar_shape),
-    Tokenizer(stop_ids=(1,)),
+    (1,),
   )
+  optimizers = ppo_ptx.make_optimizers(stage)
   policy = artifacts.abstract_state(
-    'policy', policy_shape, mesh, built['policy_optimizer']
+    'policy', policy_shape, mesh, optimizers['policy']
   )
   value = artifacts.abstract_state(
-    'scalar', scalar_shape, mesh, built['value_optimizer']
+    'scalar', scalar_shape, mesh, optimizers['value']
   )
   kl = rewards.KLState(coef=scalar_on(mesh))
-  state = ppo.PPOState(policy=policy, value=value, ema=policy.params, kl=kl)
+  state = ppo.RLState(policy=policy, value=value, ema=policy.params, kl=kl)
   frozen = jnp.dtype(stage.frozen_dtype)
   reference = as_dtype(policy.params, frozen)
   reward_model = as_dtype(value.params, frozen)
@@ -233,12 +236,17 @@ def ppo_program(name, config, mesh, remat, parts):
     'reference': reference,
     'reward': reward_model,
   }
-  needs = {'score': ('reference', 'reward'), 'update': ('ema',)}
+  needs = {
+    'score': ('reward',),
+    'penalise': ('reference',),
+    'train': ('ema',),
+  }
   for away in set(stage.offload) - set(needs.get(name, ())):
     del resident[away]  # It waits on the host.
   if name in SAMPLING:
     return sampling_program(name, stage, policy_shape, mesh, policy, resident)
-  if name == 'score':
+  layout = full_layout(stage, mesh)
+  if name in ('score', 'penalise'):
     sampled = rows_of(
       mesh,
       Rollout,
@@ -248,25 +256,49 @@ def ppo_program(name, config, mesh, remat, parts):
       logprobs=(jnp.float32, B, R),
       ended=(bool, B),
     )
-    models_read = (policy.params, reference, value.params, reward_model)
-    return built[name], (*models_read, kl, sampled), resident
-  batch = rows_of(
-    mesh,
-    PPOBatch,
-    tokens=(jnp.int32, B, T),
-    mask=(bool, B, T),
-    response_mask=(bool, B, R),
-    old_logprobs=(jnp.float32, B, R),
-    old_values=(jnp.float32, B, R),
-    advantages=(jnp.float32, B, R),
-    returns=(jnp.float32, B, R),
+    if name == 'score':
+      return built[name], (reward_model, sampled, layout), resident
+    scores = rows_of(mesh, dict, scores=(jnp.float32, B))['scores']
+    read = (state.replace(ema=None), {'reference': reference})
+    return built[name], (*read, sampled, layout, scores), resident
+  each = (jnp.float32, *layout.where.shape)
+  batch = RLBatch(
+    episodes=Episodes(
+      layout.segments, layout.segments, layout.where, layout.response_mask
+    ),
+    **rows_of(
+      mesh,
+      dict,
+      old_logprobs=each,
+      ref_logprobs=each,
+      advantages=each,
+      old_values=each,
+      returns=each,
+    ),
   )
   ptx = None
   if stage.ptx_coef > 0:
     num_ptx = B * stage.ptx_per_episode * stage.num_epochs
     ptx = text_rows(mesh, num_ptx, stage.ptx_row_length)
-  arguments = (state, batch, ptx, described_key(), scalar_on(mesh))
+  arguments = (state, {}, batch, ptx, kl, described_key())
   return built[name], arguments, resident
+
+
+def on_rows(tree, mesh):
+  """Described arrays, their rows cut over the mesh."""
+  place = sharding.batch_sharding(mesh)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+  )
+
+
+def full_layout(stage, mesh):
+  """The layout of episodes at full length, as PPO lays them out."""
+  sizes = ppo_ptx.row_sizes(stage, mesh)
+  prompts = np.full(stage.batch_size, stage.prompt_length)
+  responses = np.full(stage.batch_size, stage.response_length)
+  groups = packing.deal_epochs(prompts + responses, sizes, (0,))
+  return on_rows(packing.lay_out(prompts, responses, groups, sizes), mesh)
 
 
 @functools.lru_cache(maxsize=1)
@@ -367,7 +399,7 @@ def largest_parts(name, config, mesh) -> int:
   rows = config.sft.batch_size
   if name in EPISODES:
     rows = config.ppo.batch_size
-  if name == 'update':
+  if name == 'train':
     rows //= config.ppo.num_minibatches
   return max(1, rows // (mesh.shape['data'] * mesh.shape['fsdp']))
 

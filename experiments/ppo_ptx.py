@@ -1,12 +1,15 @@
 """PPO and PPO-ptx against a reward model (paper 3.5, C.4).
 
+  respond -> score -> penalise -> train
+
 One iteration: sample a batch of prompts' responses, score them, subtract the
-per-token KL penalty, estimate advantages, and take one pass of minibatch
+per-token KL penalty and estimate advantages, and take one pass of minibatch
 updates, each of which adds gamma times the gradient on pretraining text.
 `ptx_coef = 0` is PPO.
 
 The policy starts from the RL initialisation, which is also the KL reference;
-the value model starts from the reward model, head included.
+the value model starts from the reward model, head included, or, where scores
+come from a Python function alone (`reward_fn`), from the policy's trunk.
 """
 
 import dataclasses
@@ -21,74 +24,52 @@ from etils import epath
 from instruct_jax import (
   alarms,
   artifacts,
-  masked,
   packing,
   ppo,
   queries,
   rewards,
   rollout,
+  score_fns,
   supervised,
 )
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.evals import heldout_loss
-from instruct_jax.evals.benchmarks import probe, runner
+from instruct_jax.evals.benchmarks import probe
 from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models import attention, heads
-from instruct_jax.models.config import check_compute_dtype
-from instruct_jax.types import PackedPPOBatch
+from instruct_jax.models.config import check_stage
 
 OFFLOADED = ('ema', 'reference', 'reward')
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  check_stage(config)
   method = ppo_config(config)
-  if config.num_episodes % config.batch_size:
-    raise ValueError(
-      f'batch_size {config.batch_size} does not divide num_episodes '
-      f'{config.num_episodes}'
-    )
-  if config.batch_size % config.num_minibatches:
-    raise ValueError(
-      f'num_minibatches {config.num_minibatches} does not divide batch_size '
-      f'{config.batch_size}'
-    )
+  for divisor, size in (
+    ('batch_size', 'num_episodes'),
+    ('num_minibatches', 'batch_size'),
+    ('num_slices', 'batch_size'),
+  ):
+    if config[size] % config[divisor]:
+      raise ValueError(
+        f'{divisor} {config[divisor]} does not divide {size} {config[size]}'
+      )
   minibatch = config.batch_size // config.num_minibatches
   if minibatch % config.num_microbatches:
     raise ValueError(
       f'num_microbatches {config.num_microbatches} does not divide a '
       f'minibatch of {minibatch} episodes'
     )
-  if config.batch_size % config.num_slices:
-    raise ValueError(
-      f'num_slices {config.num_slices} does not divide batch_size '
-      f'{config.batch_size}'
-    )
-  if config.sampler_tolerance < 0:
-    raise ValueError(
-      f'sampler_tolerance must not be negative: {config.sampler_tolerance}'
-    )
   if not 0 <= config.num_slots <= config.batch_size:
     raise ValueError(
       f'num_slots must be 0 (as batch_size) to {config.batch_size}: '
       f'{config.num_slots}'
     )
-  if config.pack_episodes < 1:
-    raise ValueError(f'pack_episodes must be positive: {config.pack_episodes}')
-  if config.pack_spare < 1:
-    raise ValueError(f'pack_spare must be at least 1: {config.pack_spare}')
-  if config.frozen_dtype not in ('float32', 'bfloat16'):
-    raise ValueError(
-      f"frozen_dtype must be 'float32' or 'bfloat16': {config.frozen_dtype!r}"
-    )
-  unknown = sorted(set(config.offload) - set(OFFLOADED))
-  if unknown:
-    raise ValueError(
-      f'offload names what cannot wait on the host: {unknown}; known: '
-      f'{OFFLOADED}'
-    )
+  for key, least in (('pack_episodes', 1), ('pack_spare', 1.0)):
+    if config[key] < least:
+      raise ValueError(f'{key} must be at least {least}: {config[key]}')
+  run_lib.check_choice(config, 'offload', OFFLOADED)
   if not config.temperature > 0:
     raise ValueError(f'temperature must be positive: {config.temperature}')
   if config.ptx_per_episode < 1 and method.ptx_coef > 0:
@@ -96,9 +77,10 @@ def validate(config):
       f'ptx_coef {method.ptx_coef} needs ptx_per_episode >= 1: '
       f'{config.ptx_per_episode}'
     )
-
-  probes = artifacts.named_folders(config.probes)
+  for name in score_fns.parse_weights(config.reward_fn):
+    score_fns.find_function(name)
   if config.probe_every:
+    probes = artifacts.named_folders(config.probes, 'probes')
     probe.check_names(list(probes))
     if not probes:
       raise ValueError(
@@ -108,20 +90,22 @@ def validate(config):
 
 def inputs(config):
   """What this stage reads, by config key."""
-  keys = ['tokenizer', 'init', 'reward_model', 'prompts']
-  if config.ptx_coef > 0:
-    keys.append('documents')
-  if config.valid_documents:
-    keys.append('valid_documents')
+  if not config.reward_model and not config.reward_fn:
+    raise ValueError('reward_model and reward_fn are empty; give one of them')
+  keys = ['tokenizer', 'init', 'prompts']
+  keys += ['documents'] * (config.ptx_coef > 0)
+  # Where no function pays, a reward model has to.
+  keys += ['reward_model'] * bool(config.reward_model or not config.reward_fn)
+  keys += ['valid_documents'] * bool(config.valid_documents)
   found = {key: config[key] for key in keys}
   if config.probe_every:
-    for name, path in artifacts.named_folders(config.probes).items():
+    for name, path in artifacts.named_folders(config.probes, 'probes').items():
       found[f'probes.{name}'] = path
   return found
 
 
 def ppo_config(config) -> ppo.PPOConfig:
-  """The method's numbers; a missing_end_score of NaN-free None means none."""
+  """The method's numbers; a missing_end_score of None means none."""
   names = [field.name for field in dataclasses.fields(ppo.PPOConfig)]
   return ppo.PPOConfig(**{name: config[name] for name in names})
 
@@ -141,272 +125,95 @@ def make_optimizers(config):
       max_grad_norm=config.max_grad_norm,
     )
 
-  return make(config.learning_rate), make(config.value_learning_rate)
+  return {
+    'policy': make(config.learning_rate),
+    'value': make(config.value_learning_rate),
+  }
 
 
-def build_programs(
-  config, policy_module, scalar_module, tokenizer, score_fn=None
-):
+def row_sizes(config, mesh) -> packing.Sizes:
+  """What decides the shapes of rows, besides the lengths of episodes."""
+  # A TPU's flash kernel reads whole tiles.
+  on_tpu = mesh.devices.flat[0].platform == 'tpu'
+  tiled = config.attention == 'flash' or (config.attention == 'auto' and on_tpu)
+  return packing.Sizes(
+    prompt_columns=config.prompt_length,
+    response_columns=config.response_length,
+    num_minibatches=config.num_minibatches,
+    num_microbatches=config.num_microbatches,
+    num_epochs=config.num_epochs,
+    num_shards=mesh.shape['data'] * mesh.shape['fsdp'],
+    row_episodes=config.pack_episodes if config.pack else 0,
+    multiple=attention.TILE if tiled else 8,
+    spare=config.pack_spare,
+  )
+
+
+def build_programs(config, policy, value, stop_ids):
   """The jitted programs of one iteration.
 
   Args:
     config: of the stage.
-    policy_module, scalar_module: pure modules.
-    tokenizer: its `stop_ids` end responses.
-    score_fn: (reward model's parameters, tokens, mask) -> scores [B], for
-      rewards that no model gives; None reads the reward model.
+    policy, value: pure modules; the reward model has the value model's.
+    stop_ids: tokens that end responses.
   """
   method = ppo_config(config)
-  policy_tx, value_tx = make_optimizers(config)
-  logprobs_fn = artifacts.logprobs_fn(policy_module, config.temperature)
-  scalars_fn = artifacts.scalars_fn(scalar_module)
-  text_logprobs_fn = artifacts.text_logprobs_fn(policy_module)
-  R = config.response_length
-  longest = config.prompt_length + R
-  packed_logprobs_fn = artifacts.packed_logprobs_fn(
-    policy_module, config.temperature, longest
-  )
-  packed_scalars_fn = artifacts.scalars_fn(scalar_module, longest)
-
+  longest = config.prompt_length + config.response_length
+  logprobs_fn = artifacts.logprobs_fn(policy, config.temperature, longest)
+  values_fn = artifacts.scalars_fn(value, longest)
   # A row's noise depends on its prompt's number, not on its neighbours: the
   # slots change the memory that the cache takes and the time, nothing else.
-  generate = functools.partial(
+  respond = functools.partial(
     rollout.generate,
-    decoder=artifacts.decoder(policy_module, config.gather_weights),
-    num_response=R,
-    stop_ids=tokenizer.stop_ids,
+    decoder=artifacts.decoder(policy, config.gather_weights),
+    num_response=config.response_length,
+    stop_ids=stop_ids,
     temperature=config.temperature,
     num_slots=config.num_slots,
   )
-
-  def choose_old(read_old, rows, num_slices, sampler, mask):
-    """The sampler's log-probabilities, where those of every so many rows agree
-    with the training graph's; else the graph's of all rows. And how far they
-    agree."""
-    compares = config.sampler_tolerance > 0
-
-    def read_all():
-      return rollout.in_slices(read_old, rows, num_slices)
-
-    def some(x):
-      return x[:: config.num_minibatches] if compares else x
-
-    graph = read_old(jax.tree.map(some, rows)) if compares else read_all()
-    difference = jnp.abs(graph - some(sampler))
-    largest = jnp.max(jnp.where(some(mask), difference, 0.0))
-    agrees = compares & (largest <= config.sampler_tolerance)
-    if compares:
-      graph = jax.lax.cond(agrees, lambda: sampler, read_all)
-    return graph, {
-      'objective/sampler_difference': masked.metric(difference, some(mask)),
-      'objective/sampler_difference_max': masked.scalar(largest),
-      'objective/sampler_trusted': masked.scalar(agrees.astype(jnp.float32)),
-    }
-
-  def score_padded(policy, reference, value, reward, sampled):
-    def read(rows):
-      tokens, mask = rows.tokens, rows.mask
-      ref_logprobs, _ = logprobs_fn(reference, tokens, mask, R)
-      old_values = ppo.response_values(scalars_fn(value, tokens, mask), R)
-      if score_fn is None:
-        scores = heads.read_scores(
-          scalar_module, scalars_fn(reward, tokens, mask), tokens, mask
-        )
-      else:
-        scores = score_fn(reward, tokens, mask)
-      return scores, ref_logprobs, old_values
-
-    scores, *others = rollout.in_slices(read, sampled, config.num_slices)
-    old_logprobs, more = choose_old(
-      lambda rows: logprobs_fn(policy, rows.tokens, rows.mask, R)[0],
-      sampled,
-      config.num_slices,
-      sampled.logprobs,
-      sampled.response_mask,
-    )
-    return (scores, old_logprobs, *others), more
-
-  def score_packed(policy, reference, value, reward, sampled, layout):
-    def first_epoch(x):
-      return packing.first_epoch(x, layout)
-
-    def unpack(values):
-      return packing.unpack_responses(values, layout, sampled.response_mask)
-
-    def read(rows):
-      tokens, segments, where, _ = rows
-      ref_logprobs, _ = packed_logprobs_fn(reference, *rows)
-      values = packed_scalars_fn(value, tokens, segments)
-      values = jnp.take_along_axis(values, where, axis=1)
-      if score_fn is None:
-        return ref_logprobs, values, packed_scalars_fn(reward, tokens, segments)
-      return ref_logprobs, values
-
-    tokens, targets = packing.pack_tokens(sampled.tokens, layout)
-    rows = jax.tree.map(
-      first_epoch, (tokens, layout.segments, layout.where, targets)
-    )
-    # Rows come in multiples of minibatches, and not always of slices.
-    num_slices = math.gcd(config.num_slices, rows[0].shape[0])
-    ref_logprobs, values, *scalars = rollout.in_slices(read, rows, num_slices)
-    if score_fn is None:
-      scores = heads.read_scores(
-        scalar_module, scalars[0], rows[0], rows[1], layout.ends
-      )
-    else:
-      scores = score_fn(reward, sampled.tokens, sampled.mask)
-    sampler = packing.pack_responses(sampled.logprobs, layout)
-    old_logprobs, more = choose_old(
-      lambda rows: packed_logprobs_fn(policy, *rows)[0],
-      rows,
-      num_slices,
-      first_epoch(sampler),
-      first_epoch(layout.response_mask),
-    )
-    others = map(unpack, (old_logprobs, ref_logprobs, values))
-    return (scores, *others), more
-
-  def score(policy, reference, value, reward, kl, sampled, layout=None):
-    """Everything about a rollout that the update holds fixed."""
-    models = (policy, reference, value, reward)
-    if layout is None:
-      read_rows, more = score_padded(*models, sampled)
-    else:
-      read_rows, more = score_packed(*models, sampled, layout)
-    batch, score_metrics = ppo.make_ppo_batch(
-      sampled, *read_rows, kl.coef, method
-    )
-    if layout is not None:
-      batch = packing.pack_batch(batch, layout)
-      real = layout.segments > 0
-      more |= {
-        'packing/fill': masked.metric(real.astype(jnp.float32), real | True),
-        'packing/row_length': masked.scalar(jnp.asarray(real.shape[1])),
-        'packing/row_responses': masked.scalar(
-          jnp.asarray(layout.where.shape[1])
-        ),
-      }
-    return batch, {**score_metrics, **more}
-
-  losses = {
-    False: (
-      ppo.make_policy_loss(logprobs_fn, method),
-      ppo.make_value_loss(scalars_fn, method),
-    ),
-    True: (
-      ppo.make_packed_policy_loss(packed_logprobs_fn, method),
-      ppo.make_packed_value_loss(packed_scalars_fn, method),
-    ),
-  }
-  update = functools.partial(
-    ppo.ppo_update,
-    ptx_loss_fn=supervised.make_text_loss(text_logprobs_fn),
-    policy_optimizer=policy_tx,
-    value_optimizer=value_tx,
-    config=method,
+  score = score_fns.reward_program(
+    values_fn, functools.partial(heads.read_scores, value), config.num_slices
   )
-
-  def finish(state, batch, ptx_batch, key, measured_kl):
-    policy_loss_fn, value_loss_fn = losses[isinstance(batch, PackedPPOBatch)]
-    state, update_metrics = update(
-      state,
-      batch,
-      ptx_batch,
-      key,
-      policy_loss_fn=policy_loss_fn,
-      value_loss_fn=value_loss_fn,
-    )
-    kl = rewards.update_kl_coef(
-      state.kl,
-      measured_kl,
-      config.batch_size,
-      config.kl_target,
-      config.kl_horizon,
-    )
-    return state.replace(kl=kl), update_metrics
-
-  def episode_lengths(sampled):
-    responses = jnp.sum(sampled.response_mask, axis=1)
-    lengths = jnp.stack([jnp.sum(sampled.mask, axis=1) - responses, responses])
-    # Whole on every host: each makes the same plan.
-    return sharding.constrain(lengths, None, None)
-
-  def text_logprobs(params, batch):
-    return text_logprobs_fn(params, batch.tokens, batch.segments, None)
-
+  penalise = ppo.make_penalise(
+    logprobs_fn, values_fn, ppo.gae_advantages(method), method
+  )
+  train = ppo.make_train(
+    {
+      'policy': ppo.make_policy_loss(logprobs_fn, method),
+      'value': ppo.make_value_loss(values_fn, method),
+      'ptx': supervised.make_text_loss(artifacts.logprobs_fn(policy)),
+    },
+    make_optimizers(config),
+    method,
+  )
   return {
-    'policy_optimizer': policy_tx,
-    'value_optimizer': value_tx,
-    'generate': jax.jit(generate),
-    'lengths': jax.jit(episode_lengths),
+    'respond': jax.jit(respond),
+    'lengths': jax.jit(rollout.episode_lengths),
     'score': jax.jit(score),
-    'update': jax.jit(finish, donate_argnums=0),
-    'text_logprobs': jax.jit(text_logprobs),
+    'penalise': jax.jit(penalise),
+    'train': jax.jit(train, donate_argnums=0),
   }
 
 
-def row_settings(config, mesh):
-  """What `packing.plan` is told besides the lengths."""
-  # A TPU's flash kernel reads whole tiles.
-  on_tpu = mesh.devices.flat[0].platform == 'tpu'
-  tiled = config.attention == 'flash' or (config.attention == 'auto' and on_tpu)
-  return {
-    'prompt_columns': config.prompt_length,
-    'response_columns': config.response_length,
-    'num_minibatches': config.num_minibatches,
-    'num_microbatches': config.num_microbatches,
-    'num_epochs': config.num_epochs,
-    'num_shards': mesh.shape['data'] * mesh.shape['fsdp'],
-    'row_episodes': config.pack_episodes,
-    'multiple': attention.TILE if tiled else 8,
-    'spare': config.pack_spare,
-  }
+def lay_out(config, programs, sampled, mesh, iteration) -> packing.Layout:
+  """Where programs find a rollout's episodes, on the mesh.
 
-
-def row_shapes(config, mesh) -> tuple[tuple[int, int], ...]:
-  """The shapes of rows that score and update may be compiled for, besides the
-  padded one."""
-  if not config.pack:
-    return ()
-  settings = row_settings(config, mesh)
-  groups = config.num_minibatches * config.num_microbatches
-  group_size = config.batch_size // groups
-  return packing.ladder(
-    config.prompt_length + config.response_length,
-    group_size,
-    packing.rows_per_group(
-      group_size, settings['num_shards'], settings['row_episodes']
-    ),
-    settings['multiple'],
-    settings['spare'],
-  )
-
-
-def plan_rows(config, programs, sampled, mesh, iteration):
-  """Where score and update find a rollout's episodes: a layout on the mesh.
-
-  None without packing, or where it would save less than a twentieth. Waits for
-  the rollout, since its lengths choose one of `row_shapes`.
+  Waits for the rollout, whose lengths choose one of few shapes.
   """
-  if not config.pack:
-    return None
   prompts, responses = np.asarray(programs['lengths'](sampled))
-  layout = packing.plan(
-    prompts,
-    responses,
-    seed=(config.seed, iteration),
-    **row_settings(config, mesh),
+  sizes = row_sizes(config, mesh)
+  groups = packing.deal_epochs(
+    prompts + responses, sizes, (config.seed, iteration)
   )
-  if layout is None:
-    return None
-  # Every host has the whole plan and hands over its own rows of it.
-  layout = jax.tree.map(
+  layout = packing.lay_out(prompts, responses, groups, sizes)
+  # Every host has the whole layout and hands over its own rows of it.
+  own = jax.tree.map(
     lambda x: np.split(x, jax.process_count())[jax.process_index()], layout
   )
-  return sharding.put_batch(layout, mesh)
+  return sharding.put_batch(own, mesh)
 
 
-def initial_state(programs, policy, value, kl_coef) -> ppo.PPOState:
+def initial_state(config, policy, value) -> ppo.RLState:
   """Before the first update; the parameters given are copied.
 
   Donated states must not share buffers with the frozen models.
@@ -415,11 +222,12 @@ def initial_state(programs, policy, value, kl_coef) -> ppo.PPOState:
   def copy(params):
     return jax.tree.map(jnp.copy, params)
 
-  return ppo.PPOState(
-    policy=train_state.create(copy(policy), programs['policy_optimizer']),
-    value=train_state.create(copy(value), programs['value_optimizer']),
+  optimizers = make_optimizers(config)
+  return ppo.RLState(
+    policy=train_state.create(copy(policy), optimizers['policy']),
+    value=train_state.create(copy(value), optimizers['value']),
     ema=copy(policy),
-    kl=rewards.KLState(coef=jnp.float32(kl_coef)),
+    kl=rewards.KLState(coef=jnp.float32(config.kl_coef)),
   )
 
 
@@ -428,151 +236,174 @@ def freeze(params, dtype):
   return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
+def load_models(config, tokenizer, mesh):
+  """(policy, reward model or None, value model), checked against the rows."""
+  changes = {
+    'remat': config.remat,
+    'attention': config.attention,
+    'compute_dtype': config.compute_dtype,
+  }
+  load = functools.partial(artifacts.load, mesh=mesh, tokenizer=tokenizer)
+  policy = load(
+    config.init, 'policy', logprob_chunk=config.logprob_chunk, **changes
+  )
+  reward = None
+  if config.reward_model:
+    reward = value = load(config.reward_model, 'scalar', **changes)
+  else:
+    # fold_in: the head must not share its noise with the rollouts' keys.
+    key = jax.random.fold_in(jax.random.key(config.seed), -1)
+    value = artifacts.scalar_from_policy(policy, mesh, key)
+  for model in (policy, value):
+    artifacts.check_context(
+      model,
+      config.prompt_length + config.response_length,
+      'prompt_length + response_length',
+    )
+  if config.ptx_coef > 0 or config.valid_documents:
+    artifacts.check_context(policy, config.ptx_row_length, 'ptx_row_length')
+  return policy, reward, value
+
+
+def make_score_fn(config, programs, reward_params, prompts, tokenizer, mesh):
+  """The `score_fns.ScoreFn` of this stage.
+
+  Args:
+    reward_params: () -> the reward model's parameters, on the device; None
+      without one.
+    prompts: the data set that responses answer.
+  """
+  parts = {}
+  if reward_params is not None:
+    parts['reward_model'] = (
+      lambda sampled: programs['score'](
+        reward_params(), sampled.rollout, sampled.layout
+      ),
+      config.reward_weight,
+    )
+  for name, weight in score_fns.parse_weights(config.reward_fn).items():
+    function = score_fns.find_function(name)
+    parts[name] = (
+      score_fns.of_function(name, function, prompts, tokenizer, mesh),
+      weight,
+    )
+  return score_fns.weighted(parts)
+
+
 def run(config, workdir: epath.Path):
+  """Trains a policy; see the top of this file.
+
+  Reads the initialisation, the reward model, prompts and pretraining text;
+  writes `policy` and `ema` (model folders), metrics, alarms.json, snapshots.
+  """
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   # The description of all is checked before any is read.
-  artifacts.check(config.init, 'policy', tokenizer)
-  artifacts.check(config.reward_model, 'scalar', tokenizer)
-  minibatch = config.batch_size // config.num_minibatches
+  folders = {config.init: 'policy', config.reward_model: 'scalar'}
+  folders = {folder: kind for folder, kind in folders.items() if folder}
+  for folder, kind in folders.items():
+    artifacts.check(folder, kind, tokenizer)
+  microbatch = config.batch_size // config.num_minibatches
+  microbatch //= config.num_microbatches
+  slice_size = config.batch_size // config.num_slices
   mesh = artifacts.make_mesh(
     config.mesh,
-    [config.init, config.reward_model],
-    [
-      minibatch // config.num_microbatches,
-      config.batch_size // config.num_slices,
-      config.eval_batch_size,
-    ],
+    list(folders),
+    [microbatch, slice_size, config.eval_batch_size],
   )
   use_ptx = config.ptx_coef > 0
+  num_iterations = config.num_episodes // config.batch_size
 
   # 1. Data: prompts, and pretraining rows for the ptx part.
+  asked = records.read_jsonl(config.prompts, records.Prompt)
   prompt_rows, dropped = loader.prompt_rows(
-    records.read_jsonl(config.prompts, records.Prompt),
-    tokenizer,
-    config.prompt_length,
+    asked, tokenizer, config.prompt_length
   )
   run_lib.tell_dropped(
     config.name, dropped.describe('prompts', 'prompt_length')
   )
-  processes = {
-    'process_index': jax.process_index(),
-    'process_count': jax.process_count(),
-  }
-  prompts = loader.make_batches(
-    prompt_rows, batch_size=config.batch_size, seed=config.seed, **processes
+  run_lib.check_enough(
+    loader.num_rows(prompt_rows), config.batch_size, 'prompts', 'batch_size'
   )
-
-  def pack(path, cut):
-    texts = records.read_jsonl(path, records.Document)
-    return loader.pack_documents(
-      tokenizer.encode_documents([d.text for d in texts]),
-      config.ptx_row_length,
-      tokenizer.eos_id,
-      tokenizer.pad_id,
-      cut=cut,
-    )
-
-  # Held-out documents are whole, so that losses compare.
-  valid_rows = pack(config.valid_documents, False)
+  make_batches = functools.partial(
+    loader.make_batches,
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  prompts = make_batches(prompt_rows, batch_size=config.batch_size)
+  documents = functools.partial(
+    loader.document_rows, tokenizer=tokenizer, row_length=config.ptx_row_length
+  )
   if use_ptx:
     num_ptx = config.batch_size * config.ptx_per_episode * config.num_epochs
-    ptx = loader.make_batches(
-      pack(config.documents, config.cut_documents),
-      batch_size=num_ptx,
-      seed=config.seed,
-      **processes,
+    ptx_rows = documents(config.documents, cut=config.cut_documents)
+    run_lib.check_enough(
+      loader.num_rows(ptx_rows),
+      num_ptx,
+      'rows of documents',
+      'batch_size x ptx_per_episode x num_epochs',
     )
+    ptx = make_batches(ptx_rows, batch_size=num_ptx)
 
-  num_iterations = config.num_episodes // config.batch_size
-  root = jax.random.key(config.seed)
   with sharding.use_mesh(mesh):
     # 2. Models.
-    load = functools.partial(
-      artifacts.load,
-      mesh=mesh,
-      tokenizer=tokenizer,
+    policy, reward, value = load_models(config, tokenizer, mesh)
+    programs = build_programs(
+      config, policy.module, value.module, tokenizer.stop_ids
     )
-    changes = {
-      'remat': config.remat,
-      'attention': config.attention,
-      'compute_dtype': config.compute_dtype,
-    }
-    policy = load(
-      config.init, 'policy', logprob_chunk=config.logprob_chunk, **changes
+    state = initial_state(config, policy.params, value.params)
+    offload = sharding.Offload(config.offload)
+    reference = offload.store(
+      'reference', freeze(policy.params, config.frozen_dtype)
     )
-    reward = load(config.reward_model, 'scalar', **changes)
-    for model in (policy, reward):
-      artifacts.check_context(
-        model,
-        config.prompt_length + config.response_length,
-        'prompt_length + response_length',
+    reward_params, score_range = None, (-math.inf, math.inf)
+    if reward is not None:
+      frozen_reward = offload.store(
+        'reward', freeze(reward.params, config.frozen_dtype)
       )
-    artifacts.check_context(policy, config.ptx_row_length, 'ptx_row_length')
-    programs = build_programs(config, policy.module, reward.module, tokenizer)
+      reward_params = functools.partial(offload.load, 'reward', frozen_reward)
+      score_range = tuple(reward.metadata['score_range'])
+    module = policy.module
+    # Their float32 weights live on in the state alone.
+    del policy, reward, value
 
-    state = initial_state(
-      programs, policy.params, reward.params, config.kl_coef
-    )
-    reference = freeze(policy.params, config.frozen_dtype)
-    reward_params = freeze(reward.params, config.frozen_dtype)
-
-    def rest(name, params):
-      return sharding.to_host(params) if name in config.offload else params
-
-    def wake(name, params):
-      return sharding.to_device(params) if name in config.offload else params
-
-    reference = rest('reference', reference)
-    reward_params = rest('reward', reward_params)
-    reward_metadata, policy_module = reward.metadata, policy.module
-    del (
-      policy,
-      reward,
-      model,
-    )  # Their float32 weights live on in the state alone.
-
-    def pretraining_loss(params):
-      return heldout_loss.heldout_loss(
-        lambda batch: sharding.fetch(
-          programs['text_logprobs'](params, sharding.put_whole(batch, mesh))
-        ),
-        valid_rows,
-        config.eval_batch_size,
-      ).mean
-
-    stop_ids = runner.stop_ids(tokenizer) if config.probe_every else ()
-    probes = []
+    pretraining_loss = None
+    if config.valid_documents:
+      # Held-out documents are whole, so that losses compare.
+      pretraining_loss = queries.make_heldout_loss(
+        module, documents(config.valid_documents), config.eval_batch_size, mesh
+      )
+    prober = None
     if config.probe_every:
-      probes = probe.make_probes(
-        artifacts.named_folders(config.probes),
-        tokenizer,
-        policy_module.config.context_length,
-        config.probe_items,
-        config.probe_few_shot,
-        config.seed,
-      )
+      prober = queries.make_prober(config, module, tokenizer, mesh)
+    reporter = alarms.Reporter(
+      score_range, config.response_length, module.config.compute_dtype
+    )
 
-    def probe_scores(params, ending=''):
-      functions = queries.make_functions(
-        policy_module,
-        params,
+    def evaluate(done, state):
+      """Losses and probes that are due after so many iterations."""
+      values, params = {}, state.policy.params
+      last = done == num_iterations
+      if pretraining_loss is not None:
+        if done == 0:
+          values['eval/pretraining_loss_before'] = pretraining_loss(params).mean
+        elif last or done % config.eval_every == 0:
+          values['eval/pretraining_loss'] = pretraining_loss(params).mean
+          values['eval/pretraining_loss_ema'] = pretraining_loss(state.ema).mean
+      if prober is not None and (last or done % config.probe_every == 0):
+        values |= prober(params, '_before' if done == 0 else '')
+      return values
+
+    def save(folder, params, **about):
+      artifacts.save(
+        workdir / folder,
+        artifacts.Model('policy', module, params, {}),
         tokenizer,
-        mesh,
-        stop_ids,
-        config.probe_batch_size,
-        64,
+        {'stage': config.name, 'seed': config.seed, **about},
       )
-      scores = probe.ask(probes, tokenizer, *functions, config.probe_batch_size)
-      return {f'probe{ending}/{k}': value for k, value in scores.items()}
 
     # 3. The loop.
-    told = set()
-    alarm_limits = (
-      tuple(reward_metadata['score_range']),
-      config.response_length,
-      policy_module.config.compute_dtype,
-    )
     with loop.Loop(
       workdir,
       config.name,
@@ -582,69 +413,58 @@ def run(config, workdir: epath.Path):
       **config.loop,
     ) as iterations:
       programs = iterations.watched(programs)
+      score_fn = make_score_fn(
+        config, programs, reward_params, asked, tokenizer, mesh
+      )
       state = iterations.restore(sharding.place(state, mesh))
-      rows = iterations.lines  # They grow with the run.
       data = loader.ahead(lambda i: (prompts[i], ptx[i] if use_ptx else None))
+      root = jax.random.key(config.seed)
       for iteration, (prompt_batch, ptx_rows) in iterations.steps_with(data):
-        keys = dict(
-          zip(
-            ('rollout', 'update'),
-            jax.random.split(jax.random.fold_in(root, iteration)),
-            strict=True,
-          )
-        )
-        values = {}
-        if iteration == 0:
-          values['eval/pretraining_loss_before'] = pretraining_loss(
-            state.policy.params
-          )
-          if config.probe_every:
-            values |= probe_scores(state.policy.params, '_before')
-        batch = sharding.put_batch(prompt_batch, mesh)
-        state = state.replace(ema=rest('ema', state.ema))
-        sampled = programs['generate'](
-          state.policy.params, batch, keys['rollout']
-        )
-        layout = plan_rows(config, programs, sampled, mesh, iteration)
-        ppo_batch, score_metrics = programs['score'](
+        keys = jax.random.split(jax.random.fold_in(root, iteration))
+        keys = dict(zip(('respond', 'train'), keys, strict=True))
+        values = evaluate(0, state) if iteration == 0 else {}
+
+        # Respond.
+        ema = offload.store('ema', state.ema)
+        responses = programs['respond'](
           state.policy.params,
-          wake('reference', reference),
-          state.value.params,
-          wake('reward', reward_params),
-          state.kl,
-          sampled,
+          sharding.put_batch(prompt_batch, mesh),
+          keys['respond'],
+        )
+        layout = lay_out(config, programs, responses, mesh, iteration)
+        # Score.
+        scores = score_fn(
+          score_fns.Sampled(responses, layout, prompt_batch.indices)
+        )
+        # Penalise.
+        batch, kl, metrics = programs['penalise'](
+          state.replace(ema=None),
+          {'reference': offload.load('reference', reference)},
+          responses,
           layout,
+          scores,
         )
-        ptx_batch = sharding.put_batch(ptx_rows, mesh) if use_ptx else None
-        state = state.replace(ema=wake('ema', state.ema))
-        kl_sum, kl_count = score_metrics['objective/kl']
-        state, update_metrics = programs['update'](
-          state, ppo_batch, ptx_batch, keys['update'], kl_sum / kl_count
+        # Train.
+        state, more = programs['train'](
+          state.replace(ema=offload.load('ema', ema)),
+          {},
+          batch,
+          sharding.put_batch(ptx_rows, mesh) if use_ptx else None,
+          kl,
+          keys['train'],
         )
+
         done = iteration + 1
-        if done % config.eval_every == 0 or done == num_iterations:
-          values['eval/pretraining_loss'] = pretraining_loss(
-            state.policy.params
-          )
-          values['eval/pretraining_loss_ema'] = pretraining_loss(state.ema)
-        if config.probe_every and (
-          done % config.probe_every == 0 or done == num_iterations
-        ):
-          values |= probe_scores(state.policy.params)
+        values |= evaluate(done, state)
         # The last one is the policy folder.
         if config.snapshot_every and (
           done % config.snapshot_every == 0 and done < num_iterations
         ):
-          artifacts.save(
-            workdir / 'snapshots' / str(done),
-            artifacts.Model('policy', policy_module, state.policy.params, {}),
-            tokenizer,
-            {'stage': config.name, 'iteration': done},
-          )
+          save(f'snapshots/{done}', state.policy.params, iteration=done)
         iterations.end_step(
           iteration,
           state,
-          {**score_metrics, **update_metrics},
+          {**metrics, **more},
           states={
             f'{config.name} policy': state.policy,
             f'{config.name} value': state.value,
@@ -653,26 +473,19 @@ def run(config, workdir: epath.Path):
           num_items=config.batch_size,
           text_fn=_summary,
         )
-        for name, text in alarms.find(rows, *alarm_limits).items():
-          if name not in told:
-            told.add(name)
-            run_lib.say(f'{config.name}: alarm: {text}')
+        for text in reporter.new(iterations.lines):
+          run_lib.say(f'{config.name}: alarm: {text}')
 
     # 4. Outputs: the policy and its moving average, each on its own.
-    found = alarms.find(rows, *alarm_limits)
-    about = {
-      'stage': config.name,
-      'seed': config.seed,
-      'ptx_coef': config.ptx_coef,
-      'num_episodes': config.num_episodes,
-    }
     for name, params in (('policy', state.policy.params), ('ema', state.ema)):
-      artifacts.save(
-        workdir / name,
-        artifacts.Model('policy', policy_module, params, {}),
-        tokenizer,
-        {**about, 'weights': name},
+      save(
+        name,
+        params,
+        weights=name,
+        ptx_coef=config.ptx_coef,
+        num_episodes=config.num_episodes,
       )
+  found = reporter.find(iterations.lines)
   run_lib.write_json(workdir / 'alarms.json', found)
   return {
     'num_prompts': loader.num_rows(prompt_rows),

@@ -25,9 +25,9 @@ from instruct_jax.evals import (
   win_rate,
 )
 from instruct_jax.evals import samples as samples_lib
+from instruct_jax.infra import origin, sharding
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 _RECORDED = ('.jsonl', '.jsonl.gz')
 
@@ -37,7 +37,7 @@ def is_recorded(source: str) -> bool:
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  check_stage(config)
   models = artifacts.named_folders(config.models)
   if config.baseline not in models or len(models) < 2:
     raise ValueError(
@@ -53,16 +53,14 @@ def validate(config):
       'endpoint.model': config.endpoint.model,
     },
   }
-  if config.judge not in needed:
-    raise ValueError(
-      f'judge must be one of {", ".join(needed)}: {config.judge!r}'
-    )
+  run_lib.check_choice(config, 'judge', tuple(needed))
   for key, value in {'prompts': config.prompts, **needed[config.judge]}.items():
     if not value:
       raise ValueError(f'{key} is empty; the {config.judge} judge needs it')
-  if config.pairs not in ('baseline', 'all'):
-    raise ValueError(f"pairs must be 'baseline' or 'all': {config.pairs!r}")
-  for key in ('num_prompts', 'batch_size', 'response_length', 'num_bootstrap'):
+  if config.judge == 'http':
+    endpoint.check(config.endpoint, 'endpoint')
+  run_lib.check_choice(config, 'pairs', ('baseline', 'all'))
+  for key in ('num_prompts', 'batch_size', 'num_bootstrap'):
     if config[key] < 1:
       raise ValueError(f'{key} must be positive: {config[key]}')
   sampled = [name for name, source in models.items() if not is_recorded(source)]
@@ -157,12 +155,6 @@ def sample_answers(config, name, source, tokenizer, prompts, cache, mesh):
   model = queries.load_policy(
     source, tokenizer, mesh, compute_dtype=config.compute_dtype
   )
-  needed = config.prompt_length + config.response_length
-  if needed > model.config.context_length:
-    raise ValueError(
-      f'{name}: prompt_length + response_length are {needed} tokens, its '
-      f'context is {model.config.context_length}'
-    )
   program = queries.generate_program(
     model.module,
     config.response_length,
@@ -310,12 +302,21 @@ def make_judge(config, workdir, mesh):
 
 def run(config, workdir: epath.Path):
   validate(config)
-  models = list(artifacts.named_folders(config.models))
-  prompts = records.read_jsonl(config.prompts, records.Prompt)
-  prompts = prompts[: config.num_prompts]
-  repeated = len(prompts) - len({prompt.id for prompt in prompts})
-  if repeated:
-    raise ValueError(f'{config.prompts}: {repeated} ids stand twice')
+  sources = artifacts.named_folders(config.models)
+  models = list(sources)
+  sampled = {n: path for n, path in sources.items() if not is_recorded(path)}
+  keys = [*origin.LENGTHS] if sampled else []
+  keys += [origin.WORLD] * (config.judge == 'gold')
+  config = origin.filled(config, keys, sampled, config.prompts)
+  if sampled:
+    artifacts.check_contexts(
+      sampled,
+      config.prompt_length + config.response_length,
+      'prompt_length + response_length',
+    )
+  given = records.read_jsonl(config.prompts, records.Prompt)
+  prompts = samples_lib.draw_prompts(given, config.num_prompts, config.seed)
+  run_lib.say_drawn(config.name, len(prompts), len(given), 'prompts')
   mesh = sharding.make_mesh(config.mesh)
   cache = epath.Path(config.cache or workdir / 'answers')
   with sharding.use_mesh(mesh):
@@ -361,10 +362,12 @@ def run(config, workdir: epath.Path):
     'baseline': config.baseline,
     'models': sources,
     'prompts': {
-      'in the file': len(prompts),
+      'in the file': len(given),
+      'asked': len(prompts),
       'answered by every model': len(common),
     },
     'asking': cost(),
+    'settings': {key: config[key] for key in (*origin.LENGTHS, origin.WORLD)},
   }
   write_results(config, workdir, result)
   return {'num_prompts': len(common), 'num_judgements': len(judgements)}
@@ -487,7 +490,8 @@ def write_results(config, workdir, result):
     report.plain_json(result), indent=2, ensure_ascii=False, allow_nan=False
   )
   report.write_file(workdir / 'preferences.json', (text + '\n').encode())
-  count = result['prompts']['answered by every model']
+  counts = result['prompts']
+  count, given = counts['answered by every model'], counts['in the file']
   report.write_file(
     workdir / 'win_rate.png',
     plots.win_rate_bars(
@@ -496,7 +500,7 @@ def write_results(config, workdir, result):
         for model, r in result['win_rate'].items()
       },
       config.baseline,
-      f'{count:,} prompts',
+      f'{count:,} of {given:,} prompts',
       result['judge'],
     ),
   )

@@ -4,14 +4,16 @@ Paper section 3.5 takes a trained GPT-3; this makes a small one. Packed rows,
 next-token loss on every token, Adam, cosine to 10 %.
 """
 
+import functools
+
 import jax
 from etils import epath
 
-from instruct_jax import artifacts, supervised
-from instruct_jax.data import loader, records
+from instruct_jax import artifacts, queries, supervised
+from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.evals import heldout_loss
 from instruct_jax.infra import loop, optimizer, sharding, train_state
+from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import TransformerConfig
 
 
@@ -61,8 +63,7 @@ def build_programs(config, module, mesh):
     eps=config.adam_eps,
     max_grad_norm=config.max_grad_norm,
   )
-  loss_fn = supervised.make_text_loss(artifacts.text_logprobs_fn(module, False))
-  eval_fn = artifacts.text_logprobs_fn(module)
+  loss_fn = supervised.make_text_loss(artifacts.logprobs_fn(module), True)
 
   def update(state, batch, key):
     return supervised.update(
@@ -74,14 +75,7 @@ def build_programs(config, module, mesh):
       num_microbatches=config.num_microbatches,
     )
 
-  def text_logprobs(params, batch):
-    return eval_fn(params, batch.tokens, batch.segments, None)
-
-  return {
-    'optimizer': tx,
-    'update': jax.jit(update, donate_argnums=0),
-    'text_logprobs': jax.jit(text_logprobs),
-  }
+  return {'optimizer': tx, 'update': jax.jit(update, donate_argnums=0)}
 
 
 def run(config, workdir: epath.Path):
@@ -94,19 +88,18 @@ def run(config, workdir: epath.Path):
     heads=[shape.num_heads, shape.kv_heads, shape.mlp_dim],
   )
 
-  def rows_of(path, cut):
-    texts = [d.text for d in records.read_jsonl(path, records.Document)]
-    return loader.pack_documents(
-      tokenizer.encode_documents(texts),
-      config.row_length,
-      tokenizer.eos_id,
-      tokenizer.pad_id,
-      cut=cut,
-    )
-
-  train_rows = rows_of(config.documents, config.cut_documents)
+  documents = functools.partial(
+    loader.document_rows, tokenizer=tokenizer, row_length=config.row_length
+  )
+  train_rows = documents(config.documents, cut=config.cut_documents)
   # Held-out documents are whole, so that losses compare.
-  valid_rows = rows_of(config.valid, False)
+  valid_rows = documents(config.valid)
+  run_lib.check_enough(
+    loader.num_rows(train_rows),
+    config.batch_size,
+    'rows of documents',
+    'batch_size',
+  )
   batches = loader.make_batches(
     train_rows,
     batch_size=config.batch_size,
@@ -126,15 +119,9 @@ def run(config, workdir: epath.Path):
     programs = build_programs(config, model.module, mesh)
     state = train_state.create(model.params, programs['optimizer'])
 
-    def valid_loss(params):
-      return heldout_loss.heldout_loss(
-        lambda batch: sharding.fetch(
-          programs['text_logprobs'](params, sharding.put_whole(batch, mesh))
-        ),
-        valid_rows,
-        config.eval_batch_size,
-      )
-
+    valid_loss = queries.make_heldout_loss(
+      model.module, valid_rows, config.eval_batch_size, mesh
+    )
     with loop.Loop(
       workdir,
       config.name,

@@ -19,23 +19,20 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int
 
-from instruct_jax import artifacts, losses, masked, rollout, supervised, types
+from instruct_jax import artifacts, losses, masked, supervised, types
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import preference_accuracy
-from instruct_jax.infra import loop, optimizer, sharding, train_state
+from instruct_jax.infra import loop, optimizer, sharding, slices, train_state
 from instruct_jax.infra import run as run_lib
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  check_stage(config)
   if config.num_folds == 1 or config.num_folds < 0:
     raise ValueError(f'num_folds must be 0 or at least 2: {config.num_folds}')
-  if config.divisor not in ('surviving', 'all'):
-    raise ValueError(
-      f"divisor must be 'surviving' or 'all': {config.divisor!r}"
-    )
+  run_lib.check_choice(config, 'divisor', ('surviving', 'all'))
   if config.batch_size % config.num_microbatches:
     raise ValueError(
       f'num_microbatches {config.num_microbatches} does not divide '
@@ -76,8 +73,8 @@ def build_programs(config, module, num_steps):
   )
   scores_fn = artifacts.scores_fn(module)
 
-  def loss_fn(params, batch, key):
-    del key  # Reward models train without dropout.
+  def loss_fn(params, frozen, batch, key):
+    del frozen, key  # Reward models train without dropout.
     scores = scores_fn(params, batch.tokens, batch.segments, batch.ends)
     loss, pairs, correct = prompt_losses(scores, batch.ranks, config.divisor)
     # A prompt that is all ties has nothing to teach and does not count.
@@ -173,20 +170,24 @@ def train(config, workdir, name, rows, model, seed):
 
 def training_rows(config, comparisons, tokenizer):
   """`loader.comparison_rows` as this stage learns from them."""
-  return loader.comparison_rows(
+  rows, dropped = loader.comparison_rows(
     comparisons,
     tokenizer,
     config.max_candidates,
     config.row_length,
     merge=config.merge_rankings,
   )
+  run_lib.tell_dropped(
+    config.name, dropped.describe('comparisons', 'row_length')
+  )
+  return rows, dropped
 
 
 def score_comparisons(config, programs, params, rows):
   """r(x, y) of every candidate of a data set: [N, C] on the host."""
   mesh = jax.sharding.get_mesh()
   packed = loader.pack_comparisons(rows)
-  scalars = rollout.in_batches(
+  scalars = slices.in_batches(
     lambda batch: sharding.fetch(
       programs['scalars'](params, *sharding.put_whole(batch, mesh))
     ),
@@ -222,6 +223,13 @@ def encode_rankings(config, comparisons, tokenizer) -> Rankings:
   """Tokens of what is to be scored; what is too long is left out."""
   fitting = loader.fitting_comparisons(
     comparisons, tokenizer, config.row_length
+  )
+  run_lib.say_left_out(
+    config.name,
+    len(comparisons) - len(fitting),
+    len(comparisons),
+    'valid_comparisons',
+    f'row_length ({config.row_length} tokens)',
   )
   distinct = {answers_of(comparison): comparison for comparison in fitting}
   rows, _ = loader.comparison_rows(
@@ -284,9 +292,6 @@ def run(config, workdir: epath.Path):
 def fit(config, workdir, tokenizer, policy, comparisons, valid):
   mesh = jax.sharding.get_mesh()
   rows, dropped = training_rows(config, comparisons, tokenizer)
-  run_lib.tell_dropped(
-    config.name, dropped.describe('comparisons', 'row_length')
-  )
   # fold_in: the head must not share its noise with the batches' keys.
   init_key = jax.random.fold_in(jax.random.key(config.seed), 1)
   model = artifacts.scalar_from_policy(policy, mesh, init_key)

@@ -9,12 +9,12 @@ rankings.
 import jax
 from etils import epath
 
-from instruct_jax import artifacts, rollout
+from instruct_jax import artifacts
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import baselines, preference_accuracy
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding
+from instruct_jax.infra import sharding, slices
 
 
 def validate(config):
@@ -33,6 +33,13 @@ def inputs(config):
 def score_of(config, model_dir, comparisons, tokenizer):
   """r(x, y) of each comparison's completions; those too long are left out."""
   kept = loader.fitting_comparisons(comparisons, tokenizer, config.row_length)
+  run_lib.say_left_out(
+    config.name,
+    len(comparisons) - len(kept),
+    len(comparisons),
+    'valid_comparisons',
+    f'row_length ({config.row_length} tokens)',
+  )
   num_candidates = max(len(c.completions) for c in kept)
   rows, _ = loader.comparison_rows(
     kept, tokenizer, num_candidates, config.row_length
@@ -41,7 +48,7 @@ def score_of(config, model_dir, comparisons, tokenizer):
   with sharding.use_mesh(mesh):
     reward = artifacts.load(model_dir, 'scalar', mesh, tokenizer)
     score = jax.jit(artifacts.scores_fn(reward.module))
-    scores = rollout.in_batches(
+    scores = slices.in_batches(
       lambda batch: score(reward.params, *sharding.put_batch(batch, mesh)),
       tuple(x.reshape(-1, config.row_length) for x in (rows.tokens, rows.mask)),
       config.batch_size,

@@ -13,27 +13,14 @@ from etils import epath
 from instruct_jax import artifacts, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.infra import origin, sharding
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding
-from instruct_jax.models.config import check_compute_dtype
-
-
-def model_folders(text: str) -> dict[str, str]:
-  """`NAME=FOLDER,...` as a mapping."""
-  folders = {}
-  for part in filter(None, text.split(',')):
-    name, separator, folder = part.partition('=')
-    if not (name and separator and folder) or name in folders:
-      raise ValueError(
-        f'models must be NAME=FOLDER,NAME=FOLDER with distinct names: {text!r}'
-      )
-    folders[name] = folder
-  return folders
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
-  num_models = len(model_folders(config.models))
+  check_stage(config)
+  num_models = len(artifacts.named_folders(config.models))
   if num_models * config.samples_per_model < 2:
     raise ValueError(
       f'{num_models} models x {config.samples_per_model} samples_per_model '
@@ -55,6 +42,13 @@ def inputs(config):
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  models = artifacts.named_folders(config.models)
+  config = origin.filled(config, origin.LENGTHS, models, config.prompts)
+  artifacts.check_contexts(
+    models,
+    config.prompt_length + config.response_length,
+    'prompt_length + response_length',
+  )
   prompts = records.read_jsonl(config.prompts, records.Prompt)
   rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
   run_lib.tell_dropped(
@@ -66,7 +60,7 @@ def run(config, workdir: epath.Path):
   models = [[] for _ in prompts]
   with sharding.use_mesh(mesh):
     for number, (name, folder) in enumerate(
-      model_folders(config.models).items()
+      artifacts.named_folders(config.models).items()
     ):
       policy = artifacts.load(
         folder,

@@ -13,13 +13,14 @@ from etils import epath
 from instruct_jax import artifacts, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals.samples import draw_prompts
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.infra import sharding, slices
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  check_stage(config)
   if config.num_prompts < 1:
     raise ValueError(f'num_prompts must be positive: {config.num_prompts}')
 
@@ -57,9 +58,9 @@ def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   prompts = records.read_jsonl(config.prompts, records.Prompt)
-  rows, dropped = loader.prompt_rows(
-    prompts[: config.num_prompts], tokenizer, config.prompt_length
-  )
+  chosen = draw_prompts(prompts, config.num_prompts, config.seed)
+  run_lib.say_drawn(config.name, len(chosen), len(prompts), 'prompts')
+  rows, dropped = loader.prompt_rows(chosen, tokenizer, config.prompt_length)
   run_lib.tell_dropped(
     config.name, dropped.describe('prompts', 'prompt_length')
   )
@@ -82,12 +83,18 @@ def run(config, workdir: epath.Path):
       compute_dtype=config.compute_dtype,
     )
     first = load(1)
+    for model in (reward, first):
+      artifacts.check_context(
+        model,
+        config.prompt_length + config.response_length,
+        'prompt_length + response_length',
+      )
     programs = build_programs(config, first.module, reward.module, tokenizer)
 
     sample_and_score = sharding.fetched(programs['sample_and_score'])
 
     def mean_score(policy):
-      scores = rollout.in_batches(
+      scores = slices.in_batches(
         lambda batch: sample_and_score(
           policy.params, reward.params, sharding.put_whole(batch, mesh), key
         ),
@@ -112,4 +119,6 @@ def run(config, workdir: epath.Path):
   return {
     'selected_epoch': selected['epoch'],
     'selected_by': 'reward-model score',
+    'num_prompts': loader.num_rows(rows),
+    'num_prompts_given': len(prompts),
   }

@@ -13,17 +13,18 @@ import dataclasses
 import jax
 from etils import epath
 
-from instruct_jax import artifacts, supervised
+from instruct_jax import artifacts, queries, supervised
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.evals import heldout_loss
 from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
-from instruct_jax.models.config import check_compute_dtype
+from instruct_jax.models.config import check_stage
 
 
 def validate(config):
-  check_compute_dtype(config.compute_dtype)
+  run_lib.check_choice(config, 'loss_on', ('response', 'all'))
+  run_lib.check_choice(config, 'select_by', ('valid_loss', 'last'))
+  check_stage(config)
   if not 0 <= config.ptx_fraction < 1:
     raise ValueError(f'ptx_fraction must be in [0, 1): {config.ptx_fraction}')
   if config.ptx_fraction and not config.documents:
@@ -52,8 +53,7 @@ def build_programs(config, module, num_steps):
     eps=config.adam_eps,
     max_grad_norm=config.max_grad_norm,
   )
-  loss_fn = supervised.make_text_loss(artifacts.text_logprobs_fn(module, False))
-  eval_fn = artifacts.text_logprobs_fn(module)
+  loss_fn = supervised.make_text_loss(artifacts.logprobs_fn(module), True)
 
   def update(state, batch, key):
     return supervised.update(
@@ -65,14 +65,24 @@ def build_programs(config, module, num_steps):
       num_microbatches=config.num_microbatches,
     )
 
-  def text_logprobs(params, batch):
-    return eval_fn(params, batch.tokens, batch.segments, None)
+  return {'optimizer': tx, 'update': jax.jit(update, donate_argnums=0)}
 
-  return {
-    'optimizer': tx,
-    'update': jax.jit(update, donate_argnums=0),
-    'text_logprobs': jax.jit(text_logprobs),
-  }
+
+def check_epochs(workdir, num_done, tokenizer):
+  """Refuses to go on without an epoch that this stage has saved before.
+
+  Raises:
+    checkpoint.CheckpointError: one is gone or damaged; a resumed run would not
+      write it again.
+  """
+  for epoch in range(1, num_done + 1):
+    try:
+      artifacts.check(workdir / 'epochs' / str(epoch), 'policy', tokenizer)
+    except checkpoint.CheckpointError as error:
+      raise checkpoint.CheckpointError(
+        f'epoch {epoch} cannot be used, and the checkpoints are past it: '
+        f'{error} Or delete {workdir} to run this stage again from its start.'
+      ) from error
 
 
 def run(config, workdir: epath.Path):
@@ -107,13 +117,17 @@ def run(config, workdir: epath.Path):
     'process_index': jax.process_index(),
     'process_count': jax.process_count(),
   }
+  run_lib.check_enough(
+    loader.num_rows(rows),
+    config.batch_size,
+    'rows of demonstrations',
+    'batch_size',
+  )
   if config.ptx_fraction:
-    texts = records.read_jsonl(config.documents, records.Document)
-    ptx_rows = loader.pack_documents(
-      tokenizer.encode_documents([d.text for d in texts]),
+    ptx_rows = loader.document_rows(
+      config.documents,
+      tokenizer,
       config.row_length,
-      tokenizer.eos_id,
-      tokenizer.pad_id,
       cut=config.cut_documents,
     )
     batches = loader.mixture(
@@ -158,14 +172,9 @@ def run(config, workdir: epath.Path):
     )
     del model
 
-    def valid_loss(params):
-      return heldout_loss.heldout_loss(
-        lambda batch: sharding.fetch(
-          programs['text_logprobs'](params, sharding.put_whole(batch, mesh))
-        ),
-        valid_rows,
-        config.eval_batch_size,
-      ).mean
+    valid_loss = queries.make_heldout_loss(
+      module, valid_rows, config.eval_batch_size, mesh
+    )
 
     def save(directory, params, epoch, loss):
       artifacts.save(
@@ -190,6 +199,7 @@ def run(config, workdir: epath.Path):
     ) as steps:
       programs = steps.watched(programs)
       state = steps.restore(sharding.place(state, mesh))
+      check_epochs(workdir, steps.start // steps_per_epoch, tokenizer)
       data = loader.ahead(batches.__getitem__)
       for step, host_batch in steps.steps_with(data):
         batch = sharding.put_batch(host_batch, mesh)
@@ -199,7 +209,7 @@ def run(config, workdir: epath.Path):
         values = None
         if (step + 1) % steps_per_epoch == 0:
           epoch = (step + 1) // steps_per_epoch
-          loss = valid_loss(state.params)
+          loss = valid_loss(state.params).mean
           values = {'epoch': epoch, 'eval/loss': loss}
           save(workdir / 'epochs' / str(epoch), state.params, epoch, loss)
         steps.end_step(

@@ -5,6 +5,7 @@ the report lists all of it.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 # Iterations looked at together: single batches are noisy.
 WINDOW = 5
@@ -165,3 +166,28 @@ def find(
           'learning rate',
         )
   return found
+
+
+class Reporter:
+  """Says each alarm once, when it is first raised.
+
+  Args:
+    limits: arguments of `find` after the rows.
+  """
+
+  def __init__(self, *limits: Any):
+    self._limits = limits
+    self._reported: set[str] = set()
+
+  def new(self, rows: Sequence[Mapping[str, int | float | None]]) -> list[str]:
+    """Alarms of the lines so far that no earlier call returned."""
+    found = self.find(rows)
+    new = [text for name, text in found.items() if name not in self._reported]
+    self._reported |= set(found)
+    return new
+
+  def find(
+    self, rows: Sequence[Mapping[str, int | float | None]]
+  ) -> dict[str, str]:
+    """All alarms of the lines; see `find`."""
+    return find(rows, *self._limits)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +24,7 @@ from instruct_jax.infra import checkpoint, sharding, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models import decoding, families, heads, hf
 from instruct_jax.models.config import TransformerConfig
-from instruct_jax.types import Decoder, Key, Params
+from instruct_jax.types import Decoder, Key, LogprobsFn, Params, ScalarsFn
 
 KINDS = {'policy': heads.Policy, 'scalar': heads.ScalarModel}
 
@@ -198,18 +198,51 @@ def make_mesh(
   """
   heads = []
   for folder in folders if not shape else ():
-    if is_published(folder):
-      values = hf.read_config(hub.locate(str(folder)))
-      config = TransformerConfig.from_hf(values)
-    else:
-      values = checkpoint.load_metadata(folder)['model']
-      config = TransformerConfig.from_dict(values)
+    config = shape_of(folder)
     heads += [config.num_heads, config.kv_heads, config.mlp_dim]
   return sharding.make_mesh(shape, rows=rows, heads=heads)
 
 
-def named_folders(text: str) -> dict[str, str]:
+def shape_of(folder: epath.PathLike) -> TransformerConfig:
+  """The shape of a model; its description is read, and no array.
+
+  Raises:
+    checkpoint.CheckpointError, ValueError: the folder is missing or damaged.
+  """
+  if is_published(folder):
+    return TransformerConfig.from_hf(hf.read_config(hub.locate(str(folder))))
+  return TransformerConfig.from_dict(checkpoint.load_metadata(folder)['model'])
+
+
+def check_contexts(
+  folders: Mapping[str, epath.PathLike], num_tokens: int, what: str
+) -> None:
+  """Refuses rows that are longer than one of the models can read, before any
+  is loaded.
+
+  Args:
+    folders: name for the message -> model.
+    num_tokens: of a row.
+    what: the config keys that they come from.
+
+  Raises:
+    ValueError: with the numbers; or as `shape_of`.
+  """
+  for name, folder in folders.items():
+    length = shape_of(folder).context_length
+    if num_tokens > length:
+      raise ValueError(
+        f'{name}: {what} ask for {num_tokens} tokens, the context of {folder} '
+        f'has {length}; lower them'
+      )
+
+
+def named_folders(text: str, key: str = 'models') -> dict[str, str]:
   """`NAME=FOLDER,NAME=FOLDER` as a mapping.
+
+  Args:
+    text: of that form, or ''.
+    key: of the config that holds it, for the error.
 
   Raises:
     ValueError: a part is not of this form, or a name stands twice.
@@ -219,7 +252,7 @@ def named_folders(text: str) -> dict[str, str]:
     name, separator, folder = part.partition('=')
     if not (name and separator and folder) or name in folders:
       raise ValueError(
-        f'models must be NAME=FOLDER,NAME=FOLDER with distinct names: {text!r}'
+        f'{key} must be NAME=FOLDER,NAME=FOLDER with distinct names: {text!r}'
       )
     folders[name] = folder
   return folders
@@ -397,50 +430,34 @@ def decoder(module: heads.Policy, gather_weights: bool = True) -> Decoder:
   )
 
 
-def logprobs_fn(module: heads.Policy, temperature: float = 1.0):
-  """`types.LogprobsFn` of a policy."""
-  return lambda params, tokens, mask, num_response: module.apply(
-    {'params': params},
-    tokens,
-    mask,
-    num_response,
-    temperature,
-    method='response_logprobs',
-  )
+def logprobs_fn(
+  module: heads.Policy, temperature: float = 1.0, longest: int = 0
+) -> LogprobsFn:
+  """A policy as `types.LogprobsFn`.
 
+  Args:
+    module: the policy.
+    temperature: divides the logits.
+    longest: tokens of the longest segment, where rows may be much longer.
+  """
 
-def text_logprobs_fn(module: heads.Policy, deterministic: bool = True):
-  """(params, tokens, segments, key) -> logprobs [B, T]; key is for dropout."""
-
-  def text_logprobs(params, tokens, segments, key):
-    rngs = None if deterministic else {'dropout': key}
+  def logprobs(params, tokens, segments, where=None, dropout_key=None):
     return module.apply(
       {'params': params},
       tokens,
       segments,
-      deterministic,
-      method='text_logprobs',
-      rngs=rngs,
+      where,
+      temperature=temperature,
+      longest=longest,
+      deterministic=dropout_key is None,
+      method='logprobs',
+      rngs=None if dropout_key is None else {'dropout': dropout_key},
     )
 
-  return text_logprobs
+  return logprobs
 
 
-def packed_logprobs_fn(module: heads.Policy, temperature: float, longest: int):
-  """`types.PackedLogprobsFn` of a policy; no segment is longer than that."""
-  return lambda params, tokens, segments, where, targets: module.apply(
-    {'params': params},
-    tokens,
-    segments,
-    where,
-    targets,
-    temperature,
-    longest,
-    method='packed_logprobs',
-  )
-
-
-def scalars_fn(module: heads.ScalarModel, longest: int = 0):
+def scalars_fn(module: heads.ScalarModel, longest: int = 0) -> ScalarsFn:
   """`types.ScalarsFn` of a reward or value model.
 
   Packed rows have segments in the place of the mask; `longest` is as in

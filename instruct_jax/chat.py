@@ -13,10 +13,10 @@ stands alone, as in training. The transcript is a file of recorded answers, as
 every evaluation reads them. Ends with /quit or the end of the input.
 """
 
-import argparse
 import dataclasses
 import datetime
 import functools
+import os
 import shutil
 import sys
 import textwrap
@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instruct_jax import artifacts, queries, sampling
+from instruct_jax import artifacts, command, queries, sampling
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import samples
@@ -315,7 +315,7 @@ def read_models(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(description='Talk to a policy.')
+  parser = command.Parser(description='Talk to a policy.')
   parser.add_argument('--checkpoint', required=True, help='policy folder')
   parser.add_argument('--compare', action='append', default=[])
   parser.add_argument('--reward', default='', help='reward model folder')
@@ -325,6 +325,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--transcript', default='', help='JSONL to write')
   flags = parser.parse_args(arguments)
+  if flags.max_tokens < 1 or flags.temperature < 0:
+    parser.error('--max_tokens is at least 1, --temperature is not negative')
+  if flags.transcript and '://' not in flags.transcript:
+    # A conversation is not to be lost in its end.
+    folder = os.path.dirname(os.path.abspath(flags.transcript))
+    if not os.access(folder, os.W_OK):
+      parser.error(f'--transcript: {folder} is no folder to write to')
   mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
   with sharding.use_mesh(mesh):
     try:
@@ -372,4 +379,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  command.end(main)

@@ -1,7 +1,7 @@
 """Programs on the command line: one line for what their user can mend.
 
-if __name__ == '__main__':
-  command.end(main)
+A program is a module whose `main(arguments)` returns its exit code, and which
+calls `command.end(main)` where it is run as a program.
 """
 
 import argparse
@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+from absl import flags
 
 # Set to anything, it lets the traceback of a refused input through.
 TRACEBACK_VARIABLE = 'INSTRUCT_JAX_TRACEBACK'
@@ -19,6 +21,36 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> NoReturn:
     self.exit(2, f'error: {message}; --help lists the arguments\n')
+
+
+def one_line(error: BaseException) -> str:
+  """Type and text of another library's error, for the end of a line."""
+  return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+
+
+def parse_flags(argv: list[str], config: flags.FlagHolder) -> list[str]:
+  """absl's parser, with one line for a wrong flag, key, variant or file.
+
+  Args:
+    argv: of the program.
+    config: the flag of the config file.
+  """
+  try:
+    rest = flags.FLAGS(argv)
+    _ = config.value.keys()  # A file that did not load says so when it is read.
+    return rest
+  except AttributeError as error:
+    # ml_collections wraps a KeyError whose text may go on with a suggestion.
+    cause = error.args[0]
+    text = cause.args[0] if isinstance(cause, KeyError) else cause
+    text = f'no such config key: {text}'
+  except (flags.Error, OSError) as error:
+    # What the config file raised comes as a traceback; its end says it.
+    text = str(error)
+    if 'Traceback' in text or isinstance(error, OSError):
+      text = f'--config: {text.strip().splitlines()[-1].strip()}'
+  print(f'error: {text}', file=sys.stderr, flush=True)
+  sys.exit(1)
 
 
 def end(main: Callable[[], int | None]) -> NoReturn:

@@ -13,28 +13,14 @@ rounding, and the folder no longer comes back bit for bit.
 
 import json
 import pathlib
+from collections.abc import Sequence
 
-from absl import app, flags
 from etils import epath
 
-from instruct_jax import artifacts
+from instruct_jax import artifacts, command
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import checkpoint, sharding
 from instruct_jax.models import hf
-
-_CHECKPOINT = flags.DEFINE_string(
-  'checkpoint', None, 'Model folder of a stage.', required=True
-)
-_TOKENIZER = flags.DEFINE_string(
-  'tokenizer',
-  None,
-  'Folder of the tokenizer it was trained with.',
-  required=True,
-)
-_FOLD_SHIFT = flags.DEFINE_bool(
-  'fold_shift', False, "Let a reward model's logit be its score."
-)
-_OUTPUT = flags.DEFINE_string('output', None, 'Folder to write.', required=True)
 
 
 def export(
@@ -52,8 +38,8 @@ def export(
       there is no shift to fold or no bias to fold it into.
   """
   output = pathlib.Path(output)
-  if output.exists() and any(output.iterdir()):
-    raise ValueError(f'{output} is not empty; name a new folder')
+  if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    raise ValueError(f'{output} is no empty folder; name a new one')
   tokenizer = tokenizer_lib.Tokenizer.load(tokenizer_folder)
   described = checkpoint.load_metadata(checkpoint_folder)
   model = artifacts.load(
@@ -98,16 +84,34 @@ def export(
   )
 
 
-def main(argv: list[str]) -> None:
-  del argv
-  export(
-    _CHECKPOINT.value,
-    _TOKENIZER.value,
-    _OUTPUT.value,
-    fold_shift=_FOLD_SHIFT.value,
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs the export; returns the exit code."""
+  parser = command.Parser(
+    prog='python -m instruct_jax.export',
+    description='Writes a model folder in the Hugging Face format.',
   )
-  print(_OUTPUT.value)
+  parser.add_argument(
+    '--checkpoint', required=True, metavar='MODEL', help='folder of a model'
+  )
+  parser.add_argument(
+    '--tokenizer',
+    required=True,
+    metavar='FOLDER',
+    help='of the tokenizer it was trained with',
+  )
+  parser.add_argument('--output', required=True, metavar='DIR', help='to write')
+  parser.add_argument(
+    '--fold_shift',
+    action='store_true',
+    help="let a reward model's logit be its score",
+  )
+  flags = parser.parse_args(arguments)
+  export(
+    flags.checkpoint, flags.tokenizer, flags.output, fold_shift=flags.fold_shift
+  )
+  print(flags.output)
+  return 0
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.end(main)

@@ -37,5 +37,6 @@ def locate(name: str, patterns: tuple[str, ...] = _PATTERNS) -> pathlib.Path:
   except Exception as error:
     raise ValueError(
       f'hf:{name}: no such folder here, and it does not download '
-      f'({type(error).__name__}: {error}); give the folder of a copy'
+      f'({type(error).__name__}: {" ".join(str(error).split())}); give the '
+      'folder of a copy'
     ) from error

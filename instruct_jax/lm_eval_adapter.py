@@ -15,9 +15,9 @@ of a user, as in training, and reads a continuation as the answer's beginning;
 the harness, which then gives few-shot examples as turns of their own.
 """
 
-import argparse
 import functools
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,13 +25,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from lm_eval import evaluator
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from instruct_jax import artifacts, queries, rollout
+try:
+  from lm_eval import evaluator
+  from lm_eval.api.instance import Instance
+  from lm_eval.api.model import TemplateLM
+  from lm_eval.models.utils import normalize_gen_kwargs
+  from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as error:
+  if __name__ != '__main__':
+    raise
+  sys.exit(f"error: {error}; pip install -e '.[lm-eval]'")
+
+from instruct_jax import artifacts, command, queries, rollout
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
@@ -294,7 +300,7 @@ def load(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
+  parser = command.Parser(
     description='lm-evaluation-harness tasks on a model folder.'
   )
   parser.add_argument('--checkpoint', required=True)
@@ -326,4 +332,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-  main()
+  command.end(main)

@@ -8,15 +8,8 @@ folder of its own, and one that has finished is not run again. The same command
 continues a run that was cut.
 """
 
-import contextlib
-import ctypes
-import importlib
 import os
-import shlex
 import signal
-import sys
-import time
-import traceback
 
 if __name__ == '__main__':
   # The imports below take seconds, in which there is nothing to save.
@@ -27,9 +20,19 @@ if __name__ == '__main__':
 
   signal.signal(signal.SIGTERM, stop_at_once)
 
+import contextlib
+import ctypes
+import importlib
+import shlex
+import sys
+import time
+import traceback
+
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
+
+from instruct_jax import command
 
 # Experiments without a device: of several processes only the first runs them.
 HOST_EXPERIMENTS = ('miniature_data', 'e2e_data', 'hh_data', 'tax')
@@ -43,6 +46,7 @@ SINGLE_EXPERIMENTS = (
   'sample',
   'plan',
   'benchmark',
+  'center_reward',
 )
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -147,10 +151,16 @@ def run(
   for stage in stages:
     stages_lib.validate(stage)
     experiment = stage.config.experiment
-    if jax.process_count() > 1 and experiment in SINGLE_EXPERIMENTS:
+    is_idle = getattr(stage.experiment, 'is_idle', lambda config: False)
+    if (
+      jax.process_count() > 1
+      and experiment in SINGLE_EXPERIMENTS
+      and not is_idle(stage.config)
+    ):
       raise ValueError(
         f'{stage.name}: {experiment} runs in a single process, and there are '
-        f'{jax.process_count()}'
+        f'{jax.process_count()}; leave it out of --config.stage_order, and run '
+        'the same command without it in one process afterwards'
       )
   run_lib.in_first(lambda: stages_lib.find_missing(stages))
   with (
@@ -223,7 +233,7 @@ def prepare_allocator() -> None:
 
 def main(argv) -> None:
   if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+    sys.exit(f'error: unexpected arguments: {argv[1:]}')
   if '--verbosity' not in ' '.join(sys.argv):
     logging.set_verbosity(logging.WARNING)  # Libraries narrate at INFO.
   config = _CONFIG.value
@@ -268,25 +278,7 @@ def main(argv) -> None:
 
 
 def parse_flags(argv) -> list[str]:
-  """absl's parser, with one line for a wrong key, variant or config file."""
-  try:
-    rest = flags.FLAGS(argv)
-    _ = (
-      _CONFIG.value.workdir
-    )  # A file that did not load says so when it is read.
-    return rest
-  except AttributeError as error:
-    # ml_collections wraps a KeyError whose text may go on with a suggestion.
-    cause = error.args[0]
-    text = cause.args[0] if isinstance(cause, KeyError) else cause
-    text = f'no such config key: {text}'
-  except (flags.Error, OSError) as error:
-    # What the config file raised comes as a traceback; its end says it.
-    text = str(error)
-    if 'Traceback' in text or isinstance(error, OSError):
-      text = f'--config: {text.strip().splitlines()[-1].strip()}'
-  print(f'error: {text}', file=sys.stderr, flush=True)
-  sys.exit(1)
+  return command.parse_flags(argv, _CONFIG)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,11 @@
-"""Episodes as dense rows of segments: no position is spent on padding.
+"""Episodes in rows: what scores, log-probabilities and losses read.
 
 A rollout is a rectangle, prompts padded on the left and responses on the right.
-Scoring and updating read rows in which episodes follow one another, each a
-segment of its own. Which episode goes where is decided on the host, from the
-lengths alone; the tokens are moved on the device.
+As it is, it is rows of one episode each (`as_rows`). Dense rows hold several,
+one behind the other, so that no position is spent on padding. Which episode
+goes where is decided on the host, from the lengths alone (`lay_out`); tokens
+are moved on the device. Where dense rows would save little, every episode has a
+row of its own: the same layout, of other sizes.
 
 The rows of a minibatch hold exactly its episodes, so a minibatch means what it
 did. Episodes are dealt out by length: sorted, cut into strata as large as there
@@ -12,19 +14,21 @@ so as to even out in the others. So all minibatches have nearly the same number
 of tokens, and one shape fits them; and each inner epoch has a deal of its own.
 """
 
+import dataclasses
 import math
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from instruct_jax.types import PackedPPOBatch, PPOBatch
+from instruct_jax.types import Episodes, PyTree, Rollout
 
 
 @flax.struct.dataclass
 class Layout:
-  """Where the tokens of a rollout go; made by `plan`.
+  """Where the tokens of a rollout go; made by `lay_out`.
 
   Row i * num_steps + s is row i of optimizer step s, so that rows cut over
   devices stay where they are when the steps are taken apart. Q is the most
@@ -54,56 +58,88 @@ class Layout:
   num_epochs: int = flax.struct.field(pytree_node=False)
 
 
-def rows_per_group(group_size: int, num_shards: int, row_episodes: int) -> int:
-  """Rows that hold a group of so many episodes, whatever their lengths.
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """What decides the shapes of a run's rows, besides the lengths.
 
-  Args:
-    group_size: episodes of a microbatch.
+  Attributes:
+    prompt_columns: P of the rollout, prompts right-aligned.
+    response_columns: R of the rollout.
+    num_minibatches, num_microbatches: groups an inner epoch.
+    num_epochs: inner epochs, each dealt anew.
     num_shards: devices that rows are cut over.
-    row_episodes: of a row, about.
+    row_episodes: episodes of a dense row, about: rows fill up better with many,
+      and attention kernels that read whole rows cost less with few. 0 gives
+      every episode a row of its own.
+    multiple: lengths of dense rows are multiples of this.
+    spare: dense rows are at the most so many times longer than needed, but for
+      `multiple`.
   """
-  return num_shards * max(1, round(group_size / (num_shards * row_episodes)))
+
+  prompt_columns: int
+  response_columns: int
+  num_minibatches: int
+  num_microbatches: int
+  num_epochs: int
+  num_shards: int
+  row_episodes: int
+  multiple: int
+  spare: float
+
+  @property
+  def longest(self) -> int:
+    """Tokens of the longest episode, P + R."""
+    return self.prompt_columns + self.response_columns
 
 
-def ladder(
-  longest: int,
-  group_size: int,
-  num_rows: int,
-  multiple: int,
-  spare: float,
-) -> tuple[tuple[int, int], ...]:
-  """The shapes (L, Q) that rows may have in a run, in ascending order.
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """Rows that hold one group of episodes, a microbatch of a minibatch.
+
+  Attributes:
+    num_rows: of a group.
+    length: L, columns of a row.
+    num_responses: Q, response tokens that a row has places for.
+  """
+
+  num_rows: int
+  length: int
+  num_responses: int
+
+
+def ladder(sizes: Sizes, group_size: int) -> tuple[Shape, ...]:
+  """The shapes that the rows of a run may have, least work first.
 
   Each is compiled once, when first needed, so this is how many there can be.
   They follow from the config: no shape depends on what a run has seen, and a
   resumed run, or another process, takes the same one for the same lengths.
 
-  Lengths descend from the longest that saves a twentieth of the padded batch to
-  half an episode, by a factor of `spare` each. Response tokens have a third of
-  a row, two thirds, or all of it.
+  Lengths of dense rows descend from the longest that saves a twentieth to half
+  an episode, by a factor of `spare` each; responses have places for a third of
+  a row, two thirds, or all of it. Last comes one row for each episode.
 
   Args:
-    longest: tokens of the longest episode, P + R.
+    sizes: of the run.
     group_size: episodes of a group.
-    num_rows: that hold it.
-    multiple: lengths are multiples of this.
-    spare: rows are at the most so many times longer than needed, but for
-      `multiple`.
   """
-  size = int(0.95 * longest * group_size / num_rows) // multiple * multiple
-  lengths = []
-  while size > 0 and (not lengths or lengths[-1] > longest / 2):
-    lengths.append(math.ceil(size / multiple) * multiple)
-    size = min(size / spare, size - multiple)
-  return tuple(
-    sorted(
-      {
-        (length, min(length, -(-length * thirds // 24) * 8))
-        for length in lengths
-        for thirds in (1, 2, 3)
-      }
-    )
+  alone = Shape(group_size, sizes.longest, sizes.response_columns)
+  if not sizes.row_episodes:
+    return (alone,)
+  num_rows = sizes.num_shards * max(
+    1, round(group_size / (sizes.num_shards * sizes.row_episodes))
   )
+  multiple, lengths = sizes.multiple, []
+  size = int(0.95 * sizes.longest * group_size / num_rows)
+  size = size // multiple * multiple
+  while size > 0 and (not lengths or lengths[-1] > sizes.longest / 2):
+    lengths.append(math.ceil(size / multiple) * multiple)
+    size = min(size / sizes.spare, size - multiple)
+  dense = {
+    (length, min(length, -(-length * thirds // 24) * 8))
+    for length in lengths
+    for thirds in (1, 2, 3)
+  }
+  return (*(Shape(num_rows, *shape) for shape in sorted(dense)), alone)
 
 
 def deal(
@@ -140,65 +176,50 @@ def deal(
   return np.stack(dealt, axis=1)
 
 
-def plan(
-  prompt_lengths: Int[np.ndarray, 'B'],
-  response_lengths: Int[np.ndarray, 'B'],
-  *,
-  prompt_columns: int,
-  response_columns: int,
-  num_minibatches: int,
-  num_microbatches: int,
-  num_epochs: int,
-  num_shards: int,
-  row_episodes: int,
-  multiple: int,
-  spare: float,
-  seed: tuple[int, ...],
-) -> Layout | None:
-  """Lays a rollout's episodes out in rows; NumPy arrays.
-
-  None where that would save less than a twentieth of the padded batch.
-
-  Within a group (a microbatch of a minibatch) the longest episode that is left
-  goes to the row with the most room; the number of rows does not depend on the
-  lengths.
+def deal_epochs(
+  lengths: Int[np.ndarray, 'B'], sizes: Sizes, seed: tuple[int, ...]
+) -> Int[np.ndarray, 'G E']:
+  """The groups of all inner epochs: `deal` for each.
 
   Args:
-    prompt_lengths, response_lengths: real tokens of each episode.
-    prompt_columns: P of the rollout, prompts right-aligned.
-    response_columns: R of the rollout.
-    num_minibatches, num_microbatches: groups an inner epoch.
-    num_epochs: inner epochs, each dealt anew.
-    num_shards: devices that rows are cut over.
-    row_episodes: episodes of a row, about: rows fill up better with many, and
-      attention kernels that read whole rows cost less with few.
-    multiple, spare: see `ladder`, from which the shape is taken.
+    lengths: tokens of each episode.
+    sizes: of the run.
     seed: of the deal; the iteration is part of it.
-
-  Raises:
-    ValueError: groups that do not divide the episodes; an empty episode.
   """
-  lengths = np.asarray(prompt_lengths) + np.asarray(response_lengths)
-  if lengths.min() < 1:
-    raise ValueError(f'episode {lengths.argmin()} has no tokens at all')
-  num_groups = num_minibatches * num_microbatches
-  B, T = len(lengths), prompt_columns + response_columns
-  groups = np.concatenate(
+  return np.concatenate(
     [
-      deal(lengths, num_groups, np.random.default_rng([*seed, epoch]))
-      for epoch in range(num_epochs)
+      deal(
+        lengths,
+        sizes.num_minibatches * sizes.num_microbatches,
+        np.random.default_rng([*seed, epoch]),
+      )
+      for epoch in range(sizes.num_epochs)
     ]
   )
-  group_size = groups.shape[1]
-  num_rows = rows_per_group(group_size, num_shards, row_episodes)
-  num_steps = num_epochs * num_minibatches
-  # Row and offset of every episode, in every epoch: [epochs * groups, E].
-  row = np.zeros_like(groups)
-  offset, number = np.zeros_like(groups), np.zeros_like(groups)
-  response_offset = np.zeros_like(groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+  """Row, offset and number in its row of every episode of every group [G, E].
+
+  Attributes:
+    response_offset: response tokens of its row before its own.
+    most: tokens of the fullest row, most_responses: its response tokens.
+  """
+
+  row: np.ndarray
+  offset: np.ndarray
+  number: np.ndarray
+  response_offset: np.ndarray
+  most: int
+  most_responses: int
+
+
+def _place(groups, lengths, response_lengths, num_rows) -> _Placed:
+  """The longest episode that is left goes to the row with the most room."""
+  row, offset, number, response_offset = np.zeros((4, *groups.shape), np.int64)
   used = np.zeros((len(groups), num_rows), np.int64)
-  responses = np.zeros_like(used)
-  counts = np.zeros_like(used)
+  responses, counts = np.zeros_like(used), np.zeros_like(used)
   for g, members in enumerate(groups):
     for e in np.argsort(-lengths[members], kind='stable'):
       episode, place = members[e], int(np.argmin(used[g]))
@@ -208,48 +229,77 @@ def plan(
       number[g, e] = counts[g, place]
       used[g, place] += lengths[episode]
       responses[g, place] += response_lengths[episode]
-  # Group g is microbatch g % num_microbatches of step g // num_microbatches.
-  group = np.broadcast_to(np.arange(len(groups))[:, None], groups.shape)
-  step, micro = np.divmod(group, num_microbatches)
-  row_in_step = micro * num_rows + row
-  final_row = row_in_step * num_steps + step
-
-  # The fullest row decides.
-  fitting = (
-    (L, Q)
-    for L, Q in ladder(T, group_size, num_rows, multiple, spare)
-    if used.max() <= L and responses.max() <= Q
+  return _Placed(
+    row, offset, number, response_offset, int(used.max()), int(responses.max())
   )
-  if (shape := next(fitting, None)) is None:
-    return None
-  L, Q = shape
-  M = num_steps * num_microbatches * num_rows
+
+
+def lay_out(
+  prompt_lengths: Int[np.ndarray, 'B'],
+  response_lengths: Int[np.ndarray, 'B'],
+  groups: Int[np.ndarray, 'G E'],
+  sizes: Sizes,
+) -> Layout:
+  """Lays a rollout's episodes out in rows; NumPy arrays.
+
+  The number of rows does not depend on the lengths; the first shape of the
+  `ladder` that the fullest row fits into is taken.
+
+  Args:
+    prompt_lengths, response_lengths: real tokens of each episode.
+    groups: of `deal_epochs`; row g is microbatch g % num_microbatches of step
+      g // num_microbatches.
+    sizes: of the run.
+
+  Raises:
+    ValueError: an empty episode.
+  """
+  prompt_lengths = np.asarray(prompt_lengths)
+  lengths = prompt_lengths + np.asarray(response_lengths)
+  if lengths.min() < 1:
+    raise ValueError(f'episode {lengths.argmin()} has no tokens at all')
+  B, T = len(lengths), sizes.longest
+  placed = None
+  for shape in ladder(sizes, groups.shape[1]):
+    if placed is None or shape.num_rows != num_rows:
+      num_rows = shape.num_rows
+      placed = _place(groups, lengths, response_lengths, num_rows)
+    fits = placed.most <= shape.length
+    if fits and placed.most_responses <= shape.num_responses:
+      break
+  L, Q = shape.length, shape.num_responses
+  num_steps = sizes.num_epochs * sizes.num_minibatches
+  group = np.broadcast_to(np.arange(len(groups))[:, None], groups.shape)
+  step, micro = np.divmod(group, sizes.num_microbatches)
+  row_in_step = micro * num_rows + placed.row
+  final_row = (row_in_step * num_steps + step).ravel()
+  M = num_steps * sizes.num_microbatches * num_rows
   source, segments = np.zeros((2, M * L), np.int32)
   where, response = np.zeros((2, M * Q), np.int32)
   response_mask = np.zeros(M * Q, bool)
 
-  episodes, final_row = groups.ravel(), final_row.ravel()
-  offset, response_offset = offset.ravel(), response_offset.ravel()
-  p, n = np.asarray(prompt_lengths)[episodes], lengths[episodes]
+  episodes, offset = groups.ravel(), placed.offset.ravel()
+  response_offset = placed.response_offset.ravel()
+  p, n = prompt_lengths[episodes], lengths[episodes]
   r = n - p
   within = _ranges(n)
   to = np.repeat(final_row * L + offset, n) + within
-  start = episodes * T + prompt_columns - p
+  start = episodes * T + sizes.prompt_columns - p
   source[to] = np.repeat(start, n) + within
-  segments[to] = np.repeat(number.ravel(), n)
+  segments[to] = np.repeat(placed.number.ravel(), n)
   within = _ranges(r)
   to = np.repeat(final_row * Q + response_offset, r) + within
   # The first response token is predicted from the prompt's last position.
   where[to] = np.repeat(offset + p - 1, r) + within
-  response[to] = np.repeat(episodes * response_columns, r) + within
+  response[to] = np.repeat(episodes * sizes.response_columns, r) + within
   response_mask[to] = True
 
   # The rows of the first epoch alone, in their own order.
   first = slice(0, B)
-  epoch_row = (row_in_step * num_minibatches + step).ravel()[first]
-  places = np.zeros(B * response_columns, np.int32)
+  epoch_row = (row_in_step * sizes.num_minibatches + step).ravel()[first]
+  places = np.zeros(B * sizes.response_columns, np.int32)
   size, within = r[first], _ranges(r[first])
-  places[np.repeat(episodes[first] * response_columns, size) + within] = (
+  places[np.repeat(episodes[first] * sizes.response_columns, size) + within] = (
     np.repeat(epoch_row * Q + response_offset[first], size) + within
   )
   ends = np.zeros(B, np.int32)
@@ -260,10 +310,10 @@ def plan(
     where=where.reshape(M, Q),
     response=response.reshape(M, Q),
     response_mask=response_mask.reshape(M, Q),
-    places=places.reshape(B, response_columns),
+    places=places.reshape(B, sizes.response_columns),
     ends=ends,
     num_steps=num_steps,
-    num_epochs=num_epochs,
+    num_epochs=sizes.num_epochs,
   )
 
 
@@ -281,24 +331,42 @@ def fill_fraction(layout: Layout) -> float:
 # --- On the device ------------------------------------------------------------
 
 
-def first_epoch(x: Array, layout: Layout) -> Array:
-  """The rows of the first inner epoch, which holds every episode once."""
+def as_rows(rollout: Rollout) -> Episodes:
+  """A rollout as it is: each episode alone in its row, none moved."""
+  B, R = rollout.response_mask.shape
+  P = rollout.tokens.shape[1] - R
+  # Response token t stands in column P + t.
+  where = jnp.broadcast_to(P - 1 + jnp.arange(R, dtype=jnp.int32)[None], (B, R))
+  return Episodes(
+    tokens=rollout.tokens,
+    segments=rollout.mask.astype(jnp.int32),
+    where=where,
+    response_mask=rollout.response_mask,
+  )
+
+
+def pack_episodes(rollout: Rollout, layout: Layout) -> Episodes:
+  """A rollout in the rows of all inner epochs."""
+  flat = rollout.tokens.reshape(-1)
+  return Episodes(
+    tokens=jnp.where(layout.segments > 0, flat[layout.source], 0),
+    segments=layout.segments,
+    where=layout.where,
+    response_mask=layout.response_mask,
+  )
+
+
+def first_epoch(rows: PyTree, layout: Layout) -> PyTree:
+  """Of each array the rows of the first inner epoch: every episode once."""
   if layout.num_epochs == 1:
-    return x
-  by_step = x.reshape(-1, layout.num_steps, *x.shape[1:])
-  by_step = by_step[:, : layout.num_steps // layout.num_epochs]
-  return by_step.reshape(-1, *x.shape[1:])
+    return rows
 
+  def first(x):
+    by_step = x.reshape(-1, layout.num_steps, *x.shape[1:])
+    by_step = by_step[:, : layout.num_steps // layout.num_epochs]
+    return by_step.reshape(-1, *x.shape[1:])
 
-def pack_tokens(
-  tokens: Int[Array, 'B T'], layout: Layout
-) -> tuple[Int[Array, 'M L'], Int[Array, 'M Q']]:
-  """The rows, and the response tokens that `layout.where` predicts."""
-  flat = tokens.reshape(-1)
-  rows = jnp.where(layout.segments > 0, flat[layout.source], 0)
-  # A response token stands one column after the position that predicts it.
-  columns = jnp.minimum(layout.where + 1, rows.shape[1] - 1)
-  return rows, jnp.take_along_axis(rows, columns, axis=1)
+  return jax.tree.map(first, rows)
 
 
 def pack_responses(
@@ -315,23 +383,3 @@ def unpack_responses(
 ) -> Float[Array, 'B R']:
   """Back from the rows of the first epoch; 0 where masked."""
   return jnp.where(mask, values.reshape(-1)[layout.places], 0.0)
-
-
-def pack_batch(batch: PPOBatch, layout: Layout) -> PackedPPOBatch:
-  """A PPO batch in the rows of all inner epochs, step by step."""
-  tokens, targets = pack_tokens(batch.tokens, layout)
-
-  def pack(values):
-    return pack_responses(values, layout)
-
-  return PackedPPOBatch(
-    tokens=tokens,
-    segments=layout.segments,
-    where=layout.where,
-    targets=targets,
-    response_mask=layout.response_mask,
-    old_logprobs=pack(batch.old_logprobs),
-    old_values=pack(batch.old_values),
-    advantages=pack(batch.advantages),
-    returns=pack(batch.returns),
-  )

@@ -1,12 +1,20 @@
 """PPO and PPO-ptx (paper 3.5, C.4): from a scored rollout to new weights.
 
-  rollout + scores + log-probabilities -> make_ppo_batch -> ppo_update
+  rollout, scores -> penalise -> train
+
+`penalise` fixes all that the update holds fixed: log-probabilities of the old
+policy and of the reference, the KL penalty, advantages. `train` takes minibatch
+steps on a dict of losses. A value model is optional: without one there are no
+values, no value loss, and the advantage function needs none.
 
 The models arrive as functions. `ptx_coef = 0` is PPO: the pretraining branch
 is then not part of the program at all.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.struct
 import jax
@@ -14,21 +22,37 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from instruct_jax import advantages, losses, masked, rewards
-from instruct_jax.infra import sharding, train_state
+from instruct_jax import advantages, losses, masked, packing, rewards
+from instruct_jax.infra import sharding, slices, train_state
 from instruct_jax.types import (
   Key,
   LogprobsFn,
   LossFn,
   Metrics,
-  PackedLogprobsFn,
-  PackedPPOBatch,
   Params,
-  PPOBatch,
+  PyTree,
+  RLBatch,
   Rollout,
   ScalarsFn,
   TextBatch,
 )
+
+# (token rewards [B, R], mask [B, R], values [B, R] or None) -> advantages and
+# returns [B, R]; returns are None where there are no values.
+AdvantageFn = Callable[
+  [jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array | None]
+]
+# (name of a model, its trained parameters, frozen) -> all of its parameters.
+# Adapters are trained; what they adapt is frozen.
+JoinFn = Callable[[str, Params, Mapping[str, PyTree]], Params]
+
+
+def all_trained(
+  name: str, params: Params, frozen: Mapping[str, PyTree]
+) -> Params:
+  """The `JoinFn` of models whose parameters are all trained."""
+  del name, frozen
+  return params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +66,15 @@ class PPOConfig:
     value_clip: Ziegler et al.'s code; reward units.
     whiten_advantages: over the whole batch's response tokens.
     missing_end_score: score of a response that never ended, or None.
+    kl_target: wanted KL, nats a response; None keeps beta fixed.
+    kl_horizon: episodes; see `rewards.update_kl_coef`.
     ptx_coef: gamma of equation 2; 0 is PPO without pretraining gradients.
     num_minibatches, num_epochs: 8 and 1 (C.4).
     num_microbatches: gradient accumulation within a minibatch.
+    num_slices: parts in which a rollout is read.
+    sampler_tolerance: nats; the sampler's log-probabilities are the old ones
+      where those of a minibatch agree with the training graph's to this. 0
+      always takes the graph's.
     ema_decay: of the policy weights (C.4).
     ema_every: 'update' or 'iteration'; the paper does not say which.
   """
@@ -55,10 +85,14 @@ class PPOConfig:
   value_clip: float = 0.2
   whiten_advantages: bool = True
   missing_end_score: float | None = None
+  kl_target: float | None = None
+  kl_horizon: int = 10_000
   ptx_coef: float = 27.8
   num_minibatches: int = 8
   num_epochs: int = 1
   num_microbatches: int = 1
+  num_slices: int = 1
+  sampler_tolerance: float = 1e-3
   ema_decay: float = 0.992
   ema_every: str = 'update'
 
@@ -67,48 +101,206 @@ class PPOConfig:
       raise ValueError(
         f"ema_every must be 'update' or 'iteration': {self.ema_every!r}"
       )
-    for name in ('num_minibatches', 'num_epochs', 'num_microbatches'):
+    for name in (
+      'num_minibatches',
+      'num_epochs',
+      'num_microbatches',
+      'num_slices',
+    ):
       if getattr(self, name) < 1:
         raise ValueError(f'{name} must be at least 1: {getattr(self, name)}')
     for name in ('clip', 'value_clip'):
       if not getattr(self, name) > 0:
         raise ValueError(f'{name} must be positive: {getattr(self, name)}')
-    if self.ptx_coef < 0:
-      raise ValueError(f'ptx_coef must not be negative: {self.ptx_coef}')
+    for name in ('ptx_coef', 'sampler_tolerance'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'{name} must not be negative: {getattr(self, name)}')
 
 
 @flax.struct.dataclass
-class PPOState:
-  """All that a PPO run carries from one iteration to the next."""
+class RLState:
+  """All that an RL run carries from one iteration to the next.
+
+  Attributes:
+    policy: under training.
+    value: its critic, or None.
+    ema: moving average of the policy's weights.
+    kl: the KL coefficient.
+  """
 
   policy: train_state.TrainState
-  value: train_state.TrainState
+  value: train_state.TrainState | None
   ema: Params
   kl: rewards.KLState
 
 
-def make_ppo_batch(
+# --- Penalise -----------------------------------------------------------------
+
+
+def gae_advantages(config: PPOConfig) -> AdvantageFn:
+  """`advantages.gae` on a value model, whitened if so configured."""
+
+  def advantage_fn(token_rewards, mask, values):
+    found, returns = advantages.gae(
+      token_rewards, values, mask, config.discount, config.gae_lambda
+    )
+    if config.whiten_advantages:
+      found = masked.whiten(found, mask)
+    return found, returns
+
+  return advantage_fn
+
+
+def make_penalise(
+  logprobs_fn: LogprobsFn,
+  values_fn: ScalarsFn | None,
+  advantage_fn: AdvantageFn,
+  config: PPOConfig,
+  join: JoinFn = all_trained,
+) -> Callable[..., tuple[RLBatch, rewards.KLState, Metrics]]:
+  """Makes what turns a scored rollout into a batch to learn from.
+
+  Args:
+    logprobs_fn: of the policy and of the reference, at the sampling
+      temperature.
+    values_fn: of the value model; None without one.
+    advantage_fn: from KL-penalised rewards to advantages.
+    config: the method's numbers.
+    join: see `JoinFn`.
+
+  Returns:
+    (state, frozen, rollout, layout, scores [B]) -> (batch, the KL coefficient
+    of the next iteration, metrics over response tokens or responses). Frozen
+    holds the parameters of the 'reference'; scores have mean 0 on
+    demonstrations.
+  """
+
+  def penalise(
+    state: RLState,
+    frozen: Mapping[str, PyTree],
+    rollout: Rollout,
+    layout: packing.Layout,
+    scores: Float[Array, 'B'],
+  ):
+    episodes = packing.pack_episodes(rollout, layout)
+    rows = packing.first_epoch(episodes, layout)
+    policy = join('policy', state.policy.params, frozen)
+    # Rows come in multiples of minibatches, and not always of slices.
+    num_slices = math.gcd(config.num_slices, rows.tokens.shape[0])
+
+    def read(rows):
+      where = rows.tokens, rows.segments, rows.where
+      found = [logprobs_fn(frozen['reference'], *where)[0]]
+      if values_fn is not None:
+        value = join('value', state.value.params, frozen)
+        values = values_fn(value, rows.tokens, rows.segments)
+        found.append(jnp.take_along_axis(values, rows.where, axis=1))
+      return found
+
+    ref_logprobs, *values = slices.in_slices(read, rows, num_slices)
+    old_logprobs, metrics = _old_logprobs(
+      lambda rows: logprobs_fn(policy, rows.tokens, rows.segments, rows.where)[
+        0
+      ],
+      rows,
+      packing.first_epoch(
+        packing.pack_responses(rollout.logprobs, layout), layout
+      ),
+      num_slices,
+      config,
+    )
+
+    def unpack(x):
+      return packing.unpack_responses(x, layout, rollout.response_mask)
+
+    old_logprobs, ref_logprobs, *values = map(
+      unpack, (old_logprobs, ref_logprobs, *values)
+    )
+    found, more = penalised(
+      rollout,
+      scores,
+      old_logprobs,
+      ref_logprobs,
+      values[0] if values else None,
+      state.kl.coef,
+      advantage_fn,
+      config,
+    )
+    kl_sum, kl_count = more['objective/kl']
+    kl = rewards.update_kl_coef(
+      state.kl,
+      kl_sum / kl_count,
+      rollout.tokens.shape[0],
+      config.kl_target,
+      config.kl_horizon,
+    )
+    real = layout.segments > 0
+    metrics |= more | {
+      'packing/fill': masked.metric(real.astype(jnp.float32), real | True),
+      'packing/row_length': masked.scalar(jnp.asarray(real.shape[1])),
+      'packing/row_responses': masked.scalar(
+        jnp.asarray(layout.where.shape[1])
+      ),
+    }
+    batch = RLBatch(
+      episodes=episodes,
+      **{name: packing.pack_responses(x, layout) for name, x in found.items()},
+    )
+    return batch, kl, metrics
+
+  return penalise
+
+
+def _old_logprobs(read, rows, sampler, num_slices, config):
+  """The sampler's log-probabilities, where those of every so many rows agree
+  with the training graph's; else the graph's of all rows. And how far they
+  agree."""
+  compares = config.sampler_tolerance > 0
+
+  def read_all():
+    return slices.in_slices(read, rows, num_slices)
+
+  def sample_of(x):
+    return x[:: config.num_minibatches] if compares else x
+
+  graph = read(jax.tree.map(sample_of, rows)) if compares else read_all()
+  mask = sample_of(rows.response_mask)
+  difference = jnp.abs(graph - sample_of(sampler))
+  largest = jnp.max(jnp.where(mask, difference, 0.0))
+  agrees = compares & (largest <= config.sampler_tolerance)
+  if compares:
+    graph = jax.lax.cond(agrees, lambda: sampler, read_all)
+  return graph, {
+    'objective/sampler_difference': masked.metric(difference, mask),
+    'objective/sampler_difference_max': masked.scalar(largest),
+    'objective/sampler_trusted': masked.scalar(agrees.astype(jnp.float32)),
+  }
+
+
+def penalised(
   rollout: Rollout,
   scores: Float[Array, 'B'],
   old_logprobs: Float[Array, 'B R'],
   ref_logprobs: Float[Array, 'B R'],
-  old_values: Float[Array, 'B R'],
+  old_values: Float[Array, 'B R'] | None,
   kl_coef: Float[Array, ''],
+  advantage_fn: AdvantageFn,
   config: PPOConfig,
-) -> tuple[PPOBatch, Metrics]:
-  """Rewards, advantages and returns; everything the update holds fixed.
+) -> tuple[dict[str, Float[Array, 'B R']], Metrics]:
+  """Rewards, advantages and returns; the arithmetic of `make_penalise`.
 
   Args:
     rollout: as sampled.
-    scores: reward model at the last real token, mean 0 on demonstrations.
-    old_logprobs: of the policy that sampled, from the training graph.
+    scores: of each response, mean 0 on demonstrations.
+    old_logprobs: of the policy that sampled.
     ref_logprobs: of the KL reference, the RL-initialisation model.
     old_values: value model at the positions that predict each response token.
     kl_coef: beta.
+    advantage_fn: see `AdvantageFn`.
     config: the method's numbers.
 
   Returns:
-    The batch, and metrics over response tokens or responses (`objective/*`).
+    Fields of `RLBatch`, 0 where masked, and metrics (`objective/*`).
   """
   mask = rollout.response_mask
   scores = scores.astype(jnp.float32)
@@ -118,18 +310,10 @@ def make_ppo_batch(
   token_rewards = rewards.token_rewards(
     paid_scores, old_logprobs, ref_logprobs, mask, kl_coef
   )
-  raw_advantages, returns = advantages.gae(
-    token_rewards, old_values, mask, config.discount, config.gae_lambda
-  )
-  if config.whiten_advantages:
-    final_advantages = masked.whiten(raw_advantages, mask)
-  else:
-    final_advantages = raw_advantages
+  found, returns = advantage_fn(token_rewards, mask, old_values)
   kl, kl_k3 = rewards.kl_estimates(old_logprobs, ref_logprobs, mask)
   responses = jnp.any(mask, axis=1)
   lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
-  residual = masked.variance(returns - old_values, mask)
-  explained = 1.0 - residual / (masked.variance(returns, mask) + 1e-8)
   metrics = {
     'objective/score': masked.metric(scores, responses),
     'objective/score_squared': masked.metric(jnp.square(scores), responses),
@@ -143,268 +327,247 @@ def make_ppo_batch(
     'objective/ended': masked.metric(
       rollout.ended.astype(jnp.float32), responses
     ),
-    'ppo/advantage': masked.metric(raw_advantages, mask),
-    'ppo/return': masked.metric(returns, mask),
-    'ppo/val/var_explained': masked.scalar(explained),
   }
-  batch = PPOBatch(
-    tokens=rollout.tokens,
-    mask=rollout.mask,
-    response_mask=mask,
-    old_logprobs=jnp.where(mask, old_logprobs, 0.0),
-    old_values=jnp.where(mask, old_values, 0.0),
-    advantages=final_advantages,
-    returns=returns,
-  )
-  return batch, metrics
+  fields = {
+    'old_logprobs': jnp.where(mask, old_logprobs, 0.0),
+    'ref_logprobs': jnp.where(mask, ref_logprobs, 0.0),
+    'advantages': found,
+  }
+  if old_values is None:
+    metrics['ppo/advantage'] = masked.metric(found, mask)
+  else:
+    # As they were before they were whitened.
+    metrics['ppo/advantage'] = masked.metric(returns - old_values, mask)
+    residual = masked.variance(returns - old_values, mask)
+    explained = 1.0 - residual / (masked.variance(returns, mask) + 1e-8)
+    metrics['ppo/return'] = masked.metric(returns, mask)
+    metrics['ppo/val/var_explained'] = masked.scalar(explained)
+    fields |= {
+      'old_values': jnp.where(mask, old_values, 0.0),
+      'returns': returns,
+    }
+  return fields, metrics
 
 
-def response_values(scalars: Array, num_response: int) -> Array:
-  """V(prompt, y_<t) for every response token t: columns P-1 .. T-2."""
-  return scalars[:, -num_response - 1 : -1]
+# --- Losses -------------------------------------------------------------------
 
 
 def make_policy_loss(logprobs_fn: LogprobsFn, config: PPOConfig) -> LossFn:
   """Clipped policy loss summed over response tokens, as a `LossFn`."""
 
-  def loss_fn(params, batch: PPOBatch, key):
-    del key  # No dropout in PPO.
-    mask = batch.response_mask
-    return _policy_loss(
-      *logprobs_fn(params, batch.tokens, batch.mask, mask.shape[1]),
-      batch,
-      config,
+  def loss_fn(params, frozen, batch: RLBatch, key):
+    del frozen, key  # No dropout in PPO.
+    rows, mask = batch.episodes, batch.episodes.response_mask
+    logprobs, entropy = logprobs_fn(
+      params, rows.tokens, rows.segments, rows.where
     )
+    # Padding must not reach exp(): its old log-probability is 0.
+    logprobs = jnp.where(mask, logprobs, batch.old_logprobs)
+    loss, ratio, clipped = losses.clipped_policy_loss(
+      logprobs, batch.old_logprobs, batch.advantages, config.clip
+    )
+    log_ratio = logprobs - batch.old_logprobs
+    metrics = {
+      'ppo/loss/policy': masked.metric(loss, mask),
+      'ppo/policy/clipfrac': masked.metric(clipped.astype(jnp.float32), mask),
+      'ppo/policy/ratio': masked.metric(ratio, mask),
+      'ppo/policy/approxkl': masked.metric(ratio - 1.0 - log_ratio, mask),
+      'ppo/policy/entropy': masked.metric(entropy, mask),
+    }
+    weight = jnp.sum(mask, dtype=jnp.float32)
+    return masked.total(loss, mask), (weight, metrics)
 
   return loss_fn
-
-
-def make_packed_policy_loss(
-  logprobs_fn: PackedLogprobsFn, config: PPOConfig
-) -> LossFn:
-  """The same loss of a `PackedPPOBatch`."""
-
-  def loss_fn(params, batch: PackedPPOBatch, key):
-    del key
-    return _policy_loss(
-      *logprobs_fn(
-        params, batch.tokens, batch.segments, batch.where, batch.targets
-      ),
-      batch,
-      config,
-    )
-
-  return loss_fn
-
-
-def _policy_loss(logprobs, entropy, batch, config):
-  mask = batch.response_mask
-  # Padding must not reach exp(): its old log-probability is 0.
-  logprobs = jnp.where(mask, logprobs, batch.old_logprobs)
-  loss, ratio, clipped = losses.clipped_policy_loss(
-    logprobs, batch.old_logprobs, batch.advantages, config.clip
-  )
-  log_ratio = logprobs - batch.old_logprobs
-  metrics = {
-    'ppo/loss/policy': masked.metric(loss, mask),
-    'ppo/policy/clipfrac': masked.metric(clipped.astype(jnp.float32), mask),
-    'ppo/policy/ratio': masked.metric(ratio, mask),
-    'ppo/policy/approxkl': masked.metric(ratio - 1.0 - log_ratio, mask),
-    'ppo/policy/entropy': masked.metric(entropy, mask),
-  }
-  weight = jnp.sum(mask, dtype=jnp.float32)
-  return masked.total(loss, mask), (weight, metrics)
 
 
 def make_value_loss(values_fn: ScalarsFn, config: PPOConfig) -> LossFn:
   """Clipped value loss summed over response tokens, as a `LossFn`."""
 
-  def loss_fn(params, batch: PPOBatch, key):
-    del key
-    values = response_values(
-      values_fn(params, batch.tokens, batch.mask), batch.response_mask.shape[1]
+  def loss_fn(params, frozen, batch: RLBatch, key):
+    del frozen, key
+    rows, mask = batch.episodes, batch.episodes.response_mask
+    values = values_fn(params, rows.tokens, rows.segments)
+    # V(prompt, y_<t) stands where token t is predicted.
+    values = jnp.take_along_axis(values, rows.where, axis=1)
+    values = jnp.where(mask, values, batch.old_values)
+    loss, clipped = losses.clipped_value_loss(
+      values, batch.old_values, batch.returns, config.value_clip
     )
-    return _value_loss(values, batch, config)
+    metrics = {
+      'ppo/loss/value': masked.metric(loss, mask),
+      'ppo/val/clipfrac': masked.metric(clipped.astype(jnp.float32), mask),
+      'ppo/val/value': masked.metric(values, mask),
+    }
+    weight = jnp.sum(mask, dtype=jnp.float32)
+    return masked.total(loss, mask), (weight, metrics)
 
   return loss_fn
 
 
-def make_packed_value_loss(values_fn: ScalarsFn, config: PPOConfig) -> LossFn:
-  """The same loss of a `PackedPPOBatch`.
-
-  Args:
-    values_fn: takes segments in the place of the mask.
-    config: the method's numbers.
-  """
-
-  def loss_fn(params, batch: PackedPPOBatch, key):
-    del key
-    scalars = values_fn(params, batch.tokens, batch.segments)
-    values = jnp.take_along_axis(scalars, batch.where, axis=1)
-    return _value_loss(values, batch, config)
-
-  return loss_fn
+# --- Train --------------------------------------------------------------------
 
 
-def _value_loss(values, batch, config):
-  mask = batch.response_mask
-  values = jnp.where(mask, values, batch.old_values)
-  loss, clipped = losses.clipped_value_loss(
-    values, batch.old_values, batch.returns, config.value_clip
-  )
-  metrics = {
-    'ppo/loss/value': masked.metric(loss, mask),
-    'ppo/val/clipfrac': masked.metric(clipped.astype(jnp.float32), mask),
-    'ppo/val/value': masked.metric(values, mask),
-  }
-  weight = jnp.sum(mask, dtype=jnp.float32)
-  return masked.total(loss, mask), (weight, metrics)
-
-
-def ppo_update(
-  state: PPOState,
-  batch: PPOBatch | PackedPPOBatch,
-  ptx_batch: TextBatch | None,
-  key: Key,
-  *,
-  policy_loss_fn: LossFn,
-  value_loss_fn: LossFn,
-  ptx_loss_fn: LossFn | None,
-  policy_optimizer: optax.GradientTransformation,
-  value_optimizer: optax.GradientTransformation,
+def make_train(
+  loss_fns: Mapping[str, LossFn],
+  optimizers: Mapping[str, optax.GradientTransformation],
   config: PPOConfig,
-) -> tuple[PPOState, Metrics]:
-  """Inner epochs over minibatches; policy, value and EMA after each.
+) -> Callable[..., tuple[RLState, Metrics]]:
+  """Makes the update of one iteration.
 
-  Every minibatch makes ONE policy gradient,
+  Inner epochs over minibatches; policy, value model and moving average after
+  each. Every minibatch makes ONE policy gradient,
 
-    g = grad(PPO loss) + gamma grad(mean pretraining NLL),
+    g = grad(policy loss) + gamma grad(mean pretraining NLL),
 
   before clipping and Adam (C.4). A second Adam step for the pretraining part
   would cancel gamma, Adam being blind to scale.
 
   Args:
-    state: policy, value, EMA, KL coefficient.
-    batch: B episodes; every inner epoch takes them in a fresh order. A packed
-      batch has that order already: row i * num_steps + s is of step s.
-    ptx_batch: num_epochs * 8 * B pretraining rows in the paper; any number
-      that divides into num_epochs * num_minibatches. None when ptx_coef is 0.
-    key: of this iteration.
-    policy_loss_fn, value_loss_fn, ptx_loss_fn: see the makers above.
-    policy_optimizer, value_optimizer: separate, with separate schedules.
+    loss_fns: of the 'policy'; of the 'value' model where there is one; of the
+      pretraining text, 'ptx', where `ptx_coef` is not 0.
+    optimizers: of the 'policy' and the 'value' model, with schedules of their
+      own.
     config: the method's numbers.
 
   Returns:
-    The new state and metrics summed over minibatches. `first/*` are those of
-    the very first minibatch, where the ratio must be 1.
+    (state, frozen, batch, pretraining rows or None, KL coefficient of the next
+    iteration, key) -> (new state, metrics summed over minibatches). `first/*`
+    are those of the very first minibatch, where the ratio must be 1.
+    Pretraining rows are 8 an episode and inner epoch in the paper; any number
+    that divides into the steps.
 
   Raises:
-    ValueError: sizes that do not divide, or a missing ptx batch.
+    ValueError: a loss is missing; in the update, sizes that do not divide, or
+      missing pretraining rows.
   """
-  keys = dict(zip(('order', 'loss'), jax.random.split(key), strict=True))
-  num_rows = batch.tokens.shape[0]
-  num_steps = config.num_epochs * config.num_minibatches
-  is_packed = isinstance(batch, PackedPPOBatch)
-  if num_rows % (num_steps if is_packed else config.num_minibatches):
-    raise ValueError(
-      f'{config.num_minibatches} minibatches do not divide a batch of '
-      f'{num_rows}'
-    )
   use_ptx = config.ptx_coef > 0
-  if use_ptx and (ptx_batch is None or ptx_loss_fn is None):
-    raise ValueError('ptx_coef > 0 needs pretraining rows and their loss')
-  inputs = {'key': jax.random.split(keys['loss'], num_steps)}
-  if is_packed:
-    inputs['packed'] = jax.tree.map(
-      lambda x: jnp.swapaxes(x.reshape(-1, num_steps, x.shape[1]), 0, 1), batch
-    )
-  else:
-    inputs['rows'] = jax.vmap(lambda k: jax.random.permutation(k, num_rows))(
-      jax.random.split(keys['order'], config.num_epochs)
-    ).reshape(num_steps, num_rows // config.num_minibatches)
-  if use_ptx:
-    num_ptx = ptx_batch.tokens.shape[0]
-    if num_ptx % num_steps:
-      raise ValueError(
-        f'{num_ptx} pretraining rows do not divide into {num_steps} minibatches'
-      )
-    inputs['ptx'] = sharding.constrain_rows(
-      jax.tree.map(
-        lambda x: x.reshape(num_steps, num_ptx // num_steps, *x.shape[1:]),
-        ptx_batch,
-      ),
-      axis=1,
-    )
+  missing = {'policy', *(('ptx',) if use_ptx else ())} - set(loss_fns)
+  if missing:
+    raise ValueError(f'no loss is given for {sorted(missing)}')
 
-  def step(state: PPOState, inputs):
-    if is_packed:
-      minibatch = inputs['packed']
-    else:
-      minibatch = jax.tree.map(lambda x: x[inputs['rows']], batch)
-    policy_key, value_key, ptx_key = jax.random.split(inputs['key'], 3)
-    grads, loss, metrics = train_state.accumulate_gradients(
-      policy_loss_fn,
-      state.policy.params,
-      minibatch,
-      policy_key,
-      config.num_microbatches,
-    )
-    metrics = dict(metrics)
-    if use_ptx:
-      ptx_grads, ptx_loss, ptx_metrics = train_state.accumulate_gradients(
-        ptx_loss_fn,
-        state.policy.params,
-        inputs['ptx'],
-        ptx_key,
-        config.num_microbatches,
-      )
-      metrics['ptx/loss'] = ptx_metrics['nll']
-      metrics['ppo/policy/ppo_gradient_norm'] = masked.scalar(
-        optax.tree.norm(grads)
-      )
-      metrics['ptx/gradient_norm'] = masked.scalar(
-        config.ptx_coef * optax.tree.norm(ptx_grads)
-      )
-      grads = jax.tree.map(
-        lambda g, p: g + config.ptx_coef * p, grads, ptx_grads
-      )
-      loss = loss + config.ptx_coef * ptx_loss
-    policy, policy_metrics = train_state.apply_gradients(
-      state.policy, grads, policy_optimizer, loss
-    )
-    value_grads, value_loss, value_metrics = train_state.accumulate_gradients(
-      value_loss_fn,
-      state.value.params,
-      minibatch,
-      value_key,
-      config.num_microbatches,
-    )
-    value, value_step_metrics = train_state.apply_gradients(
-      state.value, value_grads, value_optimizer, value_loss
-    )
-    ema = state.ema
-    if config.ema_every == 'update':
-      ema = train_state.ema_update(ema, policy.params, config.ema_decay)
-    metrics.update(value_metrics)
-    for name, value_of in policy_metrics.items():
-      metrics[f'policy/{name}'] = value_of
-    for name, value_of in value_step_metrics.items():
-      metrics[f'value/{name}'] = value_of
-    state = state.replace(policy=policy, value=value, ema=ema)
-    return state, metrics
-
-  state, stacked = jax.lax.scan(step, state, inputs)
-  if config.ema_every == 'iteration':
-    state = state.replace(
-      ema=train_state.ema_update(
-        state.ema, state.policy.params, config.ema_decay
-      )
-    )
-  metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked)
-  for name in (
-    'ppo/policy/ratio',
-    'ppo/policy/clipfrac',
-    'ppo/policy/approxkl',
+  def train(
+    state: RLState,
+    frozen: Mapping[str, PyTree],
+    batch: RLBatch,
+    ptx_batch: TextBatch | None,
+    kl: rewards.KLState,
+    key: Key,
   ):
-    metrics[f'first/{name}'] = jax.tree.map(lambda x: x[0], stacked[name])
+    num_steps = config.num_epochs * config.num_minibatches
+    inputs: dict[str, Any] = {
+      'key': jax.random.split(key, num_steps),
+      'rows': _by_step(batch, num_steps, 'rows of episodes'),
+    }
+    if use_ptx:
+      if ptx_batch is None:
+        raise ValueError('ptx_coef > 0 needs pretraining rows')
+      inputs['ptx'] = _consecutive(ptx_batch, num_steps)
+
+    def step(state: RLState, inputs):
+      state, metrics = _step(
+        state, frozen, inputs, loss_fns, optimizers, config
+      )
+      if config.ema_every == 'update':
+        state = _averaged(state, config)
+      return state, metrics
+
+    state, stacked = jax.lax.scan(step, state, inputs)
+    if config.ema_every == 'iteration':
+      state = _averaged(state, config)
+    metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked)
+    for name in FIRST_METRICS:
+      if name in stacked:
+        metrics[f'first/{name}'] = jax.tree.map(lambda x: x[0], stacked[name])
+    return state.replace(kl=kl), metrics
+
+  return train
+
+
+# Of the very first minibatch: the policy is then the old one.
+FIRST_METRICS = tuple(
+  f'ppo/policy/{name}' for name in ('ratio', 'clipfrac', 'approxkl')
+)
+
+
+def _by_step(batch, num_steps, what):
+  """Row i * num_steps + s is row i of step s: rows that are cut over devices
+  stay where they are."""
+  num_rows = jax.tree.leaves(batch)[0].shape[0]
+  if num_rows % num_steps:
+    raise ValueError(f'{num_rows} {what} do not divide into {num_steps} steps')
+  return jax.tree.map(
+    lambda x: jnp.swapaxes(x.reshape(-1, num_steps, *x.shape[1:]), 0, 1), batch
+  )
+
+
+def _consecutive(ptx_batch, num_steps):
+  num_rows = ptx_batch.tokens.shape[0]
+  if num_rows % num_steps:
+    raise ValueError(
+      f'{num_rows} pretraining rows do not divide into {num_steps} minibatches'
+    )
+  return sharding.constrain_rows(
+    jax.tree.map(
+      lambda x: x.reshape(num_steps, num_rows // num_steps, *x.shape[1:]),
+      ptx_batch,
+    ),
+    axis=1,
+  )
+
+
+def _averaged(state, config):
+  ema = train_state.ema_update(state.ema, state.policy.params, config.ema_decay)
+  return state.replace(ema=ema)
+
+
+def _step(state, frozen, inputs, loss_fns, optimizers, config):
+  """One minibatch: a step of the policy, and one of the value model."""
+  keys = dict(
+    zip(
+      ('policy', 'value', 'ptx'),
+      jax.random.split(inputs['key'], 3),
+      strict=True,
+    )
+  )
+
+  def gradients(name, params, rows):
+    return train_state.accumulate_gradients(
+      loss_fns[name],
+      params,
+      rows,
+      keys[name],
+      config.num_microbatches,
+      frozen,
+    )
+
+  grads, loss, metrics = gradients(
+    'policy', state.policy.params, inputs['rows']
+  )
+  metrics = dict(metrics)
+  if config.ptx_coef > 0:
+    ptx_grads, ptx_loss, ptx_metrics = gradients(
+      'ptx', state.policy.params, inputs['ptx']
+    )
+    metrics['ptx/loss'] = ptx_metrics['nll']
+    metrics['ppo/policy/ppo_gradient_norm'] = masked.scalar(
+      optax.tree.norm(grads)
+    )
+    metrics['ptx/gradient_norm'] = masked.scalar(
+      config.ptx_coef * optax.tree.norm(ptx_grads)
+    )
+    grads = jax.tree.map(lambda g, p: g + config.ptx_coef * p, grads, ptx_grads)
+    loss = loss + config.ptx_coef * ptx_loss
+  policy, policy_metrics = train_state.apply_gradients(
+    state.policy, grads, optimizers['policy'], loss
+  )
+  metrics |= {f'policy/{name}': x for name, x in policy_metrics.items()}
+  state = state.replace(policy=policy)
+  if 'value' in loss_fns:
+    grads, loss, more = gradients('value', state.value.params, inputs['rows'])
+    value, value_metrics = train_state.apply_gradients(
+      state.value, grads, optimizers['value'], loss
+    )
+    metrics |= more
+    metrics |= {f'value/{name}': x for name, x in value_metrics.items()}
+    state = state.replace(value=value)
   return state, metrics

@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
-from instruct_jax import artifacts, hub, rollout
+from instruct_jax import artifacts, hub, packing, rewards, rollout
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.evals import samples
-from instruct_jax.infra import sharding
+from instruct_jax.evals import heldout_loss, samples
+from instruct_jax.evals.benchmarks import probe, runner
+from instruct_jax.infra import sharding, slices
 from instruct_jax.models import decoding, heads
-from instruct_jax.types import Params, PromptBatch
+from instruct_jax.types import Params, PromptBatch, TextBatch
 
 Ids = Sequence[int]
 # (prompts, largest number of tokens) -> sampled ids of each, stop included.
@@ -130,6 +132,22 @@ def generate_program(
 
 
 @functools.cache
+def kl_program(module: heads.Policy, temperature: float) -> Callable:
+  """Jitted (params, reference, rollout) -> `rewards.kl_estimates` of it [B]."""
+  logprobs_fn = artifacts.logprobs_fn(module, temperature)
+
+  def kl(params, reference, sampled):
+    rows = packing.as_rows(sampled)
+    ours, theirs = (
+      logprobs_fn(each, rows.tokens, rows.segments, rows.where)[0]
+      for each in (params, reference)
+    )
+    return rewards.kl_estimates(ours, theirs, sampled.response_mask)
+
+  return jax.jit(kl)
+
+
+@functools.cache
 def score_program(module: heads.ScalarModel) -> Callable:
   """Jitted (params, tokens, mask) -> scores; models of one shape share it."""
   return jax.jit(artifacts.scores_fn(module))
@@ -157,7 +175,7 @@ def score_answers(
   # Few lengths, few compilations.
   length = min(-(-longest // 32) * 32, model.config.context_length)
   program = sharding.fetched(score_program(model.module))
-  return rollout.in_batches(
+  return slices.in_batches(
     lambda batch: program(model.params, *sharding.put_whole(batch, mesh)),
     loader.answer_rows(prompts, answers, pad_id, length),
     batch_size,
@@ -307,3 +325,67 @@ def make_functions(
     ]
 
   return generate_fn, choice_fn
+
+
+@functools.cache
+def _text_program(module: heads.Policy) -> Callable:
+  logprobs_fn = artifacts.logprobs_fn(module)
+  return jax.jit(
+    lambda params, batch: logprobs_fn(params, batch.tokens, batch.segments)[0]
+  )
+
+
+def make_heldout_loss(
+  module: heads.Policy,
+  rows: TextBatch,
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+) -> Callable[[Params], heldout_loss.HeldoutLoss]:
+  """Parameters of a policy -> its loss on held-out rows.
+
+  Args:
+    module: the policy.
+    rows: numpy, whole in every process.
+    batch_size: rows a call.
+    mesh: of the parameters.
+  """
+  program = sharding.fetched(_text_program(module))
+  return lambda params: heldout_loss.heldout_loss(
+    lambda batch: program(params, sharding.put_whole(batch, mesh)),
+    rows,
+    batch_size,
+  )
+
+
+def make_prober(
+  config: ConfigDict,
+  module: heads.Policy,
+  tokenizer: tokenizer_lib.Tokenizer,
+  mesh: jax.sharding.Mesh,
+) -> Callable[..., dict[str, float]]:
+  """(parameters, ending of the names) -> scores on public NLP tasks.
+
+  Args:
+    config: with the keys `probe*` of PPO's stage; the same items every time.
+    module: the policy.
+    tokenizer: its own.
+    mesh: of the parameters.
+  """
+  probes = probe.make_probes(
+    artifacts.named_folders(config.probes),
+    tokenizer,
+    module.config.context_length,
+    config.probe_items,
+    config.probe_few_shot,
+    config.seed,
+  )
+  stop_ids = runner.stop_ids(tokenizer)
+
+  def ask(params, ending=''):
+    functions = make_functions(
+      module, params, tokenizer, mesh, stop_ids, config.probe_batch_size, 64
+    )
+    scores = probe.ask(probes, tokenizer, *functions, config.probe_batch_size)
+    return {f'probe{ending}/{name}': value for name, value in scores.items()}
+
+  return ask

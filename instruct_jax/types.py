@@ -5,11 +5,11 @@ Shape letters, used in every annotation and einsum of the package:
   B  sequences in a batch         V  vocabulary entries
   P  prompt positions (padded)    D  model width
   R  response positions (padded)  N  attention heads
-  T  all positions, T = P + R     K  key/value heads
+  T  positions of a row           K  key/value heads
   C  candidates of one prompt     H  width of one head
-  M  rows of packed sequences
-  S  cache slots                  F  width of the MLP
-  L  layers
+  M  rows of several sequences    F  width of the MLP
+  Q  response tokens of a row     L  layers
+  S  cache slots
 
 Masks are boolean, True on real tokens, and are carried from where the text is
 tokenised to where it is averaged: nothing downstream looks for a pad id.
@@ -131,71 +131,59 @@ class Rollout:
 
 
 @flax.struct.dataclass
-class PPOBatch:
-  """What one PPO update learns from; every array is fixed before the update.
+class Episodes:
+  """Prompts and responses in rows, each episode a segment of its own.
+
+  An episode alone in its row is the plain case; dense rows hold several
+  (`packing.py`). Whoever reads rows cannot tell which they are.
 
   Attributes:
-    tokens, mask, response_mask: as in `Rollout`.
-    old_logprobs: log pi_old of each response token, nats.
-    old_values: V_old at each response position, reward units.
-    advantages: whitened over all response tokens of the global batch.
-    returns: unwhitened advantages plus old values, reward units.
-  """
-
-  tokens: Int[Array, 'B T']
-  mask: Bool[Array, 'B T']
-  response_mask: Bool[Array, 'B R']
-  old_logprobs: Float[Array, 'B R']
-  old_values: Float[Array, 'B R']
-  advantages: Float[Array, 'B R']
-  returns: Float[Array, 'B R']
-
-
-@flax.struct.dataclass
-class PackedPPOBatch:
-  """A `PPOBatch` in dense rows, several episodes to a row (`packing.py`).
-
-  Q counts the response tokens of a row; what a padded batch holds at [B, R]
-  stands here at [M, Q].
-
-  Attributes:
-    tokens: episodes, one behind the other.
+    tokens: prompt and response of each episode, one behind the other.
     segments: 0 on padding; 1, 2, ... number the episodes of a row.
     where: column of the position that predicts each response token.
-    targets: those response tokens.
-    response_mask: True where there is one.
-    old_logprobs, old_values, advantages, returns: as in `PPOBatch`.
+    response_mask: True where there is one; a row has Q places for them.
   """
 
   tokens: Int[Array, 'M T']
   segments: Int[Array, 'M T']
   where: Int[Array, 'M Q']
-  targets: Int[Array, 'M Q']
   response_mask: Bool[Array, 'M Q']
+
+
+@flax.struct.dataclass
+class RLBatch:
+  """What one update learns from; every array is fixed before the update.
+
+  Attributes:
+    episodes: in the rows of all inner epochs, step by step (`packing.Layout`).
+    old_logprobs: log pi_old of each response token, nats.
+    ref_logprobs: log pi_ref of each, nats.
+    advantages: of each.
+    old_values: V_old where each is predicted, reward units; None without a
+      value model.
+    returns: unwhitened advantages plus old values, reward units; or None.
+  """
+
+  episodes: Episodes
   old_logprobs: Float[Array, 'M Q']
-  old_values: Float[Array, 'M Q']
+  ref_logprobs: Float[Array, 'M Q']
   advantages: Float[Array, 'M Q']
-  returns: Float[Array, 'M Q']
+  old_values: Float[Array, 'M Q'] | None = None
+  returns: Float[Array, 'M Q'] | None = None
 
 
-# (params, batch, key) -> (summed loss, (weight, metrics)). The optimised loss
-# is summed loss / weight, with both summed over microbatches first.
+# (params, frozen, batch, key) -> (summed loss, (weight, metrics)). What is
+# optimised is summed loss / weight, both summed over microbatches first. Frozen
+# is what the loss reads and nothing changes: a base below adapters, say.
 LossFn = Callable[
-  [Params, PyTree, Key],
+  [Params, PyTree, PyTree, Key],
   tuple[Float[Array, ''], tuple[Float[Array, ''], Metrics]],
 ]
-# (params, tokens [B, T], mask [B, T], num_response) -> logprobs and entropies
-# of the last `num_response` tokens, both [B, R], float32, nats.
-LogprobsFn = Callable[
-  [Params, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]
-]
-# (params, tokens [M, T], segments [M, T], where [M, Q], targets [M, Q]) ->
-# logprobs and entropies of the targets, both [M, Q], float32, nats.
-PackedLogprobsFn = Callable[
-  [Params, jax.Array, jax.Array, jax.Array, jax.Array],
-  tuple[jax.Array, jax.Array],
-]
-# (params, tokens [B, T], mask [B, T]) -> one float32 scalar per position.
+# (params, tokens [M, T], segments [M, T], where [M, Q] or None, dropout key or
+# None) -> logprobs and entropies, float32, nats, of the tokens that the
+# positions in `where` predict [M, Q], or of all [M, T].
+LogprobsFn = Callable[..., tuple[jax.Array, jax.Array]]
+# (params, tokens [M, T], segments [M, T]) -> one float32 scalar per position.
 ScalarsFn = Callable[[Params, jax.Array, jax.Array], jax.Array]
 
 

@@ -122,6 +122,7 @@ def run(request):
   os.environ.update(request['env'])
   sys.path[1:1] = os.environ.get('PYTHONPATH', '').split(os.pathsep)
   sys.argv[1:] = request['arguments']
+  sys.modules.pop(request['module'], None)
   runpy.run_module(request['module'], run_name='__main__', alter_sys=True)
 
 

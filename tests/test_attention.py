@@ -91,16 +91,14 @@ def params():
 def loss_and_gradients(config, mesh=None):
   """A sum over the real tokens' log-probabilities, each with its own weight."""
   tokens, segments = rows()
-  logprobs_fn = artifacts.text_logprobs_fn(
-    artifacts.make_module('policy', config)
-  )
+  logprobs_fn = artifacts.logprobs_fn(artifacts.make_module('policy', config))
   weights = jnp.asarray(np.random.default_rng(5).normal(size=(B, T)))
   # A segment's first token is predicted from what is not its own.
   real = (segments > 0) & (segments == jnp.roll(segments, 1, axis=1))
   real &= jnp.arange(T)[None] > 0
 
   def loss(params):
-    logprobs = logprobs_fn(params, tokens, segments, None)
+    logprobs = logprobs_fn(params, tokens, segments)[0]
     logprobs = jnp.where(real, logprobs, 0.0)
     return jnp.sum(logprobs * weights), logprobs
 
@@ -147,9 +145,7 @@ def test_chunked_logits_never_exist_as_a_whole():
   tokens, segments = rows()
 
   def loss(params):
-    return jnp.sum(
-      artifacts.text_logprobs_fn(module)(params, tokens, segments, None)
-    )
+    return jnp.sum(artifacts.logprobs_fn(module)(params, tokens, segments)[0])
 
   text = str(jax.make_jaxpr(jax.grad(loss))(params()))
   assert f'f32[{B},32,{config.vocab_rows}]' in text

@@ -203,7 +203,7 @@ def test_growth_multiplies_the_work(kind, factor):
   'key,value,text',
   [
     ('num_iterations', 4, 'at least 5'),
-    ('growth', 'width', "unknown growth .'width'"),
+    ('growth', 'width', "growth must be .*'width'"),
     ('peers', '/no/such/folder', '/no/such/folder'),
     ('reward', 'me', "'me'"),
     ('stop_fraction', 1.0, 'stop_fraction'),

@@ -229,7 +229,7 @@ def test_every_stage_that_loads_a_model_takes_a_compute_dtype(name):
     config = ppo_config_file.get_config('miniature').stages[name]
   assert config.compute_dtype == ''
   config.compute_dtype = 'float16'
-  with pytest.raises(ValueError, match="compute_dtype must be ''.*'float16'"):
+  with pytest.raises(ValueError, match="compute_dtype must be .*'float16'"):
     main.find_experiment(config.experiment).validate(config)
 
 

@@ -1,10 +1,11 @@
 import collections
 import itertools
 import json
+import unicodedata
 
 import pytest
 
-from instruct_jax.data import e2e, records, tokenizer
+from instruct_jax.data import convert, e2e, folders, records, tokenizer
 
 MR = 'name[Blue Spice], eatType[coffee shop], area[city centre]'
 
@@ -284,3 +285,88 @@ def test_real_pipeline_without_the_long_books(data_root, tmp_path):
   assert report['vocab_size'] == 50258
   assert sum(report['meaning_representations'].values()) == 547 + 444
   assert report['personal_data'] == 0
+
+
+def test_the_same_facts_are_in_one_split(tmp_path):
+  """In another order, case and spelling, and in the other source."""
+  root = tmp_path / 'root'
+  for name in ('e2e_nlg', 'e2e_rankings', 'books'):
+    (root / name).mkdir(parents=True)
+  lines, ratings = ['mr,ref\n'], [HEADER]
+  for i in range(40):
+    name = f'name[Café {i}]'
+    for k, mr in enumerate(
+      (
+        f'{name}, area[riverside]',
+        f'area[Riverside], {unicodedata.normalize("NFD", name)}',
+      )
+    ):
+      lines.append(f'"{mr}",Go to café {i} {k}.\n')
+    for worker in range(4):
+      row = _row(worker=f'w{worker}').replace(
+        MR, f'area[riverside], {name if i < 20 else name.upper()}'
+      )
+      ratings.append(row.replace('NAME', 'name'))
+  (root / 'e2e_nlg' / 'devset.csv').write_text(''.join(lines))
+  (root / 'e2e_rankings' / 'quality.csv').write_text(''.join(ratings))
+  text = '\n\n'.join(f'page {i} ' * 20 for i in range(30))
+  (root / 'books' / 'x.txt').write_text(text)
+  report = _write(root, tmp_path / 'out')
+  splits = collections.defaultdict(set)
+  for name, rows in _read_all(tmp_path / 'out').items():
+    kind, _, split = name.rpartition('_')
+    if kind != 'documents':
+      for row in rows:
+        splits[e2e.facts(row.metadata['mr'])].add(split)
+  assert len(splits) == 40
+  assert all(len(found) == 1 for found in splits.values())
+  # Each is one prompt, and none of its rows is lost.
+  assert report['meaning_representations'] == {
+    'train': 32,
+    'valid': 4,
+    'test': 4,
+  }
+  assert report['duplicates'] == 80
+  sizes = report['records']
+  rows = {k: sum(n for s, n in sizes.items() if s.startswith(k)) for k in 'djc'}
+  assert rows['c'] + rows['j'] == 160 and sizes['demonstrations_train'] == 64
+
+
+def test_repeated_sentences_are_counted(tmp_path, capsys):
+  path = tmp_path / 'devset.csv'
+  texts = [unicodedata.normalize(f, 'Go to the café.') for f in ('NFC', 'NFD')]
+  path.write_text('mr,ref\n' + ''.join(f'"{MR}",{t}\n' for t in texts * 2))
+  out = ['--valid=0.0001', f'--output={tmp_path / "out"}']
+  assert convert.main(['e2e_demonstrations', str(path), *out]) == 0
+  said = capsys.readouterr().out
+  assert 'demonstrations_train: 1\n' in said
+  assert 'skipped: the same sentence for the same facts again: 3\n' in said
+  path = tmp_path / 'quality.csv'
+  path.write_text(HEADER + _row(texts=[*texts, 'c', 'd', 'e']))
+  out[1] = f'--output={tmp_path / "ranked"}'
+  assert convert.main(['e2e_quality', str(path), *out]) == 0
+  said = capsys.readouterr().out
+  assert 'rows of which some texts are the same, merged: 1\n' in said
+  (row,) = records.read_jsonl(
+    tmp_path / 'ranked' / 'comparisons_train.jsonl', records.Comparison
+  )
+  assert len(row.completions) == 4
+  # JSON is no CSV.
+  path.write_text('{"mr": "a", "ref": "b"}')
+  assert convert.main(['e2e_demonstrations', str(path), *out]) == 1
+  error = capsys.readouterr().err
+  assert error == f'{path}:1: not CSV; it looks like JSON\n'
+
+
+def test_an_unfinished_attempt_leaves_nothing(small_root, tmp_path):
+  """What an earlier attempt wrote, with other names, goes with the next."""
+  out = tmp_path / 'out'
+  with folders.writing(out, ('*',), command='e2e') as unfinished:
+    for name in ('prompts_test', 'documents_train', 'other'):
+      (unfinished / f'{name}.jsonl').write_text('old')
+  (out / '.unfinished').mkdir()
+  (out / '.unfinished' / 'prompts_valid.jsonl').write_text('half')
+  _write(small_root, out)
+  found = {path.name for path in out.iterdir()}
+  assert '.unfinished' not in found
+  assert not any(p.read_text() == 'old' for p in out.glob('prompts_*.jsonl'))

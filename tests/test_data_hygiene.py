@@ -1,11 +1,17 @@
+import dataclasses
 import json
 import sys
 import time
+import unicodedata
 
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
 from instruct_jax.data import hygiene, records, tokenizer
+from instruct_jax.miniature import tasks, world
+from tests import published
 
 
 def _prompts(*texts, user='u'):
@@ -248,3 +254,400 @@ def test_a_million_prompts():
     'personal data', hygiene.drop_personal_data, splits['train']
   )
   assert long + cap + split + personal < 600
+
+
+# --- Personal data in the spellings that people use ---------------------------
+
+FOUND = {
+  'phone': """
+    call (555)123-4567
+    call 555/123-4567
+    OFFICE-1(555)123-4567 today
+    ring 5551234567
+    +1(555)123-4567
+    my cell is 555.123.4567.
+    (555)1234567
+    fax(555) 123 - 4567
+    001 555 123 4567
+    1-800-555-0199
+    555–123–4567 or 555-123-4567x89
+    （５５５）１２３－４５６７
+    555\u200b123\u00ad4567
+    +49\u00a0171\u202f1234567
+    call me at 555-1234
+    it is 555-0119 .
+    phone: 5551234
+    +44 (0)20 7946 0958
+    (020) 7946 0958
+    0044 20 7946 0958
+    07946095812
+    07700 900123
+    06 12 34 56 78
+    06.12.34.56.78
+    06-12-34-56-78
+    +49 171 1234567
+    0171/1234567
+    030/1234567
+    9876543210
+    98765-43210
+    138-1234-5678
+    +86 138 1234 5678
+    090-1234-5678
+    (11) 91234-5678
+    8 (912) 345-67-89
+    +34 612 345 678
+    call 612 345 678
+    tel:+1-201-555-0123
+    who does the number 555-555-0100 belong to?
+    at 10:30 call 555-123-4567 on 2020-01-02
+  """,
+  'IP address': """
+    my address is 2001:db8::8a2e:370:7334 here
+    fe80::1ff:fe23:4567:890a
+    fe80::1%eth0
+    [2001:DB8::1]:8080
+    address 2001:db8::1: hello
+    host 2001:db8::1.
+    ::ffff:192.168.0.1
+    fd12:3456:789a:1::1
+    2001:0db8:85a3:0000:0000:8a2e:0370:7334
+    ip=10.0.0.12
+    203.0.113.7:8080
+  """,
+  'e-mail': """
+    jörg@müller.de
+    JO+X@X.CO.UK
+    jo [at] example [dot] org
+    jo(at)example.com
+    jo AT example DOT com
+    jo @ example.com
+    jo＠example．com
+    jo\u200b@\u2060example.com
+    jo&#64;example.org
+    <jo@x.org>.
+    jo@xn--mller-kva.de
+  """,
+  'card number': """
+    4111-1111-1111-1111
+    378282246310005
+    3782 822463 10005
+  """,
+  'id number': """
+    DE89 3704 0044 0532 0130 00 is my account
+    gb29nwbk60161331926819
+    078-05-1120
+  """,
+  'street address': """
+    350 5th Avenue
+    33 West 54th Street, New York
+    12 N. Elm St.
+  """,
+}
+NOT_FOUND = """
+  host ::1 and ::
+  127.0.0.1:8080, 0.0.0.0, mask 255.255.255.0
+  std::vector and a::b and dead::beef and x[::2]
+  Foo::bar(a::b::c)
+  at 10:20:30
+  from 10:20:30 to 11:22:33.456 on 12:34:56:78
+  00:1A:2B:3C:4D:5E
+  2020-01-02 10:20:30
+  2020-01-02T10:20:30.123456Z
+  01/02/2003 - 04/05/2006
+  31.12.2019 23:59
+  1914-1918 1939-1945
+  2019-2020-2021
+  1990 1991 1992
+  version 1.2.3.4, v10.2.3.4
+  Chrome 120.0.6099.109
+  ISBN 978-3-16-148410-0
+  ISBN 0-306-40615-7
+  ISBN: 0306406157
+  978-0-306-40615-7
+  $1,234,567.89 or € 1 234 567 890
+  costs 10 000 000, not 1 000 000 000
+  1.000.000.000 of 7800000000 people
+  1234567 + 7654321 = 8888888
+  What is 9876543210 / 3?
+  divide 5551234567 by 7
+  add 9876543210 and 1
+  3.14159265358979, 2147483647, 4294967296
+  1612345678 seconds
+  order number 5551234567
+  #5551234567
+  sort 34 12 56 78 90 21
+  2 3 5 7 11 13 17 19 23 29
+  512 128 1024 64
+  16 32 64 128 256 512 1024
+  10-20-30-40-50
+  binary 0101 1010 1100
+  arXiv:2203.02155, doi:10.1016/j.cell.2020.01.001
+  40.712776, -74.005974
+  550e8400-e29b-41d4-a716-446655440000
+  https://example.com/questions/5767325555/how
+  npm install react@18.2.0
+  git clone git@github.com:someone/something.git
+  x.T@w.T
+  meet me at google.com, look at polka dot dresses
+  Nature 555 (2018) 123-456, pp. 456-789
+  (2003) 345-352
+  the 2010 Supreme Court
+  AB12 CDEF GHIJ KLMN
+  1234567890123456
+"""
+
+
+def lines(text):
+  return [line.strip() for line in text.strip().splitlines()]
+
+
+@pytest.mark.parametrize(
+  ('kind', 'text'), [(k, t) for k, texts in FOUND.items() for t in lines(texts)]
+)
+def test_personal_data_as_people_spell_it(kind, text):
+  assert kind in hygiene.personal_data_kinds(text)
+  assert kind in hygiene.personal_data_kinds(f'Dear Jo,\n\n{text}\n\nbye')
+
+
+@pytest.mark.parametrize('text', lines(NOT_FOUND))
+def test_numbers_and_names_of_code_are_no_personal_data(text):
+  assert hygiene.personal_data_kinds(text) == []
+
+
+def test_the_world_s_personal_data_is_found_exactly():
+  the_world = world.make_world(0)
+  for prompt in tasks.write_prompts(the_world, 4000, np.random.default_rng(1)):
+    found = bool(hygiene.personal_data_kinds(prompt.text))
+    assert found == (prompt.metadata['dirt'] == 'personal_data'), prompt.text
+
+
+@pytest.mark.parametrize(
+  'piece',
+  ['1', '1 ', 'a@', 'a.', ' ', '(', 'Aa. ', ':', '+1', '12-', 'f:', '.'],
+)
+def test_long_rows_of_one_thing_take_no_time(piece):
+  start = time.process_time()
+  hygiene.personal_data_kinds(piece * (200_000 // len(piece)))
+  assert time.process_time() - start < 2
+
+
+def save_turns(path, *conversations):
+  """Prompts `p0`, `p1`, ... of conversations, each (role, content)...; the
+  text is left out, as in files of chats."""
+  rows = [
+    {
+      'id': f'p{number}',
+      'turns': [{'role': role, 'content': text} for role, text in turns],
+    }
+    for number, turns in enumerate(conversations)
+  ]
+  path.write_text('\n'.join(map(json.dumps, rows)))
+  return str(path)
+
+
+def run_hygiene(tmp_path, file, tokenizer_folder, *flags):
+  """(exit code, counts, ids by split)."""
+  out = tmp_path / 'out'
+  command = [file, f'--output={out}', f'--tokenizer={tokenizer_folder}', *flags]
+  code = hygiene.main(command)
+  if code:
+    return code, None, None
+  counts = json.loads((out / 'hygiene.json').read_text())
+  ids = {
+    path.stem.removeprefix('prompts_'): [
+      p.id for p in records.read_jsonl(path, records.Prompt)
+    ]
+    for path in out.glob('prompts_*.jsonl')
+  }
+  return code, counts, ids
+
+
+@pytest.fixture
+def byte_tokenizer(tmp_path):
+  tokenizer.train_bpe(['a'], 258).save(tmp_path / 'bytes')
+  return tmp_path / 'bytes'
+
+
+def test_personal_data_is_found_in_every_turn(tmp_path, byte_tokenizer):
+  mail = 'Write to jo@mail.example.org.'
+  user, assistant, system = 'user', 'assistant', 'system'
+  file = save_turns(
+    tmp_path / 'p.jsonl',
+    [(user, 'Name a bird.')],
+    [(user, mail)],
+    [(system, mail), (user, 'Name a tree.')],
+    [(user, 'Name a fish.'), (assistant, mail), (user, 'More!')],
+    [(user, mail + ' Now.'), (assistant, 'Yes.'), (user, 'More!')],
+  )
+  flags = ('--valid=0', '--test=0')
+  _, counts, ids = run_hygiene(tmp_path, file, byte_tokenizer, *flags)
+  assert ids == {'train': ['p0']} and counts['personal_data'] == 4
+  # Turns that the text does not hold, which no file can have.
+  turns = (records.Turn(user, mail),)
+  prompt = records.Prompt('p', 'Name a bird.', turns=turns)
+  assert hygiene.drop_personal_data([prompt]) == ([], 1)
+
+
+# --- Copies, splits, refusals -------------------------------------------------
+
+
+def test_copies_in_other_spellings_and_layouts():
+  def turns(*contents, system=''):
+    roles = ('user', 'assistant')
+    found = [records.Turn('system', system)] if system else []
+    found += [records.Turn(roles[i % 2], c) for i, c in enumerate(contents)]
+    return records.Prompt('p', records.text_of_turns(found), turns=tuple(found))
+
+  def dropped(*prompts, words=20):
+    return hygiene.drop_duplicates(prompts, words)[1]
+
+  text = records.Prompt('p', 'Schreib über das Café')
+  for form in ('NFC', 'NFD'):
+    spelt = unicodedata.normalize(form, 'SCHREIB  über das\nCAFÉ ')
+    assert dropped(text, records.Prompt('q', spelt)) == 1
+    assert dropped(text, turns(spelt)) == 1
+  # One dialogue with turns, and as text; and what it begins with.
+  several = turns('a b', 'c', 'd')
+  assert dropped(several, records.Prompt('q', several.text)) == 1
+  assert dropped(several, turns('a b'), turns('a b', 'c', 'e')) == 0
+  long = ' '.join('abcdefghijklmnopqrstuv')
+  assert dropped(turns(long), turns(long, 'c', 'd'), turns(long, 'x', 'y')) == 2
+  # A system turn that many share makes no copies, and another makes none.
+  system = ' '.join(['Be brief and kind.'] * 20)
+  assert dropped(*(turns(f'{i}', system=system) for i in range(9))) == 0
+  assert (
+    dropped(turns('a', system='x'), turns('a', system='y'), turns('a')) == 0
+  )
+  assert dropped(turns('a', system='x y'), turns('A', system='X  Y')) == 1
+
+
+def test_no_conversation_is_in_two_splits(tmp_path, byte_tokenizer):
+  """Users 3 k and 3 k + 1 share an opening, 3 k + 1 and 3 k + 2 another."""
+  rows = []
+  for user in range(90):
+    openings = {0: ['a'], 1: ['A ', 'b'], 2: ['b']}[user % 3]
+    for name in openings:
+      turns = [
+        {'role': 'user', 'content': f'{name} {user // 3}'},
+        {'role': 'assistant', 'content': f'Yes {user}.'},
+        {'role': 'user', 'content': 'More!'},
+      ]
+      row = {'id': f'{user}{name}', 'turns': turns, 'user': f'u{user}'}
+      if user % 9 == 0:
+        del row['user']  # Unknown users have conversations, too.
+      rows.append(row)
+  path = tmp_path / 'p.jsonl'
+  path.write_text('\n'.join(map(json.dumps, rows)))
+  _, counts, ids = run_hygiene(
+    tmp_path, str(path), byte_tokenizer, '--valid=0.2', '--test=0.2'
+  )
+  groups = {}
+  for split, found in ids.items():
+    for name in found:
+      groups.setdefault(int(name.strip('aAb ')) // 3, set()).add(split)
+  assert len(groups) == 30
+  assert all(len(splits) == 1 for splits in groups.values())
+  assert {name: len(found) for name, found in ids.items()} == {
+    'train': 72,
+    'valid': 24,
+    'test': 24,
+  }
+  assert counts['joined_users'] == 90
+  assert counts['limits'] == {
+    'max_tokens': 1024,
+    'prefix_words': 20,
+    'cap': 200,
+  }
+
+
+def test_users_without_a_common_opening_are_split_as_before():
+  prompts = [
+    records.Prompt(id=str(i), text=f'q {i}', user=f'u{i % 20}')
+    for i in range(200)
+  ]
+  shares = {'train': 0.5, 'valid': 0.5}
+  splits = hygiene.split_by_user(prompts, shares, seed=0)
+  changed = [
+    # The same question as prompt 1, by another user of the same split.
+    dataclasses.replace(prompt, text='Q  1') if prompt.id == other else prompt
+    for prompt in prompts
+    for other in [
+      next(
+        p.id
+        for p in next(s for s in splits.values() if prompts[1] in s)
+        if p.user != prompts[1].user
+      )
+    ]
+  ]
+  again = hygiene.split_by_user(changed, shares, seed=0)
+  together = [{p.user for p in split} for split in again.values()]
+  assert not together[0] & together[1]
+
+
+def test_what_a_template_refuses_is_dropped_and_counted(tmp_path, capsys):
+  published.save_byte_tokenizer(
+    tmp_path / 'chat', template=published.STRICT_TEMPLATE, prepared=True
+  )
+  user, system = ('user', 'Name a {}.'), ('system', 'Be brief.')
+  file = save_turns(
+    tmp_path / 'p.jsonl',
+    *(
+      [(user[0], user[1].format(i))] if i % 3 else [system, (user[0], f'{i}')]
+      for i in range(30)
+    ),
+  )
+  code, counts, ids = run_hygiene(
+    tmp_path, file, tmp_path / 'chat', '--valid=0', '--test=0'
+  )
+  assert code == 0 and capsys.readouterr().err == ''
+  assert counts['refused'] == {'no system turns here (first: p0)': 10}
+  assert ids == {'train': [f'p{i}' for i in range(30) if i % 3]}
+  # Nothing left is an error with the reasons, and no empty folder.
+  file = save_turns(tmp_path / 'q.jsonl', [system, ('user', 'x')])
+  out = f'--output={tmp_path / "none"}'
+  command = [file, out, f'--tokenizer={tmp_path / "chat"}']
+  assert hygiene.main(command) == 1
+  error = capsys.readouterr().err
+  assert error.startswith(f'{file}: no prompt is left')
+  assert 'no system turns here (first: p0)' in error and error.count('\n') == 1
+  assert not (tmp_path / 'none').exists()
+
+
+def test_what_a_vocabulary_cannot_hold_is_refused_too(tmp_path, capsys):
+  """Special tokens in texts, without an <unk> to put there."""
+  backend = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel({'<pad>': 0, '<eos>': 1, 'a': 2, 'b': 3})
+  )
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  transformers.PreTrainedTokenizerFast(
+    tokenizer_object=backend, pad_token='<pad>', eos_token='<eos>'
+  ).save_pretrained(tmp_path / 'words')
+  texts = ['a', 'a <eos> b', 'b', *(f'<eos>{" a" * i}' for i in range(30))]
+  rows = [records.Prompt(f'p{i}', text) for i, text in enumerate(texts)]
+  records.write_jsonl(tmp_path / 'p.jsonl', rows)
+  code, counts, ids = run_hygiene(
+    tmp_path,
+    str(tmp_path / 'p.jsonl'),
+    tmp_path / 'words',
+    '--valid=0',
+    '--test=0',
+  )
+  assert code == 0 and ids == {'train': ['p0', 'p2']}
+  # What they spell differs, the reason does not.
+  assert counts['refused'] == {
+    'a text spells a special token and the tokenizer has no <unk> to put in '
+    "its place: '...' (first: p1)": 31 - counts['duplicates']
+  }
+
+
+def test_ids_are_distinct_over_all_files(tmp_path, byte_tokenizer, capsys):
+  files = [
+    save_turns(tmp_path / f'{name}.jsonl', [('user', f'Name a {name}.')])
+    for name in ('bird', 'tree')
+  ]
+  command = [*files, f'--output={tmp_path / "out"}']
+  assert hygiene.main([*command, f'--tokenizer={byte_tokenizer}']) == 1
+  error = capsys.readouterr().err
+  assert error == (
+    f"{files[1]}: the id 'p0' is in {files[0]}, too; ids must be distinct\n"
+  )

@@ -1,6 +1,8 @@
+import codecs
 import dataclasses
 import gzip
 import json
+import unicodedata
 
 import pytest
 
@@ -20,7 +22,9 @@ EXAMPLES = [
   records.Demonstration('Name a bird.', 'An owl.\n', labeler='w1'),
   COMPARISON,
   dataclasses.replace(COMPARISON, scores=(2.5, 1.0, 1.0), time='2022-01-31'),
-  records.Prompt('p8', 'x', turns=(records.Turn('user', 'Name a bird.'),)),
+  records.Prompt(
+    'p8', 'Name a bird.', turns=(records.Turn('user', 'Name a bird.'),)
+  ),
 ]
 
 
@@ -280,3 +284,142 @@ def test_the_check_tells_label_statistics(tmp_path, capsys):
   out = capsys.readouterr().out
   # One token a byte: x and c, space, c are 4.
   assert 'longer than 3 tokens: 2 records' in out
+
+
+# --- Text and turns -----------------------------------------------------------
+
+ONE = [{'role': 'user', 'content': 'Schreib über das Café.'}]
+SPOKEN = records.text_of_turns(records.Turn(**turn) for turn in TURNS)
+OTHERS = {
+  'text': {'id': 'p'},
+  'prompt': {'response': 'Owl.'},
+  'prompt of a comparison': {'completions': ['a', 'b'], 'ranks': [1, 2]},
+}
+
+
+@pytest.mark.parametrize('others', OTHERS)
+@pytest.mark.parametrize(
+  ('text', 'turns', 'agree'),
+  [
+    # As our importers write them, and as people do.
+    (SPOKEN, TURNS, True),
+    ('Schreib über das Café.', ONE, True),
+    (unicodedata.normalize('NFD', ' Schreib  über das Café.\n'), ONE, True),
+    (SPOKEN.replace('\n\n', '\n'), TURNS, True),
+    ('Schreib über das Haus.', ONE, False),
+    ('schreib über das café.', ONE, False),
+    ('More!', TURNS, False),  # The last turn is not all of it.
+    (SPOKEN.replace('Be brief.', ''), TURNS, False),
+    (SPOKEN + ' Mail jo@mail.example.org.', TURNS, False),
+  ],
+)
+def test_text_and_turns_say_the_same(
+  others, text, turns, agree, tmp_path, capsys
+):
+  name = others.split()[0]
+  path = tmp_path / 'a.jsonl'
+  path.write_text(json.dumps({**OTHERS[others], name: text, 'turns': turns}))
+  assert check.main([str(path)]) == (0 if agree else 1)
+  error = capsys.readouterr().err
+  if not agree:
+    assert f"a.jsonl:1: '{name}' and 'turns' say different things" in error
+    assert error.count('\n') == 1
+
+
+def test_dialogues_and_their_turns():
+  turns = tuple(records.Turn(**turn) for turn in TURNS)
+  row = records.Prompt('p', SPOKEN)
+  assert records.conversation(row) == turns
+  assert records.conversation(records.Prompt('p', 'x', turns=turns)) == turns
+  for text in ('Name a bird.', 'say\n\nHuman: hi', SPOKEN + ' Wren.'):
+    alone = (records.Turn('user', text),)
+    assert records.conversation(records.Prompt('p', text)) == alone
+  text = '\n\nHuman: Q\n\nAssistant: he said\n\nAssistant: hi\n\nHuman: R'
+  assert [t.content for t in records.dialogue_turns(text)] == [
+    'Q',
+    'he said\n\nAssistant: hi',
+    'R',
+  ]
+  assert records.dialogue_turns('Q' + text) == ()
+
+
+def test_openings_are_the_first_question_however_it_is_spelt():
+  def opening(text='', *turns):
+    turns = tuple(records.Turn(*turn) for turn in turns)
+    return records.opening(records.Prompt('p', text, turns=turns))
+
+  hello = ('user', 'Über  das\nCafé?')
+  assert opening('über das café?') == opening('', hello) == 'über das café?'
+  assert (
+    opening(unicodedata.normalize('NFD', 'ÜBER DAS CAFÉ?')) == 'über das café?'
+  )
+  assert opening('', ('system', 'Be brief.'), hello) == 'über das café?'
+  later = (hello, ('assistant', 'Ja.'), ('user', 'Mehr!'))
+  assert opening('', *later) == 'über das café?'
+  whole = records.text_of_turns(records.Turn(*turn) for turn in later)
+  assert opening(whole) == opening(f'Be brief.{whole}') == 'über das café?'
+  assert (
+    opening('', ('user', ' '), ('assistant', ''), hello) == 'über das café?'
+  )
+  assert opening('über\u200b das\ufeff café?') == 'über das café?'
+  assert records.opening(records.Document('A  page.')) == 'a page.'
+
+
+# --- Marks, encodings, null ---------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz'])
+def test_a_byte_order_mark_is_read(name, tmp_path, capsys):
+  line = json.dumps({'id': '1', 'text': 'Ein Café.'}, ensure_ascii=False)
+  other = line.replace('"1"', '"2"')
+  # Also where two files that had one each were joined.
+  content = b'\r\n'.join(
+    codecs.BOM_UTF8 + text.encode() for text in (line, other)
+  )
+  path = tmp_path / name
+  path.write_bytes(gzip.compress(content) if name.endswith('gz') else content)
+  assert check.main([str(path)]) == 0
+  assert '2 Prompt records' in capsys.readouterr().out
+  assert records.read_jsonl(path, records.Prompt)[1].text == 'Ein Café.'
+
+
+@pytest.mark.parametrize(
+  ('name', 'encode', 'expected'),
+  [
+    ('a.jsonl', lambda text: text.encode('utf-16'), 'is UTF-16; convert'),
+    ('a.jsonl', lambda text: text.encode('latin-1'), '1: byte 24 is not UTF-8'),
+    ('a.jsonl', lambda text: gzip.compress(text.encode()), 'end in .gz'),
+    ('a.jsonl', lambda text: f'[\n{text}\n]'.encode(), 'several lines'),
+    ('a.jsonl', lambda text: b'[' * 100_000, 'not JSON'),
+  ],
+)
+def test_other_encodings_are_one_line(name, encode, expected, tmp_path, capsys):
+  path = tmp_path / name
+  path.write_bytes(encode('{"id": "1", "text": "Caf\xe9"}'))
+  assert check.main([str(path)]) == 1
+  error = capsys.readouterr().err
+  assert error.startswith(f'{path}:') and expected in error
+  assert error.count('\n') == 1
+
+
+def test_null_is_what_is_not_given(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  values = {'prompt': 'x', 'response': 'y', 'user': None, 'metadata': None}
+  path.write_text(json.dumps({**values, 'turns': None, 'labeler': 'w'}))
+  (row,) = records.read_jsonl(path, records.Demonstration)
+  assert row == records.Demonstration('x', 'y', labeler='w')
+  values = {'completions': ['a', 'b'], 'scores': [1, 2], 'ranks': None}
+  path.write_text(json.dumps({**values, 'prompt': None, 'turns': TURNS}))
+  (row,) = records.read_jsonl(path, records.Comparison)
+  assert (row.ranks, row.prompt) == ((2, 1), SPOKEN)
+  for name in ('prompt', 'response'):
+    line = json.dumps({'prompt': 'x', 'response': 'y', name: None}).encode()
+    message = _error(path, line, records.Demonstration)
+    assert f"a.jsonl:1: '{name}' must be a string, found null" in message
+
+
+@pytest.mark.parametrize('value', ['NaN', '[1, {"a": "\\ud800"}]', '-Infinity'])
+def test_metadata_that_is_no_json_is_refused_where_it_is_read(value, tmp_path):
+  line = f'{{"id": "1", "text": "x", "metadata": {{"a": {value}}}}}'.encode()
+  message = _error(tmp_path / 'a.jsonl', line, records.Prompt)
+  assert "a.jsonl:1: 'metadata' is not JSON" in message

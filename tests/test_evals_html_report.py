@@ -202,7 +202,10 @@ def test_nothing_points_outside(page):
 
 
 def test_links_lead_to_something(page, crowded_page):
-  for text in (page, crowded_page):
+  twice = html_report.make_page(
+    'title', [], [sections.Section('Run', ['a']), sections.Section('Run', [])]
+  )
+  for text in (page, crowded_page, twice):
     found = Elements(text)
     ids = [
       attributes['id'] for _, attributes in found.tags if 'id' in attributes
@@ -473,7 +476,7 @@ def test_text_stands_out_from_its_paper(scheme, page, open_page):
     ('.tile .small', '.tile'),
     ('.contents a', 'body'),
     ('td .small', 'body'),
-    ('.answer h4 span', '.answer'),
+    ('.answer h3 span', '.answer'),
   ):
     ink = opened.locator(selector).first.evaluate(
       'e => getComputedStyle(e).color'

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from instruct_jax.evals import plots, report, run_figures
+from instruct_jax.evals import plots, report, run_figures, sections
 from instruct_jax.evals import preference_accuracy as preference
 from instruct_jax.evals import samples as samples_lib
 from instruct_jax.evals import win_rate as win_rate_lib
@@ -323,6 +323,20 @@ def test_escape_shows_what_was_written():
   )
   assert report.escape('person : ppo_ptx: 1') == 'person : ppo_ptx: 1'
   assert '_' not in report.escape('_it_ and __bold__ (_here_)')
+
+
+def test_cells_are_text_whatever_they_hold():
+  interval = win_rate_lib.Interval(-0.5, -1e-15, 123.45, 9)
+  assert report.cell(interval) == '-0.500 [0.000, 123.5]'
+  assert report.cell('a|b') == report.cell(sections.Shown('a|b')) == 'a&#124;b'
+  best = sections.Shown('1.0', '[0.5, 1.5]', best=True)
+  assert report.cell(best) == '**1.0 [0.5, 1.5]**'
+  assert [report.cell(x) for x in (None, math.nan, True, np.int64(1234))] == [
+    '–',
+    '–',
+    'True',
+    '1,234',
+  ]
 
 
 def test_a_command_cannot_leave_its_block():

@@ -63,7 +63,7 @@ def test_out_and_back(kind, tmp_path):
   described = json.loads((out / 'config.json').read_text())
   assert (described['eos_token_id'], described['pad_token_id']) == (1, 0)
   assert '"seed": 0' in (out / 'README.md').read_text()
-  with pytest.raises(ValueError, match='is not empty'):
+  with pytest.raises(ValueError, match='is no empty folder'):
     export.export(tmp_path / 'model', tmp_path / 'tokenizer', out)
   larger = tokenizer_lib.train_word_level(list('abcdef'))
   with pytest.raises(ValueError, match='tokenizer of 7 tokens .* one of 9 '):

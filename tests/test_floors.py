@@ -122,7 +122,7 @@ FLOORS = {
     'evals.samples',
   ),
   # 5: finds experiments by name.
-  'main': ('types', 'infra', 'experiments'),
+  'main': ('types', 'command', 'infra', 'experiments'),
   # Names and numbers only; the shapes of published models are such numbers.
   'configs': ('configs', 'models.config'),
 }

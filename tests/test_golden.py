@@ -16,7 +16,6 @@ import numpy as np
 import optax
 import pytest
 
-from instruct_jax import rewards
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -53,18 +52,16 @@ def three_steps() -> list[dict[str, float]]:
     prompts = jax.tree.map(jnp.asarray, tiny.prompts(iteration))
     text = jax.tree.map(jnp.asarray, tiny.text(iteration))
     sampled = tiny.generate(state.policy.params, prompts, key)
-    batch, metrics = tiny.score(
-      state.policy.params,
-      reference,
-      state.value.params,
-      reward,
-      state.kl,
-      sampled,
+    # The order in which these numbers were first recorded.
+    order = jax.random.split(jax.random.fold_in(key, 1))[0]
+    order = jax.random.permutation(jax.random.split(order, 1)[0], tiny.B)
+    layout = tiny.lay_out(sampled, np.asarray(order).reshape(2, -1))
+    scores = tiny.score(reward, sampled, layout)
+    batch, kl, metrics = tiny.penalise(
+      state, {'reference': reference}, sampled, layout, scores
     )
-    kl_sum, kl_count = metrics['objective/kl']
-    state, more = tiny.update(state, batch, text, jax.random.fold_in(key, 1))
-    state = state.replace(
-      kl=rewards.update_kl_coef(state.kl, kl_sum / kl_count, tiny.B, 1.0, 100)
+    state, more = tiny.train(
+      state, {}, batch, text, kl, jax.random.fold_in(key, 1)
     )
     metrics = jax.device_get({**metrics, **more})
     line = {name: metrics[name][0] / metrics[name][1] for name in NAMES}

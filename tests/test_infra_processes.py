@@ -21,6 +21,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from instruct_jax.infra import measure
+
 
 def validate(config):
   if config.how == 'refuse':
@@ -36,6 +38,18 @@ def wait(config):
 
 def run(config, workdir):
   multihost_utils.process_allgather(np.zeros(2))
+  if config.how == 'compile':
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    mesh = jax.make_mesh((jax.process_count(),), ('data',))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+    x = jax.make_array_from_process_local_data(split, np.arange(2.0))
+    before = measure.compilations()
+    jax.jit(lambda x: jax.numpy.sum(x) + 1)(x)
+    now = measure.compilations()
+    (workdir / f'compiled{jax.process_index()}').write_text(
+      f'{now.programs - before.programs} {now.from_disk - before.from_disk}'
+    )
+    return
   (workdir / f'began{jax.process_index()}').touch()
   if config.how == 'end':
     return
@@ -72,9 +86,9 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
-def start(folder, how, who=0, where='host', count=2):
+def start(folder, how, who=0, where='host', count=2, cache=''):
   """Processes that meet, whereupon one of them ends in some way."""
-  (folder / 'toys').mkdir()
+  (folder / 'toys').mkdir(exist_ok=True)
   (folder / 'toys' / 'ending.py').write_text(EXPERIMENT)
   (folder / 'config.py').write_text(CONFIG)
   port = free_port()
@@ -85,6 +99,7 @@ def start(folder, how, who=0, where='host', count=2):
         *(f'--config={folder / "config.py"}', f'--workdir={folder / "run"}'),
         *(f'--config.how={how}', f'--config.who={who}'),
         f'--config.where={where}',
+        f'--config.compilation_cache={cache}',
         *(f'--coordinator=localhost:{port}', f'--num_processes={count}'),
         f'--process_id={index}',
       ],
@@ -161,6 +176,19 @@ def test_three_end_together(tmp_path, where, how, who):
         assert len(lines) == 1 and lines[0].startswith(OTHER), text
   code = -signal.SIGKILL if how == 'kill' else 1
   assert found[who][0] == code
+
+
+@pytest.mark.slow
+def test_no_process_alone_loads_a_program(tmp_path):
+  """On CPU only the first one would find what the run before has compiled."""
+  counts = []
+  for number in range(2):
+    folder = tmp_path / str(number)
+    folder.mkdir()
+    processes = start(folder, 'compile', cache=tmp_path / 'cache')
+    assert [code for code, _ in finish(processes)[0]] == [0, 0]
+    counts += [(folder / 'run' / f'compiled{i}').read_text() for i in range(2)]
+  assert counts == ['1 0'] * 4
 
 
 @pytest.mark.slow

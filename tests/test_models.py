@@ -235,11 +235,11 @@ def test_several_tokens_at_a_time_equal_one_by_one(rng):
 def make_loss(config):
   """Jitted value and gradient of the mean text loss of a policy."""
   loss_fn = supervised.make_text_loss(
-    artifacts.text_logprobs_fn(artifacts.make_module('policy', config))
+    artifacts.logprobs_fn(artifacts.make_module('policy', config))
   )
 
   def mean_loss(params, batch):
-    summed, (count, _) = loss_fn(params, batch, jax.random.key(0))
+    summed, (count, _) = loss_fn(params, {}, batch, jax.random.key(0))
     return summed / count
 
   return jax.jit(jax.value_and_grad(mean_loss))
@@ -265,37 +265,40 @@ def test_memory_switches_change_no_number(plain_loss, changes):
   tiny.assert_trees_close(got, plain_loss, **CLOSE)
 
 
-def text_logprobs(deterministic, **changes):
+def text_logprobs(drops, **changes):
   """Jitted key -> log-probabilities of the text, with another config."""
   module = artifacts.make_module(
     'policy', dataclasses.replace(CONFIG, **changes)
   )
-  function = artifacts.text_logprobs_fn(module, deterministic)
+  function = artifacts.logprobs_fn(module)
   batch = text_batch()
   return jax.jit(
     lambda key: function(
-      tiny.params('policy'), batch.tokens, batch.segments, key
-    )
+      tiny.params('policy'),
+      batch.tokens,
+      batch.segments,
+      dropout_key=key if drops else None,
+    )[0]
   )
 
 
 def test_dropout():
   plain = forward(tiny.text().tokens, tiny.text().segments)['text_logprobs']
-  drop = text_logprobs(False, dropout=0.2)
+  drop = text_logprobs(True, dropout=0.2)
   keys = [jax.random.key(seed) for seed in (0, 0, 1)]
   first, same, other = (np.asarray(drop(key)) for key in keys)
   np.testing.assert_array_equal(first, same)
   assert np.abs(first - other).max() > 0.1
   assert np.abs(first - plain).max() > 0.1
   # Off: the rate in the config changes nothing, whatever the key.
-  off = text_logprobs(True, dropout=0.2)
+  off = text_logprobs(False, dropout=0.2)
   for key in keys[1:]:
     np.testing.assert_allclose(off(key), plain, **CLOSE)
 
 
 def test_bfloat16_compute_stays_near_float32_and_returns_float32():
   plain = forward(tiny.text().tokens, tiny.text().segments)['text_logprobs']
-  got = text_logprobs(True, compute_dtype='bfloat16')(jax.random.key(0))
+  got = text_logprobs(False, compute_dtype='bfloat16')(jax.random.key(0))
   assert got.dtype == jnp.float32
   real = tiny.text().loss_mask
   # bfloat16 has 8 bits of mantissa: a part in 256 in each of a few sums.
@@ -407,8 +410,8 @@ def loss_and_outputs(mesh_shape):
     params[kind] = jax.device_put(tiny.params(kind), shardings)
 
   def mean_loss(policy, scalar, batch: TextBatch):
-    loss_fn = supervised.make_text_loss(artifacts.text_logprobs_fn(tiny.POLICY))
-    summed, (count, _) = loss_fn(policy, batch, jax.random.key(0))
+    loss_fn = supervised.make_text_loss(artifacts.logprobs_fn(tiny.POLICY))
+    summed, (count, _) = loss_fn(policy, {}, batch, jax.random.key(0))
     scalars = artifacts.scalars_fn(tiny.SCALAR)(
       scalar, batch.tokens, batch.mask
     )

@@ -513,6 +513,9 @@ def test_damaged_pickled_and_empty_folders(tmp_path):
     load(tmp_path / 'in')
   with pytest.raises(ValueError, match='no config.json here'):
     hf.read_config(tmp_path)
+  # A byte order mark is read over.
+  (tmp_path / 'config.json').write_text('\ufeff{"model_type": "llama"}')
+  assert hf.read_config(tmp_path) == {'model_type': 'llama'}
 
 
 def test_the_index_says_which_files_count(tmp_path):

@@ -1,8 +1,10 @@
 """Several processes on this machine, joined as the hosts of a pod would be."""
 
+import functools
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket
@@ -28,11 +30,12 @@ CONFIG = """
 from configs import common, ppo_ptx, pretrain, reward
 
 def get_config(argument):
-  if argument == 'pretrain':
+  if argument in ('pretrain', 'endless'):
     config = pretrain.stage(0, '')
     config.documents = config.valid = {inputs!r} + '/documents.jsonl'
     config.model = ppo_ptx.tiny_model(32, 1, 16, 1)
-    config.batch_size, config.row_length, config.num_steps = 8, 12, 4
+    config.batch_size, config.row_length = 8, 12
+    config.num_steps = 4 if argument == 'pretrain' else 100_000
     config.num_warmup, config.eval_every, config.eval_batch_size = 1, 4, 8
     config.log_every, config.checkpoint_every = 1, 2
   elif argument == 'reward':
@@ -49,11 +52,16 @@ def get_config(argument):
     config.documents = config.valid_documents = {inputs!r} + '/documents.jsonl'
     config.prompt_length, config.response_length = 4, 6
     config.ptx_row_length, config.ptx_per_episode = 12, 1
-    config.batch_size, config.num_episodes = 16, 16 * int(argument)
+    config.batch_size = 16
+    if argument.startswith('ragged'):
+      # Rows of several episodes, which now need more room and now less.
+      argument = argument.removeprefix('ragged')
+      config.prompt_length, config.response_length = 8, 24
+    config.num_episodes = 16 * int(argument)
     config.num_minibatches, config.eval_batch_size = 2, 8
     config.learning_rate, config.value_learning_rate = 1e-3, 1e-3
     config.checkpoint_every, config.eval_every, config.ptx_coef = 1, 100, 1.0
-  if argument != 'pretrain':
+  if argument not in ('pretrain', 'endless'):
     config.init = {inputs!r} + '/policy'
   config.tokenizer = {inputs!r} + '/tokenizer'
   # At Adam's usual 1e-8, gradients of zero up to rounding make full steps.
@@ -109,7 +117,7 @@ def models(inputs):
   tokenizer = tokenizer_lib.Tokenizer.load(inputs / 'tokenizer')
   config = TransformerConfig(
     vocab_size=tokenizer.vocab_size,
-    context_length=16,
+    context_length=32,
     num_layers=1,
     width=16,
     num_heads=2,
@@ -137,8 +145,12 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
-def start(inputs, argument, workdir, count, devices=8):
-  """`count` processes that share the devices; one needs no coordinator."""
+def start(inputs, argument, workdir, count, devices=8, limits=()):
+  """`count` processes that share the devices; one needs no coordinator.
+
+  A process whose number is in `limits` may not write larger files than that,
+  in bytes: what a disk does when it is full.
+  """
   address = f'localhost:{free_port()}'
   environment = {
     **os.environ,
@@ -162,9 +174,15 @@ def start(inputs, argument, workdir, count, devices=8):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=functools.partial(limit, dict(limits).get(index)),
       )
     )
   return processes
+
+
+def limit(num_bytes):
+  if num_bytes:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
 
 def finish(processes, seconds=1500):
@@ -234,6 +252,37 @@ def test_one_process_continues_what_two_saved(inputs, tmp_path):
   assert [line['step'] for line in timing] == [1, 2, 3, 4, 3, 4]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('who', [0, 1])
+def test_a_write_that_fails_in_one_process_ends_both(inputs, tmp_path, who):
+  """Of the checkpoint in the background, while both go on training."""
+  workdir = tmp_path / 'two'
+  limits = {who: 6_000}
+  processes = start(inputs, 'endless', workdir, 2, devices=2, limits=limits)
+  deadline = time.monotonic() + 600
+  while all(p.poll() is None for p in processes):
+    assert time.monotonic() < deadline, finish(processes, 1)
+    time.sleep(0.1)
+  ended = time.monotonic()
+  codes, outputs = finish(processes, 60)
+  assert codes == [1, 1] and time.monotonic() - ended < 60
+  errors = [
+    [line for line in output.splitlines() if line.startswith('error: ')]
+    for output in outputs
+  ]
+  message = f'no checkpoint could be written to {workdir}/checkpoints'
+  assert len(errors[who]) == 1 and message in errors[who][0], outputs
+  assert errors[1 - who][0].startswith(
+    'error: another process ended: its error came first (process '
+    f'{who}: no checkpoint could be written to {workdir}/checkpoints'
+  )
+  assert len(errors[1 - who]) == 1
+  for output in outputs:
+    assert 'Traceback' not in output and 'Extension modules' not in output
+  # Room has been made: the same command continues.
+  run(inputs, 'pretrain', workdir, 2, devices=2)
+
+
 @pytest.fixture(scope='module')
 def alone(inputs, models, tmp_path_factory):
   """Two iterations in a single process."""
@@ -258,6 +307,48 @@ def test_reward_training_over_two_processes_equals_one(
   assert_same_run(tmp_path / 'two', tmp_path / 'one', ('model',))
 
 
+def wait_for_lines(path, number, processes):
+  """Until there are so many lines of metrics."""
+  deadline = time.monotonic() + 1500
+  while not path.exists() or path.read_text().count('\n') < number:
+    assert time.monotonic() < deadline, f'not {number} lines of metrics'
+    assert all(p.poll() is None for p in processes), finish(processes)
+    time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_ragged_rows_of_two_processes_resume_bit_for_bit(
+  inputs, models, tmp_path
+):
+  """Killed twice; each time the shapes that were met must be met again."""
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  run(inputs, 'ragged5', whole, 2, devices=2)
+  lines = metrics.read_lines(epath.Path(whole) / metrics.METRICS_FILE)
+  shapes = [
+    (line.get('packing/row_length'), line.get('packing/row_responses'))
+    for line in lines
+  ]
+  assert None not in shapes[0] and len(set(shapes)) >= 3, shapes
+  for victim, number in ((1, 2), (0, 3)):
+    processes = start(inputs, 'ragged5', killed, 2, devices=2)
+    try:
+      wait_for_lines(killed / metrics.METRICS_FILE, number, processes)
+      processes[victim].send_signal(signal.SIGKILL)
+      for process in processes:
+        process.wait(60)
+    finally:
+      codes, outputs = finish(processes)
+    assert codes[1 - victim] not in (0, None), outputs
+  run(inputs, 'ragged5', killed, 2, devices=2)
+  assert (killed / metrics.METRICS_FILE).read_bytes() == (
+    whole / metrics.METRICS_FILE
+  ).read_bytes()
+  for model in ('policy', 'ema'):
+    found, _ = checkpoint.load_model(killed / model)
+    expected, _ = checkpoint.load_model(whole / model)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_a_restart_resumes(
   inputs, models, tmp_path
@@ -265,12 +356,8 @@ def test_a_killed_process_ends_the_other_and_a_restart_resumes(
   workdir = tmp_path / 'killed'
   processes = start(inputs, '400', workdir, 2)
   lines = workdir / metrics.METRICS_FILE
-  deadline = time.monotonic() + 1500
   try:
-    while not lines.exists() or lines.read_text().count('\n') < 3:
-      assert time.monotonic() < deadline, 'no line of metrics'
-      assert all(p.poll() is None for p in processes), finish(processes)
-      time.sleep(0.2)
+    wait_for_lines(lines, 3, processes)
     processes[1].send_signal(signal.SIGKILL)
     killed_at = time.monotonic()
     processes[0].wait(60)
@@ -278,16 +365,15 @@ def test_a_killed_process_ends_the_other_and_a_restart_resumes(
   finally:
     codes, outputs = finish(processes)
   assert codes[0] not in (0, None)
-  assert 'error' in outputs[0].lower(), outputs[0][-2000:]
+  assert (
+    'error: another process ended: its error came first (process 1: it was '
+    'killed or crashed)'
+  ) in outputs[0], outputs[0][-2000:]
   before = len(metrics.read_lines(epath.Path(lines)))
 
   processes = start(inputs, '400', workdir, 2)
-  deadline = time.monotonic() + 1500
   try:
-    while len(metrics.read_lines(epath.Path(lines))) <= before:
-      assert time.monotonic() < deadline, 'did not resume'
-      assert all(p.poll() is None for p in processes), finish(processes)
-      time.sleep(0.2)
+    wait_for_lines(lines, before + 1, processes)
     for process in processes:
       process.send_signal(signal.SIGTERM)
   finally:

@@ -1,6 +1,5 @@
-"""Dense rows of episodes: the same numbers as from the padded rectangle."""
+"""Rows of episodes: the same numbers in any layout, alone or dense."""
 
-import dataclasses
 import functools
 import math
 
@@ -12,15 +11,17 @@ import pytest
 
 from configs import ppo_ptx as config_file
 from experiments import ppo_ptx
-from instruct_jax import artifacts, packing, ppo
+from instruct_jax import artifacts, packing, ppo, rewards
 from instruct_jax.infra import sharding, train_state
 from instruct_jax.models.heads import token_logprobs
-from instruct_jax.types import PPOBatch, Rollout
+from instruct_jax.types import RLBatch, Rollout
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
 B, P, R, T = tiny.B, tiny.P, tiny.R, tiny.T
+DENSE = {'num_microbatches': 2, 'num_epochs': 2, 'row_episodes': 3}
+ALONE = {**DENSE, 'row_episodes': 0}
 
 
 def sampled(seed=0, lengths=None) -> Rollout:
@@ -41,22 +42,8 @@ def sampled(seed=0, lengths=None) -> Rollout:
   )
 
 
-def plan(rows: Rollout, **changes) -> packing.Layout:
-  arguments = {
-    'prompt_columns': P,
-    'response_columns': R,
-    'num_minibatches': 2,
-    'num_microbatches': 2,
-    'num_epochs': 2,
-    'num_shards': 1,
-    'row_episodes': 3,
-    'multiple': 8,
-    'spare': 1.1,
-    'seed': (0, 5),
-  } | changes
-  response_lengths = np.asarray(rows.response_mask).sum(1)
-  lengths = np.asarray(rows.mask).sum(1)
-  return packing.plan(lengths - response_lengths, response_lengths, **arguments)
+def lay_out(rows: Rollout, **changes) -> packing.Layout:
+  return tiny.lay_out(rows, seed=(0, 5), **(DENSE | changes))
 
 
 def step_rows(x, layout):
@@ -68,9 +55,10 @@ def step_rows(x, layout):
 
 
 @pytest.mark.parametrize('num_shards', [1, 2])
-def test_every_step_holds_its_episodes_once(num_shards):
+@pytest.mark.parametrize('row_episodes', [0, 3])
+def test_every_step_holds_its_episodes_once(row_episodes, num_shards):
   rows = sampled()
-  layout = plan(rows, num_shards=num_shards)
+  layout = lay_out(rows, num_shards=num_shards, row_episodes=row_episodes)
   assert layout.num_steps == 4
   flat_mask = rows.mask.ravel()
   groups = []
@@ -150,9 +138,7 @@ def test_padding_of_ragged_work_is_below_a_twentieth(
   for seed in range(8):
     rng = np.random.default_rng(seed)
     lengths = np.minimum(rng.geometric(1 / mean, batch), longest)
-    layout = packing.plan(
-      rng.integers(prompt // 2, prompt + 1, batch),
-      lengths,
+    sizes = packing.Sizes(
       prompt_columns=prompt,
       response_columns=longest,
       num_minibatches=8,
@@ -162,10 +148,29 @@ def test_padding_of_ragged_work_is_below_a_twentieth(
       row_episodes=8,
       multiple=8,
       spare=1.0,
-      seed=(0, seed),
     )
+    prompts = rng.integers(prompt // 2, prompt + 1, batch)
+    groups = packing.deal_epochs(prompts + lengths, sizes, (0, seed))
+    layout = packing.lay_out(prompts, lengths, groups, sizes)
     shares.append(1 - packing.fill_fraction(layout))
   assert np.mean(shares) < 0.05, shares
+
+
+def sizes_of(longest, num_shards=1, **changes):
+  return packing.Sizes(
+    **{
+      'prompt_columns': longest // 2,
+      'response_columns': longest - longest // 2,
+      'num_minibatches': 2,
+      'num_microbatches': 1,
+      'num_epochs': 1,
+      'num_shards': num_shards,
+      'row_episodes': 8,
+      'multiple': 8,
+      'spare': 1.1,
+    }
+    | changes
+  )
 
 
 @pytest.mark.parametrize('spare', [1.1, 1.25])
@@ -176,102 +181,169 @@ def test_padding_of_ragged_work_is_below_a_twentieth(
 def test_shapes_are_a_short_ladder(
   longest, group_size, num_rows, multiple, spare
 ):
-  shapes = packing.ladder(longest, group_size, num_rows, multiple, spare)
-  lengths = sorted({length for length, _ in shapes})
-  assert list(shapes) == sorted(set(shapes))
+  sizes = sizes_of(
+    longest,
+    row_episodes=group_size // num_rows,
+    multiple=multiple,
+    spare=spare,
+  )
+  *shapes, alone = packing.ladder(sizes, group_size)
+  assert alone == packing.Shape(group_size, longest, sizes.response_columns)
+  assert {shape.num_rows for shape in shapes} == {num_rows}
+  pairs = [(shape.length, shape.num_responses) for shape in shapes]
+  lengths = sorted({length for length, _ in pairs})
+  assert pairs == sorted(set(pairs))
   # From half an episode to what saves a twentieth, by factors of `spare`.
   most = 0.95 * longest * group_size / num_rows
   assert most - multiple < lengths[-1] <= most
   assert lengths[0] <= longest / 2
   assert all(length % multiple == 0 for length in lengths)
   rungs = math.log(most / (longest / 2)) / math.log(spare)
-  assert len(lengths) <= rungs + 2 and len(shapes) <= 3 * len(lengths)
+  assert len(lengths) <= rungs + 2 and len(pairs) <= 3 * len(lengths)
   for short, long in zip(lengths, lengths[1:], strict=False):
     assert short < long <= spare * short + multiple
   # All of a row may be responses.
   for length in lengths:
-    widths = [width for other, width in shapes if other == length]
+    widths = [width for other, width in pairs if other == length]
     assert max(widths) == length and min(widths) < length / 2 + 8
+
+
+def test_rows_come_in_multiples_of_the_shards():
+  for num_shards in (1, 2, 4):
+    for shape in packing.ladder(sizes_of(64, num_shards), 16):
+      assert shape.num_rows % num_shards == 0
 
 
 def test_a_layout_takes_the_least_shape_that_holds_it():
   for seed in range(20):
     lengths = np.random.default_rng(seed).integers(1, R + 1, B)
-    layout = plan(sampled(seed, lengths))
+    layout = lay_out(sampled(seed, lengths))
     row_tokens = (layout.segments > 0).sum(1).max()
     row_responses = layout.response_mask.sum(1).max()
+    sizes = sizes_of(T, prompt_columns=P, response_columns=R, row_episodes=3)
+    *dense, _ = packing.ladder(sizes, B // 4)
     fitting = [
-      shape
-      for shape in packing.ladder(T, B // 4, 1, 8, 1.1)
-      if row_tokens <= shape[0] and row_responses <= shape[1]
+      (shape.length, shape.num_responses)
+      for shape in dense
+      if row_tokens <= shape.length and row_responses <= shape.num_responses
     ]
     shape = (layout.segments.shape[1], layout.where.shape[1])
     assert shape == min(fitting)
 
 
-def test_what_would_save_little_is_not_packed():
-  assert plan(sampled(lengths=np.full(B, R)), row_episodes=1) is None
-  full = np.full(B, P)
-  arguments = {'prompt_columns': P, 'response_columns': R, 'num_epochs': 1}
-  arguments |= {'num_minibatches': 2, 'num_microbatches': 1, 'num_shards': 1}
-  arguments |= {'row_episodes': 4, 'multiple': 8, 'spare': 1.1, 'seed': (0,)}
-  assert packing.plan(full, np.full(B, R), **arguments) is None
-  assert packing.plan(full, np.ones(B, int), **arguments) is not None
+def test_what_would_save_little_lies_alone():
+  full = lay_out(sampled(lengths=np.full(B, R)), row_episodes=1)
+  assert full.segments.shape[1] == T and full.where.shape[1] == R
+  assert full.segments.max() == 1
+  # Beside short prompts even responses of full length leave room.
+  assert lay_out(sampled(lengths=np.full(B, 1))).segments.max() > 1
+  assert lay_out(sampled(), row_episodes=0).segments.max() == 1
 
 
 def test_bad_batches_are_named():
   with pytest.raises(ValueError, match='6 groups do not divide 16'):
-    plan(sampled(), num_minibatches=3)
+    lay_out(sampled(), num_minibatches=3)
   rows = sampled()
   rows.mask[3] = rows.response_mask[3] = False
   with pytest.raises(ValueError, match='episode 3 has no tokens'):
-    plan(rows)
+    lay_out(rows)
 
 
-# --- Models on packed rows ----------------------------------------------------
+# --- Models on rows -----------------------------------------------------------
+
+
+def on_device(tree):
+  return jax.tree.map(jnp.asarray, tree)
 
 
 @jax.jit
-def packed_forward(policy, scalar, tokens, layout):
-  rows, targets = packing.pack_tokens(tokens, layout)
-  logprobs, entropies = artifacts.packed_logprobs_fn(
-    tiny.POLICY, tiny.TEMPERATURE, T
-  )(policy, rows, layout.segments, layout.where, targets)
-  scalars = artifacts.scalars_fn(tiny.SCALAR, T)(scalar, rows, layout.segments)
-  return logprobs, entropies, scalars
+def read(policy, scalar, rollout, layout):
+  """Log-probabilities, entropies and values [B, R], and scores [B]."""
+  rows = packing.first_epoch(packing.pack_episodes(rollout, layout), layout)
+  where = rows.tokens, rows.segments, rows.where
+  logprobs, entropies = artifacts.logprobs_fn(tiny.POLICY, tiny.TEMPERATURE, T)(
+    policy, *where
+  )
+  scalars = artifacts.scalars_fn(tiny.SCALAR, T)(scalar, *where[:2])
+  values = jnp.take_along_axis(scalars, rows.where, axis=1)
+  return {
+    name: packing.unpack_responses(x, layout, rollout.response_mask)
+    for name, x in (
+      ('logprobs', logprobs),
+      ('entropies', entropies),
+      ('values', values),
+    )
+  } | {'scores': scalars.reshape(-1)[layout.ends]}
 
 
-def test_models_say_the_same_of_packed_rows():
-  rows = on_device(sampled())
-  layout = plan(rows)
+@jax.jit
+def scalars_of(params, ids):
+  return tiny.SCALARS_FN(params, ids[None], jnp.ones((1, ids.size), int))[0]
+
+
+@jax.jit
+def logprobs_of(params, ids):
+  return tiny.LOGPROBS_FN(params, ids[None], jnp.ones((1, ids.size), int))[0][0]
+
+
+def one_by_one(policy, scalar, rollout):
+  """The same of every episode by itself, without padding or neighbours."""
+  found = {name: np.zeros((B, R)) for name in ('logprobs', 'values')}
+  found['scalars'] = []
+  for b in range(B):
+    ids = jnp.asarray(rollout.tokens[b][rollout.mask[b]])
+    size = int(rollout.response_mask[b].sum())
+    found['logprobs'][b, :size] = logprobs_of(policy, ids)[-size:]
+    scalars = scalars_of(scalar, ids)
+    found['values'][b, :size] = scalars[-size - 1 : -1]
+    found['scalars'].append(np.asarray(scalars))
+  scores = np.array([scalars[-1] for scalars in found['scalars']])
+  return found | {'scores': scores}
+
+
+def test_models_say_the_same_in_any_layout():
+  """Alone, dense, in other company: as of the episode by itself."""
+  rollout = sampled()
   policy, scalar = tiny.params('policy'), tiny.params('scalar')
-  padded = tiny.forward(
-    policy, scalar, rows.tokens, rows.mask.astype(jnp.int32)
-  )
-  logprobs, entropies, scalars = packed_forward(
-    policy, scalar, rows.tokens, layout
-  )
-  # Long enough that attention goes block by block.
+  expected = one_by_one(policy, scalar, rollout)
+  del expected['scalars']
+  found = []
+  for seed, changes in ((0, ALONE), (0, DENSE), (1, DENSE), (2, DENSE)):
+    layout = tiny.lay_out(rollout, seed=(seed,), **changes)
+    found.append(read(policy, scalar, on_device(rollout), on_device(layout)))
+    for name, values in expected.items():
+      np.testing.assert_allclose(
+        found[-1][name], values, rtol=1e-5, atol=3e-5, err_msg=name
+      )
+  # Attention went block by block in the dense ones.
   assert layout.segments.shape[1] > 1.5 * T
-  mask = rows.response_mask
-  for ours, theirs in (
-    (logprobs, padded['logprobs']),
-    (entropies, padded['entropies']),
-  ):
-    ours = packing.unpack_responses(
-      packing.first_epoch(ours, layout), layout, mask
-    )
-    np.testing.assert_allclose(
-      ours, np.where(mask, theirs, 0), rtol=1e-5, atol=2e-5
-    )
-  first = packing.first_epoch(scalars, layout)
-  ends = np.array([np.flatnonzero(row)[-1] for row in np.asarray(rows.mask)])
+  for other in found[1:]:
+    tiny.assert_trees_close(other, found[0], rtol=1e-5, atol=3e-5)
+  # As it is, the rollout is one more layout.
+  rows = packing.as_rows(on_device(rollout))
+  as_it_is = tiny.forward(policy, scalar, rows.tokens, rows.segments)
   np.testing.assert_allclose(
-    first.reshape(-1)[layout.ends],
-    np.take_along_axis(np.asarray(padded['scalars']), ends[:, None], 1)[:, 0],
+    np.where(rollout.response_mask, as_it_is['logprobs'], 0),
+    expected['logprobs'],
     rtol=1e-5,
-    atol=2e-5,
+    atol=3e-5,
   )
+
+
+def test_neighbours_do_not_matter():
+  """Other tokens in the same row change nothing at all."""
+  rollout = sampled()
+  layout = on_device(lay_out(rollout, num_epochs=1, num_microbatches=1))
+  policy, scalar = tiny.params('policy'), tiny.params('scalar')
+  before = read(policy, scalar, on_device(rollout), layout)
+  tokens = np.where(rollout.mask, (rollout.tokens + 3) % 30, rollout.tokens)
+  tokens[4] = rollout.tokens[4]
+  after = read(
+    policy, scalar, on_device(rollout.replace(tokens=tokens)), layout
+  )
+  for name, values in before.items():
+    np.testing.assert_array_equal(after[name][4], values[4], err_msg=name)
+    assert np.abs(after[name] - values).max() > 0.01, name
 
 
 # --- Scores and updates -------------------------------------------------------
@@ -280,6 +352,7 @@ def test_models_say_the_same_of_packed_rows():
 def build(scalar=tiny.SCALAR, **changes):
   config = config_file.ppo_stage(0, '')
   values = {
+    'reward_model': 'one',
     'prompt_length': P,
     'response_length': R,
     'batch_size': B,
@@ -296,8 +369,7 @@ def build(scalar=tiny.SCALAR, **changes):
   for name, value in values.items():
     config[name] = value
   ppo_ptx.validate(config)
-  tokenizer = type('Tokenizer', (), {'stop_ids': tiny.STOPS})
-  return config, ppo_ptx.build_programs(config, tiny.POLICY, scalar, tokenizer)
+  return config, ppo_ptx.build_programs(config, tiny.POLICY, scalar, tiny.STOPS)
 
 
 @pytest.fixture(scope='module')
@@ -305,122 +377,82 @@ def programs():
   return build()
 
 
-def on_device(tree):
-  return jax.tree.map(jnp.asarray, tree)
+def state_and_frozen():
+  """A value model, a reference and a reward model of their own each."""
+  state = tiny.ppo_state()
+  return state, {'reference': tiny.params('policy', 5)}
 
 
-def score(programs, rows, layout):
-  return programs['score'](
-    tiny.params('policy'),
-    tiny.params('policy', 5),
-    tiny.params('scalar', 2),
-    tiny.params('scalar', 1),
-    tiny.ppo_state().kl,
-    on_device(rows),
-    layout,
+def penalise(programs, rollout, layout):
+  """Batch and metrics of a rollout on the device."""
+  state, frozen = state_and_frozen()
+  rollout, layout = on_device(rollout), on_device(layout)
+  scores = programs['score'](tiny.params('scalar', 1), rollout, layout)
+  batch, _, metrics = programs['penalise'](
+    state, frozen, rollout, layout, scores
   )
+  return batch, metrics
 
 
-def test_scores_do_not_depend_on_packing(programs):
+FIELDS = ('old_logprobs', 'ref_logprobs', 'old_values', 'advantages', 'returns')
+
+
+def unpacked(batch, rollout, layout):
+  """The batch's fields [B, R]."""
+  return {
+    name: packing.unpack_responses(
+      packing.first_epoch(getattr(batch, name), layout),
+      on_device(layout),
+      jnp.asarray(rollout.response_mask),
+    )
+    for name in FIELDS
+  }
+
+
+def test_batches_do_not_depend_on_the_layout(programs):
   _, built = programs
-  rows = on_device(sampled())
-  padded, padded_metrics = score(built, rows, None)
-  layout = on_device(plan(rows, num_epochs=1))
-  packed, packed_metrics = score(built, rows, layout)
-  for name in ('old_logprobs', 'old_values', 'advantages', 'returns'):
-    back = packing.unpack_responses(
-      getattr(packed, name), layout, rows.response_mask
-    )
+  rollout = sampled()
+  alone_layout = lay_out(rollout, num_epochs=1, row_episodes=0)
+  alone, alone_metrics = penalise(built, rollout, alone_layout)
+  layout = lay_out(rollout, num_epochs=1)
+  dense, dense_metrics = penalise(built, rollout, layout)
+  expected = unpacked(alone, rollout, alone_layout)
+  for name, values in unpacked(dense, rollout, layout).items():
     np.testing.assert_allclose(
-      back, getattr(padded, name), rtol=1e-4, atol=1e-4, err_msg=name
+      values, expected[name], rtol=1e-4, atol=1e-4, err_msg=name
     )
-  extra = {'packing/fill', 'packing/row_length', 'packing/row_responses'}
-  assert set(packed_metrics) == set(padded_metrics) | extra
-  row = {name: total for name, (total, _) in packed_metrics.items()}
+  assert set(dense_metrics) == set(alone_metrics)
+  row = {name: total for name, (total, _) in dense_metrics.items()}
   assert row['packing/row_length'] == layout.segments.shape[1]
   assert row['packing/row_responses'] == layout.where.shape[1]
-  total, count = packed_metrics['packing/fill']
+  total, count = dense_metrics['packing/fill']
   assert total / count == pytest.approx(packing.fill_fraction(layout))
-  for name, (total, count) in padded_metrics.items():
-    if name.startswith('objective/sampler'):
+  for name, (total, count) in alone_metrics.items():
+    if name.startswith(('objective/sampler', 'packing/')):
       continue  # Of some rows, and not of the same ones.
     np.testing.assert_allclose(
-      packed_metrics[name][0], total, rtol=1e-4, atol=1e-4, err_msg=name
+      dense_metrics[name][0], total, rtol=1e-4, atol=1e-4, err_msg=name
     )
-    assert packed_metrics[name][1] == count
+    assert dense_metrics[name][1] == count
 
 
 def test_an_end_that_the_reward_model_skips_is_not_read(programs):
-  """Padded or packed: at the last token of another kind, as by hand."""
-  rows = on_device(sampled())
-  skipped = int(rows.tokens[0][rows.mask[0]][-1])  # What ends the first row.
-  _, built = build(tiny.SCALAR.clone(skipped_id=skipped))
-  layout = on_device(plan(rows, num_epochs=1))
-  expected = []
-  for tokens, mask in zip(
-    *jax.device_get((rows.tokens, rows.mask)), strict=True
-  ):
-    ids = tokens[mask]
-    scalars = artifacts.scalars_fn(tiny.SCALAR)(
-      tiny.params('scalar', 1), jnp.array([ids]), jnp.ones((1, len(ids)), bool)
-    )
-    expected.append(float(scalars[0, np.flatnonzero(ids != skipped)[-1]]))
-  responses = np.asarray(rows.response_mask).any(axis=1)
-  expected = np.array(expected)[responses].mean()
-  means = []
-  for each in (built, programs[1]):
-    for where in (None, layout):
-      _, metrics = score(each, rows, where)
-      total, count = metrics['objective/score']
-      means.append(total / count)
-  np.testing.assert_allclose(means[:2], expected, rtol=1e-4, atol=1e-4)
-  assert (np.abs(np.array(means[2:]) - expected) > 1e-2).all()
-
-
-def test_gradients_do_not_depend_on_packing(programs):
-  """One minibatch of eight episodes: losses, metrics and gradients."""
-  config, built = programs
-  method = ppo_ptx.ppo_config(config)
-  rows = on_device(sampled())
-  layout = plan(rows, num_epochs=1, num_microbatches=1)
-  padded, _ = score(built, rows, None)
-  packed, _ = score(built, rows, on_device(layout))
-  # Far from the old policy, so that ratios and clipping take part.
-  policy, value = tiny.params('policy', 7), tiny.params('scalar', 8)
-  for kind, params, padded_loss, packed_loss in (
-    (
-      'policy',
-      policy,
-      ppo.make_policy_loss(
-        artifacts.logprobs_fn(tiny.POLICY, tiny.TEMPERATURE), method
-      ),
-      ppo.make_packed_policy_loss(
-        artifacts.packed_logprobs_fn(tiny.POLICY, tiny.TEMPERATURE, T), method
-      ),
-    ),
-    (
-      'value',
-      value,
-      ppo.make_value_loss(artifacts.scalars_fn(tiny.SCALAR), method),
-      ppo.make_packed_value_loss(artifacts.scalars_fn(tiny.SCALAR, T), method),
-    ),
-  ):
-    for step in range(layout.num_steps):
-      episodes = np.unique(
-        layout.source[step :: layout.num_steps][
-          layout.segments[step :: layout.num_steps] > 0
-        ]
-        // T
-      )
-      assert len(episodes) == B // 2
-      theirs = gradients(padded_loss)(
-        params, jax.tree.map(lambda x, e=episodes: x[e], padded)
-      )
-      ours = gradients(packed_loss)(
-        params, jax.tree.map(lambda x, s=step: x[s :: layout.num_steps], packed)
-      )
-      tiny.assert_trees_close(ours, theirs, rtol=2e-3, atol=2e-4)
-      assert float(ours[1]) != 0, kind
+  """In any layout: at the last token of another kind, as by hand."""
+  rollout = sampled()
+  skipped = int(rollout.tokens[0][rollout.mask[0]][-1])  # Ends the first row.
+  _, skipping = build(tiny.SCALAR.clone(skipped_id=skipped))
+  params, expected = tiny.params('scalar', 1), []
+  found = one_by_one(tiny.params('policy'), params, rollout)
+  plain = found['scores']
+  for b, scalars in enumerate(found['scalars']):
+    ids = rollout.tokens[b][rollout.mask[b]]
+    expected.append(scalars[np.flatnonzero(ids != skipped)[-1]])
+  assert np.abs(plain - expected).max() > 0.1
+  for changes in (ALONE, DENSE):
+    layout = on_device(tiny.lay_out(rollout, **changes))
+    for built, scores in ((skipping, expected), (programs[1], plain)):
+      found = built['score'](params, on_device(rollout), layout)
+      np.testing.assert_allclose(found, scores, rtol=1e-4, atol=1e-4)
 
 
 @functools.cache
@@ -432,27 +464,109 @@ def gradients(loss_fn):
   )
 
 
-def table_logprobs(params, tokens, segments, where, targets):
+def test_gradients_do_not_depend_on_the_layout(programs):
+  """One minibatch of eight episodes: losses, metrics and gradients."""
+  config, built = programs
+  method = ppo_ptx.ppo_config(config)
+  rollout = sampled()
+  layouts = [
+    lay_out(rollout, num_epochs=1, num_microbatches=1, row_episodes=episodes)
+    for episodes in (0, 3)
+  ]
+  batches = [penalise(built, rollout, layout)[0] for layout in layouts]
+  # Far from the old policy, so that ratios and clipping take part.
+  for params, loss_fn in (
+    (
+      tiny.params('policy', 7),
+      ppo.make_policy_loss(
+        artifacts.logprobs_fn(tiny.POLICY, tiny.TEMPERATURE, T), method
+      ),
+    ),
+    (
+      tiny.params('scalar', 8),
+      ppo.make_value_loss(artifacts.scalars_fn(tiny.SCALAR, T), method),
+    ),
+  ):
+    for step in range(2):
+      alone, dense = (
+        gradients(loss_fn)(
+          params, jax.tree.map(lambda x, s=step: x[s::2], batch)
+        )
+        for batch in batches
+      )
+      assert (
+        batches[0].episodes.tokens.shape != batches[1].episodes.tokens.shape
+      )
+      tiny.assert_trees_close(dense, alone, rtol=2e-3, atol=2e-4)
+      assert float(alone[1]) != 0
+
+
+def test_three_iterations_reach_the_same_parameters():
+  """Alone and dense: the same minibatches, and so the same models, to the
+  rounding of float32. Every iteration trains on what the one before left."""
+  prompts = on_device(tiny.prompts())
+  states = []
+  for row_episodes in (0, 4):
+    state, frozen = state_and_frozen()
+    for iteration in range(3):
+      # The rollouts of one fixed policy: sampled tokens are no function that
+      # rounding leaves alone.
+      rollout = tiny.generate(
+        tiny.params('policy'), prompts, jax.random.key(iteration)
+      )
+      layout = tiny.lay_out(
+        rollout, seed=(0, iteration), row_episodes=row_episodes
+      )
+      assert (layout.segments.max() > 1) == bool(row_episodes)
+      scores = tiny.score(tiny.params('scalar', 1), rollout, on_device(layout))
+      batch, kl, _ = tiny.penalise(
+        state, frozen, rollout, on_device(layout), scores
+      )
+      text = on_device(tiny.text(iteration))
+      state, _ = tiny.train(
+        state, frozen, batch, text, kl, jax.random.key(iteration)
+      )
+    states.append(state)
+  alone, dense = states
+  assert int(alone.policy.step) == int(dense.policy.step) == 6
+  tiny.assert_trees_close(dense.policy.params, alone.policy.params, atol=5e-5)
+  tiny.assert_trees_close(dense.value.params, alone.value.params, atol=5e-5)
+  tiny.assert_trees_close(dense.kl, alone.kl, rtol=1e-5)
+  moved = jax.tree.map(
+    lambda a, b: float(jnp.abs(a - b).max()),
+    alone.policy.params,
+    tiny.params('policy'),
+  )
+  # But for the keys' bias, which a softmax does not see.
+  assert sorted(jax.tree.leaves(moved))[1] > 100 * 5e-5
+
+
+def table_logprobs(params, tokens, segments, where, dropout_key=None):
+  del segments, dropout_key
+  here, after = (
+    jnp.take_along_axis(tokens, x, axis=1) for x in (where, where + 1)
+  )
+  return token_logprobs(params['table'][here], after)
+
+
+def table_values(params, tokens, segments):
   del segments
-  rows = jnp.take_along_axis(tokens, where, axis=1)
-  return token_logprobs(params['table'][rows], targets)
+  return params['values'][tokens]
 
 
-def test_updates_are_those_of_the_same_minibatches_padded():
-  """Two epochs of two minibatches, one by one, on a table for a model."""
-  config = ppo.PPOConfig(
+def test_updates_are_those_of_the_minibatches_one_by_one():
+  """Two epochs of two minibatches of two microbatches, on a table."""
+  method = ppo.PPOConfig(
     ptx_coef=0.0, num_minibatches=2, num_epochs=2, num_microbatches=2
   )
-  one = dataclasses.replace(
-    config, num_minibatches=1, num_epochs=1, num_microbatches=1
-  )
+  one = ppo.PPOConfig(ptx_coef=0.0, num_minibatches=1)
   rng = np.random.default_rng(3)
-  rows = on_device(sampled())
-  normal = [jnp.asarray(rng.normal(size=(B, R)), jnp.float32) for _ in range(4)]
-  batch = PPOBatch(rows.tokens, rows.mask, rows.response_mask, *normal)
-  layout = plan(rows)
+  rollout = on_device(sampled())
+  fields = {
+    name: jnp.asarray(rng.normal(size=(B, R)), jnp.float32) for name in FIELDS
+  }
   sgd = optax.sgd(0.5)
-  state = ppo.PPOState(
+  state = ppo.RLState(
     policy=train_state.create(
       {'table': jnp.asarray(rng.normal(size=(30, 30)), jnp.float32)}, sgd
     ),
@@ -460,109 +574,109 @@ def test_updates_are_those_of_the_same_minibatches_padded():
       {'values': jnp.asarray(rng.normal(size=30), jnp.float32)}, sgd
     ),
     ema={'table': jnp.zeros((30, 30))},
-    kl=tiny.ppo_state().kl,
+    kl=rewards.KLState(coef=jnp.float32(0.1)),
   )
 
-  def values_fn(params, tokens, mask):
-    return params['values'][tokens]
-
-  def padded_logprobs(params, tokens, mask, num_response):
-    logits = params['table'][tokens[:, -num_response - 1 : -1]]
-    return token_logprobs(logits, tokens[:, -num_response:])
-
-  def make(policy_loss_fn, value_loss_fn, config):
+  def make(config):
     return jax.jit(
-      functools.partial(
-        ppo.ppo_update,
-        policy_loss_fn=policy_loss_fn,
-        value_loss_fn=value_loss_fn,
-        ptx_loss_fn=None,
-        policy_optimizer=sgd,
-        value_optimizer=sgd,
-        config=config,
+      ppo.make_train(
+        {
+          'policy': ppo.make_policy_loss(table_logprobs, config),
+          'value': ppo.make_value_loss(table_values, config),
+        },
+        {'policy': sgd, 'value': sgd},
+        config,
       )
     )
 
-  packed = make(
-    ppo.make_packed_policy_loss(table_logprobs, config),
-    ppo.make_packed_value_loss(values_fn, config),
-    config,
-  )
-  padded = make(
-    ppo.make_policy_loss(padded_logprobs, one),
-    ppo.make_value_loss(values_fn, one),
-    one,
-  )
+  def batch_of(rollout, fields, layout):
+    layout = on_device(layout)
+    return RLBatch(
+      packing.pack_episodes(rollout, layout),
+      **{n: packing.pack_responses(x, layout) for n, x in fields.items()},
+    )
+
   key = jax.random.key(0)
-  ours, metrics = packed(state, packing.pack_batch(batch, layout), None, key)
+  layout = lay_out(rollout)
+  ours, metrics = make(method)(
+    state, {}, batch_of(rollout, fields, layout), None, state.kl, key
+  )
   theirs, total = state, 0.0
+  train_one = make(one)
   for source, segments in zip(
     step_rows(layout.source, layout),
     step_rows(layout.segments, layout),
     strict=True,
   ):
     episodes = np.unique(source[segments > 0] // T)
-    minibatch = jax.tree.map(lambda x, e=episodes: x[e], batch)
-    theirs, step_metrics = padded(theirs, minibatch, None, key)
+    minibatch, some = jax.tree.map(
+      lambda x, e=episodes: x[e], (rollout, fields)
+    )
+    plain = tiny.lay_out(minibatch, num_minibatches=1)
+    theirs, step_metrics = train_one(
+      theirs, {}, batch_of(minibatch, some, plain), None, state.kl, key
+    )
     total += step_metrics['ppo/loss/policy'][0]
   assert int(ours.policy.step) == int(theirs.policy.step) == 4
   tiny.assert_trees_close(ours, theirs, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(metrics['ppo/loss/policy'][0], total, rtol=1e-4)
 
 
-def test_full_responses_are_left_as_they_are(programs):
+def test_the_config_says_whether_rows_are_dense(programs):
   config, built = programs
   mesh = tiny.one_device()
-  rows = on_device(sampled())
+  rollout = on_device(sampled())
+
+  def longest(config, rollout):
+    layout = ppo_ptx.lay_out(config, built, rollout, mesh, 0)
+    return int(layout.segments.max())
+
   with sharding.use_mesh(mesh):
-    assert ppo_ptx.plan_rows(config, built, rows, mesh, 0) is not None
-    config = config.copy_and_resolve_references()
-    config.pack = False
-    assert ppo_ptx.plan_rows(config, built, rows, mesh, 0) is None
-    config.pack = True
-    full = rows.replace(
+    assert longest(config, rollout) > 1
+    alone = config.copy_and_resolve_references()
+    alone.pack = False
+    assert longest(alone, rollout) == 1
+    full = rollout.replace(
       mask=jnp.ones((B, T), bool), response_mask=jnp.ones((B, R), bool)
     )
-    assert ppo_ptx.plan_rows(config, built, full, mesh, 0) is None
+    assert longest(config, full) == 1
 
 
-@pytest.mark.parametrize('pack', [False, True])
-def test_the_sampler_is_believed_as_far_as_it_agrees(pack, programs):
+@pytest.mark.parametrize('row_episodes', [0, 8])
+def test_the_sampler_is_believed_as_far_as_it_agrees(row_episodes, programs):
   _, built = programs
-  rows = on_device(sampled())
-  layout = on_device(plan(rows, num_epochs=1)) if pack else None
+  rollout = on_device(sampled())
+  layout = lay_out(rollout, num_epochs=1, row_episodes=row_episodes)
 
   def trusting(logprobs):
-    batch, metrics = score(built, rows.replace(logprobs=logprobs), layout)
-    return batch, {name: float(x[0]) for name, x in metrics.items()}
+    batch, metrics = penalise(built, rollout.replace(logprobs=logprobs), layout)
+    old = unpacked(batch, rollout, layout)['old_logprobs']
+    return np.asarray(old), {n: float(x[0]) for n, x in metrics.items()}
 
   # Noise in place of the sampler's: the training graph's are taken.
-  exact, metrics = trusting(rows.logprobs)
+  exact, metrics = trusting(rollout.logprobs)
   assert metrics['objective/sampler_trusted'] == 0
   assert metrics['objective/sampler_difference_max'] > 0.1
-  old, mask = exact.old_logprobs, np.asarray(exact.response_mask)
-  padded = old
-  if pack:
-    padded = packing.unpack_responses(old, layout, rows.response_mask)
-  batch, metrics = trusting(padded + 1e-4)
+  mask = np.asarray(rollout.response_mask)
+  old, metrics = trusting(jnp.asarray(exact) + 1e-4)
   assert metrics['objective/sampler_trusted'] == 1
   assert 5e-5 < metrics['objective/sampler_difference_max'] < 2e-4
-  np.testing.assert_allclose(
-    np.asarray(batch.old_logprobs - old)[mask], 1e-4, atol=2e-5
-  )
+  np.testing.assert_allclose((old - exact)[mask], 1e-4, atol=2e-5)
   # 0.01 nats off: too far; the difference is told.
-  batch, metrics = trusting(padded + 1e-2)
+  old, metrics = trusting(jnp.asarray(exact) + 1e-2)
   assert metrics['objective/sampler_trusted'] == 0
   assert 9e-3 < metrics['objective/sampler_difference_max'] < 1.1e-2
-  tiny.assert_trees_close(batch.old_logprobs, old, atol=2e-5)
+  np.testing.assert_allclose(old, exact, atol=2e-5)
 
 
 def test_without_a_tolerance_all_rows_say_how_far_the_sampler_is():
   _, built = build(sampler_tolerance=0.0)
-  rows = on_device(sampled())
-  batch, metrics = score(built, rows, None)
-  mask = np.asarray(rows.response_mask)
-  difference = np.abs(np.asarray(batch.old_logprobs - rows.logprobs))[mask]
+  rollout = on_device(sampled())
+  layout = lay_out(rollout, num_epochs=1)
+  batch, metrics = penalise(built, rollout, layout)
+  mask = np.asarray(rollout.response_mask)
+  old = unpacked(batch, rollout, layout)['old_logprobs']
+  difference = np.abs(np.asarray(old - rollout.logprobs))[mask]
   total, count = metrics['objective/sampler_difference']
   assert count == mask.sum()
   np.testing.assert_allclose(total / count, difference.mean(), rtol=1e-5)

@@ -13,10 +13,18 @@ import numpy as np
 import optax
 import pytest
 
-from instruct_jax import alarms, artifacts, masked, ppo, rewards, supervised
+from instruct_jax import (
+  alarms,
+  artifacts,
+  masked,
+  packing,
+  ppo,
+  rewards,
+  supervised,
+)
 from instruct_jax.infra import sharding, train_state
 from instruct_jax.models.heads import token_logprobs
-from instruct_jax.types import Rollout, TextBatch
+from instruct_jax.types import RLBatch, Rollout, TextBatch
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -27,21 +35,24 @@ PPO = ppo.PPOConfig(ptx_coef=0.0, num_minibatches=3)
 CLOSE = {'rtol': 1e-5, 'atol': 1e-5}
 
 
-def table_logprobs(params, tokens, mask, num_response):
-  logits = params['table'][tokens[:, -num_response - 1 : -1]]
-  return token_logprobs(logits, tokens[:, -num_response:])
+def table_logprobs(params, tokens, segments, where=None, dropout_key=None):
+  del segments, dropout_key
+  if where is None:
+    found = token_logprobs(params['table'][tokens[:, :-1]], tokens[:, 1:])
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (1, 0))), found)
+  columns = jnp.minimum(where + 1, tokens.shape[1] - 1)
+  here, after = (
+    jnp.take_along_axis(tokens, x, axis=1) for x in (where, columns)
+  )
+  return token_logprobs(params['table'][here], after)
 
 
-def table_values(params, tokens, mask):
+def table_values(params, tokens, segments):
+  del segments
   return params['values'][tokens]
 
 
-def table_text_logprobs(params, tokens, segments, key):
-  logprobs, _ = token_logprobs(params['table'][tokens[:, :-1]], tokens[:, 1:])
-  return jnp.pad(logprobs, ((0, 0), (1, 0)))
-
-
-PTX_LOSS = supervised.make_text_loss(table_text_logprobs)
+PTX_LOSS = supervised.make_text_loss(table_logprobs)
 
 
 def sgd(rate):
@@ -53,7 +64,7 @@ def make_state(rate=0.0, seed=0, optimizer=sgd):
   rng = np.random.default_rng(seed)
   policy = {'table': jnp.asarray(rng.normal(size=(V, V)), jnp.float32)}
   value = {'values': jnp.asarray(rng.normal(size=V), jnp.float32)}
-  return ppo.PPOState(
+  return ppo.RLState(
     policy=train_state.create(policy, optimizer(rate)),
     value=train_state.create(value, optimizer(rate)),
     ema=policy,
@@ -84,22 +95,40 @@ def make_rollout(seed=0) -> Rollout:
   )
 
 
-make_batch = jax.jit(ppo.make_ppo_batch, static_argnums=6)
+@functools.partial(jax.jit, static_argnums=6)
+def make_fields(sampled, scores, old, ref, values, kl_coef, config):
+  return ppo.penalised(
+    sampled,
+    scores,
+    old,
+    ref,
+    values,
+    kl_coef,
+    ppo.gae_advantages(config),
+    config,
+  )
+
+
+def read(params, sampled):
+  """What the tables say of a rollout as it is: [B, R]."""
+  rows = packing.as_rows(sampled)
+  logprobs, _ = table_logprobs(
+    params.get('policy'), rows.tokens, rows.segments, rows.where
+  )
+  values = table_values(params.get('value'), rows.tokens, rows.segments)
+  return logprobs, jnp.take_along_axis(values, rows.where, axis=1)
 
 
 def scored(config=PPO, state=None, scores=None):
-  """A batch whose old log-probabilities and values are the state's own."""
+  """Fields [B, R] of a batch whose old log-probabilities and values are the
+  state's own, and the metrics."""
   state = make_state() if state is None else state
   sampled = make_rollout()
-  old_logprobs, _ = table_logprobs(
-    state.policy.params, sampled.tokens, sampled.mask, R
-  )
-  values = ppo.response_values(
-    table_values(state.value.params, sampled.tokens, sampled.mask), R
-  )
+  params = {'policy': state.policy.params, 'value': state.value.params}
+  old_logprobs, values = read(params, sampled)
   if scores is None:
     scores = jnp.linspace(-1.0, 1.0, B)
-  return make_batch(
+  return make_fields(
     sampled,
     scores,
     old_logprobs,
@@ -107,6 +136,24 @@ def scored(config=PPO, state=None, scores=None):
     values,
     jnp.float32(0.1),
     config,
+  )
+
+
+def batch_of(config=PPO, fields=None, sampled=None, seed=0) -> RLBatch:
+  """Fields [B, R] in the rows of every step, an episode alone in its row."""
+  fields = scored(config)[0] if fields is None else fields
+  sampled = make_rollout() if sampled is None else sampled
+  layout = tiny.lay_out(
+    sampled,
+    seed=(seed,),
+    num_minibatches=config.num_minibatches,
+    num_microbatches=config.num_microbatches,
+    num_epochs=config.num_epochs,
+  )
+  layout = jax.tree.map(jnp.asarray, layout)
+  return RLBatch(
+    packing.pack_episodes(sampled, layout),
+    **{name: packing.pack_responses(x, layout) for name, x in fields.items()},
   )
 
 
@@ -125,7 +172,7 @@ def ptx_batch(rows=12) -> TextBatch:
 
 
 @functools.cache
-def make_update(
+def make_train(
   config=PPO,
   optimizer=None,
   policy_loss_fn=None,
@@ -133,18 +180,23 @@ def make_update(
   ptx_loss=None,
 ):
   optimizer = optimizer or sgd(0.0)
-  return jax.jit(
-    functools.partial(
-      ppo.ppo_update,
-      policy_loss_fn=policy_loss_fn
-      or ppo.make_policy_loss(table_logprobs, config),
-      value_loss_fn=value_loss_fn or ppo.make_value_loss(table_values, config),
-      ptx_loss_fn=ptx_loss or PTX_LOSS,
-      policy_optimizer=optimizer,
-      value_optimizer=optimizer,
-      config=config,
+  train = jax.jit(
+    ppo.make_train(
+      {
+        'policy': policy_loss_fn
+        or ppo.make_policy_loss(table_logprobs, config),
+        'value': value_loss_fn or ppo.make_value_loss(table_values, config),
+        'ptx': ptx_loss or PTX_LOSS,
+      },
+      {'policy': optimizer, 'value': optimizer},
+      config,
     )
   )
+
+  def run(state, batch, text, key):
+    return train(state, {}, batch, text, state.kl, key)
+
+  return run
 
 
 KEY = jax.random.key(3)
@@ -180,7 +232,7 @@ def test_batch_by_hand():
   config = ppo.PPOConfig(
     gae_lambda=1.0, whiten_advantages=False, missing_end_score=-1.0
   )
-  batch, metrics = make_batch(
+  batch, metrics = make_fields(
     sampled,
     jnp.array([0.7, 0.7, 0.7, 0.7]),
     old,
@@ -192,10 +244,10 @@ def test_batch_by_hand():
   # Row 1: no end, so -1 instead of 0.7, and -0.5 * 2 on the last token.
   # Row 2: -0.5 and +0.5 + 0.7; from the first token on: 0.7. Row 3: 0.7.
   expected = [[0, 0, 0], [-2, -2, -2], [0.7, 1.2, 0], [0.7, 0, 0]]
-  np.testing.assert_allclose(batch.returns, expected, rtol=1e-6, atol=1e-6)
-  np.testing.assert_array_equal(batch.advantages, batch.returns)
-  assert batch.returns.dtype == batch.advantages.dtype == jnp.float32
-  assert not np.asarray(batch.old_logprobs)[~np.asarray(response_mask)].any()
+  np.testing.assert_allclose(batch['returns'], expected, rtol=1e-6, atol=1e-6)
+  np.testing.assert_array_equal(batch['advantages'], batch['returns'])
+  assert batch['returns'].dtype == batch['advantages'].dtype == jnp.float32
+  assert not np.asarray(batch['old_logprobs'])[~np.asarray(response_mask)].any()
   # Over the three responses there are: 0.7 each as scored, KL 2, 0 and 0.
   np.testing.assert_allclose(ratio(metrics, 'objective/score'), 0.7, rtol=1e-6)
   np.testing.assert_allclose(ratio(metrics, 'objective/kl'), 2 / 3, rtol=1e-6)
@@ -212,8 +264,17 @@ def test_batch_by_hand():
 def test_a_value_is_the_one_before_its_token():
   # Columns 0 and 1 are the prompt, 2 to 4 the response. The first response
   # token is emitted after column 1, the last after column 3.
-  scalars = jnp.array([[10.0, 11, 12, 13, 14]])
-  assert ppo.response_values(scalars, 3).tolist() == [[11, 12, 13]]
+  sampled = Rollout(
+    tokens=jnp.array([[0, 1, 2, 3, 4]]),
+    mask=jnp.ones((1, 5), bool),
+    response_mask=jnp.ones((1, 3), bool),
+    logprobs=jnp.zeros((1, 3)),
+    ended=jnp.array([True]),
+  )
+  rows = packing.as_rows(sampled)
+  assert rows.where.tolist() == [[1, 2, 3]]
+  laid = tiny.lay_out(sampled, num_minibatches=1)
+  assert laid.where.tolist() == [[1, 2, 3]]
 
 
 def test_missing_end_score_is_an_option():
@@ -221,7 +282,9 @@ def test_missing_end_score_is_an_option():
     dataclasses.replace(PPO, missing_end_score=-5.0, whiten_advantages=False)
   )
   without, plain = scored(dataclasses.replace(PPO, whiten_advantages=False))
-  differs = np.any(np.asarray(with_score.returns != without.returns), axis=1)
+  differs = np.any(
+    np.asarray(with_score['returns'] != without['returns']), axis=1
+  )
   # Of the responses there are, those that did not end.
   sampled = make_rollout()
   open_ended = ~sampled.ended & jnp.any(sampled.response_mask, axis=1)
@@ -235,8 +298,8 @@ def test_scores_are_not_rounded_to_the_tokens_type():
     dataclasses.replace(PPO, whiten_advantages=False),
     scores=jnp.full(B, 0.7, jnp.bfloat16),
   )
-  assert batch.returns.dtype == jnp.float32
-  assert np.unique(np.round(np.asarray(batch.returns), 3)).size > 2
+  assert batch['returns'].dtype == jnp.float32
+  assert np.unique(np.round(np.asarray(batch['returns']), 3)).size > 2
 
 
 def test_kl_is_zero_before_the_first_update():
@@ -245,13 +308,10 @@ def test_kl_is_zero_before_the_first_update():
   state = tiny.ppo_state()
   policy = state.policy.params
   sampled = tiny.generate(policy, prompts, KEY)
-  _, metrics = tiny.score(
-    policy,
-    policy,
-    state.value.params,
-    tiny.params('scalar'),
-    state.kl,
-    sampled,
+  layout = tiny.lay_out(sampled)
+  scores = tiny.score(tiny.params('scalar'), sampled, layout)
+  _, _, metrics = tiny.penalise(
+    state, {'reference': policy}, sampled, layout, scores
   )
   assert metrics['objective/kl'][0] == metrics['objective/kl_k3'][0] == 0.0
   assert ratio(metrics, 'objective/score') == pytest.approx(
@@ -261,15 +321,15 @@ def test_kl_is_zero_before_the_first_update():
 
 def test_advantages_are_whitened_over_response_tokens():
   batch, _ = scored()
-  mask = np.asarray(batch.response_mask)
-  real = np.asarray(batch.advantages)[mask]
+  mask = np.asarray(make_rollout().response_mask)
+  real = np.asarray(batch['advantages'])[mask]
   np.testing.assert_allclose((real.mean(), real.std()), (0, 1), atol=1e-5)
   raw, _ = scored(dataclasses.replace(PPO, whiten_advantages=False))
   # The returns are made of the unwhitened ones.
-  np.testing.assert_array_equal(batch.returns, raw.returns)
+  np.testing.assert_array_equal(batch['returns'], raw['returns'])
   np.testing.assert_allclose(
-    np.asarray(raw.advantages + raw.old_values)[mask],
-    np.asarray(raw.returns)[mask],
+    np.asarray(raw['advantages'] + raw['old_values'])[mask],
+    np.asarray(raw['returns'])[mask],
     rtol=1e-6,
   )
 
@@ -280,7 +340,7 @@ def test_advantages_are_whitened_over_response_tokens():
 def test_learning_rate_zero_keeps_every_ratio_at_one():
   config = dataclasses.replace(PPO, num_epochs=2)
   state = make_state(0.0)
-  after, metrics = make_update(config)(state, scored()[0], None, KEY)
+  after, metrics = make_train(config)(state, batch_of(config), None, KEY)
   total, count = metrics['ppo/policy/ratio']
   assert total == count == 2 * int(make_rollout().response_mask.sum())
   assert metrics['ppo/policy/clipfrac'][0] == 0
@@ -292,7 +352,8 @@ def test_learning_rate_zero_keeps_every_ratio_at_one():
 
 def test_a_large_step_is_clipped_but_not_in_the_first_minibatch():
   config = dataclasses.replace(PPO, num_epochs=2)
-  _, metrics = make_update(config)(make_state(20.0), scored()[0], None, KEY)
+  # Not larger: values that jump over their returns are not clipped.
+  _, metrics = make_train(config)(make_state(5.0), batch_of(config), None, KEY)
   assert ratio(metrics, 'ppo/policy/clipfrac') > 0.1
   assert metrics['ppo/policy/approxkl'][0] > 0
   assert metrics['ppo/val/clipfrac'][0] > 0
@@ -302,7 +363,7 @@ def test_a_large_step_is_clipped_but_not_in_the_first_minibatch():
 
 
 def test_metrics_count_response_tokens_only():
-  _, metrics = make_update(PPO)(make_state(0.0), scored()[0], None, KEY)
+  _, metrics = make_train(PPO)(make_state(0.0), batch_of(), None, KEY)
   tokens = int(make_rollout().response_mask.sum())
   for name in ('ratio', 'clipfrac', 'approxkl', 'entropy'):
     assert metrics[f'ppo/policy/{name}'][1] == tokens
@@ -317,22 +378,21 @@ def test_metrics_count_response_tokens_only():
 def gradients():
   """Of the plain policy gradient, of the value error and of the text."""
   batch, state, text = scored()[0], make_state(), ptx_batch()
-  mask = batch.response_mask
+  sampled = make_rollout()
+  mask = sampled.response_mask
   count = jnp.sum(mask)
 
   def policy_gradient(params):
-    logprobs, _ = table_logprobs(params, batch.tokens, batch.mask, R)
-    return -jnp.sum(jnp.where(mask, batch.advantages * logprobs, 0)) / count
+    logprobs, _ = read({'policy': params, 'value': state.value.params}, sampled)
+    return -jnp.sum(jnp.where(mask, batch['advantages'] * logprobs, 0)) / count
 
   def value_error(params):
-    values = ppo.response_values(
-      table_values(params, batch.tokens, batch.mask), R
-    )
-    error = jnp.square(values - batch.returns)
+    _, values = read({'policy': state.policy.params, 'value': params}, sampled)
+    error = jnp.square(values - batch['returns'])
     return 0.5 * jnp.sum(jnp.where(mask, error, 0)) / count
 
   def text_loss(params):
-    summed, (count, _) = PTX_LOSS(params, text, None)
+    summed, (count, _) = PTX_LOSS(params, {}, text, None)
     return summed / count
 
   return {
@@ -349,7 +409,7 @@ def test_first_gradient_is_the_plain_policy_gradient(gradients):
   """Before any update the ratio is 1, so clipping does nothing: PPO is
   sum A grad log pi, and the value loss a square."""
   state = make_state(1.0)
-  after, _ = make_update(ONE)(state, scored()[0], None, KEY)
+  after, _ = make_train(ONE)(state, batch_of(ONE), None, KEY)
   for name, before, now in (
     ('policy', state.policy.params, after.policy.params),
     ('value', state.value.params, after.value.params),
@@ -362,7 +422,7 @@ def test_first_gradient_is_the_plain_policy_gradient(gradients):
 def test_ptx_gradients_are_added_before_the_step(gradients):
   config = dataclasses.replace(ONE, ptx_coef=1.5)
   state = make_state(1.0)
-  after, metrics = make_update(config)(state, scored()[0], ptx_batch(), KEY)
+  after, metrics = make_train(config)(state, batch_of(config), ptx_batch(), KEY)
   combined = jax.tree.map(
     lambda g, p: g + 1.5 * p, gradients['policy'], gradients['ptx']
   )
@@ -384,8 +444,8 @@ def test_ptx_is_one_step_of_adam_and_not_two(gradients):
   config = dataclasses.replace(ONE, ptx_coef=1.5)
   optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.1))
   state = make_state(optimizer=lambda rate: optimizer)
-  after, _ = make_update(config, optimizer)(
-    state, scored()[0], ptx_batch(), KEY
+  after, _ = make_train(config, optimizer)(
+    state, batch_of(config), ptx_batch(), KEY
   )
   combined = jax.tree.map(
     lambda g, p: g + 1.5 * p, gradients['policy'], gradients['ptx']
@@ -406,16 +466,16 @@ def test_ptx_coefficient_zero_is_ppo_bit_for_bit():
   """The pretraining part takes no key and no order away from PPO: a run whose
   pretraining gradients vanish, and one that has none, are one run."""
 
-  def nothing(params, batch, key):
+  def nothing(params, frozen, batch, key):
     zero = jnp.sum(params['table'] * 0.0)
     return zero, (jnp.float32(1.0), {'nll': (zero, jnp.float32(1.0))})
 
-  state, batch = make_state(0.5), scored()[0]
-  plain, plain_metrics = make_update(PPO)(state, batch, None, KEY)
-  given, _ = make_update(PPO)(state, batch, ptx_batch(), KEY)
+  state, batch = make_state(0.5), batch_of()
+  plain, plain_metrics = make_train(PPO)(state, batch, None, KEY)
+  given, _ = make_train(PPO)(state, batch, ptx_batch(), KEY)
   tiny.assert_trees_equal(given, plain)
   with_ptx = dataclasses.replace(PPO, ptx_coef=1.0)
-  zero, zero_metrics = make_update(with_ptx, ptx_loss=nothing)(
+  zero, zero_metrics = make_train(with_ptx, ptx_loss=nothing)(
     state, batch, ptx_batch(), KEY
   )
   tiny.assert_trees_equal(zero, plain)
@@ -429,12 +489,35 @@ def test_ptx_coefficient_zero_is_ppo_bit_for_bit():
 def test_microbatches_change_nothing():
   """Rows of a minibatch have different lengths: averages of averages would
   show."""
-  state, batch = make_state(0.5), scored()[0]
+  state = make_state(0.5)
   config = dataclasses.replace(PPO, ptx_coef=1.5)
-  whole, whole_metrics = make_update(config)(state, batch, ptx_batch(), KEY)
-  halves, metrics = make_update(
-    dataclasses.replace(config, num_microbatches=2)
-  )(state, batch, ptx_batch(), KEY)
+  whole, whole_metrics = make_train(config)(
+    state, batch_of(config), ptx_batch(), KEY
+  )
+  halved = dataclasses.replace(config, num_microbatches=2)
+  # The same minibatches, each in two groups.
+  sampled = make_rollout()
+  prompts, responses = tiny.lengths_of(sampled)
+  groups = packing.deal(prompts + responses, 3, np.random.default_rng([0, 0]))
+  layouts = [
+    tiny.lay_out(
+      sampled,
+      groups.reshape(3 * num, -1),
+      num_minibatches=3,
+      num_microbatches=num,
+    )
+    for num in (1, 2)
+  ]
+  fields = scored()[0]
+  batches = [
+    RLBatch(
+      packing.pack_episodes(sampled, layout),
+      **{name: packing.pack_responses(x, layout) for name, x in fields.items()},
+    )
+    for layout in jax.tree.map(jnp.asarray, layouts)
+  ]
+  tiny.assert_trees_equal(batches[0], batch_of(config))
+  halves, metrics = make_train(halved)(state, batches[1], ptx_batch(), KEY)
   tiny.assert_trees_close(halves, whole, **CLOSE)
   tiny.assert_trees_close(metrics, whole_metrics, rtol=1e-4, atol=1e-4)
 
@@ -450,19 +533,19 @@ def test_a_mesh_changes_nothing():
     state.policy.params, jax.tree.map(jnp.asarray, tiny.prompts()), KEY
   )
 
-  def iterate(state, sampled, text):
-    batch, metrics = tiny.score(
-      state.policy.params,
-      state.ema,
-      state.value.params,
-      tiny.params('scalar'),
-      state.kl,
-      sampled,
+  layout = tiny.lay_out(sampled)
+
+  def iterate(state, sampled, layout, text):
+    scores = tiny.score(tiny.params('scalar'), sampled, layout)
+    batch, kl, metrics = tiny.penalise(
+      state, {'reference': state.ema}, sampled, layout, scores
     )
-    state, more = tiny.update(state, batch, text, KEY)
+    state, more = tiny.train(state, {}, batch, text, kl, KEY)
     return batch, state, {**metrics, **more}
 
-  alone = iterate(state, sampled, jax.tree.map(jnp.asarray, tiny.text()))
+  alone = iterate(
+    state, sampled, layout, jax.tree.map(jnp.asarray, tiny.text())
+  )
   mesh = sharding.make_mesh((2, 2, 2))
 
   def put(params, kind):
@@ -480,6 +563,7 @@ def test_a_mesh_changes_nothing():
     spread = iterate(
       cut,
       sharding.put_batch(jax.device_get(sampled), mesh),
+      sharding.put_batch(layout, mesh),
       sharding.put_batch(tiny.text(), mesh),
     )
   tiny.assert_trees_close(spread[0], alone[0], **CLOSE)
@@ -514,31 +598,32 @@ def test_each_inner_epoch_takes_every_row_once_in_an_order_of_its_own():
   config = dataclasses.replace(PPO, num_epochs=3, num_minibatches=4)
   num_steps = 12
 
-  def mark(params, batch, key):
+  def mark(params, frozen, batch, key):
     line = jnp.round(params['step']).astype(jnp.int32)
-    rows = batch.tokens[:, 0]
+    # The episode's number stands in its first column.
+    rows = batch.episodes.tokens[:, 0]
     loss = -params['step'] - jnp.sum(params['seen'][line][rows])
     one = (jnp.float32(1.0), jnp.float32(1.0))
-    metrics = {'ppo/policy/ratio': one, 'ppo/policy/clipfrac': one}
-    return loss, (jnp.float32(1.0), metrics)
+    return loss, (jnp.float32(1.0), {'ppo/policy/ratio': one})
 
-  batch = scored()[0]
-  numbered = batch.tokens.at[:, 0].set(jnp.arange(B))
+  sampled = make_rollout()
+  sampled = sampled.replace(
+    tokens=sampled.tokens.at[:, 0].set(jnp.arange(B)),
+  )
   # The value table has to read the row numbers, too.
   value = {'values': jnp.zeros(B)}
   policy = {'seen': jnp.zeros((num_steps, B)), 'step': jnp.zeros(())}
-  state = ppo.PPOState(
+  state = ppo.RLState(
     policy=train_state.create(policy, sgd(1.0)),
     value=train_state.create(value, sgd(0.0)),
     ema=policy,
     kl=rewards.KLState(coef=jnp.float32(0.1)),
   )
-  update = make_update(config, policy_loss_fn=mark)
+  train = make_train(config, policy_loss_fn=mark)
   orders = []
   for seed in (0, 0, 1):
-    after, _ = update(
-      state, batch.replace(tokens=numbered), None, jax.random.key(seed)
-    )
+    batch = batch_of(config, sampled=sampled, seed=seed)
+    after, _ = train(state, batch, None, KEY)
     seen = np.asarray(after.policy.params['seen'])
     assert after.policy.params['step'] == num_steps
     # A minibatch has 3 of the 12 rows; an epoch's 4 have each row once.
@@ -565,7 +650,7 @@ def test_moving_average_by_hand(ema_every, expected):
   every iteration:  0.9 * 1 + 0.1 * 0.8 = 0.98
   """
 
-  def slope(params, batch, key):
+  def slope(params, frozen, batch, key):
     one = jnp.float32(1.0)
     metrics = {
       'ppo/policy/ratio': (one, one),
@@ -580,8 +665,8 @@ def test_moving_average_by_hand(ema_every, expected):
   state = make_state(0.1).replace(
     policy=train_state.create(policy, sgd(0.1)), ema=policy
   )
-  after, _ = make_update(config, policy_loss_fn=slope)(
-    state, scored()[0], None, KEY
+  after, _ = make_train(config, policy_loss_fn=slope)(
+    state, batch_of(config), None, KEY
   )
   np.testing.assert_allclose(after.policy.params['weight'], 0.8, rtol=1e-6)
   np.testing.assert_allclose(after.ema['weight'], expected, rtol=1e-6)
@@ -597,8 +682,8 @@ def test_a_score_that_is_not_finite_skips_the_updates_it_reaches():
   state = make_state(0.5)
   # Whitened over the whole batch, it reaches every minibatch of the policy;
   # the value model misses only the minibatch that has it.
-  batch, _ = scored(scores=bad)
-  after, metrics = make_update(PPO)(state, batch, None, KEY)
+  batch = batch_of(fields=scored(scores=bad)[0])
+  after, metrics = make_train(PPO)(state, batch, None, KEY)
   tiny.assert_trees_equal(after.policy.params, state.policy.params)
   assert after.policy.num_skipped == after.policy.num_consecutive_skipped == 3
   assert metrics['policy/optimizer/skipped'] == (3.0, 3.0)
@@ -608,7 +693,7 @@ def test_a_score_that_is_not_finite_skips_the_updates_it_reaches():
   tiny.assert_trees_close(after.ema, state.ema, rtol=1e-6)
   # Not whitened, it skips one update of either; the others are made.
   raw, _ = scored(dataclasses.replace(PPO, whiten_advantages=False), scores=bad)
-  after, _ = make_update(PPO)(state, raw, None, KEY)
+  after, _ = make_train(PPO)(state, batch_of(fields=raw), None, KEY)
   assert (after.policy.num_skipped, after.value.num_skipped) == (1, 1)
   assert after.policy.step == 3
   params = np.asarray(after.policy.params['table'])
@@ -619,24 +704,34 @@ def test_a_score_that_is_not_finite_skips_the_updates_it_reaches():
 def test_what_stands_in_padding_reaches_no_weight():
   """Garbage where the mask is False: in tokens, values and log-probabilities
   of the models, NaN included."""
-  state, batch = make_state(0.5), scored()[0]
-  clean, clean_metrics = make_update(PPO)(state, batch, None, KEY)
+  state, batch = make_state(0.5), batch_of()
+  clean, clean_metrics = make_train(PPO)(state, batch, None, KEY)
 
-  def dirty_logprobs(params, tokens, mask, num_response):
-    logprobs, entropies = table_logprobs(params, tokens, mask, num_response)
-    real = mask[:, -num_response:]
+  mask = batch.episodes.response_mask
+  minibatches = jnp.swapaxes(mask.reshape(-1, 3, R), 0, 1)
+
+  def real_of(where):
+    """The mask of the minibatch that has these rows."""
+    found = [
+      (where == w).all()
+      for w in jnp.swapaxes(batch.episodes.where.reshape(-1, 3, R), 0, 1)
+    ]
+    return jnp.select(found, list(minibatches))
+
+  def dirty_logprobs(params, tokens, segments, where=None, dropout_key=None):
+    logprobs, entropies = table_logprobs(params, tokens, segments, where)
     # Added, so that a gradient that reaches the padding reaches the table.
     return (
-      logprobs + jnp.where(real, 0.0, jnp.nan),
-      entropies + jnp.where(real, 0.0, jnp.inf),
+      logprobs + jnp.where(real_of(where), 0.0, jnp.nan),
+      entropies + jnp.where(real_of(where), 0.0, jnp.inf),
     )
 
-  def dirty_values(params, tokens, mask):
-    before_real = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
-    values = table_values(params, tokens, mask)
+  def dirty_values(params, tokens, segments):
+    before_real = jnp.pad(segments[:, 1:] > 0, ((0, 0), (0, 1)))
+    values = table_values(params, tokens, segments)
     return values + jnp.where(before_real, 0.0, jnp.nan)
 
-  dirty, metrics = make_update(
+  dirty, metrics = make_train(
     PPO,
     policy_loss_fn=ppo.make_policy_loss(dirty_logprobs, PPO),
     value_loss_fn=ppo.make_value_loss(dirty_values, PPO),
@@ -648,22 +743,65 @@ def test_what_stands_in_padding_reaches_no_weight():
 # --- Errors -------------------------------------------------------------------
 
 
-def abstractly(config, text=None):
+def abstractly(config, text=None, batch=None):
   return jax.eval_shape(
-    make_update(config), make_state(), scored()[0], text, KEY
+    make_train(config),
+    make_state(),
+    batch_of(config) if batch is None else batch,
+    text,
+    KEY,
   )
 
 
 def test_sizes_that_do_not_divide():
-  with pytest.raises(ValueError, match='5 minibatches do not divide a batch'):
-    abstractly(dataclasses.replace(PPO, num_minibatches=5))
+  fives = dataclasses.replace(PPO, num_minibatches=5)
+  with pytest.raises(ValueError, match='12 rows of episodes .* into 5 steps'):
+    abstractly(fives, batch=batch_of())
   with pytest.raises(ValueError, match='3 microbatches do not .* batch of 4'):
-    abstractly(dataclasses.replace(PPO, num_microbatches=3))
+    abstractly(dataclasses.replace(PPO, num_microbatches=3), batch=batch_of())
   with_ptx = dataclasses.replace(PPO, ptx_coef=1.0)
   with pytest.raises(ValueError, match='10 pretraining rows .* 3 minibatches'):
     abstractly(with_ptx, ptx_batch(10))
   with pytest.raises(ValueError, match='needs pretraining rows'):
     abstractly(with_ptx)
+  with pytest.raises(ValueError, match=r"no loss is given for \['ptx'\]"):
+    ppo.make_train(
+      {'policy': ppo.make_policy_loss(table_logprobs, PPO)}, {}, with_ptx
+    )
+
+
+def test_without_a_value_model_there_is_none():
+  """No values in the batch, no value in the state, no value loss."""
+  sampled, config = make_rollout(), PPO
+  state = make_state(0.5).replace(value=None)
+
+  def advantage_fn(token_rewards, mask, values):
+    assert values is None
+    total = jnp.sum(token_rewards, axis=1, keepdims=True)
+    return jnp.where(mask, total, 0.0), None
+
+  penalise = ppo.make_penalise(table_logprobs, None, advantage_fn, config)
+  train = ppo.make_train(
+    {'policy': ppo.make_policy_loss(table_logprobs, config)},
+    {'policy': sgd(0.0)},
+    config,
+  )
+
+  @jax.jit
+  def iterate(state, sampled, layout):
+    frozen = {'reference': state.policy.params}
+    scores = jnp.linspace(-1.0, 1.0, B)
+    batch, kl, metrics = penalise(state, frozen, sampled, layout, scores)
+    assert batch.old_values is None and batch.returns is None
+    state, more = train(state, {}, batch, None, kl, KEY)
+    return state, {**metrics, **more}
+
+  layout = tiny.lay_out(sampled, num_minibatches=3)
+  after, metrics = iterate(state, sampled, layout)
+  assert after.value is None
+  assert not [name for name in metrics if 'val' in name]
+  assert ratio(metrics, 'ppo/advantage') != 0
+  assert (after.policy.params['table'] != state.policy.params['table']).any()
 
 
 @pytest.mark.parametrize(
@@ -697,8 +835,12 @@ def test_the_first_minibatch_tells_a_fault_from_rounding(dtype):
   sampled = tiny.generate(
     policy, jax.tree.map(jnp.asarray, tiny.prompts()), jax.random.key(0)
   )
-  tokens, mask = sampled.tokens, sampled.mask
-  old, _ = logprobs_fn(policy, tokens, mask, tiny.R)
+  rows = packing.as_rows(sampled)
+
+  def read(fn, rows):
+    return fn(policy, rows.tokens, rows.segments, rows.where)[0]
+
+  old = read(logprobs_fn, rows)
 
   def alarm(new):
     ratios = jnp.exp(new - old)
@@ -712,11 +854,11 @@ def test_the_first_minibatch_tells_a_fault_from_rounding(dtype):
     return set(alarms.find([row], compute_dtype=dtype))
 
   halves = [
-    logprobs_fn(policy, tokens[i : i + 2], mask[i : i + 2], tiny.R)[0]
-    for i in range(0, len(tokens), 2)
+    read(logprobs_fn, jax.tree.map(lambda x, i=i: x[i : i + 2], rows))
+    for i in range(0, len(rows.tokens), 2)
   ]
   assert alarm(jnp.concatenate(halves)) == set()
-  assert alarm(hotter(policy, tokens, mask, tiny.R)[0]) == {'ratio'}
+  assert alarm(read(hotter, rows)) == {'ratio'}
   # Padding taken for text moves every position.
-  all_real = jnp.ones_like(mask)
-  assert alarm(logprobs_fn(policy, tokens, all_real, tiny.R)[0]) == {'ratio'}
+  all_real = rows.replace(segments=jnp.ones_like(rows.segments))
+  assert alarm(read(logprobs_fn, all_real)) == {'ratio'}

@@ -111,6 +111,7 @@ def test_every_model_is_judged_on_the_same_prompts(finished):
   result = read(workdir)
   assert result['prompts'] == {
     'in the file': 13,
+    'asked': 13,
     'answered by every model': 10,
   }
   assert result['models']['one']['prompts without'] == 1

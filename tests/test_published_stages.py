@@ -13,7 +13,15 @@ import transformers
 from etils import epath
 
 from configs import ppo_ptx, reward, sft
-from instruct_jax import alarms, artifacts, export, main, queries, rollout
+from instruct_jax import (
+  alarms,
+  artifacts,
+  export,
+  main,
+  packing,
+  queries,
+  rollout,
+)
 from instruct_jax.data import convert, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import checkpoint, sharding
@@ -284,11 +292,10 @@ def test_tolerances_on_a_published_model(dtype, models_root):
     PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(4)),
     jax.random.key(0),
   )
-  graph, _ = jax.jit(
-    lambda params, tokens, mask: artifacts.logprobs_fn(model.module)(
-      params, tokens, mask, 16
-    )
-  )(model.params, sampled.tokens, sampled.mask)
+  rows = packing.as_rows(sampled)
+  graph, _ = jax.jit(artifacts.logprobs_fn(model.module))(
+    model.params, rows.tokens, rows.segments, rows.where
+  )
   real = np.asarray(sampled.response_mask)
   difference = np.asarray(sampled.logprobs - graph)[real]
   assert np.abs(difference).mean() <= alarms.SAMPLER_TOLERANCE[dtype] / 3

@@ -1,7 +1,9 @@
 """The HH pipeline: its data, and the table beside the baselines."""
 
 import dataclasses
+import itertools
 import json
+import unicodedata
 
 import jax
 import pytest
@@ -104,3 +106,47 @@ def test_missing_folders_are_named(tmp_path):
   (tmp_path / 'hh_helpful').mkdir()
   with pytest.raises(ValueError, match='hh_helpful has no .jsonl or'):
     hh_data.run(config, epath.Path(tmp_path / 'out'))
+
+
+def test_dialogues_that_begin_alike_are_in_one_split(tmp_path):
+  """One set asks, the other asks on; and accents are spelt in two ways."""
+  root = tmp_path / 'root'
+  for name, form, more in (
+    ('hh_helpful', 'NFC', ''),
+    ('hh_harmless', 'NFD', 'What?\n\nHuman: Tell me\n\nAssistant: '),
+  ):
+    (root / name).mkdir(parents=True)
+    lines = []
+    for i in range(80):
+      asked = unicodedata.normalize(form, f'\n\nHuman: Café {i}?')
+      asked = f'{asked}\n\nAssistant: {more}'
+      lines.append(
+        json.dumps({'chosen': f'{asked}yes {i}', 'rejected': f'{asked}no {i}'})
+      )
+    (root / name / 'train.jsonl').write_text('\n'.join(lines))
+  config = reward.get_config('hh').stages.data
+  config.root = str(root)
+  config.vocab_size = 300
+  config.valid_fraction = 0.3
+  folder = epath.Path(tmp_path / 'run')
+  hh_data.run(config, folder)
+  splits = {}
+  for name, kind, split in itertools.product(
+    config.sets, ('comparisons', 'demonstrations'), ('train', 'valid')
+  ):
+    types = {'c': records.Comparison, 'd': records.Demonstration}
+    path = folder / name / f'{kind}_{split}.jsonl'
+    for row in records.read_jsonl(path, types[kind[0]]):
+      splits.setdefault(records.opening(row), set()).add(split)
+  assert len(splits) == 80
+  assert all(len(found) == 1 for found in splits.values())
+  documents = {
+    split: records.read_jsonl(
+      folder / f'documents_{split}.jsonl', records.Document
+    )
+    for split in ('train', 'valid')
+  }
+  for split, rows in documents.items():
+    for row in rows:
+      opening = records.dialogue_turns(row.text)[0].content
+      assert splits[records.comparable(opening)] == {split}

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax import artifacts, rollout, sampling
-from instruct_jax.infra import sharding
+from instruct_jax import artifacts, packing, rollout, sampling
+from instruct_jax.infra import sharding, slices
 from instruct_jax.types import Decoder, PromptBatch, Rollout
 from tests import simple_rollout, tiny
 from tests.tiny import B, P, R
@@ -168,7 +168,10 @@ def test_sampler_and_training_graph_agree_in_bfloat16():
       num_response=R,
       stop_ids=tiny.STOPS,
     )
-    logprobs, _ = artifacts.logprobs_fn(module)(params, out.tokens, out.mask, R)
+    rows = packing.as_rows(out)
+    logprobs, _ = artifacts.logprobs_fn(module)(
+      params, rows.tokens, rows.segments, rows.where
+    )
     return out, logprobs
 
   prompts = jax.tree.map(jnp.asarray, tiny.prompts())
@@ -541,19 +544,19 @@ def test_in_batches_fills_up_and_restores_the_order():
     shapes.append(batch['x'].shape)
     return {'x': jnp.asarray(2 * batch['x']), 'y': jnp.asarray(batch['y'])}
 
-  out = rollout.in_batches(double, rows, 3, told.append)
+  out = slices.in_batches(double, rows, 3, told.append)
   np.testing.assert_array_equal(out['x'], 2 * rows['x'])
   np.testing.assert_array_equal(out['y'], rows['y'])
   assert (shapes, told) == ([(3,)] * 3, [3, 3, 1])
   # More slots than rows.
-  out = rollout.in_batches(double, rows, 16)
+  out = slices.in_batches(double, rows, 16)
   np.testing.assert_array_equal(out['x'], 2 * rows['x'])
   assert shapes[-1] == (16,)
 
 
 def test_in_batches_without_rows():
   with pytest.raises(ValueError, match='no rows'):
-    rollout.in_batches(lambda x: x, np.zeros((0, 3)), 4)
+    slices.in_batches(lambda x: x, np.zeros((0, 3)), 4)
 
 
 # --- Slices -------------------------------------------------------------------
@@ -567,7 +570,7 @@ def test_slices_keep_the_order_of_rows():
     seen.append(x.shape)
     return {'twice': 2 * x, 'first': x[:, 0]}
 
-  result = rollout.in_slices(double, jnp.asarray(rows), 3)
+  result = slices.in_slices(double, jnp.asarray(rows), 3)
   np.testing.assert_array_equal(result['twice'], 2 * rows)
   np.testing.assert_array_equal(result['first'], rows[:, 0])
   # Only ever two rows at a time.

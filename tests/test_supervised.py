@@ -23,12 +23,12 @@ KEY = jax.random.key(0)
 OPTIMIZER = optax.adam(0.1)
 
 
-def table_text_logprobs(params, tokens, segments, key):
-  logprobs, _ = token_logprobs(params['table'][tokens[:, :-1]], tokens[:, 1:])
-  return jnp.pad(logprobs, ((0, 0), (1, 0)))
+def table_logprobs(params, tokens, segments, where=None, dropout_key=None):
+  found = token_logprobs(params['table'][tokens[:, :-1]], tokens[:, 1:])
+  return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (1, 0))), found)
 
 
-LOSS = supervised.make_text_loss(table_text_logprobs)
+LOSS = supervised.make_text_loss(table_logprobs)
 
 
 def make_state(seed=0):
@@ -73,7 +73,7 @@ def test_loss_by_hand():
     loss_mask=jnp.array([[False, True, True], [False, True, False]]),
     segments=jnp.array([[1, 1, 1], [1, 1, 0]]),
   )
-  summed, (count, metrics) = LOSS({'table': jnp.zeros((V, V))}, batch, KEY)
+  summed, (count, metrics) = LOSS({'table': jnp.zeros((V, V))}, {}, batch, KEY)
   np.testing.assert_allclose(summed, 3 * 2.0794415, rtol=1e-6)
   assert count == 3.0
   assert metrics['nll'] == (summed, count)
@@ -91,12 +91,12 @@ def test_packed_rows_have_the_loss_of_rows_of_their_own():
   demonstrations = [
     records.Demonstration(text(1, 5), text(1, 6)) for _ in range(tiny.B)
   ]
-  loss_fn = supervised.make_text_loss(artifacts.text_logprobs_fn(tiny.POLICY))
+  loss_fn = supervised.make_text_loss(artifacts.logprobs_fn(tiny.POLICY))
 
   @jax.jit
   def loss_and_gradient(params, batch):
     def mean(params):
-      summed, (count, _) = loss_fn(params, batch, KEY)
+      summed, (count, _) = loss_fn(params, {}, batch, KEY)
       return summed / count, count
 
     return jax.value_and_grad(mean, has_aux=True)(params)
@@ -106,7 +106,7 @@ def test_packed_rows_have_the_loss_of_rows_of_their_own():
     rows, dropped = loader.demonstration_rows(
       demonstrations, words, tiny.T, loss_on='response', pack=pack
     )
-    assert not dropped
+    assert not dropped.total
     assert (rows.segments.max() > 1) == pack
     assert (loader.num_rows(rows) < tiny.B) == pack
     found.append(loss_and_gradient(tiny.params('policy'), rows))
@@ -137,7 +137,7 @@ def test_reward_microbatches_keep_the_weight_of_a_prompt(rng):
   """Prompts with many pairs, few and none, in halves that hold unequal numbers
   of them: each prompt that has a pair weighs the same."""
 
-  def loss_fn(params, batch, key):
+  def loss_fn(params, frozen, batch, key):
     scores, ranks = params['scores'][batch['rows']], batch['ranks']
     loss, pairs, _ = losses.ranking_loss(scores, ranks)
     counted = pairs > 0

@@ -11,8 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from instruct_jax import artifacts, ppo, rewards, rollout, supervised
+from instruct_jax import (
+  artifacts,
+  packing,
+  ppo,
+  rewards,
+  rollout,
+  score_fns,
+  supervised,
+)
 from instruct_jax.infra import sharding, train_state
+from instruct_jax.models import heads
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.types import PromptBatch, TextBatch
 
@@ -89,14 +98,13 @@ def text(seed: int = 0, rows: int = B) -> TextBatch:
 def forward(policy, scalar, tokens, segments):
   """Everything the two models say about [B, T] rows."""
   mask = segments > 0
+  where = jnp.broadcast_to(P - 1 + jnp.arange(R)[None], (tokens.shape[0], R))
   logprobs, entropies = artifacts.logprobs_fn(POLICY, TEMPERATURE)(
-    policy, tokens, mask, R
+    policy, tokens, mask.astype(jnp.int32), where
   )
   return {
     'logits': POLICY.apply({'params': policy}, tokens, segments),
-    'text_logprobs': artifacts.text_logprobs_fn(POLICY)(
-      policy, tokens, segments, None
-    ),
+    'text_logprobs': artifacts.logprobs_fn(POLICY)(policy, tokens, segments)[0],
     'logprobs': logprobs,
     'entropies': entropies,
     'scalars': artifacts.scalars_fn(SCALAR)(scalar, tokens, mask),
@@ -138,7 +146,50 @@ generate = jax.jit(
   )
 )
 
-METHOD = ppo.PPOConfig(ptx_coef=2.0, num_minibatches=2)
+METHOD = ppo.PPOConfig(
+  ptx_coef=2.0,
+  num_minibatches=2,
+  sampler_tolerance=0.0,
+  kl_target=1.0,
+  kl_horizon=100,
+)
+
+
+def lengths_of(rollout) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens of each prompt and response, on the host."""
+  mask, response_mask = jax.device_get((rollout.mask, rollout.response_mask))
+  responses = response_mask.sum(axis=1)
+  return mask.sum(axis=1) - responses, responses
+
+
+def lay_out(rollout, groups=None, *, seed=(0,), **changes) -> packing.Layout:
+  """A layout of a rollout; by default each episode alone in its row.
+
+  Args:
+    rollout: [B, T].
+    groups: which episodes go into which step; None deals them out.
+    seed: of the deal.
+    **changes: fields of `packing.Sizes`.
+  """
+  num_responses = rollout.response_mask.shape[1]
+  sizes = packing.Sizes(
+    **{
+      'prompt_columns': rollout.tokens.shape[1] - num_responses,
+      'response_columns': num_responses,
+      'num_minibatches': METHOD.num_minibatches,
+      'num_microbatches': 1,
+      'num_epochs': 1,
+      'num_shards': 1,
+      'row_episodes': 0,
+      'multiple': 8,
+      'spare': 1.1,
+    }
+    | changes
+  )
+  prompts, responses = lengths_of(rollout)
+  if groups is None:
+    groups = packing.deal_epochs(prompts + responses, sizes, seed)
+  return packing.lay_out(prompts, responses, groups, sizes)
 
 
 def adam(rate: float) -> optax.GradientTransformation:
@@ -150,10 +201,10 @@ def adam(rate: float) -> optax.GradientTransformation:
 POLICY_ADAM, VALUE_ADAM = adam(3e-3), adam(1e-2)
 
 
-def ppo_state() -> ppo.PPOState:
+def ppo_state() -> ppo.RLState:
   """Before the first update: EMA and reference are the policy itself."""
   policy, value = params('policy'), params('scalar', 2)
-  return ppo.PPOState(
+  return ppo.RLState(
     policy=train_state.create(policy, POLICY_ADAM),
     value=train_state.create(value, VALUE_ADAM),
     ema=policy,
@@ -161,36 +212,25 @@ def ppo_state() -> ppo.PPOState:
   )
 
 
-@jax.jit
-def score(policy, reference, value, reward, kl, sampled):
-  """What the PPO experiment computes about a rollout."""
-  logprobs_fn = artifacts.logprobs_fn(POLICY, TEMPERATURE)
-  scalars_fn = artifacts.scalars_fn(SCALAR)
-  tokens, mask = sampled.tokens, sampled.mask
-  old_logprobs, _ = logprobs_fn(policy, tokens, mask, R)
-  ref_logprobs, _ = logprobs_fn(reference, tokens, mask, R)
-  return ppo.make_ppo_batch(
-    sampled,
-    artifacts.scores_fn(SCALAR)(reward, tokens, mask),
-    old_logprobs,
-    ref_logprobs,
-    ppo.response_values(scalars_fn(value, tokens, mask), R),
-    kl.coef,
-    METHOD,
+LOGPROBS_FN = artifacts.logprobs_fn(POLICY, TEMPERATURE, T)
+SCALARS_FN = artifacts.scalars_fn(SCALAR, T)
+score = jax.jit(
+  score_fns.reward_program(
+    SCALARS_FN, functools.partial(heads.read_scores, SCALAR), 1
   )
-
-
-update = jax.jit(
-  functools.partial(
-    ppo.ppo_update,
-    policy_loss_fn=ppo.make_policy_loss(
-      artifacts.logprobs_fn(POLICY, TEMPERATURE), METHOD
-    ),
-    value_loss_fn=ppo.make_value_loss(artifacts.scalars_fn(SCALAR), METHOD),
-    ptx_loss_fn=supervised.make_text_loss(artifacts.text_logprobs_fn(POLICY)),
-    policy_optimizer=POLICY_ADAM,
-    value_optimizer=VALUE_ADAM,
-    config=METHOD,
+)
+penalise = jax.jit(
+  ppo.make_penalise(LOGPROBS_FN, SCALARS_FN, ppo.gae_advantages(METHOD), METHOD)
+)
+train = jax.jit(
+  ppo.make_train(
+    {
+      'policy': ppo.make_policy_loss(LOGPROBS_FN, METHOD),
+      'value': ppo.make_value_loss(SCALARS_FN, METHOD),
+      'ptx': supervised.make_text_loss(artifacts.logprobs_fn(POLICY)),
+    },
+    {'policy': POLICY_ADAM, 'value': VALUE_ADAM},
+    METHOD,
   )
 )
 

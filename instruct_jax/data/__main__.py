@@ -11,7 +11,6 @@ completions agree. Exit code 1 if any file is bad, or if nothing can be learned
 from it (comparisons that are all ties).
 """
 
-import argparse
 import collections
 import itertools
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from instruct_jax import command
 from instruct_jax.data import labels, loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 
@@ -210,7 +210,7 @@ def agreement(rows: Sequence[records.Comparison]) -> tuple[int, int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the check; returns the exit code."""
-  parser = argparse.ArgumentParser(
+  parser = command.Parser(
     prog='python -m instruct_jax.data', description='Checks JSONL files.'
   )
   parser.add_argument('files', nargs='+', metavar='FILE')
@@ -231,11 +231,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
       print(describe(path, rows, tokenizer, options.limit))
       if isinstance(rows[0], records.Comparison):
         records.check_labels(rows, path)
-    except records.RecordError as error:
+    except (ValueError, OSError) as error:
       failed += 1
       print(error, file=sys.stderr)
   return int(failed > 0)
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  command.end(main)

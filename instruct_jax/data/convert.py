@@ -117,7 +117,8 @@ def convert(
   prompts = whole.prompts()
   # One entry may give a comparison and a demonstration.
   entries = {
-    row.id for row in (*whole.comparisons, *whole.every_demonstration())
+    (row.id, row.prompt)
+    for row in (*whole.comparisons, *whole.every_demonstration())
   }
   counts['skipped: the same prompt again, in prompts'] = len(entries) - len(
     prompts
@@ -295,10 +296,15 @@ def _write(
     inputs=[path for path in inputs if not sources.is_data_set(path)],
     replace=replace,
   ) as folder:
+    # By text, which several kinds share.
+    splits: dict[str, str] = {}
     for kind, rows in kinds.items():
       parts = {'train': [], 'valid': []}
       for row in rows:
-        parts[split_of(row, **split)].append(row)
+        text = row.prompt if hasattr(row, 'prompt') else row.text
+        if text not in splits:
+          splits[text] = split_of(row, **split)
+        parts[splits[text]].append(row)
       for name, part in parts.items():
         if part:
           records.write_jsonl(folder / f'{kind}_{name}.jsonl', part)
@@ -309,18 +315,22 @@ def _write(
 
 def _check_neighbours(output, kinds, split) -> None:
   """Refuses a folder where a conversation could be in two splits."""
+
+  def flags(settings):
+    return ' '.join(f'--{name}={settings[name]}' for name in sorted(settings))
+
   for name, entry in folders.written(output).items():
-    kind = name.split('_')[0]
+    kind, settings = name.split('_')[0], entry.get('settings', {})
     if (
       kind in RECORDS
       and 'documents' not in (kind, *kinds)
       and kind not in kinds
-      and entry.get('settings') != split
+      and settings != split
       and (epath.Path(output) / name).exists()
     ):
       raise records.RecordError(
         f'{output}: {name} was split by {entry.get("command")} with '
-        f'{entry.get("settings")}, this run splits with {dict(split)}; a '
+        f'{flags(settings)}, this run splits with {flags(split)}; a '
         'conversation could be in two splits: use the same settings, or '
         'another folder'
       )
@@ -420,7 +430,7 @@ def _warn_of_uneven(kind, counts, valid) -> None:
     print(
       f'note: {kind}_valid has {found} records, about {expected:.0f} were to '
       'be expected: few openings begin many conversations, and each is in one '
-      'split',
+      'split; or this seed has split them before',
       file=sys.stderr,
     )
 

@@ -31,15 +31,17 @@ import ipaddress
 import json
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 from instruct_jax import command
-from instruct_jax.data import folders, records
+from instruct_jax.data import folders, invisible, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 
 # Prompts that are encoded at a time, and refusals that are told apart.
 _CHUNK = 4096
 _MAX_REASONS = 10
+_QUOTED = re.compile(r"'.*'|\".*\"")
 Prompts = list[records.Prompt]
 KindsFn = Callable[[str], list[str]]
 
@@ -105,10 +107,12 @@ def drop_refused(
         lengths += map(len, tokenizer.encode_prompts([prompt]))
         kept.append(prompt)
       except ValueError as error:
-        # The cause has the words alone, without this prompt's name.
+        # The cause has the template's words alone; our own name the prompt.
         said = ' '.join(str(error.__cause__ or error).split())
-        said = said.removeprefix(f'prompt {prompt.id!r}: ')
-        if len(refused) == _MAX_REASONS and said not in refused:
+        if error.__cause__ is None:
+          said = said.removeprefix(f'prompt {prompt.id!r}: ')
+          said = _QUOTED.sub("'...'", said)
+        if said not in refused and len(refused) >= _MAX_REASONS:
           said = 'other reasons'
         refused.setdefault(said, []).append(prompt.id)
   return (
@@ -289,9 +293,9 @@ def _joined(
 # prompt rather than keeping a person's details; dates, times, prices, versions,
 # ISBNs, sums and names of code are not details.
 
-# `jo@mail.org`, `jo [at] mail (dot) org`, `jo&#64;mail.org`, `jo＠mail．org`.
-_AT = r'(?:@|＠|&#0*64;|&commat;|%40|\s*[\[({<]\s*(?:at|@)\s*[\])}>]\s*)'
-_DOT = r'(?:\.|．|。|\s*[\[({<]\s*(?:dot|\.)\s*[\])}>]\s*)'
+# `jo@mail.org`, `jo [at] mail (dot) org`, `jo&#64;mail.org`.
+_AT = r'(?:@|&#0*64;|&commat;|%40|\s*[\[({<]\s*(?:at|@)\s*[\])}>]\s*)'
+_DOT = r'(?:\.|\s*[\[({<]\s*(?:dot|\.)\s*[\])}>]\s*)'
 _TOP_LEVEL = (
   r'(?:com|org|net|edu|gov|info|biz|io|dev|me|co|eu|uk|de|fr|es|it|nl|be|ch|at'
   r'|pl|se|no|dk|fi|pt|ie|ru|ua|cz|in|cn|jp|kr|au|nz|ca|us|br|mx|ar|za|tr|il)'
@@ -341,7 +345,7 @@ _IBAN = re.compile(
 )
 
 # Phone numbers. S is what stands between groups of digits.
-_S = r'[ .\-/\u00a0\u2010-\u2015\u202f]'
+_S = r'[ .\-/\u2010-\u2015]'
 _DAY = r'(?:0?[1-9]|[12]\d|3[01])'
 _MONTH = r'(?:0?[1-9]|1[0-2])'
 _YEAR = r'(?:1[5-9]|20)\d\d'
@@ -354,7 +358,7 @@ _OTHER_DIGITS = re.compile(
   rf'|{_DAY}[-/.]{_DAY}[-/.](?:{_YEAR}|\d\d))(?![-/.]?\d)'
   r'|\b\d{1,2}:\d\d(?::\d\d)?(?:[.,]\d+)?\b'
   rf'|\b{_YEAR}(?:{_S}{{1,3}}{_YEAR})+\b'
-  r'|\b(?:isbn|issn|doi|pmid|arxiv|ean|upc)(?:-1[03])?[:#\s]*[\dx][\dx .\-/]+'
+  r'|\b(?:isbn|issn|pmid|arxiv|ean|upc)(?:-1[03])?[:#\s]*[\dx][\dx .\-/]+'
   r'|(?<!\d)97[89]-?(?:\d-?){9}\d(?!\d)'
   r'|[$€£¥₹]\s?\d[\d,]*(?:\.\d+)?'
   r'|(?<![\d.\-/])\d[\d,]*(?:\.\d+)?\s?(?:[€£¥₹%°]|(?:usd|eur|gbp|dollars?|euros?'
@@ -364,10 +368,10 @@ _OTHER_DIGITS = re.compile(
   re.IGNORECASE,
 )
 _PHONE_WORDS = re.compile(
-  r'(?:\b(?:(?:tele)?phone|tel|mobile|cell|fax|whatsapp|sms|landline)'
+  r'(?<![\w.])(?:(?:(?:tele)?phone|tel|mobile|cell|fax|whatsapp|sms|landline)'
   r'(?: ?(?:number|no\.?|nr\.?|#))?'
-  r'|\b(?:call|ring|dial|text|reach|contact)(?: (?:me|us|him|her|them|it|now))?'
-  r'|\b(?:my|his|her|our|their|your) number)'
+  r'|(?:call|ring|dial|text|reach|contact)(?: (?:me|us|him|her|them|it|now))?'
+  r'|(?:my|his|her|our|their|your) number)'
   r"(?: (?:is|at|on|under|today)|'s)*[ .:#=-]{0,3}$",
   re.IGNORECASE,
 )
@@ -432,6 +436,10 @@ def personal_data_kinds(text: str) -> list[str]:
   """Kinds of personal data in a text: any of e-mail, phone, card number, id
   number, IP address, street address. Patterns only, so names go unnoticed.
   """
+  if not text.isascii():
+    # Wide digits, fancy hyphens and spaces are the usual ones, and characters
+    # that nobody sees hide nothing.
+    text = unicodedata.normalize('NFKC', invisible.HIDDEN.sub('', text))
   kinds = []
   if _EMAIL.search(text) or _EMAIL_IN_WORDS.search(text):
     kinds.append('e-mail')

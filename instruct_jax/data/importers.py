@@ -30,6 +30,7 @@ people chose among answers of models, for want of better.
 
 import collections
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -230,6 +231,7 @@ def _problem(values, fields) -> str:
   return ''
 
 
+@functools.lru_cache(maxsize=1)
 def _name(path: epath.PathLike) -> str:
   return epath.Path(path).name.split('.')[0]
 
@@ -302,12 +304,12 @@ def read_oasst(path: epath.PathLike) -> Imported:
   imported = Imported()
   for line, tree in _entries(path, {'prompt': dict}):
     name = tree.optional('message_tree_id') or str(line)
-    left = [(_Entry(tree.values['prompt'], 'prompt'), ())]
     try:
+      left = [(_Entry(tree.values['prompt'], 'prompt'), ())]
       # A stack, for conversations may be deeper than Python's calls.
       while left:
         node, turns = left.pop()
-        node.place = f'message {node.values.get("message_id", "without id")}'
+        node.place = f'message {node.values.get("message_id")!r}'
         left += reversed(_visit_oasst(imported, node, turns, name))
     except records.RecordError as error:
       raise records.RecordError(
@@ -558,9 +560,11 @@ def read_dolly(path: epath.PathLike) -> Imported:
   imported = Imported()
   for line, entry in _entries(path, {}):
     name = f'dolly:{_name(path)}:{line}'
-    answer = 'text' if 'response' not in entry.values else 'response'
+    answer = 'response'
+    if answer not in entry.values and 'text' in entry.values:
+      answer = 'text'
     model, _ = sources.model_of(entry.values, (answer,))
-    if 'prompt' in entry.values and answer == 'response':
+    if 'prompt' in entry.values and answer in entry.values:
       prompt = entry.text('prompt')
       prompt = prompt if prompt.strip() else ''
     else:

@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar
 
 import grain
 import numpy as np
+from etils import epath
 
 from instruct_jax import types
 from instruct_jax.data import records
@@ -166,6 +167,28 @@ def pack_documents(
   if not pieces:
     raise ValueError('there are no documents with tokens in them')
   return _text_rows(pieces, [1] * len(pieces), row_length, pad_id, pack=True)
+
+
+def document_rows(
+  path: epath.PathLike,
+  tokenizer: tokenizer_lib.Tokenizer,
+  row_length: int,
+  *,
+  cut: bool = False,
+) -> types.TextBatch:
+  """`pack_documents` of a JSONL file of documents.
+
+  Raises:
+    RecordError: see `records.read_jsonl`.
+  """
+  documents = records.read_jsonl(path, records.Document)
+  return pack_documents(
+    tokenizer.encode_documents([document.text for document in documents]),
+    row_length,
+    tokenizer.eos_id,
+    tokenizer.pad_id,
+    cut=cut,
+  )
 
 
 def demonstration_rows(

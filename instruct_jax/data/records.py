@@ -3,8 +3,8 @@
 Every stage reads and writes these, so the embedded world, public human data
 and a user's own files all run through the same loops. One JSON object a line,
 UTF-8, plain or `.gz`, local or gs:// (paths go through `etils.epath`). Fields
-with a default may be left out; unknown fields are errors, because a misspelt
-`labeller` would otherwise be lost without a word.
+with a default may be left out, or null; unknown fields are errors, because a
+misspelt `labeller` would otherwise be lost without a word.
 
   Document       {"text": "The owl lives in a barn.", "source": "animals"}
   Prompt         {"id": "p7", "text": "Name a bird.", "user": "u3",
@@ -39,16 +39,20 @@ import codecs
 import collections
 import contextlib
 import dataclasses
+import functools
 import gzip
 import io
 import json
 import math
+import os
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from etils import epath
+
+from instruct_jax.data import invisible
 
 MAX_REPORTED_LINES = 10
 # Far beyond any context length; a whole corpus on one line is a mistake.
@@ -142,10 +146,6 @@ Record = TypeVar('Record', Document, Prompt, Demonstration, Comparison)
 # Texts that must hold more than white space.
 _NEVER_EMPTY = ('text', 'prompt', 'response', 'id')
 _MARKS = {'system': '', 'user': '\n\nHuman:', 'assistant': '\n\nAssistant:'}
-# Characters without a glyph: soft hyphen, joiners, marks of direction, BOM.
-_INVISIBLE = dict.fromkeys(
-  (0xAD, 0x34F, 0xFEFF, *range(0x200B, 0x2010), *range(0x2060, 0x2065))
-)
 
 
 def _is_list_of(value: Any, item_type: type | tuple[type, ...]) -> bool:
@@ -227,7 +227,8 @@ def comparable(text: str) -> str:
   """A text by which copies are told: composed characters (NFC), one case,
   single spaces, nothing invisible."""
   if not text.isascii():
-    text = unicodedata.normalize('NFD', text.translate(_INVISIBLE)).casefold()
+    text = invisible.HIDDEN.sub('', ' '.join(text.split()))
+    text = unicodedata.normalize('NFD', text).casefold()
     text = unicodedata.normalize('NFC', text)
   return ' '.join(text.casefold().split())
 
@@ -260,24 +261,36 @@ def completed(
 ) -> Mapping[str, Any]:
   """Values as a file may spell them, with ranks and text filled in.
 
-  `scores` stand for `ranks` and `turns` for the prompt's text; what is wrong
-  with either is left for `problems` to say.
+  `scores` stand for `ranks` and `turns` for the prompt's text, and a field that
+  may be left out is left out by null; what is wrong with any is left for
+  `problems` to say.
   """
   filled = dict(values)
+  if None in filled.values():
+    may_lack = {
+      name
+      for name, (required, _) in _fields_of(record_type).items()
+      if not required
+    }
+    filled = {
+      name: value
+      for name, value in filled.items()
+      if value is not None or name not in may_lack
+    }
   if (
     record_type is Comparison
-    and 'ranks' not in filled
+    and filled.get('ranks') is None
     and _are_scores(values.get('scores'))
   ):
     filled['ranks'] = list(ranks_of_scores(values['scores']))
   name = 'text' if record_type is Prompt else 'prompt'
   if (
     record_type is not Document
-    and name not in filled
-    and 'turns' in values
-    and not _turn_problems(values['turns'])
+    and filled.get(name) is None
+    and 'turns' in filled
+    and not _turn_problems(filled['turns'])
   ):
-    turns = [Turn(**turn) for turn in values['turns']]
+    turns = [Turn(**turn) for turn in filled['turns']]
     filled[name] = text_of_turns(turns)
   return filled
 
@@ -307,6 +320,19 @@ def _turn_problems(value: Any) -> str:
   return ''
 
 
+@functools.cache
+def _fields_of(record_type: type) -> dict[str, tuple[bool, Any]]:
+  """Name -> (required, default)."""
+  return {
+    field.name: (
+      field.default is dataclasses.MISSING
+      and field.default_factory is dataclasses.MISSING,
+      field.default,
+    )
+    for field in dataclasses.fields(record_type)
+  }
+
+
 def problems(values: Mapping[str, Any], record_type: type) -> list[str]:
   """Says what keeps `values` from being a `record_type`; [] if nothing does.
 
@@ -317,7 +343,7 @@ def problems(values: Mapping[str, Any], record_type: type) -> list[str]:
   Returns:
     One sentence per problem: the field, what was found, what to do.
   """
-  fields = {field.name: field for field in dataclasses.fields(record_type)}
+  fields = _fields_of(record_type)
   found = []
   for name in values:
     if name not in fields:
@@ -325,11 +351,7 @@ def problems(values: Mapping[str, Any], record_type: type) -> list[str]:
         f'unknown field {name!r}; {record_type.__name__} has '
         f'{", ".join(fields)}; put anything else under "metadata"'
       )
-  for name, field in fields.items():
-    required = (
-      field.default is dataclasses.MISSING
-      and field.default_factory is dataclasses.MISSING
-    )
+  for name, (required, _) in fields.items():
     if name not in values:
       if required:
         found.append(f'field {name!r} is missing; add it')
@@ -475,13 +497,15 @@ def from_values(values: Mapping[str, Any], record_type: type[Record]) -> Record:
 def to_values(record: Record) -> dict[str, Any]:
   """A record's fields as JSON types, without those that hold their default."""
   values = {}
-  for field in dataclasses.fields(record):
-    value = getattr(record, field.name)
-    if value == field.default or (field.name == 'metadata' and not value):
+  for name, (_, default) in _fields_of(type(record)).items():
+    value = getattr(record, name)
+    if value == default or (name == 'metadata' and not value):
       continue
-    values[field.name] = list(value) if isinstance(value, tuple) else value
-    if field.name == 'turns':
-      values['turns'] = [dataclasses.asdict(turn) for turn in value]
+    values[name] = list(value) if isinstance(value, tuple) else value
+    if name == 'turns':
+      values['turns'] = [
+        {'role': turn.role, 'content': turn.content} for turn in value
+      ]
   return values
 
 
@@ -554,11 +578,15 @@ def _gzip_error(path: epath.Path, error: Exception) -> RecordError:
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
-  """Writes a file whole or not at all (temporary name, then renamed)."""
+  """Writes a file whole or not at all (temporary name, then renamed; objects
+  of a store appear when they are whole)."""
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   if path.name.endswith('.gz'):
     content = gzip.compress(content, mtime=0)  # Same records, same bytes.
+  if '://' in os.fspath(path):
+    path.write_bytes(content)
+    return
   temporary = path.parent / f'{path.name}.tmp'
   temporary.write_bytes(content)
   temporary.replace(path)
@@ -643,6 +671,9 @@ def _opened(path: epath.Path) -> Iterator[Any]:
   _check_file(path)
   with path.open('rb') as file:
     if not path.name.endswith('.gz'):
+      if not isinstance(file, io.BufferedIOBase):
+        # Those of object stores know no longest line.
+        file = io.BufferedReader(file)
       yield file
       return
     try:

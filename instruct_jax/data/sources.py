@@ -19,6 +19,7 @@ column with its name. Prompts without an `id` are numbered by row.
 """
 
 import csv
+import dataclasses
 import datetime
 import fractions
 import io
@@ -32,12 +33,15 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from instruct_jax import command
 from instruct_jax.data import records
 
 _TFDS = 'tfds:'
 _DATASETS = 'datasets:'
 _SUFFIXES = ('.txt', '.txt.gz', '.jsonl', '.jsonl.gz')
 _LIST_FIELDS = ('completions', 'ranks', 'scores', 'turns')
+# What stands for a field that is not given.
+_OR = {'text': 'turns', 'prompt': 'turns', 'ranks': 'scores'}
 _DELIMITERS = (',', ';', '\t', '|')
 # `answers[text][0]`: a column, then entries.
 _ENTRY = re.compile(r'([^\[\]]+)((?:\[[^\[\]]+\])+)')
@@ -52,6 +56,9 @@ _PREDICTED = (
   ('output', 'target'),
   ('prediction', 'prediction'),
   ('predictions', 'predictions'),
+)
+_TELLING = frozenset(
+  (*_GENERATORS, *_GENERATED, *_API_KEYS, *(key for _, key in _PREDICTED))
 )
 _PEOPLE = re.compile(
   r'humans?|people|person|labell?ers?|annotators?|experts?|workers?|crowd.*'
@@ -69,9 +76,9 @@ def read_documents(
 
   Args:
     spec: one of
-      a `.txt` or `.txt.gz` file, split by `split_text`;
+      a text file, plain or `.gz`, split by `split_text`;
       a `.jsonl` or `.jsonl.gz` file of `Document` records, taken as they are;
-      a folder: all such files in it (not below it), by name;
+      a folder: all .txt and .jsonl files in it (not below it), by name;
       `tfds:NAME/SPLIT`, such as `tfds:lm1b/train` or
       `tfds:wikipedia/20230601.en/train[:1%]`: the `text` feature of a data set
       that has been prepared in `data_dir`; read without TensorFlow;
@@ -150,8 +157,14 @@ def split_text(text: str, words_per_document: int) -> list[str]:
 def _read_file(
   path: epath.Path, words_per_document: int
 ) -> list[records.Document]:
-  if path.name.endswith(('.jsonl', '.jsonl.gz')):
+  name = path.name.removesuffix('.gz')
+  if name.endswith(('.jsonl', '.json')):
     return records.read_jsonl(path, records.Document)
+  if name.endswith(('.csv', '.tsv', '.parquet')):
+    raise records.RecordError(
+      f"{path}: is a table; say with --field='text={{column}}' which text to "
+      'take'
+    )
   text = records.read_text(path)
   name = path.name.removesuffix('.gz').removesuffix('.txt')
   documents = [
@@ -195,7 +208,11 @@ def is_data_set(spec: epath.PathLike) -> bool:
 def is_table(spec: epath.PathLike) -> bool:
   """Whether records come from it only by format strings."""
   name = str(spec).removesuffix('.gz')
-  return is_data_set(spec) or name.endswith(('.csv', '.tsv', '.json'))
+  return (
+    is_data_set(spec)
+    or name.endswith(('.csv', '.tsv'))
+    or (name.endswith('.json') and records.begins_with(spec, b'['))
+  )
 
 
 def _numbered_examples(
@@ -333,6 +350,8 @@ def model_of(
   Returns:
     ('', '') if nothing says so.
   """
+  if _TELLING.isdisjoint(values):
+    return '', ''
   for key in _GENERATORS:
     name = values.get(key)
     if isinstance(name, str) and name.strip():
@@ -428,6 +447,7 @@ class _Fields:
     self._type, self._source = record_type, source
     self._templates: dict[str, list[list[tuple]]] = {}
     self.columns: list[str] = []
+    self._check(fields)
     for field, templates in fields.items():
       if isinstance(templates, str):
         templates = [templates]
@@ -439,6 +459,26 @@ class _Fields:
       self._templates[field] = [
         self._parse(field, template) for template in templates
       ]
+
+  def _check(self, fields):
+    known = {field.name: field for field in dataclasses.fields(self._type)}
+    for name in fields:
+      if name not in known:
+        raise records.RecordError(
+          f'--field={name}: {self._type.__name__} has {", ".join(known)}'
+        )
+    for name, field in known.items():
+      is_needed = (
+        field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+        and name != 'id'  # Of prompts, which are numbered.
+      )
+      other = _OR.get(name, name)
+      if is_needed and name not in fields and other not in fields:
+        raise records.RecordError(
+          f'{self._type.__name__} needs --field={name}=..., the text of that '
+          'field with {column} where a column goes'
+        )
 
   def _parse(self, field: str, template: str) -> list[tuple]:
     """(text, column, keys, format) pieces; `column` is None after the last."""
@@ -762,8 +802,9 @@ def _read_tfds(
   # Not found, not prepared and unknown split are unrelated exception types.
   except Exception as error:
     raise records.RecordError(
-      f'{spec}: cannot be opened ({error}); prepare it with tfds build, in the '
-      'array_record format, and give its data_dir'
+      f'{spec}: cannot be opened ({command.one_line(error)}); prepare it with '
+      'tfds build, in the array_record format, and set TFDS_DATA_DIR to its '
+      'folder'
     ) from error
   for row in range(len(source)):
     try:

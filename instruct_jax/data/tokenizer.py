@@ -23,7 +23,6 @@ prepares a published tokenizer: a PAD of its own, the template, stop tokens. A
 template that reads the clock is pinned to a date (`--date`), in the folder.
 """
 
-import argparse
 import codecs
 import copy
 import datetime
@@ -41,7 +40,7 @@ import numpy as np
 import tokenizers
 from etils import epath
 
-from instruct_jax import hub
+from instruct_jax import command, hub
 from instruct_jax.data import folders, records
 
 PAD, EOS, UNK = '<pad>', '<eos>', '<unk>'
@@ -973,7 +972,7 @@ def _import_transformers() -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Prepares a published tokenizer; returns the exit code."""
-  parser = argparse.ArgumentParser(
+  parser = command.Parser(
     prog='python -m instruct_jax.data.tokenizer',
     description='Prepares a published tokenizer.',
   )
@@ -1028,4 +1027,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  command.end(main)

@@ -65,6 +65,28 @@ class Settings:
   num_workers: int = 4
 
 
+def check(described: Any, key: str) -> None:
+  """Refuses a service that cannot be asked, before anything is computed.
+
+  Args:
+    described: config with `url` and `key_variable`.
+    key: of that config, for the error.
+
+  Raises:
+    ValueError: the URL is none, or the environment lacks the key.
+  """
+  if not described.url.startswith(('http://', 'https://')):
+    raise ValueError(
+      f'{key}.url must begin with http:// or https://: {described.url!r}'
+    )
+  variable = described.key_variable
+  if variable and not os.environ.get(variable):
+    raise ValueError(
+      f'the environment variable {variable} is not set; put the key for '
+      f'{described.url} there, or set --config.{key}.key_variable= to send none'
+    )
+
+
 @dataclasses.dataclass
 class Counts:
   """What asking took.

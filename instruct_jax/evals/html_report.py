@@ -63,10 +63,6 @@ def make_page(
     f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
     f"script-src '{_digest(script)}'"
   )
-  ids = {
-    section.title: f'{_slug(section.title)}-{number}'
-    for number, section in enumerate(found)
-  }
   return (
     _environment()
     .get_template('report.html')
@@ -76,8 +72,11 @@ def make_page(
       policy=policy,
       style=style,
       script=script,
-      sections=found,
-      ids=ids,
+      # Titles may come twice, addresses may not.
+      sections=[
+        (f'{_slug(section.title)}-{number}', section)
+        for number, section in enumerate(found, start=1)
+      ],
       pictures={
         name: _picture(name, content) for name, content in (drawn or {}).items()
       },
@@ -217,6 +216,15 @@ def make_html(figures: run_figures.Figures, drawn: Mapping[str, bytes]) -> str:
       'Command', [f'Commit {figures.commit}.', sections.Code(figures.command)]
     ),
   ]
+  answers = _answers(
+    figures.more_samples or figures.samples, figures.score_name
+  )
+  if answers is None:
+    found.append(
+      sections.Section(
+        'Answers side by side', [sections.left_out(figures, 'samples')]
+      )
+    )
   return make_page(
     figures.title,
     [
@@ -229,5 +237,5 @@ def make_html(figures: run_figures.Figures, drawn: Mapping[str, bytes]) -> str:
     found if figures.alarms else found[1:],
     drawn,
     _tiles(figures),
-    _answers(figures.more_samples or figures.samples, figures.score_name),
+    answers,
   )

@@ -202,9 +202,7 @@ def _shorten(text: str) -> str:
 def cell(value: Any) -> str:
   """A table cell: a number, `mean [low, high]`, `mean ± error` or text."""
   found = sections.shown(value)
-  text = f'{found.text} {found.rest}'.strip()
-  if isinstance(value, bool | str):
-    return escape(text)
+  text = f'{escape(found.text)} {found.rest}'.strip()
   return f'**{text}**' if found.best else text
 
 
@@ -284,8 +282,7 @@ def _short_result(figures: run_figures.Figures) -> list[str]:
 def _samples_lines(figures: run_figures.Figures) -> list[str]:
   lines = ['## Answers side by side', '']
   if not figures.samples:
-    reason = figures.reasons.get('samples', 'not measured in this run')
-    return lines + _part_lines(sections.LeftOut(reason))
+    return lines + _part_lines(sections.left_out(figures, 'samples'))
   models = [
     model for model, _ in run_figures.ordered(figures.samples[0].answers)
   ]

@@ -6,6 +6,7 @@ and a reader can see what the figures are made of (paper, appendix F).
 
 import collections
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,6 +42,28 @@ class Sample:
   score_gold: float | None = None
   score_reward: float | None = None
   metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def draw_prompts(prompts: Sequence[Any], number: int, seed: int) -> list[Any]:
+  """At most `number` of the prompts of a file.
+
+  Which ones depends on their texts and the seed alone, not on the order of the
+  file, which may be by topic or by time. All stay in their order where there
+  are no more.
+
+  Args:
+    prompts: records with `text` and `id`.
+    number: the most to take.
+    seed: of the draw.
+  """
+  if len(prompts) <= number:
+    return list(prompts)
+
+  def place(prompt):
+    content = f'{seed}\0{prompt.text}\0{prompt.id}'
+    return hashlib.sha256(content.encode()).digest()
+
+  return sorted(prompts, key=place)[:number]
 
 
 # What each field may hold. bool is an int to Python: see `_sample`.

@@ -127,7 +127,10 @@ def verdict(rate: win_rate.WinRate) -> str:
   return 'worse' if rate.high < 0.5 else 'not told apart'
 
 
-def _left_out(figures: run_figures.Figures, section: str, what: str = ''):
+def left_out(
+  figures: run_figures.Figures, section: str, what: str = ''
+) -> LeftOut:
+  """Why a section (of `run_figures.SECTIONS`) has no figures."""
   return LeftOut(figures.reasons.get(section, 'not measured in this run'), what)
 
 
@@ -174,7 +177,7 @@ def results(figures: run_figures.Figures, drawn: set[str]) -> list[Section]:
   """
   alarms = Bullets(figures.alarms, alarming=True) if figures.alarms else 'None.'
   if not figures.alarms and 'alarms' in figures.reasons:
-    alarms = _left_out(figures, 'alarms')
+    alarms = left_out(figures, 'alarms')
 
   def pictures(*several):
     return [Picture(name, title) for name, title in several if name in drawn]
@@ -205,7 +208,7 @@ def results(figures: run_figures.Figures, drawn: set[str]) -> list[Section]:
       [
         by_model('use case', figures.win_rate_by_category, prompts=True)
         if figures.win_rate_by_category
-        else _left_out(figures, 'categories')
+        else left_out(figures, 'categories')
       ],
       level=3,
     ),
@@ -218,7 +221,7 @@ def results(figures: run_figures.Figures, drawn: set[str]) -> list[Section]:
         by_model('use case', figures.likert_by_category, prompts=True)
       )
     found.append(Section('Overall quality, 1 to 7', quality))
-  labels = [_left_out(figures, 'metadata')]
+  labels = [left_out(figures, 'metadata')]
   if figures.metadata:
     labels = [
       'Share of the answers that have the label, of those to which it applies.',
@@ -229,11 +232,11 @@ def results(figures: run_figures.Figures, drawn: set[str]) -> list[Section]:
   along = pictures(
     ('reward_kl.png', 'Reward against KL'), ('rl.png', 'Along RL')
   )
-  kl = _left_out(figures, 'kl', 'KL at the end')
+  kl = left_out(figures, 'kl', 'KL at the end')
   if figures.kl:
     kl = _pairs(['model', 'KL at the end, nats per response'], figures.kl)
   found.append(
-    Section('PPO and PPO-ptx', [*(along or [_left_out(figures, 'rl')]), kl])
+    Section('PPO and PPO-ptx', [*(along or [left_out(figures, 'rl')]), kl])
   )
   found.append(
     Section(
@@ -263,7 +266,7 @@ def results(figures: run_figures.Figures, drawn: set[str]) -> list[Section]:
 def _pretraining_loss(figures: run_figures.Figures) -> Part:
   loss = figures.pretraining_loss
   if loss is None:
-    return _left_out(figures, 'pretraining_loss')
+    return left_out(figures, 'pretraining_loss')
   rows = [
     ('RL initialisation', loss.init),
     ('PPO', loss.ppo),
@@ -283,7 +286,7 @@ def _pretraining_loss(figures: run_figures.Figures) -> Part:
 def _reward_model(figures: run_figures.Figures) -> Part:
   reward = figures.reward_model
   if reward is None:
-    return _left_out(figures, 'reward_model')
+    return left_out(figures, 'reward_model')
   rows = []
   for label, value in run_figures.reward_rows(reward):
     if isinstance(value, preference_accuracy.Spread):
@@ -301,7 +304,7 @@ def _reward_model(figures: run_figures.Figures) -> Part:
 def _sft(figures: run_figures.Figures, pictures) -> Section:
   title = 'Supervised fine-tuning by epoch'
   if not figures.sft_epochs:
-    return Section(title, [_left_out(figures, 'sft')])
+    return Section(title, [left_out(figures, 'sft')])
   parts = []
   if figures.sft_selected_epoch is not None:
     by = f', by {figures.sft_selected_by}' if figures.sft_selected_by else ''
@@ -356,7 +359,7 @@ def background(figures: run_figures.Figures) -> list[Section]:
     *(
       Section(
         title,
-        [_pairs(head, values) if values else _left_out(figures, name)],
+        [_pairs(head, values) if values else left_out(figures, name)],
         level=3,
       )
       for title, name, head, values in parts

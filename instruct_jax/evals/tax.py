@@ -7,7 +7,6 @@ Reads what the PPO stage logged (`probe_every`, `eval_every`) and writes
 (Figure 33) and `tax_kl_coef.png` (Figure 34); and `tax.json`.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,10 @@ from typing import Any
 
 from etils import epath
 
-from instruct_jax.evals import plots, report
+from instruct_jax import command
+from instruct_jax.data import folders as folders_lib
+from instruct_jax.data import records
+from instruct_jax.evals import plots
 
 # Beside the public tasks: metric of the run, title.
 _OTHERS = {
@@ -46,6 +48,12 @@ def read_run(folder: epath.PathLike) -> tuple[list[dict], dict[str, Any]]:
         if folder.name not in config['stages']:
           raise ValueError(f'{path}: has no stage {folder.name!r}')
         config = config['stages'][folder.name]
+      missing = [key for key in _COEFFICIENTS if key not in config]
+      if missing:
+        raise ValueError(
+          f'{folder} is no PPO stage: its config in {path} has no '
+          + ' and no '.join(missing)
+        )
       return rows, config
   raise ValueError(f'{folder}: neither it nor its parent has a config.json')
 
@@ -85,11 +93,11 @@ def write(
 ) -> list[str]:
   """Writes the plots and tax.json; returns the names of the files.
 
+  Plots of an earlier sweep go (`data/folders.py`).
+
   Raises:
-    ValueError: see `read_run`.
+    ValueError: see `read_run` and `folders.writing`.
   """
-  output = epath.Path(output)
-  output.mkdir(parents=True, exist_ok=True)
   runs = {name: read_run(folder) for name, folder in folders.items()}
   summary = summarise(runs)
   files = {
@@ -112,13 +120,16 @@ def write(
         label,
       )
   written = {name: content for name, content in files.items() if content}
-  for name, content in written.items():
-    report.write_file(output / name, content)
+  with folders_lib.writing(
+    output, ('tax.json', 'tax_*.png'), command='tax', replace=True
+  ) as unfinished:
+    for name, content in written.items():
+      records.write_bytes(unfinished / name, content)
   return list(written)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description='Alignment tax of PPO runs.')
+def main(arguments: Sequence[str] | None = None) -> int:
+  parser = command.Parser(description='Alignment tax of PPO runs.')
   parser.add_argument('runs', nargs='+', help='NAME=FOLDER of a PPO stage')
   parser.add_argument('--output', required=True)
   flags = parser.parse_args(arguments)
@@ -128,12 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not separator or name in folders:
       parser.error(f'expected NAME=FOLDER with distinct names: {run!r}')
     folders[name] = folder
-  try:
-    for name in write(folders, flags.output):
-      print(f'{flags.output}/{name}')
-  except ValueError as error:
-    parser.error(str(error))
+  for name in write(folders, flags.output):
+    print(f'{flags.output}/{name}')
+  return 0
 
 
 if __name__ == '__main__':
-  main()
+  command.end(main)

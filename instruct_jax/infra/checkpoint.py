@@ -10,6 +10,8 @@ how many devices or processes wrote it.
 import contextlib
 import functools
 import json
+import logging
+import sys
 import threading
 import warnings
 import zlib
@@ -29,6 +31,23 @@ _MODEL_FILE = 'model.json'
 _PARAMS_FOLDER = 'params'
 # Orbax writes it last, where folders cannot be renamed at once.
 _COMMITTED_FILE = 'commit_success.txt'
+
+
+# Orbax logs each failure with its traceback, and then raises it.
+logging.getLogger('absl').addFilter(
+  lambda record: '/orbax/' not in record.pathname or not record.exc_info
+)
+_unraisable = sys.unraisablehook
+
+
+def _report_unraisable(problem) -> None:
+  # When one of its reads or writes fails, Orbax abandons the others, which come
+  # back to a loop that is closed.
+  if 'Event loop is closed' not in str(problem.exc_value):
+    _unraisable(problem)
+
+
+sys.unraisablehook = _report_unraisable
 
 
 class CheckpointError(RuntimeError):
@@ -196,8 +215,8 @@ class Checkpointer:
       reasons = '\n  '.join(damaged.values())
       raise CheckpointError(
         f'no checkpoint in {self._directory} is readable:\n  {reasons}\n'
-        'Bring one back from a copy, or delete the directory to run this '
-        'stage again from its start.'
+        f'Bring one back from a copy, or delete {self._directory.parent} to '
+        'run this stage again from its start.'
       )
     return None
 
@@ -345,8 +364,7 @@ def load_model(
     _check_sums(saved, arrays)
   except Exception as error:
     raise CheckpointError(
-      f'model folder {path} is damaged: {_one_line(error)}. Delete it and run '
-      'the stage that writes it again, or name another folder.'
+      f'model folder {path} is damaged: {_one_line(error)}. {_again(path)}'
     ) from error
   metadata = _unsealed(record)
   if abstract_params is not None:
@@ -366,18 +384,28 @@ def _read_record(path):
   if not file.exists():
     found = 'the folder exists without it' if path.exists() else 'no folder'
     raise CheckpointError(
-      f'no model in {path} ({_MODEL_FILE}: {found}). Finish the stage that '
-      'writes it, or name another folder.'
+      f'no model in {path} ({_MODEL_FILE}: {found}). {_again(path)}'
     )
   try:
     record = json.loads(file.read_text())
     _unsealed(record)
   except (ValueError, KeyError, TypeError) as error:
     raise CheckpointError(
-      f'{file} is damaged: {_one_line(error)}. Delete the folder and run the '
-      'stage that writes it again, or name another folder.'
+      f'{file} is damaged: {_one_line(error)}. {_again(path)}'
     ) from error
   return record
+
+
+def _again(path) -> str:
+  """What to do about a model folder that cannot be used."""
+  for folder in (path.parent, path.parent.parent):
+    done = folder / run.DONE_FILE
+    if done.exists():
+      return (
+        f'Delete it and {done}, and the command of that run makes it again; or '
+        'name another folder.'
+      )
+  return 'Run the stage that writes it, copy it again, or name another folder.'
 
 
 # --- Arrays by name -----------------------------------------------------------

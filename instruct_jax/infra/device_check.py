@@ -7,7 +7,6 @@ device contributes its number to a sum over all, gathers all the others' numbers
 and passes its own to its neighbour: the collectives that training uses.
 """
 
-import argparse
 import socket
 import sys
 
@@ -16,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from instruct_jax import command
 
 
 def check(backend: str) -> str:
@@ -78,7 +79,7 @@ def check(backend: str) -> str:
 
 
 def main(arguments=None) -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = command.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('--backend', required=True)
   parser.add_argument('--wait', type=int, default=600, help='seconds')
   given = parser.parse_args(arguments)
@@ -94,4 +95,4 @@ def main(arguments=None) -> None:
 
 
 if __name__ == '__main__':
-  main()
+  command.end(main)

@@ -296,7 +296,7 @@ class Loop:
       self._last_line = done
       self._text = text_fn(line) if text_fn is not None else self._text
       for name, watched in states.items():
-        train_state.check_skips(watched, self._max_skips, name)
+        self._check_skips(watched, name)
     if self._is_profiling:
       jax.block_until_ready(state)  # A step's work is to lie within the step.
     self._progress.update(1, self._text)
@@ -346,6 +346,15 @@ class Loop:
     if line_seconds is not None:
       self._asks_often = run.agreed(line_seconds > _SECONDS_WITHOUT_ASKING)
     return stop
+
+  def _check_skips(self, watched: train_state.TrainState, name: str):
+    try:
+      train_state.check_skips(watched, self._max_skips, name)
+    except train_state.NonFiniteError as error:
+      raise train_state.NonFiniteError(
+        f'{error} With another config the stage begins anew: delete '
+        f'{self._workdir}.'
+      ) from None
 
   def _tell_of_a_fresh_start(self):
     """Lines without a checkpoint: killed before the first one, or it is gone.

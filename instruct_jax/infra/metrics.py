@@ -2,8 +2,8 @@
 
 `metrics.jsonl` is a function of config and seed alone: a resumed run's file
 equals an uninterrupted one's, for its lines are part of the checkpoint, and
-nothing that a run decides is read from the file. Whatever depends on the clock goes to
-`timing.jsonl`. TensorBoard shows both.
+nothing that a run decides is read from the file. Whatever depends on the clock
+goes to `timing.jsonl`. TensorBoard shows both.
 """
 
 import json
@@ -186,7 +186,8 @@ def _spent(path):
     return read_lines(path) if path.exists() else []
   except ValueError as error:
     raise ValueError(
-      f'{error}. It holds times alone: delete it, and the same command continues'
+      f'{error}. It holds times alone: delete it, and the same command '
+      'continues'
     ) from error
 
 

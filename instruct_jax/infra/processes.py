@@ -113,6 +113,20 @@ def join(
       f'and --num_processes. {_first_line(error)}'
     ) from error
   _together = _Together(distributed.global_state)
+  _agree_on_programs()
+
+
+def _agree_on_programs() -> None:
+  """All processes load a program that was compiled before, or none does.
+
+  What is loaded need not be what would be compiled to the last instruction, and
+  collectives of one would meet those of the other. Only the first process
+  writes to the cache, so a folder on each host fills up for that one alone; and
+  on CPU a program has another key in each process.
+  """
+  folder = jax.config.jax_compilation_cache_dir or ''
+  if jax.default_backend() == 'cpu' or not run.is_remote(folder):
+    jax.config.update('jax_compilation_cache_dir', None)
 
 
 def fail(

@@ -1,5 +1,6 @@
 """A run on its machine: its directory, its lock, its record, its end."""
 
+import contextlib
 import datetime
 import fcntl
 import importlib.metadata
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -187,6 +188,50 @@ def flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   return found
 
 
+def check_choice(
+  config: ConfigDict | Mapping[str, Any], key: str, known: Sequence[str]
+) -> None:
+  """Refuses a value of an enumerated key, or of one that lists such values.
+
+  Raises:
+    ValueError: key, value and the values there are.
+  """
+  given = config[key]
+  for value in (given,) if isinstance(given, str) else given:
+    if value not in known:
+      raise ValueError(
+        f'{key} must be one of {", ".join(map(repr, known))}: {value!r}'
+      )
+
+
+@contextlib.contextmanager
+def naming(known: str, key: str) -> Iterator[None]:
+  """Lets errors about the key `known` name `key`, where the same stands."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(str(error).replace(f'{known}.', f'{key}.')) from error
+
+
+def check_enough(number: int, needed: int, what: str, keys: str) -> None:
+  """Refuses a data set that does not fill one batch.
+
+  Args:
+    number: of its rows, say, that are there.
+    needed: for a batch.
+    what: they are, in the plural.
+    keys: of the config that decide what is needed.
+
+  Raises:
+    ValueError: there are too few.
+  """
+  if number < needed:
+    raise ValueError(
+      f'{number} {what} do not fill a batch of {needed} ({keys}); lower it, or '
+      'give more of them'
+    )
+
+
 def mark_done(stage_dir: epath.PathLike, info: Mapping[str, Any]) -> None:
   """Records that a stage is finished; its outputs are written before.
 
@@ -253,6 +298,28 @@ def wait_for_all(name: str) -> None:
   """Returns once every process has come here; the name must be the same."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def say_drawn(stage: str, number: int, total: int, what: str) -> None:
+  """A line about how many records of a file are used, where not all are."""
+  if number < total:
+    say(f'{stage}: {number} of {total} {what}, drawn by seed')
+
+
+def say_left_out(
+  stage: str, number: int, total: int, what: str, limit: str
+) -> None:
+  """A line about records that do not fit; none where `number` is 0.
+
+  Args:
+    stage: its name.
+    number: left out.
+    total: with these.
+    what: they are, in the plural.
+    limit: key of the config and number of tokens.
+  """
+  if number:
+    say(f'{stage}: {number} of {total} {what} left out: do not fit {limit}')
 
 
 # --- Where the numbers come from ----------------------------------------------

@@ -260,6 +260,25 @@ def to_device(tree: PyTree) -> PyTree:
   return _moved(tree, 'device')
 
 
+class Offload:
+  """Keeps some trees in host memory while no program reads them.
+
+  Args:
+    names: of the trees that wait there; others stay where they are.
+  """
+
+  def __init__(self, names: Sequence[str]):
+    self._names = frozenset(names)
+
+  def store(self, name: str, tree: PyTree) -> PyTree:
+    """To the host, if it is one of them."""
+    return to_host(tree) if name in self._names else tree
+
+  def load(self, name: str, tree: PyTree) -> PyTree:
+    """Back to the device, if it is one of them."""
+    return to_device(tree) if name in self._names else tree
+
+
 def _moved(tree, kind):
   return jax.tree.map(
     lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)), tree

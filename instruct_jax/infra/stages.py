@@ -158,7 +158,15 @@ def of_run(
     workdir: where the run lives.
     find_experiment: name -> module.
   """
-  if 'stages' not in config:
+  if 'stages' in config:
+    unknown = [name for name in config.stage_order if name not in config.stages]
+    repeated = len(config.stage_order) - len(set(config.stage_order))
+    if unknown or repeated:
+      raise ValueError(
+        f'stage_order must hold names of stages, each once: {unknown or ""} '
+        f'{config.stage_order}; known: {", ".join(config.stages)}'
+      )
+  else:
     values = run.flat(run.plain(described))
     experiment = find_experiment(config.experiment)
     return [Stage(config, values, workdir, '', experiment)]
@@ -199,6 +207,11 @@ def _check_numbers(config) -> None:
   for key in _AT_LEAST_ONE:
     if given(key) and config[key] < 1:
       raise ValueError(f'{key} must be at least 1, got {config[key]}')
+  if given('mesh') and len(config.mesh) not in (0, 3):
+    raise ValueError(
+      'mesh must be () or three numbers, devices along data, fsdp and tensor: '
+      f'{tuple(config.mesh)}'
+    )
   if given('learning_rate') and not config.learning_rate > 0:
     raise ValueError(
       f'learning_rate must be positive, got {config.learning_rate}'

@@ -79,6 +79,7 @@ def accumulate_gradients(
   batch: PyTree,
   key: Key,
   num_microbatches: int = 1,
+  frozen: PyTree = None,
 ) -> tuple[Params, jax.Array, Metrics]:
   """Gradient of (summed loss / summed weight) over the whole batch.
 
@@ -86,11 +87,12 @@ def accumulate_gradients(
   the gradient does not depend on how many there are, whatever their masks.
 
   Args:
-    loss_fn: (params, batch, key) -> (summed loss, (weight, metrics)).
+    loss_fn: (params, frozen, batch, key) -> (summed loss, (weight, metrics)).
     params: differentiated.
     batch: pytree of arrays with one leading batch axis.
     key: split into one key a microbatch (dropout).
     num_microbatches: must divide the batch.
+    frozen: what the loss reads besides, and nothing changes.
 
   Returns:
     (gradients, mean loss, metrics as (sum, count)).
@@ -106,7 +108,7 @@ def accumulate_gradients(
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   batch = sharding.constrain_rows(batch)
   if num_microbatches == 1:
-    (loss, (weight, metrics)), grads = grad_fn(params, batch, key)
+    (loss, (weight, metrics)), grads = grad_fn(params, frozen, batch, key)
   else:
     size = batch_size // num_microbatches
     micro = jax.tree.map(
@@ -117,12 +119,12 @@ def accumulate_gradients(
     keys = jax.random.split(key, num_microbatches)
 
     def add(total, inputs):
-      (loss, (weight, metrics)), grads = grad_fn(params, *inputs)
+      (loss, (weight, metrics)), grads = grad_fn(params, frozen, *inputs)
       part = (grads, loss, weight, metrics)
       return jax.tree.map(jnp.add, total, part), None
 
     shapes = jax.eval_shape(
-      lambda b, k: grad_fn(params, b, k),
+      lambda b, k: grad_fn(params, frozen, b, k),
       jax.tree.map(lambda x: x[0], micro),
       keys[0],
     )

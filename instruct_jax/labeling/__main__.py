@@ -16,13 +16,21 @@ import pathlib
 import socket
 import sys
 
-import sqlalchemy as sa
-import uvicorn
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
+from instruct_jax import command
 from instruct_jax.data import records
-from instruct_jax.labeling import demo, research, schema, store, web
+
+try:
+  import sqlalchemy as sa
+  import uvicorn
+
+  from instruct_jax.labeling import demo, research, schema, store, web
+except ModuleNotFoundError as error:
+  if __name__ != '__main__':
+    raise
+  sys.exit(f'error: {error}; pip install -r requirements-labeling.txt')
 
 _DATABASE = 'labeling.sqlite'
 _CONFIG = config_flags.DEFINE_config_file(
@@ -186,7 +194,9 @@ def run(config, workdir: pathlib.Path) -> None:
 
 def main(argv) -> None:
   if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+    raise ValueError(f'unexpected arguments: {argv[1:]}')
+  if '--verbosity' not in ' '.join(sys.argv):
+    logging.set_verbosity(logging.WARNING)  # Libraries narrate at INFO.
   config = _CONFIG.value
   workdir = pathlib.Path(_WORKDIR.value or config.default_workdir).absolute()
   try:
@@ -195,11 +205,15 @@ def main(argv) -> None:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(1)
   except sa.exc.SQLAlchemyError as error:
-    cause = str(getattr(error, 'orig', None) or error).split('\n')[0]
-    print(f'error: the database: {cause}', file=sys.stderr)
+    text = command.one_line(getattr(error, 'orig', None) or error)
+    print(f'error: the database: {text}', file=sys.stderr)
     sys.exit(1)
+
+
+def parse_flags(argv) -> list[str]:
+  return command.parse_flags(argv, _CONFIG)
 
 
 if __name__ == '__main__':
   flags.mark_flag_as_required('config')
-  app.run(main)
+  command.end(lambda: app.run(main, flags_parser=parse_flags))

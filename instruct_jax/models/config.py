@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from instruct_jax.models import families
 
@@ -22,17 +23,27 @@ SCALINGS = ('none', 'linear', 'llama3', 'yarn')
 ATTENTIONS = ('auto', 'xla', 'flash')
 
 
-def check_compute_dtype(compute_dtype: str) -> None:
-  """Of a stage's config, where '' keeps what each model folder says.
+# What a stage's config may say of how its models compute.
+STAGE_KEYS = {
+  'compute_dtype': ('', *COMPUTE_DTYPES),
+  'frozen_dtype': COMPUTE_DTYPES,
+  'remat': REMAT_POLICIES,
+  'attention': ATTENTIONS,
+}
+
+
+def check_stage(config: ConfigDict) -> None:
+  """Checks the keys of a stage's config that say how its models compute.
 
   Raises:
-    ValueError: it is another name.
+    ValueError: a value there is no such thing for. An empty compute_dtype
+      keeps what each model folder says (published ones: 'float32').
   """
-  if compute_dtype not in ('', *COMPUTE_DTYPES):
-    raise ValueError(
-      f"compute_dtype must be '' (as the model folders say; published ones: "
-      f"'float32') or one of {COMPUTE_DTYPES}: {compute_dtype!r}"
-    )
+  for key, known in STAGE_KEYS.items():
+    if key in config and config[key] not in known:
+      raise ValueError(
+        f'{key} must be one of {", ".join(map(repr, known))}: {config[key]!r}'
+      )
 
 
 @dataclasses.dataclass(frozen=True)

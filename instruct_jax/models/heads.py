@@ -53,58 +53,40 @@ class Policy(nn.Module):
     hidden, _ = self.trunk(tokens, segments, deterministic=deterministic)
     return self.trunk.unembed(hidden)
 
-  def text_logprobs(
-    self,
-    tokens: Int[Array, 'B T'],
-    segments: Int[Array, 'B T'],
-    deterministic: bool = True,
-  ) -> Float[Array, 'B T']:
-    """log p(token | earlier tokens of its segment); column 0 is 0."""
-    hidden, _ = self.trunk(tokens, segments, deterministic=deterministic)
-    logprobs, _ = self._logprobs(hidden[:, :-1], tokens[:, 1:], 1.0)
-    return jnp.pad(logprobs, ((0, 0), (1, 0)))
-
-  def response_logprobs(
-    self,
-    tokens: Int[Array, 'B T'],
-    mask: Bool[Array, 'B T'],
-    num_response: int,
-    temperature: float = 1.0,
-  ) -> tuple[Float[Array, 'B R'], Float[Array, 'B R']]:
-    """Log-probabilities and entropies of the last `num_response` tokens.
-
-    Prompt positions never meet the unembedding.
-    """
-    hidden, _ = self.trunk(tokens, mask.astype(jnp.int32))
-    # The token in column t is predicted from column t - 1.
-    return self._logprobs(
-      hidden[:, -num_response - 1 : -1],
-      tokens[:, -num_response:],
-      temperature,
-    )
-
-  def packed_logprobs(
+  def logprobs(
     self,
     tokens: Int[Array, 'M T'],
     segments: Int[Array, 'M T'],
-    where: Int[Array, 'M Q'],
-    targets: Int[Array, 'M Q'],
+    where: Int[Array, 'M Q'] | None = None,
+    *,
     temperature: float = 1.0,
     longest: int = 0,
-  ) -> tuple[Float[Array, 'M Q'], Float[Array, 'M Q']]:
-    """Log-probabilities and entropies of chosen tokens of packed rows.
+    deterministic: bool = True,
+  ) -> tuple[Float[Array, 'M _'], Float[Array, 'M _']]:
+    """log p(token | earlier tokens of its segment) and entropies, nats.
 
     Args:
-      tokens, segments: see `Transformer.__call__`.
+      tokens, segments, longest: see `Transformer.__call__`.
       where: columns of the positions that predict; no other one meets the
-        unembedding.
-      targets: what each of them predicts.
+        unembedding. None is all of them.
       temperature: divides the logits.
-      longest: tokens of the longest segment; 0 is a whole row.
+      deterministic: True switches dropout off.
+
+    Returns:
+      Of the tokens that `where` predicts [M, Q]; of all tokens [M, T], where
+      column 0, which nothing precedes, is 0.
     """
-    hidden, _ = self.trunk(tokens, segments, longest=longest)
+    hidden, _ = self.trunk(
+      tokens, segments, deterministic=deterministic, longest=longest
+    )
+    if where is None:
+      found = self._logprobs(hidden[:, :-1], tokens[:, 1:], temperature)
+      return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (1, 0))), found)
     hidden = jnp.take_along_axis(hidden, where[:, :, None], axis=1)
-    # A packed row stands for several padded ones: as many logits at one time.
+    # A token stands one column after the position that predicts it.
+    columns = jnp.minimum(where + 1, tokens.shape[1] - 1)
+    targets = jnp.take_along_axis(tokens, columns, axis=1)
+    # A dense row stands for several episodes: as many logits at one time.
     rows = tokens.shape[1] // longest if longest else 1
     return self._logprobs(hidden, targets, temperature, max(1, rows))
 

@@ -25,7 +25,6 @@ DIR holds `toxicity_labels/{jigsaw,toxicity_en}.csv` and, to be judged alone,
 each plain or `.gz`; what is absent is left out, by name.
 """
 
-import argparse
 import collections
 import csv
 import dataclasses
@@ -43,6 +42,7 @@ import scipy.sparse
 import scipy.stats
 from etils import epath
 
+from instruct_jax import command
 from instruct_jax.data import records
 from instruct_jax.evals import endpoint, win_rate
 from instruct_jax.evals.benchmarks import released_csv
@@ -856,7 +856,11 @@ def _hatecheck(path):
 
 
 def agreement(data: epath.PathLike) -> Iterator[str]:
-  """Lines of a table: each scorer against what it stands in for."""
+  """Lines of a table: each scorer against what it stands in for.
+
+  Raises:
+    RecordError: there is no such folder, or a file in it cannot be read.
+  """
   root = epath.Path(data)
   if not root.is_dir():
     raise records.RecordError(f'{root}: no such folder')
@@ -980,9 +984,7 @@ def _truth_agreement(root):
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Prints the agreement table; returns the exit code."""
-  parser = argparse.ArgumentParser(
-    prog='python -m instruct_jax.evals.benchmarks.judges'
-  )
+  parser = command.Parser(prog='python -m instruct_jax.evals.benchmarks.judges')
   parser.add_argument('--data', required=True, metavar='DIR')
   try:
     for line in agreement(parser.parse_args(arguments).data):
@@ -994,4 +996,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  command.end(main)

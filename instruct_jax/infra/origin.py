@@ -1,0 +1,123 @@
+"""What the run that a file comes from says about it.
+
+Models and prompts that lie in a run's folder were made with lengths, and for a
+world, that the run's config.json holds: who evaluates them need not say it all
+again.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from instruct_jax.infra import run
+
+LENGTHS = ('prompt_length', 'response_length')
+WORLD = 'world_seed'
+# The stage that makes the world, and whose seed is the world's.
+_WORLD_STAGE = 'miniature_data'
+
+
+def stages_of(path: str) -> tuple[epath.Path, dict[str, dict[str, Any]]]:
+  """Folder of the run that `path` lies in, and name -> config of its stages.
+
+  The stage that the path lies in comes first, then those that evaluate. Without
+  a run, the folder is `path` itself and there are no stages.
+  """
+  place = epath.Path(path if run.is_remote(path) else os.path.abspath(path))
+  for folder in place.parents:
+    file = folder / 'config.json'
+    if not file.exists():
+      continue
+    config = run.read_json(file)
+    if 'stages' in config:
+      stages = config['stages']
+      own = place.relative_to(folder).parts[0]
+      order = sorted(
+        stages,
+        key=lambda name: (
+          name != own,
+          stages[name].get('experiment') != 'evaluate',
+        ),
+      )
+      return folder, {name: stages[name] for name in order}
+    # A published model has a config.json as well.
+    if 'experiment' in config:
+      return folder, {config['name']: config}
+  return place, {}
+
+
+def _lengths(path):
+  folder, stages = stages_of(path)
+  for name, stage in stages.items():
+    if all(stage.get(key) for key in LENGTHS):
+      return {key: stage[key] for key in LENGTHS}, f'{folder}, stage {name}'
+  return {}, ''
+
+
+def _world(path):
+  folder, stages = stages_of(path)
+  for name, stage in stages.items():
+    if stage.get('experiment') == _WORLD_STAGE:
+      return {WORLD: stage['seed']}, f'{folder}, stage {name}'
+  return {}, ''
+
+
+def filled(
+  config: ConfigDict,
+  keys: Sequence[str],
+  models: Mapping[str, str],
+  prompts: str,
+) -> ConfigDict:
+  """The config with those of its keys that are None read from the runs.
+
+  Prints a line about what was taken from where.
+
+  Args:
+    config: of a stage.
+    keys: that it needs, of `LENGTHS` and `WORLD`; given ones stay.
+    models: label -> folder of models; the lengths are theirs, or else those of
+      the prompts.
+    prompts: file of the prompts; the world is theirs.
+
+  Raises:
+    ValueError: a key is None and no run says it, or two runs say other things;
+      the key is named.
+  """
+  config = ConfigDict(config.copy_and_resolve_references())
+  for key in keys:
+    if config[key] is not None:
+      continue
+    if key == WORLD:
+      found = [_world(prompts)]
+    else:
+      found = [_lengths(path) for path in models.values()]
+      found = [row for row in found if row[0]] or [_lengths(prompts)]
+    where = [prompts] if key == WORLD else [*models.values(), prompts]
+    config[key] = _agreed(config.name, key, found, where)
+  return config
+
+
+def _agreed(
+  name: str,
+  key: str,
+  found: Sequence[tuple[dict[str, int], str]],
+  where: Sequence[str],
+) -> int:
+  """What all places say that say something."""
+  values = {row[key]: place for row, place in found if key in row}
+  if not values:
+    raise ValueError(
+      f'{key} is not given, and no config.json of a run in whose folder '
+      f'{" or ".join(where)} lies says it; set --config.{key}'
+    )
+  if len(values) > 1:
+    said = ', '.join(f'{value} in {place}' for value, place in values.items())
+    raise ValueError(
+      f'{key} is not given, and the runs differ ({said}); set --config.{key}'
+    )
+  ((value, place),) = values.items()
+  run.say(f'{name}: {key} is {value}, as in {place}')
+  return value

@@ -1,0 +1,72 @@
+"""A function of rows, applied to a part of them at a time."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instruct_jax.types import PyTree
+
+
+def in_slices(
+  fn: Callable[[PyTree], PyTree], rows: PyTree, num_slices: int
+) -> PyTree:
+  """Applies a function of rows, inside a program, to one slice after another.
+
+  Only one slice's temporaries exist at a time. Slice j holds rows j, j + n,
+  j + 2 n, ...: where rows are cut over devices, each keeps its own.
+
+  Args:
+    fn: rows to arrays with as many rows, each row for itself.
+    rows: pytree of arrays with B rows.
+    num_slices: n, which divides B; 1 calls fn on all rows.
+  """
+  if num_slices == 1:
+    return fn(rows)
+
+  def cut(x):
+    return jnp.swapaxes(x.reshape(-1, num_slices, *x.shape[1:]), 0, 1)
+
+  def join(x):
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+  return jax.tree.map(join, jax.lax.map(fn, jax.tree.map(cut, rows)))
+
+
+def in_batches(
+  fn: Callable[[PyTree], PyTree],
+  rows: PyTree,
+  batch_size: int,
+  progress: Callable[[int], None] | None = None,
+) -> PyTree:
+  """Applies a jitted function to any number of rows, in equal batches.
+
+  The last batch is filled up by repeating the first rows, and what comes of
+  the copies is thrown away.
+
+  Args:
+    fn: one batch of rows to arrays with as many rows; one compilation.
+    rows: pytree of numpy arrays with N rows each.
+    batch_size: rows per call.
+    progress: called with the number of rows done after every batch.
+
+  Returns:
+    What fn returns, as numpy arrays of N rows, in order.
+
+  Raises:
+    ValueError: no rows.
+  """
+  num_rows = jax.tree.leaves(rows)[0].shape[0]
+  if num_rows == 0:
+    raise ValueError('no rows to run a model on')
+  parts = []
+  for start in range(0, num_rows, batch_size):
+    wanted = np.arange(start, start + batch_size) % num_rows
+    batch = jax.tree.map(lambda x, w=wanted: np.asarray(x)[w], rows)
+    result = jax.device_get(fn(batch))
+    kept = min(batch_size, num_rows - start)
+    parts.append(jax.tree.map(lambda x, k=kept: x[:k], result))
+    if progress is not None:
+      progress(kept)
+  return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)

@@ -1,0 +1,214 @@
+"""What a response is worth: scores as a value, from whatever gives them.
+
+A `ScoreFn` is called once an iteration, on the host, with what was sampled. It
+may be a reward model, any Python function of the texts, or a weighted sum of
+several. RL sees the numbers alone.
+
+A Python function is given by its dotted name, say `mypackage.rewards.brevity`:
+
+  def brevity(prompts, responses, metadata):
+    return [-len(response.split()) / 100 for response in responses]
+
+`prompts` and `responses` are lists of texts. `metadata` is a list of dicts: the
+prompt's own `metadata`, beside its `id`, `user`, `category` and `turns`, and
+`ended` and `num_tokens` of the response. It returns one finite number each. Of
+several processes each calls it for its own responses.
+"""
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from instruct_jax import packing, rollout
+from instruct_jax.data import loader, records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.infra import sharding, slices
+from instruct_jax.types import Params, Rollout, ScalarsFn
+
+
+class Sampled(NamedTuple):
+  """What an iteration sampled.
+
+  Attributes:
+    rollout: on the mesh, B rows.
+    layout: of its rows, on the mesh.
+    indices: numbers of the prompts of this process's rows, in their order.
+  """
+
+  rollout: Rollout
+  layout: packing.Layout
+  indices: np.ndarray
+
+
+# One score a response [B], on the mesh, in the order of the rollout.
+ScoreFn = Callable[[Sampled], jax.Array]
+# (prompts, responses, metadata) -> one number each.
+TextScoreFn = Callable[
+  [list[str], list[str], list[dict[str, Any]]], Sequence[float]
+]
+
+
+def reward_program(
+  scalars_fn: ScalarsFn,
+  read_fn: Callable[..., jax.Array],
+  num_slices: int,
+) -> Callable[[Params, Rollout, packing.Layout], jax.Array]:
+  """(parameters, rollout, layout) -> a reward model's scores [B], to be jitted.
+
+  Args:
+    scalars_fn: of the reward model.
+    read_fn: (scalars, tokens, segments, ends [B]) -> scores [B]; see
+      `heads.read_scores`.
+    num_slices: parts in which rows are read.
+  """
+
+  def score(params: Params, sampled: Rollout, layout: packing.Layout):
+    rows = packing.first_epoch(packing.pack_episodes(sampled, layout), layout)
+    scalars = slices.in_slices(
+      lambda rows: scalars_fn(params, rows.tokens, rows.segments),
+      rows,
+      math.gcd(num_slices, rows.tokens.shape[0]),
+    )
+    return read_fn(scalars, rows.tokens, rows.segments, layout.ends)
+
+  return score
+
+
+def find_function(name: str) -> TextScoreFn:
+  """The Python function of a dotted name.
+
+  Raises:
+    ValueError: there is none; the name and the reason are given.
+  """
+  module_name, _, function_name = name.rpartition('.')
+  if not module_name:
+    raise ValueError(
+      f'reward_fn {name!r} is no dotted name, say package.module.f'
+    )
+  try:
+    function = getattr(importlib.import_module(module_name), function_name)
+  except (ImportError, AttributeError) as error:
+    raise ValueError(f'reward_fn {name!r}: {error}') from error
+  if not callable(function):
+    raise ValueError(f'reward_fn {name!r} is a {type(function).__name__}')
+  return function
+
+
+def parse_weights(text: str) -> dict[str, float]:
+  """'NAME' or 'NAME=WEIGHT', several with a comma between, as name -> weight.
+
+  Raises:
+    ValueError: a part of another form, a weight that is no number, or a name
+      that stands twice.
+  """
+  weights = {}
+  for part in filter(None, text.split(',')):
+    name, _, weight = part.partition('=')
+    try:
+      value = float(weight) if weight else 1.0
+    except ValueError:
+      value = math.nan
+    if not name or not math.isfinite(value) or name in weights:
+      raise ValueError(
+        'reward_fn must be NAME or NAME=WEIGHT, with a comma between several, '
+        f'each name once: {text!r}'
+      )
+    weights[name] = value
+  return weights
+
+
+def of_function(
+  name: str,
+  function: TextScoreFn,
+  prompts: Sequence[records.Prompt],
+  tokenizer: tokenizer_lib.Tokenizer,
+  mesh: jax.sharding.Mesh,
+) -> ScoreFn:
+  """A Python function as a `ScoreFn`.
+
+  Args:
+    name: for errors.
+    function: see the top of this file.
+    prompts: the data set; `Sampled.indices` are numbers in it.
+    tokenizer: of the responses.
+    mesh: where scores go.
+
+  Raises:
+    RuntimeError: in the `ScoreFn`, where the function raises or returns
+      something else than one finite number a response.
+  """
+
+  def score(sampled: Sampled) -> jax.Array:
+    whole = sharding.fetch(sampled.rollout)
+    own = loader.own(
+      np.arange(len(whole.tokens)), jax.process_index(), jax.process_count()
+    )
+    rows = jax.tree.map(lambda x: np.asarray(x)[own], whole)
+    ids = rollout.response_ids(rows)
+    asked = [prompts[index] for index in sampled.indices]
+    metadata = [
+      {
+        'id': prompt.id,
+        'user': prompt.user,
+        'category': prompt.category,
+        'turns': prompt.turns,
+        'ended': bool(ended),
+        'num_tokens': len(answer),
+        **prompt.metadata,
+      }
+      for prompt, ended, answer in zip(asked, rows.ended, ids, strict=True)
+    ]
+    texts = tokenizer.decode_responses(ids)
+    try:
+      found = function([prompt.text for prompt in asked], texts, metadata)
+    except Exception as error:
+      raise RuntimeError(
+        f'reward_fn {name}: {type(error).__name__}: {error}'
+      ) from error
+    return sharding.put_batch(_checked(name, found, asked), mesh)
+
+  return score
+
+
+def _checked(name, found, asked) -> np.ndarray:
+  try:
+    scores = np.asarray(found, np.float32)
+  except (TypeError, ValueError) as error:
+    raise RuntimeError(
+      f'reward_fn {name} must return one number a response: {error}'
+    ) from error
+  if scores.shape != (len(asked),):
+    raise RuntimeError(
+      f'reward_fn {name} returned {scores.shape} numbers for {len(asked)} '
+      'responses'
+    )
+  bad = np.flatnonzero(~np.isfinite(scores))
+  if bad.size:
+    raise RuntimeError(
+      f'reward_fn {name} returned {scores[bad[0]]} for the response to prompt '
+      f'{asked[bad[0]].id!r} ({bad.size} of {len(asked)} are not finite)'
+    )
+  return scores
+
+
+def weighted(parts: Mapping[str, tuple[ScoreFn, float]]) -> ScoreFn:
+  """The sum of several scores, each times its weight.
+
+  Args:
+    parts: name -> (score function, weight).
+  """
+  if len(parts) == 1:
+    ((score_fn, weight),) = parts.values()
+    if weight == 1.0:
+      return score_fn
+
+  def score(sampled: Sampled) -> jax.Array:
+    return sum(
+      weight * score_fn(sampled) for score_fn, weight in parts.values()
+    )
+
+  return score
