@@ -394,6 +394,7 @@ def test_the_command_prints_a_table(tmp_path):
   found = run(tmp_path)
   assert (found.returncode, found.stderr) == (0, '')
   lines = found.stdout.splitlines()
+  assert lines == list(judges.agreement(tmp_path))
   assert '| toxicity: no rtp.jsonl found | – | – | – |' in lines
   assert '| no finetune_info.jsonl found | – | – | – |' in lines
   figures = figures_of([line for line in lines if 'found |' not in line])

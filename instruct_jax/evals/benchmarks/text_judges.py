@@ -762,8 +762,8 @@ def share_difference(scores: np.ndarray, labels: np.ndarray) -> float:
 
 def with_interval(
   statistic: Callable[[np.ndarray, np.ndarray], float],
-  ours: np.ndarray,
-  theirs: np.ndarray,
+  ours: win_rate.Numbers,
+  theirs: win_rate.Numbers,
   clusters: win_rate.Ids,
   seed: int = 0,
 ) -> win_rate.Interval:
