@@ -90,7 +90,7 @@ def published(tmp_path_factory):
   demonstrations = [
     records.Demonstration('Name 1.', 'An owl.'),
     records.Demonstration(
-      'And 2?',
+      '',
       'A tit, and more.',
       turns=(
         turn('user', 'Hi'),
