@@ -32,7 +32,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from instruct_jax import command
+from instruct_jax import command, files
 
 # Experiments without a device: of several processes only the first runs them.
 HOST_EXPERIMENTS = ('miniature_data', 'e2e_data', 'hh_data', 'tax')
@@ -246,7 +246,7 @@ def main(argv) -> None:
   from instruct_jax.infra import processes
   from instruct_jax.infra import run as run_lib
 
-  workdir = run_lib.absolute(place)
+  workdir = files.absolute(place)
   config.workdir = str(workdir)
   print(f'work directory: {workdir}', flush=True)
 

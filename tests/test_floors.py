@@ -14,7 +14,8 @@ ALGORITHM = ('masked', 'losses', 'advantages', 'rewards', 'packing')
 FLOORS = {
   # 0
   'types': (),
-  'hub': (),
+  'files': (),
+  'hub': ('files',),
   'command': (),
   # 1: columns; inside a folder files import each other, across columns never.
   'masked': ('types',),
@@ -24,9 +25,9 @@ FLOORS = {
   'packing': ('types', 'masked'),
   'alarms': (),
   'models': ('types', 'models'),
-  'data': ('types', 'hub', 'command', 'data', 'miniature'),
+  'data': ('types', 'files', 'hub', 'command', 'data', 'miniature'),
   'miniature': ('types', 'data', 'miniature'),
-  'infra': ('types', 'hub', 'command', 'infra'),
+  'infra': ('types', 'files', 'hub', 'command', 'infra'),
   # 2: models and infra meet in `artifacts` alone; elsewhere the model arrives
   # as an argument. Never each other.
   'artifacts': ('types', 'hub', 'models', 'infra', 'data.tokenizer'),
@@ -59,6 +60,7 @@ FLOORS = {
   # 3: predictions and samples arrive as functions.
   'evals': (
     'types',
+    'files',
     'command',
     *ALGORITHM,
     'data',
@@ -73,6 +75,7 @@ FLOORS = {
   # 4: anything below, never each other.
   'experiments': (
     'types',
+    'files',
     *ALGORITHM,
     'models',
     'data',
@@ -113,6 +116,7 @@ FLOORS = {
   # Beside the experiments: commands of their own.
   'chat': (
     'types',
+    'files',
     'command',
     'data',
     'infra',
@@ -122,7 +126,7 @@ FLOORS = {
     'evals.samples',
   ),
   # 5: finds experiments by name.
-  'main': ('types', 'command', 'infra', 'experiments'),
+  'main': ('types', 'files', 'command', 'infra', 'experiments'),
   # Names and numbers only; the shapes of published models are such numbers.
   'configs': ('configs', 'models.config'),
 }
