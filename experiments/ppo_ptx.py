@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from instruct_jax import (
-  artifacts,
+  model_fns,
   ppo,
   rewards,
   rl,
@@ -31,6 +31,8 @@ from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import loop, sharding, train_state
 from instruct_jax.models import heads
+
+PROCESSES = 'all'
 
 
 def validate(config):
@@ -61,13 +63,13 @@ def build_programs(config, policy, value, stop_ids):
   """
   method = rl.method_of(config)
   longest = config.prompt_length + config.response_length
-  logprobs_fn = artifacts.logprobs_fn(policy, config.temperature, longest)
-  values_fn = artifacts.scalars_fn(value, longest)
+  logprobs_fn = model_fns.logprobs_fn(policy, config.temperature, longest)
+  values_fn = model_fns.scalars_fn(value, longest)
   # A row's noise depends on its prompt's number, not on its neighbours: the
   # slots change the memory that the cache takes and the time, nothing else.
   respond = functools.partial(
     rollout.generate,
-    decoder=artifacts.decoder(policy, config.gather_weights),
+    decoder=model_fns.decoder(policy, config.gather_weights),
     num_response=config.response_length,
     stop_ids=stop_ids,
     temperature=config.temperature,
@@ -82,7 +84,7 @@ def build_programs(config, policy, value, stop_ids):
   loss_fns = {
     'policy': ppo.make_policy_loss(logprobs_fn, method),
     'value': ppo.make_value_loss(values_fn, method),
-    'ptx': supervised.make_text_loss(artifacts.logprobs_fn(policy)),
+    'ptx': supervised.make_text_loss(model_fns.logprobs_fn(policy)),
   }
   train = ppo.make_train(loss_fns, make_optimizers(config), method)
   return {
@@ -128,7 +130,7 @@ def run(config, workdir: epath.Path):
     if reward is None:
       # fold_in: the head must not share its noise with the rollouts' keys.
       key = jax.random.fold_in(jax.random.key(config.seed), -1)
-      value = artifacts.scalar_from_policy(policy, mesh, key)
+      value = model_fns.scalar_from_policy(policy, mesh, key)
     programs = build_programs(
       config, policy.module, value.module, tokenizer.stop_ids
     )

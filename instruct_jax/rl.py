@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 
 from instruct_jax import (
   alarms,
-  artifacts,
+  model_fns,
+  model_folder,
   packing,
   ppo,
   queries,
@@ -82,7 +83,7 @@ def validate(config: ConfigDict) -> None:
   for name in score_fns.parse_weights(config.reward_fn):
     score_fns.find_function(name)
   if config.probe_every:
-    probes = artifacts.named_folders(config.probes, 'probes')
+    probes = model_folder.named_folders(config.probes, 'probes')
     probe.check_names(list(probes))
     if not probes:
       raise ValueError(
@@ -99,7 +100,9 @@ def inputs(config: ConfigDict) -> dict[str, str]:
   keys += ['valid_documents'] * bool(config.valid_documents)
   found = {key: config[key] for key in keys}
   if config.probe_every:
-    for name, path in artifacts.named_folders(config.probes, 'probes').items():
+    for name, path in model_folder.named_folders(
+      config.probes, 'probes'
+    ).items():
       found[f'probes.{name}'] = path
   return found
 
@@ -228,11 +231,11 @@ def make_mesh(
   folders = {config.init: 'policy', config.reward_model: 'scalar'}
   folders = {folder: kind for folder, kind in folders.items() if folder}
   for folder, kind in folders.items():
-    artifacts.check(folder, kind, tokenizer)
+    model_folder.check(folder, kind, tokenizer)
   microbatch = config.batch_size // config.num_minibatches
   microbatch //= config.num_microbatches
   slice_size = config.batch_size // config.num_slices
-  return artifacts.make_mesh(
+  return model_folder.make_mesh(
     config.mesh,
     list(folders),
     [microbatch, slice_size, config.eval_batch_size],
@@ -243,14 +246,14 @@ def load_models(
   config: ConfigDict,
   tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
-) -> tuple[artifacts.Model, artifacts.Model | None]:
+) -> tuple[model_fns.Model, model_fns.Model | None]:
   """The initial policy, and the reward model where there is one.
 
   Raises:
     ValueError: rows that are longer than a model's context.
   """
   load = functools.partial(
-    artifacts.load,
+    model_folder.load,
     mesh=mesh,
     tokenizer=tokenizer,
     remat=config.remat,
@@ -262,13 +265,13 @@ def load_models(
   if config.reward_model:
     reward = load(config.reward_model, 'scalar')
   for model in filter(None, (policy, reward)):
-    artifacts.check_context(
+    model_fns.check_context(
       model,
       config.prompt_length + config.response_length,
       'prompt_length + response_length',
     )
   if config.ptx_coef > 0 or config.valid_documents:
-    artifacts.check_context(policy, config.ptx_row_length, 'ptx_row_length')
+    model_fns.check_context(policy, config.ptx_row_length, 'ptx_row_length')
   return policy, reward
 
 
@@ -445,9 +448,9 @@ class Outputs:
     self,
     config: ConfigDict,
     workdir: epath.Path,
-    policy: artifacts.Model,
+    policy: model_fns.Model,
     tokenizer: tokenizer_lib.Tokenizer,
-    reward: artifacts.Model | None,
+    reward: model_fns.Model | None,
   ):
     self._config, self._workdir, self._tokenizer = config, workdir, tokenizer
     self._module = policy.module
@@ -460,9 +463,9 @@ class Outputs:
 
   def save(self, folder: str, params: Params, **metadata: Any) -> None:
     """Writes a policy as a model folder."""
-    artifacts.save(
+    model_folder.save(
       self._workdir / folder,
-      artifacts.Model('policy', self._module, params, {}),
+      model_fns.Model('policy', self._module, params, {}),
       self._tokenizer,
       {'stage': self._config.name, 'seed': self._config.seed, **metadata},
     )

@@ -257,7 +257,11 @@ class FakeBucket:
         f'{content.decode()}\r\n'
       )
     text = ''.join(f'--batch\r\n{answer}' for answer in answers) + '--batch--'
-    return 200, {'Content-Type': 'multipart/mixed; boundary=batch'}, text.encode()
+    return (
+      200,
+      {'Content-Type': 'multipart/mixed; boundary=batch'},
+      text.encode(),
+    )
 
 
 def _json(value):

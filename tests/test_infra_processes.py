@@ -23,6 +23,8 @@ from jax.experimental import multihost_utils
 
 from instruct_jax.infra import measure
 
+PROCESSES = 'all'
+
 
 def validate(config):
   if config.how == 'refuse':

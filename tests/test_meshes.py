@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import ppo_ptx as ppo_config
 from experiments import ppo_ptx, reward, sft
-from instruct_jax import artifacts, ppo, rewards, rl
+from instruct_jax import model_fns, ppo, rewards, rl
 from instruct_jax.infra import sharding, train_state
 from instruct_jax.models.config import PRESETS, TransformerConfig
 from instruct_jax.types import PackedComparisons, PromptBatch, TextBatch
@@ -173,10 +173,10 @@ def large_and_whole(tree) -> list[str]:
 
 def boxed_state(kind: str, shape: TransformerConfig):
   """A train state's shapes and axis names: what every layout comes from."""
-  module = artifacts.make_module(kind, shape)
+  module = model_fns.make_module(kind, shape)
   optimizer = ppo_ptx.make_optimizers(ppo_config.get_config('gpt2'))['policy']
   return jax.eval_shape(
-    lambda key: train_state.create(artifacts._init_fn(module)(key), optimizer),
+    lambda key: train_state.create(model_fns._init_fn(module)(key), optimizer),
     jax.random.key(0),
   )
 
@@ -225,11 +225,11 @@ def test_states_that_a_run_makes_lie_like_the_described_ones():
   mesh = sharding.make_mesh((2, 2, 2))
   shape = shape_of('qwen3')
   with sharding.use_mesh(mesh):
-    model = artifacts.init('policy', shape, mesh, jax.random.key(0))
+    model = model_fns.init('policy', shape, mesh, jax.random.key(0))
     optimizer = ppo_ptx.make_optimizers(ppo_config.get_config('gpt2'))['policy']
     state = train_state.create(jax.tree.map(jnp.copy, model.params), optimizer)
     frozen = jax.tree.map(lambda x: x.astype('bfloat16'), model.params)
-  described = artifacts.abstract_state('policy', shape, mesh, optimizer)
+  described = model_fns.abstract_state('policy', shape, mesh, optimizer)
   for made, wanted in (
     (state.params, described.params),
     (frozen, described.params),
@@ -318,7 +318,7 @@ def weights(family: str, kind: str, seed: int):
     lambda path, x: np.float32(
       ('scale' in jax.tree_util.keystr(path)) + rng.normal(0, 0.3, x.shape)
     ),
-    artifacts.abstract_params(kind, shape_of(family), mesh),
+    model_fns.abstract_params(kind, shape_of(family), mesh),
   )
 
 
@@ -342,7 +342,7 @@ def run_everything(family: str, mesh_shape) -> dict:
   key = jax.random.key(5)
 
   def place(kind, seed):
-    layout = artifacts.abstract_params(kind, shape, mesh)
+    layout = model_fns.abstract_params(kind, shape, mesh)
     return jax.device_put(
       weights(family, kind, seed), sharding.shardings_of(layout)
     )
@@ -355,8 +355,8 @@ def run_everything(family: str, mesh_shape) -> dict:
     # Adam's first moment after one step: a tenth of the clipped gradient.
     return state.opt_state[1].mu, means(metrics)
 
-  policy_module = artifacts.make_module('policy', shape)
-  scalar_module = artifacts.make_module('scalar', shape)
+  policy_module = model_fns.make_module('policy', shape)
+  scalar_module = model_fns.make_module('scalar', shape)
   texts, numbers = {}, {}
   with sharding.use_mesh(mesh):
     numbers['sft'] = update_of(

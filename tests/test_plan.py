@@ -8,8 +8,8 @@ import pytest
 from etils import epath
 
 from configs import plan as config_file
-from experiments import plan
-from instruct_jax.infra import programs, sharding
+from instruct_jax.infra import sharding
+from instruct_jax.jobs import plan
 from instruct_jax.models import decoding
 
 
@@ -53,8 +53,8 @@ def test_a_program_is_compiled_and_priced(config, workdir):
 
 
 def test_what_cannot_fit_says_by_how_much(config, workdir, monkeypatch, capsys):
-  small = dataclasses.replace(programs.CHIPS['v5e'], memory=100_000.0)
-  monkeypatch.setitem(programs.CHIPS, 'v5e', small)
+  small = dataclasses.replace(cost.CHIPS['v5e'], memory=100_000.0)
+  monkeypatch.setitem(cost.CHIPS, 'v5e', small)
   with config.unlocked():
     config.meshes = ((1, -1, 1),)
   with pytest.raises(RuntimeError, match='sft fit on v5e:2x2 in none of 1 '):
@@ -232,7 +232,7 @@ def described_weights(monkeypatch):
   """Without a TPU compiler nobody knows where sampling keeps its weights."""
 
   def weights(module, gather, mesh):
-    params = plan.artifacts.abstract_params('policy', module.config, mesh)
+    params = plan.model_fns.abstract_params('policy', module.config, mesh)
     return decoding.Weights(params['trunk'], {}, ())
 
   monkeypatch.setattr(plan, 'sampling_weights', weights)
@@ -243,7 +243,7 @@ def test_what_the_cache_alone_forbids_is_not_compiled(
 ):
   config = config_file.get_config('1p3b,v5e-8')
   mesh = plan.sharding.make_mesh((1, 8, 1))
-  monkeypatch.setattr(programs, 'flops', None)  # Nothing is traced.
+  monkeypatch.setattr(cost, 'flops', None)  # Nothing is traced.
   row = plan.measure('decode', config, mesh, 'full', 1)
   # 24 layers x keys and values x 2,048 x 2 bytes, for 512 slots of 2,048
   # columns and a quarter as many prompts of 1,024; a chip has an eighth.

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from instruct_jax import artifacts, losses, masked, supervised
+from instruct_jax import losses, masked, model_fns, supervised
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import train_state
@@ -84,7 +84,7 @@ def test_packed_rows_have_the_loss_of_rows_of_their_own():
   demonstrations = [
     records.Demonstration(text(1, 5), text(1, 6)) for _ in range(tiny.B)
   ]
-  loss_fn = supervised.make_text_loss(artifacts.logprobs_fn(tiny.POLICY))
+  loss_fn = supervised.make_text_loss(model_fns.logprobs_fn(tiny.POLICY))
 
   @jax.jit
   def loss_and_gradient(params, batch):

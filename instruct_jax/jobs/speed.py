@@ -28,7 +28,7 @@ import numpy as np
 from etils import epath
 
 from experiments import ppo_ptx, sft
-from instruct_jax import artifacts, packing, rl
+from instruct_jax import model_fns, packing, rl
 from instruct_jax.data import loader
 from instruct_jax.infra import (
   checkpoint,
@@ -41,9 +41,11 @@ from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.types import PromptBatch, TextBatch
 
+PROCESSES = 'one'
+
 WORKS = ('iteration', 'rollout', 'sft')
 GROWTHS = ('response', 'batch', 'model')
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 # What the programs ask of a tokenizer.
 
@@ -250,8 +252,8 @@ class Iteration:
     )
     self.scalar_shape = TransformerConfig.from_dict(config.scalar.to_dict())
     keys = jax.random.split(self.root, 3)
-    self.policy = artifacts.init('policy', self.shape, self.mesh, keys[0])
-    value = artifacts.init('scalar', self.scalar_shape, self.mesh, keys[1])
+    self.policy = model_fns.init('policy', self.shape, self.mesh, keys[0])
+    value = model_fns.init('scalar', self.scalar_shape, self.mesh, keys[1])
     self.programs = self.build(stage)
     self.state = ppo_ptx.initial_state(stage, self.policy.params, value.params)
     models = {'reference': self.policy.params}
@@ -275,7 +277,7 @@ class Iteration:
     return ppo_ptx.build_programs(
       stage,
       self.policy.module,
-      artifacts.make_module('scalar', self.scalar_shape),
+      model_fns.make_module('scalar', self.scalar_shape),
       stop_ids(self.config),
     )
 
@@ -538,7 +540,7 @@ def measure_sft(config, workdir) -> dict:
   with sharding.use_mesh(mesh):
     shape = TransformerConfig.from_dict(config.policy.to_dict())
     root = jax.random.key(config.seed)
-    model = artifacts.init('policy', shape, mesh, root)
+    model = model_fns.init('policy', shape, mesh, root)
     programs = sft.build_programs(stage, model.module, 1_000)
     state = train_state.create(model.params, programs['optimizer'])
     del model
@@ -610,7 +612,7 @@ def command_of(config, variant, workdir) -> list[str]:
         flags.append(f'--config.{prefix}{key}={value}')
 
   add('', config.to_dict())
-  file = ROOT / 'configs' / 'benchmark.py'
+  file = ROOT / 'configs' / 'speed.py'
   return [
     sys.executable,
     '-m',
@@ -662,7 +664,7 @@ def run_ours(config, variant, workdir, changes=None) -> dict:
     (config[part] if part else config)[name] = value
   workdir.mkdir(parents=True, exist_ok=True)
   run_process(command_of(config, variant, workdir), workdir / 'log.txt', config)
-  return run_lib.read_json(workdir / 'benchmark.json')
+  return run_lib.read_json(workdir / 'speed.json')
 
 
 def run_peer(config, peer, log) -> dict:
@@ -790,9 +792,9 @@ def run(config, workdir: epath.Path):
     summary['comparison'] = [
       row for variant in variants for row in compare(config, variant, workdir)
     ]
-  run_lib.write_json(workdir / 'benchmark.json', summary)
+  run_lib.write_json(workdir / 'speed.json', summary)
   text = table(summary)
-  (workdir / 'benchmark.md').write_text(f'# Benchmark\n\n{text}')
+  (workdir / 'speed.md').write_text(f'# Speed\n\n{text}')
   print(text, flush=True)
   return {'variant': config.variant}
 
