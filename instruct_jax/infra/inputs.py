@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from instruct_jax import hub
+from instruct_jax import files, hub
 from instruct_jax.infra import run
 
 INPUTS_FILE = 'inputs.json'
@@ -131,7 +131,7 @@ def content_hash(path: str) -> str:
 
 
 def _file_hash(path: epath.Path) -> str:
-  if run.is_remote(path):
+  if files.is_remote(path):
     found = path.stat()
     return _hash_of(os.fspath(path), (found.length, found.mtime))
   found = os.stat(path)
