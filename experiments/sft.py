@@ -16,7 +16,13 @@ from etils import epath
 from instruct_jax import artifacts, queries, supervised
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.infra import loop, optimizer, sharding, train_state
+from instruct_jax.infra import (
+  checkpoint,
+  loop,
+  optimizer,
+  sharding,
+  train_state,
+)
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import check_stage
 

@@ -53,7 +53,7 @@ def finished(start, tmp_path_factory):
     made = artifacts.init(
       kind, shape, tiny.one_device(), jax.random.key(number)
     )
-    artifacts.save(workdir / name, made, tokenizer.fingerprint, {})
+    artifacts.save(workdir / name, made, tokenizer, {})
   return workdir
 
 

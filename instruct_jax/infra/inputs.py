@@ -89,7 +89,15 @@ def problem(path: str) -> str:
     return str(error)
   except KeyError as error:  # epath knows no such scheme.
     return f'{path}: no paths begin with {error}'
-  return '' if found else f'{path}: no such file or folder'
+  if not found:
+    return f'{path}: no such file or folder'
+  if (_place(path) / 'params').exists() and not _is_model(_place(path)):
+    return f'{path}: a model folder without its {MODEL_FILE}'
+  return ''
+
+
+def _is_model(place: epath.Path) -> bool:
+  return (place / MODEL_FILE).exists()
 
 
 def _place(path: str) -> epath.Path:
@@ -113,7 +121,7 @@ def content_hash(path: str) -> str:
   what the model is.
   """
   place = _place(path)
-  if place.is_dir() and (place / MODEL_FILE).exists():
+  if place.is_dir() and _is_model(place):
     place = place / MODEL_FILE
   if not place.is_dir():
     return _file_hash(place)
