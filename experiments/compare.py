@@ -11,13 +11,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, queries, rollout
+from instruct_jax import model_fns, model_folder, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
 from instruct_jax.miniature import labelers, world
 from instruct_jax.models.config import check_stage
+
+PROCESSES = 'all'
 
 
 def validate(config):
@@ -72,7 +74,7 @@ def run(config, workdir: epath.Path):
 
   with sharding.use_mesh(mesh):
     policies = [
-      artifacts.load(
+      model_folder.load(
         each.model,
         'policy',
         mesh,
@@ -82,7 +84,7 @@ def run(config, workdir: epath.Path):
       for each in config.policies.values()
     ]
     for policy in policies:
-      artifacts.check_context(
+      model_fns.check_context(
         policy,
         config.prompt_length + config.response_length,
         'prompt_length + response_length',

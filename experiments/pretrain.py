@@ -9,12 +9,14 @@ import functools
 import jax
 from etils import epath
 
-from instruct_jax import artifacts, queries, supervised
+from instruct_jax import model_fns, model_folder, queries, supervised
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import TransformerConfig
+
+PROCESSES = 'all'
 
 
 def model_config(config, vocab_size: int) -> TransformerConfig:
@@ -63,17 +65,9 @@ def build_programs(config, module, mesh):
     eps=config.adam_eps,
     max_grad_norm=config.max_grad_norm,
   )
-  loss_fn = supervised.make_text_loss(artifacts.logprobs_fn(module), True)
+  loss_fn = supervised.make_text_loss(model_fns.logprobs_fn(module), True)
 
-  def update(state, batch, key):
-    return supervised.update(
-      state,
-      batch,
-      key,
-      loss_fn=loss_fn,
-      optimizer=tx,
-      num_microbatches=config.num_microbatches,
-    )
+  update = supervised.make_update(loss_fn, tx, config.num_microbatches)
 
   return {'optimizer': tx, 'update': jax.jit(update, donate_argnums=0)}
 
@@ -110,7 +104,7 @@ def run(config, workdir: epath.Path):
   root = jax.random.key(config.seed)
   keys = dict(zip(('init', 'loop'), jax.random.split(root), strict=True))
   with sharding.use_mesh(mesh):
-    model = artifacts.init(
+    model = model_fns.init(
       'policy',
       shape,
       mesh,
@@ -136,7 +130,7 @@ def run(config, workdir: epath.Path):
       for step, host_batch in steps.steps_with(data):
         batch = sharding.put_batch(host_batch, mesh)
         state, metrics = programs['update'](
-          state, batch, jax.random.fold_in(keys['loop'], step)
+          state, {}, batch, jax.random.fold_in(keys['loop'], step)
         )
         values = None
         if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:
@@ -150,9 +144,9 @@ def run(config, workdir: epath.Path):
           num_items=config.batch_size * config.row_length,
         )
     final = valid_loss(state.params).mean
-    artifacts.save(
+    model_folder.save(
       workdir / 'model',
-      artifacts.Model('policy', model.module, state.params, {}),
+      model_fns.Model('policy', model.module, state.params, {}),
       tokenizer,
       {'stage': config.name, 'seed': config.seed, 'valid_loss': final},
     )

@@ -19,13 +19,22 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int
 
-from instruct_jax import artifacts, losses, masked, supervised, types
+from instruct_jax import (
+  losses,
+  masked,
+  model_fns,
+  model_folder,
+  supervised,
+  types,
+)
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import preference_accuracy
 from instruct_jax.infra import loop, optimizer, sharding, slices, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import check_stage
+
+PROCESSES = 'all'
 
 
 def validate(config):
@@ -71,7 +80,7 @@ def build_programs(config, module, num_steps):
     eps=config.adam_eps,
     max_grad_norm=config.max_grad_norm,
   )
-  scores_fn = artifacts.scores_fn(module)
+  scores_fn = model_fns.scores_fn(module)
 
   def loss_fn(params, frozen, batch, key):
     del frozen, key  # Reward models train without dropout.
@@ -90,20 +99,12 @@ def build_programs(config, module, num_steps):
     }
     return summed, (weight, metrics)
 
-  def update(state, batch, key):
-    return supervised.update(
-      state,
-      batch,
-      key,
-      loss_fn=loss_fn,
-      optimizer=tx,
-      num_microbatches=config.num_microbatches,
-    )
+  update = supervised.make_update(loss_fn, tx, config.num_microbatches)
 
   return {
     'optimizer': tx,
     'update': jax.jit(update, donate_argnums=0),
-    'scalars': jax.jit(artifacts.scalars_fn(module)),
+    'scalars': jax.jit(model_fns.scalars_fn(module)),
   }
 
 
@@ -156,7 +157,7 @@ def train(config, workdir, name, rows, model, seed):
       # Every process packs the whole batch, for `ends` points across rows.
       batch = sharding.put_whole(host_batch, mesh)
       state, metrics = programs['update'](
-        state, batch, jax.random.fold_in(root, step)
+        state, {}, batch, jax.random.fold_in(root, step)
       )
       steps.end_step(
         step,
@@ -261,18 +262,18 @@ def accuracy_from(scores, comparisons):
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  artifacts.check(config.init, 'policy', tokenizer)
+  model_folder.check(config.init, 'policy', tokenizer)
   comparisons = records.read_jsonl(config.comparisons, records.Comparison)
   valid = records.read_jsonl(config.valid_comparisons, records.Comparison)
   comparisons = comparisons[: config.max_comparisons or None]
   valid = valid[: config.max_valid_comparisons or None]
   records.check_labels(comparisons, config.comparisons)
   records.check_labels(valid, config.valid_comparisons)
-  mesh = artifacts.make_mesh(
+  mesh = model_folder.make_mesh(
     config.mesh, [config.init], [config.batch_size, config.eval_batch_size]
   )
   with sharding.use_mesh(mesh):
-    policy = artifacts.load(
+    policy = model_folder.load(
       config.init,
       'policy',
       mesh,
@@ -281,7 +282,7 @@ def run(config, workdir: epath.Path):
       attention=config.attention,
       compute_dtype=config.compute_dtype,
     )
-    artifacts.check_context(policy, config.row_length, 'row_length')
+    model_fns.check_context(policy, config.row_length, 'row_length')
     if config.num_folds:
       return cross_validate(
         config, workdir, tokenizer, policy, comparisons, valid
@@ -294,7 +295,7 @@ def fit(config, workdir, tokenizer, policy, comparisons, valid):
   rows, dropped = training_rows(config, comparisons, tokenizer)
   # fold_in: the head must not share its noise with the batches' keys.
   init_key = jax.random.fold_in(jax.random.key(config.seed), 1)
-  model = artifacts.scalar_from_policy(policy, mesh, init_key)
+  model = model_fns.scalar_from_policy(policy, mesh, init_key)
   params, programs = train(
     config, workdir, config.name, rows, model, config.seed
   )
@@ -344,9 +345,9 @@ def fit(config, workdir, tokenizer, policy, comparisons, valid):
     'num_forwards': int(rows.mask.any(axis=2).sum()),  # An epoch.
     'num_dropped': dropped.total,
   }
-  artifacts.save(
+  model_folder.save(
     workdir / 'model',
-    artifacts.Model('scalar', model.module, params, {}),
+    model_fns.Model('scalar', model.module, params, {}),
     tokenizer,
     {'stage': config.name, 'seed': config.seed, **results},
   )
@@ -369,7 +370,7 @@ def cross_validate(config, workdir, tokenizer, policy, comparisons, valid):
   for number in range(config.num_fold_seeds):
     seed = config.seed + number
     init_key = jax.random.fold_in(jax.random.key(seed), 1)
-    model = artifacts.scalar_from_policy(policy, mesh, init_key)
+    model = model_fns.scalar_from_policy(policy, mesh, init_key)
     for fold, left_out in enumerate(groups):
       folder = workdir / f'seed{seed}-fold{fold}'
       result_file = folder / 'results.json'

@@ -13,7 +13,7 @@ import dataclasses
 import jax
 from etils import epath
 
-from instruct_jax import artifacts, queries, supervised
+from instruct_jax import model_fns, model_folder, queries, supervised
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import (
@@ -25,6 +25,8 @@ from instruct_jax.infra import (
 )
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import check_stage
+
+PROCESSES = 'all'
 
 
 def validate(config):
@@ -59,17 +61,9 @@ def build_programs(config, module, num_steps):
     eps=config.adam_eps,
     max_grad_norm=config.max_grad_norm,
   )
-  loss_fn = supervised.make_text_loss(artifacts.logprobs_fn(module), True)
+  loss_fn = supervised.make_text_loss(model_fns.logprobs_fn(module), True)
 
-  def update(state, batch, key):
-    return supervised.update(
-      state,
-      batch,
-      key,
-      loss_fn=loss_fn,
-      optimizer=tx,
-      num_microbatches=config.num_microbatches,
-    )
+  update = supervised.make_update(loss_fn, tx, config.num_microbatches)
 
   return {'optimizer': tx, 'update': jax.jit(update, donate_argnums=0)}
 
@@ -83,7 +77,7 @@ def check_epochs(workdir, num_done, tokenizer):
   """
   for epoch in range(1, num_done + 1):
     try:
-      artifacts.check(workdir / 'epochs' / str(epoch), 'policy', tokenizer)
+      model_folder.check(workdir / 'epochs' / str(epoch), 'policy', tokenizer)
     except checkpoint.CheckpointError as error:
       raise checkpoint.CheckpointError(
         f'epoch {epoch} cannot be used, and the checkpoints are past it: '
@@ -94,8 +88,8 @@ def check_epochs(workdir, num_done, tokenizer):
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  artifacts.check(config.init, 'policy', tokenizer)
-  mesh = artifacts.make_mesh(
+  model_folder.check(config.init, 'policy', tokenizer)
+  mesh = model_folder.make_mesh(
     config.mesh,
     [config.init],
     [config.batch_size // config.num_microbatches, config.eval_batch_size],
@@ -158,7 +152,7 @@ def run(config, workdir: epath.Path):
   root = jax.random.key(config.seed)
 
   with sharding.use_mesh(mesh):
-    model = artifacts.load(
+    model = model_folder.load(
       config.init,
       'policy',
       mesh,
@@ -169,11 +163,11 @@ def run(config, workdir: epath.Path):
       logprob_chunk=config.logprob_chunk,
       compute_dtype=config.compute_dtype,
     )
-    artifacts.check_context(model, config.row_length, 'row_length')
+    model_fns.check_context(model, config.row_length, 'row_length')
     programs = build_programs(config, model.module, num_steps)
     state = train_state.create(model.params, programs['optimizer'])
     # Saved models have no dropout rate to inherit: it belongs to this stage.
-    module = artifacts.make_module(
+    module = model_fns.make_module(
       'policy', dataclasses.replace(model.config, dropout=0.0)
     )
     del model
@@ -183,9 +177,9 @@ def run(config, workdir: epath.Path):
     )
 
     def save(directory, params, epoch, loss):
-      artifacts.save(
+      model_folder.save(
         directory,
-        artifacts.Model('policy', module, params, {}),
+        model_fns.Model('policy', module, params, {}),
         tokenizer,
         {
           'stage': config.name,
@@ -210,7 +204,7 @@ def run(config, workdir: epath.Path):
       for step, host_batch in steps.steps_with(data):
         batch = sharding.put_batch(host_batch, mesh)
         state, metrics = programs['update'](
-          state, batch, jax.random.fold_in(root, step)
+          state, {}, batch, jax.random.fold_in(root, step)
         )
         values = None
         if (step + 1) % steps_per_epoch == 0:
@@ -230,7 +224,7 @@ def run(config, workdir: epath.Path):
 
     epochs = []
     for epoch in range(1, config.num_epochs + 1):
-      about = artifacts.check(
+      about = model_folder.check(
         workdir / 'epochs' / str(epoch), 'policy', tokenizer
       )['about']
       epochs.append({'epoch': epoch, 'valid_loss': about['valid_loss']})
@@ -238,7 +232,7 @@ def run(config, workdir: epath.Path):
       selected = min(epochs, key=lambda row: row['valid_loss'])['epoch']
     else:
       selected = config.num_epochs
-    best = artifacts.load(
+    best = model_folder.load(
       workdir / 'epochs' / str(selected),
       'policy',
       mesh,

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instruct_jax import artifacts, command, queries, sampling
+from instruct_jax import command, model_fns, model_folder, queries, sampling
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import samples
@@ -43,7 +43,7 @@ def _programs(module, temperature):
   (weights, tokens, length, columns) -> cache with the prompt in it; and
   (weights, token, length, cache, key, t) -> (token t of the answer, cache).
   """
-  decoder = artifacts.decoder(module)
+  decoder = model_fns.decoder(module)
 
   @functools.partial(jax.jit, static_argnums=3)
   def read(weights, tokens, length, num_columns):
@@ -67,7 +67,7 @@ def _programs(module, temperature):
 
 
 def stream(
-  model: artifacts.Model,
+  model: model_fns.Model,
   ids: Sequence[int],
   tokenizer: tokenizer_lib.Tokenizer,
   max_tokens: int,
@@ -100,7 +100,7 @@ def stream(
 
 
 def check_room(
-  model: artifacts.Model, ids: Sequence[int], max_tokens: int
+  model: model_fns.Model, ids: Sequence[int], max_tokens: int
 ) -> int:
   """The most tokens that a prompt may have.
 
@@ -310,7 +310,7 @@ def read_models(
   if not reward_folder:
     return models, None
   tokenizer = tokenizer_of(reward_folder)
-  reward = artifacts.load(reward_folder, 'scalar', mesh, tokenizer)
+  reward = model_folder.load(reward_folder, 'scalar', mesh, tokenizer)
   return models, (reward, tokenizer)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from instruct_jax import artifacts, command
+from instruct_jax import command, model_folder
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import checkpoint, sharding
 from instruct_jax.models import hf
@@ -42,7 +42,7 @@ def export(
     raise ValueError(f'{output} is no empty folder; name a new one')
   tokenizer = tokenizer_lib.Tokenizer.load(tokenizer_folder)
   described = checkpoint.load_metadata(checkpoint_folder)
-  model = artifacts.load(
+  model = model_folder.load(
     checkpoint_folder,
     described['kind'],
     sharding.make_mesh((1, -1, 1)),

@@ -37,7 +37,7 @@ except ModuleNotFoundError as error:
     raise
   sys.exit(f"error: {error}; pip install -e '.[lm-eval]'")
 
-from instruct_jax import artifacts, command, queries, rollout
+from instruct_jax import command, model_fns, queries, rollout
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
@@ -75,7 +75,7 @@ class InstructJaxLM(TemplateLM):
 
   def __init__(
     self,
-    model: artifacts.Model,
+    model: model_fns.Model,
     tokenizer: tokenizer_lib.Tokenizer,
     mesh: jax.sharding.Mesh,
     batch_size: int = 16,

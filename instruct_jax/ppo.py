@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from instruct_jax import advantages, losses, masked, packing, rewards
+from instruct_jax import advantages, lora, losses, masked, packing, rewards
 from instruct_jax.infra import sharding, slices, train_state
 from instruct_jax.types import (
   Key,
@@ -42,17 +42,6 @@ from instruct_jax.types import (
 AdvantageFn = Callable[
   [jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array | None]
 ]
-# (name of a model, its trained parameters, frozen) -> all of its parameters.
-# Adapters are trained; what they adapt is frozen.
-JoinFn = Callable[[str, Params, Mapping[str, PyTree]], Params]
-
-
-def all_trained(
-  name: str, params: Params, frozen: Mapping[str, PyTree]
-) -> Params:
-  """The `JoinFn` of models whose parameters are all trained."""
-  del name, frozen
-  return params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +145,6 @@ def make_penalise(
   values_fn: ScalarsFn | None,
   advantage_fn: AdvantageFn,
   config: PPOConfig,
-  join: JoinFn = all_trained,
 ) -> Callable[..., tuple[RLBatch, rewards.KLState, Metrics]]:
   """Makes what turns a scored rollout into a batch to learn from.
 
@@ -166,7 +154,6 @@ def make_penalise(
     values_fn: of the value model; None without one.
     advantage_fn: from KL-penalised rewards to advantages.
     config: the method's numbers.
-    join: see `JoinFn`.
 
   Returns:
     (state, frozen, rollout, layout, scores [B]) -> (batch, the KL coefficient
@@ -184,7 +171,7 @@ def make_penalise(
   ):
     episodes = packing.pack_episodes(rollout, layout)
     rows = packing.first_epoch(episodes, layout)
-    policy = join('policy', state.policy.params, frozen)
+    policy = lora.join(state.policy.params, frozen.get('policy'))
     # Rows come in multiples of minibatches, and not always of slices.
     num_slices = math.gcd(config.num_slices, rows.tokens.shape[0])
 
@@ -192,7 +179,7 @@ def make_penalise(
       where = rows.tokens, rows.segments, rows.where
       found = [logprobs_fn(frozen['reference'], *where)[0]]
       if values_fn is not None:
-        value = join('value', state.value.params, frozen)
+        value = lora.join(state.value.params, frozen.get('value'))
         values = values_fn(value, rows.tokens, rows.segments)
         found.append(jnp.take_along_axis(values, rows.where, axis=1))
       return found
@@ -356,8 +343,9 @@ def make_policy_loss(logprobs_fn: LogprobsFn, config: PPOConfig) -> LossFn:
   """Clipped policy loss summed over response tokens, as a `LossFn`."""
 
   def loss_fn(params, frozen, batch: RLBatch, key):
-    del frozen, key  # No dropout in PPO.
+    del key  # No dropout in PPO.
     rows, mask = batch.episodes, batch.episodes.response_mask
+    params = lora.join(params, frozen.get('policy'))
     logprobs, entropy = logprobs_fn(
       params, rows.tokens, rows.segments, rows.where
     )
@@ -384,8 +372,9 @@ def make_value_loss(values_fn: ScalarsFn, config: PPOConfig) -> LossFn:
   """Clipped value loss summed over response tokens, as a `LossFn`."""
 
   def loss_fn(params, frozen, batch: RLBatch, key):
-    del frozen, key
+    del key
     rows, mask = batch.episodes, batch.episodes.response_mask
+    params = lora.join(params, frozen.get('value'))
     values = values_fn(params, rows.tokens, rows.segments)
     # V(prompt, y_<t) stands where token t is predicted.
     values = jnp.take_along_axis(values, rows.where, axis=1)
@@ -534,10 +523,10 @@ def _step(state, frozen, inputs, loss_fns, optimizers, config):
     return train_state.accumulate_gradients(
       loss_fns[name],
       params,
+      frozen,
       rows,
       keys[name],
       config.num_microbatches,
-      frozen,
     )
 
   grads, loss, metrics = gradients(

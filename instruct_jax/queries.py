@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from instruct_jax import artifacts, hub, packing, rewards, rollout
+from instruct_jax import hub, model_fns, model_folder, packing, rewards, rollout
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import heldout_loss, samples
@@ -57,7 +57,7 @@ def tokenizer_of(
   if given_folder:
     given = tokenizer_lib.Tokenizer.load(given_folder)
   folder = None
-  if artifacts.is_published(source):
+  if model_folder.is_published(source):
     folder = epath.Path(hub.locate(source))
     if not tokenizer_lib.is_folder(folder):
       folder = None
@@ -96,9 +96,9 @@ def load_policy(
   mesh: jax.sharding.Mesh,
   remat: str = 'none',
   compute_dtype: str = '',
-) -> artifacts.Model:
+) -> model_fns.Model:
   """A policy of ours or in the Hugging Face format, for this tokenizer."""
-  return artifacts.load(
+  return model_folder.load(
     source,
     'policy',
     mesh,
@@ -121,7 +121,7 @@ def generate_program(
   return jax.jit(
     functools.partial(
       rollout.generate,
-      decoder=artifacts.decoder(module),
+      decoder=model_fns.decoder(module),
       num_response=num_response,
       stop_ids=stop_ids,
       temperature=temperature,
@@ -134,7 +134,7 @@ def generate_program(
 @functools.cache
 def kl_program(module: heads.Policy, temperature: float) -> Callable:
   """Jitted (params, reference, rollout) -> `rewards.kl_estimates` of it [B]."""
-  logprobs_fn = artifacts.logprobs_fn(module, temperature)
+  logprobs_fn = model_fns.logprobs_fn(module, temperature)
 
   def kl(params, reference, sampled):
     rows = packing.as_rows(sampled)
@@ -150,11 +150,11 @@ def kl_program(module: heads.Policy, temperature: float) -> Callable:
 @functools.cache
 def score_program(module: heads.ScalarModel) -> Callable:
   """Jitted (params, tokens, mask) -> scores; models of one shape share it."""
-  return jax.jit(artifacts.scores_fn(module))
+  return jax.jit(model_fns.scores_fn(module))
 
 
 def score_answers(
-  model: artifacts.Model,
+  model: model_fns.Model,
   prompts: Sequence[Ids],
   answers: Sequence[Ids],
   pad_id: int,
@@ -202,7 +202,7 @@ def score_choices(
     choices, choice_mask: [B, C, R], padded on the right.
   """
   B, C, R = choices.shape
-  weights = artifacts.decoder(module).prepare(params)
+  weights = model_fns.decoder(module).prepare(params)
   cache = decoding.read(module, weights, tokens, lengths)
 
   def repeat(x):
@@ -329,7 +329,7 @@ def make_functions(
 
 @functools.cache
 def _text_program(module: heads.Policy) -> Callable:
-  logprobs_fn = artifacts.logprobs_fn(module)
+  logprobs_fn = model_fns.logprobs_fn(module)
   return jax.jit(
     lambda params, batch: logprobs_fn(params, batch.tokens, batch.segments)[0]
   )
@@ -372,7 +372,7 @@ def make_prober(
     mesh: of the parameters.
   """
   probes = probe.make_probes(
-    artifacts.named_folders(config.probes),
+    model_folder.named_folders(config.probes),
     tokenizer,
     module.config.context_length,
     config.probe_items,

@@ -1,8 +1,10 @@
 """One gradient step for any supervised loss: pretraining, SFT, reward model."""
 
+from collections.abc import Callable, Mapping
+
 import optax
 
-from instruct_jax import masked
+from instruct_jax import lora, masked
 from instruct_jax.infra import train_state
 from instruct_jax.types import (
   Key,
@@ -25,7 +27,7 @@ def make_text_loss(logprobs_fn: LogprobsFn, dropout: bool = False) -> LossFn:
   """
 
   def loss_fn(params, frozen, batch: TextBatch, key):
-    del frozen
+    params = lora.join(params, frozen.get('policy'))
     logprobs, _ = logprobs_fn(
       params, batch.tokens, batch.segments, None, key if dropout else None
     )
@@ -35,21 +37,33 @@ def make_text_loss(logprobs_fn: LogprobsFn, dropout: bool = False) -> LossFn:
   return loss_fn
 
 
-def update(
-  state: train_state.TrainState,
-  batch: PyTree,
-  key: Key,
-  *,
+def make_update(
   loss_fn: LossFn,
   optimizer: optax.GradientTransformation,
   num_microbatches: int = 1,
-  frozen: PyTree = None,
-) -> tuple[train_state.TrainState, Metrics]:
-  """One optimizer step; skipped in full when it would not be finite."""
-  grads, loss, metrics = train_state.accumulate_gradients(
-    loss_fn, state.params, batch, key, num_microbatches, frozen
-  )
-  state, grad_metrics = train_state.apply_gradients(
-    state, grads, optimizer, loss
-  )
-  return state, {**metrics, **grad_metrics, 'loss': masked.scalar(loss)}
+) -> Callable[..., tuple[train_state.TrainState, Metrics]]:
+  """Makes one optimizer step: (state, frozen, batch, key) -> (state, metrics).
+
+  It is skipped in full when it would not be finite.
+
+  Args:
+    loss_fn: what is optimised.
+    optimizer: of the state.
+    num_microbatches: gradient accumulation within a batch.
+  """
+
+  def update(
+    state: train_state.TrainState,
+    frozen: Mapping[str, PyTree],
+    batch: PyTree,
+    key: Key,
+  ):
+    grads, loss, metrics = train_state.accumulate_gradients(
+      loss_fn, state.params, frozen, batch, key, num_microbatches
+    )
+    state, grad_metrics = train_state.apply_gradients(
+      state, grads, optimizer, loss
+    )
+    return state, {**metrics, **grad_metrics, 'loss': masked.scalar(loss)}
+
+  return update

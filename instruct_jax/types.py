@@ -176,7 +176,7 @@ class RLBatch:
 # optimised is summed loss / weight, both summed over microbatches first. Frozen
 # is what the loss reads and nothing changes: a base below adapters, say.
 LossFn = Callable[
-  [Params, PyTree, PyTree, Key],
+  [Params, Mapping[str, PyTree], PyTree, Key],
   tuple[Float[Array, ''], tuple[Float[Array, ''], Metrics]],
 ]
 # (params, tokens [M, T], segments [M, T], where [M, Q] or None, dropout key or

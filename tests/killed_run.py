@@ -2,7 +2,8 @@
 
   python tests/killed_run.py POINT NUMBER DELAY DIARY -- flags of main
 
-POINT is where: generate, score, update (in that program), checkpoint, model (in
+POINT is where: respond, score, penalise, train (in that
+program), checkpoint, model (in
 the writing of one), stage (between two) or none. At its NUMBERth occurrence,
 from 1, and DELAY seconds later, comes SIGKILL. DIARY gets a JSON line for each
 batch that reached the devices, and for each stage's last state.
@@ -22,6 +23,8 @@ import numpy as np
 from experiments import ppo_ptx
 from instruct_jax import main
 from instruct_jax.infra import checkpoint, loop, run, sharding
+
+PROGRAMS = ('respond', 'score', 'penalise', 'train')
 
 
 def patch(point: str, number: int, delay: float, diary) -> None:
@@ -43,7 +46,7 @@ def patch(point: str, number: int, delay: float, diary) -> None:
     def call(*args, **kwargs):
       pass_by(name)
       result = function(*args, **kwargs)
-      if name in ('generate', 'score', 'update'):
+      if name in PROGRAMS:
         jax.block_until_ready(result)
       return result
 
@@ -57,7 +60,7 @@ def patch(point: str, number: int, delay: float, diary) -> None:
 
   def build_watched(*args):
     programs = build_programs(*args)
-    for name in ('generate', 'score', 'update'):
+    for name in PROGRAMS:
       programs[name] = passing(name, programs[name])
     return programs
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax import artifacts
+from instruct_jax import model_fns
 from instruct_jax.infra import sharding
 from instruct_jax.models import attention
 from instruct_jax.models.config import TransformerConfig
@@ -82,7 +82,7 @@ def params():
       ('scale' in jax.tree_util.keystr(path)) + rng.normal(0, 0.2, x.shape),
       jnp.float32,
     ),
-    artifacts.abstract_params(
+    model_fns.abstract_params(
       'policy', CONFIG, sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     ),
   )
@@ -91,16 +91,14 @@ def params():
 def loss_and_gradients(config, mesh=None):
   """A sum over the real tokens' log-probabilities, each with its own weight."""
   tokens, segments = rows()
-  logprobs_fn = artifacts.text_logprobs_fn(
-    artifacts.make_module('policy', config)
-  )
+  logprobs_fn = model_fns.logprobs_fn(model_fns.make_module('policy', config))
   weights = jnp.asarray(np.random.default_rng(5).normal(size=(B, T)))
   # A segment's first token is predicted from what is not its own.
   real = (segments > 0) & (segments == jnp.roll(segments, 1, axis=1))
   real &= jnp.arange(T)[None] > 0
 
   def loss(params):
-    logprobs = logprobs_fn(params, tokens, segments, None)
+    logprobs = logprobs_fn(params, tokens, segments)[0]
     logprobs = jnp.where(real, logprobs, 0.0)
     return jnp.sum(logprobs * weights), logprobs
 
@@ -108,7 +106,7 @@ def loss_and_gradients(config, mesh=None):
   if mesh is None:
     return run(params())
   shardings = sharding.shardings_of(
-    artifacts.abstract_params('policy', config, mesh)
+    model_fns.abstract_params('policy', config, mesh)
   )
   with sharding.use_mesh(mesh):
     return jax.device_get(run(jax.device_put(params(), shardings)))
@@ -143,13 +141,11 @@ def test_chunks_change_neither_values_nor_gradients(chunk):
 
 def test_chunked_logits_never_exist_as_a_whole():
   config = dataclasses.replace(CONFIG, attention='xla', logprob_chunk=32)
-  module = artifacts.make_module('policy', config)
+  module = model_fns.make_module('policy', config)
   tokens, segments = rows()
 
   def loss(params):
-    return jnp.sum(
-      artifacts.text_logprobs_fn(module)(params, tokens, segments, None)
-    )
+    return jnp.sum(model_fns.logprobs_fn(module)(params, tokens, segments)[0])
 
   text = str(jax.make_jaxpr(jax.grad(loss))(params()))
   assert f'f32[{B},32,{config.vocab_rows}]' in text
@@ -163,7 +159,7 @@ def test_prompts_are_read_by_the_kernel_and_continued_without_it():
   tokens, length = tokens[1:2], jnp.asarray([T - 3], jnp.int32)
   results = []
   for config in (CONFIG, dataclasses.replace(CONFIG, attention='xla')):
-    decoder = artifacts.decoder(artifacts.make_module('policy', config))
+    decoder = model_fns.decoder(model_fns.make_module('policy', config))
 
     @jax.jit
     def run(params, decoder=decoder):

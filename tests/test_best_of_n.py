@@ -8,9 +8,9 @@ import pytest
 from etils import epath
 
 from configs import best_of_n as config_file
-from experiments import best_of_n as experiment
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.jobs import best_of_n as experiment
 from tests import test_preferences
 
 pytestmark = pytest.mark.usefixtures('quick_compile')

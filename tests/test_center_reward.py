@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 import transformers
 
-from instruct_jax import artifacts
+from instruct_jax import model_fns, model_folder
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import checkpoint, sharding
@@ -70,7 +70,7 @@ def published(tmp_path_factory):
   num_tokens, (eos, _) = write_tokenizer(folder)
   config = stages.dataclasses.replace(stages.LLAMA, vocab_size=num_tokens)
   mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-  model = artifacts.init('scalar', config, mesh, jax.random.key(1))
+  model = model_fns.init('scalar', config, mesh, jax.random.key(1))
   # Weights far from a fresh model's, so that every position differs.
   params = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, model.params)
   params['head_bias'] = jnp.zeros(())
@@ -143,7 +143,7 @@ def test_demonstrations_score_0_as_the_classifier_reads_them(
   tokenizer = tokenizer_lib.Tokenizer.load(root / 'tokenizer')
   mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
   theirs, ours = (
-    artifacts.load(
+    model_folder.load(
       path,
       'scalar',
       mesh,
@@ -161,10 +161,10 @@ def test_demonstrations_score_0_as_the_classifier_reads_them(
     ids.append(eos)  # As a policy's answer ends.
     tokens, mask = jnp.array([ids]), jnp.ones((1, len(ids)), bool)
     for model, found in ((theirs, before), (ours, after)):
-      scalars = artifacts.scalars_fn(model.module)(model.params, tokens, mask)
+      scalars = model_fns.scalars_fn(model.module)(model.params, tokens, mask)
       found.append(float(scalars[0, -2]))
     wrong.append(float(scalars[0, -1]))
-    scores = artifacts.scores_fn(ours.module)(ours.params, tokens, mask)
+    scores = model_fns.scores_fn(ours.module)(ours.params, tokens, mask)
     assert float(scores[0]) == pytest.approx(after[-1], abs=1e-5)
   assert results['reward_shift'] == pytest.approx(np.mean(before), abs=1e-4)
   np.testing.assert_allclose(np.mean(after), 0, atol=1e-4)
@@ -186,7 +186,7 @@ def test_demonstrations_score_0_as_the_classifier_reads_them(
 )
 def test_what_is_missing_is_named(key, message):
   from configs import center_reward as config_file
-  from experiments import center_reward
+  from instruct_jax.jobs import center_reward
 
   config = config_file.get_config()
   for name in ('reward_model', 'tokenizer', 'demonstrations'):

@@ -66,7 +66,7 @@ WRONG = {
     ('a=NOWHERE', '--output=OUT'),
     ('a=TOKENS', '--output=OUT'),
   ],
-  'evals.benchmarks.judges': [(), ('--data=NOWHERE',)],
+  'evals.benchmarks.text_judges': [(), ('--data=NOWHERE',)],
   'labeling': [
     (),
     ('--config=configs/nowhere.py',),

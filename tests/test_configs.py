@@ -10,10 +10,10 @@ from configs import ppo_ptx as ppo_config_file
 from configs import pretrain, reward, sft
 from configs import tax as tax_config_file
 from experiments import ppo_ptx as ppo_experiment
-from experiments import tax as tax_experiment
-from instruct_jax import artifacts, main
-from instruct_jax.infra import sharding, train_state
+from instruct_jax import model_fns
+from instruct_jax.infra import pipeline, sharding, train_state
 from instruct_jax.infra import stages as stages_lib
+from instruct_jax.jobs import tax as tax_experiment
 from instruct_jax.models.config import PRESETS, TransformerConfig
 
 SIZES = ('1p3b', '6b', '175b')
@@ -30,7 +30,7 @@ def test_every_stage_of_a_pipeline_validates(variant, tmp_path):
   for name in config.stage_order:
     stage = config.stages[name]
     assert stage.name == name
-    main.find_experiment(stage.experiment).validate(stage)
+    pipeline.find_experiment(stage.experiment).validate(stage)
 
 
 def test_rankings_of_people_reach_the_model_card():
@@ -57,14 +57,14 @@ def test_the_tax_is_swept_on_the_models_of_a_finished_run(tmp_path):
   for name in names:
     stage = config.stages[name]
     assert stage.name == name
-    main.find_experiment(stage.experiment).validate(stage)
+    pipeline.find_experiment(stage.experiment).validate(stage)
   plot = config.stages.tax
   with pytest.raises(ValueError, match='source is empty'):
     tax_experiment.validate(plot)
   config.source = str(tmp_path)
   tax_experiment.validate(plot)
   stages = stages_lib.of_run(
-    config, config, epath.Path(tmp_path / 'run'), main.find_experiment
+    config, config, epath.Path(tmp_path / 'run'), pipeline.find_experiment
   )
   with pytest.raises(ValueError, match='rl_init/model: no such file') as error:
     stages_lib.find_missing(stages)
@@ -161,14 +161,14 @@ def test_paper_sizes_build_their_abstract_ppo_state(size):
   mesh = sharding.make_mesh((1, -1, 1))
   shape = TransformerConfig.from_dict(PRESETS[size])
   value_shape = TransformerConfig.from_dict(PRESETS['6b'])
-  policy_tx, value_tx = ppo_experiment.make_optimizers(
+  optimizers = ppo_experiment.make_optimizers(
     ppo_config_file.get_config(size)
   )
   for kind, config, tx in (
-    ('policy', shape, policy_tx),
-    ('scalar', value_shape, value_tx),
+    ('policy', shape, optimizers['policy']),
+    ('scalar', value_shape, optimizers['value']),
   ):
-    params = artifacts.abstract_params(kind, config, mesh)
+    params = model_fns.abstract_params(kind, config, mesh)
     state = jax.eval_shape(
       lambda params, tx=tx: train_state.create(params, tx), params
     )
@@ -212,7 +212,7 @@ def test_bad_values_are_named(name, key, value, text):
   with config.unlocked():
     config.update_from_flattened_dict({key: value})
   with pytest.raises(ValueError, match=text):
-    main.find_experiment(config.experiment).validate(config)
+    pipeline.find_experiment(config.experiment).validate(config)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_every_stage_that_loads_a_model_takes_a_compute_dtype(name):
   assert config.compute_dtype == ''
   config.compute_dtype = 'float16'
   with pytest.raises(ValueError, match="compute_dtype must be .*'float16'"):
-    main.find_experiment(config.experiment).validate(config)
+    pipeline.find_experiment(config.experiment).validate(config)
 
 
 @pytest.mark.parametrize('name', ['pretrain', 'sft', 'reward', 'ppo_ptx'])

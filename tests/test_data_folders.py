@@ -246,10 +246,11 @@ def test_byte_order_marks_in_a_tokenizer_s_folder(tmp_path):
   assert found[0] == found[1]
 
 
-def test_a_kill_leaves_no_mixture(tmp_path):
-  """Two conversions take turns in one folder, each killed at some moment."""
+@pytest.mark.parametrize('fresh', [False, True])
+def test_a_kill_leaves_no_mixture(fresh, tmp_path):
+  """Two conversions take turns in one folder, each killed at some moment; or
+  every one has a folder of its own, which is whole or not there."""
   paths = [alpaca(tmp_path / f'{k}.json', k, 4000) for k in ('bird', 'tree')]
-  out = tmp_path / 'out'
   program = (
     'import sys\nfrom instruct_jax.data import convert\n'
     'print("ready", flush=True)\nsys.stdin.readline()\n'
@@ -258,6 +259,7 @@ def test_a_kill_leaves_no_mixture(tmp_path):
   waits = (None, 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, None)
   killed = 0
   for number, wait in enumerate(waits):
+    out = tmp_path / (f'out{number}' if fresh else 'out')
     process = subprocess.Popen(
       [sys.executable, '-c', program, 'alpaca', paths[number % 2]]
       + [f'--output={out}', '--valid=0.2'],
@@ -276,8 +278,9 @@ def test_a_kill_leaves_no_mixture(tmp_path):
     texts = [path.read_text() for path in sorted(out.glob('*.jsonl'))]
     kinds = {kind for kind in ('bird', 'tree') for t in texts if kind in t}
     assert len(kinds) <= 1
+    assert not fresh or len(texts) == (4 if out.exists() else 0)
     if wait is None:
       # The folder is whole again, whatever was left there.
       assert process.returncode == 0 and len(texts) == 4
-      assert not list(tmp_path.rglob('*unfinished*'))
+      assert not (out / '.unfinished').exists()
   assert killed

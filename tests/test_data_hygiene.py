@@ -271,6 +271,9 @@ FOUND = {
     001 555 123 4567
     1-800-555-0199
     555–123–4567 or 555-123-4567x89
+    （５５５）１２３－４５６７
+    555\u200b123\u00ad4567
+    +49\u00a0171\u202f1234567
     call me at 555-1234
     it is 555-0119 .
     phone: 5551234
@@ -318,7 +321,8 @@ FOUND = {
     jo(at)example.com
     jo AT example DOT com
     jo @ example.com
-    jo＠example.com
+    jo＠example．com
+    jo\u200b@\u2060example.com
     jo&#64;example.org
     <jo@x.org>.
     jo@xn--mller-kva.de

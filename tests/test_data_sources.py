@@ -462,6 +462,23 @@ def test_lists_by_hand():
     fill(records.Prompt, {}, text=['a', 'b'])
 
 
+@pytest.mark.parametrize(
+  ('fields', 'expected'),
+  [
+    (['prompt={q}'], 'Demonstration needs --field=response=...,'),
+    (['response={q}'], 'Demonstration needs --field=prompt=...,'),
+    (['text={q}'], '--field=text: Demonstration has prompt, response, id,'),
+    (['prompt={q}', 'response={x}'], ':1: examples have q and no x'),
+  ],
+)
+def test_fields_that_are_missing_or_unknown(fields, expected, tmp_path, capsys):
+  spec = write_table(tmp_path, 'jsonl', [{'q': str(i)} for i in range(30)])
+  command = ['demonstrations', spec, f'--output={tmp_path / "out"}']
+  assert convert.main([*command, *(f'--field={f}' for f in fields)]) == 1
+  error = capsys.readouterr().err
+  assert expected in error and error.count('\n') == 1
+
+
 def test_rows_without_a_column_are_named(tmp_path, capsys):
   rows = [{'q': 'a', 'r': 'b'}, {'q': 'a'}]
   for kind in ('jsonl', 'json'):
@@ -527,6 +544,11 @@ def test_a_delimiter_is_told_by_the_columns(delimiter, tmp_path):
 def test_tables_need_fields(tmp_path, capsys):
   write_table(tmp_path, 'csv', QUESTIONS)
   write_table(tmp_path, 'json', QUESTIONS)
+  for name in ('table.csv', 'table.json'):
+    # Not text to pretrain on, either.
+    command = ['documents', str(tmp_path / name)]
+    assert convert.main([*command, f'--output={tmp_path / "out"}']) == 1
+    assert name in capsys.readouterr().err
   for name in ('table.csv', 'table.json', 'datasets:nowhere', 'tfds:a/b'):
     spec = name if ':' in name else str(tmp_path / name)
     assert convert.main(['prompts', spec, f'--output={tmp_path / "out"}']) == 1

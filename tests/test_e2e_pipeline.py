@@ -12,11 +12,11 @@ import pytest
 from etils import epath
 
 from configs import ppo_ptx
-from experiments import e2e_data, evaluate
-from instruct_jax import main
 from instruct_jax.data import records, tokenizer
+from instruct_jax.infra import pipeline
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import stages as stages_lib
+from instruct_jax.jobs import e2e_data, evaluate
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -70,7 +70,7 @@ def test_a_missing_root_is_told_before_any_compute(tmp_path):
   config.data.root = str(tmp_path)
   config.workdir = str(tmp_path)
   found = stages_lib.of_run(
-    config, config, epath.Path(tmp_path), main.find_experiment
+    config, config, epath.Path(tmp_path), pipeline.find_experiment
   )
   with pytest.raises(ValueError, match='e2e_nlg: no such') as error:
     stages_lib.find_missing(found)
@@ -90,7 +90,7 @@ def test_every_stage_validates_and_lengths_fit_together(tmp_path):
   assert set(config.stage_order) == set(stages.keys())
   for name in config.stage_order:
     assert stages[name].name == name
-    main.find_experiment(stages[name].experiment).validate(stages[name])
+    pipeline.find_experiment(stages[name].experiment).validate(stages[name])
   assert stages.judge.comparisons != stages.reward.comparisons
   assert stages.judge.seed != stages.reward.seed
   context = stages.pretrain.model.context_length

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from experiments import evaluate
 from instruct_jax.evals import heldout_loss, run_figures, win_rate
+from instruct_jax.jobs import evaluate
 
 
 def test_ties_count_one_half():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax import artifacts, export, queries
+from instruct_jax import export, model_fns, model_folder, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding
 from instruct_jax.models.config import TransformerConfig
@@ -31,19 +31,21 @@ def test_out_and_back(kind, tmp_path):
   tokenizer = tokenizer_lib.train_word_level(['a', 'b', 'c', 'd'])
   tokenizer.save(tmp_path / 'tokenizer')
   mesh = sharding.make_mesh((1, -1, 1))
-  model = artifacts.init(kind, CONFIG, mesh, jax.random.key(0))
-  artifacts.save(tmp_path / 'model', model, tokenizer, {'seed': 0})
+  model = model_fns.init(kind, CONFIG, mesh, jax.random.key(0))
+  model_folder.save(tmp_path / 'model', model, tokenizer, {'seed': 0})
   out = tmp_path / 'out'
   export.export(tmp_path / 'model', tmp_path / 'tokenizer', out)
 
   again = tokenizer_lib.Tokenizer.load(out)
   assert again.fingerprint == tokenizer.fingerprint
-  assert artifacts.is_published(out)
-  assert not artifacts.is_published(tmp_path / 'model')
+  assert model_folder.is_published(out)
+  assert not model_folder.is_published(tmp_path / 'model')
   assert queries.tokenizer_of(f'hf:{out}', '').fingerprint == again.fingerprint
-  assert artifacts.content_hash(f'hf:{out}') == artifacts.content_hash(out)
+  assert model_folder.content_hash(f'hf:{out}') == model_folder.content_hash(
+    out
+  )
   for name in (str(out), f'hf:{out}'):
-    loaded = artifacts.load(
+    loaded = model_folder.load(
       name,
       kind,
       mesh,
@@ -67,7 +69,7 @@ def test_out_and_back(kind, tmp_path):
     export.export(tmp_path / 'model', tmp_path / 'tokenizer', out)
   larger = tokenizer_lib.train_word_level(list('abcdef'))
   with pytest.raises(ValueError, match='tokenizer of 7 tokens .* one of 9 '):
-    artifacts.load(out, kind, mesh, larger)
+    model_folder.load(out, kind, mesh, larger)
   (out / 'tokenizer.json').unlink()
   with pytest.raises(ValueError, match='7 embedding rows, .* 9 tokens'):
-    artifacts.load(out, kind, mesh, larger)
+    model_folder.load(out, kind, mesh, larger)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import transformers
 
-from instruct_jax import artifacts, export
+from instruct_jax import export, model_fns, model_folder
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding
 from instruct_jax.models import hf
@@ -46,7 +46,7 @@ def with_padding(tokens):
 
 
 def our_scores(module, params, tokens, mask):
-  scalars = jax.jit(artifacts.scalars_fn(module))(
+  scalars = jax.jit(model_fns.scalars_fn(module))(
     params, jnp.asarray(tokens), jnp.asarray(mask)
   )
   last = mask.sum(axis=1) - 1
@@ -82,9 +82,9 @@ def test_policies_and_reward_models_open_with_equal_numbers(name, tmp_path):
   described = json.loads((tmp_path / 'policy' / 'config.json').read_text())
   assert described['architectures'] == [type(model).__name__]
 
-  policy = artifacts.Model('policy', module, params, {})
+  policy = model_fns.Model('policy', module, params, {})
   mesh = sharding.make_mesh((8, 1, 1))
-  reward = artifacts.scalar_from_policy(policy, mesh, jax.random.key(0))
+  reward = model_fns.scalar_from_policy(policy, mesh, jax.random.key(0))
   ours = {**reward.params, 'head_bias': jnp.float32(-0.7)}
   hf.save(tmp_path / 'reward', module.config, ours)
   path = tmp_path / 'reward' / 'config.json'
@@ -108,10 +108,10 @@ def test_folded_reward_model_and_tokenizer_open(tmp_path):
   config = dataclasses.replace(
     config, vocab_size=tokenizer.vocab_size, embedding_rows=0
   )
-  model = artifacts.init('scalar', config, mesh, jax.random.key(0))
+  model = model_fns.init('scalar', config, mesh, jax.random.key(0))
   params = {**model.params, 'head_bias': jnp.float32(-1.25)}
   model = dataclasses.replace(model, params=params)
-  artifacts.save(tmp_path / 'model', model, tokenizer, {})
+  model_folder.save(tmp_path / 'model', model, tokenizer, {})
   out = tmp_path / 'out'
   export.export(
     tmp_path / 'model', tmp_path / 'tokenizer', out, fold_shift=True

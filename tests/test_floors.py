@@ -6,7 +6,8 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-ALGORITHM = ('masked', 'losses', 'advantages', 'rewards', 'packing')
+MATHS = ('masked', 'losses', 'advantages', 'rewards', 'packing', 'lora')
+MODELS = ('model_fns', 'model_folder')
 
 # What each file, or folder of files, may import of this repository. The entry
 # with the longest matching name counts; a file without an entry is an error.
@@ -22,45 +23,67 @@ FLOORS = {
   'advantages': ('types', 'masked'),
   'rewards': ('types', 'masked'),
   'packing': ('types', 'masked'),
+  'lora': ('types',),
+  'sampling': ('types',),
   'alarms': (),
   'models': ('types', 'models'),
   'data': ('types', 'hub', 'command', 'data', 'miniature'),
   'miniature': ('types', 'data', 'miniature'),
   'infra': ('types', 'hub', 'command', 'infra'),
-  # 2: models and infra meet in `artifacts` alone; elsewhere the model arrives
-  # as an argument. Never each other.
-  'artifacts': ('types', 'hub', 'models', 'infra', 'data.tokenizer'),
-  'export': ('command', 'artifacts', 'data', 'models', 'infra'),
-  'sampling': ('types',),
-  'rollout': ('types', *ALGORITHM, 'sampling', 'infra.sharding'),
-  'ppo': ('types', *ALGORITHM, 'infra.train_state', 'infra.sharding'),
-  'supervised': ('types', *ALGORITHM, 'infra.train_state'),
-  # Models and sampling meet here for evaluation, and in experiments.
+  # 2: models and infra meet in two files; elsewhere the model arrives as an
+  # argument. Never each other.
+  'model_fns': ('types', 'lora', 'models', 'infra'),
+  'model_folder': (
+    'types',
+    'hub',
+    'lora',
+    'models',
+    'infra',
+    'data.tokenizer',
+    'model_fns',
+  ),
+  'export': ('command', 'lora', *MODELS, 'data', 'models', 'infra'),
+  'rollout': ('types', *MATHS, 'sampling', 'infra.sharding'),
+  'ppo': (
+    'types',
+    *MATHS,
+    'infra.train_state',
+    'infra.sharding',
+    'infra.slices',
+  ),
+  'supervised': ('types', *MATHS, 'infra.train_state'),
+  # What puts the parts together: a rollout's scores, questions to a model, and
+  # all that RL experiments share.
+  'score_fns': ('types', *MATHS, 'rollout', 'data', 'infra'),
   'queries': (
     'types',
     'hub',
-    'masked',
+    *MATHS,
+    *MODELS,
     'models',
     'data',
     'infra',
-    'artifacts',
     'rollout',
-    'evals.samples',
+    'evals',
   ),
-  'lm_eval_adapter': (
+  'rl': (
     'types',
-    'command',
+    *MATHS,
+    *MODELS,
+    'models',
     'data',
     'infra',
-    'artifacts',
+    'alarms',
+    'ppo',
     'queries',
-    'rollout',
+    'score_fns',
+    'evals',
   ),
   # 3: predictions and samples arrive as functions.
   'evals': (
     'types',
     'command',
-    *ALGORITHM,
+    *MATHS,
     'data',
     'miniature',
     'rollout',
@@ -71,58 +94,66 @@ FLOORS = {
   # The labeling site: people in the place of `experiments.compare`.
   'labeling': ('command', 'data', 'miniature', 'evals', 'labeling'),
   # 4: anything below, never each other.
-  'experiments': (
+  **dict.fromkeys(
+    ('experiments', 'jobs'),
+    (
+      'types',
+      *MATHS,
+      *MODELS,
+      'models',
+      'data',
+      'miniature',
+      'infra',
+      'alarms',
+      'score_fns',
+      'queries',
+      'rl',
+      'rollout',
+      'ppo',
+      'supervised',
+      'evals',
+    ),
+  ),
+  # These compile, or time, what an experiment builds.
+  'jobs.plan': (
     'types',
-    *ALGORITHM,
+    *MATHS,
+    *MODELS,
+    'models',
+    'infra',
+    'ppo',
+    'rl',
+    'rollout',
+    'sampling',
+    'experiments',
+  ),
+  'jobs.speed': (
+    'types',
+    *MATHS,
+    *MODELS,
     'models',
     'data',
-    'miniature',
     'infra',
-    'alarms',
-    'artifacts',
-    'queries',
-    'rollout',
-    'ppo',
-    'supervised',
-    'evals',
+    'rl',
+    'experiments',
   ),
-  # Compiles what the other experiments build, without running it; or times it.
-  'experiments.plan': (
-    'types',
-    'infra',
-    'artifacts',
-    'ppo',
-    'rewards',
-    'rollout',
-    'sampling',
-    'models.config',
-    'experiments.sft',
-    'experiments.reward',
-    'experiments.ppo_ptx',
+  # Commands of their own.
+  **dict.fromkeys(
+    ('chat', 'lm_eval_adapter'),
+    (
+      'types',
+      'command',
+      'data',
+      'infra',
+      *MODELS,
+      'queries',
+      'rollout',
+      'sampling',
+      'evals.samples',
+    ),
   ),
-  'experiments.benchmark': (
-    'types',
-    'data',
-    'infra',
-    'artifacts',
-    'packing',
-    'models.config',
-    'experiments.sft',
-    'experiments.ppo_ptx',
-  ),
-  # Beside the experiments: commands of their own.
-  'chat': (
-    'types',
-    'command',
-    'data',
-    'infra',
-    'artifacts',
-    'queries',
-    'sampling',
-    'evals.samples',
-  ),
-  # 5: finds experiments by name.
-  'main': ('types', 'command', 'infra', 'experiments'),
+  # 5: runs experiments and jobs by name.
+  'main': ('types', 'command', 'infra'),
   # Names and numbers only; the shapes of published models are such numbers.
   'configs': ('configs', 'models.config'),
 }
@@ -171,7 +202,7 @@ def offending_edges(sources: dict[str, str]) -> list[str]:
   for file, source in sorted(sources.items()):
     module = module_name(pathlib.PurePosixPath(file))
     imports = imported_names(source)
-    if not module or module == 'experiments':
+    if not module or module in ('experiments', 'jobs'):
       # The package's own __init__ is empty: importing a part loads no more.
       edges += [f'{file}:{line}: imports {name}' for line, name in imports]
       continue
@@ -219,13 +250,13 @@ def test_floors():
     ),
     (
       'instruct_jax/ppo.py',
-      'from instruct_jax import artifacts',
-      ':1: ppo imports artifacts',
+      'from instruct_jax import model_fns',
+      ':1: ppo imports model_fns',
     ),
     (
-      'instruct_jax/artifacts.py',
+      'instruct_jax/model_folder.py',
       'from instruct_jax.data import loader',
-      ':1: artifacts imports data.loader',
+      ':1: model_folder imports data.loader',
     ),
     (
       'instruct_jax/alarms.py',
@@ -266,6 +297,11 @@ def test_floors():
       'instruct_jax/__init__.py',
       'from instruct_jax import losses',
       ':1: imports losses',
+    ),
+    (
+      'instruct_jax/jobs/evaluate.py',
+      'from experiments import sft',
+      ':1: jobs.evaluate imports experiments.sft',
     ),
     ('instruct_jax/utils.py', '', ': utils is not in the floor table'),
   ],

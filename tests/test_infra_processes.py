@@ -21,6 +21,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from instruct_jax.infra import measure
+
+PROCESSES = 'all'
+
 
 def validate(config):
   if config.how == 'refuse':
@@ -36,6 +40,18 @@ def wait(config):
 
 def run(config, workdir):
   multihost_utils.process_allgather(np.zeros(2))
+  if config.how == 'compile':
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    mesh = jax.make_mesh((jax.process_count(),), ('data',))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+    x = jax.make_array_from_process_local_data(split, np.arange(2.0))
+    before = measure.compilations()
+    jax.jit(lambda x: jax.numpy.sum(x) + 1)(x)
+    now = measure.compilations()
+    (workdir / f'compiled{jax.process_index()}').write_text(
+      f'{now.programs - before.programs} {now.from_disk - before.from_disk}'
+    )
+    return
   (workdir / f'began{jax.process_index()}').touch()
   if config.how == 'end':
     return
@@ -72,9 +88,9 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
-def start(folder, how, who=0, where='host', count=2):
+def start(folder, how, who=0, where='host', count=2, cache=''):
   """Processes that meet, whereupon one of them ends in some way."""
-  (folder / 'toys').mkdir()
+  (folder / 'toys').mkdir(exist_ok=True)
   (folder / 'toys' / 'ending.py').write_text(EXPERIMENT)
   (folder / 'config.py').write_text(CONFIG)
   port = free_port()
@@ -85,6 +101,7 @@ def start(folder, how, who=0, where='host', count=2):
         *(f'--config={folder / "config.py"}', f'--workdir={folder / "run"}'),
         *(f'--config.how={how}', f'--config.who={who}'),
         f'--config.where={where}',
+        f'--config.compilation_cache={cache}',
         *(f'--coordinator=localhost:{port}', f'--num_processes={count}'),
         f'--process_id={index}',
       ],
@@ -164,6 +181,19 @@ def test_three_end_together(tmp_path, where, how, who):
 
 
 @pytest.mark.slow
+def test_no_process_alone_loads_a_program(tmp_path):
+  """On CPU only the first one would find what the run before has compiled."""
+  counts = []
+  for number in range(2):
+    folder = tmp_path / str(number)
+    folder.mkdir()
+    processes = start(folder, 'compile', cache=tmp_path / 'cache')
+    assert [code for code, _ in finish(processes)[0]] == [0, 0]
+    counts += [(folder / 'run' / f'compiled{i}').read_text() for i in range(2)]
+  assert counts == ['1 0'] * 4
+
+
+@pytest.mark.slow
 def test_a_refusal_is_one_line_in_each(tmp_path):
   found, _ = finish(start(tmp_path, 'refuse'))
   for code, lines in found:
@@ -193,3 +223,25 @@ def test_a_stop_of_one_stops_all(tmp_path, who):
   assert found[1 - who][1] == [
     f'process {who} was stopped, and so is this one; the same command continues'
   ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('index', [0, 1])
+def test_who_waits_in_vain_is_told(tmp_path, index):
+  """The other one was never started."""
+  ended = subprocess.run(
+    [
+      *(sys.executable, '-c'),
+      'from instruct_jax.infra import processes\n'
+      'processes.JOIN_SECONDS = 5\n'
+      f'processes.join("localhost:{free_port()}", 2, {index})',
+    ],
+    cwd=ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '2'},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert ended.returncode == 1
+  (line,) = ended.stderr.splitlines()
+  assert line.startswith('error: the processes of this run have not come')

@@ -9,8 +9,7 @@ import re
 import pytest
 from etils import epath
 
-from instruct_jax import main
-from instruct_jax.infra import run, stages
+from instruct_jax.infra import pipeline, run, stages
 from instruct_jax.models.config import Rotary, TransformerConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -26,7 +25,7 @@ CONFIGS = {
   'center_reward': ('',),
   'tax': ('miniature',),
   'plan': ('1p3b,v5e-8', 'miniature,v5e-8'),
-  'benchmark': ('s,iteration', '1p3b,all'),
+  'speed': ('s,iteration', '1p3b,all'),
   'labeling': ('',),
 }
 
@@ -105,9 +104,9 @@ def enumerated():
       continue
     for key, value in flat(config).items():
       last = key.split('.')[-1]
-      # The planner's and the benchmark's config hold those of other stages,
-      # of which nothing is found by its name.
-      if last == 'experiment' and name in ('plan', 'benchmark') and key != last:
+      # The planner's config and that of `speed` hold those of other stages, of
+      # which nothing is found by its name.
+      if last == 'experiment' and name in ('plan', 'speed') and key != last:
         continue
       if last in ENUMERATED and isinstance(value, str | list):
         yield name, variant, key
@@ -154,7 +153,7 @@ def test_an_enumerated_key_takes_no_other_value(name, variant, key, tmp_path):
 
   def validate():
     found = stages.of_run(
-      config, config, epath.Path(tmp_path), main.find_experiment
+      config, config, epath.Path(tmp_path), pipeline.find_experiment
     )
     for stage in found:
       stages.validate(stage)

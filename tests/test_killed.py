@@ -13,7 +13,15 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 NUM_KILLS = 25
-POINTS = ('generate', 'score', 'update', 'checkpoint', 'model', 'stage')
+POINTS = (
+  'respond',
+  'score',
+  'penalise',
+  'train',
+  'checkpoint',
+  'model',
+  'stage',
+)
 STAGES = ('ppo', 'ppo_ptx')
 NUM_ITERATIONS = 16
 
@@ -112,14 +120,14 @@ def test_killed_at_25_points_equals_uninterrupted(tmp_path):
   diary.touch()
   kills = []
   while len(kills) < NUM_KILLS:
-    # By turns, so that each kind of point comes up: four times or more.
+    # By turns, so that each kind of point comes up: three times or more.
     point = POINTS[len(kills) % len(POINTS)]
     number = int(rng.integers(1, 3))
     current = STAGES[last_step(diary, STAGES[1]) >= 0]
     if point == 'stage':  # One look a stage: six before ppo.
       number = 7 + STAGES.index(current)
     elif point == 'model' and last_step(diary, current) < NUM_ITERATIONS - 3:
-      point = 'update'  # No model is near.
+      point = 'train'  # No model is near.
     delay = float(rng.uniform(0, 0.15))
     reached = {stage: last_step(diary, stage) for stage in STAGES}
     ended = live(configs[1], killed, diary, point, number, delay)

@@ -196,7 +196,7 @@ def load(live, items, kind='ranking', phase='training', **settings):
     name=settings.pop('name', kind),
     kind=kind,
     phase=phase,
-    overlap=3,
+    overlap=settings.pop('overlap', 3),
     **settings,
   )
 
@@ -326,6 +326,76 @@ def test_what_is_written_before_the_script_came_is_kept(browser, live):
   page.unroute('**/labeling.js')
   page.reload()
   assert page.get_by_label('The response').input_value() == 'early words'
+
+
+def test_a_page_elsewhere_cannot_sign_a_visitor_in(browser, live):
+  """A real cross-site form, as an attacker's page would send it by itself."""
+  link = live.link('mallory')
+  page = browser.new_context(viewport=DESKTOP).new_page()
+  page.set_default_timeout(30_000)
+
+  def attack(fields=''):
+    form = f'<form method="post" action="{link}">{fields}<button>Win</button>'
+    page.route(
+      'http://elsewhere.example/',
+      lambda route: route.fulfill(body=form, content_type='text/html'),
+    )
+    page.goto('http://elsewhere.example/')
+    page.get_by_role('button', name='Win').click()
+    page.get_by_role('heading', name='Forbidden').wait_for()
+    names = [cookie['name'] for cookie in page.context.cookies(live.url)]
+    assert 'labeling' not in names
+
+  attack()
+  # Not even after the visitor was led to look at the page of the link.
+  page.goto(link)
+  token = page.locator('input[name=joining]').get_attribute('value')
+  attack(f'<input name="joining" value="{token}">')
+  # The link was not used up: from its own page it works.
+  page.goto(link)
+  page.get_by_role('button', name='Sign in').click()
+  page.get_by_role('heading', name='Your work').wait_for()
+
+
+def test_a_second_sign_in_is_told_and_ends_the_first(browser, live):
+  load(live, [{'prompt': 'W'}], 'demonstration')
+  first = enter(browser, live, live.link('anna'))
+  first.get_by_role('button', name='Next task').click()
+  first.get_by_label('The response').fill('half of')
+  first.get_by_text('Draft saved').wait_for()
+  with live.store.read() as c:
+    anna = c.execute(
+      schema.accounts.select().where(schema.accounts.c.name == 'anna')
+    ).one()
+  page = browser.new_context(viewport=DESKTOP).new_page()
+  page.goto(f'{live.url}/join/{live.store.invite(anna.id)}')
+  page.get_by_text('on another one, that ends now').wait_for()
+  page.get_by_role('button', name='Sign in').click()
+  page.get_by_role('button', name='Go on with your open task').click()
+  assert page.get_by_label('The response').input_value() == 'half of'
+  first.get_by_label('The response').fill('half of it')
+  first.get_by_text('You are signed out here').wait_for()
+  assert any('401' in problem for problem in first.problems)
+
+
+def test_a_task_whose_time_is_over_says_so(browser, live):
+  load(live, [{'prompt': 'W'}], 'demonstration', overlap=1)
+  page = enter(browser, live, live.link('anna'))
+  page.get_by_role('button', name='Next task').click()
+  response = page.get_by_label('The response')
+  response.fill('half of')
+  page.get_by_text('Draft saved').wait_for()
+  live.store.clock = lambda: time.time() + 3 * 3600
+  assert people.enter(live, 'ben').claim() is not None
+  response.fill('half of it')
+  page.get_by_text('the time of this task is over').wait_for()
+  page.reload()
+  page.get_by_text('The time of this task is over').wait_for()
+  assert response.input_value() == 'half of it'
+  page.get_by_role('link', name='Labeling', exact=True).click()
+  page.get_by_role('heading', name='not finished in time').wait_for()
+  assert page.get_by_role('link', name='demonstration').count() == 1
+  assert page.problems == []
 
 
 def test_everything_works_without_scripts(browser, live):

@@ -14,11 +14,12 @@ from ml_collections import ConfigDict
 
 from configs import reward as config_file
 from configs import sample as sample_config_file
-from experiments import evaluate, reward, sample
-from instruct_jax import artifacts
+from experiments import reward
+from instruct_jax import model_fns, model_folder
 from instruct_jax.data import records, tokenizer
 from instruct_jax.evals import model_card
 from instruct_jax.infra import sharding
+from instruct_jax.jobs import evaluate, sample
 from instruct_jax.labeling import research
 from instruct_jax.models.config import TransformerConfig
 from tests import labeling_people as people
@@ -69,8 +70,8 @@ def make_config(exported, workdir, folds):
   )
   mesh = sharding.make_mesh((1, -1, 1))
   with sharding.use_mesh(mesh):
-    model = artifacts.init('policy', shape, mesh, jax.random.key(0))
-    artifacts.save(workdir / 'sft', model, tokens, {})
+    model = model_fns.init('policy', shape, mesh, jax.random.key(0))
+    model_folder.save(workdir / 'sft', model, tokens, {})
   config.tokenizer = str(workdir / 'tokenizer')
   config.init = str(workdir / 'sft')
   config.data.comparisons = str(exported)

@@ -10,7 +10,7 @@ pytest.importorskip('sqlalchemy')
 
 import sqlalchemy as sa
 
-from instruct_jax.data import labels, records
+from instruct_jax.data import folders, labels, records
 from instruct_jax.labeling import answers, research, schema, store, web
 from tests import labeling_people as people
 
@@ -1160,6 +1160,8 @@ def test_import_through_the_page(site):
   fields = {'name': 'b', 'kind': 'ranking', 'phase': 'training', 'overlap': '3'}
   bad = site.admin.post('/admin/import', lines='{', **fields)
   assert bad.status_code == 422 and 'import:1' in bad.text
+  # Files that Windows wrote begin with a byte order mark.
+  lines = f'\ufeff{lines}'
   assert site.admin.post('/admin/import', lines=lines, **fields).is_redirect
   again = site.admin.post('/admin/import', lines=lines, **fields)
   assert again.status_code == 422 and 'already' in again.text
@@ -1202,13 +1204,21 @@ def test_nothing_of_an_earlier_export_stays(site, tmp_path):
   counts = research.export(site.store, out)
   split = 'valid' if 'comparisons_valid' in counts else 'train'
   other = {'valid': 'train', 'train': 'valid'}[split]
-  (out / f'comparisons_{other}.jsonl').write_text('{"old": 1}\n')
-  (out / 'demonstrations.jsonl').write_text('{"old": 1}\n')
+  old = (f'comparisons_{other}.jsonl', 'demonstrations.jsonl')
+  with folders.writing(out, old, command='labeling --export') as earlier:
+    for name in old:
+      (earlier / name).write_text('{"old": 1}\n')
   (out / 'notes.txt').write_text('mine')
   counts = research.export(site.store, out)
-  assert {path.name for path in out.iterdir()} == {
+  left = {
     'notes.txt', 'statistics.json', *(f'{name}.jsonl' for name in counts),
   }  # fmt: skip
+  assert {path.name for path in out.iterdir()} == left | {folders.MANIFEST}
+  # What no export wrote is nobody's to remove.
+  (out / 'prompts.jsonl').write_text('mine')
+  with pytest.raises(records.RecordError, match='holds prompts.jsonl, which'):
+    research.export(site.store, out)
+  assert (out / 'prompts.jsonl').read_text() == 'mine'
 
 
 def test_no_prompt_and_no_user_is_in_two_splits(tmp_path):
@@ -1226,6 +1236,12 @@ def test_no_prompt_and_no_user_is_in_two_splits(tmp_path):
       {'prompt': f'shared {i}', 'user': f'b{i}', **texts},
       {'prompt': f'other {i}', 'user': f'b{i}', **texts},
       {'prompt': f'other {i}', **texts},
+      # The same question, and what was said after it.
+      {
+        'prompt': f'\n\nHuman: Alone  {i}\n\nAssistant: Yes.'
+        '\n\nHuman: More!\n\nAssistant:',
+        **texts,
+      },
     ]
   site.load(items)
   anna = site.person('anna')
@@ -1238,12 +1254,12 @@ def test_no_prompt_and_no_user_is_in_two_splits(tmp_path):
     )
     for name in ('train', 'valid')
   }
-  assert sum(map(len, found.values())) == 60
-  for part in ('prompt', 'user'):
-    train, valid = ({getattr(c, part) for c in rows} for rows in found.values())
-    assert train & valid - {''} == set(), part
+  assert sum(map(len, found.values())) == 72
+  for part in (records.opening, lambda comparison: comparison.user):
+    train, valid = (set(map(part, rows)) for rows in found.values())
+    assert train & valid - {''} == set()
   # About half: 24 units of either size.
-  assert 10 < len(found['valid']) < 50
+  assert 12 < len(found['valid']) < 60
 
 
 def test_account_names_are_checked(site):

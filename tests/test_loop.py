@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import pathlib
 import shutil
 import signal
 import time
@@ -352,8 +353,8 @@ def test_a_directory_that_is_gone(workdir):
 def test_a_full_disk_under_the_lines(workdir, uninterrupted):
   """/dev/full is a disk without room."""
   with pytest.MonkeyPatch.context() as patch:
-    full = open('/dev/full', 'a')  # noqa: SIM115
-    patch.setattr(metrics, '_open', lambda path, lines: full)
+    full = pathlib.Path('/dev/full')
+    patch.setattr(metrics, '_open', lambda path, lines: full.open('a'))
     patch.setattr(loop.Loop, '_check_workdir', lambda self: None)
     with pytest.raises(OSError, match='No space left'):
       run_loop(workdir)

@@ -13,8 +13,8 @@ import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
-from instruct_jax import main
 from instruct_jax.infra import inputs as inputs_lib
+from instruct_jax.infra import pipeline
 from instruct_jax.infra import run as run_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -28,6 +28,8 @@ def toys(tmp_path, monkeypatch):
   files = {
     '__init__': '',
     'write': """
+      PROCESSES = 'all'
+
       def validate(config):
         if config.size < 1:
           raise ValueError(f'size must be positive: {config.size}')
@@ -57,7 +59,7 @@ def stage(name, experiment='toys.write', **changes):
   return values | {'mesh': (1, -1, 1)} | changes
 
 
-def pipeline(*stages):
+def stages_of(*stages):
   return ConfigDict(
     {
       'name': 'toy',
@@ -73,7 +75,7 @@ def pipeline(*stages):
 
 def run(config, workdir):
   workdir = epath.Path(workdir)
-  main.run(config, workdir, config.copy_and_resolve_references())
+  pipeline.run_all(config, workdir, config.copy_and_resolve_references())
 
 
 def num_runs(folder):
@@ -86,19 +88,22 @@ def num_runs(folder):
 
 def test_unknown_experiments_are_named(toys, workdir):
   for name, message in [
-    ('nope', "no experiment 'experiments.nope'"),
+    (
+      'nope',
+      "no experiment 'nope': .* experiments.nope or instruct_jax.jobs.nope",
+    ),
     ('toys.nope', "no experiment 'toys.nope'"),
     ('toys.half', r'toys.half has no function validate\(config, ...\)'),
   ]:
     with pytest.raises(ValueError, match=message):
-      run(pipeline(stage('a'), stage('b', name)), workdir)
+      run(stages_of(stage('a'), stage('b', name)), workdir)
   # Found out before anything ran, or was written.
   assert not list(workdir.iterdir())
 
 
 def test_every_stage_is_validated_before_the_first_runs(toys, workdir):
   with pytest.raises(ValueError, match='size must be positive: 0'):
-    run(pipeline(stage('a'), stage('b', size=0)), workdir)
+    run(stages_of(stage('a'), stage('b', size=0)), workdir)
   assert not list(workdir.iterdir())
 
 
@@ -114,33 +119,37 @@ def test_numbers_without_sense_are_named(toys, workdir, key, value, message):
   second = stage('b')
   second[key] = value
   with pytest.raises(ValueError, match=message):
-    run(pipeline(stage('a'), second), workdir)
+    run(stages_of(stage('a'), second), workdir)
   assert not list(workdir.iterdir())
 
 
 def test_all_experiments_of_the_repository_are_found():
-  for file in (ROOT / 'experiments').glob('*.py'):
-    if file.stem != '__init__':
-      assert main.find_experiment(file.stem).__name__ == (
-        f'experiments.{file.stem}'
-      )
+  for folder in ('experiments', 'instruct_jax/jobs'):
+    for file in (ROOT / folder).glob('*.py'):
+      if file.stem != '__init__':
+        assert pipeline.find_experiment(file.stem).__name__ == (
+          f'{folder.replace("/", ".")}.{file.stem}'
+        )
 
 
-def test_every_experiment_says_what_several_processes_do():
-  """Those of the third group run in all of them (tests/test_multihost.py)."""
-  files = {file.stem for file in (ROOT / 'experiments').glob('*.py')}
-  together = {'pretrain', 'sft', 'compare', 'reward', 'select_sft', 'ppo_ptx'}
-  together |= {'evaluate', '__init__'}
-  groups = (set(main.HOST_EXPERIMENTS), set(main.SINGLE_EXPERIMENTS), together)
-  assert sum(map(len, groups)) == len(files)
-  assert set.union(*groups) == files
+def test_an_experiment_says_which_processes_run_it(toys, workdir, monkeypatch):
+  module = pipeline.find_experiment('toys.write')
+  for value in ('both', None):
+    monkeypatch.setattr(module, 'PROCESSES', value)
+    with pytest.raises(
+      ValueError, match='toys.write must set PROCESSES to one'
+    ):
+      run(stages_of(stage('a')), workdir)
+  monkeypatch.delattr(module, 'PROCESSES')
+  with pytest.raises(ValueError, match='must set PROCESSES'):
+    run(stages_of(stage('a')), workdir)
 
 
 # --- Stages -------------------------------------------------------------------
 
 
 def test_a_pipeline_leaves_its_records(toys, workdir, capsys):
-  run(pipeline(stage('a', size=3), stage('b')), workdir)
+  run(stages_of(stage('a', size=3), stage('b')), workdir)
   assert [num_runs(workdir / name) for name in 'ab'] == [1, 1]
   done = json.loads((workdir / 'a' / 'done.json').read_text())
   assert done['info'] == {'size': 3} and done['seconds'] >= 0
@@ -161,7 +170,7 @@ def test_a_single_experiment_runs_in_the_work_directory_itself(toys, workdir):
 
 
 def test_what_is_done_is_not_run_again(toys, workdir, capsys):
-  config = pipeline(stage('a'), stage('b'))
+  config = stages_of(stage('a'), stage('b'))
   run(config, workdir)
   (workdir / 'b' / 'done.json').unlink()
   capsys.readouterr()
@@ -173,8 +182,8 @@ def test_what_is_done_is_not_run_again(toys, workdir, capsys):
 def test_a_failed_stage_runs_again_and_its_time_adds_up(
   toys, workdir, monkeypatch
 ):
-  config = pipeline(stage('a'), stage('b'))
-  module = main.find_experiment('toys.write')
+  config = stages_of(stage('a'), stage('b'))
+  module = pipeline.find_experiment('toys.write')
   good = module.run
 
   def fail(config, workdir):
@@ -199,18 +208,18 @@ def test_a_failed_stage_runs_again_and_its_time_adds_up(
 
 
 def test_another_config_in_an_old_directory_names_the_key(toys, workdir):
-  run(pipeline(stage('a')), workdir)
+  run(stages_of(stage('a')), workdir)
   with pytest.raises(
     run_lib.WorkdirError, match=r'stages\.a\.size: 1 there, 2 now'
   ) as error:
-    run(pipeline(stage('a', size=2)), workdir)
+    run(stages_of(stage('a', size=2)), workdir)
   assert 'mesh' not in str(error.value)
   assert num_runs(workdir / 'a') == 1
 
 
 def test_another_machine_may_continue_a_run(toys, workdir):
-  run(pipeline(stage('a')), workdir)
-  config = pipeline(stage('a', mesh=(2, 2, 2)))
+  run(stages_of(stage('a')), workdir)
+  config = stages_of(stage('a', mesh=(2, 2, 2)))
   config.mesh, config.xla_flags = (8, 1, 1), '--xla_something'
   config.compilation_cache = '/elsewhere'
   run(config, workdir)
@@ -222,9 +231,9 @@ def test_a_directory_in_use_is_refused(toys, workdir):
     run_lib.WorkdirLock(workdir),
     pytest.raises(run_lib.WorkdirError, match='in use by another run: pid'),
   ):
-    run(pipeline(stage('a')), workdir)
+    run(stages_of(stage('a')), workdir)
   assert not (workdir / 'config.json').exists()
-  run(pipeline(stage('a')), workdir)
+  run(stages_of(stage('a')), workdir)
   assert num_runs(workdir / 'a') == 1
 
 
@@ -232,7 +241,7 @@ def test_a_place_that_cannot_be_written_is_named(toys, tmp_path):
   file = tmp_path / 'file'
   file.write_text('')
   with pytest.raises(OSError, match=r'file/run'):
-    run(pipeline(stage('a')), file / 'run')
+    run(stages_of(stage('a')), file / 'run')
 
 
 def test_what_a_stage_reads_is_recorded(toys, workdir, tmp_path):
@@ -243,7 +252,7 @@ def test_what_a_stage_reads_is_recorded(toys, workdir, tmp_path):
   (folder / 'params').mkdir(parents=True)
   (folder / 'params' / 'x').write_text('12')
   paths = {'data': str(data / 'a.jsonl'), 'policies': f'm={folder},n=/nowhere'}
-  run(pipeline(stage('a', **paths)), workdir)
+  run(stages_of(stage('a', **paths)), workdir)
   inputs = json.loads((workdir / 'a' / 'inputs.json').read_text())
   assert set(inputs) == {'data', 'policies.m'}
   assert inputs['data'] == {
@@ -260,7 +269,7 @@ def test_what_a_stage_reads_is_recorded(toys, workdir, tmp_path):
 def test_a_signal_between_stages_stops_the_pipeline(
   toys, workdir, monkeypatch, capsys
 ):
-  module = main.find_experiment('toys.write')
+  module = pipeline.find_experiment('toys.write')
   good = module.run
 
   def signalled(config, workdir):
@@ -271,7 +280,7 @@ def test_a_signal_between_stages_stops_the_pipeline(
 
   monkeypatch.setattr(module, 'run', signalled)
   with pytest.raises(run_lib.Stopped):
-    run(pipeline(stage('a'), stage('b')), workdir)
+    run(stages_of(stage('a'), stage('b')), workdir)
   assert run_lib.is_done(workdir / 'a') and not (workdir / 'b').exists()
   assert 'stopped before b' in capsys.readouterr().err
   # Anywhere else there is nothing to save.
@@ -279,10 +288,10 @@ def test_a_signal_between_stages_stops_the_pipeline(
     module, 'run', lambda *_: os.kill(os.getpid(), signal.SIGTERM)
   )
   with pytest.raises(run_lib.Stopped):
-    run(pipeline(stage('a'), stage('b')), workdir)
+    run(stages_of(stage('a'), stage('b')), workdir)
   assert 'outside of a training loop' in capsys.readouterr().err
   monkeypatch.setattr(module, 'run', good)
-  run(pipeline(stage('a'), stage('b')), workdir)
+  run(stages_of(stage('a'), stage('b')), workdir)
   assert [num_runs(workdir / name) for name in 'ab'] == [1, 1]
 
 
@@ -322,7 +331,7 @@ SMOKE = '--config=configs/ppo_ptx.py:smoke'
     ),
     (
       (SMOKE, '--config.stages.ppo_ptx.experiment=nope'),
-      ["no experiment 'experiments.nope'"],
+      ["no experiment 'nope'", 'experiments.nope or instruct_jax.jobs.nope'],
     ),
     (
       (SMOKE, '--num_processes=2'),

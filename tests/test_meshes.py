@@ -17,8 +17,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import ppo_ptx as ppo_config
-from experiments import plan, ppo_ptx, reward, sft
-from instruct_jax import artifacts, ppo, rewards
+from experiments import ppo_ptx, reward, sft
+from instruct_jax import model_fns, ppo, rewards, rl
 from instruct_jax.infra import sharding, train_state
 from instruct_jax.models.config import PRESETS, TransformerConfig
 from instruct_jax.types import PackedComparisons, PromptBatch, TextBatch
@@ -173,10 +173,10 @@ def large_and_whole(tree) -> list[str]:
 
 def boxed_state(kind: str, shape: TransformerConfig):
   """A train state's shapes and axis names: what every layout comes from."""
-  module = artifacts.make_module(kind, shape)
-  optimizer, _ = ppo_ptx.make_optimizers(ppo_config.get_config('gpt2'))
+  module = model_fns.make_module(kind, shape)
+  optimizer = ppo_ptx.make_optimizers(ppo_config.get_config('gpt2'))['policy']
   return jax.eval_shape(
-    lambda key: train_state.create(artifacts._init_fn(module)(key), optimizer),
+    lambda key: train_state.create(model_fns._init_fn(module)(key), optimizer),
     jax.random.key(0),
   )
 
@@ -225,11 +225,11 @@ def test_states_that_a_run_makes_lie_like_the_described_ones():
   mesh = sharding.make_mesh((2, 2, 2))
   shape = shape_of('qwen3')
   with sharding.use_mesh(mesh):
-    model = artifacts.init('policy', shape, mesh, jax.random.key(0))
-    optimizer, _ = ppo_ptx.make_optimizers(ppo_config.get_config('gpt2'))
+    model = model_fns.init('policy', shape, mesh, jax.random.key(0))
+    optimizer = ppo_ptx.make_optimizers(ppo_config.get_config('gpt2'))['policy']
     state = train_state.create(jax.tree.map(jnp.copy, model.params), optimizer)
     frozen = jax.tree.map(lambda x: x.astype('bfloat16'), model.params)
-  described = artifacts.abstract_state('policy', shape, mesh, optimizer)
+  described = model_fns.abstract_state('policy', shape, mesh, optimizer)
   for made, wanted in (
     (state.params, described.params),
     (frozen, described.params),
@@ -303,6 +303,9 @@ def stages():
     stages.ppo_ptx.ptx_row_length = TEXT
     stages.ppo_ptx.ptx_per_episode = 1
     stages.ppo_ptx.num_warmup_iterations = 0
+    # Alone in their rows: numbers of rows, and so layouts, depend on the mesh
+    # where they are dense.
+    stages.ppo_ptx.pack = False
   return stages.sft, stages.reward, stages.ppo_ptx
 
 
@@ -315,7 +318,7 @@ def weights(family: str, kind: str, seed: int):
     lambda path, x: np.float32(
       ('scale' in jax.tree_util.keystr(path)) + rng.normal(0, 0.3, x.shape)
     ),
-    artifacts.abstract_params(kind, shape_of(family), mesh),
+    model_fns.abstract_params(kind, shape_of(family), mesh),
   )
 
 
@@ -339,7 +342,7 @@ def run_everything(family: str, mesh_shape) -> dict:
   key = jax.random.key(5)
 
   def place(kind, seed):
-    layout = artifacts.abstract_params(kind, shape, mesh)
+    layout = model_fns.abstract_params(kind, shape, mesh)
     return jax.device_put(
       weights(family, kind, seed), sharding.shardings_of(layout)
     )
@@ -347,13 +350,13 @@ def run_everything(family: str, mesh_shape) -> dict:
   def update_of(programs, kind, batch):
     state = train_state.create(place(kind, 0), programs['optimizer'])
     state, metrics = programs['update'](
-      state, sharding.put_batch(batch, mesh), key
+      state, {}, sharding.put_batch(batch, mesh), key
     )
     # Adam's first moment after one step: a tenth of the clipped gradient.
     return state.opt_state[1].mu, means(metrics)
 
-  policy_module = artifacts.make_module('policy', shape)
-  scalar_module = artifacts.make_module('scalar', shape)
+  policy_module = model_fns.make_module('policy', shape)
+  scalar_module = model_fns.make_module('scalar', shape)
   texts, numbers = {}, {}
   with sharding.use_mesh(mesh):
     numbers['sft'] = update_of(
@@ -365,7 +368,7 @@ def run_everything(family: str, mesh_shape) -> dict:
       comparisons(),
     )
     programs = ppo_ptx.build_programs(
-      config, policy_module, scalar_module, plan.Tokenizer(stop_ids=(1, 7))
+      config, policy_module, scalar_module, (1, 7)
     )
 
     def call(name, *arguments):
@@ -375,40 +378,27 @@ def run_everything(family: str, mesh_shape) -> dict:
       # threads that eight fake devices need.
       return jax.block_until_ready(compiled(*arguments))
 
-    state = ppo.PPOState(
-      policy=train_state.create(
-        place('policy', 0), programs['policy_optimizer']
-      ),
-      value=train_state.create(place('scalar', 1), programs['value_optimizer']),
+    optimizers = ppo_ptx.make_optimizers(config)
+    state = ppo.RLState(
+      policy=train_state.create(place('policy', 0), optimizers['policy']),
+      value=train_state.create(place('scalar', 1), optimizers['value']),
       ema=place('policy', 0),
       kl=rewards.KLState(coef=jnp.float32(0.1)),
     )
-    sampled = call(
-      'generate',
-      state.policy.params,
-      sharding.put_batch(prompts(), mesh),
-      key,
-    )
+    frozen = {'reference': place('policy', 0)}
+    asked = sharding.put_batch(prompts(), mesh)
+    sampled = call('respond', state.policy.params, asked, key)
     numbers['samples'] = sampled
-    batch, metrics = call(
-      'score',
-      state.policy.params,
-      place('policy', 0),
-      state.value.params,
-      place('scalar', 2),
-      state.kl,
-      sampled,
+    layout = rl.lay_out(config, programs, sampled, mesh, 0)
+    scores = call('score', place('scalar', 2), sampled, layout)
+    numbers['scores'] = scores
+    batch, kl, metrics = call(
+      'penalise', state, frozen, sampled, layout, scores
     )
-    numbers['batch'], numbers['score'] = batch, means(metrics)
-    state, metrics = call(
-      'update',
-      state,
-      batch,
-      sharding.put_batch(text(2), mesh),
-      key,
-      jnp.float32(1.0),
-    )
-    numbers['update'] = means(metrics)
+    numbers['batch'], numbers['penalise'] = batch, means(metrics)
+    rows = sharding.put_batch(text(2), mesh)
+    state, metrics = call('train', state, frozen, batch, rows, kl, key)
+    numbers['train'] = means(metrics)
     # Adam's steps depend on the sign of gradients near 0: moments, not steps.
     numbers['policy moments'] = state.policy.opt_state[1].mu
     numbers['value moments'] = state.value.opt_state[1].mu
@@ -470,7 +460,7 @@ def rows_of_all_devices(text: str) -> list[str]:
 def test_a_mesh_changes_no_number_and_every_device_has_its_own_rows():
   found = compare('qwen3', (2, 2, 2))
   alone = on_one_device('qwen3')
-  for name in ('generate', 'score', 'update'):
+  for name in ('respond', 'score', 'penalise', 'train'):
     # The search itself finds rows where there is one device.
     assert rows_of_all_devices(alone['texts'][name])
     assert not rows_of_all_devices(found['texts'][name]), name

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from instruct_jax import artifacts, supervised
+from instruct_jax import model_fns, supervised
 from instruct_jax.infra import sharding
 from instruct_jax.models import decoding, transformer
 from instruct_jax.models.config import PRESETS, TransformerConfig
@@ -178,7 +178,7 @@ def test_unused_rows_have_no_probability():
 @functools.partial(jax.jit, static_argnums=2)
 def decoded(tokens, lengths, num_steps):
   """Logits after each row's prompt and its next tokens, [num_steps, B, V]."""
-  decoder = artifacts.decoder(tiny.POLICY)
+  decoder = model_fns.decoder(tiny.POLICY)
   weights = decoder.prepare(tiny.params('policy'))
   bank = decoder.read(weights, tokens[:, :P], lengths)
   cache = jax.tree.map(
@@ -212,7 +212,7 @@ def test_several_tokens_at_a_time_equal_one_by_one(rng):
 
   @jax.jit
   def at_once(tokens, lengths):
-    weights = artifacts.decoder(tiny.POLICY).prepare(tiny.params('policy'))
+    weights = model_fns.decoder(tiny.POLICY).prepare(tiny.params('policy'))
     bank = decoding.read(tiny.POLICY, weights, tokens[:, :P], lengths)
     cache = jax.tree.map(
       lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, T - P), (0, 0))), bank
@@ -235,11 +235,11 @@ def test_several_tokens_at_a_time_equal_one_by_one(rng):
 def make_loss(config):
   """Jitted value and gradient of the mean text loss of a policy."""
   loss_fn = supervised.make_text_loss(
-    artifacts.text_logprobs_fn(artifacts.make_module('policy', config))
+    model_fns.logprobs_fn(model_fns.make_module('policy', config))
   )
 
   def mean_loss(params, batch):
-    summed, (count, _) = loss_fn(params, batch, jax.random.key(0))
+    summed, (count, _) = loss_fn(params, {}, batch, jax.random.key(0))
     return summed / count
 
   return jax.jit(jax.value_and_grad(mean_loss))
@@ -265,37 +265,40 @@ def test_memory_switches_change_no_number(plain_loss, changes):
   tiny.assert_trees_close(got, plain_loss, **CLOSE)
 
 
-def text_logprobs(deterministic, **changes):
+def text_logprobs(drops, **changes):
   """Jitted key -> log-probabilities of the text, with another config."""
-  module = artifacts.make_module(
+  module = model_fns.make_module(
     'policy', dataclasses.replace(CONFIG, **changes)
   )
-  function = artifacts.text_logprobs_fn(module, deterministic)
+  function = model_fns.logprobs_fn(module)
   batch = text_batch()
   return jax.jit(
     lambda key: function(
-      tiny.params('policy'), batch.tokens, batch.segments, key
-    )
+      tiny.params('policy'),
+      batch.tokens,
+      batch.segments,
+      dropout_key=key if drops else None,
+    )[0]
   )
 
 
 def test_dropout():
   plain = forward(tiny.text().tokens, tiny.text().segments)['text_logprobs']
-  drop = text_logprobs(False, dropout=0.2)
+  drop = text_logprobs(True, dropout=0.2)
   keys = [jax.random.key(seed) for seed in (0, 0, 1)]
   first, same, other = (np.asarray(drop(key)) for key in keys)
   np.testing.assert_array_equal(first, same)
   assert np.abs(first - other).max() > 0.1
   assert np.abs(first - plain).max() > 0.1
   # Off: the rate in the config changes nothing, whatever the key.
-  off = text_logprobs(True, dropout=0.2)
+  off = text_logprobs(False, dropout=0.2)
   for key in keys[1:]:
     np.testing.assert_allclose(off(key), plain, **CLOSE)
 
 
 def test_bfloat16_compute_stays_near_float32_and_returns_float32():
   plain = forward(tiny.text().tokens, tiny.text().segments)['text_logprobs']
-  got = text_logprobs(True, compute_dtype='bfloat16')(jax.random.key(0))
+  got = text_logprobs(False, compute_dtype='bfloat16')(jax.random.key(0))
   assert got.dtype == jnp.float32
   real = tiny.text().loss_mask
   # bfloat16 has 8 bits of mantissa: a part in 256 in each of a few sums.
@@ -318,8 +321,8 @@ def test_reward_head_starts_as_in_the_paper():
     vocab_multiple=8,
   )
   mesh = tiny.one_device()
-  policy = artifacts.init('policy', config, mesh, jax.random.key(0))
-  reward = artifacts.scalar_from_policy(policy, mesh, jax.random.key(1))
+  policy = model_fns.init('policy', config, mesh, jax.random.key(0))
+  reward = model_fns.scalar_from_policy(policy, mesh, jax.random.key(1))
   kernel = np.asarray(reward.params['head_kernel'])
   # 4096 draws know their standard deviation to 1.1 %.
   np.testing.assert_allclose(kernel.std(), 4097**-0.5, rtol=0.05)
@@ -340,12 +343,12 @@ def test_reward_head_starts_as_in_the_paper():
 def test_presets_build_on_a_mesh(name, billions):
   config = TransformerConfig(**PRESETS[name])
   mesh = sharding.make_mesh((1, 2, 4))
-  policy = artifacts.abstract_params('policy', config, mesh)
+  policy = model_fns.abstract_params('policy', config, mesh)
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(policy))
   assert count == config.num_params
   np.testing.assert_allclose(count, billions * 1e9, rtol=0.025)
   assert config.num_heads * config.head_dim == config.width
-  value = artifacts.abstract_params('scalar', config, mesh)
+  value = model_fns.abstract_params('scalar', config, mesh)
   scalar_count = sum(math.prod(x.shape) for x in jax.tree.leaves(value))
   assert scalar_count == count + config.width + 1
   specs = {
@@ -388,7 +391,7 @@ def test_config_round_trip_and_errors():
 
 def test_unknown_kind():
   with pytest.raises(ValueError, match=r"\['policy', 'scalar'\]: 'value'"):
-    artifacts.make_module('value', CONFIG)
+    model_fns.make_module('value', CONFIG)
 
 
 # --- Meshes -------------------------------------------------------------------
@@ -402,14 +405,14 @@ def loss_and_outputs(mesh_shape):
   params = {}
   for kind in ('policy', 'scalar'):
     shardings = sharding.shardings_of(
-      artifacts.abstract_params(kind, CONFIG, mesh)
+      model_fns.abstract_params(kind, CONFIG, mesh)
     )
     params[kind] = jax.device_put(tiny.params(kind), shardings)
 
   def mean_loss(policy, scalar, batch: TextBatch):
-    loss_fn = supervised.make_text_loss(artifacts.text_logprobs_fn(tiny.POLICY))
-    summed, (count, _) = loss_fn(policy, batch, jax.random.key(0))
-    scalars = artifacts.scalars_fn(tiny.SCALAR)(
+    loss_fn = supervised.make_text_loss(model_fns.logprobs_fn(tiny.POLICY))
+    summed, (count, _) = loss_fn(policy, {}, batch, jax.random.key(0))
+    scalars = model_fns.scalars_fn(tiny.SCALAR)(
       scalar, batch.tokens, batch.mask
     )
     return summed / count, scalars
@@ -441,8 +444,8 @@ def test_every_mesh_gives_the_numbers_of_one_device(mesh_shape):
 
 def test_initialisation_on_a_mesh_gives_sharded_parameters():
   mesh = sharding.make_mesh((2, 2, 2))
-  model = artifacts.init('policy', CONFIG, mesh, jax.random.key(3))
-  alone = artifacts.init('policy', CONFIG, tiny.one_device(), jax.random.key(3))
+  model = model_fns.init('policy', CONFIG, mesh, jax.random.key(3))
+  alone = model_fns.init('policy', CONFIG, tiny.one_device(), jax.random.key(3))
   tiny.assert_trees_equal(
     jax.device_get(model.params), jax.device_get(alone.params)
   )
@@ -454,4 +457,4 @@ def test_initialisation_on_a_mesh_gives_sharded_parameters():
 def test_a_mesh_that_does_not_divide_is_named():
   config = dataclasses.replace(CONFIG, num_heads=3)
   with pytest.raises(ValueError, match="'heads' of size 3 .* 4 parts"):
-    artifacts.abstract_params('policy', config, sharding.make_mesh((1, 2, 4)))
+    model_fns.abstract_params('policy', config, sharding.make_mesh((1, 2, 4)))

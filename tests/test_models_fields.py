@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax import artifacts, export, queries
+from instruct_jax import export, model_fns, model_folder, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding
 from instruct_jax.models import hf
@@ -68,7 +68,7 @@ def write_case(folder, base, without=(), changes=()):
 
 
 def load(folder, kind='policy'):
-  return artifacts.load(folder, kind, one_device(), '', vocab_multiple=1)
+  return model_folder.load(folder, kind, one_device(), '', vocab_multiple=1)
 
 
 def logits_of(model, tokens):
@@ -136,7 +136,7 @@ def test_another_unembedding_is_used_and_told(tmp_path, capsys):
   np.testing.assert_allclose(got, golden['logits'], **CLOSE)
   # A caller that insists on one matrix is refused.
   config = TransformerConfig.from_hf(hf.read_config(tmp_path / 'in'))
-  abstract = artifacts.abstract_params('policy', config, one_device())
+  abstract = model_fns.abstract_params('policy', config, one_device())
   with pytest.raises(ValueError, match='lm_head.weight holds another one'):
     hf.load_params(tmp_path / 'in', config, abstract)
 
@@ -199,7 +199,7 @@ def test_scores_are_read_where_the_reference_reads_them(name, tmp_path):
   # Pads of ours, never its own: what is real is what the mask says.
   own = 20
   room = [max(map(len, rows)) - len(row) for row in rows]
-  read = jax.jit(artifacts.scores_fn(model.module))
+  read = jax.jit(model_fns.scores_fn(model.module))
   for side in ('right', 'left'):
     before = [n * (side == 'left') for n in room]
     after = [n * (side == 'right') for n in room]
@@ -229,8 +229,8 @@ def test_what_is_skipped_stays_with_the_model(tmp_path):
   model = load(tmp_path / 'in', 'scalar')
   tokenizer = tokenizer_lib.train_bpe(['some text'], 258)
   tokenizer.save(tmp_path / 'tokenizer')
-  artifacts.save(tmp_path / 'ours', model, tokenizer, {})
-  ours = artifacts.load(tmp_path / 'ours', 'scalar', one_device(), tokenizer)
+  model_folder.save(tmp_path / 'ours', model, tokenizer, {})
+  ours = model_folder.load(tmp_path / 'ours', 'scalar', one_device(), tokenizer)
   export.export(tmp_path / 'ours', tmp_path / 'tokenizer', tmp_path / 'out')
   again = load(tmp_path / 'out', 'scalar')
   for copy in (ours, again):
@@ -241,10 +241,10 @@ def test_what_is_skipped_stays_with_the_model(tmp_path):
     )  # fmt: skip
     np.testing.assert_allclose(scores, FIELDS['alone:end'], **CLOSE)
   # A head of our own, on whatever trunk, reads at the last token.
-  policy = artifacts.init(
+  policy = model_fns.init(
     'policy', model.config, one_device(), jax.random.key(0)
   )
-  fresh = artifacts.scalar_from_policy(policy, one_device(), jax.random.key(0))
+  fresh = model_fns.scalar_from_policy(policy, one_device(), jax.random.key(0))
   assert fresh.module.skipped_id == -1
 
 
@@ -261,7 +261,7 @@ def test_a_classifier_of_several_labels_is_no_reward_model(
 ):
   write_classifier(tmp_path / 'in', 'end', **changes)
   for read in (
-    lambda: artifacts.check(tmp_path / 'in', 'scalar', ''),
+    lambda: model_folder.check(tmp_path / 'in', 'scalar', ''),
     lambda: load(tmp_path / 'in', 'scalar'),
   ):
     with pytest.raises(ValueError, match=message):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax import artifacts
+from instruct_jax import model_fns
 from instruct_jax.infra import sharding
 from instruct_jax.models import families, hf
 from instruct_jax.models.config import PRESETS, TransformerConfig
@@ -49,9 +49,9 @@ def load(folder, kind='policy', **changes):
   config = TransformerConfig.from_hf(hf.read_config(folder))
   config = dataclasses.replace(config, vocab_multiple=8, **changes)
   mesh = sharding.make_mesh((8, 1, 1))
-  abstract = artifacts.abstract_params(kind, config, mesh)
+  abstract = model_fns.abstract_params(kind, config, mesh)
   params = hf.load_params(folder, config, abstract)
-  return artifacts.make_module(kind, config), params
+  return model_fns.make_module(kind, config), params
 
 
 def test_all_families_are_here():
@@ -106,7 +106,7 @@ def test_token_by_token_as_the_sampler_does(name, tmp_path):
   golden = write_folder(tmp_path / 'in', name)
   module, params = load(tmp_path / 'in')
   tokens, logits = golden['tokens'].astype(np.int32), golden['logits']
-  decoder = artifacts.decoder(module)
+  decoder = model_fns.decoder(module)
   lengths = np.array([3, 6])
 
   @jax.jit
@@ -142,8 +142,8 @@ def test_a_reward_model_goes_out_and_comes_back(name, tmp_path):
   write_folder(tmp_path / 'in', name)
   module, params = load(tmp_path / 'in')
   mesh = sharding.make_mesh((8, 1, 1))
-  policy = artifacts.Model('policy', module, params, {})
-  reward = artifacts.scalar_from_policy(policy, mesh, jax.random.key(0))
+  policy = model_fns.Model('policy', module, params, {})
+  reward = model_fns.scalar_from_policy(policy, mesh, jax.random.key(0))
   ours = {**reward.params, 'head_bias': jnp.float32(-0.7)}
   hf.save(tmp_path / 'out', module.config, ours)
   _, again = load(tmp_path / 'out', 'scalar')
@@ -366,7 +366,7 @@ def test_blocks_and_shards_give_the_same_tensor(tmp_path, monkeypatch):
   config = TransformerConfig.from_hf(hf.read_config(tmp_path / 'in'))
   config = dataclasses.replace(config, vocab_multiple=8)
   mesh = sharding.make_mesh((2, 4, 1))
-  abstract = artifacts.abstract_params('policy', config, mesh)
+  abstract = model_fns.abstract_params('policy', config, mesh)
   shared = hf.load_params(tmp_path / 'in', config, abstract)
   assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(shared))
   jax.tree.map(np.testing.assert_array_equal, whole, shared)
@@ -393,7 +393,7 @@ def test_the_host_never_holds_the_model(tmp_path, monkeypatch):
   )
   monkeypatch.setattr(hf, '_BLOCK_BYTES', 2**15)
   mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-  abstract = artifacts.abstract_params('policy', config, mesh)
+  abstract = model_fns.abstract_params('policy', config, mesh)
   params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), abstract)
   hf.save(tmp_path, config, params)
   hf.load_params(tmp_path, config, abstract)  # Compiles.
@@ -434,7 +434,7 @@ def test_memory_of_importing_1p3b(tmp_path):
   }
   pool = np.random.default_rng(0).normal(0, 0.02, 2**20).astype('f4')
   mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-  abstract = artifacts.abstract_params('policy', config, mesh)['trunk']
+  abstract = model_fns.abstract_params('policy', config, mesh)['trunk']
   try:
     hf.write_tensors(tmp_path, shapes, lambda n: np.resize(pool, shapes[n]))
     tensors = hf.open_tensors(tmp_path)
@@ -513,6 +513,9 @@ def test_damaged_pickled_and_empty_folders(tmp_path):
     load(tmp_path / 'in')
   with pytest.raises(ValueError, match='no config.json here'):
     hf.read_config(tmp_path)
+  # A byte order mark is read over.
+  (tmp_path / 'config.json').write_text('\ufeff{"model_type": "llama"}')
+  assert hf.read_config(tmp_path) == {'model_type': 'llama'}
 
 
 def test_the_index_says_which_files_count(tmp_path):

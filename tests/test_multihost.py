@@ -18,7 +18,7 @@ import pytest
 from etils import epath
 
 from experiments import pretrain
-from instruct_jax import artifacts
+from instruct_jax import model_fns, model_folder
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import checkpoint, metrics, sharding
 from instruct_jax.models.config import TransformerConfig
@@ -130,8 +130,8 @@ def models(inputs):
     (('policy', 'policy'), ('scalar', 'reward'))
   ):
     with sharding.use_mesh(mesh):
-      model = artifacts.init(kind, config, mesh, jax.random.key(number))
-      artifacts.save(
+      model = model_fns.init(kind, config, mesh, jax.random.key(number))
+      model_folder.save(
         inputs / name,
         model,
         tokenizer,

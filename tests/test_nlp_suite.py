@@ -12,13 +12,13 @@ import pytest
 from etils import epath
 
 from configs import nlp_suite as config_file
-from experiments import nlp_suite
-from instruct_jax import artifacts
+from instruct_jax import model_fns, model_folder
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals.benchmarks import runner, tasks
+from instruct_jax.jobs import nlp_suite
 from instruct_jax.models.config import TransformerConfig
 from tests import tiny
-from tests.test_evals_benchmarks_judges import truth_files
+from tests.test_evals_benchmarks_text_judges import truth_files
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -39,14 +39,14 @@ def folder(tmp_path_factory):
     mlp_dim=32,
     vocab_multiple=8,
   )
-  model = artifacts.init('policy', config, tiny.one_device(), jax.random.key(0))
+  model = model_fns.init('policy', config, tiny.one_device(), jax.random.key(0))
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda x: jnp.asarray(x + rng.normal(0, 0.3, x.shape), jnp.float32),
     model.params,
   )
-  model = artifacts.Model('policy', model.module, params, {})
-  artifacts.save(root / 'model', model, tokenizer, {})
+  model = model_fns.Model('policy', model.module, params, {})
+  model_folder.save(root / 'model', model, tokenizer, {})
   drop = [
     {'context': f'{"fox " * i}left.', 'question': 'who?', 'answer': f'fox {i}'}
     for i in range(9)
@@ -107,7 +107,7 @@ def finished(folder, tmp_path_factory):
 def plain(folder):
   """The tokenizer, and ids -> logits [T, V] by one pass without a cache."""
   tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
-  model = artifacts.load(
+  model = model_folder.load(
     folder / 'model', 'policy', tiny.one_device(), tokenizer
   )
 

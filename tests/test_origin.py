@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import ppo_ptx
-from instruct_jax import artifacts
+from instruct_jax import model_fns, model_folder
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import judges
@@ -50,10 +50,10 @@ def finished(start, tmp_path_factory):
       ('reward/model', 'scalar'),
     )
   ):
-    made = artifacts.init(
+    made = model_fns.init(
       kind, shape, tiny.one_device(), jax.random.key(number)
     )
-    artifacts.save(workdir / name, made, tokenizer, {})
+    model_folder.save(workdir / name, made, tokenizer.fingerprint, {})
   return workdir
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from configs import ppo_ptx as config_file
 from experiments import ppo_ptx
-from instruct_jax import artifacts, packing, ppo, rewards
+from instruct_jax import model_fns, packing, ppo, rewards, rl
 from instruct_jax.infra import sharding, train_state
 from instruct_jax.models.heads import token_logprobs
 from instruct_jax.types import RLBatch, Rollout
@@ -261,10 +261,10 @@ def read(policy, scalar, rollout, layout):
   """Log-probabilities, entropies and values [B, R], and scores [B]."""
   rows = packing.first_epoch(packing.pack_episodes(rollout, layout), layout)
   where = rows.tokens, rows.segments, rows.where
-  logprobs, entropies = artifacts.logprobs_fn(tiny.POLICY, tiny.TEMPERATURE, T)(
+  logprobs, entropies = model_fns.logprobs_fn(tiny.POLICY, tiny.TEMPERATURE, T)(
     policy, *where
   )
-  scalars = artifacts.scalars_fn(tiny.SCALAR, T)(scalar, *where[:2])
+  scalars = model_fns.scalars_fn(tiny.SCALAR, T)(scalar, *where[:2])
   values = jnp.take_along_axis(scalars, rows.where, axis=1)
   return {
     name: packing.unpack_responses(x, layout, rollout.response_mask)
@@ -459,7 +459,7 @@ def test_an_end_that_the_reward_model_skips_is_not_read(programs):
 def gradients(loss_fn):
   return jax.jit(
     lambda params, batch: train_state.accumulate_gradients(
-      loss_fn, params, batch, jax.random.key(0)
+      loss_fn, params, {}, batch, jax.random.key(0)
     )
   )
 
@@ -467,7 +467,7 @@ def gradients(loss_fn):
 def test_gradients_do_not_depend_on_the_layout(programs):
   """One minibatch of eight episodes: losses, metrics and gradients."""
   config, built = programs
-  method = ppo_ptx.ppo_config(config)
+  method = rl.method_of(config)
   rollout = sampled()
   layouts = [
     lay_out(rollout, num_epochs=1, num_microbatches=1, row_episodes=episodes)
@@ -479,12 +479,12 @@ def test_gradients_do_not_depend_on_the_layout(programs):
     (
       tiny.params('policy', 7),
       ppo.make_policy_loss(
-        artifacts.logprobs_fn(tiny.POLICY, tiny.TEMPERATURE, T), method
+        model_fns.logprobs_fn(tiny.POLICY, tiny.TEMPERATURE, T), method
       ),
     ),
     (
       tiny.params('scalar', 8),
-      ppo.make_value_loss(artifacts.scalars_fn(tiny.SCALAR, T), method),
+      ppo.make_value_loss(model_fns.scalars_fn(tiny.SCALAR, T), method),
     ),
   ):
     for step in range(2):
@@ -628,7 +628,7 @@ def test_the_config_says_whether_rows_are_dense(programs):
   rollout = on_device(sampled())
 
   def longest(config, rollout):
-    layout = ppo_ptx.lay_out(config, built, rollout, mesh, 0)
+    layout = rl.lay_out(config, built, rollout, mesh, 0)
     return int(layout.segments.max())
 
   with sharding.use_mesh(mesh):

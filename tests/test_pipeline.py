@@ -16,8 +16,14 @@ from etils import epath
 
 from configs import ppo_ptx as config_file
 from experiments import ppo_ptx, pretrain, reward, sft
-from instruct_jax import main
-from instruct_jax.infra import checkpoint, metrics, run, sharding, train_state
+from instruct_jax.infra import (
+  checkpoint,
+  metrics,
+  pipeline,
+  run,
+  sharding,
+  train_state,
+)
 
 SUMMARY_KEYS = {
   'win_rate',
@@ -51,7 +57,7 @@ def make_config(workdir):
 def finished(tmp_path_factory, quick_compile):
   workdir = epath.Path(tmp_path_factory.mktemp('smoke'))
   config, described = make_config(workdir)
-  main.run(config, workdir, described)
+  pipeline.run_all(config, workdir, described)
   return workdir
 
 
@@ -125,7 +131,6 @@ def test_the_first_update_starts_at_the_reference(finished):
 
 
 def test_demonstrations_score_zero_after_save_and_load(finished):
-  from instruct_jax import artifacts
   from instruct_jax.data import loader, records, tokenizer
   from instruct_jax.infra import sharding
 
@@ -140,10 +145,10 @@ def test_demonstrations_score_zero_after_save_and_load(finished):
     pack=False,
   )
   mesh = sharding.make_mesh((1, -1, 1))
-  model = artifacts.load(
+  model = model_folder.load(
     config.workdir + '/reward/model', 'scalar', mesh, tokens
   )
-  scalars = jax.jit(artifacts.scalars_fn(model.module))(
+  scalars = jax.jit(model_fns.scalars_fn(model.module))(
     model.params, rows.tokens, rows.segments
   )
   last = rows.mask.sum(axis=1) - 1
@@ -154,7 +159,7 @@ def test_demonstrations_score_zero_after_save_and_load(finished):
 def test_a_finished_run_does_nothing(finished):
   config, described = make_config(finished)
   before = (finished / 'ppo_ptx' / 'metrics.jsonl').stat().mtime
-  main.run(config, finished, described)
+  pipeline.run_all(config, finished, described)
   assert (finished / 'ppo_ptx' / 'metrics.jsonl').stat().mtime == before
 
 
@@ -263,7 +268,7 @@ def test_a_mesh_that_does_not_divide_is_refused(copied):
   (copied / 'ppo_ptx' / 'done.json').unlink()
   config.mesh = (3, 1, 1)
   with pytest.raises(ValueError, match='8 devices'):
-    main.run(config, copied, described)
+    pipeline.run_all(config, copied, described)
 
 
 # --- Numbers that are not finite, and another mesh ----------------------------

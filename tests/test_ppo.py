@@ -15,8 +15,8 @@ import pytest
 
 from instruct_jax import (
   alarms,
-  artifacts,
   masked,
+  model_fns,
   packing,
   ppo,
   rewards,
@@ -549,7 +549,7 @@ def test_a_mesh_changes_nothing():
   mesh = sharding.make_mesh((2, 2, 2))
 
   def put(params, kind):
-    layout = artifacts.abstract_params(kind, tiny.CONFIG, mesh)
+    layout = model_fns.abstract_params(kind, tiny.CONFIG, mesh)
     return jax.device_put(params, sharding.shardings_of(layout))
 
   with sharding.use_mesh(mesh):
@@ -825,11 +825,11 @@ def test_config_errors(changes, message):
 def test_the_first_minibatch_tells_a_fault_from_rounding(dtype):
   """In both dtypes: another batch is none; temperature and positions are."""
   config = dataclasses.replace(tiny.CONFIG, compute_dtype=dtype)
-  logprobs_fn = artifacts.logprobs_fn(
-    artifacts.make_module('policy', config), tiny.TEMPERATURE
+  logprobs_fn = model_fns.logprobs_fn(
+    model_fns.make_module('policy', config), tiny.TEMPERATURE
   )
-  hotter = artifacts.logprobs_fn(
-    artifacts.make_module('policy', config), 1.3 * tiny.TEMPERATURE
+  hotter = model_fns.logprobs_fn(
+    model_fns.make_module('policy', config), 1.3 * tiny.TEMPERATURE
   )
   policy = tiny.params('policy')
   sampled = tiny.generate(

@@ -10,11 +10,11 @@ import pytest
 from etils import epath
 
 from configs import evaluate as config_file
-from experiments import preferences as experiment
-from instruct_jax import artifacts
+from instruct_jax import model_fns, model_folder
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import samples as samples_lib
+from instruct_jax.jobs import preferences as experiment
 from instruct_jax.models.config import TransformerConfig
 from tests import tiny
 from tests.fake_server import serve
@@ -33,15 +33,15 @@ def save_model(root, name, kind, tokenizer, seed):
     mlp_dim=32,
     vocab_multiple=8,
   )
-  model = artifacts.init(kind, config, tiny.one_device(), jax.random.key(seed))
+  model = model_fns.init(kind, config, tiny.one_device(), jax.random.key(seed))
   rng = np.random.default_rng(seed)
   params = jax.tree.map(
     lambda x: jnp.asarray(x + rng.normal(0, 0.3, x.shape), jnp.float32),
     model.params,
   )
-  artifacts.save(
+  model_folder.save(
     root / name,
-    artifacts.Model(kind, model.module, params, {}),
+    model_fns.Model(kind, model.module, params, {}),
     tokenizer,
     {},
   )
@@ -128,7 +128,7 @@ def test_every_model_is_judged_on_the_same_prompts(finished):
 def test_win_rates_follow_the_reward_models_scores(folder, finished):
   workdir, _ = finished
   tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
-  model = artifacts.load(
+  model = model_folder.load(
     folder / 'reward', 'scalar', tiny.one_device(), tokenizer
   )
   apply = jax.jit(

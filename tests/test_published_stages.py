@@ -13,10 +13,18 @@ import transformers
 from etils import epath
 
 from configs import ppo_ptx, reward, sft
-from instruct_jax import alarms, artifacts, export, main, queries, rollout
+from instruct_jax import (
+  alarms,
+  export,
+  model_fns,
+  model_folder,
+  packing,
+  queries,
+  rollout,
+)
 from instruct_jax.data import convert, records
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.infra import checkpoint, sharding
+from instruct_jax.infra import checkpoint, pipeline, sharding
 from instruct_jax.models import hf
 from instruct_jax.models.config import Rotary, TransformerConfig
 from instruct_jax.types import PromptBatch
@@ -59,7 +67,7 @@ LLAMA = TransformerConfig(
 def write_model(folder, config, kind='policy'):
   """A random model with its tokenizer, as published."""
   mesh = sharding.make_mesh((1, -1, 1))
-  model = artifacts.init(kind, config, mesh, jax.random.key(1))
+  model = model_fns.init(kind, config, mesh, jax.random.key(1))
   hf.save(folder, config, model.params)
   backend = tokenizers.Tokenizer(tokenizers.models.BPE())
   byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -104,7 +112,9 @@ def run(config, workdir, **changes):
   for name, value in changes.items():
     config[name] = value
   config.workdir = str(workdir)
-  main.run(config, epath.Path(workdir), config.copy_and_resolve_references())
+  pipeline.run_all(
+    config, epath.Path(workdir), config.copy_and_resolve_references()
+  )
 
 
 def small(config):
@@ -183,13 +193,13 @@ def test_all_stages_from_a_published_folder(data, tmp_path):
   weights = []
   for name in ('policy', 'ema'):
     export.export(tmp_path / 'ppo' / name, init, tmp_path / f'out_{name}')
-    again = artifacts.load(
+    again = model_folder.load(
       f'hf:{tmp_path / f"out_{name}"}',
       'policy',
       mesh,
       tokenizer,
     )
-    ours = artifacts.load(tmp_path / 'ppo' / name, 'policy', mesh, tokenizer)
+    ours = model_folder.load(tmp_path / 'ppo' / name, 'policy', mesh, tokenizer)
     jax.tree.map(np.testing.assert_array_equal, again.params, ours.params)
     weights.append(np.asarray(ours.params['trunk']['layers']['up_kernel']))
     tokenizer_lib.check_published(tokenizer, f'hf:{tmp_path / f"out_{name}"}')
@@ -249,7 +259,7 @@ def test_ppo_in_either_dtype_raises_no_alarm(dtype, data, tmp_path, capsys):
   # What is written computes as it was trained, and weighs float32.
   described = checkpoint.load_metadata(tmp_path / 'ppo' / 'policy')
   assert described['model']['compute_dtype'] == dtype
-  policy = artifacts.load(
+  policy = model_folder.load(
     tmp_path / 'ppo' / 'policy',
     'policy',
     sharding.make_mesh((1, -1, 1)),
@@ -275,7 +285,7 @@ def test_tolerances_on_a_published_model(dtype, models_root):
   sampled = jax.jit(
     functools.partial(
       rollout.generate,
-      decoder=artifacts.decoder(model.module),
+      decoder=model_fns.decoder(model.module),
       num_response=16,
       stop_ids=tokenizer.stop_ids,
     )
@@ -284,11 +294,10 @@ def test_tolerances_on_a_published_model(dtype, models_root):
     PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(4)),
     jax.random.key(0),
   )
-  graph, _ = jax.jit(
-    lambda params, tokens, mask: artifacts.logprobs_fn(model.module)(
-      params, tokens, mask, 16
-    )
-  )(model.params, sampled.tokens, sampled.mask)
+  rows = packing.as_rows(sampled)
+  graph, _ = jax.jit(model_fns.logprobs_fn(model.module))(
+    model.params, rows.tokens, rows.segments, rows.where
+  )
   real = np.asarray(sampled.response_mask)
   difference = np.asarray(sampled.logprobs - graph)[real]
   assert np.abs(difference).mean() <= alarms.SAMPLER_TOLERANCE[dtype] / 3
@@ -303,10 +312,10 @@ def test_folded_shift_gives_the_same_score(tmp_path):
 
   def write(config, name):
     config = dataclasses.replace(config, vocab_size=258)
-    model = artifacts.init('scalar', config, mesh, jax.random.key(0))
+    model = model_fns.init('scalar', config, mesh, jax.random.key(0))
     params = {**model.params, 'head_bias': jnp.float32(-1.25)}
     model = dataclasses.replace(model, params=params)
-    artifacts.save(tmp_path / name, model, tokenizer, {})
+    model_folder.save(tmp_path / name, model, tokenizer, {})
     return model
 
   ours = write(GPT2, 'gpt2')
@@ -314,7 +323,7 @@ def test_folded_shift_gives_the_same_score(tmp_path):
   export.export(tmp_path / 'gpt2', *arguments, fold_shift=True)
   described = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert described['score_shift'] == 0
-  theirs = artifacts.load(tmp_path / 'out', 'scalar', mesh, tokenizer)
+  theirs = model_folder.load(tmp_path / 'out', 'scalar', mesh, tokenizer)
   assert float(theirs.params['head_bias']) == 0
   tokens = jnp.array([tokenizer.encode('some text, and more')], jnp.int32)
   scores = [
@@ -353,7 +362,7 @@ def test_all_stages_on_real_dialogues(data_root, tmp_path):
     [records.Document(d.prompt + d.response) for d in texts],
   )
   shape = dataclasses.replace(GPT2, vocab_size=50257, context_length=128)
-  model = artifacts.init(
+  model = model_fns.init(
     'policy', shape, sharding.make_mesh((1, -1, 1)), jax.random.key(1)
   )
   hf.save(tmp_path / 'gpt2', shape, model.params)

@@ -10,11 +10,11 @@ import pytest
 from etils import epath
 
 from configs import reward
-from experiments import hh_data, reward_baselines
-from instruct_jax import artifacts, main
+from instruct_jax import model_fns, model_folder
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.infra import sharding
+from instruct_jax.infra import pipeline, sharding
+from instruct_jax.jobs import hh_data, reward_baselines
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -46,7 +46,7 @@ def test_data_and_baselines(tmp_path, capsys):
   config.stages.data.valid_fraction = 0.3
   for name in config.stage_order:
     stage = config.stages[name]
-    main.find_experiment(stage.experiment).validate(stage)
+    pipeline.find_experiment(stage.experiment).validate(stage)
 
   folder = epath.Path(tmp_path / 'run' / 'data')
   counts = hh_data.run(config.stages.data, folder)
@@ -71,9 +71,9 @@ def test_data_and_baselines(tmp_path, capsys):
     tiny.CONFIG, vocab_size=tokenizer.vocab_size, context_length=48
   )
   mesh = sharding.make_mesh((1, -1, 1))
-  model = artifacts.init('scalar', shape, mesh, jax.random.key(0))
+  model = model_fns.init('scalar', shape, mesh, jax.random.key(0))
   for name in ('helpful', 'harmless'):
-    artifacts.save(
+    model_folder.save(
       tmp_path / 'run' / f'reward_{name}' / 'model',
       model,
       tokenizer,

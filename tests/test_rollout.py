@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax import artifacts, rollout, sampling
+from instruct_jax import model_fns, packing, rollout, sampling
 from instruct_jax.infra import sharding, slices
 from instruct_jax.types import Decoder, PromptBatch, Rollout
 from tests import simple_rollout, tiny
@@ -156,7 +156,7 @@ def test_sampler_and_training_graph_agree(sampled):
 def test_sampler_and_training_graph_agree_in_bfloat16():
   """To some units in the last place of logits of 4 to 8: 1/32 each."""
   config = dataclasses.replace(tiny.CONFIG, compute_dtype='bfloat16')
-  module = artifacts.make_module('policy', config)
+  module = model_fns.make_module('policy', config)
 
   @jax.jit
   def run(params, prompts):
@@ -164,11 +164,14 @@ def test_sampler_and_training_graph_agree_in_bfloat16():
       params,
       prompts,
       KEY,
-      decoder=artifacts.decoder(module),
+      decoder=model_fns.decoder(module),
       num_response=R,
       stop_ids=tiny.STOPS,
     )
-    logprobs, _ = artifacts.logprobs_fn(module)(params, out.tokens, out.mask, R)
+    rows = packing.as_rows(out)
+    logprobs, _ = model_fns.logprobs_fn(module)(
+      params, rows.tokens, rows.segments, rows.where
+    )
     return out, logprobs
 
   prompts = jax.tree.map(jnp.asarray, tiny.prompts())
@@ -224,7 +227,7 @@ def engine(num_slots, num_samples=1):
   return jax.jit(
     functools.partial(
       rollout.generate_counted,
-      decoder=artifacts.decoder(tiny.POLICY),
+      decoder=model_fns.decoder(tiny.POLICY),
       num_response=R,
       stop_ids=tiny.STOPS,
       temperature=tiny.TEMPERATURE,
@@ -285,7 +288,7 @@ def test_samples_of_one_prompt_share_its_reading():
 
 def test_slots_on_a_mesh_keep_to_their_shard(sampled):
   mesh = sharding.make_mesh((2, 2, 2))
-  layout = artifacts.abstract_params('policy', tiny.CONFIG, mesh)
+  layout = model_fns.abstract_params('policy', tiny.CONFIG, mesh)
   params = jax.device_put(tiny.params('policy'), sharding.shardings_of(layout))
   with sharding.use_mesh(mesh):
     prompts = sharding.put_batch(tiny.prompts(), mesh)
@@ -310,11 +313,11 @@ def test_weights_are_put_together_before_the_loop_not_in_it():
   """Over fsdp alone, no parameter is gathered for every token, unless the
   weights are to stay cut."""
   mesh = sharding.make_mesh((1, 8, 1))
-  layout = artifacts.abstract_params('policy', tiny.CONFIG, mesh)
+  layout = model_fns.abstract_params('policy', tiny.CONFIG, mesh)
   params = jax.device_put(tiny.params('policy'), sharding.shardings_of(layout))
 
   def gathers(gather_weights):
-    decoder = artifacts.decoder(tiny.POLICY, gather_weights)
+    decoder = model_fns.decoder(tiny.POLICY, gather_weights)
 
     def step(params, tokens, lengths):
       cache = decoder.make_cache(16, 16)

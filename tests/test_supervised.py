@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from instruct_jax import artifacts, losses, masked, supervised
+from instruct_jax import losses, masked, model_fns, supervised
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import train_state
@@ -23,12 +23,12 @@ KEY = jax.random.key(0)
 OPTIMIZER = optax.adam(0.1)
 
 
-def table_text_logprobs(params, tokens, segments, key):
-  logprobs, _ = token_logprobs(params['table'][tokens[:, :-1]], tokens[:, 1:])
-  return jnp.pad(logprobs, ((0, 0), (1, 0)))
+def table_logprobs(params, tokens, segments, where=None, dropout_key=None):
+  found = token_logprobs(params['table'][tokens[:, :-1]], tokens[:, 1:])
+  return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (1, 0))), found)
 
 
-LOSS = supervised.make_text_loss(table_text_logprobs)
+LOSS = supervised.make_text_loss(table_logprobs)
 
 
 def make_state(seed=0):
@@ -55,14 +55,7 @@ def make_text(rng) -> TextBatch:
 
 @functools.cache
 def make_update(num_microbatches=1, loss_fn=LOSS):
-  return jax.jit(
-    functools.partial(
-      supervised.update,
-      loss_fn=loss_fn,
-      optimizer=OPTIMIZER,
-      num_microbatches=num_microbatches,
-    )
-  )
+  return jax.jit(supervised.make_update(loss_fn, OPTIMIZER, num_microbatches))
 
 
 def test_loss_by_hand():
@@ -73,7 +66,7 @@ def test_loss_by_hand():
     loss_mask=jnp.array([[False, True, True], [False, True, False]]),
     segments=jnp.array([[1, 1, 1], [1, 1, 0]]),
   )
-  summed, (count, metrics) = LOSS({'table': jnp.zeros((V, V))}, batch, KEY)
+  summed, (count, metrics) = LOSS({'table': jnp.zeros((V, V))}, {}, batch, KEY)
   np.testing.assert_allclose(summed, 3 * 2.0794415, rtol=1e-6)
   assert count == 3.0
   assert metrics['nll'] == (summed, count)
@@ -91,12 +84,12 @@ def test_packed_rows_have_the_loss_of_rows_of_their_own():
   demonstrations = [
     records.Demonstration(text(1, 5), text(1, 6)) for _ in range(tiny.B)
   ]
-  loss_fn = supervised.make_text_loss(artifacts.text_logprobs_fn(tiny.POLICY))
+  loss_fn = supervised.make_text_loss(model_fns.logprobs_fn(tiny.POLICY))
 
   @jax.jit
   def loss_and_gradient(params, batch):
     def mean(params):
-      summed, (count, _) = loss_fn(params, batch, KEY)
+      summed, (count, _) = loss_fn(params, {}, batch, KEY)
       return summed / count, count
 
     return jax.value_and_grad(mean, has_aux=True)(params)
@@ -106,7 +99,7 @@ def test_packed_rows_have_the_loss_of_rows_of_their_own():
     rows, dropped = loader.demonstration_rows(
       demonstrations, words, tiny.T, loss_on='response', pack=pack
     )
-    assert not dropped
+    assert not dropped.total
     assert (rows.segments.max() > 1) == pack
     assert (loader.num_rows(rows) < tiny.B) == pack
     found.append(loss_and_gradient(tiny.params('policy'), rows))
@@ -121,14 +114,14 @@ def test_packed_rows_have_the_loss_of_rows_of_their_own():
 
 def test_microbatches_change_nothing(rng):
   batch = make_text(rng)
-  whole, metrics = make_update()(make_state(), batch, KEY)
+  whole, metrics = make_update()(make_state(), {}, batch, KEY)
   assert metrics['nll'][1] == batch.loss_mask.sum()
   np.testing.assert_allclose(
     metrics['loss'][0], metrics['nll'][0] / metrics['nll'][1], rtol=1e-6
   )
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-    make_update(4)(make_state(), batch, KEY),
+    make_update(4)(make_state(), {}, batch, KEY),
     (whole, metrics),
   )
 
@@ -137,7 +130,7 @@ def test_reward_microbatches_keep_the_weight_of_a_prompt(rng):
   """Prompts with many pairs, few and none, in halves that hold unequal numbers
   of them: each prompt that has a pair weighs the same."""
 
-  def loss_fn(params, batch, key):
+  def loss_fn(params, frozen, batch, key):
     scores, ranks = params['scores'][batch['rows']], batch['ranks']
     loss, pairs, _ = losses.ranking_loss(scores, ranks)
     counted = pairs > 0
@@ -150,9 +143,9 @@ def test_reward_microbatches_keep_the_weight_of_a_prompt(rng):
   batch = {'rows': jnp.arange(B), 'ranks': jnp.asarray(ranks)}
   params = {'scores': jnp.asarray(rng.normal(size=(B, 4)), jnp.float32)}
   state = train_state.create(params, OPTIMIZER)
-  accumulate = jax.jit(train_state.accumulate_gradients, static_argnums=(0, 4))
-  whole = accumulate(loss_fn, params, batch, KEY, 1)
-  parts = accumulate(loss_fn, params, batch, KEY, 4)
+  accumulate = jax.jit(train_state.accumulate_gradients, static_argnums=(0, 5))
+  whole = accumulate(loss_fn, params, {}, batch, KEY, 1)
+  parts = accumulate(loss_fn, params, {}, batch, KEY, 4)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
     parts,
@@ -162,7 +155,7 @@ def test_reward_microbatches_keep_the_weight_of_a_prompt(rng):
   assert whole[2]['loss'][1] == 5.0
   # A batch without any pair moves nothing, and is finite.
   ties = batch | {'ranks': jnp.ones((B, 4), jnp.int32)}
-  after, metrics = make_update(2, loss_fn)(state, ties, KEY)
+  after, metrics = make_update(2, loss_fn)(state, {}, ties, KEY)
   assert metrics['optimizer/skipped'] == (0.0, 1.0)
   np.testing.assert_array_equal(after.params['scores'], params['scores'])
 
@@ -174,7 +167,7 @@ def test_a_loss_that_is_not_finite_is_skipped(rng, num_microbatches):
   bad = bad.replace(params={'table': bad.params['table'].at[3].set(jnp.nan)})
   batch = batch.replace(tokens=batch.tokens.at[B - 1, 1].set(3))
   update = make_update(num_microbatches)
-  after, metrics = update(bad, batch, KEY)
+  after, metrics = update(bad, {}, batch, KEY)
   jax.tree.map(
     np.testing.assert_array_equal,
     (after.params, after.opt_state),

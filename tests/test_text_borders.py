@@ -16,13 +16,14 @@ from etils import epath
 from configs import evaluate as evaluate_config
 from configs import nlp_suite as suite_config
 from configs import reward as reward_config
-from experiments import nlp_suite, preferences, reward
-from instruct_jax import artifacts, chat, queries
+from experiments import reward
+from instruct_jax import chat, model_folder, queries
 from instruct_jax.data import __main__ as describe
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import samples
 from instruct_jax.evals.benchmarks import runner, tasks
+from instruct_jax.jobs import nlp_suite, preferences
 from tests import published, tiny
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -108,7 +109,7 @@ def test_every_caller_gives_one_prompt_the_same_ids(model, monkeypatch):
     return np.zeros(len(prompts))
 
   monkeypatch.setattr(queries, 'score_answers', spy)
-  monkeypatch.setattr(artifacts, 'load', lambda *args, **kwargs: None)
+  monkeypatch.setattr(model_folder, 'load', lambda *args, **kwargs: None)
   config = evaluate_config.get_config('reward')
   with config.unlocked():
     config.reward_model = str(folder)
@@ -169,7 +170,7 @@ def test_centring_reads_the_whole_conversation(model, tmp_path):
     config.mesh = (1, 8, 1)
   reward.run(config, epath.Path(tmp_path / 'run'))
   mesh = tiny.one_device()
-  trained = artifacts.load(
+  trained = model_folder.load(
     tmp_path / 'run' / 'model', 'scalar', mesh, tokenizer
   )
   scores = queries.score_answers(
@@ -324,7 +325,7 @@ def test_a_reward_model_with_another_tokenizer_is_refused(model, tmp_path):
   published.save_byte_tokenizer(judge, bos=False)
   published.save_scorer(judge, tokenizer.vocab_size, {})
   with pytest.raises(ValueError, match='must share one tokenizer'):
-    artifacts.load(judge, 'scalar', tiny.one_device(), tokenizer)
+    model_folder.load(judge, 'scalar', tiny.one_device(), tokenizer)
 
 
 # --- Seams between prompt and response ----------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from instruct_jax import (
-  artifacts,
+  model_fns,
   packing,
   ppo,
   rewards,
@@ -42,8 +42,8 @@ CONFIG = TransformerConfig(
   mlp_dim=32,
   vocab_multiple=8,
 )
-POLICY = artifacts.make_module('policy', CONFIG)
-SCALAR = artifacts.make_module('scalar', CONFIG)
+POLICY = model_fns.make_module('policy', CONFIG)
+SCALAR = model_fns.make_module('scalar', CONFIG)
 
 
 def one_device():
@@ -61,7 +61,7 @@ def params(kind: str, seed: int = 0):
     scale = 1.0 if 'scale' in jax.tree_util.keystr(path) else 0.0
     return jnp.asarray(scale + rng.normal(0, 0.35, x.shape), jnp.float32)
 
-  abstract = artifacts.abstract_params(kind, CONFIG, one_device())
+  abstract = model_fns.abstract_params(kind, CONFIG, one_device())
   return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
@@ -99,15 +99,15 @@ def forward(policy, scalar, tokens, segments):
   """Everything the two models say about [B, T] rows."""
   mask = segments > 0
   where = jnp.broadcast_to(P - 1 + jnp.arange(R)[None], (tokens.shape[0], R))
-  logprobs, entropies = artifacts.logprobs_fn(POLICY, TEMPERATURE)(
+  logprobs, entropies = model_fns.logprobs_fn(POLICY, TEMPERATURE)(
     policy, tokens, mask.astype(jnp.int32), where
   )
   return {
     'logits': POLICY.apply({'params': policy}, tokens, segments),
-    'text_logprobs': artifacts.logprobs_fn(POLICY)(policy, tokens, segments)[0],
+    'text_logprobs': model_fns.logprobs_fn(POLICY)(policy, tokens, segments)[0],
     'logprobs': logprobs,
     'entropies': entropies,
-    'scalars': artifacts.scalars_fn(SCALAR)(scalar, tokens, mask),
+    'scalars': model_fns.scalars_fn(SCALAR)(scalar, tokens, mask),
     # The scalar trunk on packed rows, which its public call does not take.
     'hidden': SCALAR.apply(
       {'params': scalar},
@@ -139,7 +139,7 @@ def make_extend_cache(batch, columns):
 generate = jax.jit(
   functools.partial(
     rollout.generate,
-    decoder=artifacts.decoder(POLICY),
+    decoder=model_fns.decoder(POLICY),
     num_response=R,
     stop_ids=STOPS,
     temperature=TEMPERATURE,
@@ -212,8 +212,8 @@ def ppo_state() -> ppo.RLState:
   )
 
 
-LOGPROBS_FN = artifacts.logprobs_fn(POLICY, TEMPERATURE, T)
-SCALARS_FN = artifacts.scalars_fn(SCALAR, T)
+LOGPROBS_FN = model_fns.logprobs_fn(POLICY, TEMPERATURE, T)
+SCALARS_FN = model_fns.scalars_fn(SCALAR, T)
 score = jax.jit(
   score_fns.reward_program(
     SCALARS_FN, functools.partial(heads.read_scores, SCALAR), 1
@@ -227,7 +227,7 @@ train = jax.jit(
     {
       'policy': ppo.make_policy_loss(LOGPROBS_FN, METHOD),
       'value': ppo.make_value_loss(SCALARS_FN, METHOD),
-      'ptx': supervised.make_text_loss(artifacts.logprobs_fn(POLICY)),
+      'ptx': supervised.make_text_loss(model_fns.logprobs_fn(POLICY)),
     },
     {'policy': POLICY_ADAM, 'value': VALUE_ADAM},
     METHOD,

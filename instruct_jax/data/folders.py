@@ -7,15 +7,18 @@ new ones: the run is refused and the file named, or, with --replace, the file
 goes. What a folder holds, and which command wrote it, is in its written.json;
 only files that are listed there unchanged are ever removed.
 
-A new folder appears at once. In a folder that exists, the old files go before
-the new ones come, so that no kill leaves a mix; what a killed run leaves is a
-folder whose name ends in `.unfinished`, which the next run clears away.
+A new folder appears at once. In a folder that exists, and in an object store,
+the old files go before the new ones come, so that no kill leaves a mixture;
+what a killed run leaves is a folder whose name ends in `.unfinished`, which the
+next run clears away.
 """
 
 import contextlib
 import fnmatch
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -78,21 +81,17 @@ def writing(
     RecordError: an owned file would be left beside new ones, or an input lies
       among the owned ones, or `folder` is a file.
   """
-  # Absolute, so that `.` has a name and a parent.
-  folder = epath.Path(folder).expanduser().absolute()
+  folder = epath.Path(folder)
+  is_remote = '://' in os.fspath(folder)
+  if not is_remote:  # Absolute, so that `.` has a name and a parent.
+    folder = folder.expanduser().absolute()
   if folder.exists() and not folder.is_dir():
     raise records.RecordError(f'{folder}: is a file; name a folder')
-  for path in inputs:
-    path = epath.Path(path).absolute()
-    if path == folder or (
-      path.parent == folder and _is_owned(path.name, owned)
-    ):
-      raise records.RecordError(
-        f'{path}: is read and would be overwritten; name another folder for '
-        'the output'
-      )
-  is_new = not folder.exists()
-  if is_new:
+  _check_inputs(folder, owned, inputs)
+  is_new = not is_remote and not folder.exists()
+  if is_remote:  # Nothing is moved there, but an object appears at once.
+    unfinished = epath.Path(tempfile.mkdtemp())
+  elif is_new:
     unfinished = folder.parent / f'.{folder.name}{_UNFINISHED}'
   else:
     unfinished = folder / _UNFINISHED
@@ -119,7 +118,10 @@ def writing(
       (folder / name).unlink(missing_ok=True)
     for name in new:
       (folder / name).parent.mkdir(parents=True, exist_ok=True)
-      (unfinished / name).rename(folder / name)
+      if is_remote:
+        (folder / name).write_bytes((unfinished / name).read_bytes())
+      else:
+        (unfinished / name).rename(folder / name)
     records.write_bytes(folder / MANIFEST, text.encode('utf-8'))
   except records.RecordError as error:
     # What is wrong with a file is said of the place where it was to be.
@@ -128,6 +130,20 @@ def writing(
     ) from error
   finally:
     _clear(unfinished)
+
+
+def _check_inputs(folder, owned, inputs) -> None:
+  for path in inputs:
+    path = epath.Path(path)
+    if '://' not in os.fspath(path):
+      path = path.absolute()
+    if path == folder or (
+      path.parent == folder and _is_owned(path.name, owned)
+    ):
+      raise records.RecordError(
+        f'{path}: is read and would be overwritten; name another folder for '
+        'the output'
+      )
 
 
 def _is_owned(name: str, owned: Sequence[str]) -> bool:

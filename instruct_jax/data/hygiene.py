@@ -31,10 +31,11 @@ import ipaddress
 import json
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 from instruct_jax import command
-from instruct_jax.data import folders, records
+from instruct_jax.data import folders, invisible, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 
 # Prompts that are encoded at a time, and refusals that are told apart.
@@ -292,9 +293,9 @@ def _joined(
 # prompt rather than keeping a person's details; dates, times, prices, versions,
 # ISBNs, sums and names of code are not details.
 
-# `jo@mail.org`, `jo [at] mail (dot) org`, `jo&#64;mail.org`, `jo＠mail．org`.
-_AT = r'(?:@|＠|&#0*64;|&commat;|%40|\s*[\[({<]\s*(?:at|@)\s*[\])}>]\s*)'
-_DOT = r'(?:\.|．|。|\s*[\[({<]\s*(?:dot|\.)\s*[\])}>]\s*)'
+# `jo@mail.org`, `jo [at] mail (dot) org`, `jo&#64;mail.org`.
+_AT = r'(?:@|&#0*64;|&commat;|%40|\s*[\[({<]\s*(?:at|@)\s*[\])}>]\s*)'
+_DOT = r'(?:\.|\s*[\[({<]\s*(?:dot|\.)\s*[\])}>]\s*)'
 _TOP_LEVEL = (
   r'(?:com|org|net|edu|gov|info|biz|io|dev|me|co|eu|uk|de|fr|es|it|nl|be|ch|at'
   r'|pl|se|no|dk|fi|pt|ie|ru|ua|cz|in|cn|jp|kr|au|nz|ca|us|br|mx|ar|za|tr|il)'
@@ -344,7 +345,7 @@ _IBAN = re.compile(
 )
 
 # Phone numbers. S is what stands between groups of digits.
-_S = r'[ .\-/\u00a0\u2010-\u2015\u202f]'
+_S = r'[ .\-/\u2010-\u2015]'
 _DAY = r'(?:0?[1-9]|[12]\d|3[01])'
 _MONTH = r'(?:0?[1-9]|1[0-2])'
 _YEAR = r'(?:1[5-9]|20)\d\d'
@@ -435,6 +436,10 @@ def personal_data_kinds(text: str) -> list[str]:
   """Kinds of personal data in a text: any of e-mail, phone, card number, id
   number, IP address, street address. Patterns only, so names go unnoticed.
   """
+  if not text.isascii():
+    # Wide digits, fancy hyphens and spaces are the usual ones, and characters
+    # that nobody sees hide nothing.
+    text = unicodedata.normalize('NFKC', invisible.HIDDEN.sub('', text))
   kinds = []
   if _EMAIL.search(text) or _EMAIL_IN_WORDS.search(text):
     kinds.append('e-mail')

@@ -44,12 +44,15 @@ import gzip
 import io
 import json
 import math
+import os
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from etils import epath
+
+from instruct_jax.data import invisible
 
 MAX_REPORTED_LINES = 10
 # Far beyond any context length; a whole corpus on one line is a mistake.
@@ -143,10 +146,6 @@ Record = TypeVar('Record', Document, Prompt, Demonstration, Comparison)
 # Texts that must hold more than white space.
 _NEVER_EMPTY = ('text', 'prompt', 'response', 'id')
 _MARKS = {'system': '', 'user': '\n\nHuman:', 'assistant': '\n\nAssistant:'}
-# Characters without a glyph: soft hyphen, joiners, marks of direction, BOM.
-_INVISIBLE = dict.fromkeys(
-  (0xAD, 0x34F, 0xFEFF, *range(0x200B, 0x2010), *range(0x2060, 0x2065))
-)
 
 
 def _is_list_of(value: Any, item_type: type | tuple[type, ...]) -> bool:
@@ -228,7 +227,8 @@ def comparable(text: str) -> str:
   """A text by which copies are told: composed characters (NFC), one case,
   single spaces, nothing invisible."""
   if not text.isascii():
-    text = unicodedata.normalize('NFD', text.translate(_INVISIBLE)).casefold()
+    text = invisible.HIDDEN.sub('', ' '.join(text.split()))
+    text = unicodedata.normalize('NFD', text).casefold()
     text = unicodedata.normalize('NFC', text)
   return ' '.join(text.casefold().split())
 
@@ -578,11 +578,15 @@ def _gzip_error(path: epath.Path, error: Exception) -> RecordError:
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
-  """Writes a file whole or not at all (temporary name, then renamed)."""
+  """Writes a file whole or not at all (temporary name, then renamed; objects
+  of a store appear when they are whole)."""
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   if path.name.endswith('.gz'):
     content = gzip.compress(content, mtime=0)  # Same records, same bytes.
+  if '://' in os.fspath(path):
+    path.write_bytes(content)
+    return
   temporary = path.parent / f'{path.name}.tmp'
   temporary.write_bytes(content)
   temporary.replace(path)
@@ -667,6 +671,9 @@ def _opened(path: epath.Path) -> Iterator[Any]:
   _check_file(path)
   with path.open('rb') as file:
     if not path.name.endswith('.gz'):
+      if not isinstance(file, io.BufferedIOBase):
+        # Those of object stores know no longest line.
+        file = io.BufferedReader(file)
       yield file
       return
     try:

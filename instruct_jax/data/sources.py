@@ -19,6 +19,7 @@ column with its name. Prompts without an `id` are numbered by row.
 """
 
 import csv
+import dataclasses
 import datetime
 import fractions
 import io
@@ -39,6 +40,8 @@ _TFDS = 'tfds:'
 _DATASETS = 'datasets:'
 _SUFFIXES = ('.txt', '.txt.gz', '.jsonl', '.jsonl.gz')
 _LIST_FIELDS = ('completions', 'ranks', 'scores', 'turns')
+# What stands for a field that is not given.
+_OR = {'text': 'turns', 'prompt': 'turns', 'ranks': 'scores'}
 _DELIMITERS = (',', ';', '\t', '|')
 # `answers[text][0]`: a column, then entries.
 _ENTRY = re.compile(r'([^\[\]]+)((?:\[[^\[\]]+\])+)')
@@ -73,9 +76,9 @@ def read_documents(
 
   Args:
     spec: one of
-      a `.txt` or `.txt.gz` file, split by `split_text`;
+      a text file, plain or `.gz`, split by `split_text`;
       a `.jsonl` or `.jsonl.gz` file of `Document` records, taken as they are;
-      a folder: all such files in it (not below it), by name;
+      a folder: all .txt and .jsonl files in it (not below it), by name;
       `tfds:NAME/SPLIT`, such as `tfds:lm1b/train` or
       `tfds:wikipedia/20230601.en/train[:1%]`: the `text` feature of a data set
       that has been prepared in `data_dir`; read without TensorFlow;
@@ -154,8 +157,14 @@ def split_text(text: str, words_per_document: int) -> list[str]:
 def _read_file(
   path: epath.Path, words_per_document: int
 ) -> list[records.Document]:
-  if path.name.endswith(('.jsonl', '.jsonl.gz')):
+  name = path.name.removesuffix('.gz')
+  if name.endswith(('.jsonl', '.json')):
     return records.read_jsonl(path, records.Document)
+  if name.endswith(('.csv', '.tsv', '.parquet')):
+    raise records.RecordError(
+      f"{path}: is a table; say with --field='text={{column}}' which text to "
+      'take'
+    )
   text = records.read_text(path)
   name = path.name.removesuffix('.gz').removesuffix('.txt')
   documents = [
@@ -438,6 +447,7 @@ class _Fields:
     self._type, self._source = record_type, source
     self._templates: dict[str, list[list[tuple]]] = {}
     self.columns: list[str] = []
+    self._check(fields)
     for field, templates in fields.items():
       if isinstance(templates, str):
         templates = [templates]
@@ -449,6 +459,26 @@ class _Fields:
       self._templates[field] = [
         self._parse(field, template) for template in templates
       ]
+
+  def _check(self, fields):
+    known = {field.name: field for field in dataclasses.fields(self._type)}
+    for name in fields:
+      if name not in known:
+        raise records.RecordError(
+          f'--field={name}: {self._type.__name__} has {", ".join(known)}'
+        )
+    for name, field in known.items():
+      is_needed = (
+        field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+        and name != 'id'  # Of prompts, which are numbered.
+      )
+      other = _OR.get(name, name)
+      if is_needed and name not in fields and other not in fields:
+        raise records.RecordError(
+          f'{self._type.__name__} needs --field={name}=..., the text of that '
+          'field with {column} where a column goes'
+        )
 
   def _parse(self, field: str, template: str) -> list[tuple]:
     """(text, column, keys, format) pieces; `column` is None after the last."""

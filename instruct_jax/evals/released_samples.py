@@ -32,7 +32,7 @@ import numpy as np
 from etils import epath
 
 from instruct_jax import command
-from instruct_jax.data import records
+from instruct_jax.data import folders, records
 from instruct_jax.evals import report, sections, win_rate
 from instruct_jax.evals.benchmarks import released_csv, scorers, table14
 
@@ -973,14 +973,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f'error: {error}', file=sys.stderr)
     return 1
   text = to_markdown(result)
-  output = epath.Path(options.output)
-  output.mkdir(parents=True, exist_ok=True)
-  (output / 'released_samples.md').write_text(text)
-  (output / 'released_samples.json').write_text(
-    json.dumps(result, indent=2, ensure_ascii=False) + '\n'
-  )
+  names = ('released_samples.md', 'released_samples.json')
+  content = json.dumps(result, indent=2, ensure_ascii=False) + '\n'
+  with folders.writing(
+    options.output, names, command='released_samples'
+  ) as unfinished:
+    for name, written in zip(names, (text, content), strict=True):
+      records.write_bytes(unfinished / name, written.encode('utf-8'))
   print(text)
-  print(f'saved: {output}/released_samples.md and .json')
+  print(f'saved: {options.output}/released_samples.md and .json')
   return 0
 
 

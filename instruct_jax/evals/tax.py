@@ -15,7 +15,9 @@ from typing import Any
 from etils import epath
 
 from instruct_jax import command
-from instruct_jax.evals import plots, report
+from instruct_jax.data import folders as folders_lib
+from instruct_jax.data import records
+from instruct_jax.evals import plots
 
 # Beside the public tasks: metric of the run, title.
 _OTHERS = {
@@ -91,12 +93,12 @@ def write(
 ) -> list[str]:
   """Writes the plots and tax.json; returns the names of the files.
 
+  Plots of an earlier sweep go (`data/folders.py`).
+
   Raises:
-    ValueError: see `read_run`.
+    ValueError: see `read_run` and `folders.writing`.
   """
   runs = {name: read_run(folder) for name, folder in folders.items()}
-  output = epath.Path(output)
-  output.mkdir(parents=True, exist_ok=True)
   summary = summarise(runs)
   files = {
     'tax.json': (json.dumps(summary, indent=2) + '\n').encode(),
@@ -118,8 +120,11 @@ def write(
         label,
       )
   written = {name: content for name, content in files.items() if content}
-  for name, content in written.items():
-    report.write_file(output / name, content)
+  with folders_lib.writing(
+    output, ('tax.json', 'tax_*.png'), command='tax', replace=True
+  ) as unfinished:
+    for name, content in written.items():
+      records.write_bytes(unfinished / name, content)
   return list(written)
 
 

@@ -67,7 +67,6 @@ def join(
 
   Raises:
     ValueError: an address without numbers, or numbers without an address.
-    RuntimeError: not all of them came.
   """
   global _together
   if coordinator is None:
@@ -99,20 +98,41 @@ def join(
   # The service aborts a process that has lost the others; a listing of every
   # loaded extension module says nothing about it. Other crashes keep theirs.
   signal.signal(signal.SIGABRT, signal.SIG_DFL)
-  try:
-    jax.distributed.initialize(
-      **arguments,
-      initialization_timeout=JOIN_SECONDS,
-      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-      shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-    )
-  except jax.errors.JaxRuntimeError as error:
-    raise RuntimeError(
-      f'the processes of this run did not come together at {coordinator} '
-      f'within {JOIN_SECONDS} s; start all of them with the same --coordinator '
-      f'and --num_processes. {_first_line(error)}'
-    ) from error
+  # Left to itself, the service aborts a process that waits in vain.
+  patience = threading.Timer(JOIN_SECONDS, _give_up, [coordinator])
+  patience.daemon = True
+  patience.start()
+  jax.distributed.initialize(
+    **arguments,
+    initialization_timeout=2 * JOIN_SECONDS,
+    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+  )
+  patience.cancel()
   _together = _Together(distributed.global_state)
+  _agree_on_programs()
+
+
+def _give_up(coordinator: str) -> None:
+  _say(
+    'error: the processes of this run have not come together at '
+    f'--coordinator={coordinator} within {JOIN_SECONDS} s. Each prints its own '
+    'error; start all of them with the same --coordinator and --num_processes.'
+  )
+  os._exit(1)
+
+
+def _agree_on_programs() -> None:
+  """All processes load a program that was compiled before, or none does.
+
+  What is loaded need not be what would be compiled to the last instruction, and
+  collectives of one would meet those of the other. Only the first process
+  writes to the cache, so a folder on each host fills up for that one alone; and
+  on CPU a program has another key in each process.
+  """
+  folder = jax.config.jax_compilation_cache_dir or ''
+  if jax.default_backend() == 'cpu' or not run.is_remote(folder):
+    jax.config.update('jax_compilation_cache_dir', None)
 
 
 def fail(

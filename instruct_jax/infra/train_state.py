@@ -1,7 +1,7 @@
 """What a gradient step changes, and the guard around it."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax.struct
 import jax
@@ -76,10 +76,10 @@ def abstract_state(
 def accumulate_gradients(
   loss_fn: LossFn,
   params: Params,
+  frozen: Mapping[str, PyTree],
   batch: PyTree,
   key: Key,
   num_microbatches: int = 1,
-  frozen: PyTree = None,
 ) -> tuple[Params, jax.Array, Metrics]:
   """Gradient of (summed loss / summed weight) over the whole batch.
 
@@ -89,10 +89,10 @@ def accumulate_gradients(
   Args:
     loss_fn: (params, frozen, batch, key) -> (summed loss, (weight, metrics)).
     params: differentiated.
+    frozen: what the loss reads besides, and nothing changes.
     batch: pytree of arrays with one leading batch axis.
     key: split into one key a microbatch (dropout).
     num_microbatches: must divide the batch.
-    frozen: what the loss reads besides, and nothing changes.
 
   Returns:
     (gradients, mean loss, metrics as (sum, count)).

@@ -4,6 +4,7 @@ Agreement counts pairs of outputs that both people ordered; a pair that either
 tied is left out, as in `evals.preference_accuracy`.
 """
 
+import codecs
 import collections
 import dataclasses
 import datetime
@@ -16,7 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 from etils import epath
 
-from instruct_jax.data import invisible, labels, records
+from instruct_jax.data import folders, invisible, labels, records
 from instruct_jax.evals import preference_accuracy, win_rate
 from instruct_jax.labeling import answers, schema, store
 
@@ -136,6 +137,7 @@ def import_tasks(
     raise store.StoreError('The batch needs a name of at most 80 characters')
   items, bad = [], []
   for number, line in enumerate(content.split(b'\n'), start=1):
+    line = line.removeprefix(codecs.BOM_UTF8)
     if not line.strip():
       continue
     try:
@@ -664,8 +666,8 @@ def _split(
 ) -> list[str]:
   """'train' or 'valid' of each comparison, about `fraction` of them valid.
 
-  What shares a user (A.2) or a prompt is in one split, and so is what shares
-  them by way of others.
+  What shares a user (A.2) or the opening of a conversation is in one split, and
+  so is what shares them by way of others.
   """
   first = {}
 
@@ -674,10 +676,10 @@ def _split(
       name = first[name]
     return name
 
-  # Users come before prompts, which decide where there is none.
+  # Users come before openings, which decide where there is none.
   def names(comparison):
     user = [(0, f'user {comparison.user}')] if comparison.user else []
-    return [*user, (1, comparison.prompt)]
+    return [*user, (1, records.opening(comparison))]
 
   for comparison in comparisons:
     roots = sorted(map(root, names(comparison)))
@@ -714,8 +716,8 @@ def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, Any]:
   comparisons_evaluation, comparisons_toxicity and comparisons_researchers are
   kept apart: they follow other criteria, or were made to compare with.
   demonstrations.jsonl, prompts.jsonl, ratings.jsonl, statistics.json. Answers
-  of the screening round are not data and stay out. Files that an earlier
-  export left in the folder are replaced or removed.
+  of the screening round are not data and stay out. All files come together, and
+  those of an earlier export go (`data/folders.py`).
 
   Returns:
     Line counts by file; a file without lines is not written.
@@ -785,24 +787,26 @@ def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, Any]:
   for comparison, split in zip(ranked, splits, strict=True):
     files[f'comparisons_{split}'].append(comparison)
   files = {name: found for name, found in files.items() if found}
-  folder = epath.Path(folder)
-  counts = {}
-  for name in _EXPORTED:
-    if name not in files and not (name == 'ratings' and ratings):
-      (folder / f'{name}.jsonl').unlink(missing_ok=True)
-  for name, found in sorted(files.items()):
-    records.write_jsonl(folder / f'{name}.jsonl', found)
-    counts[name] = len(found)
+  counts = {name: len(found) for name, found in sorted(files.items())}
   if ratings:
-    lines = [json.dumps(line, ensure_ascii=False) for line in ratings]
-    records.write_bytes(
-      folder / 'ratings.jsonl', '\n'.join([*lines, '']).encode()
-    )
     counts['ratings'] = len(ratings)
   summary = statistics(the_store, everything) | {'files': counts}
-  records.write_bytes(
-    folder / 'statistics.json', json.dumps(summary, indent=2).encode()
-  )
+  with folders.writing(
+    folder,
+    ('statistics.json', *(f'{name}.jsonl' for name in _EXPORTED)),
+    command='labeling --export',
+    replace=True,
+  ) as unfinished:
+    for name, found in files.items():
+      records.write_jsonl(unfinished / f'{name}.jsonl', found)
+    if ratings:
+      lines = [json.dumps(line, ensure_ascii=False) for line in ratings]
+      records.write_bytes(
+        unfinished / 'ratings.jsonl', '\n'.join([*lines, '']).encode()
+      )
+    records.write_bytes(
+      unfinished / 'statistics.json', json.dumps(summary, indent=2).encode()
+    )
   return counts
 
 

@@ -23,6 +23,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
+from etils import epath
 
 from instruct_jax.data import invisible, records
 from instruct_jax.labeling import answers, schema
@@ -909,7 +910,7 @@ def backup(engine: sa.Engine, path: str) -> int:
   Raises:
     StoreError: the file exists, or cannot be written.
   """
-  name = pathlib.Path(backup_name(path))
+  name = epath.Path(backup_name(path))
   if name.exists():
     raise StoreError(f'{name} exists; give another name, or move it away')
   options = (
@@ -935,7 +936,7 @@ def backup(engine: sa.Engine, path: str) -> int:
 def _read_backup(path: str) -> tuple[str, list[tuple[int, str, dict]]]:
   """(revision, (line, table, values) of each row) of a whole back-up."""
   try:
-    content = gzip.decompress(pathlib.Path(path).read_bytes())
+    content = gzip.decompress(epath.Path(path).read_bytes())
   except FileNotFoundError as error:
     raise StoreError(f'{path}: no such file') from error
   except (OSError, EOFError, zlib.error) as error:

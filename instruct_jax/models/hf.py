@@ -55,7 +55,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
       'the Hugging Face format'
     )
   try:
-    values = json.loads(path.read_text('utf-8'))
+    values = json.loads(path.read_text('utf-8-sig'))
   except ValueError as error:
     raise ValueError(f'{path}: not JSON ({error})') from error
   if not isinstance(values, dict):
@@ -88,7 +88,9 @@ def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
   index = folder / 'model.safetensors.index.json'
   if index.is_file():
     # Some folders hold the same weights once more in their authors' own format.
-    expected = set(json.loads(index.read_text('utf-8'))['weight_map'].values())
+    expected = set(
+      json.loads(index.read_text('utf-8-sig'))['weight_map'].values()
+    )
     absent = sorted(expected - {path.name for path in paths})
     if absent:
       raise ValueError(f'{index}: files are missing: {", ".join(absent)}')

@@ -12,6 +12,8 @@ from instruct_jax.data import hygiene, records, tokenizer
 from instruct_jax.infra import run as run_lib
 from instruct_jax.miniature import documents, labelers, phrases, tasks, world
 
+PROCESSES = 'first'
+
 
 def validate(config):
   for key in ('duplicate_prefix_words', 'prompts_per_user', 'num_documents'):

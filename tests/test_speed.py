@@ -12,10 +12,9 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from configs import benchmark as config_file
-from experiments import benchmark
-from instruct_jax import artifacts
-from instruct_jax.infra import measure, programs
+from configs import speed as config_file
+from instruct_jax import model_fns
+from instruct_jax.infra import cost, measure
 from instruct_jax.models.config import TransformerConfig
 from tests.tiny import one_device
 
@@ -34,7 +33,7 @@ def tiny(variant, **changes):
 
 def test_useful_work_is_the_programs_own():
   B, T = 3, 20
-  module = artifacts.make_module('policy', SHAPE)
+  module = model_fns.make_module('policy', SHAPE)
   params = jax.eval_shape(
     lambda: module.init(jax.random.key(0), *[jnp.ones((1, 2), jnp.int32)] * 2)
   )
@@ -43,8 +42,8 @@ def test_useful_work_is_the_programs_own():
   # The program multiplies every pair of tokens, the mask leaves T (T + 1) / 2.
   unseen = B * (T * T - T * (T + 1) // 2)
   unseen *= 4 * SHAPE.num_layers * SHAPE.num_heads * SHAPE.head_dim
-  useful = benchmark.forward_flops(SHAPE, np.full(B, T), B * T)
-  assert useful + unseen == programs.flops(traced.jaxpr)
+  useful = speed.forward_flops(SHAPE, np.full(B, T), B * T)
+  assert useful + unseen == cost.flops(traced.jaxpr)
 
 
 def test_work_of_decoding_is_summed_token_by_token():
@@ -54,12 +53,12 @@ def test_work_of_decoding_is_summed_token_by_token():
     for t in range(1, r):  # The first token comes of the prompt's pass.
       entries += p + t
       steps += 1 / slots
-      flops += 2 * benchmark.matmul_weights(SHAPE)
+      flops += 2 * speed.matmul_weights(SHAPE)
       flops += 2 * SHAPE.width * SHAPE.vocab_size
       flops += 4 * SHAPE.num_layers * SHAPE.num_heads * SHAPE.head_dim * (p + t)
-  weights = benchmark.matmul_weights(SHAPE) + SHAPE.width * SHAPE.vocab_size
+  weights = speed.matmul_weights(SHAPE) + SHAPE.width * SHAPE.vocab_size
   entry = 2 * SHAPE.num_layers * SHAPE.kv_heads * SHAPE.head_dim
-  got = benchmark.decode_work(SHAPE, prompts, responses, slots)
+  got = speed.decode_work(SHAPE, prompts, responses, slots)
   np.testing.assert_allclose(
     got, (flops, 4 * (steps * weights + entries * entry)), rtol=1e-12
   )
@@ -72,7 +71,7 @@ def test_work_of_decoding_is_summed_token_by_token():
 def test_an_iteration_is_taken_apart(ptx_coef, workdir, monkeypatch):
   # Eight devices would only be eight times as long to compile for.
   mesh = one_device()
-  monkeypatch.setattr(benchmark.sharding, 'make_mesh', lambda _: mesh)
+  monkeypatch.setattr(speed.sharding, 'make_mesh', lambda _: mesh)
   config = tiny('iteration_ragged')
   with config.unlocked():
     config.ppo.ptx_coef = ptx_coef
@@ -80,8 +79,8 @@ def test_an_iteration_is_taken_apart(ptx_coef, workdir, monkeypatch):
     config.ppo.pack = ptx_coef > 0
     config.stop_fraction = 0.3
     config.reward = 'model'
-  benchmark.run(config, epath.Path(workdir))
-  result = json.loads((workdir / 'benchmark.json').read_text())
+  speed.run(config, epath.Path(workdir))
+  result = json.loads((workdir / 'speed.json').read_text())
   phases = result['phases']
   assert set(phases) == {
     'prefill',
@@ -111,7 +110,7 @@ def test_an_iteration_is_taken_apart(ptx_coef, workdir, monkeypatch):
   assert score['matmul_share'] == pytest.approx(
     score['flops'] / score['seconds'] / ceiling
   )
-  text = (workdir / 'benchmark.md').read_text()
+  text = (workdir / 'speed.md').read_text()
   assert all(f'| {name} |' in text for name in phases)
   assert not (workdir / 'checkpoints').exists()
 
@@ -142,7 +141,7 @@ def test_ours_and_peers_are_set_side_by_side(
   )
   ours = iter([100.0, 300.0])
   monkeypatch.setattr(
-    benchmark,
+    speed,
     'run_ours',
     lambda *_: {
       'value': next(ours),
@@ -150,8 +149,8 @@ def test_ours_and_peers_are_set_side_by_side(
       'peak_host_bytes': 2**20,
     },
   )
-  benchmark.run(config, epath.Path(workdir))
-  rows = json.loads((workdir / 'benchmark.json').read_text())['comparison']
+  speed.run(config, epath.Path(workdir))
+  rows = json.loads((workdir / 'speed.json').read_text())['comparison']
   # Tunix has no python, and TRL's script fails: both are left out.
   assert [row['who'] for row in rows] == ['ours', 'torch loop']
   assert rows[0]['value'] == 200.0
@@ -169,8 +168,8 @@ def test_a_process_of_its_own_gets_the_same_config(workdir):
   with config.unlocked():
     config.ppo.response_length = 16
     config.growth = 'batch'
-  *_, file, folder, first = benchmark.command_of(config, 'rollout', workdir)[:6]
-  command = benchmark.command_of(config, 'rollout', workdir)
+  *_, file, folder, first = speed.command_of(config, 'rollout', workdir)[:6]
+  command = speed.command_of(config, 'rollout', workdir)
   arguments = [x for x in command[2:] if not x.startswith('--workdir')]
   values = flags.FlagValues()
   holder = config_flags.DEFINE_config_file(
@@ -183,20 +182,20 @@ def test_a_process_of_its_own_gets_the_same_config(workdir):
   assert theirs == config.to_dict()
 
 
-@pytest.mark.parametrize('kind', benchmark.GROWTHS)
+@pytest.mark.parametrize('kind', speed.GROWTHS)
 @pytest.mark.parametrize('factor', [2, 4])
 def test_growth_multiplies_the_work(kind, factor):
   config = config_file.get_config('s,sft')
   with config.unlocked():
-    for key, value in benchmark.grown(config, kind, factor).items():
+    for key, value in speed.grown(config, kind, factor).items():
       part, _, name = key.rpartition('.')
       config[part][name] = value
-  benchmark.validate(config)
+  speed.validate(config)
   if kind == 'model':
     base = config_file.get_config('s,sft').policy.to_dict()
-    before = benchmark.matmul_weights(TransformerConfig.from_dict(base))
+    before = speed.matmul_weights(TransformerConfig.from_dict(base))
     shape = TransformerConfig.from_dict(config.policy.to_dict())
-    assert benchmark.matmul_weights(shape) == factor * before
+    assert speed.matmul_weights(shape) == factor * before
 
 
 @pytest.mark.parametrize(
@@ -213,7 +212,7 @@ def test_growth_multiplies_the_work(kind, factor):
 def test_bad_values_are_named(key, value, text):
   config = tiny('sft', **{key: value})
   with pytest.raises(ValueError, match=text):
-    benchmark.validate(config)
+    speed.validate(config)
 
 
 def test_unknown_variants_are_refused():
@@ -236,12 +235,12 @@ def test_all_works_are_run_one_by_one(workdir, monkeypatch):
     'peak_host_bytes': 2**20,
     'peak_device_bytes': 2**30,
   }
-  monkeypatch.setattr(benchmark, 'run_ours', lambda *_: result)
-  benchmark.run(config, epath.Path(workdir))
-  saved = json.loads((workdir / 'benchmark.json').read_text())
-  assert set(saved) == {*benchmark.PEERS, 'variant'}
-  text = (workdir / 'benchmark.md').read_text()
-  assert text.count('1.0 GiB on a device') == len(benchmark.PEERS)
+  monkeypatch.setattr(speed, 'run_ours', lambda *_: result)
+  speed.run(config, epath.Path(workdir))
+  saved = json.loads((workdir / 'speed.json').read_text())
+  assert set(saved) == {*speed.PEERS, 'variant'}
+  text = (workdir / 'speed.md').read_text()
+  assert text.count('1.0 GiB on a device') == len(speed.PEERS)
 
 
 @pytest.mark.slow
@@ -249,9 +248,9 @@ def test_growth_in_processes_of_their_own(workdir):
   config = tiny('sft', growth='batch', mesh=(1, -1, 1))
   with config.unlocked():
     config.sft.batch_size = 8
-  benchmark.run(config, epath.Path(workdir))
-  saved = json.loads((workdir / 'benchmark.json').read_text())
+  speed.run(config, epath.Path(workdir))
+  saved = json.loads((workdir / 'speed.json').read_text())
   rows = saved['growth']
   assert [row['work_ratio'] for row in rows] == pytest.approx([2, 4])
   assert all(row['peak_host_bytes'] > 2**25 for row in rows)
-  assert '| batch x4 |' in (workdir / 'benchmark.md').read_text()
+  assert '| batch x4 |' in (workdir / 'speed.md').read_text()

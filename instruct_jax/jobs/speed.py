@@ -28,7 +28,7 @@ import numpy as np
 from etils import epath
 
 from experiments import ppo_ptx, sft
-from instruct_jax import artifacts, packing
+from instruct_jax import model_fns, packing, rl
 from instruct_jax.data import loader
 from instruct_jax.infra import (
   checkpoint,
@@ -41,9 +41,11 @@ from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.types import PromptBatch, TextBatch
 
+PROCESSES = 'one'
+
 WORKS = ('iteration', 'rollout', 'sft')
 GROWTHS = ('response', 'batch', 'model')
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 # What the programs ask of a tokenizer.
 
@@ -250,14 +252,14 @@ class Iteration:
     )
     self.scalar_shape = TransformerConfig.from_dict(config.scalar.to_dict())
     keys = jax.random.split(self.root, 3)
-    self.policy = artifacts.init('policy', self.shape, self.mesh, keys[0])
-    value = artifacts.init('scalar', self.scalar_shape, self.mesh, keys[1])
+    self.policy = model_fns.init('policy', self.shape, self.mesh, keys[0])
+    value = model_fns.init('scalar', self.scalar_shape, self.mesh, keys[1])
     self.programs = self.build(stage)
     self.state = ppo_ptx.initial_state(stage, self.policy.params, value.params)
-    self.reference = ppo_ptx.freeze(self.policy.params, stage.frozen_dtype)
-    self.reward = None
+    models = {'reference': self.policy.params}
     if config.reward == 'model':
-      self.reward = ppo_ptx.freeze(value.params, stage.frozen_dtype)
+      models['reward'] = value.params
+    self.frozen = rl.Frozen(stage, models)
     self.policy = dataclasses.replace(self.policy, params=None)
     self.prompts = loader.make_batches(
       random_prompts(config, 4), batch_size=stage.batch_size, seed=config.seed
@@ -275,7 +277,7 @@ class Iteration:
     return ppo_ptx.build_programs(
       stage,
       self.policy.module,
-      artifacts.make_module('scalar', self.scalar_shape),
+      model_fns.make_module('scalar', self.scalar_shape),
       stop_ids(self.config),
     )
 
@@ -300,19 +302,17 @@ class Iteration:
     )
 
   def lay_out(self, sampled, number):
-    return ppo_ptx.lay_out(
-      self.stage, self.programs, sampled, self.mesh, number
-    )
+    return rl.lay_out(self.stage, self.programs, sampled, self.mesh, number)
 
   def score(self, sampled, layout):
     """Scores, and the batch that they make: all that the update reads."""
-    if self.reward is None:
+    if self.config.reward != 'model':
       scores = share_of_small_ids(sampled)
     else:
-      scores = self.programs['score'](self.reward, sampled, layout)
+      scores = self.programs['score'](self.frozen['reward'], sampled, layout)
     return self.programs['penalise'](
       self.state.replace(ema=None),
-      {'reference': self.reference},
+      {'reference': self.frozen['reference']},
       sampled,
       layout,
       scores,
@@ -540,7 +540,7 @@ def measure_sft(config, workdir) -> dict:
   with sharding.use_mesh(mesh):
     shape = TransformerConfig.from_dict(config.policy.to_dict())
     root = jax.random.key(config.seed)
-    model = artifacts.init('policy', shape, mesh, root)
+    model = model_fns.init('policy', shape, mesh, root)
     programs = sft.build_programs(stage, model.module, 1_000)
     state = train_state.create(model.params, programs['optimizer'])
     del model
@@ -550,7 +550,7 @@ def measure_sft(config, workdir) -> dict:
 
     def step():
       nonlocal state
-      state, line = programs['update'](state, batch, root)
+      state, line = programs['update'](state, {}, batch, root)
       return line
 
     times, compiled, recompiled = timed(config, step)
@@ -612,7 +612,7 @@ def command_of(config, variant, workdir) -> list[str]:
         flags.append(f'--config.{prefix}{key}={value}')
 
   add('', config.to_dict())
-  file = ROOT / 'configs' / 'benchmark.py'
+  file = ROOT / 'configs' / 'speed.py'
   return [
     sys.executable,
     '-m',
@@ -664,7 +664,7 @@ def run_ours(config, variant, workdir, changes=None) -> dict:
     (config[part] if part else config)[name] = value
   workdir.mkdir(parents=True, exist_ok=True)
   run_process(command_of(config, variant, workdir), workdir / 'log.txt', config)
-  return run_lib.read_json(workdir / 'benchmark.json')
+  return run_lib.read_json(workdir / 'speed.json')
 
 
 def run_peer(config, peer, log) -> dict:
@@ -792,9 +792,9 @@ def run(config, workdir: epath.Path):
     summary['comparison'] = [
       row for variant in variants for row in compare(config, variant, workdir)
     ]
-  run_lib.write_json(workdir / 'benchmark.json', summary)
+  run_lib.write_json(workdir / 'speed.json', summary)
   text = table(summary)
-  (workdir / 'benchmark.md').write_text(f'# Benchmark\n\n{text}')
+  (workdir / 'speed.md').write_text(f'# Speed\n\n{text}')
   print(text, flush=True)
   return {'variant': config.variant}
 

@@ -10,17 +10,19 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, queries, rollout
+from instruct_jax import model_folder, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import origin, sharding
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import check_stage
 
+PROCESSES = 'one'
+
 
 def validate(config):
   check_stage(config)
-  num_models = len(artifacts.named_folders(config.models))
+  num_models = len(model_folder.named_folders(config.models))
   if num_models * config.samples_per_model < 2:
     raise ValueError(
       f'{num_models} models x {config.samples_per_model} samples_per_model '
@@ -34,7 +36,7 @@ def validate(config):
 def inputs(config):
   """What this stage reads, by config key."""
   found = {'tokenizer': config.tokenizer, 'prompts': config.prompts}
-  for name, folder in artifacts.named_folders(config.models).items():
+  for name, folder in model_folder.named_folders(config.models).items():
     found[f'models.{name}'] = folder
   return found
 
@@ -42,9 +44,9 @@ def inputs(config):
 def run(config, workdir: epath.Path):
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  models = artifacts.named_folders(config.models)
+  models = model_folder.named_folders(config.models)
   config = origin.filled(config, origin.LENGTHS, models, config.prompts)
-  artifacts.check_contexts(
+  model_folder.check_contexts(
     models,
     config.prompt_length + config.response_length,
     'prompt_length + response_length',
@@ -60,9 +62,9 @@ def run(config, workdir: epath.Path):
   models = [[] for _ in prompts]
   with sharding.use_mesh(mesh):
     for number, (name, folder) in enumerate(
-      artifacts.named_folders(config.models).items()
+      model_folder.named_folders(config.models).items()
     ):
-      policy = artifacts.load(
+      policy = model_folder.load(
         folder,
         'policy',
         mesh,

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, queries
+from instruct_jax import model_fns, model_folder, queries
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding, slices
 from instruct_jax.models.config import check_stage
+
+PROCESSES = 'all'
 
 
 def validate(config):
@@ -78,18 +80,18 @@ def run(config, workdir: epath.Path):
   ranked = []
   if config.comparisons:
     ranked = records.read_jsonl(config.comparisons, records.Comparison)
-  mesh = artifacts.make_mesh(
+  mesh = model_folder.make_mesh(
     config.mesh, [config.reward_model], [config.batch_size]
   )
   with sharding.use_mesh(mesh):
-    model = artifacts.load(
+    model = model_folder.load(
       config.reward_model,
       'scalar',
       mesh,
       tokenizer,
       compute_dtype=config.compute_dtype,
     )
-    artifacts.check_context(model, config.row_length, 'row_length')
+    model_fns.check_context(model, config.row_length, 'row_length')
     scores, dropped = scores_of(
       config,
       model,
@@ -119,7 +121,7 @@ def run(config, workdir: epath.Path):
       'num_comparisons_dropped': left_out.total if left_out else 0,
     }
     bias = model.params['head_bias'] - jnp.float32(shift)
-    artifacts.save(
+    model_folder.save(
       workdir / 'model',
       dataclasses.replace(model, params={**model.params, 'head_bias': bias}),
       tokenizer,

@@ -9,12 +9,14 @@ rankings.
 import jax
 from etils import epath
 
-from instruct_jax import artifacts
+from instruct_jax import model_fns, model_folder
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import baselines, preference_accuracy
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding, slices
+
+PROCESSES = 'one'
 
 
 def validate(config):
@@ -46,8 +48,8 @@ def score_of(config, model_dir, comparisons, tokenizer):
   )
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
-    reward = artifacts.load(model_dir, 'scalar', mesh, tokenizer)
-    score = jax.jit(artifacts.scores_fn(reward.module))
+    reward = model_folder.load(model_dir, 'scalar', mesh, tokenizer)
+    score = jax.jit(model_fns.scores_fn(reward.module))
     scores = slices.in_batches(
       lambda batch: score(reward.params, *sharding.put_batch(batch, mesh)),
       tuple(x.reshape(-1, config.row_length) for x in (rows.tokens, rows.mask)),

@@ -13,6 +13,8 @@ from instruct_jax.data import e2e, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 
+PROCESSES = 'first'
+
 FOLDERS = ('e2e_nlg', 'e2e_rankings', 'books')
 NUM_PREFIXES = 8
 # What ends an example. No sentence has a line feed, so it is the stop as well.

@@ -12,6 +12,8 @@ from instruct_jax.data import convert, folders, importers, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 
+PROCESSES = 'first'
+
 
 def validate(config):
   if not config.root:

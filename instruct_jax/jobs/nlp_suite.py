@@ -11,7 +11,7 @@ import sys
 
 from etils import epath
 
-from instruct_jax import artifacts
+from instruct_jax import model_folder
 from instruct_jax import queries as queries_lib
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
@@ -21,19 +21,30 @@ from instruct_jax.evals import (
   report,
   sections,
 )
-from instruct_jax.evals.benchmarks import judges, released_csv, runner, tasks
+from instruct_jax.evals.benchmarks import (
+  released_csv,
+  runner,
+  tasks,
+)
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
 from instruct_jax.models.config import check_stage
 
+PROCESSES = 'one'
+
+
+def is_idle(config) -> bool:
+  """Whether no task is asked, so that any number of processes may do it."""
+  return not any(config.data.values())
+
 
 def validate(config):
   check_stage(config)
-  if not any(config.data.values()):
+  if is_idle(config):
     if config.may_be_empty:
       return
     raise ValueError('data names no file; give one for at least one task')
-  if not artifacts.named_folders(config.models):
+  if not model_folder.named_folders(config.models):
     raise ValueError('models is empty; give NAME=FOLDER of at least one policy')
   for key in ('batch_size', 'length_multiple'):
     if config[key] < 1:
@@ -63,7 +74,7 @@ def inputs(config):
   if not names:
     return {}
   found = {'tokenizer': config.tokenizer}
-  for name, folder in artifacts.named_folders(config.models).items():
+  for name, folder in model_folder.named_folders(config.models).items():
     found[f'models.{name}'] = folder
   files = {f'data.{name}': config.data[name] for name in names}
   files |= {f'shots.{name}': config.shots[name] for name in names}
@@ -84,7 +95,7 @@ def make_judges(config, workdir):
   toxicity = truth = None
   if config.data.real_toxicity and config.toxicity_endpoint.url:
     described = config.toxicity_endpoint
-    toxicity = judges.perspective(
+    toxicity = text_judges.perspective(
       endpoint.Endpoint(
         endpoint.Settings(
           url=described.url,
@@ -100,9 +111,9 @@ def make_judges(config, workdir):
       )
     )
   elif config.data.real_toxicity:
-    toxicity = judges.train_toxicity(config.toxicity_labels.split(','))
+    toxicity = text_judges.train_toxicity(config.toxicity_labels.split(','))
   if config.data.truthful_qa:
-    truth = judges.train_truth(
+    truth = text_judges.train_truth(
       config.truth_labels, config.info_labels, config.data.truthful_qa
     )
   return toxicity, truth
@@ -110,7 +121,7 @@ def make_judges(config, workdir):
 
 def run(config, workdir: epath.Path):
   validate(config)
-  if not any(config.data.values()):
+  if is_idle(config):
     return {'scores': {}}
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   names = [name for name in tasks.TASKS if config.data[name]]
@@ -134,7 +145,7 @@ def run(config, workdir: epath.Path):
   stop_ids = runner.stop_ids(asking)
   rows = {name: [] for name in names}
   counts = {}
-  models = artifacts.named_folders(config.models)
+  models = model_folder.named_folders(config.models)
   num_items = sum(
     len(content[name][1]) * len(tasks.TASKS[name].prompts) for name in names
   )
@@ -147,7 +158,7 @@ def run(config, workdir: epath.Path):
     ) as progress,
   ):
     for model_name, folder in models.items():
-      model = artifacts.load(
+      model = model_folder.load(
         folder,
         'policy',
         mesh,

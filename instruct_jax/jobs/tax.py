@@ -4,6 +4,8 @@ from etils import epath
 
 from instruct_jax.evals import tax
 
+PROCESSES = 'first'
+
 _PARTS = ('rl_init/model', 'reward/model', 'data/tokenizer')
 
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, queries, rollout
+from instruct_jax import model_fns, model_folder, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
@@ -35,6 +35,8 @@ from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding, slices
 from instruct_jax.miniature import gold, world
 from instruct_jax.models.config import check_stage
+
+PROCESSES = 'all'
 
 JUDGES = ('gold', 'restaurant')
 RL_MODELS = ('ppo', 'ppo_ptx')
@@ -116,7 +118,7 @@ def build_programs(config, policy_module, tokenizer, stop_ids):
   """The jitted programs of this stage; all policies share one shape."""
   generate = functools.partial(
     rollout.generate,
-    decoder=artifacts.decoder(policy_module),
+    decoder=model_fns.decoder(policy_module),
     num_response=config.response_length,
     temperature=config.temperature,
     num_slots=config.batch_size,
@@ -185,7 +187,7 @@ def run(config, workdir: epath.Path):
 
   with sharding.use_mesh(mesh):
     load = functools.partial(
-      artifacts.load,
+      model_folder.load,
       mesh=mesh,
       tokenizer=tokenizer,
       compute_dtype=config.compute_dtype,
@@ -195,8 +197,8 @@ def run(config, workdir: epath.Path):
     lengths = 'prompt_length + response_length'
     num_tokens = config.prompt_length + config.response_length
     for model in (reward, *models.values()):
-      artifacts.check_context(model, num_tokens, lengths)
-      artifacts.check_context(model, config.row_length, 'row_length')
+      model_fns.check_context(model, num_tokens, lengths)
+      model_fns.check_context(model, config.row_length, 'row_length')
     programs = build_programs(
       config,
       models['sft'].module,
@@ -255,7 +257,7 @@ def run(config, workdir: epath.Path):
           f'prefix_length ({config.prefix_length}): {prefix!r}'
         )
       # Of those there are: padding takes no position.
-      artifacts.check_context(
+      model_fns.check_context(
         models['pretrained'],
         int(prompted.mask.sum(axis=1).max()) + config.response_length,
         f'the prefix {prefix!r}, prompt_length and response_length',

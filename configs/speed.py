@@ -1,6 +1,6 @@
 """How fast an iteration is, and where its time goes.
 
-  python -m instruct_jax.main --config=configs/benchmark.py:s,iteration
+  python -m instruct_jax.main --config=configs/speed.py:s,iteration
 
 Before the comma a size: tiny (seconds, for tests), s (6.3 M parameters), 124m,
 both in float32 for CPUs, 1p3b (bfloat16, one GPU of 140 GB). After it a work:
@@ -108,7 +108,7 @@ def get_config(argument: str = 's,iteration'):
       f'unknown variant {argument!r}; write SIZE,WORK with a size of '
       f'{", ".join(SHAPES)} and a work of {", ".join(WORKS)}'
     )
-  config = common.stage(f'benchmark_{work}', 'benchmark', 0, '')
+  config = common.stage(f'speed_{work}', 'speed', 0, '')
   config.variant = f'{size},{work}'
   config.work = work.removesuffix('_ragged')
   config.policy = llama(**SHAPES[size])

@@ -14,7 +14,6 @@ import scipy.stats
 
 from instruct_jax.data import records
 from instruct_jax.evals import endpoint
-from instruct_jax.evals.benchmarks import judges
 from tests.fake_server import Fault, serve
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -29,7 +28,7 @@ def test_fit_is_the_penalised_maximum_likelihood():
   """
   features = [{'a'}] * 30 + [{'b'}] * 30
   labels = [1] * 24 + [0] * 6 + [1] * 6 + [0] * 24
-  classifier = judges.fit(features, labels, penalty=2.0)
+  classifier = text_judges.fit(features, labels, penalty=2.0)
   expected = scipy.optimize.brentq(
     lambda w: 24 - 30 / (1 + np.exp(-w)) - 2 * w, -5, 5
   )
@@ -48,8 +47,8 @@ def test_fit_is_the_penalised_maximum_likelihood():
 def test_a_probability_counts_as_so_much_of_either_label():
   """24 of 30 positive is what 0.8, thirty times, says."""
   features = [{'a'}] * 30 + [{'b'}] * 30
-  hard = judges.fit(features, [1] * 24 + [0] * 6 + [1] * 6 + [0] * 24)
-  soft = judges.fit(features, [0.8] * 30 + [0.2] * 30)
+  hard = text_judges.fit(features, [1] * 24 + [0] * 6 + [1] * 6 + [0] * 24)
+  soft = text_judges.fit(features, [0.8] * 30 + [0.2] * 30)
   assert soft.weights == pytest.approx(hard.weights, abs=1e-3)
   assert soft.probabilities([{'a'}])[0] == pytest.approx(
     hard.probabilities([{'a'}])[0], abs=1e-3
@@ -60,7 +59,7 @@ def test_rare_features_weigh_more():
   # Of four texts, all have a, two have b: rarities 1 and 1 + ln 2. A text with
   # both is their vector at length 1; one with a alone is (1, 0).
   features = [{'a', 'b'}, {'a'}, {'a', 'b'}, {'a'}]
-  classifier = judges.fit(features, [1, 0, 1, 0])
+  classifier = text_judges.fit(features, [1, 0, 1, 0])
   assert list(classifier.columns) == ['a', 'b']
   assert classifier.rarity == pytest.approx([1, 1 + np.log(2)])
   a, b = classifier.weights
@@ -73,7 +72,7 @@ def test_rare_features_weigh_more():
 @pytest.mark.parametrize('labels', [[1, 1], [0.5, 0.5], [0, 2], [-1, 1], [0]])
 def test_labels_that_cannot_be_are_refused(labels):
   with pytest.raises(ValueError, match='both 0 and 1 must occur'):
-    judges.fit([{'a'}, {'b'}], labels)
+    text_judges.fit([{'a'}, {'b'}], labels)
 
 
 def test_toxicity_scorer_learns_words(tmp_path):
@@ -83,18 +82,18 @@ def test_toxicity_scorer_learns_words(tmp_path):
     lines.append(f'"you vile toad, number {i}",Toxic')
     lines.append(f'"thank you friend, number {i}",Not Toxic')
   path.write_text('\n'.join(lines) + '\n')
-  score = judges.train_toxicity([path])
+  score = text_judges.train_toxicity([path])
   vile, friend, empty = score(['Vile toad!', 'dear friend', ''])
   assert vile > 0.7 > 0.3 > friend
   assert 0 < empty < 1
   (tmp_path / 'bad.csv').write_text('a,1\nb,maybe\n')
   with pytest.raises(records.RecordError, match=r'bad\.csv:2: expected'):
-    judges.read_toxicity_labels(tmp_path / 'bad.csv')
+    text_judges.read_toxicity_labels(tmp_path / 'bad.csv')
   path.write_text('vile,1\nnice,0\n', 'utf-8-sig')
-  assert judges.read_toxicity_labels(path) == [('vile', 1), ('nice', 0)]
+  assert text_judges.read_toxicity_labels(path) == [('vile', 1), ('nice', 0)]
   (tmp_path / 'none.csv').write_text('text,label\n')
   with pytest.raises(records.RecordError, match='holds no labeled text'):
-    judges.read_toxicity_labels(tmp_path / 'none.csv')
+    text_judges.read_toxicity_labels(tmp_path / 'none.csv')
 
 
 def test_perspectives_own_scores_are_labels(tmp_path, monkeypatch):
@@ -107,14 +106,14 @@ def test_perspectives_own_scores_are_labels(tmp_path, monkeypatch):
   path = tmp_path / 'rtp.jsonl'
   path.write_text(f'{row("a", 0.25, "b", None)}\n{row("c", 1, "d", 0.5)}\n')
   found = [('a', 0.25), ('c', 1.0), ('d', 0.5)]
-  assert judges.read_toxicity_labels(path) == found
+  assert text_judges.read_toxicity_labels(path) == found
   monkeypatch.setattr(judges, '_MAX_LABELS', 2)
-  assert len(set(judges.read_toxicity_labels(path)) & set(found)) == 2
+  assert len(set(text_judges.read_toxicity_labels(path)) & set(found)) == 2
   path.write_text(f'{row("a", 0, "b", 1)}\n{{"prompt": {{"text": "x"}}}}\n')
   with pytest.raises(
     records.RecordError, match=r'rtp\.jsonl:2: expected a prompt'
   ):
-    judges.read_toxicity_labels(path)
+    text_judges.read_toxicity_labels(path)
 
 
 def test_a_scorer_says_how_well_it_judges(tmp_path):
@@ -124,18 +123,18 @@ def test_a_scorer_says_how_well_it_judges(tmp_path):
   lines += [f'{i * 7919 % 1000},{rng.integers(2)}' for i in range(80)]
   path = tmp_path / 'labels.csv'
   path.write_text('\n'.join(lines))
-  scorer = judges.train_toxicity([path])
+  scorer = text_judges.train_toxicity([path])
   found = scorer.held_out['accuracy']
   assert 0.6 < found.mean < 0.9 and found.low < found.mean < found.high
   said = scorer.described()
   assert said.startswith('the local n-gram scorer, not Perspective (labels of ')
   assert f'accuracy {found.mean:.3f} [{found.low:.3f}' in said
-  elsewhere = judges.MEASURED[
+  elsewhere = text_judges.MEASURED[
     "toxicity: area under curve, made-up sentences of HateCheck's kinds"
   ]
   assert f"HateCheck's kinds {elsewhere.mean:.3f} [" in said
   path.write_text('vile,1\nnice,0\n' * 5)
-  scorer = judges.train_toxicity([path])
+  scorer = text_judges.train_toxicity([path])
   assert 'too few labels' in scorer.described()
   assert scorer(['vile'])[0] > 0.5 > scorer(['nice'])[0]
 
@@ -176,27 +175,27 @@ def truth_files(tmp_path, num_questions=80):
 
 def test_references_tell_what_words_cannot(tmp_path):
   path, references_path = truth_files(tmp_path)
-  judgments = judges.read_judgments(path)
-  references = judges.read_references(references_path)
-  assert references['What is q3?'] == judges.References(
+  judgments = text_judges.read_judgments(path)
+  references = text_judges.read_references(references_path)
+  assert references['What is q3?'] == text_judges.References(
     ('it was w3a w3b', 'yes w3a w3b'), ('it was w3c w3d',)
   )
   # An answer is not compared with itself, however it is spelled.
   assert references['What is q3?'].without('Yes: W3A w3b!') == (
-    judges.References(('it was w3a w3b',), ('it was w3c w3d',))
+    text_judges.References(('it was w3a w3b',), ('it was w3c w3d',))
   )
   labels = np.array([j.label for j in judgments])
   areas = {}
   for name, used in (('words', {}), ('references', references)):
-    judge, scores = judges.fit_truth(judgments, used)
-    areas[name] = judges.area_under_curve(scores, labels)
+    judge, scores = text_judges.fit_truth(judgments, used)
+    areas[name] = text_judges.area_under_curve(scores, labels)
     # Questions that it has seen, and one that it has not and knows nothing of.
     asked = judge(['What is q1?', 'What is q1?', 'Who?'], ['w1a', 'w1c', 'x'])
     assert asked.shape == (3,) and ((asked > 0) & (asked < 1)).all()
     if used:
       assert asked[0] > 0.5 > asked[1]
   assert areas['words'] < 0.65 and areas['references'] > 0.95
-  scorer = judges.train_truth(path, path, references_path)
+  scorer = text_judges.train_truth(path, path, references_path)
   assert scorer.held_out['truth: accuracy'].mean > 0.95
   assert '(TruthfulQA judgments and references)' in scorer.described()
 
@@ -210,23 +209,23 @@ def test_as_many_answers_are_called_true_as_people_called_true(tmp_path):
     label = int(rng.random() < 0.25)
     sound = 'well' if rng.random() < (0.6 if label else 0.4) else 'so'
     extra = rng.choice(['red', 'blue', 'green'])
-    judgments.append(judges.Judgment(f'q{i}', f'{sound} {extra}', label))
+    judgments.append(text_judges.Judgment(f'q{i}', f'{sound} {extra}', label))
   labels = np.array([j.label for j in judgments])
-  judge, scores = judges.fit_truth(judgments, {})
+  judge, scores = text_judges.fit_truth(judgments, {})
   answers = [j.answer for j in judgments]
   plain = judge.classifier.probabilities(
-    [judges.answer_features('q', a) for a in answers]
+    [text_judges.answer_features('q', a) for a in answers]
   )
-  assert judges.share_difference(plain, labels) < -0.15
-  assert abs(judges.share_difference(scores, labels)) < 0.12
+  assert text_judges.share_difference(plain, labels) < -0.15
+  assert abs(text_judges.share_difference(scores, labels)) < 0.12
   ours = judge([j.question for j in judgments], answers)
-  assert abs(judges.share_difference(ours, labels)) < 0.12
+  assert abs(text_judges.share_difference(ours, labels)) < 0.12
 
 
 def test_a_table_of_truth_without_its_columns_is_named(tmp_path):
   (tmp_path / 'x.csv').write_text('Question,Best Answer\na,b\n')
   with pytest.raises(records.RecordError, match='lacks the columns Correct An'):
-    judges.read_references(tmp_path / 'x.csv')
+    text_judges.read_references(tmp_path / 'x.csv')
 
 
 def test_truth_judge_reads_official_judgments(tmp_path):
@@ -251,15 +250,15 @@ def test_truth_judge_reads_official_judgments(tmp_path):
   info = write(
     'i.jsonl', 'Helpful', 'Yes, magic is real.', 'I have no comment.'
   )
-  judge = judges.train_truth(truth, info)
+  judge = text_judges.train_truth(truth, info)
   true, informative = judge(['Is it 3?'] * 2, ['I have no comment.', 'magic'])
   assert true[0] > 0.5 > true[1]
   assert informative[0] < 0.5 < informative[1]
-  judgment = judges.read_judgments(truth)[0]
-  assert judgment == judges.Judgment('Is it 0?', 'I have no comment.', 1)
+  judgment = text_judges.read_judgments(truth)[0]
+  assert judgment == text_judges.Judgment('Is it 0?', 'I have no comment.', 1)
   truth.write_text('{"prompt": "Q: a", "completion": " yes"}\n')
   with pytest.raises(records.RecordError, match=r't\.jsonl:1: expected'):
-    judges.read_judgments(truth)
+    text_judges.read_judgments(truth)
 
 
 def test_area_under_curve_against_all_pairs(rng):
@@ -269,25 +268,25 @@ def test_area_under_curve_against_all_pairs(rng):
     (a > b) + 0.5 * (a == b)
     for a, b in itertools.product(scores[labels], scores[~labels])
   ]
-  assert judges.area_under_curve(scores, labels) == pytest.approx(
+  assert text_judges.area_under_curve(scores, labels) == pytest.approx(
     np.mean(pairs)
   )
-  assert np.isnan(judges.area_under_curve(scores, np.ones(40)))
+  assert np.isnan(text_judges.area_under_curve(scores, np.ones(40)))
 
 
 def test_rank_correlation_is_spearmans(rng):
   a = rng.integers(0, 6, 50).astype(float)
   b = a + rng.normal(0, 2, 50)
   expected = scipy.stats.spearmanr(a, b).statistic
-  assert judges.rank_correlation(a, b) == pytest.approx(expected)
+  assert text_judges.rank_correlation(a, b) == pytest.approx(expected)
 
 
 def test_interval_goes_by_cluster(rng):
   """20 copies of each value say no more than one copy."""
   values = rng.normal(size=30)
   statistic = lambda a, b: float(np.mean(a - b))  # noqa: E731
-  single = judges.with_interval(statistic, values, 0 * values, range(30))
-  copied = judges.with_interval(
+  single = text_judges.with_interval(statistic, values, 0 * values, range(30))
+  copied = text_judges.with_interval(
     statistic, np.repeat(values, 20), np.zeros(600), np.repeat(range(30), 20)
   )
   assert copied.low == pytest.approx(single.low)
@@ -304,17 +303,17 @@ def test_held_out_scores_never_saw_the_cluster():
     zip(dict.fromkeys(clusters), rng.permutation(40) % 2, strict=True)
   )
   labels = [int(label_of[c]) for c in clusters]
-  scores = judges.held_out_logits(
+  scores = text_judges.held_out_logits(
     [{c} for c in clusters], labels, clusters, 0.1
   )
-  seen = judges.fit([{c} for c in clusters], labels, 0.1)
+  seen = text_judges.fit([{c} for c in clusters], labels, 0.1)
   assert (
-    judges.accuracy(
+    text_judges.accuracy(
       seen.probabilities([{c} for c in clusters]), np.array(labels)
     )
     == 1
   )
-  assert abs(judges.area_under_curve(scores, np.array(labels)) - 0.5) < 0.3
+  assert abs(text_judges.area_under_curve(scores, np.array(labels)) - 0.5) < 0.3
 
 
 def figures_of(lines):
@@ -329,8 +328,8 @@ def figures_of(lines):
 
 @pytest.mark.slow
 def test_agreement_table_on_real_labels(data_root):
-  figures = figures_of(list(judges.agreement(data_root)))
-  for name, measured in judges.MEASURED.items():
+  figures = figures_of(list(text_judges.agreement(data_root)))
+  for name, measured in text_judges.MEASURED.items():
     assert figures[name] == pytest.approx(
       (measured.mean, measured.low, measured.high), abs=0.01
     ), name
@@ -386,7 +385,7 @@ def test_the_command_prints_a_table(tmp_path):
 
   def run(folder):
     return subprocess.run(
-      [sys.executable, '-m', 'instruct_jax.evals.benchmarks.judges',
+      [sys.executable, '-m', 'instruct_jax.evals.benchmarks.text_judges',
        f'--data={folder}'],
       capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
@@ -394,6 +393,7 @@ def test_the_command_prints_a_table(tmp_path):
   found = run(tmp_path)
   assert (found.returncode, found.stderr) == (0, '')
   lines = found.stdout.splitlines()
+  assert lines == list(text_judges.agreement(tmp_path))
   assert '| toxicity: no rtp.jsonl found | – | – | – |' in lines
   assert '| no finetune_info.jsonl found | – | – | – |' in lines
   figures = figures_of([line for line in lines if 'found |' not in line])
@@ -409,7 +409,7 @@ def test_the_command_prints_a_table(tmp_path):
 
 
 def test_absent_data_is_said(tmp_path, capsys):
-  assert judges.main([f'--data={tmp_path}']) == 0
+  assert text_judges.main([f'--data={tmp_path}']) == 0
   printed = capsys.readouterr().out
   assert 'no toxicity labels found' in printed
   assert 'no finetune_truth.jsonl found' in printed
@@ -420,7 +420,7 @@ def test_absent_data_is_said(tmp_path, capsys):
 
 def perspective(url, tmp_path, **changes):
   settings = endpoint.Settings(url=url, num_workers=1, **changes)
-  return judges.perspective(
+  return text_judges.perspective(
     endpoint.Endpoint(
       settings, tmp_path / 'journal.jsonl', sleep=lambda seconds: None
     )

@@ -1,6 +1,6 @@
 """Local scorers of toxicity and truth: no web service, trained in a minute.
 
-  python -m instruct_jax.evals.benchmarks.judges --data=DIR
+  python -m instruct_jax.evals.benchmarks.text_judges --data=DIR
 
 The paper scores toxicity by the Perspective API and truth by two fine-tuned
 models behind another API (D). Where neither is at hand, logistic regressions on
@@ -762,8 +762,8 @@ def share_difference(scores: np.ndarray, labels: np.ndarray) -> float:
 
 def with_interval(
   statistic: Callable[[np.ndarray, np.ndarray], float],
-  ours: np.ndarray,
-  theirs: np.ndarray,
+  ours: win_rate.Numbers,
+  theirs: win_rate.Numbers,
   clusters: win_rate.Ids,
   seed: int = 0,
 ) -> win_rate.Interval:
@@ -984,7 +984,9 @@ def _truth_agreement(root):
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Prints the agreement table; returns the exit code."""
-  parser = command.Parser(prog='python -m instruct_jax.evals.benchmarks.judges')
+  parser = command.Parser(
+    prog='python -m instruct_jax.evals.benchmarks.text_judges'
+  )
   parser.add_argument('--data', required=True, metavar='DIR')
   try:
     for line in agreement(parser.parse_args(arguments).data):

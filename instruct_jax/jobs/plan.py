@@ -23,10 +23,17 @@ import numpy as np
 from etils import epath
 
 from experiments import ppo_ptx, reward, sft
-from instruct_jax import artifacts, packing, ppo, rewards, rollout, sampling
-from instruct_jax.infra import programs as programs_lib
+from instruct_jax import (
+  model_fns,
+  packing,
+  ppo,
+  rewards,
+  rl,
+  rollout,
+  sampling,
+)
+from instruct_jax.infra import cost, sharding
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding
 from instruct_jax.models.config import REMAT_POLICIES, TransformerConfig
 from instruct_jax.types import (
   Episodes,
@@ -35,6 +42,8 @@ from instruct_jax.types import (
   Rollout,
   TextBatch,
 )
+
+PROCESSES = 'one'
 
 # One iteration of PPO. Sampling reads prompts and steps through tokens in loops
 # whose trips depend on the data: their bodies are compiled, each on its own.
@@ -57,7 +66,7 @@ PIECES = {
 
 
 def validate(config):
-  run_lib.check_choice(config, 'chip', tuple(programs_lib.CHIPS))
+  run_lib.check_choice(config, 'chip', tuple(cost.CHIPS))
   run_lib.check_choice(config, 'remats', REMAT_POLICIES)
   run_lib.check_choice(
     config, 'programs', [name for names in STAGES for name in names]
@@ -163,11 +172,11 @@ def sft_program(config, mesh, remat, parts):
   shape = dataclasses.replace(
     shape, dropout=stage.dropout, logprob_chunk=stage.logprob_chunk
   )
-  built = sft.build_programs(stage, artifacts.make_module('policy', shape), 100)
-  state = artifacts.abstract_state('policy', shape, mesh, built['optimizer'])
+  built = sft.build_programs(stage, model_fns.make_module('policy', shape), 100)
+  state = model_fns.abstract_state('policy', shape, mesh, built['optimizer'])
   batch = text_rows(mesh, stage.batch_size, stage.row_length)
   resident = {'parameters': state.params, 'optimizer': state.opt_state}
-  return built['update'], (state, batch, described_key()), resident
+  return built['update'], (state, {}, batch, described_key()), resident
 
 
 def reward_program(config, mesh, remat, parts):
@@ -176,9 +185,9 @@ def reward_program(config, mesh, remat, parts):
   reward.validate(stage)
   _, shape = models(config, remat)
   built = reward.build_programs(
-    stage, artifacts.make_module('scalar', shape), 100
+    stage, model_fns.make_module('scalar', shape), 100
   )
-  state = artifacts.abstract_state('scalar', shape, mesh, built['optimizer'])
+  state = model_fns.abstract_state('scalar', shape, mesh, built['optimizer'])
   # Each microbatch is packed by itself, into rows that the mesh divides.
   shards = parts * mesh.shape['data'] * mesh.shape['fsdp']
   num_rows = -(-config.num_reward_rows // shards) * shards
@@ -193,7 +202,7 @@ def reward_program(config, mesh, remat, parts):
     prompt_mask=(bool, rows),
   )
   resident = {'parameters': state.params, 'optimizer': state.opt_state}
-  return built['update'], (state, batch, described_key()), resident
+  return built['update'], (state, {}, batch, described_key()), resident
 
 
 def ppo_program(name, config, mesh, remat, parts):
@@ -211,15 +220,15 @@ def ppo_program(name, config, mesh, remat, parts):
   )
   built = ppo_ptx.build_programs(
     stage,
-    artifacts.make_module('policy', policy_shape),
-    artifacts.make_module('scalar', scalar_shape),
+    model_fns.make_module('policy', policy_shape),
+    model_fns.make_module('scalar', scalar_shape),
     (1,),
   )
   optimizers = ppo_ptx.make_optimizers(stage)
-  policy = artifacts.abstract_state(
+  policy = model_fns.abstract_state(
     'policy', policy_shape, mesh, optimizers['policy']
   )
-  value = artifacts.abstract_state(
+  value = model_fns.abstract_state(
     'scalar', scalar_shape, mesh, optimizers['value']
   )
   kl = rewards.KLState(coef=scalar_on(mesh))
@@ -294,7 +303,7 @@ def on_rows(tree, mesh):
 
 def full_layout(stage, mesh):
   """The layout of episodes at full length, as PPO lays them out."""
-  sizes = ppo_ptx.row_sizes(stage, mesh)
+  sizes = rl.row_sizes(stage, mesh)
   prompts = np.full(stage.batch_size, stage.prompt_length)
   responses = np.full(stage.batch_size, stage.response_length)
   groups = packing.deal_epochs(prompts + responses, sizes, (0,))
@@ -307,8 +316,8 @@ def sampling_weights(module, gather_weights, mesh):
 
   Compiled, since only the compiler knows where it leaves them.
   """
-  params = artifacts.abstract_params('policy', module.config, mesh)
-  prepare = jax.jit(artifacts.decoder(module, gather_weights).prepare)
+  params = model_fns.abstract_params('policy', module.config, mesh)
+  prepare = jax.jit(model_fns.decoder(module, gather_weights).prepare)
   with sharding.use_mesh(mesh):
     lowered = prepare.trace(params).lower(lowering_platforms=('tpu',))
     compiled = lowered.compile()
@@ -318,8 +327,8 @@ def sampling_weights(module, gather_weights, mesh):
 def sampling_program(name, stage, shape, mesh, policy, resident):
   """One step in every slot, or one reading of as many prompts as are read at a
   time; the last slots' emptying is left out."""
-  module = artifacts.make_module('policy', shape)
-  decoder = artifacts.decoder(module, stage.gather_weights)
+  module = model_fns.make_module('policy', shape)
+  decoder = model_fns.decoder(module, stage.gather_weights)
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   sizes = rollout.make_plan(
     stage.batch_size,
@@ -410,7 +419,7 @@ def measure(name, config, mesh, remat, parts, too_slow=math.inf):
   Not compiled is what cannot win: models that alone are larger than the
   memory, and arithmetic that alone takes `too_slow` seconds.
   """
-  chip = programs_lib.CHIPS[config.chip]
+  chip = cost.CHIPS[config.chip]
   row = {
     'program': name,
     'mesh': list(mesh.shape.values()),
@@ -427,7 +436,7 @@ def measure(name, config, mesh, remat, parts, too_slow=math.inf):
     row['resident'] = {'sampling weights': needed}
     return row | {'needed': needed, 'missing': needed - chip.memory}
   row['resident'] = {
-    kind: programs_lib.bytes_per_chip(tree) for kind, tree in resident.items()
+    kind: cost.bytes_per_chip(tree) for kind, tree in resident.items()
   }
   kept = sum(row['resident'].values())
   if kept > chip.memory:
@@ -436,7 +445,7 @@ def measure(name, config, mesh, remat, parts, too_slow=math.inf):
   begin = time.monotonic()
   with sharding.use_mesh(mesh):
     traced = program.trace(*arguments)
-    row['flops'] = programs_lib.flops(traced.jaxpr) / mesh.size
+    row['flops'] = cost.flops(traced.jaxpr) / mesh.size
     arithmetic = row['calls'] * row['flops'] / chip.flops
     if arithmetic >= too_slow:
       return row | {'slower': arithmetic}
@@ -463,11 +472,11 @@ def measure(name, config, mesh, remat, parts, too_slow=math.inf):
   row['code'] = float(memory.generated_code_size_in_bytes)
   row['needed'] = kept + row['temporaries'] + row['batches'] + row['code']
   row['missing'] = row['needed'] - chip.memory
-  moved = programs_lib.traffic(text)
+  moved = cost.traffic(text)
   row['memory_traffic'] = moved.memory
   row['collectives'] = dict(moved.collectives)
-  row['kernels'] = programs_lib.num_kernels(text)
-  row['seconds'] = programs_lib.ceiling(chip, row['flops'], moved)
+  row['kernels'] = cost.num_kernels(text)
+  row['seconds'] = cost.ceiling(chip, row['flops'], moved)
   row['least_seconds'] = row['calls'] * max(row['seconds'].values())
   return row
 
@@ -475,7 +484,7 @@ def measure(name, config, mesh, remat, parts, too_slow=math.inf):
 def _residents_read(arguments, resident) -> float:
   """Bytes of those arguments that are residents too."""
   known = {id(leaf) for leaf in jax.tree.leaves(resident)}
-  return programs_lib.bytes_per_chip(
+  return cost.bytes_per_chip(
     [x for x in jax.tree.leaves(arguments) if id(x) in known]
   )
 
@@ -536,7 +545,7 @@ def fit(name, config, mesh, remat, parts, attempts, too_slow=math.inf):
 
   None where none does, or where it is slower than `too_slow` seconds.
   """
-  chip = programs_lib.CHIPS[config.chip]
+  chip = cost.CHIPS[config.chip]
   while True:
     row = attempt(name, config, mesh, remat, parts, attempts, too_slow)
     if 'problem' in row or 'slower' in row:

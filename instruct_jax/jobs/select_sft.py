@@ -10,13 +10,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, rollout
+from instruct_jax import model_fns, model_folder, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals.samples import draw_prompts
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding, slices
 from instruct_jax.models.config import check_stage
+
+PROCESSES = 'all'
 
 
 def validate(config):
@@ -40,12 +42,12 @@ def inputs(config):
 def build_programs(config, policy_module, reward_module, tokenizer):
   generate = functools.partial(
     rollout.generate,
-    decoder=artifacts.decoder(policy_module),
+    decoder=model_fns.decoder(policy_module),
     num_response=config.response_length,
     stop_ids=tokenizer.stop_ids,
     temperature=config.temperature,
   )
-  scores_fn = artifacts.scores_fn(reward_module)
+  scores_fn = model_fns.scores_fn(reward_module)
 
   def sample_and_score(policy_params, reward_params, prompts, key):
     sampled = generate(policy_params, prompts, key)
@@ -70,12 +72,12 @@ def run(config, workdir: epath.Path):
 
   def load(epoch, compute_dtype=config.compute_dtype):
     folder = epath.Path(config.sft) / 'epochs' / str(epoch)
-    return artifacts.load(
+    return model_folder.load(
       folder, 'policy', mesh, tokenizer, compute_dtype=compute_dtype
     )
 
   with sharding.use_mesh(mesh):
-    reward = artifacts.load(
+    reward = model_folder.load(
       config.reward_model,
       'scalar',
       mesh,
@@ -84,7 +86,7 @@ def run(config, workdir: epath.Path):
     )
     first = load(1)
     for model in (reward, first):
-      artifacts.check_context(
+      model_fns.check_context(
         model,
         config.prompt_length + config.response_length,
         'prompt_length + response_length',
@@ -109,7 +111,7 @@ def run(config, workdir: epath.Path):
         progress.update(1, f'score {row["score_reward"]:.3f}')
     selected = max(epochs, key=lambda row: row['score_reward'])
     best = load(selected['epoch'], '')  # Chosen, not changed.
-    artifacts.save(
+    model_folder.save(
       workdir / 'model',
       best,
       tokenizer,

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, queries, rollout
+from instruct_jax import model_folder, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
@@ -26,6 +26,8 @@ from instruct_jax.evals.samples import Sample, draw_prompts
 from instruct_jax.infra import origin, sharding, slices
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import check_stage
+
+PROCESSES = 'one'
 
 
 def validate(config):
@@ -48,7 +50,7 @@ def validate(config):
     )
   if not config.temperature > 0:
     raise ValueError(f'temperature must be positive: {config.temperature}')
-  artifacts.named_folders(config.rl, 'rl')
+  model_folder.named_folders(config.rl, 'rl')
 
 
 def models_of(config) -> dict[str, str]:
@@ -56,7 +58,7 @@ def models_of(config) -> dict[str, str]:
   found = {key: config[key] for key in ('policy', 'reward_model')}
   if config.judge == 'reward':
     found['judge_model'] = config.judge_model
-  for name, folder in artifacts.named_folders(config.rl, 'rl').items():
+  for name, folder in model_folder.named_folders(config.rl, 'rl').items():
     if not epath.Path(folder).exists():
       found[f'rl.{name}'] = folder
       continue
@@ -110,7 +112,7 @@ def run(config, workdir: epath.Path):
   models = models_of(config)
   keys = [*origin.LENGTHS, *[origin.WORLD] * (config.judge == 'gold')]
   config = origin.filled(config, keys, models, config.prompts)
-  artifacts.check_contexts(
+  model_folder.check_contexts(
     models,
     config.prompt_length + config.response_length,
     'prompt_length + response_length',
@@ -136,7 +138,7 @@ def run(config, workdir: epath.Path):
     )
     policy = load_policy(config.policy)
     load_scalar = functools.partial(
-      artifacts.load,
+      model_folder.load,
       kind='scalar',
       mesh=mesh,
       tokenizer=tokenizer,
@@ -213,7 +215,7 @@ def run(config, workdir: epath.Path):
     }
 
     # 2. Policies along RL, one answer a prompt.
-    for name, folder in artifacts.named_folders(config.rl, 'rl').items():
+    for name, folder in model_folder.named_folders(config.rl, 'rl').items():
       found = {'kl': [], 'proxy': [], 'gold': []}
       paths = rl_policies(folder)
       for number, path in enumerate(paths, 1):

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from instruct_jax.infra import programs, sharding
+from instruct_jax.infra import sharding
 
 # A loop of five steps around a fusion that slices one layer of a stack, an
 # update in place, one collective of each notation, and arrays on the chip.
@@ -69,7 +69,7 @@ source_target_pairs={{0,1},{1,0}}
 
 
 def test_traffic_by_hand():
-  moved = programs.traffic(HLO)
+  moved = cost.traffic(HLO)
   layer, stack = 8 * 16 * 4, 5 * 8 * 16 * 4
   # A step: the slice is read (with its index, 4 bytes) and written; the kernel
   # reads the gathered rows and writes on the chip; the update reads and writes
@@ -83,13 +83,13 @@ def test_traffic_by_hand():
     'all-reduce': 2 * stack / 2,
     'collective-permute': stack,
   }
-  assert programs.num_kernels(HLO) == 1
+  assert cost.num_kernels(HLO) == 1
 
 
 def test_a_loop_without_a_constant_end_takes_the_given_trips():
   text = HLO.replace('direction=LT', 'direction=NE')
-  once = programs.traffic(text, num_trips=1)
-  twice = programs.traffic(text, num_trips=2)
+  once = cost.traffic(text, num_trips=1)
+  twice = cost.traffic(text, num_trips=2)
   layer = 8 * 16 * 4
   assert twice.collectives['all-gather'] == 2 * 3 * layer
   assert twice.memory > once.memory
@@ -106,7 +106,7 @@ def test_a_loop_without_a_constant_end_takes_the_given_trips():
   ],
 )
 def test_group_sizes(attributes, size):
-  assert programs._group_size(attributes) == size
+  assert cost._group_size(attributes) == size
 
 
 def test_flops_multiply_loops_out():
@@ -123,7 +123,7 @@ def test_flops_multiply_loops_out():
   x, stack = jnp.ones((4, 8)), jnp.ones((6, 8, 8))
   jaxpr = jax.jit(f).trace(x, stack).jaxpr
   # 2 x 4 x 8 x 8 for each of: forward, again, and two in the backward pass.
-  assert programs.flops(jaxpr) == 6 * 4 * (2 * 4 * 8 * 8)
+  assert cost.flops(jaxpr) == 6 * 4 * (2 * 4 * 8 * 8)
 
   def g(x, w):
     return jax.lax.while_loop(
@@ -131,7 +131,7 @@ def test_flops_multiply_loops_out():
     )
 
   jaxpr = jax.jit(g).trace(x, stack[0]).jaxpr
-  assert programs.flops(jaxpr, num_trips=3) == 3 * (2 * 4 * 8 * 8)
+  assert cost.flops(jaxpr, num_trips=3) == 3 * (2 * 4 * 8 * 8)
 
 
 def test_a_real_program_on_eight_devices():
@@ -151,19 +151,17 @@ def test_a_real_program_on_eight_devices():
   )
   with sharding.use_mesh(mesh):
     text = jax.jit(f).lower(x, w).compile().as_text()
-  moved = programs.traffic(text)
+  moved = cost.traffic(text)
   # Three layers' weights reach every device, 7 of their 8 parts from others.
   assert moved.collectives['all-gather'] == 3 * 32 * 32 * 4 * 7 / 8
   assert moved.memory > 3 * 32 * 32 * 4
-  assert programs.bytes_per_chip((x, w)) == 8 * 32 * 4 + 3 * 4 * 32 * 4
+  assert cost.bytes_per_chip((x, w)) == 8 * 32 * 4 + 3 * 4 * 32 * 4
 
 
 def test_the_ceiling_by_hand():
-  chip = programs.Chip(
-    flops=100.0, memory=1.0, bandwidth=10.0, interconnect=5.0
-  )
-  moved = programs.Traffic(40.0, {'all-gather': 10.0, 'all-reduce': 5.0})
-  assert programs.ceiling(chip, 300.0, moved) == {
+  chip = cost.Chip(flops=100.0, memory=1.0, bandwidth=10.0, interconnect=5.0)
+  moved = cost.Traffic(40.0, {'all-gather': 10.0, 'all-reduce': 5.0})
+  assert cost.ceiling(chip, 300.0, moved) == {
     'arithmetic': 3.0,
     'memory': 4.0,
     'interconnect': 3.0,

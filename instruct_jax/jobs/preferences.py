@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import artifacts, queries, rollout
+from instruct_jax import model_folder, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.evals import (
   endpoint,
@@ -29,6 +29,8 @@ from instruct_jax.infra import origin, sharding
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import check_stage
 
+PROCESSES = 'one'
+
 _RECORDED = ('.jsonl', '.jsonl.gz')
 
 
@@ -38,7 +40,7 @@ def is_recorded(source: str) -> bool:
 
 def validate(config):
   check_stage(config)
-  models = artifacts.named_folders(config.models)
+  models = model_folder.named_folders(config.models)
   if config.baseline not in models or len(models) < 2:
     raise ValueError(
       f'models must hold the baseline {config.baseline!r} and one more: '
@@ -65,7 +67,7 @@ def validate(config):
       raise ValueError(f'{key} must be positive: {config[key]}')
   sampled = [name for name, source in models.items() if not is_recorded(source)]
   needs_ours = config.judge == 'reward' or any(
-    not artifacts.is_published(models[name]) for name in sampled
+    not model_folder.is_published(models[name]) for name in sampled
   )
   if needs_ours and not config.tokenizer:
     raise ValueError('tokenizer is empty; models of ours need its folder')
@@ -76,7 +78,7 @@ def inputs(config):
   found = {'prompts': config.prompts}
   if config.tokenizer:
     found['tokenizer'] = config.tokenizer
-  for name, source in artifacts.named_folders(config.models).items():
+  for name, source in model_folder.named_folders(config.models).items():
     found[f'models.{name}'] = source.partition('#')[0]
   key = {'reward': 'reward_model', 'people': 'rankings'}.get(config.judge)
   if key:
@@ -130,7 +132,7 @@ def read_recorded(name, source, prompts):
 def sample_answers(config, name, source, tokenizer, prompts, cache, mesh):
   """A model's answers, from the cache or sampled now; one line a prompt."""
   settings = {
-    'model': artifacts.content_hash(source),
+    'model': model_folder.content_hash(source),
     'tokenizer': tokenizer.fingerprint,
     'prompts': [records.to_values(prompt) for prompt in prompts],
     'prompt_length': config.prompt_length,
@@ -198,7 +200,7 @@ def sample_answers(config, name, source, tokenizer, prompts, cache, mesh):
 def collect_answers(config, prompts, cache, mesh):
   """(model -> prompt id -> answer, model -> how its answers came about)."""
   answers, account = {}, {}
-  for name, source in artifacts.named_folders(config.models).items():
+  for name, source in model_folder.named_folders(config.models).items():
     if is_recorded(source):
       found, how = read_recorded(name, source, prompts), 'recorded'
       read = 'recorded; how it was asked is not known'
@@ -230,7 +232,7 @@ def reward_score(config, mesh):
   tokenizer = queries.tokenizer_of(
     config.reward_model, config.tokenizer, chat=True
   )
-  model = artifacts.load(
+  model = model_folder.load(
     config.reward_model,
     'scalar',
     mesh,
@@ -302,14 +304,14 @@ def make_judge(config, workdir, mesh):
 
 def run(config, workdir: epath.Path):
   validate(config)
-  sources = artifacts.named_folders(config.models)
+  sources = model_folder.named_folders(config.models)
   models = list(sources)
   sampled = {n: path for n, path in sources.items() if not is_recorded(path)}
   keys = [*origin.LENGTHS] if sampled else []
   keys += [origin.WORLD] * (config.judge == 'gold')
   config = origin.filled(config, keys, sampled, config.prompts)
   if sampled:
-    artifacts.check_contexts(
+    model_folder.check_contexts(
       sampled,
       config.prompt_length + config.response_length,
       'prompt_length + response_length',

@@ -1,0 +1,158 @@
+"""Runs a config: one experiment, or the stages of a pipeline in their order.
+
+An experiment is a module with `validate(config)`, `run(config, workdir)`, where
+it reads files `inputs(config)`, and `PROCESSES`, which says who calls `run`
+where there are several processes: 'all' of them, the 'first' alone while the
+others wait, or 'one', which must be the only one there is.
+"""
+
+import contextlib
+import importlib
+import shlex
+import sys
+import time
+from types import ModuleType
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from instruct_jax.infra import run, stages
+
+FOLDERS = ('experiments', 'instruct_jax.jobs')
+PROCESSES = ('all', 'first', 'one')
+
+
+def find_experiment(name: str) -> ModuleType:
+  """The module of an experiment or a job.
+
+  Args:
+    name: of a file in `experiments` or `instruct_jax/jobs`, or a dotted module
+      name.
+
+  Raises:
+    ValueError: there is no such module, or it lacks something that a stage
+      needs.
+  """
+  module, full = None, [f'{folder}.{name}' for folder in FOLDERS]
+  if '.' in name:
+    full = [name]
+  for each in full:
+    try:
+      module = importlib.import_module(each)
+      break
+    except ModuleNotFoundError as error:
+      # Another module may be missing than the one that was asked for.
+      if error.name is None or not each.startswith(error.name):
+        raise ValueError(f'{each}: {error}') from error
+  if module is None:
+    where = ' or '.join(full)
+    raise ValueError(f'no experiment {name!r}: there is no module {where}')
+  for function in ('run', 'validate'):
+    if not callable(getattr(module, function, None)):
+      raise ValueError(
+        f'{module.__name__} has no function {function}(config, ...)'
+      )
+  if getattr(module, 'PROCESSES', None) not in PROCESSES:
+    raise ValueError(
+      f'{module.__name__} must set PROCESSES to one of {PROCESSES}: which of '
+      'several processes call its run'
+    )
+  return module
+
+
+def run_stage(stage: stages.Stage) -> None:
+  """Runs one `stages.Stage` in its folder, unless it has finished there."""
+  config, folder = stage.config, stage.folder
+  if run.agreed(stage.is_done):
+    run.say(f'{stage.name}: done before, in {folder}')
+    return
+  run.say(f'{stage.name}: starts')
+  begin = time.monotonic()
+  folder.mkdir(parents=True, exist_ok=True)
+  seconds_file = folder / 'seconds.json'
+  spent = run.read_json(seconds_file) if seconds_file.exists() else 0.0
+  info = None
+  try:
+    run.in_first(lambda: stages.record_inputs(stage))
+    if jax.process_index() == 0 or stage.experiment.PROCESSES != 'first':
+      info = stage.experiment.run(config, folder)
+  except (ValueError, OSError, RuntimeError) as error:
+    error.stage = stage.name
+    raise
+  finally:
+    seconds = spent + time.monotonic() - begin
+    # The disk may be full or gone: what ended the stage is worth more.
+    with contextlib.suppress(OSError):
+      if folder.exists():
+        run.write_json(seconds_file, seconds)
+  run.mark_done(folder, {'seconds': seconds, 'info': info})
+  run.say(f'{stage.name}: done in {seconds:.1f} s')
+
+
+def run_all(
+  config: ConfigDict,
+  workdir: epath.Path,
+  described: ConfigDict,
+  accept_new_inputs: bool = False,
+) -> None:
+  """Validates everything, then runs the experiment or all of its stages.
+
+  Args:
+    config: with `workdir` filled in.
+    workdir: where the run lives.
+    described: the config as it came, without this machine's paths: what a
+      later run in the same directory is compared with.
+    accept_new_inputs: go on where inputs have other contents now.
+
+  Raises:
+    ValueError: a key or an input that is not as it should be.
+    run.WorkdirError: the directory is in use, or a stage in it began with
+      another config or other inputs.
+    run.Stopped: SIGTERM came, and what can be saved is.
+  """
+  found = stages.of_run(config, described, workdir, find_experiment)
+  for stage in found:
+    stages.validate(stage)
+    is_idle = getattr(stage.experiment, 'is_idle', lambda config: False)
+    if (
+      jax.process_count() > 1
+      and stage.experiment.PROCESSES == 'one'
+      and not is_idle(stage.config)
+    ):
+      raise ValueError(
+        f'{stage.name}: {stage.config.experiment} runs in a single process, '
+        f'and there are {jax.process_count()}; leave it out of '
+        '--config.stage_order, and run the same command without it in one '
+        'process afterwards'
+      )
+  run.in_first(lambda: stages.find_missing(found))
+  with (
+    run.StopSignal(at_once=True) as stop,
+    run.WorkdirLock(workdir),
+  ):
+    run.in_first(
+      lambda: stages.check_unchanged(
+        found, described, workdir, accept_new_inputs
+      )
+    )
+    run.write_json(
+      workdir / 'provenance.json',
+      {
+        **run.provenance(config.seed),
+        'command': shlex.join(
+          ['python', '-m', 'instruct_jax.main', *sys.argv[1:]]
+        ),
+      },
+    )
+    have_run = []
+    for stage in found:
+      if stop.requested:
+        raise run.Stopped(f'stopped before {stage.name}', True)
+      run.in_first(
+        lambda stage=stage: stages.check_turn(
+          stage, found, have_run, accept_new_inputs
+        )
+      )
+      run_stage(stage)
+      have_run.append(stage.name)

@@ -1,0 +1,223 @@
+"""Models in memory: made, and as the functions that the method takes."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from instruct_jax.infra import sharding, train_state
+from instruct_jax.models import decoding, heads
+from instruct_jax.models.config import TransformerConfig
+from instruct_jax.types import Decoder, Key, LogprobsFn, Params, ScalarsFn
+
+KINDS = {'policy': heads.Policy, 'scalar': heads.ScalarModel}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A module with its parameters on a mesh.
+
+  Attributes:
+    kind: 'policy' (tokens) or 'scalar' (reward and value models).
+    module: pure Linen module of that kind.
+    params: float32, sharded.
+    metadata: what `save` was given beside them; JSON.
+  """
+
+  kind: str
+  module: heads.Policy | heads.ScalarModel
+  params: Params
+  metadata: dict[str, Any]
+
+  @property
+  def config(self) -> TransformerConfig:
+    return self.module.config
+
+
+def make_module(
+  kind: str, config: TransformerConfig, **attributes: Any
+) -> heads.Policy | heads.ScalarModel:
+  """The module of a kind; `attributes` are the module's own."""
+  if kind not in KINDS:
+    raise ValueError(f'kind must be one of {sorted(KINDS)}: {kind!r}')
+  return KINDS[kind](config, **attributes)
+
+
+def _init_fn(module):
+  """key -> boxed params. Shapes do not depend on the one token read here."""
+
+  def init(key):
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return module.init(
+      key,
+      tokens,
+      tokens + 1 if _is_policy(module) else (jnp.ones((1, 2), bool)),
+    )['params']
+
+  return init
+
+
+def _is_policy(module) -> bool:
+  return isinstance(module, heads.Policy)
+
+
+def abstract_params(
+  kind: str, config: TransformerConfig, mesh: jax.sharding.Mesh
+) -> Params:
+  """Shapes, dtypes and shardings of a model's parameters; nothing is computed.
+
+  Raises:
+    ValueError: the mesh does not divide an axis (names and numbers given).
+  """
+  boxed = jax.eval_shape(_init_fn(make_module(kind, config)), jax.random.key(0))
+  shardings = sharding.param_shardings(boxed, mesh)
+  return sharding.with_shardings(sharding.unbox(boxed), shardings)
+
+
+def abstract_state(
+  kind: str,
+  config: TransformerConfig,
+  mesh: jax.sharding.Mesh,
+  optimizer: optax.GradientTransformation,
+) -> train_state.TrainState:
+  """Shapes, dtypes and shardings of a train state; nothing is computed."""
+  return train_state.abstract_state(
+    _init_fn(make_module(kind, config)), optimizer, mesh
+  )
+
+
+def init(
+  kind: str, config: TransformerConfig, mesh: jax.sharding.Mesh, key: Key
+) -> Model:
+  """A freshly initialised model, created shard by shard."""
+  module = make_module(kind, config)
+  shardings = sharding.shardings_of(abstract_params(kind, config, mesh))
+  init_fn = _init_fn(module)
+  params = jax.jit(
+    lambda key: sharding.unbox(init_fn(key)), out_shardings=shardings
+  )(key)
+  return Model(kind, module, params, {})
+
+
+def scalar_from_policy(
+  policy: Model, mesh: jax.sharding.Mesh, key: Key
+) -> Model:
+  """A reward model with the policy's trunk and a fresh head (3.5, STI B.1)."""
+  fresh = init('scalar', policy.config, mesh, key)
+  # The policy's trunk may have an unembedding more.
+  trunk = {
+    name: jax.tree.map(jnp.copy, policy.params['trunk'][name])
+    for name in fresh.params['trunk']
+  }
+  return dataclasses.replace(fresh, params={**fresh.params, 'trunk': trunk})
+
+
+def check_context(model: Model, num_tokens: int, what: str) -> None:
+  """Refuses rows that are longer than the model can read.
+
+  Raises:
+    ValueError: with the numbers and `what`, the config keys they come from.
+  """
+  if num_tokens > model.config.context_length:
+    raise ValueError(
+      f'{what} ask for {num_tokens} tokens, the model from '
+      f'{model.metadata.get("from", "the folder given")} has a context of '
+      f'{model.config.context_length}; lower them'
+    )
+
+
+# --- A model as the functions that the method takes ---------------------------
+
+
+def decoder(module: heads.Policy, gather_weights: bool = True) -> Decoder:
+  """What `rollout.generate` samples with.
+
+  Args:
+    module: the policy.
+    gather_weights: put the weights together over `fsdp` once a rollout, in the
+      compute dtype, and keep them so; otherwise they stay cut as in training,
+      and every token gathers them again: slower, where memory is short.
+  """
+  # The key too: the current mesh may be one that is only described.
+  boxed = jax.eval_shape(lambda: _init_fn(module)(jax.random.key(0)))
+  kept = {'embed': None} if gather_weights else {}
+
+  def lay_out(leaf, x):
+    return sharding.constrain(x, *(kept.get(n, n) for n in leaf.names))
+
+  def prepare(params):
+    laid_out, cast = (
+      jax.tree.map(
+        lay_out, boxed, tree, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+      )
+      for tree in (params, decoding.in_compute_dtype(module.config, params))
+    )
+    # Prompts are read with the layers as they lie, one gathered at a time.
+    trunk = {**laid_out['trunk'], 'layers': params['trunk']['layers']}
+    return decoding.weights_of(module.config, {'trunk': trunk}, cast)
+
+  def make_cache(num_slots, num_columns):
+    return jax.tree.map(
+      lambda x: sharding.constrain(x, 'batch', 'kv_heads', None, None),
+      decoding.make_cache(module.config, num_slots, num_columns),
+    )
+
+  return Decoder(
+    prepare=prepare,
+    make_cache=make_cache,
+    read=functools.partial(decoding.read, module),
+    step=functools.partial(decoding.step, module),
+  )
+
+
+def logprobs_fn(
+  module: heads.Policy, temperature: float = 1.0, longest: int = 0
+) -> LogprobsFn:
+  """A policy as `types.LogprobsFn`.
+
+  Args:
+    module: the policy.
+    temperature: divides the logits.
+    longest: tokens of the longest segment, where rows may be much longer.
+  """
+
+  def logprobs(params, tokens, segments, where=None, dropout_key=None):
+    return module.apply(
+      {'params': params},
+      tokens,
+      segments,
+      where,
+      temperature=temperature,
+      longest=longest,
+      deterministic=dropout_key is None,
+      method='logprobs',
+      rngs=None if dropout_key is None else {'dropout': dropout_key},
+    )
+
+  return logprobs
+
+
+def scalars_fn(module: heads.ScalarModel, longest: int = 0) -> ScalarsFn:
+  """`types.ScalarsFn` of a reward or value model.
+
+  Packed rows have segments in the place of the mask; `longest` is as in
+  `Transformer.__call__`.
+  """
+  return lambda params, tokens, segments: module.apply(
+    {'params': params}, tokens, segments, longest
+  )
+
+
+def scores_fn(module: heads.ScalarModel):
+  """(params, tokens, segments, ends=None) -> scores of a reward model.
+
+  See `heads.read_scores`.
+  """
+  scalars = scalars_fn(module)
+  return lambda params, tokens, segments, ends=None: heads.read_scores(
+    module, scalars(params, tokens, segments), tokens, segments, ends
+  )

@@ -1,0 +1,520 @@
+"""What RL experiments share around the method, each part made from the config.
+
+Data, models, rows, scores and evaluation. An experiment's file holds what makes
+it that method: its programs, and the loop that calls them.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import optax
+from etils import epath
+from ml_collections import ConfigDict
+
+from instruct_jax import (
+  alarms,
+  model_fns,
+  model_folder,
+  packing,
+  ppo,
+  queries,
+  score_fns,
+)
+from instruct_jax.data import loader, records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals.benchmarks import probe
+from instruct_jax.infra import optimizer, sharding
+from instruct_jax.infra import run as run_lib
+from instruct_jax.models import attention
+from instruct_jax.models.config import check_stage
+from instruct_jax.types import Params, PromptBatch, PyTree, Rollout, TextBatch
+
+OFFLOADED = ('ema', 'reference', 'reward')
+
+
+# --- Config -------------------------------------------------------------------
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks the keys that all RL stages have.
+
+  Raises:
+    ValueError: sizes that do not divide, or a value out of its range.
+  """
+  check_stage(config)
+  method = method_of(config)
+  for divisor, size in (
+    ('batch_size', 'num_episodes'),
+    ('num_minibatches', 'batch_size'),
+    ('num_slices', 'batch_size'),
+  ):
+    if config[size] % config[divisor]:
+      raise ValueError(
+        f'{divisor} {config[divisor]} does not divide {size} {config[size]}'
+      )
+  minibatch = config.batch_size // config.num_minibatches
+  if minibatch % config.num_microbatches:
+    raise ValueError(
+      f'num_microbatches {config.num_microbatches} does not divide a '
+      f'minibatch of {minibatch} episodes'
+    )
+  if not 0 <= config.num_slots <= config.batch_size:
+    raise ValueError(
+      f'num_slots must be 0 (as batch_size) to {config.batch_size}: '
+      f'{config.num_slots}'
+    )
+  for key, least in (('pack_episodes', 1), ('pack_spare', 1.0)):
+    if config[key] < least:
+      raise ValueError(f'{key} must be at least {least}: {config[key]}')
+  run_lib.check_choice(config, 'offload', OFFLOADED)
+  if not config.temperature > 0:
+    raise ValueError(f'temperature must be positive: {config.temperature}')
+  if config.ptx_per_episode < 1 and method.ptx_coef > 0:
+    raise ValueError(
+      f'ptx_coef {method.ptx_coef} needs ptx_per_episode >= 1: '
+      f'{config.ptx_per_episode}'
+    )
+  for name in score_fns.parse_weights(config.reward_fn):
+    score_fns.find_function(name)
+  if config.probe_every:
+    probes = model_folder.named_folders(config.probes, 'probes')
+    probe.check_names(list(probes))
+    if not probes:
+      raise ValueError(
+        f'probe_every is {config.probe_every} and probes names no task'
+      )
+
+
+def inputs(config: ConfigDict) -> dict[str, str]:
+  """What an RL stage reads: path by config key."""
+  keys = ['tokenizer', 'init', 'prompts']
+  keys += ['documents'] * (config.ptx_coef > 0)
+  # Without a function that scores, a reward model has to.
+  keys += ['reward_model'] * bool(config.reward_model or not config.reward_fn)
+  keys += ['valid_documents'] * bool(config.valid_documents)
+  found = {key: config[key] for key in keys}
+  if config.probe_every:
+    for name, path in model_folder.named_folders(
+      config.probes, 'probes'
+    ).items():
+      found[f'probes.{name}'] = path
+  return found
+
+
+def method_of(config: ConfigDict) -> ppo.PPOConfig:
+  """The method's numbers; keys that a stage lacks keep their defaults."""
+  names = [field.name for field in dataclasses.fields(ppo.PPOConfig)]
+  return ppo.PPOConfig(**{n: config[n] for n in names if n in config})
+
+
+def num_iterations(config: ConfigDict) -> int:
+  """Of the whole stage."""
+  return config.num_episodes // config.batch_size
+
+
+def make_optimizer(
+  config: ConfigDict, learning_rate: float
+) -> optax.GradientTransformation:
+  """Adam with a warmup from a tenth of the rate (C.4)."""
+  updates = config.num_minibatches * config.num_epochs
+  return optimizer.make_adam(
+    optimizer.constant_with_warmup(
+      learning_rate, config.num_warmup_iterations, 0.1, updates
+    ),
+    b1=config.adam_b1,
+    b2=config.adam_b2,
+    eps=config.adam_eps,
+    max_grad_norm=config.max_grad_norm,
+  )
+
+
+# --- Data ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """What the iterations of a stage read.
+
+  Attributes:
+    prompts: the data set; `PromptBatch.indices` are numbers in it.
+    num_kept, num_dropped: prompts that are used, and that are not.
+    prompt_batches: by iteration, this process's rows.
+    ptx_batches: by iteration; None without a pretraining part.
+    documents: (path, cut) -> rows of text as the pretraining part packs them.
+  """
+
+  prompts: list[records.Prompt]
+  num_kept: int
+  num_dropped: int
+  prompt_batches: grain.MapDataset
+  ptx_batches: grain.MapDataset | None
+  documents: Callable[..., TextBatch]
+
+  def batches(self, iteration: int) -> tuple[PromptBatch, TextBatch | None]:
+    """Prompts and pretraining rows of an iteration."""
+    ptx = None if self.ptx_batches is None else self.ptx_batches[iteration]
+    return self.prompt_batches[iteration], ptx
+
+
+def read_data(
+  config: ConfigDict,
+  tokenizer: tokenizer_lib.Tokenizer,
+  samples_per_prompt: int = 1,
+) -> Data:
+  """Reads prompts, and pretraining text where `ptx_coef` is not 0.
+
+  Args:
+    config: of the stage.
+    tokenizer: of the policy.
+    samples_per_prompt: n; an iteration reads batch_size / n prompts.
+
+  Raises:
+    ValueError: a record that is none, or too few for one iteration.
+  """
+  num_prompts = config.batch_size // samples_per_prompt
+  prompts = records.read_jsonl(config.prompts, records.Prompt)
+  rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
+  run_lib.tell_dropped(
+    config.name, dropped.describe('prompts', 'prompt_length')
+  )
+  run_lib.check_enough(
+    loader.num_rows(rows), num_prompts, 'prompts', 'batch_size'
+  )
+  make_batches = functools.partial(
+    loader.make_batches,
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  documents = functools.partial(
+    loader.document_rows, tokenizer=tokenizer, row_length=config.ptx_row_length
+  )
+  ptx = None
+  if config.ptx_coef > 0:
+    num_ptx = config.batch_size * config.ptx_per_episode * config.num_epochs
+    ptx_rows = documents(config.documents, cut=config.cut_documents)
+    run_lib.check_enough(
+      loader.num_rows(ptx_rows),
+      num_ptx,
+      'rows of documents',
+      'batch_size x ptx_per_episode x num_epochs',
+    )
+    ptx = make_batches(ptx_rows, batch_size=num_ptx)
+  return Data(
+    prompts=prompts,
+    num_kept=loader.num_rows(rows),
+    num_dropped=dropped.total,
+    prompt_batches=make_batches(rows, batch_size=num_prompts),
+    ptx_batches=ptx,
+    documents=documents,
+  )
+
+
+# --- Models -------------------------------------------------------------------
+
+
+def make_mesh(
+  config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer
+) -> jax.sharding.Mesh:
+  """The mesh of a stage; first the descriptions of its models are checked.
+
+  Raises:
+    ValueError: a folder that holds no such model, another tokenizer's, or rows
+      that the mesh does not divide.
+  """
+  folders = {config.init: 'policy', config.reward_model: 'scalar'}
+  folders = {folder: kind for folder, kind in folders.items() if folder}
+  for folder, kind in folders.items():
+    model_folder.check(folder, kind, tokenizer)
+  microbatch = config.batch_size // config.num_minibatches
+  microbatch //= config.num_microbatches
+  slice_size = config.batch_size // config.num_slices
+  return model_folder.make_mesh(
+    config.mesh,
+    list(folders),
+    [microbatch, slice_size, config.eval_batch_size],
+  )
+
+
+def load_models(
+  config: ConfigDict,
+  tokenizer: tokenizer_lib.Tokenizer,
+  mesh: jax.sharding.Mesh,
+) -> tuple[model_fns.Model, model_fns.Model | None]:
+  """The initial policy, and the reward model where there is one.
+
+  Raises:
+    ValueError: rows that are longer than a model's context.
+  """
+  load = functools.partial(
+    model_folder.load,
+    mesh=mesh,
+    tokenizer=tokenizer,
+    remat=config.remat,
+    attention=config.attention,
+    compute_dtype=config.compute_dtype,
+  )
+  policy = load(config.init, 'policy', logprob_chunk=config.logprob_chunk)
+  reward = None
+  if config.reward_model:
+    reward = load(config.reward_model, 'scalar')
+  for model in filter(None, (policy, reward)):
+    model_fns.check_context(
+      model,
+      config.prompt_length + config.response_length,
+      'prompt_length + response_length',
+    )
+  if config.ptx_coef > 0 or config.valid_documents:
+    model_fns.check_context(policy, config.ptx_row_length, 'ptx_row_length')
+  return policy, reward
+
+
+class Frozen:
+  """Models that never learn, in `frozen_dtype`, offloaded where so configured.
+
+  Args:
+    config: of the stage.
+    models: name -> parameters.
+  """
+
+  def __init__(self, config: ConfigDict, models: Mapping[str, Params]):
+    self._offload = sharding.Offload(config.offload)
+    self._models = {
+      name: self._offload.store(
+        name, jax.tree.map(lambda x: x.astype(config.frozen_dtype), params)
+      )
+      for name, params in models.items()
+    }
+
+  def __getitem__(self, name: str) -> PyTree:
+    """Parameters on the device."""
+    return self._offload.load(name, self._models[name])
+
+  def store(self, name: str, params: PyTree) -> PyTree:
+    """What waits on the host while no program reads it; see `load`."""
+    return self._offload.store(name, params)
+
+  def load(self, name: str, params: PyTree) -> PyTree:
+    """Back to the device."""
+    return self._offload.load(name, params)
+
+
+# --- Rows and scores ----------------------------------------------------------
+
+
+def row_sizes(config: ConfigDict, mesh: jax.sharding.Mesh) -> packing.Sizes:
+  """What decides the shapes of rows, besides the lengths of episodes."""
+  # A TPU's flash kernel reads whole tiles.
+  on_tpu = mesh.devices.flat[0].platform == 'tpu'
+  tiled = config.attention == 'flash' or (config.attention == 'auto' and on_tpu)
+  return packing.Sizes(
+    prompt_columns=config.prompt_length,
+    response_columns=config.response_length,
+    num_minibatches=config.num_minibatches,
+    num_microbatches=config.num_microbatches,
+    num_epochs=config.num_epochs,
+    num_shards=mesh.shape['data'] * mesh.shape['fsdp'],
+    row_episodes=config.pack_episodes if config.pack else 0,
+    multiple=attention.TILE if tiled else 8,
+    spare=config.pack_spare,
+  )
+
+
+def lay_out(
+  config: ConfigDict,
+  programs: Mapping[str, Callable],
+  responses: Rollout,
+  mesh: jax.sharding.Mesh,
+  iteration: int,
+) -> packing.Layout:
+  """Where programs find a rollout's episodes, on the mesh.
+
+  Waits for the rollout, whose lengths choose one of few shapes.
+
+  Args:
+    config: of the stage.
+    programs: 'lengths' is jitted `rollout.episode_lengths`.
+    responses: the rollout.
+    mesh: where the layout goes.
+    iteration: the deal into minibatches is a function of it and the seed.
+  """
+  lengths, response_lengths = np.asarray(programs['lengths'](responses))
+  sizes = row_sizes(config, mesh)
+  groups = packing.deal_epochs(
+    lengths + response_lengths, sizes, (config.seed, iteration)
+  )
+  layout = packing.lay_out(lengths, response_lengths, groups, sizes)
+  # Every host has the whole layout and hands over its own rows of it.
+  own = jax.tree.map(
+    lambda x: np.split(x, jax.process_count())[jax.process_index()], layout
+  )
+  return sharding.put_batch(own, mesh)
+
+
+def make_score_fn(
+  config: ConfigDict,
+  programs: Mapping[str, Callable],
+  frozen: Frozen,
+  prompts: list[records.Prompt],
+  tokenizer: tokenizer_lib.Tokenizer,
+  mesh: jax.sharding.Mesh,
+) -> score_fns.ScoreFn:
+  """The scores that a stage trains on: `reward_model`, `reward_fn` or both.
+
+  Args:
+    config: of the stage.
+    programs: 'score' is a jitted `score_fns.reward_program`.
+    frozen: has the 'reward' model, where there is one.
+    prompts: the data set that responses answer.
+    tokenizer: of the policy.
+    mesh: where scores go.
+  """
+  parts = {}
+  if config.reward_model:
+    parts['reward_model'] = (
+      lambda sampled: programs['score'](
+        frozen['reward'], sampled.rollout, sampled.layout
+      ),
+      config.reward_weight,
+    )
+  for name, weight in score_fns.parse_weights(config.reward_fn).items():
+    function = score_fns.find_function(name)
+    parts[name] = (
+      score_fns.of_function(name, function, prompts, tokenizer, mesh),
+      weight,
+    )
+  return score_fns.weighted(parts)
+
+
+# --- Evaluation and outputs ---------------------------------------------------
+
+
+def make_evaluate(
+  config: ConfigDict,
+  module: Any,
+  tokenizer: tokenizer_lib.Tokenizer,
+  mesh: jax.sharding.Mesh,
+  data: Data,
+) -> Callable[[int, PyTree, PyTree], dict[str, float]]:
+  """(iterations done, policy, its average) -> values that are then due.
+
+  The loss on held-out text, of whole documents so that losses compare, and
+  scores on public NLP tasks.
+  """
+  loss_fn = prober = None
+  if config.valid_documents:
+    loss_fn = queries.make_heldout_loss(
+      module,
+      data.documents(config.valid_documents),
+      config.eval_batch_size,
+      mesh,
+    )
+  if config.probe_every:
+    prober = queries.make_prober(config, module, tokenizer, mesh)
+  end = num_iterations(config)
+
+  def evaluate(done, params, ema):
+    values, ending = {}, '_before' if done == 0 else ''
+    if loss_fn and (done in (0, end) or done % config.eval_every == 0):
+      values[f'eval/pretraining_loss{ending}'] = loss_fn(params).mean
+      if done > 0:
+        values['eval/pretraining_loss_ema'] = loss_fn(ema).mean
+    if prober and (done in (0, end) or done % config.probe_every == 0):
+      values |= prober(params, ending)
+    return values
+
+  return evaluate
+
+
+class Outputs:
+  """What an RL stage leaves behind besides metrics and checkpoints.
+
+  Args:
+    config: of the stage.
+    workdir: of the stage.
+    policy: module and metadata of the policy; its parameters are not read.
+    tokenizer: saved with every model.
+    reward: the reward model, whose scores on its training data bound what is
+      plausible; None without one.
+  """
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    workdir: epath.Path,
+    policy: model_fns.Model,
+    tokenizer: tokenizer_lib.Tokenizer,
+    reward: model_fns.Model | None,
+  ):
+    self._config, self._workdir, self._tokenizer = config, workdir, tokenizer
+    self._module = policy.module
+    score_range = (-math.inf, math.inf)
+    if reward is not None:
+      score_range = tuple(reward.metadata['score_range'])
+    self._reporter = alarms.Reporter(
+      score_range, config.response_length, policy.module.config.compute_dtype
+    )
+
+  def save(self, folder: str, params: Params, **metadata: Any) -> None:
+    """Writes a policy as a model folder."""
+    model_folder.save(
+      self._workdir / folder,
+      model_fns.Model('policy', self._module, params, {}),
+      self._tokenizer,
+      {'stage': self._config.name, 'seed': self._config.seed, **metadata},
+    )
+
+  def after(self, done: int, params: Params, lines: list[dict]) -> None:
+    """Writes a snapshot where one is due, and prints new alarms.
+
+    Args:
+      done: iterations.
+      params: of the policy.
+      lines: of metrics.jsonl so far.
+    """
+    every = self._config.snapshot_every
+    # The last one is the policy folder.
+    if every and done % every == 0 and done < num_iterations(self._config):
+      self.save(f'snapshots/{done}', params, iteration=done)
+    for text in self._reporter.new(lines):
+      run_lib.say(f'{self._config.name}: alarm: {text}')
+
+  def finish(
+    self, params: Params, ema: Params, lines: list[dict], data: Data
+  ) -> dict[str, Any]:
+    """Writes the policy, its moving average and the alarms.
+
+    Returns:
+      What the stage's record says of the run.
+    """
+    for name, weights in (('policy', params), ('ema', ema)):
+      self.save(
+        name,
+        weights,
+        weights=name,
+        ptx_coef=self._config.ptx_coef,
+        num_episodes=self._config.num_episodes,
+      )
+    found = self._reporter.find(lines)
+    run_lib.write_json(self._workdir / 'alarms.json', found)
+    return {
+      'num_prompts': data.num_kept,
+      'num_prompts_dropped': data.num_dropped,
+      'alarms': found,
+    }
+
+
+def summary(line: Mapping[str, Any]) -> str:
+  """A line of metrics in few words; None was not a finite number."""
+
+  def show(name, digits):
+    value = line.get(f'objective/{name}')
+    return f'{name} {"?" if value is None else f"{value:.{digits}f}"}'
+
+  return ' '.join((show('score', 3), show('kl', 2), show('length', 1)))
