@@ -100,8 +100,9 @@ class Starts:
 def serve():
   """Forks for each line of standard input."""
   sys.path[0] = str(ROOT)
-  for path in sorted((ROOT / 'experiments').glob('[a-z]*.py')):
-    importlib.import_module(f'experiments.{path.stem}')
+  for folder in ('experiments', 'instruct_jax/jobs'):
+    for path in sorted((ROOT / folder).glob('[a-z]*.py')):
+      importlib.import_module(f'{folder.replace("/", ".")}.{path.stem}')
   for line in sys.stdin:
     request = json.loads(line)
     pid = os.fork()

@@ -161,9 +161,7 @@ def test_paper_sizes_build_their_abstract_ppo_state(size):
   mesh = sharding.make_mesh((1, -1, 1))
   shape = TransformerConfig.from_dict(PRESETS[size])
   value_shape = TransformerConfig.from_dict(PRESETS['6b'])
-  optimizers = ppo_experiment.make_optimizers(
-    ppo_config_file.get_config(size)
-  )
+  optimizers = ppo_experiment.make_optimizers(ppo_config_file.get_config(size))
   for kind, config, tx in (
     ('policy', shape, optimizers['policy']),
     ('scalar', value_shape, optimizers['value']),

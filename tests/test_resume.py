@@ -17,6 +17,8 @@ from instruct_jax.infra import stages
 STAGE = """
   from etils import epath
 
+  PROCESSES = 'first'
+
   def validate(config):
     if config.size < 1:
       raise ValueError(f'size must be positive: {config.size}')
@@ -39,7 +41,7 @@ STAGE = """
 # Reads before it saves anything.
 STRICT = """
   from toys import stage
-  from toys.stage import inputs, validate
+  from toys.stage import PROCESSES, inputs, validate
 
   def run(config, workdir):
     if 'bad' in open(config.reads).read():

@@ -35,7 +35,7 @@ def stopped(start, tiny_run, workdir):
     MAIN,
     f'--config={tiny_run}/config.py',
     f'--workdir={workdir}',
-    until=lambda: timing.exists() and time.sleep(1.5) is None,
+    until=lambda: timing.exists() and time.sleep(0.1) is None,
   )
   assert ended.returncode == 75, ended.stderr
   return ended

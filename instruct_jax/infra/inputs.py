@@ -89,15 +89,15 @@ def problem(path: str) -> str:
     return str(error)
   except KeyError as error:  # epath knows no such scheme.
     return f'{path}: no paths begin with {error}'
-  if not found:
-    return f'{path}: no such file or folder'
-  if (_place(path) / 'params').exists() and not _is_model(_place(path)):
+  return '' if found else f'{path}: no such file or folder'
+
+
+def torn(path: str) -> str:
+  """Why a model folder of ours is not whole; '' for all else."""
+  place = epath.Path(path)
+  if (place / 'params').exists() and not (place / MODEL_FILE).exists():
     return f'{path}: a model folder without its {MODEL_FILE}'
   return ''
-
-
-def _is_model(place: epath.Path) -> bool:
-  return (place / MODEL_FILE).exists()
 
 
 def _place(path: str) -> epath.Path:
@@ -121,7 +121,7 @@ def content_hash(path: str) -> str:
   what the model is.
   """
   place = _place(path)
-  if place.is_dir() and _is_model(place):
+  if place.is_dir() and (place / MODEL_FILE).exists():
     place = place / MODEL_FILE
   if not place.is_dir():
     return _file_hash(place)

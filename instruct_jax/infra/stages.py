@@ -258,10 +258,11 @@ def find_missing(
     if stage.is_done and stage.name not in again:
       continue
     for label, path in reversed(stage.inputs().items()):
-      reason = inputs.problem(path)
+      reason, maker = inputs.problem(path), _maker(path, stages[:number])
+      if not reason and maker is not None:
+        reason = inputs.torn(path)
       if not reason:
         continue
-      maker = _maker(path, stages[:number])
       if maker is not None and maker.is_done and maker.name in have_run:
         reason = (
           f'{path} is missing, though {maker.name} is done; delete '
@@ -460,7 +461,13 @@ def check_inputs(
   """
   lines, changed = [], []
   for stage in chosen:
-    state, paths = _state(stage), stage.inputs()
+    state = _state(stage)
+    paths = {
+      label: path
+      for label, path in stage.inputs().items()
+      # A stage makes again what it wrote and is not whole.
+      if _maker(path, stages) is None or not inputs.torn(path)
+    }
     found = inputs.differences(stage.folder, paths) if state else {}
     if found and accept_new_inputs:
       inputs.accept(stage.folder, found)
