@@ -48,8 +48,6 @@ def stage(seed, workdir, name='reward'):
   config.divisor = 'surviving'  # Pairs left without ties, or 'all' (13.4).
   config.remat = 'none'
   config.attention = 'auto'  # The platform's flash kernel; or 'xla', 'flash'.
-  config.num_folds = 0  # Labeler groups of the cross-validation; 0 is none.
-  config.num_fold_seeds = 1
   config.log_every = 5
   config.eval_batch_size = 16  # Prompts.
   config.checkpoint_every = 50
@@ -59,7 +57,9 @@ def stage(seed, workdir, name='reward'):
 def crossval_stage(seed, workdir, name='crossval'):
   """E.2: five groups of labelers, three seeds, hyper-parameters of C.2."""
   config = stage(seed, workdir, name)
-  config.num_folds = 5
+  config.experiment = 'crossval'
+  del config.demonstrations
+  config.num_folds = 5  # Groups of labelers, each left out in turn.
   config.num_fold_seeds = 3
   return config
 
@@ -148,7 +148,8 @@ def from_export(config):
   folder = config.data.get_ref('comparisons')
   config.comparisons = folder + '/comparisons_train.jsonl'
   config.valid_comparisons = folder + '/comparisons_valid.jsonl'
-  config.demonstrations = folder + '/demonstrations.jsonl'
+  if 'demonstrations' in config:
+    config.demonstrations = folder + '/demonstrations.jsonl'
   return config
 
 

@@ -19,7 +19,7 @@ peers' environments runs their scripts (README there) alternately with ours.
 
 from ml_collections import ConfigDict
 
-from configs import common, ppo_ptx, sft
+from configs import common, rl, sft
 
 WORKS = {
   'iteration': 0.0,
@@ -119,7 +119,7 @@ def get_config(argument: str = 's,iteration'):
   # Share of the vocabulary that ends a response. The weights are random, so
   # lengths are near geometric: 0.038 gives a mean of 24 of at most 64.
   config.stop_fraction = 0.038 * WORKS[work]
-  config.ppo = ppo_ptx.ppo_stage(0, '')
+  config.ppo = rl.stage(0, '')
   config.ppo.prompt_length = 64
   config.ppo.response_length = 64
   config.ppo.ptx_row_length = 128

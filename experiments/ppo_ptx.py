@@ -24,13 +24,11 @@ from instruct_jax import (
   rewards,
   rl,
   rollout,
-  score_fns,
   supervised,
 )
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import loop, sharding, train_state
-from instruct_jax.models import heads
 
 PROCESSES = 'all'
 
@@ -74,9 +72,7 @@ def build_programs(config, policy, value, stop_ids):
     stop_ids=stop_ids,
     temperature=config.temperature,
     num_slots=config.num_slots,
-  )
-  score = score_fns.reward_program(
-    values_fn, functools.partial(heads.read_scores, value), config.num_slices
+    num_samples=config.samples_per_prompt,
   )
   penalise = ppo.make_penalise(
     logprobs_fn, values_fn, ppo.gae_advantages(method), method
@@ -90,7 +86,7 @@ def build_programs(config, policy, value, stop_ids):
   return {
     'respond': jax.jit(respond),
     'lengths': jax.jit(rollout.episode_lengths),
-    'score': jax.jit(score),
+    'score': jax.jit(rl.make_score(config, value)),
     'penalise': jax.jit(penalise),
     'train': jax.jit(train, donate_argnums=0),
   }
@@ -176,7 +172,7 @@ def run(config, workdir: epath.Path):
         )
         layout = rl.lay_out(config, programs, responses, mesh, iteration)
         # Score.
-        scores = score_fn(score_fns.Sampled(responses, layout, prompts.indices))
+        scores = score_fn(rl.sampled_of(config, responses, layout, prompts))
         # Penalise.
         batch, kl, objective = programs['penalise'](
           state.replace(ema=None),

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation (Schulman et al. 2016) on masked responses.
+"""Advantages of masked responses: GAE, and baselines from samples alone.
 
 The environment is a bandit (paper 3.5): the episode ends with the response, so
 the value after its last token is 0 and nothing is bootstrapped from padding.
@@ -49,3 +49,42 @@ def gae(
   _, advantages = jax.lax.scan(step, start, (deltas.T, mask.T), reverse=True)
   advantages = advantages.T
   return advantages, jnp.where(mask, advantages + values, 0.0)
+
+
+def leave_one_out(
+  returns: Float[Array, 'B'], num_samples: int
+) -> Float[Array, 'B']:
+  """Each return minus the mean of its group's others (Kool et al. 2019, eq. 8).
+
+    A_i = G_i - 1 / (n - 1) sum over j != i of G_j
+
+  RLOO (Ahmadian et al. 2024, section 3.2). The baseline does not depend on the
+  response, so the gradient stays unbiased.
+
+  Args:
+    returns: G, one a response; the n responses to a prompt are neighbours.
+    num_samples: n, at least 2.
+  """
+  groups = returns.reshape(-1, num_samples)
+  others = jnp.sum(groups, axis=1, keepdims=True) - groups
+  return (groups - others / (num_samples - 1)).reshape(-1)
+
+
+def group_normalised(
+  returns: Float[Array, 'B'], num_samples: int
+) -> Float[Array, 'B']:
+  """Each return in standard deviations of its group (GRPO).
+
+    A_i = (G_i - mean(G)) / (std(G) + 1e-4)
+
+  Shao et al. 2024, section 4.1.2; the population's standard deviation. A group
+  of equal returns has advantages of 0.
+
+  Args:
+    returns: G, one a response; the n responses to a prompt are neighbours.
+    num_samples: n, at least 2.
+  """
+  groups = returns.reshape(-1, num_samples)
+  centred = groups - jnp.mean(groups, axis=1, keepdims=True)
+  deviation = jnp.sqrt(jnp.mean(jnp.square(centred), axis=1, keepdims=True))
+  return (centred / (deviation + 1e-4)).reshape(-1)

@@ -57,6 +57,53 @@ def ranking_loss(
   return loss, pairs, jnp.sum(won, axis=(-2, -1))
 
 
+def plackett_luce_loss(
+  scores: Float[Array, '*#B C'], ranks: Int[Array, '*B C']
+) -> tuple[Float[Array, '*B'], Float[Array, '*B']]:
+  """A ranking's negative log-likelihood as repeated choices (Plackett 1975).
+
+    loss(x) = -1/Z sum over i of log(e^r_i / (e^r_i + sum of e^r_j))
+
+  j runs over the candidates that are worse than i, and i over those that have
+  such. Z is the number of i, so that a ranking weighs as much as any other
+  (Rafailov et al. 2023, appendix A.3, takes the sum). Without ties it is the
+  choice of the best, then of the second best, and so on; tied candidates are
+  not compared. Of two candidates it is `ranking_loss`.
+
+  Args:
+    scores, ranks: see `ranking_loss`.
+
+  Returns:
+    (loss, choices), each [*B]; a ranking that is all ties has 0 and 0.
+  """
+  present = ranks > 0
+  worse = ranks[..., :, None] < ranks[..., None, :]
+  worse &= present[..., :, None] & present[..., None, :]
+  margins = jnp.where(worse, scores[..., None, :] - scores[..., :, None], 0.0)
+  # log(1 + sum of e^(r_j - r_i)), with the 1 as one more candidate.
+  terms = jnp.where(worse, margins, -jnp.inf)
+  terms = jnp.concatenate([terms, jnp.zeros_like(terms[..., :1])], axis=-1)
+  chosen = jnp.any(worse, axis=-1)
+  nll = jnp.where(chosen, jax.nn.logsumexp(terms, axis=-1), 0.0)
+  choices = jnp.sum(chosen, axis=-1, dtype=jnp.float32)
+  return jnp.sum(nll, axis=-1) / jnp.maximum(choices, 1), choices
+
+
+def mean_over_rankings(
+  loss: Float[Array, 'B R'], weights: Float[Array, 'B R']
+) -> Float[Array, 'B']:
+  """The mean of a prompt's losses over the labelers who ranked it.
+
+  So a prompt weighs as much as any other, however many ranked it.
+
+  Args:
+    loss: of each labeler's ranking.
+    weights: 0 for labelers who are absent, or tied everything.
+  """
+  count = jnp.sum(weights > 0, axis=1, dtype=jnp.float32)
+  return jnp.sum(loss, axis=1) / jnp.maximum(count, 1)
+
+
 def clipped_policy_loss(
   logprobs: Float[Array, 'B R'],
   old_logprobs: Float[Array, 'B R'],

@@ -55,6 +55,9 @@ class PPOConfig:
     value_clip: Ziegler et al.'s code; reward units.
     whiten_advantages: over the whole batch's response tokens.
     missing_end_score: score of a response that never ended, or None.
+    kl_in: 'reward' subtracts the KL penalty from rewards (equation 2); 'loss'
+      adds it to the policy's loss.
+    kl_estimator: of the penalty; see `rewards.kl_estimator`.
     kl_target: wanted KL, nats a response; None keeps beta fixed.
     kl_horizon: episodes; see `rewards.update_kl_coef`.
     ptx_coef: gamma of equation 2; 0 is PPO without pretraining gradients.
@@ -74,6 +77,8 @@ class PPOConfig:
   value_clip: float = 0.2
   whiten_advantages: bool = True
   missing_end_score: float | None = None
+  kl_in: str = 'reward'
+  kl_estimator: str = 'k1'
   kl_target: float | None = None
   kl_horizon: int = 10_000
   ptx_coef: float = 27.8
@@ -86,10 +91,16 @@ class PPOConfig:
   ema_every: str = 'update'
 
   def __post_init__(self):
-    if self.ema_every not in ('update', 'iteration'):
-      raise ValueError(
-        f"ema_every must be 'update' or 'iteration': {self.ema_every!r}"
-      )
+    for name, known in (
+      ('ema_every', ('update', 'iteration')),
+      ('kl_in', ('reward', 'loss')),
+      ('kl_estimator', rewards.KL_ESTIMATORS),
+    ):
+      if getattr(self, name) not in known:
+        raise ValueError(
+          f'{name} must be one of {", ".join(map(repr, known))}: '
+          f'{getattr(self, name)!r}'
+        )
     for name in (
       'num_minibatches',
       'num_epochs',
@@ -136,6 +147,29 @@ def gae_advantages(config: PPOConfig) -> AdvantageFn:
     if config.whiten_advantages:
       found = masked.whiten(found, mask)
     return found, returns
+
+  return advantage_fn
+
+
+def group_advantages(
+  baseline_fn: Callable[[jax.Array, int], jax.Array], num_samples: int
+) -> AdvantageFn:
+  """One advantage a response, for all of its tokens; no value model.
+
+  The return of a response is the sum of its rewards. The loss averages over
+  tokens, so a response weighs as much as it has tokens, which is what the
+  gradient of its log-probability asks for.
+
+  Args:
+    baseline_fn: (returns [B], n) -> advantages [B], say
+      `advantages.leave_one_out`.
+    num_samples: n responses a prompt, neighbours in the rollout.
+  """
+
+  def advantage_fn(token_rewards, mask, values):
+    del values
+    found = baseline_fn(jnp.sum(token_rewards, axis=1), num_samples)
+    return jnp.where(mask, found[:, None], 0.0), None
 
   return advantage_fn
 
@@ -295,7 +329,12 @@ def penalised(
     scores, rollout.ended, config.missing_end_score
   )
   token_rewards = rewards.token_rewards(
-    paid_scores, old_logprobs, ref_logprobs, mask, kl_coef
+    paid_scores,
+    old_logprobs,
+    ref_logprobs,
+    mask,
+    kl_coef if config.kl_in == 'reward' else jnp.zeros_like(kl_coef),
+    config.kl_estimator,
   )
   found, returns = advantage_fn(token_rewards, mask, old_values)
   kl, kl_k3 = rewards.kl_estimates(old_logprobs, ref_logprobs, mask)
@@ -340,7 +379,12 @@ def penalised(
 
 
 def make_policy_loss(logprobs_fn: LogprobsFn, config: PPOConfig) -> LossFn:
-  """Clipped policy loss summed over response tokens, as a `LossFn`."""
+  """Clipped policy loss summed over response tokens, as a `LossFn`.
+
+  With `kl_in` 'loss' the KL penalty is added, times `frozen['kl_coef']`. The
+  gradient of k1 as it stands has mean 0, so k1 is weighted by pi / pi_old,
+  through which the tokens' distribution is differentiated, too.
+  """
 
   def loss_fn(params, frozen, batch: RLBatch, key):
     del key  # No dropout in PPO.
@@ -354,6 +398,13 @@ def make_policy_loss(logprobs_fn: LogprobsFn, config: PPOConfig) -> LossFn:
     loss, ratio, clipped = losses.clipped_policy_loss(
       logprobs, batch.old_logprobs, batch.advantages, config.clip
     )
+    if config.kl_in == 'loss':
+      penalty = rewards.kl_estimator(
+        logprobs - batch.ref_logprobs, config.kl_estimator
+      )
+      if config.kl_estimator == 'k1':
+        penalty = ratio * penalty
+      loss = loss + frozen['kl_coef'] * penalty
     log_ratio = logprobs - batch.old_logprobs
     metrics = {
       'ppo/loss/policy': masked.metric(loss, mask),
@@ -442,6 +493,7 @@ def make_train(
     kl: rewards.KLState,
     key: Key,
   ):
+    frozen = {**frozen, 'kl_coef': state.kl.coef}
     num_steps = config.num_epochs * config.num_minibatches
     inputs: dict[str, Any] = {
       'key': jax.random.split(key, num_steps),

@@ -7,7 +7,8 @@ Equation 2 of the paper, per token:
 
 The penalty is the signed log-ratio of the sampled tokens. It is not clamped:
 its expectation is the KL divergence, though single tokens, and small batches,
-may come out negative.
+may come out negative. Other estimators of the same divergence may take its
+place; see `kl_estimator`.
 """
 
 import flax.struct
@@ -16,6 +17,33 @@ from jaxtyping import Array, Bool, Float
 
 from instruct_jax import masked
 
+KL_ESTIMATORS = ('k1', 'k2', 'k3')
+
+
+def kl_estimator(
+  log_ratio: Float[Array, '*b'], name: str
+) -> Float[Array, '*b']:
+  """A one-sample estimate of KL(pi || ref), nats (Schulman 2020).
+
+    k1 = d            unbiased, of either sign
+    k2 = d^2 / 2      biased, never negative; its gradient is that of the KL
+    k3 = e^-d - 1 + d unbiased, never negative
+
+  Args:
+    log_ratio: d = log pi - log ref of a token drawn from pi.
+    name: 'k1', 'k2' or 'k3'.
+
+  Raises:
+    ValueError: another name.
+  """
+  if name == 'k1':
+    return log_ratio
+  if name == 'k2':
+    return 0.5 * jnp.square(log_ratio)
+  if name == 'k3':
+    return jnp.expm1(-log_ratio) + log_ratio
+  raise ValueError(f'kl_estimator must be one of {KL_ESTIMATORS}: {name!r}')
+
 
 def token_rewards(
   scores: Float[Array, 'B'],
@@ -23,6 +51,7 @@ def token_rewards(
   ref_logprobs: Float[Array, 'B R'],
   response_mask: Bool[Array, 'B R'],
   kl_coef: Float[Array, ''],
+  estimator: str = 'k1',
 ) -> Float[Array, 'B R']:
   """KL-penalised rewards, float32; 0 where masked (equation 2).
 
@@ -31,8 +60,9 @@ def token_rewards(
     old_logprobs, ref_logprobs: of each response token, nats.
     response_mask: True on response tokens. A row without any gets no reward.
     kl_coef: beta; 0.02 in the paper.
+    estimator: of the divergence; the paper has 'k1'.
   """
-  penalty = -kl_coef * (old_logprobs - ref_logprobs)
+  penalty = -kl_coef * kl_estimator(old_logprobs - ref_logprobs, estimator)
   columns = jnp.arange(response_mask.shape[1])[None, :]
   is_last = columns == masked.last_index(response_mask)[:, None]
   rewards = penalty + jnp.where(is_last, scores[:, None], 0.0)
@@ -60,12 +90,12 @@ def kl_estimates(
 ) -> tuple[Float[Array, 'B'], Float[Array, 'B']]:
   """Two estimates of each response's KL(pi || ref), nats.
 
-  The first is the signed log-ratio of the sampled tokens (unbiased, may be
-  negative on a small batch); the second is k3 = exp(-d) - 1 + d with
-  d = log pi - log ref, which has the same mean and is never negative.
+  k1, which may be negative on a small batch, and k3, which has the same mean
+  and is never negative; summed over tokens.
   """
   ratio = jnp.where(response_mask, old_logprobs - ref_logprobs, 0.0)
-  return jnp.sum(ratio, axis=1), jnp.sum(jnp.expm1(-ratio) + ratio, axis=1)
+  k1, k3 = (jnp.sum(kl_estimator(ratio, name), axis=1) for name in ('k1', 'k3'))
+  return k1, k3
 
 
 @flax.struct.dataclass

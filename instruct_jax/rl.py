@@ -31,7 +31,7 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals.benchmarks import probe
 from instruct_jax.infra import optimizer, sharding
 from instruct_jax.infra import run as run_lib
-from instruct_jax.models import attention
+from instruct_jax.models import attention, heads
 from instruct_jax.models.config import check_stage
 from instruct_jax.types import Params, PromptBatch, PyTree, Rollout, TextBatch
 
@@ -49,10 +49,14 @@ def validate(config: ConfigDict) -> None:
   """
   check_stage(config)
   method = method_of(config)
+  for key in ('samples_per_prompt', 'pack_episodes', 'pack_spare'):
+    if config[key] < 1:
+      raise ValueError(f'{key} must be at least 1: {config[key]}')
   for divisor, size in (
     ('batch_size', 'num_episodes'),
     ('num_minibatches', 'batch_size'),
     ('num_slices', 'batch_size'),
+    ('samples_per_prompt', 'batch_size'),
   ):
     if config[size] % config[divisor]:
       raise ValueError(
@@ -69,9 +73,6 @@ def validate(config: ConfigDict) -> None:
       f'num_slots must be 0 (as batch_size) to {config.batch_size}: '
       f'{config.num_slots}'
     )
-  for key, least in (('pack_episodes', 1), ('pack_spare', 1.0)):
-    if config[key] < least:
-      raise ValueError(f'{key} must be at least {least}: {config[key]}')
   run_lib.check_choice(config, 'offload', OFFLOADED)
   if not config.temperature > 0:
     raise ValueError(f'temperature must be positive: {config.temperature}')
@@ -118,6 +119,11 @@ def num_iterations(config: ConfigDict) -> int:
   return config.num_episodes // config.batch_size
 
 
+def num_prompts(config: ConfigDict) -> int:
+  """Prompts an iteration."""
+  return config.batch_size // config.samples_per_prompt
+
+
 def make_optimizer(
   config: ConfigDict, learning_rate: float
 ) -> optax.GradientTransformation:
@@ -162,29 +168,26 @@ class Data:
     return self.prompt_batches[iteration], ptx
 
 
-def read_data(
-  config: ConfigDict,
-  tokenizer: tokenizer_lib.Tokenizer,
-  samples_per_prompt: int = 1,
-) -> Data:
+def read_data(config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer) -> Data:
   """Reads prompts, and pretraining text where `ptx_coef` is not 0.
 
   Args:
     config: of the stage.
     tokenizer: of the policy.
-    samples_per_prompt: n; an iteration reads batch_size / n prompts.
 
   Raises:
     ValueError: a record that is none, or too few for one iteration.
   """
-  num_prompts = config.batch_size // samples_per_prompt
   prompts = records.read_jsonl(config.prompts, records.Prompt)
   rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
   run_lib.tell_dropped(
     config.name, dropped.describe('prompts', 'prompt_length')
   )
   run_lib.check_enough(
-    loader.num_rows(rows), num_prompts, 'prompts', 'batch_size'
+    loader.num_rows(rows),
+    num_prompts(config),
+    'prompts',
+    'batch_size / samples_per_prompt',
   )
   make_batches = functools.partial(
     loader.make_batches,
@@ -210,7 +213,7 @@ def read_data(
     prompts=prompts,
     num_kept=loader.num_rows(rows),
     num_dropped=dropped.total,
-    prompt_batches=make_batches(rows, batch_size=num_prompts),
+    prompt_batches=make_batches(rows, batch_size=num_prompts(config)),
     ptx_batches=ptx,
     documents=documents,
   )
@@ -238,7 +241,7 @@ def make_mesh(
   return model_folder.make_mesh(
     config.mesh,
     list(folders),
-    [microbatch, slice_size, config.eval_batch_size],
+    [microbatch, slice_size, num_prompts(config), config.eval_batch_size],
   )
 
 
@@ -355,6 +358,40 @@ def lay_out(
     lambda x: np.split(x, jax.process_count())[jax.process_index()], layout
   )
   return sharding.put_batch(own, mesh)
+
+
+def make_score(
+  config: ConfigDict, module: heads.ScalarModel
+) -> Callable[[Params, Rollout, packing.Layout], jax.Array]:
+  """The reward model's program; see `score_fns.reward_program`.
+
+  Args:
+    config: of the stage.
+    module: the reward model.
+  """
+  longest = config.prompt_length + config.response_length
+  return score_fns.reward_program(
+    model_fns.scalars_fn(module, longest),
+    functools.partial(heads.read_scores, module),
+    config.num_slices,
+  )
+
+
+def sampled_of(
+  config: ConfigDict,
+  responses: Rollout,
+  layout: packing.Layout,
+  prompts: PromptBatch,
+) -> score_fns.Sampled:
+  """What a `ScoreFn` takes: whose prompts the responses answer is added.
+
+  Args:
+    config: of the stage.
+    responses, layout: on the mesh.
+    prompts: on the host, this process's rows.
+  """
+  indices = np.repeat(prompts.indices, config.samples_per_prompt)
+  return score_fns.Sampled(responses, layout, indices)
 
 
 def make_score_fn(

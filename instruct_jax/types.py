@@ -63,13 +63,17 @@ class ComparisonBatch:
     mask: True on real tokens; all False for an absent candidate.
     ranks: of R labelers; 1 is best; equal numbers are ties; 0 for an absent
       candidate or labeler.
+    prompt_lengths: tokens of the prompt, which all candidates begin with.
     prompt_mask: False on rows that only fill up the last batch.
+    ref_logprobs: log pi_ref(completion | prompt), nats; None where not needed.
   """
 
   tokens: Int[Array, 'B C T']
   mask: Bool[Array, 'B C T']
   ranks: Int[Array, 'B R C']
+  prompt_lengths: Int[Array, 'B']
   prompt_mask: Bool[Array, 'B']
+  ref_logprobs: Float[Array, 'B C'] | None = None
 
 
 @flax.struct.dataclass
@@ -84,8 +88,11 @@ class PackedComparisons:
     segments: 0 on padding; 1, 2, ... number the candidates of a row.
     ends: where each candidate's last token is in the flattened [M * T] rows;
       0 for an absent candidate.
-    ranks: of R labelers, as in `ComparisonBatch`.
-    prompt_mask: False on prompts that only fill up the batch.
+    ranks, prompt_mask, ref_logprobs: as in `ComparisonBatch`.
+    where: column of the position that predicts each completion token; None
+      where nothing reads completions by the token.
+    owner: which of the B * C candidates it belongs to; B * C where there is
+      none.
   """
 
   tokens: Int[Array, 'M T']
@@ -93,6 +100,9 @@ class PackedComparisons:
   ends: Int[Array, 'B C']
   ranks: Int[Array, 'B R C']
   prompt_mask: Bool[Array, 'B']
+  ref_logprobs: Float[Array, 'B C'] | None = None
+  where: Int[Array, 'M Q'] | None = None
+  owner: Int[Array, 'M Q'] | None = None
 
 
 @flax.struct.dataclass

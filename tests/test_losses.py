@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import reward
 from instruct_jax import losses
 
 ranking_loss = jax.jit(losses.ranking_loss, static_argnames='divisor')
@@ -89,7 +88,11 @@ def test_a_prompt_is_the_mean_of_its_labelers(rng, divisor):
   ranks[1, 2] = 2  # The third one ties everything.
   ranks[2] = 1  # All do.
   ranks[3, :, 3] = 0  # Three candidates.
-  result = reward.prompt_losses(jnp.array(scores), jnp.array(ranks), divisor)
+  loss, pairs, correct = ranking_loss(
+    jnp.array(scores)[:, None], jnp.array(ranks), divisor
+  )
+  loss = losses.mean_over_rankings(loss, pairs)
+  result = loss, pairs.sum(axis=1), correct.sum(axis=1)
   for prompt in range(6):
     loss, pairs, correct = ranking_loop(
       [scores[prompt]] * 3, ranks[prompt], divisor

@@ -27,13 +27,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 WORDS = [f'w{i}' for i in range(24)]
 
 CONFIG = """
-from configs import common, ppo_ptx, pretrain, reward
+from configs import common, pipeline, pretrain, reward, rl
 
 def get_config(argument):
   if argument in ('pretrain', 'endless'):
     config = pretrain.stage(0, '')
     config.documents = config.valid = {inputs!r} + '/documents.jsonl'
-    config.model = ppo_ptx.tiny_model(32, 1, 16, 1)
+    config.model = pipeline.tiny_model(32, 1, 16, 1)
     config.batch_size, config.row_length = 8, 12
     config.num_steps = 4 if argument == 'pretrain' else 100_000
     config.num_warmup, config.eval_every, config.eval_batch_size = 1, 4, 8
@@ -46,7 +46,7 @@ def get_config(argument):
     config.eval_batch_size, config.log_every = 8, 1
     config.checkpoint_every, config.learning_rate = 2, 1e-3
   else:
-    config = ppo_ptx.ppo_stage(0, '')
+    config = rl.stage(0, '')
     config.reward_model = {inputs!r} + '/reward'
     config.prompts = {inputs!r} + '/prompts.jsonl'
     config.documents = config.valid_documents = {inputs!r} + '/documents.jsonl'

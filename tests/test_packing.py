@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from configs import ppo_ptx as config_file
+from configs import rl as config_file
 from experiments import ppo_ptx
 from instruct_jax import model_fns, packing, ppo, rewards, rl
 from instruct_jax.infra import sharding, train_state
@@ -350,7 +350,7 @@ def test_neighbours_do_not_matter():
 
 
 def build(scalar=tiny.SCALAR, **changes):
-  config = config_file.ppo_stage(0, '')
+  config = config_file.stage(0, '')
   values = {
     'reward_model': 'one',
     'prompt_length': P,

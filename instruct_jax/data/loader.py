@@ -298,7 +298,8 @@ def comparison_rows(
       continue
     order = rankings[0].completions
     sequences = [[*prompt, *answer] for answer in answers]
-    kept.append((sequences, [_ranks_in(order, each) for each in rankings]))
+    ranks = [_ranks_in(order, each) for each in rankings]
+    kept.append((len(prompt), sequences, ranks))
   num_refused = sum(
     len(rankings)
     for prompt, rankings in zip(prompts, elements.values(), strict=True)
@@ -310,15 +311,19 @@ def comparison_rows(
   shape = (len(kept), max_candidates, row_length)
   tokens = np.full(shape, tokenizer.pad_id, np.int32)
   mask = np.zeros(shape, bool)
-  num_labelers = max(len(rankings) for _, rankings in kept)
+  num_labelers = max(len(rankings) for _, _, rankings in kept)
   ranks = np.zeros((len(kept), num_labelers, max_candidates), np.int32)
-  for row, (sequences, rankings) in enumerate(kept):
+  for row, (_, sequences, rankings) in enumerate(kept):
     ranks[row, : len(rankings), : len(sequences)] = rankings
     for candidate, sequence in enumerate(sequences):
       tokens[row, candidate, : len(sequence)] = sequence
       mask[row, candidate, : len(sequence)] = True
   batch = types.ComparisonBatch(
-    tokens=tokens, mask=mask, ranks=ranks, prompt_mask=np.ones(len(kept), bool)
+    tokens=tokens,
+    mask=mask,
+    ranks=ranks,
+    prompt_lengths=np.array([length for length, _, _ in kept], np.int32),
+    prompt_mask=np.ones(len(kept), bool),
   )
   return batch, dropped
 
@@ -355,7 +360,11 @@ def _fits(prompt, answers, row_length) -> bool:
 
 
 def pack_comparisons(
-  batch: types.ComparisonBatch, num_rows: int | None = None
+  batch: types.ComparisonBatch,
+  num_rows: int | None = None,
+  num_responses: int | None = None,
+  *,
+  reads_responses: bool = False,
 ) -> types.PackedComparisons:
   """Lays the candidates of a batch out densely, several to a row.
 
@@ -365,9 +374,12 @@ def pack_comparisons(
     batch: one row a prompt, in NumPy arrays.
     num_rows: M, so that every batch has one shape; as many as it takes if
       None.
+    num_responses: Q, the like for completion tokens of a row.
+    reads_responses: say where completion tokens are, without a given Q.
 
   Raises:
-    ValueError: the candidates do not fit into `num_rows` rows.
+    ValueError: the candidates do not fit into `num_rows` rows, or their
+      completions into `num_responses` places.
   """
   row_length = batch.tokens.shape[2]
   sizes = batch.mask.sum(axis=2)
@@ -379,9 +391,7 @@ def pack_comparisons(
   if needed > num_rows:
     raise ValueError(f'{needed} rows are needed, num_rows is {num_rows}')
   starts = row * row_length + offset
-  within = np.arange(lengths.sum()) - np.repeat(
-    np.cumsum(lengths) - lengths, lengths
-  )
+  within = _ranges(lengths)
   positions = np.repeat(starts, lengths) + within
   tokens = np.zeros(num_rows * row_length, np.int32)
   segments = np.zeros(num_rows * row_length, np.int32)
@@ -391,13 +401,43 @@ def pack_comparisons(
   segments[positions] = np.repeat(segment, lengths)
   ends = np.zeros(sizes.shape, np.int32)
   ends[prompt, candidate] = starts + lengths - 1
-  return types.PackedComparisons(
+  packed = types.PackedComparisons(
     tokens=tokens.reshape(num_rows, row_length),
     segments=segments.reshape(num_rows, row_length),
     ends=ends,
     ranks=np.asarray(batch.ranks),
     prompt_mask=np.asarray(batch.prompt_mask),
+    ref_logprobs=batch.ref_logprobs,
   )
+  if not reads_responses and num_responses is None:
+    return packed
+  # Completion tokens row by row, each with the column that predicts it.
+  prompt_lengths = batch.prompt_lengths[prompt]
+  responses = lengths - prompt_lengths
+  owner = np.repeat(prompt * sizes.shape[1] + candidate, responses)
+  rows = np.repeat(row, responses)
+  columns = np.repeat(offset + prompt_lengths - 1, responses) + _ranges(
+    responses
+  )
+  order = np.argsort(rows, kind='stable')
+  counts = np.bincount(rows, minlength=num_rows)
+  if num_responses is None:
+    num_responses = -(-int(counts.max()) // 8) * 8
+  elif counts.max() > num_responses:
+    raise ValueError(
+      f'{counts.max()} completion tokens in a row of {num_responses} places'
+    )
+  places = rows[order], _ranges(counts)
+  where = np.zeros((num_rows, num_responses), np.int32)
+  owners = np.full((num_rows, num_responses), sizes.size, np.int32)
+  where[places], owners[places] = columns[order], owner[order]
+  return packed.replace(where=where, owner=owners)
+
+
+def _ranges(sizes: np.ndarray) -> np.ndarray:
+  """0 .. size - 1 for each size, one after the other."""
+  ends = np.cumsum(sizes)
+  return np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
 
 
 def prompt_rows(
@@ -579,12 +619,12 @@ def _best_fit(
 
 
 def _map_fields(rows: Any, fn: Any) -> Any:
+  fields = {
+    field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)
+  }
   return dataclasses.replace(
     rows,
-    **{
-      field.name: fn(np.asarray(getattr(rows, field.name)))
-      for field in dataclasses.fields(rows)
-    },
+    **{n: fn(np.asarray(x)) for n, x in fields.items() if x is not None},
   )
 
 

@@ -1,0 +1,194 @@
+"""DPO on K-way rankings (Rafailov et al. 2023): no reward model, no sampling.
+
+A fork of `reward.py`: the score of a completion is the implied reward
+
+  r(x, y) = beta (log pi(y | x) - log pi_ref(y | x))
+
+and the loss is that of the reward model, over all pairs of a ranking, or the
+Plackett-Luce likelihood of its order, by one key (`ranking_loss`). The
+reference is the initial policy; its log-probabilities are computed once.
+"""
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from instruct_jax import (
+  losses,
+  masked,
+  model_fns,
+  model_folder,
+  rankings,
+  supervised,
+)
+from instruct_jax.data import loader
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.infra import loop, optimizer, sharding, train_state
+from instruct_jax.infra import run as run_lib
+from instruct_jax.models.config import check_stage
+
+PROCESSES = 'all'
+
+
+def validate(config):
+  check_stage(config)
+  run_lib.check_choice(config, 'ranking_loss', ('pairwise', 'plackett_luce'))
+  run_lib.check_choice(config, 'divisor', ('surviving', 'all'))
+  if not config.beta > 0:
+    raise ValueError(f'beta must be positive: {config.beta}')
+  if config.batch_size % config.num_microbatches:
+    raise ValueError(
+      f'num_microbatches {config.num_microbatches} does not divide '
+      f'batch_size {config.batch_size}'
+    )
+
+
+def inputs(config):
+  """What this stage reads, by config key."""
+  keys = ('tokenizer', 'init', 'comparisons', 'valid_comparisons')
+  return {key: config[key] for key in keys}
+
+
+def build_programs(config, module, num_steps):
+  """The jitted programs of this stage."""
+  tx = optimizer.make_adam(
+    optimizer.cosine_to_fraction(config.learning_rate, num_steps, 0.1),
+    b1=config.adam_b1,
+    b2=config.adam_b2,
+    eps=config.adam_eps,
+    max_grad_norm=config.max_grad_norm,
+  )
+  logprobs_fn = model_fns.logprobs_fn(module)
+
+  def loss_fn(params, frozen, batch, key):
+    del key  # Without dropout, as the reference.
+    logprobs, _ = logprobs_fn(
+      lora.join(params, frozen.get('policy')),
+      batch.tokens,
+      batch.segments,
+      batch.where,
+    )
+    logprobs = rankings.sums_by_owner(logprobs, batch)
+    scores = config.beta * (logprobs - batch.ref_logprobs)
+    loss, pairs, correct = losses.ranking_loss(
+      scores[:, None], batch.ranks, config.divisor
+    )
+    if config.ranking_loss == 'plackett_luce':
+      loss, _ = losses.plackett_luce_loss(scores[:, None], batch.ranks)
+    loss = losses.mean_over_rankings(loss, pairs)
+    pairs, correct = jnp.sum(pairs, axis=1), jnp.sum(correct, axis=1)
+    # A prompt that is all ties has nothing to teach and does not count.
+    counted = batch.prompt_mask & (pairs > 0)
+    summed, weight = masked.metric(loss, counted)
+    best = jnp.any(batch.ranks == 1, axis=1)
+    metrics = {
+      'dpo/loss': (summed, weight),
+      'dpo/accuracy': (
+        masked.total(correct, counted),
+        masked.total(pairs, counted),
+      ),
+      'dpo/reward': masked.metric(scores, jnp.any(batch.ranks > 0, axis=1)),
+      'dpo/reward_of_best': masked.metric(scores, best),
+      'dpo/logprob_of_best': masked.metric(logprobs, best),
+    }
+    return summed, (weight, metrics)
+
+  update = supervised.make_update(loss_fn, tx, config.num_microbatches)
+
+  return {
+    'optimizer': tx,
+    'update': jax.jit(update, donate_argnums=0),
+  }
+
+
+def train(config, workdir, name, rows, model, seed):
+  """Trains one policy.
+
+  Args:
+    config: of the stage.
+    workdir: for checkpoints and metrics.
+    name: for progress.
+    rows: `ComparisonBatch` to learn from.
+    model: where it starts; its parameters are donated.
+    seed: of the batches.
+
+  Returns:
+    Its parameters.
+  """
+  mesh = jax.sharding.get_mesh()
+  batches = rankings.Batches(config, rows, seed, reads_responses=True)
+  programs = build_programs(config, model.module, len(batches))
+  state = train_state.create(model.params, programs['optimizer'])
+  root = jax.random.key(seed)
+  with loop.Loop(
+    workdir,
+    name,
+    len(batches),
+    log_every=config.log_every,
+    checkpoint_every=config.checkpoint_every,
+    **config.loop,
+  ) as steps:
+    programs = steps.watched(programs)
+    state = steps.restore(sharding.place(state, mesh))
+    data = loader.ahead(batches.__getitem__)
+    for step, host_batch in steps.steps_with(data):
+      # Every process packs the whole batch, for `ends` points across rows.
+      batch = sharding.put_whole(host_batch, mesh)
+      state, metrics = programs['update'](
+        state, {}, batch, jax.random.fold_in(root, step)
+      )
+      steps.end_step(
+        step,
+        state,
+        metrics,
+        states={name: state},
+        num_items=config.batch_size,
+      )
+  return state.params
+
+
+def run(config, workdir: epath.Path):
+  """Trains a policy, and judges its implied rewards.
+
+  Reads the initial policy and rankings; writes `model` and results.json.
+  """
+  validate(config)
+  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  comparisons, valid = rankings.read(config)
+  policy, mesh = rankings.load_policy(config, tokenizer)
+  with sharding.use_mesh(mesh):
+    rows, dropped = rankings.training_rows(config, comparisons, tokenizer)
+    encoded = rankings.encode(config, valid, tokenizer)
+    # The reference, once for all epochs: training writes over its weights.
+    program = rankings.logprobs_program(policy.module)
+    reference = functools.partial(
+      rankings.response_logprobs,
+      program,
+      policy.params,
+      batch_size=config.eval_batch_size,
+    )
+    rows = rows.replace(ref_logprobs=reference(rows))
+    valid_reference = reference(encoded.rows)
+    params = train(config, workdir, config.name, rows, policy, config.seed)
+    (accuracy,) = rankings.accuracy(
+      lambda rows: (
+        rankings.response_logprobs(
+          program, params, rows, config.eval_batch_size
+        )
+        - valid_reference
+      ),
+      encoded,
+    )
+    results = rankings.results(accuracy, rows, len(comparisons), dropped)
+    model_folder.save(
+      workdir / 'model',
+      model_fns.Model('policy', policy.module, params, {}),
+      tokenizer,
+      {'stage': config.name, 'seed': config.seed, **results},
+    )
+  run_lib.write_json(workdir / 'results.json', results)
+  run_lib.say(
+    f'{config.name}: accuracy {accuracy.accuracy:.3f} '
+    f'[{accuracy.low:.3f}, {accuracy.high:.3f}] on {accuracy.num_pairs} pairs'
+  )
+  return results

@@ -1,0 +1,209 @@
+"""RLOO (Ahmadian et al. 2024), and GRPO's advantages by one key.
+
+  respond -> score -> penalise -> train
+
+A fork of `ppo_ptx.py` without a value model: n responses to each prompt, and
+the baseline of each is the mean score of the others (`advantage`
+'leave_one_out'), or its score is taken in standard deviations of the n
+('group_normalised', Shao et al. 2024). The KL penalty is part of the reward or
+of the loss (`kl_in`), by one of three estimators. The pretraining part of
+PPO-ptx can be added here, too.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from instruct_jax import (
+  advantages,
+  model_fns,
+  ppo,
+  rewards,
+  rl,
+  rollout,
+  supervised,
+)
+from instruct_jax.data import loader
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.infra import loop, sharding, train_state
+from instruct_jax.infra import run as run_lib
+
+PROCESSES = 'all'
+ADVANTAGES = {
+  'leave_one_out': advantages.leave_one_out,
+  'group_normalised': advantages.group_normalised,
+}
+
+
+def validate(config):
+  """Checks the config; see `rl.validate`."""
+  rl.validate(config)
+  run_lib.check_choice(config, 'advantage', tuple(ADVANTAGES))
+  if config.samples_per_prompt < 2:
+    raise ValueError(
+      'samples_per_prompt must be at least 2, each the baseline of the others: '
+      f'{config.samples_per_prompt}'
+    )
+
+
+def inputs(config):
+  """What this stage reads, by config key."""
+  return rl.inputs(config)
+
+
+def make_optimizers(config):
+  """Adam for the policy (C.4)."""
+  return {'policy': rl.make_optimizer(config, config.learning_rate)}
+
+
+def build_programs(config, policy, reward, stop_ids):
+  """The jitted programs of one iteration.
+
+  Args:
+    config: of the stage.
+    policy: pure module.
+    reward: that of the reward model; None without one.
+    stop_ids: tokens that end responses.
+  """
+  method = rl.method_of(config)
+  longest = config.prompt_length + config.response_length
+  logprobs_fn = model_fns.logprobs_fn(policy, config.temperature, longest)
+  # A row's noise depends on its prompt's number, not on its neighbours: the
+  # slots change the memory that the cache takes and the time, nothing else.
+  respond = functools.partial(
+    rollout.generate,
+    decoder=model_fns.decoder(policy, config.gather_weights),
+    num_response=config.response_length,
+    stop_ids=stop_ids,
+    temperature=config.temperature,
+    num_slots=config.num_slots,
+    num_samples=config.samples_per_prompt,
+  )
+  advantage_fn = ppo.group_advantages(
+    ADVANTAGES[config.advantage], config.samples_per_prompt
+  )
+  penalise = ppo.make_penalise(logprobs_fn, None, advantage_fn, method)
+  loss_fns = {
+    'policy': ppo.make_policy_loss(logprobs_fn, method),
+    'ptx': supervised.make_text_loss(model_fns.logprobs_fn(policy)),
+  }
+  train = ppo.make_train(loss_fns, make_optimizers(config), method)
+  return {
+    'respond': jax.jit(respond),
+    'lengths': jax.jit(rollout.episode_lengths),
+    'score': reward and jax.jit(rl.make_score(config, reward)),
+    'penalise': jax.jit(penalise),
+    'train': jax.jit(train, donate_argnums=0),
+  }
+
+
+def initial_state(config, policy) -> ppo.RLState:
+  """Before the first update; the parameters given are copied.
+
+  Donated states must not share buffers with the frozen models.
+  """
+
+  def copy(params):
+    return jax.tree.map(jnp.copy, params)
+
+  optimizers = make_optimizers(config)
+  return ppo.RLState(
+    policy=train_state.create(copy(policy), optimizers['policy']),
+    value=None,
+    ema=copy(policy),
+    kl=rewards.KLState(coef=jnp.float32(config.kl_coef)),
+  )
+
+
+def run(config, workdir: epath.Path):
+  """Trains a policy; see the top of this file.
+
+  Reads the initialisation, the reward model, prompts and pretraining text;
+  writes `policy` and `ema` (model folders), metrics, alarms.json, snapshots.
+  """
+  validate(config)
+  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  mesh = rl.make_mesh(config, tokenizer)
+  data = rl.read_data(config, tokenizer)
+  with sharding.use_mesh(mesh):
+    policy, reward = rl.load_models(config, tokenizer, mesh)
+    programs = build_programs(
+      config, policy.module, reward and reward.module, tokenizer.stop_ids
+    )
+    state = initial_state(config, policy.params)
+    models = {'reference': policy.params}
+    if reward is not None:
+      models['reward'] = reward.params
+    frozen = rl.Frozen(config, models)
+    evaluate = rl.make_evaluate(config, policy.module, tokenizer, mesh, data)
+    outputs = rl.Outputs(config, workdir, policy, tokenizer, reward)
+    # Their float32 weights live on in the state alone.
+    del policy, reward, models
+
+    with loop.Loop(
+      workdir,
+      config.name,
+      rl.num_iterations(config),
+      log_every=1,
+      checkpoint_every=config.checkpoint_every,
+      **config.loop,
+    ) as iterations:
+      programs = iterations.watched(programs)
+      score_fn = rl.make_score_fn(
+        config, programs, frozen, data.prompts, tokenizer, mesh
+      )
+      state = iterations.restore(sharding.place(state, mesh))
+      root = jax.random.key(config.seed)
+      for iteration, (prompts, ptx) in iterations.steps_with(
+        loader.ahead(data.batches)
+      ):
+        keys = jax.random.split(jax.random.fold_in(root, iteration))
+        keys = dict(zip(('respond', 'train'), keys, strict=True))
+        values = {}
+        if iteration == 0:
+          values = evaluate(0, state.policy.params, state.ema)
+
+        # Respond.
+        ema = frozen.store('ema', state.ema)
+        responses = programs['respond'](
+          state.policy.params,
+          sharding.put_batch(prompts, mesh),
+          keys['respond'],
+        )
+        layout = rl.lay_out(config, programs, responses, mesh, iteration)
+        # Score.
+        scores = score_fn(rl.sampled_of(config, responses, layout, prompts))
+        # Penalise.
+        batch, kl, objective = programs['penalise'](
+          state.replace(ema=None),
+          {'reference': frozen['reference']},
+          responses,
+          layout,
+          scores,
+        )
+        # Train.
+        state, metrics = programs['train'](
+          state.replace(ema=frozen.load('ema', ema)),
+          {},
+          batch,
+          sharding.put_batch(ptx, mesh),
+          kl,
+          keys['train'],
+        )
+
+        done = iteration + 1
+        values |= evaluate(done, state.policy.params, state.ema)
+        iterations.end_step(
+          iteration,
+          state,
+          {**objective, **metrics},
+          states={f'{config.name} policy': state.policy},
+          values=values,
+          num_items=config.batch_size,
+          text_fn=rl.summary,
+        )
+        outputs.after(done, state.policy.params, iterations.lines)
+      lines = iterations.lines
+    return outputs.finish(state.policy.params, state.ema, lines, data)

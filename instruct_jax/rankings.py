@@ -1,0 +1,340 @@
+"""K-way rankings as the models that learn from them read them.
+
+All candidates of a prompt are one element of a batch (3.5, C.2), in as few rows
+as they take; a candidate is scored once, however many labelers ranked it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from instruct_jax import model_fns, model_folder
+from instruct_jax.data import loader, records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals import preference_accuracy
+from instruct_jax.infra import run as run_lib
+from instruct_jax.infra import sharding, slices
+from instruct_jax.models import heads
+from instruct_jax.types import ComparisonBatch, PackedComparisons
+
+# Rows of rankings -> one score a candidate [N, C], on the host.
+ScoreRowsFn = Callable[[ComparisonBatch], np.ndarray]
+
+
+def read(
+  config: ConfigDict,
+) -> tuple[list[records.Comparison], list[records.Comparison]]:
+  """Rankings to train on and to validate on, as many as the config wants.
+
+  Raises:
+    ValueError: a record that is none, or ranks that say nothing.
+  """
+  found = []
+  for key in ('comparisons', 'valid_comparisons'):
+    rankings = records.read_jsonl(config[key], records.Comparison)
+    rankings = rankings[: config[f'max_{key}'] or None]
+    records.check_labels(rankings, config[key])
+    found.append(rankings)
+  return found[0], found[1]
+
+
+def load_policy(
+  config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer
+) -> tuple[model_fns.Model, jax.sharding.Mesh]:
+  """The initial policy and its mesh.
+
+  Raises:
+    ValueError: no such model, or rows that do not fit it or the mesh.
+  """
+  model_folder.check(config.init, 'policy', tokenizer)
+  mesh = model_folder.make_mesh(
+    config.mesh, [config.init], [config.batch_size, config.eval_batch_size]
+  )
+  policy = model_folder.load(
+    config.init,
+    'policy',
+    mesh,
+    tokenizer,
+    remat=config.remat,
+    attention=config.attention,
+    compute_dtype=config.compute_dtype,
+  )
+  model_fns.check_context(policy, config.row_length, 'row_length')
+  return policy, mesh
+
+
+def training_rows(
+  config: ConfigDict,
+  comparisons: Sequence[records.Comparison],
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> tuple[ComparisonBatch, loader.Dropped]:
+  """`loader.comparison_rows` of a stage; says what it drops."""
+  rows, dropped = loader.comparison_rows(
+    comparisons,
+    tokenizer,
+    config.max_candidates,
+    config.row_length,
+    merge=config.merge_rankings,
+  )
+  run_lib.tell_dropped(
+    config.name, dropped.describe('comparisons', 'row_length')
+  )
+  return rows, dropped
+
+
+def demonstration_rows(
+  config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer
+) -> ComparisonBatch:
+  """Demonstrations as rankings of one; says what is dropped."""
+  demonstrations = records.read_jsonl(
+    config.demonstrations, records.Demonstration
+  )
+  rows, dropped = loader.comparison_rows(
+    [
+      records.Comparison(d.prompt, (d.response,), (1,), d.id, turns=d.turns)
+      for d in demonstrations
+    ],
+    tokenizer,
+    1,
+    config.row_length,
+  )
+  run_lib.tell_dropped(
+    config.name, dropped.describe('demonstrations', 'row_length')
+  )
+  return rows
+
+
+class Batches:
+  """Batches of a run, packed, all of one shape: that of the fullest one.
+
+  Each microbatch is packed by itself, so that it is whole.
+
+  Args:
+    config: of the stage.
+    rows: to learn from.
+    seed: of the draws.
+    reads_responses: whether rows say where their response tokens are.
+  """
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    rows: ComparisonBatch,
+    seed: int,
+    reads_responses: bool = False,
+  ):
+    self._rows, self._num_parts = rows, config.num_microbatches
+    self._steps = loader.balanced_batches(
+      rows.mask.sum(axis=(1, 2)),
+      batch_size=config.batch_size,
+      seed=seed,
+      num_epochs=config.num_epochs,
+    )
+    packed = [
+      loader.pack_comparisons(part, reads_responses=reads_responses)
+      for step in range(len(self._steps))
+      for part in self._parts(step)
+    ]
+    num_devices = jax.device_count()
+    needed = max(len(part.tokens) for part in packed)
+    self._shape = {'num_rows': -(-needed // num_devices) * num_devices}
+    if reads_responses:
+      self._shape['num_responses'] = max(p.where.shape[1] for p in packed)
+
+  def _parts(self, step):
+    for indices in np.split(self._steps[step], self._num_parts):
+      yield loader.take(self._rows, indices)
+
+  def __len__(self) -> int:
+    return len(self._steps)
+
+  def __getitem__(self, step: int) -> PackedComparisons:
+    parts = [
+      loader.pack_comparisons(part, **self._shape) for part in self._parts(step)
+    ]
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """Encoded rankings, for any number of models.
+
+  Attributes:
+    fitting: those that fit into a row.
+    distinct: `answers_of` them -> one of them.
+    rows: of `distinct`, in its order.
+  """
+
+  fitting: list[records.Comparison]
+  distinct: dict[tuple, records.Comparison]
+  rows: ComparisonBatch
+
+
+def answers_of(comparison: records.Comparison) -> tuple:
+  """What is scored: all of a comparison but who ranked it, and how."""
+  return comparison.prompt, comparison.turns, comparison.completions
+
+
+def encode(
+  config: ConfigDict,
+  comparisons: Sequence[records.Comparison],
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> Encoded:
+  """Tokens of what is to be scored; says what is too long and left out."""
+  fitting = loader.fitting_comparisons(
+    comparisons, tokenizer, config.row_length
+  )
+  run_lib.say_left_out(
+    config.name,
+    len(comparisons) - len(fitting),
+    len(comparisons),
+    'valid_comparisons',
+    f'row_length ({config.row_length} tokens)',
+  )
+  distinct = {answers_of(comparison): comparison for comparison in fitting}
+  rows, _ = loader.comparison_rows(
+    list(distinct.values()), tokenizer, config.max_candidates, config.row_length
+  )
+  return Encoded(fitting, distinct, rows)
+
+
+def accuracy(
+  score_fn: ScoreRowsFn,
+  encoded: Encoded,
+  groups: Sequence[set[str] | None] = (None,),
+) -> list[preference_accuracy.Accuracy]:
+  """Pairwise accuracy of scores on rankings, with its interval.
+
+  Args:
+    score_fn: is called once.
+    encoded: the rankings.
+    groups: names of labelers, an accuracy for each; None is all of them.
+  """
+  scores = {
+    key: row[: len(comparison.completions)]
+    for (key, comparison), row in zip(
+      encoded.distinct.items(), score_fn(encoded.rows), strict=True
+    )
+  }
+  found = []
+  for labelers in groups:
+    chosen = [
+      comparison
+      for comparison in encoded.fitting
+      if labelers is None or comparison.labeler in labelers
+    ]
+    found.append(
+      preference_accuracy.pairwise_accuracy(
+        [scores[answers_of(c)] for c in chosen],
+        [c.ranks for c in chosen],
+        [c.prompt for c in chosen],
+      )
+    )
+  return found
+
+
+def results(
+  accuracy: preference_accuracy.Accuracy,
+  rows: ComparisonBatch,
+  num_comparisons: int,
+  dropped: loader.Dropped,
+) -> dict[str, float]:
+  """What results.json says of a model trained on rankings.
+
+  Args:
+    accuracy: on validation rankings.
+    rows: learned from.
+    num_comparisons: before any was dropped.
+    dropped: of these.
+  """
+  return {
+    'accuracy': accuracy.accuracy,
+    'low': accuracy.low,
+    'high': accuracy.high,
+    'num_pairs': accuracy.num_pairs,
+    'num_comparisons': num_comparisons - dropped.total,
+    'num_prompts': loader.num_rows(rows),
+    'num_forwards': int(rows.mask.any(axis=2).sum()),  # An epoch.
+    'num_dropped': dropped.total,
+  }
+
+
+def score_rows(
+  program: Callable[..., jax.Array],
+  params: jax.Array,
+  rows: ComparisonBatch,
+  batch_size: int,
+) -> np.ndarray:
+  """A reward model's scores of every candidate: [N, C] on the host.
+
+  A head made here reads the score at the last token, whatever that is.
+
+  Args:
+    program: (params, tokens, segments) -> scalars, on the current mesh.
+    params: of the reward model.
+    rows: of any number of prompts.
+    batch_size: packed rows a call.
+  """
+  packed = loader.pack_comparisons(rows)
+  scalars = _in_batches(
+    program, params, (packed.tokens, packed.segments), batch_size
+  )
+  return scalars.reshape(-1)[packed.ends]
+
+
+def logprobs_program(module: heads.Policy) -> Callable[..., jax.Array]:
+  """(params, tokens, segments, where) -> log-probabilities [M, Q], jitted."""
+  logprobs_fn = model_fns.logprobs_fn(module)
+  return jax.jit(lambda *rows: logprobs_fn(*rows)[0])
+
+
+def response_logprobs(
+  program: Callable[..., jax.Array],
+  params: jax.Array,
+  rows: ComparisonBatch,
+  batch_size: int,
+) -> np.ndarray:
+  """log p(candidate | prompt) of every candidate, nats: [N, C] on the host.
+
+  Args:
+    program: of `logprobs_program`.
+    params: of the policy.
+    rows: of any number of prompts.
+    batch_size: packed rows a call.
+  """
+  packed = loader.pack_comparisons(rows, reads_responses=True)
+  logprobs = _in_batches(
+    program, params, (packed.tokens, packed.segments, packed.where), batch_size
+  )
+  sums = np.bincount(
+    packed.owner.reshape(-1),
+    logprobs.reshape(-1).astype(np.float64),
+    packed.ends.size + 1,
+  )
+  return sums[:-1].reshape(packed.ends.shape).astype(np.float32)
+
+
+def sums_by_owner(
+  values: Float[Array, 'M Q'], batch: PackedComparisons
+) -> Float[Array, 'B C']:
+  """The sum of each candidate's completion tokens, on the device."""
+  B, C = batch.ends.shape
+  sums = jax.ops.segment_sum(
+    values.reshape(-1), batch.owner.reshape(-1), B * C + 1
+  )
+  return sums[:-1].reshape(B, C)
+
+
+def _in_batches(program, params, arrays, batch_size):
+  mesh = jax.sharding.get_mesh()
+  return slices.in_batches(
+    lambda batch: sharding.fetch(
+      program(params, *sharding.put_whole(batch, mesh))
+    ),
+    arrays,
+    batch_size,
+  )
