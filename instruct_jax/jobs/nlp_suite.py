@@ -25,6 +25,7 @@ from instruct_jax.evals.benchmarks import (
   released_csv,
   runner,
   tasks,
+  text_judges,
 )
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
