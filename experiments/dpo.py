@@ -9,11 +9,14 @@ Plackett-Luce likelihood of its order, by one key (`ranking_loss`). The
 reference is the initial policy; its log-probabilities are computed once.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from etils import epath
 
 from instruct_jax import (
+  lora,
   losses,
   masked,
   model_fns,

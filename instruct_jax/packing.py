@@ -259,9 +259,9 @@ def lay_out(
   if lengths.min() < 1:
     raise ValueError(f'episode {lengths.argmin()} has no tokens at all')
   B, T = len(lengths), sizes.longest
-  placed = None
+  num_rows = 0
   for shape in ladder(sizes, groups.shape[1]):
-    if placed is None or shape.num_rows != num_rows:
+    if shape.num_rows != num_rows:
       num_rows = shape.num_rows
       placed = _place(groups, lengths, response_lengths, num_rows)
     fits = placed.most <= shape.length

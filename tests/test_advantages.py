@@ -91,3 +91,46 @@ def test_masked_out_entries_do_not_matter(rng):
   assert not np.asarray(out)[~mask].any()
   assert not np.asarray(returns)[~mask].any()
   assert np.isfinite(clean[1]).all()
+
+
+# --- Baselines from samples alone ---------------------------------------------
+
+
+def test_leave_one_out_by_hand():
+  # Two prompts of three responses. 1 - (2 + 6) / 2 = -3, 2 - (1 + 6) / 2 =
+  # -1.5, 6 - (1 + 2) / 2 = 4.5; then 0 - 1 / 2, 0 - 1 / 2, 1 - 0.
+  found = advantages.leave_one_out(jnp.array([1.0, 2, 6, 0, 0, 1]), 3)
+  np.testing.assert_allclose(found, [-3, -1.5, 4.5, -0.5, -0.5, 1])
+
+
+def test_group_normalised_by_hand():
+  # Mean 3, deviations -2, -1, 3: variance 14 / 3, standard deviation 2.160247.
+  found = advantages.group_normalised(jnp.array([1.0, 2, 6, 5, 5, 5]), 3)
+  np.testing.assert_allclose(
+    found, [-0.925820, -0.462910, 1.388730, 0, 0, 0], atol=1e-4
+  )
+  assert found[3:].tolist() == [0, 0, 0]  # Equal returns teach nothing.
+
+
+@pytest.mark.parametrize(
+  'baseline_fn', [advantages.leave_one_out, advantages.group_normalised]
+)
+def test_groups_do_not_meet_and_a_shift_changes_nothing(rng, baseline_fn):
+  returns = rng.normal(size=12).astype(np.float32)
+  whole = baseline_fn(jnp.asarray(returns), 4)
+  for group in range(3):
+    part = slice(4 * group, 4 * group + 4)
+    alone = baseline_fn(jnp.asarray(returns[part]), 4)
+    np.testing.assert_allclose(alone, whole[part], rtol=1e-6)
+    assert abs(float(jnp.sum(alone))) < 1e-5
+  np.testing.assert_allclose(
+    baseline_fn(jnp.asarray(returns + 3), 4), whole, atol=1e-5
+  )
+
+
+def test_leave_one_out_is_the_scaled_deviation_from_the_mean(rng):
+  """n / (n - 1) times it (Kool et al. 2019)."""
+  returns = rng.normal(size=(5, 6)).astype(np.float32)
+  expected = 6 / 5 * (returns - returns.mean(axis=1, keepdims=True))
+  found = advantages.leave_one_out(jnp.asarray(returns.reshape(-1)), 6)
+  np.testing.assert_allclose(found, expected.reshape(-1), rtol=1e-4, atol=1e-5)

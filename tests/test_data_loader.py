@@ -439,3 +439,41 @@ def test_balanced_batches_vary_with_the_seed_only():
   assert not np.array_equal(first, other)
   with pytest.raises(ValueError, match='do not fill a batch of 64'):
     loader.balanced_batches(sizes, batch_size=64, seed=1)
+
+
+def test_packed_comparisons_say_where_completions_are(words):
+  """Each completion token once, by the candidate that it belongs to."""
+  rows, _ = loader.comparison_rows(
+    [
+      records.Comparison('a b c', ('d', 'e f', 'g h a'), (1, 2, 3)),
+      records.Comparison('b', ('c c', 'd'), (2, 1)),
+    ],
+    words,
+    3,
+    8,
+  )
+  assert rows.prompt_lengths.tolist() == [3, 1]
+  packed = loader.pack_comparisons(rows, reads_responses=True)
+  assert packed.where.shape == packed.owner.shape
+  assert packed.where.shape[1] % 8 == 0
+  found = collections.defaultdict(list)
+  for row, (columns, owners) in enumerate(
+    zip(packed.where, packed.owner, strict=True)
+  ):
+    for column, owner in zip(columns, owners, strict=True):
+      if owner < 6:
+        # The token stands one column after the position that predicts it.
+        found[int(owner)].append(packed.tokens[row, column + 1])
+        assert packed.segments[row, column] == packed.segments[row, column + 1]
+  expected = words.encode_responses(
+    ['d', 'e f', 'g h a', 'c c', 'd'], ended=True
+  )
+  assert dict(found) == dict(enumerate(expected))
+  again = loader.pack_comparisons(rows, 6, 16)
+  assert again.where.shape == (6, 16) and again.tokens.shape == (6, 8)
+  assert (again.owner < 6).sum() == (packed.owner < 6).sum()
+  with pytest.raises(
+    ValueError, match='completion tokens in a row of 1 places'
+  ):
+    loader.pack_comparisons(rows, 6, 1)
+  assert loader.pack_comparisons(rows).where is None

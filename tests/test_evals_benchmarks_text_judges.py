@@ -14,6 +14,7 @@ import scipy.stats
 
 from instruct_jax.data import records
 from instruct_jax.evals import endpoint
+from instruct_jax.evals.benchmarks import text_judges
 from tests.fake_server import Fault, serve
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -107,7 +108,7 @@ def test_perspectives_own_scores_are_labels(tmp_path, monkeypatch):
   path.write_text(f'{row("a", 0.25, "b", None)}\n{row("c", 1, "d", 0.5)}\n')
   found = [('a', 0.25), ('c', 1.0), ('d', 0.5)]
   assert text_judges.read_toxicity_labels(path) == found
-  monkeypatch.setattr(judges, '_MAX_LABELS', 2)
+  monkeypatch.setattr(text_judges, '_MAX_LABELS', 2)
   assert len(set(text_judges.read_toxicity_labels(path)) & set(found)) == 2
   path.write_text(f'{row("a", 0, "b", 1)}\n{{"prompt": {{"text": "x"}}}}\n')
   with pytest.raises(

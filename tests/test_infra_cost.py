@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from instruct_jax.infra import sharding
+from instruct_jax.infra import cost, sharding
 
 # A loop of five steps around a fusion that slices one layer of a stack, an
 # update in place, one collective of each notation, and arrays on the chip.

@@ -16,6 +16,7 @@ from etils import epath
 
 from configs import ppo_ptx as config_file
 from experiments import ppo_ptx, pretrain, reward, sft
+from instruct_jax import model_fns, model_folder
 from instruct_jax.infra import (
   checkpoint,
   metrics,

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from configs import plan as config_file
-from instruct_jax.infra import sharding
+from instruct_jax.infra import cost, sharding
 from instruct_jax.jobs import plan
 from instruct_jax.models import decoding
 

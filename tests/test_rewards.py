@@ -118,3 +118,42 @@ def test_adaptive_kl(measured, factor):
 def test_fixed_kl():
   state = KLState(coef=jnp.float32(0.02))
   assert rewards.update_kl_coef(state, jnp.float32(50), 512, None) is state
+
+
+def test_kl_estimators_by_hand():
+  d = jnp.array([0.5, -0.5, 0.0])
+  np.testing.assert_allclose(rewards.kl_estimator(d, 'k1'), [0.5, -0.5, 0])
+  np.testing.assert_allclose(rewards.kl_estimator(d, 'k2'), [0.125, 0.125, 0])
+  # e^-0.5 - 1 + 0.5 = 0.1065307, e^0.5 - 1 - 0.5 = 0.1487213.
+  np.testing.assert_allclose(
+    rewards.kl_estimator(d, 'k3'), [0.1065307, 0.1487213, 0], rtol=1e-5
+  )
+  with pytest.raises(ValueError, match="one of .*'k3'.*: 'k4'"):
+    rewards.kl_estimator(d, 'k4')
+
+
+@pytest.mark.parametrize('name', ['k1', 'k3'])
+def test_unbiased_estimators_have_the_mean_of_the_divergence(rng, name):
+  """Over a table of 6 tokens, weighted by the policy: the exact KL."""
+  policy, reference = (
+    jax.nn.log_softmax(jnp.asarray(rng.normal(size=6))) for _ in range(2)
+  )
+  exact = jnp.sum(jnp.exp(policy) * (policy - reference))
+  found = jnp.exp(policy) * rewards.kl_estimator(policy - reference, name)
+  np.testing.assert_allclose(jnp.sum(found), exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize('estimator', rewards.KL_ESTIMATORS)
+def test_token_rewards_take_any_estimator(rng, estimator):
+  old, ref = jnp.asarray(rng.normal(size=(2, 4, 3)), jnp.float32)
+  scores = jnp.array([0.7, -1.0, 5.0, 0.25])
+  found = rewards.token_rewards(
+    scores, old, ref, jnp.asarray(MASK), jnp.float32(0.1), estimator
+  )
+  plain = rewards.token_rewards(
+    scores, old, ref, jnp.asarray(MASK), jnp.float32(0.0)
+  )
+  expected = -0.1 * rewards.kl_estimator(old - ref, estimator)
+  np.testing.assert_allclose(
+    found - plain, np.where(MASK, expected, 0), rtol=1e-4, atol=1e-6
+  )

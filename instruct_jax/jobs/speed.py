@@ -386,11 +386,9 @@ def measure_iteration(config, workdir) -> dict:
     # 3. What lies inside one program.
     repeats = config.num_iterations
     short = work.build(work.changed(response_length=1))['respond']
-    params = work.state.policy.params
     prefill = measure.repeat(
-      lambda: short(params, prompts, work.root), repeats
+      lambda: short(work.state.policy.params, prompts, work.root), repeats
     ).median
-    del params
     without_ptx = seconds['update']
     if stage.ptx_coef > 0:
       plain = work.build(work.changed(ptx_coef=0.0))
