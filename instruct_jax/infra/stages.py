@@ -139,9 +139,9 @@ class Stage:
     return inputs.read_by(self.experiment, self.config)
 
   def key(self, label: str) -> str:
-    """The key of the command line that an input comes from, or its label."""
+    """The key of the command line that an input comes from; '' of no key."""
     key = inputs.key_of(label, self.described)
-    return f'{self.prefix}{key}' if key in self.described else label
+    return f'{self.prefix}{key}' if key in self.described else ''
 
 
 def of_run(
@@ -331,7 +331,7 @@ def _missing(*found) -> str:
   who = stage.name
   if len(found) > 1:
     who += f' (and {", ".join(other.name for other, _, _ in found[1:])})'
-  if key == label:  # Of no key: what an earlier stage of the run would write.
+  if not key:  # What an earlier stage of the run would write.
     return f'{who}: {reason}'
   if reason == inputs.EMPTY:
     return f'{who}: {label} is empty; give --config.{key}=PATH'
@@ -475,7 +475,8 @@ def check_inputs(
       changed.append(stage)
     for label, (before, after) in found.items():
       text = (
-        f'{stage.name} is {state}; {stage.key(label)}: {after["path"]} had '
+        f'{stage.name} is {state}; {stage.key(label) or label}: '
+        f'{after["path"]} had '
         f'SHA-256 {before["sha256"][:12]}, now {after["sha256"][:12]}'
       )
       if accept_new_inputs:
