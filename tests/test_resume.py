@@ -245,6 +245,55 @@ def test_every_missing_input_is_told_before_the_first_stage(toy):
   toy.start()
 
 
+@pytest.mark.parametrize(
+  ('config', 'lines'),
+  [
+    (
+      'sft.py:gpt2',
+      [
+        'error: sft: tokenizer is empty; give --config.tokenizer=PATH',
+        'sft: init: hf:/nowhere: no such file or folder; correct --config.init',
+        'sft: demonstrations is empty; give --config.demonstrations=PATH',
+        'sft: valid_demonstrations is empty; give '
+        '--config.valid_demonstrations=PATH',
+      ],
+    ),
+    (
+      'reward.py:6b',
+      [
+        'error: reward: tokenizer is empty; give --config.tokenizer=PATH',
+        'reward: init: hf:/nowhere: no such file or folder; correct '
+        '--config.init',
+        *(
+          f'reward: {key}: ./{name}.jsonl: no such file or folder; correct '
+          f'--config.{key}'
+          for key, name in (
+            ('comparisons', 'comparisons_train'),
+            ('valid_comparisons', 'comparisons_valid'),
+            ('demonstrations', 'demonstrations'),
+          )
+        ),
+      ],
+    ),
+  ],
+)
+def test_a_run_of_one_stage_names_its_keys(start, tmp_path, config, lines):
+  ended = start(
+    'instruct_jax.main',
+    f'--config=configs/{config}',
+    f'--workdir={tmp_path}/out',
+    '--config.init=hf:/nowhere',
+  )
+  assert ended.returncode == 1
+  found = ended.stderr.splitlines()
+  # The hub words its refusal itself.
+  for line, wanted in zip(found, lines, strict=True):
+    start_of_line, _, _ = wanted.partition('hf:/nowhere')
+    assert line.startswith(start_of_line)
+    assert line.endswith(wanted.rpartition('; ')[2])
+  assert not (tmp_path / 'out').exists()
+
+
 def test_what_an_earlier_stage_makes_need_not_be_there_yet(toy):
   # Of a later one it must.
   reads = f'--config.stages.a.reads={toy.workdir}/b/out'

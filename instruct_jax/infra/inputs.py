@@ -92,6 +92,14 @@ def problem(path: str) -> str:
   return '' if found else f'{path}: no such file or folder'
 
 
+def torn(path: str) -> str:
+  """Why a model folder of ours is not whole; '' for all else."""
+  place = epath.Path(path)
+  if (place / 'params').exists() and not (place / MODEL_FILE).exists():
+    return f'{path}: a model folder without its {MODEL_FILE}'
+  return ''
+
+
 def _place(path: str) -> epath.Path:
   return epath.Path(hub.locate(path) if path.startswith('hf:') else path)
 
