@@ -13,6 +13,7 @@ import textwrap
 import pytest
 
 from instruct_jax.infra import stages
+from tests import test_keys
 
 STAGE = """
   from etils import epath
@@ -409,3 +410,33 @@ def test_the_table_says_why_each_key_may_change():
   for key, reason in stages.MAY_CHANGE.items():
     assert key and reason
   assert not set(stages.MAY_CHANGE) & set(stages.MAY_CHANGE_IF)
+
+
+def test_every_key_that_may_change_is_in_some_config():
+  known = test_keys.known_keys()
+  assert set(stages.MAY_CHANGE) | set(stages.MAY_CHANGE_IF) <= known
+
+
+def test_what_may_change_depends_on_the_stage():
+  configs = {
+    'sft': ('sft', '1p3b'),  # Drops out 0.2.
+    'init': ('sft', '1p3b,init'),
+    'reward': ('reward', '6b'),
+    'ppo': ('ppo_ptx', '1p3b'),
+    'sample': ('sample', ''),
+  }
+  found = {
+    name: {
+      key
+      for key in stages.MAY_CHANGE_IF
+      if stages.may_change(key, test_keys.flat(test_keys.get_config(*which)))
+    }
+    for name, which in configs.items()
+  }
+  assert found == {
+    'sft': set(),
+    'init': {'num_microbatches'},
+    'reward': {'num_microbatches'},
+    'ppo': {'pack'},
+    'sample': {'num_microbatches', 'batch_size'},
+  }

@@ -68,8 +68,11 @@ def _dropout(stage: Mapping[str, Any]) -> float:
 
 # The like, for stages of which the condition holds.
 MAY_CHANGE_IF: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-  # Sums over microbatches are those over the batch; dropout draws anew in each.
-  'num_microbatches': lambda stage: not _dropout(stage),
+  # Sums over microbatches are those over the batch. But dropout draws anew in
+  # each, and RL deals its episodes to them by length.
+  'num_microbatches': lambda stage: (
+    not _dropout(stage) and 'num_episodes' not in stage
+  ),
   # Of training it is the method; elsewhere, what is sampled at a time.
   'batch_size': lambda stage: 'learning_rate' not in stage,
   # In PPO a layout of rows, the same episodes; in SFT it makes other batches.
