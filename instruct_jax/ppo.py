@@ -381,9 +381,10 @@ def penalised(
 def make_policy_loss(logprobs_fn: LogprobsFn, config: PPOConfig) -> LossFn:
   """Clipped policy loss summed over response tokens, as a `LossFn`.
 
-  With `kl_in` 'loss' the KL penalty is added, times `frozen['kl_coef']`. The
-  gradient of k1 as it stands has mean 0, so k1 is weighted by pi / pi_old,
-  through which the tokens' distribution is differentiated, too.
+  With `kl_in` 'loss' the KL penalty is added, times `frozen['kl_coef']`. On
+  tokens of the policy itself the mean gradient of k2 is that of KL(pi || ref),
+  and that of k3 is the gradient of KL(ref || pi). That of k1 would be 0, so k1
+  is weighted by pi / pi_old, which gives it the gradient of KL(pi || ref), too.
   """
 
   def loss_fn(params, frozen, batch: RLBatch, key):

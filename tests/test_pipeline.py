@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from etils import epath
 
+from configs import dpo as dpo_config
 from configs import ppo_ptx as config_file
-from experiments import ppo_ptx, pretrain, reward, sft
+from configs import rloo as rloo_config
+from experiments import dpo, ppo_ptx, pretrain, reward, rloo, sft
 from instruct_jax import model_fns, model_folder
 from instruct_jax.infra import (
   checkpoint,
@@ -219,6 +221,64 @@ def test_stopped_and_resumed_equals_uninterrupted(
     resumed, _ = checkpoint.load_model(folder / output)
     expected, _ = checkpoint.load_model(reference / output)
     jax.tree.map(np.testing.assert_array_equal, resumed, expected)
+
+
+@pytest.mark.parametrize(
+  'name, experiment, looks, output',
+  [('rloo', rloo, 1, 'policy'), ('dpo', dpo, 1, 'model')],
+)
+def test_forks_resume_bit_for_bit(
+  finished, copied, monkeypatch, name, experiment, looks, output
+):
+  """RLOO and DPO on what the pipeline made."""
+  config = {'rloo': rloo_config, 'dpo': dpo_config}[name].get_config('smoke')
+  config.workdir = str(copied)
+  stage = config.copy_and_resolve_references().stages[name]
+  stage.checkpoint_every = 1
+  if name == 'dpo':
+    stage.log_every = 1
+  folders = [copied / f'{name}{number}' for number in range(2)]
+  for folder in folders:
+    folder.mkdir()
+  experiment.run(stage, folders[0])
+  with monkeypatch.context() as patch:
+    patch.setattr(run, 'StopSignal', lambda: StopAfter(looks))
+    with pytest.raises(run.Stopped):
+      experiment.run(stage, folders[1])
+  assert 0 < len(lines(folders[1])) < len(lines(folders[0]))
+  experiment.run(stage, folders[1])
+  assert lines(folders[0]) == lines(folders[1])
+  whole, resumed = (
+    checkpoint.load_model(folder / output)[0] for folder in folders
+  )
+  jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+  started, _ = checkpoint.load_model(copied / 'rl_init' / 'model')
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), whole, started)
+  assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_forks_start_at_the_reference(copied):
+  """RLOO: no divergence. DPO: implied rewards of 0, log 2 a pair."""
+  for name, experiment in (('rloo', rloo), ('dpo', dpo)):
+    config = {'rloo': rloo_config, 'dpo': dpo_config}[name].get_config('smoke')
+    config.workdir = str(copied)
+    stage = config.copy_and_resolve_references().stages[name]
+    if name == 'rloo':
+      stage.num_episodes = stage.batch_size
+    else:
+      stage.max_comparisons = 40
+      stage.log_every = stage.checkpoint_every = 1
+    folder = copied / f'start_{name}'
+    folder.mkdir()
+    experiment.run(stage, folder)
+    first = lines(folder)[0]
+    if name == 'rloo':
+      assert abs(first['objective/kl']) < 1e-4
+      assert first['first/ppo/policy/ratio'] == pytest.approx(1, abs=1e-3)
+      assert 'ppo/val/value' not in first
+    else:
+      assert first['dpo/loss'] == pytest.approx(np.log(2), abs=1e-3)
+      assert first['dpo/reward'] == pytest.approx(0, abs=1e-3)
 
 
 def test_a_bad_record_is_named_by_file_and_line(copied):

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from instruct_jax import (
+  advantages,
   alarms,
   masked,
   model_fns,
@@ -778,6 +779,85 @@ def test_sizes_that_do_not_divide():
     ppo.make_train(
       {'policy': ppo.make_policy_loss(table_logprobs, PPO)}, {}, with_ptx
     )
+
+
+def kl_gradient(estimator):
+  """Of the penalty alone, as one step of size 1; policy and reference.
+
+  16 responses of one token each, as often as the policy's probabilities of 8,
+  4, 2 and 2 sixteenths say: a mean over them is an expectation.
+  """
+  tokens = np.repeat([0, 1, 2, 3], [8, 4, 2, 2])
+  table = np.full((V, V), -1e9, np.float32)
+  table[V - 1, :4] = np.log([8 / 16, 4 / 16, 2 / 16, 2 / 16])
+  reference = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))
+  sampled = Rollout(
+    tokens=jnp.asarray(np.stack([np.full(16, V - 1), tokens], 1), jnp.int32),
+    mask=jnp.ones((16, 2), bool),
+    response_mask=jnp.ones((16, 1), bool),
+    logprobs=jnp.zeros((16, 1)),
+    ended=jnp.ones(16, bool),
+  )
+  config = dataclasses.replace(ONE, kl_in='loss', kl_estimator=estimator)
+  old = jnp.asarray(table[V - 1, tokens])[:, None]
+  batch = batch_of(
+    config,
+    {
+      'old_logprobs': old,
+      'ref_logprobs': reference[tokens][:, None],
+      'advantages': jnp.zeros((16, 1)),
+    },
+    sampled,
+  )
+  loss_fn = ppo.make_policy_loss(table_logprobs, config)
+  gradient, _, _ = train_state.accumulate_gradients(
+    loss_fn, {'table': jnp.asarray(table)}, {'kl_coef': 0.5}, batch, KEY
+  )
+  return gradient['table'][V - 1, :4], table[V - 1, :4], reference
+
+
+@pytest.mark.parametrize('estimator', ['k1', 'k2', 'k3'])
+def test_the_gradient_of_a_penalty_in_the_loss(estimator):
+  """k1 and k2: of KL(pi || ref). k3: of KL(ref || pi)."""
+
+  def divergence(logits, reference):
+    logprobs = jax.nn.log_softmax(logits)
+    if estimator == 'k3':
+      return jnp.sum(jnp.exp(reference) * (reference - logprobs))
+    return jnp.sum(jnp.exp(logprobs) * (logprobs - reference))
+
+  found, logits, reference = kl_gradient(estimator)
+  expected = 0.5 * jax.grad(divergence)(jnp.asarray(logits), reference)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+  assert np.abs(expected).min() > 0.01
+
+
+def test_a_penalty_in_the_loss_is_not_in_the_reward():
+  inside, metrics = scored(
+    dataclasses.replace(PPO, kl_in='loss', whiten_advantages=False)
+  )
+  without, _ = scored(dataclasses.replace(PPO, whiten_advantages=False))
+  assert np.abs(inside['returns'] - without['returns']).max() > 1e-3
+  # What is paid is the score; the divergence is reported all the same.
+  assert metrics['objective/reward'] == metrics['objective/score']
+  assert metrics['objective/kl'][0] > 0
+  np.testing.assert_array_equal(inside['ref_logprobs'], without['ref_logprobs'])
+
+
+def test_group_advantages_are_those_of_the_responses():
+  """The same for all of a response's tokens; 0 on padding; no returns."""
+  token_rewards = jnp.array([[1.0, 2, 9], [4, 9, 9], [0, 0, 5], [9, 9, 9]])
+  mask = jnp.array(
+    [[True, True, False], [True, False, False], [True] * 3, [False] * 3]
+  )
+  found, returns = ppo.group_advantages(advantages.leave_one_out, 2)(
+    jnp.where(mask, token_rewards, 0), mask, None
+  )
+  # Returns 3, 4, 5 and 0 in groups of two: -1, 1, 5, -5.
+  np.testing.assert_array_equal(
+    found, [[-1, -1, 0], [1, 0, 0], [5, 5, 5], [0, 0, 0]]
+  )
+  assert returns is None
 
 
 def test_without_a_value_model_there_is_none():
