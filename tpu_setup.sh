@@ -42,7 +42,8 @@ pip install --quiet --upgrade pip
 # The same jax as everywhere, with the TPU runtime it was released with; gcsfs
 # for work directories and data on gs://.
 jax=$(grep '^jax==' requirements.txt)
-pip install --quiet "${jax/jax==/jax[tpu]==}" -r requirements.txt gcsfs \
+pip install --quiet "${jax/jax==/jax[tpu]==}" -r requirements.txt \
+  -r requirements-gcs.txt \
   -f https://storage.googleapis.com/jax-releases/libtpu_releases.html
 pip install --quiet --no-deps -e .
 

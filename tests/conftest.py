@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
+import instruct_jax  # noqa: F401  It tells gcsfs how to read, before others.
 from tests import starts
 from tests import tiny_run as tiny_run_lib
 

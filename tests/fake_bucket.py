@@ -18,8 +18,6 @@ import threading
 import time
 import urllib.parse
 
-import google_crc32c
-
 BUCKET = 'bucket'
 
 
@@ -71,6 +69,24 @@ class FakeBucket:
     with self._lock:
       return sorted(name for name in self.objects if name.startswith(prefix))
 
+  def put(self, name, content):
+    """Writes an object, as another machine would."""
+    with self._lock:
+      self._write(name, content)
+
+  def remove(self, name):
+    """Deletes an object, as another machine would; it may be missing."""
+    with self._lock:
+      self.objects.pop(name, None)
+      self._meta.pop(name, None)
+
+  def clear(self):
+    """Deletes all objects, records and faults."""
+    with self._lock:
+      for kept in (self.objects, self._meta, self.writes, self.unknown):
+        kept.clear()
+      self.refuse = self.most_often = self.refused = 0
+
   # --- Of the API -------------------------------------------------------------
 
   def answer(self, method, target, headers, body):
@@ -114,11 +130,11 @@ class FakeBucket:
         ['storage', 'v1', 'b', bucket, 'o', name, 'rewriteTo', 'b', _, 'o', to],
       ):
         self._check(bucket)
-        found = self._write(to, self.objects[name], {})
+        found = self._write(to, self.objects[name])
         return _json({'done': True, 'resource': found})
       case 'POST', ['storage', 'v1', 'b', bucket, 'o', name, 'moveTo', 'o', to]:
         self._check(bucket)
-        found = self._write(to, self.objects[name], {})
+        found = self._write(to, self.objects[name])
         del self.objects[name], self._meta[name]
         return _json(found)
       case 'POST' | 'PUT', ['upload', 'storage', 'v1', 'b', bucket, 'o']:
@@ -139,11 +155,13 @@ class FakeBucket:
     found = self._meta.get(name, {'generation': '0'})['generation']
     return wanted is None or wanted == found
 
-  def _write(self, name, content, query):
+  def _write(self, name, content):
     now = time.monotonic()
     self._generation += 1
     self.objects[name] = content
     self.writes.append((now, name))
+    import google_crc32c  # It comes with gcsfs.
+
     crc = google_crc32c.value(content).to_bytes(4, 'big')
     when = time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime())
     self._meta[name] = {
@@ -186,7 +204,7 @@ class FakeBucket:
       return _error(429, 'rateLimitExceeded')
     if not self._may_write(name, query):
       return _error(412, 'conditionNotMet')
-    return _json(self._write(name, content, query))
+    return _json(self._write(name, content))
 
   def _resume(self, number, headers, body):
     name, query, so_far = self._uploads[number]
