@@ -17,7 +17,20 @@ TRACEBACK_VARIABLE = 'INSTRUCT_JAX_TRACEBACK'
 
 
 class Parser(argparse.ArgumentParser):
-  """An argument parser whose refusals are one line, with exit code 2."""
+  """An argument parser whose refusals are one line, with exit code 2.
+
+  What has to be given has to be more than nothing: the empty path would be the
+  current folder.
+  """
+
+  def parse_args(self, args=None, namespace=None):
+    found = super().parse_args(args, namespace)
+    for action in self._actions:
+      value = getattr(found, action.dest, None)
+      if action.required and value in ('', ['']):
+        name = (action.option_strings or [action.metavar or action.dest])[0]
+        self.error(f'{name} is empty')
+    return found
 
   def error(self, message: str) -> NoReturn:
     self.exit(2, f'error: {message}; --help lists the arguments\n')

@@ -35,8 +35,13 @@ def read(
   """
   found = []
   for key in ('comparisons', 'valid_comparisons'):
-    rankings = records.read_jsonl(config[key], records.Comparison)
-    rankings = rankings[: config[f'max_{key}'] or None]
+    given = records.read_jsonl(config[key], records.Comparison)
+    rankings = given[: config[f'max_{key}'] or None]
+    if len(rankings) < len(given):
+      run_lib.say(
+        f'{config.name}: the first {len(rankings)} of {len(given)} {key} '
+        f'(max_{key})'
+      )
     records.check_labels(rankings, config[key])
     found.append(rankings)
   return found[0], found[1]

@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments import ppo_ptx
 from instruct_jax import main
-from instruct_jax.infra import checkpoint, loop, run, sharding
+from instruct_jax.infra import checkpoint, loop, pipeline, sharding
 
 PROGRAMS = ('respond', 'score', 'penalise', 'train')
 
@@ -69,7 +69,7 @@ def patch(point: str, number: int, delay: float, diary) -> None:
     'checkpoint', checkpoint.Checkpointer.save
   )
   checkpoint.save_model = passing('model', checkpoint.save_model)
-  run.is_done = passing('stage', run.is_done)
+  pipeline.run_stage = passing('stage', pipeline.run_stage)
 
   now = {'stage': None, 'step': None, 'batch': 0}
   steps, end_step = loop.Loop.steps, loop.Loop.end_step

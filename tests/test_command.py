@@ -19,6 +19,8 @@ WRONG = {
     (),
     ('--checkpoint=MODEL', '--tokenizer=TOKENS', '--output=OUT', '--nope'),
     ('--checkpoint=NOWHERE', '--tokenizer=TOKENS', '--output=OUT'),
+    ('--checkpoint=', '--tokenizer=TOKENS', '--output=OUT'),
+    ('--checkpoint=MODEL', '--tokenizer=TOKENS', '--output='),
     ('--checkpoint=MODEL', '--tokenizer=NOWHERE', '--output=OUT'),
     ('--checkpoint=MODEL', '--tokenizer=TOKENS', '--output=FILE'),
     ('--checkpoint=MODEL', '--tokenizer=TOKENS', '--output=TOKENS'),
@@ -31,6 +33,7 @@ WRONG = {
   ],
   'chat': [
     (),
+    ('--checkpoint=', '--tokenizer=TOKENS'),
     ('--checkpoint=NOWHERE', '--tokenizer=TOKENS'),
     ('--checkpoint=MODEL',),
     ('--checkpoint=MODEL', '--tokenizer=FILE'),
@@ -41,7 +44,7 @@ WRONG = {
       '--transcript=NOWHERE/x.jsonl',
     ),
   ],
-  'data': [(), ('NOWHERE',), ('FILE',), ('FILE', '--limit=x')],
+  'data': [(), ('',), ('NOWHERE',), ('FILE',), ('FILE', '--limit=x')],
   'data.convert': [
     (),
     ('hh', 'NOWHERE', '--output=OUT'),

@@ -124,7 +124,7 @@ def test_killed_at_25_points_equals_uninterrupted(tmp_path):
     point = POINTS[len(kills) % len(POINTS)]
     number = int(rng.integers(1, 3))
     current = STAGES[last_step(diary, STAGES[1]) >= 0]
-    if point == 'stage':  # One look a stage: six before ppo.
+    if point == 'stage':  # Each stage once: six before ppo.
       number = 7 + STAGES.index(current)
     elif point == 'model' and last_step(diary, current) < NUM_ITERATIONS - 3:
       point = 'train'  # No model is near.
