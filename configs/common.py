@@ -1,5 +1,8 @@
 """What the config files share: sizes of models and keys of every stage.
 
+Keys about memory, speed and the machine may change while a run goes on:
+`instruct_jax/infra/stages.py` lists them, each with its reason.
+
 Each key is declared here or in the stage's own file, once, with its unit and
 where it comes from ("C.1" is appendix C.1 of Ouyang et al. 2022). Keys that the
 paper does not print say so.

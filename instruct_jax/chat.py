@@ -27,7 +27,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instruct_jax import command, model_fns, model_folder, queries, sampling
+from instruct_jax import (
+  command,
+  files,
+  model_fns,
+  model_folder,
+  queries,
+  sampling,
+)
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import samples
@@ -327,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   flags = parser.parse_args(arguments)
   if flags.max_tokens < 1 or flags.temperature < 0:
     parser.error('--max_tokens is at least 1, --temperature is not negative')
-  if flags.transcript and '://' not in flags.transcript:
+  if flags.transcript and not files.is_remote(flags.transcript):
     # A conversation is not to be lost in its end.
     folder = os.path.dirname(os.path.abspath(flags.transcript))
     if not os.access(folder, os.W_OK):

@@ -12,7 +12,6 @@ rounding, and the folder no longer comes back bit for bit.
 """
 
 import json
-import pathlib
 from collections.abc import Sequence
 
 from etils import epath
@@ -37,7 +36,7 @@ def export(
     ValueError: `output` is not empty, no published family has this model, or
       there is no shift to fold or no bias to fold it into.
   """
-  output = pathlib.Path(output)
+  output = epath.Path(output)
   if output.exists() and not (output.is_dir() and not any(output.iterdir())):
     raise ValueError(f'{output} is no empty folder; name a new one')
   tokenizer = tokenizer_lib.Tokenizer.load(tokenizer_folder)

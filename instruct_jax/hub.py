@@ -2,22 +2,27 @@
 
 import pathlib
 
+from instruct_jax import files
+
 _PATTERNS = ('*.json', '*.jinja', '*.safetensors', '*.txt', '*.model')
 # The same weights once more, in their authors' own format.
 _IGNORED = ('consolidated*', '*/*')
 
 
 def locate(name: str, patterns: tuple[str, ...] = _PATTERNS) -> pathlib.Path:
-  """The local folder of `hf:NAME` (downloaded once) or of a path.
+  """The local folder of `hf:NAME`, of gs:// (each copied once) or of a path.
 
   Args:
     name: `hf:` before a folder or the name of a repository on the Hugging Face
-      hub, such as hf:gpt2; or a plain path.
+      hub, such as hf:gpt2; or a path.
     patterns: of the files to download. Pickled weights are never among them.
 
   Raises:
+    FileNotFoundError: no such folder in a store.
     ValueError: no such folder or repository, or no network.
   """
+  if files.is_remote(name):
+    return files.local_folder(name, patterns)
   if not name.startswith('hf:'):
     return pathlib.Path(name)
   name = name.removeprefix('hf:')

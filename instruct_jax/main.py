@@ -26,7 +26,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from instruct_jax import command
+from instruct_jax import command, files
 from instruct_jax.infra import machine
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
   from instruct_jax.infra import pipeline, processes
   from instruct_jax.infra import run as run_lib
 
-  workdir = run_lib.absolute(place)
+  workdir = files.absolute(place)
   config.workdir = str(workdir)
   print(f'work directory: {workdir}', flush=True)
 

@@ -19,7 +19,7 @@ from instruct_jax.evals import preference_accuracy
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding, slices
 from instruct_jax.models import heads
-from instruct_jax.types import ComparisonBatch, PackedComparisons
+from instruct_jax.types import ComparisonBatch, PackedComparisons, Params
 
 # Rows of rankings -> one score a candidate [N, C], on the host.
 ScoreRowsFn = Callable[[ComparisonBatch], np.ndarray]
@@ -265,7 +265,7 @@ def results(
 
 def score_rows(
   program: Callable[..., jax.Array],
-  params: jax.Array,
+  params: Params,
   rows: ComparisonBatch,
   batch_size: int,
 ) -> np.ndarray:
@@ -294,7 +294,7 @@ def logprobs_program(module: heads.Policy) -> Callable[..., jax.Array]:
 
 def response_logprobs(
   program: Callable[..., jax.Array],
-  params: jax.Array,
+  params: Params,
   rows: ComparisonBatch,
   batch_size: int,
 ) -> np.ndarray:

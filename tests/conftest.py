@@ -19,6 +19,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 from tests import starts
+from tests import tiny_run as tiny_run_lib
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -73,6 +74,12 @@ def start():
   """`start('instruct_jax.main', '--config=...')`; see `starts.py`."""
   with contextlib.closing(starts.Starts()) as found:
     yield found
+
+
+@pytest.fixture(scope='session')
+def tiny_run(start, tmp_path_factory):
+  """Folder with data and config.py of a small pretraining run."""
+  return tiny_run_lib.write(start, tmp_path_factory.mktemp('tiny_run'))
 
 
 @pytest.fixture

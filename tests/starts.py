@@ -11,11 +11,16 @@ import importlib
 import json
 import os
 import pathlib
+import resource
 import runpy
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+
+# A variable of the environment: the most bytes of a file that a start writes.
+FILE_LIMIT = 'TEST_FILE_LIMIT'
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -74,17 +79,17 @@ class Starts:
       self._server.stdin.flush()
       pid = json.loads(self._server.stdout.readline())
       try:
-        while until is not None and not until():
-          if (pathlib.Path('/proc') / str(pid) / 'stat').exists():
-            continue
-          break
         if until is not None:
+          process = pathlib.Path('/proc') / str(pid)
+          while not until() and process.exists():
+            time.sleep(0.005)
           with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-        code = json.loads(self._server.stdout.readline())
       except BaseException:
         os.kill(pid, signal.SIGKILL)
         raise
+      finally:
+        code = json.loads(self._server.stdout.readline())
       return Ended(code, out.read_text(), err.read_text())
 
   def close(self):
@@ -95,8 +100,9 @@ class Starts:
 def serve():
   """Forks for each line of standard input."""
   sys.path[0] = str(ROOT)
-  for path in sorted((ROOT / 'experiments').glob('[a-z]*.py')):
-    importlib.import_module(f'experiments.{path.stem}')
+  for folder in ('experiments', 'instruct_jax/jobs'):
+    for path in sorted((ROOT / folder).glob('[a-z]*.py')):
+      importlib.import_module(f'{folder.replace("/", ".")}.{path.stem}')
   for line in sys.stdin:
     request = json.loads(line)
     pid = os.fork()
@@ -122,6 +128,10 @@ def run(request):
   os.environ.update(request['env'])
   sys.path[1:1] = os.environ.get('PYTHONPATH', '').split(os.pathsep)
   sys.argv[1:] = request['arguments']
+  if FILE_LIMIT in request['env']:
+    # As on a disk with so little room: writing more to one file fails.
+    limit = int(request['env'][FILE_LIMIT])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
   sys.modules.pop(request['module'], None)
   runpy.run_module(request['module'], run_name='__main__', alter_sys=True)
 

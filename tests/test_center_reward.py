@@ -86,17 +86,20 @@ def published(tmp_path_factory):
     '--template=chat',
     '--stop=<end>',
   )
-  turn = records.Turn
+  conversation = tuple(
+    records.Turn(role, text)
+    for role, text in (
+      ('user', 'Hi'),
+      ('assistant', 'Yes?'),
+      ('user', 'And 2?'),
+    )
+  )
   demonstrations = [
     records.Demonstration('Name 1.', 'An owl.'),
     records.Demonstration(
-      'And 2?',
+      records.text_of_turns(conversation),
       'A tit, and more.',
-      turns=(
-        turn('user', 'Hi'),
-        turn('assistant', 'Yes?'),
-        turn('user', 'And 2?'),
-      ),
+      turns=conversation,
     ),
     records.Demonstration('Name 3.', 'x' * 200),  # Longer than a row.
   ]

@@ -128,7 +128,7 @@ def test_prefixes_are_training_examples_and_fit():
 
 def test_a_stop_that_sampling_cannot_meet_is_an_error(tmp_path):
   tokens = tokenizer.train_bpe(['abc'], 258)
-  path = tmp_path / 'prefixes.json'
+  path = epath.Path(tmp_path) / 'prefixes.json'
   run_lib.write_json(path, {'prefixes': ['{prompt}'], 'stop': '\n'})
   (newline,) = tokens.encode('\n')
   prefixes, stops = evaluate.read_prefixes(path, tokens)

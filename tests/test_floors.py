@@ -15,7 +15,8 @@ MODELS = ('model_fns', 'model_folder')
 FLOORS = {
   # 0
   'types': (),
-  'hub': (),
+  'files': (),
+  'hub': ('files',),
   'command': (),
   # 1: columns; inside a folder files import each other, across columns never.
   'masked': ('types',),
@@ -27,9 +28,9 @@ FLOORS = {
   'sampling': ('types',),
   'alarms': (),
   'models': ('types', 'models'),
-  'data': ('types', 'hub', 'command', 'data', 'miniature'),
+  'data': ('types', 'files', 'hub', 'command', 'data', 'miniature'),
   'miniature': ('types', 'data', 'miniature'),
-  'infra': ('types', 'hub', 'command', 'infra'),
+  'infra': ('types', 'files', 'hub', 'command', 'infra'),
   # 2: models and infra meet in two files; elsewhere the model arrives as an
   # argument. Never each other.
   'model_fns': ('types', 'lora', 'models', 'infra'),
@@ -82,6 +83,7 @@ FLOORS = {
   # 3: predictions and samples arrive as functions.
   'evals': (
     'types',
+    'files',
     'command',
     *MATHS,
     'data',
@@ -98,6 +100,7 @@ FLOORS = {
     ('experiments', 'jobs'),
     (
       'types',
+      'files',
       *MATHS,
       *MODELS,
       'models',
@@ -142,6 +145,7 @@ FLOORS = {
     ('chat', 'lm_eval_adapter'),
     (
       'types',
+      'files',
       'command',
       'data',
       'infra',
@@ -153,7 +157,7 @@ FLOORS = {
     ),
   ),
   # 5: runs experiments and jobs by name.
-  'main': ('types', 'command', 'infra'),
+  'main': ('types', 'files', 'command', 'infra'),
   # Names and numbers only; the shapes of published models are such numbers.
   'configs': ('configs', 'models.config'),
 }

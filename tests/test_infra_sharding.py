@@ -195,9 +195,15 @@ def test_state_is_laid_out_by_the_table():
   shapes = jax.tree.map(lambda a, b: a.shape == b.shape, abstract, state)
   assert all(jax.tree.leaves(shapes))
 
-  # The same numbers as on one device, in parameters and in outputs.
+  # The same numbers as on one device, in parameters and in outputs. The draws
+  # are the same bits; the function that makes them normal is compiled for other
+  # shapes, and with other neighbours, and may round its last bits otherwise.
   alone = init(jax.random.key(0))
-  jax.tree.map(np.testing.assert_array_equal, alone.params, state.params)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7),
+    alone.params,
+    state.params,
+  )
   x = np.random.default_rng(0).normal(size=(8, 3, 8)).astype(np.float32)
   expected = Model().apply({'params': alone.params}, jnp.asarray(x))
   with sharding.use_mesh(mesh):

@@ -42,6 +42,8 @@ ENUMERATED = {
   'frozen_dtype',
   'growth',
   'judge',
+  'kl_estimator',
+  'kl_in',
   'loss_on',
   'norm',
   'offload',

@@ -446,8 +446,12 @@ def test_initialisation_on_a_mesh_gives_sharded_parameters():
   mesh = sharding.make_mesh((2, 2, 2))
   model = model_fns.init('policy', CONFIG, mesh, jax.random.key(3))
   alone = model_fns.init('policy', CONFIG, tiny.one_device(), jax.random.key(3))
-  tiny.assert_trees_equal(
-    jax.device_get(model.params), jax.device_get(alone.params)
+  # The same draws; compiled for shards, the last bits may round otherwise.
+  tiny.assert_trees_close(
+    jax.device_get(model.params),
+    jax.device_get(alone.params),
+    rtol=1e-6,
+    atol=1e-7,
   )
   embedding = model.params['trunk']['token_embedding']
   assert embedding.sharding.spec == PartitionSpec('tensor', 'fsdp')

@@ -68,7 +68,8 @@ def write_case(folder, base, without=(), changes=()):
 
 
 def load(folder, kind='policy'):
-  return model_folder.load(folder, kind, one_device(), '', vocab_multiple=1)
+  changes = {'vocab_multiple': 1}
+  return model_folder._load_published(folder, kind, one_device(), changes)
 
 
 def logits_of(model, tokens):
@@ -260,8 +261,9 @@ def test_a_classifier_of_several_labels_is_no_reward_model(
   changes, message, tmp_path
 ):
   write_classifier(tmp_path / 'in', 'end', **changes)
+  tokenizer = tokenizer_lib.train_bpe(['some text'], 258)
   for read in (
-    lambda: model_folder.check(tmp_path / 'in', 'scalar', ''),
+    lambda: model_folder.check(tmp_path / 'in', 'scalar', tokenizer),
     lambda: load(tmp_path / 'in', 'scalar'),
   ):
     with pytest.raises(ValueError, match=message):

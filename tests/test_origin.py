@@ -53,7 +53,7 @@ def finished(start, tmp_path_factory):
     made = model_fns.init(
       kind, shape, tiny.one_device(), jax.random.key(number)
     )
-    model_folder.save(workdir / name, made, tokenizer.fingerprint, {})
+    model_folder.save(workdir / name, made, tokenizer, {})
   return workdir
 
 

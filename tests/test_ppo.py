@@ -325,8 +325,10 @@ def test_advantages_are_whitened_over_response_tokens():
   real = np.asarray(batch['advantages'])[mask]
   np.testing.assert_allclose((real.mean(), real.std()), (0, 1), atol=1e-5)
   raw, _ = scored(dataclasses.replace(PPO, whiten_advantages=False))
-  # The returns are made of the unwhitened ones.
-  np.testing.assert_array_equal(batch['returns'], raw['returns'])
+  # The returns are made of the unwhitened ones, by another program.
+  np.testing.assert_allclose(
+    batch['returns'], raw['returns'], rtol=1e-6, atol=1e-7
+  )
   np.testing.assert_allclose(
     np.asarray(raw['advantages'] + raw['old_values'])[mask],
     np.asarray(raw['returns'])[mask],
@@ -342,9 +344,12 @@ def test_learning_rate_zero_keeps_every_ratio_at_one():
   state = make_state(0.0)
   after, metrics = make_train(config)(state, batch_of(config), None, KEY)
   total, count = metrics['ppo/policy/ratio']
-  assert total == count == 2 * int(make_rollout().response_mask.sum())
+  assert count == 2 * int(make_rollout().response_mask.sum())
+  # One program computed the old log-probabilities, another the new ones: they
+  # may differ by their last bit, 1e-7 of a nat, and approxkl by its square.
+  assert float(total) == pytest.approx(float(count), rel=1e-6)
   assert metrics['ppo/policy/clipfrac'][0] == 0
-  assert metrics['ppo/policy/approxkl'][0] == 0
+  assert abs(float(metrics['ppo/policy/approxkl'][0])) < 1e-10
   assert metrics['ppo/val/clipfrac'][0] == 0
   tiny.assert_trees_equal(after.policy.params, state.policy.params)
   assert after.policy.step == 6
@@ -358,7 +363,7 @@ def test_a_large_step_is_clipped_but_not_in_the_first_minibatch():
   assert metrics['ppo/policy/approxkl'][0] > 0
   assert metrics['ppo/val/clipfrac'][0] > 0
   total, count = metrics['first/ppo/policy/ratio']
-  assert total == count
+  assert float(total) == pytest.approx(float(count), rel=1e-6)  # See above.
   assert metrics['first/ppo/policy/clipfrac'][0] == 0
 
 
@@ -464,7 +469,11 @@ def test_ptx_is_one_step_of_adam_and_not_two(gradients):
 
 def test_ptx_coefficient_zero_is_ppo_bit_for_bit():
   """The pretraining part takes no key and no order away from PPO: a run whose
-  pretraining gradients vanish, and one that has none, are one run."""
+  pretraining gradients vanish, and one that has none, are one run.
+
+  With gamma 0 it is one program, too: bit for bit. With gradients that vanish
+  it is another, which may add up in another order.
+  """
 
   def nothing(params, frozen, batch, key):
     zero = jnp.sum(params['table'] * 0.0)
@@ -478,7 +487,7 @@ def test_ptx_coefficient_zero_is_ppo_bit_for_bit():
   zero, zero_metrics = make_train(with_ptx, ptx_loss=nothing)(
     state, batch, ptx_batch(), KEY
   )
-  tiny.assert_trees_equal(zero, plain)
+  tiny.assert_trees_close(zero, plain, rtol=1e-6, atol=1e-7)
   assert set(zero_metrics) - set(plain_metrics) == {
     'ptx/loss',
     'ptx/gradient_norm',
@@ -736,8 +745,9 @@ def test_what_stands_in_padding_reaches_no_weight():
     policy_loss_fn=ppo.make_policy_loss(dirty_logprobs, PPO),
     value_loss_fn=ppo.make_value_loss(dirty_values, PPO),
   )(state, batch, None, KEY)
-  tiny.assert_trees_equal(dirty, clean)
-  tiny.assert_trees_equal(metrics, clean_metrics)
+  # Two programs: what got through would be NaN, and not a last bit.
+  tiny.assert_trees_close(dirty, clean, rtol=1e-6, atol=1e-7)
+  tiny.assert_trees_close(metrics, clean_metrics, rtol=1e-6, atol=1e-7)
 
 
 # --- Errors -------------------------------------------------------------------

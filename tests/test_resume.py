@@ -13,9 +13,12 @@ import textwrap
 import pytest
 
 from instruct_jax.infra import stages
+from tests import test_keys
 
 STAGE = """
   from etils import epath
+
+  PROCESSES = 'all'
 
   def validate(config):
     if config.size < 1:
@@ -39,7 +42,7 @@ STAGE = """
 # Reads before it saves anything.
 STRICT = """
   from toys import stage
-  from toys.stage import inputs, validate
+  from toys.stage import PROCESSES, inputs, validate
 
   def run(config, workdir):
     if 'bad' in open(config.reads).read():
@@ -243,6 +246,55 @@ def test_every_missing_input_is_told_before_the_first_stage(toy):
   toy.start()
 
 
+@pytest.mark.parametrize(
+  ('config', 'lines'),
+  [
+    (
+      'sft.py:gpt2',
+      [
+        'error: sft: tokenizer is empty; give --config.tokenizer=PATH',
+        'sft: init: hf:/nowhere: no such file or folder; correct --config.init',
+        'sft: demonstrations is empty; give --config.demonstrations=PATH',
+        'sft: valid_demonstrations is empty; give '
+        '--config.valid_demonstrations=PATH',
+      ],
+    ),
+    (
+      'reward.py:6b',
+      [
+        'error: reward: tokenizer is empty; give --config.tokenizer=PATH',
+        'reward: init: hf:/nowhere: no such file or folder; correct '
+        '--config.init',
+        *(
+          f'reward: {key}: ./{name}.jsonl: no such file or folder; correct '
+          f'--config.{key}'
+          for key, name in (
+            ('comparisons', 'comparisons_train'),
+            ('valid_comparisons', 'comparisons_valid'),
+            ('demonstrations', 'demonstrations'),
+          )
+        ),
+      ],
+    ),
+  ],
+)
+def test_a_run_of_one_stage_names_its_keys(start, tmp_path, config, lines):
+  ended = start(
+    'instruct_jax.main',
+    f'--config=configs/{config}',
+    f'--workdir={tmp_path}/out',
+    '--config.init=hf:/nowhere',
+  )
+  assert ended.returncode == 1
+  found = ended.stderr.splitlines()
+  # The hub words its refusal itself.
+  for line, wanted in zip(found, lines, strict=True):
+    start_of_line, _, _ = wanted.partition('hf:/nowhere')
+    assert line.startswith(start_of_line)
+    assert line.endswith(wanted.rpartition('; ')[2])
+  assert not (tmp_path / 'out').exists()
+
+
 def test_what_an_earlier_stage_makes_need_not_be_there_yet(toy):
   # Of a later one it must.
   reads = f'--config.stages.a.reads={toy.workdir}/b/out'
@@ -358,3 +410,33 @@ def test_the_table_says_why_each_key_may_change():
   for key, reason in stages.MAY_CHANGE.items():
     assert key and reason
   assert not set(stages.MAY_CHANGE) & set(stages.MAY_CHANGE_IF)
+
+
+def test_every_key_that_may_change_is_in_some_config():
+  known = test_keys.known_keys()
+  assert set(stages.MAY_CHANGE) | set(stages.MAY_CHANGE_IF) <= known
+
+
+def test_what_may_change_depends_on_the_stage():
+  configs = {
+    'sft': ('sft', '1p3b'),  # Drops out 0.2.
+    'init': ('sft', '1p3b,init'),
+    'reward': ('reward', '6b'),
+    'ppo': ('ppo_ptx', '1p3b'),
+    'sample': ('sample', ''),
+  }
+  found = {
+    name: {
+      key
+      for key in stages.MAY_CHANGE_IF
+      if stages.may_change(key, test_keys.flat(test_keys.get_config(*which)))
+    }
+    for name, which in configs.items()
+  }
+  assert found == {
+    'sft': set(),
+    'init': {'num_microbatches'},
+    'reward': {'num_microbatches'},
+    'ppo': {'pack'},
+    'sample': {'num_microbatches', 'batch_size'},
+  }

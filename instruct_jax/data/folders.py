@@ -16,7 +16,6 @@ next run clears away.
 import contextlib
 import fnmatch
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 
 from etils import epath
 
+from instruct_jax import files
 from instruct_jax.data import records
 
 MANIFEST = 'written.json'
@@ -43,14 +43,14 @@ def written(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
   if not path.exists():
     return {}
   found = records.read_json(path)
-  files = found.get('files') if isinstance(found, dict) else None
-  if not isinstance(files, dict) or not all(
-    isinstance(entry, dict) for entry in files.values()
+  entries = found.get('files') if isinstance(found, dict) else None
+  if not isinstance(entries, dict) or not all(
+    isinstance(entry, dict) for entry in entries.values()
   ):
     raise records.RecordError(
       f'{path}: not a list of files that a command of ours wrote; move it away'
     )
-  return files
+  return entries
 
 
 @contextlib.contextmanager
@@ -82,7 +82,7 @@ def writing(
       among the owned ones, or `folder` is a file.
   """
   folder = epath.Path(folder)
-  is_remote = '://' in os.fspath(folder)
+  is_remote = files.is_remote(folder)
   if not is_remote:  # Absolute, so that `.` has a name and a parent.
     folder = folder.expanduser().absolute()
   if folder.exists() and not folder.is_dir():
@@ -102,14 +102,16 @@ def writing(
     new = sorted(_names(unfinished))
     known = written(folder)
     stale = _stale(folder, owned, new, known, replace)
-    files = {name: entry for name, entry in known.items() if name not in stale}
+    entries = {
+      name: entry for name, entry in known.items() if name not in stale
+    }
     for name in new:
-      files[name] = {
+      entries[name] = {
         'bytes': (unfinished / name).stat().length,
         'command': command,
         'settings': dict(settings or {}),
       }
-    text = json.dumps({'files': files}, indent=2, sort_keys=True) + '\n'
+    text = json.dumps({'files': entries}, indent=2, sort_keys=True) + '\n'
     if is_new:
       records.write_bytes(unfinished / MANIFEST, text.encode('utf-8'))
       unfinished.rename(folder)
@@ -135,7 +137,7 @@ def writing(
 def _check_inputs(folder, owned, inputs) -> None:
   for path in inputs:
     path = epath.Path(path)
-    if '://' not in os.fspath(path):
+    if not files.is_remote(path):
       path = path.absolute()
     if path == folder or (
       path.parent == folder and _is_owned(path.name, owned)

@@ -44,7 +44,6 @@ import gzip
 import io
 import json
 import math
-import os
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -52,6 +51,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
+from instruct_jax import files
 from instruct_jax.data import invisible
 
 MAX_REPORTED_LINES = 10
@@ -578,18 +578,11 @@ def _gzip_error(path: epath.Path, error: Exception) -> RecordError:
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
-  """Writes a file whole or not at all (temporary name, then renamed; objects
-  of a store appear when they are whole)."""
+  """Writes a file whole or not at all, packing it if its name ends in `.gz`."""
   path = epath.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
   if path.name.endswith('.gz'):
     content = gzip.compress(content, mtime=0)  # Same records, same bytes.
-  if '://' in os.fspath(path):
-    path.write_bytes(content)
-    return
-  temporary = path.parent / f'{path.name}.tmp'
-  temporary.write_bytes(content)
-  temporary.replace(path)
+  files.write_bytes(path, content)
 
 
 def raise_problems(

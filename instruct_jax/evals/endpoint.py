@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 
 from etils import epath
 
+from instruct_jax import files
+
 Value = TypeVar('Value')
 # Reply -> value; ValueError, KeyError, ... where it does not say one.
 Parse = Callable[[Any], Value]
@@ -141,8 +143,7 @@ class Endpoint:
       self._headers[settings.key_header] = key
     self._lock = threading.Lock()
     self._next_time = 0.0
-    self._journal = epath.Path(journal)
-    self._journal.parent.mkdir(parents=True, exist_ok=True)
+    self._journal, self._file = epath.Path(journal), None
     self._answers = _read_journal(self._journal)
 
   def ask(
@@ -168,9 +169,10 @@ class Endpoint:
     """
     distinct = {self._key(body): body for body in bodies}
     values = {}
-    with concurrent.futures.ThreadPoolExecutor(
-      self._settings.num_workers
-    ) as pool:
+    with (
+      files.Appended(self._journal) as self._file,
+      concurrent.futures.ThreadPoolExecutor(self._settings.num_workers) as pool,
+    ):
       futures = {
         pool.submit(self._ask, key, body, parse): key
         for key, body in distinct.items()
@@ -221,8 +223,7 @@ class Endpoint:
     line = json.dumps({'key': key, 'reply': reply})
     with self._lock:
       self._answers.setdefault(key, []).append(reply)
-      with self._journal.open('a') as file:
-        file.write(line + '\n')
+      self._file.write(line + '\n')
 
   def _send(self, body: Any) -> Any:
     settings, wait, problem = self._settings, self._settings.first_wait, ''
@@ -291,6 +292,6 @@ def _read_journal(path: epath.Path) -> dict[str, list[Any]]:
       continue
   if text and not text.endswith('\n'):
     # A line was cut; what comes next must not be glued to it.
-    with path.open('a') as file:
+    with files.Appended(path) as file:
       file.write('\n')
   return answers

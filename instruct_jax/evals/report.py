@@ -28,6 +28,7 @@ from typing import Any
 
 from etils import epath
 
+from instruct_jax import files
 from instruct_jax.evals import html_report, plots, run_figures, sections
 
 _MAX_SAMPLE_CHARACTERS = 500
@@ -64,23 +65,16 @@ def write_report(
   directory.mkdir(parents=True, exist_ok=True)
   drawn = draw(figures) if drawn is None else drawn
   for name, content in drawn.items():
-    write_file(directory / name, content)
+    files.write_bytes(directory / name, content)
   summary = json.dumps(
     make_summary(figures), indent=2, ensure_ascii=False, allow_nan=False
   )
-  write_file(directory / 'summary.json', (summary + '\n').encode())
+  files.write_bytes(directory / 'summary.json', (summary + '\n').encode())
   page = html_report.make_html(figures, drawn)
-  write_file(directory / 'report.html', page.encode())
+  files.write_bytes(directory / 'report.html', page.encode())
   # Last: whoever finds report.md finds all that it points at.
   text = make_markdown(figures, set(drawn))
-  write_file(directory / 'report.md', text.encode())
-
-
-def write_file(path: epath.Path, content: bytes) -> None:
-  """Writes a file whole or not at all."""
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_bytes(content)
-  temporary.replace(path)
+  files.write_bytes(directory / 'report.md', text.encode())
 
 
 def _check(figures: run_figures.Figures) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 from etils import epath
 
+from instruct_jax import files
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -107,10 +109,7 @@ def write_samples(
         )
     values = dataclasses.asdict(sample)
     lines.append(json.dumps(values, ensure_ascii=False, allow_nan=False) + '\n')
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(''.join(lines), encoding='utf-8')
-  temporary.replace(path)
+  files.write_bytes(path, ''.join(lines).encode())
   return path
 
 

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from instruct_jax import files
 from instruct_jax.infra import processes, run
 from instruct_jax.types import Params, PyTree
 
@@ -67,7 +68,7 @@ class Checkpointer:
   def __init__(
     self, directory: epath.PathLike, keep: int = 2, keep_every: int = 0
   ):
-    self._directory = run.absolute(directory)
+    self._directory = files.absolute(directory)
     self._keep, self._keep_every = keep, keep_every
     if jax.process_index() == 0:
       self._directory.mkdir(parents=True, exist_ok=True)
@@ -287,36 +288,47 @@ def save_model(
     params: nested dicts of jax arrays.
     metadata: what a reader needs to rebuild and to trust the model (its config,
       kind, reward bias, tokenizer fingerprint, provenance); must be JSON.
+
+  Raises:
+    CheckpointError: it could not be written.
   """
-  final = run.absolute(directory)
+  final = files.absolute(directory)
   record = _sealed_record(params, metadata)
   arrays = _named_leaves(params)
   unfinished = final.parent / f'.{final.name}.unfinished'
   replaced = final.parent / f'.{final.name}.replaced'
-  if run.is_remote(final):
+  if files.is_remote(final):
     # Directories cannot be renamed at once there. A model without its
     # description is none, so that one goes first and comes last.
     unfinished = final
-  if jax.process_index() == 0:
-    for leftover in (unfinished, replaced):
-      if leftover.exists():
-        (leftover / _MODEL_FILE).unlink(missing_ok=True)
-        leftover.rmtree()
-    unfinished.mkdir(parents=True)
-  _barrier('instruct_jax_model_begin')
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-    writer.save(unfinished / _PARAMS_FOLDER, args=ocp.args.PyTreeSave(arrays))
-  if jax.process_index() == 0:
-    (unfinished / _MODEL_FILE).write_text(
-      json.dumps(record, indent=1, sort_keys=True)
-    )
-    if unfinished != final:
-      if final.exists():
-        final.rename(replaced)
-      unfinished.rename(final)
-      if replaced.exists():
-        replaced.rmtree()
-  _barrier('instruct_jax_model_end')
+  # A full disk is an error of Python, of TensorStore or of Orbax.
+  try:
+    if jax.process_index() == 0:
+      for leftover in (unfinished, replaced):
+        if leftover.exists():
+          (leftover / _MODEL_FILE).unlink(missing_ok=True)
+          leftover.rmtree()
+      unfinished.mkdir(parents=True)
+    _barrier('instruct_jax_model_begin')
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+      writer.save(unfinished / _PARAMS_FOLDER, args=ocp.args.PyTreeSave(arrays))
+    if jax.process_index() == 0:
+      (unfinished / _MODEL_FILE).write_text(
+        json.dumps(record, indent=1, sort_keys=True)
+      )
+      if unfinished != final:
+        if final.exists():
+          final.rename(replaced)
+        unfinished.rename(final)
+        if replaced.exists():
+          replaced.rmtree()
+    _barrier('instruct_jax_model_end')
+  except Exception as error:
+    raise CheckpointError(
+      f'the model folder {final} could not be written. Make room, or make its '
+      'place writable again; the same command then continues. '
+      f'{_one_line(error)}'
+    ) from error
 
 
 def load_metadata(directory: epath.PathLike) -> dict[str, Any]:
@@ -325,7 +337,7 @@ def load_metadata(directory: epath.PathLike) -> dict[str, Any]:
   Raises:
     CheckpointError: no model folder there, or its description is damaged.
   """
-  return _unsealed(_read_record(run.absolute(directory)))
+  return _unsealed(_read_record(files.absolute(directory)))
 
 
 def load_model(
@@ -344,7 +356,7 @@ def load_model(
   Raises:
     CheckpointError: the folder is missing, damaged, or holds other parameters.
   """
-  path = run.absolute(directory)
+  path = files.absolute(directory)
   record = _read_record(path)
   saved = record['arrays']
   if abstract_params is None:
@@ -630,7 +642,7 @@ def _of_first(numbers: list[int]) -> list[int]:
 
 
 def _delete(path: epath.Path) -> None:
-  if run.is_remote(path):
+  if files.is_remote(path):
     # A folder goes file by file there; without this one it counts as unwritten.
     (path / _COMMITTED_FILE).unlink(missing_ok=True)
   path.rmtree()

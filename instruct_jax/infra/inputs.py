@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from instruct_jax import hub
+from instruct_jax import files, hub
 from instruct_jax.infra import run
 
 INPUTS_FILE = 'inputs.json'
@@ -92,6 +92,14 @@ def problem(path: str) -> str:
   return '' if found else f'{path}: no such file or folder'
 
 
+def torn(path: str) -> str:
+  """Why a model folder of ours is not whole; '' for all else."""
+  place = epath.Path(path)
+  if (place / 'params').exists() and not (place / MODEL_FILE).exists():
+    return f'{path}: a model folder without its {MODEL_FILE}'
+  return ''
+
+
 def _place(path: str) -> epath.Path:
   return epath.Path(hub.locate(path) if path.startswith('hf:') else path)
 
@@ -131,7 +139,7 @@ def content_hash(path: str) -> str:
 
 
 def _file_hash(path: epath.Path) -> str:
-  if run.is_remote(path):
+  if files.is_remote(path):
     found = path.stat()
     return _hash_of(os.fspath(path), (found.length, found.mtime))
   found = os.stat(path)

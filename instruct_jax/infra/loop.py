@@ -15,6 +15,7 @@ import collections
 import contextlib
 import math
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, SupportsFloat, TypeVar
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from instruct_jax import files
 from instruct_jax.infra import (
   checkpoint,
   measure,
@@ -141,7 +143,7 @@ class Loop:
         self._checkpointer.close,
         self._writer.close if self._writer is not None else None,
         self._progress.close if self._progress is not None else None,
-        jax.profiler.stop_trace if self._is_profiling else None,
+        self._stop_trace if self._is_profiling else None,
       ):
         if close is not None:
           stack.callback(_call, close, quiet)
@@ -198,19 +200,29 @@ class Loop:
     """Step numbers still to run, from 0."""
     for step in range(self._start, self._num_steps):
       if step + 1 in self._profiled and not self._is_profiling:
-        jax.profiler.start_trace(
-          str(self._workdir / 'profile'), create_perfetto_trace=True
-        )
-        self._is_profiling = True
+        self._start_trace()
       if not self._is_profiling:
         yield step
         continue
       with jax.profiler.StepTraceAnnotation(self._name, step_num=step + 1):
         yield step
       if step + 1 == self._profiled[-1]:
-        jax.profiler.stop_trace()
-        self._is_profiling = False
+        self._stop_trace()
         self._profiled = range(0)
+
+  def _start_trace(self):
+    self._trace = self._workdir / 'profile'
+    if files.is_remote(self._trace):  # The profiler writes to disks alone.
+      self._trace = epath.Path(tempfile.mkdtemp())
+    jax.profiler.start_trace(str(self._trace), create_perfetto_trace=True)
+    self._is_profiling = True
+
+  def _stop_trace(self):
+    self._is_profiling = False
+    jax.profiler.stop_trace()
+    if files.is_remote(self._workdir):
+      files.copy_folder(self._trace, self._workdir / 'profile')
+      self._trace.rmtree()
 
   def steps_with(
     self, open_fn: Callable[[int, int], Iterator[Batch]]
@@ -382,7 +394,7 @@ class Loop:
   def _check_workdir(self):
     """Files that were open when their directory was deleted would take lines
     for ever. A write in the background may have made the directory anew."""
-    if jax.process_index() != 0 or run.is_remote(self._workdir):
+    if jax.process_index() != 0 or files.is_remote(self._workdir):
       return
     if not (self._workdir / metrics.METRICS_FILE).exists():
       raise run.WorkdirError(

@@ -18,7 +18,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
-from instruct_jax.infra import run
+from instruct_jax import files
 from instruct_jax.types import Metrics
 
 METRICS_FILE = 'metrics.jsonl'
@@ -79,7 +79,7 @@ class MetricsWriter:
     self._timing = _open(
       directory / TIMING_FILE, _spent(directory / TIMING_FILE)
     )
-    if run.is_remote(directory):
+    if files.is_remote(directory):
       return
     (directory / 'tensorboard').mkdir(exist_ok=True)
     # Not tensorboardX's SummaryWriter: its thread dies on a full disk, and the
@@ -122,7 +122,6 @@ class MetricsWriter:
       return
     try:
       file.write(json.dumps(line) + '\n')
-      file.flush()
       self._write_events(line['step'], values)
     except OSError as error:
       # Python names the file only where opening it fails.
@@ -194,38 +193,5 @@ def _spent(path):
 def _open(path, lines):
   """The file, open for appending, with just these lines."""
   text = ''.join(json.dumps(line) + '\n' for line in lines)
-  if run.is_remote(path):
-    return _WholeFile(path, text)
-  unfinished = path.with_name(f'.{path.name}.unfinished')
-  unfinished.write_text(text)
-  unfinished.replace(path)
-  return path.open('a')
-
-
-class _WholeFile:
-  """Where there is no appending: all lines, written every few seconds; object
-  stores refuse to replace one object more often than every second."""
-
-  _SECONDS = 10.0
-
-  def __init__(self, path, text):
-    self.name = str(path)
-    self._path, self._text = path, text
-    self._is_written, self._when = False, -math.inf
-    self.flush()
-
-  def write(self, text):
-    self._text += text
-    self._is_written = False
-
-  def flush(self):
-    if time.monotonic() - self._when >= self._SECONDS:
-      self._write()
-
-  def close(self):
-    self._write()
-
-  def _write(self):
-    if not self._is_written:
-      self._path.write_text(self._text)
-      self._is_written, self._when = True, time.monotonic()
+  files.write_bytes(path, text.encode())
+  return files.Appended(path)

@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from instruct_jax import files
 from instruct_jax.infra import run
 
 LENGTHS = ('prompt_length', 'response_length')
@@ -26,8 +27,11 @@ def stages_of(path: str) -> tuple[epath.Path, dict[str, dict[str, Any]]]:
   The stage that the path lies in comes first, then those that evaluate. Without
   a run, the folder is `path` itself and there are no stages.
   """
-  place = epath.Path(path if run.is_remote(path) else os.path.abspath(path))
+  is_remote = files.is_remote(path)
+  place = epath.Path(path if is_remote else os.path.abspath(path))
   for folder in place.parents:
+    if is_remote and not files.is_remote(folder):
+      break  # Above the bucket.
     file = folder / 'config.json'
     if not file.exists():
       continue

@@ -20,6 +20,7 @@ from typing import NoReturn
 import jax
 from jax._src import distributed
 
+from instruct_jax import files
 from instruct_jax.infra import run
 
 # Seconds without a sign of life after which the service counts a process as
@@ -131,7 +132,7 @@ def _agree_on_programs() -> None:
   on CPU a program has another key in each process.
   """
   folder = jax.config.jax_compilation_cache_dir or ''
-  if jax.default_backend() == 'cpu' or not run.is_remote(folder):
+  if jax.default_backend() == 'cpu' or not files.is_remote(folder):
     jax.config.update('jax_compilation_cache_dir', None)
 
 

@@ -24,6 +24,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from instruct_jax import files
+
 # `EX_TEMPFAIL` of sysexits.h: run the same command again.
 STOPPED_EXIT_CODE = 75
 DONE_FILE = 'done.json'
@@ -74,18 +76,8 @@ def write_json(path: epath.PathLike, value: Any) -> None:
   """
   if jax.process_index() != 0:
     return
-  path = epath.Path(path)
   text = json.dumps(value, indent=2, sort_keys=True) + '\n'
-  if is_remote(path):
-    path.write_text(text)  # Object stores replace an object at once.
-    return
-  path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(f'.{path.name}.{os.getpid()}.unfinished')
-  with unfinished.open('w') as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  unfinished.replace(path)
+  files.write_bytes(path, text.encode())
 
 
 def read_json(path: epath.PathLike) -> Any:
@@ -106,21 +98,6 @@ def timestamp() -> str:
   return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
 
 
-def absolute(path: epath.PathLike) -> epath.Path:
-  """The path from the root of its file system or object store.
-
-  epath's own `absolute` puts the current folder before gs://.
-  """
-  path = epath.Path(path)
-  return path if is_remote(path) else path.absolute()
-
-
-def is_remote(path: epath.PathLike) -> bool:
-  """Whether it is in an object store: no locks, no appending, no renaming at
-  once, but an object is replaced at once."""
-  return '://' in os.fspath(path)
-
-
 # --- The work directory -------------------------------------------------------
 
 
@@ -139,7 +116,7 @@ class WorkdirLock:
     self._file = None
 
   def __enter__(self) -> 'WorkdirLock':
-    if is_remote(self._workdir) or jax.process_index() != 0:
+    if files.is_remote(self._workdir) or jax.process_index() != 0:
       return self
     self._workdir.mkdir(parents=True, exist_ok=True)
     # 'a+' leaves the holder's entry readable until the lock is ours.

@@ -68,8 +68,11 @@ def _dropout(stage: Mapping[str, Any]) -> float:
 
 # The like, for stages of which the condition holds.
 MAY_CHANGE_IF: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-  # Sums over microbatches are those over the batch; dropout draws anew in each.
-  'num_microbatches': lambda stage: not _dropout(stage),
+  # Sums over microbatches are those over the batch. But dropout draws anew in
+  # each, and RL deals its episodes to them by length.
+  'num_microbatches': lambda stage: (
+    not _dropout(stage) and 'num_episodes' not in stage
+  ),
   # Of training it is the method; elsewhere, what is sampled at a time.
   'batch_size': lambda stage: 'learning_rate' not in stage,
   # In PPO a layout of rows, the same episodes; in SFT it makes other batches.
@@ -139,9 +142,9 @@ class Stage:
     return inputs.read_by(self.experiment, self.config)
 
   def key(self, label: str) -> str:
-    """The key of the command line that an input comes from, or its label."""
+    """The key of the command line that an input comes from; '' of no key."""
     key = inputs.key_of(label, self.described)
-    return f'{self.prefix}{key}' if key in self.described else label
+    return f'{self.prefix}{key}' if key in self.described else ''
 
 
 def of_run(
@@ -258,10 +261,11 @@ def find_missing(
     if stage.is_done and stage.name not in again:
       continue
     for label, path in reversed(stage.inputs().items()):
-      reason = inputs.problem(path)
+      reason, maker = inputs.problem(path), _maker(path, stages[:number])
+      if not reason and maker is not None:
+        reason = inputs.torn(path)
       if not reason:
         continue
-      maker = _maker(path, stages[:number])
       if maker is not None and maker.is_done and maker.name in have_run:
         reason = (
           f'{path} is missing, though {maker.name} is done; delete '
@@ -330,7 +334,7 @@ def _missing(*found) -> str:
   who = stage.name
   if len(found) > 1:
     who += f' (and {", ".join(other.name for other, _, _ in found[1:])})'
-  if key == label:  # Of no key: what an earlier stage of the run would write.
+  if not key:  # What an earlier stage of the run would write.
     return f'{who}: {reason}'
   if reason == inputs.EMPTY:
     return f'{who}: {label} is empty; give --config.{key}=PATH'
@@ -460,7 +464,13 @@ def check_inputs(
   """
   lines, changed = [], []
   for stage in chosen:
-    state, paths = _state(stage), stage.inputs()
+    state = _state(stage)
+    paths = {
+      label: path
+      for label, path in stage.inputs().items()
+      # A stage makes again what it wrote and is not whole.
+      if _maker(path, stages) is None or not inputs.torn(path)
+    }
     found = inputs.differences(stage.folder, paths) if state else {}
     if found and accept_new_inputs:
       inputs.accept(stage.folder, found)
@@ -468,7 +478,8 @@ def check_inputs(
       changed.append(stage)
     for label, (before, after) in found.items():
       text = (
-        f'{stage.name} is {state}; {stage.key(label)}: {after["path"]} had '
+        f'{stage.name} is {state}; {stage.key(label) or label}: '
+        f'{after["path"]} had '
         f'SHA-256 {before["sha256"][:12]}, now {after["sha256"][:12]}'
       )
       if accept_new_inputs:

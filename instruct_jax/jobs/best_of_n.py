@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import model_folder, queries, rollout
+from instruct_jax import files, model_folder, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
@@ -291,8 +291,8 @@ def write_results(config, workdir, judge, curves, start, counts):
     'not fitted': reasons,
   }
   text = json.dumps(report.plain_json(result), indent=2, allow_nan=False)
-  report.write_file(workdir / 'best_of_n.json', (text + '\n').encode())
-  report.write_file(
+  files.write_bytes(workdir / 'best_of_n.json', (text + '\n').encode())
+  files.write_bytes(
     workdir / 'frontier.png', plots.frontier(points, fits, judge)
   )
   lines = [
@@ -338,7 +338,7 @@ def write_results(config, workdir, judge, curves, start, counts):
         for row in rows
       ],
     )
-  report.write_file(
+  files.write_bytes(
     workdir / 'best_of_n.md', ('\n'.join(lines).rstrip() + '\n').encode()
   )
   return counts

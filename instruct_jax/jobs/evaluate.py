@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import model_fns, model_folder, queries, rollout
+from instruct_jax import files, model_fns, model_folder, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
@@ -516,7 +516,7 @@ def run(config, workdir: epath.Path):
   )
   plots = report.draw(figures)
   for directory in (workdir, root):
-    report.write_file(directory / 'model_card.md', card.encode())
+    files.write_bytes(directory / 'model_card.md', card.encode())
     report.write_report(directory, figures, plots)
   print((root / 'report.md').as_posix(), flush=True)
   return {

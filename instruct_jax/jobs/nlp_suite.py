@@ -11,7 +11,7 @@ import sys
 
 from etils import epath
 
-from instruct_jax import model_folder
+from instruct_jax import files, model_folder
 from instruct_jax import queries as queries_lib
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
@@ -291,8 +291,8 @@ def write_results(
   title = 'Public NLP suite'
   found = to_sections(result, without, content)
   lines = [f'# {title}', '', *report.section_lines(found)]
-  report.write_file(workdir / 'suite.md', ('\n'.join(lines) + '\n').encode())
-  report.write_file(
+  files.write_bytes(workdir / 'suite.md', ('\n'.join(lines) + '\n').encode())
+  files.write_bytes(
     workdir / 'suite.html', html_report.make_page(title, [], found).encode()
   )
   run_lib.write_json(workdir / 'suite.json', result)

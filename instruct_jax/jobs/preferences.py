@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import model_folder, queries, rollout
+from instruct_jax import files, model_folder, queries, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.evals import (
   endpoint,
@@ -357,7 +357,7 @@ def run(config, workdir: epath.Path):
         for rating in several
       ]
   lines = [json.dumps(dataclasses.asdict(j)) + '\n' for j in everything]
-  report.write_file(workdir / 'judgements.jsonl', ''.join(lines).encode())
+  files.write_bytes(workdir / 'judgements.jsonl', ''.join(lines).encode())
   result = figures_of(config, judgements, account, rated)
   result |= {
     'judge': judge_name,
@@ -491,10 +491,10 @@ def write_results(config, workdir, result):
   text = json.dumps(
     report.plain_json(result), indent=2, ensure_ascii=False, allow_nan=False
   )
-  report.write_file(workdir / 'preferences.json', (text + '\n').encode())
+  files.write_bytes(workdir / 'preferences.json', (text + '\n').encode())
   counts = result['prompts']
   count, given = counts['answered by every model'], counts['in the file']
-  report.write_file(
+  files.write_bytes(
     workdir / 'win_rate.png',
     plots.win_rate_bars(
       {
@@ -506,7 +506,7 @@ def write_results(config, workdir, result):
       result['judge'],
     ),
   )
-  report.write_file(
+  files.write_bytes(
     workdir / 'preferences.md', markdown(config, result).encode()
   )
 

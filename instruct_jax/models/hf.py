@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from instruct_jax.models import families
 from instruct_jax.models.config import TransformerConfig
@@ -444,7 +445,7 @@ def _map_again(stored):
 
 
 def save(
-  folder: pathlib.Path, config: TransformerConfig, params: Params
+  folder: epath.PathLike, config: TransformerConfig, params: Params
 ) -> None:
   """Writes config.json and safetensors that `transformers` opens.
 
@@ -499,6 +500,7 @@ def save(
   shapes = {
     name: _published_shapes(found[0][0])[0] for name, found in sources.items()
   }
+  folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   write_tensors(folder, shapes, tensor)
   (folder / 'config.json').write_text(
@@ -536,12 +538,13 @@ def fold_shift(params: Params) -> Params:
 
 
 def write_tensors(
-  folder: pathlib.Path,
+  folder: epath.PathLike,
   shapes: dict[str, tuple[int, ...]],
   tensor_fn,
   shard_bytes: int = _SHARD_BYTES,
 ) -> None:
   """Writes float32 tensors, one at a time in memory, as safetensors files."""
+  folder = epath.Path(folder)
   shards, size = [[]], 0
   for name, shape in shapes.items():
     num_bytes = 4 * math.prod(shape)

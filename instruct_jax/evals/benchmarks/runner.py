@@ -16,6 +16,7 @@ from typing import Any
 
 from etils import epath
 
+from instruct_jax import files
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals.benchmarks import released_csv, tasks
@@ -269,30 +270,29 @@ def run_queries(
   todo = sorted(open_queries.values(), key=lambda query: -len(query.ids))
   if not todo:
     return results
-  journal.parent.mkdir(parents=True, exist_ok=True)
   if journal.exists():  # Without a line that was cut.
-    _write_lines(journal, results, 'w')
+    files.write_bytes(journal, _to_lines(results).encode())
   cap = tasks.TASKS[name].max_tokens
-  for start in range(0, len(todo), batch_size):
-    batch = todo[start : start + batch_size]
-    ids = [query.ids for query in batch]
-    if batch[0].choices:
-      found = choice_fn(ids, [query.choices for query in batch])
-    else:
-      found = [answer_text(tokenizer, x) for x in generate_fn(ids, cap)]
-    fresh = dict(zip((query.key for query in batch), found, strict=True))
-    _write_lines(journal, fresh, 'a')
-    results |= fresh
-    progress(len(batch))
+  with files.Appended(journal) as file:
+    for start in range(0, len(todo), batch_size):
+      batch = todo[start : start + batch_size]
+      ids = [query.ids for query in batch]
+      if batch[0].choices:
+        found = choice_fn(ids, [query.choices for query in batch])
+      else:
+        found = [answer_text(tokenizer, x) for x in generate_fn(ids, cap)]
+      fresh = dict(zip((query.key for query in batch), found, strict=True))
+      file.write(_to_lines(fresh))
+      results |= fresh
+      progress(len(batch))
   return results
 
 
-def _write_lines(
-  path: epath.Path, results: Mapping[str, Any], mode: str
-) -> None:
-  with path.open(mode) as file:
-    for key, result in results.items():
-      file.write(json.dumps({'key': key, 'result': result}) + '\n')
+def _to_lines(results: Mapping[str, Any]) -> str:
+  return ''.join(
+    json.dumps({'key': key, 'result': result}) + '\n'
+    for key, result in results.items()
+  )
 
 
 def to_rows(

@@ -1,0 +1,163 @@
+"""Files on a disk or in an object store (gs://), through the same few calls.
+
+Reading goes through `etils.epath` and needs nothing else. What differs is
+writing: a store has no renaming and no appending, but an object is at every
+moment the old or the new one.
+"""
+
+import hashlib
+import math
+import os
+import pathlib
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+
+from etils import epath
+
+# Where folders of a store are copied to, for libraries that read disks alone.
+COPIES = '~/.cache/instruct_jax_copies'
+
+
+def is_remote(path: epath.PathLike) -> bool:
+  """Whether it is in an object store."""
+  return '://' in os.fspath(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+  """The path from the root of its file system or object store.
+
+  epath's own `absolute` puts the current folder before gs://.
+  """
+  path = epath.Path(path)
+  return path if is_remote(path) else path.absolute()
+
+
+def write_bytes(path: epath.PathLike, content: bytes) -> None:
+  """Writes a file that is at every moment the old or the new one.
+
+  Its folder is made if it is missing.
+  """
+  path = epath.Path(path)
+  if is_remote(path):
+    path.write_bytes(content)
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = path.with_name(f'.{path.name}.{os.getpid()}.unfinished')
+  with unfinished.open('wb') as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  unfinished.replace(path)
+
+
+class Appended:
+  """A text file that grows by whole lines; what it holds is kept.
+
+  On a disk each line is on its way when `write` returns. In a store the whole
+  file is written again, every few seconds and when it is closed: an object may
+  be replaced about once a second, no more often.
+
+  Args:
+    path: of the file; its folder is made if it is missing.
+  """
+
+  _SECONDS = 10.0
+
+  def __init__(self, path: epath.PathLike):
+    path = epath.Path(path)
+    self.name = os.fspath(path)
+    self._path, self._file = path, None
+    self._lock = threading.Lock()
+    self._text, self._is_written, self._when = '', True, -math.inf
+    if is_remote(path):
+      self._text = path.read_text() if path.exists() else ''
+    else:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      self._file = path.open('a')
+
+  def write(self, text: str) -> None:
+    """Appends text, which ends in a line break."""
+    with self._lock:
+      if self._file is not None:
+        self._file.write(text)
+        self._file.flush()
+        return
+      self._text += text
+      self._is_written = False
+      if time.monotonic() - self._when >= self._SECONDS:
+        self._replace()
+
+  def close(self) -> None:
+    """Writes what is not written yet."""
+    with self._lock:
+      if self._file is not None:
+        self._file.close()
+      elif not self._is_written:
+        self._replace()
+
+  def _replace(self):
+    self._path.write_text(self._text)
+    self._is_written, self._when = True, time.monotonic()
+
+  def __enter__(self) -> 'Appended':
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self.close()
+
+
+def copy_folder(source: epath.PathLike, target: epath.PathLike) -> None:
+  """Copies a folder's files, and those of the folders in it."""
+  for path in epath.Path(source).iterdir():
+    if path.is_dir():
+      copy_folder(path, epath.Path(target) / path.name)
+    else:
+      write_bytes(epath.Path(target) / path.name, path.read_bytes())
+
+
+def local_folder(
+  folder: epath.PathLike, patterns: Sequence[str]
+) -> pathlib.Path:
+  """A folder of a store on this machine, copied once for each of its versions.
+
+  Args:
+    folder: in a store; of what is in it, files are copied, no folders.
+    patterns: of their names.
+
+  Raises:
+    FileNotFoundError: there is no such folder.
+  """
+  folder = epath.Path(folder)
+  if not folder.is_dir():
+    raise FileNotFoundError(f'{folder}: no such folder')
+  found = {
+    path.name: path.stat()
+    for path in sorted(folder.iterdir())
+    if any(path.match(pattern) for pattern in patterns) and not path.is_dir()
+  }
+  version = hashlib.sha256(os.fspath(folder).encode())
+  for name, about in found.items():
+    version.update(f'\0{name}\0{about.length}\0{about.mtime}'.encode())
+  copies = pathlib.Path(COPIES).expanduser()
+  place = copies / version.hexdigest()[:32]
+  if place.is_dir():
+    return place
+  copies.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=copies) as unfinished:
+    for name in found:
+      with (
+        (folder / name).open('rb') as source,
+        open(os.path.join(unfinished, name), 'wb') as target,
+      ):
+        while block := source.read(1 << 24):
+          target.write(block)
+    try:
+      os.rename(unfinished, place)
+    except OSError:  # Another process was quicker.
+      if not place.is_dir():
+        raise
+    else:
+      os.mkdir(unfinished)  # For the context to remove.
+  return place
