@@ -136,7 +136,8 @@ class Lora:
   Attributes:
     rank: r, the columns of A and the rows of B.
     alpha: of the factor on the product.
-    targets: the matrices of every layer that have one, of `LORA_TARGETS`.
+    targets: the matrices of every layer that have one, of `LORA_TARGETS`; ()
+      is all that there are.
   """
 
   rank: int
@@ -152,10 +153,10 @@ class Lora:
     if not self.alpha > 0:
       raise ValueError(f'lora.alpha must be positive: {self.alpha!r}')
     unknown = sorted(set(self.targets) - set(LORA_TARGETS))
-    if unknown or not self.targets:
+    if unknown:
       raise ValueError(
-        f'lora.targets must name some of {", ".join(LORA_TARGETS)}: '
-        f'{self.targets}'
+        f'lora.targets knows {", ".join(LORA_TARGETS)}, and () for all: '
+        f'{", ".join(unknown)}'
       )
     if len(set(self.targets)) < len(self.targets):
       raise ValueError(f'lora.targets names one twice: {self.targets}')

@@ -392,12 +392,13 @@ class Block(nn.Module):
     return x, kept
 
   def _has_adapter(self, name):
-    lora = self.config.lora
-    if lora is None or name not in lora.targets:
+    lora, found = self.config.lora, f'{name}_lora_a'
+    is_there = self.has_variable('params', found)
+    if lora is None or (lora.targets and name not in lora.targets):
+      if is_there:
+        raise ValueError(f'{found} is there, and the config has no adapter')
       return False
-    return self.is_initializing() or self.has_variable(
-      'params', f'{name}_lora_a'
-    )
+    return is_there or self.is_initializing()
 
 
 def attend(
