@@ -126,7 +126,7 @@ def run(config, workdir: epath.Path):
     value = reward
     if reward is None:
       # fold_in: the head must not share its noise with the rollouts' keys.
-      key = jax.random.fold_in(jax.random.key(config.seed), -1)
+      key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
       value = model_fns.scalar_from_policy(policy, mesh, key)
     policy, value = rl.add_adapters(config, mesh, policy, value)
     programs = build_programs(
