@@ -166,9 +166,7 @@ def run(config, workdir: epath.Path):
   with sharding.use_mesh(mesh):
     rows, dropped = rankings.training_rows(config, comparisons, tokenizer)
     encoded = rankings.encode(config, valid, tokenizer)
-    # fold_in: not the batches' keys.
-    key = jax.random.fold_in(jax.random.key(config.seed), -2)
-    model = model_fns.adapted(policy, lora_of(config), mesh, key)
+    model = model_fns.adapted(policy, lora_of(config), mesh, config.seed)
     logprobs = functools.partial(
       rankings.response_logprobs,
       rankings.logprobs_program(model.module),

@@ -139,13 +139,6 @@ def train(config, workdir, name, rows, model, seed):
   return state.params, programs
 
 
-def add_adapters(config, model, mesh, seed):
-  """Fresh adapters on a reward model, where `lora` asks for them."""
-  # fold_in: neither the head's noise nor the batches' keys.
-  key = jax.random.fold_in(jax.random.key(seed), -2)
-  return model_fns.adapted(model, lora_of(config), mesh, key)
-
-
 def score_fn(config, programs, params):
   """A reward model as a `rankings.ScoreRowsFn`."""
   return lambda rows: rankings.score_rows(
@@ -169,7 +162,7 @@ def run(config, workdir: epath.Path):
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     model = model_fns.scalar_from_policy(policy, mesh, key)
     del policy
-    model = add_adapters(config, model, mesh, config.seed)
+    model = model_fns.adapted(model, lora_of(config), mesh, config.seed)
     params, programs = train(
       config, workdir, config.name, rows, model, config.seed
     )

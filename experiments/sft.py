@@ -164,9 +164,7 @@ def run(config, workdir: epath.Path):
       compute_dtype=config.compute_dtype,
     )
     model_fns.check_context(model, config.row_length, 'row_length')
-    model = model_fns.adapted(
-      model, lora_of(config), mesh, jax.random.fold_in(root, -1)
-    )
+    model = model_fns.adapted(model, lora_of(config), mesh, config.seed)
     programs = build_programs(config, model.module, num_steps)
     state = train_state.create(model.params, programs['optimizer'])
     frozen = {'policy': model.base}

@@ -128,7 +128,7 @@ def without_unembedding(trunk: Params) -> Params:
 
 
 def adapted(
-  model: Model, adapters: Lora | None, mesh: jax.sharding.Mesh, key: Key
+  model: Model, adapters: Lora | None, mesh: jax.sharding.Mesh, seed: int
 ) -> Model:
   """The same model with fresh adapters on a frozen base.
 
@@ -139,7 +139,7 @@ def adapted(
     model: without adapters.
     adapters: None gives the model back, all of it to be trained.
     mesh: of the model.
-    key: of the factors A.
+    seed: of the stage; for the factors A.
 
   Raises:
     ValueError: a target that the model does not have.
@@ -150,6 +150,9 @@ def adapted(
   module = model.module.clone(config=config)
   abstract, _ = lora.split(abstract_params(model.kind, config, mesh))
   init_fn = _init_fn(module)
+  # Steps and heads fold smaller numbers into the seed's key.
+  number = 2**32 - 1 - list(KINDS).index(model.kind)
+  key = jax.random.fold_in(jax.random.key(seed), number)
   fresh = jax.jit(
     lambda key: lora.split(sharding.unbox(init_fn(key)))[0],
     out_shardings=sharding.shardings_of(abstract),

@@ -287,13 +287,9 @@ def add_adapters(
   config: ConfigDict, mesh: jax.sharding.Mesh, *models: model_fns.Model
 ) -> list[model_fns.Model]:
   """The models with fresh adapters, where `lora` asks for them."""
-  # fold_in: neither the noise of a value model's head nor the rollouts' keys.
-  key = jax.random.fold_in(jax.random.key(config.seed), -2)
   return [
-    model_fns.adapted(model, lora_of(config), mesh, key)
-    for model, key in zip(
-      models, jax.random.split(key, len(models)), strict=True
-    )
+    model_fns.adapted(model, lora_of(config), mesh, config.seed)
+    for model in models
   ]
 
 

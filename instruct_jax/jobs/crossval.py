@@ -17,6 +17,7 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import preference_accuracy
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
+from instruct_jax.models.config import lora_of
 
 PROCESSES = 'all'
 
@@ -53,7 +54,7 @@ def run(config, workdir: epath.Path):
     for seed in range(config.seed, config.seed + config.num_fold_seeds):
       key = jax.random.fold_in(jax.random.key(seed), 1)
       model = model_fns.scalar_from_policy(policy, mesh, key)
-      model = reward.add_adapters(config, model, mesh, seed)
+      model = model_fns.adapted(model, lora_of(config), mesh, seed)
       for fold, left_out in enumerate(groups):
         folder = workdir / f'seed{seed}-fold{fold}'
         result_file = folder / 'results.json'
