@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from instruct_jax import hub, lora, model_fns
+from instruct_jax import files, hub, lora, model_fns
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import checkpoint, inputs, origin, sharding
 from instruct_jax.infra import run as run_lib
@@ -96,7 +96,7 @@ def _path_from(directory, source) -> str:
   name = source.removeprefix('hf:')
   if name != source and not epath.Path(name).is_dir():
     return source  # On the hub.
-  place, base = run_lib.absolute(directory), run_lib.absolute(name)
+  place, base = files.absolute(directory), files.absolute(name)
   run, _ = origin.stages_of(str(place))
   if not base.is_relative_to(run):
     return str(base)
@@ -112,7 +112,7 @@ def _find_base(directory, described) -> str:
   """
   path = described['path']
   if path.startswith('../'):
-    place = run_lib.absolute(directory)
+    place = files.absolute(directory)
     for part in path.split('/'):
       place = place.parent if part == '..' else place / part
     path = str(place)
