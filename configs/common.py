@@ -79,6 +79,24 @@ def models(config: ConfigDict) -> ConfigDict:
   return config
 
 
+def lora(config: ConfigDict) -> ConfigDict:
+  """Low-rank adapters in the place of all weights (Hu et al. 2021).
+
+  Adapters and a scalar model's head are trained, checkpointed and saved; all
+  else is a frozen base. They want a learning rate about ten times as high.
+  """
+  config.lora = ConfigDict(
+    dict(
+      rank=0,  # r of the product A B beside a matrix; 0: no adapters.
+      alpha=16.0,  # The product counts alpha / rank times.
+      # Of 'query', 'key', 'value', 'out', 'gate', 'up', 'down', in every layer;
+      # () is all that the model has. Hu et al. take query and value.
+      targets=(),
+    )
+  )
+  return config
+
+
 # XLA's CPU backend by default keeps the results of many operations at a time,
 # to run several side by side. From a few million parameters on one operation
 # fills the cores: in order they need half of the room and take as long.

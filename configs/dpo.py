@@ -36,6 +36,7 @@ def get_config(variant: str = 'miniature'):
     'checkpoint_every',
   ):
     dpo[key] = stages.reward[key]
+  pipeline.share_lora(config, dpo)
   dpo.init = workdir + '/rl_init/model'
   dpo.learning_rate = 2e-4  # The policy's of PPO on this world.
   pipeline.replace_rl(config, 'dpo')

@@ -32,6 +32,7 @@ def e2e():
   stages.judge = reward.stage(seed + 1, workdir, 'judge')
   stages.judge.tokenizer = data + '/tokenizer'
   stages.judge.mesh = config.get_ref('mesh')
+  pipeline.share_lora(config, stages.judge)
   stages.judge.init = workdir + '/sft/model'
   stages.judge.demonstrations = data + '/demonstrations_train.jsonl'
   stages.judge.comparisons = data + '/judge_comparisons_train.jsonl'

@@ -70,8 +70,19 @@ def recipe(name: str):
   for each in (stages.select, stages.ppo, stages.ppo_ptx, stages.evaluate):
     each.reward_model = workdir + '/reward/model'
   stages.ppo.ptx_coef = 0.0
+  # Of all stages that have adapters; each may still have its own.
+  common.lora(config)
+  for each in stages.values():
+    if 'lora' in each:
+      share_lora(config, each)
   stages.evaluate.suite = workdir + '/nlp_suite/suite.json'
   return config
+
+
+def share_lora(config, stage) -> None:
+  """Lets a stage's adapters follow the section of the whole recipe."""
+  for key in config.lora:
+    stage.lora[key] = config.lora.get_oneway_ref(key)
 
 
 def show_rankings(stages):

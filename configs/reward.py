@@ -28,7 +28,7 @@ from configs import common, pretrain
 
 def stage(seed, workdir, name='reward'):
   config = common.stage(name, 'reward', seed, workdir)
-  common.models(common.loop(common.adam(config)))
+  common.lora(common.models(common.loop(common.adam(config))))
   config.tokenizer = ''
   config.init = ''  # Policy folder whose trunk the reward model starts from.
   config.comparisons = ''  # JSONL of rankings.

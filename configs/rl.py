@@ -8,7 +8,7 @@ from configs import common
 def stage(seed, workdir, name='ppo_ptx'):
   """PPO-ptx with the paper's numbers (C.4); 13.4 fills what it leaves open."""
   config = common.stage(name, 'ppo_ptx', seed, workdir)
-  common.models(common.loop(common.adam(config)))
+  common.lora(common.models(common.loop(common.adam(config))))
   config.tokenizer = ''
   config.init = ''  # RL initialisation: start, and KL reference.
   config.reward_model = ''  # Also the start of the value model.

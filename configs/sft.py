@@ -30,7 +30,7 @@ INIT_LEARNING_RATES = {'1p3b': 5e-6, '6b': 1.04e-5, '175b': 2.45e-6}
 def stage(seed, workdir, name='sft'):
   """SFT baseline of C.1."""
   config = common.stage(name, 'sft', seed, workdir)
-  common.models(common.loop(common.adam(config)))
+  common.lora(common.models(common.loop(common.adam(config))))
   config.tokenizer = ''  # Folder of the tokenizer.
   config.init = ''  # Model folder: the pretrained policy.
   config.demonstrations = ''  # JSONL to train on.

@@ -9,6 +9,7 @@ Plackett-Luce likelihood of its order, by one key (`ranking_loss`). The
 reference is the initial policy; its log-probabilities are computed once.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -28,7 +29,7 @@ from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
-from instruct_jax.models.config import check_stage
+from instruct_jax.models.config import check_stage, lora_of
 
 PROCESSES = 'all'
 
@@ -138,7 +139,10 @@ def train(config, workdir, name, rows, model, seed):
       # Every process packs the whole batch, for `ends` points across rows.
       batch = sharding.put_whole(host_batch, mesh)
       state, metrics = programs['update'](
-        state, {}, batch, jax.random.fold_in(root, step)
+        state,
+        {'policy': model.base},
+        batch,
+        jax.random.fold_in(root, step),
       )
       steps.end_step(
         step,
@@ -162,30 +166,25 @@ def run(config, workdir: epath.Path):
   with sharding.use_mesh(mesh):
     rows, dropped = rankings.training_rows(config, comparisons, tokenizer)
     encoded = rankings.encode(config, valid, tokenizer)
-    # The reference, once for all epochs: training writes over its weights.
-    program = rankings.logprobs_program(policy.module)
-    reference = functools.partial(
+    model = model_fns.adapted(policy, lora_of(config), mesh, config.seed)
+    logprobs = functools.partial(
       rankings.response_logprobs,
-      program,
-      policy.params,
+      rankings.logprobs_program(model.module),
       batch_size=config.eval_batch_size,
     )
-    rows = rows.replace(ref_logprobs=reference(rows))
-    valid_reference = reference(encoded.rows)
-    params = train(config, workdir, config.name, rows, policy, config.seed)
+    # The reference, once for all epochs: training writes over its weights.
+    rows = rows.replace(ref_logprobs=logprobs(policy.params, rows))
+    valid_reference = logprobs(policy.params, encoded.rows)
+    del policy
+    params = train(config, workdir, config.name, rows, model, config.seed)
+    whole = lora.join(params, model.base)
     (accuracy,) = rankings.accuracy(
-      lambda rows: (
-        rankings.response_logprobs(
-          program, params, rows, config.eval_batch_size
-        )
-        - valid_reference
-      ),
-      encoded,
+      lambda rows: logprobs(whole, rows) - valid_reference, encoded
     )
     results = rankings.results(accuracy, rows, len(comparisons), dropped)
     model_folder.save(
       workdir / 'model',
-      model_fns.Model('policy', policy.module, params, {}),
+      dataclasses.replace(model, params=params),
       tokenizer,
       {'stage': config.name, 'seed': config.seed, **results},
     )

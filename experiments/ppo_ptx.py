@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from instruct_jax import (
+  lora,
   model_fns,
   ppo,
   rewards,
@@ -125,20 +126,23 @@ def run(config, workdir: epath.Path):
     value = reward
     if reward is None:
       # fold_in: the head must not share its noise with the rollouts' keys.
-      key = jax.random.fold_in(jax.random.key(config.seed), -1)
+      key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
       value = model_fns.scalar_from_policy(policy, mesh, key)
+    policy, value = rl.add_adapters(config, mesh, policy, value)
     programs = build_programs(
       config, policy.module, value.module, tokenizer.stop_ids
     )
     state = initial_state(config, policy.params, value.params)
-    models = {'reference': policy.params}
+    # Adapters start at zero: their base is the reference.
+    models = {'reference': policy.base or policy.params}
     if reward is not None:
       models['reward'] = reward.params
-    frozen = rl.Frozen(config, models)
+    bases = {'policy': policy.base, 'value': value.base}
+    frozen = rl.Frozen(config, models, bases)
     evaluate = rl.make_evaluate(config, policy.module, tokenizer, mesh, data)
     outputs = rl.Outputs(config, workdir, policy, tokenizer, reward)
     # Their float32 weights live on in the state alone.
-    del policy, reward, value, models
+    del policy, reward, value, models, bases
 
     with loop.Loop(
       workdir,
@@ -154,6 +158,7 @@ def run(config, workdir: epath.Path):
       )
       state = iterations.restore(sharding.place(state, mesh))
       root = jax.random.key(config.seed)
+      whole = functools.partial(lora.join, base=frozen.bases['policy'])
       for iteration, (prompts, ptx) in iterations.steps_with(
         loader.ahead(data.batches)
       ):
@@ -161,12 +166,12 @@ def run(config, workdir: epath.Path):
         keys = dict(zip(('respond', 'train'), keys, strict=True))
         values = {}
         if iteration == 0:
-          values = evaluate(0, state.policy.params, state.ema)
+          values = evaluate(0, whole(state.policy.params), whole(state.ema))
 
         # Respond.
         ema = frozen.store('ema', state.ema)
         responses = programs['respond'](
-          state.policy.params,
+          whole(state.policy.params),
           sharding.put_batch(prompts, mesh),
           keys['respond'],
         )
@@ -176,7 +181,7 @@ def run(config, workdir: epath.Path):
         # Penalise.
         batch, kl, objective = programs['penalise'](
           state.replace(ema=None),
-          {'reference': frozen['reference']},
+          {'reference': frozen['reference'], **frozen.bases},
           responses,
           layout,
           scores,
@@ -184,7 +189,7 @@ def run(config, workdir: epath.Path):
         # Train.
         state, metrics = programs['train'](
           state.replace(ema=frozen.load('ema', ema)),
-          {},
+          frozen.bases,
           batch,
           sharding.put_batch(ptx, mesh),
           kl,
@@ -192,7 +197,7 @@ def run(config, workdir: epath.Path):
         )
 
         done = iteration + 1
-        values |= evaluate(done, state.policy.params, state.ema)
+        values |= evaluate(done, whole(state.policy.params), whole(state.ema))
         iterations.end_step(
           iteration,
           state,

@@ -7,12 +7,15 @@ labelers' demonstrations score 0 on average; it lives in the head's bias and
 travels with the parameters.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from instruct_jax import (
+  lora,
   losses,
   masked,
   model_fns,
@@ -24,7 +27,7 @@ from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import loop, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
-from instruct_jax.models.config import check_stage
+from instruct_jax.models.config import check_stage, lora_of
 
 PROCESSES = 'all'
 
@@ -57,7 +60,8 @@ def build_programs(config, module, num_steps):
   scores_fn = model_fns.scores_fn(module)
 
   def loss_fn(params, frozen, batch, key):
-    del frozen, key  # Reward models train without dropout.
+    del key  # Reward models train without dropout.
+    params = lora.join(params, frozen.get('reward'))
     scores = scores_fn(params, batch.tokens, batch.segments, batch.ends)
     loss, pairs, correct = losses.ranking_loss(
       scores[:, None], batch.ranks, config.divisor
@@ -120,7 +124,10 @@ def train(config, workdir, name, rows, model, seed):
       # Every process packs the whole batch, for `ends` points across rows.
       batch = sharding.put_whole(host_batch, mesh)
       state, metrics = programs['update'](
-        state, {}, batch, jax.random.fold_in(root, step)
+        state,
+        {'reward': model.base},
+        batch,
+        jax.random.fold_in(root, step),
       )
       steps.end_step(
         step,
@@ -154,17 +161,20 @@ def run(config, workdir: epath.Path):
     # fold_in: the head must not share its noise with the batches' keys.
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     model = model_fns.scalar_from_policy(policy, mesh, key)
+    del policy
+    model = model_fns.adapted(model, lora_of(config), mesh, config.seed)
     params, programs = train(
       config, workdir, config.name, rows, model, config.seed
     )
 
     # Demonstrations score 0 on average.
     demonstrations = rankings.demonstration_rows(config, tokenizer)
-    scores = score_fn(config, programs, params)(demonstrations)
+    score = score_fn(config, programs, lora.join(params, model.base))
+    scores = score(demonstrations)
     shift = float(np.mean(scores, dtype=np.float64))
     params = {**params, 'head_bias': params['head_bias'] - jnp.float32(shift)}
 
-    score = score_fn(config, programs, params)
+    score = score_fn(config, programs, lora.join(params, model.base))
     encoded = rankings.encode(config, valid, tokenizer)
     (accuracy,) = rankings.accuracy(score, encoded)
     first = loader.take(rows, np.arange(min(512, loader.num_rows(rows))))
@@ -176,7 +186,7 @@ def run(config, workdir: epath.Path):
     }
     model_folder.save(
       workdir / 'model',
-      model_fns.Model('scalar', model.module, params, {}),
+      dataclasses.replace(model, params=params),
       tokenizer,
       {'stage': config.name, 'seed': config.seed, **results},
     )

@@ -18,6 +18,7 @@ from etils import epath
 
 from instruct_jax import (
   advantages,
+  lora,
   model_fns,
   ppo,
   rewards,
@@ -129,14 +130,16 @@ def run(config, workdir: epath.Path):
   data = rl.read_data(config, tokenizer)
   with sharding.use_mesh(mesh):
     policy, reward = rl.load_models(config, tokenizer, mesh)
+    (policy,) = rl.add_adapters(config, mesh, policy)
     programs = build_programs(
       config, policy.module, reward and reward.module, tokenizer.stop_ids
     )
     state = initial_state(config, policy.params)
-    models = {'reference': policy.params}
+    # Adapters start at zero: their base is the reference.
+    models = {'reference': policy.base or policy.params}
     if reward is not None:
       models['reward'] = reward.params
-    frozen = rl.Frozen(config, models)
+    frozen = rl.Frozen(config, models, {'policy': policy.base})
     evaluate = rl.make_evaluate(config, policy.module, tokenizer, mesh, data)
     outputs = rl.Outputs(config, workdir, policy, tokenizer, reward)
     # Their float32 weights live on in the state alone.
@@ -156,6 +159,7 @@ def run(config, workdir: epath.Path):
       )
       state = iterations.restore(sharding.place(state, mesh))
       root = jax.random.key(config.seed)
+      whole = functools.partial(lora.join, base=frozen.bases['policy'])
       for iteration, (prompts, ptx) in iterations.steps_with(
         loader.ahead(data.batches)
       ):
@@ -163,12 +167,12 @@ def run(config, workdir: epath.Path):
         keys = dict(zip(('respond', 'train'), keys, strict=True))
         values = {}
         if iteration == 0:
-          values = evaluate(0, state.policy.params, state.ema)
+          values = evaluate(0, whole(state.policy.params), whole(state.ema))
 
         # Respond.
         ema = frozen.store('ema', state.ema)
         responses = programs['respond'](
-          state.policy.params,
+          whole(state.policy.params),
           sharding.put_batch(prompts, mesh),
           keys['respond'],
         )
@@ -178,7 +182,7 @@ def run(config, workdir: epath.Path):
         # Penalise.
         batch, kl, objective = programs['penalise'](
           state.replace(ema=None),
-          {'reference': frozen['reference']},
+          {'reference': frozen['reference'], **frozen.bases},
           responses,
           layout,
           scores,
@@ -186,7 +190,7 @@ def run(config, workdir: epath.Path):
         # Train.
         state, metrics = programs['train'](
           state.replace(ema=frozen.load('ema', ema)),
-          {},
+          frozen.bases,
           batch,
           sharding.put_batch(ptx, mesh),
           kl,
@@ -194,7 +198,7 @@ def run(config, workdir: epath.Path):
         )
 
         done = iteration + 1
-        values |= evaluate(done, state.policy.params, state.ema)
+        values |= evaluate(done, whole(state.policy.params), whole(state.ema))
         iterations.end_step(
           iteration,
           state,

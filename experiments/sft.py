@@ -13,7 +13,7 @@ import dataclasses
 import jax
 from etils import epath
 
-from instruct_jax import model_fns, model_folder, queries, supervised
+from instruct_jax import lora, model_fns, model_folder, queries, supervised
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import (
@@ -24,7 +24,7 @@ from instruct_jax.infra import (
   train_state,
 )
 from instruct_jax.infra import run as run_lib
-from instruct_jax.models.config import check_stage
+from instruct_jax.models.config import check_stage, lora_of
 
 PROCESSES = 'all'
 
@@ -164,13 +164,15 @@ def run(config, workdir: epath.Path):
       compute_dtype=config.compute_dtype,
     )
     model_fns.check_context(model, config.row_length, 'row_length')
+    model = model_fns.adapted(model, lora_of(config), mesh, config.seed)
     programs = build_programs(config, model.module, num_steps)
     state = train_state.create(model.params, programs['optimizer'])
+    frozen = {'policy': model.base}
     # Saved models have no dropout rate to inherit: it belongs to this stage.
     module = model_fns.make_module(
       'policy', dataclasses.replace(model.config, dropout=0.0)
     )
-    del model
+    model = dataclasses.replace(model, module=module, params=None)
 
     valid_loss = queries.make_heldout_loss(
       module, valid_rows, config.eval_batch_size, mesh
@@ -179,7 +181,7 @@ def run(config, workdir: epath.Path):
     def save(directory, params, epoch, loss):
       model_folder.save(
         directory,
-        model_fns.Model('policy', module, params, {}),
+        dataclasses.replace(model, params=params),
         tokenizer,
         {
           'stage': config.name,
@@ -204,12 +206,12 @@ def run(config, workdir: epath.Path):
       for step, host_batch in steps.steps_with(data):
         batch = sharding.put_batch(host_batch, mesh)
         state, metrics = programs['update'](
-          state, {}, batch, jax.random.fold_in(root, step)
+          state, frozen, batch, jax.random.fold_in(root, step)
         )
         values = None
         if (step + 1) % steps_per_epoch == 0:
           epoch = (step + 1) // steps_per_epoch
-          loss = valid_loss(state.params).mean
+          loss = valid_loss(lora.join(state.params, model.base)).mean
           values = {'epoch': epoch, 'eval/loss': loss}
           save(workdir / 'epochs' / str(epoch), state.params, epoch, loss)
         steps.end_step(
@@ -232,7 +234,7 @@ def run(config, workdir: epath.Path):
       selected = min(epochs, key=lambda row: row['valid_loss'])['epoch']
     else:
       selected = config.num_epochs
-    best = model_folder.load(
+    best = model_folder.read(
       workdir / 'epochs' / str(selected),
       'policy',
       mesh,

@@ -1,6 +1,21 @@
-"""Low-rank adapters (Hu et al. 2021): a parameter tree beside a frozen base."""
+"""Low-rank adapters (Hu et al. 2021): a parameter tree beside a frozen base.
 
-from instruct_jax.types import Params
+An adapter of a matrix W is two more leaves beside it, A and B, and the layer
+computes x W + (alpha / r) (x A) B (`models/transformer.py`). What is trained is
+a tree of such leaves alone: gradients, moments of Adam, moving averages and
+checkpoints have its size. A loss joins it with the base that it finds in
+`frozen`; whoever needs plain weights merges the product into W.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from instruct_jax.types import Params, PyTree
+
+_A, _B = '_lora_a', '_lora_b'
+# Of a scalar model; too small to be adapted, and new where a stage starts.
+_HEAD = ('head_kernel', 'head_bias')
 
 
 def join(trained: Params, base: Params | None) -> Params:
@@ -25,3 +40,54 @@ def join(trained: Params, base: Params | None) -> Params:
     else:
       raise ValueError(f'{name} is trained and in the frozen base')
   return joined
+
+
+def split(params: Params) -> tuple[Params, Params]:
+  """The leaves that are trained, and the base; `join` is the inverse.
+
+  Trained are adapters and a scalar model's head. Nothing is copied; leaves may
+  be of any kind, descriptions of arrays too.
+  """
+  trained, base = {}, {}
+  for path, leaf in traverse_util.flatten_dict(params).items():
+    is_trained = path[-1].endswith((_A, _B)) or path[-1] in _HEAD
+    (trained if is_trained else base)[path] = leaf
+  return (
+    traverse_util.unflatten_dict(trained),
+    traverse_util.unflatten_dict(base),
+  )
+
+
+def merge(params: Params, scale: float) -> Params:
+  """Plain weights of the same model: W + scale A B, without adapters.
+
+  In float32, whatever the precision of the base: on accelerators a product of
+  float32 matrices is otherwise one of shorter numbers.
+
+  Args:
+    params: base and adapters, joined, of stacked layers: W [L, inputs...,
+      outputs...], A [L, inputs..., r], B [L, r, outputs...].
+    scale: alpha / r.
+  """
+
+  def product(a, b):
+    return jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
+
+  merged = {}
+  for name, value in params.items():
+    if isinstance(value, dict):
+      merged[name] = merge(value, scale)
+    elif name.endswith((_A, _B)):
+      continue
+    else:
+      stem = name.removesuffix('_kernel')
+      if f'{stem}{_A}' in params:
+        change = jax.vmap(product)(params[f'{stem}{_A}'], params[f'{stem}{_B}'])
+        value = value.astype(jnp.float32) + scale * change
+      merged[name] = value
+  return merged
+
+
+def num_params(tree: PyTree) -> int:
+  """Numbers in all leaves of a tree."""
+  return sum(x.size for x in jax.tree.leaves(tree))

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from instruct_jax import lora
 from instruct_jax.infra import sharding, train_state
 from instruct_jax.models import decoding, heads
-from instruct_jax.models.config import TransformerConfig
+from instruct_jax.models.config import Lora, TransformerConfig
 from instruct_jax.types import Decoder, Key, LogprobsFn, Params, ScalarsFn
 
 KINDS = {'policy': heads.Policy, 'scalar': heads.ScalarModel}
@@ -24,14 +25,18 @@ class Model:
   Attributes:
     kind: 'policy' (tokens) or 'scalar' (reward and value models).
     module: pure Linen module of that kind.
-    params: float32, sharded.
+    params: float32, sharded; those under training where there is a base.
     metadata: what `save` was given beside them; JSON.
+    source: the folder that they, or the base, were read from; '' is none.
+    base: frozen weights below adapters; None without.
   """
 
   kind: str
   module: heads.Policy | heads.ScalarModel
   params: Params
   metadata: dict[str, Any]
+  source: str = ''
+  base: Params | None = None
 
   @property
   def config(self) -> TransformerConfig:
@@ -106,14 +111,75 @@ def init(
 def scalar_from_policy(
   policy: Model, mesh: jax.sharding.Mesh, key: Key
 ) -> Model:
-  """A reward model with the policy's trunk and a fresh head (3.5, STI B.1)."""
+  """A reward model with a copy of the policy's trunk and a fresh head (3.5,
+  STI B.1)."""
   fresh = init('scalar', policy.config, mesh, key)
-  # The policy's trunk may have an unembedding more.
-  trunk = {
-    name: jax.tree.map(jnp.copy, policy.params['trunk'][name])
-    for name in fresh.params['trunk']
+  trunk = jax.tree.map(jnp.copy, without_unembedding(policy.params['trunk']))
+  return dataclasses.replace(
+    fresh, params={**fresh.params, 'trunk': trunk}, source=policy.source
+  )
+
+
+def without_unembedding(trunk: Params) -> Params:
+  """A policy's trunk as a scalar model has it."""
+  return {
+    name: x for name, x in trunk.items() if not name.startswith('unembedding')
   }
-  return dataclasses.replace(fresh, params={**fresh.params, 'trunk': trunk})
+
+
+def adapted(
+  model: Model, adapters: Lora | None, mesh: jax.sharding.Mesh, seed: int
+) -> Model:
+  """The same model with fresh adapters on a frozen base.
+
+  It computes what it computed before. Its `params` are the adapters and, of a
+  scalar model, the head; all others are the `base`, not copied.
+
+  Args:
+    model: without adapters.
+    adapters: None gives the model back, all of it to be trained.
+    mesh: of the model.
+    seed: of the stage; for the factors A.
+
+  Raises:
+    ValueError: a target that the model does not have.
+  """
+  if adapters is None:
+    return model
+  config = dataclasses.replace(model.config, lora=adapters)
+  module = model.module.clone(config=config)
+  abstract, _ = lora.split(abstract_params(model.kind, config, mesh))
+  init_fn = _init_fn(module)
+  # Steps and heads fold smaller numbers into the seed's key.
+  number = 2**32 - 1 - list(KINDS).index(model.kind)
+  key = jax.random.fold_in(jax.random.key(seed), number)
+  fresh = jax.jit(
+    lambda key: lora.split(sharding.unbox(init_fn(key)))[0],
+    out_shardings=sharding.shardings_of(abstract),
+  )(key)
+  head, base = lora.split(model.params)
+  return dataclasses.replace(
+    model, module=module, params={**fresh, **head}, base=base
+  )
+
+
+def merged(model: Model, mesh: jax.sharding.Mesh) -> Model:
+  """A plain model that computes the same; the base is donated to it."""
+  config = dataclasses.replace(model.config, lora=None)
+  scale = model.config.lora.scale
+  merge = jax.jit(
+    lambda base, trained: lora.merge(lora.join(trained, base), scale),
+    donate_argnums=0,
+    out_shardings=sharding.shardings_of(
+      abstract_params(model.kind, config, mesh)
+    ),
+  )
+  return dataclasses.replace(
+    model,
+    module=model.module.clone(config=config),
+    params=merge(model.base, model.params),
+    base=None,
+  )
 
 
 def check_context(model: Model, num_tokens: int, what: str) -> None:
@@ -124,9 +190,8 @@ def check_context(model: Model, num_tokens: int, what: str) -> None:
   """
   if num_tokens > model.config.context_length:
     raise ValueError(
-      f'{what} ask for {num_tokens} tokens, the model from '
-      f'{model.metadata.get("from", "the folder given")} has a context of '
-      f'{model.config.context_length}; lower them'
+      f'{what} ask for {num_tokens} tokens, the model from {model.source} has '
+      f'a context of {model.config.context_length}; lower them'
     )
 
 
@@ -142,23 +207,30 @@ def decoder(module: heads.Policy, gather_weights: bool = True) -> Decoder:
       compute dtype, and keep them so; otherwise they stay cut as in training,
       and every token gathers them again: slower, where memory is short.
   """
+  config = dataclasses.replace(module.config, lora=None)
   # The key too: the current mesh may be one that is only described.
-  boxed = jax.eval_shape(lambda: _init_fn(module)(jax.random.key(0)))
+  boxed = jax.eval_shape(
+    lambda: _init_fn(make_module('policy', config))(jax.random.key(0))
+  )
   kept = {'embed': None} if gather_weights else {}
 
   def lay_out(leaf, x):
     return sharding.constrain(x, *(kept.get(n, n) for n in leaf.names))
 
   def prepare(params):
+    plain = params
+    if module.config.lora is not None:
+      plain = lora.merge(params, module.config.lora.scale)
     laid_out, cast = (
       jax.tree.map(
         lay_out, boxed, tree, is_leaf=lambda x: isinstance(x, nn.Partitioned)
       )
-      for tree in (params, decoding.in_compute_dtype(module.config, params))
+      for tree in (plain, decoding.in_compute_dtype(config, plain))
     )
-    # Prompts are read with the layers as they lie, one gathered at a time.
+    # Prompts are read with the layers as they lie, one gathered at a time, and
+    # their adapters: merged, they would stay here once more.
     trunk = {**laid_out['trunk'], 'layers': params['trunk']['layers']}
-    return decoding.weights_of(module.config, {'trunk': trunk}, cast)
+    return decoding.weights_of(config, {'trunk': trunk}, cast)
 
   def make_cache(num_slots, num_columns):
     return jax.tree.map(

@@ -3,6 +3,10 @@
 A model folder holds the parameters and `model.json`: kind, shape, tokenizer
 fingerprint and where the numbers come from. Loading checks all of it before
 any compute is spent.
+
+The folder of a model that was trained with adapters holds those alone, and
+names the folder of their base. `load` merges them: what it returns is a plain
+model.
 """
 
 import dataclasses
@@ -14,9 +18,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from instruct_jax import hub, model_fns
+from instruct_jax import files, hub, lora, model_fns
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.infra import checkpoint, sharding
+from instruct_jax.infra import checkpoint, inputs, origin, sharding
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models import families, hf
 from instruct_jax.models.config import TransformerConfig
@@ -28,7 +32,10 @@ def save(
   tokenizer: tokenizer_lib.Tokenizer,
   metadata: dict[str, Any],
 ) -> None:
-  """Writes a model folder; it appears only when complete."""
+  """Writes a model folder; it appears only when complete.
+
+  Of a model with adapters, their base in `model.source` is named.
+  """
   description = {
     'kind': model.kind,
     'model': model.config.to_dict(),
@@ -37,6 +44,11 @@ def save(
   }
   if model.kind == 'scalar' and model.module.skipped_id >= 0:
     description['skipped_id'] = model.module.skipped_id
+  if model.config.lora is not None:
+    description['base'] = {
+      'path': _path_from(directory, model.source),
+      'sha256': _identity(model.source),
+    }
   checkpoint.save_model(directory, model.params, description)
 
 
@@ -47,7 +59,7 @@ def check(
 
   Raises:
     checkpoint.CheckpointError: missing, damaged, of another kind, or made with
-      another tokenizer.
+      another tokenizer; or adapters whose base is gone or has changed.
     ValueError: a published folder with another tokenizer, or of a kind that is
       not handled.
   """
@@ -71,7 +83,67 @@ def check(
       f'this run uses {tokenizer.fingerprint[:12]}. Policy, reference, reward '
       'and value models must share one tokenizer.'
     )
+  if 'base' in described:
+    _find_base(directory, described['base'])
   return described
+
+
+def _path_from(directory, source) -> str:
+  """A base's path, as the folder of its adapters keeps it.
+
+  Relative where both lie in the folder of one run, which may be moved.
+  """
+  name = source.removeprefix('hf:')
+  if name != source and not epath.Path(name).is_dir():
+    return source  # On the hub.
+  place, base = files.absolute(directory), files.absolute(name)
+  run, _ = origin.stages_of(str(place))
+  if not base.is_relative_to(run):
+    return str(base)
+  up = len(place.relative_to(run).parts)
+  return '/'.join([*['..'] * up, *base.relative_to(run).parts])
+
+
+def _find_base(directory, described) -> str:
+  """The folder of a base, which is still the one that it was.
+
+  Raises:
+    checkpoint.CheckpointError: it is not there, or has changed.
+  """
+  path = described['path']
+  if path.startswith('../'):
+    place = files.absolute(directory)
+    for part in path.split('/'):
+      place = place.parent if part == '..' else place / part
+    path = str(place)
+  if inputs.problem(path):
+    raise checkpoint.CheckpointError(
+      f'{directory} holds adapters of {path}, which is not there; put that '
+      'model back, or a link to it'
+    )
+  found = _identity(path)
+  if found != described['sha256']:
+    raise checkpoint.CheckpointError(
+      f'{directory} holds adapters of {path}, which has changed since '
+      f'(SHA-256 {described["sha256"][:12]}, now {found[:12]}); put the former '
+      'one back, or train the adapters again'
+    )
+  return path
+
+
+def _identity(folder) -> str:
+  """SHA-256 of what decides a model's numbers.
+
+  Ours count by model.json, which has a checksum of each array, and the identity
+  of a base.
+  """
+  if not is_published(folder):
+    return inputs.content_hash(str(folder))
+  place = epath.Path(hub.locate(str(folder)))
+  total = hashlib.sha256()
+  for path in (place / 'config.json', *sorted(place.glob('*.safetensors'))):
+    total.update(f'{path.name}\0{inputs.content_hash(str(path))}\0'.encode())
+  return total.hexdigest()
 
 
 def make_mesh(
@@ -105,7 +177,10 @@ def shape_of(folder: epath.PathLike) -> TransformerConfig:
   """
   if is_published(folder):
     return TransformerConfig.from_hf(hf.read_config(hub.locate(str(folder))))
-  return TransformerConfig.from_dict(checkpoint.load_metadata(folder)['model'])
+  config = TransformerConfig.from_dict(
+    checkpoint.load_metadata(folder)['model']
+  )
+  return dataclasses.replace(config, lora=None)
 
 
 def check_contexts(
@@ -231,10 +306,10 @@ def load(
   tokenizer: tokenizer_lib.Tokenizer,
   **changes: Any,
 ) -> model_fns.Model:
-  """Reads a model folder onto the mesh.
+  """Reads a model folder onto the mesh, adapters merged into their base.
 
   Args:
-    directory: written by `save`.
+    directory: written by `save`, or published.
     kind: what the caller needs.
     mesh: the layout follows it, whatever the model was saved from.
     tokenizer: in use; published models get an embedding for its PAD.
@@ -246,7 +321,30 @@ def load(
   Raises:
     ValueError: a published model with another tokenizer, that is not handled,
       or whose files are damaged; see `hf.load_params`.
-    checkpoint.CheckpointError: see `check`; or damaged arrays.
+    checkpoint.CheckpointError: see `check`; or damaged arrays, or a base that
+      is not there or no longer what it was.
+  """
+  model = read(directory, kind, mesh, tokenizer, **changes)
+  if model.config.lora is None:
+    return model
+  base = load(model.source, 'policy', mesh, tokenizer).params
+  if kind == 'scalar':  # It starts from a policy's trunk.
+    base = {'trunk': model_fns.without_unembedding(base['trunk'])}
+  model = dataclasses.replace(model, base=base, source=str(directory))
+  return model_fns.merged(model, mesh)
+
+
+def read(
+  directory: epath.PathLike,
+  kind: str,
+  mesh: jax.sharding.Mesh,
+  tokenizer: tokenizer_lib.Tokenizer,
+  **changes: Any,
+) -> model_fns.Model:
+  """A model folder as it is; arguments and errors as of `load`.
+
+  Returns:
+    The model; or adapters alone, with the folder of their base as `source`.
   """
   changes = {
     name: value
@@ -256,15 +354,18 @@ def load(
   described = check(directory, kind, tokenizer)
   if is_published(directory):
     changes['vocab_size'] = tokenizer.vocab_size
-    return _load_published(hub.locate(str(directory)), kind, mesh, changes)
+    model = _load_published(hub.locate(str(directory)), kind, mesh, changes)
+    return dataclasses.replace(model, source=str(directory))
   config = _changed(
     directory, TransformerConfig.from_dict(described['model']), changes
   )
-  params, _ = checkpoint.load_model(
-    directory, model_fns.abstract_params(kind, config, mesh)
-  )
+  abstract, source = model_fns.abstract_params(kind, config, mesh), directory
+  if 'base' in described:
+    abstract, _ = lora.split(abstract)
+    source = _find_base(directory, described['base'])
+  params, _ = checkpoint.load_model(directory, abstract)
   attributes = {}
   if 'skipped_id' in described:
     attributes['skipped_id'] = described['skipped_id']
   module = model_fns.make_module(kind, config, **attributes)
-  return model_fns.Model(kind, module, params, described['about'])
+  return model_fns.Model(kind, module, params, described['about'], str(source))

@@ -32,7 +32,7 @@ from instruct_jax.evals.benchmarks import probe
 from instruct_jax.infra import optimizer, sharding
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models import attention, heads
-from instruct_jax.models.config import check_stage
+from instruct_jax.models.config import check_stage, lora_of
 from instruct_jax.types import Params, PromptBatch, PyTree, Rollout, TextBatch
 
 OFFLOADED = ('ema', 'reference', 'reward')
@@ -74,6 +74,11 @@ def validate(config: ConfigDict) -> None:
       f'{config.num_slots}'
     )
   run_lib.check_choice(config, 'offload', OFFLOADED)
+  if config.lora.rank and 'reference' in config.offload:
+    raise ValueError(
+      'offload: with lora.rank > 0 the reference is the base of the policy, '
+      'which every program reads; take it out of offload'
+    )
   if not config.temperature > 0:
     raise ValueError(f'temperature must be positive: {config.temperature}')
   if config.ptx_per_episode < 1 and method.ptx_coef > 0:
@@ -278,20 +283,43 @@ def load_models(
   return policy, reward
 
 
+def add_adapters(
+  config: ConfigDict, mesh: jax.sharding.Mesh, *models: model_fns.Model
+) -> list[model_fns.Model]:
+  """The models with fresh adapters, where `lora` asks for them."""
+  return [
+    model_fns.adapted(model, lora_of(config), mesh, config.seed)
+    for model in models
+  ]
+
+
 class Frozen:
   """Models that never learn, in `frozen_dtype`, offloaded where so configured.
 
   Args:
     config: of the stage.
     models: name -> parameters.
+    bases: below the adapters of 'policy' and 'value' model; None without. They
+      stay on the device; their arrays may be those of a model.
   """
 
-  def __init__(self, config: ConfigDict, models: Mapping[str, Params]):
+  def __init__(
+    self,
+    config: ConfigDict,
+    models: Mapping[str, Params],
+    bases: Mapping[str, Params | None],
+  ):
     self._offload = sharding.Offload(config.offload)
+    arrays = {}  # Each is there once, whoever has it.
+
+    def frozen(x):
+      if id(x) not in arrays:
+        arrays[id(x)] = x.astype(config.frozen_dtype)
+      return arrays[id(x)]
+
+    self.bases = jax.tree.map(frozen, dict(bases))
     self._models = {
-      name: self._offload.store(
-        name, jax.tree.map(lambda x: x.astype(config.frozen_dtype), params)
-      )
+      name: self._offload.store(name, jax.tree.map(frozen, params))
       for name, params in models.items()
     }
 
@@ -490,7 +518,7 @@ class Outputs:
     reward: model_fns.Model | None,
   ):
     self._config, self._workdir, self._tokenizer = config, workdir, tokenizer
-    self._module = policy.module
+    self._policy = dataclasses.replace(policy, params=None, base=None)
     score_range = (-math.inf, math.inf)
     if reward is not None:
       score_range = tuple(reward.metadata['score_range'])
@@ -502,7 +530,7 @@ class Outputs:
     """Writes a policy as a model folder."""
     model_folder.save(
       self._workdir / folder,
-      model_fns.Model('policy', self._module, params, {}),
+      dataclasses.replace(self._policy, params=params),
       self._tokenizer,
       {'stage': self._config.name, 'seed': self._config.seed, **metadata},
     )

@@ -36,6 +36,7 @@ FLOORS = {
   'model_fns': ('types', 'lora', 'models', 'infra'),
   'model_folder': (
     'types',
+    'files',
     'hub',
     'lora',
     'models',

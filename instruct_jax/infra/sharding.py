@@ -43,6 +43,7 @@ LOGICAL_RULES = {
   'embed': ('fsdp',),
   'head_dim': (),
   'norm': (),
+  'rank': (),
   'layers': (),
 }
 

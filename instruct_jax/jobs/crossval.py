@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from etils import epath
 
 from experiments import reward
-from instruct_jax import model_fns, rankings
+from instruct_jax import lora, model_fns, rankings
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import preference_accuracy
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
+from instruct_jax.models.config import lora_of
 
 PROCESSES = 'all'
 
@@ -53,6 +54,7 @@ def run(config, workdir: epath.Path):
     for seed in range(config.seed, config.seed + config.num_fold_seeds):
       key = jax.random.fold_in(jax.random.key(seed), 1)
       model = model_fns.scalar_from_policy(policy, mesh, key)
+      model = model_fns.adapted(model, lora_of(config), mesh, seed)
       for fold, left_out in enumerate(groups):
         folder = workdir / f'seed{seed}-fold{fold}'
         result_file = folder / 'results.json'
@@ -75,7 +77,7 @@ def run(config, workdir: epath.Path):
           scoring = scoring or programs
           trained_on = {name for group in groups for name in group}
           intra, inter = rankings.accuracy(
-            reward.score_fn(config, scoring, params),
+            reward.score_fn(config, scoring, lora.join(params, model.base)),
             encoded,
             (trained_on - set(left_out), set(left_out)),
           )

@@ -70,10 +70,16 @@ def run(config, workdir: epath.Path):
   mesh = sharding.make_mesh(config.mesh)
   key = jax.random.key(config.seed)
 
-  def load(epoch, compute_dtype=config.compute_dtype):
-    folder = epath.Path(config.sft) / 'epochs' / str(epoch)
+  def folder(epoch):
+    return epath.Path(config.sft) / 'epochs' / str(epoch)
+
+  def load(epoch):
     return model_folder.load(
-      folder, 'policy', mesh, tokenizer, compute_dtype=compute_dtype
+      folder(epoch),
+      'policy',
+      mesh,
+      tokenizer,
+      compute_dtype=config.compute_dtype,
     )
 
   with sharding.use_mesh(mesh):
@@ -110,7 +116,10 @@ def run(config, workdir: epath.Path):
         row['score_reward'] = mean_score(load(row['epoch']))
         progress.update(1, f'score {row["score_reward"]:.3f}')
     selected = max(epochs, key=lambda row: row['score_reward'])
-    best = load(selected['epoch'], '')  # Chosen, not changed.
+    # Chosen, not changed: adapters stay adapters.
+    best = model_folder.read(
+      folder(selected['epoch']), 'policy', mesh, tokenizer
+    )
     model_folder.save(
       workdir / 'model',
       best,

@@ -21,7 +21,8 @@ RESIDUALS = ('sequential', 'parallel', 'parallel_one_norm')
 ACTIVATIONS = ('gelu_tanh', 'gelu', 'silu', 'relu')
 SCALINGS = ('none', 'linear', 'llama3', 'yarn')
 ATTENTIONS = ('auto', 'xla', 'flash')
-
+# Matrices of a layer that may get adapters.
+LORA_TARGETS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
 
 # What a stage's config may say of how its models compute.
 STAGE_KEYS = {
@@ -44,6 +45,20 @@ def check_stage(config: ConfigDict) -> None:
       raise ValueError(
         f'{key} must be one of {", ".join(map(repr, known))}: {config[key]!r}'
       )
+  if 'lora' in config:
+    lora_of(config)
+
+
+def lora_of(config: ConfigDict) -> 'Lora | None':
+  """The adapters that a stage's section `lora` asks for; None at rank 0.
+
+  Raises:
+    ValueError: a rank, an alpha or a target there is no such thing for.
+  """
+  section = config.lora
+  if section.rank == 0:
+    return None
+  return Lora(section.rank, section.alpha, tuple(section.targets))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +130,44 @@ class Rotary:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+  """Low-rank adapters: W + (alpha / rank) A B (Hu et al. 2021, 4.1).
+
+  Attributes:
+    rank: r, the columns of A and the rows of B.
+    alpha: of the factor on the product.
+    targets: the matrices of every layer that have one, of `LORA_TARGETS`; ()
+      is all that there are.
+  """
+
+  rank: int
+  alpha: float
+  targets: tuple[str, ...]
+
+  def __post_init__(self):
+    if not isinstance(self.rank, int) or self.rank < 1:
+      raise ValueError(
+        f'lora.rank must be a positive integer, or 0 for no adapters: '
+        f'{self.rank!r}'
+      )
+    if not self.alpha > 0:
+      raise ValueError(f'lora.alpha must be positive: {self.alpha!r}')
+    unknown = sorted(set(self.targets) - set(LORA_TARGETS))
+    if unknown:
+      raise ValueError(
+        f'lora.targets knows {", ".join(LORA_TARGETS)}, and () for all: '
+        f'{", ".join(unknown)}'
+      )
+    if len(set(self.targets)) < len(self.targets):
+      raise ValueError(f'lora.targets names one twice: {self.targets}')
+
+  @property
+  def scale(self) -> float:
+    """alpha / r."""
+    return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class TransformerConfig:
   """Everything that decides the shape and arithmetic of a model.
 
@@ -157,6 +210,8 @@ class TransformerConfig:
     attention_softcap, logit_softcap: c tanh(x / c) on scores, logits; 0 is off.
     tied: the embedding is the unembedding.
     embedding_scale: factor on token embeddings.
+    lora: adapters on top of these weights; None is none. A parameter tree
+      without them is the same model before any was trained.
   """
 
   vocab_size: int
@@ -195,6 +250,7 @@ class TransformerConfig:
   logit_softcap: float = 0.0
   tied: bool = True
   embedding_scale: float = 1.0
+  lora: Lora | None = None
 
   def __post_init__(self):
     for name in (
@@ -260,6 +316,8 @@ class TransformerConfig:
       raise ValueError(
         'model.window_rotary must turn the same components as model.rotary'
       )
+    if self.lora and 'gate' in self.lora.targets and not self.gated_mlp:
+      raise ValueError('lora.targets: gate is not there, the MLP has no gate')
 
   @property
   def vocab_rows(self) -> int:
@@ -319,6 +377,9 @@ class TransformerConfig:
       for name in ('rotary', 'window_rotary'):
         if name in values and values[name] is not None:
           values[name] = Rotary(**_with_floats(Rotary, values[name]))
+      if values.get('lora') is not None:
+        lora = values['lora']
+        values['lora'] = Lora(**lora | {'targets': tuple(lora['targets'])})
       values = _with_floats(cls, values)
       return cls(**values)
     except TypeError as error:

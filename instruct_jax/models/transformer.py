@@ -264,11 +264,6 @@ class Block(nn.Module):
         name, nn.with_logical_partitioning(init, axes), shape, jnp.float32
       ).astype(dtype)
 
-    def bias(wanted, name, shape, axes):
-      if not wanted:
-        return None
-      return param(name, nn.initializers.zeros, shape, axes)
-
     def norm(name, x):
       return make_norm(config, name)(x)
 
@@ -285,15 +280,53 @@ class Block(nn.Module):
     is_step = cache is not None and x.shape[1] == 1
     project = functools.partial(dense, kernel_first=is_step)
 
-    def project_heads(name, h, num, axis):
+    def linear(name, inputs, outputs, has_bias, init=None):
+      """h -> h W + b, and (alpha / r) (h A) B where `name` has an adapter.
+
+      Inputs and outputs are sizes by axis name.
+      """
+      num_in, shape = len(inputs), (*inputs.values(), *outputs.values())
       kernel = param(
-        f'{name}_kernel', _normal(), (D, num, H), ('embed', axis, 'head_dim')
+        f'{name}_kernel', init or _normal(), shape, (*inputs, *outputs)
       )
-      offset = bias(
-        config.qkv_bias, f'{name}_bias', (num, H), (axis, 'head_dim')
+      bias = None
+      if has_bias:
+        axes = ('norm',) if 'embed' in outputs else tuple(outputs)
+        bias = param(
+          f'{name}_bias', nn.initializers.zeros, shape[num_in:], axes
+        )
+      # The frozen base and merged weights come without adapters.
+      if not self._has_adapter(name):
+        return lambda h: project(h, kernel, bias, num_in)
+      # Hu et al. 2021, 4.1: A is Gaussian and B is 0. Their code draws A
+      # uniformly, with this variance.
+      std = (3 * math.prod(inputs.values())) ** -0.5
+      rank = config.lora.rank
+      factor_a = param(
+        f'{name}_lora_a',
+        nn.initializers.normal(std),
+        (*inputs.values(), rank),
+        (*inputs, 'rank'),
       )
+      factor_b = param(
+        f'{name}_lora_b',
+        nn.initializers.zeros,
+        (rank, *outputs.values()),
+        ('rank', *outputs),
+      )
+
+      def adapted(h):
+        low = config.lora.scale * project(h, factor_a, None, num_in)
+        return project(h, kernel, bias, num_in) + project(low, factor_b, None)
+
+      return adapted
+
+    def project_heads(name, h, num, axis):
+      heads = {axis: num, 'head_dim': H}
       # [B, N, T, H]: batch axes first, as the products below want them.
-      return jnp.swapaxes(project(h, kernel, offset), 1, 2)
+      return jnp.swapaxes(
+        linear(name, {'embed': D}, heads, config.qkv_bias)(h), 1, 2
+      )
 
     x = nn.with_logical_constraint(x, ('batch', 'length', None))
     h = norm('attention_norm', x)
@@ -326,37 +359,46 @@ class Block(nn.Module):
     else:
       mixed = attend(config, queries, keys, values, sight.allowed)
     mixed = jnp.swapaxes(mixed, 1, 2)
-    out_kernel = param(
-      'out_kernel',
+    out = linear(
+      'out',
+      {'heads': N, 'head_dim': H},
+      {'embed': D},
+      config.out_bias,
       _normal(residual_scale),
-      (N, H, D),
-      ('heads', 'head_dim', 'embed'),
     )
-    out_bias = bias(config.out_bias, 'out_bias', (D,), ('norm',))
-    attended = project(mixed, out_kernel, out_bias, num_in=2)
+    attended = out(mixed)
     attended = drop(post_norm('attention_post_norm', attended))
     if config.residual == 'sequential':
       x = x + attended
 
-    up_kernel = param('up_kernel', _normal(), (D, F), ('embed', 'mlp'))
-    up_bias = bias(config.mlp_bias, 'up_bias', (F,), ('mlp',))
-    down_kernel = param(
-      'down_kernel', _normal(residual_scale), (F, D), ('mlp', 'embed')
+    up = linear('up', {'embed': D}, {'mlp': F}, config.mlp_bias)
+    down = linear(
+      'down',
+      {'mlp': F},
+      {'embed': D},
+      config.mlp_bias,
+      _normal(residual_scale),
     )
-    down_bias = bias(config.mlp_bias, 'down_bias', (D,), ('norm',))
     activation = ACTIVATIONS[config.activation]
     if config.residual != 'parallel_one_norm':
       h = norm('mlp_norm', x)
-    up = project(h, up_kernel, up_bias)
     if config.gated_mlp:
-      gate_kernel = param('gate_kernel', _normal(), (D, F), ('embed', 'mlp'))
-      gate_bias = bias(config.mlp_bias, 'gate_bias', (F,), ('mlp',))
-      h = activation(project(h, gate_kernel, gate_bias)) * up
+      gate = linear('gate', {'embed': D}, {'mlp': F}, config.mlp_bias)
+      h = activation(gate(h)) * up(h)
     else:
-      h = activation(up)
-    h = drop(post_norm('mlp_post_norm', project(h, down_kernel, down_bias)))
+      h = activation(up(h))
+    h = drop(post_norm('mlp_post_norm', down(h)))
     x = x + h if config.residual == 'sequential' else x + attended + h
     return x, kept
+
+  def _has_adapter(self, name):
+    lora, found = self.config.lora, f'{name}_lora_a'
+    is_there = self.has_variable('params', found)
+    if lora is None or (lora.targets and name not in lora.targets):
+      if is_there:
+        raise ValueError(f'{found} is there, and the config has no adapter')
+      return False
+    return is_there or self.is_initializing()
 
 
 def attend(
