@@ -1,4 +1,4 @@
-"""Preference evaluation (3.6, 4.1) of any set of models.
+"""Any models, any judge, one report (3.6, 4.1).
 
   python -m instruct_jax.main --config=configs/evaluate.py --workdir=DIR \
     --config.models='sft=RUN/select/model,ppo_ptx=RUN/ppo_ptx/policy' \
@@ -8,15 +8,17 @@
 A model is a folder of ours, a folder in the Hugging Face format, `hf:NAME`, or
 a file of recorded answers (`samples.py`; FILE.jsonl#NAME where it holds several
 models). The judge is the miniature's gold utility; `:reward`, `:people` and
-`:http` choose others:
+`:http` choose others, and --config.judge=package.module.f any Python function
+of the texts (`judge_fns.py`):
 
-  reward  --config.reward_model=FOLDER
-  people  --config.rankings=FILE.jsonl, see `judges.read_rankings`
+  reward  --config.judge_model=FOLDER
+  people  --config.rankings=FILE.jsonl, see `judges.People`
   http    --config.endpoint.url=URL/chat/completions
           --config.endpoint.model=NAME, with the key in the environment,
           JUDGE_API_KEY unless told otherwise
 
-Output: preferences.md, preferences.json, judgements.jsonl, samples.jsonl.
+Output: report.md, report.html and plots, model_card.md, summary.json,
+samples.jsonl, judgements.jsonl, ratings.jsonl.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +26,12 @@ from ml_collections.config_dict import placeholder
 
 from configs import common
 
-JUDGES = ('gold', 'reward', 'people', 'http')
+JUDGES = {
+  'gold': 'instruct_jax.worlds.miniature.Gold',
+  'reward': 'instruct_jax.judge_fns.RewardModel',
+  'people': 'instruct_jax.evals.judges.People',
+  'http': 'instruct_jax.evals.chat_judge.ChatJudge',
+}
 
 
 def endpoint(key_variable: str) -> ConfigDict:
@@ -39,16 +46,19 @@ def endpoint(key_variable: str) -> ConfigDict:
   return config
 
 
-def get_config(argument: str = 'gold'):
-  if argument not in JUDGES:
-    raise ValueError(f'unknown judge {argument!r}; known: {", ".join(JUDGES)}')
-  config = common.stage('preferences', 'preferences', 0, '')
+def stage(seed, workdir):
+  config = common.stage('evaluate', 'evaluate', seed, workdir)
   common.models(config)
-  config.models = ''  # NAME=FOLDER or NAME=FILE.jsonl, comma between.
-  config.baseline = 'sft'  # The paper's is the 175B SFT model (3.6).
+  # Who answers: NAME=FOLDER or NAME=FILE.jsonl, comma between. Tables and plots
+  # keep this order; `other_models` have a line in the table of all models.
+  config.models = ''
+  config.other_models = ''
+  config.baseline = 'sft'  # Of `models`; the paper's is the 175B SFT model.
+  config.pairs = ''  # NAME=NAME: compared as well; or 'all' pairs.
+  config.tokenizer = ''  # Of the models that do not bring their own.
   config.prompts = ''  # JSONL of held-out prompts.
   config.num_prompts = 1000  # At the most; drawn by seed.
-  config.tokenizer = ''  # Of the models that do not bring their own.
+  config.samples_per_prompt = 1  # Intervals redraw prompts, not samples.
   # Tokens; longer prompts are left out and counted. None: as in the run in
   # whose folder the models, or else the prompts, lie.
   config.prompt_length = placeholder(int)
@@ -56,21 +66,52 @@ def get_config(argument: str = 'gold'):
   config.temperature = 1.0  # Appendix F samples InstructGPT at 1.
   config.batch_size = 256  # Prompts sampled at a time.
   config.cache = ''  # Folder of sampled answers; '' keeps them in the workdir.
-  config.judge = argument
-  config.pairs = 'baseline'  # Each model against it; or 'all' pairs.
-  config.rate_answers = True  # Likert and labels too, where the judge can.
+  # Models that are asked with a few-shot prefix: that of a JSON file whose
+  # answers to other prompts the reward model likes best (3.5).
+  config.prompted = ''  # NAME,NAME of `models`.
+  config.prefixes = ''
+  config.prefix_prompts = ''
+  config.num_prefix_prompts = 64  # At the most; drawn by seed.
+  config.prefix_length = 48  # Tokens that a prefix may add.
+  # Who judges: dotted name of a class or function, and what it needs.
+  config.judge = JUDGES['gold']
   # gold: seed of the world that is judged. None: as in the run in whose folder
   # the prompts lie.
   config.world_seed = placeholder(int)
-  config.reward_model = ''  # reward: scalar folder; its tokenizer is ours.
+  config.judge_model = ''  # reward: scalar folder.
   config.rankings = ''  # people: JSONL of comparisons.
   config.endpoint = endpoint('JUDGE_API_KEY')  # http.
   config.endpoint.model = ''
   config.endpoint.max_tokens = 512  # Of a reply.
   config.endpoint.prompt_price = 0.0  # For a million tokens, any currency.
   config.endpoint.completion_price = 0.0
+  config.rate_answers = True  # Likert and labels too, where the judge can.
   # Share of pairs whose verdict changes with the order of the answers, above
   # which the judge is called unreliable.
   config.max_contradictions = 0.2
   config.num_bootstrap = 2000
+  # What else is measured; '' leaves it out.
+  config.world = ''  # Dotted name of a `figures.World`: labels and tables.
+  config.reward_model = ''  # Scalar folder: scores beside the judge's.
+  # FILE or NAME=FILE,NAME=FILE of rankings: those that the reward model is
+  # compared with labelers on, and those it learned from, for trivial judges.
+  # Beside rankings of the labeling site lies statistics.json, which the model
+  # card reads.
+  config.test_comparisons = ''
+  config.comparisons = ''
+  config.crossval = ''  # results.json of that stage.
+  config.reference = ''  # The model that KL and losses are measured from.
+  config.documents = ''  # JSONL of held-out pretraining text (4.2).
+  config.row_length = 64  # Tokens of its rows.
+  config.suite = ''  # suite.json of configs/nlp_suite.py.
+  config.num_samples_shown = 12
+  config.num_samples_in_html = 300  # Prompts that report.html can filter.
+  return config
+
+
+def get_config(argument: str = 'gold'):
+  if argument not in JUDGES:
+    raise ValueError(f'unknown judge {argument!r}; known: {", ".join(JUDGES)}')
+  config = stage(0, '')
+  config.judge = JUDGES[argument]
   return common.single(config, argument)

@@ -6,7 +6,7 @@ from configs import common, pipeline
 
 
 def data_stage(seed, workdir):
-  config = common.stage('data', 'miniature_data', seed, workdir)
+  config = common.stage('data', 'instruct_jax.worlds.miniature', seed, workdir)
   config.num_labelers = 40
   config.labeler_noise = 0.30  # Utility; agreement on samples near 73 %.
   config.num_documents = 40_000  # Training and held-out together.
@@ -67,7 +67,18 @@ def miniature(name: str = 'ppo_ptx_miniature'):
   for each in (stages.reward, stages.crossval):
     each.comparisons = workdir + '/compare/comparisons_train.jsonl'
     each.valid_comparisons = workdir + '/compare/comparisons_valid.jsonl'
-  pipeline.show_rankings(stages)
+  ranked = workdir + '/compare/comparisons'
+  stages.evaluate.comparisons = 'training labelers=' + stages.reward.get_ref(
+    'comparisons'
+  )
+  stages.evaluate.test_comparisons = (
+    'training labelers=' + stages.reward.get_ref('valid_comparisons')
+    + ',held-out labelers=' + ranked + '_heldout.jsonl'
+  )  # fmt: skip
+  stages.evaluate.world = 'instruct_jax.worlds.miniature.WORLD'
+  stages.evaluate.world_seed = seed
+  stages.evaluate.prompt_length = 32
+  stages.evaluate.response_length = 20
   config.stage_order = (
     'data',
     'pretrain',

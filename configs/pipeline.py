@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import common, nlp_suite, pretrain, reward, rl, sft
+from configs import common, evaluate, nlp_suite, pretrain, reward, rl, sft
 
 
 def tiny_model(width: int, num_layers: int, context: int, unroll: int):
@@ -41,12 +41,8 @@ def recipe(name: str):
   # Asks nothing unless told of files: --config.stages.nlp_suite.data.drop=FILE.
   stages.nlp_suite = nlp_suite.stage(seed, workdir)
   stages.nlp_suite.may_be_empty = True
-  stages.nlp_suite.models = (
-    'pretrained=' + workdir + '/pretrain/model,sft=' + workdir
-    + '/select/model,ppo=' + workdir + '/ppo/ema,ppo_ptx=' + workdir
-    + '/ppo_ptx/ema'
-  )  # fmt: skip
-  stages.evaluate = evaluate_stage(seed, workdir)
+  stages.evaluate = evaluate.stage(seed, workdir)
+  compare_models(config, ['ppo', 'ppo_ptx'])
   for each in stages.values():
     each.tokenizer = data + '/tokenizer'
     each.mesh = config.get_ref('mesh')
@@ -75,6 +71,13 @@ def recipe(name: str):
   for each in stages.values():
     if 'lora' in each:
       share_lora(config, each)
+  stages.evaluate.prompts = data + '/prompts_test.jsonl'
+  stages.evaluate.prompted = 'prompted'
+  stages.evaluate.prefixes = data + '/prefixes.json'
+  stages.evaluate.prefix_prompts = data + '/prompts_valid.jsonl'
+  stages.evaluate.reference = 'rl_init'
+  stages.evaluate.documents = data + '/documents_valid.jsonl'
+  stages.evaluate.crossval = workdir + '/crossval/results.json'
   stages.evaluate.suite = workdir + '/nlp_suite/suite.json'
   return config
 
@@ -83,12 +86,6 @@ def share_lora(config, stage) -> None:
   """Lets a stage's adapters follow the section of the whole recipe."""
   for key in config.lora:
     stage.lora[key] = config.lora.get_oneway_ref(key)
-
-
-def show_rankings(stages):
-  """Tells the evaluation which rankings the reward model learned from."""
-  for key in ('comparisons', 'valid_comparisons'):
-    stages.evaluate[key] = stages.reward.get_ref(key)
 
 
 def select_stage(seed, workdir):
@@ -106,35 +103,34 @@ def select_stage(seed, workdir):
   return config
 
 
-def evaluate_stage(seed, workdir):
-  config = common.stage('evaluate', 'evaluate', seed, workdir)
-  common.models(config)
-  config.tokenizer = ''
-  config.judge = 'gold'  # Or 'restaurant': human data, a second reward model.
-  config.reward_model = ''
-  config.suite = ''  # suite.json for the model card, where there is one.
-  # What the reward model learned from. Beside rankings of the labeling site
-  # lies statistics.json, which the model card reads.
-  config.comparisons = ''
-  config.valid_comparisons = ''
-  config.judge_model = ''  # Scalar model folder; judge 'restaurant' only.
-  config.num_prompts = 1000  # Held-out prompts at the most, drawn by seed.
-  config.samples_per_prompt = 1  # Intervals redraw prompts, not samples.
-  # Validation prompts that choose a prefix, at the most; drawn by seed.
-  config.num_prefix_prompts = 64
-  config.prompt_length = 32
-  config.prefix_length = 48  # Tokens that a few-shot prefix may add.
-  config.response_length = 20
-  config.row_length = 64  # Tokens; rows of comparisons and held-out text.
-  config.temperature = 1.0  # Appendix F samples InstructGPT at 1.
-  config.batch_size = 256  # Prompts sampled at a time.
-  config.max_candidates = 9
-  # C.4 averages the weights; 'policy' takes the last ones. What is not chosen
-  # here is in a table of its own.
-  config.rl_weights = 'ema'
-  config.num_samples_shown = 12
-  config.num_samples_in_html = 300  # Prompts that report.html can filter.
-  return config
+def compare_models(config, rl_stages):
+  """Tells evaluation and suite which models there are, in their order.
+
+  Args:
+    config: of a pipeline.
+    rl_stages: names of RL stages, whose averaged weights are compared (C.4);
+      their last weights are in the table of all models.
+  """
+  workdir, evaluate = config.get_ref('workdir'), config.stages.evaluate
+
+  def named(**folders):
+    text = ''
+    for name, folder in folders.items():
+      text = text + f'{"," * (text != "")}{name}=' + workdir + f'/{folder}'
+    return text
+
+  own = {'pretrained': 'pretrain/model', 'sft': 'select/model'}
+  averaged = {name: f'{name}/ema' for name in rl_stages}
+  config.stages.nlp_suite.models = named(**own, **averaged)
+  evaluate.models = named(
+    pretrained=own['pretrained'], prompted=own['pretrained'], sft=own['sft'],
+    **averaged,
+  )  # fmt: skip
+  evaluate.other_models = named(
+    rl_init='rl_init/model',
+    **{f'{name}_policy': f'{name}/policy' for name in rl_stages},
+  )
+  evaluate.pairs = '='.join(reversed(rl_stages)) * (len(rl_stages) == 2)
 
 
 def replace_rl(config, name: str):
@@ -149,3 +145,4 @@ def replace_rl(config, name: str):
   order = [each for each in config.stage_order if each != 'ppo']
   order[order.index('ppo_ptx')] = name
   config.stage_order = tuple(order)
+  compare_models(config, [name])

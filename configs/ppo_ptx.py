@@ -14,7 +14,7 @@ and figures. Other variants, after a colon:
 `--config.stages.ppo_ptx.ptx_coef=0` and the like change one stage.
 """
 
-from configs import common, e2e, miniature, rl
+from configs import common, miniature, restaurant, rl
 
 
 def paper(size: str):
@@ -68,7 +68,7 @@ def get_config(variant: str = 'miniature'):
   makers = {
     'miniature': miniature.miniature,
     'smoke': miniature.smoke,
-    'e2e': e2e.e2e,
+    'e2e': restaurant.restaurant,
   }
   if variant not in makers:
     raise ValueError(

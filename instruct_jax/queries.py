@@ -14,14 +14,22 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from instruct_jax import hub, model_fns, model_folder, packing, rewards, rollout
+from instruct_jax import hub, model_fns, model_folder, rewards, rollout
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import heldout_loss, samples
 from instruct_jax.evals.benchmarks import probe, runner
+from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding, slices
 from instruct_jax.models import decoding, heads
-from instruct_jax.types import Params, PromptBatch, TextBatch
+from instruct_jax.types import (
+  Episodes,
+  Key,
+  Params,
+  PromptBatch,
+  Rollout,
+  TextBatch,
+)
 
 Ids = Sequence[int]
 # (prompts, largest number of tokens) -> sampled ids of each, stop included.
@@ -131,20 +139,126 @@ def generate_program(
   )
 
 
-@functools.cache
-def kl_program(module: heads.Policy, temperature: float) -> Callable:
-  """Jitted (params, reference, rollout) -> `rewards.kl_estimates` of it [B]."""
-  logprobs_fn = model_fns.logprobs_fn(module, temperature)
+def sample(
+  model: model_fns.Model,
+  rows: PromptBatch,
+  key: Key,
+  mesh: jax.sharding.Mesh,
+  *,
+  name: str,
+  stop_ids: tuple[int, ...],
+  response_length: int,
+  temperature: float,
+  batch_size: int,
+  num_samples: int = 1,
+) -> Rollout:
+  """Answers to any number of prompts, on the host; all processes must call.
 
-  def kl(params, reference, sampled):
-    rows = packing.as_rows(sampled)
-    ours, theirs = (
-      logprobs_fn(each, rows.tokens, rows.segments, rows.where)[0]
-      for each in (params, reference)
+  Args:
+    model: of kind 'policy'.
+    rows: numpy, whole in every process.
+    key: of the noise, which each prompt's number splits further.
+    mesh: of the model.
+    name: for the progress bar.
+    stop_ids: sampling one of these ends an answer.
+    response_length: tokens of the longest answer.
+    temperature: 0 is greedy.
+    batch_size: rows that are sampled at a time.
+    num_samples: of each prompt, one behind the other.
+  """
+  program = sharding.fetched(
+    generate_program(
+      model.module,
+      response_length,
+      stop_ids,
+      temperature,
+      batch_size,
+      num_samples,
     )
-    return rewards.kl_estimates(ours, theirs, sampled.response_mask)
+  )
+  total = num_samples * loader.num_rows(rows)
+  with run_lib.Progress(f'sample {name}', total, unit='answers') as progress:
+    return rollout.in_queues(
+      lambda batch: program(model.params, sharding.put_whole(batch, mesh), key),
+      rows,
+      batch_size,
+      num_samples,
+      progress.update,
+    )
 
-  return jax.jit(kl)
+
+@functools.cache
+def _episode_program(module: heads.Policy, temperature: float) -> Callable:
+  """Jitted (params, episodes) -> log-probabilities of their responses."""
+  logprobs_fn = model_fns.logprobs_fn(module, temperature)
+  return jax.jit(
+    lambda params, rows: logprobs_fn(
+      params, rows.tokens, rows.segments, rows.where
+    )[0]
+  )
+
+
+def kl_of_answers(
+  model: model_fns.Model,
+  reference: model_fns.Model,
+  prompts: Sequence[Ids],
+  answers: Sequence[Ids],
+  pad_id: int,
+  temperature: float,
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+) -> tuple[np.ndarray, np.ndarray]:
+  """KL of a policy to a reference of its vocabulary, over its own answers.
+
+  Args:
+    model: whose answers they are.
+    reference: of the same tokenizer.
+    prompts: ids of each prompt.
+    answers: ids as sampled, the stop token included.
+    pad_id: of the tokenizer.
+    temperature: at which they were sampled.
+    batch_size: rows a call.
+    mesh: of the models.
+
+  Returns:
+    Of each answer, nats: log π / π_ref, and the k3 estimate; see
+    `rewards.kl_estimates` [N].
+  """
+  tokens, mask = loader.answer_rows(
+    prompts, answers, pad_id, _row_length(model, prompts, answers)
+  )
+  starts, lengths = (np.array(list(map(len, x))) for x in (prompts, answers))
+  places = np.arange(max(lengths))[None]
+  rows = Episodes(
+    tokens=tokens,
+    segments=mask.astype(np.int32),
+    where=np.minimum(starts[:, None] - 1 + places, tokens.shape[1] - 1),
+    response_mask=places < lengths[:, None],
+  )
+  ours, theirs = (
+    slices.in_batches(
+      lambda batch, each=each: sharding.fetch(
+        _episode_program(each.module, temperature)(
+          each.params, sharding.put_whole(batch, mesh)
+        )
+      ),
+      rows,
+      batch_size,
+    )
+    for each in (model, reference)
+  )
+  signed, k3 = rewards.kl_estimates(
+    *map(jnp.asarray, (ours, theirs, rows.response_mask))
+  )
+  return np.asarray(signed), np.asarray(k3)
+
+
+def _row_length(
+  model: model_fns.Model, prompts: Sequence[Ids], answers: Sequence[Ids]
+) -> int:
+  """Of the longest row, rounded up: few lengths, few compilations."""
+  longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+  return min(-(-longest // 32) * 32, model.config.context_length)
 
 
 @functools.cache
@@ -171,9 +285,7 @@ def score_answers(
     batch_size: rows a call.
     mesh: of the model.
   """
-  longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-  # Few lengths, few compilations.
-  length = min(-(-longest // 32) * 32, model.config.context_length)
+  length = _row_length(model, prompts, answers)
   program = sharding.fetched(score_program(model.module))
   return slices.in_batches(
     lambda batch: program(model.params, *sharding.put_whole(batch, mesh)),

@@ -78,21 +78,32 @@ def reward_program(
   return score
 
 
+def find(name: str, key: str = 'reward_fn') -> Any:
+  """The function, class or value of a dotted name.
+
+  Args:
+    name: say 'mypackage.rewards.brevity'.
+    key: of the config that holds it, for the error.
+
+  Raises:
+    ValueError: there is none; key, name and the reason are given.
+  """
+  module_name, _, own_name = name.rpartition('.')
+  if not module_name:
+    raise ValueError(f'{key} {name!r} is no dotted name, say package.module.f')
+  try:
+    return getattr(importlib.import_module(module_name), own_name)
+  except (ImportError, AttributeError) as error:
+    raise ValueError(f'{key} {name!r}: {error}') from error
+
+
 def find_function(name: str) -> TextScoreFn:
   """The Python function of a dotted name.
 
   Raises:
     ValueError: there is none; the name and the reason are given.
   """
-  module_name, _, function_name = name.rpartition('.')
-  if not module_name:
-    raise ValueError(
-      f'reward_fn {name!r} is no dotted name, say package.module.f'
-    )
-  try:
-    function = getattr(importlib.import_module(module_name), function_name)
-  except (ImportError, AttributeError) as error:
-    raise ValueError(f'reward_fn {name!r}: {error}') from error
+  function = find(name)
   if not callable(function):
     raise ValueError(f'reward_fn {name!r} is a {type(function).__name__}')
   return function
@@ -150,28 +161,58 @@ def of_function(
     rows = jax.tree.map(lambda x: np.asarray(x)[own], whole)
     ids = rollout.response_ids(rows)
     asked = [prompts[index] for index in sampled.indices]
-    metadata = [
-      {
-        'id': prompt.id,
-        'user': prompt.user,
-        'category': prompt.category,
-        'turns': prompt.turns,
-        'ended': bool(ended),
-        'num_tokens': len(answer),
-        **prompt.metadata,
-      }
-      for prompt, ended, answer in zip(asked, rows.ended, ids, strict=True)
-    ]
-    texts = tokenizer.decode_responses(ids)
-    try:
-      found = function([prompt.text for prompt in asked], texts, metadata)
-    except Exception as error:
-      raise RuntimeError(
-        f'reward_fn {name}: {type(error).__name__}: {error}'
-      ) from error
-    return sharding.put_batch(_checked(name, found, asked), mesh)
+    scores = score_texts(
+      f'reward_fn {name}',
+      function,
+      asked,
+      tokenizer.decode_responses(ids),
+      rows.ended,
+      [len(answer) for answer in ids],
+    )
+    return sharding.put_batch(scores, mesh)
 
   return score
+
+
+def score_texts(
+  name: str,
+  function: TextScoreFn,
+  prompts: Sequence[records.Prompt],
+  texts: Sequence[str],
+  ended: Sequence[bool],
+  num_tokens: Sequence[int],
+) -> np.ndarray:
+  """The scores of a Python function, one a response, float32.
+
+  Args:
+    name: of the key and the function, for errors.
+    function: see the top of this file.
+    prompts: of each response.
+    texts: the responses.
+    ended: whether the policy itself ended each.
+    num_tokens: of each.
+
+  Raises:
+    RuntimeError: the function raises, or returns something else than one finite
+      number a response.
+  """
+  metadata = [
+    {
+      'id': prompt.id,
+      'user': prompt.user,
+      'category': prompt.category,
+      'turns': prompt.turns,
+      'ended': bool(end),
+      'num_tokens': number,
+      **prompt.metadata,
+    }
+    for prompt, end, number in zip(prompts, ended, num_tokens, strict=True)
+  ]
+  try:
+    found = function([prompt.text for prompt in prompts], texts, metadata)
+  except Exception as error:
+    raise RuntimeError(f'{name}: {type(error).__name__}: {error}') from error
+  return _checked(name, found, prompts)
 
 
 def _checked(name, found, asked) -> np.ndarray:
@@ -179,17 +220,16 @@ def _checked(name, found, asked) -> np.ndarray:
     scores = np.asarray(found, np.float32)
   except (TypeError, ValueError) as error:
     raise RuntimeError(
-      f'reward_fn {name} must return one number a response: {error}'
+      f'{name} must return one number a response: {error}'
     ) from error
   if scores.shape != (len(asked),):
     raise RuntimeError(
-      f'reward_fn {name} returned {scores.shape} numbers for {len(asked)} '
-      'responses'
+      f'{name} returned {scores.shape} numbers for {len(asked)} responses'
     )
   bad = np.flatnonzero(~np.isfinite(scores))
   if bad.size:
     raise RuntimeError(
-      f'reward_fn {name} returned {scores[bad[0]]} for the response to prompt '
+      f'{name} returned {scores[bad[0]]} for the response to prompt '
       f'{asked[bad[0]].id!r} ({bad.size} of {len(asked)} are not finite)'
     )
   return scores

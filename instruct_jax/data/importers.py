@@ -15,7 +15,7 @@ Null, and the NaN of tables, is an empty text everywhere.
   self_instruct         Wang et al. 2022: tasks with instances
   alpaca                instruction, input, output
   natural_instructions  versions 1 and 2, one task a file
-  e2e_demonstrations, e2e_quality, e2e_naturalness    see `e2e.py`
+  e2e_demonstrations, e2e_quality, e2e_naturalness    `restaurant.py`
 
 Prompts of conversations have `turns`, and `records.text_of_turns` of them as
 their text; a completion then begins with the space that follows "Assistant:",
@@ -38,7 +38,7 @@ from typing import Any
 
 from etils import epath
 
-from instruct_jax.data import e2e, records, sources
+from instruct_jax.data import records, restaurant, sources
 
 # What `convert` says beside the counts of a format.
 NOTES = {
@@ -669,7 +669,7 @@ def _one_or_more(entry: _Entry, key: str) -> list[str]:
 
 
 def _read_e2e_demonstrations(path):
-  demonstrations, repeated = e2e.read_demonstrations_and_count(path)
+  demonstrations, repeated = restaurant.read_demonstrations_and_count(path)
   imported = Imported(demonstrations=demonstrations)
   if repeated:
     imported.skipped['the same sentence for the same facts again'] = repeated
@@ -678,7 +678,7 @@ def _read_e2e_demonstrations(path):
 
 def _read_e2e(criterion):
   def read(path):
-    comparisons, counts = e2e.read_rankings_and_counts(path, criterion)
+    comparisons, counts = restaurant.read_rankings_and_counts(path, criterion)
     skipped = {
       'check items failed': counts.tainted,
       'fewer than two texts': counts.too_few,

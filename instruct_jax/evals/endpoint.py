@@ -66,6 +66,13 @@ class Settings:
   requests_per_minute: float = 0.0
   num_workers: int = 4
 
+  @classmethod
+  def of(cls, described: Any, **others: Any) -> 'Settings':
+    """The settings that a config has keys of, and others."""
+    keys = ('url', 'key_variable', 'timeout', 'max_retries')
+    keys += ('requests_per_minute', 'num_workers')
+    return cls(**{key: described[key] for key in keys}, **others)
+
 
 def check(described: Any, key: str) -> None:
   """Refuses a service that cannot be asked, before anything is computed.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from instruct_jax.evals import win_rate
 from instruct_jax.types import TextBatch
 
 
@@ -53,3 +54,19 @@ def heldout_loss(
   if not counts.sum():
     raise ValueError(f'no token of {num_rows} held-out rows enters the loss')
   return HeldoutLoss(float(sums.sum() / counts.sum()), sums, counts)
+
+
+def interval(loss: HeldoutLoss) -> win_rate.Interval:
+  """Nats per token with the 95 % interval, redrawing rows."""
+  return win_rate.ratio_interval(
+    loss.row_sums, loss.row_counts, range(len(loss.row_sums))
+  )
+
+
+def difference(loss: HeldoutLoss, other: HeldoutLoss) -> win_rate.Interval:
+  """Nats per token by which `loss` is higher, paired by row."""
+  return win_rate.ratio_interval(
+    loss.row_sums - other.row_sums,
+    loss.row_counts,
+    range(len(loss.row_sums)),
+  )

@@ -19,7 +19,7 @@ from typing import Any
 
 import jinja2
 
-from instruct_jax.evals import plots, run_figures, samples, sections
+from instruct_jax.evals import figures, plots, samples, sections
 
 _FOLDER = pathlib.Path(__file__).parent / 'templates'
 # Longer texts begin folded.
@@ -43,7 +43,7 @@ def make_page(
   facts: Sequence[str],
   found: Sequence[sections.Section],
   drawn: Mapping[str, bytes] | None = None,
-  tiles: Sequence[Mapping[str, str]] = (),
+  tiles: Sequence[sections.Claim] = (),
   answers: Mapping[str, Any] | None = None,
 ) -> str:
   """A page of sections in one file.
@@ -53,8 +53,7 @@ def make_page(
     facts: sentences below the heading.
     found: what it says.
     drawn: file name -> PNG of every plot that the sections point at.
-    tiles: figures to see first: `kind` ('good', 'bad' or ''), `figure`, `what`
-      and `doubt`.
+    tiles: figures to see first.
     answers: of models, side by side; see `_answers`.
   """
   style = (_FOLDER / 'report.css').read_text('utf-8')
@@ -82,7 +81,7 @@ def make_page(
       },
       tiles=tiles,
       samples=answers,
-      shown=sections.shown,
+      shown=sections.shown_cell,
       long=_LONG,
     )
   )
@@ -109,85 +108,32 @@ def _picture(name: str, content: bytes) -> dict[str, Any]:
   }
 
 
-def _percent(share: float, decimals: int = 1) -> str:
-  return f'{100 * share:.{decimals}f}\u00a0%'
-
-
-def _tiles(figures: run_figures.Figures) -> list[dict[str, str]]:
-  tiles = []
-  for model, rate in run_figures.ordered(figures.win_rate):
-    if model == 'sft':
-      continue
-    verdict = sections.verdict(rate)
-    tiles.append(
-      {
-        'kind': {'better': 'good', 'worse': 'bad'}.get(verdict, ''),
-        'figure': _percent(rate.rate, 0),
-        'what': f'{run_figures.label(model)} against SFT',
-        'doubt': f'{verdict}: {100 * rate.low:.1f} to {_percent(rate.high)}, '
-        f'{rate.num_prompts:,} prompts',
-      }
-    )
-  reward = figures.reward_model
-  if reward is not None:
-    ceiling = ''
-    if reward.ceiling is not None:
-      ceiling = f'at most {_percent(reward.ceiling)}, '
-    tiles.append(
-      {
-        'kind': '',
-        'figure': _percent(reward.accuracy.accuracy, 0),
-        'what': 'of the pairs ordered by the reward model as by labelers',
-        'doubt': f'{ceiling}{reward.accuracy.num_pairs:,} pairs',
-      }
-    )
-  loss = figures.pretraining_loss
-  if loss is not None and loss.difference is not None:
-    difference = loss.difference
-    kind = (
-      'good' if difference.high < 0 else 'bad' if difference.low > 0 else ''
-    )
-    tiles.append(
-      {
-        'kind': kind,
-        'figure': f'{difference.mean:+.3f}',
-        'what': 'nats a token: pretraining loss of PPO-ptx minus PPO',
-        'doubt': f'{difference.low:+.3f} to {difference.high:+.3f}',
-      }
-    )
-  return tiles
-
-
-def _gain(row: samples.Row, models: Sequence[str]) -> float:
-  """Judge's score of the last model minus the SFT model's, 0 where unknown."""
-  if 'sft' not in row.answers:
-    return 0.0
-  last, first = row.answers[models[-1]], row.answers['sft']
+def _gain(row: samples.Row, baseline: str) -> float:
+  """Judge's score of the last model minus the baseline's, 0 where unknown."""
+  last, first = list(row.answers.values())[-1], row.answers[baseline]
   if last.score_gold is None or first.score_gold is None:
     return 0.0
   return last.score_gold - first.score_gold
 
 
-def _answers(
-  rows: Sequence[samples.Row], score_name: str
-) -> dict[str, Any] | None:
+def _answers(shown: figures.Figures) -> dict[str, Any] | None:
   """Prompts with each model's answer, for the template."""
+  rows = shown.more_samples or shown.samples
   if not rows:
     return None
-  models = [model for model, _ in run_figures.ordered(rows[0].answers)]
-  labels = [run_figures.label(model) for model in models]
+  names = list(rows[0].answers)
   return {
-    'labels': labels,
-    'score_name': score_name,
+    'labels': names,
+    'score_name': shown.unit,
     'categories': sorted({row.category for row in rows if row.category}),
-    'baseline': run_figures.label('sft'),
-    'last': labels[-1] if 'sft' in models[:-1] else '',
+    'baseline': shown.baseline,
+    'last': names[-1] if names[-1] != shown.baseline else '',
     'rows': [
       {
         'category': row.category,
-        'gain': f'{_gain(row, models):.6f}',
+        'gain': f'{_gain(row, shown.baseline):.6f}',
         'prompt': row.prompt,
-        'answers': [_answer(row.answers[model]) for model in models],
+        'answers': [_answer(answer) for answer in row.answers.values()],
       }
       for row in rows
     ],
@@ -201,41 +147,30 @@ def _answer(answer: samples.Sample) -> dict[str, str]:
   return {'text': answer.response, 'notes': ', '.join(notes)}
 
 
-def make_html(figures: run_figures.Figures, drawn: Mapping[str, bytes]) -> str:
+def make_html(shown: figures.Figures, drawn: Mapping[str, bytes]) -> str:
   """The whole of report.html.
 
   Args:
-    figures: what to show; all of `more_samples` can be filtered in the page.
+    shown: what to show; all of `more_samples` can be filtered in the page.
     drawn: file name -> PNG, from `plots.make_plots`.
   """
-  minutes = sum(figures.seconds.values()) / 60
   found = [
-    *sections.results(figures, set(drawn)),
-    *sections.background(figures),
+    *sections.results(shown, set(drawn)),
+    *sections.background(shown),
     sections.Section(
-      'Command', [f'Commit {figures.commit}.', sections.Code(figures.command)]
+      'Command', [f'Commit {shown.commit}.', sections.Code(shown.command)]
     ),
   ]
-  answers = _answers(
-    figures.more_samples or figures.samples, figures.score_name
-  )
-  if answers is None:
-    found.append(
-      sections.Section(
-        'Answers side by side', [sections.left_out(figures, 'samples')]
-      )
-    )
   return make_page(
-    figures.title,
+    shown.title,
     [
-      f'Judge: {figures.judge}. Intervals are 95 %, redrawing prompts (losses: '
-      'documents).',
-      f'Config {figures.config_name}, seed {figures.seed}, commit '
-      f'{figures.commit[:12]}, {minutes:.1f} minutes.',
+      f'Judge: {shown.judge}. Intervals are 95 %, redrawing prompts (losses: '
+      'rows).',
+      f'Seed {shown.seed}, commit {shown.commit[:12]}.',
     ],
     # No alarm needs no heading.
-    found if figures.alarms else found[1:],
+    found if shown.alarms else found[1:],
     drawn,
-    _tiles(figures),
-    answers,
+    sections.claims(shown),
+    _answers(shown),
   )

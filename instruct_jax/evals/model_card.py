@@ -5,48 +5,14 @@ use, data, performance, limitations. Every figure comes from the run; what was
 not measured is listed as such, never left out silently.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+import datetime
+from collections.abc import Sequence
 
-from instruct_jax.evals import preference_accuracy, report, run_figures
+from instruct_jax.evals import figures, preference_accuracy, report, sections
 
 _SECONDS_PER_DAY = 86_400
+_MAX_WORSE = 8
 _PAPER_COMPUTE = 'SFT 4.9, PPO-ptx 60, GPT-3 pretraining 3,640 (paper 5.1)'
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Facts:
-  """What the card needs beside the report's figures.
-
-  Attributes:
-    name: of the run.
-    date: ISO.
-    policy_parameters, reward_parameters: without padding of the vocabulary.
-    world: what the data are, in a sentence or two.
-    people: True where people labeled, False where programs did.
-    labeling: content of the statistics.json of a labeling site's export that
-      the reward model learned from; empty without one.
-    hyper_parameters: stage -> name -> value.
-    compute: stage -> floating-point operations.
-    suite: public task, prompt and metric -> model -> figure, where the suite
-      was run.
-    suite_judges: task -> who judged its answers, where no rule can.
-  """
-
-  name: str
-  date: str
-  policy_parameters: int
-  reward_parameters: int
-  world: str
-  people: bool
-  hyper_parameters: Mapping[str, Mapping[str, Any]]
-  compute: Mapping[str, float]
-  labeling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  suite: Mapping[str, Mapping[str, Any]] = dataclasses.field(
-    default_factory=dict
-  )
-  suite_judges: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def training_operations(
@@ -63,15 +29,16 @@ def forward_operations(
   return 2.0 * num_parameters * num_tokens
 
 
-def ppo_operations(
+def rl_operations(
   policy_parameters: int | float,
   reward_parameters: int | float,
+  value_parameters: int | float,
   num_episodes: int,
   tokens_per_episode: int,
   num_epochs: int,
   ptx_tokens: int | float,
 ) -> float:
-  """Operations of an RL stage.
+  """Operations of an RL stage; 0 parameters of a model that it does not have.
 
   An episode is sampled, scored by the old and the reference policy, by the
   value and the reward model (each one forward pass), and trained on by policy
@@ -79,9 +46,11 @@ def ppo_operations(
   """
   tokens = num_episodes * tokens_per_episode
   return (
-    forward_operations(3 * policy_parameters + 2 * reward_parameters, tokens)
+    forward_operations(
+      3 * policy_parameters + reward_parameters + value_parameters, tokens
+    )
     + training_operations(
-      policy_parameters + reward_parameters, tokens * num_epochs
+      policy_parameters + value_parameters, tokens * num_epochs
     )
     + training_operations(policy_parameters, ptx_tokens)
   )
@@ -92,42 +61,11 @@ def petaflop_days(operations: float) -> float:
   return operations / (1e15 * _SECONDS_PER_DAY)
 
 
-def not_evaluated(figures: run_figures.Figures, facts: Facts) -> list[str]:
-  """What a reader of the paper would look for and not find here."""
-  missing = []
-  if not facts.people:
-    made = (
-      'all judgements are'
-      if facts.labeling
-      else 'all labels and all judgements are'
-    )
-    missing.append(f'preferences of people: {made} by programs')
-  if not figures.likert:
-    missing.append('Likert ratings of overall quality')
-  if not facts.suite:
-    missing.append(
-      'the public NLP suite (TruthfulQA, RealToxicityPrompts, Winogender, '
-      'CrowS-Pairs, DROP, QuAC, SQuADv2, HellaSwag, RTE, SST, WSC, '
-      'translation, summarization); `configs/nlp_suite.py` runs it'
-    )
-  parts = {
-    'win rates by use case': figures.win_rate_by_category,
-    'labels of single answers': figures.metadata,
-    'pretraining loss along RL': figures.pretraining_loss,
-    'reward-model accuracy': figures.reward_model,
-  }
-  missing += [name for name, value in parts.items() if not value]
-  reward = figures.reward_model
-  if reward is not None and reward.inter is None:
-    missing.append('generalisation to labelers left out of training')
-  return [*missing, 'misuse, dual use and attacks on the model']
-
-
-def make_card(figures: run_figures.Figures, facts: Facts) -> str:
+def make_card(shown: figures.Figures) -> str:
   """The text of model_card.md."""
   cell, escape, table = report.cell, report.escape, report.table
   lines = [
-    f'# Model card: {escape(facts.name)}',
+    f'# Model card: {escape(shown.title)}',
     '',
     'Policies trained from demonstrations and rankings as InstructGPT was '
     '(Ouyang et al. 2022). Sections follow OpenAI’s card of that model.',
@@ -135,52 +73,41 @@ def make_card(figures: run_figures.Figures, facts: Facts) -> str:
     '## Details',
     '',
   ]
-  lines += table(
-    ['', 'this run'],
-    [
-      ['date', escape(facts.date)],
-      ['policy', f'{facts.policy_parameters:,} parameters'],
-      [
-        'reward and value model',
-        f'{facts.reward_parameters:,} parameters each',
-      ],
-      ['config', escape(figures.config_name)],
-      ['seed', str(figures.seed)],
-      ['commit', escape(figures.commit[:12])],
-      [
-        'versions',
-        escape(', '.join(f'{k} {v}' for k, v in figures.versions.items())),
-      ],
-    ],
-  )
+  rows = [['date', datetime.date.today().isoformat()]]
+  rows += [
+    [escape(model), f'{count:,} parameters']
+    for model, count in shown.parameters.items()
+  ]
+  versions = ', '.join(f'{k} {v}' for k, v in shown.versions.items())
+  rows += [
+    ['seed', str(shown.seed)],
+    ['commit', escape(shown.commit[:12])],
+    ['versions', escape(versions)],
+  ]
+  lines += table(['', ''], rows)
   lines += [
     '## Use',
     '',
     'Meant for research on the method: how demonstrations, rankings and RL '
-    'change a language model, at a size that a laptop trains. Not meant for '
-    'advice, for decisions about people, or as anybody’s assistant: nothing '
-    'here was tested for that.',
+    'change a language model. Not meant for advice, for decisions about '
+    'people, or as anybody’s assistant: nothing here was tested for that.',
     '',
     '## Data',
     '',
-    escape(facts.world),
-    '',
   ]
-  if figures.data_sizes:
-    lines += table(
-      ['data set', 'records'],
-      [[escape(k), cell(v)] for k, v in figures.data_sizes.items()],
-    )
-  if figures.hygiene:
-    lines += ['What hygiene dropped and kept (paper 3.2, A.1, A.2):', '']
-    lines += table(
-      ['', 'count'], [[escape(k), cell(v)] for k, v in figures.hygiene.items()]
-    )
-  lines += ['### Labelers', '']
-  lines += _labelers(figures, facts)
+  if shown.world:
+    lines += [escape(shown.world.about), '']
+  for head, values in (
+    (['data set', 'records'], shown.data_sizes),
+    (['hygiene (paper 3.2, A.1, A.2)', 'count'], shown.hygiene),
+  ):
+    if values:
+      rows = [[escape(key), cell(value)] for key, value in values.items()]
+      lines += table(head, rows)
+  lines += ['### Labelers', '', *_labelers(shown)]
   lines += ['## Training', '']
-  for stage, values in facts.hyper_parameters.items():
-    listed = ', '.join(f'{k} {v}' for k, v in values.items())
+  for stage, training in shown.trained.items():
+    listed = ', '.join(f'{k} {v}' for k, v in training.settings.items())
     lines.append(f'- **{escape(stage)}**: {escape(listed)}.')
   lines += ['', '### Compute', '']
   lines += table(
@@ -188,11 +115,16 @@ def make_card(figures: run_figures.Figures, facts: Facts) -> str:
     [
       [
         escape(stage),
-        f'{operations:.2e}',
-        f'{petaflop_days(operations):.2e}',
-        cell(figures.seconds[stage]) if stage in figures.seconds else '–',
+        *(
+          f'{number:.2e}' if training.operations else '–'
+          for number in (
+            training.operations or 0,
+            petaflop_days(training.operations or 0),
+          )
+        ),
+        cell(shown.seconds.get(stage)),
       ]
-      for stage, operations in facts.compute.items()
+      for stage, training in shown.trained.items()
     ],
   )
   lines += [
@@ -200,55 +132,96 @@ def make_card(figures: run_figures.Figures, facts: Facts) -> str:
     f'6 with the backward pass. For comparison, in petaflop/s-days: '
     f'{_PAPER_COMPUTE}.',
     '',
-    '## Performance',
-    '',
-    f'Judge: {escape(figures.judge)}. Win rates are against SFT on held-out '
-    'prompts, ties one half, 95 % intervals.',
+    *_performance(shown),
+    *_limitations(shown),
+    '## Not evaluated',
     '',
   ]
-  lines += table(
-    ['model', 'win rate', 'overall quality, 1 to 7', 'prompts'],
-    [
-      [
-        escape(run_figures.label(m)),
-        cell(rate),
-        cell(figures.likert[m]) if m in figures.likert else '–',
-        f'{rate.num_prompts:,}',
-      ]
-      for m, rate in run_figures.ordered(figures.win_rate)
-    ],
-  )
-  lines += _reward_model(figures)
-  lines += _tax(figures)
-  lines += _suite(facts)
-  lines += _limitations(figures, facts)
-  lines += ['## Not evaluated', '']
-  lines += [f'- {escape(text)}' for text in not_evaluated(figures, facts)]
+  missing = [f'{what}; {how}' for what, how in sections.not_measured(shown)]
+  if shown.world and not shown.world.has_people:
+    made = 'judgements' if shown.labeling else 'labels and judgements'
+    missing.insert(0, f'preferences of people: all {made} are by programs')
+  missing.append('misuse, dual use and attacks on the model')
+  lines += [f'- {escape(text)}' for text in missing]
   return '\n'.join(lines).rstrip() + '\n'
 
 
-def _labelers(figures, facts) -> Sequence[str]:
+def _performance(shown) -> Sequence[str]:
   cell, escape = report.cell, report.escape
+  likert = shown.likert()
+  lines = [
+    '## Performance',
+    '',
+    f'Judge: {escape(shown.judge)}. Win rates are against '
+    f'{escape(shown.baseline)} on held-out prompts, ties one half, 95 % '
+    'intervals.',
+    '',
+    *report.table(
+      ['model', 'win rate', 'overall quality, 1 to 7', 'prompts'],
+      [
+        [
+          escape(model),
+          cell(rates),
+          cell(likert.get(model)),
+          f'{rates.num_prompts:,}',
+        ]
+        for model, rates in shown.outcomes.rates.items()
+      ],
+    ),
+  ]
+  reward = shown.reward_model
+  if reward is not None:
+    rows = [[escape(name), cell(value)] for name, value in reward.rows()]
+    if reward.ceiling is not None:
+      rows.append(['the best achievable', cell(reward.ceiling)])
+    lines += ['Reward model:', '', *report.table(['share of pairs', ''], rows)]
+  if shown.text_loss:
+    lines += [
+      'Loss on held-out pretraining text, nats a token (the alignment tax):',
+      '',
+      *report.table(
+        ['', ''], [[escape(k), cell(v)] for k, v in shown.text_loss.items()]
+      ),
+    ]
+  if shown.suite:
+    models = figures.row_names(shown.suite)
+    lines += [
+      'Public NLP suite (paper, Table 14), 95 % intervals by item:',
+      '',
+      *report.table(
+        ['task', *map(escape, models)],
+        [
+          [escape(task), *(cell(row.get(model)) for model in models)]
+          for task, row in shown.suite.items()
+        ],
+      ),
+    ]
+  for task, judge in shown.suite_judges.items():
+    lines += [f'{escape(task)} is judged by {escape(judge)}.', '']
+  return lines
+
+
+def _labelers(shown) -> Sequence[str]:
+  if shown.labeling:
+    return _labeling(shown.labeling)
   lines = []
-  if facts.labeling:
-    return _labeling(facts.labeling)
-  if not facts.people:
+  if shown.world and not shown.world.has_people:
     lines += [
       'The labelers are programs with tastes and noise of their own, not '
       'people: their agreement and biases were written, not found.',
       '',
     ]
-  rows = [[escape(k), cell(v)] for k, v in figures.labelers.items()]
-  reward = figures.reward_model
-  if reward is not None:
-    for name, value in (
-      ('agreement between training labelers', reward.agreement),
-      ('agreement between held-out labelers', reward.agreement_heldout),
-    ):
-      if value is not None:
-        rows.append([name, cell(value)])
+  rows = []
+  if shown.reward_model is not None:
+    rows = [
+      [f'agreement, {report.escape(name)}', report.cell(found.agreement)]
+      for name, found in shown.reward_model.rankings.items()
+      if found.agreement is not None
+    ]
+  if rows:
     rows.append(['in the paper', '72.6 ± 1.5 % and 77.3 ± 1.3 %'])
-  return lines + (report.table(['', ''], rows) if rows else [])
+    return lines + report.table(['', ''], rows)
+  return lines or ['Nothing is known of them.', '']
 
 
 def _labeling(statistics) -> Sequence[str]:
@@ -311,102 +284,48 @@ def _agreement(value) -> str:
   return f'{report.cell(found)}, {found.num_pairs:,} pairs'
 
 
-def _suite(facts) -> Sequence[str]:
-  if not facts.suite:
-    return []
-  models = list(dict.fromkeys(m for row in facts.suite.values() for m in row))
-  lines = [
-    'Public NLP suite (paper, Table 14), 95 % intervals by item:',
-    '',
-    *report.table(
-      ['task', *(report.escape(run_figures.label(m)) for m in models)],
-      [
-        [
-          report.escape(task),
-          *(report.cell(row[m]) if m in row else '–' for m in models),
-        ]
-        for task, row in facts.suite.items()
-      ],
-    ),
-  ]
-  for task, judge in facts.suite_judges.items():
-    lines += [f'{report.escape(task)} is judged by {report.escape(judge)}.', '']
-  return lines
-
-
-def _reward_model(figures) -> Sequence[str]:
-  reward = figures.reward_model
-  if reward is None:
-    return []
-  rows = [
-    [label, report.cell(value)]
-    for label, value in run_figures.reward_rows(reward)
-  ]
-  if reward.ceiling is not None:
-    rows.append(
-      ['the best achievable on the same pairs', report.cell(reward.ceiling)]
+def _limitations(shown) -> Sequence[str]:
+  """Of the models, from their own figures; of the method, from the paper."""
+  escape = report.escape
+  lines = ['## Limitations', '', '### Of these models', '']
+  for model, rates in shown.labels().items():
+    if model == shown.baseline:
+      continue
+    listed = ', '.join(
+      f'{sections.plain(name)} {100 * share.mean:.1f} % '
+      f'({100 * share.low:.1f} to {100 * share.high:.1f})'
+      for name, share in rates.items()
     )
-  return ['Reward model:', '', *report.table(['share of pairs', ''], rows)]
-
-
-def _tax(figures) -> Sequence[str]:
-  loss = figures.pretraining_loss
-  if loss is None:
-    return []
-  rows = [
-    [label, report.cell(value)]
-    for label, value in (
-      ('RL initialisation', loss.init),
-      ('PPO', loss.ppo),
-      ('PPO-ptx', loss.ppo_ptx),
+    lines.append(
+      f'- Share of the answers of {escape(model)} by label: {escape(listed)}.'
     )
-    if value is not None
-  ]
-  return [
-    'Loss on held-out pretraining text, nats a token (the alignment tax):',
-    '',
-    *report.table(['', ''], rows),
-  ]
-
-
-def _limitations(figures, facts) -> Sequence[str]:
-  """Of the model, from its own figures; of the method, from the paper."""
-  lines = ['## Limitations', '', '### Of this model', '']
-  for model, rates in run_figures.ordered(figures.metadata):
-    if model in run_figures.RL_MODELS and rates:
-      listed = ', '.join(
-        f'{name.replace("_", " ")} {100 * share.mean:.1f} % '
-        f'({100 * share.low:.1f} to {100 * share.high:.1f})'
-        for name, share in rates.items()
-      )
-      lines.append(
-        f'- Share of {report.escape(run_figures.label(model))} answers by '
-        f'label: {report.escape(listed)}.'
-      )
-  lines += [
-    f'- Alarm in training: {report.escape(alarm)}' for alarm in figures.alarms
-  ]
-  reward = figures.reward_model
+  lines += [f'- Alarm: {escape(alarm)}' for alarm in shown.alarms]
+  reward = shown.reward_model
   if reward is not None and reward.ceiling is not None:
     gap = 100 * (reward.ceiling - reward.accuracy.accuracy)
     lines.append(
       f'- The reward model orders {gap:.1f} points fewer pairs correctly than '
       'the labels allow; RL optimises its errors too.'
     )
-  worst = [
-    (rate.rate, model, category, rate)
-    for model, by_category in figures.win_rate_by_category.items()
-    if model in run_figures.RL_MODELS
-    for category, rate in by_category.items()
-    if rate.high < 0.5
-  ]
-  for _, model, category, rate in sorted(worst)[:5]:
-    lines.append(
-      f'- {report.escape(run_figures.label(model))} is worse than SFT at '
-      f'{report.escape(category)}: {report.cell(rate)}.'
-    )
+  worse = [('on the whole', *row) for row in shown.outcomes.rates.items()]
+  whole = {model for _, model, rates in worse if rates.high < 0.5}
+  worse += sorted(
+    (
+      (category or 'prompts without a use case', model, rates)
+      for model, by_category in shown.outcomes.by_category.items()
+      for category, rates in by_category.items()
+      if model not in whole
+    ),
+    key=lambda row: row[2].rate,
+  )
+  lines += [
+    f'- {escape(model)} is worse than {escape(shown.baseline)}, '
+    f'{escape(where)}: {report.cell(rates)}.'
+    for where, model, rates in worse
+    if rates.high < 0.5
+  ][:_MAX_WORSE]
   lines += ['', '### Of the method', '']
-  if not facts.people:
+  if shown.world and not shown.world.has_people:
     lines.append(
       '- The judge is a program written with the data; that a policy pleases '
       'it says nothing about people.'

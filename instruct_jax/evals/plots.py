@@ -15,22 +15,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from instruct_jax.evals import (
+  figures,
   overoptimization,
   preference_accuracy,
-  run_figures,
   win_rate,
 )
 
-# Okabe and Ito's palette: distinct under all common colour blindnesses.
-COLOURS = {
-  'pretrained': '#8C8C8C',
-  'prompted': '#E69F00',
-  'sft': '#009E73',
-  'ppo': '#0072B2',
-  'ppo_ptx': '#D55E00',
-}
-# Of other models and of runs, in this order; the last four are Tol's.
-_OTHER_COLOURS = (
+# Of models, or of runs, in their order: Okabe and Ito's palette, distinct under
+# all common colour blindnesses; the last four are Tol's.
+_COLOURS = (
   '#0072B2',
   '#D55E00',
   '#009E73',
@@ -85,12 +78,12 @@ _STYLE = {
 }
 
 
-def make_plots(figures: run_figures.Figures) -> dict[str, bytes]:
+def make_plots(shown: figures.Figures) -> dict[str, bytes]:
   """File name -> PNG, for every plot that has data."""
-  return {name: _png(drawn) for name, drawn in draw(figures).items()}
+  return {name: _png(drawn) for name, drawn in draw(shown).items()}
 
 
-def draw(figures: run_figures.Figures) -> dict[str, Any]:
+def draw(shown: figures.Figures) -> dict[str, Any]:
   """File name -> matplotlib Figure, for every plot that has data."""
   import matplotlib
 
@@ -105,7 +98,7 @@ def draw(figures: run_figures.Figures) -> dict[str, Any]:
     'sft.png': _draw_sft,
   }
   with matplotlib.rc_context(_STYLE):
-    drawn = {name: maker(figures) for name, maker in makers.items()}
+    drawn = {name: maker(shown) for name, maker in makers.items()}
   return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
@@ -157,11 +150,6 @@ def _wrapped(text: str, width: int, max_lines: int = 3) -> str:
   )
 
 
-def _label(name: str, width: int = 24, max_lines: int = 3) -> str:
-  """A model of the pipeline or another key, in words."""
-  return _wrapped(run_figures.label(name), width, max_lines)
-
-
 def _height(labels: Sequence[str], least: float) -> float:
   """Inches of rows with these labels, each as high as the highest needs."""
   lines = max(label.count('\n') + 1 for label in labels)
@@ -208,23 +196,23 @@ def _heading(
 
 
 def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-  """Name -> (colour, marker): a model's own, else the first that is free."""
-  taken = {COLOURS[name] for name in names if name in COLOURS}
-  free = [colour for colour in _OTHER_COLOURS if colour not in taken]
-  looks, number = {}, 0
-  for i, name in enumerate(names):
-    if name in COLOURS:
-      colour = COLOURS[name]
-    else:
-      colour, number = free[number % len(free)], number + 1
-    # Where colours come again, they come with other marks.
-    marker = _MARKERS[(i + i // len(free)) % len(_MARKERS)]
-    looks[name] = colour, marker
-  return looks
+  """Name -> (colour, marker); where colours come again, other marks do."""
+  return {
+    name: (
+      _COLOURS[i % len(_COLOURS)],
+      _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)],
+    )
+    for i, name in enumerate(names)
+  }
 
 
-def _handles(looks: Mapping[str, tuple[str, str]], label_fn=_label):
-  """A legend's lines; `label_fn` is `_wrapped` where names are the user's."""
+def _of_models(shown: figures.Figures) -> dict[str, tuple[str, str]]:
+  """The looks of all models, the same in every plot of a report."""
+  return _looks(list(dict.fromkeys([*shown.models, *shown.rl_metrics])))
+
+
+def _handles(looks: Mapping[str, tuple[str, str]]):
+  """A legend's lines."""
   from matplotlib.lines import Line2D
 
   return [
@@ -234,7 +222,7 @@ def _handles(looks: Mapping[str, tuple[str, str]], label_fn=_label):
       color=colour,
       marker=marker,
       markersize=4.5,
-      label=label_fn(name, 40),
+      label=_wrapped(name, 40),
     )
     for name, (colour, marker) in looks.items()
   ]
@@ -246,7 +234,7 @@ def _is_number(row: Mapping[str, Any], key: str) -> bool:
 
 
 def _series(
-  rows: Sequence[run_figures.MetricsRow], *keys: str
+  rows: Sequence[figures.MetricsRow], *keys: str
 ) -> list[list[float]]:
   """Columns of the rows that have all keys, with finite numbers."""
   kept = [
@@ -259,7 +247,7 @@ def _series(
 
 
 def _from_start(
-  rows: Sequence[run_figures.MetricsRow], key: str, before: str
+  rows: Sequence[figures.MetricsRow], key: str, before: str
 ) -> list[list[float]]:
   """[iterations, figures], with what was measured before RL at 0."""
   steps, values = _series(rows, 'step', key)
@@ -399,88 +387,57 @@ def _with_bounds(value: tuple[float, float, float], decimals: int) -> str:
 # --- The plots of a report ----------------------------------------------------
 
 
-def _draw_win_rate(figures: run_figures.Figures) -> Any:
-  rates = run_figures.ordered(figures.win_rate)
-  if not rates:
-    return None
-  prompts = sorted({rate.num_prompts for _, rate in rates})
-  count = f'{prompts[0]:,} prompts'
-  if len(prompts) > 1:
-    count = f'{prompts[0]:,} to {prompts[-1]:,} prompts'
-  return _draw_win_rates(
-    {model: (rate.rate, rate.low, rate.high) for model, rate in rates},
-    'sft',
-    count,
-    figures.judge,
-    _label,
-  )
-
-
-def win_rate_bars(
-  rates: Mapping[str, tuple[float, float, float]],
-  baseline: str,
-  count: str,
-  judge: str,
-) -> bytes:
-  """The paper's Figure 1 for any models, as PNG.
-
-  Args:
-    rates: model -> (rate, low, high).
-    baseline: what they are compared with.
-    count: what the intervals rest on, say '1,000 prompts'.
-    judge: who compared.
-  """
-  import matplotlib
-
-  with matplotlib.rc_context(_STYLE):
-    return _png(_draw_win_rates(rates, baseline, count, judge, _wrapped))
-
-
-def _draw_win_rates(rates, baseline, count, judge, label_fn):
-  labels = [label_fn(model, 24) for model in rates]
+def _draw_win_rate(shown: figures.Figures) -> Any:
+  rates = shown.outcomes.rates
+  labels = [_wrapped(model, 24) for model in rates]
   figure, ((axis,),) = _canvas(1, 1, 0.7 + _height(labels, 0.38))
-  values = list(rates.values())
+  values = [(rate.rate, rate.low, rate.high) for rate in rates.values()]
   decimals = _decimals([value[1:] for value in values], 3)
+  looks = _of_models(shown)
   _interval_rows(
     axis,
     labels,
     values,
-    [colour for colour, _ in _looks(list(rates)).values()],
+    [looks[model][0] for model in rates],
     [
       '0.5 by definition'
-      if model == baseline
+      if model == shown.baseline
       else _with_bounds(value, decimals)
-      for model, value in rates.items()
+      for model, value in zip(rates, values, strict=True)
     ],
   )
   _reference_line(axis, 0.5, horizontal=False)
-  name = label_fn(baseline, 40)
+  name = _wrapped(shown.baseline, 40)
   _shares_axis(axis, 'share of prompts won, ties one half')
+  prompts = [rate.num_prompts for rate in rates.values()]
+  count = ' to '.join(
+    f'{number:,}' for number in sorted({min(prompts), max(prompts)})
+  )
   _heading(
     figure,
     f'Win rate against {name}',
-    f'{count}; whiskers and brackets: 95 % intervals, redrawing prompts. '
-    f'Dashed: as good as {name}. Judge: {judge}',
+    f'{count} prompts; whiskers and brackets: 95 % intervals, redrawing '
+    f'prompts. Dashed: as good as {name}. Judge: {shown.judge}',
   )
   return figure
 
 
-def _draw_metadata(figures: run_figures.Figures) -> Any:
-  names = run_figures.row_names(figures.metadata)
-  models = [model for model, _ in run_figures.ordered(figures.metadata)]
+def _draw_metadata(shown: figures.Figures) -> Any:
+  by_model = shown.labels()
+  names, models = figures.row_names(by_model), list(by_model)
   found = {}
   for name in names:
     row = {}
     for model in models:
-      share = figures.metadata[model].get(name)
+      share = by_model[model].get(name)
       if share is not None and math.isfinite(share.mean):
         row[model] = tuple(100 * x for x in (share.mean, share.low, share.high))
     if row:
       found[name] = row
   if not found:
     return None
-  labels = [_label(model, 18, 2) for model in models]
-  titles = [_label(name, 30) for name in found]
+  labels = [_wrapped(model, 18, 2) for model in models]
+  titles = [_wrapped(name.replace('_', ' '), 30) for name in found]
   panel = 0.6 + _height(labels, 0.2)
   panel += 0.17 * max(title.count('\n') for title in titles)
   columns = min(2, len(found))
@@ -518,80 +475,67 @@ def _draw_metadata(figures: run_figures.Figures) -> Any:
   return figure
 
 
-def _draw_reward_kl(figures: run_figures.Figures) -> Any:
-  panels = [
-    ('objective/score', 'reward-model score\n(reward units)'),
-    ('eval/gold', f"judge's score\n({figures.score_name})"),
-  ]
-  data = {}
-  for key, label in panels:
-    by_model = {
-      model: _series(rows, 'objective/kl', key)
-      for model, rows in run_figures.ordered(figures.rl_metrics)
-    }
-    by_model = {model: pair for model, pair in by_model.items() if pair[0]}
-    if by_model:
-      data[label] = by_model
-  if not data:
+def _draw_reward_kl(shown: figures.Figures) -> Any:
+  curves = {
+    model: _series(rows, 'objective/kl', 'objective/score')
+    for model, rows in shown.rl_metrics.items()
+  }
+  curves = {model: curve for model, curve in curves.items() if curve[0]}
+  if not curves:
     return None
-  models = list(
-    dict.fromkeys(m for by_model in data.values() for m in by_model)
-  )
-  looks = _looks(models)
-  figure, axes = _canvas(len(data), 1, 0.4 + 2.6 * len(data), sharex=True)
-  for axis, (label, by_model) in zip(axes[:, 0], data.items(), strict=True):
-    for model, (kl, score) in by_model.items():
-      window = _window(len(kl))
-      # Few dots must be seen, many must not hide the line.
-      axis.scatter(
-        kl,
-        score,
-        s=12,
-        color=looks[model][0],
-        marker=looks[model][1],
-        alpha=0.3 if len(kl) > 30 else 0.9,
-        linewidth=0,
-      )
-      # In the order of the iterations: the path that the run took.
-      axis.plot(
-        _running_mean(kl, window),
-        _running_mean(score, window),
-        color=looks[model][0],
-      )
-    axis.set_ylabel(_plain(label))
-  axes[-1, 0].set_xlabel('KL from the RL initialisation (nats per response)')
+  looks = _of_models(shown)
+  figure, ((axis,),) = _canvas(1, 1, 3.0)
+  for model, (kl, score) in curves.items():
+    window = _window(len(kl))
+    # Few dots must be seen, many must not hide the line.
+    axis.scatter(
+      kl,
+      score,
+      s=12,
+      color=looks[model][0],
+      marker=looks[model][1],
+      alpha=0.3 if len(kl) > 30 else 0.9,
+      linewidth=0,
+    )
+    # In the order of the iterations: the path that the run took.
+    axis.plot(
+      _running_mean(kl, window),
+      _running_mean(score, window),
+      color=looks[model][0],
+    )
+  axis.set_ylabel('reward-model score\n(reward units)')
+  axis.set_xlabel('KL from the RL initialisation (nats per response)')
   _heading(
     figure,
     'Reward against KL',
     'One dot an iteration, of its batch alone; line: running mean, in the '
     'order of the iterations.',
-    _handles(looks),
+    _handles({model: looks[model] for model in curves}),
   )
   return figure
 
 
-def _draw_pretraining_loss(figures: run_figures.Figures) -> Any:
+def _draw_pretraining_loss(shown: figures.Figures) -> Any:
   curves = {
-    model: _from_start(rows, *_LOSS)
-    for model, rows in run_figures.ordered(figures.rl_metrics)
+    model: _from_start(rows, *_LOSS) for model, rows in shown.rl_metrics.items()
   }
   curves = {model: curve for model, curve in curves.items() if curve[0]}
   if not curves:
     return None
-  looks = _looks(list(curves))
+  looks = _of_models(shown)
   figure, ((axis,),) = _canvas(1, 1, 3.0)
   averaged = False
   for model, curve in curves.items():
     _line(axis, *curve, looks[model])
     steps, losses = _from_start(
-      figures.rl_metrics[model], f'{_LOSS[0]}_ema', _LOSS[1]
+      shown.rl_metrics[model], f'{_LOSS[0]}_ema', _LOSS[1]
     )
     averaged = averaged or len(steps) > 1
     axis.plot(steps, losses, color=looks[model][0], linestyle=':')
   note = 'The point at 0 is the RL initialisation, before the first iteration.'
-  if figures.pretraining_loss is not None:
-    _reference_line(axis, figures.pretraining_loss.init.mean)
-    note = 'Point at 0 and dashed: the RL initialisation.'
+  if shown.reference in shown.text_loss:
+    _reference_line(axis, shown.text_loss[shown.reference].mean)
+    note += f' Dashed: {shown.reference}.'
   if averaged:
     note += ' Dotted: averaged weights.'
   _steps_axis(axis, [step for curve in curves.values() for step in curve[0]], 8)
@@ -601,7 +545,7 @@ def _draw_pretraining_loss(figures: run_figures.Figures) -> Any:
     figure,
     'The alignment tax: loss on held-out pretraining text',
     f'{note} Lower is better.',
-    _handles(looks),
+    _handles({model: looks[model] for model in curves}),
   )
   return figure
 
@@ -619,10 +563,10 @@ def probe_names(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
   )
 
 
-def _draw_probes(figures: run_figures.Figures) -> Any:
-  runs = dict(run_figures.ordered(figures.rl_metrics))
+def _draw_probes(shown: figures.Figures) -> Any:
+  runs = shown.rl_metrics
   return _draw_along(
-    runs, _probe_panels(runs), 'Public NLP tasks along RL', _label
+    runs, _probe_panels(runs), 'Public NLP tasks along RL', _of_models(shown)
   )
 
 
@@ -643,14 +587,14 @@ def _unit(title: str) -> str:
   return 'nats per token' if 'loss' in title else 'score'
 
 
-def _draw_along(runs, panels, title, label_fn) -> Any:
+def _draw_along(runs, panels, title, looks) -> Any:
   """Figures against iteration, one panel each, a line a run (Fig 35).
 
   Args:
     runs: name -> rows of metrics.jsonl.
     panels: title -> (metric, metric before RL, unit).
     title: of the whole.
-    label_fn: of the runs' names.
+    looks: of the runs.
   """
   found = {}
   for name, (key, before, unit) in panels.items():
@@ -661,7 +605,6 @@ def _draw_along(runs, panels, title, label_fn) -> Any:
       found[name] = curves, unit
   if not found:
     return None
-  looks = _looks(list(runs))
   columns = min(2, len(found))
   rows = -(-len(found) // columns)
   figure, axes = _canvas(rows, columns, 0.1 + 2.3 * rows)
@@ -675,14 +618,14 @@ def _draw_along(runs, panels, title, label_fn) -> Any:
         _reference_line(axis, curve[1][0])
     _steps_axis(axis, [x for curve in curves.values() for x in curve[0]])
     _values_axis(axis, [y for curve in curves.values() for y in curve[1]], unit)
-    axis.set_title(_label(name, 30))
+    axis.set_title(_wrapped(name.replace('_', ' '), 30))
     axis.set_xlabel('RL iteration')
   _blank(axes, len(found))
   _heading(
     figure,
     title,
     'Point at 0 and dashed: before RL.',
-    _handles(looks, label_fn),
+    _handles({run: looks[run] for run in runs}),
   )
   return figure
 
@@ -705,7 +648,9 @@ def tax_along(
     ),
   }
   with matplotlib.rc_context(_STYLE):
-    figure = _draw_along(runs, panels, 'The alignment tax along RL', _wrapped)
+    figure = _draw_along(
+      runs, panels, 'The alignment tax along RL', _looks(list(runs))
+    )
     return None if figure is None else _png(figure)
 
 
@@ -770,7 +715,7 @@ def _draw_against(values, figures, before, label):
     axis.set_xticks(ticks, [f'{x:.3g}' for x in ticks])
     axis.xaxis.set_minor_locator(NullLocator())
     _values_axis(axis, shown, _unit(name))
-    axis.set_title(_label(name, 30))
+    axis.set_title(_wrapped(name.replace('_', ' '), 30))
     axis.set_xlabel(_wrapped(label, 26))
   _blank(axes, len(found))
   _heading(
@@ -781,20 +726,20 @@ def _draw_against(values, figures, before, label):
   return figure
 
 
-def _draw_rl(figures: run_figures.Figures) -> Any:
+def _draw_rl(shown: figures.Figures) -> Any:
   panels = []
   for key, title, unit in _RL_PANELS:
     curves = {
       model: _series(rows, 'step', key)
-      for model, rows in run_figures.ordered(figures.rl_metrics)
+      for model, rows in shown.rl_metrics.items()
     }
     curves = {model: curve for model, curve in curves.items() if curve[0]}
     if curves:
       panels.append((title, unit, curves))
   if not panels:
     return None
-  models = list(dict.fromkeys(m for _, _, curves in panels for m in curves))
-  looks = _looks(models)
+  looks = _of_models(shown)
+  models = dict.fromkeys(model for _, _, curves in panels for model in curves)
   columns = min(2, len(panels))
   rows = -(-len(panels) // columns)
   figure, axes = _canvas(rows, columns, 0.2 + 2.1 * rows)
@@ -813,13 +758,13 @@ def _draw_rl(figures: run_figures.Figures) -> Any:
     figure,
     'Along RL',
     'Faint: each iteration; line: running mean.',
-    _handles(looks),
+    _handles({model: looks[model] for model in models}),
   )
   return figure
 
 
-def _draw_reward_model(figures: run_figures.Figures) -> Any:
-  reward = figures.reward_model
+def _draw_reward_model(shown: figures.Figures) -> Any:
+  reward = shown.reward_model
   if reward is None:
     return None
   curves = [
@@ -831,7 +776,7 @@ def _draw_reward_model(figures: run_figures.Figures) -> Any:
     for title, unit, key in curves
   ]
   curves = [curve for curve in curves if curve[2][0]]
-  found = run_figures.reward_rows(reward)
+  found = reward.rows()
   labels = [_wrapped(name, 26) for name, _ in found]
   top = 0.5 + _height(labels, 0.4)
   figure, axis, lower = _upper_and_lower(top, 2.1, len(curves))
@@ -866,8 +811,8 @@ def _draw_reward_model(figures: run_figures.Figures) -> Any:
   if reward.ceiling is not None:
     _reference_line(axis, reward.ceiling, horizontal=False)
     note += (
-      f' Dashed: {reward.ceiling:.3f}, the most that label noise allows on the '
-      'held-out comparisons, reached by the gold utility.'
+      f' Dashed: {reward.ceiling:.3f}, the most that label noise allows, '
+      'reached by the judge.'
     )
   _shares_axis(axis, 'share of pairs ordered alike')
   for axis, (title, unit, (steps, numbers)) in zip(lower, curves, strict=True):
@@ -880,46 +825,44 @@ def _draw_reward_model(figures: run_figures.Figures) -> Any:
   return figure
 
 
-def _draw_sft(figures: run_figures.Figures) -> Any:
+def _draw_sft(shown: figures.Figures) -> Any:
   panels = [
     ('Validation loss', 'nats per\nresponse token', 'valid_loss'),
     ('Reward-model score of samples', 'reward units', 'score_reward'),
-    ("Judge's score of samples", figures.score_name, 'score_gold'),
   ]
   drawn = []
   for title, unit, field in panels:
-    points = [
-      (epoch.epoch, getattr(epoch, field))
-      for epoch in figures.sft_epochs
-      if getattr(epoch, field) is not None
-      and math.isfinite(getattr(epoch, field))
-    ]
-    if points:
-      drawn.append((title, unit, points))
+    curves = {
+      model: _series(epochs.rows, 'epoch', field)
+      for model, epochs in shown.epochs.items()
+    }
+    curves = {model: curve for model, curve in curves.items() if curve[0]}
+    if curves:
+      drawn.append((title, unit, curves))
   if not drawn:
     return None
   figure, axes = _canvas(len(drawn), 1, 0.3 + 2.0 * len(drawn), sharex=True)
-  note = ''
-  for axis, (title, unit, points) in zip(axes[:, 0], drawn, strict=True):
-    _line(axis, *zip(*points, strict=True), (COLOURS['sft'], 'o'))
-    chosen = [p for p in points if p[0] == figures.sft_selected_epoch]
-    if chosen:
-      axis.axvline(chosen[0][0], color=_INK, linestyle=':', linewidth=1)
-      axis.plot(
-        *chosen[0],
-        marker='*',
-        markersize=14,
-        color='#D55E00',
-        linestyle='none',
-      )
-      by = figures.sft_selected_by
-      note = f'Star: epoch {chosen[0][0]}, selected{f" by {by}" if by else ""}.'
+  looks, has_star = _of_models(shown), False
+  for axis, (title, unit, curves) in zip(axes[:, 0], drawn, strict=True):
+    for model, curve in curves.items():
+      _line(axis, *curve, looks[model])
+      selected = shown.epochs[model].selected
+      if selected in curve[0]:
+        has_star = True
+        value = curve[1][curve[0].index(selected)]
+        axis.plot(selected, value, '*', markersize=14, color=looks[model][0])
     axis.set_title(title)
     axis.margins(y=0.15)  # Room for the star.
-    _values_axis(axis, [y for _, y in points], unit)
-    _steps_axis(axis, [epoch for epoch, _ in points], 10)
+    _values_axis(axis, [y for curve in curves.values() for y in curve[1]], unit)
+    steps = [int(x) for curve in curves.values() for x in curve[0]]
+    _steps_axis(axis, steps, 10)
   axes[-1, 0].set_xlabel('epoch')
-  _heading(figure, 'Supervised fine-tuning by epoch', note)
+  _heading(
+    figure,
+    'Supervised fine-tuning by epoch',
+    'Star: the epoch that was selected.' if has_star else '',
+    _handles({model: looks[model] for model in shown.epochs}),
+  )
   return figure
 
 
@@ -987,6 +930,6 @@ def _draw_frontier(points, fits, judge):
     'Best of n and RL: what KL buys',
     'Whiskers: 95 % intervals, redrawing prompts. Lines: fitted curves (Gao et '
     f'al. 2022). Dotted: the initial policy. Judge: {judge}',
-    _handles(looks, _wrapped),
+    _handles(looks),
   )
   return figure

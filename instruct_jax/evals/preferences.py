@@ -73,18 +73,23 @@ class Judgement:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-  """How often a model is preferred to the baseline.
+  """How often a model is preferred to another.
 
   Attributes:
-    by_prompt: rate and interval, redrawing prompts.
+    rate: ties count one half.
+    low, high: its 95 % interval, redrawing prompts.
+    num_prompts: that were judged.
     by_labeler: the same rate, redrawing labelers; None with fewer than two,
       or where some judgement names none.
     num_judgements: judgements behind it.
   """
 
-  by_prompt: win_rate.Interval
-  by_labeler: win_rate.Interval | None
-  num_judgements: int
+  rate: float
+  low: float
+  high: float
+  num_prompts: int
+  by_labeler: win_rate.Interval | None = None
+  num_judgements: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +164,11 @@ def turned(judgement: Judgement) -> Judgement:
   )
 
 
-def rates(
-  judgements: Sequence[Judgement], num_bootstrap: int = 2000, seed: int = 0
-) -> Rates:
+def rates(judgements: Sequence[Judgement], num_bootstrap: int = 2000) -> Rates:
   """Mean outcome of one model against one other, each prompt weighing 1.
+
+  A prompt's weight is neither its number of judges nor of samples. A model
+  against itself on the same answers has exactly one half.
 
   Raises:
     ValueError: no judgement.
@@ -175,15 +181,15 @@ def rates(
 
   def interval(clusters):
     return win_rate.mean_interval(
-      outcomes,
-      clusters,
-      weights=weights,
-      num_bootstrap=num_bootstrap,
-      seed=seed,
+      outcomes, clusters, weights=weights, num_bootstrap=num_bootstrap
     )
 
+  by_prompt = interval([judgement.prompt_id for judgement in judgements])
   return Rates(
-    by_prompt=interval([judgement.prompt_id for judgement in judgements]),
+    by_prompt.mean,
+    by_prompt.low,
+    by_prompt.high,
+    by_prompt.num_clusters,
     # Who is behind a nameless judgement, one person or many, is not known.
     by_labeler=interval(labelers)
     if len(set(labelers)) > 1 and all(labelers)
@@ -216,7 +222,7 @@ class FirstPlace:
 
 
 def first_place(
-  judgements: Sequence[Judgement], num_bootstrap: int = 2000, seed: int = 0
+  judgements: Sequence[Judgement], num_bootstrap: int = 2000
 ) -> FirstPlace | None:
   """How often the first place wins in judgements of both orders.
 
@@ -233,7 +239,6 @@ def first_place(
       [j.prompt_id for j in kept],
       weights=_prompt_weights(kept),
       num_bootstrap=num_bootstrap,
-      seed=seed,
     ),
     ties=float(np.mean(verdicts == 0.5)),
     contradictions=float(np.mean([j.contradicts for j in kept])),
@@ -242,14 +247,14 @@ def first_place(
 
 
 def rates_by_category(
-  judgements: Sequence[Judgement], num_bootstrap: int = 2000, seed: int = 0
+  judgements: Sequence[Judgement], num_bootstrap: int = 2000
 ) -> dict[str, Rates]:
   """`rates` of each use case, by name."""
   found = collections.defaultdict(list)
   for judgement in judgements:
     found[judgement.category].append(judgement)
   return {
-    category: rates(found[category], num_bootstrap, seed)
+    category: rates(found[category], num_bootstrap)
     for category in sorted(found)
   }
 
@@ -298,13 +303,13 @@ def _fit(
   return theta
 
 
-def _bootstrap_fit(design, outcomes, weights, clusters, num_bootstrap, seed):
+def _bootstrap_fit(design, outcomes, weights, clusters, num_bootstrap):
   """(coefficients, redrawn coefficients [num_bootstrap, K], clusters)."""
   codes, num_clusters = win_rate.cluster_codes(clusters)
   estimate = _fit(design, outcomes, weights, np.zeros(design.shape[1]))
   redraws = [
     _fit(design, outcomes, weights * count[codes], estimate)
-    for counts in win_rate.redraw_counts(num_clusters, num_bootstrap, seed)
+    for counts in win_rate.redraw_counts(num_clusters, num_bootstrap, 0)
     for count in counts
   ]
   return estimate, np.array(redraws), num_clusters
@@ -339,7 +344,6 @@ class LengthControlled:
 def length_controlled(
   by_model: Mapping[str, Sequence[Judgement]],
   num_bootstrap: int = 300,
-  seed: int = 0,
 ) -> LengthControlled:
   """Win rates with the effect of length taken out (Stiennon et al. 2020, F).
 
@@ -350,7 +354,6 @@ def length_controlled(
   Args:
     by_model: from `against`.
     num_bootstrap: redraws.
-    seed: of the redraws.
   """
   models = list(by_model)
   rows = [j for model in models for j in by_model[model]]
@@ -365,7 +368,6 @@ def length_controlled(
     _prompt_weights(rows),
     [row.prompt_id for row in rows],
     num_bootstrap,
-    seed,
   )
   found = _intervals(
     _sigmoid(estimate[:-1]), _sigmoid(redraws[:, :-1]), num_clusters
@@ -378,7 +380,6 @@ def bradley_terry(
   judgements: Sequence[Judgement],
   anchor: str,
   num_bootstrap: int = 300,
-  seed: int = 0,
 ) -> dict[str, win_rate.Interval]:
   """Ratings in nats: P(a preferred to b) = σ(rating_a - rating_b), ties half.
 
@@ -416,7 +417,6 @@ def bradley_terry(
     _prompt_weights(judgements),
     [judgement.prompt_id for judgement in judgements],
     num_bootstrap,
-    seed,
   )
   ratings = dict(
     zip(rated, _intervals(estimate, redraws, num_clusters), strict=True)
@@ -459,4 +459,94 @@ def power(judgements: Sequence[Judgement]) -> Power:
     num_prompts=len(outcomes),
     to_separate=needed(_Z_CONFIDENCE),
     for_power=needed(_Z_CONFIDENCE + _Z_POWER),
+  )
+
+
+# --- All of it ----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Versus:
+  """Two models of a pair that was judged.
+
+  Attributes:
+    rates: of the first against the second.
+    power: None with fewer than two prompts.
+    first_place: None where no judgement keeps its two verdicts.
+  """
+
+  rates: Rates
+  power: Power | None
+  first_place: FirstPlace | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcomes:
+  """What the judgements of several models come to.
+
+  Attributes:
+    rates: model -> against the baseline, which has one half against itself.
+    by_category: model -> use case -> the same; without the baseline.
+    length_controlled: the same at equal length.
+    bradley_terry: model -> rating in nats, the baseline at 0.
+    pairs: (model, other) -> of each pair that was judged.
+    first_place: over all pairs, or None.
+  """
+
+  rates: Mapping[str, Rates]
+  by_category: Mapping[str, Mapping[str, Rates]]
+  length_controlled: LengthControlled
+  bradley_terry: Mapping[str, win_rate.Interval]
+  pairs: Mapping[tuple[str, str], Versus]
+  first_place: FirstPlace | None
+
+
+def outcomes(
+  judgements: Sequence[Judgement],
+  models: Sequence[str],
+  baseline: str,
+  num_bootstrap: int = 2000,
+) -> Outcomes:
+  """All figures of the judgements that have an outcome.
+
+  Args:
+    judgements: of pairs of these models; others are left out.
+    models: in the order of the results.
+    baseline: one of them.
+    num_bootstrap: redraws of the intervals of rates.
+
+  Raises:
+    ValueError: the baseline was never judged, or no chain of judgements links
+      some model with it.
+  """
+  judgements = [j for j in judgements if {j.model, j.other} <= set(models)]
+  against_it = against(judgements, baseline)
+  by_model = {m: against_it[m] for m in models if m in against_it}
+  by_pair = collections.defaultdict(list)
+  for judgement in judgements:
+    by_pair[judgement.model, judgement.other].append(judgement)
+  found = {
+    model: rates(rows, num_bootstrap) for model, rows in by_model.items()
+  }
+  most = max(found.values(), key=lambda each: each.num_prompts)
+  itself = Rates(
+    0.5, 0.5, 0.5, most.num_prompts, num_judgements=most.num_judgements
+  )
+  return Outcomes(
+    rates={m: found.get(m, itself) for m in models if m in {baseline, *found}},
+    by_category={
+      model: rates_by_category(rows, num_bootstrap)
+      for model, rows in by_model.items()
+    },
+    length_controlled=length_controlled(by_model),
+    bradley_terry=bradley_terry(judgements, baseline),
+    pairs={
+      pair: Versus(
+        rates(rows, num_bootstrap),
+        power(rows) if len({row.prompt_id for row in rows}) > 1 else None,
+        first_place(rows, num_bootstrap),
+      )
+      for pair, rows in by_pair.items()
+    },
+    first_place=first_place(judgements, num_bootstrap),
   )

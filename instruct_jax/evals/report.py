@@ -1,9 +1,9 @@
-"""The report of a run: report.md, its plots and summary.json.
+"""The report of an evaluation: report.md, its plots and summary.json.
 
-Everything arrives as plain data in `run_figures.Figures`; nothing is computed
-here beyond what a reader would otherwise do by eye. A part without data is left
-out, and the report says so and why. Text that came out of a model is shown as
-text: no sample can become a link, an image, HTML or a column of its own.
+Everything arrives as plain data in `figures.Figures`; nothing is computed here
+beyond what a reader would otherwise do by eye. Text that came out of a model is
+shown as text: no sample can become a link, an image, HTML or a column of its
+own.
 
 Files of `write_report`, each written whole or not at all:
   report.md             all of it
@@ -11,7 +11,7 @@ Files of `write_report`, each written whole or not at all:
   summary.json          the figures that other programs read
   win_rate.png          the paper's Figure 1, for one model size
   metadata.png          the paper's Figure 4
-  reward_kl.png         score against KL of PPO and PPO-ptx
+  reward_kl.png         score against KL along RL
   pretraining_loss.png  the alignment tax along RL (paper 4.2)
   probes.png            the same on public NLP tasks (Figure 35)
   rl.png                score, KL, entropy, length, ... along RL
@@ -29,66 +29,38 @@ from typing import Any
 from etils import epath
 
 from instruct_jax import files
-from instruct_jax.evals import html_report, plots, run_figures, sections
+from instruct_jax.evals import figures, html_report, plots, sections
 
 _MAX_SAMPLE_CHARACTERS = 500
 
 
-def draw(figures: run_figures.Figures) -> dict[str, bytes]:
-  """The plots that have data, as PNG by file name.
-
-  Raises:
-    ValueError: a model, or a key of `reasons`, that no part of it knows.
-  """
-  _check(figures)
-  return plots.make_plots(figures)
-
-
 def write_report(
   directory: epath.PathLike,
-  figures: run_figures.Figures,
+  shown: figures.Figures,
   drawn: Mapping[str, bytes] | None = None,
 ) -> None:
-  """Writes report.md, summary.json and the plots that have data.
+  """Writes report.md, report.html, summary.json and the plots that have data.
 
   Args:
     directory: created if need be; files of the same names are replaced, each
       by a rename, so a reader never sees half of one.
-    figures: what to show.
-    drawn: from `draw`, where one drawing serves several folders.
-
-  Raises:
-    ValueError: a model, or a key of `reasons`, that no part of it knows.
+    shown: what to show.
+    drawn: from `plots.make_plots`, where one drawing serves several folders.
   """
-  _check(figures)
   directory = epath.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  drawn = draw(figures) if drawn is None else drawn
+  drawn = plots.make_plots(shown) if drawn is None else drawn
   for name, content in drawn.items():
     files.write_bytes(directory / name, content)
   summary = json.dumps(
-    make_summary(figures), indent=2, ensure_ascii=False, allow_nan=False
+    make_summary(shown), indent=2, ensure_ascii=False, allow_nan=False
   )
   files.write_bytes(directory / 'summary.json', (summary + '\n').encode())
-  page = html_report.make_html(figures, drawn)
+  page = html_report.make_html(shown, drawn)
   files.write_bytes(directory / 'report.html', page.encode())
   # Last: whoever finds report.md finds all that it points at.
-  text = make_markdown(figures, set(drawn))
+  text = make_markdown(shown, set(drawn))
   files.write_bytes(directory / 'report.md', text.encode())
-
-
-def _check(figures: run_figures.Figures) -> None:
-  known = (
-    ('win_rate', figures.win_rate, run_figures.MODELS),
-    ('win_rate_by_category', figures.win_rate_by_category, run_figures.MODELS),
-    ('rl_metrics', figures.rl_metrics, run_figures.RL_MODELS),
-    ('kl', figures.kl, run_figures.RL_MODELS),
-    ('reasons', figures.reasons, run_figures.SECTIONS),
-  )
-  for name, given, allowed in known:
-    unknown = sorted(set(given) - set(allowed))
-    if unknown:
-      raise ValueError(f'{name} has unknown keys {unknown}; known: {allowed}')
 
 
 # summary.json
@@ -97,9 +69,15 @@ def _check(figures: run_figures.Figures) -> None:
 def plain_json(value: Any) -> Any:
   """Plain JSON: dataclasses as dicts, NumPy scalars as numbers, NaN as null."""
   if dataclasses.is_dataclass(value):
-    value = dataclasses.asdict(value)
+    value = {
+      field.name: getattr(value, field.name)
+      for field in dataclasses.fields(value)
+    }
   if isinstance(value, Mapping):
-    return {str(key): plain_json(item) for key, item in value.items()}
+    return {
+      ' – '.join(key) if isinstance(key, tuple) else str(key): plain_json(item)
+      for key, item in value.items()
+    }
   if isinstance(value, list | tuple):
     return [plain_json(item) for item in value]
   if hasattr(value, 'tolist'):  # NumPy scalars and arrays.
@@ -109,58 +87,68 @@ def plain_json(value: Any) -> Any:
   return value
 
 
-def make_summary(figures: run_figures.Figures) -> dict[str, Any]:
-  """The content of summary.json; a figure that was not measured is null.
+def make_summary(shown: figures.Figures) -> dict[str, Any]:
+  """The content of summary.json; models come in the order of the config.
 
   `reward_model`, `pretraining_loss`, `metadata` and `kl` hold means; their
-  intervals, the alarms and `Figures.extra` are under `extra`.
+  intervals are under `intervals`. What was not measured is null or empty.
   """
-  reward, loss = figures.reward_model, figures.pretraining_loss
-
-  def part(owner: Any, name: str, field: str) -> float | None:
-    value = None if owner is None else getattr(owner, name)
-    return None if value is None else getattr(value, field)
-
+  reward, outcomes = shown.reward_model, shown.outcomes
+  accuracies = None
+  if reward is not None:
+    agreement = reward.agreement
+    accuracies = {
+      'accuracy': reward.accuracy.accuracy,
+      'ceiling': reward.ceiling,
+      'intra': reward.intra and reward.intra.mean,
+      'inter': reward.inter and reward.inter.mean,
+      'agreement': agreement and agreement.rate,
+    }
   return plain_json(
     {
-      'win_rate': {
-        model: figures.win_rate.get(model) for model in run_figures.MODELS
-      },
-      'reward_model': {
-        'accuracy': part(reward, 'accuracy', 'accuracy'),
-        'ceiling': None if reward is None else reward.ceiling,
-        'intra': part(reward, 'intra', 'mean'),
-        'inter': part(reward, 'inter', 'mean'),
-        'agreement': part(reward, 'agreement', 'rate'),
-      },
+      'judge': shown.judge,
+      'baseline': shown.baseline,
+      'alarms': shown.alarms,
+      'win_rate': outcomes.rates,
+      'win_rate_by_category': outcomes.by_category,
+      'length_controlled': outcomes.length_controlled,
+      'bradley_terry': outcomes.bradley_terry,
+      'pairs': outcomes.pairs,
+      'first_place': outcomes.first_place if shown.has_places else None,
+      'reward_model': accuracies,
       'pretraining_loss': {
-        name: part(loss, name, 'mean') for name in ('init', 'ppo', 'ppo_ptx')
+        name: loss.mean for name, loss in shown.text_loss.items()
       },
-      'kl': {model: figures.kl.get(model) for model in run_figures.RL_MODELS},
+      'kl': {name: row['signed mean'] for name, row in shown.kl.items()},
       'metadata': {
         model: {label: share.mean for label, share in row.items()}
-        for model, row in figures.metadata.items()
+        for model, row in shown.labels().items()
       },
-      'likert': figures.likert,
-      'seconds': figures.seconds,
-      'seed': figures.seed,
-      'commit': figures.commit,
-      'versions': figures.versions,
+      'likert': shown.likert(),
+      'ratings_by_category': shown.ratings_by_category,
+      'intervals': {
+        'metadata': shown.labels(),
+        'pretraining_loss': shown.text_loss,
+        'pretraining_loss_difference': shown.text_loss_difference,
+        'reward_model': reward and dataclasses.replace(reward, curve=()),
+      },
+      'everyone': shown.everyone,
+      'models': shown.asked,
+      'prompts': shown.prompts,
+      'settings': shown.settings,
+      'asking': shown.asking,
+      'seconds': shown.seconds,
+      'seed': shown.seed,
+      'commit': shown.commit,
+      'versions': shown.versions,
       'extra': {
-        **figures.extra,
-        'judge': figures.judge,
-        'alarms': list(figures.alarms),
-        'intervals': {
-          'metadata': figures.metadata,
-          'pretraining_loss': loss,
-          'reward_model': reward
-          and {
-            field.name: getattr(reward, field.name)
-            for field in dataclasses.fields(reward)
-            if field.name != 'curve'
-          },
+        **shown.tables,
+        'prefixes': shown.prefixes,
+        'suite': shown.suite,
+        'kl': shown.kl,
+        'selected_epoch': {
+          model: epochs.selected for model, epochs in shown.epochs.items()
         },
-        'sft_selected_epoch': figures.sft_selected_epoch,
       },
     }
   )
@@ -195,8 +183,8 @@ def _shorten(text: str) -> str:
 
 def cell(value: Any) -> str:
   """A table cell: a number, `mean [low, high]`, `mean ± error` or text."""
-  found = sections.shown(value)
-  text = f'{escape(found.text)} {found.rest}'.strip()
+  found = sections.shown_cell(value)
+  text = f'{escape(found.text)} {found.doubt}'.strip()
   return f'**{text}**' if found.best else text
 
 
@@ -228,9 +216,6 @@ def _part_lines(part: sections.Part) -> list[str]:
     return [f'![{escape(part.title)}]({part.name})', '']
   if isinstance(part, sections.Bullets):
     return [*(f'- {escape(item)}' for item in part.items), '']
-  if isinstance(part, sections.LeftOut):
-    what = f'{escape(part.what)}: ' if part.what else ''
-    return [f'{what}*Left out: {escape(part.reason)}.*', '']
   if isinstance(part, sections.Code):
     return _fence(part.text)
   return [escape(part), '']
@@ -243,55 +228,22 @@ def _fence(text: str) -> list[str]:
   return [fence, text, fence, '']
 
 
-def _short_result(figures: run_figures.Figures) -> list[str]:
-  """The claims of the run, each with its number and its doubt."""
-  lines = []
-  for model, rate in run_figures.ordered(figures.win_rate):
-    if model == 'sft':
-      continue
-    verdict = sections.verdict(rate)
-    lines.append(
-      f'- {escape(run_figures.label(model))} is {verdict} '
-      f'{"from" if verdict == "not told apart" else "than"} SFT: win rate '
-      f'{cell(rate)}, {rate.num_prompts:,} prompts.'
-    )
-  reward = figures.reward_model
-  if reward is not None:
-    line = f'- The reward model orders {cell(reward.accuracy)} of the pairs'
-    if reward.ceiling is not None:
-      gap = 100 * (reward.ceiling - reward.accuracy.accuracy)
-      line += f'; the ceiling is {cell(reward.ceiling)} ({gap:.1f} points up)'
-    lines.append(line + '.')
-  loss = figures.pretraining_loss
-  if loss is not None and loss.difference is not None:
-    apart = loss.difference.low > 0 or loss.difference.high < 0
-    lines.append(
-      '- Pretraining loss of PPO-ptx minus PPO: '
-      f'{cell(loss.difference)} nats per token; the interval '
-      f'{"excludes" if apart else "includes"} 0.'
-    )
-  return [*lines, ''] if lines else []
-
-
-def _samples_lines(figures: run_figures.Figures) -> list[str]:
-  lines = ['## Answers side by side', '']
-  if not figures.samples:
-    return lines + _part_lines(sections.left_out(figures, 'samples'))
-  models = [
-    model for model, _ in run_figures.ordered(figures.samples[0].answers)
-  ]
-  lines += [
+def _samples_lines(shown: figures.Figures) -> list[str]:
+  if not shown.samples:
+    return []
+  lines = [
+    '## Answers side by side',
+    '',
     'The prompts take turns by use case and are not picked by hand. In '
-    f'brackets: {escape(figures.score_name)} score.',
+    f'brackets: {escape(shown.unit)} score.',
     '',
   ]
   rows = []
-  for row in figures.samples:
+  for row in shown.samples:
     cells = [escape(_shorten(row.prompt))]
     if row.category:
       cells[0] = f'**{escape(row.category)}**<br>{cells[0]}'
-    for model in models:
-      answer = row.answers[model]
+    for answer in row.answers.values():
       text = escape(_shorten(answer.response)) or '*(empty)*'
       if not answer.ended:
         text += ' *(cut)*'
@@ -299,27 +251,29 @@ def _samples_lines(figures: run_figures.Figures) -> list[str]:
         text += f' **[{cell(answer.score_gold)}]**'
       cells.append(text)
     rows.append(cells)
-  head = ['prompt', *(escape(run_figures.label(model)) for model in models)]
+  head = ['prompt', *map(escape, shown.samples[0].answers)]
   return lines + table(head, rows)
 
 
-def make_markdown(figures: run_figures.Figures, drawn: set[str]) -> str:
+def make_markdown(shown: figures.Figures, drawn: set[str]) -> str:
   """The text of report.md.
 
   Args:
-    figures: what to show.
+    shown: what to show.
     drawn: names of the plots that exist; others are not pointed at.
   """
-  lines = [f'# {escape(figures.title)}', '']
-  lines += _part_lines(sections.Code(figures.command))
+  lines = [f'# {escape(shown.title)}', '']
+  lines += _part_lines(sections.Code(shown.command))
   lines += [
-    f'Config {escape(figures.config_name)}, seed {figures.seed}, commit '
-    f'{escape(figures.commit)}. Intervals in brackets are 95 %, by bootstrap '
-    'clustered on prompts (losses: on documents).',
+    f'Seed {shown.seed}, commit {escape(shown.commit)}. Intervals in brackets '
+    'are 95 %, by bootstrap clustered on prompts (losses: on rows).',
     '',
   ]
-  lines += _short_result(figures)
-  lines += section_lines(sections.results(figures, drawn))
-  lines += _samples_lines(figures)
-  lines += section_lines(sections.background(figures))
+  lines += [
+    f'- **{escape(claim.figure)}** {escape(claim.what)} ({escape(claim.doubt)})'
+    for claim in sections.claims(shown)
+  ]
+  lines += ['', *section_lines(sections.results(shown, drawn))]
+  lines += _samples_lines(shown)
+  lines += section_lines(sections.background(shown))
   return '\n'.join(lines).rstrip() + '\n'

@@ -39,16 +39,6 @@ class Interval:
   num_clusters: int
 
 
-@dataclasses.dataclass(frozen=True)
-class WinRate:
-  """Share of prompts won, ties one half; `low`, `high` the 95 % interval."""
-
-  rate: float
-  low: float
-  high: float
-  num_prompts: int
-
-
 def cluster_codes(cluster_ids: Ids) -> tuple[np.ndarray, int]:
   """Numbers the clusters in order of first sight: codes [n], and how many."""
   # A dictionary and not np.unique: ids may mix types, and sorting is not needed
@@ -218,76 +208,3 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
   low = 0.0 if mean == 0 else (centre - half) / scale
   high = 1.0 if mean == 1 else (centre + half) / scale
   return low, high
-
-
-def win_rate(
-  scores: Numbers,
-  baseline_scores: Numbers,
-  prompt_ids: Ids,
-  *,
-  num_bootstrap: int = 2000,
-  seed: int = 0,
-) -> WinRate:
-  """How often a judge scores a model's answer above the baseline's (3.6).
-
-  A prompt with several samples counts once, with the mean over its samples, so
-  a prompt's weight is not its number of samples. A model against itself on the
-  same samples has exactly 0.5.
-
-  Args:
-    scores: n judge's scores of the model's answers; any unit.
-    baseline_scores: n scores of the baseline's answers to the same prompts.
-    prompt_ids: n ids; rows of one id are samples of one prompt.
-    num_bootstrap: see `ratio_interval`.
-    seed: see `ratio_interval`.
-
-  Returns:
-    Rate in [0, 1], 95 % interval over prompts, number of distinct prompts.
-
-  Raises:
-    ValueError: lengths differ, no row, or scores that are not finite.
-  """
-  scores = _vector('scores', scores)
-  baseline_scores = _vector('baseline_scores', baseline_scores)
-  _same_length(
-    scores=scores, baseline_scores=baseline_scores, prompt_ids=prompt_ids
-  )
-  # 1 above, 0 below, one half on equality.
-  wins = (np.sign(scores - baseline_scores) + 1) / 2
-  codes, num_prompts = cluster_codes(prompt_ids)
-  per_prompt = np.bincount(codes, wins) / np.bincount(codes)
-  interval = mean_interval(
-    per_prompt, range(num_prompts), num_bootstrap=num_bootstrap, seed=seed
-  )
-  return WinRate(interval.mean, interval.low, interval.high, num_prompts)
-
-
-def win_rate_by_category(
-  scores: Numbers,
-  baseline_scores: Numbers,
-  prompt_ids: Ids,
-  categories: Sequence[str],
-  *,
-  num_bootstrap: int = 2000,
-  seed: int = 0,
-) -> dict[str, WinRate]:
-  """`win_rate` of each category's rows, in order of the category names."""
-  scores = _vector('scores', scores)
-  baseline_scores = _vector('baseline_scores', baseline_scores)
-  _same_length(
-    scores=scores,
-    baseline_scores=baseline_scores,
-    prompt_ids=prompt_ids,
-    categories=categories,
-  )
-  rates = {}
-  for category in sorted(set(categories)):
-    rows = [i for i, name in enumerate(categories) if name == category]
-    rates[category] = win_rate(
-      scores[rows],
-      baseline_scores[rows],
-      [prompt_ids[i] for i in rows],
-      num_bootstrap=num_bootstrap,
-      seed=seed,
-    )
-  return rates

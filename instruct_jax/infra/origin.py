@@ -2,9 +2,10 @@
 
 Models and prompts that lie in a run's folder were made with lengths, and for a
 world, that the run's config.json holds: who evaluates them need not say it all
-again.
+again. How they were trained lies beside them.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,12 +14,17 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from instruct_jax import files
-from instruct_jax.infra import run
+from instruct_jax.infra import metrics, run
 
 LENGTHS = ('prompt_length', 'response_length')
 WORLD = 'world_seed'
 # The stage that makes the world, and whose seed is the world's.
-_WORLD_STAGE = 'miniature_data'
+_WORLD_STAGE = 'instruct_jax.worlds.miniature'
+# Files that a stage writes beside the model that it made.
+_BESIDE = ('metrics.jsonl', 'alarms.json', 'epochs.json')
+# Lines of these are no data.
+_LOGS = (metrics.METRICS_FILE, metrics.TIMING_FILE)
+_LOGS += ('samples.jsonl', 'judgements.jsonl', 'journal.jsonl')
 
 
 def stages_of(path: str) -> tuple[epath.Path, dict[str, dict[str, Any]]]:
@@ -125,3 +131,70 @@ def _agreed(
   ((value, place),) = values.items()
   run.say(f'{name}: {key} is {value}, as in {place}')
   return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A stage of a run.
+
+  Attributes:
+    folder: its own.
+    config: as the run's config.json has it.
+    info: what it said in the end; {} where it has not finished.
+    seconds: it took, or None.
+  """
+
+  folder: epath.Path
+  config: Mapping[str, Any]
+  info: Mapping[str, Any]
+  seconds: float | None
+
+  @property
+  def records(self) -> dict[str, int]:
+    """Data set that it wrote -> number of its records."""
+    return {
+      path.stem: sum(1 for _ in path.open('rb'))
+      for path in sorted(self.folder.glob('*.jsonl'))
+      if path.name not in _LOGS
+    }
+
+
+def stages_behind(paths: Sequence[str]) -> dict[str, Stage]:
+  """Name -> finished stage, in running order, of the runs that paths lie in."""
+  found = {}
+  for folder in dict.fromkeys(stages_of(path)[0] for path in paths):
+    file = folder / 'config.json'
+    config = run.read_json(file) if file.exists() else {}
+    stages = {config['name']: config} if 'experiment' in config else {}
+    stages = config.get('stages', stages)
+    for name in config.get('stage_order', stages):
+      own = folder / name if 'stages' in config else folder
+      if name in found or not run.is_done(own):
+        continue
+      done = run.read_json(own / run.DONE_FILE)
+      found[name] = Stage(
+        own, stages[name], done['info'] or {}, done['seconds']
+      )
+  return found
+
+
+def beside(model: str) -> dict[str, Any]:
+  """Contents of the files that a stage wrote beside a model, by name.
+
+  Args:
+    model: folder of a model; beside one that no stage made there are none.
+  """
+  return {
+    name: metrics.read_lines(path)
+    if path.endswith('.jsonl')
+    else run.read_json(path)
+    for name, path in paths_beside(model).items()
+  }
+
+
+def paths_beside(model: str) -> dict[str, str]:
+  """Name -> path of the files that `beside` reads."""
+  if model.startswith('hf:'):
+    return {}
+  paths = {name: epath.Path(model).parent / name for name in _BESIDE}
+  return {name: str(path) for name, path in paths.items() if path.exists()}

@@ -1,728 +1,464 @@
-"""Judges the models of a finished pipeline and writes its report.
+"""Models answer the same prompts, a judge compares them, a report says it.
 
-Paper 3.6 and 4.1: every model answers the same held-out prompts, the judge
-compares each answer with the SFT model's, and the win rate carries a 95 %
-interval. On the embedded world the judge is the gold utility; on human data it
-is a reward model trained on the other half of the workers. Neither is a person,
-and the report says so.
+Paper 3.6 and 4.1: prompts -> answers of each model -> judge -> outcomes of
+pairs with intervals -> sections. Models, judge and probes come from the config;
+nothing here knows one by name.
 """
 
 import dataclasses
-import datetime
-import functools
+import itertools
+import json
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import files, model_fns, model_folder, queries, rollout
+from instruct_jax import asking, files, judge_fns, model_folder, score_fns
 from instruct_jax.data import loader, records
-from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
   baselines,
+  figures,
+  heldout_loss,
   judges,
   model_card,
+  plots,
   preference_accuracy,
+  preferences,
   released_samples,
   report,
-  restaurant,
-  run_figures,
   win_rate,
 )
 from instruct_jax.evals import samples as samples_lib
 from instruct_jax.infra import metrics as metrics_lib
+from instruct_jax.infra import origin, sharding
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding, slices
-from instruct_jax.miniature import gold, world
 from instruct_jax.models.config import check_stage
 
 PROCESSES = 'all'
 
-JUDGES = ('gold', 'restaurant')
-RL_MODELS = ('ppo', 'ppo_ptx')
-# Human data: whose rankings, and how their files' names begin.
-HALVES = {'reward model': '', 'judge': 'judge_'}
+# Keys of a stage's config that the model card shows.
+_CARD_KEYS = (
+  *('num_steps', 'num_epochs', 'num_episodes', 'batch_size', 'learning_rate'),
+  *('value_learning_rate', 'dropout', 'ptx_fraction', 'max_candidates'),
+  *('samples_per_prompt', 'advantage', 'kl_coef', 'kl_in', 'kl_estimator'),
+  *('ptx_coef', 'ptx_per_episode', 'clip', 'gae_lambda', 'temperature'),
+  'ema_decay',
+)
+
+
+def named_pairs(config) -> list[tuple[str, str]]:
+  """Pairs that are compared beside those with the baseline."""
+  if config.pairs != 'all':
+    return list(model_folder.named_folders(config.pairs, 'pairs').items())
+  names = [
+    name
+    for name in model_folder.named_folders(config.models)
+    if name != config.baseline
+  ]
+  return list(itertools.combinations(names, 2))
 
 
 def validate(config):
+  """Checks the config; the judge checks its own keys."""
   check_stage(config)
-  run_lib.check_choice(config, 'judge', JUDGES)
-  run_lib.check_choice(config, 'rl_weights', ('policy', 'ema'))
-  if config.samples_per_prompt < 1:
+  models = asking.read_models(config)
+  columns = [model.name for model in models.values() if model.has_columns]
+  if config.baseline not in columns or len(columns) < 2:
     raise ValueError(
-      f'samples_per_prompt must be positive: {config.samples_per_prompt}'
+      f'models must hold the baseline {config.baseline!r} and one more: '
+      f'{columns}'
     )
+  if not config.prompts:
+    raise ValueError('prompts is empty; give a JSONL file of prompts')
+  judge_fns.find(config.judge).validate(config)
+  if config.world:
+    score_fns.find(config.world, 'world')
+  unknown = {name for pair in named_pairs(config) for name in pair} - {*columns}
+  if unknown:
+    raise ValueError(
+      f'pairs names {sorted(unknown)}; models are {", ".join(columns)}'
+    )
+  if config.test_comparisons and not config.reward_model:
+    raise ValueError('test_comparisons needs reward_model, which orders them')
+  for key in ('num_prompts', 'samples_per_prompt', 'num_bootstrap'):
+    if config[key] < 1:
+      raise ValueError(f'{key} must be positive: {config[key]}')
+  if config.prompted and not (config.prefixes and config.reward_model):
+    raise ValueError(
+      'prompted models need prefixes, and reward_model to choose one of them'
+    )
+  prompted = [model for model in models.values() if model.is_prompted]
+  if prompted and not config.prefix_prompts:
+    raise ValueError('prefix_prompts is empty; the prefix is chosen on them')
+  loaded = [m.source for m in models.values() if not m.is_recorded]
+  loaded += [config[key] for key in ('reward_model', 'judge_model')]
+  ours = [x for x in loaded if x and not model_folder.is_published(x)]
+  if ours and not config.tokenizer:
+    raise ValueError(f'tokenizer is empty; {ours[0]} needs its folder')
 
 
-# What earlier stages of the run wrote, below the work directory.
-_OF_RUN = (
-  'data/prompts_test.jsonl',
-  'data/prompts_valid.jsonl',
-  'data/prefixes.json',
-  'data/documents_valid.jsonl',
-  'data/hygiene.json',
-  'pretrain/model',
-  'select/model',
-  'select/epochs.json',
-  'rl_init/model',
-  'reward/results.json',
-  'crossval/results.json',
-  *(
-    f'{name}/{part}'
-    for name in RL_MODELS
-    for part in ('policy', 'ema', 'alarms.json')
-  ),
-)
-_OF_JUDGE = {
-  'gold': ('compare/comparisons_heldout.jsonl',),
-  'restaurant': tuple(
-    f'data/{start}comparisons_{split}.jsonl'
-    for start in HALVES.values()
-    for split in ('train', 'valid', 'test')
-  ),
-}
-
-
-def inputs(config):
-  """What this stage reads, by config key, or by its place in the run."""
-  keys = ['tokenizer', 'reward_model']
-  if config.judge == 'gold':
-    keys += ['comparisons', 'valid_comparisons']
-  else:
-    keys.append('judge_model')
-  found = {key: config[key] for key in keys}
+def inputs(config) -> dict[str, str]:
+  """What this stage reads, by config key; for models, what lies beside them."""
+  found = {'prompts': config.prompts}
+  for name, model in asking.read_models(config).items():
+    key = f'{"models" if model.has_columns else "other_models"}.{name}'
+    found[key] = model.source.partition('#')[0]
+    if not model.is_recorded:
+      for part, path in origin.paths_beside(model.source).items():
+        found[f'{key}/{part}'] = path
+  keys = ('tokenizer', 'reward_model', 'documents', 'crossval')
+  keys += ('prefixes', 'prefix_prompts') if config.prompted else ()
+  keys += judge_fns.find(config.judge).reads
+  found |= {key: config[key] for key in keys if config[key]}
+  for key in ('comparisons', 'test_comparisons'):
+    for name, path in _rankings(config, key).items():
+      found[f'{key}.{name}'] = path
+  # A suite that asked nothing writes no scores.
   if config.suite and epath.Path(config.suite).exists():
     found['suite'] = config.suite
-  for part in (*_OF_RUN, *_OF_JUDGE[config.judge]):
-    found[f'run/{part}'] = f'{config.workdir}/{part}'
   return found
 
 
-def read_prefixes(path: epath.Path, tokenizer):
-  """Few-shot prefixes, and the tokens that end an answer to one.
-
-  Raises:
-    ValueError: the stop text is not one token, so sampling cannot meet it.
-  """
-  content = run_lib.read_json(path)
-  stop = tokenizer.encode(content['stop'])
-  if len(stop) != 1:
-    raise ValueError(
-      f'{path}: the stop {content["stop"]!r} has {len(stop)} tokens; choose a '
-      'text of one'
-    )
-  return content['prefixes'], (*tokenizer.stop_ids, *stop)
+def _rankings(config, key: str) -> dict[str, str]:
+  """Set of rankings -> file, of 'FILE' or 'NAME=FILE,NAME=FILE'."""
+  if config[key] and '=' not in config[key]:
+    return {'held-out comparisons': config[key]}
+  return model_folder.named_folders(config[key], key)
 
 
-def build_programs(config, policy_module, tokenizer, stop_ids):
-  """The jitted programs of this stage; all policies share one shape."""
-  generate = functools.partial(
-    rollout.generate,
-    decoder=model_fns.decoder(policy_module),
-    num_response=config.response_length,
-    temperature=config.temperature,
-    num_slots=config.batch_size,
-  )
-  return {
-    'generate': jax.jit(
-      functools.partial(
-        generate,
-        stop_ids=tokenizer.stop_ids,
-        num_samples=config.samples_per_prompt,
-      )
-    ),
-    'generate_prompted': jax.jit(
-      functools.partial(generate, stop_ids=stop_ids)
-    ),
-    'kl': queries.kl_program(policy_module, config.temperature),
-  }
-
-
-def run(config, workdir: epath.Path):
-  validate(config)
-  root = epath.Path(config.workdir)
-  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-
-  def draw(name, number):
-    """(the prompts drawn, their rows, counts for the report)."""
-    given = records.read_jsonl(root / 'data' / f'{name}.jsonl', records.Prompt)
-    drawn = samples_lib.draw_prompts(given, number, config.seed)
-    run_lib.say_drawn(config.name, len(drawn), len(given), name)
-    rows, dropped = loader.prompt_rows(drawn, tokenizer, config.prompt_length)
-    run_lib.tell_dropped(config.name, dropped.describe(name, 'prompt_length'))
-    return (
-      [drawn[i] for i in rows.indices],
-      rows,
-      {
-        'used': len(rows.indices),
-        'drawn': len(drawn),
-        'in the file': len(given),
-        'dropped': dropped.total,
-      },
-    )
-
-  prompts, rows, counts = draw('prompts_test', config.num_prompts)
-  # One entry for each answer.
-  prompts = [p for p in prompts for _ in range(config.samples_per_prompt)]
-  prefixes, stop_ids = read_prefixes(root / 'data' / 'prefixes.json', tokenizer)
-  folders = {
-    'pretrained': root / 'pretrain' / 'model',
-    'sft': root / 'select' / 'model',
-    'rl_init': root / 'rl_init' / 'model',
-    **{
-      f'{name}{suffix}': root / name / weights
-      for name in RL_MODELS
-      for suffix, weights in (('', 'policy'), ('_ema', 'ema'))
-    },
-  }
-  if config.rl_weights == 'ema':
-    for name in RL_MODELS:
-      folders[name], folders[f'{name}_policy'] = (
-        folders.pop(f'{name}_ema'),
-        folders[name],
-      )
-  key = jax.random.key(config.seed)
-  mesh = sharding.make_mesh(config.mesh)
-  put = functools.partial(sharding.put_whole, mesh=mesh)
-
-  with sharding.use_mesh(mesh):
-    load = functools.partial(
-      model_folder.load,
-      mesh=mesh,
-      tokenizer=tokenizer,
-      compute_dtype=config.compute_dtype,
-    )
-    reward = load(config.reward_model, 'scalar')
-    models = {name: load(path, 'policy') for name, path in folders.items()}
-    lengths = 'prompt_length + response_length'
-    num_tokens = config.prompt_length + config.response_length
-    for model in (reward, *models.values()):
-      model_fns.check_context(model, num_tokens, lengths)
-      model_fns.check_context(model, config.row_length, 'row_length')
-    programs = build_programs(
-      config,
-      models['sft'].module,
-      tokenizer,
-      stop_ids,
-    )
-    programs = {name: sharding.fetched(p) for name, p in programs.items()}
-
-    def sample(params, rows, program, number, num_samples=1):
-      return rollout.in_queues(
-        lambda batch: programs[program](
-          params, put(batch), jax.random.fold_in(key, number)
-        ),
-        rows,
-        config.batch_size,
-        num_samples,
-      )
-
-    def score(model, asked, answer_ids):
-      """Scores of (prompt, sampled ids): never decoded and encoded again."""
-      scored = loader.answer_rows(
-        tokenizer.encode_prompts(asked),
-        answer_ids,
-        tokenizer.pad_id,
-        config.prompt_length + config.response_length,
-      )
-      program = sharding.fetched(queries.score_program(model.module))
-      return slices.in_batches(
-        lambda batch: program(model.params, *put(batch)),
-        scored,
-        config.batch_size,
-      )
-
-    def score_comparisons(model, comparisons):
-      """Per comparison, the score of each completion."""
-      scores = score(
-        model,
-        [c for c in comparisons for _ in c.completions],
-        tokenizer.encode_responses(
-          [text for c in comparisons for text in c.completions], ended=True
-        ),
-      )
-      ends = np.cumsum([len(c.completions) for c in comparisons])
-      return np.split(scores, ends[:-1])
-
-    def prompted_rows(prefix, some_prompts):
-      length = config.prompt_length + config.prefix_length
-      prompted, dropped = loader.prompt_rows(
-        [prefix.replace('{prompt}', p.text) for p in some_prompts],
-        tokenizer,
-        length,
-      )
-      if dropped.total:
-        raise ValueError(
-          f'a prefix and a prompt exceed {length} tokens together; raise '
-          f'prefix_length ({config.prefix_length}): {prefix!r}'
-        )
-      # Of those there are: padding takes no position.
-      model_fns.check_context(
-        models['pretrained'],
-        int(prompted.mask.sum(axis=1).max()) + config.response_length,
-        f'the prefix {prefix!r}, prompt_length and response_length',
-      )
-      return prompted
-
-    def prompted_ids(sampled):
-      """Answers of the few-shot model, ended where the next example starts.
-
-      The cut is the harness's, as a stop sequence is; the end put in its place
-      tells the reward model that the answer is complete.
-      """
-      return [
-        [*ids[:-1], tokenizer.end_id] if ids[-1] in stop_ids else ids
-        for ids in rollout.response_ids(sampled)
-      ]
-
-    # 1. The prompted baseline's prefix: best by reward-model score (3.5).
-    valid_prompts, _, valid_counts = draw(
-      'prompts_valid', config.num_prefix_prompts
-    )
-    pretrained = models['pretrained'].params
-    prefix_scores = []
-    with run_lib.Progress('evaluate prefixes', len(prefixes)) as progress:
-      for prefix in prefixes:
-        sampled = sample(
-          pretrained,
-          prompted_rows(prefix, valid_prompts),
-          'generate_prompted',
-          1,
-        )
-        scores = score(
-          reward,
-          valid_prompts,
-          prompted_ids(sampled),
-        )
-        prefix_scores.append(float(np.mean(scores)))
-        progress.update()
-    prefix = prefixes[int(np.argmax(prefix_scores))]
-
-    # 2. Every model's answers to the same prompts.
-    answers, ended, kl = {}, {}, {}
-    with run_lib.Progress('evaluate models', len(models) + 1) as progress:
-      for number, (name, model) in enumerate(models.items(), 2):
-        sampled = sample(
-          model.params, rows, 'generate', number, config.samples_per_prompt
-        )
-        answers[name] = rollout.response_ids(sampled)
-        ended[name] = sampled.ended
-        if name.startswith(RL_MODELS):
-          reference = models['rl_init'].params
-          kl[name] = slices.in_batches(
-            lambda batch, p=model.params, r=reference: programs['kl'](
-              p, r, put(batch)
-            ),
-            sampled,
-            config.batch_size,
-          )
-        progress.update()
-      sampled = sample(
-        pretrained, prompted_rows(prefix, prompts), 'generate_prompted', 1
-      )
-      answers['prompted'] = prompted_ids(sampled)
-      ended['prompted'] = sampled.ended
-      progress.update()
-
-    # 3. Loss on held-out pretraining text, per packed row.
-    text_rows = loader.document_rows(
-      root / 'data' / 'documents_valid.jsonl', tokenizer, config.row_length
-    )
-    text_loss = queries.make_heldout_loss(
-      models['sft'].module, text_rows, 64, mesh
-    )
-    text_losses = {
-      name: text_loss(models[name].params)
-      for name in ('pretrained', 'sft', 'rl_init', *RL_MODELS)
-    }
-    reward_scores = {
-      name: score(reward, prompts, ids) for name, ids in answers.items()
-    }
-    if config.judge == 'restaurant':
-      judge_model = load(config.judge_model, 'scalar')
-      judge_scores = {
-        name: score(judge_model, prompts, ids) for name, ids in answers.items()
-      }
-      accuracies = human_accuracies(
-        root,
-        tokenizer,
-        config.prompt_length + config.response_length,
-        {
-          'reward model': functools.partial(score_comparisons, reward),
-          'judge': functools.partial(score_comparisons, judge_model),
-        },
-      )
-
-  # 4. Judgements: everything from here on is host work on recorded samples.
-  if jax.process_index() != 0:
-    return {}
-  texts_by_model = {
-    name: tokenizer.decode_responses(ids) for name, ids in answers.items()
-  }
-  if config.judge == 'gold':
-    judged = judge_by_gold(config, prompts, texts_by_model)
-    reward_model, reward_tables = gold_reward_figures(config, root, tokenizer)
-  else:
-    judged = judge_restaurants(prompts, texts_by_model, judge_scores)
-    reward_model, reward_tables = human_reward_figures(root, accuracies)
-  gold_scores, flags, likert, judge_name, extra = judged
-  recorded = [
-    samples_lib.Sample(
-      model=name,
-      prompt_id=prompt.id,
-      prompt=prompt.text,
-      response=text,
-      num_tokens=len(ids),
-      ended=bool(end),
-      category=prompt.category,
-      score_gold=float(gold_score),
-      score_reward=float(reward_score),
-      metadata=flag,
-    )
-    for name in answers
-    for prompt, text, ids, end, gold_score, reward_score, flag in zip(
-      prompts,
-      texts_by_model[name],
-      answers[name],
-      ended[name],
-      gold_scores[name],
-      reward_scores[name],
-      flags[name],
-      strict=True,
-    )
-  ]
-  samples_lib.write_samples(workdir / 'samples.jsonl', recorded)
-
-  # 5. The report.
-  ids = [prompt.id for prompt in prompts]
-  categories = [prompt.category for prompt in prompts]
-  baseline = gold_scores['sft']
-  rates = {
-    name: win_rate.win_rate(scores, baseline, ids)
-    for name, scores in gold_scores.items()
-  }
-  extra['Held-out prompts'] = {
-    'judged': counts,
-    'to choose a prefix': valid_counts,
-  }
-  extra['All policies'] = {
-    name: {
-      'win rate against SFT': rates[name],
-      'judge': float(np.mean(gold_scores[name])),
-      'reward model': float(np.mean(reward_scores[name])),
-      'tokens': float(np.mean([len(a) for a in answers[name]])),
-      'ended': float(np.mean(ended[name])),
-    }
-    for name in answers
-  }
-  extra['KL to the RL initialisation on held-out prompts, nats'] = {
-    name: {'signed mean': float(np.mean(d)), 'k3': float(np.mean(k3))}
-    for name, (d, k3) in kl.items()
-  }
-  extra['Few-shot prefixes'] = {
-    text: {'reward model': value, 'chosen': 'yes' if text == prefix else ''}
-    for text, value in zip(prefixes, prefix_scores, strict=True)
-  }
-  extra["Loss on pretraining text minus the RL initialisation's"] = {
-    name: paired_difference(text_losses[name], text_losses['rl_init'])
-    for name in ('pretrained', 'sft', *RL_MODELS)
-  }
-  extra |= reward_tables
-  suite, _ = suite_table(config.suite)
-  if suite:
-    extra['Public NLP suite (paper, appendix D)'] = suite
-  done = {
-    folder.name: run_lib.read_json(folder / run_lib.DONE_FILE)
-    for folder in sorted(root.iterdir())
-    if run_lib.is_done(folder)
-  }
-  provenance = run_lib.read_json(root / 'provenance.json')
-  hygiene = run_lib.read_json(root / 'data' / 'hygiene.json')
-  epochs = run_lib.read_json(root / 'select' / 'epochs.json')
-  figures = run_figures.Figures(
-    title=f'{epath.Path(root).name}: InstructGPT end to end',
-    command=provenance['command'],
-    config_name=epath.Path(root).name,
-    seed=config.seed,
-    commit=provenance['commit'] or 'unknown',
-    versions={k: v for k, v in provenance['versions'].items() if v},
-    seconds={name: float(info['seconds']) for name, info in done.items()},
-    judge=judge_name,
-    win_rate={name: rates[name] for name in run_figures.MODELS},
-    win_rate_by_category={
-      name: win_rate.win_rate_by_category(
-        gold_scores[name], baseline, ids, categories
-      )
-      for name in ('prompted', *RL_MODELS)
-    },
-    metadata=metadata_rates(flags, ids),
-    likert={
-      name: win_rate.mean_interval(likert[name], ids)
-      for name in run_figures.MODELS
-      if name in likert
-    },
-    likert_by_category={
-      name: mean_by_category(likert[name], ids, categories)
-      for name in run_figures.MODELS
-      if name in likert
-    },
-    rl_metrics={
-      name: metrics_lib.read_lines(root / name / metrics_lib.METRICS_FILE)
-      for name in RL_MODELS
-    },
-    kl={name: float(np.mean(kl[name][0])) for name in RL_MODELS},
-    pretraining_loss=pretraining_figures(text_losses),
-    reward_model=reward_model,
-    sft_epochs=[
-      run_figures.SftEpoch(
-        epoch=row['epoch'],
-        valid_loss=row['valid_loss'],
-        score_reward=row['score_reward'],
-      )
-      for row in epochs
-    ],
-    sft_selected_epoch=done['select']['info']['selected_epoch'],
-    sft_selected_by=done['select']['info']['selected_by'],
-    samples=samples_lib.side_by_side(
-      recorded, run_figures.MODELS, config.num_samples_shown
-    ),
-    more_samples=samples_lib.side_by_side(
-      recorded, run_figures.MODELS, config.num_samples_in_html
-    ),
-    score_name='gold' if config.judge == 'gold' else 'judge',
-    hygiene=flatten(hygiene),
-    labelers=hygiene['workers']
-    if config.judge == 'restaurant'
-    else labeling_summary(config),
-    data_sizes={
-      path.stem: sum(1 for _ in path.open('rb'))
-      for folder in ('data', 'compare')
-      if (root / folder).exists()
-      for path in sorted((root / folder).glob('*.jsonl'))
-    },
-    alarms=[
-      f'{name}: {text}'
-      for name in RL_MODELS
-      for text in run_lib.read_json(root / name / 'alarms.json').values()
-    ],
-    extra=extra,
-    reasons={}
-    if config.judge == 'restaurant'
-    else {'labelers': 'the labelers are described in the README'},
-  )
-  card = model_card.make_card(
-    figures,
-    card_facts(config, root, models['sft'].config, reward.module.config),
-  )
-  plots = report.draw(figures)
-  for directory in (workdir, root):
-    files.write_bytes(directory / 'model_card.md', card.encode())
-    report.write_report(directory, figures, plots)
-  print((root / 'report.md').as_posix(), flush=True)
-  return {
-    'num_prompts': counts['used'],
-    'num_given': counts['in the file'],
-    'num_dropped': counts['dropped'],
-  }
-
-
-def judge_by_gold(config, prompts, texts_by_model):
-  """Scores, Table 3 flags and Likert by the world's gold utility."""
-  the_world = world.make_world(config.seed)
-  scores, flags, likert = {}, {}, {}
-  for name, texts in texts_by_model.items():
-    judgements = [
-      gold.judge(prompt, text, the_world)
-      for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    scores[name] = np.array([gold.utility(j) for j in judgements])
-    flags[name] = [judges.gold_labels(j) for j in judgements]
-    likert[name] = [judges.gold_likert(j) for j in judgements]
-  judge = 'gold utility of the miniature (a program)'
-  return scores, flags, likert, judge, {}
-
-
-def mean_by_category(values, ids, categories):
-  """Use case -> mean with its interval, clustered by prompt."""
-  found = {}
-  for category in sorted(set(categories)):
-    chosen = [i for i, name in enumerate(categories) if name == category]
-    found[category] = win_rate.mean_interval(
-      [values[i] for i in chosen], [ids[i] for i in chosen]
-    )
-  return found
-
-
-def judge_restaurants(prompts, texts_by_model, judge_scores):
-  """Human data: a second reward model judges; slots and BLEU beside it."""
-  slots = [prompt.metadata['slots'] for prompt in prompts]
-  ids = [prompt.id for prompt in prompts]
-  with_references = [
-    i for i, prompt in enumerate(prompts) if prompt.metadata['references']
-  ]
-  references = [prompts[i].metadata['references'] for i in with_references]
-  reference_ids = [ids[i] for i in with_references]
-  flags, table = {}, {}
-  for name, texts in texts_by_model.items():
-    flags[name] = []
-    for facts, text in zip(slots, texts, strict=True):
-      found = restaurant.slot_report(facts, text)
-      flags[name].append(
-        {
-          'says every slot': not found.missing,
-          'invents a value (hallucination)': bool(found.invented),
-        }
-      )
-    table[name] = {
-      'BLEU': restaurant.bleu(
-        [texts[i] for i in with_references], references, reference_ids
-      ),
-      **slot_columns(slots, texts, ids),
-    }
-  # What people wrote for the same facts, as the measure of the measure.
+def scored(prompts, answers, field: str, score_fn):
+  """The answers of all models with the scores of `score_fn` in a field."""
   pairs = [
-    (slots[i], text, ids[i])
-    for i, several in zip(with_references, references, strict=True)
-    for text in several
+    (prompt, answer)
+    for several in answers.values()
+    for prompt, answer in zip(prompts, several, strict=True)
   ]
-  table['people'] = slot_columns(*zip(*pairs, strict=True))
-  judge = 'a second reward model, trained on the other half of the workers'
-  return judge_scores, flags, {}, judge, {'Slots and BLEU': table}
-
-
-def slot_columns(slots, texts, ids):
-  rates = restaurant.slot_rates(slots, texts, ids)
+  scores = score_fn(pairs)
+  if scores is None:
+    return answers
+  found = iter(scores)
   return {
-    'slots realised': rates.realised,
-    'values invented': rates.invented,
-    'answers with an invention': rates.invented_answers,
-    'answers without any slot error': rates.faithful,
+    name: [
+      dataclasses.replace(answer, **{field: float(next(found))})
+      for answer in several
+    ]
+    for name, several in answers.items()
   }
 
 
-def metadata_rates(flags, ids):
-  """Model -> Table 3 label -> share of the answers it applies to, by prompt."""
-  rates = {}
-  for name in run_figures.MODELS:
-    labels = dict.fromkeys(label for row in flags[name] for label in row)
-    rates[name] = {}
-    for label in labels:
-      chosen = [i for i, row in enumerate(flags[name]) if label in row]
-      rates[name][label] = win_rate.share_interval(
-        [flags[name][i][label] for i in chosen], [ids[i] for i in chosen]
-      )
-  return rates
+# --- Judging ------------------------------------------------------------------
 
 
-def pretraining_figures(losses):
-  """Held-out loss with intervals, by packed row."""
-
-  def interval(name):
-    loss = losses[name]
-    return win_rate.ratio_interval(
-      loss.row_sums, loss.row_counts, range(len(loss.row_sums))
+def judge_pairs(config, models, prompts, answers, judge):
+  """(all judgements, what became of the pairs)."""
+  sides = [
+    (name, config.baseline) for name in models if name != config.baseline
+  ]
+  sides += named_pairs(config)
+  pairs = [
+    judges.Pair(prompt, first, second)
+    for model, other in sides
+    for prompt, first, second in zip(
+      prompts, answers[model], answers[other], strict=True
     )
-
-  return run_figures.PretrainingLoss(
-    init=interval('rl_init'),
-    ppo=interval('ppo'),
-    ppo_ptx=interval('ppo_ptx'),
-    difference=paired_difference(losses['ppo_ptx'], losses['ppo']),
-  )
+  ]
+  with run_lib.Progress('judge', 2 * len(pairs), unit='pairs') as progress:
+    judge.progress = progress.update
+    return judges.ask_both_orders(judge, pairs)
 
 
-def paired_difference(loss, other):
-  """Nats per token by which `loss` is higher, paired by packed row."""
-  return win_rate.ratio_interval(
-    loss.row_sums - other.row_sums,
-    loss.row_counts,
-    range(len(loss.row_sums)),
-  )
+def rate(config, models, prompts, answers, judge, world):
+  """(answer, rating) of what the judge rates, and the world's labels."""
+  pairs = [
+    (prompt, answer)
+    for name, model in models.items()
+    if model.has_columns
+    for prompt, answer in zip(prompts, answers[name], strict=True)
+  ]
+  rated = []
+  if config.rate_answers:
+    with run_lib.Progress('rate', len(pairs), unit='answers') as progress:
+      judge.progress = progress.update
+      rated += [
+        (answer, rating)
+        for (_, answer), several in zip(pairs, judge.rate(pairs), strict=True)
+        for rating in several
+      ]
+  if world and world.label_fn:
+    rated += [
+      (answer, judges.Rating(None, world.label_fn(prompt, answer.response)))
+      for prompt, answer in pairs
+    ]
+  return rated
 
 
-def gold_reward_figures(config, root, tokenizer):
-  """The embedded world: accuracy, its ceiling, and two groups of labelers."""
-  results = run_lib.read_json(root / 'reward' / 'results.json')
-  heldout = root / 'compare' / 'comparisons_heldout.jsonl'
-  train, valid, heldout = (
-    records.read_jsonl(path, records.Comparison)
-    for path in (config.comparisons, config.valid_comparisons, heldout)
-  )
-  valid = fitting(
-    valid, tokenizer, 'valid_comparisons', 'row_length', config.row_length
-  )
-  accuracy = preference_accuracy.Accuracy(
-    results['accuracy'], results['low'], results['high'], results['num_pairs']
-  )
-  # The gold utility judges what its world asks, and no prompt of other people.
-  ceiling, tables = None, {}
-  if all('kind' in comparison.metadata for comparison in valid):
-    the_world = world.make_world(config.seed)
-    # What several labelers ranked is judged once.
-    distinct = {(c.id, c.completions): c for c in valid}
-    scores = {k: gold_scores_of(c, the_world) for k, c in distinct.items()}
-    ceiling = accuracy_of([scores[c.id, c.completions] for c in valid], valid)
-    tables['Best achievable accuracy given label noise'] = {
-      'gold utility on the same pairs': ceiling
+def order_rankings(config, scorers, tokenizer, context_length):
+  """Set of rankings -> who orders its pairs how well (3.4, 4.1).
+
+  Trivial judges learn from the rankings of the same name that the reward model
+  learned from.
+
+  Args:
+    config: with `comparisons` and `test_comparisons`.
+    scorers: name -> (scores of answers, whether it can judge a prompt).
+    tokenizer: of the reward model.
+    context_length: rankings with longer texts are left out.
+  """
+  learned, found = _rankings(config, 'comparisons'), {}
+  for name, path in _rankings(config, 'test_comparisons').items():
+    given = records.read_jsonl(path, records.Comparison)
+    test = loader.fitting_comparisons(given, tokenizer, context_length)
+    run_lib.say_left_out(
+      config.name,
+      len(given) - len(test),
+      len(given),
+      f'test_comparisons ({name})',
+      f"the reward model's context ({context_length} tokens)",
+    )
+    by = {
+      scorer: comparison_scores(score_fn, test)
+      for scorer, (score_fn, knows) in scorers.items()
+      if all(knows(prompt_of(comparison)) for comparison in test)
     }
-  tables |= {
-    'Reward model against trivial baselines': {
-      'reward model': accuracy,
-      **{
-        name: accuracy_of(judge.scores(valid), valid)
-        for name, judge in trivial_judges(train).items()
+    if name in learned:
+      train = records.read_jsonl(learned[name], records.Comparison)
+      by['length only'] = baselines.fit_length(train).scores(test)
+      words = baselines.fit_bag_of_words(train)
+      by['bag of words (Bradley-Terry)'] = words.scores(test)
+    found[name] = figures.Rankings(
+      accuracies={
+        scorer: preference_accuracy.pairwise_accuracy(
+          scores, [c.ranks for c in test], [c.prompt for c in test]
+        )
+        for scorer, scores in by.items()
       },
+      agreement=preference_accuracy.agreement(test),
+    )
+  return found
+
+
+def prompt_of(comparison: records.Comparison) -> records.Prompt:
+  """The prompt whose completions were ranked."""
+  return records.Prompt(
+    id=comparison.id,
+    text=comparison.prompt,
+    category=comparison.category,
+    metadata=comparison.metadata,
+    turns=comparison.turns,
+  )
+
+
+def comparison_scores(score_fn: judges.ScoreFn, comparisons):
+  """The scores of each comparison's completions; what several labelers ranked
+  is scored once."""
+
+  def key(comparison):
+    return comparison.prompt, comparison.turns, comparison.completions
+
+  distinct = {key(comparison): comparison for comparison in comparisons}
+  pairs = [
+    (prompt_of(c), samples_lib.Sample('', c.id, c.prompt, text, 0, True))
+    for c in distinct.values()
+    for text in c.completions
+  ]
+  ends = np.cumsum([len(c.completions) for c in distinct.values()])
+  scores = np.split(np.asarray(score_fn(pairs), float), ends[:-1])
+  by_key = dict(zip(distinct, scores, strict=True))
+  return [by_key[key(comparison)] for comparison in comparisons]
+
+
+# --- What the verdicts come to ------------------------------------------------
+
+
+def mean_ratings(rated, num_bootstrap: int):
+  """Model -> `judges.LIKERT` and each label -> mean, redrawn by prompt."""
+  columns = {}
+  for answer, rating in rated:
+    values = dict(rating.labels)
+    if rating.likert is not None:
+      values[judges.LIKERT] = rating.likert
+    for name, value in values.items():
+      column = columns.setdefault(answer.model, {}).setdefault(name, ([], []))
+      column[0].append(float(value))
+      column[1].append(answer.prompt_id)
+  return {
+    model: {
+      name: (
+        win_rate.mean_interval
+        if name == judges.LIKERT
+        else win_rate.share_interval
+      )(values, ids, num_bootstrap=num_bootstrap)
+      for name, (values, ids) in by_name.items()
+    }
+    for model, by_name in columns.items()
+  }
+
+
+def judge_alarms(judgements, account, outcomes, max_contradictions: float):
+  """What in the verdicts should not be trusted, one sentence each."""
+  alarms = []
+  share = account.contradictions / account.judgements
+  if share > max_contradictions:
+    alarms.append(
+      f'the judge contradicts itself in {share:.1%} of the pairs when the '
+      f'answers change places, more than {max_contradictions:.1%}; its '
+      'preferences are mostly about the place'
+    )
+  if account.unparsed:
+    alarms.append(f'{account.unparsed} verdicts could not be understood')
+  if account.unjudged:
+    alarms.append(
+      f'{account.unjudged} of {account.pairs} pairs have no verdict'
+    )
+  if account.one_order:
+    alarms.append(
+      f'{account.one_order} verdicts stand alone: the same judge said nothing '
+      'in the other order'
+    )
+  nameless = sum(not judgement.labeler for judgement in judgements)
+  if 0 < nameless < len(judgements):
+    alarms.append(
+      f'{nameless} of {len(judgements)} judgements name no labeler, so no '
+      'interval goes by labeler'
+    )
+  place = outcomes.first_place
+  if place and place.is_biased:
+    alarms.append(
+      f'the answer in the first place wins {place.rate.mean:.1%} '
+      f'[{place.rate.low:.1%}, {place.rate.high:.1%}] of the verdicts: the '
+      'judge looks at the place; both orders are averaged, which cancels it in '
+      'the rates and draws them towards one half'
+    )
+  return alarms
+
+
+def judged_figures(config, models, prompts, answers, judge, workdir):
+  """The fields of `figures.Figures` that come from the judge.
+
+  Writes judgements.jsonl and ratings.jsonl.
+  """
+  everything, account = judge_pairs(config, models, prompts, answers, judge)
+  _write_lines(
+    workdir / 'judgements.jsonl', map(dataclasses.asdict, everything)
+  )
+  judged = [j for j in everything if j.outcome is not None]
+  if not judged:
+    raise ValueError(
+      f'the judge judged none of {account.pairs} pairs: {account.unjudged} '
+      f'without an opinion in both orders, {account.unparsed} verdicts not '
+      'understood; judgements.jsonl has what it said'
+    )
+  columns = [name for name, model in models.items() if model.has_columns]
+  outcomes = preferences.outcomes(
+    judged, columns, config.baseline, config.num_bootstrap
+  )
+  world = score_fns.find(config.world, 'world') if config.world else None
+  rated = rate(config, models, prompts, answers, judge, world)
+  _write_lines(
+    workdir / 'ratings.jsonl',
+    (
+      {'model': answer.model, 'prompt_id': answer.prompt_id}
+      | dataclasses.asdict(rating)
+      for answer, rating in rated
+    ),
+  )
+  against = preferences.against(judged, config.baseline)
+  everyone = {}
+  for name, several in answers.items():
+    row = {'win rate': outcomes.rates.get(name)}
+    if name in against:
+      row = {'win rate': preferences.rates(against[name], config.num_bootstrap)}
+    for title, field in (
+      ('judge', 'score_gold'),
+      ('reward model', 'score_reward'),
+      ('tokens', 'num_tokens'),
+      ('ended', 'ended'),
+    ):
+      if getattr(several[0], field) is not None:
+        row[title] = float(np.mean([getattr(each, field) for each in several]))
+    everyone[name] = row
+  texts = {n: [a.response for a in answers[n]] for n in columns}
+  return {
+    'models': columns,
+    'baseline': config.baseline,
+    'judge': judge.name,
+    'unit': judge.unit,
+    'has_places': judge.has_places,
+    'outcomes': outcomes,
+    'alarms': judge_alarms(
+      judged, account, outcomes, config.max_contradictions
+    ),
+    'everyone': everyone,
+    'ratings': mean_ratings(rated, config.num_bootstrap),
+    'ratings_by_category': {
+      category: mean_ratings(
+        [row for row in rated if row[0].category == category],
+        config.num_bootstrap,
+      )
+      for category in sorted({answer.category for answer, _ in rated})
     },
+    'asking': dataclasses.asdict(account) | judge.account(),
+    'world': world,
+    'tables': world.tables_fn(prompts, texts)
+    if world and world.tables_fn
+    else {},
   }
-  figures = run_figures.RewardFigures(
-    accuracy=accuracy,
-    ceiling=ceiling and ceiling.accuracy,
-    agreement=preference_accuracy.agreement(valid),
-    # Simulated ones have nothing to say about people's rankings.
-    agreement_heldout=None
-    if labeling_statistics(config)
-    else preference_accuracy.agreement(heldout),
-    **fold_figures(root),
-  )
-  return figures, tables
 
 
-def fitting(comparisons, tokenizer, what, key, limit):
-  """The comparisons that fit; says how many do not."""
-  kept = loader.fitting_comparisons(comparisons, tokenizer, limit)
-  run_lib.say_left_out(
-    'evaluate',
-    len(comparisons) - len(kept),
-    len(comparisons),
-    what,
-    f'{key} ({limit} tokens)',
-  )
-  return kept
+def _write_lines(path, rows):
+  lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
+  records.write_bytes(path, ''.join(lines).encode())
 
 
-def labeling_statistics(config):
-  """statistics.json beside the rankings, of the labeling site; {} without."""
-  path = epath.Path(config.comparisons).parent / 'statistics.json'
-  return run_lib.read_json(path) if path.exists() else {}
+# --- Probes, and the runs that the models come from ---------------------------
 
 
-def labeling_summary(config):
-  """Statement about the people who ranked -> figure, for the report."""
-  found = labeling_statistics(config)
-  if not found:
-    return {}
-  rates = {
-    f'agreement of {who}': preference_accuracy.Agreement(**value)
-    for who, value in found['agreement'].items()
-    if value is not None
+def text_figures(config, losses):
+  """Fields about the loss on held-out text, paired by row (4.2)."""
+  differences = {}
+  pairs = [(name, config.reference) for name in losses]
+  for model, other in pairs + named_pairs(config):
+    if model == other or not {model, other} <= set(losses):
+      continue
+    (loss, tokens), (base, other_tokens) = losses[model], losses[other]
+    if tokens == other_tokens:  # Else they count other tokens.
+      name = model if other == config.reference else f'{model} – {other}'
+      differences[name] = heldout_loss.difference(loss, base)
+  return {
+    'text_loss': {
+      name: heldout_loss.interval(loss) for name, (loss, _) in losses.items()
+    },
+    'text_loss_difference': differences,
   }
-  counts = {'labelers': found['num_labelers'], 'answers': found['num_answers']}
-  return counts | rates
 
 
-def suite_table(path):
+def reward_figures(config, rankings, judge):
+  """What is known of the reward model, or None."""
+  if not rankings:
+    return None
+  folds = {}
+  if config.crossval:
+    results = run_lib.read_json(config.crossval)
+    folds = {
+      name: preference_accuracy.Spread(
+        results[name]['mean'], results[name]['error'], len(results['runs'])
+      )
+      for name in ('intra', 'inter')
+    }
+  ceiling = None
+  if judge.is_ceiling:
+    first = next(iter(rankings.values())).accuracies
+    ceiling = first['judge'].accuracy if 'judge' in first else None
+  curve = origin.beside(config.reward_model).get(metrics_lib.METRICS_FILE, ())
+  return figures.RewardFigures(
+    rankings=rankings, ceiling=ceiling, curve=curve, **folds
+  )
+
+
+def suite_figures(path: str):
   """(task, prompt and metric -> model -> figure, task -> judge) of a suite."""
-  if not epath.Path(path).exists():
+  if not path or not epath.Path(path).exists():
     return {}, {}
   result = run_lib.read_json(path)
   found = {}
@@ -734,198 +470,210 @@ def suite_table(path):
   return found, result['judges']
 
 
-def human_accuracies(root, tokenizer, row_length, models):
-  """Accuracies on rankings of representations that no training has seen.
+def run_figures(config, models):
+  """The fields that the runs of the models say: training, alarms, data."""
+  loaded = {n: m.source for n, m in models.items() if not m.is_recorded}
+  stages = origin.stages_behind([*loaded.values(), config.reward_model])
+  rl, alarms, epochs, seen = {}, [], {}, set()
+  for name, source in loaded.items():
+    beside = origin.beside(source)
+    if epath.Path(source).parent in seen:
+      continue
+    seen.add(epath.Path(source).parent)
+    rows = beside.get(metrics_lib.METRICS_FILE, ())
+    if any('objective/kl' in row for row in rows):
+      rl[name] = rows
+    alarms += [
+      f'{name}: {text}' for text in beside.get('alarms.json', {}).values()
+    ]
+    if 'epochs.json' in beside and models[name].has_columns:
+      folder = epath.Path(source).parent
+      info = next((s.info for s in stages.values() if s.folder == folder), {})
+      epochs[name] = figures.Epochs(
+        beside['epochs.json'],
+        info.get('selected_epoch'),
+        info.get('selected_by', ''),
+      )
+  hygiene = {}
+  for stage in stages.values():
+    if (stage.folder / 'hygiene.json').exists():
+      hygiene |= run_lib.read_json(stage.folder / 'hygiene.json')
+  return {
+    'rl_metrics': rl,
+    'alarms': alarms,
+    'epochs': epochs,
+    'parameters': {
+      name: model_folder.shape_of(source).num_params
+      for name, source in loaded.items()
+    },
+    'trained': {
+      name: figures.Training(
+        {k: stage.config[k] for k in _CARD_KEYS if k in stage.config},
+        operations_of(config, stage),
+      )
+      for name, stage in stages.items()
+      if _made(stage) is not None and 'learning_rate' in stage.config
+    },
+    'seconds': {name: stage.seconds for name, stage in stages.items()},
+    'data_sizes': {k: v for s in stages.values() for k, v in s.records.items()},
+    'hygiene': {
+      key.replace('.', ' '): count
+      for key, count in run_lib.flat(hygiene).items()
+      if count != {}
+    },
+  }
 
-  Args:
-    root: of the run.
-    tokenizer: counts the tokens.
-    row_length: rankings with longer texts are left out.
-    models: name -> function from comparisons to their scores.
+
+def _made(stage: origin.Stage):
+  """The model that a stage made, or None."""
+  paths = [stage.folder / name for name in ('policy', 'model')]
+  return next((path for path in paths if path.exists()), None)
+
+
+def operations_of(config, stage: origin.Stage) -> float | None:
+  """Floating-point operations of a stage's training, by formula.
+
+  RL has episodes; a reward model, rankings; other stages have rows of text.
+  None for a stage that is none of these.
+  """
+  own, size = stage.config, model_folder.shape_of(_made(stage)).num_params
+  results = stage.folder / 'results.json'
+  if 'num_episodes' in own:
+    scored_by = f'{stage.folder.parent}{own["reward_model"]}'
+    scalar = 0
+    if own['reward_model']:
+      place = epath.Path(scored_by)
+      if not place.exists():
+        place = own['reward_model']
+      scalar = model_folder.shape_of(place).num_params
+    text = own['num_episodes'] * own['num_epochs'] * own['ptx_per_episode']
+    return model_card.rl_operations(
+      size,
+      scalar,
+      scalar or size if 'value_learning_rate' in own else 0,
+      own['num_episodes'],
+      own['prompt_length'] + own['response_length'],
+      own['num_epochs'],
+      text * own['ptx_row_length'] if own['ptx_coef'] > 0 else 0,
+    )
+  if 'comparisons' in own and results.exists():
+    # Each prompt with each of its answers, as long as they are here.
+    answers = run_lib.read_json(results)['num_forwards'] * own['num_epochs']
+    length = config.prompt_length + config.response_length
+    return model_card.training_operations(size, answers * length)
+  if 'row_length' in own and (stage.folder / metrics_lib.METRICS_FILE).exists():
+    lines = metrics_lib.read_lines(stage.folder / metrics_lib.METRICS_FILE)
+    rows = lines[-1]['step'] * own['batch_size']
+    return model_card.training_operations(size, rows * own['row_length'])
+  return None
+
+
+def labeling_statistics(config) -> dict[str, Any]:
+  """statistics.json beside the rankings, of the labeling site; {} without."""
+  for path in _rankings(config, 'comparisons').values():
+    found = epath.Path(path).parent / 'statistics.json'
+    if found.exists():
+      return run_lib.read_json(found)
+  return {}
+
+
+# --- The evaluation -----------------------------------------------------------
+
+
+def run(config, workdir: epath.Path):
+  """Asks models and judge, measures, and writes the report.
+
+  Reads what `inputs` names. Writes answers/, samples.jsonl, judgements.jsonl
+  and ratings.jsonl into the stage's folder, and the report with its plots, the
+  model card and summary.json into that of the run as well.
 
   Returns:
-    Judge -> whose rankings -> accuracy. The trivial judges of each column
-    learned from the training rankings of that column's workers.
+    Counts of prompts and judgements; {} in all processes but the first.
   """
-  table = {}
-  for half, start in HALVES.items():
-    train, test = (
-      fitting(
-        records.read_jsonl(
-          root / 'data' / f'{start}comparisons_{split}.jsonl',
-          records.Comparison,
-        ),
+  validate(config)
+  models = asking.read_models(config)
+  loaded = {n: m.source for n, m in models.items() if not m.is_recorded}
+  config = origin.filled(
+    config, origin.LENGTHS if loaded else (), loaded, config.prompts
+  )
+  config.cache = config.cache or str(workdir / 'answers')
+  if loaded:
+    model_folder.check_contexts(
+      loaded,
+      config.prompt_length + config.response_length,
+      'prompt_length + response_length',
+    )
+  drawn, num_given = asking.draw(config, 'prompts', config.num_prompts)
+  mesh = sharding.make_mesh(config.mesh)
+  with sharding.use_mesh(mesh):
+    score_fn, rankings = None, {}
+    if config.reward_model:
+      score_fn, tokenizer = judge_fns.reward_score(
+        config, config.reward_model, mesh
+      )
+    asked = asking.ask(config, models, drawn, score_fn, mesh)
+    prompts, answers = asking.aligned(drawn, asked.answers)
+    judge = judge_fns.find(config.judge)(config, workdir, mesh)
+    answers = scored(prompts, answers, 'score_gold', judge.score)
+    if score_fn:
+      answers = scored(prompts, answers, 'score_reward', score_fn)
+      scorers = {'reward model': (score_fn, lambda prompt: True)}
+      if answers[config.baseline][0].score_gold is not None:
+        scorers['judge'] = judge.score, judge.knows
+      rankings = order_rankings(
+        config,
+        scorers,
         tokenizer,
-        f'{start}comparisons_{split}',
-        'prompt_length + response_length',
-        row_length,
+        model_folder.shape_of(config.reward_model).context_length,
       )
-      for split in ('train', 'test')
-    )
-    scorers = dict(models)
-    for name, judge in trivial_judges(train).items():
-      scorers[name] = judge.scores
-    for name, scores in scorers.items():
-      row = table.setdefault(name, {})
-      row[f"{half}'s workers"] = accuracy_of(scores(test), test)
-  return table
-
-
-def human_reward_figures(root, accuracies):
-  """Human data: accuracies, and how far workers agree with one another."""
-  rankings = [
-    # Each criterion is a question of its own: no agreement across them.
-    dataclasses.replace(c, prompt=f'{c.labeler.split(":")[0]}\n{c.prompt}')
-    for start in HALVES.values()
-    for split in ('train', 'valid', 'test')
-    for c in records.read_jsonl(
-      root / 'data' / f'{start}comparisons_{split}.jsonl', records.Comparison
-    )
-  ]
-  figures = run_figures.RewardFigures(
-    accuracy=accuracies['reward model']["reward model's workers"],
-    agreement=preference_accuracy.agreement(rankings),
-    **fold_figures(root),
-  )
-  return figures, {'Accuracy on held-out representations': accuracies}
-
-
-def trivial_judges(train):
-  """What a reward model must beat, fitted to the same rankings."""
-  return {
-    'length only': baselines.fit_length(train),
-    'bag of words (Bradley-Terry)': baselines.fit_bag_of_words(train),
+  if jax.process_index() != 0:
+    return {}
+  recorded = [answer for several in answers.values() for answer in several]
+  samples_lib.write_samples(workdir / 'samples.jsonl', recorded)
+  judged = judged_figures(config, models, prompts, answers, judge, workdir)
+  runs = run_figures(config, models)
+  suite, suite_judges = suite_figures(config.suite)
+  root = epath.Path(config.workdir)
+  provenance = run_lib.read_json(root / 'provenance.json')
+  counts = {
+    'in the file': num_given,
+    'asked': len(drawn),
+    'answered by every model': len(prompts) // config.samples_per_prompt,
   }
 
+  def side_by_side(number):
+    return samples_lib.side_by_side(recorded, judged['models'], number)
 
-def accuracy_of(scores, comparisons):
-  return preference_accuracy.pairwise_accuracy(
-    scores,
-    [c.ranks for c in comparisons],
-    [c.prompt for c in comparisons],
-  )
-
-
-def fold_figures(root):
-  """Cross-validation over labelers, and the training curve."""
-  folds = run_lib.read_json(root / 'crossval' / 'results.json')
-  return {
-    'curve': metrics_lib.read_lines(root / 'reward' / metrics_lib.METRICS_FILE),
-    **{
-      name: preference_accuracy.Spread(
-        folds[name]['mean'], folds[name]['error'], len(folds['runs'])
-      )
-      for name in ('intra', 'inter')
-    },
-  }
-
-
-def gold_scores_of(comparison, the_world):
-  prompt = records.Prompt(
-    id=comparison.id,
-    text=comparison.prompt,
-    category=comparison.category,
-    metadata=comparison.metadata,
-  )
-  return [
-    gold.utility(gold.judge(prompt, text, the_world))
-    for text in comparison.completions
-  ]
-
-
-# Keys of the stages' configs that the model card names.
-CARD_KEYS = (
-  'num_steps',
-  'num_epochs',
-  'num_episodes',
-  'batch_size',
-  'learning_rate',
-  'value_learning_rate',
-  'dropout',
-  'ptx_fraction',
-  'max_candidates',
-  'kl_coef',
-  'ptx_coef',
-  'ptx_per_episode',
-  'clip',
-  'gae_lambda',
-  'temperature',
-  'ema_decay',
-)
-TRAINING_STAGES = ('pretrain', 'sft', 'rl_init', 'reward', 'ppo', 'ppo_ptx')
-
-
-def card_facts(config, root, policy, scalar):
-  """What the model card says beside the figures, from the run's own files."""
-  stages = run_lib.read_json(root / 'config.json')['stages']
-  people = config.judge == 'restaurant'
-  suite, suite_judges = suite_table(config.suite)
-  return model_card.Facts(
-    name=root.name,
-    date=datetime.date.today().isoformat(),
-    policy_parameters=policy.num_params,
-    reward_parameters=scalar.num_params,
-    world=(
-      'Restaurant facts with sentences written by crowd workers (E2E), and '
-      'their rankings of system outputs; books as pretraining text.'
-      if people
-      else 'An embedded world of plain English: documents, prompts, '
-      'demonstrations and rankings are all written by programs '
-      '(instruct_jax/miniature). Nothing in it is about real persons.'
-    ),
-    people=people,
-    hyper_parameters={
-      name: {key: stages[name][key] for key in CARD_KEYS if key in stages[name]}
-      for name in TRAINING_STAGES
-    },
-    compute=compute_of(
-      config, root, stages, policy.num_params, scalar.num_params
-    ),
-    labeling=labeling_statistics(config),
+  shown = figures.Figures(
+    title=f'Evaluation of {root.name}',
+    command=provenance['command'],
+    seed=config.seed,
+    commit=provenance['commit'] or 'unknown',
+    versions={k: v for k, v in provenance['versions'].items() if v},
+    prompts=counts,
+    settings={key: config[key] for key in (*origin.LENGTHS, 'temperature')},
+    asked=asked.account,
+    reference=config.reference,
+    kl=asked.kl,
+    prefixes=asked.prefixes,
+    reward_model=reward_figures(config, rankings, judge),
     suite=suite,
     suite_judges=suite_judges,
+    samples=side_by_side(config.num_samples_shown),
+    more_samples=side_by_side(config.num_samples_in_html),
+    labeling=labeling_statistics(config),
+    **text_figures(config, asked.text_loss),
+    **{**judged, **runs, 'alarms': [*judged['alarms'], *runs['alarms']]},
   )
-
-
-def compute_of(config, root, stages, num_policy, num_scalar):
-  """Stage -> floating-point operations of its training, by formula."""
-  operations = {}
-  for name in ('pretrain', 'sft', 'rl_init'):
-    stage = stages[name]
-    steps = metrics_lib.read_lines(root / name / metrics_lib.METRICS_FILE)[-1]
-    operations[name] = model_card.training_operations(
-      num_policy, steps['step'] * stage['batch_size'] * stage['row_length']
-    )
-  answers = run_lib.read_json(root / 'reward' / 'results.json')['num_forwards']
-  # Each prompt with each of its answers, as long as RL has them at the most.
-  length = stages['ppo']['prompt_length'] + stages['ppo']['response_length']
-  operations['reward'] = model_card.training_operations(
-    num_scalar, stages['reward']['num_epochs'] * answers * length
-  )
-  for name in ('ppo', 'ppo_ptx'):
-    stage = stages[name]
-    text = (
-      stage['num_episodes'] * stage['num_epochs'] * stage['ptx_per_episode']
-      if stage['ptx_coef'] > 0
-      else 0
-    )
-    operations[name] = model_card.ppo_operations(
-      num_policy,
-      num_scalar,
-      stage['num_episodes'],
-      stage['prompt_length'] + stage['response_length'],
-      stage['num_epochs'],
-      text * stage['ptx_row_length'],
-    )
-  return operations
-
-
-def flatten(tree, prefix=''):
-  """{'kept': {'train': 1}} to {'kept train': 1}."""
-  flat = {}
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      flat |= flatten(value, f'{prefix}{name} ')
-    else:
-      flat[f'{prefix}{name}'] = value
-  return flat
+  drawn_plots = plots.make_plots(shown)
+  card = model_card.make_card(shown)
+  for directory in dict.fromkeys((workdir, root)):
+    files.write_bytes(directory / 'model_card.md', card.encode())
+    report.write_report(directory, shown, drawn_plots)
+  print((root / 'report.md').as_posix(), flush=True)
+  return {
+    'num_prompts': counts['answered by every model'],
+    'num_judgements': sum(
+      versus.rates.num_judgements for versus in shown.outcomes.pairs.values()
+    ),
+  }

@@ -1,21 +1,108 @@
-"""Writes the embedded world's data sets: what people would have collected.
+"""The embedded world: its data stage, its judge, what a report says of it.
 
-Documents to pretrain on, prompts of many users cleaned as in the paper's A.1
-and A.2, demonstrations by simulated labelers, and a tokenizer. Everything
-after this stage reads the JSONL files and knows nothing of the world.
+The stage writes what people would have collected: documents to pretrain on,
+prompts of many users cleaned as in the paper's A.1 and A.2, demonstrations by
+simulated labelers, and a tokenizer. Other stages read the JSONL files and know
+nothing of the world; its texts, facts and utility are made in `miniature/`.
 """
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from instruct_jax.data import hygiene, records, tokenizer
+from instruct_jax.evals import figures, judges
+from instruct_jax.infra import origin
 from instruct_jax.infra import run as run_lib
-from instruct_jax.miniature import documents, labelers, phrases, tasks, world
+from instruct_jax.miniature import (
+  documents,
+  gold,
+  labelers,
+  phrases,
+  tasks,
+  world,
+)
 
 PROCESSES = 'first'
 
+WORLD = figures.World(
+  about='An embedded world of plain English: documents, prompts, '
+  'demonstrations and rankings are all written by programs '
+  '(instruct_jax/miniature). Nothing in it is about real persons.',
+  has_people=False,
+)
+
+
+class Gold(judges.Judge):
+  """The utility that all simulated labelers agree on, save for noise.
+
+  Args:
+    config: with `world_seed`, or `prompts` of a run that says it.
+  """
+
+  name = 'gold utility of the miniature (a program)'
+  unit = 'gold'
+  is_ceiling = True
+
+  def __init__(self, config: ConfigDict, workdir: epath.Path, mesh: Any):
+    super().__init__(config, workdir, mesh)
+    config = origin.filled(config, [origin.WORLD], {}, config.prompts)
+    self._seed = config.world_seed
+    self._world = world.make_world(self._seed)
+    self._known: dict[tuple[str, str, str], gold.Judgement] = {}
+
+  def knows(self, prompt: records.Prompt) -> bool:
+    """It judges what its world asks, and no prompt of other people."""
+    return 'kind' in prompt.metadata
+
+  def _judge(self, prompt, text):
+    key = prompt.id, prompt.text, text
+    if key not in self._known:
+      self._known[key] = gold.judge(prompt, text, self._world)
+    return self._known[key]
+
+  def score(self, answers: Sequence[judges.Answer]) -> list[float]:
+    """The utility, in [0, 1].
+
+    Raises:
+      ValueError: a prompt is none of the world's.
+    """
+    foreign = [prompt.id for prompt, _ in answers if not self.knows(prompt)]
+    if foreign:
+      raise ValueError(
+        f'prompt {foreign[0]!r} is no task of the miniature; choose another '
+        'judge'
+      )
+    return [gold.utility(self._judge(p, a.response)) for p, a in answers]
+
+  def rate(self, answers: Sequence[judges.Answer]) -> list[list[judges.Rating]]:
+    """Labels that apply, and the utility, cut into seven equal parts, as
+    Likert; a choice: people's use of the scale cannot be known from a program.
+    """
+    found = []
+    for prompt, answer in answers:
+      judgement = self._judge(prompt, answer.response)
+      likert = float(min(7, 1 + int(7 * gold.utility(judgement))))
+      labels = {
+        name: value
+        for name, value in dataclasses.asdict(judgement).items()
+        if isinstance(value, bool)
+      }
+      found.append([judges.Rating(likert, labels)])
+    self.progress(len(answers))
+    return found
+
+  def account(self) -> dict[str, Any]:
+    """The seed of the world."""
+    return {origin.WORLD: self._seed}
+
 
 def validate(config):
+  """Checks the numbers of records."""
   for key in ('duplicate_prefix_words', 'prompts_per_user', 'num_documents'):
     if config[key] < 1:
       raise ValueError(f'{key} must be at least 1, got {config[key]}')
@@ -32,12 +119,13 @@ def validate(config):
 
 
 def inputs(config):
-  """Nothing: this stage writes its world itself."""
+  """Nothing: this stage makes its data itself."""
   del config
   return {}
 
 
 def run(config, workdir: epath.Path):
+  """Writes the JSONL files, tokenizer/, prefixes.json and hygiene.json."""
   validate(config)
   the_world = world.make_world(config.seed)
   people = labelers.make_labelers(

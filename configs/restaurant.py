@@ -6,7 +6,7 @@ from configs import common, pipeline, reward
 
 
 def data_stage(seed, workdir):
-  config = common.stage('data', 'e2e_data', seed, workdir)
+  config = common.stage('data', 'instruct_jax.worlds.restaurant', seed, workdir)
   config.root = ''  # Folder that holds e2e_nlg, e2e_rankings and books.
   config.vocab_size = 4_096  # Of a BPE trained on the text; 0 takes GPT-2's.
   # 'quality' asks whether a sentence says the facts well, and longer ones win;
@@ -18,7 +18,7 @@ def data_stage(seed, workdir):
   return config
 
 
-def e2e():
+def restaurant():
   """Human data: the same loops on restaurant sentences and crowd rankings."""
   config = pipeline.recipe('ppo_ptx_e2e')
   seed, workdir = config.get_ref('seed'), config.get_ref('workdir')
@@ -40,8 +40,13 @@ def e2e():
   for each in (stages.reward, stages.crossval):
     each.comparisons = data + '/comparisons_train.jsonl'
     each.valid_comparisons = data + '/comparisons_valid.jsonl'
-  pipeline.show_rankings(stages)
-  stages.evaluate.judge = 'restaurant'
+  for key, split in (('comparisons', 'train'), ('test_comparisons', 'test')):
+    stages.evaluate[key] = (
+      "reward model's workers=" + data + f'/comparisons_{split}.jsonl'
+      + ",judge's workers=" + data + f'/judge_comparisons_{split}.jsonl'
+    )  # fmt: skip
+  stages.evaluate.world = 'instruct_jax.worlds.restaurant.WORLD'
+  stages.evaluate.judge = 'instruct_jax.worlds.restaurant.OtherWorkers'
   stages.evaluate.judge_model = workdir + '/judge/model'
   config.stage_order = (
     'data',

@@ -248,7 +248,7 @@ def split_workers(
   return frozenset(halves[0]), frozenset(halves[1])
 
 
-def write_e2e(
+def write(
   root: epath.PathLike,
   directory: epath.PathLike,
   *,
@@ -387,7 +387,7 @@ def write_e2e(
   content = json.dumps(report, indent=2) + '\n'
   names = [*(f'{name}.jsonl' for name in files), 'hygiene.json', 'tokenizer/*']
   with folders.writing(
-    directory, names, command='e2e', replace=True
+    directory, names, command='restaurant', replace=True
   ) as unfinished:
     tokenizer.save(unfinished / 'tokenizer')
     for name, rows in files.items():

@@ -1,0 +1,411 @@
+"""Models that are asked the same prompts: who, how, and what they answer.
+
+A model is a folder, a published one, or a file of recorded answers. Answers are
+kept under a hash of all that they depend on, so a second judge or another model
+costs no sampling. KL and the loss on held-out text are measured while a model
+is in memory.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from instruct_jax import model_fns, model_folder, queries, rollout
+from instruct_jax.data import invisible, loader, records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals import heldout_loss
+from instruct_jax.evals import samples as samples_lib
+from instruct_jax.infra import inputs, origin
+from instruct_jax.infra import run as run_lib
+
+_RECORDED = ('.jsonl', '.jsonl.gz')
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """One of those that answer.
+
+  Attributes:
+    name: as the config gives it.
+    source: model folder, `hf:NAME`, or FILE.jsonl of recorded answers.
+    has_columns: whether it is in all tables, or in that of all models alone.
+    is_prompted: asked with a few-shot prefix.
+  """
+
+  name: str
+  source: str
+  has_columns: bool
+  is_prompted: bool
+
+  @property
+  def is_recorded(self) -> bool:
+    return self.source.partition('#')[0].endswith(_RECORDED)
+
+
+def read_models(config) -> dict[str, Model]:
+  """Name -> model, in the order of the config; those with columns come first.
+
+  Raises:
+    ValueError: a name that stands twice, or that nothing belongs to.
+  """
+  prompted = [name for name in config.prompted.split(',') if name]
+  found = {}
+  for key in ('models', 'other_models'):
+    for name, source in model_folder.named_folders(config[key], key).items():
+      if name in found:
+        raise ValueError(f'{name!r} stands in models and in other_models')
+      found[name] = Model(name, source, key == 'models', name in prompted)
+  for key, names in (
+    ('baseline', [config.baseline]),
+    ('reference', [config.reference] * bool(config.reference)),
+    ('prompted', prompted),
+  ):
+    unknown = sorted(set(names) - set(found))
+    if unknown:
+      raise ValueError(f'{key} names {unknown}; models are {list(found)}')
+  return found
+
+
+# --- Answers ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+  """Few-shot examples with a place for `{prompt}`, and what ends an answer.
+
+  Attributes:
+    text: of the examples.
+    stop_id: the token with which the next example would begin.
+  """
+
+  text: str
+  stop_id: int
+
+
+def read_prefixes(path: str, tokenizer: tokenizer_lib.Tokenizer):
+  """The few-shot prefixes of a file `{"prefixes": [...], "stop": ...}`.
+
+  Raises:
+    ValueError: the stop text is not one token, so sampling cannot meet it.
+  """
+  content = run_lib.read_json(path)
+  stop = tokenizer.encode(content['stop'])
+  if len(stop) != 1:
+    raise ValueError(
+      f'{path}: the stop {content["stop"]!r} has {len(stop)} tokens; choose a '
+      'text of one'
+    )
+  return [Prefix(text, stop[0]) for text in content['prefixes']]
+
+
+def draw(config, key: str, number: int):
+  """(prompts drawn by seed from the file of a key, number in the file)."""
+  given = records.read_jsonl(config[key], records.Prompt)
+  drawn = samples_lib.draw_prompts(given, number, config.seed)
+  run_lib.say_drawn(config.name, len(drawn), len(given), key)
+  return drawn, len(given)
+
+
+def prompt_rows(config, name, policy, prompts, tokenizer, prefix):
+  """Rows of the prompts that fit, behind the prefix where there is one."""
+  rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
+  run_lib.tell_dropped(
+    f'{config.name}, {name}', dropped.describe('prompts', 'prompt_length')
+  )
+  if prefix is None:
+    return rows
+  length = config.prompt_length + config.prefix_length
+  texts = [prompts[i].text for i in rows.indices]
+  prefixed, dropped = loader.prompt_rows(
+    [prefix.text.replace('{prompt}', text) for text in texts], tokenizer, length
+  )
+  if dropped.total:
+    raise ValueError(
+      f'a prefix and a prompt exceed {length} tokens together; raise '
+      f'prefix_length ({config.prefix_length}): {prefix.text!r}'
+    )
+  # Of those there are: padding takes no position.
+  model_fns.check_context(
+    policy,
+    int(prefixed.mask.sum(axis=1).max()) + config.response_length,
+    f'the prefix {prefix.text!r}, prompt_length and response_length',
+  )
+  return dataclasses.replace(prefixed, indices=rows.indices)
+
+
+def sample(config, name, policy, prompts, tokenizer, mesh, prefix=None):
+  """New answers, `samples_per_prompt` to each prompt that is short enough.
+
+  An answer behind a prefix ends where the next example begins. The cut is ours,
+  as a stop sequence is; the end put in its place tells the reward model that
+  the answer is complete.
+  """
+  rows = prompt_rows(config, name, policy, prompts, tokenizer, prefix)
+  stop_ids = tokenizer.stop_ids + ((prefix.stop_id,) if prefix else ())
+  sampled = queries.sample(
+    policy,
+    rows,
+    jax.random.key(config.seed),
+    mesh,
+    name=name,
+    stop_ids=stop_ids,
+    response_length=config.response_length,
+    temperature=config.temperature,
+    batch_size=config.batch_size,
+    num_samples=config.samples_per_prompt,
+  )
+  ids = rollout.response_ids(sampled)
+  if prefix:
+    ids = [
+      [*answer[:-1], tokenizer.end_id] if answer[-1] in stop_ids else answer
+      for answer in ids
+    ]
+  owners = np.repeat(rows.indices, config.samples_per_prompt)
+  return [
+    samples_lib.Sample(
+      model=name,
+      prompt_id=prompts[owner].id,
+      prompt=prompts[owner].text,
+      response=text,
+      num_tokens=len(answer),
+      ended=bool(ended),
+      category=prompts[owner].category,
+      # Scored as sampled: decoding and encoding again may change the ids.
+      metadata={'ids': answer, 'tokenizer': tokenizer.fingerprint},
+    )
+    for owner, text, answer, ended in zip(
+      owners,
+      tokenizer.decode_responses(ids),
+      ids,
+      sampled.ended,
+      strict=True,
+    )
+  ]
+
+
+def kept_answers(config, model, prompts, tokenizer, prefix, load_fn, mesh):
+  """(answers of a model, how they came about): kept ones, or new ones."""
+  keys = (*origin.LENGTHS, 'samples_per_prompt', 'temperature', 'seed')
+  settings = {
+    'model': inputs.content_hash(model.source),
+    'tokenizer': tokenizer.fingerprint,
+    'prompts': [records.to_values(prompt) for prompt in prompts],
+    'prefix': prefix and dataclasses.asdict(prefix),
+    'compute_dtype': config.compute_dtype,  # Of other numbers, other answers.
+    **{key: config[key] for key in keys},
+  }
+  content = json.dumps(settings, sort_keys=True).encode()
+  name = f'{hashlib.sha256(content).hexdigest()[:32]}.jsonl'
+  path = epath.Path(config.cache) / name
+  if run_lib.agreed(path.exists()):
+    # The same weights may have had another name then.
+    return [
+      dataclasses.replace(answer, model=model.name)
+      for answer in samples_lib.read_samples(path)
+    ], 'from the cache'
+  policy = load_fn(model.source)
+  answers = sample(config, model.name, policy, prompts, tokenizer, mesh, prefix)
+  if jax.process_index() == 0:
+    samples_lib.write_samples(path, answers)
+  return answers, 'sampled'
+
+
+def choose_prefix(config, name, load_fn, prompts, tokenizer, score_fn, mesh):
+  """The prefix whose answers the reward model likes best (3.5), and scores."""
+  config = config.copy_and_resolve_references()
+  config.samples_per_prompt = 1
+  by_id = {prompt.id: prompt for prompt in prompts}
+  prefixes, scores = read_prefixes(config.prefixes, tokenizer), []
+  for number, prefix in enumerate(prefixes, start=1):
+    label = f'{name}, prefix {number}'
+    answers = sample(config, label, load_fn(), prompts, tokenizer, mesh, prefix)
+    found = score_fn([(by_id[each.prompt_id], each) for each in answers])
+    scores.append(float(np.mean(found)))
+  best = int(np.argmax(scores))
+  return prefixes[best], {
+    prefix.text: {'reward model': score, 'chosen': 'yes' if i == best else ''}
+    for i, (prefix, score) in enumerate(zip(prefixes, scores, strict=True))
+  }
+
+
+def read_recorded(model: Model, prompts, samples_per_prompt: int):
+  """Recorded answers of one model to these prompts, the first of each.
+
+  Raises:
+    ValueError: the file holds several models and the source names none, or too
+      few answers to all of the prompts.
+  """
+  path, _, wanted = model.source.partition('#')
+  found = samples_lib.read_samples(path)
+  models = sorted({answer.model for answer in found})
+  if not wanted:
+    wanted = models[0] if len(models) == 1 else model.name
+  if wanted not in models:
+    raise ValueError(
+      f'{path} holds answers of {", ".join(models)}; choose one as '
+      f'{model.name}={path}#MODEL'
+    )
+  texts = {prompt.id: prompt.text for prompt in prompts}
+  by_prompt = {prompt.id: [] for prompt in prompts}
+  for answer in found:
+    if answer.model == wanted and answer.prompt_id in by_prompt:
+      by_prompt[answer.prompt_id].append(answer)
+  chosen = [
+    dataclasses.replace(answer, model=model.name)
+    for several in by_prompt.values()
+    if len(several) >= samples_per_prompt
+    for answer in several[:samples_per_prompt]
+  ]
+  other = [s.prompt_id for s in chosen if s.prompt != texts[s.prompt_id]]
+  if other:
+    raise ValueError(
+      f'{path}: {len(other)} prompts have the ids of other texts than in the '
+      f'prompt file, first {other[0]!r}; give the file they were sampled from'
+    )
+  if not chosen:
+    raise ValueError(
+      f'{path}: {wanted} answers none of the {len(texts)} prompts '
+      f'({samples_per_prompt} answers each)'
+    )
+  return chosen
+
+
+# --- All of them --------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Asked:
+  """Answers and probes of all models; each maps names of models.
+
+  Attributes:
+    answers: of each, in the order of the prompts.
+    account: how they came about.
+    prefixes: of prompted models -> few-shot prefix -> score.
+    kl: KL to the reference, nats per response; see `figures.Figures`.
+    text_loss: on held-out pretraining text, with the tokenizer's fingerprint.
+  """
+
+  answers: dict[str, list[samples_lib.Sample]]
+  account: dict[str, dict[str, Any]]
+  prefixes: dict[str, dict]
+  kl: dict[str, dict[str, float]]
+  text_loss: dict[str, tuple[heldout_loss.HeldoutLoss, str]]
+
+
+def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
+  """Asks every model in turn; at most it and the reference are in memory."""
+
+  @functools.cache
+  def tokenizer_of(source):
+    return queries.tokenizer_of(source, config.tokenizer, chat=True)
+
+  @functools.lru_cache(maxsize=2)
+  def load(source):
+    return queries.load_policy(
+      source, tokenizer_of(source), mesh, compute_dtype=config.compute_dtype
+    )
+
+  found = Asked({}, {}, {}, {}, {})
+  prefix_prompts = ()
+  if any(model.is_prompted for model in models.values()):
+    prefix_prompts, _ = draw(
+      config, 'prefix_prompts', config.num_prefix_prompts
+    )
+  reference = models[config.reference] if config.reference else None
+  for name, model in models.items():
+    if model.is_recorded:
+      answers = read_recorded(model, prompts, config.samples_per_prompt)
+      how, read = 'recorded', 'recorded; how it was asked is not known'
+    else:
+      tokenizer = tokenizer_of(model.source)
+      read, prefix = tokenizer.describe(), None
+      if model.is_prompted:
+        prefix, found.prefixes[name] = choose_prefix(
+          config,
+          name,
+          functools.partial(load, model.source),
+          prefix_prompts,
+          tokenizer,
+          score_fn,
+          mesh,
+        )
+      answers, how = kept_answers(
+        config, model, prompts, tokenizer, prefix, load, mesh
+      )
+      if reference and not model.is_prompted and name != reference.name:
+        theirs = tokenizer_of(reference.source)
+        if theirs.fingerprint == tokenizer.fingerprint:
+          found.kl[name] = kl_to(
+            config,
+            load(model.source),
+            load(reference.source),
+            prompts,
+            answers,
+            tokenizer,
+            mesh,
+          )
+      if config.documents and not model.is_prompted:
+        policy = load(model.source)
+        model_fns.check_context(policy, config.row_length, 'row_length')
+        rows = loader.document_rows(
+          config.documents, tokenizer, config.row_length
+        )
+        loss_fn = queries.make_heldout_loss(policy.module, rows, 64, mesh)
+        found.text_loss[name] = loss_fn(policy.params), tokenizer.fingerprint
+    found.answers[name] = answers
+    found.account[name] = {
+      'from': how,
+      'asked with': read,
+      'answers': len(answers),
+      'prompts without': len(prompts)
+      - len(answers) // config.samples_per_prompt,
+      'blank': sum(invisible.is_blank(a.response) for a in answers),
+      'not ended': sum(not answer.ended for answer in answers),
+      'mean tokens': float(np.mean([a.num_tokens for a in answers])),
+    }
+  return found
+
+
+def kl_to(config, policy, reference, prompts, answers, tokenizer, mesh):
+  """Mean KL of a policy to the reference over its answers, nats a response."""
+  by_id = {prompt.id: prompt for prompt in prompts}
+  signed, k3 = queries.kl_of_answers(
+    policy,
+    reference,
+    tokenizer.encode_prompts([by_id[each.prompt_id] for each in answers]),
+    [each.metadata['ids'] for each in answers],
+    tokenizer.pad_id,
+    config.temperature or 1.0,  # The most probable token has no distribution.
+    config.batch_size,
+    mesh,
+  )
+  return {'signed mean': float(np.mean(signed)), 'k3': float(np.mean(k3))}
+
+
+def aligned(prompts, answers: Mapping[str, Sequence[samples_lib.Sample]]):
+  """The prompts that all models answered, each once for each of its answers,
+  and model -> answers to them.
+
+  Raises:
+    ValueError: there are none.
+  """
+  by_id = {name: {} for name in answers}
+  for name, several in answers.items():
+    for answer in several:
+      by_id[name].setdefault(answer.prompt_id, []).append(answer)
+  common = [p for p in prompts if all(p.id in row for row in by_id.values())]
+  if not common:
+    raise ValueError('no prompt has an answer of every model')
+  found = {
+    name: [answer for prompt in common for answer in row[prompt.id]]
+    for name, row in by_id.items()
+  }
+  several = len(next(iter(found.values()))) // len(common)
+  return [prompt for prompt in common for _ in range(several)], found

@@ -1,0 +1,103 @@
+"""Judges that the config names: reward models, and any Python function.
+
+`config.judge` is a dotted name. A class is a `judges.Judge`: `RewardModel`
+below, `evals.judges.People`, `evals.chat_judge.ChatJudge`, those of the worlds,
+or a user's own. A function scores texts just as a `reward_fn` does
+(`score_fns.py`), and the answer with the higher score is better.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from instruct_jax import model_folder, queries, score_fns
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals import judges
+
+
+def find(name: str) -> type[judges.Judge]:
+  """The judge of a dotted name.
+
+  Raises:
+    ValueError: there is none.
+  """
+  found = score_fns.find(name, 'judge')
+  if isinstance(found, type) and issubclass(found, judges.Judge):
+    return found
+  if isinstance(found, type) or not callable(found):
+    raise ValueError(
+      f'judge {name!r} must be a function of texts or a class of judges.Judge'
+    )
+  return Function
+
+
+class Function(judges.Judge):
+  """A Python function of the texts, `config.judge`."""
+
+  def __init__(self, config: ConfigDict, workdir: epath.Path, mesh: Any):
+    super().__init__(config, workdir, mesh)
+    self._function = score_fns.find(config.judge, 'judge')
+    self.name = f'{config.judge} (a function of the texts)'
+    self._key = f'judge {config.judge}'
+
+  def score(self, answers: Sequence[judges.Answer]) -> np.ndarray:
+    """See `score_fns.score_texts`."""
+    prompts, samples = zip(*answers, strict=True)
+    return score_fns.score_texts(
+      self._key,
+      self._function,
+      prompts,
+      [sample.response for sample in samples],
+      [sample.ended for sample in samples],
+      [sample.num_tokens for sample in samples],
+    )
+
+
+class RewardModel(judges.Judge):
+  """A reward model: `config.judge_model`, ours or a published classifier."""
+
+  needs = reads = ('judge_model',)
+
+  def __init__(
+    self, config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh
+  ):
+    super().__init__(config, workdir, mesh)
+    self.score, tokenizer = reward_score(config, config.judge_model, mesh)
+    self.name = (
+      f'a reward model (no person): {config.judge_model}; it reads '
+      f'{tokenizer.describe()}'
+    )
+
+
+def reward_score(
+  config: ConfigDict, folder: str, mesh: jax.sharding.Mesh
+) -> tuple[judges.ScoreFn, tokenizer_lib.Tokenizer]:
+  """A reward model's scores of answers, in reward units, and its tokenizer.
+
+  Answers that its own tokenizer sampled are read as sampled.
+
+  Args:
+    config: with `tokenizer`, `compute_dtype` and `batch_size`.
+    folder: of a scalar model.
+    mesh: where it goes.
+  """
+  tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
+  model = model_folder.load(
+    folder, 'scalar', mesh, tokenizer, compute_dtype=config.compute_dtype
+  )
+
+  def score(answers):
+    return queries.score_answers(
+      model,
+      tokenizer.encode_prompts([prompt for prompt, _ in answers]),
+      [queries.answer_ids(tokenizer, answer) for _, answer in answers],
+      tokenizer.pad_id,
+      config.batch_size,
+      mesh,
+    )
+
+  return score, tokenizer
