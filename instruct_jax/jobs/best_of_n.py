@@ -5,15 +5,25 @@ reward model, for all n, comes from them without bias. RL points are measured on
 the same prompts. Both curves are fitted, with prompts redrawn for intervals.
 """
 
+import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
-from instruct_jax import files, model_folder, queries, rollout
-from instruct_jax.data import loader, records
+from instruct_jax import (
+  asking,
+  files,
+  judge_fns,
+  model_fns,
+  model_folder,
+  queries,
+)
+from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
   judges,
@@ -22,22 +32,19 @@ from instruct_jax.evals import (
   report,
   win_rate,
 )
-from instruct_jax.evals.samples import Sample, draw_prompts
-from instruct_jax.infra import origin, sharding, slices
-from instruct_jax.infra import run as run_lib
+from instruct_jax.infra import origin, sharding
 from instruct_jax.models.config import check_stage
 
 PROCESSES = 'one'
 
 
 def validate(config):
+  """Checks the config; the judge checks its own keys."""
   check_stage(config)
-  run_lib.check_choice(config, 'judge', ('gold', 'reward'))
+  judge_fns.find(config.judge).validate(config)
   for key in ('policy', 'reward_model', 'prompts', 'tokenizer'):
     if not config[key]:
       raise ValueError(f'{key} is empty')
-  if config.judge == 'reward' and not config.judge_model:
-    raise ValueError("judge_model is empty; the judge 'reward' needs it")
   if config.num_samples < 8:
     raise ValueError(
       f'num_samples must be at least 8 for three points of a curve: '
@@ -56,7 +63,7 @@ def validate(config):
 def models_of(config) -> dict[str, str]:
   """Label -> folder of each model that is read."""
   found = {key: config[key] for key in ('policy', 'reward_model')}
-  if config.judge == 'reward':
+  if config.judge_model:
     found['judge_model'] = config.judge_model
   for name, folder in model_folder.named_folders(config.rl, 'rl').items():
     if not epath.Path(folder).exists():
@@ -107,141 +114,129 @@ def sizes_up_to(num_samples: int) -> list[int]:
   return sizes if sizes[-1] == num_samples else [*sizes, num_samples]
 
 
+@dataclasses.dataclass(frozen=True)
+class Frontier:
+  """What measures a point of the frontier.
+
+  Attributes:
+    config: of the stage, with all lengths.
+    prompts: those that are answered.
+    tokenizer: of all policies.
+    mesh: of all models.
+    reference: the policy that KL is measured from.
+    proxy_fn: the reward model's scores of answers.
+    judge: whose scores are gold.
+  """
+
+  config: ConfigDict
+  prompts: Sequence[records.Prompt]
+  tokenizer: tokenizer_lib.Tokenizer
+  mesh: jax.sharding.Mesh
+  reference: model_fns.Model
+  proxy_fn: judges.ScoreFn
+  judge: judges.Judge
+
+  def answers(self, name, policy, num_samples):
+    """(prompt, sample): so many answers of each prompt that is short enough."""
+    config = self.config.copy_and_resolve_references()
+    config.samples_per_prompt = num_samples
+    answers = asking.sample(
+      config, name, policy, self.prompts, self.tokenizer, self.mesh
+    )
+    by_id = {prompt.id: prompt for prompt in self.prompts}
+    return [(by_id[answer.prompt_id], answer) for answer in answers]
+
+  def scores(self, answers):
+    """(proxy, gold), each [N]."""
+    gold = self.judge.score(answers)
+    if gold is None:
+      raise ValueError(f'{self.judge.name} compares and gives no scores')
+    return np.asarray(self.proxy_fn(answers), float), np.asarray(gold, float)
+
+  def best_of_n(self):
+    """(the curve, mean scores of the policy itself by prompt)."""
+    N, sizes = self.config.num_samples, sizes_up_to(self.config.num_samples)
+    answers = self.answers('policy', self.reference, N)
+    proxy, gold = (x.reshape(-1, N) for x in self.scores(answers))
+    kl = [overoptimization.best_of_n_kl(n) for n in sizes]
+    return {
+      'kind': 'best_of_n',
+      'labels': [f'n = {n}' for n in sizes],
+      'kl': np.tile(kl, (len(proxy), 1)),
+      'proxy': overoptimization.best_of_n(proxy, proxy, sizes),
+      'gold': overoptimization.best_of_n(proxy, gold, sizes),
+    }, {'proxy': proxy.mean(axis=1), 'gold': gold.mean(axis=1)}
+
+  def along_rl(self, name, paths, load_fn):
+    """The curve of policies along RL, one answer a prompt."""
+    found = {'kl': [], 'proxy': [], 'gold': []}
+    for path in paths:
+      policy = load_fn(str(path))
+      answers = self.answers(f'{name}/{path.name}', policy, 1)
+      signed, _ = queries.kl_of_answers(
+        policy,
+        self.reference,
+        self.tokenizer.encode_prompts([prompt for prompt, _ in answers]),
+        [answer.metadata['ids'] for _, answer in answers],
+        self.tokenizer.pad_id,
+        self.config.temperature,
+        self.config.batch_size,
+        self.mesh,
+      )
+      values = (signed, *self.scores(answers))
+      for key, value in zip(found, values, strict=True):
+        found[key].append(np.asarray(value, float))
+    return {
+      'kind': 'rl',
+      'labels': [path.name for path in paths],
+      **{key: np.stack(value, axis=1) for key, value in found.items()},
+    }
+
+
 def run(config, workdir: epath.Path):
+  """Measures both curves.
+
+  Reads the policy, the reward model, RL's folders and prompts; writes
+  best_of_n.md, best_of_n.json and frontier.png.
+  """
   validate(config)
   models = models_of(config)
-  keys = [*origin.LENGTHS, *[origin.WORLD] * (config.judge == 'gold')]
-  config = origin.filled(config, keys, models, config.prompts)
+  config = origin.filled(config, origin.LENGTHS, models, config.prompts)
   model_folder.check_contexts(
     models,
     config.prompt_length + config.response_length,
     'prompt_length + response_length',
   )
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  given = records.read_jsonl(config.prompts, records.Prompt)
-  prompts = draw_prompts(given, config.num_prompts, config.seed)
-  run_lib.say_drawn(config.name, len(prompts), len(given), 'prompts')
-  rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
-  run_lib.tell_dropped(
-    config.name, dropped.describe('prompts', 'prompt_length')
-  )
-  prompts = [prompts[i] for i in rows.indices]
-  N, sizes = config.num_samples, sizes_up_to(config.num_samples)
+  prompts, num_given = asking.draw(config, 'prompts', config.num_prompts)
   mesh = sharding.make_mesh(config.mesh)
-  put = functools.partial(sharding.put_batch, mesh=mesh)
   with sharding.use_mesh(mesh):
-    load_policy = functools.partial(
+    judge = judge_fns.find(config.judge)(config, workdir, mesh)
+    load = functools.partial(
       queries.load_policy,
       tokenizer=tokenizer,
       mesh=mesh,
       compute_dtype=config.compute_dtype,
     )
-    policy = load_policy(config.policy)
-    load_scalar = functools.partial(
-      model_folder.load,
-      kind='scalar',
-      mesh=mesh,
-      tokenizer=tokenizer,
-      compute_dtype=config.compute_dtype,
+    frontier = Frontier(
+      config,
+      prompts,
+      tokenizer,
+      mesh,
+      reference=load(config.policy),
+      proxy_fn=judge_fns.reward_score(config, config.reward_model, mesh)[0],
+      judge=judge,
     )
-    proxy_model = load_scalar(config.reward_model)
-    if config.judge == 'gold':
-      gold_fn = judges.gold_score(config.world_seed)
-      judge = 'the gold utility of the miniature (a program)'
-    else:
-      judge_model = load_scalar(config.judge_model)
-      judge = f'another reward model, {config.judge_model}'
-    kl_program = queries.kl_program(policy.module, config.temperature)
-
-    def sample(params, num_samples, name, number):
-      """So many answers of each prompt, which is read once for all."""
-      generate = queries.generate_program(
-        policy.module,
-        config.response_length,
-        tokenizer.stop_ids,
-        config.temperature,
-        config.batch_size,
-        num_samples,
-      )
-      key = jax.random.fold_in(jax.random.key(config.seed), number)
-      total = num_samples * len(prompts)
-      with run_lib.Progress(f'sample {name}', total) as progress:
-        return rollout.in_queues(
-          lambda batch: generate(params, put(batch), key),
-          rows,
-          config.batch_size,
-          num_samples,
-          progress.update,
-        )
-
-    def scores_of(several, sampled):
-      """(proxy, gold) of answers to these prompts [len(several)]."""
-      ids = rollout.response_ids(sampled)
-      score = functools.partial(
-        queries.score_answers,
-        prompts=tokenizer.encode_prompts(several),
-        answers=ids,
-        pad_id=tokenizer.pad_id,
-        batch_size=config.batch_size,
-        mesh=mesh,
-      )
-      proxy = score(proxy_model)
-      if config.judge == 'reward':
-        return proxy, score(judge_model)
-      texts = tokenizer.decode_responses(ids)
-      answers = [
-        (prompt, Sample('', prompt.id, prompt.text, text, len(a), True))
-        for prompt, text, a in zip(several, texts, ids, strict=True)
-      ]
-      return proxy, np.array(gold_fn(answers))
-
-    # 1. N answers of each prompt, and the best of n among them.
-    several = [prompt for prompt in prompts for _ in range(N)]
-    proxy, gold = (
-      np.asarray(x, float).reshape(len(prompts), N)
-      for x in scores_of(several, sample(policy.params, N, 'policy', 0))
-    )
-    start = {'proxy': proxy.mean(axis=1), 'gold': gold.mean(axis=1)}
-    curves = {
-      'best of n': {
-        'kind': 'best_of_n',
-        'labels': [f'n = {n}' for n in sizes],
-        'kl': np.tile(
-          [overoptimization.best_of_n_kl(n) for n in sizes], (len(prompts), 1)
-        ),
-        'proxy': overoptimization.best_of_n(proxy, proxy, sizes),
-        'gold': overoptimization.best_of_n(proxy, gold, sizes),
-      }
-    }
-
-    # 2. Policies along RL, one answer a prompt.
+    curve, start = frontier.best_of_n()
+    curves = {'best of n': curve}
     for name, folder in model_folder.named_folders(config.rl, 'rl').items():
-      found = {'kl': [], 'proxy': [], 'gold': []}
-      paths = rl_policies(folder)
-      for number, path in enumerate(paths, 1):
-        model = load_policy(str(path))
-        sampled = sample(model.params, 1, f'{name}/{path.name}', number)
-        signed, _ = slices.in_batches(
-          lambda batch, p=model.params: kl_program(
-            p, policy.params, put(batch)
-          ),
-          sampled,
-          config.batch_size,
-        )
-        values = (signed, *scores_of(prompts, sampled))
-        for key, value in zip(found, values, strict=True):
-          found[key].append(np.asarray(value, float))
-      curves[name] = {
-        'kind': 'rl',
-        'labels': [path.name for path in paths],
-        **{key: np.stack(value, axis=1) for key, value in found.items()},
-      }
+      curves[name] = frontier.along_rl(name, rl_policies(folder), load)
   counts = {
-    'num_prompts': len(prompts),
-    'num_given': len(given),
-    'num_dropped': dropped.total,
+    'num_prompts': len(start['gold']),
+    'num_given': num_given,
+    'num_dropped': len(prompts) - len(start['gold']),
   }
-  return write_results(config, workdir, judge, curves, start, counts)
+  return write_results(config, workdir, judge.name, curves, start, counts)
 
 
 def points_of(config, curve, start):
@@ -269,6 +264,7 @@ def points_of(config, curve, start):
 
 
 def write_results(config, workdir, judge, curves, start, counts):
+  """Fits the curves and writes the three files; returns the counts."""
   points, fits, reasons = {}, {}, {}
   for name, curve in curves.items():
     points[name] = points_of(config, curve, start)
