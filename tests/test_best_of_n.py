@@ -11,7 +11,7 @@ from configs import best_of_n as config_file
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.jobs import best_of_n as experiment
-from tests import test_preferences
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
       ('judge', 'scalar'),
     )
   ):
-    test_preferences.save_model(root, name, kind, tokenizer, seed)
+    tiny.save_model(root, name, kind, tokenizer, seed)
   records.write_jsonl(
     root / 'prompts.jsonl',
     [records.Prompt(f'p{i}', f'fox {i}') for i in range(6)],
@@ -63,7 +63,7 @@ def make_config(folder, workdir):
 def result(folder, tmp_path_factory):
   tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
   # RL that did not move: the initial policy itself.
-  test_preferences.save_model(folder, 'same/policy', 'policy', tokenizer, 0)
+  tiny.save_model(folder, 'same/policy', 'policy', tokenizer, 0)
   workdir = epath.Path(tmp_path_factory.mktemp('run'))
   experiment.run(make_config(folder, workdir), workdir)
   assert (workdir / 'frontier.png').stat().length > 1000
