@@ -176,7 +176,16 @@ def test_models_and_use_cases_stay_text():
   found = Elements(html_report.make_html(shown, {}))
   assert [tag for tag, _ in found.tags].count('script') == 1
   assert not any('onerror' in attributes for _, attributes in found.tags)
-  for name in ('case', 'prompt', 'title', 'judge', 'unit', 'alarm', 'table', 'row'):
+  for name in (
+    'case',
+    'prompt',
+    'title',
+    'judge',
+    'unit',
+    'alarm',
+    'table',
+    'row',
+  ):
     assert f'{name} {_HOSTILE}' in found.text
   assert ('article', f'case {_HOSTILE}') in [
     (tag, attributes.get('data-category')) for tag, attributes in found.tags

@@ -65,8 +65,7 @@ def many_models():
       for name, rate in zip(LONG_NAMES, rates, strict=True)
     },
     rl_metrics={
-      name: made_figures.rl_rows(0.1 * i)
-      for i, name in enumerate(LONG_NAMES)
+      name: made_figures.rl_rows(0.1 * i) for i, name in enumerate(LONG_NAMES)
     },
     judge='a judge whose name is a sentence ' * 12,
   )
