@@ -13,6 +13,7 @@ import optax
 
 from instruct_jax import (
   model_fns,
+  model_folder,
   packing,
   ppo,
   rewards,
@@ -44,6 +45,32 @@ CONFIG = TransformerConfig(
 )
 POLICY = model_fns.make_module('policy', CONFIG)
 SCALAR = model_fns.make_module('scalar', CONFIG)
+
+
+def save_model(root, name, kind, tokenizer, seed):
+  """A model folder with weights far from a fresh model's."""
+  config = TransformerConfig(
+    vocab_size=tokenizer.vocab_size,
+    context_length=64,
+    num_layers=1,
+    width=16,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=32,
+    vocab_multiple=8,
+  )
+  model = model_fns.init(kind, config, one_device(), jax.random.key(seed))
+  rng = np.random.default_rng(seed)
+  params = jax.tree.map(
+    lambda x: jnp.asarray(x + rng.normal(0, 0.3, x.shape), jnp.float32),
+    model.params,
+  )
+  model_folder.save(
+    root / name,
+    model_fns.Model(kind, model.module, params, {}),
+    tokenizer,
+    {},
+  )
 
 
 def one_device():
