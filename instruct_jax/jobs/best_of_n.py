@@ -138,10 +138,14 @@ class Frontier:
 
   def answers(self, name, policy, num_samples):
     """(prompt, sample): so many answers of each prompt that is short enough."""
-    config = self.config.copy_and_resolve_references()
-    config.samples_per_prompt = num_samples
     answers = asking.sample(
-      config, name, policy, self.prompts, self.tokenizer, self.mesh
+      self.config,
+      name,
+      policy,
+      self.prompts,
+      self.tokenizer,
+      self.mesh,
+      num_samples,
     )
     by_id = {prompt.id: prompt for prompt in self.prompts}
     return [(by_id[answer.prompt_id], answer) for answer in answers]
