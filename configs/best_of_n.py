@@ -11,7 +11,7 @@ PPO stage) and its final policy. Output: best_of_n.md, .json, frontier.png.
 
 from ml_collections.config_dict import placeholder
 
-from configs import common
+from configs import common, evaluate
 
 
 def get_config(argument: str = ''):
@@ -21,8 +21,8 @@ def get_config(argument: str = ''):
   common.models(config)
   config.policy = ''  # Whose answers the best is taken of, and KL's reference.
   config.reward_model = ''  # The proxy: scalar folder that chooses.
-  config.judge = 'gold'  # Or 'reward': judge_model, another scalar folder.
-  config.judge_model = ''
+  config.judge = evaluate.JUDGES['gold']  # As there: one that gives scores.
+  config.judge_model = ''  # reward: another scalar folder.
   # gold: seed of the world that is judged. None: as in the run in whose folder
   # the prompts lie.
   config.world_seed = placeholder(int)

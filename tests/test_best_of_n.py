@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 
 from configs import best_of_n as config_file
+from configs import evaluate as evaluate_config
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.jobs import best_of_n as experiment
@@ -45,7 +46,7 @@ def make_config(folder, workdir):
     config.workdir = str(workdir)
   config.policy = f'{folder}/start'
   config.reward_model = f'{folder}/proxy'
-  config.judge = 'reward'
+  config.judge = evaluate_config.JUDGES['reward']
   config.judge_model = f'{folder}/judge'
   config.rl = f'ppo={folder}/ppo,same={folder}/same'
   config.prompts = f'{folder}/prompts.jsonl'
@@ -101,7 +102,8 @@ def test_rl_that_did_not_move_has_no_kl_and_no_fit(result):
   ('changes', 'message'),
   [
     ({'policy': ''}, 'policy is empty'),
-    ({'judge': 'x'}, "'gold', 'reward': 'x'"),
+    ({'judge': 'x'}, "judge 'x' is no dotted name"),
+    ({'judge': evaluate_config.JUDGES['people']}, 'People gives no scores'),
     ({'judge_model': ''}, 'judge_model is empty'),
     ({'num_samples': 4}, 'at least 8.*4'),
     ({'temperature': 0.0}, 'temperature'),

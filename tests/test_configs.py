@@ -216,13 +216,11 @@ def test_bad_values_are_named(name, key, value, text):
 @pytest.mark.parametrize(
   'name',
   ['sft', 'reward', 'ppo_ptx', 'nlp_suite', 'evaluate', 'sample', 'best_of_n']
-  + ['center_reward', 'select', 'compare', 'preferences'],
+  + ['center_reward', 'select', 'compare'],
 )
 def test_every_stage_that_loads_a_model_takes_a_compute_dtype(name):
   if name in ('sample', 'best_of_n', 'center_reward'):
     config = importlib.import_module(f'configs.{name}').get_config()
-  elif name == 'preferences':
-    config = importlib.import_module('configs.evaluate').get_config()
   else:
     config = ppo_config_file.get_config('miniature').stages[name]
   assert config.compute_dtype == ''

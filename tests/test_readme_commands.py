@@ -178,7 +178,7 @@ RULES = [
     data='.',
   ),
   Rule(f'{MAIN}nlp_suite.py', writes=('runs/*suite*/suite.md',)),
-  Rule(f'{MAIN}evaluate.py', writes=('runs/*/preferences.md',)),
+  Rule(f'{MAIN}evaluate.py', writes=('runs/*/report.md',)),
   Rule(
     'python -m instruct_jax.evals.tax',
     stand_ins={'DIR': 'figures'},

@@ -72,8 +72,7 @@ def validate(config):
   if not config.prompts:
     raise ValueError('prompts is empty; give a JSONL file of prompts')
   judge_fns.find(config.judge).validate(config)
-  if config.world:
-    score_fns.find(config.world, 'world')
+  world_of(config)
   unknown = {name for pair in named_pairs(config) for name in pair} - {*columns}
   if unknown:
     raise ValueError(
@@ -96,6 +95,20 @@ def validate(config):
   ours = [x for x in loaded if x and not model_folder.is_published(x)]
   if ours and not config.tokenizer:
     raise ValueError(f'tokenizer is empty; {ours[0]} needs its folder')
+
+
+def world_of(config) -> figures.World | None:
+  """The world of `config.world`, or None.
+
+  Raises:
+    ValueError: the dotted name has none.
+  """
+  if not config.world:
+    return None
+  found = score_fns.find(config.world, 'world')
+  if not isinstance(found, figures.World):
+    raise ValueError(f'world {config.world!r} is no figures.World')
+  return found
 
 
 def inputs(config) -> dict[str, str]:
@@ -353,7 +366,7 @@ def judged_figures(config, models, prompts, answers, judge, workdir):
   outcomes = preferences.outcomes(
     judged, columns, config.baseline, config.num_bootstrap
   )
-  world = score_fns.find(config.world, 'world') if config.world else None
+  world = world_of(config)
   rated = rate(config, models, prompts, answers, judge, world)
   _write_lines(
     workdir / 'ratings.jsonl',
