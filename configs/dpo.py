@@ -39,6 +39,6 @@ def get_config(variant: str = 'miniature'):
   pipeline.share_lora(config, dpo)
   dpo.init = workdir + '/rl_init/model'
   dpo.learning_rate = 2e-4  # The policy's of PPO on this world.
-  pipeline.replace_rl(config, 'dpo')
+  pipeline.replace_rl(config, 'dpo', folder='model')
   config.lock()
   return config

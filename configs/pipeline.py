@@ -103,13 +103,14 @@ def select_stage(seed, workdir):
   return config
 
 
-def compare_models(config, rl_stages):
+def compare_models(config, rl_stages, folder='ema'):
   """Tells evaluation and suite which models there are, in their order.
 
   Args:
     config: of a pipeline.
-    rl_stages: names of RL stages, whose averaged weights are compared (C.4);
-      their last weights are in the table of all models.
+    rl_stages: names of RL stages, or of what takes their place.
+    folder: of the weights that are compared: the averaged ones (C.4). Beside
+      those, the last weights are in the table of all models.
   """
   workdir, evaluate = config.get_ref('workdir'), config.stages.evaluate
 
@@ -120,29 +121,34 @@ def compare_models(config, rl_stages):
     return text
 
   own = {'pretrained': 'pretrain/model', 'sft': 'select/model'}
-  averaged = {name: f'{name}/ema' for name in rl_stages}
-  config.stages.nlp_suite.models = named(**own, **averaged)
+  compared = {name: f'{name}/{folder}' for name in rl_stages}
+  config.stages.nlp_suite.models = named(**own, **compared)
   evaluate.models = named(
     pretrained=own['pretrained'], prompted=own['pretrained'], sft=own['sft'],
-    **averaged,
+    **compared,
   )  # fmt: skip
   evaluate.other_models = named(
     rl_init='rl_init/model',
-    **{f'{name}_policy': f'{name}/policy' for name in rl_stages},
+    **{
+      f'{name}_policy': f'{name}/policy'
+      for name in rl_stages
+      if folder == 'ema'
+    },
   )
   evaluate.pairs = '='.join(reversed(rl_stages)) * (len(rl_stages) == 2)
 
 
-def replace_rl(config, name: str):
+def replace_rl(config, name: str, folder: str = 'ema'):
   """Runs another method in the place of PPO and PPO-ptx.
 
   Args:
     config: of a pipeline; `stages` has the method's stage.
     name: of that stage.
+    folder: see `compare_models`.
   """
   for each in ('ppo', 'ppo_ptx'):
     del config.stages[each]
   order = [each for each in config.stage_order if each != 'ppo']
   order[order.index('ppo_ptx')] = name
   config.stage_order = tuple(order)
-  compare_models(config, [name])
+  compare_models(config, [name], folder)

@@ -23,6 +23,7 @@ PROCESSES = 'all'
 
 
 def validate(config):
+  """Checks shares, counts and temperatures, each by its key."""
   check_stage(config)
   if not 2 <= config.min_candidates <= config.max_candidates:
     raise ValueError(
@@ -60,140 +61,184 @@ def inputs(config):
   return found
 
 
+def load_samplers(config, tokenizer, mesh):
+  """Per policy of the config, `sample(key, batch)`: rows -> `Rollout`."""
+
+  def sample(generate, params, key, batch):
+    batch = sharding.put_whole(batch, mesh)
+    return sharding.fetch(generate(params, batch, key))
+
+  samplers = []
+  for each in config.policies.values():
+    policy = model_folder.load(
+      each.model, 'policy', mesh, tokenizer, compute_dtype=config.compute_dtype
+    )
+    model_fns.check_context(
+      policy,
+      config.prompt_length + config.response_length,
+      'prompt_length + response_length',
+    )
+    generate = queries.generate_program(
+      policy.module,
+      config.response_length,
+      tokenizer.stop_ids,
+      each.temperature,
+      num_slots=config.batch_size,
+    )
+    samplers.append(functools.partial(sample, generate, policy.params))
+  return samplers
+
+
+def draw_sources(shares, sizes, rng):
+  """Which policy answers: one index for each completion of each prompt.
+
+  Systematic sampling: within a prompt, each policy's count is its share,
+  rounded up or down; the order is random.
+
+  Args:
+    shares: per policy, above 0; they need not sum to 1.
+    sizes: completions per prompt.
+    rng: of the caller.
+  """
+  bounds = np.cumsum(np.array(shares) / np.sum(shares))
+  bounds[-1] = 1.0  # Whatever the rounding.
+
+  def draw(size):
+    points = (np.arange(size) + rng.random()) / size
+    return rng.permutation(np.searchsorted(bounds, points, side='right'))
+
+  return np.concatenate([draw(size) for size in sizes])
+
+
+def sample_answers(config, samplers, tokenizer, prompts, name, number):
+  """Per prompt, its K sampled completions, K drawn for each prompt.
+
+  A prompt that is too long has none.
+
+  Args:
+    config: of the stage.
+    samplers: see `load_samplers`.
+    tokenizer: of the policies.
+    prompts: what they answer.
+    name: of the prompts, for messages.
+    number: of the random numbers.
+  """
+  rng = np.random.default_rng([config.seed, number])
+  sizes = rng.integers(
+    config.min_candidates, config.max_candidates + 1, len(prompts)
+  )
+  owners = np.repeat(np.arange(len(prompts)), sizes)
+  shares = [each.share for each in config.policies.values()]
+  sources = draw_sources(shares, sizes, rng)
+  texts = [None] * len(owners)
+  with run_lib.Progress(f'compare {name}', len(owners)) as progress:
+    for source, sample in enumerate(samplers):
+      mine = np.flatnonzero(sources == source)
+      if not len(mine):
+        continue
+      rows, _ = loader.prompt_rows(
+        [prompts[owners[i]] for i in mine], tokenizer, config.prompt_length
+      )
+      key = jax.random.key(config.seed)
+      key = jax.random.fold_in(key, number + 100 * source)
+      sampled = rollout.in_queues(
+        functools.partial(sample, key),
+        rows,
+        config.batch_size,
+        progress=progress.update,
+      )
+      answers = tokenizer.decode_responses(rollout.response_ids(sampled))
+      for row, text in zip(rows.indices, answers, strict=True):
+        texts[mine[row]] = text
+  # In the order drawn: the order of the answers tells nothing of the model.
+  by_prompt = [[] for _ in prompts]
+  for owner, text in zip(owners, texts, strict=True):
+    if text is not None:  # The prompt was too long.
+      by_prompt[owner].append(text)
+  run_lib.say_left_out(
+    config.name,
+    sum(not texts for texts in by_prompt),
+    len(prompts),
+    f'{name} prompts',
+    f'prompt_length ({config.prompt_length} tokens)',
+  )
+  return by_prompt
+
+
+def rank(the_world, prompts, by_prompt, rankers, per_prompt, rng):
+  """Comparisons: each prompt's completions ranked by labelers drawn for it.
+
+  Args:
+    the_world: what the labelers judge by.
+    prompts: the prompts.
+    by_prompt: completions of each; fewer than two are not ranked.
+    rankers: labelers to draw from.
+    per_prompt: how many rank each prompt.
+    rng: of the draw and of the labelers' noise.
+  """
+  found = []
+  for prompt, completions in zip(prompts, by_prompt, strict=True):
+    if len(completions) < 2:
+      continue
+    chosen = rng.choice(len(rankers), per_prompt, replace=False)
+    judgements = labelers.judge_each(prompt, completions, the_world)
+    for index in chosen:
+      found.append(
+        records.Comparison(
+          prompt=prompt.text,
+          completions=tuple(completions),
+          ranks=labelers.rank(rankers[index], completions, judgements, rng),
+          id=prompt.id,
+          user=prompt.user,
+          labeler=rankers[index].name,
+          category=prompt.category,
+          metadata=prompt.metadata,
+          turns=prompt.turns,
+        )
+      )
+  return found
+
+
 def run(config, workdir: epath.Path):
+  """Samples answers and has them ranked.
+
+  Reads the policies and the prompts; writes comparisons_train.jsonl,
+  comparisons_valid.jsonl (several labelers a prompt) and
+  comparisons_heldout.jsonl (the same answers, labelers of the other group).
+  """
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  mesh = sharding.make_mesh(config.mesh)
+  prompts = {
+    'train': records.read_jsonl(config.prompts, records.Prompt),
+    'valid': records.read_jsonl(config.valid_prompts, records.Prompt),
+  }
+  with sharding.use_mesh(mesh):
+    samplers = load_samplers(config, tokenizer, mesh)
+    answers = {
+      name: sample_answers(config, samplers, tokenizer, given, name, number)
+      for number, (name, given) in enumerate(prompts.items(), 10)
+    }
+
   the_world = world.make_world(config.seed)
   people = labelers.make_labelers(
     config.seed, config.num_labelers, config.labeler_noise
   )
   training = [p for p in people if p.group != labelers.HELDOUT]
   heldout = [p for p in people if p.group == labelers.HELDOUT]
-  mesh = sharding.make_mesh(config.mesh)
-  key = jax.random.key(config.seed)
-
-  with sharding.use_mesh(mesh):
-    policies = [
-      model_folder.load(
-        each.model,
-        'policy',
-        mesh,
-        tokenizer,
-        compute_dtype=config.compute_dtype,
-      )
-      for each in config.policies.values()
-    ]
-    for policy in policies:
-      model_fns.check_context(
-        policy,
-        config.prompt_length + config.response_length,
-        'prompt_length + response_length',
-      )
-    generators = [
-      queries.generate_program(
-        policy.module,
-        config.response_length,
-        tokenizer.stop_ids,
-        each.temperature,
-        num_slots=config.batch_size,
-      )
-      for policy, each in zip(policies, config.policies.values(), strict=True)
-    ]
-    shares = np.array([each.share for each in config.policies.values()])
-    bounds = np.cumsum(shares / shares.sum())
-    bounds[-1] = 1.0  # Whatever the rounding.
-
-    def draw_sources(size, rng):
-      """Systematic sampling: each policy's count is its share, rounded."""
-      points = (np.arange(size) + rng.random()) / size
-      return rng.permutation(np.searchsorted(bounds, points, side='right'))
-
-    def sample(generate, params, key, batch):
-      batch = sharding.put_whole(batch, mesh)
-      return sharding.fetch(generate(params, batch, key))
-
-    def collect(name, path, number):
-      """Prompts with K sampled completions each, K drawn per prompt.
-
-      The policies share a prompt's completions as evenly as K allows, in
-      random order.
-      """
-      prompts = records.read_jsonl(path, records.Prompt)
-      rng = np.random.default_rng([config.seed, number])
-      sizes = rng.integers(
-        config.min_candidates, config.max_candidates + 1, len(prompts)
-      )
-      owners = np.repeat(np.arange(len(prompts)), sizes)
-      sources = np.concatenate([draw_sources(size, rng) for size in sizes])
-      texts = [None] * len(owners)
-      with run_lib.Progress(f'compare {name}', len(owners)) as progress:
-        for source, policy in enumerate(policies):
-          mine = np.flatnonzero(sources == source)
-          if not len(mine):
-            continue
-          rows, _ = loader.prompt_rows(
-            [prompts[owners[i]] for i in mine], tokenizer, config.prompt_length
-          )
-          sampled = rollout.in_queues(
-            functools.partial(
-              sample,
-              generators[source],
-              policy.params,
-              jax.random.fold_in(key, number + 100 * source),
-            ),
-            rows,
-            config.batch_size,
-            progress=progress.update,
-          )
-          answers = tokenizer.decode_responses(rollout.response_ids(sampled))
-          for row, text in zip(rows.indices, answers, strict=True):
-            texts[mine[row]] = text
-      # In the order drawn: the order of the answers tells nothing of the model.
-      by_prompt = [[] for _ in prompts]
-      for owner, text in zip(owners, texts, strict=True):
-        if text is not None:  # The prompt was too long.
-          by_prompt[owner].append(text)
-      run_lib.say_left_out(
-        config.name,
-        sum(not texts for texts in by_prompt),
-        len(prompts),
-        f'{name} prompts',
-        f'prompt_length ({config.prompt_length} tokens)',
-      )
-      return prompts, by_prompt
-
-    def rank(prompts, by_prompt, rankers, per_prompt, number):
-      rng = np.random.default_rng([config.seed, number])
-      found = []
-      for prompt, completions in zip(prompts, by_prompt, strict=True):
-        if len(completions) < 2:
-          continue
-        chosen = rng.choice(len(rankers), per_prompt, replace=False)
-        judgements = labelers.judge_each(prompt, completions, the_world)
-        for index in chosen:
-          ranks = labelers.rank(rankers[index], completions, judgements, rng)
-          found.append(
-            records.Comparison(
-              prompt=prompt.text,
-              completions=tuple(completions),
-              ranks=ranks,
-              id=prompt.id,
-              user=prompt.user,
-              labeler=rankers[index].name,
-              category=prompt.category,
-              metadata=prompt.metadata,
-              turns=prompt.turns,
-            )
-          )
-      return found
-
-    train = collect('train', config.prompts, 10)
-    valid = collect('valid', config.valid_prompts, 11)
-  sets = {
-    'comparisons_train': rank(*train, training, config.rankers_per_prompt, 20),
-    'comparisons_valid': rank(*valid, training, config.rankers_per_valid, 21),
-    'comparisons_heldout': rank(*valid, heldout, 2, 22),
-  }
+  sets = {}
+  for number, (name, split, rankers, per_prompt) in enumerate(
+    [
+      ('train', 'train', training, config.rankers_per_prompt),
+      ('valid', 'valid', training, config.rankers_per_valid),
+      ('heldout', 'valid', heldout, 2),
+    ],
+    20,
+  ):
+    rng = np.random.default_rng([config.seed, number])
+    sets[f'comparisons_{name}'] = rank(
+      the_world, prompts[split], answers[split], rankers, per_prompt, rng
+    )
   if jax.process_index() == 0:
     for name, rows in sets.items():
       records.write_jsonl(workdir / f'{name}.jsonl', rows)

@@ -4,8 +4,10 @@ A pure function of the metrics so far; the experiment prints what is new and
 the report lists all of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+Row = Mapping[str, int | float | None]  # A line of metrics.jsonl.
 
 # Iterations looked at together: single batches are noisy.
 WINDOW = 5
@@ -26,7 +28,7 @@ GRADIENT_RATIOS = (0.05, 5.0)
 
 
 def find(
-  rows: Sequence[Mapping[str, int | float | None]],
+  rows: Sequence[Row],
   score_range: tuple[float, float] | None = None,
   response_length: int | None = None,
   compute_dtype: str = 'float32',
@@ -46,108 +48,18 @@ def find(
   """
   found: dict[str, str] = {}
 
-  def raise_alarm(name, step, text):
-    if name not in found:
-      found[name] = f'iteration {step:.0f}: {text}'
+  def add(step: int | float, signs: Iterable[tuple[str, str]]):
+    for name, text in signs:
+      found.setdefault(name, f'iteration {step:.0f}: {text}')
 
-  def mean(window, name):
-    values = [row[name] for row in window if row.get(name) is not None]
-    return sum(values) / len(values) if values else None
-
-  for end in range(1, len(rows) + 1):
-    row, step = rows[end - 1], rows[end - 1]['step']
-    ratio = row.get('first/ppo/policy/ratio')
-    tolerance = RATIO_TOLERANCE[compute_dtype]
-    if ratio is not None and abs(ratio - 1) > tolerance:
-      raise_alarm(
-        'ratio',
-        step,
-        f'ratio {ratio:.5f} at the first minibatch where it must be 1 to '
-        f'{tolerance:g} in {compute_dtype}; old log-probabilities and training '
-        'graph differ (positions, temperature, dropout or precision)',
-      )
-    divergence = row.get('first/ppo/policy/approxkl')
-    tolerance = KL_TOLERANCE[compute_dtype]
-    if divergence is not None and divergence > tolerance:
-      raise_alarm(
-        'ratio',
-        step,
-        f'the policy is {divergence:.2g} nats a token from the old one at the '
-        f'first minibatch, where it is the old one ({tolerance:g} allowed in '
-        f'{compute_dtype}); old log-probabilities and training graph differ '
-        '(positions, temperature, dropout or precision)',
-      )
-    difference = row.get('objective/sampler_difference')
-    tolerance = SAMPLER_TOLERANCE[compute_dtype]
-    if difference is not None and difference > tolerance:
-      raise_alarm(
-        'sampler',
-        step,
-        f'sampler and training graph differ by {difference:.3f} nats a token, '
-        f'of {tolerance:g} allowed in {compute_dtype}; check positions, '
-        'padding and the cache',
-      )
-    if end < WINDOW:
-      continue
-    window = rows[end - WINDOW : end]
-    ppo_norm = mean(window, 'ppo/policy/ppo_gradient_norm')
-    ptx_norm = mean(window, 'ptx/gradient_norm')
-    if ppo_norm and ptx_norm is not None:
-      low, high = GRADIENT_RATIOS
-      gradients = ptx_norm / ppo_norm
-      if not low <= gradients <= high:
-        raise_alarm(
-          'gradients',
-          step,
-          f'the pretraining gradient times ptx_coef is {gradients:.3g} times '
-          f"PPO's ({ptx_norm:.3g}, {ppo_norm:.3g}), outside [{low:g}, "
-          f'{high:g}]: one of the two hardly counts; '
-          f'{"lower" if gradients > high else "raise"} ptx_coef',
-        )
-    if end < 2 * WINDOW:
-      continue
-    first = rows[:WINDOW]
-    kl = mean(window, 'objective/kl')
-    if kl is not None and kl < -0.05:
-      raise_alarm(
-        'negative_kl',
-        step,
-        f'mean KL {kl:.3f} nats over {WINDOW} iterations; a KL divergence '
-        'cannot be negative: sampling is not from the policy that is scored '
-        '(top-k, top-p, temperature, or padding in the sum)',
-      )
-    started = mean(first, 'objective/ended')
-    ended = mean(window, 'objective/ended')
-    if None not in (started, ended) and ended < started - 0.2:
-      raise_alarm(
-        'end_of_text',
-        step,
-        f'responses that end fell from {started:.2f} to {ended:.2f}; raise '
-        'response_length or set missing_end_score',
-      )
-    length_before = mean(first, 'objective/length')
-    length_now = mean(window, 'objective/length')
-    if None not in (length_before, length_now) and not (
-      0.5 * length_before <= length_now <= 1.5 * length_before
-    ):
-      raise_alarm(
-        'length',
-        step,
-        f'length went from {length_before:.1f} to {length_now:.1f} tokens '
-        f'(of at most {response_length}); the reward model may like length '
-        'for its own sake',
-      )
-    score = mean(window, 'objective/score')
-    if score_range is not None and score is not None:
-      low, high = score_range
-      if not low <= score <= high:
-        raise_alarm(
-          'score_range',
-          step,
-          f"mean score {score:.2f} lies outside the reward model's training "
-          f'range [{low:.2f}, {high:.2f}]: it is extrapolating',
-        )
-
+  for end, row in enumerate(rows, 1):
+    add(row['step'], _first_minibatch(row, compute_dtype))
+    if end >= WINDOW:
+      add(row['step'], _gradients(rows[end - WINDOW : end]))
+    if end >= 2 * WINDOW:
+      window = rows[end - WINDOW : end]
+      add(row['step'], _samples(rows[:WINDOW], window, response_length))
+      add(row['step'], _score(window, score_range))
   # Held-out losses are rare and not noisy: each counts, against the one from
   # before the first update, or the first there is.
   before = None
@@ -158,14 +70,112 @@ def find(
         continue
       before = loss if before is None else before
       if loss > before + 0.2:
-        raise_alarm(
-          'pretraining_loss',
-          row['step'],
+        text = (
           f'pretraining loss rose from {before:.3f} to {loss:.3f} nats a '
           'token: the alignment tax; raise ptx_coef or kl_coef, or lower the '
-          'learning rate',
+          'learning rate'
         )
+        add(row['step'], [('pretraining_loss', text)])
   return found
+
+
+def _mean(window: Sequence[Row], name: str) -> float | None:
+  values = [row[name] for row in window if row.get(name) is not None]
+  return sum(values) / len(values) if values else None
+
+
+def _first_minibatch(row: Row, dtype: str) -> Iterator[tuple[str, str]]:
+  """Where policy and old policy must be equal."""
+  differ = (
+    'old log-probabilities and training graph differ (positions, temperature, '
+    'dropout or precision)'
+  )
+  ratio = row.get('first/ppo/policy/ratio')
+  tolerance = RATIO_TOLERANCE[dtype]
+  if ratio is not None and abs(ratio - 1) > tolerance:
+    yield (
+      'ratio',
+      f'ratio {ratio:.5f} at the first minibatch where it must be 1 to '
+      f'{tolerance:g} in {dtype}; {differ}',
+    )
+  divergence = row.get('first/ppo/policy/approxkl')
+  tolerance = KL_TOLERANCE[dtype]
+  if divergence is not None and divergence > tolerance:
+    yield (
+      'ratio',
+      f'the policy is {divergence:.2g} nats a token from the old one at the '
+      f'first minibatch, where it is the old one ({tolerance:g} allowed in '
+      f'{dtype}); {differ}',
+    )
+  difference = row.get('objective/sampler_difference')
+  tolerance = SAMPLER_TOLERANCE[dtype]
+  if difference is not None and difference > tolerance:
+    yield (
+      'sampler',
+      f'sampler and training graph differ by {difference:.3f} nats a token, '
+      f'of {tolerance:g} allowed in {dtype}; check positions, padding and the '
+      'cache',
+    )
+
+
+def _gradients(window: Sequence[Row]) -> Iterator[tuple[str, str]]:
+  ppo_norm = _mean(window, 'ppo/policy/ppo_gradient_norm')
+  ptx_norm = _mean(window, 'ptx/gradient_norm')
+  if not ppo_norm or ptx_norm is None:
+    return
+  low, high = GRADIENT_RATIOS
+  ratio = ptx_norm / ppo_norm
+  if not low <= ratio <= high:
+    yield (
+      'gradients',
+      f'the pretraining gradient times ptx_coef is {ratio:.3g} times '
+      f"PPO's ({ptx_norm:.3g}, {ppo_norm:.3g}), outside [{low:g}, {high:g}]: "
+      'one of the two hardly counts; '
+      f'{"lower" if ratio > high else "raise"} ptx_coef',
+    )
+
+
+def _samples(
+  first: Sequence[Row], window: Sequence[Row], response_length: int | None
+) -> Iterator[tuple[str, str]]:
+  """What the policy samples, beside what it sampled at first."""
+  kl = _mean(window, 'objective/kl')
+  if kl is not None and kl < -0.05:
+    yield (
+      'negative_kl',
+      f'mean KL {kl:.3f} nats over {WINDOW} iterations; a KL divergence '
+      'cannot be negative: sampling is not from the policy that is scored '
+      '(top-k, top-p, temperature, or padding in the sum)',
+    )
+  started, ended = (_mean(each, 'objective/ended') for each in (first, window))
+  if None not in (started, ended) and ended < started - 0.2:
+    yield (
+      'end_of_text',
+      f'responses that end fell from {started:.2f} to {ended:.2f}; raise '
+      'response_length or set missing_end_score',
+    )
+  before, now = (_mean(each, 'objective/length') for each in (first, window))
+  if None not in (before, now) and not 0.5 * before <= now <= 1.5 * before:
+    yield (
+      'length',
+      f'length went from {before:.1f} to {now:.1f} tokens (of at most '
+      f'{response_length}); the reward model may like length for its own sake',
+    )
+
+
+def _score(
+  window: Sequence[Row], score_range: tuple[float, float] | None
+) -> Iterator[tuple[str, str]]:
+  score = _mean(window, 'objective/score')
+  if score_range is None or score is None:
+    return
+  low, high = score_range
+  if not low <= score <= high:
+    yield (
+      'score_range',
+      f"mean score {score:.2f} lies outside the reward model's training "
+      f'range [{low:.2f}, {high:.2f}]: it is extrapolating',
+    )
 
 
 class Reporter:
@@ -179,15 +189,13 @@ class Reporter:
     self._limits = limits
     self._reported: set[str] = set()
 
-  def new(self, rows: Sequence[Mapping[str, int | float | None]]) -> list[str]:
+  def new(self, rows: Sequence[Row]) -> list[str]:
     """Alarms of the lines so far that no earlier call returned."""
     found = self.find(rows)
     new = [text for name, text in found.items() if name not in self._reported]
     self._reported |= set(found)
     return new
 
-  def find(
-    self, rows: Sequence[Mapping[str, int | float | None]]
-  ) -> dict[str, str]:
+  def find(self, rows: Sequence[Row]) -> dict[str, str]:
     """All alarms of the lines; see `find`."""
     return find(rows, *self._limits)

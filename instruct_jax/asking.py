@@ -141,9 +141,9 @@ def prompt_rows(config, name, policy, prompts, tokenizer, prefix):
 
 
 def sample(
-  config, name, policy, prompts, tokenizer, mesh, num_samples=1, prefix=None
+  config, name, policy, prompts, tokenizer, mesh, num_samples, prefix=None
 ):
-  """New answers, `num_samples` to each prompt that is short enough.
+  """New answers, so many to each prompt that is short enough.
 
   An answer behind a prefix ends where the next example begins. The cut is ours,
   as a stop sequence is; the end put in its place tells the reward model that
@@ -235,7 +235,7 @@ def choose_prefix(config, name, load_fn, prompts, tokenizer, score_fn, mesh):
   for number, prefix in enumerate(prefixes, start=1):
     label = f'{name}, prefix {number}'
     answers = sample(
-      config, label, load_fn(), prompts, tokenizer, mesh, prefix=prefix
+      config, label, load_fn(), prompts, tokenizer, mesh, 1, prefix
     )
     found = score_fn([(by_id[each.prompt_id], each) for each in answers])
     scores.append(float(np.mean(found)))

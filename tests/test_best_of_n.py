@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from configs import best_of_n as config_file
-from configs import evaluate as evaluate_config
+from configs.evaluate import JUDGES
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.jobs import best_of_n as experiment
@@ -41,12 +41,11 @@ def folder(tmp_path_factory):
 
 
 def make_config(folder, workdir):
-  config = config_file.get_config()
+  config = config_file.get_config('reward')
   with config.unlocked():
     config.workdir = str(workdir)
   config.policy = f'{folder}/start'
   config.reward_model = f'{folder}/proxy'
-  config.judge = evaluate_config.JUDGES['reward']
   config.judge_model = f'{folder}/judge'
   config.rl = f'ppo={folder}/ppo,same={folder}/same'
   config.prompts = f'{folder}/prompts.jsonl'
@@ -103,7 +102,7 @@ def test_rl_that_did_not_move_has_no_kl_and_no_fit(result):
   [
     ({'policy': ''}, 'policy is empty'),
     ({'judge': 'x'}, "judge 'x' is no dotted name"),
-    ({'judge': evaluate_config.JUDGES['people']}, 'People gives no scores'),
+    ({'judge': JUDGES['people']}, 'People gives no scores'),
     ({'judge_model': ''}, 'judge_model is empty'),
     ({'num_samples': 4}, 'at least 8.*4'),
     ({'temperature': 0.0}, 'temperature'),

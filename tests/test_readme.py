@@ -1,4 +1,4 @@
-"""The README's tree, commands and dependency table against what is there."""
+"""README.md and the dependency table, against what is there."""
 
 import pathlib
 import re
@@ -32,7 +32,7 @@ def test_tree_lists_what_is_on_disk():
 
 def test_every_runtime_dependency_is_in_the_table():
   pins = (ROOT / 'requirements.txt').read_text().splitlines()
-  table = README.split('## Dependencies')[1]
+  table = (ROOT / 'CONTRIBUTING.md').read_text().split('## Dependencies')[1]
   for pin in pins:
     name, separator, version = pin.partition('==')
     assert separator and version, f'{pin} is not pinned exactly'
@@ -46,3 +46,13 @@ def test_ci_runs_the_readme_test_command():
     command.replace('pip install', 'pip install -q')
     in (ROOT / '.ci' / 'run').read_text()
   )
+
+
+def test_the_readme_is_read_in_one_go():
+  assert len(README.splitlines()) <= 200
+
+
+def test_links_lead_somewhere():
+  for page in ROOT.glob('**/*.md'):
+    for target in re.findall(r'\]\(([^)#:]+)\)', page.read_text()):
+      assert (page.parent / target).exists(), f'{page}: {target}'

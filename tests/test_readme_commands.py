@@ -90,7 +90,7 @@ RULES = [
   Rule(f'.*{MAIN}plan.py|for plan in', 'skip', 'the TPU compiler'),
   Rule('xprof', 'skip', 'a program that is none of the requirements'),
   # `pip` stands for itself: it looks whether the files are there.
-  Rule('pip install [^&]*$|export |cp |sed |\\$EDITOR', is_quick=True),
+  Rule('pip install [^&]*$|export |cp |\\$EDITOR', is_quick=True),
   # Data.
   Rule('python -m instruct_jax.data FILE', is_quick=True),
   Rule(
@@ -119,7 +119,11 @@ RULES = [
     sign='runs/ppo_ptx_miniature/pretrain/metrics.jsonl',
     stand_ins={'pip install -r requirements.txt && ': ''},
   ),
-  Rule(f'{MAIN}my_ppo.py:smoke', writes=('runs/*/my_ppo/ema/model.json',)),
+  Rule(
+    f'{MAIN}ppo_ptx.py:smoke .*my_ppo',
+    writes=('runs/*/ppo_ptx/ema/model.json',),
+  ),
+  Rule(f'{MAIN}rloo.py:smoke', writes=('runs/*/report.md',)),
   Rule(
     f'{MAIN}ppo_ptx.py:e2e',
     'stop',
