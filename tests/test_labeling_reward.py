@@ -18,7 +18,7 @@ from instruct_jax import model_fns, model_folder
 from instruct_jax.data import records, tokenizer
 from instruct_jax.evals import model_card, sections
 from instruct_jax.infra import sharding
-from instruct_jax.jobs import evaluate, sample
+from instruct_jax.jobs import crossval, evaluate, sample
 from instruct_jax.labeling import research
 from instruct_jax.models.config import TransformerConfig
 from tests import labeling_people as people
@@ -107,7 +107,7 @@ def test_labeler_cross_validation_runs_on_the_export(
   config = make_config(exported, epath.Path(workdir), folds=True)
   assert config.num_folds == 5  # E.2, unless changed here.
   config.num_folds = num_folds
-  results = reward.run(config, epath.Path(workdir) / 'folds')
+  results = crossval.run(config, epath.Path(workdir) / 'folds')
   assert sorted(sum(results['folds'], [])) == [f'labeler{i}' for i in range(5)]
   assert len(results['runs']) == num_folds
 
