@@ -624,9 +624,10 @@ def run(config, workdir: epath.Path):
       score_fn, tokenizer = judge_fns.reward_score(
         config, config.reward_model, mesh
       )
+    # Before anything is sampled: a judge may lack something.
+    judge = judge_fns.find(config.judge)(config, workdir, mesh)
     asked = asking.ask(config, models, drawn, score_fn, mesh)
     prompts, answers = asking.aligned(drawn, asked.answers)
-    judge = judge_fns.find(config.judge)(config, workdir, mesh)
     answers = scored(prompts, answers, 'score_gold', judge.score)
     if score_fn:
       answers = scored(prompts, answers, 'score_reward', score_fn)
