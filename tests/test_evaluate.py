@@ -583,3 +583,18 @@ def test_config_knows_the_judges():
     assert issubclass(judge_fns.find(judge), judges.Judge)
   with pytest.raises(ValueError, match="unknown judge 'oracle'"):
     config_file.get_config('oracle')
+
+
+def test_the_card_shows_what_a_method_is_configured_with():
+  """Keys of a fork that nobody here knows are among them."""
+  stage = {
+    'name': 'my_fork',
+    'init': '/sft/model',
+    'checkpoint_every': 5,
+    'num_slots': 64,
+    'my_decay': 0.9,
+    'lora': {'rank': 0, 'alpha': 16.0},
+  }
+  assert evaluate.settings_of(stage) == {'my_decay': 0.9}
+  adapted = evaluate.settings_of(stage | {'lora': {'rank': 4, 'alpha': 16.0}})
+  assert adapted == {'my_decay': 0.9, 'lora.rank': 4, 'lora.alpha': 16.0}

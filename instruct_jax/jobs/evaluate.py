@@ -8,6 +8,7 @@ nothing here knows one by name.
 import dataclasses
 import itertools
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -37,13 +38,13 @@ from instruct_jax.models.config import check_stage
 
 PROCESSES = 'all'
 
-# Keys of a stage's config that the model card shows.
-_CARD_KEYS = (
-  *('num_steps', 'num_epochs', 'num_episodes', 'batch_size', 'learning_rate'),
-  *('value_learning_rate', 'dropout', 'ptx_fraction', 'max_candidates'),
-  *('samples_per_prompt', 'advantage', 'kl_coef', 'kl_in', 'kl_estimator'),
-  *('ptx_coef', 'ptx_per_episode', 'clip', 'gae_lambda', 'temperature'),
-  'ema_decay',
+# Keys of a stage's config that say how it ran, not what it learned from what;
+# the model card leaves out those that begin so, and paths.
+_MACHINERY = (
+  *('attention', 'checkpoint_', 'compute_dtype', 'eval_', 'experiment', 'log'),
+  *('frozen_dtype', 'gather_', 'loop', 'max_valid_', 'mesh', 'name', 'offload'),
+  *('num_microbatches', 'num_slices', 'num_slots', 'pack', 'probe', 'remat'),
+  *('sampler_', 'scan_', 'seed', 'snapshot_', 'vocab_multiple', 'workdir'),
 )
 
 
@@ -521,7 +522,7 @@ def run_figures(config, models):
     },
     'trained': {
       name: figures.Training(
-        {k: stage.config[k] for k in _CARD_KEYS if k in stage.config},
+        settings_of(stage.config),
         operations_of(config, stage),
       )
       for name, stage in stages.items()
@@ -534,6 +535,18 @@ def run_figures(config, models):
       for key, count in run_lib.flat(hygiene).items()
       if count != {}
     },
+  }
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+  """What a stage's config says of the method: dotted key -> value."""
+  return {
+    key: value
+    for key, value in run_lib.flat(config).items()
+    if value not in ('', None, [])
+    and '/' not in str(value)
+    and not any(part.startswith(_MACHINERY) for part in key.split('.'))
+    and (not key.startswith('lora.') or config['lora']['rank'])
   }
 
 
