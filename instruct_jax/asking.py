@@ -353,7 +353,7 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
       if reference and not model.is_prompted and name != reference.name:
         theirs = tokenizer_of(reference.source)
         if theirs.fingerprint == tokenizer.fingerprint:
-          found.kl[name] = kl_to(
+          signed, k3 = kl_of(
             config,
             load(model.source),
             load(reference.source),
@@ -362,6 +362,10 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
             tokenizer,
             mesh,
           )
+          found.kl[name] = {
+            'signed mean': float(np.mean(signed)),
+            'k3': float(np.mean(k3)),
+          }
       if config.documents and not model.is_prompted:
         policy = load(model.source)
         model_fns.check_context(policy, config.row_length, 'row_length')
@@ -384,10 +388,10 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
   return found
 
 
-def kl_to(config, policy, reference, prompts, answers, tokenizer, mesh):
-  """Mean KL of a policy to the reference over its answers, nats a response."""
+def kl_of(config, policy, reference, prompts, answers, tokenizer, mesh):
+  """KL of a policy to a reference, of each answer; `queries.kl_of_answers`."""
   by_id = {prompt.id: prompt for prompt in prompts}
-  signed, k3 = queries.kl_of_answers(
+  return queries.kl_of_answers(
     policy,
     reference,
     tokenizer.encode_prompts([by_id[each.prompt_id] for each in answers]),
@@ -397,7 +401,6 @@ def kl_to(config, policy, reference, prompts, answers, tokenizer, mesh):
     config.batch_size,
     mesh,
   )
-  return {'signed mean': float(np.mean(signed)), 'k3': float(np.mean(k3))}
 
 
 def aligned(prompts, answers: Mapping[str, Sequence[samples_lib.Sample]]):

@@ -11,12 +11,13 @@ shift up, where the family has one: the logit itself is then the score, to
 rounding, and the folder no longer comes back bit for bit.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
 from etils import epath
 
-from instruct_jax import command, model_folder
+from instruct_jax import command, files, lora, model_folder
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import checkpoint, sharding
 from instruct_jax.models import hf
@@ -28,58 +29,105 @@ def export(
   output: epath.PathLike,
   *,
   fold_shift: bool = False,
+  adapters: bool = False,
 ) -> None:
   """Writes `output`; see the top of this file.
 
   Raises:
     checkpoint.CheckpointError: damaged, or made with another tokenizer.
-    ValueError: `output` is not empty, no published family has this model, or
-      there is no shift to fold or no bias to fold it into.
+    ValueError: `output` is not empty, no published family has this model,
+      there is no shift to fold or no bias to fold it into, or adapters are
+      asked for and there are none.
   """
   output = epath.Path(output)
   if output.exists() and not (output.is_dir() and not any(output.iterdir())):
     raise ValueError(f'{output} is no empty folder; name a new one')
+  if adapters and fold_shift:
+    raise ValueError(
+      'fold_shift changes a norm of the base, which adapters share with others;'
+      ' leave one of fold_shift and adapters out'
+    )
   tokenizer = tokenizer_lib.Tokenizer.load(tokenizer_folder)
   described = checkpoint.load_metadata(checkpoint_folder)
-  model = model_folder.load(
+  load = model_folder.read if adapters else model_folder.load
+  model = load(
     checkpoint_folder,
     described['kind'],
     sharding.make_mesh((1, -1, 1)),
     tokenizer,
   )
-  params = hf.fold_shift(model.params) if fold_shift else model.params
-  hf.save(output, model.config, params)
+  if adapters:
+    _save_adapters(output, model, checkpoint_folder, tokenizer_folder)
+  else:
+    if fold_shift:
+      model = dataclasses.replace(model, params=hf.fold_shift(model.params))
+    hf.save(output, model.config, model.params)
+    _describe_tokens(output, model, tokenizer)
   tokenizer.save(output)
+  (output / 'README.md').write_text(_card(output, model, tokenizer), 'utf-8')
+
+
+def _save_adapters(output, model, checkpoint_folder, tokenizer_folder):
+  """Adapters as `peft` reads them, and their base where it is not published."""
+  if model.config.lora is None:
+    raise ValueError(
+      f'{checkpoint_folder} holds no adapters; leave --adapters out'
+    )
+  base = model.source
+  if not model_folder.is_published(base):
+    base = files.absolute(output) / 'base'
+    export(model.source, tokenizer_folder, base)
+  name = str(base).removeprefix('hf:')
+  hf.save_adapters(output, model.config, model.params, name)
+
+
+def _skipped_id(model, tokenizer):
+  """The token that `transformers` skips when it looks for a row's last one."""
+  if model.kind == 'scalar' and model.module.skipped_id >= 0:
+    # Read in `transformers`, the score is then that of the model here.
+    return model.module.skipped_id
+  return tokenizer.pad_id
+
+
+def _describe_tokens(output, model, tokenizer):
+  """Adds the tokens' numbers to config.json and generation_config.json."""
   path = output / 'config.json'
   values = json.loads(path.read_text('utf-8'))
   stop_ids = list(tokenizer.stop_ids)
   ids = {
     'eos_token_id': stop_ids if len(stop_ids) > 1 else tokenizer.eos_id,
-    'pad_token_id': tokenizer.pad_id,
+    'pad_token_id': _skipped_id(model, tokenizer),
   }
-  if model.kind == 'scalar' and model.module.skipped_id >= 0:
-    # Read in `transformers`, the score is then that of the model here.
-    ids['pad_token_id'] = model.module.skipped_id
   path.write_text(json.dumps({**values, **ids}, indent=2) + '\n', 'utf-8')
   (output / 'generation_config.json').write_text(
     json.dumps({'do_sample': True, **ids}, indent=2) + '\n', 'utf-8'
   )
-  use = (
-    'Language model: sample with temperature 1 and stop at an EOS token.'
-    if model.kind == 'policy'
-    else 'Reward model: the score of a prompt with its answer and EOS is the '
-    f'logit plus `score_shift` = {values["score_shift"]}.'
-  )
-  if ids['pad_token_id'] != tokenizer.pad_id:
+
+
+def _card(output, model, tokenizer):
+  """The model card, README.md."""
+  use = 'Language model: sample with temperature 1 and stop at an EOS token.'
+  if model.kind == 'scalar':
+    use = (
+      'Reward model: the score of a prompt with its answer and EOS is the '
+      f'logit plus `score_shift` = {float(model.params["head_bias"])}.'
+    )
+  skipped_id = _skipped_id(model, tokenizer)
+  if skipped_id != tokenizer.pad_id:
     use += (
-      f' It is read at the last token that is not {ids["pad_token_id"]}: pad '
-      'rows with that one.'
+      f' It is read at the last token that is not {skipped_id}: pad rows with '
+      'that one.'
+    )
+  what = f'{model.config.num_params:,} parameters'
+  if model.config.lora is not None:
+    what = (
+      f'{lora.num_params(model.params):,} parameters of adapters, to be opened '
+      f'with `peft` on their base,'
     )
   about = json.dumps(model.metadata, indent=2)
-  (output / 'README.md').write_text(
-    f'# {output.name}\n\n{use} {model.config.num_params:,} parameters in '
-    f'float32, written by instruct_jax.\n\n```json\n{about}\n```\n',
-    'utf-8',
+  return (
+    f'# {output.name}\n\n{use} {what} in float32, written by instruct_jax.\n\n'
+    f'```json\n{about}\n```\n'
   )
 
 
@@ -104,9 +152,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     action='store_true',
     help="let a reward model's logit be its score",
   )
+  parser.add_argument(
+    '--adapters',
+    action='store_true',
+    help='keep adapters apart from their base, for peft',
+  )
   flags = parser.parse_args(arguments)
   export(
-    flags.checkpoint, flags.tokenizer, flags.output, fold_shift=flags.fold_shift
+    flags.checkpoint,
+    flags.tokenizer,
+    flags.output,
+    fold_shift=flags.fold_shift,
+    adapters=flags.adapters,
   )
   print(flags.output)
   return 0

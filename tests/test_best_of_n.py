@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 
 from configs import best_of_n as config_file
+from configs.evaluate import JUDGES
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.jobs import best_of_n as experiment
@@ -100,7 +101,8 @@ def test_rl_that_did_not_move_has_no_kl_and_no_fit(result):
   ('changes', 'message'),
   [
     ({'policy': ''}, 'policy is empty'),
-    ({'judge': 'x'}, 'judge .*x'),
+    ({'judge': 'x'}, "judge 'x' is no dotted name"),
+    ({'judge': JUDGES['people']}, 'People gives no scores'),
     ({'judge_model': ''}, 'judge_model is empty'),
     ({'num_samples': 4}, 'at least 8.*4'),
     ({'temperature': 0.0}, 'temperature'),

@@ -7,6 +7,7 @@ Everything else is tested without torch. With it (2.13.0, CPU):
 
 import dataclasses
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 import transformers
 
-from instruct_jax import export, model_fns, model_folder
+from instruct_jax import export, lora, model_fns, model_folder
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding
 from instruct_jax.models import hf
+from instruct_jax.models.config import Lora
 from tests import test_models_hf
 
 torch = pytest.importorskip('torch', reason='opens our folders with torch')
@@ -127,3 +129,60 @@ def test_folded_reward_model_and_tokenizer_open(tmp_path):
     scores, our_scores(model.module, params, tokens, mask), **CLOSE
   )
   assert np.abs(scores).max() > 0.5  # The shift is in there.
+
+
+# --- Adapters -----------------------------------------------------------------
+
+
+def random_adapters(module, params, seed, targets=()):
+  """The module with adapters, and base and random adapters as one tree."""
+  adapters = Lora(rank=2, alpha=3.0, targets=targets)
+  config = dataclasses.replace(module.config, lora=adapters)
+  module = module.clone(config=config)
+  kind = 'scalar' if 'head_kernel' in params else 'policy'
+  abstract, _ = lora.split(
+    model_fns.abstract_params(kind, config, sharding.make_mesh((8, 1, 1)))
+  )
+  rng = np.random.default_rng(seed)
+  trained = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), abstract
+  )
+  _, base = lora.split(params)
+  return module, lora.join(trained, base), trained
+
+
+def open_with_peft(auto_class, base, folder, **changes):
+  peft = pytest.importorskip('peft', reason='opens our adapters with peft')
+  with warnings.catch_warnings():
+    warnings.simplefilter('error', UserWarning)  # Keys it does not know.
+    warnings.filterwarnings('ignore', message='.*Some weights.*')
+    model = auto_class.from_pretrained(
+      base, attn_implementation='eager', **changes
+    )
+    return peft.PeftModel.from_pretrained(model, folder).eval()
+
+
+@pytest.mark.parametrize('name', test_models_hf.FAMILIES)
+@pytest.mark.parametrize('targets', [(), ('query', 'value', 'down')])
+def test_peft_opens_adapters_of_every_family(name, targets, tmp_path):
+  """On the published base; fused matrices with all of theirs or a part."""
+  golden = test_models_hf.write_folder(tmp_path / 'in', name)
+  module, params = test_models_hf.load(tmp_path / 'in')
+  module, whole, trained = random_adapters(module, params, 0, targets)
+  hf.save_adapters(tmp_path / 'out', module.config, trained, 'BASE')
+  tokens = jnp.asarray(golden['tokens'], jnp.int32)
+  plain = module.clone(config=dataclasses.replace(module.config, lora=None))
+  expected, before = (
+    np.asarray(m.apply({'params': p}, tokens, jnp.ones_like(tokens)))
+    for m, p in ((module, whole), (plain, params))
+  )
+  model = open_with_peft(
+    transformers.AutoModelForCausalLM, tmp_path / 'in', tmp_path / 'out'
+  )
+  with torch.no_grad():
+    logits = model(
+      torch.tensor(golden['tokens'].astype(np.int64))
+    ).logits.numpy()
+  num = logits.shape[-1]
+  np.testing.assert_allclose(logits, expected[..., :num], rtol=1e-4, atol=1e-4)
+  assert np.abs(logits - before[..., :num]).max() > 0.05

@@ -44,7 +44,15 @@ FLOORS = {
     'data.tokenizer',
     'model_fns',
   ),
-  'export': ('command', 'lora', *MODELS, 'data', 'models', 'infra'),
+  'export': (
+    'command',
+    'files',
+    'lora',
+    *MODELS,
+    'data',
+    'models',
+    'infra',
+  ),
   'rollout': ('types', *MATHS, 'sampling', 'infra.sharding'),
   'ppo': (
     'types',

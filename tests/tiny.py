@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 
 from instruct_jax import (
   model_fns,
@@ -21,7 +22,8 @@ from instruct_jax import (
   score_fns,
   supervised,
 )
-from instruct_jax.infra import sharding, train_state
+from instruct_jax.infra import run, sharding, train_state
+from instruct_jax.jobs import evaluate
 from instruct_jax.models import heads
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.types import PromptBatch, TextBatch
@@ -71,6 +73,16 @@ def save_model(root, name, kind, tokenizer, seed):
     tokenizer,
     {},
   )
+
+
+def run_evaluation(config):
+  """`jobs/evaluate.py` in the folder that `main` would have made ready."""
+  workdir = epath.Path(config.workdir)
+  run.write_json(
+    workdir / 'provenance.json',
+    {'command': 'a command', 'commit': None, 'versions': {'jax': '1'}},
+  )
+  return evaluate.run(config, workdir)
 
 
 def one_device():

@@ -1,29 +1,17 @@
-"""Best-of-n and RL on one frontier: gold score against KL (Gao et al. 2022).
+"""Best-of-n and RL on one frontier: the judge's score against KL.
 
-N answers of each prompt are sampled once; the expected best of n by the proxy
-reward model, for all n, comes from them without bias. RL points are measured on
-the same prompts. Both curves are fitted, with prompts redrawn for intervals.
+Gao et al. 2022. N answers of each prompt are sampled once; the expected best of
+n by the proxy reward model, for all n, comes from them without bias. RL points
+are measured on the same prompts. Both curves are fitted, with prompts redrawn
+for intervals.
 """
 
-import dataclasses
-import functools
 import json
-from collections.abc import Sequence
 
-import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
-from instruct_jax import (
-  asking,
-  files,
-  judge_fns,
-  model_fns,
-  model_folder,
-  queries,
-)
-from instruct_jax.data import records
+from instruct_jax import asking, files, judge_fns, model_folder, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
   judges,
@@ -41,10 +29,13 @@ PROCESSES = 'one'
 def validate(config):
   """Checks the config; the judge checks its own keys."""
   check_stage(config)
-  judge_fns.find(config.judge).validate(config)
   for key in ('policy', 'reward_model', 'prompts', 'tokenizer'):
     if not config[key]:
       raise ValueError(f'{key} is empty')
+  judge = judge_fns.find(config.judge)
+  if judge.score is judges.Judge.score:
+    raise ValueError(f'judge {config.judge} gives no scores of single answers')
+  judge.validate(config)
   if config.num_samples < 8:
     raise ValueError(
       f'num_samples must be at least 8 for three points of a curve: '
@@ -62,9 +53,8 @@ def validate(config):
 
 def models_of(config) -> dict[str, str]:
   """Label -> folder of each model that is read."""
-  found = {key: config[key] for key in ('policy', 'reward_model')}
-  if config.judge_model:
-    found['judge_model'] = config.judge_model
+  keys = ('policy', 'reward_model', 'judge_model')
+  found = {key: config[key] for key in keys if config[key]}
   for name, folder in model_folder.named_folders(config.rl, 'rl').items():
     if not epath.Path(folder).exists():
       found[f'rl.{name}'] = folder
@@ -114,94 +104,14 @@ def sizes_up_to(num_samples: int) -> list[int]:
   return sizes if sizes[-1] == num_samples else [*sizes, num_samples]
 
 
-@dataclasses.dataclass(frozen=True)
-class Frontier:
-  """What measures a point of the frontier.
-
-  Attributes:
-    config: of the stage, with all lengths.
-    prompts: those that are answered.
-    tokenizer: of all policies.
-    mesh: of all models.
-    reference: the policy that KL is measured from.
-    proxy_fn: the reward model's scores of answers.
-    judge: whose scores are gold.
-  """
-
-  config: ConfigDict
-  prompts: Sequence[records.Prompt]
-  tokenizer: tokenizer_lib.Tokenizer
-  mesh: jax.sharding.Mesh
-  reference: model_fns.Model
-  proxy_fn: judges.ScoreFn
-  judge: judges.Judge
-
-  def answers(self, name, policy, num_samples):
-    """(prompt, sample): so many answers of each prompt that is short enough."""
-    answers = asking.sample(
-      self.config,
-      name,
-      policy,
-      self.prompts,
-      self.tokenizer,
-      self.mesh,
-      num_samples,
-    )
-    by_id = {prompt.id: prompt for prompt in self.prompts}
-    return [(by_id[answer.prompt_id], answer) for answer in answers]
-
-  def scores(self, answers):
-    """(proxy, gold), each [N]."""
-    gold = self.judge.score(answers)
-    if gold is None:
-      raise ValueError(f'{self.judge.name} compares and gives no scores')
-    return np.asarray(self.proxy_fn(answers), float), np.asarray(gold, float)
-
-  def best_of_n(self):
-    """(the curve, mean scores of the policy itself by prompt)."""
-    N, sizes = self.config.num_samples, sizes_up_to(self.config.num_samples)
-    answers = self.answers('policy', self.reference, N)
-    proxy, gold = (x.reshape(-1, N) for x in self.scores(answers))
-    kl = [overoptimization.best_of_n_kl(n) for n in sizes]
-    return {
-      'kind': 'best_of_n',
-      'labels': [f'n = {n}' for n in sizes],
-      'kl': np.tile(kl, (len(proxy), 1)),
-      'proxy': overoptimization.best_of_n(proxy, proxy, sizes),
-      'gold': overoptimization.best_of_n(proxy, gold, sizes),
-    }, {'proxy': proxy.mean(axis=1), 'gold': gold.mean(axis=1)}
-
-  def along_rl(self, name, paths, load_fn):
-    """The curve of policies along RL, one answer a prompt."""
-    found = {'kl': [], 'proxy': [], 'gold': []}
-    for path in paths:
-      policy = load_fn(str(path))
-      answers = self.answers(f'{name}/{path.name}', policy, 1)
-      signed, _ = queries.kl_of_answers(
-        policy,
-        self.reference,
-        self.tokenizer.encode_prompts([prompt for prompt, _ in answers]),
-        [answer.metadata['ids'] for _, answer in answers],
-        self.tokenizer.pad_id,
-        self.config.temperature,
-        self.config.batch_size,
-        self.mesh,
-      )
-      values = (signed, *self.scores(answers))
-      for key, value in zip(found, values, strict=True):
-        found[key].append(np.asarray(value, float))
-    return {
-      'kind': 'rl',
-      'labels': [path.name for path in paths],
-      **{key: np.stack(value, axis=1) for key, value in found.items()},
-    }
-
-
 def run(config, workdir: epath.Path):
-  """Measures both curves.
+  """Samples, scores and fits.
 
-  Reads the policy, the reward model, RL's folders and prompts; writes
-  best_of_n.md, best_of_n.json and frontier.png.
+  Reads what `inputs` names. Writes best_of_n.md, best_of_n.json and
+  frontier.png.
+
+  Returns:
+    Counts of prompts.
   """
   validate(config)
   models = models_of(config)
@@ -212,35 +122,66 @@ def run(config, workdir: epath.Path):
     'prompt_length + response_length',
   )
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  prompts, num_given = asking.draw(config, 'prompts', config.num_prompts)
+  drawn, num_given = asking.draw(config, 'prompts', config.num_prompts)
+  by_id = {prompt.id: prompt for prompt in drawn}
+  N, sizes = config.num_samples, sizes_up_to(config.num_samples)
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
     judge = judge_fns.find(config.judge)(config, workdir, mesh)
-    load = functools.partial(
-      queries.load_policy,
-      tokenizer=tokenizer,
-      mesh=mesh,
-      compute_dtype=config.compute_dtype,
-    )
-    frontier = Frontier(
-      config,
-      prompts,
-      tokenizer,
-      mesh,
-      reference=load(config.policy),
-      proxy_fn=judge_fns.reward_score(config, config.reward_model, mesh)[0],
-      judge=judge,
-    )
-    curve, start = frontier.best_of_n()
-    curves = {'best of n': curve}
+    proxy_fn, _ = judge_fns.reward_score(config, config.reward_model, mesh)
+
+    def ask(name, folder, num_samples=1):
+      """A policy, its answers, and (proxy, gold) of each [prompts, samples]."""
+      policy = queries.load_policy(
+        folder, tokenizer, mesh, compute_dtype=config.compute_dtype
+      )
+      answers = asking.sample(
+        config, name, policy, drawn, tokenizer, mesh, num_samples
+      )
+      pairs = [(by_id[answer.prompt_id], answer) for answer in answers]
+      proxy, gold = (
+        np.asarray(score_fn(pairs), float).reshape(-1, num_samples)
+        for score_fn in (proxy_fn, judge.score)
+      )
+      return policy, answers, proxy, gold
+
+    # 1. N answers of each prompt, and the best of n among them.
+    start, _, proxy, gold = ask('policy', config.policy, N)
+    base = {'proxy': proxy.mean(axis=1), 'gold': gold.mean(axis=1)}
+    curves = {
+      'best of n': {
+        'kind': 'best_of_n',
+        'labels': [f'n = {n}' for n in sizes],
+        'kl': np.tile(
+          [overoptimization.best_of_n_kl(n) for n in sizes], (len(proxy), 1)
+        ),
+        'proxy': overoptimization.best_of_n(proxy, proxy, sizes),
+        'gold': overoptimization.best_of_n(proxy, gold, sizes),
+      }
+    }
+
+    # 2. Policies along RL, one answer a prompt.
     for name, folder in model_folder.named_folders(config.rl, 'rl').items():
-      curves[name] = frontier.along_rl(name, rl_policies(folder), load)
+      paths = rl_policies(folder)
+      points = []
+      for path in paths:
+        policy, answers, proxy, gold = ask(f'{name}/{path.name}', str(path))
+        signed, _ = asking.kl_of(
+          config, policy, start, drawn, answers, tokenizer, mesh
+        )
+        points.append((signed, proxy[:, 0], gold[:, 0]))
+      columns = (np.stack(x, axis=1) for x in zip(*points, strict=True))
+      curves[name] = {
+        'kind': 'rl',
+        'labels': [path.name for path in paths],
+        **dict(zip(('kl', 'proxy', 'gold'), columns, strict=True)),
+      }
   counts = {
-    'num_prompts': len(start['gold']),
+    'num_prompts': len(base['gold']),
     'num_given': num_given,
-    'num_dropped': len(prompts) - len(start['gold']),
+    'num_dropped': len(drawn) - len(base['gold']),
   }
-  return write_results(config, workdir, judge.name, curves, start, counts)
+  return write_results(config, workdir, judge.name, curves, base, counts)
 
 
 def points_of(config, curve, start):
@@ -268,7 +209,6 @@ def points_of(config, curve, start):
 
 
 def write_results(config, workdir, judge, curves, start, counts):
-  """Fits the curves and writes the three files; returns the counts."""
   points, fits, reasons = {}, {}, {}
   for name, curve in curves.items():
     points[name] = points_of(config, curve, start)

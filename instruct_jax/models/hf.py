@@ -508,6 +508,114 @@ def save(
   )
 
 
+def save_adapters(
+  folder: epath.PathLike, config: TransformerConfig, params: Params, base: str
+) -> None:
+  """Writes adapter_config.json and safetensors that `peft` opens.
+
+  A published matrix that holds several of ours (queries, keys and values of
+  GPT-2 and GPT-NeoX) gets their factors side by side: its rank is that many
+  times higher, and B is 0 outside of a block for each.
+
+  Args:
+    folder: made if it does not exist.
+    config: of the model, with adapters.
+    params: the adapters; of a scalar model the head, too. Its bias is left out,
+      for published classifiers have none.
+    base: name or folder of the published base.
+
+  Raises:
+    ValueError: no published family has this model.
+  """
+  plain, adapters = dataclasses.replace(config, lora=None), config.lora
+  family = families.write_config(plain)['model_type']
+  layers, tensors, sources = params['trunk']['layers'], {}, {}
+  for entry in families.entries(family, plain):
+    if f'{_stem(entry)}_lora_a' in layers:
+      sources.setdefault(entry.name, []).append(entry)
+  for published, found in sources.items():
+    name = published.removesuffix('.weight')
+    for layer in range(config.num_layers):
+      place = 'base_model.model.' + name.format(layer)
+      factors = _factors(found, layers, layer, adapters.rank)
+      for letter, factor in zip('AB', factors, strict=True):
+        tensors[f'{place}.lora_{letter}.weight'] = factor
+  if 'head_kernel' in params:
+    head = np.asarray(params['head_kernel'])[None]
+    tensors['base_model.model.score.weight'] = head
+  described = {
+    'peft_type': 'LORA',
+    'task_type': 'SEQ_CLS' if 'head_kernel' in params else 'CAUSAL_LM',
+    'base_model_name_or_path': base,
+    'inference_mode': True,
+    'r': adapters.rank,
+    'lora_alpha': adapters.alpha,
+    'lora_dropout': 0.0,
+    'bias': 'none',
+    'target_modules': [_module(name) for name in sources],
+    'modules_to_save': ['score'] if 'head_kernel' in params else None,
+    # Its matrices are stored with the inputs first.
+    'fan_in_fan_out': family == 'gpt2',
+  }
+  for key, value in (
+    ('rank_pattern', adapters.rank),
+    ('alpha_pattern', adapters.alpha),
+  ):
+    described[key] = {
+      _module(name): len(found) * value
+      for name, found in sources.items()
+      if len(found) > 1
+    }
+  folder = epath.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  shapes = {name: x.shape for name, x in tensors.items()}
+  write_tensors(  # `peft` reads one file.
+    folder, shapes, tensors.__getitem__, 2**63, stem='adapter_model'
+  )
+  (folder / 'adapter_config.json').write_text(
+    json.dumps(described, indent=2) + '\n', 'utf-8'
+  )
+
+
+def _stem(entry):
+  """The name of a matrix of ours, as its adapters have it."""
+  return entry.path[-1].removesuffix('_kernel')
+
+
+def _module(name):
+  """A published matrix's name within its layer, such as 'attn.c_attn'."""
+  return name.partition('{}.')[2].removesuffix('.weight')
+
+
+def _factors(entries, layers, layer, rank):
+  """A [r, inputs] and B [outputs, r] of a published matrix in one layer.
+
+  Args:
+    entries: of ours that lie in it.
+    layers: adapters of all layers.
+    layer: its number.
+    rank: of each of ours.
+  """
+  view, whole_a, whole_b = entries[0].view, [], None
+  for number, entry in enumerate(entries):
+    a, b = (
+      np.asarray(layers[f'{_stem(entry)}_lora_{leaf}'][layer]) for leaf in 'ab'
+    )
+    whole_a.append(a.reshape(-1, rank).T)
+    fused = None if entry.part is None else entry.part[0]
+    kept = [axis for axis in range(len(view)) if axis != fused]
+    inputs = [kept[i] for i in entry.order[: a.ndim - 1]]
+    outputs = [axis for axis in range(len(view)) if axis not in inputs]
+    if whole_b is None:
+      sizes = [view[axis] for axis in outputs]
+      whole_b = np.zeros((*sizes, len(entries), rank), np.float32)
+    block = whole_b[..., number, :]
+    if fused is not None:
+      block = block[_at(outputs.index(fused), entry.part[1], None)]
+    block[...] = np.moveaxis(b, 0, -1)
+  return np.concatenate(whole_a), whole_b.reshape(-1, len(entries) * rank)
+
+
 def fold_shift(params: Params) -> Params:
   """A reward model's parameters with its bias moved into the final norm's.
 
@@ -542,8 +650,17 @@ def write_tensors(
   shapes: dict[str, tuple[int, ...]],
   tensor_fn,
   shard_bytes: int = _SHARD_BYTES,
+  stem: str = 'model',
 ) -> None:
-  """Writes float32 tensors, one at a time in memory, as safetensors files."""
+  """Writes float32 tensors, one at a time in memory, as safetensors files.
+
+  Args:
+    folder: exists.
+    shapes: name -> shape, in the order of the file.
+    tensor_fn: name -> array.
+    shard_bytes: of tensors in one file, about.
+    stem: of the files' names.
+  """
   folder = epath.Path(folder)
   shards, size = [[]], 0
   for name, shape in shapes.items():
@@ -555,9 +672,9 @@ def write_tensors(
     size += num_bytes
   weight_map, total = {}, 0
   for number, names in enumerate(shards, start=1):
-    file_name = f'model-{number:05}-of-{len(shards):05}.safetensors'
+    file_name = f'{stem}-{number:05}-of-{len(shards):05}.safetensors'
     if len(shards) == 1:
-      file_name = 'model.safetensors'
+      file_name = f'{stem}.safetensors'
     header, offset = {'__metadata__': {'format': 'pt'}}, 0
     for name in names:
       end = offset + 4 * math.prod(shapes[name])
@@ -575,7 +692,7 @@ def write_tensors(
       for name in names:
         file.write(np.ascontiguousarray(tensor_fn(name), '<f4').tobytes())
   if len(shards) > 1:
-    (folder / 'model.safetensors.index.json').write_text(
+    (folder / f'{stem}.safetensors.index.json').write_text(
       json.dumps(
         {'metadata': {'total_size': total}, 'weight_map': weight_map}, indent=2
       ),
