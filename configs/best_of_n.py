@@ -5,24 +5,27 @@
     --config.prompts=RUN/data/prompts_test.jsonl \
     --config.tokenizer=RUN/data/tokenizer --config.rl=ppo=RUN/ppo
 
-Gao et al. 2022. RL points are the snapshots of a run (`snapshot_every` of the
-PPO stage) and its final policy. Output: best_of_n.md, .json, frontier.png.
+Gao et al. 2022. The judge is the miniature's gold utility; `:reward` takes
+another reward model (--config.judge_model=FOLDER), and --config.judge any other
+by its dotted name, as in `evaluate.py`. RL points are the snapshots of a run
+(`snapshot_every` of the PPO stage) and its final policy. Output: best_of_n.md,
+.json, frontier.png.
 """
 
 from ml_collections.config_dict import placeholder
 
-from configs import common
+from configs import common, evaluate
 
 
-def get_config(argument: str = ''):
-  if argument:
-    raise ValueError(f'best_of_n has no variants: {argument!r}')
+def get_config(argument: str = 'gold'):
+  if argument not in ('gold', 'reward'):
+    raise ValueError(f'unknown judge {argument!r}; known: gold, reward')
   config = common.stage('best_of_n', 'best_of_n', 0, '')
   common.models(config)
   config.policy = ''  # Whose answers the best is taken of, and KL's reference.
   config.reward_model = ''  # The proxy: scalar folder that chooses.
-  config.judge = 'gold'  # Or 'reward': judge_model, another scalar folder.
-  config.judge_model = ''
+  config.judge = evaluate.JUDGES[argument]  # Dotted name.
+  config.judge_model = ''  # reward: scalar folder.
   # gold: seed of the world that is judged. None: as in the run in whose folder
   # the prompts lie.
   config.world_seed = placeholder(int)
@@ -38,4 +41,4 @@ def get_config(argument: str = ''):
   config.temperature = 1.0  # As in RL's rollouts.
   config.batch_size = 256  # Answers sampled at a time.
   config.num_bootstrap = 1000
-  return common.single(config, 'all')
+  return common.single(config, argument)

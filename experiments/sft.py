@@ -10,6 +10,7 @@ is the RL initialisation: it starts PPO and is its KL reference.
 
 import dataclasses
 
+import grain
 import jax
 from etils import epath
 
@@ -25,11 +26,13 @@ from instruct_jax.infra import (
 )
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import check_stage, lora_of
+from instruct_jax.types import TextBatch
 
 PROCESSES = 'all'
 
 
 def validate(config):
+  """Checks choices and sizes, each by its key."""
   run_lib.check_choice(config, 'loss_on', ('response', 'all'))
   run_lib.check_choice(config, 'select_by', ('valid_loss', 'last'))
   check_stage(config)
@@ -62,9 +65,7 @@ def build_programs(config, module, num_steps):
     max_grad_norm=config.max_grad_norm,
   )
   loss_fn = supervised.make_text_loss(model_fns.logprobs_fn(module), True)
-
   update = supervised.make_update(loss_fn, tx, config.num_microbatches)
-
   return {'optimizer': tx, 'update': jax.jit(update, donate_argnums=0)}
 
 
@@ -85,7 +86,82 @@ def check_epochs(workdir, num_done, tokenizer):
       ) from error
 
 
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """What is learned from, and what is held out.
+
+  Attributes:
+    batches: of all epochs, this process's rows of each.
+    valid_rows: held-out demonstrations.
+    num_rows: rows of demonstrations in an epoch.
+    num_dropped: demonstrations that are too long.
+  """
+
+  batches: grain.MapDataset
+  valid_rows: TextBatch
+  num_rows: int
+  num_dropped: int
+
+
+def read_data(config, tokenizer) -> Data:
+  """Reads demonstrations, and documents to mix in; says what was dropped."""
+
+  def read(what, path, pack):
+    rows, dropped = loader.demonstration_rows(
+      records.read_jsonl(path, records.Demonstration),
+      tokenizer,
+      config.row_length,
+      loss_on=config.loss_on,
+      pack=pack,
+    )
+    run_lib.tell_dropped(config.name, dropped.describe(what, 'row_length'))
+    return rows, dropped.total
+
+  rows, num_dropped = read('demonstrations', config.demonstrations, config.pack)
+  valid_rows, _ = read(
+    'held-out demonstrations', config.valid_demonstrations, False
+  )
+  num_rows = loader.num_rows(rows)
+  run_lib.check_enough(
+    num_rows, config.batch_size, 'rows of demonstrations', 'batch_size'
+  )
+  settings = {
+    'batch_size': config.batch_size,
+    'seed': config.seed,
+    'num_epochs': config.num_epochs,
+    'process_index': jax.process_index(),
+    'process_count': jax.process_count(),
+  }
+  if config.ptx_fraction:
+    text = loader.document_rows(
+      config.documents, tokenizer, config.row_length, cut=config.cut_documents
+    )
+    batches = loader.mixture(
+      rows, text, fraction=config.ptx_fraction, **settings
+    )
+  else:
+    batches = loader.make_batches(rows, **settings)
+  return Data(batches, valid_rows, num_rows, num_dropped)
+
+
+def choose_epoch(config, workdir, tokenizer) -> tuple[int, list[dict]]:
+  """The epoch by `select_by`, and the held-out loss of each."""
+  epochs = []
+  for epoch in range(1, config.num_epochs + 1):
+    folder = workdir / 'epochs' / str(epoch)
+    about = model_folder.check(folder, 'policy', tokenizer)['about']
+    epochs.append({'epoch': epoch, 'valid_loss': about['valid_loss']})
+  if config.select_by == 'valid_loss':
+    return min(epochs, key=lambda row: row['valid_loss'])['epoch'], epochs
+  return config.num_epochs, epochs
+
+
 def run(config, workdir: epath.Path):
+  """Fine-tunes a policy.
+
+  Reads `init`, demonstrations and documents to mix in; writes the model of each
+  epoch to `epochs/`, the chosen one to `model`, and epochs.json.
+  """
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   model_folder.check(config.init, 'policy', tokenizer)
@@ -94,62 +170,9 @@ def run(config, workdir: epath.Path):
     [config.init],
     [config.batch_size // config.num_microbatches, config.eval_batch_size],
   )
-
-  def demonstration_rows(path, pack):
-    return loader.demonstration_rows(
-      records.read_jsonl(path, records.Demonstration),
-      tokenizer,
-      config.row_length,
-      loss_on=config.loss_on,
-      pack=pack,
-    )
-
-  rows, dropped = demonstration_rows(config.demonstrations, config.pack)
-  valid_rows, valid_dropped = demonstration_rows(
-    config.valid_demonstrations, False
-  )
-  for what, each in (
-    ('demonstrations', dropped),
-    ('held-out demonstrations', valid_dropped),
-  ):
-    run_lib.tell_dropped(config.name, each.describe(what, 'row_length'))
-  processes = {
-    'process_index': jax.process_index(),
-    'process_count': jax.process_count(),
-  }
-  run_lib.check_enough(
-    loader.num_rows(rows),
-    config.batch_size,
-    'rows of demonstrations',
-    'batch_size',
-  )
-  if config.ptx_fraction:
-    ptx_rows = loader.document_rows(
-      config.documents,
-      tokenizer,
-      config.row_length,
-      cut=config.cut_documents,
-    )
-    batches = loader.mixture(
-      rows,
-      ptx_rows,
-      fraction=config.ptx_fraction,
-      batch_size=config.batch_size,
-      seed=config.seed,
-      num_epochs=config.num_epochs,
-      **processes,
-    )
-  else:
-    batches = loader.make_batches(
-      rows,
-      batch_size=config.batch_size,
-      seed=config.seed,
-      num_epochs=config.num_epochs,
-      **processes,
-    )
-  steps_per_epoch = len(batches) // config.num_epochs
+  data = read_data(config, tokenizer)
+  steps_per_epoch = len(data.batches) // config.num_epochs
   num_steps = steps_per_epoch * config.num_epochs
-  root = jax.random.key(config.seed)
 
   with sharding.use_mesh(mesh):
     model = model_folder.load(
@@ -173,23 +196,15 @@ def run(config, workdir: epath.Path):
       'policy', dataclasses.replace(model.config, dropout=0.0)
     )
     model = dataclasses.replace(model, module=module, params=None)
-
     valid_loss = queries.make_heldout_loss(
-      module, valid_rows, config.eval_batch_size, mesh
+      module, data.valid_rows, config.eval_batch_size, mesh
     )
 
     def save(directory, params, epoch, loss):
-      model_folder.save(
-        directory,
-        dataclasses.replace(model, params=params),
-        tokenizer,
-        {
-          'stage': config.name,
-          'seed': config.seed,
-          'epoch': epoch,
-          'valid_loss': loss,
-        },
-      )
+      about = {'stage': config.name, 'seed': config.seed}
+      about |= {'epoch': epoch, 'valid_loss': loss}
+      saved = dataclasses.replace(model, params=params)
+      model_folder.save(directory, saved, tokenizer, about)
 
     with loop.Loop(
       workdir,
@@ -202,8 +217,10 @@ def run(config, workdir: epath.Path):
       programs = steps.watched(programs)
       state = steps.restore(sharding.place(state, mesh))
       check_epochs(workdir, steps.start // steps_per_epoch, tokenizer)
-      data = loader.ahead(batches.__getitem__)
-      for step, host_batch in steps.steps_with(data):
+      root = jax.random.key(config.seed)
+      for step, host_batch in steps.steps_with(
+        loader.ahead(data.batches.__getitem__)
+      ):
         batch = sharding.put_batch(host_batch, mesh)
         state, metrics = programs['update'](
           state, frozen, batch, jax.random.fold_in(root, step)
@@ -224,32 +241,16 @@ def run(config, workdir: epath.Path):
         )
     del state
 
-    epochs = []
-    for epoch in range(1, config.num_epochs + 1):
-      about = model_folder.check(
-        workdir / 'epochs' / str(epoch), 'policy', tokenizer
-      )['about']
-      epochs.append({'epoch': epoch, 'valid_loss': about['valid_loss']})
-    if config.select_by == 'valid_loss':
-      selected = min(epochs, key=lambda row: row['valid_loss'])['epoch']
-    else:
-      selected = config.num_epochs
+    chosen, epochs = choose_epoch(config, workdir, tokenizer)
     best = model_folder.read(
-      workdir / 'epochs' / str(selected),
-      'policy',
-      mesh,
-      tokenizer,
+      workdir / 'epochs' / str(chosen), 'policy', mesh, tokenizer
     )
-    save(
-      workdir / 'model',
-      best.params,
-      selected,
-      epochs[selected - 1]['valid_loss'],
-    )
+    loss = epochs[chosen - 1]['valid_loss']
+    save(workdir / 'model', best.params, chosen, loss)
   run_lib.write_json(workdir / 'epochs.json', epochs)
   return {
-    'selected_epoch': selected,
+    'selected_epoch': chosen,
     'selected_by': config.select_by,
-    'num_rows': loader.num_rows(rows),
-    'num_dropped': dropped.total,
+    'num_rows': data.num_rows,
+    'num_dropped': data.num_dropped,
   }

@@ -4,7 +4,7 @@ A pure function of the metrics so far; the experiment prints what is new and
 the report lists all of it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, int | float | None]  # A line of metrics.jsonl.
@@ -48,7 +48,7 @@ def find(
   """
   found: dict[str, str] = {}
 
-  def add(step: float, signs: Iterator[tuple[str, str]]):
+  def add(step: int | float, signs: Iterable[tuple[str, str]]):
     for name, text in signs:
       found.setdefault(name, f'iteration {step:.0f}: {text}')
 
@@ -75,7 +75,7 @@ def find(
           'token: the alignment tax; raise ptx_coef or kl_coef, or lower the '
           'learning rate'
         )
-        add(row['step'], iter([('pretraining_loss', text)]))
+        add(row['step'], [('pretraining_loss', text)])
   return found
 
 

@@ -140,8 +140,10 @@ def prompt_rows(config, name, policy, prompts, tokenizer, prefix):
   return dataclasses.replace(prefixed, indices=rows.indices)
 
 
-def sample(config, name, policy, prompts, tokenizer, mesh, prefix=None):
-  """New answers, `samples_per_prompt` to each prompt that is short enough.
+def sample(
+  config, name, policy, prompts, tokenizer, mesh, num_samples, prefix=None
+):
+  """New answers, so many to each prompt that is short enough.
 
   An answer behind a prefix ends where the next example begins. The cut is ours,
   as a stop sequence is; the end put in its place tells the reward model that
@@ -159,7 +161,7 @@ def sample(config, name, policy, prompts, tokenizer, mesh, prefix=None):
     response_length=config.response_length,
     temperature=config.temperature,
     batch_size=config.batch_size,
-    num_samples=config.samples_per_prompt,
+    num_samples=num_samples,
   )
   ids = rollout.response_ids(sampled)
   if prefix:
@@ -167,7 +169,7 @@ def sample(config, name, policy, prompts, tokenizer, mesh, prefix=None):
       [*answer[:-1], tokenizer.end_id] if answer[-1] in stop_ids else answer
       for answer in ids
     ]
-  owners = np.repeat(rows.indices, config.samples_per_prompt)
+  owners = np.repeat(rows.indices, num_samples)
   return [
     samples_lib.Sample(
       model=name,
@@ -211,7 +213,16 @@ def kept_answers(config, model, prompts, tokenizer, prefix, load_fn, mesh):
       for answer in samples_lib.read_samples(path)
     ], 'from the cache'
   policy = load_fn(model.source)
-  answers = sample(config, model.name, policy, prompts, tokenizer, mesh, prefix)
+  answers = sample(
+    config,
+    model.name,
+    policy,
+    prompts,
+    tokenizer,
+    mesh,
+    config.samples_per_prompt,
+    prefix,
+  )
   if jax.process_index() == 0:
     samples_lib.write_samples(path, answers)
   return answers, 'sampled'
@@ -219,13 +230,13 @@ def kept_answers(config, model, prompts, tokenizer, prefix, load_fn, mesh):
 
 def choose_prefix(config, name, load_fn, prompts, tokenizer, score_fn, mesh):
   """The prefix whose answers the reward model likes best (3.5), and scores."""
-  config = config.copy_and_resolve_references()
-  config.samples_per_prompt = 1
   by_id = {prompt.id: prompt for prompt in prompts}
   prefixes, scores = read_prefixes(config.prefixes, tokenizer), []
   for number, prefix in enumerate(prefixes, start=1):
     label = f'{name}, prefix {number}'
-    answers = sample(config, label, load_fn(), prompts, tokenizer, mesh, prefix)
+    answers = sample(
+      config, label, load_fn(), prompts, tokenizer, mesh, 1, prefix
+    )
     found = score_fn([(by_id[each.prompt_id], each) for each in answers])
     scores.append(float(np.mean(found)))
   best = int(np.argmax(scores))
@@ -342,7 +353,7 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
       if reference and not model.is_prompted and name != reference.name:
         theirs = tokenizer_of(reference.source)
         if theirs.fingerprint == tokenizer.fingerprint:
-          found.kl[name] = kl_to(
+          signed, k3 = kl_of(
             config,
             load(model.source),
             load(reference.source),
@@ -351,6 +362,10 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
             tokenizer,
             mesh,
           )
+          found.kl[name] = {
+            'signed mean': float(np.mean(signed)),
+            'k3': float(np.mean(k3)),
+          }
       if config.documents and not model.is_prompted:
         policy = load(model.source)
         model_fns.check_context(policy, config.row_length, 'row_length')
@@ -373,10 +388,10 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
   return found
 
 
-def kl_to(config, policy, reference, prompts, answers, tokenizer, mesh):
-  """Mean KL of a policy to the reference over its answers, nats a response."""
+def kl_of(config, policy, reference, prompts, answers, tokenizer, mesh):
+  """KL of a policy to a reference, of each answer; `queries.kl_of_answers`."""
   by_id = {prompt.id: prompt for prompt in prompts}
-  signed, k3 = queries.kl_of_answers(
+  return queries.kl_of_answers(
     policy,
     reference,
     tokenizer.encode_prompts([by_id[each.prompt_id] for each in answers]),
@@ -386,7 +401,6 @@ def kl_to(config, policy, reference, prompts, answers, tokenizer, mesh):
     config.batch_size,
     mesh,
   )
-  return {'signed mean': float(np.mean(signed)), 'k3': float(np.mean(k3))}
 
 
 def aligned(prompts, answers: Mapping[str, Sequence[samples_lib.Sample]]):

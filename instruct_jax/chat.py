@@ -322,6 +322,7 @@ def read_models(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+  """Talks until its input ends; returns the exit status."""
   parser = command.Parser(description='Talk to a policy.')
   parser.add_argument('--checkpoint', required=True, help='policy folder')
   parser.add_argument('--compare', action='append', default=[])

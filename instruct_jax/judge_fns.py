@@ -66,11 +66,15 @@ class RewardModel(judges.Judge):
     self, config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh
   ):
     super().__init__(config, workdir, mesh)
-    self.score, tokenizer = reward_score(config, config.judge_model, mesh)
+    self._score_fn, tokenizer = reward_score(config, config.judge_model, mesh)
     self.name = (
       f'a reward model (no person): {config.judge_model}; it reads '
       f'{tokenizer.describe()}'
     )
+
+  def score(self, answers: Sequence[judges.Answer]) -> np.ndarray:
+    """Reward units; see `reward_score`."""
+    return self._score_fn(answers)
 
 
 def reward_score(

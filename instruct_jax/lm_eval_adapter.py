@@ -300,6 +300,7 @@ def load(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+  """Runs the tasks named on the command line and prints a table."""
   parser = command.Parser(
     description='lm-evaluation-harness tasks on a model folder.'
   )

@@ -41,7 +41,7 @@ _GROWTH = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _Sizes:
   """Sizes of one rollout, all of one shard of rows.
 
   Attributes:
@@ -78,14 +78,14 @@ class _Plan:
     return tuple(size for size in sizes if size >= _LEAST_SLOTS)
 
 
-def make_plan(
+def make_sizes(
   num_prompts: int,
   num_columns: int,
   num_response: int,
   num_slots: int,
   num_samples: int,
   num_shards: int,
-) -> _Plan:
+) -> _Sizes:
   """Sizes of one shard's part, from those of the whole.
 
   Raises:
@@ -107,7 +107,7 @@ def make_plan(
   widths = (
     num_columns + -(-num_response * (i + 1) // growths) for i in range(growths)
   )
-  return _Plan(
+  return _Sizes(
     prompts=prompts,
     rows=prompts * num_samples,
     samples=num_samples,
@@ -188,7 +188,7 @@ def generate_counted(
   """
   B, P = prompts.tokens.shape
   num_shards = sharding.num_batch_shards()
-  plan = make_plan(B, P, num_response, num_slots, num_samples, num_shards)
+  sizes = make_sizes(B, P, num_response, num_slots, num_samples, num_shards)
   weights = decoder.prepare(params)
   numbers = prompts.indices[:, None] * num_samples
   numbers = (numbers + jnp.arange(num_samples)[None, :]).reshape(-1)
@@ -197,7 +197,7 @@ def generate_counted(
     prompts.tokens, prompts.mask
   )
   engine = _Engine(
-    plan,
+    sizes,
     decoder,
     weights,
     tokens,
@@ -234,9 +234,9 @@ class _Engine:
   """The loops of one rollout; a state is a dict of arrays, shards first."""
 
   def __init__(
-    self, plan, decoder, weights, tokens, lengths, noise, stops, temperature
+    self, sizes, decoder, weights, tokens, lengths, noise, stops, temperature
   ):
-    self.plan = plan
+    self.sizes = sizes
     self.decoder = decoder
     self.weights = weights
     # Of each shard: rows up to the last prompt that has a token.
@@ -250,16 +250,16 @@ class _Engine:
       'tokens': tokens,
       'lengths': lengths,
       'noise': noise,
-      'rows': present * plan.samples,
+      'rows': present * sizes.samples,
     }
     self.stops = stops
     self.temperature = temperature
-    self.num_shards = tokens.shape[0] // plan.prompts
+    self.num_shards = tokens.shape[0] // sizes.prompts
 
   def start(self):
     """All slots free, nothing read."""
-    plan, D = self.plan, self.num_shards
-    S, num_columns = D * plan.slots, self.queue['tokens'].shape[1]
+    sizes, D = self.sizes, self.num_shards
+    S, num_columns = D * sizes.slots, self.queue['tokens'].shape[1]
     zeros = jnp.zeros((S,), jnp.int32)
     noise = self.queue['noise']
     return {
@@ -270,8 +270,8 @@ class _Engine:
         'token': zeros,
         'alive': jnp.zeros((S,), bool),
       },
-      'cache': self.decoder.make_cache(S, plan.widths[0]),
-      'bank': self.decoder.make_cache(D * plan.bank, num_columns),
+      'cache': self.decoder.make_cache(S, sizes.widths[0]),
+      'bank': self.decoder.make_cache(D * sizes.bank, num_columns),
       # Of each shard: the next row to be taken, and the first prompt that is
       # not in the bank nor was before.
       'next': jnp.zeros((D,), jnp.int32),
@@ -300,41 +300,41 @@ class _Engine:
   def _wants(self, queue, slots, after, end):
     """Whether a slot is free for a prompt that is not in the bank [1]."""
     free = jnp.any(~slots['alive']) & (after < queue['rows'])
-    return free & (after // self.plan.samples >= end)
+    return free & (after // self.sizes.samples >= end)
 
   def _next_prompts(self, queue, after):
     """Tokens and lengths of the prompts that the bank takes next."""
-    first = after[0] // self.plan.samples
+    first = after[0] // self.sizes.samples
     rows = jnp.minimum(
-      first + jnp.arange(self.plan.bank), self.plan.prompts - 1
+      first + jnp.arange(self.sizes.bank), self.sizes.prompts - 1
     )
     return (
       queue['tokens'][rows],
       queue['lengths'][rows],
-      jnp.full((1,), first + self.plan.bank),
+      jnp.full((1,), first + self.sizes.bank),
     )
 
   def _admit(self, queue, slots, cache, bank, after, end):
     """Free slots take rows whose prompts are in the bank."""
-    plan = self.plan
+    sizes = self.sizes
 
     def more(carry):
       slots, _, after = carry
       return (
         jnp.any(~slots['alive'])
         & (after[0] < queue['rows'][0])
-        & (after[0] // plan.samples < end[0])
+        & (after[0] // sizes.samples < end[0])
       )
 
     def take(carry):
       slots, cache, after = carry
       slot, row = jnp.argmin(slots['alive']), after[0]
-      prompt = row // plan.samples
+      prompt = row // sizes.samples
       length = queue['lengths'][prompt]
 
       def copy(to, source):
         source = jax.lax.dynamic_slice_in_dim(
-          source, prompt - end[0] + plan.bank, 1
+          source, prompt - end[0] + sizes.bank, 1
         )
         return jax.lax.dynamic_update_slice(
           to, source, (slot, *[0] * (to.ndim - 1))
@@ -385,10 +385,10 @@ class _Engine:
 
   def _record(self, queue, slots, out, token, logprob):
     """Writes down what live slots sampled; some of them end."""
-    plan = self.plan
+    sizes = self.sizes
     alive, count = slots['alive'], slots['count']
     # A slot that idles writes nowhere.
-    row = jnp.where(alive, slots['row'], plan.rows)
+    row = jnp.where(alive, slots['row'], sizes.rows)
     stopped = jnp.any(token[:, None] == self.stops[None, :], axis=1)
     out = {
       'tokens': out['tokens'].at[row, count].set(token, mode='drop'),
@@ -401,7 +401,7 @@ class _Engine:
       'length': slots['length'] + alive,
       'count': count + alive,
       'token': token,
-      'alive': alive & ~stopped & (count + 1 < plan.response),
+      'alive': alive & ~stopped & (count + 1 < sizes.response),
     }
     return slots, out
 
@@ -458,7 +458,7 @@ class _Engine:
       going = self._most_alive(state) > least
       if refills:
         going |= self._queue_left(state)
-      if width < self.plan.widths[-1]:
+      if width < self.sizes.widths[-1]:
         longest = jnp.max(jnp.where(slots['alive'], slots['length'], 0))
         going &= longest < width
       return going
@@ -479,26 +479,26 @@ class _Engine:
     return {**state, 'slots': slots, 'cache': cache}
 
   def run(self):
-    plan = self.plan
-    drains = [*plan.drains, 0]
+    sizes = self.sizes
+    drains = [*sizes.drains, 0]
     state = self.start()
-    if not plan.refills:
+    if not sizes.refills:
       state = self.fill(state)
       del state['bank']
-    for width in plan.widths:
+    for width in sizes.widths:
 
       def wider(x, width=width):
         padding = [(0, 0)] * x.ndim
         padding[2] = (0, width - x.shape[2])
         return jnp.pad(x, padding)
 
-      if width > plan.widths[0]:
+      if width > sizes.widths[0]:
         state['cache'] = jax.tree.map(wider, state['cache'])
-      state = self._steps(state, width, drains[0], plan.refills)
+      state = self._steps(state, width, drains[0], sizes.refills)
     state.pop('bank', None)
     for num_slots, least in zip(drains, drains[1:], strict=False):
       state = self._compact(state, num_slots)
-      state = self._steps(state, plan.widths[-1], least, refills=False)
+      state = self._steps(state, sizes.widths[-1], least, refills=False)
     return state
 
 

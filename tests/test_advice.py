@@ -33,6 +33,7 @@ FOLLOWED = {
   'copy it again, or name another': 'test_a_damaged_model_is_made_again',
   'makes it again; or': 'test_a_damaged_model_is_made_again',
   'Make room, or make the directory': 'test_a_disk_that_was_full',
+  'make its place writable again': 'test_a_disk_that_was_full_for_the_model',
   'Use the config it was made with': 'test_a_checkpoint_of_another_shape',
   'and there is no checkpoint in': 'test_lost_checkpoints',
   'continues from the last checkpoint that': 'test_a_moved_work_directory',
@@ -186,6 +187,16 @@ def test_a_disk_that_was_full(run, model):
   # Arrays take more; what is written of a run beside them takes less.
   message = run(*OFTEN, code=1, env={starts.FILE_LIMIT: '20000'}).stderr
   assert 'no checkpoint could be written to' in message
+  run(*OFTEN)
+  assert (run.workdir / MODEL).read_bytes() == model
+
+
+def test_a_disk_that_was_full_for_the_model(run, model):
+  run(*OFTEN)
+  shutil.rmtree(run.workdir / 'model')
+  (run.workdir / 'done.json').unlink()
+  message = run(*OFTEN, code=1, env={starts.FILE_LIMIT: '20000'}).stderr
+  assert f'the model folder {run.workdir}/model could not be' in message
   run(*OFTEN)
   assert (run.workdir / MODEL).read_bytes() == model
 

@@ -8,10 +8,11 @@ import pytest
 from etils import epath
 
 from configs import best_of_n as config_file
+from configs.evaluate import JUDGES
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.jobs import best_of_n as experiment
-from tests import test_preferences
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
       ('judge', 'scalar'),
     )
   ):
-    test_preferences.save_model(root, name, kind, tokenizer, seed)
+    tiny.save_model(root, name, kind, tokenizer, seed)
   records.write_jsonl(
     root / 'prompts.jsonl',
     [records.Prompt(f'p{i}', f'fox {i}') for i in range(6)],
@@ -40,12 +41,11 @@ def folder(tmp_path_factory):
 
 
 def make_config(folder, workdir):
-  config = config_file.get_config()
+  config = config_file.get_config('reward')
   with config.unlocked():
     config.workdir = str(workdir)
   config.policy = f'{folder}/start'
   config.reward_model = f'{folder}/proxy'
-  config.judge = 'reward'
   config.judge_model = f'{folder}/judge'
   config.rl = f'ppo={folder}/ppo,same={folder}/same'
   config.prompts = f'{folder}/prompts.jsonl'
@@ -63,7 +63,7 @@ def make_config(folder, workdir):
 def result(folder, tmp_path_factory):
   tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
   # RL that did not move: the initial policy itself.
-  test_preferences.save_model(folder, 'same/policy', 'policy', tokenizer, 0)
+  tiny.save_model(folder, 'same/policy', 'policy', tokenizer, 0)
   workdir = epath.Path(tmp_path_factory.mktemp('run'))
   experiment.run(make_config(folder, workdir), workdir)
   assert (workdir / 'frontier.png').stat().length > 1000
@@ -101,7 +101,8 @@ def test_rl_that_did_not_move_has_no_kl_and_no_fit(result):
   ('changes', 'message'),
   [
     ({'policy': ''}, 'policy is empty'),
-    ({'judge': 'x'}, "'gold', 'reward': 'x'"),
+    ({'judge': 'x'}, "judge 'x' is no dotted name"),
+    ({'judge': JUDGES['people']}, 'People gives no scores'),
     ({'judge_model': ''}, 'judge_model is empty'),
     ({'num_samples': 4}, 'at least 8.*4'),
     ({'temperature': 0.0}, 'temperature'),

@@ -11,7 +11,7 @@ from instruct_jax import chat, queries, rollout
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import samples
 from instruct_jax.types import PromptBatch
-from tests import test_preferences, tiny
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -22,8 +22,8 @@ def folder(tmp_path_factory):
   tokenizer = tokenizer_lib.train_bpe(['a fox said that he left'] * 3, 270)
   tokenizer.save(root / 'tokenizer')
   for seed, name in enumerate(('run/one', 'run/two')):
-    test_preferences.save_model(root, name, 'policy', tokenizer, seed)
-  test_preferences.save_model(root, 'reward', 'scalar', tokenizer, 5)
+    tiny.save_model(root, name, 'policy', tokenizer, seed)
+  tiny.save_model(root, 'reward', 'scalar', tokenizer, 5)
   return root
 
 

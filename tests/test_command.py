@@ -6,7 +6,7 @@ import re
 import pytest
 
 from instruct_jax.data import tokenizer as tokenizer_lib
-from tests import test_preferences
+from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = '--config=configs/labeling.py'
@@ -96,7 +96,7 @@ def places(tmp_path_factory):
   folder = tmp_path_factory.mktemp('command')
   tokenizer = tokenizer_lib.train_bpe(['a fox said that he left'] * 3, 270)
   tokenizer.save(folder / 'tokens')
-  test_preferences.save_model(folder, 'model', 'policy', tokenizer, 0)
+  tiny.save_model(folder, 'model', 'policy', tokenizer, 0)
   (folder / 'file').write_text('no records\n')
   (folder / 'prompts').write_text('{"id": "p", "text": "a fox"}\n')
   return {

@@ -36,7 +36,9 @@ def test_every_stage_of_a_pipeline_validates(variant, tmp_path):
 def test_rankings_of_people_reach_the_model_card():
   config = ppo_config_file.get_config('smoke')
   config.stages.reward.comparisons = '/export/comparisons_train.jsonl'
-  assert config.stages.evaluate.comparisons == '/export/comparisons_train.jsonl'
+  assert config.stages.evaluate.comparisons == (
+    'training labelers=/export/comparisons_train.jsonl'
+  )
 
 
 def test_workdir_and_seed_reach_every_stage():
@@ -193,7 +195,7 @@ def test_paper_sizes_build_their_abstract_ppo_state(size):
     ('sft', 'ptx_fraction', 1.5, 'ptx_fraction'),
     ('sft', 'num_microbatches', 5, 'num_microbatches 5'),
     ('reward', 'divisor', 'some', 'divisor'),
-    ('reward', 'num_folds', 1, 'num_folds'),
+    ('crossval', 'num_folds', 1, 'num_folds'),
     ('pretrain', 'row_length', 4096, 'row_length 4096'),
     ('compare', 'min_candidates', 1, 'min_candidates'),
     ('compare', 'policies.sft.share', 0.0, "share must be above 0.*'sft': 0"),
@@ -216,13 +218,14 @@ def test_bad_values_are_named(name, key, value, text):
 @pytest.mark.parametrize(
   'name',
   ['sft', 'reward', 'ppo_ptx', 'nlp_suite', 'evaluate', 'sample', 'best_of_n']
-  + ['center_reward', 'select', 'compare', 'preferences'],
+  + ['center_reward', 'select', 'compare', 'crossval', 'rloo', 'dpo'],
 )
 def test_every_stage_that_loads_a_model_takes_a_compute_dtype(name):
   if name in ('sample', 'best_of_n', 'center_reward'):
     config = importlib.import_module(f'configs.{name}').get_config()
-  elif name == 'preferences':
-    config = importlib.import_module('configs.evaluate').get_config()
+  elif name in ('rloo', 'dpo'):
+    whole = importlib.import_module(f'configs.{name}').get_config()
+    config = whole.stages[name]
   else:
     config = ppo_config_file.get_config('miniature').stages[name]
   assert config.compute_dtype == ''
@@ -231,7 +234,9 @@ def test_every_stage_that_loads_a_model_takes_a_compute_dtype(name):
     pipeline.find_experiment(config.experiment).validate(config)
 
 
-@pytest.mark.parametrize('name', ['pretrain', 'sft', 'reward', 'ppo_ptx'])
+@pytest.mark.parametrize(
+  'name', ['pretrain', 'sft', 'reward', 'ppo_ptx', 'rloo', 'dpo']
+)
 def test_unknown_variants_are_refused(name):
   with pytest.raises(ValueError, match='2t'):
     importlib.import_module(f'configs.{name}').get_config('2t')

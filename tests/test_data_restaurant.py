@@ -5,26 +5,26 @@ import unicodedata
 
 import pytest
 
-from instruct_jax.data import convert, e2e, folders, records, tokenizer
+from instruct_jax.data import convert, folders, records, restaurant, tokenizer
 
 MR = 'name[Blue Spice], eatType[coffee shop], area[city centre]'
 
 
 def test_parse_meaning_by_hand():
-  assert e2e.parse_meaning(MR) == [
+  assert restaurant.parse_meaning(MR) == [
     ('name', 'Blue Spice'),
     ('eatType', 'coffee shop'),
     ('area', 'city centre'),
   ]
-  assert e2e.parse_meaning('customer rating[5 out of 5]') == [
+  assert restaurant.parse_meaning('customer rating[5 out of 5]') == [
     ('customer rating', '5 out of 5')
   ]
-  assert e2e.prompt_text(MR) == (
+  assert restaurant.prompt_text(MR) == (
     'name: Blue Spice, eatType: coffee shop, area: city centre\n'
   )
   for bad in ('', 'name', 'name[]', 'name[a] area[b]', 'name[a], ', 'name[a]]'):
     with pytest.raises(ValueError, match='not a meaning representation'):
-      e2e.parse_meaning(bad)
+      restaurant.parse_meaning(bad)
 
 
 def test_ranks_of_scores():
@@ -38,7 +38,7 @@ def test_demonstrations_by_hand(tmp_path):
     f'mr,ref\n"{MR}",Blue  Spice is a cafe.\n"{MR}",Blue Spice is a cafe. \n'
     f'"{MR}","In the centre,\nit is."\n"{MR}",Last.\n'
   )
-  found = e2e.read_demonstrations(path)
+  found = restaurant.read_demonstrations(path)
   # The second is the first again; the third spans lines 4 and 5.
   assert [(d.response, d.id) for d in found] == [
     ('Blue Spice is a cafe.', 'e2e_nlg:2'),
@@ -70,7 +70,7 @@ def test_rankings_by_hand(tmp_path):
     + _row(texts='aaaaa')
     + _row(worker='w3', scores='1,1,1,1,1')
   )
-  found, counts = e2e.read_rankings_and_counts(path, 'quality')
+  found, counts = restaurant.read_rankings_and_counts(path, 'quality')
   assert [c.labeler for c in found] == [
     'quality:w1',
     'quality:w2',
@@ -82,10 +82,10 @@ def test_rankings_by_hand(tmp_path):
   assert found[1].completions == ('a', 'b', 'c', 'C')
   assert found[1].ranks == (2, 1, 1, 3)
   assert found[2].ranks == (1, 1, 1, 1, 1)
-  assert counts == e2e.RankingCounts(
+  assert counts == restaurant.RankingCounts(
     rows=5, tainted=1, too_few=1, merged=1, all_tied=1
   )
-  assert e2e.read_rankings(path) == found
+  assert restaurant.read_rankings(path) == found
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_bad_ranking_rows_are_named(row, expected, tmp_path):
   path = tmp_path / 'quality.csv'
   path.write_text(HEADER + _row() + row)
   with pytest.raises(records.RecordError) as info:
-    e2e.read_rankings(path)
+    restaurant.read_rankings(path)
   assert expected in str(info.value)
 
 
@@ -114,13 +114,13 @@ def test_bad_ranking_files(tmp_path):
   path = tmp_path / 'quality.csv'
   path.write_text(HEADER.replace('ref4', 'text4'))
   with pytest.raises(records.RecordError, match='csv:1: columns ref4 are miss'):
-    e2e.read_rankings(path)
+    restaurant.read_rankings(path)
   path.write_text(HEADER)
   with pytest.raises(records.RecordError, match='a header and no rows'):
-    e2e.read_rankings(path)
+    restaurant.read_rankings(path)
   path.write_bytes(HEADER.encode() + b'\xff')
   with pytest.raises(records.RecordError, match='csv:2: byte'):
-    e2e.read_rankings(path)
+    restaurant.read_rankings(path)
   with pytest.raises(records.RecordError, match=r'devset.csv: no such file'):
     _write(tmp_path, tmp_path / 'out')
 
@@ -131,15 +131,15 @@ def test_workers_are_split_by_load():
     for i in range(20)
     for _ in range(i + 1)
   ]
-  first, second = e2e.split_workers(comparisons, seed=1)
+  first, second = restaurant.split_workers(comparisons, seed=1)
   assert not first & second and len(first | second) == 20
   loads = [
     sum(c.labeler in half for c in comparisons) for half in (first, second)
   ]
   # 210 comparisons; the halves differ by less than the busiest worker's 20.
   assert sum(loads) == 210 and abs(loads[0] - loads[1]) < 20
-  assert e2e.split_workers(comparisons[::-1], seed=1) == (first, second)
-  assert e2e.split_workers(comparisons, seed=2) != (first, second)
+  assert restaurant.split_workers(comparisons[::-1], seed=1) == (first, second)
+  assert restaurant.split_workers(comparisons, seed=2) != (first, second)
 
 
 def _write(root, directory, **changes):
@@ -150,7 +150,7 @@ def _write(root, directory, **changes):
     words_per_document=50,
     valid_documents=0.2,
   )
-  return e2e.write_e2e(root, directory, **(settings | changes))
+  return restaurant.write(root, directory, **(settings | changes))
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def _check_splits(files):
     assert {p.text for p in files[f'prompts_{split}']} == prompts[split]
 
 
-def test_write_e2e(small_root, tmp_path):
+def test_write(small_root, tmp_path):
   report = _write(small_root, tmp_path / 'one')
   files = _read_all(tmp_path / 'one')
   assert len(files) == 14
@@ -245,7 +245,7 @@ def test_write_e2e(small_root, tmp_path):
 
 
 def test_real_files(data_root):
-  demonstrations = e2e.read_demonstrations(
+  demonstrations = restaurant.read_demonstrations(
     data_root / 'e2e_nlg' / 'devset.csv.gz'
   )
   # 4,672 rows, 547 representations; 151 rows repeat another exactly or but for
@@ -258,7 +258,7 @@ def test_real_files(data_root):
     ('naturalness', 2982, 107),
   ):
     path = data_root / 'e2e_rankings' / f'{criterion}.csv.gz'
-    found, counts = e2e.read_rankings_and_counts(path, criterion)
+    found, counts = restaurant.read_rankings_and_counts(path, criterion)
     assert counts.rows == rows and counts.tainted == 0
     assert len(found) == rows - counts.too_few
     assert len({c.labeler for c in found}) == workers
@@ -317,7 +317,7 @@ def test_the_same_facts_are_in_one_split(tmp_path):
     kind, _, split = name.rpartition('_')
     if kind != 'documents':
       for row in rows:
-        splits[e2e.facts(row.metadata['mr'])].add(split)
+        splits[restaurant.facts(row.metadata['mr'])].add(split)
   assert len(splits) == 40
   assert all(len(found) == 1 for found in splits.values())
   # Each is one prompt, and none of its rows is lost.
@@ -361,7 +361,7 @@ def test_repeated_sentences_are_counted(tmp_path, capsys):
 def test_an_unfinished_attempt_leaves_nothing(small_root, tmp_path):
   """What an earlier attempt wrote, with other names, goes with the next."""
   out = tmp_path / 'out'
-  with folders.writing(out, ('*',), command='e2e') as unfinished:
+  with folders.writing(out, ('*',), command='restaurant') as unfinished:
     for name in ('prompts_test', 'documents_train', 'other'):
       (unfinished / f'{name}.jsonl').write_text('old')
   (out / '.unfinished').mkdir()

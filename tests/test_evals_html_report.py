@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from instruct_jax.evals import html_report, plots, samples, sections
-from tests import test_evals_plots, test_evals_report
+from tests import made_figures, test_evals_plots
 
 _HOSTILE = (
   '<script>document.title="owned"</script>'
@@ -40,46 +40,47 @@ def rows():
       category,
       {
         'sft': answer('sft', f'p{i}', 'plain', 0.5, category),
-        'ppo_ptx': answer('ppo_ptx', f'p{i}', text, i / 10, category),
+        'my_fork': answer('my_fork', f'p{i}', text, i / 10, category),
       },
     )
     for i, category, text in found
   ]
 
 
-def make(figures):
-  return html_report.make_html(figures, plots.make_plots(figures))
+def make(shown):
+  return html_report.make_html(shown, plots.make_plots(shown))
 
 
 @pytest.fixture(scope='module')
 def page():
-  return make(
-    dataclasses.replace(test_evals_report._full(), more_samples=rows())
-  )
+  return make(made_figures.full(more_samples=rows()))
 
 
 @pytest.fixture(scope='module')
 def crowded_page():
   """Ten models with long names, many use cases, long texts, a long commit."""
   names = test_evals_plots.LONG_NAMES
-  figures = test_evals_plots.many_models()
+  shown = test_evals_plots.many_models()
   texts = ['word ' * 800, 'x' * 390, _HOSTILE, 'plain', '']
   return make(
     dataclasses.replace(
-      figures,
+      shown,
       title='A run whose title is a whole sentence about what was done with it',
       commit='0123456789abcdef' * 4,
       command='python -m instruct_jax.main ' + '--config.key=/a/path' * 20,
-      win_rate_by_category={
-        name: {
-          category: figures.win_rate[name]
-          for category in ('brainstorming', 'classification', 'y' * 60)
-        }
-        for name in names
-      },
+      outcomes=made_figures.outcomes(
+        shown.outcomes.rates,
+        {
+          name: {
+            category: shown.outcomes.rates[name]
+            for category in ('brainstorming', 'classification', 'y' * 60)
+          }
+          for name in names
+        },
+      ),
       rl_metrics={},
       alarms=['an alarm ' * 40],
-      extra={'Words': {'z' * 90: {'one': 'word ' * 40, 'two': 'w' * 90}}},
+      tables={'Words': {'z' * 90: {'one': 'word ' * 40, 'two': 'w' * 90}}},
       more_samples=[
         samples.Row(
           f'p{i}',
@@ -139,19 +140,16 @@ def test_text_from_anywhere_stays_text():
               [[f'f {_HOSTILE}', sections.Shown(f'g {_HOSTILE}', '\u202eh')]],
             ),
             sections.Bullets([f'i {_HOSTILE}']),
-            sections.LeftOut(f'j {_HOSTILE}', f'k {_HOSTILE}'),
             sections.Code(f'l {_HOSTILE}\x1b[31m'),
           ],
         )
       ],
-      tiles=[
-        {'kind': '', 'figure': '1', 'what': f'm {_HOSTILE}', 'doubt': 'n'}
-      ],
+      tiles=[sections.Claim('', '1', f'm {_HOSTILE}', f'n {_HOSTILE}')],
     )
   )
   assert [tag for tag, _ in found.tags].count('script') == 1
   assert not any('onerror' in attributes for _, attributes in found.tags)
-  for letter in 'abcdefgijklm':
+  for letter in 'abcdefgilmn':
     assert f'{letter} {_HOSTILE}' in found.text
   # Marks that reorder or control what is shown are seen as such.
   assert '\u202e' not in found.text and '\x1b' not in found.text
@@ -164,21 +162,30 @@ def test_models_and_use_cases_stay_text():
     row,
     category=f'case {_HOSTILE}',
     prompt=f'prompt {_HOSTILE}',
-    answers={'sft': row.answers['sft'], _HOSTILE: row.answers['ppo_ptx']},
+    answers={'sft': row.answers['sft'], _HOSTILE: row.answers['my_fork']},
   )
-  figures = test_evals_report._minimal(
+  shown = made_figures.minimal(
     title=f'title {_HOSTILE}',
     judge=f'judge {_HOSTILE}',
-    score_name=f'unit {_HOSTILE}',
+    unit=f'unit {_HOSTILE}',
     commit=f'commit {_HOSTILE}',
     alarms=[f'alarm {_HOSTILE}'],
-    extra={f'extra {_HOSTILE}': {'a': 1}},
+    tables={f'table {_HOSTILE}': {f'row {_HOSTILE}': {'a': 1}}},
     more_samples=[hostile],
   )
-  found = Elements(html_report.make_html(figures, {}))
+  found = Elements(html_report.make_html(shown, {}))
   assert [tag for tag, _ in found.tags].count('script') == 1
   assert not any('onerror' in attributes for _, attributes in found.tags)
-  for name in ('case', 'prompt', 'title', 'judge', 'unit', 'alarm', 'extra'):
+  for name in (
+    'case',
+    'prompt',
+    'title',
+    'judge',
+    'unit',
+    'alarm',
+    'table',
+    'row',
+  ):
     assert f'{name} {_HOSTILE}' in found.text
   assert ('article', f'case {_HOSTILE}') in [
     (tag, attributes.get('data-category')) for tag, attributes in found.tags
@@ -219,16 +226,16 @@ def test_links_lead_to_something(page, crowded_page):
 
 def test_figures_and_doubts_are_there(page):
   text = Elements(page).text
-  figures = test_evals_report._full()
-  for name, rate in figures.win_rate.items():
+  shown = made_figures.full()
+  for name, rate in shown.outcomes.rates.items():
     if name != 'sft':
       assert f'{100 * rate.rate:.0f}\u00a0%' in text
       assert f'to {100 * rate.high:.1f}\u00a0%' in text
-  assert figures.judge in text
-  assert page.count('data:image/png;base64,') == len(test_evals_report._PLOTS)
+  assert shown.judge in text
+  assert page.count('data:image/png;base64,') == len(made_figures.PLOTS)
   # What report.md says, the page says too.
-  assert 'Further figures' in text and 'realised' in text
-  for row in figures.metadata.values():
+  assert 'Slots and BLEU' in text and 'realised' in text
+  for row in shown.labels().values():
     for share in row.values():
       assert f'[{share.low:.3f}, {share.high:.3f}]' in text
 
@@ -313,7 +320,7 @@ def test_requests_and_complaints_of_a_page_are_seen(open_page):
 
 
 def test_filters_and_order_come_from_the_address(page, open_page):
-  # By falling gain of the last model over SFT: scores are i / 10.
+  # By falling gain of the last model over the baseline: scores are i / 10.
   opened = open_page(page, 'category=chat&order=gain')
   assert visible(opened) == [6, 5, 3, 1]
   assert '4 of 7 prompts' in opened.locator('#shown').inner_text()

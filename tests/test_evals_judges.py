@@ -1,11 +1,16 @@
 """Judges: scores, people, and a chat model behind a faulty local server."""
 
+import dataclasses
 import json
 
 import pytest
+from etils import epath
 
+from configs import evaluate as config_file
+from instruct_jax import judge_fns
 from instruct_jax.data import records
-from instruct_jax.evals import endpoint, judges, preferences
+from instruct_jax.evals import chat_judge as chat
+from instruct_jax.evals import judges, preferences
 from instruct_jax.evals.samples import Sample
 from instruct_jax.miniature import gold, tasks, world
 from tests.fake_server import Fault, serve
@@ -23,71 +28,128 @@ def pair(first='red', second='the colour red', prompt=PROMPT):
   )
 
 
-def test_scores_decide_and_are_asked_once():
-  asked = []
+def make(name, workdir, **changes):
+  """The judge of configs/evaluate.py:NAME, or of a dotted name."""
+  config = config_file.get_config(
+    name if name in config_file.JUDGES else 'gold'
+  )
+  config.judge = config_file.JUDGES.get(name, name)
+  config.update(changes)
+  judge = judge_fns.find(config.judge)
+  judge.validate(config)
+  return judge(config, epath.Path(workdir), None)
 
-  def score(answers):
-    asked.extend(answers)
-    return [len(a.response) for _, a in answers]
 
+class Says(judges.Judge):
+  """Says what a function of the first answer's text says."""
+
+  def __init__(self, say):
+    super().__init__(None, epath.Path('/nowhere'), None)
+    self._say = say
+
+  def compare(self, pairs):
+    return [self._say(pair.first.response) for pair in pairs]
+
+
+def judged(judge, pairs):
+  """What `ask_both_orders` returns, without what has no outcome."""
+  found, account = judges.ask_both_orders(judge, pairs)
+  return [j for j in found if j.outcome is not None], account
+
+
+def length(prompts, responses, metadata):
+  """A judge of a user: a function of the texts."""
+  assert len(prompts) == len(responses) == len(metadata)
+  return [len(response) for response in responses]
+
+
+def test_a_function_of_the_texts_judges_by_its_dotted_name(tmp_path):
+  judge = make('tests.test_evals_judges.length', tmp_path)
   pairs = [pair(), pair('same', 'size'), pair('long one', 'no')]
-  found, account = judges.compare_both_orders(judges.by_score(score), pairs)
+  answers = [(p.prompt, a) for p in pairs for a in (p.first, p.second)]
+  scores = judge.score(answers)
+  assert list(scores) == [3, 14, 4, 4, 8, 2]
+  scored = [
+    dataclasses.replace(a, score_gold=float(score))
+    for (_, a), score in zip(answers, scores, strict=True)
+  ]
+  pairs = [
+    judges.Pair(PROMPT, *both)
+    for both in zip(scored[::2], scored[1::2], strict=True)
+  ]
+  found, account = judges.ask_both_orders(judge, pairs)
   assert [j.outcome for j in found] == [0.0, 0.5, 1.0]
-  assert len(asked) == 6
   assert (found[0].model, found[0].other) == ('x', 'y')
   assert found[0].log_length_ratio == pytest.approx(-0.6931, abs=1e-4)
   assert found[0].category == 'open qa'
   assert account == judges.Account(pairs=3, judgements=3)
+  assert found[0].orders[0].raw == 'scores 3 and 14'
+  assert 'tests.test_evals_judges.length' in judge.name
+
+
+@pytest.mark.parametrize(
+  ('name', 'message'),
+  [
+    ('nowhere', 'judge'),
+    ('instruct_jax.nowhere.f', 'judge .*instruct_jax.nowhere'),
+    ('instruct_jax.evals.judges.LIKERT', 'must be a function of texts'),
+    ('instruct_jax.evals.judges.Pair', 'or a class of judges.Judge'),
+    ('reward', 'judge_model is empty; the judge .*RewardModel needs it'),
+    ('people', 'rankings is empty; the judge .*People needs it'),
+    ('http', 'endpoint.url is empty; the judge .*ChatJudge needs it'),
+  ],
+)
+def test_judges_that_cannot_judge_are_named(name, message, tmp_path):
+  with pytest.raises(ValueError, match=message) as error:
+    make(name, tmp_path)
+  assert '\n' not in str(error.value)
 
 
 def test_position_bias_cancels_and_is_counted():
-  def first_is_best(pairs):
-    return [[judges.Verdict(1.0)] for _ in pairs]
-
-  found, account = judges.compare_both_orders(first_is_best, [pair()])
+  found, account = judged(Says(lambda text: [judges.Verdict(1.0)]), [pair()])
   assert found[0].outcome == 0.5 and found[0].contradicts
   assert account.contradictions == 1
 
 
 def test_nothing_is_dropped_silently():
-  def moody(pairs):
-    verdicts = {
-      'red': [judges.Verdict(1.0)],
-      'the colour red': [judges.Verdict(None)],
-      'blue': [],
-    }
-    return [verdicts.get(p.first.response, []) for p in pairs]
-
+  verdicts = {
+    'red': [judges.Verdict(1.0)],
+    'the colour red': [judges.Verdict(None)],
+  }
   pairs = [pair(), pair('blue', 'red'), pair('', 'red')]
-  found, account = judges.compare_both_orders(moody, pairs)
+  found, account = judged(Says(lambda text: verdicts.get(text, [])), pairs)
   assert not found
+  # Of the other two pairs one order alone has a verdict.
   assert account == judges.Account(pairs=3, unjudged=2, unparsed=1, empty=1)
 
 
-def test_gold_judge_agrees_with_the_gold_utility(rng):
+def test_the_gold_judge_is_the_utility_of_its_world(rng, tmp_path):
   the_world = world.make_world(3)
   prompts = tasks.write_prompts(the_world, 20, rng)
-  score = judges.gold_score(3)
-  rate = judges.gold_rating(3)
+  judge = make('gold', tmp_path, world_seed=3)
+  assert judge.is_ceiling and judge.account() == {'world_seed': 3}
   for prompt in prompts[:5]:
-    judged = gold.judge(prompt, 'the wolf is red .', the_world)
+    said = gold.judge(prompt, 'the wolf is red .', the_world)
     found = [(prompt, answer('x', 'the wolf is red .', prompt=prompt))]
-    assert score(found) == [gold.utility(judged)]
-    rating = rate(found)[0][0]
-    assert rating.labels['hallucination'] == judged.hallucination
-    assert rating.likert == judges.gold_likert(judged)
-    assert rating.likert - 1 <= 7 * gold.utility(judged) <= rating.likert
-    applies = judged.satisfies_constraint is not None
+    assert judge.score(found) == [gold.utility(said)]
+    rating = judge.rate(found)[0][0]
+    assert rating.labels['hallucination'] == said.hallucination
+    assert rating.likert - 1 <= 7 * gold.utility(said) <= rating.likert
+    applies = said.satisfies_constraint is not None
     assert ('satisfies_constraint' in rating.labels) == applies
+  # Whether a label applies is no matter of the answer.
+  assert judge.knows(prompts[0]) and not judge.knows(PROMPT)
+  with pytest.raises(ValueError, match="'p1' is no task of the miniature"):
+    judge.score([(PROMPT, answer('x', 'red'))])
 
 
 # --- People -------------------------------------------------------------------
 
 
-def rankings(tmp_path, *comparisons):
+def people(tmp_path, *comparisons):
   path = tmp_path / 'rankings.jsonl'
   records.write_jsonl(path, comparisons)
-  return judges.read_rankings(path)
+  return make('people', tmp_path, rankings=str(path))
 
 
 def ranking(labeler, ranks, **metadata):
@@ -101,39 +163,39 @@ def ranking(labeler, ranks, **metadata):
 
 
 def test_people_judge_by_their_ranks(tmp_path):
-  compare, _, labelers = rankings(
+  judge = people(
     tmp_path,
     ranking('ann', (1, 2, 3)),
     ranking('bob', (1, 1, 2)),
     ranking('cy', (3, 2, 1)),
   )
-  assert labelers == ['ann', 'bob', 'cy']
-  found, account = judges.compare_both_orders(compare, [pair()])
+  assert judge.name.startswith('people (3 by name)')
+  found, account = judged(judge, [pair()])
   assert {j.labeler: j.outcome for j in found} == {
     'ann': 1.0,
     'bob': 0.5,
     'cy': 0.0,
   }
   assert account.judgements == 3 and account.contradictions == 0
-  _, account = judges.compare_both_orders(compare, [pair('green', 'red')])
+  _, account = judged(judge, [pair('green', 'red')])
   assert account.unjudged == 1
 
 
 def test_anonymous_rankings_are_judgements_of_their_own(tmp_path):
-  compare, _, names = rankings(
+  judge = people(
     tmp_path,
     ranking('', (1, 2, 3)),
     ranking('', (2, 1, 3)),
     ranking('ann', (1, 2, 3)),
     ranking('ann', (2, 1, 3)),  # She was asked twice.
   )
-  found, account = judges.compare_both_orders(compare, [pair()])
+  found, account = judged(judge, [pair()])
   assert [(j.labeler, j.outcome) for j in found] == [
     ('', 1.0), ('', 0.0), ('ann', 1.0), ('ann', 0.0),
   ]  # fmt: skip
   assert account == judges.Account(pairs=1, judgements=4)
   assert not any(j.contradicts for j in found)
-  assert names == ['ann']
+  assert judge.name.startswith('people (1 by name)')
   # Nobody knows how many people the nameless rankings are.
   assert preferences.rates(found).by_labeler is None
 
@@ -147,15 +209,10 @@ def test_verdicts_of_one_order_alone_are_counted():
     ],
     'the colour red': [judges.Verdict(0.0, 'ann'), judges.Verdict(1.0)],
   }
-  found, account = judges.ask_both_orders(
-    lambda pairs: [said[p.first.response] for p in pairs], [pair()]
-  )
+  found, account = judges.ask_both_orders(Says(said.get), [pair()])
   # Ann's meet; which of two nameless verdicts the third belongs to is unknown.
   assert [j.outcome for j in found] == [1.0, None, None, None]
   assert account == judges.Account(pairs=1, one_order=3, judgements=1)
-  assert len(judges.compare_both_orders(
-    lambda pairs: [said[p.first.response] for p in pairs], [pair()]
-  )[0]) == 1  # fmt: skip
 
 
 def test_a_text_ranked_twice_is_rated_twice(tmp_path):
@@ -163,15 +220,15 @@ def test_a_text_ranked_twice_is_rated_twice(tmp_path):
     'name a colour', ('red', 'no', 'red'), (1, 2, 3), labeler='ann',
     metadata={'likert': [6, 1, 4]},
   )  # fmt: skip
-  compare, rate, _ = rankings(tmp_path, twice)
-  found = rate([(PROMPT, answer('x', 'red'))])[0]
+  judge = people(tmp_path, twice)
+  found = judge.rate([(PROMPT, answer('x', 'red'))])[0]
   assert [rating.likert for rating in found] == [6.0, 4.0]
   # Mean rank 2 against 2: a tie.
-  assert compare([pair('red', 'no')])[0][0].preference == 0.5
+  assert judge.compare([pair('red', 'no')])[0][0].preference == 0.5
 
 
 def test_people_rate(tmp_path):
-  _, rate, _ = rankings(
+  judge = people(
     tmp_path,
     ranking(
       'ann',
@@ -180,7 +237,7 @@ def test_people_rate(tmp_path):
       labels=[{'hallucination': False}, {}, {'hallucination': True}],
     ),
   )
-  found = rate(
+  found = judge.rate(
     [(PROMPT, answer('x', text)) for text in ('red', 'the colour red', 'mauve')]
   )
   assert found[0] == [judges.Rating(6.0, {'hallucination': False}, 'ann')]
@@ -198,7 +255,7 @@ def test_people_rate(tmp_path):
 )
 def test_malformed_ratings_are_named(tmp_path, metadata, message):
   with pytest.raises(records.RecordError, match=f'record 1.*{message}'):
-    rankings(tmp_path, ranking('ann', (1, 2, 3), **metadata))
+    people(tmp_path, ranking('ann', (1, 2, 3), **metadata))
 
 
 # --- A chat model -------------------------------------------------------------
@@ -214,13 +271,21 @@ def reply(text, prompt_tokens=10, completion_tokens=2):
   }
 
 
-def chat_judge(url, tmp_path):
-  asking = endpoint.Endpoint(
-    endpoint.Settings(url=url, timeout=2.0, num_workers=2),
-    tmp_path / 'journal.jsonl',
-    sleep=lambda seconds: None,
+def chat_judge(url, workdir):
+  workdir.mkdir(exist_ok=True)
+  config = config_file.get_config('http')
+  config.endpoint.update(
+    {
+      'url': url,
+      'key_variable': '',
+      'timeout': 2.0,
+      'num_workers': 2,
+      'model': 'some-model',
+      'prompt_price': 1.0,
+      'completion_price': 5.0,
+    }
   )
-  return judges.ChatJudge(asking, 'some-model', judges.Prices(1.0, 5.0))
+  return make('http', workdir, endpoint=config.endpoint)
 
 
 def content_of(body):
@@ -240,25 +305,24 @@ def prefers_short(body, number):
 def test_a_chat_model_compares_in_both_orders(tmp_path):
   with serve(prefers_short) as (url, requests):
     judge = chat_judge(url, tmp_path)
-    found, account = judges.compare_both_orders(
-      judge.compare, [pair(), pair('a long answer', 'no')]
-    )
+    found, account = judged(judge, [pair(), pair('a long answer', 'no')])
     assert [j.outcome for j in found] == [1.0, 0.0]
     assert account.contradictions == 0
     # 4 replies of 10 and 2 tokens, at 1 and 5 a million.
-    assert judge.cost() == {
+    cost = {
       'replies': 4,
       'replies without usage': 0,
       'prompt_tokens': 40,
       'completion_tokens': 8,
       'cost': pytest.approx(80e-6),
     }
+    used = judge.account()
+    assert used == used | cost | {'requests': 4, 'remembered': 0}
     # A second run is free, and knows what the result had cost.
     again = chat_judge(url, tmp_path)
-    judges.compare_both_orders(
-      again.compare, [pair(), pair('a long answer', 'no')]
-    )
-    assert again.cost() == judge.cost()
+    judged(again, [pair(), pair('a long answer', 'no')])
+    used = again.account()
+    assert used == used | cost | {'requests': 0, 'remembered': 4}
   assert len(requests) == 4
   body = requests[0][1]
   assert (body['model'], body['temperature']) == ('some-model', 0)
@@ -275,9 +339,7 @@ def test_faults_and_nonsense_are_survived_and_counted(tmp_path):
 
   with serve(answer_of) as (url, _):
     judge = chat_judge(url, tmp_path)
-    found, account = judges.compare_both_orders(
-      judge.compare, [pair('gibberish', 'red'), pair()]
-    )
+    found, account = judged(judge, [pair('gibberish', 'red'), pair()])
   assert len(found) == 1
   assert account == judges.Account(pairs=2, unparsed=1, judgements=1)
 
@@ -326,7 +388,7 @@ THINKING = '<think>Is {"better": 1} or {"better": 2} right? {x}</think>'
   ],
 )
 def test_a_preference_is_found_wherever_it_stands(text, preference):
-  assert judges.read_preference(text) == preference
+  assert chat.read_preference(text) == preference
 
 
 @pytest.mark.parametrize(
@@ -337,16 +399,16 @@ def test_a_preference_is_found_wherever_it_stands(text, preference):
 )  # fmt: skip
 def test_what_is_no_preference(text):
   with pytest.raises(ValueError):
-    judges.read_preference(text)
+    chat.read_preference(text)
 
 
 def test_a_rating_is_found_wherever_it_stands():
   text = '<think>{"overall": 1}</think> {fine} {"overall": 6, "x": 1} {}'
-  assert judges.read_rating(text) == judges.Rating(6.0, {})
+  assert chat.read_rating(text) == judges.Rating(6.0, {})
   with pytest.raises(ValueError, match='contradictory'):
-    judges.read_rating('{"overall": 6} {"overall": 5}')
+    chat.read_rating('{"overall": 6} {"overall": 5}')
   with pytest.raises(ValueError, match='"overall" is 8'):
-    judges.read_rating('{"overall": 8}')
+    chat.read_rating('{"overall": 8}')
 
 
 def test_reasoning_around_the_verdict_reaches_the_judgement(tmp_path):
@@ -367,7 +429,7 @@ def test_reasoning_around_the_verdict_reaches_the_judgement(tmp_path):
   pairs = [pair('red', 'red'), pair('gibberish', 'red')]
   with serve(answer_of) as (url, _):
     judge = chat_judge(url, tmp_path)
-    found, account = judges.ask_both_orders(judge.compare, pairs)
+    found, account = judges.ask_both_orders(judge, pairs)
   assert account == judges.Account(
     pairs=2, unparsed=1, judgements=1, contradictions=1
   )

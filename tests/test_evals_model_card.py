@@ -5,26 +5,12 @@ import dataclasses
 import pytest
 
 from instruct_jax.evals import model_card, win_rate
-from tests import test_evals_report
-
-FACTS = model_card.Facts(
-  name='a <run>',
-  date='2026-01-02',
-  policy_parameters=1_000_000,
-  reward_parameters=1_000_001,
-  world='A made-up world.',
-  people=False,
-  hyper_parameters={'ppo': {'kl_coef': 0.02, 'num_episodes': 256}},
-  compute={'sft': 6e12, 'ppo': 8.64e19},
-)
-
-
-def figures():
-  return test_evals_report._full()
+from tests.made_figures import full, minimal
 
 
 def test_sections_and_figures_are_there():
-  card = model_card.make_card(figures(), FACTS)
+  shown = full(title='a <run>')
+  card = model_card.make_card(shown)
   for section in (
     '## Details',
     '## Use',
@@ -34,63 +20,66 @@ def test_sections_and_figures_are_there():
     '### Compute',
     '## Performance',
     '## Limitations',
-    '### Of this model',
+    '### Of these models',
     '### Of the method',
     '## Not evaluated',
   ):
     assert f'\n{section}\n' in card
-  assert '1,000,000 parameters' in card
+  assert '| my_fork | 1,000,000 parameters |' in card
   assert 'kl_coef 0.02' in card
   assert '1.00e+00' in card  # 8.64e19 operations are a petaflop/s-day.
   assert 'a &#60;run&#62;' in card
-  for rate in figures().win_rate.values():
+  for rate in shown.outcomes.rates.values():
     assert f'{rate.rate:.3f}' in card
-  for likert in figures().likert.values():
+  for likert in shown.likert().values():
     assert f'{likert.mean:.3f} [{likert.low:.3f}' in card
 
 
 def test_programs_are_not_passed_off_as_people():
-  card = model_card.make_card(figures(), FACTS)
+  shown = full()
+  card = model_card.make_card(shown)
   assert 'programs with tastes' in card
   assert 'preferences of people' in card
-  people = dataclasses.replace(FACTS, people=True)
-  card = model_card.make_card(figures(), people)
-  assert 'programs with tastes' not in card
-  assert 'preferences of people' not in card
+  people = dataclasses.replace(shown.world, has_people=True)
+  for world in (people, None):  # None: nothing is known of the data.
+    card = model_card.make_card(dataclasses.replace(shown, world=world))
+    assert 'programs with tastes' not in card
+    assert 'preferences of people' not in card
 
 
 def test_what_was_not_measured_is_named():
-  nothing = dataclasses.replace(
-    figures(), reward_model=None, pretraining_loss=None, metadata={}
-  )
-  missing = '\n'.join(model_card.not_evaluated(nothing, FACTS))
-  for text in ('reward-model accuracy', 'pretraining loss', 'public NLP suite'):
-    assert text in missing
-  assert 'Likert' not in missing
-  no_likert = dataclasses.replace(figures(), likert={})
-  assert 'Likert' in '\n'.join(model_card.not_evaluated(no_likert, FACTS))
+  def missing(shown):
+    return model_card.make_card(shown).split('## Not evaluated')[1]
+
+  nothing = missing(minimal())
+  for text in (
+    'reward-model accuracy',
+    'loss on pretraining text',
+    'public NLP suite',
+    'overall quality, 1 to 7',
+  ):
+    assert text in nothing
+    assert (text in missing(full())) == (text == 'public NLP suite')
 
 
 def test_the_suite_is_a_table_of_models():
   interval = win_rate.Interval
-  facts = dataclasses.replace(
-    FACTS,
+  shown = full(
     suite={
       'drop, zeroshot, F1': {'sft': interval(12.0, 10.0, 14.0, 50)},
       'truthful_qa, qa, true': {
         'sft': interval(0.5, 0.4, 0.6, 30),
-        'ppo': interval(0.25, 0.2, 0.3, 30),
+        'my_fork': interval(0.25, 0.2, 0.3, 30),
       },
     },
     suite_judges={'truthful_qa': 'a local | scorer'},
   )
-  card = model_card.make_card(figures(), facts)
-  assert '| task | SFT | PPO |' in card
+  card = model_card.make_card(shown)
+  assert '| task | sft | my_fork |' in card
   assert '| drop, zeroshot, F1 | 12.000 [10.000, 14.000] | – |' in card
   assert '| 0.250 [0.200, 0.300] |' in card
   assert 'truthful_qa is judged by a local &#124; scorer.' in card
-  missing = '\n'.join(model_card.not_evaluated(figures(), facts))
-  assert 'NLP suite' not in missing
+  assert 'NLP suite' not in card.split('## Not evaluated')[1]
 
 
 def test_labelers_of_the_labeling_site_are_described():
@@ -114,8 +103,7 @@ def test_labelers_of_the_labeling_site_are_described():
       }
     ],
   }
-  facts = dataclasses.replace(FACTS, labeling=statistics)
-  card = model_card.make_card(figures(), facts)
+  card = model_card.make_card(full(labeling=statistics))
   assert '| labelers | 2 |' in card
   assert '| answers of kind demonstration | 7 |' in card
   assert 'training/1, training/2' in card
@@ -123,8 +111,7 @@ def test_labelers_of_the_labeling_site_are_described():
   assert '| anna | labeler | 40 | 93.500 | 0.125 | – |' in card
   assert 'programs with tastes' not in card
   # Who judged is another matter.
-  missing = '\n'.join(model_card.not_evaluated(figures(), facts))
-  assert 'all judgements are by programs' in missing
+  assert 'all judgements are by programs' in card
 
 
 def test_operations_by_hand():
@@ -132,18 +119,21 @@ def test_operations_by_hand():
   # 3 policy and 2 scalar forwards, 2 x 3 x 100 + 2 x 2 x 10 = 640 a token;
   # updates 6 x 110 = 660 an epoch; 4 tokens: (640 + 2 x 660) x 4 = 7,840;
   # and 6 x 100 x 7 = 4,200 for the text.
-  assert model_card.ppo_operations(100, 10, 2, 2, 2, 7) == 7_840 + 4_200
+  operations = model_card.rl_operations(100, 10, 10, 2, 2, 2, 7)
+  assert operations == 7_840 + 4_200
+  # Without reward and value model, 4 tokens: (2 x 300 + 2 x 600) x 4 = 7,200.
+  assert model_card.rl_operations(100, 0, 0, 2, 2, 2, 0) == 7_200
   assert model_card.petaflop_days(8.64e19) == pytest.approx(1)
 
 
 def test_the_papers_compute_comes_out():
   # 175B (paper 5.1): SFT 4.9 petaflop/s-days, PPO-ptx 60. Lengths are not
   # printed; full contexts of 2,048 give 5.1 for 16 epochs of 12,725
-  # demonstrations. RL: 256,000 episodes of some 400 tokens, a 6B reward model,
-  # and eight full contexts of text for each.
+  # demonstrations. RL: 256,000 episodes of some 400 tokens, 6B reward and value
+  # models, and eight full contexts of text for each.
   sft = model_card.training_operations(175e9, 16 * 12_725 * 2048)
   assert model_card.petaflop_days(sft) == pytest.approx(4.9, rel=0.05)
-  rl = model_card.ppo_operations(
-    175e9, 6e9, 256_000, 400, 1, 256_000 * 8 * 2048
+  rl = model_card.rl_operations(
+    175e9, 6e9, 6e9, 256_000, 400, 1, 256_000 * 8 * 2048
   )
   assert model_card.petaflop_days(rl) == pytest.approx(60, rel=0.15)

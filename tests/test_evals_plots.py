@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from instruct_jax.evals import overoptimization, plots, run_figures, win_rate
-from tests import test_evals_report
+from instruct_jax.evals import figures, overoptimization, plots, win_rate
+from tests import made_figures
 
 LONG_NAMES = [
   'sft',
@@ -39,22 +39,25 @@ def full(**changes):
         if 'eval/pretraining_loss' in row
         else {}
       )
-      for row in test_evals_report._rl_rows(slope)
+      for row in made_figures.rl_rows(slope)
     ]
-    for model, slope in (('ppo', 0.1), ('ppo_ptx', 0.01))
+    for model, slope in (('my_fork', 0.1), ('other fork', 0.01))
   }
-  return test_evals_report._full(**({'rl_metrics': runs} | changes))
+  return made_figures.full(**({'rl_metrics': runs} | changes))
 
 
 def many_models():
   """Ten models with names that do not fit on a line."""
   rates = [0.1 * (i + 0.5) for i in range(len(LONG_NAMES))]
-  return test_evals_report._minimal(
-    win_rate={
-      name: win_rate.WinRate(rate, rate - 0.03, rate + 0.03, 500)
-      for name, rate in zip(LONG_NAMES, rates, strict=True)
-    },
-    metadata={
+  return made_figures.minimal(
+    models=LONG_NAMES,
+    outcomes=made_figures.outcomes(
+      {
+        name: made_figures.rates(rate, 0.03, 500)
+        for name, rate in zip(LONG_NAMES, rates, strict=True)
+      }
+    ),
+    ratings={
       name: {
         'a label that is long ' * 4: interval(rate),
         'rude': interval(rate / 100, 0.0003),
@@ -62,8 +65,7 @@ def many_models():
       for name, rate in zip(LONG_NAMES, rates, strict=True)
     },
     rl_metrics={
-      name: test_evals_report._rl_rows(0.1 * i)
-      for i, name in enumerate(LONG_NAMES)
+      name: made_figures.rl_rows(0.1 * i) for i, name in enumerate(LONG_NAMES)
     },
     judge='a judge whose name is a sentence ' * 12,
   )
@@ -134,18 +136,18 @@ def whiskers(axis):
 
 def test_every_kind_of_plot_is_looked_at(drawn):
   names = {name.split(' ')[1] for name in drawn if name.startswith('full')}
-  assert names == test_evals_report._PLOTS | {'probes.png'}
+  assert names == made_figures.PLOTS | {'probes.png'}
 
 
 def test_labels_of_answers_have_their_intervals():
   """In percent, as the bars are, for every model and label."""
-  figures = test_evals_report._minimal(
-    metadata={
+  shown = made_figures.minimal(
+    ratings={
       'sft': {'rude': win_rate.Interval(0.013, 0.007, 0.02, 1000)},
-      'ppo': {'rude': win_rate.Interval(0.014, 0.008, 0.021, 1000)},
+      'my_fork': {'rude': win_rate.Interval(0.014, 0.008, 0.021, 1000)},
     }
   )
-  (axis,) = plots.draw(figures)['metadata.png'].axes
+  (axis,) = plots.draw(shown)['metadata.png'].axes
   assert whiskers(axis) == [
     pytest.approx((0.7, 2.0)),
     pytest.approx((0.8, 2.1)),
@@ -259,18 +261,22 @@ def test_public_tasks_begin_before_rl_and_name_their_unit(drawn):
   assert axis.lines[0].get_xdata()[0] == 0
 
 
-def test_models_of_the_user_keep_their_names():
-  rates = {'ppo_ptx': (0.6, 0.5, 0.7), 'my_model': (0.4, 0.3, 0.5)}
-  figure = plots._draw_win_rates(rates, 'sft', '9 prompts', 'j', plots._wrapped)
-  text = text_of(figure)
-  assert 'ppo_ptx' in text and 'my_model' in text and 'against sft' in text
+def test_models_keep_their_names_and_colours(drawn):
+  text = text_of(drawn['full win_rate.png'])
+  assert 'my_fork' in text and 'against sft' in text
+  colours = {
+    line.get_color()
+    for line in drawn['full rl.png'].axes[0].lines
+    if line.get_alpha() is None
+  }
+  looks = plots._of_models(full())
+  assert colours == {looks['my_fork'][0], looks['other fork'][0]}
 
 
 def test_ten_models_are_told_apart():
   looks = plots._looks(LONG_NAMES)
   assert len({colour for colour, _ in looks.values()}) == len(LONG_NAMES)
   assert len(set(looks.values())) == len(LONG_NAMES)
-  assert looks['sft'][0] == plots.COLOURS['sft']
   # More than there are colours: the mark differs.
   assert len(set(plots._looks([str(i) for i in range(15)]).values())) == 15
 
@@ -282,12 +288,12 @@ def test_all_that_a_run_may_lack_or_have_once(recwarn):
     {'step': 1, 'objective/kl': 0.0, 'objective/score': -2.0}
     | {'objective/length': 5.0, 'ppo/policy/clipfrac': 0.0}
   ]
-  figures = test_evals_report._minimal(
-    rl_metrics={'ppo': flat, 'ppo_ptx': []},
-    sft_epochs=[run_figures.SftEpoch(1, math.nan)],
-    metadata={'sft': {}, 'ppo': {'rude': interval(0.0, 0.0)}},
+  shown = made_figures.minimal(
+    rl_metrics={'my_fork': flat, 'other': []},
+    epochs={'sft': figures.Epochs([{'epoch': 1, 'valid_loss': math.nan}])},
+    ratings={'sft': {}, 'my_fork': {'rude': interval(0.0, 0.0)}},
   )
-  found = plots.draw(figures)
+  found = plots.draw(shown)
   assert set(found) == {
     'win_rate.png',
     'metadata.png',
@@ -305,7 +311,6 @@ def test_all_that_a_run_may_lack_or_have_once(recwarn):
   assert all(line.get_marker() for line in clipped.lines)
   score = found['rl.png'].axes[0]
   assert score.get_ylim()[0] < -2 < score.get_ylim()[1]
-  assert plots.draw(test_evals_report._minimal(win_rate={})) == {}
 
 
 def test_running_mean_is_centred():

@@ -37,9 +37,9 @@ def test_prompts_weigh_the_same_however_many_people_judged():
     judgement('a', 'x', 'sft', 1.0, labeler=name) for name in ('u', 'v', 'w')
   ] + [judgement('b', 'x', 'sft', 0.0, labeler='u')]
   found = preferences.rates(rows)
-  assert found.by_prompt.mean == pytest.approx(0.5)
+  assert found.rate == pytest.approx(0.5)
   assert found.by_labeler.mean == pytest.approx(0.5)
-  assert found.by_prompt.num_clusters == 2
+  assert found.num_prompts == 2
   assert found.by_labeler.num_clusters == 3
   assert found.num_judgements == 4
 
@@ -48,16 +48,22 @@ def test_one_labeler_has_no_interval_by_labeler():
   assert preferences.rates([judgement('a', 'x', 'y', 1.0)]).by_labeler is None
 
 
-def test_rates_equal_win_rate_on_scores(rng):
-  scores, baseline = rng.integers(0, 3, (2, 200)).astype(float)
-  rows = [
-    judgement(str(i), 'x', 'sft', (np.sign(a - b) + 1) / 2)
-    for i, (a, b) in enumerate(zip(scores, baseline, strict=True))
-  ]
-  ours = preferences.rates(rows).by_prompt
-  theirs = win_rate.win_rate(scores, baseline, [str(i) for i in range(200)])
-  assert (ours.mean, ours.low, ours.high) == pytest.approx(
-    (theirs.rate, theirs.low, theirs.high)
+def test_ties_count_one_half_and_samples_of_a_prompt_share_its_weight():
+  # Prompt a: 1, 0 and a tie: 0.5. Prompt b: one win. (0.5 + 1) / 2 = 0.75.
+  rows = [judgement('a', 'x', 'y', each) for each in (1.0, 0.0, 0.5)]
+  found = preferences.rates([*rows, judgement('b', 'x', 'y', 1.0)])
+  assert (found.rate, found.num_prompts) == (0.75, 2)
+  assert found.low == 0.5 and found.high == 1.0
+
+
+def test_rates_redraw_prompts(rng):
+  outcomes = rng.integers(0, 3, 200) / 2
+  found = preferences.rates(
+    [judgement(str(i), 'x', 'y', y) for i, y in enumerate(outcomes)]
+  )
+  plain = win_rate.mean_interval(outcomes, range(200))
+  assert (found.rate, found.low, found.high) == pytest.approx(
+    (plain.mean, plain.low, plain.high)
   )
 
 
@@ -68,7 +74,7 @@ def test_labelers_who_differ_widen_the_interval():
     for i in range(100)
   ]
   found = preferences.rates(rows)
-  assert found.by_prompt.high - found.by_prompt.low < 0.25
+  assert found.high - found.low < 0.25
   assert (found.by_labeler.low, found.by_labeler.high) == (0.0, 1.0)
 
 
@@ -131,7 +137,7 @@ def test_categories():
     judgement('b', 'x', 'y', 0.0, cat='open qa'),
   ]
   found = preferences.rates_by_category(rows)
-  assert {name: rate.by_prompt.mean for name, rate in found.items()} == {
+  assert {name: rate.rate for name, rate in found.items()} == {
     'chat': 1.0,
     'open qa': 0.0,
   }
@@ -207,9 +213,30 @@ def test_an_interval_of_the_size_asked_for_just_separates():
   rows = [judgement(str(i), 'x', 'y', float(i % 5 < 3)) for i in range(100)]
   needed = preferences.power(rows).to_separate
   more = [judgement(str(i), 'x', 'y', float(i % 5 < 3)) for i in range(needed)]
-  low = preferences.rates(more).by_prompt.low
+  low = preferences.rates(more).low
   assert abs(low - 0.5) < 0.03
 
 
 def test_empty_answers_have_a_length_ratio():
   assert preferences.length_ratio(0, 10) == pytest.approx(-math.log(10))
+
+
+def test_outcomes_of_several_models():
+  # On 4 prompts each: x beats the baseline on 3, y on none; x beats y always.
+  rows = [judgement(str(i), 'x', 'sft', float(i > 0)) for i in range(4)]
+  rows += [judgement(str(i), 'sft', 'y', 1.0) for i in range(4)]
+  rows += [judgement(str(i), 'x', 'y', 1.0, cat='chat') for i in range(4)]
+  rows += [judgement('0', 'x', 'a stranger', 0.0)]  # Is left out.
+  found = preferences.outcomes(rows, ['y', 'sft', 'x'], 'sft', 50)
+  assert {name: rate.rate for name, rate in found.rates.items()} == {
+    'y': 0.0,
+    'sft': 0.5,
+    'x': 0.75,
+  }
+  assert list(found.rates) == ['y', 'sft', 'x']
+  assert set(found.by_category) == {'x', 'y'}
+  assert set(found.by_category['x']) == {''}
+  assert found.pairs['x', 'y'].rates.rate == 1.0
+  assert list(found.bradley_terry) == ['x', 'sft', 'y']
+  assert found.bradley_terry['sft'].mean == 0
+  assert set(found.length_controlled.rates) == {'x', 'y'}

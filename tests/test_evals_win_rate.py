@@ -6,38 +6,13 @@ import math
 import numpy as np
 import pytest
 
-from instruct_jax.evals import heldout_loss, run_figures, win_rate
-from instruct_jax.jobs import evaluate
+from instruct_jax.evals import heldout_loss, win_rate
 
 
-def test_ties_count_one_half():
-  # Prompt a: 2 > 1 wins; b: 1 < 3 loses; c: 5 = 5 one half; d: 4 > 0 wins.
-  # (1 + 0 + 0.5 + 1) / 4 = 0.625.
-  result = win_rate.win_rate([2, 1, 5, 4], [1, 3, 5, 0], ['a', 'b', 'c', 'd'])
-  assert result.rate == 0.625
-  assert result.num_prompts == 4
-  assert result.low < 0.625 < result.high
-
-
-def test_prompts_weigh_the_same_whatever_their_number_of_samples():
-  # Prompt a: 3 samples, 3 wins -> 1; prompt b: 1 sample, a loss -> 0.
-  # Mean over prompts 0.5; over samples it would be 0.75.
-  result = win_rate.win_rate([1, 1, 1, 0], [0, 0, 0, 1], ['a', 'a', 'a', 'b'])
-  assert result.rate == 0.5
-  assert result.num_prompts == 2
-
-
-def test_identical_models_have_exactly_one_half():
-  scores = np.random.default_rng(0).normal(size=50)
-  result = win_rate.win_rate(scores, scores, range(50))
-  assert (result.rate, result.low, result.high) == (0.5, 0.5, 0.5)
-
-
-def test_interval_is_the_binomial_one_for_independent_prompts():
+def test_interval_is_the_binomial_one_for_independent_values():
   # 400 prompts, 280 wins: 0.7 ± 1.96 sqrt(0.7 · 0.3 / 400) = 0.7 ± 0.0449.
-  wins = np.arange(400) < 280
-  result = win_rate.win_rate(wins, np.full(400, 0.5), range(400))
-  assert result.rate == pytest.approx(0.7)
+  result = win_rate.mean_interval(np.arange(400) < 280, range(400))
+  assert result.mean == pytest.approx(0.7)
   assert result.low == pytest.approx(0.7 - 0.0449, abs=0.006)
   assert result.high == pytest.approx(0.7 + 0.0449, abs=0.006)
 
@@ -47,8 +22,8 @@ def test_interval_covers_the_truth_about_95_times_in_100():
   covered = 0
   for trial in range(300):
     wins = generator.random(200) < 0.65
-    result = win_rate.win_rate(
-      wins, np.full(200, 0.5), range(200), num_bootstrap=400, seed=trial
+    result = win_rate.mean_interval(
+      wins, range(200), num_bootstrap=400, seed=trial
     )
     covered += result.low <= 0.65 <= result.high
   # Standard deviation of the count at 0.95: sqrt(300 · 0.95 · 0.05) = 3.8; the
@@ -121,21 +96,11 @@ def test_paired_difference_is_narrower_than_the_two_intervals():
   def loss(sums):
     return heldout_loss.HeldoutLoss(sums.sum() / counts.sum(), sums, counts)
 
-  result = evaluate.paired_difference(loss(ppo), loss(hard))
+  result = heldout_loss.difference(loss(ppo), loss(hard))
   assert result.mean == pytest.approx((ppo - hard).sum() / counts.sum())
   assert 0.045 < result.low < result.high < 0.055
   alone = win_rate.ratio_interval(ppo, counts, range(100))
   assert alone.low < hard.sum() / counts.sum() < alone.high
-
-
-def test_by_category():
-  rates = win_rate.win_rate_by_category(
-    [1, 0, 1], [0, 1, 0], ['p', 'q', 'r'], ['qa', 'chat', 'qa']
-  )
-  assert list(rates) == ['chat', 'qa']
-  assert rates['qa'].rate == 1.0
-  assert rates['qa'].num_prompts == 2
-  assert rates['chat'].rate == 0.0
 
 
 def test_wilson_interval():
@@ -163,38 +128,17 @@ def test_a_share_that_all_prompts_agree_on_has_an_interval():
   )
 
 
-def test_labels_of_answers_are_clustered_by_prompt():
-  """Two answers of one prompt are no more than one; None of a label is out."""
-  flags = {
-    model: [
-      {'rude': i % 2 == 0, **({'kind': True} if i < 4 else {})}
-      for i in range(20)
-      for _ in range(5)
-    ]
-    for model in run_figures.MODELS
-  }
-  ids = [f'p{i}' for i in range(20) for _ in range(5)]
-  rates = evaluate.metadata_rates(flags, ids)['ppo']
-  assert rates['rude'].mean == 0.5 and rates['rude'].num_clusters == 20
-  once = win_rate.mean_interval([i % 2 == 0 for i in range(20)], range(20))
-  assert (rates['rude'].low, rates['rude'].high) == (once.low, once.high)
-  assert rates['kind'].mean == 1 and rates['kind'].num_clusters == 4
-  assert rates['kind'].low < 1
-
-
 @pytest.mark.parametrize(
-  ('scores', 'baseline', 'ids', 'said'),
+  ('values', 'ids', 'said'),
   [
-    ([1.0], [1.0, 2.0], ['a'], 'lengths differ'),
-    ([1.0, 2.0], [1.0, 2.0], ['a'], 'lengths differ'),
-    ([], [], [], 'at least one'),
-    ([1.0, float('nan')], [0.0, 0.0], ['a', 'b'], 'first at index 1'),
-    ([1.0], [float('inf')], ['a'], 'baseline_scores'),
+    ([1.0, 2.0], ['a'], 'lengths differ'),
+    ([], [], 'at least one'),
+    ([1.0, float('nan')], ['a', 'b'], 'first at index 1'),
   ],
 )
-def test_bad_input(scores, baseline, ids, said):
+def test_bad_input(values, ids, said):
   with pytest.raises(ValueError, match=said):
-    win_rate.win_rate(scores, baseline, ids)
+    win_rate.mean_interval(values, ids)
 
 
 def test_no_weight_is_an_error():

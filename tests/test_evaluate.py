@@ -1,4 +1,4 @@
-"""Preference evaluation of two tiny policies and a recorded file."""
+"""Evaluation of models that the config names, by judges that it names."""
 
 import dataclasses
 import json
@@ -10,51 +10,21 @@ import pytest
 from etils import epath
 
 from configs import evaluate as config_file
-from instruct_jax import model_fns, model_folder
+from instruct_jax import asking, judge_fns, model_folder, queries
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals import figures, judges
 from instruct_jax.evals import samples as samples_lib
-from instruct_jax.jobs import preferences as experiment
-from instruct_jax.models.config import TransformerConfig
+from instruct_jax.infra import run as run_lib
+from instruct_jax.jobs import evaluate
+from instruct_jax.miniature import gold, tasks, world
 from tests import tiny
 from tests.fake_server import serve
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
 
-def save_model(root, name, kind, tokenizer, seed):
-  config = TransformerConfig(
-    vocab_size=tokenizer.vocab_size,
-    context_length=64,
-    num_layers=1,
-    width=16,
-    num_heads=2,
-    head_dim=8,
-    mlp_dim=32,
-    vocab_multiple=8,
-  )
-  model = model_fns.init(kind, config, tiny.one_device(), jax.random.key(seed))
-  rng = np.random.default_rng(seed)
-  params = jax.tree.map(
-    lambda x: jnp.asarray(x + rng.normal(0, 0.3, x.shape), jnp.float32),
-    model.params,
-  )
-  model_folder.save(
-    root / name,
-    model_fns.Model(kind, model.module, params, {}),
-    tokenizer,
-    {},
-  )
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  root = tmp_path_factory.mktemp('preferences')
-  tokenizer = tokenizer_lib.train_bpe(['a fox said that he left'] * 3, 270)
-  tokenizer.save(root / 'tokenizer')
-  for seed, name in enumerate(('one', 'two')):
-    save_model(root, name, 'policy', tokenizer, seed)
-  save_model(root, 'reward', 'scalar', tokenizer, 5)
+def save_prompts(root):
   prompts = [
     records.Prompt(f'p{i}', f'fox {i}', category='chat' if i % 2 else 'open qa')
     for i in range(12)
@@ -69,15 +39,49 @@ def folder(tmp_path_factory):
     root / 'recorded.jsonl',
     recorded + [dataclasses.replace(recorded[0], model='others')],
   )
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  root = tmp_path_factory.mktemp('evaluate')
+  tokenizer = tokenizer_lib.train_bpe(['a fox said that he left'] * 3, 270)
+  tokenizer.save(root / 'tokenizer')
+  for seed, name in enumerate(('one', 'my_run/policy')):
+    tiny.save_model(root, name, 'policy', tokenizer, seed)
+  tiny.save_model(root, 'reward', 'scalar', tokenizer, 5)
+  # What RL of whatever kind leaves beside its policy.
+  (root / 'my_run' / 'metrics.jsonl').write_text(
+    ''.join(
+      json.dumps({'step': i, 'objective/kl': i, 'objective/score': -i}) + '\n'
+      for i in range(1, 4)
+    )
+  )
+  save_prompts(root)
+  records.write_jsonl(
+    root / 'documents.jsonl',
+    [records.Document('a fox said that he left ' * 3) for _ in range(8)],
+  )
+  records.write_jsonl(
+    root / 'rankings.jsonl',
+    [
+      records.Comparison(f'fox {i}', ('a fox', 'he left', 'he'), (1, 2, 3))
+      for i in range(4)
+    ],
+  )
+  (root / 'prefixes.json').write_text(
+    json.dumps({'prefixes': ['a fox: {prompt}', '{prompt}'], 'stop': 'f'})
+  )
   return root
 
 
 def make_config(folder, workdir, judge='reward'):
+  """Two policies and a recorded file, judged by a reward model."""
   config = config_file.get_config(judge)
   with config.unlocked():
     config.workdir = str(workdir)
   config.models = (
-    f'one={folder}/one,two={folder}/two,people={folder}/recorded.jsonl'
+    f'one={folder}/one,my_fork={folder}/my_run/policy,'
+    f'people={folder}/recorded.jsonl'
   )
   config.baseline = 'one'
   config.prompts = f'{folder}/prompts.jsonl'
@@ -86,28 +90,47 @@ def make_config(folder, workdir, judge='reward'):
   config.response_length = 8
   config.batch_size = 8
   config.cache = f'{folder}/cache'
-  config.reward_model = f'{folder}/reward'
+  config.judge_model = f'{folder}/reward'
   config.num_bootstrap = 50
   config.mesh = (1, 1, 1) if jax.device_count() == 1 else (8, 1, 1)
   return config
 
 
-def read(path):
-  return json.loads((path / 'preferences.json').read_text())
+def read(workdir):
+  return json.loads((epath.Path(workdir) / 'summary.json').read_text())
+
+
+def lines(workdir, name='judgements.jsonl'):
+  return [*map(json.loads, (workdir / name).read_text().splitlines())]
 
 
 @pytest.fixture(scope='module')
 def finished(folder, tmp_path_factory):
-  workdir = epath.Path(tmp_path_factory.mktemp('run'))
+  """Everything that can be measured without a miniature or a suite."""
+  workdir = tmp_path_factory.mktemp('run')
   config = make_config(folder, workdir)
+  config.models += f',prompted={folder}/one'
+  config.other_models = f'start={folder}/one'
   config.pairs = 'all'
-  return workdir, experiment.run(config, workdir)
+  config.reference = 'start'
+  config.documents = f'{folder}/documents.jsonl'
+  config.row_length = 32
+  config.reward_model = f'{folder}/reward'
+  config.test_comparisons = f'{folder}/rankings.jsonl'
+  config.comparisons = f'{folder}/rankings.jsonl'
+  config.prompted = 'prompted'
+  config.prefixes = f'{folder}/prefixes.json'
+  config.prefix_prompts = config.prompts
+  config.num_prefix_prompts = 4
+  config.prefix_length = 16
+  return workdir, tiny.run_evaluation(config)
 
 
 def test_every_model_is_judged_on_the_same_prompts(finished):
   workdir, info = finished
   # 13 prompts: one too long for the models, two without a recorded answer.
-  assert info == {'num_prompts': 10, 'num_judgements': 30}
+  # Three pairs with the baseline, and three of the others.
+  assert info == {'num_prompts': 10, 'num_judgements': 60}
   result = read(workdir)
   assert result['prompts'] == {
     'in the file': 13,
@@ -116,13 +139,82 @@ def test_every_model_is_judged_on_the_same_prompts(finished):
   }
   assert result['models']['one']['prompts without'] == 1
   assert result['models']['people']['from'] == 'recorded'
-  assert set(result['win_rate']) == {'two', 'people'}
-  assert set(result['by_category']['two']) == {'chat', 'open qa'}
-  assert set(result['bradley_terry']) == {'one', 'two', 'people'}
-  assert result['ratings'] == {}
-  text = (workdir / 'preferences.md').read_text()
-  assert 'a reward model (no person)' in text
-  assert 'this judge gives none' in text
+  assert list(result['win_rate']) == ['one', 'my_fork', 'people', 'prompted']
+  assert list(result['everyone'])[-1] == 'start'
+  assert result['win_rate']['one']['rate'] == 0.5
+  assert set(result['win_rate_by_category']['my_fork']) == {'chat', 'open qa'}
+  assert set(result['bradley_terry']) == set(result['win_rate'])
+  assert 'people – prompted' in result['pairs']
+  assert result['likert'] == {}
+  assert 'a reward model (no person)' in (workdir / 'report.md').read_text()
+
+
+def test_a_forks_policy_is_in_report_plots_and_card(finished):
+  """Nothing but the config names it: what lies beside it is shown."""
+  workdir, _ = finished
+  text = (workdir / 'report.md').read_text()
+  assert '| my_fork | ' in text and 'Reward against KL' in text
+  for name in ('win_rate', 'reward_kl', 'rl', 'reward_model'):
+    assert (workdir / f'{name}.png').stat().st_size > 5000
+    assert f'({name}.png)' in text
+  # Of a method without a clip or an entropy there is no panel.
+  card = (workdir / 'model_card.md').read_text()
+  assert '| my_fork | ' in card
+  assert 'my_fork' in (workdir / 'report.html').read_text()
+
+
+def test_kl_and_loss_are_measured_from_the_reference(finished):
+  workdir, _ = finished
+  result = read(workdir)
+  kl = result['extra']['kl']
+  # Recorded answers have no log-probabilities, prompted ones other prompts.
+  assert set(kl) == {'one', 'my_fork'}
+  assert kl['my_fork']['k3'] > 0.1
+  # The same weights, whatever their name.
+  assert kl['one'] == pytest.approx({'signed mean': 0, 'k3': 0}, abs=1e-4)
+  assert set(result['pretraining_loss']) == {'one', 'my_fork', 'start'}
+  differences = result['intervals']['pretraining_loss_difference']
+  assert differences['one']['mean'] == pytest.approx(0, abs=1e-6)
+  loss = result['pretraining_loss']
+  assert differences['my_fork']['mean'] == pytest.approx(
+    loss['my_fork'] - loss['start'], abs=1e-5
+  )
+
+
+def test_rankings_are_ordered_by_reward_model_judge_and_trivial_judges(
+  finished,
+):
+  workdir, _ = finished
+  reward = read(workdir)['intervals']['reward_model']
+  accuracies = reward['rankings']['held-out comparisons']['accuracies']
+  assert list(accuracies) == [
+    'reward model',
+    'judge',
+    'length only',
+    'bag of words (Bradley-Terry)',
+  ]
+  assert {row['num_pairs'] for row in accuracies.values()} == {12}
+  # Judge and reward model are one model here.
+  assert accuracies['judge'] == accuracies['reward model']
+  # Every ranking is alike: words tell all of it.
+  assert accuracies['bag of words (Bradley-Terry)']['accuracy'] == 1
+
+
+def test_the_prefix_that_the_reward_model_likes_best_is_taken(folder, finished):
+  workdir, _ = finished
+  found = read(workdir)['extra']['prefixes']['prompted']
+  assert list(found) == ['a fox: {prompt}', '{prompt}']
+  scores = [row['reward model'] for row in found.values()]
+  chosen = [row['chosen'] for row in found.values()]
+  assert chosen[int(np.argmax(scores))] == 'yes' and '' in chosen
+  (stop,) = tokenizer_lib.Tokenizer.load(folder / 'tokenizer').encode('f')
+  ids = [
+    answer.metadata['ids']
+    for answer in samples_lib.read_samples(workdir / 'samples.jsonl')
+    if answer.model == 'prompted'
+  ]
+  # The cut is ours, the end put in its place.
+  assert not any(stop in answer for answer in ids)
 
 
 def test_win_rates_follow_the_reward_models_scores(folder, finished):
@@ -146,13 +238,15 @@ def test_win_rates_follow_the_reward_models_scores(folder, finished):
     )
     tokens = jnp.array([ids + [0] * (40 - len(ids))], jnp.int32)
     scalars = apply(tokens, jnp.arange(40)[None] < len(ids))
-    scores[sample.model, sample.prompt_id] = float(scalars[0, len(ids) - 1])
+    score = float(scalars[0, len(ids) - 1])
+    scores[sample.model, sample.prompt_id] = score
+    assert sample.score_gold == pytest.approx(score, abs=1e-4)
   wins = [
     (np.sign(score - scores['one', prompt]) + 1) / 2
     for (name, prompt), score in scores.items()
     if name == 'people'
   ]
-  rate = read(workdir)['win_rate']['people']['by_prompt']['mean']
+  rate = read(workdir)['win_rate']['people']['rate']
   assert rate == pytest.approx(np.mean(wins))
 
 
@@ -161,32 +255,114 @@ def test_answers_come_from_the_cache_and_follow_the_weights(
 ):
   workdir, _ = finished
   config = make_config(folder, tmp_path)
-  config.models = f'renamed={folder}/one,two={folder}/two'
+  config.models = f'renamed={folder}/one,two={folder}/my_run/policy'
   config.baseline = 'renamed'
-  monkeypatch.setattr(
-    experiment.queries, 'generate_program', lambda *a: pytest.fail('sampled')
-  )
-  experiment.run(config, epath.Path(tmp_path))
-  sources = read(epath.Path(tmp_path))['models']
-  assert {s['from'] for s in sources.values()} == {'from the cache'}
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      queries, 'generate_program', lambda *a: pytest.fail('sampled')
+    )
+    tiny.run_evaluation(config)
+    sources = read(tmp_path)['models']
+    assert {s['from'] for s in sources.values()} == {'from the cache'}
   before = {
     (s.model, s.prompt_id): s.response
     for s in samples_lib.read_samples(workdir / 'samples.jsonl')
   }
-  for sample in samples_lib.read_samples(epath.Path(tmp_path, 'samples.jsonl')):
-    name = 'one' if sample.model == 'renamed' else sample.model
-    if (name, sample.prompt_id) in before:
-      assert sample.response == before[name, sample.prompt_id]
-
-
-def test_another_seed_is_not_in_the_cache(folder, finished, tmp_path):
-  config = make_config(folder, tmp_path)
-  config.models = f'one={folder}/one,two={folder}/two'
+  names = {'renamed': 'one', 'two': 'my_fork'}
+  for sample in samples_lib.read_samples(tmp_path / 'samples.jsonl'):
+    key = names[sample.model], sample.prompt_id
+    if key in before:
+      assert sample.response == before[key]
+  # Another seed is not in the cache.
   config.seed = 7
   config.cache = f'{tmp_path}/cache'
-  experiment.run(config, epath.Path(tmp_path))
-  sources = read(epath.Path(tmp_path))['models']
+  tiny.run_evaluation(config)
+  sources = read(tmp_path)['models']
   assert {s['from'] for s in sources.values()} == {'sampled'}
+
+
+# --- Judges -------------------------------------------------------------------
+
+
+def likes_people(prompts, responses, metadata):
+  """A user's judge: a function of the texts."""
+  assert prompts[0] == 'fox 2' and metadata[0]['id'] == 'p2'
+  return [float('said p' in response) for response in responses]
+
+
+WORLD = figures.World(
+  about='Foxes.',
+  has_people=True,
+  label_fn=lambda prompt, text: {'says its id': prompt.id in text},
+  tables_fn=lambda prompts, texts: {
+    'Lengths': {
+      name: {'characters': float(np.mean([len(text) for text in several]))}
+      for name, several in texts.items()
+    }
+  },
+)
+
+
+def test_a_users_function_judges_in_a_users_world(folder, finished, tmp_path):
+  config = make_config(folder, tmp_path)
+  config.judge = 'tests.test_evaluate.likes_people'
+  config.judge_model = ''
+  config.world = 'tests.test_evaluate.WORLD'
+  tiny.run_evaluation(config)
+  result = read(tmp_path)
+  assert 'tests.test_evaluate.likes_people' in result['judge']
+  assert result['win_rate']['people']['rate'] == 1
+  assert result['win_rate']['my_fork']['rate'] == 0.5
+  assert result['metadata']['people'] == {'says its id': 1}
+  assert result['metadata']['one'] == {'says its id': 0}
+  # "said p2" has seven characters, "said p10" and "said p11" one more.
+  assert result['extra']['Lengths']['people']['characters'] == 7.2
+  text = (tmp_path / 'report.md').read_text()
+  assert '## Lengths' in text and 'first place wins' not in text
+  assert 'Foxes.' in (tmp_path / 'model_card.md').read_text()
+
+
+def test_recorded_files_and_the_gold_judge_need_no_model(tmp_path, rng):
+  the_world = world.make_world(3)
+  prompts = tasks.write_prompts(the_world, 30, rng)
+  records.write_jsonl(tmp_path / 'prompts.jsonl', prompts)
+  texts = {'sft': 'the wolf is red .', 'silent': ''}
+  samples_lib.write_samples(
+    tmp_path / 'recorded.jsonl',
+    [
+      samples_lib.Sample(name, prompt.id, prompt.text, text, 5, True)
+      for name, text in texts.items()
+      for prompt in prompts
+    ],
+  )
+  config = config_file.get_config()
+  with config.unlocked():
+    config.workdir = str(tmp_path)
+  config.models = ','.join(
+    f'{name}={tmp_path}/recorded.jsonl' for name in texts
+  )
+  config.prompts = f'{tmp_path}/prompts.jsonl'
+  config.world = 'instruct_jax.worlds.miniature.WORLD'
+  config.num_bootstrap = 20
+  with pytest.raises(ValueError, match='world_seed is not given'):
+    tiny.run_evaluation(config)
+  config.world_seed = 3
+  tiny.run_evaluation(config)
+  result = read(tmp_path)
+  assert result['asking']['world_seed'] == 3
+  wins = [
+    float(gold.utility(gold.judge(p, '', the_world)))
+    - gold.utility(gold.judge(p, texts['sft'], the_world))
+    for p in prompts
+  ]
+  assert result['win_rate']['silent']['rate'] == pytest.approx(
+    np.mean((np.sign(wins) + 1) / 2)
+  )
+  assert 1 <= result['likert']['silent']['mean'] <= 7
+  assert 'hallucination' in result['metadata']['sft']
+  assert result['asking']['empty'] == 30
+  card = (tmp_path / 'model_card.md').read_text()
+  assert 'labels and judgements are by programs' in card
 
 
 def test_an_endpoint_judges_and_rates(folder, tmp_path, monkeypatch):
@@ -204,42 +380,42 @@ def test_an_endpoint_judges_and_rates(folder, tmp_path, monkeypatch):
     }
 
   config = make_config(folder, tmp_path, 'http')
-  config.models = f'one={folder}/one,two={folder}/two'
+  config.models = f'one={folder}/one,my_fork={folder}/my_run/policy'
   with serve(answer) as (url, requests):
     config.endpoint.url = url
     config.endpoint.model = 'm'
     config.endpoint.prompt_price = 2.0
     config.endpoint.completion_price = 10.0
-    experiment.run(config, epath.Path(tmp_path))
+    tiny.run_evaluation(config)
     sent = len(requests)
-    (tmp_path / 'preferences.json').unlink()
-    experiment.run(config, epath.Path(tmp_path))
+    (tmp_path / 'summary.json').unlink()
+    tiny.run_evaluation(config)
     assert len(requests) == sent
-  result = read(epath.Path(tmp_path))
-  assert result['win_rate']['two']['by_prompt']['mean'] == 0.5
+  result = read(tmp_path)
+  assert result['win_rate']['my_fork']['rate'] == 0.5
   assert any('contradicts itself in 100.0%' in a for a in result['alarms'])
   # The table of the places, its alarm, and every verdict as it was given.
-  place = result['first_place']['two – one']
+  place = result['first_place']
   assert (place['rate']['mean'], place['ties']) == (1.0, 0.0)
-  assert place['num_verdicts'] == 2 * result['account']['judgements']
+  assert place['num_verdicts'] == 2 * result['asking']['judgements']
   assert any('first place wins 100.0% [100.0%' in a for a in result['alarms'])
-  assert (
-    '| all pairs | 1.000 [1.000, 1.000]'
-    in (tmp_path / 'preferences.md').read_text()
-  )
-  lines = (tmp_path / 'judgements.jsonl').read_text().splitlines()
-  for line in map(json.loads, lines):
+  text = (tmp_path / 'report.md').read_text()
+  assert '| my_fork – one | 0.500 [0.500, 0.500] | 1.000 [1.000, 1.0' in text
+  for line in lines(tmp_path):
     assert line['outcome'] == 0.5
     assert line['orders'] == [
       {'first': name, 'preference': 1.0, 'raw': '{"better": 1}'}
-      for name in ('two', 'one')
+      for name in ('my_fork', 'one')
     ]
-  assert result['ratings']['two']['overall quality, 1 to 7']['mean'] == 4
-  assert result['ratings']['one']['hallucination']['mean'] == 1
+  assert result['likert']['my_fork']['mean'] == 4
+  assert result['metadata']['one'] == {'hallucination': 1}
+  rating = lines(tmp_path, 'ratings.jsonl')[0]
+  assert (rating['model'], rating['prompt_id'], rating['likert']) == (
+    'one', 'p0', 4.0,
+  )  # fmt: skip
   # 300 tokens' worth of money a reply: 100 at 2 and 10 at 10 a million.
   replies = result['asking']['replies']
   assert result['asking']['cost'] == pytest.approx(replies * 300e-6)
-  assert 'Alarm' in (tmp_path / 'preferences.md').read_text()
 
 
 def test_a_judge_that_reads_answers_raises_no_alarm(folder, tmp_path):
@@ -264,21 +440,17 @@ def test_a_judge_that_reads_answers_raises_no_alarm(folder, tmp_path):
   with serve(answer) as (url, _):
     config.endpoint.url = url
     config.endpoint.model = 'm'
-    experiment.run(config, epath.Path(tmp_path))
-  result = read(epath.Path(tmp_path))
+    tiny.run_evaluation(config)
+  result = read(tmp_path)
   assert result['alarms'] == ['1 verdicts could not be understood']
-  place = result['first_place']['people – one']
-  assert (place['rate']['low'], place['rate']['high']) == (0.5, 0.5)
-  lines = [
-    json.loads(line)
-    for line in (tmp_path / 'judgements.jsonl').read_text().splitlines()
-  ]
-  (unread,) = (line for line in lines if line['outcome'] is None)
+  place = result['first_place']['rate']
+  assert (place['low'], place['high']) == (0.5, 0.5)
+  (unread,) = (line for line in lines(tmp_path) if line['outcome'] is None)
   assert unread['prompt_id'] == 'p3'
   assert [o['raw'] for o in unread['orders']][0] == 'Neither.'
   assert unread['orders'][0]['preference'] is None
-  assert len(lines) == 10
-  assert result['account']['judgements'] == 9
+  assert len(lines(tmp_path)) == 10
+  assert result['asking']['judgements'] == 9
 
 
 def test_anonymous_people_judge(folder, finished, tmp_path):
@@ -296,15 +468,14 @@ def test_anonymous_people_judge(folder, finished, tmp_path):
   config = make_config(folder, tmp_path, 'people')
   config.models = f'one={folder}/one,people={folder}/recorded.jsonl'
   config.rankings = f'{tmp_path}/rankings.jsonl'
-  experiment.run(config, epath.Path(tmp_path))
-  result = read(epath.Path(tmp_path))
+  tiny.run_evaluation(config)
+  result = read(tmp_path)
   assert result['judge'].startswith('people (0 by name)')
   rate = result['win_rate']['people']
-  assert rate['by_prompt']['mean'] == pytest.approx(2 / 3)
+  assert rate['rate'] == pytest.approx(2 / 3)
   assert (rate['by_labeler'], rate['num_judgements']) == (None, 3)
-  assert result['account']['contradictions'] == 0
-  lines = (tmp_path / 'judgements.jsonl').read_text().splitlines()
-  outcomes = sorted(json.loads(line)['outcome'] for line in lines)
+  assert result['asking']['contradictions'] == 0
+  outcomes = sorted(line['outcome'] for line in lines(tmp_path))
   assert outcomes == [0.0, 1.0, 1.0]
 
 
@@ -330,54 +501,100 @@ def test_people_judge(folder, finished, tmp_path):
   config = make_config(folder, tmp_path, 'people')
   config.models = f'one={folder}/one,people={folder}/recorded.jsonl'
   config.rankings = f'{tmp_path}/rankings.jsonl'
-  experiment.run(config, epath.Path(tmp_path))
-  result = read(epath.Path(tmp_path))
+  tiny.run_evaluation(config)
+  result = read(tmp_path)
   rate = result['win_rate']['people']
-  assert rate['by_prompt']['mean'] == 0.75  # Ann prefers it, Bob ties.
+  assert rate['rate'] == 0.75  # Ann prefers it, Bob ties.
   assert (rate['by_labeler']['low'], rate['by_labeler']['high']) == (0.5, 1.0)
-  assert result['account']['unjudged'] == 4
+  assert result['asking']['unjudged'] == 4
   assert '4 of 10 pairs have no verdict' in result['alarms']
-  assert result['ratings']['people']['overall quality, 1 to 7']['mean'] == 5
+  assert result['likert']['people']['mean'] == 5
+
+
+# --- What is refused ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'models': 'one=a'}, 'must hold the baseline'),
-    ({'baseline': 'three'}, "the baseline 'three' and one more"),
+    ({'models': 'one=a'}, "the baseline 'one' and one more"),
+    ({'models': 'one'}, 'models must be NAME=FOLDER'),
+    ({'baseline': 'three'}, "baseline names ['three']; models are"),
+    ({'reference': 'three'}, "reference names ['three']"),
+    ({'other_models': 'one=a'}, "'one' stands in models and in other_models"),
     ({'prompts': ''}, 'prompts is empty'),
-    ({'reward_model': ''}, 'reward_model is empty; the reward judge'),
-    ({'judge': 'oracle'}, "judge must be one of.*'oracle'"),
-    ({'judge': 'http'}, 'endpoint.url is empty'),
+    ({'judge_model': ''}, 'judge_model is empty; the judge'),
+    ({'judge': 'oracle'}, "judge 'oracle' is no dotted name"),
+    ({'judge': 'instruct_jax.nowhere.f'}, "judge 'instruct_jax.nowhere.f'"),
+    ({'world': 'instruct_jax.nowhere.W'}, "world 'instruct_jax.nowhere.W'"),
+    ({'world': 'instruct_jax.worlds.miniature.Gold'}, 'is no figures.World'),
     ({'pairs': 'some'}, "'some'"),
+    ({'pairs': 'one=four'}, "pairs names ['four']"),
     ({'tokenizer': ''}, 'tokenizer is empty'),
     ({'num_prompts': 0}, 'num_prompts must be positive: 0'),
+    ({'test_comparisons': 'a'}, 'test_comparisons needs reward_model'),
+    ({'prompted': 'one'}, 'prompted models need prefixes, and reward_model'),
   ],
 )
 def test_bad_values_are_named(folder, tmp_path, changes, message):
   config = make_config(folder, tmp_path)
   config.update(changes)
-  with pytest.raises(ValueError, match=message):
-    experiment.validate(config)
+  with pytest.raises(ValueError) as error:
+    evaluate.validate(config)
+  assert message in str(error.value) and '\n' not in str(error.value)
 
 
-def test_recorded_files_that_do_not_fit_are_named(folder, tmp_path):
+def test_recorded_files_that_do_not_fit_are_named(folder):
   prompts = records.read_jsonl(folder / 'prompts.jsonl', records.Prompt)
   path = f'{folder}/recorded.jsonl'
+
+  def recorded(name, source, prompts, number=1):
+    model = asking.Model(name, source, True, False)
+    return asking.read_recorded(model, prompts, number)
+
   with pytest.raises(ValueError, match=r'others, people; choose one as x=.*#'):
-    experiment.read_recorded('x', path, prompts)
-  found = experiment.read_recorded('x', f'{path}#people', prompts)
+    recorded('x', path, prompts)
+  found = recorded('x', f'{path}#people', prompts)
   assert len(found) == 11 and {s.model for s in found} == {'x'}
   wrong = [dataclasses.replace(p, text='other') for p in prompts]
   with pytest.raises(ValueError, match='11 prompts have the ids of other'):
-    experiment.read_recorded('people', path, wrong)
+    recorded('people', path, wrong)
   with pytest.raises(ValueError, match='answers none of the 1 prompts'):
-    experiment.read_recorded('people', path, prompts[:1])
+    recorded('people', path, prompts[:1])
+  with pytest.raises(ValueError, match=r'none of .*\(2 answers each\)'):
+    recorded('people', path, prompts, 2)
+
+
+def test_a_stop_that_sampling_cannot_meet_is_an_error(tmp_path):
+  tokens = tokenizer_lib.train_bpe(['abc'], 258)
+  path = tmp_path / 'prefixes.json'
+  run_lib.write_json(path, {'prefixes': ['{prompt}'], 'stop': '\n'})
+  (newline,) = tokens.encode('\n')
+  found = asking.read_prefixes(str(path), tokens)
+  assert found == [asking.Prefix('{prompt}', newline)]
+  run_lib.write_json(path, {'prefixes': ['{prompt}'], 'stop': 'the end'})
+  with pytest.raises(ValueError, match='has 7 tokens'):
+    asking.read_prefixes(str(path), tokens)
 
 
 def test_config_knows_the_judges():
-  assert {config_file.get_config(j).judge for j in config_file.JUDGES} == set(
-    config_file.JUDGES
-  )
+  for name, judge in config_file.JUDGES.items():
+    assert config_file.get_config(name).judge == judge
+    assert issubclass(judge_fns.find(judge), judges.Judge)
   with pytest.raises(ValueError, match="unknown judge 'oracle'"):
     config_file.get_config('oracle')
+
+
+def test_the_card_shows_what_a_method_is_configured_with():
+  """Keys of a fork that nobody here knows are among them."""
+  stage = {
+    'name': 'my_fork',
+    'init': '/sft/model',
+    'checkpoint_every': 5,
+    'num_slots': 64,
+    'my_decay': 0.9,
+    'lora': {'rank': 0, 'alpha': 16.0},
+  }
+  assert evaluate.settings_of(stage) == {'my_decay': 0.9}
+  adapted = evaluate.settings_of(stage | {'lora': {'rank': 4, 'alpha': 16.0}})
+  assert adapted == {'my_decay': 0.9, 'lora.rank': 4, 'lora.alpha': 16.0}

@@ -89,6 +89,35 @@ FLOORS = {
     'score_fns',
     'evals',
   ),
+  'rankings': (
+    'types',
+    *MATHS,
+    *MODELS,
+    'models',
+    'data',
+    'infra',
+    'evals.preference_accuracy',
+  ),
+  # Models that answer and judge, and the worlds they are asked about.
+  'asking': (
+    'types',
+    *MODELS,
+    'data',
+    'infra',
+    'rollout',
+    'queries',
+    'evals',
+  ),
+  'judge_fns': ('types', *MODELS, 'data', 'queries', 'score_fns', 'evals'),
+  'worlds': (
+    'types',
+    'files',
+    'data',
+    'miniature',
+    'infra',
+    'evals',
+    'judge_fns',
+  ),
   # 3: predictions and samples arrive as functions.
   'evals': (
     'types',
@@ -119,6 +148,9 @@ FLOORS = {
       'alarms',
       'score_fns',
       'queries',
+      'rankings',
+      'asking',
+      'judge_fns',
       'rl',
       'rollout',
       'ppo',
@@ -126,7 +158,18 @@ FLOORS = {
       'evals',
     ),
   ),
-  # These compile, or time, what an experiment builds.
+  # These train, compile or time what an experiment builds.
+  'jobs.crossval': (
+    'types',
+    *MATHS,
+    *MODELS,
+    'models.config',
+    'data.tokenizer',
+    'infra',
+    'rankings',
+    'evals.preference_accuracy',
+    'experiments.reward',
+  ),
   'jobs.plan': (
     'types',
     *MATHS,

@@ -17,6 +17,8 @@ CONFIGS = {
   'ppo_ptx': ('miniature', 'smoke', 'e2e', 'gpt2', '1p3b', '6b', '175b'),
   'pretrain': ('1p3b',),
   'sft': ('1p3b', '1p3b,init', 'gpt2'),
+  'rloo': ('miniature', 'smoke'),
+  'dpo': ('miniature', 'smoke'),
   'reward': ('6b', '6b,folds', 'hh', 'gpt2'),
   'evaluate': ('gold', 'reward', 'people', 'http'),
   'best_of_n': ('',),
@@ -32,7 +34,9 @@ CONFIGS = {
 # Text keys with few values, which `validate` knows.
 ENUMERATED = {
   'activation',
+  'advantage',
   'attention',
+  'baseline',
   'chip',
   'compute_dtype',
   'criteria',
@@ -49,22 +53,28 @@ ENUMERATED = {
   'offload',
   'pairs',
   'programs',
+  'prompted',
+  'ranking_loss',
+  'reference',
   'remat',
   'remats',
   'reward',
-  'rl_weights',
   'select_by',
   'stage_order',
+  'targets',
   'work',
+  'world',
 }
 # Those that nothing reads but the planner's own config, or a person.
 DESCRIBING = {'name', 'variant', 'size', 'topology'}
 # Any text is one: paths, lists of them, addresses, flags of others.
 FREE = {
-  *('baseline', 'cache', 'comparisons', 'compilation_cache', 'database'),
+  *('cache', 'comparisons', 'compilation_cache', 'database'),
   *('compiler_options', 'default_workdir', 'demonstrations', 'documents'),
   *('figure33', 'figure34', 'figure35', 'hf_python', 'host', 'info_labels'),
   *('init', 'judge_model', 'key_variable', 'mesh', 'meshes', 'model', 'models'),
+  *('crossval', 'other_models', 'prefix_prompts', 'prefixes'),
+  *('test_comparisons',),
   *('peers', 'policy', 'probes', 'profile_steps', 'prompts', 'public_url'),
   *(
     'rankings',
@@ -109,6 +119,9 @@ def enumerated():
       # The planner's config and that of `speed` hold those of other stages, of
       # which nothing is found by its name.
       if last == 'experiment' and name in ('plan', 'speed') and key != last:
+        continue
+      # The stages refer to that of the whole recipe; here nothing refers.
+      if key == 'lora.targets' and 'stages' in config:
         continue
       if last in ENUMERATED and isinstance(value, str | list):
         yield name, variant, key

@@ -1,6 +1,5 @@
 """From clicks on the labeling site to a trained reward model."""
 
-import dataclasses
 import json
 
 import jax
@@ -17,13 +16,13 @@ from configs import sample as sample_config_file
 from experiments import reward
 from instruct_jax import model_fns, model_folder
 from instruct_jax.data import records, tokenizer
-from instruct_jax.evals import model_card
+from instruct_jax.evals import model_card, sections
 from instruct_jax.infra import sharding
-from instruct_jax.jobs import evaluate, sample
+from instruct_jax.jobs import crossval, evaluate, sample
 from instruct_jax.labeling import research
 from instruct_jax.models.config import TransformerConfig
 from tests import labeling_people as people
-from tests import test_evals_model_card, test_evals_report
+from tests import made_figures
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 WORDS = ['Prompt', 'number', 'text']
@@ -108,7 +107,7 @@ def test_labeler_cross_validation_runs_on_the_export(
   config = make_config(exported, epath.Path(workdir), folds=True)
   assert config.num_folds == 5  # E.2, unless changed here.
   config.num_folds = num_folds
-  results = reward.run(config, epath.Path(workdir) / 'folds')
+  results = crossval.run(config, epath.Path(workdir) / 'folds')
   assert sorted(sum(results['folds'], [])) == [f'labeler{i}' for i in range(5)]
   assert len(results['runs']) == num_folds
 
@@ -134,22 +133,18 @@ def test_statistics_reach_the_model_card(exported):
   assert found['by_kind'] == {'ranking': 80, 'demonstration': 4}
   assert {p['name'] for p in found['labelers']} >= {'labeler0', 'labeler4'}
   # As the evaluation of a pipeline finds them, beside the rankings.
-  config = ConfigDict(
-    {'comparisons': str(exported / 'comparisons_train.jsonl')}
-  )
+  ranked = exported / 'comparisons_train.jsonl'
+  config = ConfigDict({'comparisons': f'their rankings={ranked}'})
   assert evaluate.labeling_statistics(config) == found
-  card = model_card.make_card(
-    test_evals_report._full(),
-    dataclasses.replace(test_evals_model_card.FACTS, labeling=found),
-  )
+  shown = made_figures.full(labeling=found)
+  card = model_card.make_card(shown)
   assert '| labelers | 5 |' in card
   assert '| answers of kind ranking | 80 |' in card
   assert '| agreement, labelers | 1.000 [1.000, 1.000]' in card
   assert '| labeler3 | labeler | 16 |' in card
-  summary = evaluate.labeling_summary(config)
-  assert summary['agreement of labelers'].rate == 1.0
+  assert sections.labelers(shown)['agreement of labelers'].rate == 1.0
   no_export = ConfigDict({'comparisons': str(exported / 'none' / 'x.jsonl')})
-  assert evaluate.labeling_summary(no_export) == {}
+  assert evaluate.labeling_statistics(no_export) == {}
 
 
 def test_samples_of_checkpoints_become_tasks(exported, tmp_path):

@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from instruct_jax import export, lm_eval_adapter  # noqa: E402
 from instruct_jax.data import tokenizer as tokenizer_lib  # noqa: E402
-from tests import published, test_preferences  # noqa: E402
+from tests import published, tiny  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -26,7 +26,7 @@ def pair(tmp_path_factory):
   root = tmp_path_factory.mktemp('lm_eval')
   tokenizer = tokenizer_lib.train_bpe([TEXT] * 3, 290)
   tokenizer.save(root / 'tokenizer')
-  test_preferences.save_model(root, 'model', 'policy', tokenizer, 3)
+  tiny.save_model(root, 'model', 'policy', tokenizer, 3)
   export.export(f'{root}/model', f'{root}/tokenizer', f'{root}/hf')
   ours = lm_eval_adapter.load(
     f'{root}/model', f'{root}/tokenizer', 8, (jax.device_count(), 1, 1)

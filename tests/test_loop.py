@@ -1,5 +1,6 @@
 """Resume, log, checkpoint, stop."""
 
+import gc
 import gzip
 import json
 import os
@@ -392,3 +393,36 @@ def test_sigterm_between_loops_stops_at_once():
   with pytest.raises(run.Stopped), run.StopSignal(at_once=True):
     os.kill(os.getpid(), signal.SIGTERM)
     pytest.fail('went on')
+
+
+@pytest.mark.parametrize('where', ['callback', 'finalizer'])
+def test_sigterm_is_not_lost_where_exceptions_are(workdir, where):
+  class Dying:
+    def __del__(self):
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def collecting(phase, info):
+    if phase == 'start':
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def meet():
+    if where == 'finalizer':
+      Dying()
+      return
+    gc.callbacks.append(collecting)
+    try:
+      gc.collect()
+    finally:
+      gc.callbacks.remove(collecting)
+
+  with run.StopSignal(at_once=True):
+    meet()
+    # A loop ends at its next step.
+    with pytest.raises(run.Stopped) as stopped:
+      run_loop(workdir)
+    assert 'after step 1' in stopped.value.message
+  with run.StopSignal(at_once=True), run.Progress('toy', 2) as progress:
+    progress.update()
+    meet()
+    with pytest.raises(run.Stopped):
+      progress.update()

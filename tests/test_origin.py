@@ -11,9 +11,9 @@ from configs import ppo_ptx
 from instruct_jax import model_fns, model_folder
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.evals import judges
 from instruct_jax.evals import samples as samples_lib
 from instruct_jax.infra import origin, run
+from instruct_jax.miniature import gold, world
 from instruct_jax.models.config import TransformerConfig
 from tests import tiny
 from tests.fake_server import serve
@@ -67,7 +67,7 @@ def of_run(finished):
   )
 
 
-def preferences(start, finished, workdir, *flags, judge='', **more):
+def evaluate(start, finished, workdir, *flags, judge='', **more):
   models = f'sft={finished}/select/model,ppo={finished}/ppo/policy'
   return start(
     MAIN,
@@ -96,27 +96,28 @@ def best_of_n(start, finished, workdir, *flags):
   )
 
 
-def test_preferences_read_lengths_and_world_from_the_run(
+def test_evaluation_reads_lengths_and_world_from_the_run(
   start, finished, tmp_path
 ):
-  ended = preferences(start, finished, tmp_path)
+  ended = evaluate(start, finished, tmp_path)
   assert ended.returncode == 0, ended.stderr
   for line in (
     f'prompt_length is 32, as in {finished}, stage ppo',
     f'response_length is 20, as in {finished}, stage ppo',
     f'world_seed is {SEED}, as in {finished}, stage data',
   ):
-    assert f'preferences: {line}' in ended.stdout
+    assert f'evaluate: {line}' in ended.stdout
   given = len(
     (finished / 'data' / 'prompts_test.jsonl').read_text().splitlines()
   )
-  assert f'preferences: 6 of {given} prompts, drawn by seed' in ended.stdout
-  result = json.loads((tmp_path / 'preferences.json').read_text())
+  assert f'evaluate: 6 of {given} prompts, drawn by seed' in ended.stdout
+  result = json.loads((tmp_path / 'summary.json').read_text())
   assert result['settings'] == {
     'prompt_length': 32,
     'response_length': 20,
-    'world_seed': SEED,
+    'temperature': 1.0,
   }
+  assert result['asking']['world_seed'] == SEED
   assert result['prompts']['in the file'] == given
   assert result['prompts']['asked'] == 6
   answers = samples_lib.read_samples(tmp_path / 'samples.jsonl')
@@ -155,18 +156,24 @@ def test_the_world_is_that_of_the_prompts(start, finished, tmp_path):
   assert ended.returncode == 0, ended.stderr
 
   def rate(seed):
-    pairs = [*zip(prompts * 2, answers, strict=True)]
-    scores = np.array(judges.gold_score(seed)(pairs)).reshape(2, -1)
+    the_world = world.make_world(seed)
+    scores = np.reshape(
+      [
+        gold.utility(gold.judge(prompt, answer.response, the_world))
+        for prompt, answer in zip(prompts * 2, answers, strict=True)
+      ],
+      (2, -1),
+    )
     return np.mean((scores[0] > scores[1]) + 0.5 * (scores[0] == scores[1]))
 
   assert abs(rate(SEED) - rate(0)) > 0.02
-  result = json.loads((tmp_path / 'out' / 'preferences.json').read_text())
-  mean = result['win_rate']['own']['by_prompt']['mean']
+  result = json.loads((tmp_path / 'out' / 'summary.json').read_text())
+  mean = result['win_rate']['own']['rate']
   assert mean == pytest.approx(rate(SEED), abs=1e-9)
 
 
 def test_given_keys_win(start, finished, tmp_path):
-  ended = preferences(
+  ended = evaluate(
     start,
     finished,
     tmp_path,
@@ -201,7 +208,7 @@ def test_samples_for_labelers_run_on_a_run(start, finished, tmp_path):
   assert f'response_length is 20, as in {finished}' in ended.stdout
 
 
-@pytest.mark.parametrize('program', [preferences, best_of_n])
+@pytest.mark.parametrize('program', [evaluate, best_of_n])
 def test_a_context_that_is_too_short_is_told_before_sampling(
   start, finished, tmp_path, program
 ):
@@ -217,15 +224,15 @@ def test_what_no_run_says_has_to_be_given(start, finished, tmp_path):
   elsewhere = tmp_path / 'prompts.jsonl'
   source = finished / 'data' / 'prompts_test.jsonl'
   elsewhere.write_text(source.read_text())
-  ended = preferences(
+  ended = evaluate(
     start, finished, tmp_path / 'out', f'--config.prompts={elsewhere}'
   )
   assert ended.returncode == 1
   (line,) = ended.stderr.splitlines()
-  assert 'preferences: world_seed is not given' in line
+  assert 'evaluate: world_seed is not given' in line
   assert str(elsewhere) in line and '--config.world_seed' in line
   # The advice.
-  ended = preferences(
+  ended = evaluate(
     start,
     finished,
     tmp_path / 'out',
@@ -281,7 +288,7 @@ def chat_reply(body, number):
 def test_a_chat_model_judges(start, finished, tmp_path):
   with serve(chat_reply) as (url, requests):
     flags = (f'--config.endpoint.url={url}', '--config.endpoint.model=m')
-    ended = preferences(
+    ended = evaluate(
       start,
       finished,
       tmp_path,
@@ -296,14 +303,12 @@ def test_a_chat_model_judges(start, finished, tmp_path):
       (flags, 'JUDGE_API_KEY is not set'),
       (('--config.endpoint.url=nowhere', flags[1]), "http://.*'nowhere'"),
     ):
-      ended = preferences(
-        start, finished, tmp_path / 'no', *more, judge=':http'
-      )
+      ended = evaluate(start, finished, tmp_path / 'no', *more, judge=':http')
       assert ended.returncode == 1
       (line,) = ended.stderr.splitlines()
       assert words.split('.*')[-1] in line
-  result = json.loads((tmp_path / 'preferences.json').read_text())
-  assert result['win_rate']['ppo']['by_prompt']['mean'] == 0.5
+  result = json.loads((tmp_path / 'summary.json').read_text())
+  assert result['win_rate']['ppo']['rate'] == 0.5
   assert 'secret' not in (tmp_path / 'config.json').read_text()
 
 

@@ -451,17 +451,17 @@ def test_a_cache_that_grows_gives_the_same(chance):
   """Without refill: 512 columns in four steps, all of them used, or few."""
   out, counts = fake_rollout(32, 0, 512, chance)
   assert_same_rollout(out, fake_looped(32, 512, chance))
-  plan = rollout.make_plan(32, 5, 512, 0, 1, 1)
-  assert plan.widths == (144, 272, 400, 528)
+  sizes = rollout.make_sizes(32, 5, 512, 0, 1, 1)
+  assert sizes.widths == (144, 272, 400, 528)
   assert counts['steps'] == out.response_mask.sum(axis=1).max()
   assert (counts['slot_steps'] == 32 * 512) == (chance == 1e-4)
 
 
 def test_sizes_that_do_not_divide_are_named():
   with pytest.raises(ValueError, match='6 slots do not divide over 4 shards'):
-    rollout.make_plan(16, 5, 8, 6, 1, 4)
+    rollout.make_sizes(16, 5, 8, 6, 1, 4)
   with pytest.raises(ValueError, match='10 prompts do not divide over 4'):
-    rollout.make_plan(10, 5, 8, 8, 1, 4)
+    rollout.make_sizes(10, 5, 8, 8, 1, 4)
 
 
 # --- Queues of any length -----------------------------------------------------

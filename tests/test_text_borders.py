@@ -17,13 +17,13 @@ from configs import evaluate as evaluate_config
 from configs import nlp_suite as suite_config
 from configs import reward as reward_config
 from experiments import reward
-from instruct_jax import chat, model_folder, queries
+from instruct_jax import chat, judge_fns, model_folder, queries
 from instruct_jax.data import __main__ as describe
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import samples
 from instruct_jax.evals.benchmarks import runner, tasks
-from instruct_jax.jobs import nlp_suite, preferences
+from instruct_jax.jobs import nlp_suite
 from tests import published, tiny
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -101,7 +101,7 @@ def test_every_caller_gives_one_prompt_the_same_ids(model, monkeypatch):
   asked, _ = loader.prompt_rows([prompt], tokenizer, 128)
   assert row_of(asked.tokens, asked.mask) == wanted
 
-  # A reward model as judge, in preferences and in the chat.
+  # A reward model as judge, and in the chat.
   seen = []
 
   def spy(scored, prompts, answers, *rest):
@@ -111,9 +111,7 @@ def test_every_caller_gives_one_prompt_the_same_ids(model, monkeypatch):
   monkeypatch.setattr(queries, 'score_answers', spy)
   monkeypatch.setattr(model_folder, 'load', lambda *args, **kwargs: None)
   config = evaluate_config.get_config('reward')
-  with config.unlocked():
-    config.reward_model = str(folder)
-  score, _ = preferences.reward_score(config, tiny.one_device())
+  score, _ = judge_fns.reward_score(config, str(folder), tiny.one_device())
   recorded = samples.Sample('m', 'p', prompt.text, 'an owl', 7, True)
   score([(prompt, recorded)])
   assert seen.pop() == ([wanted], [[*answer, end]])
@@ -289,6 +287,7 @@ def test_models_of_one_vocabulary_are_asked_in_one_way(model, tmp_path):
   )
   config = evaluate_config.get_config('reward')
   with config.unlocked():
+    config.workdir = str(tmp_path / 'run')
     config.models = f'sft={folder},other={other}'
     config.tokenizer = str(tmp_path / 'tokenizer')
     config.prompts = str(tmp_path / 'prompts.jsonl')
@@ -296,7 +295,7 @@ def test_models_of_one_vocabulary_are_asked_in_one_way(model, tmp_path):
     config.response_length = 8
     config.batch_size = 8
     config.mesh = (8, 1, 1)
-    config.reward_model = str(tmp_path / 'judge')
+    config.judge_model = str(tmp_path / 'judge')
   published.save_byte_tokenizer(tmp_path / 'judge')
   # It likes the template's bracket; a row without any scores lower.
   published.save_scorer(
@@ -304,16 +303,15 @@ def test_models_of_one_vocabulary_are_asked_in_one_way(model, tmp_path):
     tokenizer.vocab_size,
     {tokenizer.encode(']')[0]: 1.0},
   )
-  workdir = epath.Path(tmp_path / 'run')
-  preferences.run(config, workdir)
-  result = json.loads((workdir / 'preferences.json').read_text())
+  (tmp_path / 'run').mkdir()
+  tiny.run_evaluation(config)
+  result = json.loads((tmp_path / 'run' / 'summary.json').read_text())
   asked = {name: row['asked with'] for name, row in result['models'].items()}
   assert asked['sft'] == tokenizer.describe()
   assert asked['other'] == plain.describe()
   assert tokenizer.describe() in result['judge']
-  assert (
-    'prompts in its chat template' in (workdir / 'preferences.md').read_text()
-  )
+  text = (tmp_path / 'run' / 'report.md').read_text()
+  assert 'prompts in its chat template' in text
   own = queries.tokenizer_of(str(folder), '', chat=True)
   assert own.fingerprint == tokenizer.fingerprint
   assert not queries.tokenizer_of(str(folder), '').template

@@ -14,9 +14,8 @@ from etils import epath
 from configs import ppo_ptx
 from instruct_jax.data import records, tokenizer
 from instruct_jax.infra import pipeline
-from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import stages as stages_lib
-from instruct_jax.jobs import e2e_data, evaluate
+from instruct_jax.worlds import restaurant
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -65,7 +64,7 @@ def test_root_reaches_the_data_stage_by_either_name(tmp_path):
 def test_a_missing_root_is_told_before_any_compute(tmp_path):
   config = ppo_ptx.get_config('e2e')
   with pytest.raises(ValueError, match=r'set --config\.data\.root=DIR'):
-    e2e_data.validate(config.stages.data)
+    restaurant.validate(config.stages.data)
   (tmp_path / 'books').mkdir()
   config.data.root = str(tmp_path)
   config.workdir = str(tmp_path)
@@ -82,7 +81,7 @@ def test_a_missing_root_is_told_before_any_compute(tmp_path):
 
 
 def test_every_stage_validates_and_lengths_fit_together(tmp_path):
-  for name in e2e_data.FOLDERS:
+  for name in restaurant.FOLDERS:
     (tmp_path / name).mkdir()
   config = ppo_ptx.get_config('e2e')
   config.data.root = str(tmp_path)
@@ -110,8 +109,8 @@ def test_prefixes_are_training_examples_and_fit():
   tokens = tokenizer.train_bpe(
     [d.prompt + d.response for d in demonstrations], 300
   )
-  prefixes = e2e_data.make_prefixes(demonstrations, tokens, 60, seed=0)
-  assert len(prefixes) == e2e_data.NUM_PREFIXES
+  prefixes = restaurant.make_prefixes(demonstrations, tokens, 60, seed=0)
+  assert len(prefixes) == restaurant.NUM_PREFIXES
   known = {d.prompt + d.response for d in demonstrations}
   for prefix in prefixes:
     *examples, slot = prefix.split('\n\n')
@@ -120,23 +119,14 @@ def test_prefixes_are_training_examples_and_fit():
     facts = [example.split('\n')[0] for example in examples]
     assert len(set(facts)) == len(facts)
     assert len(tokens.encode(prefix.replace('{prompt}', ''))) <= 60
-  assert prefixes == e2e_data.make_prefixes(demonstrations, tokens, 60, seed=0)
-  assert prefixes != e2e_data.make_prefixes(demonstrations, tokens, 60, seed=1)
+  assert prefixes == restaurant.make_prefixes(
+    demonstrations, tokens, 60, seed=0
+  )
+  assert prefixes != restaurant.make_prefixes(
+    demonstrations, tokens, 60, seed=1
+  )
   with pytest.raises(ValueError, match='raise prefix_length'):
-    e2e_data.make_prefixes(demonstrations, tokens, 5, seed=0)
-
-
-def test_a_stop_that_sampling_cannot_meet_is_an_error(tmp_path):
-  tokens = tokenizer.train_bpe(['abc'], 258)
-  path = epath.Path(tmp_path) / 'prefixes.json'
-  run_lib.write_json(path, {'prefixes': ['{prompt}'], 'stop': '\n'})
-  (newline,) = tokens.encode('\n')
-  prefixes, stops = evaluate.read_prefixes(path, tokens)
-  assert prefixes == ['{prompt}']
-  assert stops == (tokens.eos_id, newline)
-  run_lib.write_json(path, {'prefixes': ['{prompt}'], 'stop': 'the end'})
-  with pytest.raises(ValueError, match='has 7 tokens'):
-    evaluate.read_prefixes(path, tokens)
+    restaurant.make_prefixes(demonstrations, tokens, 5, seed=0)
 
 
 @pytest.mark.slow
@@ -144,7 +134,7 @@ def test_all_stages_on_real_data(data_root, tmp_path):
   # One book instead of 28, 500 sentences instead of 4,672, one real ranking
   # file: what takes the time is their number.
   root = tmp_path / 'root'
-  for name in e2e_data.FOLDERS:
+  for name in restaurant.FOLDERS:
     if not (data_root / name).is_dir():
       pytest.skip(f'no {name} in {data_root}')
     (root / name).mkdir(parents=True)
@@ -184,19 +174,21 @@ def test_all_stages_on_real_data(data_root, tmp_path):
   assert {rate['num_prompts'] for rate in rates.values()} == {12}
   assert 0 < summary['reward_model']['agreement'] < 1
   assert summary['reward_model']['ceiling'] is None
-  extra = summary['extra']
-  accuracies = extra['Accuracy on held-out representations']
-  assert set(accuracies) == {
-    'reward model',
-    'judge',
-    'length only',
-    'bag of words (Bradley-Terry)',
-  }
-  # Neither of these two knows the models: they are the data's own.
-  assert accuracies['bag of words (Bradley-Terry)']["judge's workers"][
-    'accuracy'
-  ] == pytest.approx(0.7, abs=0.1)
-  slots = extra['Slots and BLEU']
+  rankings = summary['intervals']['reward_model']['rankings']
+  assert list(rankings) == ["reward model's workers", "judge's workers"]
+  for ranked in rankings.values():
+    assert set(ranked['accuracies']) == {
+      'reward model',
+      'judge',
+      'length only',
+      'bag of words (Bradley-Terry)',
+    }
+  # It knows no model: it is the data's own.
+  words = rankings["judge's workers"]['accuracies'][
+    'bag of words (Bradley-Terry)'
+  ]
+  assert words['accuracy'] == pytest.approx(0.7, abs=0.1)
+  slots = summary['extra']['Slots and BLEU']
   assert slots['people']['slots realised']['mean'] == pytest.approx(
     0.92, abs=0.05
   )

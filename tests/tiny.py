@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 
 from instruct_jax import (
   model_fns,
+  model_folder,
   packing,
   ppo,
   rewards,
@@ -20,7 +22,8 @@ from instruct_jax import (
   score_fns,
   supervised,
 )
-from instruct_jax.infra import sharding, train_state
+from instruct_jax.infra import run, sharding, train_state
+from instruct_jax.jobs import evaluate
 from instruct_jax.models import heads
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.types import PromptBatch, TextBatch
@@ -44,6 +47,42 @@ CONFIG = TransformerConfig(
 )
 POLICY = model_fns.make_module('policy', CONFIG)
 SCALAR = model_fns.make_module('scalar', CONFIG)
+
+
+def save_model(root, name, kind, tokenizer, seed):
+  """A model folder with weights far from a fresh model's."""
+  config = TransformerConfig(
+    vocab_size=tokenizer.vocab_size,
+    context_length=64,
+    num_layers=1,
+    width=16,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=32,
+    vocab_multiple=8,
+  )
+  model = model_fns.init(kind, config, one_device(), jax.random.key(seed))
+  rng = np.random.default_rng(seed)
+  params = jax.tree.map(
+    lambda x: jnp.asarray(x + rng.normal(0, 0.3, x.shape), jnp.float32),
+    model.params,
+  )
+  model_folder.save(
+    root / name,
+    model_fns.Model(kind, model.module, params, {}),
+    tokenizer,
+    {},
+  )
+
+
+def run_evaluation(config):
+  """`jobs/evaluate.py` in the folder that `main` would have made ready."""
+  workdir = epath.Path(config.workdir)
+  run.write_json(
+    workdir / 'provenance.json',
+    {'command': 'a command', 'commit': None, 'versions': {'jax': '1'}},
+  )
+  return evaluate.run(config, workdir)
 
 
 def one_device():

@@ -9,14 +9,14 @@ MAIN = 'instruct_jax.main'
 NUM_STEPS = 400
 
 CONFIG = """
-from configs import common, ppo_ptx, pretrain
+from configs import common, pipeline, pretrain
 
 def get_config():
   config = pretrain.stage(0, '')
   config.tokenizer = FOLDER + '/data/tokenizer'
   config.documents = FOLDER + '/documents.jsonl'
   config.valid = FOLDER + '/data/documents_valid.jsonl'
-  config.model = ppo_ptx.tiny_model(32, 1, 64, 1)
+  config.model = pipeline.tiny_model(32, 1, 64, 1)
   config.row_length, config.batch_size, config.num_steps = 32, 4, NUM_STEPS
   config.num_warmup, config.learning_rate = 2, 1e-3
   # A line, and a checkpoint, only at the end.

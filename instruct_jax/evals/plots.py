@@ -44,7 +44,7 @@ _WIDTH, DPI = 5.6, 160
 _HEADING_CHARACTERS, _NOTE_CHARACTERS = 54, 84
 # Panels along RL: metric of metrics.jsonl, title, unit.
 _RL_PANELS = (
-  ('objective/score', 'Reward-model score', 'reward units'),
+  ('objective/score', 'Score', 'reward units'),
   ('objective/kl', 'KL from the RL initialisation', 'nats per response'),
   ('ppo/policy/entropy', 'Entropy of the policy', 'nats per token'),
   ('objective/length', 'Response length', 'tokens'),
@@ -503,7 +503,7 @@ def _draw_reward_kl(shown: figures.Figures) -> Any:
       _running_mean(score, window),
       color=looks[model][0],
     )
-  axis.set_ylabel('reward-model score\n(reward units)')
+  axis.set_ylabel('score\n(reward units)')
   axis.set_xlabel('KL from the RL initialisation (nats per response)')
   _heading(
     figure,

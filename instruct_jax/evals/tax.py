@@ -129,6 +129,7 @@ def write(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+  """Plots the runs named on the command line; returns the exit status."""
   parser = command.Parser(description='Alignment tax of PPO runs.')
   parser.add_argument('runs', nargs='+', help='NAME=FOLDER of a PPO stage')
   parser.add_argument('--output', required=True)

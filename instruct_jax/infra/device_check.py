@@ -79,6 +79,7 @@ def check(backend: str) -> str:
 
 
 def main(arguments=None) -> None:
+  """Checks all devices; exits with a line for what is wrong."""
   parser = command.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('--backend', required=True)
   parser.add_argument('--wait', type=int, default=600, help='seconds')

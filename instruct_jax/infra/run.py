@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import fcntl
+import gc
 import importlib.metadata
 import json
 import os
@@ -363,12 +364,13 @@ class StopSignal:
         checkpointer.save(...); checkpointer.close()
         raise Stopped(f'sft: stopped at step {step}')
 
-  They nest: a signal that the inner one received and did not act on is passed
-  to the outer one when the inner one is left.
+  They nest: what one of them received, those inside it see as well, and what
+  the inner one did not act on is passed to the outer one when it is left.
 
   Args:
-    at_once: raise `Stopped` where the signal meets the program. For what lies
-      between loops: there is nothing to save there.
+    at_once: raise `Stopped` where the signal meets the program, or, where
+      Python would drop an exception, at the next step of a `Progress`. For what
+      lies between loops: there is nothing to save there.
   """
 
   _entered: ClassVar[list['StopSignal']] = []
@@ -394,8 +396,26 @@ class StopSignal:
 
   def _receive(self, number, frame):
     self._received = True
-    if self._at_once:
+    if not _drops_exceptions(frame):
+      self.check()
+
+  @classmethod
+  def check(cls) -> None:
+    """Raises `Stopped` where a signal came that is to stop the program at once.
+
+    Only the main thread does.
+    """
+    if (
+      cls._entered
+      and cls._entered[-1]._at_once
+      and threading.current_thread() is threading.main_thread()
+      and cls._came()
+    ):
       raise Stopped('stopped outside of a training loop')
+
+  @classmethod
+  def _came(cls) -> bool:
+    return any(stop._received for stop in cls._entered)
 
   @property
   def requested(self) -> bool:
@@ -405,9 +425,20 @@ class StopSignal:
     step: each must ask equally often.
     """
     if jax.process_count() == 1:
-      return self._received
-    received = multihost_utils.process_allgather(np.array(self._received))
+      return self._came()
+    received = multihost_utils.process_allgather(np.array(self._came()))
     return bool(np.any(received))
+
+
+def _drops_exceptions(frame) -> bool:
+  """Whether Python only prints what is raised in a frame: inside finalizers and
+  callbacks of the garbage collector."""
+  callbacks = {getattr(call, '__code__', None) for call in gc.callbacks}
+  while frame is not None:
+    if frame.f_code.co_name == '__del__' or frame.f_code in callbacks:
+      return True
+    frame = frame.f_back
+  return False
 
 
 class Progress:
@@ -443,7 +474,12 @@ class Progress:
       )
 
   def update(self, num_steps: int = 1, text: str = '') -> None:
-    """Counts steps; `text` is shown behind them."""
+    """Counts steps; `text` is shown behind them.
+
+    Raises:
+      Stopped: see `StopSignal`.
+    """
+    StopSignal.check()
     self._done += num_steps
     self._text = text
     if self._bar is not None:

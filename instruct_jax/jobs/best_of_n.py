@@ -1,19 +1,17 @@
-"""Best-of-n and RL on one frontier: gold score against KL (Gao et al. 2022).
+"""Best-of-n and RL on one frontier: the judge's score against KL.
 
-N answers of each prompt are sampled once; the expected best of n by the proxy
-reward model, for all n, comes from them without bias. RL points are measured on
-the same prompts. Both curves are fitted, with prompts redrawn for intervals.
+Gao et al. 2022. N answers of each prompt are sampled once; the expected best of
+n by the proxy reward model, for all n, comes from them without bias. RL points
+are measured on the same prompts. Both curves are fitted, with prompts redrawn
+for intervals.
 """
 
-import functools
 import json
 
-import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import files, model_folder, queries, rollout
-from instruct_jax.data import loader, records
+from instruct_jax import asking, files, judge_fns, model_folder, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
   judges,
@@ -22,22 +20,22 @@ from instruct_jax.evals import (
   report,
   win_rate,
 )
-from instruct_jax.evals.samples import Sample, draw_prompts
-from instruct_jax.infra import origin, sharding, slices
-from instruct_jax.infra import run as run_lib
+from instruct_jax.infra import origin, sharding
 from instruct_jax.models.config import check_stage
 
 PROCESSES = 'one'
 
 
 def validate(config):
+  """Checks the config; the judge checks its own keys."""
   check_stage(config)
-  run_lib.check_choice(config, 'judge', ('gold', 'reward'))
   for key in ('policy', 'reward_model', 'prompts', 'tokenizer'):
     if not config[key]:
       raise ValueError(f'{key} is empty')
-  if config.judge == 'reward' and not config.judge_model:
-    raise ValueError("judge_model is empty; the judge 'reward' needs it")
+  judge = judge_fns.find(config.judge)
+  if judge.score is judges.Judge.score:
+    raise ValueError(f'judge {config.judge} gives no scores of single answers')
+  judge.validate(config)
   if config.num_samples < 8:
     raise ValueError(
       f'num_samples must be at least 8 for three points of a curve: '
@@ -55,9 +53,8 @@ def validate(config):
 
 def models_of(config) -> dict[str, str]:
   """Label -> folder of each model that is read."""
-  found = {key: config[key] for key in ('policy', 'reward_model')}
-  if config.judge == 'reward':
-    found['judge_model'] = config.judge_model
+  keys = ('policy', 'reward_model', 'judge_model')
+  found = {key: config[key] for key in keys if config[key]}
   for name, folder in model_folder.named_folders(config.rl, 'rl').items():
     if not epath.Path(folder).exists():
       found[f'rl.{name}'] = folder
@@ -108,106 +105,55 @@ def sizes_up_to(num_samples: int) -> list[int]:
 
 
 def run(config, workdir: epath.Path):
+  """Samples, scores and fits.
+
+  Reads what `inputs` names. Writes best_of_n.md, best_of_n.json and
+  frontier.png.
+
+  Returns:
+    Counts of prompts.
+  """
   validate(config)
   models = models_of(config)
-  keys = [*origin.LENGTHS, *[origin.WORLD] * (config.judge == 'gold')]
-  config = origin.filled(config, keys, models, config.prompts)
+  config = origin.filled(config, origin.LENGTHS, models, config.prompts)
   model_folder.check_contexts(
     models,
     config.prompt_length + config.response_length,
     'prompt_length + response_length',
   )
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
-  given = records.read_jsonl(config.prompts, records.Prompt)
-  prompts = draw_prompts(given, config.num_prompts, config.seed)
-  run_lib.say_drawn(config.name, len(prompts), len(given), 'prompts')
-  rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
-  run_lib.tell_dropped(
-    config.name, dropped.describe('prompts', 'prompt_length')
-  )
-  prompts = [prompts[i] for i in rows.indices]
+  drawn, num_given = asking.draw(config, 'prompts', config.num_prompts)
+  by_id = {prompt.id: prompt for prompt in drawn}
   N, sizes = config.num_samples, sizes_up_to(config.num_samples)
   mesh = sharding.make_mesh(config.mesh)
-  put = functools.partial(sharding.put_batch, mesh=mesh)
   with sharding.use_mesh(mesh):
-    load_policy = functools.partial(
-      queries.load_policy,
-      tokenizer=tokenizer,
-      mesh=mesh,
-      compute_dtype=config.compute_dtype,
-    )
-    policy = load_policy(config.policy)
-    load_scalar = functools.partial(
-      model_folder.load,
-      kind='scalar',
-      mesh=mesh,
-      tokenizer=tokenizer,
-      compute_dtype=config.compute_dtype,
-    )
-    proxy_model = load_scalar(config.reward_model)
-    if config.judge == 'gold':
-      gold_fn = judges.gold_score(config.world_seed)
-      judge = 'the gold utility of the miniature (a program)'
-    else:
-      judge_model = load_scalar(config.judge_model)
-      judge = f'another reward model, {config.judge_model}'
-    kl_program = queries.kl_program(policy.module, config.temperature)
+    judge = judge_fns.find(config.judge)(config, workdir, mesh)
+    proxy_fn, _ = judge_fns.reward_score(config, config.reward_model, mesh)
 
-    def sample(params, num_samples, name, number):
-      """So many answers of each prompt, which is read once for all."""
-      generate = queries.generate_program(
-        policy.module,
-        config.response_length,
-        tokenizer.stop_ids,
-        config.temperature,
-        config.batch_size,
-        num_samples,
+    def ask(name, folder, num_samples=1):
+      """A policy, its answers, and (proxy, gold) of each [prompts, samples]."""
+      policy = queries.load_policy(
+        folder, tokenizer, mesh, compute_dtype=config.compute_dtype
       )
-      key = jax.random.fold_in(jax.random.key(config.seed), number)
-      total = num_samples * len(prompts)
-      with run_lib.Progress(f'sample {name}', total) as progress:
-        return rollout.in_queues(
-          lambda batch: generate(params, put(batch), key),
-          rows,
-          config.batch_size,
-          num_samples,
-          progress.update,
-        )
-
-    def scores_of(several, sampled):
-      """(proxy, gold) of answers to these prompts [len(several)]."""
-      ids = rollout.response_ids(sampled)
-      score = functools.partial(
-        queries.score_answers,
-        prompts=tokenizer.encode_prompts(several),
-        answers=ids,
-        pad_id=tokenizer.pad_id,
-        batch_size=config.batch_size,
-        mesh=mesh,
+      answers = asking.sample(
+        config, name, policy, drawn, tokenizer, mesh, num_samples
       )
-      proxy = score(proxy_model)
-      if config.judge == 'reward':
-        return proxy, score(judge_model)
-      texts = tokenizer.decode_responses(ids)
-      answers = [
-        (prompt, Sample('', prompt.id, prompt.text, text, len(a), True))
-        for prompt, text, a in zip(several, texts, ids, strict=True)
-      ]
-      return proxy, np.array(gold_fn(answers))
+      pairs = [(by_id[answer.prompt_id], answer) for answer in answers]
+      proxy, gold = (
+        np.asarray(score_fn(pairs), float).reshape(-1, num_samples)
+        for score_fn in (proxy_fn, judge.score)
+      )
+      return policy, answers, proxy, gold
 
     # 1. N answers of each prompt, and the best of n among them.
-    several = [prompt for prompt in prompts for _ in range(N)]
-    proxy, gold = (
-      np.asarray(x, float).reshape(len(prompts), N)
-      for x in scores_of(several, sample(policy.params, N, 'policy', 0))
-    )
-    start = {'proxy': proxy.mean(axis=1), 'gold': gold.mean(axis=1)}
+    start, _, proxy, gold = ask('policy', config.policy, N)
+    base = {'proxy': proxy.mean(axis=1), 'gold': gold.mean(axis=1)}
     curves = {
       'best of n': {
         'kind': 'best_of_n',
         'labels': [f'n = {n}' for n in sizes],
         'kl': np.tile(
-          [overoptimization.best_of_n_kl(n) for n in sizes], (len(prompts), 1)
+          [overoptimization.best_of_n_kl(n) for n in sizes], (len(proxy), 1)
         ),
         'proxy': overoptimization.best_of_n(proxy, proxy, sizes),
         'gold': overoptimization.best_of_n(proxy, gold, sizes),
@@ -216,32 +162,26 @@ def run(config, workdir: epath.Path):
 
     # 2. Policies along RL, one answer a prompt.
     for name, folder in model_folder.named_folders(config.rl, 'rl').items():
-      found = {'kl': [], 'proxy': [], 'gold': []}
       paths = rl_policies(folder)
-      for number, path in enumerate(paths, 1):
-        model = load_policy(str(path))
-        sampled = sample(model.params, 1, f'{name}/{path.name}', number)
-        signed, _ = slices.in_batches(
-          lambda batch, p=model.params: kl_program(
-            p, policy.params, put(batch)
-          ),
-          sampled,
-          config.batch_size,
+      points = []
+      for path in paths:
+        policy, answers, proxy, gold = ask(f'{name}/{path.name}', str(path))
+        signed, _ = asking.kl_of(
+          config, policy, start, drawn, answers, tokenizer, mesh
         )
-        values = (signed, *scores_of(prompts, sampled))
-        for key, value in zip(found, values, strict=True):
-          found[key].append(np.asarray(value, float))
+        points.append((signed, proxy[:, 0], gold[:, 0]))
+      columns = (np.stack(x, axis=1) for x in zip(*points, strict=True))
       curves[name] = {
         'kind': 'rl',
         'labels': [path.name for path in paths],
-        **{key: np.stack(value, axis=1) for key, value in found.items()},
+        **dict(zip(('kl', 'proxy', 'gold'), columns, strict=True)),
       }
   counts = {
-    'num_prompts': len(prompts),
-    'num_given': len(given),
-    'num_dropped': dropped.total,
+    'num_prompts': len(base['gold']),
+    'num_given': num_given,
+    'num_dropped': len(drawn) - len(base['gold']),
   }
-  return write_results(config, workdir, judge, curves, start, counts)
+  return write_results(config, workdir, judge.name, curves, base, counts)
 
 
 def points_of(config, curve, start):

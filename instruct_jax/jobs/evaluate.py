@@ -8,6 +8,7 @@ nothing here knows one by name.
 import dataclasses
 import itertools
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -37,13 +38,13 @@ from instruct_jax.models.config import check_stage
 
 PROCESSES = 'all'
 
-# Keys of a stage's config that the model card shows.
-_CARD_KEYS = (
-  *('num_steps', 'num_epochs', 'num_episodes', 'batch_size', 'learning_rate'),
-  *('value_learning_rate', 'dropout', 'ptx_fraction', 'max_candidates'),
-  *('samples_per_prompt', 'advantage', 'kl_coef', 'kl_in', 'kl_estimator'),
-  *('ptx_coef', 'ptx_per_episode', 'clip', 'gae_lambda', 'temperature'),
-  'ema_decay',
+# Keys of a stage's config that say how it ran, not what it learned from what;
+# the model card leaves out those that begin so, and paths.
+_MACHINERY = (
+  *('attention', 'checkpoint_', 'compute_dtype', 'eval_', 'experiment', 'log'),
+  *('frozen_dtype', 'gather_', 'loop', 'max_valid_', 'mesh', 'name', 'offload'),
+  *('num_microbatches', 'num_slices', 'num_slots', 'pack', 'probe', 'remat'),
+  *('sampler_', 'scan_', 'seed', 'snapshot_', 'vocab_multiple', 'workdir'),
 )
 
 
@@ -72,8 +73,7 @@ def validate(config):
   if not config.prompts:
     raise ValueError('prompts is empty; give a JSONL file of prompts')
   judge_fns.find(config.judge).validate(config)
-  if config.world:
-    score_fns.find(config.world, 'world')
+  world_of(config)
   unknown = {name for pair in named_pairs(config) for name in pair} - {*columns}
   if unknown:
     raise ValueError(
@@ -96,6 +96,20 @@ def validate(config):
   ours = [x for x in loaded if x and not model_folder.is_published(x)]
   if ours and not config.tokenizer:
     raise ValueError(f'tokenizer is empty; {ours[0]} needs its folder')
+
+
+def world_of(config) -> figures.World | None:
+  """The world of `config.world`, or None.
+
+  Raises:
+    ValueError: the dotted name has none.
+  """
+  if not config.world:
+    return None
+  found = score_fns.find(config.world, 'world')
+  if not isinstance(found, figures.World):
+    raise ValueError(f'world {config.world!r} is no figures.World')
+  return found
 
 
 def inputs(config) -> dict[str, str]:
@@ -353,7 +367,7 @@ def judged_figures(config, models, prompts, answers, judge, workdir):
   outcomes = preferences.outcomes(
     judged, columns, config.baseline, config.num_bootstrap
   )
-  world = score_fns.find(config.world, 'world') if config.world else None
+  world = world_of(config)
   rated = rate(config, models, prompts, answers, judge, world)
   _write_lines(
     workdir / 'ratings.jsonl',
@@ -508,7 +522,7 @@ def run_figures(config, models):
     },
     'trained': {
       name: figures.Training(
-        {k: stage.config[k] for k in _CARD_KEYS if k in stage.config},
+        settings_of(stage.config),
         operations_of(config, stage),
       )
       for name, stage in stages.items()
@@ -521,6 +535,18 @@ def run_figures(config, models):
       for key, count in run_lib.flat(hygiene).items()
       if count != {}
     },
+  }
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+  """What a stage's config says of the method: dotted key -> value."""
+  return {
+    key: value
+    for key, value in run_lib.flat(config).items()
+    if value not in ('', None, [])
+    and '/' not in str(value)
+    and not any(part.startswith(_MACHINERY) for part in key.split('.'))
+    and (not key.startswith('lora.') or config['lora']['rank'])
   }
 
 
@@ -611,9 +637,10 @@ def run(config, workdir: epath.Path):
       score_fn, tokenizer = judge_fns.reward_score(
         config, config.reward_model, mesh
       )
+    # Before anything is sampled: a judge may lack something.
+    judge = judge_fns.find(config.judge)(config, workdir, mesh)
     asked = asking.ask(config, models, drawn, score_fn, mesh)
     prompts, answers = asking.aligned(drawn, asked.answers)
-    judge = judge_fns.find(config.judge)(config, workdir, mesh)
     answers = scored(prompts, answers, 'score_gold', judge.score)
     if score_fn:
       answers = scored(prompts, answers, 'score_reward', score_fn)

@@ -330,7 +330,7 @@ def sampling_program(name, stage, shape, mesh, policy, resident):
   module = model_fns.make_module('policy', shape)
   decoder = model_fns.decoder(module, stage.gather_weights)
   shards = mesh.shape['data'] * mesh.shape['fsdp']
-  sizes = rollout.make_plan(
+  sizes = rollout.make_sizes(
     stage.batch_size,
     stage.prompt_length,
     stage.response_length,

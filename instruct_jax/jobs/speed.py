@@ -47,8 +47,6 @@ WORKS = ('iteration', 'rollout', 'sft')
 GROWTHS = ('response', 'batch', 'model')
 ROOT = pathlib.Path(__file__).parents[2]
 
-# What the programs ask of a tokenizer.
-
 
 @dataclasses.dataclass(frozen=True)
 class Peer:

@@ -193,6 +193,7 @@ def run(config, workdir: pathlib.Path) -> None:
 
 
 def main(argv) -> None:
+  """Runs what the flags ask for."""
   if len(argv) > 1:
     raise ValueError(f'unexpected arguments: {argv[1:]}')
   if '--verbosity' not in ' '.join(sys.argv):
@@ -211,6 +212,7 @@ def main(argv) -> None:
 
 
 def parse_flags(argv) -> list[str]:
+  """Reads the flags; what is left over."""
   return command.parse_flags(argv, _CONFIG)
 
 

@@ -146,6 +146,7 @@ def pages(kind: str, num_outputs: int) -> list[str]:
 
 
 def prompt_questions(kind: str) -> tuple[Question, ...]:
+  """The questions about the prompt in a task of this kind."""
   return INPUT_QUESTIONS if kind == 'toxicity' else PROMPT_QUESTIONS
 
 

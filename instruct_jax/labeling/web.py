@@ -201,6 +201,7 @@ class RateLimit:
 
 
 def welcome(visit):
+  """The start: sign-in hints, a labeler's progress, or the admin's pages."""
   if visit.account is None:
     signed_out = COOKIE in visit.request.cookies
     return visit.page('welcome.html', message=SIGNED_OUT if signed_out else '')
@@ -214,6 +215,7 @@ def welcome(visit):
 
 
 def show_invitation(visit):
+  """The page behind a link, which signs in once its button is pressed."""
   token = visit.request.path_params['token']
   if not visit.store.invitation_is_good(token):
     raise RefusedError(
@@ -271,6 +273,7 @@ def _same(a, b):
 
 
 def leave(visit):
+  """Signs out."""
   visit.store.leave(visit.request.cookies[COOKIE])
   reply = _to('/')
   reply.delete_cookie(COOKIE)
@@ -296,6 +299,7 @@ def static(visit):
 
 
 def read_instructions(visit):
+  """The instructions of a phase, as published last."""
   phase = visit.request.path_params['phase']
   if phase not in answers.PHASES:
     raise RefusedError(404, 'There is no such page.')
@@ -306,6 +310,7 @@ def read_instructions(visit):
 
 
 def next_task(visit):
+  """Claims a task for a labeler, or goes on with the labeler's own."""
   found = visit.store.claim(visit.account)
   if found is None:
     return visit.page(
@@ -361,6 +366,7 @@ def _own_work(visit):
 
 
 def show_task(visit):
+  """One page of a claimed task."""
   work = _own_work(visit)
   names = _ordered_pages(work)
   number = visit.number('step')
@@ -490,12 +496,14 @@ def answer_task(visit):
 
 
 def skip_task(visit):
+  """Gives a task up, with a reason."""
   work = _own_work(visit)
   visit.store.skip(work['id'], visit.account.id, visit.form.get('reason', ''))
   return _to('/?label=1&skipped=1')
 
 
 def flag_task(visit):
+  """Tells the researchers about a task."""
   work = _own_work(visit)
   visit.store.flag(work['id'], visit.account.id, visit.form.get('text', ''))
   return _to(_first_page(visit, work['id']))
@@ -505,6 +513,7 @@ def flag_task(visit):
 
 
 def show_grading(visit):
+  """Newcomers' demonstrations, for researchers to grade."""
   rows = [
     row
     for row in research.labeled(visit.store)
@@ -523,6 +532,7 @@ def show_grading(visit):
 
 
 def grade(visit):
+  """Stores a researcher's grade of a demonstration."""
   research.grade(
     visit.store,
     visit.number('assignment'),
@@ -542,6 +552,7 @@ def _integer(text, what):
 
 
 def show_admin(visit):
+  """Progress by batch, and flags."""
   with visit.store.read() as c:
     flags = c.execute(
       sa.select(schema.flags, schema.tasks.c.prompt, schema.accounts.c.name)
@@ -570,6 +581,7 @@ def show_admin(visit):
 
 
 def show_accounts(visit):
+  """Who labels, how fast and how much."""
   rows = research.labeled(visit.store)
   return visit.page(
     'accounts.html', people=research.people(visit.store, rows), link=''
@@ -587,6 +599,7 @@ def _link_page(visit, account_id):
 
 
 def add_account(visit):
+  """Makes an account and shows its link, once."""
   form = visit.form
   account_id = visit.store.add_account(
     form.get('name', ''),
@@ -598,10 +611,12 @@ def add_account(visit):
 
 
 def invite_again(visit):
+  """Makes a new link; the account's old one ends."""
   return _link_page(visit, visit.number('account'))
 
 
 def set_status(visit):
+  """Changes what an account may do."""
   visit.store.set_status(
     visit.number('account'), visit.form.get('status', ''), visit.account.id
   )
@@ -609,12 +624,14 @@ def set_status(visit):
 
 
 def show_import(visit):
+  """The form that imports tasks."""
   return visit.page(
     'import.html', kinds=answers.KINDS, phases=answers.PHASES, form={}
   )
 
 
 def import_tasks(visit):
+  """Makes a batch of the lines given, or shows what is wrong with them."""
   form = visit.form
   try:
     research.import_tasks(
@@ -641,6 +658,7 @@ def import_tasks(visit):
 
 
 def close_batch(visit):
+  """Closes a batch to new claims, or opens it."""
   closed = visit.form.get('closed', '') == '1'
   with visit.store.write() as c:
     changed = c.execute(
@@ -660,6 +678,7 @@ def close_batch(visit):
 
 
 def show_agreement(visit):
+  """How much labelers agree, and the tasks on which they do not."""
   rows = [row for row in research.labeled(visit.store) if not row.screening]
   return visit.page(
     'agreement.html',
@@ -670,6 +689,7 @@ def show_agreement(visit):
 
 
 def show_answers(visit):
+  """All answers to a task."""
   rows = research.labeled(visit.store, visit.number('task'))
   if not rows:
     raise RefusedError(404, 'There is no such page.')
@@ -677,6 +697,7 @@ def show_answers(visit):
 
 
 def show_screening(visit):
+  """Newcomers' agreement with researchers (B.1)."""
   rows = research.labeled(visit.store)
   return visit.page(
     'screening.html',
@@ -686,11 +707,13 @@ def show_screening(visit):
 
 
 def show_publishing(visit):
+  """The form that publishes instructions."""
   pages = [visit.store.instructions(phase) for phase in answers.PHASES]
   return visit.page('publishing.html', pages=pages)
 
 
 def publish(visit):
+  """Publishes a new version of the instructions of a phase."""
   visit.store.publish_instructions(
     visit.form.get('phase', ''), visit.form.get('text', ''), visit.account.id
   )
@@ -698,10 +721,12 @@ def publish(visit):
 
 
 def show_export(visit):
+  """The button that exports."""
   return visit.page('export.html', files={})
 
 
 def export(visit):
+  """Writes an export folder and lists its files."""
   moment = datetime.datetime.fromtimestamp(visit.store.clock(), datetime.UTC)
   folder = visit.site.exports / moment.strftime('%Y%m%d-%H%M%S')
   counts = research.export(visit.store, folder)
@@ -711,6 +736,7 @@ def export(visit):
 
 
 def download(visit):
+  """A file of an export."""
   folder, name = (visit.request.path_params[k] for k in ('folder', 'name'))
   path = visit.site.exports / folder / name
   if (
@@ -723,6 +749,7 @@ def download(visit):
 
 
 def show_audit(visit):
+  """The last 300 things done by an account."""
   with visit.store.read() as c:
     rows = c.execute(
       sa.select(schema.audit, schema.accounts.c.name)
@@ -736,6 +763,7 @@ def show_audit(visit):
 
 
 def missing(visit):
+  """Any other address."""
   raise RefusedError(404, 'There is no such page.')
 
 

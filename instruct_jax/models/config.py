@@ -56,9 +56,8 @@ def lora_of(config: ConfigDict) -> 'Lora | None':
     ValueError: a rank, an alpha or a target there is no such thing for.
   """
   section = config.lora
-  if section.rank == 0:
-    return None
-  return Lora(section.rank, section.alpha, tuple(section.targets))
+  lora = Lora(section.rank or 1, section.alpha, tuple(section.targets))
+  return lora if section.rank else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,6 +126,7 @@ Row = Mapping[str, str]
 
 
 def file_name(task: str) -> str:
+  """What OpenAI called the samples of a task."""
   return f'{task}_samples.csv'
 
 

@@ -121,6 +121,7 @@ def answer_features(question: str, answer: str) -> set[str]:
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
+  """1 / (1 + exp(-x)), of log-odds."""
   return 1 / (1 + np.exp(-logits))
 
 
@@ -452,6 +453,8 @@ def perspective(
 
 @dataclasses.dataclass(frozen=True)
 class Judgment:
+  """An answer and whether it was judged true (1) or not (0)."""
+
   question: str
   answer: str
   label: int
