@@ -52,10 +52,12 @@ def parse_flags(argv: list[str], config: flags.FlagHolder) -> list[str]:
     rest = flags.FLAGS(argv)
     _ = config.value.keys()  # A file that did not load says so when it is read.
     return rest
-  except AttributeError as error:
-    # ml_collections wraps a KeyError whose text may go on with a suggestion.
-    cause = error.args[0]
-    text = cause.args[0] if isinstance(cause, KeyError) else cause
+  except (AttributeError, KeyError) as error:
+    # ml_collections raises either, one of them around the other; the text may
+    # go on with a suggestion.
+    text = error.args[0]
+    while isinstance(text, KeyError):
+      text = text.args[0]
     text = f'no such config key: {text}'
   except (flags.Error, OSError) as error:
     # What the config file raised comes as a traceback; its end says it.

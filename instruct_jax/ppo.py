@@ -38,7 +38,9 @@ from instruct_jax.types import (
 )
 
 # (token rewards [B, R], mask [B, R], values [B, R] or None) -> advantages and
-# returns [B, R]; returns are None where there are no values.
+# returns [B, R]; returns are None where there are no values. One that carries a
+# state over (a running mean) adds fields to `RLState` and is made from them
+# inside the jitted `penalise` of its experiment.
 AdvantageFn = Callable[
   [jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array | None]
 ]
@@ -337,6 +339,13 @@ def penalised(
     config.kl_estimator,
   )
   found, returns = advantage_fn(token_rewards, mask, old_values)
+  for name, each in (('advantages', found), ('returns', returns)):
+    # Another shape would be read as other tokens' numbers.
+    if each is not None and each.shape != mask.shape:
+      raise ValueError(
+        f'the advantage function gave {name} of shape {each.shape}; one number '
+        f'for each response token is needed, {mask.shape}'
+      )
   kl, kl_k3 = rewards.kl_estimates(old_logprobs, ref_logprobs, mask)
   responses = jnp.any(mask, axis=1)
   lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)

@@ -454,6 +454,9 @@ def make_score_fn(
       score_fns.of_function(name, function, prompts, tokenizer, mesh),
       weight,
     )
+  if config.reward_fn:
+    terms = [f'{weight:g} x {name}' for name, (_, weight) in parts.items()]
+    run_lib.say(f'{config.name}: a score is {" + ".join(terms)}')
   return score_fns.weighted(parts)
 
 
@@ -506,7 +509,7 @@ class Outputs:
     policy: module and metadata of the policy; its parameters are not read.
     tokenizer: saved with every model.
     reward: the reward model, whose scores on its training data bound what is
-      plausible; None without one.
+      plausible where nothing is added to them; None without one.
   """
 
   def __init__(
@@ -520,8 +523,10 @@ class Outputs:
     self._config, self._workdir, self._tokenizer = config, workdir, tokenizer
     self._policy = dataclasses.replace(policy, params=None, base=None)
     score_range = (-math.inf, math.inf)
-    if reward is not None:
-      score_range = tuple(reward.metadata['score_range'])
+    if reward is not None and not config.reward_fn:
+      score_range = tuple(
+        sorted(config.reward_weight * x for x in reward.metadata['score_range'])
+      )
     self._reporter = alarms.Reporter(
       score_range, config.response_length, policy.module.config.compute_dtype
     )

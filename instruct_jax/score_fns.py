@@ -17,6 +17,7 @@ several processes each calls it for its own responses.
 
 import importlib
 import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -105,7 +106,10 @@ def find_function(name: str) -> TextScoreFn:
   """
   function = find(name)
   if not callable(function):
-    raise ValueError(f'reward_fn {name!r} is a {type(function).__name__}')
+    raise ValueError(
+      f'reward_fn {name!r} is of type {type(function).__name__}; name a '
+      'function of (prompts, responses, metadata)'
+    )
   return function
 
 
@@ -211,7 +215,11 @@ def score_texts(
   try:
     found = function([prompt.text for prompt in prompts], texts, metadata)
   except Exception as error:
-    raise RuntimeError(f'{name}: {type(error).__name__}: {error}') from error
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    raise RuntimeError(
+      f'{name}: {type(error).__name__}: {error} ({place.filename}:'
+      f'{place.lineno})'
+    ) from error
   return _checked(name, found, prompts)
 
 
@@ -223,8 +231,10 @@ def _checked(name, found, asked) -> np.ndarray:
       f'{name} must return one number a response: {error}'
     ) from error
   if scores.shape != (len(asked),):
+    what = type(found).__name__ if found is None else f'shape {scores.shape}'
     raise RuntimeError(
-      f'{name} returned {scores.shape} numbers for {len(asked)} responses'
+      f'{name} returned {what}; one number for each of {len(asked)} responses '
+      'is needed'
     )
   bad = np.flatnonzero(~np.isfinite(scores))
   if bad.size:

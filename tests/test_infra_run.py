@@ -107,6 +107,12 @@ def test_git_state(workdir):
   assert dirty is False
   (workdir / 'file').write_text('2')
   assert run._git_state(workdir) == (commit, True)
+  # A fork's code, in no commit yet; a log is no code.
+  (workdir / 'file').write_text('1')
+  (workdir / 'log').write_text('1')
+  assert run._git_state(workdir) == (commit, False)
+  (workdir / 'package' / 'fork.py').write_text('1')
+  assert run._git_state(workdir) == (commit, True)
   # A folder inside another repository is not that repository.
   assert run._git_state(workdir / 'package') == (None, None)
 

@@ -322,6 +322,18 @@ SMOKE = '--config=configs/ppo_ptx.py:smoke'
       ["no such config key: 'batchsize'", 'Did you mean "batch_size"'],
     ),
     (
+      (SMOKE, '--config.stages.ppo_ptz.batch_size=8'),
+      ["no such config key: 'ppo_ptz'", 'Did you mean "ppo_ptx"'],
+    ),
+    (
+      ('--config=configs/rloo.py:smoke', '--config.stages.ppo_ptx.seed=1'),
+      ["no such config key: 'ppo_ptx'"],
+    ),
+    (
+      (SMOKE, '--config.stages.ppo_ptx.experiment=rloo'),
+      ["experiments.rloo reads the key 'advantage'", 'configs/'],
+    ),
+    (
       (SMOKE, '--config.stages.ppo_ptx.batch_size=many'),
       ['batch_size', "'many'"],
     ),

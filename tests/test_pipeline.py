@@ -338,6 +338,23 @@ def test_forks_start_at_the_reference(copied):
       assert first['dpo/reward'] == pytest.approx(0, abs=1e-3)
 
 
+def test_a_function_scores_in_the_place_of_a_reward_model(copied):
+  """The value model starts from the policy; alarms know no range of scores."""
+  config, _ = make_config(copied)
+  stage = config.stages.ppo_ptx
+  stage.reward_model = ''
+  stage.reward_fn = 'tests.test_score_fns.brevity=100'
+  stage.num_episodes = 2 * stage.batch_size
+  folder = copied / 'brevity'
+  folder.mkdir()
+  ppo_ptx.run(stage, folder)
+  first = lines(folder)[0]
+  # A response has about a word a token, and a stop token.
+  words = -first['objective/score'] / 100
+  assert words == pytest.approx(first['objective/length'], abs=1.5)
+  assert not run.read_json(folder / 'alarms.json')
+
+
 def test_a_bad_record_is_named_by_file_and_line(copied):
   config, _ = make_config(copied)
   path = copied / 'data' / 'ppo_prompts_train.jsonl'

@@ -110,6 +110,31 @@ def make_fields(sampled, scores, old, ref, values, kl_coef, config):
   )
 
 
+@pytest.mark.parametrize('shape', ['B B R', 'B'])
+def test_advantages_of_another_shape_are_refused(shape):
+  """Broadcast by mistake, they would be other tokens' advantages."""
+  sampled = make_rollout()
+
+  def advantage_fn(token_rewards, mask, values):
+    returns = jnp.sum(token_rewards, axis=1)
+    if shape == 'B':
+      return returns, None
+    return jnp.where(mask, returns[:, None, None], 0.0), None
+
+  tokens = jnp.zeros(sampled.response_mask.shape)
+  with pytest.raises(ValueError, match='advantages of shape'):
+    ppo.penalised(
+      sampled,
+      jnp.zeros(len(tokens)),
+      tokens,
+      tokens,
+      None,
+      jnp.float32(0.1),
+      advantage_fn,
+      PPO,
+    )
+
+
 def read(params, sampled):
   """What the tables say of a rollout as it is: [B, R]."""
   rows = packing.as_rows(sampled)

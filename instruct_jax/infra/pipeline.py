@@ -47,7 +47,10 @@ def find_experiment(name: str) -> ModuleType:
         raise ValueError(f'{each}: {error}') from error
   if module is None:
     where = ' or '.join(full)
-    raise ValueError(f'no experiment {name!r}: there is no module {where}')
+    raise ValueError(
+      f'no experiment {name!r}: there is no module {where}; experiment is the '
+      "name of a file in experiments/ or jobs/ without '.py', or a dotted name"
+    )
   for function in ('run', 'validate'):
     if not callable(getattr(module, function, None)):
       raise ValueError(

@@ -308,8 +308,9 @@ def provenance(seed: int) -> dict[str, Any]:
 
   Returns:
     `seed`, `commit` (None outside a git checkout), `dirty` (tracked files
-    differ from the commit), `versions` by package, `python`, `platform`,
-    `devices` (count by kind) and `num_processes`.
+    differ from the commit, or there is Python code that is not tracked),
+    `versions` by package, `python`, `platform`, `devices` (count by kind) and
+    `num_processes`.
   """
   versions = {}
   for name in _PACKAGES:
@@ -346,7 +347,9 @@ def _git_state(root) -> tuple[str | None, bool | None]:
     if pathlib.Path(git('rev-parse', '--show-toplevel')) != root.resolve():
       return None, None
     commit = git('rev-parse', 'HEAD')
-    return commit, bool(git('status', '--porcelain', '--untracked-files=no'))
+    changed = git('status', '--porcelain', '--untracked-files=no')
+    untracked = git('ls-files', '--others', '--exclude-standard', '*.py')
+    return commit, bool(changed or untracked)
   except (OSError, subprocess.CalledProcessError):
     return None, None
 

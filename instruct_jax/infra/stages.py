@@ -199,6 +199,15 @@ def validate(stage: Stage) -> None:
     stage.experiment.validate(stage.config)
   except ValueError as error:
     raise ValueError(f'{stage.name}: {error}') from error
+  except (AttributeError, KeyError) as error:
+    key = str(error).replace('\\', '').split('\n')[0].strip('\'"')
+    if not key.isidentifier() or key in stage.config:
+      raise  # A fault of the experiment.
+    raise ValueError(
+      f'{stage.name}: {stage.experiment.__name__} reads the key {key!r}, which '
+      'the config of this stage lacks; declare it in a file of configs/, as '
+      'configs/rloo.py does for its stage'
+    ) from error
 
 
 def _check_numbers(config) -> None:
@@ -337,7 +346,8 @@ def _missing(*found) -> str:
   if not key:  # What an earlier stage of the run would write.
     return f'{who}: {reason}'
   if reason == inputs.EMPTY:
-    return f'{who}: {label} is empty; give --config.{key}=PATH'
+    other = ', or a reward_fn' * (label == 'reward_model')
+    return f'{who}: {label} is empty; give --config.{key}=PATH{other}'
   return f'{who}: {label}: {reason}; correct --config.{key}'
 
 

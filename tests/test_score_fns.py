@@ -1,0 +1,108 @@
+"""Scores from Python functions: what they get, what they may return."""
+
+import jax
+import numpy as np
+import pytest
+
+from instruct_jax import score_fns
+from instruct_jax.data import records
+
+PROMPTS = [
+  records.Prompt('a', 'name a fox', metadata={'reference': 'red'}, user='u'),
+  records.Prompt('b', 'name a pig', category='chat'),
+]
+TEXTS = ['red fox', 'pig']
+NUMBER = 3
+
+
+def score(function):
+  return score_fns.score_texts(
+    'reward_fn f', function, PROMPTS, TEXTS, [True, False], [3, 20]
+  )
+
+
+def brevity(prompts, responses, metadata):
+  del prompts, metadata
+  return [-len(response.split()) for response in responses]
+
+
+def test_a_function_gets_texts_and_metadata():
+  seen = []
+
+  def function(*arguments):
+    seen.extend(arguments)
+    return [1, 2.5]
+
+  scores = score(function)
+  assert scores.dtype == np.float32
+  assert scores.tolist() == [1, 2.5]
+  prompts, responses, metadata = seen
+  assert prompts == ['name a fox', 'name a pig']
+  assert responses == TEXTS
+  assert metadata[0] == {
+    'id': 'a',
+    'user': 'u',
+    'category': '',
+    'turns': (),
+    'ended': True,
+    'num_tokens': 3,
+    'reference': 'red',
+  }
+  assert (metadata[1]['ended'], metadata[1]['num_tokens']) == (False, 20)
+
+
+def raises(prompts, responses, metadata):
+  return metadata[1]['reference']
+
+
+@pytest.mark.parametrize(
+  ('function', 'message'),
+  [
+    (raises, r"KeyError: 'reference' \(.*test_score_fns\.py:\d+\)"),
+    (lambda *_: None, 'returned NoneType; one number for each of 2 responses'),
+    (lambda *_: [1.0], r'shape \(1,\); one number for each of 2'),
+    (lambda *_: ['good', 'bad'], 'must return one number a response'),
+    (lambda *_: [[1.0], [2.0]], r'shape \(2, 1\)'),
+    (lambda *_: [1.0, float('nan')], "returned nan for .* prompt 'b'.*1 of 2"),
+  ],
+)
+def test_what_is_no_score_is_named(function, message):
+  with pytest.raises(RuntimeError, match=f'reward_fn f.*{message}'):
+    score(function)
+
+
+@pytest.mark.parametrize(
+  ('name', 'message'),
+  [
+    ('brevity', 'no dotted name'),
+    ('nowhere.brevity', "'nowhere.brevity': No module"),
+    ('tests.test_score_fns.nothing', 'has no attribute'),
+    ('tests.test_score_fns.NUMBER', 'is of type int; name a function'),
+  ],
+)
+def test_names_of_nothing_are_refused(name, message):
+  with pytest.raises(ValueError, match=f'reward_fn .*{message}'):
+    score_fns.find_function(name)
+
+
+def test_weights():
+  assert score_fns.parse_weights('') == {}
+  assert score_fns.parse_weights('a.f,b.g=-0.5') == {'a.f': 1.0, 'b.g': -0.5}
+  for bad in ('a.f=x', '=2', 'a.f,a.f=2', 'a.f=inf'):
+    with pytest.raises(ValueError, match='NAME or NAME=WEIGHT'):
+      score_fns.parse_weights(bad)
+
+
+def test_several_scores_are_summed_with_their_weights():
+  def constant(value):
+    return lambda sampled: jax.numpy.full(2, value)
+
+  sampled = score_fns.Sampled(None, None, np.arange(2))
+  one = score_fns.weighted({'a': (constant(2.0), 1.0)})
+  assert one(sampled).tolist() == [2, 2]
+  both = score_fns.weighted(
+    {'a': (constant(2.0), 0.5), 'b': (constant(3.0), -1.0)}
+  )
+  assert both(sampled).tolist() == [-2, -2]  # 0.5 x 2 - 3.
+  scaled = score_fns.weighted({'a': (constant(2.0), 3.0)})
+  assert scaled(sampled).tolist() == [6, 6]
