@@ -1,7 +1,10 @@
 """A file imports only from lower floors; the table is data."""
 
 import ast
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -286,6 +289,32 @@ def test_floors():
   assert sources
   edges = offending_edges(sources)
   assert not edges, '\n' + '\n'.join(edges)
+
+
+def test_imports_print_nothing():
+  """Of other libraries either, whichever of our files comes first."""
+  names = [
+    '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+    for folder in TOP_FOLDERS
+    for path in sorted((ROOT / folder).rglob('*.py'))
+    # Programs, and a file that needs an optional package.
+    if path.stem not in ('__main__', 'env', 'lm_eval_adapter')
+  ]
+  imports = '\n'.join(f'importlib.import_module({name!r})' for name in names)
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  # What silences them is for the package to set, as it has done here.
+  environment.pop('TRANSFORMERS_NO_ADVISORY_WARNINGS', None)
+  ended = subprocess.run(
+    [
+      *(sys.executable, '-c'),
+      f'import importlib\n{imports}\nimport transformers',
+    ],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+  assert (ended.returncode, ended.stdout, ended.stderr) == (0, '', '')
 
 
 @pytest.mark.parametrize(

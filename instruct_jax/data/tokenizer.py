@@ -29,7 +29,6 @@ import datetime
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -619,7 +618,8 @@ class Tokenizer:
         f'{folder}: {_FILE} is missing (found {", ".join(names) or "nothing"})'
         '; save the tokenizer in Hugging Face format there'
       )
-    transformers = _import_transformers()
+    import transformers  # Two seconds, so only when needed.
+
     with tempfile.TemporaryDirectory() as temporary:
       _copy_files(folder, names, pathlib.Path(temporary))
       try:
@@ -966,20 +966,13 @@ def _wrap(
   specials = {'pad_token': pad, 'eos_token': eos}
   if unk is not None:
     specials['unk_token'] = unk
-  transformers = _import_transformers()
+  import transformers  # Two seconds, so only when needed.
+
   return Tokenizer(
     transformers.PreTrainedTokenizerFast(
       tokenizer_object=backend, clean_up_tokenization_spaces=False, **specials
     )
   )
-
-
-def _import_transformers() -> Any:
-  # Two seconds, so only when needed; and it would advise installing PyTorch.
-  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
-  import transformers
-
-  return transformers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
