@@ -291,6 +291,32 @@ def test_floors():
   assert not edges, '\n' + '\n'.join(edges)
 
 
+def test_files_are_opened_to_be_closed():
+  """In a `with`, but for what closes them elsewhere."""
+  found = []
+  for folder in TOP_FOLDERS:
+    for path in sorted((ROOT / folder).rglob('*.py')):
+      tree = ast.parse(path.read_text())
+      closed = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.With)
+        for item in node.items
+        for part in ast.walk(item.context_expr)
+      }
+      found += [
+        (path.name, ast.unparse(node))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).split('.')[-1] == 'open'
+        and id(node) not in closed
+      ]
+  assert found == [
+    ('files.py', "path.open('a')"),
+    ('run.py', "open(self._workdir / '.lock', 'a+')"),
+  ]
+
+
 def test_imports_print_nothing():
   """Of other libraries either, whichever of our files comes first."""
   names = [
