@@ -291,6 +291,30 @@ def test_floors():
   assert not edges, '\n' + '\n'.join(edges)
 
 
+def undocumented(node, prefix=''):
+  for part in node.body:
+    if (
+      isinstance(part, ast.FunctionDef | ast.ClassDef)
+      and not part.name.startswith('_')
+    ):  # fmt: skip
+      if not ast.get_docstring(part):
+        yield prefix + part.name
+      if isinstance(part, ast.ClassDef):
+        yield from undocumented(part, f'{part.name}.')
+
+
+@pytest.mark.parametrize(
+  'folder', ['experiments', 'instruct_jax/infra', 'instruct_jax/jobs']
+)
+def test_public_functions_have_docstrings(folder):
+  found = {
+    path.name: names
+    for path in sorted((ROOT / folder).glob('*.py'))
+    if (names := list(undocumented(ast.parse(path.read_text()))))
+  }
+  assert not found
+
+
 def test_files_are_opened_to_be_closed():
   """In a `with`, but for what closes them elsewhere."""
   found = []
