@@ -36,6 +36,11 @@ def model_config(config, vocab_size: int) -> TransformerConfig:
 
 
 def validate(config):
+  """Checks the model's shape and the sizes, each by its key.
+
+  Raises:
+    ValueError: the key, what it is, and what it should be.
+  """
   model_config(config, config.model.vocab_size or 1)
   if config.row_length > config.model.context_length:
     raise ValueError(
@@ -73,6 +78,11 @@ def build_programs(config, module, mesh):
 
 
 def run(config, workdir: epath.Path):
+  """Trains a model from random weights.
+
+  Reads the tokenizer, documents and held-out documents; writes metrics.jsonl,
+  checkpoints and `model/`.
+  """
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   shape = model_config(config, tokenizer.vocab_size)

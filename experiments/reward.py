@@ -33,6 +33,11 @@ PROCESSES = 'all'
 
 
 def validate(config):
+  """Checks choices and sizes, each by its key.
+
+  Raises:
+    ValueError: the key, what it is, and what it should be.
+  """
   check_stage(config)
   run_lib.check_choice(config, 'divisor', ('surviving', 'all'))
   if config.batch_size % config.num_microbatches:

@@ -7,3 +7,5 @@ import os
 # and what kind a bucket is need not be asked before each operation.
 os.environ.setdefault('FSSPEC_GCS', '{"use_listings_cache": false}')
 os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
+# On import, transformers would advise to install PyTorch, which is not used.
+os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')

@@ -46,6 +46,7 @@ class Model:
 
   @property
   def is_recorded(self) -> bool:
+    """Whether its answers are in a file, and no model is loaded."""
     return self.source.partition('#')[0].endswith(_RECORDED)
 
 

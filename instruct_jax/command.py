@@ -24,6 +24,7 @@ class Parser(argparse.ArgumentParser):
   """
 
   def parse_args(self, args=None, namespace=None):
+    """As the base class; empty values of required arguments are refused."""
     found = super().parse_args(args, namespace)
     for action in self._actions:
       value = getattr(found, action.dest, None)
@@ -33,6 +34,7 @@ class Parser(argparse.ArgumentParser):
     return found
 
   def error(self, message: str) -> NoReturn:
+    """Ends the program with one line."""
     self.exit(2, f'error: {message}; --help lists the arguments\n')
 
 

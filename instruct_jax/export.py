@@ -56,6 +56,7 @@ def export(
     sharding.make_mesh((1, -1, 1)),
     tokenizer,
   )
+  tokenizer.save(output)
   if adapters:
     _save_adapters(output, model, checkpoint_folder, tokenizer_folder)
   else:
@@ -63,7 +64,6 @@ def export(
       model = dataclasses.replace(model, params=hf.fold_shift(model.params))
     hf.save(output, model.config, model.params)
     _describe_tokens(output, model, tokenizer)
-  tokenizer.save(output)
   (output / 'README.md').write_text(_card(output, model, tokenizer), 'utf-8')
 
 

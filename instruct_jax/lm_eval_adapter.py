@@ -93,6 +93,7 @@ class InstructJaxLM(TemplateLM):
 
   @property
   def eot_token_id(self) -> int:
+    """The token that ends a text."""
     return self._ids.eos_id
 
   @property
@@ -103,6 +104,7 @@ class InstructJaxLM(TemplateLM):
 
   @property
   def tokenizer_name(self) -> str:
+    """Of the tokenizer, for the harness's cache."""
     return self._ids.fingerprint
 
   def chat_template(self, chat_template: bool | str = False) -> str | None:

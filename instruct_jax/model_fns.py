@@ -40,6 +40,7 @@ class Model:
 
   @property
   def config(self) -> TransformerConfig:
+    """The shape, with what changes how it is computed."""
     return self.module.config
 
 

@@ -29,6 +29,7 @@ def save_byte_tokenizer(
   bos: bool = True,
   merges: tuple[tuple[str, str], ...] = (),
   pre_tokenizer: pre_tokenizers.PreTokenizer | None = None,
+  **specials: str,
 ) -> tokenizers.Tokenizer:
   """256 bytes and <s>, </s>, <end>; both of the last end an answer.
 
@@ -39,6 +40,7 @@ def save_byte_tokenizer(
     bos: whether <s> stands before every text.
     merges: of pairs of bytes.
     pre_tokenizer: instead of the usual one.
+    **specials: tokens by their role in transformers, say `pad_token`.
   """
   folder.mkdir(parents=True, exist_ok=True)
   vocabulary = {
@@ -54,7 +56,7 @@ def save_byte_tokenizer(
   backend.add_special_tokens(['<s>', '</s>', '<end>'])
   if bos:
     _put_before(backend, '<s>')
-  _save(backend, folder, template)
+  _save(backend, folder, template, **specials)
   ends = [backend.token_to_id(token) for token in ('</s>', '<end>')]
   (folder / 'generation_config.json').write_text(
     json.dumps({'eos_token_id': ends})

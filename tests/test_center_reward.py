@@ -1,74 +1,42 @@
 """Published reward models, centred on demonstrations and used in PPO."""
 
+import dataclasses
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
-import transformers
 
 from instruct_jax import model_fns, model_folder
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import checkpoint, sharding
 from instruct_jax.models import hf
+from tests import published as published_lib
 from tests import test_published_stages as stages
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
-TEMPLATE = (
-  "{{ '<bos>' }}{% for m in messages %}"
-  "{{ '<turn>' + m['role'] + '\n' + m['content'] + '<eos>\n' }}{% endfor %}"
-  "{% if add_generation_prompt %}{{ '<turn>assistant\n' }}{% endif %}"
-)
-ROOT = pathlib.Path(__file__).parents[1]
 LENGTH = 96
 
 
-def write_tokenizer(folder, eos='<eos>'):
-  """256 bytes; BOS, template and a second stop token; its PAD is its EOS."""
-  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-  backend = tokenizers.Tokenizer(
-    tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, [])
-  )
-  byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  backend.pre_tokenizer = byte_level
-  backend.decoder = tokenizers.decoders.ByteLevel()
-  backend.add_special_tokens([eos, '<bos>', '<turn>', '<end>'])
-  bos = backend.token_to_id('<bos>')
-  backend.post_processor = tokenizers.processors.TemplateProcessing(
-    single='<bos> $A', special_tokens=[('<bos>', bos)]
-  )
-  fast = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=backend,
-    bos_token='<bos>',
-    eos_token=eos,
-    pad_token=eos,
-    clean_up_tokenization_spaces=False,
-  )
-  fast.chat_template = TEMPLATE
-  fast.save_pretrained(folder)
-  ids = [backend.token_to_id(token) for token in (eos, '<end>')]
-  (folder / 'generation_config.json').write_text(
-    json.dumps({'eos_token_id': ids})
-  )
-  return len(alphabet) + 4, ids
-
-
 @pytest.fixture(scope='module')
-def published(tmp_path_factory):
+def published(start, tmp_path_factory):
   """A classifier whose PAD is its EOS, its prepared tokenizer, records."""
   root = tmp_path_factory.mktemp('published')
   folder = root / 'classifier'
   folder.mkdir()
-  num_tokens, (eos, _) = write_tokenizer(folder)
-  config = stages.dataclasses.replace(stages.LLAMA, vocab_size=num_tokens)
+  backend = published_lib.save_byte_tokenizer(
+    folder,
+    # An answer ends in the EOS, which is the PAD as well.
+    template=published_lib.TEMPLATE.replace('<end>', '</s>'),
+    pad_token='</s>',
+  )
+  eos = backend.token_to_id('</s>')
+  config = dataclasses.replace(
+    stages.LLAMA, vocab_size=backend.get_vocab_size()
+  )
   mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
   model = model_fns.init('scalar', config, mesh, jax.random.key(1))
   # Weights far from a fresh model's, so that every position differs.
@@ -79,13 +47,14 @@ def published(tmp_path_factory):
   (folder / 'config.json').write_text(
     json.dumps({**values, 'pad_token_id': eos})
   )
-  command(
+  ended = start(
     'instruct_jax.data.tokenizer',
     f'hf:{folder}',
     f'--output={root / "tokenizer"}',
     '--template=chat',
     '--stop=<end>',
   )
+  assert ended.returncode == 0, ended.stderr
   conversation = tuple(
     records.Turn(role, text)
     for role, text in (
@@ -107,27 +76,11 @@ def published(tmp_path_factory):
   return root, demonstrations[:2], eos
 
 
-def command(module, *flags):
-  """The program from its command line; its output."""
-  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
-  done = subprocess.run(
-    [sys.executable, '-m', module, *flags],
-    capture_output=True,
-    text=True,
-    env=environment,
-    cwd=ROOT,
-    timeout=600,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  return done.stdout
-
-
 def test_demonstrations_score_0_as_the_classifier_reads_them(
-  published, tmp_path
+  start, published, tmp_path
 ):
   root, demonstrations, eos = published
-  out = command(
+  ended = start(
     'instruct_jax.main',
     '--config=configs/center_reward.py',
     f'--workdir={tmp_path}',
@@ -137,8 +90,9 @@ def test_demonstrations_score_0_as_the_classifier_reads_them(
     f'--config.row_length={LENGTH}',
     '--config.compilation_cache=',
   )
-  assert '2 demonstrations scored' in out
-  assert '1 longer than row_length (96 tokens)' in out
+  assert ended.returncode == 0, ended.stderr
+  assert '2 demonstrations scored' in ended.stdout
+  assert '1 longer than row_length (96 tokens)' in ended.stdout
   results = json.loads((tmp_path / 'results.json').read_text())
   assert results['num_demonstrations'] == 2 and results['num_dropped'] == 1
 

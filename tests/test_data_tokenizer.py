@@ -8,6 +8,7 @@ import transformers
 
 from instruct_jax import hub
 from instruct_jax.data import loader, records, tokenizer
+from tests import published as published_lib
 
 
 @pytest.fixture(scope='module')
@@ -67,6 +68,25 @@ def test_save_and_load(words, bpe, tmp_path):
       assert loaded.decode(loaded.encode(text)) == saved.decode(
         saved.encode(text)
       )
+
+
+def test_nothing_of_a_tokenizer_saved_before_stays(words, tmp_path):
+  folder, alone = tmp_path / 'folder', tmp_path / 'alone'
+  published_lib.save_byte_tokenizer(
+    folder, template=published_lib.TEMPLATE, prepared=True
+  )
+  assert tokenizer.Tokenizer.load(folder).template == 'chat'
+  templates = folder / 'additional_chat_templates'
+  templates.mkdir()
+  (templates / 'tools.jinja').write_text('{{ messages }}')
+  (folder / 'model.safetensors').write_bytes(b'')  # Not the tokenizer's.
+  for each in (folder, alone):
+    words.save(each)
+  names = {path.name for path in folder.iterdir()}
+  assert names - {path.name for path in alone.iterdir()} == {
+    'model.safetensors'
+  }
+  assert tokenizer.Tokenizer.load(folder).describe() == words.describe()
 
 
 def test_fingerprint_sees_order_and_merges(words, bpe):

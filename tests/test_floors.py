@@ -1,7 +1,10 @@
 """A file imports only from lower floors; the table is data."""
 
 import ast
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -286,6 +289,82 @@ def test_floors():
   assert sources
   edges = offending_edges(sources)
   assert not edges, '\n' + '\n'.join(edges)
+
+
+def undocumented(node, prefix=''):
+  for part in node.body:
+    if (
+      isinstance(part, ast.FunctionDef | ast.ClassDef)
+      and not part.name.startswith('_')
+    ):  # fmt: skip
+      if not ast.get_docstring(part):
+        yield prefix + part.name
+      if isinstance(part, ast.ClassDef):
+        yield from undocumented(part, f'{part.name}.')
+
+
+@pytest.mark.parametrize(
+  'folder', ['experiments', 'instruct_jax/infra', 'instruct_jax/jobs']
+)
+def test_public_functions_have_docstrings(folder):
+  found = {
+    path.name: names
+    for path in sorted((ROOT / folder).glob('*.py'))
+    if (names := list(undocumented(ast.parse(path.read_text()))))
+  }
+  assert not found
+
+
+def test_files_are_opened_to_be_closed():
+  """In a `with`, but for what closes them elsewhere."""
+  found = []
+  for folder in TOP_FOLDERS:
+    for path in sorted((ROOT / folder).rglob('*.py')):
+      tree = ast.parse(path.read_text())
+      closed = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.With)
+        for item in node.items
+        for part in ast.walk(item.context_expr)
+      }
+      found += [
+        (path.name, ast.unparse(node))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).split('.')[-1] == 'open'
+        and id(node) not in closed
+      ]
+  assert found == [
+    ('files.py', "path.open('a')"),
+    ('run.py', "open(self._workdir / '.lock', 'a+')"),
+  ]
+
+
+def test_imports_print_nothing():
+  """Of other libraries either, whichever of our files comes first."""
+  names = [
+    '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+    for folder in TOP_FOLDERS
+    for path in sorted((ROOT / folder).rglob('*.py'))
+    # Programs, and a file that needs an optional package.
+    if path.stem not in ('__main__', 'env', 'lm_eval_adapter')
+  ]
+  imports = '\n'.join(f'importlib.import_module({name!r})' for name in names)
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  # What silences them is for the package to set, as it has done here.
+  environment.pop('TRANSFORMERS_NO_ADVISORY_WARNINGS', None)
+  ended = subprocess.run(
+    [
+      *(sys.executable, '-c'),
+      f'import importlib\n{imports}\nimport transformers',
+    ],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+  assert (ended.returncode, ended.stdout, ended.stderr) == (0, '', '')
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ _OF_OTHERS = {
   *('save_to_disk', 'score_shift', 'add_special_tokens', 'flatten_indices'),
   *('chat_template', 'high_freq_factor', 'label_gold', 'num_labels'),
   *('partial_rotary_factor', 'rope_parameters', 'sliding_window'),
-  *('strftime_now', 'test_case', 'instruct_jax'),
+  *('strftime_now', 'test_case', 'instruct_jax', 'weight_map'),
 }
 # Arguments of functions whose callers check before: a stage never gets there.
 _ARGUMENTS = {

@@ -316,10 +316,15 @@ def test_what_is_written_is_kept_without_a_button(browser, live):
 def test_what_is_written_before_the_script_came_is_kept(browser, live):
   load(live, [{'prompt': 'W'}], 'demonstration')
   page = enter(browser, live, live.link('anna'))
+  # The page before has the same script, which must have come.
+  page.wait_for_load_state()
   held = []
   page.route('**/labeling.js', lambda route: held.append(route))
   page.get_by_role('button', name='Next task').click(no_wait_after=True)
   page.get_by_label('The response').fill('early words')
+  deadline = time.monotonic() + 30
+  while not held and time.monotonic() < deadline:
+    page.wait_for_timeout(20)
   (script,) = held
   script.continue_()
   page.get_by_text('Draft saved').wait_for()

@@ -518,6 +518,22 @@ def test_damaged_pickled_and_empty_folders(tmp_path):
   assert hf.read_config(tmp_path) == {'model_type': 'llama'}
 
 
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    ('{', 'index.json: not JSON'),
+    ('[]', 'index.json: not a JSON object'),
+    ('{"metadata": {}}', "index.json: no 'weight_map' that says"),
+    ('{"weight_map": ["a"]}', "index.json: no 'weight_map' that says"),
+  ],
+)
+def test_a_damaged_index_is_named(tmp_path, content, message):
+  write_folder(tmp_path / 'in', 'llama3')
+  (tmp_path / 'in' / 'model.safetensors.index.json').write_text(content)
+  with pytest.raises(ValueError, match=message):
+    load(tmp_path / 'in')
+
+
 def test_the_index_says_which_files_count(tmp_path):
   """Mistral's folders hold the weights once more, under other names."""
   tensors = {str(i): np.full((3, i), i, 'f4') for i in range(1, 5)}

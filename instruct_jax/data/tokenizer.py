@@ -29,7 +29,6 @@ import datetime
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -57,6 +56,8 @@ _FILES = (
   'chat_template.jinja',
   'chat_template.json',
 )
+# Folder of templates besides the first.
+_TEMPLATES = 'additional_chat_templates'
 # Texts that end in one of these can be continued without a mark before the
 # continuation; the first that leaves a text's ids alone is taken.
 _ANCHORS = ('\n', 'a', '.', '0', ':')
@@ -527,20 +528,30 @@ class Tokenizer:
   # --- Folders ----------------------------------------------------------------
 
   def save(self, folder: epath.PathLike) -> None:
-    """Writes the folder in Hugging Face format (`from_pretrained` reads it)."""
+    """Writes the folder in Hugging Face format (`from_pretrained` reads it).
+
+    Of a tokenizer that was there before, nothing stays.
+    """
+    found = {}
     with tempfile.TemporaryDirectory() as temporary:
       self._fast_tokenizer.save_pretrained(temporary)
-      for path in sorted(pathlib.Path(temporary).iterdir()):
-        records.write_bytes(epath.Path(folder) / path.name, path.read_bytes())
+      for path in sorted(pathlib.Path(temporary).rglob('*')):
+        if path.is_file():
+          name = path.relative_to(temporary).as_posix()
+          found[name] = path.read_bytes()
     stops = [
       self._fast_tokenizer.convert_ids_to_tokens(i) for i in self.stop_ids[1:]
     ]
     if self.template or stops or self._fast_tokenizer.chat_template:
       described = {'template': self.template, 'stop_tokens': stops}
-      records.write_bytes(
-        epath.Path(folder) / _FORMAT_FILE,
-        json.dumps(described, indent=2).encode('utf-8'),
-      )
+      found[_FORMAT_FILE] = json.dumps(described, indent=2).encode('utf-8')
+    folder = epath.Path(folder)
+    if (folder / _TEMPLATES).exists():
+      (folder / _TEMPLATES).rmtree()
+    for name in {*_FILES, _FORMAT_FILE, 'generation_config.json'} - {*found}:
+      (folder / name).unlink(missing_ok=True)
+    for name, content in found.items():
+      records.write_bytes(folder / name, content)
 
   def with_format(
     self,
@@ -607,7 +618,8 @@ class Tokenizer:
         f'{folder}: {_FILE} is missing (found {", ".join(names) or "nothing"})'
         '; save the tokenizer in Hugging Face format there'
       )
-    transformers = _import_transformers()
+    import transformers  # Two seconds, so only when needed.
+
     with tempfile.TemporaryDirectory() as temporary:
       _copy_files(folder, names, pathlib.Path(temporary))
       try:
@@ -657,7 +669,7 @@ def _copy_files(folder, names, target) -> None:
   for name in names:
     if name in _FILES:
       (target / name).write_bytes(_without_mark(folder / name))
-  templates = folder / 'additional_chat_templates'
+  templates = folder / _TEMPLATES
   if templates.name in names:
     (target / templates.name).mkdir()
     for path in templates.iterdir():
@@ -954,20 +966,13 @@ def _wrap(
   specials = {'pad_token': pad, 'eos_token': eos}
   if unk is not None:
     specials['unk_token'] = unk
-  transformers = _import_transformers()
+  import transformers  # Two seconds, so only when needed.
+
   return Tokenizer(
     transformers.PreTrainedTokenizerFast(
       tokenizer_object=backend, clean_up_tokenization_spaces=False, **specials
     )
   )
-
-
-def _import_transformers() -> Any:
-  # Two seconds, so only when needed; and it would advise installing PyTorch.
-  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
-  import transformers
-
-  return transformers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

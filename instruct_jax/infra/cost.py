@@ -70,6 +70,7 @@ class Traffic:
     )
 
   def times(self, count: int) -> 'Traffic':
+    """The traffic of `count` runs."""
     return Traffic(
       self.memory * count,
       {name: count * size for name, size in self.collectives.items()},

@@ -90,6 +90,7 @@ class Repeats:
 
   @property
   def median(self) -> float:
+    """Seconds."""
     return statistics.median(self.seconds)
 
   def summary(self) -> dict[str, Any]:
@@ -117,6 +118,7 @@ class Stopwatch:
     return time.perf_counter(), _seconds_of_others()
 
   def lap(self) -> tuple[float, float]:
+    """Seconds since the lap before, and the others' share of processors."""
     now, before = self._now(), self._mark
     self._mark = now
     seconds = now[0] - before[0]

@@ -152,11 +152,12 @@ class Stage:
   @property
   def records(self) -> dict[str, int]:
     """Data set that it wrote -> number of its records."""
-    return {
-      path.stem: sum(1 for _ in path.open('rb'))
-      for path in sorted(self.folder.glob('*.jsonl'))
-      if path.name not in _LOGS
-    }
+    found = {}
+    for path in sorted(self.folder.glob('*.jsonl')):
+      if path.name not in _LOGS:
+        with path.open('rb') as lines:
+          found[path.stem] = sum(1 for _ in lines)
+    return found
 
 
 def stages_behind(paths: Sequence[str]) -> dict[str, Stage]:

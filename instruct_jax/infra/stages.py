@@ -115,10 +115,12 @@ class Stage:
 
   @property
   def name(self) -> str:
+    """Of its folder, and in messages."""
     return self.config.name
 
   @property
   def is_done(self) -> bool:
+    """Whether it has finished, in this run or an earlier one."""
     return run.is_done(self.folder)
 
   @property

@@ -208,6 +208,10 @@ def points_of(config, curve, start):
 
 
 def write_results(config, workdir, judge, curves, start, counts):
+  """Fits the curves and writes best_of_n.json and .md, and frontier.png.
+
+  A curve that cannot be fitted is named with the reason.
+  """
   points, fits, reasons = {}, {}, {}
   for name, curve in curves.items():
     points[name] = points_of(config, curve, start)

@@ -22,6 +22,11 @@ PROCESSES = 'all'
 
 
 def validate(config):
+  """Checks the config.
+
+  Raises:
+    ValueError: the key, what it is, and what it should be.
+  """
   check_stage(config)
   for key in ('reward_model', 'tokenizer', 'demonstrations'):
     if not config[key]:

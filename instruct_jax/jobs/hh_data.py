@@ -16,6 +16,11 @@ PROCESSES = 'first'
 
 
 def validate(config):
+  """Checks the config.
+
+  Raises:
+    ValueError: the key, what it is, and what it should be.
+  """
   if not config.root:
     raise ValueError(
       'the data root is not given; set --config.data.root=DIR with '
@@ -49,6 +54,17 @@ def files_of(config, name: str) -> list[epath.Path]:
 
 
 def run(config, workdir: epath.Path):
+  """Reads HH dialogues, writes the records of the stages that follow.
+
+  Reads ROOT/SET/*.jsonl, plain or .gz. Writes the tokenizer, documents_*, a
+  folder of comparisons and demonstrations for each set, and counts.json.
+
+  Returns:
+    The number of records in each file, what was skipped, and the vocabulary.
+
+  Raises:
+    ValueError: a set has no file, or a record is none of HH's.
+  """
   validate(config)
   files = {
     f'{folder}{kind}_{split}': []

@@ -40,6 +40,11 @@ def is_idle(config) -> bool:
 
 
 def validate(config):
+  """Checks the config: models, sizes, and what judges need.
+
+  Raises:
+    ValueError: the key, what it is, and what it should be.
+  """
   check_stage(config)
   if is_idle(config):
     if config.may_be_empty:
@@ -121,6 +126,18 @@ def make_judges(config, workdir):
 
 
 def run(config, workdir: epath.Path):
+  """Asks every model every task; writes the report and suite.json.
+
+  Reads the models and the files of `data`. Writes a journal of the answers as
+  they come, which a run that was cut continues.
+
+  Returns:
+    Score by model, task, prompt and metric.
+
+  Raises:
+    ValueError: a file or a model that cannot be used, by name.
+    run.Stopped: SIGTERM came; what was answered is in the journal.
+  """
   validate(config)
   if is_idle(config):
     return {'scores': {}}

@@ -66,6 +66,11 @@ PIECES = {
 
 
 def validate(config):
+  """Checks the config, and those of the stages that it plans.
+
+  Raises:
+    ValueError: the key, what it is, and what it should be.
+  """
   run_lib.check_choice(config, 'chip', tuple(cost.CHIPS))
   run_lib.check_choice(config, 'remats', REMAT_POLICIES)
   run_lib.check_choice(
@@ -137,6 +142,7 @@ def rows_of(mesh, batch_type, **shapes):
 
 
 def text_rows(mesh, num_rows, length):
+  """Described rows of text, cut over the mesh."""
   shape = (num_rows, length)
   return rows_of(
     mesh,
@@ -149,22 +155,26 @@ def text_rows(mesh, num_rows, length):
 
 
 def as_dtype(tree, dtype):
+  """Described arrays in another dtype."""
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree
   )
 
 
 def scalar_on(mesh):
+  """A described float32 number that every device holds."""
   return jax.ShapeDtypeStruct(
     (), jnp.float32, sharding=sharding.replicated(mesh)
   )
 
 
 def described_key():
+  """A described random key."""
   return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def sft_program(config, mesh, remat, parts):
+  """SFT's update, its described arguments, what stays in memory."""
   stage = config.sft.copy_and_resolve_references()
   stage.num_microbatches = parts
   sft.validate(stage)
@@ -180,6 +190,7 @@ def sft_program(config, mesh, remat, parts):
 
 
 def reward_program(config, mesh, remat, parts):
+  """The reward model's update; see `sft_program`."""
   stage = config.reward.copy_and_resolve_references()
   stage.num_microbatches = parts
   reward.validate(stage)
@@ -206,6 +217,15 @@ def reward_program(config, mesh, remat, parts):
 
 
 def ppo_program(name, config, mesh, remat, parts):
+  """A program of an iteration of PPO; see `sft_program`.
+
+  Args:
+    name: of the program, one of `EPISODES`.
+    config: of the plan.
+    mesh: of described chips.
+    remat: what the backward pass computes again.
+    parts: pieces of the program's rows; see `PIECES`.
+  """
   stage = config.ppo.copy_and_resolve_references()
   if name == 'train':
     stage.num_microbatches = parts
@@ -516,6 +536,7 @@ class Attempts:
     return None
 
   def add(self, row):
+    """Keeps a row, on disk too."""
     self.rows.append(row)
     run_lib.write_json(self._path, self.rows)
 
@@ -631,6 +652,17 @@ def search(names, config, devices, attempts):
 
 
 def run(config, workdir: epath.Path):
+  """Searches a plan for each group of programs.
+
+  Writes tried.json as attempts end, plan.md, and, where all programs fit,
+  plan.json. Reads tried.json of a plan that was cut.
+
+  Returns:
+    The plan, as in plan.json.
+
+  Raises:
+    RuntimeError: a program fits in no attempt, or libtpu is missing.
+  """
   validate(config)
   devices = topology_devices(config)
   attempts = Attempts(workdir / 'tried.json')

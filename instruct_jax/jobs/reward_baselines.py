@@ -20,6 +20,11 @@ PROCESSES = 'one'
 
 
 def validate(config):
+  """Checks the config.
+
+  Raises:
+    ValueError: the key, what it is, and what it should be.
+  """
   if config.batch_size < 1:
     raise ValueError(f'batch_size must be positive: {config.batch_size}')
 
@@ -62,6 +67,16 @@ def score_of(config, model_dir, comparisons, tokenizer):
 
 
 def run(config, workdir: epath.Path):
+  """Measures how well reward model and baselines order held-out pairs.
+
+  Reads the reward model and the comparisons of each set; writes results.json.
+
+  Returns:
+    By set and judge, the accuracy with its interval.
+
+  Raises:
+    ValueError: a record or a model that cannot be used, by name.
+  """
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   results = {}

@@ -21,6 +21,11 @@ PROCESSES = 'one'
 
 
 def validate(config):
+  """Checks the config.
+
+  Raises:
+    ValueError: the key, what it is, and what it should be.
+  """
   check_stage(config)
   num_models = len(model_folder.named_folders(config.models))
   if num_models * config.samples_per_model < 2:
@@ -42,6 +47,17 @@ def inputs(config):
 
 
 def run(config, workdir: epath.Path):
+  """Samples every model on every prompt that fits.
+
+  Reads the models and `prompts`; writes samples.jsonl. A line is the prompt's
+  record, turns and all, with its completions and the models that wrote them.
+
+  Returns:
+    The number of prompts, and of those dropped.
+
+  Raises:
+    ValueError: the context of a model is too short, with the numbers.
+  """
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   models = model_folder.named_folders(config.models)

@@ -22,6 +22,11 @@ PROCESSES = 'all'
 
 
 def validate(config):
+  """Checks the config.
+
+  Raises:
+    ValueError: the key, what it is, and what it should be.
+  """
   check_stage(config)
   if config.num_prompts < 1:
     raise ValueError(f'num_prompts must be positive: {config.num_prompts}')
@@ -40,6 +45,8 @@ def inputs(config):
 
 
 def build_programs(config, policy_module, reward_module, tokenizer):
+  """The jitted program of this stage: (policy, reward model, prompts, key) ->
+  score of one sample for each prompt [B]."""
   generate = functools.partial(
     rollout.generate,
     decoder=model_fns.decoder(policy_module),
@@ -57,6 +64,17 @@ def build_programs(config, policy_module, reward_module, tokenizer):
 
 
 def run(config, workdir: epath.Path):
+  """Scores samples of every epoch and keeps the best one's model.
+
+  Reads epochs.json and the models of the SFT stage, the reward model and
+  `prompts`. Writes `model/` and epochs.json with the scores.
+
+  Returns:
+    The selected epoch, by what it was selected, and on how many prompts.
+
+  Raises:
+    ValueError: the context of a model is too short, with the numbers.
+  """
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   prompts = records.read_jsonl(config.prompts, records.Prompt)

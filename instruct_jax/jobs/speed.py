@@ -84,6 +84,11 @@ PEERS = {
 
 
 def validate(config):
+  """Checks the config, and those of the stages that it times.
+
+  Raises:
+    ValueError: the key, what it is, and what it should be.
+  """
   run_lib.check_choice(config, 'work', (*WORKS, 'all'))
   run_lib.check_choice(config, 'reward', ('model', 'tokens'))
   if config.num_iterations < 5:
@@ -110,6 +115,7 @@ def inputs(config):
 
 
 def growths(config) -> list[str]:
+  """What is made larger, one after the other."""
   return [name for name in config.growth.split(',') if name]
 
 
@@ -172,6 +178,7 @@ def stop_ids(config) -> tuple[int, ...]:
 
 
 def random_prompts(config, num_batches) -> PromptBatch:
+  """Prompts of random tokens, all of the full length."""
   stage = config.ppo
   shape = (num_batches * stage.batch_size, stage.prompt_length)
   rng = np.random.default_rng(config.seed)
@@ -181,6 +188,7 @@ def random_prompts(config, num_batches) -> PromptBatch:
 
 
 def random_text(config, num_rows, length) -> TextBatch:
+  """Rows of random tokens, each one document."""
   rng = np.random.default_rng(config.seed)
   shape = (num_rows, length)
   tokens = rng.integers(3, config.policy.vocab_size, shape).astype(np.int32)
@@ -295,11 +303,13 @@ class Iteration:
     return prompts, ptx
 
   def respond(self, prompts, number):
+    """Samples an iteration's responses."""
     return self.programs['respond'](
       self.state.policy.params, prompts, jax.random.fold_in(self.root, number)
     )
 
   def lay_out(self, sampled, number):
+    """The rows of the sampled episodes."""
     return rl.lay_out(self.stage, self.programs, sampled, self.mesh, number)
 
   def score(self, sampled, layout):
@@ -317,6 +327,7 @@ class Iteration:
     )
 
   def train(self, programs, batch, kl, ptx, number):
+    """Updates the state; returns the update's metrics."""
     self.state, train_metrics = programs['train'](
       self.state, {}, batch, ptx, kl, jax.random.fold_in(self.root, number)
     )
@@ -572,6 +583,7 @@ def timed(config, fn):
 
 
 def compile_counts(compiled, recompiled) -> dict:
+  """Seconds and number of compilations, and peak memory; JSON."""
   return {
     'compile_seconds': compiled.seconds,
     'programs_compiled': compiled.programs,
@@ -772,6 +784,11 @@ def compare(config, variant, workdir) -> list[dict]:
 
 
 def run(config, workdir: epath.Path):
+  """Times the work that the config names, or its peers.
+
+  Writes speed.json and speed.md; reads those of earlier runs where peers are
+  compared with them.
+  """
   validate(config)
   workdir.mkdir(parents=True, exist_ok=True)
   variants = [config.variant.partition(',')[2]]
@@ -853,6 +870,7 @@ def table(summary) -> str:
 
 
 def phase_table(name, result) -> list[str]:
+  """One work as Markdown: facts, then a row for each phase."""
   ceilings, seconds = result['ceilings'], result['seconds']
   facts = [
     f'{result["value"]:.4g} {result["unit"]}',

@@ -10,6 +10,11 @@ _PARTS = ('rl_init/model', 'reward/model', 'data/tokenizer')
 
 
 def validate(config):
+  """Checks the config.
+
+  Raises:
+    ValueError: `source` is empty.
+  """
   if not config.source:
     raise ValueError(
       'source is empty; give the folder of a finished run of configs/ppo_ptx.py'
@@ -23,6 +28,14 @@ def inputs(config):
 
 
 def run(config, workdir: epath.Path):
+  """Draws each figure of the sweep.
+
+  Reads metrics and probes of the sweep's stages; writes plots and tax.json into
+  a folder for each figure.
+
+  Returns:
+    Names of the files, by figure.
+  """
   validate(config)
   root = epath.Path(config.workdir)
   return {

@@ -55,6 +55,10 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
       f'{folder}: no config.json here; name the folder that holds a model in '
       'the Hugging Face format'
     )
+  return _read_object(path)
+
+
+def _read_object(path):
   try:
     values = json.loads(path.read_text('utf-8-sig'))
   except ValueError as error:
@@ -89,9 +93,13 @@ def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
   index = folder / 'model.safetensors.index.json'
   if index.is_file():
     # Some folders hold the same weights once more in their authors' own format.
-    expected = set(
-      json.loads(index.read_text('utf-8-sig'))['weight_map'].values()
-    )
+    weight_map = _read_object(index).get('weight_map')
+    if not isinstance(weight_map, dict):
+      raise ValueError(
+        f"{index}: no 'weight_map' that says which file holds each tensor; "
+        'copy the file again'
+      )
+    expected = set(weight_map.values())
     absent = sorted(expected - {path.name for path in paths})
     if absent:
       raise ValueError(f'{index}: files are missing: {", ".join(absent)}')
