@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from configs import evaluate as config_file
-from instruct_jax import asking, judge_fns, model_folder, queries
+from instruct_jax import asking, judge_fns, model_folder, queries, run_figures
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import figures, judges
@@ -528,8 +528,9 @@ def test_people_judge(folder, finished, tmp_path):
     ({'judge': 'instruct_jax.nowhere.f'}, "judge 'instruct_jax.nowhere.f'"),
     ({'world': 'instruct_jax.nowhere.W'}, "world 'instruct_jax.nowhere.W'"),
     ({'world': 'instruct_jax.worlds.miniature.Gold'}, 'is no figures.World'),
-    ({'pairs': 'some'}, "'some'"),
-    ({'pairs': 'one=four'}, "pairs names ['four']"),
+    ({'pairs': 'some'}, "of my_fork, people: 'some'"),
+    ({'pairs': 'people=four'}, 'pairs must be all, or NAME=NAME of my_fork'),
+    ({'pairs': 'one=people'}, "people: 'one=people'"),
     ({'tokenizer': ''}, 'tokenizer is empty'),
     ({'num_prompts': 0}, 'num_prompts must be positive: 0'),
     ({'test_comparisons': 'a'}, 'test_comparisons needs reward_model'),
@@ -595,6 +596,8 @@ def test_the_card_shows_what_a_method_is_configured_with():
     'my_decay': 0.9,
     'lora': {'rank': 0, 'alpha': 16.0},
   }
-  assert evaluate.settings_of(stage) == {'my_decay': 0.9}
-  adapted = evaluate.settings_of(stage | {'lora': {'rank': 4, 'alpha': 16.0}})
+  assert run_figures.settings_of(stage) == {'my_decay': 0.9}
+  adapted = run_figures.settings_of(
+    stage | {'lora': {'rank': 4, 'alpha': 16.0}}
+  )
   assert adapted == {'my_decay': 0.9, 'lora.rank': 4, 'lora.alpha': 16.0}

@@ -109,6 +109,7 @@ FLOORS = {
     'evals',
   ),
   'judge_fns': ('types', *MODELS, 'data', 'queries', 'score_fns', 'evals'),
+  'run_figures': ('model_folder', 'asking', 'infra', 'evals'),
   'worlds': (
     'types',
     'files',
@@ -150,6 +151,7 @@ FLOORS = {
       'queries',
       'rankings',
       'asking',
+      'run_figures',
       'judge_fns',
       'rl',
       'rollout',

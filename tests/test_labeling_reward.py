@@ -9,16 +9,15 @@ pytest.importorskip('starlette', reason='pip install -r requirements-labeling')
 pytest.importorskip('sqlalchemy')
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from configs import reward as config_file
 from configs import sample as sample_config_file
 from experiments import reward
-from instruct_jax import model_fns, model_folder
+from instruct_jax import model_fns, model_folder, run_figures
 from instruct_jax.data import records, tokenizer
 from instruct_jax.evals import model_card, sections
 from instruct_jax.infra import sharding
-from instruct_jax.jobs import crossval, evaluate, sample
+from instruct_jax.jobs import crossval, sample
 from instruct_jax.labeling import research
 from instruct_jax.models.config import TransformerConfig
 from tests import labeling_people as people
@@ -133,9 +132,10 @@ def test_statistics_reach_the_model_card(exported):
   assert found['by_kind'] == {'ranking': 80, 'demonstration': 4}
   assert {p['name'] for p in found['labelers']} >= {'labeler0', 'labeler4'}
   # As the evaluation of a pipeline finds them, beside the rankings.
-  ranked = exported / 'comparisons_train.jsonl'
-  config = ConfigDict({'comparisons': f'their rankings={ranked}'})
-  assert evaluate.labeling_statistics(config) == found
+  assert (
+    run_figures.of_labeling([str(exported / 'comparisons_train.jsonl')])
+    == found
+  )
   shown = made_figures.full(labeling=found)
   card = model_card.make_card(shown)
   assert '| labelers | 5 |' in card
@@ -143,18 +143,19 @@ def test_statistics_reach_the_model_card(exported):
   assert '| agreement, labelers | 1.000 [1.000, 1.000]' in card
   assert '| labeler3 | labeler | 16 |' in card
   assert sections.labelers(shown)['agreement of labelers'].rate == 1.0
-  no_export = ConfigDict({'comparisons': str(exported / 'none' / 'x.jsonl')})
-  assert evaluate.labeling_statistics(no_export) == {}
+  assert run_figures.of_labeling([str(exported / 'none' / 'x.jsonl')]) == {}
 
 
 def test_samples_of_checkpoints_become_tasks(exported, tmp_path):
   folder = epath.Path(tmp_path)
   model = make_config(exported, folder, folds=False)
+  turns = (records.Turn('user', 'Prompt number 2'),)
   records.write_jsonl(
     folder / 'prompts.jsonl',
     [
       records.Prompt(id='a', text='Prompt number 1', user='u'),
       records.Prompt(id='b', text='Prompt ' * 9),
+      records.Prompt(id='c', text='Prompt number 2', turns=turns),
     ],
   )
   config = sample_config_file.get_config()
@@ -162,9 +163,12 @@ def test_samples_of_checkpoints_become_tasks(exported, tmp_path):
   config.tokenizer = model.tokenizer
   config.prompts = str(folder / 'prompts.jsonl')
   config.prompt_length = config.response_length = 4
-  assert sample.run(config, folder / 'sample') == {'prompts': 1, 'dropped': 1}
+  assert sample.run(config, folder / 'sample') == {'prompts': 2, 'dropped': 1}
   content = (folder / 'sample' / 'samples.jsonl').read_bytes()
-  line = json.loads(content)
+  line, conversation = map(json.loads, content.splitlines())
+  assert conversation['turns'] == [
+    {'role': 'user', 'content': 'Prompt number 2'}
+  ]
   assert line['models'] == ['first', 'first', 'second', 'second']
   # Every completion has chances of its own.
   assert len(set(line['completions'])) > 1
@@ -178,7 +182,7 @@ def test_samples_of_checkpoints_become_tasks(exported, tmp_path):
     phase='training',
     overlap=1,
   )
-  assert count == 1
+  assert count == 2
   config.samples_per_model = 0
   with pytest.raises(ValueError, match='nothing to rank'):
     sample.validate(config)

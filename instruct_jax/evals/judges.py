@@ -125,10 +125,14 @@ class Judge:
     del prompt
     return True
 
-  def score(self, answers: Sequence[Answer]) -> Sequence[float] | None:
-    """One finite number an answer, higher is better; None: it scores none."""
-    del answers
-    return None
+  @classmethod
+  def gives_scores(cls) -> bool:
+    """Whether it scores single answers; else it compares two."""
+    return cls.score is not Judge.score
+
+  def score(self, answers: Sequence[Answer]) -> Sequence[float]:
+    """One finite number an answer, higher is better."""
+    raise NotImplementedError
 
   def compare(self, pairs: Sequence[Pair]) -> list[list[Verdict]]:
     """The verdicts on each pair: none without an opinion, several of people.

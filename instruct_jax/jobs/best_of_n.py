@@ -14,7 +14,6 @@ from etils import epath
 from instruct_jax import asking, files, judge_fns, model_folder, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import (
-  judges,
   overoptimization,
   plots,
   report,
@@ -33,7 +32,7 @@ def validate(config):
     if not config[key]:
       raise ValueError(f'{key} is empty')
   judge = judge_fns.find(config.judge)
-  if judge.score is judges.Judge.score:
+  if not judge.gives_scores():
     raise ValueError(f'judge {config.judge} gives no scores of single answers')
   judge.validate(config)
   if config.num_samples < 8:

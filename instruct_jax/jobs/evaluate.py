@@ -8,14 +8,20 @@ nothing here knows one by name.
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from instruct_jax import asking, files, judge_fns, model_folder, score_fns
+from instruct_jax import (
+  asking,
+  files,
+  judge_fns,
+  model_folder,
+  run_figures,
+  score_fns,
+)
 from instruct_jax.data import loader, records
 from instruct_jax.evals import (
   baselines,
@@ -26,38 +32,36 @@ from instruct_jax.evals import (
   plots,
   preference_accuracy,
   preferences,
-  released_samples,
   report,
   win_rate,
 )
 from instruct_jax.evals import samples as samples_lib
-from instruct_jax.infra import metrics as metrics_lib
 from instruct_jax.infra import origin, sharding
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import check_stage
 
 PROCESSES = 'all'
 
-# Keys of a stage's config that say how it ran, not what it learned from what;
-# the model card leaves out those that begin so, and paths.
-_MACHINERY = (
-  *('attention', 'checkpoint_', 'compute_dtype', 'eval_', 'experiment', 'log'),
-  *('frozen_dtype', 'gather_', 'loop', 'max_valid_', 'mesh', 'name', 'offload'),
-  *('num_microbatches', 'num_slices', 'num_slots', 'pack', 'probe', 'remat'),
-  *('sampler_', 'scan_', 'seed', 'snapshot_', 'vocab_multiple', 'workdir'),
-)
-
 
 def named_pairs(config) -> list[tuple[str, str]]:
-  """Pairs that are compared beside those with the baseline."""
-  if config.pairs != 'all':
-    return list(model_folder.named_folders(config.pairs, 'pairs').items())
-  names = [
-    name
-    for name in model_folder.named_folders(config.models)
-    if name != config.baseline
-  ]
-  return list(itertools.combinations(names, 2))
+  """Pairs that are compared beside those with the baseline.
+
+  Raises:
+    ValueError: something else than pairs of the other models.
+  """
+  names = model_folder.named_folders(config.models)
+  others = [name for name in names if name != config.baseline]
+  known = list(itertools.combinations(others, 2))
+  if config.pairs == 'all':
+    return known
+  found = [tuple(text.split('=')) for text in config.pairs.split(',') if text]
+  for pair in found:
+    if pair not in known and pair[::-1] not in known:
+      raise ValueError(
+        f'pairs must be all, or NAME=NAME of {", ".join(others)}: '
+        f'{"=".join(pair)!r}'
+      )
+  return found
 
 
 def validate(config):
@@ -74,11 +78,7 @@ def validate(config):
     raise ValueError('prompts is empty; give a JSONL file of prompts')
   judge_fns.find(config.judge).validate(config)
   world_of(config)
-  unknown = {name for pair in named_pairs(config) for name in pair} - {*columns}
-  if unknown:
-    raise ValueError(
-      f'pairs names {sorted(unknown)}; models are {", ".join(columns)}'
-    )
+  named_pairs(config)
   if config.test_comparisons and not config.reward_model:
     raise ValueError('test_comparisons needs reward_model, which orders them')
   for key in ('num_prompts', 'samples_per_prompt', 'num_bootstrap'):
@@ -141,17 +141,14 @@ def _rankings(config, key: str) -> dict[str, str]:
   return model_folder.named_folders(config[key], key)
 
 
-def scored(prompts, answers, field: str, score_fn):
+def scored(prompts, answers, field: str, score_fn: judges.ScoreFn):
   """The answers of all models with the scores of `score_fn` in a field."""
   pairs = [
     (prompt, answer)
     for several in answers.values()
     for prompt, answer in zip(prompts, several, strict=True)
   ]
-  scores = score_fn(pairs)
-  if scores is None:
-    return answers
-  found = iter(scores)
+  found = iter(score_fn(pairs))
   return {
     name: [
       dataclasses.replace(answer, **{field: float(next(found))})
@@ -207,18 +204,20 @@ def rate(config, models, prompts, answers, judge, world):
   return rated
 
 
-def order_rankings(config, scorers, tokenizer, context_length):
+def order_rankings(config, score_fn, tokenizer, judge):
   """Set of rankings -> who orders its pairs how well (3.4, 4.1).
 
   Trivial judges learn from the rankings of the same name that the reward model
   learned from.
 
   Args:
-    config: with `comparisons` and `test_comparisons`.
-    scorers: name -> (scores of answers, whether it can judge a prompt).
+    config: with `comparisons`, `test_comparisons` and `reward_model`, whose
+      context is the longest that is read.
+    score_fn: of the reward model.
     tokenizer: of the reward model.
-    context_length: rankings with longer texts are left out.
+    judge: orders as well, where it scores and knows all prompts.
   """
+  context_length = model_folder.shape_of(config.reward_model).context_length
   learned, found = _rankings(config, 'comparisons'), {}
   for name, path in _rankings(config, 'test_comparisons').items():
     given = records.read_jsonl(path, records.Comparison)
@@ -230,11 +229,9 @@ def order_rankings(config, scorers, tokenizer, context_length):
       f'test_comparisons ({name})',
       f"the reward model's context ({context_length} tokens)",
     )
-    by = {
-      scorer: comparison_scores(score_fn, test)
-      for scorer, (score_fn, knows) in scorers.items()
-      if all(knows(prompt_of(comparison)) for comparison in test)
-    }
+    by = {'reward model': comparison_scores(score_fn, test)}
+    if judge.gives_scores() and all(judge.knows(prompt_of(c)) for c in test):
+      by['judge'] = comparison_scores(judge.score, test)
     if name in learned:
       train = records.read_jsonl(learned[name], records.Comparison)
       by['length only'] = baselines.fit_length(train).scores(test)
@@ -347,6 +344,31 @@ def judge_alarms(judgements, account, outcomes, max_contradictions: float):
   return alarms
 
 
+def everyone_rows(config, judged, rates, answers):
+  """Model, of all that were asked -> column -> figure."""
+  against = preferences.against(judged, config.baseline)
+  rates = {
+    name: preferences.rates(several, config.num_bootstrap)
+    for name, several in against.items()
+    if name not in rates
+  } | rates
+  columns = {
+    'judge': 'score_gold',
+    'reward model': 'score_reward',
+    'tokens': 'num_tokens',
+    'ended': 'ended',
+  }
+  return {
+    name: {'win rate': rates.get(name)}
+    | {
+      title: float(np.mean([getattr(answer, field) for answer in several]))
+      for title, field in columns.items()
+      if getattr(several[0], field) is not None
+    }
+    for name, several in answers.items()
+  }
+
+
 def judged_figures(config, models, prompts, answers, judge, workdir):
   """The fields of `figures.Figures` that come from the judge.
 
@@ -377,21 +399,6 @@ def judged_figures(config, models, prompts, answers, judge, workdir):
       for answer, rating in rated
     ),
   )
-  against = preferences.against(judged, config.baseline)
-  everyone = {}
-  for name, several in answers.items():
-    row = {'win rate': outcomes.rates.get(name)}
-    if name in against:
-      row = {'win rate': preferences.rates(against[name], config.num_bootstrap)}
-    for title, field in (
-      ('judge', 'score_gold'),
-      ('reward model', 'score_reward'),
-      ('tokens', 'num_tokens'),
-      ('ended', 'ended'),
-    ):
-      if getattr(several[0], field) is not None:
-        row[title] = float(np.mean([getattr(each, field) for each in several]))
-    everyone[name] = row
   texts = {n: [a.response for a in answers[n]] for n in columns}
   return {
     'models': columns,
@@ -403,7 +410,7 @@ def judged_figures(config, models, prompts, answers, judge, workdir):
     'alarms': judge_alarms(
       judged, account, outcomes, config.max_contradictions
     ),
-    'everyone': everyone,
+    'everyone': everyone_rows(config, judged, outcomes.rates, answers),
     'ratings': mean_ratings(rated, config.num_bootstrap),
     'ratings_by_category': {
       category: mean_ratings(
@@ -425,9 +432,6 @@ def _write_lines(path, rows):
   records.write_bytes(path, ''.join(lines).encode())
 
 
-# --- Probes, and the runs that the models come from ---------------------------
-
-
 def text_figures(config, losses):
   """Fields about the loss on held-out text, paired by row (4.2)."""
   differences = {}
@@ -445,162 +449,6 @@ def text_figures(config, losses):
     },
     'text_loss_difference': differences,
   }
-
-
-def reward_figures(config, rankings, judge):
-  """What is known of the reward model, or None."""
-  if not rankings:
-    return None
-  folds = {}
-  if config.crossval:
-    results = run_lib.read_json(config.crossval)
-    folds = {
-      name: preference_accuracy.Spread(
-        results[name]['mean'], results[name]['error'], len(results['runs'])
-      )
-      for name in ('intra', 'inter')
-    }
-  ceiling = None
-  if judge.is_ceiling:
-    first = next(iter(rankings.values())).accuracies
-    ceiling = first['judge'].accuracy if 'judge' in first else None
-  curve = origin.beside(config.reward_model).get(metrics_lib.METRICS_FILE, ())
-  return figures.RewardFigures(
-    rankings=rankings, ceiling=ceiling, curve=curve, **folds
-  )
-
-
-def suite_figures(path: str):
-  """(task, prompt and metric -> model -> figure, task -> judge) of a suite."""
-  if not path or not epath.Path(path).exists():
-    return {}, {}
-  result = run_lib.read_json(path)
-  found = {}
-  for cell in result['cells']:
-    row = found.setdefault(released_samples.line_name(cell), {})
-    row[cell['model']] = win_rate.Interval(
-      cell['score'], cell['low'], cell['high'], cell['num_items']
-    )
-  return found, result['judges']
-
-
-def run_figures(config, models):
-  """The fields that the runs of the models say: training, alarms, data."""
-  loaded = {n: m.source for n, m in models.items() if not m.is_recorded}
-  stages = origin.stages_behind([*loaded.values(), config.reward_model])
-  rl, alarms, epochs, seen = {}, [], {}, set()
-  for name, source in loaded.items():
-    beside = origin.beside(source)
-    if epath.Path(source).parent in seen:
-      continue
-    seen.add(epath.Path(source).parent)
-    rows = beside.get(metrics_lib.METRICS_FILE, ())
-    if any('objective/kl' in row for row in rows):
-      rl[name] = rows
-    alarms += [
-      f'{name}: {text}' for text in beside.get('alarms.json', {}).values()
-    ]
-    if 'epochs.json' in beside and models[name].has_columns:
-      folder = epath.Path(source).parent
-      info = next((s.info for s in stages.values() if s.folder == folder), {})
-      epochs[name] = figures.Epochs(
-        beside['epochs.json'],
-        info.get('selected_epoch'),
-        info.get('selected_by', ''),
-      )
-  hygiene = {}
-  for stage in stages.values():
-    if (stage.folder / 'hygiene.json').exists():
-      hygiene |= run_lib.read_json(stage.folder / 'hygiene.json')
-  return {
-    'rl_metrics': rl,
-    'alarms': alarms,
-    'epochs': epochs,
-    'parameters': {
-      name: model_folder.shape_of(source).num_params
-      for name, source in loaded.items()
-    },
-    'trained': {
-      name: figures.Training(
-        settings_of(stage.config),
-        operations_of(config, stage),
-      )
-      for name, stage in stages.items()
-      if _made(stage) is not None and 'learning_rate' in stage.config
-    },
-    'seconds': {name: stage.seconds for name, stage in stages.items()},
-    'data_sizes': {k: v for s in stages.values() for k, v in s.records.items()},
-    'hygiene': {
-      key.replace('.', ' '): count
-      for key, count in run_lib.flat(hygiene).items()
-      if count != {}
-    },
-  }
-
-
-def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-  """What a stage's config says of the method: dotted key -> value."""
-  return {
-    key: value
-    for key, value in run_lib.flat(config).items()
-    if value not in ('', None, [])
-    and '/' not in str(value)
-    and not any(part.startswith(_MACHINERY) for part in key.split('.'))
-    and (not key.startswith('lora.') or config['lora']['rank'])
-  }
-
-
-def _made(stage: origin.Stage):
-  """The model that a stage made, or None."""
-  paths = [stage.folder / name for name in ('policy', 'model')]
-  return next((path for path in paths if path.exists()), None)
-
-
-def operations_of(config, stage: origin.Stage) -> float | None:
-  """Floating-point operations of a stage's training, by formula.
-
-  RL has episodes; a reward model, rankings; other stages have rows of text.
-  None for a stage that is none of these.
-  """
-  own, size = stage.config, model_folder.shape_of(_made(stage)).num_params
-  results = stage.folder / 'results.json'
-  if 'num_episodes' in own:
-    scored_by = f'{stage.folder.parent}{own["reward_model"]}'
-    scalar = 0
-    if own['reward_model']:
-      place = epath.Path(scored_by)
-      if not place.exists():
-        place = own['reward_model']
-      scalar = model_folder.shape_of(place).num_params
-    text = own['num_episodes'] * own['num_epochs'] * own['ptx_per_episode']
-    return model_card.rl_operations(
-      size,
-      scalar,
-      scalar or size if 'value_learning_rate' in own else 0,
-      own['num_episodes'],
-      own['prompt_length'] + own['response_length'],
-      own['num_epochs'],
-      text * own['ptx_row_length'] if own['ptx_coef'] > 0 else 0,
-    )
-  if 'comparisons' in own and results.exists():
-    # Each prompt with each of its answers, as long as they are here.
-    answers = run_lib.read_json(results)['num_forwards'] * own['num_epochs']
-    length = config.prompt_length + config.response_length
-    return model_card.training_operations(size, answers * length)
-  if 'row_length' in own and (stage.folder / metrics_lib.METRICS_FILE).exists():
-    lines = metrics_lib.read_lines(stage.folder / metrics_lib.METRICS_FILE)
-    rows = lines[-1]['step'] * own['batch_size']
-    return model_card.training_operations(size, rows * own['row_length'])
-  return None
-
-
-def labeling_statistics(config) -> dict[str, Any]:
-  """statistics.json beside the rankings, of the labeling site; {} without."""
-  for path in _rankings(config, 'comparisons').values():
-    found = epath.Path(path).parent / 'statistics.json'
-    if found.exists():
-      return run_lib.read_json(found)
-  return {}
 
 
 # --- The evaluation -----------------------------------------------------------
@@ -632,75 +480,72 @@ def run(config, workdir: epath.Path):
   drawn, num_given = asking.draw(config, 'prompts', config.num_prompts)
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
-    score_fn, rankings = None, {}
+    # Before anything is sampled: a judge may lack something.
+    judge = judge_fns.find(config.judge)(config, workdir, mesh)
+    score_fn, tokenizer, rankings = None, None, {}
     if config.reward_model:
       score_fn, tokenizer = judge_fns.reward_score(
         config, config.reward_model, mesh
       )
-    # Before anything is sampled: a judge may lack something.
-    judge = judge_fns.find(config.judge)(config, workdir, mesh)
     asked = asking.ask(config, models, drawn, score_fn, mesh)
     prompts, answers = asking.aligned(drawn, asked.answers)
-    answers = scored(prompts, answers, 'score_gold', judge.score)
+    if judge.gives_scores():
+      answers = scored(prompts, answers, 'score_gold', judge.score)
     if score_fn:
       answers = scored(prompts, answers, 'score_reward', score_fn)
-      scorers = {'reward model': (score_fn, lambda prompt: True)}
-      if answers[config.baseline][0].score_gold is not None:
-        scorers['judge'] = judge.score, judge.knows
-      rankings = order_rankings(
-        config,
-        scorers,
-        tokenizer,
-        model_folder.shape_of(config.reward_model).context_length,
-      )
+      rankings = order_rankings(config, score_fn, tokenizer, judge)
   if jax.process_index() != 0:
     return {}
   recorded = [answer for several in answers.values() for answer in several]
   samples_lib.write_samples(workdir / 'samples.jsonl', recorded)
   judged = judged_figures(config, models, prompts, answers, judge, workdir)
-  runs = run_figures(config, models)
-  suite, suite_judges = suite_figures(config.suite)
+  trained = run_figures.of_models(config, models)
   root = epath.Path(config.workdir)
-  provenance = run_lib.read_json(root / 'provenance.json')
-  counts = {
-    'in the file': num_given,
-    'asked': len(drawn),
-    'answered by every model': len(prompts) // config.samples_per_prompt,
-  }
-
-  def side_by_side(number):
-    return samples_lib.side_by_side(recorded, judged['models'], number)
-
   shown = figures.Figures(
-    title=f'Evaluation of {root.name}',
-    command=provenance['command'],
+    **judged
+    | trained
+    | text_figures(config, asked.text_loss)
+    | run_figures.of_suite(config.suite)
+    | provenance_figures(root)
+    | {'alarms': [*judged['alarms'], *trained['alarms']]},
     seed=config.seed,
-    commit=provenance['commit'] or 'unknown',
-    versions={k: v for k, v in provenance['versions'].items() if v},
-    prompts=counts,
+    prompts={
+      'in the file': num_given,
+      'asked': len(drawn),
+      'answered by every model': len(prompts) // config.samples_per_prompt,
+    },
     settings={key: config[key] for key in (*origin.LENGTHS, 'temperature')},
     asked=asked.account,
     reference=config.reference,
     kl=asked.kl,
     prefixes=asked.prefixes,
-    reward_model=reward_figures(config, rankings, judge),
-    suite=suite,
-    suite_judges=suite_judges,
-    samples=side_by_side(config.num_samples_shown),
-    more_samples=side_by_side(config.num_samples_in_html),
-    labeling=labeling_statistics(config),
-    **text_figures(config, asked.text_loss),
-    **{**judged, **runs, 'alarms': [*judged['alarms'], *runs['alarms']]},
+    reward_model=run_figures.of_reward_model(config, rankings, judge),
+    labeling=run_figures.of_labeling(_rankings(config, 'comparisons').values()),
+    samples=samples_lib.side_by_side(
+      recorded, judged['models'], config.num_samples_shown
+    ),
+    more_samples=samples_lib.side_by_side(
+      recorded, judged['models'], config.num_samples_in_html
+    ),
   )
-  drawn_plots = plots.make_plots(shown)
-  card = model_card.make_card(shown)
+  drawn_plots, card = plots.make_plots(shown), model_card.make_card(shown)
   for directory in dict.fromkeys((workdir, root)):
     files.write_bytes(directory / 'model_card.md', card.encode())
     report.write_report(directory, shown, drawn_plots)
   print((root / 'report.md').as_posix(), flush=True)
+  pairs = shown.outcomes.pairs.values()
   return {
-    'num_prompts': counts['answered by every model'],
-    'num_judgements': sum(
-      versus.rates.num_judgements for versus in shown.outcomes.pairs.values()
-    ),
+    'num_prompts': shown.prompts['answered by every model'],
+    'num_judgements': sum(pair.rates.num_judgements for pair in pairs),
+  }
+
+
+def provenance_figures(root: epath.Path) -> dict[str, Any]:
+  """What was run, by which code."""
+  found = run_lib.read_json(root / 'provenance.json')
+  return {
+    'title': f'Evaluation of {root.name}',
+    'command': found['command'],
+    'commit': found['commit'] or 'unknown',
+    'versions': {k: v for k, v in found['versions'].items() if v},
   }

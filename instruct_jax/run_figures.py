@@ -1,0 +1,197 @@
+"""What the runs that models come from say, as fields of `figures.Figures`.
+
+Whatever made a model wrote metrics, alarms and epochs beside it, and its run
+has a config: a method is shown by what it left, not by its name.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from etils import epath
+
+from instruct_jax import asking, model_folder
+from instruct_jax.evals import (
+  figures,
+  judges,
+  model_card,
+  preference_accuracy,
+  released_samples,
+  win_rate,
+)
+from instruct_jax.infra import metrics as metrics_lib
+from instruct_jax.infra import origin
+from instruct_jax.infra import run as run_lib
+
+# Keys of a stage's config that say how it ran, not what it learned from what;
+# the model card leaves out those that begin so, and paths.
+_MACHINERY = (
+  *('attention', 'checkpoint_', 'compute_dtype', 'eval_', 'experiment', 'log'),
+  *('frozen_dtype', 'gather_', 'loop', 'max_valid_', 'mesh', 'name', 'offload'),
+  *('num_microbatches', 'num_slices', 'num_slots', 'pack', 'probe', 'remat'),
+  *('sampler_', 'scan_', 'seed', 'snapshot_', 'vocab_multiple', 'workdir'),
+)
+
+
+def of_models(config, models: Mapping[str, asking.Model]) -> dict[str, Any]:
+  """How the models were trained and on what data, and what went wrong."""
+  loaded = {n: m.source for n, m in models.items() if not m.is_recorded}
+  stages = origin.stages_behind([*loaded.values(), config.reward_model])
+  rl, alarms, epochs, seen = {}, [], {}, set()
+  for name, source in loaded.items():
+    beside = origin.beside(source)
+    if epath.Path(source).parent in seen:
+      continue
+    seen.add(epath.Path(source).parent)
+    rows = beside.get(metrics_lib.METRICS_FILE, ())
+    if any('objective/kl' in row for row in rows):
+      rl[name] = rows
+    alarms += [
+      f'{name}: {text}' for text in beside.get('alarms.json', {}).values()
+    ]
+    if 'epochs.json' in beside and models[name].has_columns:
+      folder = epath.Path(source).parent
+      info = next((s.info for s in stages.values() if s.folder == folder), {})
+      epochs[name] = figures.Epochs(
+        beside['epochs.json'],
+        info.get('selected_epoch'),
+        info.get('selected_by', ''),
+      )
+  hygiene = {}
+  for stage in stages.values():
+    if (stage.folder / 'hygiene.json').exists():
+      hygiene |= run_lib.read_json(stage.folder / 'hygiene.json')
+  return {
+    'rl_metrics': rl,
+    'alarms': alarms,
+    'epochs': epochs,
+    'parameters': {
+      name: model_folder.shape_of(source).num_params
+      for name, source in loaded.items()
+    },
+    'trained': {
+      name: figures.Training(
+        settings_of(stage.config),
+        operations_of(config, stage),
+      )
+      for name, stage in stages.items()
+      if _made(stage) is not None and 'learning_rate' in stage.config
+    },
+    'seconds': {name: stage.seconds for name, stage in stages.items()},
+    'data_sizes': {k: v for s in stages.values() for k, v in s.records.items()},
+    'hygiene': {
+      key.replace('.', ' '): count
+      for key, count in run_lib.flat(hygiene).items()
+      if count != {}
+    },
+  }
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+  """What a stage's config says of the method: dotted key -> value."""
+  return {
+    key: value
+    for key, value in run_lib.flat(config).items()
+    if value not in ('', None, [])
+    and '/' not in str(value)
+    and not any(part.startswith(_MACHINERY) for part in key.split('.'))
+    and (not key.startswith('lora.') or config['lora']['rank'])
+  }
+
+
+def _made(stage: origin.Stage):
+  """The model that a stage made, or None."""
+  paths = [stage.folder / name for name in ('policy', 'model')]
+  return next((path for path in paths if path.exists()), None)
+
+
+def operations_of(config, stage: origin.Stage) -> float | None:
+  """Floating-point operations of a stage's training, by formula.
+
+  RL has episodes; a reward model, rankings; other stages have rows of text.
+  None for a stage that is none of these.
+  """
+  own, size = stage.config, model_folder.shape_of(_made(stage)).num_params
+  results = stage.folder / 'results.json'
+  if 'num_episodes' in own:
+    scored_by = f'{stage.folder.parent}{own["reward_model"]}'
+    scalar = 0
+    if own['reward_model']:
+      place = epath.Path(scored_by)
+      if not place.exists():
+        place = own['reward_model']
+      scalar = model_folder.shape_of(place).num_params
+    text = own['num_episodes'] * own['num_epochs'] * own['ptx_per_episode']
+    return model_card.rl_operations(
+      size,
+      scalar,
+      scalar or size if 'value_learning_rate' in own else 0,
+      own['num_episodes'],
+      own['prompt_length'] + own['response_length'],
+      own['num_epochs'],
+      text * own['ptx_row_length'] if own['ptx_coef'] > 0 else 0,
+    )
+  if 'comparisons' in own and results.exists():
+    # Each prompt with each of its answers, as long as they are here.
+    answers = run_lib.read_json(results)['num_forwards'] * own['num_epochs']
+    length = config.prompt_length + config.response_length
+    return model_card.training_operations(size, answers * length)
+  if 'row_length' in own and (stage.folder / metrics_lib.METRICS_FILE).exists():
+    lines = metrics_lib.read_lines(stage.folder / metrics_lib.METRICS_FILE)
+    rows = lines[-1]['step'] * own['batch_size']
+    return model_card.training_operations(size, rows * own['row_length'])
+  return None
+
+
+# --- Of rankings, reward model and suite --------------------------------------
+
+
+def of_reward_model(
+  config, rankings: Mapping[str, figures.Rankings], judge: judges.Judge
+) -> figures.RewardFigures | None:
+  """What is known of `config.reward_model`; None without rankings."""
+  if not rankings:
+    return None
+  folds = {}
+  if config.crossval:
+    results = run_lib.read_json(config.crossval)
+    folds = {
+      name: preference_accuracy.Spread(
+        results[name]['mean'], results[name]['error'], len(results['runs'])
+      )
+      for name in ('intra', 'inter')
+    }
+  ceiling = None
+  if judge.is_ceiling:
+    first = next(iter(rankings.values())).accuracies
+    ceiling = first['judge'].accuracy if 'judge' in first else None
+  curve = origin.beside(config.reward_model).get(metrics_lib.METRICS_FILE, ())
+  return figures.RewardFigures(
+    rankings=rankings, ceiling=ceiling, curve=curve, **folds
+  )
+
+
+def of_suite(path: str) -> dict[str, Any]:
+  """The scores of a suite.json, and who judged its answers.
+
+  Args:
+    path: '' or a file that does not exist where nothing was asked.
+  """
+  if not path or not epath.Path(path).exists():
+    return {}
+  result = run_lib.read_json(path)
+  found = {}
+  for cell in result['cells']:
+    row = found.setdefault(released_samples.line_name(cell), {})
+    row[cell['model']] = win_rate.Interval(
+      cell['score'], cell['low'], cell['high'], cell['num_items']
+    )
+  return {'suite': found, 'suite_judges': result['judges']}
+
+
+def of_labeling(rankings: Iterable[str]) -> dict[str, Any]:
+  """statistics.json of the labeling site beside rankings; {} without."""
+  for path in rankings:
+    found = epath.Path(path).parent / 'statistics.json'
+    if found.exists():
+      return run_lib.read_json(found)
+  return {}
