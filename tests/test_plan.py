@@ -118,6 +118,10 @@ def test_bad_values_are_named():
     config.programs = ('sft', 'dance')
   with pytest.raises(ValueError, match='dance'):
     plan.validate(config)
+  config = config_file.get_config('miniature,v5e-1')
+  config.reward.lora.rank = 4
+  with pytest.raises(ValueError, match='reward.lora.rank must be 0'):
+    plan.validate(config)
 
 
 # --- The search, on a compiler that is a formula ------------------------------

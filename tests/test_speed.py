@@ -216,6 +216,13 @@ def test_bad_values_are_named(key, value, text):
     speed.validate(config)
 
 
+def test_adapters_are_not_measured():
+  config = tiny('sft')
+  config.sft.lora.rank = 4
+  with pytest.raises(ValueError, match='sft.lora.rank must be 0'):
+    speed.validate(config)
+
+
 def test_unknown_variants_are_refused():
   with pytest.raises(ValueError, match="'s,dance'"):
     config_file.get_config('s,dance')

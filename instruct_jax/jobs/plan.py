@@ -81,6 +81,8 @@ def validate(config):
       TransformerConfig.from_dict(config[name].to_dict())
   for stage, name in ((sft, 'sft'), (reward, 'reward'), (ppo_ptx, 'ppo')):
     stage.validate(config[name])
+    if config[name].lora.rank:
+      raise ValueError(f'{name}.lora.rank must be 0: all weights are trained')
   if not config.meshes:
     raise ValueError('meshes is empty: there is nothing to try')
 

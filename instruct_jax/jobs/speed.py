@@ -104,8 +104,10 @@ def validate(config):
   for name in ('policy', 'scalar'):
     with run_lib.naming('model', name):
       TransformerConfig.from_dict(config[name].to_dict())
-  ppo_ptx.validate(config.ppo)
-  sft.validate(config.sft)
+  for stage, name in ((ppo_ptx, 'ppo'), (sft, 'sft')):
+    stage.validate(config[name])
+    if config[name].lora.rank:
+      raise ValueError(f'{name}.lora.rank must be 0: all weights are trained')
 
 
 def inputs(config):
@@ -265,7 +267,7 @@ class Iteration:
     models = {'reference': self.policy.params}
     if config.reward == 'model':
       models['reward'] = value.params
-    self.frozen = rl.Frozen(stage, models)
+    self.frozen = rl.Frozen(stage, models, bases={})
     self.policy = dataclasses.replace(self.policy, params=None)
     self.prompts = loader.make_batches(
       random_prompts(config, 4), batch_size=stage.batch_size, seed=config.seed
