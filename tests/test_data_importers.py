@@ -461,6 +461,26 @@ def test_null_is_never_a_word(name, place, expected, null, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+  ('name', 'place', 'expected'),
+  [
+    ('oasst', ('prompt', 'text'), 'unknown role or empty text'),
+    ('summarize_feedback', ('info', 'post'), 'the post is empty'),
+    ('tldr', ('summary',), 'the summary or the post is empty'),
+    ('qa_feedback', ('question',), 'the question is empty'),
+    ('qa_feedback', ('gold',), 'no demonstration: the gold answer is empty'),
+    ('dolly', ('response',), 'instruction or answer is empty'),
+    ('alpaca', ('output',), 'instruction or answer is empty'),
+  ],
+)
+def test_a_text_that_cannot_be_seen_is_empty(
+  name, place, expected, tmp_path, capsys
+):
+  code, _ = import_one(tmp_path, name, changed(name, place, ' \u2800\u200b'))
+  assert code == 0
+  assert f'skipped: {expected}' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
   ('name', 'place'),
   [
     ('hh', ('rejected',)),

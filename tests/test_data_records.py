@@ -62,6 +62,11 @@ def _error(path, content, record_type=records.Comparison):
   ('change', 'expected'),
   [
     ({'prompt': ' \n'}, "'prompt' is empty"),
+    ({'prompt': ' \u2800\u200b'}, "'prompt' is empty"),
+    (
+      {'turns': [{'role': 'user', 'content': '\u3164'}]},
+      "'turns' ends with an empty message",
+    ),
     ({'prompt': 3}, "'prompt' must be a string, found 3"),
     ({'prompt': None}, "'prompt' must be a string, found null"),
     ({'completions': ['a']}, "'completions' has 1 texts"),
@@ -273,6 +278,8 @@ def test_the_check_tells_label_statistics(tmp_path, capsys):
   assert 'labelers agree on 2 of 2 pairs' in out
   assert 'K=2 1, K=3 2' in out
   assert 'empty completions: 1' in out
+  unseen = dataclasses.replace(rows[2], completions=('\u2800', 'b'))
+  assert 'empty completions: 1' in check.describe('a', [unseen])
   assert 'longer than 2 words: 2 records' in out
   records.write_jsonl(path, [dataclasses.replace(rows[2], ranks=(1, 1))])
   assert check.main([str(path)]) == 1

@@ -1,5 +1,6 @@
 """From our checkpoint to the Hugging Face format, and back into a stage."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax import export, model_fns, model_folder, queries
+from instruct_jax import export, lora, model_fns, model_folder, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding
-from instruct_jax.models.config import TransformerConfig
+from instruct_jax.models import hf
+from instruct_jax.models.config import Lora, TransformerConfig
+from tests import test_models_hf
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -73,3 +76,167 @@ def test_out_and_back(kind, tmp_path):
   (out / 'tokenizer.json').unlink()
   with pytest.raises(ValueError, match='7 embedding rows, .* 9 tokens'):
     model_folder.load(out, kind, mesh, larger)
+
+
+# --- Adapters -----------------------------------------------------------------
+
+
+def tensors_of(folder):
+  return {name: np.asarray(x) for name, x in hf.open_tensors(folder).items()}
+
+
+def random_adapters(kind, config, seed=0):
+  """Adapters, and the head of a scalar model, far from zero."""
+  abstract, _ = lora.split(
+    model_fns.abstract_params(kind, config, sharding.make_mesh((8, 1, 1)))
+  )
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), abstract
+  )
+
+
+@pytest.mark.parametrize('name', test_models_hf.FAMILIES)
+@pytest.mark.parametrize('targets', [(), ('value', 'out')])
+def test_the_product_is_what_merging_adds(name, targets, tmp_path):
+  """In each published matrix, alpha / r B A or, of GPT-2, its transpose."""
+  test_models_hf.write_folder(tmp_path / 'base', name)
+  module, params = test_models_hf.load(tmp_path / 'base')
+  adapters = Lora(rank=2, alpha=3.0, targets=targets)
+  config = dataclasses.replace(module.config, lora=adapters)
+  trained = random_adapters('policy', config)
+  hf.save_adapters(tmp_path / 'out', config, trained, 'BASE')
+  merged = lora.merge(lora.join(trained, params), adapters.scale)
+  hf.save(tmp_path / 'merged', module.config, merged)
+
+  described = json.loads((tmp_path / 'out' / 'adapter_config.json').read_text())
+  assert described['base_model_name_or_path'] == 'BASE'
+  assert described['fan_in_fan_out'] == (name == 'gpt2')
+  written = tensors_of(tmp_path / 'out')
+  base, changed = map(tensors_of, (tmp_path / 'base', tmp_path / 'merged'))
+  for key, before in base.items():
+    stem = 'base_model.model.' + key.removesuffix('.weight')
+    added = changed[key] - before
+    if f'{stem}.lora_A.weight' not in written:
+      assert not added.any(), key
+      continue
+    (module_name,) = (
+      m for m in described['target_modules'] if stem.endswith(f'.{m}')
+    )
+    a, b = (written.pop(f'{stem}.lora_{x}.weight') for x in 'AB')
+    rank = described['rank_pattern'].get(module_name, described['r'])
+    alpha = described['alpha_pattern'].get(module_name, described['lora_alpha'])
+    assert (a.shape[0], b.shape[1], alpha / rank) == (rank, rank, 1.5)
+    product = 1.5 * b @ a
+    if described['fan_in_fan_out']:
+      product = product.T
+    assert np.abs(added).max() > 0.1
+    np.testing.assert_allclose(added, product, rtol=1e-4, atol=1e-5)
+  assert not written  # All of them belong to a matrix of the base.
+
+
+@pytest.fixture
+def adapted_models(tmp_path):
+  """A base, and folders of adapters on it: 'policy' and 'scalar'."""
+  tokenizer = tokenizer_lib.train_word_level(['a', 'b', 'c', 'd'])
+  tokenizer.save(tmp_path / 'tokenizer')
+  mesh = sharding.make_mesh((1, -1, 1))
+  base = model_fns.init('policy', CONFIG, mesh, jax.random.key(0))
+  model_folder.save(tmp_path / 'base', base, tokenizer, {})
+  base = model_folder.load(tmp_path / 'base', 'policy', mesh, tokenizer)
+  scalar = model_fns.scalar_from_policy(base, mesh, jax.random.key(1))
+  for model in (base, scalar):
+    adapted = model_fns.adapted(model, Lora(2, 4.0, ('query', 'up')), mesh, 0)
+    trained = random_adapters(model.kind, adapted.config)
+    model_folder.save(
+      tmp_path / model.kind,
+      dataclasses.replace(adapted, params=trained),
+      tokenizer,
+      {'seed': 0},
+    )
+  return tmp_path
+
+
+def assert_layers_equal(*models):
+  layers = (model.params['trunk']['layers'] for model in models)
+  jax.tree.map(np.testing.assert_array_equal, *layers)
+
+
+@pytest.mark.parametrize('kind', ['policy', 'scalar'])
+def test_adapters_beside_their_base(kind, adapted_models):
+  folder = adapted_models
+  tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
+  out = folder / 'out'
+  assert (
+    export.main(
+      [
+        f'--checkpoint={folder / kind}',
+        f'--tokenizer={folder / "tokenizer"}',
+        f'--output={out}',
+        '--adapters',
+      ]
+    )
+    == 0
+  )
+  described = json.loads((out / 'adapter_config.json').read_text())
+  assert described['base_model_name_or_path'] == str(out / 'base')
+  assert described['task_type'] == {'policy': 'CAUSAL_LM'}.get(kind, 'SEQ_CLS')
+  assert described['target_modules'] == ['attn.c_attn', 'mlp.c_fc']
+  # A and B of two matrices in two layers; and the head.
+  written = tensors_of(out)
+  assert len(written) == 8 + (kind == 'scalar')
+  assert tokenizer_lib.Tokenizer.load(out).fingerprint == tokenizer.fingerprint
+  card = (out / 'README.md').read_text()
+  assert 'to be opened with `peft` on their base' in card
+  mesh = sharding.make_mesh((1, -1, 1))
+  expected = model_folder.load(folder / 'base', 'policy', mesh, tokenizer)
+  base = model_folder.load(out / 'base', 'policy', mesh, tokenizer)
+  assert_layers_equal(base, expected)
+  if kind == 'scalar':
+    read = model_folder.read(folder / kind, kind, mesh, tokenizer)
+    head = read.params['head_kernel'][None]
+    key = 'base_model.model.score.weight'
+    np.testing.assert_array_equal(written[key], head)
+    assert f'`score_shift` = {float(read.params["head_bias"])}' in card
+
+
+def test_a_published_base_is_named_and_not_written_again(adapted_models):
+  folder = adapted_models
+  tokens = folder / 'tokenizer'
+  export.export(folder / 'base', tokens, folder / 'published')
+  tokenizer = tokenizer_lib.Tokenizer.load(folder / 'published')
+  mesh = sharding.make_mesh((1, -1, 1))
+  base = model_folder.load(
+    f'hf:{folder / "published"}', 'policy', mesh, tokenizer
+  )
+  adapted = model_fns.adapted(base, Lora(2, 4.0, ('up',)), mesh, 0)
+  model_folder.save(folder / 'adapters', adapted, tokenizer, {})
+  export.export(folder / 'adapters', tokens, folder / 'out', adapters=True)
+  described = json.loads((folder / 'out' / 'adapter_config.json').read_text())
+  assert described['base_model_name_or_path'] == str(folder / 'published')
+  assert not (folder / 'out' / 'base').exists()
+
+
+def test_adapters_that_cannot_be_written(adapted_models):
+  folder = adapted_models
+  out, tokens = folder / 'out', folder / 'tokenizer'
+  with pytest.raises(ValueError, match='base holds no adapters; leave --adapt'):
+    export.export(folder / 'base', tokens, out, adapters=True)
+  with pytest.raises(ValueError, match='leave one of fold_shift and adapters'):
+    export.export(
+      folder / 'scalar', tokens, out, fold_shift=True, adapters=True
+    )
+  assert not out.exists()
+
+
+def test_adapters_are_merged_by_default(adapted_models):
+  folder = adapted_models
+  export.export(folder / 'policy', folder / 'tokenizer', folder / 'out')
+  assert not (folder / 'out' / 'adapter_config.json').exists()
+  tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
+  mesh = sharding.make_mesh((1, -1, 1))
+  first, second = (
+    model_folder.load(folder / name, 'policy', mesh, tokenizer)
+    for name in ('policy', 'out')
+  )
+  assert_layers_equal(first, second)

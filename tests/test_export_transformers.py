@@ -20,7 +20,7 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding
 from instruct_jax.models import hf
 from instruct_jax.models.config import Lora
-from tests import test_models_hf
+from tests import test_export, test_models_hf
 
 torch = pytest.importorskip('torch', reason='opens our folders with torch')
 
@@ -186,3 +186,50 @@ def test_peft_opens_adapters_of_every_family(name, targets, tmp_path):
   num = logits.shape[-1]
   np.testing.assert_allclose(logits, expected[..., :num], rtol=1e-4, atol=1e-4)
   assert np.abs(logits - before[..., :num]).max() > 0.05
+
+
+def test_peft_opens_what_the_command_writes(tmp_path):
+  """A policy on a base of ours, written beside it; a reward model, whose head
+  goes with the adapters and whose shift is in the card."""
+  tokenizer = tokenizer_lib.train_word_level(['a', 'b', 'c', 'd'])
+  tokenizer.save(tmp_path / 'tokenizer')
+  mesh = sharding.make_mesh((8, 1, 1))
+  config = test_export.CONFIG
+  base = model_fns.init('policy', config, mesh, jax.random.key(0))
+  model_folder.save(tmp_path / 'base', base, tokenizer, {})
+  base = model_folder.load(tmp_path / 'base', 'policy', mesh, tokenizer)
+  reward = model_fns.scalar_from_policy(base, mesh, jax.random.key(1))
+  tokens, mask = with_padding(np.full((3, 8), 3) + np.arange(8) % 4)
+  for model, auto_class in (
+    (base, transformers.AutoModelForCausalLM),
+    (reward, transformers.AutoModelForSequenceClassification),
+  ):
+    module, whole, trained = random_adapters(model.module, model.params, 1)
+    adapted = dataclasses.replace(model, module=module, params=trained)
+    folder, out = tmp_path / model.kind, tmp_path / f'{model.kind}_out'
+    model_folder.save(folder, adapted, tokenizer, {})
+    export.export(folder, tmp_path / 'tokenizer', out, adapters=True)
+    described = json.loads((out / 'adapter_config.json').read_text())
+    changes = {'num_labels': 1} if model.kind == 'scalar' else {}
+    opened = open_with_peft(
+      auto_class, described['base_model_name_or_path'], out, **changes
+    )
+    with torch.no_grad():
+      logits = opened(
+        torch.tensor(tokens), attention_mask=torch.tensor(mask)
+      ).logits.numpy()
+    if model.kind == 'scalar':
+      expected = our_scores(module, whole, tokens, mask)
+      shift = float(whole['head_bias'])
+      assert abs(shift) > 0.01
+      np.testing.assert_allclose(logits[:, 0] + shift, expected, **CLOSE)
+    else:
+      expected = module.apply(
+        {'params': whole},
+        jnp.asarray(tokens, jnp.int32),
+        jnp.asarray(mask, jnp.int32),
+      )
+      num = logits.shape[-1]
+      np.testing.assert_allclose(
+        logits[mask], np.asarray(expected)[mask][:, :num], **CLOSE
+      )

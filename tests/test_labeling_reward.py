@@ -149,11 +149,13 @@ def test_statistics_reach_the_model_card(exported):
 def test_samples_of_checkpoints_become_tasks(exported, tmp_path):
   folder = epath.Path(tmp_path)
   model = make_config(exported, folder, folds=False)
+  turns = (records.Turn('user', 'Prompt number 2'),)
   records.write_jsonl(
     folder / 'prompts.jsonl',
     [
       records.Prompt(id='a', text='Prompt number 1', user='u'),
       records.Prompt(id='b', text='Prompt ' * 9),
+      records.Prompt(id='c', text='Prompt number 2', turns=turns),
     ],
   )
   config = sample_config_file.get_config()
@@ -161,9 +163,12 @@ def test_samples_of_checkpoints_become_tasks(exported, tmp_path):
   config.tokenizer = model.tokenizer
   config.prompts = str(folder / 'prompts.jsonl')
   config.prompt_length = config.response_length = 4
-  assert sample.run(config, folder / 'sample') == {'prompts': 1, 'dropped': 1}
+  assert sample.run(config, folder / 'sample') == {'prompts': 2, 'dropped': 1}
   content = (folder / 'sample' / 'samples.jsonl').read_bytes()
-  line = json.loads(content)
+  line, conversation = map(json.loads, content.splitlines())
+  assert conversation['turns'] == [
+    {'role': 'user', 'content': 'Prompt number 2'}
+  ]
   assert line['models'] == ['first', 'first', 'second', 'second']
   # Every completion has chances of its own.
   assert len(set(line['completions'])) > 1
@@ -177,7 +182,7 @@ def test_samples_of_checkpoints_become_tasks(exported, tmp_path):
     phase='training',
     overlap=1,
   )
-  assert count == 1
+  assert count == 2
   config.samples_per_model = 0
   with pytest.raises(ValueError, match='nothing to rank'):
     sample.validate(config)

@@ -173,6 +173,43 @@ def test_all_kinds_of_tasks_are_exported(site, tmp_path):
   assert ratings[2]['rating']['relative_toxicity'] == -1
 
 
+TURNS = (
+  records.Turn('system', 'Be brief.'),
+  records.Turn('user', 'Name a bird.'),
+  records.Turn('assistant', 'Owl.'),
+  records.Turn('user', 'Another one!'),
+)
+
+
+def test_a_conversation_goes_from_import_to_export(site, tmp_path):
+  prompt = records.to_values(records.Prompt('p', '', turns=TURNS))
+  del prompt['text']
+  site.load([prompt], 'demonstration')
+  outputs = {'completions': ['Jay.', 'Owl.'], 'models': ['a', 'b']}
+  site.load([{**prompt, **outputs}])
+  anna = site.person('anna')
+  task = anna.claim()
+  page = anna.get(f'/task/{task}/0').text
+  shown = re.findall(r'<h3>(\w+)</h3>\s*<div[^>]*>([^<]+)</div>', page)
+  assert shown == [(t.role.capitalize(), t.content) for t in TURNS]
+  anna.fill(task, 0, response='Jay.')
+  task = anna.claim()
+  assert '<h3>Assistant</h3>' in anna.get(f'/task/{task}/0').text
+  anna.rank(task, {'Jay.': 1, 'Owl.': 2}.get)
+  research.export(site.store, tmp_path / 'out')
+  for name, record_type in (
+    ('demonstrations', records.Demonstration),
+    ('comparisons', records.Comparison),
+  ):
+    (row,) = records.read_jsonl(tmp_path / f'out/{name}.jsonl', record_type)
+    assert row.turns == TURNS
+    assert row.prompt == records.text_of_turns(TURNS)
+  rating = json.loads(
+    (tmp_path / 'out/ratings.jsonl').read_text().splitlines()[0]
+  )
+  assert rating['turns'] == prompt['turns']
+
+
 def test_labelers_never_see_models(site):
   site.load(people.ranking_items(2), overlap=2)
   anna = site.person('anna')
@@ -1135,6 +1172,17 @@ def test_forged_answers_are_refused(site):
     ('{"prompt": "a\\ud800"}', 'demonstration', 'cannot be stored'),
     ('{"prompt": "a", "metadata": {"x": "\\u0000"}}', 'demonstration', 'NUL'),
     ('{"prompt": "a", "style": "odd"}', 'prompt', 'few-shot'),
+    ('{"prompt": "\\u2800"}', 'demonstration', 'is empty'),
+    ('{"turns": []}', 'demonstration', "give either 'prompt'"),
+    ('{"turns": ["a"]}', 'demonstration', 'turn 1 must have a role'),
+    ('{"turns": [{"role": "assistant", "content": "a"}]}', 'demonstration',
+     "must end with the user's turn"),
+    ('{"turns": [{"role": "user", "content": " "}]}', 'demonstration',
+     'ends with an empty message'),
+    ('{"prompt": "b", "turns": [{"role": "user", "content": "a"}]}',
+     'demonstration', 'say different things'),
+    ('{"turns": [{"role": "user", "content": "a\\u0000"}]}', 'demonstration',
+     'NUL'),
   ],
 )  # fmt: skip
 def test_bad_lines_are_named_and_nothing_is_imported(site, line, kind, words):

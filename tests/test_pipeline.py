@@ -257,6 +257,63 @@ def test_forks_resume_bit_for_bit(
   assert min(jax.tree.leaves(moved)) > 0
 
 
+def experiment_stage(name, workdir):
+  """A stage of PPO-ptx's pipeline, or of a fork's, on what it made."""
+  makers = {'rloo': rloo_config, 'dpo': dpo_config}
+  config = makers.get(name, config_file).get_config('smoke')
+  config.workdir = str(workdir)
+  config.lora.rank = 2
+  return config.copy_and_resolve_references().stages[name]
+
+
+@pytest.mark.parametrize(
+  'name, experiment, outputs',
+  [
+    ('sft', sft, ('model', 'epochs/2')),
+    ('reward', reward, ('model',)),
+    ('ppo_ptx', ppo_ptx, ('policy', 'ema')),
+    pytest.param('rloo', rloo, ('policy', 'ema'), marks=pytest.mark.slow),
+    ('dpo', dpo, ('model',)),
+  ],
+)
+def test_adapters_resume_bit_for_bit(
+  finished, tmp_path, monkeypatch, name, experiment, outputs
+):
+  """By the one section of the pipeline; what is on disk are adapters alone."""
+  stage = experiment_stage(name, finished)
+  stage.checkpoint_every = stage.log_every = 1
+  folders = [epath.Path(tmp_path) / part for part in ('whole', 'stopped')]
+  for folder in folders:
+    folder.mkdir()
+  experiment.run(stage, folders[0])
+  with monkeypatch.context() as patch:
+    patch.setattr(run, 'StopSignal', lambda: StopAfter(1))
+    with pytest.raises(run.Stopped):
+      experiment.run(stage, folders[1])
+  assert 0 < len(lines(folders[1])) < len(lines(folders[0]))
+  experiment.run(stage, folders[1])
+  assert lines(folders[0]) == lines(folders[1])
+  for output in outputs:
+    whole, resumed = (
+      checkpoint.load_model(folder / output)[0] for folder in folders
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    assert all(np.any(x) for x in jax.tree.leaves(whole))
+
+  first = lines(folders[0])[0]
+  if name in ('ppo_ptx', 'rloo'):
+    assert abs(first['objective/kl']) < 1e-4
+    assert first['objective/sampler_difference'] < 1e-4
+  if name == 'dpo':
+    assert first['dpo/loss'] == pytest.approx(np.log(2), abs=1e-4)
+  checkpoints = sorted((folders[0] / 'checkpoints').iterdir())
+  records = [checkpoints[-1] / 'record' / 'metadata'] if checkpoints else []
+  for path in (*records, *(folders[0] / o / 'model.json' for o in outputs)):
+    for array, described in json.loads(path.read_text())['arrays'].items():
+      is_head = array.rpartition('/')[2] in ('head_kernel', 'head_bias')
+      assert is_head or not described['shape'] or '_lora_' in array, array
+
+
 def test_forks_start_at_the_reference(copied):
   """RLOO: no divergence. DPO: implied rewards of 0, log 2 a pair."""
   for name, experiment in (('rloo', rloo), ('dpo', dpo)):

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from instruct_jax import command
-from instruct_jax.data import labels, loader, records
+from instruct_jax.data import invisible, labels, loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 
 
@@ -176,7 +176,9 @@ def _describe_labels(rows: Sequence[records.Comparison]) -> list[str]:
     a == b for row in rows for a, b in itertools.combinations(row.ranks, 2)
   ]
   all_tied = sum(len(set(row.ranks)) == 1 for row in rows)
-  empty = sum(not text.strip() for row in rows for text in row.completions)
+  empty = sum(
+    invisible.is_blank(text) for row in rows for text in row.completions
+  )
   lines = [
     '  completions ranked: '
     + ', '.join(f'K={k} {n}' for k, n in sorted(sizes.items())),

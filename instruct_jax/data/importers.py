@@ -38,7 +38,7 @@ from typing import Any
 
 from etils import epath
 
-from instruct_jax.data import records, restaurant, sources
+from instruct_jax.data import invisible, records, restaurant, sources
 
 # What `convert` says beside the counts of a format.
 NOTES = {
@@ -240,7 +240,8 @@ def _instruction(instruction: str, given: str = '') -> str:
   """An instruction and its input as a raw prompt."""
   if _NO_INPUT.fullmatch(given.strip()):
     given = ''
-  parts = [part.strip() for part in (instruction, given) if part.strip()]
+  parts = [part.strip() for part in (instruction, given)]
+  parts = [part for part in parts if not invisible.is_blank(part)]
   return '\n\n'.join(parts) + '\n\n' if parts else ''
 
 
@@ -271,7 +272,7 @@ def read_hh(path: epath.PathLike) -> Imported:
     if completions[0].strip() == completions[1].strip():
       imported.skipped['both answers are the same'] += 1
       continue
-    if not chosen[-2].content:
+    if invisible.is_blank(chosen[-2].content):
       imported.skipped['the last question is empty'] += 1
       continue
     about = {
@@ -283,7 +284,7 @@ def read_hh(path: epath.PathLike) -> Imported:
     imported.comparisons.append(
       records.Comparison(completions=completions, ranks=(1, 2), **about)
     )
-    if completions[0].strip():
+    if not invisible.is_blank(completions[0]):
       imported.add(records.Demonstration(response=completions[0], **about))
     else:
       imported.skipped['no demonstration: the chosen answer is empty'] += 1
@@ -329,7 +330,7 @@ def _visit_oasst(imported, node, turns, tree):
     imported.skipped['deleted or failed review'] += 1
     return []
   role, text = _OASST_ROLES.get(node.text('role')), node.text('text')
-  if role is None or not text.strip():
+  if role is None or invisible.is_blank(text):
     imported.skipped['unknown role or empty text'] += 1
     return []
   turns = (*turns, records.Turn(role, text))
@@ -339,7 +340,7 @@ def _visit_oasst(imported, node, turns, tree):
     for reply in below
     if not _is_gone(reply)
     and _OASST_ROLES.get(reply.text('role')) == 'assistant'
-    and reply.text('text').strip()
+    and not invisible.is_blank(reply.text('text'))
   ]
   if role == 'user' and replies:
     about = {
@@ -392,14 +393,14 @@ def _post(info: _Entry) -> str:
   """The prompt of Stiennon et al. 2020, Table 15; or an article; '' if it is
   empty."""
   article = info.optional('article')
-  if article.strip():
+  if not invisible.is_blank(article):
     title = info.optional('title')
     title = f'{title}\n\n' if title else ''
     return f'Article: {title}{article}\n\nTL;DR:'
   if 'article' in info.values and 'post' not in info.values:
     return ''
   subreddit, title, post = map(info.text, ('subreddit', 'title', 'post'))
-  if not post.strip():
+  if invisible.is_blank(post):
     return ''
   return f'SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:'
 
@@ -456,7 +457,7 @@ def read_tldr(path: epath.PathLike) -> Imported:
   fields = dict.fromkeys(('subreddit', 'title', 'post', 'summary'), str)
   for line, entry in _entries(path, fields):
     summary, prompt = entry.text('summary').strip(), _post(entry)
-    if not summary or not prompt:
+    if invisible.is_blank(summary) or not prompt:
       imported.skipped['the summary or the post is empty'] += 1
       continue
     imported.add(
@@ -499,7 +500,7 @@ def read_qa_feedback(path: epath.PathLike) -> Imported:
         raise records.RecordError(f'{where} is no list of sentences')
       passages.append(' '.join(filter(None, _texts(passage[1:], where))))
     question = entry.text('question')
-    if not question.strip():
+    if invisible.is_blank(question):
       imported.skipped['the question is empty'] += 1
       continue
     prompt = _instruction('\n\n'.join(filter(None, passages)), question)
@@ -530,7 +531,7 @@ def read_qa_feedback(path: epath.PathLike) -> Imported:
     else:
       imported.skipped['all answers are the same'] += 1
     gold = entry.text('gold').strip()
-    if gold:
+    if not invisible.is_blank(gold):
       imported.add(records.Demonstration(response=gold, **about))
     else:
       imported.skipped['no demonstration: the gold answer is empty'] += 1
@@ -541,7 +542,7 @@ def read_qa_feedback(path: epath.PathLike) -> Imported:
 
 
 def _add_instruction(imported, prompt, response, name, category='', model=''):
-  if not prompt or not response.strip():
+  if not prompt or invisible.is_blank(response):
     imported.skipped['instruction or answer is empty'] += 1
     return
   imported.add(
@@ -566,7 +567,7 @@ def read_dolly(path: epath.PathLike) -> Imported:
     model, _ = sources.model_of(entry.values, (answer,))
     if 'prompt' in entry.values and answer in entry.values:
       prompt = entry.text('prompt')
-      prompt = prompt if prompt.strip() else ''
+      prompt = '' if invisible.is_blank(prompt) else prompt
     else:
       problem = _problem(entry.values, {'instruction': str, answer: str})
       if problem:

@@ -30,7 +30,8 @@ _UNSEEN_CATEGORIES = ('Zs', 'Zl', 'Zp', 'Cc', 'Cf', 'Cs', 'Mn', 'Me')
 
 def is_blank(text: str) -> bool:
   """Whether a text holds nothing that a reader could see."""
-  return not any(
-    unicodedata.category(character) not in _UNSEEN_CATEGORIES
-    for character in HIDDEN.sub('', text)
+  return all(
+    unicodedata.category(character) in _UNSEEN_CATEGORIES
+    or HIDDEN.match(character)
+    for character in text
   )

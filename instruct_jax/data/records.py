@@ -143,7 +143,7 @@ class Comparison:
 RECORD_TYPES = (Document, Prompt, Demonstration, Comparison)
 Record = TypeVar('Record', Document, Prompt, Demonstration, Comparison)
 
-# Texts that must hold more than white space.
+# Texts that must hold something to see.
 _NEVER_EMPTY = ('text', 'prompt', 'response', 'id')
 _MARKS = {'system': '', 'user': '\n\nHuman:', 'assistant': '\n\nAssistant:'}
 
@@ -241,7 +241,7 @@ def opening(row: Any) -> str:
   """
   if not isinstance(row, Document):
     for turn in conversation(row):
-      if turn.role == 'user' and turn.content.strip():
+      if turn.role == 'user' and not invisible.is_blank(turn.content):
         return comparable(turn.content)
   return comparable(row.text if hasattr(row, 'text') else row.prompt)
 
@@ -317,6 +317,8 @@ def _turn_problems(value: Any) -> str:
       return f"'turns': turn {number} holds a lone surrogate; re-encode it"
   if value[-1]['role'] != 'user':
     return "'turns' must end with the user's turn; the answer is no part of it"
+  if invisible.is_blank(value[-1]['content']):
+    return "'turns' ends with an empty message; fill it in or drop the record"
   return ''
 
 
@@ -428,7 +430,7 @@ def problems(values: Mapping[str, Any], record_type: type) -> list[str]:
     elif not isinstance(value, str):
       found.append(f'{name!r} must be a string, found {_shown(value)}')
       continue
-    elif name in _NEVER_EMPTY and required and not value.strip():
+    elif name in _NEVER_EMPTY and required and invisible.is_blank(value):
       found.append(f'{name!r} is empty; fill it in or drop the record')
     for text in value if name == 'completions' else [value]:
       # JSON can spell half of a surrogate pair, which no tokenizer takes.

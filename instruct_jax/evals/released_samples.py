@@ -32,7 +32,7 @@ import numpy as np
 from etils import epath
 
 from instruct_jax import command
-from instruct_jax.data import folders, records
+from instruct_jax.data import folders, invisible, records
 from instruct_jax.evals import report, sections, win_rate
 from instruct_jax.evals.benchmarks import released_csv, scorers, table14
 
@@ -686,7 +686,7 @@ def score_folder(folder: epath.PathLike, seed: int = 0) -> dict[str, Any]:
       'items': len({tuple(r[c] for c in layout.item) for r in content}),
       'models': len({r['model_type'] for r in content}),
       'empty answers': sum(
-        column in r and not r[column].strip() for r in content
+        column in r and invisible.is_blank(r[column]) for r in content
       ),
     }
   if not files:

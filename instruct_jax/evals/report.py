@@ -29,6 +29,7 @@ from typing import Any
 from etils import epath
 
 from instruct_jax import files
+from instruct_jax.data import invisible
 from instruct_jax.evals import figures, html_report, plots, sections
 
 _MAX_SAMPLE_CHARACTERS = 500
@@ -244,7 +245,9 @@ def _samples_lines(shown: figures.Figures) -> list[str]:
     if row.category:
       cells[0] = f'**{escape(row.category)}**<br>{cells[0]}'
     for answer in row.answers.values():
-      text = escape(_shorten(answer.response)) or '*(empty)*'
+      text = escape(_shorten(answer.response))
+      if invisible.is_blank(answer.response):
+        text += '*(empty)*'
       if not answer.ended:
         text += ' *(cut)*'
       if answer.score_gold is not None:

@@ -98,13 +98,9 @@ def run(config, workdir: epath.Path):
   lines = [
     json.dumps(
       {
-        'id': prompt.id,
-        'prompt': prompt.text,
-        'user': prompt.user,
-        'category': prompt.category,
+        **records.to_values(prompt),
         'completions': completions[i],
         'models': models[i],
-        'metadata': prompt.metadata,
       },
       ensure_ascii=False,
     )

@@ -32,7 +32,10 @@ _FIELDS = {
   'completions': list,
   'models': list,
   'metadata': dict,
+  'turns': list,
 }
+# What of them is kept with a task.
+_RECORD = ('id', 'user', 'category', 'metadata', 'style', 'turns')
 
 
 # --- Import -----------------------------------------------------------------
@@ -51,12 +54,12 @@ def _problems(values, kind):
       found.append(f'{name!r} must be a {_FIELDS[name].__name__}')
   if found:
     return found
-  if ('prompt' in values) == ('text' in values):
-    found.append("give either 'prompt' or 'text'")
-  elif invisible.is_blank(
-    values['prompt'] if 'prompt' in values else values['text']
-  ):
-    found.append('the prompt is empty; fill it in or drop the line')
+  turns = values.get('turns', [])
+  num_texts = ('prompt' in values) + ('text' in values)
+  if num_texts == 2 or not (num_texts or turns):
+    found.append("give either 'prompt' or 'text'; or 'turns'")
+  else:
+    found += records.problems(_asked(values), records.Prompt)
   completions = values.get('completions', [])
   models = values['models'] if 'models' in values else ['' for _ in completions]
   texts = [*completions, *models]
@@ -77,12 +80,25 @@ def _problems(values, kind):
   if style not in answers.STYLES:
     found.append(f"'style' must be one of {', '.join(answers.STYLES)}")
   texts += [value for value in values.values() if isinstance(value, str)]
+  if not found:
+    texts += [turn['content'] for turn in turns]
   try:
     for text in texts:
       answers.clean(text, 'A text')
   except answers.AnswerError as error:
     found.append(str(error))
   return found
+
+
+def _asked(values):
+  """What a line asks, by the names that `records.Prompt` has for it."""
+  text = values['prompt'] if 'prompt' in values else values.get('text')
+  asked = {'id': '-', 'text': text, 'turns': values.get('turns', [])}
+  return records.completed(asked, records.Prompt)
+
+
+def _turns(values):
+  return tuple(records.Turn(**turn) for turn in values.get('turns', ()))
 
 
 def import_tasks(
@@ -101,8 +117,9 @@ def import_tasks(
 
   A line is {"prompt": "...", "completions": ["...", ...], "models": ["sft",
   ...]} and may have id, user, category, metadata and, for kind `prompt`, style;
-  `text` may stand for `prompt`, so `records.Prompt` files are demonstration
-  tasks as they are. A line of kind `rating` makes one task per completion.
+  `text` may stand for `prompt`, and so may `turns`, so `records.Prompt` files
+  are demonstration tasks as they are. A line of kind `rating` makes one task
+  per completion.
 
   Args:
     the_store: where to.
@@ -183,12 +200,8 @@ def import_tasks(
         task_id = c.execute(
           schema.tasks.insert().values(
             batch_id=batch_id,
-            prompt=item['prompt'] if 'prompt' in item else item['text'],
-            record={
-              key: item[key]
-              for key in ('id', 'user', 'category', 'metadata', 'style')
-              if key in item
-            },
+            prompt=_asked(item)['text'],
+            record={key: item[key] for key in _RECORD if key in item},
           )
         ).inserted_primary_key[0]
         for position, (text, model) in enumerate(group):
@@ -637,6 +650,7 @@ def _comparison(row):
     category=_given(row, 'category'),
     time=_clock_text(row.time),
     metadata=metadata,
+    turns=_turns(row.record),
   )
 
 
@@ -752,6 +766,7 @@ def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, Any]:
             labeler=row.labeler,
             category=_given(row, 'category'),
             metadata={**_given(row, 'metadata', {}), **own},
+            turns=() if written else _turns(row.record),
           )
         )
       if written and row.content['style'] != 'few-shot':
@@ -767,6 +782,7 @@ def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, Any]:
   ratings = [
     {
       'prompt': row.prompt,
+      'turns': row.record.get('turns', []),
       'completion': row.texts[position],
       'model': row.models[position],
       'kind': row.kind,

@@ -105,7 +105,8 @@ tasks = sa.Table(
   _id(),
   _to('batch', index=True),
   _text('prompt'),
-  # id, user, category, metadata of the imported line; style of a prompt task.
+  # id, user, category, metadata and turns of the imported line; style of a
+  # prompt task.
   sa.Column('record', sa.JSON, nullable=False),
 )
 
