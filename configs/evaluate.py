@@ -15,7 +15,7 @@ of the texts (`judge_fns.py`):
   people  --config.rankings=FILE.jsonl, see `judges.People`
   http    --config.endpoint.url=URL/chat/completions
           --config.endpoint.model=NAME, with the key in the environment,
-          JUDGE_API_KEY unless told otherwise
+          JUDGE_API_KEY by default
 
 Output: report.md, report.html and plots, model_card.md, summary.json,
 samples.jsonl, judgements.jsonl, ratings.jsonl.

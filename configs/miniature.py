@@ -14,7 +14,7 @@ def data_stage(seed, workdir):
   config.num_prompts = 30_000  # Before hygiene.
   config.num_demonstrations = 8_000
   config.num_reward_prompts = 5_000
-  config.train_fraction = 0.76  # Of the users; the rest is halved.
+  config.train_fraction = 0.76  # Of the users; half of the others each.
   config.prompt_length = 32  # Tokens; longer prompts are dropped.
   config.prompts_per_user = 200  # 3.2, A.2.
   config.duplicate_prefix_words = 12  # Not printed (A.2); a choice.

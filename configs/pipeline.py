@@ -38,7 +38,7 @@ def recipe(name: str):
   stages.crossval = reward.crossval_stage(seed, workdir)
   stages.ppo = rl.stage(seed, workdir, 'ppo')
   stages.ppo_ptx = rl.stage(seed, workdir, 'ppo_ptx')
-  # Asks nothing unless told of files: --config.stages.nlp_suite.data.drop=FILE.
+  # Asks nothing without files: --config.stages.nlp_suite.data.drop=FILE.
   stages.nlp_suite = nlp_suite.stage(seed, workdir)
   stages.nlp_suite.may_be_empty = True
   stages.evaluate = evaluate.stage(seed, workdir)

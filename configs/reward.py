@@ -88,6 +88,7 @@ def hh():
   )
   stages.pretrain.documents = data + '/documents_train.jsonl'
   stages.pretrain.valid = data + '/documents_valid.jsonl'
+  common.models(stages.baselines)
   stages.baselines.batch_size = 64  # Completions.
   stages.baselines.row_length = 256
   stages.baselines.sets = ConfigDict()

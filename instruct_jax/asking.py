@@ -46,7 +46,7 @@ class Model:
 
   @property
   def is_recorded(self) -> bool:
-    """Whether its answers are in a file, and no model is loaded."""
+    """Whether it is a file of answers, not a model to ask."""
     return self.source.partition('#')[0].endswith(_RECORDED)
 
 
@@ -71,6 +71,9 @@ def read_models(config) -> dict[str, Model]:
     unknown = sorted(set(names) - set(found))
     if unknown:
       raise ValueError(f'{key} names {unknown}; models are {list(found)}')
+    recorded = [name for name in names if found[name].is_recorded]
+    if recorded and key != 'baseline':
+      raise ValueError(f'{key} names {recorded}, answers without a model')
   return found
 
 
@@ -351,42 +354,55 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
       answers, how = kept_answers(
         config, model, prompts, tokenizer, prefix, load, mesh
       )
+      if config.documents and not model.is_prompted:
+        found.text_loss[name] = (
+          text_loss(config, load(model.source), tokenizer, mesh),
+          tokenizer.fingerprint,
+        )
       if reference and not model.is_prompted and name != reference.name:
         theirs = tokenizer_of(reference.source)
         if theirs.fingerprint == tokenizer.fingerprint:
+          # The reference last: it stays in memory for the next model.
+          policies = load(model.source), load(reference.source)
           signed, k3 = kl_of(
-            config,
-            load(model.source),
-            load(reference.source),
-            prompts,
-            answers,
-            tokenizer,
-            mesh,
+            config, *policies, prompts, answers, tokenizer, mesh
           )
           found.kl[name] = {
             'signed mean': float(np.mean(signed)),
             'k3': float(np.mean(k3)),
           }
-      if config.documents and not model.is_prompted:
-        policy = load(model.source)
-        model_fns.check_context(policy, config.row_length, 'row_length')
-        rows = loader.document_rows(
-          config.documents, tokenizer, config.row_length
-        )
-        loss_fn = queries.make_heldout_loss(policy.module, rows, 64, mesh)
-        found.text_loss[name] = loss_fn(policy.params), tokenizer.fingerprint
     found.answers[name] = answers
-    found.account[name] = {
-      'from': how,
-      'asked with': read,
-      'answers': len(answers),
-      'prompts without': len(prompts)
-      - len(answers) // config.samples_per_prompt,
-      'blank': sum(invisible.is_blank(a.response) for a in answers),
-      'not ended': sum(not answer.ended for answer in answers),
-      'mean tokens': float(np.mean([a.num_tokens for a in answers])),
-    }
+    found.account[name] = {'from': how, 'asked with': read} | account_of(
+      answers, len(prompts), config.samples_per_prompt
+    )
   return found
+
+
+def account_of(
+  answers: Sequence[samples_lib.Sample], num_prompts: int, num_samples: int
+) -> dict[str, int | float]:
+  """What became of the prompts, as counts.
+
+  Args:
+    answers: of one model, so many to each prompt that it answered.
+    num_prompts: that it was asked.
+    num_samples: answers of each prompt.
+  """
+  return {
+    'answers': len(answers),
+    'prompts without': num_prompts - len(answers) // num_samples,
+    'blank': sum(invisible.is_blank(answer.response) for answer in answers),
+    'not ended': sum(not answer.ended for answer in answers),
+    'mean tokens': float(np.mean([answer.num_tokens for answer in answers])),
+  }
+
+
+def text_loss(config, policy, tokenizer, mesh) -> heldout_loss.HeldoutLoss:
+  """A policy's loss on `config.documents`."""
+  model_fns.check_context(policy, config.row_length, 'row_length')
+  rows = loader.document_rows(config.documents, tokenizer, config.row_length)
+  loss_fn = queries.make_heldout_loss(policy.module, rows, 64, mesh)
+  return loss_fn(policy.params)
 
 
 def kl_of(config, policy, reference, prompts, answers, tokenizer, mesh):

@@ -15,8 +15,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from instruct_jax import model_folder, queries, score_fns
+from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import judges
+from instruct_jax.evals import samples as samples_lib
 
 
 def find(name: str) -> type[judges.Judge]:
@@ -105,3 +107,37 @@ def reward_score(
     )
 
   return score, tokenizer
+
+
+def prompt_of(comparison: records.Comparison) -> records.Prompt:
+  """The prompt whose completions were ranked."""
+  return records.Prompt(
+    id=comparison.id,
+    text=comparison.prompt,
+    category=comparison.category,
+    metadata=comparison.metadata,
+    turns=comparison.turns,
+  )
+
+
+def comparison_scores(
+  score_fn: judges.ScoreFn, comparisons: Sequence[records.Comparison]
+) -> list[np.ndarray]:
+  """The scores of each comparison's completions.
+
+  What several labelers ranked is scored once.
+  """
+
+  def key(comparison):
+    return comparison.prompt, comparison.turns, comparison.completions
+
+  distinct = {key(comparison): comparison for comparison in comparisons}
+  pairs = [
+    (prompt_of(c), samples_lib.Sample('', c.id, c.prompt, text, 0, True))
+    for c in distinct.values()
+    for text in c.completions
+  ]
+  ends = np.cumsum([len(c.completions) for c in distinct.values()])
+  scores = np.split(np.asarray(score_fn(pairs), float), ends[:-1])
+  by_key = dict(zip(distinct, scores, strict=True))
+  return [by_key[key(comparison)] for comparison in comparisons]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -534,6 +535,8 @@ def test_people_judge(folder, finished, tmp_path):
     ({'tokenizer': ''}, 'tokenizer is empty'),
     ({'num_prompts': 0}, 'num_prompts must be positive: 0'),
     ({'test_comparisons': 'a'}, 'test_comparisons needs reward_model'),
+    ({'reference': 'people'}, "reference names ['people'], answers without"),
+    ({'prompted': 'people'}, "prompted names ['people'], answers without"),
     ({'prompted': 'one'}, 'prompted models need prefixes, and reward_model'),
   ],
 )
@@ -601,3 +604,41 @@ def test_the_card_shows_what_a_method_is_configured_with():
     stage | {'lora': {'rank': 4, 'alpha': 16.0}}
   )
   assert adapted == {'my_decay': 0.9, 'lora.rank': 4, 'lora.alpha': 16.0}
+
+
+def test_what_the_run_of_a_fork_says(folder, tmp_path):
+  """A method of a name that nobody here knows, without a value model."""
+  place = tmp_path / 'run' / 'my_fork'
+  shutil.copytree(folder / 'my_run', place)
+  stage = {
+    'experiment': 'my_fork',
+    'learning_rate': 1e-3,
+    'my_decay': 0.9,
+    'num_episodes': 10,
+    'num_epochs': 1,
+    'prompt_length': 4,
+    'response_length': 6,
+    'ptx_coef': 0.0,
+    'ptx_per_episode': 1,
+    'ptx_row_length': 8,
+    'reward_model': '',
+  }
+  run_lib.write_json(
+    tmp_path / 'run' / 'config.json',
+    {'stages': {'my_fork': stage}, 'stage_order': ['my_fork']},
+  )
+  run_lib.write_json(place / 'alarms.json', {'length': 'too long'})
+  run_lib.write_json(place / 'done.json', {'info': {}, 'seconds': 2.5})
+  found = run_figures.of_models(
+    make_config(folder, tmp_path),
+    {'mine': asking.Model('mine', f'{place}/policy', True, False)},
+  )
+  assert [row['step'] for row in found['rl_metrics']['mine']] == [1, 2, 3]
+  assert found['alarms'] == ['mine: too long']
+  assert found['seconds'] == {'my_fork': 2.5}
+  trained = found['trained']['my_fork']
+  assert trained.settings['my_decay'] == 0.9
+  assert 'experiment' not in trained.settings
+  # 100 tokens: sampled and scored by old and reference policy, 3 x 2 P; one
+  # update, 6 P.
+  assert trained.operations == 100 * 12 * found['parameters']['mine']

@@ -165,7 +165,7 @@ class Endpoint:
       bodies: JSON values; equal ones are asked once.
       parse: reads the reply; what raises ValueError, KeyError, IndexError or
         TypeError is malformed.
-      progress: told of each answer.
+      progress: called with 1 for each answer.
 
     Returns:
       What `parse` returned, or None where the answer stayed malformed.

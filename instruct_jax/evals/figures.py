@@ -96,7 +96,7 @@ class RewardFigures:
       reward model's accuracy is of.
     scorer: name of the reward model among those who order them.
     ceiling: share of the first set's pairs that label noise allows at the most;
-      None where nobody knows.
+      None where it is not known.
     intra: cross-validation, validation data of labelers trained on.
     inter: cross-validation, labelers of the group left out.
     curve: rows of the stage's metrics.jsonl with 'step' and any of

@@ -85,7 +85,7 @@ class Judge:
       no reward model can order more of their pairs.
     has_places: whether it sees both answers at a time, so that their places
       may count.
-    progress: told how many pairs or answers it has judged.
+    progress: called with how many more pairs or answers are judged.
   """
 
   needs: ClassVar[tuple[str, ...]] = ()
@@ -164,7 +164,7 @@ class Account:
 
   Attributes:
     pairs: asked for.
-    unjudged: pairs of which nobody had an opinion in both orders.
+    unjudged: pairs without a verdict in both orders by one judge.
     one_order: verdicts on the other pairs that stand alone: the same judge
       said nothing in the other order.
     unparsed: verdicts whose words could not be understood, in at least one

@@ -11,7 +11,7 @@ without a display and without the global state of pyplot.
 import io
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from instruct_jax.evals import (
@@ -114,6 +114,27 @@ def _canvas(rows: int, columns: int, height: float, **options: Any):
   figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06)
   backend_agg.FigureCanvasAgg(figure)
   return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _grid(number: int, panel: float, margin: float, **options: Any):
+  """A figure of panels, two in a row.
+
+  Args:
+    number: of panels.
+    panel: height of each, in inches.
+    margin: height of what is above and below them.
+    **options: of `subplots`.
+
+  Returns:
+    The figure, its axes in order, and those without a panel below.
+  """
+  columns = min(2, number)
+  rows = -(-number // columns)
+  figure, axes = _canvas(rows, columns, margin + rows * panel, **options)
+  axes = list(axes.flat)
+  for axis in axes[number:]:
+    axis.set_axis_off()
+  return figure, axes[:number], axes[number - columns : number]
 
 
 def _upper_and_lower(top: float, bottom: float, num_lower: int):
@@ -255,6 +276,16 @@ def _from_start(
   return [[0.0] * len(first) + steps, first + values]
 
 
+def _curves(
+  runs: Mapping[str, Sequence[figures.MetricsRow]],
+  read_fn: Callable[..., list[list[float]]],
+  *keys: str,
+) -> dict[str, list[list[float]]]:
+  """Name -> what `_series` or `_from_start` reads, where it has a point."""
+  found = {name: read_fn(rows, *keys) for name, rows in runs.items()}
+  return {name: curve for name, curve in found.items() if curve[0]}
+
+
 def _running_mean(values: win_rate.Numbers, window: int) -> list[float]:
   """Centred mean over `window` neighbours, fewer at the ends."""
   half = window // 2
@@ -310,11 +341,6 @@ def _values_axis(axis: Any, values: win_rate.Numbers, unit: str) -> None:
     axis.set_ylim(low - room, high + room)
   if low >= 0 > axis.get_ylim()[0]:
     axis.set_ylim(bottom=0)
-
-
-def _blank(axes: Any, num_used: int) -> None:
-  for axis in list(axes.flat)[num_used:]:
-    axis.set_axis_off()
 
 
 def _decimals(bounds: Sequence[tuple[float, float]], most: int) -> int:
@@ -440,13 +466,9 @@ def _draw_metadata(shown: figures.Figures) -> Any:
   titles = [_wrapped(name.replace('_', ' '), 30) for name in found]
   panel = 0.6 + _height(labels, 0.2)
   panel += 0.17 * max(title.count('\n') for title in titles)
-  columns = min(2, len(found))
-  rows = -(-len(found) // columns)
-  figure, axes = _canvas(rows, columns, 0.3 + rows * panel, sharey=True)
+  figure, axes, lowest = _grid(len(found), panel, 0.3, sharey=True)
   looks = _looks(models)
-  for i, (axis, title, row) in enumerate(
-    zip(axes.flat, titles, found.values(), strict=False)
-  ):
+  for axis, title, row in zip(axes, titles, found.values(), strict=True):
     nothing = (math.nan,) * 3
     decimals = _decimals([bounds[1:] for bounds in row.values()], 2)
     _interval_rows(
@@ -463,9 +485,8 @@ def _draw_metadata(shown: figures.Figures) -> Any:
     axis.set_xlim(0, min(1.05 * top, 100) if top > 0 else 1)
     axis.locator_params(axis='x', nbins=4)
     axis.set_title(title)
-    if i >= len(found) - columns:
+    if axis in lowest:
       axis.set_xlabel('% of answers')
-  _blank(axes, len(found))
   _heading(
     figure,
     'Labels of single answers',
@@ -476,11 +497,7 @@ def _draw_metadata(shown: figures.Figures) -> Any:
 
 
 def _draw_reward_kl(shown: figures.Figures) -> Any:
-  curves = {
-    model: _series(rows, 'objective/kl', 'objective/score')
-    for model, rows in shown.rl_metrics.items()
-  }
-  curves = {model: curve for model, curve in curves.items() if curve[0]}
+  curves = _curves(shown.rl_metrics, _series, 'objective/kl', 'objective/score')
   if not curves:
     return None
   looks = _of_models(shown)
@@ -516,10 +533,7 @@ def _draw_reward_kl(shown: figures.Figures) -> Any:
 
 
 def _draw_pretraining_loss(shown: figures.Figures) -> Any:
-  curves = {
-    model: _from_start(rows, *_LOSS) for model, rows in shown.rl_metrics.items()
-  }
-  curves = {model: curve for model, curve in curves.items() if curve[0]}
+  curves = _curves(shown.rl_metrics, _from_start, *_LOSS)
   if not curves:
     return None
   looks = _of_models(shown)
@@ -598,20 +612,13 @@ def _draw_along(runs, panels, title, looks) -> Any:
   """
   found = {}
   for name, (key, before, unit) in panels.items():
-    curves = {
-      run: _from_start(lines, key, before) for run, lines in runs.items()
-    }
-    if any(curve[0] for curve in curves.values()):
+    curves = _curves(runs, _from_start, key, before)
+    if curves:
       found[name] = curves, unit
   if not found:
     return None
-  columns = min(2, len(found))
-  rows = -(-len(found) // columns)
-  figure, axes = _canvas(rows, columns, 0.1 + 2.3 * rows)
-  for axis, (name, (curves, unit)) in zip(
-    axes.flat, found.items(), strict=False
-  ):
-    curves = {run: curve for run, curve in curves.items() if curve[0]}
+  figure, axes, _ = _grid(len(found), 2.3, 0.1)
+  for axis, (name, (curves, unit)) in zip(axes, found.items(), strict=True):
     for run, curve in curves.items():
       _line(axis, *curve, looks[run])
       if curve[0][0] == 0:
@@ -620,7 +627,6 @@ def _draw_along(runs, panels, title, looks) -> Any:
     _values_axis(axis, [y for curve in curves.values() for y in curve[1]], unit)
     axis.set_title(_wrapped(name.replace('_', ' '), 30))
     axis.set_xlabel('RL iteration')
-  _blank(axes, len(found))
   _heading(
     figure,
     title,
@@ -695,11 +701,9 @@ def _draw_against(values, figures, before, label):
     for name, numbers in figures.items()
   }
   found = {name: points for name, points in found.items() if points}
-  columns = max(1, min(2, len(found)))
-  rows = max(1, -(-len(found) // columns))
-  figure, axes = _canvas(rows, columns, 0.1 + 2.4 * rows)
+  figure, axes, _ = _grid(len(found), 2.4, 0.1)
   look = _looks(['run'])['run']
-  for axis, (name, points) in zip(axes.flat, found.items(), strict=False):
+  for axis, (name, points) in zip(axes, found.items(), strict=True):
     # Before anything is drawn: margins are those of the scale at that time.
     positive = [x for x in values if x > 0]
     if len(positive) == len(values):
@@ -717,7 +721,6 @@ def _draw_against(values, figures, before, label):
     _values_axis(axis, shown, _unit(name))
     axis.set_title(_wrapped(name.replace('_', ' '), 30))
     axis.set_xlabel(_wrapped(label, 26))
-  _blank(axes, len(found))
   _heading(
     figure,
     f'The alignment tax against {label}',
@@ -729,31 +732,22 @@ def _draw_against(values, figures, before, label):
 def _draw_rl(shown: figures.Figures) -> Any:
   panels = []
   for key, title, unit in _RL_PANELS:
-    curves = {
-      model: _series(rows, 'step', key)
-      for model, rows in shown.rl_metrics.items()
-    }
-    curves = {model: curve for model, curve in curves.items() if curve[0]}
+    curves = _curves(shown.rl_metrics, _series, 'step', key)
     if curves:
       panels.append((title, unit, curves))
   if not panels:
     return None
   looks = _of_models(shown)
   models = dict.fromkeys(model for _, _, curves in panels for model in curves)
-  columns = min(2, len(panels))
-  rows = -(-len(panels) // columns)
-  figure, axes = _canvas(rows, columns, 0.2 + 2.1 * rows)
-  for i, (axis, (title, unit, curves)) in enumerate(
-    zip(axes.flat, panels, strict=False)
-  ):
+  figure, axes, lowest = _grid(len(panels), 2.1, 0.2)
+  for axis, (title, unit, curves) in zip(axes, panels, strict=True):
     for model, curve in curves.items():
       _smooth_line(axis, *curve, looks[model])
     _steps_axis(axis, [step for curve in curves.values() for step in curve[0]])
     _values_axis(axis, [y for curve in curves.values() for y in curve[1]], unit)
     axis.set_title(title)
-    if i >= len(panels) - columns:
+    if axis in lowest:
       axis.set_xlabel('RL iteration')
-  _blank(axes, len(panels))
   _heading(
     figure,
     'Along RL',
@@ -831,12 +825,9 @@ def _draw_sft(shown: figures.Figures) -> Any:
     ('Reward-model score of samples', 'reward units', 'score_reward'),
   ]
   drawn = []
+  rows = {model: epochs.rows for model, epochs in shown.epochs.items()}
   for title, unit, field in panels:
-    curves = {
-      model: _series(epochs.rows, 'epoch', field)
-      for model, epochs in shown.epochs.items()
-    }
-    curves = {model: curve for model, curve in curves.items() if curve[0]}
+    curves = _curves(rows, _series, 'epoch', field)
     if curves:
       drawn.append((title, unit, curves))
   if not drawn:

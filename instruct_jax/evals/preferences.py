@@ -154,7 +154,7 @@ def against(
 
 
 def turned(judgement: Judgement) -> Judgement:
-  """The same judgement, told from the other model's side."""
+  """The same judgement from the other model's side."""
   return dataclasses.replace(
     judgement,
     model=judgement.other,
@@ -450,7 +450,7 @@ def power(judgements: Sequence[Judgement]) -> Power:
   def needed(z):
     if distance < 1e-12:
       return None
-    # The smallest sample that tells anything has two prompts.
+    # Two prompts are the smallest sample that has a spread.
     return max(2, math.ceil((z * deviation / distance) ** 2))
 
   return Power(

@@ -30,7 +30,7 @@ class Shown:
   Attributes:
     text: the figure.
     doubt: its interval, or ''.
-    best: it is told apart from all others of its row, and better.
+    best: it is better than all others of its row, by the intervals.
   """
 
   text: str
@@ -123,10 +123,10 @@ def plain(name: str) -> str:
 
 
 def verdict(rates: preferences.Rates) -> str:
-  """'better', 'worse' or 'not told apart', by the interval."""
+  """'better', 'worse' or 'no clear difference', by the interval."""
   if rates.low > 0.5:
     return 'better'
-  return 'worse' if rates.high < 0.5 else 'not told apart'
+  return 'worse' if rates.high < 0.5 else 'no clear difference'
 
 
 def pairs_table(head: Sequence[str], values: Mapping[str, Any]) -> Table:

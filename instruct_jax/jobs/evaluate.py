@@ -229,9 +229,12 @@ def order_rankings(config, score_fn, tokenizer, judge):
       f'test_comparisons ({name})',
       f"the reward model's context ({context_length} tokens)",
     )
-    by = {'reward model': comparison_scores(score_fn, test)}
-    if judge.gives_scores() and all(judge.knows(prompt_of(c)) for c in test):
-      by['judge'] = comparison_scores(judge.score, test)
+    if not test:
+      raise ValueError(f'test_comparisons ({name}): no ranking is short enough')
+    by = {'reward model': judge_fns.comparison_scores(score_fn, test)}
+    prompts = map(judge_fns.prompt_of, test)
+    if judge.gives_scores() and all(map(judge.knows, prompts)):
+      by['judge'] = judge_fns.comparison_scores(judge.score, test)
     if name in learned:
       train = records.read_jsonl(learned[name], records.Comparison)
       by['length only'] = baselines.fit_length(train).scores(test)
@@ -247,36 +250,6 @@ def order_rankings(config, score_fn, tokenizer, judge):
       agreement=preference_accuracy.agreement(test),
     )
   return found
-
-
-def prompt_of(comparison: records.Comparison) -> records.Prompt:
-  """The prompt whose completions were ranked."""
-  return records.Prompt(
-    id=comparison.id,
-    text=comparison.prompt,
-    category=comparison.category,
-    metadata=comparison.metadata,
-    turns=comparison.turns,
-  )
-
-
-def comparison_scores(score_fn: judges.ScoreFn, comparisons):
-  """The scores of each comparison's completions; what several labelers ranked
-  is scored once."""
-
-  def key(comparison):
-    return comparison.prompt, comparison.turns, comparison.completions
-
-  distinct = {key(comparison): comparison for comparison in comparisons}
-  pairs = [
-    (prompt_of(c), samples_lib.Sample('', c.id, c.prompt, text, 0, True))
-    for c in distinct.values()
-    for text in c.completions
-  ]
-  ends = np.cumsum([len(c.completions) for c in distinct.values()])
-  scores = np.split(np.asarray(score_fn(pairs), float), ends[:-1])
-  by_key = dict(zip(distinct, scores, strict=True))
-  return [by_key[key(comparison)] for comparison in comparisons]
 
 
 # --- What the verdicts come to ------------------------------------------------

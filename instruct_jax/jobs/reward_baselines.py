@@ -6,15 +6,13 @@ training rankings. Reward model and baselines of a set have seen the same
 rankings.
 """
 
-import jax
 from etils import epath
 
-from instruct_jax import model_fns, model_folder
+from instruct_jax import judge_fns
 from instruct_jax.data import loader, records
-from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import baselines, preference_accuracy
 from instruct_jax.infra import run as run_lib
-from instruct_jax.infra import sharding, slices
+from instruct_jax.infra import sharding
 
 PROCESSES = 'one'
 
@@ -37,8 +35,9 @@ def inputs(config):
   return found
 
 
-def score_of(config, model_dir, comparisons, tokenizer):
+def score_of(config, model_dir, comparisons, mesh):
   """r(x, y) of each comparison's completions; those too long are left out."""
+  score_fn, tokenizer = judge_fns.reward_score(config, model_dir, mesh)
   kept = loader.fitting_comparisons(comparisons, tokenizer, config.row_length)
   run_lib.say_left_out(
     config.name,
@@ -47,43 +46,19 @@ def score_of(config, model_dir, comparisons, tokenizer):
     'valid_comparisons',
     f'row_length ({config.row_length} tokens)',
   )
-  num_candidates = max(len(c.completions) for c in kept)
-  rows, _ = loader.comparison_rows(
-    kept, tokenizer, num_candidates, config.row_length
-  )
-  mesh = sharding.make_mesh(config.mesh)
-  with sharding.use_mesh(mesh):
-    reward = model_folder.load(model_dir, 'scalar', mesh, tokenizer)
-    score = jax.jit(model_fns.scores_fn(reward.module))
-    scores = slices.in_batches(
-      lambda batch: score(reward.params, *sharding.put_batch(batch, mesh)),
-      tuple(x.reshape(-1, config.row_length) for x in (rows.tokens, rows.mask)),
-      config.batch_size,
-    ).reshape(len(kept), num_candidates)
-  found = [
-    row[: len(c.completions)] for row, c in zip(scores, kept, strict=True)
-  ]
-  return kept, found
+  return kept, judge_fns.comparison_scores(score_fn, kept)
 
 
 def run(config, workdir: epath.Path):
-  """Measures how well reward model and baselines order held-out pairs.
-
-  Reads the reward model and the comparisons of each set; writes results.json.
-
-  Returns:
-    By set and judge, the accuracy with its interval.
-
-  Raises:
-    ValueError: a record or a model that cannot be used, by name.
-  """
+  """Reads rankings and reward models of `config.sets`; writes results.json."""
   validate(config)
-  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  mesh = sharding.make_mesh(config.mesh)
   results = {}
   for name, files in config.sets.items():
     train = records.read_jsonl(files.comparisons, records.Comparison)
     valid = records.read_jsonl(files.valid_comparisons, records.Comparison)
-    kept, scores = score_of(config, files.reward_model, valid, tokenizer)
+    with sharding.use_mesh(mesh):
+      kept, scores = score_of(config, files.reward_model, valid, mesh)
     l2 = baselines.choose_l2(train)
     words = baselines.fit_bag_of_words(train, l2=l2)
     judged = {
