@@ -436,8 +436,10 @@ def poison(monkeypatch, every):
   """NaN in the gradients, or in the loss alone, wherever a step's key says."""
   real = train_state.accumulate_gradients
 
-  def poisoned(loss_fn, params, batch, key, num_microbatches=1):
-    grads, loss, more = real(loss_fn, params, batch, key, num_microbatches)
+  def poisoned(loss_fn, params, frozen, batch, key, num_microbatches=1):
+    grads, loss, more = real(
+      loss_fn, params, frozen, batch, key, num_microbatches
+    )
     word = jax.random.key_data(key)[-1]
     is_hit = word % every == 0
     in_loss = (word // every) % 2 == 0
