@@ -18,8 +18,8 @@ from instruct_jax.evals import (
   released_samples,
   win_rate,
 )
+from instruct_jax.infra import checkpoint, origin
 from instruct_jax.infra import metrics as metrics_lib
-from instruct_jax.infra import origin
 from instruct_jax.infra import run as run_lib
 
 # Keys of a stage's config that say how it ran, not what it learned from what;
@@ -108,7 +108,8 @@ def operations_of(config, stage: origin.Stage) -> float | None:
   """Floating-point operations of a stage's training, by formula.
 
   RL has episodes; a reward model, rankings; other stages have rows of text.
-  None for a stage that is none of these.
+  None for a stage that is none of these, and where a length or a shape that the
+  formula needs is not known here.
   """
   own, size = stage.config, model_folder.shape_of(_made(stage)).num_params
   results = stage.folder / 'results.json'
@@ -119,7 +120,10 @@ def operations_of(config, stage: origin.Stage) -> float | None:
       place = epath.Path(scored_by)
       if not place.exists():
         place = own['reward_model']
-      scalar = model_folder.shape_of(place).num_params
+      try:
+        scalar = model_folder.shape_of(place).num_params
+      except (checkpoint.CheckpointError, ValueError):
+        return None  # A run that was copied without its reward model.
     text = own['num_episodes'] * own['num_epochs'] * own['ptx_per_episode']
     return model_card.rl_operations(
       size,
@@ -132,9 +136,11 @@ def operations_of(config, stage: origin.Stage) -> float | None:
     )
   if 'comparisons' in own and results.exists():
     # Each prompt with each of its answers, as long as they are here.
+    lengths = config.prompt_length, config.response_length
+    if None in lengths:  # Recorded answers need none.
+      return None
     answers = run_lib.read_json(results)['num_forwards'] * own['num_epochs']
-    length = config.prompt_length + config.response_length
-    return model_card.training_operations(size, answers * length)
+    return model_card.training_operations(size, answers * sum(lengths))
   if 'row_length' in own and (stage.folder / metrics_lib.METRICS_FILE).exists():
     lines = metrics_lib.read_lines(stage.folder / metrics_lib.METRICS_FILE)
     rows = lines[-1]['step'] * own['batch_size']

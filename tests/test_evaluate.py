@@ -16,6 +16,7 @@ from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import figures, judges
 from instruct_jax.evals import samples as samples_lib
+from instruct_jax.infra import origin
 from instruct_jax.infra import run as run_lib
 from instruct_jax.jobs import evaluate
 from instruct_jax.miniature import gold, tasks, world
@@ -606,12 +607,12 @@ def test_the_card_shows_what_a_method_is_configured_with():
   assert adapted == {'my_decay': 0.9, 'lora.rank': 4, 'lora.alpha': 16.0}
 
 
-def test_what_the_run_of_a_fork_says(folder, tmp_path):
-  """A method of a name that nobody here knows, without a value model."""
-  place = tmp_path / 'run' / 'my_fork'
-  shutil.copytree(folder / 'my_run', place)
+def save_run(root, model, name, **changes):
+  """A finished run of one stage that made a model; returns its folder."""
+  place = root / name
+  shutil.copytree(model, place)
   stage = {
-    'experiment': 'my_fork',
+    'experiment': name,
     'learning_rate': 1e-3,
     'my_decay': 0.9,
     'num_episodes': 10,
@@ -622,13 +623,18 @@ def test_what_the_run_of_a_fork_says(folder, tmp_path):
     'ptx_per_episode': 1,
     'ptx_row_length': 8,
     'reward_model': '',
-  }
+  } | changes
   run_lib.write_json(
-    tmp_path / 'run' / 'config.json',
-    {'stages': {'my_fork': stage}, 'stage_order': ['my_fork']},
+    root / 'config.json', {'stages': {name: stage}, 'stage_order': [name]}
   )
-  run_lib.write_json(place / 'alarms.json', {'length': 'too long'})
   run_lib.write_json(place / 'done.json', {'info': {}, 'seconds': 2.5})
+  return place
+
+
+def test_what_the_run_of_a_fork_says(folder, tmp_path):
+  """A method of a name that nobody here knows, without a value model."""
+  place = save_run(tmp_path / 'run', folder / 'my_run', 'my_fork')
+  run_lib.write_json(place / 'alarms.json', {'length': 'too long'})
   found = run_figures.of_models(
     make_config(folder, tmp_path),
     {'mine': asking.Model('mine', f'{place}/policy', True, False)},
@@ -642,3 +648,31 @@ def test_what_the_run_of_a_fork_says(folder, tmp_path):
   # 100 tokens: sampled and scored by old and reference policy, 3 x 2 P; one
   # update, 6 P.
   assert trained.operations == 100 * 12 * found['parameters']['mine']
+
+
+def test_operations_are_not_known_without_lengths_or_reward_model(
+  folder, tmp_path
+):
+  """Recorded answers have no lengths, and a copied run no reward model."""
+  config = make_config(folder, tmp_path)
+  config.prompt_length = config.response_length = None
+  place = save_run(tmp_path / 'run', folder / 'my_run', 'reward')
+  stage = next(iter(origin.stages_behind([f'{place}/policy']).values()))
+
+  def operations(**changes):
+    own = {**stage.config, **changes}
+    return run_figures.operations_of(
+      config, dataclasses.replace(stage, config=own)
+    )
+
+  assert operations() > 0
+  assert operations(reward_model='/elsewhere/reward/model') is None
+  assert operations(reward_model='hf:nobody/nothing') is None
+  run_lib.write_json(place / 'results.json', {'num_forwards': 3})
+  rankings = {'experiment': 'reward', 'comparisons': 'x', 'num_epochs': 1}
+  stage = dataclasses.replace(stage, config=rankings)
+  assert operations() is None
+  config.prompt_length, config.response_length = 6, 4
+  # 3 answers of 10 tokens, forward and backward.
+  size = model_folder.shape_of(place / 'policy').num_params
+  assert operations() == 30 * 6 * size
