@@ -4,6 +4,7 @@ Whatever made a model wrote metrics, alarms and epochs beside it, and its run
 has a config: a method is shown by what it left, not by its name.
 """
 
+import collections
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ _MACHINERY = (
 def of_models(config, models: Mapping[str, asking.Model]) -> dict[str, Any]:
   """How the models were trained and on what data, and what went wrong."""
   loaded = {n: m.source for n, m in models.items() if not m.is_recorded}
-  stages = origin.stages_behind([*loaded.values(), config.reward_model])
+  stages = _stages(loaded, config.reward_model)
   rl, alarms, epochs, seen = {}, [], {}, set()
   for name, source in loaded.items():
     beside = origin.beside(source)
@@ -56,10 +57,16 @@ def of_models(config, models: Mapping[str, asking.Model]) -> dict[str, Any]:
         info.get('selected_epoch'),
         info.get('selected_by', ''),
       )
-  hygiene = {}
-  for stage in stages.values():
+  sizes, hygiene = {}, {}
+  for (run, _), stage in stages.items():
+    sizes |= {(run, key): size for key, size in stage.records.items()}
     if (stage.folder / 'hygiene.json').exists():
-      hygiene |= run_lib.read_json(stage.folder / 'hygiene.json')
+      dropped = run_lib.flat(run_lib.read_json(stage.folder / 'hygiene.json'))
+      hygiene |= {
+        (run, key.replace('.', ' ')): count
+        for key, count in dropped.items()
+        if count != {}
+      }
   return {
     'rl_metrics': rl,
     'alarms': alarms,
@@ -70,19 +77,43 @@ def of_models(config, models: Mapping[str, asking.Model]) -> dict[str, Any]:
     },
     'trained': {
       name: figures.Training(
-        settings_of(stage.config),
-        operations_of(config, stage),
+        settings_of(stage.config), operations_of(config, stage)
       )
-      for name, stage in stages.items()
+      for name, stage in _told_apart(stages).items()
       if _made(stage) is not None and 'learning_rate' in stage.config
     },
-    'seconds': {name: stage.seconds for name, stage in stages.items()},
-    'data_sizes': {k: v for s in stages.values() for k, v in s.records.items()},
-    'hygiene': {
-      key.replace('.', ' '): count
-      for key, count in run_lib.flat(hygiene).items()
-      if count != {}
+    'seconds': {
+      name: stage.seconds for name, stage in _told_apart(stages).items()
     },
+    'data_sizes': _told_apart(sizes),
+    'hygiene': _told_apart(hygiene),
+  }
+
+
+def _stages(
+  loaded: Mapping[str, str], reward_model: str
+) -> dict[tuple[str, str], origin.Stage]:
+  """(run, name) -> stage behind the models; a run is called by its models."""
+  called = {}
+  for name, source in loaded.items():
+    called.setdefault(origin.stages_of(source)[0], []).append(name)
+  sources = [*loaded.values()]
+  if reward_model:
+    sources.append(reward_model)
+    called.setdefault(origin.stages_of(reward_model)[0], ['reward_model'])
+  return {
+    (', '.join(called[folder]), name): stage
+    for (folder, name), stage in origin.stages_behind(sources).items()
+  }
+
+
+def _told_apart(values: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
+  """Name -> value of (run, name) -> value; the run is said where two runs have
+  the name."""
+  number = collections.Counter(name for _, name in values)
+  return {
+    f'{name} ({run})' if number[name] > 1 else name: value
+    for (run, name), value in values.items()
   }
 
 

@@ -14,13 +14,13 @@ from configs import evaluate as config_file
 from instruct_jax import asking, judge_fns, model_folder, queries, run_figures
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.evals import figures, judges
+from instruct_jax.evals import figures, judges, model_card, report
 from instruct_jax.evals import samples as samples_lib
 from instruct_jax.infra import origin
 from instruct_jax.infra import run as run_lib
 from instruct_jax.jobs import evaluate
 from instruct_jax.miniature import gold, tasks, world
-from tests import tiny
+from tests import made_figures, tiny
 from tests.fake_server import serve
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -648,6 +648,38 @@ def test_what_the_run_of_a_fork_says(folder, tmp_path):
   # 100 tokens: sampled and scored by old and reference policy, 3 x 2 P; one
   # update, 6 P.
   assert trained.operations == 100 * 12 * found['parameters']['mine']
+
+
+def test_two_runs_of_one_pipeline_are_told_apart(folder, tmp_path):
+  """Stages, data sets and hygiene of the same names, with other contents."""
+  models = {}
+  for number, run in enumerate(('left', 'right'), start=1):
+    model = folder / 'my_run'
+    place = save_run(tmp_path / run, model, 'fork', my_decay=number)
+    done = {'info': {'selected_epoch': number}, 'seconds': float(number)}
+    run_lib.write_json(place / 'done.json', done)
+    run_lib.write_json(place / 'epochs.json', [{'epoch': 1, 'valid_loss': 1}])
+    run_lib.write_json(place / 'hygiene.json', {'prompts': {'twice': number}})
+    (place / 'prompts.jsonl').write_text('{}\n' * number)
+    source = f'{place}/policy'
+    models[run] = asking.Model(run, source, True, False)
+  found = run_figures.of_models(make_config(folder, tmp_path), models)
+  assert found['seconds'] == {'fork (left)': 1, 'fork (right)': 2}
+  trained = {k: v.settings['my_decay'] for k, v in found['trained'].items()}
+  assert trained == found['seconds']
+  assert found['data_sizes'] == {'prompts (left)': 1, 'prompts (right)': 2}
+  assert found['hygiene'] == {
+    'prompts twice (left)': 1,
+    'prompts twice (right)': 2,
+  }
+  selected = {name: epochs.selected for name, epochs in found['epochs'].items()}
+  assert selected == {'left': 1, 'right': 2}
+  shown = dataclasses.replace(made_figures.full(), **found)
+  card, text = model_card.make_card(shown), report.make_markdown(shown, set())
+  for number, name in enumerate(('left', 'right'), start=1):
+    assert f'- **fork ({name})**: ' in card and f'my_decay {number}' in card
+    for shown_text in (card, text):
+      assert f'| prompts ({name}) | {number} |' in shown_text
 
 
 def test_operations_are_not_known_without_lengths_or_reward_model(
