@@ -367,6 +367,48 @@ def test_recorded_files_and_the_gold_judge_need_no_model(tmp_path, rng):
   assert 'labels and judgements are by programs' in card
 
 
+def test_what_a_reward_model_cannot_read_is_not_asked_or_left_out(
+  folder, tmp_path, capsys
+):
+  tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
+  tiny.save_model(tmp_path, 'short', 'scalar', tokenizer, 5, 20)
+  config = make_config(folder, tmp_path / 'run')
+  config.judge_model = f'{tmp_path}/short'
+  message = 'judge_model: prompt_length .* ask for 24 .* has 20; lower them'
+  with pytest.raises(ValueError, match=message):
+    tiny.run_evaluation(config)
+  # Of recorded answers the lengths are not known before they are read.
+  prompts = records.read_jsonl(folder / 'prompts.jsonl', records.Prompt)[:6]
+  texts = {'people': 'he', 'wordy': 'a fox'}
+  answers = [
+    samples_lib.Sample(
+      name, p.id, p.text, text * (9 if p.id == 'p3' else 1), 4, True
+    )
+    for name, text in texts.items()
+    for p in prompts
+  ]
+  path = tmp_path / 'recorded.jsonl'
+  samples_lib.write_samples(path, answers)
+  config.models = ','.join(f'{name}={path}#{name}' for name in texts)
+  config.baseline = 'people'
+  config.prompt_length = config.response_length = None
+  config.reward_model = config.judge_model
+  info = tiny.run_evaluation(config)
+  assert info == {'num_prompts': 5, 'num_judgements': 5}
+  said = capsys.readouterr().out
+  for key in ('reward_model', 'judge_model'):
+    assert (
+      'evaluate: 1 of 13 prompts with their answers left out: do not fit the '
+      f'context of {key} (20 tokens)\n'
+    ) in said
+  assert read(tmp_path / 'run')['prompts'] == {
+    'in the file': 13,
+    'asked': 13,
+    'too long to score': 1,
+    'answered by every model': 5,
+  }
+
+
 def test_an_endpoint_judges_and_rates(folder, tmp_path, monkeypatch):
   monkeypatch.setenv('JUDGE_API_KEY', 'k')
 
