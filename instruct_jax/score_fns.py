@@ -10,9 +10,10 @@ A Python function is given by its dotted name, say `mypackage.rewards.brevity`:
     return [-len(response.split()) / 100 for response in responses]
 
 `prompts` and `responses` are lists of texts. `metadata` is a list of dicts: the
-prompt's own `metadata`, beside its `id`, `user`, `category` and `turns`, and
-`ended` and `num_tokens` of the response. It returns one finite number each. Of
-several processes each calls it for its own responses.
+prompt's own `metadata`, then its `id`, `user`, `category` and `turns`, and
+`ended` and `num_tokens` of the response, which replace entries of those names.
+It returns one finite number each. Of several processes each calls it for its
+own responses.
 """
 
 import importlib
@@ -202,13 +203,13 @@ def score_texts(
   """
   metadata = [
     {
+      **prompt.metadata,
       'id': prompt.id,
       'user': prompt.user,
       'category': prompt.category,
       'turns': prompt.turns,
       'ended': bool(end),
       'num_tokens': number,
-      **prompt.metadata,
     }
     for prompt, end, number in zip(prompts, ended, num_tokens, strict=True)
   ]

@@ -51,6 +51,17 @@ def test_a_function_gets_texts_and_metadata():
   assert (metadata[1]['ended'], metadata[1]['num_tokens']) == (False, 20)
 
 
+def test_a_prompts_metadata_does_not_override_what_is_so():
+  claims = {'id': 'x', 'num_tokens': 0, 'ended': False, 'turns': 5, 'own': 1}
+  prompt = records.Prompt('a', 'name a fox', metadata=claims)
+  seen = []
+  score_fns.score_texts(
+    'f', lambda *all: seen.extend(all[2]) or [0], [prompt], ['red'], [True], [3]
+  )
+  true = {'id': 'a', 'num_tokens': 3, 'ended': True, 'turns': (), 'own': 1}
+  assert seen == [{'user': '', 'category': ''} | true]
+
+
 def raises(prompts, responses, metadata):
   return metadata[1]['reference']
 
