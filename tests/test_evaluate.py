@@ -202,6 +202,19 @@ def test_rankings_are_ordered_by_reward_model_judge_and_trivial_judges(
   assert accuracies['bag of words (Bradley-Terry)']['accuracy'] == 1
 
 
+def test_completions_of_rankings_have_their_number_of_tokens(folder):
+  """Else a judge that looks at the length finds them all alike."""
+  tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
+  given = records.Comparison('fox', ('a b c', 'a', ''), (1, 2, 3))
+
+  def length(answers):
+    return [answer.num_tokens for _, answer in answers]
+
+  first, again = judge_fns.comparison_scores(length, [given] * 2, tokenizer)
+  # "a", " ", "b", " ", "c" and the end.
+  assert first.tolist() == again.tolist() == [6, 2, 1]
+
+
 def test_the_prefix_that_the_reward_model_likes_best_is_taken(folder, finished):
   workdir, _ = finished
   found = read(workdir)['extra']['prefixes']['prompted']

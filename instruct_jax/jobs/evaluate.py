@@ -262,6 +262,9 @@ def order_rankings(config, score_fn, judge):
     score_fn: of the reward model.
     judge: orders as well, where it scores and knows all prompts.
   """
+  counter = queries.tokenizer_of(
+    config.reward_model, config.tokenizer, chat=True
+  )
   learned, found = _rankings(config, 'comparisons'), {}
   for name, path in _rankings(config, 'test_comparisons').items():
     test = records.read_jsonl(path, records.Comparison)
@@ -279,10 +282,10 @@ def order_rankings(config, score_fn, judge):
       )
     if not test:
       raise ValueError(f'test_comparisons ({name}): no ranking is short enough')
-    by = {'reward model': judge_fns.comparison_scores(score_fn, test)}
+    by = {'reward model': judge_fns.comparison_scores(score_fn, test, counter)}
     prompts = map(judge_fns.prompt_of, test)
     if judge.gives_scores() and all(map(judge.knows, prompts)):
-      by['judge'] = judge_fns.comparison_scores(judge.score, test)
+      by['judge'] = judge_fns.comparison_scores(judge.score, test, counter)
     if name in learned:
       train = records.read_jsonl(learned[name], records.Comparison)
       by['length only'] = baselines.fit_length(train).scores(test)
