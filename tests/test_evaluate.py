@@ -604,6 +604,16 @@ def test_bad_values_are_named(folder, tmp_path, changes, message):
   assert message in str(error.value) and '\n' not in str(error.value)
 
 
+def test_each_pair_is_judged_once_in_either_order(folder, tmp_path):
+  config = make_config(folder, tmp_path)
+  config.models += ',other=b'
+  config.pairs = 'my_fork=people,people=other,people=my_fork,people=other'
+  assert evaluate.named_pairs(config) == [
+    ('my_fork', 'people'),
+    ('people', 'other'),
+  ]
+
+
 def test_recorded_files_that_do_not_fit_are_named(folder):
   prompts = records.read_jsonl(folder / 'prompts.jsonl', records.Prompt)
   path = f'{folder}/recorded.jsonl'

@@ -45,7 +45,7 @@ PROCESSES = 'all'
 
 
 def named_pairs(config) -> list[tuple[str, str]]:
-  """Pairs that are compared beside those with the baseline.
+  """Pairs that are compared beside those with the baseline, each once.
 
   Raises:
     ValueError: something else than pairs of the other models.
@@ -55,14 +55,16 @@ def named_pairs(config) -> list[tuple[str, str]]:
   known = list(itertools.combinations(others, 2))
   if config.pairs == 'all':
     return known
-  found = [tuple(text.split('=')) for text in config.pairs.split(',') if text]
-  for pair in found:
+  found = {}
+  for text in filter(None, config.pairs.split(',')):
+    pair = tuple(text.split('='))
     if pair not in known and pair[::-1] not in known:
       raise ValueError(
         f'pairs must be all, or NAME=NAME of {", ".join(others)}: '
-        f'{"=".join(pair)!r}'
+        f'{text!r}'
       )
-  return found
+    found.setdefault(frozenset(pair), pair)
+  return [*found.values()]
 
 
 def validate(config):
