@@ -60,8 +60,7 @@ def named_pairs(config) -> list[tuple[str, str]]:
     pair = tuple(text.split('='))
     if pair not in known and pair[::-1] not in known:
       raise ValueError(
-        f'pairs must be all, or NAME=NAME of {", ".join(others)}: '
-        f'{text!r}'
+        f'pairs must be all, or NAME=NAME of {", ".join(others)}: {text!r}'
       )
     found.setdefault(frozenset(pair), pair)
   return [*found.values()]
