@@ -37,6 +37,13 @@ def find(name: str) -> type[judges.Judge]:
   return Function
 
 
+def source_of(name: str) -> dict[str, str]:
+  """`score_fns.source_of` a judge; {} of a judge of this package."""
+  if name.startswith(f'{__package__}.'):
+    return {}
+  return score_fns.source_of(name, 'judge')
+
+
 class Function(judges.Judge):
   """A Python function of the texts, `config.judge`."""
 

@@ -17,7 +17,9 @@ own responses.
 """
 
 import importlib
+import inspect
 import math
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -112,6 +114,28 @@ def find_function(name: str) -> TextScoreFn:
       'function of (prompts, responses, metadata)'
     )
   return function
+
+
+def source_of(name: str, key: str = 'reward_fn') -> dict[str, str]:
+  """`{key.name: file}`, the Python file that defines what has a dotted name.
+
+  As an input of its stage its contents are compared when the stage goes on. {}
+  where there is no such file, as of a builtin function.
+
+  Args:
+    name: dotted; behind a function's name its weight may stand. A label with
+      the weight tells a changed weight from a function that has moved.
+    key: of the config that holds it.
+
+  Raises:
+    ValueError: there is nothing of this name.
+  """
+  dotted = name.partition('=')[0]
+  found, module = find(dotted, key), dotted.rpartition('.')[0]
+  if inspect.isroutine(found) or inspect.isclass(found):
+    module = found.__module__
+  file = getattr(sys.modules[module], '__file__', None) or ''
+  return {f'{key}.{name}': file} if file.endswith('.py') else {}
 
 
 def parse_weights(text: str) -> dict[str, float]:

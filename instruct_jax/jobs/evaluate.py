@@ -127,6 +127,7 @@ def inputs(config) -> dict[str, str]:
   keys += ('prefixes', 'prefix_prompts') if config.prompted else ()
   keys += judge_fns.find(config.judge).reads
   found |= {key: config[key] for key in keys if config[key]}
+  found |= judge_fns.source_of(config.judge)
   for key in ('comparisons', 'test_comparisons'):
     for name, path in _rankings(config, key).items():
       found[f'{key}.{name}'] = path
