@@ -109,6 +109,8 @@ def inputs(config: ConfigDict) -> dict[str, str]:
   keys += ['reward_model'] * bool(config.reward_model or not config.reward_fn)
   keys += ['valid_documents'] * bool(config.valid_documents)
   found = {key: config[key] for key in keys}
+  for part in filter(None, config.reward_fn.split(',')):
+    found |= score_fns.source_of(part)
   if config.probe_every:
     for name, path in model_folder.named_folders(
       config.probes, 'probes'
