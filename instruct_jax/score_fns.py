@@ -208,7 +208,7 @@ def score_texts(
   function: TextScoreFn,
   prompts: Sequence[records.Prompt],
   texts: Sequence[str],
-  ended: Sequence[bool],
+  ended: Sequence[bool] | np.ndarray,
   num_tokens: Sequence[int],
 ) -> np.ndarray:
   """The scores of a Python function, one a response, float32.
