@@ -37,6 +37,13 @@ def find(name: str) -> type[judges.Judge]:
   return Function
 
 
+def source_of(name: str) -> dict[str, str]:
+  """`score_fns.source_of` a judge; {} of a judge of this package."""
+  if name.startswith(f'{__package__}.'):
+    return {}
+  return score_fns.source_of(name, 'judge')
+
+
 class Function(judges.Judge):
   """A Python function of the texts, `config.judge`."""
 
@@ -121,21 +128,32 @@ def prompt_of(comparison: records.Comparison) -> records.Prompt:
 
 
 def comparison_scores(
-  score_fn: judges.ScoreFn, comparisons: Sequence[records.Comparison]
+  score_fn: judges.ScoreFn,
+  comparisons: Sequence[records.Comparison],
+  tokenizer: tokenizer_lib.Tokenizer,
 ) -> list[np.ndarray]:
   """The scores of each comparison's completions.
 
   What several labelers ranked is scored once.
+
+  Args:
+    score_fn: reads the completions as answers that ended by themselves.
+    comparisons: with the completions.
+    tokenizer: counts the tokens of each, its end included.
   """
 
   def key(comparison):
     return comparison.prompt, comparison.turns, comparison.completions
 
   distinct = {key(comparison): comparison for comparison in comparisons}
+  owners, texts = zip(
+    *((c, text) for c in distinct.values() for text in c.completions),
+    strict=True,
+  )
+  ids = tokenizer.encode_responses(texts, ended=True)
   pairs = [
-    (prompt_of(c), samples_lib.Sample('', c.id, c.prompt, text, 0, True))
-    for c in distinct.values()
-    for text in c.completions
+    (prompt_of(c), samples_lib.Sample('', c.id, c.prompt, text, len(own), True))
+    for c, text, own in zip(owners, texts, ids, strict=True)
   ]
   ends = np.cumsum([len(c.completions) for c in distinct.values()])
   scores = np.split(np.asarray(score_fn(pairs), float), ends[:-1])

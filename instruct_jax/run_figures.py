@@ -4,6 +4,7 @@ Whatever made a model wrote metrics, alarms and epochs beside it, and its run
 has a config: a method is shown by what it left, not by its name.
 """
 
+import collections
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,8 +19,8 @@ from instruct_jax.evals import (
   released_samples,
   win_rate,
 )
+from instruct_jax.infra import checkpoint, origin
 from instruct_jax.infra import metrics as metrics_lib
-from instruct_jax.infra import origin
 from instruct_jax.infra import run as run_lib
 
 # Keys of a stage's config that say how it ran, not what it learned from what;
@@ -35,7 +36,7 @@ _MACHINERY = (
 def of_models(config, models: Mapping[str, asking.Model]) -> dict[str, Any]:
   """How the models were trained and on what data, and what went wrong."""
   loaded = {n: m.source for n, m in models.items() if not m.is_recorded}
-  stages = origin.stages_behind([*loaded.values(), config.reward_model])
+  stages = _stages(loaded, config.reward_model)
   rl, alarms, epochs, seen = {}, [], {}, set()
   for name, source in loaded.items():
     beside = origin.beside(source)
@@ -56,10 +57,16 @@ def of_models(config, models: Mapping[str, asking.Model]) -> dict[str, Any]:
         info.get('selected_epoch'),
         info.get('selected_by', ''),
       )
-  hygiene = {}
-  for stage in stages.values():
+  sizes, hygiene = {}, {}
+  for (run, _), stage in stages.items():
+    sizes |= {(run, key): size for key, size in stage.records.items()}
     if (stage.folder / 'hygiene.json').exists():
-      hygiene |= run_lib.read_json(stage.folder / 'hygiene.json')
+      dropped = run_lib.flat(run_lib.read_json(stage.folder / 'hygiene.json'))
+      hygiene |= {
+        (run, key.replace('.', ' ')): count
+        for key, count in dropped.items()
+        if count != {}
+      }
   return {
     'rl_metrics': rl,
     'alarms': alarms,
@@ -70,19 +77,43 @@ def of_models(config, models: Mapping[str, asking.Model]) -> dict[str, Any]:
     },
     'trained': {
       name: figures.Training(
-        settings_of(stage.config),
-        operations_of(config, stage),
+        settings_of(stage.config), operations_of(config, stage)
       )
-      for name, stage in stages.items()
+      for name, stage in _told_apart(stages).items()
       if _made(stage) is not None and 'learning_rate' in stage.config
     },
-    'seconds': {name: stage.seconds for name, stage in stages.items()},
-    'data_sizes': {k: v for s in stages.values() for k, v in s.records.items()},
-    'hygiene': {
-      key.replace('.', ' '): count
-      for key, count in run_lib.flat(hygiene).items()
-      if count != {}
+    'seconds': {
+      name: stage.seconds for name, stage in _told_apart(stages).items()
     },
+    'data_sizes': _told_apart(sizes),
+    'hygiene': _told_apart(hygiene),
+  }
+
+
+def _stages(
+  loaded: Mapping[str, str], reward_model: str
+) -> dict[tuple[str, str], origin.Stage]:
+  """(run, name) -> stage behind the models; a run is called by its models."""
+  called = {}
+  for name, source in loaded.items():
+    called.setdefault(origin.stages_of(source)[0], []).append(name)
+  sources = [*loaded.values()]
+  if reward_model:
+    sources.append(reward_model)
+    called.setdefault(origin.stages_of(reward_model)[0], ['reward_model'])
+  return {
+    (', '.join(called[folder]), name): stage
+    for (folder, name), stage in origin.stages_behind(sources).items()
+  }
+
+
+def _told_apart(values: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
+  """Name -> value of (run, name) -> value; the run is said where two runs have
+  the name."""
+  number = collections.Counter(name for _, name in values)
+  return {
+    f'{name} ({run})' if number[name] > 1 else name: value
+    for (run, name), value in values.items()
   }
 
 
@@ -108,7 +139,8 @@ def operations_of(config, stage: origin.Stage) -> float | None:
   """Floating-point operations of a stage's training, by formula.
 
   RL has episodes; a reward model, rankings; other stages have rows of text.
-  None for a stage that is none of these.
+  None for a stage that is none of these, and where a length or a shape that the
+  formula needs is not known here.
   """
   own, size = stage.config, model_folder.shape_of(_made(stage)).num_params
   results = stage.folder / 'results.json'
@@ -119,7 +151,10 @@ def operations_of(config, stage: origin.Stage) -> float | None:
       place = epath.Path(scored_by)
       if not place.exists():
         place = own['reward_model']
-      scalar = model_folder.shape_of(place).num_params
+      try:
+        scalar = model_folder.shape_of(place).num_params
+      except (checkpoint.CheckpointError, ValueError):
+        return None  # A run that was copied without its reward model.
     text = own['num_episodes'] * own['num_epochs'] * own['ptx_per_episode']
     return model_card.rl_operations(
       size,
@@ -132,9 +167,11 @@ def operations_of(config, stage: origin.Stage) -> float | None:
     )
   if 'comparisons' in own and results.exists():
     # Each prompt with each of its answers, as long as they are here.
+    lengths = config.prompt_length, config.response_length
+    if None in lengths:  # Recorded answers need none.
+      return None
     answers = run_lib.read_json(results)['num_forwards'] * own['num_epochs']
-    length = config.prompt_length + config.response_length
-    return model_card.training_operations(size, answers * length)
+    return model_card.training_operations(size, answers * sum(lengths))
   if 'row_length' in own and (stage.folder / metrics_lib.METRICS_FILE).exists():
     lines = metrics_lib.read_lines(stage.folder / metrics_lib.METRICS_FILE)
     rows = lines[-1]['step'] * own['batch_size']

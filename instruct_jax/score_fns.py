@@ -10,13 +10,16 @@ A Python function is given by its dotted name, say `mypackage.rewards.brevity`:
     return [-len(response.split()) / 100 for response in responses]
 
 `prompts` and `responses` are lists of texts. `metadata` is a list of dicts: the
-prompt's own `metadata`, beside its `id`, `user`, `category` and `turns`, and
-`ended` and `num_tokens` of the response. It returns one finite number each. Of
-several processes each calls it for its own responses.
+prompt's own `metadata`, then its `id`, `user`, `category` and `turns`, and
+`ended` and `num_tokens` of the response, which replace entries of those names.
+It returns one finite number each. Of several processes each calls it for its
+own responses.
 """
 
 import importlib
+import inspect
 import math
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -113,6 +116,28 @@ def find_function(name: str) -> TextScoreFn:
   return function
 
 
+def source_of(name: str, key: str = 'reward_fn') -> dict[str, str]:
+  """`{key.name: file}`, the Python file that defines what has a dotted name.
+
+  As an input of its stage its contents are compared when the stage goes on. {}
+  where there is no such file, as of a builtin function.
+
+  Args:
+    name: dotted; behind a function's name its weight may stand. A label with
+      the weight tells a changed weight from a function that has moved.
+    key: of the config that holds it.
+
+  Raises:
+    ValueError: there is nothing of this name.
+  """
+  dotted = name.partition('=')[0]
+  found, module = find(dotted, key), dotted.rpartition('.')[0]
+  if inspect.isroutine(found) or inspect.isclass(found):
+    module = found.__module__
+  file = getattr(sys.modules[module], '__file__', None) or ''
+  return {f'{key}.{name}': file} if file.endswith('.py') else {}
+
+
 def parse_weights(text: str) -> dict[str, float]:
   """'NAME' or 'NAME=WEIGHT', several with a comma between, as name -> weight.
 
@@ -202,13 +227,13 @@ def score_texts(
   """
   metadata = [
     {
+      **prompt.metadata,
       'id': prompt.id,
       'user': prompt.user,
       'category': prompt.category,
       'turns': prompt.turns,
       'ended': bool(end),
       'num_tokens': number,
-      **prompt.metadata,
     }
     for prompt, end, number in zip(prompts, ended, num_tokens, strict=True)
   ]

@@ -111,6 +111,16 @@ def test_position_bias_cancels_and_is_counted():
   assert account.contradictions == 1
 
 
+def test_every_blank_answer_counts_once():
+  """Two samples of a prompt, compared with two others."""
+  blank, again, red = answer('x', ''), answer('x', ''), answer('y', 'red')
+  other = answer('z', 'blue')
+  sides = ((blank, red), (again, red), (blank, other), (again, other))
+  pairs = [judges.Pair(PROMPT, *both) for both in sides]
+  _, account = judged(Says(lambda text: []), pairs)
+  assert account.empty == 2
+
+
 def test_nothing_is_dropped_silently():
   verdicts = {
     'red': [judges.Verdict(1.0)],

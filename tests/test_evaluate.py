@@ -14,12 +14,13 @@ from configs import evaluate as config_file
 from instruct_jax import asking, judge_fns, model_folder, queries, run_figures
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.evals import figures, judges
+from instruct_jax.evals import figures, judges, model_card, report
 from instruct_jax.evals import samples as samples_lib
+from instruct_jax.infra import origin
 from instruct_jax.infra import run as run_lib
 from instruct_jax.jobs import evaluate
 from instruct_jax.miniature import gold, tasks, world
-from tests import tiny
+from tests import made_figures, tiny
 from tests.fake_server import serve
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -201,6 +202,19 @@ def test_rankings_are_ordered_by_reward_model_judge_and_trivial_judges(
   assert accuracies['bag of words (Bradley-Terry)']['accuracy'] == 1
 
 
+def test_completions_of_rankings_have_their_number_of_tokens(folder):
+  """Else a judge that looks at the length finds them all alike."""
+  tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
+  given = records.Comparison('fox', ('a b c', 'a', ''), (1, 2, 3))
+
+  def length(answers):
+    return [answer.num_tokens for _, answer in answers]
+
+  first, again = judge_fns.comparison_scores(length, [given] * 2, tokenizer)
+  # "a", " ", "b", " ", "c" and the end.
+  assert first.tolist() == again.tolist() == [6, 2, 1]
+
+
 def test_the_prefix_that_the_reward_model_likes_best_is_taken(folder, finished):
   workdir, _ = finished
   found = read(workdir)['extra']['prefixes']['prompted']
@@ -364,6 +378,48 @@ def test_recorded_files_and_the_gold_judge_need_no_model(tmp_path, rng):
   assert result['asking']['empty'] == 30
   card = (tmp_path / 'model_card.md').read_text()
   assert 'labels and judgements are by programs' in card
+
+
+def test_what_a_reward_model_cannot_read_is_not_asked_or_left_out(
+  folder, tmp_path, capsys
+):
+  tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
+  tiny.save_model(tmp_path, 'short', 'scalar', tokenizer, 5, 20)
+  config = make_config(folder, tmp_path / 'run')
+  config.judge_model = f'{tmp_path}/short'
+  message = 'judge_model: prompt_length .* ask for 24 .* has 20; lower them'
+  with pytest.raises(ValueError, match=message):
+    tiny.run_evaluation(config)
+  # Of recorded answers the lengths are not known before they are read.
+  prompts = records.read_jsonl(folder / 'prompts.jsonl', records.Prompt)[:6]
+  texts = {'people': 'he', 'wordy': 'a fox'}
+  answers = [
+    samples_lib.Sample(
+      name, p.id, p.text, text * (9 if p.id == 'p3' else 1), 4, True
+    )
+    for name, text in texts.items()
+    for p in prompts
+  ]
+  path = tmp_path / 'recorded.jsonl'
+  samples_lib.write_samples(path, answers)
+  config.models = ','.join(f'{name}={path}#{name}' for name in texts)
+  config.baseline = 'people'
+  config.prompt_length = config.response_length = None
+  config.reward_model = config.judge_model
+  info = tiny.run_evaluation(config)
+  assert info == {'num_prompts': 5, 'num_judgements': 5}
+  said = capsys.readouterr().out
+  for key in ('reward_model', 'judge_model'):
+    assert (
+      'evaluate: 1 of 13 prompts with their answers left out: do not fit the '
+      f'context of {key} (20 tokens)\n'
+    ) in said
+  assert read(tmp_path / 'run')['prompts'] == {
+    'in the file': 13,
+    'asked': 13,
+    'too long to score': 1,
+    'answered by every model': 5,
+  }
 
 
 def test_an_endpoint_judges_and_rates(folder, tmp_path, monkeypatch):
@@ -548,6 +604,16 @@ def test_bad_values_are_named(folder, tmp_path, changes, message):
   assert message in str(error.value) and '\n' not in str(error.value)
 
 
+def test_each_pair_is_judged_once_in_either_order(folder, tmp_path):
+  config = make_config(folder, tmp_path)
+  config.models += ',other=b'
+  config.pairs = 'my_fork=people,people=other,people=my_fork,people=other'
+  assert evaluate.named_pairs(config) == [
+    ('my_fork', 'people'),
+    ('people', 'other'),
+  ]
+
+
 def test_recorded_files_that_do_not_fit_are_named(folder):
   prompts = records.read_jsonl(folder / 'prompts.jsonl', records.Prompt)
   path = f'{folder}/recorded.jsonl'
@@ -606,12 +672,12 @@ def test_the_card_shows_what_a_method_is_configured_with():
   assert adapted == {'my_decay': 0.9, 'lora.rank': 4, 'lora.alpha': 16.0}
 
 
-def test_what_the_run_of_a_fork_says(folder, tmp_path):
-  """A method of a name that nobody here knows, without a value model."""
-  place = tmp_path / 'run' / 'my_fork'
-  shutil.copytree(folder / 'my_run', place)
+def save_run(root, model, name, **changes):
+  """A finished run of one stage that made a model; returns its folder."""
+  place = root / name
+  shutil.copytree(model, place)
   stage = {
-    'experiment': 'my_fork',
+    'experiment': name,
     'learning_rate': 1e-3,
     'my_decay': 0.9,
     'num_episodes': 10,
@@ -622,13 +688,18 @@ def test_what_the_run_of_a_fork_says(folder, tmp_path):
     'ptx_per_episode': 1,
     'ptx_row_length': 8,
     'reward_model': '',
-  }
+  } | changes
   run_lib.write_json(
-    tmp_path / 'run' / 'config.json',
-    {'stages': {'my_fork': stage}, 'stage_order': ['my_fork']},
+    root / 'config.json', {'stages': {name: stage}, 'stage_order': [name]}
   )
-  run_lib.write_json(place / 'alarms.json', {'length': 'too long'})
   run_lib.write_json(place / 'done.json', {'info': {}, 'seconds': 2.5})
+  return place
+
+
+def test_what_the_run_of_a_fork_says(folder, tmp_path):
+  """A method of a name that nobody here knows, without a value model."""
+  place = save_run(tmp_path / 'run', folder / 'my_run', 'my_fork')
+  run_lib.write_json(place / 'alarms.json', {'length': 'too long'})
   found = run_figures.of_models(
     make_config(folder, tmp_path),
     {'mine': asking.Model('mine', f'{place}/policy', True, False)},
@@ -642,3 +713,63 @@ def test_what_the_run_of_a_fork_says(folder, tmp_path):
   # 100 tokens: sampled and scored by old and reference policy, 3 x 2 P; one
   # update, 6 P.
   assert trained.operations == 100 * 12 * found['parameters']['mine']
+
+
+def test_two_runs_of_one_pipeline_are_told_apart(folder, tmp_path):
+  """Stages, data sets and hygiene of the same names, with other contents."""
+  models = {}
+  for number, run in enumerate(('left', 'right'), start=1):
+    model = folder / 'my_run'
+    place = save_run(tmp_path / run, model, 'fork', my_decay=number)
+    done = {'info': {'selected_epoch': number}, 'seconds': float(number)}
+    run_lib.write_json(place / 'done.json', done)
+    run_lib.write_json(place / 'epochs.json', [{'epoch': 1, 'valid_loss': 1}])
+    run_lib.write_json(place / 'hygiene.json', {'prompts': {'twice': number}})
+    (place / 'prompts.jsonl').write_text('{}\n' * number)
+    source = f'{place}/policy'
+    models[run] = asking.Model(run, source, True, False)
+  found = run_figures.of_models(make_config(folder, tmp_path), models)
+  assert found['seconds'] == {'fork (left)': 1, 'fork (right)': 2}
+  trained = {k: v.settings['my_decay'] for k, v in found['trained'].items()}
+  assert trained == found['seconds']
+  assert found['data_sizes'] == {'prompts (left)': 1, 'prompts (right)': 2}
+  assert found['hygiene'] == {
+    'prompts twice (left)': 1,
+    'prompts twice (right)': 2,
+  }
+  selected = {name: epochs.selected for name, epochs in found['epochs'].items()}
+  assert selected == {'left': 1, 'right': 2}
+  shown = dataclasses.replace(made_figures.full(), **found)
+  card, text = model_card.make_card(shown), report.make_markdown(shown, set())
+  for number, name in enumerate(('left', 'right'), start=1):
+    assert f'- **fork ({name})**: ' in card and f'my_decay {number}' in card
+    for shown_text in (card, text):
+      assert f'| prompts ({name}) | {number} |' in shown_text
+
+
+def test_operations_are_not_known_without_lengths_or_reward_model(
+  folder, tmp_path
+):
+  """Recorded answers have no lengths, and a copied run no reward model."""
+  config = make_config(folder, tmp_path)
+  config.prompt_length = config.response_length = None
+  place = save_run(tmp_path / 'run', folder / 'my_run', 'reward')
+  stage = next(iter(origin.stages_behind([f'{place}/policy']).values()))
+
+  def operations(**changes):
+    own = {**stage.config, **changes}
+    return run_figures.operations_of(
+      config, dataclasses.replace(stage, config=own)
+    )
+
+  assert operations() > 0
+  assert operations(reward_model='/elsewhere/reward/model') is None
+  assert operations(reward_model='hf:nobody/nothing') is None
+  run_lib.write_json(place / 'results.json', {'num_forwards': 3})
+  rankings = {'experiment': 'reward', 'comparisons': 'x', 'num_epochs': 1}
+  stage = dataclasses.replace(stage, config=rankings)
+  assert operations() is None
+  config.prompt_length, config.response_length = 6, 4
+  # 3 answers of 10 tokens, forward and backward.
+  size = model_folder.shape_of(place / 'policy').num_params
+  assert operations() == 30 * 6 * size

@@ -4,8 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from instruct_jax import score_fns
+from configs import best_of_n as best_of_n_config
+from configs import evaluate as evaluate_config
+from configs import rl as rl_config
+from instruct_jax import rl, score_fns
 from instruct_jax.data import records
+from instruct_jax.infra import inputs
+from instruct_jax.jobs import best_of_n, evaluate
+from instruct_jax.models import config as models_config
 
 PROMPTS = [
   records.Prompt('a', 'name a fox', metadata={'reference': 'red'}, user='u'),
@@ -51,6 +57,17 @@ def test_a_function_gets_texts_and_metadata():
   assert (metadata[1]['ended'], metadata[1]['num_tokens']) == (False, 20)
 
 
+def test_a_prompts_metadata_does_not_override_what_is_so():
+  claims = {'id': 'x', 'num_tokens': 0, 'ended': False, 'turns': 5, 'own': 1}
+  prompt = records.Prompt('a', 'name a fox', metadata=claims)
+  seen = []
+  score_fns.score_texts(
+    'f', lambda *all: seen.extend(all[2]) or [0], [prompt], ['red'], [True], [3]
+  )
+  true = {'id': 'a', 'num_tokens': 3, 'ended': True, 'turns': (), 'own': 1}
+  assert seen == [{'user': '', 'category': ''} | true]
+
+
 def raises(prompts, responses, metadata):
   return metadata[1]['reference']
 
@@ -83,6 +100,35 @@ def test_what_is_no_score_is_named(function, message):
 def test_names_of_nothing_are_refused(name, message):
   with pytest.raises(ValueError, match=f'reward_fn .*{message}'):
     score_fns.find_function(name)
+
+
+def test_the_file_of_a_function_is_an_input():
+  """Of what a module imports, the file that defines it; a builtin has none."""
+  name = 'tests.test_score_fns.brevity'
+  assert score_fns.source_of(name) == {f'reward_fn.{name}': __file__}
+  imported = 'tests.tiny.TransformerConfig'
+  assert score_fns.source_of(imported) == {
+    f'reward_fn.{imported}': models_config.__file__
+  }
+  assert score_fns.source_of('math.sqrt') == {}
+  config = rl_config.stage(0, '')
+  config.reward_fn = f'{name}=2.5,math.sqrt'
+  # With its weight: else another weight would pass for a file that has moved.
+  label = f'reward_fn.{name}=2.5'
+  found = rl.inputs(config)
+  assert [key for key in found if key.startswith('reward_fn')] == [label]
+  assert found[label] == __file__
+  assert inputs.key_of(label, {'reward_fn': ''}) == 'reward_fn'
+
+
+def test_a_judge_of_this_package_is_no_input():
+  first = evaluate_config.get_config()
+  first.models = 'sft=folder'
+  second = best_of_n_config.get_config()
+  for config, job in ((first, evaluate), (second, best_of_n)):
+    assert not any(key.startswith('judge.') for key in job.inputs(config))
+    config.judge = 'tests.test_score_fns.brevity'
+    assert job.inputs(config)[f'judge.{config.judge}'] == __file__
 
 
 def test_weights():

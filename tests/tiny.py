@@ -49,11 +49,11 @@ POLICY = model_fns.make_module('policy', CONFIG)
 SCALAR = model_fns.make_module('scalar', CONFIG)
 
 
-def save_model(root, name, kind, tokenizer, seed):
+def save_model(root, name, kind, tokenizer, seed, context_length=64):
   """A model folder with weights far from a fresh model's."""
   config = TransformerConfig(
     vocab_size=tokenizer.vocab_size,
-    context_length=64,
+    context_length=context_length,
     num_layers=1,
     width=16,
     num_heads=2,

@@ -198,13 +198,12 @@ def ask_both_orders(
     order is missing or could not be understood; and the counts.
   """
   account = Account(pairs=len(pairs))
-  account.empty = len(
-    {
-      (answer.model, answer.prompt_id)
-      for pair in pairs
-      for answer in (pair.first, pair.second)
-      if invisible.is_blank(answer.response)
-    }
+  # Each object once: several answers of a model to a prompt may be equal.
+  answers = {
+    id(answer): answer for pair in pairs for answer in (pair.first, pair.second)
+  }
+  account.empty = sum(
+    invisible.is_blank(answer.response) for answer in answers.values()
   )
   straight = judge.compare(pairs)
   turned = judge.compare([pair.swapped() for pair in pairs])

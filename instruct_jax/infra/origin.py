@@ -160,8 +160,11 @@ class Stage:
     return found
 
 
-def stages_behind(paths: Sequence[str]) -> dict[str, Stage]:
-  """Name -> finished stage, in running order, of the runs that paths lie in."""
+def stages_behind(
+  paths: Sequence[str],
+) -> dict[tuple[epath.Path, str], Stage]:
+  """(folder of the run, name) -> finished stage, in running order, of the runs
+  that paths lie in."""
   found = {}
   for folder in dict.fromkeys(stages_of(path)[0] for path in paths):
     file = folder / 'config.json'
@@ -170,12 +173,11 @@ def stages_behind(paths: Sequence[str]) -> dict[str, Stage]:
     stages = config.get('stages', stages)
     for name in config.get('stage_order', stages):
       own = folder / name if 'stages' in config else folder
-      if name in found or not run.is_done(own):
-        continue
-      done = run.read_json(own / run.DONE_FILE)
-      found[name] = Stage(
-        own, stages[name], done['info'] or {}, done['seconds']
-      )
+      if run.is_done(own):
+        done = run.read_json(own / run.DONE_FILE)
+        found[folder, name] = Stage(
+          own, stages[name], done['info'] or {}, done['seconds']
+        )
   return found
 
 

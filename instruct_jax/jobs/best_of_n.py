@@ -70,6 +70,7 @@ def inputs(config):
     'prompts': config.prompts,
     'tokenizer': config.tokenizer,
     **models_of(config),
+    **judge_fns.source_of(config.judge),
   }
 
 

@@ -19,6 +19,7 @@ from instruct_jax import (
   files,
   judge_fns,
   model_folder,
+  queries,
   run_figures,
   score_fns,
 )
@@ -44,7 +45,7 @@ PROCESSES = 'all'
 
 
 def named_pairs(config) -> list[tuple[str, str]]:
-  """Pairs that are compared beside those with the baseline.
+  """Pairs that are compared beside those with the baseline, each once.
 
   Raises:
     ValueError: something else than pairs of the other models.
@@ -54,14 +55,15 @@ def named_pairs(config) -> list[tuple[str, str]]:
   known = list(itertools.combinations(others, 2))
   if config.pairs == 'all':
     return known
-  found = [tuple(text.split('=')) for text in config.pairs.split(',') if text]
-  for pair in found:
+  found = {}
+  for text in filter(None, config.pairs.split(',')):
+    pair = tuple(text.split('='))
     if pair not in known and pair[::-1] not in known:
       raise ValueError(
-        f'pairs must be all, or NAME=NAME of {", ".join(others)}: '
-        f'{"=".join(pair)!r}'
+        f'pairs must be all, or NAME=NAME of {", ".join(others)}: {text!r}'
       )
-  return found
+    found.setdefault(frozenset(pair), pair)
+  return [*found.values()]
 
 
 def validate(config):
@@ -125,6 +127,7 @@ def inputs(config) -> dict[str, str]:
   keys += ('prefixes', 'prefix_prompts') if config.prompted else ()
   keys += judge_fns.find(config.judge).reads
   found |= {key: config[key] for key in keys if config[key]}
+  found |= judge_fns.source_of(config.judge)
   for key in ('comparisons', 'test_comparisons'):
     for name, path in _rankings(config, key).items():
       found[f'{key}.{name}'] = path
@@ -156,6 +159,51 @@ def scored(prompts, answers, field: str, score_fn: judges.ScoreFn):
     ]
     for name, several in answers.items()
   }
+
+
+def readers_of(config) -> dict[str, str]:
+  """Config key -> folder of each scalar model that reads the answers."""
+  keys = ['reward_model'] * bool(config.reward_model)
+  if issubclass(judge_fns.find(config.judge), judge_fns.RewardModel):
+    keys.append('judge_model')
+  return {key: config[key] for key in keys}
+
+
+def readable(config, prompts, answers):
+  """(the answers without those to some prompts, number of these prompts).
+
+  Left out are prompts of which an answer, recorded or of another tokenizer, is
+  longer than a model that scores it can read.
+  """
+  left_out = set()
+  for key, folder in readers_of(config).items():
+    context_length = model_folder.shape_of(folder).context_length
+    tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
+    lengths = {
+      prompt.id: len(ids)
+      for prompt, ids in zip(
+        prompts, tokenizer.encode_prompts(prompts), strict=True
+      )
+    }
+    found = {
+      answer.prompt_id
+      for several in answers.values()
+      for answer in several
+      if lengths[answer.prompt_id] + len(queries.answer_ids(tokenizer, answer))
+      > context_length
+    }
+    run_lib.say_left_out(
+      config.name,
+      len(found),
+      len(prompts),
+      'prompts with their answers',
+      f'the context of {key} ({context_length} tokens)',
+    )
+    left_out |= found
+  return {
+    name: [answer for answer in several if answer.prompt_id not in left_out]
+    for name, several in answers.items()
+  }, len(left_out)
 
 
 # --- Judging ------------------------------------------------------------------
@@ -204,37 +252,42 @@ def rate(config, models, prompts, answers, judge, world):
   return rated
 
 
-def order_rankings(config, score_fn, tokenizer, judge):
+def order_rankings(config, score_fn, judge):
   """Set of rankings -> who orders its pairs how well (3.4, 4.1).
 
   Trivial judges learn from the rankings of the same name that the reward model
   learned from.
 
   Args:
-    config: with `comparisons`, `test_comparisons` and `reward_model`, whose
-      context is the longest that is read.
+    config: with `comparisons`, `test_comparisons` and `reward_model`; rankings
+      that it, or a judge that is one, cannot read are left out.
     score_fn: of the reward model.
-    tokenizer: of the reward model.
     judge: orders as well, where it scores and knows all prompts.
   """
-  context_length = model_folder.shape_of(config.reward_model).context_length
+  counter = queries.tokenizer_of(
+    config.reward_model, config.tokenizer, chat=True
+  )
   learned, found = _rankings(config, 'comparisons'), {}
   for name, path in _rankings(config, 'test_comparisons').items():
-    given = records.read_jsonl(path, records.Comparison)
-    test = loader.fitting_comparisons(given, tokenizer, context_length)
-    run_lib.say_left_out(
-      config.name,
-      len(given) - len(test),
-      len(given),
-      f'test_comparisons ({name})',
-      f"the reward model's context ({context_length} tokens)",
-    )
+    test = records.read_jsonl(path, records.Comparison)
+    for key, folder in readers_of(config).items():
+      context_length = model_folder.shape_of(folder).context_length
+      tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
+      given = test
+      test = loader.fitting_comparisons(given, tokenizer, context_length)
+      run_lib.say_left_out(
+        config.name,
+        len(given) - len(test),
+        len(given),
+        f'test_comparisons ({name})',
+        f'the context of {key} ({context_length} tokens)',
+      )
     if not test:
       raise ValueError(f'test_comparisons ({name}): no ranking is short enough')
-    by = {'reward model': judge_fns.comparison_scores(score_fn, test)}
+    by = {'reward model': judge_fns.comparison_scores(score_fn, test, counter)}
     prompts = map(judge_fns.prompt_of, test)
     if judge.gives_scores() and all(map(judge.knows, prompts)):
-      by['judge'] = judge_fns.comparison_scores(judge.score, test)
+      by['judge'] = judge_fns.comparison_scores(judge.score, test, counter)
     if name in learned:
       train = records.read_jsonl(learned[name], records.Comparison)
       by['length only'] = baselines.fit_length(train).scores(test)
@@ -446,7 +499,7 @@ def run(config, workdir: epath.Path):
   config.cache = config.cache or str(workdir / 'answers')
   if loaded:
     model_folder.check_contexts(
-      loaded,
+      loaded | readers_of(config),
       config.prompt_length + config.response_length,
       'prompt_length + response_length',
     )
@@ -455,18 +508,17 @@ def run(config, workdir: epath.Path):
   with sharding.use_mesh(mesh):
     # Before anything is sampled: a judge may lack something.
     judge = judge_fns.find(config.judge)(config, workdir, mesh)
-    score_fn, tokenizer, rankings = None, None, {}
+    score_fn, rankings = None, {}
     if config.reward_model:
-      score_fn, tokenizer = judge_fns.reward_score(
-        config, config.reward_model, mesh
-      )
+      score_fn, _ = judge_fns.reward_score(config, config.reward_model, mesh)
     asked = asking.ask(config, models, drawn, score_fn, mesh)
-    prompts, answers = asking.aligned(drawn, asked.answers)
+    answers, num_too_long = readable(config, drawn, asked.answers)
+    prompts, answers = asking.aligned(drawn, answers)
     if judge.gives_scores():
       answers = scored(prompts, answers, 'score_gold', judge.score)
     if score_fn:
       answers = scored(prompts, answers, 'score_reward', score_fn)
-      rankings = order_rankings(config, score_fn, tokenizer, judge)
+      rankings = order_rankings(config, score_fn, judge)
   if jax.process_index() != 0:
     return {}
   recorded = [answer for several in answers.values() for answer in several]
@@ -485,6 +537,7 @@ def run(config, workdir: epath.Path):
     prompts={
       'in the file': num_given,
       'asked': len(drawn),
+      **({'too long to score': num_too_long} if num_too_long else {}),
       'answered by every model': len(prompts) // config.samples_per_prompt,
     },
     settings={key: config[key] for key in (*origin.LENGTHS, 'temperature')},

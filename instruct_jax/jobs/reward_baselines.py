@@ -48,7 +48,7 @@ def score_of(config, model_dir, comparisons, mesh):
     'valid_comparisons',
     f'row_length ({config.row_length} tokens)',
   )
-  return kept, judge_fns.comparison_scores(score_fn, kept)
+  return kept, judge_fns.comparison_scores(score_fn, kept, tokenizer)
 
 
 def run(config, workdir: epath.Path):
