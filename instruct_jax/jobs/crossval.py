@@ -53,9 +53,10 @@ def run(config, workdir: epath.Path):
       theirs = [c for c in encoded.fitting if c.labeler in left_out]
       if not any(len(set(c.ranks)) > 1 for c in theirs):
         raise ValueError(
-          f'valid_comparisons: no pair was told apart by {", ".join(left_out)}, '
-          'who are left out together; give rankings of theirs, or take fewer '
-          f'folds (num_folds {config.num_folds})'
+          'valid_comparisons: no pair was told apart by '
+          f'{", ".join(left_out)}, who are left out together; give '
+          'rankings of theirs, or take fewer folds '
+          f'(num_folds {config.num_folds})'
         )
     scoring = None  # The first fold's programs score for all.
     runs = []
