@@ -170,7 +170,7 @@ def run(config, workdir: epath.Path):
           values = evaluate(0, whole(state.policy.params), whole(state.ema))
 
         # Respond.
-        ema = frozen.store('ema', state.ema)
+        state = state.replace(ema=frozen.store('ema', state.ema))
         responses = programs['respond'](
           whole(state.policy.params),
           sharding.put_batch(prompts, mesh),
@@ -189,7 +189,7 @@ def run(config, workdir: epath.Path):
         )
         # Train.
         state, metrics = programs['train'](
-          state.replace(ema=frozen.load('ema', ema)),
+          state.replace(ema=frozen.load('ema', state.ema)),
           frozen.bases,
           batch,
           sharding.put_batch(ptx, mesh),
@@ -199,6 +199,7 @@ def run(config, workdir: epath.Path):
 
         done = iteration + 1
         values |= evaluate(done, whole(state.policy.params), whole(state.ema))
+        outputs.snapshot(done, state.policy.params)
         iterations.end_step(
           iteration,
           state,
@@ -208,6 +209,6 @@ def run(config, workdir: epath.Path):
           num_items=config.batch_size,
           text_fn=rl.summary,
         )
-        outputs.after(done, state.policy.params, iterations.lines)
+        outputs.tell_alarms(iterations.lines)
       lines = iterations.lines
     return outputs.finish(state.policy.params, state.ema, lines, data)

@@ -173,13 +173,15 @@ def shape_of(folder: epath.PathLike) -> TransformerConfig:
   """The shape of a model; its description is read, and no array.
 
   Raises:
-    checkpoint.CheckpointError, ValueError: the folder is missing or damaged.
+    checkpoint.CheckpointError, ValueError: the folder, or the base of its
+      adapters, is missing or damaged.
   """
   if is_published(folder):
     return TransformerConfig.from_hf(hf.read_config(hub.locate(str(folder))))
-  config = TransformerConfig.from_dict(
-    checkpoint.load_metadata(folder)['model']
-  )
+  described = checkpoint.load_metadata(folder)
+  if 'base' in described:
+    _find_base(folder, described['base'])
+  config = TransformerConfig.from_dict(described['model'])
   return dataclasses.replace(config, lora=None)
 
 

@@ -114,6 +114,15 @@ class PPOConfig:
     for name in ('clip', 'value_clip'):
       if not getattr(self, name) > 0:
         raise ValueError(f'{name} must be positive: {getattr(self, name)}')
+    if self.kl_target is not None and not self.kl_target > 0:
+      raise ValueError(
+        f'kl_target must be positive, or None for a fixed kl_coef: '
+        f'{self.kl_target}'
+      )
+    if self.kl_horizon < 1:
+      raise ValueError(f'kl_horizon must be at least 1: {self.kl_horizon}')
+    if not 0 <= self.ema_decay < 1:
+      raise ValueError(f'ema_decay must be in [0, 1): {self.ema_decay}')
     for name in ('ptx_coef', 'sampler_tolerance'):
       if getattr(self, name) < 0:
         raise ValueError(f'{name} must not be negative: {getattr(self, name)}')
@@ -494,6 +503,12 @@ def make_train(
   missing = {'policy', *(('ptx',) if use_ptx else ())} - set(loss_fns)
   if missing:
     raise ValueError(f'no loss is given for {sorted(missing)}')
+  unknown = set(loss_fns) - {'policy', 'value', 'ptx'}
+  if unknown:
+    raise ValueError(
+      f'losses of {sorted(unknown)} belong to no model here; losses are of '
+      "'policy', 'value' and 'ptx'; a further term is added within one of them"
+    )
 
   def train(
     state: RLState,

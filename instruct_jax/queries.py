@@ -105,13 +105,18 @@ def load_policy(
   remat: str = 'none',
   compute_dtype: str = '',
 ) -> model_fns.Model:
-  """A policy of ours or in the Hugging Face format, for this tokenizer."""
+  """A policy of ours or in the Hugging Face format, for this tokenizer.
+
+  The attention that it was trained with is a matter of that machine and of
+  those row lengths: here it is 'auto'.
+  """
   return model_folder.load(
     source,
     'policy',
     mesh,
     tokenizer,
     remat=remat,
+    attention='auto',
     compute_dtype=compute_dtype,
   )
 

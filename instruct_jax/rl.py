@@ -74,11 +74,15 @@ def validate(config: ConfigDict) -> None:
       f'{config.num_slots}'
     )
   run_lib.check_choice(config, 'offload', OFFLOADED)
-  if config.lora.rank and 'reference' in config.offload:
-    raise ValueError(
-      'offload: with lora.rank > 0 the reference is the base of the policy, '
-      'which every program reads; take it out of offload'
-    )
+  bases = {'reference': 'policy'}
+  if 'value_learning_rate' in config:
+    bases['reward'] = 'value model'
+  for name, whose in bases.items():
+    if config.lora.rank and name in config.offload:
+      raise ValueError(
+        f'offload: with lora.rank > 0 the weights of {name!r} are also the '
+        f'base of the {whose}, which is trained; take {name!r} out of offload'
+      )
   if not config.temperature > 0:
     raise ValueError(f'temperature must be positive: {config.temperature}')
   if config.ptx_per_episode < 1 and method.ptx_coef > 0:
@@ -302,7 +306,8 @@ class Frozen:
     config: of the stage.
     models: name -> parameters.
     bases: below the adapters of 'policy' and 'value' model; None without. They
-      stay on the device; their arrays may be those of a model.
+      stay on the device, in their own dtype, which the saved adapters are read
+      with; their arrays may be those of a model.
   """
 
   def __init__(
@@ -312,14 +317,15 @@ class Frozen:
     bases: Mapping[str, Params | None],
   ):
     self._offload = sharding.Offload(config.offload)
-    arrays = {}  # Each is there once, whoever has it.
+    self.bases = dict(bases)
+    # Each array is there once, whoever has it.
+    arrays = {id(x): x for x in jax.tree.leaves(self.bases)}
 
     def frozen(x):
       if id(x) not in arrays:
         arrays[id(x)] = x.astype(config.frozen_dtype)
       return arrays[id(x)]
 
-    self.bases = jax.tree.map(frozen, dict(bases))
     self._models = {
       name: self._offload.store(name, jax.tree.map(frozen, params))
       for name, params in models.items()
@@ -542,18 +548,23 @@ class Outputs:
       {'stage': self._config.name, 'seed': self._config.seed, **metadata},
     )
 
-  def after(self, done: int, params: Params, lines: list[dict]) -> None:
-    """Writes a snapshot where one is due, and prints new alarms.
+  def snapshot(self, done: int, params: Params) -> None:
+    """Writes a snapshot where one is due.
+
+    Before the iteration's checkpoint: a run that goes on from it would not
+    write the snapshot any more.
 
     Args:
       done: iterations.
       params: of the policy.
-      lines: of metrics.jsonl so far.
     """
     every = self._config.snapshot_every
     # The last one is the policy folder.
     if every and done % every == 0 and done < num_iterations(self._config):
       self.save(f'snapshots/{done}', params, iteration=done)
+
+  def tell_alarms(self, lines: list[dict]) -> None:
+    """Prints new alarms of the lines of metrics.jsonl so far."""
     for text in self._reporter.new(lines):
       run_lib.say(f'{self._config.name}: alarm: {text}')
 

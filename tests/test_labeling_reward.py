@@ -111,6 +111,21 @@ def test_labeler_cross_validation_runs_on_the_export(
   assert len(results['runs']) == num_folds
 
 
+def test_labelers_who_ranked_nothing_held_out_are_named(
+  exported, workdir, tmp_path
+):
+  """Before any fold is trained."""
+  config = make_config(exported, epath.Path(workdir), folds=True)
+  rows = records.read_jsonl(config.valid_comparisons, records.Comparison)
+  records.write_jsonl(
+    tmp_path / 'some.jsonl', [c for c in rows if c.labeler != 'labeler3']
+  )
+  config.valid_comparisons = str(tmp_path / 'some.jsonl')
+  with pytest.raises(ValueError, match='valid_comparisons: .* labeler3, who'):
+    crossval.run(config, epath.Path(tmp_path) / 'folds')
+  assert not (tmp_path / 'folds').exists()
+
+
 def test_no_user_is_in_both_splits(exported):
   users = {
     name: {

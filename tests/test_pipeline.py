@@ -203,6 +203,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     reference = finished / name
     # Where weights wait changes nothing but the memory.
     stage.offload = ('ema', 'reference', 'reward')
+    stage.snapshot_every = 1
   folder.mkdir()
   with monkeypatch.context() as patch:
     patch.setattr(run, 'StopSignal', stop_after(looks))
@@ -212,6 +213,10 @@ def test_stopped_and_resumed_equals_uninterrupted(
   assert len(lines(folder)) < len(lines(reference))
   experiment.run(stage, folder)
   assert lines(folder) == lines(reference)
+  if name == 'ppo_ptx':  # The iteration at which it was stopped has one, too.
+    assert sorted(path.name for path in (folder / 'snapshots').iterdir()) == [
+      str(done) for done in range(1, len(lines(folder)))
+    ]
   for output in outputs:
     resumed, _ = checkpoint.load_model(folder / output)
     expected, _ = checkpoint.load_model(reference / output)
@@ -309,6 +314,27 @@ def test_adapters_resume_bit_for_bit(
     for array, described in json.loads(path.read_text())['arrays'].items():
       is_head = array.rpartition('/')[2] in ('head_kernel', 'head_bias')
       assert is_head or not described['shape'] or '_lora_' in array, array
+
+
+@pytest.mark.parametrize('name, experiment', [('reward', reward), ('dpo', dpo)])
+def test_rankings_do_not_depend_on_microbatches(copied, name, experiment):
+  """Rows and prompts of a microbatch differ in number; both are cut."""
+  config = dpo_config if name == 'dpo' else config_file
+  config = config.get_config('smoke')
+  config.workdir = str(copied)
+  stage = config.copy_and_resolve_references().stages[name]
+  stage.max_comparisons = 2 * stage.batch_size
+  stage.log_every = stage.checkpoint_every = 1
+  first = []
+  for number in (1, 2):
+    stage.num_microbatches = number
+    folder = copied / f'{name}_in_{number}'
+    folder.mkdir()
+    experiment.run(stage, folder)
+    first.append(lines(folder)[0])
+  one, two = first
+  for key in (f'{name}/loss', f'{name}/accuracy', 'optimizer/gradient_norm'):
+    assert two[key] == pytest.approx(one[key], rel=1e-4)
 
 
 def test_forks_start_at_the_reference(copied):
@@ -410,8 +436,10 @@ def poison(monkeypatch, every):
   """NaN in the gradients, or in the loss alone, wherever a step's key says."""
   real = train_state.accumulate_gradients
 
-  def poisoned(loss_fn, params, batch, key, num_microbatches=1):
-    grads, loss, more = real(loss_fn, params, batch, key, num_microbatches)
+  def poisoned(loss_fn, params, frozen, batch, key, num_microbatches=1):
+    grads, loss, more = real(
+      loss_fn, params, frozen, batch, key, num_microbatches
+    )
     word = jax.random.key_data(key)[-1]
     is_hit = word % every == 0
     in_loss = (word // every) % 2 == 0

@@ -929,6 +929,9 @@ def test_without_a_value_model_there_is_none():
     ({'clip': 0.0}, 'clip must be positive: 0.0'),
     ({'value_clip': float('nan')}, 'value_clip must be positive: nan'),
     ({'ptx_coef': -1.0}, 'ptx_coef must not be negative: -1.0'),
+    ({'kl_target': 0.0}, 'kl_target must be positive'),
+    ({'kl_horizon': 0}, 'kl_horizon must be at least 1: 0'),
+    ({'ema_decay': 1.0}, r'ema_decay must be in \[0, 1\): 1.0'),
   ],
 )
 def test_config_errors(changes, message):

@@ -24,6 +24,7 @@ _MAX_LINES = 20
 _AT_LEAST_ONE = (
   'batch_size',
   'eval_batch_size',
+  'eval_every',
   'num_epochs',
   'num_microbatches',
   'row_length',

@@ -90,7 +90,8 @@ def accumulate_gradients(
     loss_fn: (params, frozen, batch, key) -> (summed loss, (weight, metrics)).
     params: differentiated.
     frozen: what the loss reads besides, and nothing changes.
-    batch: pytree of arrays with one leading batch axis.
+    batch: pytree of arrays, the parts of each microbatch one behind the other
+      along the first axis; rows and what there is of them may differ in number.
     key: split into one key a microbatch (dropout).
     num_microbatches: must divide the batch.
 
@@ -100,19 +101,18 @@ def accumulate_gradients(
   Raises:
     ValueError: the batch does not divide.
   """
-  batch_size = jax.tree.leaves(batch)[0].shape[0]
-  if batch_size % num_microbatches:
-    raise ValueError(
-      f'{num_microbatches} microbatches do not divide a batch of {batch_size}'
-    )
+  for size in {x.shape[0] for x in jax.tree.leaves(batch)}:
+    if size % num_microbatches:
+      raise ValueError(
+        f'{num_microbatches} microbatches do not divide a batch of {size}'
+      )
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   batch = sharding.constrain_rows(batch)
   if num_microbatches == 1:
     (loss, (weight, metrics)), grads = grad_fn(params, frozen, batch, key)
   else:
-    size = batch_size // num_microbatches
     micro = jax.tree.map(
-      lambda x: x.reshape(num_microbatches, size, *x.shape[1:]), batch
+      lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), batch
     )
     # Each microbatch on all devices, not each on some.
     micro = sharding.constrain_rows(micro, axis=1)

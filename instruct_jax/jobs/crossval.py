@@ -49,6 +49,14 @@ def run(config, workdir: epath.Path):
   policy, mesh = rankings.load_policy(config, tokenizer)
   with sharding.use_mesh(mesh):
     encoded = rankings.encode(config, valid, tokenizer)
+    for left_out in groups:
+      theirs = [c for c in encoded.fitting if c.labeler in left_out]
+      if not any(len(set(c.ranks)) > 1 for c in theirs):
+        raise ValueError(
+          f'valid_comparisons: no pair was told apart by {", ".join(left_out)}, '
+          'who are left out together; give rankings of theirs, or take fewer '
+          f'folds (num_folds {config.num_folds})'
+        )
     scoring = None  # The first fold's programs score for all.
     runs = []
     for seed in range(config.seed, config.seed + config.num_fold_seeds):
