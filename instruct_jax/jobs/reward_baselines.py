@@ -13,6 +13,7 @@ from instruct_jax.data import loader, records
 from instruct_jax.evals import baselines, preference_accuracy
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
+from instruct_jax.models.config import check_stage
 
 PROCESSES = 'one'
 
@@ -23,6 +24,7 @@ def validate(config):
   Raises:
     ValueError: the key, what it is, and what it should be.
   """
+  check_stage(config)
   if config.batch_size < 1:
     raise ValueError(f'batch_size must be positive: {config.batch_size}')
 
