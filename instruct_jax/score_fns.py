@@ -134,7 +134,7 @@ def source_of(name: str, key: str = 'reward_fn') -> dict[str, str]:
   found, module = find(dotted, key), dotted.rpartition('.')[0]
   if inspect.isroutine(found) or inspect.isclass(found):
     module = found.__module__
-  file = getattr(sys.modules[module], '__file__', None) or ''
+  file = getattr(sys.modules.get(module), '__file__', None) or ''
   return {f'{key}.{name}': file} if file.endswith('.py') else {}
 
 

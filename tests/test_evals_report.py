@@ -184,9 +184,21 @@ def test_escape_shows_what_was_written():
   assert '_' not in report.escape('_it_ and __bold__ (_here_)')
 
 
+def test_brackets_stay_where_markdown_gives_them_no_meaning():
+  kept = 'a share of 12.0% [11.0%, 13.0%] (1 [2] 3)'
+  assert report.escape(kept) == kept
+  assert report.escape('[a_b *c*]') == '[a_b &#42;c&#42;]'
+  assert report.escape('[[a]](b)') == '&#91;[a]&#93;(b)'
+  for meant in ('[a](b)', '![a]', '[a]: b', '[ ] a', '[x]', '[^1]', '[]', '[a'):
+    assert not set('[]') & set(report.escape(meant))
+  assert report.escape('[a][b]') == '&#91;a&#93;[b]'
+
+
 def test_cells_are_text_whatever_they_hold():
   interval = win_rate_lib.Interval(-0.5, -1e-15, 123.45, 9)
   assert report.cell(interval) == '-0.500 [0.000, 123.5]'
+  small = [report.cell(x) for x in (-8.27e-07, 0.0007, -0.0004, 1.5e5)]
+  assert small == ['0.000', '0.001', '0.000', '1.50e+05']
   assert report.cell('a|b') == report.cell(sections.Shown('a|b')) == 'a&#124;b'
   best = sections.Shown('1.0', '[0.5, 1.5]', best=True)
   assert report.cell(best) == '**1.0 [0.5, 1.5]**'

@@ -411,7 +411,7 @@ def test_what_a_reward_model_cannot_read_is_not_asked_or_left_out(
   said = capsys.readouterr().out
   for key in ('reward_model', 'judge_model'):
     assert (
-      'evaluate: 1 of 13 prompts with their answers left out: do not fit the '
+      'evaluate: 1 of 6 prompts with their answers left out: do not fit the '
       f'context of {key} (20 tokens)\n'
     ) in said
   assert read(tmp_path / 'run')['prompts'] == {

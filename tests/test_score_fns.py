@@ -3,13 +3,14 @@
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import best_of_n as best_of_n_config
 from configs import evaluate as evaluate_config
 from configs import rl as rl_config
 from instruct_jax import rl, score_fns
 from instruct_jax.data import records
-from instruct_jax.infra import inputs
+from instruct_jax.infra import inputs, run, stages
 from instruct_jax.jobs import best_of_n, evaluate
 from instruct_jax.models import config as models_config
 
@@ -119,6 +120,30 @@ def test_the_file_of_a_function_is_an_input():
   assert [key for key in found if key.startswith('reward_fn')] == [label]
   assert found[label] == __file__
   assert inputs.key_of(label, {'reward_fn': ''}) == 'reward_fn'
+
+
+def test_a_run_goes_on_with_the_function_it_began_with(tmp_path, monkeypatch):
+  """Neither its code nor its weight may change under way."""
+  monkeypatch.syspath_prepend(tmp_path)
+  file = tmp_path / 'my_rewards.py'
+  file.write_text('def f(prompts, responses, metadata):\n  return [1.0]\n')
+  folder = epath.Path(tmp_path / 'run')
+
+  def start(weight):
+    config = rl_config.stage(0, str(folder))
+    config.reward_fn = f'my_rewards.f={weight}'
+    stage = stages.Stage(config, run.flat(run.plain(config)), folder, '', rl)
+    stages.check_unchanged([stage], config, folder, False)
+    stages.record_inputs(stage)
+
+  start(1)
+  (folder / 'checkpoints' / '5').mkdir(parents=True)
+  start(1)
+  with pytest.raises(run.WorkdirError, match='reward_fn: .*f=1.* there, .*f=2'):
+    start(2)
+  file.write_text('def f(prompts, responses, metadata):\n  return [2.0]\n')
+  with pytest.raises(run.WorkdirError, match=r'my_rewards\.py had SHA-256'):
+    start(1)
 
 
 def test_a_judge_of_this_package_is_no_input():

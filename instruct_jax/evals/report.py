@@ -163,6 +163,8 @@ _MARKS = re.compile(
   r'[\\`*\[\]<>#|~&$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.',
   re.IGNORECASE,
 )
+# Brackets that stay: no link, image, footnote, task or definition.
+_BRACKETS = re.compile(r'(?<!!)\[(?!\^|[ xX]?\])[^\[\]]*\](?![(\[:])')
 
 
 def escape(text: str) -> str:
@@ -170,9 +172,20 @@ def escape(text: str) -> str:
 
   Marks become character references, line breaks `<br>`, invisible control
   characters U+FFFD, so text of a model cannot act on the report around it.
+  A pair of brackets that Markdown gives no meaning stays readable.
   """
   text = sections.visible(text.replace('\r\n', '\n').replace('\r', '\n'))
-  text = _MARKS.sub(lambda match: f'&#{ord(match.group())};', text)
+  kept = {
+    place
+    for pair in _BRACKETS.finditer(text)
+    for place in (pair.start(), pair.end() - 1)
+  }
+  text = _MARKS.sub(
+    lambda mark: (
+      mark.group() if mark.start() in kept else f'&#{ord(mark.group())};'
+    ),
+    text,
+  )
   return text.replace('\t', ' ').replace('\n', '<br>')
 
 

@@ -95,10 +95,10 @@ def number(value: Any) -> str:
     return '–'
   if isinstance(value, int):
     return f'{value:,}'
-  if abs(value) < 1e-12:  # What rounding leaves of 0.
-    value = 0.0
-  if value and not 1e-3 <= abs(value) < 1e5:
+  if abs(value) >= 1e5:
     return f'{value:.2e}'
+  if abs(value) < 5e-4:  # Else -0.000.
+    value = 0.0
   return f'{value:.3f}' if abs(value) < 100 else f'{value:.1f}'
 
 

@@ -170,40 +170,51 @@ def readers_of(config) -> dict[str, str]:
 
 
 def readable(config, prompts, answers):
-  """(the answers without those to some prompts, number of these prompts).
+  """Leaves out prompts with an answer that a model which scores cannot read.
 
-  Left out are prompts of which an answer, recorded or of another tokenizer, is
-  longer than a model that scores it can read.
+  A recorded answer, or one of another tokenizer, may be too long for it.
+
+  Args:
+    config: names the models that score.
+    prompts: of the answers, from `asking.aligned`.
+    answers: model -> answers to them.
+
+  Returns:
+    Prompts and answers that are left, and the number of prompts that are not.
+
+  Raises:
+    ValueError: none is left.
   """
-  left_out = set()
+  left_out, num_prompts = set(), len({prompt.id for prompt in prompts})
   for key, folder in readers_of(config).items():
     context_length = model_folder.shape_of(folder).context_length
     tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
-    lengths = {
-      prompt.id: len(ids)
-      for prompt, ids in zip(
-        prompts, tokenizer.encode_prompts(prompts), strict=True
-      )
-    }
+    lengths = list(map(len, tokenizer.encode_prompts(prompts)))
     found = {
       answer.prompt_id
       for several in answers.values()
-      for answer in several
-      if lengths[answer.prompt_id] + len(queries.answer_ids(tokenizer, answer))
-      > context_length
+      for length, answer in zip(lengths, several, strict=True)
+      if length + len(queries.answer_ids(tokenizer, answer)) > context_length
     }
     run_lib.say_left_out(
       config.name,
       len(found),
-      len(prompts),
+      num_prompts,
       'prompts with their answers',
       f'the context of {key} ({context_length} tokens)',
     )
     left_out |= found
-  return {
-    name: [answer for answer in several if answer.prompt_id not in left_out]
+  if len(left_out) == num_prompts:
+    raise ValueError(
+      f'all {num_prompts} prompts have an answer that is longer than the '
+      f'context of {" or ".join(readers_of(config))}'
+    )
+  kept = [prompt.id not in left_out for prompt in prompts]
+  answers = {
+    name: [*itertools.compress(several, kept)]
     for name, several in answers.items()
-  }, len(left_out)
+  }
+  return [*itertools.compress(prompts, kept)], answers, len(left_out)
 
 
 # --- Judging ------------------------------------------------------------------
@@ -512,8 +523,8 @@ def run(config, workdir: epath.Path):
     if config.reward_model:
       score_fn, _ = judge_fns.reward_score(config, config.reward_model, mesh)
     asked = asking.ask(config, models, drawn, score_fn, mesh)
-    answers, num_too_long = readable(config, drawn, asked.answers)
-    prompts, answers = asking.aligned(drawn, answers)
+    prompts, answers = asking.aligned(drawn, asked.answers)
+    prompts, answers, num_too_long = readable(config, prompts, answers)
     if judge.gives_scores():
       answers = scored(prompts, answers, 'score_gold', judge.score)
     if score_fn:
