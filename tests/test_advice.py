@@ -46,6 +46,7 @@ FOLLOWED = {
   'these values, choose another --workdir': 'tests/test_resume.py',
   'Bring them back, go on with the new ones': 'tests/test_resume.py',
   'though': 'tests/test_resume.py',
+  'put the former one back': 'tests/test_lora.py',
 }
 # Advice to get something elsewhere again, which no test can do for the user;
 # and about a version of this package that is no more.

@@ -22,7 +22,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from instruct_jax.infra import checkpoint, run, sharding, train_state
+from instruct_jax.infra import checkpoint, sharding, train_state
 from instruct_jax.infra.checkpoint import (
   Checkpointer,
   CheckpointError,
@@ -394,25 +394,6 @@ def test_model_folder_round_trip(workdir):
   assert_same(params, make_params())
   # Nothing but the model is left behind.
   assert [p.name for p in path.parent.iterdir()] == ['model']
-
-
-def test_in_an_object_store_the_description_comes_last(workdir, monkeypatch):
-  """There a folder cannot be renamed: one that is cut short has no model."""
-  monkeypatch.setattr(run, 'is_remote', lambda path: True)
-  path = workdir / 'model'
-  save_model(path, make_params(), {'kind': 'old'})
-  save_model(path, make_params(), {'kind': 'new'})
-  assert load_metadata(path) == {'kind': 'new'}
-
-  def fail(*arguments, **keywords):
-    assert not (path / 'model.json').exists()
-    raise OSError('cut')
-
-  monkeypatch.setattr(checkpoint.ocp.Checkpointer, 'save', fail)
-  with pytest.raises(OSError, match='cut'):
-    save_model(path, make_params(), {'kind': 'newer'})
-  with pytest.raises(CheckpointError, match='the folder exists without it'):
-    load_model(path)
 
 
 def test_bad_model_folders_name_the_path(workdir):

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -493,6 +494,12 @@ def test_a_base_that_is_gone_or_changed_is_named(folders, tmp_path):
     checkpoint.CheckpointError, match='which has changed since'
   ):
     model_folder.check(run / 'policy', 'policy', tokenizer)
+  # No row is sampled before it is found.
+  with pytest.raises(checkpoint.CheckpointError, match='put the former one ba'):
+    model_folder.check_contexts({'policy': run / 'policy'}, 1, 'row_length')
+  shutil.rmtree(run / 'base')
+  (run / 'elsewhere').rename(run / 'base')
+  model_folder.check(run / 'policy', 'policy', tokenizer)
 
 
 # --- Config -------------------------------------------------------------------

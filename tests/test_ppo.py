@@ -922,7 +922,7 @@ def test_without_a_value_model_there_is_none():
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'ema_every': 'epoch'}, "'update' or 'iteration': 'epoch'"),
+    ({'ema_every': 'epoch'}, "one of 'update', 'iteration': 'epoch'"),
     ({'num_minibatches': 0}, 'num_minibatches must be at least 1: 0'),
     ({'num_epochs': 0}, 'num_epochs must be at least 1: 0'),
     ({'num_microbatches': -1}, 'num_microbatches must be at least 1: -1'),

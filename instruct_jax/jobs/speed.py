@@ -221,9 +221,9 @@ class Phase:
   """
 
   seconds: float
-  tokens: float = 0.0
-  flops: float = 0.0
-  bytes: float = 0.0
+  tokens: int | float = 0
+  flops: int | float = 0.0
+  bytes: int | float = 0.0
 
   def row(self, ceilings) -> dict:
     """As JSON, with shares of the ceilings."""
