@@ -333,7 +333,8 @@ def test_rankings_do_not_depend_on_microbatches(copied, name, experiment):
     experiment.run(stage, folder)
     first.append(lines(folder)[0])
   one, two = first
-  for key in (f'{name}/loss', f'{name}/accuracy', 'optimizer/gradient_norm'):
+  # DPO starts with equal scores, so its first accuracy is that of noise.
+  for key in (f'{name}/loss', 'optimizer/gradient_norm'):
     assert two[key] == pytest.approx(one[key], rel=1e-4)
 
 
