@@ -11,9 +11,10 @@ shift up, where the family has one: the logit itself is then the score, to
 rounding, and the folder no longer comes back bit for bit.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from etils import epath
 
@@ -56,29 +57,46 @@ def export(
     sharding.make_mesh((1, -1, 1)),
     tokenizer,
   )
-  tokenizer.save(output)
-  if adapters:
-    _save_adapters(output, model, checkpoint_folder, tokenizer_folder)
-  else:
-    if fold_shift:
-      model = dataclasses.replace(model, params=hf.fold_shift(model.params))
-    hf.save(output, model.config, model.params)
-    _describe_tokens(output, model, tokenizer)
-  (output / 'README.md').write_text(_card(output, model, tokenizer), 'utf-8')
-
-
-def _save_adapters(output, model, checkpoint_folder, tokenizer_folder):
-  """Adapters as `peft` reads them, and their base where it is not published."""
-  if model.config.lora is None:
+  if adapters and model.config.lora is None:
     raise ValueError(
       f'{checkpoint_folder} holds no adapters; leave --adapters out'
     )
-  base = model.source
-  if not model_folder.is_published(base):
-    base = files.absolute(output) / 'base'
-    export(model.source, tokenizer_folder, base)
-  name = str(base).removeprefix('hf:')
-  hf.save_adapters(output, model.config, model.params, name)
+  if fold_shift:
+    model = dataclasses.replace(model, params=hf.fold_shift(model.params))
+  with _whole(files.absolute(output)) as folder:
+    tokenizer.save(folder)
+    if adapters:
+      base = model.source
+      if not model_folder.is_published(base):
+        export(base, tokenizer_folder, folder / 'base')
+        base = files.absolute(output) / 'base'
+      name = str(base).removeprefix('hf:')
+      hf.save_adapters(folder, model.config, model.params, name)
+    else:
+      hf.save(folder, model.config, model.params)
+      _describe_tokens(folder, model, tokenizer)
+    card = _card(output.name, model, tokenizer)
+    (folder / 'README.md').write_text(card, 'utf-8')
+
+
+@contextlib.contextmanager
+def _whole(output: epath.Path) -> Iterator[epath.Path]:
+  """A folder whose content appears at `output` once it is whole."""
+  unfinished = output.parent / f'.{output.name}.unfinished'
+  if files.is_remote(output):  # Nothing is renamed there.
+    unfinished = output
+  if unfinished.exists():
+    unfinished.rmtree()
+  unfinished.mkdir(parents=True)
+  try:
+    yield unfinished
+  except BaseException:
+    unfinished.rmtree()
+    raise
+  if unfinished != output:
+    if output.exists():  # An empty folder.
+      output.rmdir()
+    unfinished.rename(output)
 
 
 def _skipped_id(model, tokenizer):
@@ -104,7 +122,7 @@ def _describe_tokens(output, model, tokenizer):
   )
 
 
-def _card(output, model, tokenizer):
+def _card(name, model, tokenizer):
   """The model card, README.md."""
   use = 'Language model: sample with temperature 1 and stop at an EOS token.'
   if model.kind == 'scalar':
@@ -126,7 +144,7 @@ def _card(output, model, tokenizer):
     )
   about = json.dumps(model.metadata, indent=2)
   return (
-    f'# {output.name}\n\n{use} {what} in float32, written by instruct_jax.\n\n'
+    f'# {name}\n\n{use} {what} in float32, written by instruct_jax.\n\n'
     f'```json\n{about}\n```\n'
   )
 
