@@ -68,6 +68,7 @@ class Rule:
     stdin: what it reads.
     is_quick: whether it belongs to the tests that always run.
     data: folder of real data that it reads.
+    after: a command that comes first, in another block of the page.
   """
 
   pattern: str
@@ -79,6 +80,7 @@ class Rule:
   stdin: str = ''
   is_quick: bool = False
   data: str = ''
+  after: str = ''
 
 
 MAIN = 'python -m instruct_jax.main --config=configs/'
@@ -143,7 +145,7 @@ RULES = [
     stand_ins={
       'hf:NAME': 'hf:{inputs}/classifier',
       'TOKENIZER': '{inputs}/gpt2',
-      'DATA': '{inputs}/converted',
+      'DATA': '{run}/data',
     },
     writes=('CENTRED/model/model.json',),
   ),
@@ -153,9 +155,11 @@ RULES = [
   Rule(
     f'{MAIN}reward.py --config.data.comparisons=OUT',
     stand_ins={
-      '=OUT': '={inputs}/labeled',
+      '=OUT': '={run}/compare',
       'SFT_MODEL': '{run}/select/model',
-      'DIR': '{run}/data/tokenizer',
+      # Sizes of the small model, not of 6B.
+      'DIR': '{run}/data/tokenizer --config.row_length=64 '
+      '--config.batch_size=8 --config.num_microbatches=2',
     },
     writes=('runs/reward*/model/model.json',),
   ),
@@ -169,7 +173,7 @@ RULES = [
       'drop=FILE': 'drop={inputs}/drop.json',
     },
   ),
-  Rule(f'{MAIN}speed.py', 'stop', sign='runs/*/config.json'),
+  Rule(f'{MAIN}speed.py', writes=('runs/*/speed.md',)),
   # Evaluation.
   Rule(
     'python -m instruct_jax.evals.released_samples DIR',
@@ -182,7 +186,12 @@ RULES = [
     data='.',
   ),
   Rule(f'{MAIN}nlp_suite.py', writes=('runs/*suite*/suite.md',)),
-  Rule(f'{MAIN}evaluate.py', writes=('runs/*/report.md',)),
+  Rule(
+    f'{MAIN}evaluate.py',
+    # In bytes, as the small gpt2 here has them, no prompt of the run fits.
+    stand_ins={'hf:gpt2': '{run}/pretrain/model'},
+    writes=('runs/*/report.md',),
+  ),
   Rule(
     'python -m instruct_jax.evals.tax',
     stand_ins={'DIR': 'figures'},
@@ -208,7 +217,7 @@ RULES = [
   Rule(
     'python -m instruct_jax.labeling .*--export=OUT',
     writes=('OUT/statistics.json',),
-    is_quick=True,
+    after='python -m instruct_jax.labeling --config=configs/labeling.py --demo',
   ),
 ]
 
@@ -328,7 +337,7 @@ def inputs(tmp_path_factory, quick_compile):
         'chosen': f'\n\nHuman: Name {i}?\n\nAssistant: It is {i}.',
         'rejected': f'\n\nHuman: Name {i}?\n\nAssistant: No.',
       }
-      for i in range(300)
+      for i in range(1000)
     ],
   )
   texts = [f'The number {i} comes after {i - 1}. ' * 40 for i in range(1, 90)]
@@ -343,6 +352,14 @@ def inputs(tmp_path_factory, quick_compile):
     for i in range(9)
   ]
   (folder / 'drop.json').write_text(json.dumps(drop))
+  endings = ['he left.', 'she runs.', 'it rains.', 'they sit.']
+  choices = {'activity_label': 'Fox', 'endings': endings}
+  write(
+    'hellaswag.jsonl',
+    [
+      choices | {'ctx': f'fox {i}', 'label': i % 4, 'ind': i} for i in range(40)
+    ],
+  )
   return folder
 
 
@@ -398,6 +415,10 @@ def finished_run(tmp_path_factory):
   process = shell(checkout, command)
   output, _ = process.communicate(timeout=1800)
   assert process.returncode == 0, output[-3000:]
+  # As an export of the labeling site has them.
+  (checkout / 'finished' / 'compare' / 'demonstrations.jsonl').write_bytes(
+    (checkout / 'finished/data/demonstrations_train.jsonl').read_bytes()
+  )
   return checkout / 'finished'
 
 
@@ -417,11 +438,17 @@ def test_command(block, checkout, inputs, request):
     if rule.how == 'skip':
       continue
     text, names = statement, {'inputs': inputs, 'port': free_port()}
-    for found, stand_in in {**rule.stand_ins, **STAND_INS}.items():
+    for found, stand_in in {
+      **rule.stand_ins,
+      **STAND_INS,
+      **rule.stand_ins,
+    }.items():
       if re.search(rf'(?<!\w){re.escape(found)}(?!\w)', text) or found in (
         rule.stand_ins
       ):
         text = text.replace(found, stand_in)
+    if rule.after:
+      run(checkout, rule_of(rule.after), rule.after)
     if '{run}' in text:
       names['run'] = request.getfixturevalue('finished_run')
     if rule.data:
