@@ -14,7 +14,8 @@ def stage(seed, workdir, name='dpo'):
   config.experiment = 'dpo'
   del config.demonstrations
   config.beta = 0.1  # Rafailov et al., appendix B.
-  config.ranking_loss = 'pairwise'  # Or 'plackett_luce'.
+  # Or 'plackett_luce', which counts no pairs: `divisor` has no effect on it.
+  config.ranking_loss = 'pairwise'
   config.learning_rate = 1e-6  # Theirs.
   return config
 

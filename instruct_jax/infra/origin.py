@@ -169,10 +169,13 @@ def stages_behind(
   for folder in dict.fromkeys(stages_of(path)[0] for path in paths):
     file = folder / 'config.json'
     config = run.read_json(file) if file.exists() else {}
-    stages = {config['name']: config} if 'experiment' in config else {}
-    stages = config.get('stages', stages)
-    for name in config.get('stage_order', stages):
-      own = folder / name if 'stages' in config else folder
+    stages, folders = {}, {}
+    if 'stages' in config:
+      stages = config['stages']
+      folders = {name: folder / name for name in config['stage_order']}
+    elif 'experiment' in config:
+      stages, folders = {config['name']: config}, {config['name']: folder}
+    for name, own in folders.items():
       if run.is_done(own):
         done = run.read_json(own / run.DONE_FILE)
         found[folder, name] = Stage(
