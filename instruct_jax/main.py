@@ -63,18 +63,23 @@ def main(argv: list[str]) -> None:
   # Stages find each other's outputs by paths built on this reference; what is
   # kept of the config is free of them.
   given, config.workdir = config.workdir, ''
-  described = config.copy_and_resolve_references()
   place = _WORKDIR.value or given or config.default_workdir
   machine.prepare(config)
+  from instruct_jax import score_fns
   from instruct_jax.infra import pipeline, processes
   from instruct_jax.infra import run as run_lib
 
   workdir = files.absolute(place)
-  config.workdir = str(workdir)
   print(f'work directory: {workdir}', flush=True)
 
   try:
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if config.get('prepare'):
+      prepare = score_fns.find(config.prepare, 'prepare')
+      if not prepare(config, workdir):
+        return  # It was asked to describe the run alone.
+    described = config.copy_and_resolve_references()
+    config.workdir = str(workdir)
     pipeline.run_all(config, workdir, described, _ACCEPT_NEW_INPUTS.value)
   except (ValueError, FileNotFoundError, RuntimeError, OSError) as error:
     if logging.get_verbosity() >= logging.DEBUG:

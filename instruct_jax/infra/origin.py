@@ -59,9 +59,35 @@ def stages_of(path: str) -> tuple[epath.Path, dict[str, dict[str, Any]]]:
   return place, {}
 
 
+def with_lengths(config: ConfigDict) -> ConfigDict:
+  """The config of a stage with its lengths that are None as measured.
+
+  `config.lengths` names the JSON file that a data stage wrote; a stage without
+  that key keeps its config.
+  """
+  if not config.get('lengths'):
+    return config
+  found = ConfigDict(config.copy_and_resolve_references())
+  for key, value in run.read_json(config.lengths).items():
+    if key in found and found[key] is None:
+      found[key] = value
+  return found
+
+
+def _measured(folder: epath.Path, stage: Mapping[str, Any]) -> dict[str, Any]:
+  """`with_lengths` of a stage as the config.json in `folder` has it."""
+  # The file's path is kept without the folder of the run.
+  file = folder / stage.get('lengths', '').lstrip('/')
+  if not stage.get('lengths') or not file.exists():
+    return dict(stage)
+  lengths = run.read_json(file)
+  return {k: lengths.get(k) if v is None else v for k, v in stage.items()}
+
+
 def _lengths(path):
   folder, stages = stages_of(path)
   for name, stage in stages.items():
+    stage = _measured(folder, stage)
     if all(stage.get(key) for key in LENGTHS):
       return {key: stage[key] for key in LENGTHS}, f'{folder}, stage {name}'
   return {}, ''
@@ -179,7 +205,7 @@ def stages_behind(
       if run.is_done(own):
         done = run.read_json(own / run.DONE_FILE)
         found[folder, name] = Stage(
-          own, stages[name], done['info'] or {}, done['seconds']
+          own, _measured(folder, stages[name]), done['info'] or {}, done['seconds']
         )
   return found
 

@@ -17,7 +17,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from instruct_jax.infra import run, stages
+from instruct_jax.infra import origin, run, stages
 
 FOLDERS = ('experiments', 'instruct_jax.jobs')
 PROCESSES = ('all', 'first', 'one')
@@ -66,7 +66,7 @@ def find_experiment(name: str) -> ModuleType:
 
 def run_stage(stage: stages.Stage) -> None:
   """Runs one `stages.Stage` in its folder, unless it has finished there."""
-  config, folder = stage.config, stage.folder
+  folder = stage.folder
   if run.agreed(stage.is_done):
     run.say(f'{stage.name}: done before, in {folder}')
     return
@@ -79,7 +79,7 @@ def run_stage(stage: stages.Stage) -> None:
   try:
     run.in_first(lambda: stages.record_inputs(stage))
     if jax.process_index() == 0 or stage.experiment.PROCESSES != 'first':
-      info = stage.experiment.run(config, folder)
+      info = stage.experiment.run(origin.with_lengths(stage.config), folder)
   except (ValueError, OSError, RuntimeError) as error:
     error.stage = stage.name
     raise

@@ -142,7 +142,10 @@ class Stage:
 
   def inputs(self) -> dict[str, str]:
     """Label -> path of what it reads; see `inputs.read_by`."""
-    return inputs.read_by(self.experiment, self.config)
+    found = inputs.read_by(self.experiment, self.config)
+    if self.config.get('lengths'):
+      found['lengths'] = self.config.lengths
+    return found
 
   def key(self, label: str) -> str:
     """The key of the command line that an input comes from; '' of no key."""

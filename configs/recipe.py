@@ -1,0 +1,258 @@
+"""From a published model and preferences to a report, in one command.
+
+  python -m instruct_jax.main --config=configs/recipe.py \\
+    --config.model=hf:HuggingFaceTB/SmolLM2-135M-Instruct \\
+    --config.preferences=hh:DIR --workdir=RUN
+
+Presets, after a colon, by what there is to spend:
+
+  smoke    any model, minutes; for CI and a first look, figures mean nothing
+  cpu      a model of 135 M parameters on two cores, about two hours (default)
+  gpu      one card of 80 GB, a model of up to about 1.5 B parameters
+  v4-8     the same on four TPU v4 chips
+  tldr_1b  TL;DR with Pythia 1B as in Huang et al. 2024 (arXiv 2403.17031)
+
+`--config.dry_run=True` prints stages, sizes, memory and time, and stops.
+`instruct_jax/models/README.md` says more.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from configs import common, pipeline, reward
+
+# What a preset changes, by stage; 'train' is all supervised stages, 'rl' both
+# RL stages, '' the config itself.
+CPU = {
+  'data': {
+    'max_prompt_length': 96,
+    'max_response_length': 64,
+    'max_demonstrations': 1_000,
+    'max_comparisons': 1_000,
+    'max_valid': 300,
+    'max_documents': 2_000,
+  },
+  'sft': {'num_epochs': 2},
+  'rl_init': {'num_epochs': 1},
+  'train': {'batch_size': 8, 'eval_batch_size': 16},
+  'reward': {'batch_size': 16, 'eval_batch_size': 8},
+  'select': {'num_prompts': 64, 'batch_size': 32},
+  'rl': {'num_episodes': 768, 'batch_size': 32, 'num_minibatches': 2},
+  'evaluate': {'num_prompts': 200, 'batch_size': 40},
+}
+GPU = {
+  'data': {'max_prompt_length': 512, 'max_response_length': 256},
+  'rl': {'num_episodes': 16_384, 'batch_size': 256, 'num_minibatches': 4},
+}
+SMOKE = {
+  'data': {
+    'max_prompt_length': 48,
+    'max_response_length': 24,
+    'max_demonstrations': 24,
+    'max_comparisons': 24,
+    'max_valid': 12,
+    'max_documents': 80,
+  },
+  'sft': {'num_epochs': 2},
+  'rl_init': {'num_epochs': 1},
+  'train': {'batch_size': 4, 'eval_batch_size': 8},
+  'reward': {'batch_size': 4, 'eval_batch_size': 8},
+  'select': {'num_prompts': 8, 'batch_size': 8},
+  'rl': {'num_episodes': 16, 'batch_size': 8, 'num_minibatches': 2},
+  'evaluate': {'num_prompts': 12, 'batch_size': 12, 'num_bootstrap': 200},
+}
+# Sizes and rates of Huang et al. 2024; theirs differ in this: PPO's rate falls
+# by a cosine and the loss is one sum, with 0.1 of the value model's.
+TLDR_1B = {
+  '': {
+    'model': 'hf:EleutherAI/pythia-1b-deduped',
+    'template': '',
+    'seed': 44413,  # Theirs: 44413, 55513, 66613, 77713; two of them fail.
+  },
+  'data': {
+    'prompt_length': 512,
+    'response_length': 53,
+    'duplicate_prefix_words': 1_000,  # Their set has no duplicates.
+    'judge_fraction': 0.2,
+  },
+  'sft': {'num_epochs': 1, 'learning_rate': 3e-6, 'batch_size': 128},
+  'rl_init': {'num_epochs': 1, 'learning_rate': 3e-6, 'ptx_fraction': 0.0},
+  'reward': {'learning_rate': 3e-6, 'batch_size': 64, 'row_length': 638},
+  'rl': {
+    'num_episodes': 999_936,
+    'batch_size': 512,
+    'num_minibatches': 1,
+    'num_microbatches': 16,
+    'num_slices': 8,
+    'num_epochs': 4,
+    'learning_rate': 3e-6,
+    'value_learning_rate': 3e-6,
+    'num_warmup_iterations': 0,
+    'temperature': 0.7,
+    'kl_coef': 0.05,
+    'missing_end_score': -1.0,
+  },
+  'evaluate': {'num_prompts': 2_000},
+}
+PRESETS = {
+  'smoke': SMOKE,
+  'cpu': CPU,
+  'gpu': GPU,
+  'v4-8': GPU,
+  'tldr_1b': TLDR_1B,
+}
+
+
+def data_stage(seed, workdir):
+  """Keys of `instruct_jax/worlds/preferences.py`."""
+  config = common.stage(
+    'data', 'instruct_jax.worlds.preferences', seed, workdir
+  )
+  config.model = ''
+  config.tokenizer = ''  # '' is the model's own.
+  # How prompts are put: 'chat' is the tokenizer's chat template, '' the bare
+  # text, other text a format string with {prompt}; 'auto' is chat or bare.
+  config.template = 'auto'
+  config.date = '2026-01-01'  # For templates that print today's.
+  # FORMAT:PATH of `importers.py`, or JSONL of our own; several, comma between.
+  # Files of a folder whose names begin with 'test' are held out.
+  config.preferences = ''
+  config.test_preferences = ''  # Instead of a share of them.
+  config.demonstrations = ''  # '' takes the best answers of the rankings.
+  config.prompts = ''  # For RL, beside those of the rankings.
+  config.documents = ''  # Pretraining text, `sources.read_documents`; or none.
+  config.words_per_document = 100
+  config.valid_fraction = 0.05  # Of the prompts.
+  config.test_fraction = 0.1
+  config.judge_fraction = 0.4  # Of the conversations; teach the judge alone.
+  config.duplicate_prefix_words = 12  # Not printed (A.2); a choice.
+  config.prompts_per_user = 200  # 3.2, A.2.
+  # Tokens; None holds this share of the records, up to these tokens.
+  config.prompt_length = placeholder(int)
+  config.response_length = placeholder(int)
+  config.kept_fraction = 0.95
+  config.max_prompt_length = 1024
+  config.max_response_length = 512
+  config.max_demonstrations = 0  # Records, drawn by seed; 0 is all.
+  config.max_comparisons = 0  # Of each of the two reward models.
+  config.max_valid = 1_000  # Of each held-out file.
+  config.max_documents = 0
+  return config
+
+
+def export_stage(seed, workdir):
+  """Keys of `instruct_jax/jobs/export_models.py`."""
+  config = common.stage('export', 'export_models', seed, workdir)
+  config.models = ''  # NAME=FOLDER,NAME=FOLDER.
+  config.tokenizer = ''
+  return config
+
+
+def wire(config) -> None:
+  """Stages of `pipeline.recipe`, with a published model for the pretrained."""
+  seed, workdir = config.get_ref('seed'), config.get_ref('workdir')
+  data, stages = workdir + '/data', config.stages
+  for name in ('pretrain', 'crossval'):
+    del stages[name]
+  stages.data = data_stage(seed, workdir)
+  for key in ('model', 'tokenizer', 'template'):
+    config[key] = stages.data[key]
+    stages.data[key] = config.get_ref(key)
+  for key in ('preferences', 'test_preferences', 'demonstrations', 'prompts'):
+    config[key] = ''
+    stages.data[key] = config.get_ref(key)
+  config.documents = ''
+  stages.data.documents = config.get_ref('documents')
+  stages.judge = reward.stage(seed + 1, workdir, 'judge')
+  stages.judge.init = workdir + '/sft/model'
+  stages.judge.demonstrations = data + '/demonstrations_train.jsonl'
+  pipeline.share_lora(config, stages.judge)
+  for name, prefix in (('reward', ''), ('judge', 'judge_')):
+    for key, split in (('comparisons', 'train'), ('valid_comparisons', 'valid')):
+      stages[name][key] = data + f'/{prefix}comparisons_{split}.jsonl'
+  for name in ('sft', 'rl_init'):
+    stages[name].init = config.get_ref('model')
+  for name in ('ppo', 'ppo_ptx'):
+    stages[name].prompts = data + '/prompts_train.jsonl'
+  stages.evaluate.world = 'instruct_jax.worlds.preferences.WORLD'
+  config.judge = 'instruct_jax.worlds.preferences.OtherConversations'
+  stages.evaluate.judge = config.get_ref('judge')
+  stages.evaluate.judge_model = workdir + '/judge/model'
+  stages.evaluate.comparisons = 'given=' + stages.reward.get_ref('comparisons')
+  stages.evaluate.test_comparisons = 'given=' + data + '/comparisons_test.jsonl'
+  stages.export = export_stage(seed, workdir)
+
+
+def get_config(preset: str = 'cpu'):
+  """The recipe with the sizes of a preset."""
+  if preset not in PRESETS:
+    raise ValueError(f'unknown preset {preset!r}; known: {", ".join(PRESETS)}')
+  config = pipeline.recipe(f'recipe_{preset}')
+  config.prepare = 'instruct_jax.jobs.recipe.prepare'  # After the flags.
+  config.dry_run = False  # Print stages, sizes, memory and time, and stop.
+  # Models that there are already; their stages are left out.
+  config.sft_model = ''
+  config.reward_model = ''
+  config.judge_model = ''
+  # 'auto' is bfloat16 where the device multiplies it faster.
+  config.compute_dtype = 'auto'
+  # Adapters: None takes them where training all weights does not fit.
+  config.lora.rank = placeholder(int)
+  config.lora_rate = 10.0  # Times the learning rates, with adapters.
+  wire(config)
+  stages = config.stages
+  config.stage_order = (
+    'data', 'sft', 'rl_init', 'reward', 'judge', 'select', 'ppo', 'ppo_ptx',
+    'nlp_suite', 'evaluate', 'export',
+  )  # fmt: skip
+  for name in config.stage_order[1:]:
+    each = stages[name]
+    each.tokenizer = config.get_ref('workdir') + '/data/tokenizer'
+    each.lengths = config.get_ref('workdir') + '/data/lengths.json'
+    for key in ('prompt_length', 'response_length', 'row_length'):
+      if key in each and name != 'nlp_suite':
+        each[key] = None  # As measured by the data stage.
+  numbers(stages)
+  changes = PRESETS[preset]
+  config.update(changes.get('', {}))
+  for group, names in (
+    ('data', ('data',)),
+    ('train', ('sft', 'rl_init')),
+    ('sft', ('sft',)),
+    ('rl_init', ('rl_init',)),
+    ('reward', ('reward', 'judge')),
+    ('select', ('select',)),
+    ('rl', ('ppo', 'ppo_ptx')),
+    ('evaluate', ('evaluate',)),
+  ):
+    for name in names:
+      stages[name].update(changes.get(group, {}))
+  config.lock()
+  return config
+
+
+def numbers(stages) -> None:
+  """Settings for published models; none of them is the paper's."""
+  for each in (stages.sft, stages.rl_init):
+    each.pack = True
+    each.batch_size = 16
+    each.learning_rate = 2e-5
+    each.dropout = 0.0
+    each.cut_documents = True
+  stages.sft.num_epochs = 2
+  stages.rl_init.num_epochs = 2
+  for each in (stages.reward, stages.judge):
+    each.batch_size = 32
+    each.learning_rate = 1e-5
+  for each in (stages.ppo, stages.ppo_ptx):
+    each.ptx_row_length = None
+    each.cut_documents = True
+    each.num_minibatches = 4
+    each.learning_rate = 5e-6
+    each.value_learning_rate = 1e-5
+    each.kl_coef = 0.05
+    each.ptx_per_episode = 1
+    each.num_warmup_iterations = 4
+    each.eval_every = 8
+    each.checkpoint_every = 4
+  stages.ppo_ptx.ptx_coef = 0.3  # See configs/ppo_ptx.py:gpt2.

@@ -1,0 +1,225 @@
+"""Fits the stages of configs/recipe.py to what the user and the device have.
+
+`prepare` runs after the flags are read and before the config is recorded. It
+leaves out the stages whose models are given, and chooses dtype, adapters and
+rematerialisation for the device; a run that goes on keeps what it chose.
+"""
+
+import dataclasses
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from ml_collections import ConfigDict
+
+from instruct_jax import judge_fns, model_folder
+from instruct_jax.infra import run as run_lib
+from instruct_jax.models.config import TransformerConfig
+from instruct_jax.worlds import preferences
+
+# Bytes of a weight in PPO: policy and value model with gradient and two moments
+# of Adam, average, reference and reward model; with adapters two bases alone.
+ALL_BYTES = 2 * 16 + 3 * 4
+ADAPTED_BYTES = 2 * 4
+# Share of the memory that weights may take; activations have the other part.
+WEIGHTS_SHARE = 0.6
+LORA_RANK = 16
+# Times faster than float32 that bfloat16 has to be on a CPU.
+MIN_GAIN = 1.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """What was chosen for the device.
+
+  Attributes:
+    compute_dtype: of matrix products and activations.
+    rank: of adapters; 0 trains all weights.
+    remat: what the backward pass computes again.
+    logprob_chunk: columns of float32 logits at a time; 0 is all.
+    why: one line for the user.
+  """
+
+  compute_dtype: str
+  rank: int
+  remat: str
+  logprob_chunk: int
+  why: str
+
+
+def prepare(config: ConfigDict, workdir: epath.Path) -> bool:
+  """Fits the config, in place.
+
+  Args:
+    config: of the whole recipe, with an empty `workdir`.
+    workdir: of the run.
+
+  Returns:
+    Whether the run goes on; False after a dry run.
+
+  Raises:
+    ValueError: a key or the model is not as it should be.
+  """
+  preferences.validate(config.stages.data)
+  tokenizer = preferences.load_tokenizer(config.stages.data)
+  preferences.check_model(config.stages.data, tokenizer)
+  with config.unlocked():
+    leave_out_stages(config)
+    compare_models(config)
+    choice = choose(config, workdir)
+    apply(config, choice)
+  run_lib.say(f'recipe: {choice.why}')
+  return not config.dry_run
+
+
+# --- Stages -------------------------------------------------------------------
+
+
+def leave_out_stages(config: ConfigDict) -> None:
+  """Leaves out the stages whose models are given, or that lack documents."""
+  stages, gone = config.stages, set()
+  rl = [stages[name] for name in ('ppo', 'ppo_ptx')]
+  if config.sft_model:
+    gone |= {'sft', 'rl_init', 'select'}
+    for each in (*rl, stages.reward, stages.judge):
+      each.init = config.sft_model
+  if config.reward_model:
+    gone.add('reward')
+    for each in (*rl, stages.select, stages.evaluate):
+      each.reward_model = config.reward_model
+  if config.judge_model:
+    gone.add('judge')
+    stages.evaluate.judge_model = config.judge_model
+  elif not issubclass(judge_fns.find(config.judge), judge_fns.RewardModel):
+    gone.add('judge')
+    stages.evaluate.judge_model = ''
+  if not config.documents:
+    gone.add('ppo_ptx')
+    stages.rl_init.ptx_fraction = 0.0
+    stages.ppo.valid_documents = stages.evaluate.documents = ''
+    run_lib.say('recipe: documents is empty: no PPO-ptx, and no alignment tax')
+  config.stage_order = tuple(n for n in config.stage_order if n not in gone)
+  for name in gone:
+    del stages[name]
+
+
+def compare_models(config: ConfigDict) -> None:
+  """Names the models that are evaluated and exported."""
+  workdir, stages = config.get_ref('workdir'), config.stages
+
+  def listed(folders):
+    text = ''
+    for number, (name, folder) in enumerate(folders.items()):
+      text = text + f'{"," * (number > 0)}{name}=' + folder
+    return text
+
+  sft = config.sft_model or workdir + '/select/model'
+  trained = {
+    name: workdir + f'/{name}/policy'
+    for name in ('ppo', 'ppo_ptx')
+    if name in config.stage_order
+  }
+  averaged = {f'{n}_ema': workdir + f'/{n}/ema' for n in trained}
+  others = {} if config.sft_model else {'rl_init': workdir + '/rl_init/model'}
+  evaluate = stages.evaluate
+  evaluate.models = listed({'pretrained': config.model, 'sft': sft, **trained})
+  evaluate.other_models = listed({**others, **averaged})
+  evaluate.pairs = 'ppo_ptx=ppo' * (len(trained) == 2)
+  evaluate.reference = 'sft' if config.sft_model else 'rl_init'
+  evaluate.prompted = evaluate.prefixes = evaluate.crossval = ''
+  evaluate.suite = workdir + '/nlp_suite/suite.json'
+  own = {'sft': sft, **trained}
+  stages.nlp_suite.models = listed({'pretrained': config.model, **own})
+  if 'reward' in config.stage_order:
+    own['reward'] = workdir + '/reward/model'
+  stages.export.models = listed(own)
+
+
+# --- The device ---------------------------------------------------------------
+
+
+def memory_bytes() -> float:
+  """Of all devices together, or of the machine where they are CPUs."""
+  devices = jax.devices()
+  if devices[0].platform == 'cpu':
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  return sum((d.memory_stats() or {}).get('bytes_limit', 0) for d in devices)
+
+
+def bfloat16_gain(size: int = 1024) -> float:
+  """Times that a bfloat16 product is faster than a float32 one, here."""
+  seconds = {}
+  for dtype in ('float32', 'bfloat16'):
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    laps = []
+    for _ in range(5):
+      begin = time.perf_counter()
+      product(x, x).block_until_ready()
+      laps.append(time.perf_counter() - begin)
+    seconds[dtype] = min(laps)
+  return seconds['float32'] / seconds['bfloat16']
+
+
+def chosen_before(workdir: epath.Path, key: str):
+  """The value of a key of the SFT or RL stage that a run began with."""
+  file = workdir / 'config.json'
+  stages = run_lib.read_json(file)['stages'] if file.exists() else {}
+  return next((s[key] for s in stages.values() if key in s and s[key]), None)
+
+
+def choose(config: ConfigDict, workdir: epath.Path) -> Choice:
+  """What suits the device; keys that are given stay."""
+  devices = jax.devices()
+  on_cpu = devices[0].platform == 'cpu'
+  shape = model_folder.shape_of(config.model)
+  memory, said = memory_bytes(), []
+  said.append(
+    f'{len(devices)} x {devices[0].device_kind}, {memory / 2**30:.0f} GiB, '
+    f'{shape.num_params / 1e6:.0f} M parameters'
+  )
+  dtype, why = config.compute_dtype, 'given'
+  if dtype == 'auto':
+    dtype, why = chosen_before(workdir, 'compute_dtype'), 'as the run began'
+    if not dtype and not on_cpu:
+      dtype, why = 'bfloat16', f'a {devices[0].platform}'
+    elif not dtype:
+      gain = bfloat16_gain()
+      is_faster = run_lib.agreed(gain >= MIN_GAIN)
+      dtype = 'bfloat16' if is_faster else 'float32'
+      why = f'a bfloat16 product is {gain:.1f} x as fast as a float32 one'
+  said.append(f'{dtype} ({why})')
+  rank = config.lora.rank
+  if rank is None:
+    need = shape.num_params * ALL_BYTES
+    fits = not memory or need <= WEIGHTS_SHARE * memory
+    rank = 0 if fits else LORA_RANK
+    if not fits and shape.num_params * ADAPTED_BYTES > WEIGHTS_SHARE * memory:
+      raise ValueError(
+        f'{config.model}: {shape.num_params:,} parameters need '
+        f'{shape.num_params * ADAPTED_BYTES / 2**30:.0f} GiB with adapters, '
+        f'and the device has {memory / 2**30:.0f}; take more devices or a '
+        'smaller model'
+      )
+  said.append(f'adapters of rank {rank}' if rank else 'all weights trained')
+  remat = 'none' if on_cpu else ('dots' if shape.num_params < 5e8 else 'full')
+  said.append(f'remat {remat}')
+  return Choice(dtype, rank, remat, 0 if on_cpu else 128, ', '.join(said))
+
+
+def apply(config: ConfigDict, choice: Choice) -> None:
+  """Writes the choice into the stages; what a user gave there stays."""
+  config.lora.rank = choice.rank
+  for name in config.stage_order:
+    stage = config.stages[name]
+    if 'compute_dtype' in stage and not stage.compute_dtype:
+      stage.compute_dtype = choice.compute_dtype
+    for key in ('remat', 'logprob_chunk'):
+      if key in stage and not (stage[key] and stage[key] != 'none'):
+        stage[key] = getattr(choice, key)
+    for key in ('learning_rate', 'value_learning_rate'):
+      if choice.rank and key in stage:
+        stage[key] = stage[key] * config.lora_rate

@@ -1,0 +1,577 @@
+"""Preferences of the user's own: their data stage, and the judge they teach.
+
+Rankings, and where they are given demonstrations, prompts and documents, become
+the JSONL files that the other stages read. The split is by conversation, after
+data hygiene. A share of the training conversations, ranked by labelers of their
+own where labelers have ids, teaches a second reward model, the judge. Lengths
+of rows are measured in tokens of the model and written to lengths.json.
+"""
+
+import collections
+import datetime
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from instruct_jax import hub, judge_fns, model_folder
+from instruct_jax.data import (
+  convert,
+  folders,
+  hygiene,
+  importers,
+  loader,
+  records,
+  sources,
+)
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals import figures
+from instruct_jax.infra import run as run_lib
+from instruct_jax.models import hf
+
+PROCESSES = 'first'
+
+LENGTHS_FILE = 'lengths.json'
+# Config keys of sources -> what they hold.
+KINDS = {
+  'preferences': records.Comparison,
+  'test_preferences': records.Comparison,
+  'demonstrations': records.Demonstration,
+  'prompts': records.Prompt,
+}
+_SUFFIXES = ('.jsonl', '.jsonl.gz', '.json', '.json.gz')
+_MULTIPLE = 8  # Of columns of a prompt, and of a response.
+_MIN_COLUMNS = 8
+_NUM_MEASURED = 20_000  # Records whose tokens are counted.
+
+
+class OtherConversations(judge_fns.RewardModel):
+  """A reward model that other conversations taught, and other labelers."""
+
+  def __init__(self, *args):
+    super().__init__(*args)
+    self.name = (
+      'a second reward model (no person), trained on rankings of other '
+      'conversations, by other labelers where labelers have ids'
+    )
+
+
+WORLD = figures.World(
+  about='Preferences that the user brought; config.json names their files.',
+  has_people=True,
+)
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks the config.
+
+  Raises:
+    ValueError: the key, what it is, and what it should be.
+  """
+  for key, example in (
+    ('model', 'hf:HuggingFaceTB/SmolLM2-135M-Instruct'),
+    ('preferences', 'hh:DIR'),
+  ):
+    if not config[key]:
+      raise ValueError(f'{key} is empty; give --config.{key}={example}')
+  for key in ('valid_fraction', 'test_fraction', 'judge_fraction'):
+    if not 0 < config[key] < 0.9:
+      raise ValueError(f'{key} must be in (0, 0.9): {config[key]}')
+  if config.valid_fraction + config.test_fraction >= 0.9:
+    raise ValueError(
+      'valid_fraction + test_fraction must leave training data: '
+      f'{config.valid_fraction} + {config.test_fraction}'
+    )
+  if not 0 < config.kept_fraction <= 1:
+    raise ValueError(f'kept_fraction must be in (0, 1]: {config.kept_fraction}')
+
+
+def inputs(config: ConfigDict) -> dict[str, str]:
+  """What this stage reads, by config key."""
+  found = {'model': config.model, 'preferences': config.preferences}
+  if config.tokenizer:
+    found['tokenizer'] = config.tokenizer
+  for key in KINDS:
+    for number, (_, path) in enumerate(sources_of(config[key])):
+      found.pop(key, None)
+      found[f'{key}/{number}'] = path
+  for number, path in enumerate(filter(None, config.documents.split(','))):
+    found[f'documents/{number}'] = path.removeprefix('datasets:')
+  return found
+
+
+# --- Sources ------------------------------------------------------------------
+
+
+def sources_of(spec: str) -> list[tuple[str, str]]:
+  """(format, path) of each part of 'FORMAT:PATH,FORMAT:PATH'.
+
+  The format is one of `importers.FORMATS`, or '' for JSONL of our own.
+  """
+  found = []
+  for part in filter(None, spec.split(',')):
+    name, _, path = part.partition(':')
+    found.append((name, path) if name in importers.FORMATS else ('', part))
+  return found
+
+
+def files_of(path: str) -> list[str]:
+  """A file, or the JSON files of a folder by name.
+
+  Raises:
+    RecordError: nothing is there.
+  """
+  place = epath.Path(path)
+  if not place.is_dir():
+    if not place.exists():
+      raise records.RecordError(
+        f'{path}: no such file; sources are FORMAT:PATH with one of '
+        f'{", ".join(importers.FORMATS)}, or JSONL of our own'
+      )
+    return [path]
+  found = sorted(str(p) for p in place.iterdir() if p.name.endswith(_SUFFIXES))
+  if not found:
+    raise records.RecordError(
+      f'{path}: no file in it ends in {", ".join(_SUFFIXES)}'
+    )
+  return found
+
+
+def read(
+  config: ConfigDict, key: str, skipped: collections.Counter
+) -> tuple[list[records.Record], list[records.Record]]:
+  """Records of the sources of a key: (to be split, of a test split).
+
+  Files of a folder whose names begin with 'test' are its test split.
+
+  Args:
+    config: of the stage.
+    key: one of `KINDS`.
+    skipped: reason -> entries that a format cannot use; added to.
+
+  Raises:
+    RecordError: a file is missing, or not of its format.
+  """
+  kind, found = KINDS[key], ([], [])
+  for name, path in sources_of(config[key]):
+    in_folder = epath.Path(path).is_dir()
+    for file in files_of(path):
+      if name:
+        imported = importers.FORMATS[name](file)
+        skipped.update(imported.skipped)
+        rows = {
+          records.Comparison: imported.comparisons,
+          records.Demonstration: imported.demonstrations,
+          records.Prompt: imported.prompts(),
+        }[kind]
+      else:
+        rows = records.read_jsonl(file, kind)
+      is_test = in_folder and epath.Path(file).name.startswith('test')
+      found[is_test].extend(rows)
+  return found
+
+
+def best_answers(
+  comparisons: Iterable[records.Comparison],
+) -> list[records.Demonstration]:
+  """The answer that each ranking puts first, as a demonstration.
+
+  Rankings that put no answer first, or an empty one, give none.
+  """
+  found = {}
+  for row in comparisons:
+    if row.ranks.count(min(row.ranks)) > 1:
+      continue
+    response = row.completions[row.ranks.index(min(row.ranks))]
+    if response.strip():
+      about = {'id': row.id, 'user': row.user, 'turns': row.turns}
+      demonstration = records.Demonstration(row.prompt, response, **about)
+      found.setdefault((row.prompt, response), demonstration)
+  return list(found.values())
+
+
+def distinct_prompts(
+  rows: Iterable[records.Record],
+) -> list[records.Prompt]:
+  """The prompt of each record, each once, numbered in order."""
+  found = {}
+  for row in rows:
+    text = row.text if isinstance(row, records.Prompt) else row.prompt
+    found.setdefault(
+      (records.composed(text), row.turns),
+      records.Prompt(
+        id=f'p{len(found)}',
+        text=text,
+        user=row.user,
+        category=row.category,
+        metadata=row.metadata,
+        turns=row.turns,
+      ),
+    )
+  return list(found.values())
+
+
+# --- Lengths ------------------------------------------------------------------
+
+
+def propose_lengths(
+  config: ConfigDict,
+  tokenizer: tokenizer_lib.Tokenizer,
+  comparisons: Sequence[records.Comparison],
+  context_length: int,
+) -> dict[str, Any]:
+  """Columns of prompts, responses and rows, with the shares that they keep.
+
+  Each length holds `kept_fraction` of the records, up to a given maximum and
+  what the model's context has room for.
+
+  Args:
+    config: of the stage; lengths that it gives are taken.
+    tokenizer: counts the tokens.
+    comparisons: to be measured.
+    context_length: of the model, in tokens.
+
+  Raises:
+    ValueError: no prompt can be read, or nothing fits.
+  """
+  rng = np.random.default_rng([config.seed, 1])
+  chosen = rng.permutation(len(comparisons))[:_NUM_MEASURED]
+  rows = [comparisons[i] for i in chosen]
+  encoded, refusals = loader.encode_prompts(rows, tokenizer)
+  read = [i for i, ids in enumerate(encoded) if ids is not None]
+  if not read:
+    raise ValueError(f'preferences: every prompt is refused: {refusals[0]}')
+  prompts = np.array([len(encoded[i]) for i in read])
+  longest = np.array(
+    [
+      max(map(len, tokenizer.encode_responses(rows[i].completions, ended=True)))
+      for i in read
+    ]
+  )
+
+  def propose(key, lengths, room):
+    if config[key] is not None:
+      return config[key]
+    wanted = np.quantile(lengths, config.kept_fraction)
+    wanted = int(-(-wanted // _MULTIPLE) * _MULTIPLE)
+    return min(wanted, config[f'max_{key}'], room - room % _MULTIPLE)
+
+  response = propose('response_length', longest, context_length // 2)
+  prompt = propose('prompt_length', prompts, context_length - response)
+  if min(prompt, response) < _MIN_COLUMNS or prompt + response > context_length:
+    raise ValueError(
+      f'prompt_length {prompt} + response_length {response} do not fit the '
+      f"model's context of {context_length} tokens"
+    )
+  fits = prompts + longest <= prompt + response
+  if not fits.any():
+    raise ValueError(
+      f'none of {len(read)} rankings fits prompt_length {prompt} + '
+      f'response_length {response} tokens: the shortest has '
+      f'{(prompts + longest).min()}; raise max_prompt_length or '
+      'max_response_length, or take a model with a longer context'
+    )
+  return {
+    'prompt_length': int(prompt),
+    'response_length': int(response),
+    'row_length': int(prompt + response),
+    'ptx_row_length': int(prompt + response),
+    'dropped': {
+      'prompts': float(np.mean(prompts > prompt)),
+      'rankings': float(1 - np.mean(fits)),
+      'answers longer than response_length': float(np.mean(longest > response)),
+    },
+  }
+
+
+# --- Splits -------------------------------------------------------------------
+
+
+def judge_side(
+  comparisons: Sequence[records.Comparison], judge_fraction: float, seed: int
+) -> tuple[list[records.Comparison], list[records.Comparison], int]:
+  """Rankings for the reward model and for the judge, of other conversations.
+
+  Where labelers have ids, no labeler is on both sides either: labelers are
+  dealt out first, a conversation goes where most of its rankings are from, and
+  rankings by labelers of the other side are left out.
+
+  Args:
+    comparisons: of one split.
+    judge_fraction: share of the conversations, or else of the rankings of
+      labelers, that goes to the judge.
+    seed: of the deal.
+
+  Returns:
+    (the reward model's, the judge's, how many were left out).
+  """
+  openings = [records.opening(row) for row in comparisons]
+  if not all(row.labeler for row in comparisons):
+    sides = {
+      name: convert.split_of(name, judge_fraction, seed) == 'valid'
+      for name in set(openings)
+    }
+    of_row = [sides[name] for name in openings]
+    kept = [True] * len(comparisons)
+  else:
+    labelers = deal_labelers(comparisons, judge_fraction, seed)
+    votes = collections.defaultdict(list)
+    for name, row in zip(openings, comparisons, strict=True):
+      votes[name].append(labelers[row.labeler])
+    of_row = [np.mean(votes[name]) > 0.5 for name in openings]
+    kept = [
+      labelers[row.labeler] == side
+      for row, side in zip(comparisons, of_row, strict=True)
+    ]
+  parts = ([], [])
+  for row, side, is_kept in zip(comparisons, of_row, kept, strict=True):
+    if is_kept:
+      parts[bool(side)].append(row)
+  return *parts, len(comparisons) - sum(map(len, parts))
+
+
+def deal_labelers(
+  comparisons: Sequence[records.Comparison], judge_fraction: float, seed: int
+) -> dict[str, bool]:
+  """Labeler -> whether the judge learns from them.
+
+  In an order drawn from the seed, each goes to the side that is furthest below
+  its share of the rankings.
+  """
+  counts = collections.Counter(row.labeler for row in comparisons)
+  labelers, totals, found = sorted(counts), [0, 0], {}
+  np.random.default_rng([seed, 2]).shuffle(labelers)
+  shares = (1 - judge_fraction, judge_fraction)
+  for labeler in labelers:
+    side = int(totals[1] / shares[1] < totals[0] / shares[0])
+    found[labeler] = bool(side)
+    totals[side] += counts[labeler]
+  return found
+
+
+def fitting_rows(
+  rows: Sequence[records.Comparison] | Sequence[records.Demonstration],
+  tokenizer: tokenizer_lib.Tokenizer,
+  row_length: int,
+) -> list:
+  """The rankings or demonstrations that fit a row, in the order given."""
+  rankings = [
+    row
+    if isinstance(row, records.Comparison)
+    else records.Comparison(row.prompt, (row.response,), (1,), turns=row.turns)
+    for row in rows
+  ]
+  original = {id(ranking): row for ranking, row in zip(rankings, rows)}
+  kept = loader.fitting_comparisons(rankings, tokenizer, row_length)
+  return [original[id(ranking)] for ranking in kept]
+
+
+def draw_rows(rows: list, number: int, seed: int) -> list:
+  """At most `number` of the rows (0: all), drawn by seed, in their order."""
+  if not number or len(rows) <= number:
+    return rows
+  chosen = np.random.default_rng([seed, 3]).permutation(len(rows))[:number]
+  return [rows[i] for i in sorted(chosen)]
+
+
+def split_documents(config: ConfigDict) -> dict[str, list[records.Document]]:
+  """Documents of all sources by split; {} without a source."""
+  specs = [spec for spec in config.documents.split(',') if spec]
+  if not specs:
+    return {}
+  documents = [
+    document
+    for spec in specs
+    for document in sources.read_documents(
+      spec, words_per_document=config.words_per_document
+    )
+  ]
+  documents = draw_rows(documents, config.max_documents, config.seed)
+  order = np.random.default_rng([config.seed, 4]).permutation(len(documents))
+  num_valid = min(config.max_valid, round(len(documents) * 0.1))
+  if not num_valid:
+    raise ValueError(
+      f'documents: {len(documents)} pieces of text are too few to hold some '
+      'out; give more text, or lower words_per_document'
+    )
+  return {
+    'documents_valid': [documents[i] for i in order[:num_valid]],
+    'documents_train': [documents[i] for i in order[num_valid:]],
+  }
+
+
+def load_tokenizer(config: ConfigDict) -> tokenizer_lib.Tokenizer:
+  """The tokenizer of all stages: the model's with `template`, or a given one.
+
+  Raises:
+    ValueError: there is none, or it is another model's.
+  """
+  if config.tokenizer:
+    return tokenizer_lib.Tokenizer.load(config.tokenizer)
+  found = tokenizer_lib.Tokenizer.load(config.model)
+  template = config.template
+  if template == 'auto':
+    template = tokenizer_lib.CHAT if found.chat_template else ''
+  date = None
+  if template == tokenizer_lib.CHAT and tokenizer_lib.reads_clock(
+    found.chat_template
+  ):
+    date = datetime.date.fromisoformat(config.date)
+    run_lib.say(
+      f'{config.name}: the chat template reads the clock; it is told {date} '
+      'from now on (date)'
+    )
+  return found.with_format(template, (), date)
+
+
+def check_model(config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer) -> int:
+  """The model's context length in tokens, once it is known that it loads.
+
+  Raises:
+    ValueError: a family, config field, weights or tokenizer that does not fit.
+  """
+  model_folder.check(config.model, 'policy', tokenizer)
+  if model_folder.is_published(config.model):
+    hf.open_tensors(hub.locate(config.model))
+  return model_folder.shape_of(config.model).context_length
+
+
+def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
+  """Reads the sources, writes what the other stages read.
+
+  Writes tokenizer/, demonstrations_*, comparisons_*, judge_comparisons_*,
+  prompts_* and documents_* (.jsonl), lengths.json and hygiene.json.
+
+  Returns:
+    The number of records in each file, and of those that were left out.
+
+  Raises:
+    ValueError: a source that cannot be used, or too little of it.
+  """
+  validate(config)
+  tokenizer = load_tokenizer(config)
+  context_length = check_model(config, tokenizer)
+  files, lengths, report = make_records(config, tokenizer, context_length)
+  owned = ('*.jsonl', 'tokenizer/*')
+  with folders.writing(
+    workdir, owned, command='preferences', replace=True
+  ) as unfinished:
+    for name, rows in files.items():
+      records.write_jsonl(unfinished / f'{name}.jsonl', rows)
+    tokenizer.save(unfinished / 'tokenizer')
+  run_lib.write_json(workdir / LENGTHS_FILE, lengths)
+  run_lib.write_json(workdir / 'hygiene.json', report)
+  counts = {name: len(rows) for name, rows in files.items()}
+  shares = ', '.join(f'{v:.1%} of {k}' for k, v in lengths['dropped'].items())
+  run_lib.say(
+    f'{config.name}: prompt_length {lengths["prompt_length"]}, '
+    f'response_length {lengths["response_length"]}, row_length '
+    f'{lengths["row_length"]} tokens; beyond them: {shares}'
+  )
+  run_lib.say(
+    f'{config.name}: '
+    + ', '.join(f'{number} {name}' for name, number in counts.items())
+  )
+  for reason, number in report['left_out'].items():
+    run_lib.say(f'{config.name}: left out: {number} {reason}')
+  return {**counts, 'hygiene': report, 'lengths': lengths}
+
+
+def make_records(
+  config: ConfigDict,
+  tokenizer: tokenizer_lib.Tokenizer,
+  context_length: int,
+) -> tuple[dict[str, list], dict[str, Any], dict[str, Any]]:
+  """(file -> its records, `propose_lengths`, counts of what was left out)."""
+  skipped = collections.Counter()
+  given = {key: read(config, key, skipped) for key in KINDS}
+  comparisons, test = given['preferences']
+  # A set that is given for testing is used instead of a publisher's split.
+  test = sum(given['test_preferences'], []) or test
+  records.check_labels(comparisons, config.preferences)
+  demonstrations = given['demonstrations'][0]
+  lengths = propose_lengths(config, tokenizer, comparisons, context_length)
+
+  if test:
+    reserved = set(map(records.opening, test))
+    rows = (comparisons, demonstrations, given['prompts'][0])
+    before = sum(map(len, rows))
+    comparisons, demonstrations, prompts = (
+      [row for row in part if records.opening(row) not in reserved]
+      for part in rows
+    )
+    after = len(comparisons) + len(demonstrations) + len(prompts)
+    skipped['records that begin like one of the test set'] = before - after
+  else:
+    prompts = given['prompts'][0]
+  fractions = {'valid': config.valid_fraction}
+  if not test:
+    fractions['test'] = config.test_fraction
+  fractions['train'] = 1 - sum(fractions.values())
+  clean = functools.partial(
+    hygiene.clean,
+    tokenizer=tokenizer,
+    max_tokens=lengths['prompt_length'],
+    prefix_words=config.duplicate_prefix_words,
+    cap=config.prompts_per_user,
+    seed=config.seed,
+  )
+  splits, report = clean(
+    distinct_prompts((*comparisons, *demonstrations, *prompts)),
+    fractions=fractions,
+  )
+  if test:
+    held_out, _ = clean(
+      distinct_prompts(test), fractions={'test': 1.0}, training_split='test'
+    )
+    splits['test'] = held_out['test']
+  split_of = {
+    records.opening(prompt): name
+    for name, part in splits.items()
+    for prompt in part
+  }
+
+  def part(rows, name):
+    own = [row for row in rows if split_of.get(records.opening(row)) == name]
+    fitting = fitting_rows(own, tokenizer, lengths['row_length'])
+    skipped[f'{name} records longer than row_length'] += len(own) - len(fitting)
+    return fitting
+
+  files = {}
+  for split in ('train', 'valid'):
+    number = {'train': config.max_comparisons, 'valid': config.max_valid}[split]
+    reward, judge, crossed = judge_side(
+      part(comparisons, split), config.judge_fraction, config.seed
+    )
+    skipped[f'{split} rankings of a conversation of the other reward model'] = (
+      crossed
+    )
+    own = part(demonstrations, split)
+    if not config.demonstrations:
+      own = best_answers(reward)
+    if split == 'train':
+      own = draw_rows(own, config.max_demonstrations, config.seed)
+    else:
+      own = draw_rows(own, config.max_valid, config.seed)
+    files |= {
+      f'demonstrations_{split}': own,
+      f'comparisons_{split}': draw_rows(reward, number, config.seed),
+      f'judge_comparisons_{split}': draw_rows(judge, number, config.seed),
+    }
+  files['comparisons_test'] = test or part(comparisons, 'test')
+  files |= {f'prompts_{name}': rows for name, rows in splits.items()}
+  files |= split_documents(config)
+  empty = [name for name, rows in files.items() if not rows]
+  if empty:
+    raise ValueError(
+      f'nothing is left for {", ".join(empty)} of {len(comparisons)} rankings '
+      f'and {report.given} prompts; hygiene: {report.to_json()}'
+    )
+  skipped['rankings whose prompt data hygiene left out'] = sum(
+    records.opening(row) not in split_of for row in comparisons
+  )
+  counts = {reason: number for reason, number in skipped.items() if number}
+  return files, lengths, {**report.to_json(), 'left_out': counts}
