@@ -17,14 +17,13 @@ from ml_collections.config_dict import placeholder
 from configs import common, evaluate
 
 
-def get_config(argument: str = 'gold'):
-  if argument not in ('gold', 'reward'):
-    raise ValueError(f'unknown judge {argument!r}; known: gold, reward')
-  config = common.stage('best_of_n', 'best_of_n', 0, '')
+def stage(seed, workdir):
+  """Keys of `instruct_jax/jobs/best_of_n.py`."""
+  config = common.stage('best_of_n', 'best_of_n', seed, workdir)
   common.models(config)
   config.policy = ''  # Whose answers the best is taken of, and KL's reference.
   config.reward_model = ''  # The proxy: scalar folder that chooses.
-  config.judge = evaluate.JUDGES[argument]  # Dotted name.
+  config.judge = evaluate.JUDGES['gold']  # Dotted name.
   config.judge_model = ''  # reward: scalar folder.
   # gold: seed of the world that is judged. None: as in the run in whose folder
   # the prompts lie.
@@ -41,4 +40,13 @@ def get_config(argument: str = 'gold'):
   config.temperature = 1.0  # As in RL's rollouts.
   config.batch_size = 256  # Answers sampled at a time.
   config.num_bootstrap = 1000
+  return config
+
+
+def get_config(argument: str = 'gold'):
+  """The stage alone, with one of two judges."""
+  if argument not in ('gold', 'reward'):
+    raise ValueError(f'unknown judge {argument!r}; known: gold, reward')
+  config = stage(0, '')
+  config.judge = evaluate.JUDGES[argument]
   return common.single(config, argument)

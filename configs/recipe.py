@@ -16,7 +16,6 @@ Presets, after a colon, by what there is to spend:
 `instruct_jax/models/README.md` says more.
 """
 
-from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common, pipeline, reward
@@ -168,7 +167,10 @@ def wire(config) -> None:
   stages.judge.demonstrations = data + '/demonstrations_train.jsonl'
   pipeline.share_lora(config, stages.judge)
   for name, prefix in (('reward', ''), ('judge', 'judge_')):
-    for key, split in (('comparisons', 'train'), ('valid_comparisons', 'valid')):
+    for key, split in (
+      ('comparisons', 'train'),
+      ('valid_comparisons', 'valid'),
+    ):
       stages[name][key] = data + f'/{prefix}comparisons_{split}.jsonl'
   for name in ('sft', 'rl_init'):
     stages[name].init = config.get_ref('model')

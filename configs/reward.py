@@ -33,7 +33,8 @@ def stage(seed, workdir, name='reward'):
   config.init = ''  # Policy folder whose trunk the reward model starts from.
   config.comparisons = ''  # JSONL of rankings.
   config.valid_comparisons = ''
-  config.demonstrations = ''  # Their mean score becomes 0 (3.5).
+  # Their mean score becomes 0 (3.5); '' takes the ranked answers instead.
+  config.demonstrations = ''
   config.max_comparisons = 0  # Use only the first N; 0 is all.
   config.max_valid_comparisons = 0  # As well.
   config.max_candidates = 9  # C: K is 4 to 9 (3.5).

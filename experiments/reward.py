@@ -49,8 +49,9 @@ def validate(config):
 
 def inputs(config):
   """What this stage reads, by config key."""
-  keys = ('tokenizer', 'init', 'comparisons', 'valid_comparisons')
-  return {key: config[key] for key in (*keys, 'demonstrations')}
+  keys = ['tokenizer', 'init', 'comparisons', 'valid_comparisons']
+  keys += ['demonstrations'] * bool(config.demonstrations)
+  return {key: config[key] for key in keys}
 
 
 def build_programs(config, module, num_steps):
@@ -172,10 +173,12 @@ def run(config, workdir: epath.Path):
       config, workdir, config.name, rows, model, config.seed
     )
 
-    # Demonstrations score 0 on average.
-    demonstrations = rankings.demonstration_rows(config, tokenizer)
+    # Demonstrations score 0 on average; without any, the ranked answers do.
+    shown = rows
+    if config.demonstrations:
+      shown = rankings.demonstration_rows(config, tokenizer)
     score = score_fn(config, programs, lora.join(params, model.base))
-    scores = score(demonstrations)
+    scores = score(shown)[shown.mask.any(axis=2)]
     shift = float(np.mean(scores, dtype=np.float64))
     params = {**params, 'head_bias': params['head_bias'] - jnp.float32(shift)}
 

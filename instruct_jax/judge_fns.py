@@ -38,10 +38,11 @@ def find(name: str) -> type[judges.Judge]:
 
 
 def source_of(name: str) -> dict[str, str]:
-  """`score_fns.source_of` a judge; {} of a judge of this package."""
+  """`score_fns.source_of` a judge; no Python file of this package."""
+  files = score_fns.source_of(name, 'judge')
   if name.startswith(f'{__package__}.'):
-    return {}
-  return score_fns.source_of(name, 'judge')
+    files = {k: path for k, path in files.items() if not path.endswith('.py')}
+  return files
 
 
 class Function(judges.Judge):

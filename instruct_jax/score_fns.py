@@ -16,6 +16,7 @@ It returns one finite number each. Of several processes each calls it for its
 own responses.
 """
 
+import functools
 import importlib
 import inspect
 import math
@@ -86,19 +87,22 @@ def find(name: str, key: str = 'reward_fn') -> Any:
   """The function, class or value of a dotted name.
 
   Args:
-    name: say 'mypackage.rewards.brevity'.
+    name: say 'mypackage.rewards.brevity'; with '@FILE' behind it, the function
+      gets the file's path as its argument `file`.
     key: of the config that holds it, for the error.
 
   Raises:
     ValueError: there is none; key, name and the reason are given.
   """
-  module_name, _, own_name = name.rpartition('.')
+  dotted, _, file = name.partition('@')
+  module_name, _, own_name = dotted.rpartition('.')
   if not module_name:
     raise ValueError(f'{key} {name!r} is no dotted name, say package.module.f')
   try:
-    return getattr(importlib.import_module(module_name), own_name)
+    found = getattr(importlib.import_module(module_name), own_name)
   except (ImportError, AttributeError) as error:
     raise ValueError(f'{key} {name!r}: {error}') from error
+  return functools.partial(found, file=file) if file else found
 
 
 def find_function(name: str) -> TextScoreFn:
@@ -117,10 +121,10 @@ def find_function(name: str) -> TextScoreFn:
 
 
 def source_of(name: str, key: str = 'reward_fn') -> dict[str, str]:
-  """`{key.name: file}`, the Python file that defines what has a dotted name.
+  """What a dotted name stands for: its Python file, and the file behind '@'.
 
-  As an input of its stage its contents are compared when the stage goes on. {}
-  where there is no such file, as of a builtin function.
+  As inputs of a stage their contents are compared when the stage goes on. {}
+  where there is no Python file, as of a builtin function.
 
   Args:
     name: dotted; behind a function's name its weight may stand. A label with
@@ -130,12 +134,13 @@ def source_of(name: str, key: str = 'reward_fn') -> dict[str, str]:
   Raises:
     ValueError: there is nothing of this name.
   """
-  dotted = name.partition('=')[0]
+  dotted, _, read = name.partition('=')[0].partition('@')
   found, module = find(dotted, key), dotted.rpartition('.')[0]
+  files = {f'{key}.{name}/file': read} if read else {}
   if inspect.isroutine(found) or inspect.isclass(found):
     module = found.__module__
   file = getattr(sys.modules.get(module), '__file__', None) or ''
-  return {f'{key}.{name}': file} if file.endswith('.py') else {}
+  return files | ({f'{key}.{name}': file} if file.endswith('.py') else {})
 
 
 def parse_weights(text: str) -> dict[str, float]:

@@ -120,6 +120,9 @@ FLOORS = {
     'miniature',
     'infra',
     'evals',
+    'hub',
+    *MODELS,
+    'models.hf',
     'judge_fns',
   ),
   # 3: predictions and samples arrive as functions.
@@ -187,6 +190,18 @@ FLOORS = {
     'sampling',
     'experiments',
   ),
+  'jobs.recipe': (
+    'types',
+    *MODELS,
+    'models.config',
+    'data.tokenizer',
+    'infra',
+    'judge_fns',
+    'queries',
+    'worlds.preferences',
+    'jobs.plan',
+  ),
+  'jobs.export_models': ('export', 'model_folder', 'infra'),
   'jobs.speed': (
     'types',
     *MATHS,

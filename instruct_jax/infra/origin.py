@@ -205,7 +205,10 @@ def stages_behind(
       if run.is_done(own):
         done = run.read_json(own / run.DONE_FILE)
         found[folder, name] = Stage(
-          own, _measured(folder, stages[name]), done['info'] or {}, done['seconds']
+          own,
+          _measured(folder, stages[name]),
+          done['info'] or {},
+          done['seconds'],
         )
   return found
 

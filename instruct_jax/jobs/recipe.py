@@ -8,15 +8,21 @@ rematerialisation for the device; a run that goes on keeps what it chose.
 import dataclasses
 import os
 import time
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from instruct_jax import judge_fns, model_folder
+from instruct_jax import judge_fns, model_fns, model_folder, queries
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.infra import cost, sharding
 from instruct_jax.infra import run as run_lib
+from instruct_jax.jobs import plan
 from instruct_jax.models.config import TransformerConfig
+from instruct_jax.types import PromptBatch
 from instruct_jax.worlds import preferences
 
 # Bytes of a weight in PPO: policy and value model with gradient and two moments
@@ -64,13 +70,15 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> bool:
   """
   preferences.validate(config.stages.data)
   tokenizer = preferences.load_tokenizer(config.stages.data)
-  preferences.check_model(config.stages.data, tokenizer)
+  context_length = preferences.check_model(config.stages.data, tokenizer)
   with config.unlocked():
     leave_out_stages(config)
     compare_models(config)
     choice = choose(config, workdir)
     apply(config, choice)
   run_lib.say(f'recipe: {choice.why}')
+  if config.dry_run:
+    describe(config, tokenizer, context_length)
   return not config.dry_run
 
 
@@ -223,3 +231,190 @@ def apply(config: ConfigDict, choice: Choice) -> None:
     for key in ('learning_rate', 'value_learning_rate'):
       if choice.rank and key in stage:
         stage[key] = stage[key] * config.lora_rate
+
+
+# --- A dry run ----------------------------------------------------------------
+
+
+def describe(
+  config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer, context_length: int
+) -> None:
+  """Prints stages, sizes, memory and time; nothing is written.
+
+  Memory is the compiler's. Time is that of one measured step of SFT, and of one
+  measured sampled token, times the work of each stage.
+  """
+  data = config.stages.data
+  files, lengths, report = preferences.make_records(
+    data, tokenizer, context_length
+  )
+  run_lib.say(preferences.describe_lengths('data', lengths))
+  for name, rows in files.items():
+    run_lib.say(f'data: {len(rows):,} {name}')
+  for reason, number in report['left_out'].items():
+    run_lib.say(f'data: left out: {number:,} {reason}')
+  stages = {}
+  for name in config.stage_order:
+    stages[name] = config.stages[name].copy_and_resolve_references()
+    for key, value in lengths.items():
+      if key in stages[name] and stages[name][key] is None:
+        stages[name][key] = value
+  trained = {n: work_of(n, s, files, tokenizer) for n, s in stages.items()}
+  mesh = sharding.make_mesh(config.mesh)
+  shape = dataclasses.replace(
+    model_folder.shape_of(config.model),
+    compute_dtype=stages['ppo'].compute_dtype,
+    vocab_multiple=128,
+  )
+  measured = measure(shape, stages, mesh)
+  total = 0.0
+  for name, work in trained.items():
+    if work is None:
+      continue
+    seconds = (
+      work.num_steps * measured.seconds(work.program)
+      + work.num_tokens * measured.token_seconds
+    )
+    total += seconds
+    memory = measured.memory.get(work.program, 0)
+    run_lib.say(
+      f'{name}: {work.num_steps:,} steps, {memory / 2**30:.1f} GiB, about '
+      f'{seconds / 60:.0f} min'
+    )
+  run_lib.say(f'all stages: about {total / 3600:.1f} h on this device')
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What a stage does.
+
+  Attributes:
+    program: that takes its time, 'sft', 'reward', 'train' or ''.
+    num_steps: of that program.
+    num_tokens: sampled one after the other, in all slots at a time.
+  """
+
+  program: str
+  num_steps: int
+  num_tokens: int
+
+
+def work_of(name, stage, files, tokenizer) -> Work | None:
+  """The work of a stage; None of those that take seconds."""
+  if name in ('sft', 'rl_init'):
+    rows = files['demonstrations_train']
+    texts = [row.prompt + row.response for row in rows]
+    tokens = sum(map(len, tokenizer.encode_batch(texts)))
+    num_rows = -(-tokens // stage.row_length)
+    steps = stage.num_epochs * max(1, num_rows // stage.batch_size)
+    return Work('sft', steps, 0)
+  if name in ('reward', 'judge'):
+    prefix = 'judge_' * (name == 'judge')
+    rows = files[f'{prefix}comparisons_train']
+    steps = max(1, len(rows) // stage.batch_size)
+    return Work('reward', stage.num_epochs * steps, 0)
+  if name in ('ppo', 'ppo_ptx'):
+    iterations = stage.num_episodes // stage.batch_size
+    return Work('train', iterations, iterations * stage.response_length)
+  if name in ('select', 'evaluate'):
+    models = 6 if name == 'evaluate' else 2
+    batches = -(-stage.num_prompts // stage.batch_size)
+    return Work('', 0, models * batches * stage.response_length)
+  return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """What was compiled and timed.
+
+  Attributes:
+    memory: program -> bytes on a device.
+    flops: program -> operations of one call.
+    rate: operations a second of the measured program.
+    token_seconds: of one sampled token in every slot.
+  """
+
+  memory: Mapping[str, float]
+  flops: Mapping[str, float]
+  rate: float
+  token_seconds: float
+
+  def seconds(self, program: str) -> float:
+    """Of one call of a program, by its operations."""
+    return self.flops.get(program, 0.0) / self.rate
+
+
+def measure(shape: TransformerConfig, stages, mesh) -> Measured:
+  """Compiles SFT's, the reward model's and PPO's updates; times the first."""
+  rl_stage = stages['ppo']
+  described = ConfigDict(
+    {
+      'policy': shape.to_dict(),
+      'scalar': shape.to_dict(),
+      'ppo': stages.get('ppo_ptx', rl_stage),
+      'num_reward_rows': 1,
+    }
+  )
+  parts = {'train': rl_stage.num_microbatches}
+  for name in ('sft', 'reward'):
+    if name in stages:
+      described[name] = stages[name]
+      parts[name] = stages[name].num_microbatches
+  if 'reward' in parts:
+    described.num_reward_rows = stages['reward'].batch_size * 2
+  memory, flops, seconds = {}, {}, {}
+  with sharding.use_mesh(mesh):
+    for name in sorted(parts, key=lambda name: name != 'sft'):
+      program, arguments, resident = plan.build(
+        name, described, mesh, rl_stage.remat, parts[name]
+      )
+      traced = program.trace(*arguments)
+      flops[name] = cost.flops(traced.jaxpr)
+      compiled = traced.lower().compile()
+      found = compiled.memory_analysis()
+      memory[name] = found.temp_size_in_bytes + sum(
+        map(cost.bytes_per_chip, resident.values())
+      )
+      if not seconds:
+        seconds[name] = timed(compiled, arguments)
+    policy = model_fns.init('policy', shape, mesh, jax.random.key(0))
+    token_seconds = timed_token(policy, rl_stage, mesh)
+  ((first, taken),) = seconds.items()
+  return Measured(memory, flops, flops[first] / taken, token_seconds)
+
+
+def timed(compiled, arguments) -> float:
+  """Seconds of a call on arrays of ones; the second of two calls."""
+
+  def filled(x):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return jax.random.key(0)
+    return jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding)
+
+  taken = 0.0
+  for _ in range(2):
+    own = jax.tree.map(filled, arguments)
+    begin = time.perf_counter()
+    jax.block_until_ready(compiled(*own))
+    taken = time.perf_counter() - begin
+  return taken
+
+
+def timed_token(policy: model_fns.Model, stage, mesh, num_tokens=8) -> float:
+  """Seconds of one sampled token in every slot, reading of prompts included."""
+  generate = queries.generate_program(
+    policy.module, num_tokens, (), 1.0, stage.num_slots
+  )
+  B, P = stage.batch_size, stage.prompt_length
+  prompts = PromptBatch(
+    tokens=np.ones((B, P), np.int32),
+    mask=np.ones((B, P), bool),
+    indices=np.arange(B, dtype=np.int32),
+  )
+  taken = 0.0
+  for _ in range(2):
+    begin = time.perf_counter()
+    batch = sharding.put_batch(prompts, mesh)
+    jax.block_until_ready(generate(policy.params, batch, jax.random.key(0)))
+    taken = time.perf_counter() - begin
+  return taken / num_tokens

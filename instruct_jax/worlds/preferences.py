@@ -10,7 +10,7 @@ of rows are measured in tokens of the model and written to lengths.json.
 import collections
 import datetime
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -287,6 +287,16 @@ def propose_lengths(
   }
 
 
+def describe_lengths(name: str, lengths: Mapping[str, Any]) -> str:
+  """One line for users about `propose_lengths`."""
+  shares = ', '.join(f'{v:.1%} of {k}' for k, v in lengths['dropped'].items())
+  return (
+    f'{name}: prompt_length {lengths["prompt_length"]}, response_length '
+    f'{lengths["response_length"]}, row_length {lengths["row_length"]} tokens; '
+    f'beyond them: {shares}'
+  )
+
+
 # --- Splits -------------------------------------------------------------------
 
 
@@ -364,9 +374,13 @@ def fitting_rows(
     else records.Comparison(row.prompt, (row.response,), (1,), turns=row.turns)
     for row in rows
   ]
-  original = {id(ranking): row for ranking, row in zip(rankings, rows)}
-  kept = loader.fitting_comparisons(rankings, tokenizer, row_length)
-  return [original[id(ranking)] for ranking in kept]
+  fitting = loader.fitting_comparisons(rankings, tokenizer, row_length)
+  kept = set(map(id, fitting))
+  return [
+    row
+    for row, ranking in zip(rows, rankings, strict=True)
+    if id(ranking) in kept
+  ]
 
 
 def draw_rows(rows: list, number: int, seed: int) -> list:
@@ -465,12 +479,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
   run_lib.write_json(workdir / LENGTHS_FILE, lengths)
   run_lib.write_json(workdir / 'hygiene.json', report)
   counts = {name: len(rows) for name, rows in files.items()}
-  shares = ', '.join(f'{v:.1%} of {k}' for k, v in lengths['dropped'].items())
-  run_lib.say(
-    f'{config.name}: prompt_length {lengths["prompt_length"]}, '
-    f'response_length {lengths["response_length"]}, row_length '
-    f'{lengths["row_length"]} tokens; beyond them: {shares}'
-  )
+  run_lib.say(describe_lengths(config.name, lengths))
   run_lib.say(
     f'{config.name}: '
     + ', '.join(f'{number} {name}' for name, number in counts.items())

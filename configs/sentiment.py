@@ -1,0 +1,166 @@
+"""Positive continuations (Ziegler et al. 2019, section 3.1), from any model.
+
+  python -m instruct_jax.main --config=configs/sentiment.py \\
+    --config.model=hf:HuggingFaceTB/SmolLM2-135M-Instruct \\
+    --config.documents=BOOKS --config.labels=SST2/train.tsv \\
+    --config.valid_labels=SST2/dev.tsv
+
+PPO twice from the model itself: `ppo` against a classifier of sentiment, a
+Python function, and `ppo_learned` against a reward model that learned from
+rankings of K = 4 answers by simulated labelers who know the classifier, with
+noise. Report, samples and `best_of_n/frontier.png` show what each gains, and
+what it costs in KL. SmolLM2-135M: about half an hour on two cores.
+
+`:smoke` runs every stage, as little as still runs.
+"""
+
+from configs import best_of_n, common, evaluate, reward, rl
+
+SCORE = 'instruct_jax.worlds.sentiment.positive@'
+
+
+def data_stage(seed, workdir):
+  """Keys of `instruct_jax/worlds/sentiment.py`."""
+  config = common.stage('data', 'instruct_jax.worlds.sentiment', seed, workdir)
+  config.model = ''
+  config.documents = ''  # Text whose openings are the prompts.
+  config.labels = ''  # sentence<TAB>label, as SST-2's train.tsv.
+  config.valid_labels = ''  # Its dev.tsv, to measure the classifier on.
+  config.words_per_document = 60
+  config.num_prompt_tokens = 8
+  config.num_train_prompts = 4_000
+  config.num_valid_prompts = 100
+  config.num_test_prompts = 300
+  return config
+
+
+def rank_stage(seed, workdir):
+  """Keys of `instruct_jax/jobs/rank.py`."""
+  config = common.stage('rank', 'rank', seed, workdir)
+  common.models(config)
+  config.tokenizer = ''
+  config.model = ''  # Whose answers are ranked.
+  config.prompts = ''
+  config.num_prompts = 300  # At the most, drawn by seed.
+  config.valid_prompts = ''
+  config.num_valid_prompts = 60
+  config.num_candidates = 4  # K (Ziegler et al.).
+  config.score_fn = ''  # What labelers know: NAME or NAME@FILE.
+  config.num_labelers = 20
+  config.labeler_noise = 0.1  # Standard deviation, in units of the score.
+  config.prompt_length = 8
+  config.response_length = 24
+  config.temperature = 1.0
+  config.batch_size = 100  # Answers sampled at a time.
+  return config
+
+
+def numbers(config) -> None:
+  """Settings for models of some 100 M parameters; none is the paper's."""
+  stages = config.stages
+  stages.reward.max_candidates = 4
+  # Decoded and encoded again an answer may be longer, and its end comes.
+  stages.reward.row_length = 40
+  stages.reward.batch_size = 10
+  stages.reward.learning_rate = 2e-5
+  stages.reward.eval_batch_size = 30
+  for each in (stages.ppo, stages.ppo_learned):
+    each.prompt_length = 8
+    each.response_length = 24
+    each.num_episodes = 2_560
+    each.batch_size = 64
+    each.num_minibatches = 4
+    each.learning_rate = 1e-5
+    each.value_learning_rate = 2e-5
+    each.num_warmup_iterations = 4
+    each.kl_coef = 0.02
+    each.checkpoint_every = 10
+    each.snapshot_every = 10
+    each.ema_decay = 0.97  # Of 160 updates.
+  # A score's spread is some 1.5, the classifier's 0.3.
+  stages.ppo_learned.kl_coef = 0.1
+  stages.evaluate.num_prompts = 300
+  stages.evaluate.batch_size = 100
+  stages.best_of_n.num_prompts = 64
+  stages.best_of_n.num_samples = 8
+  stages.best_of_n.batch_size = 100
+
+
+def smoke(config) -> None:
+  """Every stage, as little of it as still runs."""
+  stages = config.stages
+  for split, number in (('train', 40), ('valid', 8), ('test', 8)):
+    stages.data[f'num_{split}_prompts'] = number
+  stages.rank.num_prompts, stages.rank.num_valid_prompts = 16, 4
+  stages.rank.batch_size = 16
+  stages.reward.batch_size = 4
+  for each in (stages.ppo, stages.ppo_learned):
+    each.num_episodes, each.batch_size = 16, 8
+    each.num_minibatches = 2
+    each.snapshot_every = 1
+  stages.evaluate.num_prompts = 8
+  stages.evaluate.num_bootstrap = 200
+  stages.best_of_n.num_prompts = 8
+  stages.best_of_n.num_bootstrap = 200
+
+
+def get_config(variant: str = ''):
+  """The whole demonstration."""
+  if variant not in ('', 'smoke'):
+    raise ValueError(f'unknown variant {variant!r}; known: smoke')
+  config = common.root('sentiment')
+  seed, workdir = config.get_ref('seed'), config.get_ref('workdir')
+  data, stages = workdir + '/data', config.stages
+  stages.data = data_stage(seed, workdir)
+  for key in ('model', 'documents', 'labels', 'valid_labels'):
+    config[key] = ''
+    stages.data[key] = config.get_ref(key)
+  config.compute_dtype = ''  # Of all stages; '' is float32.
+  score = SCORE + data + '/classifier.json'
+  model = config.get_ref('model')
+  stages.rank = rank_stage(seed, workdir)
+  stages.rank.model = model
+  stages.rank.score_fn = score
+  stages.rank.prompts = data + '/prompts_train.jsonl'
+  stages.rank.valid_prompts = data + '/prompts_valid.jsonl'
+  stages.reward = reward.stage(seed, workdir)
+  stages.reward.init = model
+  stages.reward.comparisons = workdir + '/rank/comparisons_train.jsonl'
+  stages.reward.valid_comparisons = workdir + '/rank/comparisons_valid.jsonl'
+  stages.reward.demonstrations = ''  # The mean of a score is of no matter.
+  for name in ('ppo', 'ppo_learned'):
+    each = stages[name] = rl.stage(seed, workdir, name)
+    each.init = model
+    each.prompts = data + '/prompts_train.jsonl'
+    each.ptx_coef = 0.0
+  stages.ppo.reward_fn = score
+  stages.ppo_learned.reward_model = workdir + '/reward/model'
+  stages.best_of_n = best_of_n.stage(seed, workdir)
+  stages.best_of_n.policy = model
+  stages.best_of_n.rl = (
+    'ppo=' + workdir + '/ppo,ppo_learned=' + workdir + '/ppo_learned'
+  )
+  stages.evaluate = evaluate.stage(seed, workdir)
+  stages.evaluate.models = (
+    'before=' + model + ',ppo=' + workdir + '/ppo/policy,ppo_learned='
+    + workdir + '/ppo_learned/policy'
+  )  # fmt: skip
+  stages.evaluate.baseline = stages.evaluate.reference = 'before'
+  stages.evaluate.pairs = 'ppo_learned=ppo'
+  stages.evaluate.world = 'instruct_jax.worlds.sentiment.WORLD'
+  for each in (stages.best_of_n, stages.evaluate):
+    each.judge = score
+    each.reward_model = workdir + '/reward/model'
+    each.prompts = data + '/prompts_test.jsonl'
+  config.stage_order = (
+    'data', 'rank', 'reward', 'ppo', 'ppo_learned', 'best_of_n', 'evaluate',
+  )  # fmt: skip
+  for name in config.stage_order[1:]:
+    stages[name].tokenizer = data + '/tokenizer'
+    stages[name].compute_dtype = config.get_ref('compute_dtype')
+    stages[name].mesh = config.get_ref('mesh')
+  numbers(config)
+  if variant == 'smoke':
+    smoke(config)
+  config.lock()
+  return config

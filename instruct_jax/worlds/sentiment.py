@@ -1,0 +1,230 @@
+"""Sentiment: a language model continues text, and positive text is rewarded.
+
+The first demonstration of RL from human preferences on language models (Ziegler
+et al. 2019, section 3.1), and TRL's. The reward is a classifier of reviews,
+trained here on the labels of SST-2 (Socher et al. 2013): a logistic regression
+on n-grams, in log-odds of 'positive' from 0 to 1. Prompts are openings of
+passages of books, or of any other text.
+"""
+
+import collections
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from instruct_jax.data import records, sources
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals import figures, win_rate
+from instruct_jax.evals.benchmarks import text_judges
+from instruct_jax.infra import run as run_lib
+
+PROCESSES = 'first'
+
+CLASSIFIER_FILE = 'classifier.json'
+_PENALTY = 0.1  # Of the classifier's weights; chosen on held-out labels.
+
+
+# --- The classifier -----------------------------------------------------------
+
+
+def train_classifier(path: epath.PathLike) -> text_judges.Classifier:
+  """The classifier of a file of SST-2's: `sentence<TAB>label`.
+
+  Raises:
+    RecordError: the file is missing or not of this form.
+  """
+  texts, labels = read_labels(path)
+  features = list(map(text_judges.text_features, texts))
+  return text_judges.fit(features, labels, _PENALTY)
+
+
+def read_labels(path: epath.PathLike) -> tuple[list[str], list[int]]:
+  """(texts, 1 for positive or 0) of a file of SST-2's."""
+  texts, labels = [], []
+  lines = records.read_text(path).split('\n')
+  for number, line in enumerate(lines, start=1):
+    if not line or (number == 1 and line == 'sentence\tlabel'):
+      continue
+    sentence, _, label = line.rpartition('\t')
+    if label not in ('0', '1') or not sentence.strip():
+      raise records.RecordError(
+        f'{path}:{number}: expected sentence<TAB>0 or 1, found {line[:60]!r}'
+      )
+    texts.append(sentence)
+    labels.append(int(label))
+  return texts, labels
+
+
+def save_classifier(
+  path: epath.PathLike, classifier: text_judges.Classifier
+) -> None:
+  """Writes a classifier as JSON: feature -> [rarity, weight], and the bias."""
+  columns = zip(
+    classifier.columns,
+    classifier.rarity.tolist(),
+    classifier.weights.tolist(),
+    strict=True,
+  )
+  found = {name: values for name, *values in columns}
+  content = {'bias': classifier.bias, 'features': found}
+  records.write_bytes(path, json.dumps(content).encode())
+
+
+@functools.lru_cache(maxsize=2)
+def load_classifier(path: str) -> text_judges.Classifier:
+  """What `save_classifier` wrote."""
+  content = records.read_json(path)
+  features = content['features']
+  rarity, weights = np.array(list(features.values())).T
+  columns = {name: number for number, name in enumerate(features)}
+  return text_judges.Classifier(columns, rarity, weights, content['bias'])
+
+
+def positive(
+  prompts: list[str],
+  responses: list[str],
+  metadata: list[dict[str, Any]],
+  file: str,
+) -> np.ndarray:
+  """P(positive) of each response, a `reward_fn` and a judge.
+
+  Args:
+    prompts: not looked at: what the policy was given is none of its doing.
+    responses: of each prompt.
+    metadata: not looked at.
+    file: of the classifier, behind the function's name: NAME@FILE.
+  """
+  del prompts, metadata
+  features = list(map(text_judges.text_features, responses))
+  return load_classifier(file).probabilities(features)
+
+
+# --- The report ---------------------------------------------------------------
+
+
+def distinct(texts: Sequence[str], size: int) -> float:
+  """Different n-grams of words over all n-grams (Li et al. 2016).
+
+  Args:
+    texts: of one model.
+    size: words of an n-gram.
+  """
+  found = collections.Counter()
+  for text in texts:
+    words = text.lower().split()
+    found.update(
+      tuple(words[i : i + size]) for i in range(len(words) - size + 1)
+    )
+  return len(found) / max(1, found.total())
+
+
+def make_tables(
+  prompts: Sequence[records.Prompt], texts: Mapping[str, Sequence[str]]
+) -> dict[str, figures.Rows]:
+  """How much a model repeats itself, from one answer to the next."""
+  del prompts
+  rows = {}
+  for name, several in texts.items():
+    commonest = collections.Counter(several).most_common(1)[0][1]
+    rows[name] = {
+      **{f'distinct-{size}': distinct(several, size) for size in (1, 2, 3)},
+      'share of the commonest answer': commonest / len(several),
+    }
+  return {'Diversity of the answers': rows}
+
+
+WORLD = figures.World(
+  about='Continuations of openings of books; a classifier of the sentiment of '
+  'film reviews (SST-2) scores them, and simulated labelers rank them by it.',
+  has_people=False,
+  tables_fn=make_tables,
+)
+
+
+# --- The data stage -----------------------------------------------------------
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks that model, text and labels are given."""
+  for key in ('model', 'documents', 'labels'):
+    if not config[key]:
+      raise ValueError(f'{key} is empty; give --config.{key}=PATH')
+
+
+def inputs(config: ConfigDict) -> dict[str, str]:
+  """What this stage reads, by config key."""
+  keys = ('model', 'documents', 'labels', 'valid_labels')
+  return {key: config[key] for key in keys if config[key]}
+
+
+def make_prompts(
+  config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer
+) -> list[records.Prompt]:
+  """Openings of pieces of text, `num_prompt_tokens` tokens each, shuffled.
+
+  Raises:
+    ValueError: fewer than the config wants.
+  """
+  documents = sources.read_documents(
+    config.documents, words_per_document=config.words_per_document
+  )
+  order = np.random.default_rng([config.seed, 1]).permutation(len(documents))
+  wanted = sum(
+    config[f'num_{split}_prompts'] for split in ('train', 'valid', 'test')
+  )
+  found = {}
+  for number in order:
+    if len(found) == wanted:
+      return list(found.values())
+    ids = tokenizer.encode(documents[number].text)
+    if len(ids) <= config.num_prompt_tokens:
+      continue
+    text = tokenizer.decode(ids[: config.num_prompt_tokens])
+    # Cut inside a character, or where another cut gives the same ids.
+    if len(tokenizer.encode(text)) == config.num_prompt_tokens:
+      found.setdefault(text, records.Prompt(id=f'p{len(found)}', text=text))
+  raise ValueError(
+    f'documents: {len(documents)} pieces give {len(found)} different openings '
+    f'of {config.num_prompt_tokens} tokens; {wanted} are wanted'
+  )
+
+
+def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
+  """Writes prompts_*.jsonl, tokenizer/ and the classifier.
+
+  Returns:
+    Numbers of prompts, and the classifier's accuracy on held-out labels.
+  """
+  validate(config)
+  tokenizer = tokenizer_lib.Tokenizer.load(config.model).with_format('', ())
+  prompts = make_prompts(config, tokenizer)
+  tokenizer.save(workdir / 'tokenizer')
+  counts, start = {}, 0
+  for split in ('train', 'valid', 'test'):
+    number = config[f'num_{split}_prompts']
+    counts[split] = number
+    records.write_jsonl(
+      workdir / f'prompts_{split}.jsonl', prompts[start : start + number]
+    )
+    start += number
+  classifier = train_classifier(config.labels)
+  save_classifier(workdir / CLASSIFIER_FILE, classifier)
+  if config.valid_labels:
+    texts, labels = read_labels(config.valid_labels)
+    features = list(map(text_judges.text_features, texts))
+    right = (classifier.logits(features) > 0) == np.array(labels, bool)
+    accuracy = win_rate.share_interval(
+      right.astype(float), list(range(len(right))), num_bootstrap=1000
+    )
+    counts['accuracy'] = [accuracy.mean, accuracy.low, accuracy.high]
+    run_lib.say(
+      f'{config.name}: the classifier is right on {accuracy.mean:.3f} '
+      f'[{accuracy.low:.3f}, {accuracy.high:.3f}] of {len(right)} held-out '
+      'labels'
+    )
+  return counts
