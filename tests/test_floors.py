@@ -229,7 +229,7 @@ FLOORS = {
     ),
   ),
   # 5: runs experiments and jobs by name.
-  'main': ('types', 'files', 'command', 'infra'),
+  'main': ('types', 'files', 'command', 'infra', 'score_fns'),
   # Names and numbers only; the shapes of published models are such numbers.
   'configs': ('configs', 'models.config'),
 }

@@ -152,8 +152,9 @@ def memory_bytes() -> float:
   """Of all devices together, or of the machine where they are CPUs."""
   devices = jax.devices()
   if devices[0].platform == 'cpu':
-    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-  return sum((d.memory_stats() or {}).get('bytes_limit', 0) for d in devices)
+    return float(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
+  stats = [device.memory_stats() or {} for device in devices]
+  return float(sum(found.get('bytes_limit', 0) for found in stats))
 
 
 def bfloat16_gain(size: int = 1024) -> float:

@@ -1,0 +1,451 @@
+"""A published folder and preferences, by one command, to a report."""
+
+import collections
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import recipe as recipe_config
+from configs import sentiment as sentiment_config
+from instruct_jax import model_fns, score_fns
+from instruct_jax.data import records
+from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.infra import pipeline, run, sharding
+from instruct_jax.jobs import rank, recipe
+from instruct_jax.models import hf
+from instruct_jax.models.config import Rotary, TransformerConfig
+from instruct_jax.worlds import preferences, sentiment
+from tests import published
+
+LLAMA = TransformerConfig(
+  vocab_size=259,
+  context_length=128,
+  num_layers=1,
+  width=24,
+  num_heads=4,
+  head_dim=6,
+  mlp_dim=16,
+  vocab_multiple=1,
+  num_kv_heads=2,
+  norm='rms',
+  rotary=Rotary(dim=6),
+  gated_mlp=True,
+  activation='silu',
+  qkv_bias=False,
+  out_bias=False,
+  mlp_bias=False,
+  tied=False,
+)
+
+
+def write_model(folder: pathlib.Path, **options) -> str:
+  """A random model with a chat template and two tokens that end answers."""
+  mesh = sharding.make_mesh((1, -1, 1))
+  model = model_fns.init('policy', LLAMA, mesh, jax.random.key(1))
+  folder.mkdir(parents=True)
+  hf.save(folder, LLAMA, model.params)
+  options = {'template': published.TEMPLATE} | options
+  published.save_byte_tokenizer(folder, **options)
+  return str(folder)
+
+
+def hh_line(number: int, answer: str = '') -> str:
+  """A dialogue of two turns, or of four, in the format of the HH files."""
+  asked = f'\n\nHuman: What is {number}?\n\nAssistant: '
+  if number % 3 == 0:
+    asked = f'\n\nHuman: Hi {number}\n\nAssistant: Yes?{asked}'
+  better = answer or f'It is {number}.'
+  return json.dumps({'chosen': f'{asked}{better}', 'rejected': f'{asked}No.'})
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> pathlib.Path:
+  """Preferences with a publisher's test split, documents, and a model."""
+  folder = tmp_path_factory.mktemp('given')
+  write_model(folder / 'model')
+  (folder / 'hh').mkdir()
+  lines = [hh_line(number) for number in range(150)]
+  (folder / 'hh' / 'train.jsonl').write_text('\n'.join(lines))
+  # One of them is in the training file, too.
+  lines = [hh_line(number) for number in range(149, 170)]
+  (folder / 'hh' / 'test.jsonl').write_text('\n'.join(lines))
+  texts = [records.Document(f'The number {i} is a number.') for i in range(90)]
+  records.write_jsonl(folder / 'documents.jsonl', texts)
+  return folder
+
+
+def make_config(data, **changes):
+  config = recipe_config.get_config('smoke')
+  with config.unlocked():
+    config.model = str(data / 'model')
+    config.preferences = f'hh:{data / "hh"}'
+    config.documents = str(data / 'documents.jsonl')
+    config.compute_dtype = 'float32'
+    config.stages.data.max_prompt_length = 72
+    for key, value in changes.items():
+      config[key] = value
+  return config
+
+
+def prepared(config, workdir):
+  """The config after `prepare`; its stages know the work directory."""
+  assert recipe.prepare(config, epath.Path(workdir)) != config.dry_run
+  with config.unlocked():
+    config.workdir = str(workdir)
+  return config
+
+
+def go(config, workdir):
+  assert recipe.prepare(config, epath.Path(workdir))
+  described = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.workdir = str(workdir)
+  pipeline.run_all(config, epath.Path(workdir), described)
+
+
+# --- The data stage -----------------------------------------------------------
+
+
+def make_records(config):
+  tokenizer = preferences.load_tokenizer(config.stages.data)
+  return preferences.make_records(config.stages.data, tokenizer, 128)
+
+
+def test_no_conversation_is_on_two_sides(data):
+  files, lengths, report = make_records(make_config(data))
+  sides = {
+    name: set(map(records.opening, files[name]))
+    for name in files
+    if not name.startswith('documents')
+  }
+  train = ('comparisons_train', 'demonstrations_train', 'prompts_train')
+  for name in train:
+    for other in ('prompts_valid', 'prompts_test', 'comparisons_test'):
+      assert not sides[name] & sides[other], (name, other)
+  # The judge's conversations are its own.
+  for split in ('train', 'valid'):
+    assert sides[f'comparisons_{split}']
+    both = sides[f'comparisons_{split}'] & sides[f'judge_comparisons_{split}']
+    assert not both
+  assert len(files['comparisons_test']) == 21  # The publisher's split.
+  reason = 'records that begin like one of the test set'
+  assert report['left_out'][reason] == 1
+  assert lengths['row_length'] == (
+    lengths['prompt_length'] + lengths['response_length']
+  )
+
+
+def test_the_chat_template_and_the_best_answer_are_taken(data):
+  config = make_config(data)
+  tokenizer = preferences.load_tokenizer(config.stages.data)
+  assert tokenizer.template == tokenizer_lib.CHAT
+  files, _, _ = make_records(config)
+  for row in files['demonstrations_train']:
+    assert row.response.startswith(' It is ')
+    assert row.turns[-1].role == 'user'
+
+
+def test_lengths_hold_the_share_and_say_what_they_drop(data):
+  config = make_config(data)
+  stage = config.stages.data
+  tokenizer = preferences.load_tokenizer(stage)
+  rows = preferences.read(stage, 'preferences', collections.Counter())[0]
+  prompts = np.array([len(ids) for ids in tokenizer.encode_prompts(rows)])
+  answers = np.array(
+    [
+      max(map(len, tokenizer.encode_responses(row.completions, ended=True)))
+      for row in rows
+    ]
+  )
+  found = preferences.propose_lengths(stage, tokenizer, rows, 128)
+  share = np.mean(prompts <= found['prompt_length'])
+  assert found['dropped']['prompts'] == pytest.approx(1 - share)
+  assert found['prompt_length'] % 8 == 0
+  total = found['prompt_length'] + found['response_length']
+  too_long = np.mean(prompts + answers > total)
+  assert found['dropped']['rankings'] == pytest.approx(too_long)
+  stage.prompt_length = 40
+  assert (
+    preferences.propose_lengths(stage, tokenizer, rows, 128)['prompt_length']
+    == 40
+  )
+  with pytest.raises(ValueError, match='context of 32 tokens'):
+    preferences.propose_lengths(stage, tokenizer, rows, 32)
+
+
+def comparison(number: int, labeler: str) -> records.Comparison:
+  return records.Comparison(
+    f'prompt {number}', ('a', 'b'), (1, 2), labeler=labeler
+  )
+
+
+def test_no_labeler_is_on_two_sides():
+  rows = [comparison(i, f'l{i % 7}') for i in range(140)]
+  rows += [comparison(i, f'l{(i + 1) % 7}') for i in range(140)]
+  reward, judge, crossed = preferences.judge_side(rows, 0.4, 0)
+  assert {r.labeler for r in reward} & {r.labeler for r in judge} == set()
+  assert {r.prompt for r in reward} & {r.prompt for r in judge} == set()
+  assert len(reward) + len(judge) + crossed == len(rows)
+  assert min(len(reward), len(judge)) > 30
+  # One labeler a prompt: nothing is lost.
+  rows = [comparison(i, f'l{i % 7}') for i in range(140)]
+  assert preferences.judge_side(rows, 0.4, 0)[2] == 0
+
+
+def test_best_answers_leave_ties_out():
+  rows = [
+    records.Comparison('p', ('a', 'b', 'c'), (2, 1, 3)),
+    records.Comparison('q', ('a', 'b'), (1, 1)),
+    records.Comparison('r', (' ', 'b'), (1, 2)),
+  ]
+  found = preferences.best_answers(rows)
+  assert [(d.prompt, d.response) for d in found] == [('p', 'b')]
+
+
+# --- What is given, and the device --------------------------------------------
+
+
+def test_stages_of_given_models_are_left_out(data, tmp_path):
+  model = str(data / 'model')
+  config = prepared(make_config(data, sft_model=model), tmp_path)
+  assert not {'sft', 'rl_init', 'select'} & set(config.stage_order)
+  assert config.stages.reward.init == config.stages.ppo.init == model
+  assert f'sft={model}' in config.stages.evaluate.models
+  assert config.stages.evaluate.reference == 'sft'
+  config = prepared(make_config(data, reward_model='R'), tmp_path)
+  assert 'reward' not in config.stage_order
+  assert config.stages.ppo.reward_model == 'R'
+  config = prepared(make_config(data, judge_model='J'), tmp_path)
+  assert 'judge' not in config.stage_order
+  assert config.stages.evaluate.judge_model == 'J'
+  config = prepared(make_config(data, documents=''), tmp_path)
+  assert 'ppo_ptx' not in config.stage_order
+  assert config.stages.evaluate.pairs == ''
+  assert 'ppo_ptx' not in config.stages.evaluate.models
+
+
+def test_a_run_keeps_the_dtype_that_it_began_with(data, tmp_path, monkeypatch):
+  config = make_config(data, compute_dtype='auto')
+  monkeypatch.setattr(recipe, 'bfloat16_gain', lambda: 3.0)
+  config = prepared(config, tmp_path)
+  assert config.stages.sft.compute_dtype == 'bfloat16'
+  run.write_json(
+    tmp_path / 'config.json', run.plain(config.copy_and_resolve_references())
+  )
+  monkeypatch.setattr(recipe, 'bfloat16_gain', lambda: 0.5)
+  again = prepared(make_config(data, compute_dtype='auto'), tmp_path)
+  assert again.stages.sft.compute_dtype == 'bfloat16'
+  new = prepared(make_config(data, compute_dtype='auto'), tmp_path / 'new')
+  assert new.stages.sft.compute_dtype == 'float32'
+
+
+def test_adapters_where_all_weights_do_not_fit(data, tmp_path, monkeypatch):
+  all_bytes = float(LLAMA.num_params * recipe.ALL_BYTES)
+  monkeypatch.setattr(recipe, 'memory_bytes', lambda: all_bytes)
+  before = make_config(data).stages.ppo.learning_rate
+  config = prepared(make_config(data), tmp_path)
+  for name in ('sft', 'reward', 'judge', 'ppo', 'ppo_ptx'):
+    assert config.stages[name].lora.rank == recipe.LORA_RANK, name
+  assert config.stages.ppo.learning_rate == pytest.approx(10 * before)
+  monkeypatch.setattr(recipe, 'memory_bytes', lambda: LLAMA.num_params)
+  with pytest.raises(ValueError, match='take more devices or a smaller model'):
+    recipe.prepare(make_config(data), epath.Path(tmp_path))
+
+
+# --- Whole --------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures('quick_compile')
+def test_from_a_folder_to_a_report(data, tmp_path, capsys):
+  workdir = tmp_path / 'run'
+  go(make_config(data), workdir)
+  summary = json.loads((workdir / 'summary.json').read_text())
+  assert set(summary['win_rate']) == {'pretrained', 'sft', 'ppo', 'ppo_ptx'}
+  assert summary['baseline'] == 'sft'
+  report = (workdir / 'report.md').read_text()
+  for text in ('length only', 'bag of words', 'at equal length', '## Samples'):
+    assert text in report, text
+  for name in ('report.html', 'model_card.md', 'win_rate.png'):
+    assert (workdir / name).stat().st_size > 1000
+  for name in ('sft', 'ppo', 'ppo_ptx', 'reward'):
+    assert (workdir / 'export' / name / 'config.json').exists()
+  # What a user types next: the lengths are found.
+  assert tokenizer_lib.Tokenizer.load(workdir / 'export' / 'ppo').template == (
+    tokenizer_lib.CHAT
+  )
+  capsys.readouterr()
+  # Again: nothing runs twice.
+  go(make_config(data), workdir)
+  assert capsys.readouterr().out.count('done before') == 11
+
+
+def test_a_dry_run_writes_nothing(data, tmp_path, capsys):
+  config = make_config(data, dry_run=True)
+  assert not recipe.prepare(config, epath.Path(tmp_path / 'run'))
+  said = capsys.readouterr().out
+  for name in ('sft', 'rl_init', 'reward', 'judge', 'ppo', 'ppo_ptx'):
+    assert f'\n{name}: ' in said
+  assert 'all stages: about' in said
+  assert not (tmp_path / 'run').exists()
+
+
+# --- Bad moves ----------------------------------------------------------------
+
+
+def refused(config, workdir) -> str:
+  with pytest.raises((ValueError, OSError)) as error:
+    go(config, workdir)
+  assert '\n' not in str(error.value)
+  return str(error.value)
+
+
+def edit(folder, **changes):
+  values = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps(values | changes))
+
+
+def test_models_that_cannot_be_used(data, tmp_path):
+  def of(name, **changes):
+    folder = tmp_path / name
+    write_model(folder)
+    edit(folder, **changes)
+    return refused(make_config(data, model=str(folder)), tmp_path / 'run')
+
+  assert 'mamba' in of('family', model_type='mamba')
+  assert 'quant' in of('quantised', quantization_config={'bits': 4})
+  write_model(tmp_path / 'pickle')
+  (tmp_path / 'pickle' / 'model.safetensors').rename(
+    tmp_path / 'pickle' / 'pytorch_model.bin'
+  )
+  config = make_config(data, model=str(tmp_path / 'pickle'))
+  assert 'are pickles' in refused(config, tmp_path / 'run')
+  config = make_config(data, model=str(tmp_path / 'nowhere'))
+  assert str(tmp_path / 'nowhere') in refused(config, tmp_path / 'run')
+  config = make_config(data, model='')
+  assert '--config.model=' in refused(config, tmp_path / 'run')
+  published.save_byte_tokenizer(tmp_path / 'other', merges=(('a', 'b'),))
+  config = make_config(data, tokenizer=str(tmp_path / 'other'))
+  assert 'must share one tokenizer' in refused(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_preferences_that_cannot_be_used(data, tmp_path):
+  def of(lines):
+    path = tmp_path / 'rows.jsonl'
+    path.write_text('\n'.join(map(json.dumps, lines)))
+    return refused(make_config(data, preferences=str(path)), tmp_path / 'run')
+
+  row = {'prompt': 'p', 'completions': ['a', 'b'], 'ranks': [1, 1]}
+  ties = [row | {'prompt': f'p {i}'} for i in range(30)]
+  assert 'ties teach a reward model nothing' in of(ties)
+  assert ':1' in of([row | {'completions': ['a'], 'ranks': [1]}])
+  long = [row | {'prompt': f'{i} ' * 200, 'ranks': [1, 2]} for i in range(30)]
+  assert 'raise max_prompt_length' in of(long)
+  config = make_config(data, preferences='hh:/no/such')
+  assert '/no/such' in refused(config, tmp_path / 'run')
+  config = make_config(data, preferences='')
+  assert '--config.preferences=' in refused(config, tmp_path / 'run')
+
+
+def test_a_template_that_refuses_every_prompt(data, tmp_path):
+  write_model(tmp_path / 'model', template=published.STRICT_TEMPLATE)
+  turns = [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': 'u'}]
+  rows = [
+    {'turns': turns, 'completions': ['a', 'b'], 'ranks': [1, 2]}
+    for _ in range(30)
+  ]
+  (tmp_path / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  config = make_config(
+    data,
+    model=str(tmp_path / 'model'),
+    preferences=str(tmp_path / 'rows.jsonl'),
+  )
+  said = refused(config, tmp_path / 'run')
+  assert 'no system turns here' in said
+
+
+# --- Sentiment ----------------------------------------------------------------
+
+REVIEWS = [
+  ('a fine and lovely film', 1),
+  ('lovely , warm and wise', 1),
+  ('a dull and stupid film', 0),
+  ('stupid , cold and long', 0),
+] * 5
+
+
+@pytest.fixture(scope='module')
+def labels(tmp_path_factory):
+  path = tmp_path_factory.mktemp('labels') / 'train.tsv'
+  path.write_text('\n'.join(f'{text}\t{label}' for text, label in REVIEWS))
+  return path
+
+
+def test_a_classifier_comes_back_and_scores_texts(labels, tmp_path):
+  path = tmp_path / 'classifier.json'
+  classifier = sentiment.train_classifier(labels)
+  sentiment.save_classifier(path, classifier)
+  name = f'instruct_jax.worlds.sentiment.positive@{path}'
+  scores = score_fns.find_function(name)(
+    ['', ''], ['what a lovely film', 'so stupid'], [{}, {}]
+  )
+  assert scores[0] > 0.7 and scores[1] < 0.3
+  features = list(map(sentiment.text_judges.text_features, ['dull', 'warm x']))
+  np.testing.assert_allclose(
+    sentiment.load_classifier(str(path)).logits(features),
+    classifier.logits(features),
+  )
+  assert path.as_posix() in score_fns.source_of(name).values()
+
+
+def test_distinct_by_hand():
+  # Words a b a b: 2 of 4; pairs ab ba ab: 2 of 3.
+  assert sentiment.distinct(['a b a b'], 1) == 2 / 4
+  assert sentiment.distinct(['a b a b'], 2) == 2 / 3
+  assert sentiment.distinct(['a b', 'a b'], 2) == 1 / 2
+
+
+def test_noisy_labelers_agree_with_the_score_more_often_than_not():
+  config = sentiment_config.get_config().stages.rank
+  prompts = [records.Prompt(f'p{i}', f'p{i}') for i in range(400)]
+  rng = np.random.default_rng(0)
+  scores = rng.uniform(size=(400, 4))
+  rows = rank.rank(config, prompts, [list('abcd')] * 400, scores, rng)
+  best = [row.ranks.index(1) for row in rows]
+  share = np.mean(best == scores.argmax(axis=1))
+  assert 0.5 < share < 1.0
+  config.labeler_noise = 0.0
+  rows = rank.rank(config, prompts, [list('abcd')] * 400, scores, rng)
+  best = [row.ranks.index(1) for row in rows]
+  np.testing.assert_array_equal(best, scores.argmax(axis=1))
+
+
+@pytest.mark.usefixtures('quick_compile')
+def test_sentiment_from_a_folder_to_a_report(data, labels, tmp_path):
+  text = ' '.join(f'word{i} and then word{i + 7} came' for i in range(900))
+  (tmp_path / 'book.txt').write_text(text)
+  config = sentiment_config.get_config('smoke')
+  with config.unlocked():
+    config.model = str(data / 'model')
+    config.documents = str(tmp_path / 'book.txt')
+    config.labels = config.valid_labels = str(labels)
+    config.stages.data.words_per_document = 5
+    config.stages.data.num_prompt_tokens = 12
+    for name in ('rank', 'ppo', 'ppo_learned'):
+      config.stages[name].prompt_length = 12
+    config.stages.reward.row_length = 64
+  described = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.workdir = str(tmp_path / 'run')
+  pipeline.run_all(config, epath.Path(tmp_path / 'run'), described)
+  report = (tmp_path / 'run' / 'report.md').read_text()
+  assert 'Diversity of the answers' in report and 'distinct-2' in report
+  assert (tmp_path / 'run' / 'best_of_n' / 'frontier.png').exists()
+  with (tmp_path / 'run' / 'ppo' / 'metrics.jsonl').open() as lines:
+    before = json.loads(lines.readline())
+  assert before['objective/kl'] == pytest.approx(0, abs=1e-4)
+  assert before['ppo/policy/ratio'] == pytest.approx(1, abs=1e-3)
