@@ -102,7 +102,7 @@ def data_root() -> pathlib.Path:
   return root
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def models_root() -> pathlib.Path:
   """The folder of published models; a test that needs it is skipped without."""
   root = os.environ.get('INSTRUCT_JAX_MODELS', '')
