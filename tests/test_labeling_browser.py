@@ -24,7 +24,7 @@ from playwright import sync_api
 
 from experiments import reward
 from instruct_jax.data import records
-from instruct_jax.labeling import demo, research, schema, store, web
+from instruct_jax.labeling import answers, demo, research, schema, store, web
 from tests import labeling_people as people
 from tests import test_labeling_reward
 
@@ -516,7 +516,7 @@ def test_every_page_is_accessible_and_fits(browser, live):
     for number in range(3 if batch.kind == 'prompt' else 1):
       task = live.store.claim(mine)
       work = live.store.work(task, mine.id)
-      pages = web._ordered_pages(work)
+      pages = answers.pages(work)
       for step, page_name in enumerate(pages):
         if page_name.startswith('output') and step > 1:
           continue

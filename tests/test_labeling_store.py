@@ -119,10 +119,11 @@ def worked_site(url, folder):
 
 def test_migrations_make_exactly_the_tables_of_the_schema(new_url):
   engine = store.make_engine(new_url())
-  assert store.revision(engine) is None
-  store.migrate(engine)
-  assert store.revision(engine) == '0001'
   with engine.connect() as connection:
+    assert store.revision(connection) is None
+  store.migrate(engine)
+  with engine.connect() as connection:
+    assert store.revision(connection) == '0001'
     context = MigrationContext.configure(
       connection, opts={'target_metadata': schema.metadata}
     )
