@@ -16,6 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from etils import epath
+from scipy.cluster import hierarchy
 
 from instruct_jax.data import folders, invisible, labels, records
 from instruct_jax.evals import preference_accuracy, win_rate
@@ -165,13 +166,11 @@ def import_tasks(
     RecordError: bad lines, up to ten of them as `file:line: what, what to do`.
     StoreError: a bad setting.
   """
-  for key, value, allowed in (
-    ('kind', kind, answers.KINDS),
-    ('phase', phase, answers.PHASES),
-  ):
-    if value not in allowed:
+  allowed = {'kind': (kind, answers.KINDS), 'phase': (phase, answers.PHASES)}
+  for key, (value, names) in allowed.items():
+    if value not in names:
       raise store.StoreError(
-        f'{key} {value!r} is not one of {", ".join(allowed)}'
+        f'{key} {value!r} is not one of {", ".join(names)}'
       )
   if not 1 <= overlap <= 100:
     raise store.StoreError(f'overlap must be from 1 to 100, found {overlap}')
@@ -390,15 +389,15 @@ def _states(connection, key, *where):
 
 def people(the_store: store.Store, rows: Sequence[Labeled]) -> list[dict]:
   """Per account: answers, pace, ties, skips, agreement with intervals."""
-  seed = the_store.config.seed
   table = schema.accounts
   with the_store.read() as c:
     accounts = c.execute(sa.select(table).order_by(table.c.id)).all()
     states = _states(c, table.c.id)
+  by_account = _group(rows, 'account_id')
   pairs = _pairs(rows)
 
   def describe(account):
-    own = [row for row in rows if row.account_id == account.id]
+    own = by_account[account.id]
     ties = [
       a == b
       for row in _ranked(own)
@@ -410,7 +409,7 @@ def people(the_store: store.Store, rows: Sequence[Labeled]) -> list[dict]:
     mine = [
       p for p in pairs if account.id in (p[0].account_id, p[1].account_id)
     ]
-    between = _by_kind(mine, seed)
+    between = _by_kind(mine, the_store.config.seed)
     return {
       'id': account.id,
       'name': account.name,
@@ -496,7 +495,7 @@ def grade(
     raise store.StoreError('A grade is from 1 to 7')
   key = {'assignment_id': assignment_id, 'account_id': account_id}
   with the_store.write() as c:
-    is_demonstration = (
+    graded = c.scalar(
       sa.select(schema.assignments.c.id)
       .select_from(schema.work)
       .where(
@@ -506,7 +505,7 @@ def grade(
         schema.batches.c.kind == 'demonstration',
       )
     )
-    if not c.scalar(is_demonstration):
+    if graded is None:
       raise store.StoreError('No such demonstration')
     c.execute(schema.grades.delete().filter_by(**key))
     schema.insert(c, schema.grades, grade=value, **key)
@@ -515,33 +514,25 @@ def grade(
 def progress(the_store: store.Store) -> list[dict[str, Any]]:
   """Per batch: tasks, wanted answers, and labelers' assignments by state."""
   batches = schema.batches
-  num_tasks = sa.func.count(schema.tasks.c.id).label('num_tasks')
+  query = (
+    sa.select(batches, sa.func.count(schema.tasks.c.id).label('num_tasks'))
+    .join(schema.tasks)
+    .group_by(*batches.c)
+    .order_by(batches.c.id)
+  )
   with the_store.read() as c:
-    found = (
-      c.execute(
-        sa.select(batches, num_tasks)
-        .join(schema.tasks)
-        .group_by(*batches.c)
-        .order_by(batches.c.id)
-      )
-      .mappings()
-      .all()
+    found = c.execute(query).mappings().all()
+    states = _states(c, batches.c.id, schema.accounts.c.role == 'labeler')
+
+  def describe(batch):
+    wanted = (
+      None if batch['screening'] else batch['num_tasks'] * batch['overlap']
     )
-    by_labelers = schema.accounts.c.role == 'labeler'
-    states = _states(c, batches.c.id, by_labelers)
-  return [
-    {
-      **batch,
-      'wanted': None
-      if batch['screening']
-      else batch['num_tasks'] * batch['overlap'],
-      **{
-        state: states[batch['id'], state]
-        for state in ('submitted', 'open', 'skipped')
-      },
-    }
-    for batch in found
-  ]
+    shown = ('submitted', 'open', 'skipped')
+    counts = {state: states[batch['id'], state] for state in shown}
+    return {**batch, 'wanted': wanted, **counts}
+
+  return [describe(batch) for batch in found]
 
 
 # --- Export -----------------------------------------------------------------
@@ -568,18 +559,16 @@ def _id(row):
   return row.record.get('id') or f'task{row.task_id}'
 
 
+def _metadata(row, **labeling):
+  given = row.record.get('metadata', {})
+  return {**given, 'labeling': {**_origin(row), **labeling}}
+
+
 def _turns(row):
   return tuple(records.Turn(**turn) for turn in row.record.get('turns', ()))
 
 
 def _comparison(row):
-  labeling = {
-    **_origin(row),
-    'models': list(row.models),
-    'order_shown': list(row.order),
-    'about_prompt': row.content['prompt'],
-    'ratings': row.content['ratings'],
-  }
   return records.Comparison(
     prompt=row.prompt,
     completions=row.texts,
@@ -589,7 +578,13 @@ def _comparison(row):
     labeler=row.labeler,
     category=row.record.get('category', ''),
     time=_clock_text(row.time),
-    metadata={**row.record.get('metadata', {}), 'labeling': labeling},
+    metadata=_metadata(
+      row,
+      models=list(row.models),
+      order_shown=list(row.order),
+      about_prompt=row.content['prompt'],
+      ratings=row.content['ratings'],
+    ),
     turns=_turns(row),
   )
 
@@ -607,33 +602,26 @@ def few_shot(instruction: str, pairs: Sequence[Sequence[str]]):
 
 def _demonstrations(row):
   """The demonstrations that one answer gives."""
-  content = row.content
-  own = {
-    'labeler': row.labeler,
-    'category': row.record.get('category', ''),
-    'metadata': {
-      **row.record.get('metadata', {}),
-      'labeling': _origin(row),
-    },
-  }
-  if row.kind == 'demonstration':
-    given = {'id': _id(row), 'user': row.record.get('user', '')}
-    given |= {'turns': _turns(row), **own}
-    return [records.Demonstration(row.prompt, content['response'], **given)]
-  pairs = [(content['text'], content.get('response', ''))]
-  if content['style'] == 'few-shot':
-    pairs = few_shot(content['text'], content['pairs'])
-  elif invisible.is_blank(content['response']):
+  content, is_given = row.content, row.kind == 'demonstration'
+  prompt = row.prompt if is_given else content['text']
+  if content.get('style') == 'few-shot':
+    pairs = few_shot(prompt, content['pairs'])
+  elif not invisible.is_blank(content['response']):
+    pairs = [(prompt, content['response'])]
+  else:
     pairs = []
-  return [
-    records.Demonstration(
-      *pair,
-      id=f'answer{row.assignment_id}-{i}',
-      user=row.labeler,  # Whoever writes a prompt is its user.
-      **own,
+  for i, (prompt, response) in enumerate(pairs):
+    yield records.Demonstration(
+      prompt=prompt,
+      response=response,
+      id=_id(row) if is_given else f'answer{row.assignment_id}-{i}',
+      # Whoever writes a prompt is its user.
+      user=row.record.get('user', '') if is_given else row.labeler,
+      labeler=row.labeler,
+      category=row.record.get('category', ''),
+      metadata=_metadata(row),
+      turns=_turns(row) if is_given else (),
     )
-    for i, pair in enumerate(pairs)
-  ]
 
 
 def _written_prompt(row):
@@ -673,43 +661,33 @@ def _split(
   Comparisons that share a user (A.2) or the opening of a conversation are in
   one split, and so are those linked by a chain of shared ones.
   """
+  # Users sort before openings, so a group with a user is named by one.
+  names = [
+    [*([(0, f'user {c.user}')] if c.user else []), (1, records.opening(c))]
+    for c in comparisons
+  ]
+  linked = hierarchy.DisjointSet(itertools.chain(*names))
+  for own in names:
+    linked.merge(own[0], own[-1])
   first = {}
+  for group in linked.subsets():
+    first |= dict.fromkeys(group, min(group))
 
-  def root(name):
-    while first.setdefault(name, name) != name:
-      name = first[name]
-    return name
-
-  # Users sort before openings, which decide where there is no user.
-  def names(comparison):
-    user = [(0, f'user {comparison.user}')] if comparison.user else []
-    return [*user, (1, records.opening(comparison))]
-
-  for comparison in comparisons:
-    roots = sorted(map(root, names(comparison)))
-    first.update(dict.fromkeys(roots, roots[0]))
-
-  def split(comparison):
-    _, unit = root(names(comparison)[0])
+  def split(own):
+    _, unit = first[own[0]]
     digest = hashlib.sha256(unit.encode()).digest()
     is_valid = int.from_bytes(digest[:8], 'big') < fraction * 2**64
     return 'valid' if is_valid else 'train'
 
-  return list(map(split, comparisons))
+  return list(map(split, names))
 
 
 # All files that an export may write, besides statistics.json.
 _EXPORTED = (
-  'comparisons',
-  'comparisons_train',
-  'comparisons_valid',
-  'comparisons_evaluation',
-  'comparisons_toxicity',
-  'comparisons_researchers',
-  'demonstrations',
-  'prompts',
-  'ratings',
-)
+  'comparisons', 'comparisons_train', 'comparisons_valid',
+  'comparisons_evaluation', 'comparisons_toxicity', 'comparisons_researchers',
+  'demonstrations', 'prompts', 'ratings',
+)  # fmt: skip
 
 
 def _comparisons_file(row):
