@@ -25,7 +25,7 @@ def make_config(**changes):
 
 
 class Clock:
-  """Time that passes when told."""
+  """A clock that a test sets."""
 
   def __init__(self):
     self.now = 1_800_000_000.0

@@ -104,10 +104,10 @@ def enter(browser, live, link, **settings):
 
 def rate_all(page, outputs):
   page.get_by_role('button', name='Next task').click()
-  page.get_by_role('button', name='Save and go on').click()
+  page.get_by_role('button', name='Save and continue').click()
   for _ in range(outputs):
     page.get_by_label('5', exact=True).check()
-    page.get_by_role('button', name='Save and go on').click()
+    page.get_by_role('button', name='Save and continue').click()
   page.get_by_role('heading', name='Rank the outputs').wait_for()
 
 
@@ -218,7 +218,7 @@ def test_ranking_by_keyboard_alone(browser, live):
   tab_to('Next task')
   page.keyboard.press('Enter')
   page.wait_for_url('**/task/**')
-  tab_to('Save and go on')
+  tab_to('Save and continue')
   page.keyboard.press('Enter')
   for _ in range(3):
     page.get_by_role('heading', name='Output', level=2).wait_for()
@@ -226,7 +226,7 @@ def test_ranking_by_keyboard_alone(browser, live):
     page.keyboard.press('Space')
     for _ in range(4):
       page.keyboard.press('ArrowRight')
-    tab_to('Save and go on')
+    tab_to('Save and continue')
     with page.expect_navigation():
       page.keyboard.press('Enter')
   texts = {letter_of(page, f'text {i}'): i for i in range(3)}
@@ -235,8 +235,8 @@ def test_ranking_by_keyboard_alone(browser, live):
     for _ in range(number + 1):  # The first press ranks it first.
       page.keyboard.press('ArrowDown')
     assert page.evaluate('document.activeElement.innerText').endswith(letter)
-    told = page.locator('#announcement').inner_text()
-    assert told == f'Output {letter} is now at rank {number + 1}'
+    announced = page.locator('#announcement').inner_text()
+    assert announced == f'Output {letter} is now at rank {number + 1}'
   tab_to('Submit')
   page.keyboard.press('Enter')
   page.get_by_role('heading', name='Your work').wait_for()
@@ -374,9 +374,9 @@ def test_a_second_sign_in_is_told_and_ends_the_first(browser, live):
     ).one()
   page = browser.new_context(viewport=DESKTOP).new_page()
   page.goto(f'{live.url}/join/{live.store.invite(anna.id)}')
-  page.get_by_text('on another one, that ends now').wait_for()
+  page.get_by_text('ends your session on any other browser').wait_for()
   page.get_by_role('button', name='Sign in').click()
-  page.get_by_role('button', name='Go on with your open task').click()
+  page.get_by_role('button', name='Continue your open task').click()
   assert page.get_by_label('The response').input_value() == 'half of'
   first.get_by_label('The response').fill('half of it')
   first.get_by_text('You are signed out here').wait_for()
@@ -393,9 +393,9 @@ def test_a_task_whose_time_is_over_says_so(browser, live):
   live.store.clock = lambda: time.time() + 3 * 3600
   assert people.enter(live, 'ben').claim() is not None
   response.fill('half of it')
-  page.get_by_text('the time of this task is over').wait_for()
+  page.get_by_text('the time for this task is over').wait_for()
   page.reload()
-  page.get_by_text('The time of this task is over').wait_for()
+  page.get_by_text('The time for this task is over').wait_for()
   assert response.input_value() == 'half of it'
   page.get_by_role('link', name='Labeling', exact=True).click()
   page.get_by_role('heading', name='not finished in time').wait_for()

@@ -389,10 +389,10 @@ def test_a_draft_is_not_lost_to_sight(site):
   page = anna.get('/?label=1').text
   assert 'not finished in time' in page
   assert f'/task/{task}/0' in page
-  assert 'The time of this task is over' in anna.get(f'/task/{task}/1').text
+  assert 'The time for this task is over' in anna.get(f'/task/{task}/1').text
   assert ben.claim() not in (None, task)  # His own, which he had begun.
   assert anna.claim() == task
-  assert 'The time of this task' not in anna.get(f'/task/{task}/1').text
+  assert 'The time for this task' not in anna.get(f'/task/{task}/1').text
 
 
 def test_one_task_at_a_time_is_taken_up(site):
@@ -859,7 +859,9 @@ def test_a_second_sign_in_ends_the_first(site):
   anna.fill(task, 0)
   token = site.store.invite(anna.id)
   phone = people.Person(site, anna.id)
-  assert 'on another one, that ends now' in phone.get(f'/join/{token}').text
+  assert (
+    'ends your session on any other browser' in phone.get(f'/join/{token}').text
+  )
   assert anna.get('/instructions/training').status_code == 200  # Only looked.
   phone.join(token)
   reply = anna.get('/instructions/training')

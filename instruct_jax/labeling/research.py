@@ -174,9 +174,10 @@ def import_tasks(
       )
   if not 1 <= overlap <= 100:
     raise store.StoreError(f'overlap must be from 1 to 100, found {overlap}')
-  name = answers.clean(name, 'The name').strip()
-  if len(name) > 80 or invisible.is_blank(name):
-    raise store.StoreError('The batch needs a name of at most 80 characters')
+  missing = 'The batch needs a name of at most 80 characters'
+  name = store.given(name, 'The name', missing)
+  if len(name) > 80:
+    raise store.StoreError(missing)
   tasks = []
   for values in _read_tasks(content, source, kind):
     outputs = _outputs(values)
@@ -184,7 +185,7 @@ def import_tasks(
     tasks += [(values, group) for group in groups]
   batches = schema.batches
   with the_store.write() as c:
-    if c.scalar(sa.select(batches.c.id).where(batches.c.name == name)):
+    if c.scalar(sa.select(batches.c.id).filter_by(name=name)):
       raise store.StoreError(f'There is a batch {name!r} already')
     batch_id = schema.insert(
       c,

@@ -187,5 +187,5 @@ def insert(connection: sa.Connection, table: sa.Table, /, **values):
 
 def update(connection: sa.Connection, table: sa.Table, key: int, /, **values):
   """Changes the row with an id; returns the number of such rows, 0 or 1."""
-  query = table.update().where(table.c.id == key).values(**values)
+  query = table.update().filter_by(id=key).values(**values)
   return connection.execute(query).rowcount

@@ -33,11 +33,9 @@ _CLAIM_TRIES = 20
 _BACKUP_FORMAT = 'instruct_jax labeling backup'
 _OLD_PAGE = 'This page is too old. Please open the task again.'
 _PRAGMAS = (
-  'journal_mode=WAL',
-  'synchronous=FULL',
-  'foreign_keys=ON',
+  'journal_mode=WAL', 'synchronous=FULL', 'foreign_keys=ON',
   'busy_timeout=60000',
-)
+)  # fmt: skip
 
 accounts, sessions = schema.accounts, schema.sessions
 batches, tasks, slots = schema.batches, schema.tasks, schema.slots
@@ -55,17 +53,10 @@ def validate(config) -> None:
     StoreError: the key, the value and what to do.
   """
   for key in (
-    'session_days',
-    'invitation_days',
-    'task_minutes',
-    'idle_minutes',
-    'requests_per_minute',
-    'joins_per_minute',
-    'max_body_bytes',
-    'max_import_bytes',
-    'overlap',
-    'demo_tasks',
-  ):
+    'session_days', 'invitation_days', 'task_minutes', 'idle_minutes',
+    'requests_per_minute', 'joins_per_minute', 'max_body_bytes',
+    'max_import_bytes', 'overlap', 'demo_tasks',
+  ):  # fmt: skip
     if config[key] <= 0:
       raise StoreError(f'{key} must be positive: {config[key]}')
   for key in ('cut_flags', 'cut_rankings', 'valid_fraction'):
@@ -92,15 +83,21 @@ def _hash(token: str) -> str:
   return hashlib.sha256(token.encode()).hexdigest()
 
 
+def given(text: str, what: str, missing: str) -> str:
+  """A posted text, cleaned; raises `StoreError(missing)` if it is blank."""
+  text = answers.clean(text, what).strip()
+  if invisible.is_blank(text):
+    raise StoreError(missing)
+  return text
+
+
 def make_engine(url: str) -> sa.Engine:
   """An engine with real transactions, also on SQLite."""
   if not url.startswith('sqlite'):
     return sa.create_engine(url, pool_pre_ping=True, pool_size=20)
+  driver = {'timeout': 60, 'check_same_thread': False}
   engine = sa.create_engine(
-    url,
-    connect_args={'timeout': 60, 'check_same_thread': False},
-    poolclass=sa.pool.QueuePool,
-    pool_size=20,
+    url, connect_args=driver, poolclass=sa.pool.QueuePool, pool_size=20
   )
 
   @sa.event.listens_for(engine, 'connect')
@@ -208,7 +205,7 @@ class Store:
     if status not in ('screening', 'active'):
       raise StoreError(f'No such status: {status!r}')
     with self.write() as c:
-      if c.scalar(sa.select(accounts.c.id).where(accounts.c.name == name)):
+      if c.scalar(sa.select(accounts.c.id).filter_by(name=name)):
         raise StoreError(f'The name {name} is taken')
       values = {'name': name, 'role': role, 'status': status}
       account_id = schema.insert(c, accounts, created=self.clock(), **values)
@@ -226,7 +223,7 @@ class Store:
         raise StoreError('No such account')
       if status == 'suspended':
         for table in (sessions, invitations):
-          c.execute(table.delete().where(table.c.account_id == account_id))
+          c.execute(table.delete().filter_by(account_id=account_id))
         # Waits for an answer that is being submitted.
         self._expire(c, assignments.c.account_id == account_id)
       self.audit(c, by, 'status', f'account {account_id}: {status}')
@@ -239,9 +236,7 @@ class Store:
       if account.status == 'suspended':
         raise StoreError(f'{account.name} is suspended')
       c.execute(
-        invitations.delete().where(
-          invitations.c.account_id == account_id, invitations.c.used.is_(None)
-        )
+        invitations.delete().filter_by(account_id=account_id, used=None)
       )
       schema.insert(
         c,
@@ -254,7 +249,7 @@ class Store:
     return token
 
   def _account(self, connection, account_id, lock=False):
-    query = sa.select(accounts).where(accounts.c.id == account_id)
+    query = sa.select(accounts).filter_by(id=account_id)
     if lock:
       # Others may still insert rows that refer to this one.
       query = query.with_for_update(key_share=True)
@@ -271,11 +266,9 @@ class Store:
   def _invited(self, connection, token):
     """Id of the account that an unused invitation is for, or None."""
     return connection.scalar(
-      sa.select(invitations.c.account_id).where(
-        invitations.c.token_hash == _hash(token),
-        invitations.c.used.is_(None),
-        invitations.c.expires > self.clock(),
-      )
+      sa.select(invitations.c.account_id)
+      .filter_by(token_hash=_hash(token), used=None)
+      .where(invitations.c.expires > self.clock())
     )
 
   def join(self, token: str, leaving: str = '') -> str:
@@ -295,16 +288,11 @@ class Store:
     now = self.clock()
     with self.write() as c:
       account_id = self._invited(c, token)
-      use = (
-        invitations.update()
-        .where(
-          invitations.c.token_hash == _hash(token),
-          # Decides between two simultaneous clicks.
-          invitations.c.used.is_(None),
-        )
-        .values(used=now)
+      # `used=None` decides between two simultaneous clicks.
+      unused = invitations.update().filter_by(
+        token_hash=_hash(token), used=None
       )
-      if account_id is None or not c.execute(use).rowcount:
+      if account_id is None or not c.execute(unused.values(used=now)).rowcount:
         raise StoreError(
           'This link was used before or has expired. Please ask for a new one.'
         )
@@ -343,15 +331,16 @@ class Store:
   def leave(self, token: str) -> None:
     """Ends a session."""
     with self.write() as c:
-      c.execute(sessions.delete().where(sessions.c.token_hash == _hash(token)))
+      c.execute(sessions.delete().filter_by(token_hash=_hash(token)))
 
   # --- Instructions -------------------------------------------------------
 
   def publish_instructions(self, phase: str, text: str, by=None) -> int:
     """Adds a version of a phase's instructions; returns its number."""
-    text = answers.clean(text, 'The page').strip()
-    if phase not in answers.PHASES or invisible.is_blank(text):
-      raise StoreError('Instructions need a phase and a text')
+    missing = 'Instructions need a phase and a text'
+    text = given(text, 'The page', missing)
+    if phase not in answers.PHASES:
+      raise StoreError(missing)
     with self.write() as c:
       last = self._instructions(c, phase)
       version = last.version + 1 if last else 1
@@ -375,7 +364,7 @@ class Store:
     table = schema.instructions
     return connection.execute(
       sa.select(table)
-      .where(table.c.phase == phase)
+      .filter_by(phase=phase)
       .order_by(table.c.version.desc())
       .limit(1)
     ).first()
@@ -394,12 +383,10 @@ class Store:
     """Ends an assignment and returns its slot to the pool."""
     values = {'state': state, 'reason': reason}
     schema.update(connection, assignments, work['id'], **values)
-    connection.execute(
-      slots.update()
-      .where(slots.c.task_id == work['task_id'])
-      .where(slots.c.holder == work['account_id'])
-      .values(holder=None)
+    held = slots.update().filter_by(
+      task_id=work['task_id'], holder=work['account_id']
     )
+    connection.execute(held.values(holder=None))
 
   def _expire(self, connection, condition, skip_locked=False):
     """Expires the open assignments that meet a condition; returns their ids."""
@@ -510,12 +497,8 @@ class Store:
     )
 
   def _hold(self, connection, slot_id, account_id):
-    changed = connection.execute(
-      slots.update()
-      .where(slots.c.id == slot_id, slots.c.holder.is_(None))
-      .values(holder=account_id)
-    ).rowcount
-    if not changed:
+    free = slots.update().filter_by(id=slot_id, holder=None)
+    if not connection.execute(free.values(holder=account_id)).rowcount:
       raise _TakenError
 
   def _hold_uncounted(self, connection, task_id, account_id):
@@ -548,7 +531,7 @@ class Store:
   def _texts(self, connection, task_id):
     return connection.scalars(
       sa.select(schema.outputs.c.text)
-      .where(schema.outputs.c.task_id == task_id)
+      .filter_by(task_id=task_id)
       .order_by(schema.outputs.c.position)
     ).all()
 
@@ -660,7 +643,7 @@ class Store:
     with self.write() as c:
       work = self._own(c, assignment_id, account_id)
       earlier = c.execute(
-        sa.select(table).where(table.c.submission == submission)
+        sa.select(table).filter_by(submission=submission)
       ).first()
       if earlier is not None:
         if earlier.assignment_id != assignment_id:
@@ -682,11 +665,8 @@ class Store:
     if work['state'] == 'expired':
       self._regain(connection, work)
     table = schema.answers
-    last = connection.scalar(
-      sa.select(sa.func.max(table.c.revision)).where(
-        table.c.assignment_id == work['id']
-      )
-    )
+    newest = sa.select(sa.func.max(table.c.revision))
+    last = connection.scalar(newest.filter_by(assignment_id=work['id']))
     number = (last or 0) + 1
     schema.insert(
       connection,
@@ -710,11 +690,8 @@ class Store:
         return self._hold_uncounted(connection, work['task_id'], account.id)
       slot = connection.scalar(
         sa.select(slots.c.id)
-        .where(
-          slots.c.task_id == work['task_id'],
-          slots.c.holder.is_(None),
-          slots.c.number > 0,
-        )
+        .filter_by(task_id=work['task_id'], holder=None)
+        .where(slots.c.number > 0)
         .limit(1)
         .with_for_update(skip_locked=True)
       )
@@ -739,9 +716,8 @@ class Store:
       work = self._own(c, assignment_id, account_id)
       if work['state'] == 'submitted':
         raise StoreError('You have answered this task already')
-      reason = answers.clean(reason, 'The reason').strip()
-      if invisible.is_blank(reason):
-        raise StoreError('Please say why you skip this task')
+      missing = 'Please say why you skip this task'
+      reason = given(reason, 'The reason', missing)
       if (work['state'], work['reason']) == ('skipped', reason):
         return
       # If the task expired and somebody else holds its slot, they keep it.
@@ -752,9 +728,7 @@ class Store:
     """Tells the researchers that something is wrong with a task."""
     with self.write() as c:
       work = self._own(c, assignment_id, account_id)
-      text = answers.clean(text, 'The note').strip()
-      if invisible.is_blank(text):
-        raise StoreError('Please say what is wrong')
+      text = given(text, 'The note', 'Please say what is wrong')
       schema.update(c, assignments, assignment_id, **self._touched(work))
       schema.insert(
         c,

@@ -426,7 +426,7 @@ def answer_task(visit):
     saved = visit.store.save_draft(*key, posted)
     if action == 'autosave' and saved['state'] == 'expired':
       return responses.PlainTextResponse(
-        'Draft saved, but the time of this task is over', 202
+        'Draft saved, but the time for this task is over', 202
       )
     if action == 'autosave':
       return responses.Response(status_code=204)
