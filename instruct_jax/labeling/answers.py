@@ -1,13 +1,12 @@
 """The questions for labelers, and what counts as an answer.
 
 The questions are the paper's: Table 3 for one output, Figure 11 for
-RealToxicityPrompts, Figure 12 for the order (rate each output alone, then rank
-all). Some of Table 7's questions about the prompt decide which of the others
-apply.
+RealToxicityPrompts, Table 7 for the prompt. As in Figure 12, each output is
+rated alone, then all are ranked.
 
 A draft holds the posted text fields of each page: `prompt`, `output0` to
 `outputK-1` (by imported position, not as shown) and `ranks`; or `write`.
-Functions take `store.Store.work`'s dict: `kind`, `record`, `order`, `draft`.
+Functions take the dict of `store.Store.work`.
 """
 
 import dataclasses

@@ -140,7 +140,7 @@ def import_tasks(
   screening: bool = False,
   by: int | None = None,
 ) -> int:
-  """Makes a batch of tasks from JSONL; all lines or none.
+  """Makes a batch of tasks from JSONL, all lines or none; returns their number.
 
   A line is {"prompt": "...", "completions": ["...", ...], "models": ["sft",
   ...]} and may have id, user, category, metadata and, for kind `prompt`, style.
@@ -149,7 +149,7 @@ def import_tasks(
   completion.
 
   Args:
-    the_store: the site's.
+    the_store: of the site.
     content: the file.
     source: its name, for messages.
     name: of the batch; unique.
@@ -158,9 +158,6 @@ def import_tasks(
     overlap: labelers per task; without effect in screening.
     screening: whether the batch compares new labelers with researchers.
     by: the account that imports.
-
-  Returns:
-    The number of tasks.
 
   Raises:
     RecordError: bad lines, up to ten of them as `file:line: what, what to do`.
@@ -590,12 +587,8 @@ def _comparison(row):
   )
 
 
-def few_shot(instruction: str, pairs: Sequence[Sequence[str]]):
-  """A.3: of K examples, each in turn is answered with the others as context.
-
-  Yields:
-    (prompt, response), K of them.
-  """
+def _few_shot(instruction: str, pairs: Sequence[Sequence[str]]):
+  """(prompt, response) of each example, with the others as context (A.3)."""
   for i, (query, response) in enumerate(pairs):
     shown = [f'{q}\n{r}' for j, (q, r) in enumerate(pairs) if j != i]
     yield '\n\n'.join([instruction, *shown, f'{query}\n']), response
@@ -606,7 +599,7 @@ def _demonstrations(row):
   content, is_given = row.content, row.kind == 'demonstration'
   prompt = row.prompt if is_given else content['text']
   if content.get('style') == 'few-shot':
-    pairs = few_shot(prompt, content['pairs'])
+    pairs = _few_shot(prompt, content['pairs'])
   elif not invisible.is_blank(content['response']):
     pairs = [(prompt, content['response'])]
   else:

@@ -31,6 +31,9 @@ from instruct_jax.labeling import answers, schema
 _HERE = pathlib.Path(__file__).parent
 _CLAIM_TRIES = 20
 _BACKUP_FORMAT = 'instruct_jax labeling backup'
+USED_LINK = (
+  'This link was used before or has expired. Please ask for a new one.'
+)
 _OLD_PAGE = 'This page is too old. Please open the task again.'
 _PRAGMAS = (
   'journal_mode=WAL', 'synchronous=FULL', 'foreign_keys=ON',
@@ -175,7 +178,7 @@ class Store:
   # --- People -------------------------------------------------------------
 
   def audit(self, connection, account_id, action: str, detail: str = ''):
-    """Logs what an account did; None is the site itself."""
+    """Logs what an account did, or the site itself (None)."""
     schema.insert(
       connection,
       schema.audit,
@@ -274,12 +277,8 @@ class Store:
   def join(self, token: str, leaving: str = '') -> str:
     """Uses up an invitation; returns the token of a new session.
 
-    An account has one session; its earlier ones, in any browser, end here.
-
-    Args:
-      token: of the invitation.
-      leaving: token of this browser's earlier session, which ends even if it
-        is another account's; '' for none.
+    The account's earlier sessions end in all browsers. So does the session with
+    the token `leaving`, this browser's own, even if it is another account's.
 
     Raises:
       StoreError: the link was used, has expired or never existed.
@@ -293,9 +292,7 @@ class Store:
         token_hash=_hash(token), used=None
       )
       if account_id is None or not c.execute(unused.values(used=now)).rowcount:
-        raise StoreError(
-          'This link was used before or has expired. Please ask for a new one.'
-        )
+        raise StoreError(USED_LINK)
       c.execute(
         sessions.delete().where(
           (sessions.c.account_id == account_id)
@@ -419,10 +416,10 @@ class Store:
   def claim(self, account) -> int | None:
     """The next task of an account: the id of its assignment, or None.
 
-    An account with an open task gets that one, unless its batch was closed
-    meanwhile. Labelers get free slots of open batches, beginning with tasks
-    that they had started; in screening, all screening tasks. Researchers get
-    every task, screening first, outside the overlap.
+    An account with an open task in an open batch gets that one. Labelers get
+    free slots of open batches, first of tasks that they had started; in
+    screening, all screening tasks. Researchers get every task, screening first,
+    outside the overlap.
 
     Raises:
       StoreError: the account was suspended, or the site is too busy.
@@ -585,9 +582,8 @@ class Store:
   ) -> dict[str, Any]:
     """Saves one page as posted, complete or not; returns the new `work`.
 
-    An expired task is opened again if it is still free and its labeler has no
-    other open task. Otherwise its state stays `expired`: the draft is saved but
-    does not count.
+    An expired task is reopened if it is still free and its labeler has no other
+    open task. Otherwise the draft is saved, but the task stays expired.
 
     Raises:
       StoreError: not this account's task, or skipped.
@@ -630,8 +626,7 @@ class Store:
     """Stores an answer; returns its revision.
 
     The same `submission` sent again, say because the reply was lost, changes
-    nothing and returns the same. An expired task is accepted while it has a
-    free slot.
+    nothing. An expired task is accepted while it has a free slot.
 
     Raises:
       AnswerError: the answer is incomplete; the posted page is saved as draft.

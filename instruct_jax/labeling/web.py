@@ -189,22 +189,17 @@ class RateLimit:
   def __init__(self, clock: Callable[[], float]):
     self._clock = clock
     self._lock = threading.Lock()
-    self._times = collections.defaultdict(collections.deque)
+    self._times = {}  # Key -> times of its newest `per_minute` requests.
 
   def allows(self, key: str, per_minute: int) -> bool:
     """Counts a request; returns whether it is within the limit."""
     now = self._clock()
     with self._lock:
       if len(self._times) > 10_000:  # Drop keys without recent requests.
-        for quiet in [k for k, v in self._times.items() if v[-1] <= now - 60]:
-          del self._times[quiet]
-      times = self._times[key]
-      while times and times[0] <= now - 60:
-        times.popleft()
+        self._times = {k: v for k, v in self._times.items() if v[-1] > now - 60}
+      times = self._times.setdefault(key, collections.deque(maxlen=per_minute))
+      allowed = len(times) < per_minute or times[0] <= now - 60
       times.append(now)
-      allowed = len(times) <= per_minute
-      if not allowed:
-        times.popleft()  # The newest `per_minute` are enough to decide.
       return allowed
 
 
@@ -230,10 +225,7 @@ def _home(visit, message=''):
 def show_invitation(visit):
   """The page that an invitation link opens, with a button that signs in."""
   if not visit.store.invitation_is_good(visit.request.path_params['token']):
-    raise RefusedError(
-      410,
-      'This link was used before or has expired. Please ask for a new one.',
-    )
+    raise RefusedError(410, store.USED_LINK)
   # Several links that are open at once share it.
   joining = visit.request.cookies.get(JOINING) or secrets.token_urlsafe(24)
   reply = visit.page('join.html', joining=joining)
@@ -442,10 +434,6 @@ def answer_task(visit):
   return _to(f'/task/{work["id"]}/{number + 1}')
 
 
-def _status(error):
-  return 422 if isinstance(error, answers.AnswerError) else 409
-
-
 def skip_task(visit):
   """Gives up a task, with a reason."""
   visit.store.skip(visit.work()['id'], visit.account.id, visit.field('reason'))
@@ -648,11 +636,8 @@ def download(visit):
   """A file of an export."""
   folder, name = (visit.request.path_params[k] for k in ('folder', 'name'))
   path = visit.site.exports / folder / name
-  if (
-    not re.fullmatch(r'\d{8}-\d{6}', folder)
-    or not re.fullmatch(r'[a-z_]+\.jsonl?', name)
-    or not path.is_file()
-  ):
+  is_export = re.fullmatch(r'\d{8}-\d{6}/[a-z_]+\.jsonl?', f'{folder}/{name}')
+  if not is_export or not path.is_file():
     raise RefusedError
   return responses.FileResponse(path, filename=name)
 
@@ -713,6 +698,11 @@ def _to(path):
   return responses.RedirectResponse(path, 303)
 
 
+def _status(error):
+  statuses = {store.StoreError: 409, answers.AnswerError: 422}
+  return statuses.get(type(error)) or error.status
+
+
 def _address(text):
   """The parts of a URL in a request's header."""
   try:
@@ -738,13 +728,8 @@ class _Site:
       lstrip_blocks=True,
     )
     self.templates.tests['blank'] = invisible.is_blank
-    self.templates.filters.update(
-      shown=shown,
-      when=_when,
-      duration=_duration,
-      percent=_percent,
-      estimate=_estimate,
-    )
+    for function in (shown, _when, _duration, _percent, _estimate):
+      self.templates.filters[function.__name__.strip('_')] = function
     self.templates.globals['letters'] = _LETTERS
 
   def page(self, template, account, status, **values):
@@ -836,9 +821,7 @@ class _Site:
         form = await self._form(request, account, handler)
       visit = Visit(self, request, account, form)
       reply = await concurrency.run_in_threadpool(handler, visit)
-    except RefusedError as error:
-      reply = self._error(account, error.status, str(error))
-    except (store.StoreError, answers.AnswerError) as error:
+    except (RefusedError, store.StoreError, answers.AnswerError) as error:
       reply = self._error(account, _status(error), str(error))
     except Exception:
       traceback.print_exc()  # For the operator; the visitor sees no details.
