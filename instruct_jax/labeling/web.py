@@ -13,6 +13,7 @@ import http
 import pathlib
 import re
 import secrets
+import string
 import threading
 import traceback
 import unicodedata
@@ -53,7 +54,6 @@ _STATIC = {
   'labeling.js': 'text/javascript; charset=utf-8',
   'icon.svg': 'image/svg+xml',
 }
-_LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
 _ALLOWED = {
   'anyone': ('labeler', 'researcher', 'admin'),
   'labeler': ('labeler', 'researcher', 'admin'),
@@ -343,27 +343,14 @@ def show_task(visit):
 
 def _task_page(visit, work, number, message='', posted=None, status=200):
   names = answers.pages(work)
-  name, kind = names[number], work['kind']
-  rated = 'toxicity' if kind == 'toxicity' else 'overall'
-  # The page knows an output by its letter only: its position in the file could
-  # reveal the model. Ranks are stored by position.
-  outputs = [
-    {
-      'letter': _LETTERS[place],
-      'place': place,
-      'text': work['texts'][position],
-      'rating': work['draft'].get(f'output{position}', {}).get(rated, '–'),
-    }
-    for place, position in enumerate(work['order'])
-  ]
+  name = names[number]
   if posted is None:
     posted = work['draft'].get(name, {})
-    if name == 'ranks':
+    if name == 'ranks':  # Stored by position, posted in the order shown.
       posted = {
         f'rank{place}': posted.get(f'rank{position}', '')
         for place, position in enumerate(work['order'])
       }
-  about_prompt = name in ('prompt', 'write')
   return visit.page(
     f'task_{"output" if name.startswith("output") else name}.html',
     status,
@@ -372,17 +359,7 @@ def _task_page(visit, work, number, message='', posted=None, status=200):
     names=names,
     posted=posted,
     message=message,
-    kind_title=answers.KINDS[kind],
-    reasons=answers.SKIP_REASONS,
     submission=secrets.token_hex(16),
-    style=answers.style(work),
-    complete={name for name in names if answers.is_complete(work, name)},
-    num_pairs=answers.NUM_PAIRS,
-    questions=answers.prompt_questions(kind)
-    if about_prompt
-    else answers.output_questions(work),
-    outputs=outputs,
-    rating_name=rated.replace('overall', 'quality'),
   )
 
 
@@ -406,16 +383,16 @@ def answer_task(visit):
       f'rank{position}': visit.field(f'rank{place}')
       for place, position in enumerate(work['order'])
     }
-  key = (work['id'], visit.account.id, name)
+  place = (work['id'], visit.account.id, name)
   try:
     posted = {
       answers.clean(key, 'A field'): answers.clean(value, 'A text')
       for key, value in posted.items()
     }
     if action == 'submit' and is_last:
-      revision = visit.store.submit(*key, posted, visit.field('submission'))
+      revision = visit.store.submit(*place, posted, visit.field('submission'))
       return _to(f'/?label=1&saved={work["id"]}-{revision}')
-    saved = visit.store.save_draft(*key, posted)
+    saved = visit.store.save_draft(*place, posted)
     if action == 'autosave' and saved['state'] == 'expired':
       return responses.PlainTextResponse(
         'Draft saved, but the time for this task is over', 202
@@ -538,14 +515,7 @@ def set_status(visit):
 
 def show_import(visit, status=200, message=''):
   """The form that imports tasks, filled in as it was posted."""
-  return visit.page(
-    'import.html',
-    status,
-    kinds=answers.KINDS,
-    phases=answers.PHASES,
-    form=visit.form,
-    message=message,
-  )
+  return visit.page('import.html', status, form=visit.form, message=message)
 
 
 def import_tasks(visit):
@@ -730,7 +700,9 @@ class _Site:
     self.templates.tests['blank'] = invisible.is_blank
     for function in (shown, _when, _duration, _percent, _estimate):
       self.templates.filters[function.__name__.strip('_')] = function
-    self.templates.globals['letters'] = _LETTERS
+    self.templates.globals.update(
+      answers=answers, letters=string.ascii_uppercase
+    )
 
   def page(self, template, account, status, **values):
     text = self.templates.get_template(template).render(
