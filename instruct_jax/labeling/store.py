@@ -735,7 +735,7 @@ class Store:
       self.audit(c, account_id, 'flag', f'assignment {assignment_id}')
 
   def own_progress(self, account) -> dict[str, Any]:
-    """What a labeler sees of their own work: counts, pace, last answers."""
+    """What a labeler sees of their own work: counts, pace, tasks."""
     table = schema.answers
     mine = assignments.c.account_id == account.id
     with self.read() as c:
@@ -750,18 +750,11 @@ class Store:
         .where(mine)
         .order_by(assignments.c.touched.desc())
       ).all()
-    listed = {
-      state: [row for row in rows if row.state == state]
-      for state in ('open', 'submitted', 'skipped', 'expired')
-    }
     return {
       'done': len(done),
       'today': sum(row.time > self.clock() - 86400 for row in done),
       'median': median([row.seconds for row in done]),
-      'open': listed['open'],
-      'late': [row for row in listed['expired'] if row.draft],
-      'last': listed['submitted'][:20],
-      'skipped': len(listed['skipped']),
+      'tasks': rows,
     }
 
 

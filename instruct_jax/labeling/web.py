@@ -63,7 +63,7 @@ _ALLOWED = {
 
 
 class RefusedError(Exception):
-  """A request that gets an error page; by default, a page does not exist."""
+  """A request that gets an error page, by default "no such page"."""
 
   def __init__(self, status=404, message='There is no such page.'):
     super().__init__(message)
@@ -138,18 +138,20 @@ def _is_emoji_style(match):
 
 def instruction_html(text: str) -> markupsafe.Markup:
   """HTML of headings (`# `), lists (`- `) and paragraphs; no other markup."""
+
+  def tag(name, inner):
+    return markupsafe.Markup(f'<{name}>{{}}</{name}>').format(inner)
+
   parts = []
   for block in re.split(r'\n\s*\n', text.strip()):
     lines = block.strip().split('\n')
     if block.startswith('# ') and len(lines) == 1:
-      parts.append(markupsafe.Markup('<h2>{}</h2>').format(block[2:]))
+      parts.append(tag('h2', block[2:]))
     elif all(line.startswith('- ') for line in lines):
-      items = markupsafe.Markup('').join(
-        markupsafe.Markup('<li>{}</li>').format(line[2:]) for line in lines
-      )
-      parts.append(markupsafe.Markup('<ul>{}</ul>').format(items))
+      items = [tag('li', line[2:]) for line in lines]
+      parts.append(tag('ul', markupsafe.Markup('').join(items)))
     else:
-      parts.append(markupsafe.Markup('<p>{}</p>').format(block))
+      parts.append(tag('p', block))
   return markupsafe.Markup('\n').join(parts)
 
 
