@@ -360,7 +360,6 @@ def disagreements(rows: Sequence[Labeled]) -> list[dict[str, Any]]:
         {
           'task_id': task_id,
           'prompt': group[0].prompt,
-          'batch': group[0].batch,
           'rate': sum(pair[0] for pair in counts) / counted,
           'num_pairs': counted,
           'people': len(group),
@@ -414,7 +413,6 @@ def people(the_store: store.Store, rows: Sequence[Labeled]) -> list[dict]:
       'role': account.role,
       'status': account.status,
       'answers': len(own),
-      'open': states[account.id, 'open'],
       'median_seconds': store.median([row.seconds for row in own]),
       'per_hour': len(own) / (seconds / 3600) if seconds > 0 else None,
       'tie_rate': sum(ties) / len(ties) if ties else None,
@@ -760,7 +758,7 @@ def statistics(the_store: store.Store, rows: Sequence[Labeled]) -> dict:
       if isinstance(value, preference_accuracy.Agreement)
       else value
       for name, value in values.items()
-      if name not in ('id', 'last', 'open')
+      if name not in ('id', 'last')
     }
 
   return {

@@ -671,8 +671,9 @@ def _to(path):
 
 
 def _status(error):
-  statuses = {store.StoreError: 409, answers.AnswerError: 422}
-  return statuses.get(type(error)) or error.status
+  if isinstance(error, RefusedError):
+    return error.status
+  return 422 if isinstance(error, answers.AnswerError) else 409
 
 
 def _address(text):
@@ -734,11 +735,12 @@ class _Site:
   def _count(self, request, account):
     """Enforces the rate limit, whatever else is wrong with the request."""
     config = self.store.config
-    key, limit = f'account {account and account.id}', config.requests_per_minute
-    if account is None:
-      key = f'address {request.client.host if request.client else ""}'
-      if request.url.path.startswith('/join/'):
-        key, limit = f'joins {key}', config.joins_per_minute
+    address = request.client.host if request.client else ''
+    key, limit = f'address {address}', config.requests_per_minute
+    if account is not None:
+      key = f'account {account.id}'
+    elif request.url.path.startswith('/join/'):
+      key, limit = f'joins {address}', config.joins_per_minute
     if not self.limit.allows(key, limit):
       raise RefusedError(429, 'Too many requests. Please wait a minute.')
 
