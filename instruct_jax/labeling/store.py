@@ -754,6 +754,7 @@ class Store:
       'done': len(done),
       'today': sum(row.time > self.clock() - 86400 for row in done),
       'median': median([row.seconds for row in done]),
+      'skipped': sum(row.state == 'skipped' for row in rows),
       'tasks': rows,
     }
 
