@@ -3,6 +3,7 @@
 import pytest
 import sacrebleu
 
+from instruct_jax.data import restaurant as data
 from instruct_jax.evals import restaurant
 
 _FACTS = (
@@ -10,16 +11,6 @@ _FACTS = (
   'priceRange[less than £20], customer rating[5 out of 5], area[riverside], '
   'familyFriendly[no], near[Raja Indian Cuisine]'
 )
-
-
-def test_parse_slots():
-  slots = restaurant.parse_slots(_FACTS)
-  assert len(slots) == 8
-  assert slots['customer rating'] == '5 out of 5'
-  assert slots['near'] == 'Raja Indian Cuisine'
-  for bad in ('', 'no facts', 'name[a], name[b]'):
-    with pytest.raises(ValueError, match='every slot once'):
-      restaurant.parse_slots(bad)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +25,7 @@ def test_parse_slots():
   ],
 )
 def test_everything_said(text):
-  slots = restaurant.parse_slots(_FACTS)
+  slots = dict(data.parse_meaning(_FACTS))
   report = restaurant.slot_report(slots, text)
   assert report == restaurant.SlotReport(tuple(slots), (), ())
   # The same from pairs, as JSON gives them back.
