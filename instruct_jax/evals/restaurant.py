@@ -48,7 +48,7 @@ NEIGHBOURS = (
   *('Café Sicilia', 'Clare Hall', 'Crowne Plaza Hotel'),
   *('Express by Holiday Inn', 'Rainbow Vegetarian Café', 'Raja Indian Cuisine'),
   *('Ranch', 'The Bakers', 'The Portland Arms', 'The Rice Boat'),
-  *('The Sorrento'),
+  'The Sorrento',
 )
 _NUM_BLEU_BOOTSTRAP = 1000
 
