@@ -152,11 +152,7 @@ class Figures:
   """The whole content of a report.
 
   Attributes:
-    title: heading of the report.
-    command: the command line.
-    seed: of the evaluation.
     commit: git commit of the code, or 'unknown'.
-    versions: package -> version.
     models: those with columns, in order; the baseline is one of them.
     baseline: the model that the others are compared with.
     judge: who compared the answers, and that it is no person if it is none.
@@ -189,10 +185,8 @@ class Figures:
     samples: prompts with each model's answer, from `samples.side_by_side`.
     more_samples: the same, but a larger number, for report.html's filters.
     world: of the data, or None.
-    parameters: model -> number of parameters.
     trained: stage -> how it trained.
     seconds: stage -> wall-clock seconds, in running order.
-    data_sizes: data set -> number of records.
     hygiene: reason of data hygiene -> records dropped (paper A.1, A.2).
     labeling: content of the labeling site's statistics.json beside the reward
       model's rankings; {} without one.

@@ -1,14 +1,12 @@
 """The report of an evaluation: report.md, its plots and summary.json.
 
-Everything arrives as plain data in `figures.Figures`; nothing is computed here
-beyond what a reader would otherwise do by eye. Text that came out of a model is
-shown as text: no sample can become a link, an image, HTML or a column of its
-own.
+`figures.Figures` holds all figures; nothing is measured here. Text of models is
+escaped, so no sample can become a link, an image, HTML or a table column.
 
 Files of `write_report`, each written whole or not at all:
-  report.md             all of it
-  report.html           the same to look at: one file, with samples to filter
-  summary.json          the figures that other programs read
+  report.md             everything
+  report.html           the same as one page, with samples to filter
+  summary.json          the figures, for other programs
   win_rate.png          the paper's Figure 1, for one model size
   metadata.png          the paper's Figure 4
   reward_kl.png         score against KL along RL
@@ -44,24 +42,23 @@ def write_report(
 
   Args:
     directory: created if need be; files of the same names are replaced, each
-      by a rename, so a reader never sees half of one.
+      by a rename.
     shown: what to show.
-    drawn: from `plots.make_plots`, where one drawing serves several folders.
+    drawn: from `plots.make_plots`, to share one drawing between folders.
   """
   directory = epath.Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
   drawn = plots.make_plots(shown) if drawn is None else drawn
-  for name, content in drawn.items():
-    files.write_bytes(directory / name, content)
   summary = json.dumps(
     make_summary(shown), indent=2, ensure_ascii=False, allow_nan=False
   )
-  files.write_bytes(directory / 'summary.json', (summary + '\n').encode())
-  page = html_report.make_html(shown, drawn)
-  files.write_bytes(directory / 'report.html', page.encode())
-  # Last: whoever finds report.md finds all that it points at.
-  text = make_markdown(shown, set(drawn))
-  files.write_bytes(directory / 'report.md', text.encode())
+  for name, content in (
+    *drawn.items(),
+    ('summary.json', (summary + '\n').encode()),
+    ('report.html', html_report.make_html(shown, drawn).encode()),
+    # Last, because it links to the plots.
+    ('report.md', make_markdown(shown, set(drawn)).encode()),
+  ):
+    files.write_bytes(directory / name, content)
 
 
 # summary.json
@@ -89,10 +86,10 @@ def plain_json(value: Any) -> Any:
 
 
 def make_summary(shown: figures.Figures) -> dict[str, Any]:
-  """The content of summary.json; models come in the order of the config.
+  """The content of summary.json; models are in the order of the config.
 
   `reward_model`, `pretraining_loss`, `metadata` and `kl` hold means; their
-  intervals are under `intervals`. What was not measured is null or empty.
+  intervals are under `intervals`. Figures not measured are null or empty.
   """
   reward, outcomes = shown.reward_model, shown.outcomes
   accuracies = None
@@ -157,7 +154,7 @@ def make_summary(shown: figures.Figures) -> dict[str, Any]:
 
 # report.md
 
-# Marks that Markdown, its GitHub dialect or HTML give a meaning: an underscore
+# Marks with a meaning in Markdown, its GitHub dialect or HTML: an underscore
 # outside of a word; "://", at and "www." because bare addresses become links.
 _MARKS = re.compile(
   r'[\\`*\[\]<>#|~&$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.',
@@ -168,11 +165,10 @@ _BRACKETS = re.compile(r'(?<!!)\[(?!\^|[ xX]?\])[^\[\]]*\](?![(\[:])')
 
 
 def escape(text: str) -> str:
-  """Text that Markdown shows as it is, on one line of a table or paragraph.
+  """Text that Markdown shows unchanged, on one line of a table or paragraph.
 
   Marks become character references, line breaks `<br>`, invisible control
-  characters U+FFFD, so text of a model cannot act on the report around it.
-  A pair of brackets that Markdown gives no meaning stays readable.
+  characters U+FFFD. Pairs of brackets without a meaning in Markdown stay.
   """
   text = sections.visible(text.replace('\r\n', '\n').replace('\r', '\n'))
   kept = {
@@ -204,10 +200,8 @@ def cell(value: Any) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
   """Lines of a Markdown table; cells are escaped already."""
-  lines = ['| ' + ' | '.join(head) + ' |']
-  lines.append('|' + ' --- |' * len(head))
-  lines += ['| ' + ' | '.join(row) + ' |' for row in rows]
-  return [*lines, '']
+  first, *others = ('| ' + ' | '.join(row) + ' |' for row in (head, *rows))
+  return [first, '|' + ' --- |' * len(head), *others, '']
 
 
 def section_lines(found: Iterable[sections.Section]) -> list[str]:
@@ -236,7 +230,7 @@ def _part_lines(part: sections.Part) -> list[str]:
 
 
 def _fence(text: str) -> list[str]:
-  # Longer than any run of backticks inside, so that the block ends at its end.
+  # Longer than any run of backticks inside, so that none closes the block.
   runs = [len(run) for run in re.findall('`+', text)]
   fence = '`' * max(3, 1 + max(runs, default=0))
   return [fence, text, fence, '']
@@ -248,7 +242,7 @@ def _samples_lines(shown: figures.Figures) -> list[str]:
   lines = [
     '## Answers side by side',
     '',
-    'The prompts take turns by use case and are not picked by hand. In '
+    'The prompts alternate between use cases and are not picked by hand. In '
     f'brackets: {escape(shown.unit)} score.',
     '',
   ]
@@ -276,7 +270,7 @@ def make_markdown(shown: figures.Figures, drawn: set[str]) -> str:
 
   Args:
     shown: what to show.
-    drawn: names of the plots that exist; others are not pointed at.
+    drawn: names of the plots that exist; others are left out.
   """
   lines = [f'# {escape(shown.title)}', '']
   lines += _part_lines(sections.Code(shown.command))
