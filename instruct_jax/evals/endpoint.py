@@ -37,33 +37,23 @@ class EndpointError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How to send requests.
+  """How to send requests: POST with a JSON body.
 
-  Attributes:
-    url: of POST requests with a JSON body.
-    key_variable: environment variable that holds the key; '' sends none.
-    key_header: header that carries the key.
-    key_prefix: before the key, say 'Bearer '.
-    timeout: seconds to wait for a reply.
-    max_retries: further tries after a timeout, a lost connection, status 408,
-      409, 425, 429 or 5xx, or a reply that is not JSON.
-    first_wait: seconds before the first retry, doubled each time, at most 60.
-      The server's Retry-After header has precedence.
-    max_malformed: further tries if the reply is JSON but cannot be parsed.
-    requests_per_minute: the most; 0 for no limit.
-    num_workers: requests in flight at the same time.
+  Retries follow a timeout, a lost connection, status 408, 409, 425, 429 or 5xx,
+  or a reply that is not JSON. The server's Retry-After header has precedence
+  over the wait, which doubles up to 60 seconds.
   """
 
   url: str
-  key_variable: str = ''
+  key_variable: str = ''  # Of the environment; '' sends no key.
   key_header: str = 'Authorization'
   key_prefix: str = 'Bearer '
-  timeout: float = 60.0
+  timeout: float = 60.0  # Seconds to wait for a reply.
   max_retries: int = 6
-  first_wait: float = 1.0
-  max_malformed: int = 1
-  requests_per_minute: float = 0.0
-  num_workers: int = 4
+  first_wait: float = 1.0  # Seconds before the first retry.
+  max_malformed: int = 1  # Further tries if a JSON reply cannot be parsed.
+  requests_per_minute: float = 0.0  # The most; 0 for no limit.
+  num_workers: int = 4  # Requests in flight at the same time.
 
   @classmethod
   def of(cls, config: Any) -> 'Settings':
@@ -74,14 +64,9 @@ class Settings:
 
 
 def check(config: Any, key: str) -> None:
-  """Refuses an unusable endpoint before anything is computed.
+  """Raises ValueError if the URL is not HTTP or the environment lacks the key.
 
-  Args:
-    config: with `url` and `key_variable`.
-    key: of that config, for the error.
-
-  Raises:
-    ValueError: the URL is not HTTP, or the environment lacks the key.
+  `config` has `url` and `key_variable`; `key` is its name in the error.
   """
   if not config.url.startswith(('http://', 'https://')):
     raise ValueError(
@@ -97,23 +82,14 @@ def check(config: Any, key: str) -> None:
 
 @dataclasses.dataclass
 class Counts:
-  """Numbers of requests and replies.
+  """Numbers of requests and replies."""
 
-  Attributes:
-    asked: distinct requests, including those in the journal.
-    remembered: answered by the journal.
-    requests: sent.
-    retried: sent again after a failure.
-    malformed: replies that could not be parsed.
-    unanswered: requests that never got a reply that could be parsed.
-  """
-
-  asked: int = 0
-  remembered: int = 0
-  requests: int = 0
-  retried: int = 0
-  malformed: int = 0
-  unanswered: int = 0
+  asked: int = 0  # Distinct requests, including those in the journal.
+  remembered: int = 0  # Answered by the journal.
+  requests: int = 0  # Sent.
+  retried: int = 0  # Sent again after a failure.
+  malformed: int = 0  # Replies that could not be parsed.
+  unanswered: int = 0  # Requests without a reply that could be parsed.
 
 
 class Endpoint:
@@ -158,16 +134,9 @@ class Endpoint:
     parse: Parse[Value],
     progress: Callable[[int], None] | None = None,
   ) -> list[Value | None]:
-    """Sends each body and parses its reply.
+    """Sends each distinct body and parses its reply; None if malformed.
 
-    Args:
-      bodies: JSON values; equal ones are sent once.
-      parse: reads the reply; ValueError, KeyError, IndexError or TypeError
-        mean that it is malformed.
-      progress: called with 1 for each distinct body.
-
-    Returns:
-      What `parse` returned, or None if every reply was malformed.
+    `progress` is called with 1 for each distinct body.
 
     Raises:
       EndpointError: the endpoint refused, or retries ran out. Replies so far

@@ -41,72 +41,51 @@ def _none() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-  """The data that the models learned from.
+  """The data that the models learned from."""
 
-  Attributes:
-    about: a sentence or two for the model card.
-    has_people: whether people labeled them; otherwise programs did.
-    label_fn: (prompt, answer) -> label -> whether it holds; or None.
-    tables_fn: (prompts, model -> answer to each of them) -> title -> rows of a
-      further table; or None.
-  """
-
-  about: str
-  has_people: bool
+  about: str  # A sentence or two for the model card.
+  has_people: bool  # Whether people labeled them; otherwise programs did.
+  # (Prompt, answer) -> label -> whether it holds.
   label_fn: _LabelFn | None = None
+  # (Prompts, model -> answer to each) -> title -> rows of a further table.
   tables_fn: _TablesFn | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Epochs:
-  """Supervised training of one model, by epoch.
+  """Supervised training of one model, by epoch."""
 
-  Attributes:
-    rows: each with `epoch` from 1, `valid_loss` (nats per response token) and
-      perhaps `score_reward` (mean reward-model score of samples).
-    selected: the epoch of the model, or None.
-    selected_by: the criterion, or ''.
-  """
-
+  # Each with `epoch` from 1, `valid_loss` (nats per response token) and perhaps
+  # `score_reward` (mean reward-model score of samples).
   rows: Sequence[Mapping[str, Any]]
-  selected: int | None = None
-  selected_by: str = ''
+  selected: int | None = None  # The epoch of the model.
+  selected_by: str = ''  # The criterion.
 
 
 @dataclasses.dataclass(frozen=True)
 class Rankings:
-  """How several scorers order the pairs of one set of rankings.
+  """How well scorers and labelers order the pairs of one set of rankings."""
 
-  Attributes:
-    accuracies: the reward model, the judge and trivial judges -> share of the
-      pairs ordered as by the labelers (paper 4.1).
-    agreement: of its labelers with one another (3.4), or None.
-  """
-
+  # Share of the pairs ordered as by the labelers (paper 4.1), by scorer: the
+  # reward model, the judge and trivial judges.
   accuracies: Mapping[str, preference_accuracy.Accuracy]
+  # Of its labelers with one another (3.4).
   agreement: preference_accuracy.Agreement | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardFigures:
-  """How well the reward model orders pairs (paper 3.4, 4.1, E.2).
+  """How well the reward model orders pairs (paper 3.4, 4.1, E.2)."""
 
-  Attributes:
-    rankings: set of rankings -> its accuracies; `accuracy` is of the first.
-    scorer: name of the reward model among the scorers.
-    ceiling: the largest share of the first set's pairs that label noise
-      allows, or None if it is not known.
-    intra: cross-validation, validation data of labelers trained on.
-    inter: cross-validation, labelers of the group left out.
-    curve: rows of the stage's metrics.jsonl with 'step' and any of
-      'reward/loss' (nats) and 'reward/accuracy'.
-  """
-
-  rankings: Mapping[str, Rankings]
-  scorer: str = 'reward model'
+  rankings: Mapping[str, Rankings]  # By set; `accuracy` is of the first.
+  scorer: str = 'reward model'  # Its name among those who order the pairs.
+  # The largest share of the first set's pairs that label noise allows, or None.
   ceiling: float | None = None
+  # Cross-validation, on labelers trained on and on the group left out.
   intra: preference_accuracy.Spread | None = None
   inter: preference_accuracy.Spread | None = None
+  # Rows of the stage's metrics.jsonl with 'step' and any of 'reward/loss'
+  # (nats) and 'reward/accuracy'.
   curve: Sequence[MetricsRow] = ()
 
   @property
@@ -136,100 +115,69 @@ class RewardFigures:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """How a stage trained, for the model card.
+  """How a stage trained, for the model card."""
 
-  Attributes:
-    settings: key of its config -> value.
-    operations: floating-point operations by formula, or None.
-  """
-
-  settings: Mapping[str, Any]
-  operations: float | None
+  settings: Mapping[str, Any]  # Keys of its config.
+  operations: float | None  # Floating-point operations by formula.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figures:
-  """The whole content of a report.
-
-  Attributes:
-    commit: git commit of the code, or 'unknown'.
-    models: those with columns, in order; the baseline is one of them.
-    baseline: the model that the others are compared with.
-    judge: who compared the answers, and that it is no person if it is none.
-    unit: of the judge's scores, a word for headings.
-    has_places: whether the judge saw both answers at once.
-    outcomes: of the judge's verdicts.
-    alarms: what went wrong or is suspicious, one sentence each.
-    everyone: any model that was asked -> column -> figure.
-    ratings: model -> `judges.LIKERT` or label (Table 3) -> mean, clustered by
-      prompt.
-    ratings_by_category: use case -> the same.
-    rl_metrics: model -> rows of the metrics.jsonl of its RL stage, one an
-      iteration, with 'step' and any of 'objective/score', 'objective/kl'
-      (nats per response), 'eval/pretraining_loss' (nats per token), ...
-    reference: the model that KL and losses are measured from, or ''.
-    kl: model -> 'signed mean', 'k3': KL to the reference, nats per response.
-    text_loss: model -> loss on held-out pretraining text, nats per token.
-    text_loss_difference: model -> its loss minus the reference's, or 'a – b' ->
-      the difference of two, paired by row.
-    reward_model: accuracies and agreement.
-    epochs: model -> its supervised training by epoch.
-    prefixes: prompted model -> few-shot prefix -> score, and if it was chosen.
-    suite: public task, prompt and metric -> model -> figure.
-    suite_judges: task -> who judged its answers, if no rule can.
-    tables: further tables, title -> rows.
-    prompts: counts of the prompts that were given, dropped, asked.
-    settings: key of sampling -> value.
-    asked: model -> how it was asked -> figure or text.
-    asking: counts of the judge's verdicts, and their cost.
-    samples: prompts with each model's answer, from `samples.side_by_side`.
-    more_samples: the same, but a larger number, for report.html's filters.
-    world: of the data, or None.
-    trained: stage -> how it trained.
-    seconds: stage -> wall-clock seconds, in running order.
-    hygiene: reason of data hygiene -> records dropped (paper A.1, A.2).
-    labeling: content of the labeling site's statistics.json beside the reward
-      model's rankings; {} without one.
-  """
+  """The whole content of a report."""
 
   title: str
   command: str
-  seed: int
-  commit: str
-  versions: Mapping[str, str]
-  models: Sequence[str]
-  baseline: str
-  judge: str
-  unit: str = 'judge'
-  has_places: bool = False
+  seed: int  # Of the evaluation.
+  commit: str  # Of the code, or 'unknown'.
+  versions: Mapping[str, str]  # By package.
+  models: Sequence[str]  # Those with columns, in order.
+  baseline: str  # One of them; the others are compared with it.
+  judge: (
+    str  # Who compared the answers, and that it is no person if it is none.
+  )
+  unit: str = 'judge'  # Of the judge's scores, a word for headings.
+  has_places: bool = False  # Whether the judge saw both answers at once.
   outcomes: preferences.Outcomes
-  alarms: Sequence[str] = ()
-  everyone: Rows = _none()
+  alarms: Sequence[str] = ()  # One sentence each.
+  everyone: Rows = _none()  # Any model that was asked -> column -> figure.
+  # Model -> `judges.LIKERT` or label (Table 3) -> mean, clustered by prompt.
   ratings: _Intervals = _none()
-  ratings_by_category: Mapping[str, _Intervals] = _none()
+  ratings_by_category: Mapping[str, _Intervals] = _none()  # By use case.
+  # Model -> rows of the metrics.jsonl of its RL stage, one an iteration, with
+  # 'step' and any of 'objective/score', 'objective/kl' (nats per response),
+  # 'eval/pretraining_loss' (nats per token), ...
   rl_metrics: Mapping[str, Sequence[MetricsRow]] = _none()
-  reference: str = ''
+  reference: str = ''  # The model that KL and losses are measured from.
+  # Model -> 'signed mean', 'k3': KL to the reference, nats per response.
   kl: Mapping[str, Mapping[str, win_rate.Number]] = _none()
+  # Model -> loss on held-out pretraining text, nats per token.
   text_loss: Mapping[str, win_rate.Interval] = _none()
+  # Model -> its loss minus the reference's, or 'a – b' -> the difference of
+  # two, paired by row.
   text_loss_difference: Mapping[str, win_rate.Interval] = _none()
   reward_model: RewardFigures | None = None
-  epochs: Mapping[str, Epochs] = _none()
+  epochs: Mapping[str, Epochs] = _none()  # By model.
+  # Prompted model -> few-shot prefix -> score, and if it was chosen.
   prefixes: Mapping[str, Rows] = _none()
-  suite: _Intervals = _none()
-  suite_judges: Mapping[str, str] = _none()
-  tables: Mapping[str, Rows] = _none()
-  prompts: Mapping[str, int] = _none()
-  settings: Mapping[str, Cell] = _none()
-  asked: Rows = _none()
-  asking: Mapping[str, Cell] = _none()
+  suite: _Intervals = _none()  # Public task, prompt and metric -> model.
+  suite_judges: Mapping[str, str] = _none()  # Of tasks that no rule can judge.
+  tables: Mapping[str, Rows] = _none()  # Further tables, by title.
+  prompts: Mapping[str, int] = _none()  # Counts: given, dropped, asked.
+  settings: Mapping[str, Cell] = _none()  # Of sampling.
+  asked: Rows = _none()  # Model -> how it was asked -> figure or text.
+  asking: Mapping[str, Cell] = _none()  # Counts of verdicts, and their cost.
+  # Prompts with each model's answer, from `samples.side_by_side`; a larger
+  # number of them for report.html's filters.
   samples: Sequence[samples_lib.Row] = ()
   more_samples: Sequence[samples_lib.Row] = ()
   world: World | None = None
-  parameters: Mapping[str, int] = _none()
-  trained: Mapping[str, Training] = _none()
-  seconds: Mapping[str, win_rate.Number] = _none()
-  data_sizes: Mapping[str, int] = _none()
+  parameters: Mapping[str, int] = _none()  # Their number, by model.
+  trained: Mapping[str, Training] = _none()  # By stage.
+  seconds: Mapping[str, win_rate.Number] = _none()  # By stage, as they ran.
+  data_sizes: Mapping[str, int] = _none()  # Records by data set.
+  # Reason of data hygiene -> records dropped (paper A.1, A.2).
   hygiene: Mapping[str, Cell] = _none()
+  # statistics.json of the labeling site, beside the reward model's rankings.
   labeling: Mapping[str, Any] = _none()
 
   def labels(self) -> dict[str, dict[str, win_rate.Interval]]:

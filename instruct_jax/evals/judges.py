@@ -40,7 +40,7 @@ class Verdict:
   Attributes:
     preference: for the answer shown first: 1, 0, or one half for a tie; None
       if the verdict could not be parsed.
-    labeler: who judged, or ''. Nameless verdicts may be different people's.
+    labeler: '' if unknown; nameless verdicts may be different people's.
     raw: the judge's words, scores or ranks.
   """
 
@@ -53,10 +53,7 @@ class Verdict:
 class Rating:
   """One judge's rating of one answer; None and absence mean not rated.
 
-  Attributes:
-    likert: overall quality, 1 (worst) to 7 (best).
-    labels: label -> whether it holds.
-    labeler: who rated, or ''.
+  `likert` is overall quality, 1 (worst) to 7 (best).
   """
 
   likert: float | None
@@ -74,35 +71,24 @@ class Judge:
   """Decides which of two answers is better.
 
   A judge overrides `score` or `compare`, and `rate` if it can. Every process
-  calls `score`; only the first calls the others.
-
-  Attributes:
-    needs: dotted config keys that must not be empty.
-    reads: those of them that are paths.
-    name: who judges, and that it is no person if it is none.
-    unit: of its scores, a word for headings.
-    is_ceiling: labelers agree with its scores except for noise, so no reward
-      model can order more of their pairs.
-    has_places: it sees both answers at once, so their order may matter.
-    progress: called with how many further pairs or answers are judged.
+  calls `score`; only the first calls the others. The constructor's `config` and
+  `workdir` are those of the stage that asks; `mesh` is for judges that are
+  models.
   """
 
-  needs: ClassVar[tuple[str, ...]] = ()
-  reads: ClassVar[tuple[str, ...]] = ()
-  name: str
-  unit: ClassVar[str] = 'judge'
+  needs: ClassVar[tuple[str, ...]] = ()  # Config keys that must not be empty.
+  reads: ClassVar[tuple[str, ...]] = ()  # Those of them that are paths.
+  name: str  # Who judges, and that it is no person if it is none.
+  unit: ClassVar[str] = 'judge'  # Of its scores, a word for headings.
+  # Whether labelers agree with its scores except for noise, so that no reward
+  # model can order more of their pairs.
   is_ceiling: ClassVar[bool] = False
+  # Whether it sees both answers at once, so that their order may matter.
   has_places: ClassVar[bool] = False
 
   def __init__(self, config: Any, workdir: epath.Path, mesh: Any):
-    """Makes the judge.
-
-    Args:
-      config: of the stage that asks it.
-      workdir: of that stage.
-      mesh: for judges that are models.
-    """
     del config, workdir, mesh
+    # Called with how many further pairs or answers are judged.
     self.progress: Callable[[int], None] = lambda number: None
 
   @classmethod
@@ -159,26 +145,16 @@ def _preference(first: float, second: float) -> float:
 
 @dataclasses.dataclass
 class Account:
-  """Counts of the pairs and their verdicts; nothing is dropped uncounted.
-
-  Attributes:
-    pairs: asked for.
-    unjudged: pairs without a verdict in both orders by one judge.
-    one_order: verdicts on the other pairs that lack the other order's verdict
-      by the same judge.
-    unparsed: judgements that could not be parsed in at least one order.
-    contradictions: judgements whose two orders contradict.
-    empty: blank answers of the pairs, each counted once.
-    judgements: those with an outcome.
-  """
+  """Counts of the pairs and their verdicts; nothing is dropped uncounted."""
 
   pairs: int = 0
-  unjudged: int = 0
+  unjudged: int = 0  # Pairs without a verdict in both orders by one judge.
+  # Verdicts on the other pairs that lack the same judge's in the other order.
   one_order: int = 0
-  unparsed: int = 0
-  contradictions: int = 0
-  empty: int = 0
-  judgements: int = 0
+  unparsed: int = 0  # Judgements with an order that could not be parsed.
+  contradictions: int = 0  # Judgements whose two orders contradict.
+  empty: int = 0  # Blank answers of the pairs, each counted once.
+  judgements: int = 0  # Those with an outcome.
 
 
 def ask_both_orders(
@@ -188,11 +164,8 @@ def ask_both_orders(
 
   Verdicts of the two orders are matched by labeler. Several verdicts of one
   labeler, or of several without a name, are matched by position; if their
-  number differs between the orders, none of them is matched.
-
-  Returns:
-    One judgement for each judge of each pair, without an outcome if an order
-    is missing or could not be parsed; and the counts.
+  number differs between the orders, none of them is matched. A judgement has no
+  outcome if an order is missing or could not be parsed.
   """
   account = Account(pairs=len(pairs))
   # By identity: several answers of a model to a prompt may be equal.
@@ -276,13 +249,9 @@ class People(Judge):
   Prompts and answers are found by their text. Every ranking is a separate
   judgement, because several of one prompt without a labeler's name may be
   several people's. `metadata` may hold, one entry a completion: `likert`,
-  numbers 1 to 7 or null; `labels`, objects of label -> true or false.
-
-  Args:
-    config: with `rankings`, the file.
-
-  Raises:
-    records.RecordError: a malformed line, by number.
+  numbers 1 to 7 or null; `labels`, objects of label -> true or false. The
+  constructor raises `records.RecordError`, with the number, for a malformed
+  line.
   """
 
   needs = reads = ('rankings',)

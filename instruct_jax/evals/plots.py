@@ -137,16 +137,9 @@ def _canvas(rows: int, columns: int, height: float, **options: Any):
 
 
 def _grid(number: int, panel: float, margin: float, **options: Any):
-  """A figure of panels, two in a row.
+  """A figure of panels, two in a row, each `panel` inches high.
 
-  Args:
-    number: of panels.
-    panel: height of each, in inches.
-    margin: height of what is above and below them.
-    **options: of `subplots`.
-
-  Returns:
-    The figure, its axes in order, and those without a panel below.
+  Returns the figure, its axes in order, and those without a panel below.
   """
   columns = min(2, number)
   rows = -(-number // columns)
@@ -180,11 +173,7 @@ def _heading(
 ) -> None:
   """Writes title and legend above the plots, and the note below.
 
-  Args:
-    figure: of `_canvas`; it grows by the height of the text.
-    title: of the whole.
-    note: below the plots.
-    looks: of the legend's lines.
+  The figure grows by the height of the text.
   """
   title = _wrapped(title, _HEADING_CHARACTERS)
   inches = 0.22 * (title.count('\n') + 1)
@@ -365,14 +354,9 @@ def _interval_rows(
   colours: Sequence[str],
   texts: Sequence[str],
 ) -> None:
-  """Bars with their intervals as whiskers, and the numbers beside them.
+  """Bars of (mean, low, high) with whiskers, the first on top.
 
-  Args:
-    axis: to draw on.
-    labels: of the rows, the first on top.
-    values: (mean, low, high) of each.
-    colours: of the bars.
-    texts: in a column right of the plot, where no line crosses them.
+  `texts` are in a column right of the plot, where no line crosses them.
   """
   positions = range(len(values))
   means = [mean for mean, _, _ in values]
@@ -584,11 +568,7 @@ def _unit(title: str) -> str:
 def _draw_along(runs, panels, title, looks) -> Any:
   """Figures against iteration, one panel each, one line a run (Fig 35).
 
-  Args:
-    runs: name -> rows of metrics.jsonl.
-    panels: title -> (metric, metric before RL, unit).
-    title: of the whole.
-    looks: of the runs.
+  `panels` is title -> (metric, metric before RL, unit).
   """
   found = {
     name: (unit, curves)
@@ -613,10 +593,7 @@ def _draw_along(runs, panels, title, looks) -> Any:
 
 
 def tax_along(runs: Runs) -> bytes | None:
-  """Figure 35 for any runs: name -> rows of metrics.jsonl; None without data.
-
-  The dashed line is the model that RL started from.
-  """
+  """Figure 35, of run -> rows of metrics.jsonl, as PNG; None without data."""
   score = ('objective/score', 'objective/score_before', 'reward units')
   panels = _probe_panels(runs) | {
     'pretraining loss': (*_LOSS, 'nats per token'),

@@ -35,9 +35,7 @@ class Order:
 
   Attributes:
     first: the model whose answer was shown first.
-    preference: for that answer: 1, 0, or one half for a tie; None if the
-      verdict could not be parsed.
-    raw: the judge's words, scores or ranks.
+    preference, raw: as in `judges.Verdict`.
   """
 
   first: str
@@ -47,43 +45,28 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-  """One judge's view of two models' answers to one prompt.
-
-  Attributes:
-    prompt_id: of the prompt; intervals redraw it.
-    category: its use case, or ''.
-    model, other: the models.
-    outcome: 1 if `model` is preferred, 0 if `other` is, one half for ties;
-      None if an order is missing or could not be parsed. Rates and ratings
-      take only judgements with an outcome.
-    log_length_ratio: log(tokens of model / tokens of other).
-    labeler: who judged, or ''.
-    contradicts: the two orders prefer different answers.
-    orders: the verdicts behind it, first as asked, then swapped.
-  """
+  """One judge's view of two models' answers to one prompt."""
 
   prompt_id: str
-  category: str
+  category: str  # Use case of the prompt, or ''.
   model: str
   other: str
+  # 1 if `model` is preferred, 0 if `other` is, one half for ties; None if an
+  # order is missing or could not be parsed. Rates and ratings take only
+  # judgements with an outcome.
   outcome: float | None
-  log_length_ratio: float
+  log_length_ratio: float  # log(tokens of model / tokens of other).
   labeler: str = ''
-  contradicts: bool = False
-  orders: tuple[Order, ...] = ()
+  contradicts: bool = False  # The two orders prefer different answers.
+  orders: tuple[Order, ...] = ()  # The verdicts as asked, then swapped.
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-  """How often a model is preferred to another.
+  """How often a model is preferred to another, ties one half.
 
-  Attributes:
-    rate: ties count one half.
-    low, high: its 95 % interval, redrawing prompts.
-    num_prompts: that were judged.
-    by_labeler: the same rate, redrawing labelers; None with fewer than two
-      labelers or if some judgement names none.
-    num_judgements: judgements behind it.
+  The interval redraws prompts, that of `by_labeler` labelers. `by_labeler` is
+  None with fewer than two labelers or if some judgement names none.
   """
 
   rate: float
@@ -99,9 +82,7 @@ class Power:
   """How many prompts it takes to distinguish a rate from one half.
 
   Attributes:
-    rate: mean outcome over prompts.
-    deviation: standard deviation of a prompt's outcome.
-    num_prompts: prompts behind both.
+    rate, deviation: mean and standard deviation of the prompts' outcomes.
     to_separate: prompts at which a 95 % interval would just exclude one half
       if the rate stays; None at exactly one half.
     for_power: prompts at which it would do so in 80 % of the repetitions.
@@ -115,15 +96,11 @@ class Power:
 
 
 def both_orders(first: float, swapped: float) -> tuple[float, bool]:
-  """Outcome for the first answer from the verdicts of both orders.
+  """(outcome for the first answer, whether the orders contradict).
 
-  Args:
-    first: preference for the answer shown first, in the original order.
-    swapped: the same after the answers changed places.
-
-  Returns:
-    (mean of `first` and 1 - `swapped`, whether the two contradict). A judge
-    that always takes what it sees first yields one half and a contradiction.
+  Both arguments are preferences for the answer shown first, so the outcome is
+  the mean of `first` and 1 - `swapped`. A judge that always takes what it sees
+  first yields one half and a contradiction.
   """
   return (first + 1 - swapped) / 2, (first - 0.5) * (0.5 - swapped) < 0
 
@@ -199,9 +176,8 @@ class FirstPlace:
   Attributes:
     rate: share of the verdicts for the answer shown first, ties one half, over
       both orders of each pair; redrawn by prompt.
-    ties: share of the verdicts that are ties.
+    ties: share of the verdicts, two for each judgement, that are ties.
     contradictions: share of the judgements whose two orders contradict.
-    num_verdicts: two for each judgement.
   """
 
   rate: win_rate.Interval
@@ -337,13 +313,9 @@ def length_controlled(
 ) -> LengthControlled:
   """Win rates with the effect of length removed (Stiennon et al. 2020, F).
 
-  One logistic regression over all models: log-odds of a win = θ_model +
-  γ log(length / length of the baseline's answer), ties one half. The rate
-  is σ(θ_model). Intervals redraw prompts.
-
-  Args:
-    by_model: from `against`.
-    num_bootstrap: redraws.
+  One logistic regression over all models of `against`: log-odds of a win =
+  θ_model + γ log(length / length of the baseline's answer), ties one half. The
+  rate is σ(θ_model). Intervals redraw prompts.
   """
   models = list(by_model)
   rows = [row for model in models for row in by_model[model]]
@@ -441,12 +413,10 @@ def power(judgements: Sequence[Judgement]) -> Power:
 
 @dataclasses.dataclass(frozen=True)
 class Versus:
-  """Two models of a pair that was judged.
+  """A pair that was judged: the first model against the second.
 
-  Attributes:
-    rates: of the first against the second.
-    power: None with fewer than two prompts.
-    first_place: None if no judgement keeps its two verdicts.
+  `power` is None with fewer than two prompts, `first_place` if no judgement
+  keeps its two verdicts.
   """
 
   rates: Rates
@@ -461,7 +431,6 @@ class Outcomes:
   Attributes:
     rates: model -> against the baseline, which has one half against itself.
     by_category: model -> use case -> the same; without the baseline.
-    length_controlled: the same at equal length.
     bradley_terry: model -> rating in nats, the baseline at 0.
     pairs: (model, other) of each pair that was judged -> its figures.
     first_place: over all pairs, or None.
@@ -481,13 +450,10 @@ def outcomes(
   baseline: str,
   num_bootstrap: int = 2000,
 ) -> Outcomes:
-  """All figures of the judgements that have an outcome.
+  """All figures of judgements that have an outcome.
 
-  Args:
-    judgements: those of other models are left out.
-    models: in the order of the results.
-    baseline: one of them.
-    num_bootstrap: redraws of the intervals of rates.
+  Judgements of models not in `models` are left out. `num_bootstrap` is the
+  number of redraws for rates.
 
   Raises:
     ValueError: the baseline was never judged, or no chain of judgements links

@@ -62,44 +62,19 @@ def _mean(sums: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """The rule that turns a task's rows into a score.
+  """The rule that turns a task's rows into a score."""
 
-  Attributes:
-    name: as in `table14`.
-    item_stats: maps a row to k numbers that are summed over items.
-    score: maps sums [..., k] to scores [...].
-    is_share: every item counts 0 or 1.
-    strata: to reweight by; means only.
-    note: reason why the paper's figure is not comparable, or ''.
-  """
-
-  name: str
-  item_stats: Callable[[Row], Sequence[float]]
-  score: Callable[[np.ndarray], np.ndarray] = _mean
-  is_share: bool = False
-  strata: Strata | None = None
-  note: str = ''
+  name: str  # As in `table14`.
+  item_stats: Callable[[Row], Sequence[float]]  # k numbers to sum over items.
+  score: Callable[[np.ndarray], np.ndarray] = _mean  # [..., k] -> [...].
+  is_share: bool = False  # Every item counts 0 or 1.
+  strata: Strata | None = None  # To reweight by; means only.
+  note: str = ''  # Reason why the paper's figure is not comparable.
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One score beside the paper's.
-
-  Attributes:
-    score, low, high: ours with its 95 % interval.
-    num_items: of this model and prompt.
-    paper: Table 14's figure, or None.
-    inside: whether the interval contains it; None without a figure, with fewer
-      than `MIN_ITEMS` items, or if all items score the same.
-    reweighted, reweighted_low, reweighted_high: at the benchmark's mix of
-      items, or None if that is not known.
-    reweighted_inside: as `inside`.
-    fits_other_label: TruthfulQA: the interval contains the paper's figure for
-      the other of its two instruction prompts, but not this prompt's own.
-    why: reason why the interval does not contain the paper's figure, or ''.
-    best: better than every other model by the 95 % interval of their
-      difference on the same items; never with fewer than `MIN_ITEMS`.
-  """
+  """One score beside the paper's, with 95 % intervals."""
 
   task: str
   metric: str
@@ -108,15 +83,22 @@ class Cell:
   score: float
   low: float
   high: float
-  num_items: int
-  paper: float | None
+  num_items: int  # Of this model and prompt.
+  paper: float | None  # Table 14's figure.
+  # Whether the interval contains it; None without a figure, with fewer than
+  # `MIN_ITEMS` items, or if all items score the same.
   inside: bool | None
+  # At the benchmark's mix of items, or None if that is not known.
   reweighted: float | None
   reweighted_low: float | None
   reweighted_high: float | None
   reweighted_inside: bool | None
-  fits_other_label: bool
-  why: str
+  # TruthfulQA: the interval contains the paper's figure for the other of its
+  # two instruction prompts, but not this prompt's own.
+  fits_other_label: bool = False
+  why: str = ''  # Reason why the interval does not contain the paper's figure.
+  # Better than every other model by the interval of their difference on the
+  # same items; never with fewer than `MIN_ITEMS`.
   best: bool = False
 
 
@@ -297,11 +279,11 @@ def score_task(
   seed: int = 0,
   metrics: Sequence[Metric] | None = None,
 ) -> tuple[list[Cell], list[dict[str, Any]]]:
-  """Every cell of one task, and its lines of Table 14 as `score_folder` says.
+  """Every cell of one task, and its lines of Table 14 as in `score_folder`.
 
   Args:
     task: a key of `released_csv.LAYOUTS`.
-    rows: as `released_csv.read` returns them.
+    rows: from `released_csv.read`.
     seed: of the redraws.
     metrics: instead of the task's own.
   """
@@ -374,8 +356,6 @@ def _score_line(task, metric, prompt, rows, seed):
       reweighted_low=mixed_bounds[0],
       reweighted_high=mixed_bounds[1],
       reweighted_inside=mixed_inside,
-      fits_other_label=False,
-      why='',
     )
     cells.append(_with_reason(cell, metric, share))
   line = _line(metric, cells, redraws, mixed_redraws)
@@ -411,9 +391,7 @@ def _mixed_score(metric, sums, inner, counts):
 def _mark_best(cells, redraws) -> list[Cell]:
   """Marks the one model that is clearly better than all others, if any.
 
-  Args:
-    cells: of one line.
-    redraws: their scores on the same redrawn items [models, redraws].
+  `redraws` are scores on the same redrawn items [models, redraws].
   """
   sign = -1 if cells[0].metric == _LOWER_IS_BETTER else 1
   best = int(np.argmax([sign * cell.score for cell in cells]))
@@ -514,9 +492,8 @@ def _line(metric, cells, redraws, mixed_redraws) -> dict[str, Any] | None:
 def _label_conflict(cells: Sequence[Cell]) -> dict[str, Any] | None:
   """Which labels of TruthfulQA's two instruction prompts fit the paper.
 
-  Returns:
-    Root mean square of (ours - paper's) and cells inside, over both metrics,
-    with the labels as they are and exchanged; None without such cells.
+  Root mean square of (ours - paper's) and cells inside, over both metrics, with
+  the labels as they are and exchanged; None without such cells.
   """
   found = [
     cell
@@ -672,13 +649,7 @@ def _by_line(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 def _model_table(
   cells: Sequence[Mapping[str, Any]], score: str = 'score', prefix: str = ''
 ) -> sections.Table:
-  """Models by tasks.
-
-  Args:
-    cells: of all lines.
-    score: which field is the score.
-    prefix: of the fields `low` and `high` of its interval.
-  """
+  """Models by tasks; `prefix` is of the fields of the interval."""
   models = list(dict.fromkeys(cell['model'] for cell in cells))
 
   def shown(cell):

@@ -19,30 +19,18 @@ from instruct_jax import files
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """One answer of one model.
+  """One answer of one model."""
 
-  Attributes:
-    model: which policy answered, say 'ppo_ptx'.
-    prompt_id: id of the prompt; the same in every model's file.
-    prompt: the text the model was given, without any few-shot prefix.
-    response: the decoded answer, without end-of-text.
-    num_tokens: tokens sampled, end-of-text included.
-    ended: whether the policy itself ended the answer.
-    category: use case of the prompt, or ''.
-    score_gold: the judge's score, in its own unit; None if not judged.
-    score_reward: the reward model's score, in reward units, or None.
-    metadata: labels of the answer, such as Table 3's.
-  """
-
-  model: str
-  prompt_id: str
-  prompt: str
-  response: str
-  num_tokens: int
-  ended: bool
-  category: str = ''
-  score_gold: float | None = None
-  score_reward: float | None = None
+  model: str  # The policy, say 'ppo_ptx'.
+  prompt_id: str  # The same in every model's file.
+  prompt: str  # As given to the model, without any few-shot prefix.
+  response: str  # Decoded, without end-of-text.
+  num_tokens: int  # Tokens sampled, end-of-text included.
+  ended: bool  # Whether the policy itself ended the answer.
+  category: str = ''  # Use case of the prompt.
+  score_gold: float | None = None  # The judge's score, in its own unit.
+  score_reward: float | None = None  # The reward model's, in reward units.
+  # Labels of the answer, such as Table 3's.
   metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
