@@ -32,9 +32,7 @@ def words(text: str) -> list[str]:
   return _WORD.findall(text.lower())
 
 
-def _labeled_pairs(
-  comparisons: Sequence[records.Comparison],
-) -> np.ndarray:
+def _labeled_pairs(comparisons: Sequence[records.Comparison]) -> np.ndarray:
   """[pairs, 2] positions (better, worse) in the flat list of completions."""
   pairs = []
   start = 0
@@ -85,15 +83,10 @@ def fit_length(comparisons: Sequence[records.Comparison]) -> LengthJudge:
 
 @dataclasses.dataclass(frozen=True)
 class BagOfWordsJudge:
-  """A Bradley-Terry model whose reward is a weighted sum of word counts.
+  """A Bradley-Terry model whose reward is a weighted sum of word counts."""
 
-  Attributes:
-    vocabulary: words that have a weight; others count nothing.
-    weights: [len(vocabulary)], in nats of log-odds per occurrence.
-  """
-
-  vocabulary: tuple[str, ...]
-  weights: np.ndarray
+  vocabulary: tuple[str, ...]  # Words that have a weight; others count nothing.
+  weights: np.ndarray  # [len(vocabulary)], nats of log-odds per occurrence.
 
   def scores(
     self, comparisons: Sequence[records.Comparison]

@@ -12,17 +12,11 @@ from instruct_jax.types import TextBatch
 
 @dataclasses.dataclass(frozen=True)
 class HeldoutLoss:
-  """Negative log-likelihood of held-out tokens.
+  """Negative log-likelihood of held-out tokens."""
 
-  Attributes:
-    mean: nats per token, over all tokens (not a mean of row means).
-    row_sums: nats, summed over each row's loss tokens.
-    row_counts: loss tokens of each row.
-  """
-
-  mean: float
-  row_sums: np.ndarray
-  row_counts: np.ndarray
+  mean: float  # Nats per token, over all tokens (not a mean of row means).
+  row_sums: np.ndarray  # Nats, summed over each row's loss tokens.
+  row_counts: np.ndarray  # Loss tokens of each row.
 
 
 def heldout_loss(

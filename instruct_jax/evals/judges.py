@@ -35,28 +35,21 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """One judge's verdict on a pair.
+  """One judge's verdict on a pair."""
 
-  Attributes:
-    preference: for the answer shown first: 1, 0, or one half for a tie; None
-      if the verdict could not be parsed.
-    labeler: '' if unknown; nameless verdicts may be different people's.
-    raw: the judge's words, scores or ranks.
-  """
-
+  # For the answer shown first: 1, 0, or one half for a tie; None if the verdict
+  # could not be parsed.
   preference: float | None
-  labeler: str = ''
+  labeler: str = ''  # Nameless verdicts may be different people's.
+  # The judge's words, scores or ranks.
   raw: str = dataclasses.field(default='', compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rating:
-  """One judge's rating of one answer; None and absence mean not rated.
+  """One judge's rating of one answer; None and absence mean not rated."""
 
-  `likert` is overall quality, 1 (worst) to 7 (best).
-  """
-
-  likert: float | None
+  likert: float | None  # Overall quality, 1 (worst) to 7 (best).
   labels: Mapping[str, bool]
   labeler: str = ''
 

@@ -72,22 +72,14 @@ def best_of_n(
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """One of the two curves, fitted by least squares.
+  """One of the two curves, fitted by least squares."""
 
-  Attributes:
-    kind: 'best_of_n' or 'rl'.
-    alpha, beta: with intervals over prompts.
-    peak_kl: KL at the curve's peak, nats; None if it has none (β <= 0).
-    r_squared: share of the points' variance that the curve explains.
-    num_points: points with KL > 0.
-  """
-
-  kind: str
-  alpha: win_rate.Interval
+  kind: str  # 'best_of_n' or 'rl'.
+  alpha: win_rate.Interval  # Redrawing prompts, as beta.
   beta: win_rate.Interval
-  peak_kl: float | None
-  r_squared: float
-  num_points: int
+  peak_kl: float | None  # KL at the curve's peak, nats; None if β <= 0.
+  r_squared: float  # Share of the points' variance that the curve explains.
+  num_points: int  # Points with KL > 0.
 
 
 def curve(kind: str, alpha: float, beta: float, kl: np.ndarray) -> np.ndarray:

@@ -31,14 +31,9 @@ _NUM_REFITS = 300
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-  """A judge's verdict on a pair in one order.
+  """A judge's verdict on a pair in one order; see `judges.Verdict`."""
 
-  Attributes:
-    first: the model whose answer was shown first.
-    preference, raw: as in `judges.Verdict`.
-  """
-
-  first: str
+  first: str  # The model whose answer was shown first.
   preference: float | None
   raw: str = ''
 
@@ -79,19 +74,15 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Power:
-  """How many prompts it takes to distinguish a rate from one half.
+  """How many prompts it takes to distinguish a rate from one half."""
 
-  Attributes:
-    rate, deviation: mean and standard deviation of the prompts' outcomes.
-    to_separate: prompts at which a 95 % interval would just exclude one half
-      if the rate stays; None at exactly one half.
-    for_power: prompts at which it would do so in 80 % of the repetitions.
-  """
-
-  rate: float
-  deviation: float
-  num_prompts: int
+  rate: float  # Mean outcome over prompts.
+  deviation: float  # Standard deviation of a prompt's outcome.
+  num_prompts: int  # Behind both.
+  # Prompts at which a 95 % interval would just exclude one half if the rate
+  # stays; None at exactly one half.
   to_separate: int | None
+  # Prompts at which it would do so in 80 % of the repetitions.
   for_power: int | None
 
 
@@ -171,19 +162,14 @@ def rates(judgements: Sequence[Judgement], num_bootstrap: int = 2000) -> Rates:
 
 @dataclasses.dataclass(frozen=True)
 class FirstPlace:
-  """How often a judge prefers what it sees first; one half without bias.
+  """How often a judge prefers what it sees first; one half without bias."""
 
-  Attributes:
-    rate: share of the verdicts for the answer shown first, ties one half, over
-      both orders of each pair; redrawn by prompt.
-    ties: share of the verdicts, two for each judgement, that are ties.
-    contradictions: share of the judgements whose two orders contradict.
-  """
-
+  # Share of the verdicts for the answer shown first, ties one half, over both
+  # orders of each pair; redrawn by prompt.
   rate: win_rate.Interval
-  ties: float
-  contradictions: float
-  num_verdicts: int
+  ties: float  # Share of the verdicts.
+  contradictions: float  # Share of the judgements.
+  num_verdicts: int  # Two for each judgement.
 
   @property
   def is_biased(self) -> bool:
@@ -295,21 +281,16 @@ def _bootstrap_fit(design, judgements, num_bootstrap):
 
 @dataclasses.dataclass(frozen=True)
 class LengthControlled:
-  """Win rates at equal length.
+  """Win rates at equal length."""
 
-  Attributes:
-    rates: model -> rate that the fit gives at a length ratio of 1.
-    slope: change of the log-odds when an answer is e times as long as the
-      baseline's; positive if the judge prefers length.
-  """
-
-  rates: Mapping[str, win_rate.Interval]
+  rates: Mapping[str, win_rate.Interval]  # By model.
+  # Change of the log-odds when an answer is e times as long as the baseline's;
+  # positive if the judge prefers length.
   slope: win_rate.Interval
 
 
 def length_controlled(
-  by_model: Mapping[str, Sequence[Judgement]],
-  num_bootstrap: int = _NUM_REFITS,
+  by_model: Mapping[str, Sequence[Judgement]], num_bootstrap: int = _NUM_REFITS
 ) -> LengthControlled:
   """Win rates with the effect of length removed (Stiennon et al. 2020, F).
 
@@ -333,9 +314,7 @@ def length_controlled(
 
 
 def bradley_terry(
-  judgements: Sequence[Judgement],
-  anchor: str,
-  num_bootstrap: int = _NUM_REFITS,
+  judgements: Sequence[Judgement], anchor: str, num_bootstrap: int = _NUM_REFITS
 ) -> dict[str, win_rate.Interval]:
   """Ratings in nats: P(a preferred to b) = σ(rating_a - rating_b), ties half.
 
@@ -426,22 +405,15 @@ class Versus:
 
 @dataclasses.dataclass(frozen=True)
 class Outcomes:
-  """All figures of the judgements of several models.
+  """All figures of the judgements of several models."""
 
-  Attributes:
-    rates: model -> against the baseline, which has one half against itself.
-    by_category: model -> use case -> the same; without the baseline.
-    bradley_terry: model -> rating in nats, the baseline at 0.
-    pairs: (model, other) of each pair that was judged -> its figures.
-    first_place: over all pairs, or None.
-  """
-
+  # Against the baseline, which has one half against itself.
   rates: Mapping[str, Rates]
-  by_category: Mapping[str, Mapping[str, Rates]]
-  length_controlled: LengthControlled
-  bradley_terry: Mapping[str, win_rate.Interval]
-  pairs: Mapping[tuple[str, str], Versus]
-  first_place: FirstPlace | None
+  by_category: Mapping[str, Mapping[str, Rates]]  # The same by use case.
+  length_controlled: LengthControlled  # The same at equal length.
+  bradley_terry: Mapping[str, win_rate.Interval]  # Nats, the baseline at 0.
+  pairs: Mapping[tuple[str, str], Versus]  # Of each pair that was judged.
+  first_place: FirstPlace | None  # Over all pairs.
 
 
 def outcomes(

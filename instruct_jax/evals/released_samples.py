@@ -241,9 +241,7 @@ _OTHER_READINGS: Mapping[str, Mapping[str, Metric]] = {
   'drop': {
     "SQuAD's F1": _f1('drop', _word_f1, _NUMERIC),
     'first reference only': _f1(
-      'drop',
-      lambda answer, texts: scorers.drop_f1(answer, texts[:1]),
-      _NUMERIC,
+      'drop', lambda answer, texts: scorers.drop_f1(answer, texts[:1]), _NUMERIC
     ),
     '"and" separates spans': _f1(
       'drop',

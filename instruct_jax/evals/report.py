@@ -67,10 +67,7 @@ def write_report(
 def plain_json(value: Any) -> Any:
   """Plain JSON: dataclasses as dicts, NumPy scalars as numbers, NaN as null."""
   if dataclasses.is_dataclass(value):
-    value = {
-      field.name: getattr(value, field.name)
-      for field in dataclasses.fields(value)
-    }
+    value = vars(value)
   if isinstance(value, Mapping):
     return {
       ' – '.join(key) if isinstance(key, tuple) else str(key): plain_json(item)
@@ -91,17 +88,14 @@ def make_summary(shown: figures.Figures) -> dict[str, Any]:
   `reward_model`, `pretraining_loss`, `metadata` and `kl` hold means; their
   intervals are under `intervals`. Figures not measured are null or empty.
   """
-  reward, outcomes = shown.reward_model, shown.outcomes
-  accuracies = None
-  if reward is not None:
-    agreement = reward.agreement
-    accuracies = {
-      'accuracy': reward.accuracy.accuracy,
-      'ceiling': reward.ceiling,
-      'intra': reward.intra and reward.intra.mean,
-      'inter': reward.inter and reward.inter.mean,
-      'agreement': agreement and agreement.rate,
-    }
+  reward, outcomes, labels = shown.reward_model, shown.outcomes, shown.labels()
+  accuracies = reward and {
+    'accuracy': reward.accuracy.accuracy,
+    'ceiling': reward.ceiling,
+    'intra': reward.intra and reward.intra.mean,
+    'inter': reward.inter and reward.inter.mean,
+    'agreement': reward.agreement and reward.agreement.rate,
+  }
   return plain_json(
     {
       'judge': shown.judge,
@@ -120,23 +114,22 @@ def make_summary(shown: figures.Figures) -> dict[str, Any]:
       'kl': {name: row['signed mean'] for name, row in shown.kl.items()},
       'metadata': {
         model: {label: share.mean for label, share in row.items()}
-        for model, row in shown.labels().items()
+        for model, row in labels.items()
       },
       'likert': shown.likert(),
       'ratings_by_category': shown.ratings_by_category,
       'intervals': {
-        'metadata': shown.labels(),
+        'metadata': labels,
         'pretraining_loss': shown.text_loss,
         'pretraining_loss_difference': shown.text_loss_difference,
         'reward_model': reward and dataclasses.replace(reward, curve=()),
       },
       'everyone': shown.everyone,
       'models': shown.asked,
-      'prompts': shown.prompts,
-      'settings': shown.settings,
-      'asking': shown.asking,
-      'seconds': shown.seconds,
-      'seed': shown.seed,
+      **{
+        name: getattr(shown, name)
+        for name in ('prompts', 'settings', 'asking', 'seconds', 'seed')
+      },
       'commit': shown.commit,
       'versions': shown.versions,
       'extra': {

@@ -120,10 +120,7 @@ _PATTERNS: Mapping[str, Mapping[str, str]] = {
     'italian': r'italian|pasta|pizzas?',
     'japanese': r'japanese|sushi',
   },
-  'eatType': {
-    'coffee shop': r'coffee|coffees|cafes?',
-    'pub': r'pubs?|bar',
-  },
+  'eatType': {'coffee shop': r'coffee|coffees|cafes?', 'pub': r'pubs?|bar'},
   'area': {
     'riverside': r'river\w*|waterfront|waterside',
     'city centre': r'(?:city|town)(?:\'?s)?[ -]?cent(?:re|er)|cent(?:re|er|ral)'
@@ -161,17 +158,11 @@ def plain(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class SlotReport:
-  """Slots of a prompt in one answer.
+  """Slots of a prompt in one answer."""
 
-  Attributes:
-    realised: slots of the prompt whose value the answer states.
-    missing: the other slots of the prompt.
-    invented: `slot[value]` stated but not given; values of `_LEVELS` slots are
-      the levels low, average, high.
-  """
-
-  realised: tuple[str, ...]
-  missing: tuple[str, ...]
+  realised: tuple[str, ...]  # Slots of the prompt whose value it states.
+  missing: tuple[str, ...]  # The other slots of the prompt.
+  # `slot[value]` stated but not given; `_LEVELS` slots have the levels.
   invented: tuple[str, ...]
 
 
@@ -266,19 +257,12 @@ def slot_report(slots: Slots, text: str) -> SlotReport:
 
 @dataclasses.dataclass(frozen=True)
 class SlotRates:
-  """Slot errors of many answers, each with its 95 % interval.
+  """Slot errors of many answers, each with its 95 % interval."""
 
-  Attributes:
-    realised: share of the given slots that are stated.
-    invented: share of the stated values that are invented (hallucination).
-    invented_answers: share of answers with at least one invented value.
-    faithful: share of answers that state everything and invent nothing.
-  """
-
-  realised: win_rate.Interval
-  invented: win_rate.Interval
-  invented_answers: win_rate.Interval
-  faithful: win_rate.Interval
+  realised: win_rate.Interval  # Share of the given slots that are stated.
+  invented: win_rate.Interval  # Share of the stated values (hallucination).
+  invented_answers: win_rate.Interval  # Share of answers that invent a value.
+  faithful: win_rate.Interval  # Share that state everything, invent nothing.
 
 
 def slot_rates(

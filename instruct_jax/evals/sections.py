@@ -9,12 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from instruct_jax.evals import (
-  figures,
-  judges,
-  preference_accuracy,
-  preferences,
-)
+from instruct_jax.evals import figures, judges, preference_accuracy, preferences
 
 # Control characters and the marks that reorder text on the screen.
 _INVISIBLE = re.compile(
@@ -24,17 +19,11 @@ _INVISIBLE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-  """A cell with its final digits.
-
-  Attributes:
-    text: the figure.
-    doubt: its interval, or ''.
-    best: better than all others of its row, by the intervals.
-  """
+  """A cell with its final digits."""
 
   text: str
-  doubt: str = ''
-  best: bool = False
+  doubt: str = ''  # Its interval.
+  best: bool = False  # Better than all others of its row, by the intervals.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,19 +161,12 @@ def by_model(
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """One of the main figures of the report.
+  """One of the main figures of the report."""
 
-  Attributes:
-    kind: 'good', 'bad' or ''.
-    figure: the number.
-    what: its meaning.
-    doubt: its interval, and the data behind it.
-  """
-
-  kind: str
+  kind: str  # 'good', 'bad' or ''.
   figure: str
-  what: str
-  doubt: str
+  what: str  # Its meaning.
+  doubt: str  # Its interval, and the data behind it.
 
 
 def _percent(share: float, decimals: int = 1) -> str:
