@@ -56,7 +56,7 @@ class Strata:
   share: float
 
 
-def _mean(sums: np.ndarray) -> np.ndarray:
+def _mean(sums: np.ndarray) -> np.ndarray | np.float64:
   return sums[..., 0] / sums[..., 1]
 
 
@@ -66,7 +66,7 @@ class Metric:
 
   name: str  # As in `table14`.
   item_stats: Callable[[Row], Sequence[float]]  # k numbers to sum over items.
-  score: Callable[[np.ndarray], np.ndarray] = _mean  # [..., k] -> [...].
+  score: Callable[..., Any] = _mean  # Of sums [..., k], to [...].
   is_share: bool = False  # Every item counts 0 or 1.
   strata: Strata | None = None  # To reweight by; means only.
   note: str = ''  # Reason why the paper's figure is not comparable.
