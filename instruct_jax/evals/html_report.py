@@ -143,12 +143,7 @@ def _answer(answer: samples.Sample) -> dict[str, str]:
 
 
 def make_html(shown: figures.Figures, drawn: Mapping[str, bytes]) -> str:
-  """The whole of report.html.
-
-  Args:
-    shown: what to show; the page's filters apply to all of `more_samples`.
-    drawn: file name -> PNG, from `plots.make_plots`.
-  """
+  """The text of report.html; `drawn` is from `plots.make_plots`."""
   found = sections.results(shown, set(drawn))
   command = [f'Commit {shown.commit}.', sections.Code(shown.command)]
   return make_page(

@@ -785,10 +785,8 @@ def frontier(
 ) -> bytes:
   """Scores gained against √KL, of best-of-n and RL, with fitted curves, as PNG.
 
-  Args:
-    points: curve -> rows with intervals 'kl', 'proxy' and 'gold'.
-    fits: curve -> fit of 'gold'.
-    judge: who gave 'gold'.
+  `points` are curve -> rows with intervals 'kl', 'proxy' and 'gold'; `fits` are
+  of 'gold', the scores of `judge`.
   """
   return _png(_styled(_draw_frontier, points, fits, judge))
 

@@ -134,12 +134,10 @@ def _bleu(lowercase: bool) -> Metric:
 
 
 def _rouge(task: str, note: str = '') -> Metric:
-  return _answer_metric(
-    'ROUGE-L',
-    task,
-    lambda answer, texts: scorers.rouge_l(answer, texts[0]),
-    note=note,
-  )
+  def scorer(answer, texts):
+    return scorers.rouge_l(answer, texts[0])
+
+  return _answer_metric('ROUGE-L', task, scorer, note=note)
 
 
 def _numbers(row: Row, column: str) -> list[float]:
@@ -169,6 +167,10 @@ def _is_number(text: str) -> bool:
 
 def _word_f1(answer: str, texts: Sequence[str]) -> float:
   return max(scorers.word_f1(answer, text) for text in texts)
+
+
+def _on_first(scorer: Callable[..., float]) -> Callable[..., float]:
+  return lambda answer, texts: scorer(answer, texts[:1])
 
 
 _UNANSWERABLE = Strata(
@@ -233,16 +235,12 @@ _OTHER_READINGS: Mapping[str, Mapping[str, Metric]] = {
       'squadv2', _word_f1, _UNANSWERABLE
     ),
     'first reference only': _f1(
-      'squadv2',
-      lambda answer, texts: scorers.squad2_f1(answer, texts[:1]),
-      _UNANSWERABLE,
+      'squadv2', _on_first(scorers.squad2_f1), _UNANSWERABLE
     ),
   },
   'drop': {
     "SQuAD's F1": _f1('drop', _word_f1, _NUMERIC),
-    'first reference only': _f1(
-      'drop', lambda answer, texts: scorers.drop_f1(answer, texts[:1]), _NUMERIC
-    ),
+    'first reference only': _f1('drop', _on_first(scorers.drop_f1), _NUMERIC),
     '"and" separates spans': _f1(
       'drop',
       lambda answer, texts: scorers.drop_f1(
@@ -302,8 +300,8 @@ def _item(row: Row, task: str) -> tuple[str, ...]:
 
 def _score_line(task, metric, prompt, rows, seed):
   """The cells of one line of Table 14, and the line itself or None."""
-  names = dict.fromkeys(_item(row, task) for row in rows)
-  items = {name: number for number, name in enumerate(names)}
+  keys = dict.fromkeys(_item(row, task) for row in rows)
+  items = {key: number for number, key in enumerate(keys)}
   # All models share the redraws of items, so that differences are paired.
   counts = np.concatenate(
     list(win_rate.redraw_counts(len(items), NUM_BOOTSTRAP, seed))
@@ -339,22 +337,9 @@ def _score_line(task, metric, prompt, rows, seed):
         mixed_inside = _is_within(paper, *mixed_bounds, len(mine))
         if paper is not None:
           mixed_redraws.append(redrawn)
-    cell = Cell(
-      task=task,
-      metric=metric.name,
-      prompt=prompt,
-      model=model,
-      score=score,
-      low=low,
-      high=high,
-      num_items=len(mine),
-      paper=paper,
-      inside=inside,
-      reweighted=mixed,
-      reweighted_low=mixed_bounds[0],
-      reweighted_high=mixed_bounds[1],
-      reweighted_inside=mixed_inside,
-    )
+    names = (task, metric.name, prompt, model)
+    figures = (score, low, high, len(mine), paper, inside)
+    cell = Cell(*names, *figures, mixed, *mixed_bounds, mixed_inside)
     cells.append(_with_reason(cell, metric, share))
   line = _line(metric, cells, redraws, mixed_redraws)
   # Models that were asked other items are not comparable.
@@ -458,14 +443,15 @@ def _line(metric, cells, redraws, mixed_redraws) -> dict[str, Any] | None:
     np.mean([redrawn - cell.paper for cell, redrawn in pairs], axis=0)
   )
   mixed = [cell for cell, _ in pairs if cell.reweighted is not None]
-  mixed_difference, bounds = None, (None, None)
+  mixed_difference = mixed_low = mixed_high = num_mixed_inside = None
   if mixed:
     mixed_difference = float(np.mean([c.reweighted - c.paper for c in mixed]))
     differences = [
       redrawn - cell.paper
       for cell, redrawn in zip(mixed, mixed_redraws, strict=True)
     ]
-    bounds = _bounds(np.mean(differences, axis=0))
+    mixed_low, mixed_high = _bounds(np.mean(differences, axis=0))
+    num_mixed_inside = sum(bool(cell.reweighted_inside) for cell in mixed)
   varies = len(pairs) > 2 and ours.std() > 0 and paper.std() > 0
   return {
     'task': cells[0].task,
@@ -475,14 +461,12 @@ def _line(metric, cells, redraws, mixed_redraws) -> dict[str, Any] | None:
     'low': low,
     'high': high,
     'reweighted_difference': mixed_difference,
-    'reweighted_low': bounds[0],
-    'reweighted_high': bounds[1],
+    'reweighted_low': mixed_low,
+    'reweighted_high': mixed_high,
     'correlation': float(np.corrcoef(ours, paper)[0, 1]) if varies else None,
     'num_inside': sum(bool(cell.inside) for cell in cells),
     'num_cells': sum(cell.inside is not None for cell in cells),
-    'num_reweighted_inside': (
-      sum(bool(cell.reweighted_inside) for cell in mixed) if mixed else None
-    ),
+    'num_reweighted_inside': num_mixed_inside,
     'note': metric.note,
   }
 
@@ -503,23 +487,21 @@ def _label_conflict(cells: Sequence[Cell]) -> dict[str, Any] | None:
   if not found:
     return None
   score, low, high = np.array([(c.score, c.low, c.high) for c in found]).T
-  result = {}
-  for name, prompt_of in (
-    ('as labeled', lambda prompt: prompt),
-    ('exchanged', _OTHER_LABEL.get),
-  ):
-    paper = np.array(
-      [
-        table14.figure(c.task, c.metric, prompt_of(c.prompt), c.model)
-        for c in found
-      ]
-    )
-    result[name] = {
+  labeled = np.array([cell.paper for cell in found])
+  exchanged = np.array(
+    [
+      table14.figure(c.task, c.metric, _OTHER_LABEL[c.prompt], c.model)
+      for c in found
+    ]
+  )
+  return {
+    name: {
       'rms': float(np.sqrt(np.mean((score - paper) ** 2))),
       'inside': int(((low <= paper) & (paper <= high)).sum()),
       'cells': len(found),
     }
-  return result
+    for name, paper in (('as labeled', labeled), ('exchanged', exchanged))
+  }
 
 
 # --- The whole folder ---------------------------------------------------------

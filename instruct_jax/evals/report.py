@@ -40,11 +40,9 @@ def write_report(
 ) -> None:
   """Writes report.md, report.html, summary.json and the plots that have data.
 
-  Args:
-    directory: created if need be; files of the same names are replaced, each
-      by a rename.
-    shown: what to show.
-    drawn: from `plots.make_plots`, to share one drawing between folders.
+  The folder is created if need be; files of the same names are replaced, each
+  by a rename. `drawn`, from `plots.make_plots`, shares one drawing between
+  folders.
   """
   directory = epath.Path(directory)
   drawn = plots.make_plots(shown) if drawn is None else drawn
@@ -259,12 +257,7 @@ def _samples_lines(shown: figures.Figures) -> list[str]:
 
 
 def make_markdown(shown: figures.Figures, drawn: set[str]) -> str:
-  """The text of report.md.
-
-  Args:
-    shown: what to show.
-    drawn: names of the plots that exist; others are left out.
-  """
+  """The text of report.md; `drawn` are the names of the plots that exist."""
   lines = [f'# {escape(shown.title)}', '']
   lines += _part_lines(sections.Code(shown.command))
   lines += [

@@ -184,15 +184,10 @@ def _family_values(text: str) -> set[str]:
 
 
 def mentions(text: str, slots: Mapping[str, str]) -> dict[str, set[str]]:
-  """Slot -> values the text states; levels for `_LEVELS` slots.
+  """Each of the eight slots -> values the text states, in plain lower case.
 
-  Args:
-    text: an answer.
-    slots: the prompt's facts. Its name and near are matched first, so that
-      "Raja Indian Cuisine" is not Indian food.
-
-  Returns:
-    For each of the eight slots the set of values found, plain lower case.
+  Slots of `_LEVELS` have levels. The prompt's own name and near are matched
+  first, so that "Raja Indian Cuisine" is not Indian food.
   """
   text = plain(text)
   found: dict[str, set[str]] = {
@@ -218,15 +213,9 @@ def mentions(text: str, slots: Mapping[str, str]) -> dict[str, set[str]]:
 
 
 def slot_report(slots: Slots, text: str) -> SlotReport:
-  """Compares an answer with its facts.
+  """Compares an answer with its facts, in the prompt's order.
 
-  Args:
-    slots: slot name to value, as `parse_slots` returns them, or pairs.
-    text: an answer.
-
-  Returns:
-    Realised and missing slots, in the prompt's order, and invented values. A
-    slot stated both rightly and wrongly is realised and has an invention.
+  A slot stated both rightly and wrongly is realised and has an invention.
 
   Raises:
     ValueError: a slot or a level outside the E2E data.
@@ -268,13 +257,7 @@ class SlotRates:
 def slot_rates(
   slots: Sequence[Slots], texts: Sequence[str], cluster_ids: win_rate.Ids
 ) -> SlotRates:
-  """`slot_report` over many answers, with intervals clustered by prompt.
-
-  Args:
-    slots: per answer, the facts it was given.
-    texts: the answers.
-    cluster_ids: per answer, its prompt's id.
-  """
+  """`slot_report` over many answers, with intervals clustered by prompt."""
   if not len(slots) == len(texts) == len(cluster_ids):
     raise ValueError(
       f'{len(slots)} slots, {len(texts)} texts, {len(cluster_ids)} cluster ids'

@@ -135,11 +135,8 @@ def by_model(
 ) -> Table:
   """A row for each inner key, a column for each model.
 
-  Args:
-    first: head of the first column.
-    values: model -> row -> figure.
-    prompts: add a last column with the number of prompts, of `Rates` or
-      `Interval`s that redraw prompts.
+  `prompts` adds a last column with the number of prompts, of `Rates` or
+  `Interval`s that redraw prompts.
   """
   rows = []
   for name in figures.row_names(values):
@@ -244,9 +241,7 @@ def _pictures(drawn: set[str], *names: str) -> list[Part]:
 def results(shown: figures.Figures, drawn: set[str]) -> list[Section]:
   """All that was measured, and a list of what was not.
 
-  Args:
-    shown: what to show.
-    drawn: names of the plots that exist; others are left out.
+  `drawn` are the names of the plots that exist.
   """
   alarms = Bullets(shown.alarms, alarming=True) if shown.alarms else 'None.'
   everyone = (
