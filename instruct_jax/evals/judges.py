@@ -210,9 +210,9 @@ def _judgement(
 ) -> preferences.Judgement:
   """One judge's view of a pair; at least one of the orders was judged."""
   outcome, contradicts = None, False
-  said = [verdict.preference for verdict in (first, swapped) if verdict]
-  if len(said) == 2 and None not in said:
-    outcome, contradicts = preferences.both_orders(*said)
+  both = [verdict.preference for verdict in (first, swapped) if verdict]
+  if len(both) == 2 and None not in both:
+    outcome, contradicts = preferences.both_orders(*both)
   shown = ((pair.first, first), (pair.second, swapped))
   return preferences.Judgement(
     prompt_id=pair.prompt.id,

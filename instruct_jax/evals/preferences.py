@@ -329,10 +329,11 @@ def bradley_terry(
   linked = {anchor}
   for _ in models:  # A chain has fewer links than there are models.
     linked = linked.union(*(pair for pair in pairs if pair & linked))
-  apart = [model for model in models if model not in linked]
-  if apart:
+  unlinked = [model for model in models if model not in linked]
+  if unlinked:
     raise ValueError(
-      f'no chain of judgements links {apart} with {anchor!r}; judge more pairs'
+      f'no chain of judgements links {unlinked} with {anchor!r}; judge more '
+      'pairs'
     )
   rated = [model for model in models if model != anchor]
   design = [

@@ -153,8 +153,8 @@ def _chosen(row: Row) -> bool:
 
 
 def _wsc_right(row: Row) -> bool:
-  said = scorers.same_noun(row['sample'], row['candidate'])
-  return said == (row['ref_text'].lower() == 'true')
+  is_same = scorers.same_noun(row['sample'], row['candidate'])
+  return is_same == (row['ref_text'].lower() == 'true')
 
 
 def _is_true(row: Row) -> bool:
