@@ -326,17 +326,17 @@ def _score_line(task, metric, prompt, rows, seed):
       low, high = _bounds(redrawn)
     paper = table14.figure(task, metric.name, prompt, model)
     inside = _is_within(paper, low, high, len(mine))
-    mixed, mixed_bounds, mixed_inside, share = None, (None, None), None, 0.0
+    mixed, mixed_redrawn, share = None, None, 0.0
+    mixed_bounds, mixed_inside = (None, None), None
     if metric.strata is not None:
       inner = np.zeros((len(items), 1))
       inner[places, 0] = [metric.strata.is_in(row) for row in mine]
       share = float(inner.sum() / len(mine))
-      mixed, redrawn = _mixed_score(metric, sums, inner, counts)
-      if mixed is not None:
-        mixed_bounds = _bounds(redrawn)
-        mixed_inside = _is_within(paper, *mixed_bounds, len(mine))
-        if paper is not None:
-          mixed_redraws.append(redrawn)
+      mixed, mixed_redrawn = _mixed_score(metric, sums, inner, counts)
+    if mixed is not None:
+      mixed_bounds = _bounds(mixed_redrawn)
+      mixed_inside = _is_within(paper, *mixed_bounds, len(mine))
+    mixed_redraws.append(mixed_redrawn)
     names = (task, metric.name, prompt, model)
     figures = (score, low, high, len(mine), paper, inside)
     cell = Cell(*names, *figures, mixed, *mixed_bounds, mixed_inside)
@@ -429,44 +429,43 @@ def _why(cell: Cell, metric: Metric, share: float) -> str:
   return f'{side} the paper, by more than chance alone gives 19 times in 20'
 
 
+def _difference(cells, redraws, field):
+  """Mean of ours minus the paper's over models, low, high; or Nones."""
+  found = [
+    (getattr(cell, field) - cell.paper, redrawn - cell.paper)
+    for cell, redrawn in zip(cells, redraws, strict=True)
+    if cell.paper is not None and redrawn is not None
+  ]
+  if not found:
+    return None, None, None
+  means, redrawn = zip(*found, strict=True)
+  return float(np.mean(means)), *_bounds(np.mean(redrawn, axis=0))
+
+
 def _line(metric, cells, redraws, mixed_redraws) -> dict[str, Any] | None:
   """One line of Table 14 against ours; see `score_folder`."""
-  pairs = [
-    (cell, redrawn)
-    for cell, redrawn in zip(cells, redraws, strict=True)
-    if cell.paper is not None
-  ]
+  pairs = [(cell.score, cell.paper) for cell in cells if cell.paper is not None]
   if not pairs:
     return None
-  ours, paper = np.array([(cell.score, cell.paper) for cell, _ in pairs]).T
-  low, high = _bounds(
-    np.mean([redrawn - cell.paper for cell, redrawn in pairs], axis=0)
-  )
-  mixed = [cell for cell, _ in pairs if cell.reweighted is not None]
-  mixed_difference = mixed_low = mixed_high = num_mixed_inside = None
-  if mixed:
-    mixed_difference = float(np.mean([c.reweighted - c.paper for c in mixed]))
-    differences = [
-      redrawn - cell.paper
-      for cell, redrawn in zip(mixed, mixed_redraws, strict=True)
-    ]
-    mixed_low, mixed_high = _bounds(np.mean(differences, axis=0))
-    num_mixed_inside = sum(bool(cell.reweighted_inside) for cell in mixed)
+  difference, low, high = _difference(cells, redraws, 'score')
+  mixed, mixed_low, mixed_high = _difference(cells, mixed_redraws, 'reweighted')
+  ours, paper = np.array(pairs).T
   varies = len(pairs) > 2 and ours.std() > 0 and paper.std() > 0
+  mixed_inside = sum(bool(cell.reweighted_inside) for cell in cells)
   return {
     'task': cells[0].task,
     'metric': metric.name,
     'prompt': cells[0].prompt,
-    'difference': float((ours - paper).mean()),
+    'difference': difference,
     'low': low,
     'high': high,
-    'reweighted_difference': mixed_difference,
+    'reweighted_difference': mixed,
     'reweighted_low': mixed_low,
     'reweighted_high': mixed_high,
     'correlation': float(np.corrcoef(ours, paper)[0, 1]) if varies else None,
     'num_inside': sum(bool(cell.inside) for cell in cells),
     'num_cells': sum(cell.inside is not None for cell in cells),
-    'num_reweighted_inside': num_mixed_inside,
+    'num_reweighted_inside': None if mixed is None else mixed_inside,
     'note': metric.note,
   }
 
