@@ -51,6 +51,13 @@ def _labeled_pairs(comparisons: Sequence[records.Comparison]) -> np.ndarray:
   return np.array(pairs)
 
 
+def _scores(comparisons, score_fn) -> list[np.ndarray]:
+  return [
+    np.array([score_fn(text) for text in comparison.completions], float)
+    for comparison in comparisons
+  ]
+
+
 @dataclasses.dataclass(frozen=True)
 class LengthJudge:
   """Prefers long answers (sign 1) or short ones (sign -1)."""
@@ -61,11 +68,7 @@ class LengthJudge:
     self, comparisons: Sequence[records.Comparison]
   ) -> list[np.ndarray]:
     """Per comparison, plus or minus each completion's number of words [C]."""
-    return [
-      self.sign
-      * np.array([len(words(text)) for text in comparison.completions], float)
-      for comparison in comparisons
-    ]
+    return _scores(comparisons, lambda text: self.sign * len(words(text)))
 
 
 def fit_length(comparisons: Sequence[records.Comparison]) -> LengthJudge:
@@ -93,16 +96,10 @@ class BagOfWordsJudge:
   ) -> list[np.ndarray]:
     """Per comparison, the reward of each completion [C], in log-odds."""
     weight = dict(zip(self.vocabulary, self.weights, strict=True))
-    return [
-      np.array(
-        [
-          sum(weight[word] for word in words(text) if word in weight)
-          for text in comparison.completions
-        ],
-        dtype=np.float64,
-      )
-      for comparison in comparisons
-    ]
+    return _scores(
+      comparisons,
+      lambda text: sum(weight[word] for word in words(text) if word in weight),
+    )
 
 
 def _word_counts(

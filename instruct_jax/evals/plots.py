@@ -231,19 +231,16 @@ def _handles(looks: Looks):
   ]
 
 
-def _is_number(row: Mapping[str, Any], key: str) -> bool:
-  # metrics.jsonl holds null for a figure that was not finite.
-  return key in row and row[key] is not None and math.isfinite(row[key])
-
-
 def _series(
   rows: Sequence[figures.MetricsRow], *keys: str
 ) -> list[list[float]]:
   """Columns of the rows that have finite numbers for all keys."""
+  # metrics.jsonl holds null for a figure that was not finite.
+  found = [[row.get(key) for key in keys] for row in rows]
   kept = [
-    [float(row[key]) for key in keys]
-    for row in rows
-    if all(_is_number(row, key) for key in keys)
+    [float(value) for value in values]
+    for values in found
+    if None not in values and all(map(math.isfinite, values))
   ]
   columns = [list(column) for column in zip(*kept, strict=True)]
   return columns or [[] for _ in keys]
