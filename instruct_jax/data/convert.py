@@ -208,7 +208,7 @@ def gather(
     )
     rows = mixed
   if name == 'prompts':
-    _check_ids(specs, parts)
+    records.check_ids(specs, parts)
   elif name == 'demonstrations':
     rows = _without_copies(rows, counts)
   elif name == 'comparisons':
@@ -230,18 +230,6 @@ def _check(valid: float, paths: Sequence[epath.PathLike]) -> None:
   for path, times in collections.Counter(map(str, paths)).items():
     if times > 1:
       raise ValueError(f'{path} is given {times} times')
-
-
-def _check_ids(specs, parts) -> None:
-  """Every prompt's id is its own, over all files."""
-  spec_of: dict[str, str] = {}
-  for spec, part in zip(specs, parts, strict=True):
-    for row in part:
-      if spec_of.setdefault(row.id, spec) != spec:
-        raise records.RecordError(
-          f'{spec}: the id {row.id!r} is in {spec_of[row.id]}, too; ids must '
-          'be distinct'
-        )
 
 
 def _copies_key(row):

@@ -319,7 +319,8 @@ def write(
     new = {f: group for f, group in groups.items() if f not in split_of}
     facts_of = {group[0].metadata['mr']: f for f, group in new.items()}
     prompts = [_prompt_of(group) for group in new.values()]
-    for split, part in hygiene.split_by_user(prompts, FRACTIONS, seed).items():
+    splits, _ = hygiene.split_by_user(prompts, FRACTIONS, seed)
+    for split, part in splits.items():
       split_of |= {facts_of[prompt.user]: split for prompt in part}
       prompts_by_split[split].extend(
         dataclasses.replace(prompt, user='') for prompt in part
