@@ -16,23 +16,18 @@ DIR gets comparisons, demonstrations and prompts, each with `_train.jsonl` and
   python -m instruct_jax.data.convert comparisons A.jsonl B.jsonl \\
     --weights=1,1 --output=DIR
 
-take our own JSONL and the sources of `sources.py`, where tables (tfds:,
-datasets:, .csv, .tsv, .json, .jsonl of another kind) need a --field for each
-field of the record, and mix them by weight.
+read JSONL of `records.py` and the sources of `sources.py`, and mix them by
+weight. Tables (tfds:, datasets:, .csv, .tsv, .json, other .jsonl) need a
+--field for each field of the record.
 
-A whole conversation is in one split: all rows that begin with the same question
-of the user's (`records.opening`: every branch of a tree, every length of a
-dialogue, in comparisons, demonstrations and prompts alike, in whatever case,
-spacing and spelling of accents). Which split depends on that opening and the
-seed alone, so conversions with one seed and one share fit together.
+All rows that begin with the same question (`records.opening`) are in one split:
+every branch of a tree and every length of a dialogue. The split depends on that
+opening and the seed alone, so conversions with the same seed and share fit
+together.
 
-Whatever is left out is counted with its reason. Of demonstrations by the same
-labeler that are the same throughout, one is kept. What models wrote, as far as
-the file says, is no demonstration without --model_outputs.
-
-All files of a run appear together, beside written.json, which says what wrote
-them (`folders.py`). A file of an earlier run that would stay beside new ones of
-its kind is an error; --replace removes it.
+What is left out is counted with its reason. Of identical demonstrations by one
+labeler, one is kept. Demonstrations that a model wrote, as far as the file
+says, need --model_outputs. `folders.py` describes how files are replaced.
 """
 
 import argparse
@@ -55,16 +50,16 @@ RECORDS = {
 }
 
 
-def split_of(row: records.Record | str, valid: float, seed: int) -> str:
+def split_of(row: records.Record, valid: float, seed: int) -> str:
   """'valid' for about that share of all conversations, 'train' for the others.
 
   Args:
-    row: any record, or an opening.
+    row: any record.
     valid: the share.
-    seed: another one draws another split.
+    seed: another seed draws another split.
   """
-  opening = row if isinstance(row, str) else records.opening(row)
-  digest = hashlib.blake2b(f'{seed}\0{opening}'.encode(), digest_size=8)
+  text = f'{seed}\0{records.opening(row)}'
+  digest = hashlib.blake2b(text.encode(), digest_size=8)
   return 'valid' if int(digest.hexdigest(), 16) < valid * 2**64 else 'train'
 
 
@@ -86,8 +81,7 @@ def convert(
     output: a folder.
     valid: share of the conversations that are validation.
     seed: of the split.
-    model_outputs: take as demonstrations what models wrote, with `labeler`
-      `model:NAME`.
+    model_outputs: keep demonstrations by models, with `labeler` `model:NAME`.
     replace: remove files of an earlier run, see `folders.writing`.
 
   Returns:
@@ -106,26 +100,19 @@ def convert(
   _check(valid, paths)
   whole = importers.Imported()
   for path in paths:
-    part = importers.FORMATS[format_name](path)
-    whole.demonstrations += part.demonstrations
-    whole.model_demonstrations += part.model_demonstrations
-    whole.comparisons += part.comparisons
-    whole.skipped += part.skipped
+    whole.extend(importers.FORMATS[format_name](path))
   counts = collections.Counter(
     {f'skipped: {reason}': n for reason, n in whole.skipped.items()}
   )
   prompts = whole.prompts()
   # One entry may give a comparison and a demonstration.
-  entries = {
-    (row.id, row.prompt)
-    for row in (*whole.comparisons, *whole.every_demonstration())
-  }
+  entries = {(row.id, row.prompt) for row in whole.rows()}
   counts['skipped: the same prompt again, in prompts'] = len(entries) - len(
     prompts
   )
   demonstrations = whole.demonstrations
   if model_outputs:
-    demonstrations = whole.every_demonstration()
+    demonstrations = demonstrations + whole.model_demonstrations
   else:
     counts[
       'skipped: demonstrations that models wrote, by what the file says; '
@@ -133,8 +120,8 @@ def convert(
     ] = len(whole.model_demonstrations)
   return _write(
     {
-      'comparisons': _counted(whole.comparisons, counts),
-      'demonstrations': _without_copies(demonstrations, counts),
+      'comparisons': whole.comparisons,
+      'demonstrations': demonstrations,
       'prompts': prompts,
     },
     counts,
@@ -163,15 +150,15 @@ def gather(
 
   Args:
     name: one of `RECORDS`.
-    specs: JSONL files of ours; with `fields`, tables; for documents all that
-      `sources.read_documents` takes.
+    specs: JSONL of `records.py`; with `fields`, tables; for documents, all that
+      `sources.read_documents` reads.
     output: folder.
     valid: share of the conversations (or documents) that are validation.
     seed: of the split and of the mixture.
     weights: one a source, see `sources.mix`; () is all records in order.
     fields: format strings over the columns of tables, see `sources.py`.
     words_per_document: about how long pieces of plain text are.
-    model_outputs: take as demonstrations rows that say that models wrote them.
+    model_outputs: keep demonstrations by models.
     replace: remove files of an earlier run, see `folders.writing`.
 
   Returns:
@@ -179,7 +166,7 @@ def gather(
 
   Raises:
     RecordError: an unreadable source, or nothing is left; nothing is written.
-    ValueError: a share outside (0, 1), weights that fit no source.
+    ValueError: a share outside (0, 1), or not one weight a source.
   """
   _check(valid, specs)
   parts, counts = [], collections.Counter()
@@ -188,8 +175,7 @@ def gather(
       part, skipped = sources.read_fields(
         spec, RECORDS[name], fields, model_outputs=model_outputs
       )
-      for reason, number in skipped.items():
-        counts[f'skipped: {reason}'] += number
+      counts.update({f'skipped: {why}': n for why, n in skipped.items()})
     elif name == 'documents':
       part = sources.read_documents(spec, words_per_document=words_per_document)
     elif sources.is_table(spec):
@@ -209,10 +195,6 @@ def gather(
     rows = mixed
   if name == 'prompts':
     records.check_ids(specs, parts)
-  elif name == 'demonstrations':
-    rows = _without_copies(rows, counts)
-  elif name == 'comparisons':
-    rows = _counted(rows, counts)
   return _write(
     {name: rows},
     counts,
@@ -232,35 +214,24 @@ def _check(valid: float, paths: Sequence[epath.PathLike]) -> None:
       raise ValueError(f'{path} is given {times} times')
 
 
-def _copies_key(row):
-  said = row.response if hasattr(row, 'response') else row.completions
-  texts = (row.prompt, said) if isinstance(said, str) else (row.prompt, *said)
-  return (
-    row.labeler,
-    getattr(row, 'ranks', ()),
-    *map(records.composed, texts),
-  )
-
-
-def _without_copies(rows, counts):
-  """Demonstrations; what one labeler wrote twice for a prompt counts once."""
-  kept = {}
+def _without_copies(kind, rows, counts):
+  """Drops copies of demonstrations; copies of comparisons are only counted,
+  because two people may have ranked alike."""
+  distinct = {}
   for row in rows:
-    kept.setdefault(_copies_key(row), row)
-  counts['skipped: the same demonstration again'] = len(rows) - len(kept)
-  return list(kept.values())
-
-
-def _counted(rows, counts):
-  """Comparisons all stay: two people may well have ranked alike."""
-  copies = len(rows) - len({_copies_key(row) for row in rows})
-  counts['kept: the same comparison again'] = copies
-  return rows
+    answers = row.completions if kind == 'comparisons' else (row.response,)
+    texts = tuple(map(records.composed, (row.prompt, *answers)))
+    ranks = getattr(row, 'ranks', ())
+    distinct.setdefault((row.labeler, ranks, texts), row)
+  kept = rows if kind == 'comparisons' else list(distinct.values())
+  verb = 'kept' if kind == 'comparisons' else 'skipped'
+  counts[f'{verb}: the same {kind[:-1]} again'] = len(rows) - len(distinct)
+  return kept
 
 
 def _write(
-  kinds: Mapping[str, Sequence[records.Record]],
-  counts: Mapping[str, int],
+  kinds: dict[str, Sequence[records.Record]],
+  counts: dict[str, int],
   output: epath.PathLike,
   *,
   inputs: Sequence[epath.PathLike],
@@ -268,6 +239,9 @@ def _write(
   split: Mapping[str, int | float],
   replace: bool,
 ) -> dict[str, int]:
+  for kind in ('comparisons', 'demonstrations'):
+    if kind in kinds:
+      kinds[kind] = _without_copies(kind, kinds[kind], counts)
   counts = {reason: number for reason, number in counts.items() if number}
   if not any(kinds.values()):
     raise records.RecordError(
@@ -284,7 +258,7 @@ def _write(
     inputs=[path for path in inputs if not sources.is_data_set(path)],
     replace=replace,
   ) as folder:
-    # By text, which several kinds share.
+    # By text, which the kinds share.
     splits: dict[str, str] = {}
     for kind, rows in kinds.items():
       parts = {'train': [], 'valid': []}
@@ -302,7 +276,7 @@ def _write(
 
 
 def _check_neighbours(output, kinds, split) -> None:
-  """Refuses a folder where a conversation could be in two splits."""
+  """Raises RecordError if a conversation could be in two splits of a folder."""
 
   def flags(settings):
     return ' '.join(f'--{name}={settings[name]}' for name in sorted(settings))
