@@ -59,14 +59,10 @@ def describe(
   tokenizer: tokenizer_lib.Tokenizer | None = None,
   limit: int | None = None,
 ) -> str:
-  """A few lines of text about the records of one file.
+  """A few lines of text about the records (of one type) of the file `path`.
 
-  Args:
-    path: named in the text.
-    rows: of one record type.
-    tokenizer: counts lengths in its tokens; None counts words.
-    limit: count records whose prompt and response, or longest completion, are
-      longer than this together.
+  Lengths are in tokens, or in words without a tokenizer. Records are counted if
+  their prompt and response, or longest completion, exceed `limit` together.
   """
   lines = [f'{path}: {len(rows)} {type(rows[0]).__name__} records']
   unit = 'words' if tokenizer is None else 'tokens'

@@ -51,13 +51,7 @@ RECORDS = {
 
 
 def split_of(row: records.Record, valid: float, seed: int) -> str:
-  """'valid' for about that share of all conversations, 'train' for the others.
-
-  Args:
-    row: any record.
-    valid: the share.
-    seed: another seed draws another split.
-  """
+  """'valid' for about the share `valid` of all conversations, else 'train'."""
   text = f'{seed}\0{records.opening(row)}'
   digest = hashlib.blake2b(text.encode(), digest_size=8)
   return 'valid' if int(digest.hexdigest(), 16) < valid * 2**64 else 'train'
@@ -73,16 +67,14 @@ def convert(
   model_outputs: bool = False,
   replace: bool = False,
 ) -> dict[str, int]:
-  """Reads `paths` and writes the splits to the folder `output`.
+  """Reads files of one of `importers.FORMATS` and writes splits to `output`.
 
   Args:
-    format_name: one of `importers.FORMATS`.
-    paths: files of that format.
-    output: a folder.
-    valid: share of the conversations that are validation.
+    format_name, paths, output: the format, its files, a folder.
+    valid: share of the conversations that are validation, in (0, 1).
     seed: of the split.
     model_outputs: keep demonstrations by models, with `labeler` `model:NAME`.
-    replace: remove files of an earlier run, see `folders.writing`.
+    replace: see `folders.writing`.
 
   Returns:
     How many records each file got (0: there is no such file), and
@@ -90,7 +82,7 @@ def convert(
 
   Raises:
     RecordError: an unreadable file, or nothing is left; nothing is written.
-    ValueError: an unknown format, or a share outside (0, 1).
+    ValueError: an unknown format or a bad share.
   """
   if format_name not in importers.FORMATS:
     raise ValueError(
@@ -152,21 +144,13 @@ def gather(
     name: one of `RECORDS`.
     specs: JSONL of `records.py`; with `fields`, tables; for documents, all that
       `sources.read_documents` reads.
-    output: folder.
-    valid: share of the conversations (or documents) that are validation.
-    seed: of the split and of the mixture.
     weights: one a source, see `sources.mix`; () is all records in order.
     fields: format strings over the columns of tables, see `sources.py`.
     words_per_document: about how long pieces of plain text are.
-    model_outputs: keep demonstrations by models.
-    replace: remove files of an earlier run, see `folders.writing`.
+    output, valid, seed, model_outputs, replace: as in `convert`; `seed` is also
+      that of the mixture.
 
-  Returns:
-    As `convert` does.
-
-  Raises:
-    RecordError: an unreadable source, or nothing is left; nothing is written.
-    ValueError: a share outside (0, 1), or not one weight a source.
+  Returns, raises: as `convert`.
   """
   _check(valid, specs)
   parts, counts = [], collections.Counter()

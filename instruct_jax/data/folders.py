@@ -32,8 +32,6 @@ _MAX_NAMED = 5
 def written(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
   """What a folder's written.json lists: name -> bytes, command, settings.
 
-  {} if there is none.
-
   Raises:
     RecordError: `writing` did not write it.
   """

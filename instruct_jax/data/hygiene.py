@@ -127,14 +127,11 @@ def drop_duplicates(
   """Drops prompts that share a long prefix with an earlier one (A.2).
 
   Two prompts are duplicates if their first `prefix_words` words are the same,
-  whatever their case and the encoding of their accents. Shorter prompts must be
-  the same as a whole, so a short prompt is no duplicate of a long one that
-  begins with it. A conversation of one turn is its text. System turns do not
-  count as words, and must all be the same.
-
-  Args:
-    prompts: any prompts; the first of the duplicates is kept.
-    prefix_words: at least 1. The paper does not print its number.
+  whatever their case and the encoding of their accents; the paper does not
+  print the number. Shorter prompts must be the same as a whole, so a short
+  prompt is no duplicate of a long one that begins with it. A conversation of
+  one turn is its text. System turns do not count as words, and must all be the
+  same.
   """
   if prefix_words < 1:
     raise ValueError(f'prefix_words is {prefix_words}; it must be 1 or more')
@@ -188,13 +185,8 @@ def split_by_user(
 
   Users whose prompts share an opening (`records.opening`) count as one user;
   this is transitive. Users are taken in an order drawn from the seed and go,
-  whole, to the split that is furthest below its share of prompts. The outcome
-  depends on the seed, the users and their counts, not on the order of the file.
-
-  Args:
-    prompts: any prompts.
-    fractions: split name to its share of the prompts; they sum to 1.
-    seed: of the order of users.
+  whole, to the split that is furthest below its share (`fractions`, with sum 1)
+  of prompts. The outcome does not depend on the order of the file.
 
   Returns:
     Each split's prompts in the given order (none, if there are few users), and
@@ -536,11 +528,8 @@ def presidio_kinds(spacy_model: str = '') -> KindsFn:
   It checks phone numbers against the numbering plans of all countries, e-mail
   addresses against the list of public suffixes, and bank and card numbers by
   their checksums. IP addresses are left to the patterns, because it takes `::1`
-  and `a::b` for some. Nothing is downloaded.
-
-  Args:
-    spacy_model: name or folder of an installed English model that finds
-      people's names, which then count as personal data; '' finds no names.
+  and `a::b` for some. `spacy_model` is the name or folder of an installed
+  English model that finds people's names; '' finds none. Nothing is downloaded.
 
   Raises:
     ValueError: the library or the model is not installed.
@@ -637,8 +626,7 @@ def clean(
 
   Args:
     prompts: as collected; ids must be distinct.
-    tokenizer: counts the tokens of `max_tokens`.
-    max_tokens: of the longest prompt kept; none is ever cut (C).
+    tokenizer, max_tokens: longer prompts are dropped, never cut (C).
     prefix_words: see `drop_duplicates`.
     cap: prompts per user; the paper's is 200.
     fractions: see `split_by_user`; must hold `train`.

@@ -42,11 +42,9 @@ def num_rows(rows: Any) -> int:
 
 
 def take(rows: Rows, indices: Sequence[int] | np.ndarray) -> Rows:
-  """The rows at `indices`, in that order, as the same type.
+  """The rows at `indices`, which may repeat, as the same type.
 
-  Args:
-    rows: a batch type of NumPy arrays, an array, or a list of examples.
-    indices: row numbers; repeats are allowed.
+  `rows` is a batch type of NumPy arrays, an array or a list of examples.
   """
   indices = np.asarray(indices, np.int64)  # Also when there are none.
   if dataclasses.is_dataclass(rows):
@@ -84,12 +82,7 @@ class Dropped:
     return self.too_long + self.refused + self.empty
 
   def describe(self, what: str, key: str) -> str:
-    """One line for users; '' if nothing was dropped.
-
-    Args:
-      what: the records, in the plural.
-      key: the config key of the limit.
-    """
+    """One line for users about `what` (a plural); '' if none was dropped."""
     return f'{what} dropped: {self.reasons(key)}' if self.total else ''
 
   def reasons(self, key: str) -> str:
@@ -105,11 +98,7 @@ class Dropped:
 def encode_prompts(
   prompts: Sequence[Any], tokenizer: tokenizer_lib.Tokenizer
 ) -> tuple[list[list[int] | None], list[str]]:
-  """`tokenizer.encode_prompts`, with None for a refused prompt.
-
-  Returns:
-    (ids of each prompt or None, the messages of the refusals).
-  """
+  """(ids of each prompt or None if it is refused, messages of the refusals)."""
   try:
     return tokenizer.encode_prompts(prompts), []
   except tokenizer_lib.TemplateError:
@@ -132,7 +121,7 @@ def pack_documents(
   *,
   cut: bool = False,
 ) -> types.TextBatch:
-  """Packs documents, each followed by EOS, densely into rows (pretraining).
+  """Packs token ids of documents, each with EOS, into rows (pretraining).
 
   A document longer than a row (EOS included) is first cut into pieces. Each
   piece goes into the open row that it fills best, or opens a new one. With
@@ -141,16 +130,12 @@ def pack_documents(
   tenth or a fifth of all rows empty. Every piece is a segment of its own. No
   token is lost or doubled. Documents of no tokens are left out.
 
-  Args:
-    token_lists: ids of each document, without specials.
-    row_length: T.
-    eos_id: put after each document.
-    pad_id: fills rows up.
-    cut: fill rows to the last token.
-
   Returns:
-    All rows [N, T], int32 and bool; loss on every token but the first of each
-    segment, which nothing precedes.
+    All rows [N, T], T being `row_length`; loss on every token but the first of
+    each segment, which nothing precedes.
+
+  Raises:
+    ValueError: there are no tokens.
   """
   pieces = []
   used = 0  # Tokens in the last row.
@@ -173,11 +158,7 @@ def document_rows(
   *,
   cut: bool = False,
 ) -> types.TextBatch:
-  """`pack_documents` of a JSONL file of documents.
-
-  Raises:
-    RecordError: see `records.read_jsonl`.
-  """
+  """`pack_documents` of a JSONL file of documents."""
   documents = records.read_jsonl(path, records.Document)
   return pack_documents(
     tokenizer.encode_documents([document.text for document in documents]),
@@ -199,9 +180,8 @@ def demonstration_rows(
   """Rows of prompt, response and its end, for supervised fine-tuning (C.1).
 
   Args:
-    demonstrations: any.
-    tokenizer: of the model.
-    row_length: T.
+    demonstrations, tokenizer: the data.
+    row_length: T; longer ones are dropped.
     loss_on: 'response' counts the response and its end; 'all' the prompt too.
     pack: several in a row, as segments; else one a row, in the given order.
 
@@ -256,13 +236,11 @@ def comparison_rows(
   """All completions of one prompt in one element, for the reward model (3.5).
 
   Args:
-    comparisons: any.
-    tokenizer: of the model.
+    comparisons, tokenizer: the data.
     max_candidates: C; absent candidates are masked and have rank 0.
     row_length: T.
     merge: rankings of the same answers to the same prompt, in any order, become
-      one element, in the place of the first; else each is an element of its
-      own, and R is 1.
+      one element, in the place of the first; else R is 1.
 
   Returns:
     (rows [N, C, T], what was dropped). A comparison is dropped as a whole if
@@ -390,8 +368,7 @@ def pack_comparisons(
     reads_responses: fill `where` and `owner`; implied by `num_responses`.
 
   Raises:
-    ValueError: the candidates do not fit into `num_rows` rows, or their
-      completions into `num_responses` places.
+    ValueError: M or Q is too small.
   """
   row_length = batch.tokens.shape[2]
   sizes = batch.mask.sum(axis=2)
@@ -456,15 +433,11 @@ def prompt_rows(
   tokenizer: tokenizer_lib.Tokenizer,
   prompt_length: int,
 ) -> tuple[types.PromptBatch, Dropped]:
-  """Prompts for generation, padded on the left.
-
-  Args:
-    prompts: prompts or their texts.
-    tokenizer: encodes them.
-    prompt_length: P.
+  """Prompts or their texts for generation, padded on the left.
 
   Returns:
-    (rows [N, P], what was dropped). `indices` are positions in `prompts`.
+    (rows [N, P], what was dropped); P is `prompt_length`. `indices` are
+    positions in `prompts`.
 
   Raises:
     ValueError: none is left.
@@ -503,16 +476,10 @@ def answer_rows(
   pad_id: int,
   length: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Prompt and answer in one row each, padded on the right, for a scalar model.
-
-  Args:
-    prompts: ids of each prompt.
-    answers: ids of each answer as sampled, end-of-text included.
-    pad_id: fills rows up.
-    length: T.
+  """Ids of prompt and sampled answer in one row each, padded on the right.
 
   Returns:
-    (tokens [N, T], mask [N, T]).
+    (tokens [N, T], mask [N, T]); T is `length`.
 
   Raises:
     ValueError: a row is longer than T.
@@ -537,10 +504,7 @@ def _dropped(
   num_refused: int | None = None,
   num_empty: int = 0,
 ) -> Dropped:
-  """Counts what was dropped; raises ValueError if no `what` is left.
-
-  `key` is the config key of the limit.
-  """
+  """Counts what was dropped; raises ValueError if no `what` is left."""
   num_refused = len(refusals) if num_refused is None else num_refused
   dropped = Dropped(
     too_long=total - kept - num_refused - num_empty,
@@ -643,26 +607,22 @@ def make_batches(
 
   Each epoch has an order of its own. A batch never spans two epochs; the few
   examples left over at the end of an epoch (other ones each time) are left out
-  of it.
-
-  Every process draws the same global batch and takes its own block of its rows.
-  So shards are disjoint, all processes see the same number of steps, and the
-  global batch is the same on any number of hosts.
+  of it. Every process draws the same global batch and takes its own block of
+  its rows, so the global batch is the same on any number of hosts.
 
   Args:
     examples: a batch type of NumPy arrays, an array, or a list.
     batch_size: rows of the global batch.
     seed: 0 to 2^32 - 1.
     num_epochs: `len(batches)` covers that many; None is without end.
-    process_index: this process, `jax.process_index()`.
-    process_count: number of processes, `jax.process_count()`.
+    process_index, process_count: `jax.process_index()`, `jax.process_count()`.
 
   Returns:
     A `grain.MapDataset`; an element is what `take` makes of `examples`.
 
   Raises:
-    ValueError: there are no examples, too few for one batch, or processes do
-      not divide the batch.
+    ValueError: there are too few examples for one batch, or processes do not
+      divide it.
   """
   total = num_rows(examples)
   _check_batches(total, batch_size, process_index, process_count)
@@ -695,16 +655,10 @@ def balanced_batches(
 ) -> np.ndarray:
   """Random batches of nearly equal total size, as indices [steps, batch_size].
 
-  Examples are cut into `batch_size` strata by size, and every batch gets a
-  random one of each stratum, so all batches pack into nearly the same number of
-  rows. Each epoch is drawn anew; the few examples that fill no batch are left
-  out of it.
-
-  Args:
-    sizes: of every example, in tokens.
-    batch_size: examples of a batch.
-    seed: of every draw.
-    num_epochs: how often to go through the examples.
+  Examples are cut into `batch_size` strata by `sizes` (tokens), and every batch
+  gets a random one of each stratum, so all batches pack into nearly the same
+  number of rows. Each epoch is drawn anew; the few examples that fill no batch
+  are left out of it.
 
   Raises:
     ValueError: too few examples for one batch.
@@ -743,13 +697,10 @@ def mixture(
   random order.
 
   Args:
-    rows: the main set [N, T].
-    other_rows: the set mixed in [M, T], of the same T.
+    rows, other_rows: the sets [N, T] and [M, T].
     fraction: share of `other_rows` among the rows of a batch, in [0, 1).
-    batch_size: rows of the global batch.
-    seed: 0 to 2^32 - 1.
     num_epochs: epochs over `rows`, in whole batches; None is without end.
-    process_index, process_count: see `make_batches`.
+    batch_size, seed, process_index, process_count: see `make_batches`.
 
   Returns:
     A `grain.MapDataset` whose element [step] is a `TextBatch`.
@@ -810,12 +761,7 @@ def ahead(
 ) -> Callable[[int, int], Iterator[Any]]:
   """Batches of consecutive steps, made by a thread before they are needed.
 
-  Order and content are those of `batch_fn(step)`, so a resumed run gets the
-  batches that it would have got.
-
-  Args:
-    batch_fn: step -> its batch; `batches.__getitem__` of the data sets above.
-    num_ahead: how many are kept ready.
+  Order and content are those of `batch_fn(step)`; `num_ahead` are kept ready.
 
   Returns:
     (first step, one past the last) -> iterator over their batches.

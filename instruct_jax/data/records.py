@@ -292,14 +292,9 @@ def fields_of(record_type: type) -> dict[str, bool]:
 
 
 def problems(values: Mapping[str, Any], record_type: type) -> list[str]:
-  """One sentence for each thing that keeps `values` from being a record.
+  """What keeps `values`, as parsed from JSON, from being a record.
 
-  Args:
-    values: field name to value, as parsed from JSON.
-    record_type: one of `RECORD_TYPES`.
-
-  Returns:
-    The sentences: field, what was found, what to do.
+  One sentence for each: the field, what was found, what to do.
   """
   fields = fields_of(record_type)
   found = [
@@ -539,7 +534,7 @@ def raise_problems(
 ) -> None:
   """Raises one `RecordError` for all (line number, problem), if there are any.
 
-  It shows `MAX_REPORTED_LINES` lines at most, and counts the others.
+  It shows `MAX_REPORTED_LINES` lines and counts the others.
   """
   by_line = collections.defaultdict(list)
   for number, problem in bad_lines:
@@ -668,16 +663,11 @@ def _record_problems(
 def read_jsonl(path: epath.PathLike, record_type: type[Record]) -> list[Record]:
   """Reads and checks all records of a JSONL file (plain or `.gz`).
 
-  Args:
-    path: a file, local or gs://.
-    record_type: one of `RECORD_TYPES`.
-
-  Returns:
-    The records in file order; never an empty list.
+  The list is in file order and never empty.
 
   Raises:
-    RecordError: no such file, no records, or bad lines, prompts with the id of
-      an earlier one among them; see `raise_problems`.
+    RecordError: no such file, no records, or bad lines (a prompt with the id of
+      an earlier one is one, too); see `raise_problems`.
   """
   found, bad_lines = [], []
   line_of_id: dict[str, int] = {}
@@ -728,11 +718,10 @@ def check_labels(
 def write_jsonl(path: epath.PathLike, records: Iterable[Record]) -> None:
   """Writes records so that `read_jsonl` gives them back; whole or not at all.
 
-  The same records always give the same bytes. Folders are made as needed.
+  The same records always give the same bytes.
 
   Raises:
-    RecordError: there are no records, or one is invalid; the file is then not
-      touched.
+    RecordError: there are no records, or one is invalid; nothing is written.
   """
   lines, bad_lines = [], []
   line_of_id: dict[str, int] = {}

@@ -103,7 +103,7 @@ def read_demonstrations(
     The demonstrations, and how many rows repeated an earlier one.
 
   Raises:
-    RecordError: as in `records.read_jsonl`, with file and line.
+    RecordError: bad rows, by line.
   """
   found, bad_lines, repeated = {}, [], 0
   for line, row in sources.read_csv(path, ('mr', 'ref')):
@@ -144,17 +144,13 @@ def read_rankings(
   scored those differently, so they stay apart.) Tainted rows and rows with
   fewer than two different texts are dropped.
 
-  Args:
-    path: quality.csv or naturalness.csv, or the same with .gz.
-    criterion: which of the two it is.
-
   Returns:
     Comparisons of K = 2 to 5, and counts of the rows. `labeler` is
     `criterion:worker`; `metadata` has `mr` and `slots`; `id` is
     `criterion:LINE`.
 
   Raises:
-    RecordError: as in `records.read_jsonl`, with file and line.
+    RecordError: bad rows, by line.
   """
   if criterion not in SCORE_COLUMNS:
     raise ValueError(
@@ -196,8 +192,7 @@ def _comparison(
 ) -> records.Comparison | None:
   """A row as a comparison; None if it has fewer than two different texts.
 
-  `pairs` are the columns of each text and its score. Raises ValueError for a
-  bad row.
+  `pairs` are the columns of texts and scores. Raises ValueError for a bad row.
   """
   if row['_tainted'] != 'False':
     raise ValueError(
@@ -290,9 +285,9 @@ def write(
     root: the folder with e2e_nlg, e2e_rankings and books.
     directory: the output folder.
     seed: of all splits.
-    vocab_size: entries of a BPE trained on the training text (4,000 to 8,000
-      suit a model of a few million parameters); None uses GPT-2's.
-    criteria: which ratings to use: 'quality', 'naturalness' or both.
+    vocab_size: of a BPE trained on the training text (4,000 to 8,000 suit a
+      model of a few million parameters); None uses GPT-2's.
+    criteria: 'quality', 'naturalness' or both.
     words_per_document: see `sources.read_documents`.
     valid_documents: share of the documents held out; they are drawn one by
       one, so training reads other parts of the same books.

@@ -234,9 +234,6 @@ def read_objects(path: epath.PathLike) -> Iterator[tuple[int, Example | str]]:
   """(line, object) of JSONL, or (position, object) of one JSON list.
 
   A bad entry gives a text of what is wrong with it.
-
-  Raises:
-    RecordError: as in `records.read_text`; or it is one value of another kind.
   """
   if not records.begins_with(path, b'['):
     yield from records.iterate_lines(path)
@@ -256,8 +253,8 @@ def read_csv(
   tab and bar that gives the header these columns.
 
   Raises:
-    RecordError: as in `records.read_text`; a column is missing or comes twice,
-      a row has another number of fields, or the file is not CSV.
+    RecordError: a column is missing or comes twice, a row has another number of
+      fields, or the file is not CSV.
   """
   reader, header = _csv_reader(path, columns)
   repeated = sorted({name for name in header if header.count(name) > 1})
@@ -324,13 +321,8 @@ def model_of(values: Example, answer: Sequence[str] = ()) -> tuple[str, str]:
 
   AlpacaEval's outputs have a `generator`, OpenAssistant's messages `synthetic`
   and `model_name`, Self-Instruct's predictions a `target` next to the response.
-
-  Args:
-    values: a row as published.
-    answer: the keys that the answer was taken from.
-
-  Returns:
-    ('', '') if nothing says so.
+  `answer` are the keys that the answer was taken from. ('', '') if nothing says
+  so.
   """
   for key in _GENERATORS:
     name = values.get(key)
@@ -357,7 +349,7 @@ def from_fields(
   """Records whose fields are format strings over an example's features.
 
   {'prompt': '{question}\\n', 'response': '{answer}'} makes demonstrations of
-  questions and answers; see the top of this file. `source` is named in errors.
+  questions and answers; see the top of this file. Errors name `source`.
 
   Raises:
     RecordError: a feature that the examples lack, or values that make no
@@ -377,16 +369,12 @@ def read_fields(
   """Records of a table; see `read_examples` and the top of this file.
 
   Args:
-    spec: the table.
-    record_type: what to make.
+    spec, record_type: the table, and what to make of it.
     fields: one format string a field, or several for lists.
     model_outputs: keep demonstrations by models, as far as their rows say so.
 
   Returns:
     The records; and how many rows were left out, by reason.
-
-  Raises:
-    RecordError: as in `from_fields`.
   """
   fill = _Fields(record_type, fields, spec)
   skipped = collections.Counter()
@@ -656,11 +644,6 @@ def mix(
 
   Records are drawn without repeats, so the part that runs out first, for its
   weight, bounds the size of the mixture.
-
-  Args:
-    parts: records of one type.
-    weights: one positive number each; only their proportions count.
-    seed: of the draws and the order.
   """
   if len(parts) != len(weights) or not parts:
     raise ValueError(f'{len(parts)} parts with {len(weights)} weights')

@@ -101,10 +101,7 @@ class Tokenizer:
   ):
     """Wraps a `transformers.PreTrainedTokenizerFast`.
 
-    Args:
-      fast_tokenizer: with a PAD and an EOS token.
-      template: see the top of this file.
-      stop_ids: further tokens that end a response.
+    `stop_ids` are further tokens that end a response.
 
     Raises:
       ValueError: PAD or EOS are missing or the same, a stop token is the PAD or
@@ -236,11 +233,8 @@ class Tokenizer:
 
     With a chat template, white space at the start of a response is dropped,
     because the template ends in a separator of its own; what the template puts
-    around an answer (a space, say) is added.
-
-    Args:
-      texts: of the responses.
-      ended: append `end_id` to each, as in training rows.
+    around an answer (a space, say) is added. `ended` appends `end_id` to each,
+    as in training rows.
     """
     if self.template == CHAT:
       found = self._encode_answers([text.lstrip() for text in texts])
@@ -254,8 +248,7 @@ class Tokenizer:
     """The chat template's text of messages with `role` and `content`.
 
     Raises:
-      ValueError: there is no chat template, or (TemplateError) it refuses the
-        messages.
+      ValueError: there is no chat template, or (TemplateError) it refuses them.
     """
     if self.template != CHAT:
       _checked_chat_template(self._fast_tokenizer.chat_template)
@@ -525,10 +518,7 @@ class Tokenizer:
   ) -> 'Tokenizer':
     """The same tokenizer with another template and further stop tokens.
 
-    Args:
-      template: see the top of this file.
-      stop_tokens: in addition to those it has.
-      date: for a chat template that reads the clock.
+    `date` is for a chat template that reads the clock.
 
     Raises:
       ValueError: see `__init__`; or a stop token is not in the vocabulary.
@@ -799,12 +789,10 @@ def check_published(tokenizer: Tokenizer, folder: str) -> None:
 
 
 def train_word_level(vocabulary: Sequence[str]) -> Tokenizer:
-  """A tokenizer with one id per word: ids 0, 1, 2 are <pad>, <eos>, <unk>.
+  """A tokenizer with one id per word: ids 0, 1, 2 are <pad>, <eos>, <unk>, and
+  those of the vocabulary follow in order.
 
   Text is split at white space, and `decode` joins with single spaces.
-
-  Args:
-    vocabulary: distinct words, in the order of their ids (from 3).
 
   Raises:
     ValueError: a word is empty, holds white space or comes twice.
@@ -828,11 +816,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
   """Trains a byte-level BPE tokenizer (GPT-2's kind).
 
   It can encode every text and decodes it byte for byte. <pad> is 0, <eos> 1.
-
-  Args:
-    texts: the training split only.
-    vocab_size: at most this many ids (fewer if the texts run out of pairs); at
-      least 258, the 256 bytes and two specials.
+  There are at most `vocab_size` ids (fewer if the texts run out of pairs), at
+  least 258: 256 bytes and two specials.
   """
   if vocab_size < 258:
     raise ValueError(
@@ -852,15 +837,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_gpt2_bpe(
   encoder_json: epath.PathLike, vocab_bpe: epath.PathLike
 ) -> Tokenizer:
-  """The tokenizer of GPT-2 and GPT-3 from OpenAI's own two files.
+  """The tokenizer of GPT-2 and GPT-3 from OpenAI's two files, plain or `.gz`.
 
+  `encoder.json` maps token to id, `vocab.bpe` has one merge a line, best first.
   50,257 ids as published (<|endoftext|>, the EOS, is 50256), and a PAD as id
   50257: the paper's models share one id for both uses, which `types.TextBatch`
   forbids.
-
-  Args:
-    encoder_json: `encoder.json`, plain or `.gz`: token to id.
-    vocab_bpe: `vocab.bpe`, plain or `.gz`: one merge a line, best first.
 
   Raises:
     RecordError: a file is missing or not what its name says.
