@@ -16,6 +16,12 @@ import pytest
 
 from instruct_jax.data import convert, records, sources
 
+
+def from_fields(examples, record_type, fields, source):
+  parsed = sources.Fields(record_type, fields, source)
+  return parsed.fill(enumerate(examples, start=1))
+
+
 TEXT = 'one two\nthree\n\n\n  four five\n \nsix\n\n'
 
 
@@ -102,9 +108,9 @@ def test_saved_datasets(tmp_path):
   rows = [{'question': f'q{i}?', 'answer': f'a{i}', 'n': i} for i in range(5)]
   write_saved(tmp_path / 'set', rows)
   spec = f'datasets:{tmp_path / "set"}'
-  assert list(sources.read_examples(spec)) == rows
-  found = sources.from_fields(
-    sources.read_examples(spec),
+  assert list(sources.read_examples(spec)) == list(enumerate(rows, start=1))
+  found = from_fields(
+    rows,
     records.Demonstration,
     {'prompt': '{question} ({n})\n', 'response': '{answer}'},
     spec,
@@ -131,7 +137,7 @@ def test_saved_datasets(tmp_path):
 def test_bad_values_of_fields_are_reported_together():
   examples = [{'a': '', 'b': 'x'}, {'a': 'y', 'b': 'x'}, {'a': 'z', 'b': ' '}]
   with pytest.raises(records.RecordError) as info:
-    sources.from_fields(
+    from_fields(
       examples, records.Demonstration, {'prompt': '{a}', 'response': '{b}'}, 'S'
     )
   message = str(info.value)
@@ -403,9 +409,7 @@ VALUES = {
 )
 def test_a_format_string_by_hand(template, expected):
   def fill():
-    return sources.from_fields(
-      [VALUES], records.Prompt, {'text': template}, 'S'
-    )
+    return from_fields([VALUES], records.Prompt, {'text': template}, 'S')
 
   if isinstance(expected, str):
     assert fill() == [records.Prompt('S:1', expected)]
@@ -418,7 +422,7 @@ def test_a_format_string_by_hand(template, expected):
 
 def test_lists_by_hand():
   def fill(record_type, values, **fields):
-    return sources.from_fields([values], record_type, fields, 'S')[0]
+    return from_fields([values], record_type, fields, 'S')[0]
 
   def comparison(values, **fields):
     fields = {'prompt': 'x', 'completions': '{c}', **fields}

@@ -58,74 +58,6 @@ def split_of(row: records.Record, valid: float, seed: int) -> str:
 
 
 def convert(
-  format_name: str,
-  paths: Sequence[epath.PathLike],
-  output: epath.PathLike,
-  *,
-  valid: float,
-  seed: int,
-  model_outputs: bool = False,
-  replace: bool = False,
-) -> dict[str, int]:
-  """Reads files of one of `importers.FORMATS` and writes splits to `output`.
-
-  Args:
-    format_name, paths, output: the format, its files, a folder.
-    valid: share of the conversations that are validation, in (0, 1).
-    seed: of the split.
-    model_outputs: keep demonstrations by models, with `labeler` `model:NAME`.
-    replace: see `folders.writing`.
-
-  Returns:
-    How many records each file got (0: there is no such file), and
-    `skipped: REASON` -> how many entries.
-
-  Raises:
-    RecordError: an unreadable file, or nothing is left; nothing is written.
-    ValueError: an unknown format or a bad share.
-  """
-  if format_name not in importers.FORMATS:
-    raise ValueError(
-      f'format {format_name!r}; known: '
-      + ', '.join((*importers.FORMATS, *RECORDS))
-    )
-  _check(valid, paths)
-  whole = importers.Imported()
-  for path in paths:
-    whole.extend(importers.FORMATS[format_name](path))
-  counts = collections.Counter(
-    {f'skipped: {reason}': n for reason, n in whole.skipped.items()}
-  )
-  prompts = whole.prompts()
-  # One entry may give a comparison and a demonstration.
-  entries = {(row.id, row.prompt) for row in whole.rows()}
-  counts['skipped: the same prompt again, in prompts'] = len(entries) - len(
-    prompts
-  )
-  demonstrations = whole.demonstrations
-  if model_outputs:
-    demonstrations = demonstrations + whole.model_demonstrations
-  else:
-    counts[
-      'skipped: demonstrations that models wrote, by what the file says; '
-      '--model_outputs takes them'
-    ] = len(whole.model_demonstrations)
-  return _write(
-    {
-      'comparisons': whole.comparisons,
-      'demonstrations': demonstrations,
-      'prompts': prompts,
-    },
-    counts,
-    output,
-    inputs=paths,
-    by=f'convert {format_name}',
-    split={'valid': valid, 'seed': seed},
-    replace=replace,
-  )
-
-
-def gather(
   name: str,
   specs: Sequence[str],
   output: epath.PathLike,
@@ -138,64 +70,136 @@ def gather(
   model_outputs: bool = False,
   replace: bool = False,
 ) -> dict[str, int]:
-  """Reads records of one kind from any sources, mixes them, writes the splits.
+  """Reads published files or other sources and writes splits to `output`.
 
   Args:
-    name: one of `RECORDS`.
-    specs: JSONL of `records.py`; with `fields`, tables; for documents, all that
-      `sources.read_documents` reads.
+    name: one of `importers.FORMATS`, or of `RECORDS` for other sources.
+    specs: files of the format; or JSONL of `records.py`, tables with `fields`,
+      for documents all that `sources.read_documents` reads.
+    output: a folder.
+    valid: share of the conversations (or documents) that are validation.
+    seed: of the split and of the mixture.
     weights: one a source, see `sources.mix`; () is all records in order.
     fields: format strings over the columns of tables, see `sources.py`.
     words_per_document: about how long pieces of plain text are.
-    output, valid, seed, model_outputs, replace: as in `convert`; `seed` is also
-      that of the mixture.
+    model_outputs: keep demonstrations by models, with `labeler` `model:NAME`.
+    replace: see `folders.writing`.
 
-  Returns, raises: as `convert`.
+  Returns:
+    How many records each file got (0: there is no such file), and
+    `skipped: REASON` -> how many entries.
+
+  Raises:
+    RecordError: an unreadable source, or nothing is left; nothing is written.
+    ValueError: an unknown format, a bad share, or not one weight a source.
   """
-  _check(valid, specs)
-  parts, counts = [], collections.Counter()
-  for spec in specs:
-    if fields:
-      part, skipped = sources.read_fields(
-        spec, RECORDS[name], fields, model_outputs=model_outputs
-      )
-      counts.update({f'skipped: {why}': n for why, n in skipped.items()})
-    elif name == 'documents':
-      part = sources.read_documents(spec, words_per_document=words_per_document)
-    elif sources.is_table(spec):
-      raise records.RecordError(
-        f'{spec}: is a table; say with --field what each field of {name} is, '
-        "such as --field='prompt={question}'"
-      )
-    else:
-      part = records.read_jsonl(spec, RECORDS[name])
-    parts.append(part)
-  rows = [row for part in parts for row in part]
-  if weights:
-    mixed = sources.mix(parts, weights, seed)
-    counts['skipped: beyond the weights of the mixture'] = len(rows) - len(
-      mixed
-    )
-    rows = mixed
-  if name == 'prompts':
-    records.check_ids(specs, parts)
-  return _write(
-    {name: rows},
-    counts,
-    output,
-    inputs=specs,
-    by=f'convert {name}',
-    split={'valid': valid, 'seed': seed},
-    replace=replace,
-  )
-
-
-def _check(valid: float, paths: Sequence[epath.PathLike]) -> None:
   if not 0 < valid < 1:
     raise ValueError(f'valid is {valid}; it must be in (0, 1)')
-  for path, times in collections.Counter(map(str, paths)).items():
+  for path, times in collections.Counter(map(str, specs)).items():
     if times > 1:
       raise ValueError(f'{path} is given {times} times')
+  counts = collections.Counter()
+  if name in RECORDS:
+    parts = [
+      _read(spec, name, fields, words_per_document, model_outputs, counts)
+      for spec in specs
+    ]
+    if name == 'prompts':
+      records.check_ids(specs, parts)
+    rows = [row for part in parts for row in part]
+    if weights:
+      total, rows = len(rows), sources.mix(parts, weights, seed)
+      reason = 'skipped: beyond the weights of the mixture'
+      counts[reason] = total - len(rows)
+    kinds = {name: rows}
+  elif weights or fields:
+    raise ValueError(
+      f'--weights and --field go with {", ".join(RECORDS)}; convert {name} '
+      'first, then mix its files'
+    )
+  elif name in importers.FORMATS:
+    kinds = _import(name, specs, model_outputs, counts)
+  else:
+    known = ', '.join((*importers.FORMATS, *RECORDS))
+    raise ValueError(f'format {name!r}; known: {known}')
+  for kind in ('comparisons', 'demonstrations'):
+    if kind in kinds:
+      kinds[kind] = _without_copies(kind, kinds[kind], counts)
+  counts = {reason: number for reason, number in counts.items() if number}
+  if not any(kinds.values()):
+    raise records.RecordError(
+      f'{", ".join(map(str, specs))}: nothing is left to write; '
+      + '; '.join(f'{reason}: {number}' for reason, number in counts.items())
+    )
+  split = {'valid': valid, 'seed': seed}
+  _check_neighbours(output, kinds, split)
+  written = {}
+  with folders.writing(
+    output,
+    [f'{kind}_*' for kind in kinds],
+    command=f'convert {name}',
+    settings=split,
+    inputs=[path for path in specs if not sources.is_data_set(path)],
+    replace=replace,
+  ) as folder:
+    # By text, which the kinds share.
+    splits: dict[str, str] = {}
+    for kind, rows in kinds.items():
+      parts = {'train': [], 'valid': []}
+      for row in rows:
+        text = row.prompt if hasattr(row, 'prompt') else row.text
+        if text not in splits:
+          splits[text] = split_of(row, **split)
+        parts[splits[text]].append(row)
+      for part, found in parts.items():
+        if found:
+          records.write_jsonl(folder / f'{kind}_{part}.jsonl', found)
+        if rows:
+          written[f'{kind}_{part}'] = len(found)
+  return written | counts
+
+
+def _read(spec, name, fields, words_per_document, model_outputs, counts):
+  """Records of one kind from one source."""
+  if fields:
+    rows, skipped = sources.read_fields(
+      spec, RECORDS[name], fields, model_outputs=model_outputs
+    )
+    counts.update({f'skipped: {why}': n for why, n in skipped.items()})
+    return rows
+  if name == 'documents':
+    return sources.read_documents(spec, words_per_document=words_per_document)
+  if sources.is_table(spec):
+    raise records.RecordError(
+      f'{spec}: is a table; say with --field what each field of {name} is, '
+      "such as --field='prompt={question}'"
+    )
+  return records.read_jsonl(spec, RECORDS[name])
+
+
+def _import(name, paths, model_outputs, counts):
+  """Kind -> records of published files."""
+  whole = importers.Imported()
+  for path in paths:
+    whole.extend(importers.FORMATS[name](path))
+  counts.update({f'skipped: {why}': n for why, n in whole.skipped.items()})
+  prompts, demonstrations = whole.prompts(), whole.demonstrations
+  # One entry may give a comparison and a demonstration.
+  entries = {(row.id, row.prompt) for row in whole.rows()}
+  reason = 'skipped: the same prompt again, in prompts'
+  counts[reason] = len(entries) - len(prompts)
+  if model_outputs:
+    demonstrations = demonstrations + whole.model_demonstrations
+  else:
+    counts[
+      'skipped: demonstrations that models wrote, by what the file says; '
+      '--model_outputs takes them'
+    ] = len(whole.model_demonstrations)
+  return {
+    'comparisons': whole.comparisons,
+    'demonstrations': demonstrations,
+    'prompts': prompts,
+  }
 
 
 def _without_copies(kind, rows, counts):
@@ -211,52 +215,6 @@ def _without_copies(kind, rows, counts):
   verb = 'kept' if kind == 'comparisons' else 'skipped'
   counts[f'{verb}: the same {kind[:-1]} again'] = len(rows) - len(distinct)
   return kept
-
-
-def _write(
-  kinds: dict[str, Sequence[records.Record]],
-  counts: dict[str, int],
-  output: epath.PathLike,
-  *,
-  inputs: Sequence[epath.PathLike],
-  by: str,
-  split: Mapping[str, int | float],
-  replace: bool,
-) -> dict[str, int]:
-  for kind in ('comparisons', 'demonstrations'):
-    if kind in kinds:
-      kinds[kind] = _without_copies(kind, kinds[kind], counts)
-  counts = {reason: number for reason, number in counts.items() if number}
-  if not any(kinds.values()):
-    raise records.RecordError(
-      f'{", ".join(map(str, inputs))}: nothing is left to write; '
-      + '; '.join(f'{reason}: {number}' for reason, number in counts.items())
-    )
-  _check_neighbours(output, kinds, split)
-  written = {}
-  with folders.writing(
-    output,
-    [f'{kind}_*' for kind in kinds],
-    command=by,
-    settings=split,
-    inputs=[path for path in inputs if not sources.is_data_set(path)],
-    replace=replace,
-  ) as folder:
-    # By text, which the kinds share.
-    splits: dict[str, str] = {}
-    for kind, rows in kinds.items():
-      parts = {'train': [], 'valid': []}
-      for row in rows:
-        text = row.prompt if hasattr(row, 'prompt') else row.text
-        if text not in splits:
-          splits[text] = split_of(row, **split)
-        parts[splits[text]].append(row)
-      for name, part in parts.items():
-        if part:
-          records.write_jsonl(folder / f'{kind}_{name}.jsonl', part)
-        if rows:
-          written[f'{kind}_{name}'] = len(part)
-  return written | counts
 
 
 def _check_neighbours(output, kinds, split) -> None:
@@ -322,63 +280,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     action='store_true',
     help='take demonstrations that models wrote, by what the file says',
   )
-  parser.add_argument(
-    '--replace',
-    action='store_true',
-    help='remove files of an earlier run that this one does not write',
-  )
+  folders.add_replace(parser)
   options = parser.parse_args(arguments)
-  common = {
-    'valid': options.valid,
-    'seed': options.seed,
-    'model_outputs': options.model_outputs,
-    'replace': options.replace,
-  }
+  fields = collections.defaultdict(list)
+  for field, template in options.field:
+    fields[field].append(template)
   try:
-    if options.format in RECORDS:
-      fields = collections.defaultdict(list)
-      for field, template in options.field:
-        fields[field].append(template)
-      counts = gather(
-        options.format,
-        options.files,
-        options.output,
-        weights=options.weights,
-        fields=fields,
-        words_per_document=options.words,
-        **common,
-      )
-    elif options.weights or options.field:
-      raise ValueError(
-        f'--weights and --field go with {", ".join(RECORDS)}; convert '
-        f'{options.format} first, then mix its files'
-      )
-    else:
-      counts = convert(options.format, options.files, options.output, **common)
+    counts = convert(
+      options.format,
+      options.files,
+      options.output,
+      valid=options.valid,
+      seed=options.seed,
+      weights=options.weights,
+      fields=fields,
+      words_per_document=options.words,
+      model_outputs=options.model_outputs,
+      replace=options.replace,
+    )
   except (ValueError, OSError) as error:
     print(error, file=sys.stderr)
     return 1
   for name, number in counts.items():
     print(f'{name}: {number}')
   for kind in RECORDS:
-    _warn_of_uneven(kind, counts, options.valid)
+    train, found = (counts.get(f'{kind}_{s}', 0) for s in ('train', 'valid'))
+    expected = options.valid * (train + found)
+    if expected >= 20 and not expected / 2 < found < 2 * expected:
+      print(
+        f'note: {kind}_valid has {found} records, about {expected:.0f} were to '
+        'be expected: few openings begin many conversations, and each is in '
+        'one split; or this seed has split them before',
+        file=sys.stderr,
+      )
   if counts.get('demonstrations_train') and options.format in importers.NOTES:
     print(f'note: {importers.NOTES[options.format]}', file=sys.stderr)
   return 0
-
-
-def _warn_of_uneven(kind, counts, valid) -> None:
-  train, found = (
-    counts.get(f'{kind}_{name}', 0) for name in ('train', 'valid')
-  )
-  expected = valid * (train + found)
-  if expected >= 20 and not expected / 2 < found < 2 * expected:
-    print(
-      f'note: {kind}_valid has {found} records, about {expected:.0f} were to '
-      'be expected: few openings begin many conversations, and each is in one '
-      'split; or this seed has split them before',
-      file=sys.stderr,
-    )
 
 
 if __name__ == '__main__':

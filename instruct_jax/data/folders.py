@@ -11,6 +11,7 @@ old files go before the new ones come, so that a kill never leaves a mixture. It
 leaves a folder `*.unfinished`, which the next run removes.
 """
 
+import argparse
 import contextlib
 import fnmatch
 import json
@@ -132,6 +133,15 @@ def writing(
     ) from error
   finally:
     _clear(unfinished)
+
+
+def add_replace(parser: argparse.ArgumentParser) -> None:
+  """Adds the flag --replace, for `writing`, to a command's parser."""
+  parser.add_argument(
+    '--replace',
+    action='store_true',
+    help='remove files of an earlier run that this one does not write',
+  )
 
 
 def _is_owned(name: str, owned: Sequence[str]) -> bool:

@@ -711,11 +711,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument(
     '--presidio', nargs='?', const='', metavar='SPACY_MODEL', default=None
   )
-  parser.add_argument(
-    '--replace',
-    action='store_true',
-    help='remove files of an earlier run that this one does not write',
-  )
+  folders.add_replace(parser)
   options = parser.parse_args(arguments)
   try:
     counts = _run(options)

@@ -467,7 +467,7 @@ def to_values(record: Record) -> dict[str, Any]:
     if not is_required and value in ('', (), {}):
       continue
     if name == 'turns':
-      value = [{'role': turn.role, 'content': turn.content} for turn in value]
+      value = [dict(vars(turn)) for turn in value]
     values[name] = list(value) if isinstance(value, tuple) else value
   return values
 

@@ -23,6 +23,7 @@ import csv
 import datetime
 import fractions
 import io
+import itertools
 import json
 import math
 import re
@@ -65,10 +66,7 @@ Example = Mapping[str, Any]
 
 
 def read_documents(
-  spec: epath.PathLike,
-  *,
-  words_per_document: int,
-  data_dir: epath.PathLike | None = None,
+  spec: epath.PathLike, *, words_per_document: int
 ) -> list[records.Document]:
   """Reads the documents that `spec` names.
 
@@ -78,11 +76,10 @@ def read_documents(
       a `.jsonl` or `.jsonl.gz` file of `Document` records, not split;
       a folder: all .txt and .jsonl files in it (not below it), by name;
       `tfds:NAME/SPLIT`, such as `tfds:lm1b/train` or
-      `tfds:wikipedia/20230601.en/train[:1%]`: the `text` feature of a data set
-      that has been prepared in `data_dir`; read without TensorFlow;
+      `tfds:wikipedia/20230601.en/train[:1%]`: the `text` feature of a prepared
+      data set (in TFDS_DATA_DIR); read without TensorFlow;
       `datasets:FOLDER`: the `text` column, see `read_examples`.
     words_per_document: about how long the pieces of plain text are.
-    data_dir: where TensorFlow Datasets keeps its data; None is its default.
 
   Returns:
     The documents in file order; `source` names the file or data set.
@@ -95,12 +92,10 @@ def read_documents(
       f'words_per_document is {words_per_document}; use 1 or more'
     )
   if is_data_set(spec):
-    spec = str(spec)
-    examples = read_examples(spec, data_dir)
-    fields = {'text': '{text}'}
-    rows = from_fields(examples, records.Document, fields, spec)
-    source = spec.partition(':')[2]
-    return _split([row.text for row in rows], source, spec, words_per_document)
+    spec, fields = str(spec), {'text': '{text}'}
+    rows, _ = read_fields(spec, records.Document, fields)
+    texts, source = [row.text for row in rows], spec.partition(':')[2]
+    return _split(texts, source, spec, words_per_document)
   path = epath.Path(spec)
   if not path.is_dir():
     return _read_file(path, words_per_document)
@@ -169,9 +164,9 @@ def _split(texts, source, spec, words_per_document):
 
 
 def read_examples(
-  spec: epath.PathLike, data_dir: epath.PathLike | None = None
-) -> Iterator[Example]:
-  """Examples of a table, one mapping from feature to value each.
+  spec: str, columns: Sequence[str] = ()
+) -> Iterator[tuple[int, Example]]:
+  """(number or line, mapping from feature to value) of a table's examples.
 
   Args:
     spec: one of
@@ -180,39 +175,17 @@ def read_examples(
       `tfds:NAME/SPLIT`, see `read_documents`;
       `datasets:FOLDER`, written by `save_to_disk` of Hugging Face `datasets`
       (for several splits, the folder of one of them).
-    data_dir: of TensorFlow Datasets.
+    columns: that a CSV file must have.
 
   Raises:
     RecordError: it cannot be opened or read.
   """
-  for _, example in _numbered_examples(str(spec), data_dir, ()):
-    yield example
-
-
-def is_data_set(spec: epath.PathLike) -> bool:
-  """Whether it is `tfds:` or `datasets:`, and no file."""
-  return str(spec).startswith((_TFDS, _DATASETS))
-
-
-def is_table(spec: epath.PathLike) -> bool:
-  """Whether it needs format strings to become records."""
-  name = str(spec).removesuffix('.gz')
-  return (
-    is_data_set(spec)
-    or name.endswith(('.csv', '.tsv'))
-    or (name.endswith('.json') and records.begins_with(spec, b'['))
-  )
-
-
-def _numbered_examples(
-  spec: str, data_dir: epath.PathLike | None, columns: Sequence[str]
-) -> Iterator[tuple[int, Example]]:
   name = spec.removesuffix('.gz')
   if spec.startswith(_DATASETS):
     folder = epath.Path(spec.removeprefix(_DATASETS))
     yield from enumerate(_read_saved(folder), start=1)
   elif spec.startswith(_TFDS):
-    yield from enumerate(_read_tfds(spec, data_dir), start=1)
+    yield from enumerate(_read_tfds(spec), start=1)
   elif name.endswith(('.csv', '.tsv')):
     yield from read_csv(spec, columns)
   elif name.endswith(('.json', '.jsonl')):
@@ -228,6 +201,21 @@ def _numbered_examples(
       f'{spec}: expected tfds:NAME/SPLIT, datasets:FOLDER, or a file that ends '
       'in .json, .jsonl, .csv, .tsv (or in .gz after that)'
     )
+
+
+def is_data_set(spec: epath.PathLike) -> bool:
+  """Whether it is `tfds:` or `datasets:`, and no file."""
+  return str(spec).startswith((_TFDS, _DATASETS))
+
+
+def is_table(spec: epath.PathLike) -> bool:
+  """Whether it needs format strings to become records."""
+  name = str(spec).removesuffix('.gz')
+  return (
+    is_data_set(spec)
+    or name.endswith(('.csv', '.tsv'))
+    or (name.endswith('.json') and records.begins_with(spec, b'['))
+  )
 
 
 def read_objects(path: epath.PathLike) -> Iterator[tuple[int, Example | str]]:
@@ -340,25 +328,6 @@ def model_of(values: Example, answer: Sequence[str] = ()) -> tuple[str, str]:
 # --- Format strings -----------------------------------------------------------
 
 
-def from_fields(
-  examples: Iterable[Example],
-  record_type: type[records.Record],
-  fields: Mapping[str, str | Sequence[str]],
-  source: str,
-) -> list[records.Record]:
-  """Records whose fields are format strings over an example's features.
-
-  {'prompt': '{question}\\n', 'response': '{answer}'} makes demonstrations of
-  questions and answers; see the top of this file. Errors name `source`.
-
-  Raises:
-    RecordError: a feature that the examples lack, or values that make no
-      record; up to 10 examples are reported together.
-  """
-  fill = _Fields(record_type, fields, source)
-  return fill.all(enumerate(examples, start=1))
-
-
 def read_fields(
   spec: str,
   record_type: type[records.Record],
@@ -375,15 +344,18 @@ def read_fields(
 
   Returns:
     The records; and how many rows were left out, by reason.
+
+  Raises:
+    RecordError: a bad format string, a column that the examples lack, or values
+      that make no record; up to 10 examples are reported together.
   """
-  fill = _Fields(record_type, fields, spec)
-  skipped = collections.Counter()
+  parsed, skipped = Fields(record_type, fields, spec), collections.Counter()
 
   def wanted():
-    for number, example in _numbered_examples(spec, None, fill.columns):
+    for number, example in read_examples(spec, parsed.columns):
       key = ''
       if record_type is records.Demonstration and not model_outputs:
-        _, key = model_of(example, fill.columns_of('response'))
+        _, key = model_of(example, parsed.columns_of('response'))
       if key:
         skipped[
           f'a model wrote the answer, as {key!r} says; --model_outputs takes it'
@@ -391,11 +363,14 @@ def read_fields(
       else:
         yield number, example
 
-  return fill.all(wanted()), skipped
+  return parsed.fill(wanted()), skipped
 
 
-class _Fields:
-  """Format strings, parsed once, that fill the fields of a record."""
+class Fields:
+  """Format strings, parsed once, that fill the fields of a record.
+
+  Errors name `source`. `columns` are those that the format strings name.
+  """
 
   def __init__(
     self,
@@ -433,16 +408,11 @@ class _Fields:
 
   def columns_of(self, field: str) -> list[str]:
     """The columns that a field is made of."""
-    templates = self._templates.get(field, ())
-    return [
-      column
-      for pieces in templates
-      for _, column, _, _ in pieces
-      if column is not None
-    ]
+    pieces = itertools.chain(*self._templates.get(field, ()))
+    return [column for _, column, _, _ in pieces if column is not None]
 
-  def all(self, examples: Iterable[tuple[int, Example]]) -> list:
-    """The records of (number, example) pairs."""
+  def fill(self, examples: Iterable[tuple[int, Example]]) -> list:
+    """The records of (number, example) pairs; see `read_fields`."""
     found, bad = [], []
     for number, example in examples:
       missing = [name for name in self.columns if name not in example]
@@ -720,7 +690,7 @@ def _listed(values: Any, key: str, path: epath.Path) -> list:
   return found
 
 
-def _read_tfds(spec: str, data_dir: epath.PathLike | None) -> Iterator[Example]:
+def _read_tfds(spec: str) -> Iterator[Example]:
   name, _, split = spec.removeprefix(_TFDS).rpartition('/')
   if not name or not split:
     raise records.RecordError(
@@ -730,9 +700,7 @@ def _read_tfds(spec: str, data_dir: epath.PathLike | None) -> Iterator[Example]:
   import tensorflow_datasets as tfds
 
   try:
-    source: Sequence = tfds.data_source(
-      name, split=split, data_dir=data_dir, download=False
-    )
+    source: Sequence = tfds.data_source(name, split=split, download=False)
   # Not found, not prepared and unknown split are unrelated exception types.
   except Exception as error:
     raise records.RecordError(

@@ -312,8 +312,7 @@ class Tokenizer:
       if any(self._spells_special(turn.content) for turn in turns):
         found[number] = self._encode_spelled_chat(turns, name)
       else:
-        messages = [{'role': t.role, 'content': t.content} for t in turns]
-        plain.append((number, self._render(messages, name)))
+        plain.append((number, self._render([*map(vars, turns)], name)))
     encoded = self._special_ids([text for _, text in plain])
     for (number, _), ids in zip(plain, encoded, strict=True):
       found[number] = ids
@@ -910,11 +909,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     metavar='YYYY-MM-DD',
     help='for a chat template that reads the clock; today by default',
   )
-  parser.add_argument(
-    '--replace',
-    action='store_true',
-    help='remove files of an earlier run that this one does not write',
-  )
+  folders.add_replace(parser)
   options = parser.parse_args(arguments)
   try:
     tokenizer = Tokenizer.load(options.source)
