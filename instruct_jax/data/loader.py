@@ -203,14 +203,8 @@ def demonstration_rows(
       continue
     pieces.append(np.asarray([*prompt, *response], np.int32))
     loss_starts.append(len(prompt) if loss_on == 'response' else 1)
-  dropped = _dropped(
-    len(pieces),
-    len(demonstrations),
-    row_length,
-    refusals,
-    'demonstrations',
-    'row_length',
-  )
+  counts = len(pieces), len(demonstrations)
+  dropped = _dropped('demonstrations', *counts, row_length, refusals)
   rows = _text_rows(
     pieces, loss_starts, row_length, tokenizer.pad_id, pack=pack
   )
@@ -270,15 +264,8 @@ def comparison_rows(
   kept = [
     i for i in range(len(elements)) if _fits(prompts[i], answers[i], row_length)
   ]
-  dropped = _dropped(
-    sum(len(elements[i]) for i in kept),
-    len(comparisons),
-    row_length,
-    refusals,
-    'comparisons',
-    'row_length',
-    num_refused=num_refused,
-  )
+  counts = sum(len(elements[i]) for i in kept), len(comparisons)
+  dropped = _dropped('comparisons', *counts, row_length, refusals, num_refused)
   num_labelers = max(len(elements[i]) for i in kept)
   ranks = np.zeros((len(kept), num_labelers, max_candidates), np.int32)
   sequences = []
@@ -449,14 +436,9 @@ def prompt_rows(
     for i, ids in enumerate(encoded)
     if ids is not None and 0 < len(ids) <= prompt_length
   ]
+  counts, num_empty = (len(indices), len(encoded)), encoded.count([])
   dropped = _dropped(
-    len(indices),
-    len(encoded),
-    prompt_length,
-    refusals,
-    'prompts',
-    'prompt_length',
-    num_empty=sum(ids == [] for ids in encoded),
+    'prompts', *counts, prompt_length, refusals, num_empty=num_empty
   )
   tokens, mask = _padded(
     [encoded[i] for i in indices],
@@ -494,13 +476,11 @@ def answer_rows(
 
 
 def _dropped(
+  what: str,
   kept: int,
   total: int,
   limit: int,
   refusals: Sequence[str],
-  what: str,
-  key: str,
-  *,
   num_refused: int | None = None,
   num_empty: int = 0,
 ) -> Dropped:
@@ -516,6 +496,7 @@ def _dropped(
   if not total:
     raise ValueError(f'there are no {what}')
   if not kept:
+    key = 'prompt_length' if what == 'prompts' else 'row_length'
     raise ValueError(f'no {what} left: {dropped.reasons(key)}')
   return dropped
 

@@ -235,7 +235,7 @@ def _comparison(
 
 def split_workers(
   comparisons: Sequence[records.Comparison], seed: int
-) -> tuple[frozenset[str], frozenset[str]]:
+) -> tuple[set[str], set[str]]:
   """Two halves of the labelers, of about the same number of comparisons.
 
   In an order drawn from the seed, each labeler goes to the half with fewer
@@ -251,7 +251,7 @@ def split_workers(
     half = int(totals[1] < totals[0])
     halves[half].add(labeler)
     totals[half] += counts[labeler]
-  return frozenset(halves[0]), frozenset(halves[1])
+  return halves
 
 
 def write(
@@ -332,10 +332,9 @@ def write(
   named = {row.metadata['mr'] for row in (*demonstrations, *comparisons)}
   duplicates = len(named) - len(split_of)
   train, personal_data = hygiene.drop_personal_data(prompts_by_split['train'])
-  kept = {prompt.id for prompt in train}
-  for prompt in prompts_by_split['train']:
-    if prompt.id not in kept:
-      del split_of[facts(prompt.id)]
+  before = {prompt.id for prompt in prompts_by_split['train']}
+  for name in before - {prompt.id for prompt in train}:
+    del split_of[facts(name)]
   prompts_by_split['train'] = train
 
   documents = sources.read_documents(
@@ -399,14 +398,12 @@ def write(
 
 
 def _training_texts(files: dict[str, list]) -> Iterator[str]:
-  for document in files['documents_train']:
-    yield document.text
-  for demonstration in files['demonstrations_train']:
-    yield demonstration.prompt
-    yield demonstration.response
-  for comparison in files['comparisons_train']:
-    yield comparison.prompt
-    yield from comparison.completions
+  for kind in ('documents', 'demonstrations', 'comparisons'):
+    for row in files[f'{kind}_train']:
+      yield row.text if kind == 'documents' else row.prompt
+      if kind == 'demonstrations':
+        yield row.response
+      yield from getattr(row, 'completions', ())
 
 
 def facts(mr: str) -> Facts:
