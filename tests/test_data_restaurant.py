@@ -347,7 +347,7 @@ def test_repeated_sentences_are_counted(tmp_path, capsys):
   out[1] = f'--output={tmp_path / "ranked"}'
   assert convert.main(['e2e_quality', str(path), *out]) == 0
   said = capsys.readouterr().out
-  assert 'rows of which some texts are the same, merged: 1\n' in said
+  assert 'rows with repeated texts, merged: 1\n' in said
   (row,) = records.read_jsonl(
     tmp_path / 'ranked' / 'comparisons_train.jsonl', records.Comparison
   )

@@ -391,10 +391,10 @@ VALUES = {
     (
       '{a}',
       ValueError(
-        '{a} is a list and no text; name an entry of it, such as {a[0]}'
+        '{a} is a list, not a text; name an entry of it, such as {a[0]}'
       ),
     ),
-    ('{o}', ValueError('{o} is an object and no text')),
+    ('{o}', ValueError('{o} is an object, not a text')),
     ('{a[2]}', ValueError('{a[2]}: there is no entry 2')),
     ('{o[other]}', ValueError('{o[other]}: there is no entry other')),
     ('{s:.2f}', ValueError('{s:.2f}: Unknown format code')),
@@ -448,7 +448,7 @@ def test_lists_by_hand():
   for ranks in ([1, None], [1, 1.5], [1, 'x'], [1, True], [1]):
     with pytest.raises(records.RecordError, match=r"S:1: 'ranks'"):
       comparison({'r': ranks}, ranks='{r}')
-  with pytest.raises(records.RecordError, match='is a list and no text'):
+  with pytest.raises(records.RecordError, match='is a list, not a text'):
     comparison({'c': [['a'], 'b']}, ranks=['1', '2'])
 
   turns = [{'role': 'user', 'content': 'hi'}]
@@ -461,7 +461,7 @@ def test_lists_by_hand():
   row = fill(records.Prompt, values, text='x', metadata=['{d}', '{n}', '{o}'])
   assert row.metadata == {'d': '2020-01-02', 'n': None, 'k': ['v']}
   with pytest.raises(
-    records.RecordError, match='given 2 times and is one text'
+    records.RecordError, match='given 2 times but is one text'
   ):
     fill(records.Prompt, {}, text=['a', 'b'])
 

@@ -3,31 +3,23 @@
   python -m instruct_jax.data.convert hh FILE... --output=DIR --valid=0.05
 
 DIR gets comparisons, demonstrations and prompts, each with `_train.jsonl` and
-`_valid.jsonl`, as far as the format has them. Formats: see `importers.py`.
+`_valid.jsonl`, as far as the format (see `importers.py`) has them.
 
   python -m instruct_jax.data.convert documents books.txt tfds:lm1b/train \\
     --weights=3,1 --output=DIR
-  python -m instruct_jax.data.convert demonstrations datasets:FOLDER \\
-    --field='prompt={question}\\n' --field='response={answer}' --output=DIR
   python -m instruct_jax.data.convert comparisons ranked.csv \\
     --field='prompt={question}\\n' --field='completions={a}' \\
     --field='completions={b}' --field='scores={score_a}' \\
     --field='scores={score_b}' --output=DIR
-  python -m instruct_jax.data.convert comparisons A.jsonl B.jsonl \\
-    --weights=1,1 --output=DIR
 
 read JSONL of `records.py` and the sources of `sources.py`, and mix them by
 weight. Tables (tfds:, datasets:, .csv, .tsv, .json, other .jsonl) need a
 --field for each field of the record.
 
-All rows that begin with the same question (`records.opening`) are in one split:
-every branch of a tree and every length of a dialogue. The split depends on that
-opening and the seed alone, so conversions with the same seed and share fit
-together.
-
-What is left out is counted with its reason. Of identical demonstrations by one
-labeler, one is kept. Demonstrations that a model wrote, as far as the file
-says, need --model_outputs. `folders.py` describes how files are replaced.
+All rows that begin with the same question (`records.opening`) are in one split,
+which depends on that opening and the seed alone, so conversions with the same
+seed and share fit together. What is left out is counted with its reason. Of
+identical demonstrations by one labeler, one is kept.
 """
 
 import argparse
@@ -308,9 +300,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     expected = options.valid * (train + found)
     if expected >= 20 and not expected / 2 < found < 2 * expected:
       print(
-        f'note: {kind}_valid has {found} records, about {expected:.0f} were to '
-        'be expected: few openings begin many conversations, and each is in '
-        'one split; or this seed has split them before',
+        f'note: {kind}_valid has {found} records, expected about '
+        f'{expected:.0f}: few openings begin many conversations, and each is '
+        'in one split; or this seed has split them before',
         file=sys.stderr,
       )
   if counts.get('demonstrations_train') and options.format in importers.NOTES:

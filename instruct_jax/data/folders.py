@@ -2,9 +2,9 @@
 
 A command writes into the folder that `writing` yields, and all its files move
 into place together at the end. If an earlier run's file would be left beside
-the new ones, the run is refused and the file named; with --replace it is
-removed. written.json lists a folder's files and the command that wrote each;
-only files that still match it are ever removed.
+the new ones, the run is refused, or --replace removes the file. written.json
+lists a folder's files and the command that wrote each; only files that still
+match it are ever removed.
 
 A new folder appears at once. In an existing folder, and in an object store, the
 old files go before the new ones come, so that a kill never leaves a mixture. It
@@ -69,8 +69,8 @@ def writing(
     owned: patterns (`prompts_*`) of the names that this command owns. Other
       files may stay; a line on standard error names those that are JSONL or
       in written.json.
-    command: the writer's name, for written.json and messages.
-    settings: what decided the content, for written.json (JSON).
+    command, settings: the writer and what decided the content (JSON), for
+      written.json.
     inputs: files and folders that are read: none may be overwritten.
     replace: remove owned files of earlier runs that this run does not write.
 

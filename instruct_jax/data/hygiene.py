@@ -1,21 +1,16 @@
 """Which prompts are used, and in which split (paper 3.2, A.1, A.2).
 
-The paper names the rules and leaves the details open; the docstrings have ours.
-The functions return the prompts they keep, in the given order, and how many
-they drop; `clean` calls them all.
-
-A prompt whose `user` is '' has an unknown author and counts as a user of its
-own: it is never capped and may go to any split. Users whose conversations begin
-with the same question go to one split together, so that no conversation is in
-two.
-
   python -m instruct_jax.data.hygiene FILE... --output=DIR --tokenizer=FOLDER
 
 runs `clean` on JSONL prompts and writes `prompts_{train,valid,test}.jsonl` and
-the counts, `hygiene.json` (`folders.py` says how). `--presidio` finds personal
-data with Microsoft's library (requirements-personal-data.txt) in addition to
-the patterns of this file; `--presidio=en_core_web_lg` also finds people's names
-with that spaCy model.
+the counts, `hygiene.json`. `--presidio` finds personal data with Microsoft's
+library (requirements-personal-data.txt) in addition to the patterns of this
+file; `--presidio=en_core_web_lg` also finds people's names with that model.
+
+The paper names the rules and leaves the details open; the docstrings have ours.
+The functions return the prompts they keep, in the given order, and how many
+they drop. A prompt whose `user` is '' has an unknown author and counts as a
+user of its own: it is never capped and may go to any split.
 """
 
 import argparse
@@ -53,13 +48,11 @@ class HygieneReport:
   Attributes:
     given: prompts before anything was dropped.
     duplicates: shared a long prefix with an earlier prompt.
-    refused: the tokenizer cannot render them, by its reason and the id of the
-      first; a chat template may know no system turn, for example.
+    refused: the tokenizer cannot render them; by reason and the first one's id.
     over_long: longer than the token limit.
     over_cap: beyond the cap of their user.
     personal_data: dropped from the training split only.
-    kept: prompts left in each split.
-    users: distinct users in each split.
+    kept, users: prompts and distinct users in each split.
     unknown_users: kept prompts without a user id.
     joined_users: kept users, unknown ones included, who share an opening with
       another one and so went to the same split.
@@ -88,9 +81,8 @@ def drop_refused(
 ) -> tuple[Prompts, list[int], dict[str, int]]:
   """Drops prompts that the tokenizer cannot render.
 
-  Returns:
-    The other prompts, their lengths in tokens, and how many were dropped by
-    reason (with the first id).
+  Returns the others, their lengths in tokens, and counts by reason (with the
+  first id).
   """
   kept, lengths = [], []
   refused: dict[str, list[str]] = {}

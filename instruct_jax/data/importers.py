@@ -3,7 +3,7 @@
 One function a format, from a file (plain or `.gz`, JSON or JSONL) to an
 `Imported`. Unusable entries are counted with their reason; a file of another
 format is an error with line and key. Null, and the NaN of tables, is the empty
-text. `python -m instruct_jax.data.convert` writes the outcome as JSONL splits.
+text.
 
   hh                    Anthropic HH (Bai et al. 2022): chosen, rejected
   oasst                 OpenAssistant trees (Köpf et al. 2023)
@@ -18,12 +18,8 @@ text. `python -m instruct_jax.data.convert` writes the outcome as JSONL splits.
 
 Prompts of conversations have `turns`, and their text is `records.text_of_turns`
 of them; completions then begin with the space that follows "Assistant:" in HH
-files. Prompts of instructions end in a blank line. An input that only denies
-that there is one (`<noinput>`, `N/A`) is empty.
-
-A demonstration is what a labeler wrote. Rows that say that a model wrote the
-answer (`sources.model_of`) are kept apart. HH's chosen answers are what people
-chose among answers of models, for want of better.
+files. Prompts of instructions end in a blank line. Demonstrations that a model
+wrote (`sources.model_of`) are kept apart.
 """
 
 import collections
@@ -62,11 +58,9 @@ def _list():
 class Imported:
   """The content of files.
 
-  Attributes:
-    demonstrations: written by people, as far as the file says.
-    comparisons: rankings.
-    model_demonstrations: written by the model that `labeler` names.
-    skipped: reason -> how many entries were left out.
+  `demonstrations` are by people, as far as the file says;
+  `model_demonstrations` by the model that `labeler` names. `skipped` counts
+  entries left out by reason.
   """
 
   demonstrations: list[records.Demonstration] = _list()
@@ -128,11 +122,8 @@ def _checked(value: Any, kinds: Any, where: str, what: str) -> Any:
 class _Entry:
   """An object of a file; errors name its place, in the file or in an entry.
 
-  Attributes:
-    values: the object.
-    place: '' for an entry of a JSONL file.
-    name: the file's name and the line, for ids.
-    line: of the entry.
+  `place` is '' for an entry of a JSONL file; its `name` (file and line) is for
+  ids.
   """
 
   def __init__(self, values: Any, place: str, name: str = '', line: int = 0):
@@ -248,9 +239,8 @@ def _instruction(instruction: str, given: str = '') -> str:
 def read_hh(imported, entry):
   """Comparisons and, from the chosen side, demonstrations.
 
-  Both texts are dialogues that differ in the assistant's last turn only;
-  entries whose earlier turns differ, or whose answers are the same, are
-  skipped.
+  Both texts are dialogues that differ in the assistant's last turn only. The
+  chosen answers are what people chose among answers of models.
   """
   sides = [
     records.dialogue_turns(entry.text(name)) for name in ('chosen', 'rejected')
@@ -457,7 +447,7 @@ def read_qa_feedback(imported, entry):
   for number, passage in enumerate(entry.items('passages')):
     where = f'passages[{number}]'
     if not isinstance(passage, list):
-      raise records.RecordError(f'{where} is no list of sentences')
+      raise records.RecordError(f'{where} is not a list of sentences')
     passages.append(' '.join(filter(None, _texts(passage[1:], where))))
   if invisible.is_blank(question):
     return 'the question is empty'
@@ -563,7 +553,7 @@ def read_alpaca(imported, entry):
 def read_natural_instructions(path: epath.PathLike) -> Imported:
   """One task: its definition and an instance's input ask for its first output.
 
-  Version 1 has a title and a prompt, version 2 a list of definitions.
+  Version 1 has a title, version 2 a list of definitions and categories.
   """
   imported = Imported()
   task = _Entry(records.read_json(path), str(path))
@@ -603,7 +593,7 @@ def _read_e2e(path, criterion):
   skipped = {
     'check items failed': counts.tainted,
     'fewer than two texts': counts.too_few,
-    'rows of which some texts are the same, merged': counts.merged,
+    'rows with repeated texts, merged': counts.merged,
   }
   return Imported(comparisons=comparisons, skipped=collections.Counter(skipped))
 

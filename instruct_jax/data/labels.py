@@ -16,10 +16,8 @@ from instruct_jax.data import records
 class Agreement:
   """Pairs of completions that two labelers ordered, prompt by prompt.
 
-  Attributes:
-    prompts: those with a ranking by a named labeler.
-    agreed: pairs of each prompt that two labelers ordered alike.
-    counted: pairs of each prompt that two labelers ordered.
+  `agreed` and `counted` are the pairs of each of `prompts` that two labelers
+  ordered alike, and that they ordered at all.
   """
 
   prompts: tuple[str, ...]

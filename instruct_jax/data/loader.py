@@ -64,10 +64,8 @@ class Dropped:
   """Records that became no rows, by reason.
 
   Attributes:
-    too_long: longer than `limit` tokens.
-    limit: the row length, or the prompt length.
-    refused: the chat template refused their prompts.
-    reason: of the first refusal, or ''.
+    too_long: longer than `limit` (row or prompt length) in tokens.
+    refused: by the chat template; `reason` is that of the first.
     empty: prompts of no token.
   """
 
@@ -179,14 +177,11 @@ def demonstration_rows(
 ) -> tuple[types.TextBatch, Dropped]:
   """Rows of prompt, response and its end, for supervised fine-tuning (C.1).
 
-  Args:
-    demonstrations, tokenizer: the data.
-    row_length: T; longer ones are dropped.
-    loss_on: 'response' counts the response and its end; 'all' the prompt too.
-    pack: several in a row, as segments; else one a row, in the given order.
+  `loss_on` 'response' counts the response and its end, 'all' the prompt too.
+  `pack` puts several in a row, as segments; else it is one a row, in order.
 
   Returns:
-    (rows [N, T], what was dropped).
+    (rows [N, T], what was dropped); T is `row_length`.
 
   Raises:
     ValueError: none is left.
@@ -229,16 +224,14 @@ def comparison_rows(
 ) -> tuple[types.ComparisonBatch, Dropped]:
   """All completions of one prompt in one element, for the reward model (3.5).
 
-  Args:
-    comparisons, tokenizer: the data.
-    max_candidates: C; absent candidates are masked and have rank 0.
-    row_length: T.
-    merge: rankings of the same answers to the same prompt, in any order, become
-      one element, in the place of the first; else R is 1.
+  With `merge`, rankings of the same answers to the same prompt, in any order,
+  become one element, in the place of the first; else R is 1.
 
   Returns:
-    (rows [N, C, T], what was dropped). A comparison is dropped as a whole if
-    one candidate is longer than a row, so that every K keeps its meaning.
+    (rows [N, C, T], what was dropped). C is `max_candidates` (absent ones are
+    masked and have rank 0), T is `row_length`. A comparison is dropped as a
+    whole if one candidate is longer than a row, so that every K keeps its
+    meaning.
 
   Raises:
     ValueError: none is left, or one has more than `max_candidates` completions.

@@ -81,13 +81,9 @@ class Document:
 class Prompt:
   """A prompt as a user (API customer) sent it or a labeler wrote it.
 
-  Attributes:
-    id: unique in its file.
-    text: all that the model is given.
-    user: who sent it, for the caps and splits of A.2.
-    category: a use case of Table 1, or ''.
-    metadata: any JSON; training carries it and never reads it.
-    turns: the conversation so far, the user's turn last; () is one turn.
+  `id` is unique in its file; `user` is for the caps and splits of A.2;
+  `category` is a use case of Table 1, or ''; training carries `metadata` (any
+  JSON) and never reads it; `turns` is a conversation so far, () for one turn.
   """
 
   id: str
@@ -114,14 +110,10 @@ class Demonstration:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """K completions of one prompt, ranked by one labeler (paper 3.5, K 4 to 9).
+  """K >= 2 completions of a prompt, ranked by one labeler (paper 3.5: 4 to 9).
 
-  Attributes:
-    prompt: the prompt's text.
-    completions: the K >= 2 texts that were ranked.
-    ranks: K integers from 1 (best); equal numbers are ties.
-    time: when it was labeled, as free text, or ''.
-    scores: K finite numbers that gave the ranks, or ().
+  Rank 1 is best, and equal ranks are ties; `scores` gave the ranks, or are ().
+  `time` is when it was labeled, as free text, or ''.
   """
 
   prompt: str
@@ -500,11 +492,7 @@ def read_text(path: epath.PathLike) -> str:
 
 
 def read_json(path: epath.PathLike) -> Any:
-  """Reads a file that is one JSON value.
-
-  Raises:
-    RecordError: as in `read_text`; or it is not JSON.
-  """
+  """Reads a file that is one JSON value; raises RecordError if it is not."""
   text = read_text(path)
   try:
     return json.loads(text)
@@ -588,11 +576,7 @@ def iterate_lines(
 
 
 def begins_with(path: epath.PathLike, mark: bytes) -> bool:
-  """Whether a file, plain or `.gz`, does, after a BOM and white space.
-
-  Raises:
-    RecordError: as in `read_bytes`, or UTF-16.
-  """
+  """Whether a file, plain or `.gz`, does, after a BOM and white space."""
   with _opened(epath.Path(path)) as file:
     start = file.read(64 * 1024)
   _check_start(path, start)

@@ -59,11 +59,7 @@ class RankingCounts:
 
 
 def parse_meaning(mr: str) -> list[tuple[str, str]]:
-  """`name[Aromi], area[riverside]` to [('name', 'Aromi'), ...], in order.
-
-  Raises:
-    ValueError: anything else.
-  """
+  """`name[Aromi], area[riverside]` to [('name', 'Aromi'), ...], in order."""
   slots, position = [], 0
   while match := _SLOT.match(mr, position):
     slots.append((match[1], match[2]))
@@ -199,7 +195,7 @@ def _comparison(
       f"'_tainted' is {row['_tainted']!r}; expected True or False"
     )
   if not row['worker']:
-    raise ValueError("'worker' is empty; rankings need to know who ranked")
+    raise ValueError("'worker' is empty; a ranking needs its worker")
   try:
     about = _about(row['mr'])
   except ValueError as error:

@@ -398,7 +398,7 @@ class Fields:
         templates = [templates]
       if len(templates) > 1 and field not in (*_LIST_FIELDS, 'metadata'):
         raise records.RecordError(
-          f'--field={field} is given {len(templates)} times and is one text; '
+          f'--field={field} is given {len(templates)} times but is one text; '
           f'lists are {", ".join(_LIST_FIELDS)}'
         )
       self._templates[field] = [_parse(field, text) for text in templates]
@@ -515,7 +515,7 @@ def _as_text(value: Any, name: str, form: str) -> str:
   if isinstance(value, list | tuple | dict):
     kind = 'an object' if isinstance(value, dict) else 'a list'
     raise ValueError(
-      f'{{{name}}} is {kind} and no text; name an entry of it, such as '
+      f'{{{name}}} is {kind}, not a text; name an entry of it, such as '
       f'{{{name}[{"key" if isinstance(value, dict) else 0}]}}'
     )
   if not form:
@@ -645,8 +645,8 @@ def _read_saved(folder: epath.Path) -> Iterator[Example]:
   state = folder / 'state.json'
   if not state.exists():
     raise records.RecordError(
-      f'{folder}: no state.json, so no folder that `save_to_disk` of Hugging '
-      'Face datasets wrote'
+      f'{folder}: no state.json; expected a folder that `save_to_disk` of '
+      'Hugging Face datasets wrote'
     )
   described = records.read_json(state)
   entries = _listed(described, '_data_files', state)

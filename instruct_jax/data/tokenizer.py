@@ -436,25 +436,18 @@ class Tokenizer:
   def decode(self, ids: Collection[SupportsIndex]) -> str:
     """The text of some ids, without PAD, BOS and stop tokens.
 
-    Raises:
-      ValueError: an id is outside the vocabulary (the wrong tokenizer, or a
-        model with more logits than its tokenizer has tokens).
+    Raises ValueError if an id is outside the vocabulary (the wrong tokenizer,
+    or a model with more logits than its tokenizer has tokens).
     """
     return self._backend.decode(self._kept(ids), skip_special_tokens=False)
 
   def decode_response(self, ids: Collection[SupportsIndex]) -> str:
-    """`decode` of a response as it follows its prompt.
-
-    Some tokenizers remove a first space from the text they decode; here it is
-    kept.
-    """
+    """`decode` of a response as it follows its prompt, with its first space."""
     kept = self._kept(ids)
-    if not self._marks_starts or not kept:
-      return self._backend.decode(kept, skip_special_tokens=False)
-    anchor_ids = self.encode(_ANCHORS[0])
+    anchor = self.encode(_ANCHORS[0]) if self._marks_starts and kept else []
     whole, alone = (
       self._backend.decode(part, skip_special_tokens=False)
-      for part in ([*anchor_ids, *kept], anchor_ids)
+      for part in ([*anchor, *kept], anchor)
     )
     return whole.removeprefix(alone)
 
@@ -545,10 +538,8 @@ class Tokenizer:
     Also GPT-2's encoder.json and vocab.bpe. Stop tokens are those of
     generation_config.json (or else config.json) and of `save`. A PAD is added
     if there is none or if it also ends responses. Only `hf:` ever downloads,
-    and only the tokenizer's own files are read.
-
-    Raises:
-      ValueError: names the folder and what is missing or wrong in it.
+    and only the tokenizer's own files are read. Raises ValueError with the
+    folder and what is missing or wrong in it.
     """
     if str(folder).startswith('hf:'):
       folder = hub.locate(str(folder), _HUB_PATTERNS)
@@ -629,7 +620,7 @@ def _load_fast(folder: epath.Path, names: Sequence[str]) -> Any:
 def _read_object(path: epath.Path) -> dict[str, Any]:
   found = json.loads(path.read_bytes().decode('utf-8-sig'))
   if not isinstance(found, dict):
-    raise ValueError(f'{path.name} is no JSON object')
+    raise ValueError(f'{path.name} is not a JSON object')
   return found
 
 
@@ -656,8 +647,7 @@ def _marks_starts(described: Any) -> bool:
 def _one_template(found: Any) -> str:
   """The chat template, of one or of several by name.
 
-  Raises:
-    ValueError: there is none, or several and none is called 'default'.
+  Raises ValueError if there is none, or none of several is called 'default'.
   """
   if not found:
     raise ValueError(
@@ -689,8 +679,7 @@ def _checked_chat_template(found: Any) -> str:
 def reads_clock(template: str) -> bool:
   """Whether a chat template uses the current time.
 
-  Raises:
-    ValueError: it is no template, or draws random texts.
+  Raises ValueError if it does not parse, or draws random texts.
   """
   import jinja2
   import jinja2.ext
@@ -716,8 +705,8 @@ def reads_clock(template: str) -> bool:
   filters = {node.name for node in parsed.find_all(jinja2.nodes.Filter)}
   if 'lipsum' in names or 'random' in filters:
     raise ValueError(
-      'the chat template draws random texts (lipsum, random); no two readings '
-      'of a prompt would agree: remove that from it'
+      'the chat template draws random texts (lipsum, random), so a prompt '
+      'would have other ids each time; remove them'
     )
   return 'strftime_now' in names
 
@@ -846,14 +835,7 @@ def load_gpt2_bpe(
   Raises:
     RecordError: a file is missing or not what its name says.
   """
-  try:
-    vocabulary = json.loads(records.read_text(encoder_json))
-  except ValueError as error:
-    if isinstance(error, records.RecordError):
-      raise
-    raise records.RecordError(
-      f'{encoder_json}: not a JSON object of tokens ({error})'
-    ) from error
+  vocabulary = records.read_json(encoder_json)
   merges = []
   lines = records.read_text(vocab_bpe).split('\n')
   for number, line in enumerate(lines, start=1):
