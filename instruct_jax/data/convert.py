@@ -24,7 +24,6 @@ identical demonstrations by one labeler, one is kept.
 
 import argparse
 import collections
-import hashlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,9 +43,8 @@ RECORDS = {
 
 def split_of(row: records.Record, valid: float, seed: int) -> str:
   """'valid' for about the share `valid` of all conversations, else 'train'."""
-  text = f'{seed}\0{records.opening(row)}'
-  digest = hashlib.blake2b(text.encode(), digest_size=8)
-  return 'valid' if int(digest.hexdigest(), 16) < valid * 2**64 else 'train'
+  drawn = int.from_bytes(records.draw(seed, records.opening(row)))
+  return 'valid' if drawn < valid * 2**64 else 'train'
 
 
 def convert(

@@ -16,7 +16,6 @@ user of its own: it is never capped and may go to any split.
 import argparse
 import collections
 import dataclasses
-import hashlib
 import ipaddress
 import json
 import re
@@ -163,7 +162,9 @@ def cap_per_user(
   kept = []
   for positions in by_user.values():
     if len(positions) > cap:
-      positions.sort(key=lambda i: (_draw(seed, 'cap', prompts[i].id), i))
+      positions.sort(
+        key=lambda i: (records.draw(seed, 'cap', prompts[i].id), i)
+      )
     kept += positions[:cap]
   return [prompts[i] for i in sorted(kept)], len(prompts) - len(kept)
 
@@ -199,10 +200,8 @@ def split_by_user(
     (np.ones(len(prompts), bool), np.array(edges, int)), (len(nodes),) * 2
   )
   _, component = csgraph.connected_components(graph, directed=False)
-  members, positions = (
-    collections.defaultdict(set),
-    collections.defaultdict(list),
-  )
+  members = collections.defaultdict(set)
+  positions = collections.defaultdict(list)
   for position, user in enumerate(users):
     group = component[nodes[user]]
     members[group].add(user)
@@ -210,8 +209,11 @@ def split_by_user(
 
   missing = {name: share * len(prompts) for name, share in fractions.items()}
   assigned = {name: [] for name in fractions}
-  first = {group: min(found) for group, found in members.items()}
-  for group in sorted(first, key=lambda g: (_draw(seed, *first[g]), first[g])):
+  order = sorted(
+    (records.draw(seed, *min(found)), min(found), group)
+    for group, found in members.items()
+  )
+  for *_, group in order:
     name = max(missing, key=missing.get)
     missing[name] -= len(positions[group])
     assigned[name] += positions[group]
@@ -675,12 +677,6 @@ def _user_key(prompt: records.Prompt, position: int) -> tuple[str, str]:
     return 'user', prompt.user
   # The position is for prompts without an id.
   return 'prompt', prompt.id or f'position {position}'
-
-
-def _draw(seed: int, *parts: str) -> bytes:
-  """A random-looking key that depends only on its arguments."""
-  text = '\0'.join((str(seed), *parts))
-  return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

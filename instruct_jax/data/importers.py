@@ -79,6 +79,11 @@ class Imported:
     else:
       self.demonstrations.append(demonstration)
 
+  def skip(self, reason: str, count: int = 1) -> None:
+    """Counts entries that are left out."""
+    if count:
+      self.skipped[reason] += count
+
   def extend(self, other: 'Imported') -> None:
     """Adds the content of another file."""
     for name, value in vars(other).items():
@@ -210,7 +215,7 @@ def _reader(
         bad.append((line, str(error)))
         continue
       if reason:
-        imported.skipped[reason] += 1
+        imported.skip(reason)
     records.raise_problems(path, bad)
     if not line:
       raise records.RecordError(f'{path}: holds no entries')
@@ -303,11 +308,11 @@ def _is_gone(node: _Entry) -> bool:
 def _visit_oasst(imported, node, turns, tree):
   """Adds what a message asks for; returns (message, turns) below it."""
   if _is_gone(node):
-    imported.skipped['deleted or failed review'] += 1
+    imported.skip('deleted or failed review')
     return []
   role, text = _OASST_ROLES.get(node.text('role')), node.text('text')
   if role is None or invisible.is_blank(text):
-    imported.skipped['unknown role or empty text'] += 1
+    imported.skip('unknown role or empty text')
     return []
   turns = (*turns, records.Turn(role, text))
   below = node.entries('replies') if 'replies' in node.values else []
@@ -344,11 +349,10 @@ def _visit_oasst(imported, node, turns, tree):
         **about,
       )
     )
-    imported.skipped['a reply without a rank beside ranked ones'] += len(
-      replies
-    ) - len(ranked)
+    unranked = len(replies) - len(ranked)
+    imported.skip('a reply without a rank beside ranked ones', unranked)
   else:
-    imported.skipped['fewer than two ranked replies'] += 1
+    imported.skip('fewer than two ranked replies')
   best = ranked[0][1] if ranked else replies[0]
   model = ''
   if best.values.get('synthetic') is True:
@@ -473,10 +477,9 @@ def read_qa_feedback(imported, entry):
         **about,
       )
     )
-    repeated = 4 - len(merged)
-    imported.skipped['an answer that repeats another, merged'] += repeated
+    imported.skip('an answer that repeats another, merged', 4 - len(merged))
   else:
-    imported.skipped['all answers are the same'] += 1
+    imported.skip('all answers are the same')
   if invisible.is_blank(gold):
     return 'no demonstration: the gold answer is empty'
   imported.add(records.Demonstration(response=gold, **about))
@@ -487,7 +490,7 @@ def read_qa_feedback(imported, entry):
 
 def _add_instruction(imported, prompt, response, name, category='', model=''):
   if not prompt or invisible.is_blank(response):
-    imported.skipped['instruction or answer is empty'] += 1
+    imported.skip('instruction or answer is empty')
     return
   row = records.Demonstration(prompt, response.strip(), name, category=category)
   imported.add(row, model)
@@ -566,9 +569,8 @@ def read_natural_instructions(path: epath.PathLike) -> Imported:
   ]
   for number, instance in enumerate(task.entries('Instances')):
     outputs = instance.texts('output')
-    imported.skipped['a further right answer of an instance'] += len(
-      outputs[1:]
-    )
+    further = len(outputs[1:])
+    imported.skip('a further right answer of an instance', further)
     _add_instruction(
       imported,
       _instruction(definition, instance.text('input')),
@@ -582,20 +584,18 @@ def read_natural_instructions(path: epath.PathLike) -> Imported:
 
 def _read_e2e_demonstrations(path):
   demonstrations, repeated = restaurant.read_demonstrations(path)
-  reason = 'the same sentence for the same facts again'
-  return Imported(
-    demonstrations, skipped=collections.Counter({reason: repeated})
-  )
+  imported = Imported(demonstrations)
+  imported.skip('the same sentence for the same facts again', repeated)
+  return imported
 
 
 def _read_e2e(path, criterion):
   comparisons, counts = restaurant.read_rankings(path, criterion)
-  skipped = {
-    'check items failed': counts.tainted,
-    'fewer than two texts': counts.too_few,
-    'rows with repeated texts, merged': counts.merged,
-  }
-  return Imported(comparisons=comparisons, skipped=collections.Counter(skipped))
+  imported = Imported(comparisons=comparisons)
+  imported.skip('check items failed', counts.tainted)
+  imported.skip('fewer than two texts', counts.too_few)
+  imported.skip('rows with repeated texts, merged', counts.merged)
+  return imported
 
 
 FORMATS = {

@@ -35,7 +35,7 @@ Rows = TypeVar('Rows')
 
 
 def num_rows(rows: Any) -> int:
-  """How many rows a batch type, array or list holds."""
+  """How many rows a batch type or list holds."""
   if dataclasses.is_dataclass(rows):
     return len(getattr(rows, dataclasses.fields(rows)[0].name))
   return len(rows)
@@ -44,7 +44,7 @@ def num_rows(rows: Any) -> int:
 def take(rows: Rows, indices: Sequence[int] | np.ndarray) -> Rows:
   """The rows at `indices`, which may repeat, as the same type.
 
-  `rows` is a batch type of NumPy arrays, an array or a list of examples.
+  `rows` is a batch type of NumPy arrays, or a list of examples.
   """
   indices = np.asarray(indices, np.int64)  # Also when there are none.
   if dataclasses.is_dataclass(rows):
@@ -54,8 +54,6 @@ def take(rows: Rows, indices: Sequence[int] | np.ndarray) -> Rows:
       if array is not None
     }
     return dataclasses.replace(rows, **fields)
-  if isinstance(rows, np.ndarray):
-    return rows[indices]
   return [rows[int(i)] for i in indices]
 
 
@@ -585,7 +583,7 @@ def make_batches(
   its rows, so the global batch is the same on any number of hosts.
 
   Args:
-    examples: a batch type of NumPy arrays, an array, or a list.
+    examples: a batch type of NumPy arrays, or a list.
     batch_size: rows of the global batch.
     seed: 0 to 2^32 - 1.
     num_epochs: `len(batches)` covers that many; None is without end.

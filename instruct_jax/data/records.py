@@ -37,6 +37,7 @@ import contextlib
 import dataclasses
 import functools
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -231,6 +232,12 @@ def opening(row: Any) -> str:
     if turn.role == 'user' and not invisible.is_blank(turn.content):
       return comparable(turn.content)
   return comparable(row.text if isinstance(row, Prompt) else row.prompt)
+
+
+def draw(seed: int, *parts: str) -> bytes:
+  """A random-looking key of 8 bytes that depends only on its arguments."""
+  text = '\0'.join((str(seed), *parts))
+  return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def ranks_of_scores(scores: Iterable[int | float]) -> tuple[int, ...]:
