@@ -123,7 +123,6 @@ def convert(
     )
   split = {'valid': valid, 'seed': seed}
   _check_neighbours(output, kinds, split)
-  written = {}
   with folders.writing(
     output,
     [f'{kind}_*' for kind in kinds],
@@ -132,21 +131,28 @@ def convert(
     inputs=[path for path in specs if not sources.is_data_set(path)],
     replace=replace,
   ) as folder:
-    # By text, which the kinds share.
-    splits: dict[str, str] = {}
-    for kind, rows in kinds.items():
-      parts = {'train': [], 'valid': []}
-      for row in rows:
-        text = row.prompt if hasattr(row, 'prompt') else row.text
-        if text not in splits:
-          splits[text] = split_of(row, **split)
-        parts[splits[text]].append(row)
-      for part, found in parts.items():
-        if found:
-          records.write_jsonl(folder / f'{kind}_{part}.jsonl', found)
-        if rows:
-          written[f'{kind}_{part}'] = len(found)
+    written = _write(folder, kinds, split)
   return written | counts
+
+
+def _write(folder, kinds, split):
+  """Writes the splits; returns how many records each file got."""
+  written = {}
+  # By text, which the kinds share.
+  splits: dict[str, str] = {}
+  for kind, rows in kinds.items():
+    parts = {'train': [], 'valid': []}
+    for row in rows:
+      text = row.prompt if hasattr(row, 'prompt') else row.text
+      if text not in splits:
+        splits[text] = split_of(row, **split)
+      parts[splits[text]].append(row)
+    for name, part in parts.items():
+      if part:
+        records.write_jsonl(folder / f'{kind}_{name}.jsonl', part)
+      if rows:
+        written[f'{kind}_{name}'] = len(part)
+  return written
 
 
 def _read(spec, name, fields, words_per_document, model_outputs, counts):

@@ -312,27 +312,7 @@ def write(
     comparisons.extend(read)
     report[f'{criterion}_rows'] = dataclasses.asdict(counts)
 
-  # A representation takes the part of a user in the paper: none in two splits.
-  split_of: dict[Facts, str] = {}
-  prompts_by_split: dict[str, list[records.Prompt]] = {s: [] for s in FRACTIONS}
-  for groups in (_by_facts(demonstrations), _by_facts(comparisons)):
-    new = {f: group for f, group in groups.items() if f not in split_of}
-    facts_of = {group[0].metadata['mr']: f for f, group in new.items()}
-    prompts = [_prompt_of(group) for group in new.values()]
-    splits, _ = hygiene.split_by_user(prompts, FRACTIONS, seed)
-    for split, part in splits.items():
-      split_of |= {facts_of[prompt.user]: split for prompt in part}
-      prompts_by_split[split].extend(
-        dataclasses.replace(prompt, user='') for prompt in part
-      )
-  named = {row.metadata['mr'] for row in (*demonstrations, *comparisons)}
-  duplicates = len(named) - len(split_of)
-  train, personal_data = hygiene.drop_personal_data(prompts_by_split['train'])
-  before = {prompt.id for prompt in prompts_by_split['train']}
-  for name in before - {prompt.id for prompt in train}:
-    del split_of[facts(name)]
-  prompts_by_split['train'] = train
-
+  prompts, split_of, personal_data = _split(demonstrations, comparisons, seed)
   documents = sources.read_documents(
     root / 'books', words_per_document=words_per_document
   )
@@ -345,14 +325,14 @@ def write(
   rater_half, judge_half = split_workers(comparisons, seed)
 
   def split_of_row(row):
-    return split_of.get(facts(row.metadata['mr']))
+    return split_of[row.metadata['mr']]
 
   files: dict[str, list] = {
     'documents_train': documents_of['train'],
     'documents_valid': documents_of['valid'],
-    'ppo_prompts_train': prompts_by_split['train'],
-    'prompts_valid': prompts_by_split['valid'],
-    'prompts_test': prompts_by_split['test'],
+    'ppo_prompts_train': prompts['train'],
+    'prompts_valid': prompts['valid'],
+    'prompts_test': prompts['test'],
   }
   for split in FRACTIONS:
     files[f'demonstrations_{split}'] = [
@@ -370,9 +350,9 @@ def write(
   else:
     tokenizer = tokenizer_lib.train_bpe(_training_texts(files), vocab_size)
   report |= {
-    'meaning_representations': {s: len(p) for s, p in prompts_by_split.items()},
+    'meaning_representations': {s: len(p) for s, p in prompts.items()},
     'repeated_sentences': repeated,
-    'duplicates': duplicates,
+    'duplicates': len(split_of) - len({*map(facts, split_of)}),
     'personal_data': personal_data,
     'rows_of_personal_data': sum(
       split_of_row(row) is None for row in (*demonstrations, *comparisons)
@@ -413,11 +393,33 @@ def facts(mr: str) -> Facts:
   )
 
 
-def _by_facts(examples: Sequence[Any]) -> dict[Facts, list]:
-  groups = collections.defaultdict(list)
-  for example in examples:
-    groups[facts(example.metadata['mr'])].append(example)
-  return groups
+def _split(
+  demonstrations: Sequence[records.Demonstration],
+  comparisons: Sequence[records.Comparison],
+  seed: int,
+) -> tuple[dict[str, list[records.Prompt]], dict[str, str | None], int]:
+  """Splits representations; each takes the part of a user in the paper.
+
+  Returns:
+    The prompts of each split; the split of each representation, None if it has
+    personal data; and how many prompts have some.
+  """
+  split_of: dict[Facts, str | None] = {}
+  prompts = {split: [] for split in FRACTIONS}
+  for rows in (demonstrations, comparisons):
+    groups = collections.defaultdict(list)
+    for row in rows:
+      groups[facts(row.metadata['mr'])].append(row)
+    new = [_prompt_of(g) for f, g in groups.items() if f not in split_of]
+    for split, part in hygiene.split_by_user(new, FRACTIONS, seed)[0].items():
+      split_of |= {facts(prompt.id): split for prompt in part}
+      prompts[split] += [dataclasses.replace(p, user='') for p in part]
+  train, personal_data = hygiene.drop_personal_data(prompts['train'])
+  dropped = {p.id for p in prompts['train']} - {p.id for p in train}
+  split_of |= dict.fromkeys(map(facts, dropped))
+  prompts['train'] = train
+  names = {row.metadata['mr'] for row in (*demonstrations, *comparisons)}
+  return prompts, {mr: split_of[facts(mr)] for mr in names}, personal_data
 
 
 def _prompt_of(group: Sequence[Any]) -> records.Prompt:
