@@ -557,7 +557,9 @@ def test_tables_need_fields(tmp_path, capsys):
     spec = name if ':' in name else str(tmp_path / name)
     assert convert.main(['prompts', spec, f'--output={tmp_path / "out"}']) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f'{spec}: is a table; say with --field')
+    assert error.startswith(
+      f'{spec}: is a table; give each field of prompts with'
+    )
 
 
 @pytest.mark.parametrize(
@@ -600,7 +602,9 @@ def test_tables_of_models_answers(tmp_path, capsys):
   assert convert.main(command) == 0
   out = capsys.readouterr().out
   assert 'demonstrations_train: 2\n' in out
-  assert "a model wrote the answer, as 'generator' says; --model_out" in out
+  assert (
+    "a model wrote the answer, according to 'generator'; --model_out" in out
+  )
   assert convert.main([*command, '--model_outputs']) == 0
   assert 'demonstrations_train: 3\n' in capsys.readouterr().out
   # The reference beside a prediction is a person's.

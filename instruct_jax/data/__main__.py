@@ -37,7 +37,7 @@ _TYPES = {
 
 
 def read_any(path: str) -> list[Any]:
-  """Reads a JSONL file of whichever record type its first line has."""
+  """Reads a JSONL file of the record type of its first line."""
   record_type = records.Document
   for number, values in records.iterate_lines(path):
     if isinstance(values, str):

@@ -167,8 +167,8 @@ def _read(spec, name, fields, words_per_document, model_outputs, counts):
     return sources.read_documents(spec, words_per_document=words_per_document)
   if sources.is_table(spec):
     raise records.RecordError(
-      f'{spec}: is a table; say with --field what each field of {name} is, '
-      "such as --field='prompt={question}'"
+      f'{spec}: is a table; give each field of {name} with --field, such as '
+      "--field='prompt={question}'"
     )
   return records.read_jsonl(spec, RECORDS[name])
 
@@ -188,8 +188,8 @@ def _import(name, paths, model_outputs, counts):
     demonstrations = demonstrations + whole.model_demonstrations
   else:
     counts[
-      'skipped: demonstrations that models wrote, by what the file says; '
-      '--model_outputs takes them'
+      'skipped: demonstrations that models wrote, according to the file; '
+      '--model_outputs keeps them'
     ] = len(whole.model_demonstrations)
   return {
     'comparisons': whole.comparisons,
@@ -274,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument(
     '--model_outputs',
     action='store_true',
-    help='take demonstrations that models wrote, by what the file says',
+    help='keep demonstrations that models wrote, according to the file',
   )
   folders.add_replace(parser)
   options = parser.parse_args(arguments)

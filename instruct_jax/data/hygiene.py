@@ -224,9 +224,9 @@ def split_by_user(
   return splits, sum(len(m) for m in members.values() if len(m) > 1)
 
 
-# Personal data. The patterns rather drop a harmless prompt than keep a person's
-# details. Dates, times, prices, versions, ISBNs, sums and names of code are not
-# details.
+# Personal data. The patterns prefer dropping a harmless prompt to keeping a
+# person's details. Dates, times, prices, versions, ISBNs, sums and names of
+# code are not details.
 
 # `jo@mail.org`, `jo [at] mail (dot) org`, `jo&#64;mail.org`.
 _AT = r'(?:@|&#0*64;|&commat;|%40|\s*[\[({<]\s*(?:at|@)\s*[\])}>]\s*)'
@@ -466,7 +466,7 @@ def _is_card(number: str) -> bool:
 
 
 def _is_iban(text: str) -> bool:
-  """Checksum of ISO 13616: letters count from 10, and the rest is 1."""
+  """Checksum of ISO 13616: letters count from 10; modulo 97 it is 1."""
   text = text.replace(' ', '').upper()
   number = ''.join(str(int(c, 36)) for c in text[4:] + text[:4])
   return 15 <= len(text) <= 34 and int(number) % 97 == 1

@@ -350,7 +350,7 @@ def _visit_oasst(imported, node, turns, tree):
       )
     )
     unranked = len(replies) - len(ranked)
-    imported.skip('a reply without a rank beside ranked ones', unranked)
+    imported.skip('an unranked reply among ranked ones', unranked)
   else:
     imported.skip('fewer than two ranked replies')
   best = ranked[0][1] if ranked else replies[0]

@@ -393,17 +393,17 @@ def _turn_problem(value: Any) -> str:
 
 
 def _text_problem(values: Mapping[str, Any]) -> str:
-  """Whether the text says anything else than the turns."""
+  """The problem if text and turns differ, or ''."""
   name = 'text' if 'text' in values else 'prompt'
   text, turns = values.get(name), values['turns']
-  said = [text_of_turns(Turn(**turn) for turn in turns)]
+  expected = [text_of_turns(Turn(**turn) for turn in turns)]
   if len(turns) == 1:
-    said.append(turns[0]['content'])
+    expected.append(turns[0]['content'])
 
   def spaced(text):
     return ' '.join(composed(text).split())
 
-  if not isinstance(text, str) or spaced(text) in map(spaced, said):
+  if not isinstance(text, str) or spaced(text) in map(spaced, expected):
     return ''
   return (
     f"{name!r} and 'turns' say different things: {_shown(text)} is neither the "

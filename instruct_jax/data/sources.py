@@ -141,8 +141,7 @@ def _read_file(
     return records.read_jsonl(path, records.Document)
   if name.endswith(('.csv', '.tsv', '.parquet')):
     raise records.RecordError(
-      f"{path}: is a table; say with --field='text={{column}}' which text to "
-      'take'
+      f"{path}: is a table; name its text with --field='text={{column}}'"
     )
   texts = [records.read_text(path)]
   return _split(texts, name.removesuffix('.txt'), path, words_per_document)
@@ -357,9 +356,8 @@ def read_fields(
       if record_type is records.Demonstration and not model_outputs:
         _, key = model_of(example, parsed.columns_of('response'))
       if key:
-        skipped[
-          f'a model wrote the answer, as {key!r} says; --model_outputs takes it'
-        ] += 1
+        reason = f'a model wrote the answer, according to {key!r}'
+        skipped[f'{reason}; --model_outputs keeps it'] += 1
       else:
         yield number, example
 
@@ -652,7 +650,7 @@ def _read_saved(folder: epath.Path) -> Iterator[Example]:
   entries = _listed(described, '_data_files', state)
   if described.get('_indices_data_files'):
     raise records.RecordError(
-      f'{folder}: an index over its rows was saved beside them; write it again '
+      f'{folder}: an index over its rows was saved with them; write it again '
       'with flatten_indices()'
     )
   import pyarrow
