@@ -49,7 +49,7 @@ def split_of(row: records.Record, valid: float, seed: int) -> str:
 
 def convert(
   name: str,
-  specs: Sequence[str],
+  specs: Sequence[epath.PathLike],
   output: epath.PathLike,
   *,
   valid: float,
