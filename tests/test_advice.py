@@ -52,6 +52,7 @@ FOLLOWED = {
 # and about a version of this package that is no more.
 NOT_FOLLOWED = (
   'copy the file again',
+  'fetch it again',
   'and save it again',
   'write it again with flatten_indices',
   'from before lines of metrics were kept',
