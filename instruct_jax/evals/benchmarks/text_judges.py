@@ -518,14 +518,18 @@ class TruthJudge:
     """Probability of each answer."""
     pairs = list(zip(questions, answers, strict=True))
     logits = self.classifier.logits([answer_features(*pair) for pair in pairs])
-    by_words = logits - self.offsets[0]
-    if self.nearness is None:
-      return _sigmoid(by_words)
     inputs = _inputs(pairs, logits, self.references, self.rarity)
-    weights, bias = self.nearness
-    near = inputs @ weights + bias - self.offsets[1]
     known = [question in self.references for question in questions]
-    return _sigmoid(np.where(known, near, by_words))
+    return _sigmoid(_adjusted(inputs, known, self.nearness, self.offsets))
+
+
+def _adjusted(inputs, known, nearness, offsets):
+  """Logits with offsets; by the references where the question has some."""
+  by_words = inputs[:, 0] - offsets[0]
+  if nearness is None:
+    return by_words
+  weights, bias = nearness
+  return np.where(known, inputs @ weights + bias - offsets[1], by_words)
 
 
 def _inputs(pairs, logits, references, rarity):
@@ -570,14 +574,11 @@ def _offset(logits: np.ndarray, labels: np.ndarray) -> float:
   return float(np.quantile(logits, 1 - np.mean(labels)))
 
 
-def _are_written(pairs, references) -> np.ndarray:
+def _are_written(judgments, references) -> np.ndarray:
   """Whether each answer is not one of the references of its question."""
+  own = [references.get(j.question, References((), ())) for j in judgments]
   return np.array(
-    [
-      question not in references
-      or references[question].without(answer) == references[question]
-      for question, answer in pairs
-    ]
+    [x.without(j.answer) == x for x, j in zip(own, judgments, strict=True)]
   )
 
 
@@ -613,7 +614,7 @@ def fit_truth(
     return TruthJudge(classifier, references, rarity, None, (0.0, 0.0)), None
   folds = _folds(questions)
   known = np.array([question in references for question in questions])
-  written = _are_written(pairs, references)
+  written = _are_written(judgments, references)
   inputs = _inputs(pairs, by_words, references, rarity)
 
   def learned(rows):
@@ -631,12 +632,8 @@ def fit_truth(
 
   logits = np.zeros(len(labels))
   for fold in np.unique(folds):
-    nearness, offsets = learned(folds != fold)
     test = folds == fold
-    logits[test] = by_words[test] - offsets[0]
-    if nearness is not None:
-      test &= known
-      logits[test] = inputs[test] @ nearness[0] + nearness[1] - offsets[1]
+    logits[test] = _adjusted(inputs[test], known[test], *learned(~test))
   everything = np.ones(len(labels), bool)
   judge = TruthJudge(classifier, references, rarity, *learned(everything))
   return judge, _sigmoid(logits)
@@ -674,9 +671,7 @@ def train_truth(
 
 def _judged(judgments, scores, references):
   """`_figures` of the answers that are not references."""
-  written = _are_written(
-    [(j.question, j.answer) for j in judgments], references
-  )
+  written = _are_written(judgments, references)
   kept = np.flatnonzero(written if written.any() else ~written)
   return _figures(
     scores[kept],
