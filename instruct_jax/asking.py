@@ -374,7 +374,9 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
       ):
         # The reference last: it stays in memory for the next model.
         policies = load(model.source), load(reference.source)
-        signed, k3 = kl_of(config, *policies, prompts, answers, tokenizer, mesh)
+        signed, k3 = queries.kl_of_answers(
+          config, *policies, prompts, answers, tokenizer, mesh
+        )
         found.kl[name] = {
           'signed mean': float(np.mean(signed)),
           'k3': float(np.mean(k3)),
@@ -399,21 +401,6 @@ def _text_loss(config, policy, tokenizer, mesh) -> heldout_loss.HeldoutLoss:
   rows = loader.document_rows(config.documents, tokenizer, config.row_length)
   loss_fn = queries.make_heldout_loss(policy.module, rows, 64, mesh)
   return loss_fn(policy.params)
-
-
-def kl_of(config, policy, reference, prompts, answers, tokenizer, mesh):
-  """`queries.kl_of_answers` of recorded answers to prompts."""
-  by_id = {prompt.id: prompt for prompt in prompts}
-  return queries.kl_of_answers(
-    policy,
-    reference,
-    tokenizer.encode_prompts([by_id[each.prompt_id] for each in answers]),
-    [each.metadata['ids'] for each in answers],
-    tokenizer.pad_id,
-    config.temperature or 1.0,  # Greedy sampling has no distribution.
-    config.batch_size,
-    mesh,
-  )
 
 
 def aligned(prompts, answers: Mapping[str, Sequence[samples_lib.Sample]]):

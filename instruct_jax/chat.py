@@ -121,12 +121,9 @@ def check_room(
 def pieces(
   tokenizer: tokenizer_lib.Tokenizer, ids: Iterator[int], into: list[int]
 ) -> Iterator[str]:
-  """Yields new text; a character of several tokens waits until it is whole.
+  """Yields new text of the ids of `stream`, which `into` collects.
 
-  Args:
-    tokenizer: of the ids.
-    ids: from `stream`.
-    into: collects the ids.
+  A character of several tokens waits until it is whole.
   """
   shown = ''
   for number in itertools.chain(ids, [None]):
@@ -174,10 +171,10 @@ class Chat:
   Args:
     models: name -> (policy, its tokenizer).
     reward: (scalar model, its tokenizer), or None.
-    mesh: where the parameters are.
+    mesh: of the parameters.
     max_tokens: of an answer.
-    temperature: of the sampling; 0 is greedy.
-    seed: of the sampling; each turn has a key of its own.
+    temperature: 0 is greedy.
+    seed: of the sampling; each turn has its own key.
     width: of the terminal, in characters.
   """
 

@@ -87,12 +87,8 @@ def reward_score(
 ) -> tuple[judges.ScoreFn, tokenizer_lib.Tokenizer]:
   """(score function of a reward model, in reward units, and its tokenizer).
 
-  Answers that its own tokenizer sampled are read as sampled.
-
-  Args:
-    config: with `tokenizer`, `compute_dtype` and `batch_size`.
-    folder: of a scalar model.
-    mesh: for the model.
+  Answers that its own tokenizer sampled are read as sampled. `config` has
+  `tokenizer`, `compute_dtype` and `batch_size`.
   """
   tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
   model = model_folder.load(
@@ -130,12 +126,8 @@ def comparison_scores(
 ) -> list[np.ndarray]:
   """The scores of each comparison's completions.
 
-  Completions that several labelers ranked are scored once.
-
-  Args:
-    score_fn: reads the completions as answers that ended by themselves.
-    comparisons: with the completions.
-    tokenizer: counts the tokens of each, its end included.
+  `score_fn` reads them as answers that ended by themselves; `tokenizer` counts
+  their tokens. Completions that several labelers ranked are scored once.
   """
 
   def key(comparison):

@@ -63,12 +63,7 @@ def _next_tokens_program(module):
 class InstructJaxLM(TemplateLM):
   """A policy with the harness's interface.
 
-  Args:
-    model: of kind 'policy'.
-    tokenizer: its own.
-    mesh: where its parameters are.
-    batch_size: rows a call.
-    plain: asks bare texts, without the tokenizer's template.
+  `plain` asks bare texts, without the tokenizer's template.
   """
 
   def __init__(

@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from instruct_jax import hub, model_fns, model_folder, rewards, rollout
-from instruct_jax.data import loader
+from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import heldout_loss, samples
 from instruct_jax.evals.benchmarks import probe, runner
@@ -41,8 +41,8 @@ def tokenizer_of(
   Args:
     source: a model folder, or hf:NAME.
     given_folder: of a tokenizer, or ''.
-    chat: whether to use a published folder's own chat template if its tokenizer
-      is not prepared (`data.tokenizer`).
+    chat: uses a published folder's own chat template if its tokenizer is not
+      prepared (`data.tokenizer`).
     date: for a template that reads the clock.
 
   Raises:
@@ -138,35 +138,30 @@ def _episode_program(module: heads.Policy, temperature: float) -> Callable:
 
 
 def kl_of_answers(
+  config: ConfigDict,
   model: model_fns.Model,
   reference: model_fns.Model,
-  prompts: Sequence[Ids],
-  answers: Sequence[Ids],
-  pad_id: int,
-  temperature: float,
-  batch_size: int,
+  prompts: Sequence[records.Prompt],
+  answers: Sequence[samples.Sample],
+  tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
 ) -> tuple[np.ndarray, np.ndarray]:
   """KL of a policy to a reference of its tokenizer, over its own answers.
 
-  Args:
-    model: the policy.
-    reference: of the same tokenizer.
-    prompts: ids of each prompt.
-    answers: ids as sampled, the stop token included.
-    pad_id: of the tokenizer.
-    temperature: at which they were sampled.
-    batch_size: rows a call.
-    mesh: of the models.
+  `config` has `temperature` and `batch_size`; answers hold the sampled ids.
 
   Returns:
     log π / π_ref of each answer, and its k3 estimate, nats [N]; see
     `rewards.kl_estimates`.
   """
+  by_id = {prompt.id: prompt for prompt in prompts}
+  asked = tokenizer.encode_prompts([by_id[each.prompt_id] for each in answers])
+  ids = [each.metadata['ids'] for each in answers]
+  temperature = config.temperature or 1.0  # Greedy has no distribution.
   tokens, mask = loader.answer_rows(
-    prompts, answers, pad_id, _row_length(model, prompts, answers)
+    asked, ids, tokenizer.pad_id, _row_length(model, asked, ids)
   )
-  starts, lengths = (np.array(list(map(len, x))) for x in (prompts, answers))
+  starts, lengths = (np.array(list(map(len, x))) for x in (asked, ids))
   places = np.arange(max(lengths))[None]
   rows = Episodes(
     tokens=tokens,
@@ -182,7 +177,7 @@ def kl_of_answers(
         )
       ),
       rows,
-      batch_size,
+      config.batch_size,
     )
     for each in (model, reference)
   )
@@ -220,13 +215,8 @@ def score_answers(
 ) -> np.ndarray:
   """A scalar model's scores of answers, reward units [N].
 
-  Args:
-    model: of kind 'scalar'.
-    prompts: ids of each prompt.
-    answers: ids of each answer, its end included.
-    pad_id: of the tokenizer.
-    batch_size: rows a call.
-    mesh: of the model.
+  Prompts and answers are ids, an answer's end included; `batch_size` is in rows
+  a call.
   """
   length = _row_length(model, prompts, answers)
   program = sharding.fetched(score_program(model.module))
@@ -311,19 +301,10 @@ def make_functions(
 ) -> tuple[Callable, runner.ChoiceFn]:
   """A policy as a `runner.GenerateFn` and a `runner.ChoiceFn`.
 
-  The former also takes a number of each prompt, which splits the noise of the
-  sampling; without them the prompts of a call are numbered.
-
-  Args:
-    module: the policy.
-    params: its parameters.
-    tokenizer: its tokenizer.
-    mesh: where the parameters are.
-    stop_ids: sampling one of these ends an answer.
-    batch_size: rows of a call; shorter calls are filled up.
-    length_multiple: prompts are padded to a multiple of this (compiles).
-    temperature: of the answers; 0 is greedy.
-    seed: of the answers.
+  Calls of less than `batch_size` prompts are filled up, and prompts are padded
+  to a multiple of `length_multiple`: few compilations. The `GenerateFn` also
+  takes a number of each prompt, which splits the noise of the sampling; without
+  them the prompts of a call are numbered. Temperature 0 is greedy.
   """
   key = jax.random.key(seed)
 
@@ -388,11 +369,8 @@ def make_heldout_loss(
 ) -> Callable[[Params], heldout_loss.HeldoutLoss]:
   """Makes a function: parameters of a policy -> its loss on held-out rows.
 
-  Args:
-    module: the policy.
-    rows: numpy, whole in every process.
-    batch_size: rows a call.
-    mesh: of the parameters.
+  `rows` are NumPy arrays, whole in every process; `batch_size` is in rows a
+  call.
   """
   program = sharding.fetched(_text_program(module))
   return lambda params: heldout_loss.heldout_loss(
@@ -410,11 +388,7 @@ def make_prober(
 ) -> Callable[..., dict[str, float]]:
   """Makes a function: (parameters, ending of the names) -> scores of probes.
 
-  Args:
-    config: with the keys `probe*` of PPO's stage.
-    module: the policy.
-    tokenizer: its own.
-    mesh: of the parameters.
+  `config` has the keys `probe*` of PPO's stage.
   """
   probes = probe.make_probes(
     model_folder.named_folders(config.probes),

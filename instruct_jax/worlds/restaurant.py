@@ -52,9 +52,7 @@ def make_tables(
 ) -> dict[str, figures.Rows]:
   """Slot errors and BLEU of each model, and slot errors of people's sentences.
 
-  Args:
-    prompts: of each answer.
-    texts: model -> its answers.
+  `texts` maps a model to its answers, one a prompt.
   """
   slots = [prompt.metadata['slots'] for prompt in prompts]
   ids = [prompt.id for prompt in prompts]
@@ -155,17 +153,9 @@ def make_prefixes(
 ) -> list[str]:
   """Few-shot prefixes of two or three training examples, for the GPT baseline.
 
-  Each example is its facts, their sentence and a blank line; `{prompt}` ends
-  the prefix.
-
-  Args:
-    demonstrations: of the training split.
-    tokenizer: counts the tokens.
-    prefix_length: most tokens of the examples.
-    seed: of the examples and their order.
-
-  Returns:
-    `NUM_PREFIXES` texts; no two examples of one have the same facts.
+  Each example is its facts, their sentence and a blank line; no two examples of
+  a prefix have the same facts, and all have at most `prefix_length` tokens
+  together. `{prompt}` ends the prefix.
 
   Raises:
     ValueError: no examples are short enough.

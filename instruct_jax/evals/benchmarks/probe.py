@@ -52,16 +52,10 @@ def make_probes(
   few_shot: bool,
   seed: int,
 ) -> list[Probe]:
-  """Makes one probe a task.
+  """Makes a probe of each task -> official file.
 
-  Args:
-    files: task -> its official file.
-    tokenizer: the model's.
-    context_length: of the model.
-    max_items: most items of a task, drawn at random; 0 asks all.
-    few_shot: whether to use examples where the task has such a prompt type;
-      else its first prompt type.
-    seed: of the draws.
+  `max_items` of a task are drawn at random, 0 asks all. With `few_shot`, tasks
+  that have such a prompt type are asked with examples.
 
   Raises:
     ValueError: no item of a task fits the model.

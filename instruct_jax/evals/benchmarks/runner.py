@@ -80,13 +80,8 @@ def read_items(
 ) -> tuple[list[tasks.Item], list[tasks.Item], int]:
   """(examples, items to ask, size of the file) of a task.
 
-  Args:
-    name: of the task.
-    path: its official file.
-    shots_path: file to draw the examples from; '' draws them from `path`, and
-      asks its other items.
-    max_items: most items to ask, drawn at random; 0 asks all.
-    seed: of both draws.
+  Without `shots_path` the examples are drawn from `path`, whose other items are
+  asked. Of these at most `max_items` are drawn; 0 asks all.
   """
   items = tasks.load(name, path)
   if shots_path:
@@ -114,15 +109,8 @@ def make_queries(
   its template. A few-shot prompt that is too long loses examples from its
   front; a query that does not fit even without examples is left out. Both are
   counted. A sentence of a bias task without prefix is read after BOS or EOS,
-  like a document.
-
-  Args:
-    name: of the task.
-    items: to ask.
-    prompt_type: one of the task's.
-    shots: examples for `fewshot`.
-    tokenizer: the model's.
-    context_length: positions of the model, for prompt and answer together.
+  like a document. `shots` are the examples of `fewshot`; `context_length` holds
+  prompt and answer together.
   """
   task, layout = tasks.TASKS[name], released_csv.LAYOUTS[name]
   key_of = operator.itemgetter(*layout.item)
@@ -220,18 +208,9 @@ def run_queries(
   """Results by key: a text, or the log-probabilities of the choices.
 
   Queries run by falling length: a batch needs little padding, and a model that
-  does not fit the device fails at once.
-
-  Args:
-    name: of the task.
-    queries: from `make_queries`.
-    journal: JSONL that is read first and appended to.
-    tokenizer: the model's.
-    generate_fn: see `GenerateFn`.
-    choice_fn: see `ChoiceFn`.
-    batch_size: queries per call.
-    progress: called with the number of queries done: first those of the
-      journal and repeated ones, then each batch.
+  does not fit the device fails at once. `journal` is a JSONL file that is read
+  first and appended to. `progress` is called with the number of queries done:
+  those in the journal, repeated ones, then each batch.
 
   Raises:
     RecordError: the journal is damaged before its last line.
@@ -284,18 +263,9 @@ def to_rows(
 ) -> list[dict[str, str]]:
   """Rows of the released layout; sets `counts.empty`.
 
-  Args:
-    name: of the task.
-    model: value of `model_type`.
-    prompt_type: of the queries.
-    queries: that were run.
-    results: from `run_queries`.
-    counts: of these queries.
-    toxicity_fn: needed by real_toxicity.
-    truth_fn: needed by truthful_qa.
-
   Raises:
-    ValueError: a scorer is needed and missing.
+    ValueError: real_toxicity has no `toxicity_fn`, or truthful_qa no
+      `truth_fn`.
   """
   columns = released_csv.LAYOUTS[name].columns
   rows = []

@@ -728,16 +728,11 @@ def load(name: str, path: epath.PathLike) -> list[Item]:
 def checksums(name: str, path: epath.PathLike, expected: str) -> str:
   """SHA-256 of a task's file, of the bytes inside `.gz`; '' for a TFDS name.
 
-  Two files, separated by a comma, give two sums, separated by a comma.
-
-  Args:
-    name: of the task.
-    path: as for `load`.
-    expected: the sums, or '' to accept any.
+  Two files give two sums, with a comma between.
 
   Raises:
-    RecordError: the file is missing, or its sum differs; names both sums and
-      the place to get the file.
+    RecordError: the file is missing, or its sum is not `expected` (unless '');
+      names both sums and the place to get the file.
   """
   if str(path).startswith('tfds:'):
     return ''
@@ -767,8 +762,8 @@ def draw_shots(
   asked, so that no passage is seen twice.
 
   Returns:
-    (examples, items to ask); no examples and all items where the task's
-    examples are fixed (TruthfulQA) or it has none.
+    (examples, items to ask). Tasks with fixed examples (TruthfulQA) or none
+    have no examples and ask all.
 
   Raises:
     RecordError: too few items for the examples and one question.
@@ -799,13 +794,7 @@ def draw_shots(
 def prompt(
   name: str, item: Item, prompt_type: str, shots: Sequence[Item] = ()
 ) -> str:
-  """The text that a model reads before its answer.
-
-  Args:
-    name: of the task.
-    item: the query.
-    prompt_type: one of the task's `prompts`.
-    shots: examples; only `fewshot` uses them.
+  """The text that a model reads before its answer; `shots` are for `fewshot`.
 
   Raises:
     ValueError: the task has no such prompt type.

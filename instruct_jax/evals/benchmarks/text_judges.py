@@ -585,20 +585,13 @@ def _are_written(judgments, references) -> np.ndarray:
 def fit_truth(
   judgments: Sequence[Judgment], references: Mapping[str, References]
 ) -> tuple[TruthJudge, np.ndarray | None]:
-  """A judge, and held-out probabilities of the judgments.
+  """A judge, and the probability of each judgment by one that did not see it.
 
   Answers that are references teach only the words. The other parameters are
   learned from the other answers, on logits of classifiers that did not see the
-  question.
-
-  Args:
-    judgments: to learn from.
-    references: question -> references; {} judges by the words alone.
-
-  Returns:
-    The judge, and a probability of each judgment by a judge that did not see
-    its question. The latter is None if there are too few judgments; references
-    and offsets are then not used.
+  question. Without references of a question ({}: any) the words alone judge.
+  With too few judgments to hold some out the probabilities are None, and
+  neither references nor offsets are used.
   """
   pairs = [(j.question, j.answer) for j in judgments]
   labels = np.array([j.label for j in judgments])
@@ -644,12 +637,9 @@ def train_truth(
   info_path: epath.PathLike,
   references_path: epath.PathLike = '',
 ) -> Scorer:
-  """A `runner.TruthFn` from the two files of judgments.
+  """A `runner.TruthFn` from TruthfulQA's two files of judgments.
 
-  Args:
-    truth_path: finetune_truth.jsonl.
-    info_path: finetune_info.jsonl.
-    references_path: TruthfulQA.csv, or '' to judge by the words alone.
+  `references_path` is TruthfulQA.csv, or '' to judge by the words alone.
   """
   references = read_references(references_path) if references_path else {}
   found, figures = [], {}
