@@ -219,11 +219,11 @@ class InstructJaxLM(TemplateLM):
     for request in requests:
       context, asked = request.args
       options = normalize_gen_kwargs(asked, _MAX_ANSWER)
-      most = options['max_gen_toks']
-      room = self.max_length - most
+      max_tokens = options['max_gen_toks']
+      room = self.max_length - max_tokens
       if room < 1:
         raise ValueError(
-          f'a task wants answers of {most} tokens, the model reads '
+          f'a task wants answers of {max_tokens} tokens, the model reads '
           f'{self.max_length}; set max_gen_toks lower'
         )
       if self._asks_prompts and not self._gets_rendered:
@@ -232,7 +232,7 @@ class InstructJaxLM(TemplateLM):
         ids = self.tok_encode(context)
       temperature = float(options.get('temperature', 0.0))
       ids = ids[-room:] or [self.prefix_token_id]
-      rows.append((ids, (most, temperature), options['until']))
+      rows.append((ids, (max_tokens, temperature), options['until']))
     texts = [''] * len(rows)
     with run_lib.Progress('answers', len(rows)) as progress:
       for kind in dict.fromkeys(row[1] for row in rows):

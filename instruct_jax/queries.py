@@ -187,9 +187,9 @@ def kl_of_answers(
   return np.asarray(signed), np.asarray(k3)
 
 
-def rounded_up(length: int, multiple: int, most: int) -> int:
-  """The next multiple, at most `most`: few lengths, few compilations."""
-  return min(-(-length // multiple) * multiple, most)
+def rounded_up(length: int, multiple: int, limit: int) -> int:
+  """The next multiple, or the limit: few lengths, few compilations."""
+  return min(-(-length // multiple) * multiple, limit)
 
 
 def _row_length(

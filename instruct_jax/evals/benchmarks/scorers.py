@@ -77,9 +77,9 @@ def quac_f1(answer: str, references: Sequence[str]) -> float:
   """F1 of QuAC (Choi et al. 2018), by the rule that also scores people.
 
   A question that at least half of the annotators could not answer counts as
-  unanswerable; otherwise those annotators are ignored. With several references
-  the score is the mean over leaving each of them out of the best of the others:
-  a model and a person then meet equally many references.
+  unanswerable; otherwise those annotators are ignored. Each of several
+  references is left out in turn and the best F1 with the others averaged,
+  because a person is scored against one reference fewer.
 
   Raises:
     ValueError: no reference.

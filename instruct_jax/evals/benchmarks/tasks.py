@@ -380,7 +380,7 @@ def read_drop(path: epath.PathLike) -> Iterator[Item]:
 
 
 def read_hellaswag(path: epath.PathLike) -> Iterator[Item]:
-  """Reads HellaSwag's JSONL: which of four endings goes on."""
+  """Reads HellaSwag's JSONL: the right one of four endings."""
   for place, row in read_rows(path):
     endings = [f' {ending}' for ending in _field(row, 'endings', place, list)]
     try:

@@ -589,9 +589,9 @@ def fit_truth(
 
   Answers that are references teach only the words. The other parameters are
   learned from the other answers, on logits of classifiers that did not see the
-  question. Without references of a question ({}: any) the words alone judge.
-  With too few judgments to hold some out the probabilities are None, and
-  neither references nor offsets are used.
+  question. A question without references is judged by the words alone. With too
+  few judgments to hold some out the probabilities are None, and neither
+  references nor offsets are used.
   """
   pairs = [(j.question, j.answer) for j in judgments]
   labels = np.array([j.label for j in judgments])
