@@ -102,13 +102,17 @@ def file_name(task: str) -> str:
   return f'{task}_samples.csv'
 
 
-def find_file(folder: epath.PathLike, task: str) -> epath.Path | None:
-  """`TASK_samples.csv`, plain or gzipped, or None."""
-  for suffix in ('', '.gz'):
-    path = epath.Path(folder) / f'{file_name(task)}{suffix}'
-    if path.exists():
-      return path
+def find(path: epath.Path) -> epath.Path | None:
+  """The file, plain or with `.gz` after its name, or None."""
+  for found in (path, path.with_name(f'{path.name}.gz')):
+    if found.exists():
+      return found
   return None
+
+
+def find_file(folder: epath.PathLike, task: str) -> epath.Path | None:
+  """`TASK_samples.csv` in a folder, plain or gzipped, or None."""
+  return find(epath.Path(folder) / file_name(task))
 
 
 def read(path: epath.PathLike, task: str) -> list[Row]:

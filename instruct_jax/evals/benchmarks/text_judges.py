@@ -726,37 +726,43 @@ def with_interval(
   )
 
 
-def _figures(scores, labels, clusters):
-  """Figure -> interval of scores of labels that were not trained on."""
-  labels = np.asarray(labels, np.float64) > 0.5
-  statistics = {
-    'accuracy': accuracy,
-    'accuracy of the commoner label': lambda _, y: max(
-      float(np.mean(y > 0.5)), float(np.mean(y <= 0.5))
-    ),
-    'area under curve': area_under_curve,
-    'share above one half minus that of the labels': share_difference,
-  }
+def _area(scores, labels):
+  return area_under_curve(scores, labels > 0.5)
+
+
+_JUDGED_BY = {
+  'accuracy': accuracy,
+  'accuracy of the commoner label': lambda _, labels: max(
+    float(np.mean(labels > 0.5)), float(np.mean(labels <= 0.5))
+  ),
+  'area under curve': _area,
+  'share above one half minus that of the labels': share_difference,
+}
+_COMPARED_BY = {
+  'area under curve for labels > 0.5': _area,
+  'rank correlation': rank_correlation,
+  'mean of ours minus theirs': lambda a, b: float(np.mean(a - b)),
+}
+
+
+def _figures(scores, labels, clusters, statistics=_JUDGED_BY):
+  """Statistic -> value with interval, of scores and labels."""
   return {
     name: with_interval(statistic, scores, labels, clusters)
     for name, statistic in statistics.items()
   }
 
 
-def _find(root: epath.Path, name: str) -> epath.Path | None:
-  for path in (root / name, root / f'{name}.gz'):
-    if path.exists():
-      return path
-  return None
+def _absent(what: str) -> str:
+  return f'| {what} | – | – | – |'
 
 
-def _line(name: str, interval: win_rate.Interval | None = None) -> str:
-  if interval is None:
-    return f'| {name} | – | – | – |'
-  return (
-    f'| {name} | {interval.mean:.3f} | {interval.low:.3f} to '
-    f'{interval.high:.3f} | {interval.num_clusters} |'
-  )
+def _lines(kind, figures, what):
+  return [
+    f'| {kind}: {name}, {what} | {found.mean:.3f} | {found.low:.3f} to '
+    f'{found.high:.3f} | {found.num_clusters} |'
+    for name, found in figures.items()
+  ]
 
 
 # Made-up sentences of the kinds in HateCheck (Röttger et al. 2021). They show
@@ -839,15 +845,15 @@ _SOURCES = {
 def _toxicity_agreement(root):
   sources = {}
   for name, (folder, file) in _SOURCES.items():
-    path = _find(root / folder, file)
+    path = released_csv.find(root / folder / file)
     if path is None:
-      yield _line(f'toxicity: no {file} found')
+      yield _absent(f'toxicity: no {file} found')
       continue
     texts, labels = zip(*read_toxicity_labels(path), strict=True)
     features = list(map(text_features, texts))
     sources[name] = (texts, np.asarray(labels, np.float64), features)
   if not sources:
-    yield _line('no toxicity labels found')
+    yield _absent('no toxicity labels found')
     return
 
   def trained(names):
@@ -857,68 +863,53 @@ def _toxicity_agreement(root):
       _TOXICITY_PENALTY,
     )
 
+  def score(texts):
+    return classifier.probabilities(map(text_features, texts))
+
   for name, (texts, labels, features) in sources.items():
     others = [other for other in sources if other != name]
     if others:
       scores = trained(others).probabilities(features)
-      what = f'{name}, trained on the others'
-      yield from _compared(what, scores, labels, texts)
+      figures = _figures(scores, labels, texts, _COMPARED_BY)
+      yield from _lines('toxicity', figures, f'{name}, trained on the others')
   classifier = trained(list(sources))
-
-  def score(texts):
-    return classifier.probabilities(map(text_features, texts))
-
   samples = root / 'instructgpt_eval_samples'
   path = released_csv.find_file(samples, 'real_toxicity')
   if path is not None:
     rows = released_csv.read(path, 'real_toxicity')
-    yield from _compared(
-      "OpenAI's samples",
+    figures = _figures(
       score(row['sample'] for row in rows),
       np.array([float(row['toxicity']) for row in rows]),
       [row['context'] for row in rows],
+      _COMPARED_BY,
     )
+    yield from _lines('toxicity', figures, "OpenAI's samples")
   asked = {"made-up sentences of HateCheck's kinds": _made_up_sentences()}
-  path = _find(root / 'toxicity_labels', 'hatecheck.csv')
+  path = released_csv.find(root / 'toxicity_labels' / 'hatecheck.csv')
   if path is not None:
     asked['HateCheck'] = _hatecheck(path)
   for name, rows in asked.items():
     texts, labels, patterns = zip(*rows, strict=True)
-    yield _line(
-      f'toxicity: area under curve, {name}',
-      with_interval(area_under_curve, score(texts), labels, patterns),
-    )
-
-
-def _compared(what, ours, theirs, clusters):
-  statistics = {
-    'area under curve for labels > 0.5': lambda a, b: area_under_curve(
-      a, b > 0.5
-    ),
-    'rank correlation': rank_correlation,
-    'mean of ours minus theirs': lambda a, b: float(np.mean(a - b)),
-  }
-  for name, statistic in statistics.items():
-    interval = with_interval(statistic, ours, theirs, clusters)
-    yield _line(f'toxicity: {name}, {what}', interval)
+    area = with_interval(area_under_curve, score(texts), labels, patterns)
+    yield from _lines('toxicity', {'area under curve': area}, name)
 
 
 def _truth_agreement(root):
   references = {}
-  path = _find(root / 'truthfulqa', 'TruthfulQA.csv')
+  path = released_csv.find(root / 'truthfulqa' / 'TruthfulQA.csv')
   if path is not None:
     references = read_references(path)
   else:
-    yield _line('truth: no TruthfulQA.csv found')
-  path = released_csv.find_file(
-    root / 'instructgpt_eval_samples', 'truthful_qa'
-  )
+    yield _absent('truth: no TruthfulQA.csv found')
+  samples = root / 'instructgpt_eval_samples'
+  path = released_csv.find_file(samples, 'truthful_qa')
   rows = released_csv.read(path, 'truthful_qa') if path else []
   questions = [row['question'] for row in rows]
   for kind, column in (('truth', 'true'), ('info', 'info')):
-    path = _find(root / 'truthfulqa', f'finetune_{kind}.jsonl')
+    file = f'finetune_{kind}.jsonl'
+    path = released_csv.find(root / 'truthfulqa' / file)
     if path is None:
-      yield _line(f'no finetune_{kind}.jsonl found')
+      yield _absent(f'no {file} found')
       continue
     judgments = read_judgments(path)
     ways = {'by the words': {}}
@@ -927,19 +918,18 @@ def _truth_agreement(root):
     for way, used in ways.items():
       judge, scores = fit_truth(judgments, used)
       if scores is None:
-        yield _line(f'{kind}: too few judgments to hold some out')
+        yield _absent(f'{kind}: too few judgments to hold some out')
         continue
       # The same answers both ways.
-      for name, interval in _judged(judgments, scores, references).items():
-        yield _line(f'{kind} {way}: {name}, on questions held out', interval)
+      figures = _judged(judgments, scores, references)
+      yield from _lines(f'{kind} {way}', figures, 'on questions held out')
       if rows and (not used or not used.keys().isdisjoint(questions)):
         figures = _figures(
           judge(questions, [row['answer'] for row in rows]),
           [float(row[column]) for row in rows],
           questions,
         )
-        for name, interval in figures.items():
-          yield _line(f"{kind} {way}: {name}, OpenAI's samples", interval)
+        yield from _lines(f'{kind} {way}', figures, "OpenAI's samples")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
