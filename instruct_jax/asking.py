@@ -205,7 +205,7 @@ def sample(
   ]
 
 
-def _kept_answers(config, model, prompts, tokenizer, prefix, load_fn, mesh):
+def _kept_answers(config, model, prompts, tokenizer, prefix, sample_fn):
   """(answers of a model, their origin): from the cache, or sampled."""
   keys = (*origin.LENGTHS, 'samples_per_prompt', 'temperature', 'seed')
   settings = {
@@ -225,31 +225,18 @@ def _kept_answers(config, model, prompts, tokenizer, prefix, load_fn, mesh):
       dataclasses.replace(answer, model=model.name)
       for answer in samples_lib.read_samples(path)
     ], 'from the cache'
-  policy = load_fn(model.source)
-  answers = sample(
-    config,
-    model.name,
-    policy,
-    prompts,
-    tokenizer,
-    mesh,
-    config.samples_per_prompt,
-    prefix,
-  )
+  answers = sample_fn(model.name, prompts, config.samples_per_prompt, prefix)
   if jax.process_index() == 0:
     samples_lib.write_samples(path, answers)
   return answers, 'sampled'
 
 
-def _choose_prefix(config, name, load_fn, prompts, tokenizer, score_fn, mesh):
+def _choose_prefix(config, name, prompts, tokenizer, score_fn, sample_fn):
   """The prefix whose answers the reward model prefers (3.5), and all scores."""
   by_id = {prompt.id: prompt for prompt in prompts}
   prefixes, scores = read_prefixes(config.prefixes, tokenizer), []
   for number, prefix in enumerate(prefixes, start=1):
-    label = f'{name}, prefix {number}'
-    answers = sample(
-      config, label, load_fn(), prompts, tokenizer, mesh, 1, prefix
-    )
+    answers = sample_fn(f'{name}, prefix {number}', prompts, 1, prefix)
     found = score_fn([(by_id[each.prompt_id], each) for each in answers])
     scores.append(float(np.mean(found)))
   best = int(np.argmax(scores))
@@ -336,6 +323,12 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
       source, tokenizer_of(source), mesh, compute_dtype=config.compute_dtype
     )
 
+  def sample_from(source, name, prompts, num_samples, prefix):
+    policy, tokenizer = load(source), tokenizer_of(source)
+    return sample(
+      config, name, policy, prompts, tokenizer, mesh, num_samples, prefix
+    )
+
   found = Asked({}, {}, {}, {}, {})
   prefix_prompts = ()
   if any(model.is_prompted for model in models.values()):
@@ -349,19 +342,14 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
       how, read = 'recorded', 'recorded; how it was asked is not known'
     else:
       tokenizer = tokenizer_of(model.source)
+      sample_fn = functools.partial(sample_from, model.source)
       read, prefix = tokenizer.describe(), None
       if model.is_prompted:
         prefix, found.prefixes[name] = _choose_prefix(
-          config,
-          name,
-          functools.partial(load, model.source),
-          prefix_prompts,
-          tokenizer,
-          score_fn,
-          mesh,
+          config, name, prefix_prompts, tokenizer, score_fn, sample_fn
         )
       answers, how = _kept_answers(
-        config, model, prompts, tokenizer, prefix, load, mesh
+        config, model, prompts, tokenizer, prefix, sample_fn
       )
       if config.documents and not model.is_prompted:
         loss = _text_loss(config, load(model.source), tokenizer, mesh)

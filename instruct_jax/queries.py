@@ -85,19 +85,18 @@ def load_policy(
   source: str,
   tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
-  remat: str = 'none',
   compute_dtype: str = '',
 ) -> model_fns.Model:
   """A policy of ours or in the Hugging Face format, for this tokenizer.
 
-  Attention is 'auto': what training used suits another machine and row length.
+  Attention and remat of the training may not suit this machine and these rows.
   """
   return model_folder.load(
     source,
     'policy',
     mesh,
     tokenizer,
-    remat=remat,
+    remat='none',
     attention='auto',
     compute_dtype=compute_dtype,
   )

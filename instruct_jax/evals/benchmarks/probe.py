@@ -97,7 +97,6 @@ def ask(
         generate_fn=generate_fn,
         choice_fn=choice_fn,
         batch_size=batch_size,
-        progress=lambda number: None,
       )
     rows = runner.to_rows(
       each.task,
@@ -106,8 +105,6 @@ def ask(
       each.queries,
       results,
       dataclasses.replace(each.counts),
-      toxicity_fn=None,
-      truth_fn=None,
     )
     cells, _ = released_samples.score_task(each.task, rows)
     for cell in cells:

@@ -124,21 +124,14 @@ def make_queries(
     prompts = iter(tokenizer.encode_prompts([text for text in texts if text]))
     return [next(prompts) if text else start for text in texts]
 
-  def choices_of(with_prompt):
-    return [
-      choice
-      for item, text in zip(asked, texts, strict=True)
-      if bool(text) == with_prompt
-      for choice in item.choices
-    ]
-
   # All at once: the tokenizer then works on every core.
   texts = [tasks.prompt(name, x, prompt_type, shots) for x in asked]
-  after_prompt = iter(tokenizer.encode_responses(choices_of(True)))
-  alone = iter(tokenizer.encode_batch(choices_of(False)))
+  encode_choices = tokenizer.encode_responses
+  if not any(texts):  # Sentences of a bias task.
+    encode_choices = tokenizer.encode_batch
+  encoded = iter(encode_choices([c for item in asked for c in item.choices]))
   queries = []
-  for item, text, ids in zip(asked, texts, encode(texts), strict=True):
-    encoded = after_prompt if text else alone
+  for item, ids in zip(asked, encode(texts), strict=True):
     choices = tuple(next(encoded) for _ in item.choices)
     room = context_length - max([task.max_tokens, *map(len, choices)])
     dropped = 0
@@ -203,7 +196,7 @@ def run_queries(
   generate_fn: GenerateFn,
   choice_fn: ChoiceFn,
   batch_size: int,
-  progress: Callable[[int], None],
+  progress: Callable[[int], None] = lambda number: None,
 ) -> dict[str, Any]:
   """Results by key: a text, or the log-probabilities of the choices.
 
@@ -258,8 +251,8 @@ def to_rows(
   results: Mapping[str, Any],
   counts: Counts,
   *,
-  toxicity_fn: ToxicityFn | None,
-  truth_fn: TruthFn | None,
+  toxicity_fn: ToxicityFn | None = None,
+  truth_fn: TruthFn | None = None,
 ) -> list[dict[str, str]]:
   """Rows of the released layout; sets `counts.empty`.
 
