@@ -132,22 +132,21 @@ def run(config, workdir: epath.Path):
   people = labelers.make_labelers(
     config.seed, config.num_labelers, config.labeler_noise
   )
-  rngs = {
-    name: np.random.default_rng([config.seed, number])
-    for number, name in enumerate(('documents', 'prompts', 'demonstrations'))
-  }
+  documents_rng, prompts_rng, demonstrations_rng = (
+    np.random.default_rng([config.seed, number]) for number in range(3)
+  )
   tokens = tokenizer.train_word_level(the_world.vocabulary())
   tokens.save(workdir / 'tokenizer')
 
   texts = documents.write_documents(
-    the_world, config.num_documents, rngs['documents']
+    the_world, config.num_documents, documents_rng
   )
   num_valid = config.num_valid_documents
   records.write_jsonl(workdir / 'documents_valid.jsonl', texts[:num_valid])
   records.write_jsonl(workdir / 'documents_train.jsonl', texts[num_valid:])
 
   held = (1 - config.train_fraction) / 2
-  raw = tasks.write_prompts(the_world, config.num_prompts, rngs['prompts'])
+  raw = tasks.write_prompts(the_world, config.num_prompts, prompts_rng)
   splits, report = hygiene.clean(
     raw,
     tokenizer=tokens,
@@ -158,7 +157,7 @@ def run(config, workdir: epath.Path):
     seed=config.seed,
   )
   train, valid = splits['train'], splits['valid']
-  order = rngs['prompts'].permutation(len(train))
+  order = prompts_rng.permutation(len(train))
   bounds = np.cumsum([config.num_demonstrations, config.num_reward_prompts])
   if bounds[-1] >= len(train):
     raise ValueError(
@@ -170,11 +169,12 @@ def run(config, workdir: epath.Path):
   writers = [person for person in people if person.group != labelers.HELDOUT]
 
   def demonstration(prompt):
-    rng = rngs['demonstrations']
-    writer = writers[rng.integers(len(writers))]
+    writer = writers[demonstrations_rng.integers(len(writers))]
     return records.Demonstration(
       prompt=prompt.text,
-      response=labelers.write_demonstration(writer, prompt, the_world, rng),
+      response=labelers.write_demonstration(
+        writer, prompt, the_world, demonstrations_rng
+      ),
       id=prompt.id,
       user=prompt.user,
       labeler=writer.name,

@@ -101,8 +101,8 @@ class Task:
   Attributes:
     num_shots: examples of a few-shot prompt.
     max_tokens: cap on a sampled answer; 0 where items have choices. For DROP,
-      SQuADv2, toxicity, TruthfulQA and TL;DR it is where the lengths of the
-      released samples pile up; the others are choices of ours.
+      SQuADv2, toxicity, TruthfulQA and TL;DR many released samples have just
+      this length; the others are choices of ours.
     read: path or `tfds:` name -> items.
     official_size: items of the paper's evaluation.
     instruction: text before examples and query.

@@ -46,8 +46,8 @@ from instruct_jax.data import records
 from instruct_jax.evals import endpoint, win_rate
 from instruct_jax.evals.benchmarks import released_csv, tasks
 
-# The command's output with all labels that the docstring names. On these texts
-# figures of held-out labels would be too good. A slow test repeats it.
+# Figures on texts of other sources; those of held-out labels would be better.
+# The command prints them if DIR has all files. A slow test repeats them.
 MEASURED = {
   "toxicity: area under curve, made-up sentences of HateCheck's kinds": (
     win_rate.Interval(0.520, 0.316, 0.724, 24)
@@ -313,7 +313,7 @@ def read_toxicity_labels(
 
   A CSV of two columns, with or without a header, with labels 0 and 1 (Jigsaw)
   or Toxic and Not Toxic (Surge AI); or RealToxicityPrompts' JSONL, which has
-  Perspective's scores. Draws 20,000 of more texts.
+  Perspective's scores. At most 20,000 texts are drawn.
 
   Raises:
     RecordError: a malformed line, and what it should hold.
