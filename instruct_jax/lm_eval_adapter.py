@@ -132,9 +132,9 @@ class InstructJaxLM(TemplateLM):
     (answer,) = self._ids.encode_responses([continuation])
     return prompt, answer
 
-  def _batches(self, rows, length_of):
-    """Indices by falling length, so that a call needs little padding."""
-    order = sorted(range(len(rows)), key=lambda i: -length_of(rows[i]))
+  def _batches(self, rows, indices):
+    """Indices of rows (ids, ...) by falling length: little padding a call."""
+    order = sorted(indices, key=lambda i: -len(rows[i][0]))
     for start in range(0, len(order), self._batch_size):
       yield order[start : start + self._batch_size]
 
@@ -157,23 +157,20 @@ class InstructJaxLM(TemplateLM):
       rows.append((whole, len(continuation)))
     results = [None] * len(rows)
     with run_lib.Progress('log-likelihoods', len(rows)) as progress:
-      for indices in self._batches(rows, lambda row: len(row[0])):
-        filled = [rows[i] for i in indices]
+      for indices in self._batches(rows, range(len(rows))):
+        filled = [rows[i][0] for i in indices]
         filled += [filled[0]] * (self._batch_size - len(filled))
-        longest = max(len(ids) - 1 for ids, _ in filled)
+        longest = max(map(len, filled)) - 1
         length = queries.rounded_up(longest, _MULTIPLE, self.max_length)
-        (tokens, mask), (targets, _) = (
-          queries.padded(part, length, self._ids.pad_id, left=False)
-          for part in (
-            [ids[:-1] for ids, _ in filled],
-            [ids[1:] for ids, _ in filled],
-          )
+        tokens, mask = queries.padded(
+          filled, length + 1, self._ids.pad_id, left=False
         )
+        batch = tokens[:, :-1], mask[:, 1:], tokens[:, 1:]
         with sharding.use_mesh(self._mesh):
           logprobs, greedy = jax.device_get(
             _next_tokens_program(self._model.module)(
               self._model.params,
-              *sharding.put_batch((tokens, mask, targets), self._mesh),
+              *sharding.put_batch(batch, self._mesh),
             )
           )
         for row, index in enumerate(indices):
@@ -215,8 +212,8 @@ class InstructJaxLM(TemplateLM):
     self, requests: Sequence[Instance], disable_tqdm: bool = False
   ) -> list[str]:
     """Answers up to the first stop text, which is cut off."""
-    rows = []
-    for request in requests:
+    rows, kinds = [], {}
+    for number, request in enumerate(requests):
       context, asked = request.args
       options = normalize_gen_kwargs(asked, _MAX_ANSWER)
       max_tokens = options['max_gen_toks']
@@ -231,21 +228,19 @@ class InstructJaxLM(TemplateLM):
       else:
         ids = self.tok_encode(context)
       temperature = float(options.get('temperature', 0.0))
-      ids = ids[-room:] or [self.prefix_token_id]
-      rows.append((ids, (max_tokens, temperature), options['until']))
+      rows.append((ids[-room:] or [self.prefix_token_id], options['until']))
+      kinds.setdefault((max_tokens, temperature), []).append(number)
     texts = [''] * len(rows)
     with run_lib.Progress('answers', len(rows)) as progress:
-      for kind in dict.fromkeys(row[1] for row in rows):
-        chosen = [i for i, row in enumerate(rows) if row[1] == kind]
-        generate_fn = self._generate_fn(kind[1])
-        for batch in self._batches(chosen, lambda i: len(rows[i][0])):
-          numbers = [chosen[j] for j in batch]
+      for (max_tokens, temperature), chosen in kinds.items():
+        generate_fn = self._generate_fn(temperature)
+        for numbers in self._batches(rows, chosen):
           prompts = [rows[i][0] for i in numbers]
           with sharding.use_mesh(self._mesh):
-            answers = generate_fn(prompts, kind[0], numbers)
+            answers = generate_fn(prompts, max_tokens, numbers)
           for i, ids in zip(numbers, answers, strict=True):
             texts[i] = self._ids.decode(ids)
-            for stop in filter(None, rows[i][2]):
+            for stop in filter(None, rows[i][1]):
               texts[i] = texts[i].split(stop)[0]
           progress.update(len(numbers))
     return texts

@@ -707,14 +707,13 @@ def with_interval(
   ours: win_rate.Numbers,
   theirs: win_rate.Numbers,
   clusters: win_rate.Ids,
-  seed: int = 0,
 ) -> win_rate.Interval:
   """A statistic of paired values and its 95 % bootstrap over clusters."""
   ours, theirs = np.asarray(ours), np.asarray(theirs)
   codes, num_clusters = win_rate.cluster_codes(clusters)
   order = np.argsort(codes, kind='stable')
   members = np.split(order, np.cumsum(np.bincount(codes))[:-1])
-  generator = np.random.default_rng(seed)
+  generator = np.random.default_rng(0)
   redraws = []
   for _ in range(_NUM_BOOTSTRAP):
     drawn = generator.integers(num_clusters, size=num_clusters)
