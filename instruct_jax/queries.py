@@ -296,7 +296,6 @@ def make_functions(
   batch_size: int,
   length_multiple: int,
   temperature: float = 0.0,
-  seed: int = 0,
 ) -> tuple[Callable, runner.ChoiceFn]:
   """A policy as a `runner.GenerateFn` and a `runner.ChoiceFn`.
 
@@ -305,7 +304,7 @@ def make_functions(
   takes a number of each prompt, which splits the noise of the sampling; without
   them the prompts of a call are numbered. Temperature 0 is greedy.
   """
-  key = jax.random.key(seed)
+  key = jax.random.key(0)
 
   def filled(rows, filler):
     return [*rows, *[filler] * (batch_size - len(rows))]

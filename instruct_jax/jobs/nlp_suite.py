@@ -141,13 +141,10 @@ def run(config, workdir: epath.Path):
     name: tasks.checksums(name, config.data[name], config.sha256[name])
     for name in names
   }
+  data, shots = config.data, config.shots
   content = {
     name: runner.read_items(
-      name,
-      config.data[name],
-      config.shots[name],
-      config.max_items,
-      config.seed,
+      name, data[name], shots[name], config.max_items, config.seed
     )
     for name in names
   }
@@ -183,7 +180,7 @@ def run(config, workdir: epath.Path):
         config.length_multiple,
       )
       for name, prompt_type in todo:
-        shots, asked, _ = content[name]
+        examples, asked, _ = content[name]
         about = {
           'model': model_name,
           'task': name,
@@ -191,7 +188,7 @@ def run(config, workdir: epath.Path):
           'context_length': model.config.context_length,
         }
         queries, count = runner.make_queries(
-          name, asked, prompt_type, shots, asking, about['context_length']
+          name, asked, prompt_type, examples, asking, about['context_length']
         )
         label = f'{model_name} {name} {prompt_type}'
         number = f'{len(counts) + 1} of {len(models) * len(todo)}'

@@ -15,8 +15,9 @@ not trained on. Every report of their scores has these figures
   truth     words and word pairs of answers, and of question and answer together
             (judgments of real answers to TruthfulQA, Lin et al. 2022); and, if
             TruthfulQA.csv has the question, whether an answer is nearer to its
-            true or its false reference answers. The threshold makes the share
-            of answers called true that of the labels, on held-out questions.
+            true or its false reference answers. The threshold is set so that
+            on held-out questions the share of answers called true equals that
+            of the labels.
 
 DIR holds `toxicity_labels/{jigsaw,toxicity_en}.csv` and, only to be judged,
 `toxicity_labels/hatecheck.csv`; `real_toxicity_prompts/rtp.jsonl`,
