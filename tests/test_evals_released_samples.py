@@ -347,7 +347,7 @@ def test_layout_round_trip_with_odd_texts(tmp_path):
   # A summary's sentences make one text; a translation is never split.
   assert released_csv.references(read[0], 'tldr') == ['x y']
   assert released_csv.references(read[0], 'fr_to_en') == ['x|y']
-  assert released_csv.join_references(['a|b', 'c', 'c']) == 'a b|c'
+  assert released_csv.join(['a|b', 'c']) == 'a b|c'
   content = path.read_bytes()
   path.unlink()
   path.with_suffix('.csv.gz').write_bytes(gzip.compress(content))
