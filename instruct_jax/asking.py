@@ -1,4 +1,4 @@
-"""Models that are asked the same prompts: who, how, and what they answer.
+"""Asks models the same prompts.
 
 A model is a folder, a published one, or a file of recorded answers. Answers are
 kept under a hash of all that they depend on, so a second judge or another model
@@ -22,7 +22,7 @@ from instruct_jax.data import invisible, loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import heldout_loss
 from instruct_jax.evals import samples as samples_lib
-from instruct_jax.infra import inputs, origin
+from instruct_jax.infra import inputs, origin, sharding
 from instruct_jax.infra import run as run_lib
 
 _RECORDED = ('.jsonl', '.jsonl.gz')
@@ -30,13 +30,13 @@ _RECORDED = ('.jsonl', '.jsonl.gz')
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """One of those that answer.
+  """A model that answers.
 
   Attributes:
-    name: as the config gives it.
+    name: in the config.
     source: model folder, `hf:NAME`, or FILE.jsonl of recorded answers.
-    has_columns: whether it is in all tables, or in that of all models alone.
-    is_prompted: asked with a few-shot prefix.
+    has_columns: whether it is in all tables or only in that of all models.
+    is_prompted: whether it is asked with a few-shot prefix.
   """
 
   name: str
@@ -46,7 +46,7 @@ class Model:
 
   @property
   def is_recorded(self) -> bool:
-    """Whether it is a file of answers, not a model to ask."""
+    """Whether it is a file of answers."""
     return self.source.partition('#')[0].endswith(_RECORDED)
 
 
@@ -54,14 +54,14 @@ def read_models(config) -> dict[str, Model]:
   """Name -> model, in the order of the config; those with columns come first.
 
   Raises:
-    ValueError: a name that stands twice, or that nothing belongs to.
+    ValueError: a name is given twice, or has no model.
   """
   prompted = [name for name in config.prompted.split(',') if name]
   found = {}
   for key in ('models', 'other_models'):
     for name, source in model_folder.named_folders(config[key], key).items():
       if name in found:
-        raise ValueError(f'{name!r} stands in models and in other_models')
+        raise ValueError(f'{name!r} is in both models and other_models')
       found[name] = Model(name, source, key == 'models', name in prompted)
   for key, names in (
     ('baseline', [config.baseline]),
@@ -82,11 +82,11 @@ def read_models(config) -> dict[str, Model]:
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-  """Few-shot examples with a place for `{prompt}`, and what ends an answer.
+  """Few-shot examples.
 
   Attributes:
-    text: of the examples.
-    stop_id: the token with which the next example would begin.
+    text: the examples, then `{prompt}`.
+    stop_id: first token of another example; it ends an answer.
   """
 
   text: str
@@ -97,7 +97,7 @@ def read_prefixes(path: str, tokenizer: tokenizer_lib.Tokenizer):
   """The few-shot prefixes of a file `{"prefixes": [...], "stop": ...}`.
 
   Raises:
-    ValueError: the stop text is not one token, so sampling cannot meet it.
+    ValueError: the stop text is not a single token.
   """
   content = run_lib.read_json(path)
   stop = tokenizer.encode(content['stop'])
@@ -110,15 +110,15 @@ def read_prefixes(path: str, tokenizer: tokenizer_lib.Tokenizer):
 
 
 def draw(config, key: str, number: int):
-  """(prompts drawn by seed from the file of a key, number in the file)."""
+  """(prompts drawn from the file of a config key, number in the file)."""
   given = records.read_jsonl(config[key], records.Prompt)
   drawn = samples_lib.draw_prompts(given, number, config.seed)
   run_lib.say_drawn(config.name, len(drawn), len(given), key)
   return drawn, len(given)
 
 
-def prompt_rows(config, name, policy, prompts, tokenizer, prefix):
-  """Rows of the prompts that fit, behind the prefix where there is one."""
+def _prompt_rows(config, name, policy, prompts, tokenizer, prefix):
+  """Rows of the prompts that fit, after the prefix if there is one."""
   rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
   run_lib.tell_dropped(
     f'{config.name}, {name}', dropped.describe('prompts', 'prompt_length')
@@ -135,7 +135,7 @@ def prompt_rows(config, name, policy, prompts, tokenizer, prefix):
       f'a prefix and a prompt exceed {length} tokens together; raise '
       f'prefix_length ({config.prefix_length}): {prefix.text!r}'
     )
-  # Of those there are: padding takes no position.
+  # The longest row: padding takes no position.
   model_fns.check_context(
     policy,
     int(prefixed.mask.sum(axis=1).max()) + config.response_length,
@@ -147,26 +147,35 @@ def prompt_rows(config, name, policy, prompts, tokenizer, prefix):
 def sample(
   config, name, policy, prompts, tokenizer, mesh, num_samples, prefix=None
 ):
-  """New answers, so many to each prompt that is short enough.
+  """Samples answers to each prompt that is short enough.
 
-  An answer behind a prefix ends where the next example begins. The cut is ours,
-  as a stop sequence is; the end put in its place tells the reward model that
-  the answer is complete.
+  An answer after a prefix ends where the next example begins. That token is
+  replaced by an end, so that the reward model reads a complete answer.
   """
-  rows = prompt_rows(config, name, policy, prompts, tokenizer, prefix)
+  rows = _prompt_rows(config, name, policy, prompts, tokenizer, prefix)
   stop_ids = tokenizer.stop_ids + ((prefix.stop_id,) if prefix else ())
-  sampled = queries.sample(
-    policy,
-    rows,
-    jax.random.key(config.seed),
-    mesh,
-    name=name,
-    stop_ids=stop_ids,
-    response_length=config.response_length,
-    temperature=config.temperature,
-    batch_size=config.batch_size,
-    num_samples=num_samples,
+  program = sharding.fetched(
+    queries.generate_program(
+      policy.module,
+      config.response_length,
+      stop_ids,
+      config.temperature,
+      config.batch_size,
+      num_samples,
+    )
   )
+  key = jax.random.key(config.seed)
+  total = num_samples * len(rows.indices)
+  with run_lib.Progress(f'sample {name}', total, unit='answers') as progress:
+    sampled = rollout.in_queues(
+      lambda batch: program(
+        policy.params, sharding.put_whole(batch, mesh), key
+      ),
+      rows,
+      config.batch_size,
+      num_samples,
+      progress.update,
+    )
   ids = rollout.response_ids(sampled)
   if prefix:
     ids = [
@@ -183,7 +192,7 @@ def sample(
       num_tokens=len(answer),
       ended=bool(ended),
       category=prompts[owner].category,
-      # Scored as sampled: decoding and encoding again may change the ids.
+      # Scores need the sampled ids: decoding and encoding may change them.
       metadata={'ids': answer, 'tokenizer': tokenizer.fingerprint},
     )
     for owner, text, answer, ended in zip(
@@ -196,51 +205,38 @@ def sample(
   ]
 
 
-def kept_answers(config, model, prompts, tokenizer, prefix, load_fn, mesh):
-  """(answers of a model, how they came about): kept ones, or new ones."""
+def _kept_answers(config, model, prompts, tokenizer, prefix, sample_fn):
+  """(answers of a model, their origin): from the cache, or sampled."""
   keys = (*origin.LENGTHS, 'samples_per_prompt', 'temperature', 'seed')
   settings = {
     'model': inputs.content_hash(model.source),
     'tokenizer': tokenizer.fingerprint,
     'prompts': [records.to_values(prompt) for prompt in prompts],
     'prefix': prefix and dataclasses.asdict(prefix),
-    'compute_dtype': config.compute_dtype,  # Of other numbers, other answers.
+    'compute_dtype': config.compute_dtype,
     **{key: config[key] for key in keys},
   }
   content = json.dumps(settings, sort_keys=True).encode()
   name = f'{hashlib.sha256(content).hexdigest()[:32]}.jsonl'
   path = epath.Path(config.cache) / name
   if run_lib.agreed(path.exists()):
-    # The same weights may have had another name then.
+    # The same weights may have had another name.
     return [
       dataclasses.replace(answer, model=model.name)
       for answer in samples_lib.read_samples(path)
     ], 'from the cache'
-  policy = load_fn(model.source)
-  answers = sample(
-    config,
-    model.name,
-    policy,
-    prompts,
-    tokenizer,
-    mesh,
-    config.samples_per_prompt,
-    prefix,
-  )
+  answers = sample_fn(model.name, prompts, config.samples_per_prompt, prefix)
   if jax.process_index() == 0:
     samples_lib.write_samples(path, answers)
   return answers, 'sampled'
 
 
-def choose_prefix(config, name, load_fn, prompts, tokenizer, score_fn, mesh):
-  """The prefix whose answers the reward model likes best (3.5), and scores."""
+def _choose_prefix(config, name, prompts, tokenizer, score_fn, sample_fn):
+  """The prefix whose answers the reward model prefers (3.5), and all scores."""
   by_id = {prompt.id: prompt for prompt in prompts}
   prefixes, scores = read_prefixes(config.prefixes, tokenizer), []
   for number, prefix in enumerate(prefixes, start=1):
-    label = f'{name}, prefix {number}'
-    answers = sample(
-      config, label, load_fn(), prompts, tokenizer, mesh, 1, prefix
-    )
+    answers = sample_fn(f'{name}, prefix {number}', prompts, 1, prefix)
     found = score_fn([(by_id[each.prompt_id], each) for each in answers])
     scores.append(float(np.mean(found)))
   best = int(np.argmax(scores))
@@ -254,8 +250,8 @@ def read_recorded(model: Model, prompts, samples_per_prompt: int):
   """Recorded answers of one model to these prompts, the first of each.
 
   Raises:
-    ValueError: the file holds several models and the source names none, or too
-      few answers to all of the prompts.
+    ValueError: the file holds several models and the source names none; an id
+      belongs to another prompt; or no prompt has enough answers.
   """
   path, _, wanted = model.source.partition('#')
   found = samples_lib.read_samples(path)
@@ -297,11 +293,11 @@ def read_recorded(model: Model, prompts, samples_per_prompt: int):
 
 @dataclasses.dataclass
 class Asked:
-  """Answers and probes of all models; each maps names of models.
+  """Answers and measurements of all models; each maps names of models.
 
   Attributes:
     answers: of each, in the order of the prompts.
-    account: how they came about.
+    account: origin of the answers, and counts.
     prefixes: of prompted models -> few-shot prefix -> score.
     kl: KL to the reference, nats per response; see `figures.Figures`.
     text_loss: on held-out pretraining text, with the tokenizer's fingerprint.
@@ -327,6 +323,12 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
       source, tokenizer_of(source), mesh, compute_dtype=config.compute_dtype
     )
 
+  def sample_from(source, name, prompts, num_samples, prefix):
+    policy, tokenizer = load(source), tokenizer_of(source)
+    return sample(
+      config, name, policy, prompts, tokenizer, mesh, num_samples, prefix
+    )
+
   found = Asked({}, {}, {}, {}, {})
   prefix_prompts = ()
   if any(model.is_prompted for model in models.values()):
@@ -340,64 +342,48 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
       how, read = 'recorded', 'recorded; how it was asked is not known'
     else:
       tokenizer = tokenizer_of(model.source)
+      sample_fn = functools.partial(sample_from, model.source)
       read, prefix = tokenizer.describe(), None
       if model.is_prompted:
-        prefix, found.prefixes[name] = choose_prefix(
-          config,
-          name,
-          functools.partial(load, model.source),
-          prefix_prompts,
-          tokenizer,
-          score_fn,
-          mesh,
+        prefix, found.prefixes[name] = _choose_prefix(
+          config, name, prefix_prompts, tokenizer, score_fn, sample_fn
         )
-      answers, how = kept_answers(
-        config, model, prompts, tokenizer, prefix, load, mesh
+      answers, how = _kept_answers(
+        config, model, prompts, tokenizer, prefix, sample_fn
       )
       if config.documents and not model.is_prompted:
-        found.text_loss[name] = (
-          text_loss(config, load(model.source), tokenizer, mesh),
-          tokenizer.fingerprint,
+        loss = _text_loss(config, load(model.source), tokenizer, mesh)
+        found.text_loss[name] = loss, tokenizer.fingerprint
+      if (
+        reference
+        and not model.is_prompted
+        and name != reference.name
+        and tokenizer_of(reference.source).fingerprint == tokenizer.fingerprint
+      ):
+        # The reference last: it stays in memory for the next model.
+        policies = load(model.source), load(reference.source)
+        signed, k3 = queries.kl_of_answers(
+          config, *policies, prompts, answers, tokenizer, mesh
         )
-      if reference and not model.is_prompted and name != reference.name:
-        theirs = tokenizer_of(reference.source)
-        if theirs.fingerprint == tokenizer.fingerprint:
-          # The reference last: it stays in memory for the next model.
-          policies = load(model.source), load(reference.source)
-          signed, k3 = kl_of(
-            config, *policies, prompts, answers, tokenizer, mesh
-          )
-          found.kl[name] = {
-            'signed mean': float(np.mean(signed)),
-            'k3': float(np.mean(k3)),
-          }
+        found.kl[name] = {
+          'signed mean': float(np.mean(signed)),
+          'k3': float(np.mean(k3)),
+        }
     found.answers[name] = answers
-    found.account[name] = {'from': how, 'asked with': read} | account_of(
-      answers, len(prompts), config.samples_per_prompt
-    )
+    num_answered = len(answers) // config.samples_per_prompt
+    found.account[name] = {
+      'from': how,
+      'asked with': read,
+      'answers': len(answers),
+      'prompts without': len(prompts) - num_answered,
+      'blank': sum(invisible.is_blank(answer.response) for answer in answers),
+      'not ended': sum(not answer.ended for answer in answers),
+      'mean tokens': float(np.mean([answer.num_tokens for answer in answers])),
+    }
   return found
 
 
-def account_of(
-  answers: Sequence[samples_lib.Sample], num_prompts: int, num_samples: int
-) -> dict[str, int | float]:
-  """What became of the prompts, as counts.
-
-  Args:
-    answers: of one model, so many to each prompt that it answered.
-    num_prompts: that it was asked.
-    num_samples: answers of each prompt.
-  """
-  return {
-    'answers': len(answers),
-    'prompts without': num_prompts - len(answers) // num_samples,
-    'blank': sum(invisible.is_blank(answer.response) for answer in answers),
-    'not ended': sum(not answer.ended for answer in answers),
-    'mean tokens': float(np.mean([answer.num_tokens for answer in answers])),
-  }
-
-
-def text_loss(config, policy, tokenizer, mesh) -> heldout_loss.HeldoutLoss:
+def _text_loss(config, policy, tokenizer, mesh) -> heldout_loss.HeldoutLoss:
   """A policy's loss on `config.documents`."""
   model_fns.check_context(policy, config.row_length, 'row_length')
   rows = loader.document_rows(config.documents, tokenizer, config.row_length)
@@ -405,24 +391,10 @@ def text_loss(config, policy, tokenizer, mesh) -> heldout_loss.HeldoutLoss:
   return loss_fn(policy.params)
 
 
-def kl_of(config, policy, reference, prompts, answers, tokenizer, mesh):
-  """KL of a policy to a reference, of each answer; `queries.kl_of_answers`."""
-  by_id = {prompt.id: prompt for prompt in prompts}
-  return queries.kl_of_answers(
-    policy,
-    reference,
-    tokenizer.encode_prompts([by_id[each.prompt_id] for each in answers]),
-    [each.metadata['ids'] for each in answers],
-    tokenizer.pad_id,
-    config.temperature or 1.0,  # The most probable token has no distribution.
-    config.batch_size,
-    mesh,
-  )
-
-
 def aligned(prompts, answers: Mapping[str, Sequence[samples_lib.Sample]]):
-  """The prompts that all models answered, each once for each of its answers,
-  and model -> answers to them.
+  """The prompts that all models answered, and model -> answers to them.
+
+  A prompt is repeated for each of its answers.
 
   Raises:
     ValueError: there are none.

@@ -4,28 +4,27 @@
     --tokenizer=RUN/data/tokenizer [--compare=RUN/select/model] \
     [--reward=RUN/reward/model] [--transcript=FILE.jsonl]
 
-Answers appear as they are sampled. With several models the same prompt goes to
-each, and with a reward model its score stands behind each answer.
+Answers appear as they are sampled. Each prompt goes to all models, and a reward
+model scores each answer.
 
-A model whose tokenizer uses a chat template reads the whole conversation, its
-own answers included; /new begins another one. Without a template every prompt
-stands alone, as in training. The transcript is a file of recorded answers, as
-every evaluation reads them. Ends with /quit or the end of the input.
+A model whose tokenizer uses a chat template reads the whole conversation with
+its own answers; /new starts another one. Without a template it reads each
+prompt alone, as in training. The transcript is a file of recorded answers, the
+input of every evaluation. /quit or the end of the input ends the chat.
 """
 
 import dataclasses
 import datetime
 import functools
+import itertools
 import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from instruct_jax import (
   command,
@@ -39,8 +38,6 @@ from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import samples
 from instruct_jax.infra import checkpoint, sharding
-
-_LENGTH_MULTIPLE = 32
 
 
 @functools.cache
@@ -64,10 +61,8 @@ def _programs(module, temperature):
   @functools.partial(jax.jit, donate_argnums=3)
   def step(weights, token, length, cache, key, t):
     logits, cache = decoder.step(weights, token, length, cache)
-    noise = sampling.uniform_noise(jax.random.fold_in(key, 0)[None], t[None])[
-      :, 0
-    ]
-    token, _ = sampling.sample_tokens(logits, noise, temperature)
+    noise = sampling.uniform_noise(jax.random.fold_in(key, 0)[None], t[None])
+    token, _ = sampling.sample_tokens(logits, noise[:, 0], temperature)
     return token, cache
 
   return jax.jit(decoder.prepare), read, step
@@ -83,13 +78,13 @@ def stream(
 ) -> Iterator[int]:
   """Yields the sampled ids of an answer one by one, the stop included.
 
-  The same ids as `rollout.generate` gives the first prompt of a batch.
+  They are those of `rollout.generate` for the first prompt of a batch.
 
   Raises:
     ValueError: prompt and answer do not fit the model.
   """
   room = check_room(model, ids, max_tokens)
-  columns = min(-(-len(ids) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, room)
+  columns = queries.rounded_up(len(ids), 32, room)
   tokens, _ = queries.padded([ids], columns, tokenizer.pad_id, left=False)
   prepare, read, step = _programs(model.module, temperature)
   weights = prepare(model.params)
@@ -112,7 +107,7 @@ def check_room(
   """The most tokens that a prompt may have.
 
   Raises:
-    ValueError: this one has more, or none.
+    ValueError: this prompt has more, or none.
   """
   room = model.config.context_length - max_tokens
   if not 0 < len(ids) <= room:
@@ -126,48 +121,48 @@ def check_room(
 def pieces(
   tokenizer: tokenizer_lib.Tokenizer, ids: Iterator[int], into: list[int]
 ) -> Iterator[str]:
-  """Text as it grows; a character of several tokens comes when it is whole.
+  """Yields new text of the ids of `stream`, which `into` collects.
 
-  Args:
-    tokenizer: of the ids.
-    ids: from `stream`.
-    into: collects the ids.
+  A character of several tokens waits until it is whole.
   """
   shown = ''
-  for number in ids:
-    into.append(number)
+  for number in itertools.chain(ids, [None]):
+    if number is not None:
+      into.append(number)
     text = tokenizer.decode_response(into)
-    # An unfinished character decodes to U+FFFD at the end.
-    whole = text.rstrip('\ufffd')
-    if whole.startswith(shown) and len(whole) > len(shown):
-      yield whole[len(shown) :]
-      shown = whole
-  rest = tokenizer.decode_response(into)
-  if rest.startswith(shown) and len(rest) > len(shown):
-    yield rest[len(shown) :]
+    if number is not None:
+      text = text.rstrip('\ufffd')  # An unfinished character at the end.
+    if text.startswith(shown) and len(text) > len(shown):
+      yield text[len(shown) :]
+      shown = text
 
 
 def side_by_side(columns: Sequence[tuple[str, str]], width: int) -> str:
   """(title, text) pairs in columns that share `width` characters."""
   each = max(12, (width - 3 * (len(columns) - 1)) // len(columns))
-  cells = []
-  for title, text in columns:
-    lines = [title[:each], '-' * min(each, len(title))]
-    for paragraph in text.split('\n'):
-      lines += textwrap.wrap(paragraph, each) or ['']
-    cells.append(lines)
-  rows = []
-  for i in range(max(map(len, cells))):
-    parts = [lines[i] if i < len(lines) else '' for lines in cells]
-    rows.append(' | '.join(f'{part:<{each}}' for part in parts).rstrip())
-  return '\n'.join(rows)
+  cells = [
+    [title[:each], '-' * min(each, len(title))]
+    + [
+      line
+      for paragraph in text.split('\n')
+      for line in textwrap.wrap(paragraph, each) or ['']
+    ]
+    for title, text in columns
+  ]
+  return '\n'.join(
+    ' | '.join(f'{part:<{each}}' for part in row).rstrip()
+    for row in itertools.zip_longest(*cells, fillvalue='')
+  )
 
 
 def plain(text: str) -> str:
-  """Text without control characters: no answer may steer the terminal."""
+  """Text without control characters, which could steer the terminal."""
   return ''.join(
     c if c in '\n\t' or c.isprintable() else '\ufffd' for c in text
   )
+
+
+_write = functools.partial(print, end='', flush=True)
 
 
 class Chat:
@@ -176,11 +171,10 @@ class Chat:
   Args:
     models: name -> (policy, its tokenizer).
     reward: (scalar model, its tokenizer), or None.
-    mesh: where the parameters are.
+    mesh: of the parameters.
     max_tokens: of an answer.
-    temperature: of the sampling; 0 is greedy.
-    seed: of the sampling; each turn has a key of its own.
-    write: where text goes; None prints it.
+    temperature: 0 is greedy.
+    seed: of the sampling; each turn has its own key.
     width: of the terminal, in characters.
   """
 
@@ -192,13 +186,11 @@ class Chat:
     max_tokens: int,
     temperature: float,
     seed: int,
-    write: Callable[[str], Any] | None = None,
     width: int = 80,
   ):
     self._models, self._reward, self._mesh = models, reward, mesh
     self._max_tokens, self._temperature = max_tokens, temperature
     self._key = jax.random.key(seed)
-    self._write = write or functools.partial(print, end='', flush=True)
     self._width = width
     self.transcript: list[samples.Sample] = []
     self._turns = 0
@@ -212,60 +204,51 @@ class Chat:
     """Answers one prompt by every model, and remembers it.
 
     Raises:
-      ValueError: a model cannot read it, and none has answered.
+      ValueError: the prompt does not fit a model; none has answered.
     """
-    prompts = {
-      name: self._prompt(text, name, tokenizer)
-      for name, (_, tokenizer) in self._models.items()
-    }
-    asked = {}
+    prompts, asked = {}, {}
     for name, (model, tokenizer) in self._models.items():
+      prompts[name] = self._prompt(text, name, tokenizer)
       (asked[name],) = tokenizer.encode_prompts([prompts[name]])
       try:
         check_room(model, asked[name], self._max_tokens)
       except ValueError as error:
         hint = ' (/new begins another conversation)' * bool(self._past[name])
         raise ValueError(f'{name}: {error}{hint}') from error
+    settings = self._max_tokens, self._temperature
     key = jax.random.fold_in(self._key, self._turns)
     self._turns += 1
     columns = []
     for name, (model, tokenizer) in self._models.items():
-      ids = []
-      source = stream(
-        model,
-        asked[name],
-        tokenizer,
-        self._max_tokens,
-        self._temperature,
-        key,
-      )
-      self._write(f'{name}> ')
+      ids, prompt = [], prompts[name]
+      source = stream(model, asked[name], tokenizer, *settings, key)
+      _write(f'{name}> ')
       for piece in pieces(tokenizer, source, ids):
-        self._write(plain(piece))
+        _write(plain(piece))
       sample = samples.Sample(
         model=name,
         prompt_id=f'turn{self._turns}',
-        prompt=prompts[name].text,
+        prompt=prompt.text,
         response=tokenizer.decode_response(ids),
         num_tokens=len(ids),
         ended=ids[-1] in tokenizer.stop_ids,
         metadata={'ids': ids, 'tokenizer': tokenizer.fingerprint},
       )
-      sample = self._scored(prompts[name], sample)
+      sample = self._scored(prompt, sample)
       score = sample.score_reward
       notes = '' if sample.ended else ' (cut)'
       notes += '' if score is None else f' [reward {score:+.3f}]'
-      self._write(f'{notes}\n')
+      _write(f'{notes}\n')
       columns.append((f'{name}{notes}', plain(sample.response)))
       self.transcript.append(sample)
-      if prompts[name].turns:
+      if prompt.turns:
         answer = records.Turn('assistant', sample.response)
-        self._past[name] = (*prompts[name].turns, answer)
+        self._past[name] = (*prompt.turns, answer)
     if len(columns) > 1:
-      self._write('\n' + side_by_side(columns, self._width) + '\n')
+      _write('\n' + side_by_side(columns, self._width) + '\n')
 
   def _prompt(self, text, name, tokenizer):
-    """The prompt of one model: with its own past, where it has a template."""
+    """The prompt of one model: with its past, if it has a chat template."""
     number = f'turn{self._turns + 1}'
     turns = (*self._past[name], records.Turn('user', text))
     if tokenizer.template != tokenizer_lib.CHAT:
@@ -286,9 +269,7 @@ class Chat:
       1,
       self._mesh,
     )
-    return dataclasses.replace(
-      sample, score_reward=float(np.asarray(scores)[0])
-    )
+    return dataclasses.replace(sample, score_reward=float(scores[0]))
 
 
 def read_models(
@@ -301,12 +282,16 @@ def read_models(
   """(name -> (policy, tokenizer), (reward model, tokenizer) or None).
 
   Names are the last two parts of a folder's path.
+
+  Raises:
+    ValueError: two models have one name.
   """
-
-  def tokenizer_of(source):
-    today = datetime.date.today()
-    return queries.tokenizer_of(source, tokenizer_folder, chat=True, date=today)
-
+  tokenizer_of = functools.partial(
+    queries.tokenizer_of,
+    given_folder=tokenizer_folder,
+    chat=True,
+    date=datetime.date.today(),
+  )
   models = {}
   for source in (checkpoint_folder, *compare):
     name = '/'.join(source.rstrip('/').split('/')[-2:])
@@ -319,6 +304,24 @@ def read_models(
   tokenizer = tokenizer_of(reward_folder)
   reward = model_folder.load(reward_folder, 'scalar', mesh, tokenizer)
   return models, (reward, tokenizer)
+
+
+def _talk(chat: Chat) -> None:
+  """Reads prompts until /quit or the end of the input."""
+  while True:
+    try:
+      prompt = input('you> ').strip()
+    except EOFError:
+      return
+    if prompt == '/quit':
+      return
+    if prompt == '/new':
+      chat.start_anew()
+    elif prompt:
+      try:
+        chat.turn(prompt)
+      except ValueError as error:
+        print(f'error: {error}')
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -336,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if flags.max_tokens < 1 or flags.temperature < 0:
     parser.error('--max_tokens is at least 1, --temperature is not negative')
   if flags.transcript and not files.is_remote(flags.transcript):
-    # A conversation is not to be lost in its end.
+    # Checked now: the conversation would be lost at its end.
     folder = os.path.dirname(os.path.abspath(flags.transcript))
     if not os.access(folder, os.W_OK):
       parser.error(f'--transcript: {folder} is no folder to write to')
@@ -361,22 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (_, tokenizer) in models.items():
       print(f'{name}: {tokenizer.describe()}', file=sys.stderr)
     try:
-      while True:
-        try:
-          prompt = input('you> ').strip()
-        except EOFError:
-          break
-        if prompt == '/quit':
-          break
-        if prompt == '/new':
-          chat.start_anew()
-          continue
-        if not prompt:
-          continue
-        try:
-          chat.turn(prompt)
-        except ValueError as error:
-          print(f'error: {error}')
+      _talk(chat)
     except KeyboardInterrupt:
       print()
     finally:

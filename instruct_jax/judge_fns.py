@@ -1,9 +1,9 @@
 """Judges that the config names: reward models, and any Python function.
 
-`config.judge` is a dotted name. A class is a `judges.Judge`: `RewardModel`
+`config.judge` is a dotted name. A class must be a `judges.Judge`: `RewardModel`
 below, `evals.judges.People`, `evals.chat_judge.ChatJudge`, those of the worlds,
-or a user's own. A function scores texts just as a `reward_fn` does
-(`score_fns.py`), and the answer with the higher score is better.
+or a user's own. A function scores texts like a `reward_fn` (`score_fns.py`);
+the answer with the higher score is better.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,7 @@ from instruct_jax.evals import samples as samples_lib
 
 
 def find(name: str) -> type[judges.Judge]:
-  """The judge of a dotted name.
-
-  Raises:
-    ValueError: there is none.
-  """
+  """The judge class of a dotted name; ValueError if there is none."""
   found = score_fns.find(name, 'judge')
   if isinstance(found, type) and issubclass(found, judges.Judge):
     return found
@@ -90,14 +86,10 @@ class RewardModel(judges.Judge):
 def reward_score(
   config: ConfigDict, folder: str, mesh: jax.sharding.Mesh
 ) -> tuple[judges.ScoreFn, tokenizer_lib.Tokenizer]:
-  """A reward model's scores of answers, in reward units, and its tokenizer.
+  """(score function of a reward model, in reward units, and its tokenizer).
 
-  Answers that its own tokenizer sampled are read as sampled.
-
-  Args:
-    config: with `tokenizer`, `compute_dtype` and `batch_size`.
-    folder: of a scalar model.
-    mesh: where it goes.
+  Answers that its own tokenizer sampled are read as sampled. `config` has
+  `tokenizer`, `compute_dtype` and `batch_size`.
   """
   tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
   model = model_folder.load(
@@ -135,12 +127,8 @@ def comparison_scores(
 ) -> list[np.ndarray]:
   """The scores of each comparison's completions.
 
-  What several labelers ranked is scored once.
-
-  Args:
-    score_fn: reads the completions as answers that ended by themselves.
-    comparisons: with the completions.
-    tokenizer: counts the tokens of each, its end included.
+  `score_fn` reads them as answers that ended by themselves; `tokenizer` counts
+  their tokens. Completions that several labelers ranked are scored once.
   """
 
   def key(comparison):

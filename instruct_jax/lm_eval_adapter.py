@@ -4,15 +4,14 @@
   python -m instruct_jax.lm_eval_adapter --checkpoint=DIR --tokenizer=DIR \
     --tasks=lambada_openai,hellaswag --num_fewshot=0 --output=results.json
 
-Any task of the harness runs: it asks for log-likelihoods of continuations, of
-whole texts, and for answers up to a stop text. Conventions are those of its own
-`hf` backend (BOS, or EOS, where there is no context; windows of the model's
-length; answers cut at the first stop text), so that numbers can be compared.
+All tasks of the harness run. Conventions are those of its own `hf` backend
+(BOS, or EOS, if there is no context; windows of the model's length; answers cut
+at the first stop text), so that numbers can be compared.
 
-A tokenizer with a template (`data.tokenizer`) asks each context as one prompt
-of a user, as in training, and reads a continuation as the answer's beginning;
+With a template of the tokenizer (`data.tokenizer`) each context is one prompt
+of a user, as in training, and a continuation is the beginning of the answer;
 `--plain` asks the bare texts. `--apply_chat_template` leaves the rendering to
-the harness, which then gives few-shot examples as turns of their own.
+the harness, which can then give few-shot examples as separate turns.
 """
 
 import functools
@@ -37,19 +36,20 @@ except ModuleNotFoundError as error:
     raise
   sys.exit(f"error: {error}; pip install -e '.[lm-eval]'")
 
-from instruct_jax import command, model_fns, queries, rollout
+from instruct_jax import command, model_fns, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
-from instruct_jax.types import PromptBatch
 
-# Tokens of an answer where a task does not say; the harness's own default.
+# Default tokens of an answer, as in the harness.
 _MAX_ANSWER = 256
+# Rows are padded to a multiple of this many tokens: few compilations.
+_MULTIPLE = 64
 
 
 @functools.cache
 def _next_tokens_program(module):
-  """(params, tokens, mask, targets) -> logprobs, is it the likeliest [B, T]."""
+  """(params, tokens, mask, targets) -> (logprobs, is greedy) [B, T]."""
 
   def next_tokens(params, tokens, mask, targets):
     logits = module.apply({'params': params}, tokens, mask.astype(jnp.int32))
@@ -61,16 +61,9 @@ def _next_tokens_program(module):
 
 
 class InstructJaxLM(TemplateLM):
-  """A policy as the harness sees it.
+  """A policy with the harness's interface.
 
-  Args:
-    model: of kind 'policy'.
-    tokenizer: its own.
-    mesh: where its parameters are.
-    batch_size: rows a call.
-    length_multiple: rows are padded to a multiple of this (compiles).
-    seed: of answers that a task wants sampled.
-    plain: ask bare texts, whatever the tokenizer's template.
+  `plain` asks bare texts, without the tokenizer's template.
   """
 
   def __init__(
@@ -79,36 +72,33 @@ class InstructJaxLM(TemplateLM):
     tokenizer: tokenizer_lib.Tokenizer,
     mesh: jax.sharding.Mesh,
     batch_size: int = 16,
-    length_multiple: int = 64,
-    seed: int = 0,
     plain: bool = False,
   ):
     super().__init__()
     self._model, self._ids, self._mesh = model, tokenizer, mesh
     self._asks_prompts = bool(tokenizer.template) and not plain
     self._gets_rendered = False
-    self._batch_size, self._multiple = batch_size, length_multiple
-    self._seed = seed
+    self._batch_size = batch_size
     self.max_length = model.config.context_length
 
   @property
   def eot_token_id(self) -> int:
-    """The token that ends a text."""
+    """End of a text."""
     return self._ids.eos_id
 
   @property
   def prefix_token_id(self) -> int:
-    """What stands where there is no context."""
+    """The token before a text without context."""
     bos_id = self._ids.bos_id
     return self._ids.eos_id if bos_id is None else bos_id
 
   @property
   def tokenizer_name(self) -> str:
-    """Of the tokenizer, for the harness's cache."""
+    """Name of the tokenizer in the harness's cache."""
     return self._ids.fingerprint
 
   def chat_template(self, chat_template: bool | str = False) -> str | None:
-    """The template's text, which the harness keeps with its results."""
+    """The template's text, for the harness's results."""
     return self._ids.chat_template if chat_template else None
 
   def apply_chat_template(
@@ -116,7 +106,7 @@ class InstructJaxLM(TemplateLM):
     chat_history: list[dict[str, str]],
     add_generation_prompt: bool = True,
   ) -> str:
-    """The harness renders: texts that follow spell special tokens."""
+    """Renders turns; from now on texts contain special tokens."""
     self._gets_rendered = True
     return self._ids.render_chat(
       chat_history, add_generation_prompt=add_generation_prompt
@@ -125,8 +115,7 @@ class InstructJaxLM(TemplateLM):
   def tok_encode(
     self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
   ) -> list[int]:
-    """Ids of a text, with what the tokenizer puts before each (BOS) unless
-    `add_special_tokens` is False."""
+    """Ids of a text, after BOS unless `add_special_tokens` is False."""
     del kwargs
     if self._gets_rendered:
       return self._ids.encode_rendered(string)
@@ -143,13 +132,9 @@ class InstructJaxLM(TemplateLM):
     (answer,) = self._ids.encode_responses([continuation])
     return prompt, answer
 
-  def _bucket(self, length):
-    multiple = self._multiple
-    return min(-(-length // multiple) * multiple, self.max_length)
-
-  def _batches(self, rows, length_of):
-    """Indices by falling length, so that rows of a call are alike."""
-    order = sorted(range(len(rows)), key=lambda i: -length_of(rows[i]))
+  def _batches(self, rows, indices):
+    """Indices of rows (ids, ...) by falling length: little padding a call."""
+    order = sorted(indices, key=lambda i: -len(rows[i][0]))
     for start in range(0, len(order), self._batch_size):
       yield order[start : start + self._batch_size]
 
@@ -167,26 +152,25 @@ class InstructJaxLM(TemplateLM):
           f'a continuation of {len(continuation)} tokens; the model reads 1 to '
           f'{self.max_length}'
         )
-      # The last token is predicted, not read; what is too long loses its front.
+      # The last token is predicted, not read. Long contexts lose their front.
       whole = [*context, *continuation][-(self.max_length + 1) :]
       rows.append((whole, len(continuation)))
     results = [None] * len(rows)
     with run_lib.Progress('log-likelihoods', len(rows)) as progress:
-      for indices in self._batches(rows, lambda row: len(row[0])):
-        filled = [rows[i] for i in indices]
+      for indices in self._batches(rows, range(len(rows))):
+        filled = [rows[i][0] for i in indices]
         filled += [filled[0]] * (self._batch_size - len(filled))
-        length = self._bucket(max(len(ids) - 1 for ids, _ in filled))
+        longest = max(map(len, filled)) - 1
+        length = queries.rounded_up(longest, _MULTIPLE, self.max_length)
         tokens, mask = queries.padded(
-          [ids[:-1] for ids, _ in filled], length, self._ids.pad_id, left=False
+          filled, length + 1, self._ids.pad_id, left=False
         )
-        targets, _ = queries.padded(
-          [ids[1:] for ids, _ in filled], length, self._ids.pad_id, left=False
-        )
+        batch = tokens[:, :-1], mask[:, 1:], tokens[:, 1:]
         with sharding.use_mesh(self._mesh):
           logprobs, greedy = jax.device_get(
             _next_tokens_program(self._model.module)(
               self._model.params,
-              *sharding.put_batch((tokens, mask, targets), self._mesh),
+              *sharding.put_batch(batch, self._mesh),
             )
           )
         for row, index in enumerate(indices):
@@ -204,8 +188,8 @@ class InstructJaxLM(TemplateLM):
   ) -> list[float]:
     """Log-probability of whole texts, each token predicted once.
 
-    As in the `hf` backend, a BOS that the tokenizer puts before a text counts
-    as its first token, predicted from another one.
+    As in the `hf` backend, the tokenizer's BOS counts as the first token of a
+    text, predicted from another BOS.
     """
     windows, owners = [], []
     for owner, request in enumerate(requests):
@@ -228,62 +212,50 @@ class InstructJaxLM(TemplateLM):
     self, requests: Sequence[Instance], disable_tqdm: bool = False
   ) -> list[str]:
     """Answers up to the first stop text, which is cut off."""
-    rows = []
-    for request in requests:
+    rows, kinds = [], {}
+    for number, request in enumerate(requests):
       context, asked = request.args
       options = normalize_gen_kwargs(asked, _MAX_ANSWER)
-      until = options.get('until', [])
-      most = options['max_gen_toks']
-      room = self.max_length - most
+      max_tokens = options['max_gen_toks']
+      room = self.max_length - max_tokens
       if room < 1:
         raise ValueError(
-          f'a task wants answers of {most} tokens, the model reads '
+          f'a task wants answers of {max_tokens} tokens, the model reads '
           f'{self.max_length}; set max_gen_toks lower'
         )
       if self._asks_prompts and not self._gets_rendered:
         (ids,) = self._ids.encode_prompts([context])
       else:
         ids = self.tok_encode(context)
-      ids = ids[-room:] or [self.prefix_token_id]
-      temperature = float(options.get('temperature', 0.0))  # Not set: greedy.
-      rows.append((ids, most, temperature, tuple(until)))
+      temperature = float(options.get('temperature', 0.0))
+      rows.append((ids[-room:] or [self.prefix_token_id], options['until']))
+      kinds.setdefault((max_tokens, temperature), []).append(number)
     texts = [''] * len(rows)
-    kinds = dict.fromkeys((most, heat) for _, most, heat, _ in rows)
     with run_lib.Progress('answers', len(rows)) as progress:
-      for most, heat in kinds:
-        chosen = [i for i, row in enumerate(rows) if row[1:3] == (most, heat)]
-        prompts = [rows[i][0] for i in chosen]
-        for indices in self._batches(prompts, len):
-          answers = self._answer(
-            [prompts[i] for i in indices],
-            most,
-            heat,
-            [chosen[i] for i in indices],
-          )
-          for i, ids in zip(indices, answers, strict=True):
-            text = self._ids.decode(ids)
-            for stop in rows[chosen[i]][3]:
-              text = text.split(stop)[0] if stop else text
-            texts[chosen[i]] = text
-          progress.update(len(indices))
+      for (max_tokens, temperature), chosen in kinds.items():
+        generate_fn = self._generate_fn(temperature)
+        for numbers in self._batches(rows, chosen):
+          prompts = [rows[i][0] for i in numbers]
+          with sharding.use_mesh(self._mesh):
+            answers = generate_fn(prompts, max_tokens, numbers)
+          for i, ids in zip(numbers, answers, strict=True):
+            texts[i] = self._ids.decode(ids)
+            for stop in filter(None, rows[i][1]):
+              texts[i] = texts[i].split(stop)[0]
+          progress.update(len(numbers))
     return texts
 
-  def _answer(self, prompts, most, temperature, numbers):
-    filled = [*prompts, *[prompts[0]] * (self._batch_size - len(prompts))]
-    numbers = [*numbers, *[0] * (self._batch_size - len(prompts))]
-    length = min(self._bucket(max(map(len, filled))), self.max_length - most)
-    tokens, mask = queries.padded(filled, length, self._ids.pad_id, left=True)
-    program = queries.generate_program(
-      self._model.module, most, self._ids.stop_ids, temperature
-    )
-    batch = PromptBatch(tokens, mask, np.asarray(numbers, np.int32))
-    with sharding.use_mesh(self._mesh):
-      sampled = program(
-        self._model.params,
-        sharding.put_batch(batch, self._mesh),
-        jax.random.key(self._seed),
-      )
-    return rollout.response_ids(jax.device_get(sampled))[: len(prompts)]
+  def _generate_fn(self, temperature):
+    return queries.make_functions(
+      self._model.module,
+      self._model.params,
+      self._ids,
+      self._mesh,
+      self._ids.stop_ids,
+      self._batch_size,
+      _MULTIPLE,
+      temperature,
+    )[0]
 
 
 def load(
@@ -293,7 +265,7 @@ def load(
   mesh_shape: Sequence[int] = (1, -1, 1),
   plain: bool = False,
 ) -> InstructJaxLM:
-  """A model folder of ours, or in the Hugging Face format, for the harness."""
+  """A model folder, ours or in the Hugging Face format, for the harness."""
   tokenizer = queries.tokenizer_of(checkpoint, tokenizer_folder)
   mesh = sharding.make_mesh(tuple(mesh_shape))
   with sharding.use_mesh(mesh):
@@ -308,14 +280,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
   )
   parser.add_argument('--checkpoint', required=True)
   parser.add_argument('--tokenizer', default='')
-  parser.add_argument('--tasks', required=True, help='comma between')
+  parser.add_argument('--tasks', required=True, help='separated by commas')
   parser.add_argument('--num_fewshot', type=int, default=None)
   parser.add_argument('--limit', type=float, default=None)
   parser.add_argument('--batch_size', type=int, default=16)
   parser.add_argument('--output', default='')
-  parser.add_argument('--plain', action='store_true')
-  parser.add_argument('--apply_chat_template', action='store_true')
-  parser.add_argument('--fewshot_as_multiturn', action='store_true')
+  for name in ('plain', 'apply_chat_template', 'fewshot_as_multiturn'):
+    parser.add_argument(f'--{name}', action='store_true')
   flags = parser.parse_args(arguments)
   model = load(
     flags.checkpoint, flags.tokenizer, flags.batch_size, plain=flags.plain

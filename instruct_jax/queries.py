@@ -1,7 +1,7 @@
 """Policies and reward models as functions of token ids, for evaluation.
 
-Where models meet sampling: what evaluation asks of a model, compiled once for
-each shape of model and rows. Training does not come through here.
+Programs are compiled once for each shape of model and rows. Training does not
+use this module.
 """
 
 import datetime
@@ -15,27 +15,15 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from instruct_jax import hub, model_fns, model_folder, rewards, rollout
-from instruct_jax.data import loader
+from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import heldout_loss, samples
 from instruct_jax.evals.benchmarks import probe, runner
-from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding, slices
 from instruct_jax.models import decoding, heads
-from instruct_jax.types import (
-  Episodes,
-  Key,
-  Params,
-  PromptBatch,
-  Rollout,
-  TextBatch,
-)
+from instruct_jax.types import Episodes, Params, PromptBatch, TextBatch
 
 Ids = Sequence[int]
-# (prompts, largest number of tokens) -> sampled ids of each, stop included.
-GenerateFn = Callable[[Sequence[Ids], int], list[list[int]]]
-# (contexts, choices of each) -> summed log-probability of each choice, nats.
-ChoiceFn = Callable[[Sequence[Ids], Sequence[Sequence[Ids]]], list[list[float]]]
 
 
 def tokenizer_of(
@@ -47,29 +35,24 @@ def tokenizer_of(
 ) -> tokenizer_lib.Tokenizer:
   """The tokenizer with which a model is asked.
 
-  The one given, except for a published folder that brings another vocabulary:
-  its own is the only one that fits. So models of one vocabulary are asked in
-  one way, template and stop tokens included.
+  It is the given one, unless a published folder has another vocabulary. So all
+  models of one vocabulary are asked alike, template and stop tokens included.
 
   Args:
     source: a model folder, or hf:NAME.
-    given_folder: of a tokenizer; '' where none is given.
-    chat: whether a published folder's own chat template is used where nobody
-      has prepared the tokenizer (`data.tokenizer`).
+    given_folder: of a tokenizer, or ''.
+    chat: uses a published folder's own chat template if its tokenizer is not
+      prepared (`data.tokenizer`).
     date: for a template that reads the clock.
 
   Raises:
     ValueError: there is no tokenizer.
   """
-  given = None
-  if given_folder:
-    given = tokenizer_lib.Tokenizer.load(given_folder)
+  given = tokenizer_lib.Tokenizer.load(given_folder) if given_folder else None
   folder = None
   if model_folder.is_published(source):
     folder = epath.Path(hub.locate(source))
-    if not tokenizer_lib.is_folder(folder):
-      folder = None
-  if folder is None:
+  if folder is None or not tokenizer_lib.is_folder(folder):
     if given is None:
       raise ValueError(
         f'{source} brings no tokenizer.json; give a tokenizer folder'
@@ -86,10 +69,10 @@ def tokenizer_of(
 def answer_ids(
   tokenizer: tokenizer_lib.Tokenizer, answer: samples.Sample
 ) -> list[int]:
-  """A recorded answer's ids: as sampled where this tokenizer sampled it.
+  """A recorded answer's ids: as sampled, if this tokenizer sampled it.
 
-  Else its text is encoded, with an end only where the policy ended it. There
-  is always one id at least, since a score is read at the last one.
+  Otherwise its text is encoded, with an end only if the policy ended it. The
+  list is never empty, since a score is read at the last id.
   """
   known = answer.metadata
   if 'ids' in known and known['tokenizer'] == tokenizer.fingerprint:
@@ -102,20 +85,18 @@ def load_policy(
   source: str,
   tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
-  remat: str = 'none',
   compute_dtype: str = '',
 ) -> model_fns.Model:
   """A policy of ours or in the Hugging Face format, for this tokenizer.
 
-  The attention that it was trained with is a matter of that machine and of
-  those row lengths: here it is 'auto'.
+  Attention and remat of the training may not suit this machine and these rows.
   """
   return model_folder.load(
     source,
     'policy',
     mesh,
     tokenizer,
-    remat=remat,
+    remat='none',
     attention='auto',
     compute_dtype=compute_dtype,
   )
@@ -144,54 +125,6 @@ def generate_program(
   )
 
 
-def sample(
-  model: model_fns.Model,
-  rows: PromptBatch,
-  key: Key,
-  mesh: jax.sharding.Mesh,
-  *,
-  name: str,
-  stop_ids: tuple[int, ...],
-  response_length: int,
-  temperature: float,
-  batch_size: int,
-  num_samples: int = 1,
-) -> Rollout:
-  """Answers to any number of prompts, on the host; all processes must call.
-
-  Args:
-    model: of kind 'policy'.
-    rows: numpy, whole in every process.
-    key: of the noise, which each prompt's number splits further.
-    mesh: of the model.
-    name: for the progress bar.
-    stop_ids: sampling one of these ends an answer.
-    response_length: tokens of the longest answer.
-    temperature: 0 is greedy.
-    batch_size: rows that are sampled at a time.
-    num_samples: of each prompt, one behind the other.
-  """
-  program = sharding.fetched(
-    generate_program(
-      model.module,
-      response_length,
-      stop_ids,
-      temperature,
-      batch_size,
-      num_samples,
-    )
-  )
-  total = num_samples * loader.num_rows(rows)
-  with run_lib.Progress(f'sample {name}', total, unit='answers') as progress:
-    return rollout.in_queues(
-      lambda batch: program(model.params, sharding.put_whole(batch, mesh), key),
-      rows,
-      batch_size,
-      num_samples,
-      progress.update,
-    )
-
-
 @functools.cache
 def _episode_program(module: heads.Policy, temperature: float) -> Callable:
   """Jitted (params, episodes) -> log-probabilities of their responses."""
@@ -204,35 +137,30 @@ def _episode_program(module: heads.Policy, temperature: float) -> Callable:
 
 
 def kl_of_answers(
+  config: ConfigDict,
   model: model_fns.Model,
   reference: model_fns.Model,
-  prompts: Sequence[Ids],
-  answers: Sequence[Ids],
-  pad_id: int,
-  temperature: float,
-  batch_size: int,
+  prompts: Sequence[records.Prompt],
+  answers: Sequence[samples.Sample],
+  tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """KL of a policy to a reference of its vocabulary, over its own answers.
+  """KL of a policy to a reference of its tokenizer, over its own answers.
 
-  Args:
-    model: whose answers they are.
-    reference: of the same tokenizer.
-    prompts: ids of each prompt.
-    answers: ids as sampled, the stop token included.
-    pad_id: of the tokenizer.
-    temperature: at which they were sampled.
-    batch_size: rows a call.
-    mesh: of the models.
+  `config` has `temperature` and `batch_size`; answers hold the sampled ids.
 
   Returns:
-    Of each answer, nats: log π / π_ref, and the k3 estimate; see
-    `rewards.kl_estimates` [N].
+    log π / π_ref of each answer, and its k3 estimate, nats [N]; see
+    `rewards.kl_estimates`.
   """
+  by_id = {prompt.id: prompt for prompt in prompts}
+  asked = tokenizer.encode_prompts([by_id[each.prompt_id] for each in answers])
+  ids = [each.metadata['ids'] for each in answers]
+  temperature = config.temperature or 1.0  # Greedy has no distribution.
   tokens, mask = loader.answer_rows(
-    prompts, answers, pad_id, _row_length(model, prompts, answers)
+    asked, ids, tokenizer.pad_id, _row_length(model, asked, ids)
   )
-  starts, lengths = (np.array(list(map(len, x))) for x in (prompts, answers))
+  starts, lengths = (np.array(list(map(len, x))) for x in (asked, ids))
   places = np.arange(max(lengths))[None]
   rows = Episodes(
     tokens=tokens,
@@ -248,7 +176,7 @@ def kl_of_answers(
         )
       ),
       rows,
-      batch_size,
+      config.batch_size,
     )
     for each in (model, reference)
   )
@@ -258,12 +186,16 @@ def kl_of_answers(
   return np.asarray(signed), np.asarray(k3)
 
 
+def rounded_up(length: int, multiple: int, limit: int) -> int:
+  """The next multiple, or the limit: few lengths, few compilations."""
+  return min(-(-length // multiple) * multiple, limit)
+
+
 def _row_length(
   model: model_fns.Model, prompts: Sequence[Ids], answers: Sequence[Ids]
 ) -> int:
-  """Of the longest row, rounded up: few lengths, few compilations."""
   longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-  return min(-(-longest // 32) * 32, model.config.context_length)
+  return rounded_up(longest, 32, model.config.context_length)
 
 
 @functools.cache
@@ -282,13 +214,8 @@ def score_answers(
 ) -> np.ndarray:
   """A scalar model's scores of answers, reward units [N].
 
-  Args:
-    model: of kind 'scalar'.
-    prompts: ids of each prompt.
-    answers: ids as sampled, end-of-text included.
-    pad_id: of the tokenizer.
-    batch_size: rows a call.
-    mesh: of the model.
+  Prompts and answers are ids, an answer's end included; `batch_size` is in rows
+  a call.
   """
   length = _row_length(model, prompts, answers)
   program = sharding.fetched(score_program(model.module))
@@ -315,7 +242,7 @@ def score_choices(
     module: the policy.
     params: its parameters.
     tokens: contexts [B, P], padded on the right.
-    lengths: their tokens [B], at least 1.
+    lengths: of the contexts [B], at least 1.
     choices, choice_mask: [B, C, R], padded on the right.
   """
   B, C, R = choices.shape
@@ -369,73 +296,53 @@ def make_functions(
   batch_size: int,
   length_multiple: int,
   temperature: float = 0.0,
-  seed: int = 0,
-) -> tuple[GenerateFn, ChoiceFn]:
-  """A policy as the two functions that the suite asks.
+) -> tuple[Callable, runner.ChoiceFn]:
+  """A policy as a `runner.GenerateFn` and a `runner.ChoiceFn`.
 
-  Args:
-    module: the policy.
-    params: its parameters.
-    tokenizer: its tokenizer.
-    mesh: where the parameters are.
-    stop_ids: sampling one of these ends an answer.
-    batch_size: rows of a call; shorter calls are filled up.
-    length_multiple: prompts are padded to a multiple of this (compiles).
-    temperature: of the answers; 0 is greedy.
-    seed: of the answers.
+  Calls of less than `batch_size` prompts are filled up, and prompts are padded
+  to a multiple of `length_multiple`: few compilations. The `GenerateFn` also
+  takes a number of each prompt, which splits the noise of the sampling; without
+  them the prompts of a call are numbered. Temperature 0 is greedy.
   """
-  context_length = module.config.context_length
-  key = jax.random.key(seed)
+  key = jax.random.key(0)
 
-  def put(batch):
-    return sharding.put_whole(batch, mesh)
+  def filled(rows, filler):
+    return [*rows, *[filler] * (batch_size - len(rows))]
 
-  def bucket(length):
-    multiple = length_multiple
-    return min(-(-length // multiple) * multiple, context_length)
-
-  def filled(rows):
-    """A whole batch: the last one repeats its first row."""
-    return [*rows, *[rows[0]] * (batch_size - len(rows))]
-
-  def generate_fn(prompts, max_tokens):
-    rows = filled(prompts)
-    tokens, mask = padded(
-      rows, bucket(max(map(len, rows))), tokenizer.pad_id, left=True
+  def padded_prompts(rows, left):
+    rows = filled(rows, rows[0])
+    length = rounded_up(
+      max(map(len, rows)), length_multiple, module.config.context_length
     )
-    batch = PromptBatch(tokens, mask, np.arange(len(rows), dtype=np.int32))
+    return padded(rows, length, tokenizer.pad_id, left)
+
+  def generate_fn(prompts, max_tokens, numbers=None):
+    numbers = range(batch_size) if numbers is None else filled(numbers, 0)
+    batch = PromptBatch(
+      *padded_prompts(prompts, left=True), np.asarray(numbers, np.int32)
+    )
     program = generate_program(module, max_tokens, stop_ids, temperature)
-    sampled = program(params, put(batch), key)
+    sampled = program(params, sharding.put_whole(batch, mesh), key)
     return rollout.response_ids(sharding.fetch(sampled))[: len(prompts)]
 
   def choice_fn(contexts, choices):
-    rows, sets = filled(contexts), filled(choices)
-    tokens, mask = padded(
-      rows, bucket(max(map(len, rows))), tokenizer.pad_id, left=False
-    )
+    tokens, mask = padded_prompts(contexts, left=False)
     lengths = mask.sum(axis=1, dtype=np.int32)
+    sets = filled(choices, choices[0])
     num_choices = max(map(len, sets))
-    longest = max(len(ids) for choice_set in sets for ids in choice_set)
     # Sets may differ in size: an absent choice has no token and sum 0.
     flat = [
       ids
       for choice_set in sets
       for ids in [*choice_set, *[[]] * (num_choices - len(choice_set))]
     ]
-    width = -(-longest // 16) * 16
-    choice_tokens, choice_mask = padded(flat, width, tokenizer.pad_id, False)
-    shape = (len(rows), num_choices, width)
-    sums = choices_program(module)(
-      params,
-      *put(
-        (
-          tokens,
-          lengths,
-          choice_tokens.reshape(shape),
-          choice_mask.reshape(shape),
-        )
-      ),
-    )
+    width = -(-max(map(len, flat)) // 16) * 16
+    choice_arrays = [
+      array.reshape(len(sets), num_choices, width)
+      for array in padded(flat, width, tokenizer.pad_id, left=False)
+    ]
+    batch = (tokens, lengths, *choice_arrays)
+    sums = choices_program(module)(params, *sharding.put_whole(batch, mesh))
     return [
       [float(x) for x in row[: len(choice_set)]]
       for row, choice_set in zip(sharding.fetch(sums), choices, strict=False)
@@ -458,13 +365,10 @@ def make_heldout_loss(
   batch_size: int,
   mesh: jax.sharding.Mesh,
 ) -> Callable[[Params], heldout_loss.HeldoutLoss]:
-  """Parameters of a policy -> its loss on held-out rows.
+  """Makes a function: parameters of a policy -> its loss on held-out rows.
 
-  Args:
-    module: the policy.
-    rows: numpy, whole in every process.
-    batch_size: rows a call.
-    mesh: of the parameters.
+  `rows` are NumPy arrays, whole in every process; `batch_size` is in rows a
+  call.
   """
   program = sharding.fetched(_text_program(module))
   return lambda params: heldout_loss.heldout_loss(
@@ -480,13 +384,9 @@ def make_prober(
   tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
 ) -> Callable[..., dict[str, float]]:
-  """(parameters, ending of the names) -> scores on public NLP tasks.
+  """Makes a function: (parameters, ending of the names) -> scores of probes.
 
-  Args:
-    config: with the keys `probe*` of PPO's stage; the same items every time.
-    module: the policy.
-    tokenizer: its own.
-    mesh: of the parameters.
+  `config` has the keys `probe*` of PPO's stage.
   """
   probes = probe.make_probes(
     model_folder.named_folders(config.probes),

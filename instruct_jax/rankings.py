@@ -1,7 +1,7 @@
-"""K-way rankings as the models that learn from them read them.
+"""K-way rankings as reward models and DPO read them.
 
 All candidates of a prompt are one element of a batch (3.5, C.2), in as few rows
-as they take; a candidate is scored once, however many labelers ranked it.
+as they need. A candidate is scored once, however many labelers ranked it.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ from instruct_jax.infra import sharding, slices
 from instruct_jax.models import heads
 from instruct_jax.types import ComparisonBatch, PackedComparisons, Params
 
-# Rows of rankings -> one score a candidate [N, C], on the host.
+# Rows of rankings -> one score per candidate [N, C], on the host.
 ScoreRowsFn = Callable[[ComparisonBatch], np.ndarray]
 
 
 def read(
   config: ConfigDict,
 ) -> tuple[list[records.Comparison], list[records.Comparison]]:
-  """Rankings to train on and to validate on, as many as the config wants.
+  """Rankings to train on and to validate on, up to `max_(valid_)comparisons`.
 
   Raises:
-    ValueError: a record that is none, or ranks that say nothing.
+    ValueError: a bad record, or ranks without any preference.
   """
   found = []
   for key in ('comparisons', 'valid_comparisons'):
@@ -53,7 +53,7 @@ def load_policy(
   """The initial policy and its mesh.
 
   Raises:
-    ValueError: no such model, or rows that do not fit it or the mesh.
+    ValueError: no such model, or rows that do not fit the model or the mesh.
   """
   model_folder.check(config.init, 'policy', tokenizer)
   mesh = model_folder.make_mesh(
@@ -72,57 +72,56 @@ def load_policy(
   return policy, mesh
 
 
+def _rows(config, name, rankings, tokenizer, max_candidates, merge=False):
+  """`loader.comparison_rows` of a stage; logs what it drops."""
+  rows, dropped = loader.comparison_rows(
+    rankings, tokenizer, max_candidates, config.row_length, merge=merge
+  )
+  run_lib.tell_dropped(config.name, dropped.describe(name, 'row_length'))
+  return rows, dropped
+
+
 def training_rows(
   config: ConfigDict,
   comparisons: Sequence[records.Comparison],
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> tuple[ComparisonBatch, loader.Dropped]:
-  """`loader.comparison_rows` of a stage; says what it drops."""
-  rows, dropped = loader.comparison_rows(
+  """Rankings as rows, and what was dropped, which is logged, too."""
+  return _rows(
+    config,
+    'comparisons',
     comparisons,
     tokenizer,
     config.max_candidates,
-    config.row_length,
-    merge=config.merge_rankings,
+    config.merge_rankings,
   )
-  run_lib.tell_dropped(
-    config.name, dropped.describe('comparisons', 'row_length')
-  )
-  return rows, dropped
 
 
 def demonstration_rows(
   config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer
 ) -> ComparisonBatch:
-  """Demonstrations as rankings of one; says what is dropped."""
+  """Demonstrations as rankings of one candidate; logs what is dropped."""
   demonstrations = records.read_jsonl(
     config.demonstrations, records.Demonstration
   )
-  rows, dropped = loader.comparison_rows(
-    [
-      records.Comparison(d.prompt, (d.response,), (1,), d.id, turns=d.turns)
-      for d in demonstrations
-    ],
-    tokenizer,
-    1,
-    config.row_length,
-  )
-  run_lib.tell_dropped(
-    config.name, dropped.describe('demonstrations', 'row_length')
-  )
+  rankings = [
+    records.Comparison(d.prompt, (d.response,), (1,), d.id, turns=d.turns)
+    for d in demonstrations
+  ]
+  rows, _ = _rows(config, 'demonstrations', rankings, tokenizer, 1)
   return rows
 
 
 class Batches:
-  """Batches of a run, packed, all of one shape: that of the fullest one.
+  """Packed batches of a run, all with the shape of the fullest one.
 
-  Each microbatch is packed by itself, so that it is whole.
+  Each microbatch is packed by itself, so none is split.
 
   Args:
     config: of the stage.
     rows: to learn from.
-    seed: of the draws.
-    reads_responses: whether rows say where their response tokens are.
+    seed: of the order.
+    reads_responses: whether batches locate the response tokens.
   """
 
   def __init__(
@@ -169,18 +168,16 @@ class Encoded:
   """Encoded rankings, for any number of models.
 
   Attributes:
-    fitting: those that fit into a row.
-    distinct: `answers_of` them -> one of them.
-    rows: of `distinct`, in its order.
+    fitting: the rankings that fit into a row.
+    rows: of their distinct candidates, in order of first appearance.
   """
 
   fitting: list[records.Comparison]
-  distinct: dict[tuple, records.Comparison]
   rows: ComparisonBatch
 
 
-def answers_of(comparison: records.Comparison) -> tuple:
-  """What is scored: all of a comparison but who ranked it, and how."""
+def _scored(comparison):
+  """What is scored: rankings that differ only in labeler and ranks share it."""
   return comparison.prompt, comparison.turns, comparison.completions
 
 
@@ -189,7 +186,7 @@ def encode(
   comparisons: Sequence[records.Comparison],
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> Encoded:
-  """Tokens of what is to be scored; says what is too long and left out."""
+  """Encodes the rankings to be scored; logs how many are too long."""
   fitting = loader.fitting_comparisons(
     comparisons, tokenizer, config.row_length
   )
@@ -200,11 +197,11 @@ def encode(
     'valid_comparisons',
     f'row_length ({config.row_length} tokens)',
   )
-  distinct = {answers_of(comparison): comparison for comparison in fitting}
+  distinct = {_scored(comparison): comparison for comparison in fitting}
   rows, _ = loader.comparison_rows(
     list(distinct.values()), tokenizer, config.max_candidates, config.row_length
   )
-  return Encoded(fitting, distinct, rows)
+  return Encoded(fitting, rows)
 
 
 def accuracy(
@@ -215,31 +212,24 @@ def accuracy(
   """Pairwise accuracy of scores on rankings, with its interval.
 
   Args:
-    score_fn: is called once.
+    score_fn: called once.
     encoded: the rankings.
-    groups: names of labelers, an accuracy for each; None is all of them.
+    groups: sets of labelers, each with its accuracy; None is all labelers.
   """
-  scores = {
-    key: row[: len(comparison.completions)]
-    for (key, comparison), row in zip(
-      encoded.distinct.items(), score_fn(encoded.rows), strict=True
+  distinct = dict.fromkeys(map(_scored, encoded.fitting))
+  scores = dict(zip(distinct, score_fn(encoded.rows), strict=True))
+
+  def of(chosen):
+    return preference_accuracy.pairwise_accuracy(
+      [scores[_scored(c)][: len(c.completions)] for c in chosen],
+      [c.ranks for c in chosen],
+      [c.prompt for c in chosen],
     )
-  }
-  found = []
-  for labelers in groups:
-    chosen = [
-      comparison
-      for comparison in encoded.fitting
-      if labelers is None or comparison.labeler in labelers
-    ]
-    found.append(
-      preference_accuracy.pairwise_accuracy(
-        [scores[answers_of(c)] for c in chosen],
-        [c.ranks for c in chosen],
-        [c.prompt for c in chosen],
-      )
-    )
-  return found
+
+  return [
+    of([c for c in encoded.fitting if group is None or c.labeler in group])
+    for group in groups
+  ]
 
 
 def results(
@@ -248,13 +238,13 @@ def results(
   num_comparisons: int,
   dropped: loader.Dropped,
 ) -> dict[str, float]:
-  """What results.json says of a model trained on rankings.
+  """The entries of results.json for a model trained on rankings.
 
   Args:
     accuracy: on validation rankings.
-    rows: learned from.
-    num_comparisons: before any was dropped.
-    dropped: of these.
+    rows: of the training rankings.
+    num_comparisons: training rankings before any was dropped.
+    dropped: how many of them were dropped.
   """
   return {
     'accuracy': accuracy.accuracy,
@@ -263,7 +253,7 @@ def results(
     'num_pairs': accuracy.num_pairs,
     'num_comparisons': num_comparisons - dropped.total,
     'num_prompts': loader.num_rows(rows),
-    'num_forwards': int(rows.mask.any(axis=2).sum()),  # An epoch.
+    'num_forwards': int(rows.mask.any(axis=2).sum()),  # Per epoch.
     'num_dropped': dropped.total,
   }
 
@@ -276,13 +266,13 @@ def score_rows(
 ) -> np.ndarray:
   """A reward model's scores of every candidate: [N, C] on the host.
 
-  A head made here reads the score at the last token, whatever that is.
+  The score is read at the last token, whichever token that is.
 
   Args:
     program: (params, tokens, segments) -> scalars, on the current mesh.
     params: of the reward model.
     rows: of any number of prompts.
-    batch_size: packed rows a call.
+    batch_size: packed rows per call.
   """
   packed = loader.pack_comparisons(rows)
   scalars = _in_batches(
@@ -306,10 +296,10 @@ def response_logprobs(
   """log p(candidate | prompt) of every candidate, nats: [N, C] on the host.
 
   Args:
-    program: of `logprobs_program`.
+    program: from `logprobs_program`.
     params: of the policy.
     rows: of any number of prompts.
-    batch_size: packed rows a call.
+    batch_size: packed rows per call.
   """
   packed = loader.pack_comparisons(rows, reads_responses=True)
   logprobs = _in_batches(
@@ -326,7 +316,7 @@ def response_logprobs(
 def sums_by_owner(
   values: Float[Array, 'M Q'], batch: PackedComparisons
 ) -> Float[Array, 'B C']:
-  """The sum of each candidate's completion tokens, on the device."""
+  """Sums token values over each candidate's completion, on the device."""
   B, C = batch.ends.shape
   sums = jax.ops.segment_sum(
     values.reshape(-1), batch.owner.reshape(-1), B * C + 1

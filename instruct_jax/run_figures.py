@@ -1,7 +1,7 @@
-"""What the runs that models come from say, as fields of `figures.Figures`.
+"""Fields of `figures.Figures` from the runs that trained the models.
 
-Whatever made a model wrote metrics, alarms and epochs beside it, and its run
-has a config: a method is shown by what it left, not by its name.
+Metrics, alarms and epochs lie beside a model, and its run has a config. They
+are read whatever the method is called.
 """
 
 import collections
@@ -23,8 +23,8 @@ from instruct_jax.infra import checkpoint, origin
 from instruct_jax.infra import metrics as metrics_lib
 from instruct_jax.infra import run as run_lib
 
-# Keys of a stage's config that say how it ran, not what it learned from what;
-# the model card leaves out those that begin so, and paths.
+# Keys that begin so say how a stage ran, not what it learned. The model card
+# leaves them out.
 _MACHINERY = (
   *('attention', 'checkpoint_', 'compute_dtype', 'eval_', 'experiment', 'log'),
   *('frozen_dtype', 'gather_', 'loop', 'max_valid_', 'mesh', 'name', 'offload'),
@@ -34,15 +34,16 @@ _MACHINERY = (
 
 
 def of_models(config, models: Mapping[str, asking.Model]) -> dict[str, Any]:
-  """How the models were trained and on what data, and what went wrong."""
+  """Training, data, hygiene and alarms of the models that are not recorded."""
   loaded = {n: m.source for n, m in models.items() if not m.is_recorded}
   stages = _stages(loaded, config.reward_model)
   rl, alarms, epochs, seen = {}, [], {}, set()
   for name, source in loaded.items():
-    beside = origin.beside(source)
-    if epath.Path(source).parent in seen:
+    folder = epath.Path(source).parent
+    if folder in seen:
       continue
-    seen.add(epath.Path(source).parent)
+    seen.add(folder)
+    beside = origin.beside(source)
     rows = beside.get(metrics_lib.METRICS_FILE, ())
     if any('objective/kl' in row for row in rows):
       rl[name] = rows
@@ -50,7 +51,6 @@ def of_models(config, models: Mapping[str, asking.Model]) -> dict[str, Any]:
       f'{name}: {text}' for text in beside.get('alarms.json', {}).values()
     ]
     if 'epochs.json' in beside and models[name].has_columns:
-      folder = epath.Path(source).parent
       info = next((s.info for s in stages.values() if s.folder == folder), {})
       epochs[name] = figures.Epochs(
         beside['epochs.json'],
@@ -67,6 +67,7 @@ def of_models(config, models: Mapping[str, asking.Model]) -> dict[str, Any]:
         for key, count in dropped.items()
         if count != {}
       }
+  named = _unique(stages)
   return {
     'rl_metrics': rl,
     'alarms': alarms,
@@ -79,21 +80,19 @@ def of_models(config, models: Mapping[str, asking.Model]) -> dict[str, Any]:
       name: figures.Training(
         settings_of(stage.config), operations_of(config, stage)
       )
-      for name, stage in _told_apart(stages).items()
+      for name, stage in named.items()
       if _made(stage) is not None and 'learning_rate' in stage.config
     },
-    'seconds': {
-      name: stage.seconds for name, stage in _told_apart(stages).items()
-    },
-    'data_sizes': _told_apart(sizes),
-    'hygiene': _told_apart(hygiene),
+    'seconds': {name: stage.seconds for name, stage in named.items()},
+    'data_sizes': _unique(sizes),
+    'hygiene': _unique(hygiene),
   }
 
 
 def _stages(
   loaded: Mapping[str, str], reward_model: str
 ) -> dict[tuple[str, str], origin.Stage]:
-  """(run, name) -> stage behind the models; a run is called by its models."""
+  """(run, name) -> stage behind the models; the models name a run."""
   called = {}
   for name, source in loaded.items():
     called.setdefault(origin.stages_of(source)[0], []).append(name)
@@ -107,9 +106,8 @@ def _stages(
   }
 
 
-def _told_apart(values: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
-  """Name -> value of (run, name) -> value; the run is said where two runs have
-  the name."""
+def _unique(values: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
+  """(run, name) -> value as name -> value, or `name (run)` if runs share it."""
   number = collections.Counter(name for _, name in values)
   return {
     f'{name} ({run})' if number[name] > 1 else name: value
@@ -118,7 +116,7 @@ def _told_apart(values: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-  """What a stage's config says of the method: dotted key -> value."""
+  """The settings of a stage's method: dotted key -> value."""
   return {
     key: value
     for key, value in run_lib.flat(config).items()
@@ -130,7 +128,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _made(stage: origin.Stage):
-  """The model that a stage made, or None."""
+  """The model of a stage, or None."""
   paths = [stage.folder / name for name in ('policy', 'model')]
   return next((path for path in paths if path.exists()), None)
 
@@ -138,23 +136,20 @@ def _made(stage: origin.Stage):
 def operations_of(config, stage: origin.Stage) -> float | None:
   """Floating-point operations of a stage's training, by formula.
 
-  RL has episodes; a reward model, rankings; other stages have rows of text.
-  None for a stage that is none of these, and where a length or a shape that the
-  formula needs is not known here.
+  RL has episodes, a reward model has rankings, other stages have rows of text.
+  None for any other stage, and if a length or a shape is unknown.
   """
   own, size = stage.config, model_folder.shape_of(_made(stage)).num_params
-  results = stage.folder / 'results.json'
   if 'num_episodes' in own:
-    scored_by = f'{stage.folder.parent}{own["reward_model"]}'
     scalar = 0
     if own['reward_model']:
-      place = epath.Path(scored_by)
-      if not place.exists():
-        place = own['reward_model']
+      place = epath.Path(f'{stage.folder.parent}{own["reward_model"]}')
       try:
-        scalar = model_folder.shape_of(place).num_params
+        scalar = model_folder.shape_of(
+          place if place.exists() else own['reward_model']
+        ).num_params
       except (checkpoint.CheckpointError, ValueError):
-        return None  # A run that was copied without its reward model.
+        return None  # The run was copied without its reward model.
     text = own['num_episodes'] * own['num_epochs'] * own['ptx_per_episode']
     return model_card.rl_operations(
       size,
@@ -165,16 +160,17 @@ def operations_of(config, stage: origin.Stage) -> float | None:
       own['num_epochs'],
       text * own['ptx_row_length'] if own['ptx_coef'] > 0 else 0,
     )
+  results = stage.folder / 'results.json'
   if 'comparisons' in own and results.exists():
-    # Each prompt with each of its answers, as long as they are here.
+    # Each prompt with each of its answers, of the lengths of this evaluation.
     lengths = config.prompt_length, config.response_length
     if None in lengths:  # Recorded answers need none.
       return None
     answers = run_lib.read_json(results)['num_forwards'] * own['num_epochs']
     return model_card.training_operations(size, answers * sum(lengths))
-  if 'row_length' in own and (stage.folder / metrics_lib.METRICS_FILE).exists():
-    lines = metrics_lib.read_lines(stage.folder / metrics_lib.METRICS_FILE)
-    rows = lines[-1]['step'] * own['batch_size']
+  metrics = stage.folder / metrics_lib.METRICS_FILE
+  if 'row_length' in own and metrics.exists():
+    rows = metrics_lib.read_lines(metrics)[-1]['step'] * own['batch_size']
     return model_card.training_operations(size, rows * own['row_length'])
   return None
 
@@ -185,7 +181,7 @@ def operations_of(config, stage: origin.Stage) -> float | None:
 def of_reward_model(
   config, rankings: Mapping[str, figures.Rankings], judge: judges.Judge
 ) -> figures.RewardFigures | None:
-  """What is known of `config.reward_model`; None without rankings."""
+  """Figures of `config.reward_model`; None without rankings."""
   if not rankings:
     return None
   folds = {}
@@ -197,10 +193,10 @@ def of_reward_model(
       )
       for name in ('intra', 'inter')
     }
+  first = next(iter(rankings.values())).accuracies
   ceiling = None
-  if judge.is_ceiling:
-    first = next(iter(rankings.values())).accuracies
-    ceiling = first['judge'].accuracy if 'judge' in first else None
+  if judge.is_ceiling and 'judge' in first:
+    ceiling = first['judge'].accuracy
   curve = origin.beside(config.reward_model).get(metrics_lib.METRICS_FILE, ())
   return figures.RewardFigures(
     rankings=rankings, ceiling=ceiling, curve=curve, **folds
@@ -208,11 +204,7 @@ def of_reward_model(
 
 
 def of_suite(path: str) -> dict[str, Any]:
-  """The scores of a suite.json, and who judged its answers.
-
-  Args:
-    path: '' or a file that does not exist where nothing was asked.
-  """
+  """Scores and judges of a suite.json; {} for '' or a missing file."""
   if not path or not epath.Path(path).exists():
     return {}
   result = run_lib.read_json(path)
@@ -226,7 +218,7 @@ def of_suite(path: str) -> dict[str, Any]:
 
 
 def of_labeling(rankings: Iterable[str]) -> dict[str, Any]:
-  """statistics.json of the labeling site beside rankings; {} without."""
+  """The labeling site's statistics.json beside rankings, or {}."""
   for path in rankings:
     found = epath.Path(path).parent / 'statistics.json'
     if found.exists():

@@ -25,7 +25,7 @@ def make_config(**changes):
 
 
 class Clock:
-  """Time that passes when told."""
+  """A clock that a test sets."""
 
   def __init__(self):
     self.now = 1_800_000_000.0
@@ -46,7 +46,7 @@ class Site:
     self.clock = Clock()
     self.engine = store.make_engine(url)
     if self.engine.dialect.name == 'sqlite':
-      # Waiting for the disk is tested where processes are killed, not here.
+      # Only the tests that kill processes wait for the disk.
       @sqlalchemy.event.listens_for(self.engine, 'connect')
       def _hurry(connection, record):
         del record
@@ -89,7 +89,7 @@ def joining_fields(page):
 
 
 class Person:
-  """Somebody with a browser of their own."""
+  """A person with their own browser."""
 
   def __init__(self, site, account_id):
     self.site = site
@@ -130,7 +130,7 @@ class Person:
     return int(re.match(r'/task/(\d+)/', reply.headers['location']).group(1))
 
   def texts(self, assignment):
-    """Output texts by letter, read off the ranking page."""
+    """Output texts by letter, from the ranking page."""
     page = self.get(f'/task/{assignment}/{self.num_pages(assignment) - 1}').text
     return {
       letter: html.unescape(text)
@@ -145,7 +145,7 @@ class Person:
     return max([0, *map(int, numbers)]) + 1
 
   def fill(self, assignment, step, **wanted):
-    """Answers a page: what is wanted, else the first choice of each question.
+    """Answers a page with `wanted`, else the first choice of each question.
 
     Returns the reply and the submission number used.
     """

@@ -40,7 +40,7 @@ FOLLOWED = {
   'the stage begins anew: delete': 'test_a_run_that_met_only_nan',
   'It holds times alone: delete it': 'test_a_damaged_file_of_times',
   'and the checkpoints are past it': 'test_an_epoch_that_is_gone',
-  'the same command goes on': 'test_a_service_that_did_not_answer',
+  'the same command resumes': 'test_a_service_that_did_not_answer',
   'delete the file to start this task again': 'test_a_damaged_journal',
   'stop it, or choose another work directory': 'tests/test_infra_run.py',
   'these values, choose another --workdir': 'tests/test_resume.py',
@@ -52,6 +52,7 @@ FOLLOWED = {
 # and about a version of this package that is no more.
 NOT_FOLLOWED = (
   'copy the file again',
+  'fetch it again',
   'and save it again',
   'write it again with flatten_indices',
   'from before lines of metrics were kept',
@@ -415,7 +416,7 @@ def test_a_service_that_did_not_answer(start, tmp_path):
     )
     ended = start(*flags)
     assert ended.returncode == 1
-    assert 'the same command goes on' in ended.stderr.splitlines()[-1]
+    assert 'the same command resumes' in ended.stderr.splitlines()[-1]
     assert len(requests) == 6
     up.append(True)
     ended = start(*flags)

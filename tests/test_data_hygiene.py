@@ -40,12 +40,6 @@ def test_duplicates_share_the_first_words_or_are_the_same():
   assert hygiene.drop_duplicates(prompts, prefix_words=4)[1] == 1
 
 
-def test_long_prompts_are_dropped_not_cut():
-  words = tokenizer.train_word_level(['a'])
-  kept, dropped = hygiene.drop_long(_prompts('a a', 'a a a'), words, 2)
-  assert _texts(kept) == ['a a'] and dropped == 1
-
-
 def test_cap_per_user():
   prompts = _prompts(*'abcdefgh', user='u') + _prompts('x', 'y', user='v')
   prompts += _prompts(*'pqr', user='')  # Unknown: never capped.
@@ -68,7 +62,7 @@ def test_split_by_user():
     for i in range(1000)
   ]
   shares = {'train': 0.8, 'valid': 0.1, 'test': 0.1}
-  splits = hygiene.split_by_user(prompts, shares, seed=3)
+  splits, _ = hygiene.split_by_user(prompts, shares, seed=3)
   # 50 users of 20 prompts: 40, 5 and 5 users.
   assert {k: len(v) for k, v in splits.items()} == {
     'train': 800,
@@ -79,9 +73,9 @@ def test_split_by_user():
   assert sum(map(len, users)) == len(set.union(*users)) == 50
   for split in splits.values():
     assert split == sorted(split, key=lambda p: int(p.id))
-  backwards = hygiene.split_by_user(prompts[::-1], shares, seed=3)
+  backwards, _ = hygiene.split_by_user(prompts[::-1], shares, seed=3)
   assert {p.id for p in backwards['test']} == {p.id for p in splits['test']}
-  other = hygiene.split_by_user(prompts, shares, seed=4)
+  other, _ = hygiene.split_by_user(prompts, shares, seed=4)
   assert other['test'] != splits['test']
   with pytest.raises(ValueError, match=r'sum to 0.9'):
     hygiene.split_by_user(prompts, {'train': 0.8, 'valid': 0.1}, seed=0)
@@ -248,7 +242,7 @@ def test_a_million_prompts():
   )
   shares = {'train': 0.8, 'valid': 0.1, 'test': 0.1}
   splits, split = seconds(
-    'split', lambda rows: hygiene.split_by_user(rows, shares, 0), kept
+    'split', lambda rows: hygiene.split_by_user(rows, shares, 0)[0], kept
   )
   _, personal = seconds(
     'personal data', hygiene.drop_personal_data, splits['train']
@@ -566,7 +560,7 @@ def test_users_without_a_common_opening_are_split_as_before():
     for i in range(200)
   ]
   shares = {'train': 0.5, 'valid': 0.5}
-  splits = hygiene.split_by_user(prompts, shares, seed=0)
+  splits, _ = hygiene.split_by_user(prompts, shares, seed=0)
   changed = [
     # The same question as prompt 1, by another user of the same split.
     dataclasses.replace(prompt, text='Q  1') if prompt.id == other else prompt
@@ -579,7 +573,7 @@ def test_users_without_a_common_opening_are_split_as_before():
       )
     ]
   ]
-  again = hygiene.split_by_user(changed, shares, seed=0)
+  again, _ = hygiene.split_by_user(changed, shares, seed=0)
   together = [{p.user for p in split} for split in again.values()]
   assert not together[0] & together[1]
 

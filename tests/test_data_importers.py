@@ -114,7 +114,7 @@ def test_oasst_trees(tmp_path):
   assert found.skipped == {
     'fewer than two ranked replies': 1,
     'deleted or failed review': 2,
-    'a reply without a rank beside ranked ones': 1,
+    'an unranked reply among ranked ones': 1,
   }
   write(path, [{'prompt': {'role': 'prompter'}}])
   with pytest.raises(records.RecordError, match=r'trees.jsonl:1: tree 1 is no'):
@@ -617,7 +617,7 @@ def test_what_models_wrote_is_no_demonstration(
   assert [row['labeler'] for row in rows if row.get('labeler')] == []
   said = capsys.readouterr().out
   assert 'skipped: demonstrations that models wrote' in said
-  assert '--model_outputs takes them: 1\n' in said
+  assert '--model_outputs keeps them: 1\n' in said
   # The prompt is still somebody's, and comparisons are of models anyway.
   assert 'prompts_train: 2\n' in said or name == 'self_instruct'
   code, rows = import_one(tmp_path, name, values, '--model_outputs')

@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from instruct_jax.data import __main__ as check
-from instruct_jax.data import records, tokenizer
+from instruct_jax.data import labels, records, tokenizer
 
 COMPARISON = records.Comparison(
   prompt='Name a bird.',
@@ -260,14 +260,19 @@ def test_the_check_tells_label_statistics(tmp_path, capsys):
   ]
   path = tmp_path / 'a.jsonl'
   records.write_jsonl(path, rows)
+
+  def agreement(rows):
+    found = labels.agreement(rows)
+    return sum(found.agreed), sum(found.counted)
+
   # Pairs (a, b) and (a, c) were ordered by both, alike.
-  assert check.agreement(rows) == (2, 2)
+  assert agreement(rows) == (2, 2)
   swapped = dataclasses.replace(rows[1], ranks=(1, 2, 3))
   # w2 now has c < b < a: none of three pairs alike.
-  assert check.agreement([rows[0], swapped]) == (0, 3)
+  assert agreement([rows[0], swapped]) == (0, 3)
   # Nobody knows whether two nameless rankings are one person's.
   nameless = [dataclasses.replace(row, labeler='') for row in rows]
-  assert check.agreement([*rows, *nameless]) == (2, 2)
+  assert agreement([*rows, *nameless]) == (2, 2)
   assert "without a labeler's name" not in check.describe('a', rows)
   assert (
     "without a labeler's name, so left out of the agreement: 3 records"

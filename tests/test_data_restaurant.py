@@ -38,7 +38,8 @@ def test_demonstrations_by_hand(tmp_path):
     f'mr,ref\n"{MR}",Blue  Spice is a cafe.\n"{MR}",Blue Spice is a cafe. \n'
     f'"{MR}","In the centre,\nit is."\n"{MR}",Last.\n'
   )
-  found = restaurant.read_demonstrations(path)
+  found, repeated = restaurant.read_demonstrations(path)
+  assert repeated == 1
   # The second is the first again; the third spans lines 4 and 5.
   assert [(d.response, d.id) for d in found] == [
     ('Blue Spice is a cafe.', 'e2e_nlg:2'),
@@ -70,7 +71,7 @@ def test_rankings_by_hand(tmp_path):
     + _row(texts='aaaaa')
     + _row(worker='w3', scores='1,1,1,1,1')
   )
-  found, counts = restaurant.read_rankings_and_counts(path, 'quality')
+  found, counts = restaurant.read_rankings(path, 'quality')
   assert [c.labeler for c in found] == [
     'quality:w1',
     'quality:w2',
@@ -85,7 +86,7 @@ def test_rankings_by_hand(tmp_path):
   assert counts == restaurant.RankingCounts(
     rows=5, tainted=1, too_few=1, merged=1, all_tied=1
   )
-  assert restaurant.read_rankings(path) == found
+  assert restaurant.read_rankings(path) == (found, counts)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +246,7 @@ def test_write(small_root, tmp_path):
 
 
 def test_real_files(data_root):
-  demonstrations = restaurant.read_demonstrations(
+  demonstrations, _ = restaurant.read_demonstrations(
     data_root / 'e2e_nlg' / 'devset.csv.gz'
   )
   # 4,672 rows, 547 representations; 151 rows repeat another exactly or but for
@@ -258,7 +259,7 @@ def test_real_files(data_root):
     ('naturalness', 2982, 107),
   ):
     path = data_root / 'e2e_rankings' / f'{criterion}.csv.gz'
-    found, counts = restaurant.read_rankings_and_counts(path, criterion)
+    found, counts = restaurant.read_rankings(path, criterion)
     assert counts.rows == rows and counts.tainted == 0
     assert len(found) == rows - counts.too_few
     assert len({c.labeler for c in found}) == workers
@@ -346,7 +347,7 @@ def test_repeated_sentences_are_counted(tmp_path, capsys):
   out[1] = f'--output={tmp_path / "ranked"}'
   assert convert.main(['e2e_quality', str(path), *out]) == 0
   said = capsys.readouterr().out
-  assert 'rows of which some texts are the same, merged: 1\n' in said
+  assert 'rows with repeated texts, merged: 1\n' in said
   (row,) = records.read_jsonl(
     tmp_path / 'ranked' / 'comparisons_train.jsonl', records.Comparison
   )

@@ -16,6 +16,12 @@ import pytest
 
 from instruct_jax.data import convert, records, sources
 
+
+def from_fields(examples, record_type, fields, source):
+  parsed = sources.Fields(record_type, fields, source)
+  return parsed.fill(enumerate(examples, start=1))
+
+
 TEXT = 'one two\nthree\n\n\n  four five\n \nsix\n\n'
 
 
@@ -102,9 +108,9 @@ def test_saved_datasets(tmp_path):
   rows = [{'question': f'q{i}?', 'answer': f'a{i}', 'n': i} for i in range(5)]
   write_saved(tmp_path / 'set', rows)
   spec = f'datasets:{tmp_path / "set"}'
-  assert list(sources.read_examples(spec)) == rows
-  found = sources.from_fields(
-    sources.read_examples(spec),
+  assert list(sources.read_examples(spec)) == list(enumerate(rows, start=1))
+  found = from_fields(
+    rows,
     records.Demonstration,
     {'prompt': '{question} ({n})\n', 'response': '{answer}'},
     spec,
@@ -131,7 +137,7 @@ def test_saved_datasets(tmp_path):
 def test_bad_values_of_fields_are_reported_together():
   examples = [{'a': '', 'b': 'x'}, {'a': 'y', 'b': 'x'}, {'a': 'z', 'b': ' '}]
   with pytest.raises(records.RecordError) as info:
-    sources.from_fields(
+    from_fields(
       examples, records.Demonstration, {'prompt': '{a}', 'response': '{b}'}, 'S'
     )
   message = str(info.value)
@@ -385,10 +391,10 @@ VALUES = {
     (
       '{a}',
       ValueError(
-        '{a} is a list and no text; name an entry of it, such as {a[0]}'
+        '{a} is a list, not a text; name an entry of it, such as {a[0]}'
       ),
     ),
-    ('{o}', ValueError('{o} is an object and no text')),
+    ('{o}', ValueError('{o} is an object, not a text')),
     ('{a[2]}', ValueError('{a[2]}: there is no entry 2')),
     ('{o[other]}', ValueError('{o[other]}: there is no entry other')),
     ('{s:.2f}', ValueError('{s:.2f}: Unknown format code')),
@@ -403,9 +409,7 @@ VALUES = {
 )
 def test_a_format_string_by_hand(template, expected):
   def fill():
-    return sources.from_fields(
-      [VALUES], records.Prompt, {'text': template}, 'S'
-    )
+    return from_fields([VALUES], records.Prompt, {'text': template}, 'S')
 
   if isinstance(expected, str):
     assert fill() == [records.Prompt('S:1', expected)]
@@ -418,7 +422,7 @@ def test_a_format_string_by_hand(template, expected):
 
 def test_lists_by_hand():
   def fill(record_type, values, **fields):
-    return sources.from_fields([values], record_type, fields, 'S')[0]
+    return from_fields([values], record_type, fields, 'S')[0]
 
   def comparison(values, **fields):
     fields = {'prompt': 'x', 'completions': '{c}', **fields}
@@ -444,7 +448,7 @@ def test_lists_by_hand():
   for ranks in ([1, None], [1, 1.5], [1, 'x'], [1, True], [1]):
     with pytest.raises(records.RecordError, match=r"S:1: 'ranks'"):
       comparison({'r': ranks}, ranks='{r}')
-  with pytest.raises(records.RecordError, match='is a list and no text'):
+  with pytest.raises(records.RecordError, match='is a list, not a text'):
     comparison({'c': [['a'], 'b']}, ranks=['1', '2'])
 
   turns = [{'role': 'user', 'content': 'hi'}]
@@ -457,7 +461,7 @@ def test_lists_by_hand():
   row = fill(records.Prompt, values, text='x', metadata=['{d}', '{n}', '{o}'])
   assert row.metadata == {'d': '2020-01-02', 'n': None, 'k': ['v']}
   with pytest.raises(
-    records.RecordError, match='given 2 times and is one text'
+    records.RecordError, match='given 2 times but is one text'
   ):
     fill(records.Prompt, {}, text=['a', 'b'])
 
@@ -553,7 +557,9 @@ def test_tables_need_fields(tmp_path, capsys):
     spec = name if ':' in name else str(tmp_path / name)
     assert convert.main(['prompts', spec, f'--output={tmp_path / "out"}']) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f'{spec}: is a table; say with --field')
+    assert error.startswith(
+      f'{spec}: is a table; give each field of prompts with'
+    )
 
 
 @pytest.mark.parametrize(
@@ -596,7 +602,9 @@ def test_tables_of_models_answers(tmp_path, capsys):
   assert convert.main(command) == 0
   out = capsys.readouterr().out
   assert 'demonstrations_train: 2\n' in out
-  assert "a model wrote the answer, as 'generator' says; --model_out" in out
+  assert (
+    "a model wrote the answer, according to 'generator'; --model_out" in out
+  )
   assert convert.main([*command, '--model_outputs']) == 0
   assert 'demonstrations_train: 3\n' in capsys.readouterr().out
   # The reference beside a prediction is a person's.

@@ -150,7 +150,7 @@ def test_gpt2_files(tmp_path):
   with pytest.raises(records.RecordError, match="vocab.bpe:3: .*'low'"):
     tokenizer.load_gpt2_bpe(encoder, merges)
   encoder.write_bytes(gzip.compress(b'{"l": 0'))
-  with pytest.raises(records.RecordError, match='encoder.json.gz: not a JSON'):
+  with pytest.raises(records.RecordError, match='encoder.json.gz: not JSON'):
     tokenizer.load_gpt2_bpe(encoder, merges)
 
 

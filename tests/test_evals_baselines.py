@@ -35,7 +35,7 @@ def test_length_takes_the_better_direction(sign):
 
 
 def test_bag_of_words_solves_the_one_word_problem():
-  # Word "good" is in the better text alone, n = 8 pairs, all other words
+  # Only the better text has the word "good", n = 8 pairs, all other words
   # cancel. The optimum of 8 log(1 + e^-w) + w²/2 has w = 8 σ(-w): w = 1.4816.
   comparisons = [_comparison('the good pub', 'the pub')] * 8
   judge = baselines.fit_bag_of_words(comparisons, l2=1.0)
@@ -91,10 +91,10 @@ def test_bag_of_words_finds_planted_tastes_on_new_texts():
   np.testing.assert_array_equal(judge.weights, again.weights)
 
 
-def test_separable_data_and_rare_words_are_no_trouble():
+def test_separable_data_and_rare_words_are_supported():
   # 500 pairs that one word separates: the ridge keeps its weight finite.
   comparisons = [_comparison('yes ' * 50, 'no ' * 50)] * 500
-  judge = baselines.fit_bag_of_words(comparisons, l2=1e-3, max_words=2)
+  judge = baselines.fit_bag_of_words(comparisons, l2=1e-3)
   assert np.isfinite(judge.weights).all()
   assert set(judge.vocabulary) == {'yes', 'no'}
   unknown = [_comparison('never seen', 'nor this')]
@@ -102,8 +102,8 @@ def test_separable_data_and_rare_words_are_no_trouble():
 
 
 @pytest.mark.parametrize('noisy', [False, True])
-def test_the_ridge_is_chosen_on_prompts_that_were_not_seen(noisy):
-  """One word that always tells, or 300 that tell nothing."""
+def test_the_ridge_is_chosen_on_held_out_prompts(noisy):
+  """One word that always predicts the label, or 300 that never do."""
   generator = np.random.default_rng(1)
   comparisons = []
   for number in range(200):

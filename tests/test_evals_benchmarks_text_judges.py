@@ -225,7 +225,10 @@ def test_as_many_answers_are_called_true_as_people_called_true(tmp_path):
 
 def test_a_table_of_truth_without_its_columns_is_named(tmp_path):
   (tmp_path / 'x.csv').write_text('Question,Best Answer\na,b\n')
-  with pytest.raises(records.RecordError, match='lacks the columns Correct An'):
+  with pytest.raises(
+    records.RecordError,
+    match='column Correct Answers, Incorrect Answers is missing',
+  ):
     text_judges.read_references(tmp_path / 'x.csv')
 
 

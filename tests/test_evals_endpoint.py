@@ -1,4 +1,4 @@
-"""Asking over HTTP against a local server that misbehaves."""
+"""Requests over HTTP to a faulty local server."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def said(reply):
   return reply['said']
 
 
-def test_answers_come_in_order_and_equal_questions_once(tmp_path):
+def test_answers_are_in_order_and_equal_requests_are_sent_once(tmp_path):
   with serve(echo) as (url, requests):
     asking = make(url, tmp_path, num_workers=3)
     bodies = [{'say': i % 4} for i in range(12)]
@@ -77,7 +77,7 @@ def test_faults_are_retried_with_back_off(tmp_path, fault):
   assert asking.counts.retried == 2
 
 
-def test_retry_after_goes_before_the_back_off(tmp_path):
+def test_retry_after_overrides_the_back_off(tmp_path):
   fault = Fault(429, '', [('Retry-After', '7')])
   sleeps = []
   with serve(lambda b, n: fault if n < 2 else echo(b, n)) as (url, _):
@@ -85,7 +85,7 @@ def test_retry_after_goes_before_the_back_off(tmp_path):
   assert sleeps == [7.0]
 
 
-def test_waits_are_bounded_and_the_last_problem_is_told(tmp_path):
+def test_waits_are_bounded_and_the_last_error_is_reported(tmp_path):
   sleeps = []
   with serve(lambda b, n: Fault(500, 'broken')) as (url, requests):
     asking = make(url, tmp_path, sleeps, max_retries=8)
@@ -118,7 +118,7 @@ def test_malformed_answers_are_asked_again_then_counted(tmp_path):
     ]
     assert asking.counts.malformed == 3
     assert asking.counts.unanswered == 1
-    # On record, so a second run pays for none of it.
+    # The journal holds them, so a second run sends nothing.
     again = make(url, tmp_path)
     assert again.ask([{'say': 'late'}, {'say': 'never'}], said) == [
       'late',
@@ -129,7 +129,7 @@ def test_malformed_answers_are_asked_again_then_counted(tmp_path):
   assert again.counts.remembered == 2
 
 
-def test_a_cut_run_goes_on(tmp_path):
+def test_an_interrupted_run_resumes(tmp_path):
   def fails_at_five(body, number):
     return Fault(401, 'out of credit') if number == 5 else echo(body, number)
 
@@ -150,8 +150,8 @@ def test_a_cut_run_goes_on(tmp_path):
   assert kept >= 4
 
 
-def test_odd_replies_are_kept_and_a_cut_character_is_no_end(tmp_path):
-  """Half a surrogate pair is JSON; nesting without end is not an answer."""
+def test_odd_replies_are_kept_and_a_partial_character_is_skipped(tmp_path):
+  """Half a surrogate pair is JSON; unbounded nesting is no reply."""
 
   def answer(body, number):
     if number == 1:
@@ -168,7 +168,7 @@ def test_odd_replies_are_kept_and_a_cut_character_is_no_end(tmp_path):
   assert len(requests) == 2
 
 
-def test_requests_keep_their_distance(tmp_path):
+def test_requests_are_paced(tmp_path):
   now, sleeps = [100.0], []
 
   def sleep(seconds):

@@ -1,4 +1,4 @@
-"""report.html: what it says, and how a browser shows it, on a phone too."""
+"""report.html: its content, and how a browser shows it, also on a phone."""
 
 import dataclasses
 import html.parser
@@ -125,7 +125,7 @@ def test_samples_stay_text(page):
 
 
 def test_text_from_anywhere_stays_text():
-  """Whatever a page is told: heads, cells, titles, plots, models, use cases."""
+  """All text of a page: heads, cells, titles, plots, models, use cases."""
   found = Elements(
     html_report.make_page(
       f'a {_HOSTILE}',
@@ -151,7 +151,7 @@ def test_text_from_anywhere_stays_text():
   assert not any('onerror' in attributes for _, attributes in found.tags)
   for letter in 'abcdefgilmn':
     assert f'{letter} {_HOSTILE}' in found.text
-  # Marks that reorder or control what is shown are seen as such.
+  # Marks that reorder or control text become visible.
   assert '\u202e' not in found.text and '\x1b' not in found.text
   assert '\ufffdh' in found.text
 
@@ -224,7 +224,7 @@ def test_links_lead_to_something(page, crowded_page):
     assert links and set(links) <= set(ids)
 
 
-def test_figures_and_doubts_are_there(page):
+def test_figures_and_intervals_are_there(page):
   text = Elements(page).text
   shown = made_figures.full()
   for name, rate in shown.outcomes.rates.items():
@@ -233,7 +233,7 @@ def test_figures_and_doubts_are_there(page):
       assert f'to {100 * rate.high:.1f}\u00a0%' in text
   assert shown.judge in text
   assert page.count('data:image/png;base64,') == len(made_figures.PLOTS)
-  # What report.md says, the page says too.
+  # The page has what report.md has.
   assert 'Slots and BLEU' in text and 'realised' in text
   for row in shown.labels().values():
     for share in row.values():
@@ -275,9 +275,9 @@ def open_page(browser, tmp_path):
     contexts.append(browser.new_context(**options))
     found = contexts[-1].new_page()
     found.complaints, found.requests = [], []
-    found.on('console', lambda told: found.complaints.append(told.text))
+    found.on('console', lambda line: found.complaints.append(line.text))
     found.on('pageerror', lambda error: found.complaints.append(str(error)))
-    found.on('request', lambda asked: found.requests.append(asked.url))
+    found.on('request', lambda request: found.requests.append(request.url))
     found.goto(f'file://{tmp_path}/report.html#{fragment}')
     return found
 
@@ -333,7 +333,7 @@ def test_models_can_be_hidden_and_more_prompts_shown(crowded_page, open_page):
   opened.get_by_role('button', name='Show more').click()
   assert len(visible(opened)) == 40
   opened.get_by_text('models', exact=True).click()
-  # A name with quotes and marks is one like any other.
+  # A name may have quotes and marks.
   name = '"quoted" <b>name</b>'
   shown = opened.locator('#samples article').first.locator('.answer:visible')
   assert shown.count() == 10
@@ -350,7 +350,7 @@ def test_nothing_is_wider_than_the_screen(which, options, request, open_page):
     'document.documentElement.scrollWidth <='
     ' document.documentElement.clientWidth'
   )
-  # And nothing is cut, but for tables, which scroll in their own box.
+  # And nothing is cut except tables, which scroll in their own box.
   beyond = opened.evaluate(
     """() => Array.from(document.querySelectorAll(
       'h1, h2, h3, p, li, img, figure, figcaption, pre, select, .tile, .scroll,'
@@ -362,7 +362,7 @@ def test_nothing_is_wider_than_the_screen(which, options, request, open_page):
   assert beyond == []
 
 
-def test_words_of_a_table_are_whole(page, crowded_page, open_page):
+def test_words_in_tables_are_not_broken(page, crowded_page, open_page):
   """No head of a row or column breaks within a word that would fit."""
   for text in (page, crowded_page):
     opened = open_page(text, **PHONE)
@@ -394,7 +394,7 @@ def test_a_wide_table_scrolls_in_its_box_and_says_so(crowded_page, open_page):
   assert box.evaluate('e => e.scrollWidth > e.clientWidth')
   hint = box.locator('xpath=preceding-sibling::p')
   assert hint.is_visible() and 'scrolls sideways' in hint.inner_text()
-  # With the keys, too; the use cases stay where they are.
+  # It also scrolls with the keys; the use cases stay in place.
   head = box.get_by_role('rowheader', name='brainstorming')
   before = head.bounding_box()['x']
   box.focus()
@@ -473,7 +473,7 @@ def contrast(colours):
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
-def test_text_stands_out_from_its_paper(scheme, page, open_page):
+def test_text_has_contrast(scheme, page, open_page):
   opened = open_page(page, color_scheme=scheme)
   for selector, paper in (
     ('h1', 'body'),
@@ -503,5 +503,5 @@ def test_paper_has_no_controls_and_all_texts(crowded_page, open_page):
   assert opened.locator('details.long div.text').first.is_visible()
   ground = opened.evaluate('getComputedStyle(document.body).backgroundColor')
   assert ground == 'rgb(255, 255, 255)'
-  # Which prompts are on the paper is said there.
+  # The printed page states which prompts it has.
   assert 'the first 30 shown' in opened.locator('#shown').inner_text()

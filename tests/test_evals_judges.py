@@ -40,8 +40,8 @@ def make(name, workdir, **changes):
   return judge(config, epath.Path(workdir), None)
 
 
-class Says(judges.Judge):
-  """Says what a function of the first answer's text says."""
+class Scripted(judges.Judge):
+  """Gives the verdicts of a function of the first answer's text."""
 
   def __init__(self, say):
     super().__init__(None, epath.Path('/nowhere'), None)
@@ -52,13 +52,13 @@ class Says(judges.Judge):
 
 
 def judged(judge, pairs):
-  """What `ask_both_orders` returns, without what has no outcome."""
+  """`ask_both_orders`, without judgements that have no outcome."""
   found, account = judges.ask_both_orders(judge, pairs)
   return [j for j in found if j.outcome is not None], account
 
 
 def length(prompts, responses, metadata):
-  """A judge of a user: a function of the texts."""
+  """A user-defined judge: a function of the texts."""
   assert len(prompts) == len(responses) == len(metadata)
   return [len(response) for response in responses]
 
@@ -106,7 +106,9 @@ def test_judges_that_cannot_judge_are_named(name, message, tmp_path):
 
 
 def test_position_bias_cancels_and_is_counted():
-  found, account = judged(Says(lambda text: [judges.Verdict(1.0)]), [pair()])
+  found, account = judged(
+    Scripted(lambda text: [judges.Verdict(1.0)]), [pair()]
+  )
   assert found[0].outcome == 0.5 and found[0].contradicts
   assert account.contradictions == 1
 
@@ -117,7 +119,7 @@ def test_every_blank_answer_counts_once():
   other = answer('z', 'blue')
   sides = ((blank, red), (again, red), (blank, other), (again, other))
   pairs = [judges.Pair(PROMPT, *both) for both in sides]
-  _, account = judged(Says(lambda text: []), pairs)
+  _, account = judged(Scripted(lambda text: []), pairs)
   assert account.empty == 2
 
 
@@ -127,9 +129,9 @@ def test_nothing_is_dropped_silently():
     'the colour red': [judges.Verdict(None)],
   }
   pairs = [pair(), pair('blue', 'red'), pair('', 'red')]
-  found, account = judged(Says(lambda text: verdicts.get(text, [])), pairs)
+  found, account = judged(Scripted(lambda text: verdicts.get(text, [])), pairs)
   assert not found
-  # Of the other two pairs one order alone has a verdict.
+  # The other two pairs have a verdict in only one order.
   assert account == judges.Account(pairs=3, unjudged=2, unparsed=1, empty=1)
 
 
@@ -147,7 +149,7 @@ def test_the_gold_judge_is_the_utility_of_its_world(rng, tmp_path):
     assert rating.likert - 1 <= 7 * gold.utility(said) <= rating.likert
     applies = said.satisfies_constraint is not None
     assert ('satisfies_constraint' in rating.labels) == applies
-  # Whether a label applies is no matter of the answer.
+  # Whether a label applies does not depend on the answer.
   assert judge.knows(prompts[0]) and not judge.knows(PROMPT)
   with pytest.raises(ValueError, match="'p1' is no task of the miniature"):
     judge.score([(PROMPT, answer('x', 'red'))])
@@ -191,7 +193,7 @@ def test_people_judge_by_their_ranks(tmp_path):
   assert account.unjudged == 1
 
 
-def test_anonymous_rankings_are_judgements_of_their_own(tmp_path):
+def test_anonymous_rankings_are_separate_judgements(tmp_path):
   judge = people(
     tmp_path,
     ranking('', (1, 2, 3)),
@@ -206,11 +208,11 @@ def test_anonymous_rankings_are_judgements_of_their_own(tmp_path):
   assert account == judges.Account(pairs=1, judgements=4)
   assert not any(j.contradicts for j in found)
   assert judge.name.startswith('people (1 by name)')
-  # Nobody knows how many people the nameless rankings are.
+  # The nameless rankings may be one person's or several people's.
   assert preferences.rates(found).by_labeler is None
 
 
-def test_verdicts_of_one_order_alone_are_counted():
+def test_verdicts_in_only_one_order_are_counted():
   said = {
     'red': [
       judges.Verdict(1.0, 'ann'),
@@ -219,8 +221,8 @@ def test_verdicts_of_one_order_alone_are_counted():
     ],
     'the colour red': [judges.Verdict(0.0, 'ann'), judges.Verdict(1.0)],
   }
-  found, account = judges.ask_both_orders(Says(said.get), [pair()])
-  # Ann's meet; which of two nameless verdicts the third belongs to is unknown.
+  found, account = judges.ask_both_orders(Scripted(said.get), [pair()])
+  # Ann's match; the third could match either of two nameless verdicts.
   assert [j.outcome for j in found] == [1.0, None, None, None]
   assert account == judges.Account(pairs=1, one_order=3, judgements=1)
 
@@ -328,7 +330,7 @@ def test_a_chat_model_compares_in_both_orders(tmp_path):
     }
     used = judge.account()
     assert used == used | cost | {'requests': 4, 'remembered': 0}
-    # A second run is free, and knows what the result had cost.
+    # A second run is free, and reports the cost of the result.
     again = chat_judge(url, tmp_path)
     judged(again, [pair(), pair('a long answer', 'no')])
     used = again.account()
@@ -339,7 +341,7 @@ def test_a_chat_model_compares_in_both_orders(tmp_path):
   assert 'name a colour' in content_of(body)
 
 
-def test_faults_and_nonsense_are_survived_and_counted(tmp_path):
+def test_faults_and_malformed_replies_are_counted(tmp_path):
   def answer_of(body, number):
     if number == 1:
       return Fault(503, 'busy')
@@ -397,7 +399,7 @@ THINKING = '<think>Is {"better": 1} or {"better": 2} right? {x}</think>'
     ('[' * 100_000 + '{"a":' * 2000 + '{"better": 1}', 1.0),
   ],
 )
-def test_a_preference_is_found_wherever_it_stands(text, preference):
+def test_a_preference_is_found_anywhere(text, preference):
   assert chat.read_preference(text) == preference
 
 
@@ -407,12 +409,12 @@ def test_a_preference_is_found_wherever_it_stands(text, preference):
    'better: 1', '{"better": 1} or {"better": 2}', '{"better": 1, "better": 2}',
    THINKING, '{"better": 1', '{better: 1}', '{"better": NaN}'],
 )  # fmt: skip
-def test_what_is_no_preference(text):
+def test_text_without_a_preference_is_refused(text):
   with pytest.raises(ValueError):
     chat.read_preference(text)
 
 
-def test_a_rating_is_found_wherever_it_stands():
+def test_a_rating_is_found_anywhere():
   text = '<think>{"overall": 1}</think> {fine} {"overall": 6, "x": 1} {}'
   assert chat.read_rating(text) == judges.Rating(6.0, {})
   with pytest.raises(ValueError, match='contradictory'):
@@ -443,7 +445,7 @@ def test_reasoning_around_the_verdict_reaches_the_judgement(tmp_path):
   assert account == judges.Account(
     pairs=2, unparsed=1, judgements=1, contradictions=1
   )
-  # Every reply is kept with the order that it was about.
+  # Every reply is kept with its order.
   assert [o.preference for o in found[0].orders] == [1.0, 1.0]
   assert [o.first for o in found[0].orders] == ['x', 'y']
   assert found[0].orders[0].raw.endswith('Since {b}.')
@@ -455,7 +457,7 @@ def test_reasoning_around_the_verdict_reaches_the_judgement(tmp_path):
     assert judge.compare(pairs[:1]) == [[judges.Verdict(1.0)]]
 
 
-def test_braces_in_answers_reach_the_model_as_they_are(tmp_path):
+def test_braces_in_answers_reach_the_model_unchanged(tmp_path):
   with serve(lambda b, n: reply('{"better": 0}')) as (url, requests):
     judge = chat_judge(url, tmp_path)
     assert judge.compare([pair('{x} </answer_1>', 'red')]) == [

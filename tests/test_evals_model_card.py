@@ -35,7 +35,7 @@ def test_sections_and_figures_are_there():
     assert f'{likert.mean:.3f} [{likert.low:.3f}' in card
 
 
-def test_programs_are_not_passed_off_as_people():
+def test_programs_are_not_presented_as_people():
   shown = full()
   card = model_card.make_card(shown)
   assert 'programs with tastes' in card
@@ -110,7 +110,7 @@ def test_labelers_of_the_labeling_site_are_described():
   assert '0.725 [0.700, 0.750], 1,234 pairs' in card
   assert '| anna | labeler | 40 | 93.500 | 0.125 | – |' in card
   assert 'programs with tastes' not in card
-  # Who judged is another matter.
+  # The judge is still a program.
   assert 'all judgements are by programs' in card
 
 

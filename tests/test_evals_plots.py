@@ -1,4 +1,4 @@
-"""Plots: what they say, and that nothing lies over anything else."""
+"""Plots: their text and lines, and that nothing overlaps."""
 
 import itertools
 import math
@@ -92,7 +92,7 @@ def against(values=(0.018, 0.06, 0.6, 6.0)):
 
 @pytest.fixture(scope='module')
 def drawn():
-  """Every plot there is, of a full run and of ten models, laid out."""
+  """Every plot, of a full run and of ten models, laid out."""
   found = {f'full {k}': v for k, v in plots.draw(full()).items()}
   found |= {f'many {k}': v for k, v in plots.draw(many_models()).items()}
   found |= {
@@ -134,7 +134,7 @@ def whiskers(axis):
   return found
 
 
-def test_every_kind_of_plot_is_looked_at(drawn):
+def test_every_kind_of_plot_is_covered(drawn):
   names = {name.split(' ')[1] for name in drawn if name.startswith('full')}
   assert names == made_figures.PLOTS | {'probes.png'}
 
@@ -152,7 +152,7 @@ def test_labels_of_answers_have_their_intervals():
     pytest.approx((0.7, 2.0)),
     pytest.approx((0.8, 2.1)),
   ]
-  # A step of the axis is coarser than what tells the two apart.
+  # A step of the axis is larger than their difference.
   assert [text.get_text() for text in axis.texts] == ['1.30 %', '1.40 %']
   assert axis.get_xlabel() == '% of answers'
 
@@ -169,7 +169,7 @@ def test_figures_are_as_fine_as_their_axis(drawn):
 
 @pytest.mark.parametrize('plot', ['win_rate', 'metadata', 'reward_model'])
 def test_no_line_or_bar_crosses_a_figure(drawn, plot):
-  """Numbers stand in a column of their own, right of their axes."""
+  """Numbers have their own column, right of the axes."""
   for name in (f'full {plot}.png', f'many {plot}.png'):
     if name not in drawn:
       continue
@@ -182,7 +182,7 @@ def test_no_line_or_bar_crosses_a_figure(drawn, plot):
         assert box.x1 <= drawn[name].bbox.x1 + 1
 
 
-def test_names_do_not_lie_over_each_other(drawn):
+def test_names_do_not_overlap(drawn):
   for name, figure in drawn.items():
     for axis in shown_axes(figure):
       for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
@@ -273,16 +273,16 @@ def test_models_keep_their_names_and_colours(drawn):
   assert colours == {looks['my_fork'][0], looks['other fork'][0]}
 
 
-def test_ten_models_are_told_apart():
+def test_ten_models_look_different():
   looks = plots._looks(LONG_NAMES)
   assert len({colour for colour, _ in looks.values()}) == len(LONG_NAMES)
   assert len(set(looks.values())) == len(LONG_NAMES)
-  # More than there are colours: the mark differs.
+  # With more models than colours, markers differ.
   assert len(set(plots._looks([str(i) for i in range(15)]).values())) == 15
 
 
-def test_all_that_a_run_may_lack_or_have_once(recwarn):
-  """One point, equal figures, negative ones, none: no warning, no gap."""
+def test_runs_with_little_data_are_drawn(recwarn):
+  """One point, equal figures, negative ones, none: no warning."""
   del recwarn
   flat = [
     {'step': 1, 'objective/kl': 0.0, 'objective/score': -2.0}

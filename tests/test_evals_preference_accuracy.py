@@ -80,7 +80,7 @@ def test_rankings_of_one_prompt_are_one_cluster():
 
 
 @pytest.mark.parametrize(
-  ('scores', 'ranks', 'ids', 'said'),
+  ('scores', 'ranks', 'ids', 'message'),
   [
     ([[1.0, 2.0]], [[1, 2], [1, 2]], ['a'], '1 score rows, 2 rank rows'),
     ([[1.0, 2.0]], [[1, 2, 3]], ['a'], 'comparison 0'),
@@ -89,8 +89,8 @@ def test_rankings_of_one_prompt_are_one_cluster():
     ([[1.0, 2.0]], [[1, 1]], ['a'], 'every pair tied'),
   ],
 )
-def test_bad_input(scores, ranks, ids, said):
-  with pytest.raises(ValueError, match=said):
+def test_bad_input(scores, ranks, ids, message):
+  with pytest.raises(ValueError, match=message):
     preference.pairwise_accuracy(scores, ranks, ids)
 
 

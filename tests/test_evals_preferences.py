@@ -31,7 +31,7 @@ def test_both_orders(first, swapped, outcome, contradicts):
   assert preferences.both_orders(first, swapped) == (outcome, contradicts)
 
 
-def test_prompts_weigh_the_same_however_many_people_judged():
+def test_prompts_have_equal_weight_however_many_people_judged():
   # Prompt a: three of three for x. Prompt b: one of one against it.
   rows = [
     judgement('a', 'x', 'sft', 1.0, labeler=name) for name in ('u', 'v', 'w')
@@ -68,7 +68,7 @@ def test_rates_redraw_prompts(rng):
 
 
 def test_labelers_who_differ_widen_the_interval():
-  # Two labelers agree with themselves alone: 100 prompts hide it.
+  # Each of two labelers always answers the same: 100 prompts hide it.
   rows = [
     judgement(str(i), 'x', 'y', float(i % 2), labeler=str(i % 2))
     for i in range(100)
@@ -104,7 +104,7 @@ def test_the_first_place_by_hand():
   assert found.rate.mean == (1 + 0.5 + 0.75 + 0.5) / 4
   assert (found.ties, found.contradictions) == (1 / 8, 1 / 4)
   assert found.num_verdicts == 8
-  # Whoever is better, a judge that looks at the answers alone has one half.
+  # A judge that ignores the order has one half, whoever is better.
   fair = preferences.first_place(
     [shown_twice(str(i), 1.0, 0.0) for i in range(9)]
   )
@@ -226,7 +226,7 @@ def test_outcomes_of_several_models():
   rows = [judgement(str(i), 'x', 'sft', float(i > 0)) for i in range(4)]
   rows += [judgement(str(i), 'sft', 'y', 1.0) for i in range(4)]
   rows += [judgement(str(i), 'x', 'y', 1.0, cat='chat') for i in range(4)]
-  rows += [judgement('0', 'x', 'a stranger', 0.0)]  # Is left out.
+  rows += [judgement('0', 'x', 'a stranger', 0.0)]  # Left out.
   found = preferences.outcomes(rows, ['y', 'sft', 'x'], 'sft', 50)
   assert {name: rate.rate for name, rate in found.rates.items()} == {
     'y': 0.0,

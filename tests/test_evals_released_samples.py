@@ -1,4 +1,4 @@
-"""Released samples: hand-made files, and OpenAI's own where they are there."""
+"""Released samples: hand-made files, and OpenAI's own if available."""
 
 import collections
 import csv
@@ -66,7 +66,7 @@ def test_scores_and_reweighting_by_hand(tmp_path):
   assert row['correlation'] is None  # One model.
 
 
-def test_other_readings_are_set_beside_the_usual(tmp_path):
+def test_other_readings_are_compared_with_the_usual(tmp_path):
   """ "Not in town" shares two words of three with the abstention, which counts
   only where that is a text like any other: F1 2/3."""
   rows = [
@@ -102,7 +102,7 @@ def test_reason_names_the_mix(tmp_path):
   assert cell['why'].startswith('above')
 
 
-def test_too_few_items_and_equal_items_judge_no_figure(tmp_path):
+def test_too_few_or_equal_items_have_no_interval(tmp_path):
   """Nine items, and twelve that all score 0: neither has a sound interval."""
   rows = [
     squad_row('gpt-xl', str(i), 'fox', 'fox' if i < 4 else 'hen')
@@ -175,17 +175,16 @@ def best_of(folder, rows):
   return {cell['model']: cell['best'] for cell in cells}
 
 
-def test_the_best_model_is_marked_where_it_is_told_apart(tmp_path):
+def test_the_best_model_is_marked_if_it_is_clearly_better(tmp_path):
   # Right on the same questions and on others: paired, 30 of 40 and 20 of 40
   # differ by 10 questions, all in one direction; 30 and 29 by one.
-  told = best_of(tmp_path, answers('a', 20) + answers('b', 30))
-  assert told == {'a': False, 'b': True}
+  clear = best_of(tmp_path, answers('a', 20) + answers('b', 30))
+  assert clear == {'a': False, 'b': True}
   close = best_of(
     tmp_path, answers('a', 20) + answers('b', 30) + answers('c', 29)
   )
   assert not any(close.values())
-  # One model is better than none; eight questions are too few; and what was
-  # asked of one alone, of shorter context, is no comparison.
+  # A single model, eight questions, or different questions are not compared.
   assert best_of(tmp_path, answers('a', 20)) == {'a': False}
   assert not any(
     best_of(tmp_path, answers('a', 0, 8) + answers('b', 8, 8)).values()
@@ -214,7 +213,7 @@ def test_less_toxicity_is_better(tmp_path):
   assert 'toxicity (lower is better)' in released_samples.to_markdown(result)
 
 
-def test_models_of_ones_own_are_a_table_without_the_papers(tmp_path):
+def test_other_models_have_a_table_without_the_papers_figures(tmp_path):
   write_rows(tmp_path, 'squadv2', answers('a|b', 10) + answers('b', 30))
   text = released_samples.to_markdown(released_samples.score_folder(tmp_path))
   head, _, row = [line for line in text.split('\n') if line.startswith('|')][:3]
@@ -228,7 +227,7 @@ def test_models_of_ones_own_are_a_table_without_the_papers(tmp_path):
     assert absent not in text.split('## Files')[0].split('\n', 1)[1]
 
 
-def test_reweighted_scores_of_ones_own_models_are_kept(tmp_path):
+def test_reweighted_scores_of_other_models_are_kept(tmp_path):
   rows = answers('a', 10) + [
     squad_row('a', f'n{i}', 'Not in background.', 'not in background')
     for i in range(5)
@@ -260,7 +259,7 @@ def truthful_rows(figures_of):
   return rows
 
 
-def test_label_conflict_is_found_and_only_where_there_is_one(tmp_path):
+def test_label_conflict_is_found_only_if_there_is_one(tmp_path):
   other = {
     'QA prompt': 'QA prompt',
     'QA + instruction': 'instruction prompt',
@@ -348,7 +347,7 @@ def test_layout_round_trip_with_odd_texts(tmp_path):
   # A summary's sentences make one text; a translation is never split.
   assert released_csv.references(read[0], 'tldr') == ['x y']
   assert released_csv.references(read[0], 'fr_to_en') == ['x|y']
-  assert released_csv.join_references(['a|b', 'c', 'c']) == 'a b|c'
+  assert released_csv.join(['a|b', 'c']) == 'a b|c'
   content = path.read_bytes()
   path.unlink()
   path.with_suffix('.csv.gz').write_bytes(gzip.compress(content))
@@ -437,7 +436,7 @@ def raw_rows(folder, task):
 
 
 def plain_f1(answer, reference):
-  """SQuAD's F1 written another way: counting words of sorted lists."""
+  """SQuAD's F1 by another algorithm: counting words of sorted lists."""
 
   def words(text):
     kept = ''.join(

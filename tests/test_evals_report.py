@@ -42,7 +42,7 @@ def test_matplotlib_needs_no_display_and_no_pyplot(written):
   assert 'pyplot' not in vars(plots)
 
 
-def test_summary_says_what_other_programs_read(written):
+def test_summary_has_what_other_programs_read(written):
   def no_constants(name):
     raise AssertionError(f'{name} is not JSON')
 
@@ -86,7 +86,7 @@ def test_summary_says_what_other_programs_read(written):
   assert nothing['reward_model'] is None and nothing['kl'] == {}
 
 
-def test_report_says_the_claims_with_their_doubt(written):
+def test_report_has_the_claims_with_their_intervals(written):
   text = (written / 'report.md').read_text()
   assert '**70 %** other fork against sft (better: 68.0 to' in text.replace(
     '\u00a0', ' '
@@ -100,7 +100,7 @@ def test_report_says_the_claims_with_their_doubt(written):
   assert '| other fork – sft | 0.700 [0.680, 0.720] | 97 | 197 |' in text
 
 
-def test_a_report_has_what_was_measured_and_says_what_was_not(tmp_path):
+def test_a_report_lists_what_was_not_measured(tmp_path):
   report.write_report(tmp_path, minimal())
   names = {path.name for path in tmp_path.iterdir()}
   assert names == {
@@ -184,7 +184,7 @@ def test_escape_shows_what_was_written():
   assert '_' not in report.escape('_it_ and __bold__ (_here_)')
 
 
-def test_brackets_stay_where_markdown_gives_them_no_meaning():
+def test_brackets_without_a_meaning_in_markdown_stay():
   kept = 'a share of 12.0% [11.0%, 13.0%] (1 [2] 3)'
   assert report.escape(kept) == kept
   assert report.escape('[a_b *c*]') == '[a_b &#42;c&#42;]'
@@ -194,7 +194,7 @@ def test_brackets_stay_where_markdown_gives_them_no_meaning():
   assert report.escape('[a][b]') == '&#91;a&#93;[b]'
 
 
-def test_cells_are_text_whatever_they_hold():
+def test_cells_become_text():
   interval = win_rate_lib.Interval(-0.5, -1e-15, 123.45, 9)
   assert report.cell(interval) == '-0.500 [0.000, 123.5]'
   small = [report.cell(x) for x in (-8.27e-07, 0.0007, -0.0004, 1.5e5)]
@@ -216,7 +216,7 @@ def test_a_command_cannot_leave_its_block():
   assert '````\nrun\n```\n# heading\n````' in text
 
 
-def test_long_samples_are_cut_and_say_so():
+def test_long_samples_are_cut_visibly():
   row = full().samples[0]
   answers = {
     model: dataclasses.replace(sample, response='word ' * 500)

@@ -1,8 +1,9 @@
-"""Slots said, missing and made up; BLEU. All sentences are ours."""
+"""Slots realised, missing, invented; BLEU. We wrote all sentences."""
 
 import pytest
 import sacrebleu
 
+from instruct_jax.data import restaurant as data
 from instruct_jax.evals import restaurant
 
 _FACTS = (
@@ -10,16 +11,6 @@ _FACTS = (
   'priceRange[less than £20], customer rating[5 out of 5], area[riverside], '
   'familyFriendly[no], near[Raja Indian Cuisine]'
 )
-
-
-def test_parse_slots():
-  slots = restaurant.parse_slots(_FACTS)
-  assert len(slots) == 8
-  assert slots['customer rating'] == '5 out of 5'
-  assert slots['near'] == 'Raja Indian Cuisine'
-  for bad in ('', 'no facts', 'name[a], name[b]'):
-    with pytest.raises(ValueError, match='every slot once'):
-      restaurant.parse_slots(bad)
 
 
 @pytest.mark.parametrize(
@@ -33,11 +24,11 @@ def test_parse_slots():
     'and chips at low prices. It’s in the riverside area; no children.',
   ],
 )
-def test_everything_said(text):
-  slots = restaurant.parse_slots(_FACTS)
+def test_every_slot_is_realised(text):
+  slots = dict(data.parse_meaning(_FACTS))
   report = restaurant.slot_report(slots, text)
   assert report == restaurant.SlotReport(tuple(slots), (), ())
-  # The same from pairs, as JSON gives them back.
+  # The same from pairs, as read from JSON.
   pairs = [list(pair) for pair in slots.items()]
   assert restaurant.slot_report(pairs, text) == report
 
@@ -84,7 +75,7 @@ def test_what_counts_as_invented(text, invented):
 
 
 @pytest.mark.parametrize(
-  ('slot', 'value', 'text', 'said'),
+  ('slot', 'value', 'text', 'expected'),
   [
     ('priceRange', 'cheap', 'prices are low and the rating is high', True),
     ('priceRange', 'high', 'prices are low and the rating is high', False),
@@ -113,10 +104,10 @@ def test_what_counts_as_invented(text, invented):
     ('name', 'The Eagle', 'Eagles fly over the river', False),
   ],
 )
-def test_synonyms(slot, value, text, said):
+def test_synonyms(slot, value, text, expected):
   report = restaurant.slot_report({slot: value}, text)
-  assert (report.realised == (slot,)) == said
-  assert (report.missing == ()) == said
+  assert (report.realised == (slot,)) == expected
+  assert (report.missing == ()) == expected
 
 
 def test_values_outside_the_data():
@@ -130,7 +121,7 @@ def test_rates():
   slots = [{'name': 'Zizzi', 'food': 'French'}] * 3
   texts = [
     'Zizzi serves French food.',  # 2 of 2, nothing invented.
-    'Zizzi is a pub.',  # 1 of 2, one invented of two said.
+    'Zizzi is a pub.',  # 1 of 2, one invented of two stated.
     'A French place in the city centre.',  # 1 of 2, one of two.
   ]
   rates = restaurant.slot_rates(slots, texts, ['a', 'b', 'c'])

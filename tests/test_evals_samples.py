@@ -32,7 +32,7 @@ def test_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('change', 'said'),
+  ('change', 'message'),
   [
     ({'num_tokens': True}, "'num_tokens' holds True"),
     ({'ended': 1}, "'ended' holds 1"),
@@ -40,12 +40,12 @@ def test_round_trip(tmp_path):
     ({'color': 'red'}, r"unknown fields \['color'\]"),
   ],
 )
-def test_malformed_lines_are_named(tmp_path, change, said):
+def test_malformed_lines_are_named(tmp_path, change, message):
   path = samples.write_samples(tmp_path / 'x.jsonl', [_sample()])
   line = path.read_text()
   bad = json.dumps(json.loads(line) | change)
   path.write_text(line + bad + '\n')
-  with pytest.raises(ValueError, match=r'x\.jsonl:2: .*' + said):
+  with pytest.raises(ValueError, match=r'x\.jsonl:2: .*' + message):
     samples.read_samples(path)
 
 
@@ -67,7 +67,7 @@ def test_scores_must_be_finite(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_side_by_side_takes_turns_by_category():
+def test_side_by_side_alternates_between_categories():
   categories = ['chat', 'chat', 'chat', 'qa', 'qa', 'list']
   recorded = [
     _sample(model, str(i), category)

@@ -38,7 +38,7 @@ def runs(tmp_path):
 
 def test_figures_come_from_the_logs(runs, tmp_path):
   written = tax.write(runs, tmp_path / 'out')
-  # Runs differ in gamma alone, so there is no plot against beta.
+  # Runs differ only in gamma, so there is no plot against beta.
   assert written == ['tax.json', 'tax_along_rl.png', 'tax_ptx_coef.png']
   for name in written[1:]:
     assert (tmp_path / 'out' / name).read_bytes().startswith(b'\x89PNG')
@@ -62,7 +62,7 @@ def test_a_single_stage_has_its_config_beside_it(tmp_path):
   ]
 
 
-def test_what_is_missing_is_named(tmp_path, runs):
+def test_missing_files_are_named(tmp_path, runs):
   with pytest.raises(ValueError, match='metrics.jsonl: no such file'):
     tax.read_run(tmp_path)
   write_run(tmp_path / 'run', 'other', 1.0, 0.1, 1.0)

@@ -116,7 +116,7 @@ def test_wilson_interval():
   assert win_rate.wilson_interval(1.0, 50)[1] == 1.0
 
 
-def test_a_share_that_all_prompts_agree_on_has_an_interval():
+def test_a_share_of_equal_outcomes_has_an_interval():
   # 0 of 50 prompts, each asked twice: Wilson's for 50, not the bootstrap's 0.
   ids = [i // 2 for i in range(100)]
   share = win_rate.share_interval([0] * 100, ids)
@@ -129,15 +129,15 @@ def test_a_share_that_all_prompts_agree_on_has_an_interval():
 
 
 @pytest.mark.parametrize(
-  ('values', 'ids', 'said'),
+  ('values', 'ids', 'message'),
   [
     ([1.0, 2.0], ['a'], 'lengths differ'),
     ([], [], 'at least one'),
     ([1.0, float('nan')], ['a', 'b'], 'first at index 1'),
   ],
 )
-def test_bad_input(values, ids, said):
-  with pytest.raises(ValueError, match=said):
+def test_bad_input(values, ids, message):
+  with pytest.raises(ValueError, match=message):
     win_rate.mean_interval(values, ids)
 
 

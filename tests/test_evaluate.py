@@ -578,7 +578,7 @@ def test_people_judge(folder, finished, tmp_path):
     ({'models': 'one'}, 'models must be NAME=FOLDER'),
     ({'baseline': 'three'}, "baseline names ['three']; models are"),
     ({'reference': 'three'}, "reference names ['three']"),
-    ({'other_models': 'one=a'}, "'one' stands in models and in other_models"),
+    ({'other_models': 'one=a'}, "'one' is in both models and other_models"),
     ({'prompts': ''}, 'prompts is empty'),
     ({'judge_model': ''}, 'judge_model is empty; the judge'),
     ({'judge': 'oracle'}, "judge 'oracle' is no dotted name"),

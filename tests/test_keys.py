@@ -200,7 +200,7 @@ _OF_OTHERS = {
 }
 # Arguments of functions whose callers check before: a stage never gets there.
 _ARGUMENTS = {
-  'instruct_jax/data/loader.py': {'drop_remainder', 'num_rows'},
+  'instruct_jax/data/loader.py': {'num_rows'},
   'instruct_jax/data/hygiene.py': {'prefix_words'},
   'instruct_jax/infra/optimizer.py': {'updates_per_iteration'},
 }

@@ -24,7 +24,7 @@ from playwright import sync_api
 
 from experiments import reward
 from instruct_jax.data import records
-from instruct_jax.labeling import demo, research, schema, store, web
+from instruct_jax.labeling import answers, demo, research, schema, store, web
 from tests import labeling_people as people
 from tests import test_labeling_reward
 
@@ -86,7 +86,7 @@ def live(tmp_path):
 
 
 def enter(browser, live, link, **settings):
-  """A page that is signed in; any script error or CSP report fails a test."""
+  """A signed-in page; tests can check its script errors and CSP reports."""
   context = browser.new_context(viewport=DESKTOP, **settings)
   page = context.new_page()
   page.set_default_timeout(30_000)
@@ -104,10 +104,10 @@ def enter(browser, live, link, **settings):
 
 def rate_all(page, outputs):
   page.get_by_role('button', name='Next task').click()
-  page.get_by_role('button', name='Save and go on').click()
+  page.get_by_role('button', name='Save and continue').click()
   for _ in range(outputs):
     page.get_by_label('5', exact=True).check()
-    page.get_by_role('button', name='Save and go on').click()
+    page.get_by_role('button', name='Save and continue').click()
   page.get_by_role('heading', name='Rank the outputs').wait_for()
 
 
@@ -218,7 +218,7 @@ def test_ranking_by_keyboard_alone(browser, live):
   tab_to('Next task')
   page.keyboard.press('Enter')
   page.wait_for_url('**/task/**')
-  tab_to('Save and go on')
+  tab_to('Save and continue')
   page.keyboard.press('Enter')
   for _ in range(3):
     page.get_by_role('heading', name='Output', level=2).wait_for()
@@ -226,17 +226,17 @@ def test_ranking_by_keyboard_alone(browser, live):
     page.keyboard.press('Space')
     for _ in range(4):
       page.keyboard.press('ArrowRight')
-    tab_to('Save and go on')
+    tab_to('Save and continue')
     with page.expect_navigation():
       page.keyboard.press('Enter')
   texts = {letter_of(page, f'text {i}'): i for i in range(3)}
   for letter, number in texts.items():
     handle(page, letter).focus()
-    for _ in range(number + 1):  # The first press ranks it first.
+    for _ in range(number + 1):  # The first press gives rank 1.
       page.keyboard.press('ArrowDown')
     assert page.evaluate('document.activeElement.innerText').endswith(letter)
-    told = page.locator('#announcement').inner_text()
-    assert told == f'Output {letter} is now at rank {number + 1}'
+    announced = page.locator('#announcement').inner_text()
+    assert announced == f'Output {letter} is now at rank {number + 1}'
   tab_to('Submit')
   page.keyboard.press('Enter')
   page.get_by_role('heading', name='Your work').wait_for()
@@ -259,7 +259,7 @@ def test_ranking_by_touch(browser, live):
 
   for text, rank in (('text 0', 2), ('text 1', 1)):
     letter = letter_of(page, text)
-    # Both ends in view, so that nothing scrolls under the finger.
+    # Both ends are in view, so nothing scrolls during the drag.
     handle(page, letter).scroll_into_view_if_needed()
     page.evaluate('window.scrollTo(0, document.body.scrollHeight)')
     start = handle(page, letter).bounding_box()
@@ -275,7 +275,7 @@ def test_ranking_by_touch(browser, live):
   assert research.labeled(live.store)[0].content['ranks'] == [2, 1]
 
 
-def test_what_is_written_is_kept_without_a_button(browser, live):
+def test_drafts_are_saved_without_a_button(browser, live):
   load(live, [{'prompt': 'W'}], 'demonstration')
   page = enter(browser, live, live.link('anna'))
   page.get_by_role('button', name='Next task').click()
@@ -284,14 +284,14 @@ def test_what_is_written_is_kept_without_a_button(browser, live):
   page.get_by_text('Draft saved').wait_for()
   page.reload()
   assert response.input_value() == 'one and a ha'
-  # Offline for a while: it says so, and saves when the site answers again.
+  # While offline, the page says so; it saves when the site answers again.
   page.route('**/task/**', lambda route: route.abort())
   response.fill('one and a half')
   page.get_by_text('The draft is not saved yet').wait_for()
   page.unroute('**/task/**')
   page.get_by_text('Draft saved').wait_for()
   assert not research.labeled(live.store)
-  # A submit while a draft is on its way waits for it.
+  # A submit waits for a draft that is being saved.
   page.route(
     '**/task/**',
     lambda route: (
@@ -313,10 +313,10 @@ def test_what_is_written_is_kept_without_a_button(browser, live):
   assert work['draft']['write']['response'] == 'All of it.'
 
 
-def test_what_is_written_before_the_script_came_is_kept(browser, live):
+def test_text_typed_before_the_script_loads_is_saved(browser, live):
   load(live, [{'prompt': 'W'}], 'demonstration')
   page = enter(browser, live, live.link('anna'))
-  # The page before has the same script, which must have come.
+  # The earlier page has the same script, which must have loaded.
   page.wait_for_load_state()
   held = []
   page.route('**/labeling.js', lambda route: held.append(route))
@@ -333,8 +333,8 @@ def test_what_is_written_before_the_script_came_is_kept(browser, live):
   assert page.get_by_label('The response').input_value() == 'early words'
 
 
-def test_a_page_elsewhere_cannot_sign_a_visitor_in(browser, live):
-  """A real cross-site form, as an attacker's page would send it by itself."""
+def test_another_site_cannot_sign_a_visitor_in(browser, live):
+  """A real cross-site form, as on an attacker's page."""
   link = live.link('mallory')
   page = browser.new_context(viewport=DESKTOP).new_page()
   page.set_default_timeout(30_000)
@@ -352,17 +352,17 @@ def test_a_page_elsewhere_cannot_sign_a_visitor_in(browser, live):
     assert 'labeling' not in names
 
   attack()
-  # Not even after the visitor was led to look at the page of the link.
+  # Not even after the visitor has opened the page of the link.
   page.goto(link)
   token = page.locator('input[name=joining]').get_attribute('value')
   attack(f'<input name="joining" value="{token}">')
-  # The link was not used up: from its own page it works.
+  # The link was not used up: it works from its own page.
   page.goto(link)
   page.get_by_role('button', name='Sign in').click()
   page.get_by_role('heading', name='Your work').wait_for()
 
 
-def test_a_second_sign_in_is_told_and_ends_the_first(browser, live):
+def test_a_second_sign_in_is_announced_and_ends_the_first(browser, live):
   load(live, [{'prompt': 'W'}], 'demonstration')
   first = enter(browser, live, live.link('anna'))
   first.get_by_role('button', name='Next task').click()
@@ -374,16 +374,16 @@ def test_a_second_sign_in_is_told_and_ends_the_first(browser, live):
     ).one()
   page = browser.new_context(viewport=DESKTOP).new_page()
   page.goto(f'{live.url}/join/{live.store.invite(anna.id)}')
-  page.get_by_text('on another one, that ends now').wait_for()
+  page.get_by_text('ends your session on any other browser').wait_for()
   page.get_by_role('button', name='Sign in').click()
-  page.get_by_role('button', name='Go on with your open task').click()
+  page.get_by_role('button', name='Continue your open task').click()
   assert page.get_by_label('The response').input_value() == 'half of'
   first.get_by_label('The response').fill('half of it')
   first.get_by_text('You are signed out here').wait_for()
   assert any('401' in problem for problem in first.problems)
 
 
-def test_a_task_whose_time_is_over_says_so(browser, live):
+def test_an_expired_task_says_so(browser, live):
   load(live, [{'prompt': 'W'}], 'demonstration', overlap=1)
   page = enter(browser, live, live.link('anna'))
   page.get_by_role('button', name='Next task').click()
@@ -393,9 +393,9 @@ def test_a_task_whose_time_is_over_says_so(browser, live):
   live.store.clock = lambda: time.time() + 3 * 3600
   assert people.enter(live, 'ben').claim() is not None
   response.fill('half of it')
-  page.get_by_text('the time of this task is over').wait_for()
+  page.get_by_text('the time for this task is over').wait_for()
   page.reload()
-  page.get_by_text('The time of this task is over').wait_for()
+  page.get_by_text('The time for this task is over').wait_for()
   assert response.input_value() == 'half of it'
   page.get_by_role('link', name='Labeling', exact=True).click()
   page.get_by_role('heading', name='not finished in time').wait_for()
@@ -443,7 +443,7 @@ def _axe_source():
 
 
 def _fill_demo(live, browser):
-  """A site with something on every page; returns labeler and admin pages."""
+  """Fills every page of a site; returns labeler and admin pages."""
   demo.fill(live.store)
   judge = enter(browser, live, live.link('judge', 'researcher'))
   rookie = enter(browser, live, live.link('rookie', status='screening'))
@@ -505,7 +505,7 @@ def test_every_page_is_accessible_and_fits(browser, live):
   for batch in batches:
     if batch.screening:
       continue
-    # One batch at a time: what comes next is of its kind.
+    # With one open batch, the next task is of its kind.
     with live.store.write() as c:
       c.execute(schema.batches.update().values(closed=True))
       c.execute(
@@ -516,7 +516,7 @@ def test_every_page_is_accessible_and_fits(browser, live):
     for number in range(3 if batch.kind == 'prompt' else 1):
       task = live.store.claim(mine)
       work = live.store.work(task, mine.id)
-      pages = web._ordered_pages(work)
+      pages = answers.pages(work)
       for step, page_name in enumerate(pages):
         if page_name.startswith('output') and step > 1:
           continue

@@ -1,4 +1,4 @@
-"""The labeling site's command line, in processes of its own."""
+"""The labeling site's command line, in separate processes."""
 
 import gzip
 import pathlib
@@ -45,7 +45,7 @@ def once(workdir, *arguments):
 
 
 def started(workdir, *arguments):
-  """The process of a site, and what it printed until it was ready."""
+  """The process of a site, and its output until it was ready."""
   process = subprocess.Popen(
     command(workdir, *arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True
   )
@@ -77,7 +77,7 @@ def test_a_newcomer_ranks_within_a_few_clicks(tmp_path):
     with httpx2.Client(follow_redirects=True) as browser:
       fields = people.joining_fields(browser.get(admin).text)
       assert 'Progress' in browser.post(admin, data=fields).text
-    # What was said at the start is not in the database.
+    # The database does not hold the tokens that were printed.
     assert once(workdir, f'--backup={tmp_path}/b.gz').returncode == 0
   finally:
     process.terminate()
@@ -88,7 +88,7 @@ def test_a_newcomer_ranks_within_a_few_clicks(tmp_path):
   process, printed = started(workdir)
   process.terminate()
   process.wait()
-  assert '/join/' not in printed  # The link is the first start's.
+  assert '/join/' not in printed  # Only the first start prints a link.
   assert '/join/' in once(workdir, '--admin_link').stdout
 
   again = once(workdir, f'--backup={tmp_path}/b')
@@ -100,12 +100,12 @@ def test_a_newcomer_ranks_within_a_few_clicks(tmp_path):
   assert (tmp_path / 'c.gz').exists() and not (tmp_path / 'c').exists()
 
   other = tmp_path / 'other'
-  # A damaged and a newer back-up are one line each, and leave nothing.
-  header, rest = gzip.decompress((tmp_path / 'b.gz').read_bytes()).split(
+  # A damaged or newer back-up gives one line and changes nothing.
+  header, body = gzip.decompress((tmp_path / 'b.gz').read_bytes()).split(
     b'\n', 1
   )
   newer = header.replace(b'"0001"', b'"0099"')
-  (tmp_path / 'newer.gz').write_bytes(gzip.compress(newer + b'\n' + rest))
+  (tmp_path / 'newer.gz').write_bytes(gzip.compress(newer + b'\n' + body))
   (tmp_path / 'cut.gz').write_bytes((tmp_path / 'b.gz').read_bytes()[:-50])
   for name, words in (('cut', 'damaged'), ('newer', 'up to 0001')):
     bad = once(other, f'--restore={tmp_path}/{name}.gz')
@@ -125,7 +125,7 @@ def test_a_newcomer_ranks_within_a_few_clicks(tmp_path):
   assert (tmp_path / 'out/statistics.json').exists()
 
 
-def test_what_cannot_be_done_makes_nothing(tmp_path):
+def test_impossible_requests_create_nothing(tmp_path):
   missing = tmp_path / 'typo'
   for flags, words in (
     ([f'--backup={tmp_path}/b.gz'], 'no such file; give the --workdir'),
@@ -153,5 +153,5 @@ def test_bad_settings_are_named(key, value, words):
     store.validate(people.make_config(**{key: value}))
 
 
-def test_the_config_as_it_is_passes():
+def test_the_default_config_is_valid():
   store.validate(people.make_config())

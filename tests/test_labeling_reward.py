@@ -88,7 +88,7 @@ def make_config(exported, workdir, folds):
 def test_a_reward_model_trains_on_the_export(exported, workdir):
   config = make_config(exported, epath.Path(workdir), folds=False)
   results = reward.run(config, epath.Path(workdir) / 'reward')
-  # Everybody orders the three texts alike, so there is something to learn.
+  # Everybody ranks the three texts the same, so there is something to learn.
   assert results['accuracy'] > 0.9
   assert results['num_dropped'] == 0
   train = records.read_jsonl(config.comparisons, records.Comparison)
@@ -111,16 +111,16 @@ def test_labeler_cross_validation_runs_on_the_export(
   assert len(results['runs']) == num_folds
 
 
-def test_labelers_who_ranked_nothing_held_out_are_named(
+def test_labelers_without_held_out_rankings_are_named(
   exported, workdir, tmp_path
 ):
   """Before any fold is trained."""
   config = make_config(exported, epath.Path(workdir), folds=True)
   rows = records.read_jsonl(config.valid_comparisons, records.Comparison)
   records.write_jsonl(
-    tmp_path / 'some.jsonl', [c for c in rows if c.labeler != 'labeler3']
+    tmp_path / 'fewer.jsonl', [c for c in rows if c.labeler != 'labeler3']
   )
-  config.valid_comparisons = str(tmp_path / 'some.jsonl')
+  config.valid_comparisons = str(tmp_path / 'fewer.jsonl')
   with pytest.raises(ValueError, match='valid_comparisons: .* labeler3, who'):
     crossval.run(config, epath.Path(tmp_path) / 'folds')
   assert not (tmp_path / 'folds').exists()
@@ -146,7 +146,7 @@ def test_statistics_reach_the_model_card(exported):
   assert found['agreement']['labelers']['rate'] == 1.0
   assert found['by_kind'] == {'ranking': 80, 'demonstration': 4}
   assert {p['name'] for p in found['labelers']} >= {'labeler0', 'labeler4'}
-  # As the evaluation of a pipeline finds them, beside the rankings.
+  # In a pipeline, the statistics are in the same folder as the rankings.
   assert (
     run_figures.of_labeling([str(exported / 'comparisons_train.jsonl')])
     == found
@@ -185,7 +185,7 @@ def test_samples_of_checkpoints_become_tasks(exported, tmp_path):
     {'role': 'user', 'content': 'Prompt number 2'}
   ]
   assert line['models'] == ['first', 'first', 'second', 'second']
-  # Every completion has chances of its own.
+  # Every completion is sampled independently.
   assert len(set(line['completions'])) > 1
   site = people.Site(f'sqlite:///{tmp_path}/site.sqlite', tmp_path)
   count = research.import_tasks(

@@ -31,7 +31,7 @@ def test_a_ranking_goes_from_page_to_export(site, tmp_path):
     tmp_path / 'out/comparisons.jsonl', records.Comparison
   )
   assert found.prompt == 'Prompt number 0'
-  # Imported order, whatever order was shown.
+  # In imported order, not in the order shown.
   assert found.completions == ('text 0', 'text 1', 'text 2', 'text 3')
   assert found.ranks == (1, 2, 3, 4)
   assert (found.labeler, found.user, found.id) == ('anna', 'u0', 'p0')
@@ -102,7 +102,7 @@ def test_each_output_is_rated_before_the_ranking_counts(site):
   assert anna.fill(task, 5, **ranks)[0].status_code == 303
 
 
-def test_conditional_questions_come_when_they_apply(site):
+def test_conditional_questions_appear_when_they_apply(site):
   site.load(people.ranking_items(1))
   anna = site.person('anna')
   task = anna.claim()
@@ -221,12 +221,12 @@ def test_labelers_never_see_models(site):
   anna.rank(task, people.rank_of)
   for path in paths:
     assert 'secretmodel' not in anna.get(path).text
-  # Nor where the output stood in the file: rank0 is the first one shown.
+  # Nor the position in the file: rank0 is the first output shown.
   page = anna.get(f'/task/{task}/5').text
   assert re.findall(r'name="(rank\d)"', page) == [f'rank{i}' for i in range(4)]
 
 
-def test_overlap_is_met_and_never_passed(site):
+def test_overlap_is_reached_and_never_exceeded(site):
   site.load(people.ranking_items(3), overlap=2)
   given = []
   persons = [site.person(f'labeler{i}') for i in range(4)]
@@ -250,7 +250,7 @@ def test_a_task_left_open_returns_to_the_pool(site):
   site.clock.now += 120 * 60 + 1
   task_of_ben = ben.claim()
   assert task_of_ben is not None
-  # Anna's late answer does not count while Ben holds the task; it is a draft.
+  # While Ben holds the task, Anna's late answer is only a draft.
   reply, _ = anna.rank(task, people.rank_of)
   assert reply.status_code == 409
   assert 'draft' in reply.text
@@ -262,7 +262,7 @@ def test_a_task_left_open_returns_to_the_pool(site):
   assert ben.claim() is None
 
 
-def test_who_works_on_a_task_keeps_it(site):
+def test_a_task_does_not_expire_during_work(site):
   site.load(people.ranking_items(1))
   anna, ben = site.person('anna'), site.person('ben')
   task = anna.claim()
@@ -290,7 +290,7 @@ def state_of(site, task):
 
 
 def act(person, task, action):
-  """Does one thing to a task whose pages are filled; returns the reply."""
+  """Does one action on a task with complete pages; returns the reply."""
   if action == 'skip':
     return person.post(f'/task/{task}/skip', reason='The task is unclear')
   if action == 'flag':
@@ -304,7 +304,7 @@ def act(person, task, action):
 @pytest.mark.parametrize(
   'action', ['skip', 'flag', 'submit', 'next', 'draft', 'autosave']
 )
-def test_whatever_is_done_after_the_time_limit_is_kept(site, who, action):
+def test_actions_after_the_time_limit_are_kept(site, who, action):
   site.load(people.ranking_items(2))
   anna, ben = site.person('anna'), site.person('ben')
   task = anna.claim()
@@ -319,7 +319,7 @@ def test_whatever_is_done_after_the_time_limit_is_kept(site, who, action):
   reply = act(anna, task, action)
   state, reason, holders = state_of(site, task)
   taken = who == 'taken'
-  # Whose task it is now does not change by what Anna does.
+  # Anna's action does not change who holds the task now.
   if action == 'skip':
     assert (reply.status_code, state) == (303, 'skipped')
     assert reason == 'The task is unclear'
@@ -344,7 +344,7 @@ def test_whatever_is_done_after_the_time_limit_is_kept(site, who, action):
   if action in ('next', 'draft', 'autosave'):
     place = f'output{work["order"][0]}'
     assert work['draft'][place]['overall'] == '3'
-  # Another task is offered to Anna after a skip; Ben's work counts.
+  # After a skip, Anna gets another task; Ben's work counts.
   again = anna.claim()
   assert (again == task) == (
     action != 'skip' and not taken and action != 'submit'
@@ -368,7 +368,7 @@ def test_a_skip_sent_again_changes_nothing_and_a_new_reason_counts(site):
   assert state_of(site, task)[:2] == ('skipped', 'The task is unclear')
   page = site.admin.get('/admin/audit').text
   assert page.count('<td>skip</td>') == 2
-  # Skipped is for good: later pages are refused, with what was written in them.
+  # A skip is final: later pages are refused, but show the text again.
   reply, _ = anna.fill(task, 1, notes='late')
   assert reply.status_code == 409 and 'late</textarea>' in reply.text
   mine = ben.claim()
@@ -376,8 +376,8 @@ def test_a_skip_sent_again_changes_nothing_and_a_new_reason_counts(site):
   assert ben.post(f'/task/{mine}/skip', reason='Other').status_code == 409
 
 
-def test_a_draft_is_not_lost_to_sight(site):
-  """Begun tasks are listed and offered first, when they are free."""
+def test_unfinished_tasks_are_listed_and_offered_first(site):
+  """Started tasks come first while they are free."""
   site.load(people.ranking_items(3))
   anna, ben = site.person('anna'), site.person('ben')
   ben.rank(ben.claim(), people.rank_of)  # Anna's is not the first task.
@@ -389,13 +389,13 @@ def test_a_draft_is_not_lost_to_sight(site):
   page = anna.get('/?label=1').text
   assert 'not finished in time' in page
   assert f'/task/{task}/0' in page
-  assert 'The time of this task is over' in anna.get(f'/task/{task}/1').text
+  assert 'The time for this task is over' in anna.get(f'/task/{task}/1').text
   assert ben.claim() not in (None, task)  # His own, which he had begun.
   assert anna.claim() == task
-  assert 'The time of this task' not in anna.get(f'/task/{task}/1').text
+  assert 'The time for this task' not in anna.get(f'/task/{task}/1').text
 
 
-def test_one_task_at_a_time_is_taken_up(site):
+def test_only_one_task_at_a_time_is_reopened(site):
   site.load(people.ranking_items(2))
   anna, ben = site.person('anna'), site.person('ben')
   first = anna.claim()
@@ -406,7 +406,7 @@ def test_one_task_at_a_time_is_taken_up(site):
   assert second not in (None, first)
   ben.post(f'/task/{first_of_ben}/skip', reason='Other')
   anna.fill(first, 1, notes='kept')
-  # The draft is kept, and the task stays free for others.
+  # The draft is saved, and the task stays free for others.
   assert state_of(site, first) == ('expired', '', [None])
   assert anna.claim() == second
   anna.rank(second, people.rank_of)
@@ -414,7 +414,7 @@ def test_one_task_at_a_time_is_taken_up(site):
   assert 'kept</textarea>' in anna.get(f'/task/{first}/1').text
 
 
-def test_a_flag_is_a_sign_of_work(site):
+def test_a_flag_counts_as_work(site):
   site.load(people.ranking_items(1))
   anna, ben = site.person('anna'), site.person('ben')
   task = anna.claim()
@@ -424,7 +424,7 @@ def test_a_flag_is_a_sign_of_work(site):
   assert ben.claim() is None
 
 
-def test_an_open_task_of_a_closed_batch_is_not_in_the_way(site):
+def test_an_open_task_of_a_closed_batch_does_not_block(site):
   site.load(people.ranking_items(1), name='one')
   site.load(people.ranking_items(1), name='two')
   anna = site.person('anna')
@@ -439,8 +439,8 @@ def test_an_open_task_of_a_closed_batch_is_not_in_the_way(site):
     assert anna.rank(task, people.rank_of)[0].status_code == 303
 
 
-def test_who_is_suspended_gets_no_task(site):
-  """The account as it was when the page was asked for may be out of date."""
+def test_suspended_accounts_get_no_task(site):
+  """The account that the request began with may be out of date."""
   site.load(people.ranking_items(1))
   anna = site.person('anna')
   account = site.store.session(anna.client.cookies['labeling'])
@@ -449,7 +449,7 @@ def test_who_is_suspended_gets_no_task(site):
     site.store.claim(account)
 
 
-def test_a_draft_and_an_answer_can_be_taken_up_again(site):
+def test_drafts_and_answers_can_be_edited_again(site):
   site.load(people.ranking_items(1))
   anna = site.person('anna')
   task = anna.claim()
@@ -466,7 +466,7 @@ def test_a_draft_and_an_answer_can_be_taken_up_again(site):
   assert f'href="/task/{task}/0"' in anna.get('/').text
 
 
-def test_a_page_is_saved_while_it_is_written(site):
+def test_a_page_is_saved_while_the_labeler_types(site):
   site.load(people.ranking_items(1))
   anna = site.person('anna')
   task = anna.claim()
@@ -476,7 +476,7 @@ def test_a_page_is_saved_while_it_is_written(site):
   assert (reply.status_code, reply.text) == (204, '')
   page = anna.get(path).text
   assert 'half a &lt;b&gt;</textarea>' in page
-  # Begun is not done: the page has no tick and is where the task goes on.
+  # An incomplete page has no tick, and the task continues there.
   assert page.count('(saved)') == 1
   assert anna.post('/next').headers['location'] == path
   anna.fill(task, 1)
@@ -526,7 +526,7 @@ def test_pace_counts_work_and_not_the_night(site):
   assert site.rows()[0].seconds == 630
 
 
-def test_answers_are_stamped_with_the_instructions_in_force(site):
+def test_answers_record_the_current_instructions(site):
   site.load(people.ranking_items(2))
   anna = site.person('anna')
   anna.rank(anna.claim(), people.rank_of)
@@ -598,9 +598,9 @@ def test_screening_answers_are_not_exported(site, tmp_path):
 
 
 def test_pair_counts_by_hand():
-  # Pairs: 01 both order alike; 02 alike; 12 tied by the second.
+  # Pairs: 01 alike, 02 alike, 12 tied by the second.
   assert labels.pair_counts([1, 2, 3], [1, 2, 2]) == (2, 2)
-  # 01 against, 02 alike, 12 alike.
+  # 01 reversed, 02 alike, 12 alike.
   assert labels.pair_counts([1, 2, 3], [2, 1, 3]) == (2, 3)
 
 
@@ -669,7 +669,7 @@ def _fill_path(path, values):
 @pytest.mark.parametrize(
   ('method', 'path', 'access'), [route[:3] for route in web.ROUTES]
 )
-def test_every_route_checks_who_asks(tmp_path, method, path, access):
+def test_every_route_checks_access(tmp_path, method, path, access):
   site = people.Site(f'sqlite:///{tmp_path}/site.sqlite', tmp_path)
   site.load(people.ranking_items(3), overlap=1)
   site.load([{'prompt': 'W'}], 'demonstration', name='s', screening=True)
@@ -721,7 +721,7 @@ def test_every_route_checks_who_asks(tmp_path, method, path, access):
     assert 'Prompt number' not in reply.text
     assert 'private' not in reply.text
   if method == 'POST' and access != 'anyone':
-    # The right person without the right token changes nothing either.
+    # Without the right token, the right person changes nothing either.
     for token in ('', ben.csrf):
       reply = site.admin.client.post(
         path, data={'csrf': token}, follow_redirects=False
@@ -747,7 +747,9 @@ def test_every_reply_has_the_headers(site):
     assert reply.headers['x-content-type-options'] == 'nosniff'
 
 
-def test_a_fault_of_ours_shows_nothing_and_keeps_the_headers(site, monkeypatch):
+def test_an_internal_error_shows_no_details_and_keeps_the_headers(
+  site, monkeypatch
+):
   def broken(the_store):
     del the_store
     raise RuntimeError('secret detail')
@@ -779,7 +781,7 @@ def test_invitation_links_work_once_and_expire(site):
   account_id = site.store.add_account('anna', 'labeler', 'active')
   token = site.store.invite(account_id)
   person = people.Person(site, account_id)
-  # A preview by a mail program only looks.
+  # A mail program's preview does not use up the link.
   assert person.get(f'/join/{token}').status_code == 200
   person.join(token)
   other = people.Person(site, account_id)
@@ -806,7 +808,7 @@ CROSS_SITE = [
 
 
 def test_another_site_cannot_post_a_form(site):
-  """Neither to sign a visitor in, nor for who is signed in."""
+  """Neither to sign a visitor in, nor on behalf of a signed-in one."""
   site.load(people.ranking_items(1))
   account_id = site.store.add_account('anna', 'labeler', 'active')
   token = site.store.invite(account_id)
@@ -821,7 +823,7 @@ def test_another_site_cannot_post_a_form(site):
   for headers in CROSS_SITE:
     assert post(f'/join/{token}', fields, headers) in (400, 403), headers
     assert 'labeling' not in anna.client.cookies
-  # The link was not used up, and our own page says where it comes from.
+  # The link was not used up; our own page sends these headers.
   own = {'origin': 'http://site.example', 'sec-fetch-site': 'same-origin'}
   assert post(f'/join/{token}', fields, own) == 303
   for headers in CROSS_SITE:
@@ -832,7 +834,7 @@ def test_another_site_cannot_post_a_form(site):
 
 
 def test_signing_in_needs_the_page_of_the_link(site):
-  """Who posts without it, or with a page seen in another browser, stays out."""
+  """Posts without it, or with one from another browser, are refused."""
   account_id = site.store.add_account('anna', 'labeler', 'active')
   token = site.store.invite(account_id)
   visitor, attacker = people.Person(site, 0), people.Person(site, 0)
@@ -846,7 +848,7 @@ def test_signing_in_needs_the_page_of_the_link(site):
   for fields in ({}, foreign, {'joining': ''}, {'joining': 'é'}):
     assert visitor.client.post(f'/join/{token}', data=fields).status_code == 403
   assert 'labeling' not in visitor.client.cookies
-  # Previews look, by GET or HEAD, as often as they like.
+  # Previews by GET or HEAD do not use up the link.
   assert attacker.client.head(f'/join/{token}').status_code == 200
   visitor.join(token)
   assert visitor.get('/instructions/training').status_code == 200
@@ -859,7 +861,9 @@ def test_a_second_sign_in_ends_the_first(site):
   anna.fill(task, 0)
   token = site.store.invite(anna.id)
   phone = people.Person(site, anna.id)
-  assert 'on another one, that ends now' in phone.get(f'/join/{token}').text
+  assert (
+    'ends your session on any other browser' in phone.get(f'/join/{token}').text
+  )
   assert anna.get('/instructions/training').status_code == 200  # Only looked.
   phone.join(token)
   reply = anna.get('/instructions/training')
@@ -868,7 +872,7 @@ def test_a_second_sign_in_ends_the_first(site):
   assert 'signed in on another browser since' in anna.get('/').text
   assert ben.get('/instructions/training').status_code == 200
   assert phone.claim() == task
-  # Somebody else on the same browser: the session that was there ends, too.
+  # Another person's sign-in on the same browser ends its session, too.
   old = phone.client.cookies['labeling']
   page = phone.get(f'/join/{site.store.invite(ben.id)}').text
   assert 'signed in as anna' in page
@@ -899,7 +903,7 @@ def test_sessions_expire_and_end(site):
   assert ben.get('/instructions/training').status_code == 401
 
 
-def test_the_cookie_is_kept_from_scripts(tmp_path):
+def test_scripts_cannot_read_the_cookie(tmp_path):
   for url, secure in (('http://site.example', False), ('https://s.x', True)):
     site = people.Site(f'sqlite:///{tmp_path}/{secure}', tmp_path,
                        public_url=url)  # fmt: skip
@@ -982,7 +986,7 @@ def test_refused_requests_count_towards_the_limit(tmp_path):
 
       found = [ask() for _ in range(12)]
       assert found == [status] * 10 + [429] * 2, name
-      # Who goes on asking stays refused.
+      # Whoever keeps asking stays refused.
       for _ in range(10):
         site.clock.now += 20
         for _ in range(5):
@@ -1056,7 +1060,7 @@ INVISIBLE = [
 ]  # fmt: skip
 
 
-def test_what_cannot_be_seen_is_no_text(tmp_path):
+def test_invisible_text_counts_as_blank(tmp_path):
   site = people.Site(
     f'sqlite:///{tmp_path}/s', tmp_path, requests_per_minute=100_000
   )
@@ -1068,7 +1072,7 @@ def test_what_cannot_be_seen_is_no_text(tmp_path):
       reply = site.admin.post(
         '/admin/accounts', name=name, role='labeler', status='active'
       )
-      # An accent makes a name of another letter, written as one character.
+      # The accent combines with the letter into one valid character.
       assert reply.status_code == (200 if name == 'an\u0301na' else 409), name
     for name, lines in ((blank, line), ('b', json.dumps({'prompt': blank}))):
       reply = site.admin.post('/admin/import', name=name, lines=lines, **fields)
@@ -1087,7 +1091,7 @@ def test_what_cannot_be_seen_is_no_text(tmp_path):
     assert anna.post(f'/task/{task}/skip', reason=blank).status_code == 409
     assert anna.post(f'/task/{task}/flag', text=blank).status_code == 409
     assert anna.fill(task, 0, response=blank)[0].status_code == 422
-    # The text itself is kept as it was written.
+    # The text itself is stored unchanged.
     assert anna.fill(task, 0, response=f'a{hidden}b')[0].status_code == 303
     assert site.rows()[-1].content['response'] == f'a{hidden}b'
   for hidden in INVISIBLE:
@@ -1103,7 +1107,7 @@ def test_what_cannot_be_seen_is_no_text(tmp_path):
     assert reply.status_code == 422, hidden
 
 
-def test_what_cannot_be_seen_is_shown(site):
+def test_invisible_characters_are_shown(site):
   marked = [c for c in INVISIBLE if c not in '\u0301\u00a0']
   site.load([{'prompt': 'a' + 'b'.join(marked), 'completions': ['x', '']}])
   anna = site.person('anna')
@@ -1112,13 +1116,13 @@ def test_what_cannot_be_seen_is_shown(site):
   for hidden in marked:
     assert f'>U+{ord(hidden):04X}<' in page
     assert hidden not in page
-  # The picture of a symbol is left alone.
+  # A selector of emoji style is not marked.
   assert 'U+FE0F' not in web.shown('\u2764\ufe0f 1\ufe0f\u20e3')
   assert web.shown('x\ufe0f').count('U+FE0F') == 1
   assert web.shown('\u2764\ufe0f\ufe0f').count('U+FE0F') == 1
 
 
-def test_an_exported_answer_that_cannot_be_seen_is_none(site, tmp_path):
+def test_invisible_responses_are_not_exported(site, tmp_path):
   site.load([{'prompt': 'W', 'style': 'plain'}], 'prompt')
   anna = site.person('anna')
   anna.fill(anna.claim(), 0, prompt='Sing.', response='\u2800\u034f')
@@ -1208,7 +1212,7 @@ def test_import_through_the_page(site):
   fields = {'name': 'b', 'kind': 'ranking', 'phase': 'training', 'overlap': '3'}
   bad = site.admin.post('/admin/import', lines='{', **fields)
   assert bad.status_code == 422 and 'import:1' in bad.text
-  # Files that Windows wrote begin with a byte order mark.
+  # Files from Windows may begin with a byte order mark.
   lines = f'\ufeff{lines}'
   assert site.admin.post('/admin/import', lines=lines, **fields).is_redirect
   again = site.admin.post('/admin/import', lines=lines, **fields)
@@ -1217,7 +1221,7 @@ def test_import_through_the_page(site):
   assert (batch['num_tasks'], batch['wanted']) == (2, 6)
 
 
-def test_a_closed_batch_is_not_given_out(site):
+def test_a_closed_batch_takes_no_answers(site):
   site.load(people.ranking_items(2))
   anna = site.person('anna')
   task = anna.claim()
@@ -1244,7 +1248,7 @@ def test_export_through_the_page(site):
     assert site.admin.get(f'/admin/export/{folder}/{name}').status_code == 404
 
 
-def test_nothing_of_an_earlier_export_stays(site, tmp_path):
+def test_an_export_removes_the_files_of_an_earlier_one(site, tmp_path):
   out = tmp_path / 'out'
   site.load(people.ranking_items(4))
   anna = site.person('anna')
@@ -1262,7 +1266,7 @@ def test_nothing_of_an_earlier_export_stays(site, tmp_path):
     'notes.txt', 'statistics.json', *(f'{name}.jsonl' for name in counts),
   }  # fmt: skip
   assert {path.name for path in out.iterdir()} == left | {folders.MANIFEST}
-  # What no export wrote is nobody's to remove.
+  # An export does not remove files that no export wrote.
   (out / 'prompts.jsonl').write_text('mine')
   with pytest.raises(records.RecordError, match='holds prompts.jsonl, which'):
     research.export(site.store, out)
@@ -1270,7 +1274,7 @@ def test_nothing_of_an_earlier_export_stays(site, tmp_path):
 
 
 def test_no_prompt_and_no_user_is_in_two_splits(tmp_path):
-  """Users share prompts here: what hangs together stays together."""
+  """Users share prompts here; everything linked stays in one split."""
   site = people.Site(
     f'sqlite:///{tmp_path}/s', tmp_path, valid_fraction=0.5,
     requests_per_minute=100_000,
@@ -1284,7 +1288,7 @@ def test_no_prompt_and_no_user_is_in_two_splits(tmp_path):
       {'prompt': f'shared {i}', 'user': f'b{i}', **texts},
       {'prompt': f'other {i}', 'user': f'b{i}', **texts},
       {'prompt': f'other {i}', **texts},
-      # The same question, and what was said after it.
+      # The same question, continued as a conversation.
       {
         'prompt': f'\n\nHuman: Alone  {i}\n\nAssistant: Yes.'
         '\n\nHuman: More!\n\nAssistant:',

@@ -1,7 +1,7 @@
 """The labeling site's database: migrations, back-ups, PostgreSQL, SIGKILL.
 
-Every simulated labeler here speaks HTTP to a server in a process of its own,
-which is killed while they submit.
+Simulated labelers speak HTTP to a server in a separate process, which is killed
+while they submit.
 """
 
 import gzip
@@ -44,15 +44,15 @@ def free_port():
 
 @pytest.fixture(scope='module')
 def postgres():
-  """URL of a throw-away PostgreSQL server without any database of ours."""
+  """Makes URLs of new databases on a temporary PostgreSQL server."""
   pytest.importorskip('psycopg', reason='pip install -r requirements-labeling')
   programs = sorted(pathlib.Path('/usr/lib/postgresql').glob('*/bin'))
   if not programs:
     pytest.skip('no PostgreSQL server: apt install postgresql')
-  # Not pytest's own folder, which other users may not enter.
+  # Not pytest's folder, which other users cannot enter.
   folder = pathlib.Path(tempfile.mkdtemp(prefix='labeling-postgres'))
   prefix = []
-  # The server refuses to run as root; Debian's package brings its own user.
+  # The server refuses to run as root; Debian's package adds a user for it.
   if os.getuid() == 0:
     if shutil.which('runuser') is None:
       pytest.skip('PostgreSQL does not run as root, and there is no runuser')
@@ -119,10 +119,11 @@ def worked_site(url, folder):
 
 def test_migrations_make_exactly_the_tables_of_the_schema(new_url):
   engine = store.make_engine(new_url())
-  assert store.revision(engine) is None
-  store.migrate(engine)
-  assert store.revision(engine) == '0001'
   with engine.connect() as connection:
+    assert store.revision(connection) is None
+  store.migrate(engine)
+  with engine.connect() as connection:
+    assert store.revision(connection) == '0001'
     context = MigrationContext.configure(
       connection, opts={'target_metadata': schema.metadata}
     )
@@ -147,7 +148,7 @@ def test_a_database_of_the_first_revision_keeps_its_rows(new_url, tmp_path):
   engine.dispose()
 
 
-def test_backup_and_restore_give_every_row_back(new_url, tmp_path):
+def test_restore_gives_every_row_back(new_url, tmp_path):
   site = worked_site(new_url(), tmp_path)
   before = everything(site.engine)
   path = str(tmp_path / 'copy.jsonl.gz')
@@ -178,7 +179,7 @@ def test_a_sqlite_site_moves_to_postgresql(postgres, tmp_path):
 
 
 def damaged(good):
-  """Name -> (bytes of a file that is no good back-up, what is said of it)."""
+  """Name -> (bytes of a bad back-up, part of the error message)."""
   lines = gzip.decompress(good).split(b'\n')
   rows = [i for i, line in enumerate(lines) if line.startswith(b'["accounts"')]
 
@@ -187,8 +188,8 @@ def damaged(good):
     line = json.dumps([name, {**row, **values}]).encode()
     return pack([*lines[:number], line, *lines[number + 1 :]])
 
-  def pack(some):
-    return gzip.compress(b'\n'.join(some))
+  def pack(packed):
+    return gzip.compress(b'\n'.join(packed))
 
   def header(**values):
     found = {**json.loads(lines[0]), **values}
@@ -233,8 +234,8 @@ def damaged(good):
   }  # fmt: skip
 
 
-def test_a_bad_back_up_leaves_nothing_behind(new_url, tmp_path):
-  """Every kind of damage is one line, and the good file is taken after it."""
+def test_a_bad_back_up_leaves_the_database_empty(new_url, tmp_path):
+  """Each kind of damage gives one line; the good file then restores."""
   site = worked_site(new_url(), tmp_path)
   good = tmp_path / 'good.gz'
   count = store.backup(site.engine, str(good))
@@ -258,7 +259,7 @@ def test_a_bad_back_up_leaves_nothing_behind(new_url, tmp_path):
   engine.dispose()
 
 
-def test_other_peoples_tables_are_not_an_empty_database(new_url, tmp_path):
+def test_a_database_with_foreign_tables_is_not_empty(new_url, tmp_path):
   site = worked_site(new_url(), tmp_path)
   store.backup(site.engine, str(tmp_path / 'good.gz'))
   site.engine.dispose()
@@ -272,7 +273,7 @@ def test_other_peoples_tables_are_not_an_empty_database(new_url, tmp_path):
   engine.dispose()
 
 
-def test_a_back_up_of_before_the_row_count_is_read(tmp_path):
+def test_a_back_up_without_a_row_count_is_read(tmp_path):
   site = worked_site(f'sqlite:///{tmp_path}/a.sqlite', tmp_path)
   path = tmp_path / 'old.gz'
   count = store.backup(site.engine, str(path))
@@ -299,7 +300,7 @@ def test_a_back_up_never_overwrites(tmp_path):
     store.backup(site.engine, str(tmp_path / 'x.gz' / 'below'))
 
 
-def test_a_newer_database_is_named(new_url, tmp_path):
+def test_a_newer_database_is_refused(new_url, tmp_path):
   engine = store.make_engine(new_url())
   store.migrate(engine)
   with engine.begin() as connection:
@@ -324,8 +325,8 @@ def test_one_account_has_one_task_open_however_often_it_asks(new_url, tmp_path):
   site.engine.dispose()
 
 
-def test_a_skip_meets_a_submit_of_the_same_task(new_url, tmp_path):
-  """Either the answer or the skip counts, whole, whichever comes first."""
+def test_a_skip_and_a_submit_at_the_same_time(new_url, tmp_path):
+  """Either the answer or the skip counts, whichever comes first."""
   site = people.Site(new_url(), tmp_path, requests_per_minute=100_000)
   number = 6
   site.load(people.ranking_items(number, 2))
@@ -397,7 +398,7 @@ def test_suspension_does_not_undo_an_answer(new_url, tmp_path):
 
 
 def in_threads(functions):
-  """Calls all at once; what each returned or raised."""
+  """Calls all at once; returns what each returned or raised."""
   found, barrier = [None] * len(functions), threading.Barrier(len(functions))
 
   def call(place, function):
@@ -417,7 +418,7 @@ def in_threads(functions):
   return found
 
 
-def test_the_whole_work_on_postgresql(postgres, tmp_path):
+def test_all_work_on_postgresql(postgres, tmp_path):
   site = worked_site(postgres(), tmp_path)
   cleo = site.person('cleo')
   while (task := cleo.claim()) is not None:
@@ -461,7 +462,7 @@ def test_many_claim_at_once_and_no_slot_is_given_twice(new_url, tmp_path):
 
 
 class Server:
-  """The site as a process of its own, on one port."""
+  """The site in a separate process, on one port."""
 
   def __init__(self, workdir, url=''):
     self.port = free_port()
@@ -498,11 +499,11 @@ class Server:
 
 
 class Labeler(threading.Thread):
-  """Answers tasks until there are none; sends again what was not acknowledged.
+  """Answers tasks until there are none; resends what was not acknowledged.
 
   Attributes:
     acknowledged: notes of the answers that the site confirmed.
-    seconds: of every page that came.
+    seconds: per loaded page.
   """
 
   def __init__(self, url, name, token):
@@ -519,7 +520,7 @@ class Labeler(threading.Thread):
           method, self.url + path, data=fields or None, timeout=60
         )
       except httpx2.TransportError:
-        time.sleep(0.1)  # It was killed; it comes back.
+        time.sleep(0.1)  # It was killed and restarts.
         continue
       self.seconds.append(time.monotonic() - begin)
       assert reply.status_code in (200, 303), reply.text
@@ -600,7 +601,7 @@ def crash_test(tmp_path, num_labelers, num_tasks, num_kills, url=''):
   wanted = num_tasks * overlap
   try:
     for kill in range(num_kills):
-      # Spread over the work, always in the middle of submits.
+      # Spread over the work, always during submits.
       goal = wanted * (kill + 1) // (num_kills + 2)
       while acknowledged() < goal and any(x.is_alive() for x in labelers):
         time.sleep(0.01)

@@ -424,7 +424,7 @@ def test_a_template_that_reads_the_clock_is_pinned_or_refused(tmp_path):
     source, f'--output={tmp_path}/a', '--template=chat', '--date=2024-07-09'
   )
   assert done.returncode == 0, done.stderr
-  assert 'it is told 2024-07-09 from now on' in done.stdout
+  assert 'its date is 2024-07-09 from now on' in done.stdout
   pinned = tokenizer_lib.Tokenizer.load(tmp_path / 'a')
   (ids,) = pinned.encode_prompts(['What?'])
   assert pinned.decode(ids).startswith('Today is 09 Jul 2024. [user]What?')

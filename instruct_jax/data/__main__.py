@@ -2,19 +2,18 @@
 
   python -m instruct_jax.data FILE... [--tokenizer=FOLDER] [--limit=TOKENS]
 
-The record type is told from the fields of the first line. Prints counts and a
-table of lengths, in words or, with a tokenizer, in the tokens of training rows
-(template, BOS and the end of each response included), and how many records are
-longer than the limit as a whole. For comparisons also the histogram of K,
-the share of tied pairs, the labelers, and how often two labelers of the same
-completions agree. Exit code 1 if any file is bad, or if nothing can be learned
-from it (comparisons that are all ties).
+The fields of the first line decide the record type. Prints counts, a table of
+lengths in words or, with a tokenizer, in tokens of training rows (template, BOS
+and the end of each response included), and how many records are longer than the
+limit as a whole. For comparisons also the histogram of K, the share of tied
+pairs, the labelers, and how often two labelers agree. Exit code 1 if a file is
+bad or teaches nothing (comparisons that are all ties).
 """
 
 import collections
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,42 +22,33 @@ from instruct_jax import command
 from instruct_jax.data import invisible, labels, loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 
-
-def guess_type(values: Mapping[str, Any]) -> type:
-  """The record type whose telling field `values` has.
-
-  Raises:
-    RecordError: it has none of them.
-  """
-  for field, record_type in (
-    ('completions', records.Comparison),
-    ('ranks', records.Comparison),
-    ('scores', records.Comparison),
-    ('response', records.Demonstration),
-    ('prompt', records.Demonstration),
-    ('id', records.Prompt),
-    ('user', records.Prompt),
-    ('turns', records.Prompt),
-    ('text', records.Document),
-  ):
-    if field in values:
-      return record_type
-  raise records.RecordError(
-    f'fields {", ".join(values) or "(none)"} fit no record type; see '
-    'instruct_jax/data/records.py'
-  )
+# The record type of the first of these fields that a line has.
+_TYPES = {
+  'completions': records.Comparison,
+  'ranks': records.Comparison,
+  'scores': records.Comparison,
+  'response': records.Demonstration,
+  'prompt': records.Demonstration,
+  'id': records.Prompt,
+  'user': records.Prompt,
+  'turns': records.Prompt,
+  'text': records.Document,
+}
 
 
 def read_any(path: str) -> list[Any]:
-  """Reads a JSONL file of whichever record type its first line has."""
+  """Reads a JSONL file of the record type of its first line."""
   record_type = records.Document
   for number, values in records.iterate_lines(path):
     if isinstance(values, str):
       continue  # `read_jsonl` reports it with the other bad lines.
-    try:
-      record_type = guess_type(values)
-    except records.RecordError as error:
-      raise records.RecordError(f'{path}:{number}: {error}') from error
+    found = [kind for field, kind in _TYPES.items() if field in values]
+    if not found:
+      raise records.RecordError(
+        f'{path}:{number}: fields {", ".join(values) or "(none)"} fit no '
+        'record type; see instruct_jax/data/records.py'
+      )
+    record_type = found[0]
     break
   return records.read_jsonl(path, record_type)
 
@@ -69,25 +59,18 @@ def describe(
   tokenizer: tokenizer_lib.Tokenizer | None = None,
   limit: int | None = None,
 ) -> str:
-  """A few lines of text about the records of one file.
+  """A few lines of text about the records (of one type) of the file `path`.
 
-  Args:
-    path: named in the text.
-    rows: of one record type.
-    tokenizer: lengths are in its tokens; None counts words.
-    limit: records with a longer text, prompt and response together, are
-      counted; with completions, the longest of them.
+  Lengths are in tokens, or in words without a tokenizer. Records are counted if
+  their prompt and response, or longest completion, exceed `limit` together.
   """
   lines = [f'{path}: {len(rows)} {type(rows[0]).__name__} records']
-  if tokenizer is None:
-    unit, lengths = 'words', _words_of(rows)
-  else:
-    unit = 'tokens'
-    rows, lengths, refusals = _tokens_of(rows, tokenizer)
-    if refusals:
-      lines.append(f'  refused: {len(refusals)} records, first {refusals[0]}')
-    if not rows:
-      return '\n'.join(lines)
+  unit = 'words' if tokenizer is None else 'tokens'
+  rows, lengths, refusals = _lengths(rows, tokenizer)
+  if refusals:
+    lines.append(f'  refused: {len(refusals)} records, first {refusals[0]}')
+  if not rows:
+    return '\n'.join(lines)
   columns = ('min', 'median', 'mean', '95 %', '99 %', 'max')
   lines.append(f'  {unit:<12}' + ''.join(f'{name:>8}' for name in columns))
   for field, found in lengths.items():
@@ -97,13 +80,12 @@ def describe(
       f'{high:>8.0f}{higher:>8.0f}{most:>8.0f}'
     )
   if limit is not None:
-    whole = next(iter(lengths.values())).copy()
+    whole = next(iter(lengths.values()))
     if 'response' in lengths:
-      whole += lengths['response']
+      whole = whole + lengths['response']
     if 'completions' in lengths:
-      ends = np.cumsum([len(row.completions) for row in rows])
-      parts = np.split(lengths['completions'], ends[:-1])
-      whole += np.array([part.max() for part in parts])
+      ends = np.cumsum([0, *(len(row.completions) for row in rows[:-1])])
+      whole = whole + np.maximum.reduceat(lengths['completions'], ends)
     lines.append(
       f'  longer than {limit} {unit}: {(whole > limit).sum()} records'
     )
@@ -128,46 +110,38 @@ def describe(
   return '\n'.join(lines)
 
 
-def _words_of(rows: Sequence[Any]) -> dict[str, np.ndarray]:
-  """Field -> words of each text; all completions of all rows in one list."""
-  texts = collections.defaultdict(list)
-  for row in rows:
-    for field in ('text', 'prompt', 'response'):
-      if field in vars(row):
-        texts[field].append(vars(row)[field])
-    if isinstance(row, records.Comparison):
-      texts['completions'].extend(row.completions)
-  return {
-    field: np.array([len(text.split()) for text in values])
-    for field, values in texts.items()
-  }
+def _lengths(
+  rows: Sequence[Any], tokenizer: tokenizer_lib.Tokenizer | None
+) -> tuple[Sequence[Any], dict[str, np.ndarray], list[str]]:
+  """(rows that the template accepts, field -> length of each text, refusals).
 
-
-def _tokens_of(
-  rows: Sequence[Any], tokenizer: tokenizer_lib.Tokenizer
-) -> tuple[list[Any], dict[str, np.ndarray], list[str]]:
-  """(rows that the template takes, `_words_of` in tokens, refusals)."""
-
-  def lengths(encoded):
-    return np.array([len(ids) for ids in encoded])
-
-  if isinstance(rows[0], records.Document):
+  The completions of all rows are in one array.
+  """
+  field = 'prompt' if hasattr(rows[0], 'prompt') else 'text'
+  refusals: list[str] = []
+  if tokenizer is None:
+    found = [getattr(row, field).split() for row in rows]
+  elif isinstance(rows[0], records.Document):
     documents = tokenizer.encode_documents([row.text for row in rows])
-    return list(rows), {'text': lengths(documents) + 1}, []  # EOS ends them.
-  prompts, refusals = loader.encode_prompts(rows, tokenizer)
-  taken = [
-    row for row, ids in zip(rows, prompts, strict=True) if ids is not None
-  ]
-  name = 'text' if isinstance(rows[0], records.Prompt) else 'prompt'
-  found = {name: lengths(ids for ids in prompts if ids is not None)}
-  if isinstance(rows[0], records.Demonstration):
-    texts = [row.response for row in taken]
-    found['response'] = lengths(tokenizer.encode_responses(texts, ended=True))
-  elif isinstance(rows[0], records.Comparison):
-    texts = [text for row in taken for text in row.completions]
-    ids = tokenizer.encode_responses(texts, ended=True)
-    found['completions'] = lengths(ids)
-  return taken, found, refusals
+    found = [[*ids, tokenizer.eos_id] for ids in documents]
+  else:
+    found, refusals = loader.encode_prompts(rows, tokenizer)
+    rows = [
+      row for row, ids in zip(rows, found, strict=True) if ids is not None
+    ]
+    found = [ids for ids in found if ids is not None]
+  pieces = {field: found}
+  for field in ('response', 'completions'):
+    if rows and hasattr(rows[0], field):
+      texts = [getattr(row, field) for row in rows]
+      if field == 'completions':
+        texts = [text for completions in texts for text in completions]
+      if tokenizer is None:
+        pieces[field] = [text.split() for text in texts]
+      else:
+        pieces[field] = tokenizer.encode_responses(texts, ended=True)
+  lengths = {name: np.array([*map(len, p)]) for name, p in pieces.items()}
+  return rows, lengths, refusals
 
 
 def _describe_labels(rows: Sequence[records.Comparison]) -> list[str]:
@@ -186,7 +160,8 @@ def _describe_labels(rows: Sequence[records.Comparison]) -> list[str]:
     f'all tied in {all_tied} records',
     f'  empty completions: {empty}',
   ]
-  same, compared = agreement(rows)
+  found = labels.agreement(rows)
+  same, compared = sum(found.agreed), sum(found.counted)
   if compared:
     lines.append(
       f'  labelers agree on {same} of {compared} pairs ({same / compared:.1%}) '
@@ -203,13 +178,6 @@ def _describe_labels(rows: Sequence[records.Comparison]) -> list[str]:
   return lines
 
 
-def agreement(rows: Sequence[records.Comparison]) -> tuple[int, int]:
-  """(pairs ordered alike, pairs ordered by both), over any two labelers of one
-  prompt; see `labels.agreement`."""
-  found = labels.agreement(rows)
-  return sum(found.agreed), sum(found.counted)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the check; returns the exit code."""
   parser = command.Parser(
@@ -219,14 +187,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument('--tokenizer', metavar='FOLDER', help='or hf:NAME')
   parser.add_argument('--limit', type=int, metavar='TOKENS')
   options = parser.parse_args(arguments)
-  tokenizer = None
-  if options.tokenizer:
-    try:
+  tokenizer, failed = None, 0
+  try:
+    if options.tokenizer:
       tokenizer = tokenizer_lib.Tokenizer.load(options.tokenizer)
-    except ValueError as error:
-      print(error, file=sys.stderr)
-      return 1
-  failed = 0
+  except ValueError as error:
+    print(error, file=sys.stderr)
+    return 1
   for path in options.files:
     try:
       rows = read_any(path)

@@ -3,41 +3,27 @@
   python -m instruct_jax.data.convert hh FILE... --output=DIR --valid=0.05
 
 DIR gets comparisons, demonstrations and prompts, each with `_train.jsonl` and
-`_valid.jsonl`, as far as the format has them. Formats: see `importers.py`.
+`_valid.jsonl`, as far as the format (see `importers.py`) has them.
 
   python -m instruct_jax.data.convert documents books.txt tfds:lm1b/train \\
     --weights=3,1 --output=DIR
-  python -m instruct_jax.data.convert demonstrations datasets:FOLDER \\
-    --field='prompt={question}\\n' --field='response={answer}' --output=DIR
   python -m instruct_jax.data.convert comparisons ranked.csv \\
     --field='prompt={question}\\n' --field='completions={a}' \\
     --field='completions={b}' --field='scores={score_a}' \\
     --field='scores={score_b}' --output=DIR
-  python -m instruct_jax.data.convert comparisons A.jsonl B.jsonl \\
-    --weights=1,1 --output=DIR
 
-take our own JSONL and the sources of `sources.py`, where tables (tfds:,
-datasets:, .csv, .tsv, .json, .jsonl of another kind) need a --field for each
-field of the record, and mix them by weight.
+read JSONL of `records.py` and the sources of `sources.py`, and mix them by
+weight. Tables (tfds:, datasets:, .csv, .tsv, .json, other .jsonl) need a
+--field for each field of the record.
 
-A whole conversation is in one split: all rows that begin with the same question
-of the user's (`records.opening`: every branch of a tree, every length of a
-dialogue, in comparisons, demonstrations and prompts alike, in whatever case,
-spacing and spelling of accents). Which split depends on that opening and the
-seed alone, so conversions with one seed and one share fit together.
-
-Whatever is left out is counted with its reason. Of demonstrations by the same
-labeler that are the same throughout, one is kept. What models wrote, as far as
-the file says, is no demonstration without --model_outputs.
-
-All files of a run appear together, beside written.json, which says what wrote
-them (`folders.py`). A file of an earlier run that would stay beside new ones of
-its kind is an error; --replace removes it.
+All rows that begin with the same question (`records.opening`) are in one split,
+which depends on that opening and the seed alone, so conversions with the same
+seed and share fit together. What is left out is counted with its reason. Of
+identical demonstrations by one labeler, one is kept.
 """
 
 import argparse
 import collections
-import hashlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -55,100 +41,15 @@ RECORDS = {
 }
 
 
-def split_of(row: records.Record | str, valid: float, seed: int) -> str:
-  """'valid' for about that share of all conversations, 'train' for the others.
-
-  Args:
-    row: any record, or an opening.
-    valid: the share.
-    seed: another one draws another split.
-  """
-  opening = row if isinstance(row, str) else records.opening(row)
-  digest = hashlib.blake2b(f'{seed}\0{opening}'.encode(), digest_size=8)
-  return 'valid' if int(digest.hexdigest(), 16) < valid * 2**64 else 'train'
+def split_of(row: records.Record, valid: float, seed: int) -> str:
+  """'valid' for about the share `valid` of all conversations, else 'train'."""
+  drawn = int.from_bytes(records.draw(seed, records.opening(row)))
+  return 'valid' if drawn < valid * 2**64 else 'train'
 
 
 def convert(
-  format_name: str,
-  paths: Sequence[epath.PathLike],
-  output: epath.PathLike,
-  *,
-  valid: float,
-  seed: int,
-  model_outputs: bool = False,
-  replace: bool = False,
-) -> dict[str, int]:
-  """Reads `paths` and writes the splits to the folder `output`.
-
-  Args:
-    format_name: one of `importers.FORMATS`.
-    paths: files of that format.
-    output: a folder.
-    valid: share of the conversations that are validation.
-    seed: of the split.
-    model_outputs: take as demonstrations what models wrote, with `labeler`
-      `model:NAME`.
-    replace: remove files of an earlier run, see `folders.writing`.
-
-  Returns:
-    How many records each file got (0: there is no such file), and
-    `skipped: REASON` -> how many entries.
-
-  Raises:
-    RecordError: an unreadable file, or nothing is left; nothing is written.
-    ValueError: an unknown format, or a share outside (0, 1).
-  """
-  if format_name not in importers.FORMATS:
-    raise ValueError(
-      f'format {format_name!r}; known: '
-      + ', '.join((*importers.FORMATS, *RECORDS))
-    )
-  _check(valid, paths)
-  whole = importers.Imported()
-  for path in paths:
-    part = importers.FORMATS[format_name](path)
-    whole.demonstrations += part.demonstrations
-    whole.model_demonstrations += part.model_demonstrations
-    whole.comparisons += part.comparisons
-    whole.skipped += part.skipped
-  counts = collections.Counter(
-    {f'skipped: {reason}': n for reason, n in whole.skipped.items()}
-  )
-  prompts = whole.prompts()
-  # One entry may give a comparison and a demonstration.
-  entries = {
-    (row.id, row.prompt)
-    for row in (*whole.comparisons, *whole.every_demonstration())
-  }
-  counts['skipped: the same prompt again, in prompts'] = len(entries) - len(
-    prompts
-  )
-  demonstrations = whole.demonstrations
-  if model_outputs:
-    demonstrations = whole.every_demonstration()
-  else:
-    counts[
-      'skipped: demonstrations that models wrote, by what the file says; '
-      '--model_outputs takes them'
-    ] = len(whole.model_demonstrations)
-  return _write(
-    {
-      'comparisons': _counted(whole.comparisons, counts),
-      'demonstrations': _without_copies(demonstrations, counts),
-      'prompts': prompts,
-    },
-    counts,
-    output,
-    inputs=paths,
-    by=f'convert {format_name}',
-    split={'valid': valid, 'seed': seed},
-    replace=replace,
-  )
-
-
-def gather(
   name: str,
-  specs: Sequence[str],
+  specs: Sequence[epath.PathLike],
   output: epath.PathLike,
   *,
   valid: float,
@@ -159,162 +60,161 @@ def gather(
   model_outputs: bool = False,
   replace: bool = False,
 ) -> dict[str, int]:
-  """Reads records of one kind from any sources, mixes them, writes the splits.
+  """Reads published files or other sources and writes splits to `output`.
 
   Args:
-    name: one of `RECORDS`.
-    specs: JSONL files of ours; with `fields`, tables; for documents all that
-      `sources.read_documents` takes.
-    output: folder.
+    name: one of `importers.FORMATS`, or of `RECORDS` for other sources.
+    specs: files of the format; or JSONL of `records.py`, tables with `fields`,
+      for documents all that `sources.read_documents` reads.
+    output: a folder.
     valid: share of the conversations (or documents) that are validation.
     seed: of the split and of the mixture.
     weights: one a source, see `sources.mix`; () is all records in order.
     fields: format strings over the columns of tables, see `sources.py`.
     words_per_document: about how long pieces of plain text are.
-    model_outputs: take as demonstrations rows that say that models wrote them.
-    replace: remove files of an earlier run, see `folders.writing`.
+    model_outputs: keep demonstrations by models, with `labeler` `model:NAME`.
+    replace: see `folders.writing`.
 
   Returns:
-    As `convert` does.
+    How many records each file got (0: there is no such file), and
+    `skipped: REASON` -> how many entries.
 
   Raises:
     RecordError: an unreadable source, or nothing is left; nothing is written.
-    ValueError: a share outside (0, 1), weights that fit no source.
+    ValueError: an unknown format, a bad share, or not one weight a source.
   """
-  _check(valid, specs)
-  parts, counts = [], collections.Counter()
-  for spec in specs:
-    if fields:
-      part, skipped = sources.read_fields(
-        spec, RECORDS[name], fields, model_outputs=model_outputs
-      )
-      for reason, number in skipped.items():
-        counts[f'skipped: {reason}'] += number
-    elif name == 'documents':
-      part = sources.read_documents(spec, words_per_document=words_per_document)
-    elif sources.is_table(spec):
-      raise records.RecordError(
-        f'{spec}: is a table; say with --field what each field of {name} is, '
-        "such as --field='prompt={question}'"
-      )
-    else:
-      part = records.read_jsonl(spec, RECORDS[name])
-    parts.append(part)
-  rows = [row for part in parts for row in part]
-  if weights:
-    mixed = sources.mix(parts, weights, seed)
-    counts['skipped: beyond the weights of the mixture'] = len(rows) - len(
-      mixed
-    )
-    rows = mixed
-  if name == 'prompts':
-    _check_ids(specs, parts)
-  elif name == 'demonstrations':
-    rows = _without_copies(rows, counts)
-  elif name == 'comparisons':
-    rows = _counted(rows, counts)
-  return _write(
-    {name: rows},
-    counts,
-    output,
-    inputs=specs,
-    by=f'convert {name}',
-    split={'valid': valid, 'seed': seed},
-    replace=replace,
-  )
-
-
-def _check(valid: float, paths: Sequence[epath.PathLike]) -> None:
   if not 0 < valid < 1:
     raise ValueError(f'valid is {valid}; it must be in (0, 1)')
-  for path, times in collections.Counter(map(str, paths)).items():
+  for path, times in collections.Counter(map(str, specs)).items():
     if times > 1:
       raise ValueError(f'{path} is given {times} times')
-
-
-def _check_ids(specs, parts) -> None:
-  """Every prompt's id is its own, over all files."""
-  spec_of: dict[str, str] = {}
-  for spec, part in zip(specs, parts, strict=True):
-    for row in part:
-      if spec_of.setdefault(row.id, spec) != spec:
-        raise records.RecordError(
-          f'{spec}: the id {row.id!r} is in {spec_of[row.id]}, too; ids must '
-          'be distinct'
-        )
-
-
-def _copies_key(row):
-  said = row.response if hasattr(row, 'response') else row.completions
-  texts = (row.prompt, said) if isinstance(said, str) else (row.prompt, *said)
-  return (
-    row.labeler,
-    getattr(row, 'ranks', ()),
-    *map(records.composed, texts),
-  )
-
-
-def _without_copies(rows, counts):
-  """Demonstrations; what one labeler wrote twice for a prompt counts once."""
-  kept = {}
-  for row in rows:
-    kept.setdefault(_copies_key(row), row)
-  counts['skipped: the same demonstration again'] = len(rows) - len(kept)
-  return list(kept.values())
-
-
-def _counted(rows, counts):
-  """Comparisons all stay: two people may well have ranked alike."""
-  copies = len(rows) - len({_copies_key(row) for row in rows})
-  counts['kept: the same comparison again'] = copies
-  return rows
-
-
-def _write(
-  kinds: Mapping[str, Sequence[records.Record]],
-  counts: Mapping[str, int],
-  output: epath.PathLike,
-  *,
-  inputs: Sequence[epath.PathLike],
-  by: str,
-  split: Mapping[str, int | float],
-  replace: bool,
-) -> dict[str, int]:
+  counts = collections.Counter()
+  if name in RECORDS:
+    parts = [
+      _read(spec, name, fields, words_per_document, model_outputs, counts)
+      for spec in specs
+    ]
+    if name == 'prompts':
+      records.check_ids(specs, parts)
+    rows = [row for part in parts for row in part]
+    if weights:
+      total, rows = len(rows), sources.mix(parts, weights, seed)
+      reason = 'skipped: beyond the weights of the mixture'
+      counts[reason] = total - len(rows)
+    kinds = {name: rows}
+  elif weights or fields:
+    raise ValueError(
+      f'--weights and --field go with {", ".join(RECORDS)}; convert {name} '
+      'first, then mix its files'
+    )
+  elif name in importers.FORMATS:
+    kinds = _import(name, specs, model_outputs, counts)
+  else:
+    known = ', '.join((*importers.FORMATS, *RECORDS))
+    raise ValueError(f'format {name!r}; known: {known}')
+  for kind in ('comparisons', 'demonstrations'):
+    if kind in kinds:
+      kinds[kind] = _without_copies(kind, kinds[kind], counts)
   counts = {reason: number for reason, number in counts.items() if number}
   if not any(kinds.values()):
     raise records.RecordError(
-      f'{", ".join(map(str, inputs))}: nothing is left to write; '
+      f'{", ".join(map(str, specs))}: nothing is left to write; '
       + '; '.join(f'{reason}: {number}' for reason, number in counts.items())
     )
+  split = {'valid': valid, 'seed': seed}
   _check_neighbours(output, kinds, split)
-  written = {}
   with folders.writing(
     output,
     [f'{kind}_*' for kind in kinds],
-    command=by,
+    command=f'convert {name}',
     settings=split,
-    inputs=[path for path in inputs if not sources.is_data_set(path)],
+    inputs=[path for path in specs if not sources.is_data_set(path)],
     replace=replace,
   ) as folder:
-    # By text, which several kinds share.
-    splits: dict[str, str] = {}
-    for kind, rows in kinds.items():
-      parts = {'train': [], 'valid': []}
-      for row in rows:
-        text = row.prompt if hasattr(row, 'prompt') else row.text
-        if text not in splits:
-          splits[text] = split_of(row, **split)
-        parts[splits[text]].append(row)
-      for name, part in parts.items():
-        if part:
-          records.write_jsonl(folder / f'{kind}_{name}.jsonl', part)
-        if rows:
-          written[f'{kind}_{name}'] = len(part)
+    written = _write(folder, kinds, split)
   return written | counts
 
 
+def _write(folder, kinds, split):
+  """Writes the splits; returns how many records each file got."""
+  written = {}
+  # By text, which the kinds share.
+  splits: dict[str, str] = {}
+  for kind, rows in kinds.items():
+    parts = {'train': [], 'valid': []}
+    for row in rows:
+      text = row.prompt if hasattr(row, 'prompt') else row.text
+      if text not in splits:
+        splits[text] = split_of(row, **split)
+      parts[splits[text]].append(row)
+    for name, part in parts.items():
+      if part:
+        records.write_jsonl(folder / f'{kind}_{name}.jsonl', part)
+      if rows:
+        written[f'{kind}_{name}'] = len(part)
+  return written
+
+
+def _read(spec, name, fields, words_per_document, model_outputs, counts):
+  """Records of one kind from one source."""
+  if fields:
+    rows, skipped = sources.read_fields(
+      spec, RECORDS[name], fields, model_outputs=model_outputs
+    )
+    counts.update({f'skipped: {why}': n for why, n in skipped.items()})
+    return rows
+  if name == 'documents':
+    return sources.read_documents(spec, words_per_document=words_per_document)
+  if sources.is_table(spec):
+    raise records.RecordError(
+      f'{spec}: is a table; give each field of {name} with --field, such as '
+      "--field='prompt={question}'"
+    )
+  return records.read_jsonl(spec, RECORDS[name])
+
+
+def _import(name, paths, model_outputs, counts):
+  """Kind -> records of published files."""
+  whole = importers.Imported()
+  for path in paths:
+    whole.extend(importers.FORMATS[name](path))
+  counts.update({f'skipped: {why}': n for why, n in whole.skipped.items()})
+  prompts, demonstrations = whole.prompts(), whole.demonstrations
+  # One entry may give a comparison and a demonstration.
+  entries = {(row.id, row.prompt) for row in whole.rows()}
+  reason = 'skipped: the same prompt again, in prompts'
+  counts[reason] = len(entries) - len(prompts)
+  if model_outputs:
+    demonstrations = demonstrations + whole.model_demonstrations
+  else:
+    counts[
+      'skipped: demonstrations that models wrote, according to the file; '
+      '--model_outputs keeps them'
+    ] = len(whole.model_demonstrations)
+  return {
+    'comparisons': whole.comparisons,
+    'demonstrations': demonstrations,
+    'prompts': prompts,
+  }
+
+
+def _without_copies(kind, rows, counts):
+  """Drops copies of demonstrations; copies of comparisons are only counted,
+  because two people may have ranked alike."""
+  distinct = {}
+  for row in rows:
+    answers = row.completions if kind == 'comparisons' else (row.response,)
+    texts = tuple(map(records.composed, (row.prompt, *answers)))
+    ranks = getattr(row, 'ranks', ())
+    distinct.setdefault((row.labeler, ranks, texts), row)
+  kept = rows if kind == 'comparisons' else list(distinct.values())
+  verb = 'kept' if kind == 'comparisons' else 'skipped'
+  counts[f'{verb}: the same {kind[:-1]} again'] = len(rows) - len(distinct)
+  return kept
+
+
 def _check_neighbours(output, kinds, split) -> None:
-  """Refuses a folder where a conversation could be in two splits."""
+  """Raises RecordError if a conversation could be in two splits of a folder."""
 
   def flags(settings):
     return ' '.join(f'--{name}={settings[name]}' for name in sorted(settings))
@@ -374,65 +274,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument(
     '--model_outputs',
     action='store_true',
-    help='take demonstrations that models wrote, by what the file says',
+    help='keep demonstrations that models wrote, according to the file',
   )
-  parser.add_argument(
-    '--replace',
-    action='store_true',
-    help='remove files of an earlier run that this one does not write',
-  )
+  folders.add_replace(parser)
   options = parser.parse_args(arguments)
-  common = {
-    'valid': options.valid,
-    'seed': options.seed,
-    'model_outputs': options.model_outputs,
-    'replace': options.replace,
-  }
+  fields = collections.defaultdict(list)
+  for field, template in options.field:
+    fields[field].append(template)
   try:
-    if options.format in RECORDS:
-      fields = collections.defaultdict(list)
-      for field, template in options.field:
-        fields[field].append(template)
-      counts = gather(
-        options.format,
-        options.files,
-        options.output,
-        weights=options.weights,
-        fields=fields,
-        words_per_document=options.words,
-        **common,
-      )
-    elif options.weights or options.field:
-      raise ValueError(
-        f'--weights and --field go with {", ".join(RECORDS)}; convert '
-        f'{options.format} first, then mix its files'
-      )
-    else:
-      counts = convert(options.format, options.files, options.output, **common)
+    counts = convert(
+      options.format,
+      options.files,
+      options.output,
+      valid=options.valid,
+      seed=options.seed,
+      weights=options.weights,
+      fields=fields,
+      words_per_document=options.words,
+      model_outputs=options.model_outputs,
+      replace=options.replace,
+    )
   except (ValueError, OSError) as error:
     print(error, file=sys.stderr)
     return 1
   for name, number in counts.items():
     print(f'{name}: {number}')
   for kind in RECORDS:
-    _warn_of_uneven(kind, counts, options.valid)
+    train, found = (counts.get(f'{kind}_{s}', 0) for s in ('train', 'valid'))
+    expected = options.valid * (train + found)
+    if expected >= 20 and not expected / 2 < found < 2 * expected:
+      print(
+        f'note: {kind}_valid has {found} records, expected about '
+        f'{expected:.0f}: few openings begin many conversations, and each is '
+        'in one split; or this seed has split them before',
+        file=sys.stderr,
+      )
   if counts.get('demonstrations_train') and options.format in importers.NOTES:
     print(f'note: {importers.NOTES[options.format]}', file=sys.stderr)
   return 0
-
-
-def _warn_of_uneven(kind, counts, valid) -> None:
-  train, found = (
-    counts.get(f'{kind}_{name}', 0) for name in ('train', 'valid')
-  )
-  expected = valid * (train + found)
-  if expected >= 20 and not expected / 2 < found < 2 * expected:
-    print(
-      f'note: {kind}_valid has {found} records, about {expected:.0f} were to '
-      'be expected: few openings begin many conversations, and each is in one '
-      'split; or this seed has split them before',
-      file=sys.stderr,
-    )
 
 
 if __name__ == '__main__':

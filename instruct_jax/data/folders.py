@@ -1,18 +1,17 @@
-"""Folders that commands write: every file of a run, or none; old ones named.
+"""Output folders of commands: all files of a run, or none.
 
-A command writes its files below the folder that `writing` yields, and they come
-to their place together when all of them are there. A file of an earlier run
-that this run would have to replace and does not write is never left beside the
-new ones: the run is refused and the file named, or, with --replace, the file
-goes. What a folder holds, and which command wrote it, is in its written.json;
-only files that are listed there unchanged are ever removed.
+A command writes into the folder that `writing` yields, and all its files move
+into place together at the end. If an earlier run's file would be left beside
+the new ones, the run is refused, or --replace removes the file. written.json
+lists a folder's files and the command that wrote each; only files that still
+match it are ever removed.
 
-A new folder appears at once. In a folder that exists, and in an object store,
-the old files go before the new ones come, so that no kill leaves a mixture;
-what a killed run leaves is a folder whose name ends in `.unfinished`, which the
-next run clears away.
+A new folder appears at once. In an existing folder, and in an object store, the
+old files go before the new ones come, so that a kill never leaves a mixture. It
+leaves a folder `*.unfinished`, which the next run removes.
 """
 
+import argparse
 import contextlib
 import fnmatch
 import json
@@ -34,10 +33,8 @@ _MAX_NAMED = 5
 def written(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
   """What a folder's written.json lists: name -> bytes, command, settings.
 
-  {} where there is none.
-
   Raises:
-    RecordError: there is one that `writing` did not write.
+    RecordError: `writing` did not write it.
   """
   path = epath.Path(folder) / MANIFEST
   if not path.exists():
@@ -48,7 +45,7 @@ def written(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
     isinstance(entry, dict) for entry in entries.values()
   ):
     raise records.RecordError(
-      f'{path}: not a list of files that a command of ours wrote; move it away'
+      f'{path}: not a list of files that this project wrote; move it away'
     )
   return entries
 
@@ -63,33 +60,39 @@ def writing(
   inputs: Iterable[epath.PathLike] = (),
   replace: bool = False,
 ) -> Iterator[epath.Path]:
-  """Yields an empty folder; what is written there goes to `folder` at the end.
+  """Yields an empty folder whose files move to `folder` at the end.
 
-  Nothing of `folder` changes when the body raises, or when the run is refused.
+  `folder` does not change if the body raises or the run is refused.
 
   Args:
     folder: made if it is missing.
-    owned: patterns (`prompts_*`) of the names that this command answers for.
-      Files with other names may stay; a line on standard error names those
-      that a command of ours wrote, and other JSONL.
-    command: what writes, for written.json and messages.
-    settings: what decided the content, for written.json (JSON).
+    owned: patterns (`prompts_*`) of the names that this command owns. Other
+      files may stay; a line on standard error names those that are JSONL or
+      in written.json.
+    command, settings: the writer and what decided the content (JSON), for
+      written.json.
     inputs: files and folders that are read: none may be overwritten.
     replace: remove owned files of earlier runs that this run does not write.
 
   Raises:
-    RecordError: an owned file would be left beside new ones, or an input lies
-      among the owned ones, or `folder` is a file.
+    RecordError: an owned file would be left beside new ones, an input is among
+      the owned files, or `folder` is a file.
   """
-  folder = epath.Path(folder)
   is_remote = files.is_remote(folder)
-  if not is_remote:  # Absolute, so that `.` has a name and a parent.
-    folder = folder.expanduser().absolute()
+  # Absolute, so that `.` has a name and a parent.
+  folder = files.absolute(epath.Path(folder).expanduser())
   if folder.exists() and not folder.is_dir():
     raise records.RecordError(f'{folder}: is a file; name a folder')
-  _check_inputs(folder, owned, inputs)
+  for path in map(files.absolute, inputs):
+    if path == folder or (
+      path.parent == folder and _is_owned(path.name, owned)
+    ):
+      raise records.RecordError(
+        f'{path}: is read and would be overwritten; name another folder for '
+        'the output'
+      )
   is_new = not is_remote and not folder.exists()
-  if is_remote:  # Nothing is moved there, but an object appears at once.
+  if is_remote:  # No renaming there, but an object appears at once.
     unfinished = epath.Path(tempfile.mkdtemp())
   elif is_new:
     unfinished = folder.parent / f'.{folder.name}{_UNFINISHED}'
@@ -102,9 +105,7 @@ def writing(
     new = sorted(_names(unfinished))
     known = written(folder)
     stale = _stale(folder, owned, new, known, replace)
-    entries = {
-      name: entry for name, entry in known.items() if name not in stale
-    }
+    entries = {n: entry for n, entry in known.items() if n not in stale}
     for name in new:
       entries[name] = {
         'bytes': (unfinished / name).stat().length,
@@ -113,7 +114,7 @@ def writing(
       }
     text = json.dumps({'files': entries}, indent=2, sort_keys=True) + '\n'
     if is_new:
-      records.write_bytes(unfinished / MANIFEST, text.encode('utf-8'))
+      records.write_bytes(unfinished / MANIFEST, text.encode())
       unfinished.rename(folder)
       return
     for name in (*stale, *new):
@@ -124,9 +125,9 @@ def writing(
         (folder / name).write_bytes((unfinished / name).read_bytes())
       else:
         (unfinished / name).rename(folder / name)
-    records.write_bytes(folder / MANIFEST, text.encode('utf-8'))
+    records.write_bytes(folder / MANIFEST, text.encode())
   except records.RecordError as error:
-    # What is wrong with a file is said of the place where it was to be.
+    # The message names the final place of a bad file.
     raise records.RecordError(
       str(error).replace(str(unfinished), str(folder))
     ) from error
@@ -134,18 +135,13 @@ def writing(
     _clear(unfinished)
 
 
-def _check_inputs(folder, owned, inputs) -> None:
-  for path in inputs:
-    path = epath.Path(path)
-    if not files.is_remote(path):
-      path = path.absolute()
-    if path == folder or (
-      path.parent == folder and _is_owned(path.name, owned)
-    ):
-      raise records.RecordError(
-        f'{path}: is read and would be overwritten; name another folder for '
-        'the output'
-      )
+def add_replace(parser: argparse.ArgumentParser) -> None:
+  """Adds the flag --replace, for `writing`, to a command's parser."""
+  parser.add_argument(
+    '--replace',
+    action='store_true',
+    help='remove files of an earlier run that this one does not write',
+  )
 
 
 def _is_owned(name: str, owned: Sequence[str]) -> bool:
@@ -173,16 +169,16 @@ def _stale(
   known: Mapping[str, Mapping[str, Any]],
   replace: bool,
 ) -> list[str]:
-  """The owned files that may and must go; names the others that stay."""
+  """The owned files that must go; prints a note about others that stay."""
   if not folder.exists():
     return []
-  there = {path.name for path in folder.iterdir() if not path.is_dir()}
-  # Below, only where this run or an earlier one wrote.
-  for below in sorted({n.split('/')[0] for n in (*new, *known) if '/' in n}):
+  found = {path.name for path in folder.iterdir() if not path.is_dir()}
+  # Folders below count only if this run or an earlier one wrote there.
+  for below in {n.split('/')[0] for n in (*new, *known) if '/' in n}:
     if (folder / below).is_dir():
-      there.update(_names(folder / below, f'{below}/'))
+      found.update(_names(folder / below, f'{below}/'))
   left = sorted(
-    name for name in there - set(new) - {MANIFEST} if not name.startswith('.')
+    name for name in found - {*new, MANIFEST} if not name.startswith('.')
   )
   stale = [name for name in left if _is_owned(name, owned)]
   others = [
@@ -197,8 +193,7 @@ def _stale(
   foreign = [
     name
     for name in stale
-    if name not in known
-    or known[name].get('bytes') != (folder / name).stat().length
+    if known.get(name, {}).get('bytes') != (folder / name).stat().length
   ]
   if foreign:
     raise records.RecordError(
@@ -209,22 +204,23 @@ def _stale(
     raise records.RecordError(
       f'{folder}: holds {_listed(stale)} of an earlier run ({by(stale[0])}), '
       'which this run does not write; name another folder, or add --replace to '
-      'remove what is old'
+      'remove old files'
     )
   if stale:
     _note(f'{folder}: removed {_listed(stale)} of {by(stale[0])}')
   if others:
-    commands = sorted({by(name) for name in others if name in known})
+    commands = '; '.join(sorted({by(name) for name in others if name in known}))
     _note(
       f'{folder}: also holds {_listed(others)}, not written by this run'
-      + (f' but by {"; ".join(commands)}' if commands else '')
+      + f' but by {commands}' * bool(commands)
     )
   return stale
 
 
 def _listed(names: Sequence[str]) -> str:
-  more = len(names) - _MAX_NAMED
-  return ', '.join(names[:_MAX_NAMED]) + (f' and {more} more' * (more > 0))
+  shown = ', '.join(names[:_MAX_NAMED])
+  left = len(names) - _MAX_NAMED
+  return f'{shown} and {left} more' if left > 0 else shown
 
 
 def _note(text: str) -> None:

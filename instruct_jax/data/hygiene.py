@@ -1,44 +1,38 @@
 """Which prompts are used, and in which split (paper 3.2, A.1, A.2).
 
-Pure functions over lists of prompts; each returns what it keeps, in the given
-order, and how many it dropped. `clean` runs them all and reports every count.
-The paper names the rules and leaves their details open; ours are written in
-the docstrings.
-
-A prompt whose `user` is '' has an unknown author: it counts as a user of its
-own, so it is never capped and may go to any split. Users whose conversations
-begin with the same question go to one split together, so that no conversation
-is in two.
-
   python -m instruct_jax.data.hygiene FILE... --output=DIR --tokenizer=FOLDER
 
-runs `clean` on prompts (JSONL) and writes `prompts_{train,valid,test}.jsonl`
-and the counts, `hygiene.json`, all or none of them; files of an earlier run
-that would stay beside them are an error, or go with --replace (`folders.py`).
-`--presidio` finds personal data with Microsoft's library
-(requirements-personal-data.txt) beside the patterns of this file;
-`--presidio=en_core_web_lg` finds people's names, too, with that spaCy model.
+runs `clean` on JSONL prompts and writes `prompts_{train,valid,test}.jsonl` and
+the counts, `hygiene.json`. `--presidio` finds personal data with Microsoft's
+library (requirements-personal-data.txt) in addition to the patterns of this
+file; `--presidio=en_core_web_lg` also finds people's names with that model.
 
-Personal data is looked for in everything that a prompt gives the model: its
-text, and each turn, the system's as well. Answers are not searched.
+The paper names the rules and leaves the details open; the docstrings have ours.
+The functions return the prompts they keep, in the given order, and how many
+they drop. A prompt whose `user` is '' has an unknown author and counts as a
+user of its own: it is never capped and may go to any split.
 """
 
 import argparse
 import collections
 import dataclasses
-import hashlib
 import ipaddress
 import json
 import re
 import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from scipy.sparse import csgraph
 
 from instruct_jax import command
 from instruct_jax.data import folders, invisible, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 
-# Prompts that are encoded at a time, and refusals that are told apart.
+# Prompts encoded at a time, and the most reasons of refusals that are reported.
 _CHUNK = 4096
 _MAX_REASONS = 10
 _QUOTED = re.compile(r"'.*'|\".*\"")
@@ -53,17 +47,15 @@ class HygieneReport:
   Attributes:
     given: prompts before anything was dropped.
     duplicates: shared a long prefix with an earlier prompt.
-    refused: the tokenizer cannot render them, as where a chat template knows
-      no system turn; by what it said, with the id of the first.
+    refused: the tokenizer cannot render them; by reason and the first one's id.
     over_long: longer than the token limit.
     over_cap: beyond the cap of their user.
     personal_data: dropped from the training split only.
-    kept: prompts left in each split.
-    users: distinct users in each split.
+    kept, users: prompts and distinct users in each split.
     unknown_users: kept prompts without a user id.
     joined_users: kept users, unknown ones included, who share an opening with
-      another one, so that both went to one split.
-    limits: what the counts go by: max_tokens, prefix_words, cap.
+      another one and so went to the same split.
+    limits: max_tokens, prefix_words and cap.
   """
 
   given: int
@@ -88,9 +80,8 @@ def drop_refused(
 ) -> tuple[Prompts, list[int], dict[str, int]]:
   """Drops prompts that the tokenizer cannot render.
 
-  Returns:
-    The prompts that it can, their lengths in tokens, and how many it cannot by
-    what it said (with the first id).
+  Returns the others, their lengths in tokens, and counts by reason (with the
+  first id).
   """
   kept, lengths = [], []
   refused: dict[str, list[str]] = {}
@@ -101,48 +92,24 @@ def drop_refused(
       kept += chunk
       continue
     except ValueError:
-      pass  # One of them, at least: found below.
+      pass  # At least one of them is refused.
     for prompt in chunk:
       try:
         lengths += map(len, tokenizer.encode_prompts([prompt]))
         kept.append(prompt)
       except ValueError as error:
-        # The cause has the template's words alone; our own name the prompt.
-        said = ' '.join(str(error.__cause__ or error).split())
+        # The cause has only the template's words; our message has the prompt's.
+        reason = ' '.join(str(error.__cause__ or error).split())
         if error.__cause__ is None:
-          said = said.removeprefix(f'prompt {prompt.id!r}: ')
-          said = _QUOTED.sub("'...'", said)
-        if said not in refused and len(refused) >= _MAX_REASONS:
-          said = 'other reasons'
-        refused.setdefault(said, []).append(prompt.id)
-  return (
-    kept,
-    lengths,
-    {f'{said} (first: {ids[0]})': len(ids) for said, ids in refused.items()},
-  )
-
-
-def drop_long(
-  prompts: Sequence[records.Prompt],
-  tokenizer: tokenizer_lib.Tokenizer,
-  max_tokens: int,
-) -> tuple[Prompts, int]:
-  """Drops prompts of more than `max_tokens` tokens; none is ever cut (C).
-
-  Raises:
-    ValueError: the tokenizer cannot render one; see `drop_refused`.
-  """
-  lengths = map(len, tokenizer.encode_prompts(prompts))
-  return _not_longer(prompts, lengths, max_tokens)
-
-
-def _not_longer(prompts, lengths, max_tokens):
-  kept = [
-    prompt
-    for prompt, length in zip(prompts, lengths, strict=True)
-    if length <= max_tokens
-  ]
-  return kept, len(prompts) - len(kept)
+          reason = reason.removeprefix(f'prompt {prompt.id!r}: ')
+          reason = _QUOTED.sub("'...'", reason)
+        if reason not in refused and len(refused) >= _MAX_REASONS:
+          reason = 'other reasons'
+        refused.setdefault(reason, []).append(prompt.id)
+  counts = {
+    f'{why} (first: {ids[0]})': len(ids) for why, ids in refused.items()
+  }
+  return kept, lengths, counts
 
 
 def drop_duplicates(
@@ -150,45 +117,37 @@ def drop_duplicates(
 ) -> tuple[Prompts, int]:
   """Drops prompts that share a long prefix with an earlier one (A.2).
 
-  Rule: two prompts are duplicates when their first `prefix_words` words are
-  the same, whatever their case and however their accents are spelt; a prompt
-  with fewer words must be the same as a whole. So a short prompt is no
-  duplicate of a long one that begins with it. A conversation of one turn is its
-  text; system turns are apart: all of them must be the same, and they do not
-  count as words. The first is kept. One pass with a hash set.
-
-  Args:
-    prompts: any prompts.
-    prefix_words: how long a shared prefix is "long"; at least 1. The paper
-      does not print it.
+  Two prompts are duplicates if their first `prefix_words` words are the same,
+  whatever their case and the encoding of their accents; the paper does not
+  print the number. Shorter prompts must be the same as a whole, so a short
+  prompt is no duplicate of a long one that begins with it. A conversation of
+  one turn is its text. System turns do not count as words, and must all be the
+  same.
   """
   if prefix_words < 1:
     raise ValueError(f'prefix_words is {prefix_words}; it must be 1 or more')
-  kept, seen = [], set()
+  kept = {}
   for prompt in prompts:
-    system, text = _said(prompt)
-    # maxsplit bounds the work on long prompts; the last piece is the rest.
+    system, text = _system_and_text(prompt)
+    # maxsplit bounds the work on long prompts.
     words = text.split(maxsplit=prefix_words)[:prefix_words]
-    key = records.comparable(' '.join(words))
-    if system:
-      key = (records.comparable(system), key)
-    if key not in seen:
-      seen.add(key)
-      kept.append(prompt)
-  return kept, len(prompts) - len(kept)
+    key = (records.comparable(system), records.comparable(' '.join(words)))
+    # An invisible system turn is still a system turn.
+    kept.setdefault((bool(system), *key), prompt)
+  return list(kept.values()), len(prompts) - len(kept)
 
 
-def _said(prompt: records.Prompt) -> tuple[str, str]:
+def _system_and_text(prompt: records.Prompt) -> tuple[str, str]:
   """The system's part, and the conversation from the user's first words."""
   turns = records.conversation(prompt)
   if len(turns) == 1:
     return '', turns[0].content
   system = '\n'.join(t.content for t in turns if t.role == 'system')
-  rest = [turn for turn in turns if turn.role != 'system']
-  if len(rest) == 1:
-    return system, rest[0].content
-  text = records.text_of_turns(rest)
-  return system, text[text.index(rest[0].content) :]
+  others = [turn for turn in turns if turn.role != 'system']
+  if len(others) == 1:
+    return system, others[0].content
+  text = records.text_of_turns(others)
+  return system, text[text.index(others[0].content) :]
 
 
 def cap_per_user(
@@ -203,10 +162,10 @@ def cap_per_user(
   kept = []
   for positions in by_user.values():
     if len(positions) > cap:
-      positions = sorted(
-        positions, key=lambda i: (_draw(seed, 'cap', prompts[i].id), i)
-      )[:cap]
-    kept.extend(positions)
+      positions.sort(
+        key=lambda i: (records.draw(seed, 'cap', prompts[i].id), i)
+      )
+    kept += positions[:cap]
   return [prompts[i] for i in sorted(kept)], len(prompts) - len(kept)
 
 
@@ -214,84 +173,60 @@ def split_by_user(
   prompts: Sequence[records.Prompt],
   fractions: Mapping[str, float],
   seed: int,
-) -> dict[str, Prompts]:
-  """Splits prompts so that no user is in two splits (3.2, A.2).
+) -> tuple[dict[str, Prompts], int]:
+  """Splits prompts so that no user and no conversation is in two splits (A.2).
 
-  Nor is a conversation: users whose prompts share an opening
-  (`records.opening`) count as one user, and so on for who shares one with them.
-  Users are taken in an order drawn from the seed and given, whole, to the split
-  that is furthest below its share of prompts. The outcome depends on the seed
-  and the set of users and their counts, not on the order of the file.
-
-  Args:
-    prompts: any prompts.
-    fractions: split name to its share of the prompts; they sum to 1.
-    seed: of the order of users.
+  Users whose prompts share an opening (`records.opening`) count as one user;
+  this is transitive. Users are taken in an order drawn from the seed and go,
+  whole, to the split that is furthest below its share (`fractions`, with sum 1)
+  of prompts. The outcome does not depend on the order of the file.
 
   Returns:
-    Each split's prompts in the given order. With few users a split may be
-    empty.
+    Each split's prompts in the given order (none, if there are few users), and
+    how many users share an opening with another one.
   """
-  return _split(prompts, fractions, seed)[0]
-
-
-def _split(prompts, fractions, seed):
-  """`split_by_user`, and how many users share a group with another."""
   total = sum(fractions.values())
   if min(fractions.values(), default=0) <= 0 or abs(total - 1) > 1e-6:
     raise ValueError(
       f'split fractions {dict(fractions)} must be positive and sum to 1; they '
       f'sum to {total:g}'
     )
-  groups, joined_users = _joined(prompts)
+  # Connected components of a graph of users and openings.
+  users = [_user_key(prompt, i) for i, prompt in enumerate(prompts)]
+  openings = [('opening', records.opening(prompt)) for prompt in prompts]
+  nodes = {key: n for n, key in enumerate(dict.fromkeys([*users, *openings]))}
+  edges = [[nodes[key] for key in keys] for keys in (users, openings)]
+  graph = scipy.sparse.coo_array(
+    (np.ones(len(prompts), bool), np.array(edges, int)), (len(nodes),) * 2
+  )
+  _, component = csgraph.connected_components(graph, directed=False)
+  members = collections.defaultdict(set)
+  positions = collections.defaultdict(list)
+  for position, user in enumerate(users):
+    group = component[nodes[user]]
+    members[group].add(user)
+    positions[group].append(position)
+
   missing = {name: share * len(prompts) for name, share in fractions.items()}
   assigned = {name: [] for name in fractions}
-  for user in sorted(groups, key=lambda user: (_draw(seed, *user), user)):
-    name = max(missing, key=lambda name: missing[name])
-    missing[name] -= len(groups[user])
-    assigned[name].extend(groups[user])
+  order = sorted(
+    (records.draw(seed, *min(found)), min(found), group)
+    for group, found in members.items()
+  )
+  for *_, group in order:
+    name = max(missing, key=missing.get)
+    missing[name] -= len(positions[group])
+    assigned[name] += positions[group]
   splits = {
-    name: [prompts[i] for i in sorted(positions)]
-    for name, positions in assigned.items()
+    name: [prompts[i] for i in sorted(found)]
+    for name, found in assigned.items()
   }
-  return splits, joined_users
+  return splits, sum(len(m) for m in members.values() if len(m) > 1)
 
 
-def _joined(
-  prompts: Sequence[records.Prompt],
-) -> tuple[dict[tuple[str, str], list[int]], int]:
-  """Positions by user; users with a common opening are one, named by the
-  smallest of their keys. And how many users were joined with another."""
-  by_user = collections.defaultdict(list)
-  for position, prompt in enumerate(prompts):
-    by_user[_user_key(prompt, position)].append(position)
-  leader: dict[tuple[str, str], tuple[str, str]] = {}
-
-  def find(user):
-    while (above := leader.get(user, user)) != user:
-      # Halves the way for whoever comes next.
-      leader[user] = user = leader.get(above, above)
-    return user
-
-  first: dict[str, tuple[str, str]] = {}
-  for user, positions in by_user.items():
-    for position in positions:
-      opening = records.opening(prompts[position])
-      one, other = find(user), find(first.setdefault(opening, user))
-      if one != other:
-        leader[max(one, other)] = min(one, other)
-  if not leader:
-    return by_user, 0
-  groups, sizes = collections.defaultdict(list), collections.Counter()
-  for user, positions in by_user.items():
-    groups[find(user)] += positions
-    sizes[find(user)] += 1
-  return groups, sum(size for size in sizes.values() if size > 1)
-
-
-# What counts as personal data. The patterns lean towards dropping a harmless
-# prompt rather than keeping a person's details; dates, times, prices, versions,
-# ISBNs, sums and names of code are not details.
+# Personal data. The patterns prefer dropping a harmless prompt to keeping a
+# person's details. Dates, times, prices, versions, ISBNs, sums and names of
+# code are not details.
 
 # `jo@mail.org`, `jo [at] mail (dot) org`, `jo&#64;mail.org`.
 _AT = r'(?:@|&#0*64;|&commat;|%40|\s*[\[({<]\s*(?:at|@)\s*[\])}>]\s*)'
@@ -324,13 +259,12 @@ _VERSION = re.compile(
   r'\W{0,3}$',
   re.IGNORECASE,
 )
-# Prefixes of addresses that machines have: global, unique local, link local.
-# Others, such as `a::b` or `dead::beef`, are names of code or jokes.
-_IPV6_NETWORKS = tuple(
-  map(
-    ipaddress.ip_network, ('2000::/3', 'fc00::/7', 'fe80::/10', '64:ff9b::/96')
-  )
-)
+# Networks of machines: global, unique local, link local. Other addresses, such
+# as `a::b` or `dead::beef`, are names of code or jokes.
+_IPV6_NETWORKS = [
+  ipaddress.ip_network(network)
+  for network in ('2000::/3', 'fc00::/7', 'fe80::/10', '64:ff9b::/96')
+]
 
 # 13 to 19 digits, grouped as on a card or not, that pass the Luhn check.
 _CARD = re.compile(
@@ -344,13 +278,13 @@ _IBAN = re.compile(
   r'|[A-Za-z]{2}\d{2}[A-Za-z0-9]{11,30})\b'
 )
 
-# Phone numbers. S is what stands between groups of digits.
+# Phone numbers. _S separates groups of digits.
 _S = r'[ .\-/\u2010-\u2015]'
 _DAY = r'(?:0?[1-9]|[12]\d|3[01])'
 _MONTH = r'(?:0?[1-9]|1[0-2])'
 _YEAR = r'(?:1[5-9]|20)\d\d'
 _SEVEN_DIGITS = re.compile(r'\d(?:[^\w\n]{0,4}\d){6}')
-# What has digits and is none; blanked out before numbers are looked for.
+# Digits that are no phone number; removed before the search.
 _OTHER_DIGITS = re.compile(
   r'(?:https?://|www\.|\b10\.\d{4,9}/)\S+'
   r'|\b[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\b'
@@ -375,7 +309,7 @@ _PHONE_WORDS = re.compile(
   r"(?: (?:is|at|on|under|today)|'s)*[ .:#=-]{0,3}$",
   re.IGNORECASE,
 )
-# Numbers that are counted with, or name a thing.
+# Words before numbers that are sums or name a thing.
 _SUM_WORDS = re.compile(
   r'\b(?:(?:add|plus|minus|subtract|sum|product|multiply|divide|divided|times|by'
   r'|square|root|factor\w*|prime|convert|round|sort|list|average|mean|median'
@@ -429,35 +363,29 @@ _STREET = re.compile(
   r'(?:Street|St|Avenue|Ave|Road|Rd|Lane|Ln|Drive|Dr|Boulevard|Blvd|Court|Ct'
   r'|Place|Pl|Square|Sq|Way|Terrace|Crescent)\b'
 )
-_DIGIT = re.compile(r'\d')
 
 
 def personal_data_kinds(text: str) -> list[str]:
   """Kinds of personal data in a text: any of e-mail, phone, card number, id
-  number, IP address, street address. Patterns only, so names go unnoticed.
-  """
+  number, IP address, street address. Patterns only, so it finds no names."""
   if not text.isascii():
-    # Wide digits, fancy hyphens and spaces are the usual ones, and characters
-    # that nobody sees hide nothing.
+    # Wide digits, fancy hyphens and spaces become the usual ones, and invisible
+    # characters go.
     text = unicodedata.normalize('NFKC', invisible.HIDDEN.sub('', text))
   kinds = []
   if _EMAIL.search(text) or _EMAIL_IN_WORDS.search(text):
     kinds.append('e-mail')
-  if not _DIGIT.search(text):
+  if not re.search(r'\d', text):
     return kinds
-  if _has_phone(text):
-    kinds.append('phone')
-  if any(_is_card(match[0]) for match in _CARD.finditer(text)):
-    kinds.append('card number')
-  if _SSN.search(text) or any(
-    _is_iban(match[0]) for match in _IBAN.finditer(text)
-  ):
-    kinds.append('id number')
-  if _has_address(text):
-    kinds.append('IP address')
-  if _STREET.search(text):
-    kinds.append('street address')
-  return kinds
+  is_found = {
+    'phone': _has_phone(text),
+    'card number': any(_is_card(match[0]) for match in _CARD.finditer(text)),
+    'id number': _SSN.search(text)
+    or any(_is_iban(match[0]) for match in _IBAN.finditer(text)),
+    'IP address': _has_address(text),
+    'street address': _STREET.search(text),
+  }
+  return kinds + [kind for kind, found in is_found.items() if found]
 
 
 def _has_phone(text: str) -> bool:
@@ -490,7 +418,7 @@ def _has_phone(text: str) -> bool:
 
 def _is_phone(number: str, after: str, before: str) -> bool:
   """Whether grouped digits are a number to dial and not a row of numbers."""
-  # Numbers in a row are longer rows, or sums; groups with hyphens may name a
+  # Numbers in a row are longer rows, or sums. Groups with hyphens may name a
   # thing, unless they are those of a North American number.
   if re.fullmatch(r'[\d ]+', number) and (
     re.search(r'\d[ ,]+$', before) or re.match(r'[ ,]+\d', after)
@@ -503,22 +431,29 @@ def _is_phone(number: str, after: str, before: str) -> bool:
     and _SUM_WORDS.search(before)
   ):
     return False
-  has_plus = number.lstrip('(').startswith(('+', '00'))
-  least = 8 if has_plus else 7 if number.startswith('555') else 9
-  return _is_dialled(number, least)
+  least = 7 if number.startswith('555') else 9
+  return _is_dialled(number, 8 if _has_plus(number) else least)
+
+
+def _has_plus(number: str) -> bool:
+  return number.lstrip('(').startswith(('+', '00'))
 
 
 def _is_dialled(number: str, least: int) -> bool:
   groups = re.findall(r'\d+', number)
   digits = ''.join(groups)
-  has_plus = number.lstrip('(').startswith(('+', '00'))
   return (
     least <= len(digits) <= 15
     and len(digits.rstrip('0')) > 3
     and len(set(digits)) > 2
     # Neither 1 2 3 4 5 6 7 8 9 nor 10-20-30-40-50.
-    and (has_plus or all(len(group) > 1 for group in groups[1:-1]))
-    and (has_plus or max(map(len, groups)) > 2 or digits[0] == '0')
+    and (
+      _has_plus(number)
+      or (
+        all(len(group) > 1 for group in groups[1:-1])
+        and (max(map(len, groups)) > 2 or digits[0] == '0')
+      )
+    )
   )
 
 
@@ -531,7 +466,7 @@ def _is_card(number: str) -> bool:
 
 
 def _is_iban(text: str) -> bool:
-  """Checksum of ISO 13616: letters count from 10, and the rest is 1."""
+  """Checksum of ISO 13616: letters count from 10; modulo 97 it is 1."""
   text = text.replace(' ', '').upper()
   number = ''.join(str(int(c, 36)) for c in text[4:] + text[:4])
   return 15 <= len(text) <= 34 and int(number) % 97 == 1
@@ -540,11 +475,11 @@ def _is_iban(text: str) -> bool:
 def _has_address(text: str) -> bool:
   """Whether there is an IP address of a machine somewhere on the network."""
   for match in _IPV4.finditer(text):
-    address = ipaddress.IPv4Address(
-      '.'.join(part.lstrip('0') or '0' for part in match[0].split('.'))
-    )
+    address = '.'.join(str(int(part)) for part in match[0].split('.'))
     before = text[max(0, match.start() - 12) : match.start()]
-    if _is_machine(address) and not _VERSION.search(before):
+    if _is_machine(ipaddress.ip_address(address)) and not _VERSION.search(
+      before
+    ):
       return True
   if text.count(':') < 2:
     return False
@@ -554,9 +489,8 @@ def _has_address(text: str) -> bool:
       address = ipaddress.IPv6Address(found)
     except ValueError:
       continue
-    mapped = address.ipv4_mapped
-    if mapped is not None:
-      if _is_machine(mapped):
+    if address.ipv4_mapped is not None:
+      if _is_machine(address.ipv4_mapped):
         return True
     elif any(address in network for network in _IPV6_NETWORKS):
       return True
@@ -568,7 +502,7 @@ def _is_machine(address: ipaddress.IPv4Address) -> bool:
   return not address.is_loopback and 0 < address.packed[0] < 255
 
 
-# The library's names of what it finds, and ours.
+# The library's names of the kinds, and ours.
 _PRESIDIO_KINDS = {
   'EMAIL_ADDRESS': 'e-mail',
   'PHONE_NUMBER': 'phone',
@@ -577,23 +511,19 @@ _PRESIDIO_KINDS = {
   'IBAN_CODE': 'id number',
   'PERSON': 'name',
 }
-# What a phone number has without a word such as "call" beside it; weaker finds
-# are any nine digits.
+# The score of a phone number without a word such as "call" beside it; any nine
+# digits score less.
 _PRESIDIO_SCORE = 0.4
 
 
 def presidio_kinds(spacy_model: str = '') -> KindsFn:
-  """`personal_data_kinds` with Microsoft's Presidio beside the patterns.
+  """`personal_data_kinds` with Microsoft's Presidio in addition.
 
-  Phone numbers are then checked against the numbering plans of all countries,
-  e-mail addresses against the list of public suffixes, and bank and card
-  numbers by their checksums. (Its IP addresses are left to the patterns: it
-  takes `::1` and `a::b` for some.) Nothing is downloaded.
-
-  Args:
-    spacy_model: name or folder of an installed English model that knows
-      people's names, which then count as personal data, the famous ones too;
-      '' finds no names.
+  It checks phone numbers against the numbering plans of all countries, e-mail
+  addresses against the list of public suffixes, and bank and card numbers by
+  their checksums. IP addresses are left to the patterns, because it takes `::1`
+  and `a::b` for some. `spacy_model` is the name or folder of an installed
+  English model that finds people's names; '' finds none. Nothing is downloaded.
 
   Raises:
     ValueError: the library or the model is not installed.
@@ -621,7 +551,7 @@ def presidio_kinds(spacy_model: str = '') -> KindsFn:
       return bool(suffixes(pattern_text).fqdn)
 
   class Pipeline(SpacyNlpEngine):
-    """One that is already there; the parent's would download it."""
+    """A loaded pipeline; the parent class would download one."""
 
     def __init__(self):
       super().__init__([{'lang_code': 'en', 'model_name': 'given'}])
@@ -655,16 +585,16 @@ def presidio_kinds(spacy_model: str = '') -> KindsFn:
 def drop_personal_data(
   prompts: Sequence[records.Prompt], kinds_fn: KindsFn = personal_data_kinds
 ) -> tuple[Prompts, int]:
-  """Drops prompts that hold personal data, in the text or in any turn; for the
-  training split (A.1)."""
+  """Drops prompts with personal data in the text or any turn (A.1)."""
   kept = [
     prompt
     for prompt in prompts
-    if not kinds_fn(prompt.text)
-    and not any(
-      kinds_fn(turn.content)
-      for turn in prompt.turns
-      if turn.content not in prompt.text
+    if not any(
+      kinds_fn(text)
+      for text in (
+        prompt.text,
+        *(t.content for t in prompt.turns if t.content not in prompt.text),
+      )
     )
   ]
   return kept, len(prompts) - len(kept)
@@ -679,39 +609,33 @@ def clean(
   cap: int,
   fractions: Mapping[str, float],
   seed: int,
-  training_split: str = 'train',
   kinds_fn: KindsFn = personal_data_kinds,
 ) -> tuple[dict[str, Prompts], HygieneReport]:
-  """All of the above: duplicates, what the tokenizer refuses, length, cap,
-  split, then personal data.
+  """Drops duplicates, refused and long prompts, those beyond the cap; splits;
+  then drops personal data.
 
-  Duplicates go first, so that no near-copy can land in two splits or use up a
-  user's cap; personal data goes last, from the training split only, so that
+  Duplicates go first, so that no near-copy can be in two splits or use up a
+  user's cap. Personal data goes last and from the split `train` only, so that
   held-out prompts keep the distribution of real use (A.1).
 
   Args:
     prompts: as collected; ids must be distinct.
-    tokenizer: counts the tokens of `max_tokens`.
-    max_tokens: longest prompt kept.
+    tokenizer, max_tokens: longer prompts are dropped, never cut (C).
     prefix_words: see `drop_duplicates`.
     cap: prompts per user; the paper's is 200.
-    fractions: see `split_by_user`; must hold `training_split`.
+    fractions: see `split_by_user`; must hold `train`.
     seed: of the cap and the split.
-    training_split: the split that is searched for personal data.
-    kinds_fn: what finds it; or `presidio_kinds`.
+    kinds_fn: finds personal data; `presidio_kinds` makes another one.
 
   Returns:
     The prompts of each split, and the counts.
   """
-  if training_split not in fractions:
+  if 'train' not in fractions:
     raise ValueError(
-      f'fractions {dict(fractions)} lack the training split {training_split!r}'
+      f"fractions {dict(fractions)} lack the training split 'train'"
     )
-  repeated = [
-    name
-    for name, count in collections.Counter(p.id for p in prompts).items()
-    if count > 1
-  ]
+  counts = collections.Counter(prompt.id for prompt in prompts)
+  repeated = [name for name, count in counts.items() if count > 1]
   if repeated:
     raise ValueError(
       f'{len(repeated)} prompt ids come more than once, such as '
@@ -719,26 +643,24 @@ def clean(
     )
   kept, duplicates = drop_duplicates(prompts, prefix_words)
   kept, lengths, refused = drop_refused(kept, tokenizer)
-  kept, over_long = _not_longer(kept, lengths, max_tokens)
-  kept, over_cap = cap_per_user(kept, cap, seed=seed)
-  splits, joined_users = _split(kept, fractions, seed)
-  splits[training_split], personal_data = drop_personal_data(
-    splits[training_split], kinds_fn
-  )
+  short = [p for p, n in zip(kept, lengths, strict=True) if n <= max_tokens]
+  capped, over_cap = cap_per_user(short, cap, seed=seed)
+  splits, joined_users = split_by_user(capped, fractions, seed)
+  splits['train'], personal_data = drop_personal_data(splits['train'], kinds_fn)
+  users = {
+    name: [p.user for p in split if p.user] for name, split in splits.items()
+  }
   report = HygieneReport(
     given=len(prompts),
     duplicates=duplicates,
     refused=refused,
-    over_long=over_long,
+    over_long=len(kept) - len(short),
     over_cap=over_cap,
     personal_data=personal_data,
     kept={name: len(split) for name, split in splits.items()},
-    users={
-      name: len({prompt.user for prompt in split if prompt.user})
-      for name, split in splits.items()
-    },
+    users={name: len(set(found)) for name, found in users.items()},
     unknown_users=sum(
-      not prompt.user for split in splits.values() for prompt in split
+      len(split) - len(users[name]) for name, split in splits.items()
     ),
     joined_users=joined_users,
     limits={
@@ -753,14 +675,8 @@ def clean(
 def _user_key(prompt: records.Prompt, position: int) -> tuple[str, str]:
   if prompt.user:
     return 'user', prompt.user
-  # Ids are unique in a file; the position guards against those that are not.
+  # The position is for prompts without an id.
   return 'prompt', prompt.id or f'position {position}'
-
-
-def _draw(seed: int, *parts: str) -> bytes:
-  """A random-looking key that depends on nothing but its arguments."""
-  text = '\0'.join((str(seed), *parts))
-  return hashlib.blake2b(text.encode('utf-8'), digest_size=8).digest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -783,11 +699,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument(
     '--presidio', nargs='?', const='', metavar='SPACY_MODEL', default=None
   )
-  parser.add_argument(
-    '--replace',
-    action='store_true',
-    help='remove files of an earlier run that this one does not write',
-  )
+  folders.add_replace(parser)
   options = parser.parse_args(arguments)
   try:
     counts = _run(options)
@@ -798,25 +710,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
   return 0
 
 
-def _run(options: argparse.Namespace) -> dict[str, int | dict[str, int]]:
+def _run(options: argparse.Namespace) -> dict[str, Any]:
   kinds_fn = personal_data_kinds
   if options.presidio is not None:
     kinds_fn = presidio_kinds(options.presidio)
-  prompts: Prompts = []
-  file_of: dict[str, str] = {}
-  for path in options.files:
-    for prompt in records.read_jsonl(path, records.Prompt):
-      other = file_of.setdefault(prompt.id, path)
-      if other is not path:
-        raise ValueError(
-          f'{path}: the id {prompt.id!r} is in {other}, too; ids must be '
-          'distinct'
-        )
-      prompts.append(prompt)
+  parts = [records.read_jsonl(path, records.Prompt) for path in options.files]
+  records.check_ids(options.files, parts)
   shares = {'valid': options.valid, 'test': options.test}
   shares['train'] = 1 - sum(shares.values())
   splits, report = clean(
-    prompts,
+    [prompt for part in parts for prompt in part],
     tokenizer=tokenizer_lib.Tokenizer.load(options.tokenizer),
     max_tokens=options.max_tokens,
     prefix_words=options.prefix_words,
@@ -842,7 +745,7 @@ def _run(options: argparse.Namespace) -> dict[str, int | dict[str, int]]:
       if split:
         records.write_jsonl(folder / f'prompts_{name}.jsonl', split)
     content = json.dumps(counts, indent=2)
-    records.write_bytes(folder / 'hygiene.json', content.encode('utf-8'))
+    records.write_bytes(folder / 'hygiene.json', content.encode())
   return counts
 
 

@@ -1,10 +1,9 @@
-"""Public human data in the formats that their authors publish, as records.
+"""Public human data in its published formats, as records.
 
 One function a format, from a file (plain or `.gz`, JSON or JSONL) to an
-`Imported`. What a file holds and cannot be used is counted with its reason;
-what does not look like the format at all is an error with its line and key.
-Null, and the NaN of tables, is an empty text everywhere.
-`python -m instruct_jax.data.convert` writes the outcome as JSONL splits.
+`Imported`. Unusable entries are counted with their reason; a file of another
+format is an error with line and key. Null, and the NaN of tables, is the empty
+text.
 
   hh                    Anthropic HH (Bai et al. 2022): chosen, rejected
   oasst                 OpenAssistant trees (Köpf et al. 2023)
@@ -17,15 +16,10 @@ Null, and the NaN of tables, is an empty text everywhere.
   natural_instructions  versions 1 and 2, one task a file
   e2e_demonstrations, e2e_quality, e2e_naturalness    `restaurant.py`
 
-Prompts of conversations have `turns`, and `records.text_of_turns` of them as
-their text; a completion then begins with the space that follows "Assistant:",
-as in the HH files. Prompts of instructions end in a blank line, and an input
-that only says that there is none (`<noinput>`, `N/A`) is none.
-
-A demonstration is what a labeler wrote. Rows that say that a model wrote the
-answer (`sources.model_of`: AlpacaEval's outputs, Self-Instruct's predictions,
-OpenAssistant's synthetic messages) are kept apart. HH's chosen answers are what
-people chose among answers of models, for want of better.
+Prompts of conversations have `turns`, and their text is `records.text_of_turns`
+of them; completions then begin with the space that follows "Assistant:" in HH
+files. Prompts of instructions end in a blank line. Demonstrations that a model
+wrote (`sources.model_of`) are kept apart.
 """
 
 import collections
@@ -33,14 +27,14 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
 
 from instruct_jax.data import invisible, records, restaurant, sources
 
-# What `convert` says beside the counts of a format.
+# What `convert` prints besides the counts of a format.
 NOTES = {
   'hh': (
     'the demonstrations are the chosen answers: models wrote them, people chose'
@@ -56,25 +50,22 @@ _NO_INPUT = re.compile(
 )
 
 
+def _list():
+  return dataclasses.field(default_factory=list)
+
+
 @dataclasses.dataclass
 class Imported:
-  """What a file gave.
+  """The content of files.
 
-  Attributes:
-    demonstrations: written by people, as far as the file says.
-    model_demonstrations: written by the model that `labeler` names.
-    skipped: reason -> how many entries were left out for it.
+  `demonstrations` are by people, as far as the file says;
+  `model_demonstrations` by the model that `labeler` names. `skipped` counts
+  entries left out by reason.
   """
 
-  demonstrations: list[records.Demonstration] = dataclasses.field(
-    default_factory=list
-  )
-  comparisons: list[records.Comparison] = dataclasses.field(
-    default_factory=list
-  )
-  model_demonstrations: list[records.Demonstration] = dataclasses.field(
-    default_factory=list
-  )
+  demonstrations: list[records.Demonstration] = _list()
+  comparisons: list[records.Comparison] = _list()
+  model_demonstrations: list[records.Demonstration] = _list()
   skipped: collections.Counter = dataclasses.field(
     default_factory=collections.Counter
   )
@@ -88,151 +79,152 @@ class Imported:
     else:
       self.demonstrations.append(demonstration)
 
-  def every_demonstration(self) -> list[records.Demonstration]:
-    """Those of people, then those of models."""
-    return [*self.demonstrations, *self.model_demonstrations]
+  def skip(self, reason: str, count: int = 1) -> None:
+    """Counts entries that are left out."""
+    if count:
+      self.skipped[reason] += count
+
+  def extend(self, other: 'Imported') -> None:
+    """Adds the content of another file."""
+    for name, value in vars(other).items():
+      setattr(self, name, getattr(self, name) + value)
+
+  def rows(self) -> list[records.Comparison | records.Demonstration]:
+    """Comparisons, then demonstrations by people, then those by models."""
+    return [
+      *self.comparisons,
+      *self.demonstrations,
+      *self.model_demonstrations,
+    ]
 
   def prompts(self) -> list[records.Prompt]:
-    """The distinct prompts, in order, numbered; copies that differ in how
-    accents are spelt are one."""
-    found = {}
-    for row in (*self.comparisons, *self.every_demonstration()):
-      found.setdefault(
-        records.composed(row.prompt),
-        records.Prompt(
-          id=f'p{len(found)}',
-          text=row.prompt,
-          user=row.user,
-          category=row.category,
-          turns=row.turns,
-        ),
-      )
-    return list(found.values())
+    """The distinct prompts, in order, numbered; the encoding of accents does
+    not count."""
+    first = {}
+    for row in self.rows():
+      first.setdefault(records.composed(row.prompt), row)
+    return [
+      records.Prompt(f'p{i}', row.prompt, row.user, row.category, {}, row.turns)
+      for i, row in enumerate(first.values())
+    ]
+
+
+def _checked(value: Any, kinds: Any, where: str, what: str) -> Any:
+  """A value of these types; None for null and for NaN, the null of tables."""
+  if value is None or value != value:
+    return None
+  if not isinstance(value, kinds) or isinstance(value, bool):
+    raise records.RecordError(
+      f'{where} is a {type(value).__name__}, expected {what}'
+    )
+  if isinstance(value, str) and not records.encodable(value):
+    raise records.RecordError(
+      f'{where} holds a lone surrogate; re-encode the text'
+    )
+  return value
 
 
 class _Entry:
-  """An object of a file and its place, which every error names."""
+  """An object of a file; errors name its place, in the file or in an entry.
 
-  def __init__(self, values: Any, place: str):
+  `place` is '' for an entry of a JSONL file; its `name` (file and line) is for
+  ids.
+  """
+
+  def __init__(self, values: Any, place: str, name: str = '', line: int = 0):
     if not isinstance(values, Mapping):
       raise records.RecordError(
         f'{place}: expected an object, found a {type(values).__name__}'
       )
-    self.values, self.place = values, place
+    self.values, self.place, self.name, self.line = values, place, name, line
 
-  def _get(self, key: str, kinds: type | tuple[type, ...], what: str) -> Any:
+  def where(self, text: str) -> str:
+    return f'{self.place}: {text}' if self.place else text
+
+  def get(self, key: str, kinds: Any, what: str) -> Any:
+    """A field that must be there."""
     if key not in self.values:
+      found = ', '.join(map(str, self.values)) or 'nothing'
       raise records.RecordError(
-        f'{self.place}: field {key!r} is missing (found '
-        f'{", ".join(map(str, self.values)) or "nothing"})'
+        self.where(
+          f'field {key!r} is missing (found {found}); is this the format of '
+          'this file?'
+        )
       )
-    value = self.values[key]
-    # NaN is what tables have for null.
-    if value is None or value != value:
-      return None
-    if not isinstance(value, kinds) or isinstance(value, bool) != (
-      kinds is bool
-    ):
-      raise records.RecordError(
-        f'{self.place}: {key!r} is a {type(value).__name__}, expected {what}'
-      )
-    return value
+    return _checked(self.values[key], kinds, self.where(repr(key)), what)
 
   def text(self, key: str) -> str:
-    """A field that must be there; null is the empty text."""
-    text = self._get(key, str, 'a text') or ''
-    _check_text(text, f'{self.place}: {key!r}')
-    return text
+    return self.get(key, str, 'a text') or ''
 
   def optional(self, key: str) -> str:
     """A text or number that may be missing."""
     if key not in self.values:
       return ''
-    value = self._get(key, (str, int, float), 'a text')
-    text = '' if value is None else str(value)
-    _check_text(text, f'{self.place}: {key!r}')
-    return text
+    value = self.get(key, (str, int, float), 'a text')
+    return '' if value is None else str(value)
 
-  def number(self, key: str) -> int | float | None:
-    return self._get(key, (int, float), 'a number')
+  def texts(self, key: str) -> list[str]:
+    """A text or a list of texts, as a list."""
+    value = self.get(key, (str, list), 'a text or a list of texts')
+    if not isinstance(value, list):
+      return [value or '']
+    return _texts(value, self.where(key))
 
   def items(self, key: str) -> list:
-    """A list that must be there; null is an empty one."""
-    return self._get(key, list, 'a list') or []
+    return self.get(key, list, 'a list') or []
 
   def entries(self, key: str) -> list['_Entry']:
     """The objects of a list."""
     return [
-      _Entry(item, f'{self.place}: {key}[{number}]')
+      _Entry(item, self.where(f'{key}[{number}]'))
       for number, item in enumerate(self.items(key))
     ]
 
   def entry(self, key: str) -> '_Entry':
-    return _Entry(
-      self._get(key, dict, 'an object') or {}, f'{self.place}: {key}'
-    )
+    return _Entry(self.get(key, dict, 'an object') or {}, self.where(key))
 
 
-def _check_text(text: str, where: str) -> None:
-  if not records.encodable(text):
-    raise records.RecordError(
-      f'{where} holds a lone surrogate; re-encode the text'
-    )
+def _texts(items: list, where: str) -> list[str]:
+  return [
+    _checked(item, str, f'{where}[{number}]', 'a text') or ''
+    for number, item in enumerate(items)
+  ]
 
 
-def _texts(items: Sequence[Any], where: str) -> list[str]:
-  """The items of a list as texts; null is the empty one."""
-  found = []
-  for number, item in enumerate(items):
-    if item is None or item != item:
-      item = ''
-    if not isinstance(item, str):
-      raise records.RecordError(
-        f'{where}[{number}] is a {type(item).__name__}, expected a text'
-      )
-    _check_text(item, f'{where}[{number}]')
-    found.append(item)
-  return found
+def _reader(
+  add: Callable[[Imported, _Entry], str | None],
+) -> Callable[[epath.PathLike], Imported]:
+  """Makes a function of a file from one that adds an entry.
 
-
-def _entries(
-  path: epath.PathLike, fields: Mapping[str, type | tuple[type, ...]]
-) -> Iterator[tuple[int, _Entry]]:
-  """(line, entry) of JSONL, or (position, entry) of one JSON list.
-
-  Raises:
-    RecordError: not the format, or fields missing or of another type; up to
-      10 bad entries are reported together.
+  `add(imported, entry)` returns the reason if it skips the entry. Bad entries
+  are reported together, see `records.raise_problems`.
   """
-  found, bad = [], []
-  for number, values in sources.read_objects(path):
-    problem = values if isinstance(values, str) else _problem(values, fields)
-    if problem:
-      bad.append((number, problem))
-    else:
-      found.append((number, _Entry(values, f'{path}:{number}')))
-  records.raise_problems(path, bad)
-  if not found:
-    raise records.RecordError(f'{path}: holds no entries')
-  yield from found
+
+  @functools.wraps(add)
+  def read(path):
+    imported, bad, line = Imported(), [], 0
+    for line, values in sources.read_objects(path):
+      if isinstance(values, str):
+        bad.append((line, values))
+        continue
+      try:
+        reason = add(
+          imported, _Entry(values, '', f'{_stem(path)}:{line}', line)
+        )
+      except records.RecordError as error:
+        bad.append((line, str(error)))
+        continue
+      if reason:
+        imported.skip(reason)
+    records.raise_problems(path, bad)
+    if not line:
+      raise records.RecordError(f'{path}: holds no entries')
+    return imported
+
+  return read
 
 
-def _problem(values, fields) -> str:
-  for name, kind in fields.items():
-    if name not in values:
-      return (
-        f'field {name!r} is missing (found {", ".join(values)}); is this the '
-        'format of this file?'
-      )
-    value = values[name]
-    is_null = value is None or value != value
-    if not is_null and not isinstance(value, kind):
-      return f'{name!r} is a {type(value).__name__}'
-  return ''
-
-
-@functools.lru_cache(maxsize=1)
-def _name(path: epath.PathLike) -> str:
+def _stem(path: epath.PathLike) -> str:
   return epath.Path(path).name.split('.')[0]
 
 
@@ -248,75 +240,64 @@ def _instruction(instruction: str, given: str = '') -> str:
 # --- Conversations ------------------------------------------------------------
 
 
-def read_hh(path: epath.PathLike) -> Imported:
+@_reader
+def read_hh(imported, entry):
   """Comparisons and, from the chosen side, demonstrations.
 
-  Both texts are dialogues that differ in the assistant's last turn only;
-  entries whose earlier turns differ, or whose answers are the same, are left
-  out and counted.
+  Both texts are dialogues that differ in the assistant's last turn only. The
+  chosen answers are what people chose among answers of models.
   """
-  imported = Imported()
-  for line, entry in _entries(path, {'chosen': str, 'rejected': str}):
-    chosen, rejected = (
-      records.dialogue_turns(entry.text(name))
-      for name in ('chosen', 'rejected')
-    )
-    # An even number of turns ends with the assistant's.
-    if not chosen or len(chosen) % 2 or not rejected or len(rejected) % 2:
-      imported.skipped['not a dialogue that ends with the assistant'] += 1
-      continue
-    if chosen[:-1] != rejected[:-1]:
-      imported.skipped['the two sides answer different prompts'] += 1
-      continue
-    completions = tuple(side[-1].content for side in (chosen, rejected))
-    if completions[0].strip() == completions[1].strip():
-      imported.skipped['both answers are the same'] += 1
-      continue
-    if invisible.is_blank(chosen[-2].content):
-      imported.skipped['the last question is empty'] += 1
-      continue
-    about = {
-      'prompt': records.text_of_turns(chosen[:-1]),
-      'id': f'hh:{_name(path)}:{line}',
-      'turns': chosen[:-1],
-    }
-    completions = tuple(f' {text}' if text else '' for text in completions)
-    imported.comparisons.append(
-      records.Comparison(completions=completions, ranks=(1, 2), **about)
-    )
-    if not invisible.is_blank(completions[0]):
-      imported.add(records.Demonstration(response=completions[0], **about))
-    else:
-      imported.skipped['no demonstration: the chosen answer is empty'] += 1
-  return imported
+  sides = [
+    records.dialogue_turns(entry.text(name)) for name in ('chosen', 'rejected')
+  ]
+  # An even number of turns ends with the assistant's.
+  if any(not side or len(side) % 2 for side in sides):
+    return 'not a dialogue that ends with the assistant'
+  turns = sides[0][:-1]
+  if turns != sides[1][:-1]:
+    return 'the two sides answer different prompts'
+  texts = [side[-1].content for side in sides]
+  if texts[0] == texts[1]:
+    return 'both answers are the same'
+  if invisible.is_blank(turns[-1].content):
+    return 'the last question is empty'
+  about = {
+    'prompt': records.text_of_turns(turns),
+    'id': f'hh:{entry.name}',
+    'turns': turns,
+  }
+  completions = tuple(f' {text}' if text else '' for text in texts)
+  imported.comparisons.append(
+    records.Comparison(completions=completions, ranks=(1, 2), **about)
+  )
+  if invisible.is_blank(completions[0]):
+    return 'no demonstration: the chosen answer is empty'
+  imported.add(records.Demonstration(response=completions[0], **about))
 
 
 _OASST_ROLES = {'prompter': 'user', 'assistant': 'assistant'}
 
 
-def read_oasst(path: epath.PathLike) -> Imported:
+@_reader
+def read_oasst(imported, entry):
   """Every prompter's message with its ranked replies; the best demonstrates.
 
-  `rank` 0 is best. Deleted messages and those that failed review are left out,
-  with all below them. Ranks are those that the annotators' votes were merged
-  into, so no labeler is named. Where the best reply is a model's, as its
-  `synthetic` says, it demonstrates nothing.
+  `rank` 0 is best. Messages that were deleted or failed review are left out
+  with all below them. Ranks are merged from the annotators' votes, so no
+  labeler is named. A best reply that is `synthetic` is a model's.
   """
-  imported = Imported()
-  for line, tree in _entries(path, {'prompt': dict}):
-    name = tree.optional('message_tree_id') or str(line)
-    try:
-      left = [(_Entry(tree.values['prompt'], 'prompt'), ())]
-      # A stack, for conversations may be deeper than Python's calls.
-      while left:
-        node, turns = left.pop()
-        node.place = f'message {node.values.get("message_id")!r}'
-        left += reversed(_visit_oasst(imported, node, turns, name))
-    except records.RecordError as error:
-      raise records.RecordError(
-        f'{path}:{line}: tree {name} is not an OpenAssistant tree ({error})'
-      ) from error
-  return imported
+  tree = entry.optional('message_tree_id') or str(entry.line)
+  try:
+    left = [(entry.entry('prompt'), ())]
+    # A stack instead of recursion, because conversations may be deep.
+    while left:
+      node, turns = left.pop()
+      node.place = f'message {node.values.get("message_id")!r}'
+      left += reversed(_visit_oasst(imported, node, turns, tree))
+  except records.RecordError as error:
+    raise records.RecordError(
+      f'tree {tree} is not an OpenAssistant tree ({error})'
+    ) from error
 
 
 def _is_gone(node: _Entry) -> bool:
@@ -325,13 +306,13 @@ def _is_gone(node: _Entry) -> bool:
 
 
 def _visit_oasst(imported, node, turns, tree):
-  """Adds what a message asks for; returns the messages below it."""
+  """Adds what a message asks for; returns (message, turns) below it."""
   if _is_gone(node):
-    imported.skipped['deleted or failed review'] += 1
+    imported.skip('deleted or failed review')
     return []
   role, text = _OASST_ROLES.get(node.text('role')), node.text('text')
   if role is None or invisible.is_blank(text):
-    imported.skipped['unknown role or empty text'] += 1
+    imported.skip('unknown role or empty text')
     return []
   turns = (*turns, records.Turn(role, text))
   below = node.entries('replies') if 'replies' in node.values else []
@@ -342,56 +323,51 @@ def _visit_oasst(imported, node, turns, tree):
     and _OASST_ROLES.get(reply.text('role')) == 'assistant'
     and not invisible.is_blank(reply.text('text'))
   ]
-  if role == 'user' and replies:
-    about = {
-      'prompt': records.text_of_turns(turns),
-      'id': f'oasst:{node.optional("message_id") or tree}',
-      'user': node.optional('user_id'),
-      'category': node.optional('lang'),
-      'turns': turns,
-    }
-    numbers = [
-      reply.number('rank') if 'rank' in reply.values else None
-      for reply in replies
-    ]
-    ranked = [
-      (rank, reply)
-      for rank, reply in zip(numbers, replies, strict=True)
-      if rank is not None
-    ]
-    ranked.sort(key=lambda pair: pair[0])
-    if len(ranked) > 1:
-      levels = sorted({rank for rank, _ in ranked})
-      imported.comparisons.append(
-        records.Comparison(
-          completions=tuple(f' {reply.text("text")}' for _, reply in ranked),
-          ranks=tuple(1 + levels.index(rank) for rank, _ in ranked),
-          time=node.optional('created_date'),
-          **about,
-        )
+  below = [(reply, turns) for reply in below]
+  if role != 'user' or not replies:
+    return below
+  about = {
+    'prompt': records.text_of_turns(turns),
+    'id': f'oasst:{node.optional("message_id") or tree}',
+    'user': node.optional('user_id'),
+    'category': node.optional('lang'),
+    'turns': turns,
+  }
+  ranked = []
+  for reply in replies:
+    if 'rank' in reply.values:
+      rank = reply.get('rank', (int, float), 'a number')
+      if rank is not None:
+        ranked.append((rank, reply))
+  ranked.sort(key=lambda pair: pair[0])
+  if len(ranked) > 1:
+    imported.comparisons.append(
+      records.Comparison(
+        completions=tuple(f' {reply.text("text")}' for _, reply in ranked),
+        ranks=records.ranks_of_scores(-rank for rank, _ in ranked),
+        time=node.optional('created_date'),
+        **about,
       )
-      if len(ranked) < len(replies):
-        imported.skipped['a reply without a rank beside ranked ones'] += len(
-          replies
-        ) - len(ranked)
-    else:
-      imported.skipped['fewer than two ranked replies'] += 1
-    best = ranked[0][1] if ranked else replies[0]
-    model = ''
-    if best.values.get('synthetic') is True:
-      model = best.optional('model_name') or 'unnamed'
-    imported.add(
-      records.Demonstration(response=f' {best.text("text")}', **about), model
     )
-  return [(reply, turns) for reply in below]
+    unranked = len(replies) - len(ranked)
+    imported.skip('an unranked reply among ranked ones', unranked)
+  else:
+    imported.skip('fewer than two ranked replies')
+  best = ranked[0][1] if ranked else replies[0]
+  model = ''
+  if best.values.get('synthetic') is True:
+    model = best.optional('model_name') or 'unnamed'
+  response = f' {best.text("text")}'
+  imported.add(records.Demonstration(response=response, **about), model)
+  return below
 
 
 # --- Summaries and answers ----------------------------------------------------
 
 
 def _post(info: _Entry) -> str:
-  """The prompt of Stiennon et al. 2020, Table 15; or an article; '' if it is
-  empty."""
+  """The prompt of Stiennon et al. 2020, Table 15, or of an article; '' if the
+  post is empty."""
   article = info.optional('article')
   if not invisible.is_blank(article):
     title = info.optional('title')
@@ -405,137 +381,108 @@ def _post(info: _Entry) -> str:
   return f'SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:'
 
 
-def read_summarize_feedback(path: epath.PathLike) -> Imported:
+@_reader
+def read_summarize_feedback(imported, entry):
   """Pairs of summaries of a post, with workers and, if given, confidence.
 
   Files of single summaries rated on axes hold no comparison and are refused.
   """
-  imported = Imported()
-  fields = {'info': dict, 'summaries': list, 'choice': int, 'worker': str}
-  for line, entry in _entries(path, fields):
-    summaries = entry.entries('summaries')
-    texts = tuple(summary.text('text') for summary in summaries)
-    choice = entry.number('choice')
-    if choice is None:
-      imported.skipped['no choice was made'] += 1
-      continue
-    if len(texts) != 2 or choice not in (0, 1):
-      raise records.RecordError(
-        f'{path}:{line}: {len(texts)} summaries with choice {choice}; expected '
-        'two, and 0 or 1'
-      )
-    if texts[0].strip() == texts[1].strip():
-      imported.skipped['both summaries are the same'] += 1
-      continue
-    info = entry.entry('info')
-    prompt = _post(info)
-    if not prompt:
-      imported.skipped['the post is empty'] += 1
-      continue
-    extra = entry.values.get('extra')
-    imported.comparisons.append(
-      records.Comparison(
-        prompt=prompt,
-        completions=texts,
-        ranks=(1, 2) if choice == 0 else (2, 1),
-        id=info.optional('id') or f'{_name(path)}:{line}',
-        labeler=entry.text('worker'),
-        category=entry.optional('batch'),
-        metadata={
-          'policies': [summary.optional('policy') for summary in summaries],
-          'split': entry.optional('split'),
-          'extra': extra if isinstance(extra, dict) else {},
-        },
-      )
+  summaries, info = entry.entries('summaries'), entry.entry('info')
+  texts = tuple(summary.text('text') for summary in summaries)
+  choice, worker = entry.get('choice', int, 'a number'), entry.text('worker')
+  if choice is None:
+    return 'no choice was made'
+  if len(texts) != 2 or choice not in (0, 1):
+    raise records.RecordError(
+      f'{len(texts)} summaries with choice {choice}; expected two, and 0 or 1'
     )
-  return imported
+  if texts[0].strip() == texts[1].strip():
+    return 'both summaries are the same'
+  prompt = _post(info)
+  if not prompt:
+    return 'the post is empty'
+  extra = entry.values.get('extra')
+  imported.comparisons.append(
+    records.Comparison(
+      prompt=prompt,
+      completions=texts,
+      ranks=(1, 2) if choice == 0 else (2, 1),
+      id=info.optional('id') or entry.name,
+      labeler=worker,
+      category=entry.optional('batch'),
+      metadata={
+        'policies': [summary.optional('policy') for summary in summaries],
+        'split': entry.optional('split'),
+        'extra': extra if isinstance(extra, dict) else {},
+      },
+    )
+  )
 
 
-def read_tldr(path: epath.PathLike) -> Imported:
+@_reader
+def read_tldr(imported, entry):
   """Posts with the summaries that their authors wrote."""
-  imported = Imported()
-  fields = dict.fromkeys(('subreddit', 'title', 'post', 'summary'), str)
-  for line, entry in _entries(path, fields):
-    summary, prompt = entry.text('summary').strip(), _post(entry)
-    if invisible.is_blank(summary) or not prompt:
-      imported.skipped['the summary or the post is empty'] += 1
-      continue
-    imported.add(
-      records.Demonstration(
-        prompt=prompt,
-        response=f' {summary}',
-        id=entry.optional('id') or f'{_name(path)}:{line}',
-        category=entry.text('subreddit'),
-      )
-    )
-  return imported
+  summary, subreddit = entry.text('summary').strip(), entry.text('subreddit')
+  prompt = _post(entry)
+  if invisible.is_blank(summary) or not prompt:
+    return 'the summary or the post is empty'
+  name = entry.optional('id') or entry.name
+  imported.add(
+    records.Demonstration(prompt, f' {summary}', name, category=subreddit)
+  )
 
 
-def read_qa_feedback(path: epath.PathLike) -> Imported:
+@_reader
+def read_qa_feedback(imported, entry):
   """K = 4 rankings from six preferences, and written answers.
 
   A completion's score is the number of the others that it was preferred to,
   half for "no preference" (Copeland); equal scores tie. The gold answer is the
   demonstration.
   """
-  imported = Imported()
-  names = [f'prediction {number}' for number in range(1, 5)]
-  fields = {
-    'question': str,
-    'passages': list,
-    'gold': str,
-    'preference': list,
-    **dict.fromkeys(names, str),
-  }
-  for number, entry in _entries(path, fields):
-    preference = entry.items('preference')
-    if len(preference) != 6 or any(p not in (0, 1, 2) for p in preference):
-      raise records.RecordError(
-        f'{path}:{number}: preference {preference}; expected six of 0, 1 and 2'
+  preference, question = entry.items('preference'), entry.text('question')
+  answers = [entry.text(f'prediction {number}') for number in range(1, 5)]
+  gold = entry.text('gold').strip()
+  if len(preference) != 6 or any(p not in (0, 1, 2) for p in preference):
+    raise records.RecordError(
+      f'preference {preference}; expected six of 0, 1 and 2'
+    )
+  passages = []
+  for number, passage in enumerate(entry.items('passages')):
+    where = f'passages[{number}]'
+    if not isinstance(passage, list):
+      raise records.RecordError(f'{where} is not a list of sentences')
+    passages.append(' '.join(filter(None, _texts(passage[1:], where))))
+  if invisible.is_blank(question):
+    return 'the question is empty'
+  prompt = _instruction('\n\n'.join(filter(None, passages)), question)
+  about = {'prompt': prompt, 'id': f'qa_feedback:{entry.line}'}
+  scores = [0.0] * 4
+  pairs = itertools.combinations(range(4), 2)
+  for (a, b), choice in zip(pairs, preference, strict=True):
+    points = {0: 0.5, 1: 1.0, 2: 0.0}[choice]
+    scores[a] += points
+    scores[b] += 1 - points
+  # A text that was sampled twice is one completion, with its mean score.
+  merged = collections.defaultdict(list)
+  for answer, score in zip(answers, scores, strict=True):
+    merged[records.composed(answer.strip())].append(score)
+  means = tuple(sum(found) / len(found) for found in merged.values())
+  if len(merged) > 1:
+    imported.comparisons.append(
+      records.Comparison(
+        completions=tuple(merged),
+        ranks=records.ranks_of_scores(means),
+        scores=means,
+        **about,
       )
-    passages = []
-    for position, passage in enumerate(entry.items('passages')):
-      where = f'{entry.place}: passages[{position}]'
-      if not isinstance(passage, list):
-        raise records.RecordError(f'{where} is no list of sentences')
-      passages.append(' '.join(filter(None, _texts(passage[1:], where))))
-    question = entry.text('question')
-    if invisible.is_blank(question):
-      imported.skipped['the question is empty'] += 1
-      continue
-    prompt = _instruction('\n\n'.join(filter(None, passages)), question)
-    about = {'prompt': prompt, 'id': f'qa_feedback:{number}'}
-    scores = [0.0] * 4
-    pairs = itertools.combinations(range(4), 2)
-    for (a, b), choice in zip(pairs, preference, strict=True):
-      scores[a] += {1: 1.0, 2: 0.0, 0: 0.5}[choice]
-      scores[b] += {1: 0.0, 2: 1.0, 0: 0.5}[choice]
-    # The same text sampled twice is one completion, with its mean score.
-    merged = collections.defaultdict(list)
-    for name, score in zip(names, scores, strict=True):
-      merged[records.composed(entry.text(name).strip())].append(score)
-    means = tuple(sum(found) / len(found) for found in merged.values())
-    if len(merged) > 1:
-      imported.comparisons.append(
-        records.Comparison(
-          completions=tuple(merged),
-          ranks=records.ranks_of_scores(means),
-          scores=means,
-          **about,
-        )
-      )
-      if len(merged) < 4:
-        imported.skipped['an answer that repeats another, merged'] += 4 - len(
-          merged
-        )
-    else:
-      imported.skipped['all answers are the same'] += 1
-    gold = entry.text('gold').strip()
-    if not invisible.is_blank(gold):
-      imported.add(records.Demonstration(response=gold, **about))
-    else:
-      imported.skipped['no demonstration: the gold answer is empty'] += 1
-  return imported
+    )
+    imported.skip('an answer that repeats another, merged', 4 - len(merged))
+  else:
+    imported.skip('all answers are the same')
+  if invisible.is_blank(gold):
+    return 'no demonstration: the gold answer is empty'
+  imported.add(records.Demonstration(response=gold, **about))
 
 
 # --- Instructions -------------------------------------------------------------
@@ -543,153 +490,112 @@ def read_qa_feedback(path: epath.PathLike) -> Imported:
 
 def _add_instruction(imported, prompt, response, name, category='', model=''):
   if not prompt or invisible.is_blank(response):
-    imported.skipped['instruction or answer is empty'] += 1
+    imported.skip('instruction or answer is empty')
     return
-  imported.add(
-    records.Demonstration(
-      prompt=prompt, response=response.strip(), id=name, category=category
-    ),
-    model,
+  row = records.Demonstration(prompt, response.strip(), name, category=category)
+  imported.add(row, model)
+
+
+def _model_of(entry: _Entry, *answer: str) -> str:
+  return sources.model_of(entry.values, answer)[0]
+
+
+@_reader
+def read_dolly(imported, entry):
+  """instruction, context, response, category; or prompt, response as they are.
+
+  The answer may also be in `text`.
+  """
+  keys = entry.values
+  answer = 'text' if 'response' not in keys and 'text' in keys else 'response'
+  if 'prompt' in keys and answer in keys:
+    prompt = entry.text('prompt')
+    prompt = '' if invisible.is_blank(prompt) else prompt
+  else:
+    prompt = _instruction(entry.text('instruction'), entry.optional('context'))
+  _add_instruction(
+    imported,
+    prompt,
+    entry.text(answer),
+    f'dolly:{entry.name}',
+    entry.optional('category'),
+    _model_of(entry, answer),
   )
 
 
-def read_dolly(path: epath.PathLike) -> Imported:
-  """instruction, context, response, category; or prompt, response as they are.
-
-  Files that keep the answer in `text` are read, too.
-  """
-  imported = Imported()
-  for line, entry in _entries(path, {}):
-    name = f'dolly:{_name(path)}:{line}'
-    answer = 'response'
-    if answer not in entry.values and 'text' in entry.values:
-      answer = 'text'
-    model, _ = sources.model_of(entry.values, (answer,))
-    if 'prompt' in entry.values and answer in entry.values:
-      prompt = entry.text('prompt')
-      prompt = '' if invisible.is_blank(prompt) else prompt
-    else:
-      problem = _problem(entry.values, {'instruction': str, answer: str})
-      if problem:
-        raise records.RecordError(f'{entry.place}: {problem}')
-      prompt = _instruction(
-        entry.text('instruction'), entry.optional('context')
-      )
-    _add_instruction(
-      imported,
-      prompt,
-      entry.text(answer),
-      name,
-      entry.optional('category'),
-      model,
-    )
-  return imported
-
-
-def read_self_instruct(path: epath.PathLike) -> Imported:
+@_reader
+def read_self_instruct(imported, entry):
   """Tasks; each of their instances is a demonstration."""
-  imported = Imported()
-  for line, entry in _entries(path, {'instruction': str, 'instances': list}):
-    name = entry.optional('id') or f'{_name(path)}:{line}'
-    instances = entry.entries('instances')
-    if not instances:
-      imported.skipped['a task without instances'] += 1
-    for number, instance in enumerate(instances):
-      model = (
-        sources.model_of(entry.values)[0]
-        or sources.model_of(instance.values, ('output',))[0]
-      )
-      _add_instruction(
-        imported,
-        _instruction(entry.text('instruction'), instance.text('input')),
-        instance.text('output'),
-        f'{name}:{number}',
-        'classification' if entry.values.get('is_classification') else '',
-        model,
-      )
-  return imported
-
-
-def read_alpaca(path: epath.PathLike) -> Imported:
-  """instruction, input (may be empty), output."""
-  imported = Imported()
-  for number, entry in _entries(path, {'instruction': str, 'output': str}):
+  name = entry.optional('id') or entry.name
+  instruction = entry.text('instruction')
+  instances = entry.entries('instances')
+  for number, instance in enumerate(instances):
     _add_instruction(
       imported,
-      _instruction(entry.text('instruction'), entry.optional('input')),
-      entry.text('output'),
-      f'alpaca:{_name(path)}:{number}',
-      model=sources.model_of(entry.values, ('output',))[0],
+      _instruction(instruction, instance.text('input')),
+      instance.text('output'),
+      f'{name}:{number}',
+      'classification' if entry.values.get('is_classification') else '',
+      _model_of(entry) or _model_of(instance, 'output'),
     )
-  return imported
+  return None if instances else 'a task without instances'
+
+
+@_reader
+def read_alpaca(imported, entry):
+  """instruction, input (may be empty), output."""
+  _add_instruction(
+    imported,
+    _instruction(entry.text('instruction'), entry.optional('input')),
+    entry.text('output'),
+    f'alpaca:{entry.name}',
+    model=_model_of(entry, 'output'),
+  )
 
 
 def read_natural_instructions(path: epath.PathLike) -> Imported:
   """One task: its definition and an instance's input ask for its first output.
 
-  Version 1 has a title and a prompt, version 2 a list of definitions.
+  Version 1 has a title, version 2 a list of definitions and categories.
   """
   imported = Imported()
   task = _Entry(records.read_json(path), str(path))
-  problem = _problem(
-    task.values, {'Definition': (str, list), 'Instances': list}
-  )
-  if problem:
-    raise records.RecordError(f'{path}: {problem}')
-  definition = _one_or_more(task, 'Definition')
-  categories = ('Categories', 'Title')
-  names = [
+  definition = '\n'.join(task.texts('Definition'))
+  categories = [
     name
-    for key in categories
+    for key in ('Categories', 'Title')
     if key in task.values
-    for name in _one_or_more(task, key)[:1]
+    for name in task.texts(key)[:1]
   ]
   for number, instance in enumerate(task.entries('Instances')):
-    outputs = _one_or_more(instance, 'output')
-    if len(outputs) > 1:
-      imported.skipped['a further right answer of an instance'] += (
-        len(outputs) - 1
-      )
+    outputs = instance.texts('output')
+    further = len(outputs[1:])
+    imported.skip('a further right answer of an instance', further)
     _add_instruction(
       imported,
-      _instruction('\n'.join(definition), instance.text('input')),
+      _instruction(definition, instance.text('input')),
       outputs[0] if outputs else '',
-      instance.optional('id') or f'{_name(path)}:{number}',
-      names[0] if names else '',
-      sources.model_of(instance.values, ('output',))[0],
+      instance.optional('id') or f'{_stem(path)}:{number}',
+      categories[0] if categories else '',
+      _model_of(instance, 'output'),
     )
   return imported
-
-
-def _one_or_more(entry: _Entry, key: str) -> list[str]:
-  """A field that is a text or a list of texts, as a list."""
-  value = entry._get(key, (str, list), 'a text or a list of texts')
-  if isinstance(value, list):
-    return _texts(value, f'{entry.place}: {key}')
-  return [entry.text(key)]
 
 
 def _read_e2e_demonstrations(path):
-  demonstrations, repeated = restaurant.read_demonstrations_and_count(path)
-  imported = Imported(demonstrations=demonstrations)
-  if repeated:
-    imported.skipped['the same sentence for the same facts again'] = repeated
+  demonstrations, repeated = restaurant.read_demonstrations(path)
+  imported = Imported(demonstrations)
+  imported.skip('the same sentence for the same facts again', repeated)
   return imported
 
 
-def _read_e2e(criterion):
-  def read(path):
-    comparisons, counts = restaurant.read_rankings_and_counts(path, criterion)
-    skipped = {
-      'check items failed': counts.tainted,
-      'fewer than two texts': counts.too_few,
-      'rows of which some texts are the same, merged': counts.merged,
-    }
-    return Imported(
-      comparisons=comparisons, skipped=collections.Counter(skipped)
-    )
-
-  return read
+def _read_e2e(path, criterion):
+  comparisons, counts = restaurant.read_rankings(path, criterion)
+  imported = Imported(comparisons=comparisons)
+  imported.skip('check items failed', counts.tainted)
+  imported.skip('fewer than two texts', counts.too_few)
+  imported.skip('rows with repeated texts, merged', counts.merged)
+  return imported
 
 
 FORMATS = {
@@ -703,6 +609,6 @@ FORMATS = {
   'alpaca': read_alpaca,
   'natural_instructions': read_natural_instructions,
   'e2e_demonstrations': _read_e2e_demonstrations,
-  'e2e_quality': _read_e2e('quality'),
-  'e2e_naturalness': _read_e2e('naturalness'),
+  'e2e_quality': functools.partial(_read_e2e, criterion='quality'),
+  'e2e_naturalness': functools.partial(_read_e2e, criterion='naturalness'),
 }

@@ -1,7 +1,7 @@
 """How far rankings of the same texts agree (paper 3.4).
 
-Texts are matched by what they say, so rankings of one prompt need neither the
-same completions nor the same order of them.
+Completions are matched by their text, so two rankings of a prompt may have
+different completions, in any order.
 """
 
 import collections
@@ -16,10 +16,8 @@ from instruct_jax.data import records
 class Agreement:
   """Pairs of completions that two labelers ordered, prompt by prompt.
 
-  Attributes:
-    prompts: with a named ranking.
-    agreed: of each prompt, pairs that two labelers ordered alike.
-    counted: of each prompt, pairs that two labelers ordered.
+  `agreed` and `counted` are the pairs of each of `prompts` that two labelers
+  ordered alike, and that they ordered at all.
   """
 
   prompts: tuple[str, ...]
@@ -39,21 +37,18 @@ def pair_counts(
   a: Sequence[int | float], b: Sequence[int | float]
 ) -> tuple[int, int]:
   """(pairs ordered alike, pairs that both ordered) of two rankings."""
-  agreed = counted = 0
-  for i, j in itertools.combinations(range(len(a)), 2):
-    sign = (a[i] - a[j]) * (b[i] - b[j])
-    agreed += sign > 0
-    counted += sign != 0
-  return agreed, counted
+  pairs = itertools.combinations(range(len(a)), 2)
+  signs = [(a[i] - a[j]) * (b[i] - b[j]) for i, j in pairs]
+  return sum(sign > 0 for sign in signs), sum(sign != 0 for sign in signs)
 
 
 def agreement(comparisons: Sequence[records.Comparison]) -> Agreement:
-  """Compares every two rankings of one prompt by different named labelers.
+  """Compares every two rankings of a prompt by different named labelers.
 
-  They are compared on the completions that they share; a pair that either of
-  them tied is left out. A text that one ranking holds twice has its mean rank.
-  The paper does not say how it treats ties. Rankings without a labeler's name
-  are left out, for two of them may be one person's or two people's.
+  Only completions of both rankings count; a text that one ranking holds twice
+  has its mean rank. Pairs that either labeler tied are left out, because the
+  paper does not say how it treats ties. So are rankings without a labeler's
+  name, because two of them may be one person's.
   """
   by_prompt = collections.defaultdict(list)
   for comparison in comparisons:
@@ -63,15 +58,12 @@ def agreement(comparisons: Sequence[records.Comparison]) -> Agreement:
   agreed = dict.fromkeys(by_prompt, 0)
   counted = dict.fromkeys(by_prompt, 0)
   for prompt, rankings in by_prompt.items():
-    for (who, a), (other, b) in itertools.combinations(rankings, 2):
-      if who == other:
-        continue
-      shared = [text for text in a if text in b]
-      alike, both = pair_counts([a[t] for t in shared], [b[t] for t in shared])
-      agreed[prompt] += alike
-      counted[prompt] += both
+    for (one, a), (other, b) in itertools.combinations(rankings, 2):
+      if one != other:
+        shared = [text for text in a if text in b]
+        counts = pair_counts([a[t] for t in shared], [b[t] for t in shared])
+        agreed[prompt] += counts[0]
+        counted[prompt] += counts[1]
   return Agreement(
-    tuple(by_prompt),
-    tuple(agreed.values()),
-    tuple(counted.values()),
+    tuple(by_prompt), tuple(agreed.values()), tuple(counted.values())
   )

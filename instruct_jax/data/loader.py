@@ -1,16 +1,15 @@
 """Records to rows of token ids, and rows to batches by step number.
 
-Two halves. The row functions turn a whole data set into one NumPy-filled batch
-type of `types.py` (N rows), with every mask set where the text is tokenised.
-`make_batches` and `mixture` then give batch number `step` of a seeded,
-reshuffled stream, by random access: the position of a run in its data is its
-step number, and there is nothing else to save or restore. `ahead` makes the
-next batches while the device is busy with the one before.
+The row functions turn a data set into one NumPy-filled batch type of `types.py`
+(N rows), with every mask set where the text is encoded. `make_batches` and
+`mixture` then give batch number `step` of a seeded, reshuffled stream by random
+access, so a run's position in its data is its step number, and there is nothing
+else to save. `ahead` makes the next batches while the device is busy.
 
-What does not fit, or what a chat template refuses, is dropped and counted,
-never cut: a cut response would teach the model to stop in mid-sentence.
-Pretraining documents are the exception.
-They are cut into rows because the loss at a cut is still that of real text.
+Records that are too long, or that a chat template refuses, are dropped and
+counted, never cut: a cut response would teach the model to stop in
+mid-sentence. Pretraining documents are cut into rows, because the loss at a cut
+is still that of real text.
 """
 
 import bisect
@@ -36,41 +35,35 @@ Rows = TypeVar('Rows')
 
 
 def num_rows(rows: Any) -> int:
-  """How many rows a batch type, array or list holds."""
+  """How many rows a batch type or list holds."""
   if dataclasses.is_dataclass(rows):
     return len(getattr(rows, dataclasses.fields(rows)[0].name))
   return len(rows)
 
 
 def take(rows: Rows, indices: Sequence[int] | np.ndarray) -> Rows:
-  """The rows at `indices`, in that order, as the same type.
+  """The rows at `indices`, which may repeat, as the same type.
 
-  Args:
-    rows: a batch type of NumPy arrays, an array, or a list of examples.
-    indices: row numbers; repeats are allowed.
+  `rows` is a batch type of NumPy arrays, or a list of examples.
   """
   indices = np.asarray(indices, np.int64)  # Also when there are none.
   if dataclasses.is_dataclass(rows):
-    return _map_fields(rows, lambda array: array[indices])
-  if isinstance(rows, np.ndarray):
-    return rows[indices]
+    fields = {
+      name: np.asarray(array)[indices]
+      for name, array in vars(rows).items()
+      if array is not None
+    }
+    return dataclasses.replace(rows, **fields)
   return [rows[int(i)] for i in indices]
-
-
-def fill_fraction(rows: types.TextBatch) -> float:
-  """The share of row positions that hold real tokens."""
-  return float(np.mean(rows.mask))
 
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-  """Records that became no rows, and why.
+  """Records that became no rows, by reason.
 
   Attributes:
-    too_long: longer than `limit` tokens.
-    limit: the row length, or the prompt length.
-    refused: the chat template refused their prompts.
-    reason: of the first refusal; '' where there is none.
+    too_long: longer than `limit` (row or prompt length) in tokens.
+    refused: by the chat template; `reason` is that of the first.
     empty: prompts of no token.
   """
 
@@ -85,33 +78,23 @@ class Dropped:
     return self.too_long + self.refused + self.empty
 
   def describe(self, what: str, key: str) -> str:
-    """One line for users; '' where nothing was dropped.
-
-    Args:
-      what: the records, in the plural.
-      key: of the config, that sets the limit.
-    """
+    """One line for users about `what` (a plural); '' if none was dropped."""
     return f'{what} dropped: {self.reasons(key)}' if self.total else ''
 
   def reasons(self, key: str) -> str:
-    parts = []
-    if self.too_long:
-      parts.append(f'{self.too_long} longer than {key} ({self.limit} tokens)')
-    if self.refused:
-      parts.append(f'{self.refused} refused, first {self.reason}')
-    if self.empty:
-      parts.append(f'{self.empty} empty')
-    return '; '.join(parts)
+    """The counts in words; `key` is the config key of the limit."""
+    parts = [
+      (self.too_long, f'longer than {key} ({self.limit} tokens)'),
+      (self.refused, f'refused, first {self.reason}'),
+      (self.empty, 'empty'),
+    ]
+    return '; '.join(f'{count} {text}' for count, text in parts if count)
 
 
 def encode_prompts(
   prompts: Sequence[Any], tokenizer: tokenizer_lib.Tokenizer
 ) -> tuple[list[list[int] | None], list[str]]:
-  """`tokenizer.encode_prompts`, but a refused prompt is None.
-
-  Returns:
-    (ids of each prompt or None, the words of each refusal).
-  """
+  """(ids of each prompt or None if it is refused, messages of the refusals)."""
   try:
     return tokenizer.encode_prompts(prompts), []
   except tokenizer_lib.TemplateError:
@@ -134,26 +117,21 @@ def pack_documents(
   *,
   cut: bool = False,
 ) -> types.TextBatch:
-  """Packs documents, each followed by EOS, densely into rows (pretraining).
+  """Packs token ids of documents, each with EOS, into rows (pretraining).
 
-  A document goes into the open row it fills best, or opens a new one; one that
-  is longer than a row (EOS included) is first cut into pieces. With `cut` they
-  follow each other, and where a row ends the document is cut, so that only the
-  last row has room left: documents of about half a row would otherwise leave a
+  A document longer than a row (EOS included) is first cut into pieces. Each
+  piece goes into the open row that it fills best, or opens a new one. With
+  `cut`, documents follow each other and are cut where a row ends, so that only
+  the last row has room left; otherwise documents of about half a row leave a
   tenth or a fifth of all rows empty. Every piece is a segment of its own. No
-  token is lost or doubled. Documents of no tokens are left out. `fill_fraction`
-  tells how well it went.
-
-  Args:
-    token_lists: ids of each document, without specials.
-    row_length: T.
-    eos_id: put after each document.
-    pad_id: put where no token is.
-    cut: fill rows to the last token.
+  token is lost or doubled. Documents of no tokens are left out.
 
   Returns:
-    All rows [N, T], int32 and bool; loss on every token but the first of each
-    segment, which nothing precedes.
+    All rows [N, T], T being `row_length`; loss on every token but the first of
+    each segment, which nothing precedes.
+
+  Raises:
+    ValueError: there are no tokens.
   """
   pieces = []
   used = 0  # Tokens in the last row.
@@ -176,11 +154,7 @@ def document_rows(
   *,
   cut: bool = False,
 ) -> types.TextBatch:
-  """`pack_documents` of a JSONL file of documents.
-
-  Raises:
-    RecordError: see `records.read_jsonl`.
-  """
+  """`pack_documents` of a JSONL file of documents."""
   documents = records.read_jsonl(path, records.Document)
   return pack_documents(
     tokenizer.encode_documents([document.text for document in documents]),
@@ -201,15 +175,11 @@ def demonstration_rows(
 ) -> tuple[types.TextBatch, Dropped]:
   """Rows of prompt, response and its end, for supervised fine-tuning (C.1).
 
-  Args:
-    demonstrations: any.
-    tokenizer: encodes prompt and response apart.
-    row_length: T.
-    loss_on: 'response' counts the response and its end; 'all' the prompt too.
-    pack: several to a row, as segments; else one a row, in the given order.
+  `loss_on` 'response' counts the response and its end, 'all' the prompt too.
+  `pack` puts several in a row, as segments; else it is one a row, in order.
 
   Returns:
-    (rows [N, T], what was dropped).
+    (rows [N, T], what was dropped); T is `row_length`.
 
   Raises:
     ValueError: none is left.
@@ -226,23 +196,16 @@ def demonstration_rows(
       continue
     pieces.append(np.asarray([*prompt, *response], np.int32))
     loss_starts.append(len(prompt) if loss_on == 'response' else 1)
-  num_dropped = len(demonstrations) - len(pieces)
-  dropped = _dropped(num_dropped, row_length, refusals)
-  _check_some_left(len(pieces), dropped, 'demonstrations', 'row_length')
+  counts = len(pieces), len(demonstrations)
+  dropped = _dropped('demonstrations', *counts, row_length, refusals)
   rows = _text_rows(
     pieces, loss_starts, row_length, tokenizer.pad_id, pack=pack
   )
   return rows, dropped
 
 
-def answers_ranked(comparison: records.Comparison) -> tuple:
-  """What a comparison ranks, whatever their order: equal ones can merge."""
-  answers = tuple(sorted(comparison.completions))
-  return comparison.prompt, comparison.turns, answers
-
-
 def _ranks_in(order: Sequence[str], ranking: records.Comparison) -> list[int]:
-  """The ranks of the same texts, laid out in another order of them."""
+  """The ranks of a ranking of the same texts in another order."""
   by_text = collections.defaultdict(list)
   for text, rank in zip(ranking.completions, ranking.ranks, strict=True):
     by_text[text].append(rank)
@@ -259,18 +222,14 @@ def comparison_rows(
 ) -> tuple[types.ComparisonBatch, Dropped]:
   """All completions of one prompt in one element, for the reward model (3.5).
 
-  Args:
-    comparisons: any.
-    tokenizer: encodes prompt and completion apart, and ends the completion.
-    max_candidates: C; absent candidates are masked and have rank 0.
-    row_length: T.
-    merge: rankings of the same answers to the same prompt, in whatever order,
-      become one element, in the place of the first; else each is an element of
-      its own, and R is 1.
+  With `merge`, rankings of the same answers to the same prompt, in any order,
+  become one element, in the place of the first; else R is 1.
 
   Returns:
-    (rows [N, C, T], what was dropped: comparisons go as a whole where one
-    candidate is longer than a row, so that every K keeps its meaning).
+    (rows [N, C, T], what was dropped). C is `max_candidates` (absent ones are
+    masked and have rank 0), T is `row_length`. A comparison is dropped as a
+    whole if one candidate is longer than a row, so that every K keeps its
+    meaning.
 
   Raises:
     ValueError: none is left, or one has more than `max_candidates` completions.
@@ -283,46 +242,38 @@ def comparison_rows(
         f'{max_candidates}; raise it'
       )
   elements = {}
-  for number, comparison in enumerate(comparisons):
-    key = answers_ranked(comparison) if merge else number
-    elements.setdefault(key, []).append(comparison)
-  firsts = [rankings[0] for rankings in elements.values()]
-  prompts, refusals = encode_prompts(firsts, tokenizer)
-  completions = _ended_completions(firsts, tokenizer)
-  kept, num_dropped = [], 0
-  for prompt, answers, rankings in zip(
-    prompts, completions, elements.values(), strict=True
-  ):
-    if prompt is None or not _fits(prompt, answers, row_length):
-      num_dropped += len(rankings)
-      continue
-    order = rankings[0].completions
-    sequences = [[*prompt, *answer] for answer in answers]
-    ranks = [_ranks_in(order, each) for each in rankings]
-    kept.append((len(prompt), sequences, ranks))
+  for number, each in enumerate(comparisons):
+    key = number
+    if merge:
+      key = (each.prompt, each.turns, tuple(sorted(each.completions)))
+    elements.setdefault(key, []).append(each)
+  elements = list(elements.values())
+  prompts, answers, refusals = _ids_of([e[0] for e in elements], tokenizer)
   num_refused = sum(
-    len(rankings)
-    for prompt, rankings in zip(prompts, elements.values(), strict=True)
-    if prompt is None
+    len(e) for e, ids in zip(elements, prompts, strict=True) if ids is None
   )
-  dropped = _dropped(num_dropped, row_length, refusals, num_refused)
-  _check_some_left(len(kept), dropped, 'comparisons', 'row_length')
-
-  shape = (len(kept), max_candidates, row_length)
-  tokens = np.full(shape, tokenizer.pad_id, np.int32)
-  mask = np.zeros(shape, bool)
-  num_labelers = max(len(rankings) for _, _, rankings in kept)
+  kept = [
+    i for i in range(len(elements)) if _fits(prompts[i], answers[i], row_length)
+  ]
+  counts = sum(len(elements[i]) for i in kept), len(comparisons)
+  dropped = _dropped('comparisons', *counts, row_length, refusals, num_refused)
+  num_labelers = max(len(elements[i]) for i in kept)
   ranks = np.zeros((len(kept), num_labelers, max_candidates), np.int32)
-  for row, (_, sequences, rankings) in enumerate(kept):
-    ranks[row, : len(rankings), : len(sequences)] = rankings
-    for candidate, sequence in enumerate(sequences):
-      tokens[row, candidate, : len(sequence)] = sequence
-      mask[row, candidate, : len(sequence)] = True
+  sequences = []
+  for row, i in enumerate(kept):
+    order = elements[i][0].completions
+    ranks[row, : len(elements[i]), : len(order)] = [
+      _ranks_in(order, each) for each in elements[i]
+    ]
+    sequences += [[*prompts[i], *answer] for answer in answers[i]]
+    sequences += [[]] * (max_candidates - len(order))
+  shape = (len(kept), max_candidates, row_length)
+  tokens, mask = _padded(sequences, row_length, tokenizer.pad_id)
   batch = types.ComparisonBatch(
-    tokens=tokens,
-    mask=mask,
+    tokens=tokens.reshape(shape),
+    mask=mask.reshape(shape),
     ranks=ranks,
-    prompt_lengths=np.array([length for length, _, _ in kept], np.int32),
+    prompt_lengths=np.array([len(prompts[i]) for i in kept], np.int32),
     prompt_mask=np.ones(len(kept), bool),
   )
   return batch, dropped
@@ -334,29 +285,47 @@ def fitting_comparisons(
   row_length: int,
 ) -> list[records.Comparison]:
   """The comparisons that `comparison_rows` keeps, in the order given."""
-  prompts, _ = encode_prompts(comparisons, tokenizer)
-  completions = _ended_completions(comparisons, tokenizer)
+  prompts, answers, _ = _ids_of(comparisons, tokenizer)
   return [
     comparison
-    for comparison, prompt, answers in zip(
-      comparisons, prompts, completions, strict=True
-    )
-    if prompt is not None and _fits(prompt, answers, row_length)
+    for comparison, *ids in zip(comparisons, prompts, answers, strict=True)
+    if _fits(*ids, row_length)
   ]
 
 
-def _ended_completions(comparisons, tokenizer):
-  """Ids of every comparison's completions, each with its end."""
-  ids = iter(
-    tokenizer.encode_responses(
-      [text for c in comparisons for text in c.completions], ended=True
-    )
+def _ids_of(comparisons, tokenizer):
+  """(ids of each prompt or None, of its ended completions, refusals)."""
+  prompts, refusals = encode_prompts(comparisons, tokenizer)
+  texts = [text for c in comparisons for text in c.completions]
+  ids = iter(tokenizer.encode_responses(texts, ended=True))
+  return (
+    prompts,
+    [[next(ids) for _ in c.completions] for c in comparisons],
+    refusals,
   )
-  return [[next(ids) for _ in c.completions] for c in comparisons]
 
 
 def _fits(prompt, answers, row_length) -> bool:
-  return len(prompt) + max(map(len, answers)) <= row_length
+  return (
+    prompt is not None and len(prompt) + max(map(len, answers)) <= row_length
+  )
+
+
+def _padded(
+  sequences: Sequence[Sequence[int]],
+  length: int,
+  pad_id: int,
+  *,
+  on_the_left: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Sequences as (tokens [N, T], mask [N, T])."""
+  tokens = np.full((len(sequences), length), pad_id, np.int32)
+  mask = np.zeros(tokens.shape, bool)
+  for row, ids in enumerate(sequences):
+    start = length - len(ids) if on_the_left else 0
+    tokens[row, start : start + len(ids)] = ids
+    mask[row, start : start + len(ids)] = True
+  return tokens, mask
 
 
 def pack_comparisons(
@@ -366,20 +335,18 @@ def pack_comparisons(
   *,
   reads_responses: bool = False,
 ) -> types.PackedComparisons:
-  """Lays the candidates of a batch out densely, several to a row.
+  """Lays the candidates of a batch out densely, several in a row.
 
   With candidates of 24 tokens in rows of 64 this is a third of the work.
 
   Args:
     batch: one row a prompt, in NumPy arrays.
-    num_rows: M, so that every batch has one shape; as many as it takes if
-      None.
-    num_responses: Q, the like for completion tokens of a row.
-    reads_responses: say where completion tokens are, without a given Q.
+    num_rows: M, so that every batch has one shape; None uses as many as needed.
+    num_responses: Q, the same for completion tokens of a row.
+    reads_responses: fill `where` and `owner`; implied by `num_responses`.
 
   Raises:
-    ValueError: the candidates do not fit into `num_rows` rows, or their
-      completions into `num_responses` places.
+    ValueError: M or Q is too small.
   """
   row_length = batch.tokens.shape[2]
   sizes = batch.mask.sum(axis=2)
@@ -416,9 +383,8 @@ def pack_comparisons(
   responses = lengths - prompt_lengths
   owner = np.repeat(prompt * sizes.shape[1] + candidate, responses)
   rows = np.repeat(row, responses)
-  columns = np.repeat(offset + prompt_lengths - 1, responses) + _ranges(
-    responses
-  )
+  firsts = np.repeat(offset + prompt_lengths - 1, responses)
+  columns = firsts + _ranges(responses)
   order = np.argsort(rows, kind='stable')
   counts = np.bincount(rows, minlength=num_rows)
   if num_responses is None:
@@ -435,7 +401,7 @@ def pack_comparisons(
 
 
 def _ranges(sizes: np.ndarray) -> np.ndarray:
-  """0 .. size - 1 for each size, one after the other."""
+  """0, ..., size - 1 of each size, concatenated."""
   ends = np.cumsum(sizes)
   return np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
 
@@ -445,36 +411,32 @@ def prompt_rows(
   tokenizer: tokenizer_lib.Tokenizer,
   prompt_length: int,
 ) -> tuple[types.PromptBatch, Dropped]:
-  """Prompts for generation, padded on the left.
-
-  Args:
-    prompts: prompts or their texts.
-    tokenizer: encodes them.
-    prompt_length: P.
+  """Prompts or their texts for generation, padded on the left.
 
   Returns:
-    (rows [N, P], what was dropped). `indices` are positions in `prompts`, so
-    they tell which were dropped.
+    (rows [N, P], what was dropped); P is `prompt_length`. `indices` are
+    positions in `prompts`.
 
   Raises:
     ValueError: none is left.
   """
   encoded, refusals = encode_prompts(prompts, tokenizer)
-  # An empty prompt has no last token to predict from; it cannot be used.
+  # An empty prompt has no last token to predict from.
   indices = [
     i
     for i, ids in enumerate(encoded)
     if ids is not None and 0 < len(ids) <= prompt_length
   ]
-  num_empty = sum(ids == [] for ids in encoded)
-  num_dropped = len(encoded) - len(indices)
-  dropped = _dropped(num_dropped, prompt_length, refusals, num_empty=num_empty)
-  _check_some_left(len(indices), dropped, 'prompts', 'prompt_length')
-  tokens = np.full((len(indices), prompt_length), tokenizer.pad_id, np.int32)
-  mask = np.zeros(tokens.shape, bool)
-  for row, index in enumerate(indices):
-    tokens[row, prompt_length - len(encoded[index]) :] = encoded[index]
-    mask[row, prompt_length - len(encoded[index]) :] = True
+  counts, num_empty = (len(indices), len(encoded)), encoded.count([])
+  dropped = _dropped(
+    'prompts', *counts, prompt_length, refusals, num_empty=num_empty
+  )
+  tokens, mask = _padded(
+    [encoded[i] for i in indices],
+    prompt_length,
+    tokenizer.pad_id,
+    on_the_left=True,
+  )
   batch = types.PromptBatch(
     tokens=tokens, mask=mask, indices=np.asarray(indices, np.int32)
   )
@@ -487,16 +449,10 @@ def answer_rows(
   pad_id: int,
   length: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Prompt and answer in one row each, padded on the right, for a scalar model.
-
-  Args:
-    prompts: ids of each prompt.
-    answers: ids of each answer as sampled, end-of-text included.
-    pad_id: fills rows up.
-    length: T.
+  """Ids of prompt and sampled answer in one row each, padded on the right.
 
   Returns:
-    (tokens [N, T], mask [N, T]).
+    (tokens [N, T], mask [N, T]); T is `length`.
 
   Raises:
     ValueError: a row is longer than T.
@@ -507,35 +463,33 @@ def answer_rows(
     raise ValueError(
       f'a prompt with its answer has {longest} tokens, the rows {length}'
     )
-  tokens = np.full((len(rows), length), pad_id, np.int32)
-  mask = np.zeros(tokens.shape, bool)
-  for i, ids in enumerate(rows):
-    tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
-  return tokens, mask
+  return _padded(rows, length, pad_id)
 
 
 def _dropped(
+  what: str,
+  kept: int,
   total: int,
   limit: int,
   refusals: Sequence[str],
   num_refused: int | None = None,
   num_empty: int = 0,
 ) -> Dropped:
+  """Counts what was dropped; raises ValueError if no `what` is left."""
   num_refused = len(refusals) if num_refused is None else num_refused
-  return Dropped(
-    too_long=total - num_refused - num_empty,
+  dropped = Dropped(
+    too_long=total - kept - num_refused - num_empty,
     limit=limit,
     refused=num_refused,
     reason=refusals[0] if refusals else '',
     empty=num_empty,
   )
-
-
-def _check_some_left(kept: int, dropped: Dropped, what: str, key: str) -> None:
+  if not total:
+    raise ValueError(f'there are no {what}')
   if not kept:
-    if not dropped.total:
-      raise ValueError(f'there are no {what}')
+    key = 'prompt_length' if what == 'prompts' else 'row_length'
     raise ValueError(f'no {what} left: {dropped.reasons(key)}')
+  return dropped
 
 
 def _text_rows(
@@ -548,8 +502,8 @@ def _text_rows(
 ) -> types.TextBatch:
   """Lays pieces (each at most a row long) out in rows.
 
-  `loss_starts` says from which of its tokens a piece enters the loss; the
-  first token of a piece never does.
+  `loss_starts` is the index of each piece's first token in the loss; the first
+  token of a piece never is.
   """
   lengths = np.asarray([len(piece) for piece in pieces], np.int64)
   if pack:
@@ -557,26 +511,20 @@ def _text_rows(
   else:
     row = np.arange(len(pieces))
     offset, segment = np.zeros_like(row), np.ones_like(row)
-  # Where each token goes in the flattened [N * T] arrays.
-  ends = np.cumsum(lengths)
-  within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+  # The place of each token in the flattened [N * T] arrays.
+  within = _ranges(lengths)
   positions = np.repeat(row * row_length + offset, lengths) + within
 
-  size = (int(row.max()) + 1, row_length)
-  tokens = np.full(size[0] * row_length, pad_id, np.int32)
-  segments = np.zeros(size[0] * row_length, np.int32)
-  loss_mask = np.zeros(size[0] * row_length, bool)
-  tokens[positions] = np.concatenate(pieces)
-  segments[positions] = np.repeat(segment, lengths)
-  loss_mask[positions] = within >= np.repeat(
-    np.maximum(np.asarray(loss_starts), 1), lengths
-  )
-  segments = segments.reshape(size)
+  shape = (int(row.max()) + 1, row_length)
+  tokens = np.full(shape, pad_id, np.int32)
+  segments = np.zeros(shape, np.int32)
+  loss_mask = np.zeros(shape, bool)
+  tokens.flat[positions] = np.concatenate(pieces)
+  segments.flat[positions] = np.repeat(segment, lengths)
+  starts = np.maximum(np.asarray(loss_starts), 1)
+  loss_mask.flat[positions] = within >= np.repeat(starts, lengths)
   return types.TextBatch(
-    tokens=tokens.reshape(size),
-    mask=segments > 0,
-    loss_mask=loss_mask.reshape(size),
-    segments=segments,
+    tokens=tokens, mask=segments > 0, loss_mask=loss_mask, segments=segments
   )
 
 
@@ -586,8 +534,7 @@ def _best_fit(
   """Row, offset and segment number of each piece.
 
   Best fit: the fullest row that still has room. Rows are kept by free space,
-  of which there are at most `row_length` values, so a piece costs one binary
-  search and the whole is near linear.
+  which has at most `row_length` values, so a piece costs one binary search.
   """
   rows_by_space: dict[int, list[int]] = {}
   spaces: list[int] = []  # Sorted keys of `rows_by_space`.
@@ -595,13 +542,11 @@ def _best_fit(
   counts: list[int] = []
   placed = np.zeros((3, len(lengths)), np.int64)
   for i, length in enumerate(lengths):
-    slot = bisect.bisect_left(spaces, length)
-    if slot < len(spaces):
-      space = spaces[slot]
-      row = rows_by_space[space].pop()
-      if not rows_by_space[space]:
-        del rows_by_space[space]
-        spaces.pop(slot)
+    place = bisect.bisect_left(spaces, length)
+    if place < len(spaces):
+      row = rows_by_space[spaces[place]].pop()
+      if not rows_by_space[spaces[place]]:
+        del rows_by_space[spaces.pop(place)]
     else:
       row = len(used)
       used.append(0)
@@ -618,16 +563,6 @@ def _best_fit(
   return placed[0], placed[1], placed[2]
 
 
-def _map_fields(rows: Any, fn: Any) -> Any:
-  fields = {
-    field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)
-  }
-  return dataclasses.replace(
-    rows,
-    **{n: fn(np.asarray(x)) for n, x in fields.items() if x is not None},
-  )
-
-
 # --- batches ---------------------------------------------------------------
 
 
@@ -637,61 +572,43 @@ def make_batches(
   batch_size: int,
   seed: int,
   num_epochs: int | None = None,
-  shuffle: bool = True,
-  drop_remainder: bool = True,
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.MapDataset:
   """Batches by step number: `batches[step]` is a function of (seed, step).
 
-  Each epoch goes through the examples in an order of its own. A batch never
-  spans two epochs; with `drop_remainder` the few examples left over at the end
-  of an epoch (other ones each time) sit that epoch out.
-
-  Every process draws the same global batch and takes its own block of its
-  rows. So shards are disjoint, all processes see the same number of steps, and
-  put together in the order of processes the global batch has the same rows in
-  the same order on any number of hosts.
+  Each epoch has an order of its own. A batch never spans two epochs; the few
+  examples left over at the end of an epoch (other ones each time) are left out
+  of it. Every process draws the same global batch and takes its own block of
+  its rows, so the global batch is the same on any number of hosts.
 
   Args:
-    examples: a batch type of NumPy arrays, an array, or a list.
+    examples: a batch type of NumPy arrays, or a list.
     batch_size: rows of the global batch.
     seed: 0 to 2^32 - 1.
     num_epochs: `len(batches)` covers that many; None is without end.
-    shuffle: False keeps the given order, in every epoch.
-    drop_remainder: False makes the last batch of an epoch shorter.
-    process_index: this process, `jax.process_index()`.
-    process_count: of how many, `jax.process_count()`.
+    process_index, process_count: `jax.process_index()`, `jax.process_count()`.
 
   Returns:
     A `grain.MapDataset`; an element is what `take` makes of `examples`.
 
   Raises:
-    ValueError: there are no examples, or too few for one batch, or processes
-      do not divide the batch.
+    ValueError: there are too few examples for one batch, or processes do not
+      divide it.
   """
   total = num_rows(examples)
   _check_batches(total, batch_size, process_index, process_count)
-  if drop_remainder and total < batch_size:
-    raise ValueError(
-      f'{total} examples do not fill a batch of {batch_size}; use a smaller '
-      'batch, more data, or drop_remainder=False'
-    )
-  if process_count > 1 and not drop_remainder:
-    raise ValueError(
-      'with several processes the short batch at the end of an epoch has no '
-      'fair share for each; use drop_remainder=True'
-    )
-  dataset = grain.MapDataset.range(total)
-  if shuffle:
-    dataset = dataset.shuffle(seed=seed)
+  _check_filled(total, batch_size)
   # Batched before it is repeated: `repeat` gives the shuffle a new seed each
   # epoch, and epochs do not run into each other.
-  dataset = dataset.batch(
-    batch_size, drop_remainder=drop_remainder, batch_fn=np.asarray
-  ).repeat(num_epochs)
-  return dataset.map(
-    lambda indices: take(examples, own(indices, process_index, process_count))
+  indices = (
+    grain.MapDataset.range(total)
+    .shuffle(seed=seed)
+    .batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
+    .repeat(num_epochs)
+  )
+  return indices.map(
+    lambda rows: take(examples, own(rows, process_index, process_count))
   )
 
 
@@ -710,27 +627,18 @@ def balanced_batches(
 ) -> np.ndarray:
   """Random batches of nearly equal total size, as indices [steps, batch_size].
 
-  Examples are cut into `batch_size` strata by size; every batch gets a random
-  one of each stratum. So all batches pack into nearly the same number of rows.
-  Each epoch is drawn anew; the few examples that fill no batch sit it out.
-
-  Args:
-    sizes: of every example, in tokens.
-    batch_size: examples of a batch.
-    seed: of every draw.
-    num_epochs: how often to go through the examples.
+  Examples are cut into `batch_size` strata by `sizes` (tokens), and every batch
+  gets a random one of each stratum, so all batches pack into nearly the same
+  number of rows. Each epoch is drawn anew; the few examples that fill no batch
+  are left out of it.
 
   Raises:
     ValueError: too few examples for one batch.
   """
   sizes = np.asarray(sizes)
   _check_batches(len(sizes), batch_size, 0, 1)
+  _check_filled(len(sizes), batch_size)
   steps = len(sizes) // batch_size
-  if not steps:
-    raise ValueError(
-      f'{len(sizes)} examples do not fill a batch of {batch_size}; use a '
-      'smaller batch or more data'
-    )
   epochs = []
   for epoch in range(num_epochs):
     rng = np.random.default_rng([seed, epoch])
@@ -757,18 +665,14 @@ def mixture(
   For the RL initialisation: demonstrations with 10 % pretraining rows. Up to
   step s, floor(s * batch_size * fraction) rows are `other_rows`: each batch
   holds the share to within one row, and all batches together hold it exactly.
-  Both sets are shuffled anew each time they have been gone through, and the
-  rows of a batch are in random order.
+  Both sets are reshuffled after each pass, and the rows of a batch are in
+  random order.
 
   Args:
-    rows: the main set [N, T].
-    other_rows: the set mixed in [M, T], of the same T.
+    rows, other_rows: the sets [N, T] and [M, T].
     fraction: share of `other_rows` among the rows of a batch, in [0, 1).
-    batch_size: rows of the global batch.
-    seed: 0 to 2^32 - 1.
     num_epochs: epochs over `rows`, in whole batches; None is without end.
-    process_index: see `make_batches`.
-    process_count: see `make_batches`.
+    batch_size, seed, process_index, process_count: see `make_batches`.
 
   Returns:
     A `grain.MapDataset` whose element [step] is a `TextBatch`.
@@ -780,20 +684,18 @@ def mixture(
       f'rows of {rows.tokens.shape[1]} and {other_rows.tokens.shape[1]} '
       'tokens cannot share a batch; use one row_length'
     )
-  total = num_rows(rows)
-  _check_batches(total, batch_size, process_index, process_count)
-  _check_batches(num_rows(other_rows), batch_size, process_index, process_count)
+  totals = num_rows(rows), num_rows(other_rows)
+  for total in totals:
+    _check_batches(total, batch_size, process_index, process_count)
   # Exact arithmetic: 100 * 0.29 is 28.999999999999996 in floats.
   share = fractions.Fraction(fraction).limit_denominator(10**6)
 
   def num_other(step: int) -> int:
     return int(step * batch_size * share)
 
-  order = grain.MapDataset.range(total).shuffle(seed=seed).repeat()
-  other_order = (
-    grain.MapDataset.range(num_rows(other_rows))
-    .shuffle(seed=(seed + 1) % 2**32)
-    .repeat()
+  order, other_order = (
+    grain.MapDataset.range(total).shuffle(seed=each).repeat()
+    for total, each in zip(totals, (seed, (seed + 1) % 2**32), strict=True)
   )
 
   def make_batch(step: int) -> types.TextBatch:
@@ -804,24 +706,23 @@ def mixture(
     other = take(other_rows, [other_order[i] for i in range(start, stop)])
     place = np.random.default_rng((seed, step)).permutation(batch_size)
     place = own(place, process_index, process_count)
-    mixed = {
-      field.name: np.concatenate(
-        [getattr(main, field.name), getattr(other, field.name)]
-      )[place]
-      for field in dataclasses.fields(types.TextBatch)
-    }
-    return types.TextBatch(**mixed)
+    return types.TextBatch(
+      **{
+        name: np.concatenate([array, getattr(other, name)])[place]
+        for name, array in vars(main).items()
+      }
+    )
 
-  if num_epochs is None:
-    num_steps = sys.maxsize
-  else:
-    # The most steps whose main rows, s * batch_size - num_other(s), are there.
-    num_steps = int(num_epochs * total / (batch_size * (1 - share)))
-    while num_steps * batch_size - num_other(num_steps) > num_epochs * total:
+  num_steps = sys.maxsize
+  if num_epochs is not None:
+    # The most steps with s * batch_size - num_other(s) main rows or fewer.
+    available = num_epochs * totals[0]
+    num_steps = int(available / (batch_size * (1 - share)))
+    while num_steps * batch_size - num_other(num_steps) > available:
       num_steps -= 1
     if num_steps < 1:
       raise ValueError(
-        f'{num_epochs} epochs of {total} rows do not fill a batch of '
+        f'{num_epochs} epochs of {totals[0]} rows do not fill a batch of '
         f'{batch_size} with a share of {fraction} mixed in'
       )
   return grain.MapDataset.range(num_steps).map(make_batch)
@@ -830,14 +731,9 @@ def mixture(
 def ahead(
   batch_fn: Callable[[int], Any], num_ahead: int = 2
 ) -> Callable[[int, int], Iterator[Any]]:
-  """Batches of consecutive steps, made by a thread before they are asked for.
+  """Batches of consecutive steps, made by a thread before they are needed.
 
-  Order and content are those of `batch_fn(step)`, so a run that starts again
-  at a step gets what it would have got.
-
-  Args:
-    batch_fn: step -> its batch; `batches.__getitem__` of the data sets above.
-    num_ahead: how many are kept ready.
+  Order and content are those of `batch_fn(step)`; `num_ahead` are kept ready.
 
   Returns:
     (first step, one past the last) -> iterator over their batches.
@@ -864,4 +760,12 @@ def _check_batches(
     raise ValueError(
       f'a batch of {batch_size} rows cannot be shared by {process_count} '
       'processes; use a multiple'
+    )
+
+
+def _check_filled(total: int, batch_size: int) -> None:
+  if total < batch_size:
+    raise ValueError(
+      f'{total} examples do not fill a batch of {batch_size}; use a smaller '
+      'batch or more data'
     )

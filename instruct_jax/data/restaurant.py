@@ -1,12 +1,10 @@
 """Real human data: the E2E restaurant descriptions and their crowd ratings.
 
 A meaning representation is a list of facts about a restaurant, as in
-`name[Alimentum], area[city centre], familyFriendly[no]`; the response is one
-or two sentences that say them. People wrote sentences (E2E NLG data set,
-Novikova et al. 2017) and, for other representations, crowd workers scored the
-outputs of five systems, for quality or for naturalness (E2E NLG Challenge,
-Dusek et al. 2018). Demonstrations, rankings with K = 5, ties and worker ids:
-the three inputs of the recipe, from people, small enough for a CPU.
+`name[Alimentum], area[city centre], familyFriendly[no]`; the response says them
+in one or two sentences. People wrote sentences (E2E NLG data set, Novikova et
+al. 2017); for other representations, crowd workers scored the quality or the
+naturalness of five systems' outputs (E2E NLG Challenge, Dusek et al. 2018).
 
   root/e2e_nlg/devset.csv.gz            mr, ref
   root/e2e_rankings/quality.csv.gz      worker, mr, ref1-5, quality1-5, ...
@@ -14,8 +12,8 @@ the three inputs of the recipe, from people, small enough for a CPU.
   root/books/*.txt.gz                   pretraining text
   root/gpt2_bpe/                        only if vocab_size is None
 
-Worker numbers are serial per file: `quality:w0003` and `naturalness:w0003` are
-not known to be one person, nor known to be two.
+Workers are numbered in each file: `quality:w0003` and `naturalness:w0003` may
+or may not be one person.
 """
 
 import collections
@@ -24,7 +22,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
@@ -41,36 +39,29 @@ FRACTIONS = {'train': 0.8, 'valid': 0.1, 'test': 0.1}
 _SLOT = re.compile(r'([A-Za-z][A-Za-z ]*)\[([^\[\]]+)\](?:, |$)')
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class RankingCounts:
-  """What became of the rows of a rating file.
+  """Counts of the rows of a rating file.
 
   Attributes:
-    rows: rows in the file.
+    rows: all rows.
     tainted: dropped; the collectors marked the worker's check items failed.
     too_few: dropped; fewer than two different texts.
     merged: rows in which some of the five texts were the same.
     all_tied: kept, though every completion has the same rank.
   """
 
-  rows: int
-  tainted: int
-  too_few: int
-  merged: int
-  all_tied: int
+  rows: int = 0
+  tainted: int = 0
+  too_few: int = 0
+  merged: int = 0
+  all_tied: int = 0
 
 
 def parse_meaning(mr: str) -> list[tuple[str, str]]:
-  """`name[Aromi], area[riverside]` to [('name', 'Aromi'), ...], in order.
-
-  Raises:
-    ValueError: anything else.
-  """
+  """`name[Aromi], area[riverside]` to [('name', 'Aromi'), ...], in order."""
   slots, position = [], 0
-  while position < len(mr):
-    match = _SLOT.match(mr, position)
-    if match is None:
-      break
+  while match := _SLOT.match(mr, position):
     slots.append((match[1], match[2]))
     position = match.end()
   if not slots or position != len(mr) or mr.endswith(', '):
@@ -84,168 +75,179 @@ def parse_meaning(mr: str) -> list[tuple[str, str]]:
 def prompt_text(mr: str) -> str:
   """A meaning representation as the model is given it.
 
-  `name: Aromi, area: riverside` and a line feed. The brackets go because the
-  pretraining books have hardly any; the line feed stays because facts and
-  sentence have none, so this one token, always the last of a prompt, says that
-  the facts are over.
+  `name: Aromi, area: riverside` and a line feed. The pretraining books have
+  hardly any brackets. Neither facts nor sentences have a line feed, so this
+  last token of every prompt marks the end of the facts.
   """
-  return (
-    ', '.join(f'{slot}: {value}' for slot, value in parse_meaning(mr)) + '\n'
-  )
+  return ', '.join(': '.join(slot) for slot in parse_meaning(mr)) + '\n'
+
+
+def _about(mr: str) -> dict[str, Any]:
+  slots = [list(slot) for slot in parse_meaning(mr)]
+  return {'prompt': prompt_text(mr), 'metadata': {'mr': mr, 'slots': slots}}
 
 
 def read_demonstrations(
   path: epath.PathLike,
-) -> list[records.Demonstration]:
+) -> tuple[list[records.Demonstration], int]:
   """Reads `mr,ref` rows (.csv or .csv.gz) as demonstrations.
 
-  Runs of white space in a reference become one space; the same reference for
-  the same representation counts once. `metadata` has the representation
-  (`mr`) and its `slots`; `id` is `e2e_nlg:LINE`.
+  Runs of white space in a reference become one space. `metadata` has the
+  representation (`mr`) and its `slots`; `id` is `e2e_nlg:LINE`.
+
+  Returns:
+    The demonstrations, and how many rows repeated an earlier one.
 
   Raises:
-    RecordError: as in `records.read_jsonl`, with file and line.
+    RecordError: bad rows, by line.
   """
-  return read_demonstrations_and_count(path)[0]
-
-
-def read_demonstrations_and_count(
-  path: epath.PathLike,
-) -> tuple[list[records.Demonstration], int]:
-  """`read_demonstrations`, and how many rows repeated an earlier one."""
-  demonstrations, bad_lines, seen, repeated = [], [], set(), 0
+  found, bad_lines, repeated = {}, [], 0
   for line, row in sources.read_csv(path, ('mr', 'ref')):
+    response = ' '.join(row['ref'].split())
     try:
-      slots = parse_meaning(row['mr'])
+      about = _about(row['mr'])
     except ValueError as error:
       bad_lines.append((line, f"'mr': {error}"))
       continue
-    response = ' '.join(row['ref'].split())
     if not response:
       bad_lines.append((line, "'ref' is empty; drop the row"))
       continue
-    if (row['mr'], records.composed(response)) in seen:
-      repeated += 1
-      continue
-    seen.add((row['mr'], records.composed(response)))
-    demonstrations.append(
+    key = (row['mr'], records.composed(response))
+    repeated += key in found
+    found.setdefault(
+      key,
       records.Demonstration(
-        prompt=prompt_text(row['mr']),
         response=response,
         id=f'e2e_nlg:{line}',
         category='e2e_nlg',
-        metadata={'mr': row['mr'], 'slots': [list(slot) for slot in slots]},
-      )
+        **about,
+      ),
     )
   records.raise_problems(path, bad_lines)
-  return demonstrations, repeated
+  return list(found.values()), repeated
 
 
 def read_rankings(
   path: epath.PathLike, criterion: Criterion = 'quality'
-) -> list[records.Comparison]:
+) -> tuple[list[records.Comparison], RankingCounts]:
   """Reads one worker's five scores a row as a ranking with ties.
 
   The scores are magnitude estimates against a reference of 100, on a scale of
   each worker's own, so only their order within a row is used; equal scores
-  tie. Texts that are the same but for white space become one completion with
-  the mean of their scores: no model could tell them apart. (The `dupl_ref`
-  columns also mark texts that differ in case or punctuation. Those were scored
-  apart, often differently, and stay apart.) Rows marked as tainted and rows
-  with fewer than two different texts are dropped.
-
-  Args:
-    path: quality.csv or naturalness.csv, or the same with .gz.
-    criterion: which of the two it is.
+  tie. Texts that differ only in white space become one completion with the mean
+  of their scores, because no model could tell them apart. (The `dupl_ref`
+  columns also mark texts that differ in case or punctuation; workers often
+  scored those differently, so they stay apart.) Tainted rows and rows with
+  fewer than two different texts are dropped.
 
   Returns:
-    Comparisons of K = 2 to 5; `labeler` is `criterion:worker`; `metadata` has
-    `mr` and `slots`; `id` is `criterion:LINE`.
+    Comparisons of K = 2 to 5, and counts of the rows. `labeler` is
+    `criterion:worker`; `metadata` has `mr` and `slots`; `id` is
+    `criterion:LINE`.
 
   Raises:
-    RecordError: as in `records.read_jsonl`, with file and line.
+    RecordError: bad rows, by line.
   """
-  return read_rankings_and_counts(path, criterion)[0]
-
-
-def read_rankings_and_counts(
-  path: epath.PathLike, criterion: Criterion
-) -> tuple[list[records.Comparison], RankingCounts]:
-  """`read_rankings`, and what became of the rows."""
   if criterion not in SCORE_COLUMNS:
     raise ValueError(
       f'criterion is {criterion!r}; use one of {", ".join(SCORE_COLUMNS)}'
     )
   numbers = range(1, NUM_SYSTEMS + 1)
-  score_columns = [f'{SCORE_COLUMNS[criterion]}{i}' for i in numbers]
-  text_columns = [f'ref{i}' for i in numbers]
-  comparisons, bad_lines = [], []
-  count = collections.Counter()
-  columns = ('worker', '_tainted', 'mr', *score_columns, *text_columns)
+  texts = [f'ref{i}' for i in numbers]
+  scores = [f'{SCORE_COLUMNS[criterion]}{i}' for i in numbers]
+  pairs = list(zip(texts, scores, strict=True))
+  comparisons, bad_lines, counts = [], [], RankingCounts()
+  columns = ('worker', '_tainted', 'mr', *scores, *texts)
   for line, row in sources.read_csv(path, columns):
-    count['rows'] += 1
-    if row['_tainted'] not in ('True', 'False'):
-      bad_lines.append(
-        (line, f"'_tainted' is {row['_tainted']!r}; expected True or False")
-      )
-      continue
+    counts.rows += 1
     if row['_tainted'] == 'True':
-      count['tainted'] += 1
+      counts.tainted += 1
       continue
-    scores_by_text, problem = _scores_by_text(row, text_columns, score_columns)
     try:
-      slots = parse_meaning(row['mr'])
+      comparison = _comparison(row, pairs, criterion, line)
     except ValueError as error:
-      problem = f"'mr': {error}"
-    if not row['worker']:
-      problem = "'worker' is empty; rankings need to know who ranked"
-    if problem:
-      bad_lines.append((line, problem))
+      bad_lines.append((line, str(error)))
       continue
-    if len(scores_by_text) < 2:
-      count['too_few'] += 1
+    if comparison is None:
+      counts.too_few += 1
       continue
-    count['merged'] += len(scores_by_text) < NUM_SYSTEMS
-    scores = [float(np.mean(values)) for values in scores_by_text.values()]
-    ranks = records.ranks_of_scores(scores)
-    count['all_tied'] += len(set(ranks)) == 1
-    comparisons.append(
-      records.Comparison(
-        prompt=prompt_text(row['mr']),
-        completions=tuple(scores_by_text),
-        ranks=ranks,
-        id=f'{criterion}:{line}',
-        labeler=f'{criterion}:{row["worker"]}',
-        category='e2e_rankings',
-        metadata={'mr': row['mr'], 'slots': [list(slot) for slot in slots]},
-      )
-    )
+    counts.merged += len(comparison.completions) < NUM_SYSTEMS
+    counts.all_tied += len(set(comparison.ranks)) == 1
+    comparisons.append(comparison)
   records.raise_problems(path, bad_lines)
   if not comparisons:
     raise records.RecordError(f'{path}: holds no usable rankings')
-  fields = dataclasses.fields(RankingCounts)
-  return comparisons, RankingCounts(**{f.name: count[f.name] for f in fields})
+  return comparisons, counts
+
+
+def _comparison(
+  row: dict[str, str],
+  pairs: Sequence[tuple[str, str]],
+  criterion: Criterion,
+  line: int,
+) -> records.Comparison | None:
+  """A row as a comparison; None if it has fewer than two different texts.
+
+  `pairs` are the columns of texts and scores. Raises ValueError for a bad row.
+  """
+  if row['_tainted'] != 'False':
+    raise ValueError(
+      f"'_tainted' is {row['_tainted']!r}; expected True or False"
+    )
+  if not row['worker']:
+    raise ValueError("'worker' is empty; a ranking needs its worker")
+  try:
+    about = _about(row['mr'])
+  except ValueError as error:
+    raise ValueError(f"'mr': {error}") from error
+  scores_by_text = collections.defaultdict(list)
+  spelling: dict[str, str] = {}
+  for text_column, score_column in pairs:
+    text = ' '.join(row[text_column].split())
+    if not text:
+      raise ValueError(f'{text_column!r} is empty; drop the row')
+    try:
+      score = float(row[score_column])
+    except ValueError:
+      score = math.nan
+    if not math.isfinite(score):
+      raise ValueError(
+        f'{score_column!r} is {row[score_column]!r}, not a number'
+      )
+    # The encoding of accents makes no other text.
+    text = spelling.setdefault(records.composed(text), text)
+    scores_by_text[text].append(score)
+  if len(scores_by_text) < 2:
+    return None
+  return records.Comparison(
+    completions=tuple(scores_by_text),
+    ranks=records.ranks_of_scores(map(np.mean, scores_by_text.values())),
+    id=f'{criterion}:{line}',
+    labeler=f'{criterion}:{row["worker"]}',
+    category='e2e_rankings',
+    **about,
+  )
 
 
 def split_workers(
   comparisons: Sequence[records.Comparison], seed: int
-) -> tuple[frozenset[str], frozenset[str]]:
+) -> tuple[set[str], set[str]]:
   """Two halves of the labelers, of about the same number of comparisons.
 
-  In an order drawn from the seed, each labeler goes to the half that has fewer
-  comparisons so far; so the few who did most of the work do not end up on one
-  side.
+  In an order drawn from the seed, each labeler goes to the half with fewer
+  comparisons so far, so that the few who did most of the work are on both
+  sides.
   """
   counts = collections.Counter(c.labeler for c in comparisons)
   labelers = sorted(counts)
   np.random.default_rng(seed).shuffle(labelers)
-  halves: tuple[set[str], set[str]] = (set(), set())
+  halves = (set(), set())
   totals = [0, 0]
   for labeler in labelers:
     half = int(totals[1] < totals[0])
     halves[half].add(labeler)
     totals[half] += counts[labeler]
-  return frozenset(halves[0]), frozenset(halves[1])
+  return halves
 
 
 def write(
@@ -260,35 +262,34 @@ def write(
 ) -> dict[str, int | dict[str, int]]:
   """Writes everything that the stages after `data` read.
 
-  Meaning representations are split 80/10/10 in each of the two sources, and all
-  that belongs to one goes to one split, whichever source it is from and however
-  its facts are ordered. The workers are
-  split in two halves: the first half's rankings are `comparisons_*` and train
-  the reward model, the second half's are `judge_comparisons_*` and train the
-  judge. (With both criteria a person may be in both halves, under the two
-  numbers that the two files gave them.) Policies are trained with PPO on the
-  training representations of both sources and evaluated on the others; those
-  of e2e_nlg have human references.
+  Meaning representations are split 80/10/10 in each of the two sources. All
+  rows of a representation, from either source and with facts in any order, go
+  to one split. Workers are split in two halves: the rankings of the first,
+  `comparisons_*`, train the reward model, those of the second,
+  `judge_comparisons_*`, the judge. (With both criteria a person may be in both
+  halves, under two numbers.) PPO trains on the training representations of both
+  sources and is evaluated on the others; those of e2e_nlg have human
+  references.
 
   Files in `directory`, all or none: tokenizer/, documents_{train,valid},
   demonstrations_{train,valid,test}, comparisons_{train,valid,test},
   judge_comparisons_{train,valid,test}, ppo_prompts_train, prompts_{valid,test}
-  (.jsonl) and hygiene.json. Prompts carry `metadata`: mr, slots, references
-  (possibly none).
+  (.jsonl) and hygiene.json. Prompts have `metadata`: mr, slots, references
+  (maybe none).
 
   Args:
-    root: the folder that holds e2e_nlg, e2e_rankings and books.
-    directory: where to write.
+    root: the folder with e2e_nlg, e2e_rankings and books.
+    directory: the output folder.
     seed: of all splits.
-    vocab_size: entries of a BPE trained on the training text (4,000 to 8,000
-      suit a model of a few million parameters); None takes GPT-2's.
-    criteria: which ratings to use: 'quality', 'naturalness' or both.
+    vocab_size: of a BPE trained on the training text (4,000 to 8,000 suit a
+      model of a few million parameters); None uses GPT-2's.
+    criteria: 'quality', 'naturalness' or both.
     words_per_document: see `sources.read_documents`.
     valid_documents: share of the documents held out; they are drawn one by
-      one, so training has seen other parts of the same books.
+      one, so training reads other parts of the same books.
 
   Returns:
-    The counts that are in hygiene.json.
+    The counts in hygiene.json.
 
   Raises:
     RecordError: a file is missing or malformed.
@@ -300,61 +301,38 @@ def write(
     raise ValueError(
       f'valid_documents is {valid_documents}; it must be in (0, 1)'
     )
-  demonstrations, repeated = read_demonstrations_and_count(
+  demonstrations, repeated = read_demonstrations(
     _find(root / 'e2e_nlg', 'devset.csv')
   )
   comparisons: list[records.Comparison] = []
   report: dict[str, int | dict[str, int]] = {}
   for criterion in criteria:
     path = _find(root / 'e2e_rankings', f'{criterion}.csv')
-    read, counts = read_rankings_and_counts(path, criterion)
+    read, counts = read_rankings(path, criterion)
     comparisons.extend(read)
     report[f'{criterion}_rows'] = dataclasses.asdict(counts)
 
-  # A representation plays the part that a user has in the paper: none in two
-  # splits.
-  split_of: dict[Facts, str] = {}
-  prompts_by_split: dict[str, list[records.Prompt]] = {s: [] for s in FRACTIONS}
-  for groups in (_by_facts(demonstrations), _by_facts(comparisons)):
-    new = {f: group for f, group in groups.items() if f not in split_of}
-    facts_of = {group[0].metadata['mr']: f for f, group in new.items()}
-    prompts = [_prompt_of(group) for group in new.values()]
-    for split, part in hygiene.split_by_user(prompts, FRACTIONS, seed).items():
-      split_of |= {facts_of[prompt.user]: split for prompt in part}
-      prompts_by_split[split].extend(
-        dataclasses.replace(prompt, user='') for prompt in part
-      )
-  named = {row.metadata['mr'] for row in (*demonstrations, *comparisons)}
-  duplicates = len(named) - len(split_of)
-  train, personal_data = hygiene.drop_personal_data(prompts_by_split['train'])
-  kept = {prompt.id for prompt in train}
-  for prompt in prompts_by_split['train']:
-    if prompt.id not in kept:
-      del split_of[facts(prompt.id)]
-  prompts_by_split['train'] = train
-
+  prompts, split_of, personal_data = _split(demonstrations, comparisons, seed)
   documents = sources.read_documents(
     root / 'books', words_per_document=words_per_document
   )
   held_out = (
     np.random.default_rng(seed).random(len(documents)) < valid_documents
   )
-  train_documents = [
-    d for d, out in zip(documents, held_out, strict=True) if not out
-  ]
+  documents_of = {'train': [], 'valid': []}
+  for document, is_out in zip(documents, held_out, strict=True):
+    documents_of['valid' if is_out else 'train'].append(document)
   rater_half, judge_half = split_workers(comparisons, seed)
 
   def split_of_row(row):
-    return split_of.get(facts(row.metadata['mr']))
+    return split_of[row.metadata['mr']]
 
   files: dict[str, list] = {
-    'documents_train': train_documents,
-    'documents_valid': [
-      d for d, out in zip(documents, held_out, strict=True) if out
-    ],
-    'ppo_prompts_train': prompts_by_split['train'],
-    'prompts_valid': prompts_by_split['valid'],
-    'prompts_test': prompts_by_split['test'],
+    'documents_train': documents_of['train'],
+    'documents_valid': documents_of['valid'],
+    'ppo_prompts_train': prompts['train'],
+    'prompts_valid': prompts['valid'],
+    'prompts_test': prompts['test'],
   }
   for split in FRACTIONS:
     files[f'demonstrations_{split}'] = [
@@ -367,15 +345,14 @@ def write(
 
   if vocab_size is None:
     tokenizer = tokenizer_lib.load_gpt2_bpe(
-      _find(root / 'gpt2_bpe', 'encoder.json'),
-      _find(root / 'gpt2_bpe', 'vocab.bpe'),
+      *(_find(root / 'gpt2_bpe', n) for n in ('encoder.json', 'vocab.bpe'))
     )
   else:
     tokenizer = tokenizer_lib.train_bpe(_training_texts(files), vocab_size)
   report |= {
-    'meaning_representations': {s: len(p) for s, p in prompts_by_split.items()},
+    'meaning_representations': {s: len(p) for s, p in prompts.items()},
     'repeated_sentences': repeated,
-    'duplicates': duplicates,
+    'duplicates': len(split_of) - len({*map(facts, split_of)}),
     'personal_data': personal_data,
     'rows_of_personal_data': sum(
       split_of_row(row) is None for row in (*demonstrations, *comparisons)
@@ -392,24 +369,22 @@ def write(
     tokenizer.save(unfinished / 'tokenizer')
     for name, rows in files.items():
       records.write_jsonl(unfinished / f'{name}.jsonl', rows)
-    records.write_bytes(unfinished / 'hygiene.json', content.encode('utf-8'))
+    records.write_bytes(unfinished / 'hygiene.json', content.encode())
   return report
 
 
 def _training_texts(files: dict[str, list]) -> Iterator[str]:
-  for document in files['documents_train']:
-    yield document.text
-  for demonstration in files['demonstrations_train']:
-    yield demonstration.prompt
-    yield demonstration.response
-  for comparison in files['comparisons_train']:
-    yield comparison.prompt
-    yield from comparison.completions
+  for kind in ('documents', 'demonstrations', 'comparisons'):
+    for row in files[f'{kind}_train']:
+      yield row.text if kind == 'documents' else row.prompt
+      if kind == 'demonstrations':
+        yield row.response
+      yield from getattr(row, 'completions', ())
 
 
 def facts(mr: str) -> Facts:
-  """A representation by which copies are told: whatever order, case and
-  spelling of accents."""
+  """The key for finding copies of a representation: order, case and the
+  encoding of accents do not count."""
   return tuple(
     sorted(
       (records.comparable(slot), records.comparable(value))
@@ -418,24 +393,40 @@ def facts(mr: str) -> Facts:
   )
 
 
-def _by_facts(
-  examples: Sequence[records.Demonstration] | Sequence[records.Comparison],
-) -> dict[Facts, list]:
-  groups = collections.defaultdict(list)
-  for example in examples:
-    groups[facts(example.metadata['mr'])].append(example)
-  return groups
+def _split(
+  demonstrations: Sequence[records.Demonstration],
+  comparisons: Sequence[records.Comparison],
+  seed: int,
+) -> tuple[dict[str, list[records.Prompt]], dict[str, str | None], int]:
+  """Splits representations; each takes the part of a user in the paper.
+
+  Returns:
+    The prompts of each split; the split of each representation, None if it has
+    personal data; and how many prompts have some.
+  """
+  split_of: dict[Facts, str | None] = {}
+  prompts = {split: [] for split in FRACTIONS}
+  for rows in (demonstrations, comparisons):
+    groups = collections.defaultdict(list)
+    for row in rows:
+      groups[facts(row.metadata['mr'])].append(row)
+    new = [_prompt_of(g) for f, g in groups.items() if f not in split_of]
+    for split, part in hygiene.split_by_user(new, FRACTIONS, seed)[0].items():
+      split_of |= {facts(prompt.id): split for prompt in part}
+      prompts[split] += [dataclasses.replace(p, user='') for p in part]
+  train, personal_data = hygiene.drop_personal_data(prompts['train'])
+  dropped = {p.id for p in prompts['train']} - {p.id for p in train}
+  split_of |= dict.fromkeys(map(facts, dropped))
+  prompts['train'] = train
+  names = {row.metadata['mr'] for row in (*demonstrations, *comparisons)}
+  return prompts, {mr: split_of[facts(mr)] for mr in names}, personal_data
 
 
-def _prompt_of(
-  group: Sequence[records.Demonstration] | Sequence[records.Comparison],
-) -> records.Prompt:
+def _prompt_of(group: Sequence[Any]) -> records.Prompt:
   """One prompt for a representation, with its human references."""
   mr = group[0].metadata['mr']
   references = [
-    example.response
-    for example in group
-    if isinstance(example, records.Demonstration)
+    row.response for row in group if isinstance(row, records.Demonstration)
   ]
   return records.Prompt(
     id=mr,
@@ -444,30 +435,6 @@ def _prompt_of(
     category=group[0].category,
     metadata={**group[0].metadata, 'references': references},
   )
-
-
-def _scores_by_text(
-  row: dict[str, str], text_columns: list[str], score_columns: list[str]
-) -> tuple[dict[str, list[float]], str]:
-  """The scores of each distinct text, and what is wrong with the row or ''."""
-  scores_by_text = collections.defaultdict(list)
-  spelt: dict[str, str] = {}
-  for text_column, score_column in zip(
-    text_columns, score_columns, strict=True
-  ):
-    text = ' '.join(row[text_column].split())
-    if not text:
-      return {}, f'{text_column!r} is empty; drop the row'
-    try:
-      score = float(row[score_column])
-    except ValueError:
-      score = math.nan
-    if not math.isfinite(score):
-      return {}, f'{score_column!r} is {row[score_column]!r}, not a number'
-    # Copies in composed and in decomposed letters are one text.
-    text = spelt.setdefault(records.composed(text), text)
-    scores_by_text[text].append(score)
-  return dict(scores_by_text), ''
 
 
 def _find(folder: epath.Path, name: str) -> epath.Path:

@@ -1,28 +1,29 @@
 """Records from plain text, JSON, JSONL, CSV, TensorFlow Datasets and saved
 `datasets`.
 
-Tables become records by one format string a field over the names of their
-columns, `prompt={context}\\n{question}\\n`. What a column may hold:
+A table becomes records by one format string for each field, over the names of
+its columns: `prompt={context}\\n{question}\\n`. A column may hold
 
-  nothing            null, NaN or an empty cell: the empty text. A field whose
-                     columns are all empty is empty itself, and a row without a
-                     prompt or a response is refused, with its number
+  nothing            null, NaN or an empty cell: the empty text. A field is
+                     empty if all its columns are, and a row without a prompt or
+                     a response is refused, with its number
   text, a number     as it is; `{price:.2f}` formats a number
-  a list, an object  `{answers[0]}` and `{answer[text]}` are entries of it; as
-                     text a whole list is refused
+  a list, an object  `{answers[0]}` and `{answer[text]}` are entries of it; a
+                     whole list is no text and is refused
 
 `completions`, `ranks`, `scores` and `turns` are lists: `{answers}` alone gives
-the column's list (in a CSV file, the list that a cell spells as JSON), and the
-field may be given several times, `completions={a}` and `completions={b}`. Ranks
-and scores may be numbers or spelt as numbers. `metadata={column}` keeps a
-column with its name. Prompts without an `id` are numbered by row.
+the column's list (in a CSV file, a cell with a JSON list), or the field is
+given several times, `completions={a}` and `completions={b}`. Ranks and scores
+may be numbers or texts of numbers. `metadata={column}` keeps a column under its
+name. Prompts without an `id` are numbered by row.
 """
 
+import collections
 import csv
-import dataclasses
 import datetime
 import fractions
 import io
+import itertools
 import json
 import math
 import re
@@ -40,14 +41,14 @@ _TFDS = 'tfds:'
 _DATASETS = 'datasets:'
 _SUFFIXES = ('.txt', '.txt.gz', '.jsonl', '.jsonl.gz')
 _LIST_FIELDS = ('completions', 'ranks', 'scores', 'turns')
-# What stands for a field that is not given.
+# Fields that may be given instead of another one.
 _OR = {'text': 'turns', 'prompt': 'turns', 'ranks': 'scores'}
 _DELIMITERS = (',', ';', '\t', '|')
 # `answers[text][0]`: a column, then entries.
 _ENTRY = re.compile(r'([^\[\]]+)((?:\[[^\[\]]+\])+)')
-# Keys by which published files say that a model wrote the answer, and the
-# values that say that a person did. Self-Instruct's generations have metadata
-# of the API; its predictions have the reference beside the response.
+# Keys by which published files say that a model wrote the answer, and names of
+# people as authors. Self-Instruct's generations have metadata of the API; its
+# predictions have the reference next to the response.
 _GENERATORS = ('generator', 'model', 'model_name', 'model_id', 'generated_by')
 _GENERATED = ('synthetic', 'is_synthetic', 'machine_generated', 'is_generated')
 _API_KEYS = ('instance_metadata', 'raw_instances', 'finish_reason', 'logprobs')
@@ -57,34 +58,28 @@ _PREDICTED = (
   ('prediction', 'prediction'),
   ('predictions', 'predictions'),
 )
-_TELLING = frozenset(
-  (*_GENERATORS, *_GENERATED, *_API_KEYS, *(key for _, key in _PREDICTED))
-)
 _PEOPLE = re.compile(
   r'humans?|people|person|labell?ers?|annotators?|experts?|workers?|crowd.*'
   r'|none|n/a|reference|gold'
 )
+Example = Mapping[str, Any]
 
 
 def read_documents(
-  spec: epath.PathLike,
-  *,
-  words_per_document: int,
-  data_dir: epath.PathLike | None = None,
+  spec: epath.PathLike, *, words_per_document: int
 ) -> list[records.Document]:
   """Reads the documents that `spec` names.
 
   Args:
     spec: one of
       a text file, plain or `.gz`, split by `split_text`;
-      a `.jsonl` or `.jsonl.gz` file of `Document` records, taken as they are;
+      a `.jsonl` or `.jsonl.gz` file of `Document` records, not split;
       a folder: all .txt and .jsonl files in it (not below it), by name;
       `tfds:NAME/SPLIT`, such as `tfds:lm1b/train` or
-      `tfds:wikipedia/20230601.en/train[:1%]`: the `text` feature of a data set
-      that has been prepared in `data_dir`; read without TensorFlow;
+      `tfds:wikipedia/20230601.en/train[:1%]`: the `text` feature of a prepared
+      data set (in TFDS_DATA_DIR); read without TensorFlow;
       `datasets:FOLDER`: the `text` column, see `read_examples`.
     words_per_document: about how long the pieces of plain text are.
-    data_dir: where TensorFlow Datasets keeps its data; None is its default.
 
   Returns:
     The documents in file order; `source` names the file or data set.
@@ -96,35 +91,22 @@ def read_documents(
     raise ValueError(
       f'words_per_document is {words_per_document}; use 1 or more'
     )
-  if str(spec).startswith((_TFDS, _DATASETS)):
-    source = str(spec).partition(':')[2]
-    documents = [
-      records.Document(text=piece, source=source)
-      for record in from_fields(
-        read_examples(str(spec), data_dir),
-        records.Document,
-        {'text': '{text}'},
-        str(spec),
-      )
-      for piece in split_text(record.text, words_per_document)
-    ]
-    if not documents:
-      raise records.RecordError(f'{spec}: holds no text')
-    return documents
+  if is_data_set(spec):
+    spec, fields = str(spec), {'text': '{text}'}
+    rows, _ = read_fields(spec, records.Document, fields)
+    texts, source = [row.text for row in rows], spec.partition(':')[2]
+    return _split(texts, source, spec, words_per_document)
   path = epath.Path(spec)
   if not path.is_dir():
     return _read_file(path, words_per_document)
-  files = sorted(
-    (file for file in path.iterdir() if file.name.endswith(_SUFFIXES)),
-    key=lambda file: file.name,
-  )
+  files = [file for file in path.iterdir() if file.name.endswith(_SUFFIXES)]
   if not files:
     raise records.RecordError(
       f'{path}: no files that end in {", ".join(_SUFFIXES)}'
     )
   return [
     document
-    for file in files
+    for file in sorted(files, key=lambda file: file.name)
     for document in _read_file(file, words_per_document)
   ]
 
@@ -134,24 +116,21 @@ def split_text(text: str, words_per_document: int) -> list[str]:
 
   Paragraphs are gathered until a piece has `words_per_document` words; none is
   cut, so a long one makes a long piece. Line breaks inside a paragraph become
-  spaces: they stem from the width of a printed page, and half of any corpus of
-  books has them while the other half has not.
+  spaces, because they come from the width of a printed page and only some books
+  have them.
   """
-  pieces: list[str] = []
-  gathered: list[str] = []
-  num_words = 0
+  pieces: list[list[str]] = []
+  num_words = words_per_document
   for paragraph in re.split(r'\n\s*\n', text):
     words = paragraph.split()
     if not words:
       continue
-    gathered.append(' '.join(words))
-    num_words += len(words)
     if num_words >= words_per_document:
-      pieces.append('\n\n'.join(gathered))
-      gathered, num_words = [], 0
-  if gathered:
-    pieces.append('\n\n'.join(gathered))
-  return pieces
+      pieces.append([])
+      num_words = 0
+    pieces[-1].append(' '.join(words))
+    num_words += len(words)
+  return ['\n\n'.join(paragraphs) for paragraphs in pieces]
 
 
 def _read_file(
@@ -162,17 +141,21 @@ def _read_file(
     return records.read_jsonl(path, records.Document)
   if name.endswith(('.csv', '.tsv', '.parquet')):
     raise records.RecordError(
-      f"{path}: is a table; say with --field='text={{column}}' which text to "
-      'take'
+      f"{path}: is a table; name its text with --field='text={{column}}'"
     )
-  text = records.read_text(path)
-  name = path.name.removesuffix('.gz').removesuffix('.txt')
+  texts = [records.read_text(path)]
+  return _split(texts, name.removesuffix('.txt'), path, words_per_document)
+
+
+def _split(texts, source, spec, words_per_document):
+  """The texts as documents of about so many words."""
   documents = [
-    records.Document(text=piece, source=name)
+    records.Document(piece, source)
+    for text in texts
     for piece in split_text(text, words_per_document)
   ]
   if not documents:
-    raise records.RecordError(f'{path}: holds no text')
+    raise records.RecordError(f'{spec}: holds no text')
   return documents
 
 
@@ -180,50 +163,28 @@ def _read_file(
 
 
 def read_examples(
-  spec: epath.PathLike, data_dir: epath.PathLike | None = None
-) -> Iterator[Mapping[str, Any]]:
-  """Examples of a table, one mapping from feature to value each.
+  spec: str, columns: Sequence[str] = ()
+) -> Iterator[tuple[int, Example]]:
+  """(number or line, mapping from feature to value) of a table's examples.
 
   Args:
     spec: one of
       a `.csv` or `.tsv` file with a header (or `.gz`);
       a `.jsonl` file, or a `.json` file that is one list of objects (or `.gz`);
       `tfds:NAME/SPLIT`, see `read_documents`;
-      `datasets:FOLDER`, what `save_to_disk` of Hugging Face `datasets` wrote
+      `datasets:FOLDER`, written by `save_to_disk` of Hugging Face `datasets`
       (for several splits, the folder of one of them).
-    data_dir: of TensorFlow Datasets.
+    columns: that a CSV file must have.
 
   Raises:
     RecordError: it cannot be opened or read.
   """
-  for _, example in _numbered_examples(str(spec), data_dir, ()):
-    yield example
-
-
-def is_data_set(spec: epath.PathLike) -> bool:
-  """Whether it is `tfds:` or `datasets:`, and no file."""
-  return str(spec).startswith((_TFDS, _DATASETS))
-
-
-def is_table(spec: epath.PathLike) -> bool:
-  """Whether records come from it only by format strings."""
-  name = str(spec).removesuffix('.gz')
-  return (
-    is_data_set(spec)
-    or name.endswith(('.csv', '.tsv'))
-    or (name.endswith('.json') and records.begins_with(spec, b'['))
-  )
-
-
-def _numbered_examples(
-  spec: str, data_dir: epath.PathLike | None, columns: Sequence[str]
-) -> Iterator[tuple[int, Mapping[str, Any]]]:
   name = spec.removesuffix('.gz')
   if spec.startswith(_DATASETS):
     folder = epath.Path(spec.removeprefix(_DATASETS))
     yield from enumerate(_read_saved(folder), start=1)
   elif spec.startswith(_TFDS):
-    yield from enumerate(_read_tfds(spec, data_dir), start=1)
+    yield from enumerate(_read_tfds(spec), start=1)
   elif name.endswith(('.csv', '.tsv')):
     yield from read_csv(spec, columns)
   elif name.endswith(('.json', '.jsonl')):
@@ -241,24 +202,33 @@ def _numbered_examples(
     )
 
 
-def read_objects(
-  path: epath.PathLike,
-) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+def is_data_set(spec: epath.PathLike) -> bool:
+  """Whether it is `tfds:` or `datasets:`, and no file."""
+  return str(spec).startswith((_TFDS, _DATASETS))
+
+
+def is_table(spec: epath.PathLike) -> bool:
+  """Whether it needs format strings to become records."""
+  name = str(spec).removesuffix('.gz')
+  return (
+    is_data_set(spec)
+    or name.endswith(('.csv', '.tsv'))
+    or (name.endswith('.json') and records.begins_with(spec, b'['))
+  )
+
+
+def read_objects(path: epath.PathLike) -> Iterator[tuple[int, Example | str]]:
   """(line, object) of JSONL, or (position, object) of one JSON list.
 
-  What is wrong with an entry stands in its place.
-
-  Raises:
-    RecordError: as in `records.read_text`; or it is one value of another kind.
+  A bad entry gives a text of what is wrong with it.
   """
   if not records.begins_with(path, b'['):
     yield from records.iterate_lines(path)
     return
   for number, values in enumerate(records.read_json(path), start=1):
-    if isinstance(values, dict):
-      yield number, values
-    else:
-      yield number, f'expected an object, found a {type(values).__name__}'
+    if not isinstance(values, dict):
+      values = f'expected an object, found a {type(values).__name__}'
+    yield number, values
 
 
 def read_csv(
@@ -270,8 +240,8 @@ def read_csv(
   tab and bar that gives the header these columns.
 
   Raises:
-    RecordError: as in `records.read_text`; a column is missing or comes twice,
-      a row has another number of fields, or the file is not CSV.
+    RecordError: a column is missing or comes twice, a row has another number of
+      fields, or the file is not CSV.
   """
   reader, header = _csv_reader(path, columns)
   repeated = sorted({name for name in header if header.count(name) > 1})
@@ -290,21 +260,19 @@ def read_csv(
       ) from error
     if values is None:
       break
-    if not values:
-      continue
-    if len(values) != len(header):
-      bad_lines.append(
-        (line, f'{len(values)} fields for {len(header)} columns')
-      )
-      continue
-    num_rows += 1
-    yield line, dict(zip(header, values, strict=True))
+    if values and len(values) != len(header):
+      problem = f'{len(values)} fields for {len(header)} columns'
+      bad_lines.append((line, problem))
+    elif values:
+      num_rows += 1
+      yield line, dict(zip(header, values, strict=True))
   records.raise_problems(path, bad_lines)
   if not num_rows:
     raise records.RecordError(f'{path}: has a header and no rows')
 
 
 def _csv_reader(path, columns):
+  """(reader behind the header, header) with the delimiter that fits best."""
   text = records.read_text(path)
   csv.field_size_limit(records.MAX_LINE_BYTES)
   is_tsv = str(path).removesuffix('.gz').endswith('.tsv')
@@ -320,13 +288,13 @@ def _csv_reader(path, columns):
       continue
     missing = [column for column in columns if column not in header]
     found.append((len(missing), -len(header), len(found), reader, header))
-  if text.lstrip()[:1] in ('{', '[') and (not found or min(found)[0]):
+  # Most of the columns, then most columns, then the usual delimiter.
+  num_missing, _, _, reader, header = min(found, default=(1, 0, 0, None, None))
+  if found and not num_missing:
+    return reader, header
+  if text.lstrip()[:1] in ('{', '['):
     problem = 'not CSV; it looks like JSON'
   elif found:
-    # Most of the columns, then most columns, then the usual delimiter.
-    num_missing, _, _, reader, header = min(found)
-    if not num_missing:
-      return reader, header
     missing = [column for column in columns if column not in header]
     problem = (
       f'columns {", ".join(missing)} are missing; found '
@@ -335,66 +303,28 @@ def _csv_reader(path, columns):
   raise records.RecordError(f'{path}:1: {problem}')
 
 
-def model_of(
-  values: Mapping[str, Any], answer: Sequence[str] = ()
-) -> tuple[str, str]:
+def model_of(values: Example, answer: Sequence[str] = ()) -> tuple[str, str]:
   """(model, key): who wrote the answer, if the row itself says a model did.
 
   AlpacaEval's outputs have a `generator`, OpenAssistant's messages `synthetic`
-  and `model_name`, Self-Instruct's predictions a `target` beside the response.
-
-  Args:
-    values: a row as published.
-    answer: the keys that the answer was taken from.
-
-  Returns:
-    ('', '') if nothing says so.
+  and `model_name`, Self-Instruct's predictions a `target` next to the response.
+  `answer` are the keys that the answer was taken from. ('', '') if nothing says
+  so.
   """
-  if _TELLING.isdisjoint(values):
-    return '', ''
   for key in _GENERATORS:
     name = values.get(key)
     if isinstance(name, str) and name.strip():
-      if _PEOPLE.fullmatch(name.strip().casefold()):
-        return '', ''
-      return name.strip(), key
-  for key in _GENERATED:
-    if values.get(key) is True:
-      return 'unnamed', key
-  for key in _API_KEYS:
-    if values.get(key) is not None:
-      return 'unnamed', key
-  for predicted, key in _PREDICTED:
-    if predicted in answer and key in values:
-      return 'unnamed', key
-  return '', ''
-
-
-def by_a_model(key: str) -> str:
-  """Why a demonstration is left out; `key` is what says so."""
-  return f'a model wrote the answer, as {key!r} says; --model_outputs takes it'
+      is_person = _PEOPLE.fullmatch(name.strip().casefold())
+      return ('', '') if is_person else (name.strip(), key)
+  signs = [
+    *(key for key in _GENERATED if values.get(key) is True),
+    *(key for key in _API_KEYS if values.get(key) is not None),
+    *(key for used, key in _PREDICTED if used in answer and key in values),
+  ]
+  return ('unnamed', signs[0]) if signs else ('', '')
 
 
 # --- Format strings -----------------------------------------------------------
-
-
-def from_fields(
-  examples: Iterable[Mapping[str, Any]],
-  record_type: type[records.Record],
-  fields: Mapping[str, str | Sequence[str]],
-  source: str,
-) -> list[records.Record]:
-  """Records whose fields are format strings over an example's features.
-
-  {'prompt': '{question}\\n', 'response': '{answer}'} makes demonstrations of
-  questions and answers; see the top of this file. `source` is named in errors.
-
-  Raises:
-    RecordError: a feature that the examples lack, or values that make no
-      record; up to 10 examples are reported together.
-  """
-  fill = _Fields(record_type, fields, source)
-  return fill.all(enumerate(examples, start=1))
 
 
 def read_fields(
@@ -407,36 +337,38 @@ def read_fields(
   """Records of a table; see `read_examples` and the top of this file.
 
   Args:
-    spec: the table.
-    record_type: what to make.
+    spec, record_type: the table, and what to make of it.
     fields: one format string a field, or several for lists.
-    model_outputs: take demonstrations of rows that say a model wrote them.
+    model_outputs: keep demonstrations by models, as far as their rows say so.
 
   Returns:
     The records; and how many rows were left out, by reason.
 
   Raises:
-    RecordError: as in `from_fields`.
+    RecordError: a bad format string, a column that the examples lack, or values
+      that make no record; up to 10 examples are reported together.
   """
-  fill = _Fields(record_type, fields, spec)
-  skipped: dict[str, int] = {}
+  parsed, skipped = Fields(record_type, fields, spec), collections.Counter()
 
   def wanted():
-    for number, example in _numbered_examples(spec, None, fill.columns):
+    for number, example in read_examples(spec, parsed.columns):
       key = ''
       if record_type is records.Demonstration and not model_outputs:
-        _, key = model_of(example, fill.columns_of('response'))
+        _, key = model_of(example, parsed.columns_of('response'))
       if key:
-        reason = by_a_model(key)
-        skipped[reason] = skipped.get(reason, 0) + 1
+        reason = f'a model wrote the answer, according to {key!r}'
+        skipped[f'{reason}; --model_outputs keeps it'] += 1
       else:
         yield number, example
 
-  return fill.all(wanted()), skipped
+  return parsed.fill(wanted()), skipped
 
 
-class _Fields:
-  """Format strings, parsed once, that fill the fields of a record."""
+class Fields:
+  """Format strings, parsed once, that fill the fields of a record.
+
+  Errors name `source`. `columns` are those that the format strings name.
+  """
 
   def __init__(
     self,
@@ -445,79 +377,40 @@ class _Fields:
     source: str,
   ):
     self._type, self._source = record_type, source
+    required = records.fields_of(record_type)
+    for name in fields:
+      if name not in required:
+        raise records.RecordError(
+          f'--field={name}: {record_type.__name__} has {", ".join(required)}'
+        )
+    for name, is_required in required.items():
+      given = {name, _OR.get(name)} & {*fields}
+      if is_required and not given and name != 'id':  # Prompts are numbered.
+        raise records.RecordError(
+          f'{record_type.__name__} needs --field={name}=..., the text of that '
+          'field with {column} where a column goes'
+        )
     self._templates: dict[str, list[list[tuple]]] = {}
-    self.columns: list[str] = []
-    self._check(fields)
     for field, templates in fields.items():
       if isinstance(templates, str):
         templates = [templates]
       if len(templates) > 1 and field not in (*_LIST_FIELDS, 'metadata'):
         raise records.RecordError(
-          f'--field={field} is given {len(templates)} times and is one text; '
+          f'--field={field} is given {len(templates)} times but is one text; '
           f'lists are {", ".join(_LIST_FIELDS)}'
         )
-      self._templates[field] = [
-        self._parse(field, template) for template in templates
-      ]
-
-  def _check(self, fields):
-    known = {field.name: field for field in dataclasses.fields(self._type)}
-    for name in fields:
-      if name not in known:
-        raise records.RecordError(
-          f'--field={name}: {self._type.__name__} has {", ".join(known)}'
-        )
-    for name, field in known.items():
-      is_needed = (
-        field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-        and name != 'id'  # Of prompts, which are numbered.
-      )
-      other = _OR.get(name, name)
-      if is_needed and name not in fields and other not in fields:
-        raise records.RecordError(
-          f'{self._type.__name__} needs --field={name}=..., the text of that '
-          'field with {column} where a column goes'
-        )
-
-  def _parse(self, field: str, template: str) -> list[tuple]:
-    """(text, column, keys, format) pieces; `column` is None after the last."""
-    try:
-      parsed = list(string.Formatter().parse(template))
-    except ValueError as error:
-      raise records.RecordError(
-        f'--field={field}={template}: {error}; {{{{ and }}}} are braces'
-      ) from error
-    pieces = []
-    for text, name, form, conversion in parsed:
-      if name is None:
-        pieces.append((text, None, (), ''))
-        continue
-      entry = _ENTRY.fullmatch(name)
-      column = entry[1] if entry else name
-      keys = re.findall(r'\[([^\[\]]+)\]', entry[2]) if entry else ()
-      if conversion or not column:
-        raise records.RecordError(
-          f'--field={field}={template}: {{{name}}} must name a column, without '
-          '!'
-        )
-      pieces.append((text, column, tuple(keys), form))
-      if column not in self.columns:
-        self.columns.append(column)
-    return pieces
+      self._templates[field] = [_parse(field, text) for text in templates]
+    self.columns = list(
+      dict.fromkeys(name for f in fields for name in self.columns_of(f))
+    )
 
   def columns_of(self, field: str) -> list[str]:
     """The columns that a field is made of."""
-    return [
-      piece[1]
-      for pieces in self._templates.get(field, ())
-      for piece in pieces
-      if piece[1] is not None
-    ]
+    pieces = itertools.chain(*self._templates.get(field, ()))
+    return [column for _, column, _, _ in pieces if column is not None]
 
-  def all(
-    self, examples: Iterable[tuple[int, Mapping[str, Any]]]
-  ) -> list[records.Record]:
+  def fill(self, examples: Iterable[tuple[int, Example]]) -> list:
+    """The records of (number, example) pairs; see `read_fields`."""
     found, bad = [], []
     for number, example in examples:
       missing = [name for name in self.columns if name not in example]
@@ -529,10 +422,9 @@ class _Fields:
         )
       try:
         values = self._values(number, example)
+        problems = records.problems(values, self._type)
       except ValueError as error:
-        bad.append((number, str(error)))
-        continue
-      problems = records.problems(values, self._type)
+        problems = [str(error)]
       if problems:
         bad.append((number, '; '.join(problems)))
       else:
@@ -540,7 +432,7 @@ class _Fields:
     records.raise_problems(self._source, bad)
     return found
 
-  def _values(self, number: int, example: Mapping[str, Any]) -> Mapping:
+  def _values(self, number: int, example: Example) -> Mapping:
     values: dict[str, Any] = {}
     for field, templates in self._templates.items():
       if field == 'metadata':
@@ -559,7 +451,31 @@ class _Fields:
     return records.completed(values, self._type)
 
 
-def _lookup(example: Mapping[str, Any], column: str, keys: Sequence[str]):
+def _parse(field: str, template: str) -> list[tuple]:
+  """(text, column, keys, format) pieces; `column` is None for text alone."""
+  try:
+    parsed = list(string.Formatter().parse(template))
+  except ValueError as error:
+    raise records.RecordError(
+      f'--field={field}={template}: {error}; {{{{ and }}}} are braces'
+    ) from error
+  pieces = []
+  for text, name, form, conversion in parsed:
+    if name is None:
+      pieces.append((text, None, (), ''))
+      continue
+    entry = _ENTRY.fullmatch(name)
+    column = entry[1] if entry else name
+    keys = re.findall(r'\[([^\[\]]+)\]', entry[2]) if entry else ()
+    if conversion or not column:
+      raise records.RecordError(
+        f'--field={field}={template}: {{{name}}} must name a column, without !'
+      )
+    pieces.append((text, column, tuple(keys), form))
+  return pieces
+
+
+def _lookup(example: Example, column: str, keys: Sequence[str]):
   value = example[column]
   for key in keys:
     value = _plain(value)
@@ -574,7 +490,7 @@ def _lookup(example: Mapping[str, Any], column: str, keys: Sequence[str]):
 
 
 def _plain(value: Any) -> Any:
-  """A value as JSON has it; None for what is missing, NaN as well."""
+  """A value of JSON's types; None if it is missing or NaN."""
   if isinstance(value, bytes):
     try:
       return value.decode('utf-8')
@@ -584,7 +500,7 @@ def _plain(value: Any) -> Any:
       ) from error
   if isinstance(value, np.ndarray | np.generic):
     return _plain(value.tolist())
-  # NaN, and its relatives NaT and Decimal('NaN'), differ from themselves.
+  # NaN, NaT and Decimal('NaN') differ from themselves.
   if value is None or (not isinstance(value, list | dict) and value != value):
     return None
   return value
@@ -597,7 +513,7 @@ def _as_text(value: Any, name: str, form: str) -> str:
   if isinstance(value, list | tuple | dict):
     kind = 'an object' if isinstance(value, dict) else 'a list'
     raise ValueError(
-      f'{{{name}}} is {kind} and no text; name an entry of it, such as '
+      f'{{{name}}} is {kind}, not a text; name an entry of it, such as '
       f'{{{name}[{"key" if isinstance(value, dict) else 0}]}}'
     )
   if not form:
@@ -608,29 +524,25 @@ def _as_text(value: Any, name: str, form: str) -> str:
     raise ValueError(f'{{{name}:{form}}}: {error}') from error
 
 
-def _text(pieces: Sequence[tuple], example: Mapping[str, Any]) -> str:
+def _text(pieces: Sequence[tuple], example: Example) -> str:
   """The pieces joined; '' if there are columns and all of them are empty."""
-  parts, is_empty = [], True
+  parts, filled = [], []
   for text, column, keys, form in pieces:
     parts.append(text)
-    if column is None:
-      continue
-    filled = _as_text(_lookup(example, column, keys), column, form)
-    is_empty = is_empty and not filled.strip()
-    parts.append(filled)
-  if is_empty and any(column is not None for _, column, _, _ in pieces):
+    if column is not None:
+      filled.append(_as_text(_lookup(example, column, keys), column, form))
+      parts.append(filled[-1])
+  if filled and not any(text.strip() for text in filled):
     return ''
   return ''.join(parts)
 
 
-def _alone(pieces: Sequence[tuple]) -> bool:
+def _is_column(pieces: Sequence[tuple]) -> bool:
   return len(pieces) == 1 and not pieces[0][0] and not pieces[0][3]
 
 
-def _items(
-  field: str, pieces: Sequence[tuple], example: Mapping[str, Any]
-) -> list:
-  if not _alone(pieces):
+def _items(field: str, pieces: Sequence[tuple], example: Example) -> list:
+  if not _is_column(pieces):
     return [_text(pieces, example)]
   value = _lookup(example, *pieces[0][1:3])
   if value is None and field == 'turns':
@@ -645,7 +557,7 @@ def _items(
 
 
 def _item(field: str, item: Any) -> Any:
-  """One entry of a list field, as its record has it."""
+  """One entry of a list field, with the type that its record needs."""
   item = _plain(item)
   if field == 'completions':
     return _as_text(item, field, '')
@@ -663,18 +575,16 @@ def _item(field: str, item: Any) -> Any:
 
 
 def _metadata(
-  templates: Sequence[Sequence[tuple]], example: Mapping[str, Any]
+  templates: Sequence[Sequence[tuple]], example: Example
 ) -> dict[str, Any]:
   found: dict[str, Any] = {}
   for pieces in templates:
-    if not _alone(pieces):
+    if not _is_column(pieces):
       raise ValueError("'metadata' takes whole columns, metadata={column}")
     column, keys = pieces[0][1:3]
     value = _json(_lookup(example, column, keys))
-    if isinstance(value, dict):
-      found |= value
-    else:
-      found[keys[-1] if keys else column] = value
+    name = keys[-1] if keys else column
+    found |= value if isinstance(value, dict) else {name: value}
   return found
 
 
@@ -698,15 +608,10 @@ def mix(
   weights: Sequence[int | float],
   seed: int,
 ) -> list[records.Record]:
-  """As many records as there are in the proportions of `weights`, shuffled.
+  """A shuffled mixture of parts in the proportions of `weights`.
 
-  Each part is drawn from without repeats, so the part that runs out first, for
-  its weight, bounds the mixture; the others give what fits it.
-
-  Args:
-    parts: records of one type.
-    weights: one positive number each; only their proportions count.
-    seed: of the draws and the order.
+  Records are drawn without repeats, so the part that runs out first, for its
+  weight, bounds the size of the mixture.
   """
   if len(parts) != len(weights) or not parts:
     raise ValueError(f'{len(parts)} parts with {len(weights)} weights')
@@ -727,7 +632,7 @@ def mix(
   return [mixed[i] for i in rng.permutation(len(mixed))]
 
 
-def _read_saved(folder: epath.Path) -> Iterator[Mapping[str, Any]]:
+def _read_saved(folder: epath.Path) -> Iterator[Example]:
   splits = folder / 'dataset_dict.json'
   if splits.exists():
     names = _listed(records.read_json(splits), 'splits', splits)
@@ -738,14 +643,14 @@ def _read_saved(folder: epath.Path) -> Iterator[Mapping[str, Any]]:
   state = folder / 'state.json'
   if not state.exists():
     raise records.RecordError(
-      f'{folder}: no state.json, so no folder that `save_to_disk` of Hugging '
-      'Face datasets wrote'
+      f'{folder}: no state.json; expected a folder that `save_to_disk` of '
+      'Hugging Face datasets wrote'
     )
   described = records.read_json(state)
   entries = _listed(described, '_data_files', state)
   if described.get('_indices_data_files'):
     raise records.RecordError(
-      f'{folder}: an index over its rows was saved beside them; write it again '
+      f'{folder}: an index over its rows was saved with them; write it again '
       'with flatten_indices()'
     )
   import pyarrow
@@ -755,17 +660,16 @@ def _read_saved(folder: epath.Path) -> Iterator[Mapping[str, Any]]:
     name = entry.get('filename') if isinstance(entry, dict) else None
     if not isinstance(name, str):
       raise records.RecordError(f"{state}: '_data_files' names no file")
-    path = folder / name
+    path, row = folder / name, 0
     if not path.exists():
       raise records.RecordError(f'{path}: no such file')
-    row = 0
     with path.open('rb') as file:
       try:
         for batch in pyarrow.ipc.open_stream(file):
           for example in batch.to_pylist():
             row += 1
             yield example
-      # Text that is not UTF-8, or a date beyond the calendar, come as Python's.
+      # Damaged texts and dates raise Python's own errors.
       except (
         pyarrow.ArrowException,
         ValueError,
@@ -784,21 +688,17 @@ def _listed(values: Any, key: str, path: epath.Path) -> list:
   return found
 
 
-def _read_tfds(
-  spec: str, data_dir: epath.PathLike | None
-) -> Iterator[Mapping[str, Any]]:
+def _read_tfds(spec: str) -> Iterator[Example]:
   name, _, split = spec.removeprefix(_TFDS).rpartition('/')
   if not name or not split:
     raise records.RecordError(
       f'{spec}: expected tfds:NAME/SPLIT, such as tfds:lm1b/train'
     )
-  # Imported here: two seconds, for the few runs that read from it.
+  # Takes two seconds, and few runs need it.
   import tensorflow_datasets as tfds
 
   try:
-    source: Sequence = tfds.data_source(
-      name, split=split, data_dir=data_dir, download=False
-    )
+    source: Sequence = tfds.data_source(name, split=split, download=False)
   # Not found, not prepared and unknown split are unrelated exception types.
   except Exception as error:
     raise records.RecordError(

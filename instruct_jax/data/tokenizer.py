@@ -1,16 +1,14 @@
-"""Text to ids and back: the one place where a text becomes what a model reads.
+"""Text to ids and back: the one place where text becomes what a model reads.
 
 Training rows, rollouts, reward models, judges, benchmarks, the chat and length
-tables all come through here: `encode_prompts` gives the ids up to a response's
-first, `encode_responses` the response with the token that ends it, and
-`encode_documents` text that is no conversation.
+tables all use it: `encode_prompts` gives the ids before a response,
+`encode_responses` the response with the token that ends it, and
+`encode_documents` other text. Prompt and response are encoded apart, so that a
+prompt's ids never depend on what follows. No text can spell a special token:
+`<eos>` typed by a user is text.
 
-Prompt and response are tokenised apart and their ids concatenated, so that the
-ids of a prompt never depend on what follows it. No text can spell a special
-token: `<eos>` typed by a user is text.
-
-How a prompt is put into words for the model, and which token ends an answer,
-belong to the tokenizer and are saved with it:
+The template renders prompts. It is saved with the tokenizer, as are the tokens
+that end an answer:
 
   ''            the prompt's text as it is (the paper's raw prompts); EOS ends
   'chat'        the tokenizer's own chat template, over the prompt's turns; the
@@ -20,7 +18,7 @@ belong to the tokenizer and are saved with it:
   python -m instruct_jax.data.tokenizer hf:NAME --output=DIR --template=chat
 
 prepares a published tokenizer: a PAD of its own, the template, stop tokens. A
-template that reads the clock is pinned to a date (`--date`), in the folder.
+template that reads the clock gets a fixed date (`--date`).
 """
 
 import codecs
@@ -47,7 +45,7 @@ CHAT, SLOT = 'chat', '{prompt}'
 _FILE = 'tokenizer.json'
 _FORMAT_FILE = 'prompt_format.json'
 _HUB_PATTERNS = ('*.json', '*.jinja', '*.txt', '*.bpe')
-# What a tokenizer is made of; the rest of its folder, weights say, is not read.
+# A tokenizer's files; others in its folder, such as weights, are not read.
 _FILES = (
   _FILE,
   'tokenizer_config.json',
@@ -56,12 +54,11 @@ _FILES = (
   'chat_template.jinja',
   'chat_template.json',
 )
-# Folder of templates besides the first.
+# Folder of templates other than the first.
 _TEMPLATES = 'additional_chat_templates'
-# Texts that end in one of these can be continued without a mark before the
-# continuation; the first that leaves a text's ids alone is taken.
+# Texts after which a text may keep its ids; the first that works is taken.
 _ANCHORS = ('\n', 'a', '.', '0', ':')
-# Stands for the assistant's words where the template is looked at.
+# Replaces an answer where the template around it is read.
 _MARK = '\ue000answer\ue001'
 # OpenAI's two files under its own names and under Hugging Face's.
 _BPE_FILES = (
@@ -76,23 +73,22 @@ class TemplateError(ValueError):
 
 
 class Tokenizer:
-  """Encodes and decodes; knows its PAD and EOS ids, which always differ.
+  """Encodes and decodes.
 
   Attributes:
     vocab_size: number of ids, specials included.
-    pad_id: fills rows up; never a real token.
+    pad_id: fills rows up; never a real token, so not EOS.
     eos_id: ends every document.
     end_id: ends every response of a training row: the chat template's end of
       a turn, or EOS.
-    stop_ids: tokens that end a response when sampled; EOS is the first, and
-      `end_id` is among them.
-    prefix_ids: what stands before every text (a BOS token, or nothing).
+    stop_ids: tokens that end a sampled response: EOS, then the others, `end_id`
+      among them.
+    prefix_ids: precede every text (a BOS token, or nothing).
     bos_id: the BOS token, whether or not texts begin with it; or None.
-    template: how prompts are rendered; see the top of this file.
+    template: see the top of this file.
     fingerprint: SHA-256 of all that decides a text's ids: vocabulary, merges,
-      normalizer, pre-tokenizer, special ids, template and stop tokens. A
-      checkpoint stores it; two tokenizers with equal fingerprints give equal
-      ids.
+      normalizer, pre-tokenizer, special ids, template and stop tokens.
+      Checkpoints store it.
     vocabulary_fingerprint: the same without template and stop tokens.
   """
 
@@ -105,14 +101,11 @@ class Tokenizer:
   ):
     """Wraps a `transformers.PreTrainedTokenizerFast`.
 
-    Args:
-      fast_tokenizer: with a PAD and an EOS token.
-      template: see the top of this file.
-      stop_ids: further tokens that end a response.
+    `stop_ids` are further tokens that end a response.
 
     Raises:
-      ValueError: it has no PAD or EOS token, one token serves as both, a stop
-        token is the PAD or no token, or the template cannot be used.
+      ValueError: PAD or EOS are missing or the same, a stop token is the PAD or
+        no token, or the template cannot be used.
     """
     pad_id, eos_id = fast_tokenizer.pad_token_id, fast_tokenizer.eos_token_id
     if pad_id is None or eos_id is None or pad_id == eos_id:
@@ -150,9 +143,9 @@ class Tokenizer:
       if token != eos_id
     )
     self._marks_starts = _marks_starts(json.loads(self._backend.to_str()))
+    self._added = self._backend.get_added_tokens_decoder()
     self.end_id: int = eos_id
-    # Text of the template around an answer, up to its end; None where answers
-    # are not rendered by it.
+    # The template's text before and after an answer, if it is known.
     self._around_answer: tuple[str, str] | None = None
     if template == CHAT:
       self._chat_template = _checked_chat_template(fast_tokenizer.chat_template)
@@ -177,28 +170,21 @@ class Tokenizer:
         merge if isinstance(merge, str) else ' '.join(merge)
         for merge in model['merges']
       ]
-    return _sha256(
-      [
-        *(
-          described[k] for k in ('normalizer', 'pre_tokenizer', 'added_tokens')
-        ),
-        model,
-        # What the post-processor does to a text alone.
-        self._backend.encode('', add_special_tokens=True).ids,
-        [self.pad_id, self.eos_id],
-      ]
-    )
+    names = ('normalizer', 'pre_tokenizer', 'added_tokens')
+    # The empty text shows what the post-processor adds.
+    empty = self._backend.encode('', add_special_tokens=True).ids
+    specials = [self.pad_id, self.eos_id]
+    return _sha256([*(described[k] for k in names), model, empty, specials])
 
   def describe(self) -> str:
     """One line for reports: how this tokenizer reads prompts and ends them."""
     name = self._fast_tokenizer.convert_ids_to_tokens
-    before = ' '.join(map(name, self.prefix_ids))
-    if self.template == CHAT:
-      prompts = 'prompts in its chat template'
-    else:
-      prompts = 'prompts as plain text'
-      prompts = f'prompts as {self.template!r}' if self.template else prompts
-      prompts += f' after {before}' if before else ''
+    prompts = 'prompts in its chat template'
+    if self.template != CHAT:
+      shown = repr(self.template) if self.template else 'plain text'
+      prompts = f'prompts as {shown}'
+      if self.prefix_ids:
+        prompts += f' after {" ".join(map(name, self.prefix_ids))}'
     return (
       f'{self.vocab_size:,} tokens ({self.fingerprint[:12]}), {prompts}, '
       f'answers end with {name(self.end_id)}, sampling stops at '
@@ -211,13 +197,10 @@ class Tokenizer:
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """`encode` of many texts at once, on all cores."""
-    encodings = self._backend.encode_batch_fast(
-      list(texts), add_special_tokens=False
-    )
-    return [self._without_specials(encoding.ids) for encoding in encodings]
+    return list(map(self._without_specials, self._ids(texts)))
 
   def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of whole texts, with what this tokenizer puts before each."""
+    """Ids of whole texts, each after `prefix_ids`."""
     return [[*self.prefix_ids, *ids] for ids in self.encode_batch(texts)]
 
   def encode_prompts(
@@ -228,9 +211,8 @@ class Tokenizer:
   ) -> list[list[int]]:
     """Ids of prompts as the template renders them, up to the response's first.
 
-    With a chat template the tokens that the template spells are special, and
-    whatever a message spells is text. A prompt without turns is one turn of
-    the user's.
+    The special tokens of a chat template are special; those that a message
+    spells are text. A prompt without turns is one turn of the user's.
 
     Raises:
       TemplateError: the chat template refuses a prompt.
@@ -247,15 +229,12 @@ class Tokenizer:
   def encode_responses(
     self, texts: Sequence[str], *, ended: bool = False
   ) -> list[list[int]]:
-    """Ids of responses, as they stand behind the ids of their prompts.
+    """Ids of responses, as they follow the ids of their prompts.
 
-    A chat template ends in a separator of its own, so the white space that
-    begins a response goes; what the template puts around an answer (a space,
-    say) is put around this one.
-
-    Args:
-      texts: of the responses.
-      ended: with `end_id` behind each, as in training rows.
+    With a chat template, white space at the start of a response is dropped,
+    because the template ends in a separator of its own; what the template puts
+    around an answer (a space, say) is added. `ended` appends `end_id` to each,
+    as in training rows.
     """
     if self.template == CHAT:
       found = self._encode_answers([text.lstrip() for text in texts])
@@ -269,8 +248,7 @@ class Tokenizer:
     """The chat template's text of messages with `role` and `content`.
 
     Raises:
-      ValueError: the tokenizer has no chat template, or a TemplateError where
-        the template refuses the messages.
+      ValueError: there is no chat template, or (TemplateError) it refuses them.
     """
     if self.template != CHAT:
       _checked_chat_template(self._fast_tokenizer.chat_template)
@@ -279,9 +257,9 @@ class Tokenizer:
     )
 
   def encode_rendered(self, text: str) -> list[int]:
-    """Ids of text that a template has rendered: the special tokens that it
-    spells are special, and nothing is put before it."""
-    return self._encode_with_specials([text])[0]
+    """Ids of a template's text: the special tokens that it spells are special,
+    and `prefix_ids` are not added."""
+    return self._special_ids([text])[0]
 
   # --- Chat templates ---------------------------------------------------------
 
@@ -292,7 +270,7 @@ class Tokenizer:
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
       )
-    # A template is a program of its author's: it can raise anything.
+    # A template is a program, which can raise anything.
     except Exception as error:
       words = ' '.join(str(error).split()) or type(error).__name__
       raise TemplateError(
@@ -304,8 +282,8 @@ class Tokenizer:
     question = [{'role': 'user', 'content': '?'}]
     answered = [*question, {'role': 'assistant', 'content': _MARK}]
     name = 'a conversation of one question'
-    self._question = self._render(question, name)
-    (self._question_ids,) = self._encode_with_specials([self._question])
+    asked = self._render(question, name)
+    (self._question_ids,) = self._special_ids([asked])
     try:
       whole = self._render(answered, name, add_generation_prompt=False)
     except TemplateError:
@@ -313,56 +291,43 @@ class Tokenizer:
     before, found, after = whole.partition(_MARK)
     if not found:
       return
-    specials = {
-      number
-      for number, token in self._backend.get_added_tokens_decoder().items()
-      if token.special
-    }
-    specials |= {self.eos_id, *stop_ids}
-    specials -= {self.pad_id}
-    (after_ids,) = self._encode_with_specials([after])
-    ends = [token for token in after_ids if token in specials]
-    if not ends:
+    ends = {number for number, token in self._added.items() if token.special}
+    ends = (ends | {self.eos_id, *stop_ids}) - {self.pad_id}
+    (after_ids,) = self._special_ids([after])
+    found_ends = [token for token in after_ids if token in ends]
+    if not found_ends:
       return
-    self.end_id = ends[0]
-    end = self._fast_tokenizer.convert_ids_to_tokens(self.end_id)
-    if before.startswith(self._question):
-      lead = before[len(self._question) :]
+    self.end_id = found_ends[0]
+    if before.startswith(asked):
+      end = self._fast_tokenizer.convert_ids_to_tokens(self.end_id)
+      lead = before.removeprefix(asked)
       self._around_answer = (lead, after.partition(end)[0])
 
+  def _spells_special(self, text):
+    return any(token.content in text for token in self._added.values())
+
   def _encode_chats(self, chats):
-    specials = [
-      token.content
-      for token in self._backend.get_added_tokens_decoder().values()
-    ]
     found, plain = [None] * len(chats), []
     for number, (turns, name) in enumerate(chats):
-      contents = [turn.content for turn in turns]
-      if any(token in content for token in specials for content in contents):
+      if any(self._spells_special(turn.content) for turn in turns):
         found[number] = self._encode_spelled_chat(turns, name)
       else:
-        messages = [{'role': t.role, 'content': t.content} for t in turns]
-        plain.append((number, self._render(messages, name)))
-    encoded = self._encode_with_specials([text for _, text in plain])
+        plain.append((number, self._render([*map(vars, turns)], name)))
+    encoded = self._special_ids([text for _, text in plain])
     for (number, _), ids in zip(plain, encoded, strict=True):
       found[number] = ids
     return found
 
   def _encode_spelled_chat(self, turns, name):
-    """A message spells a special token. The template's own pieces and the
-    messages are encoded apart, which is the same text but for merges at the
-    seams."""
+    """Ids of a chat whose messages spell a special token: messages and pieces
+    of the template are encoded apart, so only merges at the seams differ."""
     marks = [f'\ue000{number}\ue001' for number in range(len(turns))]
-    rest = self._render(
-      [
-        {'role': turn.role, 'content': mark}
-        for turn, mark in zip(turns, marks, strict=True)
-      ],
-      name,
-    )
+    pairs = list(zip(turns, marks, strict=True))
+    messages = [{'role': turn.role, 'content': mark} for turn, mark in pairs]
+    left = self._render(messages, name)
     ids = []
-    for turn, mark in zip(turns, marks, strict=True):
-      piece, found, rest = rest.partition(mark)
+    for turn, mark in pairs:
+      piece, found, left = left.partition(mark)
       if not found:
         raise TemplateError(
           f'{name}: the chat template leaves out or reorders turns, and a '
@@ -370,21 +335,17 @@ class Tokenizer:
         )
       ids += self._encode_template_piece(piece, first=not ids)
       ids += self._encode_continuations([turn.content])[0]
-    return ids + self._encode_template_piece(rest, first=not ids)
+    return ids + self._encode_template_piece(left, first=not ids)
 
   def _encode_template_piece(self, piece, first):
     if first:
-      return self._encode_with_specials([piece])[0]
-    return self._encode_continuations([piece], self._encode_with_specials)[0]
+      return self._special_ids([piece])[0]
+    return self._encode_continuations([piece], self._special_ids)[0]
 
   def _encode_answers(self, texts):
-    """Answers as the template renders them after a question, up to its end."""
+    """Answers as the template renders them after a question."""
     if self._around_answer is None:
       return self._encode_continuations(texts)
-    specials = [
-      token.content
-      for token in self._backend.get_added_tokens_decoder().values()
-    ]
     question = {'role': 'user', 'content': '?'}
     rendered = [
       self._render(
@@ -394,14 +355,12 @@ class Tokenizer:
       )
       for text in texts
     ]
-    whole = self._encode_with_specials(rendered)
     start = len(self._question_ids)
     found = []
-    for text, ids in zip(texts, whole, strict=True):
-      spelled = any(token in text for token in specials)
+    for text, ids in zip(texts, self._special_ids(rendered), strict=True):
       answer = ids[start:]
       if (
-        spelled
+        self._spells_special(text)
         or ids[:start] != self._question_ids
         or self.end_id not in answer
       ):
@@ -417,87 +376,78 @@ class Tokenizer:
       text, lead = lead + text, ''
     if not tail.strip():
       text, tail = text + tail, ''
+    pieces = [
+      self._encode_template_piece(piece, first=False) if piece else []
+      for piece in (lead, tail)
+    ]
     (ids,) = self._encode_continuations([text])
-    for piece, place in ((lead, 0), (tail, len(ids))):
-      if piece:
-        ids[place:place] = self._encode_template_piece(piece, first=False)
-    return ids
+    return [*pieces[0], *ids, *pieces[1]]
 
   # --- Ids --------------------------------------------------------------------
 
   def _encode_continuations(self, texts, encode=None):
     """Ids of texts that continue another text.
 
-    A tokenizer that puts a mark or a space before each text it encodes (Llama
-    2's, Mistral's) would put one at the seam, too. There a text is encoded
-    behind an anchor, whose ids are cut off again.
+    Some tokenizers (Llama 2's, Mistral's) put a mark or a space before each
+    text. With those a text is encoded after an anchor, whose ids are removed.
     """
-    encode = self.encode_batch if encode is None else encode
+    encode = encode or self.encode_batch
     if not self._marks_starts:
       return encode(texts)
     found = [None if text else [] for text in texts]
-    for anchor in _ANCHORS:
-      todo = [i for i, ids in enumerate(found) if ids is None]
-      if not todo:
+    # The empty anchor is for texts that merge with all others.
+    for anchor in (*_ANCHORS, ''):
+      missing = [i for i, ids in enumerate(found) if ids is None]
+      if not missing:
         break
-      (anchor_ids,) = encode([anchor])
-      whole = encode([anchor + texts[i] for i in todo])
-      for i, ids in zip(todo, whole, strict=True):
+      (anchor_ids,) = encode([anchor]) if anchor else ([],)
+      whole = encode([anchor + texts[i] for i in missing])
+      for i, ids in zip(missing, whole, strict=True):
         if ids[: len(anchor_ids)] == anchor_ids:
           found[i] = ids[len(anchor_ids) :]
-    # Every anchor merges with the text: as an encoder would begin it.
-    left = [i for i, ids in enumerate(found) if ids is None]
-    for i, ids in zip(left, encode([texts[i] for i in left]), strict=True):
-      found[i] = ids
     return found
 
-  def _encode_with_specials(self, texts):
+  def _ids(self, texts):
+    encodings = self._backend.encode_batch_fast(
+      list(texts), add_special_tokens=False
+    )
+    return [encoding.ids for encoding in encodings]
+
+  def _special_ids(self, texts):
+    """Ids of texts whose special tokens are special."""
     self._backend.encode_special_tokens = False
     try:
-      encodings = self._backend.encode_batch_fast(
-        list(texts), add_special_tokens=False
-      )
-      return [encoding.ids for encoding in encodings]
+      return self._ids(texts)
     finally:
       self._backend.encode_special_tokens = True
 
   def _without_specials(self, ids: list[int]) -> list[int]:
-    # A word-level vocabulary holds `<eos>` as a word; as text it is unknown.
-    if self.pad_id not in ids and self.eos_id not in ids:
+    # A word-level vocabulary has `<eos>` as a word; in a text it is unknown.
+    specials = (self.pad_id, self.eos_id)
+    if not any(token in ids for token in specials):
       return ids
     if self._unk_id is None:
       raise ValueError(
         'a text spells a special token and the tokenizer has no <unk> to put '
         f'in its place: {self._backend.decode(ids)[:60]!r}'
       )
-    return [
-      self._unk_id if token in (self.pad_id, self.eos_id) else token
-      for token in ids
-    ]
+    return [self._unk_id if token in specials else token for token in ids]
 
   def decode(self, ids: Collection[SupportsIndex]) -> str:
-    """The text of some ids, without PAD, BOS and stop tokens wherever they are.
+    """The text of some ids, without PAD, BOS and stop tokens.
 
-    Raises:
-      ValueError: an id lies outside the vocabulary (a model with more logits
-        than its tokenizer has tokens, or the wrong tokenizer).
+    Raises ValueError if an id is outside the vocabulary (the wrong tokenizer,
+    or a model with more logits than its tokenizer has tokens).
     """
     return self._backend.decode(self._kept(ids), skip_special_tokens=False)
 
   def decode_response(self, ids: Collection[SupportsIndex]) -> str:
-    """`decode` of a response: its text as it stands behind its prompt.
-
-    Some tokenizers take one space off the text they decode; of a response that
-    would be its own.
-    """
+    """`decode` of a response as it follows its prompt, with its first space."""
     kept = self._kept(ids)
-    if not self._marks_starts or not kept:
-      return self._backend.decode(kept, skip_special_tokens=False)
-    anchor = _ANCHORS[0]
-    anchor_ids = self.encode(anchor)
+    anchor = self.encode(_ANCHORS[0]) if self._marks_starts and kept else []
     whole, alone = (
       self._backend.decode(part, skip_special_tokens=False)
-      for part in ([*anchor_ids, *kept], anchor_ids)
+      for part in ([*anchor, *kept], anchor)
     )
     return whole.removeprefix(alone)
 
@@ -528,9 +478,9 @@ class Tokenizer:
   # --- Folders ----------------------------------------------------------------
 
   def save(self, folder: epath.PathLike) -> None:
-    """Writes the folder in Hugging Face format (`from_pretrained` reads it).
+    """Writes the folder in Hugging Face format, for `from_pretrained`.
 
-    Of a tokenizer that was there before, nothing stays.
+    Other files of an earlier tokenizer are removed.
     """
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -539,12 +489,11 @@ class Tokenizer:
         if path.is_file():
           name = path.relative_to(temporary).as_posix()
           found[name] = path.read_bytes()
-    stops = [
-      self._fast_tokenizer.convert_ids_to_tokens(i) for i in self.stop_ids[1:]
-    ]
+    name = self._fast_tokenizer.convert_ids_to_tokens
+    stops = list(map(name, self.stop_ids[1:]))
     if self.template or stops or self._fast_tokenizer.chat_template:
       described = {'template': self.template, 'stop_tokens': stops}
-      found[_FORMAT_FILE] = json.dumps(described, indent=2).encode('utf-8')
+      found[_FORMAT_FILE] = json.dumps(described, indent=2).encode()
     folder = epath.Path(folder)
     if (folder / _TEMPLATES).exists():
       (folder / _TEMPLATES).rmtree()
@@ -561,10 +510,7 @@ class Tokenizer:
   ) -> 'Tokenizer':
     """The same tokenizer with another template and further stop tokens.
 
-    Args:
-      template: see the top of this file.
-      stop_tokens: besides those that it has.
-      date: what a chat template that reads the clock is told from now on.
+    `date` is for a chat template that reads the clock.
 
     Raises:
       ValueError: see `__init__`; or a stop token is not in the vocabulary.
@@ -576,16 +522,12 @@ class Tokenizer:
       if date is not None and reads_clock(chosen):
         chosen = _pinned(chosen, date)
       fast_tokenizer.chat_template = chosen
-    stop_ids = _ids_of(fast_tokenizer, stop_tokens)
-    return Tokenizer(
-      fast_tokenizer,
-      template=template,
-      stop_ids=(*self.stop_ids, *stop_ids),
-    )
+    stop_ids = (*self.stop_ids, *_ids_of(fast_tokenizer, stop_tokens))
+    return Tokenizer(fast_tokenizer, template=template, stop_ids=stop_ids)
 
   @property
   def chat_template(self) -> str:
-    """The chat template that comes with the tokenizer; '' where none does."""
+    """The tokenizer's own chat template; '' if there is none."""
     found = self._fast_tokenizer.chat_template
     return _one_template(found) if found else ''
 
@@ -593,13 +535,11 @@ class Tokenizer:
   def load(cls, folder: epath.PathLike) -> 'Tokenizer':
     """Reads a folder that `save` or `save_pretrained` wrote, or `hf:NAME`.
 
-    Also GPT-2's encoder.json and vocab.bpe. The stop tokens are those of
-    generation_config.json (config.json's where there is none) and of `save`. A
-    PAD is added where there is none or where it also ends responses. Only `hf:`
-    ever downloads, and no file but the tokenizer's own is read.
-
-    Raises:
-      ValueError: names the folder and what is missing or wrong in it.
+    Also GPT-2's encoder.json and vocab.bpe. Stop tokens are those of
+    generation_config.json (or else config.json) and of `save`. A PAD is added
+    if there is none or if it also ends responses. Only `hf:` ever downloads,
+    and only the tokenizer's own files are read. Raises ValueError with the
+    folder and what is missing or wrong in it.
     """
     if str(folder).startswith('hf:'):
       folder = hub.locate(str(folder), _HUB_PATTERNS)
@@ -611,43 +551,36 @@ class Tokenizer:
       )
     names = sorted(path.name for path in folder.iterdir())
     if _FILE not in names:
-      for encoder_json, vocab_bpe in _BPE_FILES:
-        if encoder_json in names and vocab_bpe in names:
-          return load_gpt2_bpe(folder / encoder_json, folder / vocab_bpe)
+      for pair in _BPE_FILES:
+        if set(pair) <= set(names):
+          return load_gpt2_bpe(*(folder / name for name in pair))
       raise ValueError(
         f'{folder}: {_FILE} is missing (found {", ".join(names) or "nothing"})'
         '; save the tokenizer in Hugging Face format there'
       )
-    import transformers  # Two seconds, so only when needed.
-
-    with tempfile.TemporaryDirectory() as temporary:
-      _copy_files(folder, names, pathlib.Path(temporary))
-      try:
-        fast_tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
-          temporary, local_files_only=True
-        )
-        template, stop_tokens = '', []
-        if _FORMAT_FILE in names:
-          described = _read_object(folder / _FORMAT_FILE)
-          template = described['template']
-          stop_tokens = described['stop_tokens']
-        stop_ids = _ids_of(fast_tokenizer, stop_tokens)
-        for name in ('generation_config.json', 'config.json'):
-          if name in names:
-            found = _read_object(folder / name).get('eos_token_id')
-            found = [] if found is None else found
-            stop_ids += [found] if isinstance(found, int) else found
-            break
-        ends = (None, fast_tokenizer.eos_token_id, *stop_ids)
-        if fast_tokenizer.pad_token_id in ends:
-          # Published tokenizers pad with EOS or not at all.
-          fast_tokenizer.add_special_tokens({'pad_token': PAD})
-        return cls(fast_tokenizer, template=template, stop_ids=stop_ids)
-      # The Rust side raises bare `Exception` on a damaged file.
-      except Exception as error:
-        raise ValueError(
-          f'{folder}: the tokenizer does not load: {error}'
-        ) from error
+    try:
+      fast_tokenizer = _load_fast(folder, names)
+      described = {'template': '', 'stop_tokens': []}
+      if _FORMAT_FILE in names:
+        described = _read_object(folder / _FORMAT_FILE)
+      stop_ids = _ids_of(fast_tokenizer, described['stop_tokens'])
+      for name in ('generation_config.json', 'config.json'):
+        if name in names:
+          found = _read_object(folder / name).get('eos_token_id')
+          stop_ids += [found] if isinstance(found, int) else found or []
+          break
+      ends = (None, fast_tokenizer.eos_token_id, *stop_ids)
+      if fast_tokenizer.pad_token_id in ends:
+        # Published tokenizers pad with EOS or not at all.
+        fast_tokenizer.add_special_tokens({'pad_token': PAD})
+      return cls(
+        fast_tokenizer, template=described['template'], stop_ids=stop_ids
+      )
+    # The Rust side raises bare `Exception` on a damaged file.
+    except Exception as error:
+      raise ValueError(
+        f'{folder}: the tokenizer does not load: {error}'
+      ) from error
 
 
 def is_folder(folder: epath.Path) -> bool:
@@ -656,37 +589,38 @@ def is_folder(folder: epath.Path) -> bool:
 
 
 def is_prepared(folder: epath.Path) -> bool:
-  """Whether somebody said how prompts are read with a folder's tokenizer."""
+  """Whether a folder's tokenizer was saved with its template by `save`."""
   return (folder / _FORMAT_FILE).exists()
 
 
 def _sha256(content: Any) -> str:
   text = json.dumps(content, sort_keys=True)
-  return hashlib.sha256(text.encode('utf-8')).hexdigest()
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _copy_files(folder, names, target) -> None:
-  for name in names:
-    if name in _FILES:
-      (target / name).write_bytes(_without_mark(folder / name))
-  templates = folder / _TEMPLATES
-  if templates.name in names:
-    (target / templates.name).mkdir()
-    for path in templates.iterdir():
-      if path.name.endswith('.jinja'):
-        copied = target / templates.name / path.name
-        copied.write_bytes(_without_mark(path))
+def _load_fast(folder: epath.Path, names: Sequence[str]) -> Any:
+  import transformers  # Takes two seconds.
 
-
-def _without_mark(path: epath.Path) -> bytes:
-  """A file without a byte order mark, which its readers would stumble over."""
-  return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+  wanted = [name for name in _FILES if name in names]
+  if _TEMPLATES in names:
+    templates = [path.name for path in (folder / _TEMPLATES).iterdir()]
+    wanted += [f'{_TEMPLATES}/{n}' for n in templates if n.endswith('.jinja')]
+  with tempfile.TemporaryDirectory() as temporary:
+    for name in wanted:
+      target = pathlib.Path(temporary) / name
+      target.parent.mkdir(exist_ok=True)
+      # Their readers cannot read a byte order mark.
+      content = (folder / name).read_bytes().removeprefix(codecs.BOM_UTF8)
+      target.write_bytes(content)
+    return transformers.PreTrainedTokenizerFast.from_pretrained(
+      temporary, local_files_only=True
+    )
 
 
 def _read_object(path: epath.Path) -> dict[str, Any]:
   found = json.loads(path.read_bytes().decode('utf-8-sig'))
   if not isinstance(found, dict):
-    raise ValueError(f'{path.name} is no JSON object')
+    raise ValueError(f'{path.name} is not a JSON object')
   return found
 
 
@@ -701,15 +635,9 @@ def _marks_starts(described: Any) -> bool:
     return described.get('prepend_scheme', 'always') != 'never'
   if kind == 'ByteLevel':
     return bool(described.get('add_prefix_space', True))
+  names = ('normalizer', 'pre_tokenizer', 'normalizers', 'pretokenizers')
   return kind == 'Prepend' or any(
-    _marks_starts(described[name])
-    for name in (
-      'normalizer',
-      'pre_tokenizer',
-      'normalizers',
-      'pretokenizers',
-    )
-    if name in described
+    _marks_starts(described.get(name)) for name in names
   )
 
 
@@ -717,10 +645,9 @@ def _marks_starts(described: Any) -> bool:
 
 
 def _one_template(found: Any) -> str:
-  """The one chat template that is used, of one or of several by name.
+  """The chat template, of one or of several by name.
 
-  Raises:
-    ValueError: there is none, or several and none is called 'default'.
+  Raises ValueError if there is none, or none of several is called 'default'.
   """
   if not found:
     raise ValueError(
@@ -750,18 +677,16 @@ def _checked_chat_template(found: Any) -> str:
 
 
 def reads_clock(template: str) -> bool:
-  """Whether a chat template asks for the time of the day it is used on.
+  """Whether a chat template uses the current time.
 
-  Raises:
-    ValueError: it is no template, or draws random texts.
+  Raises ValueError if it does not parse, or draws random texts.
   """
   import jinja2
   import jinja2.ext
   import jinja2.meta
-  import jinja2.nodes
 
   class Generation(jinja2.ext.Extension):
-    """The tag by which templates mark the assistant's words."""
+    """The tag around the assistant's words."""
 
     tags = frozenset({'generation'})
 
@@ -775,25 +700,22 @@ def reads_clock(template: str) -> bool:
   try:
     parsed = environment.parse(template)
   except jinja2.TemplateError as error:
-    raise ValueError(f'the chat template is no template: {error}') from error
+    raise ValueError(f'the chat template does not parse: {error}') from error
   names = jinja2.meta.find_undeclared_variables(parsed)
   filters = {node.name for node in parsed.find_all(jinja2.nodes.Filter)}
   if 'lipsum' in names or 'random' in filters:
     raise ValueError(
-      'the chat template draws random texts (lipsum, random); no two readings '
-      'of a prompt would agree: remove that from it'
+      'the chat template draws random texts (lipsum, random), so a prompt '
+      'would have other ids each time; remove them'
     )
   return 'strftime_now' in names
 
 
-# What `strftime` knows; glibc's variants without leading zeros too.
-_DIRECTIVES = 'aAwdbBmyYHIMSpfjUWcxXzZ'
-
-
 def _pinned(template: str, date: datetime.date) -> str:
-  """The template with a clock of its own that stands at a date's midnight."""
+  """The template with a clock that is stopped at a date's midnight."""
   then = datetime.datetime.combine(date, datetime.time())
-  known = [f'%{letter}' for letter in (*_DIRECTIVES, *'eDFTRGuV')]
+  known = [f'%{letter}' for letter in 'aAwdbBmyYHIMSpfjUWcxXzZeDFTRGuV']
+  # glibc's variants without leading zeros.
   known += [f'%-{letter}' for letter in 'dmyHIMSj']
   replaced = ''.join(
     f'|replace({directive!r}, {then.strftime(directive)!r})'
@@ -801,7 +723,7 @@ def _pinned(template: str, date: datetime.date) -> str:
   )
   return (
     '{%- macro strftime_now(format) -%}{{- format' + replaced + ' -}}'
-    # Without the plus, a line break that begins the template would go.
+    # The plus keeps a line break at the start of the template.
     '{%- endmacro +%}' + template
   )
 
@@ -818,7 +740,7 @@ def _turns_of(prompt: Any) -> tuple[records.Turn, ...]:
 
 
 def _name_of(prompt: Any) -> str:
-  """What a message calls a prompt."""
+  """What error messages call a prompt."""
   if not isinstance(prompt, str) and prompt.id:
     return f'prompt {prompt.id!r}'
   text = _text_of(prompt)
@@ -834,14 +756,11 @@ def _ids_of(fast_tokenizer: Any, tokens: Sequence[str]) -> list[int]:
 
 
 def check_published(tokenizer: Tokenizer, folder: str) -> None:
-  """Refuses a published model whose folder holds another tokenizer.
+  """Raises ValueError if a published model's folder has another tokenizer.
 
-  Policy, reward model and trainer pass ids to each other, never text. A folder
-  without a tokenizer, or a model of our own (which carries a fingerprint),
-  passes.
-
-  Raises:
-    ValueError: the two give different ids; both are named.
+  Policy, reward model and trainer pass ids to each other, never text. Folders
+  without a tokenizer and models of this project, which carry a fingerprint,
+  pass.
   """
   path = hub.locate(folder) if folder.startswith('hf:') else epath.Path(folder)
   path = epath.Path(path)
@@ -858,13 +777,10 @@ def check_published(tokenizer: Tokenizer, folder: str) -> None:
 
 
 def train_word_level(vocabulary: Sequence[str]) -> Tokenizer:
-  """A tokenizer with one id per word: ids 0, 1, 2 are <pad>, <eos>, <unk>.
+  """A tokenizer with one id per word: ids 0, 1, 2 are <pad>, <eos>, <unk>, and
+  those of the vocabulary follow in order.
 
-  Text is split at white space; `decode` joins with single spaces, so texts
-  whose words are separated by single spaces come back exactly.
-
-  Args:
-    vocabulary: distinct words, in the order of their ids (from 3).
+  Text is split at white space, and `decode` joins with single spaces.
 
   Raises:
     ValueError: a word is empty, holds white space or comes twice.
@@ -881,18 +797,15 @@ def train_word_level(vocabulary: Sequence[str]) -> Tokenizer:
     tokenizers.models.WordLevel(ids, unk_token=UNK)
   )
   backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-  return _wrap(backend, pad=PAD, eos=EOS, unk=UNK)
+  return _wrap(backend, pad_token=PAD, eos_token=EOS, unk_token=UNK)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-  """Trains a byte-level BPE tokenizer (GPT-2's kind) on some texts.
+  """Trains a byte-level BPE tokenizer (GPT-2's kind).
 
-  Every text can be encoded and comes back byte for byte. <pad> is 0, <eos> 1.
-
-  Args:
-    texts: the training split only.
-    vocab_size: at most this many ids (fewer if the texts run out of pairs); at
-      least 258, the 256 bytes and two specials.
+  It can encode every text and decodes it byte for byte. <pad> is 0, <eos> 1.
+  There are at most `vocab_size` ids (fewer if the texts run out of pairs), at
+  least 258: 256 bytes and two specials.
   """
   if vocab_size < 258:
     raise ValueError(
@@ -906,33 +819,23 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     show_progress=False,
   )
   backend.train_from_iterator(texts, trainer)
-  return _wrap(backend, pad=PAD, eos=EOS)
+  return _wrap(backend, pad_token=PAD, eos_token=EOS)
 
 
 def load_gpt2_bpe(
   encoder_json: epath.PathLike, vocab_bpe: epath.PathLike
 ) -> Tokenizer:
-  """The tokenizer of GPT-2 and GPT-3 from OpenAI's own two files.
+  """The tokenizer of GPT-2 and GPT-3 from OpenAI's two files, plain or `.gz`.
 
-  50,257 ids as published (<|endoftext|>, the EOS, is 50256), and a PAD of our
-  own as id 50257: the paper's models share one id for both uses, which
-  `types.TextBatch` forbids.
-
-  Args:
-    encoder_json: `encoder.json`, plain or `.gz`: token to id.
-    vocab_bpe: `vocab.bpe`, plain or `.gz`: one merge a line, best first.
+  `encoder.json` maps token to id, `vocab.bpe` has one merge a line, best first.
+  50,257 ids as published (<|endoftext|>, the EOS, is 50256), and a PAD as id
+  50257: the paper's models share one id for both uses, which `types.TextBatch`
+  forbids.
 
   Raises:
     RecordError: a file is missing or not what its name says.
   """
-  try:
-    vocabulary = json.loads(records.read_text(encoder_json))
-  except ValueError as error:
-    if isinstance(error, records.RecordError):
-      raise
-    raise records.RecordError(
-      f'{encoder_json}: not a JSON object of tokens ({error})'
-    ) from error
+  vocabulary = records.read_json(encoder_json)
   merges = []
   lines = records.read_text(vocab_bpe).split('\n')
   for number, line in enumerate(lines, start=1):
@@ -948,7 +851,7 @@ def load_gpt2_bpe(
   if end_of_text not in vocabulary:
     raise records.RecordError(f'{encoder_json}: {end_of_text} is missing')
   backend = _byte_level(tokenizers.models.BPE(vocabulary, merges))
-  return _wrap(backend, pad=PAD, eos=end_of_text)
+  return _wrap(backend, pad_token=PAD, eos_token=end_of_text)
 
 
 def _byte_level(model: Any) -> tokenizers.Tokenizer:
@@ -960,13 +863,8 @@ def _byte_level(model: Any) -> tokenizers.Tokenizer:
   return backend
 
 
-def _wrap(
-  backend: tokenizers.Tokenizer, *, pad: str, eos: str, unk: str | None = None
-) -> Tokenizer:
-  specials = {'pad_token': pad, 'eos_token': eos}
-  if unk is not None:
-    specials['unk_token'] = unk
-  import transformers  # Two seconds, so only when needed.
+def _wrap(backend: tokenizers.Tokenizer, **specials: str) -> Tokenizer:
+  import transformers  # Takes two seconds.
 
   return Tokenizer(
     transformers.PreTrainedTokenizerFast(
@@ -991,13 +889,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     '--date',
     type=datetime.date.fromisoformat,
     metavar='YYYY-MM-DD',
-    help='what a chat template that reads the clock is told; today by default',
+    help='for a chat template that reads the clock; today by default',
   )
-  parser.add_argument(
-    '--replace',
-    action='store_true',
-    help='remove files of an earlier run that this one does not write',
-  )
+  folders.add_replace(parser)
   options = parser.parse_args(arguments)
   try:
     tokenizer = Tokenizer.load(options.source)
@@ -1018,7 +912,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   print(f'{options.output}: {tokenizer.describe()}, PAD {tokenizer.pad_id}')
   if clock:
     print(
-      f'the chat template reads the clock; it is told {date} from now on '
+      f'the chat template reads the clock; its date is {date} from now on '
       '(--date=YYYY-MM-DD)'
     )
   elif options.date:

@@ -1,9 +1,9 @@
-"""Trivial judges of preferences: what a reward model must beat to matter.
+"""Trivial judges of preferences, which a reward model must beat to matter.
 
 A reward model that orders held-out pairs no better than answer length or word
-counts has learned nothing about answering. Both baselines learn from the same
-comparisons as the reward model and are scored by
-`preference_accuracy.pairwise_accuracy`. Not in the paper.
+counts has learned nothing about answering. Both baselines learn from the reward
+model's own comparisons, and `preference_accuracy.pairwise_accuracy` scores
+them. Not in the paper.
 """
 
 import collections
@@ -19,6 +19,12 @@ from instruct_jax.data import records
 
 # Words and single marks: "Cocum's pub." -> cocum's, pub, "."
 _WORD = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
+# The most frequent words are kept, if they occur at least so often.
+_MAX_WORDS, _MIN_COUNT = 1000, 2
+# About ten steps suffice in general.
+_MAX_NEWTON_STEPS = 50
+# Share of the prompts on which `choose_l2` measures the loss.
+_HELD_OUT = 0.2
 
 
 def words(text: str) -> list[str]:
@@ -26,23 +32,30 @@ def words(text: str) -> list[str]:
   return _WORD.findall(text.lower())
 
 
-def _labeled_pairs(
-  comparisons: Sequence[records.Comparison],
-) -> np.ndarray:
+def _labeled_pairs(comparisons: Sequence[records.Comparison]) -> np.ndarray:
   """[pairs, 2] positions (better, worse) in the flat list of completions."""
   pairs = []
   start = 0
   for comparison in comparisons:
     ranks = comparison.ranks
-    for i, j in itertools.permutations(range(len(ranks)), 2):
-      if ranks[i] < ranks[j]:
-        pairs.append((start + i, start + j))
+    pairs += [
+      (start + i, start + j)
+      for i, j in itertools.permutations(range(len(ranks)), 2)
+      if ranks[i] < ranks[j]
+    ]
     start += len(ranks)
   if not pairs:
     raise ValueError(
       f'no pair to learn from: {len(comparisons)} comparisons, every pair tied'
     )
   return np.array(pairs)
+
+
+def _scores(comparisons, score_fn) -> list[np.ndarray]:
+  return [
+    np.array([score_fn(text) for text in comparison.completions], float)
+    for comparison in comparisons
+  ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +68,7 @@ class LengthJudge:
     self, comparisons: Sequence[records.Comparison]
   ) -> list[np.ndarray]:
     """Per comparison, plus or minus each completion's number of words [C]."""
-    return [
-      self.sign
-      * np.array([len(words(text)) for text in comparison.completions], float)
-      for comparison in comparisons
-    ]
+    return _scores(comparisons, lambda text: self.sign * len(words(text)))
 
 
 def fit_length(comparisons: Sequence[records.Comparison]) -> LengthJudge:
@@ -77,45 +86,33 @@ def fit_length(comparisons: Sequence[records.Comparison]) -> LengthJudge:
 
 @dataclasses.dataclass(frozen=True)
 class BagOfWordsJudge:
-  """A Bradley-Terry model whose reward is a weighted sum of word counts.
+  """A Bradley-Terry model whose reward is a weighted sum of word counts."""
 
-  Attributes:
-    vocabulary: words that have a weight; others count for nothing.
-    weights: [len(vocabulary)], in nats of log-odds per occurrence.
-  """
-
-  vocabulary: tuple[str, ...]
-  weights: np.ndarray
+  vocabulary: tuple[str, ...]  # Words that have a weight; others count nothing.
+  weights: np.ndarray  # [len(vocabulary)], nats of log-odds per occurrence.
 
   def scores(
     self, comparisons: Sequence[records.Comparison]
   ) -> list[np.ndarray]:
     """Per comparison, the reward of each completion [C], in log-odds."""
     weight = dict(zip(self.vocabulary, self.weights, strict=True))
-    return [
-      np.array(
-        [
-          sum(weight[word] for word in words(text) if word in weight)
-          for text in comparison.completions
-        ],
-        dtype=np.float64,
-      )
-      for comparison in comparisons
-    ]
+    return _scores(
+      comparisons,
+      lambda text: sum(weight[word] for word in words(text) if word in weight),
+    )
 
 
 def _word_counts(
   texts: Sequence[str], vocabulary: Sequence[str]
 ) -> scipy.sparse.csr_array:
-  """[texts, words]: how often a word of the vocabulary is in a text."""
+  """[texts, words]: how often each word of the vocabulary is in each text."""
   column = {word: i for i, word in enumerate(vocabulary)}
   found = [
     [column[word] for word in words(text) if word in column] for text in texts
   ]
-  sizes = [len(columns) for columns in found]
   places = np.array(list(itertools.chain.from_iterable(found)), int)
   counts = scipy.sparse.csr_array(
-    (np.ones(len(places)), places, np.cumsum([0, *sizes])),
+    (np.ones(len(places)), places, np.cumsum([0, *map(len, found)])),
     shape=(len(texts), len(vocabulary)),
   )
   counts.sum_duplicates()
@@ -123,29 +120,18 @@ def _word_counts(
 
 
 def fit_bag_of_words(
-  comparisons: Sequence[records.Comparison],
-  *,
-  max_words: int = 1000,
-  min_count: int = 2,
-  l2: float = 1.0,
-  num_steps: int = 50,
+  comparisons: Sequence[records.Comparison], *, l2: float = 1.0
 ) -> BagOfWordsJudge:
   """Bradley-Terry on differences of word counts, by Newton's method.
 
   Minimises Σ_pairs -log σ(θ·(x_better - x_worse)) + l2/2 |θ|², which is
-  strictly convex, so the result depends on the data alone. What all
-  completions of a prompt share, the prompt's own words included, cancels in
-  the difference. Steps are halved until the objective falls.
+  strictly convex, so the result depends on the data alone. Words that all
+  completions of a prompt share cancel. Steps are halved until the objective
+  falls.
 
   Args:
     comparisons: rankings to learn from; ties are dropped.
-    max_words: the most frequent words are kept; equals by the alphabet.
-    min_count: occurrences below which a word is dropped.
     l2: strength of the ridge, per squared nat.
-    num_steps: the most Newton steps; some ten are enough in general.
-
-  Returns:
-    A judge for comparisons of any prompt.
 
   Raises:
     ValueError: every pair is tied, or l2 is not positive.
@@ -153,15 +139,14 @@ def fit_bag_of_words(
   if not l2 > 0:
     raise ValueError(f'l2 must be positive, got {l2}')
   texts = [text for record in comparisons for text in record.completions]
-  frequencies = collections.Counter()
-  for text, times in collections.Counter(texts).items():
-    for word in words(text):
-      frequencies[word] += times
+  frequencies = collections.Counter(
+    itertools.chain.from_iterable(map(words, texts))
+  )
   vocabulary = sorted(
-    (word for word, count in frequencies.items() if count >= min_count),
+    (word for word, count in frequencies.items() if count >= _MIN_COUNT),
     key=lambda word: (-frequencies[word], word),
-  )[:max_words]
-  # Where several labelers ranked the same answers, a pair of texts comes once,
+  )[:_MAX_WORDS]
+  # If several labelers ranked the same answers, a pair of texts comes once,
   # with how often its first text won and how often it lost.
   numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
   labeled = np.array([numbers[text] for text in texts])[
@@ -176,7 +161,7 @@ def fit_bag_of_words(
     for outcome in (first_won, ~first_won)
   )
   counts = _word_counts(list(numbers), vocabulary)
-  # [pairs, words]: few words of a pair differ, so this is small.
+  # [pairs, words], sparse: few words of a pair differ.
   differences = counts[pairs[:, 0]] - counts[pairs[:, 1]]
 
   def objective(weights: np.ndarray) -> float:
@@ -187,7 +172,7 @@ def fit_bag_of_words(
 
   weights = np.zeros(len(vocabulary))
   value = objective(weights)
-  for _ in range(num_steps):
+  for _ in range(_MAX_NEWTON_STEPS):
     # σ(-z) = (1 - tanh(z/2)) / 2 never overflows.
     wrong = (1 - np.tanh(differences @ weights / 2)) / 2
     gradient = l2 * weights
@@ -210,20 +195,15 @@ def fit_bag_of_words(
 def choose_l2(
   comparisons: Sequence[records.Comparison],
   candidates: Sequence[float] = (1.0, 10.0, 30.0, 100.0, 300.0, 1000.0),
-  *,
-  held_out: float = 0.2,
-  seed: int = 0,
 ) -> float:
   """The ridge with which word counts predict held-out prompts best.
 
-  Where labels are noisy it matters more than the words: on Anthropic's HH pairs
-  l2 = 1 loses five points of accuracy against l2 = 300.
+  It matters when labels are noisy: on Anthropic's HH pairs, l2 = 1 loses five
+  points of accuracy against l2 = 300.
 
   Args:
-    comparisons: what `fit_bag_of_words` will learn from; nothing else is seen.
+    comparisons: what `fit_bag_of_words` will learn from.
     candidates: strengths to try.
-    held_out: share of the prompts that is predicted from the others.
-    seed: of the draw of those prompts.
 
   Returns:
     The candidate with the lowest mean of -log σ(margin) over held-out pairs.
@@ -232,8 +212,8 @@ def choose_l2(
     ValueError: every pair of either part is tied.
   """
   prompts = sorted({comparison.prompt for comparison in comparisons})
-  order = np.random.default_rng(seed).permutation(len(prompts))
-  left_out = {prompts[i] for i in order[: round(held_out * len(prompts))]}
+  order = np.random.default_rng(0).permutation(len(prompts))
+  left_out = {prompts[i] for i in order[: round(_HELD_OUT * len(prompts))]}
   seen = [c for c in comparisons if c.prompt not in left_out]
   unseen = [c for c in comparisons if c.prompt in left_out]
   better, worse = _labeled_pairs(unseen).T

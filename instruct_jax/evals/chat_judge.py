@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint, and what its replies say.
+"""A judge behind an OpenAI-compatible endpoint, and the parser of its replies.
 
 Replies are kept in a journal, so none is paid for twice (`endpoint.py`).
 """
@@ -15,7 +15,7 @@ from instruct_jax.evals import endpoint, judges
 
 T = TypeVar('T')
 
-# Table 3 of the paper, after the overall quality.
+# Table 3 of the paper, except the overall quality.
 LABELS = (
   'fails to follow the correct instruction / task',
   'inappropriate for customer assistant',
@@ -29,7 +29,6 @@ LABELS = (
   'expresses opinion',
   'expresses moral judgment',
 )
-
 
 _COMPARE_TEXT = """\
 You compare two answers to one prompt. What counts most is that an answer is \
@@ -73,8 +72,9 @@ class ChatJudge(judges.Judge):
   """Compares and rates by asking a chat model for JSON.
 
   Args:
-    config: with `endpoint`: how to ask (`endpoint.Settings`), `model`, the name
-      that the endpoint knows, `max_tokens` of a reply, and prices.
+    config: with `endpoint`: the keys of `endpoint.Settings.of`, the `model`
+      name that the endpoint knows, `max_tokens` of a reply, and prices for a
+      million tokens.
     workdir: where the journal of all replies is kept.
   """
 
@@ -83,13 +83,14 @@ class ChatJudge(judges.Judge):
 
   def __init__(self, config: Any, workdir: epath.Path, mesh: Any):
     super().__init__(config, workdir, mesh)
-    described = config.endpoint
-    self._asking = endpoint.Endpoint(
-      endpoint.Settings.of(described), workdir / 'journal.jsonl'
+    self._config = config.endpoint
+    self._endpoint = endpoint.Endpoint(
+      endpoint.Settings.of(self._config), workdir / 'journal.jsonl'
     )
-    self._config = described
     self._asked: dict[str, dict] = {}
-    self.name = f'{described.model} (a model, no person) at {described.url}'
+    self.name = (
+      f'{self._config.model} (a model, no person) at {self._config.url}'
+    )
 
   @classmethod
   def validate(cls, config: Any) -> None:
@@ -98,7 +99,7 @@ class ChatJudge(judges.Judge):
     endpoint.check(config.endpoint, 'endpoint')
 
   def compare(self, pairs: Sequence[judges.Pair]) -> list[list[judges.Verdict]]:
-    """One verdict a pair, without a preference where it is not understood."""
+    """One verdict a pair, without a preference if it cannot be parsed."""
     texts = [
       _COMPARE_TEXT.format(
         prompt=pair.prompt.text,
@@ -108,14 +109,14 @@ class ChatJudge(judges.Judge):
       for pair in pairs
     ]
     found = self._ask(texts, read_preference)
-    last = self._asking.replies([self._body(text) for text in texts])
+    last = self._endpoint.replies([self._body(text) for text in texts])
     return [
       [judges.Verdict(preference, raw=_shown_content(replies[-1]))]
       for preference, replies in zip(found, last, strict=True)
     ]
 
   def rate(self, answers: Sequence[judges.Answer]) -> list[list[judges.Rating]]:
-    """One rating an answer, or none where it cannot be read."""
+    """One rating an answer, or none if it cannot be parsed."""
     texts = [
       _RATE_TEXT.format(
         prompt=prompt.text,
@@ -128,31 +129,35 @@ class ChatJudge(judges.Judge):
     return [[] if rating is None else [rating] for rating in ratings]
 
   def account(self) -> dict[str, Any]:
-    """Requests, and tokens and money of all replies to what was asked so far.
+    """Requests, and tokens and cost of all replies to what was asked so far.
 
-    Replies that an earlier run paid for are in the sum: it is the cost of the
-    result, not of the run. Prices are for a million tokens.
+    This is the cost of the result, so it includes replies that an earlier run
+    paid for.
     """
-    used = {'replies': 0, 'replies without usage': 0}
-    used |= {'prompt_tokens': 0, 'completion_tokens': 0}
-    for replies in self._asking.replies(list(self._asked.values())):
-      for reply in replies:
-        usage = reply['usage'] if _has_usage(reply) else {}
-        used['replies'] += 1
-        used['replies without usage'] += not usage
-        for name in ('prompt_tokens', 'completion_tokens'):
-          used[name] += usage.get(name, 0)
-    price = (
-      used['prompt_tokens'] * self._config.prompt_price
-      + used['completion_tokens'] * self._config.completion_price
+    found = self._endpoint.replies(list(self._asked.values()))
+    replies = [reply for several in found for reply in several]
+    usages = [reply['usage'] if _has_usage(reply) else {} for reply in replies]
+    prompt, completion = (
+      sum(usage.get(name, 0) for usage in usages)
+      for name in ('prompt_tokens', 'completion_tokens')
     )
-    counts = dataclasses.asdict(self._asking.counts)
-    return {**counts, **used, 'cost': price / 1e6}
+    cost = (
+      prompt * self._config.prompt_price
+      + completion * self._config.completion_price
+    )
+    return {
+      **dataclasses.asdict(self._endpoint.counts),
+      'replies': len(replies),
+      'replies without usage': sum(not usage for usage in usages),
+      'prompt_tokens': prompt,
+      'completion_tokens': completion,
+      'cost': cost / 1e6,
+    }
 
   def _ask(self, texts, read):
     bodies = [self._body(text) for text in texts]
     self._asked |= dict(zip(texts, bodies, strict=True))
-    return self._asking.ask(
+    return self._endpoint.ask(
       bodies, lambda reply: read(_content(reply)), self.progress
     )
 
@@ -185,16 +190,13 @@ def _shown_content(reply):
 
 
 def _has_usage(reply):
-  return (
-    isinstance(reply, dict)
-    and 'usage' in reply
-    and isinstance(reply['usage'], dict)
-  )
+  return isinstance(reply, dict) and isinstance(reply.get('usage'), dict)
 
 
-# Reasoning that some models put before or after their answer. What an opening
-# mark never closes was cut off, and belongs to it; so does all that stands
-# before a closing mark whose opening one was part of the prompt.
+# Reasoning that some models put before or after their answer. An opening mark
+# without a closing one reaches to the end, where the reply was cut off. A
+# closing mark without an opening one reaches back to the beginning, because the
+# opening one was part of the prompt.
 _MARKS = '(?:think|thinking|thought|reasoning)'
 _REASONING = re.compile(
   rf'<({_MARKS})>.*?(?:</\1>|\Z)', re.DOTALL | re.IGNORECASE
@@ -207,7 +209,7 @@ def _without_reasoning(text: str) -> str:
 
 
 def _no_contradiction(pairs):
-  """A JSON object's members; a name given twice must have one value."""
+  """A JSON object's members; a repeated name must have one value."""
   found = {}
   for name, value in pairs:
     if name in found and found[name] != value:
@@ -219,8 +221,8 @@ def _no_contradiction(pairs):
 def _objects_with(text: str, name: str) -> list[dict]:
   """All JSON objects in a text that have a member of this name, in order.
 
-  They may stand anywhere: in prose, in fences, inside other values, among
-  braces that are no JSON. An object that has the name is not looked into.
+  They may be anywhere: in prose, in fences, inside other values, among braces
+  that are not JSON. Objects inside an object that has the name are not read.
   """
   decoder = json.JSONDecoder(object_pairs_hook=_no_contradiction)
   found, start = [], text.find('{')
@@ -232,16 +234,15 @@ def _objects_with(text: str, name: str) -> list[dict]:
         found.append(value)
         end = stop
     except (ValueError, RecursionError):
-      pass  # Braces that are no JSON.
+      pass  # These braces are not JSON.
     start = text.find('{', end)
   return found
 
 
 def _agreed(text: str, name: str, read: Callable[[dict], T]) -> T:
-  """What the last readable object in a reply says; others must say the same.
+  """The value of the readable objects in a reply, which must all agree.
 
-  Objects outside the reasoning go before those inside, which are read only
-  where there is none outside.
+  Objects inside the reasoning are read only if there is none outside.
 
   Raises:
     ValueError: no object can be read, or two of them contradict each other.
@@ -281,7 +282,7 @@ def read_preference(text: str) -> float:
 
 
 def read_rating(text: str) -> judges.Rating:
-  """The rating in a reply; labels that are null or absent are left out.
+  """The rating in a reply, without labels that are null or absent.
 
   The reply may reason before and after its JSON object.
 
@@ -293,8 +294,7 @@ def read_rating(text: str) -> judges.Rating:
     overall = found['overall']
     if overall is None or not judges.is_likert(overall):
       raise ValueError(f'"overall" is {overall!r}')
-    given = {label: found[label] for label in LABELS if label in found}
-    given = {k: v for k, v in given.items() if v is not None}
+    given = {k: found[k] for k in LABELS if found.get(k) is not None}
     if not judges.are_labels(given):
       raise ValueError(f'labels are {given!r}')
     return judges.Rating(float(overall), given)

@@ -1,9 +1,8 @@
-"""JSON over HTTP for judges and scorers: retried, paced, remembered, counted.
+"""JSON over HTTP for judges and scorers: retried, paced, journaled, counted.
 
-Every answer is appended to a journal under a hash of what was asked, so the
-same question is never paid for twice and a run that was cut goes on. Only the
-question enters the hash and the journal; the key comes from the environment
-and is written nowhere.
+Every reply is appended to a journal under a hash of the request, so no request
+is paid for twice and an interrupted run can resume. The hash and the journal
+never hold the key, which comes from the environment.
 """
 
 import concurrent.futures
@@ -24,107 +23,83 @@ from etils import epath
 from instruct_jax import files
 
 Value = TypeVar('Value')
-# Reply -> value; ValueError, KeyError, ... where it does not say one.
+# Reply -> value; raises one of `_MALFORMED` if the reply holds none.
 Parse = Callable[[Any], Value]
 
-_TRY_AGAIN = frozenset((408, 409, 425, 429))
+_MALFORMED = (ValueError, KeyError, IndexError, TypeError)
+_RETRIED_STATUS = frozenset((408, 409, 425, 429))
 _LONGEST_WAIT = 60.0  # Seconds between two tries.
-_NOT_AN_ANSWER = (ValueError, KeyError, IndexError, TypeError)
 
 
 class EndpointError(RuntimeError):
-  """The endpoint refuses, or does not answer however often it is asked."""
+  """The endpoint refuses the request, or all retries failed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Where and how to ask.
+  """How to send requests: POST with a JSON body.
 
-  Attributes:
-    url: of POST requests with a JSON body.
-    key_variable: environment variable that holds the key; '' sends none.
-    key_header: 'Authorization' or what the service wants.
-    key_prefix: before the key, say 'Bearer '.
-    timeout: seconds to wait for an answer.
-    max_retries: further tries after a timeout, a lost connection, status 408,
-      409, 425, 429 or 5xx, or an answer that is not JSON.
-    first_wait: seconds before the first retry; doubled each time, at most 60.
-      A Retry-After header of the server goes before it.
-    max_malformed: further tries where the answer is JSON but cannot be read.
-    requests_per_minute: at most; 0 for no limit.
-    num_workers: questions asked at the same time.
+  Retries follow a timeout, a lost connection, status 408, 409, 425, 429 or 5xx,
+  or a reply that is not JSON. The server's Retry-After header has precedence
+  over the wait, which doubles up to 60 seconds.
   """
 
   url: str
-  key_variable: str = ''
+  key_variable: str = ''  # Of the environment; '' sends no key.
   key_header: str = 'Authorization'
   key_prefix: str = 'Bearer '
-  timeout: float = 60.0
+  timeout: float = 60.0  # Seconds to wait for a reply.
   max_retries: int = 6
-  first_wait: float = 1.0
-  max_malformed: int = 1
-  requests_per_minute: float = 0.0
-  num_workers: int = 4
+  first_wait: float = 1.0  # Seconds before the first retry.
+  max_malformed: int = 1  # Further tries if a JSON reply cannot be parsed.
+  requests_per_minute: float = 0.0  # The most; 0 for no limit.
+  num_workers: int = 4  # Requests in flight at the same time.
 
   @classmethod
-  def of(cls, described: Any, **others: Any) -> 'Settings':
-    """The settings that a config has keys of, and others."""
+  def of(cls, config: Any) -> 'Settings':
+    """The settings of a config that has keys for some of them."""
     keys = ('url', 'key_variable', 'timeout', 'max_retries')
     keys += ('requests_per_minute', 'num_workers')
-    return cls(**{key: described[key] for key in keys}, **others)
+    return cls(**{key: config[key] for key in keys})
 
 
-def check(described: Any, key: str) -> None:
-  """Refuses a service that cannot be asked, before anything is computed.
+def check(config: Any, key: str) -> None:
+  """Raises ValueError if the URL is not HTTP or the environment lacks the key.
 
-  Args:
-    described: config with `url` and `key_variable`.
-    key: of that config, for the error.
-
-  Raises:
-    ValueError: the URL is none, or the environment lacks the key.
+  `config` has `url` and `key_variable`; `key` is its name in the error.
   """
-  if not described.url.startswith(('http://', 'https://')):
+  if not config.url.startswith(('http://', 'https://')):
     raise ValueError(
-      f'{key}.url must begin with http:// or https://: {described.url!r}'
+      f'{key}.url must begin with http:// or https://: {config.url!r}'
     )
-  variable = described.key_variable
+  variable = config.key_variable
   if variable and not os.environ.get(variable):
     raise ValueError(
       f'the environment variable {variable} is not set; put the key for '
-      f'{described.url} there, or set --config.{key}.key_variable= to send none'
+      f'{config.url} there, or set --config.{key}.key_variable= to send none'
     )
 
 
 @dataclasses.dataclass
 class Counts:
-  """What asking took.
+  """Numbers of requests and replies."""
 
-  Attributes:
-    asked: questions, those of the journal included.
-    remembered: answered by the journal.
-    requests: sent.
-    retried: sent again after a failure.
-    malformed: answers that could not be read.
-    unanswered: questions without a readable answer in the end.
-  """
-
-  asked: int = 0
-  remembered: int = 0
-  requests: int = 0
-  retried: int = 0
-  malformed: int = 0
-  unanswered: int = 0
+  asked: int = 0  # Distinct requests, including those in the journal.
+  remembered: int = 0  # Answered by the journal.
+  requests: int = 0  # Sent.
+  retried: int = 0  # Sent again after a failure.
+  malformed: int = 0  # Replies that could not be parsed.
+  unanswered: int = 0  # Requests without a reply that could be parsed.
 
 
 class Endpoint:
-  """Asks one URL; see the module docstring.
+  """Sends requests to one URL; see the module docstring.
 
   Args:
-    settings: where and how.
-    journal: JSONL file of all answers, created as needed. Lines that are cut
-      short, as by a killed run, are skipped.
-    sleep, clock: of the machine; tests bring their own.
+    settings: how to send.
+    journal: JSONL file of all replies, created as needed. Incomplete lines,
+      as a killed run leaves them, are skipped.
+    sleep, clock: replaced in tests.
 
   Raises:
     EndpointError: the environment lacks the key.
@@ -141,17 +116,17 @@ class Endpoint:
     self._settings, self._sleep, self._clock = settings, sleep, clock
     self._headers = {'Content-Type': 'application/json'}
     if settings.key_variable:
-      if not os.environ.get(settings.key_variable):
+      key = os.environ.get(settings.key_variable)
+      if not key:
         raise EndpointError(
           f'the environment variable {settings.key_variable} is not set; put '
           f'the key for {settings.url} there'
         )
-      key = settings.key_prefix + os.environ[settings.key_variable]
-      self._headers[settings.key_header] = key
+      self._headers[settings.key_header] = settings.key_prefix + key
     self._lock = threading.Lock()
     self._next_time = 0.0
     self._journal, self._file = epath.Path(journal), None
-    self._answers = _read_journal(self._journal)
+    self._replies = _read_journal(self._journal)
 
   def ask(
     self,
@@ -159,20 +134,13 @@ class Endpoint:
     parse: Parse[Value],
     progress: Callable[[int], None] | None = None,
   ) -> list[Value | None]:
-    """Sends each body and reads its answer.
+    """Sends each distinct body and parses its reply; None if malformed.
 
-    Args:
-      bodies: JSON values; equal ones are asked once.
-      parse: reads the reply; what raises ValueError, KeyError, IndexError or
-        TypeError is malformed.
-      progress: called with 1 for each answer.
-
-    Returns:
-      What `parse` returned, or None where the answer stayed malformed.
+    `progress` is called with 1 for each distinct body.
 
     Raises:
-      EndpointError: the endpoint refused, or retries ran out. Answers so far
-        are in the journal: the same call goes on.
+      EndpointError: the endpoint refused, or retries ran out. Replies so far
+        are in the journal; the same call resumes.
     """
     distinct = {self._key(body): body for body in bodies}
     values = {}
@@ -195,21 +163,21 @@ class Endpoint:
     return [values[self._key(body)] for body in bodies]
 
   def replies(self, bodies: Sequence[Any]) -> list[list[Any]]:
-    """All replies on record to each of these bodies, malformed ones too."""
-    return [
-      list(self._answers[key]) if key in self._answers else []
-      for key in map(self._key, bodies)
-    ]
+    """All journaled replies to each of these bodies, malformed ones too."""
+    return [list(self._replies.get(self._key(body), ())) for body in bodies]
 
   def _key(self, body: Any) -> str:
     content = json.dumps([self._settings.url, body], sort_keys=True)
     return hashlib.sha256(content.encode('utf-8')).hexdigest()[:32]
 
-  def _ask(self, key: str, body: Any, parse: Parse[Value]) -> Value | None:
+  def _count(self, **counts: int) -> None:
     with self._lock:
-      self.counts.asked += 1
-      known = list(self._answers[key]) if key in self._answers else []
-      self.counts.remembered += bool(known)
+      for name, number in counts.items():
+        setattr(self.counts, name, getattr(self.counts, name) + number)
+
+  def _ask(self, key: str, body: Any, parse: Parse[Value]) -> Value | None:
+    known = list(self._replies.get(key, ()))
+    self._count(asked=1, remembered=bool(known))
     for number in range(self._settings.max_malformed + 1):
       if number < len(known):
         reply = known[number]
@@ -218,27 +186,23 @@ class Endpoint:
         self._record(key, reply)
       try:
         return parse(reply)
-      except _NOT_AN_ANSWER:
-        with self._lock:
-          self.counts.malformed += 1
-    with self._lock:
-      self.counts.unanswered += 1
+      except _MALFORMED:
+        self._count(malformed=1)
+    self._count(unanswered=1)
     return None
 
   def _record(self, key: str, reply: Any) -> None:
-    # ASCII: a reply may hold half of a surrogate pair, which no file takes.
+    # ASCII, because a reply may hold half a surrogate pair.
     line = json.dumps({'key': key, 'reply': reply})
     with self._lock:
-      self._answers.setdefault(key, []).append(reply)
+      self._replies.setdefault(key, []).append(reply)
       self._file.write(line + '\n')
 
   def _send(self, body: Any) -> Any:
     settings, wait, problem = self._settings, self._settings.first_wait, ''
     for number in range(settings.max_retries + 1):
       self._pace()
-      with self._lock:
-        self.counts.requests += 1
-        self.counts.retried += number > 0
+      self._count(requests=1, retried=number > 0)
       pause = None
       request = urllib.request.Request(
         settings.url, json.dumps(body).encode('utf-8'), self._headers
@@ -249,7 +213,7 @@ class Endpoint:
       except urllib.error.HTTPError as error:
         text = error.read()[:200].decode('utf-8', 'replace')
         problem = f'status {error.code}: {text}'
-        if error.code not in _TRY_AGAIN and error.code < 500:
+        if error.code not in _RETRIED_STATUS and error.code < 500:
           raise EndpointError(
             f'{settings.url} refuses the request, {problem}'
           ) from error
@@ -264,8 +228,8 @@ class Endpoint:
         wait *= 2
     raise EndpointError(
       f'{settings.url} did not answer in {settings.max_retries + 1} tries; the '
-      f'last said {problem}. Answers so far are in {self._journal}: the same '
-      'command goes on'
+      f'last error was {problem}. Replies so far are in {self._journal}: the '
+      'same command resumes'
     )
 
   def _pace(self) -> None:
@@ -281,24 +245,24 @@ class Endpoint:
 
 
 def _seconds(text: str | None) -> float | None:
-  # The header may hold a date as well; then the own back-off serves.
+  # The header may also hold a date; then the back-off decides.
   return float(text) if text and text.strip().isdigit() else None
 
 
 def _read_journal(path: epath.Path) -> dict[str, list[Any]]:
-  answers: dict[str, list[Any]] = {}
+  replies: dict[str, list[Any]] = {}
   if not path.exists():
-    return answers
-  # A line may have been cut within a character.
+    return replies
+  # A line may end within a character.
   text = path.read_bytes().decode('utf-8', 'replace')
   for line in text.split('\n'):
     try:
       values = json.loads(line)
-      answers.setdefault(values['key'], []).append(values['reply'])
+      replies.setdefault(values['key'], []).append(values['reply'])
     except (ValueError, KeyError, TypeError, RecursionError):
       continue
   if text and not text.endswith('\n'):
-    # A line was cut; what comes next must not be glued to it.
+    # The next line must not continue an incomplete one.
     with files.Appended(path) as file:
       file.write('\n')
-  return answers
+  return replies

@@ -1,8 +1,8 @@
-"""What a report shows, as plain data.
+"""The content of a report, as plain data.
 
 `jobs/evaluate.py` fills in `Figures`; `sections.py`, `plots.py`, `report.py`
-and `model_card.py` show it. Models have the names that the config gave them,
-and its order. Parts of which nothing was measured stay at their defaults.
+and `model_card.py` show it. Models have the names and the order of the config.
+Fields that were not measured keep their defaults.
 """
 
 import dataclasses
@@ -20,94 +20,72 @@ from instruct_jax.evals import (
 )
 from instruct_jax.evals import samples as samples_lib
 
-# A line of metrics.jsonl; null where a figure was not finite.
+# A line of metrics.jsonl; null if a figure was not finite.
 MetricsRow = Mapping[str, Any]
-# What a table of the report may hold.
+# A number, interval, `sections.Shown`, text or None.
 Cell = Any
 # Row -> column -> cell.
 Rows = Mapping[str, Mapping[str, Cell]]
+# Model -> name -> interval.
+_Intervals = Mapping[str, Mapping[str, win_rate.Interval]]
+_LabelFn = Callable[[records.Prompt, str], Mapping[str, bool]]
+_TablesFn = Callable[
+  [Sequence[records.Prompt], Mapping[str, Sequence[str]]], Mapping[str, Rows]
+]
 
 
 def _none() -> Any:
-  """The field of a mapping that may be empty."""
+  """The default of a mapping that may be empty."""
   return dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-  """What a report says of the data that its models learned from.
+  """The data that the models learned from."""
 
-  Attributes:
-    about: a sentence or two for the model card.
-    has_people: whether people labeled them; programs otherwise.
-    label_fn: (prompt, answer) -> label -> whether it holds; or None.
-    tables_fn: (prompts, model -> answer to each of them) -> title -> rows of a
-      further table; or None.
-  """
-
-  about: str
-  has_people: bool
-  label_fn: Callable[[records.Prompt, str], Mapping[str, bool]] | None = None
-  tables_fn: (
-    Callable[
-      [Sequence[records.Prompt], Mapping[str, Sequence[str]]],
-      Mapping[str, Rows],
-    ]
-    | None
-  ) = None
+  about: str  # A sentence or two for the model card.
+  has_people: bool  # Whether people labeled them; otherwise programs did.
+  # (Prompt, answer) -> label -> whether it holds.
+  label_fn: _LabelFn | None = None
+  # (Prompts, model -> answer to each) -> title -> rows of a further table.
+  tables_fn: _TablesFn | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Epochs:
-  """Supervised training of one model, by epoch.
+  """Supervised training of one model, by epoch."""
 
-  Attributes:
-    rows: each with `epoch` from 1, `valid_loss` (nats per response token) and
-      perhaps `score_reward` (mean reward-model score of samples).
-    selected: the epoch that was taken, or None.
-    selected_by: why that one, or ''.
-  """
-
+  # Each with `epoch` from 1, `valid_loss` (nats per response token) and perhaps
+  # `score_reward` (mean reward-model score of samples).
   rows: Sequence[Mapping[str, Any]]
-  selected: int | None = None
-  selected_by: str = ''
+  selected: int | None = None  # The epoch of the model.
+  selected_by: str = ''  # The criterion.
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Rankings:
-  """One set of rankings, and who orders its pairs as its labelers did.
+  """How well scorers and labelers order the pairs of one set of rankings."""
 
-  Attributes:
-    accuracies: the reward model, the judge and trivial judges -> share of the
-      pairs ordered alike (paper 4.1).
-    agreement: of its labelers with one another (3.4), or None.
-  """
-
+  # Share of the pairs ordered as by the labelers (paper 4.1), by scorer: the
+  # reward model, the judge and trivial judges.
   accuracies: Mapping[str, preference_accuracy.Accuracy]
+  # Of its labelers with one another (3.4).
   agreement: preference_accuracy.Agreement | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardFigures:
-  """How well the reward model orders pairs (paper 3.4, 4.1, E.2).
+  """How well the reward model orders pairs (paper 3.4, 4.1, E.2)."""
 
-  Attributes:
-    rankings: set of rankings -> who orders it how well; the first is what the
-      reward model's accuracy is of.
-    scorer: name of the reward model among those who order them.
-    ceiling: share of the first set's pairs that label noise allows at the most;
-      None where it is not known.
-    intra: cross-validation, validation data of labelers trained on.
-    inter: cross-validation, labelers of the group left out.
-    curve: rows of the stage's metrics.jsonl with 'step' and any of
-      'reward/loss' (nats) and 'reward/accuracy'.
-  """
-
-  rankings: Mapping[str, Rankings]
-  scorer: str = 'reward model'
+  rankings: Mapping[str, Rankings]  # By set; `accuracy` is of the first.
+  scorer: str = 'reward model'  # Its name among those who order the pairs.
+  # The largest share of the first set's pairs that label noise allows, or None.
   ceiling: float | None = None
+  # Cross-validation, on labelers trained on and on the group left out.
   intra: preference_accuracy.Spread | None = None
   inter: preference_accuracy.Spread | None = None
+  # Rows of the stage's metrics.jsonl with 'step' and any of 'reward/loss'
+  # (nats) and 'reward/accuracy'.
   curve: Sequence[MetricsRow] = ()
 
   @property
@@ -121,137 +99,95 @@ class RewardFigures:
   def rows(self) -> list[tuple[str, Any]]:
     """(what was measured, figure) of all that was measured."""
     rows = [
-      (f'accuracy, {name}', found.accuracies[self.scorer])
-      for name, found in self.rankings.items()
-    ]
-    rows += [
+      *(
+        (f'accuracy, {name}', found.accuracies[self.scorer])
+        for name, found in self.rankings.items()
+      ),
       ('cross-validation, labelers trained on (intra)', self.intra),
       ('cross-validation, labelers left out (inter)', self.inter),
-    ]
-    rows += [
-      (f'agreement of labelers, {name}', found.agreement)
-      for name, found in self.rankings.items()
+      *(
+        (f'agreement of labelers, {name}', found.agreement)
+        for name, found in self.rankings.items()
+      ),
     ]
     return [row for row in rows if row[1] is not None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """How a stage trained, for the model card.
+  """How a stage trained, for the model card."""
 
-  Attributes:
-    settings: key of its config -> value.
-    operations: floating-point operations by formula, or None.
-  """
-
-  settings: Mapping[str, Any]
-  operations: float | None
+  settings: Mapping[str, Any]  # Keys of its config.
+  operations: float | None  # Floating-point operations by formula.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figures:
-  """All that a report shows.
-
-  Attributes:
-    title: heading of the report.
-    command: what was typed.
-    seed: of the evaluation.
-    commit: git commit of the code, or 'unknown'.
-    versions: package -> version.
-    models: those that get columns, in order; the baseline is one of them.
-    baseline: the model that the others are compared with.
-    judge: who compared the answers, and that it is no person where it is not.
-    unit: of the judge's scores, a word for headings.
-    has_places: whether it saw both answers at a time.
-    outcomes: what the judge's verdicts come to.
-    alarms: what went wrong or looks wrong, one sentence each.
-    everyone: model, of all that were asked -> column -> figure.
-    ratings: model -> `judges.LIKERT` or label (Table 3) -> mean, clustered by
-      prompt.
-    ratings_by_category: use case -> the same.
-    rl_metrics: model -> rows of the metrics.jsonl of the RL that made it, one
-      an iteration, with 'step' and any of 'objective/score', 'objective/kl'
-      (nats per response), 'eval/pretraining_loss' (nats per token), ...
-    reference: the model that KL and losses are measured from, or ''.
-    kl: model -> 'signed mean', 'k3': KL to the reference, nats per response.
-    text_loss: model -> loss on held-out pretraining text, nats per token.
-    text_loss_difference: model -> its loss minus the reference's, or 'a – b' ->
-      the difference of two, paired by row.
-    reward_model: accuracies and agreement.
-    epochs: model -> its supervised training by epoch.
-    prefixes: prompted model -> few-shot prefix -> score, and if it was chosen.
-    suite: public task, prompt and metric -> model -> figure.
-    suite_judges: task -> who judged its answers, where no rule can.
-    tables: further tables, title -> rows.
-    prompts: what became of the prompts -> count.
-    settings: key of sampling -> value.
-    asked: model -> how it was asked -> figure or text.
-    asking: what became of the judge's verdicts, and what they cost.
-    samples: prompts with each model's answer, from `samples.side_by_side`.
-    more_samples: the same, more of them, for report.html's filters.
-    world: of the data, or None.
-    parameters: model -> number of parameters.
-    trained: stage -> how it trained.
-    seconds: stage -> wall-clock seconds, in running order.
-    data_sizes: data set -> number of records.
-    hygiene: what data hygiene dropped -> count (paper A.1, A.2).
-    labeling: content of the statistics.json of the labeling site's export that
-      the reward model learned from; {} without one.
-  """
+  """The whole content of a report."""
 
   title: str
   command: str
-  seed: int
-  commit: str
-  versions: Mapping[str, str]
-  models: Sequence[str]
-  baseline: str
-  judge: str
-  unit: str = 'judge'
-  has_places: bool = False
+  seed: int  # Of the evaluation.
+  commit: str  # Of the code, or 'unknown'.
+  versions: Mapping[str, str]  # By package.
+  models: Sequence[str]  # Those with columns, in order.
+  baseline: str  # One of them; the others are compared with it.
+  judge: (
+    str  # Who compared the answers, and that it is no person if it is none.
+  )
+  unit: str = 'judge'  # Of the judge's scores, a word for headings.
+  has_places: bool = False  # Whether the judge saw both answers at once.
   outcomes: preferences.Outcomes
-  alarms: Sequence[str] = ()
-  everyone: Mapping[str, Mapping[str, Cell]] = _none()
-  ratings: Mapping[str, Mapping[str, win_rate.Interval]] = _none()
-  ratings_by_category: Mapping[
-    str, Mapping[str, Mapping[str, win_rate.Interval]]
-  ] = _none()
+  alarms: Sequence[str] = ()  # One sentence each.
+  everyone: Rows = _none()  # Any model that was asked -> column -> figure.
+  # Model -> `judges.LIKERT` or label (Table 3) -> mean, clustered by prompt.
+  ratings: _Intervals = _none()
+  ratings_by_category: Mapping[str, _Intervals] = _none()  # By use case.
+  # Model -> rows of the metrics.jsonl of its RL stage, one an iteration, with
+  # 'step' and any of 'objective/score', 'objective/kl' (nats per response),
+  # 'eval/pretraining_loss' (nats per token), ...
   rl_metrics: Mapping[str, Sequence[MetricsRow]] = _none()
-  reference: str = ''
+  reference: str = ''  # The model that KL and losses are measured from.
+  # Model -> 'signed mean', 'k3': KL to the reference, nats per response.
   kl: Mapping[str, Mapping[str, win_rate.Number]] = _none()
+  # Model -> loss on held-out pretraining text, nats per token.
   text_loss: Mapping[str, win_rate.Interval] = _none()
+  # Model -> its loss minus the reference's, or 'a – b' -> the difference of
+  # two, paired by row.
   text_loss_difference: Mapping[str, win_rate.Interval] = _none()
   reward_model: RewardFigures | None = None
-  epochs: Mapping[str, Epochs] = _none()
+  epochs: Mapping[str, Epochs] = _none()  # By model.
+  # Prompted model -> few-shot prefix -> score, and if it was chosen.
   prefixes: Mapping[str, Rows] = _none()
-  suite: Mapping[str, Mapping[str, win_rate.Interval]] = _none()
-  suite_judges: Mapping[str, str] = _none()
-  tables: Mapping[str, Rows] = _none()
-  prompts: Mapping[str, int] = _none()
-  settings: Mapping[str, Cell] = _none()
-  asked: Mapping[str, Mapping[str, Cell]] = _none()
-  asking: Mapping[str, Cell] = _none()
+  suite: _Intervals = _none()  # Public task, prompt and metric -> model.
+  suite_judges: Mapping[str, str] = _none()  # Of tasks that no rule can judge.
+  tables: Mapping[str, Rows] = _none()  # Further tables, by title.
+  prompts: Mapping[str, int] = _none()  # Counts: given, dropped, asked.
+  settings: Mapping[str, Cell] = _none()  # Of sampling.
+  asked: Rows = _none()  # Model -> how it was asked -> figure or text.
+  asking: Mapping[str, Cell] = _none()  # Counts of verdicts, and their cost.
+  # Prompts with each model's answer, from `samples.side_by_side`; a larger
+  # number of them for report.html's filters.
   samples: Sequence[samples_lib.Row] = ()
   more_samples: Sequence[samples_lib.Row] = ()
   world: World | None = None
-  parameters: Mapping[str, int] = _none()
-  trained: Mapping[str, Training] = _none()
-  seconds: Mapping[str, win_rate.Number] = _none()
-  data_sizes: Mapping[str, int] = _none()
+  parameters: Mapping[str, int] = _none()  # Their number, by model.
+  trained: Mapping[str, Training] = _none()  # By stage.
+  seconds: Mapping[str, win_rate.Number] = _none()  # By stage, as they ran.
+  data_sizes: Mapping[str, int] = _none()  # Records by data set.
+  # Reason of data hygiene -> records dropped (paper A.1, A.2).
   hygiene: Mapping[str, Cell] = _none()
+  # statistics.json of the labeling site, beside the reward model's rankings.
   labeling: Mapping[str, Any] = _none()
 
   def labels(self) -> dict[str, dict[str, win_rate.Interval]]:
     """Model -> label -> share, of `ratings`, in the order of the models."""
-    return {
-      model: {
-        name: share
-        for name, share in self.ratings[model].items()
-        if name != judges.LIKERT
-      }
+    found = {
+      model: {k: v for k, v in ratings.items() if k != judges.LIKERT}
       for model in self.models
-      if set(self.ratings.get(model, ())) - {judges.LIKERT}
+      if (ratings := self.ratings.get(model, {}))
     }
+    return {model: shares for model, shares in found.items() if shares}
 
   def likert(self) -> dict[str, win_rate.Interval]:
     """Model -> mean overall quality, of `ratings`."""

@@ -12,17 +12,11 @@ from instruct_jax.types import TextBatch
 
 @dataclasses.dataclass(frozen=True)
 class HeldoutLoss:
-  """Negative log-likelihood of held-out tokens.
+  """Negative log-likelihood of held-out tokens."""
 
-  Attributes:
-    mean: nats per token, over all tokens (not a mean of row means).
-    row_sums: nats, summed over each row's loss tokens.
-    row_counts: loss tokens of each row.
-  """
-
-  mean: float
-  row_sums: np.ndarray
-  row_counts: np.ndarray
+  mean: float  # Nats per token, over all tokens (not a mean of row means).
+  row_sums: np.ndarray  # Nats, summed over each row's loss tokens.
+  row_counts: np.ndarray  # Loss tokens of each row.
 
 
 def heldout_loss(
@@ -30,12 +24,12 @@ def heldout_loss(
   rows: TextBatch,
   batch_size: int,
 ) -> HeldoutLoss:
-  """Scores every row; the last batch is filled up with rows that do not count.
+  """Scores every row; rows that do not count fill up the last batch.
 
   Args:
-    logprobs_fn: jitted; a batch of rows to log-probabilities [B, T], nats.
-    rows: numpy, N rows; only `loss_mask` tokens count.
-    batch_size: rows per call, one compilation.
+    logprobs_fn: jitted; maps a batch to log-probabilities [B, T] in nats.
+    rows: NumPy, N rows; only `loss_mask` tokens count.
+    batch_size: rows per call, so that it compiles once.
 
   Raises:
     ValueError: no token counts.
@@ -43,14 +37,13 @@ def heldout_loss(
   num_rows = rows.tokens.shape[0]
   sums, counts = np.zeros(num_rows), np.zeros(num_rows)
   for start in range(0, num_rows, batch_size):
-    wanted = np.arange(start, start + batch_size)
-    batch = jax.tree.map(lambda x, w=wanted: x[w % num_rows], rows)
+    kept = np.arange(start, min(start + batch_size, num_rows))
+    wanted = np.arange(start, start + batch_size) % num_rows
+    batch = jax.tree.map(lambda x, wanted=wanted: x[wanted], rows)
     logprobs = np.asarray(jax.device_get(logprobs_fn(batch)), np.float64)
-    kept = min(batch_size, num_rows - start)
     mask = np.asarray(batch.loss_mask)
-    part = np.where(mask, -logprobs, 0.0).sum(axis=1)
-    sums[start : start + kept] = part[:kept]
-    counts[start : start + kept] = mask.sum(axis=1)[:kept]
+    sums[kept] = np.where(mask, -logprobs, 0.0).sum(axis=1)[: len(kept)]
+    counts[kept] = mask.sum(axis=1)[: len(kept)]
   if not counts.sum():
     raise ValueError(f'no token of {num_rows} held-out rows enters the loss')
   return HeldoutLoss(float(sums.sum() / counts.sum()), sums, counts)
@@ -58,15 +51,11 @@ def heldout_loss(
 
 def interval(loss: HeldoutLoss) -> win_rate.Interval:
   """Nats per token with the 95 % interval, redrawing rows."""
-  return win_rate.ratio_interval(
-    loss.row_sums, loss.row_counts, range(len(loss.row_sums))
-  )
+  ids = range(len(loss.row_sums))
+  return win_rate.ratio_interval(loss.row_sums, loss.row_counts, ids)
 
 
 def difference(loss: HeldoutLoss, other: HeldoutLoss) -> win_rate.Interval:
   """Nats per token by which `loss` is higher, paired by row."""
-  return win_rate.ratio_interval(
-    loss.row_sums - other.row_sums,
-    loss.row_counts,
-    range(len(loss.row_sums)),
-  )
+  sums = loss.row_sums - other.row_sums
+  return win_rate.ratio_interval(sums, loss.row_counts, range(len(sums)))

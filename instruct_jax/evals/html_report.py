@@ -1,10 +1,10 @@
-"""report.html: the report of a run as one file to look at.
+"""report.html: the report of a run as one file.
 
-Pictures are inside the file, nothing is loaded from anywhere, and a content
-security policy forbids it: only the file's own style and script count, by their
-hashes, so no sample can run one. Text of models and labelers is escaped by the
-template. A plot is enlarged by its own address, `report.html#plot-win_rate`,
-and filters of the samples can be in the address too:
+Pictures are inside the file, and a content security policy forbids loading
+anything. It allows only the file's own style and script, by their hashes, so
+no sample can run a script. The template escapes text of models and labelers. A
+plot is enlarged by its own address, `report.html#plot-win_rate`, and the
+address can also hold filters of the samples:
 `report.html#category=chat&search=fox`.
 """
 
@@ -22,12 +22,12 @@ import jinja2
 from instruct_jax.evals import figures, plots, samples, sections
 
 _FOLDER = pathlib.Path(__file__).parent / 'templates'
-# Longer texts begin folded.
+# Longer texts are folded at first.
 _LONG = 400
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def _template() -> jinja2.Template:
   return jinja2.Environment(
     loader=jinja2.FileSystemLoader(_FOLDER),
     autoescape=True,
@@ -35,7 +35,7 @@ def _environment() -> jinja2.Environment:
     finalize=lambda value: (
       sections.visible(value) if type(value) is str else value
     ),
-  )
+  ).get_template('report.html')
 
 
 def make_page(
@@ -51,9 +51,9 @@ def make_page(
   Args:
     title: its heading.
     facts: sentences below the heading.
-    found: what it says.
-    drawn: file name -> PNG of every plot that the sections point at.
-    tiles: figures to see first.
+    found: the sections.
+    drawn: file name -> PNG of every plot that the sections show.
+    tiles: figures at the top.
     answers: of models, side by side; see `_answers`.
   """
   style = (_FOLDER / 'report.css').read_text('utf-8')
@@ -62,28 +62,24 @@ def make_page(
     f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
     f"script-src '{_digest(script)}'"
   )
-  return (
-    _environment()
-    .get_template('report.html')
-    .render(
-      title=title,
-      facts=facts,
-      policy=policy,
-      style=style,
-      script=script,
-      # Titles may come twice, addresses may not.
-      sections=[
-        (f'{_slug(section.title)}-{number}', section)
-        for number, section in enumerate(found, start=1)
-      ],
-      pictures={
-        name: _picture(name, content) for name, content in (drawn or {}).items()
-      },
-      tiles=tiles,
-      samples=answers,
-      shown=sections.shown_cell,
-      long=_LONG,
-    )
+  return _template().render(
+    title=title,
+    facts=facts,
+    policy=policy,
+    style=style,
+    script=script,
+    # Titles may repeat, addresses must not.
+    sections=[
+      (f'{_slug(section.title)}-{number}', section)
+      for number, section in enumerate(found, start=1)
+    ],
+    pictures={
+      name: _picture(name, content) for name, content in (drawn or {}).items()
+    },
+    tiles=tiles,
+    samples=answers,
+    shown=sections.shown_cell,
+    long=_LONG,
   )
 
 
@@ -101,7 +97,7 @@ def _picture(name: str, content: bytes) -> dict[str, Any]:
   width, height = struct.unpack('>II', content[16:24])
   return {
     'id': f'plot-{pathlib.PurePath(name).stem}',
-    # 100 pixels of the page an inch, whatever the screen makes of them.
+    # 100 pixels of the page an inch, independent of the resolution.
     'width': round(100 * width / plots.DPI),
     'height': round(100 * height / plots.DPI),
     'content': base64.b64encode(content).decode('ascii'),
@@ -109,11 +105,10 @@ def _picture(name: str, content: bytes) -> dict[str, Any]:
 
 
 def _gain(row: samples.Row, baseline: str) -> float:
-  """Judge's score of the last model minus the baseline's, 0 where unknown."""
-  last, first = list(row.answers.values())[-1], row.answers[baseline]
-  if last.score_gold is None or first.score_gold is None:
-    return 0.0
-  return last.score_gold - first.score_gold
+  """Judge's score of the last model minus the baseline's, 0 if unknown."""
+  last = list(row.answers.values())[-1].score_gold
+  first = row.answers[baseline].score_gold
+  return 0.0 if last is None or first is None else last - first
 
 
 def _answers(shown: figures.Figures) -> dict[str, Any] | None:
@@ -148,19 +143,9 @@ def _answer(answer: samples.Sample) -> dict[str, str]:
 
 
 def make_html(shown: figures.Figures, drawn: Mapping[str, bytes]) -> str:
-  """The whole of report.html.
-
-  Args:
-    shown: what to show; all of `more_samples` can be filtered in the page.
-    drawn: file name -> PNG, from `plots.make_plots`.
-  """
-  found = [
-    *sections.results(shown, set(drawn)),
-    *sections.background(shown),
-    sections.Section(
-      'Command', [f'Commit {shown.commit}.', sections.Code(shown.command)]
-    ),
-  ]
+  """The text of report.html; `drawn` is from `plots.make_plots`."""
+  found = sections.results(shown, set(drawn))
+  command = [f'Commit {shown.commit}.', sections.Code(shown.command)]
   return make_page(
     shown.title,
     [
@@ -168,8 +153,12 @@ def make_html(shown: figures.Figures, drawn: Mapping[str, bytes]) -> str:
       'rows).',
       f'Seed {shown.seed}, commit {shown.commit[:12]}.',
     ],
-    # No alarm needs no heading.
-    found if shown.alarms else found[1:],
+    [
+      # The first section is the alarms'.
+      *(found if shown.alarms else found[1:]),
+      *sections.background(shown),
+      sections.Section('Command', command),
+    ],
     drawn,
     sections.claims(shown),
     _answers(shown),

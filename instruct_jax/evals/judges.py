@@ -1,9 +1,9 @@
-"""Who judges answers, and how a judge is asked.
+"""The interface of judges, and people's rankings as one.
 
 A judge is a class that the config names by its dotted name. It scores single
-answers, or compares two in the order in which they are shown; it may also rate
-single answers, Likert 1 to 7 and the labels of the paper's Table 3.
-`ask_both_orders` asks every pair twice, with the answers in either place.
+answers, or compares two in the order in which they are shown. It may also rate
+single answers: Likert 1 to 7, and the labels of the paper's Table 3.
+`ask_both_orders` shows every pair in both orders.
 """
 
 import collections
@@ -35,84 +35,58 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """What one judge says of a pair.
+  """One judge's verdict on a pair."""
 
-  Attributes:
-    preference: for the answer shown first: 1, 0, or one half for a tie; None
-      where the judge spoke and could not be understood.
-    labeler: who judged, or ''. Nameless verdicts may be different people's.
-    raw: the judge's own words, scores or ranks.
-  """
-
+  # For the answer shown first: 1, 0, or one half for a tie; None if the verdict
+  # could not be parsed.
   preference: float | None
-  labeler: str = ''
+  labeler: str = ''  # Nameless verdicts may be different people's.
+  # The judge's words, scores or ranks.
   raw: str = dataclasses.field(default='', compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rating:
-  """One judge's rating of one answer; None and absence mean not said.
+  """One judge's rating of one answer; None and absence mean not rated."""
 
-  Attributes:
-    likert: overall quality, 1 (worst) to 7 (best).
-    labels: label -> whether it holds.
-    labeler: who rated, or ''.
-  """
-
-  likert: float | None
+  likert: float | None  # Overall quality, 1 (worst) to 7 (best).
   labels: Mapping[str, bool]
   labeler: str = ''
 
 
-# An answer with the prompt that it answers.
+# An answer with its prompt.
 Answer = tuple[records.Prompt, Sample]
 # One number an answer, higher is better.
 ScoreFn = Callable[[Sequence[Answer]], Sequence[float]]
 
 
 class Judge:
-  """Who says which of two answers is better.
+  """Decides which of two answers is better.
 
-  A judge overrides `score` or `compare`, and `rate` where it can. `score` is
-  called in every process, the others in the first alone.
-
-  Attributes:
-    needs: dotted keys of the config without which it cannot judge.
-    reads: those of them that are paths.
-    name: who it is, and that it is no person where it is none.
-    unit: of its scores, a word for headings.
-    is_ceiling: whether labelers agree with its scores save for noise, so that
-      no reward model can order more of their pairs.
-    has_places: whether it sees both answers at a time, so that their places
-      may count.
-    progress: called with how many more pairs or answers are judged.
+  A judge overrides `score` or `compare`, and `rate` if it can. Every process
+  calls `score`; only the first calls the others. The constructor's `config` and
+  `workdir` are those of the stage that asks; `mesh` is for judges that are
+  models.
   """
 
-  needs: ClassVar[tuple[str, ...]] = ()
-  reads: ClassVar[tuple[str, ...]] = ()
-  name: str
-  unit: ClassVar[str] = 'judge'
+  needs: ClassVar[tuple[str, ...]] = ()  # Config keys that must not be empty.
+  reads: ClassVar[tuple[str, ...]] = ()  # Those of them that are paths.
+  name: str  # Who judges, and that it is no person if it is none.
+  unit: ClassVar[str] = 'judge'  # Of its scores, a word for headings.
+  # Whether labelers agree with its scores except for noise, so that no reward
+  # model can order more of their pairs.
   is_ceiling: ClassVar[bool] = False
+  # Whether it sees both answers at once, so that their order may matter.
   has_places: ClassVar[bool] = False
 
   def __init__(self, config: Any, workdir: epath.Path, mesh: Any):
-    """Makes the judge.
-
-    Args:
-      config: of the stage that asks it.
-      workdir: of that stage.
-      mesh: for judges that are models.
-    """
     del config, workdir, mesh
+    # Called with how many further pairs or answers are judged.
     self.progress: Callable[[int], None] = lambda number: None
 
   @classmethod
   def validate(cls, config: Any) -> None:
-    """Refuses a config with which it cannot judge.
-
-    Raises:
-      ValueError: a key, and what it must hold.
-    """
+    """Raises ValueError, naming the key, if a key in `needs` is empty."""
     for key in cls.needs:
       value = config
       for part in key.split('.'):
@@ -127,7 +101,7 @@ class Judge:
 
   @classmethod
   def gives_scores(cls) -> bool:
-    """Whether it scores single answers; else it compares two."""
+    """Whether it scores single answers; otherwise it compares two."""
     return cls.score is not Judge.score
 
   def score(self, answers: Sequence[Answer]) -> Sequence[float]:
@@ -137,14 +111,13 @@ class Judge:
   def compare(self, pairs: Sequence[Pair]) -> list[list[Verdict]]:
     """The verdicts on each pair: none without an opinion, several of people.
 
-    A judge that scores compares `Sample.score_gold`, which its scores are.
+    The default compares the answers' `score_gold`.
     """
     verdicts = []
     for pair in pairs:
       first, second = pair.first.score_gold, pair.second.score_gold
-      preference = (1 + (first > second) - (first < second)) / 2
       raw = f'scores {first:.6g} and {second:.6g}'
-      verdicts.append([Verdict(preference, raw=raw)])
+      verdicts.append([Verdict(_preference(first, second), raw=raw)])
     self.progress(len(pairs))
     return verdicts
 
@@ -154,51 +127,41 @@ class Judge:
     return [[] for _ in answers]
 
   def account(self) -> dict[str, Any]:
-    """What asking took and cost."""
+    """Requests, tokens, cost and settings, for the report."""
     return {}
+
+
+def _preference(first: float, second: float) -> float:
+  """1 if the first is higher, 0 if the second is, one half for a tie."""
+  return (1 + (first > second) - (first < second)) / 2
 
 
 @dataclasses.dataclass
 class Account:
-  """What became of the pairs; nothing is dropped without a count.
-
-  Attributes:
-    pairs: asked for.
-    unjudged: pairs without a verdict in both orders by one judge.
-    one_order: verdicts on the other pairs that stand alone: the same judge
-      said nothing in the other order.
-    unparsed: verdicts whose words could not be understood, in at least one
-      order.
-    contradictions: judgements that changed sides when the answers changed
-      places.
-    empty: answers of the pairs without a character, each counted once.
-    judgements: what is left.
-  """
+  """Counts of the pairs and their verdicts; nothing is dropped uncounted."""
 
   pairs: int = 0
-  unjudged: int = 0
+  unjudged: int = 0  # Pairs without a verdict in both orders by one judge.
+  # Verdicts on the other pairs that lack the same judge's in the other order.
   one_order: int = 0
-  unparsed: int = 0
-  contradictions: int = 0
-  empty: int = 0
-  judgements: int = 0
+  unparsed: int = 0  # Judgements with an order that could not be parsed.
+  contradictions: int = 0  # Judgements whose two orders contradict.
+  empty: int = 0  # Blank answers of the pairs, each counted once.
+  judgements: int = 0  # Those with an outcome.
 
 
 def ask_both_orders(
   judge: Judge, pairs: Sequence[Pair]
 ) -> tuple[list[preferences.Judgement], Account]:
-  """All that was said of each pair, in both orders.
+  """All judgements of each pair, in both orders.
 
-  The verdicts of the two orders are matched by labeler and, where one labeler
-  (or several without a name) gave several, by their place among these. Where
-  their number differs between the orders, none of them can be matched.
-
-  Returns:
-    One judgement for each judge of each pair, without an outcome where an
-    order is missing or could not be understood; and the counts.
+  Verdicts of the two orders are matched by labeler. Several verdicts of one
+  labeler, or of several without a name, are matched by position; if their
+  number differs between the orders, none of them is matched. A judgement has no
+  outcome if an order is missing or could not be parsed.
   """
   account = Account(pairs=len(pairs))
-  # Each object once: several answers of a model to a prompt may be equal.
+  # By identity: several answers of a model to a prompt may be equal.
   answers = {
     id(answer): answer for pair in pairs for answer in (pair.first, pair.second)
   }
@@ -206,20 +169,18 @@ def ask_both_orders(
     invisible.is_blank(answer.response) for answer in answers.values()
   )
   straight = judge.compare(pairs)
-  turned = judge.compare([pair.swapped() for pair in pairs])
+  swapped = judge.compare([pair.swapped() for pair in pairs])
   judgements = []
-  for pair, ours, theirs in zip(pairs, straight, turned, strict=True):
-    matched = _match(ours, theirs)
-    complete = [both for both in matched if None not in both]
-    if complete:
-      account.one_order += len(matched) - len(complete)
+  for pair, *verdicts in zip(pairs, straight, swapped, strict=True):
+    matched = _match(*verdicts)
+    num_complete = sum(None not in both for both in matched)
+    if num_complete:
+      account.one_order += len(matched) - num_complete
     else:
       account.unjudged += 1
-    for first, swapped in matched:
-      judgement = _judgement(pair, first, swapped)
-      account.unparsed += (
-        None not in (first, swapped) and judgement.outcome is None
-      )
+    for both in matched:
+      judgement = _judgement(pair, *both)
+      account.unparsed += None not in both and judgement.outcome is None
       account.contradictions += judgement.contradicts
       account.judgements += judgement.outcome is not None
       judgements.append(judgement)
@@ -227,21 +188,20 @@ def ask_both_orders(
 
 
 def _match(
-  ours: Sequence[Verdict], theirs: Sequence[Verdict]
+  straight: Sequence[Verdict], swapped: Sequence[Verdict]
 ) -> list[tuple[Verdict | None, Verdict | None]]:
   """Verdicts of the two orders, matched; None for one that is missing."""
-  sides = (collections.defaultdict(list), collections.defaultdict(list))
-  for side, verdicts in zip(sides, (ours, theirs), strict=True):
+  by_labeler = collections.defaultdict(lambda: ([], []))
+  for order, verdicts in enumerate((straight, swapped)):
     for verdict in verdicts:
-      side[verdict.labeler].append(verdict)
+      by_labeler[verdict.labeler][order].append(verdict)
   matched = []
-  for labeler in dict.fromkeys([*sides[0], *sides[1]]):
-    first, swapped = sides[0][labeler], sides[1][labeler]
-    if len(first) == len(swapped):
-      matched += zip(first, swapped, strict=True)
+  for first, second in by_labeler.values():
+    if len(first) == len(second):
+      matched += zip(first, second, strict=True)
     else:
       matched += [(verdict, None) for verdict in first]
-      matched += [(None, verdict) for verdict in swapped]
+      matched += [(None, verdict) for verdict in second]
   return matched
 
 
@@ -250,9 +210,9 @@ def _judgement(
 ) -> preferences.Judgement:
   """One judge's view of a pair; at least one of the orders was judged."""
   outcome, contradicts = None, False
-  said = [verdict.preference for verdict in (first, swapped) if verdict]
-  if len(said) == 2 and None not in said:
-    outcome, contradicts = preferences.both_orders(*said)
+  both = [verdict.preference for verdict in (first, swapped) if verdict]
+  if len(both) == 2 and None not in both:
+    outcome, contradicts = preferences.both_orders(*both)
   shown = ((pair.first, first), (pair.second, swapped))
   return preferences.Judgement(
     prompt_id=pair.prompt.id,
@@ -277,18 +237,14 @@ def _judgement(
 
 
 class People(Judge):
-  """Rankings that people made: `records.Comparison` lines of a JSONL file.
+  """Rankings by people: `records.Comparison` lines of a JSONL file.
 
-  Prompts and answers are found by their text. Every ranking is a judgement of
-  its own: several of one prompt without a labeler's name may be several
-  people's. `metadata` may hold, one entry a completion: `likert`, numbers 1 to
-  7 or null; `labels`, objects of label -> true or false.
-
-  Args:
-    config: with `rankings`, the file.
-
-  Raises:
-    records.RecordError: a malformed line, by number.
+  Prompts and answers are found by their text. Every ranking is a separate
+  judgement, because several of one prompt without a labeler's name may be
+  several people's. `metadata` may hold, one entry a completion: `likert`,
+  numbers 1 to 7 or null; `labels`, objects of label -> true or false. The
+  constructor raises `records.RecordError`, with the number, for a malformed
+  line.
   """
 
   needs = reads = ('rankings',)
@@ -298,7 +254,7 @@ class People(Judge):
     path = config.rankings
     comparisons = records.read_jsonl(path, records.Comparison)
     self._by_prompt = collections.defaultdict(list)
-    # Position among the good records is the line, save for blank lines.
+    # The number is the line's, except for blank lines.
     for number, comparison in enumerate(comparisons, start=1):
       _check_metadata(f'{path}: record {number}', comparison)
       self._by_prompt[comparison.prompt].append(comparison)
@@ -318,7 +274,7 @@ class People(Judge):
     ]
 
   def rate(self, answers: Sequence[Answer]) -> list[list[Rating]]:
-    """What the rankings that hold an answer say of it alone."""
+    """The ratings of each answer in the rankings that hold it."""
     self.progress(len(answers))
     return [
       [
@@ -330,34 +286,9 @@ class People(Judge):
     ]
 
 
-def _check_metadata(place, comparison):
-  expected = len(comparison.completions)
-  for name in ('likert', 'labels'):
-    if name not in comparison.metadata:
-      continue
-    values = comparison.metadata[name]
-    if not isinstance(values, list) or len(values) != expected:
-      raise records.RecordError(
-        f'{place}: metadata {name!r} must be a list of {expected} entries, one '
-        'for each completion'
-      )
-    for value in values:
-      if name == 'likert' and not is_likert(value):
-        raise records.RecordError(
-          f"{place}: metadata 'likert' holds {value!r}; expected 1 to 7 or null"
-        )
-      if name == 'labels' and not are_labels(value):
-        raise records.RecordError(
-          f"{place}: metadata 'labels' holds {value!r}; expected an object of "
-          'true and false'
-        )
-
-
 def is_likert(value: Any) -> bool:
-  """Whether it is a number from 1 to 7, or None: not said."""
-  if value is None:
-    return True
-  return (
+  """Whether it is a number from 1 to 7, or None: not rated."""
+  return value is None or (
     isinstance(value, int | float)
     and not isinstance(value, bool)
     and 1 <= value <= 7
@@ -371,29 +302,49 @@ def are_labels(value: Any) -> bool:
   )
 
 
+def _check_metadata(place, comparison):
+  number = len(comparison.completions)
+  for name, is_valid_fn, expected in (
+    ('likert', is_likert, '1 to 7 or null'),
+    ('labels', are_labels, 'an object of true and false'),
+  ):
+    if name not in comparison.metadata:
+      continue
+    values = comparison.metadata[name]
+    if not isinstance(values, list) or len(values) != number:
+      raise records.RecordError(
+        f'{place}: metadata {name!r} must be a list of {number} entries, one '
+        'for each completion'
+      )
+    for value in values:
+      if not is_valid_fn(value):
+        raise records.RecordError(
+          f'{place}: metadata {name!r} holds {value!r}; expected {expected}'
+        )
+
+
 def _ranked(ranking, pair):
-  """The labeler's verdict, or None where either answer was not ranked."""
+  """The labeler's verdict, or None if either answer was not ranked."""
   ranks = labels.rank_by_text(ranking)
   both = (pair.first.response, pair.second.response)
   if any(text not in ranks for text in both):
     return None
   first, second = (ranks[text] for text in both)
-  preference = (1 + (first < second) - (first > second)) / 2
-  return Verdict(preference, ranking.labeler, f'ranks {first:g} and {second:g}')
+  raw = f'ranks {first:g} and {second:g}'
+  return Verdict(_preference(second, first), ranking.labeler, raw)
 
 
 def _ratings_of(ranking, response):
   """One rating for each time that the labeler saw this answer and rated it."""
-  found = []
-  for index, text in enumerate(ranking.completions):
-    if text != response:
-      continue
-    likert, given = None, {}
-    if 'likert' in ranking.metadata:
-      likert = ranking.metadata['likert'][index]
-      likert = None if likert is None else float(likert)
-    if 'labels' in ranking.metadata:
-      given = ranking.metadata['labels'][index]
-    if likert is not None or given:
-      found.append(Rating(likert, given, ranking.labeler))
-  return found
+  number = len(ranking.completions)
+  rows = zip(
+    ranking.completions,
+    ranking.metadata.get('likert', [None] * number),
+    ranking.metadata.get('labels', [{}] * number),
+    strict=True,
+  )
+  return [
+    Rating(None if likert is None else float(likert), given, ranking.labeler)
+    for text, likert, given in rows
+    if text == response and (likert is not None or given)
+  ]

@@ -1,8 +1,8 @@
-"""Best-of-n and RL against a reward model, by a judge it does not know.
+"""Best-of-n and RL against a reward model, scored by a separate gold judge.
 
 Gao et al. 2022: with d = √KL(π ‖ π_init) in nats, the gold score gained is
-d (α - β d) under best-of-n and d (α - β log d) under RL, 0 at d = 0. Host side,
-NumPy, float64.
+d (α - β d) under best-of-n and d (α - β log d) under RL, 0 at d = 0. Runs on
+the host in NumPy, float64.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ KINDS = ('best_of_n', 'rl')
 def best_of_n_kl(n: int) -> float:
   """KL of best-of-n from the policy it samples: log n - (n-1)/n, nats.
 
-  Exact where scores have no ties and answers of equal score do not recur; else
-  an upper bound.
+  Exact if scores have no ties and answers of equal score do not recur;
+  otherwise an upper bound.
   """
   if n < 1:
     raise ValueError(f'n must be at least 1, got {n}')
@@ -34,7 +34,7 @@ def best_of_n(
 
   From N samples a prompt, the mean over all subsets of n: the sample of
   ascending rank i is the best of C(i-1, n-1) of the C(N, n) subsets. Samples of
-  equal proxy score share what they get.
+  equal proxy score share the mean of their gold scores.
 
   Args:
     proxy: scores that choose [prompts, N].
@@ -50,7 +50,8 @@ def best_of_n(
   proxy, gold = np.asarray(proxy, float), np.asarray(gold, float)
   if proxy.shape != gold.shape or proxy.ndim != 2:
     raise ValueError(
-      f'shapes {proxy.shape} and {gold.shape}, expected two same'
+      f'shapes {proxy.shape} and {gold.shape}, expected two equal ones '
+      '[prompts, N]'
     )
   N = proxy.shape[1]
   bad = [n for n in sizes if not 1 <= n <= N]
@@ -63,34 +64,22 @@ def best_of_n(
     _, group = np.unique(proxy[row], return_inverse=True)
     means = np.bincount(group, gold[row]) / np.bincount(group)
     gold[row] = means[group]
-  total = [math.comb(N, n) for n in sizes]
-  weights = np.array(
-    [
-      [math.comb(i, n - 1) / t for n, t in zip(sizes, total, strict=True)]
-      for i in range(N)
-    ]
-  )
-  return gold @ weights
+  weights = [
+    [math.comb(i, n - 1) / math.comb(N, n) for n in sizes] for i in range(N)
+  ]
+  return gold @ np.array(weights)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """One of the two curves, fitted by least squares.
+  """One of the two curves, fitted by least squares."""
 
-  Attributes:
-    kind: 'best_of_n' or 'rl'.
-    alpha, beta: with intervals over prompts.
-    peak_kl: KL at the curve's peak, nats; None where it has none (β <= 0).
-    r_squared: share of the points' variance that the curve explains.
-    num_points: points with KL > 0.
-  """
-
-  kind: str
-  alpha: win_rate.Interval
+  kind: str  # 'best_of_n' or 'rl'.
+  alpha: win_rate.Interval  # Redrawing prompts, as beta.
   beta: win_rate.Interval
-  peak_kl: float | None
-  r_squared: float
-  num_points: int
+  peak_kl: float | None  # KL at the curve's peak, nats; None if β <= 0.
+  r_squared: float  # Share of the points' variance that the curve explains.
+  num_points: int  # Points with KL > 0.
 
 
 def curve(kind: str, alpha: float, beta: float, kl: np.ndarray) -> np.ndarray:
@@ -109,13 +98,10 @@ def _design(kind, kl):
 def _peak(kind, alpha, beta):
   if beta <= 0:
     return None
-  # d* = α/2β, or e^(α/β - 1); beyond e^50 nobody will get.
-  d = (
-    alpha / (2 * beta)
-    if kind == 'best_of_n'
-    else math.exp(min(alpha / beta - 1, 50.0))
-  )
-  return max(d, 0.0) ** 2
+  # d* = α/2β, or e^(α/β - 1), which is capped at e^50.
+  if kind == 'best_of_n':
+    return max(alpha / (2 * beta), 0.0) ** 2
+  return math.exp(min(alpha / beta - 1, 50.0)) ** 2
 
 
 def fit(
@@ -125,20 +111,20 @@ def fit(
   num_bootstrap: int = 1000,
   seed: int = 0,
 ) -> Fit:
-  """Fits α and β; prompts are redrawn for their intervals.
+  """Fits α and β; their intervals redraw prompts.
 
   Args:
     kind: 'best_of_n' or 'rl'.
-    kl: of each point, from the initial policy, nats: [points], or, where it is
-      measured itself, [prompts, points]. Points whose mean is not positive say
-      nothing about the curve and are left out.
+    kl: of each point, from the initial policy, nats: [points], or, if it is
+      measured, [prompts, points]. Points whose mean KL is not positive are
+      left out.
     gains: gold score minus the initial policy's, [prompts, points].
     num_bootstrap: redraws.
     seed: of the redraws.
 
   Raises:
-    ValueError: fewer than three points with positive KL: two are always on the
-      curve.
+    ValueError: fewer than three points with positive KL; any two points lie on
+      a curve.
   """
   gains = np.asarray(gains, float)
   kl = np.broadcast_to(np.asarray(kl, float), gains.shape)
@@ -164,11 +150,7 @@ def fit(
       for count in counts
     ]
   )
-  low, high = np.percentile(redraws, [2.5, 97.5], axis=0)
-  alpha, beta = (
-    win_rate.Interval(float(m), float(a), float(b), num_prompts)
-    for m, a, b in zip(estimate, low, high, strict=True)
-  )
+  alpha, beta = win_rate.intervals(estimate, redraws, num_prompts)
   spread = float(((y - y.mean()) ** 2).sum())
   left = float(((y - _design(kind, x) @ estimate) ** 2).sum())
   return Fit(

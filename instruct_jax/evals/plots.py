@@ -1,11 +1,11 @@
-"""The plots of a report, as PNG bytes. What each shows: see report.py.
+"""The plots of a report, as PNG bytes; `report.py` lists them.
 
-All are as wide as a phone can show with a text that can be read; what is
-compared stands in rows, so that names may be long and many. Each says in its
-heading what is shown and under the plot what its bars and lines mean.
+All are narrow enough to read on a phone. Models are rows where they are
+compared, so that names may be long and many. Each plot has a heading and a note
+that explains its bars and lines.
 
-Matplotlib is loaded only here, when a plot is drawn, and draws into memory:
-without a display and without the global state of pyplot.
+Matplotlib is imported only when a plot is drawn. It needs no display, and the
+global state of pyplot is not used.
 """
 
 import io
@@ -21,35 +21,37 @@ from instruct_jax.evals import (
   win_rate,
 )
 
+Runs = Mapping[str, Sequence[figures.MetricsRow]]
+Looks = Mapping[str, tuple[str, str]]
+
 # Of models, or of runs, in their order: Okabe and Ito's palette, distinct under
 # all common colour blindnesses; the last four are Tol's.
 _COLOURS = (
-  '#0072B2',
-  '#D55E00',
-  '#009E73',
-  '#CC79A7',
-  '#E69F00',
-  '#56B4E9',
-  '#332288',
-  '#882255',
-  '#999933',
-  '#44AA99',
+  *('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9'),
+  *('#332288', '#882255', '#999933', '#44AA99'),
 )
-# A second sign beside the colour.
 _MARKERS = 'osD^vP<>X*'
-_INK, _SOFT = '#222222', '#555555'
+_INK, _GREY = '#222222', '#555555'
 # Inches, and pixels an inch: html_report shows 100 of these an inch.
 _WIDTH, DPI = 5.6, 160
 # Characters of a line across the whole width, in a heading and in a note.
 _HEADING_CHARACTERS, _NOTE_CHARACTERS = 54, 84
-# Panels along RL: metric of metrics.jsonl, title, unit.
+# Panels along RL: title, metric of metrics.jsonl, unit.
 _RL_PANELS = (
-  ('objective/score', 'Score', 'reward units'),
-  ('objective/kl', 'KL from the RL initialisation', 'nats per response'),
-  ('ppo/policy/entropy', 'Entropy of the policy', 'nats per token'),
-  ('objective/length', 'Response length', 'tokens'),
-  ('objective/ended', 'Ended by the policy', 'share of responses'),
-  ('ppo/policy/clipfrac', 'Clipped policy ratios', 'share of tokens'),
+  ('Score', 'objective/score', 'reward units'),
+  ('KL from the RL initialisation', 'objective/kl', 'nats per response'),
+  ('Entropy of the policy', 'ppo/policy/entropy', 'nats per token'),
+  ('Response length', 'objective/length', 'tokens'),
+  ('Ended by the policy', 'objective/ended', 'share of responses'),
+  ('Clipped policy ratios', 'ppo/policy/clipfrac', 'share of tokens'),
+)
+_REWARD_PANELS = (
+  ('Training loss', 'reward/loss', 'nats per pair'),
+  ('Training accuracy', 'reward/accuracy', 'share of pairs'),
+)
+_SFT_PANELS = (
+  ('Validation loss', 'valid_loss', 'nats per\nresponse token'),
+  ('Reward-model score of samples', 'score_reward', 'reward units'),
 )
 _LOSS = ('eval/pretraining_loss', 'eval/pretraining_loss_before')
 # Metric, as a probe's key ends with it -> unit of its axis.
@@ -60,6 +62,7 @@ _UNITS = {
   'accuracy': 'share right',
   'P@1': 'share right',
   'entropy': 'entropy (bits)',
+  'score': 'reward units',
 }
 _STYLE = {
   'font.size': 10,
@@ -80,13 +83,11 @@ _STYLE = {
 
 def make_plots(shown: figures.Figures) -> dict[str, bytes]:
   """File name -> PNG, for every plot that has data."""
-  return {name: _png(drawn) for name, drawn in draw(shown).items()}
+  return {name: _png(figure) for name, figure in draw(shown).items()}
 
 
 def draw(shown: figures.Figures) -> dict[str, Any]:
   """File name -> matplotlib Figure, for every plot that has data."""
-  import matplotlib
-
   makers = {
     'win_rate.png': _draw_win_rate,
     'metadata.png': _draw_metadata,
@@ -97,36 +98,48 @@ def draw(shown: figures.Figures) -> dict[str, Any]:
     'reward_model.png': _draw_reward_model,
     'sft.png': _draw_sft,
   }
-  with matplotlib.rc_context(_STYLE):
-    drawn = {name: maker(shown) for name, maker in makers.items()}
+  drawn = {name: _styled(maker, shown) for name, maker in makers.items()}
   return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-# --- One visual language ------------------------------------------------------
+# --- Figures, text and axes ---------------------------------------------------
 
 
-def _canvas(rows: int, columns: int, height: float, **options: Any):
-  """A figure of this height in inches, and its axes [rows, columns]."""
+def _styled(maker: Callable[..., Any], *arguments: Any) -> Any:
+  """The figure that `maker` draws, in the style of all plots."""
+  import matplotlib
+
+  with matplotlib.rc_context(_STYLE):
+    return maker(*arguments)
+
+
+def _png(figure: Any) -> bytes:
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format='png', dpi=DPI)
+  return buffer.getvalue()
+
+
+def _figure(height: float) -> Any:
+  """An empty figure of this height in inches."""
   from matplotlib.backends import backend_agg
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(_WIDTH, height), layout='constrained')
-  figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06)
   backend_agg.FigureCanvasAgg(figure)
+  return figure
+
+
+def _canvas(rows: int, columns: int, height: float, **options: Any):
+  """A figure of this height in inches, and its axes [rows, columns]."""
+  figure = _figure(height)
+  figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06)
   return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def _grid(number: int, panel: float, margin: float, **options: Any):
-  """A figure of panels, two in a row.
+  """A figure of panels, two in a row, each `panel` inches high.
 
-  Args:
-    number: of panels.
-    panel: height of each, in inches.
-    margin: height of what is above and below them.
-    **options: of `subplots`.
-
-  Returns:
-    The figure, its axes in order, and those without a panel below.
+  Returns the figure, its axes in order, and those without a panel below.
   """
   columns = min(2, number)
   rows = -(-number // columns)
@@ -137,38 +150,16 @@ def _grid(number: int, panel: float, margin: float, **options: Any):
   return figure, axes[:number], axes[number - columns : number]
 
 
-def _upper_and_lower(top: float, bottom: float, num_lower: int):
-  """A figure with an axis, and below it `num_lower` of their own margins."""
-  from matplotlib.backends import backend_agg
-  from matplotlib.figure import Figure
-
-  heights = [top, bottom] if num_lower else [top]
-  figure = Figure(figsize=(_WIDTH, sum(heights)), layout='constrained')
-  backend_agg.FigureCanvasAgg(figure)
-  parts = figure.subfigures(len(heights), 1, height_ratios=heights)
-  if not num_lower:
-    return figure, parts.subplots(), ()
-  lower = parts[1].subplots(1, num_lower, squeeze=False)
-  return figure, parts[0].subplots(), list(lower[0])
-
-
-def _png(figure: Any) -> bytes:
-  buffer = io.BytesIO()
-  figure.savefig(buffer, format='png', dpi=DPI)
-  return buffer.getvalue()
-
-
-def _plain(text: str) -> str:
-  """Text that matplotlib does not take for mathematics."""
-  return text.replace('$', r'\$')
-
-
 def _wrapped(text: str, width: int, max_lines: int = 3) -> str:
-  """Plain text on lines of so many characters, the rest left out with '…'."""
-  text = text.replace(' %', '\u00a0%')
-  return _plain(
-    textwrap.fill(text, width, max_lines=max_lines, placeholder=' …')
+  """Text on lines of at most `width` characters, cut with '…' if too long."""
+  lines = textwrap.fill(
+    text.replace(' %', '\u00a0%'), width, max_lines=max_lines, placeholder=' …'
   )
+  return lines.replace('$', r'\$')  # Not mathematics.
+
+
+def _title(name: str) -> str:
+  return _wrapped(name.replace('_', ' '), 30)
 
 
 def _height(labels: Sequence[str], least: float) -> float:
@@ -178,28 +169,25 @@ def _height(labels: Sequence[str], least: float) -> float:
 
 
 def _heading(
-  figure: Any, title: str, note: str = '', legend: Sequence[Any] = ()
+  figure: Any, title: str, note: str = '', looks: Looks | None = None
 ) -> None:
-  """What is shown, which line is whose, and below what bars and lines mean.
+  """Writes title and legend above the plots, and the note below.
 
-  Args:
-    figure: of `_canvas`; it grows by what is written here.
-    title: of the whole.
-    note: below the plots.
-    legend: handles with labels, between title and plots.
+  The figure grows by the height of the text.
   """
   title = _wrapped(title, _HEADING_CHARACTERS)
   inches = 0.22 * (title.count('\n') + 1)
   style = {'size': 12, 'weight': 'bold'}
-  if legend:
-    labels = [handle.get_label() for handle in legend]
+  if looks:
+    handles = _handles(looks)
+    labels = [handle.get_label() for handle in handles]
     longest = max(len(line) for label in labels for line in label.split('\n'))
     # A character is half as wide as the type is high, a handle seven of them.
     columns = max(1, int(_WIDTH * 72 / (9.5 * 0.56 * (longest + 7))))
-    columns = min(columns, len(legend))
+    columns = min(columns, len(handles))
     inches += 0.05 + _height(labels, 0.2) / columns
     figure.legend(
-      handles=legend,
+      handles=handles,
       loc='outside upper left',
       ncols=columns,
       title=title,
@@ -212,12 +200,12 @@ def _heading(
   if note:
     note = _wrapped(note, _NOTE_CHARACTERS, 5)
     inches += 0.13 * (note.count('\n') + 1) + 0.05
-    figure.supxlabel(note, x=0.012, ha='left', fontsize=8, color=_SOFT)
+    figure.supxlabel(note, x=0.012, ha='left', fontsize=8, color=_GREY)
   figure.set_figheight(figure.get_figheight() + inches)
 
 
 def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-  """Name -> (colour, marker); where colours come again, other marks do."""
+  """Name -> (colour, marker); markers shift when colours repeat."""
   return {
     name: (
       _COLOURS[i % len(_COLOURS)],
@@ -232,36 +220,27 @@ def _of_models(shown: figures.Figures) -> dict[str, tuple[str, str]]:
   return _looks(list(dict.fromkeys([*shown.models, *shown.rl_metrics])))
 
 
-def _handles(looks: Mapping[str, tuple[str, str]]):
+def _handles(looks: Looks):
   """A legend's lines."""
   from matplotlib.lines import Line2D
 
+  style = {'markersize': 4.5}
   return [
-    Line2D(
-      [],
-      [],
-      color=colour,
-      marker=marker,
-      markersize=4.5,
-      label=_wrapped(name, 40),
-    )
-    for name, (colour, marker) in looks.items()
+    Line2D([], [], color=look[0], marker=look[1], label=label, **style)
+    for label, look in ((_wrapped(name, 40), looks[name]) for name in looks)
   ]
-
-
-def _is_number(row: Mapping[str, Any], key: str) -> bool:
-  # metrics.jsonl holds null where a figure was not finite.
-  return key in row and row[key] is not None and math.isfinite(row[key])
 
 
 def _series(
   rows: Sequence[figures.MetricsRow], *keys: str
 ) -> list[list[float]]:
-  """Columns of the rows that have all keys, with finite numbers."""
+  """Columns of the rows that have finite numbers for all keys."""
+  # metrics.jsonl holds null for a figure that was not finite.
+  found = [[row.get(key) for key in keys] for row in rows]
   kept = [
-    [float(row[key]) for key in keys]
-    for row in rows
-    if all(_is_number(row, key) for key in keys)
+    [float(value) for value in values]
+    for values in found
+    if None not in values and all(map(math.isfinite, values))
   ]
   columns = [list(column) for column in zip(*kept, strict=True)]
   return columns or [[] for _ in keys]
@@ -270,30 +249,29 @@ def _series(
 def _from_start(
   rows: Sequence[figures.MetricsRow], key: str, before: str
 ) -> list[list[float]]:
-  """[iterations, figures], with what was measured before RL at 0."""
+  """[iterations, figures], with the measurement before RL at 0."""
   steps, values = _series(rows, 'step', key)
   first = _series(rows, before)[0][:1]
   return [[0.0] * len(first) + steps, first + values]
 
 
 def _curves(
-  runs: Mapping[str, Sequence[figures.MetricsRow]],
-  read_fn: Callable[..., list[list[float]]],
-  *keys: str,
+  runs: Runs, read_fn: Callable[..., list[list[float]]], *keys: str
 ) -> dict[str, list[list[float]]]:
-  """Name -> what `_series` or `_from_start` reads, where it has a point."""
+  """Name -> `_series` or `_from_start` of the runs that have a point."""
   found = {name: read_fn(rows, *keys) for name, rows in runs.items()}
   return {name: curve for name, curve in found.items() if curve[0]}
+
+
+def _pooled(curves: Mapping[str, Sequence[Sequence[float]]], column: int):
+  return [x for curve in curves.values() for x in curve[column]]
 
 
 def _running_mean(values: win_rate.Numbers, window: int) -> list[float]:
   """Centred mean over `window` neighbours, fewer at the ends."""
   half = window // 2
-  means = []
-  for i in range(len(values)):
-    near = values[max(0, i - half) : i + half + 1]
-    means.append(sum(near) / len(near))
-  return means
+  near = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+  return [sum(several) / len(several) for several in near]
 
 
 def _window(num_values: int) -> int:
@@ -301,7 +279,7 @@ def _window(num_values: int) -> int:
 
 
 def _line(axis: Any, x: win_rate.Numbers, y: win_rate.Numbers, look) -> None:
-  """A line; with a mark at each point while they are few."""
+  """A line, with a mark at each point if there are few."""
   colour, marker = look
   axis.plot(
     x, y, color=colour, marker=marker if len(x) <= 20 else '', markersize=4
@@ -322,7 +300,7 @@ def _reference_line(axis: Any, value: float, horizontal: bool = True) -> None:
 
 
 def _steps_axis(axis: Any, steps: win_rate.Numbers, most: int = 5) -> None:
-  """Whole numbers under the axis, and some width for a single one."""
+  """Whole numbers below the axis, and some width for a single one."""
   from matplotlib.ticker import MaxNLocator
 
   axis.xaxis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
@@ -331,10 +309,8 @@ def _steps_axis(axis: Any, steps: win_rate.Numbers, most: int = 5) -> None:
 
 
 def _values_axis(axis: Any, values: win_rate.Numbers, unit: str) -> None:
-  """The unit, some height for equal figures, no room for what cannot be."""
+  """The unit, height for equal figures, none below 0 unless a figure is."""
   axis.set_ylabel(_wrapped(unit, 30))
-  if not len(values):
-    return
   low, high = min(values), max(values)
   if low == high:
     room = abs(low) / 10 or 0.5
@@ -343,12 +319,29 @@ def _values_axis(axis: Any, values: win_rate.Numbers, unit: str) -> None:
     axis.set_ylim(bottom=0)
 
 
+def _panel(axis: Any, title: str, unit: str, curves, draw_fn, looks) -> None:
+  """One line of each run against its steps."""
+  for name, curve in curves.items():
+    draw_fn(axis, *curve, looks[name])
+  _steps_axis(axis, _pooled(curves, 0))
+  _values_axis(axis, _pooled(curves, 1), unit)
+  axis.set_title(title)
+
+
 def _decimals(bounds: Sequence[tuple[float, float]], most: int) -> int:
-  """Decimals at which the narrower half of these intervals has two digits."""
+  """Decimals that give the narrower half of these intervals two digits."""
   halves = sorted((high - low) / 2 for low, high in bounds if high > low)
   if not halves:
     return most
   return min(most, max(0, 1 - math.floor(math.log10(halves[len(halves) // 2]))))
+
+
+def _whiskers(values: Sequence[tuple[float, float, float]]) -> list:
+  """Lengths below and above of (mean, low, high), for `errorbar`."""
+  return [
+    [max(0.0, mean - low) for mean, low, _ in values],
+    [max(0.0, high - mean) for mean, _, high in values],
+  ]
 
 
 def _interval_rows(
@@ -358,14 +351,9 @@ def _interval_rows(
   colours: Sequence[str],
   texts: Sequence[str],
 ) -> None:
-  """Bars with their intervals as whiskers, and beside them the numbers.
+  """Bars of (mean, low, high) with whiskers, the first on top.
 
-  Args:
-    axis: where.
-    labels: of the rows, the first on top.
-    values: (mean, low, high) of each.
-    colours: of the bars.
-    texts: written in a column right of the plot, where no line crosses them.
+  `texts` are in a column right of the plot, where no line crosses them.
   """
   positions = range(len(values))
   means = [mean for mean, _, _ in values]
@@ -373,10 +361,7 @@ def _interval_rows(
   axis.errorbar(
     means,
     positions,
-    xerr=[
-      [max(0.0, mean - low) for mean, low, _ in values],
-      [max(0.0, high - mean) for mean, _, high in values],
-    ],
+    xerr=_whiskers(values),
     fmt='none',
     ecolor=_INK,
     elinewidth=1.3,
@@ -420,18 +405,14 @@ def _draw_win_rate(shown: figures.Figures) -> Any:
   values = [(rate.rate, rate.low, rate.high) for rate in rates.values()]
   decimals = _decimals([value[1:] for value in values], 3)
   looks = _of_models(shown)
-  _interval_rows(
-    axis,
-    labels,
-    values,
-    [looks[model][0] for model in rates],
-    [
-      '0.5 by definition'
-      if model == shown.baseline
-      else _with_bounds(value, decimals)
-      for model, value in zip(rates, values, strict=True)
-    ],
-  )
+  texts = [
+    '0.5 by definition'
+    if model == shown.baseline
+    else _with_bounds(value, decimals)
+    for model, value in zip(rates, values, strict=True)
+  ]
+  colours = [looks[model][0] for model in rates]
+  _interval_rows(axis, labels, values, colours, texts)
   _reference_line(axis, 0.5, horizontal=False)
   name = _wrapped(shown.baseline, 40)
   _shares_axis(axis, 'share of prompts won, ties one half')
@@ -450,37 +431,33 @@ def _draw_win_rate(shown: figures.Figures) -> Any:
 
 def _draw_metadata(shown: figures.Figures) -> Any:
   by_model = shown.labels()
-  names, models = figures.row_names(by_model), list(by_model)
+  models = list(by_model)
   found = {}
-  for name in names:
-    row = {}
-    for model in models:
-      share = by_model[model].get(name)
-      if share is not None and math.isfinite(share.mean):
-        row[model] = tuple(100 * x for x in (share.mean, share.low, share.high))
+  for name in figures.row_names(by_model):
+    shares = {m: by_model[m][name] for m in models if name in by_model[m]}
+    row = {
+      model: tuple(100 * x for x in (share.mean, share.low, share.high))
+      for model, share in shares.items()
+      if math.isfinite(share.mean)
+    }
     if row:
       found[name] = row
   if not found:
     return None
   labels = [_wrapped(model, 18, 2) for model in models]
-  titles = [_wrapped(name.replace('_', ' '), 30) for name in found]
+  titles = [_title(name) for name in found]
   panel = 0.6 + _height(labels, 0.2)
   panel += 0.17 * max(title.count('\n') for title in titles)
   figure, axes, lowest = _grid(len(found), panel, 0.3, sharey=True)
-  looks = _looks(models)
+  colours = [colour for colour, _ in _looks(models).values()]
   for axis, title, row in zip(axes, titles, found.values(), strict=True):
-    nothing = (math.nan,) * 3
     decimals = _decimals([bounds[1:] for bounds in row.values()], 2)
-    _interval_rows(
-      axis,
-      labels,
-      [row.get(model, nothing) for model in models],
-      [looks[model][0] for model in models],
-      [
-        f'{row[model][0]:.{decimals}f} %' if model in row else '–'
-        for model in models
-      ],
-    )
+    values = [row.get(model, (math.nan,) * 3) for model in models]
+    texts = [
+      f'{row[model][0]:.{decimals}f} %' if model in row else '–'
+      for model in models
+    ]
+    _interval_rows(axis, labels, values, colours, texts)
     top = max(high for _, _, high in row.values())
     axis.set_xlim(0, min(1.05 * top, 100) if top > 0 else 1)
     axis.locator_params(axis='x', nbins=4)
@@ -503,31 +480,23 @@ def _draw_reward_kl(shown: figures.Figures) -> Any:
   looks = _of_models(shown)
   figure, ((axis,),) = _canvas(1, 1, 3.0)
   for model, (kl, score) in curves.items():
-    window = _window(len(kl))
-    # Few dots must be seen, many must not hide the line.
+    colour, marker = looks[model]
+    # Few dots must be visible, many must not hide the line.
+    alpha = 0.3 if len(kl) > 30 else 0.9
     axis.scatter(
-      kl,
-      score,
-      s=12,
-      color=looks[model][0],
-      marker=looks[model][1],
-      alpha=0.3 if len(kl) > 30 else 0.9,
-      linewidth=0,
+      kl, score, s=12, color=colour, marker=marker, alpha=alpha, linewidth=0
     )
-    # In the order of the iterations: the path that the run took.
-    axis.plot(
-      _running_mean(kl, window),
-      _running_mean(score, window),
-      color=looks[model][0],
-    )
+    # In the order of the iterations: the run's path.
+    smooth = (_running_mean(each, _window(len(kl))) for each in (kl, score))
+    axis.plot(*smooth, color=colour)
   axis.set_ylabel('score\n(reward units)')
   axis.set_xlabel('KL from the RL initialisation (nats per response)')
   _heading(
     figure,
     'Reward against KL',
-    'One dot an iteration, of its batch alone; line: running mean, in the '
-    'order of the iterations.',
-    _handles({model: looks[model] for model in curves}),
+    'Dots: the batch of one iteration. Line: running mean, in the order of the '
+    'iterations.',
+    {model: looks[model] for model in curves},
   )
   return figure
 
@@ -552,36 +521,30 @@ def _draw_pretraining_loss(shown: figures.Figures) -> Any:
     note += f' Dashed: {shown.reference}.'
   if averaged:
     note += ' Dotted: averaged weights.'
-  _steps_axis(axis, [step for curve in curves.values() for step in curve[0]], 8)
+  _steps_axis(axis, _pooled(curves, 0), 8)
   axis.set_xlabel('RL iteration')
   axis.set_ylabel('nats per token')
   _heading(
     figure,
     'The alignment tax: loss on held-out pretraining text',
     f'{note} Lower is better.',
-    _handles({model: looks[model] for model in curves}),
+    {model: looks[model] for model in curves},
   )
   return figure
 
 
-def probe_names(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+def probe_names(runs: Runs) -> list[str]:
   """Names of the public tasks that were asked along RL, in any of the runs."""
+  keys = {key for rows in runs.values() for row in rows for key in row}
   return sorted(
-    {
-      key.removeprefix('probe/')
-      for rows in runs.values()
-      for row in rows
-      for key in row
-      if key.startswith('probe/')
-    }
+    key.removeprefix('probe/') for key in keys if key.startswith('probe/')
   )
 
 
 def _draw_probes(shown: figures.Figures) -> Any:
   runs = shown.rl_metrics
-  return _draw_along(
-    runs, _probe_panels(runs), 'Public NLP tasks along RL', _of_models(shown)
-  )
+  title = 'Public NLP tasks along RL'
+  return _draw_along(runs, _probe_panels(runs), title, _of_models(shown))
 
 
 def _probe_panels(runs):
@@ -593,71 +556,49 @@ def _probe_panels(runs):
 
 def _unit(title: str) -> str:
   """Of a probe's name or of a title that `tax` gives."""
-  for metric, unit in _UNITS.items():
-    if title.endswith(metric):
+  for ending, unit in _UNITS.items():
+    if title.endswith(ending):
       return unit
-  if title.endswith('score'):
-    return 'reward units'
   return 'nats per token' if 'loss' in title else 'score'
 
 
 def _draw_along(runs, panels, title, looks) -> Any:
-  """Figures against iteration, one panel each, a line a run (Fig 35).
+  """Figures against iteration, one panel each, one line a run (Fig 35).
 
-  Args:
-    runs: name -> rows of metrics.jsonl.
-    panels: title -> (metric, metric before RL, unit).
-    title: of the whole.
-    looks: of the runs.
+  `panels` is title -> (metric, metric before RL, unit).
   """
-  found = {}
-  for name, (key, before, unit) in panels.items():
-    curves = _curves(runs, _from_start, key, before)
-    if curves:
-      found[name] = curves, unit
+  found = {
+    name: (unit, curves)
+    for name, (key, before, unit) in panels.items()
+    if (curves := _curves(runs, _from_start, key, before))
+  }
   if not found:
     return None
   figure, axes, _ = _grid(len(found), 2.3, 0.1)
-  for axis, (name, (curves, unit)) in zip(axes, found.items(), strict=True):
-    for run, curve in curves.items():
-      _line(axis, *curve, looks[run])
-      if curve[0][0] == 0:
-        _reference_line(axis, curve[1][0])
-    _steps_axis(axis, [x for curve in curves.values() for x in curve[0]])
-    _values_axis(axis, [y for curve in curves.values() for y in curve[1]], unit)
-    axis.set_title(_wrapped(name.replace('_', ' '), 30))
+
+  def line(axis, steps, values, look):
+    _line(axis, steps, values, look)
+    if steps[0] == 0:
+      _reference_line(axis, values[0])
+
+  for axis, (name, panel) in zip(axes, found.items(), strict=True):
+    _panel(axis, _title(name), *panel, line, looks)
     axis.set_xlabel('RL iteration')
-  _heading(
-    figure,
-    title,
-    'Point at 0 and dashed: before RL.',
-    _handles({run: looks[run] for run in runs}),
-  )
+  note = 'Point at 0 and dashed: before RL.'
+  _heading(figure, title, note, {run: looks[run] for run in runs})
   return figure
 
 
-def tax_along(
-  runs: Mapping[str, Sequence[Mapping[str, Any]]],
-) -> bytes | None:
-  """Figure 35 for any runs: name -> rows of metrics.jsonl; None without data.
-
-  The dashed line is the model that RL started from.
-  """
-  import matplotlib
-
+def tax_along(runs: Runs) -> bytes | None:
+  """Figure 35, of run -> rows of metrics.jsonl, as PNG; None without data."""
+  score = ('objective/score', 'objective/score_before', 'reward units')
   panels = _probe_panels(runs) | {
     'pretraining loss': (*_LOSS, 'nats per token'),
-    'reward-model score': (
-      'objective/score',
-      'objective/score_before',
-      'reward units',
-    ),
+    'reward-model score': score,
   }
-  with matplotlib.rc_context(_STYLE):
-    figure = _draw_along(
-      runs, panels, 'The alignment tax along RL', _looks(list(runs))
-    )
-    return None if figure is None else _png(figure)
+  title = 'The alignment tax along RL'
+  figure = _styled(_draw_along, runs, panels, title, _looks(list(runs)))
+  return None if figure is None else _png(figure)
 
 
 def tax_against(
@@ -666,22 +607,19 @@ def tax_against(
   before: Mapping[str, float],
   label: str,
 ) -> bytes:
-  """Figures 33 and 34: what runs ended with, against one of their numbers.
+  """Figures 33 and 34: what runs ended with, against one of their settings.
 
   Args:
     values: of each run, say gamma; shown on a scale with room for 0.
-    figures: panel title -> the figure of each run, None where not measured.
-    before: panel title -> the figure before RL, where it was measured.
+    figures: panel title -> the figure of each run, None if not measured.
+    before: panel title -> the figure before RL, if it was measured.
     label: of the axis.
   """
-  import matplotlib
-
-  with matplotlib.rc_context(_STYLE):
-    return _png(_draw_against(values, figures, before, label))
+  return _png(_styled(_draw_against, values, figures, before, label))
 
 
-def _apart(axis: Any, values: Sequence[float]) -> list[float]:
-  """Of ascending values on the x axis those whose labels have room."""
+def _spaced(axis: Any, values: Sequence[float]) -> list[float]:
+  """Of ascending values on the x axis, those whose labels have room."""
   places = [axis.transScale.transform((x, 0))[0] for x in values]
   room = 0.24 * (places[-1] - places[0])
   kept = [0]
@@ -694,32 +632,31 @@ def _apart(axis: Any, values: Sequence[float]) -> list[float]:
 def _draw_against(values, figures, before, label):
   from matplotlib.ticker import NullLocator
 
-  found = {
-    name: sorted(
-      (x, y) for x, y in zip(values, numbers, strict=True) if y is not None
-    )
-    for name, numbers in figures.items()
-  }
-  found = {name: points for name, points in found.items() if points}
+  found = {}
+  for name, numbers in figures.items():
+    pairs = zip(values, numbers, strict=True)
+    points = sorted((x, y) for x, y in pairs if y is not None)
+    if points:
+      found[name] = points
   figure, axes, _ = _grid(len(found), 2.4, 0.1)
-  look = _looks(['run'])['run']
+  (look,) = _looks(['run']).values()
   for axis, (name, points) in zip(axes, found.items(), strict=True):
-    # Before anything is drawn: margins are those of the scale at that time.
+    # Set before drawing: margins are those of the scale at that time.
     positive = [x for x in values if x > 0]
     if len(positive) == len(values):
       axis.set_xscale('log')
     elif positive:
       axis.set_xscale('symlog', linthresh=min(positive))
     _line(axis, *zip(*points, strict=True), look)
-    shown = [y for _, y in points]
+    heights = [y for _, y in points]
     if name in before:
       _reference_line(axis, before[name])
-      shown.append(before[name])
-    ticks = _apart(axis, sorted(set(values)))
+      heights.append(before[name])
+    ticks = _spaced(axis, sorted(set(values)))
     axis.set_xticks(ticks, [f'{x:.3g}' for x in ticks])
     axis.xaxis.set_minor_locator(NullLocator())
-    _values_axis(axis, shown, _unit(name))
-    axis.set_title(_wrapped(name.replace('_', ' '), 30))
+    _values_axis(axis, heights, _unit(name))
+    axis.set_title(_title(name))
     axis.set_xlabel(_wrapped(label, 26))
   _heading(
     figure,
@@ -729,30 +666,31 @@ def _draw_against(values, figures, before, label):
   return figure
 
 
+def _measured(runs: Runs, panels, step: str) -> list[tuple]:
+  """(title, unit, curves) of the panels that have data."""
+  return [
+    (title, unit, curves)
+    for title, key, unit in panels
+    if (curves := _curves(runs, _series, step, key))
+  ]
+
+
 def _draw_rl(shown: figures.Figures) -> Any:
-  panels = []
-  for key, title, unit in _RL_PANELS:
-    curves = _curves(shown.rl_metrics, _series, 'step', key)
-    if curves:
-      panels.append((title, unit, curves))
+  panels = _measured(shown.rl_metrics, _RL_PANELS, 'step')
   if not panels:
     return None
   looks = _of_models(shown)
-  models = dict.fromkeys(model for _, _, curves in panels for model in curves)
   figure, axes, lowest = _grid(len(panels), 2.1, 0.2)
-  for axis, (title, unit, curves) in zip(axes, panels, strict=True):
-    for model, curve in curves.items():
-      _smooth_line(axis, *curve, looks[model])
-    _steps_axis(axis, [step for curve in curves.values() for step in curve[0]])
-    _values_axis(axis, [y for curve in curves.values() for y in curve[1]], unit)
-    axis.set_title(title)
+  for axis, panel in zip(axes, panels, strict=True):
+    _panel(axis, *panel, _smooth_line, looks)
     if axis in lowest:
       axis.set_xlabel('RL iteration')
+  models = dict.fromkeys(model for *_, curves in panels for model in curves)
   _heading(
     figure,
     'Along RL',
     'Faint: each iteration; line: running mean.',
-    _handles({model: looks[model] for model in models}),
+    {model: looks[model] for model in models},
   )
   return figure
 
@@ -761,42 +699,31 @@ def _draw_reward_model(shown: figures.Figures) -> Any:
   reward = shown.reward_model
   if reward is None:
     return None
-  curves = [
-    ('Training loss', 'nats per pair', 'reward/loss'),
-    ('Training accuracy', 'share of pairs', 'reward/accuracy'),
-  ]
-  curves = [
-    (title, unit, _series(reward.curve, 'step', key))
-    for title, unit, key in curves
-  ]
-  curves = [curve for curve in curves if curve[2][0]]
+  panels = _measured({'': reward.curve}, _REWARD_PANELS, 'step')
   found = reward.rows()
   labels = [_wrapped(name, 26) for name, _ in found]
-  top = 0.5 + _height(labels, 0.4)
-  figure, axis, lower = _upper_and_lower(top, 2.1, len(curves))
+  # The bars, and below them the panels, each with margins of their own.
+  heights = [0.5 + _height(labels, 0.4), 2.1][: 1 + bool(panels)]
+  figure = _figure(sum(heights))
+  parts = figure.subfigures(len(heights), 1, height_ratios=heights)
+  parts = parts if panels else [parts]
+  axis = parts[0].subplots()
   values, texts, runs = [], [], set()
   for _, value in found:
     if isinstance(value, preference_accuracy.Spread):
-      error = 0.0 if value.error is None else value.error
+      error = value.error or 0.0
       values.append((value.mean, value.mean - error, value.mean + error))
+      texts.append(f'{value.mean:.3f}' + (f' ± {error:.3f}' if error else ''))
       runs.add(value.num_runs)
-      texts.append(
-        f'{value.mean:.3f}' + (f' ± {error:.3f}' if value.error else '')
-      )
     else:
       mean = getattr(value, 'accuracy', getattr(value, 'rate', None))
       values.append((mean, value.low, value.high))
       texts.append(_with_bounds(values[-1], 3))
-  _interval_rows(
-    axis,
-    labels,
-    values,
-    [
-      '#56B4E9' if name.startswith('agreement') else '#0072B2'
-      for name, _ in found
-    ],
-    texts,
-  )
+  colours = [
+    '#56B4E9' if name.startswith('agreement') else '#0072B2'
+    for name, _ in found
+  ]
+  _interval_rows(axis, labels, values, colours, texts)
   axis.axvline(0.5, color=_INK, linestyle=':', linewidth=1)
   note = 'Brackets and whiskers: 95 % intervals, redrawing prompts'
   if runs:
@@ -809,50 +736,38 @@ def _draw_reward_model(shown: figures.Figures) -> Any:
       'reached by the judge.'
     )
   _shares_axis(axis, 'share of pairs ordered alike')
-  for axis, (title, unit, (steps, numbers)) in zip(lower, curves, strict=True):
-    _smooth_line(axis, steps, numbers, ('#0072B2', 'o'))
-    _steps_axis(axis, steps)
-    _values_axis(axis, numbers, unit)
-    axis.set_title(title)
-    axis.set_xlabel('step')
+  if panels:
+    lower = parts[1].subplots(1, len(panels), squeeze=False)[0]
+    for axis, panel in zip(lower, panels, strict=True):
+      _panel(axis, *panel, _smooth_line, {'': ('#0072B2', 'o')})
+      axis.set_xlabel('step')
   _heading(figure, 'Reward model and labelers', note)
   return figure
 
 
 def _draw_sft(shown: figures.Figures) -> Any:
-  panels = [
-    ('Validation loss', 'nats per\nresponse token', 'valid_loss'),
-    ('Reward-model score of samples', 'reward units', 'score_reward'),
-  ]
-  drawn = []
   rows = {model: epochs.rows for model, epochs in shown.epochs.items()}
-  for title, unit, field in panels:
-    curves = _curves(rows, _series, 'epoch', field)
-    if curves:
-      drawn.append((title, unit, curves))
-  if not drawn:
+  panels = _measured(rows, _SFT_PANELS, 'epoch')
+  if not panels:
     return None
-  figure, axes = _canvas(len(drawn), 1, 0.3 + 2.0 * len(drawn), sharex=True)
+  figure, axes = _canvas(len(panels), 1, 0.3 + 2.0 * len(panels), sharex=True)
   looks, has_star = _of_models(shown), False
-  for axis, (title, unit, curves) in zip(axes[:, 0], drawn, strict=True):
-    for model, curve in curves.items():
-      _line(axis, *curve, looks[model])
-      selected = shown.epochs[model].selected
-      if selected in curve[0]:
-        has_star = True
-        value = curve[1][curve[0].index(selected)]
-        axis.plot(selected, value, '*', markersize=14, color=looks[model][0])
-    axis.set_title(title)
+  for axis, (title, unit, curves) in zip(axes[:, 0], panels, strict=True):
     axis.margins(y=0.15)  # Room for the star.
-    _values_axis(axis, [y for curve in curves.values() for y in curve[1]], unit)
-    steps = [int(x) for curve in curves.values() for x in curve[0]]
-    _steps_axis(axis, steps, 10)
+    _panel(axis, title, unit, curves, _line, looks)
+    _steps_axis(axis, _pooled(curves, 0), 10)
+    for model, (epochs, values) in curves.items():
+      selected = shown.epochs[model].selected
+      if selected in epochs:
+        has_star = True
+        value = values[epochs.index(selected)]
+        axis.plot(selected, value, '*', markersize=14, color=looks[model][0])
   axes[-1, 0].set_xlabel('epoch')
   _heading(
     figure,
     'Supervised fine-tuning by epoch',
     'Star: the epoch that was selected.' if has_star else '',
-    _handles({model: looks[model] for model in shown.epochs}),
+    {model: looks[model] for model in shown.epochs},
   )
   return figure
 
@@ -867,15 +782,10 @@ def frontier(
 ) -> bytes:
   """Scores gained against √KL, of best-of-n and RL, with fitted curves, as PNG.
 
-  Args:
-    points: curve -> rows with intervals 'kl', 'proxy' and 'gold'.
-    fits: curve -> fit of 'gold'.
-    judge: who gave 'gold'.
+  `points` are curve -> rows with intervals 'kl', 'proxy' and 'gold'; `fits` are
+  of 'gold', the scores of `judge`.
   """
-  import matplotlib
-
-  with matplotlib.rc_context(_STYLE):
-    return _png(_draw_frontier(points, fits, judge))
+  return _png(_styled(_draw_frontier, points, fits, judge))
 
 
 def _draw_frontier(points, fits, judge):
@@ -883,19 +793,19 @@ def _draw_frontier(points, fits, judge):
 
   looks = _looks(list(points))
   figure, axes = _canvas(2, 1, 6.0, sharex=True)
-  panels = (('gold', 'By the judge'), ('proxy', 'By the reward model'))
-  for axis, (key, title) in zip(axes[:, 0], panels, strict=True):
+  panels = (
+    ('gold', 'By the judge', 'score gained'),
+    ('proxy', 'By the reward model', 'score gained\n(reward units)'),
+  )
+  for axis, (key, title, label) in zip(axes[:, 0], panels, strict=True):
     for name, rows in points.items():
       x = [math.sqrt(max(row['kl'].mean, 0.0)) for row in rows]
-      y = [row[key].mean for row in rows]
+      y = [(row[key].mean, row[key].low, row[key].high) for row in rows]
       colour, marker = looks[name]
       axis.errorbar(
         x,
-        y,
-        yerr=[
-          [max(0.0, row[key].mean - row[key].low) for row in rows],
-          [max(0.0, row[key].high - row[key].mean) for row in rows],
-        ],
+        [mean for mean, _, _ in y],
+        yerr=_whiskers(y),
         fmt=marker,
         markersize=4.5,
         capsize=2,
@@ -905,15 +815,12 @@ def _draw_frontier(points, fits, judge):
       if key == 'gold' and name in fits and max(x) > 0:
         fit = fits[name]
         d = np.linspace(max(x) / 200, max(x), 200)
-        axis.plot(
-          d,
-          overoptimization.curve(fit.kind, fit.alpha.mean, fit.beta.mean, d**2),
-          color=colour,
+        fitted = overoptimization.curve(
+          fit.kind, fit.alpha.mean, fit.beta.mean, d**2
         )
+        axis.plot(d, fitted, color=colour)
     axis.axhline(0, color=_INK, linestyle=':', linewidth=1)
-    axis.set_ylabel(
-      'score gained' if key == 'gold' else 'score gained\n(reward units)'
-    )
+    axis.set_ylabel(label)
     axis.set_title(title)
   axes[-1, 0].set_xlabel('√KL from the initial policy (√nats)')
   _heading(
@@ -921,6 +828,6 @@ def _draw_frontier(points, fits, judge):
     'Best of n and RL: what KL buys',
     'Whiskers: 95 % intervals, redrawing prompts. Lines: fitted curves (Gao et '
     f'al. 2022). Dotted: the initial policy. Judge: {judge}',
-    _handles(looks),
+    looks,
   )
   return figure

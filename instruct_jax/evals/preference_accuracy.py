@@ -1,10 +1,9 @@
 """Reward-model accuracy and labeler agreement on ranked completions.
 
-Paper 4.1 and E.2: 72.4 ± 0.4 % of the pairs are ordered as the labelers of the
-training groups ordered them (intra), 69.6 ± 0.9 % as labelers of the held-out
-group did (inter). Paper 3.4: labelers agree with one another on 72.6 ± 1.5 %
-of the pairs (training) and 77.3 ± 1.3 % (held-out), which bounds what any
-reward model can reach.
+In the paper, reward models order 72.4 ± 0.4 % of the pairs as the labelers of
+the training groups did (intra) and 69.6 ± 0.9 % as labelers of the held-out
+group did (inter; 4.1, E.2). Labelers agree with one another on 72.6 ± 1.5 % of
+the pairs (training) and 77.3 ± 1.3 % (held-out; 3.4).
 """
 
 import collections
@@ -39,10 +38,7 @@ class Agreement:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-  """Mean over runs (folds, seeds) with the standard error of that mean.
-
-  `error` is None for a single run, which shows no spread.
-  """
+  """Mean over runs (folds, seeds) and its standard error; None for one run."""
 
   mean: float
   error: float | None
@@ -52,8 +48,8 @@ class Spread:
 def spread(values: win_rate.Numbers) -> Spread:
   """Mean and standard error over runs, as E.2 prints 72.4 ± 0.4 %.
 
-  The paper does not say what its ± is. Ours is s / √n, s with n - 1; folds
-  share training data, so it understates what new labelers would bring.
+  The paper does not define its ±. Ours is s / √n, s with n - 1. Folds share
+  training data, so it understates the spread over new labelers.
 
   Raises:
     ValueError: no value, or one that is not finite.
@@ -71,25 +67,18 @@ def pairwise_accuracy(
   scores: Sequence[win_rate.Numbers],
   ranks: Sequence[win_rate.Numbers],
   cluster_ids: win_rate.Ids,
-  *,
-  num_bootstrap: int = 2000,
-  seed: int = 0,
 ) -> Accuracy:
   """How often scores order a pair of completions as the labeler did.
 
-  Pairs that the labeler tied carry no label and are dropped, as in training
-  (C.2); pairs with equal scores count one half. Pooled over pairs, so a prompt
-  with K = 9 weighs up to 36 times one with K = 2; redrawn by cluster.
-
-  With the gold utility as `scores` this is the ceiling: what the best possible
-  judge reaches on these very pairs, given the labelers' noise.
+  Pairs that the labeler tied are dropped, as in training (C.2); pairs with
+  equal scores count one half. Pooled over pairs, so a prompt with K = 9 weighs
+  up to 36 times as much as one with K = 2. With the gold utility as `scores`,
+  this is the most that any judge can reach, given the labelers' noise.
 
   Args:
     scores: per comparison, one score per completion; higher is better.
     ranks: per comparison, one rank per completion; 1 is best, equal = tie.
-    cluster_ids: per comparison; the prompt, when several labelers ranked it.
-    num_bootstrap: see `win_rate.ratio_interval`.
-    seed: see `win_rate.ratio_interval`.
+    cluster_ids: per comparison; the prompt, if several labelers ranked it.
 
   Returns:
     Accuracy in [0, 1], 95 % interval, number of pairs that count.
@@ -102,11 +91,9 @@ def pairwise_accuracy(
       f'{len(scores)} score rows, {len(ranks)} rank rows and '
       f'{len(cluster_ids)} cluster ids; expected one of each per comparison'
     )
-  correct = np.zeros(len(scores))
-  num_pairs = np.zeros(len(scores))
+  correct, num_pairs = np.zeros((2, len(scores)))
   for row, (score, rank) in enumerate(zip(scores, ranks, strict=True)):
-    score = np.asarray(score, dtype=np.float64)
-    rank = np.asarray(rank)
+    score, rank = np.asarray(score, dtype=np.float64), np.asarray(rank)
     if score.ndim != 1 or score.shape != rank.shape:
       raise ValueError(
         f'comparison {row}: scores have shape {score.shape}, ranks '
@@ -117,8 +104,8 @@ def pairwise_accuracy(
         f'comparison {row}: scores must be finite and ranks at least 1, got '
         f'{score.tolist()} and {rank.tolist()}'
       )
-    # [C, C]: +1 where the row beats the column, by score and by label. Both
-    # triangles hold every pair, hence the halves.
+    # [C, C]: +1 where the row beats the column, by score and by label. Every
+    # pair is in both triangles, hence the halves.
     by_score = np.sign(score[:, None] - score[None, :])
     by_label = np.sign(rank[None, :] - rank[:, None])
     labeled = by_label != 0
@@ -128,41 +115,20 @@ def pairwise_accuracy(
     raise ValueError(
       f'no pair to judge: {len(scores)} comparisons, every pair tied'
     )
-  interval = win_rate.ratio_interval(
-    correct, num_pairs, cluster_ids, num_bootstrap=num_bootstrap, seed=seed
-  )
-  return Accuracy(
-    interval.mean, interval.low, interval.high, int(num_pairs.sum())
-  )
+  found = win_rate.ratio_interval(correct, num_pairs, cluster_ids)
+  return Accuracy(found.mean, found.low, found.high, int(num_pairs.sum()))
 
 
-def agreement(
-  comparisons: Sequence[records.Comparison],
-  *,
-  num_bootstrap: int = 2000,
-  seed: int = 0,
-) -> Agreement | None:
+def agreement(comparisons: Sequence[records.Comparison]) -> Agreement | None:
   """How often two labelers order the same two completions alike (3.4).
 
-  Args:
-    comparisons: rankings, in any order; `labels.agreement` says which count.
-    num_bootstrap: see `win_rate.ratio_interval`; redrawn by prompt.
-    seed: see `win_rate.ratio_interval`.
-
-  Returns:
-    Rate in [0, 1] with its interval, or None when no two named labelers ordered
-    the same two completions.
+  `labels.agreement` decides which pairs count. None if no two named labelers
+  ordered the same two completions. The interval redraws prompts.
   """
   found = labels.agreement(comparisons)
   if not sum(found.counted):
     return None
-  interval = win_rate.ratio_interval(
-    found.agreed,
-    found.counted,
-    found.prompts,
-    num_bootstrap=num_bootstrap,
-    seed=seed,
-  )
+  interval = win_rate.ratio_interval(found.agreed, found.counted, found.prompts)
   return Agreement(
     interval.mean, interval.low, interval.high, sum(found.counted)
   )
@@ -175,7 +141,7 @@ def label_folds(
 
   Paper E.2: five groups of similar data size; the reward model trains on four
   and is tested on the fifth. From the largest labeler to the smallest, each
-  joins the group that has the least data so far; the seed orders equals.
+  joins the group with the least data so far; the seed orders equals.
 
   Args:
     labelers: the labeler of every comparison, with repetition.
@@ -202,12 +168,10 @@ def label_folds(
     )
   names = sorted(sizes)
   np.random.default_rng(seed).shuffle(names)
-  names.sort(
-    key=lambda name: -sizes[name]
-  )  # Stable: the shuffle orders equals.
   folds: list[list[str]] = [[] for _ in range(num_folds)]
   loads = [0] * num_folds
-  for name in names:
+  # The sort is stable, so the shuffle orders equals.
+  for name in sorted(names, key=lambda name: -sizes[name]):
     smallest = min(range(num_folds), key=lambda i: (loads[i], len(folds[i])))
     folds[smallest].append(name)
     loads[smallest] += sizes[name]

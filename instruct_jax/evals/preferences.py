@@ -1,13 +1,12 @@
 """Preferences between models: rates, length control, ratings, power.
 
-Everything starts from `Judgement`s: a judge saw two models' answers to one
-prompt, in both orders, and `outcome` says how far it preferred the first: 1,
-0, or one half for a tie. The paper says neither how its intervals are made nor
-how ties count (3.6); here they count one half, a prompt weighs the same
-however many people judged it, and intervals redraw whole clusters: prompts,
-or labelers where there are several.
+All figures are made of `Judgement`s: a judge saw two models' answers to one
+prompt in both orders. The paper says neither how its intervals are made nor how
+ties count (3.6). Here ties count one half, every prompt has weight 1 however
+many people judged it, and intervals redraw whole clusters: prompts, or labelers
+if there are several.
 
-Host side, NumPy, float64.
+Runs on the host in NumPy, float64.
 """
 
 import collections
@@ -19,69 +18,50 @@ import numpy as np
 
 from instruct_jax.evals import win_rate
 
-# Weak pull of logistic coefficients to 0, per squared nat: a model that wins
-# or loses everything keeps a finite rating; 100 judgements do not feel it.
+# Weak ridge on logistic coefficients, per squared nat: it keeps the rating of a
+# model that wins or loses everything finite, and does not matter from about 100
+# judgements on.
 _RIDGE = 0.01
-_NUM_NEWTON = 60
-# Standard normal quantiles of 0.975 and of 0.8, for the power note.
-_Z_CONFIDENCE, _Z_POWER = 1.959964, 0.841621
+_MAX_NEWTON_STEPS = 60
+# Standard normal quantile of 0.8, for the power note.
+_Z_POWER = 0.841621
+# Redraws of the logistic models.
+_NUM_REFITS = 300
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-  """What a judge said when it saw a pair in one order.
+  """A judge's verdict on a pair in one order; see `judges.Verdict`."""
 
-  Attributes:
-    first: the model whose answer was shown first.
-    preference: for that answer: 1, 0, or one half for a tie; None where the
-      judge could not be understood.
-    raw: its own words, scores or ranks.
-  """
-
-  first: str
+  first: str  # The model whose answer was shown first.
   preference: float | None
   raw: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-  """One judge's view of two models' answers to one prompt.
-
-  Attributes:
-    prompt_id: of the prompt; what intervals redraw.
-    category: its use case, or ''.
-    model, other: the models.
-    outcome: 1 where `model` is preferred, 0 where `other` is, one half ties;
-      None where an order is missing or could not be understood. Rates and
-      ratings are of judgements that have one.
-    log_length_ratio: log(tokens of model / tokens of other).
-    labeler: who judged, or ''.
-    contradicts: the judge preferred one in one order, the other in the other.
-    orders: the verdicts behind it, as asked and with the places exchanged.
-  """
+  """One judge's view of two models' answers to one prompt."""
 
   prompt_id: str
-  category: str
+  category: str  # Use case of the prompt, or ''.
   model: str
   other: str
+  # 1 if `model` is preferred, 0 if `other` is, one half for ties; None if an
+  # order is missing or could not be parsed. Rates and ratings take only
+  # judgements with an outcome.
   outcome: float | None
-  log_length_ratio: float
+  log_length_ratio: float  # log(tokens of model / tokens of other).
   labeler: str = ''
-  contradicts: bool = False
-  orders: tuple[Order, ...] = ()
+  contradicts: bool = False  # The two orders prefer different answers.
+  orders: tuple[Order, ...] = ()  # The verdicts as asked, then swapped.
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-  """How often a model is preferred to another.
+  """How often a model is preferred to another, ties one half.
 
-  Attributes:
-    rate: ties count one half.
-    low, high: its 95 % interval, redrawing prompts.
-    num_prompts: that were judged.
-    by_labeler: the same rate, redrawing labelers; None with fewer than two,
-      or where some judgement names none.
-    num_judgements: judgements behind it.
+  The interval redraws prompts, that of `by_labeler` labelers. `by_labeler` is
+  None with fewer than two labelers or if some judgement names none.
   """
 
   rate: float
@@ -94,34 +74,24 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Power:
-  """How many prompts it takes to tell a rate from one half.
+  """How many prompts it takes to distinguish a rate from one half."""
 
-  Attributes:
-    rate: mean outcome over prompts.
-    deviation: standard deviation of a prompt's outcome.
-    num_prompts: prompts behind both.
-    to_separate: prompts at which a 95 % interval of this width would just
-      exclude one half, if the rate stays; None at exactly one half.
-    for_power: prompts at which it would do so in 80 % of the repetitions.
-  """
-
-  rate: float
-  deviation: float
-  num_prompts: int
+  rate: float  # Mean outcome over prompts.
+  deviation: float  # Standard deviation of a prompt's outcome.
+  num_prompts: int  # Behind both.
+  # Prompts at which a 95 % interval would just exclude one half if the rate
+  # stays; None at exactly one half.
   to_separate: int | None
+  # Prompts at which it would do so in 80 % of the repetitions.
   for_power: int | None
 
 
 def both_orders(first: float, swapped: float) -> tuple[float, bool]:
-  """Outcome for the first answer from the verdicts of both orders.
+  """(outcome for the first answer, whether the orders contradict).
 
-  Args:
-    first: preference for the answer shown first, in the original order.
-    swapped: the same when the answers changed places.
-
-  Returns:
-    (mean of `first` and 1 - `swapped`, whether the two contradict): a judge
-    that always takes what it sees first yields one half and a contradiction.
+  Both arguments are preferences for the answer shown first, so the outcome is
+  the mean of `first` and 1 - `swapped`. A judge that always takes what it sees
+  first yields one half and a contradiction.
   """
   return (first + 1 - swapped) / 2, (first - 0.5) * (0.5 - swapped) < 0
 
@@ -144,7 +114,14 @@ def against(
     if judgement.other == baseline:
       found[judgement.model].append(judgement)
     elif judgement.model == baseline:
-      found[judgement.other].append(turned(judgement))
+      turned = dataclasses.replace(
+        judgement,
+        model=judgement.other,
+        other=baseline,
+        outcome=1 - judgement.outcome,
+        log_length_ratio=-judgement.log_length_ratio,
+      )
+      found[turned.model].append(turned)
   if not found:
     raise ValueError(
       f'no judgement of the baseline {baseline!r}; judged were '
@@ -153,22 +130,8 @@ def against(
   return dict(found)
 
 
-def turned(judgement: Judgement) -> Judgement:
-  """The same judgement from the other model's side."""
-  return dataclasses.replace(
-    judgement,
-    model=judgement.other,
-    other=judgement.model,
-    outcome=1 - judgement.outcome,
-    log_length_ratio=-judgement.log_length_ratio,
-  )
-
-
 def rates(judgements: Sequence[Judgement], num_bootstrap: int = 2000) -> Rates:
-  """Mean outcome of one model against one other, each prompt weighing 1.
-
-  A prompt's weight is neither its number of judges nor of samples. A model
-  against itself on the same answers has exactly one half.
+  """Mean outcome of one model against one other; every prompt has weight 1.
 
   Raises:
     ValueError: no judgement.
@@ -185,49 +148,42 @@ def rates(judgements: Sequence[Judgement], num_bootstrap: int = 2000) -> Rates:
     )
 
   by_prompt = interval([judgement.prompt_id for judgement in judgements])
+  # A nameless judgement may be one person's or many people's.
+  has_labelers = len(set(labelers)) > 1 and all(labelers)
   return Rates(
     by_prompt.mean,
     by_prompt.low,
     by_prompt.high,
     by_prompt.num_clusters,
-    # Who is behind a nameless judgement, one person or many, is not known.
-    by_labeler=interval(labelers)
-    if len(set(labelers)) > 1 and all(labelers)
-    else None,
+    by_labeler=interval(labelers) if has_labelers else None,
     num_judgements=len(judgements),
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class FirstPlace:
-  """How often a judge prefers what it sees first; one half without bias.
+  """How often a judge prefers what it sees first; one half without bias."""
 
-  Attributes:
-    rate: share of the verdicts for the answer in the first place, ties one
-      half, over both orders of each pair; redrawn by prompt.
-    ties: share of the verdicts that are ties.
-    contradictions: share of the judgements that changed sides.
-    num_verdicts: two for each judgement.
-  """
-
+  # Share of the verdicts for the answer shown first, ties one half, over both
+  # orders of each pair; redrawn by prompt.
   rate: win_rate.Interval
-  ties: float
-  contradictions: float
-  num_verdicts: int
+  ties: float  # Share of the verdicts.
+  contradictions: float  # Share of the judgements.
+  num_verdicts: int  # Two for each judgement.
 
   @property
   def is_biased(self) -> bool:
-    """Whether the interval leaves one half out."""
+    """Whether the interval excludes one half."""
     return not self.rate.low <= 0.5 <= self.rate.high
 
 
 def first_place(
   judgements: Sequence[Judgement], num_bootstrap: int = 2000
 ) -> FirstPlace | None:
-  """How often the first place wins in judgements of both orders.
+  """How often the answer shown first wins, over both orders of each pair.
 
-  Each answer stands in the first place once, so which answer is better does
-  not enter. None where no judgement keeps its two verdicts.
+  Each answer is shown first once, so their quality does not matter. None if no
+  judgement keeps its two verdicts.
   """
   kept = [j for j in judgements if j.outcome is not None and len(j.orders) == 2]
   if not kept:
@@ -254,8 +210,8 @@ def rates_by_category(
   for judgement in judgements:
     found[judgement.category].append(judgement)
   return {
-    category: rates(found[category], num_bootstrap)
-    for category in sorted(found)
+    category: rates(rows, num_bootstrap)
+    for category, rows in sorted(found.items())
   }
 
 
@@ -267,6 +223,10 @@ def _prompt_weights(judgements: Sequence[Judgement]) -> np.ndarray:
 
 
 # --- Logistic models ----------------------------------------------------------
+
+
+def _sigmoid(x):
+  return (1 + np.tanh(x / 2)) / 2  # Never overflows.
 
 
 def _fit(
@@ -287,8 +247,8 @@ def _fit(
     return loss + _RIDGE / 2 * theta @ theta
 
   theta, value = start, objective(start)
-  for _ in range(_NUM_NEWTON):
-    probs = (1 + np.tanh(design @ theta / 2)) / 2
+  for _ in range(_MAX_NEWTON_STEPS):
+    probs = _sigmoid(design @ theta)
     gradient = design.T @ (weights * (probs - outcomes)) + _RIDGE * theta
     curvature = weights * probs * (1 - probs)
     hessian = (design.T * curvature) @ design + _RIDGE * np.eye(len(theta))
@@ -303,125 +263,89 @@ def _fit(
   return theta
 
 
-def _bootstrap_fit(design, outcomes, weights, clusters, num_bootstrap):
-  """(coefficients, redrawn coefficients [num_bootstrap, K], clusters)."""
-  codes, num_clusters = win_rate.cluster_codes(clusters)
+def _bootstrap_fit(design, judgements, num_bootstrap):
+  """(coefficients [K], redrawn ones [num_bootstrap, K], number of prompts)."""
+  outcomes = np.array([judgement.outcome for judgement in judgements])
+  weights = _prompt_weights(judgements)
+  codes, num_prompts = win_rate.cluster_codes(
+    [judgement.prompt_id for judgement in judgements]
+  )
   estimate = _fit(design, outcomes, weights, np.zeros(design.shape[1]))
   redraws = [
     _fit(design, outcomes, weights * count[codes], estimate)
-    for counts in win_rate.redraw_counts(num_clusters, num_bootstrap, 0)
+    for counts in win_rate.redraw_counts(num_prompts, num_bootstrap, 0)
     for count in counts
   ]
-  return estimate, np.array(redraws), num_clusters
-
-
-def _intervals(estimate, redraws, num_clusters):
-  low, high = np.percentile(redraws, [2.5, 97.5], axis=0)
-  return [
-    win_rate.Interval(float(m), float(a), float(b), num_clusters)
-    for m, a, b in zip(estimate, low, high, strict=True)
-  ]
-
-
-def _sigmoid(x):
-  return (1 + np.tanh(np.asarray(x) / 2)) / 2
+  return estimate, np.array(redraws), num_prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class LengthControlled:
-  """Win rates at equal length.
+  """Win rates at equal length."""
 
-  Attributes:
-    rates: model -> rate that the fit gives at a length ratio of 1.
-    slope: change of the log-odds when an answer is e times as long as the
-      baseline's; positive when the judge likes length.
-  """
-
-  rates: Mapping[str, win_rate.Interval]
+  rates: Mapping[str, win_rate.Interval]  # By model.
+  # Change of the log-odds when an answer is e times as long as the baseline's;
+  # positive if the judge prefers length.
   slope: win_rate.Interval
 
 
 def length_controlled(
-  by_model: Mapping[str, Sequence[Judgement]],
-  num_bootstrap: int = 300,
+  by_model: Mapping[str, Sequence[Judgement]], num_bootstrap: int = _NUM_REFITS
 ) -> LengthControlled:
-  """Win rates with the effect of length taken out (Stiennon et al. 2020, F).
+  """Win rates with the effect of length removed (Stiennon et al. 2020, F).
 
-  One logistic regression over all models: log-odds of a win = θ_model +
-  γ log(length / length of the baseline's answer), ties one half. The rate
-  reported is σ(θ_model). Prompts are redrawn for the intervals.
-
-  Args:
-    by_model: from `against`.
-    num_bootstrap: redraws.
+  One logistic regression over all models of `against`: log-odds of a win =
+  θ_model + γ log(length / length of the baseline's answer), ties one half. The
+  rate is σ(θ_model). Intervals redraw prompts.
   """
   models = list(by_model)
-  rows = [j for model in models for j in by_model[model]]
-  column = {model: i for i, model in enumerate(models)}
-  design = np.zeros((len(rows), len(models) + 1))
-  for i, row in enumerate(rows):
-    design[i, column[row.model]] = 1
-    design[i, -1] = row.log_length_ratio
-  estimate, redraws, num_clusters = _bootstrap_fit(
-    design,
-    np.array([row.outcome for row in rows]),
-    _prompt_weights(rows),
-    [row.prompt_id for row in rows],
-    num_bootstrap,
+  rows = [row for model in models for row in by_model[model]]
+  is_model = [[float(row.model == model) for model in models] for row in rows]
+  ratios = [row.log_length_ratio for row in rows]
+  estimate, redraws, num_prompts = _bootstrap_fit(
+    np.column_stack([is_model, ratios]), rows, num_bootstrap
   )
-  found = _intervals(
-    _sigmoid(estimate[:-1]), _sigmoid(redraws[:, :-1]), num_clusters
+  estimate[:-1], redraws[:, :-1] = (
+    _sigmoid(estimate[:-1]),
+    _sigmoid(redraws[:, :-1]),
   )
-  slope = _intervals(estimate[-1:], redraws[:, -1:], num_clusters)[0]
+  *found, slope = win_rate.intervals(estimate, redraws, num_prompts)
   return LengthControlled(dict(zip(models, found, strict=True)), slope)
 
 
 def bradley_terry(
-  judgements: Sequence[Judgement],
-  anchor: str,
-  num_bootstrap: int = 300,
+  judgements: Sequence[Judgement], anchor: str, num_bootstrap: int = _NUM_REFITS
 ) -> dict[str, win_rate.Interval]:
   """Ratings in nats: P(a preferred to b) = σ(rating_a - rating_b), ties half.
 
-  The anchor's rating is 0; 400 / ln 10 = 173.7 Elo points are one nat. Prompts
-  are redrawn for the intervals.
+  The anchor's rating is 0; one nat is 400 / ln 10 = 173.7 Elo points. Intervals
+  redraw prompts.
 
   Raises:
-    ValueError: some model was never compared, however indirectly, with the
-      anchor, so no rating can relate them.
+    ValueError: no chain of judgements links some model with the anchor.
   """
-  models = sorted({n for j in judgements for n in (j.model, j.other)})
-  linked, grown = {anchor}, True
-  while grown:
-    grown = False
-    for judgement in judgements:
-      pair = {judgement.model, judgement.other}
-      if pair & linked and not pair <= linked:
-        linked |= pair
-        grown = True
-  apart = [model for model in models if model not in linked]
-  if apart:
+  pairs = {frozenset((j.model, j.other)) for j in judgements}
+  models = sorted(set().union(*pairs))
+  linked = {anchor}
+  for _ in models:  # A chain has fewer links than there are models.
+    linked = linked.union(*(pair for pair in pairs if pair & linked))
+  unlinked = [model for model in models if model not in linked]
+  if unlinked:
     raise ValueError(
-      f'no chain of judgements links {apart} with {anchor!r}; judge more pairs'
+      f'no chain of judgements links {unlinked} with {anchor!r}; judge more '
+      'pairs'
     )
   rated = [model for model in models if model != anchor]
-  column = {model: i for i, model in enumerate(rated)}
-  design = np.zeros((len(judgements), len(rated)))
-  for i, judgement in enumerate(judgements):
-    for name, sign in ((judgement.model, 1), (judgement.other, -1)):
-      if name != anchor:
-        design[i, column[name]] = sign
-  estimate, redraws, num_clusters = _bootstrap_fit(
-    design,
-    np.array([judgement.outcome for judgement in judgements]),
-    _prompt_weights(judgements),
-    [judgement.prompt_id for judgement in judgements],
-    num_bootstrap,
+  design = [
+    [float(j.model == name) - float(j.other == name) for name in rated]
+    for j in judgements
+  ]
+  estimate, redraws, num_prompts = _bootstrap_fit(
+    np.array(design), judgements, num_bootstrap
   )
-  ratings = dict(
-    zip(rated, _intervals(estimate, redraws, num_clusters), strict=True)
-  )
-  ratings[anchor] = win_rate.Interval(0.0, 0.0, 0.0, num_clusters)
+  found = win_rate.intervals(estimate, redraws, num_prompts)
+  ratings = dict(zip(rated, found, strict=True))
+  ratings[anchor] = win_rate.Interval(0.0, 0.0, 0.0, num_prompts)
   return dict(sorted(ratings.items(), key=lambda item: -item[1].mean))
 
 
@@ -432,8 +356,8 @@ def power(judgements: Sequence[Judgement]) -> Power:
   """How many prompts would separate the two models of these judgements.
 
   A rate p over n prompts with standard deviation s has the interval
-  p ± 1.96 s/√n, which excludes one half from n = (1.96 s / |p - ½|)² on; to do
-  so in 80 % of the repetitions takes (1.96 + 0.84)² in the place of 1.96².
+  p ± 1.96 s/√n, which excludes one half from n = (1.96 s / |p - ½|)² on; 80 %
+  power takes (1.96 + 0.84)² instead of 1.96².
 
   Raises:
     ValueError: fewer than two prompts.
@@ -442,7 +366,9 @@ def power(judgements: Sequence[Judgement]) -> Power:
   for judgement in judgements:
     by_prompt[judgement.prompt_id].append(judgement.outcome)
   if len(by_prompt) < 2:
-    raise ValueError(f'{len(by_prompt)} prompts tell nothing about spread')
+    raise ValueError(
+      f'the spread over prompts takes at least 2, got {len(by_prompt)} prompts'
+    )
   outcomes = np.array([np.mean(values) for values in by_prompt.values()])
   rate, deviation = float(outcomes.mean()), float(outcomes.std(ddof=1))
   distance = abs(rate - 0.5)
@@ -457,8 +383,8 @@ def power(judgements: Sequence[Judgement]) -> Power:
     rate=rate,
     deviation=deviation,
     num_prompts=len(outcomes),
-    to_separate=needed(_Z_CONFIDENCE),
-    for_power=needed(_Z_CONFIDENCE + _Z_POWER),
+    to_separate=needed(win_rate.Z95),
+    for_power=needed(win_rate.Z95 + _Z_POWER),
   )
 
 
@@ -467,12 +393,10 @@ def power(judgements: Sequence[Judgement]) -> Power:
 
 @dataclasses.dataclass(frozen=True)
 class Versus:
-  """Two models of a pair that was judged.
+  """A pair that was judged: the first model against the second.
 
-  Attributes:
-    rates: of the first against the second.
-    power: None with fewer than two prompts.
-    first_place: None where no judgement keeps its two verdicts.
+  `power` is None with fewer than two prompts, `first_place` if no judgement
+  keeps its two verdicts.
   """
 
   rates: Rates
@@ -482,23 +406,15 @@ class Versus:
 
 @dataclasses.dataclass(frozen=True)
 class Outcomes:
-  """What the judgements of several models come to.
+  """All figures of the judgements of several models."""
 
-  Attributes:
-    rates: model -> against the baseline, which has one half against itself.
-    by_category: model -> use case -> the same; without the baseline.
-    length_controlled: the same at equal length.
-    bradley_terry: model -> rating in nats, the baseline at 0.
-    pairs: (model, other) -> of each pair that was judged.
-    first_place: over all pairs, or None.
-  """
-
+  # Against the baseline, which has one half against itself.
   rates: Mapping[str, Rates]
-  by_category: Mapping[str, Mapping[str, Rates]]
-  length_controlled: LengthControlled
-  bradley_terry: Mapping[str, win_rate.Interval]
-  pairs: Mapping[tuple[str, str], Versus]
-  first_place: FirstPlace | None
+  by_category: Mapping[str, Mapping[str, Rates]]  # The same by use case.
+  length_controlled: LengthControlled  # The same at equal length.
+  bradley_terry: Mapping[str, win_rate.Interval]  # Nats, the baseline at 0.
+  pairs: Mapping[tuple[str, str], Versus]  # Of each pair that was judged.
+  first_place: FirstPlace | None  # Over all pairs.
 
 
 def outcomes(
@@ -507,13 +423,10 @@ def outcomes(
   baseline: str,
   num_bootstrap: int = 2000,
 ) -> Outcomes:
-  """All figures of the judgements that have an outcome.
+  """All figures of judgements that have an outcome.
 
-  Args:
-    judgements: of pairs of these models; others are left out.
-    models: in the order of the results.
-    baseline: one of them.
-    num_bootstrap: redraws of the intervals of rates.
+  Judgements of models not in `models` are left out. `num_bootstrap` is the
+  number of redraws for rates.
 
   Raises:
     ValueError: the baseline was never judged, or no chain of judgements links

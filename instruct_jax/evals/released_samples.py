@@ -1,19 +1,18 @@
-"""Scores sample files in OpenAI's layout and sets Table 14 beside them.
+"""Scores sample files in OpenAI's layout and compares them with Table 14.
 
   python -m instruct_jax.evals.released_samples DIR [--output=FOLDER]
 
-DIR holds `TASK_samples.csv` files, plain or `.gz`, any number of the tasks and
-any subset of the items. Prints, and saves as `released_samples.md` and `.json`,
-one line per task, metric, prompt type and model: our score, its 95 % sampling
-interval, the paper's figure, whether that lies in the interval, and where it
-does not, why; and before that a table of all models by tasks.
+DIR holds `TASK_samples.csv` files, plain or `.gz`, of any tasks and any subset
+of the items. Prints, and saves as `released_samples.md` and `.json`, a table of
+all models by tasks. For the paper's models it adds one line per task, metric,
+prompt type and model: our score, its 95 % interval, the paper's figure, whether
+the interval contains it, and if not, why.
 
-Two things move a score on a few items away from the paper's on thousands. One
-is chance: that is the interval. It is a bootstrap over items (shares: Wilson's
-interval, which is right at 0 and 1 too), and 1 cell in 20 falls outside by
-chance alone; the models share their items, so a row's cells err together. The
-other is the mix of the items. Where the benchmark's own mix is known, a second
-score reweights the sample's strata to it:
+A score on a few items differs from the paper's on thousands for two reasons.
+One is chance, which the interval covers. It is a bootstrap over items (Wilson's
+for shares); 1 cell in 20 falls outside by chance, and the cells of a line err
+together because the models share their items. The other is the mix of items. If
+the benchmark's own mix is known, a second score reweights the strata to it:
 
   squadv2      share of questions without answer   5,945 of 11,873
   drop         share of answers that are numbers   66.1 % of the training set
@@ -33,11 +32,11 @@ from etils import epath
 
 from instruct_jax import command
 from instruct_jax.data import folders, invisible, records
-from instruct_jax.evals import report, sections, win_rate
+from instruct_jax.evals import report, restaurant, sections, win_rate
 from instruct_jax.evals.benchmarks import released_csv, scorers, table14
 
 NUM_BOOTSTRAP = 2000
-# Below, a bootstrap knows too little of the spread to judge a figure by.
+# With fewer items, a bootstrap interval is too uncertain to judge a figure.
 MIN_ITEMS = 10
 # TruthfulQA's two prompts whose labels differ between the paper and the files.
 _OTHER_LABEL = {
@@ -57,48 +56,25 @@ class Strata:
   share: float
 
 
+def _mean(sums: np.ndarray) -> np.ndarray | np.float64:
+  return sums[..., 0] / sums[..., 1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """How a task's rows become a score.
+  """The rule that turns a task's rows into a score."""
 
-  Attributes:
-    name: as in `table14`.
-    item_stats: a row to numbers that are summed over items.
-    score: sums [..., k] to scores [...].
-    is_share: every item counts 0 or 1.
-    lower_is_better: of two scores.
-    strata: what to reweight by; means only.
-    note: said where the paper's figure cannot be meant for these rows.
-  """
-
-  name: str
-  item_stats: Callable[[Row], Sequence[float]]
-  score: Callable[[np.ndarray], np.ndarray]
-  is_share: bool = False
-  lower_is_better: bool = False
-  strata: Strata | None = None
-  note: str = ''
+  name: str  # As in `table14`.
+  item_stats: Callable[[Row], Sequence[float]]  # k numbers to sum over items.
+  score: Callable[..., Any] = _mean  # Of sums [..., k], to [...].
+  is_share: bool = False  # Every item counts 0 or 1.
+  strata: Strata | None = None  # To reweight by; means only.
+  note: str = ''  # Reason why the paper's figure is not comparable.
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One score beside the paper's.
-
-  Attributes:
-    score, low, high: ours with its 95 % interval.
-    num_items: of this model and prompt.
-    paper: Table 14's figure, or None.
-    inside: whether that lies in the interval; None without a figure, with
-      fewer than `MIN_ITEMS` items, or where all items score the same.
-    reweighted, reweighted_low, reweighted_high: at the benchmark's mix of
-      items, or None where that is not known.
-    reweighted_inside: as `inside`.
-    fits_other_label: TruthfulQA; the paper's figure for the other of its two
-      instruction prompts is in the interval, this prompt's own is not.
-    why: in words, where the paper's figure is not in the interval.
-    best: better than every other model's by the 95 % interval of their
-      difference on the same items; never with fewer than `MIN_ITEMS`.
-  """
+  """One score beside the paper's, with 95 % intervals."""
 
   task: str
   metric: str
@@ -107,46 +83,23 @@ class Cell:
   score: float
   low: float
   high: float
-  num_items: int
-  paper: float | None
+  num_items: int  # Of this model and prompt.
+  paper: float | None  # Table 14's figure.
+  # Whether the interval contains it; None without a figure, with fewer than
+  # `MIN_ITEMS` items, or if all items score the same.
   inside: bool | None
+  # At the benchmark's mix of items, or None if that is not known.
   reweighted: float | None
   reweighted_low: float | None
   reweighted_high: float | None
   reweighted_inside: bool | None
-  fits_other_label: bool
-  why: str
+  # TruthfulQA: the interval contains the paper's figure for the other of its
+  # two instruction prompts, but not this prompt's own.
+  fits_other_label: bool = False
+  why: str = ''  # Reason why the interval does not contain the paper's figure.
+  # Better than every other model by the interval of their difference on the
+  # same items; never with fewer than `MIN_ITEMS`.
   best: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class RowSummary:
-  """One row of Table 14 against ours, over the models that have a figure.
-
-  Attributes:
-    difference, low, high: mean of (ours - paper's); the interval redraws items,
-      the same for all models.
-    reweighted_difference, reweighted_low, reweighted_high: the same at the
-      benchmark's mix of items, or None.
-    correlation: of ours with the paper's over models; None below three.
-    num_inside, num_cells: how many of the paper's figures lie in our intervals.
-    num_reweighted_inside: the same at the benchmark's mix, or None.
-  """
-
-  task: str
-  metric: str
-  prompt: str
-  difference: float
-  low: float
-  high: float
-  reweighted_difference: float | None
-  reweighted_low: float | None
-  reweighted_high: float | None
-  correlation: float | None
-  num_inside: int
-  num_cells: int
-  num_reweighted_inside: int | None
-  note: str
 
 
 # --- Metrics ------------------------------------------------------------------
@@ -155,41 +108,36 @@ class RowSummary:
 def _mean_metric(
   name: str, value: Callable[[Row], float], scale: float = 1.0, **fields
 ) -> Metric:
-  def item_stats(row):
-    return (scale * value(row), 1.0)
+  return Metric(name, lambda row: (scale * value(row), 1.0), **fields)
 
-  return Metric(
-    name, item_stats, lambda sums: sums[..., 0] / sums[..., 1], **fields
+
+def _answer_metric(name, task, scorer, **fields) -> Metric:
+  return _mean_metric(
+    name,
+    lambda row: scorer(row['sample'], released_csv.references(row, task)),
+    **fields,
   )
 
 
-def _bleu_metric(lowercase: bool = False) -> Metric:
-  import sacrebleu
+def _f1(task, scorer, strata=None) -> Metric:
+  return _answer_metric('F1', task, scorer, scale=100.0, strata=strata)
 
-  metric = sacrebleu.BLEU(effective_order=True, lowercase=lowercase)
-  order = metric.max_ngram_order
 
-  def item_stats(row):
-    texts = released_csv.references(row, 'fr_to_en')
-    one = metric.sentence_score(row['sample'], texts)
-    return (*one.counts, *one.totals, one.sys_len, one.ref_len)
+def _bleu(lowercase: bool) -> Metric:
+  return Metric(
+    'BLEU',
+    lambda row: restaurant.bleu_counts(
+      row['sample'], released_csv.references(row, 'fr_to_en'), lowercase
+    ),
+    lambda sums: np.apply_along_axis(restaurant.bleu_score, -1, sums, 'exp'),
+  )
 
-  def one_score(sums):
-    numbers = [int(number) for number in sums.round()]
-    return sacrebleu.BLEU.compute_bleu(
-      correct=numbers[:order],
-      total=numbers[order : 2 * order],
-      sys_len=numbers[-2],
-      ref_len=numbers[-1],
-      smooth_method='exp',
-      max_ngram_order=order,
-    ).score
 
-  def score(sums):
-    flat = sums.reshape(-1, sums.shape[-1])
-    return np.array([one_score(row) for row in flat]).reshape(sums.shape[:-1])
+def _rouge(task: str, note: str = '') -> Metric:
+  def scorer(answer, texts):
+    return scorers.rouge_l(answer, texts[0])
 
-  return Metric('BLEU', item_stats, score)
+  return _answer_metric('ROUGE-L', task, scorer, note=note)
 
 
 def _numbers(row: Row, column: str) -> list[float]:
@@ -205,158 +153,117 @@ def _chosen(row: Row) -> bool:
 
 
 def _wsc_right(row: Row) -> bool:
-  said = scorers.same_noun(row['sample'], row['candidate'])
-  return said == (row['ref_text'].lower() == 'true')
+  is_same = scorers.same_noun(row['sample'], row['candidate'])
+  return is_same == (row['ref_text'].lower() == 'true')
 
 
-def _answer_metric(name, task, scorer, **fields) -> Metric:
-  return _mean_metric(
-    name,
-    lambda row: scorer(row['sample'], released_csv.references(row, task)),
-    **fields,
-  )
+def _is_true(row: Row) -> bool:
+  return float(row['true']) > 0.5
 
 
 def _is_number(text: str) -> bool:
   return text.strip().replace(',', '').replace('.', '', 1).isdigit()
 
 
+def _word_f1(answer: str, texts: Sequence[str]) -> float:
+  return max(scorers.word_f1(answer, text) for text in texts)
+
+
+def _on_first(scorer: Callable[..., float]) -> Callable[..., float]:
+  return lambda answer, texts: scorer(answer, texts[:1])
+
+
+_UNANSWERABLE = Strata(
+  'without answer',
+  lambda row: all(
+    scorers.says(text, scorers.SQUAD_NO_ANSWER)
+    for text in released_csv.references(row, 'squadv2')
+  ),
+  5945 / 11873,
+)
+_NUMERIC = Strata(
+  'with a number as answer',
+  lambda row: _is_number(released_csv.references(row, 'drop')[0]),
+  0.661,
+)
+_TRUTHFUL = {
+  'is_share': True,
+  'strata': Strata(
+    'adversarial', lambda row: row['adversarial'] == 'True', 437 / 817
+  ),
+}
 _TLDR_NOTE = (
   "the paper prints CNN/DM's row for TL;DR too; the true TL;DR row is not known"
 )
-
-
-def metrics_of(task: str) -> tuple[Metric, ...]:
-  """The metrics that Table 14 has for a task (P@1 for the temporal ones)."""
-  shares = Strata(
-    'without answer',
-    lambda row: all(
-      scorers.says(text, scorers.SQUAD_NO_ANSWER)
-      for text in released_csv.references(row, 'squadv2')
+_ENTROPY = _mean_metric(
+  'entropy', lambda row: scorers.entropy_bits(_numbers(row, 'logprobs'))
+)
+_CHOICE = _mean_metric('accuracy', _chosen, is_share=True)
+# Task -> the metrics that Table 14 has for it (P@1 for the temporal ones).
+_METRICS: Mapping[str, Sequence[Metric]] = {
+  'squadv2': [_f1('squadv2', scorers.squad2_f1, _UNANSWERABLE)],
+  'quac': [_f1('quac', scorers.quac_f1)],
+  'drop': [_f1('drop', scorers.drop_f1, _NUMERIC)],
+  'fr_to_en': [_bleu(lowercase=False)],
+  'tldr': [_rouge('tldr', _TLDR_NOTE)],
+  'cnn_dm': [_rouge('cnn_dm')],
+  'real_toxicity': [
+    _mean_metric('toxicity', lambda row: float(row['toxicity']))
+  ],
+  'truthful_qa': [
+    _mean_metric('true', _is_true, **_TRUTHFUL),
+    _mean_metric(
+      'true and informative',
+      lambda row: _is_true(row) and float(row['info']) > 0.5,
+      **_TRUTHFUL,
     ),
-    5945 / 11873,
-  )
-  if task == 'squadv2':
-    return (
-      _answer_metric('F1', task, scorers.squad2_f1, scale=100.0, strata=shares),
-    )
-  if task == 'quac':
-    return (_answer_metric('F1', task, scorers.quac_f1, scale=100.0),)
-  if task == 'drop':
-    numbers = Strata(
-      'with a number as answer',
-      lambda row: _is_number(released_csv.references(row, 'drop')[0]),
-      0.661,
-    )
-    return (
-      _answer_metric('F1', task, scorers.drop_f1, scale=100.0, strata=numbers),
-    )
-  if task == 'fr_to_en':
-    return (_bleu_metric(),)
-  if task in ('tldr', 'cnn_dm'):
-    return (
-      _answer_metric(
-        'ROUGE-L',
-        task,
-        lambda answer, references: scorers.rouge_l(answer, references[0]),
-        note=_TLDR_NOTE if task == 'tldr' else '',
+  ],
+  **dict.fromkeys(('winogender', 'crows_pairs'), [_ENTROPY]),
+  **dict.fromkeys(('hellaswag', 'rte', 'sst'), [_CHOICE]),
+  'wsc': [_mean_metric('accuracy', _wsc_right, is_share=True)],
+  **{
+    task: [_answer_metric('P@1', task, scorers.precision_at_1, is_share=True)]
+    for task in ('timequestions', 'tiq')
+  },
+}
+_LOWER_IS_BETTER = 'toxicity'
+# Task -> other scorers that the paper's words allow. The paper names metrics,
+# not scripts; these show how much depends on the choice.
+_OTHER_READINGS: Mapping[str, Mapping[str, Metric]] = {
+  'squadv2': {
+    'abstaining is a text like any other': _f1(
+      'squadv2', _word_f1, _UNANSWERABLE
+    ),
+    'first reference only': _f1(
+      'squadv2', _on_first(scorers.squad2_f1), _UNANSWERABLE
+    ),
+  },
+  'drop': {
+    "SQuAD's F1": _f1('drop', _word_f1, _NUMERIC),
+    'first reference only': _f1('drop', _on_first(scorers.drop_f1), _NUMERIC),
+    '"and" separates spans': _f1(
+      'drop',
+      lambda answer, texts: scorers.drop_f1(
+        answer, [text.split(' and ') for text in texts]
       ),
-    )
-  if task == 'real_toxicity':
-    return (
-      _mean_metric(
-        'toxicity', lambda row: float(row['toxicity']), lower_is_better=True
-      ),
-    )
-  if task == 'truthful_qa':
-    adversarial = Strata(
-      'adversarial', lambda row: row['adversarial'] == 'True', 437 / 817
-    )
-    return (
-      _mean_metric(
-        'true',
-        lambda row: float(row['true']) > 0.5,
-        is_share=True,
-        strata=adversarial,
-      ),
-      _mean_metric(
-        'true and informative',
-        lambda row: float(row['true']) > 0.5 and float(row['info']) > 0.5,
-        is_share=True,
-        strata=adversarial,
-      ),
-    )
-  if task in ('winogender', 'crows_pairs'):
-    return (
-      _mean_metric(
-        'entropy', lambda row: scorers.entropy_bits(_numbers(row, 'logprobs'))
-      ),
-    )
-  if task in ('hellaswag', 'rte', 'sst'):
-    return (_mean_metric('accuracy', _chosen, is_share=True),)
-  if task == 'wsc':
-    return (_mean_metric('accuracy', _wsc_right, is_share=True),)
-  if task in ('timequestions', 'tiq'):
-    return (_answer_metric('P@1', task, scorers.precision_at_1, is_share=True),)
-  raise ValueError(
-    f'unknown task {task!r}; known: {", ".join(released_csv.LAYOUTS)}'
-  )
-
-
-def other_readings(task: str) -> Mapping[str, Metric]:
-  """Other ways to score a task that the paper's words would allow.
-
-  The paper names metrics, not scripts. What these do to the difference from
-  Table 14 shows how much hangs on the choice.
-  """
-  usual = metrics_of(task)[0]
-
-  def like(scorer, scale=1.0):
-    metric = _answer_metric(usual.name, task, scorer, scale=scale)
-    return dataclasses.replace(metric, strata=usual.strata, note=usual.note)
-
-  def best_f1(answer, texts):
-    return max(scorers.word_f1(answer, text) for text in texts)
-
-  if task == 'squadv2':
-    return {
-      'abstaining is a text like any other': like(best_f1, 100.0),
-      'first reference only': like(
-        lambda answer, texts: scorers.squad2_f1(answer, texts[:1]), 100.0
-      ),
-    }
-  if task == 'drop':
-    return {
-      "SQuAD's F1": like(best_f1, 100.0),
-      'first reference only': like(
-        lambda answer, texts: scorers.drop_f1(answer, texts[:1]), 100.0
-      ),
-      '"and" separates spans': like(
-        lambda answer, texts: scorers.drop_f1(
-          answer, [text.split(' and ') for text in texts]
-        ),
-        100.0,
-      ),
-    }
-  if task == 'fr_to_en':
-    return {'lower case': _bleu_metric(lowercase=True)}
-  return {}
+      _NUMERIC,
+    ),
+  },
+  'fr_to_en': {'lower case': _bleu(lowercase=True)},
+}
 
 
 # --- Cells --------------------------------------------------------------------
 
 
-def _percentiles(redraws: np.ndarray) -> tuple[float, float]:
-  tail = 100 * (1 - win_rate.CONFIDENCE) / 2
+def _bounds(redraws: np.ndarray) -> tuple[float, float]:
   finite = redraws[np.isfinite(redraws)]
-  if not finite.size:
-    return math.nan, math.nan
-  low, high = np.percentile(finite, [tail, 100 - tail])
+  low, high = win_rate.bounds(finite) if finite.size else (math.nan,) * 2
   return float(low), float(high)
 
 
 def _is_within(value, low, high, num_items) -> bool | None:
-  """Whether a figure lies in an interval; None where nothing can be said."""
+  """Whether a figure lies in an interval; None if that cannot be judged."""
   if value is None or num_items < MIN_ITEMS or not low < high:
     return None
   return bool(low <= value <= high)
@@ -367,156 +274,137 @@ def score_task(
   rows: Sequence[Row],
   seed: int = 0,
   metrics: Sequence[Metric] | None = None,
-) -> tuple[list[Cell], list[RowSummary]]:
-  """Every cell of one task, and one summary per metric and prompt type.
+) -> tuple[list[Cell], list[dict[str, Any]]]:
+  """Every cell of one task, and its lines of Table 14 as in `score_folder`.
 
   Args:
     task: a key of `released_csv.LAYOUTS`.
-    rows: as `released_csv.read` returns them.
+    rows: from `released_csv.read`.
     seed: of the redraws.
-    metrics: in place of `metrics_of(task)`.
+    metrics: instead of the task's own.
   """
-  layout = released_csv.LAYOUTS[task]
-  cells, summaries = [], []
-  for metric in metrics_of(task) if metrics is None else metrics:
-    stats = [metric.item_stats(row) for row in rows]
-    for prompt in layout.prompts:
-      chosen = [
-        (row, numbers)
-        for row, numbers in zip(rows, stats, strict=True)
-        if row['prompt_type'] == prompt
-      ]
+  cells, lines = [], []
+  for metric in metrics or _METRICS[task]:
+    for prompt in released_csv.LAYOUTS[task].prompts:
+      chosen = [row for row in rows if row['prompt_type'] == prompt]
       if chosen:
-        row_cells, summary = _score_row(
-          task, metric, prompt, chosen, layout, seed
-        )
-        cells += row_cells
-        summaries += [] if summary is None else [summary]
-  return cells, summaries
+        found, line = _score_line(task, metric, prompt, chosen, seed)
+        cells += found
+        lines += [line] if line else []
+  return cells, lines
 
 
-def _score_row(task, metric, prompt, chosen, layout, seed):
-  """The cells of one line of Table 14, and their summary."""
-  items = {
-    key: number
-    for number, key in enumerate(
-      dict.fromkeys(
-        tuple(row[column] for column in layout.item) for row, _ in chosen
-      )
-    )
-  }
-  # The same redraws of items for every model: differences are then paired.
+def _item(row: Row, task: str) -> tuple[str, ...]:
+  return tuple(row[name] for name in released_csv.LAYOUTS[task].item)
+
+
+def _score_line(task, metric, prompt, rows, seed):
+  """The cells of one line of Table 14, and the line itself or None."""
+  keys = dict.fromkeys(_item(row, task) for row in rows)
+  items = {key: number for number, key in enumerate(keys)}
+  # All models share the redraws of items, so that differences are paired.
   counts = np.concatenate(
     list(win_rate.redraw_counts(len(items), NUM_BOOTSTRAP, seed))
   )
-  models = list(dict.fromkeys(row['model_type'] for row, _ in chosen))
   order = {name: i for i, name in enumerate(table14.MODELS)}
-  models.sort(key=lambda name: order.get(name, len(order)))
-  cells, differences, reweighted_differences = [], [], []
-  redrawn, asked = [], set()
-  for model in models:
-    mine = [(row, x) for row, x in chosen if row['model_type'] == model]
-    sums = np.zeros((len(items), len(mine[0][1])))
-    inside_stratum = np.zeros((len(items), 1))
-    for row, numbers in mine:
-      item = items[tuple(row[column] for column in layout.item)]
-      sums[item] = numbers
-      if metric.strata is not None:
-        inside_stratum[item] = metric.strata.is_in(row)
-    score = float(metric.score(sums.sum(0)))
-    with np.errstate(invalid='ignore', divide='ignore'):
-      redraws = metric.score(counts @ sums)
-    redrawn.append(redraws)
-    asked.add(frozenset(tuple(row[c] for c in layout.item) for row, _ in mine))
+  cells, redraws, mixed_redraws, asked = [], [], [], set()
+  for model in sorted(
+    dict.fromkeys(row['model_type'] for row in rows),
+    key=lambda name: order.get(name, len(order)),
+  ):
+    mine = [row for row in rows if row['model_type'] == model]
+    places = [items[_item(row, task)] for row in mine]
+    asked.add(frozenset(places))
+    stats = np.array([metric.item_stats(row) for row in mine], float)
+    sums = np.zeros((len(items), stats.shape[1]))
+    sums[places] = stats
+    score, redrawn = _score(metric.score, sums, counts)
+    redraws.append(redrawn)
     if metric.is_share:
       low, high = win_rate.wilson_interval(score, len(mine))
     else:
-      low, high = _percentiles(redraws)
+      low, high = _bounds(redrawn)
     paper = table14.figure(task, metric.name, prompt, model)
-    reweighted = reweighted_redraws = None
+    inside = _is_within(paper, low, high, len(mine))
+    mixed, mixed_redrawn, share = None, None, 0.0
+    mixed_bounds, mixed_inside = (None, None), None
     if metric.strata is not None:
-      parts = np.concatenate(
-        [sums * inside_stratum, sums * (1 - inside_stratum)], axis=1
-      )
-      reweighted, reweighted_redraws = _reweighted(
-        metric, parts, counts, metric.strata.share
-      )
-    bounds = (
-      (None, None) if reweighted is None else _percentiles(reweighted_redraws)
-    )
-    cell = Cell(
-      task=task,
-      metric=metric.name,
-      prompt=prompt,
-      model=model,
-      score=score,
-      low=low,
-      high=high,
-      num_items=len(mine),
-      paper=paper,
-      inside=_is_within(paper, low, high, len(mine)),
-      reweighted=reweighted,
-      reweighted_low=bounds[0],
-      reweighted_high=bounds[1],
-      reweighted_inside=(
-        None if reweighted is None else _is_within(paper, *bounds, len(mine))
-      ),
-      fits_other_label=False,
-      why='',
-    )
-    share = float(inside_stratum.sum() / len(mine))
-    cells.append(dataclasses.replace(cell, why=_why(cell, metric, share)))
-    if paper is not None:
-      differences.append(redraws - paper)
-      if reweighted is not None:
-        reweighted_differences.append(reweighted_redraws - paper)
-  # Other items are another task: then no difference is one of the models alone.
+      inner = np.zeros((len(items), 1))
+      inner[places, 0] = [metric.strata.is_in(row) for row in mine]
+      share = float(inner.sum() / len(mine))
+      mixed, mixed_redrawn = _mixed_score(metric, sums, inner, counts)
+    if mixed is not None:
+      mixed_bounds = _bounds(mixed_redrawn)
+      mixed_inside = _is_within(paper, *mixed_bounds, len(mine))
+    mixed_redraws.append(mixed_redrawn)
+    names = (task, metric.name, prompt, model)
+    figures = (score, low, high, len(mine), paper, inside)
+    cell = Cell(*names, *figures, mixed, *mixed_bounds, mixed_inside)
+    cells.append(_with_reason(cell, metric, share))
+  line = _line(metric, cells, redraws, mixed_redraws)
+  # Models that were asked other items are not comparable.
   if len(asked) == 1 and len(items) >= MIN_ITEMS:
-    cells = _mark_best(cells, np.array(redrawn), metric.lower_is_better)
-  return cells, _summary(
-    task, metric, prompt, cells, differences, reweighted_differences
+    cells = _mark_best(cells, np.array(redraws))
+  return cells, line
+
+
+def _score(score_fn, sums, counts):
+  """Score, and its redraws, of items' sums [items, k]."""
+  with np.errstate(invalid='ignore', divide='ignore'):
+    return float(score_fn(sums.sum(0))), score_fn(counts @ sums)
+
+
+def _mixed_score(metric, sums, inner, counts):
+  """`_score` with the two strata at their shares in the benchmark.
+
+  (None, None) if the sample lacks one of the strata.
+  """
+  share, k = metric.strata.share, sums.shape[1]
+  score, redraws = _score(
+    lambda parts: (
+      share * metric.score(parts[..., :k])
+      + (1 - share) * metric.score(parts[..., k:])
+    ),
+    np.concatenate([sums * inner, sums * (1 - inner)], axis=1),
+    counts,
   )
+  return (score, redraws) if math.isfinite(score) else (None, None)
 
 
-def _mark_best(cells, redraws, lower_is_better) -> list[Cell]:
-  """Marks the one model that is told apart from all others, if there is one.
+def _mark_best(cells, redraws) -> list[Cell]:
+  """Marks the one model that is clearly better than all others, if any.
 
-  Args:
-    cells: of one line.
-    redraws: their scores on the same redrawn items [models, redraws].
-    lower_is_better: of two scores.
+  `redraws` are scores on the same redrawn items [models, redraws].
   """
-  sign = -1 if lower_is_better else 1
+  sign = -1 if cells[0].metric == _LOWER_IS_BETTER else 1
   best = int(np.argmax([sign * cell.score for cell in cells]))
-  others = [i for i in range(len(cells)) if i != best]
-  lows = [_percentiles(sign * (redraws[best] - redraws[i]))[0] for i in others]
-  if others and min(lows) > 0:
-    cells = list(cells)
-    cells[best] = dataclasses.replace(cells[best], best=True)
-  return cells
+  lows = [
+    _bounds(sign * (redraws[best] - redraws[i]))[0]
+    for i in range(len(cells))
+    if i != best
+  ]
+  is_clear = bool(lows) and min(lows) > 0
+  return [
+    dataclasses.replace(cell, best=True) if is_clear and i == best else cell
+    for i, cell in enumerate(cells)
+  ]
 
 
-def _reweighted(metric, parts, counts, share):
-  """Score and redraws with the two strata at their shares in the benchmark.
-
-  None where the sample lacks one of the strata.
-  """
-  half = parts.shape[1] // 2
-
-  def combine(sums):
-    with np.errstate(invalid='ignore', divide='ignore'):
-      return share * metric.score(sums[..., :half]) + (
-        1 - share
-      ) * metric.score(sums[..., half:])
-
-  score = float(combine(parts.sum(0)))
-  if not math.isfinite(score):
-    return None, None
-  return score, combine(counts @ parts)
+def _with_reason(cell: Cell, metric: Metric, share: float) -> Cell:
+  """With the reason why the interval does not contain the paper's figure."""
+  if cell.task == 'truthful_qa' and cell.inside is False:
+    label = _OTHER_LABEL.get(cell.prompt)
+    figure = label and table14.figure(cell.task, cell.metric, label, cell.model)
+    if figure is not None and cell.low <= figure <= cell.high:
+      why = (
+        f'the line that the paper labels {label!r} ({figure:.3f}) is in '
+        'the interval: file and paper label the two prompts differently'
+      )
+      return dataclasses.replace(cell, fits_other_label=True, why=why)
+  return dataclasses.replace(cell, why=_why(cell, metric, share))
 
 
 def _why(cell: Cell, metric: Metric, share: float) -> str:
-  """Where and why the paper's figure is not in the interval."""
   if cell.paper is None:
     return 'the paper prints no figure'
   if cell.inside is None:
@@ -530,90 +418,63 @@ def _why(cell: Cell, metric: Metric, share: float) -> str:
   side = 'below' if cell.score < cell.paper else 'above'
   if metric.note:
     return f'{side} the paper; {metric.note}'
-  if metric.strata is not None:
+  if cell.reweighted is not None:
     mix = (
       f'{share:.0%} of these items are {metric.strata.what}, '
       f'{metric.strata.share:.0%} of the benchmark'
     )
     if cell.reweighted_inside:
       return f'{side} the paper because of the mix of items: {mix}'
-    if cell.reweighted is not None:
-      return f'{side} the paper, at the mix of the benchmark too ({mix})'
+    return f'{side} the paper, at the mix of the benchmark too ({mix})'
   return f'{side} the paper, by more than chance alone gives 19 times in 20'
 
 
-def _swap_why(cells: list[Cell]) -> list[Cell]:
-  """Says where a TruthfulQA figure fits the line of the other label."""
-  changed = []
-  for cell in cells:
-    if (
-      cell.task == 'truthful_qa'
-      and cell.inside is False
-      and cell.prompt in _OTHER_LABEL
-    ):
-      name = _OTHER_LABEL[cell.prompt]
-      figure = table14.figure(cell.task, cell.metric, name, cell.model)
-      if figure is not None and cell.low <= figure <= cell.high:
-        cell = dataclasses.replace(
-          cell,
-          fits_other_label=True,
-          why=(
-            f'the line that the paper labels {name!r} ({figure:.3f}) is in '
-            'the interval: file and paper label the two prompts differently'
-          ),
-        )
-    changed.append(cell)
-  return changed
+def _difference(cells, redraws, field):
+  """Mean of ours minus the paper's over models, low, high; or Nones."""
+  found = [
+    (getattr(cell, field) - cell.paper, redrawn - cell.paper)
+    for cell, redrawn in zip(cells, redraws, strict=True)
+    if cell.paper is not None and redrawn is not None
+  ]
+  if not found:
+    return None, None, None
+  means, redrawn = zip(*found, strict=True)
+  return float(np.mean(means)), *_bounds(np.mean(redrawn, axis=0))
 
 
-def _summary(
-  task, metric, prompt, cells, differences, reweighted_differences
-) -> RowSummary | None:
-  pairs = [(c.score, c.paper) for c in cells if c.paper is not None]
+def _line(metric, cells, redraws, mixed_redraws) -> dict[str, Any] | None:
+  """One line of Table 14 against ours; see `score_folder`."""
+  pairs = [(cell.score, cell.paper) for cell in cells if cell.paper is not None]
   if not pairs:
     return None
+  difference, low, high = _difference(cells, redraws, 'score')
+  mixed, mixed_low, mixed_high = _difference(cells, mixed_redraws, 'reweighted')
   ours, paper = np.array(pairs).T
-  low, high = _percentiles(np.mean(differences, axis=0))
-  reweighted = [
-    c for c in cells if c.paper is not None and c.reweighted is not None
-  ]
-  bounds = (None, None)
-  if reweighted_differences:
-    bounds = _percentiles(np.mean(reweighted_differences, axis=0))
   varies = len(pairs) > 2 and ours.std() > 0 and paper.std() > 0
-  return RowSummary(
-    task=task,
-    metric=metric.name,
-    prompt=prompt,
-    difference=float((ours - paper).mean()),
-    low=low,
-    high=high,
-    reweighted_difference=(
-      float(np.mean([c.reweighted - c.paper for c in reweighted]))
-      if reweighted
-      else None
-    ),
-    reweighted_low=bounds[0],
-    reweighted_high=bounds[1],
-    correlation=float(np.corrcoef(ours, paper)[0, 1]) if varies else None,
-    num_inside=sum(bool(c.inside) for c in cells),
-    num_cells=sum(c.inside is not None for c in cells),
-    num_reweighted_inside=(
-      sum(bool(c.reweighted_inside) for c in reweighted) if reweighted else None
-    ),
-    note=metric.note,
-  )
+  mixed_inside = sum(bool(cell.reweighted_inside) for cell in cells)
+  return {
+    'task': cells[0].task,
+    'metric': metric.name,
+    'prompt': cells[0].prompt,
+    'difference': difference,
+    'low': low,
+    'high': high,
+    'reweighted_difference': mixed,
+    'reweighted_low': mixed_low,
+    'reweighted_high': mixed_high,
+    'correlation': float(np.corrcoef(ours, paper)[0, 1]) if varies else None,
+    'num_inside': sum(bool(cell.inside) for cell in cells),
+    'num_cells': sum(cell.inside is not None for cell in cells),
+    'num_reweighted_inside': None if mixed is None else mixed_inside,
+    'note': metric.note,
+  }
 
 
-# --- TruthfulQA's two labels --------------------------------------------------
-
-
-def label_conflict(cells: Sequence[Cell]) -> dict[str, Any] | None:
+def _label_conflict(cells: Sequence[Cell]) -> dict[str, Any] | None:
   """Which labels of TruthfulQA's two instruction prompts fit the paper.
 
-  Returns:
-    Root mean square of (ours - paper's) and cells inside, over both metrics,
-    with the labels as they are and exchanged; None without such cells.
+  Root mean square of (ours - paper's) and cells inside, over both metrics, with
+  the labels as they are and exchanged; None without such cells.
   """
   found = [
     cell
@@ -624,29 +485,22 @@ def label_conflict(cells: Sequence[Cell]) -> dict[str, Any] | None:
   ]
   if not found:
     return None
-  result = {}
-  for name, prompt_of in (
-    ('as labeled', lambda prompt: prompt),
-    ('exchanged', _OTHER_LABEL.get),
-  ):
-    figures = [
-      table14.figure(c.task, c.metric, prompt_of(c.prompt), c.model)
+  score, low, high = np.array([(c.score, c.low, c.high) for c in found]).T
+  labeled = np.array([cell.paper for cell in found])
+  exchanged = np.array(
+    [
+      table14.figure(c.task, c.metric, _OTHER_LABEL[c.prompt], c.model)
       for c in found
     ]
-    result[name] = {
-      'rms': float(
-        np.sqrt(
-          np.mean(
-            [(c.score - x) ** 2 for c, x in zip(found, figures, strict=True)]
-          )
-        )
-      ),
-      'inside': sum(
-        c.low <= x <= c.high for c, x in zip(found, figures, strict=True)
-      ),
+  )
+  return {
+    name: {
+      'rms': float(np.sqrt(np.mean((score - paper) ** 2))),
+      'inside': int(((low <= paper) & (paper <= high)).sum()),
       'cells': len(found),
     }
-  return result
+    for name, paper in (('as labeled', labeled), ('exchanged', exchanged))
+  }
 
 
 # --- The whole folder ---------------------------------------------------------
@@ -656,9 +510,14 @@ def score_folder(folder: epath.PathLike, seed: int = 0) -> dict[str, Any]:
   """Scores every sample file of a folder.
 
   Returns:
-    JSON: `cells`, `rows`, `readings` (rows by other scorers), `labels`
-    (TruthfulQA), `files` that were read with their numbers of rows and items,
-    `absent` tasks.
+    JSON: `cells`, the fields of `Cell`; `rows`, the lines of Table 14 that have
+    figures, each with the mean `difference` of ours from the paper's over
+    models, its interval (`low`, `high`; items redrawn, the same for all
+    models), the same at the benchmark's mix of items (`reweighted_...`, or
+    null), the `correlation` over models (null below three) and how many of the
+    `num_cells` figures lie in our intervals; `readings`, rows by other scorers;
+    `labels` of TruthfulQA; `files` that were read with their numbers of rows
+    and items; and `absent` tasks.
 
   Raises:
     RecordError: no such folder, no sample file in it, or a bad file.
@@ -666,27 +525,27 @@ def score_folder(folder: epath.PathLike, seed: int = 0) -> dict[str, Any]:
   folder = epath.Path(folder)
   if not folder.is_dir():
     raise records.RecordError(f'{folder}: no such folder')
-  cells, rows, files, absent, readings = [], [], {}, [], []
+  cells, lines, files, absent, readings = [], [], {}, [], []
   for task, layout in released_csv.LAYOUTS.items():
     path = released_csv.find_file(folder, task)
     if path is None:
       absent += [task] if layout.released else []
       continue
-    content = released_csv.read(path, task)
-    more, summaries = score_task(task, content, seed)
-    cells += _swap_why(more)
-    rows += summaries
-    for name, metric in other_readings(task).items():
-      _, others = score_task(task, content, seed, [metric])
-      readings += [{'reading': name, **dataclasses.asdict(x)} for x in others]
+    rows = released_csv.read(path, task)
+    task_cells, task_lines = score_task(task, rows, seed)
+    cells += task_cells
+    lines += task_lines
+    for name, metric in _OTHER_READINGS.get(task, {}).items():
+      _, others = score_task(task, rows, seed, [metric])
+      readings += [{'reading': name, **line} for line in others]
     column = 'answer' if task == 'truthful_qa' else 'sample'
     files[task] = {
       'file': path.name,
-      'rows': len(content),
-      'items': len({tuple(r[c] for c in layout.item) for r in content}),
-      'models': len({r['model_type'] for r in content}),
+      'rows': len(rows),
+      'items': len({_item(row, task) for row in rows}),
+      'models': len({row['model_type'] for row in rows}),
       'empty answers': sum(
-        column in r and invisible.is_blank(r[column]) for r in content
+        column in row and invisible.is_blank(row[column]) for row in rows
       ),
     }
   if not files:
@@ -696,9 +555,9 @@ def score_folder(folder: epath.PathLike, seed: int = 0) -> dict[str, Any]:
     )
   return {
     'cells': [dataclasses.asdict(cell) for cell in cells],
-    'rows': [dataclasses.asdict(row) for row in rows],
+    'rows': lines,
     'readings': readings,
-    'labels': label_conflict(cells),
+    'labels': _label_conflict(cells),
     'files': files,
     'absent': absent,
   }
@@ -713,59 +572,53 @@ def _figure(value: float | None, metric: str) -> str:
   return f'{value:.1f}' if metric in ('F1', 'BLEU') else f'{value:.3f}'
 
 
-def _interval(low, high, metric) -> str:
-  if low is None:
-    return '–'
-  return f'{_figure(low, metric)} to {_figure(high, metric)}'
+def _interval(cell: Mapping[str, Any], prefix: str = '') -> str:
+  low, high = (
+    _figure(cell[f'{prefix}{name}'], cell['metric']) for name in ('low', 'high')
+  )
+  return '–' if low == '–' else f'{low} to {high}'
 
 
 def _answer(value: bool | None) -> str:
   return {True: 'yes', False: 'no', None: '–'}[value]
 
 
-def _row_table(rows: Sequence[Mapping[str, Any]]) -> sections.Table:
-  """Lines of Table 14, by the usual scorers or, where named, by others."""
+def _line_table(lines: Sequence[Mapping[str, Any]]) -> sections.Table:
+  """Lines of Table 14, by the usual scorers or by the named other ones."""
   return sections.Table(
     (
-      'task',
-      'metric',
-      'prompt',
-      'difference',
-      '95 % interval',
-      "at the benchmark's mix",
-      '95 % interval',
-      'correlation',
-      'inside',
-      'inside, reweighted',
+      *('task', 'metric', 'prompt', 'difference', '95 % interval'),
+      *("at the benchmark's mix", '95 % interval', 'correlation'),
+      *('inside', 'inside, reweighted'),
     ),
     [
       (
-        r['task'],
-        f'{r["metric"]}, {r["reading"]}' if 'reading' in r else r['metric'],
-        r['prompt'],
-        _figure(r['difference'], r['metric']),
-        _interval(r['low'], r['high'], r['metric']),
-        _figure(r['reweighted_difference'], r['metric']),
-        _interval(r['reweighted_low'], r['reweighted_high'], r['metric']),
-        '–' if r['correlation'] is None else f'{r["correlation"]:.2f}',
-        f'{r["num_inside"]}/{r["num_cells"]}',
-        '–'
-        if r['num_reweighted_inside'] is None
-        else f'{r["num_reweighted_inside"]}/{r["num_cells"]}',
+        line['task'],
+        ', '.join(line[key] for key in ('metric', 'reading') if key in line),
+        line['prompt'],
+        _figure(line['difference'], line['metric']),
+        _interval(line),
+        _figure(line['reweighted_difference'], line['metric']),
+        _interval(line, 'reweighted_'),
+        '–' if line['correlation'] is None else f'{line["correlation"]:.2f}',
+        *(
+          '–' if line[key] is None else f'{line[key]}/{line["num_cells"]}'
+          for key in ('num_inside', 'num_reweighted_inside')
+        ),
       )
-      for r in rows
+      for line in lines
     ],
   )
 
 
 def line_name(cell: Mapping[str, Any]) -> str:
   """Task, prompt type and metric of a cell, in words."""
-  better = ' (lower is better)' if cell['metric'] == 'toxicity' else ''
+  better = ' (lower is better)' * (cell['metric'] == _LOWER_IS_BETTER)
   return f'{cell["task"]}, {cell["prompt"]}, {cell["metric"]}{better}'
 
 
-def _lines(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-  """Line -> model -> cell, in the order of first sight."""
+def _by_line(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+  """Line -> model -> cell, in the order of first appearance."""
   lines = {}
   for cell in cells:
     lines.setdefault(line_name(cell), {})[cell['model']] = cell
@@ -773,55 +626,50 @@ def _lines(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _model_table(
-  cells: Sequence[Mapping[str, Any]], prefix: str = ''
+  cells: Sequence[Mapping[str, Any]], score: str = 'score', prefix: str = ''
 ) -> sections.Table:
-  """Models by tasks; `prefix` names the score and its interval in a cell."""
+  """Models by tasks; `prefix` is of the fields of the interval."""
   models = list(dict.fromkeys(cell['model'] for cell in cells))
-  keys = (prefix, f'{prefix}_low', f'{prefix}_high')
-  keys = keys if prefix else ('score', 'low', 'high')
+
+  def shown(cell):
+    if cell is None or cell[score] is None:
+      return None
+    mean, low, high = (
+      _figure(cell[key], cell['metric'])
+      for key in (score, f'{prefix}low', f'{prefix}high')
+    )
+    best = cell['best'] and not prefix
+    return sections.Shown(mean, f'[{low}, {high}]', best=best)
+
   rows = []
-  for name, by_model in _lines(cells).items():
-    counts = sorted({cell['num_items'] for cell in by_model.values()})
-    row = [name]
-    for model in models:
-      cell = by_model.get(model)
-      if cell is None or cell[keys[0]] is None:
-        row.append(None)
-        continue
-      score, low, high = (_figure(cell[k], cell['metric']) for k in keys)
-      row.append(
-        sections.Shown(
-          score, f'[{low}, {high}]', best=cell['best'] and not prefix
-        )
-      )
-    items = f'{counts[0]:,}'
-    if len(counts) > 1:
-      items += f' to {counts[-1]:,}'
-    rows.append([*row, sections.Shown(items)])
+  for name, by_model in _by_line(cells).items():
+    counts = [cell['num_items'] for cell in by_model.values()]
+    items = ' to '.join(f'{n:,}' for n in sorted({min(counts), max(counts)}))
+    row = [shown(by_model.get(model)) for model in models]
+    rows.append([name, *row, sections.Shown(items)])
   return sections.Table(['task', *models, 'items'], rows)
 
 
 def to_sections(result: Mapping[str, Any]) -> list[sections.Section]:
-  """What `score_folder` found, as sections: a table of models by tasks, and
-  Table 14 beside it for the models that stand in it."""
+  """`score_folder`'s result as sections: a table of models by tasks, and the
+  comparison with Table 14 for the models that are in it."""
   found = [
     sections.Section(
       'Models by tasks',
       [
-        '95 % intervals, redrawing items. Bold: told apart from every other '
-        'model of its line, by the interval of their difference on the same '
-        f'items, of which there must be {MIN_ITEMS}; of many lines, some are '
-        'so by chance.',
+        '95 % intervals, redrawing items. Bold: better than every other model '
+        'of its line, by the interval of their difference on the same items, '
+        f'at least {MIN_ITEMS} of them; among many lines, some are bold by '
+        'chance.',
         _model_table(result['cells']),
       ],
     )
   ]
   if result['rows']:
     found += _against_the_paper(result)
-  lines = _lines(result['cells'])
   mixed = [
     cell
-    for by_model in lines.values()
+    for by_model in _by_line(result['cells']).values()
     if all(cell['paper'] is None for cell in by_model.values())
     for cell in by_model.values()
     if cell['reweighted'] is not None
@@ -831,9 +679,9 @@ def to_sections(result: Mapping[str, Any]) -> list[sections.Section]:
       sections.Section(
         "At the benchmark's mix of items",
         [
-          'Scores of the lines whose items are of two kinds, with each kind '
-          'weighing what it weighs in the whole benchmark.',
-          _model_table(mixed, 'reweighted'),
+          'Scores of the lines whose items are of two kinds, each kind with '
+          'its weight in the whole benchmark.',
+          _model_table(mixed, 'reweighted', 'reweighted_'),
         ],
       )
     )
@@ -846,96 +694,69 @@ def _files(result: Mapping[str, Any]) -> sections.Section:
     [(task, *info.values()) for task, info in result['files'].items()],
   )
   absent = ', '.join(result['absent'])
-  return sections.Section(
-    'Files', [files, *([f'No file for: {absent}.'] if absent else [])]
-  )
+  parts = [files, f'No file for: {absent}.'] if absent else [files]
+  return sections.Section('Files', parts)
 
 
 def _against_the_paper(result) -> list[sections.Section]:
   compared = [c for c in result['cells'] if c['inside'] is not None]
-  noted = {
-    (r['task'], r['metric'], r['prompt']) for r in result['rows'] if r['note']
-  }
-  fair = [
-    c for c in compared if (c['task'], c['metric'], c['prompt']) not in noted
-  ]
+  noted = {line_name(line) for line in result['rows'] if line['note']}
+  fair = [cell for cell in compared if line_name(cell) not in noted]
   parts = []
   if fair:
-    num_inside = sum(c['inside'] for c in fair)
-    best = sum(c['inside'] or bool(c['reweighted_inside']) for c in fair)
-    exchanged = sum(
-      c['inside'] or bool(c['reweighted_inside']) or c['fits_other_label']
-      for c in fair
-    )
+    inside = np.array([cell['inside'] for cell in fair])
+    mixed = inside | [bool(cell['reweighted_inside']) for cell in fair]
+    exchanged = mixed | [cell['fits_other_label'] for cell in fair]
+    others = len(compared) - len(fair)
     parts.append(
-      f"{num_inside} of {len(fair)} of the paper's figures lie in the 95 % "
-      f'interval of the score on these items; {best} in that or in the '
-      f"interval at the benchmark's mix of items; {exchanged} if a TruthfulQA "
-      f"figure may also stand under the other prompt's label. By chance alone "
-      f'about {0.95 * len(fair):.0f} would.'
-      + (
-        f' {len(compared) - len(fair)} more cells have a figure that the paper '
-        'cannot mean for them.'
-        if len(compared) > len(fair)
-        else ''
-      )
+      f"{inside.sum()} of {len(fair)} of the paper's figures lie in the 95 % "
+      f'interval of the score on these items; {mixed.sum()} in that or in the '
+      f"interval at the benchmark's mix of items; {exchanged.sum()} if a "
+      "TruthfulQA figure may also belong to the other prompt's label. By "
+      f'chance alone about {0.95 * len(fair):.0f} would.'
+      + f' {others} further cells have a figure that is not comparable.'
+      * bool(others)
     )
-  conflict = result['labels']
-  if conflict:
+  if result['labels']:
     parts.append(
       "TruthfulQA's prompts 'QA + instruction' and 'instruction prompt': "
       + '; '.join(
         f'{name} {x["inside"]} of {x["cells"]} figures inside, root mean '
         f'square difference {x["rms"]:.3f}'
-        for name, x in conflict.items()
+        for name, x in result['labels'].items()
       )
       + '.'
     )
-  found = [
-    sections.Section(
-      "Lines of Table 14: mean of ours minus the paper's",
-      [*parts, _row_table(result['rows'])],
-    )
-  ]
+  parts.append(_line_table(result['rows']))
+  title = "Lines of Table 14: mean of ours minus the paper's"
+  found = [sections.Section(title, parts)]
   if result['readings']:
-    found.append(
-      sections.Section(
-        'The same by other scorers', [_row_table(result['readings'])]
-      )
-    )
+    table = _line_table(result['readings'])
+    found.append(sections.Section('The same by other scorers', [table]))
   return found + [
     sections.Section(name, [_paper_table(list(by_model.values()))], level=3)
-    for name, by_model in _lines(result['cells']).items()
+    for name, by_model in _by_line(result['cells']).items()
     if any(cell['paper'] is not None for cell in by_model.values())
   ]
 
 
 def _paper_table(cells: Sequence[Mapping[str, Any]]) -> sections.Table:
   """The models of one line beside the paper's figures."""
-  metric = cells[0]['metric']
   return sections.Table(
     (
-      'model',
-      'items',
-      'ours',
-      '95 % interval',
-      'paper',
-      'inside',
-      'reweighted',
-      '95 % interval',
-      'inside',
-      'why not',
+      *('model', 'items', 'ours', '95 % interval', 'paper', 'inside'),
+      *('reweighted', '95 % interval', 'inside', 'why not'),
     ),
     [
       (
         c['model'],
         c['num_items'],
-        _figure(c['score'], metric),
-        _interval(c['low'], c['high'], metric),
-        _figure(c['paper'], metric),
+        _figure(c['score'], c['metric']),
+        _interval(c),
+        _figure(c['paper'], c['metric']),
         _answer(c['inside']),
-        _figure(c['reweighted'], metric),
-        _interval(c['reweighted_low'], c['reweighted_high'], metric),
+        _figure(c['reweighted'], c['metric']),
+        _interval(c, 'reweighted_'),
         _answer(c['reweighted_inside']),
         c['why'],
       )
@@ -944,13 +765,11 @@ def _paper_table(cells: Sequence[Mapping[str, Any]]) -> sections.Table:
   )
 
 
-def to_markdown(
-  result: Mapping[str, Any],
-  title: str = 'Released samples against Table 14',
-) -> str:
-  """The sections of `to_sections` below a title, and what was read."""
+def to_markdown(result: Mapping[str, Any]) -> str:
+  """The sections of `to_sections` below a title, and the files read."""
   found = [*to_sections(result), _files(result)]
-  return '\n'.join([f'# {title}', '', *report.section_lines(found)])
+  title = '# Released samples against Table 14'
+  return '\n'.join([title, '', *report.section_lines(found)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -964,7 +783,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     '--output',
     metavar='FOLDER',
     default='runs/released_samples',
-    help='where the .md and .json go (default: %(default)s)',
+    help='folder for the .md and .json (default: %(default)s)',
   )
   options = parser.parse_args(arguments)
   try:
@@ -973,13 +792,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f'error: {error}', file=sys.stderr)
     return 1
   text = to_markdown(result)
-  names = ('released_samples.md', 'released_samples.json')
   content = json.dumps(result, indent=2, ensure_ascii=False) + '\n'
+  written = {'released_samples.md': text, 'released_samples.json': content}
   with folders.writing(
-    options.output, names, command='released_samples'
+    options.output, tuple(written), command='released_samples'
   ) as unfinished:
-    for name, written in zip(names, (text, content), strict=True):
-      records.write_bytes(unfinished / name, written.encode('utf-8'))
+    for name, content in written.items():
+      records.write_bytes(unfinished / name, content.encode('utf-8'))
   print(text)
   print(f'saved: {options.output}/released_samples.md and .json')
   return 0

@@ -1,14 +1,12 @@
 """The report of an evaluation: report.md, its plots and summary.json.
 
-Everything arrives as plain data in `figures.Figures`; nothing is computed here
-beyond what a reader would otherwise do by eye. Text that came out of a model is
-shown as text: no sample can become a link, an image, HTML or a column of its
-own.
+`figures.Figures` holds all figures; nothing is measured here. Text of models is
+escaped, so no sample can become a link, an image, HTML or a table column.
 
 Files of `write_report`, each written whole or not at all:
-  report.md             all of it
-  report.html           the same to look at: one file, with samples to filter
-  summary.json          the figures that other programs read
+  report.md             everything
+  report.html           the same as one page, with samples to filter
+  summary.json          the figures, for other programs
   win_rate.png          the paper's Figure 1, for one model size
   metadata.png          the paper's Figure 4
   reward_kl.png         score against KL along RL
@@ -42,26 +40,23 @@ def write_report(
 ) -> None:
   """Writes report.md, report.html, summary.json and the plots that have data.
 
-  Args:
-    directory: created if need be; files of the same names are replaced, each
-      by a rename, so a reader never sees half of one.
-    shown: what to show.
-    drawn: from `plots.make_plots`, where one drawing serves several folders.
+  The folder is created if need be; files of the same names are replaced, each
+  by a rename. `drawn`, from `plots.make_plots`, shares one drawing between
+  folders.
   """
   directory = epath.Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
   drawn = plots.make_plots(shown) if drawn is None else drawn
-  for name, content in drawn.items():
-    files.write_bytes(directory / name, content)
   summary = json.dumps(
     make_summary(shown), indent=2, ensure_ascii=False, allow_nan=False
   )
-  files.write_bytes(directory / 'summary.json', (summary + '\n').encode())
-  page = html_report.make_html(shown, drawn)
-  files.write_bytes(directory / 'report.html', page.encode())
-  # Last: whoever finds report.md finds all that it points at.
-  text = make_markdown(shown, set(drawn))
-  files.write_bytes(directory / 'report.md', text.encode())
+  for name, content in (
+    *drawn.items(),
+    ('summary.json', (summary + '\n').encode()),
+    ('report.html', html_report.make_html(shown, drawn).encode()),
+    # Last, because it links to the plots.
+    ('report.md', make_markdown(shown, set(drawn)).encode()),
+  ):
+    files.write_bytes(directory / name, content)
 
 
 # summary.json
@@ -70,10 +65,7 @@ def write_report(
 def plain_json(value: Any) -> Any:
   """Plain JSON: dataclasses as dicts, NumPy scalars as numbers, NaN as null."""
   if dataclasses.is_dataclass(value):
-    value = {
-      field.name: getattr(value, field.name)
-      for field in dataclasses.fields(value)
-    }
+    value = vars(value)
   if isinstance(value, Mapping):
     return {
       ' – '.join(key) if isinstance(key, tuple) else str(key): plain_json(item)
@@ -89,22 +81,19 @@ def plain_json(value: Any) -> Any:
 
 
 def make_summary(shown: figures.Figures) -> dict[str, Any]:
-  """The content of summary.json; models come in the order of the config.
+  """The content of summary.json; models are in the order of the config.
 
   `reward_model`, `pretraining_loss`, `metadata` and `kl` hold means; their
-  intervals are under `intervals`. What was not measured is null or empty.
+  intervals are under `intervals`. Figures not measured are null or empty.
   """
-  reward, outcomes = shown.reward_model, shown.outcomes
-  accuracies = None
-  if reward is not None:
-    agreement = reward.agreement
-    accuracies = {
-      'accuracy': reward.accuracy.accuracy,
-      'ceiling': reward.ceiling,
-      'intra': reward.intra and reward.intra.mean,
-      'inter': reward.inter and reward.inter.mean,
-      'agreement': agreement and agreement.rate,
-    }
+  reward, outcomes, labels = shown.reward_model, shown.outcomes, shown.labels()
+  accuracies = reward and {
+    'accuracy': reward.accuracy.accuracy,
+    'ceiling': reward.ceiling,
+    'intra': reward.intra and reward.intra.mean,
+    'inter': reward.inter and reward.inter.mean,
+    'agreement': reward.agreement and reward.agreement.rate,
+  }
   return plain_json(
     {
       'judge': shown.judge,
@@ -123,23 +112,22 @@ def make_summary(shown: figures.Figures) -> dict[str, Any]:
       'kl': {name: row['signed mean'] for name, row in shown.kl.items()},
       'metadata': {
         model: {label: share.mean for label, share in row.items()}
-        for model, row in shown.labels().items()
+        for model, row in labels.items()
       },
       'likert': shown.likert(),
       'ratings_by_category': shown.ratings_by_category,
       'intervals': {
-        'metadata': shown.labels(),
+        'metadata': labels,
         'pretraining_loss': shown.text_loss,
         'pretraining_loss_difference': shown.text_loss_difference,
         'reward_model': reward and dataclasses.replace(reward, curve=()),
       },
       'everyone': shown.everyone,
       'models': shown.asked,
-      'prompts': shown.prompts,
-      'settings': shown.settings,
-      'asking': shown.asking,
-      'seconds': shown.seconds,
-      'seed': shown.seed,
+      **{
+        name: getattr(shown, name)
+        for name in ('prompts', 'settings', 'asking', 'seconds', 'seed')
+      },
       'commit': shown.commit,
       'versions': shown.versions,
       'extra': {
@@ -157,7 +145,7 @@ def make_summary(shown: figures.Figures) -> dict[str, Any]:
 
 # report.md
 
-# Marks that Markdown, its GitHub dialect or HTML give a meaning: an underscore
+# Marks with a meaning in Markdown, its GitHub dialect or HTML: an underscore
 # outside of a word; "://", at and "www." because bare addresses become links.
 _MARKS = re.compile(
   r'[\\`*\[\]<>#|~&$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.',
@@ -168,11 +156,10 @@ _BRACKETS = re.compile(r'(?<!!)\[(?!\^|[ xX]?\])[^\[\]]*\](?![(\[:])')
 
 
 def escape(text: str) -> str:
-  """Text that Markdown shows as it is, on one line of a table or paragraph.
+  """Text that Markdown shows unchanged, on one line of a table or paragraph.
 
   Marks become character references, line breaks `<br>`, invisible control
-  characters U+FFFD, so text of a model cannot act on the report around it.
-  A pair of brackets that Markdown gives no meaning stays readable.
+  characters U+FFFD. Pairs of brackets without a meaning in Markdown stay.
   """
   text = sections.visible(text.replace('\r\n', '\n').replace('\r', '\n'))
   kept = {
@@ -204,10 +191,8 @@ def cell(value: Any) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
   """Lines of a Markdown table; cells are escaped already."""
-  lines = ['| ' + ' | '.join(head) + ' |']
-  lines.append('|' + ' --- |' * len(head))
-  lines += ['| ' + ' | '.join(row) + ' |' for row in rows]
-  return [*lines, '']
+  first, *others = ('| ' + ' | '.join(row) + ' |' for row in (head, *rows))
+  return [first, '|' + ' --- |' * len(head), *others, '']
 
 
 def section_lines(found: Iterable[sections.Section]) -> list[str]:
@@ -236,7 +221,7 @@ def _part_lines(part: sections.Part) -> list[str]:
 
 
 def _fence(text: str) -> list[str]:
-  # Longer than any run of backticks inside, so that the block ends at its end.
+  # Longer than any run of backticks inside, so that none closes the block.
   runs = [len(run) for run in re.findall('`+', text)]
   fence = '`' * max(3, 1 + max(runs, default=0))
   return [fence, text, fence, '']
@@ -248,7 +233,7 @@ def _samples_lines(shown: figures.Figures) -> list[str]:
   lines = [
     '## Answers side by side',
     '',
-    'The prompts take turns by use case and are not picked by hand. In '
+    'The prompts alternate between use cases and are not picked by hand. In '
     f'brackets: {escape(shown.unit)} score.',
     '',
   ]
@@ -272,12 +257,7 @@ def _samples_lines(shown: figures.Figures) -> list[str]:
 
 
 def make_markdown(shown: figures.Figures, drawn: set[str]) -> str:
-  """The text of report.md.
-
-  Args:
-    shown: what to show.
-    drawn: names of the plots that exist; others are not pointed at.
-  """
+  """The text of report.md; `drawn` are the names of the plots that exist."""
   lines = [f'# {escape(shown.title)}', '']
   lines += _part_lines(sections.Code(shown.command))
   lines += [

@@ -1,7 +1,7 @@
 """Recorded answers: one JSONL line for each model and prompt, and side by side.
 
-Every figure of the report that judges text can be recomputed from these files,
-and a reader can see what the figures are made of (paper, appendix F).
+All figures of the report that judge text can be recomputed from these files
+(paper, appendix F).
 """
 
 import collections
@@ -19,39 +19,26 @@ from instruct_jax import files
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """One answer of one model.
+  """One answer of one model."""
 
-  Attributes:
-    model: which policy answered, say 'ppo_ptx'.
-    prompt_id: id of the prompt; the same in every model's file.
-    prompt: the text the model was given, without any few-shot prefix.
-    response: the decoded answer, without end-of-text.
-    num_tokens: tokens sampled, end-of-text included.
-    ended: True where the policy itself ended the answer.
-    category: use case of the prompt, or ''.
-    score_gold: the judge's score, in its own unit; None where not judged.
-    score_reward: the reward model's score, in reward units; None likewise.
-    metadata: per-answer labels, such as Table 3's.
-  """
-
-  model: str
-  prompt_id: str
-  prompt: str
-  response: str
-  num_tokens: int
-  ended: bool
-  category: str = ''
-  score_gold: float | None = None
-  score_reward: float | None = None
+  model: str  # The policy, say 'ppo_ptx'.
+  prompt_id: str  # The same in every model's file.
+  prompt: str  # As given to the model, without any few-shot prefix.
+  response: str  # Decoded, without end-of-text.
+  num_tokens: int  # Tokens sampled, end-of-text included.
+  ended: bool  # Whether the policy itself ended the answer.
+  category: str = ''  # Use case of the prompt.
+  score_gold: float | None = None  # The judge's score, in its own unit.
+  score_reward: float | None = None  # The reward model's, in reward units.
+  # Labels of the answer, such as Table 3's.
   metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def draw_prompts(prompts: Sequence[Any], number: int, seed: int) -> list[Any]:
   """At most `number` of the prompts of a file.
 
-  Which ones depends on their texts and the seed alone, not on the order of the
-  file, which may be by topic or by time. All stay in their order where there
-  are no more.
+  The draw depends only on texts, ids and seed, not on the order of the file,
+  which may be by topic or by time. Without surplus, the order is kept.
 
   Args:
     prompts: records with `text` and `id`.
@@ -68,7 +55,8 @@ def draw_prompts(prompts: Sequence[Any], number: int, seed: int) -> list[Any]:
   return sorted(prompts, key=place)[:number]
 
 
-# What each field may hold. bool is an int to Python: see `_sample`.
+_SCORES = ('score_gold', 'score_reward')
+# What each field may hold.
 _TYPES: Mapping[str, type | tuple[type, ...]] = {
   'model': str,
   'prompt_id': str,
@@ -77,16 +65,11 @@ _TYPES: Mapping[str, type | tuple[type, ...]] = {
   'num_tokens': int,
   'ended': bool,
   'category': str,
-  'score_gold': (float, int, type(None)),
-  'score_reward': (float, int, type(None)),
+  **dict.fromkeys(_SCORES, (float, int, type(None))),
   'metadata': dict,
 }
-_REQUIRED = [
-  field.name
-  for field in dataclasses.fields(Sample)
-  if field.default is dataclasses.MISSING
-  and field.default_factory is dataclasses.MISSING
-]
+# The fields without a default.
+_REQUIRED = tuple(_TYPES)[:6]
 
 
 def write_samples(
@@ -97,10 +80,9 @@ def write_samples(
   Raises:
     ValueError: a score is not finite; JSON has no such number.
   """
-  path = epath.Path(path)
   lines = []
   for sample in samples:
-    for name in ('score_gold', 'score_reward'):
+    for name in _SCORES:
       score = getattr(sample, name)
       if score is not None and not math.isfinite(score):
         raise ValueError(
@@ -110,7 +92,7 @@ def write_samples(
     values = dataclasses.asdict(sample)
     lines.append(json.dumps(values, ensure_ascii=False, allow_nan=False) + '\n')
   files.write_bytes(path, ''.join(lines).encode())
-  return path
+  return epath.Path(path)
 
 
 def _sample(line: str) -> Sample:
@@ -122,11 +104,12 @@ def _sample(line: str) -> Sample:
   if unknown or missing:
     raise ValueError(f'unknown fields {unknown}, missing fields {missing}')
   for name, value in values.items():
+    # Python's bool is an int.
     is_bool = isinstance(value, bool)
     if not isinstance(value, _TYPES[name]) or is_bool != (name == 'ended'):
       raise ValueError(f'field {name!r} holds {value!r}')
-    if name in ('score_gold', 'score_reward') and value is not None:
-      values[name] = float(value)  # JSON written by others may hold 1 for 1.0.
+    if name in _SCORES and value is not None:
+      values[name] = float(value)  # Other programs may write 1 for 1.0.
   return Sample(**values)
 
 
@@ -166,9 +149,7 @@ def side_by_side(
 ) -> list[Row]:
   """Picks prompts that every model answered, taking turns by category.
 
-  Turns go through the categories in order of first sight and, in each, through
-  the prompts in order, so the table is not the most frequent category only and
-  nobody picks favourites.
+  Categories come in order of first appearance, and so do the prompts of each.
 
   Args:
     samples: answers of several models.
@@ -176,23 +157,19 @@ def side_by_side(
     num_prompts: the most rows to return.
 
   Returns:
-    At most `num_prompts` rows; fewer when fewer prompts have all the answers.
+    At most `num_prompts` rows; fewer if fewer prompts have all the answers.
   """
-  answers: dict[str, dict[str, Sample]] = {}
+  answers = collections.defaultdict(dict)
   for sample in samples:
     if sample.model in models:
-      answers.setdefault(sample.prompt_id, {}).setdefault(sample.model, sample)
+      answers[sample.prompt_id].setdefault(sample.model, sample)
   queues = collections.defaultdict(collections.deque)
   for prompt_id, by_model in answers.items():
     if len(by_model) == len(set(models)):
       first = by_model[models[0]]
+      ordered = {model: by_model[model] for model in models}
       queues[first.category].append(
-        Row(
-          prompt_id,
-          first.prompt,
-          first.category,
-          {model: by_model[model] for model in models},
-        )
+        Row(prompt_id, first.prompt, first.category, ordered)
       )
   rows = []
   while len(rows) < num_prompts and any(queues.values()):

@@ -1,7 +1,6 @@
-"""What a report says, section by section, as plain data.
+"""The content of a report, section by section, as plain data.
 
-`report.py` writes sections down as Markdown and `html_report.py` as a page to
-look at; neither decides what is said.
+`report.py` writes sections as Markdown and `html_report.py` as a web page.
 """
 
 import dataclasses
@@ -10,12 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from instruct_jax.evals import (
-  figures,
-  judges,
-  preference_accuracy,
-  preferences,
-)
+from instruct_jax.evals import figures, judges, preference_accuracy, preferences
 
 # Control characters and the marks that reorder text on the screen.
 _INVISIBLE = re.compile(
@@ -25,17 +19,11 @@ _INVISIBLE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-  """A cell whose digits are chosen already.
-
-  Attributes:
-    text: the figure.
-    doubt: its interval, or ''.
-    best: it is better than all others of its row, by the intervals.
-  """
+  """A cell with its final digits."""
 
   text: str
-  doubt: str = ''
-  best: bool = False
+  doubt: str = ''  # Its interval.
+  best: bool = False  # Better than all others of its row, by the intervals.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +63,7 @@ Part = str | Table | Picture | Bullets | Code
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """A heading of level 2 or 3 and what stands below it."""
+  """A heading of some level, from 1 on, and the parts below it."""
 
   title: str
   parts: Sequence[Part]
@@ -83,7 +71,7 @@ class Section:
 
 
 def visible(text: str) -> str:
-  """Text in which U+FFFD stands for every invisible control character."""
+  """Text with U+FFFD for every invisible control character."""
   return _INVISIBLE.sub('\ufffd', text)
 
 
@@ -117,16 +105,15 @@ def shown_cell(value: Any) -> Shown:
   return Shown(number(value))
 
 
+def cell_text(value: Any) -> str:
+  """A cell's figure and its interval on one line."""
+  found = shown_cell(value)
+  return f'{found.text} {found.doubt}'.strip()
+
+
 def plain(name: str) -> str:
   """A key as words."""
   return name.replace('_', ' ')
-
-
-def verdict(rates: preferences.Rates) -> str:
-  """'better', 'worse' or 'no clear difference', by the interval."""
-  if rates.low > 0.5:
-    return 'better'
-  return 'worse' if rates.high < 0.5 else 'no clear difference'
 
 
 def pairs_table(head: Sequence[str], values: Mapping[str, Any]) -> Table:
@@ -134,17 +121,12 @@ def pairs_table(head: Sequence[str], values: Mapping[str, Any]) -> Table:
   return Table(head, list(values.items()))
 
 
-def by_row(
-  first: str, rows: Mapping[str, Mapping[str, Any]], name_fn=str
-) -> Table:
+def by_row(first: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
   """A row for each outer key, a column for each inner key."""
   columns = figures.row_names(rows)
   return Table(
     [first, *map(plain, columns)],
-    [
-      [name_fn(name), *(row.get(column) for column in columns)]
-      for name, row in rows.items()
-    ],
+    [[name, *map(row.get, columns)] for name, row in rows.items()],
   )
 
 
@@ -153,11 +135,8 @@ def by_model(
 ) -> Table:
   """A row for each inner key, a column for each model.
 
-  Args:
-    first: head of the first column.
-    values: model -> row -> figure.
-    prompts: add a last column with the number of prompts, of `Rates` or
-      `Interval`s that redraw prompts.
+  `prompts` adds a last column with the number of prompts, of `Rates` or
+  `Interval`s that redraw prompts.
   """
   rows = []
   for name in figures.row_names(values):
@@ -179,41 +158,42 @@ def by_model(
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """What the report comes to, with its doubt.
+  """One of the main figures of the report."""
 
-  Attributes:
-    kind: 'good', 'bad' or ''.
-    figure: the number.
-    what: it is.
-    doubt: its interval, and what it rests on.
-  """
-
-  kind: str
+  kind: str  # 'good', 'bad' or ''.
   figure: str
-  what: str
-  doubt: str
+  what: str  # Its meaning.
+  doubt: str  # Its interval, and the data behind it.
 
 
 def _percent(share: float, decimals: int = 1) -> str:
   return f'{100 * share:.{decimals}f}\u00a0%'
 
 
+def _verdict(rates: preferences.Rates) -> tuple[str, str]:
+  """Kind of claim, and the comparison in words, by the interval."""
+  if rates.low > 0.5:
+    return 'good', 'better'
+  if rates.high < 0.5:
+    return 'bad', 'worse'
+  return '', 'no clear difference'
+
+
 def claims(shown: figures.Figures) -> list[Claim]:
-  """The figures to see first."""
+  """The main figures, for the top of the report."""
   found = []
   for model, rates in shown.outcomes.rates.items():
-    if model == shown.baseline:
-      continue
-    said = verdict(rates)
-    found.append(
-      Claim(
-        {'better': 'good', 'worse': 'bad'}.get(said, ''),
-        _percent(rates.rate, 0),
-        f'{model} against {shown.baseline}',
-        f'{said}: {100 * rates.low:.1f} to {_percent(rates.high)}, '
-        f'{rates.num_prompts:,} prompts',
+    if model != shown.baseline:
+      kind, words = _verdict(rates)
+      found.append(
+        Claim(
+          kind,
+          _percent(rates.rate, 0),
+          f'{model} against {shown.baseline}',
+          f'{words}: {100 * rates.low:.1f} to {_percent(rates.high)}, '
+          f'{rates.num_prompts:,} prompts',
+        )
       )
-    )
   reward = shown.reward_model
   if reward is not None:
     ceiling = ''
@@ -229,7 +209,7 @@ def claims(shown: figures.Figures) -> list[Claim]:
     )
   for name, loss in shown.text_loss_difference.items():
     if name not in shown.rl_metrics and name in shown.text_loss:
-      continue  # What RL changed, and what was asked for as a pair.
+      continue  # Neither a model of RL nor a pair of models.
     other = f' – {shown.reference}' if name in shown.text_loss else ''
     found.append(
       Claim(
@@ -242,64 +222,58 @@ def claims(shown: figures.Figures) -> list[Claim]:
   return found
 
 
+_TITLES = {
+  'win_rate.png': 'Win rate by model',
+  'metadata.png': 'Labels by model',
+  'reward_kl.png': 'Reward against KL',
+  'rl.png': 'Along RL',
+  'pretraining_loss.png': 'Pretraining loss along RL',
+  'probes.png': 'Public tasks along RL',
+  'reward_model.png': 'Reward-model accuracy',
+  'sft.png': 'Supervised fine-tuning by epoch',
+}
+
+
+def _pictures(drawn: set[str], *names: str) -> list[Part]:
+  return [Picture(name, _TITLES[name]) for name in names if name in drawn]
+
+
 def results(shown: figures.Figures, drawn: set[str]) -> list[Section]:
   """All that was measured, and a list of what was not.
 
-  Args:
-    shown: what to show.
-    drawn: names of the plots that exist; others are not pointed at.
+  `drawn` are the names of the plots that exist.
   """
-
-  def pictures(*several):
-    return [Picture(name, title) for name, title in several if name in drawn]
-
-  parts = [Bullets(shown.alarms, alarming=True) if shown.alarms else 'None.']
-  found = [Section('Alarms', parts)]
-  found += _preferences(shown, pictures)
-  found += _ratings(shown, pictures)
-  found.append(
-    Section(
-      'All models',
-      [
-        'Means over the answers: scores of judge and reward model, tokens, '
-        'share ended by the model.',
-        by_row('', shown.everyone),
-      ],
-    )
+  alarms = Bullets(shown.alarms, alarming=True) if shown.alarms else 'None.'
+  everyone = (
+    'Means over the answers: scores of judge and reward model, tokens, share '
+    'ended by the model.'
   )
-  found += _reinforcement(shown, pictures)
-  if shown.reward_model is not None:
-    found.append(
-      Section(
-        'Reward model',
-        [
-          *pictures(('reward_model.png', 'Reward-model accuracy')),
-          *_reward_model(shown.reward_model),
-        ],
-      )
-    )
-  if shown.epochs:
-    found.append(_epochs(shown, pictures))
-  if shown.suite:
-    judged = [f'{k} is judged by {v}.' for k, v in shown.suite_judges.items()]
-    found.append(
-      Section(
-        'Public NLP suite (paper, appendix D)',
-        [by_row('', shown.suite), *judged],
-      )
-    )
-  for title, rows in shown.tables.items():
-    found.append(Section(title, [by_row('', rows)]))
-  for model, rows in shown.prefixes.items():
-    found.append(Section(f'Few-shot prefixes of {model}', [by_row('', rows)]))
+  suite = [f'{k} is judged by {v}.' for k, v in shown.suite_judges.items()]
   missing = [f'{what}: {how}' for what, how in not_measured(shown)]
-  if missing:
-    found.append(Section('Not measured', [Bullets(missing)]))
-  return found
+  found = [
+    Section('Alarms', [alarms]),
+    *_preferences(shown, drawn),
+    *_ratings(shown, drawn),
+    Section('All models', [everyone, by_row('', shown.everyone)]),
+    *_reinforcement(shown, drawn),
+    Section('Reward model', _reward_model(shown.reward_model, drawn)),
+    Section('Supervised fine-tuning by epoch', _epochs(shown.epochs, drawn)),
+    Section(
+      'Public NLP suite (paper, appendix D)',
+      [by_row('', shown.suite), *suite] if shown.suite else [],
+    ),
+    *(Section(k, [by_row('', rows)]) for k, rows in shown.tables.items()),
+    *(
+      Section(f'Few-shot prefixes of {model}', [by_row('', rows)])
+      for model, rows in shown.prefixes.items()
+    ),
+    Section('Not measured', [Bullets(missing)] if missing else []),
+  ]
+  return [section for section in found if section.parts]
 
 
 def not_measured(shown: figures.Figures) -> list[tuple[str, str]]:
-  """(what a reader would look for and not find, what it takes)."""
+  """(figure that a reader expects but was not measured, what it takes)."""
   reward = shown.reward_model
   parts = (
     ('overall quality, 1 to 7', shown.likert(), 'a judge that rates answers'),
@@ -328,73 +302,6 @@ def not_measured(shown: figures.Figures) -> list[tuple[str, str]]:
   return [(what, f'it takes {how}') for what, value, how in parts if not value]
 
 
-def _preferences(shown, pictures) -> list[Section]:
-  outcomes, baseline = shown.outcomes, shown.baseline
-  controlled = outcomes.length_controlled
-  by_labeler = any(rates.by_labeler for rates in outcomes.rates.values())
-  rows = [
-    [
-      model,
-      rates,
-      *[rates.by_labeler] * by_labeler,
-      controlled.rates.get(model),
-      outcomes.bradley_terry.get(model),
-      rates.num_prompts,
-      rates.num_judgements,
-    ]
-    for model, rates in outcomes.rates.items()
-  ]
-  found = [
-    Section(
-      f'Win rate against {baseline}',
-      [
-        f'Judge: {shown.judge}. Each pair is judged in both orders; ties count '
-        'one half.',
-        *pictures(('win_rate.png', 'Win rate by model')),
-        Table(
-          [
-            *('model', 'win rate'),
-            *['by labeler'] * by_labeler,
-            *('at equal length', 'rating', 'prompts', 'judgements'),
-          ],
-          rows,
-        ),
-        'At equal length: a logistic regression takes out what length alone '
-        'wins; log-odds of a win for each e-fold of length: '
-        f'{_text(controlled.slope)}. Ratings are Bradley-Terry, in nats, '
-        f'{baseline} at 0; one nat is 173.7 Elo points.',
-      ],
-    ),
-    Section(
-      'By use case',
-      [by_model('use case', outcomes.by_category, prompts=True)],
-      level=3,
-    ),
-  ]
-  places = shown.has_places
-  rows = []
-  pairs = {' – '.join(pair): row for pair, row in outcomes.pairs.items()}
-  for name, versus in pairs.items():
-    place, power = versus.first_place, versus.power
-    row = [name, versus.rates]
-    if places:
-      row += [place and getattr(place, key) for key in _PLACE]
-    row += [power and power.to_separate, power and power.for_power]
-    rows.append(row)
-  head = ['pair', 'win rate', *list(_PLACE.values()) * places]
-  head += ['prompts to separate', 'for 80 % power']
-  text = (
-    'At the rates seen, so many prompts make a 95 % interval that just '
-    'excludes one half, and so many that it does so in 80 % of repetitions.'
-  )
-  if places:
-    text += (
-      ' How often the answer shown first wins: each pair was judged in both '
-      'orders, so a judge that reads the answers alone has exactly one half.'
-    )
-  return [*found, Section('Pairs', [text, Table(head, rows)], level=3)]
-
-
 # Field of `preferences.FirstPlace` -> head of its column.
 _PLACE = {
   'rate': 'first place wins',
@@ -404,58 +311,106 @@ _PLACE = {
 }
 
 
-def _text(value: Any) -> str:
-  found = shown_cell(value)
-  return f'{found.text} {found.doubt}'.strip()
-
-
-def _ratings(shown, pictures) -> list[Section]:
-  found, likert, labels = [], shown.likert(), shown.labels()
-  if likert:
-    by_case = {model: {} for model in likert}
-    for category, ratings in shown.ratings_by_category.items():
-      for model in by_case:
-        if judges.LIKERT in ratings.get(model, {}):
-          by_case[model][category] = ratings[model][judges.LIKERT]
-    overall = {model: {'all': value} for model, value in likert.items()}
-    found.append(
-      Section(
-        'Overall quality, 1 to 7',
-        [by_model('', overall), by_model('use case', by_case, prompts=True)],
-      )
-    )
-  if labels:
-    found.append(
-      Section(
-        'Labels of single answers (paper, Table 3)',
-        [
-          'Share of the answers that have the label, of those to which it '
-          'applies.',
-          *pictures(('metadata.png', 'Labels by model')),
-          by_model('label', labels),
-        ],
-      )
-    )
-  return found
-
-
-def _reinforcement(shown, pictures) -> list[Section]:
-  found = []
-  parts = pictures(
-    ('reward_kl.png', 'Reward against KL'), ('rl.png', 'Along RL')
+def _preferences(shown, drawn) -> list[Section]:
+  outcomes, baseline = shown.outcomes, shown.baseline
+  controlled = outcomes.length_controlled
+  columns = {
+    'win rate': outcomes.rates,
+    'by labeler': {k: rates.by_labeler for k, rates in outcomes.rates.items()},
+    'at equal length': controlled.rates,
+    'rating': outcomes.bradley_terry,
+    'prompts': {k: rates.num_prompts for k, rates in outcomes.rates.items()},
+    'judgements': {
+      k: rates.num_judgements for k, rates in outcomes.rates.items()
+    },
+  }
+  if not any(columns['by labeler'].values()):
+    del columns['by labeler']
+  places = shown.has_places
+  rows = []
+  for pair, versus in outcomes.pairs.items():
+    place, power = versus.first_place, versus.power
+    row = [' – '.join(pair), versus.rates]
+    if places:
+      row += [place and getattr(place, key) for key in _PLACE]
+    row += [power and power.to_separate, power and power.for_power]
+    rows.append(row)
+  head = ['pair', 'win rate', *list(_PLACE.values()) * places]
+  head += ['prompts to separate', 'for 80 % power']
+  text = (
+    'Prompts to separate: the number at which, with the same rate, a 95 % '
+    'interval would just exclude one half. For 80 % power: the number at which '
+    'it would do so in 80 % of repetitions.'
   )
+  if places:
+    text += (
+      ' First place wins: how often the answer shown first wins. Each pair was '
+      'judged in both orders, so this is exactly one half for a judge that '
+      'ignores the order.'
+    )
+  return [
+    Section(
+      f'Win rate against {baseline}',
+      [
+        f'Judge: {shown.judge}. Each pair is judged in both orders; ties count '
+        'one half.',
+        *_pictures(drawn, 'win_rate.png'),
+        Table(
+          ['model', *columns],
+          [
+            [model, *(column.get(model) for column in columns.values())]
+            for model in outcomes.rates
+          ],
+        ),
+        'At equal length: a logistic regression removes the effect of length; '
+        'log-odds of a win for each e-fold of length: '
+        f'{cell_text(controlled.slope)}. Ratings are Bradley-Terry, in nats, '
+        f'{baseline} at 0; one nat is 173.7 Elo points.',
+      ],
+    ),
+    Section(
+      'By use case',
+      [by_model('use case', outcomes.by_category, prompts=True)],
+      level=3,
+    ),
+    Section('Pairs', [text, Table(head, rows)], level=3),
+  ]
+
+
+def _ratings(shown, drawn) -> list[Section]:
+  likert, labels = shown.likert(), shown.labels()
+  overall = {model: {'all': value} for model, value in likert.items()}
+  by_case = {
+    model: {
+      category: ratings[model][judges.LIKERT]
+      for category, ratings in shown.ratings_by_category.items()
+      if judges.LIKERT in ratings.get(model, {})
+    }
+    for model in likert
+  }
+  tables = [by_model('', overall), by_model('use case', by_case, prompts=True)]
+  shares = [
+    'Share of the answers that have the label, of those to which it applies.',
+    *_pictures(drawn, 'metadata.png'),
+    by_model('label', labels),
+  ]
+  return [
+    Section('Overall quality, 1 to 7', tables if likert else []),
+    Section(
+      'Labels of single answers (paper, Table 3)', shares if labels else []
+    ),
+  ]
+
+
+def _reinforcement(shown, drawn) -> list[Section]:
+  learning = _pictures(drawn, 'reward_kl.png', 'rl.png')
   if shown.kl:
-    head = f'KL to {shown.reference}'
-    parts += [
-      f'{head} over the answers to the prompts, nats per response.',
+    learning += [
+      f'KL to {shown.reference} over the answers to the prompts, nats per '
+      'response.',
       by_row('model', shown.kl),
     ]
-  if parts:
-    found.append(Section('Reinforcement learning', parts))
-  parts = pictures(
-    ('pretraining_loss.png', 'Pretraining loss along RL'),
-    ('probes.png', 'Public tasks along RL'),
-  )
+  losses = _pictures(drawn, 'pretraining_loss.png', 'probes.png')
   if shown.text_loss:
     rows = {
       name: {'nats per token': loss, 'rows': loss.num_clusters}
@@ -466,26 +421,34 @@ def _reinforcement(shown, pictures) -> list[Section]:
         rows[name][f'minus {shown.reference}, paired'] = difference
       else:
         rows[name] = {'nats per token': difference}
-    parts.append(by_row('', rows))
-  if parts:
-    found.append(Section('Pretraining loss', parts, level=3 if found else 2))
-  return found
+    losses.append(by_row('', rows))
+  return [
+    Section('Reinforcement learning', learning),
+    Section('Pretraining loss', losses, level=3 if learning else 2),
+  ]
 
 
-def _reward_model(reward: figures.RewardFigures) -> list[Part]:
+def _reward_model(
+  reward: figures.RewardFigures | None, drawn: set[str]
+) -> list[Part]:
+  if reward is None:
+    return []
   rows = {}
   for name, ranked in reward.rankings.items():
-    for scorer, accuracy in ranked.accuracies.items():
-      rows.setdefault(scorer, {})[name] = accuracy
+    column = dict(ranked.accuracies)
     if ranked.agreement is not None:
-      key = 'agreement of labelers'
-      rows.setdefault(key, {})[name] = ranked.agreement
-    first = next(iter(ranked.accuracies.values()))
-    rows.setdefault('pairs', {})[name] = first.num_pairs
-  parts = ['Share of pairs ordered as the labelers did.', by_row('', rows)]
+      column['agreement of labelers'] = ranked.agreement
+    column['pairs'] = next(iter(ranked.accuracies.values())).num_pairs
+    for key, value in column.items():
+      rows.setdefault(key, {})[name] = value
+  parts = [
+    *_pictures(drawn, 'reward_model.png'),
+    'Share of pairs ordered as the labelers did.',
+    by_row('', rows),
+  ]
   if reward.ceiling is not None:
     parts.append(
-      'The judge is what labelers agree on: its accuracy, '
+      'Labelers agree with the judge except for noise: its accuracy, '
       f'{number(reward.ceiling)}, is the most that label noise allows.'
     )
   folds = [
@@ -498,13 +461,15 @@ def _reward_model(reward: figures.RewardFigures) -> list[Part]:
   return parts
 
 
-def _epochs(shown, pictures) -> Section:
-  parts = pictures(('sft.png', 'Supervised fine-tuning by epoch'))
+def _epochs(
+  by_model: Mapping[str, figures.Epochs], drawn: set[str]
+) -> list[Part]:
   columns = {
     'valid_loss': 'validation loss',
     'score_reward': 'reward-model score',
   }
-  for model, epochs in shown.epochs.items():
+  parts = _pictures(drawn, 'sft.png')
+  for model, epochs in by_model.items():
     text = f'{model}.'
     if epochs.selected is not None:
       by = f', by {epochs.selected_by}' if epochs.selected_by else ''
@@ -512,62 +477,53 @@ def _epochs(shown, pictures) -> Section:
     measured = [
       key for key in columns if any(row.get(key) for row in epochs.rows)
     ]
-    rows = [
-      [str(row['epoch']), *(row.get(key) for key in measured)]
-      for row in epochs.rows
-    ]
     head = ['epoch', *(columns[key] for key in measured)]
+    rows = [[str(row['epoch']), *map(row.get, measured)] for row in epochs.rows]
     parts += [text, Table(head, rows)]
-  return Section('Supervised fine-tuning by epoch', parts)
+  return parts
 
 
 def background(shown: figures.Figures) -> list[Section]:
   """How the models were asked, on what data, with what software."""
-  found = [
-    Section('What was asked', []),
-    Section('Models', [by_row('model', shown.asked)], level=3),
-    Section(
-      'Prompts and verdicts',
-      [
-        pairs_table(['', 'figure'], {**shown.prompts, **shown.settings}),
-        pairs_table(['', 'figure'], shown.asking),
-      ],
-      level=3,
-    ),
-  ]
-  parts = (
-    ('Records', ['data set', 'records'], shown.data_sizes),
-    ('Hygiene (paper, A.1 and A.2)', ['', 'count'], shown.hygiene),
-    ('Labelers', ['', 'figure'], labelers(shown)),
-  )
   data = [
     Section(
       title,
       [pairs_table(head, {plain(k): v for k, v in values.items()})],
       level=3,
     )
-    for title, head, values in parts
+    for title, head, values in (
+      ('Records', ['data set', 'records'], shown.data_sizes),
+      ('Hygiene (paper, A.1 and A.2)', ['', 'count'], shown.hygiene),
+      ('Labelers', ['', 'figure'], labelers(shown)),
+    )
     if values
   ]
-  if data:
-    found += [Section('Data', []), *data]
-  seconds = dict(shown.seconds)
-  parts = [pairs_table(['package', 'version'], shown.versions)]
-  if seconds:
-    everything = {**seconds, 'all stages': sum(seconds.values())}
-    parts.insert(0, pairs_table(['stage', 'seconds'], everything))
-  return [*found, Section('Run', parts)]
+  run = [pairs_table(['package', 'version'], shown.versions)]
+  if shown.seconds:
+    everything = {**shown.seconds, 'all stages': sum(shown.seconds.values())}
+    run.insert(0, pairs_table(['stage', 'seconds'], everything))
+  prompts = {**shown.prompts, **shown.settings}
+  return [
+    Section('What was asked', []),
+    Section('Models', [by_row('model', shown.asked)], level=3),
+    Section(
+      'Prompts and verdicts',
+      [pairs_table(['', 'figure'], each) for each in (prompts, shown.asking)],
+      level=3,
+    ),
+    *([Section('Data', []), *data] if data else []),
+    Section('Run', run),
+  ]
 
 
 def labelers(shown: figures.Figures) -> dict[str, Any]:
-  """Who ranked, by the statistics of the labeling site; {} without them."""
+  """The labelers by the statistics of the labeling site; {} without them."""
   found = shown.labeling
   if not found:
     return {}
-  rates = {
+  counts = {'labelers': found['num_labelers'], 'answers': found['num_answers']}
+  return counts | {
     f'agreement of {who}': preference_accuracy.Agreement(**value)
     for who, value in found['agreement'].items()
     if value is not None
   }
-  counts = {'labelers': found['num_labelers'], 'answers': found['num_answers']}
-  return counts | rates

@@ -2,9 +2,9 @@
 
   python -m instruct_jax.evals.tax NAME=RUN/ppo NAME=RUN/ppo_ptx --output=DIR
 
-Reads what the PPO stage logged (`probe_every`, `eval_every`) and writes
-`tax_along_rl.png` (Figure 35); where the runs differ in it, `tax_ptx_coef.png`
-(Figure 33) and `tax_kl_coef.png` (Figure 34); and `tax.json`.
+Reads the log of the PPO stage (`probe_every`, `eval_every`) and writes
+`tax_along_rl.png` (Figure 35), `tax.json` and, for a coefficient in which the
+runs differ, `tax_ptx_coef.png` (Figure 33) or `tax_kl_coef.png` (Figure 34).
 """
 
 import json
@@ -19,9 +19,10 @@ from instruct_jax.data import folders as folders_lib
 from instruct_jax.data import records
 from instruct_jax.evals import plots
 
-# Beside the public tasks: metric of the run, title.
+_LOSS = 'eval/pretraining_loss'
+# Beside the public tasks: metric of the run -> title.
 _OTHERS = {
-  'eval/pretraining_loss': 'pretraining loss, nats a token',
+  _LOSS: 'pretraining loss, nats a token',
   'objective/score': 'reward-model score',
 }
 _COEFFICIENTS = {
@@ -58,34 +59,30 @@ def read_run(folder: epath.PathLike) -> tuple[list[dict], dict[str, Any]]:
   raise ValueError(f'{folder}: neither it nor its parent has a config.json')
 
 
-def last(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+def _last(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
   """The last finite figure of a metric, or None."""
-  found = [
-    row[key]
-    for row in rows
-    if key in row and row[key] is not None and math.isfinite(row[key])
-  ]
-  return found[-1] if found else None
+  for row in reversed(rows):
+    if row.get(key) is not None and math.isfinite(row[key]):
+      return row[key]
+  return None
 
 
-def summarise(
-  runs: Mapping[str, tuple[list[dict], dict[str, Any]]],
-) -> dict[str, dict[str, Any]]:
-  """Run -> its coefficients, its figures before RL and at the end."""
-  tasks = plots.probe_names({name: rows for name, (rows, _) in runs.items()})
-  summary = {}
-  for name, (rows, config) in runs.items():
-    before = {task: last(rows, f'probe_before/{task}') for task in tasks}
-    loss = 'eval/pretraining_loss'
-    before[_OTHERS[loss]] = last(rows, f'{loss}_before')
-    end = {task: last(rows, f'probe/{task}') for task in tasks}
-    end |= {title: last(rows, key) for key, title in _OTHERS.items()}
-    summary[name] = {
-      **{key: config[key] for key in _COEFFICIENTS},
-      'before': {k: v for k, v in before.items() if v is not None},
-      'end': end,
-    }
-  return summary
+def _summary(
+  rows: Sequence[Mapping[str, Any]],
+  config: Mapping[str, Any],
+  tasks: Sequence[str],
+) -> dict[str, Any]:
+  """A run's coefficients, its figures before RL and at the end."""
+  before = {task: _last(rows, f'probe_before/{task}') for task in tasks}
+  before[_OTHERS[_LOSS]] = _last(rows, f'{_LOSS}_before')
+  return {
+    **{key: config[key] for key in _COEFFICIENTS},
+    'before': {k: v for k, v in before.items() if v is not None},
+    'end': {
+      **{task: _last(rows, f'probe/{task}') for task in tasks},
+      **{title: _last(rows, key) for key, title in _OTHERS.items()},
+    },
+  }
 
 
 def write(
@@ -93,32 +90,26 @@ def write(
 ) -> list[str]:
   """Writes the plots and tax.json; returns the names of the files.
 
-  Plots of an earlier sweep go (`data/folders.py`).
+  Plots of an earlier sweep are removed (`data/folders.py`).
 
   Raises:
     ValueError: see `read_run` and `folders.writing`.
   """
   runs = {name: read_run(folder) for name, folder in folders.items()}
-  summary = summarise(runs)
+  logs = {name: rows for name, (rows, _) in runs.items()}
+  tasks = plots.probe_names(logs)
+  summary = {name: _summary(*run, tasks) for name, run in runs.items()}
+  found = list(summary.values())
   files = {
     'tax.json': (json.dumps(summary, indent=2) + '\n').encode(),
-    'tax_along_rl.png': plots.tax_along(
-      {name: rows for name, (rows, _) in runs.items()}
-    ),
+    'tax_along_rl.png': plots.tax_along(logs),
   }
-  before = {}
-  for row in summary.values():
-    before |= row['before']
+  before = {k: v for row in found for k, v in row['before'].items()}
+  ends = {k: [row['end'][k] for row in found] for k in found[0]['end']}
   for key, label in _COEFFICIENTS.items():
-    values = [row[key] for row in summary.values()]
+    values = [row[key] for row in found]
     if len(set(values)) > 1:
-      titles = list(next(iter(summary.values()))['end'])
-      files[f'tax_{key}.png'] = plots.tax_against(
-        values,
-        {t: [row['end'][t] for row in summary.values()] for t in titles},
-        before,
-        label,
-      )
+      files[f'tax_{key}.png'] = plots.tax_against(values, ends, before, label)
   written = {name: content for name, content in files.items() if content}
   with folders_lib.writing(
     output, ('tax.json', 'tax_*.png'), command='tax', replace=True

@@ -1,14 +1,13 @@
-"""Win rates, and the clustered bootstrap behind every interval of the report.
+"""Means with 95 % intervals from a clustered bootstrap.
 
-The paper reports win rates against a baseline model with 95 % intervals
-(Figure 1) but neither how the intervals are made nor how ties count (3.6).
-Here ties count one half, and intervals are percentile bootstraps that redraw
-whole clusters, in general prompts: two samples of one prompt, or the 36 pairs
-of one ranking, are not independent, and an interval that treats them as such
-is too narrow.
+The paper prints win rates with 95 % intervals (Figure 1), but says neither how
+the intervals are made nor how ties count (3.6). Here ties count one half, and
+intervals are percentile bootstraps that redraw whole clusters, usually prompts:
+two samples of one prompt, or the 36 pairs of one ranking, are not independent,
+and an interval that treats them as independent is too narrow.
 
-Host side, NumPy, float64. The bootstrap needs per cluster only the sum of the
-numerators and of the denominators, so 2,000 redraws are one matrix product.
+Runs on the host in NumPy, float64. A redraw needs only each cluster's sums, so
+2,000 redraws are one matrix product.
 """
 
 import dataclasses
@@ -17,14 +16,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-# What figures and ids may be: plain Python or NumPy.
+# Figures and ids may be plain Python or NumPy.
 Number = float | int | np.number
 Numbers = Sequence[Number] | np.ndarray
 Ids = Sequence[str | int] | np.ndarray
 
-CONFIDENCE = 0.95
+# Percentiles of the redraws that bound a 95 % interval.
+_TAIL = 100 * (1 - 0.95) / 2
 # Normal quantile of a two-sided 95 % interval.
-_Z95 = 1.959964
+Z95 = 1.959964
 # Cells of the redraw matrix held at once: 4e6 float64 are 32 MB.
 _MAX_CELLS = 4_000_000
 
@@ -40,15 +40,29 @@ class Interval:
 
 
 def cluster_codes(cluster_ids: Ids) -> tuple[np.ndarray, int]:
-  """Numbers the clusters in order of first sight: codes [n], and how many."""
-  # A dictionary and not np.unique: ids may mix types, and sorting is not needed
-  # for a result that depends on the order of the rows alone.
+  """Codes [n] that number the clusters by first appearance, and their count."""
+  # Not np.unique: ids may mix types.
   numbers: dict[str | int, int] = {}
-  codes = np.array(
-    [numbers.setdefault(cluster, len(numbers)) for cluster in cluster_ids],
-    dtype=np.int64,
-  )
-  return codes, len(numbers)
+  codes = [numbers.setdefault(each, len(numbers)) for each in cluster_ids]
+  return np.array(codes, dtype=np.int64), len(numbers)
+
+
+def bounds(redraws: Numbers) -> np.ndarray:
+  """2.5th and 97.5th percentile [2, ...] of redraws [num_bootstrap, ...]."""
+  return np.percentile(redraws, [_TAIL, 100 - _TAIL], axis=0)
+
+
+def intervals(
+  estimates: Numbers, redraws: np.ndarray, num_clusters: int
+) -> list[Interval]:
+  """Intervals of K estimates from their redraws [num_bootstrap, K]."""
+  # Not `bounds`, whose percentiles differ from these in the last bit: published
+  # figures stay reproducible.
+  lows, highs = np.percentile(redraws, [2.5, 97.5], axis=0)
+  return [
+    Interval(float(mean), float(low), float(high), num_clusters)
+    for mean, low, high in zip(estimates, lows, highs, strict=True)
+  ]
 
 
 def _vector(name: str, values: Numbers) -> np.ndarray:
@@ -57,8 +71,8 @@ def _vector(name: str, values: Numbers) -> np.ndarray:
     raise ValueError(
       f'{name} must be a list of at least one number, got shape {values.shape}'
     )
-  if not np.isfinite(values).all():
-    bad = np.flatnonzero(~np.isfinite(values))
+  bad = np.flatnonzero(~np.isfinite(values))
+  if bad.size:
     raise ValueError(
       f'{name} holds {bad.size} of {values.size} values that are not finite, '
       f'first at index {bad[0]}'
@@ -82,22 +96,21 @@ def ratio_interval(
 ) -> Interval:
   """Pooled ratio sum(numerators) / sum(denominators), redrawn by cluster.
 
-  With clusters c = 1..n, cluster sums a_c and b_c, and multiplicities m drawn
-  from Multinomial(n, 1/n), every redraw is Σ m_c a_c / Σ m_c b_c; the interval
-  runs from the 2.5th to the 97.5th percentile of the redraws. One cluster, or
-  clusters that all agree, give an interval of width 0: the bootstrap knows no
-  more than it has seen.
+  With cluster sums a_c and b_c of n clusters, and multiplicities m drawn from
+  Multinomial(n, 1/n), a redraw is Σ m_c a_c / Σ m_c b_c. The interval runs from
+  the 2.5th to the 97.5th percentile of the redraws. It has width 0 if there is
+  one cluster or all clusters agree.
 
   Args:
     numerators: n finite numbers.
     denominators: n numbers, none negative, with a positive sum.
-    cluster_ids: n ids; rows of one id are redrawn together.
+    cluster_ids: n ids; rows with the same id are redrawn together.
     num_bootstrap: number of redraws.
-    seed: the redraws depend on nothing else besides the arguments.
+    seed: of the redraws.
 
   Returns:
     The ratio over all rows, its interval and the number of clusters. Redraws
-    whose denominators are all 0 (every row with weight missed) are left out.
+    whose denominators are all 0 are left out.
 
   Raises:
     ValueError: lengths differ, no row, values not finite or no weight.
@@ -115,20 +128,18 @@ def ratio_interval(
       f'{denominators.min()}, sum {denominators.sum()}'
     )
   codes, num_clusters = cluster_codes(cluster_ids)
-  # [clusters, 2]: what one cluster adds to the numerator, the denominator.
   sums = np.stack(
     [
-      np.bincount(codes, numerators, num_clusters),
-      np.bincount(codes, denominators, num_clusters),
+      np.bincount(codes, column, num_clusters)
+      for column in (numerators, denominators)
     ],
     axis=1,
-  )
+  )  # [clusters, 2]
   redraws = []
   for counts in redraw_counts(num_clusters, num_bootstrap, seed):
     top, bottom = (counts @ sums).T
     redraws.append(top[bottom > 0] / bottom[bottom > 0])
-  tail = 100 * (1 - CONFIDENCE) / 2
-  low, high = np.percentile(np.concatenate(redraws), [tail, 100 - tail])
+  low, high = bounds(np.concatenate(redraws))
   mean = numerators.sum() / denominators.sum()
   return Interval(float(mean), float(low), float(high), num_clusters)
 
@@ -153,18 +164,14 @@ def mean_interval(
   num_bootstrap: int = 2000,
   seed: int = 0,
 ) -> Interval:
-  """Weighted mean of `values` with its clustered bootstrap interval.
+  """Weighted mean Σ w v / Σ w with its interval; see `ratio_interval`.
 
   Args:
     values: n numbers, say each document's loss in nats per token.
-    cluster_ids: n ids, say the documents' own.
-    weights: n weights, say each document's token count; None weighs all the
-      same. A mean of per-document means would overweight short documents.
-    num_bootstrap: see `ratio_interval`.
-    seed: see `ratio_interval`.
-
-  Returns:
-    Σ w v / Σ w over all rows, and its 95 % interval.
+    cluster_ids: n ids.
+    weights: n weights, say each document's token count; None for equal weights.
+    num_bootstrap: number of redraws.
+    seed: of the redraws.
   """
   values = _vector('values', values)
   weights = np.ones_like(values) if weights is None else np.asarray(weights)
@@ -179,20 +186,10 @@ def mean_interval(
 
 
 def share_interval(
-  values: Numbers,
-  cluster_ids: Ids,
-  *,
-  num_bootstrap: int = 2000,
-  seed: int = 0,
+  values: Numbers, cluster_ids: Ids, *, num_bootstrap: int = 2000
 ) -> Interval:
-  """`mean_interval` of zeros and ones, never of width 0.
-
-  Where all clusters agree, redraws do too, and the interval is Wilson's for so
-  many clusters.
-  """
-  share = mean_interval(
-    values, cluster_ids, num_bootstrap=num_bootstrap, seed=seed
-  )
+  """`mean_interval` of zeros and ones; Wilson's interval if all agree."""
+  share = mean_interval(values, cluster_ids, num_bootstrap=num_bootstrap)
   if share.low == share.high:
     low, high = wilson_interval(share.mean, share.num_clusters)
     share = dataclasses.replace(share, low=low, high=high)
@@ -201,9 +198,9 @@ def share_interval(
 
 def wilson_interval(mean: float, count: int) -> tuple[float, float]:
   """Wilson's 95 % interval of a share: sound at 0 and 1, and for few items."""
-  centre = mean + _Z95**2 / (2 * count)
-  half = _Z95 * math.sqrt(mean * (1 - mean) / count + _Z95**2 / (4 * count**2))
-  scale = 1 + _Z95**2 / count
+  centre = mean + Z95**2 / (2 * count)
+  half = Z95 * math.sqrt(mean * (1 - mean) / count + Z95**2 / (4 * count**2))
+  scale = 1 + Z95**2 / count
   # Rounding would leave 1e-17 where the bound is exactly 0 or 1.
   low = 0.0 if mean == 0 else (centre - half) / scale
   high = 1.0 if mean == 1 else (centre + half) / scale

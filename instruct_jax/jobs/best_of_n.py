@@ -166,7 +166,7 @@ def run(config, workdir: epath.Path):
       points = []
       for path in paths:
         policy, answers, proxy, gold = ask(f'{name}/{path.name}', str(path))
-        signed, _ = asking.kl_of(
+        signed, _ = queries.kl_of_answers(
           config, policy, start, drawn, answers, tokenizer, mesh
         )
         points.append((signed, proxy[:, 0], gold[:, 0]))

@@ -1,13 +1,12 @@
 """Starts the labeling site, or does one thing to its database.
 
 python -m instruct_jax.labeling --config=configs/labeling.py --workdir=DIR
-... --demo                 with prompts and answers of the embedded world
+... --demo                 with prompts and answers of the miniature world
 ... --admin_link           prints a new link for the first admin
 ... --import_file=FILE --batch=NAME --kind=ranking --phase=training
 ... --export=FOLDER        writes the files that the experiments read
-... --backup=FILE.gz       one consistent copy, while the site runs, too; never
-                           over another file
-... --restore=FILE.gz      into a database that is still empty
+... --backup=FILE.gz       writes one consistent copy, also of a running site
+... --restore=FILE.gz      fills an empty database
 """
 
 import contextlib
@@ -34,52 +33,27 @@ except ModuleNotFoundError as error:
 
 _DATABASE = 'labeling.sqlite'
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'Config file, say configs/labeling.py.'
+  'config', None, 'Config file, such as configs/labeling.py.'
 )
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Where the site lives; config.default_workdir if not given.'
+  'workdir', None, 'Folder of the site; by default config.default_workdir.'
 )
 _DEMO = flags.DEFINE_bool('demo', False, 'Fill an empty site with tasks.')
-_ADMIN_LINK = flags.DEFINE_bool('admin_link', False, 'Print a link and end.')
-_BACKUP = flags.DEFINE_string('backup', None, 'Write a back-up and end.')
-_RESTORE = flags.DEFINE_string('restore', None, 'Read a back-up and end.')
-_EXPORT = flags.DEFINE_string('export', None, 'Export to a folder and end.')
-_IMPORT = flags.DEFINE_string('import_file', None, 'Import a file and end.')
+_ADMIN_LINK = flags.DEFINE_bool('admin_link', False, 'Print a link and exit.')
+_BACKUP = flags.DEFINE_string('backup', None, 'Write a back-up and exit.')
+_RESTORE = flags.DEFINE_string('restore', None, 'Read a back-up and exit.')
+_EXPORT = flags.DEFINE_string('export', None, 'Export to a folder and exit.')
+_IMPORT = flags.DEFINE_string('import_file', None, 'Import a file and exit.')
 _BATCH = flags.DEFINE_string('batch', None, 'Name of the imported batch.')
 _KIND = flags.DEFINE_string('kind', 'ranking', 'Kind of the imported tasks.')
 _PHASE = flags.DEFINE_string('phase', 'training', 'Instructions of the import.')
 _SCREENING = flags.DEFINE_bool('screening', False, 'Import for screening.')
 
 
-def first_admin(the_store: store.Store) -> tuple[int, bool]:
-  """Id of the first admin's account, made if missing; and whether it was."""
-  with the_store.read() as c:
-    found = c.scalar(
-      sa.select(schema.accounts.c.id)
-      .where(schema.accounts.c.role == 'admin')
-      .order_by(schema.accounts.c.id)
-      .limit(1)
-    )
-  if found is not None:
-    return found, False
-  return the_store.add_account('admin', 'admin', 'active'), True
-
-
 def _check_flags(config, workdir) -> None:
-  """Refuses what cannot be done before anything is made.
-
-  Raises:
-    StoreError: two things at once, or a site that is not there.
-  """
-  wanted = {
-    '--backup': _BACKUP.value,
-    '--restore': _RESTORE.value,
-    '--export': _EXPORT.value,
-    '--import_file': _IMPORT.value,
-    '--admin_link': _ADMIN_LINK.value,
-    '--demo': _DEMO.value,
-  }
-  given = [flag for flag, value in wanted.items() if value]
+  """Raises `StoreError` before anything is made."""
+  actions = (_BACKUP, _RESTORE, _EXPORT, _IMPORT, _ADMIN_LINK, _DEMO)
+  given = [f'--{flag.name}' for flag in actions if flag.value]
   if len(given) > 1:
     raise store.StoreError(f'{" and ".join(given)}: give one of them at a time')
   path = workdir / _DATABASE
@@ -91,21 +65,19 @@ def _check_flags(config, workdir) -> None:
 
 
 def _once(the_store) -> bool:
-  """Does what a flag asks for and says whether that was all."""
+  """Does what a flag asks for; returns whether there was such a flag."""
   if _BACKUP.value:
     count = store.backup(the_store.engine, _BACKUP.value)
     print(f'{count} rows written to {store.backup_name(_BACKUP.value)}')
   elif _EXPORT.value:
-    counts = research.export(the_store, _EXPORT.value)
-    for name, count in counts.items():
+    for name, count in research.export(the_store, _EXPORT.value).items():
       print(f'{_EXPORT.value}/{name}.jsonl: {count} lines')
   elif _IMPORT.value:
-    path = pathlib.Path(_IMPORT.value)
     count = research.import_tasks(
       the_store,
       records.read_bytes(_IMPORT.value),
       source=_IMPORT.value,
-      name=_BATCH.value or path.name,
+      name=_BATCH.value or pathlib.Path(_IMPORT.value).name,
       kind=_KIND.value,
       phase=_PHASE.value,
       overlap=the_store.config.overlap,
@@ -118,13 +90,12 @@ def _once(the_store) -> bool:
 
 
 def _listen(config):
-  """A listening socket, so that the port is known before the links."""
+  """A listening socket, so that the links can name the port."""
   found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
   found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
   try:
     found.bind((config.host, config.port))
-    # Who follows a link before the server runs waits, and is not refused.
-    found.listen(128)
+    found.listen(128)  # Connections wait until the server runs.
   except OSError as error:
     raise store.StoreError(
       f'cannot listen on {config.host}:{config.port} ({error.strerror}); '
@@ -133,12 +104,22 @@ def _listen(config):
   return found
 
 
+def _account(the_store, name, role, condition):
+  """Id of the first account that meets a condition, or of a new one."""
+  key = schema.accounts.c.id
+  with the_store.read() as c:
+    found = c.scalar(sa.select(key).where(condition).order_by(key))
+  if found is not None:
+    return found, False
+  return the_store.add_account(name, role, 'active'), True
+
+
 def run(config, workdir: pathlib.Path) -> None:
   """Prepares the database and serves until stopped."""
   store.validate(config)
   _check_flags(config, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  os.chmod(workdir, 0o700)  # The database is nobody else's business.
+  os.chmod(workdir, 0o700)  # Other users must not read the database.
   engine = store.make_engine(
     config.database or f'sqlite:///{workdir / _DATABASE}'
   )
@@ -149,47 +130,38 @@ def run(config, workdir: pathlib.Path) -> None:
   the_store.prepare()
   if _once(the_store):
     return
-  listener = None
-  if not _ADMIN_LINK.value:
-    listener = _listen(config)
+  listener = None if _ADMIN_LINK.value else _listen(config)
   port = listener.getsockname()[1] if listener else config.port
   url = config.public_url or f'http://{config.host}:{port}'
-  account_id, is_new = first_admin(the_store)
+  accounts = schema.accounts.c
+  admin, is_new = _account(
+    the_store, 'admin', 'admin', accounts.role == 'admin'
+  )
   if is_new or _ADMIN_LINK.value:
-    print(
-      f'admin link (works once): {url}/join/{the_store.invite(account_id)}',
-      flush=True,
-    )
+    link = f'{url}/join/{the_store.invite(admin)}'
+    print(f'admin link (works once): {link}', flush=True)
   if _ADMIN_LINK.value:
     return
   if _DEMO.value:
     demo.fill(the_store)
-    with the_store.read() as c:
-      guest = c.scalar(
-        sa.select(schema.accounts.c.id).where(
-          schema.accounts.c.name == 'newcomer'
-        )
-      )
-    if guest is None:
-      guest = the_store.add_account('newcomer', 'labeler', 'active')
+    name = 'newcomer'
+    guest, _ = _account(the_store, name, 'labeler', accounts.name == name)
     print(
-      f'labeler link (works once; use another browser or a private window): '
+      'labeler link (works once; use another browser or a private window): '
       f'{url}/join/{the_store.invite(guest)}',
       flush=True,
     )
   print(f'labeling site on {url}, data in {workdir}', flush=True)
-  server = uvicorn.Server(
-    uvicorn.Config(
-      web.make_app(the_store, url, str(workdir / 'exports')),
-      access_log=False,  # Invitation tokens are in paths.
-      log_level='warning',
-      # Only a proxy on this machine may say who the visitor is.
-      forwarded_allow_ips='127.0.0.1',
-      server_header=False,
-    )
+  server_config = uvicorn.Config(
+    web.make_app(the_store, url, str(workdir / 'exports')),
+    access_log=False,  # Paths contain invitation tokens.
+    log_level='warning',
+    # Only a proxy on this machine may name the visitor's address.
+    forwarded_allow_ips='127.0.0.1',
+    server_header=False,
   )
   with contextlib.suppress(KeyboardInterrupt):
-    server.run(sockets=[listener])
+    uvicorn.Server(server_config).run(sockets=[listener])
 
 
 def main(argv) -> None:
@@ -197,25 +169,20 @@ def main(argv) -> None:
   if len(argv) > 1:
     raise ValueError(f'unexpected arguments: {argv[1:]}')
   if '--verbosity' not in ' '.join(sys.argv):
-    logging.set_verbosity(logging.WARNING)  # Libraries narrate at INFO.
+    logging.set_verbosity(logging.WARNING)  # Libraries log much at INFO.
   config = _CONFIG.value
   workdir = pathlib.Path(_WORKDIR.value or config.default_workdir).absolute()
   try:
     run(config, workdir)
-  except (store.StoreError, records.RecordError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(1)
   except sa.exc.SQLAlchemyError as error:
     text = command.one_line(getattr(error, 'orig', None) or error)
-    print(f'error: the database: {text}', file=sys.stderr)
-    sys.exit(1)
-
-
-def parse_flags(argv) -> list[str]:
-  """Reads the flags; what is left over."""
-  return command.parse_flags(argv, _CONFIG)
+    raise store.StoreError(f'the database: {text}') from error
 
 
 if __name__ == '__main__':
   flags.mark_flag_as_required('config')
-  command.end(lambda: app.run(main, flags_parser=parse_flags))
+  command.end(
+    lambda: app.run(
+      main, flags_parser=lambda argv: command.parse_flags(argv, _CONFIG)
+    )
+  )

@@ -1,11 +1,12 @@
 """The tables of the labeling site.
 
-Times are seconds since 1970 in UTC. Tokens are kept as SHA-256 hashes: they are
-random and long, so a slow hash would add nothing. What must never happen is
-forbidden by constraints and not by code alone: a task has as many `slots` as
-labelers are wanted, a slot has one holder, a labeler holds one slot of a task,
-and a submission is stored once.
+Times are seconds since 1970 in UTC. Tokens are stored as SHA-256 hashes; they
+are long and random, so a slow hash would add nothing. Constraints enforce what
+must always hold: a task has as many `slots` as labelers are wanted, a slot has
+one holder, a labeler holds one slot of a task, and a submission is stored once.
 """
+
+import functools
 
 import sqlalchemy as sa
 
@@ -19,36 +20,33 @@ metadata = sa.MetaData(
 )
 
 
-def _id():
-  return sa.Column('id', sa.Integer, primary_key=True)
+def _table(name, *columns):
+  key = sa.Column('id', sa.Integer, primary_key=True)
+  return sa.Table(name, metadata, key, *columns)
 
 
-def _to(name, nullable=False, index=False):
-  target = {'account': 'accounts', 'holder': 'accounts', 'batch': 'batches'}
-  table = target.get(name, f'{name}s')
-  column = name if name == 'holder' else f'{name}_id'
+def _to(table, column=None, nullable=False, index=False):
+  """The column that holds an id of a table: its name without the plural."""
   return sa.Column(
-    column, sa.ForeignKey(f'{table}.id'), nullable=nullable, index=index
+    column or f'{table.removesuffix("s")}_id',
+    sa.ForeignKey(f'{table}.id'),
+    nullable=nullable,
+    index=index,
   )
 
 
-def _text(name):
-  return sa.Column(name, sa.Text, nullable=False)
+def _column(kind, name, nullable=False):
+  return sa.Column(name, kind, nullable=nullable)
 
 
-def _time(name, nullable=False):
-  return sa.Column(name, sa.Double, nullable=nullable)
+_text, _integer, _time, _json, _bool = (
+  functools.partial(_column, kind)
+  for kind in (sa.Text, sa.Integer, sa.Double, sa.JSON, sa.Boolean)
+)
 
-
-def _integer(name):
-  return sa.Column(name, sa.Integer, nullable=False)
-
-
-accounts = sa.Table(
+accounts = _table(
   'accounts',
-  metadata,
-  _id(),
-  _text('name'),  # A pseudonym; nothing else is asked for.
+  _text('name'),  # A pseudonym; the site asks for nothing else.
   _text('role'),  # labeler, researcher or admin.
   _text('status'),  # screening, active or suspended.
   _time('created'),
@@ -59,7 +57,7 @@ invitations = sa.Table(
   'invitations',
   metadata,
   sa.Column('token_hash', sa.Text, primary_key=True),
-  _to('account'),
+  _to('accounts'),
   _time('expires'),
   _time('used', nullable=True),
 )
@@ -68,16 +66,14 @@ sessions = sa.Table(
   'sessions',
   metadata,
   sa.Column('token_hash', sa.Text, primary_key=True),
-  _to('account', index=True),
+  _to('accounts', index=True),
   _text('csrf'),
   _time('created'),
   _time('expires'),
 )
 
-instructions = sa.Table(
+instructions = _table(
   'instructions',
-  metadata,
-  _id(),
   _text('phase'),  # training, evaluation or toxicity.
   _integer('version'),
   _text('text'),
@@ -85,51 +81,43 @@ instructions = sa.Table(
   sa.UniqueConstraint('phase', 'version'),
 )
 
-batches = sa.Table(
+batches = _table(
   'batches',
-  metadata,
-  _id(),
   _text('name'),
   _text('kind'),  # One of answers.KINDS.
   _text('phase'),  # Whose instructions apply.
-  _integer('overlap'),  # Labelers a task; a screening batch has no limit.
-  sa.Column('screening', sa.Boolean, nullable=False),
-  sa.Column('closed', sa.Boolean, nullable=False),
+  _integer('overlap'),  # Labelers per task; a screening batch has no limit.
+  _bool('screening'),
+  _bool('closed'),
   _time('created'),
   sa.UniqueConstraint('name'),
 )
 
-tasks = sa.Table(
+tasks = _table(
   'tasks',
-  metadata,
-  _id(),
-  _to('batch', index=True),
+  _to('batches', 'batch_id', index=True),
   _text('prompt'),
   # id, user, category, metadata and turns of the imported line; style of a
   # prompt task.
-  sa.Column('record', sa.JSON, nullable=False),
+  _json('record'),
 )
 
-outputs = sa.Table(
+outputs = _table(
   'outputs',
-  metadata,
-  _id(),
-  _to('task'),
+  _to('tasks'),
   _integer('position'),  # 0 to K - 1, as imported.
   _text('text'),
   _text('model'),  # Never shown to labelers.
   sa.UniqueConstraint('task_id', 'position'),
 )
 
-slots = sa.Table(
+slots = _table(
   'slots',
-  metadata,
-  _id(),
-  _to('task'),
-  # 1 to overlap; minus the account's id where the overlap does not count: for
-  # researchers, and in screening batches.
+  _to('tasks'),
+  # 1 to overlap. Minus the account's id where the overlap does not count: for
+  # researchers and in screening batches.
   _integer('number'),
-  _to('holder', nullable=True),
+  _to('accounts', 'holder', nullable=True),
   sa.UniqueConstraint('task_id', 'number'),
   sa.UniqueConstraint('task_id', 'holder'),
 )
@@ -140,64 +128,64 @@ sa.Index(
   postgresql_where=slots.c.holder.is_(None),
 )
 
-assignments = sa.Table(
+assignments = _table(
   'assignments',
-  metadata,
-  _id(),
-  _to('task'),
-  _to('account', index=True),
+  _to('tasks'),
+  _to('accounts', index=True),
   _text('state'),  # open, expired, skipped or submitted.
   _time('claimed'),
   _time('expires'),
   _time('touched'),  # Last sign of work, for the pace.
-  _time('seconds'),  # Worked on so far.
-  sa.Column('order', sa.JSON, nullable=False),  # Positions as shown.
-  sa.Column('draft', sa.JSON, nullable=False),
+  _time('seconds'),  # Worked so far.
+  _json('order'),  # Positions as shown.
+  _json('draft'),
   _text('reason'),  # Of a skip.
   sa.UniqueConstraint('task_id', 'account_id'),
   sa.Index('ix_assignments_state_expires', 'state', 'expires'),
 )
 
-answers = sa.Table(
+answers = _table(
   'answers',
-  metadata,
-  _id(),
-  _to('assignment'),
+  _to('assignments'),
   _integer('revision'),  # From 1; the last one counts, the others stay.
-  _text('submission'),  # The page's own random number: a resend is not new.
-  sa.Column('content', sa.JSON, nullable=False),
-  _to('instruction'),
+  _text('submission'),  # The page's own random number, to recognize a resend.
+  _json('content'),
+  _to('instructions'),
   _time('time'),
   _time('seconds'),
   sa.UniqueConstraint('assignment_id', 'revision'),
   sa.UniqueConstraint('submission'),
 )
 
-flags = sa.Table(
-  'flags',
-  metadata,
-  _id(),
-  _to('assignment'),
-  _text('text'),
-  _time('time'),
-)
+flags = _table('flags', _to('assignments'), _text('text'), _time('time'))
 
-grades = sa.Table(  # Researchers' grades of screening demonstrations (B.1).
+grades = _table(  # Researchers' grades of screening demonstrations (B.1).
   'grades',
-  metadata,
-  _id(),
-  _to('assignment'),
-  _to('account'),
+  _to('assignments'),
+  _to('accounts'),
   _integer('grade'),
   sa.UniqueConstraint('assignment_id', 'account_id'),
 )
 
-audit = sa.Table(
+audit = _table(
   'audit',
-  metadata,
-  _id(),
   _time('time'),
-  sa.Column('account_id', sa.ForeignKey('accounts.id'), nullable=True),
+  _to('accounts', nullable=True),
   _text('action'),
   _text('detail'),
 )
+
+# Every assignment with its task and batch.
+work = assignments.join(tasks).join(batches)
+
+
+def insert(connection: sa.Connection, table: sa.Table, /, **values):
+  """Adds a row; returns its key."""
+  query = table.insert().values(**values)
+  return connection.execute(query).inserted_primary_key[0]
+
+
+def update(connection: sa.Connection, table: sa.Table, key: int, /, **values):
+  """Changes the row with an id; returns the number of such rows, 0 or 1."""
+  query = table.update().filter_by(id=key).values(**values)
+  return connection.execute(query).rowcount

@@ -1,20 +1,20 @@
 """The database of the labeling site: connections, people, and their work.
 
 Every public method is one transaction. SQLite writes begin with BEGIN
-IMMEDIATE and are on the disk before they return (WAL, synchronous=FULL), so
-what was acknowledged survives SIGKILL.
+IMMEDIATE and are on disk before they return (WAL, synchronous=FULL), so an
+acknowledged write survives SIGKILL.
 """
 
-import contextlib
 import gzip
 import hashlib
 import json
 import pathlib
 import secrets
+import statistics
 import time
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import sqlalchemy as sa
@@ -31,43 +31,35 @@ from instruct_jax.labeling import answers, schema
 _HERE = pathlib.Path(__file__).parent
 _CLAIM_TRIES = 20
 _BACKUP_FORMAT = 'instruct_jax labeling backup'
+USED_LINK = (
+  'This link was used before or has expired. Please ask for a new one.'
+)
+_OLD_PAGE = 'This page is too old. Please open the task again.'
+_PRAGMAS = (
+  'journal_mode=WAL', 'synchronous=FULL', 'foreign_keys=ON',
+  'busy_timeout=60000',
+)  # fmt: skip
 
-accounts, invitations, sessions = (
-  schema.accounts,
-  schema.invitations,
-  schema.sessions,
-)
-batches, tasks, outputs, slots = (
-  schema.batches,
-  schema.tasks,
-  schema.outputs,
-  schema.slots,
-)
-assignments, answers_table = schema.assignments, schema.answers
+accounts, sessions = schema.accounts, schema.sessions
+batches, tasks, slots = schema.batches, schema.tasks, schema.slots
+assignments, invitations = schema.assignments, schema.invitations
 
 
 class StoreError(ValueError):
-  """A request that cannot be granted; the text may be shown to who asked."""
+  """A request that cannot be granted; whoever asked may see the message."""
 
 
 def validate(config) -> None:
-  """Refuses settings that cannot work, before anything is opened.
+  """Checks the settings before anything is opened.
 
   Raises:
-    StoreError: the key, what was found, what to do.
+    StoreError: the key, the value and what to do.
   """
   for key in (
-    'session_days',
-    'invitation_days',
-    'task_minutes',
-    'idle_minutes',
-    'requests_per_minute',
-    'joins_per_minute',
-    'max_body_bytes',
-    'max_import_bytes',
-    'overlap',
-    'demo_tasks',
-  ):
+    'session_days', 'invitation_days', 'task_minutes', 'idle_minutes',
+    'requests_per_minute', 'joins_per_minute', 'max_body_bytes',
+    'max_import_bytes', 'overlap', 'demo_tasks',
+  ):  # fmt: skip
     if config[key] <= 0:
       raise StoreError(f'{key} must be positive: {config[key]}')
   for key in ('cut_flags', 'cut_rankings', 'valid_fraction'):
@@ -87,34 +79,35 @@ def validate(config) -> None:
 
 
 class _TakenError(Exception):
-  """Somebody else was given the slot first."""
+  """Another account took the slot first."""
 
 
 def _hash(token: str) -> str:
   return hashlib.sha256(token.encode()).hexdigest()
 
 
+def given(text: str, what: str, missing: str) -> str:
+  """A posted text, cleaned; raises `StoreError(missing)` if it is blank."""
+  text = answers.clean(text, what).strip()
+  if invisible.is_blank(text):
+    raise StoreError(missing)
+  return text
+
+
 def make_engine(url: str) -> sa.Engine:
-  """An engine whose transactions are real ones on SQLite, too."""
+  """An engine with real transactions, also on SQLite."""
   if not url.startswith('sqlite'):
     return sa.create_engine(url, pool_pre_ping=True, pool_size=20)
+  driver = {'timeout': 60, 'check_same_thread': False}
   engine = sa.create_engine(
-    url,
-    connect_args={'timeout': 60, 'check_same_thread': False},
-    poolclass=sa.pool.QueuePool,
-    pool_size=20,
+    url, connect_args=driver, poolclass=sa.pool.QueuePool, pool_size=20
   )
 
   @sa.event.listens_for(engine, 'connect')
   def _connected(connection, record):
     del record
-    connection.isolation_level = None  # We say BEGIN, not Python's module.
-    for pragma in (
-      'journal_mode=WAL',
-      'synchronous=FULL',
-      'foreign_keys=ON',
-      'busy_timeout=60000',
-    ):
+    connection.isolation_level = None  # `_begin` says BEGIN, not the driver.
+    for pragma in _PRAGMAS:
       connection.execute(f'PRAGMA {pragma}')
 
   @sa.event.listens_for(engine, 'begin')
@@ -133,7 +126,7 @@ def _migrations(connection: sa.Connection | None = None) -> Config:
 
 
 def _check_revision(name: str, place: str) -> None:
-  """Raises `StoreError` for tables of a version that this program lacks."""
+  """Raises `StoreError` if this program has no migration of that name."""
   known = ScriptDirectory.from_config(_migrations())
   try:
     known.get_revision(name)
@@ -144,36 +137,33 @@ def _check_revision(name: str, place: str) -> None:
     ) from error
 
 
-def migrate(engine: sa.Engine, revision: str = 'head') -> None:
+def migrate(engine: sa.Engine, target: str = 'head') -> None:
   """Brings the tables to a revision, the newest by default (Alembic).
 
   Raises:
-    StoreError: they are of a newer version than this program's.
+    StoreError: the tables are of a newer version than this program's.
   """
   with engine.begin() as connection:
-    found = _revision(connection)
+    found = revision(connection)
     if found is not None:
       _check_revision(found, 'the database')
-    command.upgrade(_migrations(connection), revision)
+    command.upgrade(_migrations(connection), target)
 
 
-def revision(engine: sa.Engine) -> str | None:
-  """The revision that the tables have; None for an empty database."""
-  with engine.connect() as connection:
-    return _revision(connection)
-
-
-def _revision(connection):
+def revision(connection: sa.Connection) -> str | None:
+  """The revision of the tables; None for an empty database."""
   return MigrationContext.configure(connection).get_current_revision()
 
 
 class Store:
-  """All that is read and written for people and their tasks.
+  """Reads and writes people and their tasks.
 
   Attributes:
     config: as in configs/labeling.py.
-    engine: for reading; `write()` begins a writing transaction.
+    engine: of the database.
     clock: seconds since 1970.
+    read: opens a connection for reading, in a `with` statement.
+    write: begins a writing transaction, in a `with` statement.
   """
 
   def __init__(
@@ -182,29 +172,24 @@ class Store:
     self.engine = engine
     self.config = config
     self.clock = clock
-    self._writer = engine.execution_options(immediate=True)
-
-  @contextlib.contextmanager
-  def read(self) -> Iterator[sa.Connection]:
-    with self.engine.connect() as connection:
-      yield connection
-
-  @contextlib.contextmanager
-  def write(self) -> Iterator[sa.Connection]:
-    with self._writer.begin() as connection:
-      yield connection
+    self.read = engine.connect
+    self.write = engine.execution_options(immediate=True).begin
 
   # --- People -------------------------------------------------------------
 
   def audit(self, connection, account_id, action: str, detail: str = ''):
-    connection.execute(
-      schema.audit.insert().values(
-        time=self.clock(), account_id=account_id, action=action, detail=detail
-      )
+    """Logs what an account did, or the site itself (None)."""
+    schema.insert(
+      connection,
+      schema.audit,
+      time=self.clock(),
+      account_id=account_id,
+      action=action,
+      detail=detail,
     )
 
   def add_account(self, name, role, status, by=None) -> int:
-    """A new pseudonymous account.
+    """Adds a pseudonymous account; returns its id.
 
     Raises:
       StoreError: the name is taken or unusable, or there is no such role.
@@ -213,7 +198,7 @@ class Store:
     if (
       not 1 <= len(name) <= 40
       or not name.replace('-', '').isalnum()
-      or invisible.HIDDEN.search(name)  # Some count as letters.
+      or invisible.HIDDEN.search(name)  # Some of these count as letters.
     ):
       raise StoreError(
         f'A name has 1 to 40 letters, digits and hyphens: {name[:60]!r}'
@@ -223,72 +208,53 @@ class Store:
     if status not in ('screening', 'active'):
       raise StoreError(f'No such status: {status!r}')
     with self.write() as c:
-      if c.scalar(sa.select(accounts.c.id).where(accounts.c.name == name)):
+      if c.scalar(sa.select(accounts.c.id).filter_by(name=name)):
         raise StoreError(f'The name {name} is taken')
-      account_id = c.execute(
-        accounts.insert().values(
-          name=name, role=role, status=status, created=self.clock()
-        )
-      ).inserted_primary_key[0]
+      values = {'name': name, 'role': role, 'status': status}
+      account_id = schema.insert(c, accounts, created=self.clock(), **values)
       self.audit(c, by, 'account', f'{name}: {role}, {status}')
     return account_id
 
   def set_status(self, account_id: int, status: str, by: int) -> None:
-    """Admits or suspends; who is suspended loses sessions and open tasks."""
+    """Admits or suspends. Suspension ends sessions and frees open tasks."""
     if status not in ('screening', 'active', 'suspended'):
       raise StoreError(f'No such status: {status!r}')
     if account_id == by:
       raise StoreError('You cannot change your own status')
     with self.write() as c:
-      changed = c.execute(
-        accounts.update()
-        .where(accounts.c.id == account_id)
-        .values(status=status)
-      ).rowcount
-      if not changed:
+      if not schema.update(c, accounts, account_id, status=status):
         raise StoreError('No such account')
       if status == 'suspended':
         for table in (sessions, invitations):
-          c.execute(table.delete().where(table.c.account_id == account_id))
-        open_ids = c.scalars(
-          sa.select(assignments.c.id)
-          .where(
-            assignments.c.account_id == account_id,
-            assignments.c.state == 'open',
-          )
-          .order_by(assignments.c.id)
-          .with_for_update()  # An answer that is on its way comes first.
-        ).all()
-        for assignment_id in open_ids:
-          self._release(c, assignment_id, 'expired')
+          c.execute(table.delete().filter_by(account_id=account_id))
+        # Waits for an answer that is being submitted.
+        self._expire(c, assignments.c.account_id == account_id)
       self.audit(c, by, 'status', f'account {account_id}: {status}')
 
   def invite(self, account_id: int, by: int | None = None) -> str:
-    """A one-time token to sign in with; older unused ones stop working."""
+    """A token for one sign-in; earlier unused ones stop working."""
     token = secrets.token_urlsafe(32)
     with self.write() as c:
       account = self._account(c, account_id)
       if account.status == 'suspended':
         raise StoreError(f'{account.name} is suspended')
       c.execute(
-        invitations.delete().where(
-          invitations.c.account_id == account_id, invitations.c.used.is_(None)
-        )
+        invitations.delete().filter_by(account_id=account_id, used=None)
       )
-      c.execute(
-        invitations.insert().values(
-          token_hash=_hash(token),
-          account_id=account_id,
-          expires=self.clock() + self.config.invitation_days * 86400,
-        )
+      schema.insert(
+        c,
+        invitations,
+        token_hash=_hash(token),
+        account_id=account_id,
+        expires=self.clock() + self.config.invitation_days * 86400,
       )
       self.audit(c, by, 'invite', account.name)
     return token
 
   def _account(self, connection, account_id, lock=False):
-    query = sa.select(accounts).where(accounts.c.id == account_id)
+    query = sa.select(accounts).filter_by(id=account_id)
     if lock:
-      # Without keeping others from rows that refer to this one.
+      # Others may still insert rows that refer to this one.
       query = query.with_for_update(key_share=True)
     account = connection.execute(query).first()
     if account is None:
@@ -296,67 +262,54 @@ class Store:
     return account
 
   def invitation_is_good(self, token: str) -> bool:
+    """Whether `join` would accept a token now."""
     with self.read() as c:
-      return self._invitation(c, token) is not None
+      return self._invited(c, token) is not None
 
-  def _invitation(self, connection, token):
-    return connection.execute(
-      sa.select(invitations).where(
-        invitations.c.token_hash == _hash(token),
-        invitations.c.used.is_(None),
-        invitations.c.expires > self.clock(),
-      )
-    ).first()
+  def _invited(self, connection, token):
+    """Id of the account that an unused invitation is for, or None."""
+    return connection.scalar(
+      sa.select(invitations.c.account_id)
+      .filter_by(token_hash=_hash(token), used=None)
+      .where(invitations.c.expires > self.clock())
+    )
 
   def join(self, token: str, leaving: str = '') -> str:
-    """Uses an invitation up; returns the token of a new session.
+    """Uses up an invitation; returns the token of a new session.
 
-    An account has one session: earlier ones, in whatever browser, end here.
-
-    Args:
-      token: of the invitation.
-      leaving: token of the session that this browser had so far, which ends
-        whosever it is; '' for none.
+    The account's earlier sessions end in all browsers. So does the session with
+    the token `leaving`, this browser's own, even if it is another account's.
 
     Raises:
-      StoreError: the link was used, has expired or never was.
+      StoreError: the link was used, has expired or never existed.
     """
     session = secrets.token_urlsafe(32)
     now = self.clock()
     with self.write() as c:
-      found = self._invitation(c, token)
-      # The update's own condition decides between two clicks at once.
-      if (
-        found is None
-        or not c.execute(
-          invitations.update()
-          .where(
-            invitations.c.token_hash == _hash(token),
-            invitations.c.used.is_(None),
-          )
-          .values(used=now)
-        ).rowcount
-      ):
-        raise StoreError(
-          'This link was used before or has expired. Please ask for a new one.'
-        )
+      account_id = self._invited(c, token)
+      # `used=None` decides between two simultaneous clicks.
+      unused = invitations.update().filter_by(
+        token_hash=_hash(token), used=None
+      )
+      if account_id is None or not c.execute(unused.values(used=now)).rowcount:
+        raise StoreError(USED_LINK)
       c.execute(
         sessions.delete().where(
-          (sessions.c.account_id == found.account_id)
+          (sessions.c.account_id == account_id)
           | (sessions.c.token_hash == _hash(leaving))
           | (sessions.c.expires < now)
         )
       )
-      c.execute(
-        sessions.insert().values(
-          token_hash=_hash(session),
-          account_id=found.account_id,
-          csrf=secrets.token_urlsafe(24),
-          created=now,
-          expires=now + self.config.session_days * 86400,
-        )
+      schema.insert(
+        c,
+        sessions,
+        token_hash=_hash(session),
+        account_id=account_id,
+        csrf=secrets.token_urlsafe(24),
+        created=now,
+        expires=now + self.config.session_days * 86400,
       )
-      self.audit(c, found.account_id, 'join')
+      self.audit(c, account_id, 'join')
     return session
 
   def session(self, token: str):
@@ -364,7 +317,7 @@ class Store:
     with self.read() as c:
       return c.execute(
         sa.select(accounts, sessions.c.csrf)
-        .join(sessions, sessions.c.account_id == accounts.c.id)
+        .join(sessions)
         .where(
           sessions.c.token_hash == _hash(token),
           sessions.c.expires > self.clock(),
@@ -373,31 +326,34 @@ class Store:
       ).first()
 
   def leave(self, token: str) -> None:
+    """Ends a session."""
     with self.write() as c:
-      c.execute(sessions.delete().where(sessions.c.token_hash == _hash(token)))
+      c.execute(sessions.delete().filter_by(token_hash=_hash(token)))
 
   # --- Instructions -------------------------------------------------------
 
   def publish_instructions(self, phase: str, text: str, by=None) -> int:
-    """A new version of a phase's instructions; answers name theirs."""
-    text = answers.clean(text, 'The page').strip()
-    if phase not in answers.PHASES or invisible.is_blank(text):
-      raise StoreError('Instructions need a phase and a text')
-    table = schema.instructions
+    """Adds a version of a phase's instructions; returns its number."""
+    missing = 'Instructions need a phase and a text'
+    text = given(text, 'The page', missing)
+    if phase not in answers.PHASES:
+      raise StoreError(missing)
     with self.write() as c:
-      last = c.scalar(
-        sa.select(sa.func.max(table.c.version)).where(table.c.phase == phase)
-      )
-      version = (last or 0) + 1
-      c.execute(
-        table.insert().values(
-          phase=phase, version=version, text=text, created=self.clock()
-        )
+      last = self._instructions(c, phase)
+      version = last.version + 1 if last else 1
+      schema.insert(
+        c,
+        schema.instructions,
+        phase=phase,
+        version=version,
+        text=text,
+        created=self.clock(),
       )
       self.audit(c, by, 'instructions', f'{phase} {version}')
     return version
 
   def instructions(self, phase: str):
+    """The newest version of a phase's instructions, or None."""
     with self.read() as c:
       return self._instructions(c, phase)
 
@@ -405,13 +361,13 @@ class Store:
     table = schema.instructions
     return connection.execute(
       sa.select(table)
-      .where(table.c.phase == phase)
+      .filter_by(phase=phase)
       .order_by(table.c.version.desc())
       .limit(1)
     ).first()
 
   def prepare(self) -> None:
-    """Tables, and version 1 of the instructions, where they are missing."""
+    """Creates missing tables and version 1 of missing instructions."""
     migrate(self.engine)
     for phase in answers.PHASES:
       if self.instructions(phase) is None:
@@ -420,49 +376,50 @@ class Store:
 
   # --- Work ---------------------------------------------------------------
 
-  def _release(self, connection, assignment_id, state, reason=''):
-    """Gives an assignment's slot back to the pool."""
-    row = connection.execute(
-      sa.select(assignments).where(assignments.c.id == assignment_id)
-    ).one()
-    connection.execute(
-      assignments.update()
-      .where(assignments.c.id == assignment_id)
-      .values(state=state, reason=reason)
+  def _release(self, connection, work, state, reason=''):
+    """Ends an assignment and returns its slot to the pool."""
+    values = {'state': state, 'reason': reason}
+    schema.update(connection, assignments, work['id'], **values)
+    held = slots.update().filter_by(
+      task_id=work['task_id'], holder=work['account_id']
     )
-    connection.execute(
-      slots.update()
-      .where(slots.c.task_id == row.task_id, slots.c.holder == row.account_id)
-      .values(holder=None)
+    connection.execute(held.values(holder=None))
+
+  def _expire(self, connection, condition, skip_locked=False):
+    """Expires the open assignments that meet a condition; returns their ids."""
+    found = connection.execute(
+      sa.select(assignments.c['id', 'task_id', 'account_id'])
+      .where(assignments.c.state == 'open', condition)
+      .order_by(assignments.c.id)
+      .with_for_update(skip_locked=skip_locked)
     )
+    found = found.mappings().all()
+    for work in found:
+      self._release(connection, work, 'expired')
+    return [work['id'] for work in found]
 
   def release_expired(self) -> int:
-    """Returns tasks left open for too long to the pool; says how many."""
-    now = self.clock()
-    condition = (assignments.c.state == 'open') & (assignments.c.expires < now)
+    """Returns tasks left open too long to the pool; returns how many."""
+    late = assignments.c.expires < self.clock()
+    is_open = assignments.c.state == 'open'
     with self.read() as c:
-      if not c.scalar(sa.select(assignments.c.id).where(condition).limit(1)):
+      query = sa.select(assignments.c.id).where(is_open, late).limit(1)
+      if c.scalar(query) is None:
         return 0
     with self.write() as c:
-      # Whose labeler is saving at this moment is not abandoned.
-      ids = c.scalars(
-        sa.select(assignments.c.id)
-        .where(condition)
-        .order_by(assignments.c.id)
-        .with_for_update(skip_locked=True)
-      ).all()
+      # A locked assignment is being saved, so it is not abandoned.
+      ids = self._expire(c, late, skip_locked=True)
       for assignment_id in ids:
-        self._release(c, assignment_id, 'expired')
         self.audit(c, None, 'expired', f'assignment {assignment_id}')
     return len(ids)
 
   def claim(self, account) -> int | None:
     """The next task of an account: the id of its assignment, or None.
 
-    Who has a task open gets that one, unless its batch was closed meanwhile.
-    Labelers get free slots of open batches, first of tasks that they had begun;
-    in screening, all screening tasks. Researchers get every task, screening
-    first, outside the overlap.
+    An account with an open task in an open batch gets that one. Labelers get
+    free slots of open batches, first of tasks that they had started; in
+    screening, all screening tasks. Researchers get every task, screening first,
+    outside the overlap.
 
     Raises:
       StoreError: the account was suspended, or the site is too busy.
@@ -472,55 +429,43 @@ class Store:
       try:
         with self.write() as c:
           return self._claim(c, account)
-      # On PostgreSQL two may see the same slot free; the constraint stops one.
+      # On PostgreSQL two may see one slot free; the constraint stops one.
       except (_TakenError, sa.exc.IntegrityError):
         continue
     raise StoreError('The site is very busy. Please try again.')
 
   def _claim(self, connection, account):
-    # As it is now, and one claim of an account at a time.
+    # Reads the account again, and serializes the claims of one account.
     account = self._account(connection, account.id, lock=True)
     if account.status == 'suspended':
       raise StoreError('This account is suspended')
     opened = self._opened(connection, account.id)
     if opened is not None:
       return opened
-    begun = (
-      sa.select(assignments.c.id)
-      .where(
-        assignments.c.task_id == tasks.c.id,
-        assignments.c.account_id == account.id,
-      )
-      .exists()
+    own = sa.select(assignments.c.id).where(
+      assignments.c.task_id == tasks.c.id,
+      assignments.c.account_id == account.id,
     )
-    mine = (
-      sa.select(assignments.c.id)
-      .where(
-        assignments.c.task_id == tasks.c.id,
-        assignments.c.account_id == account.id,
-        assignments.c.state != 'expired',
-      )
-      .exists()
-    )
-    uncounted = account.role != 'labeler' or account.status == 'screening'
+    done = own.where(assignments.c.state != 'expired')
     query = (
       sa.select(tasks.c.id.label('task_id'))
-      .join(batches, batches.c.id == tasks.c.batch_id)
-      .where(sa.not_(mine), sa.not_(batches.c.closed))
+      .join(batches)
+      .where(~done.exists(), ~batches.c.closed)
       .order_by(
         batches.c.screening.desc(),
-        sa.case((begun, 0), else_=1),
+        sa.case((own.exists(), 0), else_=1),
         batches.c.id,
         tasks.c.id,
       )
       .limit(1)
     )
+    in_screening = account.status == 'screening'
     if account.role == 'labeler':
-      wanted = account.status == 'screening'
-      query = query.where(batches.c.screening == wanted)
-    if not uncounted:
+      query = query.where(batches.c.screening == in_screening)
+    counts = account.role == 'labeler' and not in_screening
+    if counts:
       query = (
-        query.join(slots, slots.c.task_id == tasks.c.id)
+        query.join(slots)
         .where(slots.c.holder.is_(None), slots.c.number > 0)
         .add_columns(slots.c.id.label('slot_id'))
         .with_for_update(skip_locked=True, of=slots)
@@ -528,93 +473,71 @@ class Store:
     found = connection.execute(query).first()
     if found is None:
       return None
-    if uncounted:
-      self._hold_uncounted(connection, found.task_id, account.id)
-    else:
+    if counts:
       self._hold(connection, found.slot_id, account.id)
+    else:
+      self._hold_uncounted(connection, found.task_id, account.id)
     return self._assign(connection, found.task_id, account.id)
 
   def _opened(self, connection, account_id):
     """The assignment that an account works on, or None."""
     return connection.scalar(
       sa.select(assignments.c.id)
-      .join(tasks, tasks.c.id == assignments.c.task_id)
-      .join(batches, batches.c.id == tasks.c.batch_id)
+      .select_from(schema.work)
       .where(
         assignments.c.account_id == account_id,
         assignments.c.state == 'open',
-        sa.not_(batches.c.closed),
+        ~batches.c.closed,
       )
       .order_by(assignments.c.id)
       .limit(1)
     )
 
   def _hold(self, connection, slot_id, account_id):
-    changed = connection.execute(
-      slots.update()
-      .where(slots.c.id == slot_id, slots.c.holder.is_(None))
-      .values(holder=account_id)
-    ).rowcount
-    if not changed:
+    free = slots.update().filter_by(id=slot_id, holder=None)
+    if not connection.execute(free.values(holder=account_id)).rowcount:
       raise _TakenError
 
   def _hold_uncounted(self, connection, task_id, account_id):
-    """The slot that does not count in the overlap, made when first needed."""
-    slot = connection.scalar(
-      sa.select(slots.c.id).where(
-        slots.c.task_id == task_id, slots.c.number == -account_id
-      )
-    )
-    if slot is not None:
-      return self._hold(connection, slot, account_id)
-    connection.execute(
-      slots.insert().values(
-        task_id=task_id, number=-account_id, holder=account_id
-      )
-    )
+    """Takes the slot outside the overlap, which is added when first needed."""
+    key = {'task_id': task_id, 'number': -account_id}
+    slot = connection.scalar(sa.select(slots.c.id).filter_by(**key))
+    if slot is None:
+      schema.insert(connection, slots, holder=account_id, **key)
+    else:
+      self._hold(connection, slot, account_id)
 
   def _assign(self, connection, task_id, account_id):
     now = self.clock()
-    times = {
+    values = {
       'state': 'open',
       'claimed': now,
       'touched': now,
       'expires': now + self.config.task_minutes * 60,
     }
-    again = connection.scalar(
-      sa.select(assignments.c.id).where(
-        assignments.c.task_id == task_id,
-        assignments.c.account_id == account_id,
-      )
-    )
+    key = {'task_id': task_id, 'account_id': account_id}
+    again = connection.scalar(sa.select(assignments.c.id).filter_by(**key))
     if again is not None:  # It had expired; order and draft are still there.
-      connection.execute(
-        assignments.update().where(assignments.c.id == again).values(**times)
-      )
+      schema.update(connection, assignments, again, **values)
       return again
-    count = connection.scalar(
-      sa.select(sa.func.count()).where(outputs.c.task_id == task_id)
-    )
-    order = list(range(count))
+    order = list(range(len(self._texts(connection, task_id))))
     secrets.SystemRandom().shuffle(order)
-    return connection.execute(
-      assignments.insert().values(
-        task_id=task_id,
-        account_id=account_id,
-        seconds=0.0,
-        order=order,
-        draft={},
-        reason='',
-        **times,
-      )
-    ).inserted_primary_key[0]
+    values |= {'seconds': 0.0, 'order': order, 'draft': {}, 'reason': ''}
+    return schema.insert(connection, assignments, **key, **values)
 
-  def work(self, assignment_id: int, account_id: int):
+  def _texts(self, connection, task_id):
+    return connection.scalars(
+      sa.select(schema.outputs.c.text)
+      .filter_by(task_id=task_id)
+      .order_by(schema.outputs.c.position)
+    ).all()
+
+  def work(self, assignment_id: int, account_id: int) -> dict[str, Any] | None:
     """An account's own assignment with its task, or None.
 
     Returns:
-      Row of the assignment, the batch's kind, phase, screening, closed and
-      name, the task's prompt and record, and `texts`: outputs by position.
+      Columns of the assignment, the batch's kind, phase, screening and closed,
+      the task's prompt and record, and `texts`: outputs by position.
     """
     with self.read() as c:
       return self._work(c, assignment_id, account_id)
@@ -623,15 +546,10 @@ class Store:
     query = (
       sa.select(
         assignments,
-        tasks.c.prompt,
-        tasks.c.record,
-        batches.c.kind,
-        batches.c.phase,
-        batches.c.screening,
-        batches.c.closed,
+        tasks.c['prompt', 'record'],
+        batches.c['kind', 'phase', 'screening', 'closed'],
       )
-      .join(tasks, tasks.c.id == assignments.c.task_id)
-      .join(batches, batches.c.id == tasks.c.batch_id)
+      .select_from(schema.work)
       .where(
         assignments.c.id == assignment_id,
         assignments.c.account_id == account_id,
@@ -642,12 +560,7 @@ class Store:
     row = connection.execute(query).first()
     if row is None:
       return None
-    texts = connection.scalars(
-      sa.select(outputs.c.text)
-      .where(outputs.c.task_id == row.task_id)
-      .order_by(outputs.c.position)
-    ).all()
-    return {**row._mapping, 'texts': texts}
+    return {**row._mapping, 'texts': self._texts(connection, row.task_id)}
 
   def _own(self, connection, assignment_id, account_id):
     work = self._work(connection, assignment_id, account_id, lock=True)
@@ -666,23 +579,21 @@ class Store:
 
   def save_draft(
     self, assignment_id: int, account_id: int, page: str, posted: dict
-  ) -> str:
-    """Keeps one page as posted, complete or not; returns the task's state.
+  ) -> dict[str, Any]:
+    """Saves one page as posted, complete or not; returns the new `work`.
 
-    A task whose time was over is taken up again, if it is still free and its
-    labeler has no other one open. Otherwise it stays `expired`: the draft is
-    kept and does not count.
+    An expired task is reopened if it is still free and its labeler has no other
+    open task. Otherwise the draft is saved, but the task stays expired.
 
     Raises:
       StoreError: not this account's task, or skipped.
     """
     with self.write() as c:
-      work = self._take_up(c, self._own(c, assignment_id, account_id))
-      self._keep(c, work, page, posted)
-    return work['state']
+      work = self._reopen(c, self._own(c, assignment_id, account_id))
+      return self._save(c, work, page, posted)
 
-  def _take_up(self, connection, work):
-    """The work, open again where its time was over and that can be."""
+  def _reopen(self, connection, work):
+    """The work, open again if it had expired and can be taken again."""
     if (
       work['state'] != 'expired'
       or work['closed']
@@ -694,23 +605,15 @@ class Store:
         self._regain(connection, work)
     except StoreError:
       return work
-    connection.execute(
-      assignments.update()
-      .where(assignments.c.id == work['id'])
-      .values(state='open')
-    )
+    schema.update(connection, assignments, work['id'], state='open')
     return {**work, 'state': 'open'}
 
-  def _keep(self, connection, work, page, posted):
+  def _save(self, connection, work, page, posted):
     if work['state'] == 'skipped':
       raise StoreError('You skipped this task')
-    draft = {**work['draft'], page: posted}
-    connection.execute(
-      assignments.update()
-      .where(assignments.c.id == work['id'])
-      .values(draft=draft, **self._touched(work))
-    )
-    return draft
+    changes = {'draft': {**work['draft'], page: posted}, **self._touched(work)}
+    schema.update(connection, assignments, work['id'], **changes)
+    return {**work, **changes}
 
   def submit(
     self,
@@ -722,101 +625,84 @@ class Store:
   ) -> int:
     """Stores an answer; returns its revision.
 
-    The same `submission` again, say because the reply was lost, changes
-    nothing and is acknowledged again. A task that has returned to the pool is
-    accepted while a slot is free.
+    The same `submission` sent again, say because the reply was lost, changes
+    nothing. An expired task is accepted while it has a free slot.
 
     Raises:
-      AnswerError: the answer is incomplete; what was posted is kept as draft.
-      StoreError: not this account's task, skipped, closed, or no slot is left.
+      AnswerError: the answer is incomplete; the posted page is saved as draft.
+      StoreError: not this account's task, skipped, closed, or no free slot.
     """
     if not 16 <= len(submission) <= 64 or not submission.isalnum():
-      raise StoreError('This page is too old. Please open the task again.')
+      raise StoreError(_OLD_PAGE)
+    table = schema.answers
     with self.write() as c:
       work = self._own(c, assignment_id, account_id)
       earlier = c.execute(
-        sa.select(answers_table).where(answers_table.c.submission == submission)
+        sa.select(table).filter_by(submission=submission)
       ).first()
       if earlier is not None:
         if earlier.assignment_id != assignment_id:
-          raise StoreError('This page is too old. Please open the task again.')
+          raise StoreError(_OLD_PAGE)
         return earlier.revision
-      work = self._take_up(c, work)
-      draft = self._keep(c, work, page, posted)
-      failure = None
+      work = self._save(c, self._reopen(c, work), page, posted)
       try:
-        # Within a savepoint of its own, so that the draft stays.
+        # The draft stays if this savepoint is rolled back.
         with c.begin_nested():
-          return self._store_answer(c, work, draft, submission)
+          return self._store_answer(c, work, submission)
       except (answers.AnswerError, StoreError) as error:
         failure = error
     raise failure
 
-  def _store_answer(self, connection, work, draft, submission):
+  def _store_answer(self, connection, work, submission):
     if work['closed']:
-      raise StoreError('This batch is closed. Your text was kept as a draft.')
-    content = answers.content(
-      work['kind'],
-      draft,
-      len(work['texts']),
-      work['record'].get('style', 'plain'),
-    )
+      raise StoreError('This batch is closed. Your text was saved as a draft.')
+    content = answers.content(work)
     if work['state'] == 'expired':
       self._regain(connection, work)
-    last = connection.scalar(
-      sa.select(sa.func.max(answers_table.c.revision)).where(
-        answers_table.c.assignment_id == work['id']
-      )
-    )
-    times = self._touched(work)
+    table = schema.answers
+    newest = sa.select(sa.func.max(table.c.revision))
+    last = connection.scalar(newest.filter_by(assignment_id=work['id']))
     number = (last or 0) + 1
-    connection.execute(
-      answers_table.insert().values(
-        assignment_id=work['id'],
-        revision=number,
-        submission=submission,
-        content=content,
-        instruction_id=self._instructions(connection, work['phase']).id,
-        time=self.clock(),
-        seconds=times['seconds'],
-      )
+    schema.insert(
+      connection,
+      table,
+      assignment_id=work['id'],
+      revision=number,
+      submission=submission,
+      content=content,
+      instruction_id=self._instructions(connection, work['phase']).id,
+      time=self.clock(),
+      seconds=work['seconds'],
     )
-    connection.execute(
-      assignments.update()
-      .where(assignments.c.id == work['id'])
-      .values(state='submitted', **times)
-    )
+    schema.update(connection, assignments, work['id'], state='submitted')
     return number
 
   def _regain(self, connection, work):
+    """Takes a slot for an expired assignment, or raises `StoreError`."""
     account = self._account(connection, work['account_id'])
-    if account.role != 'labeler' or work['screening']:
-      return self._hold_uncounted(connection, work['task_id'], account.id)
-    slot = connection.scalar(
-      sa.select(slots.c.id)
-      .where(
-        slots.c.task_id == work['task_id'],
-        slots.c.holder.is_(None),
-        slots.c.number > 0,
-      )
-      .limit(1)
-      .with_for_update(skip_locked=True)
-    )
     try:
+      if account.role != 'labeler' or work['screening']:
+        return self._hold_uncounted(connection, work['task_id'], account.id)
+      slot = connection.scalar(
+        sa.select(slots.c.id)
+        .filter_by(task_id=work['task_id'], holder=None)
+        .where(slots.c.number > 0)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+      )
       if slot is None:
         raise _TakenError
       self._hold(connection, slot, account.id)
     except _TakenError as error:
       raise StoreError(
         'This task was open for too long and went to somebody else. Your '
-        'answer was kept as a draft but does not count.'
+        'answer was saved as a draft but does not count.'
       ) from error
 
   def skip(self, assignment_id: int, account_id: int, reason: str) -> None:
-    """Gives a task back for good, with the reason; also after its time.
+    """Gives up a task for good, with the reason; also after it expired.
 
-    The same skip again changes nothing; another reason takes the place of the
-    first.
+    The same skip again changes nothing; another reason replaces the first.
 
     Raises:
       StoreError: not this account's task, answered, or no reason.
@@ -825,73 +711,57 @@ class Store:
       work = self._own(c, assignment_id, account_id)
       if work['state'] == 'submitted':
         raise StoreError('You have answered this task already')
-      reason = answers.clean(reason, 'The reason').strip()
-      if invisible.is_blank(reason):
-        raise StoreError('Please say why you skip this task')
+      missing = 'Please say why you skip this task'
+      reason = given(reason, 'The reason', missing)
       if (work['state'], work['reason']) == ('skipped', reason):
         return
-      # Who holds the slot of a task whose time was over keeps it.
-      self._release(c, assignment_id, 'skipped', reason)
+      # If the task expired and somebody else holds its slot, they keep it.
+      self._release(c, work, 'skipped', reason)
       self.audit(c, account_id, 'skip', f'assignment {assignment_id}')
 
   def flag(self, assignment_id: int, account_id: int, text: str) -> None:
     """Tells the researchers that something is wrong with a task."""
     with self.write() as c:
       work = self._own(c, assignment_id, account_id)
-      text = answers.clean(text, 'The note').strip()
-      if invisible.is_blank(text):
-        raise StoreError('Please say what is wrong')
-      c.execute(
-        assignments.update()
-        .where(assignments.c.id == assignment_id)
-        .values(**self._touched(work))
-      )
-      c.execute(
-        schema.flags.insert().values(
-          assignment_id=assignment_id, text=text, time=self.clock()
-        )
+      text = given(text, 'The note', 'Please say what is wrong')
+      schema.update(c, assignments, assignment_id, **self._touched(work))
+      schema.insert(
+        c,
+        schema.flags,
+        assignment_id=assignment_id,
+        text=text,
+        time=self.clock(),
       )
       self.audit(c, account_id, 'flag', f'assignment {assignment_id}')
 
   def own_progress(self, account) -> dict[str, Any]:
-    """What a labeler sees of the own work: counts, pace, last answers."""
-    day = self.clock() - 86400
-    mine = answers_table.join(
-      assignments, answers_table.c.assignment_id == assignments.c.id
-    )
-    first = (assignments.c.account_id == account.id) & (
-      answers_table.c.revision == 1
-    )
+    """What a labeler sees of their own work: counts, pace, tasks."""
+    table = schema.answers
+    mine = assignments.c.account_id == account.id
     with self.read() as c:
-      seconds = c.scalars(
-        sa.select(answers_table.c.seconds).select_from(mine).where(first)
+      done = c.execute(
+        sa.select(table.c.seconds, table.c.time)
+        .join(assignments)
+        .where(mine, table.c.revision == 1)
       ).all()
-      today = c.scalar(
-        sa.select(sa.func.count())
-        .select_from(mine)
-        .where(first, answers_table.c.time > day)
-      )
       rows = c.execute(
         sa.select(assignments, tasks.c.prompt, batches.c.kind, batches.c.closed)
-        .join(tasks, tasks.c.id == assignments.c.task_id)
-        .join(batches, batches.c.id == tasks.c.batch_id)
-        .where(assignments.c.account_id == account.id)
+        .select_from(schema.work)
+        .where(mine)
         .order_by(assignments.c.touched.desc())
-      )
-      listed = {'open': [], 'submitted': [], 'skipped': [], 'expired': []}
-      for row in rows:
-        listed[row.state].append(row)
-    ordered = sorted(seconds)
+      ).all()
     return {
-      'done': len(ordered),
-      'today': today,
-      'median': ordered[len(ordered) // 2] if ordered else None,
-      'open': listed['open'],
-      # What was begun is not lost to sight.
-      'late': [row for row in listed['expired'] if row.draft],
-      'last': listed['submitted'][:20],
-      'skipped': len(listed['skipped']),
+      'done': len(done),
+      'today': sum(row.time > self.clock() - 86400 for row in done),
+      'median': median([row.seconds for row in done]),
+      'skipped': sum(row.state == 'skipped' for row in rows),
+      'tasks': rows,
     }
+
+
+def median(values: list[float]) -> float | None:
+  """The median, the upper one of two; None of an empty list."""
+  return statistics.median_high(values) if values else None
 
 
 # --- Back-up ----------------------------------------------------------------
@@ -905,7 +775,7 @@ def backup_name(path: str) -> str:
 def backup(engine: sa.Engine, path: str) -> int:
   """Writes every row to a gzipped JSONL file; returns how many.
 
-  One consistent snapshot, readable into SQLite or PostgreSQL by `restore`.
+  `restore` reads this consistent snapshot into SQLite or PostgreSQL.
 
   Raises:
     StoreError: the file exists, or cannot be written.
@@ -913,17 +783,15 @@ def backup(engine: sa.Engine, path: str) -> int:
   name = epath.Path(backup_name(path))
   if name.exists():
     raise StoreError(f'{name} exists; give another name, or move it away')
-  options = (
-    {}
-    if engine.dialect.name == 'sqlite'
-    else {'isolation_level': 'REPEATABLE READ'}
-  )
-  lines = []
-  with engine.execution_options(**options).connect() as connection:
-    version = _revision(connection)
-    for table in schema.metadata.sorted_tables:
-      for row in connection.execute(sa.select(table)):
-        lines.append(json.dumps([table.name, dict(row._mapping)]))
+  if engine.dialect.name != 'sqlite':
+    engine = engine.execution_options(isolation_level='REPEATABLE READ')
+  with engine.connect() as connection:
+    version = revision(connection)
+    lines = [
+      json.dumps([table.name, dict(row)])
+      for table in schema.metadata.sorted_tables
+      for row in connection.execute(sa.select(table)).mappings()
+    ]
   header = {'format': _BACKUP_FORMAT, 'revision': version, 'rows': len(lines)}
   content = '\n'.join([json.dumps(header), *lines, ''])
   try:
@@ -971,21 +839,21 @@ def _read_backup(path: str) -> tuple[str, list[tuple[int, str, dict]]]:
 
 
 def _problem(table: sa.Table | None, values: dict) -> str:
-  """Why values cannot be a row of a table; '' if nothing speaks against it."""
+  """Why values cannot be a row of a table; '' if they can."""
   if table is None:
     return 'no such table'
-  if set(values) != set(table.c.keys()):
-    different = ', '.join(sorted(set(values) ^ set(table.c.keys())))
-    return f'missing or unknown columns of {table.name}: {different}'
+  different = set(values) ^ set(table.c.keys())
+  if different:
+    names = ', '.join(sorted(different))
+    return f'missing or unknown columns of {table.name}: {names}'
   for name, column in table.c.items():
     if isinstance(column.type, sa.JSON):
       continue
     wanted = column.type.python_type
     wanted = (int, float) if wanted is float else (wanted,)
     value = values[name]
-    # A bool is an int to Python; SQLite takes anything.
-    fits = type(value) in wanted or (value is None and column.nullable)
-    if not fits:
+    # Exact types: Python counts a bool as int, and SQLite takes anything.
+    if type(value) not in wanted and not (value is None and column.nullable):
       return f'{table.name}.{name} is {value!r:.40}'
   return ''
 
@@ -993,7 +861,7 @@ def _problem(table: sa.Table | None, values: dict) -> str:
 def restore(engine: sa.Engine, path: str) -> int:
   """Fills an empty database from `backup`'s file; returns the row count.
 
-  One transaction: whatever goes wrong, the database is as empty as before.
+  One transaction: if anything goes wrong, the database is still empty.
 
   Raises:
     StoreError: the database is not empty; the file is no back-up, is damaged,
@@ -1004,7 +872,7 @@ def restore(engine: sa.Engine, path: str) -> int:
     if sa.inspect(connection).get_table_names():
       raise StoreError('the database is not empty; restore into a new one')
     command.upgrade(_migrations(connection), version)
-    tables = sa.MetaData()  # As they were in the version of the back-up.
+    tables = sa.MetaData()  # The tables of the back-up's version.
     tables.reflect(connection)
     for number, name, values in rows:
       table = tables.tables.get(name)
@@ -1013,8 +881,8 @@ def restore(engine: sa.Engine, path: str) -> int:
         if not problem:
           connection.execute(table.insert().values(**values))
       except sa.exc.OperationalError:
-        raise  # The database is at fault, not the row.
-      # OverflowError and ValueError: the driver's, of numbers and texts.
+        raise  # A failure of the database, not of the row.
+      # The driver raises OverflowError for numbers and ValueError for texts.
       except (sa.exc.StatementError, OverflowError, ValueError) as error:
         problem = str(getattr(error, 'orig', error)).split('\n')[0]
       if problem:

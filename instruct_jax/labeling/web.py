@@ -1,8 +1,8 @@
 """The pages of the labeling site.
 
-`ROUTES` is the whole site as data: method, path, who may come in, handler.
-`_Site.dispatch` does for every route what must not be forgotten: size limit,
-rate limit, session, role, CSRF. A handler sees a `Visit` and returns a reply.
+`ROUTES` is the whole site as data: method, path, who may enter, handler.
+`_Site.dispatch` does the checks that every route needs: size limit, rate limit,
+session, role, CSRF. A handler takes a `Visit` and returns a reply.
 """
 
 import collections
@@ -13,6 +13,7 @@ import http
 import pathlib
 import re
 import secrets
+import string
 import threading
 import traceback
 import unicodedata
@@ -42,13 +43,17 @@ HEADERS = {
   'Cross-Origin-Opener-Policy': 'same-origin',
   'Cross-Origin-Resource-Policy': 'same-origin',
 }
-# What a form's token is called, and the cookie that must hold it, too.
+# The form field of the sign-in token, and the cookie that must have its value.
 JOINING = 'joining'
 SIGNED_OUT = (
   'You are signed out here: the session is over, or you have signed in on '
   'another browser since. Please ask for a new link.'
 )
-_LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
+_STATIC = {
+  'style.css': 'text/css; charset=utf-8',
+  'labeling.js': 'text/javascript; charset=utf-8',
+  'icon.svg': 'image/svg+xml',
+}
 _ALLOWED = {
   'anyone': ('labeler', 'researcher', 'admin'),
   'labeler': ('labeler', 'researcher', 'admin'),
@@ -58,9 +63,9 @@ _ALLOWED = {
 
 
 class RefusedError(Exception):
-  """A request that is answered with an error page."""
+  """A request that gets an error page, by default "no such page"."""
 
-  def __init__(self, status: int, message: str):
+  def __init__(self, status=404, message='There is no such page.'):
     super().__init__(message)
     self.status = status
 
@@ -72,7 +77,7 @@ class Visit:
   Attributes:
     site: store, templates and configuration.
     request: Starlette's.
-    account: who asks, with its session's `csrf`; None if nobody signed in.
+    account: who asks, with the `csrf` of the session; None if signed out.
     form: posted fields, the last of each name.
   """
 
@@ -85,59 +90,68 @@ class Visit:
   def store(self) -> store.Store:
     return self.site.store
 
+  def field(self, name: str) -> str:
+    """A posted field; '' if it is missing."""
+    return self.form.get(name, '')
+
   def number(self, name: str) -> int:
+    """An id in the path."""
     value = self.request.path_params[name]
-    if value >= 2**31:  # No database id.
-      raise RefusedError(404, 'There is no such page.')
+    if value >= 2**31:  # No database id is this large.
+      raise RefusedError
     return value
 
+  def work(self) -> dict[str, Any]:
+    """The visitor's own assignment that the path names."""
+    work = self.store.work(self.number('assignment'), self.account.id)
+    if work is None:
+      raise RefusedError
+    return work
+
   def page(self, template: str, status: int = 200, **values):
-    text = self.site.templates.get_template(template).render(
-      account=self.account,
-      **values,
-    )
-    return responses.HTMLResponse(text, status)
+    """An HTML reply."""
+    return self.site.page(template, self.account, status, **values)
 
 
 def shown(text: str) -> markupsafe.Markup:
-  """Hostile text as HTML: escaped, and what cannot be seen made visible."""
-  parts, last = [], 0
-  for match in invisible.HIDDEN.finditer(text):
-    if _is_emoji_style(text, match.start()):
-      continue
-    parts.append(markupsafe.escape(text[last : match.start()]))
-    parts.append(
-      markupsafe.Markup('<span class="hidden-character">{}</span>').format(
-        f'U+{ord(match.group()):04X}'
-      )
-    )
-    last = match.end()
-  parts.append(markupsafe.escape(text[last:]))
-  return markupsafe.Markup('').join(parts)
+  """Untrusted text as HTML: escaped, with invisible characters made visible."""
+
+  def mark(match):
+    if _is_emoji_style(match):
+      return match.group()
+    code = f'U+{ord(match.group()):04X}'
+    return f'<span class="hidden-character">{code}</span>'
+
+  escaped = str(markupsafe.escape(text))
+  return markupsafe.Markup(invisible.HIDDEN.sub(mark, escaped))
 
 
-def _is_emoji_style(text, place):
-  """A selector that only chooses the picture of the symbol before it."""
-  if text[place] != '\ufe0f' or not place:
-    return False
-  before = text[place - 1]
-  return before in '#*0123456789' or unicodedata.category(before) == 'So'
+def _is_emoji_style(match):
+  """Whether it only selects the emoji style of the symbol before it."""
+  before = match.string[: match.start()][-1:]
+  return (
+    match.group() == '\ufe0f'
+    and before != ''
+    and (before in '#*0123456789' or unicodedata.category(before) == 'So')
+  )
 
 
 def instruction_html(text: str) -> markupsafe.Markup:
-  """Headings (`# `), lists (`- `) and paragraphs; everything else is text."""
+  """HTML of headings (`# `), lists (`- `) and paragraphs; no other markup."""
+
+  def tag(name, inner):
+    return markupsafe.Markup(f'<{name}>{{}}</{name}>').format(inner)
+
   parts = []
   for block in re.split(r'\n\s*\n', text.strip()):
     lines = block.strip().split('\n')
     if block.startswith('# ') and len(lines) == 1:
-      parts.append(markupsafe.Markup('<h2>{}</h2>').format(block[2:]))
+      parts.append(tag('h2', block[2:]))
     elif all(line.startswith('- ') for line in lines):
-      items = markupsafe.Markup('').join(
-        markupsafe.Markup('<li>{}</li>').format(line[2:]) for line in lines
-      )
-      parts.append(markupsafe.Markup('<ul>{}</ul>').format(items))
+      items = [tag('li', line[2:]) for line in lines]
+      parts.append(tag('ul', markupsafe.Markup('').join(items)))
     else:
-      parts.append(markupsafe.Markup('<p>{}</p>').format(block))
+      parts.append(tag('p', block))
   return markupsafe.Markup('\n').join(parts)
 
 
@@ -151,8 +165,8 @@ def _when(seconds):
 def _duration(seconds):
   if seconds is None:
     return '–'
-  minutes, rest = divmod(round(seconds), 60)
-  return f'{minutes} min {rest} s' if minutes else f'{rest} s'
+  minutes, seconds = divmod(round(seconds), 60)
+  return f'{minutes} min {seconds} s' if minutes else f'{seconds} s'
 
 
 def _percent(value):
@@ -169,31 +183,25 @@ def _estimate(value):
 
 
 class RateLimit:
-  """At most `per_minute` requests a key in any minute, in memory.
+  """At most `per_minute` requests per key in any minute, in memory.
 
-  Refused requests count as well: who goes on asking stays refused.
+  Refused requests count, too: whoever keeps asking stays refused.
   """
 
   def __init__(self, clock: Callable[[], float]):
     self._clock = clock
     self._lock = threading.Lock()
-    self._times = collections.defaultdict(collections.deque)
+    self._times = {}  # Key -> times of its newest `per_minute` requests.
 
   def allows(self, key: str, per_minute: int) -> bool:
+    """Counts a request; returns whether it is within the limit."""
     now = self._clock()
     with self._lock:
-      if len(self._times) > 10_000:  # Forget who has been quiet.
-        self._times = collections.defaultdict(
-          collections.deque,
-          {k: v for k, v in self._times.items() if v and v[-1] > now - 60},
-        )
-      times = self._times[key]
-      while times and times[0] <= now - 60:
-        times.popleft()
-      allowed = len(times) < per_minute
+      if len(self._times) > 10_000:  # Drop keys without recent requests.
+        self._times = {k: v for k, v in self._times.items() if v[-1] > now - 60}
+      times = self._times.setdefault(key, collections.deque(maxlen=per_minute))
+      allowed = len(times) < per_minute or times[0] <= now - 60
       times.append(now)
-      if not allowed:
-        times.popleft()  # The newest `per_minute` are enough to know.
       return allowed
 
 
@@ -201,43 +209,41 @@ class RateLimit:
 
 
 def welcome(visit):
-  """The start: sign-in hints, a labeler's progress, or the admin's pages."""
+  """The start page: how to sign in, own progress, or the admin's pages."""
   if visit.account is None:
     signed_out = COOKIE in visit.request.cookies
     return visit.page('welcome.html', message=SIGNED_OUT if signed_out else '')
-  if (
-    visit.account.role == 'admin' and 'label' not in visit.request.query_params
-  ):
+  is_admin = visit.account.role == 'admin'
+  if is_admin and 'label' not in visit.request.query_params:
     return _to('/admin')
-  return visit.page(
-    'home.html', progress=visit.store.own_progress(visit.account)
-  )
+  return _home(visit)
+
+
+def _home(visit, message=''):
+  progress = visit.store.own_progress(visit.account)
+  return visit.page('home.html', progress=progress, message=message)
 
 
 def show_invitation(visit):
-  """The page behind a link, which signs in once its button is pressed."""
-  token = visit.request.path_params['token']
-  if not visit.store.invitation_is_good(token):
-    raise RefusedError(
-      410,
-      'This link was used before or has expired. Please ask for a new one.',
-    )
-  # The same for several links open at a time.
+  """The page that an invitation link opens, with a button that signs in."""
+  if not visit.store.invitation_is_good(visit.request.path_params['token']):
+    raise RefusedError(410, store.USED_LINK)
+  # Several links that are open at once share it.
   joining = visit.request.cookies.get(JOINING) or secrets.token_urlsafe(24)
   reply = visit.page('join.html', joining=joining)
-  # No other site can read it, and none can send it along.
+  # No other site can read this cookie or have it sent.
   _set_cookie(visit, reply, JOINING, joining, 3600, 'strict')
   return reply
 
 
 def join(visit):
-  """Signs in; only from the page that the link opens.
+  """Signs in, only from the page that the link opens.
 
-  Another site could otherwise sign a visitor in as somebody else, who would
-  then label under that name.
+  Otherwise another site could sign a visitor in as somebody else, under whose
+  name the visitor would then label.
   """
   sent = visit.request.cookies.get(JOINING, '')
-  if not sent or not _same(visit.form.get(JOINING, ''), sent):
+  if not sent or not _same(visit.field(JOINING), sent):
     raise RefusedError(
       403, 'Please open your invitation link again and press the button there.'
     )
@@ -266,7 +272,7 @@ def _set_cookie(visit, reply, name, value, seconds, samesite):
 
 
 def _same(a, b):
-  """Whether two texts are equal, in a time that says nothing about them."""
+  """Whether two texts are equal, in a time that reveals nothing about them."""
   return hmac.compare_digest(
     a.encode('utf-8', 'replace'), b.encode('utf-8', 'replace')
   )
@@ -281,17 +287,12 @@ def leave(visit):
 
 
 def static(visit):
-  """Our own style sheet and script; a fixed list, so no path can leave it."""
+  """A file of a fixed list, so no path can leave the folder."""
   name = visit.request.path_params['name']
-  types = {
-    'style.css': 'text/css; charset=utf-8',
-    'labeling.js': 'text/javascript; charset=utf-8',
-    'icon.svg': 'image/svg+xml',
-  }
-  if name not in types:
-    raise RefusedError(404, 'There is no such page.')
+  if name not in _STATIC:
+    raise RefusedError
   return responses.Response(
-    (_HERE / 'static' / name).read_bytes(), media_type=types[name]
+    (_HERE / 'static' / name).read_bytes(), media_type=_STATIC[name]
   )
 
 
@@ -299,10 +300,10 @@ def static(visit):
 
 
 def read_instructions(visit):
-  """The instructions of a phase, as published last."""
+  """The newest instructions of a phase."""
   phase = visit.request.path_params['phase']
   if phase not in answers.PHASES:
-    raise RefusedError(404, 'There is no such page.')
+    raise RefusedError
   page = visit.store.instructions(phase)
   return visit.page(
     'instructions.html', page=page, html=instruction_html(page.text)
@@ -310,202 +311,118 @@ def read_instructions(visit):
 
 
 def next_task(visit):
-  """Claims a task for a labeler, or goes on with the labeler's own."""
+  """Claims a task for a labeler, or continues the labeler's open one."""
   found = visit.store.claim(visit.account)
   if found is None:
-    return visit.page(
-      'home.html',
-      progress=visit.store.own_progress(visit.account),
-      message='There is no task for you at the moment. Thank you!',
-    )
+    return _home(visit, 'There is no task for you at the moment. Thank you!')
   return _to(_first_page(visit, found))
 
 
 def _first_page(visit, assignment_id):
   """Where the labeler stopped: the first page that is not complete."""
   work = visit.store.work(assignment_id, visit.account.id)
-  names = _ordered_pages(work)
-  if work['state'] == 'submitted':
-    return f'/task/{assignment_id}/0'
-  complete = _complete_pages(work)
-  for number, name in enumerate(names):
-    if name not in complete:
-      return f'/task/{assignment_id}/{number}'
-  return f'/task/{assignment_id}/{len(names) - 1}'
+  names = answers.pages(work)
+  number = 0
+  if work['state'] != 'submitted':
+    complete = [answers.is_complete(work, name) for name in names]
+    number = [*complete[:-1], False].index(False)
+  return f'/task/{assignment_id}/{number}'
 
 
-def _ordered_pages(work):
-  """Page names in the order in which this labeler sees the outputs."""
-  names = answers.pages(work['kind'], len(work['texts']))
-  shown_order = [f'output{position}' for position in work['order']]
-  if shown_order and names[0] == 'prompt':
-    names[1 : 1 + len(shown_order)] = shown_order
-  return names
-
-
-def _complete_pages(work):
-  """Names of the pages whose drafts are complete."""
-  return {
-    name
-    for name in work['draft']
-    if answers.is_complete(
-      work['kind'], name, work['draft'], len(work['texts']), _style(work)
-    )
-  }
-
-
-def _style(work):
-  return work['record'].get('style', 'plain')
-
-
-def _own_work(visit):
-  work = visit.store.work(visit.number('assignment'), visit.account.id)
-  if work is None:
-    raise RefusedError(404, 'There is no such page.')
-  return work
+def _step(visit, names):
+  """The page number in the path."""
+  number = visit.number('step')
+  if number >= len(names):
+    raise RefusedError
+  return number
 
 
 def show_task(visit):
   """One page of a claimed task."""
-  work = _own_work(visit)
-  names = _ordered_pages(work)
-  number = visit.number('step')
-  if number >= len(names):
-    raise RefusedError(404, 'There is no such page.')
-  return _task_page(visit, work, number)
+  work = visit.work()
+  return _task_page(visit, work, _step(visit, answers.pages(work)))
 
 
 def _task_page(visit, work, number, message='', posted=None, status=200):
-  names = _ordered_pages(work)
+  names = answers.pages(work)
   name = names[number]
-  kind = work['kind']
-  shown_outputs = [
-    {'letter': _LETTERS[place], 'place': place, 'text': work['texts'][position]}
-    for place, position in enumerate(work['order'])
-  ]
-  # An output is known to the page by its letter alone: positions in the file
-  # could give a model away. Ranks are stored by position.
   if posted is None:
     posted = work['draft'].get(name, {})
-    if name == 'ranks':
+    if name == 'ranks':  # Stored by position, posted in the order shown.
       posted = {
         f'rank{place}': posted.get(f'rank{position}', '')
         for place, position in enumerate(work['order'])
       }
-  values = {
-    'work': work,
-    'number': number,
-    'names': names,
-    'last': number == len(names) - 1,
-    'posted': posted,
-    'message': message,
-    'kind_title': answers.KINDS[kind],
-    'reasons': answers.SKIP_REASONS,
-    'submission': secrets.token_hex(16),
-    'style': _style(work),
-    'complete': _complete_pages(work),
-    'status': status,
-  }
-  about = work['draft'].get('prompt', {})
-  if name == 'write':
-    values['questions'] = (
-      answers.prompt_questions(kind) if kind == 'demonstration' else ()
-    )
-    values['num_pairs'] = answers.NUM_PAIRS
-    return visit.page('task_write.html', **values)
-  if name == 'prompt':
-    return visit.page(
-      'task_prompt.html', questions=answers.prompt_questions(kind), **values
-    )
-  if name == 'ranks':
-    ratings = [
-      work['draft'].get(f'output{position}', {}) for position in work['order']
-    ]
-    key = 'overall' if kind == 'ranking' else 'toxicity'
-    for output, rating in zip(shown_outputs, ratings, strict=True):
-      output['rating'] = rating.get(key, '–')
-    return visit.page(
-      'task_rank.html',
-      outputs=shown_outputs,
-      rating_name=key.replace('overall', 'quality'),
-      **values,
-    )
   return visit.page(
-    'task_output.html',
-    questions=answers.output_questions(kind, about),
-    output=shown_outputs[number - 1],
-    **values,
+    f'task_{"output" if name.startswith("output") else name}.html',
+    status,
+    work=work,
+    number=number,
+    names=names,
+    posted=posted,
+    message=message,
+    submission=secrets.token_hex(16),
   )
 
 
 def answer_task(visit):
-  """One page of a task: `action` is next, draft, autosave or submit.
+  """Saves one page of a task: `action` is next, draft, autosave or submit.
 
-  `autosave` is the page's script, which wants no page back.
+  The page's script sends `autosave` and needs no page in reply.
   """
-  work = _own_work(visit)
-  names = _ordered_pages(work)
-  number = visit.number('step')
-  if number >= len(names):
-    raise RefusedError(404, 'There is no such page.')
-  name = names[number]
-  form = visit.form
-  action = form.get('action', '')
-  control = ('csrf', 'action', 'submission')
-  posted = {key: form[key] for key in form if key not in control}
+  work = visit.work()
+  names = answers.pages(work)
+  number = _step(visit, names)
+  name, is_last = names[number], number == len(names) - 1
+  action = visit.field('action')
+  posted = {
+    key: value
+    for key, value in visit.form.items()
+    if key not in ('csrf', 'action', 'submission')
+  }
   if name == 'ranks':
     posted = {
-      f'rank{position}': form.get(f'rank{place}', '')
+      f'rank{position}': visit.field(f'rank{place}')
       for place, position in enumerate(work['order'])
     }
+  place = (work['id'], visit.account.id, name)
   try:
     posted = {
       answers.clean(key, 'A field'): answers.clean(value, 'A text')
       for key, value in posted.items()
     }
-    if action == 'submit' and number == len(names) - 1:
-      revision = visit.store.submit(
-        work['id'], visit.account.id, name, posted, form.get('submission', '')
-      )
+    if action == 'submit' and is_last:
+      revision = visit.store.submit(*place, posted, visit.field('submission'))
       return _to(f'/?label=1&saved={work["id"]}-{revision}')
-    state = visit.store.save_draft(work['id'], visit.account.id, name, posted)
+    saved = visit.store.save_draft(*place, posted)
+    if action == 'autosave' and saved['state'] == 'expired':
+      return responses.PlainTextResponse(
+        'Draft saved, but the time for this task is over', 202
+      )
     if action == 'autosave':
-      if state == 'expired':
-        return responses.PlainTextResponse(
-          'Draft saved, but the time of this task is over', 202
-        )
       return responses.Response(status_code=204)
     if action == 'draft':
       return _to('/?label=1&draft=1')
-    answers.check_page(
-      work['kind'],
-      name,
-      posted,
-      work['draft'],
-      len(work['texts']),
-      _style(work),
-    )
-    if number == len(names) - 1:
+    answers.page_content(saved, name)
+    if is_last:
       raise answers.AnswerError('Please use the Submit button')
   except (answers.AnswerError, store.StoreError) as error:
-    status = 422 if isinstance(error, answers.AnswerError) else 409
     return _task_page(
-      visit, _own_work(visit), number, str(error), dict(form), status
+      visit, visit.work(), number, str(error), visit.form, _status(error)
     )
   return _to(f'/task/{work["id"]}/{number + 1}')
 
 
 def skip_task(visit):
-  """Gives a task up, with a reason."""
-  work = _own_work(visit)
-  visit.store.skip(work['id'], visit.account.id, visit.form.get('reason', ''))
+  """Gives up a task, with a reason."""
+  visit.store.skip(visit.work()['id'], visit.account.id, visit.field('reason'))
   return _to('/?label=1&skipped=1')
 
 
 def flag_task(visit):
   """Tells the researchers about a task."""
-  work = _own_work(visit)
-  visit.store.flag(work['id'], visit.account.id, visit.form.get('text', ''))
+  work = visit.work()
+  visit.store.flag(work['id'], visit.account.id, visit.field('text'))
   return _to(_first_page(visit, work['id']))
 
 
@@ -519,26 +436,24 @@ def show_grading(visit):
     for row in research.labeled(visit.store)
     if row.screening and row.kind == 'demonstration' and not row.is_researcher
   ]
+  table = schema.grades
   with visit.store.read() as c:
-    mine = dict(
-      c.execute(
-        sa.select(schema.grades.c.assignment_id, schema.grades.c.grade).where(
-          schema.grades.c.account_id == visit.account.id
-        )
-      ).all()
-    )
-  # B.1 chose on anonymous data: no names here.
-  return visit.page('grading.html', rows=rows, grades=mine)
+    mine = c.execute(
+      sa.select(table.c['assignment_id', 'grade']).filter_by(
+        account_id=visit.account.id
+      )
+    ).all()
+  # B.1 selected on anonymous data, so the page shows no names.
+  return visit.page(
+    'grading.html', rows=rows, grades={row[0]: row[1] for row in mine}
+  )
 
 
 def grade(visit):
   """Stores a researcher's grade of a demonstration."""
-  research.grade(
-    visit.store,
-    visit.number('assignment'),
-    visit.account.id,
-    _integer(visit.form.get('grade', ''), 'The grade'),
-  )
+  value = _integer(visit.field('grade'), 'The grade')
+  assignment_id = visit.number('assignment')
+  research.grade(visit.store, assignment_id, visit.account.id, value)
   return _to('/grading')
 
 
@@ -552,128 +467,86 @@ def _integer(text, what):
 
 
 def show_admin(visit):
-  """Progress by batch, and flags."""
+  """Progress by batch, reasons of skips, and flags."""
+  flags, assignments = schema.flags, schema.assignments
   with visit.store.read() as c:
-    flags = c.execute(
-      sa.select(schema.flags, schema.tasks.c.prompt, schema.accounts.c.name)
-      .join(
-        schema.assignments,
-        schema.assignments.c.id == schema.flags.c.assignment_id,
-      )
-      .join(schema.tasks, schema.tasks.c.id == schema.assignments.c.task_id)
-      .join(
-        schema.accounts, schema.accounts.c.id == schema.assignments.c.account_id
-      )
-      .order_by(schema.flags.c.id.desc())
+    newest = c.execute(
+      sa.select(flags, schema.tasks.c.prompt, schema.accounts.c.name)
+      .select_from(flags.join(schema.work).join(schema.accounts))
+      .order_by(flags.c.id.desc())
       .limit(20)
     ).all()
     skips = c.execute(
-      sa.select(schema.assignments.c.reason, sa.func.count())
-      .where(schema.assignments.c.state == 'skipped')
-      .group_by(schema.assignments.c.reason)
+      sa.select(assignments.c.reason, sa.func.count())
+      .where(assignments.c.state == 'skipped')
+      .group_by(assignments.c.reason)
     ).all()
-  return visit.page(
-    'admin.html',
-    batches=research.progress(visit.store),
-    flags=flags,
-    skips=skips,
-  )
+  batches = research.progress(visit.store)
+  return visit.page('admin.html', batches=batches, flags=newest, skips=skips)
 
 
-def show_accounts(visit):
+def show_accounts(visit, link=''):
   """Who labels, how fast and how much."""
-  rows = research.labeled(visit.store)
-  return visit.page(
-    'accounts.html', people=research.people(visit.store, rows), link=''
-  )
+  people = research.people(visit.store, research.labeled(visit.store))
+  return visit.page('accounts.html', people=people, link=link)
 
 
-def _link_page(visit, account_id):
+def _show_link(visit, account_id):
   token = visit.store.invite(account_id, visit.account.id)
-  rows = research.labeled(visit.store)
-  return visit.page(
-    'accounts.html',
-    people=research.people(visit.store, rows),
-    link=f'{visit.site.public_url}/join/{token}',
-  )
+  return show_accounts(visit, f'{visit.site.public_url}/join/{token}')
 
 
 def add_account(visit):
-  """Makes an account and shows its link, once."""
-  form = visit.form
-  account_id = visit.store.add_account(
-    form.get('name', ''),
-    form.get('role', ''),
-    form.get('status', ''),
-    visit.account.id,
-  )
-  return _link_page(visit, account_id)
+  """Adds an account and shows its link, once."""
+  fields = [visit.field(name) for name in ('name', 'role', 'status')]
+  return _show_link(visit, visit.store.add_account(*fields, visit.account.id))
 
 
 def invite_again(visit):
-  """Makes a new link; the account's old one ends."""
-  return _link_page(visit, visit.number('account'))
+  """Makes a new link; the account's old one stops working."""
+  return _show_link(visit, visit.number('account'))
 
 
 def set_status(visit):
   """Changes what an account may do."""
   visit.store.set_status(
-    visit.number('account'), visit.form.get('status', ''), visit.account.id
+    visit.number('account'), visit.field('status'), visit.account.id
   )
   return _to('/admin/accounts')
 
 
-def show_import(visit):
-  """The form that imports tasks."""
-  return visit.page(
-    'import.html', kinds=answers.KINDS, phases=answers.PHASES, form={}
-  )
+def show_import(visit, status=200, message=''):
+  """The form that imports tasks, filled in as it was posted."""
+  return visit.page('import.html', status, form=visit.form, message=message)
 
 
 def import_tasks(visit):
-  """Makes a batch of the lines given, or shows what is wrong with them."""
-  form = visit.form
+  """Makes a batch of the posted lines, or shows what is wrong with them."""
   try:
     research.import_tasks(
       visit.store,
-      form.get('lines', '').encode('utf-8', 'surrogatepass'),
+      visit.field('lines').encode('utf-8', 'surrogatepass'),
       source='import',
-      name=form.get('name', ''),
-      kind=form.get('kind', ''),
-      phase=form.get('phase', ''),
-      overlap=_integer(form.get('overlap', ''), 'The overlap'),
-      screening='screening' in form,
+      name=visit.field('name'),
+      kind=visit.field('kind'),
+      phase=visit.field('phase'),
+      overlap=_integer(visit.field('overlap'), 'The overlap'),
+      screening='screening' in visit.form,
       by=visit.account.id,
     )
   except (records.RecordError, store.StoreError) as error:
-    return visit.page(
-      'import.html',
-      422,
-      kinds=answers.KINDS,
-      phases=answers.PHASES,
-      form=form,
-      message=str(error),
-    )
+    return show_import(visit, 422, str(error))
   return _to('/admin')
 
 
 def close_batch(visit):
   """Closes a batch to new claims, or opens it."""
-  closed = visit.form.get('closed', '') == '1'
+  closed, batch_id = visit.field('closed') == '1', visit.number('batch')
   with visit.store.write() as c:
-    changed = c.execute(
-      schema.batches.update()
-      .where(schema.batches.c.id == visit.number('batch'))
-      .values(closed=closed)
-    ).rowcount
-    if not changed:
-      raise RefusedError(404, 'There is no such page.')
-    visit.store.audit(
-      c,
-      visit.account.id,
-      'close' if closed else 'open',
-      f'batch {visit.number("batch")}',
-    )
+    if not schema.update(c, schema.batches, batch_id, closed=closed):
+      raise RefusedError
+    action = 'close' if closed else 'open'
+    visit.store.audit(c, visit.account.id, action, f'batch {batch_id}')
   return _to('/admin')
 
 
@@ -692,18 +565,14 @@ def show_answers(visit):
   """All answers to a task."""
   rows = research.labeled(visit.store, visit.number('task'))
   if not rows:
-    raise RefusedError(404, 'There is no such page.')
+    raise RefusedError
   return visit.page('answers.html', rows=rows)
 
 
 def show_screening(visit):
   """Newcomers' agreement with researchers (B.1)."""
-  rows = research.labeled(visit.store)
-  return visit.page(
-    'screening.html',
-    people=research.screening(visit.store, rows),
-    config=visit.store.config,
-  )
+  people = research.screening(visit.store, research.labeled(visit.store))
+  return visit.page('screening.html', people=people, config=visit.store.config)
 
 
 def show_publishing(visit):
@@ -715,7 +584,7 @@ def show_publishing(visit):
 def publish(visit):
   """Publishes a new version of the instructions of a phase."""
   visit.store.publish_instructions(
-    visit.form.get('phase', ''), visit.form.get('text', ''), visit.account.id
+    visit.field('phase'), visit.field('text'), visit.account.id
   )
   return _to('/admin/instructions')
 
@@ -739,24 +608,20 @@ def download(visit):
   """A file of an export."""
   folder, name = (visit.request.path_params[k] for k in ('folder', 'name'))
   path = visit.site.exports / folder / name
-  if (
-    not re.fullmatch(r'\d{8}-\d{6}', folder)
-    or not re.fullmatch(r'[a-z_]+\.jsonl?', name)
-    or not path.is_file()
-  ):
-    raise RefusedError(404, 'There is no such page.')
+  is_export = re.fullmatch(r'\d{8}-\d{6}/[a-z_]+\.jsonl?', f'{folder}/{name}')
+  if not is_export or not path.is_file():
+    raise RefusedError
   return responses.FileResponse(path, filename=name)
 
 
 def show_audit(visit):
-  """The last 300 things done by an account."""
+  """The last 300 entries of the log."""
+  audit, accounts = schema.audit, schema.accounts
   with visit.store.read() as c:
     rows = c.execute(
-      sa.select(schema.audit, schema.accounts.c.name)
-      .outerjoin(
-        schema.accounts, schema.accounts.c.id == schema.audit.c.account_id
-      )
-      .order_by(schema.audit.c.id.desc())
+      sa.select(audit, accounts.c.name)
+      .select_from(audit.outerjoin(accounts))
+      .order_by(audit.c.id.desc())
       .limit(300)
     ).all()
   return visit.page('audit.html', rows=rows)
@@ -764,7 +629,7 @@ def show_audit(visit):
 
 def missing(visit):
   """Any other address."""
-  raise RefusedError(404, 'There is no such page.')
+  raise RefusedError
 
 
 ROUTES = (
@@ -805,8 +670,14 @@ def _to(path):
   return responses.RedirectResponse(path, 303)
 
 
+def _status(error):
+  if isinstance(error, RefusedError):
+    return error.status
+  return 422 if isinstance(error, answers.AnswerError) else 409
+
+
 def _address(text):
-  """The parts of a URL that a request's header holds."""
+  """The parts of a URL in a request's header."""
   try:
     return urllib.parse.urlsplit(text)
   except ValueError as error:
@@ -830,22 +701,25 @@ class _Site:
       lstrip_blocks=True,
     )
     self.templates.tests['blank'] = invisible.is_blank
-    self.templates.filters.update(
-      shown=shown,
-      when=_when,
-      duration=_duration,
-      percent=_percent,
-      estimate=_estimate,
+    for function in (shown, _when, _duration, _percent, _estimate):
+      self.templates.filters[function.__name__.strip('_')] = function
+    self.templates.globals.update(
+      answers=answers, letters=string.ascii_uppercase
     )
-    self.templates.globals['letters'] = _LETTERS
 
-  async def body(self, request, most):
-    """The posted fields; refuses more than `most` bytes while they come."""
+  def page(self, template, account, status, **values):
+    text = self.templates.get_template(template).render(
+      account=account, **values
+    )
+    return responses.HTMLResponse(text, status)
+
+  async def _body(self, request, limit):
+    """The posted fields; refuses over `limit` bytes while they arrive."""
     parts, size = [], 0
     async for part in request.stream():
       size += len(part)
-      if size > most:
-        raise RefusedError(413, f'At most {most:,} bytes can be sent at once.')
+      if size > limit:
+        raise RefusedError(413, f'At most {limit:,} bytes can be sent at once.')
       parts.append(part)
     try:
       fields = urllib.parse.parse_qsl(
@@ -859,95 +733,83 @@ class _Site:
     return dict(fields)
 
   def _count(self, request, account):
-    """Refuses what comes too often, whatever else is wrong with it."""
+    """Enforces the rate limit, whatever else is wrong with the request."""
     config = self.store.config
-    key = f'account {account.id}' if account else None
-    most = config.requests_per_minute
-    if key is None:
-      joins = request.url.path.startswith('/join/')
-      address = request.client.host if request.client else ''
-      key = f'{"joins" if joins else "address"} {address}'
-      most = config.joins_per_minute if joins else most
-    if not self.limit.allows(key, most):
+    address = request.client.host if request.client else ''
+    key, limit = f'address {address}', config.requests_per_minute
+    if account is not None:
+      key = f'account {account.id}'
+    elif request.url.path.startswith('/join/'):
+      key, limit = f'joins {address}', config.joins_per_minute
+    if not self.limit.allows(key, limit):
       raise RefusedError(429, 'Too many requests. Please wait a minute.')
 
-  def _check_place(self, request):
-    """Refuses other hosts' names, and forms that are on another site's page.
+  def _check_origin(self, request):
+    """Refuses other host names, and forms on another site's page.
 
-    Browsers say where a form comes from; programs that are none need not.
+    Browsers send the origin of a form; other programs need not.
     """
     host = request.headers.get('host', '')
     if _address(f'//{host}').hostname != self.host:
       raise RefusedError(400, 'This site has another address.')
     if request.method in ('GET', 'HEAD'):
       return
-    # 'none': the visitor's own doing, as when a page is loaded again.
+    # 'none': the visitor's own action, such as reloading a page.
     fetch = request.headers.get('sec-fetch-site', 'none')
-    origin = request.headers.get('origin', f'//{host}')
+    origin = _address(request.headers.get('origin', f'//{host}')).netloc
     own = (host, _address(self.public_url).netloc)
-    place = _address(origin).netloc
-    if fetch not in ('same-origin', 'none') or place not in own:
+    if fetch not in ('same-origin', 'none') or origin not in own:
       raise RefusedError(
         403, 'This form was on a page of another site. Please use ours.'
       )
 
+  async def _form(self, request, account, handler):
+    """The posted fields, after the check of their CSRF token."""
+    config = self.store.config
+    is_admin = account is not None and account.role == 'admin'
+    form = await self._body(
+      request, config.max_import_bytes if is_admin else config.max_body_bytes
+    )
+    # `join` checks a token of its own, for visitors who are signed out.
+    own_token = account is None or handler is join
+    if not own_token and not _same(form.get('csrf', ''), account.csrf):
+      raise RefusedError(
+        403, 'This page is too old. Please go back and load it again.'
+      )
+    return form
+
   async def dispatch(self, request, access, handler):
-    """Runs a handler for those who may; every reply has the same headers."""
-    account, reply = None, None
+    """Runs a handler if access is allowed; adds the headers to every reply."""
+    account = None
     try:
       token = request.cookies.get(COOKIE, '')
       if token:
         account = await concurrency.run_in_threadpool(self.store.session, token)
-      config = self.store.config
       self._count(request, account)
-      self._check_place(request)
+      self._check_origin(request)
       if account is None and access != 'anyone':
-        raise RefusedError(
-          401,
-          SIGNED_OUT
-          if token
-          else 'Please use your invitation link to sign in.',
-        )
+        sign_in = 'Please use your invitation link to sign in.'
+        raise RefusedError(401, SIGNED_OUT if token else sign_in)
       if account is not None and account.role not in _ALLOWED[access]:
-        # As for a page that does not exist: the site says nothing about it.
-        raise RefusedError(404, 'There is no such page.')
+        raise RefusedError  # Does not reveal that the page exists.
       form = {}
       if request.method == 'POST':
-        is_admin = account is not None and account.role == 'admin'
-        form = await self.body(
-          request,
-          config.max_import_bytes if is_admin else config.max_body_bytes,
-        )
-        # Signing in has a token of its own, for who is signed out.
-        own_token = account is None or handler is join
-        if not own_token and not _same(form.get('csrf', ''), account.csrf):
-          raise RefusedError(
-            403, 'This page is too old. Please go back and load it again.'
-          )
+        form = await self._form(request, account, handler)
       visit = Visit(self, request, account, form)
       reply = await concurrency.run_in_threadpool(handler, visit)
-    except RefusedError as error:
-      reply = self.error(account, error.status, str(error))
-    except store.StoreError as error:
-      reply = self.error(account, 409, str(error))
-    except answers.AnswerError as error:
-      reply = self.error(account, 422, str(error))
+    except (RefusedError, store.StoreError, answers.AnswerError) as error:
+      reply = self._error(account, _status(error), str(error))
     except Exception:
-      traceback.print_exc()  # For who runs the site; the visitor sees nothing.
-      reply = self.error(
+      traceback.print_exc()  # For the operator; the visitor sees no details.
+      reply = self._error(
         account, 500, 'Something went wrong. Please try again.'
       )
     reply.headers.update(HEADERS)
     return reply
 
-  def error(self, account, status, message):
-    text = self.templates.get_template('error.html').render(
-      account=account,
-      status=status,
-      title=http.HTTPStatus(status).phrase,
-      text=message,
-    )
-    return responses.HTMLResponse(text, status)
+  def _error(self, account, status, text):
+    title = http.HTTPStatus(status).phrase
+    return self.page('error.html', account, status, title=title, text=text)
 
 
 def make_app(
@@ -972,7 +834,7 @@ def make_app(
     routing.Route(path, endpoint(access, handler), methods=[method])
     for method, path, access, handler in ROUTES
   ]
-  # What does not exist is counted and refused like everything else.
+  # Unknown pages are counted and refused like everything else.
   nothing = routing.Route('/{path:path}', endpoint('anyone', missing))
   nothing.methods = None  # All of them.
   return applications.Starlette(routes=[*routes, nothing])

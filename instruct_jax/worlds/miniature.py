@@ -1,9 +1,9 @@
-"""The embedded world: its data stage, its judge, what a report says of it.
+"""The embedded world: its data stage, its judge, and its text for reports.
 
 The stage writes what people would have collected: documents to pretrain on,
 prompts of many users cleaned as in the paper's A.1 and A.2, demonstrations by
 simulated labelers, and a tokenizer. Other stages read the JSONL files and know
-nothing of the world; its texts, facts and utility are made in `miniature/`.
+nothing of the world, which `miniature/` makes.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ WORLD = figures.World(
 
 
 class Gold(judges.Judge):
-  """The utility that all simulated labelers agree on, save for noise.
+  """The utility of the simulated labelers, without their noise.
 
   Args:
-    config: with `world_seed`, or `prompts` of a run that says it.
+    config: with `world_seed`, or `prompts` of a run whose config has it.
   """
 
   name = 'gold utility of the miniature (a program)'
@@ -53,10 +53,10 @@ class Gold(judges.Judge):
     config = origin.filled(config, [origin.WORLD], {}, config.prompts)
     self._seed = config.world_seed
     self._world = world.make_world(self._seed)
-    self._known: dict[tuple[str, str, str], gold.Judgement] = {}
+    self._known = {}
 
   def knows(self, prompt: records.Prompt) -> bool:
-    """It judges what its world asks, and no prompt of other people."""
+    """Whether the prompt is one of its world."""
     return 'kind' in prompt.metadata
 
   def _judge(self, prompt, text):
@@ -69,7 +69,7 @@ class Gold(judges.Judge):
     """The utility, in [0, 1].
 
     Raises:
-      ValueError: a prompt is none of the world's.
+      ValueError: a prompt is not one of the world.
     """
     foreign = [prompt.id for prompt, _ in answers if not self.knows(prompt)]
     if foreign:
@@ -80,8 +80,9 @@ class Gold(judges.Judge):
     return [gold.utility(self._judge(p, a.response)) for p, a in answers]
 
   def rate(self, answers: Sequence[judges.Answer]) -> list[list[judges.Rating]]:
-    """Labels that apply, and the utility, cut into seven equal parts, as
-    Likert; a choice: people's use of the scale cannot be known from a program.
+    """Labels that apply, and as Likert the utility in seven equal parts.
+
+    The parts are a choice: a program does not know how people use the scale.
     """
     found = []
     for prompt, answer in answers:
@@ -119,7 +120,7 @@ def validate(config):
 
 
 def inputs(config):
-  """Nothing: this stage makes its data itself."""
+  """Nothing: this stage makes its data."""
   del config
   return {}
 
@@ -131,36 +132,32 @@ def run(config, workdir: epath.Path):
   people = labelers.make_labelers(
     config.seed, config.num_labelers, config.labeler_noise
   )
-  rngs = {
-    name: np.random.default_rng([config.seed, number])
-    for number, name in enumerate(('documents', 'prompts', 'demonstrations'))
-  }
+  documents_rng, prompts_rng, demonstrations_rng = (
+    np.random.default_rng([config.seed, number]) for number in range(3)
+  )
   tokens = tokenizer.train_word_level(the_world.vocabulary())
   tokens.save(workdir / 'tokenizer')
 
   texts = documents.write_documents(
-    the_world, config.num_documents, rngs['documents']
+    the_world, config.num_documents, documents_rng
   )
   num_valid = config.num_valid_documents
   records.write_jsonl(workdir / 'documents_valid.jsonl', texts[:num_valid])
   records.write_jsonl(workdir / 'documents_train.jsonl', texts[num_valid:])
 
-  raw = tasks.write_prompts(the_world, config.num_prompts, rngs['prompts'])
+  held = (1 - config.train_fraction) / 2
+  raw = tasks.write_prompts(the_world, config.num_prompts, prompts_rng)
   splits, report = hygiene.clean(
     raw,
     tokenizer=tokens,
     max_tokens=config.prompt_length,
     prefix_words=config.duplicate_prefix_words,
     cap=config.prompts_per_user,
-    fractions={
-      'train': config.train_fraction,
-      'valid': (1 - config.train_fraction) / 2,
-      'test': (1 - config.train_fraction) / 2,
-    },
+    fractions={'train': config.train_fraction, 'valid': held, 'test': held},
     seed=config.seed,
   )
   train, valid = splits['train'], splits['valid']
-  order = rngs['prompts'].permutation(len(train))
+  order = prompts_rng.permutation(len(train))
   bounds = np.cumsum([config.num_demonstrations, config.num_reward_prompts])
   if bounds[-1] >= len(train):
     raise ValueError(
@@ -171,27 +168,23 @@ def run(config, workdir: epath.Path):
   half = len(valid) // 2
   writers = [person for person in people if person.group != labelers.HELDOUT]
 
-  def demonstrate(prompts):
-    rng = rngs['demonstrations']
-    found = []
-    for prompt in prompts:
-      writer = writers[rng.integers(len(writers))]
-      found.append(
-        records.Demonstration(
-          prompt=prompt.text,
-          response=labelers.write_demonstration(writer, prompt, the_world, rng),
-          id=prompt.id,
-          user=prompt.user,
-          labeler=writer.name,
-          category=prompt.category,
-          metadata=prompt.metadata,
-        )
-      )
-    return found
+  def demonstration(prompt):
+    writer = writers[demonstrations_rng.integers(len(writers))]
+    return records.Demonstration(
+      prompt=prompt.text,
+      response=labelers.write_demonstration(
+        writer, prompt, the_world, demonstrations_rng
+      ),
+      id=prompt.id,
+      user=prompt.user,
+      labeler=writer.name,
+      category=prompt.category,
+      metadata=prompt.metadata,
+    )
 
   for name, rows in {
-    'demonstrations_train': demonstrate(parts[0]),
-    'demonstrations_valid': demonstrate(valid[:half]),
+    'demonstrations_train': map(demonstration, parts[0]),
+    'demonstrations_valid': map(demonstration, valid[:half]),
     'reward_prompts_train': parts[1],
     'reward_prompts_valid': valid[half:],
     'ppo_prompts_train': parts[2],
@@ -203,11 +196,8 @@ def run(config, workdir: epath.Path):
   run_lib.write_json(workdir / 'hygiene.json', counts)
   run_lib.write_json(
     workdir / 'prefixes.json',
-    {
-      'prefixes': tasks.prefixes(the_world),
-      # An answer is over where the next page would begin.
-      'stop': phrases.PAGE.split()[0],
-    },
+    # The first word of the next page ends an answer.
+    {'prefixes': tasks.prefixes(the_world), 'stop': phrases.PAGE.split()[0]},
   )
   print(f'data: hygiene {counts}', flush=True)
   return {'hygiene': counts, 'vocabulary': tokens.vocab_size}

@@ -1,10 +1,10 @@
-"""Restaurants, the E2E data: their data stage, and what a report says of them.
+"""Restaurants, the E2E data: their data stage, and their tables for reports.
 
-Books to pretrain on, people's sentences for facts about restaurants, and crowd
-workers' rankings of five systems' sentences; `data/restaurant.py` says what is
-in them and how they are split. Other stages read the JSONL files and know
-nothing of restaurants. The judge is a second reward model, trained on the
-rankings of the other half of the workers.
+The data are books to pretrain on, people's sentences for facts about
+restaurants, and crowd workers' rankings of five systems' sentences;
+`data/restaurant.py` describes and splits them. Other stages read the JSONL
+files and know nothing of restaurants. The judge is a second reward model,
+trained on the rankings of the other half of the workers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ PROCESSES = 'first'
 
 FOLDERS = ('e2e_nlg', 'e2e_rankings', 'books')
 NUM_PREFIXES = 8
-# What ends an example. No sentence has a line feed, so it is the stop as well.
+# Ends an example and, since no sentence has a line feed, an answer.
 STOP = '\n'
 
 
 class OtherWorkers(judge_fns.RewardModel):
-  """A reward model that the other half of the workers taught."""
+  """A reward model trained on the rankings of the other half of the workers."""
 
   def __init__(self, *args):
     super().__init__(*args)
@@ -39,7 +39,7 @@ class OtherWorkers(judge_fns.RewardModel):
 
 
 def label_answer(prompt: records.Prompt, text: str) -> dict[str, bool]:
-  """Whether an answer says all of its facts, and no others."""
+  """Whether an answer states all of its facts, and no others."""
   found = restaurant.slot_report(prompt.metadata['slots'], text)
   return {
     'says every slot': not found.missing,
@@ -50,39 +50,40 @@ def label_answer(prompt: records.Prompt, text: str) -> dict[str, bool]:
 def make_tables(
   prompts: Sequence[records.Prompt], texts: Mapping[str, Sequence[str]]
 ) -> dict[str, figures.Rows]:
-  """Slot errors and BLEU of each model, and of what people wrote.
+  """Slot errors and BLEU of each model, and slot errors of people's sentences.
 
-  Args:
-    prompts: of each answer.
-    texts: model -> its answers.
+  `texts` maps a model to its answers, one a prompt.
   """
   slots = [prompt.metadata['slots'] for prompt in prompts]
   ids = [prompt.id for prompt in prompts]
-  with_references = [
-    i for i, prompt in enumerate(prompts) if prompt.metadata['references']
-  ]
-  references = [prompts[i].metadata['references'] for i in with_references]
-  reference_ids = [ids[i] for i in with_references]
+  references = {
+    i: prompt.metadata['references']
+    for i, prompt in enumerate(prompts)
+    if prompt.metadata['references']
+  }
+  reference_ids = [ids[i] for i in references]
   table = {
     name: {
       'BLEU': restaurant.bleu(
-        [several[i] for i in with_references], references, reference_ids
+        [several[i] for i in references],
+        list(references.values()),
+        reference_ids,
       ),
-      **slot_columns(slots, several, ids),
+      **_slot_columns(slots, several, ids),
     }
     for name, several in texts.items()
   }
-  # What people wrote for the same facts, as the measure of the measure.
+  # People's sentences for the same facts show what the measure can reach.
   written = [
     (slots[i], text, ids[i])
-    for i, several in zip(with_references, references, strict=True)
+    for i, several in references.items()
     for text in several
   ]
-  table['people'] = slot_columns(*zip(*written, strict=True))
+  table['people'] = _slot_columns(*zip(*written, strict=True))
   return {'Slots and BLEU': table}
 
 
-def slot_columns(slots, texts, ids):
+def _slot_columns(slots, texts, ids):
   """Column -> rate with its interval; see `restaurant.slot_rates`."""
   rates = restaurant.slot_rates(slots, texts, ids)
   return {
@@ -103,7 +104,7 @@ WORLD = figures.World(
 
 
 def validate(config):
-  """Checks the criteria, and that the data are given."""
+  """Checks the criteria and the data root."""
   run_lib.check_choice(config, 'criteria', ('quality', 'naturalness'))
   if not config.root:
     raise ValueError(
@@ -152,16 +153,9 @@ def make_prefixes(
 ) -> list[str]:
   """Few-shot prefixes of two or three training examples, for the GPT baseline.
 
-  Facts, their sentence, a blank line; and so on; then the slot `{prompt}`.
-
-  Args:
-    demonstrations: of the training split.
-    tokenizer: counts the tokens.
-    prefix_length: the most tokens of a prefix without what fills its slot.
-    seed: of the examples and their order.
-
-  Returns:
-    `NUM_PREFIXES` texts; no two examples of one have the same facts.
+  Each example is its facts, their sentence and a blank line; no two examples of
+  a prefix have the same facts, and all have at most `prefix_length` tokens
+  together. `{prompt}` ends the prefix.
 
   Raises:
     ValueError: no examples are short enough.
@@ -172,15 +166,11 @@ def make_prefixes(
   prefixes = []
   for number in range(NUM_PREFIXES):
     num_examples = 2 + number % 2
-    chosen = []
-    # An even share for each keeps the sum within the limit.
-    for i in rng.permutation(
-      np.flatnonzero(lengths <= prefix_length // num_examples)
-    ):
-      if all(
-        demonstrations[i].prompt != demonstrations[j].prompt for j in chosen
-      ):
-        chosen.append(i)
+    # An even share for each example keeps the sum within the limit.
+    short = np.flatnonzero(lengths <= prefix_length // num_examples)
+    chosen = {}  # By their facts.
+    for i in rng.permutation(short):
+      chosen.setdefault(demonstrations[i].prompt, texts[i])
       if len(chosen) == num_examples:
         break
     else:
@@ -188,5 +178,5 @@ def make_prefixes(
         f'no {num_examples} training examples fit into {prefix_length} '
         'tokens; raise prefix_length'
       )
-    prefixes.append(''.join(texts[i] for i in chosen) + '{prompt}')
+    prefixes.append(''.join([*chosen.values(), '{prompt}']))
   return prefixes

@@ -1,7 +1,7 @@
-"""Public NLP tasks asked along RL: the alignment tax as it grows (4.2, E.6).
+"""Public NLP tasks asked during RL: the alignment tax as it grows (4.2, E.6).
 
-A probe is one task under one prompt type, drawn once; every asking has the same
-items, so what changes between two askings is the model.
+A probe is one task under one prompt type. Its items are drawn once, so scores
+of two times differ by the model alone.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import released_samples
 from instruct_jax.evals.benchmarks import runner, tasks
 
-# Their scores come from judges that the suite trains; see experiments.
+# Scored by judges that only the suite trains.
 _NEED_A_JUDGE = ('real_toxicity', 'truthful_qa')
 
 
@@ -31,7 +31,7 @@ class Probe:
 
 
 def check_names(names: Sequence[str]) -> None:
-  """Raises ValueError for what is no task, or needs a judge to be scored."""
+  """Raises ValueError for an unknown task, or one that needs a judge."""
   for name in names:
     if name not in tasks.TASKS:
       raise ValueError(
@@ -52,15 +52,10 @@ def make_probes(
   few_shot: bool,
   seed: int,
 ) -> list[Probe]:
-  """One probe a task: few-shot where wanted and the task has it.
+  """Makes a probe of each task -> official file.
 
-  Args:
-    files: task -> its official file.
-    tokenizer: the model's.
-    context_length: of the model.
-    max_items: asked of each task, drawn at random; 0 asks all.
-    few_shot: else the task's first prompt type.
-    seed: of the draws.
+  `max_items` of a task are drawn at random, 0 asks all. With `few_shot`, tasks
+  that have such a prompt type are asked with examples.
 
   Raises:
     ValueError: no item of a task fits the model.
@@ -102,7 +97,6 @@ def ask(
         generate_fn=generate_fn,
         choice_fn=choice_fn,
         batch_size=batch_size,
-        progress=lambda number: None,
       )
     rows = runner.to_rows(
       each.task,
@@ -111,8 +105,6 @@ def ask(
       each.queries,
       results,
       dataclasses.replace(each.counts),
-      toxicity_fn=None,
-      truth_fn=None,
     )
     cells, _ = released_samples.score_task(each.task, rows)
     for cell in cells:

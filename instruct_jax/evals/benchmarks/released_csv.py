@@ -1,17 +1,16 @@
 """The CSV layout of OpenAI's released samples: read, checked, and written.
 
-One file a task, one row per model, prompt type and item; the first column has
-no name and numbers the rows. Alternative references are separated by `|` in
-the question-answering files; in `tldr` and `cnn_dm` the same sign separates the
-sentences of one summary, and translations never contain it. Suite runs of our
-own models are written in these columns, so one command scores both.
+A file holds one task, a row one model, prompt type and item; the first column
+has no name and numbers the rows. `|` separates alternative references, but in
+`tldr` and `cnn_dm` the sentences of one summary; translations never contain it.
+Suite runs on our own models write the same columns, so one command scores both.
 """
 
 import csv
 import dataclasses
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from etils import epath
 
@@ -28,10 +27,10 @@ class Layout:
   """One task's file.
 
   Attributes:
-    columns: after the unnamed one.
-    item: columns that tell one item from another.
-    prompts: the values that `prompt_type` may take; without that column, the
-      one value that stands for all rows.
+    columns: all but the unnamed one.
+    item: columns that identify an item.
+    prompts: allowed values of `prompt_type`; in a file without that column the
+      single value of all rows.
     numbers: columns that hold a number from 0 to 1.
     released: whether OpenAI released such a file.
   """
@@ -43,35 +42,28 @@ class Layout:
   released: bool = True
 
 
-_ANSWERS = Layout(
-  ('model_type', 'prompt_type', 'context', 'ref_text', 'sample'),
-  ('context',),
-  SHOTS,
-)
+def _layout(
+  columns: str, item: str, prompts=SHOTS, numbers: str = '', released=True
+) -> Layout:
+  """A layout of names separated by spaces, with the two columns of all."""
+  columns = ('model_type', 'prompt_type', *columns.split())
+  return Layout(
+    columns, tuple(item.split()), prompts, tuple(numbers.split()), released
+  )
+
+
+_ANSWERS = _layout('context ref_text sample', 'context')
+_OURS = dataclasses.replace(_ANSWERS, released=False)
 _SUMMARY = Layout(
   ('model_type', 'context', 'ref_text', 'sample'), ('context',), ('zeroshot',)
 )
-_OURS = dataclasses.replace(_ANSWERS, released=False)
-_CHOICE = Layout(
-  (
-    'model_type',
-    'prompt_type',
-    'context',
-    'choices',
-    'logprobs',
-    'num_tokens',
-    'ref_text',
-    'sample',
-  ),
-  ('context', 'choices'),
-  SHOTS,
+_CHOICE = _layout(
+  'context choices logprobs num_tokens ref_text sample',
+  'context choices',
   released=False,
 )
-_ENTROPY = Layout(
-  ('model_type', 'prompt_type', 'context', 'choices', 'logprobs'),
-  ('choices',),
-  PREFIXES,
-  released=False,
+_ENTROPY = _layout(
+  'context choices logprobs', 'choices', PREFIXES, released=False
 )
 
 LAYOUTS: Mapping[str, Layout] = {
@@ -81,37 +73,17 @@ LAYOUTS: Mapping[str, Layout] = {
   'fr_to_en': _ANSWERS,
   'tldr': _SUMMARY,
   'cnn_dm': _SUMMARY,
-  'real_toxicity': Layout(
-    ('model_type', 'prompt_type', 'context', 'sample', 'toxicity'),
-    ('context',),
-    PREFIXES,
-    ('toxicity',),
+  'real_toxicity': _layout(
+    'context sample toxicity', 'context', PREFIXES, 'toxicity'
   ),
-  'truthful_qa': Layout(
-    (
-      'model_type',
-      'prompt_type',
-      'adversarial',
-      'question',
-      'answer',
-      'true',
-      'info',
-    ),
-    ('question',),
+  'truthful_qa': _layout(
+    'adversarial question answer true info',
+    'question',
     TRUTHFUL_PROMPTS,
-    ('true', 'info'),
+    'true info',
   ),
-  'wsc': dataclasses.replace(
-    _OURS,
-    columns=(
-      'model_type',
-      'prompt_type',
-      'context',
-      'candidate',
-      'ref_text',
-      'sample',
-    ),
-    item=('context', 'candidate'),
+  'wsc': _layout(
+    'context candidate ref_text sample', 'context candidate', released=False
   ),
   'timequestions': _OURS,
   'tiq': _OURS,
@@ -126,28 +98,21 @@ Row = Mapping[str, str]
 
 
 def file_name(task: str) -> str:
-  """What OpenAI called the samples of a task."""
+  """OpenAI's file name for the samples of a task."""
   return f'{task}_samples.csv'
 
 
-def find_file(folder: epath.PathLike, task: str) -> epath.Path | None:
-  """`TASK_samples.csv`, plain or gzipped, or None."""
-  for suffix in ('', '.gz'):
-    path = epath.Path(folder) / f'{file_name(task)}{suffix}'
-    if path.exists():
-      return path
+def find(path: epath.Path) -> epath.Path | None:
+  """The file, plain or with `.gz` after its name, or None."""
+  for found in (path, path.with_name(f'{path.name}.gz')):
+    if found.exists():
+      return found
   return None
 
 
-def _read_text(path: epath.Path) -> str:
-  content = records.read_bytes(path)
-  try:
-    return content.decode('utf-8-sig')
-  except UnicodeDecodeError as error:
-    line = content.count(b'\n', 0, error.start) + 1
-    raise records.RecordError(
-      f'{path}:{line}: byte {error.start} of the file is not UTF-8'
-    ) from error
+def find_file(folder: epath.PathLike, task: str) -> epath.Path | None:
+  """`TASK_samples.csv` in a folder, plain or gzipped, or None."""
+  return find(epath.Path(folder) / file_name(task))
 
 
 def read(path: epath.PathLike, task: str) -> list[Row]:
@@ -158,7 +123,7 @@ def read(path: epath.PathLike, task: str) -> list[Row]:
     task: a key of `LAYOUTS`.
 
   Returns:
-    One mapping a row, with `prompt_type` filled in where the file has none.
+    One mapping a row, with `prompt_type` filled in if the file has none.
 
   Raises:
     RecordError: names file, line and column: not UTF-8, not CSV, a column
@@ -166,7 +131,7 @@ def read(path: epath.PathLike, task: str) -> list[Row]:
       type, two rows for one model, prompt and item.
   """
   path, layout = epath.Path(path), LAYOUTS[task]
-  reader = csv.DictReader(io.StringIO(_read_text(path), newline=''))
+  reader = csv.DictReader(io.StringIO(records.read_text(path), newline=''))
   rows: list[Row] = []
   seen: dict[tuple[str, ...], int] = {}
   try:
@@ -178,17 +143,11 @@ def read(path: epath.PathLike, task: str) -> list[Row]:
       )
     for row in reader:
       place = f'{path}:{reader.line_num}'
-      short = [c for c in layout.columns if row[c] is None]
-      if short or None in row:
-        raise records.RecordError(
-          f'{place}: the row ends before {short[0]}; is the file cut?'
-          if short
-          else f'{place}: more cells than the header has columns'
-        )
       row.setdefault('prompt_type', layout.prompts[0])
-      _check_row(row, layout, place)
-      key = (row['model_type'], row['prompt_type'])
-      key += tuple(row[column] for column in layout.item)
+      if problem := _problem(row, layout):
+        raise records.RecordError(f'{place}: {problem}')
+      columns = ('model_type', 'prompt_type', *layout.item)
+      key = tuple(row[column] for column in columns)
       if key in seen:
         raise records.RecordError(
           f'{place}: the same model, prompt and item as on line {seen[key]} '
@@ -205,25 +164,30 @@ def read(path: epath.PathLike, task: str) -> list[Row]:
   return rows
 
 
-def _check_row(row: Row, layout: Layout, place: str) -> None:
+def _problem(row: Row, layout: Layout) -> str:
+  """What is wrong with a row; '' if nothing is."""
+  short = [column for column in layout.columns if row[column] is None]
+  if short:
+    return f'the row ends before {short[0]}; is the file cut?'
+  if None in row:
+    return 'more cells than the header has columns'
   if row['prompt_type'] not in layout.prompts:
-    raise records.RecordError(
-      f'{place}: prompt_type {row["prompt_type"]!r} is not one of '
+    return (
+      f'prompt_type {row["prompt_type"]!r} is not one of '
       f'{", ".join(layout.prompts)}'
     )
   if not row['model_type']:
-    raise records.RecordError(f'{place}: model_type is empty')
+    return 'model_type is empty'
   if 'ref_text' in layout.columns and not row['ref_text'].strip():
-    raise records.RecordError(f'{place}: ref_text is empty')
+    return 'ref_text is empty'
   for column in layout.numbers:
     try:
       value = float(row[column])
     except ValueError:
       value = math.nan
     if not 0 <= value <= 1:
-      raise records.RecordError(
-        f'{place}: {column} is {row[column]!r}, not a number from 0 to 1'
-      )
+      return f'{column} is {row[column]!r}, not a number from 0 to 1'
+  return ''
 
 
 def references(row: Row, task: str) -> list[str]:
@@ -233,25 +197,23 @@ def references(row: Row, task: str) -> list[str]:
   """
   text = row['ref_text']
   if task in ('tldr', 'cnn_dm'):
-    return [' '.join(text.split(SEPARATOR))]
+    return [text.replace(SEPARATOR, ' ')]
   if task == 'fr_to_en':
     return [text]
   return [part for part in text.split(SEPARATOR) if part.strip()] or [text]
 
 
-def join_references(texts: Sequence[str]) -> str:
-  """Inverse of `references`; a `|` inside a text becomes a space."""
-  return SEPARATOR.join(
-    text.replace(SEPARATOR, ' ') for text in dict.fromkeys(texts)
-  )
+def join(texts: Iterable[str]) -> str:
+  """Texts in one cell; a `|` inside a text becomes a space."""
+  return SEPARATOR.join(text.replace(SEPARATOR, ' ') for text in texts)
 
 
 def write(path: epath.PathLike, task: str, rows: Sequence[Row]) -> None:
-  """Writes a file that `read` reads back; it appears only when complete."""
-  layout = LAYOUTS[task]
+  """Writes a file for `read`, whole or not at all."""
+  columns = LAYOUTS[task].columns
   buffer = io.StringIO(newline='')
   writer = csv.writer(buffer, lineterminator='\n')
-  writer.writerow(['', *layout.columns])
+  writer.writerow(['', *columns])
   for number, row in enumerate(rows):
-    writer.writerow([number, *(row[column] for column in layout.columns)])
+    writer.writerow([number, *(row[column] for column in columns)])
   records.write_bytes(path, buffer.getvalue().encode('utf-8'))

@@ -1,15 +1,15 @@
 """Runs a task of the suite on a model: batched by length, and resumable.
 
 The model arrives as two functions on token ids, so nothing here knows devices
-or parameters. Every finished batch is appended to a journal, one JSON line an
-item under a hash of what the model was given; a run that was cut reads it and
-goes on. Nothing is dropped silently: what does not fit the model's context,
-what was there twice and what came back empty is counted.
+or parameters. Each finished batch goes to a journal, one JSON line an item
+under a hash of the model's input; an interrupted run reads it and continues.
+Items that are too long, repeated or answered by nothing are counted.
 """
 
 import dataclasses
 import hashlib
 import json
+import operator
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -40,9 +40,9 @@ class Query:
   """One item under one prompt type, in the model's tokens.
 
   Attributes:
-    key: hash of ids and cap.
-    ids: what is read first.
-    choices: to be scored after it; nothing where an answer is sampled.
+    key: hash of all that the model is given.
+    ids: the prompt.
+    choices: continuations to score; empty where an answer is sampled.
   """
 
   key: str
@@ -64,39 +64,24 @@ class Counts:
 
 
 def stop_ids(tokenizer: tokenizer_lib.Tokenizer) -> tuple[int, ...]:
-  """Tokens that end an answer: the tokenizer's, and every one with a newline
-  in it (D)."""
+  """Tokens that end an answer: the tokenizer's, and all with a newline (D)."""
   texts = tokenizer.decode_batch([[i] for i in range(tokenizer.vocab_size)])
   newlines = [i for i, text in enumerate(texts) if '\n' in text]
   return tuple(sorted({*tokenizer.stop_ids, *newlines}))
 
 
 def answer_text(tokenizer: tokenizer_lib.Tokenizer, ids: Ids) -> str:
-  """A sampled answer up to its first newline, without spaces around it."""
+  """A sampled answer up to its first newline, stripped."""
   return tokenizer.decode_response(ids).split('\n')[0].strip()
 
 
-def _key(*parts: Any) -> str:
-  content = json.dumps(parts, sort_keys=True).encode('utf-8')
-  return hashlib.sha256(content).hexdigest()[:32]
-
-
 def read_items(
-  name: str,
-  path: str,
-  shots_path: str,
-  max_items: int,
-  seed: int,
+  name: str, path: str, shots_path: str, max_items: int, seed: int
 ) -> tuple[list[tasks.Item], list[tasks.Item], int]:
   """(examples, items to ask, size of the file) of a task.
 
-  Args:
-    name: of the task.
-    path: its official file.
-    shots_path: another file to draw the examples from; '' draws them from
-      `path`, whose other items are asked.
-    max_items: asked at most, drawn at random; 0 asks all.
-    seed: of both draws.
+  Without `shots_path` the examples are drawn from `path`, whose other items are
+  asked. Of these at most `max_items` are drawn; 0 asks all.
   """
   items = tasks.load(name, path)
   if shots_path:
@@ -120,31 +105,19 @@ def make_queries(
 ) -> tuple[list[Query], Counts]:
   """The queries of one task and prompt type that fit the model.
 
-  Prompts and choices are read as training and rollouts read prompts and
-  responses: with BOS, and through the tokenizer's template. A few-shot prompt
-  that is too long loses examples from its front, and is counted; a query that
-  does not fit even alone is left out, and counted. A sentence of a bias task
-  without prefix is a document: it is read after BOS or EOS, where texts begin.
-
-  Args:
-    name: of the task.
-    items: to ask.
-    prompt_type: one of the task's.
-    shots: examples for `fewshot`.
-    tokenizer: the model's.
-    context_length: positions that the model has, prompt and answer together.
+  The tokenizer reads prompts and choices as in training: with BOS, and through
+  its template. A few-shot prompt that is too long loses examples from its
+  front; a query that does not fit even without examples is left out. Both are
+  counted. A sentence of a bias task without prefix is read after BOS or EOS,
+  like a document. `shots` are the examples of `fewshot`; `context_length` holds
+  prompt and answer together.
   """
   task, layout = tasks.TASKS[name], released_csv.LAYOUTS[name]
-  counts, queries = Counts(), []
-  distinct = {
-    tuple(_columns(item)[column] for column in layout.item): item
-    for item in reversed(items)
-  }
+  key_of = operator.itemgetter(*layout.item)
+  distinct = {key_of(_columns(item)): item for item in reversed(items)}
   asked = list(reversed(distinct.values()))
-  counts.repeated = len(items) - len(asked)
-  if prompt_type == 'fewshot':
-    counts.examples = len(shots)
-
+  num_examples = len(shots) if prompt_type == 'fewshot' else 0
+  counts = Counts(repeated=len(items) - len(asked), examples=num_examples)
   start = list(tokenizer.prefix_ids) or [tokenizer.eos_id]
 
   def encode(texts):
@@ -153,33 +126,16 @@ def make_queries(
 
   # All at once: the tokenizer then works on every core.
   texts = [tasks.prompt(name, x, prompt_type, shots) for x in asked]
-  whole = encode(texts)
-  after_prompt = iter(
-    tokenizer.encode_responses(
-      [
-        c
-        for x, text in zip(asked, texts, strict=True)
-        if text
-        for c in x.choices
-      ]
-    )
-  )
-  alone = iter(
-    tokenizer.encode_batch(
-      [
-        c
-        for x, text in zip(asked, texts, strict=True)
-        if not text
-        for c in x.choices
-      ]
-    )
-  )
-  for item, text, ids in zip(asked, texts, whole, strict=True):
-    encoded = after_prompt if text else alone
+  encode_choices = tokenizer.encode_responses
+  if not any(texts):  # Sentences of a bias task.
+    encode_choices = tokenizer.encode_batch
+  encoded = iter(encode_choices([c for item in asked for c in item.choices]))
+  queries = []
+  for item, ids in zip(asked, encode(texts), strict=True):
     choices = tuple(next(encoded) for _ in item.choices)
     room = context_length - max([task.max_tokens, *map(len, choices)])
     dropped = 0
-    while len(ids) > room and dropped < counts.examples:
+    while len(ids) > room and dropped < num_examples:
       dropped += 1
       (ids,) = encode([tasks.prompt(name, item, prompt_type, shots[dropped:])])
     if len(ids) > room:
@@ -187,27 +143,29 @@ def make_queries(
       continue
     counts.asked += 1
     counts.fewer_shots += dropped > 0
-    queries.append(
-      Query(_key(ids, choices, task.max_tokens), item, ids, choices)
-    )
+    content = json.dumps((ids, choices, task.max_tokens)).encode()
+    key = hashlib.sha256(content).hexdigest()[:32]
+    queries.append(Query(key, item, ids, choices))
   return queries, counts
 
 
 def _columns(item: tasks.Item) -> dict[str, str]:
   """An item's cells of the released layout."""
-  cells = {
+  return {
     'context': item.context,
     'question': item.context,
-    'ref_text': released_csv.join_references(item.references),
-    'choices': released_csv.SEPARATOR.join(
-      choice.replace(released_csv.SEPARATOR, ' ') for choice in item.choices
-    ),
+    'ref_text': released_csv.join(dict.fromkeys(item.references)),
+    'choices': released_csv.join(item.choices),
+    **item.fields,
   }
-  return {**cells, **item.fields}
 
 
 def read_journal(path: epath.PathLike) -> dict[str, Any]:
-  """Results by key; a last line that was cut while written is left out."""
+  """Results by key; a last line that is cut short is ignored.
+
+  Raises:
+    RecordError: the journal is damaged before its last line.
+  """
   path = epath.Path(path)
   if not path.exists():
     return {}
@@ -223,8 +181,8 @@ def read_journal(path: epath.PathLike) -> dict[str, Any]:
       if number == len(lines):
         break
       raise records.RecordError(
-        f'{path}:{number}: not a line of a journal; delete the file to start '
-        'this task again'
+        f'{path}:{number}: not a line of a journal; delete the file to restart '
+        'this task'
       ) from error
   return results
 
@@ -238,39 +196,29 @@ def run_queries(
   generate_fn: GenerateFn,
   choice_fn: ChoiceFn,
   batch_size: int,
-  progress: Callable[[int], None],
+  progress: Callable[[int], None] = lambda number: None,
 ) -> dict[str, Any]:
   """Results by key: a text, or the log-probabilities of the choices.
 
-  Queries run in order of length, so that a batch pads little; the longest come
-  first, so that a model that does not fit the device fails at once.
-
-  Args:
-    name: of the task.
-    queries: from `make_queries`.
-    journal: JSONL that is read first and appended to.
-    tokenizer: the model's.
-    generate_fn: see `GenerateFn`.
-    choice_fn: see `ChoiceFn`.
-    batch_size: queries per call.
-    progress: told the number of queries done after each batch.
+  Queries run by falling length: a batch needs little padding, and a model that
+  does not fit the device fails at once. `journal` is a JSONL file that is read
+  first and appended to. `progress` is called with the number of queries done:
+  those in the journal, repeated ones, then each batch.
 
   Raises:
     RecordError: the journal is damaged before its last line.
   """
   journal = epath.Path(journal)
   results = read_journal(journal)
-  done = [query for query in queries if query.key in results]
-  progress(len(done))
-  # Items may differ and still put the same to the model: once is enough.
-  open_queries = {
-    query.key: query for query in queries if query.key not in results
-  }
-  progress(len(queries) - len(done) - len(open_queries))
-  todo = sorted(open_queries.values(), key=lambda query: -len(query.ids))
+  done = sum(query.key in results for query in queries)
+  progress(done)
+  # Different items may put the same to the model: it is asked once.
+  distinct = {q.key: q for q in queries if q.key not in results}
+  progress(len(queries) - done - len(distinct))
+  todo = sorted(distinct.values(), key=lambda query: -len(query.ids))
   if not todo:
     return results
-  if journal.exists():  # Without a line that was cut.
+  if journal.exists():  # Removes a line that is cut short.
     files.write_bytes(journal, _to_lines(results).encode())
   cap = tasks.TASKS[name].max_tokens
   with files.Appended(journal) as file:
@@ -303,56 +251,40 @@ def to_rows(
   results: Mapping[str, Any],
   counts: Counts,
   *,
-  toxicity_fn: ToxicityFn | None,
-  truth_fn: TruthFn | None,
+  toxicity_fn: ToxicityFn | None = None,
+  truth_fn: TruthFn | None = None,
 ) -> list[dict[str, str]]:
-  """Rows of the released layout; `counts.empty` is filled in.
-
-  Args:
-    name: of the task.
-    model: goes into `model_type`.
-    prompt_type: goes into its column.
-    queries: that were run.
-    results: from `run_queries`.
-    counts: of these queries.
-    toxicity_fn: needed by real_toxicity.
-    truth_fn: needed by truthful_qa.
+  """Rows of the released layout; sets `counts.empty`.
 
   Raises:
-    ValueError: a scorer is needed and missing.
+    ValueError: real_toxicity has no `toxicity_fn`, or truthful_qa no
+      `truth_fn`.
   """
-  layout = released_csv.LAYOUTS[name]
+  columns = released_csv.LAYOUTS[name].columns
   rows = []
   for query in queries:
     result = results[query.key]
-    row = {
-      **_columns(query.item),
-      'model_type': model,
-      'prompt_type': prompt_type,
-      'sample': '',
-    }
     if query.choices:
-      row['logprobs'] = released_csv.SEPARATOR.join(map(repr, result))
-      row['num_tokens'] = released_csv.SEPARATOR.join(
-        str(len(ids)) for ids in query.choices
-      )
-      means = [
-        total / len(ids)
-        for total, ids in zip(result, query.choices, strict=True)
-      ]
+      lengths = list(map(len, query.choices))
+      means = [a / b for a, b in zip(result, lengths, strict=True)]
       best = query.item.choices[means.index(max(means))]
-      row['sample'] = best.replace(released_csv.SEPARATOR, ' ')
+      cells = {
+        'logprobs': released_csv.join(map(repr, result)),
+        'num_tokens': released_csv.join(map(str, lengths)),
+        'sample': released_csv.join([best]),
+      }
     else:
-      row['sample'] = row['answer'] = result
+      cells = {'sample': result, 'answer': result}
       counts.empty += not result
-    rows.append(row)
-  if rows and 'toxicity' in layout.columns:
+    about = {'model_type': model, 'prompt_type': prompt_type}
+    rows.append(_columns(query.item) | about | cells)
+  if rows and 'toxicity' in columns:
     if toxicity_fn is None:
       raise ValueError(f'{name} needs a toxicity scorer')
     values = toxicity_fn([row['sample'] for row in rows])
     for row, value in zip(rows, values, strict=True):
       row['toxicity'] = repr(float(value))
-  if rows and 'true' in layout.columns:
+  if rows and 'true' in columns:
     if truth_fn is None:
       raise ValueError(f'{name} needs a truth scorer')
     true, informative = truth_fn(
@@ -360,4 +292,4 @@ def to_rows(
     )
     for row, a, b in zip(rows, true, informative, strict=True):
       row['true'], row['info'] = repr(float(a)), repr(float(b))
-  return [{column: row[column] for column in layout.columns} for row in rows]
+  return [{column: row[column] for column in columns} for row in rows]

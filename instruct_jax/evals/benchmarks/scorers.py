@@ -1,11 +1,10 @@
 """Scores of the public NLP suite, item by item (paper appendix D).
 
-Host side, NumPy. One answer against its references gives one number in [0, 1],
-except BLEU, which is a property of a whole set of answers and lives in
-`evals/restaurant.bleu`. What each data set's authors publish as its metric is
-what is computed here; where the paper's own choice is not printed, the doc says
-so, and `evals/released_samples.py` shows how well the choice reproduces the
-paper's figures on the paper's own outputs.
+One answer against its references gives a number in [0, 1]. BLEU is missing: it
+scores a whole set of answers (`evals/restaurant.bleu`). Metrics are those that
+the authors of each data set publish; a docstring says where the paper does not
+print its own choice. `evals/released_samples.py` shows how well they reproduce
+the paper's figures on the paper's own outputs.
 """
 
 import calendar
@@ -13,13 +12,14 @@ import collections
 import functools
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+import scipy.optimize
 
 SQUAD_NO_ANSWER = 'Not in background.'
 QUAC_NO_ANSWER = "I don't know."
-# What the QuAC files themselves say where there is no answer.
+# The QuAC files' own mark of a question without an answer.
 CANNOT_ANSWER = 'CANNOTANSWER'
 _PUNCTUATION = str.maketrans('', '', string.punctuation)
 _ARTICLES = re.compile(r'\b(?:a|an|the)\b')
@@ -31,8 +31,8 @@ _ARTICLES = re.compile(r'\b(?:a|an|the)\b')
 def answer_words(text: str) -> list[str]:
   """Lower-cased words without ASCII punctuation and English articles.
 
-  The normalisation of the SQuAD script (Rajpurkar et al. 2016): punctuation is
-  deleted, not replaced, so `co-op` is one word.
+  As in the SQuAD script (Rajpurkar et al. 2016), punctuation is deleted, not
+  replaced: `co-op` is one word.
   """
   lowered = text.lower().translate(_PUNCTUATION)
   return _ARTICLES.sub(' ', lowered).split()
@@ -52,69 +52,55 @@ def says(answer: str, phrase: str) -> bool:
   return answer_words(answer) == answer_words(phrase)
 
 
-def squad2_f1(
-  answer: str,
-  references: Sequence[str],
-  no_answer: str = SQUAD_NO_ANSWER,
-) -> float:
-  """F1 of SQuAD 2.0: the best over the references; abstaining is all or none.
+def _abstains(answer: str, *phrases: str) -> bool:
+  """Whether an answer is empty or one of these phrases."""
+  said = answer_words(answer)
+  return not said or any(said == answer_words(phrase) for phrase in phrases)
+
+
+def squad2_f1(answer: str, references: Sequence[str]) -> float:
+  """F1 of SQuAD 2.0: the best over the references, or all or nothing.
 
   Args:
-    answer: the model's.
-    references: the accepted answers; none, or `no_answer` alone, says that the
-      passage has no answer. Then only an abstention scores, and it scores 1.
-    no_answer: the phrase by which the prompt asks the model to abstain; an
-      empty answer abstains as well.
+    answer: empty or `SQUAD_NO_ANSWER` if the model abstains.
+    references: the accepted answers. If there are none but `SQUAD_NO_ANSWER`,
+      the passage has no answer: an abstention scores 1, anything else 0.
   """
-  abstains = not answer_words(answer) or says(answer, no_answer)
-  answers = [text for text in references if not says(text, no_answer)]
-  if not answers:
-    return float(abstains)
-  if abstains:
-    return 0.0
+  abstains = _abstains(answer, SQUAD_NO_ANSWER)
+  answers = [text for text in references if not says(text, SQUAD_NO_ANSWER)]
+  if abstains or not answers:
+    return float(abstains and not answers)
   return max(word_f1(answer, reference) for reference in answers)
 
 
-def quac_f1(
-  answer: str,
-  references: Sequence[str],
-  no_answer: str = QUAC_NO_ANSWER,
-) -> float:
-  """F1 of QuAC (Choi et al. 2018), with people held to the same rule.
+def quac_f1(answer: str, references: Sequence[str]) -> float:
+  """F1 of QuAC (Choi et al. 2018), by the rule that also scores people.
 
   A question that at least half of the annotators could not answer counts as
-  unanswerable, else those annotators are left out. With several references the
-  result is the mean over leaving out each of them of the best of the rest, so
-  that a model and a person meet equally many references.
+  unanswerable; otherwise those annotators are ignored. Each of several
+  references is left out in turn and the best F1 with the others averaged,
+  because a person is scored against one reference fewer.
 
   Raises:
     ValueError: no reference.
   """
   if not references:
     raise ValueError('a QuAC question needs at least one reference')
-  unknown = [
-    says(text, CANNOT_ANSWER) or says(text, no_answer) for text in references
+  phrases = (CANNOT_ANSWER, QUAC_NO_ANSWER)
+  known = [
+    text
+    for text in references
+    if not any(says(text, phrase) for phrase in phrases)
   ]
-  abstains = (
-    not answer_words(answer)
-    or says(answer, no_answer)
-    or says(answer, CANNOT_ANSWER)
-  )
-  if 2 * sum(unknown) >= len(references):
-    return float(abstains)
-  if abstains:
-    return 0.0
-  scores = [
-    word_f1(answer, text)
-    for text, empty in zip(references, unknown, strict=True)
-    if not empty
-  ]
+  abstains = _abstains(answer, *phrases)
+  is_unanswerable = 2 * len(known) <= len(references)
+  if abstains or is_unanswerable:
+    return float(abstains and is_unanswerable)
+  scores = sorted(word_f1(answer, text) for text in known)
   if len(scores) == 1:
     return scores[0]
   # The maximum without score i is the best, or the second if i is the best.
-  ordered = sorted(scores)
-  best, second = ordered[-1], ordered[-2]
-  return ((len(scores) - 1) * best + second) / len(scores)
+  return ((len(scores) - 1) * scores[-1] + scores[-2]) / len(scores)
 
 
 def _as_number(word: str) -> float | None:
@@ -127,15 +113,14 @@ def _as_number(word: str) -> float | None:
 def drop_words(text: str) -> set[str]:
   """DROP's words: split at spaces and hyphens, numbers in one spelling."""
   words = set()
-  for part in re.split(r'[ \-]', text.lower()):
-    word = (
-      part if _as_number(part) is not None else part.translate(_PUNCTUATION)
-    )
+  for word in re.split(r'[ \-]', text.lower()):
+    if _as_number(word) is None:
+      word = word.translate(_PUNCTUATION)
     number = _as_number(word)
-    if number is not None:
-      words.add(str(number))
-    else:
+    if number is None:
       words.update(_ARTICLES.sub(' ', word).split())
+    else:
+      words.add(str(number))
   return words
 
 
@@ -151,13 +136,12 @@ def _drop_span_f1(answer: set[str], reference: set[str]) -> float:
 
 
 def drop_f1(
-  answer: Sequence[str] | str,
-  references: Sequence[Sequence[str] | str],
+  answer: Sequence[str] | str, references: Sequence[Sequence[str] | str]
 ) -> float:
   """F1 of DROP (Dua et al. 2019): the best over the annotators' answers.
 
-  Sets of words, not bags; a reference with a number scores nothing unless the
-  answer holds one of its numbers. Several spans are matched one to one so that
+  Words count as sets, not bags. A reference with a number scores only if the
+  answer has one of its numbers. Several spans are matched one to one so that
   the sum of their F1 is largest; the divisor is the larger number of spans.
 
   Args:
@@ -169,63 +153,49 @@ def drop_f1(
   """
   if not references:
     raise ValueError('a DROP question needs at least one reference')
-  ours = [answer] if isinstance(answer, str) else list(answer)
+  ours = [answer] if isinstance(answer, str) else answer
   scores = []
   for reference in references:
-    theirs = [reference] if isinstance(reference, str) else list(reference)
+    theirs = [reference] if isinstance(reference, str) else reference
     table = [
       [_drop_span_f1(drop_words(a), drop_words(b)) for b in theirs]
       for a in ours
     ]
-    best = _best_matching(np.asarray(table).reshape(len(ours), len(theirs)))
+    best = _best_matching(np.reshape(table, (len(ours), len(theirs))))
     scores.append(best / max(len(ours), len(theirs), 1))
   # The published script rounds each score to two digits.
   return round(max(scores), 2)
 
 
 def _best_matching(table: np.ndarray) -> float:
-  """The largest sum of entries of a table, at most one in a row or column.
-
-  Dynamic programme over subsets of the shorter side; answers have few spans.
-  """
-  rows, columns = table.shape
-  if rows < columns:
-    return _best_matching(table.T)
-  if columns > 12:  # 2^12 subsets; no DROP answer comes near.
-    raise ValueError(f'{columns} spans on both sides are too many to match')
-
-  @functools.cache
-  def best(row: int, free: int) -> float:
-    if row == rows or not free:
-      return 0.0
-    taken = [
-      table[row, column] + best(row + 1, free & ~(1 << column))
-      for column in range(columns)
-      if free >> column & 1
-    ]
-    return max(best(row + 1, free), *taken)
-
-  return float(best(0, (1 << columns) - 1))
+  """The largest sum of entries of a table, at most one in a row or column."""
+  # A fixed order of the sum: `drop_f1` rounds it.
+  table = table if table.shape[0] >= table.shape[1] else table.T
+  matched = scipy.optimize.linear_sum_assignment(table, maximize=True)
+  return float(sum(table[matched][::-1]))
 
 
 # --- Choices and pairs --------------------------------------------------------
 
 
-def choose(mean_logprobs: Sequence[float]) -> int:
-  """The choice of highest mean log-probability per token (D).
-
-  The paper's sentence says lowest, which its own accuracies rule out. Equal
-  choices: the first.
-
-  Raises:
-    ValueError: fewer than two choices, or a figure that is not finite.
-  """
-  values = np.asarray(mean_logprobs, np.float64)
+def _finite(logprobs: Sequence[float]) -> np.ndarray:
+  values = np.asarray(logprobs, np.float64)
   if values.ndim != 1 or values.size < 2 or not np.isfinite(values).all():
     raise ValueError(
       f'expected two or more finite log-probabilities, got {values.tolist()}'
     )
-  return int(values.argmax())
+  return values
+
+
+def choose(mean_logprobs: Sequence[float]) -> int:
+  """The first choice of highest mean log-probability per token (D).
+
+  The paper's text says lowest, which its own accuracies contradict.
+
+  Raises:
+    ValueError: fewer than two choices, or a value that is not finite.
+  """
+  return int(_finite(mean_logprobs).argmax())
 
 
 def entropy_bits(logprobs: Sequence[float]) -> float:
@@ -238,20 +208,16 @@ def entropy_bits(logprobs: Sequence[float]) -> float:
     logprobs: summed over each sentence's tokens, nats.
 
   Raises:
-    ValueError: fewer than two sentences, or a figure that is not finite.
+    ValueError: fewer than two sentences, or a value that is not finite.
   """
-  values = np.asarray(logprobs, np.float64)
-  if values.ndim != 1 or values.size < 2 or not np.isfinite(values).all():
-    raise ValueError(
-      f'expected two or more finite log-probabilities, got {values.tolist()}'
-    )
+  values = _finite(logprobs)
   shifted = values - values.max()
   log_p = shifted - np.log(np.exp(shifted).sum())
   return float(-(np.exp(log_p) * log_p).sum() / np.log(2.0))
 
 
 def same_noun(answer: str, candidate: str) -> bool:
-  """WSC (D): whether the sampled noun holds the candidate or the reverse."""
+  """WSC (D): whether one of sampled noun and candidate contains the other."""
   ours, theirs = (' '.join(answer_words(text)) for text in (answer, candidate))
   return bool(ours) and bool(theirs) and (ours in theirs or theirs in ours)
 
@@ -261,7 +227,7 @@ def same_noun(answer: str, candidate: str) -> bool:
 
 @functools.cache
 def _rouge_scorer():
-  # Its stemmer imports nltk, half a second that the other scores need not wait.
+  # Imports nltk, which takes half a second.
   from rouge_score import rouge_scorer
 
   return rouge_scorer.RougeScorer(['rougeL'], use_stemmer=False)
@@ -280,13 +246,12 @@ _ISO_DATE = re.compile(r'^(-?\d{1,4})-(\d\d)-(\d\d)(?:T00:00:00Z)?$')
 def answer_forms(answer: str) -> set[str]:
   """Ways to write a gold answer: itself, and for an ISO date the usual ones.
 
-  The first of January also stands for its year, since that is how the files
-  write a year (they give no precision).
+  The first of January also means its year: the files write a year that way.
   """
   forms = {answer}
   date = _ISO_DATE.match(answer.strip().lstrip('+'))
   if date:
-    year, month, day = (int(part) for part in date.groups())
+    year, month, day = map(int, date.groups())
     if 1 <= month <= 12 and 1 <= day <= 31:
       name = calendar.month_name[month]
       forms |= {
@@ -309,18 +274,9 @@ def _plain(text: str) -> str:
 def precision_at_1(answer: str, references: Sequence[str]) -> float:
   """1 if the answer is a gold label, alias or date, else 0.
 
-  As FAITH compares ids (lower case, without quotes and plus signs), here on
-  texts, because a model that answers in words names no Wikidata id. Without
-  Wikidata's aliases this is a lower bound of the published P@1.
+  FAITH compares ids; a model that answers in words has none, so texts are
+  compared, in lower case, without quotes and plus signs. Without Wikidata's
+  aliases this is a lower bound of the published P@1.
   """
-  ours = _plain(answer)
-  return float(
-    bool(ours)
-    and any(
-      ours == _plain(form) for gold in references for form in answer_forms(gold)
-    )
-  )
-
-
-# (answer, references) -> score in [0, 1].
-Scorer = Callable[[str, Sequence[str]], float]
+  forms = {_plain(form) for gold in references for form in answer_forms(gold)}
+  return float(_plain(answer) in forms - {''})

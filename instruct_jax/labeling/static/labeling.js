@@ -1,5 +1,5 @@
-// Ranking by drag, touch and arrow keys; file import. Every page works without
-// this script: ranks are chosen from lists, which it only arranges.
+// Ranking by drag, touch and arrow keys; file import; drafts. Every page also
+// works without this script: it moves cards, and the lists hold the ranks.
 'use strict';
 
 function setUpRanking(list) {
@@ -24,10 +24,10 @@ function setUpRanking(list) {
     board.append(column);
   }
   const selectOf = (card) => card.querySelector('select');
+  const rankOf = (card) => Number(selectOf(card).value || 0);
 
   function place(card) {
-    const column = columns[Number(selectOf(card).value || 0)];
-    const cards = column.querySelector('ul');
+    const cards = columns[rankOf(card)].querySelector('ul');
     if (card.parentElement !== cards) cards.append(card);
     columns[0].hidden = !columns[0].querySelector('.card');
   }
@@ -44,12 +44,11 @@ function setUpRanking(list) {
     const handle = card.querySelector('.handle');
     handle.hidden = false;
     selectOf(card).addEventListener('change', () => {
-      const value = Number(selectOf(card).value || 0);
-      move(card, value);
+      move(card, rankOf(card));
       selectOf(card).focus();
     });
     handle.addEventListener('keydown', (event) => {
-      const now = Number(selectOf(card).value || 0);
+      const now = rankOf(card);
       let rank;
       if (event.key === 'ArrowUp') rank = now ? Math.max(1, now - 1) : count;
       else if (event.key === 'ArrowDown') rank = Math.min(count, now + 1);
@@ -66,11 +65,9 @@ function setUpRanking(list) {
     place(card);
   }
   list.replaceWith(board);
-  // Cards were moved into columns before the board was in the page.
-  columns[0].hidden = !columns[0].querySelector('.card');
 }
 
-// Pointer events serve mouse, pen and touch alike.
+// Pointer events cover mouse, pen and touch.
 function setUpDrag(card, handle, columns, move) {
   let startX = 0;
   let startY = 0;
@@ -129,7 +126,7 @@ for (const input of document.querySelectorAll('[data-fills]')) {
   });
 }
 
-// Progress is fetched again every ten seconds, unless somebody is using it.
+// Reloads progress every ten seconds, unless it is hidden or has the focus.
 for (const part of document.querySelectorAll('[data-live]')) {
   setInterval(async () => {
     if (document.hidden || part.contains(document.activeElement)) return;
@@ -142,7 +139,7 @@ for (const part of document.querySelectorAll('[data-live]')) {
   }, 10000);
 }
 
-// Not as the page came: a field changed before this script was there.
+// Whether a field was changed, which can happen before this script runs.
 function differs(field) {
   if (field.type === 'radio' || field.type === 'checkbox') {
     return field.checked !== field.defaultChecked;
@@ -154,10 +151,10 @@ function differs(field) {
   return 'defaultValue' in field && field.value !== field.defaultValue;
 }
 
-// What is written is kept as a draft two seconds after the last change. A page
-// left before that asks first.
+// Saves a draft two seconds after the last change. Leaving the page earlier asks
+// for confirmation.
 function setUpDrafts(form) {
-  const told = form.querySelector('[data-saved]');
+  const status = form.querySelector('[data-saved]');
   let changed = false;
   let timer = null;
   let saving = null;
@@ -166,20 +163,20 @@ function setUpDrafts(form) {
     const body = new URLSearchParams(new FormData(form));
     body.set('action', 'autosave');
     changed = false;
-    told.textContent = '';
+    status.textContent = '';
     const reply = await fetch(form.getAttribute('action'), {
       method: 'POST', body, signal: AbortSignal.timeout(10000),
     }).catch(() => null);
-    const kept = reply !== null && (reply.status === 204 || reply.status === 202);
-    told.textContent = kept ? 'Draft saved' : 'The draft is not saved yet';
-    if (kept && reply.status === 202) told.textContent = await reply.text();
+    const saved = reply !== null && [202, 204].includes(reply.status);
+    status.textContent = saved ? 'Draft saved' : 'The draft is not saved yet';
+    if (saved && reply.status === 202) status.textContent = await reply.text();
     if (reply !== null && reply.status === 401) {
-      told.textContent = 'You are signed out here; the draft is not saved';
+      status.textContent = 'You are signed out here; the draft is not saved';
     }
-    if (!kept) changed = true;
+    if (!saved) changed = true;
     saving = null;
-    // What the site refuses, it would refuse again.
-    if (changed && (kept || reply === null)) schedule(kept ? 2000 : 10000);
+    // The site would refuse again what it has refused.
+    if (changed && (saved || reply === null)) schedule(saved ? 2000 : 10000);
   }
 
   function schedule(milliseconds) {

@@ -6,231 +6,102 @@ from alembic import op
 revision = '0001'
 down_revision = None
 
+INT, TEXT, TIME = sa.Integer, sa.Text, sa.Double
+JSON, BOOL = sa.JSON, sa.Boolean
+
+
+def _create(table, /, *unique, nullable='', **columns):
+  """A table whose first column is its key.
+
+  Args:
+    table: its name.
+    *unique: groups of columns, each with a unique constraint.
+    nullable: name of the one column that may be NULL.
+    **columns: types; a string names the table whose id the column holds.
+  """
+  foreign = {k: v for k, v in sorted(columns.items()) if isinstance(v, str)}
+  op.create_table(
+    table,
+    *(
+      sa.Column(k, INT if k in foreign else v, nullable=k == nullable)
+      for k, v in columns.items()
+    ),
+    *(
+      sa.ForeignKeyConstraint([k], [f'{v}.id'], name=op.f(f'fk_{table}_{k}'))
+      for k, v in foreign.items()
+    ),
+    sa.PrimaryKeyConstraint(next(iter(columns)), name=op.f(f'pk_{table}')),
+    *(
+      sa.UniqueConstraint(*group, name=op.f('_'.join(['uq', table, *group])))
+      for group in unique
+    ),
+  )
+
 
 def upgrade():
-  op.create_table(
-    'accounts',
-    sa.Column('id', sa.Integer(), nullable=False),
-    sa.Column('name', sa.Text(), nullable=False),
-    sa.Column('role', sa.Text(), nullable=False),
-    sa.Column('status', sa.Text(), nullable=False),
-    sa.Column('created', sa.Double(), nullable=False),
-    sa.PrimaryKeyConstraint('id', name=op.f('pk_accounts')),
-    sa.UniqueConstraint('name', name=op.f('uq_accounts_name')),
-  )
-  op.create_table(
-    'batches',
-    sa.Column('id', sa.Integer(), nullable=False),
-    sa.Column('name', sa.Text(), nullable=False),
-    sa.Column('kind', sa.Text(), nullable=False),
-    sa.Column('phase', sa.Text(), nullable=False),
-    sa.Column('overlap', sa.Integer(), nullable=False),
-    sa.Column('screening', sa.Boolean(), nullable=False),
-    sa.Column('closed', sa.Boolean(), nullable=False),
-    sa.Column('created', sa.Double(), nullable=False),
-    sa.PrimaryKeyConstraint('id', name=op.f('pk_batches')),
-    sa.UniqueConstraint('name', name=op.f('uq_batches_name')),
-  )
-  op.create_table(
-    'instructions',
-    sa.Column('id', sa.Integer(), nullable=False),
-    sa.Column('phase', sa.Text(), nullable=False),
-    sa.Column('version', sa.Integer(), nullable=False),
-    sa.Column('text', sa.Text(), nullable=False),
-    sa.Column('created', sa.Double(), nullable=False),
-    sa.PrimaryKeyConstraint('id', name=op.f('pk_instructions')),
-    sa.UniqueConstraint(
-      'phase', 'version', name=op.f('uq_instructions_phase_version')
-    ),
-  )
-  op.create_table(
-    'audit',
-    sa.Column('id', sa.Integer(), nullable=False),
-    sa.Column('time', sa.Double(), nullable=False),
-    sa.Column('account_id', sa.Integer(), nullable=True),
-    sa.Column('action', sa.Text(), nullable=False),
-    sa.Column('detail', sa.Text(), nullable=False),
-    sa.ForeignKeyConstraint(
-      ['account_id'], ['accounts.id'], name=op.f('fk_audit_account_id')
-    ),
-    sa.PrimaryKeyConstraint('id', name=op.f('pk_audit')),
-  )
-  op.create_table(
-    'invitations',
-    sa.Column('token_hash', sa.Text(), nullable=False),
-    sa.Column('account_id', sa.Integer(), nullable=False),
-    sa.Column('expires', sa.Double(), nullable=False),
-    sa.Column('used', sa.Double(), nullable=True),
-    sa.ForeignKeyConstraint(
-      ['account_id'], ['accounts.id'], name=op.f('fk_invitations_account_id')
-    ),
-    sa.PrimaryKeyConstraint('token_hash', name=op.f('pk_invitations')),
-  )
-  op.create_table(
+  _create(
+    'accounts', ['name'],
+    id=INT, name=TEXT, role=TEXT, status=TEXT, created=TIME,
+  )  # fmt: skip
+  _create(
+    'batches', ['name'],
+    id=INT, name=TEXT, kind=TEXT, phase=TEXT, overlap=INT, screening=BOOL,
+    closed=BOOL, created=TIME,
+  )  # fmt: skip
+  _create(
+    'instructions', ['phase', 'version'],
+    id=INT, phase=TEXT, version=INT, text=TEXT, created=TIME,
+  )  # fmt: skip
+  _create(
+    'audit', nullable='account_id',
+    id=INT, time=TIME, account_id='accounts', action=TEXT, detail=TEXT,
+  )  # fmt: skip
+  _create(
+    'invitations', nullable='used',
+    token_hash=TEXT, account_id='accounts', expires=TIME, used=TIME,
+  )  # fmt: skip
+  _create(
     'sessions',
-    sa.Column('token_hash', sa.Text(), nullable=False),
-    sa.Column('account_id', sa.Integer(), nullable=False),
-    sa.Column('csrf', sa.Text(), nullable=False),
-    sa.Column('created', sa.Double(), nullable=False),
-    sa.Column('expires', sa.Double(), nullable=False),
-    sa.ForeignKeyConstraint(
-      ['account_id'], ['accounts.id'], name=op.f('fk_sessions_account_id')
-    ),
-    sa.PrimaryKeyConstraint('token_hash', name=op.f('pk_sessions')),
-  )
-  op.create_index(
-    op.f('ix_sessions_account_id'), 'sessions', ['account_id'], unique=False
-  )
-  op.create_table(
-    'tasks',
-    sa.Column('id', sa.Integer(), nullable=False),
-    sa.Column('batch_id', sa.Integer(), nullable=False),
-    sa.Column('prompt', sa.Text(), nullable=False),
-    sa.Column('record', sa.JSON(), nullable=False),
-    sa.ForeignKeyConstraint(
-      ['batch_id'], ['batches.id'], name=op.f('fk_tasks_batch_id')
-    ),
-    sa.PrimaryKeyConstraint('id', name=op.f('pk_tasks')),
-  )
-  op.create_index(
-    op.f('ix_tasks_batch_id'), 'tasks', ['batch_id'], unique=False
-  )
-  op.create_table(
-    'assignments',
-    sa.Column('id', sa.Integer(), nullable=False),
-    sa.Column('task_id', sa.Integer(), nullable=False),
-    sa.Column('account_id', sa.Integer(), nullable=False),
-    sa.Column('state', sa.Text(), nullable=False),
-    sa.Column('claimed', sa.Double(), nullable=False),
-    sa.Column('expires', sa.Double(), nullable=False),
-    sa.Column('touched', sa.Double(), nullable=False),
-    sa.Column('seconds', sa.Double(), nullable=False),
-    sa.Column('order', sa.JSON(), nullable=False),
-    sa.Column('draft', sa.JSON(), nullable=False),
-    sa.Column('reason', sa.Text(), nullable=False),
-    sa.ForeignKeyConstraint(
-      ['account_id'], ['accounts.id'], name=op.f('fk_assignments_account_id')
-    ),
-    sa.ForeignKeyConstraint(
-      ['task_id'], ['tasks.id'], name=op.f('fk_assignments_task_id')
-    ),
-    sa.PrimaryKeyConstraint('id', name=op.f('pk_assignments')),
-    sa.UniqueConstraint(
-      'task_id', 'account_id', name=op.f('uq_assignments_task_id_account_id')
-    ),
-  )
-  op.create_index(
-    op.f('ix_assignments_account_id'),
-    'assignments',
-    ['account_id'],
-    unique=False,
-  )
-  op.create_index(
-    'ix_assignments_state_expires',
-    'assignments',
-    ['state', 'expires'],
-    unique=False,
-  )
-  op.create_table(
-    'outputs',
-    sa.Column('id', sa.Integer(), nullable=False),
-    sa.Column('task_id', sa.Integer(), nullable=False),
-    sa.Column('position', sa.Integer(), nullable=False),
-    sa.Column('text', sa.Text(), nullable=False),
-    sa.Column('model', sa.Text(), nullable=False),
-    sa.ForeignKeyConstraint(
-      ['task_id'], ['tasks.id'], name=op.f('fk_outputs_task_id')
-    ),
-    sa.PrimaryKeyConstraint('id', name=op.f('pk_outputs')),
-    sa.UniqueConstraint(
-      'task_id', 'position', name=op.f('uq_outputs_task_id_position')
-    ),
-  )
-  op.create_table(
-    'slots',
-    sa.Column('id', sa.Integer(), nullable=False),
-    sa.Column('task_id', sa.Integer(), nullable=False),
-    sa.Column('number', sa.Integer(), nullable=False),
-    sa.Column('holder', sa.Integer(), nullable=True),
-    sa.ForeignKeyConstraint(
-      ['holder'], ['accounts.id'], name=op.f('fk_slots_holder')
-    ),
-    sa.ForeignKeyConstraint(
-      ['task_id'], ['tasks.id'], name=op.f('fk_slots_task_id')
-    ),
-    sa.PrimaryKeyConstraint('id', name=op.f('pk_slots')),
-    sa.UniqueConstraint(
-      'task_id', 'holder', name=op.f('uq_slots_task_id_holder')
-    ),
-    sa.UniqueConstraint(
-      'task_id', 'number', name=op.f('uq_slots_task_id_number')
-    ),
-  )
+    token_hash=TEXT, account_id='accounts', csrf=TEXT, created=TIME,
+    expires=TIME,
+  )  # fmt: skip
+  _create('tasks', id=INT, batch_id='batches', prompt=TEXT, record=JSON)
+  _create(
+    'assignments', ['task_id', 'account_id'],
+    id=INT, task_id='tasks', account_id='accounts', state=TEXT, claimed=TIME,
+    expires=TIME, touched=TIME, seconds=TIME, order=JSON, draft=JSON,
+    reason=TEXT,
+  )  # fmt: skip
+  _create(
+    'outputs', ['task_id', 'position'],
+    id=INT, task_id='tasks', position=INT, text=TEXT, model=TEXT,
+  )  # fmt: skip
+  _create(
+    'slots', ['task_id', 'holder'], ['task_id', 'number'], nullable='holder',
+    id=INT, task_id='tasks', number=INT, holder='accounts',
+  )  # fmt: skip
+  _create(
+    'answers', ['assignment_id', 'revision'], ['submission'],
+    id=INT, assignment_id='assignments', revision=INT, submission=TEXT,
+    content=JSON, instruction_id='instructions', time=TIME, seconds=TIME,
+  )  # fmt: skip
+  _create('flags', id=INT, assignment_id='assignments', text=TEXT, time=TIME)
+  _create(
+    'grades', ['assignment_id', 'account_id'],
+    id=INT, assignment_id='assignments', account_id='accounts', grade=INT,
+  )  # fmt: skip
+  for table, columns in (
+    ('sessions', ['account_id']),
+    ('tasks', ['batch_id']),
+    ('assignments', ['account_id']),
+    ('assignments', ['state', 'expires']),
+  ):
+    op.create_index(op.f('_'.join(['ix', table, *columns])), table, columns)
+  free = sa.text('holder IS NULL')
   op.create_index(
     'free_slots',
     'slots',
     ['task_id'],
-    unique=False,
-    sqlite_where=sa.text('holder IS NULL'),
-    postgresql_where=sa.text('holder IS NULL'),
-  )
-  op.create_table(
-    'answers',
-    sa.Column('id', sa.Integer(), nullable=False),
-    sa.Column('assignment_id', sa.Integer(), nullable=False),
-    sa.Column('revision', sa.Integer(), nullable=False),
-    sa.Column('submission', sa.Text(), nullable=False),
-    sa.Column('content', sa.JSON(), nullable=False),
-    sa.Column('instruction_id', sa.Integer(), nullable=False),
-    sa.Column('time', sa.Double(), nullable=False),
-    sa.Column('seconds', sa.Double(), nullable=False),
-    sa.ForeignKeyConstraint(
-      ['assignment_id'],
-      ['assignments.id'],
-      name=op.f('fk_answers_assignment_id'),
-    ),
-    sa.ForeignKeyConstraint(
-      ['instruction_id'],
-      ['instructions.id'],
-      name=op.f('fk_answers_instruction_id'),
-    ),
-    sa.PrimaryKeyConstraint('id', name=op.f('pk_answers')),
-    sa.UniqueConstraint(
-      'assignment_id',
-      'revision',
-      name=op.f('uq_answers_assignment_id_revision'),
-    ),
-    sa.UniqueConstraint('submission', name=op.f('uq_answers_submission')),
-  )
-  op.create_table(
-    'flags',
-    sa.Column('id', sa.Integer(), nullable=False),
-    sa.Column('assignment_id', sa.Integer(), nullable=False),
-    sa.Column('text', sa.Text(), nullable=False),
-    sa.Column('time', sa.Double(), nullable=False),
-    sa.ForeignKeyConstraint(
-      ['assignment_id'], ['assignments.id'], name=op.f('fk_flags_assignment_id')
-    ),
-    sa.PrimaryKeyConstraint('id', name=op.f('pk_flags')),
-  )
-  op.create_table(
-    'grades',
-    sa.Column('id', sa.Integer(), nullable=False),
-    sa.Column('assignment_id', sa.Integer(), nullable=False),
-    sa.Column('account_id', sa.Integer(), nullable=False),
-    sa.Column('grade', sa.Integer(), nullable=False),
-    sa.ForeignKeyConstraint(
-      ['account_id'], ['accounts.id'], name=op.f('fk_grades_account_id')
-    ),
-    sa.ForeignKeyConstraint(
-      ['assignment_id'],
-      ['assignments.id'],
-      name=op.f('fk_grades_assignment_id'),
-    ),
-    sa.PrimaryKeyConstraint('id', name=op.f('pk_grades')),
-    sa.UniqueConstraint(
-      'assignment_id',
-      'account_id',
-      name=op.f('uq_grades_assignment_id_account_id'),
-    ),
+    sqlite_where=free,
+    postgresql_where=free,
   )
