@@ -22,19 +22,18 @@ def validate(config):
 
 
 def inputs(config):
-  """What has to be there before hours of RL begin; the plots read the run's
-  own stages."""
+  """Parts of the source run, checked before hours of RL begin.
+
+  The plots read the stages of their own run.
+  """
   return {f'source/{part}': f'{config.source}/{part}' for part in _PARTS}
 
 
 def run(config, workdir: epath.Path):
-  """Draws each figure of the sweep.
+  """Draws each figure of the sweep; returns figure -> names of its files.
 
   Reads metrics and probes of the sweep's stages; writes plots and tax.json into
   a folder for each figure.
-
-  Returns:
-    Names of the files, by figure.
   """
   validate(config)
   root = epath.Path(config.workdir)
