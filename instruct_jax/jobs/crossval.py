@@ -56,8 +56,8 @@ def run(config, workdir: epath.Path):
       theirs = [c for c in encoded.fitting if c.labeler in left_out]
       if not any(len(set(c.ranks)) > 1 for c in theirs):
         raise ValueError(
-          f'valid_comparisons: {", ".join(left_out)}, who are left out '
-          'together, ordered no pair; add rankings of theirs, or use fewer '
+          f'valid_comparisons: no pair was ordered by {", ".join(left_out)}, '
+          'who are left out together; add rankings of theirs, or use fewer '
           f'folds (num_folds {config.num_folds})'
         )
     scoring = None  # All folds are scored with the first one's programs.
