@@ -21,11 +21,7 @@ PROCESSES = 'one'
 
 
 def validate(config):
-  """Checks the config; the judge checks its own keys.
-
-  Raises:
-    ValueError: the key, its value, and what it should be.
-  """
+  """Checks all keys but the judge's own. ValueError names the key."""
   check_stage(config)
   for key in ('policy', 'reward_model', 'prompts', 'tokenizer'):
     if not config[key]:

@@ -22,11 +22,7 @@ PROCESSES = 'all'
 
 
 def validate(config):
-  """Checks the config.
-
-  Raises:
-    ValueError: the key, its value, and what it should be.
-  """
+  """Checks the config. ValueError names the key."""
   check_stage(config)
   for key in ('reward_model', 'tokenizer', 'demonstrations'):
     if not config[key]:

@@ -68,11 +68,7 @@ def named_pairs(config) -> list[tuple[str, str]]:
 
 
 def validate(config):
-  """Checks the config; the judge checks its own keys.
-
-  Raises:
-    ValueError: the key, its value, and what it should be.
-  """
+  """Checks all keys but the judge's own. ValueError names the key."""
   check_stage(config)
   models = asking.read_models(config)
   columns = [model.name for model in models.values() if model.has_columns]

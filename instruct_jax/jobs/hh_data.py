@@ -17,11 +17,7 @@ PROCESSES = 'first'
 
 
 def validate(config):
-  """Checks the config.
-
-  Raises:
-    ValueError: the key, its value, and what it should be.
-  """
+  """Checks the config. ValueError names the key."""
   if not config.root:
     raise ValueError(
       'the data root is not given; set --config.data.root=DIR with '

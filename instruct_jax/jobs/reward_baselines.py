@@ -19,11 +19,7 @@ PROCESSES = 'one'
 
 
 def validate(config):
-  """Checks the config.
-
-  Raises:
-    ValueError: the key, its value, and what it should be.
-  """
+  """Checks the config. ValueError names the key."""
   check_stage(config)
   if config.batch_size < 1:
     raise ValueError(f'batch_size must be positive: {config.batch_size}')

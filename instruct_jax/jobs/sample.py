@@ -21,11 +21,7 @@ PROCESSES = 'one'
 
 
 def validate(config):
-  """Checks the config.
-
-  Raises:
-    ValueError: the key, its value, and what it should be.
-  """
+  """Checks the config. ValueError names the key."""
   check_stage(config)
   num_models = len(model_folder.named_folders(config.models))
   if num_models * config.samples_per_model < 2:

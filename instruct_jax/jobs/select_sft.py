@@ -22,11 +22,7 @@ PROCESSES = 'all'
 
 
 def validate(config):
-  """Checks the config.
-
-  Raises:
-    ValueError: the key, its value, and what it should be.
-  """
+  """Checks the config. ValueError names the key."""
   check_stage(config)
   if config.num_prompts < 1:
     raise ValueError(f'num_prompts must be positive: {config.num_prompts}')

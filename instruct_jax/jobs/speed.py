@@ -76,11 +76,7 @@ PEERS = {
 
 
 def validate(config):
-  """Checks the config, and those of the stages that it times.
-
-  Raises:
-    ValueError: the key, its value, and what it should be.
-  """
+  """Checks this config and the timed stages'. ValueError names the key."""
   run_lib.check_choice(config, 'work', (*WORKS, 'all'))
   run_lib.check_choice(config, 'reward', ('model', 'tokens'))
   if config.num_iterations < 5:

@@ -10,11 +10,7 @@ _PARTS = ('rl_init/model', 'reward/model', 'data/tokenizer')
 
 
 def validate(config):
-  """Checks the config.
-
-  Raises:
-    ValueError: `source` is empty.
-  """
+  """Checks the config. ValueError if `source` is empty."""
   if not config.source:
     raise ValueError(
       'source is empty; give the folder of a finished run of configs/ppo_ptx.py'

@@ -16,15 +16,8 @@ from instruct_jax.miniature.world import World, noun, predicate, statement
 
 # What `spoil` can do to an answer.
 FAULTS = (
-  'wrong_fact',
-  'off_topic',
-  'rude',
-  'run_on',
-  'question',
-  'unfinished',
-  'repeated',
-  'shrug',
-  'empty',
+  *('wrong_fact', 'off_topic', 'rude', 'run_on', 'question', 'unfinished'),
+  *('repeated', 'shrug', 'empty'),
 )
 
 
@@ -199,10 +192,6 @@ def _list(spec, world, draw, wordy):
   return f'{_join(items)} .'
 
 
-def _reference(spec, world, draw, wordy):
-  return draw.choice(spec['accepted'])
-
-
 def _summary(spec, world, draw, wordy):
   guest = spec['subjects'][0]
   facts = spec['facts'][guest]
@@ -218,14 +207,6 @@ def _label(spec, world, draw, wordy):
   leads = phrases.KIND_ANSWERS if word else phrases.IS_ANSWERS
   lead = leads[0] if draw.random() >= wordy else draw.choice(leads)
   return fill(lead, v=spec['accepted'][0], w=word)
-
-
-def _extract(spec, world, draw, wordy):
-  return f'{_join(spec["accepted"])} .'
-
-
-def _chat(spec, world, draw, wordy):
-  return draw.choice(spec['slots']['answers'])
 
 
 def _decline(spec, world, draw, wordy):
@@ -246,11 +227,11 @@ _DRAFTS = {
   'premise': _premise,
   'write': _write,
   'list': _list,
-  'reference': _reference,
+  'reference': lambda spec, world, draw, _: draw.choice(spec['accepted']),
   'summary': _summary,
   'label': _label,
-  'extract': _extract,
-  'chat': _chat,
+  'extract': lambda spec, world, draw, _: f'{_join(spec["accepted"])} .',
+  'chat': lambda spec, world, draw, _: draw.choice(spec['slots']['answers']),
   'decline': _decline,
   'warn': _warn,
 }

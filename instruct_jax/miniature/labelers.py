@@ -6,7 +6,6 @@ noise. Training sees their demonstrations and ranks, never the gold judge.
 """
 
 import dataclasses
-import itertools
 import random
 from collections.abc import Mapping, Sequence
 
@@ -20,8 +19,8 @@ GROUPS = ('red', 'blue', 'green', 'white', 'black')
 HELDOUT = 'heldout'
 # Standard deviation of a labeler's opinion of one completion, in units of
 # utility. With it two training labelers agree on 73 % of the pairs of
-# `realistic_completions` (paper 3.4: 72.6 +- 1.5 %), see the test. Samples of
-# models differ from those; the config has the noise that fits them.
+# `realistic_completions` (paper 3.4: 72.6 +- 1.5 %), as the test measures.
+# Samples of models differ from those; the config has the noise that fits them.
 NOISE = 0.25
 # Utilities closer than this get the same rank: one step of the seven-point
 # scale on which labelers grade a completion (paper, Figure 12).
@@ -215,35 +214,3 @@ def realistic_completions(
       answers.spoil(text, fault, world, draw) if fault else text
     )
   return completions
-
-
-def agreement(
-  labelers: Sequence[Labeler],
-  prompts: Sequence[Prompt],
-  completion_sets: Sequence[Sequence[str]],
-  world: World,
-  rng: np.random.Generator,
-) -> float:
-  """Share of pairs that two random labelers order alike (paper 3.4).
-
-  Both rank the same completions of each prompt; pairs that either ties are
-  left out. 0.5 is chance.
-
-  Raises:
-    ValueError: fewer than two labelers, or no pair that both order.
-  """
-  if len(labelers) < 2:
-    raise ValueError('agreement needs two labelers at least')
-  same = []
-  for prompt, completions in zip(prompts, completion_sets, strict=True):
-    two = [labelers[i] for i in rng.choice(len(labelers), 2, replace=False)]
-    judgements = judge_each(prompt, completions, world)
-    ranks = [rank(each, completions, judgements, rng) for each in two]
-    for (a1, b1), (a2, b2) in itertools.combinations(
-      zip(*ranks, strict=True), 2
-    ):
-      if a1 != a2 and b1 != b2:
-        same.append((a1 > a2) == (b1 > b2))
-  if not same:
-    raise ValueError('no pair of completions was ordered by both labelers')
-  return sum(same) / len(same)

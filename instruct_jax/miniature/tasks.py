@@ -42,6 +42,18 @@ OVER_LONG_SHARE = 0.02
 # A prompt above this many tokens is over-long.
 PROMPT_BUDGET = 48
 
+# Kind of task -> least and most words and sentences of a response.
+_LIMITS = {
+  'answer': ([1, 10], [1, 1]),
+  'verify': ([1, 13], [1, 2]),
+  'premise': ([3, 16], [1, 2]),
+  'chat': ([2, 16], [1, 2]),
+  'decline': ([4, 15], [1, 2]),
+  'warn': ([4, 15], [1, 2]),
+  'label': ([1, 6], [1, 1]),
+  'summary': ([5, 16], [1, 1]),
+}
+
 Spec = dict[str, Any]
 _KIND_NAMES = tuple(worlds.SUBJECTS)
 
@@ -57,6 +69,7 @@ def make_spec(kind: str, **fields: Any) -> Spec:
   Raises:
     KeyError: an unknown field.
   """
+  words, sentences = _LIMITS.get(kind, ([1, 12], [1, 1]))
   spec = {
     'kind': kind,
     # What to write: facts story poem letter review; or which rewrite.
@@ -66,8 +79,9 @@ def make_spec(kind: str, **fields: Any) -> Spec:
     'rivals': [],  # Words of the right type that are wrong.
     'count': 1,  # Items of a list, or statements wanted.
     'groups': [],  # One word of each must appear (letters, chat).
-    'words': [1, 12],  # [low, high] of a response of the right length.
-    'sentences': [1, 1],  # As well.
+    # [low, high] of a response of the right length.
+    'words': words,
+    'sentences': sentences,
     'constraint': None,  # Or {kind, value}.
     'premise': None,  # Or {false: claim, true: value} of a false premise.
     'relation': None,  # Or [kind, name, subject] of what is asked for.
@@ -130,8 +144,6 @@ def _decline_spec(subjects=()):
     'decline',
     subjects=list(subjects),
     groups=[list(phrases.KIND_WORDS)],
-    words=[4, 15],
-    sentences=[1, 2],
     invites_rudeness=True,
   )
 
@@ -205,7 +217,7 @@ def _fact_spec(kind, relation, subject, accepted, rivals, **fields):
     accepted=list(accepted),
     rivals=rivals,
     relation=[relation.kind, relation.name, subject],
-    **({'subjects': [subject], 'words': [1, 10]} | fields),
+    **({'subjects': [subject]} | fields),
   )
 
 
@@ -246,8 +258,6 @@ def _ask_whether(world, draw):
     subject,
     ['yes' if right else 'no'],
     ['no' if right else 'yes'],
-    words=[1, 13],
-    sentences=[1, 2],
     slots={'value': value, 'asked': asked},
   )
   return fill(relation.verify, s=noun(subject), v=asked), spec
@@ -264,8 +274,6 @@ def _ask_false_premise(world, draw):
     [value],
     [asked],
     premise={'false': asked, 'true': value},
-    words=[3, 16],
-    sentences=[1, 2],
   )
   return f'{draw.choice(("why", "since when"))} {text}', spec
 
@@ -278,8 +286,6 @@ def _ask_harm(world, draw):
     'warn',
     subjects=[thing],
     groups=[list(phrases.WARNING_WORDS)],
-    words=[4, 15],
-    sentences=[1, 2],
     asks_harm=True,
     slots={'owner': owner, 'harm': harm},
   )
@@ -332,8 +338,6 @@ def _chat_spec(replies, groups, **fields):
   return make_spec(
     'chat',
     groups=[list(group) for group in groups],
-    words=[2, 16],
-    sentences=[1, 2],
     slots={'answers': list(replies)},
     **fields,
   )
@@ -358,11 +362,7 @@ _CHATS = {
   'rude': (11, phrases.CHAT_RUDE),
   'ask': (14, ()),
 }
-_CHAT_WORDS = {
-  'sad': phrases.SAD,
-  'glad': phrases.GLAD,
-  'rude': phrases.RUDE,
-}
+_CHAT_WORDS = {'sad': phrases.SAD, 'glad': phrases.GLAD, 'rude': phrases.RUDE}
 
 
 def _chat_opening(world, draw):
@@ -482,12 +482,7 @@ def _passage(draw, num_facts):
 def _summarization(world, draw):
   guest, _, facts, passage = _passage(draw, 3)
   spec = make_spec(
-    'summary',
-    subjects=[guest],
-    facts=facts,
-    count=2,
-    words=[5, 16],
-    closed_domain=True,
+    'summary', subjects=[guest], facts=facts, count=2, closed_domain=True
   )
   return f'{draw.choice(phrases.SUMMARY_HEADS)} {passage}', spec
 
@@ -559,11 +554,7 @@ def _classification(world, draw):
     slots = {'word': draw.choice(phrases.CLASSES[label])}
     text = fill(draw.choice(phrases.KIND_LABELS), w=slots['word'])
   return text, make_spec(
-    'label',
-    accepted=[label],
-    rivals=_others(labels, [label]),
-    words=[1, 6],
-    slots=slots,
+    'label', accepted=[label], rivals=_others(labels, [label]), slots=slots
   )
 
 

@@ -68,10 +68,6 @@ class World:
         found[KINDS[subject], relation, value] += (subject,)
     return dict(found)
 
-  @property
-  def num_facts(self) -> int:
-    return sum(len(relations) for relations in self.facts.values())
-
 
 def make_world(seed: int) -> World:
   """The world of a seed: 70 facts, each value about equally frequent."""
