@@ -1,4 +1,4 @@
-"""Models answer the same prompts, a judge compares the answers; a report.
+"""Asks models, lets a judge compare their answers, and writes the report.
 
 Paper 3.6 and 4.1: prompts -> answers of each model -> judge -> outcomes of
 pairs with intervals -> sections. The config names models and judge.
@@ -168,8 +168,14 @@ def readers_of(config) -> dict[str, str]:
   return {key: config[key] for key in keys}
 
 
-def say_unread(config, number, total, what, key, context_length):
-  """A line about what the scalar model of a key cannot read."""
+def _readers(config):
+  """Config key, context length and tokenizer of each scalar model."""
+  for key, folder in readers_of(config).items():
+    tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
+    yield key, model_folder.shape_of(folder).context_length, tokenizer
+
+
+def _say_unread(config, number, total, what, key, context_length):
   limit = f'the context of {key} ({context_length} tokens)'
   run_lib.say_left_out(config.name, number, total, what, limit)
 
@@ -191,10 +197,7 @@ def readable(config, prompts, answers):
     ValueError: none is left.
   """
   left_out, num_prompts = set(), len({prompt.id for prompt in prompts})
-  readers = readers_of(config)
-  for key, folder in readers.items():
-    context_length = model_folder.shape_of(folder).context_length
-    tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
+  for key, context_length, tokenizer in _readers(config):
     lengths = list(map(len, tokenizer.encode_prompts(prompts)))
     found = {
       answer.prompt_id
@@ -202,12 +205,12 @@ def readable(config, prompts, answers):
       if length + len(queries.answer_ids(tokenizer, answer)) > context_length
     }
     what = 'prompts with their answers'
-    say_unread(config, len(found), num_prompts, what, key, context_length)
+    _say_unread(config, len(found), num_prompts, what, key, context_length)
     left_out |= found
   if len(left_out) == num_prompts:
     raise ValueError(
       f'all {num_prompts} prompts have an answer that is longer than the '
-      f'context of {" or ".join(readers)}'
+      f'context of {" or ".join(readers_of(config))}'
     )
   kept = [prompt.id not in left_out for prompt in prompts]
   answers = {
@@ -272,15 +275,13 @@ def order_rankings(config, score_fn, judge):
   learned, found = _rankings(config, 'comparisons'), {}
   for name, path in _rankings(config, 'test_comparisons').items():
     test = records.read_jsonl(path, records.Comparison)
-    for key, folder in readers_of(config).items():
-      context_length = model_folder.shape_of(folder).context_length
-      tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
+    what = f'test_comparisons ({name})'
+    for key, context_length, tokenizer in _readers(config):
       given = len(test)
       test = loader.fitting_comparisons(test, tokenizer, context_length)
-      what = f'test_comparisons ({name})'
-      say_unread(config, given - len(test), given, what, key, context_length)
+      _say_unread(config, given - len(test), given, what, key, context_length)
     if not test:
-      raise ValueError(f'test_comparisons ({name}): no ranking is short enough')
+      raise ValueError(f'{what}: no ranking is short enough')
     by = {'reward model': judge_fns.comparison_scores(score_fn, test, counter)}
     prompts = map(judge_fns.prompt_of, test)
     if judge.gives_scores() and all(map(judge.knows, prompts)):
@@ -290,11 +291,10 @@ def order_rankings(config, score_fn, judge):
       by['length only'] = baselines.fit_length(train).scores(test)
       words = baselines.fit_bag_of_words(train)
       by['bag of words (Bradley-Terry)'] = words.scores(test)
+    ranks, clusters = [c.ranks for c in test], [c.prompt for c in test]
     found[name] = figures.Rankings(
       accuracies={
-        scorer: preference_accuracy.pairwise_accuracy(
-          scores, [c.ranks for c in test], [c.prompt for c in test]
-        )
+        scorer: preference_accuracy.pairwise_accuracy(scores, ranks, clusters)
         for scorer, scores in by.items()
       },
       agreement=preference_accuracy.agreement(test),
@@ -408,17 +408,12 @@ def judged_figures(config, models, prompts, answers, judge, workdir):
   )
   world = world_of(config)
   rated = rate(config, models, prompts, answers, judge, world)
-  _write_lines(
-    workdir / 'ratings.jsonl',
-    (
-      {'model': answer.model, 'prompt_id': answer.prompt_id}
-      | dataclasses.asdict(rating)
-      for answer, rating in rated
-    ),
-  )
-  by_category = collections.defaultdict(list)
+  lines, by_category = [], collections.defaultdict(list)
   for answer, rating in rated:
+    about = {'model': answer.model, 'prompt_id': answer.prompt_id}
+    lines.append(about | dataclasses.asdict(rating))
     by_category[answer.category].append((answer, rating))
+  _write_lines(workdir / 'ratings.jsonl', lines)
   texts = {n: [a.response for a in answers[n]] for n in columns}
   has_tables = world and world.tables_fn
   return {
