@@ -4,8 +4,8 @@ Keys about memory, speed and the machine may change while a run continues:
 `instruct_jax/infra/stages.py` lists them, each with its reason.
 
 Each key is declared once, here or in the stage's own file, with its unit and
-its source ("C.1" is appendix C.1 of Ouyang et al. 2022). Keys that the paper
-does not print say so.
+its source ("C.1" is appendix C.1 of Ouyang et al. 2022), or a note that the
+paper does not print it.
 """
 
 from collections.abc import Iterable

@@ -6,7 +6,7 @@
     --config.tokenizer=RUN/data/tokenizer
 
 A model is a folder of ours, a folder in the Hugging Face format, `hf:NAME`, or
-a file of recorded answers (`samples.py`; FILE.jsonl#NAME where it holds several
+a file of recorded answers (`samples.py`; FILE.jsonl#NAME if it has several
 models). The judge is the miniature's gold utility; `:reward`, `:people` and
 `:http` choose others, and --config.judge=package.module.f any Python function
 of the texts (`judge_fns.py`):

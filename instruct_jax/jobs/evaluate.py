@@ -74,8 +74,8 @@ def validate(config):
   columns = [model.name for model in models.values() if model.has_columns]
   if config.baseline not in columns or len(columns) < 2:
     raise ValueError(
-      f'models must hold the baseline {config.baseline!r} and one more: '
-      f'{columns}'
+      f'models must include the baseline {config.baseline!r} and at least one '
+      f'other model: {columns}'
     )
   if not config.prompts:
     raise ValueError('prompts is empty; give a JSONL file of prompts')
@@ -83,7 +83,7 @@ def validate(config):
   world_of(config)
   named_pairs(config)
   if config.test_comparisons and not config.reward_model:
-    raise ValueError('test_comparisons needs reward_model, which orders them')
+    raise ValueError('test_comparisons needs reward_model to order them')
   for key in ('num_prompts', 'samples_per_prompt', 'num_bootstrap'):
     if config[key] < 1:
       raise ValueError(f'{key} must be positive: {config[key]}')
@@ -93,12 +93,14 @@ def validate(config):
     )
   prompted = [model for model in models.values() if model.is_prompted]
   if prompted and not config.prefix_prompts:
-    raise ValueError('prefix_prompts is empty; the prefix is chosen on them')
+    raise ValueError(
+      'prefix_prompts is empty; their answers decide which prefix is used'
+    )
   loaded = [m.source for m in models.values() if not m.is_recorded]
   loaded += [config[key] for key in ('reward_model', 'judge_model')]
   ours = [x for x in loaded if x and not model_folder.is_published(x)]
   if ours and not config.tokenizer:
-    raise ValueError(f'tokenizer is empty; {ours[0]} needs its folder')
+    raise ValueError(f'tokenizer is empty; give the folder for {ours[0]}')
 
 
 def world_of(config) -> figures.World | None:
@@ -342,22 +344,22 @@ def judge_alarms(judgements, account, outcomes, max_contradictions: float):
     )
   if account.one_order:
     alarms.append(
-      f'{account.one_order} verdicts stand alone: the same judge said nothing '
-      'in the other order'
+      f'{account.one_order} verdicts have no counterpart: the same judge gave '
+      'none in the other order'
     )
   nameless = sum(not judgement.labeler for judgement in judgements)
   if 0 < nameless < len(judgements):
     alarms.append(
-      f'{nameless} of {len(judgements)} judgements name no labeler, so no '
-      'interval goes by labeler'
+      f'{nameless} of {len(judgements)} judgements name no labeler, so there '
+      'are no intervals by labeler'
     )
   place = outcomes.first_place
   if place and place.is_biased:
     alarms.append(
       f'the answer in the first place wins {place.rate.mean:.1%} '
-      f'[{place.rate.low:.1%}, {place.rate.high:.1%}] of the verdicts: the '
-      'judge looks at the place; both orders are averaged, which cancels it in '
-      'the rates and draws them towards one half'
+      f'[{place.rate.low:.1%}, {place.rate.high:.1%}] of the verdicts, so the '
+      'judge prefers a place; the average over both orders cancels that in the '
+      'rates, but draws them towards one half'
     )
   return alarms
 
@@ -398,8 +400,8 @@ def judged_figures(config, models, prompts, answers, judge, workdir):
   if not judged:
     raise ValueError(
       f'the judge judged none of {account.pairs} pairs: {account.unjudged} '
-      f'without an opinion in both orders, {account.unparsed} verdicts not '
-      'understood; judgements.jsonl has what it said'
+      f'without a verdict in both orders, {account.unparsed} verdicts not '
+      'understood; judgements.jsonl has its replies'
     )
   columns = [name for name, model in models.items() if model.has_columns]
   num_bootstrap = config.num_bootstrap

@@ -27,7 +27,7 @@ def validate(config):
   if num_models * config.samples_per_model < 2:
     raise ValueError(
       f'{num_models} models x {config.samples_per_model} samples_per_model '
-      'leave nothing to rank; 2 completions at least'
+      'leave nothing to rank; at least 2 completions are needed'
     )
   for key in ('tokenizer', 'prompts'):
     if not config[key]:

@@ -48,9 +48,9 @@ WORKS = ('iteration', 'rollout', 'sft')
 GROWTHS = ('response', 'batch', 'model')
 ROOT = pathlib.Path(__file__).parents[2]
 
-# For each of our works the peers' scripts that do the same: name, config key of
-# the script's Python, command line. The ragged iteration has none of its own: a
-# peer decodes all of it, so it costs as much as the full one.
+# Work -> the peers' scripts that do the same: name, config key of the script's
+# Python, command line. The ragged iteration has no script of its own, because
+# peers decode it to the end and so take as long as for the full one.
 _PPO_PEERS = (
   ('Tunix PPO, one step', 'tunix_python', 'tunix_ppo.py S accum 7'),
   ('Tunix PPO, four steps', 'tunix_python', 'tunix_ppo.py S mini 7'),
@@ -81,7 +81,7 @@ def validate(config):
   run_lib.check_choice(config, 'reward', ('model', 'tokens'))
   if config.num_iterations < 5:
     raise ValueError(
-      f'num_iterations must be at least 5, or the spread says nothing: '
+      f'num_iterations must be at least 5 to measure the spread: '
       f'{config.num_iterations}'
     )
   if not 0 <= config.stop_fraction < 1:
