@@ -62,8 +62,7 @@ def run(config, workdir: epath.Path):
 
   Returns:
     The content of results.json: `reward_shift`, the demonstrations' mean score
-    before; `score_range` after, over the demonstrations and the answers of
-    `comparisons`; and the counts.
+    before; `score_range` of all scores after; and counts.
 
   Raises:
     ValueError: no demonstration fits, or the model has another tokenizer.

@@ -183,14 +183,9 @@ def _say_unread(config, number, total, what, key, context_length):
 
 
 def readable(config, prompts, answers):
-  """Leaves out prompts with an answer that a scalar model cannot read.
+  """Leaves out prompts with an answer too long for a scalar model.
 
-  A recorded answer, or one of another tokenizer, may be too long for it.
-
-  Args:
-    config: names the scalar models.
-    prompts: of the answers, from `asking.aligned`.
-    answers: model -> its answers.
+  An answer may be, if it is recorded or has another tokenizer.
 
   Returns:
     The prompts and answers left, and the number of prompts left out.
@@ -263,13 +258,9 @@ def rate(config, models, prompts, answers, judge, world):
 def order_rankings(config, score_fn, judge):
   """Set of rankings -> accuracy of each judge of its pairs (3.4, 4.1).
 
-  The trivial judges learn from the training rankings of the same name.
-
-  Args:
-    config: with `comparisons`, `test_comparisons` and `reward_model`; rankings
-      too long for a scalar model are left out.
-    score_fn: of the reward model.
-    judge: compared too, where it scores and knows all prompts.
+  Rankings too long for a scalar model are left out. The judge is compared if it
+  scores and knows all prompts; the trivial judges learn from the training
+  rankings of the same name.
   """
   counter = queries.tokenizer_of(
     config.reward_model, config.tokenizer, chat=True

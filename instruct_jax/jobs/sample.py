@@ -44,9 +44,6 @@ def inputs(config):
 def run(config, workdir: epath.Path):
   """Samples every model on every prompt that fits; writes samples.jsonl.
 
-  A line is the record of a prompt, with its completions and the models that
-  wrote them.
-
   Returns:
     The number of prompts, and of those dropped.
 

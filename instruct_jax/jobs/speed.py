@@ -126,12 +126,9 @@ def matmul_weights(shape: TransformerConfig) -> int:
 
 
 def forward_flops(shape, lengths, num_logits) -> float:
-  """Arithmetic of one causal pass over whole sequences.
+  """Arithmetic of one causal pass over sequences of `lengths` tokens.
 
-  Args:
-    shape: of the model.
-    lengths: tokens of each sequence.
-    num_logits: positions whose logits are computed.
+  It computes the logits of `num_logits` positions.
   """
   lengths = np.asarray(lengths, np.float64)
   pairs = np.sum(lengths * (lengths + 1) / 2)
@@ -378,9 +375,7 @@ def measure_iteration(config, workdir) -> dict:
 def phase_seconds(config, work) -> tuple[dict[str, float], tuple]:
   """Median seconds of each phase when the host waits for it.
 
-  Returns:
-    Phase -> seconds; and the results of the last iteration, for
-    `inner_seconds`.
+  Also returns the results of the last iteration, for `inner_seconds`.
   """
   watch = measure.Stopwatch()
   laps = [collections.Counter() for _ in range(config.num_iterations)]
@@ -399,11 +394,7 @@ def phase_seconds(config, work) -> tuple[dict[str, float], tuple]:
 def inner_seconds(config, work, last, update) -> dict[str, float]:
   """Seconds of a 'prefill', of an update 'without_ptx', and of the 'ema'.
 
-  Args:
-    config: of the run.
-    work: its state is trained on.
-    last: from `phase_seconds`.
-    update: seconds of a whole update.
+  `last` is from `phase_seconds`, `update` the seconds of a whole update.
   """
   repeat = functools.partial(measure.repeat, num_repeats=config.num_iterations)
   prompts, _, _, batch, kl = last
@@ -431,11 +422,8 @@ def inner_seconds(config, work, last, update) -> dict[str, float]:
 def phases_of(config, work, seconds, lengths) -> dict[str, Phase]:
   """Phase -> its seconds, and the useful work of one iteration.
 
-  Args:
-    config: of the run.
-    work: what was timed.
-    seconds: from `phase_seconds` and `inner_seconds`.
-    lengths: of the responses of all timed iterations.
+  `seconds` are from `phase_seconds` and `inner_seconds`, `lengths` those of all
+  responses.
   """
   stage, count = work.stage, config.num_iterations
   prompts = np.full(len(lengths), stage.prompt_length)

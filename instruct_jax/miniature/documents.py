@@ -278,12 +278,9 @@ PAGES = {
 def write_documents(
   world: World, num_documents: int, rng: np.random.Generator
 ) -> list[Document]:
-  """Pages of 11 to 70 words; `source` names the sort of page.
+  """Pages of 11 to 70 words that state the world's facts.
 
-  Args:
-    world: whose facts the pages state.
-    num_documents: how many.
-    rng: the only source of chance.
+  `Document.source` is the kind of page; `rng` is the only source of chance.
   """
   draw = random.Random(int(rng.integers(2**63)))
   sources = draw.choices(

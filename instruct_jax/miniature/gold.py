@@ -72,12 +72,8 @@ class Judgement:
 def utility(judgement: Judgement, weights=None, shades=SHADES) -> float:
   """Weighted mean of the features, each cut at `shades`, in [0, 1].
 
-  A prompt without a constraint leaves that term out.
-
-  Args:
-    judgement: of one response.
-    weights: by feature; `WEIGHTS` if None. Labelers bring their own.
-    shades: where a feature begins and ceases to count.
+  A prompt without a constraint leaves that term out. `weights` are by feature,
+  `WEIGHTS` if None.
   """
   weights = WEIGHTS if weights is None else weights
   low, high = shades
@@ -91,13 +87,7 @@ def utility(judgement: Judgement, weights=None, shades=SHADES) -> float:
 
 
 def judge(prompt: Prompt, response: str, world: World) -> Judgement:
-  """Judges any text as a response; never fails on a text.
-
-  Args:
-    prompt: with the task spec of `tasks` as metadata.
-    response: any text, words separated by spaces.
-    world: for the facts and for what fluent text looks like.
-  """
+  """Judges any text as a response, by the task spec in `prompt.metadata`."""
   spec = prompt.metadata
   words = response.split()
   sentences = worlds.split_sentences(words)
@@ -165,13 +155,7 @@ def _states(sentences) -> float:
 
 
 def _tidiness(words, found, allowed) -> float:
-  """1 if the response has hardly any words but the items that it lists.
-
-  Args:
-    words: of the response.
-    found: distinct items in it.
-    allowed: other words that cost nothing, besides one for each item.
-  """
+  """1 for a list with at most one other word an item, and `allowed` more."""
   others = sum(word not in found for word in _content(words))
   return 1 / (1 + 0.3 * max(0, others - len(found) - allowed))
 

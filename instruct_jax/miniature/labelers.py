@@ -174,13 +174,8 @@ def rank(
 ) -> tuple[int, ...]:
   """Dense ranks, 1 is best, equal ranks for what seems equally good.
 
-  Noise is drawn once per distinct text, so equal texts tie.
-
-  Args:
-    labeler: who ranks.
-    completions: what to rank.
-    judgements: of every completion, from `judge_each`.
-    rng: draws the noise.
+  Noise is drawn once per distinct text, so equal texts tie. `judgements` are
+  from `judge_each`.
   """
   opinions = {}
   for text in dict.fromkeys(completions):

@@ -61,16 +61,13 @@ _KIND_NAMES = tuple(worlds.SUBJECTS)
 def make_spec(kind: str, **fields: Any) -> Spec:
   """A task spec: `fields`, and defaults for the other ones.
 
-  Args:
-    kind: how `gold` judges: answer verify premise write list reference summary
-      label extract chat decline warn.
-    **fields: any of those below.
-
   Raises:
     KeyError: an unknown field.
   """
   words, sentences = _LIMITS.get(kind, ([1, 12], [1, 1]))
   spec = {
+    # How `gold` judges: answer verify premise write list reference summary
+    # label extract chat decline warn.
     'kind': kind,
     # What to write: facts story poem letter review; or which rewrite.
     'form': '',
@@ -775,12 +772,8 @@ def write_prompts(
   """The raw prompts of the world's users, dirt included (see module docstring).
 
   Texts are distinct as far as twenty tries allow. A near duplicate repeats an
-  earlier prompt of at least 12 tokens and adds a tail.
-
-  Args:
-    world: whose facts are asked for.
-    num_prompts: how many, all categories together.
-    rng: the only source of chance.
+  earlier prompt of at least 12 tokens and adds a tail. `rng` is the only source
+  of chance.
   """
   draw = random.Random(int(rng.integers(2**63)))
   num_users = max(8, num_prompts // 8)

@@ -117,10 +117,7 @@ def find_claims(words: Sequence[str], topic: str | None = None) -> list[Claim]:
   A value ('red') is a claim if its sentence has a cue word of its relation
   before it ('is') and a subject of the right kind, or a pronoun that refers to
   the last sentence's subject; or if it is an adjective of a noun ('red fox').
-
-  Args:
-    words: any text, split at spaces.
-    topic: whom a pronoun means before anybody is named.
+  Before any subject is named, a pronoun refers to `topic`.
   """
   claims = []
   for sentence in split_sentences(words):
