@@ -49,7 +49,7 @@ def _entry(world, draw):
   """All facts about one subject, and a few about one of its values."""
   subject = tasks.any_subject(draw)
   relations = shuffled_relations(subject, draw)
-  text = f'{fill(draw.choice(phrases.ENTRIES[:3]), s=noun(subject))} '
+  text = f'{fill(draw.choice(phrases.ENTRIES), s=noun(subject))} '
   text += _state(world, draw, subject, relations)
   linked = [v for v in world.facts[subject].values() if v in worlds.KINDS]
   if linked:

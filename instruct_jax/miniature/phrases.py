@@ -514,7 +514,6 @@ ORDERS = (
   'take {a} away !',
   'clean {a} !',
 )
-POLITE = ('please', 'could you please')
 SUMMARY_HEADS = (
   'summarize this in one sentence :',
   'summarize :',
@@ -619,7 +618,7 @@ WORD_TIES = ('greetings from {p} .', 'yours , {p} .')
 # -- Page furniture of documents.
 PAGE = 'question : {prompt} answer :'
 EXAMS = ('exam sheet .', 'homework .', 'questions for school :', 'test page .')
-ENTRIES = ('{s} :', 'about {s} .', 'entry {s} .', 'who knows {s} ?')
+ENTRIES = ('{s} :', 'about {s} .', 'entry {s} .')
 RUMOURS = ('rumour :', 'people say this :', 'a rumour goes round :')
 DIALOGUE = (
   '{p} : hello {q} ! {q} : hello {p} !',

@@ -14,12 +14,8 @@ from collections.abc import Mapping, Sequence
 from instruct_jax.miniature import phrases
 from instruct_jax.miniature.phrases import fill
 
-SUBJECTS = {
-  'person': phrases.PEOPLE,
-  'place': phrases.PLACES,
-  'animal': phrases.ANIMALS,
-  'thing': phrases.THINGS,
-}
+_KINDS = ('person', 'place', 'animal', 'thing')
+SUBJECTS = {kind: phrases.CLASSES[kind] for kind in _KINDS}
 KINDS = {s: kind for kind, group in SUBJECTS.items() for s in group}
 KINDS |= dict.fromkeys(phrases.GUESTS, 'person')
 RELATIONS = {(r.kind, r.name): r for r in phrases.RELATIONS}
