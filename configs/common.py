@@ -142,6 +142,18 @@ def tuning(name: str, experiment: str, seed, workdir) -> ConfigDict:
   return config
 
 
+def endpoint(key_variable: str) -> ConfigDict:
+  """Keys of an HTTP service; see `endpoint.Settings`."""
+  config = ConfigDict()
+  config.url = ''
+  config.key_variable = key_variable  # Of the environment; '' sends no key.
+  config.timeout = 60.0  # Seconds.
+  config.max_retries = 6
+  config.requests_per_minute = 0.0  # 0 for no limit.
+  config.num_workers = 4  # Questions at the same time.
+  return config
+
+
 # XLA's CPU backend by default keeps the results of many operations at a time,
 # to run several side by side. From a few million parameters on, one operation
 # fills the cores: in order they need half the memory and take as long.

@@ -21,7 +21,6 @@ Output: report.md, report.html and plots, model_card.md, summary.json,
 samples.jsonl, judgements.jsonl, ratings.jsonl.
 """
 
-from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common
@@ -32,18 +31,6 @@ JUDGES = {
   'people': 'instruct_jax.evals.judges.People',
   'http': 'instruct_jax.evals.chat_judge.ChatJudge',
 }
-
-
-def endpoint(key_variable: str) -> ConfigDict:
-  """Keys of an HTTP service; see `endpoint.Settings`."""
-  config = ConfigDict()
-  config.url = ''
-  config.key_variable = key_variable  # Of the environment; '' sends no key.
-  config.timeout = 60.0  # Seconds.
-  config.max_retries = 6
-  config.requests_per_minute = 0.0  # 0 for no limit.
-  config.num_workers = 4  # Questions at the same time.
-  return config
 
 
 def stage(seed, workdir):
@@ -81,7 +68,7 @@ def stage(seed, workdir):
   config.world_seed = placeholder(int)
   config.judge_model = ''  # reward: scalar folder.
   config.rankings = ''  # people: JSONL of comparisons.
-  config.endpoint = endpoint('JUDGE_API_KEY')  # http.
+  config.endpoint = common.endpoint('JUDGE_API_KEY')  # http.
   config.endpoint.model = ''
   config.endpoint.max_tokens = 512  # Of a reply.
   config.endpoint.prompt_price = 0.0  # For a million tokens, any currency.

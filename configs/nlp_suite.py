@@ -42,16 +42,10 @@ def stage(seed, workdir):
   config.toxicity_labels = ''
   # Or a service with the Perspective API's interface, such as
   # https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze.
-  config.toxicity_endpoint = ConfigDict(
-    {
-      'url': '',
-      'key_variable': 'PERSPECTIVE_API_KEY',  # Of the environment.
-      'timeout': 30.0,  # Seconds.
-      'max_retries': 6,
-      'requests_per_minute': 60.0,  # Perspective's usual quota.
-      'num_workers': 2,
-    }
-  )
+  config.toxicity_endpoint = common.endpoint('PERSPECTIVE_API_KEY')
+  config.toxicity_endpoint.update(timeout=30.0, num_workers=2)
+  # Perspective's usual quota.
+  config.toxicity_endpoint.requests_per_minute = 60.0
   # finetune_truth.jsonl and finetune_info.jsonl of TruthfulQA: the local judge.
   config.truth_labels = ''
   config.info_labels = ''
