@@ -10,7 +10,7 @@ def stage(seed, workdir, name='ppo_ptx'):
   config = common.tuning(name, 'ppo_ptx', seed, workdir)
   config.init = ''  # RL initialisation: start, and KL reference.
   config.reward_model = ''  # Also the start of the value model.
-  config.reward_weight = 1.0  # Of its score, where there are others.
+  config.reward_weight = 1.0  # Factor of its score, beside `reward_fn`.
   # Python functions of the texts by their dotted names, NAME or NAME=WEIGHT,
   # which add to the reward model's score or replace it (`score_fns.py`).
   config.reward_fn = ''
@@ -21,7 +21,7 @@ def stage(seed, workdir, name='ppo_ptx'):
   config.prompt_length = 1024  # Tokens; longer ones are dropped (C).
   config.response_length = 1024  # Tokens; responses are capped (C).
   config.ptx_row_length = 2048  # Tokens; not printed, the full context.
-  config.cut_documents = True  # At the end of a row; or rows have padding.
+  config.cut_documents = True  # At row ends; False pads rows instead.
   config.num_episodes = 256_000  # C.4.
   config.batch_size = 512  # Episodes of an iteration (C.4).
   config.samples_per_prompt = 1  # Responses to each prompt of an iteration.
@@ -33,14 +33,14 @@ def stage(seed, workdir, name='ppo_ptx'):
   config.num_warmup_iterations = 10  # From a tenth of the peak (C.4).
   config.adam_eps = 1e-5  # Not printed; Ziegler et al.'s code.
   config.kl_coef = 0.02  # beta (C.4).
-  # Nats a response; None keeps beta fixed (ZIE).
+  # Nats a response; None keeps beta fixed (Ziegler et al.).
   config.kl_target = placeholder(float)
-  config.kl_horizon = 10_000  # Episodes (ZIE).
+  config.kl_horizon = 10_000  # Episodes (Ziegler et al.).
   config.discount = 1.0  # C.4: no discount.
   config.gae_lambda = 0.95  # Not printed; Stiennon et al. B.1.
   config.clip = 0.2  # C.4.
   config.value_clip = 0.2  # Not printed; Ziegler et al.'s code.
-  config.whiten_advantages = True  # Not printed; ZIE code, N+.
+  config.whiten_advantages = True  # Not printed; Ziegler et al.'s code.
   # The KL penalty is part of the 'reward' (equation 2), or of the policy's
   # 'loss'; 'k1' is the signed log-ratio, 'k2' half its square, 'k3' is unbiased
   # and never negative.

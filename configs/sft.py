@@ -14,7 +14,7 @@ Sizes: 1p3b (default), 6b, 175b; with `,init` after the size for C.3.
     --config.demonstrations=DATA/demonstrations_train.jsonl \\
     --config.valid_demonstrations=DATA/demonstrations_valid.jsonl
 
-fine-tunes the published GPT-2 (any size; other families by their row_length).
+fine-tunes the published GPT-2 (any size; set row_length for other families).
 Small: 124 M parameters, 2 GB with Adam in float32; a GPU of 16 GB or a v4-8.
 """
 
@@ -34,7 +34,7 @@ def stage(seed, workdir, name='sft'):
   config.demonstrations = ''  # JSONL to train on.
   config.valid_demonstrations = ''  # JSONL for the loss of every epoch.
   config.documents = ''  # JSONL of pretraining text, for ptx_fraction.
-  config.cut_documents = True  # At the end of a row; or rows have padding.
+  config.cut_documents = True  # At row ends; False pads rows instead.
   config.ptx_fraction = 0.0  # Share of pretraining rows in a batch (C.3).
   config.loss_on = 'response'  # Or 'all'. Not printed; a choice.
   config.pack = False  # Several demonstrations to a row.
