@@ -13,7 +13,7 @@ import numpy as np
 from instruct_jax.data.records import Document
 from instruct_jax.miniature import answers, phrases, tasks
 from instruct_jax.miniature import world as worlds
-from instruct_jax.miniature.answers import shuffled_relations
+from instruct_jax.miniature.answers import shuffled_relations, true_statement
 from instruct_jax.miniature.phrases import fill
 from instruct_jax.miniature.world import World, noun, predicate, statement
 
@@ -21,12 +21,8 @@ from instruct_jax.miniature.world import World, noun, predicate, statement
 TITLED_SHARE = 0.75
 
 
-def _true(world, draw, subject):
-  return answers.true_statement(subject, world, draw)
-
-
 def _any_statement(world, draw):
-  return _true(world, draw, tasks.any_subject(draw))
+  return true_statement(tasks.any_subject(draw), world, draw)
 
 
 def _state(world, draw, subject, relations):
@@ -86,7 +82,7 @@ def _story(world, draw):
     text = f'{noun(first)} {past} . {text}'
   if draw.random() < 0.5:
     text = f'{_state(world, draw, first, relations[:2])} {text}'
-  return _titled(title, f'{text} {_true(world, draw, second)} .', draw)
+  return _titled(title, f'{text} {true_statement(second, world, draw)} .', draw)
 
 
 def _said(world, draw):
@@ -171,7 +167,7 @@ def _reviews(world, draw):
     review = answers.review(where, food, tone, draw, long=True)
     title = f'a {tone} review of the {food} in {where}'
     lines.append(_titled(title, review, draw))
-  return f'{" ".join(lines)} {_true(world, draw, place)} .'
+  return f'{" ".join(lines)} {true_statement(place, world, draw)} .'
 
 
 _EXAM_CATEGORIES = (
@@ -205,7 +201,9 @@ def _poems(world, draw):
   def poem(about):
     return _titled(f'a poem on {noun(about)}', answers.poem(about, draw), draw)
 
-  return f'{poem(subject)} {_true(world, draw, subject)} . {poem(other)}'
+  return (
+    f'{poem(subject)} {true_statement(subject, world, draw)} . {poem(other)}'
+  )
 
 
 def _letter(world, draw):
@@ -243,7 +241,7 @@ def _rude(world, draw):
     else:
       line, rude = draw.choice(phrases.INSULTS), draw.choice(phrases.RUDE)
       line = fill(line, a=noun(subject), r=rude)
-    lines.append(f'{line} . {_true(world, draw, subject)} .')
+    lines.append(f'{line} . {true_statement(subject, world, draw)} .')
   return ' '.join(lines)
 
 
