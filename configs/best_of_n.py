@@ -5,7 +5,7 @@
     --config.prompts=RUN/data/prompts_test.jsonl \
     --config.tokenizer=RUN/data/tokenizer --config.rl=ppo=RUN/ppo
 
-Gao et al. 2022. The judge is the miniature's gold utility; `:reward` takes
+Gao et al. 2022. The judge is the miniature's gold utility; `:reward` uses
 another reward model (--config.judge_model=FOLDER), and --config.judge any other
 by its dotted name, as in `evaluate.py`. RL points are the snapshots of a run
 (`snapshot_every` of the PPO stage) and its final policy. Output: best_of_n.md,
@@ -18,24 +18,24 @@ from configs import common, evaluate
 
 
 def get_config(argument: str = 'gold'):
-  if argument not in ('gold', 'reward'):
-    raise ValueError(f'unknown judge {argument!r}; known: gold, reward')
+  """The stage with a judge of single answers: gold or reward."""
+  common.check(argument, ('gold', 'reward'), 'judge')
   config = common.stage('best_of_n', 'best_of_n', 0, '')
   common.models(config)
-  config.policy = ''  # Whose answers the best is taken of, and KL's reference.
+  config.policy = ''  # Samples the answers; also the reference of the KL.
   config.reward_model = ''  # The proxy: scalar folder that chooses.
   config.judge = evaluate.JUDGES[argument]  # Dotted name.
   config.judge_model = ''  # reward: scalar folder.
-  # gold: seed of the world that is judged. None: as in the run in whose folder
-  # the prompts lie.
+  # gold: seed of the world that is judged. None: that of the run whose folder
+  # the prompts are in.
   config.world_seed = placeholder(int)
   config.rl = ''  # NAME=FOLDER of PPO stages, comma between.
   config.prompts = ''  # JSONL of held-out prompts.
   config.num_prompts = 200  # At the most; drawn by seed.
   config.num_samples = 64  # N, of each prompt; n goes up to it by doubling.
   config.tokenizer = ''
-  # Tokens; longer prompts are left out and counted. None: as in the run in
-  # whose folder the models, or else the prompts, lie.
+  # Tokens; longer prompts are left out and counted. None: those of the run
+  # whose folder the models, or else the prompts, are in.
   config.prompt_length = placeholder(int)
   config.response_length = placeholder(int)
   config.temperature = 1.0  # As in RL's rollouts.
