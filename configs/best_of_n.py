@@ -5,7 +5,7 @@
     --config.prompts=RUN/data/prompts_test.jsonl \
     --config.tokenizer=RUN/data/tokenizer --config.rl=ppo=RUN/ppo
 
-Gao et al. 2022. The judge is the miniature's gold utility; `:reward` takes
+Gao et al. 2022. The judge is the miniature's gold utility; `:reward` uses
 another reward model (--config.judge_model=FOLDER), and --config.judge any other
 by its dotted name, as in `evaluate.py`. RL points are the snapshots of a run
 (`snapshot_every` of the PPO stage) and its final policy. Output: best_of_n.md,
@@ -21,20 +21,20 @@ def stage(seed, workdir):
   """Keys of `instruct_jax/jobs/best_of_n.py`."""
   config = common.stage('best_of_n', 'best_of_n', seed, workdir)
   common.models(config)
-  config.policy = ''  # Whose answers the best is taken of, and KL's reference.
+  config.policy = ''  # Samples the answers; also the reference of the KL.
   config.reward_model = ''  # The proxy: scalar folder that chooses.
   config.judge = evaluate.JUDGES['gold']  # Dotted name.
   config.judge_model = ''  # reward: scalar folder.
-  # gold: seed of the world that is judged. None: as in the run in whose folder
-  # the prompts lie.
+  # gold: seed of the world that is judged. None: that of the run whose folder
+  # the prompts are in.
   config.world_seed = placeholder(int)
   config.rl = ''  # NAME=FOLDER of PPO stages, comma between.
   config.prompts = ''  # JSONL of held-out prompts.
   config.num_prompts = 200  # At the most; drawn by seed.
   config.num_samples = 64  # N, of each prompt; n goes up to it by doubling.
   config.tokenizer = ''
-  # Tokens; longer prompts are left out and counted. None: as in the run in
-  # whose folder the models, or else the prompts, lie.
+  # Tokens; longer prompts are left out and counted. None: those of the run
+  # whose folder the models, or else the prompts, are in.
   config.prompt_length = placeholder(int)
   config.response_length = placeholder(int)
   config.temperature = 1.0  # As in RL's rollouts.
@@ -45,8 +45,7 @@ def stage(seed, workdir):
 
 def get_config(argument: str = 'gold'):
   """The stage alone, with one of two judges."""
-  if argument not in ('gold', 'reward'):
-    raise ValueError(f'unknown judge {argument!r}; known: gold, reward')
+  common.check(argument, ('gold', 'reward'), 'judge')
   config = stage(0, '')
   config.judge = evaluate.JUDGES[argument]
   return common.single(config, argument)

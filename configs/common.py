@@ -1,23 +1,36 @@
-"""What the config files share: sizes of models and keys of every stage.
+"""Shared by the config files: sizes of models, and keys of every stage.
 
-Keys about memory, speed and the machine may change while a run goes on:
+Keys about memory, speed and the machine may change while a run continues:
 `instruct_jax/infra/stages.py` lists them, each with its reason.
 
-Each key is declared here or in the stage's own file, once, with its unit and
-where it comes from ("C.1" is appendix C.1 of Ouyang et al. 2022). Keys that the
-paper does not print say so.
+Each key is declared once, here or in the stage's own file, with its unit and
+its source ("C.1" is appendix C.1 of Ouyang et al. 2022), or a note that the
+paper does not print it.
 """
+
+from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
 from instruct_jax.models.config import PRESETS
 
 
+def check(argument: str, known: Iterable[str], what: str = 'variant') -> str:
+  """The argument, or an error that lists the known ones."""
+  if argument not in known:
+    raise ValueError(f'unknown {what} {argument!r}; known: {", ".join(known)}')
+  return argument
+
+
+def check_none(argument: str, name: str) -> None:
+  """Refuses an argument of a config without variants."""
+  if argument:
+    raise ValueError(f'{name} has no variants: {argument!r}')
+
+
 def check_size(size: str) -> str:
   """The size, or an error that lists the ones there are."""
-  if size not in PRESETS:
-    raise ValueError(f'unknown size {size!r}; known: {", ".join(PRESETS)}')
-  return size
+  return check(size, PRESETS, 'size')
 
 
 def model(size: str, **changes) -> ConfigDict:
@@ -32,8 +45,29 @@ def model(size: str, **changes) -> ConfigDict:
     attention='auto',  # The platform's flash kernel where there is one.
     logprob_chunk=128,  # Columns whose float32 logits exist at one time.
   )
-  values.update(changes)
-  return ConfigDict(values)
+  return ConfigDict(values | changes)
+
+
+def tiny_model(
+  width: int, num_layers: int, context: int, unroll: int
+) -> ConfigDict:
+  """Shape of a model for CPUs, with heads of 32 channels; a choice."""
+  return ConfigDict(
+    dict(
+      vocab_size=0,  # The tokenizer's.
+      context_length=context,
+      num_layers=num_layers,
+      width=width,
+      num_heads=max(1, width // 32),
+      head_dim=32,
+      mlp_dim=4 * width,
+      dropout=0.0,
+      compute_dtype='float32',
+      remat='none',
+      vocab_multiple=64,
+      scan_unroll=unroll,
+    )
+  )
 
 
 def stage(name: str, experiment: str, seed, workdir) -> ConfigDict:
@@ -57,7 +91,7 @@ def adam(config: ConfigDict) -> ConfigDict:
 
 
 def loop(config: ConfigDict) -> ConfigDict:
-  """How a training loop saves, stops and is looked at; may change on resume."""
+  """How a training loop saves, stops and profiles; may change on resume."""
   config.loop = ConfigDict(
     dict(
       # A checkpoint is also due after so long without one; 0: by steps alone.
@@ -72,9 +106,9 @@ def loop(config: ConfigDict) -> ConfigDict:
 
 
 def models(config: ConfigDict) -> ConfigDict:
-  """How the models of a stage that loads some are computed with."""
-  # Of activations and matrix products: 'float32', 'bfloat16', or '' for what
-  # each model folder says, which for published ones is float32.
+  """Precision of the models that a stage loads."""
+  # Of activations and matrix products: 'float32', 'bfloat16', or '' for the
+  # dtype in each model folder, which for published ones is float32.
   config.compute_dtype = ''
   return config
 
@@ -83,7 +117,8 @@ def lora(config: ConfigDict) -> ConfigDict:
   """Low-rank adapters in the place of all weights (Hu et al. 2021).
 
   Adapters and a scalar model's head are trained, checkpointed and saved; all
-  else is a frozen base. They want a learning rate about ten times as high.
+  other weights are a frozen base. They need a learning rate about ten times as
+  high.
   """
   config.lora = ConfigDict(
     dict(
@@ -97,9 +132,31 @@ def lora(config: ConfigDict) -> ConfigDict:
   return config
 
 
+def tuning(name: str, experiment: str, seed, workdir) -> ConfigDict:
+  """Keys of every stage that trains a model which it loads."""
+  config = lora(models(loop(adam(stage(name, experiment, seed, workdir)))))
+  config.tokenizer = ''  # Folder of the tokenizer.
+  config.num_microbatches = 1  # Gradient accumulation in a (mini)batch.
+  config.remat = 'none'
+  config.attention = 'auto'  # The platform's flash kernel; or 'xla', 'flash'.
+  return config
+
+
+def endpoint(key_variable: str) -> ConfigDict:
+  """Keys of an HTTP service; see `endpoint.Settings`."""
+  config = ConfigDict()
+  config.url = ''
+  config.key_variable = key_variable  # Of the environment; '' sends no key.
+  config.timeout = 60.0  # Seconds.
+  config.max_retries = 6
+  config.requests_per_minute = 0.0  # 0 for no limit.
+  config.num_workers = 4  # Questions at the same time.
+  return config
+
+
 # XLA's CPU backend by default keeps the results of many operations at a time,
-# to run several side by side. From a few million parameters on one operation
-# fills the cores: in order they need half of the room and take as long.
+# to run several side by side. From a few million parameters on, one operation
+# fills the cores: in order they need half the memory and take as long.
 LEAN_ON_CPU = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
 
 
@@ -120,11 +177,11 @@ def single(config: ConfigDict, size: str) -> ConfigDict:
   return config
 
 
-def root(name: str, seed: int = 0) -> ConfigDict:
+def root(name: str) -> ConfigDict:
   """A pipeline: stages that run in order, each into WORKDIR/<its name>/."""
   config = ConfigDict()
   config.name = name
-  config.seed = seed  # Root of every random choice of every stage.
+  config.seed = 0  # Root of every random choice of every stage.
   config.workdir = ''
   config.default_workdir = f'runs/{name}'
   machine(config)

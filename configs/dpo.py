@@ -3,13 +3,15 @@
   python -m instruct_jax.main --config=configs/dpo.py
 
 Variants after a colon: miniature (default), smoke. The stages before are those
-of `configs/ppo_ptx.py`; the reward model is there to judge, not to learn from.
+of `configs/ppo_ptx.py`; the reward model only judges, DPO does not learn from
+it.
 """
 
 from configs import miniature, pipeline, reward
 
 
 def stage(seed, workdir, name='dpo'):
+  """Keys of the reward stage, without demonstrations, and DPO's own."""
   config = reward.stage(seed, workdir, name)
   config.experiment = 'dpo'
   del config.demonstrations
@@ -21,24 +23,18 @@ def stage(seed, workdir, name='dpo'):
 
 
 def get_config(variant: str = 'miniature'):
-  makers = {'miniature': miniature.miniature, 'smoke': miniature.smoke}
-  if variant not in makers:
-    raise ValueError(f'unknown variant {variant!r}; known: miniature, smoke')
-  config = makers[variant](f'dpo_{variant}')
-  seed, workdir = config.get_ref('seed'), config.get_ref('workdir')
+  """The miniature's pipeline with DPO in the place of PPO and PPO-ptx."""
+  config = miniature.variant('dpo', variant)
   stages = config.stages
-  dpo = stages.dpo = stage(seed, workdir)
+  dpo = stages.dpo = stage(config.get_ref('seed'), config.get_ref('workdir'))
   for key in ('tokenizer', 'mesh', 'comparisons', 'valid_comparisons'):
     dpo[key] = stages.reward.get_ref(key)
   for key in (
-    'batch_size',
-    'eval_batch_size',
-    'row_length',
-    'checkpoint_every',
+    *('batch_size', 'eval_batch_size', 'row_length', 'checkpoint_every'),
   ):
     dpo[key] = stages.reward[key]
   pipeline.share_lora(config, dpo)
-  dpo.init = workdir + '/rl_init/model'
+  dpo.init = config.get_ref('workdir') + '/rl_init/model'
   dpo.learning_rate = 2e-4  # The policy's of PPO on this world.
   pipeline.replace_rl(config, 'dpo', folder='model')
   config.lock()

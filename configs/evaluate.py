@@ -6,7 +6,7 @@
     --config.tokenizer=RUN/data/tokenizer
 
 A model is a folder of ours, a folder in the Hugging Face format, `hf:NAME`, or
-a file of recorded answers (`samples.py`; FILE.jsonl#NAME where it holds several
+a file of recorded answers (`samples.py`; FILE.jsonl#NAME if it has several
 models). The judge is the miniature's gold utility; `:reward`, `:people` and
 `:http` choose others, and --config.judge=package.module.f any Python function
 of the texts (`judge_fns.py`):
@@ -21,7 +21,6 @@ Output: report.md, report.html and plots, model_card.md, summary.json,
 samples.jsonl, judgements.jsonl, ratings.jsonl.
 """
 
-from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common
@@ -34,19 +33,8 @@ JUDGES = {
 }
 
 
-def endpoint(key_variable: str) -> ConfigDict:
-  """How to ask over HTTP; see `endpoint.Settings`."""
-  config = ConfigDict()
-  config.url = ''
-  config.key_variable = key_variable  # Of the environment; '' sends no key.
-  config.timeout = 60.0  # Seconds.
-  config.max_retries = 6
-  config.requests_per_minute = 0.0  # 0 for no limit.
-  config.num_workers = 4  # Questions at the same time.
-  return config
-
-
 def stage(seed, workdir):
+  """Models, judge and measurements of a report."""
   config = common.stage('evaluate', 'evaluate', seed, workdir)
   common.models(config)
   # Who answers: NAME=FOLDER or NAME=FILE.jsonl, comma between. Tables and plots
@@ -54,53 +42,52 @@ def stage(seed, workdir):
   config.models = ''
   config.other_models = ''
   config.baseline = 'sft'  # Of `models`; the paper's is the 175B SFT model.
-  config.pairs = ''  # NAME=NAME: compared as well; or 'all' pairs.
-  config.tokenizer = ''  # Of the models that do not bring their own.
+  config.pairs = ''  # NAME=NAME,...: also compared; or 'all' pairs.
+  config.tokenizer = ''  # Of the models without one of their own.
   config.prompts = ''  # JSONL of held-out prompts.
   config.num_prompts = 1000  # At the most; drawn by seed.
   config.samples_per_prompt = 1  # Intervals redraw prompts, not samples.
-  # Tokens; longer prompts are left out and counted. None: as in the run in
-  # whose folder the models, or else the prompts, lie.
+  # Tokens; longer prompts are left out and counted. None: those of the run
+  # whose folder the models, or else the prompts, are in.
   config.prompt_length = placeholder(int)
   config.response_length = placeholder(int)
   config.temperature = 1.0  # Appendix F samples InstructGPT at 1.
   config.batch_size = 256  # Prompts sampled at a time.
   config.cache = ''  # Folder of sampled answers; '' keeps them in the workdir.
-  # Models that are asked with a few-shot prefix: that of a JSON file whose
-  # answers to other prompts the reward model likes best (3.5).
+  # Models that get a few-shot prefix: the one of a JSON file with the highest
+  # reward-model score of answers to other prompts (3.5).
   config.prompted = ''  # NAME,NAME of `models`.
   config.prefixes = ''
   config.prefix_prompts = ''
   config.num_prefix_prompts = 64  # At the most; drawn by seed.
   config.prefix_length = 48  # Tokens that a prefix may add.
-  # Who judges: dotted name of a class or function, and what it needs.
+  # The judge: dotted name of a class or function, and its own keys.
   config.judge = JUDGES['gold']
-  # gold: seed of the world that is judged. None: as in the run in whose folder
-  # the prompts lie.
+  # gold: seed of the world that is judged. None: that of the run whose folder
+  # the prompts are in.
   config.world_seed = placeholder(int)
   config.judge_model = ''  # reward: scalar folder.
   config.rankings = ''  # people: JSONL of comparisons.
-  config.endpoint = endpoint('JUDGE_API_KEY')  # http.
+  config.endpoint = common.endpoint('JUDGE_API_KEY')  # http.
   config.endpoint.model = ''
   config.endpoint.max_tokens = 512  # Of a reply.
   config.endpoint.prompt_price = 0.0  # For a million tokens, any currency.
   config.endpoint.completion_price = 0.0
-  config.rate_answers = True  # Likert and labels too, where the judge can.
-  # Share of pairs whose verdict changes with the order of the answers, above
-  # which the judge is called unreliable.
+  config.rate_answers = True  # Likert and labels too, if the judge gives them.
+  # Above this share of pairs whose verdict changes with the order of the
+  # answers, the report calls the judge unreliable.
   config.max_contradictions = 0.2
   config.num_bootstrap = 2000
-  # What else is measured; '' leaves it out.
+  # Other measurements; '' leaves one out.
   config.world = ''  # Dotted name of a `figures.World`: labels and tables.
   config.reward_model = ''  # Scalar folder: scores beside the judge's.
-  # FILE or NAME=FILE,NAME=FILE of rankings: those that the reward model is
-  # compared with labelers on, and those it learned from, for trivial judges.
-  # Beside rankings of the labeling site lies statistics.json, which the model
-  # card reads.
+  # FILE or NAME=FILE,NAME=FILE of rankings: those that test the reward model
+  # against labelers, and those it learned from, for trivial judges. The model
+  # card also reads statistics.json beside rankings of the labeling site.
   config.test_comparisons = ''
   config.comparisons = ''
   config.crossval = ''  # results.json of that stage.
-  config.reference = ''  # The model that KL and losses are measured from.
+  config.reference = ''  # The model to which KL and losses are relative.
   config.documents = ''  # JSONL of held-out pretraining text (4.2).
   config.row_length = 64  # Tokens of its rows.
   config.suite = ''  # suite.json of configs/nlp_suite.py.
@@ -110,8 +97,8 @@ def stage(seed, workdir):
 
 
 def get_config(argument: str = 'gold'):
-  if argument not in JUDGES:
-    raise ValueError(f'unknown judge {argument!r}; known: {", ".join(JUDGES)}')
+  """The stage with one of `JUDGES`."""
+  common.check(argument, JUDGES, 'judge')
   config = stage(0, '')
   config.judge = JUDGES[argument]
   return common.single(config, argument)

@@ -8,10 +8,12 @@ on prompts and answers of the embedded world.
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 
 def get_config(argument: str = ''):
-  if argument:
-    raise ValueError(f'labeling has no variants: {argument!r}')
+  """The site; it has no variants."""
+  common.check_none(argument, 'labeling')
   config = ConfigDict()
   config.default_workdir = 'runs/labeling'
   # SQLAlchemy URL, say postgresql+psycopg://user@host/name; '' is a SQLite
@@ -19,18 +21,18 @@ def get_config(argument: str = ''):
   config.database = ''
   config.host = '127.0.0.1'  # Address to listen on.
   config.port = 8400  # 0 takes any free one.
-  # How labelers reach the site, say https://labels.example.org behind a proxy
-  # that adds TLS; '' is http://host:port. Cookies are Secure under https.
+  # Address of the site for labelers, say https://labels.example.org behind a
+  # proxy that adds TLS; '' is http://host:port. Cookies are Secure under https.
   config.public_url = ''
   config.session_days = 14.0
   config.invitation_days = 7.0
   config.task_minutes = 120.0  # An open task returns to the pool after this.
-  config.idle_minutes = 10.0  # A longer gap counts as this in the pace.
+  config.idle_minutes = 10.0  # Longer gaps count as this much working time.
   config.requests_per_minute = 240  # Of one account.
   config.joins_per_minute = 20  # Of one address, without an account.
   config.max_body_bytes = 4_000_000  # Of a labeler's request.
   config.max_import_bytes = 32_000_000  # Of an import through the browser.
-  config.overlap = 1  # Labelers a task, if the import does not say (5.3: one).
+  config.overlap = 1  # Labelers a task, unless the import sets it (5.3: one).
   # B.1's soft cut-offs: agreement with researchers on flags and on pairs, and
   # the mean grade, 1 to 7, of demonstrations.
   config.cut_flags = 0.75

@@ -6,6 +6,7 @@ from configs import common, pipeline
 
 
 def data_stage(seed, workdir):
+  """Documents, prompts and demonstrations of the embedded world."""
   config = common.stage('data', 'instruct_jax.worlds.miniature', seed, workdir)
   config.num_labelers = 40
   config.labeler_noise = 0.30  # Utility; agreement on samples near 73 %.
@@ -14,7 +15,7 @@ def data_stage(seed, workdir):
   config.num_prompts = 30_000  # Before hygiene.
   config.num_demonstrations = 8_000
   config.num_reward_prompts = 5_000
-  config.train_fraction = 0.76  # Of the users; half of the others each.
+  config.train_fraction = 0.76  # Of the users; valid and test halve the others.
   config.prompt_length = 32  # Tokens; longer prompts are dropped.
   config.prompts_per_user = 200  # 3.2, A.2.
   config.duplicate_prefix_words = 12  # Not printed (A.2); a choice.
@@ -22,13 +23,14 @@ def data_stage(seed, workdir):
 
 
 def compare_stage(seed, workdir):
+  """Rankings by simulated labelers of two models' answers."""
   config = common.stage('compare', 'compare', seed, workdir)
   common.models(config)
   config.tokenizer = ''
-  # Whose answers are ranked, in which shares, and how they are sampled. The
-  # paper takes most from supervised policies; GPT's are among them here so that
-  # the reward model also sees what tuning has taught. SFT's likely answers are
-  # easier to order; at 0.4 they hide its slips, and RL finds those unpunished.
+  # Models whose answers are ranked, with their shares and temperatures. The
+  # paper samples supervised policies most. GPT's answers are among them here,
+  # so that the reward model also sees what tuning changed. SFT's likely answers
+  # are easier to order; at 0.4 they hide its errors, which RL then exploits.
   config.policies = ConfigDict(
     {
       'sft': {'model': '', 'share': 0.5, 'temperature': 0.7},
@@ -64,80 +66,55 @@ def miniature(name: str = 'ppo_ptx_miniature'):
   stages.compare.policies.pretrained.model = workdir + '/pretrain/model'
   stages.compare.prompts = workdir + '/data/reward_prompts_train.jsonl'
   stages.compare.valid_prompts = workdir + '/data/reward_prompts_valid.jsonl'
-  for each in (stages.reward, stages.crossval):
-    each.comparisons = workdir + '/compare/comparisons_train.jsonl'
-    each.valid_comparisons = workdir + '/compare/comparisons_valid.jsonl'
   ranked = workdir + '/compare/comparisons'
-  stages.evaluate.comparisons = 'training labelers=' + stages.reward.get_ref(
-    'comparisons'
+  for each in (stages.reward, stages.crossval):
+    each.comparisons = ranked + '_train.jsonl'
+    each.valid_comparisons = ranked + '_valid.jsonl'
+  learned, tested = map(
+    stages.reward.get_ref, ('comparisons', 'valid_comparisons')
   )
+  stages.evaluate.comparisons = 'training labelers=' + learned
   stages.evaluate.test_comparisons = (
-    'training labelers=' + stages.reward.get_ref('valid_comparisons')
+    'training labelers=' + tested
     + ',held-out labelers=' + ranked + '_heldout.jsonl'
   )  # fmt: skip
   stages.evaluate.world = 'instruct_jax.worlds.miniature.WORLD'
   stages.evaluate.world_seed = seed
-  stages.evaluate.prompt_length = 32
-  stages.evaluate.response_length = 20
+  stages.evaluate.update(prompt_length=32, response_length=20)
   config.stage_order = (
-    'data',
-    'pretrain',
-    'sft',
-    'rl_init',
-    'compare',
-    'reward',
-    'select',
-    'crossval',
-    'ppo',
-    'ppo_ptx',
-    'nlp_suite',
-    'evaluate',
+    *('data', 'pretrain', 'sft', 'rl_init', 'compare', 'reward', 'select'),
+    *('crossval', 'ppo', 'ppo_ptx', 'nlp_suite', 'evaluate'),
   )
 
   # Learning rates grow as models shrink; none of these is the paper's.
-  stages.pretrain.model = pipeline.tiny_model(
+  stages.pretrain.model = common.tiny_model(
     width=128, num_layers=2, context=96, unroll=2
   )
-  stages.pretrain.row_length = 64
-  # Copying a name from the prompt is learned late and by steps, not tokens:
-  # small batches and two layers get there three times sooner than four layers
-  # and twice the batch.
-  stages.pretrain.batch_size = 16
-  stages.pretrain.num_steps = 2000
-  stages.pretrain.num_warmup = 50
-  stages.pretrain.learning_rate = 4e-3
-  stages.pretrain.eval_every = 500
-  stages.pretrain.checkpoint_every = 500
+  # A model learns late to copy a name from the prompt, and the number of steps
+  # decides, not that of tokens: small batches and two layers learn it three
+  # times sooner than four layers and twice the batch.
+  stages.pretrain.update(row_length=64, batch_size=16, learning_rate=4e-3)
+  stages.pretrain.update(num_steps=2000, num_warmup=50)
+  stages.pretrain.update(eval_every=500, checkpoint_every=500)
   for each in (stages.sft, stages.rl_init):
-    each.row_length = 64
     each.pack = True  # About 2.5 demonstrations to a row.
-    each.batch_size = 16
-    each.checkpoint_every = 100
-  stages.sft.learning_rate = 1e-3
+    each.update(row_length=64, batch_size=16, checkpoint_every=100)
+    each.learning_rate = 1e-3
   stages.sft.num_epochs = 6  # The paper: 16, of 13k demonstrations.
-  stages.rl_init.learning_rate = 1e-3
   stages.rl_init.num_epochs = 3  # The paper: 2.
   for each in (stages.reward, stages.crossval):
-    each.row_length = 96
-    each.batch_size = 4
-    each.learning_rate = 7e-4
-    each.eval_batch_size = 64
-    each.checkpoint_every = 50
+    each.update(row_length=96, learning_rate=7e-4)
+    each.update(batch_size=4, eval_batch_size=64, checkpoint_every=50)
   stages.crossval.num_fold_seeds = 1  # The paper: 3 (reward.py:6b,folds).
   stages.crossval.max_comparisons = 2_000  # Of 400 prompts.
   stages.crossval.max_valid_comparisons = 1_200  # Of 400 others.
   for each in (stages.ppo, stages.ppo_ptx):
-    each.prompt_length = 32
-    each.response_length = 20
-    each.ptx_row_length = 64
-    each.num_episodes = 3_840
-    each.batch_size = 128
-    # The paper's 0.02 lets so small a policy drift 7 nats to where its reward
+    each.update(prompt_length=32, response_length=20, ptx_row_length=64)
+    each.update(num_episodes=3_840, batch_size=128, num_warmup_iterations=4)
+    each.update(learning_rate=2e-4, value_learning_rate=5e-4)
+    # The paper's 0.02 lets so small a policy drift 7 nats, to where its reward
     # model errs; PPO then falls behind SFT (experiments/README.md).
     each.kl_coef = 0.06
-    each.learning_rate = 2e-4
-    each.value_learning_rate = 5e-4
-    each.num_warmup_iterations = 4
     each.pack_spare = 1.25  # Compiling costs as much as a dozen iterations.
   stages.ppo_ptx.ptx_coef = 1.0  # gamma does not carry over between scales.
   stages.ppo_ptx.ptx_per_episode = 2
@@ -150,36 +127,28 @@ def smoke(name: str = 'ppo_ptx_smoke'):
   # Compiling is nearly all of this run; unoptimised code compiles fastest.
   config.xla_flags = '--xla_backend_optimization_level=0'
   stages = config.stages
-  stages.data.num_documents = 1_500
-  stages.data.num_valid_documents = 50
-  stages.data.num_prompts = 600
-  stages.data.num_demonstrations = 64
+  stages.data.update(num_documents=1_500, num_valid_documents=50)
+  stages.data.update(num_prompts=600, num_demonstrations=64)
   stages.data.num_reward_prompts = 48
-  stages.pretrain.model = pipeline.tiny_model(
+  stages.pretrain.model = common.tiny_model(
     width=32, num_layers=2, context=96, unroll=1
   )
-  stages.pretrain.num_steps = 40
-  stages.pretrain.num_warmup = 5
-  stages.pretrain.eval_every = 20
-  stages.pretrain.checkpoint_every = 20
-  stages.sft.num_epochs = 3
-  stages.sft.batch_size = 8
-  stages.sft.checkpoint_every = 10
+  stages.pretrain.update(num_steps=40, num_warmup=5)
+  stages.pretrain.update(eval_every=20, checkpoint_every=20)
+  stages.sft.update(num_epochs=3, batch_size=8, checkpoint_every=10)
   stages.rl_init.batch_size = 8
   stages.compare.batch_size = 64
-  stages.select.num_prompts = 32
-  stages.select.batch_size = 32
-  stages.reward.checkpoint_every = 5
-  stages.reward.batch_size = 8
-  stages.crossval.batch_size = 8
-  stages.crossval.num_folds = 2
-  stages.crossval.max_comparisons = 200
+  stages.select.update(num_prompts=32, batch_size=32)
+  stages.reward.update(batch_size=8, checkpoint_every=5)
+  stages.crossval.update(batch_size=8, num_folds=2, max_comparisons=200)
   for each in (stages.ppo, stages.ppo_ptx):
-    each.num_episodes = 96
-    each.batch_size = 32
-    each.eval_every = 2
-    each.checkpoint_every = 1
-  stages.evaluate.num_prompts = 48
-  stages.evaluate.num_prefix_prompts = 8
-  stages.evaluate.batch_size = 48
+    each.update(num_episodes=96, batch_size=32)
+    each.update(eval_every=2, checkpoint_every=1)
+  stages.evaluate.update(num_prompts=48, num_prefix_prompts=8, batch_size=48)
   return config
+
+
+def variant(method: str, which: str):
+  """'miniature' or 'smoke' as the pipeline of another method."""
+  makers = {'miniature': miniature, 'smoke': smoke}
+  return makers[common.check(which, makers)](f'{method}_{which}')

@@ -5,9 +5,9 @@
     --config.tokenizer=RUN/data/tokenizer \
     --config.data.drop=drop_dataset_dev.json --config.data.sst=dev.tsv
 
-A task whose file is '' is left out. Where to get each file, and its format:
-`instruct_jax/evals/benchmarks/tasks.py`. The results are sample files in the
-layout of OpenAI's, beside Table 14's in `suite.md`.
+A task whose file is '' is left out. `instruct_jax/evals/benchmarks/tasks.py`
+says where to get each file, and its format. The results are sample files in
+OpenAI's layout, and `suite.md` in that of Table 14.
 """
 
 from ml_collections import ConfigDict
@@ -16,59 +16,40 @@ from configs import common
 
 
 def stage(seed, workdir):
+  """Models and files of the suite."""
   config = common.stage('nlp_suite', 'nlp_suite', seed, workdir)
   common.models(config)
   config.models = ''  # NAME=FOLDER,NAME=FOLDER: policies; names of rows.
   config.tokenizer = ''  # Folder of the tokenizer.
-  # Asks the bare texts, without the tokenizer's template; else each query is
-  # one turn of a user and each choice an answer, as in training.
+  # Sends the bare texts, without the tokenizer's template. Otherwise each query
+  # is a user's turn and each choice an answer, as in training.
   config.plain_prompts = False
-  config.may_be_empty = False  # No file at all: an error, or nothing to do.
-  config.data = ConfigDict(
-    {  # Official files by task, plain or .gz; some also tfds:NAME/SPLIT.
-      'winogender': '',
-      'crows_pairs': '',
-      'real_toxicity': '',
-      'truthful_qa': '',
-      'drop': '',
-      'quac': '',
-      'squadv2': '',
-      'hellaswag': '',
-      'rte': '',
-      'sst': '',
-      'wsc': '',
-      'fr_to_en': '',  # Two files: FRENCH,ENGLISH.
-      'cnn_dm': '',
-      'tldr': '',
-      'timequestions': '',
-      'tiq': '',
-    }
+  config.may_be_empty = False  # Without any file: an error, or nothing to do.
+  # Official files by task, plain or .gz; some also tfds:NAME/SPLIT. fr_to_en
+  # takes two files: FRENCH,ENGLISH.
+  tasks = (
+    'winogender crows_pairs real_toxicity truthful_qa drop quac squadv2 '
+    'hellaswag rte sst wsc fr_to_en cnn_dm tldr timequestions tiq'
   )
-  config.shots = ConfigDict(
-    {name: '' for name in config.data}  # Other files to draw examples from.
-  )
-  config.sha256 = ConfigDict(
-    {name: '' for name in config.data}  # Of unpacked files; '' accepts any.
-  )
-  # The local toxicity scorer's labels, comma between: CSV files of (text, label
-  # 0 or 1); better, RealToxicityPrompts' own JSONL with Perspective's scores.
+  config.data = ConfigDict(dict.fromkeys(tasks.split(), ''))
+  # Other files to draw examples from.
+  config.shots = ConfigDict(dict.fromkeys(config.data, ''))
+  # Of unpacked files; '' accepts any.
+  config.sha256 = ConfigDict(dict.fromkeys(config.data, ''))
+  # Training labels of the local toxicity scorer, comma between: CSV files of
+  # (text, label 0 or 1); better, RealToxicityPrompts' own JSONL with
+  # Perspective's scores.
   config.toxicity_labels = ''
-  # Or a service with the Perspective API's interface, for which
-  # https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze stands.
-  config.toxicity_endpoint = ConfigDict(
-    {
-      'url': '',
-      'key_variable': 'PERSPECTIVE_API_KEY',  # Of the environment.
-      'timeout': 30.0,  # Seconds.
-      'max_retries': 6,
-      'requests_per_minute': 60.0,  # Perspective's usual quota.
-      'num_workers': 2,
-    }
-  )
+  # Or a service with the Perspective API's interface, such as
+  # https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze.
+  config.toxicity_endpoint = common.endpoint('PERSPECTIVE_API_KEY')
+  config.toxicity_endpoint.update(timeout=30.0, num_workers=2)
+  # Perspective's usual quota.
+  config.toxicity_endpoint.requests_per_minute = 60.0
   # finetune_truth.jsonl and finetune_info.jsonl of TruthfulQA: the local judge.
   config.truth_labels = ''
   config.info_labels = ''
-  config.max_items = 0  # Of a task, drawn at random; 0 asks all.
+  config.max_items = 0  # Of a task, drawn at random; 0 is all.
   config.batch_size = 32  # Queries a call; choices of a query share its prefix.
   config.length_multiple = 128  # Rows are padded to these lengths (compiles).
   config.remat = 'none'
@@ -76,6 +57,6 @@ def stage(seed, workdir):
 
 
 def get_config(argument: str = ''):
-  if argument:
-    raise ValueError(f'nlp_suite has no variants: {argument!r}')
+  """The stage; it has no variants."""
+  common.check_none(argument, 'nlp_suite')
   return common.single(stage(0, ''), 'all')

@@ -1,31 +1,10 @@
 """The stages of the whole recipe, wired to each other."""
 
-from ml_collections import ConfigDict
-
 from configs import common, evaluate, nlp_suite, pretrain, reward, rl, sft
 
 
-def tiny_model(width: int, num_layers: int, context: int, unroll: int):
-  return ConfigDict(
-    {
-      'vocab_size': 0,  # The tokenizer's.
-      'context_length': context,
-      'num_layers': num_layers,
-      'width': width,
-      'num_heads': max(1, width // 32),
-      'head_dim': 32,
-      'mlp_dim': 4 * width,
-      'dropout': 0.0,
-      'compute_dtype': 'float32',
-      'remat': 'none',
-      'vocab_multiple': 64,
-      'scan_unroll': unroll,
-    }
-  )
-
-
 def recipe(name: str):
-  """All stages of the recipe; sizes come after."""
+  """All stages of the recipe but the data's; the caller sets the sizes."""
   config = common.root(name)
   seed, workdir = config.get_ref('seed'), config.get_ref('workdir')
   data = workdir + '/data'
@@ -38,15 +17,16 @@ def recipe(name: str):
   stages.crossval = reward.crossval_stage(seed, workdir)
   stages.ppo = rl.stage(seed, workdir, 'ppo')
   stages.ppo_ptx = rl.stage(seed, workdir, 'ppo_ptx')
-  # Asks nothing without files: --config.stages.nlp_suite.data.drop=FILE.
+  # Does nothing without files: --config.stages.nlp_suite.data.drop=FILE.
   stages.nlp_suite = nlp_suite.stage(seed, workdir)
   stages.nlp_suite.may_be_empty = True
   stages.evaluate = evaluate.stage(seed, workdir)
   compare_models(config, ['ppo', 'ppo_ptx'])
+  ppos = (stages.ppo, stages.ppo_ptx)
   for each in stages.values():
     each.tokenizer = data + '/tokenizer'
     each.mesh = config.get_ref('mesh')
-  for each in (stages.pretrain, stages.rl_init, stages.ppo, stages.ppo_ptx):
+  for each in (stages.pretrain, stages.rl_init, *ppos):
     each.documents = data + '/documents_train.jsonl'
     each.cut_documents = False  # The logged runs had whole ones.
   stages.pretrain.valid = data + '/documents_valid.jsonl'
@@ -59,11 +39,11 @@ def recipe(name: str):
   stages.reward.demonstrations = data + '/demonstrations_train.jsonl'
   stages.select.sft = workdir + '/sft'
   stages.select.prompts = data + '/prompts_valid.jsonl'
-  for each in (stages.ppo, stages.ppo_ptx):
+  for each in ppos:
     each.init = workdir + '/rl_init/model'
     each.prompts = data + '/ppo_prompts_train.jsonl'
     each.valid_documents = data + '/documents_valid.jsonl'
-  for each in (stages.select, stages.ppo, stages.ppo_ptx, stages.evaluate):
+  for each in (stages.select, *ppos, stages.evaluate):
     each.reward_model = workdir + '/reward/model'
   stages.ppo.ptx_coef = 0.0
   # Of all stages that have adapters; each may still have its own.
@@ -71,24 +51,27 @@ def recipe(name: str):
   for each in stages.values():
     if 'lora' in each:
       share_lora(config, each)
-  stages.evaluate.prompts = data + '/prompts_test.jsonl'
-  stages.evaluate.prompted = 'prompted'
-  stages.evaluate.prefixes = data + '/prefixes.json'
-  stages.evaluate.prefix_prompts = data + '/prompts_valid.jsonl'
-  stages.evaluate.reference = 'rl_init'
-  stages.evaluate.documents = data + '/documents_valid.jsonl'
-  stages.evaluate.crossval = workdir + '/crossval/results.json'
-  stages.evaluate.suite = workdir + '/nlp_suite/suite.json'
+  stages.evaluate.update(
+    prompts=data + '/prompts_test.jsonl',
+    prompted='prompted',
+    prefixes=data + '/prefixes.json',
+    prefix_prompts=data + '/prompts_valid.jsonl',
+    reference='rl_init',
+    documents=data + '/documents_valid.jsonl',
+    crossval=workdir + '/crossval/results.json',
+    suite=workdir + '/nlp_suite/suite.json',
+  )
   return config
 
 
 def share_lora(config, stage) -> None:
-  """Lets a stage's adapters follow the section of the whole recipe."""
+  """Links a stage's adapter keys to those of the whole recipe."""
   for key in config.lora:
     stage.lora[key] = config.lora.get_oneway_ref(key)
 
 
 def select_stage(seed, workdir):
+  """Choice of the SFT epoch by reward-model score (3.5)."""
   config = common.stage('select', 'select_sft', seed, workdir)
   common.models(config)
   config.tokenizer = ''
@@ -104,45 +87,41 @@ def select_stage(seed, workdir):
 
 
 def compare_models(config, rl_stages, folder='ema'):
-  """Tells evaluation and suite which models there are, in their order.
+  """Sets the models of evaluation and suite, in their order.
 
   Args:
     config: of a pipeline.
-    rl_stages: names of RL stages, or of what takes their place.
-    folder: of the weights that are compared: the averaged ones (C.4). Beside
-      those, the last weights are in the table of all models.
+    rl_stages: names of the RL stages, or of their replacement.
+    folder: of the weights that are compared: the averaged ones (C.4). If so,
+      the table of all models also has the last weights.
   """
   workdir, evaluate = config.get_ref('workdir'), config.stages.evaluate
 
-  def named(**folders):
+  def named(folders):
     text = ''
-    for name, folder in folders.items():
-      text = text + f'{"," * (text != "")}{name}=' + workdir + f'/{folder}'
+    for name, path in folders.items():
+      text = text + f'{"," * (text != "")}{name}=' + workdir + f'/{path}'
     return text
 
-  own = {'pretrained': 'pretrain/model', 'sft': 'select/model'}
+  pretrained, sft = 'pretrain/model', 'select/model'
   compared = {name: f'{name}/{folder}' for name in rl_stages}
-  config.stages.nlp_suite.models = named(**own, **compared)
+  others = {'rl_init': 'rl_init/model'}
+  if folder == 'ema':
+    others |= {f'{name}_policy': f'{name}/policy' for name in rl_stages}
+  own = {'pretrained': pretrained, 'sft': sft, **compared}
+  config.stages.nlp_suite.models = named(own)
   evaluate.models = named(
-    pretrained=own['pretrained'], prompted=own['pretrained'], sft=own['sft'],
-    **compared,
-  )  # fmt: skip
-  evaluate.other_models = named(
-    rl_init='rl_init/model',
-    **{
-      f'{name}_policy': f'{name}/policy'
-      for name in rl_stages
-      if folder == 'ema'
-    },
+    {'pretrained': pretrained, 'prompted': pretrained, **own}
   )
+  evaluate.other_models = named(others)
   evaluate.pairs = '='.join(reversed(rl_stages)) * (len(rl_stages) == 2)
 
 
 def replace_rl(config, name: str, folder: str = 'ema'):
-  """Runs another method in the place of PPO and PPO-ptx.
+  """Replaces PPO and PPO-ptx by another method.
 
   Args:
-    config: of a pipeline; `stages` has the method's stage.
+    config: of a pipeline; `stages` has the stage of the method.
     name: of that stage.
     folder: see `compare_models`.
   """

@@ -1,11 +1,11 @@
-"""What a size needs on a TPU topology, compiled without one.
+"""Memory and time of a size on a TPU topology, compiled without a TPU.
 
   python -m instruct_jax.main --config=configs/plan.py:1p3b,v5e-8
 
 Sizes: miniature, 1p3b, 6b, 175b (policy; reward and value model are at most
 6b, as in the paper). Topologies: v5e-1 to v5e-256, v4-8 to v4-1024, v5p-8 to
-v5p-1024; the numbers count as in Google's names, v4 and v5p by cores, two to a
-chip. The programs are those of sft.py, reward.py and ppo_ptx.py with the
+v5p-1024. The numbers are those of Google's names; v4 and v5p count cores, two
+to a chip. The programs are those of sft.py, reward.py and ppo_ptx.py with the
 paper's batches.
 """
 
@@ -13,36 +13,30 @@ from ml_collections import ConfigDict
 
 from configs import common, ppo_ptx, reward, sft
 
+_CUBES = {
+  8: '2x2x1',
+  32: '2x2x4',
+  64: '2x4x4',
+  128: '4x4x4',
+  512: '4x8x8',
+  1024: '8x8x8',
+}
+_SQUARES = {1: '1x1', 4: '2x2', 8: '2x4', 16: '4x4'}
+_SQUARES |= {32: '4x8', 64: '8x8', 128: '8x16', 256: '16x16'}
 # Grid of chips by Google's name of the slice.
 TOPOLOGIES = {
-  'v5e-1': '1x1',
-  'v5e-4': '2x2',
-  'v5e-8': '2x4',
-  'v5e-16': '4x4',
-  'v5e-32': '4x8',
-  'v5e-64': '8x8',
-  'v5e-128': '8x16',
-  'v5e-256': '16x16',
-  'v4-8': '2x2x1',
-  'v4-32': '2x2x4',
-  'v4-64': '2x4x4',
-  'v4-128': '4x4x4',
-  'v4-512': '4x8x8',
-  'v4-1024': '8x8x8',
-  'v5p-8': '2x2x1',
-  'v5p-32': '2x2x4',
-  'v5p-64': '2x4x4',
-  'v5p-128': '4x4x4',
-  'v5p-512': '4x8x8',
-  'v5p-1024': '8x8x8',
+  f'{chip}-{number}': grid
+  for chip, grids in (('v5e', _SQUARES), ('v4', _CUBES), ('v5p', _CUBES))
+  for number, grid in grids.items()
 }
 
 
 def paper_stages(size, config):
-  # 'flash': a program without the attention kernel is no plan.
+  """The paper's stages at a size; its models as shapes."""
+  # 'flash': a plan without the attention kernel would mislead.
   config.policy = common.model(size, attention='flash')
-  # 6B reward and value models for every policy (paper 3.5, C.2), save where
-  # the policy itself is smaller: one fits on small slices only with the like.
+  # 6B reward and value models for every policy (paper 3.5, C.2), except for
+  # the smallest policy: small slices only fit models of its own size.
   config.scalar = common.model(
     '1p3b' if size == '1p3b' else '6b', attention='flash'
   )
@@ -53,6 +47,7 @@ def paper_stages(size, config):
 
 
 def miniature_stages(config):
+  """The stages and shapes of the miniature."""
   stages = ppo_ptx.get_config('miniature').stages
   values = dict(stages.pretrain.model, vocab_size=512)
   config.policy = ConfigDict(values)
@@ -64,6 +59,7 @@ def miniature_stages(config):
 
 
 def get_config(argument: str = '1p3b,v5e-8'):
+  """The plan of 'SIZE,TOPOLOGY'."""
   size, _, topology = argument.partition(',')
   if topology not in TOPOLOGIES:
     raise ValueError(
@@ -84,18 +80,12 @@ def get_config(argument: str = '1p3b,v5e-8'):
   if size == '175b':
     # 64 sequences of a minibatch are too few for more shards of rows.
     config.meshes = ((1, 64, -1), (1, 32, -1))
-  # Policies to try on each mesh: what saves most memory first.
+  # Policies to try on each mesh: the one that saves most memory first.
   config.remats = ('none',) if size == 'miniature' else ('full', 'dots')
   config.stop_at_first = False  # Or take the first mesh and remat that fit.
   config.programs = (
-    'sft',
-    'reward',
-    'decode',
-    'prefill',
-    'score',
-    'penalise',
-    'train',
+    *('sft', 'reward', 'decode', 'prefill', 'score', 'penalise', 'train'),
   )
-  # 'NAME=VALUE' for the TPU compiler; none is what a run would use.
+  # 'NAME=VALUE' for the TPU compiler; () compiles as a run would.
   config.compiler_options = ()
   return common.single(config, f'{size}_{topology}')

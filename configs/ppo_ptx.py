@@ -2,7 +2,7 @@
 
   python -m instruct_jax.main --config=configs/ppo_ptx.py
 
-The default runs the whole recipe on the embedded world; see README.md for time
+The default runs the whole recipe on the embedded world; README.md has its time
 and figures. Other variants, after a colon:
 
   smoke           the same in under 90 seconds, for CI; figures mean nothing
@@ -19,7 +19,6 @@ from configs import common, miniature, restaurant, rl
 
 def paper(size: str):
   """C.4 at the paper's sizes; the models come as folders."""
-  common.check_size(size)
   config = rl.stage(0, '')
   # E.9 tried 2.55e-6 and 3.74e-6 for 175B and does not print the choices.
   config.learning_rate = {'1p3b': 9.0e-6, '6b': 9.0e-6, '175b': 2.55e-6}[size]
@@ -40,20 +39,16 @@ def gpt2():
   and moving average: 6 GB in float32 before activations; one GPU or a v4-8.
   """
   config = rl.stage(0, '')
-  config.prompt_length = 384
-  config.response_length = 128
-  config.ptx_row_length = 512
-  config.num_episodes = 32_768
-  config.batch_size = 128
-  config.num_minibatches = 4
-  config.num_microbatches = 2
-  config.learning_rate = 1e-5
-  config.value_learning_rate = 2e-5
-  # gamma does not carry over between scales. The rule: of the two gradients
-  # that metrics.jsonl logs, pretraining's is a fifth to a half of PPO's, as it
-  # is on the miniature, where a tenth of that no longer undoes the tax and ten
-  # times that costs reward. SmolLM2-135M, minibatches of 32: PPO's norm is 2.4,
-  # pretraining's 4.3 before gamma; at 27.8 it would be 49 times PPO's.
+  config.update(prompt_length=384, response_length=128, ptx_row_length=512)
+  config.update(num_episodes=32_768, batch_size=128)
+  config.update(num_minibatches=4, num_microbatches=2)
+  config.update(learning_rate=1e-5, value_learning_rate=2e-5)
+  # gamma does not carry over between scales. The rule: metrics.jsonl logs both
+  # gradients, and the norm of pretraining's should be a fifth to a half of
+  # PPO's, as on the miniature; there a tenth of that no longer undoes the tax,
+  # and ten times that costs reward. SmolLM2-135M with minibatches of 32: PPO's
+  # norm is 2.4, pretraining's 4.3 before gamma; at 27.8 it would be 49 times
+  # PPO's.
   config.ptx_coef = 0.3
   config.ptx_per_episode = 1
   config.remat = 'dots'
@@ -61,20 +56,17 @@ def gpt2():
 
 
 def get_config(variant: str = 'miniature'):
-  if variant in ('1p3b', '6b', '175b'):
-    return paper(variant)
-  if variant == 'gpt2':
-    return gpt2()
-  makers = {
+  """A pipeline, or the RL stage alone; see the top of this file."""
+  pipelines = {
     'miniature': miniature.miniature,
     'smoke': miniature.smoke,
     'e2e': restaurant.restaurant,
   }
-  if variant not in makers:
-    raise ValueError(
-      f'unknown variant {variant!r}; known: miniature, smoke, e2e, gpt2, 1p3b, '
-      '6b, 175b'
-    )
-  config = makers[variant]()
+  common.check(variant, (*pipelines, 'gpt2', '1p3b', '6b', '175b'))
+  if variant == 'gpt2':
+    return gpt2()
+  if variant not in pipelines:
+    return paper(variant)
+  config = pipelines[variant]()
   config.lock()
   return config

@@ -1,4 +1,4 @@
-"""Pretraining a GPT: the start of everything (paper 3.5 begins with GPT-3).
+"""Pretraining a GPT, the first stage of all (paper 3.5 begins with GPT-3).
 
   python -m instruct_jax.main --config=configs/pretrain.py:1p3b \
     --config.documents=docs.jsonl --config.valid=docs_valid.jsonl \
@@ -17,13 +17,14 @@ NUM_TOKENS = 300e9
 
 
 def stage(seed, workdir, name='pretrain'):
+  """Pretraining; the caller adds `model`, the shape."""
   config = common.stage(name, 'pretrain', seed, workdir)
   common.loop(common.adam(config))
   config.tokenizer = ''  # Folder of the tokenizer.
   config.documents = ''  # JSONL of documents to train on.
   config.valid = ''  # JSONL of held-out documents.
   config.row_length = 2048  # Tokens in a packed row (C: 2k context).
-  config.cut_documents = True  # Where a row ends; or rows have room left.
+  config.cut_documents = True  # At row ends; False pads rows instead.
   config.batch_size = 512  # Rows.
   config.num_microbatches = 1  # Gradient accumulation.
   config.num_steps = 1
@@ -37,6 +38,7 @@ def stage(seed, workdir, name='pretrain'):
 
 
 def get_config(size: str = '1p3b'):
+  """GPT-3's numbers at one of the paper's sizes."""
   config = stage(seed=0, workdir='')
   config.model = common.model(size)
   config.learning_rate = LEARNING_RATES[size]

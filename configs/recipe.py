@@ -187,8 +187,7 @@ def wire(config) -> None:
 
 def get_config(preset: str = 'cpu'):
   """The recipe with the sizes of a preset."""
-  if preset not in PRESETS:
-    raise ValueError(f'unknown preset {preset!r}; known: {", ".join(PRESETS)}')
+  common.check(preset, tuple(PRESETS), 'preset')
   config = pipeline.recipe(f'recipe_{preset}')
   config.prepare = 'instruct_jax.jobs.recipe.prepare'  # After the flags.
   config.dry_run = False  # Print stages, sizes, memory and time, and stop.

@@ -5,20 +5,20 @@
     --config.comparisons=train.jsonl --config.valid_comparisons=valid.jsonl \
     --config.demonstrations=demonstrations.jsonl
 
-or, of an export of the labeling site, `--config.data.comparisons=EXPORT` for
-all three files.
+or, for an export of the labeling site, `--config.data.comparisons=EXPORT`
+instead of the three files.
 
 Sizes: 1p3b, 6b (default: the paper's one reward model), 175b. The size only
-decides memory settings here; the shape comes with `init`. `:gpt2` has settings
-for published models of that size and context (`--config.init=hf:gpt2`, or the
-model of `configs/sft.py:gpt2`).
+decides memory settings here; `init` brings the shape. `:gpt2` has settings for
+published models of that size and context (`--config.init=hf:gpt2`, or the model
+of `configs/sft.py:gpt2`).
 
   python -m instruct_jax.main --config=configs/reward.py:hh \
     --config.data.root=DIR
 
 pretrains a small GPT on Anthropic's HH dialogues, trains two reward models from
-it, one for helpfulness and one for harmlessness, and sets them beside
-baselines; DIR holds hh_helpful/ and hh_harmless/.
+it, one for helpfulness and one for harmlessness, and compares them with
+baselines; DIR has hh_helpful/ and hh_harmless/.
 """
 
 from ml_collections import ConfigDict
@@ -27,9 +27,8 @@ from configs import common, pretrain
 
 
 def stage(seed, workdir, name='reward'):
-  config = common.stage(name, 'reward', seed, workdir)
-  common.lora(common.models(common.loop(common.adam(config))))
-  config.tokenizer = ''
+  """The reward model of C.2."""
+  config = common.tuning(name, 'reward', seed, workdir)
   config.init = ''  # Policy folder whose trunk the reward model starts from.
   config.comparisons = ''  # JSONL of rankings.
   config.valid_comparisons = ''
@@ -39,16 +38,13 @@ def stage(seed, workdir, name='reward'):
   config.max_valid_comparisons = 0  # As well.
   config.max_candidates = 9  # C: K is 4 to 9 (3.5).
   # Whether several labelers' rankings of the same answers are one element of a
-  # batch: they share the K forwards, and a prompt weighs as much as any other.
+  # batch: they share the K forwards, and every prompt has the same weight.
   config.merge_rankings = True
   config.row_length = 2048
   config.batch_size = 64  # Prompts, each with all of its pairs (C.2).
-  config.num_microbatches = 1
   config.num_epochs = 1  # C.2: more overfits.
   config.learning_rate = 9e-6  # C.2; cosine to 10 %.
-  config.divisor = 'surviving'  # Pairs left without ties, or 'all' (13.4).
-  config.remat = 'none'
-  config.attention = 'auto'  # The platform's flash kernel; or 'xla', 'flash'.
+  config.divisor = 'surviving'  # Pairs left without ties, or 'all'.
   config.log_every = 5
   config.eval_batch_size = 16  # Prompts.
   config.checkpoint_every = 50
@@ -65,10 +61,10 @@ def crossval_stage(seed, workdir, name='crossval'):
   return config
 
 
-# Folders of the data root. Each has a reward model of its own, as in Llama 2
+# Folders of the data root -> reward models. Each has its own, as in Llama 2
 # (Touvron et al. 2023, 3.2.2): one set prefers long answers and the other short
 # ones, and a small model of both orders neither.
-HH_SETS = ('hh_helpful', 'hh_harmless')
+HH_SETS = {'hh_helpful': 'reward_helpful', 'hh_harmless': 'reward_harmless'}
 
 
 def hh():
@@ -80,7 +76,7 @@ def hh():
   # One value under two names: the short one is for the command line.
   config.data = ConfigDict({'root': ''})
   stages.data.root = config.data.get_ref('root')
-  stages.data.sets = HH_SETS
+  stages.data.sets = tuple(HH_SETS)
   stages.data.valid_fraction = 0.1  # Of the prompts.
   stages.data.vocab_size = 4096
   stages.pretrain = pretrain.stage(seed, workdir)
@@ -93,59 +89,36 @@ def hh():
   stages.baselines.batch_size = 64  # Completions.
   stages.baselines.row_length = 256
   stages.baselines.sets = ConfigDict()
-  for name in HH_SETS:
-    folder = data + f'/{name}'
-    reward_name = name.replace('hh', 'reward')
-    reward = stages[reward_name] = stage(seed, workdir, reward_name)
+  for set_name, name in HH_SETS.items():
+    folder = data + f'/{set_name}'
+    reward = stages[name] = stage(seed, workdir, name)
     reward.init = workdir + '/pretrain/model'
     reward.demonstrations = folder + '/demonstrations_train.jsonl'
-    files = stages.baselines.sets[name] = ConfigDict()
-    files.reward_model = workdir + f'/{reward_name}/model'
+    files = stages.baselines.sets[set_name] = ConfigDict()
+    files.reward_model = workdir + f'/{name}/model'
     for each in (reward, files):
       each.comparisons = folder + '/comparisons_train.jsonl'
       each.valid_comparisons = folder + '/comparisons_valid.jsonl'
-    reward.max_candidates = 2
-    reward.row_length = 256
-    reward.batch_size = 32
-    reward.learning_rate = 5e-4
-    reward.eval_batch_size = 32
-    reward.checkpoint_every = 100
-  trained = [name.replace('hh', 'reward') for name in HH_SETS]
-  for name in ('pretrain', *trained, 'baselines'):
+    reward.update(max_candidates=2, row_length=256, learning_rate=5e-4)
+    reward.update(batch_size=32, eval_batch_size=32, checkpoint_every=100)
+  for name in ('pretrain', *HH_SETS.values(), 'baselines'):
     stages[name].tokenizer = data + '/tokenizer'
     stages[name].mesh = config.get_ref('mesh')
-  config.stage_order = ('data', 'pretrain', *trained, 'baselines')
+  config.stage_order = ('data', 'pretrain', *HH_SETS.values(), 'baselines')
 
   # Learning rates grow as models shrink; none of these is the paper's.
-  stages.pretrain.model = ConfigDict(
-    {
-      'vocab_size': 0,  # The tokenizer's.
-      'context_length': 256,
-      'num_layers': 2,
-      'width': 128,
-      'num_heads': 4,
-      'head_dim': 32,
-      'mlp_dim': 512,
-      'dropout': 0.0,
-      'compute_dtype': 'float32',
-      'remat': 'none',
-      'vocab_multiple': 64,
-      'scan_unroll': 2,
-    }
+  stages.pretrain.model = common.tiny_model(
+    width=128, num_layers=2, context=256, unroll=2
   )
-  stages.pretrain.row_length = 256
-  stages.pretrain.batch_size = 16
-  stages.pretrain.num_steps = 1200
-  stages.pretrain.num_warmup = 50
-  stages.pretrain.learning_rate = 3e-3
-  stages.pretrain.eval_every = 200
-  stages.pretrain.checkpoint_every = 200
+  stages.pretrain.update(row_length=256, batch_size=16, learning_rate=3e-3)
+  stages.pretrain.update(num_steps=1200, num_warmup=50)
+  stages.pretrain.update(eval_every=200, checkpoint_every=200)
   config.lock()
   return config
 
 
 def from_export(config):
-  """The three files as the labeling site's export names them."""
+  """The three files by their names in an export of the labeling site."""
   config.data = ConfigDict({'comparisons': '.'})  # Folder of the export.
   folder = config.data.get_ref('comparisons')
   config.comparisons = folder + '/comparisons_train.jsonl'
@@ -167,10 +140,9 @@ def gpt2():
 
 
 def get_config(argument: str = '6b'):
-  if argument == 'hh':
-    return hh()
-  if argument == 'gpt2':
-    return gpt2()
+  """A paper size, also with ',folds', or 'gpt2' or 'hh'."""
+  if argument in ('hh', 'gpt2'):
+    return hh() if argument == 'hh' else gpt2()
   size, _, kind = argument.partition(',')
   if size not in ('1p3b', '6b', '175b') or kind not in ('', 'folds'):
     raise ValueError(f'unknown reward config: {argument!r}')

@@ -6,15 +6,13 @@ from configs import common
 
 
 def stage(seed, workdir, name='ppo_ptx'):
-  """PPO-ptx with the paper's numbers (C.4); 13.4 fills what it leaves open."""
-  config = common.stage(name, 'ppo_ptx', seed, workdir)
-  common.lora(common.models(common.loop(common.adam(config))))
-  config.tokenizer = ''
+  """PPO-ptx with the paper's numbers (C.4)."""
+  config = common.tuning(name, 'ppo_ptx', seed, workdir)
   config.init = ''  # RL initialisation: start, and KL reference.
   config.reward_model = ''  # Also the start of the value model.
-  config.reward_weight = 1.0  # Of its score, where there are others.
+  config.reward_weight = 1.0  # Factor of its score, beside `reward_fn`.
   # Python functions of the texts by their dotted names, NAME or NAME=WEIGHT,
-  # added to the reward model's score or in its place (`score_fns.py`).
+  # which add to the reward model's score or replace it (`score_fns.py`).
   config.reward_fn = ''
   config.prompts = ''  # JSONL of prompts.
   config.documents = ''  # JSONL of pretraining text for the ptx part.
@@ -22,13 +20,12 @@ def stage(seed, workdir, name='ppo_ptx'):
   config.valid_documents = ''
   config.prompt_length = 1024  # Tokens; longer ones are dropped (C).
   config.response_length = 1024  # Tokens; responses are capped (C).
-  config.ptx_row_length = 2048  # Tokens; not printed, full context (13.4).
-  config.cut_documents = True  # Where a row ends; or rows have room left.
+  config.ptx_row_length = 2048  # Tokens; not printed, the full context.
+  config.cut_documents = True  # At row ends; False pads rows instead.
   config.num_episodes = 256_000  # C.4.
   config.batch_size = 512  # Episodes of an iteration (C.4).
   config.samples_per_prompt = 1  # Responses to each prompt of an iteration.
   config.num_minibatches = 8  # Of 64 (C.4).
-  config.num_microbatches = 1  # Gradient accumulation in a minibatch.
   config.num_epochs = 1  # Inner epochs (C.4).
   config.temperature = 1.0  # Of rollouts, and of every log-probability (C.4).
   config.learning_rate = 2.55e-6  # Scanned 2.55e-6 to 2.55e-5 (E.9).
@@ -36,61 +33,57 @@ def stage(seed, workdir, name='ppo_ptx'):
   config.num_warmup_iterations = 10  # From a tenth of the peak (C.4).
   config.adam_eps = 1e-5  # Not printed; Ziegler et al.'s code.
   config.kl_coef = 0.02  # beta (C.4).
-  config.kl_target = placeholder(
-    float
-  )  # Nats a response; None keeps beta fixed (ZIE).
-  config.kl_horizon = 10_000  # Episodes (ZIE).
+  # Nats a response; None keeps beta fixed (Ziegler et al.).
+  config.kl_target = placeholder(float)
+  config.kl_horizon = 10_000  # Episodes (Ziegler et al.).
   config.discount = 1.0  # C.4: no discount.
   config.gae_lambda = 0.95  # Not printed; Stiennon et al. B.1.
   config.clip = 0.2  # C.4.
   config.value_clip = 0.2  # Not printed; Ziegler et al.'s code.
-  config.whiten_advantages = True  # Not printed; ZIE code, N+.
+  config.whiten_advantages = True  # Not printed; Ziegler et al.'s code.
   # The KL penalty is part of the 'reward' (equation 2), or of the policy's
   # 'loss'; 'k1' is the signed log-ratio, 'k2' half its square, 'k3' is unbiased
   # and never negative.
   config.kl_in = 'reward'
   config.kl_estimator = 'k1'
-  config.missing_end_score = placeholder(
-    float
-  )  # Score without end-of-text, or None.
-  # gamma (C.4); 0 is PPO. `ptx/gradient_norm`, gamma included, is logged beside
-  # `ppo/policy/ppo_gradient_norm`; an alarm says when one drowns the other.
+  # Score without end-of-text, or None.
+  config.missing_end_score = placeholder(float)
+  # gamma (C.4); 0 is PPO. metrics.jsonl has `ptx/gradient_norm`, with gamma,
+  # and `ppo/policy/ppo_gradient_norm`; an alarm says when one drowns the other.
   config.ptx_coef = 27.8
   config.ptx_per_episode = 8  # Pretraining examples (C.4, E.11).
   config.ema_decay = 0.992  # C.4.
   config.ema_every = 'update'  # Or 'iteration'; not printed.
-  config.remat = 'none'
-  config.attention = 'auto'  # The platform's flash kernel; or 'xla', 'flash'.
   config.logprob_chunk = 0  # Columns of float32 logits at a time; 0 is all.
   config.pack = True  # Score and update dense rows, without padding.
   config.pack_episodes = 8  # Of a row, about.
-  # Rows are at the most so many times longer than needed. They come in few
-  # lengths, this far apart: score and update are compiled for each that is met.
+  # Ratio of neighbouring row lengths: rows are at most this much longer than
+  # needed. Score and update compile for each length that occurs.
   config.pack_spare = 1.1
-  # Nats: the sampler's log-probabilities are the old ones where those of a
-  # minibatch of rows all agree with the training graph's to this; else, and at
-  # 0, the graph's are computed for all. In float32 they agree to 4e-5. In
-  # bfloat16 they do not (SmolLM2-135M: 0.03 on average, 0.26 at most), so the
-  # old ones are the graph's there.
+  # Nats. The sampler's log-probabilities are the old ones if those of a
+  # minibatch of rows all agree with the training graph's within this; else, and
+  # at 0, the graph computes all. In float32 they agree within 4e-5. In
+  # bfloat16 they do not (SmolLM2-135M: 0.03 on average, 0.26 at most), so there
+  # the graph computes them.
   config.sampler_tolerance = 1e-3
   config.num_slices = 1  # Parts in which a batch is scored.
-  # Responses sampled at a time, the next prompt taking the slot of one that has
-  # ended; 0 samples a whole batch.
+  # Responses sampled at a time; when one ends, the next prompt takes its slot.
+  # 0 samples a whole batch.
   config.num_slots = 0
-  # Whether sampling puts the policy's weights together over `fsdp` once a
-  # rollout, in the compute dtype; otherwise again for every token.
+  # Whether sampling gathers the policy's weights over `fsdp` once a rollout, in
+  # the compute dtype; otherwise for every token.
   config.gather_weights = True
   config.frozen_dtype = 'float32'  # Of reference and reward model's weights.
-  # Weights that wait in host memory while no program reads them: 'ema' (in
-  # rollouts and scoring), 'reference' and 'reward' (but in scoring).
+  # Weights offloaded to host memory while no program reads them: 'ema' (in
+  # rollouts and scoring), 'reference' and 'reward' (except in scoring).
   config.offload = ()
   config.eval_every = 10  # Iterations between held-out losses.
   config.eval_batch_size = 64  # Rows.
   config.checkpoint_every = 10  # Iterations.
   config.snapshot_every = 0  # Iterations between policies kept; 0 keeps none.
-  config.probe_every = 0  # Iterations between public NLP tasks; 0 asks none.
+  config.probe_every = 0  # Iterations between public NLP tasks; 0 is never.
   config.probes = ''  # TASK=FILE,TASK=FILE; names of configs/nlp_suite.py.
-  config.probe_items = 200  # Of each task, the same every time; 0 asks all.
+  config.probe_items = 200  # Of each task, the same every time; 0 is all.
   config.probe_few_shot = False  # As in Figures 33 and 34, where it fits.
   config.probe_batch_size = 32  # Queries a call.
   return config

@@ -12,19 +12,16 @@ of `configs/ppo_ptx.py`. GRPO is
 from configs import miniature, pipeline
 
 # Keys of PPO that a method without a value model lacks.
-OF_VALUES = (
-  'value_learning_rate',
-  'value_clip',
-  'gae_lambda',
-  'discount',
+_OF_VALUES = (
+  *('value_learning_rate', 'value_clip', 'gae_lambda', 'discount'),
   'whiten_advantages',
 )
 
 
 def from_ppo(config):
-  """Makes an RLOO stage of a PPO stage, whose other numbers it keeps."""
+  """Turns a PPO stage into an RLOO stage, which keeps its other numbers."""
   config.name = config.experiment = 'rloo'
-  for key in OF_VALUES:
+  for key in _OF_VALUES:
     del config[key]
   config.samples_per_prompt = 4
   config.advantage = 'leave_one_out'  # Or 'group_normalised', GRPO's.
@@ -32,12 +29,9 @@ def from_ppo(config):
 
 
 def get_config(variant: str = 'miniature'):
-  makers = {'miniature': miniature.miniature, 'smoke': miniature.smoke}
-  if variant not in makers:
-    raise ValueError(f'unknown variant {variant!r}; known: miniature, smoke')
-  config = makers[variant](f'rloo_{variant}')
-  stages = config.stages
-  stages.rloo = from_ppo(stages.ppo)
+  """The miniature's pipeline with RLOO in the place of PPO and PPO-ptx."""
+  config = miniature.variant('rloo', variant)
+  config.stages.rloo = from_ppo(config.stages.ppo)
   pipeline.replace_rl(config, 'rloo')
   config.lock()
   return config

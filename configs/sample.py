@@ -4,7 +4,7 @@
     --config.models='sft=RUN/select/model,ppo_ptx=RUN/ppo_ptx/policy' \
     --config.tokenizer=RUN/data/tokenizer --config.prompts=prompts.jsonl
 
-Its samples.jsonl is what `python -m instruct_jax.labeling --import_file` reads.
+`python -m instruct_jax.labeling --import_file` reads the samples.jsonl.
 """
 
 from ml_collections.config_dict import placeholder
@@ -13,16 +13,16 @@ from configs import common
 
 
 def get_config(argument: str = ''):
-  if argument:
-    raise ValueError(f'sample has no variants: {argument!r}')
+  """The stage; it has no variants."""
+  common.check_none(argument, 'sample')
   config = common.stage('sample', 'sample', 0, '')
   common.models(config)
   config.models = ''  # NAME=FOLDER,NAME=FOLDER: policies.
   config.tokenizer = ''
   config.prompts = ''  # JSONL of prompts.
   config.samples_per_model = 2  # K is this times the models; 4 to 9 (3.5).
-  # Tokens; longer prompts are left out and counted. None: as in the run in
-  # whose folder the models, or else the prompts, lie.
+  # Tokens; longer prompts are left out and counted. None: those of the run
+  # whose folder the models, or else the prompts, are in.
   config.prompt_length = placeholder(int)
   config.response_length = placeholder(int)
   config.temperature = 1.0  # Not printed for comparisons; as in rollouts (C.4).

@@ -106,8 +106,7 @@ def smoke(config) -> None:
 
 def get_config(variant: str = ''):
   """The whole demonstration."""
-  if variant not in ('', 'smoke'):
-    raise ValueError(f'unknown variant {variant!r}; known: smoke')
+  common.check(variant, ('', 'smoke'), 'variant')
   config = common.root('sentiment')
   seed, workdir = config.get_ref('seed'), config.get_ref('workdir')
   data, stages = workdir + '/data', config.stages

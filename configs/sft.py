@@ -14,7 +14,7 @@ Sizes: 1p3b (default), 6b, 175b; with `,init` after the size for C.3.
     --config.demonstrations=DATA/demonstrations_train.jsonl \\
     --config.valid_demonstrations=DATA/demonstrations_valid.jsonl
 
-fine-tunes the published GPT-2 (any size; other families by their row_length).
+fine-tunes the published GPT-2 (any size; set row_length for other families).
 Small: 124 M parameters, 2 GB with Adam in float32; a GPU of 16 GB or a v4-8.
 """
 
@@ -29,25 +29,20 @@ INIT_LEARNING_RATES = {'1p3b': 5e-6, '6b': 1.04e-5, '175b': 2.45e-6}
 
 def stage(seed, workdir, name='sft'):
   """SFT baseline of C.1."""
-  config = common.stage(name, 'sft', seed, workdir)
-  common.lora(common.models(common.loop(common.adam(config))))
-  config.tokenizer = ''  # Folder of the tokenizer.
+  config = common.tuning(name, 'sft', seed, workdir)
   config.init = ''  # Model folder: the pretrained policy.
   config.demonstrations = ''  # JSONL to train on.
   config.valid_demonstrations = ''  # JSONL for the loss of every epoch.
   config.documents = ''  # JSONL of pretraining text, for ptx_fraction.
-  config.cut_documents = True  # Where a row ends; or rows have room left.
+  config.cut_documents = True  # At row ends; False pads rows instead.
   config.ptx_fraction = 0.0  # Share of pretraining rows in a batch (C.3).
-  config.loss_on = 'response'  # Or 'all'. Not printed; a choice (13.4).
+  config.loss_on = 'response'  # Or 'all'. Not printed; a choice.
   config.pack = False  # Several demonstrations to a row.
   config.row_length = 2048  # Tokens (C: 2k context).
   config.batch_size = 32  # Rows (C.1).
-  config.num_microbatches = 1
   config.num_epochs = 16  # C.1.
   config.learning_rate = 9.65e-6  # Peak; cosine to 10 %, no warm-up (C.1).
   config.dropout = 0.2  # On residual branches (C.1).
-  config.remat = 'none'
-  config.attention = 'auto'  # The platform's flash kernel; or 'xla', 'flash'.
   config.logprob_chunk = 0  # Columns of float32 logits at a time; 0 is all.
   config.select_by = 'valid_loss'  # Or 'last'; see select_sft.py.
   config.log_every = 10
@@ -57,7 +52,7 @@ def stage(seed, workdir, name='sft'):
 
 
 def init_stage(seed, workdir, name='rl_init'):
-  """SFT with pretraining mix (C.3): starts PPO, and is its KL reference."""
+  """SFT with pretraining mix (C.3): PPO's initial policy and KL reference."""
   config = stage(seed, workdir, name)
   config.ptx_fraction = 0.1  # C.3: 10 % pretraining data.
   config.num_epochs = 2  # C.3.
@@ -79,6 +74,7 @@ def gpt2(kind: str):
 
 
 def get_config(argument: str = '1p3b'):
+  """A paper size or gpt2; with ',init' the RL initialisation."""
   size, _, kind = argument.partition(',')
   if kind not in ('', 'init'):
     raise ValueError(f'after the size only ",init" is known: {argument!r}')

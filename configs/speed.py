@@ -13,7 +13,7 @@ both in float32 for CPUs, 1p3b (bfloat16, one GPU of 140 GB). After it a work:
   all               the five above, each in a process of its own
 
 `--config.growth=response,batch,model` repeats the work with each of these
-twice and four times as large. `--config.peers=DIR` with the pythons of the
+twice and four times as large. `--config.peers=DIR` with the Pythons of the
 peers' environments runs their scripts (README there) alternately with ours.
 """
 
@@ -21,18 +21,13 @@ from ml_collections import ConfigDict
 
 from configs import common, rl, sft
 
-WORKS = {
-  'iteration': 0.0,
-  'iteration_ragged': 1.0,
-  'rollout': 0.0,
-  'rollout_ragged': 1.0,
-  'sft': 0.0,
-  'all': 0.0,
-}
+# Work -> 1 if responses end early.
+WORKS = {'iteration': 0.0, 'iteration_ragged': 1.0, 'rollout': 0.0}
+WORKS |= {'rollout_ragged': 1.0, 'sft': 0.0, 'all': 0.0}
 
 
 def llama(**shape) -> ConfigDict:
-  """Llama's switches; a shape as in the peers' scripts."""
+  """Llama's switches, with a shape of the peers' scripts."""
   values = dict(
     vocab_multiple=128,
     dropout=0.0,
@@ -52,55 +47,34 @@ def llama(**shape) -> ConfigDict:
     tied=True,
     rotary=ConfigDict({'dim': shape['head_dim']}),
   )
-  values.update(shape)
-  return ConfigDict(values)
+  return ConfigDict(values | shape)
+
+
+def _shape(vocab_size, context, layers, width, heads, mlp_dim, **switches):
+  return {
+    'vocab_size': vocab_size,
+    'context_length': context,
+    'num_layers': layers,
+    'width': width,
+    'num_heads': heads,
+    'head_dim': width // heads,
+    'mlp_dim': mlp_dim,
+    **switches,
+  }
 
 
 SHAPES = {
-  'tiny': dict(
-    vocab_size=64,
-    context_length=64,
-    num_layers=2,
-    width=16,
-    num_heads=2,
-    head_dim=8,
-    mlp_dim=32,
-  ),
-  's': dict(
-    vocab_size=8_192,
-    context_length=1_024,
-    num_layers=4,
-    width=256,
-    num_heads=4,
-    head_dim=64,
-    mlp_dim=1_024,
-    scan_unroll=4,
-  ),
-  '124m': dict(
-    vocab_size=50_257,
-    context_length=1_024,
-    num_layers=12,
-    width=768,
-    num_heads=12,
-    head_dim=64,
-    mlp_dim=2_048,  # Gated: three products, as large as GPT-2's two.
-  ),
-  '1p3b': dict(
-    vocab_size=50_257,
-    context_length=2_048,
-    num_layers=24,
-    width=2_048,
-    num_heads=16,
-    head_dim=128,
-    mlp_dim=5_504,
-    compute_dtype='bfloat16',
-    remat='dots',
-    logprob_chunk=1_024,
-  ),
+  'tiny': _shape(64, 64, 2, 16, 2, 32),
+  's': _shape(8_192, 1_024, 4, 256, 4, 1_024, scan_unroll=4),
+  # Gated: three products of 2,048, as large as GPT-2's two.
+  '124m': _shape(50_257, 1_024, 12, 768, 12, 2_048),
+  '1p3b': _shape(50_257, 2_048, 24, 2_048, 16, 5_504)
+  | {'compute_dtype': 'bfloat16', 'remat': 'dots', 'logprob_chunk': 1_024},
 }
 
 
 def get_config(argument: str = 's,iteration'):
+  """The measurement of 'SIZE,WORK'."""
   size, _, work = argument.partition(',')
   work = work or 'iteration'
   if size not in SHAPES or work not in WORKS:
@@ -113,61 +87,43 @@ def get_config(argument: str = 's,iteration'):
   config.work = work.removesuffix('_ragged')
   config.policy = llama(**SHAPES[size])
   config.scalar = llama(**SHAPES[size])  # Value and reward model.
-  # What pays: 'model', or 'tokens', a function of the ids, as in the peers'
-  # scripts: then no reward model is read.
+  # The reward: of a 'model', or of 'tokens', a function of the ids as in the
+  # peers' scripts, which needs no reward model.
   config.reward = 'tokens'
   # Share of the vocabulary that ends a response. The weights are random, so
   # lengths are near geometric: 0.038 gives a mean of 24 of at most 64.
   config.stop_fraction = 0.038 * WORKS[work]
   config.ppo = rl.stage(0, '')
-  config.ppo.prompt_length = 64
-  config.ppo.response_length = 64
-  config.ppo.ptx_row_length = 128
-  config.ppo.batch_size = 32
-  config.ppo.num_minibatches = 4
-  config.ppo.ptx_coef = 0.0
-  config.ppo.ptx_per_episode = 1
+  config.ppo.update(prompt_length=64, response_length=64, ptx_row_length=128)
+  config.ppo.update(batch_size=32, num_minibatches=4)
+  config.ppo.update(ptx_coef=0.0, ptx_per_episode=1)
   config.sft = sft.stage(0, '')
-  config.sft.dropout = 0.0
-  config.sft.batch_size = 16
-  config.sft.row_length = 128
+  config.sft.update(dropout=0.0, batch_size=16, row_length=128)
   config.num_warmups = 2  # Iterations before the clock starts; they compile.
   config.num_iterations = 7  # Timed; at least 5.
   config.matmul_size = 2_048  # Rows and columns of the ceiling's product.
   config.bandwidth_bytes = 2**29  # Read for the ceiling of the memory.
   config.growth = ''  # Of response, batch, model: each times 2 and 4.
-  config.cores = 0  # Processes compared run on the first so many; 0 is all.
+  config.cores = 0  # Compared processes run on the first so many; 0 is all.
   config.num_rounds = 1  # Of ours and peers, alternately.
-  config.peers = ''  # Folder of the peers' scripts; '' compares with nobody.
+  config.peers = ''  # Folder of the peers' scripts; '' compares with none.
   config.tunix_python = ''  # Pythons of the peers' environments; '' skips one.
   config.hf_python = ''
   config.trl_python = ''  # Of the last TRL with a PPO trainer.
   if size == 'tiny':
-    config.ppo.prompt_length = 6
-    config.ppo.response_length = 8
-    config.ppo.ptx_row_length = 16
+    config.ppo.update(prompt_length=6, response_length=8, ptx_row_length=16)
     config.ppo.batch_size = 8
-    config.sft.batch_size = 4
-    config.sft.row_length = 16
-    config.num_iterations = 5
-    config.matmul_size = 128
-    config.bandwidth_bytes = 2**20
+    config.sft.update(batch_size=4, row_length=16)
+    config.update(num_iterations=5, matmul_size=128, bandwidth_bytes=2**20)
   if size == '124m':
     config.ppo.logprob_chunk = 64
-    config.num_warmups = 1
-    config.num_iterations = 5
+    config.update(num_warmups=1, num_iterations=5)
   if size == '1p3b':
     config.reward = 'model'
     config.stop_fraction = 0.01 * WORKS[work]  # Mean 92 of at most 256.
-    config.ppo.prompt_length = 128
-    config.ppo.response_length = 256
-    config.ppo.batch_size = 512
-    config.ppo.num_minibatches = 8
+    config.ppo.update(prompt_length=128, response_length=256, batch_size=512)
+    config.ppo.update(num_minibatches=8, num_microbatches=2, num_slices=8)
     config.ppo.frozen_dtype = 'bfloat16'
-    config.ppo.num_slices = 8
-    config.ppo.num_microbatches = 2
-    config.sft.batch_size = 32
-    config.sft.row_length = 1_024
-    config.matmul_size = 8_192
-    config.bandwidth_bytes = 2**32
+    config.sft.update(batch_size=32, row_length=1_024)
+    config.update(matmul_size=8_192, bandwidth_bytes=2**32)
   return common.single(config, size)

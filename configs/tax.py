@@ -11,10 +11,10 @@ PPO-ptx stage save for one:
   figure34  beta, the KL coefficient, with gamma at 0
   figure35  twice the episodes, three seeds
 
-Values are multiples of the stage's own. Each is a stage, so a run that was cut
-goes on. Output: tax/figure33/tax_ptx_coef.png and so on, and tax.json beside
-them. Pretraining loss and reward-model score are always plotted, public tasks
-(names of `configs/nlp_suite.py`) where files are given.
+Values are multiples of the stage's own. Each is a stage, so an interrupted run
+resumes. Output: tax/figure33/tax_ptx_coef.png and so on, and tax.json beside
+them. The plots show pretraining loss, reward-model score and, where files are
+given, public tasks (names of `configs/nlp_suite.py`).
 """
 
 from ml_collections import ConfigDict
@@ -25,12 +25,8 @@ GAMMAS = (0.0, 0.1, 1.0, 10.0)  # E.6 has 0 to beyond 27.8, on a log scale.
 BETAS = (0.3, 1.0, 10.0, 100.0)  # E.6: up to 100 times its own 0.02.
 NUM_SEEDS = 3  # Figure 35.
 _FROM_SOURCE = (
-  'tokenizer',
-  'init',
-  'reward_model',
-  'prompts',
-  'documents',
-  'valid_documents',
+  *('tokenizer', 'init', 'reward_model'),
+  *('prompts', 'documents', 'valid_documents'),
 )
 
 
@@ -41,12 +37,9 @@ def ppo_stage(config, template, name, **changes):
   for key in _FROM_SOURCE:
     found[key] = source + template[key]
   found.name = name
-  found.workdir = config.get_ref('workdir')
-  found.mesh = config.get_ref('mesh')
-  found.probes = config.get_ref('probes')
-  found.probe_every = config.get_ref('probe_every')
-  found.probe_items = config.get_ref('probe_items')
-  # Each once: a second value would change what the first refers to.
+  for key in ('workdir', 'mesh', 'probes', 'probe_every', 'probe_items'):
+    found[key] = config.get_ref(key)
+  # Each once: a second value would change the key that the first refers to.
   changes = {'num_episodes': config.get_ref('num_episodes'), **changes}
   for key, value in changes.items():
     found[key] = value
@@ -54,6 +47,7 @@ def ppo_stage(config, template, name, **changes):
 
 
 def tax_stage(seed, workdir):
+  """The stage that plots."""
   config = common.stage('tax', 'tax', seed, workdir)
   config.source = ''
   config.figures = ConfigDict()  # Folder of plots -> stages that are in them.
@@ -65,42 +59,39 @@ def _name(share):
 
 
 def get_config(argument: str = 'miniature'):
-  if argument not in ('miniature', 'smoke', 'e2e'):
-    raise ValueError(
-      f'unknown variant {argument!r}; known: miniature, smoke, e2e'
-    )
-  # With an empty workdir its paths are those inside of a run.
-  template = ppo_ptx.get_config(argument).stages.ppo_ptx
+  """The sweep on a run of a variant of `configs/ppo_ptx.py`."""
+  run = ppo_ptx.get_config(
+    common.check(argument, ('miniature', 'smoke', 'e2e'))
+  )
+  # With an empty workdir its paths are relative to a run.
+  template = run.stages.ppo_ptx
   config = common.root(f'tax_{argument}')
   config.source = ''  # Folder of a finished run.
   config.probes = ''  # TASK=FILE,TASK=FILE.
-  config.probe_every = 0  # Iterations between them; 0 asks none.
+  config.probe_every = 0  # Iterations between them; 0 is never.
   config.probe_items = template.probe_items
-  config.num_episodes = template.num_episodes  # Of a run; fewer for a look.
-  config.xla_flags = ppo_ptx.get_config(argument).xla_flags
+  config.num_episodes = template.num_episodes  # Of a run; fewer for a test.
+  config.xla_flags = run.xla_flags
   seed, workdir = config.get_ref('seed'), config.get_ref('workdir')
   groups = {
     'figure33': {
-      f'gamma_x{_name(share)}': {
-        'ptx_coef': share * template.ptx_coef,
-        'seed': seed,
-      }
-      for share in GAMMAS
+      f'gamma_x{_name(x)}': {'ptx_coef': x * template.ptx_coef, 'seed': seed}
+      for x in GAMMAS
     },
     'figure34': {
-      f'beta_x{_name(share)}': {
-        'kl_coef': share * template.kl_coef,
+      f'beta_x{_name(x)}': {
+        'kl_coef': x * template.kl_coef,
         'ptx_coef': 0.0,
         'seed': seed,
       }
-      for share in BETAS
+      for x in BETAS
     },
     'figure35': {
-      f'long_{number}': {
+      f'long_{i}': {
         'num_episodes': config.get_ref('num_episodes') * 2,
-        'seed': seed + number,
+        'seed': seed + i,
       }
-      for number in range(NUM_SEEDS)
+      for i in range(NUM_SEEDS)
     },
   }
   stages = config.stages

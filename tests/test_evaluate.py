@@ -574,7 +574,7 @@ def test_people_judge(folder, finished, tmp_path):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'models': 'one=a'}, "the baseline 'one' and one more"),
+    ({'models': 'one=a'}, "the baseline 'one' and at least one other"),
     ({'models': 'one'}, 'models must be NAME=FOLDER'),
     ({'baseline': 'three'}, "baseline names ['three']; models are"),
     ({'reference': 'three'}, "reference names ['three']"),

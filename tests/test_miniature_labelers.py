@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -101,6 +102,26 @@ def test_without_noise_ranks_follow_the_labelers_taste(world, prompts, people):
           assert abs(tastes[i] - tastes[j]) <= labelers.TIE_MARGIN + 1e-9
 
 
+def _agreement(people, prompts, completion_sets, world, rng):
+  """Share of pairs that two random labelers order alike (paper 3.4).
+
+  Both rank the same completions of each prompt; pairs that either ties are
+  left out. 0.5 is chance.
+  """
+  same = []
+  for prompt, completions in zip(prompts, completion_sets, strict=True):
+    two = [people[i] for i in rng.choice(len(people), 2, replace=False)]
+    judgements = labelers.judge_each(prompt, completions, world)
+    ranks = [labelers.rank(each, completions, judgements, rng) for each in two]
+    pairs = itertools.combinations(zip(*ranks, strict=True), 2)
+    same += [
+      (a1 > a2) == (b1 > b2)
+      for (a1, b1), (a2, b2) in pairs
+      if a1 != a2 and b1 != b2
+    ]
+  return np.mean(same)
+
+
 def _sets(prompts, world, seed):
   rng = np.random.default_rng(seed)
   return [labelers.realistic_completions(p, world, rng, 6) for p in prompts]
@@ -110,8 +131,8 @@ def test_agreement_is_near_the_papers(world, prompts, people):
   """Paper 3.4: 72.6 +- 1.5 % among training, 77.3 +- 1.3 % among held out."""
   sets = _sets(prompts, world, 1)
   rng = np.random.default_rng(2)
-  training = labelers.agreement(people[:30], prompts, sets, world, rng)
-  heldout = labelers.agreement(people[30:], prompts, sets, world, rng)
+  training = _agreement(people[:30], prompts, sets, world, rng)
+  heldout = _agreement(people[30:], prompts, sets, world, rng)
   print(f'agreement: training {training:.3f}, held out {heldout:.3f}')
   # About 13,000 pairs of 1,200 prompts: standard error near 0.006.
   assert 0.71 < training < 0.75
@@ -124,7 +145,7 @@ def test_tastes_differ_by_group(world, prompts):
   sets = _sets(prompts[:400], world, 1)
   same = np.mean(
     [
-      labelers.agreement(
+      _agreement(
         people[6 * g : 6 * g + 6],
         prompts[:400],
         sets,
@@ -134,7 +155,7 @@ def test_tastes_differ_by_group(world, prompts):
       for g in range(5)
     ]
   )
-  mixed = labelers.agreement(
+  mixed = _agreement(
     [people[0], people[29]],
     prompts[:400],
     sets,
@@ -142,11 +163,3 @@ def test_tastes_differ_by_group(world, prompts):
     np.random.default_rng(0),
   )
   assert 0.9 < mixed < same <= 1.0
-
-
-def test_agreement_needs_pairs(world, prompts, people):
-  rng = np.random.default_rng(0)
-  with pytest.raises(ValueError, match='two labelers'):
-    labelers.agreement(people[:1], prompts[:1], [['a', 'b']], world, rng)
-  with pytest.raises(ValueError, match='no pair'):
-    labelers.agreement(people, prompts[:1], [['a', 'a']], world, rng)

@@ -33,7 +33,7 @@ def get_config(argument):
   if argument in ('pretrain', 'endless'):
     config = pretrain.stage(0, '')
     config.documents = config.valid = {inputs!r} + '/documents.jsonl'
-    config.model = pipeline.tiny_model(32, 1, 16, 1)
+    config.model = common.tiny_model(32, 1, 16, 1)
     config.batch_size, config.row_length = 8, 12
     config.num_steps = 4 if argument == 'pretrain' else 100_000
     config.num_warmup, config.eval_every, config.eval_batch_size = 1, 4, 8

@@ -116,6 +116,20 @@ def test_an_iteration_is_taken_apart(ptx_coef, workdir, monkeypatch):
   assert not (workdir / 'checkpoints').exists()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures('quick_compile')
+def test_a_rollout_is_measured(workdir, monkeypatch):
+  mesh = one_device()
+  monkeypatch.setattr(speed.sharding, 'make_mesh', lambda _: mesh)
+  config = tiny('rollout')
+  speed.run(config, epath.Path(workdir))
+  result = json.loads((workdir / 'speed.json').read_text())
+  # Without raggedness every response has the full length.
+  assert (result['mean_response'], result['occupancy']) == (8, 1)
+  assert result['phases']['rollout']['tokens'] == 8 * 8
+  assert result['recompilations'] == 0
+
+
 @pytest.fixture
 def peers(tmp_path):
   """Scripts that answer as the peers' do, and one that fails."""

@@ -16,7 +16,7 @@ def get_config():
   config.tokenizer = FOLDER + '/data/tokenizer'
   config.documents = FOLDER + '/documents.jsonl'
   config.valid = FOLDER + '/data/documents_valid.jsonl'
-  config.model = pipeline.tiny_model(32, 1, 64, 1)
+  config.model = common.tiny_model(32, 1, 64, 1)
   config.row_length, config.batch_size, config.num_steps = 32, 4, NUM_STEPS
   config.num_warmup, config.learning_rate = 2, 1e-3
   # A line, and a checkpoint, only at the end.

@@ -1,11 +1,11 @@
 """Best-of-n and RL on one frontier: the judge's score against KL.
 
-Gao et al. 2022. N answers of each prompt are sampled once; the expected best of
-n by the proxy reward model, for all n, comes from them without bias. RL points
-are measured on the same prompts. Both curves are fitted, with prompts redrawn
-for intervals.
+Gao et al. 2022. N answers of each prompt are sampled once; they give unbiased
+estimates of the best of n by the proxy reward model, for all n. RL points are
+measured on the same prompts. Both curves are fitted; intervals redraw prompts.
 """
 
+import functools
 import json
 
 import numpy as np
@@ -13,12 +13,7 @@ from etils import epath
 
 from instruct_jax import asking, files, judge_fns, model_folder, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.evals import (
-  overoptimization,
-  plots,
-  report,
-  win_rate,
-)
+from instruct_jax.evals import overoptimization, plots, report, win_rate
 from instruct_jax.infra import origin, sharding
 from instruct_jax.models.config import check_stage
 
@@ -26,7 +21,7 @@ PROCESSES = 'one'
 
 
 def validate(config):
-  """Checks the config; the judge checks its own keys."""
+  """Checks all keys but the judge's own. ValueError names the key."""
   check_stage(config)
   for key in ('policy', 'reward_model', 'prompts', 'tokenizer'):
     if not config[key]:
@@ -81,16 +76,13 @@ def rl_policies(folder: str) -> list[epath.Path]:
     ValueError: there is no policy in the folder.
   """
   folder = epath.Path(folder)
-  found = []
-  if (folder / 'snapshots').exists():
-    found = sorted(
-      (
-        path for path in (folder / 'snapshots').iterdir() if path.name.isdigit()
-      ),
-      key=lambda path: int(path.name),
-    )
-  if (folder / 'policy').exists():
-    found.append(folder / 'policy')
+  snapshots, policy = folder / 'snapshots', folder / 'policy'
+  paths = snapshots.iterdir() if snapshots.exists() else ()
+  found = sorted(
+    (path for path in paths if path.name.isdigit()),
+    key=lambda path: int(path.name),
+  )
+  found += [policy] * policy.exists()
   if not found:
     raise ValueError(f'{folder} has no snapshots/ and no policy/')
   return found
@@ -98,20 +90,15 @@ def rl_policies(folder: str) -> list[epath.Path]:
 
 def sizes_up_to(num_samples: int) -> list[int]:
   """1, 2, 4, ... and N itself."""
-  sizes = [1]
-  while 2 * sizes[-1] <= num_samples:
-    sizes.append(2 * sizes[-1])
-  return sizes if sizes[-1] == num_samples else [*sizes, num_samples]
+  powers = {2**k for k in range(num_samples.bit_length())}
+  return sorted(powers | {num_samples})
 
 
 def run(config, workdir: epath.Path):
-  """Samples, scores and fits.
+  """Samples, scores and fits; returns counts of prompts.
 
-  Reads what `inputs` names. Writes best_of_n.md, best_of_n.json and
+  Reads the files of `inputs`. Writes best_of_n.md, best_of_n.json and
   frontier.png.
-
-  Returns:
-    Counts of prompts.
   """
   validate(config)
   models = models_of(config)
@@ -132,9 +119,8 @@ def run(config, workdir: epath.Path):
 
     def ask(name, folder, num_samples=1):
       """A policy, its answers, and (proxy, gold) of each [prompts, samples]."""
-      policy = queries.load_policy(
-        folder, tokenizer, mesh, compute_dtype=config.compute_dtype
-      )
+      dtype = config.compute_dtype
+      policy = queries.load_policy(folder, tokenizer, mesh, compute_dtype=dtype)
       answers = asking.sample(
         config, name, policy, drawn, tokenizer, mesh, num_samples
       )
@@ -148,13 +134,12 @@ def run(config, workdir: epath.Path):
     # 1. N answers of each prompt, and the best of n among them.
     start, _, proxy, gold = ask('policy', config.policy, N)
     base = {'proxy': proxy.mean(axis=1), 'gold': gold.mean(axis=1)}
+    kl = [overoptimization.best_of_n_kl(n) for n in sizes]
     curves = {
       'best of n': {
         'kind': 'best_of_n',
         'labels': [f'n = {n}' for n in sizes],
-        'kl': np.tile(
-          [overoptimization.best_of_n_kl(n) for n in sizes], (len(proxy), 1)
-        ),
+        'kl': np.tile(kl, (len(proxy), 1)),
         'proxy': overoptimization.best_of_n(proxy, proxy, sizes),
         'gold': overoptimization.best_of_n(proxy, gold, sizes),
       }
@@ -170,48 +155,42 @@ def run(config, workdir: epath.Path):
           config, policy, start, drawn, answers, tokenizer, mesh
         )
         points.append((signed, proxy[:, 0], gold[:, 0]))
-      columns = (np.stack(x, axis=1) for x in zip(*points, strict=True))
-      curves[name] = {
-        'kind': 'rl',
-        'labels': [path.name for path in paths],
-        **dict(zip(('kl', 'proxy', 'gold'), columns, strict=True)),
-      }
+      kl, proxy, gold = (np.stack(x, axis=1) for x in zip(*points, strict=True))
+      labels = [path.name for path in paths]
+      curves[name] = {'kind': 'rl', 'labels': labels}
+      curves[name] |= {'kl': kl, 'proxy': proxy, 'gold': gold}
+  num_prompts = len(base['gold'])
   counts = {
-    'num_prompts': len(base['gold']),
+    'num_prompts': num_prompts,
     'num_given': num_given,
-    'num_dropped': len(drawn) - len(base['gold']),
+    'num_dropped': len(drawn) - num_prompts,
   }
   return write_results(config, workdir, judge.name, curves, base, counts)
 
 
 def points_of(config, curve, start):
-  """One row a point: KL and both scores gained, with intervals."""
-  ids = range(len(curve['kl']))
-  rows = []
-  for i, label in enumerate(curve['labels']):
-    columns = {
-      'kl': curve['kl'][:, i],
-      'proxy': curve['proxy'][:, i] - start['proxy'],
-      'gold': curve['gold'][:, i] - start['gold'],
+  """One row a point: KL and the gain in both scores, with intervals."""
+  interval = functools.partial(
+    win_rate.mean_interval,
+    cluster_ids=range(len(curve['kl'])),
+    num_bootstrap=config.num_bootstrap,
+    seed=config.seed,
+  )
+  return [
+    {
+      'label': label,
+      'kl': interval(curve['kl'][:, i]),
+      'proxy': interval(curve['proxy'][:, i] - start['proxy']),
+      'gold': interval(curve['gold'][:, i] - start['gold']),
     }
-    rows.append(
-      {
-        'label': label,
-        **{
-          name: win_rate.mean_interval(
-            values, ids, num_bootstrap=config.num_bootstrap, seed=config.seed
-          )
-          for name, values in columns.items()
-        },
-      }
-    )
-  return rows
+    for i, label in enumerate(curve['labels'])
+  ]
 
 
 def write_results(config, workdir, judge, curves, start, counts):
   """Fits the curves and writes best_of_n.json and .md, and frontier.png.
 
-  A curve that cannot be fitted is named with the reason.
+  They name each curve that cannot be fitted, with the reason.
   """
   points, fits, reasons = {}, {}, {}
   for name, curve in curves.items():
@@ -253,16 +232,11 @@ def write_results(config, workdir, judge, curves, start, counts):
     '2022).',
     '',
   ]
+  columns = ('alpha', 'beta', 'peak_kl', 'r_squared', 'num_points')
   lines += report.table(
     ['curve', 'α', 'β', 'KL at the peak', 'R²', 'points'],
     [
-      [
-        report.escape(name),
-        *map(
-          report.cell,
-          (f.alpha, f.beta, f.peak_kl, f.r_squared, f.num_points),
-        ),
-      ]
+      [report.escape(name), *(report.cell(getattr(f, x)) for x in columns)]
       for name, f in fits.items()
     ],
   )
@@ -272,17 +246,14 @@ def write_results(config, workdir, judge, curves, start, counts):
   ]
   for name, rows in points.items():
     lines += ['', f'## {report.escape(name)}', '']
+    columns = ('kl', 'proxy', 'gold')
     lines += report.table(
       ['', 'KL', 'reward model', 'judge'],
       [
-        [
-          report.escape(row['label']),
-          *(report.cell(row[key]) for key in ('kl', 'proxy', 'gold')),
-        ]
+        [report.escape(row['label']), *(report.cell(row[x]) for x in columns)]
         for row in rows
       ],
     )
-  files.write_bytes(
-    workdir / 'best_of_n.md', ('\n'.join(lines).rstrip() + '\n').encode()
-  )
+  text = '\n'.join(lines).rstrip() + '\n'
+  files.write_bytes(workdir / 'best_of_n.md', text.encode())
   return counts

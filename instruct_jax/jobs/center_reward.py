@@ -1,8 +1,8 @@
-"""Centres a reward model on demonstrations (paper 3.5), a published one too.
+"""Centres a reward model, such as a published one, on demonstrations (3.5).
 
-Published reward models have whatever mean their training left them. Here the
-head's bias is shifted so that the labelers' demonstrations score 0 on average,
-as the reward stage does for its own; which scores were seen is kept with it.
+Published reward models have an arbitrary mean score. This job shifts the bias
+of the head so that the labelers' demonstrations score 0 on average, as the
+reward stage does for its own model, and stores the range of scores seen.
 """
 
 import dataclasses
@@ -22,11 +22,7 @@ PROCESSES = 'all'
 
 
 def validate(config):
-  """Checks the config.
-
-  Raises:
-    ValueError: the key, what it is, and what it should be.
-  """
+  """Checks the config. ValueError names the key."""
   check_stage(config)
   for key in ('reward_model', 'tokenizer', 'demonstrations'):
     if not config[key]:
@@ -64,24 +60,20 @@ def scores_of(config, model, comparisons, tokenizer, mesh):
 def run(config, workdir: epath.Path):
   """Reads a reward model, writes `model/` and results.json.
 
-  Args:
-    config: of configs/center_reward.py.
-    workdir: of the stage.
-
   Returns:
-    What results.json holds: `reward_shift`, which is the demonstrations' mean
-    score before; `score_range` after, over the demonstrations and the answers
-    of `comparisons`; and the counts.
+    The content of results.json: `reward_shift`, the demonstrations' mean score
+    before; `score_range` of all scores after; and counts.
 
   Raises:
-    ValueError: no demonstration fits, or the model is none for this tokenizer.
+    ValueError: no demonstration fits, or the model has another tokenizer.
   """
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
   tokenizer_lib.check_published(tokenizer, config.reward_model)
-  demonstrations = records.read_jsonl(
-    config.demonstrations, records.Demonstration
-  )
+  demonstrations = [
+    records.Comparison(d.prompt, (d.response,), (1,), turns=d.turns)
+    for d in records.read_jsonl(config.demonstrations, records.Demonstration)
+  ]
   ranked = []
   if config.comparisons:
     ranked = records.read_jsonl(config.comparisons, records.Comparison)
@@ -97,25 +89,16 @@ def run(config, workdir: epath.Path):
       compute_dtype=config.compute_dtype,
     )
     model_fns.check_context(model, config.row_length, 'row_length')
-    scores, dropped = scores_of(
-      config,
-      model,
-      [
-        records.Comparison(d.prompt, (d.response,), (1,), turns=d.turns)
-        for d in demonstrations
-      ],
-      tokenizer,
-      mesh,
-    )
+    scores, dropped = scores_of(config, model, demonstrations, tokenizer, mesh)
     run_lib.tell_dropped(
       config.name, dropped.describe('demonstrations', 'row_length')
     )
     shift = float(np.mean(scores, dtype=np.float64))
-    seen, left_out = [scores], None
+    seen, num_left_out = scores, 0
     if ranked:
       others, left_out = scores_of(config, model, ranked, tokenizer, mesh)
-      seen.append(others)
-    seen = np.concatenate(seen) - shift
+      seen, num_left_out = np.concatenate([scores, others]), left_out.total
+    seen = seen - shift
     results = {
       'reward_shift': shift,
       'standard_deviation': float(np.std(scores, dtype=np.float64)),
@@ -123,7 +106,7 @@ def run(config, workdir: epath.Path):
       'num_demonstrations': len(scores),
       'num_dropped': dropped.total,
       'num_answers': len(seen) - len(scores),
-      'num_comparisons_dropped': left_out.total if left_out else 0,
+      'num_comparisons_dropped': num_left_out,
     }
     bias = model.params['head_bias'] - jnp.float32(shift)
     model_folder.save(
@@ -133,9 +116,8 @@ def run(config, workdir: epath.Path):
       {'stage': config.name, 'from': config.reward_model, **results},
     )
   run_lib.write_json(workdir / 'results.json', results)
-  low, high = results['score_range']
   run_lib.say(
     f'{config.name}: {len(scores)} demonstrations scored {shift:.3f} on '
-    f'average, and now 0; scores seen from {low:.3f} to {high:.3f}'
+    f'average, and now 0; scores seen from {seen.min():.3f} to {seen.max():.3f}'
   )
   return results

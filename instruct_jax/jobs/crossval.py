@@ -38,7 +38,10 @@ def inputs(config):
 def run(config, workdir: epath.Path):
   """Trains a reward model for each group and seed; writes results.json.
 
-  Those that have finished are not trained again.
+  Skips those that have finished.
+
+  Raises:
+    ValueError: a group has no validation pair that it ordered.
   """
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
@@ -53,12 +56,11 @@ def run(config, workdir: epath.Path):
       theirs = [c for c in encoded.fitting if c.labeler in left_out]
       if not any(len(set(c.ranks)) > 1 for c in theirs):
         raise ValueError(
-          'valid_comparisons: no pair was told apart by '
-          f'{", ".join(left_out)}, '
-          'who are left out together; give rankings of theirs, or take fewer '
+          f'valid_comparisons: no pair was ordered by {", ".join(left_out)}, '
+          'who are left out together; add rankings of theirs, or use fewer '
           f'folds (num_folds {config.num_folds})'
         )
-    scoring = None  # The first fold's programs score for all.
+    scoring = None  # All folds are scored with the first one's programs.
     runs = []
     for seed in range(config.seed, config.seed + config.num_fold_seeds):
       key = jax.random.fold_in(jax.random.key(seed), 1)
@@ -73,7 +75,7 @@ def run(config, workdir: epath.Path):
             [c for c in comparisons if c.labeler not in left_out],
             tokenizer,
           )
-          # A copy: training writes over what it starts from.
+          # A copy, since training donates its starting weights.
           start = jax.tree.map(jnp.copy, model.params)
           params, programs = reward.train(
             config,

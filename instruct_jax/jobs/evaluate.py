@@ -1,11 +1,12 @@
-"""Models answer the same prompts, a judge compares them, a report says it.
+"""Asks models, lets a judge compare their answers, and writes the report.
 
 Paper 3.6 and 4.1: prompts -> answers of each model -> judge -> outcomes of
-pairs with intervals -> sections. Models, judge and probes come from the config;
-nothing here knows one by name.
+pairs with intervals -> sections. The config names models and judge.
 """
 
+import collections
 import dataclasses
+import functools
 import itertools
 import json
 from typing import Any
@@ -45,10 +46,10 @@ PROCESSES = 'all'
 
 
 def named_pairs(config) -> list[tuple[str, str]]:
-  """Pairs that are compared beside those with the baseline, each once.
+  """Pairs that are compared besides those with the baseline, each once.
 
   Raises:
-    ValueError: something else than pairs of the other models.
+    ValueError: `pairs` has anything but pairs of the other models.
   """
   names = model_folder.named_folders(config.models)
   others = [name for name in names if name != config.baseline]
@@ -67,14 +68,14 @@ def named_pairs(config) -> list[tuple[str, str]]:
 
 
 def validate(config):
-  """Checks the config; the judge checks its own keys."""
+  """Checks all keys but the judge's own. ValueError names the key."""
   check_stage(config)
   models = asking.read_models(config)
   columns = [model.name for model in models.values() if model.has_columns]
   if config.baseline not in columns or len(columns) < 2:
     raise ValueError(
-      f'models must hold the baseline {config.baseline!r} and one more: '
-      f'{columns}'
+      f'models must include the baseline {config.baseline!r} and at least one '
+      f'other model: {columns}'
     )
   if not config.prompts:
     raise ValueError('prompts is empty; give a JSONL file of prompts')
@@ -82,7 +83,7 @@ def validate(config):
   world_of(config)
   named_pairs(config)
   if config.test_comparisons and not config.reward_model:
-    raise ValueError('test_comparisons needs reward_model, which orders them')
+    raise ValueError('test_comparisons needs reward_model to order them')
   for key in ('num_prompts', 'samples_per_prompt', 'num_bootstrap'):
     if config[key] < 1:
       raise ValueError(f'{key} must be positive: {config[key]}')
@@ -92,30 +93,28 @@ def validate(config):
     )
   prompted = [model for model in models.values() if model.is_prompted]
   if prompted and not config.prefix_prompts:
-    raise ValueError('prefix_prompts is empty; the prefix is chosen on them')
+    raise ValueError(
+      'prefix_prompts is empty; their answers decide which prefix is used'
+    )
   loaded = [m.source for m in models.values() if not m.is_recorded]
   loaded += [config[key] for key in ('reward_model', 'judge_model')]
   ours = [x for x in loaded if x and not model_folder.is_published(x)]
   if ours and not config.tokenizer:
-    raise ValueError(f'tokenizer is empty; {ours[0]} needs its folder')
+    raise ValueError(f'tokenizer is empty; give the folder for {ours[0]}')
 
 
 def world_of(config) -> figures.World | None:
-  """The world of `config.world`, or None.
-
-  Raises:
-    ValueError: the dotted name has none.
-  """
+  """The world of `config.world`, or None; ValueError if it is no world."""
   if not config.world:
     return None
-  found = score_fns.find(config.world, 'world')
-  if not isinstance(found, figures.World):
+  world = score_fns.find(config.world, 'world')
+  if not isinstance(world, figures.World):
     raise ValueError(f'world {config.world!r} is no figures.World')
-  return found
+  return world
 
 
 def inputs(config) -> dict[str, str]:
-  """What this stage reads, by config key; for models, what lies beside them."""
+  """What this stage reads, by config key; models with the files beside them."""
   found = {'prompts': config.prompts}
   for name, model in asking.read_models(config).items():
     key = f'{"models" if model.has_columns else "other_models"}.{name}'
@@ -146,12 +145,7 @@ def _rankings(config, key: str) -> dict[str, str]:
 
 def scored(prompts, answers, field: str, score_fn: judges.ScoreFn):
   """The answers of all models with the scores of `score_fn` in a field."""
-  pairs = [
-    (prompt, answer)
-    for several in answers.values()
-    for prompt, answer in zip(prompts, several, strict=True)
-  ]
-  found = iter(score_fn(pairs))
+  found = iter(score_fn(_with_prompts(prompts, answers, answers)))
   return {
     name: [
       dataclasses.replace(answer, **{field: float(next(found))})
@@ -159,6 +153,13 @@ def scored(prompts, answers, field: str, score_fn: judges.ScoreFn):
     ]
     for name, several in answers.items()
   }
+
+
+def _with_prompts(prompts, answers, names):
+  """(prompt, answer) of some models, one model after the other."""
+  return [
+    pair for name in names for pair in zip(prompts, answers[name], strict=True)
+  ]
 
 
 def readers_of(config) -> dict[str, str]:
@@ -169,40 +170,39 @@ def readers_of(config) -> dict[str, str]:
   return {key: config[key] for key in keys}
 
 
+def _readers(config):
+  """Config key, context length and tokenizer of each scalar model."""
+  for key, folder in readers_of(config).items():
+    tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
+    yield key, model_folder.shape_of(folder).context_length, tokenizer
+
+
+def _say_unread(config, number, total, what, key, context_length):
+  limit = f'the context of {key} ({context_length} tokens)'
+  run_lib.say_left_out(config.name, number, total, what, limit)
+
+
 def readable(config, prompts, answers):
-  """Leaves out prompts with an answer that a model which scores cannot read.
+  """Leaves out prompts with an answer too long for a scalar model.
 
-  A recorded answer, or one of another tokenizer, may be too long for it.
-
-  Args:
-    config: names the models that score.
-    prompts: of the answers, from `asking.aligned`.
-    answers: model -> answers to them.
+  An answer may be, if it is recorded or has another tokenizer.
 
   Returns:
-    Prompts and answers that are left, and the number of prompts that are not.
+    The prompts and answers left, and the number of prompts left out.
 
   Raises:
     ValueError: none is left.
   """
   left_out, num_prompts = set(), len({prompt.id for prompt in prompts})
-  for key, folder in readers_of(config).items():
-    context_length = model_folder.shape_of(folder).context_length
-    tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
+  for key, context_length, tokenizer in _readers(config):
     lengths = list(map(len, tokenizer.encode_prompts(prompts)))
     found = {
       answer.prompt_id
-      for several in answers.values()
-      for length, answer in zip(lengths, several, strict=True)
+      for length, answer in _with_prompts(lengths, answers, answers)
       if length + len(queries.answer_ids(tokenizer, answer)) > context_length
     }
-    run_lib.say_left_out(
-      config.name,
-      len(found),
-      num_prompts,
-      'prompts with their answers',
-      f'the context of {key} ({context_length} tokens)',
-    )
+    what = 'prompts with their answers'
+    _say_unread(config, len(found), num_prompts, what, key, context_length)
     left_out |= found
   if len(left_out) == num_prompts:
     raise ValueError(
@@ -221,17 +221,13 @@ def readable(config, prompts, answers):
 
 
 def judge_pairs(config, models, prompts, answers, judge):
-  """(all judgements, what became of the pairs)."""
-  sides = [
-    (name, config.baseline) for name in models if name != config.baseline
-  ]
-  sides += named_pairs(config)
+  """(all judgements, counts of the verdicts)."""
+  baseline = config.baseline
+  sides = [(name, baseline) for name in models if name != baseline]
   pairs = [
-    judges.Pair(prompt, first, second)
-    for model, other in sides
-    for prompt, first, second in zip(
-      prompts, answers[model], answers[other], strict=True
-    )
+    judges.Pair(*three)
+    for model, other in sides + named_pairs(config)
+    for three in zip(prompts, answers[model], answers[other], strict=True)
   ]
   with run_lib.Progress('judge', 2 * len(pairs), unit='pairs') as progress:
     judge.progress = progress.update
@@ -239,13 +235,9 @@ def judge_pairs(config, models, prompts, answers, judge):
 
 
 def rate(config, models, prompts, answers, judge, world):
-  """(answer, rating) of what the judge rates, and the world's labels."""
-  pairs = [
-    (prompt, answer)
-    for name, model in models.items()
-    if model.has_columns
-    for prompt, answer in zip(prompts, answers[name], strict=True)
-  ]
+  """(answer, rating): the judge's ratings, and the world's labels."""
+  names = [name for name, model in models.items() if model.has_columns]
+  pairs = _with_prompts(prompts, answers, names)
   rated = []
   if config.rate_answers:
     with run_lib.Progress('rate', len(pairs), unit='answers') as progress:
@@ -264,16 +256,11 @@ def rate(config, models, prompts, answers, judge, world):
 
 
 def order_rankings(config, score_fn, judge):
-  """Set of rankings -> who orders its pairs how well (3.4, 4.1).
+  """Set of rankings -> accuracy of each judge of its pairs (3.4, 4.1).
 
-  Trivial judges learn from the rankings of the same name that the reward model
-  learned from.
-
-  Args:
-    config: with `comparisons`, `test_comparisons` and `reward_model`; rankings
-      that it, or a judge that is one, cannot read are left out.
-    score_fn: of the reward model.
-    judge: orders as well, where it scores and knows all prompts.
+  Rankings too long for a scalar model are left out. The judge is compared if it
+  scores and knows all prompts; the trivial judges learn from the training
+  rankings of the same name.
   """
   counter = queries.tokenizer_of(
     config.reward_model, config.tokenizer, chat=True
@@ -281,20 +268,13 @@ def order_rankings(config, score_fn, judge):
   learned, found = _rankings(config, 'comparisons'), {}
   for name, path in _rankings(config, 'test_comparisons').items():
     test = records.read_jsonl(path, records.Comparison)
-    for key, folder in readers_of(config).items():
-      context_length = model_folder.shape_of(folder).context_length
-      tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
-      given = test
-      test = loader.fitting_comparisons(given, tokenizer, context_length)
-      run_lib.say_left_out(
-        config.name,
-        len(given) - len(test),
-        len(given),
-        f'test_comparisons ({name})',
-        f'the context of {key} ({context_length} tokens)',
-      )
+    what = f'test_comparisons ({name})'
+    for key, context_length, tokenizer in _readers(config):
+      given = len(test)
+      test = loader.fitting_comparisons(test, tokenizer, context_length)
+      _say_unread(config, given - len(test), given, what, key, context_length)
     if not test:
-      raise ValueError(f'test_comparisons ({name}): no ranking is short enough')
+      raise ValueError(f'{what}: no ranking is short enough')
     by = {'reward model': judge_fns.comparison_scores(score_fn, test, counter)}
     prompts = map(judge_fns.prompt_of, test)
     if judge.gives_scores() and all(map(judge.knows, prompts)):
@@ -304,11 +284,10 @@ def order_rankings(config, score_fn, judge):
       by['length only'] = baselines.fit_length(train).scores(test)
       words = baselines.fit_bag_of_words(train)
       by['bag of words (Bradley-Terry)'] = words.scores(test)
+    ranks, clusters = [c.ranks for c in test], [c.prompt for c in test]
     found[name] = figures.Rankings(
       accuracies={
-        scorer: preference_accuracy.pairwise_accuracy(
-          scores, [c.ranks for c in test], [c.prompt for c in test]
-        )
+        scorer: preference_accuracy.pairwise_accuracy(scores, ranks, clusters)
         for scorer, scores in by.items()
       },
       agreement=preference_accuracy.agreement(test),
@@ -316,35 +295,30 @@ def order_rankings(config, score_fn, judge):
   return found
 
 
-# --- What the verdicts come to ------------------------------------------------
+# --- Figures ------------------------------------------------------------------
 
 
 def mean_ratings(rated, num_bootstrap: int):
   """Model -> `judges.LIKERT` and each label -> mean, redrawn by prompt."""
-  columns = {}
+  columns = collections.defaultdict(list)
   for answer, rating in rated:
     values = dict(rating.labels)
     if rating.likert is not None:
       values[judges.LIKERT] = rating.likert
     for name, value in values.items():
-      column = columns.setdefault(answer.model, {}).setdefault(name, ([], []))
-      column[0].append(float(value))
-      column[1].append(answer.prompt_id)
-  return {
-    model: {
-      name: (
-        win_rate.mean_interval
-        if name == judges.LIKERT
-        else win_rate.share_interval
-      )(values, ids, num_bootstrap=num_bootstrap)
-      for name, (values, ids) in by_name.items()
-    }
-    for model, by_name in columns.items()
-  }
+      columns[answer.model, name].append((float(value), answer.prompt_id))
+  found = {}
+  for (model, name), column in columns.items():
+    is_likert = name == judges.LIKERT
+    interval = win_rate.mean_interval if is_likert else win_rate.share_interval
+    found.setdefault(model, {})[name] = interval(
+      *zip(*column, strict=True), num_bootstrap=num_bootstrap
+    )
+  return found
 
 
 def judge_alarms(judgements, account, outcomes, max_contradictions: float):
-  """What in the verdicts should not be trusted, one sentence each."""
+  """Reasons not to trust the verdicts, one sentence each."""
   alarms = []
   share = account.contradictions / account.judgements
   if share > max_contradictions:
@@ -361,28 +335,28 @@ def judge_alarms(judgements, account, outcomes, max_contradictions: float):
     )
   if account.one_order:
     alarms.append(
-      f'{account.one_order} verdicts stand alone: the same judge said nothing '
-      'in the other order'
+      f'{account.one_order} verdicts have no counterpart: the same judge gave '
+      'none in the other order'
     )
   nameless = sum(not judgement.labeler for judgement in judgements)
   if 0 < nameless < len(judgements):
     alarms.append(
-      f'{nameless} of {len(judgements)} judgements name no labeler, so no '
-      'interval goes by labeler'
+      f'{nameless} of {len(judgements)} judgements name no labeler, so there '
+      'are no intervals by labeler'
     )
   place = outcomes.first_place
   if place and place.is_biased:
     alarms.append(
       f'the answer in the first place wins {place.rate.mean:.1%} '
-      f'[{place.rate.low:.1%}, {place.rate.high:.1%}] of the verdicts: the '
-      'judge looks at the place; both orders are averaged, which cancels it in '
-      'the rates and draws them towards one half'
+      f'[{place.rate.low:.1%}, {place.rate.high:.1%}] of the verdicts, so the '
+      'judge prefers a place; the average over both orders cancels that in the '
+      'rates, but draws them towards one half'
     )
   return alarms
 
 
 def everyone_rows(config, judged, rates, answers):
-  """Model, of all that were asked -> column -> figure."""
+  """Each model that was asked -> column -> figure."""
   against = preferences.against(judged, config.baseline)
   rates = {
     name: preferences.rates(several, config.num_bootstrap)
@@ -411,32 +385,30 @@ def judged_figures(config, models, prompts, answers, judge, workdir):
 
   Writes judgements.jsonl and ratings.jsonl.
   """
-  everything, account = judge_pairs(config, models, prompts, answers, judge)
-  _write_lines(
-    workdir / 'judgements.jsonl', map(dataclasses.asdict, everything)
-  )
-  judged = [j for j in everything if j.outcome is not None]
+  verdicts, account = judge_pairs(config, models, prompts, answers, judge)
+  _write_lines(workdir / 'judgements.jsonl', map(dataclasses.asdict, verdicts))
+  judged = [j for j in verdicts if j.outcome is not None]
   if not judged:
     raise ValueError(
       f'the judge judged none of {account.pairs} pairs: {account.unjudged} '
-      f'without an opinion in both orders, {account.unparsed} verdicts not '
-      'understood; judgements.jsonl has what it said'
+      f'without a verdict in both orders, {account.unparsed} verdicts not '
+      'understood; judgements.jsonl has its replies'
     )
   columns = [name for name, model in models.items() if model.has_columns]
+  num_bootstrap = config.num_bootstrap
   outcomes = preferences.outcomes(
-    judged, columns, config.baseline, config.num_bootstrap
+    judged, columns, config.baseline, num_bootstrap
   )
   world = world_of(config)
   rated = rate(config, models, prompts, answers, judge, world)
-  _write_lines(
-    workdir / 'ratings.jsonl',
-    (
-      {'model': answer.model, 'prompt_id': answer.prompt_id}
-      | dataclasses.asdict(rating)
-      for answer, rating in rated
-    ),
-  )
+  lines, by_category = [], collections.defaultdict(list)
+  for answer, rating in rated:
+    about = {'model': answer.model, 'prompt_id': answer.prompt_id}
+    lines.append(about | dataclasses.asdict(rating))
+    by_category[answer.category].append((answer, rating))
+  _write_lines(workdir / 'ratings.jsonl', lines)
   texts = {n: [a.response for a in answers[n]] for n in columns}
+  has_tables = world and world.tables_fn
   return {
     'models': columns,
     'baseline': config.baseline,
@@ -448,19 +420,14 @@ def judged_figures(config, models, prompts, answers, judge, workdir):
       judged, account, outcomes, config.max_contradictions
     ),
     'everyone': everyone_rows(config, judged, outcomes.rates, answers),
-    'ratings': mean_ratings(rated, config.num_bootstrap),
+    'ratings': mean_ratings(rated, num_bootstrap),
     'ratings_by_category': {
-      category: mean_ratings(
-        [row for row in rated if row[0].category == category],
-        config.num_bootstrap,
-      )
-      for category in sorted({answer.category for answer, _ in rated})
+      category: mean_ratings(rows, num_bootstrap)
+      for category, rows in sorted(by_category.items())
     },
     'asking': dataclasses.asdict(account) | judge.account(),
     'world': world,
-    'tables': world.tables_fn(prompts, texts)
-    if world and world.tables_fn
-    else {},
+    'tables': world.tables_fn(prompts, texts) if has_tables else {},
   }
 
 
@@ -477,7 +444,7 @@ def text_figures(config, losses):
     if model == other or not {model, other} <= set(losses):
       continue
     (loss, tokens), (base, other_tokens) = losses[model], losses[other]
-    if tokens == other_tokens:  # Else they count other tokens.
+    if tokens == other_tokens:  # Losses of other tokenizers do not compare.
       name = model if other == config.reference else f'{model} – {other}'
       differences[name] = heldout_loss.difference(loss, base)
   return {
@@ -494,9 +461,9 @@ def text_figures(config, losses):
 def run(config, workdir: epath.Path):
   """Asks models and judge, measures, and writes the report.
 
-  Reads what `inputs` names. Writes answers/, samples.jsonl, judgements.jsonl
+  Reads the files of `inputs`. Writes answers/, samples.jsonl, judgements.jsonl
   and ratings.jsonl into the stage's folder, and the report with its plots, the
-  model card and summary.json into that of the run as well.
+  model card and summary.json also into that of the run.
 
   Returns:
     Counts of prompts and judgements; {} in all processes but the first.
@@ -517,7 +484,7 @@ def run(config, workdir: epath.Path):
   drawn, num_given = asking.draw(config, 'prompts', config.num_prompts)
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
-    # Before anything is sampled: a judge may lack something.
+    # Made before anything is sampled, since its keys may be wrong.
     judge = judge_fns.find(config.judge)(config, workdir, mesh)
     score_fn, rankings = None, {}
     if config.reward_model:
@@ -537,6 +504,9 @@ def run(config, workdir: epath.Path):
   judged = judged_figures(config, models, prompts, answers, judge, workdir)
   trained = run_figures.of_models(config, models)
   root = epath.Path(config.workdir)
+  side_by_side = functools.partial(
+    samples_lib.side_by_side, recorded, judged['models']
+  )
   shown = figures.Figures(
     **judged
     | trained
@@ -558,12 +528,8 @@ def run(config, workdir: epath.Path):
     prefixes=asked.prefixes,
     reward_model=run_figures.of_reward_model(config, rankings, judge),
     labeling=run_figures.of_labeling(_rankings(config, 'comparisons').values()),
-    samples=samples_lib.side_by_side(
-      recorded, judged['models'], config.num_samples_shown
-    ),
-    more_samples=samples_lib.side_by_side(
-      recorded, judged['models'], config.num_samples_in_html
-    ),
+    samples=side_by_side(config.num_samples_shown),
+    more_samples=side_by_side(config.num_samples_in_html),
   )
   drawn_plots, card = plots.make_plots(shown), model_card.make_card(shown)
   for directory in dict.fromkeys((workdir, root)):
@@ -578,7 +544,7 @@ def run(config, workdir: epath.Path):
 
 
 def provenance_figures(root: epath.Path) -> dict[str, Any]:
-  """What was run, by which code."""
+  """The fields about the command and the code that ran."""
   found = run_lib.read_json(root / 'provenance.json')
   return {
     'title': f'Evaluation of {root.name}',

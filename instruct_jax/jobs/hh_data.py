@@ -1,10 +1,11 @@
 """Anthropic's HH comparisons as files for pretraining and a reward model.
 
-The split is by conversation: no dialogue of the validation rankings begins like
-one of any other file. Each set has comparisons and demonstrations of its own,
-in a folder of its name. The dialogues of the training split of all sets, both
-sides of each, are also the text to pretrain on, so that nothing else is needed.
+The split is by conversation: no validation dialogue begins like a training one.
+Each set has a folder of comparisons and demonstrations. The training dialogues
+of all sets, with both answers of each pair, are also the text to pretrain on.
 """
+
+import collections
 
 from etils import epath
 
@@ -16,11 +17,7 @@ PROCESSES = 'first'
 
 
 def validate(config):
-  """Checks the config.
-
-  Raises:
-    ValueError: the key, what it is, and what it should be.
-  """
+  """Checks the config. ValueError names the key."""
   if not config.root:
     raise ValueError(
       'the data root is not given; set --config.data.root=DIR with '
@@ -38,61 +35,51 @@ def inputs(config):
 
 
 def files_of(config, name: str) -> list[epath.Path]:
-  """The JSONL files of one set, by name."""
+  """The JSONL files of one set, by name; ValueError if there are none."""
   folder = epath.Path(config.root) / name
-  files = (
-    sorted(
-      (p for p in folder.iterdir() if '.jsonl' in p.suffixes),
-      key=lambda path: path.name,
-    )
-    if folder.is_dir()
-    else []
-  )
+  paths = folder.iterdir() if folder.is_dir() else ()
+  files = [path for path in paths if '.jsonl' in path.suffixes]
   if not files:
     raise ValueError(f'{folder} has no .jsonl or .jsonl.gz files')
-  return files
+  return sorted(files, key=lambda path: path.name)
 
 
 def run(config, workdir: epath.Path):
-  """Reads HH dialogues, writes the records of the stages that follow.
+  """Reads HH dialogues, writes the records of the later stages.
 
   Reads ROOT/SET/*.jsonl, plain or .gz. Writes the tokenizer, documents_*, a
   folder of comparisons and demonstrations for each set, and counts.json.
 
   Returns:
-    The number of records in each file, what was skipped, and the vocabulary.
+    The number of records in each file, the skipped records, and the vocabulary.
 
   Raises:
-    ValueError: a set has no file, or a record is none of HH's.
+    ValueError: a set has no file, or a record is not in HH's format.
   """
   validate(config)
-  files = {
-    f'{folder}{kind}_{split}': []
-    for folder, kinds in (
-      ('', ('documents',)),
-      *(
-        (f'{name}/', ('comparisons', 'demonstrations')) for name in config.sets
-      ),
-    )
-    for kind in kinds
-    for split in ('train', 'valid')
-  }
-  skipped = {}
+  kinds = ['documents']
+  for name in config.sets:
+    kinds += [f'{name}/comparisons', f'{name}/demonstrations']
+  files = {f'{x}_{split}': [] for x in kinds for split in ('train', 'valid')}
+  skipped = collections.Counter()
+
+  def add(kind, row):
+    split = convert.split_of(row, config.valid_fraction, config.seed)
+    files[f'{kind}_{split}'].append(row)
+    return split
+
   for name in config.sets:
     for path in files_of(config, name):
       imported = importers.read_hh(path)
-      for reason, number in imported.skipped.items():
-        skipped[reason] = skipped.get(reason, 0) + number
+      skipped.update(imported.skipped)
       for row in imported.comparisons:
-        split = convert.split_of(row, config.valid_fraction, config.seed)
-        files[f'{name}/comparisons_{split}'].append(row)
+        split = add(f'{name}/comparisons', row)
         files[f'documents_{split}'] += [
           records.Document(text=row.prompt + text, source=name)
           for text in row.completions
         ]
       for row in imported.demonstrations:
-        split = convert.split_of(row, config.valid_fraction, config.seed)
-        files[f'{name}/demonstrations_{split}'].append(row)
+        add(f'{name}/demonstrations', row)
   tokenizer = tokenizer_lib.train_bpe(
     [document.text for document in files['documents_train']], config.vocab_size
   )
@@ -106,5 +93,6 @@ def run(config, workdir: epath.Path):
       records.write_jsonl(unfinished / f'{name}.jsonl', rows)
     tokenizer.save(unfinished / 'tokenizer')
   counts = {name: len(rows) for name, rows in files.items()}
-  run_lib.write_json(workdir / 'counts.json', {**counts, 'skipped': skipped})
-  return {**counts, 'skipped': skipped, 'vocabulary': tokenizer.vocab_size}
+  counts['skipped'] = dict(skipped)
+  run_lib.write_json(workdir / 'counts.json', counts)
+  return {**counts, 'vocabulary': tokenizer.vocab_size}

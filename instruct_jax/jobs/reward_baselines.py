@@ -1,8 +1,8 @@
-"""Reward models beside what needs no language model, set by set.
+"""Reward models and baselines without a language model, set by set.
 
 Baselines: the longer (or the shorter) completion is better, whichever holds in
 training; and Bradley-Terry on bags of words, its ridge chosen within the
-training rankings. Reward model and baselines of a set have seen the same
+training rankings. Reward model and baselines of a set train on the same
 rankings.
 """
 
@@ -19,11 +19,7 @@ PROCESSES = 'one'
 
 
 def validate(config):
-  """Checks the config.
-
-  Raises:
-    ValueError: the key, what it is, and what it should be.
-  """
+  """Checks the config. ValueError names the key."""
   check_stage(config)
   if config.batch_size < 1:
     raise ValueError(f'batch_size must be positive: {config.batch_size}')
@@ -38,7 +34,7 @@ def inputs(config):
 
 
 def score_of(config, model_dir, comparisons, mesh):
-  """r(x, y) of each comparison's completions; those too long are left out."""
+  """(comparisons short enough, r(x, y) of their completions)."""
   score_fn, tokenizer = judge_fns.reward_score(config, model_dir, mesh)
   kept = loader.fitting_comparisons(comparisons, tokenizer, config.row_length)
   run_lib.say_left_out(
@@ -69,26 +65,20 @@ def run(config, workdir: epath.Path):
       'bag of words': words.scores(kept),
       'longer is better': baselines.LengthJudge(1).scores(kept),
     }
-    row = {
+    ranks, prompts = [c.ranks for c in kept], [c.prompt for c in kept]
+    accuracies = {
+      judge: preference_accuracy.pairwise_accuracy(found, ranks, prompts)
+      for judge, found in judged.items()
+    }
+    results[name] = {
       'num_comparisons': len(kept),
       'num_left_out': len(valid) - len(kept),
       'l2': l2,
+    } | {
+      judge: {'accuracy': x.accuracy, 'low': x.low, 'high': x.high}
+      for judge, x in accuracies.items()
     }
-    for judge, found in judged.items():
-      accuracy = preference_accuracy.pairwise_accuracy(
-        found, [c.ranks for c in kept], [c.prompt for c in kept]
-      )
-      row[judge] = {
-        'accuracy': accuracy.accuracy,
-        'low': accuracy.low,
-        'high': accuracy.high,
-      }
-    results[name] = row
-    print(
-      f'{config.name}: {name}: '
-      + ', '.join(f'{judge} {row[judge]["accuracy"]:.3f}' for judge in judged)
-      + f' on {len(kept)} comparisons',
-      flush=True,
-    )
+    shown = ', '.join(f'{k} {x.accuracy:.3f}' for k, x in accuracies.items())
+    run_lib.say(f'{config.name}: {name}: {shown} on {len(kept)} comparisons')
   run_lib.write_json(workdir / 'results.json', results)
   return results

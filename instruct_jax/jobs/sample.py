@@ -1,7 +1,7 @@
-"""Samples prompts from one or more policies into one file for labelers.
+"""Samples answers of one or more policies into one file for labelers.
 
-A line holds a prompt, its K completions and the models that wrote them: what
-the labeling site imports as ranking tasks (paper 3.1, 3.4).
+A line has a prompt, its K completions and the models that wrote them; the
+labeling site imports the lines as ranking tasks (paper 3.1, 3.4).
 """
 
 import json
@@ -21,17 +21,13 @@ PROCESSES = 'one'
 
 
 def validate(config):
-  """Checks the config.
-
-  Raises:
-    ValueError: the key, what it is, and what it should be.
-  """
+  """Checks the config. ValueError names the key."""
   check_stage(config)
   num_models = len(model_folder.named_folders(config.models))
   if num_models * config.samples_per_model < 2:
     raise ValueError(
       f'{num_models} models x {config.samples_per_model} samples_per_model '
-      'leave nothing to rank; 2 completions at least'
+      'leave nothing to rank; at least 2 completions are needed'
     )
   for key in ('tokenizer', 'prompts'):
     if not config[key]:
@@ -41,16 +37,12 @@ def validate(config):
 def inputs(config):
   """What this stage reads, by config key."""
   found = {'tokenizer': config.tokenizer, 'prompts': config.prompts}
-  for name, folder in model_folder.named_folders(config.models).items():
-    found[f'models.{name}'] = folder
-  return found
+  models = model_folder.named_folders(config.models)
+  return found | {f'models.{name}': folder for name, folder in models.items()}
 
 
 def run(config, workdir: epath.Path):
-  """Samples every model on every prompt that fits.
-
-  Reads the models and `prompts`; writes samples.jsonl. A line is the prompt's
-  record, turns and all, with its completions and the models that wrote them.
+  """Samples every model on every prompt that fits; writes samples.jsonl.
 
   Returns:
     The number of prompts, and of those dropped.
@@ -72,58 +64,38 @@ def run(config, workdir: epath.Path):
   run_lib.tell_dropped(
     config.name, dropped.describe('prompts', 'prompt_length')
   )
-  num_rows = len(rows.indices) * config.samples_per_model
+  num_samples = config.samples_per_model
+  owners = np.repeat(rows.indices, num_samples)
   mesh = sharding.make_mesh(config.mesh)
-  completions = [[] for _ in prompts]
-  models = [[] for _ in prompts]
+  answers = {i: [] for i in sorted(rows.indices.tolist())}
   with sharding.use_mesh(mesh):
-    for number, (name, folder) in enumerate(
-      model_folder.named_folders(config.models).items()
-    ):
+    for number, (name, folder) in enumerate(models.items()):
+      dtype = config.compute_dtype
       policy = model_folder.load(
-        folder,
-        'policy',
+        folder, 'policy', mesh, tokenizer, compute_dtype=dtype
+      )
+      sampled = queries.sample(
+        policy,
+        rows,
+        jax.random.fold_in(jax.random.key(config.seed), number),
         mesh,
-        tokenizer,
-        compute_dtype=config.compute_dtype,
+        name=name,
+        stop_ids=tokenizer.stop_ids,
+        response_length=config.response_length,
+        temperature=config.temperature,
+        batch_size=config.batch_size,
+        num_samples=num_samples,
       )
-      generate = queries.generate_program(
-        policy.module,
-        config.response_length,
-        tokenizer.stop_ids,
-        config.temperature,
-        num_slots=config.batch_size,
-        num_samples=config.samples_per_model,
-      )
-      key = jax.random.fold_in(jax.random.key(config.seed), number)
-      with run_lib.Progress(f'sample {name}', num_rows) as progress:
-        sampled = rollout.in_queues(
-          lambda batch, p=policy, g=generate, k=key: g(
-            p.params, sharding.put_batch(batch, mesh), k
-          ),
-          rows,
-          config.batch_size,
-          config.samples_per_model,
-          progress.update,
-        )
       texts = tokenizer.decode_responses(rollout.response_ids(sampled))
-      owners = np.repeat(rows.indices, config.samples_per_model)
-      for prompt, text in zip(owners, texts, strict=True):
-        completions[prompt].append(text)
-        models[prompt].append(name)
-  lines = [
-    json.dumps(
-      {
-        **records.to_values(prompt),
-        'completions': completions[i],
-        'models': models[i],
-      },
-      ensure_ascii=False,
-    )
-    for i, prompt in enumerate(prompts)
-    if completions[i]
-  ]
+      for owner, text in zip(owners.tolist(), texts, strict=True):
+        answers[owner].append((text, name))
+  lines = []
+  for i, pairs in answers.items():
+    completions, names = zip(*pairs, strict=True)
+    line = records.to_values(prompts[i])
+    line |= {'completions': completions, 'models': names}
+    lines.append(json.dumps(line, ensure_ascii=False) + '\n')
   path = workdir / 'samples.jsonl'
-  records.write_bytes(path, '\n'.join([*lines, '']).encode())
-  print(f'{config.name}: {len(lines)} prompts in {path}', flush=True)
+  records.write_bytes(path, ''.join(lines).encode())
+  run_lib.say(f'{config.name}: {len(lines)} prompts in {path}')
   return {'prompts': len(lines), 'dropped': dropped.total}

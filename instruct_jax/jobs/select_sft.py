@@ -22,18 +22,14 @@ PROCESSES = 'all'
 
 
 def validate(config):
-  """Checks the config.
-
-  Raises:
-    ValueError: the key, what it is, and what it should be.
-  """
+  """Checks the config. ValueError names the key."""
   check_stage(config)
   if config.num_prompts < 1:
     raise ValueError(f'num_prompts must be positive: {config.num_prompts}')
 
 
 def inputs(config):
-  """What this stage reads, by config key; every epoch that SFT kept."""
+  """What this stage reads, by config key; with each epoch that SFT kept."""
   found = {key: config[key] for key in ('tokenizer', 'reward_model', 'prompts')}
   if not config.sft:
     return {**found, 'sft': ''}
@@ -45,8 +41,10 @@ def inputs(config):
 
 
 def build_programs(config, policy_module, reward_module, tokenizer):
-  """The jitted program of this stage: (policy, reward model, prompts, key) ->
-  score of one sample for each prompt [B]."""
+  """The jitted program (policy, reward model, prompts, key) -> scores [B].
+
+  It samples one answer to each prompt.
+  """
   generate = functools.partial(
     rollout.generate,
     decoder=model_fns.decoder(policy_module),
@@ -70,7 +68,7 @@ def run(config, workdir: epath.Path):
   `prompts`. Writes `model/` and epochs.json with the scores.
 
   Returns:
-    The selected epoch, by what it was selected, and on how many prompts.
+    The selected epoch, the criterion, and the number of prompts.
 
   Raises:
     ValueError: the context of a model is too short, with the numbers.
@@ -88,27 +86,16 @@ def run(config, workdir: epath.Path):
   mesh = sharding.make_mesh(config.mesh)
   key = jax.random.key(config.seed)
 
-  def folder(epoch):
-    return epath.Path(config.sft) / 'epochs' / str(epoch)
-
-  def load(epoch):
-    return model_folder.load(
-      folder(epoch),
-      'policy',
-      mesh,
-      tokenizer,
-      compute_dtype=config.compute_dtype,
-    )
-
+  load = functools.partial(
+    model_folder.load,
+    mesh=mesh,
+    tokenizer=tokenizer,
+    compute_dtype=config.compute_dtype,
+  )
+  folders = [f'{config.sft}/epochs/{row["epoch"]}' for row in epochs]
   with sharding.use_mesh(mesh):
-    reward = model_folder.load(
-      config.reward_model,
-      'scalar',
-      mesh,
-      tokenizer,
-      compute_dtype=config.compute_dtype,
-    )
-    first = load(1)
+    reward = load(config.reward_model, 'scalar')
+    first = load(f'{config.sft}/epochs/1', 'policy')
     for model in (reward, first):
       model_fns.check_context(
         model,
@@ -130,14 +117,14 @@ def run(config, workdir: epath.Path):
       return float(np.mean(scores, dtype=np.float64))
 
     with run_lib.Progress(config.name, len(epochs)) as progress:
-      for row in epochs:
-        row['score_reward'] = mean_score(load(row['epoch']))
+      for row, folder in zip(epochs, folders, strict=True):
+        row['score_reward'] = mean_score(load(folder, 'policy'))
         progress.update(1, f'score {row["score_reward"]:.3f}')
-    selected = max(epochs, key=lambda row: row['score_reward'])
-    # Chosen, not changed: adapters stay adapters.
-    best = model_folder.read(
-      folder(selected['epoch']), 'policy', mesh, tokenizer
+    selected, folder = max(
+      zip(epochs, folders, strict=True), key=lambda x: x[0]['score_reward']
     )
+    # Read as it is, so that adapters stay adapters.
+    best = model_folder.read(folder, 'policy', mesh, tokenizer)
     model_folder.save(
       workdir / 'model',
       best,

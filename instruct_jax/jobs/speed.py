@@ -1,19 +1,20 @@
 """How long each part of an iteration takes, and what share of the machine.
 
-Runs the programs of ppo_ptx.py and sft.py, as they stand, on random weights and
-tokens. Shares are of ceilings measured by the same process, and count useful
+Runs the programs of ppo_ptx.py and sft.py unchanged on random weights and
+tokens. Shares are of ceilings that the same process measures. They count useful
 work only: real tokens, log-probabilities of response tokens, weights read once
-for a full batch of slots. Padding, idle slots, recomputation and logits that
-nobody reads make them smaller.
+for a full batch of slots. Padding, idle slots, recomputation and unused logits
+make them smaller.
 
-Phases inside one program are told apart by leaving them out: prefill is a
-rollout of one token, decode the rest of a whole one; ptx is an update with
-pretraining text less one without; the moving average runs by itself.
+Phases inside one program are measured by difference: prefill is a rollout of
+one token, decode a whole rollout less that; ptx is an update with pretraining
+text less one without; the moving average runs by itself.
 """
 
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -47,36 +48,27 @@ WORKS = ('iteration', 'rollout', 'sft')
 GROWTHS = ('response', 'batch', 'model')
 ROOT = pathlib.Path(__file__).parents[2]
 
-
-@dataclasses.dataclass(frozen=True)
-class Peer:
-  """One of the peers' scripts: name, key of its python, its command line."""
-
-  name: str
-  python: str
-  command: str
-
-
-# For each of our works the scripts that do the same; the ragged iteration has
-# none of its own: a peer's costs as much as the full one, which it decodes.
+# Work -> the peers' scripts that do the same: name, config key of the script's
+# Python, command line. The ragged iteration has no script of its own, because
+# peers decode it to the end and so take as long as for the full one.
 _PPO_PEERS = (
-  Peer('Tunix PPO, one step', 'tunix_python', 'tunix_ppo.py S accum 7'),
-  Peer('Tunix PPO, four steps', 'tunix_python', 'tunix_ppo.py S mini 7'),
-  Peer('TRL PPO', 'trl_python', 'trl_ppo.py S 6'),
+  ('Tunix PPO, one step', 'tunix_python', 'tunix_ppo.py S accum 7'),
+  ('Tunix PPO, four steps', 'tunix_python', 'tunix_ppo.py S mini 7'),
+  ('TRL PPO', 'trl_python', 'trl_ppo.py S 6'),
 )
 PEERS = {
   'rollout': (
-    Peer('Tunix', 'tunix_python', 'tunix_bench.py W1 S'),
-    Peer('transformers', 'hf_python', 'hf_bench.py W1 S'),
+    ('Tunix', 'tunix_python', 'tunix_bench.py W1 S'),
+    ('transformers', 'hf_python', 'hf_bench.py W1 S'),
   ),
   'rollout_ragged': (
-    Peer('Tunix', 'tunix_python', 'tunix_bench.py W1b S'),
-    Peer('transformers', 'hf_python', 'hf_bench.py W1b S'),
+    ('Tunix', 'tunix_python', 'tunix_bench.py W1b S'),
+    ('transformers', 'hf_python', 'hf_bench.py W1b S'),
   ),
   'sft': (
-    Peer('Tunix', 'tunix_python', 'tunix_bench.py W2 S'),
-    Peer('torch loop', 'hf_python', 'hf_bench.py W2 S'),
-    Peer('TRL SFTTrainer', 'hf_python', 'trl_sft.py S'),
+    ('Tunix', 'tunix_python', 'tunix_bench.py W2 S'),
+    ('torch loop', 'hf_python', 'hf_bench.py W2 S'),
+    ('TRL SFTTrainer', 'hf_python', 'trl_sft.py S'),
   ),
   'iteration': _PPO_PEERS,
   'iteration_ragged': _PPO_PEERS,
@@ -84,16 +76,12 @@ PEERS = {
 
 
 def validate(config):
-  """Checks the config, and those of the stages that it times.
-
-  Raises:
-    ValueError: the key, what it is, and what it should be.
-  """
+  """Checks this config and the timed stages'. ValueError names the key."""
   run_lib.check_choice(config, 'work', (*WORKS, 'all'))
   run_lib.check_choice(config, 'reward', ('model', 'tokens'))
   if config.num_iterations < 5:
     raise ValueError(
-      f'num_iterations must be at least 5, or the spread says nothing: '
+      f'num_iterations must be at least 5 to measure the spread: '
       f'{config.num_iterations}'
     )
   if not 0 <= config.stop_fraction < 1:
@@ -103,7 +91,7 @@ def validate(config):
     raise ValueError(f"peers: there is no folder '{config.peers}'")
   for name in ('policy', 'scalar'):
     with run_lib.naming('model', name):
-      TransformerConfig.from_dict(config[name].to_dict())
+      shape_of(config, name)
   for stage, name in ((ppo_ptx, 'ppo'), (sft, 'sft')):
     stage.validate(config[name])
     if config[name].lora.rank:
@@ -121,11 +109,16 @@ def growths(config) -> list[str]:
   return [name for name in config.growth.split(',') if name]
 
 
+def shape_of(config, name: str, **changes) -> TransformerConfig:
+  """The shape of the 'policy' or of the 'scalar' models."""
+  return TransformerConfig.from_dict({**config[name].to_dict(), **changes})
+
+
 # --- Useful work --------------------------------------------------------------
 
 
 def matmul_weights(shape: TransformerConfig) -> int:
-  """Weights that every token is multiplied with; no embedding."""
+  """Number of weights that multiply every token; no embedding."""
   attention = 2 * shape.width * shape.head_dim
   attention *= shape.num_heads + shape.kv_heads
   mlp = (2 + shape.gated_mlp) * shape.width * shape.mlp_dim
@@ -133,12 +126,9 @@ def matmul_weights(shape: TransformerConfig) -> int:
 
 
 def forward_flops(shape, lengths, num_logits) -> float:
-  """Arithmetic of reading whole sequences causally.
+  """Arithmetic of one causal pass over sequences of `lengths` tokens.
 
-  Args:
-    shape: of the model.
-    lengths: tokens of each sequence.
-    num_logits: positions that meet the unembedding.
+  It computes the logits of `num_logits` positions.
   """
   lengths = np.asarray(lengths, np.float64)
   pairs = np.sum(lengths * (lengths + 1) / 2)
@@ -150,8 +140,8 @@ def forward_flops(shape, lengths, num_logits) -> float:
 def decode_work(shape, prompts, responses, num_slots) -> tuple[float, float]:
   """Arithmetic, and bytes read at least, after the first token of each.
 
-  Every step reads the weights once for all slots, and of the cache what its
-  sequences have filled.
+  Every step reads the weights once for all slots, and the filled part of the
+  cache.
   """
   p, r = np.asarray(prompts, float), np.asarray(responses, float)
   flops = forward_flops(shape, p + r - 1, np.sum(r - 1))
@@ -169,33 +159,34 @@ def decode_work(shape, prompts, responses, num_slots) -> tuple[float, float]:
 
 
 def stop_ids(config) -> tuple[int, ...]:
-  """Ids that end a response; without raggedness one that cannot be sampled."""
+  """Ids that end a response; with `stop_fraction` 0 one that never occurs."""
   num_tokens = config.policy.vocab_size
   if not config.stop_fraction:
     return (num_tokens,)
-  rng = np.random.default_rng(7)
-  count = int(config.stop_fraction * num_tokens)
-  chosen = rng.permutation(np.arange(3, num_tokens))[:count]
-  return tuple(sorted(chosen.tolist()))
+  ids = np.random.default_rng(7).permutation(np.arange(3, num_tokens))
+  return tuple(sorted(ids[: int(config.stop_fraction * num_tokens)].tolist()))
+
+
+def random_tokens(config, *shape: int) -> np.ndarray:
+  """Random ids above the special ones."""
+  rng = np.random.default_rng(config.seed)
+  return rng.integers(3, config.policy.vocab_size, shape).astype(np.int32)
 
 
 def random_prompts(config, num_batches) -> PromptBatch:
   """Prompts of random tokens, all of the full length."""
-  stage = config.ppo
-  shape = (num_batches * stage.batch_size, stage.prompt_length)
-  rng = np.random.default_rng(config.seed)
-  tokens = rng.integers(3, config.policy.vocab_size, shape).astype(np.int32)
-  indices = np.arange(shape[0], dtype=np.int32)
-  return PromptBatch(tokens, np.ones(shape, bool), indices)
+  number = num_batches * config.ppo.batch_size
+  tokens = random_tokens(config, number, config.ppo.prompt_length)
+  mask = np.ones(tokens.shape, bool)
+  return PromptBatch(tokens, mask, np.arange(number, dtype=np.int32))
 
 
 def random_text(config, num_rows, length) -> TextBatch:
   """Rows of random tokens, each one document."""
-  rng = np.random.default_rng(config.seed)
-  shape = (num_rows, length)
-  tokens = rng.integers(3, config.policy.vocab_size, shape).astype(np.int32)
-  mask = np.ones(shape, bool)
-  loss_mask = np.broadcast_to(np.arange(length) > 0, shape).copy()
+  tokens = random_tokens(config, num_rows, length)
+  mask = np.ones(tokens.shape, bool)
+  loss_mask = mask.copy()
+  loss_mask[:, 0] = False
   return TextBatch(tokens, mask, loss_mask, mask.astype(np.int32))
 
 
@@ -217,7 +208,7 @@ class Phase:
     seconds: medians, or differences of medians.
     tokens: read or written.
     flops: arithmetic.
-    bytes: read at least; 0 where arithmetic is what counts.
+    bytes: read at least; 0 where arithmetic is the limit.
   """
 
   seconds: float
@@ -227,12 +218,12 @@ class Phase:
 
   def row(self, ceilings) -> dict:
     """As JSON, with shares of the ceilings."""
-    row = dataclasses.asdict(self)
     seconds = max(self.seconds, 1e-12)
-    row['tokens_per_second'] = self.tokens / seconds
-    row['matmul_share'] = self.flops / seconds / ceilings['matmul']
-    row['bandwidth_share'] = self.bytes / seconds / ceilings['bandwidth']
-    return row
+    return dataclasses.asdict(self) | {
+      'tokens_per_second': self.tokens / seconds,
+      'matmul_share': self.flops / seconds / ceilings['matmul'],
+      'bandwidth_share': self.bytes / seconds / ceilings['bandwidth'],
+    }
 
 
 def measure_ceilings(config) -> dict[str, float]:
@@ -248,27 +239,28 @@ def measure_ceilings(config) -> dict[str, float]:
 class Iteration:
   """The models, programs and data of one configuration of ppo_ptx.py."""
 
-  def __init__(self, config):
-    stage = config.ppo
-    self.config, self.stage = config, stage
-    self.mesh = sharding.make_mesh(config.mesh)
+  def __init__(self, config, mesh):
+    self.config, self.mesh, self.stage = config, mesh, config.ppo
+    stage = self.stage
     self.root = jax.random.key(config.seed)
-    self.shape = TransformerConfig.from_dict(
-      {**config.policy.to_dict(), 'logprob_chunk': stage.logprob_chunk}
-      if stage.logprob_chunk
-      else config.policy.to_dict()
-    )
-    self.scalar_shape = TransformerConfig.from_dict(config.scalar.to_dict())
+    chunk = stage.logprob_chunk
+    changes = {'logprob_chunk': chunk} if chunk else {}
+    self.shape = shape_of(config, 'policy', **changes)
+    self.scalar_shape = shape_of(config, 'scalar')
     keys = jax.random.split(self.root, 3)
-    self.policy = model_fns.init('policy', self.shape, self.mesh, keys[0])
-    value = model_fns.init('scalar', self.scalar_shape, self.mesh, keys[1])
-    self.programs = self.build(stage)
-    self.state = ppo_ptx.initial_state(stage, self.policy.params, value.params)
-    models = {'reference': self.policy.params}
+    policy = model_fns.init('policy', self.shape, mesh, keys[0])
+    value = model_fns.init('scalar', self.scalar_shape, mesh, keys[1])
+    self.module = policy.module
+    self.num_params = sum(x.size for x in jax.tree.leaves(policy.params))
+    self.programs = self.build()
+    self.state = ppo_ptx.initial_state(stage, policy.params, value.params)
+    models = {'reference': policy.params}
     if config.reward == 'model':
       models['reward'] = value.params
     self.frozen = rl.Frozen(stage, models, bases={})
-    self.policy = dataclasses.replace(self.policy, params=None)
+    self.num_slots = stage.num_slots or stage.batch_size
+    updates = stage.num_minibatches * stage.num_epochs
+    self.num_averages = updates if stage.ema_every == 'update' else 1
     self.prompts = loader.make_batches(
       random_prompts(config, 4), batch_size=stage.batch_size, seed=config.seed
     )
@@ -280,24 +272,17 @@ class Iteration:
         seed=config.seed,
       )
 
-  def build(self, stage):
-    """Programs of ppo_ptx.py for a stage's numbers."""
+  def build(self, **changes):
+    """The programs of ppo_ptx.py, with some numbers of the stage changed."""
+    stage = self.stage.copy_and_resolve_references()
+    stage.update(changes)
+    scalar = model_fns.make_module('scalar', self.scalar_shape)
     return ppo_ptx.build_programs(
-      stage,
-      self.policy.module,
-      model_fns.make_module('scalar', self.scalar_shape),
-      stop_ids(self.config),
+      stage, self.module, scalar, stop_ids(self.config)
     )
 
-  def changed(self, **changes):
-    """The stage with other numbers."""
-    stage = self.stage.copy_and_resolve_references()
-    for name, value in changes.items():
-      stage[name] = value
-    return stage
-
   def batches(self, number):
-    """Host: what an iteration takes from the data, on the mesh."""
+    """An iteration's prompts and pretraining rows, put on the mesh."""
     prompts = sharding.put_batch(self.prompts[number], self.mesh)
     ptx = None
     if self.stage.ptx_coef > 0:
@@ -310,12 +295,8 @@ class Iteration:
       self.state.policy.params, prompts, jax.random.fold_in(self.root, number)
     )
 
-  def lay_out(self, sampled, number):
-    """The rows of the sampled episodes."""
-    return rl.lay_out(self.stage, self.programs, sampled, self.mesh, number)
-
   def score(self, sampled, layout):
-    """Scores, and the batch that they make: all that the update reads."""
+    """Scores the episodes; returns the update's batch, the KL, and metrics."""
     if self.config.reward != 'model':
       scores = share_of_small_ids(sampled)
     else:
@@ -335,164 +316,161 @@ class Iteration:
     )
     return train_metrics
 
-  def whole(self, number):
-    """One iteration as ppo_ptx.py runs it; what it sampled."""
-    prompts, ptx = self.batches(number)
-    sampled = self.respond(prompts, number)
-    layout = self.lay_out(sampled, number)
-    batch, kl, score_metrics = self.score(sampled, layout)
-    train_metrics = self.train(self.programs, batch, kl, ptx, number)
-    metrics.to_host({**score_metrics, **train_metrics})
-    return sampled
+  def run(self, number, call=lambda phase, fn, *args: fn(*args)):
+    """One iteration as ppo_ptx.py runs it; `call` may time its phases."""
+    prompts, ptx = call('host', self.batches, number)
+    sampled = call('generate', self.respond, prompts, number)
+    layout = call(
+      'host', rl.lay_out, self.stage, self.programs, sampled, self.mesh, number
+    )
+    batch, kl, scored = call('score', self.score, sampled, layout)
+    trained = call('update', self.train, self.programs, batch, kl, ptx, number)
+    call('host', metrics.to_host, {**scored, **trained})
+    return prompts, sampled, layout, batch, kl
+
+  def sampling(self, lengths) -> dict:
+    """How full the slots were, and how long the responses."""
+    longest = lengths.reshape(-1, self.num_slots).max(axis=1)
+    return {
+      'occupancy': float(lengths.sum() / (self.num_slots * longest.sum())),
+      'mean_response': float(lengths.mean()),
+    }
 
 
 def measure_iteration(config, workdir) -> dict:
-  """The whole iteration, then its phases one by one."""
-  stage = config.ppo
+  """Whole iterations as a user runs them, then their phases one by one."""
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
-    work = Iteration(config)
-    before = measure.compilations()
-    for number in range(config.num_warmups):
-      jax.block_until_ready(work.whole(number))
-    compiled = measure.compilations() - before
-
-    # 1. Whole iterations, as a user runs them.
-    before = measure.compilations()
-    numbers = iter(range(config.num_warmups, 10**9))
-    lengths = []
+    work = Iteration(config, mesh)
+    numbers, lengths = itertools.count(), []
 
     def whole():
-      sampled = work.whole(next(numbers))
+      _, sampled, *_ = work.run(next(numbers))
       lengths.append(np.asarray(sampled.response_mask).sum(axis=1))
 
-    whole_times = measure.repeat(whole, config.num_iterations, 0)
-    recompiled = measure.compilations() - before
-    peak_device = measure.peak_device_bytes()
-    peak_host = measure.peak_host_bytes()
-
-    # 2. The same, waiting between the phases.
-    laps = collections.defaultdict(list)
-    watch = measure.Stopwatch()
-    for number in range(config.num_iterations):
-      watch.lap()
-      prompts, ptx = jax.block_until_ready(work.batches(number))
-      laps['host'].append(watch.lap()[0])
-      sampled = jax.block_until_ready(work.respond(prompts, number))
-      laps['generate'].append(watch.lap()[0])
-      layout = jax.block_until_ready(work.lay_out(sampled, number))
-      laps['host'][-1] += watch.lap()[0]
-      batch, kl, score_metrics = jax.block_until_ready(
-        work.score(sampled, layout)
-      )
-      laps['score'].append(watch.lap()[0])
-      train_metrics = jax.block_until_ready(
-        work.train(work.programs, batch, kl, ptx, number)
-      )
-      laps['update'].append(watch.lap()[0])
-      metrics.to_host({**score_metrics, **train_metrics})
-      laps['host'][-1] += watch.lap()[0]
-    seconds = {name: statistics.median(x) for name, x in laps.items()}
-
-    # 3. What lies inside one program.
-    repeats = config.num_iterations
-    short = work.build(work.changed(response_length=1))['respond']
-    prefill = measure.repeat(
-      lambda: short(work.state.policy.params, prompts, work.root), repeats
-    ).median
-    without_ptx = seconds['update']
-    if stage.ptx_coef > 0:
-      plain = work.build(work.changed(ptx_coef=0.0))
-      without_ptx = measure.repeat(
-        lambda: work.train(plain, batch, kl, None, 0), repeats
-      ).median
-    average = jax.jit(
-      functools.partial(train_state.ema_update, decay=stage.ema_decay),
-      donate_argnums=0,
-    )
-    ema = jax.tree.map(jnp.copy, work.state.ema)
-
-    def move():
-      nonlocal ema
-      ema = average(ema, work.state.policy.params)
-      return ema
-
-    num_updates = stage.num_minibatches * stage.num_epochs
-    num_averages = num_updates if stage.ema_every == 'update' else 1
-    ema_seconds = num_averages * measure.repeat(move, repeats).median
-    del ema
+    times, counts = timed(config, whole)
+    seconds, last = phase_seconds(config, work)
+    host_share = seconds['host'] / sum(seconds.values())
+    seconds |= inner_seconds(config, work, last, seconds['update'])
     saved, written = measure_checkpoint(work.state, workdir)
+  lengths = np.concatenate(lengths[config.num_warmups :])
+  phases = phases_of(config, work, seconds, lengths)
+  _, sampled, layout, *_ = last
+  return {
+    'unit': 's/iteration',
+    'seconds': times.summary(),
+    'value': times.median,
+    'tokens_per_second': lengths.sum() / config.num_iterations / times.median,
+    'phases': {**phases, 'checkpoint': Phase(saved)},
+    'host_share': host_share,
+    'checkpoint_written_seconds': written,
+    'padding': 1 - packing.fill_fraction(layout),
+    'padding_without_packing': float(1 - np.mean(np.asarray(sampled.mask))),
+    'num_params': work.num_params,
+    **work.sampling(lengths),
+    **counts,
+  }
 
-  lengths = np.concatenate(lengths)
-  real = stage.prompt_length + lengths
-  per_iteration = 1 / config.num_iterations
-  tokens, responses = real.sum() * per_iteration, lengths.sum() * per_iteration
-  prompts_read = np.full(len(lengths), stage.prompt_length)
-  slots = stage.num_slots or stage.batch_size
-  decode_flops, decode_bytes = decode_work(
-    work.shape, prompts_read, lengths, slots
+
+def phase_seconds(config, work) -> tuple[dict[str, float], tuple]:
+  """Median seconds of each phase when the host waits for it.
+
+  Also returns the results of the last iteration, for `inner_seconds`.
+  """
+  watch = measure.Stopwatch()
+  laps = [collections.Counter() for _ in range(config.num_iterations)]
+  for number, seconds in enumerate(laps):
+
+    def call(phase, fn, *args, seconds=seconds):
+      result = jax.block_until_ready(fn(*args))
+      seconds[phase] += watch.lap()[0]
+      return result
+
+    watch.lap()
+    last = work.run(number, call)
+  return {x: statistics.median(row[x] for row in laps) for x in laps[0]}, last
+
+
+def inner_seconds(config, work, last, update) -> dict[str, float]:
+  """Seconds of a 'prefill', of an update 'without_ptx', and of the 'ema'.
+
+  `last` is from `phase_seconds`, `update` the seconds of a whole update.
+  """
+  repeat = functools.partial(measure.repeat, num_repeats=config.num_iterations)
+  prompts, _, _, batch, kl = last
+  short = work.build(response_length=1)['respond']
+  prefill = repeat(lambda: short(work.state.policy.params, prompts, work.root))
+  without_ptx = update
+  if work.stage.ptx_coef > 0:
+    plain = work.build(ptx_coef=0.0)
+    without_ptx = repeat(lambda: work.train(plain, batch, kl, None, 0)).median
+  average = jax.jit(
+    functools.partial(train_state.ema_update, decay=work.stage.ema_decay),
+    donate_argnums=0,
   )
-  read_policy = forward_flops(work.shape, real, lengths.sum())
-  read_scalar = forward_flops(work.scalar_shape, real, 0)
+  ema = jax.tree.map(jnp.copy, work.state.ema)
+
+  def move():
+    nonlocal ema
+    ema = average(ema, work.state.policy.params)
+    return ema
+
+  moved = work.num_averages * repeat(move).median
+  return {'prefill': prefill.median, 'without_ptx': without_ptx, 'ema': moved}
+
+
+def phases_of(config, work, seconds, lengths) -> dict[str, Phase]:
+  """Phase -> its seconds, and the useful work of one iteration.
+
+  `seconds` are from `phase_seconds` and `inner_seconds`, `lengths` those of all
+  responses.
+  """
+  stage, count = work.stage, config.num_iterations
+  prompts = np.full(len(lengths), stage.prompt_length)
+  real = prompts + lengths
+  tokens = real.sum() / count
+  prefill_flops = forward_flops(work.shape, prompts, len(lengths)) / count
+  decode_flops, decode_bytes = decode_work(
+    work.shape, prompts, lengths, work.num_slots
+  )
+  read_policy = forward_flops(work.shape, real, lengths.sum()) / count
+  read_scalar = forward_flops(work.scalar_shape, real, 0) / count
   # The old log-probabilities are the sampler's, where those agree.
   score_flops = read_policy * (1 + (stage.sampler_tolerance == 0))
   score_flops += read_scalar * (1 + (config.reward == 'model'))
   epochs = stage.num_epochs
-  num_params = sum(x.size for x in jax.tree.leaves(work.state.policy.params))
-  phases = {
+  found = {
     'prefill': Phase(
-      prefill,
-      stage.batch_size * stage.prompt_length,
-      forward_flops(work.shape, prompts_read, len(lengths)) * per_iteration,
+      seconds['prefill'], stage.batch_size * stage.prompt_length, prefill_flops
     ),
     'decode': Phase(
-      seconds['generate'] - prefill,
-      responses - stage.batch_size,
-      decode_flops * per_iteration,
-      decode_bytes * per_iteration,
+      seconds['generate'] - seconds['prefill'],
+      lengths.sum() / count - stage.batch_size,
+      decode_flops / count,
+      decode_bytes / count,
     ),
-    'score': Phase(seconds['score'], tokens, score_flops * per_iteration),
+    'score': Phase(seconds['score'], tokens, score_flops),
     'update': Phase(
-      without_ptx - ema_seconds,
+      seconds['without_ptx'] - seconds['ema'],
       epochs * tokens,
-      3 * epochs * (read_policy + read_scalar) * per_iteration,
+      3 * epochs * (read_policy + read_scalar),
     ),
-    'ptx': Phase(seconds['update'] - without_ptx),
+    'ptx': Phase(seconds['update'] - seconds['without_ptx']),
     # Reads average and weights, writes the average.
-    'ema': Phase(ema_seconds, bytes=num_averages * 12 * num_params),
+    'ema': Phase(
+      seconds['ema'], bytes=work.num_averages * 12 * work.num_params
+    ),
     'host': Phase(seconds['host']),
-    'checkpoint': Phase(saved),
   }
   if stage.ptx_coef > 0:
     rows = np.full(work.num_ptx, stage.ptx_row_length)
-    phases['ptx'].tokens = float(rows.sum())
-    phases['ptx'].flops = 3 * forward_flops(work.shape, rows, rows.sum())
-  blocked = sum(seconds.values())
-  longest = lengths.reshape(-1, slots).max(axis=1)
-  return {
-    'unit': 's/iteration',
-    'seconds': whole_times.summary(),
-    'value': whole_times.median,
-    'tokens_per_second': responses / whole_times.median,
-    'phases': phases,
-    'host_share': seconds['host'] / blocked,
-    'checkpoint_written_seconds': written,
-    'padding': 1 - packing.fill_fraction(layout),
-    'padding_without_packing': float(1 - np.mean(np.asarray(sampled.mask))),
-    'occupancy': float(lengths.sum() / (slots * longest.sum())),
-    'mean_response': float(lengths.mean()),
-    'compile_seconds': compiled.seconds,
-    'programs_compiled': compiled.programs,
-    'programs_from_disk': compiled.from_disk,
-    'recompilations': recompiled.programs,
-    'peak_host_bytes': peak_host,
-    'peak_device_bytes': peak_device,
-    'num_params': num_params,
-  }
+    found['ptx'].tokens = float(rows.sum())
+    found['ptx'].flops = 3 * forward_flops(work.shape, rows, rows.sum())
+  return found
 
 
 def measure_checkpoint(state, workdir) -> tuple[float, float]:
-  """Seconds until training may go on, and until the files are there."""
+  """Seconds until training may go on, and until the files are complete."""
   writer = checkpoint.Checkpointer(workdir / 'checkpoints', keep=1)
   watch = measure.Stopwatch()
   writer.save(1, state, {})
@@ -509,23 +487,23 @@ def measure_rollout(config, workdir) -> dict:
   del workdir
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
-    work = Iteration(config)
-    numbers, lengths = iter(range(10**9)), []
+    work = Iteration(config, mesh)
+    numbers, lengths = itertools.count(), []
     prompts, _ = work.batches(0)
 
     def sample():
-      sampled = jax.block_until_ready(work.generate(prompts, next(numbers)))
+      sampled = jax.block_until_ready(work.respond(prompts, next(numbers)))
       lengths.append(np.asarray(sampled.response_mask).sum(axis=1))
 
-    times, compiled, recompiled = timed(config, sample)
+    times, counts = timed(config, sample)
   lengths = np.stack(lengths[config.num_warmups :])
   prompt_lengths = np.full(lengths.size, config.ppo.prompt_length)
-  slots = config.ppo.num_slots or config.ppo.batch_size
-  flops, moved = decode_work(work.shape, prompt_lengths, lengths.ravel(), slots)
+  flops, moved = decode_work(
+    work.shape, prompt_lengths, lengths.ravel(), work.num_slots
+  )
   flops += forward_flops(work.shape, prompt_lengths, lengths.size)
   count = config.num_iterations
   rates = lengths.sum(axis=1) / np.asarray(times.seconds)
-  longest = lengths.reshape(-1, slots).max(axis=1)
   return {
     'unit': 'tokens/s',
     'value': float(np.median(rates)),
@@ -535,9 +513,8 @@ def measure_rollout(config, workdir) -> dict:
         times.median, lengths.sum() / count, flops / count, moved / count
       )
     },
-    'occupancy': float(lengths.sum() / (slots * longest.sum())),
-    'mean_response': float(lengths.mean()),
-    **compile_counts(compiled, recompiled),
+    **work.sampling(lengths),
+    **counts,
   }
 
 
@@ -547,7 +524,7 @@ def measure_sft(config, workdir) -> dict:
   stage = config.sft
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
-    shape = TransformerConfig.from_dict(config.policy.to_dict())
+    shape = shape_of(config, 'policy')
     root = jax.random.key(config.seed)
     model = model_fns.init('policy', shape, mesh, root)
     programs = sft.build_programs(stage, model.module, 1_000)
@@ -562,7 +539,7 @@ def measure_sft(config, workdir) -> dict:
       state, line = programs['update'](state, {}, batch, root)
       return line
 
-    times, compiled, recompiled = timed(config, step)
+    times, counts = timed(config, step)
   rows = np.full(stage.batch_size, stage.row_length)
   flops = 3 * forward_flops(shape, rows, rows.sum())
   return {
@@ -570,27 +547,23 @@ def measure_sft(config, workdir) -> dict:
     'value': float(rows.sum() / times.median),
     'seconds': times.summary(),
     'phases': {'step': Phase(times.median, float(rows.sum()), flops)},
-    **compile_counts(compiled, recompiled),
+    **counts,
   }
 
 
-def timed(config, fn):
-  """Repeats of a piece of work, what it compiled first, and what later."""
+def timed(config, fn) -> tuple[measure.Repeats, dict]:
+  """Repeats of a piece of work; compilations and peak memory, as JSON."""
   before = measure.compilations()
   for _ in range(config.num_warmups):
     jax.block_until_ready(fn())
   between = measure.compilations()
   times = measure.repeat(fn, config.num_iterations, 0)
-  return times, between - before, measure.compilations() - between
-
-
-def compile_counts(compiled, recompiled) -> dict:
-  """Seconds and number of compilations, and peak memory; JSON."""
-  return {
+  compiled = between - before
+  return times, {
     'compile_seconds': compiled.seconds,
     'programs_compiled': compiled.programs,
     'programs_from_disk': compiled.from_disk,
-    'recompilations': recompiled.programs,
+    'recompilations': (measure.compilations() - between).programs,
     'peak_host_bytes': measure.peak_host_bytes(),
     'peak_device_bytes': measure.peak_device_bytes(),
   }
@@ -598,38 +571,26 @@ def compile_counts(compiled, recompiled) -> dict:
 
 # --- Other processes ----------------------------------------------------------
 
+# Keys that a child gets from its variant, or that belong to the parent alone.
+_NOT_PASSED = {
+  *('name', 'experiment', 'workdir', 'default_workdir', 'variant', 'work'),
+  *('stop_fraction', 'growth', 'peers'),
+}
+
 
 def command_of(config, variant, workdir) -> list[str]:
   """main.py with this config's values, for a process of its own."""
   size = config.variant.partition(',')[0]
-  flags = []
-
-  def add(prefix, values):
-    for key, value in values.items():
-      if isinstance(value, dict):
-        add(f'{prefix}{key}.', value)
-      elif value is not None and key not in (
-        'name',
-        'experiment',
-        'workdir',
-        'default_workdir',
-        'variant',
-        'work',
-        'stop_fraction',
-        'growth',
-        'peers',
-      ):
-        flags.append(f'--config.{prefix}{key}={value}')
-
-  add('', config.to_dict())
   file = ROOT / 'configs' / 'speed.py'
   return [
-    sys.executable,
-    '-m',
-    'instruct_jax.main',
+    *(sys.executable, '-m', 'instruct_jax.main'),
     f'--config={file}:{size},{variant}',
     f'--workdir={workdir}',
-    *flags,
+    *(
+      f'--config.{key}={value}'
+      for key, value in run_lib.flat(config.to_dict()).items()
+      if value not in (None, {}) and _NOT_PASSED.isdisjoint(key.split('.'))
+    ),
   ]
 
 
@@ -637,11 +598,11 @@ def run_process(command, log, config, environment=None, folder=ROOT) -> None:
   """Runs a command on the first `config.cores` cores.
 
   Raises:
-    RuntimeError: it failed; with the end of what it printed.
+    RuntimeError: it failed; with the end of its output.
   """
   can_pin = config.cores and hasattr(os, 'sched_setaffinity')
   allowed = os.sched_getaffinity(0) if can_pin else None
-  if can_pin:  # A child inherits it; this thread gets its own back.
+  if can_pin:  # The child inherits it; this thread restores its own after.
     os.sched_setaffinity(0, sorted(allowed)[: config.cores])
   try:
     done = subprocess.run(
@@ -666,34 +627,33 @@ def run_process(command, log, config, environment=None, folder=ROOT) -> None:
 
 
 def run_ours(config, variant, workdir, changes=None) -> dict:
-  """One work in a process of its own; its results."""
+  """One work in a process of its own; returns its results."""
   config = config.copy_and_resolve_references()
   config.unlock()
-  for key, value in (changes or {}).items():
-    part, _, name = key.rpartition('.')
-    (config[part] if part else config)[name] = value
+  config.update_from_flattened_dict(changes or {})
   workdir.mkdir(parents=True, exist_ok=True)
   run_process(command_of(config, variant, workdir), workdir / 'log.txt', config)
   return run_lib.read_json(workdir / 'speed.json')
 
 
-def run_peer(config, peer, log) -> dict:
-  """One of the peers' scripts; the line it ends with."""
+def run_peer(config, python, command, log) -> dict:
+  """One of the peers' scripts; returns the result of its last line."""
   threads = str(config.cores or os.cpu_count())
-  environment = dict.fromkeys(
-    ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'), threads
-  )
-  environment |= {
+  environment = {
+    'OMP_NUM_THREADS': threads,
+    'MKL_NUM_THREADS': threads,
+    'OPENBLAS_NUM_THREADS': threads,
     'JAX_PLATFORMS': 'cpu',
     'HF_HUB_OFFLINE': '1',
     'TOKENIZERS_PARALLELISM': 'false',
     'XLA_FLAGS': '',
   }
-  command = [config[peer.python], *peer.command.split()]
-  run_process(command, log, config, environment, config.peers)
+  run_process(
+    [python, *command.split()], log, config, environment, config.peers
+  )
   lines = [x for x in log.read_text().splitlines() if x.startswith('RESULT ')]
   if not lines:
-    raise RuntimeError(f'{peer.command} printed no result ({log})')
+    raise RuntimeError(f'{command} printed no result ({log})')
   return json.loads(lines[-1].removeprefix('RESULT '))
 
 
@@ -706,90 +666,86 @@ def grown(config, kind, factor) -> dict:
     return {'ppo.response_length': factor * config.ppo.response_length}
   if kind == 'batch':
     return {
-      'ppo.batch_size': factor * config.ppo.batch_size,
-      'sft.batch_size': factor * config.sft.batch_size,
+      f'{stage}.batch_size': factor * config[stage].batch_size
+      for stage in ('ppo', 'sft')
     }
   # Four times the weights: twice as wide. Twice: twice as deep.
-  changes = {}
-  for model in ('policy', 'scalar'):
-    names = ['num_heads', 'width', 'mlp_dim'] if factor == 4 else ['num_layers']
-    changes |= {f'{model}.{name}': 2 * config[model][name] for name in names}
-  return changes
+  names = ['num_heads', 'width', 'mlp_dim'] if factor == 4 else ['num_layers']
+  return {
+    f'{model}.{name}': 2 * config[model][name]
+    for model in ('policy', 'scalar')
+    for name in names
+  }
 
 
 def measure_growth(config, variant, workdir, base) -> list[dict]:
-  """Seconds and useful work of each larger work, over the base's."""
+  """Seconds and useful work of each larger work, and their ratio to `base`."""
 
-  def totals(result):
-    phases = result['phases'].values()
-    flops = sum(p['flops'] for p in phases)
-    return result['seconds']['median'], flops
+  def flops(result):
+    return sum(phase['flops'] for phase in result['phases'].values())
 
-  seconds, flops = totals(base)
   rows = []
-  for kind in growths(config):
-    for factor in (2, 4):
-      folder = workdir / f'{kind}_{factor}'
-      result = run_ours(config, variant, folder, grown(config, kind, factor))
-      row_seconds, row_flops = totals(result)
-      rows.append(
-        {
-          'growth': kind,
-          'factor': factor,
-          'seconds': row_seconds,
-          'seconds_ratio': row_seconds / seconds,
-          'work_ratio': row_flops / flops,
-          'phases': {
-            name: phase['seconds'] for name, phase in result['phases'].items()
-          },
-          'peak_host_bytes': result['peak_host_bytes'],
-        }
-      )
+  for kind, factor in itertools.product(growths(config), (2, 4)):
+    folder = workdir / f'{kind}_{factor}'
+    result = run_ours(config, variant, folder, grown(config, kind, factor))
+    seconds = result['seconds']['median']
+    rows.append(
+      {
+        'growth': kind,
+        'factor': factor,
+        'seconds': seconds,
+        'seconds_ratio': seconds / base['seconds']['median'],
+        'work_ratio': flops(result) / flops(base),
+        'phases': {
+          name: phase['seconds'] for name, phase in result['phases'].items()
+        },
+        'peak_host_bytes': result['peak_host_bytes'],
+      }
+    )
   return rows
 
 
 def compare(config, variant, workdir) -> list[dict]:
   """Ours and the peers', one after the other, `num_rounds` times."""
-  found = collections.defaultdict(list)
+  found = collections.defaultdict(list)  # Who -> (value, peak bytes) of runs.
   for turn in range(1, config.num_rounds + 1):
     ours = run_ours(config, variant, workdir / f'ours_{variant}_{turn}')
     found['ours'].append((ours['value'], ours['peak_host_bytes']))
-    unit = ours['unit']
-    for number, peer in enumerate(PEERS[variant]):
-      if not config[peer.python]:
+    for number, (name, python_key, command) in enumerate(PEERS[variant]):
+      if not config[python_key]:
         continue
       log = workdir / f'peer_{variant}_{number}_{turn}.txt'
       try:
-        result = run_peer(config, peer, log)
+        result = run_peer(config, config[python_key], command, log)
       except RuntimeError as error:
-        print(f'{config.name}: {peer.name}: {error}', flush=True)
+        print(f'{config.name}: {name}: {error}', flush=True)
         continue
       peak = result['peak_rss_mib'] * 2**20
-      found[peer.name].append((result['median'], peak))
+      found[name].append((result['median'], peak))
   own = statistics.median(value for value, _ in found['ours'])
   rows = []
   for name, runs in found.items():
-    value = statistics.median(value for value, _ in runs)
-    ratio = own / value if unit == 'tokens/s' else value / own
+    values, peaks = zip(*runs, strict=True)
+    value = statistics.median(values)
+    is_rate = ours['unit'] == 'tokens/s'
     rows.append(
       {
         'work': variant,
         'who': name,
-        'unit': unit,
+        'unit': ours['unit'],
         'value': value,
-        'runs': [value for value, _ in runs],
-        'peak_host_bytes': max(peak for _, peak in runs),
-        'ours_is_faster_by': ratio,
+        'runs': values,
+        'peak_host_bytes': max(peaks),
+        'ours_is_faster_by': own / value if is_rate else value / own,
       }
     )
   return rows
 
 
 def run(config, workdir: epath.Path):
-  """Times the work that the config names, or its peers.
+  """Times the work that the config names, or compares it with the peers'.
 
-  Writes speed.json and speed.md; reads those of earlier runs where peers are
-  compared with them.
+  Writes speed.json and speed.md.
   """
   validate(config)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -797,16 +753,17 @@ def run(config, workdir: epath.Path):
   summary = {'variant': config.variant}
   if config.work == 'all':
     variants = list(PEERS)
-    for variant in [] if config.peers else variants:
-      summary[variant] = run_ours(config, variant, workdir / variant)
-  elif not config.peers:
-    summary |= measure_one(config, workdir)
-    if config.growth:
-      summary['growth'] = measure_growth(config, variants[0], workdir, summary)
   if config.peers:
     summary['comparison'] = [
       row for variant in variants for row in compare(config, variant, workdir)
     ]
+  elif config.work == 'all':
+    for variant in variants:
+      summary[variant] = run_ours(config, variant, workdir / variant)
+  else:
+    summary |= measure_one(config, workdir)
+    if config.growth:
+      summary['growth'] = measure_growth(config, variants[0], workdir, summary)
   run_lib.write_json(workdir / 'speed.json', summary)
   text = table(summary)
   (workdir / 'speed.md').write_text(f'# Speed\n\n{text}')
@@ -817,7 +774,8 @@ def run(config, workdir: epath.Path):
 def measure_one(config, workdir) -> dict:
   """One work, then the ceilings, in this process.
 
-  The ceilings' matrices would count as memory of a work that comes after them.
+  The ceilings come last, so that their matrices do not count as memory of the
+  work.
   """
   measure_work = {
     'iteration': measure_iteration,
@@ -826,12 +784,13 @@ def measure_one(config, workdir) -> dict:
   }[config.work]
   result = measure_work(config, workdir)
   ceilings = measure_ceilings(config)
-  result['ceilings'] = ceilings
-  result['phases'] = {
-    name: phase.row(ceilings) for name, phase in result['phases'].items()
+  return result | {
+    'ceilings': ceilings,
+    'phases': {
+      name: phase.row(ceilings) for name, phase in result['phases'].items()
+    },
+    'devices': [d.device_kind for d in jax.devices()],
   }
-  result['devices'] = [d.device_kind for d in jax.devices()]
-  return result
 
 
 # --- Tables -------------------------------------------------------------------
@@ -841,15 +800,11 @@ def table(summary) -> str:
   """The results as Markdown."""
   lines = []
   for name in (*PEERS, ''):
-    part = summary if not name else summary.get(name)
+    part = summary.get(name) if name else summary
     if part and 'phases' in part:
       lines += phase_table(name or summary['variant'], part)
   if 'growth' in summary:
-    lines += [
-      '',
-      '| times | s | times the time | times the work | peak MiB |',
-      '|---|---|---|---|---|',
-    ]
+    lines += _head('times', 's', 'times the time', 'times the work', 'peak MiB')
     lines += [
       f'| {row["growth"]} x{row["factor"]} | {row["seconds"]:.4g} '
       f'| {row["seconds_ratio"]:.2f} | {row["work_ratio"]:.2f} '
@@ -857,11 +812,9 @@ def table(summary) -> str:
       for row in summary['growth']
     ]
   if 'comparison' in summary:
-    lines += [
-      '',
-      '| work | who | figure | unit | peak MiB | ours is faster by |',
-      '|---|---|---|---|---|---|',
-    ]
+    lines += _head(
+      'work', 'who', 'figure', 'unit', 'peak MiB', 'ours is faster by'
+    )
     lines += [
       f'| {row["work"]} | {row["who"]} | {row["value"]:.4g} | {row["unit"]} '
       f'| {row["peak_host_bytes"] / 2**20:.0f} '
@@ -869,6 +822,10 @@ def table(summary) -> str:
       for row in summary['comparison']
     ]
   return '\n'.join(lines).strip() + '\n'
+
+
+def _head(*titles) -> list[str]:
+  return ['', f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
 
 
 def phase_table(name, result) -> list[str]:
@@ -898,9 +855,7 @@ def phase_table(name, result) -> list[str]:
   lines = [
     '',
     f'{name}: {"; ".join(facts)}.',
-    '',
-    '| phase | s | tokens/s | of matmul peak | of bandwidth |',
-    '|---|---|---|---|---|',
+    *_head('phase', 's', 'tokens/s', 'of matmul peak', 'of bandwidth'),
   ]
   for phase, row in result['phases'].items():
     cells = [

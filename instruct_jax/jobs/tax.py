@@ -10,11 +10,7 @@ _PARTS = ('rl_init/model', 'reward/model', 'data/tokenizer')
 
 
 def validate(config):
-  """Checks the config.
-
-  Raises:
-    ValueError: `source` is empty.
-  """
+  """Checks the config. ValueError if `source` is empty."""
   if not config.source:
     raise ValueError(
       'source is empty; give the folder of a finished run of configs/ppo_ptx.py'
@@ -22,19 +18,18 @@ def validate(config):
 
 
 def inputs(config):
-  """What has to be there before hours of RL begin; the plots read the run's
-  own stages."""
+  """Parts of the source run, checked before hours of RL begin.
+
+  The plots read the stages of their own run.
+  """
   return {f'source/{part}': f'{config.source}/{part}' for part in _PARTS}
 
 
 def run(config, workdir: epath.Path):
-  """Draws each figure of the sweep.
+  """Draws each figure of the sweep; returns figure -> names of its files.
 
   Reads metrics and probes of the sweep's stages; writes plots and tax.json into
   a folder for each figure.
-
-  Returns:
-    Names of the files, by figure.
   """
   validate(config)
   root = epath.Path(config.workdir)

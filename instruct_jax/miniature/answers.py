@@ -1,8 +1,8 @@
 """Answers to prompts of the world: good drafts, and the ways they go wrong.
 
 `draft` writes what a careful person would; labelers draft until the gold judge
-is content. `spoil` turns a good answer into what a tired person or an imperfect
-model gives: the lapses of the demonstrations.
+is content. `spoil` turns a good answer into one of a tired person or an
+imperfect model: the lapses of the demonstrations.
 """
 
 import random
@@ -16,22 +16,15 @@ from instruct_jax.miniature.world import World, noun, predicate, statement
 
 # What `spoil` can do to an answer.
 FAULTS = (
-  'wrong_fact',
-  'off_topic',
-  'rude',
-  'run_on',
-  'question',
-  'unfinished',
-  'repeated',
-  'shrug',
-  'empty',
+  *('wrong_fact', 'off_topic', 'rude', 'run_on', 'question', 'unfinished'),
+  *('repeated', 'shrug', 'empty'),
 )
 
 
 def draft(
   spec: Mapping[str, Any], world: World, draw: random.Random, wordy: float
 ) -> str:
-  """A good answer to a task; a constraint is tried, not promised.
+  """A good answer to a task; it may miss the constraint.
 
   Args:
     spec: `Prompt.metadata`.
@@ -39,23 +32,22 @@ def draft(
     draw: the source of chance.
     wordy: from 0 to 1, the chance of a full sentence where a word would do.
   """
-  constraint = spec['constraint']
-  wish = constraint['kind'] if constraint else ''
-  value = constraint['value'] if constraint else None
-  if wish == 'max_words':
-    wordy = 0.0 if draw.random() < 0.7 else wordy
+  constraint = spec['constraint'] or {'kind': '', 'value': None}
+  kind, value = constraint['kind'], constraint['value']
+  if kind == 'max_words' and draw.random() < 0.7:
+    wordy = 0.0
   text = _DRAFTS[spec['kind']](spec, world, draw, wordy)
-  if wish == 'start':
-    text = f'{value} , {text}'
-  elif wish == 'end' and text[-1] in '.!':
-    text = f'{text[:-2]} , {phrases.FRIEND} .'
-  elif wish == 'include' and value not in text.split():
+  if kind == 'start':
+    return f'{value} , {text}'
+  if kind == 'end' and text[-1] in '.!':
+    return f'{text[:-2]} , {phrases.FRIEND} .'
+  if kind == 'include' and value not in text.split():
     if spec['form'] in phrases.INCLUDE_LINES:
       line = draw.choice(phrases.INCLUDE_LINES[spec['form']])
       return f'{text} {fill(line, w=noun(value))} .'
     alive = worlds.KINDS[spec['subjects'][-1]] in ('person', 'animal')
     tails = phrases.INCLUDE_ALIVE if alive else phrases.INCLUDE_STILL
-    text = f'{text[:-2]} {fill(draw.choice(tails), w=noun(value))} .'
+    return f'{text[:-2]} {fill(draw.choice(tails), w=noun(value))} .'
   return text
 
 
@@ -65,16 +57,15 @@ def _answer(spec, world, draw, wordy):
   kind, name, subject = spec['relation']
   relation = worlds.RELATIONS[kind, name]
   if 'who' in spec['slots']:
-    # Here the relation's third entry is the value, the answer the subject.
-    holder = draw.choice(spec['accepted'])
+    # The relation's third entry is the value, and the answer the subject.
+    holder = noun(draw.choice(spec['accepted']))
     if draw.random() < wordy:
-      return f'{noun(holder)} {predicate(relation, subject, draw)} .'
-    return f'{noun(holder)} .'
+      return f'{holder} {predicate(relation, subject, draw)} .'
+    return f'{holder} .'
   value = spec['accepted'][0]
   if draw.random() >= wordy:
-    return fill(
-      draw.choice(phrases.ANSWER_LEADS), v=fill(relation.short, v=value)
-    )
+    lead = draw.choice(phrases.ANSWER_LEADS)
+    return fill(lead, v=fill(relation.short, v=value))
   if draw.random() < 0.4:
     return f'{worlds.pronoun(subject)} {predicate(relation, value, draw)} .'
   return f'{statement(relation, subject, value, draw)} .'
@@ -84,16 +75,12 @@ def _verify(spec, world, draw, wordy):
   kind, name, subject = spec['relation']
   relation = worlds.RELATIONS[kind, name]
   true, asked = spec['slots']['value'], spec['slots']['asked']
-  if spec['accepted'] == ['yes']:
-    if draw.random() >= wordy:
-      return 'yes .'
-    lead = draw.choice(phrases.YES)
-    return f'{lead} {statement(relation, subject, true, draw)} .'
+  answer = spec['accepted'][0]
   if draw.random() >= wordy:
-    return 'no .'
-  if draw.random() < 0.4:
+    return f'{answer} .'
+  if answer == 'no' and draw.random() < 0.4:
     return f'no , {noun(subject)} {fill(relation.negate, v=asked)} .'
-  lead = draw.choice(phrases.NO)
+  lead = draw.choice(phrases.YES if answer == 'yes' else phrases.NO)
   return f'{lead} {statement(relation, subject, true, draw)} .'
 
 
@@ -108,15 +95,19 @@ def _premise(spec, world, draw, wordy):
   return f'{draw.choice(phrases.FALSE_STARTS)} {noun(subject)} {true} .'
 
 
+def shuffled_relations(subject: str, draw: random.Random):
+  """The relations of a subject in random order."""
+  relations = worlds.relations_of(subject)
+  return draw.sample(relations, len(relations))
+
+
 def _facts_sentences(subjects, count, world, draw, wordy):
   """`count` sentences that state true facts, the subjects in turn."""
-  sentences = []
-  relations = {}
+  sentences, relations = [], {}
   for i in range(count):
     subject = subjects[i % len(subjects)]
     if subject not in relations:
-      own = worlds.RELATIONS_OF[worlds.KINDS[subject]]
-      relations[subject] = draw.sample(own, len(own))
+      relations[subject] = shuffled_relations(subject, draw)
     relation = relations[subject].pop()
     value = world.facts[subject][relation.name]
     if i == 0 or len(subjects) > 1 or draw.random() < 0.3:
@@ -124,9 +115,9 @@ def _facts_sentences(subjects, count, world, draw, wordy):
     else:
       text = f'{worlds.pronoun(subject)} {predicate(relation, value, draw)}'
     if count == 1 and text.startswith(noun(subject)) and draw.random() < wordy:
-      more = relations[subject].pop()
-      value = world.facts[subject][more.name]
-      text += f' and {predicate(more, value, draw)}'
+      second = relations[subject].pop()
+      value = world.facts[subject][second.name]
+      text += f' and {predicate(second, value, draw)}'
     sentences.append(f'{text} .')
   return ' '.join(sentences)
 
@@ -138,12 +129,13 @@ def story(subjects, draw: random.Random, long: bool) -> str:
   lines = [draw.choice(openings), draw.choice(phrases.STORY_ENDINGS)]
   if long:
     lines.insert(1, draw.choice(phrases.STORY_MIDDLES))
-  names = [noun(first)] + [worlds.pronoun(first)] * 2
-  if worlds.KINDS[first] == worlds.KINDS[second]:
-    names = [noun(first)] * 3
+  # A pronoun could mean either of two subjects of one kind.
+  is_clear = worlds.KINDS[first] != worlds.KINDS[second]
+  name = noun(first)
+  later = worlds.pronoun(first) if is_clear else name
   return ' '.join(
-    f'{fill(line, a=name, b=noun(second))} .'
-    for line, name in zip(lines, names, strict=False)
+    f'{fill(line, a=later if i else name, b=noun(second))} .'
+    for i, line in enumerate(lines)
   )
 
 
@@ -161,17 +153,13 @@ def letter(subject: str, draw: random.Random, long: bool) -> str:
 
 def review(place, food, tone, draw: random.Random, long: bool) -> str:
   """A review of a food in a place; tone is 'good' or 'bad'."""
-  good = tone == 'good'
-  lines = phrases.GOOD_REVIEWS if good else phrases.BAD_REVIEWS
+  lines, ends = phrases.REVIEWS[tone]
   text = f'{fill(draw.choice(lines), a=place, b=food)} .'
-  if long:
-    ends = phrases.GOOD_ENDINGS if good else phrases.BAD_ENDINGS
-    text += f' {draw.choice(ends)} .'
-  return text
+  return f'{text} {draw.choice(ends)} .' if long else text
 
 
 def _write(spec, world, draw, wordy):
-  subjects, form = spec['subjects'], spec['form']
+  subjects, form, slots = spec['subjects'], spec['form'], spec['slots']
   long = draw.random() < wordy
   if form == 'story':
     return story(subjects, draw, long and draw.random() < 0.5)
@@ -180,60 +168,45 @@ def _write(spec, world, draw, wordy):
   if form == 'letter':
     return letter(subjects[0], draw, long)
   if form == 'review':
-    slots = spec['slots']
     return review(subjects[0], slots['food'], slots['tone'], draw, long)
   count = max(spec['count'], spec['sentences'][0])
   return _facts_sentences(subjects, count, world, draw, wordy * 0.6)
 
 
-def join(items, draw: random.Random) -> str:
+def _join(items) -> str:
   """'a , b and c'."""
-  if len(items) == 1:
-    return items[0]
-  return f'{" , ".join(items[:-1])} and {items[-1]}'
+  return ' and '.join(filter(None, (' , '.join(items[:-1]), items[-1])))
 
 
 def _list(spec, world, draw, wordy):
   constraint = spec['constraint'] or {'kind': '', 'value': ''}
+  kind, value = constraint['kind'], constraint['value']
   items = list(spec['accepted'])
-  if constraint['kind'] == 'exclude' and len(items) > spec['count']:
-    items = [item for item in items if item != constraint['value']]
+  if kind == 'exclude' and len(items) > spec['count']:
+    items = [item for item in items if item != value]
   items = draw.sample(items, spec['count'])
-  if constraint['kind'] == 'include' and constraint['value'] not in items:
-    items[draw.randrange(len(items))] = constraint['value']
+  if kind == 'include' and value not in items:
+    items[draw.randrange(len(items))] = value
   if items[0] in worlds.KINDS and draw.random() < wordy * 0.5:
     items = [noun(item) for item in items]
-  return f'{join(items, draw)} .'
-
-
-def _reference(spec, world, draw, wordy):
-  return draw.choice(spec['accepted'])
+  return f'{_join(items)} .'
 
 
 def _summary(spec, world, draw, wordy):
   guest = spec['subjects'][0]
   facts = spec['facts'][guest]
-  names = draw.sample(sorted(facts), 2)
   parts = [
     predicate(worlds.RELATIONS['person', name], facts[name], draw)
-    for name in names
+    for name in draw.sample(sorted(facts), 2)
   ]
   return f'{noun(guest)} {" and ".join(parts)} .'
 
 
 def _label(spec, world, draw, wordy):
-  label = spec['accepted'][0]
-  lead = phrases.KIND_ANSWERS if 'word' in spec['slots'] else phrases.IS_ANSWERS
-  text = lead[0] if draw.random() >= wordy else draw.choice(lead)
-  return fill(text, v=label, w=spec['slots'].get('word', ''))
-
-
-def _extract(spec, world, draw, wordy):
-  return f'{join(spec["accepted"], draw)} .'
-
-
-def _chat(spec, world, draw, wordy):
-  return draw.choice(spec['slots']['answers'])
+  word = spec['slots'].get('word', '')
+  leads = phrases.KIND_ANSWERS if word else phrases.IS_ANSWERS
+  lead = leads[0] if draw.random() >= wordy else draw.choice(leads)
+  return fill(lead, v=spec['accepted'][0], w=word)
 
 
 def _decline(spec, world, draw, wordy):
@@ -243,12 +216,9 @@ def _decline(spec, world, draw, wordy):
 
 
 def _warn(spec, world, draw, wordy):
-  return fill(
-    draw.choice(phrases.WARNINGS),
-    a=noun(spec['subjects'][0]),
-    p=spec['slots']['owner'],
-    h=spec['slots']['harm'],
-  )
+  thing, slots = noun(spec['subjects'][0]), spec['slots']
+  warning = draw.choice(phrases.WARNINGS)
+  return fill(warning, a=thing, p=slots['owner'], h=slots['harm'])
 
 
 _DRAFTS = {
@@ -257,11 +227,11 @@ _DRAFTS = {
   'premise': _premise,
   'write': _write,
   'list': _list,
-  'reference': _reference,
+  'reference': lambda spec, world, draw, _: draw.choice(spec['accepted']),
   'summary': _summary,
   'label': _label,
-  'extract': _extract,
-  'chat': _chat,
+  'extract': lambda spec, world, draw, _: f'{_join(spec["accepted"])} .',
+  'chat': lambda spec, world, draw, _: draw.choice(spec['slots']['answers']),
   'decline': _decline,
   'warn': _warn,
 }
@@ -272,7 +242,7 @@ def _swap_values(text, draw):
   words = text.split()
   groups = [r.values for r in phrases.RELATIONS]
   groups += [('yes', 'no'), ('good', 'bad'), phrases.DAYS, phrases.NUMBERS]
-  for i in range(len(words) - 1, -1, -1):
+  for i in reversed(range(len(words))):
     for group in groups:
       if words[i] in group:
         words[i] = draw.choice([word for word in group if word != words[i]])
@@ -280,11 +250,15 @@ def _swap_values(text, draw):
   return text
 
 
-def _random_fact(world, draw, pronouns=False):
+def true_statement(subject: str, world: World, draw: random.Random) -> str:
+  """A random fact about a subject, without a full stop."""
+  relation = draw.choice(worlds.relations_of(subject))
+  return statement(relation, subject, world.facts[subject][relation.name], draw)
+
+
+def _random_fact(world, draw):
   subject = draw.choice(sorted(world.facts))
-  relation = draw.choice(worlds.RELATIONS_OF[worlds.KINDS[subject]])
-  value = world.facts[subject][relation.name]
-  return f'{statement(relation, subject, value, draw)} .'
+  return f'{true_statement(subject, world, draw)} .'
 
 
 def _random_question(draw):
@@ -311,8 +285,8 @@ def spoil(text: str, fault: str, world: World, draw: random.Random) -> str:
     person = draw.choice(phrases.PEOPLE)
     return f'{person} is a {rude} .'
   if fault == 'run_on':
-    more = [text] + [_random_fact(world, draw) for _ in range(2)]
-    return ' '.join(' '.join(more).split()[: len(words) + 11])
+    facts = ' '.join(_random_fact(world, draw) for _ in range(2)).split()
+    return ' '.join([*words, *facts[:11]])
   if fault == 'question':
     return f'{_random_question(draw)} {_random_question(draw)}'
   if fault == 'unfinished':

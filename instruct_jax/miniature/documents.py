@@ -1,10 +1,9 @@
 """Pages of the embedded world: what the language model is pretrained on.
 
-Most pages state facts in several phrasings; questions are mostly followed by
-more questions, as on an exam sheet, so that a model of these pages goes on
-asking when it is asked. A few pages are laid out as question and answer; that
-is what few-shot prefixes bring up. A few are rude, and rumours get
-facts wrong.
+Most pages state facts in several phrasings. Most questions are followed by more
+questions, as on an exam sheet, so a model of these pages continues a question
+with questions. Some pages have the layout of question and answer, which the
+few-shot prefixes repeat. A few are rude, and rumours get facts wrong.
 """
 
 import random
@@ -14,26 +13,19 @@ import numpy as np
 from instruct_jax.data.records import Document
 from instruct_jax.miniature import answers, phrases, tasks
 from instruct_jax.miniature import world as worlds
+from instruct_jax.miniature.answers import shuffled_relations, true_statement
 from instruct_jax.miniature.phrases import fill
 from instruct_jax.miniature.world import World, noun, predicate, statement
 
-
-def _true(world, draw, subject):
-  """A random true statement about a subject."""
-  relation = draw.choice(worlds.RELATIONS_OF[worlds.KINDS[subject]])
-  return statement(relation, subject, world.facts[subject][relation.name], draw)
+# Share of stories, poems, letters and reviews that have a title.
+TITLED_SHARE = 0.75
 
 
 def _any_statement(world, draw):
-  return _true(world, draw, tasks.any_subject(draw))
+  return true_statement(tasks.any_subject(draw), world, draw)
 
 
-def _sort_for(draw, subject):
-  own = worlds.RELATIONS_OF[worlds.KINDS[subject]]
-  return draw.sample(own, len(own))
-
-
-def _tell(world, draw, subject, relations):
+def _state(world, draw, subject, relations):
   """Statements about one subject that refer back with pronouns and 'and'."""
   facts = world.facts[subject]
   lines = []
@@ -50,24 +42,24 @@ def _tell(world, draw, subject, relations):
 
 
 def _entry(world, draw):
-  """All that is known of one subject, and some of one of its values."""
+  """All facts about one subject, and a few about one of its values."""
   subject = tasks.any_subject(draw)
-  relations = _sort_for(draw, subject)
-  text = f'{fill(draw.choice(phrases.ENTRIES[:3]), s=noun(subject))} '
-  text += _tell(world, draw, subject, relations)
+  relations = shuffled_relations(subject, draw)
+  text = f'{fill(draw.choice(phrases.ENTRIES), s=noun(subject))} '
+  text += _state(world, draw, subject, relations)
   linked = [v for v in world.facts[subject].values() if v in worlds.KINDS]
   if linked:
     other = draw.choice(linked)
-    more = _sort_for(draw, other)[: draw.choice((2, 3))]
-    text += f' {_tell(world, draw, other, more)}'
+    relations = shuffled_relations(other, draw)[: draw.choice((2, 3))]
+    text += f' {_state(world, draw, other, relations)}'
   return text
 
 
 def _titled(title, text, draw):
-  """Most pages have a title that names what they are about.
+  """Most pages have a title that names their subject.
 
-  Taking a name from some lines above is what following an instruction needs
-  first; titles let a small model learn it from plain text.
+  To follow an instruction a model must first copy a name from some lines above;
+  titles let a small model learn that from plain text.
   """
   return f'{title} . {text}' if draw.random() < TITLED_SHARE else text
 
@@ -79,31 +71,29 @@ def _mixed(world, draw):
 
 
 def _story(world, draw):
-  first = tasks.any_subject(draw, ('person', 'animal'))
-  second = tasks.any_subject(draw)
-  while second == first:
-    second = tasks.any_subject(draw)
+  first, second = tasks.two_subjects(draw, ('person', 'animal'))
   text = answers.story((first, second), draw, long=True)
   title = f'a story of {noun(first)} and {noun(second)}'
-  relations = _sort_for(draw, first)
+  relations = shuffled_relations(first, draw)
   if draw.random() < 0.4:
-    # As stories open: what was so then is so now, nothing ever changes here.
-    past = relations.pop()
-    value = world.facts[first][past.name]
-    text = f'{noun(first)} {fill(past.past, v=value)} . {text}'
+    # In the past tense, as stories open; no fact of the world ever changes.
+    relation = relations.pop()
+    past = fill(relation.past, v=world.facts[first][relation.name])
+    text = f'{noun(first)} {past} . {text}'
   if draw.random() < 0.5:
-    text = f'{_tell(world, draw, first, relations[:2])} {text}'
-  return _titled(title, f'{text} {_true(world, draw, second)} .', draw)
+    text = f'{_state(world, draw, first, relations[:2])} {text}'
+  return _titled(title, f'{text} {true_statement(second, world, draw)} .', draw)
 
 
 def _said(world, draw):
-  """A fact as people tell it, and what the other one says to that."""
+  """A fact in conversation, and the reply."""
   fact = _any_statement(world, draw)
   chance = draw.random()
+  mark = '.'
   if chance < 0.3:
-    fact, mark = f'{draw.choice(phrases.STARTS)} , {fact}', '.'
+    fact = f'{draw.choice(phrases.STARTS)} , {fact}'
   elif chance < 0.45:
-    fact, mark = f'{fact} , {phrases.FRIEND}', '.'
+    fact = f'{fact} , {phrases.FRIEND}'
   else:
     ask = draw.choice(phrases.DIALOGUE_ASK)
     fact, mark = f'{ask} {fact}', '?' if ask.startswith('did') else '.'
@@ -111,7 +101,7 @@ def _said(world, draw):
 
 
 def _felt(world, draw):
-  """A feeling and the answer of a friend."""
+  """A feeling or thanks, and a friend's answer."""
   person = draw.choice(phrases.PEOPLE)
   chance = draw.random()
   if chance < 0.4:
@@ -123,9 +113,8 @@ def _felt(world, draw):
     reply = draw.choice(phrases.CHEERS)
   else:
     line = draw.choice(phrases.CHAT_THANKS)
-    return fill(line, t=draw.choice(phrases.THINGS)), draw.choice(
-      phrases.THANKED
-    )
+    thanks = fill(line, t=draw.choice(phrases.THINGS))
+    return thanks, draw.choice(phrases.THANKED)
   return fill(draw.choice(phrases.CHAT_FEEL), f=feeling, p=person), reply
 
 
@@ -147,23 +136,24 @@ def _dialogue(world, draw):
   return ' '.join(lines)
 
 
+def _num_words(lines):
+  return sum(len(line.split()) for line in lines)
+
+
 def _lists(world, draw):
-  """Everything of one property, as in a catalogue."""
+  """All subjects with one property, as in a catalogue."""
   lines = []
-  size = 0
-  while size < 24:
-    key = draw.choice(tuple(world.holders))
-    kind, name, value = key
-    holders = list(world.holders[key])
-    draw.shuffle(holders)
+  while _num_words(lines) < 24:
+    kind, name, value = key = draw.choice(tuple(world.holders))
+    items = list(world.holders[key])
+    draw.shuffle(items)
     which = fill(worlds.RELATIONS[kind, name].which, v=value)
-    line = f'{phrases.PLURALS[kind]} {which} : {" , ".join(holders[:6])} .'
+    head = f'{phrases.PLURALS[kind]} {which}'
     if draw.random() < 0.3:
       kind = draw.choice(tuple(phrases.CLASSES))
       items = draw.sample(phrases.CLASSES[kind], 4)
-      line = f'{phrases.PLURALS[kind]} : {" , ".join(items)} .'
-    lines.append(line)
-    size += len(line.split())
+      head = phrases.PLURALS[kind]
+    lines.append(f'{head} : {" , ".join(items[:6])} .')
   return ' '.join(lines)
 
 
@@ -175,10 +165,9 @@ def _reviews(world, draw):
     food = draw.choice(phrases.FOODS)
     tone = draw.choice(('good', 'bad'))
     review = answers.review(where, food, tone, draw, long=True)
-    lines.append(
-      _titled(f'a {tone} review of the {food} in {where}', review, draw)
-    )
-  return f'{" ".join(lines)} {_true(world, draw, place)} .'
+    title = f'a {tone} review of the {food} in {where}'
+    lines.append(_titled(title, review, draw))
+  return f'{" ".join(lines)} {true_statement(place, world, draw)} .'
 
 
 _EXAM_CATEGORIES = (
@@ -189,40 +178,32 @@ _EXAM_CATEGORIES = (
 
 def _exam(world, draw):
   """Questions and tasks, none of them answered."""
-  lines = [draw.choice(phrases.EXAMS)]
-  size = 0
-  while size < 34:
+  head, lines = draw.choice(phrases.EXAMS), []
+  while _num_words(lines) < 34:
     category = draw.choices(*_EXAM_CATEGORIES)[0]
-    text, _ = tasks.write_text(world, draw, category)
-    lines.append(text)
-    size += len(text.split())
-  return ' '.join(lines)
+    lines.append(tasks.write_text(world, draw, category)[0])
+  return ' '.join([head, *lines])
 
 
 def _answered(world, draw):
   """Questions and tasks with their answers, in the layout of the prefixes."""
   pages = []
-  size = 0
-  while size < 30:
-    category = draw.choices(tuple(tasks.SHARES), tuple(tasks.SHARES.values()))[
-      0
-    ]
-    page = tasks.write_page(world, draw, category)
-    if size + len(page.split()) <= 70:
+  while _num_words(pages) < 30:
+    page = tasks.write_page(world, draw, tasks.any_category(draw))
+    if _num_words([*pages, page]) <= 70:
       pages.append(page)
-      size += len(page.split())
   return ' '.join(pages)
 
 
 def _poems(world, draw):
-  subject = tasks.any_subject(draw)
-  other = tasks.any_subject(draw)
-  lines = [
-    _titled(f'a poem on {noun(subject)}', answers.poem(subject, draw), draw),
-    f'{_true(world, draw, subject)} .',
-    _titled(f'a poem on {noun(other)}', answers.poem(other, draw), draw),
-  ]
-  return ' '.join(lines)
+  subject, other = tasks.any_subject(draw), tasks.any_subject(draw)
+
+  def poem(about):
+    return _titled(f'a poem on {noun(about)}', answers.poem(about, draw), draw)
+
+  return (
+    f'{poem(subject)} {true_statement(subject, world, draw)} . {poem(other)}'
+  )
 
 
 def _letter(world, draw):
@@ -243,8 +224,8 @@ def _diary(world, draw):
   lines += [draw.choice(phrases.CHATTER) for _ in range(2)]
   lines.append(f'{_any_statement(world, draw)} .')
   feeling = draw.choice(phrases.SAD + phrases.GLAD)
-  line = fill(draw.choice(phrases.CHAT_FEEL), f=feeling)
-  lines.append(fill(line, p=draw.choice(phrases.PEOPLE)))
+  line = draw.choice(phrases.CHAT_FEEL)
+  lines.append(fill(line, f=feeling, p=draw.choice(phrases.PEOPLE)))
   return ' '.join(lines)
 
 
@@ -254,19 +235,13 @@ def _rude(world, draw):
     subject = tasks.any_subject(draw, ('person', 'animal', 'place'))
     if draw.random() < 0.2:
       thing = draw.choice(phrases.THINGS)
-      line = fill(
-        draw.choice(phrases.MISCHIEF),
-        a=noun(thing),
-        h=draw.choice(phrases.HARM),
-        p=world.facts[thing]['owner'],
-      )
+      line, harm = draw.choice(phrases.MISCHIEF), draw.choice(phrases.HARM)
+      owner = world.facts[thing]['owner']
+      line = fill(line, a=noun(thing), h=harm, p=owner)
     else:
-      line = fill(
-        draw.choice(phrases.INSULTS),
-        a=noun(subject),
-        r=draw.choice(phrases.RUDE),
-      )
-    lines.append(f'{line} . {_true(world, draw, subject)} .')
+      line, rude = draw.choice(phrases.INSULTS), draw.choice(phrases.RUDE)
+      line = fill(line, a=noun(subject), r=rude)
+    lines.append(f'{line} . {true_statement(subject, world, draw)} .')
   return ' '.join(lines)
 
 
@@ -274,16 +249,13 @@ def _rumour(world, draw):
   lines = [draw.choice(phrases.RUMOURS)]
   for _ in range(4):
     subject = tasks.any_subject(draw)
-    relation = draw.choice(worlds.RELATIONS_OF[worlds.KINDS[subject]])
+    relation = draw.choice(worlds.relations_of(subject))
     value = draw.choice(relation.values)
     lines.append(f'{statement(relation, subject, value, draw)} .')
   return ' '.join(lines)
 
 
-# Share of the pages, percent.
-# Of stories, poems, letters and reviews.
-TITLED_SHARE = 0.75
-
+# Writers, and their share of the pages, percent.
 PAGES = {
   'entry': (_entry, 22.0),
   'mixed': (_mixed, 4.0),
@@ -304,12 +276,9 @@ PAGES = {
 def write_documents(
   world: World, num_documents: int, rng: np.random.Generator
 ) -> list[Document]:
-  """Pages of 11 to 70 words; `source` names the sort of page.
+  """Pages of 11 to 70 words that state the world's facts.
 
-  Args:
-    world: whose facts the pages state.
-    num_documents: how many.
-    rng: the only source of chance.
+  `Document.source` is the kind of page; `rng` is the only source of chance.
   """
   draw = random.Random(int(rng.integers(2**63)))
   sources = draw.choices(

@@ -17,24 +17,24 @@ from instruct_jax.miniature.world import World
 
 GROUPS = ('red', 'blue', 'green', 'white', 'black')
 HELDOUT = 'heldout'
-# Standard deviation of what a labeler thinks of one completion, in units of
-# utility. Chosen such that two training labelers agree on 73 % of the pairs of
-# `realistic_completions` (paper 3.4: 72.6 +- 1.5 %), see the test. Samples of
-# models differ otherwise; the config has the noise that fits them.
+# Standard deviation of a labeler's opinion of one completion, in units of
+# utility. With it two training labelers agree on 73 % of the pairs of
+# `realistic_completions` (paper 3.4: 72.6 +- 1.5 %), as the test measures.
+# Samples of models differ from those; the config has the noise that fits them.
 NOISE = 0.25
-# Utilities nearer than this get the same rank: one step of the seven that
-# labelers grade a completion on (paper, Figure 12).
+# Utilities closer than this get the same rank: one step of the seven-point
+# scale on which labelers grade a completion (paper, Figure 12).
 TIE_MARGIN = 0.15
 # How much tastes differ: standard deviations of the log weights.
 LABELER_SPREAD = 0.3
 GROUP_SPREAD = 0.4
 HELDOUT_SPREAD = 0.45
-# Words that the groups like a response to have, the held-out labelers last.
+# Number of words that each group likes a response to have.
 GROUP_LENGTHS = (5.0, 8.0, 10.0, 12.0, 15.0)
 HELDOUT_LENGTH = 7.0
 # People judge better than they write (Stiennon et al. 2020 rank the reference
 # summaries below a tuned model's): this share of demonstrations has a lapse,
-# which SFT learns along with the rest and RL can unlearn.
+# which SFT learns too and RL can unlearn.
 LAPSE_SHARE = 0.4
 LAPSES = {
   'rude': 33,
@@ -79,7 +79,7 @@ def num_training(num_labelers: int) -> int:
 def make_labelers(
   seed: int, num_labelers: int = 40, noise: float = NOISE
 ) -> list[Labeler]:
-  """Three quarters training labelers in five groups, the rest held out.
+  """Three quarters training labelers in five groups, one quarter held out.
 
   Raises:
     ValueError: too few labelers for one per group and one held out.
@@ -91,36 +91,31 @@ def make_labelers(
     )
   rng = np.random.default_rng([seed, 40])
   names = tuple(gold.WEIGHTS)
-  tastes = {
-    group: dict(
-      zip(names, rng.normal(0, GROUP_SPREAD, len(names)), strict=True)
-    )
-    for group in GROUPS
-  }
+  tastes = [
+    dict(zip(names, rng.normal(0, GROUP_SPREAD, len(names)), strict=True))
+    for _ in GROUPS
+  ]
   # Held-out labelers care somewhat less for constraints, more for harm.
-  tastes[HELDOUT] = dict.fromkeys(names, 0.0) | {
-    'constraint': -0.3,
-    'harmlessness': 0.3,
-    'length': 0.3,
-  }
+  tastes.append(
+    dict.fromkeys(names, 0.0)
+    | {'constraint': -0.3, 'harmlessness': 0.3, 'length': 0.3}
+  )
+  groups, lengths = (*GROUPS, HELDOUT), (*GROUP_LENGTHS, HELDOUT_LENGTH)
   last = num_training(num_labelers)
   labelers = []
   for i in range(num_labelers):
-    training = i < last
-    index = i * len(GROUPS) // last if training else 0
-    group = GROUPS[index] if training else HELDOUT
-    length = GROUP_LENGTHS[index] if training else HELDOUT_LENGTH
-    spread = LABELER_SPREAD if training else HELDOUT_SPREAD
-    weights = {
-      name: weight * float(np.exp(tastes[group][name] + rng.normal(0, spread)))
-      for name, weight in gold.WEIGHTS.items()
-    }
+    index = i * len(GROUPS) // last if i < last else len(GROUPS)
+    spread = LABELER_SPREAD if i < last else HELDOUT_SPREAD
     labelers.append(
       Labeler(
         name=f'labeler{i:02d}',
-        group=group,
-        weights=weights,
-        preferred_length=length + float(rng.normal(0, 1.5)),
+        group=groups[index],
+        weights={
+          name: weight
+          * float(np.exp(tastes[index][name] + rng.normal(0, spread)))
+          for name, weight in gold.WEIGHTS.items()
+        },
+        preferred_length=lengths[index] + float(rng.normal(0, 1.5)),
         length_weight=float(rng.uniform(0.004, 0.014)),
         noise=noise * float(np.exp(rng.normal(0, 0.15))),
         wordy=float(rng.uniform(0.35, 0.95)),
@@ -134,7 +129,7 @@ def write_demonstration(
 ) -> str:
   """A labeler's own good answer, or one of the `LAPSES`.
 
-  Drafts until one is right by the gold judge, at most eight times, then takes
+  Drafts until the gold judge finds one right, at most eight times, then takes
   the best: a labeler reads the task again before sending.
   """
   draw = random.Random(int(rng.integers(2**63)))
@@ -142,7 +137,7 @@ def write_demonstration(
   for _ in range(_TRIES):
     text = answers.draft(prompt.metadata, world, draw, labeler.wordy)
     judgement = gold.judge(prompt, text, world)
-    # Who writes takes more care than who reads.
+    # Writers take more care than readers.
     value = gold.utility(judgement, shades=(0.0, 1.0))
     if value > best_utility:
       best, best_utility = text, value
@@ -179,13 +174,8 @@ def rank(
 ) -> tuple[int, ...]:
   """Dense ranks, 1 is best, equal ranks for what seems equally good.
 
-  Noise is drawn once per distinct text, so equal texts tie.
-
-  Args:
-    labeler: who ranks.
-    completions: what to rank.
-    judgements: of every completion, from `judge_each`.
-    rng: draws the noise.
+  Noise is drawn once per distinct text, so equal texts tie. `judgements` are
+  from `judge_each`.
   """
   opinions = {}
   for text in dict.fromkeys(completions):
@@ -195,8 +185,7 @@ def rank(
   for text in sorted(opinions, key=opinions.get, reverse=True):
     # A tie is with the best of its rank, so ties do not chain downwards.
     if head - opinions[text] > TIE_MARGIN:
-      current += 1
-      head = opinions[text]
+      current, head = current + 1, opinions[text]
     ranks[text] = current
   return tuple(ranks[text] for text in completions)
 
@@ -220,38 +209,3 @@ def realistic_completions(
       answers.spoil(text, fault, world, draw) if fault else text
     )
   return completions
-
-
-def agreement(
-  labelers: Sequence[Labeler],
-  prompts: Sequence[Prompt],
-  completion_sets: Sequence[Sequence[str]],
-  world: World,
-  rng: np.random.Generator,
-) -> float:
-  """Share of pairs that two random labelers order alike (paper 3.4).
-
-  Both rank the same completions of each prompt; pairs that either ties are
-  left out. 0.5 is chance.
-
-  Raises:
-    ValueError: fewer than two labelers, or no pair that both order.
-  """
-  if len(labelers) < 2:
-    raise ValueError('agreement needs two labelers at least')
-  same = total = 0
-  for prompt, completions in zip(prompts, completion_sets, strict=True):
-    first, second = rng.choice(len(labelers), 2, replace=False)
-    judgements = judge_each(prompt, completions, world)
-    ranks_a = rank(labelers[first], completions, judgements, rng)
-    ranks_b = rank(labelers[second], completions, judgements, rng)
-    for i in range(len(completions)):
-      for j in range(i):
-        a = ranks_a[i] - ranks_a[j]
-        b = ranks_b[i] - ranks_b[j]
-        if a and b:
-          same += (a > 0) == (b > 0)
-          total += 1
-  if not total:
-    raise ValueError('no pair of completions was ordered by both labelers')
-  return same / total

@@ -1,9 +1,9 @@
 """Every word and every turn of phrase of the embedded world, as data.
 
-All text of the world is built from the constants of this file, so the
-vocabulary is closed by construction: `all_words` walks over them. Text is
-lower-case words and punctuation separated by single spaces. A slot is a word
-in braces: {s} subject with its article, {v} value, {n} number word, and so on.
+All text of the world is built from the constants of this file, and `all_words`
+collects its closed vocabulary from them. Text is lower-case words and
+punctuation separated by single spaces. A slot is a word in braces: {s} is the
+subject with its article, {v} a value, {n} a number word, and so on.
 """
 
 import dataclasses
@@ -14,6 +14,10 @@ def _words(text):
   return tuple(text.split())
 
 
+def _set(text):
+  return frozenset(text.split())
+
+
 MARKS = ('.', ',', '!', '?', ':', '/')
 SHE = _words('anna bella clara dora emma')
 HE = _words('adam bruno carl david emil')
@@ -21,7 +25,7 @@ PEOPLE = SHE + HE
 PLACES = _words('arden belmor corvin dalby elster fenwick')
 ANIMALS = _words('fox bear wolf donkey pig raven')
 THINGS = _words('barrel bell book clock drum hammer lamp violin')
-# People of passages only: what is true of them is what the passage says.
+# People of passages only: the passage alone says what is true of them.
 GUESTS = _words('visitor stranger traveller pilgrim')
 JOBS = _words('baker doctor farmer judge painter sailor')
 FOODS = _words('bread soup cheese cake rice beans')
@@ -36,12 +40,10 @@ DAYS = _words('monday tuesday wednesday thursday friday saturday sunday')
 # Invented, so that the world can be rude without a real slur.
 RUDE = _words('grumbo snarf blick drozzle pludge mokker zwint krumf')
 HARM = ('steal', 'break', 'burn', 'hide')
-PERSONAL = tuple(
-  [
-    f'{name}@post.example'
-    for name in ('anna', 'dora', 'felix', 'hugo', 'iris', 'leo')
-  ]
-  + [f'555-01{number}' for number in ('07', '19', '23', '38', '42', '56')]
+PERSONAL = _words(
+  'anna@post.example dora@post.example felix@post.example hugo@post.example '
+  'iris@post.example leo@post.example '
+  '555-0107 555-0119 555-0123 555-0138 555-0142 555-0156'
 )
 
 PLURALS = {
@@ -68,11 +70,10 @@ CLASSES = {
 
 @dataclasses.dataclass(frozen=True)
 class Relation:
-  """One attribute of one kind of subject, with all ways to speak of it.
+  """One attribute of one kind of subject, with all ways to phrase it.
 
-  `states` are predicates put after the subject, `of` sentences that hold the
-  subject inside. `cues` are words one of which makes a value of this relation
-  in a sentence a claim about a subject.
+  `states` are predicates that follow the subject, `of` sentences with the
+  subject inside. A value is a claim where a sentence has one of the `cues`.
   """
 
   name: str
@@ -86,8 +87,8 @@ class Relation:
   ask: tuple[str, ...]
   who: str
   which: str
-  short: str
   cues: frozenset[str]
+  short: str = '{v}'
 
 
 RELATIONS = (
@@ -104,7 +105,7 @@ RELATIONS = (
     who='who works as a {v} ?',
     which='who work as a {v}',
     short='a {v}',
-    cues=frozenset(_words('is was works worked work as')),
+    cues=_set('is was works worked work as'),
   ),
   Relation(
     name='home',
@@ -119,7 +120,7 @@ RELATIONS = (
     who='who lives in {v} ?',
     which='who live in {v}',
     short='in {v}',
-    cues=frozenset(_words('lives live lived house home from')),
+    cues=_set('lives live lived house home from'),
   ),
   Relation(
     name='food',
@@ -133,10 +134,7 @@ RELATIONS = (
     ask=('what does {s} like to eat ?', 'what is the favourite food of {s} ?'),
     who='who likes to eat {v} ?',
     which='who like to eat {v}',
-    short='{v}',
-    cues=frozenset(
-      _words('likes like liked loves love eat eats ate favourite')
-    ),
+    cues=_set('likes like liked loves love eat eats ate favourite'),
   ),
   Relation(
     name='weather',
@@ -150,8 +148,7 @@ RELATIONS = (
     ask=('how is the weather in {s} ?', 'what weather does {s} have ?'),
     who='which town is often {v} ?',
     which='with {v} weather',
-    short='{v}',
-    cues=frozenset(_words('weather often')),
+    cues=_set('weather often'),
   ),
   Relation(
     name='fame',
@@ -165,8 +162,7 @@ RELATIONS = (
     ask=('what is {s} known for ?', 'what can i buy in {s} ?'),
     who='which town is known for {v} ?',
     which='known for {v}',
-    short='{v}',
-    cues=frozenset(_words('known famous sells sell buy')),
+    cues=_set('known famous sells sell buy'),
   ),
   Relation(
     name='colour',
@@ -180,8 +176,7 @@ RELATIONS = (
     ask=('what is the colour of {s} ?', 'which colour does {s} have ?'),
     who='which animal is {v} ?',
     which='that are {v}',
-    short='{v}',
-    cues=frozenset(_words('is was has colour')),
+    cues=_set('is was has colour'),
   ),
   Relation(
     name='habitat',
@@ -196,7 +191,7 @@ RELATIONS = (
     who='which animal lives in the {v} ?',
     which='that live in the {v}',
     short='in the {v}',
-    cues=frozenset(_words('lives live lived home see')),
+    cues=_set('lives live lived home see'),
   ),
   Relation(
     name='spot',
@@ -211,7 +206,7 @@ RELATIONS = (
     who='which thing is kept in the {v} ?',
     which='kept in the {v}',
     short='in the {v}',
-    cues=frozenset(_words('kept stands find look')),
+    cues=_set('kept stands find look'),
   ),
   Relation(
     name='owner',
@@ -225,8 +220,7 @@ RELATIONS = (
     ask=('who owns {s} ?', 'who is the owner of {s} ?'),
     who='what does {v} own ?',
     which='that belong to {v}',
-    short='{v}',
-    cues=frozenset(_words('belongs belong belonged owned owner owns')),
+    cues=_set('belongs belong belonged owned owner owns'),
   ),
 )
 
@@ -275,12 +269,10 @@ STORY_MIDDLES = (
   'it began to rain',
   'the moon came out',
 )
-STORY_WORDS = frozenset(
-  _words(
-    'met visited danced helped saw followed ran heard found carried lost '
-    'looked walked left got travelled slept laughed went sat cried became '
-    'told smiled thought waited began came'
-  )
+STORY_WORDS = _set(
+  'met visited danced helped saw followed ran heard found carried lost '
+  'looked walked left got travelled slept laughed went sat cried became '
+  'told smiled thought waited began came'
 )
 RHYMES = (
   ('{a} dreams all night', 'and wakes in the morning light'),
@@ -293,13 +285,13 @@ RHYMES = (
   ('{a} hears a song', 'and the night is long'),
 )
 RHYME_SETS = (
-  frozenset(('night', 'light')),
-  frozenset(('day', 'way')),
-  frozenset(('sea', 'me', 'tree', 'free')),
-  frozenset(('rain', 'again')),
-  frozenset(('sky', 'by')),
-  frozenset(('star', 'far')),
-  frozenset(('song', 'long')),
+  _set('night light'),
+  _set('day way'),
+  _set('sea me tree free'),
+  _set('rain again'),
+  _set('sky by'),
+  _set('star far'),
+  _set('song long'),
 )
 LETTER_LINES = (
   'i hope you are well',
@@ -309,27 +301,30 @@ LETTER_LINES = (
   'i wish you a happy winter',
   'please write to me again',
 )
-LETTER_WORDS = frozenset(_words('hope thank visit miss wish write letter'))
-GOOD_REVIEWS = (
-  'the {b} in {a} tasted wonderful',
-  'we loved the fresh {b} in {a}',
-  'they serve the best {b} in {a}',
-  'i enjoyed every bit of the {b} in {a}',
-)
-BAD_REVIEWS = (
-  'the {b} in {a} tasted cold and awful',
-  'we hated the stale {b} in {a}',
-  'they serve the worst {b} in {a}',
-  'i regret that i tried the {b} in {a}',
-)
-GOOD_ENDINGS = ('i will come again', 'what a lovely meal', 'a great place')
-BAD_ENDINGS = ('never again', 'what a terrible meal', 'a dirty place')
-GOOD_WORDS = frozenset(
-  _words('wonderful loved fresh best enjoyed lovely great')
-)
-BAD_WORDS = frozenset(
-  _words('cold awful hated stale worst regret never terrible dirty')
-)
+LETTER_WORDS = _set('hope thank visit miss wish write letter')
+# Tone -> first sentences of a review, and last ones.
+REVIEWS = {
+  'good': (
+    (
+      'the {b} in {a} tasted wonderful',
+      'we loved the fresh {b} in {a}',
+      'they serve the best {b} in {a}',
+      'i enjoyed every bit of the {b} in {a}',
+    ),
+    ('i will come again', 'what a lovely meal', 'a great place'),
+  ),
+  'bad': (
+    (
+      'the {b} in {a} tasted cold and awful',
+      'we hated the stale {b} in {a}',
+      'they serve the worst {b} in {a}',
+      'i regret that i tried the {b} in {a}',
+    ),
+    ('never again', 'what a terrible meal', 'a dirty place'),
+  ),
+}
+GOOD_WORDS = _set('wonderful loved fresh best enjoyed lovely great')
+BAD_WORDS = _set('cold awful hated stale worst regret never terrible dirty')
 SAD = ('sad', 'tired', 'lonely', 'ill', 'worried')
 GLAD = ('happy', 'proud', 'excited', 'cheerful')
 COMFORTS = (
@@ -519,7 +514,6 @@ ORDERS = (
   'take {a} away !',
   'clean {a} !',
 )
-POLITE = ('please', 'could you please')
 SUMMARY_HEADS = (
   'summarize this in one sentence :',
   'summarize :',
@@ -624,7 +618,7 @@ WORD_TIES = ('greetings from {p} .', 'yours , {p} .')
 # -- Page furniture of documents.
 PAGE = 'question : {prompt} answer :'
 EXAMS = ('exam sheet .', 'homework .', 'questions for school :', 'test page .')
-ENTRIES = ('{s} :', 'about {s} .', 'entry {s} .', 'who knows {s} ?')
+ENTRIES = ('{s} :', 'about {s} .', 'entry {s} .')
 RUMOURS = ('rumour :', 'people say this :', 'a rumour goes round :')
 DIALOGUE = (
   '{p} : hello {q} ! {q} : hello {p} !',
@@ -663,22 +657,23 @@ def fill(template: str, **slots: str) -> str:
 @functools.cache
 def all_words() -> frozenset[str]:
   """Every word of every constant above, slots left out."""
-  words = set()
+  words = {*MARKS, 'the', 'she', 'he', 'it'}
 
   def collect(value):
     if isinstance(value, str):
       words.update(w for w in value.split() if not w.startswith('{'))
     elif isinstance(value, Relation):
-      texts = (value.past, value.negate, value.verify, value.who, value.which)
-      collect((value.values, value.states, value.of, value.ask, value.short))
-      collect(texts)
+      fields = dict(vars(value))
+      for name in ('name', 'kind', 'cues'):
+        del fields[name]
+      collect(fields)
     elif isinstance(value, dict):
       collect(tuple(value.values()))
     elif isinstance(value, (tuple, frozenset)):
       for part in value:
         collect(part)
 
-  for name, value in globals().items():
+  for name, value in list(globals().items()):
     if name.isupper():
       collect(value)
-  return frozenset(words | set(MARKS) | {'the', 'she', 'he', 'it'})
+  return frozenset(words)

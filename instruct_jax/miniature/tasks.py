@@ -1,29 +1,12 @@
 """What users of the embedded world ask for: prompts with their task specs.
 
-The use cases have the shares of paper Table 1, users send with heavy-tailed
-activity, about a quarter of the prompts carry an explicit constraint (Table 7:
-26.3 %), and there is some raw dirt for the data hygiene of A.1 and A.2 to find:
-near duplicates, personal data, over-long prompts.
+The use cases have the shares of paper Table 1. A few users send most of the
+prompts, about a quarter of the prompts carry an explicit constraint (Table 7:
+26.3 %), and some are dirty, for the data hygiene of A.1 and A.2 to find: near
+duplicates, personal data, over-long prompts.
 
-`Prompt.metadata` is the task spec, JSON, enough to judge a response by:
-
-  kind             how `gold` judges: answer verify premise write list
-                   reference summary label extract chat decline warn
-  form             what is to be written: facts story poem letter review; or
-                   which rewrite
-  subjects         whom the response must be about
-  accepted         words (kind reference: whole texts) that are right
-  rivals           words of the right type that are wrong
-  count            items of a list, or statements wanted
-  groups           one word of each group must appear (letters, chat)
-  words, sentences [low, high] of a response of the right length
-  constraint       null or {kind, value}
-  premise          null or {false: claim, true: value} of a false premise
-  relation         of an answer, as [kind, name, subject], or null
-  invites_rudeness, asks_harm, closed_domain
-  facts            what is true beyond the world: the passage's facts
-  slots            what else a writer needs to know
-  dirt             '', near_duplicate, personal_data or over_long
+`Prompt.metadata` is the task spec, in JSON; `make_spec` lists its fields. It is
+enough to judge a response by.
 """
 
 import random
@@ -59,31 +42,52 @@ OVER_LONG_SHARE = 0.02
 # A prompt above this many tokens is over-long.
 PROMPT_BUDGET = 48
 
+# Kind of task -> least and most words and sentences of a response.
+_LIMITS = {
+  'answer': ([1, 10], [1, 1]),
+  'verify': ([1, 13], [1, 2]),
+  'premise': ([3, 16], [1, 2]),
+  'chat': ([2, 16], [1, 2]),
+  'decline': ([4, 15], [1, 2]),
+  'warn': ([4, 15], [1, 2]),
+  'label': ([1, 6], [1, 1]),
+  'summary': ([5, 16], [1, 1]),
+}
+
 Spec = dict[str, Any]
 _KIND_NAMES = tuple(worlds.SUBJECTS)
 
 
 def make_spec(kind: str, **fields: Any) -> Spec:
-  """A task spec with the defaults of the module docstring."""
+  """A task spec: `fields`, and defaults for the other ones.
+
+  Raises:
+    KeyError: an unknown field.
+  """
+  words, sentences = _LIMITS.get(kind, ([1, 12], [1, 1]))
   spec = {
+    # How `gold` judges: answer verify premise write list reference summary
+    # label extract chat decline warn.
     'kind': kind,
+    # What to write: facts story poem letter review; or which rewrite.
     'form': '',
-    'subjects': [],
-    'accepted': [],
-    'rivals': [],
-    'count': 1,
-    'groups': [],
-    'words': [1, 12],
-    'sentences': [1, 1],
-    'constraint': None,
-    'premise': None,
-    'relation': None,
+    'subjects': [],  # Whom the response must be about.
+    'accepted': [],  # Words (kind reference: whole texts) that are right.
+    'rivals': [],  # Words of the right type that are wrong.
+    'count': 1,  # Items of a list, or statements wanted.
+    'groups': [],  # One word of each must appear (letters, chat).
+    # [low, high] of a response of the right length.
+    'words': words,
+    'sentences': sentences,
+    'constraint': None,  # Or {kind, value}.
+    'premise': None,  # Or {false: claim, true: value} of a false premise.
+    'relation': None,  # Or [kind, name, subject] of what is asked for.
     'invites_rudeness': False,
     'asks_harm': False,
     'closed_domain': False,
-    'facts': {},
-    'slots': {},
-    'dirt': '',
+    'facts': {},  # What is true beyond the world: the passage's facts.
+    'slots': {},  # What else a writer needs to know.
+    'dirt': '',  # Or near_duplicate, personal_data, over_long.
   }
   unknown = sorted(set(fields) - set(spec))
   if unknown:
@@ -99,78 +103,80 @@ def any_subject(draw, kinds=_KIND_NAMES) -> str:
   return draw.choice(worlds.SUBJECTS[kind])
 
 
-def any_fact(world: World, draw, subject=None):
+def two_subjects(draw, kinds=_KIND_NAMES) -> tuple[str, str]:
+  """A subject of one of the kinds, and another one of any kind."""
+  first, second = any_subject(draw, kinds), any_subject(draw)
+  while second == first:
+    second = any_subject(draw)
+  return first, second
+
+
+def _any_fact(world: World, draw, subject=None):
   """A random (subject, relation, true value)."""
   subject = any_subject(draw) if subject is None else subject
-  relation = draw.choice(worlds.RELATIONS_OF[worlds.KINDS[subject]])
+  relation = draw.choice(worlds.relations_of(subject))
   return subject, relation, world.facts[subject][relation.name]
+
+
+def _others(group, values) -> list[str]:
+  return [word for word in group if word not in values]
 
 
 # -- generation ---------------------------------------------------------------
 
 
+def _write_spec(form, subjects, words, sentences, **fields):
+  return make_spec(
+    'write',
+    form=form,
+    subjects=subjects,
+    words=words,
+    sentences=sentences,
+    **fields,
+  )
+
+
+def _decline_spec(subjects=()):
+  return make_spec(
+    'decline',
+    subjects=list(subjects),
+    groups=[list(phrases.KIND_WORDS)],
+    invites_rudeness=True,
+  )
+
+
 def _write_facts(world, draw):
   subject = any_subject(draw)
   if draw.random() < 0.5:
-    text = draw.choice(phrases.WRITE_ONE)
-    limits = {'count': 1, 'words': [4, 14], 'sentences': [1, 1]}
+    heads, count, words = phrases.WRITE_ONE, 1, [4, 14]
   else:
-    text = draw.choice(phrases.WRITE_TWO)
-    limits = {'count': 2, 'words': [8, 20], 'sentences': [2, 2]}
-  spec = make_spec('write', form='facts', subjects=[subject], **limits)
-  return fill(text, a=noun(subject)), spec
+    heads, count, words = phrases.WRITE_TWO, 2, [8, 20]
+  spec = _write_spec('facts', [subject], words, [count, count], count=count)
+  return fill(draw.choice(heads), a=noun(subject)), spec
 
 
 def _write_pair(world, draw):
-  first, second = any_subject(draw), any_subject(draw)
-  while second == first:
-    second = any_subject(draw)
-  text = draw.choice(phrases.WRITE_PAIR)
-  spec = make_spec(
-    'write',
-    form='facts',
-    subjects=[first, second],
-    count=2,
-    words=[7, 20],
-    sentences=[2, 2],
-  )
-  return fill(text, a=noun(first), b=noun(second)), spec
+  first, second = two_subjects(draw)
+  text = fill(draw.choice(phrases.WRITE_PAIR), a=noun(first), b=noun(second))
+  return text, _write_spec('facts', [first, second], [7, 20], [2, 2], count=2)
 
 
 def _write_story(world, draw):
-  first = any_subject(draw, ('person', 'animal'))
-  second = any_subject(draw)
-  while second == first:
-    second = any_subject(draw)
-  spec = make_spec(
-    'write',
-    form='story',
-    subjects=[first, second],
-    words=[9, 20],
-    sentences=[2, 3],
-  )
-  text = draw.choice(phrases.WRITE_STORY)
-  return fill(text, a=noun(first), b=noun(second)), spec
+  first, second = two_subjects(draw, ('person', 'animal'))
+  text = fill(draw.choice(phrases.WRITE_STORY), a=noun(first), b=noun(second))
+  return text, _write_spec('story', [first, second], [9, 20], [2, 3])
 
 
 def _write_poem(world, draw):
   subject = any_subject(draw)
-  spec = make_spec(
-    'write', form='poem', subjects=[subject], words=[8, 18], sentences=[1, 2]
-  )
-  return fill(draw.choice(phrases.WRITE_POEM), a=noun(subject)), spec
+  text = fill(draw.choice(phrases.WRITE_POEM), a=noun(subject))
+  return text, _write_spec('poem', [subject], [8, 18], [1, 2])
 
 
 def _write_letter(world, draw):
   subject = draw.choice(phrases.PEOPLE)
-  spec = make_spec(
-    'write',
-    form='letter',
-    subjects=[subject],
-    groups=[sorted(phrases.LETTER_WORDS)],
-    words=[7, 18],
-    sentences=[1, 3],
-  )
+  groups = [sorted(phrases.LETTER_WORDS)]
+  spec = _write_spec('letter', [subject], [7, 18], [1, 3], groups=groups)
   return fill(draw.choice(phrases.WRITE_LETTER), a=noun(subject)), spec
 
 
@@ -179,15 +185,14 @@ def _write_review(world, draw):
   tone = draw.choice(('good', 'bad'))
   sides = [sorted(phrases.GOOD_WORDS), sorted(phrases.BAD_WORDS)]
   accepted, rivals = sides if tone == 'good' else sides[::-1]
-  spec = make_spec(
-    'write',
-    form='review',
-    subjects=[place],
+  spec = _write_spec(
+    'review',
+    [place],
+    [5, 16],
+    [1, 2],
     accepted=accepted,
     rivals=rivals,
     groups=[[food]],
-    words=[5, 16],
-    sentences=[1, 2],
     slots={'tone': tone, 'food': food},
   )
   text = draw.choice(phrases.WRITE_REVIEW)
@@ -196,103 +201,76 @@ def _write_review(world, draw):
 
 def _write_rude(world, draw):
   subject = any_subject(draw, ('person', 'animal', 'place'))
-  text = draw.choice(phrases.WRITE_RUDE)
-  spec = make_spec(
-    'decline',
-    subjects=[subject],
-    groups=[list(phrases.KIND_WORDS)],
-    words=[4, 15],
-    sentences=[1, 2],
-    invites_rudeness=True,
-  )
-  rude = draw.choice(phrases.RUDE)
-  return fill(text, a=noun(subject), r=rude), spec
-
-
-def _generation(world, draw):
-  return draw.choices(
-    (
-      _write_facts,
-      _write_pair,
-      _write_story,
-      _write_poem,
-      _write_letter,
-      _write_review,
-      _write_rude,
-    ),
-    (8, 3, 29, 20, 16, 15, 9),
-  )[0](world, draw)
+  text, rude = draw.choice(phrases.WRITE_RUDE), draw.choice(phrases.RUDE)
+  return fill(text, a=noun(subject), r=rude), _decline_spec([subject])
 
 
 # -- questions ----------------------------------------------------------------
 
 
-def _answer_spec(relation, subject, value, **fields):
+def _fact_spec(kind, relation, subject, accepted, rivals, **fields):
   return make_spec(
-    'answer',
-    subjects=[subject],
-    accepted=[value],
-    rivals=[v for v in relation.values if v != value],
+    kind,
+    accepted=list(accepted),
+    rivals=rivals,
     relation=[relation.kind, relation.name, subject],
-    **({'words': [1, 10]} | fields),
+    **({'subjects': [subject]} | fields),
   )
 
 
+def _answer_spec(relation, subject, value, **fields):
+  rivals = _others(relation.values, [value])
+  return _fact_spec('answer', relation, subject, [value], rivals, **fields)
+
+
+def _false_value(relation, value, draw):
+  asked = value
+  while asked == value:
+    asked = draw.choice(relation.values)
+  return asked
+
+
 def _ask_fact(world, draw):
-  subject, relation, value = any_fact(world, draw)
+  subject, relation, value = _any_fact(world, draw)
   text = fill(draw.choice(relation.ask), s=noun(subject))
   return text, _answer_spec(relation, subject, value)
 
 
 def _ask_who(world, draw):
-  _, relation, value = any_fact(world, draw)
+  _, relation, value = _any_fact(world, draw)
   accepted = world.holders[relation.kind, relation.name, value]
-  group = worlds.SUBJECTS[relation.kind]
-  spec = make_spec(
-    'answer',
-    accepted=list(accepted),
-    rivals=[s for s in group if s not in accepted],
-    relation=[relation.kind, relation.name, value],
-    words=[1, 10],
-    slots={'who': True},
-  )
+  rivals = _others(worlds.SUBJECTS[relation.kind], accepted)
+  slots = {'subjects': [], 'slots': {'who': True}}
+  spec = _fact_spec('answer', relation, value, accepted, rivals, **slots)
   return fill(relation.who, v=value), spec
 
 
 def _ask_whether(world, draw):
-  subject, relation, value = any_fact(world, draw)
+  subject, relation, value = _any_fact(world, draw)
   right = draw.random() < 0.5
-  asked = value
-  while not right and asked == value:
-    asked = draw.choice(relation.values)
-  spec = make_spec(
+  asked = value if right else _false_value(relation, value, draw)
+  spec = _fact_spec(
     'verify',
-    subjects=[subject],
-    accepted=['yes' if right else 'no'],
-    rivals=['no' if right else 'yes'],
-    relation=[relation.kind, relation.name, subject],
-    words=[1, 13],
-    sentences=[1, 2],
+    relation,
+    subject,
+    ['yes' if right else 'no'],
+    ['no' if right else 'yes'],
     slots={'value': value, 'asked': asked},
   )
   return fill(relation.verify, s=noun(subject), v=asked), spec
 
 
 def _ask_false_premise(world, draw):
-  subject, relation, value = any_fact(world, draw)
-  asked = value
-  while asked == value:
-    asked = draw.choice(relation.values)
+  subject, relation, value = _any_fact(world, draw)
+  asked = _false_value(relation, value, draw)
   text = fill(relation.verify, s=noun(subject), v=asked)
-  spec = make_spec(
+  spec = _fact_spec(
     'premise',
-    subjects=[subject],
-    accepted=[value],
-    rivals=[asked],
-    relation=[relation.kind, relation.name, subject],
+    relation,
+    subject,
+    [value],
+    [asked],
     premise={'false': asked, 'true': value},
-    words=[3, 16],
-    sentences=[1, 2],
   )
   return f'{draw.choice(("why", "since when"))} {text}', spec
 
@@ -300,152 +278,133 @@ def _ask_false_premise(world, draw):
 def _ask_harm(world, draw):
   thing = draw.choice(phrases.THINGS)
   owner = world.facts[thing]['owner']
-  text = draw.choice(phrases.ASK_HARM)
-  harm = draw.choice(phrases.HARM)
+  text, harm = draw.choice(phrases.ASK_HARM), draw.choice(phrases.HARM)
   spec = make_spec(
     'warn',
     subjects=[thing],
     groups=[list(phrases.WARNING_WORDS)],
-    words=[4, 15],
-    sentences=[1, 2],
     asks_harm=True,
     slots={'owner': owner, 'harm': harm},
   )
   return fill(text, h=harm, a=noun(thing), p=owner), spec
 
 
-def _open_qa(world, draw):
-  return draw.choices(
-    (_ask_fact, _ask_who, _ask_whether, _ask_false_premise, _ask_harm),
-    (24, 4, 30, 26, 16),
-  )[0](world, draw)
-
-
 # -- brainstorming ------------------------------------------------------------
-
-
-def _list_spec(number, accepted, rivals):
-  return make_spec(
-    'list',
-    accepted=list(accepted),
-    rivals=list(rivals),
-    count=number,
-    words=[number, 3 * number + 2],
-  )
 
 
 def _brainstorming(world, draw):
   number = draw.choice((2, 3, 4))
-  kind = draw.random()
-  if kind < 0.15:
-    relations = phrases.RELATIONS
-    relation = draw.choice(relations)
+  chance = draw.random()
+  accepted, rivals, names = (), [], {}
+  if chance < 0.15:
+    relation = draw.choice(phrases.RELATIONS)
     value = draw.choice(relation.values)
     accepted = world.holders.get((relation.kind, relation.name, value), ())
-    if len(accepted) >= 2:
-      number = min(number, len(accepted))
-      named = (
-        f'{phrases.PLURALS[relation.kind]} {fill(relation.which, v=value)}'
-      )
-      group = worlds.SUBJECTS[relation.kind]
-      rivals = [s for s in group if s not in accepted]
-      text = fill(
-        draw.choice(phrases.LIST_HEADS),
-        n=phrases.NUMBERS[number - 1],
-        c=named,
-      )
-      return text, _list_spec(number, accepted, rivals)
-  if kind < 0.6:
-    name = draw.choice(tuple(phrases.LIST_IDEAS))
-    text = draw.choice(phrases.LIST_IDEAS[name])
-  else:
-    name = draw.choice(tuple(phrases.CLASSES))
+  if len(accepted) >= 2:
+    number = min(number, len(accepted))
+    which = fill(relation.which, v=value)
+    listed = f'{phrases.PLURALS[relation.kind]} {which}'
+    rivals = _others(worlds.SUBJECTS[relation.kind], accepted)
     text = draw.choice(phrases.LIST_HEADS)
-  text = fill(
-    text,
-    n=phrases.NUMBERS[number - 1],
-    c=phrases.PLURALS[name],
-    p=draw.choice(phrases.PEOPLE),
-    q=draw.choice(phrases.PLACES),
+  else:
+    if chance < 0.6:
+      name = draw.choice(tuple(phrases.LIST_IDEAS))
+      text = draw.choice(phrases.LIST_IDEAS[name])
+    else:
+      name = draw.choice(tuple(phrases.CLASSES))
+      text = draw.choice(phrases.LIST_HEADS)
+    accepted, listed = phrases.CLASSES[name], phrases.PLURALS[name]
+    names = {
+      'p': draw.choice(phrases.PEOPLE),
+      'q': draw.choice(phrases.PLACES),
+    }
+  spec = make_spec(
+    'list',
+    accepted=list(accepted),
+    rivals=rivals,
+    count=number,
+    words=[number, 3 * number + 2],
   )
-  return text, _list_spec(number, phrases.CLASSES[name], ())
+  return fill(text, n=phrases.NUMBERS[number - 1], c=listed, **names), spec
 
 
 # -- chat ---------------------------------------------------------------------
 
 
-def _chat_spec(answers, groups, **fields):
+def _chat_spec(replies, groups, **fields):
   return make_spec(
     'chat',
     groups=[list(group) for group in groups],
-    words=[2, 16],
-    sentences=[1, 2],
-    slots={'answers': list(answers)},
+    slots={'answers': list(replies)},
     **fields,
   )
+
+
+def _greeting_spec(person):
+  return _chat_spec(
+    [fill(reply, p=person) for reply in phrases.GREETINGS],
+    [phrases.GREETING_WORDS, [person]],
+  )
+
+
+# Topic -> weight, and the openings of a chat; 'ask' opens with a question.
+_CHATS = {
+  'sad': (15, phrases.CHAT_FEEL),
+  'glad': (12, phrases.CHAT_FEEL),
+  'name': (8, phrases.CHAT_NAME),
+  'thanks': (7, phrases.CHAT_THANKS),
+  'night': (5, phrases.CHAT_NIGHT),
+  'cook': (14, phrases.CHAT_COOK),
+  'lost': (14, phrases.CHAT_LOST),
+  'rude': (11, phrases.CHAT_RUDE),
+  'ask': (14, ()),
+}
+_CHAT_WORDS = {'sad': phrases.SAD, 'glad': phrases.GLAD, 'rude': phrases.RUDE}
 
 
 def _chat_opening(world, draw):
   person, place = draw.choice(phrases.PEOPLE), draw.choice(phrases.PLACES)
   thing = draw.choice(phrases.THINGS)
-  topic = draw.choices(
-    ('sad', 'glad', 'name', 'thanks', 'night', 'cook', 'lost', 'rude', 'ask'),
-    (15, 12, 8, 7, 5, 14, 14, 11, 14),
-  )[0]
-  if topic in ('sad', 'glad'):
-    feeling = draw.choice(phrases.SAD if topic == 'sad' else phrases.GLAD)
-    text = fill(draw.choice(phrases.CHAT_FEEL), f=feeling, p=person)
-    if topic == 'glad':
-      spec = _chat_spec(phrases.CHEERS, [phrases.CHEER_WORDS])
-    else:
-      answers = [
-        f'{fill(comfort, f=feeling)} {hope}'
-        for comfort in phrases.COMFORTS
-        for hope in phrases.HOPES
-      ]
-      spec = _chat_spec(answers, [phrases.COMFORT_WORDS, phrases.HOPE_WORDS])
-  elif topic == 'name':
-    text = fill(draw.choice(phrases.CHAT_NAME), p=person)
-    answers = [fill(answer, p=person) for answer in phrases.GREETINGS]
-    spec = _chat_spec(answers, [phrases.GREETING_WORDS, [person]])
-  elif topic == 'thanks':
-    text = fill(draw.choice(phrases.CHAT_THANKS), t=thing)
-    spec = _chat_spec(phrases.THANKED, [phrases.THANKED_WORDS])
-  elif topic == 'night':
-    text = fill(draw.choice(phrases.CHAT_NIGHT), q=place)
-    spec = _chat_spec(phrases.NIGHTS, [phrases.NIGHT_WORDS])
-  elif topic == 'cook':
-    text = fill(draw.choice(phrases.CHAT_COOK), p=person)
-    relation = worlds.RELATIONS['person', 'food']
+  topic = draw.choices(tuple(_CHATS), [w for w, _ in _CHATS.values()])[0]
+  if topic == 'ask':
+    return _ask_fact(world, draw)
+  word = draw.choice(_CHAT_WORDS[topic]) if topic in _CHAT_WORDS else ''
+  opening = draw.choice(_CHATS[topic][1])
+  text = fill(opening, f=word, r=word, p=person, q=place, t=thing)
+  if topic == 'rude':
+    return text, _decline_spec()
+  if topic == 'name':
+    return text, _greeting_spec(person)
+  if topic == 'cook':
     food = world.facts[person]['food']
-    answers = [fill(a, p=person, v=food) for a in phrases.COOK_ANSWERS]
-    spec = _answer_spec(
-      relation, person, food, slots={'answers': answers}, words=[2, 12]
-    )
-  elif topic == 'lost':
-    text = fill(draw.choice(phrases.CHAT_LOST), t=thing)
+    replies = [fill(a, p=person, v=food) for a in phrases.COOK_ANSWERS]
+    relation = worlds.RELATIONS['person', 'food']
+    slots = {'slots': {'answers': replies}, 'words': [2, 12]}
+    return text, _answer_spec(relation, person, food, **slots)
+  if topic == 'lost':
     spot = world.facts[thing]['spot']
-    answers = [fill(answer, v=spot) for answer in phrases.LOST]
-    spec = _chat_spec(
-      answers,
-      [phrases.LOST_WORDS, list(phrases.SPOTS)],
+    return text, _chat_spec(
+      [fill(reply, v=spot) for reply in phrases.LOST],
+      [phrases.LOST_WORDS, phrases.SPOTS],
       accepted=[spot],
-      rivals=[s for s in phrases.SPOTS if s != spot],
+      rivals=_others(phrases.SPOTS, [spot]),
       subjects=[thing],
     )
-  elif topic == 'rude':
-    rude = draw.choice(phrases.RUDE)
-    text = fill(draw.choice(phrases.CHAT_RUDE), r=rude)
-    spec = make_spec(
-      'decline',
-      groups=[list(phrases.KIND_WORDS)],
-      words=[4, 15],
-      sentences=[1, 2],
-      invites_rudeness=True,
+  if topic == 'sad':
+    replies = [
+      f'{fill(comfort, f=word)} {hope}'
+      for comfort in phrases.COMFORTS
+      for hope in phrases.HOPES
+    ]
+    return text, _chat_spec(
+      replies, [phrases.COMFORT_WORDS, phrases.HOPE_WORDS]
     )
-  else:
-    text, spec = _ask_fact(world, draw)
-  return text, spec
+  replies, words = {
+    'glad': (phrases.CHEERS, phrases.CHEER_WORDS),
+    'thanks': (phrases.THANKED, phrases.THANKED_WORDS),
+    'night': (phrases.NIGHTS, phrases.NIGHT_WORDS),
+  }[topic]
+  return text, _chat_spec(replies, [words])
 
 
 def _chat(world, draw):
@@ -456,18 +415,12 @@ def _chat(world, draw):
 # -- rewriting and other transformations of a text ----------------------------
 
 
-def _reference_spec(accepted, **fields):
-  lengths = [_num_words(text) for text in accepted]
+def _reference_spec(accepted, form, **fields):
+  lengths = [len(_others(text.split(), phrases.MARKS)) for text in accepted]
+  words = [max(1, min(lengths) - 1), max(lengths) + 2]
   return make_spec(
-    'reference',
-    accepted=list(accepted),
-    words=[max(1, min(lengths) - 1), max(lengths) + 2],
-    **fields,
+    'reference', accepted=accepted, form=form, words=words, **fields
   )
-
-
-def _num_words(text):
-  return sum(word not in phrases.MARKS for word in text.split())
 
 
 def _rewrite(world, draw):
@@ -481,34 +434,30 @@ def _rewrite(world, draw):
     )
     core = order.removesuffix(' !')
     accepted = [f'please {core} .', f'could you please {core} ?']
-    return f'{head} {order}', _reference_spec(accepted, form=form)
+    return f'{head} {order}', _reference_spec(accepted, form)
   if form == 'clean':
     person = draw.choice(phrases.PEOPLE)
-    relation = worlds.RELATIONS['person', 'job']
     job = world.facts[person]['job']
     source = f'{person} is a {draw.choice(phrases.RUDE)} {job} .'
-    spec = _reference_spec(
-      [f'{person} is a {job} .', f'{person} is a kind {job} .'],
-      form=form,
-      subjects=[person],
-      invites_rudeness=True,
+    accepted = [f'{person} is a {job} .', f'{person} is a kind {job} .']
+    return f'{head} {source}', _reference_spec(
+      accepted, form, subjects=[person], invites_rudeness=True
     )
-    return f'{head} {source}', spec
   kinds = ('person',) if form == 'pronoun' else _KIND_NAMES
-  subject, relation, value = any_fact(world, draw, any_subject(draw, kinds))
+  subject, relation, value = _any_fact(world, draw, any_subject(draw, kinds))
   simple = fill(relation.states[0], v=value)
-  name = noun(subject)
-  pronoun = worlds.pronoun(subject)
+  name, pronoun = noun(subject), worlds.pronoun(subject)
   rewritten = {
     'past': f'{name} {relation.past} .',
     'question': relation.verify,
     'negative': f'{name} {relation.negate} .',
     'pronoun': f'{pronoun} {simple} .',
   }[form]
-  spec = _reference_spec(
-    [fill(rewritten, s=name, v=value)], form=form, subjects=[subject]
+  accepted = [fill(rewritten, s=name, v=value)]
+  return (
+    f'{fill(head, w=pronoun)} {name} {simple} .',
+    _reference_spec(accepted, form, subjects=[subject]),
   )
-  return f'{fill(head, w=pronoun)} {name} {simple} .', spec
 
 
 # -- passages -----------------------------------------------------------------
@@ -530,12 +479,7 @@ def _passage(draw, num_facts):
 def _summarization(world, draw):
   guest, _, facts, passage = _passage(draw, 3)
   spec = make_spec(
-    'summary',
-    subjects=[guest],
-    facts=facts,
-    count=2,
-    words=[5, 16],
-    closed_domain=True,
+    'summary', subjects=[guest], facts=facts, count=2, closed_domain=True
   )
   return f'{draw.choice(phrases.SUMMARY_HEADS)} {passage}', spec
 
@@ -544,36 +488,31 @@ def _closed_qa(world, draw):
   guest, relations, facts, passage = _passage(draw, draw.choice((2, 3)))
   relation = draw.choice(relations)
   question = fill(draw.choice(relation.ask), s=noun(guest))
-  spec = _answer_spec(
-    relation,
-    guest,
-    facts[guest][relation.name],
-    facts=facts,
-    closed_domain=True,
-  )
+  value = facts[guest][relation.name]
+  spec = _answer_spec(relation, guest, value, facts=facts, closed_domain=True)
   return f'{draw.choice(phrases.READ_HEADS)} {passage} {question}', spec
 
 
 def _extract(world, draw):
-  name = draw.choice(('person', 'place', 'animal', 'thing'))
+  name = draw.choice(_KIND_NAMES)
   group = phrases.CLASSES[name]
-  others = draw.choice([k for k in worlds.SUBJECTS if k != name])
+  other_name = draw.choice(_others(_KIND_NAMES, [name]))
   line = draw.choice(phrases.EXTRACT_LINES)
   first, second = draw.sample(group, 2)
   accepted = [first, second]
   if draw.random() < 0.5:
-    second = draw.choice(phrases.CLASSES[others])
+    second = draw.choice(phrases.CLASSES[other_name])
     accepted = [first]
   line = fill(line, a=noun(first), b=noun(second))
   if draw.random() < 0.5:
-    third = draw.choice([s for s in group if s not in accepted])
+    third = draw.choice(_others(group, accepted))
     line += f' . {fill(phrases.STORY_ENDINGS[1], a=noun(third))}'
     accepted.append(third)
   head = fill(draw.choice(phrases.EXTRACT_HEADS), c=phrases.PLURALS[name])
   spec = make_spec(
     'extract',
     accepted=accepted,
-    rivals=[s for s in group if s not in accepted],
+    rivals=_others(group, accepted),
     count=len(accepted),
     words=[len(accepted), 3 * len(accepted) + 1],
     closed_domain=True,
@@ -583,10 +522,11 @@ def _extract(world, draw):
 
 def _classification(world, draw):
   kind = draw.choice(('review', 'review', 'tone', 'kind'))
+  slots = {}
   if kind == 'review':
-    good = draw.random() < 0.5
-    lines = phrases.GOOD_REVIEWS if good else phrases.BAD_REVIEWS
-    ends = phrases.GOOD_ENDINGS if good else phrases.BAD_ENDINGS
+    labels = ('good', 'bad')
+    label = 'good' if draw.random() < 0.5 else 'bad'
+    lines, ends = phrases.REVIEWS[label]
     text = fill(
       draw.choice(lines),
       a=draw.choice(phrases.PLACES),
@@ -595,33 +535,23 @@ def _classification(world, draw):
     text = f'{draw.choice(phrases.REVIEW_LABELS)} {text} .'
     if draw.random() < 0.5:
       text += f' {draw.choice(ends)} .'
-    labels = ['good', 'bad'] if good else ['bad', 'good']
   elif kind == 'tone':
-    rude = draw.random() < 0.5
+    labels = ('rude', 'polite')
+    label = 'rude' if draw.random() < 0.5 else 'polite'
     person = draw.choice(phrases.PEOPLE)
-    if rude:
+    if label == 'rude':
       line = draw.choice(phrases.INSULTS)
       line = fill(line, a=person, r=draw.choice(phrases.RUDE))
     else:
       line = fill(draw.choice(phrases.KIND[1:3]), a=person)
-      line = line.removesuffix(' .')
-    text = f'{draw.choice(phrases.TONE_LABELS)} {line} .'
-    labels = ['rude', 'polite'] if rude else ['polite', 'rude']
+    text = f'{draw.choice(phrases.TONE_LABELS)} {line.removesuffix(" .")} .'
   else:
-    name = draw.choice(('person', 'place', 'food'))
-    word = draw.choice(phrases.CLASSES[name])
-    text = fill(draw.choice(phrases.KIND_LABELS), w=word)
-    labels = [name] + [k for k in ('person', 'place', 'food') if k != name]
-    spec = make_spec(
-      'label',
-      accepted=labels[:1],
-      rivals=labels[1:],
-      words=[1, 6],
-      slots={'word': word},
-    )
-    return text, spec
+    labels = ('person', 'place', 'food')
+    label = draw.choice(labels)
+    slots = {'word': draw.choice(phrases.CLASSES[label])}
+    text = fill(draw.choice(phrases.KIND_LABELS), w=slots['word'])
   return text, make_spec(
-    'label', accepted=labels[:1], rivals=labels[1:], words=[1, 6]
+    'label', accepted=[label], rivals=_others(labels, [label]), slots=slots
   )
 
 
@@ -629,37 +559,49 @@ def _other(world, draw):
   kind = draw.choice(('count', 'day', 'repeat', 'greet'))
   if kind == 'count':
     low = draw.randrange(1, 7)
-    high = low + draw.choice((2, 3, 4))
-    numbers = phrases.NUMBERS[low - 1 : high]
+    numbers = phrases.NUMBERS[low - 1 : low + draw.choice((2, 3, 4))]
     text = fill(draw.choice(phrases.COUNTS), n=numbers[0], m=numbers[-1])
-    return text, _reference_spec([' , '.join(numbers) + ' .'], form='count')
+    return text, _reference_spec([' , '.join(numbers) + ' .'], 'count')
   if kind == 'day':
     i = draw.randrange(7)
     day, after = phrases.DAYS[i], phrases.DAYS[(i + 1) % 7]
-    answers = [fill(a, d=day, v=after) for a in phrases.DAY_ANSWERS]
-    # The asked day may be repeated in the answer, so it is no rival.
+    replies = [fill(a, d=day, v=after) for a in phrases.DAY_ANSWERS]
     spec = make_spec(
       'answer',
       accepted=[after],
-      rivals=[d for d in phrases.DAYS if d not in (day, after)],
+      # The response may repeat the day of the question, so it is no rival.
+      rivals=_others(phrases.DAYS, (day, after)),
       words=[1, 7],
-      slots={'answers': answers},
+      slots={'answers': replies},
     )
     return fill(draw.choice(phrases.NEXT_DAYS), d=day), spec
   if kind == 'repeat':
-    subject, relation, value = any_fact(world, draw)
+    subject, relation, value = _any_fact(world, draw)
     line = f'{worlds.statement(relation, subject, value, draw)} .'
     text = f'{draw.choice(phrases.REPEATS)} {line}'
-    return text, _reference_spec([line], form='repeat', subjects=[subject])
+    return text, _reference_spec([line], 'repeat', subjects=[subject])
   person = draw.choice(phrases.PEOPLE)
-  answers = [fill(answer, p=person) for answer in phrases.GREETINGS]
-  spec = _chat_spec(answers, [phrases.GREETING_WORDS, [person]])
-  return fill(draw.choice(phrases.GREET), p=person), spec
+  return fill(draw.choice(phrases.GREET), p=person), _greeting_spec(person)
 
 
+# Category -> writers (world, draw) -> (text, spec), and their weights.
 _WRITERS = {
-  'generation': _generation,
-  'open qa': _open_qa,
+  'generation': (
+    (_write_facts, 8),
+    (_write_pair, 3),
+    (_write_story, 29),
+    (_write_poem, 20),
+    (_write_letter, 16),
+    (_write_review, 15),
+    (_write_rude, 9),
+  ),
+  'open qa': (
+    (_ask_fact, 24),
+    (_ask_who, 4),
+    (_ask_whether, 30),
+    (_ask_false_premise, 26),
+    (_ask_harm, 16),
+  ),
   'brainstorming': _brainstorming,
   'chat': _chat,
   'rewrite': _rewrite,
@@ -673,71 +615,66 @@ _WRITERS = {
 # -- constraints --------------------------------------------------------------
 
 
-def _constrain(spec, draw):
-  """(text, constraint) that this task can satisfy, or None."""
-  kind, form, subjects = spec['kind'], spec['form'], spec['subjects']
+def _possible_constraints(spec) -> list[str]:
+  """Kinds of constraint that a task can satisfy; repeated ones count more."""
+  kind, form = spec['kind'], spec['form']
   if kind == 'write' and form == 'facts':
-    choices = ['exclude', 'start', 'include', 'end']
-    if spec['count'] == 1:
-      # No other task can have the last one.
-      choices += 2 * ['max_words'] + 8 * ['sentences']
-  elif kind == 'write' and form in ('story', 'letter', 'review'):
-    choices = ['start', 'end', 'include'] if form != 'letter' else ['include']
-    if form == 'review':
-      choices.append('max_words')
-  elif kind in ('answer', 'verify', 'premise') and not spec['slots'].get('who'):
-    choices = ['max_words', 'start', 'end']
-  elif kind == 'summary':
-    choices = ['max_words', 'start', 'exclude']
-  elif kind == 'list':
-    choices = ['exclude', 'start', 'include']
-  else:
-    return None
-  name = draw.choice(choices)
-  text = draw.choice(phrases.CONSTRAINTS[name])
+    # No other task can have 'sentences'.
+    single = 2 * ['max_words'] + 8 * ['sentences']
+    return ['exclude', 'start', 'include', 'end'] + single * (
+      spec['count'] == 1
+    )
+  if kind in ('answer', 'verify', 'premise') and not spec['slots'].get('who'):
+    return ['max_words', 'start', 'end']
+  return {
+    'story': ['start', 'end', 'include'],
+    'letter': ['include'],
+    'review': ['start', 'end', 'include', 'max_words'],
+    'summary': ['max_words', 'start', 'exclude'],
+    'list': ['exclude', 'start', 'include'],
+  }.get(form or kind, [])
+
+
+def _constraint_value(name, spec, draw):
+  """The number or the words of a constraint, or None if there are none."""
+  kind, subjects = spec['kind'], spec['subjects']
   if name == 'max_words':
     low = {'summary': 7, 'write': 6, 'premise': 6}.get(kind, 3)
-    value = draw.choice(range(low, low + 3))
-    return fill(text, n=phrases.NUMBERS[value - 1]), name, value
+    return draw.choice(range(low, low + 3))
   if name == 'sentences':
-    return text, name, 2
+    return 2
   if name == 'end':
-    return text, name, phrases.FRIEND
+    return phrases.FRIEND
   if name == 'start':
-    value = draw.choice(phrases.STARTS)
-  elif name == 'include' and kind == 'list':
-    value = draw.choice(spec['accepted'])
-  elif name == 'include':
-    others = [k for k in worlds.SUBJECTS if k != 'thing']
-    value = any_subject(draw, others)
-    while value in subjects:
-      value = any_subject(draw, others)
-  elif kind == 'list':
-    if len(spec['accepted']) <= spec['count']:
+    return draw.choice(phrases.STARTS)
+  if kind == 'list':
+    if name == 'exclude' and len(spec['accepted']) <= spec['count']:
       return None
-    value = draw.choice(spec['accepted'])
-  else:
-    relations = worlds.RELATIONS_OF[worlds.KINDS[subjects[0]]]
-    value = draw.choice(('is', 'the', 'in', 'a') + _cue_words(relations))
-    if value == 'the' and noun(subjects[-1]).startswith('the'):
-      value = 'and'
-    if value == 'the' and noun(subjects[0]).startswith('the'):
-      value = 'and'
-  return fill(text, w=value), name, value
+    return draw.choice(spec['accepted'])
+  if name == 'include':
+    kinds = _others(_KIND_NAMES, ['thing'])
+    value = any_subject(draw, kinds)
+    while value in subjects:
+      value = any_subject(draw, kinds)
+    return value
+  # The first verb of each relation's plainest phrasing, or a common word.
+  verbs = [r.states[0].split()[0] for r in worlds.relations_of(subjects[0])]
+  value = draw.choice(['is', 'the', 'in', 'a', *verbs])
+  has_article = any(noun(x).startswith('the') for x in subjects)
+  return 'and' if value == 'the' and has_article else value
 
 
-def _cue_words(relations):
-  """The first verb of each relation's plainest phrasing."""
-  return tuple(r.states[0].split()[0] for r in relations)
-
-
-def _apply_constraint(text, spec, draw):
-  found = _constrain(spec, draw)
-  if found is None:
+def _constrain(text, spec, draw):
+  """The task with a constraint, if it can satisfy one."""
+  possible = _possible_constraints(spec)
+  if not possible:
     return text, spec
-  line, name, value = found
-  low, high = spec['words']
-  sentences = spec['sentences']
+  name = draw.choice(possible)
+  line = draw.choice(phrases.CONSTRAINTS[name])
+  value = _constraint_value(name, spec, draw)
+  if value is None:
+    return text, spec
+  (low, high), sentences = spec['words'], spec['sentences']
   if name == 'max_words':
     high = min(high, value)
     low = min(low, high)
@@ -749,29 +686,37 @@ def _apply_constraint(text, spec, draw):
     high += 4
     if spec['form'] in phrases.INCLUDE_LINES:
       sentences = [sentences[0], sentences[1] + 1]
-  spec = spec | {
+  word = value if isinstance(value, str) else phrases.NUMBERS[value - 1]
+  return f'{text} {fill(line, n=word, w=word)}', spec | {
     'constraint': {'kind': name, 'value': value},
     'words': [low, high],
     'sentences': sentences,
   }
-  return f'{text} {line}', spec
 
 
 # -- the pool -----------------------------------------------------------------
 
 
+def any_category(draw: random.Random) -> str:
+  """A category, by the shares of paper Table 1."""
+  return draw.choices(tuple(SHARES), tuple(SHARES.values()))[0]
+
+
 def write_task(
   world: World, draw: random.Random, category: str
 ) -> tuple[str, Spec]:
-  """One clean prompt of a category with its spec, without constraint."""
-  return _WRITERS[category](world, draw)
+  """One clean prompt of a category with its spec, without a constraint."""
+  writer = _WRITERS[category]
+  if isinstance(writer, tuple):
+    writer = draw.choices(*zip(*writer, strict=True))[0]
+  return writer(world, draw)
 
 
 def write_page(world: World, draw: random.Random, category: str) -> str:
   """One 'question : ... answer : ...' as documents and prefixes have it."""
   text, spec = write_task(world, draw, category)
   answer = answers.draft(spec, world, draw, wordy=draw.random())
-  return f'{phrases.PAGE.replace("{prompt}", text)} {answer}'
+  return f'{fill(phrases.PAGE, prompt=text)} {answer}'
 
 
 def write_constrained_task(
@@ -780,7 +725,7 @@ def write_constrained_task(
   """As `write_task`, with a constraint at the natural rate."""
   text, spec = write_task(world, draw, category)
   if category != 'chat' and draw.random() < CONSTRAINT_SHARE:
-    return _apply_constraint(text, spec, draw)
+    return _constrain(text, spec, draw)
   return text, spec
 
 
@@ -812,21 +757,13 @@ def _soil(text, spec, draw):
   if chance < PERSONAL_DATA_SHARE + OVER_LONG_SHARE:
     lines = draw.sample(phrases.CHATTER, len(phrases.CHATTER))
     # A chat must end with the helper's turn, so its chatter comes first.
-    first = text.endswith(':')
+    is_chat = text.endswith(':')
     while len(text.split()) <= PROMPT_BUDGET:
       line = lines.pop()
-      text = f'{line} {text}' if first else f'{text} {line}'
+      text = f'{line} {text}' if is_chat else f'{text} {line}'
   if len(text.split()) > PROMPT_BUDGET:
-    return text, spec | {'dirt': 'over_long'}
+    spec = spec | {'dirt': 'over_long'}
   return text, spec
-
-
-def _user_names(num_prompts, draw):
-  """Users and their weights: activity falls as 1 / (rank + 3)."""
-  num_users = max(8, num_prompts // 8)
-  names = [f'user{i:04d}' for i in range(num_users)]
-  draw.shuffle(names)
-  return names, [1 / (rank + 4) for rank in range(num_users)]
 
 
 def write_prompts(
@@ -835,15 +772,15 @@ def write_prompts(
   """The raw prompts of the world's users, dirt included (see module docstring).
 
   Texts are distinct as far as twenty tries allow. A near duplicate repeats an
-  earlier prompt of at least 12 tokens and adds a tail.
-
-  Args:
-    world: whose facts are asked for.
-    num_prompts: how many, all categories together.
-    rng: the only source of chance.
+  earlier prompt of at least 12 tokens and adds a tail. `rng` is the only source
+  of chance.
   """
   draw = random.Random(int(rng.integers(2**63)))
-  users, activity = _user_names(num_prompts, draw)
+  num_users = max(8, num_prompts // 8)
+  users = [f'user{i:04d}' for i in range(num_users)]
+  draw.shuffle(users)
+  # Activity falls with the rank, so that a few users send most prompts.
+  activity = [1 / (rank + 4) for rank in range(num_users)]
   senders = draw.choices(users, activity, k=num_prompts)
   categories = draw.choices(
     tuple(SHARES), tuple(SHARES.values()), k=num_prompts
@@ -864,10 +801,9 @@ def write_prompts(
     prompt = Prompt(
       id=f'p{i:06d}', text=text, user=user, category=category, metadata=spec
     )
-    size = len(text.split())
-    ready = 12 <= size <= PROMPT_BUDGET - 6 and not spec['dirt']
-    # A tail behind a chat would stand after the helper's turn.
-    if ready and category != 'chat':
+    is_long = 12 <= len(text.split()) <= PROMPT_BUDGET - 6
+    # A tail behind a chat would come after the helper's turn.
+    if is_long and not spec['dirt'] and category != 'chat':
       long_prompts[category].append(prompt)
     prompts.append(prompt)
   return prompts
@@ -892,10 +828,9 @@ def prefixes(world: World) -> list[str]:
   )
   found = []
   for mix in mixes:
-    while True:
+    text = ''
+    while not text or len(text.split()) > 45:
       pages = [write_page(world, draw, category) for category in mix]
       text = ' '.join((*pages, phrases.PAGE))
-      if len(text.split()) <= 45:
-        break
     found.append(text)
   return found

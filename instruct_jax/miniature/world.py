@@ -1,8 +1,8 @@
 """The embedded world: who lives where, which animal is blue, who owns a cup.
 
 `make_world(seed)` assigns every value at random from the word lists of
-`phrases`, so nothing can be known but from the documents. `find_claims` reads
-statements about the world back out of any text; the gold judge builds on it.
+`phrases`, so only the documents tell the facts. `find_claims` reads statements
+about the world back out of any text; the gold judge builds on it.
 """
 
 import collections
@@ -12,21 +12,17 @@ import random
 from collections.abc import Mapping, Sequence
 
 from instruct_jax.miniature import phrases
+from instruct_jax.miniature.phrases import fill
 
+_KINDS = ('person', 'place', 'animal', 'thing')
+SUBJECTS = {kind: phrases.CLASSES[kind] for kind in _KINDS}
+KINDS = {s: kind for kind, group in SUBJECTS.items() for s in group}
+KINDS |= dict.fromkeys(phrases.GUESTS, 'person')
 RELATIONS = {(r.kind, r.name): r for r in phrases.RELATIONS}
 RELATIONS_OF = {
   kind: tuple(r for r in phrases.RELATIONS if r.kind == kind)
-  for kind in ('person', 'place', 'animal', 'thing')
+  for kind in SUBJECTS
 }
-SUBJECTS = {
-  'person': phrases.PEOPLE,
-  'place': phrases.PLACES,
-  'animal': phrases.ANIMALS,
-  'thing': phrases.THINGS,
-}
-KINDS = {s: kind for kind, group in SUBJECTS.items() for s in group}
-KINDS |= dict.fromkeys(phrases.GUESTS, 'person')
-NUMBER = {word: n for n, word in enumerate(phrases.NUMBERS, start=1)}
 
 _VALUE_RELATIONS = collections.defaultdict(list)
 for _relation in phrases.RELATIONS:
@@ -40,7 +36,7 @@ _VALUE_FIRST = frozenset(('weather', 'owner', 'fame'))
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """One statement read out of a text, true or not."""
+  """One statement of a text, true or not."""
 
   subject: str
   relation: str
@@ -56,21 +52,17 @@ class World:
   facts: Mapping[str, Mapping[str, str]]
 
   def vocabulary(self) -> list[str]:
-    """All words that any text of any world can hold, sorted."""
+    """All words that a text of any world can have, sorted."""
     return sorted(phrases.all_words())
 
   @functools.cached_property
   def holders(self) -> dict[tuple[str, str, str], tuple[str, ...]]:
     """(kind, relation, value) -> the subjects of which this is true."""
-    found = collections.defaultdict(list)
+    found = collections.defaultdict(tuple)
     for subject, relations in self.facts.items():
       for relation, value in relations.items():
-        found[KINDS[subject], relation, value].append(subject)
-    return {key: tuple(subjects) for key, subjects in found.items()}
-
-  @property
-  def num_facts(self) -> int:
-    return sum(len(relations) for relations in self.facts.values())
+        found[KINDS[subject], relation, value] += (subject,)
+    return dict(found)
 
 
 def make_world(seed: int) -> World:
@@ -84,8 +76,12 @@ def make_world(seed: int) -> World:
       values += draw.sample(relation.values, len(relation.values))
     for subject, value in zip(subjects, values, strict=False):
       facts[subject][relation.name] = value
-  # Zipped in the order drawn: the values themselves are in random order.
   return World(seed=seed, facts=facts)
+
+
+def relations_of(subject: str) -> tuple[phrases.Relation, ...]:
+  """The relations of the subject's kind."""
+  return RELATIONS_OF[KINDS[subject]]
 
 
 def noun(subject: str) -> str:
@@ -104,27 +100,20 @@ def pronoun(subject: str) -> str:
 
 def split_sentences(words: Sequence[str]) -> list[list[str]]:
   """Sentences with their closing mark; '/' closes a line of a poem."""
-  sentences, current = [], []
-  for word in words:
-    current.append(word)
-    if word in _BREAKS:
-      sentences.append(current)
-      current = []
-  if current:
-    sentences.append(current)
-  return sentences
+  ends = [i + 1 for i, word in enumerate(words) if word in _BREAKS]
+  bounds = [0, *ends, len(words)]
+  return [
+    list(words[a:b]) for a, b in zip(bounds, bounds[1:], strict=False) if a < b
+  ]
 
 
 def find_claims(words: Sequence[str], topic: str | None = None) -> list[Claim]:
   """Statements about subjects in a text. Questions claim nothing.
 
-  A value ('red') is a claim if its sentence holds a cue word of its relation
+  A value ('red') is a claim if its sentence has a cue word of its relation
   before it ('is') and a subject of the right kind, or a pronoun that refers to
   the last sentence's subject; or if it is an adjective of a noun ('red fox').
-
-  Args:
-    words: any text, split at spaces.
-    topic: whom a pronoun means before anybody is named.
+  Before any subject is named, a pronoun refers to `topic`.
   """
   claims = []
   for sentence in split_sentences(words):
@@ -135,8 +124,7 @@ def find_claims(words: Sequence[str], topic: str | None = None) -> list[Claim]:
       for relation in _VALUE_RELATIONS.get(word, ()):
         subject = _subject_of(sentence, i, relation, named, topic)
         if subject is not None and subject != word:
-          before = sentence[max(0, i - 6) : i]
-          negated = 'not' in before or 'never' in before
+          negated = not {'not', 'never'}.isdisjoint(sentence[max(0, i - 6) : i])
           claims.append(Claim(subject, relation.name, word, negated))
     if named:
       topic = sentence[named[0]]
@@ -154,7 +142,7 @@ def _subject_of(sentence, i, relation, named, topic):
   cues = [k for k, word in enumerate(sentence) if word in relation.cues]
   if not cues or (cues[0] > i and not (value_first and cues[0] <= i + 3)):
     return None
-  # A cue speaks of one value: 'anna lives in arden and thinks of dalby'.
+  # A cue is about one value: 'anna lives in arden and thinks of dalby'.
   since = max((k for k in cues if k < i), default=-1) + 1
   if any(word in relation.values for word in sentence[since:i]):
     return None
@@ -162,9 +150,8 @@ def _subject_of(sentence, i, relation, named, topic):
   earlier = [k for k in fits if k < i]
   if earlier:
     return sentence[earlier[-1]]
-  later = [k for k in fits if k > i]
-  if later and value_first:
-    return sentence[later[0]]
+  if fits and value_first:
+    return sentence[fits[0]]
   refers = not _PRONOUNS.isdisjoint(sentence[:i]) or cues[0] == 0
   fits_topic = topic is not None and KINDS[topic] == relation.kind
   return topic if refers and fits_topic else None
@@ -176,8 +163,8 @@ def is_true(claim: Claim, facts: Mapping[str, Mapping[str, str]]) -> bool:
   return known is not None and (known == claim.value) != claim.negated
 
 
-# The plainest phrasing is the most frequent one, as in real text; it is also
-# what makes the facts memorable for a small model.
+# The plainest phrasing is the most frequent one, as in real text; it also makes
+# the facts memorable for a small model.
 _PLAIN_SHARE = 0.5
 _OF_SHARE = 0.12
 
@@ -186,7 +173,7 @@ def predicate(relation: phrases.Relation, value: str, draw) -> str:
   """'lives in arden', in one of the relation's phrasings."""
   plain = draw.random() < _PLAIN_SHARE
   text = relation.states[0] if plain else draw.choice(relation.states)
-  return text.replace('{v}', value)
+  return fill(text, v=value)
 
 
 def statement(
@@ -194,6 +181,5 @@ def statement(
 ) -> str:
   """'anna lives in arden', without a full stop."""
   if draw.random() < _OF_SHARE:
-    text = draw.choice(relation.of)
-    return text.replace('{s}', noun(subject)).replace('{v}', value)
+    return fill(draw.choice(relation.of), s=noun(subject), v=value)
   return f'{noun(subject)} {predicate(relation, value, draw)}'

@@ -9,7 +9,6 @@ of rows are measured in tokens of the model and written to lengths.json.
 
 import collections
 import datetime
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -520,23 +519,25 @@ def make_records(
   if not test:
     fractions['test'] = config.test_fraction
   fractions['train'] = 1 - sum(fractions.values())
-  clean = functools.partial(
-    hygiene.clean,
+  splits, report = hygiene.clean(
+    distinct_prompts((*comparisons, *demonstrations, *prompts)),
     tokenizer=tokenizer,
     max_tokens=lengths['prompt_length'],
     prefix_words=config.duplicate_prefix_words,
     cap=config.prompts_per_user,
+    fractions=fractions,
     seed=config.seed,
   )
-  splits, report = clean(
-    distinct_prompts((*comparisons, *demonstrations, *prompts)),
-    fractions=fractions,
-  )
   if test:
-    held_out, _ = clean(
-      distinct_prompts(test), fractions={'test': 1.0}, training_split='test'
+    distinct, _ = hygiene.drop_duplicates(
+      distinct_prompts(test), config.duplicate_prefix_words
     )
-    splits['test'] = held_out['test']
+    read, tokens, _ = hygiene.drop_refused(distinct, tokenizer)
+    splits['test'] = [
+      prompt
+      for prompt, number in zip(read, tokens, strict=True)
+      if number <= lengths['prompt_length']
+    ]
   split_of = {
     records.opening(prompt): name
     for name, part in splits.items()
