@@ -1,7 +1,7 @@
 """Learning-rate schedules and Adam.
 
-A schedule is a pure function of the number of updates already applied, so the
-first update sees step 0 and a resumed run continues on the same curve.
+A schedule is a function of the number of updates already applied: the first
+update sees step 0.
 """
 
 import math
@@ -26,10 +26,9 @@ def cosine_to_fraction(
 
   Args:
     peak: the highest learning rate.
-    num_steps: updates until the rate is `final_fraction * peak`; it stays
-      there afterwards.
+    num_steps: updates until the rate stays at `final_fraction * peak`.
     final_fraction: f.
-    num_warmup: updates of linear warm-up before, at peak * (t + 1) /
+    num_warmup: of these, updates of linear warm-up at peak * (t + 1) /
       num_warmup; the SFT models have none.
 
   Raises:
@@ -64,11 +63,14 @@ def constant_with_warmup(
 
   Args:
     peak: the learning rate after the warm-up.
-    num_warmup_iterations: PPO iterations (one iteration is one batch of
-      rollouts) until the peak; 0 means none.
+    num_warmup_iterations: PPO iterations (batches of rollouts) until the peak;
+      0 for none.
     start_fraction: s; the first iteration runs at s * peak.
     updates_per_iteration: gradient steps in an iteration (minibatches times
-      inner epochs); all steps of an iteration share its rate.
+      inner epochs), which share its rate.
+
+  Raises:
+    ValueError: either number is out of range.
   """
   if updates_per_iteration < 1 or num_warmup_iterations < 0:
     raise ValueError(
@@ -95,16 +97,15 @@ def make_adam(
   max_grad_norm: float = 0.0,
   decay_mask_fn: Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformation:
-  """Adam with global-norm clipping before it (paper C: beta 0.9 and 0.95).
+  """Adam after global-norm clipping (paper C: beta 0.9 and 0.95).
 
   Args:
     schedule: learning rate by number of applied updates.
     b1, b2, eps: Adam's constants.
     weight_decay: decoupled (AdamW), multiplied by the learning rate.
-    max_grad_norm: gradients are scaled down to this global L2 norm; 0 or less
-      means no clipping.
-    decay_mask_fn: params -> tree of booleans, True where weights decay;
-      everywhere by default.
+    max_grad_norm: global L2 norm to clip at; 0 or less for no clipping.
+    decay_mask_fn: params -> tree of booleans, True where weights decay; None
+      for everywhere.
   """
   steps = []
   if max_grad_norm > 0:

@@ -132,7 +132,7 @@ def run_all(
   run.in_first(lambda: stages.find_missing(found))
   with (
     run.StopSignal(at_once=True) as stop,
-    run.WorkdirLock(workdir),
+    run.lock_workdir(workdir),
   ):
     run.in_first(
       lambda: stages.check_unchanged(
