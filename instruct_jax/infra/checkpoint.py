@@ -561,8 +561,8 @@ def _bit_sum(xp, bits, starts, shape):
   for axis, (size, start) in enumerate(zip(shape, starts, strict=True)):
     along = xp.arange(bits.shape[axis], dtype=xp.uint32)
     along = along + xp.asarray(start, xp.uint32)
-    along = along.reshape(-1, *(1,) * (bits.ndim - axis - 1))
-    index = index * xp.uint32(size) + along
+    along = along.reshape(*(1,) * axis, -1)
+    index = index[..., None] * xp.uint32(size) + along
   weights = xp.uint32(2) * index + xp.uint32(1)
   return xp.sum(bits.astype(xp.uint32) * weights, dtype=xp.uint32)
 
