@@ -101,13 +101,13 @@ class Checkpointer:
     return found.tolist()
 
   def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
-    """Starts to write a checkpoint; returns once the arrays are copied.
+    """Starts to write a checkpoint, unless the step is on disk.
 
-    The arrays may then be donated. The next `save`, `check`, `wait` or `close`
-    raises what goes wrong in the background.
+    Returns once the arrays are copied and may be donated. The next `save`,
+    `check`, `wait` or `close` raises what goes wrong in the background.
 
     Args:
-      step: names the checkpoint; a step already on disk is not written again.
+      step: names the checkpoint.
       state: pytree of jax arrays, typed PRNG keys included.
       extra: JSON values of the host that belong to the state.
 
@@ -151,11 +151,7 @@ class Checkpointer:
         processes.fail(f'error: {error}', error)
 
   def check(self) -> None:
-    """Raises what went wrong in the background so far, without waiting.
-
-    Raises:
-      CheckpointError: the last checkpoint could not be written.
-    """
+    """Raises CheckpointError if the last one failed; does not wait."""
     error, self._error = self._error, None
     if error is not None:
       raise error
@@ -165,8 +161,7 @@ class Checkpointer:
   ) -> tuple[int, PyTree, dict[str, Any]] | None:
     """Reads the newest checkpoint that is whole.
 
-    A warning names each damaged one; it is moved aside once an older one has
-    been read.
+    Warns of each damaged one and moves it aside once an older one is read.
 
     Args:
       abstract_state: arrays or `ShapeDtypeStruct`s. Each array gets the
@@ -238,11 +233,7 @@ class Checkpointer:
     self._steps = self._find_steps()
 
   def wait(self) -> None:
-    """Returns once everything saved is on disk.
-
-    Raises:
-      CheckpointError: something could not be written.
-    """
+    """Returns once everything is on disk; CheckpointError if it cannot be."""
     if self._finisher is not None:
       self._finisher.join()
       self._finisher = None
@@ -296,7 +287,6 @@ def save_model(
     # An object store cannot rename folders. A folder without model.json is no
     # model, so that file is deleted first and written last.
     unfinished = final
-  # A full disk is an error of Python, of TensorStore or of Orbax.
   try:
     if jax.process_index() == 0:
       for leftover in (unfinished, replaced):
@@ -569,21 +559,24 @@ def _bit_sum(xp, bits, starts, shape):
 
 def _check_fit(saved, abstract, path) -> None:
   """Raises unless `abstract` has the arrays that were saved."""
-  structs = _named_leaves(abstract)
-  wrong = [f'{name}: not in the file' for name in structs if name not in saved]
-  wrong += [
-    f'{name}: only in the file' for name in saved if name not in structs
-  ]
-  for name in structs.keys() & saved.keys():
-    ours = (list(structs[name].shape), str(structs[name].dtype))
-    theirs = (saved[name]['shape'], saved[name]['dtype'])
-    if ours != theirs:
-      wrong.append(f'{name}: {theirs} in the file, {ours} wanted')
+  ours = {
+    name: (list(x.shape), str(x.dtype))
+    for name, x in _named_leaves(abstract).items()
+  }
+  theirs = {name: (x['shape'], x['dtype']) for name, x in saved.items()}
+  wrong = []
+  for name in sorted(ours | theirs):
+    if name not in theirs:
+      wrong.append(f'{name}: not in the file')
+    elif name not in ours:
+      wrong.append(f'{name}: only in the file')
+    elif ours[name] != theirs[name]:
+      wrong.append(f'{name}: {theirs[name]} in the file, {ours[name]} wanted')
   if wrong:
     others = f'\n  and {len(wrong) - 10} more' if len(wrong) > 10 else ''
     raise CheckpointError(
       f'{path} holds other arrays than the configured model and optimizer:\n  '
-      + '\n  '.join(sorted(wrong)[:10])
+      + '\n  '.join(wrong[:10])
       + f'{others}\nUse the config it was made with, or another directory.'
     )
 

@@ -222,7 +222,7 @@ class _Reader:
     self._num_trips = num_trips
     self._known = {}
 
-  def cost(self, name: str) -> Counter[str]:
+  def cost(self, name: str) -> dict[str, float]:
     if name not in self._known:
       total = Counter()
       instructions = self._computations.get(name, [])

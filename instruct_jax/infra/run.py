@@ -33,17 +33,8 @@ STOPPED_EXIT_CODE = 75
 DONE_FILE = 'done.json'
 
 _PACKAGES = (
-  'jax',
-  'jaxlib',
-  'flax',
-  'optax',
-  'orbax-checkpoint',
-  'grain',
-  'numpy',
-  'transformers',
-  'tokenizers',
-  'tensorboardX',
-  'ml_collections',
+  *('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy'),
+  *('transformers', 'tokenizers', 'tensorboardX', 'ml_collections'),
 )
 
 
@@ -52,11 +43,11 @@ class WorkdirError(RuntimeError):
 
 
 class Stopped(SystemExit):
-  """Raised by a loop that was asked to stop and has saved; exit code 75.
+  """Ends a process that was asked to stop and has saved, with exit code 75.
 
   Args:
     message: where it stopped, for standard error.
-    is_agreed: whether all processes stop here, so that none has to be told.
+    is_agreed: whether all processes stop here.
   """
 
   def __init__(self, message: str, is_agreed: bool = False):
@@ -76,12 +67,7 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 
 
 def read_json(path: epath.PathLike) -> Any:
-  """Reads a JSON file.
-
-  Raises:
-    FileNotFoundError: it is absent.
-    ValueError: it is not JSON; the message names the path.
-  """
+  """Reads a JSON file; ValueError with its path if it is not JSON."""
   try:
     return json.loads(epath.Path(path).read_text())
   except json.JSONDecodeError as error:
@@ -98,10 +84,9 @@ def timestamp() -> str:
 
 @contextlib.contextmanager
 def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
-  """Keeps other runs out of a work directory.
+  """Keeps other runs out of a work directory, except in object stores.
 
-  The kernel drops the lock with the process, so no lock is ever stale. Object
-  stores have no locks; there it does nothing.
+  The kernel drops the lock with the process, so no lock is ever stale.
 
   Raises:
     WorkdirError: another process holds the directory; the message names it.
@@ -178,17 +163,8 @@ def naming(known: str, key: str) -> Iterator[None]:
 
 
 def check_enough(number: int, needed: int, what: str, keys: str) -> None:
-  """Checks that a data set fills one batch.
-
-  Args:
-    number: of its rows.
-    needed: rows of a batch.
-    what: plural name of the rows.
-    keys: config keys that decide how many are needed.
-
-  Raises:
-    ValueError: there are too few.
-  """
+  """Raises ValueError if `number` rows do not fill a batch of `needed`, which
+  the config `keys` decide."""
   if number < needed:
     raise ValueError(
       f'{number} {what} do not fill a batch of {needed} ({keys}); lower it, or '
@@ -197,7 +173,7 @@ def check_enough(number: int, needed: int, what: str, keys: str) -> None:
 
 
 def mark_done(stage_dir: epath.PathLike, info: Mapping[str, Any]) -> None:
-  """Records that a stage is finished, after its outputs are written.
+  """Records, in `done.json`, that a stage and its outputs are finished.
 
   Returns in all processes once the first has written it.
   """
@@ -206,7 +182,7 @@ def mark_done(stage_dir: epath.PathLike, info: Mapping[str, Any]) -> None:
 
 
 def is_done(stage_dir: epath.PathLike) -> bool:
-  """Whether `mark_done` was called; `done.json` holds the info."""
+  """Whether `mark_done` was called."""
   return (epath.Path(stage_dir) / DONE_FILE).exists()
 
 
@@ -242,12 +218,11 @@ def agreed(value: bool) -> bool:
 
 
 def in_first(function: Callable[[], None]) -> None:
-  """Calls a function in the first process; where it fails, all fail.
+  """Calls a function in the first process.
 
   Raises:
-    ValueError, RuntimeError, OSError: in the first process, as the function
-      did.
-    WorkdirError: in the others.
+    ValueError, RuntimeError, OSError: from the function; WorkdirError in the
+      other processes.
   """
   problem = None
   if jax.process_index() == 0:
@@ -274,15 +249,7 @@ def say_drawn(stage: str, number: int, total: int, what: str) -> None:
 def say_left_out(
   stage: str, number: int, total: int, what: str, limit: str
 ) -> None:
-  """Prints how many records are too long, unless none is.
-
-  Args:
-    stage: its name.
-    number: of records left out.
-    total: of records, these included.
-    what: plural name of the records.
-    limit: config key and number of tokens.
-  """
+  """Prints how many of `total` records exceed the `limit`, unless none does."""
   if number:
     say(f'{stage}: {number} of {total} {what} left out: do not fit {limit}')
 
@@ -293,11 +260,8 @@ def say_left_out(
 def provenance(seed: int) -> dict[str, Any]:
   """What is needed to run this again.
 
-  Returns:
-    `seed`, `commit` (None outside a git checkout), `dirty` (tracked files
-    differ from the commit, or there is untracked Python code), `versions` by
-    package, `python`, `platform`, `devices` (count by kind) and
-    `num_processes`.
+  `commit` is None outside a git checkout; `dirty` means changed tracked files
+  or untracked Python code; `devices` counts them by kind.
   """
   kinds = Counter(device.device_kind for device in jax.devices())
   commit, dirty = _git_state(pathlib.Path(__file__).parents[2])
@@ -338,22 +302,15 @@ def _git_state(root) -> tuple[str | None, bool | None]:
 
 
 class StopSignal:
-  """Turns SIGTERM into a flag, while entered; loops look at it every step.
-
-  with StopSignal() as stop:
-    for step in ...:
-      ...
-      if stop.requested:
-        checkpointer.save(...); checkpointer.close()
-        raise Stopped(f'sft: stopped at step {step}')
+  """Turns SIGTERM into the flag `requested`, while entered.
 
   They nest: inner ones see what an outer one received, and an outer one gets
   what an inner one received and did not act on.
 
   Args:
     at_once: raise `Stopped` as soon as the signal comes, or, where Python would
-      drop an exception, at the next step of a `Progress`. For code between
-      loops, which has nothing to save.
+      drop an exception, at the next step of a `Progress`. For code that has
+      nothing to save.
   """
 
   _entered: ClassVar[list['StopSignal']] = []
@@ -400,11 +357,7 @@ class StopSignal:
 
   @property
   def requested(self) -> bool:
-    """Whether SIGTERM came to any process.
-
-    A collective of all processes, so that all stop at the same step: each must
-    ask equally often.
-    """
+    """Whether SIGTERM came to any process; all must ask equally often."""
     if jax.process_count() == 1:
       return self._came()
     received = multihost_utils.process_allgather(np.array(self._came()))
@@ -428,9 +381,9 @@ class Progress:
 
   Args:
     name: of the stage.
-    total: number of steps.
-    initial: steps done by an earlier run; not part of the rate.
-    unit: what a step is called.
+    total: number of steps, the `initial` ones of earlier runs included.
+    initial: not part of the rate.
+    unit: plural name of the steps.
   """
 
   _SECONDS_BETWEEN_LINES = 10.0
@@ -455,11 +408,7 @@ class Progress:
       )
 
   def update(self, num_steps: int = 1, text: str = '') -> None:
-    """Counts steps; `text` is shown after them.
-
-    Raises:
-      Stopped: see `StopSignal`.
-    """
+    """Counts steps and shows `text` after them; may raise `Stopped`."""
     StopSignal.check()
     self._done += num_steps
     self._text = text
