@@ -156,11 +156,7 @@ def _hash_of(path: str, version: tuple) -> str:
 
 
 def known(folder: epath.Path) -> dict[str, dict[str, str]]:
-  """The inputs that a stage began with, or accepted later.
-
-  Raises:
-    ValueError: the record is not JSON.
-  """
+  """The inputs that a stage began with, or accepted later."""
   if not (folder / INPUTS_FILE).exists():
     return {}
   found = run.read_json(folder / INPUTS_FILE)

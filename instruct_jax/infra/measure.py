@@ -27,13 +27,8 @@ DISTURBED = 0.05
 
 @dataclasses.dataclass
 class Compilations:
-  """Programs that XLA was asked for.
-
-  Attributes:
-    programs: their number.
-    from_disk: of these, found in the compilation cache.
-    seconds: spent on them, reading from disk included, tracing not.
-  """
+  """Programs that XLA was asked for, those found in the compilation cache, and
+  seconds spent on both, without tracing."""
 
   programs: int = 0
   from_disk: int = 0
@@ -170,9 +165,7 @@ def matmul_peak(dtype: str, size: int, num_repeats: int = 7) -> float:
 def read_bandwidth(num_bytes: int, num_repeats: int = 7) -> float:
   """Bytes a second read by the fastest of several matrix-vector products.
 
-  Args:
-    num_bytes: of the float32 matrix; several times any cache.
-    num_repeats: how many products.
+  The float32 matrix of `num_bytes` should be several times any cache.
   """
   columns = 1_024
   rows = max(1, num_bytes // (4 * columns))

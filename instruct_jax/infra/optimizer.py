@@ -26,10 +26,10 @@ def cosine_to_fraction(
 
   Args:
     peak: the highest learning rate.
-    num_steps: updates until the rate stays at `final_fraction * peak`.
+    num_steps: updates, after which the rate stays at f * peak.
     final_fraction: f.
-    num_warmup: of these, updates of linear warm-up at peak * (t + 1) /
-      num_warmup; the SFT models have none.
+    num_warmup: of these, updates at peak * (t + 1) / num_warmup; the SFT
+      models have none.
 
   Raises:
     ValueError: the warm-up leaves no steps to decay.
@@ -63,9 +63,8 @@ def constant_with_warmup(
 
   Args:
     peak: the learning rate after the warm-up.
-    num_warmup_iterations: PPO iterations (batches of rollouts) until the peak;
-      0 for none.
-    start_fraction: s; the first iteration runs at s * peak.
+    num_warmup_iterations: PPO iterations until the peak; 0 for none.
+    start_fraction: s.
     updates_per_iteration: gradient steps in an iteration (minibatches times
       inner epochs), which share its rate.
 

@@ -24,11 +24,8 @@ PROCESSES = ('all', 'first', 'one')
 
 
 def find_experiment(name: str) -> ModuleType:
-  """The module of an experiment or a job.
-
-  Args:
-    name: of a file in `experiments` or `instruct_jax/jobs`, or a dotted module
-      name.
+  """The module of a file in `experiments` or `instruct_jax/jobs`, or of a
+  dotted name.
 
   Raises:
     ValueError: there is no such module, or it lacks a part of a stage.

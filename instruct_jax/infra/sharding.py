@@ -116,15 +116,16 @@ def partition_spec(names: Sequence[str | None]) -> P:
   Raises:
     ValueError: an unknown name, or two names cut along one mesh axis.
   """
+  rules = {None: (), **LOGICAL_RULES}
   owner = {}
   spec = []
   for name in names:
-    if name is not None and name not in LOGICAL_RULES:
+    if name not in rules:
       raise ValueError(
         f'unknown axis name {name!r} in {tuple(names)}; known names: '
         f'{", ".join(LOGICAL_RULES)}'
       )
-    axes = LOGICAL_RULES[name] if name is not None else ()
+    axes = rules[name]
     for axis in axes:
       if axis in owner:
         raise ValueError(
@@ -132,9 +133,13 @@ def partition_spec(names: Sequence[str | None]) -> P:
           f'{tuple(names)} are both cut along mesh axis {axis!r}'
         )
       owner[axis] = name
-    # A lone axis is written without its tuple, as jax prints it.
-    spec.append(None if not axes else axes[0] if len(axes) == 1 else axes)
+    spec.append(_entry(axes))
   return P(*spec)
+
+
+def _entry(axes):
+  """Mesh axes as jax prints them: a lone one without its tuple."""
+  return axes[0] if len(axes) == 1 else axes or None
 
 
 def param_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
@@ -145,21 +150,20 @@ def param_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
   `tensor` divide.
 
   Args:
-    boxed: arrays or `ShapeDtypeStruct`s, boxed by `nn.with_logical_
-      partitioning`, or an optimizer state made from such params. A leaf without
-      a box is whole on every device.
+    boxed: arrays or `ShapeDtypeStruct`s in the boxes of `nn.with_logical_
+      partitioning`, or an optimizer state of these. A leaf without a box is
+      whole on every device.
     mesh: where they are to live.
 
   Returns:
     The unboxed tree, with a `NamedSharding` for each leaf.
 
   Raises:
-    ValueError: the mesh does not divide an axis, or the names do not fit the
-      table or the array.
+    ValueError: the mesh does not divide an axis, or the names do not fit.
   """
 
   def leaf_sharding(path, leaf):
-    if not isinstance(leaf, nn.Partitioned):
+    if not _is_boxed(leaf):
       return NamedSharding(mesh, P())
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     shape = leaf.value.shape
@@ -180,7 +184,7 @@ def param_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(
-    leaf_sharding, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    leaf_sharding, boxed, is_leaf=_is_boxed
   )
 
 
@@ -191,9 +195,9 @@ def _cut_somewhere(shape, sizes) -> P | None:
   axes = tuple(axis for axis in ('fsdp', 'tensor') if sizes[axis] > 1)
   for axis in reversed(range(len(shape))):
     if axes and shape[axis] % _num_parts(axes, sizes) == 0:
-      spec = [None] * len(shape)
-      spec[axis] = axes if len(axes) > 1 else axes[0]
-      return P(*spec)
+      return P(
+        *(None,) * axis, _entry(axes), *(None,) * (len(shape) - axis - 1)
+      )
   return None
 
 
@@ -203,10 +207,12 @@ def unbox(boxed: PyTree) -> PyTree:
   `nn.unbox` would also constrain them, which fails on abstract arrays.
   """
   return jax.tree.map(
-    lambda x: x.value if isinstance(x, nn.Partitioned) else x,
-    boxed,
-    is_leaf=lambda x: isinstance(x, nn.Partitioned),
+    lambda x: x.value if _is_boxed(x) else x, boxed, is_leaf=_is_boxed
   )
+
+
+def _is_boxed(x) -> bool:
+  return isinstance(x, nn.Partitioned)
 
 
 def _num_parts(entry, sizes) -> int:
@@ -249,21 +255,18 @@ def to_device(tree: PyTree) -> PyTree:
 
 
 class Offload:
-  """Keeps trees in host memory while no program reads them.
-
-  Args:
-    names: of these trees; others stay on the device.
-  """
+  """Keeps the trees with these names in host memory while no program reads
+  them."""
 
   def __init__(self, names: Sequence[str]):
     self._names = frozenset(names)
 
   def store(self, name: str, tree: PyTree) -> PyTree:
-    """To the host, if the name is among them."""
+    """Moves the tree to the host, if it is one of them."""
     return to_host(tree) if name in self._names else tree
 
   def load(self, name: str, tree: PyTree) -> PyTree:
-    """Back to the device, if the name is among them."""
+    """Moves the tree back, if it is one of them."""
     return to_device(tree) if name in self._names else tree
 
 
@@ -301,10 +304,8 @@ def constrain_rows(batch: PyTree, axis: int = 0) -> PyTree:
   For rows picked or reshaped inside a program: left to the compiler, a
   microbatch may end up on one device, or whole on all of them.
 
-  Args:
-    batch: arrays; those without the axis, or whose axis does not divide, are
-      left to the compiler.
-    axis: of the rows; axes before it are kept whole.
+  It still chooses for arrays whose axis of rows, `axis`, does not divide. Axes
+  before it are kept whole.
   """
   sizes = jax.sharding.get_abstract_mesh().shape
   if not sizes:
@@ -330,10 +331,8 @@ def per_shard(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
   """Runs a function of rows on every shard of rows separately.
 
   Indexing rows then stays on the device, where the compiler might gather the
-  rows of all devices first. Heads that are cut over `tensor` stay cut.
-
-  Args:
-    fn: arrays to arrays, the first axis of each a shard's own rows.
+  rows of all devices first. Heads that are cut over `tensor` stay cut. Rows are
+  the first axis of all arguments and results.
   """
   if num_batch_shards() == 1:
     return fn
@@ -347,12 +346,11 @@ def per_shard(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
 
 
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-  """Moves a host batch onto the mesh, rows cut over `data` and `fsdp`.
+  """Moves a process's own rows of a batch onto the mesh; replicates scalars.
 
   Args:
-    batch: NumPy arrays with this process's rows on axis 0; scalars are
-      replicated.
-    mesh: the mesh.
+    batch: NumPy arrays with rows on axis 0.
+    mesh: its axes `data` and `fsdp` cut the rows.
 
   Returns:
     Global arrays: the rows of all processes together.
@@ -368,13 +366,7 @@ def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
 
 def put_whole(batch: PyTree, mesh: Mesh) -> PyTree:
-  """Moves a host batch onto the mesh, of which every process has all rows.
-
-  For evaluations, and for batches whose rows refer to each other.
-
-  Raises:
-    ValueError: the number of rows does not divide by the batch axes.
-  """
+  """Like `put_batch`, for a batch of which every process has all rows."""
   if jax.process_count() == 1:
     return put_batch(batch, mesh)
   return _put(batch, mesh, 1, _from_whole)

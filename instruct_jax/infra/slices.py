@@ -45,10 +45,10 @@ def in_batches(
   The last batch is filled with the first rows, whose results are dropped.
 
   Args:
-    fn: one batch of rows to arrays with as many rows.
+    fn: a batch of rows to arrays with as many rows.
     rows: pytree of numpy arrays with N rows each.
     batch_size: rows per call.
-    progress: called with the number of rows done after every batch.
+    progress: called with the number of rows of each batch once it is done.
 
   Returns:
     The results as numpy arrays of N rows, in order.

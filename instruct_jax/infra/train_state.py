@@ -55,15 +55,12 @@ def abstract_state(
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
 ) -> TrainState:
-  """Shapes, dtypes and shardings of a state, without computing it.
+  """Unboxed `ShapeDtypeStruct`s of a state, with shardings.
 
   Args:
     init_fn: key -> params, boxed with their axis names.
     optimizer: its moments are laid out like their parameters.
     mesh: where the state is to live.
-
-  Returns:
-    A state of unboxed `ShapeDtypeStruct`s with shardings.
   """
   boxed = jax.eval_shape(
     lambda key: create(init_fn(key), optimizer), jax.random.key(0)
