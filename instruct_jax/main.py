@@ -41,9 +41,7 @@ _ACCEPT_NEW_INPUTS = flags.DEFINE_bool(
   'Go on with input files that have changed since a stage began.',
 )
 _COORDINATOR = flags.DEFINE_string(
-  'coordinator',
-  None,
-  "HOST:PORT of process 0 of several; 'auto' on a TPU pod.",
+  'coordinator', None, "HOST:PORT of process 0 of several; 'auto' on a TPU pod."
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
   'num_processes', None, "How many there are; not with 'auto'."

@@ -185,8 +185,7 @@ def differences(
 
 
 def accept(
-  folder: epath.Path,
-  found: Mapping[str, tuple[dict[str, str], dict[str, str]]],
+  folder: epath.Path, found: Mapping[str, tuple[dict[str, str], dict[str, str]]]
 ) -> None:
   """Records these differences as accepted, with the time."""
   path = folder / ACCEPTED_FILE

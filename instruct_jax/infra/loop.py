@@ -64,6 +64,9 @@ class Loop:
     profile_steps: 'FIRST-LAST' or 'STEP', counted from 1: a trace of these is
       written to WORKDIR/profile. '' traces none.
 
+  Attributes:
+    start: steps done by earlier runs; known after `restore`.
+
   Raises:
     ValueError: cadences that do not fit together, or steps outside the run.
   """
@@ -109,7 +112,7 @@ class Loop:
     self._keep, self._keep_every = keep, keep_every
     self._profiled = _parse_steps(profile_steps, name, num_steps)
     self._is_profiling = False
-    self._start = 0
+    self.start = 0
     self._text = ''
     # Whether to look for a stop at every step; see `_stop_is_due`.
     self._asks_often = True
@@ -177,19 +180,14 @@ class Loop:
           f'with the version that began it, or delete {self._workdir} to run '
           'this stage again from its start.'
         )
-      self._start = resume_step
+      self.start = resume_step
       lines, self._pending = extra['lines'], _from_json(extra['pending'])
-      run.say(f'{self._name}: continues after step {self._start}')
-    self._last_line = self._start
+      run.say(f'{self._name}: continues after step {self.start}')
+    self._last_line = self.start
     self._writer = metrics.MetricsWriter(self._workdir, lines, resume_step)
-    self._progress = run.Progress(self._name, self._num_steps, self._start)
+    self._progress = run.Progress(self._name, self._num_steps, self.start)
     self._last_log = self._last_checkpoint = time.monotonic()
     return state
-
-  @property
-  def start(self) -> int:
-    """Steps done by earlier runs; known after `restore`."""
-    return self._start
 
   @property
   def lines(self) -> list[dict[str, Any]]:
@@ -198,7 +196,7 @@ class Loop:
 
   def steps(self) -> Iterator[int]:
     """Step numbers still to run, counted from 0."""
-    for step in range(self._start, self._num_steps):
+    for step in range(self.start, self._num_steps):
       if step + 1 in self._profiled and not self._is_profiling:
         self._start_trace()
       if not self._is_profiling:
@@ -232,7 +230,7 @@ class Loop:
     Args:
       open_fn: (first step, one past the last) -> their batches in order.
     """
-    batches = open_fn(self._start, self._num_steps)
+    batches = open_fn(self.start, self._num_steps)
     for step in self.steps():
       before = time.monotonic()
       batch = next(batches)

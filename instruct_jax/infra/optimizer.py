@@ -14,10 +14,7 @@ from instruct_jax.types import PyTree
 
 
 def cosine_to_fraction(
-  peak: float,
-  num_steps: int,
-  final_fraction: float = 0.1,
-  num_warmup: int = 0,
+  peak: float, num_steps: int, final_fraction: float = 0.1, num_warmup: int = 0
 ) -> optax.Schedule:
   """Cosine decay from `peak` to a fraction of it (paper C.1: to 10 %).
 

@@ -142,9 +142,7 @@ class Stage:
     return found
 
 
-def stages_behind(
-  paths: Sequence[str],
-) -> dict[tuple[epath.Path, str], Stage]:
+def stages_behind(paths: Sequence[str]) -> dict[tuple[epath.Path, str], Stage]:
   """(folder of the run, name) -> finished stage, in running order, of all runs
   that the paths lie in."""
   found = {}

@@ -124,10 +124,7 @@ def run_all(
         'process afterwards'
       )
   run.in_first(lambda: stages.find_missing(found))
-  with (
-    run.StopSignal(at_once=True) as stop,
-    run.lock_workdir(workdir),
-  ):
+  with run.StopSignal(at_once=True) as stop, run.lock_workdir(workdir):
     run.in_first(
       lambda: stages.check_unchanged(
         found, described, workdir, accept_new_inputs

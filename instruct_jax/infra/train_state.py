@@ -42,12 +42,10 @@ def create(
   params: Params, optimizer: optax.GradientTransformation
 ) -> TrainState:
   """A state at step 0."""
-
-  # One array each: a buffer that appears twice cannot be donated.
-  def zero():
-    return jnp.zeros((), jnp.int32)
-
-  return TrainState(zero(), params, optimizer.init(params), zero(), zero())
+  # Three arrays: a buffer that appears twice cannot be donated.
+  step, skipped, consecutive = (jnp.zeros((), jnp.int32) for _ in range(3))
+  opt_state = optimizer.init(params)
+  return TrainState(step, params, opt_state, skipped, consecutive)
 
 
 def abstract_state(

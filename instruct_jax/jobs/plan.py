@@ -23,15 +23,7 @@ import numpy as np
 from etils import epath
 
 from experiments import ppo_ptx, reward, sft
-from instruct_jax import (
-  model_fns,
-  packing,
-  ppo,
-  rewards,
-  rl,
-  rollout,
-  sampling,
-)
+from instruct_jax import model_fns, packing, ppo, rewards, rl, rollout, sampling
 from instruct_jax.infra import cost, sharding
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import REMAT_POLICIES, TransformerConfig
@@ -484,7 +476,7 @@ def _needed_bytes(message: str) -> float | None:
 
 
 class Attempts:
-  """All attempts, kept on disk."""
+  """The rows of all attempts, kept on disk."""
 
   def __init__(self, path: epath.Path):
     self._path = path
@@ -495,10 +487,8 @@ class Attempts:
     wanted = _row(name, mesh, remat, parts)
     if name in READING:
       del wanted['remat']
-    for row in self.rows:
-      if 'slower' not in row and row | wanted == row:
-        return row
-    return None
+    rows = (row for row in self.rows if 'slower' not in row)
+    return next((row for row in rows if row | wanted == row), None)
 
   def add(self, row):
     """Keeps a row."""
@@ -599,13 +589,11 @@ def search(names, config, devices, attempts):
       if found is None:
         continue
       seconds = sum(row['least_seconds'] for row in found.values())
-      is_slower = seconds >= best_seconds
-      if not is_slower:
-        best, best_seconds = found, seconds
-      if is_slower or config.stop_at_first:
+      if seconds >= best_seconds:
         break
-    if best and config.stop_at_first:
-      break
+      best, best_seconds = found, seconds
+      if config.stop_at_first:
+        return best
   return best
 
 
@@ -637,7 +625,7 @@ def run(config, workdir: epath.Path):
     'chip': config.chip,
     'num_chips': len(devices),
     'programs': rows,
-    'knobs': knobs(rows, attempts.rows),
+    'knobs': knobs(attempts.rows),
   }
   if set(EPISODES) <= set(rows):
     summary['iteration'] = iteration(config, rows, len(devices))
@@ -654,29 +642,25 @@ def run(config, workdir: epath.Path):
   return summary
 
 
-def knobs(rows, tried) -> list[str]:
+def knobs(tried) -> list[str]:
   """A line for each attempt that did not fit: by how much, and what fits."""
   lines = []
   for failed in tried:
     if not failed.get('missing', 0) > 0:
       continue
     line = f'{_describe(failed)}: {_verdict(failed)}'
-    name, change = failed['program'], None
-    for row in tried:
-      if row['program'] != name or row.get('missing', 1) > 0:
-        continue
-      keys = [k for k in ('mesh', 'remat', 'parts') if row[k] != failed[k]]
+    changes = [
+      ([k for k in ('mesh', 'remat', 'parts') if row[k] != failed[k]], row)
+      for row in tried
+      if row['program'] == failed['program'] and row.get('missing', 1) <= 0
+    ]
+    if changes:
       # The smallest change that was tried.
-      if change is None or len(keys) < len(change[0]):
-        change = keys, row
-    if change is None and name in rows:
-      change = ('mesh', 'remat', 'parts'), rows[name]
-    if change is None:
-      line += '; nothing that was tried makes it fit'
-    else:
-      keys, row = change
+      keys, row = min(changes, key=lambda change: len(change[0]))
       settings = ', '.join(_knob(key, row) for key in keys)
       line += f'; fits with {settings}: {row["needed"] / 2**30:.1f} GiB'
+    else:
+      line += '; nothing that was tried makes it fit'
     lines.append(line)
   return lines
 
@@ -708,7 +692,7 @@ def table(summary) -> str:
   """The plan as Markdown."""
   lines = [
     f'{summary["size"]} on {summary["num_chips"]} x {summary["chip"]}; figures '
-    'of one chip and call, the time of all calls.',
+    'are per chip and call, times for all calls.',
     '',
     '| program | mesh, remat, parts | memory GiB: models, optimizer, cache, '
     'temporaries, all | TFLOP | memory traffic GB | between chips GB '
@@ -716,14 +700,11 @@ def table(summary) -> str:
     '|---|---|---|---|---|---|---|---|---|---|',
   ]
   for name, row in summary['programs'].items():
-    kept = row['resident']
-    sizes = (
-      sum(kept.values()) - kept['optimizer'] - kept.get('cache', 0.0),
-      kept['optimizer'],
-      kept.get('cache', 0.0),
-      row['needed'] - sum(kept.values()),
-      row['needed'],
-    )
+    kept = sum(row['resident'].values())
+    optimizer = row['resident']['optimizer']
+    cache = row['resident'].get('cache', 0.0)
+    needed = row['needed']
+    sizes = (kept - optimizer - cache, optimizer, cache, needed - kept, needed)
     sizes = ', '.join(f'{size / 2**30:.2f}' for size in sizes)
     collectives = ', '.join(
       f'{kind} {size / 1e9:.3g}' for kind, size in row['collectives'].items()
