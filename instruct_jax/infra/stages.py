@@ -22,14 +22,24 @@ _MAX_LINES = 20
 
 # Sizes, in any stage; 0 would fail late, or do nothing.
 _AT_LEAST_ONE = (
-  'batch_size',
-  'eval_batch_size',
-  'eval_every',
-  'num_epochs',
-  'num_microbatches',
-  'row_length',
-  'prompt_length',
-  'response_length',
+  *('batch_size', 'eval_batch_size', 'eval_every', 'num_epochs'),
+  *('num_microbatches', 'row_length', 'prompt_length', 'response_length'),
+)
+# Keys that mean the same in every stage, what their values must be, and whether
+# a value is so.
+_NUMBERS = (
+  *((key, 'be at least 1', lambda x: x >= 1) for key in _AT_LEAST_ONE),
+  ('learning_rate', 'be positive', lambda x: x > 0),
+  (
+    'temperature',
+    'not be negative (0 takes the most probable token)',
+    lambda x: x >= 0,
+  ),
+  (
+    'mesh',
+    'be () or three numbers, devices along data, fsdp and tensor',
+    lambda x: len(x) in (0, 3),
+  ),
 )
 
 # Keys that may change at any time, with all keys below them: results stay the
@@ -83,16 +93,9 @@ MAY_CHANGE_IF: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 # Files of a stage that a later start does not need. Without a checkpoint, lines
 # of metrics are written again.
 _NO_PROGRESS = (
-  inputs.INPUTS_FILE,
-  inputs.ACCEPTED_FILE,
-  CONFIG_FILE,
-  HISTORY_FILE,
-  'provenance.json',
-  'seconds.json',
-  'metrics.jsonl',
-  'timing.jsonl',
-  'tensorboard',
-  'profile',
+  *(inputs.INPUTS_FILE, inputs.ACCEPTED_FILE, CONFIG_FILE, HISTORY_FILE),
+  *('provenance.json', 'seconds.json', 'metrics.jsonl', 'timing.jsonl'),
+  *('tensorboard', 'profile'),
 )
 
 
@@ -200,7 +203,10 @@ def validate(stage: Stage) -> None:
     ValueError: the stage and the key are named.
   """
   try:
-    _check_numbers(stage.config)
+    for key, rule, holds in _NUMBERS:
+      value = stage.config.get(key)
+      if value is not None and not holds(value):
+        raise ValueError(f'{key} must {rule}, got {value}')
     stage.experiment.validate(stage.config)
   except ValueError as error:
     raise ValueError(f'{stage.name}: {error}') from error
@@ -213,29 +219,6 @@ def validate(stage: Stage) -> None:
       'the config of this stage lacks; declare it in a file of configs/, as '
       'configs/rloo.py does for its stage'
     ) from error
-
-
-def _check_numbers(config) -> None:
-  """Checks sizes and rates that mean the same in every experiment."""
-  given = {key: value for key, value in config.items() if value is not None}
-  for key in _AT_LEAST_ONE:
-    if given.get(key, 1) < 1:
-      raise ValueError(f'{key} must be at least 1, got {given[key]}')
-  mesh = tuple(given.get('mesh', ()))
-  if len(mesh) not in (0, 3):
-    raise ValueError(
-      'mesh must be () or three numbers, devices along data, fsdp and tensor: '
-      f'{mesh}'
-    )
-  if not given.get('learning_rate', 1) > 0:
-    raise ValueError(
-      f'learning_rate must be positive, got {config.learning_rate}'
-    )
-  if not given.get('temperature', 0) >= 0:
-    raise ValueError(
-      f'temperature must not be negative (0 takes the most probable token), '
-      f'got {config.temperature}'
-    )
 
 
 def may_change(key: str, stage: Mapping[str, Any]) -> bool:
