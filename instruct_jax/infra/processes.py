@@ -6,6 +6,7 @@ to the first process breaks, and the first process writes that.
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -72,8 +73,10 @@ def join(
     if num_processes is not None or process_id is not None:
       raise ValueError('--num_processes and --process_id need --coordinator')
     return
-  arguments = {}
-  if coordinator != 'auto':
+  address = coordinator
+  if coordinator == 'auto':
+    address = num_processes = process_id = None
+  else:
     if num_processes is None or process_id is None:
       raise ValueError(
         f'--coordinator={coordinator} needs --num_processes and --process_id '
@@ -84,11 +87,6 @@ def join(
         f'--process_id={process_id} must be from 0 to {num_processes - 1}, '
         f'one less than --num_processes={num_processes}'
       )
-    arguments = {
-      'coordinator_address': coordinator,
-      'num_processes': num_processes,
-      'process_id': process_id,
-    }
   # It would catch SIGTERM.
   jax.config.update('jax_enable_preemption_service', False)
   # On CPU, programs in flight may start in different orders on two devices; if
@@ -102,7 +100,9 @@ def join(
   patience.daemon = True
   patience.start()
   jax.distributed.initialize(
-    **arguments,
+    address,
+    num_processes,
+    process_id,
     initialization_timeout=2 * JOIN_SECONDS,
     heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     shutdown_timeout_seconds=SHUTDOWN_SECONDS,
@@ -171,17 +171,15 @@ class _Together:
     self._index, self._count = state.process_id, state.num_processes
     self._is_over = threading.Event()
     self._end = threading.Lock()  # Held by the thread that ends the process.
-    self._threads = [threading.Thread(target=self._look, daemon=True)]
     self._line = None  # To the first process.
+    jobs = [self._look]
     if self._index == 0:
       family = {}
       if socket.has_dualstack_ipv6():
         family = {'family': socket.AF_INET6, 'dualstack_ipv6': True}
       server = socket.create_server(('', 0), **family)
       self._client.key_value_set(_LIFELINE, str(server.getsockname()[1]))
-      self._threads.append(
-        threading.Thread(target=self._accept, args=(server,), daemon=True)
-      )
+      jobs.append(functools.partial(self._accept, server))
     else:
       host = state.coordinator_address.rpartition(':')[0].strip('[]')
       # Without a connection, the service's heartbeat notices.
@@ -189,7 +187,8 @@ class _Together:
         port = self._client.blocking_key_value_get(_LIFELINE, 60_000)
         self._line = socket.create_connection((host, int(port)), timeout=10)
         self._line.sendall(f'{self._index}\n'.encode())
-        self._threads.append(threading.Thread(target=self._cling, daemon=True))
+        jobs.append(self._cling)
+    self._threads = [threading.Thread(target=j, daemon=True) for j in jobs]
     for thread in self._threads:
       thread.start()
 
