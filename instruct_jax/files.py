@@ -1,7 +1,7 @@
 """Writes files on a disk or in an object store (gs://).
 
 Reading needs only `etils.epath`. A store can neither rename nor append, but it
-replaces an object at once.
+replaces an object atomically.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
-  """Writes or replaces a file at once, and makes its folder."""
+  """Writes or replaces a file atomically, and makes its folder."""
   path = epath.Path(path)
   if is_remote(path):
     path.write_bytes(content)

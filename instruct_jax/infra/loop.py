@@ -283,7 +283,7 @@ class Loop:
       if text_fn is not None:
         self._text = text_fn(line)
       for name, watched in states.items():
-        self._check_skips(watched, name)
+        train_state.check_skips(watched, self._max_skips, name, self._workdir)
     if self._is_profiling:
       jax.block_until_ready(state)  # The trace shows the work in its own step.
     self._progress.update(1, self._text)
@@ -352,15 +352,6 @@ class Loop:
     if line_seconds is not None:
       self._asks_often = run.agreed(line_seconds > _SECONDS_WITHOUT_ASKING)
     return stop
-
-  def _check_skips(self, watched: train_state.TrainState, name: str):
-    try:
-      train_state.check_skips(watched, self._max_skips, name)
-    except train_state.NonFiniteError as error:
-      raise train_state.NonFiniteError(
-        f'{error} With another config the stage begins anew: delete '
-        f'{self._workdir}.'
-      ) from None
 
   def _check_fresh_start(self):
     """Raises if a run without checkpoints must have had one.

@@ -166,8 +166,7 @@ def _times(path):
     return read_lines(path) if path.exists() else []
   except ValueError as error:
     raise ValueError(
-      f'{error}. It holds times alone: delete it, and the same command '
-      'continues'
+      f'{error}. It holds only times: delete it, and the same command continues'
     ) from error
 
 

@@ -106,9 +106,11 @@ def filled(
         f'{" or ".join([*where, prompts])} lies says it; set --config.{key}'
       )
     if len(values) > 1:
-      said = ', '.join(f'{value} in {place}' for value, place in values.items())
+      found = ', '.join(
+        f'{value} in {place}' for value, place in values.items()
+      )
       raise ValueError(
-        f'{key} is not given, and the runs differ ({said}); set --config.{key}'
+        f'{key} is not given, and the runs differ ({found}); set --config.{key}'
       )
     ((config[key], place),) = values.items()
     run.say(f'{config.name}: {key} is {config[key]}, as in {place}')

@@ -60,7 +60,7 @@ class Stopped(SystemExit):
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-  """Replaces a JSON file at once; only the first process writes."""
+  """Writes a JSON file atomically, in the first process."""
   if jax.process_index() == 0:
     text = json.dumps(value, indent=2, sort_keys=True) + '\n'
     files.write_bytes(path, text.encode())

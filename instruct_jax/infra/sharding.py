@@ -138,7 +138,7 @@ def partition_spec(names: Sequence[str | None]) -> P:
 
 
 def _entry(axes):
-  """Mesh axes as jax prints them: a lone one without its tuple."""
+  """Mesh axes as jax prints them: a single one without its tuple."""
   return axes[0] if len(axes) == 1 else axes or None
 
 

@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 from jaxtyping import Array, Float, Int
 
 from instruct_jax.infra import sharding
@@ -179,13 +180,16 @@ def apply_gradients(
   }
 
 
-def check_skips(state: TrainState, limit: int, name: str) -> None:
+def check_skips(
+  state: TrainState, limit: int, name: str, workdir: epath.PathLike
+) -> None:
   """Warns about skipped updates; waits for the state.
 
   Args:
     state: the current state.
     limit: consecutive skips at which the run stops, at least 1.
     name: of the stage, for the message.
+    workdir: of the stage, for the message.
 
   Raises:
     NonFiniteError: the limit is reached; stage and step are named.
@@ -198,7 +202,8 @@ def check_skips(state: TrainState, limit: int, name: str) -> None:
     raise NonFiniteError(
       f'{name}: loss or gradients were not finite in {consecutive} updates in '
       f'a row up to step {step} (limit {limit}; {num_skipped} skipped in all). '
-      'Lower the learning rate or max_grad_norm, or look at the batches there.'
+      'Lower the learning rate or max_grad_norm, or look at the batches there. '
+      f'With another config the stage begins anew: delete {workdir}.'
     )
   if consecutive:
     warnings.warn(

@@ -38,7 +38,7 @@ from instruct_jax.types import (
 PROCESSES = 'one'
 
 # One iteration of PPO. Sampling reads prompts and steps through tokens in loops
-# whose trips depend on the data: each body is compiled alone.
+# whose trips depend on the data: each body is compiled by itself.
 SAMPLING = ('decode', 'prefill')
 EPISODES = (*SAMPLING, 'score', 'penalise', 'train')
 # Programs that run with the same models in memory, on one mesh.
@@ -194,7 +194,7 @@ def supervised_program(name, config, mesh, remat, parts):
     )
     batch = text_rows(mesh, stage.batch_size, stage.row_length)
   else:
-    # Each microbatch is packed alone, into rows that the mesh divides.
+    # Each microbatch is packed by itself, into rows that the mesh divides.
     shards = parts * num_shards(mesh)
     num_rows = -(-config.num_reward_rows // shards) * shards
     rows, candidates = stage.batch_size, stage.max_candidates
@@ -399,13 +399,13 @@ def measure(name, config, mesh, remat, parts, too_slow=math.inf):
   chip = cost.CHIPS[config.chip]
   row = _row(name, mesh, remat, parts)
 
-  def refused(error, besides=0.0):
+  def refused(error, others=0.0):
     """The row of a program that the compiler refuses for its size."""
     needed = _needed_bytes(str(error))
     if needed is None:
       raise error
     if 'HLO temporaries' in str(error):
-      needed += besides
+      needed += others
     return row | {'needed': needed, 'missing': needed - chip.memory}
 
   try:
@@ -548,7 +548,7 @@ def _verdict(row) -> str:
   if 'slower' in row:
     return f'not compiled: {row["slower"]:.3g} s of arithmetic, slower anyway'
   size = f'{row["needed"] / 2**30:.1f} GiB'
-  when = 'not compiled: models and cache alone'
+  when = 'not compiled: models and cache are too large'
   if 'compile_seconds' in row:
     when = f'compiled in {row["compile_seconds"]:.0f} s'
   if row['missing'] > 0:
