@@ -92,7 +92,9 @@ def test_ema_is_float32():
 def test_state_can_be_donated():
   optimizer = optax.adam(0.1)
   step = jax.jit(
-    lambda state: train_state.apply_gradients(state, GRADS, optimizer)[0],
+    lambda state: train_state.apply_gradients(
+      state, GRADS, optimizer, jnp.array(1.0)
+    )[0],
     donate_argnums=0,
   )
   assert step(step(make(optimizer))).step == 2

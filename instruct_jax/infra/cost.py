@@ -73,15 +73,14 @@ def ceiling(chip: Chip, num_flops: float, moved: Traffic) -> dict[str, float]:
 # --- Arithmetic ---------------------------------------------------------------
 
 
-def flops(jaxpr, num_trips: int = 1) -> float:
+def flops(jaxpr) -> float:
   """Floating-point operations of all matrix products of a traced program.
 
-  The sum over all chips, recomputed activations included. Other operations are
-  a small part of a Transformer's arithmetic.
+  The sum over all chips, recomputed activations included; a `while_loop` counts
+  once. Other operations are a small part of a Transformer's arithmetic.
 
   Args:
     jaxpr: `jax.jit(f).trace(...).jaxpr`.
-    num_trips: of a `while_loop`, whose number of trips is unknown.
   """
   total = 0.0
   for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
@@ -95,13 +94,11 @@ def flops(jaxpr, num_trips: int = 1) -> float:
     if name == 'pallas_call':
       # An upper bound: it includes tiles that the mask leaves out.
       grid = math.prod(params['grid_mapping'].grid)
-      total += grid * flops(params['jaxpr'], num_trips)
+      total += grid * flops(params['jaxpr'])
       continue
-    inner = [flops(each, num_trips) for each in _programs_in(params)]
+    inner = [flops(each) for each in _programs_in(params)]
     if name == 'scan':
       total += params['length'] * sum(inner)
-    elif name == 'while':
-      total += num_trips * sum(inner)
     elif name == 'cond':
       total += max(inner, default=0.0)
     elif name == 'shard_map':
@@ -198,28 +195,26 @@ def _size(type_text: str, on_chip: bool = False) -> float:
   return total
 
 
-def traffic(hlo_text: str, num_trips: int = 1) -> Traffic:
+def traffic(hlo_text: str) -> Traffic:
   """Bytes moved, from the text of an optimised program.
 
-  Loops with the condition `index < constant` count that often. A fusion reads
-  its operands and writes its result; of an array that it only slices or updates
-  it touches the slice.
+  Loops with the condition `index < constant` count that often, others once. A
+  fusion reads its operands and writes its result; of an array that it only
+  slices or updates it touches the slice.
 
   Args:
     hlo_text: `compiled.as_text()`.
-    num_trips: of loops with another condition.
   """
   computations, entry = _parse(hlo_text)
-  moved = dict(sorted(_Reader(computations, num_trips).cost(entry).items()))
+  moved = dict(sorted(_Reader(computations).cost(entry).items()))
   return Traffic(float(moved.pop('memory', 0.0)), moved)
 
 
 class _Reader:
   """Adds up 'memory' and the kinds of collectives, in bytes."""
 
-  def __init__(self, computations, num_trips):
+  def __init__(self, computations):
     self._computations = computations
-    self._num_trips = num_trips
     self._known = {}
 
   def cost(self, name: str) -> dict[str, float]:
@@ -283,7 +278,7 @@ class _Reader:
     return {'memory': moved}
 
   def _trips(self, condition: str) -> int:
-    """N of `index < N`; `num_trips` for other conditions."""
+    """N of `index < N`; 1 for other conditions."""
     instructions = {i.name: i for i in self._computations[condition]}
     root = next(i for i in instructions.values() if i.is_root)
     if root.opcode == 'compare' and 'direction=LT' in root.attributes:
@@ -300,7 +295,7 @@ class _Reader:
         for i in inside
       ):
         return int(constants[0].text)
-    return self._num_trips
+    return 1
 
 
 def _received(kind, instruction, types) -> float:

@@ -152,17 +152,16 @@ def repeat(
 # --- Ceilings -----------------------------------------------------------------
 
 
-def matmul_peak(dtype: str, size: int, num_repeats: int = 7) -> float:
+def matmul_peak(dtype: str, size: int) -> float:
   """Floating-point operations a second of the fastest of several square matrix
   products."""
   key = jax.random.key(0)
   x = jax.random.normal(key, (size, size), jnp.dtype(dtype))
   multiply = jax.jit(lambda x, y: x @ y)
-  seconds = repeat(lambda: multiply(x, x), num_repeats, 2).seconds
-  return 2 * size**3 / min(seconds)
+  return 2 * size**3 / _least_seconds(lambda: multiply(x, x))
 
 
-def read_bandwidth(num_bytes: int, num_repeats: int = 7) -> float:
+def read_bandwidth(num_bytes: int) -> float:
   """Bytes a second read by the fastest of several matrix-vector products.
 
   The float32 matrix of `num_bytes` should be several times any cache.
@@ -171,8 +170,11 @@ def read_bandwidth(num_bytes: int, num_repeats: int = 7) -> float:
   rows = max(1, num_bytes // (4 * columns))
   matrix, vector = jnp.ones((rows, columns)), jnp.ones(columns)
   multiply = jax.jit(lambda m, v: m @ v)
-  seconds = repeat(lambda: multiply(matrix, vector), num_repeats, 2).seconds
-  return matrix.nbytes / min(seconds)
+  return matrix.nbytes / _least_seconds(lambda: multiply(matrix, vector))
+
+
+def _least_seconds(fn) -> float:
+  return min(repeat(fn, num_repeats=7, num_warmups=2).seconds)
 
 
 # --- Memory -------------------------------------------------------------------

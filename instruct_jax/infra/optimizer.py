@@ -5,12 +5,9 @@ update sees step 0.
 """
 
 import math
-from collections.abc import Callable
 
 import jax.numpy as jnp
 import optax
-
-from instruct_jax.types import PyTree
 
 
 def cosine_to_fraction(
@@ -89,25 +86,18 @@ def make_adam(
   b1: float = 0.9,
   b2: float = 0.95,
   eps: float = 1e-8,
-  weight_decay: float = 0.0,
   max_grad_norm: float = 0.0,
-  decay_mask_fn: Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformation:
   """Adam after global-norm clipping (paper C: beta 0.9 and 0.95).
 
   Args:
     schedule: learning rate by number of applied updates.
     b1, b2, eps: Adam's constants.
-    weight_decay: decoupled (AdamW), multiplied by the learning rate.
     max_grad_norm: global L2 norm to clip at; 0 or less for no clipping.
-    decay_mask_fn: params -> tree of booleans, True where weights decay; None
-      for everywhere.
   """
   steps = []
   if max_grad_norm > 0:
     steps.append(optax.clip_by_global_norm(max_grad_norm))
   steps.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
-  if weight_decay:
-    steps.append(optax.add_decayed_weights(weight_decay, mask=decay_mask_fn))
   steps.append(optax.scale_by_learning_rate(schedule))
   return optax.chain(*steps)

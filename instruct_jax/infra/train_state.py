@@ -134,7 +134,7 @@ def apply_gradients(
   state: TrainState,
   grads: Params,
   optimizer: optax.GradientTransformation,
-  loss: Float[Array, ''] | None = None,
+  loss: Float[Array, ''],
 ) -> tuple[TrainState, Metrics]:
   """One optimizer step, unless the loss or a gradient is not finite.
 
@@ -145,16 +145,14 @@ def apply_gradients(
     state: the state before.
     grads: like `state.params`.
     optimizer: the one the state was created with.
-    loss: of the gradients; None checks only the gradients.
+    loss: of the gradients.
 
   Returns:
     The state after, and the metrics `optimizer/gradient_norm` (before
     clipping; count 0 when skipped) and `optimizer/skipped`.
   """
   grad_norm = optax.tree.norm(grads)
-  is_finite = jnp.isfinite(grad_norm)
-  if loss is not None:
-    is_finite &= jnp.isfinite(loss)
+  is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
 
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)

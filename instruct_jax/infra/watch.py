@@ -21,26 +21,19 @@ class Watch:
 
   Args:
     name: of the stage, for the messages.
-    first_seconds: limit until there are steps to compare with; it includes
-      compilation.
-    min_seconds: lower bound of the limit afterwards.
-    factor: multiple of the usual duration at which a step is slow, or hangs.
   """
 
   _TICK = 0.5  # Seconds between looks.
   _NUM_USUAL = 50  # Durations behind the usual one.
+  # Limit until there are steps to compare with; it includes compilation.
+  _FIRST_SECONDS = 900.0
+  # A step is slow at this multiple of the usual duration, but not before these
+  # seconds.
+  _FACTOR = 10.0
+  _MIN_SECONDS = 60.0
 
-  def __init__(
-    self,
-    name: str,
-    first_seconds: float = 900.0,
-    min_seconds: float = 60.0,
-    factor: float = 10.0,
-  ):
+  def __init__(self, name: str):
     self._name = name
-    self._first_seconds = first_seconds
-    self._min_seconds = min_seconds
-    self._factor = factor
     self._durations = collections.deque(maxlen=self._NUM_USUAL)  # Of a step.
     # [program, one of its outputs], oldest first; None while it is called.
     self._running = collections.deque()
@@ -112,8 +105,8 @@ class Watch:
 
   def _limit(self, usual):
     if usual is None:
-      return self._first_seconds
-    return max(self._factor * usual, self._min_seconds)
+      return self._FIRST_SECONDS
+    return max(self._FACTOR * usual, self._MIN_SECONDS)
 
   def _look_on(self):
     while not self._ended.wait(self._TICK):
