@@ -436,17 +436,10 @@ def measure(name, config, mesh, remat, parts, too_slow=math.inf):
       seconds = time.monotonic() - begin
       return refused(error, kept) | {'compile_seconds': seconds}
   row['compile_seconds'] = time.monotonic() - begin
-  text, memory = compiled.as_text(), compiled.memory_analysis()
-  # Models are among the residents; other arguments and results are new.
-  known = {id(leaf) for leaf in jax.tree.leaves(resident)}
-  read = [x for x in jax.tree.leaves(arguments) if id(x) in known]
-  fresh = max(0.0, memory.argument_size_in_bytes - cost.bytes_per_chip(read))
-  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  row['temporaries'] = float(memory.temp_size_in_bytes)
-  row['batches'] = float(fresh + outputs)
-  row['code'] = float(memory.generated_code_size_in_bytes)
+  row |= _memory(compiled.memory_analysis(), arguments, resident)
   row['needed'] = kept + row['temporaries'] + row['batches'] + row['code']
   row['missing'] = row['needed'] - chip.memory
+  text = compiled.as_text()
   moved = cost.traffic(text)
   row['memory_traffic'] = moved.memory
   row['collectives'] = dict(moved.collectives)
@@ -454,6 +447,19 @@ def measure(name, config, mesh, remat, parts, too_slow=math.inf):
   row['seconds'] = cost.ceiling(chip, row['flops'], moved)
   row['least_seconds'] = row['calls'] * max(row['seconds'].values())
   return row
+
+
+def _memory(compiled, arguments, resident) -> dict[str, float]:
+  """Bytes that a compiled program needs besides the residents."""
+  known = {id(leaf) for leaf in jax.tree.leaves(resident)}
+  read = [x for x in jax.tree.leaves(arguments) if id(x) in known]
+  fresh = compiled.argument_size_in_bytes - cost.bytes_per_chip(read)
+  outputs = compiled.output_size_in_bytes - compiled.alias_size_in_bytes
+  return {
+    'temporaries': float(compiled.temp_size_in_bytes),
+    'batches': float(max(0.0, fresh) + outputs),
+    'code': float(compiled.generated_code_size_in_bytes),
+  }
 
 
 def _row(name, mesh, remat, parts):
