@@ -108,12 +108,8 @@ class Checkpointer:
 
     Args:
       step: names the checkpoint.
-      state: pytree of jax arrays, typed PRNG keys included.
+      state: pytree of jax arrays, typed PRNG keys included, or TypeError.
       extra: JSON values of the host that belong to the state.
-
-    Raises:
-      TypeError: a leaf is not a jax array, or `extra` is not JSON.
-      CheckpointError: this checkpoint or the one before could not be written.
     """
     if step in self._steps:
       return
@@ -159,16 +155,13 @@ class Checkpointer:
   def restore_latest(
     self, abstract_state: PyTree
   ) -> tuple[int, PyTree, dict[str, Any]] | None:
-    """Reads the newest checkpoint that is whole.
+    """Step, state and extra of the newest whole checkpoint; None without any.
 
     Warns of each damaged one and moves it aside once an older one is read.
 
     Args:
-      abstract_state: arrays or `ShapeDtypeStruct`s. Each array gets the
-        sharding of its leaf, or the first device if that has none.
-
-    Returns:
-      Step, state and extra; None if there is no checkpoint.
+      abstract_state: arrays or `ShapeDtypeStruct`s, whose shardings the state
+        gets; without one, an array is put on the first device.
 
     Raises:
       CheckpointError: the checkpoint holds other arrays (they are named), or no
@@ -267,16 +260,13 @@ class Checkpointer:
 def save_model(
   directory: epath.PathLike, params: Params, metadata: dict[str, Any]
 ) -> None:
-  """Writes a model folder, or replaces one.
+  """Writes or replaces a model folder, which appears only when complete.
 
   Args:
-    directory: the folder; it appears under this name only when complete.
+    directory: the folder; CheckpointError if it cannot be written.
     params: nested dicts of jax arrays.
     metadata: JSON values that a reader needs: model config, kind, reward bias,
       tokenizer fingerprint, provenance.
-
-  Raises:
-    CheckpointError: it could not be written.
   """
   final = files.absolute(directory)
   record = _sealed_record(params, metadata)
@@ -317,26 +307,19 @@ def save_model(
 
 
 def load_metadata(directory: epath.PathLike) -> dict[str, Any]:
-  """Reads only the `metadata` that `save_model` wrote.
-
-  Raises:
-    CheckpointError: there is no model folder, or its description is damaged.
-  """
+  """The `metadata` of a model folder, or CheckpointError; reads no arrays."""
   return _read_record(files.absolute(directory))['extra']
 
 
 def load_model(
   directory: epath.PathLike, abstract_params: Params | None = None
 ) -> tuple[Params, dict[str, Any]]:
-  """Reads a model folder.
+  """Parameters and metadata of a model folder.
 
   Args:
     directory: the folder written by `save_model`.
     abstract_params: arrays or `ShapeDtypeStruct`s that give the expected shapes
       and the shardings; None gives nested dicts of NumPy arrays.
-
-  Returns:
-    Parameters and metadata. The caller checks the metadata.
 
   Raises:
     CheckpointError: the folder is missing, damaged, or holds other parameters.
@@ -482,7 +465,7 @@ def _sealed_record(tree, extra):
 
 
 def _checked(record) -> dict[str, Any]:
-  """The record; ValueError or KeyError if it is not as it was written."""
+  """The record, unless it is damaged."""
   content = {name: record[name] for name in ('arrays', 'extra')}
   if _text_checksum(content) != record['checksum']:
     raise ValueError('checksum of the description does not match its text')
@@ -496,11 +479,9 @@ def _text_checksum(content) -> int:
 def _checksums(arrays: dict[str, Any]) -> dict[str, int]:
   """sum over i of (2 i + 1) * bits(x_i), modulo 2^32, of each array.
 
-  Integer sums do not depend on order, so the layout of the array does not
-  matter; odd weights find every flipped bit and most swaps. Each process sums
-  its own shards, and all sums are exchanged at once: one program over all
-  devices for each array would be slower, and several of them in flight can
-  deadlock on CPU.
+  The sum does not depend on the layout of the array; odd weights find every
+  flipped bit and most swaps. Each process sums its own shards: one program over
+  all devices for each array would be slower, and can deadlock on CPU.
   """
   parts = {name: list(_shard_sums(x)) for name, x in arrays.items()}
   # Converted only now: an accelerator computes all of them meanwhile.
@@ -591,11 +572,9 @@ def _check_sums(saved, arrays) -> None:
 
 
 def _in_all(function: Callable[[], Any]) -> Any:
-  """The function's result, unless it fails in any process.
+  """The function's result; _DamagedError in all processes if any fails.
 
-  Raises:
-    _DamagedError: in all processes, for each takes part in what follows.
-      Orbax, TensorStore and JSON raise many kinds of errors for damaged files.
+  Orbax, TensorStore and JSON raise many kinds of errors for damaged files.
   """
   result = problem = None
   try:

@@ -19,16 +19,10 @@ from instruct_jax import command
 
 
 def check(backend: str) -> str:
-  """Runs the collectives over all devices of all processes.
-
-  Args:
-    backend: the expected platform ('tpu', 'gpu', 'cpu').
-
-  Returns:
-    One line: number and kind of devices.
+  """Runs the collectives over all devices; returns their number and kind.
 
   Raises:
-    RuntimeError: another platform, or a wrong result.
+    RuntimeError: another platform than `backend`, or a wrong result.
   """
   if jax.default_backend() != backend:
     raise RuntimeError(

@@ -158,14 +158,12 @@ class Loop:
     return self._watch.programs(programs)
 
   def restore(self, state: PyTree) -> PyTree:
-    """The newest checkpoint's state, or `state` when there is none.
-
-    Args:
-      state: arrays with the wanted shardings, at step 0.
+    """The newest checkpoint's state, or the given one at step 0, whose
+    shardings it gets.
 
     Raises:
-      checkpoint.CheckpointError: the checkpoint does not fit, none is
-        readable, or they are gone.
+      checkpoint.CheckpointError: it does not fit, none is readable, or they are
+        gone.
     """
     restored = self._checkpointer.restore_latest(state)
     lines, resume_step = [], None
@@ -225,11 +223,8 @@ class Loop:
   def steps_with(
     self, open_fn: Callable[[int, int], Iterator[Batch]]
   ) -> Iterator[tuple[int, Batch]]:
-    """Step numbers still to run, each with its batch.
-
-    Args:
-      open_fn: (first step, one past the last) -> their batches in order.
-    """
+    """Step numbers still to run, each with its batch of those that
+    `open_fn(first step, one past the last)` gives in order."""
     batches = open_fn(self.start, self._num_steps)
     for step in self.steps():
       before = time.monotonic()
@@ -338,11 +333,8 @@ class Loop:
   def _stop_is_due(self, line_seconds: float | None) -> bool:
     """Whether SIGTERM came to any process.
 
-    A single process looks at every step. Several have to wait for the step to
-    ask each other: where lines come often, they ask only at lines.
-
-    Args:
-      line_seconds: since the line before; None between two lines.
+    Several processes have to wait for the step to ask each other: where lines
+    come often, they ask only at lines, `line_seconds` after the one before.
     """
     if jax.process_count() == 1:
       return self._stop.requested
@@ -354,10 +346,8 @@ class Loop:
     return stop
 
   def _check_fresh_start(self):
-    """Raises if a run without checkpoints must have had one.
-
-    A save waits for the one before, so a run past its second has had one.
-    """
+    """Raises if a run past its second save has no checkpoint: a save waits for
+    the one before."""
     path = self._workdir / metrics.METRICS_FILE
     if jax.process_index() != 0 or not path.exists():
       return
@@ -377,9 +367,8 @@ class Loop:
       run.say(f'{self._name}: had no checkpoint yet, starts again at step 0')
 
   def _check_workdir(self):
-    """Raises if the directory was deleted: open files would still take lines.
-
-    A background write may have made the directory anew."""
+    """Raises if the directory was deleted, though open files still take lines
+    and a background write may have made it anew."""
     if jax.process_index() != 0 or files.is_remote(self._workdir):
       return
     if not (self._workdir / metrics.METRICS_FILE).exists():

@@ -79,14 +79,14 @@ def filled(
 ) -> ConfigDict:
   """The config with those of its keys that are None read from the runs.
 
-  Prints each value and its source.
+  Prints each value and its source. The models' lengths count before those of
+  the prompts; the world is that of the prompts.
 
   Args:
     config: of a stage.
     keys: keys of `LENGTHS` and `WORLD` that it needs.
-    models: label -> folder of models; their lengths count before those of the
-      prompts.
-    prompts: file of the prompts; its world counts.
+    models: label -> folder.
+    prompts: their file.
 
   Raises:
     ValueError: a key is None and no run has it, or two runs differ.

@@ -98,9 +98,8 @@ def run_all(
   Args:
     config: with `workdir` filled in.
     workdir: where the run lives.
-    described: the config without this machine's paths, which later runs in the
-      same directory are compared with.
-    accept_new_inputs: go on with inputs that have other contents now.
+    described: the config without this machine's paths.
+    accept_new_inputs: continue with inputs that have other contents now.
 
   Raises:
     ValueError: a wrong key or a missing input.

@@ -122,11 +122,11 @@ def _give_up(coordinator: str) -> None:
 
 
 def _agree_on_programs() -> None:
-  """Lets all processes load compiled programs from the cache, or none.
+  """Lets all processes load compiled programs from the cache, or none: loaded
+  and compiled ones may differ in the order of their collectives.
 
-  A loaded program may differ from a compiled one, and so may the order of their
-  collectives. Only the first process writes to the cache, so other hosts do not
-  find a local folder's programs; on CPU the keys differ between processes.
+  Only the first process writes to the cache, so other hosts do not find a local
+  folder's programs; on CPU the keys differ between processes.
   """
   folder = jax.config.jax_compilation_cache_dir or ''
   if jax.default_backend() == 'cpu' or not files.is_remote(folder):

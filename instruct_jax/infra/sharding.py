@@ -58,13 +58,11 @@ def make_mesh(
 
   Args:
     shape: devices along each of the three axes; one entry may be -1, which
-      takes what the other two leave. () puts all along `fsdp`, or, if they do
-      not divide the rows, as many as do, and the others along `tensor` if that
-      divides the heads.
+      takes what the other two leave. () puts as many along `fsdp` as divide the
+      rows, and the others along `tensor` if that divides the heads.
     devices: the devices to use; all by default.
-    rows: numbers of rows of the programs' batches and microbatches, for ().
-    heads: sizes of axes that `tensor` would cut, for (); without any, `tensor`
-      stays 1.
+    rows: numbers of rows of the programs' batches and microbatches.
+    heads: sizes of axes that `tensor` would cut; without any it stays 1.
 
   Raises:
     ValueError: the shape does not multiply to the number of devices.
@@ -147,16 +145,12 @@ def param_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
 
   Arrays above `LARGE` bytes that the table leaves whole (the norms of 96
   layers, positions without fsdp) are cut along their last axis that `fsdp` and
-  `tensor` divide.
+  `tensor` divide. Leaves without a box are whole on every device.
 
   Args:
     boxed: arrays or `ShapeDtypeStruct`s in the boxes of `nn.with_logical_
-      partitioning`, or an optimizer state of these. A leaf without a box is
-      whole on every device.
+      partitioning`, or an optimizer state of these.
     mesh: where they are to live.
-
-  Returns:
-    The unboxed tree, with a `NamedSharding` for each leaf.
 
   Raises:
     ValueError: the mesh does not divide an axis, or the names do not fit.

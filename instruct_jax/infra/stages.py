@@ -105,7 +105,7 @@ class Stage:
 
   Attributes:
     config: with this machine's paths.
-    described: dotted key -> value without these paths, as config.json keeps it.
+    described: dotted key -> value without these paths, as in config.json.
     folder: its own, below the work directory, or the work directory itself.
     prefix: of its keys on the command line, such as 'stages.sft.'.
     experiment: the module, or None.
@@ -162,13 +162,10 @@ def of_run(
   """The stages of a config, in order.
 
   Args:
-    config: of the run, with `workdir` filled in.
+    config: with `workdir` filled in; ValueError for a wrong `stage_order`.
     described: the same without this machine's paths.
     workdir: where the run lives.
     find_experiment: name -> module.
-
-  Raises:
-    ValueError: an unknown or repeated name in `stage_order`.
   """
   if 'stages' not in config:
     values = run.flat(run.plain(described))
@@ -197,11 +194,7 @@ def of_run(
 
 
 def validate(stage: Stage) -> None:
-  """Checks a stage's config without reading a file.
-
-  Raises:
-    ValueError: the stage and the key are named.
-  """
+  """Checks a stage's config; ValueError with the stage and the key."""
   try:
     for key, rule, holds in _NUMBERS:
       value = stage.config.get(key)
@@ -243,12 +236,10 @@ def find_missing(
       will not appear.
 
   Returns:
-    Name -> reason, of finished stages that have to run again because an output
-    is gone and still needed.
+    Name -> reason, of finished stages whose outputs are gone and still needed.
 
   Raises:
-    ValueError: inputs that are missing and that no stage will make; one line
-      each, with stage and key.
+    ValueError: inputs that no stage will make are missing; one line each.
   """
   again, missing = {}, {}
   for number in reversed(range(len(stages))):
@@ -286,20 +277,8 @@ def check_turn(
   have_run: Sequence[str],
   accept_new_inputs: bool,
 ) -> None:
-  """Checks a stage after the stages before it have run.
-
-  Marks finished stages that have to run again as not done.
-
-  Args:
-    stage: the next to run.
-    stages: all of the run, in order.
-    have_run: names of those that this process has run or passed.
-    accept_new_inputs: see `check_inputs`.
-
-  Raises:
-    ValueError: see `find_missing`.
-    run.WorkdirError: see `check_inputs`.
-  """
+  """Calls `find_missing` and `check_inputs` before a stage runs, and marks
+  finished stages that have to run again as not done."""
   again = find_missing(stages, have_run)
   for other in stages:
     if other.name in again:
@@ -347,8 +326,8 @@ def check_unchanged(
 ) -> None:
   """Compares config and inputs with those that each stage began with.
 
-  Writes config.json, which keeps stages that this config lacks, and appends a
-  changed config to config_history.json.
+  Writes config.json, which keeps stages that this config lacks, and its changes
+  to config_history.json.
 
   Args:
     stages: of the run, in order.
@@ -357,8 +336,7 @@ def check_unchanged(
     accept_new_inputs: see `check_inputs`.
 
   Raises:
-    run.WorkdirError: a stage that has saved anything differs; stage, key, old
-      and new value are named, and what to do.
+    run.WorkdirError: a stage that has saved anything differs.
   """
   now, path = run.plain(described), workdir / CONFIG_FILE
   saved = run.read_json(path) if path.exists() else None
@@ -440,15 +418,11 @@ def _moved(stage):
 def check_inputs(
   chosen: Iterable[Stage], stages: Sequence[Stage], accept_new_inputs: bool
 ) -> None:
-  """Compares the inputs of stages with those they began with.
-
-  Args:
-    chosen: stages to check, if they have saved anything.
-    stages: all of the run.
-    accept_new_inputs: record inputs with new contents and go on.
+  """Compares the inputs of the chosen stages with those they began with.
 
   Raises:
-    run.WorkdirError: an input has other contents now.
+    run.WorkdirError: an input has other contents now. `accept_new_inputs`
+      records it instead.
   """
   lines, changed = [], []
   for stage in chosen:

@@ -78,15 +78,14 @@ def accumulate_gradients(
 ) -> tuple[Params, jax.Array, Metrics]:
   """Gradient of (summed loss / summed weight) over the whole batch.
 
-  Losses and weights are summed over microbatches before the one division, so
-  the gradient does not depend on their number, whatever their masks.
+  Losses and weights are summed over microbatches before the division, so the
+  gradient does not depend on the number of microbatches.
 
   Args:
     loss_fn: (params, frozen, batch, key) -> (summed loss, (weight, metrics)).
     params: differentiated.
     frozen: other trees that the loss reads.
-    batch: pytree of arrays, cut into microbatches along the first axis, whose
-      size may differ from array to array.
+    batch: pytree of arrays, each cut into microbatches along its first axis.
     key: split into one key per microbatch (dropout).
     num_microbatches: must divide the batch.
 
@@ -141,12 +140,6 @@ def apply_gradients(
   A skipped step is counted and leaves params and optimizer state unchanged. A
   gradient whose squared norm overflows float32 counts as not finite.
 
-  Args:
-    state: the state before.
-    grads: like `state.params`.
-    optimizer: the one the state was created with.
-    loss: of the gradients.
-
   Returns:
     The state after, and the metrics `optimizer/gradient_norm` (before
     clipping; count 0 when skipped) and `optimizer/skipped`.
@@ -183,14 +176,8 @@ def check_skips(
 ) -> None:
   """Warns about skipped updates; waits for the state.
 
-  Args:
-    state: the current state.
-    limit: consecutive skips at which the run stops, at least 1.
-    name: of the stage, for the message.
-    workdir: of the stage, for the message.
-
   Raises:
-    NonFiniteError: the limit is reached; stage and step are named.
+    NonFiniteError: there were `limit` or more in a row.
   """
   counts = jax.device_get(
     (state.step, state.num_skipped, state.num_consecutive_skipped)
