@@ -304,8 +304,7 @@ def _git_state(root) -> tuple[str | None, bool | None]:
 class StopSignal:
   """Turns SIGTERM into the flag `requested`, while entered.
 
-  They nest: inner ones see what an outer one received, and an outer one gets
-  what an inner one received and did not act on.
+  They nest: all see a signal until the outermost one is left.
 
   Args:
     at_once: raise `Stopped` as soon as the signal comes, or, where Python would
@@ -314,10 +313,10 @@ class StopSignal:
   """
 
   _entered: ClassVar[list['StopSignal']] = []
+  _came: ClassVar[bool] = False  # While any is entered.
 
   def __init__(self, at_once: bool = False):
     self._at_once = at_once
-    self._received = False
     self._previous = None
 
   def __enter__(self) -> 'StopSignal':
@@ -328,14 +327,13 @@ class StopSignal:
 
   def __exit__(self, *exception) -> None:
     self._entered.remove(self)
-    if self._received and self._entered:
-      self._entered[-1]._received = True
     if self._previous is not None:
       signal.signal(signal.SIGTERM, self._previous)
       self._previous = None
+    StopSignal._came &= bool(self._entered)
 
   def _receive(self, number, frame):
-    self._received = True
+    StopSignal._came = True
     if not _drops_exceptions(frame):
       self.check()
 
@@ -347,20 +345,16 @@ class StopSignal:
       cls._entered
       and cls._entered[-1]._at_once
       and threading.current_thread() is threading.main_thread()
-      and cls._came()
+      and cls._came
     ):
       raise Stopped('stopped outside of a training loop')
-
-  @classmethod
-  def _came(cls) -> bool:
-    return any(stop._received for stop in cls._entered)
 
   @property
   def requested(self) -> bool:
     """Whether SIGTERM came to any process; all must ask equally often."""
     if jax.process_count() == 1:
-      return self._came()
-    received = multihost_utils.process_allgather(np.array(self._came()))
+      return self._came
+    received = multihost_utils.process_allgather(np.array(self._came))
     return bool(np.any(received))
 
 
