@@ -116,11 +116,8 @@ def local_folder(
   """A local copy of a store's folder, made once for each version.
 
   Args:
-    folder: in a store; its subfolders are left out.
+    folder: in a store, or FileNotFoundError; its subfolders are left out.
     patterns: of the names of files to copy.
-
-  Raises:
-    FileNotFoundError: there is no such folder.
   """
   folder = epath.Path(folder)
   if not folder.is_dir():

@@ -2,8 +2,8 @@
 
   python -m instruct_jax.infra.device_check --backend=tpu
 
-On a pod, every worker runs it at the same time (`tpu_setup.sh` does). The
-devices sum, gather and shift their numbers: the collectives of training.
+On a pod, all workers run it at the same time (`tpu_setup.sh` does). The devices
+sum, gather and shift their numbers: the collectives of training.
 """
 
 import socket

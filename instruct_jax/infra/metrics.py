@@ -44,7 +44,7 @@ def to_host(metrics: Metrics) -> dict[str, float]:
 class MetricsWriter:
   """Appends metrics to JSON lines and TensorBoard event files.
 
-  `write` flushes each line; an object store gets it within some seconds. Only
+  `write` flushes each line; an object store gets it within ten seconds. Only
   the first process writes.
 
   Args:
@@ -91,11 +91,8 @@ class MetricsWriter:
   def write(
     self, step: int, values: Mapping[str, SupportsFloat]
   ) -> dict[str, Any]:
-    """Records values that depend only on config and seed.
-
-    Returns:
-      The line as it will be read: NaN and infinity are None.
-    """
+    """Records values that depend only on config and seed; returns the line as
+    it will be read, with None for NaN and infinity."""
     line = _line(step, values)
     self.lines.append(line)
     self._append(self._metrics, line, values)
@@ -137,11 +134,7 @@ class MetricsWriter:
 
 
 def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
-  """The whole lines of `metrics.jsonl` or `timing.jsonl`.
-
-  Raises:
-    ValueError: another line is not JSON.
-  """
+  """The whole lines of a file; ValueError if one is not JSON."""
   # A torn line may follow the last line break.
   lines = epath.Path(path).read_text().split('\n')[:-1]
   parsed = []
@@ -154,11 +147,10 @@ def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def _line(step: int, values: Mapping[str, SupportsFloat]) -> dict[str, Any]:
-  line: dict[str, Any] = {'step': step}
-  for name in sorted(values):
-    value = float(values[name])
-    line[name] = value if math.isfinite(value) else None
-  return line
+  numbers = {name: float(values[name]) for name in sorted(values)}
+  return {'step': step} | {
+    name: x if math.isfinite(x) else None for name, x in numbers.items()
+  }
 
 
 def _times(path):

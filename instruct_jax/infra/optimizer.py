@@ -93,7 +93,7 @@ def make_adam(
   Args:
     schedule: learning rate by number of applied updates.
     b1, b2, eps: Adam's constants.
-    max_grad_norm: global L2 norm to clip at; 0 or less for no clipping.
+    max_grad_norm: L2 norm to clip at; 0 or less for no clipping.
   """
   steps = []
   if max_grad_norm > 0:

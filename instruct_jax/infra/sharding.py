@@ -109,11 +109,8 @@ def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
 
 
 def partition_spec(names: Sequence[str | None]) -> P:
-  """The mesh axes of an array, from the logical names of its axes.
-
-  Raises:
-    ValueError: an unknown name, or two names cut along one mesh axis.
-  """
+  """The mesh axes of an array, from the logical names of its axes; ValueError
+  for an unknown name, or for two names cut along one mesh axis."""
   rules = {None: (), **LOGICAL_RULES}
   owner = {}
   spec = []
@@ -274,10 +271,8 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Asks the compiler to lay `x` out by the logical names of its axes.
 
   Returns `x` without a current mesh. The compiler chooses for axes that do not
-  divide, such as the single row with which a model is initialised.
-
-  Raises:
-    ValueError: wrong number of names, or names that do not fit the table.
+  divide, such as the single row with which a model is initialised. ValueError
+  for a wrong number of names, or names that do not fit the table.
   """
   if len(names) != x.ndim:
     raise ValueError(f'array of shape {x.shape} has axis names {names}')
@@ -342,16 +337,12 @@ def per_shard(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
   """Moves a process's own rows of a batch onto the mesh; replicates scalars.
 
-  Args:
-    batch: NumPy arrays with rows on axis 0.
-    mesh: its axes `data` and `fsdp` cut the rows.
-
   Returns:
-    Global arrays: the rows of all processes together.
+    Global arrays: the rows of all processes, cut over `data` and `fsdp`.
 
   Raises:
-    ValueError: the global number of rows does not divide by the batch axes, or
-      the mesh gives processes the same rows.
+    ValueError: these do not divide the global number of rows, or the mesh gives
+      processes the same rows.
   """
   count = jax.process_count()
   if count > 1:

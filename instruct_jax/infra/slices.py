@@ -46,15 +46,12 @@ def in_batches(
 
   Args:
     fn: a batch of rows to arrays with as many rows.
-    rows: pytree of numpy arrays with N rows each.
+    rows: pytree of numpy arrays with N rows each; ValueError if N is 0.
     batch_size: rows per call.
     progress: called with the number of rows of each batch once it is done.
 
   Returns:
     The results as numpy arrays of N rows, in order.
-
-  Raises:
-    ValueError: no rows.
   """
   num_rows = jax.tree.leaves(rows)[0].shape[0]
   if num_rows == 0:
