@@ -199,7 +199,7 @@ def check_skips(
 
 
 def ema_update(ema: Params, params: Params, decay: float) -> Params:
-  """ema <- decay * ema + (1 - decay) * params, in float32 (paper C.4: 0.992)."""
+  """ema <- decay * ema + (1 - decay) * params, in float32 (paper C.4)."""
   return jax.tree.map(
     lambda e, p: (
       decay * e.astype(jnp.float32) + (1.0 - decay) * p.astype(jnp.float32)
