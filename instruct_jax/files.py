@@ -1,14 +1,14 @@
-"""Files on a disk or in an object store (gs://), through the same few calls.
+"""Writes files on a disk or in an object store (gs://).
 
-Reading goes through `etils.epath` and needs nothing else. What differs is
-writing: a store has no renaming and no appending, but an object is at every
-moment the old or the new one.
+Reading needs only `etils.epath`. A store can neither rename nor append, but it
+replaces an object atomically.
 """
 
 import hashlib
 import math
 import os
 import pathlib
+import shutil
 import tempfile
 import threading
 import time
@@ -16,29 +16,23 @@ from collections.abc import Sequence
 
 from etils import epath
 
-# Where folders of a store are copied to, for libraries that read disks alone.
+# Copies of a store's folders, for libraries that read only disks.
 COPIES = '~/.cache/instruct_jax_copies'
 
 
 def is_remote(path: epath.PathLike) -> bool:
-  """Whether it is in an object store."""
+  """Whether the path is in an object store."""
   return '://' in os.fspath(path)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-  """The path from the root of its file system or object store.
-
-  epath's own `absolute` puts the current folder before gs://.
-  """
+  """The absolute path; epath's own puts the current folder before gs://."""
   path = epath.Path(path)
   return path if is_remote(path) else path.absolute()
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
-  """Writes a file that is at every moment the old or the new one.
-
-  Its folder is made if it is missing.
-  """
+  """Writes or replaces a file atomically, and makes its folder."""
   path = epath.Path(path)
   if is_remote(path):
     path.write_bytes(content)
@@ -53,14 +47,13 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
 
 
 class Appended:
-  """A text file that grows by whole lines; what it holds is kept.
+  """A text file that grows by whole lines.
 
-  On a disk each line is on its way when `write` returns. In a store the whole
-  file is written again, every few seconds and when it is closed: an object may
-  be replaced about once a second, no more often.
+  On a disk, `write` flushes. In a store the whole file is written again every
+  ten seconds and by `close`: stores allow about one replacement a second.
 
   Args:
-    path: of the file; its folder is made if it is missing.
+    path: of the file, which keeps its content; its folder is made.
   """
 
   _SECONDS = 10.0
@@ -90,7 +83,7 @@ class Appended:
         self._replace()
 
   def close(self) -> None:
-    """Writes what is not written yet."""
+    """Writes what is left and closes the file."""
     with self._lock:
       if self._file is not None:
         self._file.close()
@@ -109,7 +102,7 @@ class Appended:
 
 
 def copy_folder(source: epath.PathLike, target: epath.PathLike) -> None:
-  """Copies a folder's files, and those of the folders in it."""
+  """Copies a folder's files and subfolders."""
   for path in epath.Path(source).iterdir():
     if path.is_dir():
       copy_folder(path, epath.Path(target) / path.name)
@@ -120,14 +113,11 @@ def copy_folder(source: epath.PathLike, target: epath.PathLike) -> None:
 def local_folder(
   folder: epath.PathLike, patterns: Sequence[str]
 ) -> pathlib.Path:
-  """A folder of a store on this machine, copied once for each of its versions.
+  """A local copy of a store's folder, made once for each version.
 
   Args:
-    folder: in a store; of what is in it, files are copied, no folders.
-    patterns: of their names.
-
-  Raises:
-    FileNotFoundError: there is no such folder.
+    folder: in a store, or FileNotFoundError; its subfolders are left out.
+    patterns: of the names of files to copy.
   """
   folder = epath.Path(folder)
   if not folder.is_dir():
@@ -151,8 +141,7 @@ def local_folder(
         (folder / name).open('rb') as source,
         open(os.path.join(unfinished, name), 'wb') as target,
       ):
-        while block := source.read(1 << 24):
-          target.write(block)
+        shutil.copyfileobj(source, target, 1 << 24)
     try:
       os.rename(unfinished, place)
     except OSError:  # Another process was quicker.

@@ -3,19 +3,19 @@
   python -m instruct_jax.main --config=configs/ppo_ptx.py
   python -m instruct_jax.main --config=configs/ppo_ptx.py:smoke --workdir=/tmp/x
 
-A config with `stages` is a pipeline: its stages run in order, each into a
-folder of its own, and one that has finished is not run again. The same command
-continues a run that was cut.
+A config with `stages` is a pipeline: its stages run in order, each in its own
+folder, unless they have finished. The same command continues a run that was
+interrupted.
 """
 
 import os
 import signal
 
 if __name__ == '__main__':
-  # The imports below take seconds, in which there is nothing to save.
+  # The imports below take seconds.
   def stop_at_once(number, frame) -> None:
     del number, frame
-    os.write(2, b'stopped before anything began; the same command starts\n')
+    os.write(2, b'stopped before the run began; the same command starts it\n')
     os._exit(75)
 
   signal.signal(signal.SIGTERM, stop_at_once)
@@ -38,12 +38,10 @@ _WORKDIR = flags.DEFINE_string(
 _ACCEPT_NEW_INPUTS = flags.DEFINE_bool(
   'accept_new_inputs',
   False,
-  'Go on where files that a stage began with have other contents now.',
+  'Go on with input files that have changed since a stage began.',
 )
 _COORDINATOR = flags.DEFINE_string(
-  'coordinator',
-  None,
-  "HOST:PORT of process 0 where there are several; 'auto' on a TPU pod.",
+  'coordinator', None, "HOST:PORT of process 0 of several; 'auto' on a TPU pod."
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
   'num_processes', None, "How many there are; not with 'auto'."
@@ -54,14 +52,14 @@ _PROCESS_ID = flags.DEFINE_integer(
 
 
 def main(argv: list[str]) -> None:
-  """Runs the config of the command line; errors of its user are one line."""
+  """Runs the config of the command line; an error of its user is one line."""
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments: {argv[1:]}')
   if '--verbosity' not in ' '.join(sys.argv):
-    logging.set_verbosity(logging.WARNING)  # Libraries narrate at INFO.
+    logging.set_verbosity(logging.WARNING)  # Libraries are verbose at INFO.
   config = _CONFIG.value
-  # Stages find each other's outputs by paths built on this reference; what is
-  # kept of the config is free of them.
+  # Stages find each other's outputs by paths that refer to `workdir`, which
+  # config.json leaves out.
   given, config.workdir = config.workdir, ''
   place = _WORKDIR.value or given or config.default_workdir
   machine.prepare(config)
@@ -98,7 +96,7 @@ def main(argv: list[str]) -> None:
   except BaseException as error:
     if not processes.are_joined():
       raise
-    # A fault of the program: the others must not wait for this process.
+    # A bug: the other processes must not wait for this one.
     traceback.print_exc()
     processes.fail(f'error: {type(error).__name__}: {error}', error)
   processes.leave()
@@ -106,7 +104,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parser, with one line for what is wrong."""
+  """absl's parser, with one line for an error."""
   return command.parse_flags(argv, _CONFIG)
 
 

@@ -38,7 +38,7 @@ FOLLOWED = {
   'and there is no checkpoint in': 'test_lost_checkpoints',
   'continues from the last checkpoint that': 'test_a_moved_work_directory',
   'the stage begins anew: delete': 'test_a_run_that_met_only_nan',
-  'It holds times alone: delete it': 'test_a_damaged_file_of_times',
+  'It holds only times: delete it': 'test_a_damaged_file_of_times',
   'and the checkpoints are past it': 'test_an_epoch_that_is_gone',
   'the same command resumes': 'test_a_service_that_did_not_answer',
   'delete the file to start this task again': 'test_a_damaged_journal',

@@ -86,13 +86,10 @@ def test_traffic_by_hand():
   assert cost.num_kernels(HLO) == 1
 
 
-def test_a_loop_without_a_constant_end_takes_the_given_trips():
-  text = HLO.replace('direction=LT', 'direction=NE')
-  once = cost.traffic(text, num_trips=1)
-  twice = cost.traffic(text, num_trips=2)
+def test_a_loop_without_a_constant_end_counts_once():
+  moved = cost.traffic(HLO.replace('direction=LT', 'direction=NE'))
   layer = 8 * 16 * 4
-  assert twice.collectives['all-gather'] == 2 * 3 * layer
-  assert twice.memory > once.memory
+  assert moved.collectives['all-gather'] == 3 * layer
 
 
 @pytest.mark.parametrize(
@@ -130,8 +127,9 @@ def test_flops_multiply_loops_out():
       lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1] @ w), (0, x)
     )
 
+  # How often is not known.
   jaxpr = jax.jit(g).trace(x, stack[0]).jaxpr
-  assert cost.flops(jaxpr, num_trips=3) == 3 * (2 * 4 * 8 * 8)
+  assert cost.flops(jaxpr) == 2 * 4 * 8 * 8
 
 
 def test_a_real_program_on_eight_devices():

@@ -1,5 +1,6 @@
 """Sums and counts, and files that survive being cut."""
 
+import contextlib
 import json
 import math
 
@@ -41,7 +42,8 @@ def values(step):
 
 
 def write_all(directory, steps, lines=()):
-  with MetricsWriter(directory, lines, len(lines) - 1 if lines else None) as w:
+  resume_step = len(lines) - 1 if lines else None
+  with contextlib.closing(MetricsWriter(directory, lines, resume_step)) as w:
     for step in steps:
       w.write(step, values(step))
       w.write_timing(step, {'seconds': 1.0})
@@ -80,7 +82,7 @@ def test_resumed_file_equals_uninterrupted(workdir, fate):
 
 
 def test_lines_are_strict_json(workdir):
-  with MetricsWriter(workdir) as writer:
+  with contextlib.closing(MetricsWriter(workdir)) as writer:
     line = writer.write(1, {'z': math.nan, 'a': 0.5, 'i': jnp.inf})
     text = (workdir / metrics.METRICS_FILE).read_text()
   assert text == '{"step": 1, "a": 0.5, "i": null, "z": null}\n'

@@ -18,15 +18,15 @@ from instruct_jax.infra.run import (
   Stopped,
   StopSignal,
   WorkdirError,
-  WorkdirLock,
+  lock_workdir,
 )
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 _HOLD = """
 import sys, time
-from instruct_jax.infra.run import WorkdirLock
-with WorkdirLock(sys.argv[1]):
+from instruct_jax.infra.run import lock_workdir
+with lock_workdir(sys.argv[1]):
   print('held', flush=True)
   time.sleep(60)
 """
@@ -38,7 +38,7 @@ def test_lock_names_its_holder_and_dies_with_it(workdir):
   )
   try:
     assert process.stdout.readline() == b'held\n'
-    with pytest.raises(WorkdirError) as error, WorkdirLock(workdir):
+    with pytest.raises(WorkdirError) as error, lock_workdir(workdir):
       pass
     assert f'pid {process.pid} on {socket.gethostname()} since 20' in str(
       error.value
@@ -47,13 +47,13 @@ def test_lock_names_its_holder_and_dies_with_it(workdir):
   finally:
     process.kill()
     process.wait()
-  with WorkdirLock(workdir):
+  with lock_workdir(workdir):
     text = (workdir / '.lock').read_text()
     assert text.startswith(f'pid {os.getpid()} ')
     # Even in one process: two runs are two runs.
-    with pytest.raises(WorkdirError), WorkdirLock(workdir):
+    with pytest.raises(WorkdirError), lock_workdir(workdir):
       pass
-  with WorkdirLock(workdir):
+  with lock_workdir(workdir):
     pass
 
 

@@ -67,16 +67,16 @@ def test_non_finite_update_is_skipped_in_full(bad, where):
 def test_check_skips_names_stage_and_step():
   optimizer = optax.sgd(0.1)
   state = make(optimizer)
-  train_state.check_skips(state, 2, 'sft')
+  train_state.check_skips(state, 2, 'sft', '')
   for _ in range(2):
     state, _ = train_state.apply_gradients(
       state, GRADS, optimizer, jnp.array(jnp.nan)
     )
     if state.step == 1:
       with pytest.warns(UserWarning, match='sft: update skipped at step 1'):
-        train_state.check_skips(state, 2, 'sft')
+        train_state.check_skips(state, 2, 'sft', '')
   with pytest.raises(NonFiniteError, match='sft: .* 2 updates in a row up to'):
-    train_state.check_skips(state, 2, 'sft')
+    train_state.check_skips(state, 2, 'sft', '')
 
 
 def test_ema_is_float32():
@@ -92,7 +92,9 @@ def test_ema_is_float32():
 def test_state_can_be_donated():
   optimizer = optax.adam(0.1)
   step = jax.jit(
-    lambda state: train_state.apply_gradients(state, GRADS, optimizer)[0],
+    lambda state: train_state.apply_gradients(
+      state, GRADS, optimizer, jnp.array(1.0)
+    )[0],
     donate_argnums=0,
   )
   assert step(step(make(optimizer))).step == 2

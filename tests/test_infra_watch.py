@@ -38,9 +38,10 @@ def wait_for(capsys, text, seconds=20):
   return said
 
 
-def test_the_oldest_unfinished_program_is_named(capsys):
+def test_the_oldest_unfinished_program_is_named(capsys, monkeypatch):
   outputs = {'generate': Output(), 'update': Output()}
-  with watch.Watch('ppo', first_seconds=0.3) as watched:
+  monkeypatch.setattr(watch.Watch, '_FIRST_SECONDS', 0.3)
+  with watch.Watch('ppo') as watched:
     programs = watched.programs(
       {
         'generate': lambda: outputs['generate'],
@@ -61,14 +62,15 @@ def test_the_oldest_unfinished_program_is_named(capsys):
     wait_for(capsys, 'no program is running')
 
 
-def test_a_program_that_does_not_return_is_named(capsys):
+def test_a_program_that_does_not_return_is_named(capsys, monkeypatch):
   returned = threading.Event()
 
   def compile_for_ever(x):
     returned.wait(20)
     return x
 
-  with watch.Watch('sft', first_seconds=0.2) as watched:
+  monkeypatch.setattr(watch.Watch, '_FIRST_SECONDS', 0.2)
+  with watch.Watch('sft') as watched:
     program = watched.programs({'update': compile_for_ever})['update']
     thread = threading.Thread(target=program, args=(1,))
     thread.start()
@@ -77,9 +79,11 @@ def test_a_program_that_does_not_return_is_named(capsys):
     thread.join()
 
 
-def test_a_slow_step_names_the_slowest_program(capsys):
+def test_a_slow_step_names_the_slowest_program(capsys, monkeypatch):
   outputs = [Output() for _ in range(6)]
-  with watch.Watch('ppo', min_seconds=0.3, factor=2.0) as watched:
+  monkeypatch.setattr(watch.Watch, '_MIN_SECONDS', 0.3)
+  monkeypatch.setattr(watch.Watch, '_FACTOR', 2.0)
+  with watch.Watch('ppo') as watched:
     program = watched.programs({'score': lambda i: outputs[i]})['score']
     for step in range(6):
       program(step)

@@ -258,7 +258,7 @@ def test_sigterm_in_the_last_step_finishes(workdir, uninterrupted):
 def test_a_run_that_meets_only_nan_stops(workdir):
   def broken(state, key):
     grads = {'w': jnp.full(3, jnp.nan)}
-    return train_state.apply_gradients(state, grads, OPTIMIZER)
+    return train_state.apply_gradients(state, grads, OPTIMIZER, jnp.array(0.0))
 
   with (
     pytest.warns(UserWarning, match='toy: update skipped'),

@@ -228,7 +228,7 @@ def test_another_machine_may_continue_a_run(toys, workdir):
 
 def test_a_directory_in_use_is_refused(toys, workdir):
   with (
-    run_lib.WorkdirLock(workdir),
+    run_lib.lock_workdir(workdir),
     pytest.raises(run_lib.WorkdirError, match='in use by another run: pid'),
   ):
     run(stages_of(stage('a')), workdir)

@@ -1,10 +1,9 @@
 """Checkpoints of a running stage, and the model folders that stages pass on.
 
-Both are written by Orbax and become visible by one rename, so that a process
-killed while writing leaves nothing that looks finished. Both carry, for every
-array, its shape, dtype and a checksum over its bits: a damaged file is found
-on reading even where the storage format would not notice, and independently of
-how many devices or processes wrote it.
+Orbax writes both, and both appear by one rename: a process killed while writing
+leaves nothing that looks finished. Both keep the shape, dtype and a checksum
+over the bits of every array, so that reading finds damage on any number of
+devices or processes.
 """
 
 import contextlib
@@ -15,8 +14,10 @@ import sys
 import threading
 import warnings
 import zlib
+from collections.abc import Callable
 from typing import Any
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,16 +26,17 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from instruct_jax import files
+from instruct_jax.command import one_line
 from instruct_jax.infra import processes, run
 from instruct_jax.types import Params, PyTree
 
 _MODEL_FILE = 'model.json'
 _PARAMS_FOLDER = 'params'
-# Orbax writes it last, where folders cannot be renamed at once.
+# Orbax writes it last in object stores, which cannot rename a folder.
 _COMMITTED_FILE = 'commit_success.txt'
 
 
-# Orbax logs each failure with its traceback, and then raises it.
+# Orbax logs the traceback of each failure before it raises it.
 logging.getLogger('absl').addFilter(
   lambda record: '/orbax/' not in record.pathname or not record.exc_info
 )
@@ -42,8 +44,7 @@ _unraisable = sys.unraisablehook
 
 
 def _report_unraisable(problem) -> None:
-  # When one of its reads or writes fails, Orbax abandons the others, which come
-  # back to a loop that is closed.
+  # After one failure, Orbax's other reads and writes meet a closed loop.
   if 'Event loop is closed' not in str(problem.exc_value):
     _unraisable(problem)
 
@@ -55,14 +56,18 @@ class CheckpointError(RuntimeError):
   """A checkpoint or model folder is missing, damaged or does not fit."""
 
 
+class _DamagedError(Exception):
+  """A checkpoint cannot be read; the one before it may be whole."""
+
+
 class Checkpointer:
-  """The checkpoints of one stage: asynchronous, the last few kept.
+  """The checkpoints of one stage, written in the background.
 
   Args:
-    directory: created if absent; nothing else belongs in it.
-    keep: how many checkpoints stay. With less than 2 there is nothing to fall
-      back on when the newest is damaged.
-    keep_every: those of steps that it divides stay, too; 0 for none.
+    directory: created if absent; it must hold nothing else.
+    keep: how many of the newest stay. With less than 2 there is no older one
+      to use when the newest is damaged.
+    keep_every: checkpoints at multiples of this step stay too; 0 for none.
   """
 
   def __init__(
@@ -72,12 +77,12 @@ class Checkpointer:
     self._keep, self._keep_every = keep, keep_every
     if jax.process_index() == 0:
       self._directory.mkdir(parents=True, exist_ok=True)
-      # What was being written when the process was killed.
+      # Left by a process that was killed while writing.
       for unfinished in ocp.utils.tmp_checkpoints(self._directory):
         unfinished.get().rmtree()
-    _barrier('instruct_jax_checkpoints')
-    # Orbax's manager keeps an error of one process from the others until they
-    # have waited for it in vain, so what is kept is decided here.
+    run.wait_for_all('instruct_jax_checkpoints')
+    # Not Orbax's manager: after an error in one process, the others would wait
+    # for it until a timeout.
     self._handler = ocp.CompositeCheckpointHandler()
     self._writer = ocp.AsyncCheckpointer(self._handler)
     self._finisher = None
@@ -85,27 +90,26 @@ class Checkpointer:
     self._steps = self._find_steps()
 
   def _find_steps(self):
-    """Steps on disk, as the first process sees them."""
-    found = []
+    """Steps on disk as the first process sees them, in every process."""
+    found = np.array([], np.int64)
     if jax.process_index() == 0:
-      found = ocp.utils.checkpoint_steps(self._directory)
-    return _of_first(sorted(found))
+      steps = ocp.utils.checkpoint_steps(self._directory)
+      found = np.array(sorted(steps), np.int64)
+    if jax.process_count() > 1:
+      size = multihost_utils.broadcast_one_to_all(np.array(len(found)))
+      found = multihost_utils.broadcast_one_to_all(np.resize(found, int(size)))
+    return found.tolist()
 
   def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
-    """Starts to write a checkpoint; returns once the arrays are copied.
+    """Starts to write a checkpoint, unless the step is on disk.
 
-    The arrays may be donated right afterwards. Errors of the background write
-    are raised by the next `save`, `wait` or `close`.
+    Returns once the arrays are copied and may be donated. The next `save`,
+    `check`, `wait` or `close` raises what goes wrong in the background.
 
     Args:
-      step: names the checkpoint; a step that is on disk is not written again.
-      state: pytree of jax arrays, typed PRNG keys included.
-      extra: what belongs to the state and lives on the host (data position,
-        KL coefficient, ...); anything JSON holds.
-
-    Raises:
-      TypeError: a leaf is not a jax array, or `extra` is not JSON.
-      CheckpointError: it, or the one before, could not be written.
+      step: names the checkpoint.
+      state: pytree of jax arrays, typed PRNG keys included, or TypeError.
+      extra: JSON values of the host that belong to the state.
     """
     if step in self._steps:
       return
@@ -125,30 +129,25 @@ class Checkpointer:
     self._finisher.start()
 
   def _finish(self, step):
-    """Waits for a write in the background, and deletes what is too old."""
+    """Waits for a background write, then deletes checkpoints past `keep`."""
     try:
       with self._naming_errors():
         self._writer.wait_until_finished()
         self._steps.append(step)
-        old = self._steps[: -self._keep]
-        for number in old:
-          if self._keep_every and number % self._keep_every == 0:
+        for old in self._steps[: -self._keep]:
+          if self._keep_every and old % self._keep_every == 0:
             continue
-          self._steps.remove(number)
+          self._steps.remove(old)
           if jax.process_index() == 0:
-            _delete(self._directory / str(number))
+            _delete(self._directory / str(old))
     except CheckpointError as error:
       self._error = error
       if processes.are_joined():
-        # The others wait for this one's part, and would for ever.
+        # The other processes would wait forever for this one's part.
         processes.fail(f'error: {error}', error)
 
   def check(self) -> None:
-    """Raises what went wrong in the background so far; does not wait.
-
-    Raises:
-      CheckpointError: the last checkpoint could not be written.
-    """
+    """Raises CheckpointError if the last one failed; does not wait."""
     error, self._error = self._error, None
     if error is not None:
       raise error
@@ -156,62 +155,34 @@ class Checkpointer:
   def restore_latest(
     self, abstract_state: PyTree
   ) -> tuple[int, PyTree, dict[str, Any]] | None:
-    """Reads the newest checkpoint that is whole.
+    """Step, state and extra of the newest whole checkpoint; None without any.
 
-    A damaged one is reported by a warning that names it, and moved aside once
-    an older one has been read.
+    Warns of each damaged one and moves it aside once an older one is read.
 
     Args:
-      abstract_state: what to restore into: arrays or `ShapeDtypeStruct`s; each
-        array is laid out by the leaf's sharding (first device where it has
-        none), whatever it was when saved.
-
-    Returns:
-      Step, state and extra; None if this directory never got a checkpoint.
+      abstract_state: arrays or `ShapeDtypeStruct`s, whose shardings the state
+        gets; without one, an array is put on the first device.
 
     Raises:
-      CheckpointError: the checkpoint belongs to another state (the arrays are
-        named), or there are checkpoints and none is readable.
+      CheckpointError: the checkpoint holds other arrays (they are named), or no
+        checkpoint is readable.
     """
     self.wait()
     damaged = {}
     for step in sorted(self._steps, reverse=True):
       path = self._directory / str(step)
-      # Whatever is wrong with the files, in Orbax, TensorStore or JSON, must
-      # lead to the older checkpoint, so every exception is caught here.
       try:
-        # Not by the checkpointer: where one process cannot read, the others
-        # would wait for it there.
-        record = self._handler.restore(
-          path, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-        )['record']
-        extra = _unsealed(record)
-        problem = None
-      except Exception as error:
-        problem = error
-      problem = _problem_of_all(problem)
-      if problem is None:
-        _check_fit(record['arrays'], abstract_state, path)
-        try:
-          arrays = self._read_arrays(path, abstract_state)
-        except Exception as error:
-          problem = error
-        problem = _problem_of_all(problem)
-      if problem is None:
-        # The sums are over all processes: it fails in all of them or in none.
-        try:
-          _check_sums(record['arrays'], arrays)
-        except ValueError as error:
-          problem = error
-      if problem is None:
-        self._set_aside(list(damaged))
-        state = _rebuild(abstract_state, arrays, record['arrays'])
-        return step, state, extra
-      damaged[step] = f'{path}: {_one_line(problem)}'
-      warnings.warn(
-        f'checkpoint {damaged[step]}. It is damaged; trying the one before.',
-        stacklevel=1,
-      )
+        record, arrays = self._read(path, abstract_state)
+      except _DamagedError as error:
+        damaged[step] = f'{path}: {error}'
+        warnings.warn(
+          f'checkpoint {damaged[step]}. It is damaged; trying the one before.',
+          stacklevel=1,
+        )
+        continue
+      self._set_aside(list(damaged))
+      state = _rebuild(abstract_state, arrays, record['arrays'])
+      return step, state, record['extra']
     if damaged:
       reasons = '\n  '.join(damaged.values())
       raise CheckpointError(
@@ -221,14 +192,28 @@ class Checkpointer:
       )
     return None
 
-  def _read_arrays(self, path, abstract_state):
+  def _read(self, path, abstract_state):
+    # Not by the checkpointer: where one process cannot read, the others would
+    # wait for it there.
+    record = _in_all(
+      lambda: _checked(
+        self._handler.restore(
+          path, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+        )['record']
+      )
+    )
+    _check_fit(record['arrays'], abstract_state, path)
     structs = _named_leaves(_without_keys(abstract_state))
-    return self._handler.restore(
-      path, args=ocp.args.Composite(arrays=_restore_args(structs))
-    )['arrays']
+    arrays = _in_all(
+      lambda: self._handler.restore(
+        path, args=ocp.args.Composite(arrays=_restore_args(structs))
+      )['arrays']
+    )
+    _in_all(lambda: _check_sums(record['arrays'], arrays))
+    return record, arrays
 
   def _set_aside(self, steps):
-    """Frees the steps of damaged checkpoints, for the run will save them."""
+    """Renames damaged checkpoints: the run will save their steps again."""
     if not steps:
       return
     if jax.process_index() == 0:
@@ -237,15 +222,11 @@ class Checkpointer:
         if target.exists():
           target.rmtree()
         (self._directory / str(step)).rename(target)
-    _barrier('instruct_jax_set_aside')
+    run.wait_for_all('instruct_jax_set_aside')
     self._steps = self._find_steps()
 
   def wait(self) -> None:
-    """Returns once everything saved is on disk.
-
-    Raises:
-      CheckpointError: something could not be written.
-    """
+    """Returns once everything is on disk; CheckpointError if it cannot be."""
     if self._finisher is not None:
       self._finisher.join()
       self._finisher = None
@@ -266,31 +247,26 @@ class Checkpointer:
       yield
     except Exception as error:
       whole = [p.name for p in self._directory.glob('*') if p.name.isdigit()]
-      last = (
-        f'the last one is of step {max(map(int, whole))}'
-        if whole
-        else ('there is none yet')
-      )
+      last = 'there is none yet'
+      if whole:
+        last = f'the last one is of step {max(map(int, whole))}'
       raise CheckpointError(
         f'no checkpoint could be written to {self._directory}; {last}. Make '
         'room, or make the directory writable again; the same command then '
-        f'continues. {_one_line(error)}'
+        f'continues. {one_line(error)}'
       ) from error
 
 
 def save_model(
   directory: epath.PathLike, params: Params, metadata: dict[str, Any]
 ) -> None:
-  """Writes a model folder; one that exists is replaced.
+  """Writes or replaces a model folder, which appears only when complete.
 
   Args:
-    directory: the folder; it appears under this name only when complete.
+    directory: the folder; CheckpointError if it cannot be written.
     params: nested dicts of jax arrays.
-    metadata: what a reader needs to rebuild and to trust the model (its config,
-      kind, reward bias, tokenizer fingerprint, provenance); must be JSON.
-
-  Raises:
-    CheckpointError: it could not be written.
+    metadata: JSON values that a reader needs: model config, kind, reward bias,
+      tokenizer fingerprint, provenance.
   """
   final = files.absolute(directory)
   record = _sealed_record(params, metadata)
@@ -298,10 +274,9 @@ def save_model(
   unfinished = final.parent / f'.{final.name}.unfinished'
   replaced = final.parent / f'.{final.name}.replaced'
   if files.is_remote(final):
-    # Directories cannot be renamed at once there. A model without its
-    # description is none, so that one goes first and comes last.
+    # An object store cannot rename folders. A folder without model.json is no
+    # model, so that file is deleted first and written last.
     unfinished = final
-  # A full disk is an error of Python, of TensorStore or of Orbax.
   try:
     if jax.process_index() == 0:
       for leftover in (unfinished, replaced):
@@ -309,7 +284,7 @@ def save_model(
           (leftover / _MODEL_FILE).unlink(missing_ok=True)
           leftover.rmtree()
       unfinished.mkdir(parents=True)
-    _barrier('instruct_jax_model_begin')
+    run.wait_for_all('instruct_jax_model_begin')
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
       writer.save(unfinished / _PARAMS_FOLDER, args=ocp.args.PyTreeSave(arrays))
     if jax.process_index() == 0:
@@ -322,36 +297,29 @@ def save_model(
         unfinished.rename(final)
         if replaced.exists():
           replaced.rmtree()
-    _barrier('instruct_jax_model_end')
+    run.wait_for_all('instruct_jax_model_end')
   except Exception as error:
     raise CheckpointError(
       f'the model folder {final} could not be written. Make room, or make its '
       'place writable again; the same command then continues. '
-      f'{_one_line(error)}'
+      f'{one_line(error)}'
     ) from error
 
 
 def load_metadata(directory: epath.PathLike) -> dict[str, Any]:
-  """Reads only what `save_model` got as `metadata`.
-
-  Raises:
-    CheckpointError: no model folder there, or its description is damaged.
-  """
-  return _unsealed(_read_record(files.absolute(directory)))
+  """The `metadata` of a model folder, or CheckpointError; reads no arrays."""
+  return _read_record(files.absolute(directory))['extra']
 
 
 def load_model(
   directory: epath.PathLike, abstract_params: Params | None = None
 ) -> tuple[Params, dict[str, Any]]:
-  """Reads a model folder.
+  """Parameters and metadata of a model folder.
 
   Args:
     directory: the folder written by `save_model`.
-    abstract_params: arrays or `ShapeDtypeStruct`s to check against and to lay
-      the parameters out by; None gives nested dicts of NumPy arrays.
-
-  Returns:
-    Parameters and metadata. The metadata is for the caller to check.
+    abstract_params: arrays or `ShapeDtypeStruct`s that give the expected shapes
+      and the shardings; None gives nested dicts of NumPy arrays.
 
   Raises:
     CheckpointError: the folder is missing, damaged, or holds other parameters.
@@ -361,7 +329,7 @@ def load_model(
   saved = record['arrays']
   if abstract_params is None:
     restore_args = ocp.args.PyTreeRestore(
-      item={name: 0 for name in saved},
+      item=dict.fromkeys(saved, 0),
       restore_args={
         name: ocp.RestoreArgs(restore_type=np.ndarray) for name in saved
       },
@@ -369,26 +337,20 @@ def load_model(
   else:
     _check_fit(saved, abstract_params, path)
     restore_args = _restore_args(_named_leaves(abstract_params))
-  # As above: any failure to read means one thing to the user.
+  # Orbax, TensorStore and JSON raise many kinds of errors for damaged files.
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
       arrays = reader.restore(path / _PARAMS_FOLDER, args=restore_args)
     _check_sums(saved, arrays)
   except Exception as error:
     raise CheckpointError(
-      f'model folder {path} is damaged: {_one_line(error)}. {_again(path)}'
+      f'model folder {path} is damaged: {one_line(error)}. {_advice(path)}'
     ) from error
-  metadata = _unsealed(record)
-  if abstract_params is not None:
-    return _rebuild(abstract_params, arrays, saved), metadata
-  params = {}
-  for name, array in arrays.items():
-    *parents, last = name.split('/')
-    node = params
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = array
-  return params, metadata
+  if abstract_params is None:
+    params = flax.traverse_util.unflatten_dict(arrays, sep='/')
+  else:
+    params = _rebuild(abstract_params, arrays, saved)
+  return params, record['extra']
 
 
 def _read_record(path):
@@ -396,19 +358,17 @@ def _read_record(path):
   if not file.exists():
     found = 'the folder exists without it' if path.exists() else 'no folder'
     raise CheckpointError(
-      f'no model in {path} ({_MODEL_FILE}: {found}). {_again(path)}'
+      f'no model in {path} ({_MODEL_FILE}: {found}). {_advice(path)}'
     )
   try:
-    record = json.loads(file.read_text())
-    _unsealed(record)
+    return _checked(json.loads(file.read_text()))
   except (ValueError, KeyError, TypeError) as error:
     raise CheckpointError(
-      f'{file} is damaged: {_one_line(error)}. {_again(path)}'
+      f'{file} is damaged: {one_line(error)}. {_advice(path)}'
     ) from error
-  return record
 
 
-def _again(path) -> str:
+def _advice(path) -> str:
   """What to do about a model folder that cannot be used."""
   for folder in (path.parent, path.parent.parent):
     done = folder / run.DONE_FILE
@@ -428,7 +388,7 @@ def _is_key(x) -> bool:
 
 
 def _without_keys(tree):
-  """Typed PRNG keys as the integers behind them; abstract leaves too."""
+  """Replaces typed PRNG keys, abstract ones too, by their integers."""
 
   def convert(x):
     if not _is_key(x):
@@ -453,7 +413,7 @@ def _named_leaves(tree) -> dict[str, Any]:
 
 
 def _rebuild(abstract, arrays, saved):
-  """`arrays`, by name, in the tree of `abstract`, keys made keys again."""
+  """The tree of `abstract` from arrays by name, with typed PRNG keys."""
   leaves = []
   for name in _named_leaves(abstract):
     impl = saved[name]['key_impl']
@@ -481,13 +441,13 @@ def _restore_args(structs):
 
 
 def _sealed_record(tree, extra):
-  """What lies beside the arrays, with a checksum over its own text."""
+  """Describes the arrays, with a checksum over the description itself."""
   leaves = _named_leaves(tree)
   for name, leaf in leaves.items():
     if not isinstance(leaf, jax.Array):
       raise TypeError(
         f'{name} is a {type(leaf).__name__}, not a jax array; values of the '
-        'host belong into the JSON part'
+        'host belong in the JSON part'
       )
   sums = _checksums(_named_leaves(_without_keys(tree)))
   described = {
@@ -499,16 +459,17 @@ def _sealed_record(tree, extra):
     }
     for name, leaf in leaves.items()
   }
-  # Through JSON once: what was saved is what will be read (tuples are lists).
+  # JSON turns tuples into lists: the checksum is over what will be read.
   record = json.loads(json.dumps({'arrays': described, 'extra': extra}))
   return record | {'checksum': _text_checksum(record)}
 
 
-def _unsealed(record) -> dict[str, Any]:
+def _checked(record) -> dict[str, Any]:
+  """The record, unless it is damaged."""
   content = {name: record[name] for name in ('arrays', 'extra')}
   if _text_checksum(content) != record['checksum']:
     raise ValueError('checksum of the description does not match its text')
-  return content['extra']
+  return record
 
 
 def _text_checksum(content) -> int:
@@ -518,14 +479,12 @@ def _text_checksum(content) -> int:
 def _checksums(arrays: dict[str, Any]) -> dict[str, int]:
   """sum over i of (2 i + 1) * bits(x_i), modulo 2^32, of each array.
 
-  Integer sums are exact in any order, so the value does not depend on how the
-  array is laid out; odd weights let no flipped bit and few swaps pass. Every
-  shard is summed where it is, and the sums of all processes are exchanged at
-  once: a program of all devices for each array would be slower, and on CPU
-  several of those in flight can wait for each other for ever.
+  The sum does not depend on the layout of the array; odd weights find every
+  flipped bit and most swaps. Each process sums its own shards: one program over
+  all devices for each array would be slower, and can deadlock on CPU.
   """
   parts = {name: list(_shard_sums(x)) for name, x in arrays.items()}
-  # Only now: on an accelerator all of them have been computed meanwhile.
+  # Converted only now: an accelerator computes all of them meanwhile.
   sums = np.array(
     [sum(int(part) for part in row) % 2**32 for row in parts.values()],
     np.uint32,
@@ -537,25 +496,22 @@ def _checksums(arrays: dict[str, Any]) -> dict[str, int]:
 
 
 def _shard_sums(x):
-  """The part of the sum of each of this process's own shards."""
+  """The sum over each shard of this process."""
   if isinstance(x, np.ndarray):
-    yield _bit_sum(np, _host_bits(x), (0,) * x.ndim, x.shape)
+    yield _host_sum(x, (0,) * x.ndim, x.shape)
     return
   for shard in x.addressable_shards:
     if shard.replica_id:
-      continue  # Another device, or process, counts this part.
+      continue  # Another device or process counts this part.
     starts = tuple(axis.start or 0 for axis in shard.index)
-    if shard.device.platform == 'cpu':
-      # Compiling it costs more than a small model's save.
-      bits = _host_bits(np.asarray(shard.data))
-      yield _bit_sum(np, bits, starts, x.shape)
-    else:
-      yield _device_sum(shard.data, starts, x.shape)
+    # On CPU, compiling a sum costs more than saving a small model.
+    is_host = shard.device.platform == 'cpu'
+    yield (_host_sum if is_host else _device_sum)(shard.data, starts, x.shape)
 
 
-def _host_bits(x):
+def _host_sum(x, starts, shape):
   x = np.ascontiguousarray(x)
-  return x.view(_bits_dtype(x))
+  return _bit_sum(np, x.view(_bits_dtype(x)), starts, shape)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -572,35 +528,37 @@ def _bits_dtype(x):
 
 def _bit_sum(xp, bits, starts, shape):
   # Row-major positions in the whole array, built axis by axis.
-  index = xp.zeros(bits.shape, xp.uint32)
+  index = xp.zeros((), xp.uint32)
   for axis, (size, start) in enumerate(zip(shape, starts, strict=True)):
-    along_shape = [1] * bits.ndim
-    along_shape[axis] = bits.shape[axis]
-    along = xp.arange(bits.shape[axis], dtype=xp.uint32).reshape(along_shape)
-    index = index * xp.uint32(size) + (along + xp.asarray(start, xp.uint32))
+    along = xp.arange(bits.shape[axis], dtype=xp.uint32)
+    along = along + xp.asarray(start, xp.uint32)
+    along = along.reshape(*(1,) * axis, -1)
+    index = index[..., None] * xp.uint32(size) + along
   weights = xp.uint32(2) * index + xp.uint32(1)
   return xp.sum(bits.astype(xp.uint32) * weights, dtype=xp.uint32)
 
 
 def _check_fit(saved, abstract, path) -> None:
   """Raises unless `abstract` has the arrays that were saved."""
-  structs = _named_leaves(abstract)
-  wrong = [f'{name}: not in the file' for name in structs if name not in saved]
-  wrong += [
-    f'{name}: only in the file' for name in saved if name not in structs
-  ]
-  for name in structs.keys() & saved.keys():
-    ours = (list(structs[name].shape), str(structs[name].dtype))
-    theirs = (saved[name]['shape'], saved[name]['dtype'])
-    if ours != theirs:
-      wrong.append(f'{name}: {theirs} in the file, {ours} wanted')
+  ours = {
+    name: (list(x.shape), str(x.dtype))
+    for name, x in _named_leaves(abstract).items()
+  }
+  theirs = {name: (x['shape'], x['dtype']) for name, x in saved.items()}
+  wrong = []
+  for name in sorted(ours | theirs):
+    if name not in theirs:
+      wrong.append(f'{name}: not in the file')
+    elif name not in ours:
+      wrong.append(f'{name}: only in the file')
+    elif ours[name] != theirs[name]:
+      wrong.append(f'{name}: {theirs[name]} in the file, {ours[name]} wanted')
   if wrong:
-    wrong.sort()
-    more = f'\n  and {len(wrong) - 10} more' if len(wrong) > 10 else ''
+    others = f'\n  and {len(wrong) - 10} more' if len(wrong) > 10 else ''
     raise CheckpointError(
       f'{path} holds other arrays than the configured model and optimizer:\n  '
       + '\n  '.join(wrong[:10])
-      + f'{more}\nUse the config it was made with, or another directory.'
+      + f'{others}\nUse the config it was made with, or another directory.'
     )
 
 
@@ -610,44 +568,30 @@ def _check_sums(saved, arrays) -> None:
       raise ValueError(f'array {name} does not match its checksum')
 
 
-def _one_line(error) -> str:
-  text = ' '.join(str(error).split())
-  return f'{type(error).__name__}: {text[:300]}'
-
-
 # --- Several processes --------------------------------------------------------
 
 
-def _problem_of_all(problem: Exception | None) -> Exception | None:
-  """This process's problem, or a word about another's; None if there is none.
+def _in_all(function: Callable[[], Any]) -> Any:
+  """The function's result; _DamagedError in all processes if any fails.
 
-  All processes go on alike: each of them has to take part in what follows.
+  Orbax, TensorStore and JSON raise many kinds of errors for damaged files.
   """
-  if jax.process_count() == 1:
-    return problem
-  found = multihost_utils.process_allgather(np.array(problem is not None))
-  if problem is None and found.any():
-    return OSError('another process could not read it')
-  return problem
-
-
-def _of_first(numbers: list[int]) -> list[int]:
-  """The first process's numbers, in every process."""
-  if jax.process_count() == 1:
-    return numbers
-  size = multihost_utils.broadcast_one_to_all(np.array(len(numbers)))
-  padded = np.zeros(int(size), np.int64)
-  padded[: len(numbers)] = numbers[: int(size)]
-  return multihost_utils.broadcast_one_to_all(padded).tolist()
+  result = problem = None
+  try:
+    result = function()
+  except Exception as error:
+    problem = error
+  if jax.process_count() > 1:
+    failed = multihost_utils.process_allgather(np.array(problem is not None))
+    if problem is None and failed.any():
+      problem = OSError('another process could not read it')
+  if problem is not None:
+    raise _DamagedError(one_line(problem)) from problem
+  return result
 
 
 def _delete(path: epath.Path) -> None:
   if files.is_remote(path):
-    # A folder goes file by file there; without this one it counts as unwritten.
+    # Deleting takes time there; without this file it counts as unfinished.
     (path / _COMMITTED_FILE).unlink(missing_ok=True)
   path.rmtree()
-
-
-def _barrier(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)

@@ -1,14 +1,15 @@
-"""What a program will cost, read off before it runs.
+"""The cost of a program, computed before it runs.
 
-`flops` counts the arithmetic of a traced program, loops multiplied out, which
-`compiled.cost_analysis()` does not do. `traffic` reads the optimised HLO text
-for bytes to and from memory and between chips. `ceiling` sets both against a
-chip's published figures.
+`flops` counts the arithmetic of a traced program with its loops, which
+`compiled.cost_analysis()` counts once. `traffic` reads the bytes to and from
+memory and between chips off the optimised HLO text. `ceiling` compares both
+with a chip's published figures.
 """
 
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 import jax
@@ -27,10 +28,10 @@ class Chip:
   """Published figures of one chip.
 
   Attributes:
-    flops: peak in bfloat16, a second.
-    memory: bytes; v5e: what the compiler grants of the published 16 GiB.
-    bandwidth: of the memory, bytes a second.
-    interconnect: of all links of a chip together, bytes a second.
+    flops: bfloat16 peak, per second.
+    memory: bytes; for v5e, what the compiler grants of the published 16 GiB.
+    bandwidth: of the memory, bytes per second.
+    interconnect: of all links of a chip together, bytes per second.
   """
 
   flops: float
@@ -59,32 +60,9 @@ class Traffic:
   memory: float
   collectives: Mapping[str, float]
 
-  def __add__(self, other: 'Traffic') -> 'Traffic':
-    names = {*self.collectives, *other.collectives}
-    return Traffic(
-      self.memory + other.memory,
-      {
-        name: self.collectives.get(name, 0.0) + other.collectives.get(name, 0.0)
-        for name in sorted(names)
-      },
-    )
-
-  def times(self, count: int) -> 'Traffic':
-    """The traffic of `count` runs."""
-    return Traffic(
-      self.memory * count,
-      {name: count * size for name, size in self.collectives.items()},
-    )
-
 
 def ceiling(chip: Chip, num_flops: float, moved: Traffic) -> dict[str, float]:
-  """Seconds that arithmetic, memory and interconnect each need at least.
-
-  Args:
-    chip: published figures.
-    num_flops: of one chip.
-    moved: by one chip.
-  """
+  """The least seconds for arithmetic, memory and interconnect of one chip."""
   return {
     'arithmetic': num_flops / chip.flops,
     'memory': moved.memory / chip.bandwidth,
@@ -95,22 +73,17 @@ def ceiling(chip: Chip, num_flops: float, moved: Traffic) -> dict[str, float]:
 # --- Arithmetic ---------------------------------------------------------------
 
 
-def flops(jaxpr, num_trips: int = 1) -> float:
+def flops(jaxpr) -> float:
   """Floating-point operations of all matrix products of a traced program.
 
-  Of all chips together; recomputed activations count as often as they are
-  computed. Everything else is a small part of a Transformer's arithmetic.
+  The sum over all chips, recomputed activations included; a `while_loop` counts
+  once. Other operations are a small part of a Transformer's arithmetic.
 
   Args:
     jaxpr: `jax.jit(f).trace(...).jaxpr`.
-    num_trips: of a `while_loop`, whose trips are not known.
   """
-  return _flops(getattr(jaxpr, 'jaxpr', jaxpr), num_trips)
-
-
-def _flops(jaxpr, num_trips):
   total = 0.0
-  for equation in jaxpr.eqns:
+  for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
     name, params = equation.primitive.name, equation.params
     if name == 'dot_general':
       (contracted, _), _ = params['dimension_numbers']
@@ -119,18 +92,13 @@ def _flops(jaxpr, num_trips):
       total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
       continue
     if name == 'pallas_call':
-      # Upper bound: tiles that the mask leaves out are counted.
+      # An upper bound: it includes tiles that the mask leaves out.
       grid = math.prod(params['grid_mapping'].grid)
-      total += grid * _flops(params['jaxpr'], num_trips)
+      total += grid * flops(params['jaxpr'])
       continue
-    inner = [
-      _flops(getattr(value, 'jaxpr', value), num_trips)
-      for value in _programs_in(params)
-    ]
+    inner = [flops(each) for each in _programs_in(params)]
     if name == 'scan':
       total += params['length'] * sum(inner)
-    elif name == 'while':
-      total += num_trips * sum(inner)
     elif name == 'cond':
       total += max(inner, default=0.0)
     elif name == 'shard_map':
@@ -151,33 +119,15 @@ def _programs_in(params):
 
 # --- HLO text -----------------------------------------------------------------
 
-_BYTES = {
-  'pred': 1,
-  's8': 1,
-  'u8': 1,
-  's16': 2,
-  'u16': 2,
-  'bf16': 2,
-  'f16': 2,
-  's32': 4,
-  'u32': 4,
-  'f32': 4,
-  's64': 8,
-  'u64': 8,
-  'f64': 8,
-}
+# Instructions that move nothing.
 _FREE = {
-  'parameter',
-  'constant',
-  'tuple',
-  'get-tuple-element',
-  'bitcast',
-  'after-all',
-  'partition-id',
-  'replica-id',
-  'opt-barrier',
+  *('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast'),
+  *('after-all', 'partition-id', 'replica-id', 'opt-barrier'),
 }
-_ARRAY = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?')
+# Bits of the dtype ('' for pred), dimensions, layout.
+_ARRAY = re.compile(
+  r'\b(?:pred|(?:bf|[fsu])(8|16|32|64))\[([\d,]*)\](\{[^}]*\})?'
+)
 _CALLED = re.compile(r'(calls|to_apply|body|condition)=%?([\w.\-]+)')
 
 
@@ -187,7 +137,7 @@ class _Instruction:
   type: str
   opcode: str
   operands: list[str]
-  text: str  # Operands of a constant or parameter as they are written.
+  text: str  # The operands as text.
   attributes: str
   is_root: bool
 
@@ -215,20 +165,20 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     match = re.match(r'\s+(ROOT )?%?([\w.\-]+) = ', line)
     if match is None or current is None:
       continue
-    rest = re.sub(r'/\*.*?\*/', '', line[match.end() :])
-    end = _closing(rest, 0) if rest[0] == '(' else rest.index(' ')
-    result, rest = rest[:end], rest[end:].lstrip()
-    opening = rest.index('(')
-    end = _closing(rest, opening)
-    inside = rest[opening + 1 : end - 1]
+    line = re.sub(r'/\*.*?\*/', '', line[match.end() :])
+    end = _closing(line, 0) if line[0] == '(' else line.index(' ')
+    result, line = line[:end], line[end:].lstrip()
+    opening = line.index('(')
+    end = _closing(line, opening)
+    inside = line[opening + 1 : end - 1]
     current.append(
       _Instruction(
         name=match[2],
         type=result,
-        opcode=rest[:opening],
+        opcode=line[:opening],
         operands=re.findall(r'%([\w.\-]+)', inside),
         text=inside,
-        attributes=rest[end:],
+        attributes=line[end:],
         is_root=bool(match[1]),
       )
     )
@@ -238,97 +188,97 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 def _size(type_text: str, on_chip: bool = False) -> float:
   """Bytes of a type; `S(1)` is on-chip memory, which costs no traffic."""
   total = 0.0
-  for dtype, dims, layout in _ARRAY.findall(type_text):
-    if dtype in _BYTES and (on_chip or 'S(1)' not in layout):
-      total += _BYTES[dtype] * math.prod(int(d) for d in dims.split(',') if d)
+  for bits, dims, layout in _ARRAY.findall(type_text):
+    if on_chip or 'S(1)' not in layout:
+      size = math.prod(int(d) for d in dims.split(',') if d)
+      total += size * int(bits or 8) // 8
   return total
 
 
-def traffic(hlo_text: str, num_trips: int = 1) -> Traffic:
+def traffic(hlo_text: str) -> Traffic:
   """Bytes moved, from the text of an optimised program.
 
-  Loops count as often as their condition says: `index < constant`. A fusion
-  reads its operands and writes its result, but of an array that it only slices
-  or updates it touches the slice.
+  Loops with the condition `index < constant` count that often, others once. A
+  fusion reads its operands and writes its result; of an array that it only
+  slices or updates it touches the slice.
 
   Args:
     hlo_text: `compiled.as_text()`.
-    num_trips: of loops whose condition is none of that kind.
   """
   computations, entry = _parse(hlo_text)
-  return _Reader(computations, num_trips).cost(entry)
+  moved = dict(sorted(_Reader(computations).cost(entry).items()))
+  return Traffic(float(moved.pop('memory', 0.0)), moved)
 
 
 class _Reader:
-  """Adds up the instructions of computations, each computation once."""
+  """Adds up 'memory' and the kinds of collectives, in bytes."""
 
-  def __init__(self, computations, num_trips):
+  def __init__(self, computations):
     self._computations = computations
-    self._num_trips = num_trips
     self._known = {}
 
-  def cost(self, name: str) -> Traffic:
+  def cost(self, name: str) -> dict[str, float]:
     if name not in self._known:
-      total = Traffic(0.0, {})
+      total = Counter()
       instructions = self._computations.get(name, [])
       types = {i.name: i.type for i in instructions}
       for instruction in instructions:
-        total += self._one(instruction, types)
+        total.update(self._one(instruction, types))
       self._known[name] = total
     return self._known[name]
 
-  def _one(self, instruction, types) -> Traffic:
+  def _one(self, instruction, types) -> Mapping[str, float]:
     opcode = instruction.opcode
     called = dict(_CALLED.findall(instruction.attributes))
     if opcode in _FREE or opcode.endswith('-done'):
-      return Traffic(0.0, {})
+      return {}
     if opcode == 'while':
-      trips = self._trips(called['condition'])
-      return self.cost(called['body']).times(trips)
+      trips, once = self._trips(called['condition']), self.cost(called['body'])
+      return {kind: trips * size for kind, size in once.items()}
     if opcode == 'conditional':
       names = re.findall(
         r'%([\w.\-]+)', instruction.attributes.split('meta')[0]
       )
       costs = [self.cost(n) for n in names if n in self._computations]
-      return max(costs, key=lambda c: c.memory, default=Traffic(0.0, {}))
+      return max(costs, key=lambda c: c['memory'], default={})
     if opcode in ('call', 'async-start'):
       return self.cost(called.get('to_apply') or called.get('calls', ''))
     kind = opcode.removesuffix('-start')
     if kind in COLLECTIVES:
-      return Traffic(0.0, {kind: self._received(kind, instruction, types)})
+      return {kind: _received(kind, instruction, types)}
     operands = [types.get(name, '') for name in instruction.operands]
     if opcode == 'fusion':
       inside = self._computations.get(called['calls'], [])
-      received = Traffic(0.0, {})
+      total = Counter(memory=_fusion_bytes(inside, operands, instruction.type))
       inner = {i.name: i.type for i in inside}
       is_scatter = any(i.opcode == 'dynamic-slice' for i in inside)
       for each in inside:
         kind = each.opcode.removesuffix('-start')
         if kind not in COLLECTIVES:
           continue
-        size = self._received(kind, each, inner)
+        size = _received(kind, each, inner)
         if kind == 'all-reduce' and is_scatter:
           # An all-reduce of which each chip keeps its part.
           kind, size = 'reduce-scatter', size / 2
-        received += Traffic(0.0, {kind: size})
-      moved = _fusion_bytes(inside, operands, instruction.type)
-      return received + Traffic(moved, {})
+        total[kind] += size
+      return total
     if opcode == 'custom-call' and 'tpu_custom_call' not in (
       instruction.attributes
     ):
-      return Traffic(0.0, {})
+      return {}
     if opcode in ('dynamic-slice', 'gather', 'slice'):
-      return Traffic(2.0 * _size(instruction.type), {})
-    if opcode == 'dynamic-update-slice':
-      return Traffic(2.0 * _size(operands[1]), {})
-    if opcode.endswith('-start'):
+      moved = 2 * _size(instruction.type)
+    elif opcode == 'dynamic-update-slice':
+      moved = 2 * _size(operands[1])
+    elif opcode.endswith('-start'):
       # An asynchronous copy between memories: its first operand, once.
-      return Traffic(float(_size(operands[0]) if operands else 0.0), {})
-    moved = _size(instruction.type) + sum(map(_size, operands))
-    return Traffic(float(moved), {})
+      moved = sum(map(_size, operands[:1]))
+    else:
+      moved = _size(instruction.type) + sum(map(_size, operands))
+    return {'memory': moved}
 
   def _trips(self, condition: str) -> int:
-    """N of `index < N`; `num_trips` where there is more to it."""
+    """N of `index < N`; 1 for other conditions."""
     instructions = {i.name: i for i in self._computations[condition]}
     root = next(i for i in instructions.values() if i.is_root)
     if root.opcode == 'compare' and 'direction=LT' in root.attributes:
@@ -345,24 +295,25 @@ class _Reader:
         for i in inside
       ):
         return int(constants[0].text)
-    return self._num_trips
+    return 1
 
-  def _received(self, kind, instruction, types) -> float:
-    """Bytes that reach one chip, all of them working round rings."""
-    group = _group_size(instruction.attributes)
-    before = sum(
-      _size(types.get(name, ''), on_chip=True) for name in instruction.operands
-    )
-    share = (group - 1) / group
-    if kind == 'all-gather':
-      return before * (group - 1)
-    if kind == 'all-reduce':
-      return 2 * before * share
-    return before if kind == 'collective-permute' else before * share
+
+def _received(kind, instruction, types) -> float:
+  """Bytes that reach one chip when all chips send round rings."""
+  group = _group_size(instruction.attributes)
+  before = sum(
+    _size(types.get(name, ''), on_chip=True) for name in instruction.operands
+  )
+  share = (group - 1) / group
+  if kind == 'all-gather':
+    return before * (group - 1)
+  if kind == 'all-reduce':
+    return 2 * before * share
+  return before if kind == 'collective-permute' else before * share
 
 
 def _group_size(attributes: str) -> int:
-  """Chips that one collective joins, from any of three notations."""
+  """Chips of one collective, in any of three notations."""
   mesh = re.search(r'replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}', attributes)
   if mesh:
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
@@ -401,7 +352,7 @@ def _fusion_bytes(inside, operands, result) -> float:
 
 
 def _users(inside, name):
-  """Instructions that read a value, looked at through bitcasts."""
+  """Instructions that read a value, directly or through bitcasts."""
   for instruction in inside:
     if name in instruction.operands:
       if instruction.opcode == 'bitcast':
@@ -411,7 +362,7 @@ def _users(inside, name):
 
 
 def num_kernels(hlo_text: str) -> int:
-  """Hand-written (Pallas) kernels in a program for TPUs."""
+  """Number of hand-written (Pallas) kernels in a program for TPUs."""
   return hlo_text.count('custom_call_target="tpu_custom_call"')
 
 
@@ -419,9 +370,9 @@ def num_kernels(hlo_text: str) -> int:
 
 
 def bytes_per_chip(tree) -> float:
-  """Of a tree of sharded arrays or `ShapeDtypeStruct`s."""
-  total = 0.0
-  for leaf in jax.tree.leaves(tree):
-    shape = leaf.sharding.shard_shape(leaf.shape)
-    total += math.prod(shape) * leaf.dtype.itemsize
-  return total
+  """Size of a tree of sharded arrays or `ShapeDtypeStruct`s on one chip."""
+  sizes = (
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+  return float(sum(sizes))

@@ -1,10 +1,9 @@
-"""Whether every chip computes, and every link between them carries.
+"""Checks that all chips compute and all links between them work.
 
   python -m instruct_jax.infra.device_check --backend=tpu
 
-On a pod, every worker runs it at the same time (`tpu_setup.sh` does). Each
-device contributes its number to a sum over all, gathers all the others' numbers
-and passes its own to its neighbour: the collectives that training uses.
+On a pod, all workers run it at the same time (`tpu_setup.sh` does). The devices
+sum, gather and shift their numbers: the collectives of training.
 """
 
 import socket
@@ -20,16 +19,10 @@ from instruct_jax import command
 
 
 def check(backend: str) -> str:
-  """Runs the collectives over all devices of all processes.
-
-  Args:
-    backend: the platform that has to be there ('tpu', 'gpu', 'cpu').
-
-  Returns:
-    One line: how many devices of which kind.
+  """Runs the collectives over all devices; returns their number and kind.
 
   Raises:
-    RuntimeError: another platform, or a wrong result.
+    RuntimeError: another platform than `backend`, or a wrong result.
   """
   if jax.default_backend() != backend:
     raise RuntimeError(
@@ -57,20 +50,16 @@ def check(backend: str) -> str:
       collectives, mesh=mesh, in_specs=P('all'), out_specs=(P('all'),) * 3
     )
   )(x)
-  wanted = (
-    np.full(count, numbers.sum()),
-    np.full(count, numbers.sum()),
-    np.roll(numbers, 1),
-  )
-  for name, array, expected in zip(
-    ('sum', 'gather', 'shift'), found, wanted, strict=True
-  ):
+  total = np.full(count, numbers.sum())
+  wanted = {'sum': total, 'gather': total, 'shift': np.roll(numbers, 1)}
+  for array, (name, expected) in zip(found, wanted.items(), strict=True):
     for shard in array.addressable_shards:
       value = float(np.asarray(shard.data)[0])
-      if value != expected[shard.index[0]][0]:
+      right = expected[shard.index[0]][0]
+      if value != right:
         raise RuntimeError(
           f'{name} over {count} devices: {shard.device} has {value} instead of '
-          f'{expected[shard.index[0]][0]}'
+          f'{right}'
         )
   return (
     f'{jax.local_device_count()} of {count} x {devices[0].device_kind} here, '
@@ -79,7 +68,7 @@ def check(backend: str) -> str:
 
 
 def main(arguments=None) -> None:
-  """Checks all devices; exits with a line for what is wrong."""
+  """Checks all devices; an error is one line."""
   parser = command.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('--backend', required=True)
   parser.add_argument('--wait', type=int, default=600, help='seconds')
@@ -87,7 +76,7 @@ def main(arguments=None) -> None:
   host = socket.gethostname()
   try:
     if given.backend == 'tpu':
-      # Finds the other workers of a pod; on a single TPU VM it is alone.
+      # Finds the other workers of a pod.
       jax.distributed.initialize(initialization_timeout=given.wait)
     print(f'ok: {host}: {check(given.backend)}', flush=True)
   except (RuntimeError, ValueError) as error:

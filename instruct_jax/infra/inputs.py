@@ -1,8 +1,8 @@
 """What a stage reads: found before it starts, hashed, and compared later.
 
-`inputs.json` of a stage holds the hash of each of its inputs as the stage began
-with it. It is compared when the stage goes on and when the finished stage is
-used again. Contents count, not places or times: data may move, and be touched.
+`inputs.json` of a stage has the hashes of the inputs that it began with. They
+are compared when the stage continues and when the finished stage is used again.
+Only contents count, not paths or times.
 """
 
 import functools
@@ -23,9 +23,9 @@ ACCEPTED_FILE = 'accepted_inputs.json'
 MODEL_FILE = 'model.json'
 EMPTY = 'is empty'
 
-# Keys whose values name no input, though there may be a file of that name.
+# Keys whose values are no inputs, even if there is a file of that name.
 _NO_INPUTS = ('name', 'experiment', 'workdir', 'compilation_cache')
-# A data set by name: the library that reads it checks it.
+# A named data set, which its library checks.
 _NAMED_DATA = 'tfds:'
 
 
@@ -35,13 +35,13 @@ def read_by(
   """What a stage reads.
 
   Args:
-    experiment: the module. Its `inputs(config)` says it; where there is no such
-      function, each config value counts that names a file or folder there.
+    experiment: the module, whose `inputs(config)` counts. Without such a
+      function, each config value that names a file or folder counts.
     config: of the stage.
 
   Returns:
-    Label -> path. A label begins with the config key, dotted, that the path
-    comes from: 'documents', 'models.sft' of NAME=PATH, 'sft/epochs.json'.
+    Label -> path. A label begins with the dotted config key of the path:
+    'documents', 'models.sft' for NAME=PATH, 'sft/epochs.json'.
   """
   if hasattr(experiment, 'inputs'):
     return {
@@ -62,7 +62,7 @@ def _values(flat: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for part in value.split(','):
       name, separator, place = part.partition('=')
       path = place if separator else part
-      # Every folder is a '.', and an address is no path.
+      # Neither '.' nor an address is an input.
       if path.strip('./') and not path.startswith(('http://', 'https://')):
         yield (f'{key}.{name}' if separator else key), path
 
@@ -76,24 +76,22 @@ def key_of(label: str, keys: Mapping[str, Any]) -> str:
 
 
 def problem(path: str) -> str:
-  """Why nothing can be read at `path`; '' where something is there.
-
-  `EMPTY` of the empty path."""
+  """Why nothing can be read at `path`: `EMPTY` for ''; '' if it exists."""
   if not path:
     return EMPTY
   if path.startswith(_NAMED_DATA):
     return ''
   try:
     found = _place(path).exists()
-  except ValueError as error:  # Of the hub, which says it all.
+  except ValueError as error:  # Of the hub.
     return str(error)
-  except KeyError as error:  # epath knows no such scheme.
+  except KeyError as error:  # A scheme unknown to epath.
     return f'{path}: no paths begin with {error}'
   return '' if found else f'{path}: no such file or folder'
 
 
 def torn(path: str) -> str:
-  """Why a model folder of ours is not whole; '' for all else."""
+  """Why a model folder of ours is not whole; '' for everything else."""
   place = epath.Path(path)
   if (place / 'params').exists() and not (place / MODEL_FILE).exists():
     return f'{path}: a model folder without its {MODEL_FILE}'
@@ -105,7 +103,7 @@ def _place(path: str) -> epath.Path:
 
 
 def hashes(paths: Mapping[str, str]) -> dict[str, dict[str, str]]:
-  """`{label: {'path': ..., 'sha256': ...}}` of those that are there."""
+  """`{label: {'path': ..., 'sha256': ...}}` of those that exist."""
   return {
     label: {'path': path, 'sha256': content_hash(path)}
     for label, path in sorted(paths.items())
@@ -114,11 +112,10 @@ def hashes(paths: Mapping[str, str]) -> dict[str, dict[str, str]]:
 
 
 def content_hash(path: str) -> str:
-  """SHA-256 of what is in a file, or of names and contents in a folder.
+  """SHA-256 of the content of a file, or of names and contents in a folder.
 
-  A model folder of ours counts by its model.json, which holds a checksum of
-  each array: how many files they are in, and when those were written, is not
-  what the model is.
+  Of a model folder of ours only model.json counts: it has a checksum of each
+  array, and how arrays are split into files does not matter.
   """
   place = _place(path)
   if place.is_dir() and (place / MODEL_FILE).exists():
@@ -128,7 +125,7 @@ def content_hash(path: str) -> str:
   total = hashlib.sha256()
   folders = [place]
   while folders:
-    # epath has no recursive glob: object stores make it dear.
+    # epath has no recursive glob.
     for entry in sorted(folders.pop().iterdir()):
       if entry.is_dir():
         folders.append(entry)
@@ -149,7 +146,7 @@ def _file_hash(path: epath.Path) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _hash_of(path: str, version: tuple) -> str:
-  """Of one file, once for each of its versions: several stages read it."""
+  """SHA-256 of one version of a file, cached: several stages read it."""
   del version
   total = hashlib.sha256()
   with epath.Path(path).open('rb') as file:
@@ -159,11 +156,7 @@ def _hash_of(path: str, version: tuple) -> str:
 
 
 def known(folder: epath.Path) -> dict[str, dict[str, str]]:
-  """The inputs that a stage began with, or that were accepted since.
-
-  Raises:
-    ValueError: the record is not JSON.
-  """
+  """The inputs that a stage began with, or accepted later."""
   if not (folder / INPUTS_FILE).exists():
     return {}
   found = run.read_json(folder / INPUTS_FILE)
@@ -176,9 +169,9 @@ def known(folder: epath.Path) -> dict[str, dict[str, str]]:
 def differences(
   folder: epath.Path, paths: Mapping[str, str]
 ) -> dict[str, tuple[dict[str, str], dict[str, str]]]:
-  """Label -> (as it was, as it is) of each input with other contents.
+  """Label -> (before, now) of each recorded input that has other contents now.
 
-  What has vanished, and what the record does not name, is no difference here.
+  Inputs that are gone are left out.
   """
   before = known(folder)
   now = hashes(
@@ -192,10 +185,9 @@ def differences(
 
 
 def accept(
-  folder: epath.Path,
-  found: Mapping[str, tuple[dict[str, str], dict[str, str]]],
+  folder: epath.Path, found: Mapping[str, tuple[dict[str, str], dict[str, str]]]
 ) -> None:
-  """Records that these differences were accepted, and when."""
+  """Records these differences as accepted, with the time."""
   path = folder / ACCEPTED_FILE
   rows = run.read_json(path) if path.exists() else []
   now = run.timestamp()

@@ -1,14 +1,14 @@
-"""The book-keeping around a training loop: resume, log, checkpoint, stop.
+"""The bookkeeping around a training loop: resume, log, checkpoint, stop.
 
   with Loop(workdir, 'sft', num_steps, log_every=10, checkpoint_every=100) as l:
     state = l.restore(state)
     for step, batch in l.steps_with(loader.ahead(batch_fn)):
       state, metrics = update(state, batch, key_of(step))
-      l.end_step(step, state, metrics)
+      l.end_step(step, state, metrics, states={'sft': state})
 
-What the loop computes stays in the experiment. Resume order: the stage's own
-newest checkpoint, else the state handed to `restore`. `timing.jsonl` says which
-share of its time the loop stood waiting for batches.
+What the loop computes stays in the experiment. `restore` takes the stage's own
+newest checkpoint, or else the state handed to it. `timing.jsonl` has the share
+of its time that the loop waited for batches.
 """
 
 import collections
@@ -38,34 +38,37 @@ from instruct_jax.types import Metrics, PyTree
 
 Batch = TypeVar('Batch')
 
-# Several processes that write lines this often look for a stop at lines alone.
+# Several processes that write a line more often than this look for a stop only
+# when they write one.
 _SECONDS_WITHOUT_ASKING = 5.0
 # So many steps keep a device busy while the host prepares the next one.
 _STEPS_UNDER_WAY = 2
 
 
 class Loop:
-  """One stage's steps, from wherever they were left off.
+  """The steps of one stage that are still to run.
 
   Args:
     workdir: of the stage.
     name: for progress, errors and the stop message.
-    num_steps: in all.
-    log_every: steps between lines of metrics.jsonl. A stop is honoured at the
-      next step, between two lines as well.
+    num_steps: steps in all.
+    log_every: steps between lines of metrics.jsonl. A stop takes effect at the
+      next step, also between two lines.
     checkpoint_every: steps between checkpoints, a multiple of `log_every`, so
-      that a resumed run's lines equal an uninterrupted one's.
-    checkpoint_minutes: a checkpoint is also due at the first line after so
-      many minutes without one; 0 leaves it to the steps.
-    keep: newest checkpoints kept.
-    keep_every: steps; checkpoints at multiples of it are kept for good. 0 keeps
-      none.
+      that a resumed run writes the lines of an uninterrupted one.
+    checkpoint_minutes: a checkpoint is also due at the first line after this
+      time without one; 0 for never.
+    keep: how many of the newest checkpoints stay.
+    keep_every: checkpoints at multiples of this step stay too; 0 for none.
     max_skips: consecutive non-finite updates at which the run stops.
     profile_steps: 'FIRST-LAST' or 'STEP', counted from 1: a trace of these is
       written to WORKDIR/profile. '' traces none.
 
+  Attributes:
+    start: steps done by earlier runs; known after `restore`.
+
   Raises:
-    ValueError: cadences that do not fit together, or no such steps.
+    ValueError: cadences that do not fit together, or steps outside the run.
   """
 
   def __init__(
@@ -109,9 +112,9 @@ class Loop:
     self._keep, self._keep_every = keep, keep_every
     self._profiled = _parse_steps(profile_steps, name, num_steps)
     self._is_profiling = False
-    self._start = 0
+    self.start = 0
     self._text = ''
-    # Whether a stop is looked for at every step; see `_stop_is_due`.
+    # Whether to look for a stop at every step; see `_stop_is_due`.
     self._asks_often = True
     self._under_way = collections.deque()
     self._pending: Metrics = {}
@@ -134,37 +137,40 @@ class Loop:
 
   def __exit__(self, kind, *exception) -> None:
     self._watch.__exit__(kind, *exception)
-    # When the disk is full or gone, closing fails for the reason for which the
-    # loop is being left, and that one is told.
-    quiet = contextlib.suppress(*((Exception,) if kind is not None else ()))
+    closes = [
+      part.close
+      for part in (self._checkpointer, self._writer, self._progress)
+      if part is not None
+    ]
+    if self._is_profiling:
+      closes.append(self._stop_trace)
     with contextlib.ExitStack() as stack:
       stack.callback(self._stop.__exit__, kind, *exception)
-      for close in (
-        self._checkpointer.close,
-        self._writer.close if self._writer is not None else None,
-        self._progress.close if self._progress is not None else None,
-        self._stop_trace if self._is_profiling else None,
-      ):
-        if close is not None:
-          stack.callback(_call, close, quiet)
+      for close in closes:
+        if kind is not None:
+          # If the disk is full or gone, closing fails too; the first error
+          # counts.
+          stack.enter_context(contextlib.suppress(Exception))
+        stack.callback(close)
 
   def watched(self, programs: Mapping[str, Any]) -> dict[str, Any]:
-    """The same programs; one that hangs, or is slow, is then told by name."""
+    """The same programs; a message names one that hangs or is slow."""
     return self._watch.programs(programs)
 
   def restore(self, state: PyTree) -> PyTree:
-    """The newest checkpoint's state, or `state` when there is none.
-
-    Args:
-      state: arrays with the wanted shardings, at step 0.
+    """The newest checkpoint's state, or the given one at step 0, whose
+    shardings it gets.
 
     Raises:
-      checkpoint.CheckpointError: the checkpoint does not fit, is damaged
-        beyond the ones kept, or gone.
+      checkpoint.CheckpointError: it does not fit, none is readable, or they are
+        gone.
     """
     restored = self._checkpointer.restore_latest(state)
-    if restored is not None:
-      self._start, state, extra = restored
+    lines, resume_step = [], None
+    if restored is None:
+      self._check_fresh_start()
+    else:
+      resume_step, state, extra = restored
       if 'lines' not in extra:
         raise checkpoint.CheckpointError(
           f'{self._name}: the checkpoints in {self._workdir / "checkpoints"} '
@@ -172,33 +178,23 @@ class Loop:
           f'with the version that began it, or delete {self._workdir} to run '
           'this stage again from its start.'
         )
+      self.start = resume_step
       lines, self._pending = extra['lines'], _from_json(extra['pending'])
-      if jax.process_index() == 0:
-        print(f'{self._name}: continues after step {self._start}', flush=True)
-    else:
-      self._tell_of_a_fresh_start()
-      lines = []
-    self._last_line = self._start
-    resume_step = self._start if restored is not None else None
+      run.say(f'{self._name}: continues after step {self.start}')
+    self._last_line = self.start
     self._writer = metrics.MetricsWriter(self._workdir, lines, resume_step)
-    self._progress = run.Progress(self._name, self._num_steps, self._start)
+    self._progress = run.Progress(self._name, self._num_steps, self.start)
     self._last_log = self._last_checkpoint = time.monotonic()
     return state
 
   @property
-  def start(self) -> int:
-    """Steps done before, by a run that was cut; known after `restore`."""
-    return self._start
-
-  @property
   def lines(self) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl so far, those of a run that was cut included; the
-    same in all processes."""
+    """All lines of metrics.jsonl so far, the same in all processes."""
     return self._writer.lines
 
   def steps(self) -> Iterator[int]:
-    """Step numbers still to run, from 0."""
-    for step in range(self._start, self._num_steps):
+    """Step numbers still to run, counted from 0."""
+    for step in range(self.start, self._num_steps):
       if step + 1 in self._profiled and not self._is_profiling:
         self._start_trace()
       if not self._is_profiling:
@@ -212,7 +208,7 @@ class Loop:
 
   def _start_trace(self):
     self._trace = self._workdir / 'profile'
-    if files.is_remote(self._trace):  # The profiler writes to disks alone.
+    if files.is_remote(self._trace):  # The profiler writes to disks only.
       self._trace = epath.Path(tempfile.mkdtemp())
     jax.profiler.start_trace(str(self._trace), create_perfetto_trace=True)
     self._is_profiling = True
@@ -227,12 +223,9 @@ class Loop:
   def steps_with(
     self, open_fn: Callable[[int, int], Iterator[Batch]]
   ) -> Iterator[tuple[int, Batch]]:
-    """Step numbers still to run, each with its batch.
-
-    Args:
-      open_fn: (first step, one past the last) -> their batches in order.
-    """
-    batches = open_fn(self._start, self._num_steps)
+    """Step numbers still to run, each with its batch of those that
+    `open_fn(first step, one past the last)` gives in order."""
+    batches = open_fn(self.start, self._num_steps)
     for step in self.steps():
       before = time.monotonic()
       batch = next(batches)
@@ -250,24 +243,19 @@ class Loop:
     num_items: int = 0,
     text_fn: Callable[[dict[str, Any]], str] | None = None,
   ) -> dict[str, Any] | None:
-    """Logs, checkpoints and honours a stop, each when its turn has come.
+    """Logs, checkpoints and stops, each when it is due.
 
     Args:
       step: the step just run.
       state: what a checkpoint holds.
       step_metrics: this step's (sum, count) pairs, summed until the next line.
       states: train states to watch for skipped updates, by name.
-      values: host numbers for this very step's line (evaluations); they force
-        a line.
-      num_items: tokens or episodes of this step, for the rate in timing.jsonl,
-        which also counts the programs compiled since the line before: none,
-        in a run that has seen all of its shapes.
-      text_fn: a line -> what the progress bar shows behind it, until the next
-        line is written.
+      values: host numbers for this step's line, which they force (evaluations).
+      num_items: tokens or episodes of this step, for the rate in timing.jsonl.
+      text_fn: line -> text after the progress bar, until the next line.
 
     Returns:
-      The line as it will be read (None in the place of NaN and infinity), or
-      None when none was due.
+      The line as read back (None for NaN and infinity); None if none was due.
 
     Raises:
       checkpoint.CheckpointError: the last checkpoint could not be written.
@@ -278,53 +266,33 @@ class Loop:
     self._checkpointer.check()
     self._pending = metrics.merge(self._pending, step_metrics)
     self._pending_items += num_items
-    self._wait_for_older_steps(step_metrics)
+    # Steps return before they are computed, and a stop waits for those.
+    self._under_way.append(jax.tree.leaves(step_metrics)[:1])
+    if len(self._under_way) > _STEPS_UNDER_WAY:
+      jax.block_until_ready(self._under_way.popleft())
     is_last = done == self._num_steps
-    line = None
-    if done % self._log_every == 0 or is_last or values:
-      line = {**metrics.to_host(self._pending), **(values or {})}
-      self._pending = {}
-      self._check_workdir()
-      line = self._writer.write(done, line)
-      now = time.monotonic()
-      seconds = now - self._last_log
-      self._last_log = now
-      compiled = measure.compilations()
-      since = compiled - self._compiled
-      self._compiled = compiled
-      self._writer.write_timing(
-        done,
-        {
-          'timing/seconds': seconds,
-          'timing/items_per_second': self._pending_items / seconds,
-          'timing/waiting_fraction': self._waited / seconds,
-          'timing/programs_compiled': since.programs,
-          'timing/programs_from_disk': since.from_disk,
-          'timing/compile_seconds': since.seconds,
-        },
-      )
-      self._pending_items, self._waited = 0, 0.0
-      self._watch.lap(done, done - self._last_line)
-      self._last_line = done
-      self._text = text_fn(line) if text_fn is not None else self._text
+    is_logged = done % self._log_every == 0
+    line = seconds = None
+    if is_logged or is_last or values:
+      line, seconds = self._write_line(done, values or {})
+      if text_fn is not None:
+        self._text = text_fn(line)
       for name, watched in states.items():
-        self._check_skips(watched, name)
+        train_state.check_skips(watched, self._max_skips, name, self._workdir)
     if self._is_profiling:
-      jax.block_until_ready(state)  # A step's work is to lie within the step.
+      jax.block_until_ready(state)  # The trace shows the work in its own step.
     self._progress.update(1, self._text)
-    stop = not is_last and self._stop_is_due(
-      seconds if line is not None else None
-    )
-    due = done % self._checkpoint_every == 0 and not is_last
-    if done % self._log_every == 0 and not is_last:
+    if is_last:
+      return line
+    stop = self._stop_is_due(seconds)
+    due = done % self._checkpoint_every == 0
+    if is_logged and self._checkpoint_seconds > 0:
       # The processes' clocks differ: the first one's counts.
-      late = (
-        time.monotonic() - self._last_checkpoint > self._checkpoint_seconds > 0
-      )
-      due |= self._checkpoint_seconds > 0 and run.agreed(late)
+      waited = time.monotonic() - self._last_checkpoint
+      due |= run.agreed(waited > self._checkpoint_seconds)
     if due or stop:
       jax.block_until_ready(state)
-      # Between two lines, what the next one is to sum belongs to the state.
+      # Between two lines, the sums for the next one belong to the state.
       extra = {'lines': self.lines, 'pending': _to_json(self._pending)}
       self._checkpointer.save(done, state, extra)
       self._last_checkpoint = time.monotonic()
@@ -334,21 +302,39 @@ class Loop:
       raise run.Stopped(f'{self._name}: stopped after step {done}', True)
     return line
 
-  def _wait_for_older_steps(self, step_metrics: Metrics):
-    """Steps return before they are computed. Few may be under way, or those
-    would have to be waited for when a stop is asked for."""
-    self._under_way.append(jax.tree.leaves(step_metrics)[:1])
-    if len(self._under_way) > _STEPS_UNDER_WAY:
-      jax.block_until_ready(self._under_way.popleft())
+  def _write_line(self, done, values):
+    """Writes metrics and times; the line, and seconds since the one before."""
+    line = {**metrics.to_host(self._pending), **values}
+    self._pending = {}
+    self._check_workdir()
+    line = self._writer.write(done, line)
+    now = time.monotonic()
+    seconds = now - self._last_log
+    self._last_log = now
+    compiled = measure.compilations()
+    new = compiled - self._compiled
+    self._compiled = compiled
+    self._writer.write_timing(
+      done,
+      {
+        'timing/seconds': seconds,
+        'timing/items_per_second': self._pending_items / seconds,
+        'timing/waiting_fraction': self._waited / seconds,
+        'timing/programs_compiled': new.programs,
+        'timing/programs_from_disk': new.from_disk,
+        'timing/compile_seconds': new.seconds,
+      },
+    )
+    self._pending_items, self._waited = 0, 0.0
+    self._watch.lap(done, done - self._last_line)
+    self._last_line = done
+    return line, seconds
 
   def _stop_is_due(self, line_seconds: float | None) -> bool:
     """Whether SIGTERM came to any process.
 
-    One process looks at every step. Several have to ask each other, and wait
-    for the step to do so: where lines come often, they ask at lines alone.
-
-    Args:
-      line_seconds: since the line before; None between two lines.
+    Several processes have to wait for the step to ask each other: where lines
+    come often, they ask only at lines, `line_seconds` after the one before.
     """
     if jax.process_count() == 1:
       return self._stop.requested
@@ -359,20 +345,9 @@ class Loop:
       self._asks_often = run.agreed(line_seconds > _SECONDS_WITHOUT_ASKING)
     return stop
 
-  def _check_skips(self, watched: train_state.TrainState, name: str):
-    try:
-      train_state.check_skips(watched, self._max_skips, name)
-    except train_state.NonFiniteError as error:
-      raise train_state.NonFiniteError(
-        f'{error} With another config the stage begins anew: delete '
-        f'{self._workdir}.'
-      ) from None
-
-  def _tell_of_a_fresh_start(self):
-    """Lines without a checkpoint: killed before the first one, or it is gone.
-
-    A save waits for the one before: past the second one, there was one.
-    """
+  def _check_fresh_start(self):
+    """Raises if a run past its second save has no checkpoint: a save waits for
+    the one before."""
     path = self._workdir / metrics.METRICS_FILE
     if jax.process_index() != 0 or not path.exists():
       return
@@ -392,8 +367,8 @@ class Loop:
       run.say(f'{self._name}: had no checkpoint yet, starts again at step 0')
 
   def _check_workdir(self):
-    """Files that were open when their directory was deleted would take lines
-    for ever. A write in the background may have made the directory anew."""
+    """Raises if the directory was deleted, though open files still take lines
+    and a background write may have made it anew."""
     if jax.process_index() != 0 or files.is_remote(self._workdir):
       return
     if not (self._workdir / metrics.METRICS_FILE).exists():
@@ -420,17 +395,8 @@ def _from_json(saved: Mapping[str, list]) -> Metrics:
   }
 
 
-def _call(function, context) -> None:
-  with context:
-    function()
-
-
 def _parse_steps(text: str, name: str, num_steps: int) -> range:
-  """'3-5' -> 3, 4, 5.
-
-  Raises:
-    ValueError: another form, or steps that there are not.
-  """
+  """'3-5' -> 3, 4, 5."""
   if not text:
     return range(0)
   match = re.fullmatch(r'(\d+)(?:-(\d+))?', text)

@@ -24,14 +24,13 @@ def prepare(config: ConfigDict) -> None:
 
 
 def _prepare_allocator() -> None:
-  """Keeps what steps free for the next step, not what the compiler frees."""
+  """Keeps memory that steps free, but not memory that the compiler frees."""
   libc = ctypes.CDLL(None)
   if not hasattr(libc, 'mallopt'):  # Not glibc.
     return
-  # glibc returns large buffers to the system when they are freed, and every
-  # step faults them in again: an eighth of a small model's training step on
-  # CPU. Keep them: no mmap (-4), no trimming (-1). And one arena (-8), or each
-  # of the compiler's threads keeps one of its own.
+  # glibc returns large freed buffers to the system, and every step faults them
+  # in again: an eighth of a small model's training step on CPU. Keep them: no
+  # mmap (-4), no trimming (-1), one arena (-8) for all compiler threads.
   libc.mallopt(-8, 1)
   libc.mallopt(-4, 0)
   libc.mallopt(-1, 2**31 - 1)

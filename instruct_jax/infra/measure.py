@@ -1,7 +1,7 @@
-"""What a machine can do, and what a piece of work took of it.
+"""Time and memory that work takes, and the machine's measured peaks.
 
-Ceilings are measured by the process that is judged by them, in the same
-minutes: processors, clocks and neighbours differ from run to run.
+The process whose work is compared with the peaks measures them itself:
+processors, clocks and other load differ from run to run.
 """
 
 import dataclasses
@@ -17,27 +17,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# A repeat is disturbed when other processes, or the host below this machine,
-# took more than this share of its processors.
+# A repeat counts as disturbed when other processes, or the host of a virtual
+# machine, took more than this share of the processors.
 DISTURBED = 0.05
 
 
 # --- Compilations -------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Compilations:
-  """Programs that XLA was asked for.
+  """Programs that XLA was asked for, those found in the compilation cache, and
+  seconds spent on both, without tracing."""
 
-  Attributes:
-    programs: asked for, however small.
-    from_disk: of these, found in the compilation cache.
-    seconds: spent on them, reading included; tracing is not.
-  """
-
-  programs: int
-  from_disk: int
-  seconds: float
+  programs: int = 0
+  from_disk: int = 0
+  seconds: float = 0.0
 
   def __sub__(self, earlier: 'Compilations') -> 'Compilations':
     return Compilations(
@@ -47,29 +42,28 @@ class Compilations:
     )
 
 
-_compiled = {'programs': 0, 'from_disk': 0, 'seconds': 0.0}
+_compiled = Compilations()
 
 
 def _on_duration(event: str, seconds: float, **_: Any) -> None:
   if event == '/jax/core/compile/backend_compile_duration':
-    _compiled['programs'] += 1
-    _compiled['seconds'] += seconds
+    _compiled.programs += 1
+    _compiled.seconds += seconds
 
 
 def _on_event(event: str, **_: Any) -> None:
   if event == '/jax/compilation_cache/cache_hits':
-    _compiled['from_disk'] += 1
+    _compiled.from_disk += 1
 
 
-# JAX tells listeners for as long as the process lives, so there is one count a
-# process and users take differences.
+# JAX has no way to remove a listener, so there is one count per process.
 jax.monitoring.register_event_duration_secs_listener(_on_duration)
 jax.monitoring.register_event_listener(_on_event)
 
 
 def compilations() -> Compilations:
-  """Since this module was imported."""
-  return Compilations(**_compiled)
+  """Since this module was imported; callers take differences."""
+  return dataclasses.replace(_compiled)
 
 
 # --- Repeats ------------------------------------------------------------------
@@ -81,8 +75,8 @@ class Repeats:
 
   Attributes:
     seconds: of each, in order.
-    others: share of the machine's processors that others had meanwhile; NaN
-      where the system does not tell.
+    others: share of the processors that other processes had meanwhile; NaN
+      where the system does not report it.
   """
 
   seconds: tuple[float, ...]
@@ -94,7 +88,7 @@ class Repeats:
     return statistics.median(self.seconds)
 
   def summary(self) -> dict[str, Any]:
-    """Median, spread and how many were disturbed; JSON."""
+    """Median, spread and number of disturbed ones, as JSON."""
     return {
       'median': self.median,
       'least': min(self.seconds),
@@ -105,29 +99,22 @@ class Repeats:
 
 
 class Stopwatch:
-  """Laps of one clock, for repeats and their parts.
-
-  lap = watch.lap()  # Seconds since the one before, and the others' share.
-  """
+  """Laps of one clock, for repeats and their parts."""
 
   def __init__(self):
-    self._mark = self._now()
-
-  @staticmethod
-  def _now() -> tuple[float, float]:
-    return time.perf_counter(), _seconds_of_others()
+    self._time, self._others = time.perf_counter(), _seconds_of_others()
 
   def lap(self) -> tuple[float, float]:
-    """Seconds since the lap before, and the others' share of processors."""
-    now, before = self._now(), self._mark
-    self._mark = now
-    seconds = now[0] - before[0]
+    """Seconds since the lap before, and others' share of the processors."""
+    time_before, others_before = self._time, self._others
+    self._time, self._others = time.perf_counter(), _seconds_of_others()
+    seconds = self._time - time_before
     processors = (os.cpu_count() or 1) * max(seconds, 1e-9)
-    return seconds, max(0.0, now[1] - before[1]) / processors
+    return seconds, max(0.0, self._others - others_before) / processors
 
 
 def _seconds_of_others() -> float:
-  """Processor seconds of all but this process so far; NaN if not known."""
+  """Processor seconds of other processes so far; NaN if not known."""
   path = pathlib.Path('/proc/stat')
   if not path.exists():
     return float('nan')
@@ -139,76 +126,68 @@ def _seconds_of_others() -> float:
   return used / os.sysconf('SC_CLK_TCK') - own.ru_utime - own.ru_stime
 
 
-def repeat(fn: Callable[[], Any], num_repeats: int, num_warmups: int = 1):
-  """Calls `fn`, waits for what it returns, and times that.
+def repeat(
+  fn: Callable[[], Any], num_repeats: int, num_warmups: int = 1
+) -> Repeats:
+  """Times calls of `fn`, until its results are ready.
 
   Args:
     fn: returns arrays, or nothing when it has waited itself.
-    num_repeats: how many are timed.
-    num_warmups: how many go before them (compilation).
-
-  Returns:
-    `Repeats`.
+    num_repeats: calls to time.
+    num_warmups: calls before these (compilation).
   """
   for _ in range(num_warmups):
     jax.block_until_ready(fn())
-  seconds, others = [], []
+  laps = []
   watch = Stopwatch()
   for _ in range(num_repeats):
     watch.lap()
     jax.block_until_ready(fn())
-    lap, share = watch.lap()
-    seconds.append(lap)
-    others.append(share)
-  return Repeats(tuple(seconds), tuple(others))
+    laps.append(watch.lap())
+  return Repeats(
+    tuple(lap for lap, _ in laps), tuple(other for _, other in laps)
+  )
 
 
 # --- Ceilings -----------------------------------------------------------------
 
 
-def matmul_peak(dtype: str, size: int, num_repeats: int = 7) -> float:
-  """Floating-point operations a second of one square matrix product.
-
-  The best of several: a ceiling is what the machine can do, not what it does
-  when disturbed.
-  """
+def matmul_peak(dtype: str, size: int) -> float:
+  """Floating-point operations a second of the fastest of several square matrix
+  products."""
   key = jax.random.key(0)
   x = jax.random.normal(key, (size, size), jnp.dtype(dtype))
   multiply = jax.jit(lambda x, y: x @ y)
-  seconds = repeat(lambda: multiply(x, x), num_repeats, 2).seconds
-  return 2 * size**3 / min(seconds)
+  return 2 * size**3 / _least_seconds(lambda: multiply(x, x))
 
 
-def read_bandwidth(num_bytes: int, num_repeats: int = 7) -> float:
-  """Bytes a second that a matrix-vector product reads, at best.
+def read_bandwidth(num_bytes: int) -> float:
+  """Bytes a second read by the fastest of several matrix-vector products.
 
-  Args:
-    num_bytes: of the float32 matrix; several times any cache.
-    num_repeats: of which the best counts.
+  The float32 matrix of `num_bytes` should be several times any cache.
   """
   columns = 1_024
   rows = max(1, num_bytes // (4 * columns))
   matrix, vector = jnp.ones((rows, columns)), jnp.ones(columns)
   multiply = jax.jit(lambda m, v: m @ v)
-  seconds = repeat(lambda: multiply(matrix, vector), num_repeats, 2).seconds
-  return matrix.nbytes / min(seconds)
+  return matrix.nbytes / _least_seconds(lambda: multiply(matrix, vector))
+
+
+def _least_seconds(fn) -> float:
+  return min(repeat(fn, num_repeats=7, num_warmups=2).seconds)
 
 
 # --- Memory -------------------------------------------------------------------
 
 
 def peak_host_bytes() -> int:
-  """The most memory this process has held so far."""
+  """Peak memory of this process."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == 'darwin' else peak * 1_024
 
 
 def peak_device_bytes() -> int | None:
-  """The most that any local device has held; None on CPU, which is the
-  host's memory."""
-  peaks = []
-  for device in jax.local_devices():
-    stats = device.memory_stats()
-    if stats and 'peak_bytes_in_use' in stats:
-      peaks.append(stats['peak_bytes_in_use'])
-  return max(peaks, default=None)
+  """Peak memory of the fullest local device; None on CPU."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  key = 'peak_bytes_in_use'
+  return max((found[key] for found in stats if key in found), default=None)

@@ -1,9 +1,9 @@
-"""Numbers on their way from the device to files.
+"""Metrics from the device to files.
 
-`metrics.jsonl` is a function of config and seed alone: a resumed run's file
-equals an uninterrupted one's, for its lines are part of the checkpoint, and
-nothing that a run decides is read from the file. Whatever depends on the clock
-goes to `timing.jsonl`. TensorBoard shows both.
+`metrics.jsonl` depends only on config and seed: its lines are part of the
+checkpoint, so a resumed run's file equals an uninterrupted one's. No run reads
+it to decide anything. Values that depend on the clock go to `timing.jsonl`.
+TensorBoard shows both.
 """
 
 import json
@@ -27,20 +27,14 @@ TIMING_FILE = 'timing.jsonl'
 
 def merge(a: Metrics, b: Metrics) -> Metrics:
   """Adds sums and counts name by name; a name in only one of them is kept."""
-  return {
-    name: (a[name][0] + b[name][0], a[name][1] + b[name][1])
-    if name in a and name in b
-    else (a[name] if name in a else b[name])
-    for name in sorted({*a, *b})
-  }
+  merged = {**a, **b}
+  for name in sorted(a.keys() & b.keys()):
+    merged[name] = (a[name][0] + b[name][0], a[name][1] + b[name][1])
+  return dict(sorted(merged.items()))
 
 
 def to_host(metrics: Metrics) -> dict[str, float]:
-  """Fetches (sum, count) pairs and divides, once.
-
-  Returns:
-    Plain floats; NaN where nothing was counted.
-  """
+  """Fetches (sum, count) pairs and divides; NaN where nothing was counted."""
   return {
     name: float(total) / float(count) if count else math.nan
     for name, (total, count) in jax.device_get(dict(metrics)).items()
@@ -50,16 +44,18 @@ def to_host(metrics: Metrics) -> dict[str, float]:
 class MetricsWriter:
   """Appends metrics to JSON lines and TensorBoard event files.
 
-  Each line is on its way to the disk when `write` returns; in an object store,
-  where a file can only be replaced, within some seconds. Processes other than
-  the first write nothing.
+  `write` flushes each line; an object store gets it within ten seconds. Only
+  the first process writes.
 
   Args:
     directory: of the stage; created if absent.
-    lines: of `metrics.jsonl` so far, as the restored checkpoint has them: the
-      file will hold these, whatever has become of it.
+    lines: of `metrics.jsonl` so far, from the checkpoint; they replace what the
+      file holds.
     resume_step: the restored checkpoint's step, which may be past the last
       line; None for a fresh start.
+
+  Attributes:
+    lines: all lines so far, in all processes; see `write`.
   """
 
   def __init__(
@@ -68,22 +64,21 @@ class MetricsWriter:
     lines: Iterable[Mapping[str, Any]] = (),
     resume_step: int | None = None,
   ):
-    self._lines = [dict(line) for line in lines]
+    self.lines = [dict(line) for line in lines]
     self._metrics = self._timing = self._events = None
     if jax.process_index() != 0:
       return
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    self._metrics = _open(directory / METRICS_FILE, self._lines)
-    # Time was spent, whether or not its steps are run again.
-    self._timing = _open(
-      directory / TIMING_FILE, _spent(directory / TIMING_FILE)
-    )
+    self._metrics = _open(directory / METRICS_FILE, self.lines)
+    # Times stay, even of steps that are run again.
+    timing = directory / TIMING_FILE
+    self._timing = _open(timing, _times(timing))
     if files.is_remote(directory):
       return
     (directory / 'tensorboard').mkdir(exist_ok=True)
     # Not tensorboardX's SummaryWriter: its thread dies on a full disk, and the
-    # next line would wait for it for ever.
+    # next line would wait forever.
     self._events = EventsWriter(str(directory / 'tensorboard' / 'events'))
     self._events.write_event(
       event_pb2.Event(
@@ -93,28 +88,20 @@ class MetricsWriter:
       )
     )
 
-  @property
-  def lines(self) -> list[dict[str, Any]]:
-    """All lines so far, in all processes; see `write`."""
-    return self._lines
-
   def write(
     self, step: int, values: Mapping[str, SupportsFloat]
   ) -> dict[str, Any]:
-    """Records values that config and seed determine.
-
-    Returns:
-      The line as it will be read: NaN and infinity are None.
-    """
+    """Records values that depend only on config and seed; returns the line as
+    it will be read, with None for NaN and infinity."""
     line = _line(step, values)
-    self._lines.append(line)
+    self.lines.append(line)
     self._append(self._metrics, line, values)
     return line
 
   def write_timing(
     self, step: int, values: Mapping[str, SupportsFloat]
   ) -> None:
-    """Records seconds, rates and other values that depend on the clock."""
+    """Records values that depend on the clock."""
     self._append(self._timing, _line(step, values), values)
 
   def _append(self, file, line, values):
@@ -122,14 +109,13 @@ class MetricsWriter:
       return
     try:
       file.write(json.dumps(line) + '\n')
-      self._write_events(line['step'], values)
+      if self._events is not None:
+        self._write_events(line['step'], values)
     except OSError as error:
       # Python names the file only where opening it fails.
       raise OSError(error.errno, error.strerror, file.name) from error
 
   def _write_events(self, step, values):
-    if self._events is None:
-      return
     for name in sorted(values):
       self._events.write_event(
         event_pb2.Event(
@@ -146,25 +132,13 @@ class MetricsWriter:
       if file is not None:
         file.close()
 
-  def __enter__(self) -> 'MetricsWriter':
-    return self
-
-  def __exit__(self, *exception) -> None:
-    self.close()
-
 
 def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
-  """The lines of `metrics.jsonl` or `timing.jsonl`; a torn last one is left
-  out.
-
-  Raises:
-    ValueError: another line is not JSON.
-  """
-  path = epath.Path(path)
-  lines = path.read_text().split('\n')
-  # A whole file ends in a line break: what follows the last one is torn.
+  """The whole lines of a file; ValueError if one is not JSON."""
+  # A torn line may follow the last line break.
+  lines = epath.Path(path).read_text().split('\n')[:-1]
   parsed = []
-  for number, line in enumerate(lines[:-1], 1):
+  for number, line in enumerate(lines, 1):
     try:
       parsed.append(json.loads(line))
     except json.JSONDecodeError as error:
@@ -173,25 +147,23 @@ def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def _line(step: int, values: Mapping[str, SupportsFloat]) -> dict[str, Any]:
-  line: dict[str, Any] = {'step': step}
-  for name in sorted(values):
-    value = float(values[name])
-    line[name] = value if math.isfinite(value) else None
-  return line
+  numbers = {name: float(values[name]) for name in sorted(values)}
+  return {'step': step} | {
+    name: x if math.isfinite(x) else None for name, x in numbers.items()
+  }
 
 
-def _spent(path):
+def _times(path):
   try:
     return read_lines(path) if path.exists() else []
   except ValueError as error:
     raise ValueError(
-      f'{error}. It holds times alone: delete it, and the same command '
-      'continues'
+      f'{error}. It holds only times: delete it, and the same command continues'
     ) from error
 
 
 def _open(path, lines):
-  """The file, open for appending, with just these lines."""
+  """The file, open for appending, with only these lines."""
   text = ''.join(json.dumps(line) + '\n' for line in lines)
   files.write_bytes(path, text.encode())
   return files.Appended(path)

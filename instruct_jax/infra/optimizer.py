@@ -1,23 +1,17 @@
 """Learning-rate schedules and Adam.
 
-A schedule is a pure function of the number of updates already applied, so the
-first update sees step 0 and a resumed run continues on the same curve.
+A schedule is a function of the number of updates already applied: the first
+update sees step 0.
 """
 
 import math
-from collections.abc import Callable
 
 import jax.numpy as jnp
 import optax
 
-from instruct_jax.types import PyTree
-
 
 def cosine_to_fraction(
-  peak: float,
-  num_steps: int,
-  final_fraction: float = 0.1,
-  num_warmup: int = 0,
+  peak: float, num_steps: int, final_fraction: float = 0.1, num_warmup: int = 0
 ) -> optax.Schedule:
   """Cosine decay from `peak` to a fraction of it (paper C.1: to 10 %).
 
@@ -26,11 +20,10 @@ def cosine_to_fraction(
 
   Args:
     peak: the highest learning rate.
-    num_steps: updates until the rate is `final_fraction * peak`; it stays
-      there afterwards.
+    num_steps: updates, after which the rate stays at f * peak.
     final_fraction: f.
-    num_warmup: updates of linear warm-up before, at peak * (t + 1) /
-      num_warmup; the SFT models have none.
+    num_warmup: of these, updates at peak * (t + 1) / num_warmup; the SFT
+      models have none.
 
   Raises:
     ValueError: the warm-up leaves no steps to decay.
@@ -64,11 +57,13 @@ def constant_with_warmup(
 
   Args:
     peak: the learning rate after the warm-up.
-    num_warmup_iterations: PPO iterations (one iteration is one batch of
-      rollouts) until the peak; 0 means none.
-    start_fraction: s; the first iteration runs at s * peak.
+    num_warmup_iterations: PPO iterations until the peak; 0 for none.
+    start_fraction: s.
     updates_per_iteration: gradient steps in an iteration (minibatches times
-      inner epochs); all steps of an iteration share its rate.
+      inner epochs), which share its rate.
+
+  Raises:
+    ValueError: either number is out of range.
   """
   if updates_per_iteration < 1 or num_warmup_iterations < 0:
     raise ValueError(
@@ -91,26 +86,18 @@ def make_adam(
   b1: float = 0.9,
   b2: float = 0.95,
   eps: float = 1e-8,
-  weight_decay: float = 0.0,
   max_grad_norm: float = 0.0,
-  decay_mask_fn: Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformation:
-  """Adam with global-norm clipping before it (paper C: beta 0.9 and 0.95).
+  """Adam after global-norm clipping (paper C: beta 0.9 and 0.95).
 
   Args:
     schedule: learning rate by number of applied updates.
     b1, b2, eps: Adam's constants.
-    weight_decay: decoupled (AdamW), multiplied by the learning rate.
-    max_grad_norm: gradients are scaled down to this global L2 norm; 0 or less
-      means no clipping.
-    decay_mask_fn: params -> tree of booleans, True where weights decay;
-      everywhere by default.
+    max_grad_norm: L2 norm to clip at; 0 or less for no clipping.
   """
   steps = []
   if max_grad_norm > 0:
     steps.append(optax.clip_by_global_norm(max_grad_norm))
   steps.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
-  if weight_decay:
-    steps.append(optax.add_decayed_weights(weight_decay, mask=decay_mask_fn))
   steps.append(optax.scale_by_learning_rate(schedule))
   return optax.chain(*steps)

@@ -1,8 +1,8 @@
-"""What the run that a file comes from says about it.
+"""What a model's or a file's own run says about it.
 
-Models and prompts that lie in a run's folder were made with lengths, and for a
-world, that the run's config.json holds: who evaluates them need not say it all
-again. How they were trained lies beside them.
+The config.json of the run has the lengths and the world that its models and
+prompts were made for, so that their evaluation need not repeat them. Files
+beside a model say how it was trained.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from instruct_jax.infra import metrics, run
 
 LENGTHS = ('prompt_length', 'response_length')
 WORLD = 'world_seed'
-# The stage that makes the world, and whose seed is the world's.
+# The stage that makes the world; its seed is the world's.
 _WORLD_STAGE = 'instruct_jax.worlds.miniature'
-# Files that a stage writes beside the model that it made.
+# Files that a stage writes beside its model.
 _BESIDE = ('metrics.jsonl', 'alarms.json', 'epochs.json')
-# Lines of these are no data.
+# Files of lines that are no data sets.
 _LOGS = (metrics.METRICS_FILE, metrics.TIMING_FILE)
 _LOGS += ('samples.jsonl', 'judgements.jsonl', 'journal.jsonl')
 
@@ -30,8 +30,8 @@ _LOGS += ('samples.jsonl', 'judgements.jsonl', 'journal.jsonl')
 def stages_of(path: str) -> tuple[epath.Path, dict[str, dict[str, Any]]]:
   """Folder of the run that `path` lies in, and name -> config of its stages.
 
-  The stage that the path lies in comes first, then those that evaluate. Without
-  a run, the folder is `path` itself and there are no stages.
+  The stage of the path comes first, then those that evaluate. Without a run,
+  the folder is `path` itself and there are no stages.
   """
   is_remote = files.is_remote(path)
   place = epath.Path(path if is_remote else os.path.abspath(path))
@@ -84,21 +84,16 @@ def _measured(folder: epath.Path, stage: Mapping[str, Any]) -> dict[str, Any]:
   return {k: lengths.get(k) if v is None else v for k, v in stage.items()}
 
 
-def _lengths(path):
+def _said(path, key):
+  """Value of one of `LENGTHS` or `WORLD` -> the place that has it, if any."""
   folder, stages = stages_of(path)
   for name, stage in stages.items():
-    stage = _measured(folder, stage)
-    if all(stage.get(key) for key in LENGTHS):
-      return {key: stage[key] for key in LENGTHS}, f'{folder}, stage {name}'
-  return {}, ''
-
-
-def _world(path):
-  folder, stages = stages_of(path)
-  for name, stage in stages.items():
-    if stage.get('experiment') == _WORLD_STAGE:
-      return {WORLD: stage['seed']}, f'{folder}, stage {name}'
-  return {}, ''
+    stage, place = _measured(folder, stage), f'{folder}, stage {name}'
+    if key == WORLD and stage.get('experiment') == _WORLD_STAGE:
+      return {stage['seed']: place}
+    if key != WORLD and all(stage.get(length) for length in LENGTHS):
+      return {stage[key]: place}
+  return {}
 
 
 def filled(
@@ -109,54 +104,42 @@ def filled(
 ) -> ConfigDict:
   """The config with those of its keys that are None read from the runs.
 
-  Prints a line about what was taken from where.
+  Prints each value and its source. The models' lengths count before those of
+  the prompts; the world is that of the prompts.
 
   Args:
     config: of a stage.
-    keys: that it needs, of `LENGTHS` and `WORLD`; given ones stay.
-    models: label -> folder of models; the lengths are theirs, or else those of
-      the prompts.
-    prompts: file of the prompts; the world is theirs.
+    keys: keys of `LENGTHS` and `WORLD` that it needs.
+    models: label -> folder.
+    prompts: their file.
 
   Raises:
-    ValueError: a key is None and no run says it, or two runs say other things;
-      the key is named.
+    ValueError: a key is None and no run has it, or two runs differ.
   """
   config = ConfigDict(config.copy_and_resolve_references())
   for key in keys:
     if config[key] is not None:
       continue
-    if key == WORLD:
-      found = [_world(prompts)]
-    else:
-      found = [_lengths(path) for path in models.values()]
-      found = [row for row in found if row[0]] or [_lengths(prompts)]
-    where = [prompts] if key == WORLD else [*models.values(), prompts]
-    config[key] = _agreed(config.name, key, found, where)
+    where = [] if key == WORLD else [*models.values()]
+    values = {}
+    for path in where:
+      values |= _said(path, key)
+    values = values or _said(prompts, key)
+    if not values:
+      raise ValueError(
+        f'{key} is not given, and no config.json of a run in whose folder '
+        f'{" or ".join([*where, prompts])} lies says it; set --config.{key}'
+      )
+    if len(values) > 1:
+      found = ', '.join(
+        f'{value} in {place}' for value, place in values.items()
+      )
+      raise ValueError(
+        f'{key} is not given, and the runs differ ({found}); set --config.{key}'
+      )
+    ((config[key], place),) = values.items()
+    run.say(f'{config.name}: {key} is {config[key]}, as in {place}')
   return config
-
-
-def _agreed(
-  name: str,
-  key: str,
-  found: Sequence[tuple[dict[str, int], str]],
-  where: Sequence[str],
-) -> int:
-  """What all places say that say something."""
-  values = {row[key]: place for row, place in found if key in row}
-  if not values:
-    raise ValueError(
-      f'{key} is not given, and no config.json of a run in whose folder '
-      f'{" or ".join(where)} lies says it; set --config.{key}'
-    )
-  if len(values) > 1:
-    said = ', '.join(f'{value} in {place}' for value, place in values.items())
-    raise ValueError(
-      f'{key} is not given, and the runs differ ({said}); set --config.{key}'
-    )
-  ((value, place),) = values.items()
-  run.say(f'{name}: {key} is {value}, as in {place}')
-  return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,19 +148,19 @@ class Stage:
 
   Attributes:
     folder: its own.
-    config: as the run's config.json has it.
-    info: what it said in the end; {} where it has not finished.
-    seconds: it took, or None.
+    config: from the run's config.json.
+    info: what it returned; {} for nothing.
+    seconds: how long it took.
   """
 
   folder: epath.Path
   config: Mapping[str, Any]
   info: Mapping[str, Any]
-  seconds: float | None
+  seconds: float
 
   @property
   def records(self) -> dict[str, int]:
-    """Data set that it wrote -> number of its records."""
+    """Name of a data set that it wrote -> number of its records."""
     found = {}
     for path in sorted(self.folder.glob('*.jsonl')):
       if path.name not in _LOGS:
@@ -186,11 +169,9 @@ class Stage:
     return found
 
 
-def stages_behind(
-  paths: Sequence[str],
-) -> dict[tuple[epath.Path, str], Stage]:
-  """(folder of the run, name) -> finished stage, in running order, of the runs
-  that paths lie in."""
+def stages_behind(paths: Sequence[str]) -> dict[tuple[epath.Path, str], Stage]:
+  """(folder of the run, name) -> finished stage, in running order, of all runs
+  that the paths lie in."""
   found = {}
   for folder in dict.fromkeys(stages_of(path)[0] for path in paths):
     file = folder / 'config.json'
@@ -214,11 +195,7 @@ def stages_behind(
 
 
 def beside(model: str) -> dict[str, Any]:
-  """Contents of the files that a stage wrote beside a model, by name.
-
-  Args:
-    model: folder of a model; beside one that no stage made there are none.
-  """
+  """Name -> content of the files that a stage wrote beside a model folder."""
   return {
     name: metrics.read_lines(path)
     if path.endswith('.jsonl')

@@ -1,9 +1,9 @@
-"""Runs a config: one experiment, or the stages of a pipeline in their order.
+"""Runs a config: one experiment, or the stages of a pipeline in order.
 
-An experiment is a module with `validate(config)`, `run(config, workdir)`, where
-it reads files `inputs(config)`, and `PROCESSES`, which says who calls `run`
-where there are several processes: 'all' of them, the 'first' alone while the
-others wait, or 'one', which must be the only one there is.
+An experiment is a module with `validate(config)`, `run(config, workdir)`,
+`inputs(config)` if it reads files, and `PROCESSES`, which of several processes
+call `run`: 'all', the 'first' while the others wait, or 'one', which must be
+the only process.
 """
 
 import contextlib
@@ -24,29 +24,23 @@ PROCESSES = ('all', 'first', 'one')
 
 
 def find_experiment(name: str) -> ModuleType:
-  """The module of an experiment or a job.
-
-  Args:
-    name: of a file in `experiments` or `instruct_jax/jobs`, or a dotted module
-      name.
+  """The module of a file in `experiments` or `instruct_jax/jobs`, or of a
+  dotted name.
 
   Raises:
-    ValueError: there is no such module, or it lacks something that a stage
-      needs.
+    ValueError: there is no such module, or it lacks a part of a stage.
   """
-  module, full = None, [f'{folder}.{name}' for folder in FOLDERS]
-  if '.' in name:
-    full = [name]
-  for each in full:
+  names = [name] if '.' in name else [f'{folder}.{name}' for folder in FOLDERS]
+  for full in names:
     try:
-      module = importlib.import_module(each)
+      module = importlib.import_module(full)
       break
     except ModuleNotFoundError as error:
-      # Another module may be missing than the one that was asked for.
-      if error.name is None or not each.startswith(error.name):
-        raise ValueError(f'{each}: {error}') from error
-  if module is None:
-    where = ' or '.join(full)
+      # A module that this one imports may be missing.
+      if error.name is None or not full.startswith(error.name):
+        raise ValueError(f'{full}: {error}') from error
+  else:
+    where = ' or '.join(names)
     raise ValueError(
       f'no experiment {name!r}: there is no module {where}; experiment is the '
       "name of a file in experiments/ or jobs/ without '.py', or a dotted name"
@@ -65,7 +59,7 @@ def find_experiment(name: str) -> ModuleType:
 
 
 def run_stage(stage: stages.Stage) -> None:
-  """Runs one `stages.Stage` in its folder, unless it has finished there."""
+  """Runs a stage in its folder, unless it has finished there."""
   folder = stage.folder
   if run.agreed(stage.is_done):
     run.say(f'{stage.name}: done before, in {folder}')
@@ -85,7 +79,7 @@ def run_stage(stage: stages.Stage) -> None:
     raise
   finally:
     seconds = spent + time.monotonic() - begin
-    # The disk may be full or gone: what ended the stage is worth more.
+    # If the disk is full or gone, the stage's own error counts.
     with contextlib.suppress(OSError):
       if folder.exists():
         run.write_json(seconds_file, seconds)
@@ -104,15 +98,14 @@ def run_all(
   Args:
     config: with `workdir` filled in.
     workdir: where the run lives.
-    described: the config as it came, without this machine's paths: what a
-      later run in the same directory is compared with.
-    accept_new_inputs: go on where inputs have other contents now.
+    described: the config without this machine's paths.
+    accept_new_inputs: continue with inputs that have other contents now.
 
   Raises:
-    ValueError: a key or an input that is not as it should be.
+    ValueError: a wrong key or a missing input.
     run.WorkdirError: the directory is in use, or a stage in it began with
       another config or other inputs.
-    run.Stopped: SIGTERM came, and what can be saved is.
+    run.Stopped: SIGTERM came, and what can be saved is saved.
   """
   found = stages.of_run(config, described, workdir, find_experiment)
   for stage in found:
@@ -130,10 +123,7 @@ def run_all(
         'process afterwards'
       )
   run.in_first(lambda: stages.find_missing(found))
-  with (
-    run.StopSignal(at_once=True) as stop,
-    run.WorkdirLock(workdir),
-  ):
+  with run.StopSignal(at_once=True) as stop, run.lock_workdir(workdir):
     run.in_first(
       lambda: stages.check_unchanged(
         found, described, workdir, accept_new_inputs

@@ -1,15 +1,14 @@
 """Several processes of one run: how they join, and how they end together.
 
-A process that fails says so to the others before it ends, through the service
-that has joined them; each of them then ends within seconds with one line. One
-that is killed says nothing, but its connection to the first process breaks,
-and that one tells the rest.
+A process that fails writes why to the service that has joined them; the others
+then end within seconds with one line. When a process is killed, its connection
+to the first process breaks, and the first process writes that.
 """
 
 import contextlib
+import functools
 import json
 import os
-import selectors
 import signal
 import socket
 import sys
@@ -23,26 +22,25 @@ from jax._src import distributed
 from instruct_jax import files
 from instruct_jax.infra import run
 
-# Seconds without a sign of life after which the service counts a process as
-# lost, should nothing else have noticed.
+# Seconds without a heartbeat after which the service counts a process as lost.
 HEARTBEAT_SECONDS = 30
-# Seconds that a process which ends in order waits for the others to do so.
+# Seconds that processes wait for each other at an orderly end.
 SHUTDOWN_SECONDS = 30
-# Seconds in which all processes have to come.
+# Seconds in which all processes have to join.
 JOIN_SECONDS = 300
 # Seconds between looks for a failure elsewhere.
 _TICK = 0.5
 # Seconds that the first process, which keeps the service, waits for the others
-# to have read why it ends.
+# to read why it ends.
 _READ_SECONDS = 15
 
 _ENDED = 'instruct_jax/ended'
 _READ = 'instruct_jax/read/'
 _LIFELINE = 'instruct_jax/lifeline'
 _BYE = b'bye\n'
-# Seconds that a process whose collective broke waits to be told why.
+# Seconds that a process whose collective broke waits for the reason.
 _WHY_SECONDS = 5
-# What a collective says whose other side is gone.
+# Words in the error of a collective that has lost its peer.
 _LOST_PEER = (
   'gloo',
   'unavailable',
@@ -62,20 +60,23 @@ def join(
   """Joins the other processes of a run, before the first use of a device.
 
   Args:
-    coordinator: HOST:PORT of process 0, 'auto' on a TPU pod, or None where
-      there is one process only.
+    coordinator: HOST:PORT of process 0, 'auto' on a TPU pod, None for a single
+      process.
     num_processes, process_id: how many there are, and this one's number.
 
   Raises:
-    ValueError: an address without numbers, or numbers without an address.
+    ValueError: an address without numbers, numbers without an address, or a
+      number out of range.
   """
   global _together
   if coordinator is None:
     if num_processes is not None or process_id is not None:
       raise ValueError('--num_processes and --process_id need --coordinator')
     return
-  arguments = {}
-  if coordinator != 'auto':
+  address = coordinator
+  if coordinator == 'auto':
+    address = num_processes = process_id = None
+  else:
     if num_processes is None or process_id is None:
       raise ValueError(
         f'--coordinator={coordinator} needs --num_processes and --process_id '
@@ -86,25 +87,22 @@ def join(
         f'--process_id={process_id} must be from 0 to {num_processes - 1}, '
         f'one less than --num_processes={num_processes}'
       )
-    arguments = {
-      'coordinator_address': coordinator,
-      'num_processes': num_processes,
-      'process_id': process_id,
-    }
-  # It would take SIGTERM for itself.
+  # It would catch SIGTERM.
   jax.config.update('jax_enable_preemption_service', False)
-  # On CPU, programs in flight at one time may start in another order on each
-  # device; where both talk to other devices, they would wait for ever.
+  # On CPU, programs in flight may start in different orders on two devices; if
+  # they use collectives, they deadlock.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
-  # The service aborts a process that has lost the others; a listing of every
-  # loaded extension module says nothing about it. Other crashes keep theirs.
+  # The service aborts a process that has lost the others, and Python's fault
+  # handler would list every loaded extension module.
   signal.signal(signal.SIGABRT, signal.SIG_DFL)
-  # Left to itself, the service aborts a process that waits in vain.
+  # The service would abort a process that waits too long.
   patience = threading.Timer(JOIN_SECONDS, _give_up, [coordinator])
   patience.daemon = True
   patience.start()
   jax.distributed.initialize(
-    **arguments,
+    address,
+    num_processes,
+    process_id,
     initialization_timeout=2 * JOIN_SECONDS,
     heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     shutdown_timeout_seconds=SHUTDOWN_SECONDS,
@@ -124,12 +122,11 @@ def _give_up(coordinator: str) -> None:
 
 
 def _agree_on_programs() -> None:
-  """All processes load a program that was compiled before, or none does.
+  """Lets all processes load compiled programs from the cache, or none: loaded
+  and compiled ones may differ in the order of their collectives.
 
-  What is loaded need not be what would be compiled to the last instruction, and
-  collectives of one would meet those of the other. Only the first process
-  writes to the cache, so a folder on each host fills up for that one alone; and
-  on CPU a program has another key in each process.
+  Only the first process writes to the cache, so other hosts do not find a local
+  folder's programs; on CPU the keys differ between processes.
   """
   folder = jax.config.jax_compilation_cache_dir or ''
   if jax.default_backend() == 'cpu' or not files.is_remote(folder):
@@ -139,14 +136,12 @@ def _agree_on_programs() -> None:
 def fail(
   message: str, error: BaseException | None = None, code: int = 1
 ) -> NoReturn:
-  """Ends this process with a message, and all others of the run.
-
-  May be called from any thread. Where another process ended first, that is
-  said in the place of the message.
+  """Ends this process and all others of the run; callable from any thread.
 
   Args:
-    message: printed to standard error; '' where that has been done.
-    error: what happened.
+    message: for standard error, unless another process ended first; '' if
+      already printed.
+    error: the exception behind it.
     code: exit code of all processes.
   """
   if _together is not None:
@@ -156,12 +151,12 @@ def fail(
 
 
 def are_joined() -> bool:
-  """Whether this process is one of several that watch over each other."""
+  """Whether this process is one of several that watch each other."""
   return _together is not None
 
 
 def leave() -> None:
-  """Ends the watch over each other; all processes have come to their end."""
+  """Waits for the orderly end of all processes and ends their watch."""
   global _together
   if _together is not None:
     together, _together = _together, None
@@ -169,36 +164,31 @@ def leave() -> None:
 
 
 class _Together:
-  """The watch of one process over the others.
-
-  Args:
-    state: of `jax.distributed`, after joining.
-  """
+  """One process's watch over the others."""
 
   def __init__(self, state):
     self._client = state.client
     self._index, self._count = state.process_id, state.num_processes
     self._is_over = threading.Event()
     self._end = threading.Lock()  # Held by the thread that ends the process.
-    self._threads = [threading.Thread(target=self._look, daemon=True)]
     self._line = None  # To the first process.
+    jobs = [self._look]
     if self._index == 0:
       family = {}
       if socket.has_dualstack_ipv6():
         family = {'family': socket.AF_INET6, 'dualstack_ipv6': True}
       server = socket.create_server(('', 0), **family)
       self._client.key_value_set(_LIFELINE, str(server.getsockname()[1]))
-      self._threads.append(
-        threading.Thread(target=self._hold, args=(server,), daemon=True)
-      )
+      jobs.append(functools.partial(self._accept, server))
     else:
       host = state.coordinator_address.rpartition(':')[0].strip('[]')
-      # Without it, the service notices by itself after some time.
+      # Without a connection, the service's heartbeat notices.
       with contextlib.suppress(OSError):
         port = self._client.blocking_key_value_get(_LIFELINE, 60_000)
         self._line = socket.create_connection((host, int(port)), timeout=10)
         self._line.sendall(f'{self._index}\n'.encode())
-        self._threads.append(threading.Thread(target=self._cling, daemon=True))
+        jobs.append(self._cling)
+    self._threads = [threading.Thread(target=j, daemon=True) for j in jobs]
     for thread in self._threads:
       thread.start()
 
@@ -219,37 +209,30 @@ class _Together:
     except jax.errors.JaxRuntimeError:  # There is no such key yet.
       return None
 
-  def _hold(self, server):
-    """In the first process: a connection that breaks is a process that died."""
-    selector = selectors.DefaultSelector()
-    selector.register(server, selectors.EVENT_READ)
-    said = {}
-    while not self._is_over.is_set():
-      for key, _ in selector.select(_TICK):
-        line = key.fileobj
-        if line is server:
+  def _accept(self, server):
+    """Takes the connections of the others, in the first process."""
+    server.settimeout(_TICK)
+    with server:
+      while not self._is_over.is_set():
+        with contextlib.suppress(TimeoutError):
           line, _ = server.accept()
-          said[line] = b''
-          selector.register(line, selectors.EVENT_READ)
-          continue
-        try:
-          text = line.recv(64)
-        except OSError:
-          text = b''
-        said[line] += text
-        if text:
-          continue
-        selector.unregister(line)
-        line.close()
-        number = said.pop(line).split(b'\n')
-        # Others may knock at a port, too.
-        if number[0].isdigit() and not number[1]:
-          self._lost(int(number[0]))
-    for line in (server, *said):
-      line.close()
+          threading.Thread(
+            target=self._listen, args=(line,), daemon=True
+          ).start()
+
+  def _listen(self, line):
+    """A connection that breaks without a goodbye is a process that died."""
+    text = b''
+    with line, contextlib.suppress(OSError):
+      while received := line.recv(64):
+        text += received
+    number, _, goodbye = text.partition(b'\n')
+    # Strangers may connect to a port, too.
+    if number.isdigit() and not goodbye and not self._is_over.is_set():
+      self._lost(int(number))
 
   def _cling(self):
-    """In the others: the connection breaks with the first process."""
+    """Notices, in the others, that the first process is gone."""
     self._line.settimeout(None)
     with contextlib.suppress(OSError):
       self._line.recv(1)
@@ -274,7 +257,7 @@ class _Together:
       time.sleep(_TICK)
     if note is None:
       mine = {'process': self._index, 'code': code, 'error': message}
-      # Another one may be quicker.
+      # Another process may have been quicker.
       note = None if self._publish(mine) else self._note()
     if note is not None:
       self._say_and_exit(note)
@@ -303,10 +286,10 @@ class _Together:
     self._exit(note['code'], note['process'])
 
   def _publish(self, note) -> bool:
-    """Whether this note is the one that the others read."""
+    """Writes the note, unless there is one or the service is gone."""
     try:
       self._client.key_value_set(_ENDED, json.dumps(note))
-    except jax.errors.JaxRuntimeError:  # There is one, or no service any more.
+    except jax.errors.JaxRuntimeError:
       return False
     return True
 
@@ -320,7 +303,7 @@ class _Together:
         time.sleep(0.1)
     sys.stdout.flush()
     sys.stderr.flush()
-    # An orderly exit would wait for processes that are no more.
+    # An orderly exit would wait for processes that are gone.
     os._exit(code)
 
   def leave(self):
@@ -340,7 +323,7 @@ class _Together:
 
 
 def _is_lost_peer(error: BaseException | None) -> bool:
-  """Whether an error is what other processes leave behind when they end."""
+  """Whether another process that ended may have caused the error."""
   if not isinstance(error, jax.errors.JaxRuntimeError):
     return False
   text = str(error).lower()

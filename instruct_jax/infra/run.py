@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -32,17 +33,8 @@ STOPPED_EXIT_CODE = 75
 DONE_FILE = 'done.json'
 
 _PACKAGES = (
-  'jax',
-  'jaxlib',
-  'flax',
-  'optax',
-  'orbax-checkpoint',
-  'grain',
-  'numpy',
-  'transformers',
-  'tokenizers',
-  'tensorboardX',
-  'ml_collections',
+  *('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy'),
+  *('transformers', 'tokenizers', 'tensorboardX', 'ml_collections'),
 )
 
 
@@ -51,14 +43,11 @@ class WorkdirError(RuntimeError):
 
 
 class Stopped(SystemExit):
-  """Raised by a loop that was asked to stop and has saved.
-
-  The process exits with code 75; the message goes to standard error.
+  """Ends a process that was asked to stop and has saved, with exit code 75.
 
   Args:
-    message: where it stopped.
-    is_agreed: of several processes, all stop here: an orderly end waits for no
-      other one.
+    message: where it stopped, for standard error.
+    is_agreed: whether all processes stop here.
   """
 
   def __init__(self, message: str, is_agreed: bool = False):
@@ -71,23 +60,14 @@ class Stopped(SystemExit):
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-  """Writes a JSON file that is at every moment the old or the new one.
-
-  Of several processes only the first writes.
-  """
-  if jax.process_index() != 0:
-    return
-  text = json.dumps(value, indent=2, sort_keys=True) + '\n'
-  files.write_bytes(path, text.encode())
+  """Writes a JSON file atomically, in the first process."""
+  if jax.process_index() == 0:
+    text = json.dumps(value, indent=2, sort_keys=True) + '\n'
+    files.write_bytes(path, text.encode())
 
 
 def read_json(path: epath.PathLike) -> Any:
-  """Reads a JSON file.
-
-  Raises:
-    FileNotFoundError: it is absent.
-    ValueError: it is not JSON; the path is named.
-  """
+  """Reads a JSON file; ValueError with its path if it is not JSON."""
   try:
     return json.loads(epath.Path(path).read_text())
   except json.JSONDecodeError as error:
@@ -95,41 +75,36 @@ def read_json(path: epath.PathLike) -> Any:
 
 
 def timestamp() -> str:
-  """Now, in UTC, to the second."""
+  """The UTC time, to the second."""
   return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
 
 
 # --- The work directory -------------------------------------------------------
 
 
-class WorkdirLock:
-  """Keeps a second run out of a work directory, while entered.
+@contextlib.contextmanager
+def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
+  """Keeps other runs out of a work directory, except in object stores.
 
-  The kernel holds the lock and drops it with the process, however that ends:
-  there are no stale locks. Object stores have no locks; there it does nothing.
+  The kernel drops the lock with the process, so no lock is ever stale.
 
   Raises:
-    WorkdirError: on entering, naming the process that holds the directory.
+    WorkdirError: another process holds the directory; the message names it.
   """
-
-  def __init__(self, workdir: epath.PathLike):
-    self._workdir = epath.Path(workdir)
-    self._file = None
-
-  def __enter__(self) -> 'WorkdirLock':
-    if files.is_remote(self._workdir) or jax.process_index() != 0:
-      return self
-    self._workdir.mkdir(parents=True, exist_ok=True)
-    # 'a+' leaves the holder's entry readable until the lock is ours.
-    file = open(self._workdir / '.lock', 'a+')
+  workdir = epath.Path(workdir)
+  if files.is_remote(workdir) or jax.process_index() != 0:
+    yield
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  # 'a+' keeps the holder's entry readable until the lock is ours.
+  with open(workdir / '.lock', 'a+') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
       file.seek(0)
       holder = file.read().strip() or 'a process that is just starting'
-      file.close()
       raise WorkdirError(
-        f'{self._workdir} is in use by another run: {holder}. Wait for it, '
+        f'{workdir} is in use by another run: {holder}. Wait for it, '
         'stop it, or choose another work directory.'
       ) from error
     file.truncate(0)
@@ -137,18 +112,14 @@ class WorkdirLock:
       f'pid {os.getpid()} on {socket.gethostname()} since {timestamp()}\n'
     )
     file.flush()
-    self._file = file
-    return self
-
-  def __exit__(self, *exception) -> None:
-    if self._file is not None:
-      self._file.truncate(0)
-      self._file.close()
-      self._file = None
+    try:
+      yield
+    finally:
+      file.truncate(0)
 
 
 def plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-  """JSON's view of a config: tuples are lists, integer keys are strings."""
+  """A config as JSON reads it: tuples are lists, integer keys are strings."""
   if isinstance(config, ConfigDict):
     config = config.to_dict()
   return json.loads(json.dumps(dict(config)))
@@ -169,10 +140,10 @@ def flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 def check_choice(
   config: ConfigDict | Mapping[str, Any], key: str, known: Sequence[str]
 ) -> None:
-  """Refuses a value of an enumerated key, or of one that lists such values.
+  """Checks the value of an enumerated key, or each value of a list.
 
   Raises:
-    ValueError: key, value and the values there are.
+    ValueError: a value is not known; the message lists those that are.
   """
   given = config[key]
   for value in (given,) if isinstance(given, str) else given:
@@ -184,7 +155,7 @@ def check_choice(
 
 @contextlib.contextmanager
 def naming(known: str, key: str) -> Iterator[None]:
-  """Lets errors about the key `known` name `key`, where the same stands."""
+  """Renames the key `known` to `key` in the errors raised inside."""
   try:
     yield
   except ValueError as error:
@@ -192,17 +163,8 @@ def naming(known: str, key: str) -> Iterator[None]:
 
 
 def check_enough(number: int, needed: int, what: str, keys: str) -> None:
-  """Refuses a data set that does not fill one batch.
-
-  Args:
-    number: of its rows, say, that are there.
-    needed: for a batch.
-    what: they are, in the plural.
-    keys: of the config that decide what is needed.
-
-  Raises:
-    ValueError: there are too few.
-  """
+  """Raises ValueError if `number` rows do not fill a batch of `needed`, which
+  the config `keys` decide."""
   if number < needed:
     raise ValueError(
       f'{number} {what} do not fill a batch of {needed} ({keys}); lower it, or '
@@ -211,7 +173,7 @@ def check_enough(number: int, needed: int, what: str, keys: str) -> None:
 
 
 def mark_done(stage_dir: epath.PathLike, info: Mapping[str, Any]) -> None:
-  """Records that a stage is finished; its outputs are written before.
+  """Records, in `done.json`, that a stage and its outputs are finished.
 
   Returns in all processes once the first has written it.
   """
@@ -220,12 +182,12 @@ def mark_done(stage_dir: epath.PathLike, info: Mapping[str, Any]) -> None:
 
 
 def is_done(stage_dir: epath.PathLike) -> bool:
-  """Whether `mark_done` was called; the info is in `done.json`."""
+  """Whether `mark_done` was called."""
   return (epath.Path(stage_dir) / DONE_FILE).exists()
 
 
 def mark_undone(stage_dir: epath.PathLike) -> None:
-  """Takes `mark_done` back, in the first process."""
+  """Undoes `mark_done`, in the first process."""
   if jax.process_index() == 0:
     (epath.Path(stage_dir) / DONE_FILE).unlink(missing_ok=True)
 
@@ -240,15 +202,15 @@ def say(text: str) -> None:
 
 
 def tell_dropped(name: str, text: str) -> None:
-  """Says what a stage leaves out; '' is nothing."""
+  """Prints what a stage leaves out, unless `text` is empty."""
   if text:
     say(f'{name}: {text}')
 
 
 def agreed(value: bool) -> bool:
-  """The first process's answer, in every process; all must ask.
+  """The first process's value, in every process; all must call it.
 
-  What one process sees of a shared directory, another may see a moment later.
+  Processes may see a change of a shared directory at different times.
   """
   if jax.process_count() == 1:
     return value
@@ -256,11 +218,11 @@ def agreed(value: bool) -> bool:
 
 
 def in_first(function: Callable[[], None]) -> None:
-  """Calls a function in the first process; where it fails, all fail.
+  """Calls a function in the first process.
 
   Raises:
-    ValueError, RuntimeError, OSError: as it did, in the first process.
-    WorkdirError: in the others.
+    ValueError, RuntimeError, OSError: from the function; WorkdirError in the
+      other processes.
   """
   problem = None
   if jax.process_index() == 0:
@@ -269,17 +231,17 @@ def in_first(function: Callable[[], None]) -> None:
     except (ValueError, RuntimeError, OSError) as error:
       problem = error
   if not agreed(problem is None):
-    raise problem or WorkdirError('the first process refuses; it says why')
+    raise problem or WorkdirError('the first process failed; see its message')
 
 
 def wait_for_all(name: str) -> None:
-  """Returns once every process has come here; the name must be the same."""
+  """Returns once every process has called it with the same name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
 def say_drawn(stage: str, number: int, total: int, what: str) -> None:
-  """A line about how many records of a file are used, where not all are."""
+  """Prints how many records of a file are used, unless all are."""
   if number < total:
     say(f'{stage}: {number} of {total} {what}, drawn by seed')
 
@@ -287,15 +249,7 @@ def say_drawn(stage: str, number: int, total: int, what: str) -> None:
 def say_left_out(
   stage: str, number: int, total: int, what: str, limit: str
 ) -> None:
-  """A line about records that do not fit; none where `number` is 0.
-
-  Args:
-    stage: its name.
-    number: left out.
-    total: with these.
-    what: they are, in the plural.
-    limit: key of the config and number of tokens.
-  """
+  """Prints how many of `total` records exceed the `limit`, unless none does."""
   if number:
     say(f'{stage}: {number} of {total} {what} left out: do not fit {limit}')
 
@@ -304,30 +258,21 @@ def say_left_out(
 
 
 def provenance(seed: int) -> dict[str, Any]:
-  """What one needs to run this again.
+  """What is needed to run this again.
 
-  Returns:
-    `seed`, `commit` (None outside a git checkout), `dirty` (tracked files
-    differ from the commit, or there is Python code that is not tracked),
-    `versions` by package, `python`, `platform`, `devices` (count by kind) and
-    `num_processes`.
+  `commit` is None outside a git checkout; `dirty` means changed tracked files
+  or untracked Python code; `devices` counts them by kind.
   """
-  versions = {}
-  for name in _PACKAGES:
-    try:
-      versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      versions[name] = None
-  kinds = [device.device_kind for device in jax.devices()]
+  kinds = Counter(device.device_kind for device in jax.devices())
   commit, dirty = _git_state(pathlib.Path(__file__).parents[2])
   return {
     'seed': seed,
     'commit': commit,
     'dirty': dirty,
-    'versions': versions,
+    'versions': {name: importlib.metadata.version(name) for name in _PACKAGES},
     'python': platform.python_version(),
     'platform': platform.platform(),
-    'devices': {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+    'devices': dict(sorted(kinds.items())),
     'num_processes': jax.process_count(),
   }
 
@@ -341,9 +286,8 @@ def _git_state(root) -> tuple[str | None, bool | None]:
       check=True,
     ).stdout.strip()
 
-  # Installed into an environment that lies inside some other repository, the
-  # package must not report that one's commit.
   try:
+    # The package may be installed inside some other repository.
     if pathlib.Path(git('rev-parse', '--show-toplevel')) != root.resolve():
       return None, None
     commit = git('rev-parse', 'HEAD')
@@ -358,29 +302,21 @@ def _git_state(root) -> tuple[str | None, bool | None]:
 
 
 class StopSignal:
-  """Turns SIGTERM into a flag, while entered; loops look at it every step.
+  """Turns SIGTERM into the flag `requested`, while entered.
 
-  with StopSignal() as stop:
-    for step in ...:
-      ...
-      if stop.requested:
-        checkpointer.save(...); checkpointer.close()
-        raise Stopped(f'sft: stopped at step {step}')
-
-  They nest: what one of them received, those inside it see as well, and what
-  the inner one did not act on is passed to the outer one when it is left.
+  They nest: all see a signal until the outermost one is left.
 
   Args:
-    at_once: raise `Stopped` where the signal meets the program, or, where
-      Python would drop an exception, at the next step of a `Progress`. For what
-      lies between loops: there is nothing to save there.
+    at_once: raise `Stopped` as soon as the signal comes, or, where Python would
+      drop an exception, at the next step of a `Progress`. For code that has
+      nothing to save.
   """
 
   _entered: ClassVar[list['StopSignal']] = []
+  _came: ClassVar[bool] = False  # While any is entered.
 
   def __init__(self, at_once: bool = False):
     self._at_once = at_once
-    self._received = False
     self._previous = None
 
   def __enter__(self) -> 'StopSignal':
@@ -391,51 +327,40 @@ class StopSignal:
 
   def __exit__(self, *exception) -> None:
     self._entered.remove(self)
-    if self._received and self._entered:
-      self._entered[-1]._received = True
     if self._previous is not None:
       signal.signal(signal.SIGTERM, self._previous)
       self._previous = None
+    StopSignal._came &= bool(self._entered)
 
   def _receive(self, number, frame):
-    self._received = True
+    StopSignal._came = True
     if not _drops_exceptions(frame):
       self.check()
 
   @classmethod
   def check(cls) -> None:
-    """Raises `Stopped` where a signal came that is to stop the program at once.
-
-    Only the main thread does.
-    """
+    """Raises `Stopped`, in the main thread, if a signal came that is to stop
+    the program at once."""
     if (
       cls._entered
       and cls._entered[-1]._at_once
       and threading.current_thread() is threading.main_thread()
-      and cls._came()
+      and cls._came
     ):
       raise Stopped('stopped outside of a training loop')
 
-  @classmethod
-  def _came(cls) -> bool:
-    return any(stop._received for stop in cls._entered)
-
   @property
   def requested(self) -> bool:
-    """Whether SIGTERM came to any process.
-
-    With several processes it is a collective, so that all stop at the same
-    step: each must ask equally often.
-    """
+    """Whether SIGTERM came to any process; all must ask equally often."""
     if jax.process_count() == 1:
-      return self._came()
-    received = multihost_utils.process_allgather(np.array(self._came()))
+      return self._came
+    received = multihost_utils.process_allgather(np.array(self._came))
     return bool(np.any(received))
 
 
 def _drops_exceptions(frame) -> bool:
-  """Whether Python only prints what is raised in a frame: inside finalizers and
-  callbacks of the garbage collector."""
+  """Whether Python only prints exceptions of a frame, as it does in finalizers
+  and callbacks of the garbage collector."""
   callbacks = {getattr(call, '__code__', None) for call in gc.callbacks}
   while frame is not None:
     if frame.f_code.co_name == '__del__' or frame.f_code in callbacks:
@@ -445,14 +370,14 @@ def _drops_exceptions(frame) -> bool:
 
 
 class Progress:
-  """Steps done, rate and time left: a bar on a terminal, else a line about
-  every ten seconds and one at the end.
+  """Steps done, rate and time left: a bar on a terminal, otherwise a line about
+  every ten seconds and at the end.
 
   Args:
-    name: the stage.
-    total: steps in all.
-    initial: steps done before, by a run that was cut; not part of the rate.
-    unit: what a step is called.
+    name: of the stage.
+    total: number of steps, the `initial` ones of earlier runs included.
+    initial: not part of the rate.
+    unit: plural name of the steps.
   """
 
   _SECONDS_BETWEEN_LINES = 10.0
@@ -477,11 +402,7 @@ class Progress:
       )
 
   def update(self, num_steps: int = 1, text: str = '') -> None:
-    """Counts steps; `text` is shown behind them.
-
-    Raises:
-      Stopped: see `StopSignal`.
-    """
+    """Counts steps and shows `text` after them; may raise `Stopped`."""
     StopSignal.check()
     self._done += num_steps
     self._text = text
@@ -508,15 +429,16 @@ class Progress:
     if self._done >= self._total:
       when = f'took {_clock(seconds)}'
     else:
-      left = (self._total - self._done) / rate if rate else None
-      when = f'{_clock(left) if left is not None else "?"} left'
+      left = _clock((self._total - self._done) / rate) if rate else '?'
+      when = f'{left} left'
     percent = 100 * self._done // max(self._total, 1)
     line = (
       f'{self._name}: {self._done}/{self._total} ({percent} %), '
       f'{rate:.3g} {self._unit}/s, {when}'
     )
-    print(f'{line}, {self._text}' if self._text else line, file=sys.stderr)
-    sys.stderr.flush()
+    if self._text:
+      line += f', {self._text}'
+    print(line, file=sys.stderr, flush=True)
 
   def close(self) -> None:
     """Ends the bar, or prints the last line."""
@@ -535,8 +457,6 @@ class Progress:
 def _clock(seconds: float) -> str:
   minutes, seconds = divmod(int(seconds), 60)
   hours, minutes = divmod(minutes, 60)
-  return (
-    f'{hours}:{minutes:02}:{seconds:02}'
-    if hours
-    else (f'{minutes}:{seconds:02}')
-  )
+  if hours:
+    return f'{hours}:{minutes:02}:{seconds:02}'
+  return f'{minutes}:{seconds:02}'

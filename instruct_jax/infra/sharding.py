@@ -4,11 +4,10 @@ Every parameter names its axes on the line that creates it (`nn.with_logical_
 partitioning`); `LOGICAL_RULES` says which mesh axis cuts each name. The mesh
 axes are `data` (replicas), `fsdp` (replicas that also split the weights) and
 `tensor` (heads, MLP and vocabulary split), all of type Auto: the compiler
-inserts the collectives, the result does not depend on the mesh.
+inserts the collectives.
 
-A mesh takes effect inside `use_mesh(mesh)`. Entering it as `with mesh:` would
-leave every constraint without effect and without a word (seen on jax 0.10.2
-with flax 0.12.8), which is why the tests look at real `.sharding.spec`s.
+A mesh takes effect inside `use_mesh(mesh)`. Under `with mesh:`, constraints do
+nothing (jax 0.10.2, flax 0.12.8), so tests check real `.sharding.spec`s.
 """
 
 import contextlib
@@ -26,11 +25,11 @@ from instruct_jax.types import PyTree
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
 BATCH_AXES = ('data', 'fsdp')
-# Bytes above which no parameter is left whole on every device.
+# Bytes above which no parameter is whole on every device.
 LARGE = 2**20
 
-# Logical axis name -> mesh axes; () keeps the axis whole. Activations carry
-# `batch`, which already uses fsdp, so their width is `None`, never `embed`.
+# Logical axis name -> mesh axes; () keeps the axis whole. The `batch` of
+# activations already uses fsdp, so their width is `None`, never `embed`.
 LOGICAL_RULES = {
   'batch': BATCH_AXES,
   'candidates': (),
@@ -48,9 +47,6 @@ LOGICAL_RULES = {
 }
 
 
-_ONE = dict.fromkeys(MESH_AXES, 1)
-
-
 def make_mesh(
   shape: Sequence[int],
   devices: Sequence[jax.Device] | None = None,
@@ -62,21 +58,18 @@ def make_mesh(
 
   Args:
     shape: devices along each of the three axes; one entry may be -1, which
-      takes what the other two leave. () chooses: all of them along `fsdp`,
-      which splits weights and rows alike, unless they do not divide the rows;
-      then as many as do, and the rest along `tensor`, if that divides the
-      heads.
-    devices: the devices to use; all of them by default.
-    rows: of each batch and microbatch that the programs take.
-    heads: and other axes that `tensor` would cut. Like `rows` they are looked
-      at only where the shape is to be chosen; without any, `tensor` stays 1.
+      takes what the other two leave. () puts as many along `fsdp` as divide the
+      rows, and the others along `tensor` if that divides the heads.
+    devices: the devices to use; all by default.
+    rows: numbers of rows of the programs' batches and microbatches.
+    heads: sizes of axes that `tensor` would cut; without any it stays 1.
 
   Raises:
     ValueError: the shape does not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
-  shape = shape or _choose(len(devices), rows, heads)
-  wanted = dict(zip(MESH_AXES, shape, strict=True))
+  sizes = shape or _choose(len(devices), rows, heads)
+  wanted = dict(zip(MESH_AXES, sizes, strict=True))
   sizes = list(wanted.values())
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
     raise ValueError(
@@ -96,46 +89,38 @@ def make_mesh(
 
 def _choose(num_devices, rows, heads) -> tuple[int, int, int]:
   for fsdp in range(num_devices, 0, -1):
-    tensor, rest = divmod(num_devices, fsdp)
+    tensor, left_over = divmod(num_devices, fsdp)
     cuts_heads = tensor == 1 or (
       heads and all(num % tensor == 0 for num in heads)
     )
-    if not rest and cuts_heads and all(num % fsdp == 0 for num in rows):
+    if not left_over and cuts_heads and all(num % fsdp == 0 for num in rows):
       return 1, fsdp, tensor
-  # Nothing fits well. Uneven microbatches cost time; batches that do not
-  # divide are refused, with their numbers, when they come.
+  # Uneven microbatches cost time; `put_batch` refuses uneven batches.
   return 1, num_devices, 1
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
-  """Makes `mesh` and the table current, for `constrain` and for Linen's own
-  `nn.with_logical_constraint`, around tracing as well as around calls."""
-  with jax.set_mesh(mesh), nn.logical_axis_rules(linen_rules()):
+  """Makes `mesh` and the table current for `constrain` and for Linen's
+  `nn.with_logical_constraint`; needed around tracing and around calls."""
+  rules = [(name, axes or None) for name, axes in LOGICAL_RULES.items()]
+  with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
     yield mesh
 
 
-def linen_rules() -> tuple[tuple[str, tuple[str, ...] | None], ...]:
-  """The table in the form of `nn.logical_axis_rules`."""
-  return tuple((name, axes or None) for name, axes in LOGICAL_RULES.items())
-
-
 def partition_spec(names: Sequence[str | None]) -> P:
-  """The mesh axes of an array, from the logical names of its axes.
-
-  Raises:
-    ValueError: a name is not in the table, or two names of the array are cut
-      along one mesh axis.
-  """
+  """The mesh axes of an array, from the logical names of its axes; ValueError
+  for an unknown name, or for two names cut along one mesh axis."""
+  rules = {None: (), **LOGICAL_RULES}
   owner = {}
   spec = []
   for name in names:
-    if name is not None and name not in LOGICAL_RULES:
+    if name not in rules:
       raise ValueError(
         f'unknown axis name {name!r} in {tuple(names)}; known names: '
         f'{", ".join(LOGICAL_RULES)}'
       )
-    axes = LOGICAL_RULES[name] if name is not None else ()
+    axes = rules[name]
     for axis in axes:
       if axis in owner:
         raise ValueError(
@@ -143,34 +128,33 @@ def partition_spec(names: Sequence[str | None]) -> P:
           f'{tuple(names)} are both cut along mesh axis {axis!r}'
         )
       owner[axis] = name
-    # A lone axis is written without its tuple, as jax prints it.
-    spec.append(None if not axes else axes[0] if len(axes) == 1 else axes)
+    spec.append(_entry(axes))
   return P(*spec)
+
+
+def _entry(axes):
+  """Mesh axes as jax prints them: a single one without its tuple."""
+  return axes[0] if len(axes) == 1 else axes or None
 
 
 def param_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
   """Shardings of a tree whose arrays carry Linen's axis names.
 
-  The table leaves vectors whole, and positions where there is no fsdp. Those
-  that have grown to more than a megabyte (the norms of all 96 layers, say) are
-  cut along their last axis that the devices of `fsdp` and `tensor` divide.
+  Arrays above `LARGE` bytes that the table leaves whole (the norms of 96
+  layers, positions without fsdp) are cut along their last axis that `fsdp` and
+  `tensor` divide. Leaves without a box are whole on every device.
 
   Args:
-    boxed: arrays or `ShapeDtypeStruct`s, boxed by `nn.with_logical_
-      partitioning`; a leaf without a box is kept whole on every device. An
-      optimizer state made from boxed params works too.
-    mesh: the mesh to lay them on.
-
-  Returns:
-    The tree of `nn.unbox(boxed)`, with a `NamedSharding` for each leaf.
+    boxed: arrays or `ShapeDtypeStruct`s in the boxes of `nn.with_logical_
+      partitioning`, or an optimizer state of these.
+    mesh: where they are to live.
 
   Raises:
-    ValueError: an axis that is to be cut does not divide (its array, shape and
-      the numbers are named), or the names do not fit the table or the array.
+    ValueError: the mesh does not divide an axis, or the names do not fit.
   """
 
   def leaf_sharding(path, leaf):
-    if not isinstance(leaf, nn.Partitioned):
+    if not _is_boxed(leaf):
       return NamedSharding(mesh, P())
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     shape = leaf.value.shape
@@ -191,33 +175,35 @@ def param_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(
-    leaf_sharding, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    leaf_sharding, boxed, is_leaf=_is_boxed
   )
 
 
 def _cut_somewhere(shape, sizes) -> P | None:
-  """Along the last axis that divides: the first is that of the layers, which
-  are needed one at a time on all devices. None where nothing can be cut."""
+  """Cuts the last axis that divides; None if there is none.
+
+  The first is that of the layers, which all devices need one at a time."""
   axes = tuple(axis for axis in ('fsdp', 'tensor') if sizes[axis] > 1)
   for axis in reversed(range(len(shape))):
     if axes and shape[axis] % _num_parts(axes, sizes) == 0:
-      spec = [None] * len(shape)
-      spec[axis] = axes if len(axes) > 1 else axes[0]
-      return P(*spec)
+      return P(
+        *(None,) * axis, _entry(axes), *(None,) * (len(shape) - axis - 1)
+      )
   return None
 
 
 def unbox(boxed: PyTree) -> PyTree:
   """The bare arrays of a boxed tree.
 
-  `nn.unbox` would also constrain them to the current mesh, which fails on
-  abstract arrays.
+  `nn.unbox` would also constrain them, which fails on abstract arrays.
   """
   return jax.tree.map(
-    lambda x: x.value if isinstance(x, nn.Partitioned) else x,
-    boxed,
-    is_leaf=lambda x: isinstance(x, nn.Partitioned),
+    lambda x: x.value if _is_boxed(x) else x, boxed, is_leaf=_is_boxed
   )
+
+
+def _is_boxed(x) -> bool:
+  return isinstance(x, nn.Partitioned)
 
 
 def _num_parts(entry, sizes) -> int:
@@ -235,8 +221,7 @@ def with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
 
 
 def shardings_of(tree: PyTree) -> PyTree:
-  """The sharding of each array or sharded `ShapeDtypeStruct` of a tree; what
-  `jax.jit` takes as `in_shardings` and `out_shardings`."""
+  """The sharding of each array or `ShapeDtypeStruct`, for `jax.jit`."""
   return jax.tree.map(lambda x: x.sharding, tree)
 
 
@@ -251,32 +236,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def to_host(tree: PyTree) -> PyTree:
-  """Moves each array's shards into the memory of the host they are attached
-  to; how they are cut stays. No program may read them there."""
+  """Moves each shard into its host's memory, where no program may read it."""
   return _moved(tree, 'pinned_host')
 
 
 def to_device(tree: PyTree) -> PyTree:
-  """Moves the shards back; what is on the device already stays."""
+  """Moves the shards back to their devices."""
   return _moved(tree, 'device')
 
 
 class Offload:
-  """Keeps some trees in host memory while no program reads them.
-
-  Args:
-    names: of the trees that wait there; others stay where they are.
-  """
+  """Keeps the trees with these names in host memory while no program reads
+  them."""
 
   def __init__(self, names: Sequence[str]):
     self._names = frozenset(names)
 
   def store(self, name: str, tree: PyTree) -> PyTree:
-    """To the host, if it is one of them."""
+    """Moves the tree to the host, if it is one of them."""
     return to_host(tree) if name in self._names else tree
 
   def load(self, name: str, tree: PyTree) -> PyTree:
-    """Back to the device, if it is one of them."""
+    """Moves the tree back, if it is one of them."""
     return to_device(tree) if name in self._names else tree
 
 
@@ -289,12 +270,9 @@ def _moved(tree, kind):
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Asks the compiler to lay `x` out by the logical names of its axes.
 
-  Without a current mesh it returns `x`. An axis whose size does not divide is
-  left to the compiler: activations also pass with a single row, when a model
-  is initialised. The values never change, only their place.
-
-  Raises:
-    ValueError: wrong number of names, or names that do not fit the table.
+  Returns `x` without a current mesh. The compiler chooses for axes that do not
+  divide, such as the single row with which a model is initialised. ValueError
+  for a wrong number of names, or names that do not fit the table.
   """
   if len(names) != x.ndim:
     raise ValueError(f'array of shape {x.shape} has axis names {names}')
@@ -312,13 +290,11 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def constrain_rows(batch: PyTree, axis: int = 0) -> PyTree:
   """Asks the compiler to cut the rows of each array over `data` and `fsdp`.
 
-  For rows that were picked or reshaped inside a program: left to the compiler,
-  a microbatch may end up on one device, or whole on all of them.
+  For rows picked or reshaped inside a program: left to the compiler, a
+  microbatch may end up on one device, or whole on all of them.
 
-  Args:
-    batch: arrays whose axis `axis` counts rows; others, and axes that do not
-      divide, are left alone. The axes before it are kept whole.
-    axis: of the rows.
+  It still chooses for arrays whose axis of rows, `axis`, does not divide. Axes
+  before it are kept whole.
   """
   sizes = jax.sharding.get_abstract_mesh().shape
   if not sizes:
@@ -327,8 +303,8 @@ def constrain_rows(batch: PyTree, axis: int = 0) -> PyTree:
   def cut(x):
     if x.ndim <= axis or x.shape[axis] % _num_parts(BATCH_AXES, sizes):
       return x
-    rest = (P.UNCONSTRAINED,) * (x.ndim - axis - 1)
-    spec = P(*(None,) * axis, BATCH_AXES, *rest)
+    after = (P.UNCONSTRAINED,) * (x.ndim - axis - 1)
+    spec = P(*(None,) * axis, BATCH_AXES, *after)
     return jax.lax.with_sharding_constraint(x, spec)
 
   return jax.tree.map(cut, batch)
@@ -336,18 +312,16 @@ def constrain_rows(batch: PyTree, axis: int = 0) -> PyTree:
 
 def num_batch_shards() -> int:
   """Parts into which the current mesh cuts the rows of a batch."""
-  return _num_parts(BATCH_AXES, jax.sharding.get_abstract_mesh().shape or _ONE)
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return _num_parts(BATCH_AXES, sizes) if sizes else 1
 
 
 def per_shard(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
-  """Lets every shard of rows run a function of rows for itself.
+  """Runs a function of rows on every shard of rows separately.
 
-  What follows indices from one row to another then stays on its device; left
-  to the compiler, the rows of all devices might be gathered first. Heads that
-  are cut over `tensor` stay cut.
-
-  Args:
-    fn: arrays to arrays, the first axis of each a shard's own rows.
+  Indexing rows then stays on the device, where the compiler might gather the
+  rows of all devices first. Heads that are cut over `tensor` stay cut. Rows are
+  the first axis of all arguments and results.
   """
   if num_batch_shards() == 1:
     return fn
@@ -361,29 +335,36 @@ def per_shard(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
 
 
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-  """Moves a host batch onto the mesh, rows cut over `data` and `fsdp`.
-
-  Args:
-    batch: NumPy arrays with this process's rows on axis 0; scalars are
-      replicated.
-    mesh: the mesh.
+  """Moves a process's own rows of a batch onto the mesh; replicates scalars.
 
   Returns:
-    Global arrays: the rows of all processes together.
+    Global arrays: the rows of all processes, cut over `data` and `fsdp`.
 
   Raises:
-    ValueError: the global number of rows does not divide by the batch axes, or
-      the mesh gives processes the same rows.
+    ValueError: these do not divide the global number of rows, or the mesh gives
+      processes the same rows.
   """
+  count = jax.process_count()
+  if count > 1:
+    _check_own_rows(mesh)
+  return _put(batch, mesh, count, jax.make_array_from_process_local_data)
+
+
+def put_whole(batch: PyTree, mesh: Mesh) -> PyTree:
+  """Like `put_batch`, for a batch of which every process has all rows."""
+  if jax.process_count() == 1:
+    return put_batch(batch, mesh)
+  return _put(batch, mesh, 1, _from_whole)
+
+
+def _put(batch, mesh, num_blocks, make_fn):
   parts = _num_parts(BATCH_AXES, mesh.shape)
-  if jax.process_count() > 1:
-    _check_own_rows(mesh, parts)
 
   def put(path, x):
     x = np.asarray(x)
     if x.ndim == 0:
-      return jax.make_array_from_process_local_data(replicated(mesh), x)
-    num_rows = x.shape[0] * jax.process_count()
+      return make_fn(replicated(mesh), x)
+    num_rows = x.shape[0] * num_blocks
     if num_rows % parts:
       name = jax.tree_util.keystr(path, simple=True, separator='/')
       raise ValueError(
@@ -391,13 +372,18 @@ def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
         f'divide over the {parts} devices of mesh axes {BATCH_AXES} '
         f'(mesh {dict(mesh.shape)})'
       )
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), x)
+    return make_fn(batch_sharding(mesh), x)
 
   return jax.tree_util.tree_map_with_path(put, batch)
 
 
-def _check_own_rows(mesh, parts) -> None:
+def _from_whole(place, x):
+  return jax.make_array_from_callback(x.shape, place, lambda i: x[i])
+
+
+def _check_own_rows(mesh) -> None:
   """Raises unless each process holds an equal block of the rows, in order."""
+  parts = _num_parts(BATCH_AXES, mesh.shape)
   rows = batch_sharding(mesh).devices_indices_map((parts,))
   count = jax.process_count()
   for device, (index,) in rows.items():
@@ -409,53 +395,21 @@ def _check_own_rows(mesh, parts) -> None:
       )
 
 
-def put_whole(batch: PyTree, mesh: Mesh) -> PyTree:
-  """Moves rows that every process has in full onto the mesh.
-
-  Unlike `put_batch`, which takes each process's own rows: for evaluations, and
-  for batches whose rows refer to each other.
-
-  Raises:
-    ValueError: the number of rows does not divide by the batch axes.
-  """
-  if jax.process_count() == 1:
-    return put_batch(batch, mesh)
-  parts = _num_parts(BATCH_AXES, mesh.shape)
-
-  def put(path, x):
-    x = np.asarray(x)
-    if x.ndim and x.shape[0] % parts:
-      name = jax.tree_util.keystr(path, simple=True, separator='/')
-      raise ValueError(
-        f'batch array {name or "(unnamed)"} {x.shape}: {x.shape[0]} rows do '
-        f'not divide over the {parts} devices of mesh axes {BATCH_AXES} '
-        f'(mesh {dict(mesh.shape)})'
-      )
-    place = batch_sharding(mesh) if x.ndim else replicated(mesh)
-    return jax.make_array_from_callback(x.shape, place, lambda i: x[i])
-
-  return jax.tree_util.tree_map_with_path(put, batch)
-
-
 def place(tree: PyTree, mesh: Mesh) -> PyTree:
-  """A state whose counters and other small arrays, made by each process for
-  itself, are arrays of all processes; with one process nothing changes."""
+  """Makes arrays of one process, such as counters, arrays of all processes."""
   if jax.process_count() == 1:
     return tree
 
   def put(x):
     if isinstance(x.sharding, NamedSharding):
       return x
-    value = np.asarray(x)
-    return jax.make_array_from_callback(
-      value.shape, replicated(mesh), lambda i: value[i]
-    )
+    return _from_whole(replicated(mesh), np.asarray(x))
 
   return jax.tree.map(put, tree)
 
 
 def fetch(tree: PyTree) -> PyTree:
-  """Whole arrays as NumPy arrays, in every process; all must call it."""
+  """Whole NumPy arrays in every process; all must call it."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
   return jax.tree.map(

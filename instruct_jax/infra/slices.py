@@ -1,4 +1,4 @@
-"""A function of rows, applied to a part of them at a time."""
+"""Applies a function of rows to a part of them at a time."""
 
 from collections.abc import Callable
 
@@ -12,15 +12,15 @@ from instruct_jax.types import PyTree
 def in_slices(
   fn: Callable[[PyTree], PyTree], rows: PyTree, num_slices: int
 ) -> PyTree:
-  """Applies a function of rows, inside a program, to one slice after another.
+  """Applies a function, inside a program, to one slice of rows after another.
 
   Only one slice's temporaries exist at a time. Slice j holds rows j, j + n,
-  j + 2 n, ...: where rows are cut over devices, each keeps its own.
+  j + 2 n, ...: rows that are cut over devices stay on theirs.
 
   Args:
     fn: rows to arrays with as many rows, each row for itself.
     rows: pytree of arrays with B rows.
-    num_slices: n, which divides B; 1 calls fn on all rows.
+    num_slices: n, which divides B.
   """
   if num_slices == 1:
     return fn(rows)
@@ -42,20 +42,16 @@ def in_batches(
 ) -> PyTree:
   """Applies a jitted function to any number of rows, in equal batches.
 
-  The last batch is filled up by repeating the first rows, and what comes of
-  the copies is thrown away.
+  The last batch is filled with the first rows, whose results are dropped.
 
   Args:
-    fn: one batch of rows to arrays with as many rows; one compilation.
-    rows: pytree of numpy arrays with N rows each.
+    fn: a batch of rows to arrays with as many rows.
+    rows: pytree of numpy arrays with N rows each; ValueError if N is 0.
     batch_size: rows per call.
-    progress: called with the number of rows done after every batch.
+    progress: called with the number of rows of each batch once it is done.
 
   Returns:
-    What fn returns, as numpy arrays of N rows, in order.
-
-  Raises:
-    ValueError: no rows.
+    The results as numpy arrays of N rows, in order.
   """
   num_rows = jax.tree.leaves(rows)[0].shape[0]
   if num_rows == 0:

@@ -1,8 +1,8 @@
-"""What has to hold before the stages of a run may start, or start again.
+"""Checks before the stages of a run start, or start again.
 
-Keys are in range, inputs are there or will be made by an earlier stage, and a
-stage that has begun goes on with the config and the inputs it began with. What
-differs is judged stage by stage: a stage that has saved nothing may change.
+Keys must be in range, inputs must exist or be made by an earlier stage, and a
+stage that has saved anything continues with the config and inputs it began
+with.
 """
 
 import dataclasses
@@ -20,45 +20,55 @@ CONFIG_FILE = 'config.json'
 HISTORY_FILE = 'config_history.json'
 _MAX_LINES = 20
 
-# Keys of any stage that are sizes; 0 would fail late, or do nothing.
+# Sizes, in any stage; 0 would fail late, or do nothing.
 _AT_LEAST_ONE = (
-  'batch_size',
-  'eval_batch_size',
-  'eval_every',
-  'num_epochs',
-  'num_microbatches',
-  'row_length',
-  'prompt_length',
-  'response_length',
+  *('batch_size', 'eval_batch_size', 'eval_every', 'num_epochs'),
+  *('num_microbatches', 'row_length', 'prompt_length', 'response_length'),
+)
+# Keys that mean the same in every stage, what their values must be, and whether
+# a value is so.
+_NUMBERS = (
+  *((key, 'be at least 1', lambda x: x >= 1) for key in _AT_LEAST_ONE),
+  ('learning_rate', 'be positive', lambda x: x > 0),
+  (
+    'temperature',
+    'not be negative (0 takes the most probable token)',
+    lambda x: x >= 0,
+  ),
+  (
+    'mesh',
+    'be () or three numbers, devices along data, fsdp and tensor',
+    lambda x: len(x) in (0, 3),
+  ),
 )
 
-# Keys that may change at any time, with all that is below them: the results are
-# the same, or the same but for rounding.
+# Keys that may change at any time, with all keys below them: results stay the
+# same, except for rounding.
 MAY_CHANGE = {
   'mesh': 'over which devices arrays are cut',
-  'xla_flags': "the compiler's",
+  'xla_flags': 'how programs are compiled',
   'compilation_cache': 'where compiled programs are kept',
-  'default_workdir': 'where a run lives that is told no place',
+  'default_workdir': 'where a run without --workdir lives',
   'loop': 'how a loop saves, stops and is traced',
   'checkpoint_every': 'how much a kill can cost',
-  'remat': 'what the backward pass computes again',
-  'attention': 'the kernel of the same products',
-  'logprob_chunk': 'logits that exist at one time',
-  'scan_unroll': 'layers written out at a time',
-  'num_slices': 'parts in which a batch is scored',
+  'remat': 'what the backward pass recomputes',
+  'attention': 'which kernel computes it',
+  'logprob_chunk': 'how many logits exist at a time',
+  'scan_unroll': 'how many layers are unrolled',
+  'num_slices': 'in how many parts a batch is scored',
   'num_slots': "a sample's noise belongs to its prompt, not to its slot",
   'gather_weights': 'where the weights lie while tokens are sampled',
-  'offload': 'where weights wait',
+  'offload': 'which weights wait in host memory',
   'pack_episodes': 'how episodes are laid out in rows',
   'pack_spare': 'how episodes are laid out in rows',
-  'eval_batch_size': 'rows that are evaluated at a time',
-  'probe_batch_size': 'queries that are asked at a time',
+  'eval_batch_size': 'how many rows are evaluated at a time',
+  'probe_batch_size': 'how many queries are asked at a time',
   'length_multiple': 'padding',
-  'cache': 'where answers are kept, under a hash of all they depend on',
-  'timeout': 'patience with a service',
-  'max_retries': 'patience with a service',
-  'requests_per_minute': 'pace of asking a service',
-  'num_workers': 'questions that are asked at a time',
+  'cache': 'where answers are kept, by a hash of all they depend on',
+  'timeout': 'how long to wait for a service',
+  'max_retries': 'how often to ask a service again',
+  'requests_per_minute': 'how fast to ask a service',
+  'num_workers': 'how many questions are asked at a time',
   'key_variable': 'which variable holds the key of a service',
 }
 
@@ -67,32 +77,25 @@ def _dropout(stage: Mapping[str, Any]) -> float:
   return stage.get('dropout', stage.get('model.dropout', 0.0))
 
 
-# The like, for stages of which the condition holds.
+# Keys that may change in stages for which the condition holds.
 MAY_CHANGE_IF: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-  # Sums over microbatches are those over the batch. But dropout draws anew in
-  # each, and RL deals its episodes to them by length.
+  # Gradients are sums over the batch. But each microbatch draws its own
+  # dropout, and RL deals episodes to them by length.
   'num_microbatches': lambda stage: (
     not _dropout(stage) and 'num_episodes' not in stage
   ),
-  # Of training it is the method; elsewhere, what is sampled at a time.
+  # Without training it is only how many rows run at a time.
   'batch_size': lambda stage: 'learning_rate' not in stage,
-  # In PPO a layout of rows, the same episodes; in SFT it makes other batches.
+  # RL lays out the same episodes; in SFT it makes other batches.
   'pack': lambda stage: 'num_episodes' in stage,
 }
 
-# Files of a stage that hold nothing a later start would build on. Lines of
-# metrics do not count: without a checkpoint they are written again.
+# Files of a stage that a later start does not need. Without a checkpoint, lines
+# of metrics are written again.
 _NO_PROGRESS = (
-  inputs.INPUTS_FILE,
-  inputs.ACCEPTED_FILE,
-  CONFIG_FILE,
-  HISTORY_FILE,
-  'provenance.json',
-  'seconds.json',
-  'metrics.jsonl',
-  'timing.jsonl',
-  'tensorboard',
-  'profile',
+  *(inputs.INPUTS_FILE, inputs.ACCEPTED_FILE, CONFIG_FILE, HISTORY_FILE),
+  *('provenance.json', 'seconds.json', 'metrics.jsonl', 'timing.jsonl'),
+  *('tensorboard', 'profile'),
 )
 
 
@@ -102,10 +105,10 @@ class Stage:
 
   Attributes:
     config: with this machine's paths.
-    described: dotted key -> value, free of them: what is kept of the config.
+    described: dotted key -> value without these paths, as in config.json.
     folder: its own, below the work directory, or the work directory itself.
-    prefix: of its keys on the command line, say 'stages.sft.'.
-    experiment: the module; None where an experiment is not needed.
+    prefix: of its keys on the command line, such as 'stages.sft.'.
+    experiment: the module, or None.
   """
 
   config: ConfigDict
@@ -116,17 +119,17 @@ class Stage:
 
   @property
   def name(self) -> str:
-    """Of its folder, and in messages."""
+    """In paths and messages."""
     return self.config.name
 
   @property
   def is_done(self) -> bool:
-    """Whether it has finished, in this run or an earlier one."""
+    """Whether it has finished, now or earlier."""
     return run.is_done(self.folder)
 
   @property
   def has_progress(self) -> bool:
-    """Whether it has saved anything that a later start would build on."""
+    """Whether it has saved anything that a later start needs."""
     if not self.folder.exists():
       return False
     reads = self.inputs().values()
@@ -141,14 +144,14 @@ class Stage:
     return False
 
   def inputs(self) -> dict[str, str]:
-    """Label -> path of what it reads; see `inputs.read_by`."""
+    """Label -> path of its inputs; see `inputs.read_by`."""
     found = inputs.read_by(self.experiment, self.config)
     if self.config.get('lengths'):
       found['lengths'] = self.config.lengths
     return found
 
   def key(self, label: str) -> str:
-    """The key of the command line that an input comes from; '' of no key."""
+    """The command line's key for an input; '' if there is none."""
     key = inputs.key_of(label, self.described)
     return f'{self.prefix}{key}' if key in self.described else ''
 
@@ -162,23 +165,22 @@ def of_run(
   """The stages of a config, in order.
 
   Args:
-    config: of the run, with `workdir` filled in.
+    config: with `workdir` filled in; ValueError for a wrong `stage_order`.
     described: the same without this machine's paths.
     workdir: where the run lives.
     find_experiment: name -> module.
   """
-  if 'stages' in config:
-    unknown = [name for name in config.stage_order if name not in config.stages]
-    repeated = len(config.stage_order) - len(set(config.stage_order))
-    if unknown or repeated:
-      raise ValueError(
-        f'stage_order must hold names of stages, each once: {unknown or ""} '
-        f'{config.stage_order}; known: {", ".join(config.stages)}'
-      )
-  else:
+  if 'stages' not in config:
     values = run.flat(run.plain(described))
     experiment = find_experiment(config.experiment)
     return [Stage(config, values, workdir, '', experiment)]
+  unknown = [name for name in config.stage_order if name not in config.stages]
+  repeated = len(config.stage_order) - len(set(config.stage_order))
+  if unknown or repeated:
+    raise ValueError(
+      f'stage_order must hold names of stages, each once: {unknown or ""} '
+      f'{config.stage_order}; known: {", ".join(config.stages)}'
+    )
   return [
     Stage(
       config.stages[name],
@@ -195,13 +197,12 @@ def of_run(
 
 
 def validate(stage: Stage) -> None:
-  """What can be said of a stage's config without reading a file.
-
-  Raises:
-    ValueError: with the names of the stage and the key.
-  """
+  """Checks a stage's config; ValueError with the stage and the key."""
   try:
-    _check_numbers(stage.config)
+    for key, rule, holds in _NUMBERS:
+      value = stage.config.get(key)
+      if value is not None and not holds(value):
+        raise ValueError(f'{key} must {rule}, got {value}')
     stage.experiment.validate(stage.config)
   except ValueError as error:
     raise ValueError(f'{stage.name}: {error}') from error
@@ -216,33 +217,8 @@ def validate(stage: Stage) -> None:
     ) from error
 
 
-def _check_numbers(config) -> None:
-  """Sizes and rates that mean the same in every experiment."""
-
-  def given(key):
-    return key in config and config[key] is not None
-
-  for key in _AT_LEAST_ONE:
-    if given(key) and config[key] < 1:
-      raise ValueError(f'{key} must be at least 1, got {config[key]}')
-  if given('mesh') and len(config.mesh) not in (0, 3):
-    raise ValueError(
-      'mesh must be () or three numbers, devices along data, fsdp and tensor: '
-      f'{tuple(config.mesh)}'
-    )
-  if given('learning_rate') and not config.learning_rate > 0:
-    raise ValueError(
-      f'learning_rate must be positive, got {config.learning_rate}'
-    )
-  if given('temperature') and not config.temperature >= 0:
-    raise ValueError(
-      f'temperature must not be negative (0 takes the most probable token), '
-      f'got {config.temperature}'
-    )
-
-
 def may_change(key: str, stage: Mapping[str, Any]) -> bool:
-  """Whether a dotted key of a stage (dotted key -> value) may always change."""
+  """Whether a dotted key of a stage (dotted key -> value) may change."""
   parts = key.split('.')
   if any(part in MAY_CHANGE for part in parts):
     return True
@@ -259,16 +235,14 @@ def find_missing(
 
   Args:
     stages: of the run, in order.
-    have_run: names of those that this process has run: what they were to write
-      and is not there will not come.
+    have_run: names of those that this process has run: their missing outputs
+      will not appear.
 
   Returns:
-    Name -> why, of finished stages that have to run again, because what they
-    wrote is gone and is still needed.
+    Name -> reason, of finished stages whose outputs are gone and still needed.
 
   Raises:
-    ValueError: inputs that are not there and that no stage will make; a line
-      each, with stage and key.
+    ValueError: inputs that no stage will make are missing; one line each.
   """
   again, missing = {}, {}
   for number in reversed(range(len(stages))):
@@ -306,21 +280,8 @@ def check_turn(
   have_run: Sequence[str],
   accept_new_inputs: bool,
 ) -> None:
-  """What can only be said now that the stages before this one have run.
-
-  Finished stages whose outputs are gone and still needed are marked to run
-  again.
-
-  Args:
-    stage: whose turn it is.
-    stages: all of the run, in order.
-    have_run: names of those that this process has run or passed.
-    accept_new_inputs: as in `check_inputs`.
-
-  Raises:
-    ValueError: see `find_missing`.
-    run.WorkdirError: see `check_inputs`.
-  """
+  """Calls `find_missing` and `check_inputs` before a stage runs, and marks
+  finished stages that have to run again as not done."""
   again = find_missing(stages, have_run)
   for other in stages:
     if other.name in again:
@@ -338,18 +299,18 @@ def _maker(path: str, stages: Sequence[Stage]) -> Stage | None:
 
 
 def _is_within(path: str, folder: epath.Path) -> bool:
-  # Both are spelled by the same config.
+  # The same config spells both.
   return f'{path}/'.startswith(f'{folder}/')
 
 
 def _missing(*found) -> str:
-  """A line about one input that several stages may want: the first is named."""
+  """A line about one missing input, which several stages may read."""
   stage, label, reason = found[0]
   key = stage.key(label)
   who = stage.name
   if len(found) > 1:
     who += f' (and {", ".join(other.name for other, _, _ in found[1:])})'
-  if not key:  # What an earlier stage of the run would write.
+  if not key:  # An output of an earlier stage.
     return f'{who}: {reason}'
   if reason == inputs.EMPTY:
     other = ', or a reward_fn' * (label == 'reward_model')
@@ -368,18 +329,17 @@ def check_unchanged(
 ) -> None:
   """Compares config and inputs with those that each stage began with.
 
-  Writes config.json, which also keeps the stages that this config does not
-  have, and a line of config_history.json for each start that changed it.
+  Writes config.json, which keeps stages that this config lacks, and its changes
+  to config_history.json.
 
   Args:
     stages: of the run, in order.
     described: the whole config, without this machine's paths.
     workdir: where the run lives.
-    accept_new_inputs: go on with inputs that have other contents now.
+    accept_new_inputs: see `check_inputs`.
 
   Raises:
-    run.WorkdirError: a stage that has begun differs; stage, key, old and new
-      are named, and what to do.
+    run.WorkdirError: a stage that has saved anything differs.
   """
   now, path = run.plain(described), workdir / CONFIG_FILE
   saved = run.read_json(path) if path.exists() else None
@@ -406,16 +366,14 @@ def check_unchanged(
 
 
 def _saved(saved, stage):
-  """The flat config that a stage had, or None where there was no such stage."""
-  if not stage.prefix:
-    return run.flat(saved)
-  name = stage.prefix.split('.')[1]
-  stages = saved.get('stages', {})
-  return run.flat(stages[name]) if name in stages else None
+  """The flat config that a stage had, or None if there was no such stage."""
+  if stage.prefix:
+    saved = saved.get('stages', {}).get(stage.prefix.split('.')[1])
+  return None if saved is None else run.flat(saved)
 
 
 def _changes(stage, before):
-  """(lines about keys that must not differ, lines about those that may)."""
+  """Lines about keys that must not change, and about those that may."""
   state = _state(stage)
   moved = _moved(stage) if state else ()
   lines, notes = [], []
@@ -445,38 +403,29 @@ def _state(stage) -> str:
 
 
 def _moved(stage):
-  """Keys of inputs that lie elsewhere; whether they are the same is not said:
-  `check_inputs` compares the contents."""
+  """Keys whose inputs may have moved; `check_inputs` compares the contents."""
   known, paths = inputs.known(stage.folder), stage.inputs()
 
-  def by_key(labels):
-    groups = {}
-    for label in labels:
-      key = inputs.key_of(label, stage.described)
-      groups.setdefault(key, set()).add(label)
-    return groups
+  def of_key(key, labels):
+    return {x for x in labels if inputs.key_of(x, stage.described) == key}
 
-  before, now = by_key(known), by_key(paths)
   return {
     key
-    for key in before.keys() & now.keys()
-    if before[key] == now[key]
-    and not any(inputs.problem(paths[label]) for label in now[key])
+    for key in stage.described
+    if (now := of_key(key, paths))
+    and now == of_key(key, known)
+    and not any(inputs.problem(paths[label]) for label in now)
   }
 
 
 def check_inputs(
   chosen: Iterable[Stage], stages: Sequence[Stage], accept_new_inputs: bool
 ) -> None:
-  """Compares the inputs of stages that have begun with those they began with.
-
-  Args:
-    chosen: stages to look at.
-    stages: all of the run.
-    accept_new_inputs: record the new ones, and go on.
+  """Compares the inputs of the chosen stages with those they began with.
 
   Raises:
-    run.WorkdirError: an input has other contents now.
+    run.WorkdirError: an input has other contents now. `accept_new_inputs`
+      records it instead.
   """
   lines, changed = [], []
   for stage in chosen:
@@ -484,7 +433,7 @@ def check_inputs(
     paths = {
       label: path
       for label, path in stage.inputs().items()
-      # A stage makes again what it wrote and is not whole.
+      # A stage makes a torn output again.
       if _maker(path, stages) is None or not inputs.torn(path)
     }
     found = inputs.differences(stage.folder, paths) if state else {}
@@ -510,7 +459,7 @@ def check_inputs(
 
 
 def record_inputs(stage: Stage) -> None:
-  """Writes inputs.json as a stage begins; one that goes on keeps its own."""
+  """Writes inputs.json as a stage begins; one that continues keeps its own."""
   path = stage.folder / inputs.INPUTS_FILE
   if stage.has_progress and path.exists():
     return
@@ -519,26 +468,14 @@ def record_inputs(stage: Stage) -> None:
 
 
 def _listed(lines):
-  more = len(lines) - _MAX_LINES
-  if more > 0:
-    lines = [*lines[:_MAX_LINES], f'and {more} more']
+  left_out = len(lines) - _MAX_LINES
+  if left_out > 0:
+    lines = [*lines[:_MAX_LINES], f'and {left_out} more']
   return '\n'.join(f'  {line}' for line in lines)
 
 
 def _start_anew(changed, stages):
-  folders = [
-    str(stage.folder)
-    for stage in _dependents(changed, stages)
-    if stage.folder.exists()
-  ]
-  return (
-    'delete these folders, and the same command makes them anew: '
-    + ' '.join(folders)
-  )
-
-
-def _dependents(changed, stages):
-  """These stages and all that read what they write, in order."""
+  """Advice to delete the changed stages and all that read their outputs."""
   found = []
   for stage in stages:
     reads = stage.inputs().values()
@@ -546,19 +483,21 @@ def _dependents(changed, stages):
       _is_within(path, other.folder) for path in reads for other in found
     ):
       found.append(stage)
-  return found
+  folders = [str(stage.folder) for stage in found if stage.folder.exists()]
+  return (
+    'delete these folders, and the same command makes them anew: '
+    + ' '.join(folders)
+  )
 
 
 def _save(workdir, saved, now):
-  """Writes config.json, and what changed in it to the history."""
+  """Writes config.json, and its changes to the history."""
   if saved is not None and 'stages' in now:
-    # A stage that is not among these may be among the next ones again.
+    # The next config may have the other stages again.
     kept = saved.get('stages', {})
     names = set(now['stage_order']) | (set(now['stages']) - set(kept))
-    now = {
-      **now,
-      'stages': kept | {name: now['stages'][name] for name in sorted(names)},
-    }
+    new = {name: now['stages'][name] for name in sorted(names)}
+    now = {**now, 'stages': kept | new}
   if saved == now:
     return
   if saved is not None:

@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 from jaxtyping import Array, Float, Int
 
 from instruct_jax.infra import sharding
@@ -22,13 +23,13 @@ class TrainState:
   """Parameters under training.
 
   Attributes:
-    step: updates attempted, skipped ones included; keys and data positions
-      follow it. The learning rate follows the optimizer's own count of
-      applied updates, which is `step - num_skipped`.
+    step: updates attempted, which keys and data positions follow. The learning
+      rate follows the optimizer's count of applied updates,
+      `step - num_skipped`.
     params: float32 master weights.
     opt_state: of the optimizer.
     num_skipped: updates skipped since the start.
-    num_consecutive_skipped: of these, the ones since the last applied update.
+    num_consecutive_skipped: those since the last applied update.
   """
 
   step: Int[Array, '']
@@ -42,12 +43,10 @@ def create(
   params: Params, optimizer: optax.GradientTransformation
 ) -> TrainState:
   """A state at step 0."""
-
-  # One array each: a buffer that appears twice cannot be donated.
-  def zero():
-    return jnp.zeros((), jnp.int32)
-
-  return TrainState(zero(), params, optimizer.init(params), zero(), zero())
+  # Three arrays: a buffer that appears twice cannot be donated.
+  step, skipped, consecutive = (jnp.zeros((), jnp.int32) for _ in range(3))
+  opt_state = optimizer.init(params)
+  return TrainState(step, params, opt_state, skipped, consecutive)
 
 
 def abstract_state(
@@ -55,16 +54,12 @@ def abstract_state(
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
 ) -> TrainState:
-  """Shapes, dtypes and shardings of a state, without computing it.
+  """Unboxed `ShapeDtypeStruct`s of a state, with shardings.
 
   Args:
     init_fn: key -> params, boxed with their axis names.
-    optimizer: the optimizer; its moments are laid out like their parameters.
+    optimizer: its moments are laid out like their parameters.
     mesh: where the state is to live.
-
-  Returns:
-    A state of unboxed `ShapeDtypeStruct`s with shardings: what a checkpoint is
-    restored into, and, through `sharding.shardings_of`, what `jax.jit` takes.
   """
   boxed = jax.eval_shape(
     lambda key: create(init_fn(key), optimizer), jax.random.key(0)
@@ -83,16 +78,15 @@ def accumulate_gradients(
 ) -> tuple[Params, jax.Array, Metrics]:
   """Gradient of (summed loss / summed weight) over the whole batch.
 
-  Losses and weights are summed over microbatches before the one division, so
-  the gradient does not depend on how many there are, whatever their masks.
+  Losses and weights are summed over microbatches before the division, so the
+  gradient does not depend on the number of microbatches.
 
   Args:
     loss_fn: (params, frozen, batch, key) -> (summed loss, (weight, metrics)).
     params: differentiated.
-    frozen: what the loss reads besides, and nothing changes.
-    batch: pytree of arrays, the parts of each microbatch one behind the other
-      along the first axis; rows and what there is of them may differ in number.
-    key: split into one key a microbatch (dropout).
+    frozen: other trees that the loss reads.
+    batch: pytree of arrays, each cut into microbatches along its first axis.
+    key: split into one key per microbatch (dropout).
     num_microbatches: must divide the batch.
 
   Returns:
@@ -107,32 +101,29 @@ def accumulate_gradients(
         f'{num_microbatches} microbatches do not divide a batch of {size}'
       )
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+  def sums(batch, key):
+    (loss, (weight, metrics)), grads = grad_fn(params, frozen, batch, key)
+    return grads, loss, weight, metrics
+
   batch = sharding.constrain_rows(batch)
   if num_microbatches == 1:
-    (loss, (weight, metrics)), grads = grad_fn(params, frozen, batch, key)
+    total = sums(batch, key)
   else:
     micro = jax.tree.map(
       lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), batch
     )
-    # Each microbatch on all devices, not each on some.
+    # Every microbatch uses all devices.
     micro = sharding.constrain_rows(micro, axis=1)
     keys = jax.random.split(key, num_microbatches)
 
     def add(total, inputs):
-      (loss, (weight, metrics)), grads = grad_fn(params, frozen, *inputs)
-      part = (grads, loss, weight, metrics)
-      return jax.tree.map(jnp.add, total, part), None
+      return jax.tree.map(jnp.add, total, sums(*inputs)), None
 
-    shapes = jax.eval_shape(
-      lambda b, k: grad_fn(params, frozen, b, k),
-      jax.tree.map(lambda x: x[0], micro),
-      keys[0],
-    )
-    (loss, (weight, metrics)), grads = shapes
-    zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), (grads, loss, weight, metrics)
-    )
-    (grads, loss, weight, metrics), _ = jax.lax.scan(add, zeros, (micro, keys))
+    shapes = jax.eval_shape(sums, jax.tree.map(lambda x: x[0], micro), keys[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, (micro, keys))
+  grads, loss, weight, metrics = total
   weight = jnp.maximum(weight, 1.0)
   grads = jax.tree.map(lambda g: g / weight, grads)
   return grads, loss / weight, metrics
@@ -142,28 +133,19 @@ def apply_gradients(
   state: TrainState,
   grads: Params,
   optimizer: optax.GradientTransformation,
-  loss: Float[Array, ''] | None = None,
+  loss: Float[Array, ''],
 ) -> tuple[TrainState, Metrics]:
   """One optimizer step, unless the loss or a gradient is not finite.
 
-  Then params and optimizer state stay as they were, bit for bit, and the skip
-  is counted. A gradient whose squared norm overflows float32 counts as not
-  finite.
-
-  Args:
-    state: the state before.
-    grads: like `state.params`.
-    optimizer: the one the state was created with.
-    loss: the loss the gradients come from; None checks the gradients alone.
+  A skipped step is counted and leaves params and optimizer state unchanged. A
+  gradient whose squared norm overflows float32 counts as not finite.
 
   Returns:
     The state after, and the metrics `optimizer/gradient_norm` (before
-    clipping; absent, count 0, when skipped) and `optimizer/skipped`.
+    clipping; count 0 when skipped) and `optimizer/skipped`.
   """
   grad_norm = optax.tree.norm(grads)
-  is_finite = jnp.isfinite(grad_norm)
-  if loss is not None:
-    is_finite &= jnp.isfinite(loss)
+  is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
 
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
@@ -179,31 +161,23 @@ def apply_gradients(
     num_skipped=state.num_skipped + skipped,
     num_consecutive_skipped=(state.num_consecutive_skipped + 1) * skipped,
   )
-  metrics = {
+  skipped = skipped.astype(jnp.float32)
+  return state, {
     'optimizer/gradient_norm': (
       jnp.where(is_finite, grad_norm, 0.0),
-      1.0 - skipped.astype(jnp.float32),
+      1.0 - skipped,
     ),
-    'optimizer/skipped': (
-      skipped.astype(jnp.float32),
-      jnp.ones((), jnp.float32),
-    ),
+    'optimizer/skipped': (skipped, jnp.ones((), jnp.float32)),
   }
-  return state, metrics
 
 
-def check_skips(state: TrainState, limit: int, name: str) -> None:
-  """Stops a run whose updates have been skipped too often in a row.
-
-  Waits for the state, so it belongs where metrics are fetched anyway.
-
-  Args:
-    state: the current state.
-    limit: consecutive skips at which the run stops, at least 1.
-    name: the stage, for the message.
+def check_skips(
+  state: TrainState, limit: int, name: str, workdir: epath.PathLike
+) -> None:
+  """Warns about skipped updates; waits for the state.
 
   Raises:
-    NonFiniteError: naming stage and step.
+    NonFiniteError: there were `limit` or more in a row.
   """
   counts = jax.device_get(
     (state.step, state.num_skipped, state.num_consecutive_skipped)
@@ -213,7 +187,8 @@ def check_skips(state: TrainState, limit: int, name: str) -> None:
     raise NonFiniteError(
       f'{name}: loss or gradients were not finite in {consecutive} updates in '
       f'a row up to step {step} (limit {limit}; {num_skipped} skipped in all). '
-      'Lower the learning rate or max_grad_norm, or look at the batches there.'
+      'Lower the learning rate or max_grad_norm, or look at the batches there. '
+      f'With another config the stage begins anew: delete {workdir}.'
     )
   if consecutive:
     warnings.warn(
@@ -224,10 +199,7 @@ def check_skips(state: TrainState, limit: int, name: str) -> None:
 
 
 def ema_update(ema: Params, params: Params, decay: float) -> Params:
-  """Moving average of weights, in float32 (paper C.4: decay 0.992).
-
-  ema <- decay * ema + (1 - decay) * params
-  """
+  """ema <- decay * ema + (1 - decay) * params, in float32 (paper C.4)."""
   return jax.tree.map(
     lambda e, p: (
       decay * e.astype(jnp.float32) + (1.0 - decay) * p.astype(jnp.float32)

@@ -1,9 +1,8 @@
-"""Says which program hangs, and which one made a step slow.
+"""Names programs that hang or make a step slow.
 
-Programs are dispatched and return at once; what hangs is found by asking the
-oldest of their outputs that is not there yet. A thread asks, so that a word
-comes even while the main thread waits for ever, in a collective whose other
-side is gone, say.
+Programs return before they are computed. A thread looks at the oldest output
+that is not ready, so that a message comes even while the main thread waits, for
+example in a collective that has lost its peer.
 """
 
 import collections
@@ -22,40 +21,33 @@ class Watch:
 
   Args:
     name: of the stage, for the messages.
-    first_seconds: patience before there is anything to compare with; compiling
-      falls into it.
-    min_seconds: nothing shorter is ever reported.
-    factor: times the usual duration at which a step is slow, or hangs.
   """
 
   _TICK = 0.5  # Seconds between looks.
-  _NUM_USUAL = 50  # Durations that make up the usual one.
+  _NUM_USUAL = 50  # Durations behind the usual one.
+  # Limit until there are steps to compare with; it includes compilation.
+  _FIRST_SECONDS = 900.0
+  # A step is slow at this multiple of the usual duration, but not before these
+  # seconds.
+  _FACTOR = 10.0
+  _MIN_SECONDS = 60.0
 
-  def __init__(
-    self,
-    name: str,
-    first_seconds: float = 900.0,
-    min_seconds: float = 60.0,
-    factor: float = 10.0,
-  ):
+  def __init__(self, name: str):
     self._name = name
-    self._first_seconds = first_seconds
-    self._min_seconds = min_seconds
-    self._factor = factor
     self._durations = collections.deque(maxlen=self._NUM_USUAL)  # Of a step.
     # [program, one of its outputs], oldest first; None while it is called.
     self._running = collections.deque()
-    self._waited = collections.Counter()  # Seconds by program, this time.
+    self._waited = collections.Counter()  # Seconds by program since `lap`.
     self._lock = threading.Lock()
     self._ended = threading.Event()
-    self._has_compiled = False  # How long that takes says nothing of the rest.
+    self._has_compiled = False  # The first lap is not a usual one.
     self._begin = time.monotonic()
     self._reported_at = 0.0
     self._step = 0
     self._thread = threading.Thread(target=self._look_on, daemon=True)
 
   def programs(self, programs: Mapping[str, Any]) -> dict[str, Any]:
-    """The same programs, watched; what cannot be called is left alone."""
+    """Wraps what can be called among the values."""
     return {
       name: self._watched(name, program) if callable(program) else program
       for name, program in programs.items()
@@ -74,7 +66,7 @@ class Watch:
         with self._lock:
           self._running.remove(entry)
         raise
-      # The last output is never the state, which the next program eats.
+      # The last output is never the state, which the next program may donate.
       leaves = jax.tree.leaves(result)
       with self._lock:
         if leaves:
@@ -86,8 +78,8 @@ class Watch:
     return call
 
   def lap(self, step: int, num_steps: int) -> None:
-    """Tells that the steps up to `step` are computed, `num_steps` since the
-    last call; says so if they were slow."""
+    """Notes that the steps up to `step` are computed, `num_steps` since the
+    last call; prints a message if they were slow."""
     now = time.monotonic()
     with self._lock:
       seconds = now - self._begin
@@ -101,14 +93,10 @@ class Watch:
     self._has_compiled = True
     if usual is not None and seconds > self._limit(usual):
       where = f', most of it in {slowest[0][0]}' if slowest else ''
-      self._say(
-        f'{self._steps(step, num_steps)} took {seconds:.0f} s, usually '
-        f'{usual:.2g} s{where}'
-      )
-
-  def _steps(self, step, num_steps):
-    first = step - num_steps + 1
-    return f'step {step}' if num_steps == 1 else f'steps {first} to {step}'
+      steps = f'steps {step - num_steps + 1} to {step}'
+      if num_steps == 1:
+        steps = f'step {step}'
+      self._say(f'{steps} took {seconds:.0f} s, usually {usual:.2g} s{where}')
 
   def _usual(self, num_steps=1):
     if len(self._durations) < 3:
@@ -117,20 +105,20 @@ class Watch:
 
   def _limit(self, usual):
     if usual is None:
-      return self._first_seconds
-    return max(self._factor * usual, self._min_seconds)
+      return self._FIRST_SECONDS
+    return max(self._FACTOR * usual, self._MIN_SECONDS)
 
   def _look_on(self):
     while not self._ended.wait(self._TICK):
       with self._lock:
-        while self._running and self._is_over(self._running[0][1]):
+        while self._running and _is_over(self._running[0][1]):
           self._running.popleft()
         current = self._running[0] if self._running else None
         if current is not None:
           self._waited[current[0]] += self._TICK
         seconds = time.monotonic() - self._begin
         usual, step = self._usual(), self._step
-        # Said again when twice the time has passed.
+        # Repeated when twice the time has passed.
         limit = max(self._limit(usual), 2 * self._reported_at)
         if seconds <= limit:
           continue
@@ -146,12 +134,6 @@ class Watch:
         f'no news for {seconds:.0f} s after step {step}{compared}: {doing}'
       )
 
-  @staticmethod
-  def _is_over(output):
-    if output is None:
-      return False
-    return output.is_deleted() or output.is_ready()
-
   def _say(self, text):
     process = f' (process {jax.process_index()})' * (jax.process_count() > 1)
     print(f'{self._name}{process}: {text}', file=sys.stderr, flush=True)
@@ -164,3 +146,7 @@ class Watch:
   def __exit__(self, *exception) -> None:
     self._ended.set()
     self._thread.join()
+
+
+def _is_over(output):
+  return output is not None and (output.is_deleted() or output.is_ready())

@@ -1,13 +1,13 @@
-"""What a run would need on chips one does not have yet.
+"""Plans a run for chips that one does not have yet.
 
-Compiles the programs of the other experiments, as they stand, ahead of time
-for a described TPU topology: memory, arithmetic, traffic, and the least time
-that the chip's published figures allow. What does not fit is compiled again
-in smaller slices and microbatches, with another mesh and another remat; of
-what fits, the fastest is the plan. Every attempt is kept in `tried.json`, and
-a plan that was cut goes on from there.
+Compiles the programs of the other experiments ahead of time for a described
+TPU topology: memory, arithmetic, traffic, and the least time by the chip's
+published figures. What does not fit is compiled again in smaller slices and
+microbatches, and with other meshes and remats; the plan is the fastest that
+fits. `tried.json` keeps all attempts, and a plan that was interrupted continues
+from there.
 
-Needs `pip install -r requirements-plan.txt`; a TPU it needs not.
+Needs `pip install -r requirements-plan.txt`, but no TPU.
 """
 
 import dataclasses
@@ -23,15 +23,7 @@ import numpy as np
 from etils import epath
 
 from experiments import ppo_ptx, reward, sft
-from instruct_jax import (
-  model_fns,
-  packing,
-  ppo,
-  rewards,
-  rl,
-  rollout,
-  sampling,
-)
+from instruct_jax import model_fns, packing, ppo, rewards, rl, rollout, sampling
 from instruct_jax.infra import cost, sharding
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import REMAT_POLICIES, TransformerConfig
@@ -46,14 +38,14 @@ from instruct_jax.types import (
 PROCESSES = 'one'
 
 # One iteration of PPO. Sampling reads prompts and steps through tokens in loops
-# whose trips depend on the data: their bodies are compiled, each on its own.
+# whose trips depend on the data: each body is compiled by itself.
 SAMPLING = ('decode', 'prefill')
 EPISODES = (*SAMPLING, 'score', 'penalise', 'train')
 # Programs that run with the same models in memory, on one mesh.
 STAGES = (('sft',), ('reward',), EPISODES)
-# Without a backward pass there is nothing to compute again.
+# Without a backward pass, remat changes nothing.
 READING = (*SAMPLING, 'score', 'penalise')
-# What makes pieces of a program's rows, as the config names it.
+# Pieces of a program's rows, as the config names them.
 PIECES = {
   'sft': 'microbatches',
   'reward': 'microbatches',
@@ -66,16 +58,14 @@ PIECES = {
 
 
 def validate(config):
-  """Checks the config, and those of the stages that it plans.
+  """Checks the config and those of the stages that it plans.
 
   Raises:
-    ValueError: the key, what it is, and what it should be.
+    ValueError: a wrong value; the key is named.
   """
   run_lib.check_choice(config, 'chip', tuple(cost.CHIPS))
   run_lib.check_choice(config, 'remats', REMAT_POLICIES)
-  run_lib.check_choice(
-    config, 'programs', [name for names in STAGES for name in names]
-  )
+  run_lib.check_choice(config, 'programs', tuple(PIECES))
   for name in ('policy', 'scalar'):
     with run_lib.naming('model', name):
       TransformerConfig.from_dict(config[name].to_dict())
@@ -88,7 +78,7 @@ def validate(config):
 
 
 def inputs(config):
-  """Nothing: shapes alone are compiled."""
+  """None: only shapes are compiled."""
   del config
   return {}
 
@@ -99,16 +89,14 @@ def topology_devices(config):
   Raises:
     RuntimeError: libtpu cannot be imported.
   """
-  # Otherwise libtpu asks the metadata server of a cloud machine who it is.
+  # Otherwise libtpu asks the metadata server of a cloud machine.
   os.environ['TPU_SKIP_MDS_QUERY'] = '1'
   os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'
-  # No chip is held, so that two plans may be made at a time.
+  # No chip is held, so two plans may run at a time.
   os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
   from jax.experimental import topologies
 
-  options = {}
-  if config.megacore:
-    options['chip_config_name'] = 'megacore'
+  options = {'chip_config_name': 'megacore'} if config.megacore else {}
   try:
     return topologies.get_topology_desc(
       platform='tpu', topology_name=config.topology, **options
@@ -130,43 +118,31 @@ def models(config, remat):
   return shape(config.policy), shape(config.scalar)
 
 
-def rows_of(mesh, batch_type, **shapes):
-  """A batch of described arrays, rows cut over the mesh."""
-  parts = mesh.shape['data'] * mesh.shape['fsdp']
-  arrays = {}
-  for name, (dtype, *shape) in shapes.items():
-    if shape[0] % parts:
-      raise ValueError(f'{shape[0]} rows do not divide over {parts} shards')
-    arrays[name] = jax.ShapeDtypeStruct(
-      tuple(shape), dtype, sharding=sharding.batch_sharding(mesh)
+# --- Described arguments ------------------------------------------------------
+
+
+def num_shards(mesh) -> int:
+  """Parts into which the mesh cuts the rows of a batch."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def rows_of(mesh, dtype, *shape):
+  """A described array, its rows cut over the mesh."""
+  if shape[0] % num_shards(mesh):
+    raise ValueError(
+      f'{shape[0]} rows do not divide over {num_shards(mesh)} shards'
     )
-  return batch_type(**arrays)
+  place = sharding.batch_sharding(mesh)
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 
-def text_rows(mesh, num_rows, length):
-  """Described rows of text, cut over the mesh."""
-  shape = (num_rows, length)
-  return rows_of(
-    mesh,
-    TextBatch,
-    tokens=(jnp.int32, *shape),
-    mask=(bool, *shape),
-    loss_mask=(bool, *shape),
-    segments=(jnp.int32, *shape),
-  )
-
-
-def as_dtype(tree, dtype):
-  """Described arrays in another dtype."""
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree
-  )
-
-
-def scalar_on(mesh):
-  """A described float32 number that every device holds."""
-  return jax.ShapeDtypeStruct(
-    (), jnp.float32, sharding=sharding.replicated(mesh)
+def text_rows(mesh, *shape):
+  """Described rows of text."""
+  return TextBatch(
+    tokens=rows_of(mesh, jnp.int32, *shape),
+    mask=rows_of(mesh, bool, *shape),
+    loss_mask=rows_of(mesh, bool, *shape),
+    segments=rows_of(mesh, jnp.int32, *shape),
   )
 
 
@@ -175,66 +151,77 @@ def described_key():
   return jax.eval_shape(lambda: jax.random.key(0))
 
 
-def sft_program(config, mesh, remat, parts):
-  """SFT's update, its described arguments, what stays in memory."""
-  stage = config.sft.copy_and_resolve_references()
-  stage.num_microbatches = parts
-  sft.validate(stage)
-  shape, _ = models(config, remat)
-  shape = dataclasses.replace(
-    shape, dropout=stage.dropout, logprob_chunk=stage.logprob_chunk
+def full_layout(stage, mesh):
+  """The described layout of episodes at full length."""
+  sizes = rl.row_sizes(stage, mesh)
+  prompts = np.full(stage.batch_size, stage.prompt_length)
+  responses = np.full(stage.batch_size, stage.response_length)
+  groups = packing.deal_epochs(prompts + responses, sizes, (0,))
+  return jax.tree.map(
+    lambda x: rows_of(mesh, x.dtype, *x.shape),
+    packing.lay_out(prompts, responses, groups, sizes),
   )
-  built = sft.build_programs(stage, model_fns.make_module('policy', shape), 100)
-  state = model_fns.abstract_state('policy', shape, mesh, built['optimizer'])
-  batch = text_rows(mesh, stage.batch_size, stage.row_length)
-  resident = {'parameters': state.params, 'optimizer': state.opt_state}
-  return built['update'], (state, {}, batch, described_key()), resident
 
 
-def reward_program(config, mesh, remat, parts):
-  """The reward model's update; see `sft_program`."""
-  stage = config.reward.copy_and_resolve_references()
+# --- Programs -----------------------------------------------------------------
+
+
+def build(name, config, mesh, remat, parts):
+  """A jitted program, its described arguments, what stays in memory.
+
+  Args:
+    name: a key of `PIECES`.
+    config: of the plan.
+    mesh: of described chips.
+    remat: what the backward pass recomputes.
+    parts: number of pieces of the program's rows; see `PIECES`.
+  """
+  if name in EPISODES:
+    return ppo_program(name, config, mesh, remat, parts)
+  return supervised_program(name, config, mesh, remat, parts)
+
+
+def supervised_program(name, config, mesh, remat, parts):
+  """The update of SFT or of the reward model; see `build`."""
+  stage = config[name].copy_and_resolve_references()
   stage.num_microbatches = parts
-  reward.validate(stage)
-  _, shape = models(config, remat)
-  built = reward.build_programs(
-    stage, model_fns.make_module('scalar', shape), 100
+  experiment, kind = (sft, 'policy') if name == 'sft' else (reward, 'scalar')
+  experiment.validate(stage)
+  policy_shape, shape = models(config, remat)
+  if name == 'sft':
+    shape = dataclasses.replace(
+      policy_shape, dropout=stage.dropout, logprob_chunk=stage.logprob_chunk
+    )
+    batch = text_rows(mesh, stage.batch_size, stage.row_length)
+  else:
+    # Each microbatch is packed by itself, into rows that the mesh divides.
+    shards = parts * num_shards(mesh)
+    num_rows = -(-config.num_reward_rows // shards) * shards
+    rows, candidates = stage.batch_size, stage.max_candidates
+    batch = PackedComparisons(
+      tokens=rows_of(mesh, jnp.int32, num_rows, stage.row_length),
+      segments=rows_of(mesh, jnp.int32, num_rows, stage.row_length),
+      ends=rows_of(mesh, jnp.int32, rows, candidates),
+      ranks=rows_of(mesh, jnp.int32, rows, 1, candidates),
+      prompt_mask=rows_of(mesh, bool, rows),
+    )
+  built = experiment.build_programs(
+    stage, model_fns.make_module(kind, shape), 100
   )
-  state = model_fns.abstract_state('scalar', shape, mesh, built['optimizer'])
-  # Each microbatch is packed by itself, into rows that the mesh divides.
-  shards = parts * mesh.shape['data'] * mesh.shape['fsdp']
-  num_rows = -(-config.num_reward_rows // shards) * shards
-  rows, candidates = stage.batch_size, stage.max_candidates
-  batch = rows_of(
-    mesh,
-    PackedComparisons,
-    tokens=(jnp.int32, num_rows, stage.row_length),
-    segments=(jnp.int32, num_rows, stage.row_length),
-    ends=(jnp.int32, rows, candidates),
-    ranks=(jnp.int32, rows, 1, candidates),
-    prompt_mask=(bool, rows),
-  )
+  state = model_fns.abstract_state(kind, shape, mesh, built['optimizer'])
   resident = {'parameters': state.params, 'optimizer': state.opt_state}
   return built['update'], (state, {}, batch, described_key()), resident
 
 
 def ppo_program(name, config, mesh, remat, parts):
-  """A program of an iteration of PPO; see `sft_program`.
-
-  Args:
-    name: of the program, one of `EPISODES`.
-    config: of the plan.
-    mesh: of described chips.
-    remat: what the backward pass computes again.
-    parts: pieces of the program's rows; see `PIECES`.
-  """
+  """A program of an iteration of PPO; see `build`."""
   stage = config.ppo.copy_and_resolve_references()
   if name == 'train':
     stage.num_microbatches = parts
-  elif name in ('score', 'penalise'):
-    stage.num_slices = parts
-  else:
+  elif name in SAMPLING:
     stage.num_slots = stage.batch_size // parts
+  else:
+    stage.num_slices = parts
   ppo_ptx.validate(stage)
   policy_shape, scalar_shape = models(config, remat)
   policy_shape = dataclasses.replace(
@@ -253,13 +240,15 @@ def ppo_program(name, config, mesh, remat, parts):
   value = model_fns.abstract_state(
     'scalar', scalar_shape, mesh, optimizers['value']
   )
-  kl = rewards.KLState(coef=scalar_on(mesh))
+  coef = jax.ShapeDtypeStruct(
+    (), jnp.float32, sharding=sharding.replicated(mesh)
+  )
+  kl = rewards.KLState(coef=coef)
   state = ppo.RLState(policy=policy, value=value, ema=policy.params, kl=kl)
-  frozen = jnp.dtype(stage.frozen_dtype)
-  reference = as_dtype(policy.params, frozen)
-  reward_model = as_dtype(value.params, frozen)
-  B, P, R = stage.batch_size, stage.prompt_length, stage.response_length
-  T = P + R
+  reference, reward_model = jax.tree.map(
+    lambda x: x.update(dtype=jnp.dtype(stage.frozen_dtype)),
+    (policy.params, value.params),
+  )
   resident = {
     'parameters': (policy.params, value.params),
     'optimizer': (policy.opt_state, value.opt_state),
@@ -267,76 +256,55 @@ def ppo_program(name, config, mesh, remat, parts):
     'reference': reference,
     'reward': reward_model,
   }
-  needs = {
-    'score': ('reward',),
-    'penalise': ('reference',),
-    'train': ('ema',),
-  }
-  for away in set(stage.offload) - set(needs.get(name, ())):
-    del resident[away]  # It waits on the host.
+  read = {'score': 'reward', 'penalise': 'reference', 'train': 'ema'}
+  for tree in set(stage.offload) - {read.get(name)}:
+    del resident[tree]  # It is on the host.
   if name in SAMPLING:
     return sampling_program(name, stage, policy_shape, mesh, policy, resident)
   layout = full_layout(stage, mesh)
-  if name in ('score', 'penalise'):
-    sampled = rows_of(
-      mesh,
-      Rollout,
-      tokens=(jnp.int32, B, T),
-      mask=(bool, B, T),
-      response_mask=(bool, B, R),
-      logprobs=(jnp.float32, B, R),
-      ended=(bool, B),
-    )
-    if name == 'score':
-      return built[name], (reward_model, sampled, layout), resident
-    scores = rows_of(mesh, dict, scores=(jnp.float32, B))['scores']
-    read = (state.replace(ema=None), {'reference': reference})
-    return built[name], (*read, sampled, layout, scores), resident
-  each = (jnp.float32, *layout.where.shape)
+  if name == 'train':
+    arguments = (state, {}, *_training_rows(stage, mesh, layout), kl)
+    return built[name], (*arguments, described_key()), resident
+  B, R = stage.batch_size, stage.response_length
+  T = stage.prompt_length + R
+  sampled = Rollout(
+    tokens=rows_of(mesh, jnp.int32, B, T),
+    mask=rows_of(mesh, bool, B, T),
+    response_mask=rows_of(mesh, bool, B, R),
+    logprobs=rows_of(mesh, jnp.float32, B, R),
+    ended=rows_of(mesh, bool, B),
+  )
+  if name == 'score':
+    return built[name], (reward_model, sampled, layout), resident
+  scores = rows_of(mesh, jnp.float32, B)
+  trees = (state.replace(ema=None), {'reference': reference})
+  return built[name], (*trees, sampled, layout, scores), resident
+
+
+def _training_rows(stage, mesh, layout):
+  """Described episodes, and pretraining rows or None."""
+  each = rows_of(mesh, jnp.float32, *layout.where.shape)
   batch = RLBatch(
     episodes=Episodes(
       layout.segments, layout.segments, layout.where, layout.response_mask
     ),
-    **rows_of(
-      mesh,
-      dict,
-      old_logprobs=each,
-      ref_logprobs=each,
-      advantages=each,
-      old_values=each,
-      returns=each,
-    ),
+    old_logprobs=each,
+    ref_logprobs=each,
+    advantages=each,
+    old_values=each,
+    returns=each,
   )
-  ptx = None
-  if stage.ptx_coef > 0:
-    num_ptx = B * stage.ptx_per_episode * stage.num_epochs
-    ptx = text_rows(mesh, num_ptx, stage.ptx_row_length)
-  arguments = (state, {}, batch, ptx, kl, described_key())
-  return built[name], arguments, resident
-
-
-def on_rows(tree, mesh):
-  """Described arrays, their rows cut over the mesh."""
-  place = sharding.batch_sharding(mesh)
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
-  )
-
-
-def full_layout(stage, mesh):
-  """The layout of episodes at full length, as PPO lays them out."""
-  sizes = rl.row_sizes(stage, mesh)
-  prompts = np.full(stage.batch_size, stage.prompt_length)
-  responses = np.full(stage.batch_size, stage.response_length)
-  groups = packing.deal_epochs(prompts + responses, sizes, (0,))
-  return on_rows(packing.lay_out(prompts, responses, groups, sizes), mesh)
+  if stage.ptx_coef <= 0:
+    return batch, None
+  num_ptx = stage.batch_size * stage.ptx_per_episode * stage.num_epochs
+  return batch, text_rows(mesh, num_ptx, stage.ptx_row_length)
 
 
 @functools.lru_cache(maxsize=1)
 def sampling_weights(module, gather_weights, mesh):
-  """What sampling makes of the weights once a rollout, described.
+  """What sampling makes of the weights once per rollout, described.
 
-  Compiled, since only the compiler knows where it leaves them.
+  Compiled, since the compiler decides where it leaves them.
   """
   params = model_fns.abstract_params('policy', module.config, mesh)
   prepare = jax.jit(model_fns.decoder(module, gather_weights).prepare)
@@ -347,11 +315,11 @@ def sampling_weights(module, gather_weights, mesh):
 
 
 def sampling_program(name, stage, shape, mesh, policy, resident):
-  """One step in every slot, or one reading of as many prompts as are read at a
-  time; the last slots' emptying is left out."""
+  """One step in every slot, or one reading of prompts; the emptying of the last
+  slots is left out."""
   module = model_fns.make_module('policy', shape)
   decoder = model_fns.decoder(module, stage.gather_weights)
-  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  shards = num_shards(mesh)
   sizes = rollout.make_sizes(
     stage.batch_size,
     stage.prompt_length,
@@ -363,17 +331,12 @@ def sampling_program(name, stage, shape, mesh, policy, resident):
   num_slots, num_read = sizes.slots * shards, sizes.bank * shards
 
   def cache_of(rows, columns):
-    place = sharding.partition_spec(('batch', 'kv_heads', None, None))
+    spec = sharding.partition_spec(('batch', 'kv_heads', None, None))
+    place = jax.sharding.NamedSharding(mesh, spec)
     return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, place)
-      ),
+      lambda x: x.update(sharding=place),
       jax.eval_shape(lambda: decoder.make_cache(rows, columns)),
     )
-
-  def rows(dtype, *dims):
-    place = sharding.batch_sharding(mesh)
-    return jax.ShapeDtypeStruct(dims, dtype, sharding=place)
 
   weights = sampling_weights(module, stage.gather_weights, mesh)
   cache = cache_of(num_slots, sizes.widths[-1])
@@ -385,78 +348,72 @@ def sampling_program(name, stage, shape, mesh, policy, resident):
   }
   weights = weights.replace(trunk=trunk)
   if name == 'prefill':
-    tokens = rows(jnp.int32, num_read, stage.prompt_length)
-    arguments = (weights, tokens, rows(jnp.int32, num_read))
+    tokens = rows_of(mesh, jnp.int32, num_read, stage.prompt_length)
+    arguments = (weights, tokens, rows_of(mesh, jnp.int32, num_read))
     return jax.jit(decoder.read), arguments, resident
 
   def step(cache, weights, tokens, lengths, uniform):
     logits, cache = decoder.step(weights, tokens, lengths, cache)
     return sampling.sample_tokens(logits, uniform, stage.temperature), cache
 
-  # What was read waits beside the slots for one to become free.
-  bank = cache_of(num_read, stage.prompt_length)
-  resident['cache'] = (cache, bank)
-  each = rows(jnp.int32, num_slots)
-  arguments = (cache, weights, each, each, rows(jnp.float32, num_slots))
+  # Prompts that were read wait beside the slots.
+  resident['cache'] = (cache, cache_of(num_read, stage.prompt_length))
+  each = rows_of(mesh, jnp.int32, num_slots)
+  noise = rows_of(mesh, jnp.float32, num_slots)
+  arguments = (cache, weights, each, each, noise)
   return jax.jit(step, donate_argnums=0), arguments, resident
 
 
 def num_calls(name, config, mesh, parts) -> int:
-  """Of a program in one iteration, or step, at full lengths."""
+  """Calls of a program in one iteration, or step, at full lengths."""
   stage = config.ppo
   if name == 'decode':
     return parts * stage.response_length
   if name == 'prefill':
-    shards = mesh.shape['data'] * mesh.shape['fsdp']
+    shards = num_shards(mesh)
     slots = stage.batch_size // parts
     read = max(1, slots // shards // 4) * shards
     return -(-stage.batch_size // read)
   return 1
 
 
-def build(name, config, mesh, remat, parts):
-  """A jitted program, its described arguments, and what lies beside it."""
-  if name == 'sft':
-    return sft_program(config, mesh, remat, parts)
-  if name == 'reward':
-    return reward_program(config, mesh, remat, parts)
-  return ppo_program(name, config, mesh, remat, parts)
-
-
 def largest_parts(name, config, mesh) -> int:
-  """Microbatches or slices at most: one row in each, on every shard."""
+  """The most pieces: one row in each, on every shard."""
   if name == 'reward':
-    return config.reward.batch_size  # Packed into as many rows as it takes.
-  rows = config.sft.batch_size
-  if name in EPISODES:
-    rows = config.ppo.batch_size
+    return config.reward.batch_size  # Packed into as many rows as needed.
+  rows = (config.ppo if name in EPISODES else config.sft).batch_size
   if name == 'train':
     rows //= config.ppo.num_minibatches
-  return max(1, rows // (mesh.shape['data'] * mesh.shape['fsdp']))
+  return max(1, rows // num_shards(mesh))
+
+
+# --- Attempts -----------------------------------------------------------------
 
 
 def measure(name, config, mesh, remat, parts, too_slow=math.inf):
-  """Compiles one program; everything known about it, bytes and seconds.
+  """Compiles one program; all that is known about it, in bytes and seconds.
 
-  Not compiled is what cannot win: models that alone are larger than the
-  memory, and arithmetic that alone takes `too_slow` seconds.
+  Skips the compiler for what cannot win: models that alone exceed the memory,
+  and arithmetic that alone takes `too_slow` seconds.
   """
   chip = cost.CHIPS[config.chip]
-  row = {
-    'program': name,
-    'mesh': list(mesh.shape.values()),
-    'remat': remat,
-    'parts': parts,
-  }
+  row = _row(name, mesh, remat, parts)
+
+  def refused(error, others=0.0):
+    """The row of a program that the compiler refuses for its size."""
+    needed = _needed_bytes(str(error))
+    if needed is None:
+      raise error
+    if 'HLO temporaries' in str(error):
+      needed += others
+    return row | {'needed': needed, 'missing': needed - chip.memory}
+
   try:
     program, arguments, resident = build(name, config, mesh, remat, parts)
   except jax.errors.JaxRuntimeError as error:
-    # Putting the weights together for sampling is a program of its own.
-    needed = _needed_bytes(str(error))
-    if needed is None:
-      raise
-    row['resident'] = {'sampling weights': needed}
-    return row | {'needed': needed, 'missing': needed - chip.memory}
+    # Preparing the weights for sampling is a program of its own.
+    found = refused(error)
+    return found | {'resident': {'sampling weights': found['needed']}}
   row['resident'] = {
     kind: cost.bytes_per_chip(tree) for kind, tree in resident.items()
   }
@@ -476,24 +433,13 @@ def measure(name, config, mesh, remat, parts, too_slow=math.inf):
       options = dict(o.split('=', 1) for o in config.compiler_options)
       compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
-      needed = _needed_bytes(str(error))
-      if needed is None:
-        raise
-      if 'HLO temporaries' in str(error):
-        needed += kept
-      row['compile_seconds'] = time.monotonic() - begin
-      return row | {'needed': needed, 'missing': needed - chip.memory}
+      seconds = time.monotonic() - begin
+      return refused(error, kept) | {'compile_seconds': seconds}
   row['compile_seconds'] = time.monotonic() - begin
-  text, memory = compiled.as_text(), compiled.memory_analysis()
-  inputs = memory.argument_size_in_bytes
-  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  # Of the arguments, the models are among the residents; the rest is new.
-  fresh = max(0.0, inputs - _residents_read(arguments, resident))
-  row['temporaries'] = float(memory.temp_size_in_bytes)
-  row['batches'] = float(fresh + outputs)
-  row['code'] = float(memory.generated_code_size_in_bytes)
+  row |= _memory(compiled.memory_analysis(), arguments, resident)
   row['needed'] = kept + row['temporaries'] + row['batches'] + row['code']
   row['missing'] = row['needed'] - chip.memory
+  text = compiled.as_text()
   moved = cost.traffic(text)
   row['memory_traffic'] = moved.memory
   row['collectives'] = dict(moved.collectives)
@@ -503,16 +449,30 @@ def measure(name, config, mesh, remat, parts, too_slow=math.inf):
   return row
 
 
-def _residents_read(arguments, resident) -> float:
-  """Bytes of those arguments that are residents too."""
+def _memory(compiled, arguments, resident) -> dict[str, float]:
+  """Bytes that a compiled program needs besides the residents."""
   known = {id(leaf) for leaf in jax.tree.leaves(resident)}
-  return cost.bytes_per_chip(
-    [x for x in jax.tree.leaves(arguments) if id(x) in known]
-  )
+  read = [x for x in jax.tree.leaves(arguments) if id(x) in known]
+  fresh = compiled.argument_size_in_bytes - cost.bytes_per_chip(read)
+  outputs = compiled.output_size_in_bytes - compiled.alias_size_in_bytes
+  return {
+    'temporaries': float(compiled.temp_size_in_bytes),
+    'batches': float(max(0.0, fresh) + outputs),
+    'code': float(compiled.generated_code_size_in_bytes),
+  }
+
+
+def _row(name, mesh, remat, parts):
+  return {
+    'program': name,
+    'mesh': list(mesh.shape.values()),
+    'remat': remat,
+    'parts': parts,
+  }
 
 
 def _needed_bytes(message: str) -> float | None:
-  """What the compiler says that a program would use, when it gives up."""
+  """The size of a program that the compiler refuses, from its message."""
   match = re.search(
     r'(?:Used |temporaries \()([\d.]+)([KMGT])(?: of|\) exceeds)', message
   )
@@ -522,7 +482,7 @@ def _needed_bytes(message: str) -> float | None:
 
 
 class Attempts:
-  """All that was tried, on disk as it comes: a plan that was cut goes on."""
+  """The rows of all attempts, kept on disk."""
 
   def __init__(self, path: epath.Path):
     self._path = path
@@ -530,43 +490,36 @@ class Attempts:
 
   def find(self, name, mesh, remat, parts):
     """The row of an earlier attempt, or None."""
-    for row in self.rows:
-      if row['program'] == name and row['mesh'] == list(mesh.shape.values()):
-        same = name in READING or row['remat'] == remat
-        if same and row['parts'] == parts and 'slower' not in row:
-          return row
-    return None
+    wanted = _row(name, mesh, remat, parts)
+    if name in READING:
+      del wanted['remat']
+    rows = (row for row in self.rows if 'slower' not in row)
+    return next((row for row in rows if row | wanted == row), None)
 
   def add(self, row):
-    """Keeps a row, on disk too."""
+    """Keeps a row."""
     self.rows.append(row)
     run_lib.write_json(self._path, self.rows)
 
 
 def attempt(name, config, mesh, remat, parts, attempts, too_slow):
-  """One row, measured now or before; a problem is a row too."""
+  """One row, from now or earlier; a problem is a row too."""
   row = attempts.find(name, mesh, remat, parts)
   if row is not None:
     return row
   try:
     row = measure(name, config, mesh, remat, parts, too_slow)
   except ValueError as error:
-    row = {
-      'program': name,
-      'mesh': list(mesh.shape.values()),
-      'remat': remat,
-      'parts': parts,
-      'problem': str(error),
-    }
+    row = {**_row(name, mesh, remat, parts), 'problem': str(error)}
   attempts.add(row)
   print(f'plan: {_describe(row)}: {_verdict(row)}', flush=True)
   return row
 
 
 def fit(name, config, mesh, remat, parts, attempts, too_slow=math.inf):
-  """The first number of microbatches or slices at which a program fits.
+  """The row with the fewest pieces, `parts` or more, in which a program fits.
 
-  None where none does, or where it is slower than `too_slow` seconds.
+  None if it fits in none, or is slower than `too_slow` seconds.
   """
   chip = cost.CHIPS[config.chip]
   while True:
@@ -575,17 +528,16 @@ def fit(name, config, mesh, remat, parts, attempts, too_slow=math.inf):
       return None
     if row['missing'] <= 0:
       return row
-    # The cache is cut into pieces too; the models are not.
+    # The cache shrinks with the pieces; the models do not.
     kept = sum(row['resident'].values()) - row['resident'].get('cache', 0.0)
-    room, rest = chip.memory - kept, row['needed'] - kept
-    # Where the models alone are too large, smaller pieces help nothing.
+    room, above = chip.memory - kept, row['needed'] - kept
     largest = largest_parts(name, config, mesh)
     if room <= 0 or 2 * parts > largest:
       return None
     parts *= 2
-    # What is not the models shrinks with the pieces, at the best.
-    while room * 2 < rest and 2 * parts <= largest:
-      parts, rest = 2 * parts, rest / 2
+    # At best, everything but the models shrinks with the pieces.
+    while room * 2 < above and 2 * parts <= largest:
+      parts, above = 2 * parts, above / 2
 
 
 def _describe(row) -> str:
@@ -602,7 +554,7 @@ def _verdict(row) -> str:
   if 'slower' in row:
     return f'not compiled: {row["slower"]:.3g} s of arithmetic, slower anyway'
   size = f'{row["needed"] / 2**30:.1f} GiB'
-  when = 'not compiled: models and cache alone'
+  when = 'not compiled: models and cache are too large'
   if 'compile_seconds' in row:
     when = f'compiled in {row["compile_seconds"]:.0f} s'
   if row['missing'] > 0:
@@ -611,11 +563,11 @@ def _verdict(row) -> str:
 
 
 def plan_once(names, config, mesh, remat, attempts, too_slow):
-  """The programs of one stage on one mesh; None unless each fits."""
+  """Program -> row for the programs of one stage on one mesh, if all fit."""
   found = {}
   for name in names:
     spent = sum(row['least_seconds'] for row in found.values())
-    # Steps and reading share their slots.
+    # Decoding and prefill share the slots.
     parts = found['decode']['parts'] if name == 'prefill' else 1
     row = fit(name, config, mesh, remat, parts, attempts, too_slow - spent)
     if row is None:
@@ -632,8 +584,8 @@ def plan_once(names, config, mesh, remat, attempts, too_slow):
 def search(names, config, devices, attempts):
   """The fastest of the meshes and remats on which a stage's programs fit.
 
-  Meshes come in the order of their tensor parallelism: once more of it is
-  slower, the rest are left out.
+  Meshes are in the order of their tensor parallelism: once a mesh is slower,
+  those after it are left out.
   """
   best, best_seconds = None, math.inf
   for remat in config.remats:
@@ -643,24 +595,22 @@ def search(names, config, devices, attempts):
       if found is None:
         continue
       seconds = sum(row['least_seconds'] for row in found.values())
-      is_slower = seconds >= best_seconds
-      if not is_slower:
-        best, best_seconds = found, seconds
-      if is_slower or config.stop_at_first:
+      if seconds >= best_seconds:
         break
-    if best and config.stop_at_first:
-      break
+      best, best_seconds = found, seconds
+      if config.stop_at_first:
+        return best
   return best
 
 
 def run(config, workdir: epath.Path):
   """Searches a plan for each group of programs.
 
-  Writes tried.json as attempts end, plan.md, and, where all programs fit,
-  plan.json. Reads tried.json of a plan that was cut.
+  Continues from tried.json, if there is one. Writes tried.json, plan.md, and,
+  if all programs fit, plan.json.
 
   Returns:
-    The plan, as in plan.json.
+    The content of plan.json.
 
   Raises:
     RuntimeError: a program fits in no attempt, or libtpu is missing.
@@ -681,7 +631,7 @@ def run(config, workdir: epath.Path):
     'chip': config.chip,
     'num_chips': len(devices),
     'programs': rows,
-    'knobs': knobs(rows, attempts.rows),
+    'knobs': knobs(attempts.rows),
   }
   if set(EPISODES) <= set(rows):
     summary['iteration'] = iteration(config, rows, len(devices))
@@ -698,29 +648,25 @@ def run(config, workdir: epath.Path):
   return summary
 
 
-def knobs(rows, tried) -> list[str]:
-  """For each attempt that did not fit, by how much, and what made it fit."""
+def knobs(tried) -> list[str]:
+  """A line for each attempt that did not fit: by how much, and what fits."""
   lines = []
   for failed in tried:
     if not failed.get('missing', 0) > 0:
       continue
     line = f'{_describe(failed)}: {_verdict(failed)}'
-    name, change = failed['program'], None
-    for row in tried:
-      if row['program'] != name or row.get('missing', 1) > 0:
-        continue
-      keys = [k for k in ('mesh', 'remat', 'parts') if row[k] != failed[k]]
+    changes = [
+      ([k for k in ('mesh', 'remat', 'parts') if row[k] != failed[k]], row)
+      for row in tried
+      if row['program'] == failed['program'] and row.get('missing', 1) <= 0
+    ]
+    if changes:
       # The smallest change that was tried.
-      if change is None or len(keys) < len(change[0]):
-        change = keys, row
-    if change is None and name in rows:
-      change = ('mesh', 'remat', 'parts'), rows[name]
-    if change is None:
-      line += '; nothing that was tried makes it fit'
+      keys, row = min(changes, key=lambda change: len(change[0]))
+      settings = ', '.join(_knob(key, row) for key in keys)
+      line += f'; fits with {settings}: {row["needed"] / 2**30:.1f} GiB'
     else:
-      keys, row = change
-      told = ', '.join(_knob(key, row) for key in keys)
-      line += f'; fits with {told}: {row["needed"] / 2**30:.1f} GiB'
+      line += '; nothing that was tried makes it fit'
     lines.append(line)
   return lines
 
@@ -736,7 +682,7 @@ def _knob(key, row) -> str:
 
 
 def iteration(config, rows, num_chips):
-  """Sample, score and update once, and the paper's 256,000 episodes."""
+  """Figures of one iteration of PPO, and of all episodes."""
   stage = config.ppo
   seconds = sum(rows[name]['least_seconds'] for name in EPISODES)
   tokens = stage.batch_size * (stage.prompt_length + stage.response_length)
@@ -752,7 +698,7 @@ def table(summary) -> str:
   """The plan as Markdown."""
   lines = [
     f'{summary["size"]} on {summary["num_chips"]} x {summary["chip"]}; figures '
-    'of one chip and call, the time of all calls.',
+    'are per chip and call, times for all calls.',
     '',
     '| program | mesh, remat, parts | memory GiB: models, optimizer, cache, '
     'temporaries, all | TFLOP | memory traffic GB | between chips GB '
@@ -760,14 +706,11 @@ def table(summary) -> str:
     '|---|---|---|---|---|---|---|---|---|---|',
   ]
   for name, row in summary['programs'].items():
-    kept = row['resident']
-    sizes = (
-      sum(kept.values()) - kept['optimizer'] - kept.get('cache', 0.0),
-      kept['optimizer'],
-      kept.get('cache', 0.0),
-      row['needed'] - sum(kept.values()),
-      row['needed'],
-    )
+    kept = sum(row['resident'].values())
+    optimizer = row['resident']['optimizer']
+    cache = row['resident'].get('cache', 0.0)
+    needed = row['needed']
+    sizes = (kept - optimizer - cache, optimizer, cache, needed - kept, needed)
     sizes = ', '.join(f'{size / 2**30:.2f}' for size in sizes)
     collectives = ', '.join(
       f'{kind} {size / 1e9:.3g}' for kind, size in row['collectives'].items()
