@@ -426,7 +426,7 @@ def test_noisy_labelers_agree_with_the_score_more_often_than_not():
 
 @pytest.mark.usefixtures('quick_compile')
 def test_sentiment_from_a_folder_to_a_report(data, labels, tmp_path):
-  text = ' '.join(f'word{i} and then word{i + 7} came' for i in range(900))
+  text = '\n\n'.join(f'word{i} and then word{i + 7} came' for i in range(900))
   (tmp_path / 'book.txt').write_text(text)
   config = sentiment_config.get_config('smoke')
   with config.unlocked():

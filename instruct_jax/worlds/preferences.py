@@ -532,10 +532,10 @@ def make_records(
     distinct, _ = hygiene.drop_duplicates(
       distinct_prompts(test), config.duplicate_prefix_words
     )
-    read, tokens, _ = hygiene.drop_refused(distinct, tokenizer)
+    readable, tokens, _ = hygiene.drop_refused(distinct, tokenizer)
     splits['test'] = [
       prompt
-      for prompt, number in zip(read, tokens, strict=True)
+      for prompt, number in zip(readable, tokens, strict=True)
       if number <= lengths['prompt_length']
     ]
   split_of = {
