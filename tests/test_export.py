@@ -44,9 +44,6 @@ def test_out_and_back(kind, tmp_path):
   assert model_folder.is_published(out)
   assert not model_folder.is_published(tmp_path / 'model')
   assert queries.tokenizer_of(f'hf:{out}', '').fingerprint == again.fingerprint
-  assert model_folder.content_hash(f'hf:{out}') == model_folder.content_hash(
-    out
-  )
   for name in (str(out), f'hf:{out}'):
     loaded = model_folder.load(
       name,
@@ -68,7 +65,7 @@ def test_out_and_back(kind, tmp_path):
   described = json.loads((out / 'config.json').read_text())
   assert (described['eos_token_id'], described['pad_token_id']) == (1, 0)
   assert '"seed": 0' in (out / 'README.md').read_text()
-  with pytest.raises(ValueError, match='is no empty folder'):
+  with pytest.raises(ValueError, match='is not an empty folder'):
     export.export(tmp_path / 'model', tmp_path / 'tokenizer', out)
   larger = tokenizer_lib.train_word_level(list('abcdef'))
   with pytest.raises(ValueError, match='tokenizer of 7 tokens .* one of 9 '):
