@@ -97,7 +97,6 @@ def draw_sources(shares, sizes, rng):
   Args:
     shares: of the policies, above 0; they need not sum to 1.
     sizes: completions of each prompt.
-    rng: of the draw.
   """
   bounds = np.cumsum(np.array(shares) / np.sum(shares))
   bounds[-1] = 1.0  # Whatever the rounding.
@@ -115,10 +114,7 @@ def sample_answers(config, samplers, tokenizer, prompts, name, number):
   A prompt that is too long has none.
 
   Args:
-    config: of the stage.
     samplers: see `load_samplers`.
-    tokenizer: of the policies.
-    prompts: to answer.
     name: of the prompts, for messages.
     number: seeds the random numbers, with `config.seed`.
   """
@@ -169,7 +165,6 @@ def rank(the_world, prompts, by_prompt, rankers, per_prompt, rng):
 
   Args:
     the_world: by which the labelers judge.
-    prompts: the prompts.
     by_prompt: completions of each; fewer than two are not ranked.
     rankers: labelers to draw from.
     per_prompt: labelers of each prompt.

@@ -96,12 +96,8 @@ def train(config, workdir, name, rows, model, seed):
   """Trains one policy and returns its parameters.
 
   Args:
-    config: of the stage.
-    workdir: for checkpoints and metrics.
-    name: for progress.
     rows: `ComparisonBatch` to train on.
     model: to start from; its parameters are donated.
-    seed: of the batches.
   """
   mesh = jax.sharding.get_mesh()
   batches = rankings.Batches(config, rows, seed, reads_responses=True)

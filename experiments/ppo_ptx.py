@@ -47,9 +47,7 @@ def build_programs(config, policy, value, stop_ids):
   """The jitted programs of one iteration.
 
   Args:
-    config: of the stage.
     policy, value: pure modules; the reward model has that of the value model.
-    stop_ids: tokens that end responses.
   """
   method = rl.method_of(config)
   longest = config.prompt_length + config.response_length

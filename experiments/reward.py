@@ -83,12 +83,8 @@ def train(config, workdir, name, rows, model, seed):
   """Trains one reward model; returns its parameters and the programs.
 
   Args:
-    config: of the stage.
-    workdir: for checkpoints and metrics.
-    name: for progress.
     rows: `ComparisonBatch` to train on.
     model: to start from; its parameters are donated.
-    seed: of the batches.
   """
   mesh = jax.sharding.get_mesh()
   batches = rankings.Batches(config, rows, seed)

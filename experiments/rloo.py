@@ -58,10 +58,7 @@ def build_programs(config, policy, reward, stop_ids):
   """The jitted programs of one iteration.
 
   Args:
-    config: of the stage.
-    policy: pure module.
     reward: pure module of the reward model, or None.
-    stop_ids: tokens that end responses.
   """
   method = rl.method_of(config)
   longest = config.prompt_length + config.response_length

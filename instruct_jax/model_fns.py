@@ -131,7 +131,6 @@ def adapted(
   Args:
     model: without adapters.
     adapters: None returns the model unchanged, all of it to be trained.
-    mesh: of the model.
     seed: of the stage; for the factors A.
 
   Raises:
@@ -194,7 +193,6 @@ def decoder(module: heads.Policy, gather_weights: bool = True) -> Decoder:
   """A policy as the functions of `rollout.generate`.
 
   Args:
-    module: the policy.
     gather_weights: gather the weights over `fsdp` once a rollout, in the
       compute dtype; otherwise every token gathers them again, which is slower
       but needs less memory.

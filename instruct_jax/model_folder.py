@@ -210,7 +210,6 @@ def named_folders(text: str, key: str = 'models') -> dict[str, str]:
 
   Args:
     text: of that form, or ''.
-    key: of the config that holds it, for the error.
 
   Raises:
     ValueError: a part is not of this form, or a name is repeated.

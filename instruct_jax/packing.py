@@ -118,10 +118,6 @@ def ladder(sizes: Sizes, group_size: int) -> tuple[Shape, ...]:
   that saves a twentieth of the columns to half an episode; responses may take a
   third of a row, two thirds, or all of it. The last shape is one row for each
   episode.
-
-  Args:
-    sizes: of the run.
-    group_size: episodes of a group.
   """
   alone = Shape(group_size, sizes.longest, sizes.response_columns)
   if not sizes.row_episodes:
@@ -149,7 +145,6 @@ def deal(
   """Random groups of equal number and nearly equal length, as indices.
 
   Args:
-    lengths: tokens of each episode.
     num_groups: G, which divides B.
     rng: decides which episode of a stratum goes to which group.
 
@@ -183,8 +178,6 @@ def deal_epochs(
   """The groups of all inner epochs: `deal` for each.
 
   Args:
-    lengths: tokens of each episode.
-    sizes: of the run.
     seed: of the deal, including the iteration.
   """
   num_groups = sizes.num_minibatches * sizes.num_microbatches
@@ -238,7 +231,6 @@ def lay_out(
     prompt_lengths, response_lengths: real tokens of each episode.
     groups: of `deal_epochs`; row g is microbatch g % num_microbatches of step
       g // num_microbatches.
-    sizes: of the run.
 
   Raises:
     ValueError: an episode without tokens.

@@ -188,9 +188,7 @@ def make_penalise(
   Args:
     logprobs_fn: of the policy and of the reference, at the sampling
       temperature.
-    values_fn: of the value model, or None.
     advantage_fn: from KL-penalised rewards to advantages.
-    config: the method's numbers.
 
   Returns:
     (state, frozen, rollout, layout, scores [B]) -> (batch, the next iteration's
@@ -308,14 +306,11 @@ def penalised(
   """Advantages and returns; the arithmetic of `make_penalise`.
 
   Args:
-    rollout: as sampled.
     scores: of each response, mean 0 on demonstrations.
-    old_logprobs: of the policy that sampled.
     ref_logprobs: of the KL reference, the RL-initialisation model.
     old_values: value model at the positions that predict each response token.
     kl_coef: beta.
     advantage_fn: see `AdvantageFn`.
-    config: the method's numbers.
 
   Returns:
     Fields of `RLBatch`, 0 where masked, and metrics (`objective/*`).
@@ -466,8 +461,6 @@ def make_train(
   Args:
     loss_fns: of the 'policy', of the 'value' model if there is one, and of the
       pretraining text, 'ptx', if `ptx_coef` is not 0.
-    optimizers: of the 'policy' and of the 'value' model.
-    config: the method's numbers.
 
   Returns:
     (state, frozen, batch, pretraining rows or None, the next iteration's KL

@@ -311,7 +311,6 @@ class Frozen:
   """Models that are not trained, in `frozen_dtype`, offloaded if so configured.
 
   Args:
-    config: of the stage.
     models: name -> parameters.
     bases: of adapters, by 'policy' and 'value'; None without adapters. They
       stay on the device and in their own dtype, as when saved adapters are
@@ -428,10 +427,7 @@ def lay_out(
   Waits for the rollout, whose lengths decide the shape.
 
   Args:
-    config: of the stage.
     programs: 'lengths' is jitted `rollout.episode_lengths`.
-    responses: the rollout.
-    mesh: for the layout.
     iteration: decides the deal into minibatches, with the seed.
   """
   lengths, response_lengths = np.asarray(programs['lengths'](responses))
@@ -468,7 +464,6 @@ def sampled_of(
   """The argument of a `ScoreFn`.
 
   Args:
-    config: of the stage.
     responses, layout: on the mesh.
     prompts: of the responses, on the host, this process's rows.
   """
@@ -487,12 +482,9 @@ def make_score_fn(
   """The scores that a stage trains on: `reward_model`, `reward_fn` or both.
 
   Args:
-    config: of the stage.
     programs: 'score' is a jitted `score_fns.reward_program`.
     frozen: has the 'reward' model, if there is one.
     prompts: the data set.
-    tokenizer: of the policy.
-    mesh: for the scores.
   """
   parts = {}
   if config.reward_model:
@@ -558,10 +550,7 @@ class Outputs:
   """What an RL stage writes besides metrics and checkpoints.
 
   Args:
-    config: of the stage.
-    workdir: of the stage.
     policy: its parameters are not read.
-    tokenizer: saved with every model.
     reward: the reward model or None. Its scores on training data are the range
       of plausible scores, unless `reward_fn` adds to them.
   """

@@ -144,13 +144,11 @@ def generate_counted(
   """Samples responses of at most `num_response` tokens to each prompt.
 
   Args:
-    params: of the policy.
     prompts: left-padded, so that every response starts in column P. A prompt
       without tokens gets a response without tokens.
     key: of this rollout. The noise of token t of sample j of prompt i comes
       from fold_in(fold_in(key, n i + j), t), n samples a prompt: independent of
       slot, neighbours and order.
-    decoder: the policy's functions.
     num_response: R, the longest response, including the stop token.
     stop_ids: sampling one of these ends the response; it is kept.
     temperature: 1 in the paper's rollouts; 0 is greedy.
@@ -494,8 +492,6 @@ def in_queues(
       `num_samples` responses of each prompt.
     rows: numpy arrays of N prompts.
     num_slots: rows sampled at a time.
-    num_samples: of each prompt.
-    progress: called with the number of responses of each call.
 
   Returns:
     The responses as numpy arrays of N * num_samples rows, in order.

@@ -62,7 +62,6 @@ def reward_program(
   """(parameters, rollout, layout) -> a reward model's scores [B].
 
   Args:
-    scalars_fn: of the reward model.
     read_fn: (scalars, tokens, segments, ends [B]) -> scores [B]; see
       `heads.read_scores`.
     num_slices: parts in which rows are read.
@@ -85,7 +84,6 @@ def find(name: str, key: str = 'reward_fn') -> Any:
 
   Args:
     name: such as 'mypackage.rewards.brevity'.
-    key: of the config that holds it, for the error.
 
   Raises:
     ValueError: gives key, name and why it cannot be imported.
@@ -121,7 +119,6 @@ def source_of(name: str, key: str = 'reward_fn') -> dict[str, str]:
   Args:
     name: dotted, with or without `=WEIGHT`. The weight is part of the label, so
       that a changed weight differs from a moved function.
-    key: of the config that holds it.
 
   Raises:
     ValueError: see `find`.
@@ -170,8 +167,6 @@ def of_function(
     name: for errors.
     function: see the top of this file.
     prompts: the data set of `Sampled.indices`.
-    tokenizer: of the responses.
-    mesh: for the scores.
 
   Raises:
     RuntimeError: when called; see `score_texts`.
@@ -211,9 +206,7 @@ def score_texts(
     name: of the key and the function, for errors.
     function: see the top of this file.
     prompts: of each response.
-    texts: the responses.
     ended: whether the policy itself ended each.
-    num_tokens: of each.
 
   Raises:
     RuntimeError: the function raises, or does not return one finite number per

@@ -45,7 +45,6 @@ def make_text_loss(logprobs_fn: LogprobsFn, dropout: bool = False) -> LossFn:
   """Negative log-likelihood of `loss_mask` tokens, nats, as a `LossFn`.
 
   Args:
-    logprobs_fn: of the policy.
     dropout: whether to use dropout, at the rate of the policy's config.
   """
 
@@ -70,8 +69,6 @@ def make_update(
   A step with non-finite gradients changes nothing.
 
   Args:
-    loss_fn: to be minimised.
-    tx: optimizer of the state.
     num_microbatches: gradient accumulation within a batch.
   """
 

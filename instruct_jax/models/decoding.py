@@ -90,7 +90,6 @@ def weights_of(
   """Takes the layers of stacked parameters apart.
 
   Args:
-    config: of the model.
     params: of a policy, as trained.
     cast: `in_compute_dtype` of them, laid out for decoding.
   """
@@ -127,8 +126,6 @@ def read(
   in training, since for many tokens the copy of a slice does not matter.
 
   Args:
-    module: the policy.
-    weights: of the policy.
     tokens: padded on the right.
     lengths: real tokens of each row.
   """
@@ -152,8 +149,6 @@ def extend(
   """Reads more tokens in every row; returns the last layer's output.
 
   Args:
-    module: the policy.
-    weights: of the policy.
     tokens: each row's next tokens.
     lengths: filled columns of each row, that is the first token's position.
     cache: of earlier tokens; returned with these from column `lengths` on.

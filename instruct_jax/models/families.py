@@ -403,8 +403,6 @@ def _rotary(values, head_dim, context, partial=False, nested=False):
 
   Args:
     values: `rope_parameters` of the reference.
-    head_dim: components of a head.
-    context: `max_position_embeddings`.
     partial: whether the family's code can rotate a part of a head.
     nested: whether the model has parameters for each kind of layer.
   """

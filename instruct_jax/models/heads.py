@@ -72,7 +72,6 @@ class Policy(nn.Module):
       tokens, segments, longest: see `Transformer.__call__`.
       where: columns of the positions that predict; only these are unembedded.
         None is all of them.
-      temperature: divides the logits.
       deterministic: True switches dropout off.
 
     Returns:
@@ -185,7 +184,6 @@ def read_scores(
   `skipped_id`, or at its first token if there is none.
 
   Args:
-    module: the reward model.
     scalars: its output at each position.
     tokens, segments: its input; a mask will do as segments of one sequence a
       row, padded on either side.

@@ -422,11 +422,6 @@ def save(
   classifiers have no bias: it goes to `score_shift` of config.json, to be added
   to the logit.
 
-  Args:
-    folder: made if it does not exist.
-    config: of the model.
-    params: of a policy or a scalar model.
-
   Raises:
     ValueError: no published family has this model.
   """
@@ -483,8 +478,6 @@ def save_adapters(
   times higher, and B is 0 outside of a block for each.
 
   Args:
-    folder: made if it does not exist.
-    config: of the model, with adapters.
     params: the adapters, and the head of a scalar model. Its bias is not
       written, since published classifiers have none.
     base: name or folder of the published base.
@@ -552,9 +545,6 @@ def _factors(entries, layers, layer, rank):
 
   Args:
     entries: our matrices within it.
-    layers: adapters of all layers.
-    layer: its number.
-    rank: of each of our matrices.
   """
   view, whole_a, whole_b = entries[0].view, [], None
   for number, entry in enumerate(entries):
@@ -614,7 +604,6 @@ def write_tensors(
   """Writes float32 tensors, one at a time in memory, as safetensors files.
 
   Args:
-    folder: made if it does not exist.
     shapes: name -> shape, in the order of the file.
     tensor_fn: name -> array.
     shard_bytes: approximate size of one file.

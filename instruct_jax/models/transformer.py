@@ -184,7 +184,6 @@ def plain_inputs(
   """Inputs of layers without a window and, if there are any, of those with one.
 
   Args:
-    config: of the model.
     positions: of the queries.
     key_positions: of the keys.
     allowed: which keys each query sees where there is no window.
