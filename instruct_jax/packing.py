@@ -14,6 +14,7 @@ epoch has its own deal.
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -217,6 +218,19 @@ def _place(groups, lengths, response_lengths, num_rows) -> _Placed:
   return _Placed(*places, int(used[1].max()), int(used[2].max()))
 
 
+def _fit(groups, lengths, response_lengths, sizes) -> tuple[Shape, _Placed]:
+  """The first shape with room for the fullest row, and places in it."""
+  placed_in = functools.cache(
+    lambda num_rows: _place(groups, lengths, response_lengths, num_rows)
+  )
+  for shape in ladder(sizes, groups.shape[1]):
+    placed = placed_in(shape.num_rows)
+    fits = placed.most <= shape.length
+    if fits and placed.most_responses <= shape.num_responses:
+      break
+  return shape, placed
+
+
 def lay_out(
   prompt_lengths: Int[np.ndarray, 'B'],
   response_lengths: Int[np.ndarray, 'B'],
@@ -240,15 +254,8 @@ def lay_out(
   if lengths.min() < 1:
     raise ValueError(f'episode {lengths.argmin()} has no tokens')
   B, T = len(lengths), sizes.longest
-  num_rows = 0
-  for shape in ladder(sizes, groups.shape[1]):
-    if shape.num_rows != num_rows:
-      num_rows = shape.num_rows
-      placed = _place(groups, lengths, response_lengths, num_rows)
-    fits = placed.most <= shape.length
-    if fits and placed.most_responses <= shape.num_responses:
-      break
-  L, Q = shape.length, shape.num_responses
+  shape, placed = _fit(groups, lengths, response_lengths, sizes)
+  num_rows, L, Q = dataclasses.astuple(shape)
   num_steps = sizes.num_epochs * sizes.num_minibatches
   group = np.broadcast_to(np.arange(len(groups))[:, None], groups.shape)
   step, micro = np.divmod(group, sizes.num_microbatches)

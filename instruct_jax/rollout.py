@@ -40,6 +40,11 @@ _LEAST_RESPONSE = 64
 _DOUBLINGS = 3
 # A cache without refill grows in steps of at least this many columns.
 _GROWTH = 32
+# See `generate_counted`.
+_COUNTS = (
+  *('steps', 'slot_steps', 'queued_slot_steps'),
+  *('idle', 'queued_idle', 'reads'),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,17 +258,7 @@ class _Engine:
         'lengths': jnp.zeros((noise.shape[0],), jnp.int32),
         'ended': jnp.zeros((noise.shape[0],), bool),
       },
-      'counts': {
-        name: jnp.zeros((), jnp.int32)
-        for name in (
-          'steps',
-          'slot_steps',
-          'queued_slot_steps',
-          'idle',
-          'queued_idle',
-          'reads',
-        )
-      },
+      'counts': dict.fromkeys(_COUNTS, jnp.zeros((), jnp.int32)),
     }
 
   # --- Filling slots, each shard for itself -----------------------------------
@@ -401,13 +396,8 @@ class _Engine:
       'reads': 0,
     }
     counts = {name: counts[name] + added[name] for name in counts}
-    return {
-      **state,
-      'slots': after,
-      'cache': cache,
-      'out': out,
-      'counts': counts,
-    }
+    state = {**state, 'slots': after, 'cache': cache, 'out': out}
+    return {**state, 'counts': counts}
 
   # --- The whole rollout ------------------------------------------------------
 

@@ -446,7 +446,12 @@ def _rotary(values, head_dim, context, partial=False, nested=False):
     # Dynamic scaling stretches only what is longer than the context, which is
     # an error here; the default type ignores these fields.
     read |= {'factor', 'original_max_position_embeddings'}
-  if kind in ('linear', 'llama3'):
+  if kind == 'yarn':
+    rotary |= _yarn(number, context)
+    # The reference looks for it beside the kinds of layers, not in them.
+    rotary['truncate'] = nested or bool(values.get('truncate', True))
+    read.add('truncate')
+  elif kind in ('linear', 'llama3'):
     rotary['factor'] = number('factor')
   elif kind == 'dynamic':
     number('factor')
@@ -461,31 +466,29 @@ def _rotary(values, head_dim, context, partial=False, nested=False):
         f'config.json: rope_parameters.low_freq_factor {rotary["low"]} must be '
         f'below high_freq_factor {rotary["high"]}'
       )
-  elif kind == 'yarn':
-    original = number('original_max_position_embeddings')
-    factor = number('factor', context / original)
-    # DeepSeek's spelling: two factors, where both are given and not 0.
-    whole, each = number('mscale', 0), number('mscale_all_dim', 0)
-    magnitude = _yarn_magnitude(factor)
-    if whole and each:
-      magnitude = _yarn_magnitude(factor, whole) / _yarn_magnitude(factor, each)
-    rotary |= {
-      'factor': factor,
-      'original_context': original,
-      'low': number('beta_slow', 1) or 1,
-      'high': number('beta_fast', 32) or 32,
-      # The reference looks for it beside the kinds of layers, not in them.
-      'truncate': nested or bool(values.get('truncate', True)),
-      'magnitude': number('attention_factor', magnitude),
-    }
-    read.add('truncate')
   _refuse_unread(values, read, kind, 'rope_parameters.')
   return rotary
 
 
-def _yarn_magnitude(factor: int | float, scale: int | float = 1) -> float:
+def _yarn(number, context):
   """Peng et al. 2023 (YaRN), section 3.4: sqrt(1/t) = 0.1 ln(s) + 1."""
-  return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+  original = number('original_max_position_embeddings')
+  factor = number('factor', context / original)
+
+  def magnitude(scale):
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+  # DeepSeek's spelling: two factors, where both are given and not 0.
+  whole, each = number('mscale', 0), number('mscale_all_dim', 0)
+  both = whole and each
+  default = magnitude(whole) / magnitude(each) if both else magnitude(1)
+  return {
+    'factor': factor,
+    'original_context': original,
+    'low': number('beta_slow', 1) or 1,
+    'high': number('beta_fast', 32) or 32,
+    'magnitude': number('attention_factor', default),
+  }
 
 
 # --- Weights ------------------------------------------------------------------
