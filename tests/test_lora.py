@@ -485,7 +485,7 @@ def test_a_base_that_is_gone_or_changed_is_named(folders, tmp_path):
   run, tokenizer = folders
   (run / 'base').rename(run / 'elsewhere')
   with pytest.raises(
-    checkpoint.CheckpointError, match='holds adapters of .*base, which is not'
+    checkpoint.CheckpointError, match='holds adapters of .*base, which is mis'
   ):
     model_folder.check(run / 'policy', 'policy', tokenizer)
   other = model_fns.init('policy', CONFIG, tiny.one_device(), jax.random.key(5))
