@@ -213,14 +213,14 @@ def make_penalise(
       return logprobs_fn(params, rows.tokens, rows.segments, rows.where)[0]
 
     def read(rows):
-      found = [logprobs(frozen['reference'], rows)]
-      if values_fn is not None:
-        value = lora.join(state.value.params, frozen.get('value'))
-        values = values_fn(value, rows.tokens, rows.segments)
-        found.append(jnp.take_along_axis(values, rows.where, axis=1))
-      return found
+      ref_logprobs = logprobs(frozen['reference'], rows)
+      if values_fn is None:
+        return ref_logprobs, None
+      value = lora.join(state.value.params, frozen.get('value'))
+      values = values_fn(value, rows.tokens, rows.segments)
+      return ref_logprobs, jnp.take_along_axis(values, rows.where, axis=1)
 
-    ref_logprobs, *values = slices.in_slices(read, rows, num_slices)
+    ref_logprobs, values = slices.in_slices(read, rows, num_slices)
     sampler = packing.pack_responses(rollout.logprobs, layout)
     old_logprobs, metrics = _old_logprobs(
       functools.partial(logprobs, policy),
@@ -230,21 +230,12 @@ def make_penalise(
       config,
     )
 
-    def unpack(x):
-      return packing.unpack_responses(x, layout, rollout.response_mask)
-
-    old_logprobs, ref_logprobs, *values = map(
-      unpack, (old_logprobs, ref_logprobs, *values)
+    by_token = jax.tree.map(
+      lambda x: packing.unpack_responses(x, layout, rollout.response_mask),
+      (old_logprobs, ref_logprobs, values),
     )
     fields, objective = penalised(
-      rollout,
-      scores,
-      old_logprobs,
-      ref_logprobs,
-      values[0] if values else None,
-      state.kl.coef,
-      advantage_fn,
-      config,
+      rollout, scores, *by_token, state.kl.coef, advantage_fn, config
     )
     kl_sum, kl_count = objective['objective/kl']
     kl = rewards.update_kl_coef(
