@@ -187,12 +187,13 @@ def logits_of(
   module: Policy, weights: Weights, x: Float[Array, '*b D']
 ) -> Float[Array, '*b V']:
   """float32 logits of the next token, from the output of `extend`."""
-  return module.apply(
-    {'params': {'trunk': weights.unembedding}},
-    x,
-    x.ndim == 2,  # One token a row.
-    method=lambda model, *args: model.trunk.logits(*args),
-  )
+
+  def unembed(model, x):
+    one_each = x.ndim == 2  # One token a row.
+    return model.trunk.unembed(model.trunk.final_norm(x), one_each)
+
+  params = {'trunk': weights.unembedding}
+  return module.apply({'params': params}, x, method=unembed)
 
 
 def step(

@@ -474,12 +474,6 @@ class Transformer(nn.Module):
       x = x + self.position_embedding[positions]
     return x.astype(config.compute_dtype)
 
-  def logits(
-    self, x: Float[Array, '*b D'], kernel_first: bool
-  ) -> Float[Array, '*b V']:
-    """`unembed` of the last layer's output."""
-    return self.unembed(self.final_norm(x), kernel_first)
-
   def unembed(
     self, hidden: Float[Array, '*b D'], kernel_first: bool = False
   ) -> Float[Array, '*b V']:
