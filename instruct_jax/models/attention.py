@@ -35,16 +35,16 @@ class Inputs:
   """What attention reads besides queries, keys and values.
 
   Attributes:
-    tables: of `transformer.rotary_tables`; None without rotary positions.
     allowed: which keys each query sees; None for a flash kernel.
     segments: read by a flash kernel only.
+    tables: of `transformer.rotary_tables`; None without rotary positions.
     kernel: 'plain', 'blocks' (`allowed` from `allowed_in_blocks`), 'splash' or
       'cudnn'.
   """
 
-  tables: tuple[jax.Array, jax.Array] | None
   allowed: Bool[Array, 'b t s'] | None = None
   segments: Int[Array, 'B T'] | None = None
+  tables: tuple[jax.Array, jax.Array] | None = None
   kernel: str = flax.struct.field(pytree_node=False, default='plain')
 
 

@@ -188,11 +188,12 @@ def plain_inputs(
     key_positions: of the keys.
     allowed: which keys each query sees where there is no window.
   """
-  inputs = [attention.Inputs(rotary_tables(config.rotary, positions), allowed)]
+  tables = rotary_tables(config.rotary, positions)
+  inputs = [attention.Inputs(allowed, tables=tables)]
   if any(config.window_layers):
     near = positions[:, :, None] - key_positions[:, None, :] < config.window
     tables = rotary_tables(config.window_rotary or config.rotary, positions)
-    inputs.append(attention.Inputs(tables, allowed & near))
+    inputs.append(attention.Inputs(allowed & near, tables=tables))
   return inputs
 
 
@@ -447,12 +448,12 @@ class Transformer(nn.Module):
     kernel = attention.choose(config, *segments.shape)
     if kernel is not None:
       tables = rotary_tables(config.rotary, positions)
-      return [attention.Inputs(tables, segments=segments, kernel=kernel)]
+      return [attention.Inputs(None, segments, tables, kernel)]
     block = attention.block_size(num_tokens, longest)
     if block and not any(config.window_layers):
       allowed = attention.allowed_in_blocks(segments, longest, block)
       tables = rotary_tables(config.rotary, positions)
-      return [attention.Inputs(tables, allowed, kernel='blocks')]
+      return [attention.Inputs(allowed, tables=tables, kernel='blocks')]
     columns = jnp.arange(num_tokens)
     allowed = segments[:, :, None] == segments[:, None, :]
     allowed &= (columns[:, None] >= columns[None, :])[None]
