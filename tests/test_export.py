@@ -184,7 +184,7 @@ def test_adapters_beside_their_base(kind, adapted_models):
   assert len(written) == 8 + (kind == 'scalar')
   assert tokenizer_lib.Tokenizer.load(out).fingerprint == tokenizer.fingerprint
   card = (out / 'README.md').read_text()
-  assert 'to be opened with `peft` on their base' in card
+  assert 'to be loaded by `peft` on top of their base' in card
   mesh = sharding.make_mesh((1, -1, 1))
   expected = model_folder.load(folder / 'base', 'policy', mesh, tokenizer)
   base = model_folder.load(out / 'base', 'policy', mesh, tokenizer)

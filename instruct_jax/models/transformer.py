@@ -433,13 +433,9 @@ class Transformer(nn.Module):
     x = self.embedding_dropout(
       self.embed(tokens, positions), deterministic=deterministic
     )
-    x, kept = self.layers(
-      x,
-      jnp.asarray(config.is_windowed, bool),
-      self._inputs(segments, positions, longest),
-      deterministic,
-      keeps_keys,
-    )
+    inputs = self._inputs(segments, positions, longest)
+    windowed = jnp.asarray(config.is_windowed, bool)
+    x, kept = self.layers(x, windowed, inputs, deterministic, keeps_keys)
     return self.final_norm(x), kept
 
   def _inputs(self, segments, positions, longest):
