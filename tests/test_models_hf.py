@@ -528,8 +528,8 @@ def test_damaged_pickled_and_empty_folders(tmp_path):
   [
     ('{', 'index.json: not JSON'),
     ('[]', 'index.json: not a JSON object'),
-    ('{"metadata": {}}', "index.json: no 'weight_map' that says"),
-    ('{"weight_map": ["a"]}', "index.json: no 'weight_map' that says"),
+    ('{"metadata": {}}', "index.json: no 'weight_map' from tensors"),
+    ('{"weight_map": ["a"]}', "index.json: no 'weight_map' from tensors"),
   ],
 )
 def test_a_damaged_index_is_named(tmp_path, content, message):
