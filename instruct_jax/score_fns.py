@@ -1,19 +1,18 @@
-"""What a response is worth: scores as a value, from whatever gives them.
+"""Scores of responses: from a reward model, from Python functions, or both.
 
 A `ScoreFn` is called once an iteration, on the host, with what was sampled. It
-may be a reward model, any Python function of the texts, or a weighted sum of
-several. RL sees the numbers alone.
+may be a reward model, any Python function of the texts, or a weighted sum.
 
-A Python function is given by its dotted name, say `mypackage.rewards.brevity`:
+A Python function is given by its dotted name, such as
+`mypackage.rewards.brevity`:
 
   def brevity(prompts, responses, metadata):
     return [-len(response.split()) / 100 for response in responses]
 
 `prompts` and `responses` are lists of texts. `metadata` is a list of dicts: the
-prompt's own `metadata`, then its `id`, `user`, `category` and `turns`, and
-`ended` and `num_tokens` of the response, which replace entries of those names.
-It returns one finite number each. Of several processes each calls it for its
-own responses.
+prompt's own `metadata`, updated with its `id`, `user`, `category` and `turns`,
+and with `ended` and `num_tokens` of the response. The function returns one
+finite number for each response. Each process calls it for its own responses.
 """
 
 import importlib
@@ -38,9 +37,8 @@ class Sampled(NamedTuple):
   """What an iteration sampled.
 
   Attributes:
-    rollout: on the mesh, B rows.
-    layout: of its rows, on the mesh.
-    indices: numbers of the prompts of this process's rows, in their order.
+    rollout, layout: on the mesh.
+    indices: of the prompt of each of this process's rows, in the data set.
   """
 
   rollout: Rollout
@@ -61,10 +59,9 @@ def reward_program(
   read_fn: Callable[..., jax.Array],
   num_slices: int,
 ) -> Callable[[Params, Rollout, packing.Layout], jax.Array]:
-  """(parameters, rollout, layout) -> a reward model's scores [B], to be jitted.
+  """(parameters, rollout, layout) -> a reward model's scores [B].
 
   Args:
-    scalars_fn: of the reward model.
     read_fn: (scalars, tokens, segments, ends [B]) -> scores [B]; see
       `heads.read_scores`.
     num_slices: parts in which rows are read.
@@ -86,15 +83,16 @@ def find(name: str, key: str = 'reward_fn') -> Any:
   """The function, class or value of a dotted name.
 
   Args:
-    name: say 'mypackage.rewards.brevity'.
-    key: of the config that holds it, for the error.
+    name: such as 'mypackage.rewards.brevity'.
 
   Raises:
-    ValueError: there is none; key, name and the reason are given.
+    ValueError: gives key, name and why it cannot be imported.
   """
   module_name, _, own_name = name.rpartition('.')
   if not module_name:
-    raise ValueError(f'{key} {name!r} is no dotted name, say package.module.f')
+    raise ValueError(
+      f'{key} {name!r} is not a dotted name such as package.module.f'
+    )
   try:
     return getattr(importlib.import_module(module_name), own_name)
   except (ImportError, AttributeError) as error:
@@ -102,11 +100,7 @@ def find(name: str, key: str = 'reward_fn') -> Any:
 
 
 def find_function(name: str) -> TextScoreFn:
-  """The Python function of a dotted name.
-
-  Raises:
-    ValueError: there is none; the name and the reason are given.
-  """
+  """The Python function of a dotted name; errors as of `find`."""
   function = find(name)
   if not callable(function):
     raise ValueError(
@@ -117,18 +111,17 @@ def find_function(name: str) -> TextScoreFn:
 
 
 def source_of(name: str, key: str = 'reward_fn') -> dict[str, str]:
-  """`{key.name: file}`, the Python file that defines what has a dotted name.
+  """`{key.name: file}`, the Python file that defines a dotted name.
 
-  As an input of its stage its contents are compared when the stage goes on. {}
-  where there is no such file, as of a builtin function.
+  As an input of its stage, the file is compared when the stage resumes. {} if
+  there is none, as for a builtin function.
 
   Args:
-    name: dotted; behind a function's name its weight may stand. A label with
-      the weight tells a changed weight from a function that has moved.
-    key: of the config that holds it.
+    name: dotted, with or without `=WEIGHT`. The weight is part of the label, so
+      that a changed weight differs from a moved function.
 
   Raises:
-    ValueError: there is nothing of this name.
+    ValueError: see `find`.
   """
   dotted = name.partition('=')[0]
   found, module = find(dotted, key), dotted.rpartition('.')[0]
@@ -139,11 +132,11 @@ def source_of(name: str, key: str = 'reward_fn') -> dict[str, str]:
 
 
 def parse_weights(text: str) -> dict[str, float]:
-  """'NAME' or 'NAME=WEIGHT', several with a comma between, as name -> weight.
+  """'NAME' or 'NAME=WEIGHT', separated by commas, as name -> weight.
 
   Raises:
-    ValueError: a part of another form, a weight that is no number, or a name
-      that stands twice.
+    ValueError: a part of another form, a weight that is not a finite number, or
+      a repeated name.
   """
   weights = {}
   for part in filter(None, text.split(',')):
@@ -154,8 +147,8 @@ def parse_weights(text: str) -> dict[str, float]:
       value = math.nan
     if not name or not math.isfinite(value) or name in weights:
       raise ValueError(
-        'reward_fn must be NAME or NAME=WEIGHT, with a comma between several, '
-        f'each name once: {text!r}'
+        'reward_fn must be NAME or NAME=WEIGHT, separated by commas, with '
+        f'distinct names: {text!r}'
       )
     weights[name] = value
   return weights
@@ -173,13 +166,10 @@ def of_function(
   Args:
     name: for errors.
     function: see the top of this file.
-    prompts: the data set; `Sampled.indices` are numbers in it.
-    tokenizer: of the responses.
-    mesh: where scores go.
+    prompts: the data set of `Sampled.indices`.
 
   Raises:
-    RuntimeError: in the `ScoreFn`, where the function raises or returns
-      something else than one finite number a response.
+    RuntimeError: when called; see `score_texts`.
   """
 
   def score(sampled: Sampled) -> jax.Array:
@@ -189,11 +179,10 @@ def of_function(
     )
     rows = jax.tree.map(lambda x: np.asarray(x)[own], whole)
     ids = rollout.response_ids(rows)
-    asked = [prompts[index] for index in sampled.indices]
     scores = score_texts(
       f'reward_fn {name}',
       function,
-      asked,
+      [prompts[index] for index in sampled.indices],
       tokenizer.decode_responses(ids),
       rows.ended,
       [len(answer) for answer in ids],
@@ -211,19 +200,17 @@ def score_texts(
   ended: Sequence[bool] | np.ndarray,
   num_tokens: Sequence[int],
 ) -> np.ndarray:
-  """The scores of a Python function, one a response, float32.
+  """The scores of a Python function, one per response, float32.
 
   Args:
     name: of the key and the function, for errors.
     function: see the top of this file.
     prompts: of each response.
-    texts: the responses.
     ended: whether the policy itself ended each.
-    num_tokens: of each.
 
   Raises:
-    RuntimeError: the function raises, or returns something else than one finite
-      number a response.
+    RuntimeError: the function raises, or does not return one finite number per
+      response.
   """
   metadata = [
     {
@@ -258,8 +245,8 @@ def _checked(name, found, asked) -> np.ndarray:
   if scores.shape != (len(asked),):
     what = type(found).__name__ if found is None else f'shape {scores.shape}'
     raise RuntimeError(
-      f'{name} returned {what}; one number for each of {len(asked)} responses '
-      'is needed'
+      f'{name} returned {what}, not one number for each of {len(asked)} '
+      'responses'
     )
   bad = np.flatnonzero(~np.isfinite(scores))
   if bad.size:
@@ -271,11 +258,7 @@ def _checked(name, found, asked) -> np.ndarray:
 
 
 def weighted(parts: Mapping[str, tuple[ScoreFn, float]]) -> ScoreFn:
-  """The sum of several scores, each times its weight.
-
-  Args:
-    parts: name -> (score function, weight).
-  """
+  """The sum of several scores, by name -> (score function, weight)."""
   if len(parts) == 1:
     ((score_fn, weight),) = parts.values()
     if weight == 1.0:
