@@ -1,8 +1,8 @@
 """Collects comparisons: K answers per prompt, ranked by simulated labelers.
 
-Paper 3.1 and 3.4: answers come from several models, mostly the SFT model, K is
-between 4 and 9. Validation prompts are ranked by several labelers, which gives
-the agreement figures, and once more by held-out ones.
+Paper 3.1 and 3.4: answers come from several models, mostly the SFT model; K is
+4 to 9. Several labelers rank each validation prompt, for the agreement figures,
+and so do held-out labelers.
 """
 
 import functools
@@ -53,16 +53,15 @@ def validate(config):
 
 def inputs(config):
   """What this stage reads, by config key."""
-  found = {
-    key: config[key] for key in ('tokenizer', 'prompts', 'valid_prompts')
+  keys = ('tokenizer', 'prompts', 'valid_prompts')
+  return {key: config[key] for key in keys} | {
+    f'policies.{name}.model': each.model
+    for name, each in config.policies.items()
   }
-  for name, each in config.policies.items():
-    found[f'policies.{name}.model'] = each.model
-  return found
 
 
 def load_samplers(config, tokenizer, mesh):
-  """Per policy of the config, `sample(key, batch)`: rows -> `Rollout`."""
+  """For each policy, `sample(key, batch)`: rows -> `Rollout`."""
 
   def sample(generate, params, key, batch):
     batch = sharding.put_whole(batch, mesh)
@@ -90,15 +89,14 @@ def load_samplers(config, tokenizer, mesh):
 
 
 def draw_sources(shares, sizes, rng):
-  """Which policy answers: one index for each completion of each prompt.
+  """The index of a policy for each completion of each prompt.
 
   Systematic sampling: within a prompt, each policy's count is its share,
   rounded up or down; the order is random.
 
   Args:
-    shares: per policy, above 0; they need not sum to 1.
-    sizes: completions per prompt.
-    rng: of the caller.
+    shares: of the policies, above 0; they need not sum to 1.
+    sizes: completions of each prompt.
   """
   bounds = np.cumsum(np.array(shares) / np.sum(shares))
   bounds[-1] = 1.0  # Whatever the rounding.
@@ -111,17 +109,14 @@ def draw_sources(shares, sizes, rng):
 
 
 def sample_answers(config, samplers, tokenizer, prompts, name, number):
-  """Per prompt, its K sampled completions, K drawn for each prompt.
+  """Sampled completions of each prompt, K drawn anew for each.
 
   A prompt that is too long has none.
 
   Args:
-    config: of the stage.
     samplers: see `load_samplers`.
-    tokenizer: of the policies.
-    prompts: what they answer.
     name: of the prompts, for messages.
-    number: of the random numbers.
+    number: seeds the random numbers, with `config.seed`.
   """
   rng = np.random.default_rng([config.seed, number])
   sizes = rng.integers(
@@ -150,7 +145,7 @@ def sample_answers(config, samplers, tokenizer, prompts, name, number):
       answers = tokenizer.decode_responses(rollout.response_ids(sampled))
       for row, text in zip(rows.indices, answers, strict=True):
         texts[mine[row]] = text
-  # In the order drawn: the order of the answers tells nothing of the model.
+  # In the order drawn, which is independent of the policy.
   by_prompt = [[] for _ in prompts]
   for owner, text in zip(owners, texts, strict=True):
     if text is not None:  # The prompt was too long.
@@ -166,14 +161,13 @@ def sample_answers(config, samplers, tokenizer, prompts, name, number):
 
 
 def rank(the_world, prompts, by_prompt, rankers, per_prompt, rng):
-  """Comparisons: each prompt's completions ranked by labelers drawn for it.
+  """Comparisons of each prompt's completions by labelers drawn for it.
 
   Args:
-    the_world: what the labelers judge by.
-    prompts: the prompts.
+    the_world: by which the labelers judge.
     by_prompt: completions of each; fewer than two are not ranked.
     rankers: labelers to draw from.
-    per_prompt: how many rank each prompt.
+    per_prompt: labelers of each prompt.
     rng: of the draw and of the labelers' noise.
   """
   found = []
@@ -182,29 +176,29 @@ def rank(the_world, prompts, by_prompt, rankers, per_prompt, rng):
       continue
     chosen = rng.choice(len(rankers), per_prompt, replace=False)
     judgements = labelers.judge_each(prompt, completions, the_world)
-    for index in chosen:
-      found.append(
-        records.Comparison(
-          prompt=prompt.text,
-          completions=tuple(completions),
-          ranks=labelers.rank(rankers[index], completions, judgements, rng),
-          id=prompt.id,
-          user=prompt.user,
-          labeler=rankers[index].name,
-          category=prompt.category,
-          metadata=prompt.metadata,
-          turns=prompt.turns,
-        )
+    found += [
+      records.Comparison(
+        prompt=prompt.text,
+        completions=tuple(completions),
+        ranks=labelers.rank(rankers[index], completions, judgements, rng),
+        id=prompt.id,
+        user=prompt.user,
+        labeler=rankers[index].name,
+        category=prompt.category,
+        metadata=prompt.metadata,
+        turns=prompt.turns,
       )
+      for index in chosen
+    ]
   return found
 
 
 def run(config, workdir: epath.Path):
-  """Samples answers and has them ranked.
+  """Samples and ranks answers.
 
   Reads the policies and the prompts; writes comparisons_train.jsonl,
   comparisons_valid.jsonl (several labelers a prompt) and
-  comparisons_heldout.jsonl (the same answers, labelers of the other group).
+  comparisons_heldout.jsonl (the same answers, held-out labelers).
   """
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)

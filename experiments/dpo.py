@@ -4,9 +4,9 @@ A fork of `reward.py`: the score of a completion is the implied reward
 
   r(x, y) = beta (log pi(y | x) - log pi_ref(y | x))
 
-and the loss is that of the reward model, over all pairs of a ranking, or the
-Plackett-Luce likelihood of its order, by one key (`ranking_loss`). The
-reference is the initial policy; its log-probabilities are computed once.
+and the loss (`ranking_loss`) is that of the reward model, over all pairs of a
+ranking, or the Plackett-Luce likelihood of its order. The reference is the
+initial policy; its log-probabilities are computed once.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from instruct_jax import (
 )
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.infra import loop, optimizer, sharding, train_state
+from instruct_jax.infra import loop, sharding, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import check_stage, lora_of
 
@@ -35,21 +35,13 @@ PROCESSES = 'all'
 
 
 def validate(config):
-  """Checks choices and sizes, each by its key.
-
-  Raises:
-    ValueError: the key, what it is, and what it should be.
-  """
+  """Checks choices and sizes, each by its key."""
   check_stage(config)
   run_lib.check_choice(config, 'ranking_loss', ('pairwise', 'plackett_luce'))
   run_lib.check_choice(config, 'divisor', ('surviving', 'all'))
   if not config.beta > 0:
     raise ValueError(f'beta must be positive: {config.beta}')
-  if config.batch_size % config.num_microbatches:
-    raise ValueError(
-      f'num_microbatches {config.num_microbatches} does not divide '
-      f'batch_size {config.batch_size}'
-    )
+  supervised.check_microbatches(config)
 
 
 def inputs(config):
@@ -60,13 +52,7 @@ def inputs(config):
 
 def build_programs(config, module, num_steps):
   """The jitted programs of this stage."""
-  tx = optimizer.make_adam(
-    optimizer.cosine_to_fraction(config.learning_rate, num_steps, 0.1),
-    b1=config.adam_b1,
-    b2=config.adam_b2,
-    eps=config.adam_eps,
-    max_grad_norm=config.max_grad_norm,
-  )
+  tx = supervised.make_adam(config, num_steps)
   logprobs_fn = model_fns.logprobs_fn(module)
 
   def loss_fn(params, frozen, batch, key):
@@ -86,7 +72,7 @@ def build_programs(config, module, num_steps):
       loss, _ = losses.plackett_luce_loss(scores[:, None], batch.ranks)
     loss = losses.mean_over_rankings(loss, pairs)
     pairs, correct = jnp.sum(pairs, axis=1), jnp.sum(correct, axis=1)
-    # A prompt that is all ties has nothing to teach and does not count.
+    # A prompt that is all ties does not count.
     counted = batch.prompt_mask & (pairs > 0)
     summed, weight = masked.metric(loss, counted)
     best = jnp.any(batch.ranks == 1, axis=1)
@@ -103,26 +89,15 @@ def build_programs(config, module, num_steps):
     return summed, (weight, metrics)
 
   update = supervised.make_update(loss_fn, tx, config.num_microbatches)
-
-  return {
-    'optimizer': tx,
-    'update': jax.jit(update, donate_argnums=0),
-  }
+  return {'optimizer': tx, 'update': jax.jit(update, donate_argnums=0)}
 
 
 def train(config, workdir, name, rows, model, seed):
-  """Trains one policy.
+  """Trains one policy and returns its parameters.
 
   Args:
-    config: of the stage.
-    workdir: for checkpoints and metrics.
-    name: for progress.
-    rows: `ComparisonBatch` to learn from.
-    model: where it starts; its parameters are donated.
-    seed: of the batches.
-
-  Returns:
-    Its parameters.
+    rows: `ComparisonBatch` to train on.
+    model: to start from; its parameters are donated.
   """
   mesh = jax.sharding.get_mesh()
   batches = rankings.Batches(config, rows, seed, reads_responses=True)
@@ -141,7 +116,7 @@ def train(config, workdir, name, rows, model, seed):
     state = steps.restore(sharding.place(state, mesh))
     data = loader.ahead(batches.__getitem__)
     for step, host_batch in steps.steps_with(data):
-      # Every process packs the whole batch, for `ends` points across rows.
+      # Every process packs the whole batch, since `ends` points across rows.
       batch = sharding.put_whole(host_batch, mesh)
       state, metrics = programs['update'](
         state,
@@ -160,7 +135,7 @@ def train(config, workdir, name, rows, model, seed):
 
 
 def run(config, workdir: epath.Path):
-  """Trains a policy, and judges its implied rewards.
+  """Trains a policy and evaluates its implied rewards.
 
   Reads the initial policy and rankings; writes `model` and results.json.
   """
@@ -177,7 +152,7 @@ def run(config, workdir: epath.Path):
       rankings.logprobs_program(model.module),
       batch_size=config.eval_batch_size,
     )
-    # The reference, once for all epochs: training writes over its weights.
+    # Once for all epochs, before training overwrites the reference's weights.
     rows = rows.replace(ref_logprobs=logprobs(policy.params, rows))
     valid_reference = logprobs(policy.params, encoded.rows)
     del policy

@@ -2,46 +2,37 @@
 
   respond -> score -> penalise -> train
 
-One iteration: sample a batch of prompts' responses, score them, subtract the
+One iteration: sample responses to a batch of prompts, score them, subtract the
 per-token KL penalty and estimate advantages, and take one pass of minibatch
 updates, each of which adds gamma times the gradient on pretraining text.
 `ptx_coef = 0` is PPO.
 
 The policy starts from the RL initialisation, which is also the KL reference;
-the value model starts from the reward model, head included, or, where scores
-come from a Python function alone (`reward_fn`), from the policy's trunk.
+the value model starts from the reward model, including its head, or from the
+policy's trunk if only a Python function (`reward_fn`) scores.
 """
 
 import functools
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
 from instruct_jax import (
   lora,
   model_fns,
   ppo,
-  rewards,
   rl,
   rollout,
   supervised,
 )
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.infra import loop, sharding, train_state
+from instruct_jax.infra import loop, sharding
 
 PROCESSES = 'all'
 
-
-def validate(config):
-  """Checks the config; see `rl.validate`."""
-  rl.validate(config)
-
-
-def inputs(config):
-  """What this stage reads, by config key."""
-  return rl.inputs(config)
+validate = rl.validate
+inputs = rl.inputs
 
 
 def make_optimizers(config):
@@ -56,25 +47,12 @@ def build_programs(config, policy, value, stop_ids):
   """The jitted programs of one iteration.
 
   Args:
-    config: of the stage.
-    policy, value: pure modules; the reward model has the value model's.
-    stop_ids: tokens that end responses.
+    policy, value: pure modules; the reward model has that of the value model.
   """
   method = rl.method_of(config)
   longest = config.prompt_length + config.response_length
   logprobs_fn = model_fns.logprobs_fn(policy, config.temperature, longest)
   values_fn = model_fns.scalars_fn(value, longest)
-  # A row's noise depends on its prompt's number, not on its neighbours: the
-  # slots change the memory that the cache takes and the time, nothing else.
-  respond = functools.partial(
-    rollout.generate,
-    decoder=model_fns.decoder(policy, config.gather_weights),
-    num_response=config.response_length,
-    stop_ids=stop_ids,
-    temperature=config.temperature,
-    num_slots=config.num_slots,
-    num_samples=config.samples_per_prompt,
-  )
   penalise = ppo.make_penalise(
     logprobs_fn, values_fn, ppo.gae_advantages(method), method
   )
@@ -85,7 +63,7 @@ def build_programs(config, policy, value, stop_ids):
   }
   train = ppo.make_train(loss_fns, make_optimizers(config), method)
   return {
-    'respond': jax.jit(respond),
+    'respond': jax.jit(rl.make_respond(config, policy, stop_ids)),
     'lengths': jax.jit(rollout.episode_lengths),
     'score': jax.jit(rl.make_score(config, value)),
     'penalise': jax.jit(penalise),
@@ -94,21 +72,8 @@ def build_programs(config, policy, value, stop_ids):
 
 
 def initial_state(config, policy, value) -> ppo.RLState:
-  """Before the first update; the parameters given are copied.
-
-  Donated states must not share buffers with the frozen models.
-  """
-
-  def copy(params):
-    return jax.tree.map(jnp.copy, params)
-
-  optimizers = make_optimizers(config)
-  return ppo.RLState(
-    policy=train_state.create(copy(policy), optimizers['policy']),
-    value=train_state.create(copy(value), optimizers['value']),
-    ema=copy(policy),
-    kl=rewards.KLState(coef=jnp.float32(config.kl_coef)),
-  )
+  """Before the first update; the given parameters are copied."""
+  return rl.initial_state(config, make_optimizers(config), policy, value)
 
 
 def run(config, workdir: epath.Path):
@@ -133,7 +98,7 @@ def run(config, workdir: epath.Path):
       config, policy.module, value.module, tokenizer.stop_ids
     )
     state = initial_state(config, policy.params, value.params)
-    # Adapters start at zero: their base is the reference.
+    # Adapters start at zero, so that their base is the reference.
     models = {'reference': policy.base or policy.params}
     if reward is not None:
       models['reward'] = reward.params
@@ -141,7 +106,7 @@ def run(config, workdir: epath.Path):
     frozen = rl.Frozen(config, models, bases)
     evaluate = rl.make_evaluate(config, policy.module, tokenizer, mesh, data)
     outputs = rl.Outputs(config, workdir, policy, tokenizer, reward)
-    # Their float32 weights live on in the state alone.
+    # Only the state keeps their float32 weights.
     del policy, reward, value, models, bases
 
     with loop.Loop(

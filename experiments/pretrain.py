@@ -1,7 +1,7 @@
-"""Pretrains a GPT on documents: the model that everything starts from.
+"""Pretrains a GPT on documents.
 
-Paper section 3.5 takes a trained GPT-3; this makes a small one. Packed rows,
-next-token loss on every token, Adam, cosine to 10 %.
+Paper section 3.5 starts from GPT-3; this trains a small model instead. Packed
+rows, next-token loss on every token, Adam, cosine to 10 %.
 """
 
 import functools
@@ -12,7 +12,7 @@ from etils import epath
 from instruct_jax import model_fns, model_folder, queries, supervised
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.infra import loop, optimizer, sharding, train_state
+from instruct_jax.infra import loop, sharding, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import TransformerConfig
 
@@ -23,35 +23,26 @@ def model_config(config, vocab_size: int) -> TransformerConfig:
   """The model's shape; a `vocab_size` of 0 takes the tokenizer's.
 
   Raises:
-    ValueError: another size than the tokenizer's would leave tokens without an
-      embedding, or embeddings that decode to nothing.
+    ValueError: `vocab_size` differs from the tokenizer's.
   """
   values = config.model.to_dict()
   if values['vocab_size'] not in (0, vocab_size):
     raise ValueError(
-      f'the tokenizer has {vocab_size} tokens, model.vocab_size is '
-      f'{values["vocab_size"]}; set it to that, or to 0'
+      f'the tokenizer has {vocab_size} tokens, but model.vocab_size is '
+      f'{values["vocab_size"]}; set it to that number, or to 0'
     )
   return TransformerConfig.from_dict({**values, 'vocab_size': vocab_size})
 
 
 def validate(config):
-  """Checks the model's shape and the sizes, each by its key.
-
-  Raises:
-    ValueError: the key, what it is, and what it should be.
-  """
+  """Checks the model's shape and the sizes, each by its key."""
   model_config(config, config.model.vocab_size or 1)
   if config.row_length > config.model.context_length:
     raise ValueError(
       f'row_length {config.row_length} exceeds model.context_length '
       f'{config.model.context_length}'
     )
-  if config.batch_size % config.num_microbatches:
-    raise ValueError(
-      f'num_microbatches {config.num_microbatches} does not divide '
-      f'batch_size {config.batch_size}'
-    )
+  supervised.check_microbatches(config)
 
 
 def inputs(config):
@@ -59,21 +50,11 @@ def inputs(config):
   return {key: config[key] for key in ('tokenizer', 'documents', 'valid')}
 
 
-def build_programs(config, module, mesh):
-  """The jitted programs of this stage, on one mesh."""
-  tx = optimizer.make_adam(
-    optimizer.cosine_to_fraction(
-      config.learning_rate, config.num_steps, 0.1, config.num_warmup
-    ),
-    b1=config.adam_b1,
-    b2=config.adam_b2,
-    eps=config.adam_eps,
-    max_grad_norm=config.max_grad_norm,
-  )
+def build_programs(config, module):
+  """The jitted programs of this stage."""
+  tx = supervised.make_adam(config, config.num_steps, config.num_warmup)
   loss_fn = supervised.make_text_loss(model_fns.logprobs_fn(module), True)
-
   update = supervised.make_update(loss_fn, tx, config.num_microbatches)
-
   return {'optimizer': tx, 'update': jax.jit(update, donate_argnums=0)}
 
 
@@ -96,7 +77,7 @@ def run(config, workdir: epath.Path):
     loader.document_rows, tokenizer=tokenizer, row_length=config.row_length
   )
   train_rows = documents(config.documents, cut=config.cut_documents)
-  # Held-out documents are whole, so that losses compare.
+  # Held-out documents stay whole, so that losses are comparable.
   valid_rows = documents(config.valid)
   run_lib.check_enough(
     loader.num_rows(train_rows),
@@ -114,13 +95,8 @@ def run(config, workdir: epath.Path):
   root = jax.random.key(config.seed)
   keys = dict(zip(('init', 'loop'), jax.random.split(root), strict=True))
   with sharding.use_mesh(mesh):
-    model = model_fns.init(
-      'policy',
-      shape,
-      mesh,
-      keys['init'],
-    )
-    programs = build_programs(config, model.module, mesh)
+    model = model_fns.init('policy', shape, mesh, keys['init'])
+    programs = build_programs(config, model.module)
     state = train_state.create(model.params, programs['optimizer'])
 
     valid_loss = queries.make_heldout_loss(

@@ -1,10 +1,9 @@
 """Trains a reward model on K-way rankings.
 
-Paper 3.5, C.2: all pairs of a prompt form one batch element (K forwards, not
-C(K, 2), nor K for each labeler who ranked the same answers); one epoch, since
-more overfits; cosine to 10 %; ties dropped. Then a bias is set so that the
-labelers' demonstrations score 0 on average; it lives in the head's bias and
-travels with the parameters.
+Paper 3.5, C.2: all pairs of a prompt form one batch element (K forward passes,
+not C(K, 2), nor K for each labeler who ranked the same answers); one epoch,
+since more overfit; cosine to 10 %; ties dropped. The head's bias is then set so
+that the labelers' demonstrations score 0 on average.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from instruct_jax import (
 )
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.infra import loop, optimizer, sharding, train_state
+from instruct_jax.infra import loop, sharding, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import check_stage, lora_of
 
@@ -33,18 +32,10 @@ PROCESSES = 'all'
 
 
 def validate(config):
-  """Checks choices and sizes, each by its key.
-
-  Raises:
-    ValueError: the key, what it is, and what it should be.
-  """
+  """Checks choices and sizes, each by its key."""
   check_stage(config)
   run_lib.check_choice(config, 'divisor', ('surviving', 'all'))
-  if config.batch_size % config.num_microbatches:
-    raise ValueError(
-      f'num_microbatches {config.num_microbatches} does not divide '
-      f'batch_size {config.batch_size}'
-    )
+  supervised.check_microbatches(config)
 
 
 def inputs(config):
@@ -56,13 +47,7 @@ def inputs(config):
 
 def build_programs(config, module, num_steps):
   """The jitted programs of this stage."""
-  tx = optimizer.make_adam(
-    optimizer.cosine_to_fraction(config.learning_rate, num_steps, 0.1),
-    b1=config.adam_b1,
-    b2=config.adam_b2,
-    eps=config.adam_eps,
-    max_grad_norm=config.max_grad_norm,
-  )
+  tx = supervised.make_adam(config, num_steps)
   scores_fn = model_fns.scores_fn(module)
 
   def loss_fn(params, frozen, batch, key):
@@ -74,7 +59,7 @@ def build_programs(config, module, num_steps):
     )
     loss = losses.mean_over_rankings(loss, pairs)
     pairs, correct = jnp.sum(pairs, axis=1), jnp.sum(correct, axis=1)
-    # A prompt that is all ties has nothing to teach and does not count.
+    # A prompt that is all ties does not count.
     counted = batch.prompt_mask & (pairs > 0)
     summed, weight = masked.metric(loss, counted)
     metrics = {
@@ -88,7 +73,6 @@ def build_programs(config, module, num_steps):
     return summed, (weight, metrics)
 
   update = supervised.make_update(loss_fn, tx, config.num_microbatches)
-
   return {
     'optimizer': tx,
     'update': jax.jit(update, donate_argnums=0),
@@ -97,18 +81,11 @@ def build_programs(config, module, num_steps):
 
 
 def train(config, workdir, name, rows, model, seed):
-  """Trains one reward model.
+  """Trains one reward model; returns its parameters and the programs.
 
   Args:
-    config: of the stage.
-    workdir: for checkpoints and metrics.
-    name: for progress.
-    rows: `ComparisonBatch` to learn from.
-    model: where it starts; its parameters are donated.
-    seed: of the batches.
-
-  Returns:
-    (parameters, the programs).
+    rows: `ComparisonBatch` to train on.
+    model: to start from; its parameters are donated.
   """
   mesh = jax.sharding.get_mesh()
   batches = rankings.Batches(config, rows, seed)
@@ -127,7 +104,7 @@ def train(config, workdir, name, rows, model, seed):
     state = steps.restore(sharding.place(state, mesh))
     data = loader.ahead(batches.__getitem__)
     for step, host_batch in steps.steps_with(data):
-      # Every process packs the whole batch, for `ends` points across rows.
+      # Every process packs the whole batch, since `ends` points across rows.
       batch = sharding.put_whole(host_batch, mesh)
       state, metrics = programs['update'](
         state,
@@ -153,7 +130,7 @@ def score_fn(config, programs, params):
 
 
 def run(config, workdir: epath.Path):
-  """Trains, centres and judges a reward model.
+  """Trains, centres and evaluates a reward model.
 
   Reads the initial policy, rankings and demonstrations; writes `model` and
   results.json.
@@ -164,7 +141,7 @@ def run(config, workdir: epath.Path):
   policy, mesh = rankings.load_policy(config, tokenizer)
   with sharding.use_mesh(mesh):
     rows, dropped = rankings.training_rows(config, comparisons, tokenizer)
-    # fold_in: the head must not share its noise with the batches' keys.
+    # fold_in: the head's noise must differ from the batches' keys.
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     model = model_fns.scalar_from_policy(policy, mesh, key)
     del policy

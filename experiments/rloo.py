@@ -2,18 +2,17 @@
 
   respond -> score -> penalise -> train
 
-A fork of `ppo_ptx.py` without a value model: n responses to each prompt, and
+A fork of `ppo_ptx.py` without a value model. With n responses to each prompt,
 the baseline of each is the mean score of the others (`advantage`
-'leave_one_out'), or its score is taken in standard deviations of the n
-('group_normalised', Shao et al. 2024). The KL penalty is part of the reward or
-of the loss (`kl_in`), by one of three estimators. The pretraining part of
-PPO-ptx can be added here, too.
+'leave_one_out'), or scores are normalised within the n ('group_normalised',
+Shao et al. 2024). The KL penalty is part of the reward or of the loss
+(`kl_in`), by one of three estimators. The pretraining part of PPO-ptx is an
+option here, too.
 """
 
 import functools
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
 from instruct_jax import (
@@ -21,17 +20,18 @@ from instruct_jax import (
   lora,
   model_fns,
   ppo,
-  rewards,
   rl,
   rollout,
   supervised,
 )
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.infra import loop, sharding, train_state
+from instruct_jax.infra import loop, sharding
 from instruct_jax.infra import run as run_lib
 
 PROCESSES = 'all'
+
+inputs = rl.inputs
 ADVANTAGES = {
   'leave_one_out': advantages.leave_one_out,
   'group_normalised': advantages.group_normalised,
@@ -44,14 +44,9 @@ def validate(config):
   run_lib.check_choice(config, 'advantage', tuple(ADVANTAGES))
   if config.samples_per_prompt < 2:
     raise ValueError(
-      'samples_per_prompt must be at least 2, each the baseline of the others: '
-      f'{config.samples_per_prompt}'
+      'samples_per_prompt must be at least 2, since each is a baseline of the '
+      f'others: {config.samples_per_prompt}'
     )
-
-
-def inputs(config):
-  """What this stage reads, by config key."""
-  return rl.inputs(config)
 
 
 def make_optimizers(config):
@@ -63,25 +58,11 @@ def build_programs(config, policy, reward, stop_ids):
   """The jitted programs of one iteration.
 
   Args:
-    config: of the stage.
-    policy: pure module.
-    reward: that of the reward model; None without one.
-    stop_ids: tokens that end responses.
+    reward: pure module of the reward model, or None.
   """
   method = rl.method_of(config)
   longest = config.prompt_length + config.response_length
   logprobs_fn = model_fns.logprobs_fn(policy, config.temperature, longest)
-  # A row's noise depends on its prompt's number, not on its neighbours: the
-  # slots change the memory that the cache takes and the time, nothing else.
-  respond = functools.partial(
-    rollout.generate,
-    decoder=model_fns.decoder(policy, config.gather_weights),
-    num_response=config.response_length,
-    stop_ids=stop_ids,
-    temperature=config.temperature,
-    num_slots=config.num_slots,
-    num_samples=config.samples_per_prompt,
-  )
   advantage_fn = ppo.group_advantages(
     ADVANTAGES[config.advantage], config.samples_per_prompt
   )
@@ -92,7 +73,7 @@ def build_programs(config, policy, reward, stop_ids):
   }
   train = ppo.make_train(loss_fns, make_optimizers(config), method)
   return {
-    'respond': jax.jit(respond),
+    'respond': jax.jit(rl.make_respond(config, policy, stop_ids)),
     'lengths': jax.jit(rollout.episode_lengths),
     'score': reward and jax.jit(rl.make_score(config, reward)),
     'penalise': jax.jit(penalise),
@@ -101,21 +82,8 @@ def build_programs(config, policy, reward, stop_ids):
 
 
 def initial_state(config, policy) -> ppo.RLState:
-  """Before the first update; the parameters given are copied.
-
-  Donated states must not share buffers with the frozen models.
-  """
-
-  def copy(params):
-    return jax.tree.map(jnp.copy, params)
-
-  optimizers = make_optimizers(config)
-  return ppo.RLState(
-    policy=train_state.create(copy(policy), optimizers['policy']),
-    value=None,
-    ema=copy(policy),
-    kl=rewards.KLState(coef=jnp.float32(config.kl_coef)),
-  )
+  """Before the first update; the given parameters are copied."""
+  return rl.initial_state(config, make_optimizers(config), policy)
 
 
 def run(config, workdir: epath.Path):
@@ -135,14 +103,14 @@ def run(config, workdir: epath.Path):
       config, policy.module, reward and reward.module, tokenizer.stop_ids
     )
     state = initial_state(config, policy.params)
-    # Adapters start at zero: their base is the reference.
+    # Adapters start at zero, so that their base is the reference.
     models = {'reference': policy.base or policy.params}
     if reward is not None:
       models['reward'] = reward.params
     frozen = rl.Frozen(config, models, {'policy': policy.base})
     evaluate = rl.make_evaluate(config, policy.module, tokenizer, mesh, data)
     outputs = rl.Outputs(config, workdir, policy, tokenizer, reward)
-    # Their float32 weights live on in the state alone.
+    # Only the state keeps their float32 weights.
     del policy, reward, models
 
     with loop.Loop(

@@ -1,11 +1,11 @@
 """Supervised fine-tuning on demonstrations, and the RL initialisation.
 
-Paper 3.5 and C.1: 16 epochs, cosine to 10 %, no warm-up, residual dropout 0.2;
-every epoch is kept, because the checkpoint is chosen by reward-model score once
-there is a reward model (`select_sft.py`), and by validation loss until then.
+Paper 3.5 and C.1: 16 epochs, cosine to 10 %, no warm-up, residual dropout 0.2.
+The model of every epoch is kept: the best is chosen by validation loss, and
+later by reward-model score (`select_sft.py`).
 
 Paper C.3: with `ptx_fraction` 0.1 and 2 epochs, from the pretrained model, this
-is the RL initialisation: it starts PPO and is its KL reference.
+is the RL initialisation: PPO starts from it, and it is the KL reference.
 """
 
 import dataclasses
@@ -20,7 +20,6 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import (
   checkpoint,
   loop,
-  optimizer,
   sharding,
   train_state,
 )
@@ -40,11 +39,7 @@ def validate(config):
     raise ValueError(f'ptx_fraction must be in [0, 1): {config.ptx_fraction}')
   if config.ptx_fraction and not config.documents:
     raise ValueError('ptx_fraction > 0 needs documents to mix in')
-  if config.batch_size % config.num_microbatches:
-    raise ValueError(
-      f'num_microbatches {config.num_microbatches} does not divide '
-      f'batch_size {config.batch_size}'
-    )
+  supervised.check_microbatches(config)
 
 
 def inputs(config):
@@ -57,24 +52,17 @@ def inputs(config):
 
 def build_programs(config, module, num_steps):
   """The jitted programs of this stage."""
-  tx = optimizer.make_adam(
-    optimizer.cosine_to_fraction(config.learning_rate, num_steps, 0.1),
-    b1=config.adam_b1,
-    b2=config.adam_b2,
-    eps=config.adam_eps,
-    max_grad_norm=config.max_grad_norm,
-  )
+  tx = supervised.make_adam(config, num_steps)
   loss_fn = supervised.make_text_loss(model_fns.logprobs_fn(module), True)
   update = supervised.make_update(loss_fn, tx, config.num_microbatches)
   return {'optimizer': tx, 'update': jax.jit(update, donate_argnums=0)}
 
 
 def check_epochs(workdir, num_done, tokenizer):
-  """Refuses to go on without an epoch that this stage has saved before.
+  """Checks the epochs that a resumed run will not write again.
 
   Raises:
-    checkpoint.CheckpointError: one is gone or damaged; a resumed run would not
-      write it again.
+    checkpoint.CheckpointError: one is missing or damaged.
   """
   for epoch in range(1, num_done + 1):
     try:
@@ -88,10 +76,10 @@ def check_epochs(workdir, num_done, tokenizer):
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """What is learned from, and what is held out.
+  """Training and held-out data.
 
   Attributes:
-    batches: of all epochs, this process's rows of each.
+    batches: of all epochs, this process's rows.
     valid_rows: held-out demonstrations.
     num_rows: rows of demonstrations in an epoch.
     num_dropped: demonstrations that are too long.
@@ -104,7 +92,7 @@ class Data:
 
 
 def read_data(config, tokenizer) -> Data:
-  """Reads demonstrations, and documents to mix in; says what was dropped."""
+  """Reads demonstrations and documents to mix in; reports what it drops."""
 
   def read(what, path, pack):
     rows, dropped = loader.demonstration_rows(
@@ -191,7 +179,7 @@ def run(config, workdir: epath.Path):
     programs = build_programs(config, model.module, num_steps)
     state = train_state.create(model.params, programs['optimizer'])
     frozen = {'policy': model.base}
-    # Saved models have no dropout rate to inherit: it belongs to this stage.
+    # The dropout rate belongs to this stage: it is not saved.
     module = model_fns.make_module(
       'policy', dataclasses.replace(model.config, dropout=0.0)
     )

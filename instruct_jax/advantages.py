@@ -62,7 +62,7 @@ def leave_one_out(
   response, so the gradient stays unbiased.
 
   Args:
-    returns: G, one a response; the n responses to a prompt are neighbours.
+    returns: G, one per response; the n responses to a prompt are adjacent.
     num_samples: n, at least 2.
   """
   groups = returns.reshape(-1, num_samples)
@@ -73,15 +73,15 @@ def leave_one_out(
 def group_normalised(
   returns: Float[Array, 'B'], num_samples: int
 ) -> Float[Array, 'B']:
-  """Each return in standard deviations of its group (GRPO).
+  """Returns normalised within their group (GRPO).
 
     A_i = (G_i - mean(G)) / (std(G) + 1e-4)
 
-  Shao et al. 2024, section 4.1.2; the population's standard deviation. A group
-  of equal returns has advantages of 0.
+  Shao et al. 2024, section 4.1.2; population standard deviation. A group of
+  equal returns has advantages of 0.
 
   Args:
-    returns: G, one a response; the n responses to a prompt are neighbours.
+    returns: G, one per response; the n responses to a prompt are adjacent.
     num_samples: n, at least 2.
   """
   groups = returns.reshape(-1, num_samples)

@@ -1,7 +1,7 @@
 """Signs that an RL run is going wrong, with the likely cause.
 
-A pure function of the metrics so far; the experiment prints what is new and
-the report lists all of it.
+A pure function of the metrics so far; the experiment prints new alarms and the
+report lists all.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,21 +9,21 @@ from typing import Any
 
 Row = Mapping[str, int | float | None]  # A line of metrics.jsonl.
 
-# Iterations looked at together: single batches are noisy.
+# Iterations that are averaged: single batches are noisy.
 WINDOW = 5
-# By the policy's compute dtype: how far the mean ratio of the first minibatch
-# may be from 1; how far its policy may be from the old one, nats a token (the
-# mean ratio of samples is near 1 for any two policies, this is not); and the
+# Limits by the policy's compute dtype. Of the first minibatch: the mean ratio's
+# distance from 1, and the divergence from the old policy, nats a token (the
+# mean ratio of samples is near 1 for any two policies, this is not). Then the
 # mean difference of the sampler's log-probabilities from the training graph's,
 # nats a token. Measured on a published model of 135 M parameters and 30 layers,
-# 300 tokens: in float32 1e-6, 3e-9 and 1e-5; in bfloat16, where a batch of
-# another shape rounds otherwise, 0.003, 0.001 and 0.034.
+# 300 tokens: in float32 1e-6, 3e-9 and 1e-5; in bfloat16, where rounding
+# depends on the batch's shape, 0.003, 0.001 and 0.034.
 RATIO_TOLERANCE = {'float32': 1e-3, 'bfloat16': 0.02}
 KL_TOLERANCE = {'float32': 1e-4, 'bfloat16': 0.01}
 SAMPLER_TOLERANCE = {'float32': 0.05, 'bfloat16': 0.15}
-# The gradient of pretraining, times gamma, over that of PPO: beyond these one
-# of the two hardly counts. On the miniature 0.3 undoes the alignment tax, 0.03
-# does not, and 3 costs reward.
+# Norm of the pretraining gradient, times gamma, over that of PPO: outside of
+# this range one of the two hardly counts. On the miniature 0.3 undoes the
+# alignment tax, 0.03 does not, and 3 costs reward.
 GRADIENT_RATIOS = (0.05, 5.0)
 
 
@@ -36,15 +36,15 @@ def find(
   """Alarms raised by the metrics of a PPO run.
 
   Args:
-    rows: lines of metrics.jsonl in order, as written by `ppo_ptx`; None is
-      what a batch had nothing to count of.
+    rows: lines of metrics.jsonl in order, as written by `ppo_ptx`; None is a
+      metric without a value.
     score_range: lowest and highest score on the reward model's training data.
     response_length: R, the longest response, tokens.
-    compute_dtype: of the policy; tolerances of what must be equal follow it.
+    compute_dtype: of the policy; decides tolerances.
 
   Returns:
-    Alarm name -> one sentence with the first iteration it held at, the numbers
-    and the likely cause. Empty when all is well.
+    Alarm name -> one sentence with the iteration of its first occurrence, the
+    numbers and the likely cause.
   """
   found: dict[str, str] = {}
 
@@ -60,16 +60,14 @@ def find(
       window = rows[end - WINDOW : end]
       add(row['step'], _samples(rows[:WINDOW], window, response_length))
       add(row['step'], _score(window, score_range))
-  # Held-out losses are rare and not noisy: each counts, against the one from
-  # before the first update, or the first there is.
+  # Held-out losses are rare and not noisy: each is compared with the one before
+  # the first update, or with the first there is.
   before = None
   for row in rows:
     for name in ('eval/pretraining_loss_before', 'eval/pretraining_loss'):
       loss = row.get(name)
-      if loss is None:
-        continue
       before = loss if before is None else before
-      if loss > before + 0.2:
+      if loss is not None and loss > before + 0.2:
         text = (
           f'pretraining loss rose from {before:.3f} to {loss:.3f} nats a '
           'token: the alignment tax; raise ptx_coef or kl_coef, or lower the '
@@ -95,7 +93,7 @@ def _first_minibatch(row: Row, dtype: str) -> Iterator[tuple[str, str]]:
   if ratio is not None and abs(ratio - 1) > tolerance:
     yield (
       'ratio',
-      f'ratio {ratio:.5f} at the first minibatch where it must be 1 to '
+      f'ratio {ratio:.5f} at the first minibatch, where it must be 1 to within '
       f'{tolerance:g} in {dtype}; {differ}',
     )
   divergence = row.get('first/ppo/policy/approxkl')
@@ -104,7 +102,7 @@ def _first_minibatch(row: Row, dtype: str) -> Iterator[tuple[str, str]]:
     yield (
       'ratio',
       f'the policy is {divergence:.2g} nats a token from the old one at the '
-      f'first minibatch, where it is the old one ({tolerance:g} allowed in '
+      f'first minibatch, where they are equal ({tolerance:g} allowed in '
       f'{dtype}); {differ}',
     )
   difference = row.get('objective/sampler_difference')
@@ -112,8 +110,8 @@ def _first_minibatch(row: Row, dtype: str) -> Iterator[tuple[str, str]]:
   if difference is not None and difference > tolerance:
     yield (
       'sampler',
-      f'sampler and training graph differ by {difference:.3f} nats a token, '
-      f'of {tolerance:g} allowed in {dtype}; check positions, padding and the '
+      f'sampler and training graph differ by {difference:.3f} nats a token '
+      f'({tolerance:g} allowed in {dtype}); check positions, padding and the '
       'cache',
     )
 
@@ -138,13 +136,13 @@ def _gradients(window: Sequence[Row]) -> Iterator[tuple[str, str]]:
 def _samples(
   first: Sequence[Row], window: Sequence[Row], response_length: int | None
 ) -> Iterator[tuple[str, str]]:
-  """What the policy samples, beside what it sampled at first."""
+  """The latest samples, compared with the first ones."""
   kl = _mean(window, 'objective/kl')
   if kl is not None and kl < -0.05:
     yield (
       'negative_kl',
       f'mean KL {kl:.3f} nats over {WINDOW} iterations; a KL divergence '
-      'cannot be negative: sampling is not from the policy that is scored '
+      'cannot be negative: samples are not from the policy that is scored '
       '(top-k, top-p, temperature, or padding in the sum)',
     )
   started, ended = (_mean(each, 'objective/ended') for each in (first, window))
@@ -159,7 +157,7 @@ def _samples(
     yield (
       'length',
       f'length went from {before:.1f} to {now:.1f} tokens (of at most '
-      f'{response_length}); the reward model may like length for its own sake',
+      f'{response_length}); the reward model may reward length itself',
     )
 
 
@@ -173,13 +171,13 @@ def _score(
   if not low <= score <= high:
     yield (
       'score_range',
-      f"mean score {score:.2f} lies outside the reward model's training "
-      f'range [{low:.2f}, {high:.2f}]: it is extrapolating',
+      f"mean score {score:.2f} is outside the reward model's training range "
+      f'[{low:.2f}, {high:.2f}]: it is extrapolating',
     )
 
 
 class Reporter:
-  """Says each alarm once, when it is first raised.
+  """Returns each alarm once, when it is first raised.
 
   Args:
     limits: arguments of `find` after the rows.
@@ -190,12 +188,12 @@ class Reporter:
     self._reported: set[str] = set()
 
   def new(self, rows: Sequence[Row]) -> list[str]:
-    """Alarms of the lines so far that no earlier call returned."""
+    """Alarms that no earlier call returned."""
     found = self.find(rows)
     new = [text for name, text in found.items() if name not in self._reported]
     self._reported |= set(found)
     return new
 
   def find(self, rows: Sequence[Row]) -> dict[str, str]:
-    """All alarms of the lines; see `find`."""
+    """All alarms; see the function `find`."""
     return find(rows, *self._limits)

@@ -22,7 +22,7 @@ from instruct_jax.data import invisible, loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import heldout_loss
 from instruct_jax.evals import samples as samples_lib
-from instruct_jax.infra import inputs, origin, sharding
+from instruct_jax.infra import inputs, origin
 from instruct_jax.infra import run as run_lib
 
 _RECORDED = ('.jsonl', '.jsonl.gz')
@@ -154,28 +154,18 @@ def sample(
   """
   rows = _prompt_rows(config, name, policy, prompts, tokenizer, prefix)
   stop_ids = tokenizer.stop_ids + ((prefix.stop_id,) if prefix else ())
-  program = sharding.fetched(
-    queries.generate_program(
-      policy.module,
-      config.response_length,
-      stop_ids,
-      config.temperature,
-      config.batch_size,
-      num_samples,
-    )
+  sampled = queries.sample(
+    policy,
+    rows,
+    jax.random.key(config.seed),
+    mesh,
+    name=name,
+    stop_ids=stop_ids,
+    response_length=config.response_length,
+    temperature=config.temperature,
+    batch_size=config.batch_size,
+    num_samples=num_samples,
   )
-  key = jax.random.key(config.seed)
-  total = num_samples * len(rows.indices)
-  with run_lib.Progress(f'sample {name}', total, unit='answers') as progress:
-    sampled = rollout.in_queues(
-      lambda batch: program(
-        policy.params, sharding.put_whole(batch, mesh), key
-      ),
-      rows,
-      config.batch_size,
-      num_samples,
-      progress.update,
-    )
   ids = rollout.response_ids(sampled)
   if prefix:
     ids = [

@@ -6,13 +6,14 @@
 DIR gets config.json, safetensors, the tokenizer, generation_config.json and a
 model card. A policy becomes a causal language model; a reward model becomes a
 sequence classifier with one label, whose logit plus `score_shift` of
-config.json is the score. With --fold_shift the final norm's bias takes the
-shift up, where the family has one: the logit itself is then the score, to
-rounding, and the folder no longer comes back bit for bit.
+config.json is the score. --fold_shift adds the shift to the final norm's bias,
+if the family has one: the logit itself is then the score, to rounding, and
+loading the folder no longer gives the same weights bit for bit.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Sequence
 
@@ -37,16 +38,16 @@ def export(
   Raises:
     checkpoint.CheckpointError: damaged, or made with another tokenizer.
     ValueError: `output` is not empty, no published family has this model,
-      there is no shift to fold or no bias to fold it into, or adapters are
-      asked for and there are none.
+      there is no shift to fold or no bias to fold it into, or the model has no
+      adapters.
   """
   output = epath.Path(output)
   if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-    raise ValueError(f'{output} is no empty folder; name a new one')
+    raise ValueError(f'{output} is not an empty folder; give a new one')
   if adapters and fold_shift:
     raise ValueError(
-      'fold_shift changes a norm of the base, which adapters share with others;'
-      ' leave one of fold_shift and adapters out'
+      'fold_shift changes a norm of the base, which adapters do not own; leave '
+      'one of fold_shift and adapters out'
     )
   tokenizer = tokenizer_lib.Tokenizer.load(tokenizer_folder)
   described = checkpoint.load_metadata(checkpoint_folder)
@@ -81,9 +82,9 @@ def export(
 
 @contextlib.contextmanager
 def _whole(output: epath.Path) -> Iterator[epath.Path]:
-  """A folder whose content appears at `output` once it is whole."""
+  """A folder whose content appears at `output` once it is complete."""
   unfinished = output.parent / f'.{output.name}.unfinished'
-  if files.is_remote(output):  # Nothing is renamed there.
+  if files.is_remote(output):  # Object stores cannot rename.
     unfinished = output
   if unfinished.exists():
     unfinished.rmtree()
@@ -101,14 +102,12 @@ def _whole(output: epath.Path) -> Iterator[epath.Path]:
 
 def _skipped_id(model, tokenizer):
   """The token that `transformers` skips when it looks for a row's last one."""
-  if model.kind == 'scalar' and model.module.skipped_id >= 0:
-    # Read in `transformers`, the score is then that of the model here.
-    return model.module.skipped_id
-  return tokenizer.pad_id
+  skipped_id = model.module.skipped_id if model.kind == 'scalar' else -1
+  return tokenizer.pad_id if skipped_id < 0 else skipped_id
 
 
 def _describe_tokens(output, model, tokenizer):
-  """Adds the tokens' numbers to config.json and generation_config.json."""
+  """Adds token ids to config.json and generation_config.json."""
   path = output / 'config.json'
   values = json.loads(path.read_text('utf-8'))
   stop_ids = list(tokenizer.stop_ids)
@@ -134,13 +133,13 @@ def _card(name, model, tokenizer):
   if skipped_id != tokenizer.pad_id:
     use += (
       f' It is read at the last token that is not {skipped_id}: pad rows with '
-      'that one.'
+      'it.'
     )
   what = f'{model.config.num_params:,} parameters'
   if model.config.lora is not None:
     what = (
-      f'{lora.num_params(model.params):,} parameters of adapters, to be opened '
-      f'with `peft` on their base,'
+      f'{lora.num_params(model.params):,} parameters of adapters, to be loaded '
+      f'by `peft` on top of their base,'
     )
   about = json.dumps(model.metadata, indent=2)
   return (
@@ -155,26 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prog='python -m instruct_jax.export',
     description='Writes a model folder in the Hugging Face format.',
   )
-  parser.add_argument(
-    '--checkpoint', required=True, metavar='MODEL', help='folder of a model'
-  )
-  parser.add_argument(
-    '--tokenizer',
-    required=True,
-    metavar='FOLDER',
-    help='of the tokenizer it was trained with',
-  )
-  parser.add_argument('--output', required=True, metavar='DIR', help='to write')
-  parser.add_argument(
-    '--fold_shift',
-    action='store_true',
-    help="let a reward model's logit be its score",
-  )
-  parser.add_argument(
-    '--adapters',
-    action='store_true',
-    help='keep adapters apart from their base, for peft',
-  )
+  required = functools.partial(parser.add_argument, required=True)
+  switch = functools.partial(parser.add_argument, action='store_true')
+  required('--checkpoint', metavar='MODEL', help='model folder')
+  required('--tokenizer', metavar='FOLDER', help='that it was trained with')
+  required('--output', metavar='DIR', help='to write')
+  switch('--fold_shift', help="make a reward model's logit its score")
+  switch('--adapters', help='write adapters apart from their base, for peft')
   flags = parser.parse_args(arguments)
   export(
     flags.checkpoint,

@@ -1,10 +1,10 @@
 """Low-rank adapters (Hu et al. 2021): a parameter tree beside a frozen base.
 
 An adapter of a matrix W is two more leaves beside it, A and B, and the layer
-computes x W + (alpha / r) (x A) B (`models/transformer.py`). What is trained is
-a tree of such leaves alone: gradients, moments of Adam, moving averages and
-checkpoints have its size. A loss joins it with the base that it finds in
-`frozen`; whoever needs plain weights merges the product into W.
+computes x W + (alpha / r) (x A) B (`models/transformer.py`). Only these leaves
+are trained: gradients, Adam's moments, moving averages and checkpoints have
+their size. A loss joins them with the base in `frozen`; `merge` makes plain
+weights.
 """
 
 import jax
@@ -14,20 +14,19 @@ from flax import traverse_util
 from instruct_jax.types import Params, PyTree
 
 _A, _B = '_lora_a', '_lora_b'
-# Of a scalar model; too small to be adapted, and new where a stage starts.
+# Of a scalar model: too small for adapters, and new where a stage starts.
 _HEAD = ('head_kernel', 'head_bias')
 
 
 def join(trained: Params, base: Params | None) -> Params:
-  """Both trees as one, which a module reads; nothing is copied.
+  """Both trees as one; nothing is copied.
 
   Args:
-    trained: leaves under training: adapters and a scalar model's head; all of
-      them where there is no base.
+    trained: leaves under training: adapters and a scalar model's head, or all.
     base: the other leaves, frozen; None where all are trained.
 
   Raises:
-    ValueError: a leaf stands in both.
+    ValueError: a leaf is in both.
   """
   if base is None:
     return trained
@@ -38,15 +37,14 @@ def join(trained: Params, base: Params | None) -> Params:
     elif isinstance(value, dict):
       joined[name] = join(value, base[name])
     else:
-      raise ValueError(f'{name} is trained and in the frozen base')
+      raise ValueError(f'{name} is both trained and in the frozen base')
   return joined
 
 
 def split(params: Params) -> tuple[Params, Params]:
-  """The leaves that are trained, and the base; `join` is the inverse.
+  """The inverse of `join`: adapters and a scalar model's head, and the base.
 
-  Trained are adapters and a scalar model's head. Nothing is copied; leaves may
-  be of any kind, descriptions of arrays too.
+  Nothing is copied; leaves may be abstract arrays.
   """
   trained, base = {}, {}
   for path, leaf in traverse_util.flatten_dict(params).items():
@@ -59,10 +57,9 @@ def split(params: Params) -> tuple[Params, Params]:
 
 
 def merge(params: Params, scale: float) -> Params:
-  """Plain weights of the same model: W + scale A B, without adapters.
+  """Plain weights of the same model: W + scale A B.
 
-  In float32, whatever the precision of the base: on accelerators a product of
-  float32 matrices is otherwise one of shorter numbers.
+  In float32 even on accelerators, whose default precision is lower.
 
   Args:
     params: base and adapters, joined, of stacked layers: W [L, inputs...,
@@ -77,9 +74,7 @@ def merge(params: Params, scale: float) -> Params:
   for name, value in params.items():
     if isinstance(value, dict):
       merged[name] = merge(value, scale)
-    elif name.endswith((_A, _B)):
-      continue
-    else:
+    elif not name.endswith((_A, _B)):
       stem = name.removesuffix('_kernel')
       if f'{stem}{_A}' in params:
         change = jax.vmap(product)(params[f'{stem}{_A}'], params[f'{stem}{_B}'])
@@ -89,5 +84,5 @@ def merge(params: Params, scale: float) -> Params:
 
 
 def num_params(tree: PyTree) -> int:
-  """Numbers in all leaves of a tree."""
+  """Total number of elements of a tree."""
   return sum(x.size for x in jax.tree.leaves(tree))

@@ -1,7 +1,7 @@
-"""Every loss of the method, per token or per prompt, before any averaging.
+"""Every loss of the method, per token or per prompt, before averaging.
 
-The caller averages, with a mask of its own choosing, so that no mean is baked
-in: sums and weights add up over microbatches and devices.
+The caller averages under a mask, so that sums and weights add up over
+microbatches and devices.
 """
 
 import jax
@@ -19,15 +19,15 @@ def ranking_loss(
     loss(x) = -1/Z sum over (w, l) log sigmoid(r(x, y_w) - r(x, y_l))
 
   over all ordered pairs where the labeler ranked w above l. Ties make no
-  pair (C.2). All pairs of a ranking share its C forward passes and together
-  weigh as much as any other ranking's.
+  pair (C.2). All pairs of a ranking share its C forward passes, and all
+  rankings weigh the same.
 
   Args:
     scores: r(x, y) of each candidate; [B, 1, C] against ranks of [B, R, C]
       where several labelers ranked the same answers.
     ranks: 1 is best, equal numbers tie, 0 marks an absent candidate.
-    divisor: Z. 'surviving' counts the pairs that are left without ties, 'all'
-      takes C(K, 2) of the K present candidates. The paper does not say which.
+    divisor: Z. 'surviving' counts the pairs that are not ties, 'all' takes
+      C(K, 2) of the K present candidates. The paper does not say which.
 
   Returns:
     (loss, pairs, correct), each [*B]: the loss, the number of surviving pairs,
@@ -40,8 +40,8 @@ def ranking_loss(
   present = ranks > 0
   better = ranks[..., :, None] < ranks[..., None, :]
   better &= present[..., :, None] & present[..., None, :]
-  # Emptied before the logarithm: whatever an absent candidate scored, NaN
-  # included, must not reach the gradient of the others.
+  # Masked before the logarithm: the score of an absent candidate, NaN included,
+  # must not reach the gradient of the others.
   margins = jnp.where(better, scores[..., :, None] - scores[..., None, :], 0.0)
   pair_losses = jnp.where(better, -jax.nn.log_sigmoid(margins), 0.0)
   pairs = jnp.sum(better, axis=(-2, -1), dtype=jnp.float32)
@@ -64,11 +64,11 @@ def plackett_luce_loss(
 
     loss(x) = -1/Z sum over i of log(e^r_i / (e^r_i + sum of e^r_j))
 
-  j runs over the candidates that are worse than i, and i over those that have
-  such. Z is the number of i, so that a ranking weighs as much as any other
+  j runs over the candidates that are worse than i, and i over those with a
+  worse candidate. Z is the number of i, so that all rankings weigh the same
   (Rafailov et al. 2023, appendix A.3, takes the sum). Without ties it is the
   choice of the best, then of the second best, and so on; tied candidates are
-  not compared. Of two candidates it is `ranking_loss`.
+  not compared. For two candidates it equals `ranking_loss`.
 
   Args:
     scores, ranks: see `ranking_loss`.
@@ -80,7 +80,7 @@ def plackett_luce_loss(
   worse = ranks[..., :, None] < ranks[..., None, :]
   worse &= present[..., :, None] & present[..., None, :]
   margins = jnp.where(worse, scores[..., None, :] - scores[..., :, None], 0.0)
-  # log(1 + sum of e^(r_j - r_i)), with the 1 as one more candidate.
+  # log(1 + sum of e^(r_j - r_i)), with the 1 as another candidate.
   terms = jnp.where(worse, margins, -jnp.inf)
   terms = jnp.concatenate([terms, jnp.zeros_like(terms[..., :1])], axis=-1)
   chosen = jnp.any(worse, axis=-1)
@@ -92,13 +92,12 @@ def plackett_luce_loss(
 def mean_over_rankings(
   loss: Float[Array, 'B R'], weights: Float[Array, 'B R']
 ) -> Float[Array, 'B']:
-  """The mean of a prompt's losses over the labelers who ranked it.
-
-  So a prompt weighs as much as any other, however many ranked it.
+  """The mean of a prompt's losses over the labelers who ranked it, so that all
+  prompts weigh the same.
 
   Args:
     loss: of each labeler's ranking.
-    weights: 0 for labelers who are absent, or tied everything.
+    weights: 0 for labelers who are absent or tied everything.
   """
   count = jnp.sum(weights > 0, axis=1, dtype=jnp.float32)
   return jnp.sum(loss, axis=1) / jnp.maximum(count, 1)
@@ -122,8 +121,8 @@ def clipped_policy_loss(
     clip: c; 0.2 in the paper.
 
   Returns:
-    (loss, ratio, clipped): clipped is True where the clipped branch is the
-    larger one, that is where the token's gradient is cut off.
+    (loss, ratio, clipped): clipped is True where the clipped branch is larger,
+    so that the token has no gradient.
   """
   ratio = jnp.exp(logprobs - old_logprobs)
   plain = -advantages * ratio

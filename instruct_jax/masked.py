@@ -1,7 +1,6 @@
-"""Averages that state their mask, in float32.
+"""Masked sums and averages in float32.
 
-Everything here takes the mask as an argument and treats masked-out entries as
-absent, whatever they hold (NaN included).
+Masked-out entries are absent, whatever they hold (NaN included).
 """
 
 import jax.numpy as jnp
@@ -18,12 +17,12 @@ def total(
 
 
 def metric(values: Num[Array, '*shape'], mask: Bool[Array, '*shape']) -> Metric:
-  """(sum, count) of the unmasked values: what leaves the device."""
+  """(sum, count) of the unmasked values."""
   return total(values, mask), jnp.sum(mask, dtype=jnp.float32)
 
 
 def scalar(value: Num[Array, '']) -> Metric:
-  """A number that is reported as it is."""
+  """A plain number as a metric."""
   return jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32)
 
 
@@ -39,7 +38,7 @@ def variance(
   values: Num[Array, '*shape'], mask: Bool[Array, '*shape']
 ) -> Float[Array, '']:
   """Population variance (divisor n) of the unmasked values."""
-  # Emptied first: 0 times the gradient of a NaN would be NaN.
+  # Masked first: 0 times the gradient of a NaN would be NaN.
   values = jnp.where(mask, values, 0.0)
   return mean(jnp.square(values - mean(values, mask)), mask)
 
@@ -51,8 +50,8 @@ def whiten(
 ) -> Float[Array, '*shape']:
   """(x - mean) / sqrt(variance + epsilon) over the mask; 0 where masked.
 
-  Under `jax.jit` on a mesh the sums run over the whole global batch, so the
-  result depends neither on microbatches nor on the number of devices.
+  Under `jax.jit` on a mesh the sums run over the global batch, so that the
+  result does not depend on the number of devices.
   """
   values = jnp.where(mask, values, 0.0)
   centred = values - mean(values, mask)

@@ -1,4 +1,4 @@
-"""Models in memory: made, and as the functions that the method takes."""
+"""Models in memory: how they are made, and as functions for the method."""
 
 import dataclasses
 import functools
@@ -25,10 +25,10 @@ class Model:
   Attributes:
     kind: 'policy' (tokens) or 'scalar' (reward and value models).
     module: pure Linen module of that kind.
-    params: float32, sharded; those under training where there is a base.
-    metadata: what `save` was given beside them; JSON.
-    source: the folder that they, or the base, were read from; '' is none.
-    base: frozen weights below adapters; None without.
+    params: float32, sharded; with a base, only those under training.
+    metadata: JSON, saved with them.
+    source: folder of the parameters, or of the base; '' is none.
+    base: frozen weights below adapters, or None.
   """
 
   kind: str
@@ -40,44 +40,36 @@ class Model:
 
   @property
   def config(self) -> TransformerConfig:
-    """The shape, with what changes how it is computed."""
+    """Shape and arithmetic."""
     return self.module.config
 
 
 def make_module(
   kind: str, config: TransformerConfig, **attributes: Any
 ) -> heads.Policy | heads.ScalarModel:
-  """The module of a kind; `attributes` are the module's own."""
+  """The module of a kind; `attributes` are other fields of the module."""
   if kind not in KINDS:
     raise ValueError(f'kind must be one of {sorted(KINDS)}: {kind!r}')
   return KINDS[kind](config, **attributes)
 
 
 def _init_fn(module):
-  """key -> boxed params. Shapes do not depend on the one token read here."""
+  """key -> boxed params; their shapes do not depend on the tokens here."""
 
   def init(key):
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    return module.init(
-      key,
-      tokens,
-      tokens + 1 if _is_policy(module) else (jnp.ones((1, 2), bool)),
-    )['params']
+    ones = jnp.ones((1, 2), jnp.int32)
+    return module.init(key, ones, ones)['params']
 
   return init
-
-
-def _is_policy(module) -> bool:
-  return isinstance(module, heads.Policy)
 
 
 def abstract_params(
   kind: str, config: TransformerConfig, mesh: jax.sharding.Mesh
 ) -> Params:
-  """Shapes, dtypes and shardings of a model's parameters; nothing is computed.
+  """Shapes, dtypes and shardings of a model's parameters; computes nothing.
 
   Raises:
-    ValueError: the mesh does not divide an axis (names and numbers given).
+    ValueError: the mesh does not divide an axis; gives names and numbers.
   """
   boxed = jax.eval_shape(_init_fn(make_module(kind, config)), jax.random.key(0))
   shardings = sharding.param_shardings(boxed, mesh)
@@ -90,7 +82,7 @@ def abstract_state(
   mesh: jax.sharding.Mesh,
   optimizer: optax.GradientTransformation,
 ) -> train_state.TrainState:
-  """Shapes, dtypes and shardings of a train state; nothing is computed."""
+  """Shapes, dtypes and shardings of a train state; computes nothing."""
   return train_state.abstract_state(
     _init_fn(make_module(kind, config)), optimizer, mesh
   )
@@ -122,7 +114,7 @@ def scalar_from_policy(
 
 
 def without_unembedding(trunk: Params) -> Params:
-  """A policy's trunk as a scalar model has it."""
+  """The part of a policy's trunk that a scalar model has."""
   return {
     name: x for name, x in trunk.items() if not name.startswith('unembedding')
   }
@@ -131,15 +123,14 @@ def without_unembedding(trunk: Params) -> Params:
 def adapted(
   model: Model, adapters: Lora | None, mesh: jax.sharding.Mesh, seed: int
 ) -> Model:
-  """The same model with fresh adapters on a frozen base.
+  """The same model with fresh adapters on a frozen base; same outputs.
 
-  It computes what it computed before. Its `params` are the adapters and, of a
-  scalar model, the head; all others are the `base`, not copied.
+  Its `params` are the adapters and, of a scalar model, the head; all others are
+  the `base`, not copied.
 
   Args:
     model: without adapters.
-    adapters: None gives the model back, all of it to be trained.
-    mesh: of the model.
+    adapters: None returns the model unchanged, all of it to be trained.
     seed: of the stage; for the factors A.
 
   Raises:
@@ -165,15 +156,14 @@ def adapted(
 
 
 def merged(model: Model, mesh: jax.sharding.Mesh) -> Model:
-  """A plain model that computes the same; the base is donated to it."""
+  """An equal model without adapters; donates the base."""
   config = dataclasses.replace(model.config, lora=None)
   scale = model.config.lora.scale
+  plain = abstract_params(model.kind, config, mesh)
   merge = jax.jit(
     lambda base, trained: lora.merge(lora.join(trained, base), scale),
     donate_argnums=0,
-    out_shardings=sharding.shardings_of(
-      abstract_params(model.kind, config, mesh)
-    ),
+    out_shardings=sharding.shardings_of(plain),
   )
   return dataclasses.replace(
     model,
@@ -184,32 +174,31 @@ def merged(model: Model, mesh: jax.sharding.Mesh) -> Model:
 
 
 def check_context(model: Model, num_tokens: int, what: str) -> None:
-  """Refuses rows that are longer than the model can read.
+  """Refuses rows that exceed the model's context.
 
   Raises:
-    ValueError: with the numbers and `what`, the config keys they come from.
+    ValueError: gives the numbers and `what`, the config keys that decide them.
   """
   if num_tokens > model.config.context_length:
     raise ValueError(
-      f'{what} ask for {num_tokens} tokens, the model from {model.source} has '
-      f'a context of {model.config.context_length}; lower them'
+      f'{what} ask for {num_tokens} tokens, but the model from {model.source} '
+      f'has a context of {model.config.context_length}; lower them'
     )
 
 
-# --- A model as the functions that the method takes ---------------------------
+# --- A model as functions for the method --------------------------------------
 
 
 def decoder(module: heads.Policy, gather_weights: bool = True) -> Decoder:
-  """What `rollout.generate` samples with.
+  """A policy as the functions of `rollout.generate`.
 
   Args:
-    module: the policy.
-    gather_weights: put the weights together over `fsdp` once a rollout, in the
-      compute dtype, and keep them so; otherwise they stay cut as in training,
-      and every token gathers them again: slower, where memory is short.
+    gather_weights: gather the weights over `fsdp` once a rollout, in the
+      compute dtype; otherwise every token gathers them again, which is slower
+      but needs less memory.
   """
   config = dataclasses.replace(module.config, lora=None)
-  # The key too: the current mesh may be one that is only described.
+  # The key is abstract too, since the current mesh may be.
   boxed = jax.eval_shape(
     lambda: _init_fn(make_module('policy', config))(jax.random.key(0))
   )
@@ -228,8 +217,8 @@ def decoder(module: heads.Policy, gather_weights: bool = True) -> Decoder:
       )
       for tree in (plain, decoding.in_compute_dtype(config, plain))
     )
-    # Prompts are read with the layers as they lie, one gathered at a time, and
-    # their adapters: merged, they would stay here once more.
+    # Prompts use the layers as they are sharded, gathered one at a time, and
+    # with adapters apart: a merged copy would take memory.
     trunk = {**laid_out['trunk'], 'layers': params['trunk']['layers']}
     return decoding.weights_of(config, {'trunk': trunk}, cast)
 
@@ -250,13 +239,7 @@ def decoder(module: heads.Policy, gather_weights: bool = True) -> Decoder:
 def logprobs_fn(
   module: heads.Policy, temperature: float = 1.0, longest: int = 0
 ) -> LogprobsFn:
-  """A policy as `types.LogprobsFn`.
-
-  Args:
-    module: the policy.
-    temperature: divides the logits.
-    longest: tokens of the longest segment, where rows may be much longer.
-  """
+  """A policy as `types.LogprobsFn`; see `heads.Policy.logprobs`."""
 
   def logprobs(params, tokens, segments, where=None, dropout_key=None):
     return module.apply(
@@ -275,21 +258,14 @@ def logprobs_fn(
 
 
 def scalars_fn(module: heads.ScalarModel, longest: int = 0) -> ScalarsFn:
-  """`types.ScalarsFn` of a reward or value model.
-
-  Packed rows have segments in the place of the mask; `longest` is as in
-  `Transformer.__call__`.
-  """
+  """A reward or value model as `types.ScalarsFn`; see `heads.ScalarModel`."""
   return lambda params, tokens, segments: module.apply(
     {'params': params}, tokens, segments, longest
   )
 
 
 def scores_fn(module: heads.ScalarModel):
-  """(params, tokens, segments, ends=None) -> scores of a reward model.
-
-  See `heads.read_scores`.
-  """
+  """(params, tokens, segments, ends=None) -> `heads.read_scores`."""
   scalars = scalars_fn(module)
   return lambda params, tokens, segments, ends=None: heads.read_scores(
     module, scalars(params, tokens, segments), tokens, segments, ends

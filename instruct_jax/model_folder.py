@@ -1,12 +1,10 @@
-"""Models on disk, as the stages hand them to each other.
+"""Models on disk, as stages pass them to each other.
 
 A model folder holds the parameters and `model.json`: kind, shape, tokenizer
-fingerprint and where the numbers come from. Loading checks all of it before
-any compute is spent.
+fingerprint and provenance. Loading checks all of it before any compute.
 
-The folder of a model that was trained with adapters holds those alone, and
-names the folder of their base. `load` merges them: what it returns is a plain
-model.
+A folder of adapters holds only these and names the folder of their base.
+`load` merges them into a plain model.
 """
 
 import dataclasses
@@ -34,7 +32,7 @@ def save(
 ) -> None:
   """Writes a model folder; it appears only when complete.
 
-  Of a model with adapters, their base in `model.source` is named.
+  The base of adapters is recorded as the folder `model.source`.
   """
   description = {
     'kind': model.kind,
@@ -55,13 +53,13 @@ def save(
 def check(
   directory: epath.PathLike, kind: str, tokenizer: tokenizer_lib.Tokenizer
 ) -> dict[str, Any]:
-  """Reads a folder's description and refuses what does not fit.
+  """Reads and checks a folder's description.
 
   Raises:
     checkpoint.CheckpointError: missing, damaged, of another kind, or made with
       another tokenizer; or adapters whose base is gone or has changed.
-    ValueError: a published folder with another tokenizer, or of a kind that is
-      not handled.
+    ValueError: a published folder with another tokenizer, or one that is not
+      handled.
   """
   if is_published(directory):
     tokenizer_lib.check_published(tokenizer, str(directory))
@@ -89,9 +87,9 @@ def check(
 
 
 def _path_from(directory, source) -> str:
-  """A base's path, as the folder of its adapters keeps it.
+  """A base's path for the description of its adapters.
 
-  Relative where both lie in the folder of one run, which may be moved.
+  Relative if both are in the folder of one run, which may be moved.
   """
   name = source.removeprefix('hf:')
   if name != source and not epath.Path(name).is_dir():
@@ -105,10 +103,10 @@ def _path_from(directory, source) -> str:
 
 
 def _find_base(directory, described) -> str:
-  """The folder of a base, which is still the one that it was.
+  """The folder of an unchanged base.
 
   Raises:
-    checkpoint.CheckpointError: it is not there, or has changed.
+    checkpoint.CheckpointError: it is missing or has changed.
   """
   path = described['path']
   if path.startswith('../'):
@@ -118,8 +116,8 @@ def _find_base(directory, described) -> str:
     path = str(place)
   if inputs.problem(path):
     raise checkpoint.CheckpointError(
-      f'{directory} holds adapters of {path}, which is not there; put that '
-      'model back, or a link to it'
+      f'{directory} holds adapters of {path}, which is missing; put that model '
+      'back, or a link to it'
     )
   found = _identity(path)
   if found != described['sha256']:
@@ -134,14 +132,14 @@ def _find_base(directory, described) -> str:
 def _identity(folder) -> str:
   """SHA-256 of what decides a model's numbers.
 
-  Ours count by model.json, which has a checksum of each array, and the identity
-  of a base.
+  For our folders that is model.json, which has a checksum of each array and the
+  identity of a base.
   """
   if not is_published(folder):
     return inputs.content_hash(str(folder))
   place = epath.Path(hub.locate(str(folder)))
   total = hashlib.sha256()
-  for path in (place / 'config.json', *sorted(place.glob('*.safetensors'))):
+  for path in [place / 'config.json', *sorted(place.glob('*.safetensors'))]:
     total.update(f'{path.name}\0{inputs.content_hash(str(path))}\0'.encode())
   return total.hexdigest()
 
@@ -151,11 +149,11 @@ def make_mesh(
   folders: Sequence[epath.PathLike],
   rows: Sequence[int],
 ) -> jax.sharding.Mesh:
-  """The mesh of a stage, chosen for its models where `shape` is ().
+  """The mesh of a stage, chosen to fit its models if `shape` is ().
 
   Args:
     shape: `config.mesh`.
-    folders: of the models, published ones too; their descriptions are read.
+    folders: of the models, whose descriptions are read.
     rows: of each batch and microbatch.
 
   Raises:
@@ -170,7 +168,7 @@ def make_mesh(
 
 
 def shape_of(folder: epath.PathLike) -> TransformerConfig:
-  """The shape of a model; its description is read, and no array.
+  """The shape of a model, from its description.
 
   Raises:
     checkpoint.CheckpointError, ValueError: the folder, or the base of its
@@ -188,23 +186,22 @@ def shape_of(folder: epath.PathLike) -> TransformerConfig:
 def check_contexts(
   folders: Mapping[str, epath.PathLike], num_tokens: int, what: str
 ) -> None:
-  """Refuses rows that are longer than one of the models can read, before any
-  is loaded.
+  """Refuses rows that exceed the context of a model, before any is loaded.
 
   Args:
     folders: name for the message -> model.
     num_tokens: of a row.
-    what: the config keys that they come from.
+    what: the config keys that decide it.
 
   Raises:
-    ValueError: with the numbers; or as `shape_of`.
+    ValueError: gives the numbers; or as `shape_of`.
   """
   for name, folder in folders.items():
     length = shape_of(folder).context_length
     if num_tokens > length:
       raise ValueError(
-        f'{name}: {what} ask for {num_tokens} tokens, the context of {folder} '
-        f'has {length}; lower them'
+        f'{name}: {what} ask for {num_tokens} tokens, but the context of '
+        f'{folder} has {length}; lower them'
       )
 
 
@@ -213,10 +210,9 @@ def named_folders(text: str, key: str = 'models') -> dict[str, str]:
 
   Args:
     text: of that form, or ''.
-    key: of the config that holds it, for the error.
 
   Raises:
-    ValueError: a part is not of this form, or a name stands twice.
+    ValueError: a part is not of this form, or a name is repeated.
   """
   folders = {}
   for part in filter(None, text.split(',')):
@@ -227,31 +223,6 @@ def named_folders(text: str, key: str = 'models') -> dict[str, str]:
       )
     folders[name] = folder
   return folders
-
-
-def content_hash(directory: epath.PathLike) -> str:
-  """SHA-256 of all that a model folder holds: names and bytes of its files."""
-  folder = epath.Path(directory)
-  if is_published(directory):
-    folder = epath.Path(hub.locate(str(directory)))
-  if not folder.is_dir():
-    raise checkpoint.CheckpointError(f'{directory}: no model folder here')
-  total = hashlib.sha256()
-  for path in _files(folder):
-    total.update(str(path.relative_to(folder)).encode() + b'\0')
-    with path.open('rb') as file:
-      while block := file.read(1 << 24):
-        total.update(block)
-  return total.hexdigest()
-
-
-def _files(folder: epath.Path):
-  # epath has no recursive glob: object stores make it dear.
-  for path in sorted(folder.iterdir()):
-    if path.is_dir():
-      yield from _files(path)
-    else:
-      yield path
 
 
 def is_published(directory: epath.PathLike) -> bool:
@@ -266,21 +237,22 @@ def _load_published(folder, kind, mesh, changes):
   published = TransformerConfig.from_hf(described)
   about, attributes = {'from': str(folder)}, {}
   if kind == 'scalar':
-    # On which scores it was trained is not published: no score is beyond them.
+    # The scores on its training data are not published: allow any.
     about['score_range'] = (-math.inf, math.inf)
     attributes['skipped_id'] = families.score_pad_id(described)
   elif published.tied:
     published = hf.published_config(folder)
     if not published.tied:
       run_lib.say(
-        f'{folder}: config.json says that the unembedding is the embedding; '
-        'its files hold another one, which is used, as transformers does'
+        f'{folder}: config.json says that the unembedding is the embedding, '
+        'but its files hold another one, which is used, as in transformers'
       )
   config = _changed(folder, published, {'vocab_multiple': 128, **changes})
   if config.vocab_size > published.embedding_rows + 1:
     raise ValueError(
-      f'{folder} has {published.embedding_rows} embedding rows, the tokenizer '
-      f'in use has {config.vocab_size} tokens; use the tokenizer of that folder'
+      f'{folder} has {published.embedding_rows} embedding rows, but the '
+      f'tokenizer in use has {config.vocab_size} tokens; use the tokenizer of '
+      'that folder'
     )
   params = hf.load_params(
     folder, config, model_fns.abstract_params(kind, config, mesh)
@@ -291,12 +263,12 @@ def _load_published(folder, kind, mesh, changes):
 
 
 def _changed(directory, config, changes):
-  """The config with the changes; another compute dtype is told."""
+  """The config with the changes; reports a changed compute dtype."""
   changed = dataclasses.replace(config, **changes)
   if changed.compute_dtype != config.compute_dtype:
     run_lib.say(
-      f'{directory}: computes in {changed.compute_dtype} (compute_dtype), its '
-      f'folder says {config.compute_dtype}; weights stay float32'
+      f'{directory}: computes in {changed.compute_dtype} (compute_dtype), not '
+      f'in {config.compute_dtype} as its folder says; weights stay float32'
     )
   return changed
 
@@ -308,29 +280,27 @@ def load(
   tokenizer: tokenizer_lib.Tokenizer,
   **changes: Any,
 ) -> model_fns.Model:
-  """Reads a model folder onto the mesh, adapters merged into their base.
+  """Reads a model folder onto the mesh, with adapters merged into their base.
 
   Args:
     directory: written by `save`, or published.
     kind: what the caller needs.
-    mesh: the layout follows it, whatever the model was saved from.
+    mesh: may differ from the mesh that the model was saved from.
     tokenizer: in use; published models get an embedding for its PAD.
     **changes: fields of `TransformerConfig` that do not change the parameters
       (dropout, remat, compute_dtype, scan_unroll). A `compute_dtype` of '' is
-      what the folder says, and float32 where it is a published one; another
-      one than that is told.
+      the folder's, float32 for a published one.
 
   Raises:
-    ValueError: a published model with another tokenizer, that is not handled,
-      or whose files are damaged; see `hf.load_params`.
-    checkpoint.CheckpointError: see `check`; or damaged arrays, or a base that
-      is not there or no longer what it was.
+    ValueError: a published model that is not handled, has another tokenizer or
+      damaged files; see `hf.load_params`.
+    checkpoint.CheckpointError: see `check`; or damaged arrays.
   """
   model = read(directory, kind, mesh, tokenizer, **changes)
   if model.config.lora is None:
     return model
   base = load(model.source, 'policy', mesh, tokenizer).params
-  if kind == 'scalar':  # It starts from a policy's trunk.
+  if kind == 'scalar':  # Its base is a policy's trunk.
     base = {'trunk': model_fns.without_unembedding(base['trunk'])}
   model = dataclasses.replace(model, base=base, source=str(directory))
   return model_fns.merged(model, mesh)
@@ -343,16 +313,13 @@ def read(
   tokenizer: tokenizer_lib.Tokenizer,
   **changes: Any,
 ) -> model_fns.Model:
-  """A model folder as it is; arguments and errors as of `load`.
+  """`load` without merging.
 
   Returns:
     The model; or adapters alone, with the folder of their base as `source`.
   """
-  changes = {
-    name: value
-    for name, value in changes.items()
-    if (name, value) != ('compute_dtype', '')
-  }
+  if changes.get('compute_dtype') == '':
+    del changes['compute_dtype']
   described = check(directory, kind, tokenizer)
   if is_published(directory):
     changes['vocab_size'] = tokenizer.vocab_size

@@ -1,21 +1,22 @@
-"""Episodes in rows: what scores, log-probabilities and losses read.
+"""Episodes in rows, as scores, log-probabilities and losses read them.
 
-A rollout is a rectangle, prompts padded on the left and responses on the right.
-As it is, it is rows of one episode each (`as_rows`). Dense rows hold several,
-one behind the other, so that no position is spent on padding. Which episode
-goes where is decided on the host, from the lengths alone (`lay_out`); tokens
-are moved on the device. Where dense rows would save little, every episode has a
-row of its own: the same layout, of other sizes.
+A rollout has one episode a row, prompts padded on the left and responses on the
+right. Dense rows hold several episodes in sequence, with little padding. The
+host decides which episode goes where, from the lengths alone (`lay_out`); the
+device moves the tokens. If dense rows would save little, every episode gets its
+own row, in the same kind of layout.
 
-The rows of a minibatch hold exactly its episodes, so a minibatch means what it
-did. Episodes are dealt out by length: sorted, cut into strata as large as there
-are minibatches, one of each stratum to each: at random in every fourth stratum,
-so as to even out in the others. So all minibatches have nearly the same number
-of tokens, and one shape fits them; and each inner epoch has a deal of its own.
+The rows of a minibatch hold exactly its episodes. Episodes are dealt by length:
+sorted, cut into strata with one episode per minibatch, and dealt at random in
+every fourth stratum, so as to even out lengths in the others. So all
+minibatches have nearly the same number of tokens and fit one shape. Each inner
+epoch has its own deal.
 """
 
 import dataclasses
+import functools
 import math
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -30,19 +31,19 @@ from instruct_jax.types import Episodes, PyTree, Rollout
 class Layout:
   """Where the tokens of a rollout go; made by `lay_out`.
 
-  Row i * num_steps + s is row i of optimizer step s, so that rows cut over
-  devices stay where they are when the steps are taken apart. Q is the most
-  response tokens that a row holds.
+  Row i * num_steps + s is row i of optimizer step s, so that sharded rows stay
+  on their devices when the steps are separated. Q is the number of response
+  tokens that fit in a row.
 
   Attributes:
-    source: place of each token in the flattened [B * T] rollout.
+    source: index of each token in the flattened [B * T] rollout.
     segments: 0 on padding, 1, 2, ... number the episodes of a row.
     where: column of the position that predicts each response token.
-    response: place of that response token in the flattened [B * R].
+    response: index of that response token in the flattened [B * R].
     response_mask: True where there is one.
-    places: for each response token its place in the flattened [M1 * Q] of the
+    places: of each response token, the index in the flattened [M1 * Q] of the
       rows of the first inner epoch, M1 = M / num_epochs; 0 where masked.
-    ends: place of each episode's last token in the flattened [M1 * L].
+    ends: index of each episode's last token in the flattened [M1 * L].
     num_steps: static; optimizer steps, all inner epochs together.
     num_epochs: static; inner epochs.
   """
@@ -63,16 +64,16 @@ class Sizes:
   """What decides the shapes of a run's rows, besides the lengths.
 
   Attributes:
-    prompt_columns: P of the rollout, prompts right-aligned.
+    prompt_columns: P of the rollout.
     response_columns: R of the rollout.
-    num_minibatches, num_microbatches: groups an inner epoch.
-    num_epochs: inner epochs, each dealt anew.
-    num_shards: devices that rows are cut over.
-    row_episodes: episodes of a dense row, about: rows fill up better with many,
-      and attention kernels that read whole rows cost less with few. 0 gives
-      every episode a row of its own.
+    num_minibatches, num_microbatches: their product is the groups of an epoch.
+    num_epochs: inner epochs.
+    num_shards: devices that rows are sharded over.
+    row_episodes: approximate episodes of a dense row: more fill rows better,
+      fewer cost less in attention kernels that read whole rows. 0 gives every
+      episode its own row.
     multiple: lengths of dense rows are multiples of this.
-    spare: dense rows are at the most so many times longer than needed, but for
+    spare: bounds the length of dense rows over the length needed, except for
       `multiple`.
   """
 
@@ -94,12 +95,12 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """Rows that hold one group of episodes, a microbatch of a minibatch.
+  """Rows of one group of episodes, a microbatch of a minibatch.
 
   Attributes:
     num_rows: of a group.
     length: L, columns of a row.
-    num_responses: Q, response tokens that a row has places for.
+    num_responses: Q, response tokens that fit in a row.
   """
 
   num_rows: int
@@ -110,17 +111,14 @@ class Shape:
 def ladder(sizes: Sizes, group_size: int) -> tuple[Shape, ...]:
   """The shapes that the rows of a run may have, least work first.
 
-  Each is compiled once, when first needed, so this is how many there can be.
-  They follow from the config: no shape depends on what a run has seen, and a
-  resumed run, or another process, takes the same one for the same lengths.
+  Each is compiled once, when first needed. They depend on the config alone, so
+  that a resumed run, or another process, takes the same shape for the same
+  lengths.
 
-  Lengths of dense rows descend from the longest that saves a twentieth to half
-  an episode, by a factor of `spare` each; responses have places for a third of
-  a row, two thirds, or all of it. Last comes one row for each episode.
-
-  Args:
-    sizes: of the run.
-    group_size: episodes of a group.
+  Lengths of dense rows descend, by a factor of `spare` each, from the longest
+  that saves a twentieth of the columns to half an episode; responses may take a
+  third of a row, two thirds, or all of it. The last shape is one row for each
+  episode.
   """
   alone = Shape(group_size, sizes.longest, sizes.response_columns)
   if not sizes.row_episodes:
@@ -148,7 +146,6 @@ def deal(
   """Random groups of equal number and nearly equal length, as indices.
 
   Args:
-    lengths: tokens of each episode.
     num_groups: G, which divides B.
     rng: decides which episode of a stratum goes to which group.
 
@@ -159,7 +156,7 @@ def deal(
     raise ValueError(
       f'{num_groups} groups do not divide {len(lengths)} episodes'
     )
-  shuffled = rng.permutation(len(lengths))  # Ties are broken at random.
+  shuffled = rng.permutation(len(lengths))  # Breaks ties at random.
   order = shuffled[np.argsort(lengths[shuffled], kind='stable')]
   strata = order.reshape(-1, num_groups)[::-1]  # The longest first.
   totals = np.zeros(num_groups, np.int64)
@@ -167,7 +164,7 @@ def deal(
   for number, stratum in enumerate(strata):
     groups = rng.permutation(num_groups)
     if number % 4:
-      # The shortest of the stratum to the group that has the most so far.
+      # The stratum's shortest episode goes to the longest group so far.
       groups = groups[np.argsort(-totals[groups], kind='stable')]
     row = np.empty_like(stratum)
     row[groups] = stratum
@@ -182,56 +179,56 @@ def deal_epochs(
   """The groups of all inner epochs: `deal` for each.
 
   Args:
-    lengths: tokens of each episode.
-    sizes: of the run.
-    seed: of the deal; the iteration is part of it.
+    seed: of the deal, including the iteration.
   """
-  return np.concatenate(
-    [
-      deal(
-        lengths,
-        sizes.num_minibatches * sizes.num_microbatches,
-        np.random.default_rng([*seed, epoch]),
-      )
-      for epoch in range(sizes.num_epochs)
-    ]
-  )
+  num_groups = sizes.num_minibatches * sizes.num_microbatches
+  rngs = [np.random.default_rng([*seed, i]) for i in range(sizes.num_epochs)]
+  return np.concatenate([deal(lengths, num_groups, rng) for rng in rngs])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Placed:
-  """Row, offset and number in its row of every episode of every group [G, E].
+class _Placed(NamedTuple):
+  """The place of every episode of every group [G, E].
 
   Attributes:
-    response_offset: response tokens of its row before its own.
-    most: tokens of the fullest row, most_responses: its response tokens.
+    row: of its group.
+    number: in its row, from 1.
+    offset, response_offset: tokens and response tokens of its row before it.
+    most, most_responses: tokens and response tokens of the fullest row.
   """
 
   row: np.ndarray
-  offset: np.ndarray
   number: np.ndarray
+  offset: np.ndarray
   response_offset: np.ndarray
   most: int
   most_responses: int
 
 
 def _place(groups, lengths, response_lengths, num_rows) -> _Placed:
-  """The longest episode that is left goes to the row with the most room."""
-  row, offset, number, response_offset = np.zeros((4, *groups.shape), np.int64)
-  used = np.zeros((len(groups), num_rows), np.int64)
-  responses, counts = np.zeros_like(used), np.zeros_like(used)
+  """The longest remaining episode goes to the row with the most room."""
+  places = np.zeros((4, *groups.shape), np.int64)
+  # Of each row: episodes, tokens, response tokens.
+  used = np.zeros((3, len(groups), num_rows), np.int64)
   for g, members in enumerate(groups):
     for e in np.argsort(-lengths[members], kind='stable'):
-      episode, place = members[e], int(np.argmin(used[g]))
-      row[g, e], offset[g, e] = place, used[g, place]
-      response_offset[g, e] = responses[g, place]
-      counts[g, place] += 1
-      number[g, e] = counts[g, place]
-      used[g, place] += lengths[episode]
-      responses[g, place] += response_lengths[episode]
-  return _Placed(
-    row, offset, number, response_offset, int(used.max()), int(responses.max())
+      row, episode = int(np.argmin(used[1, g])), members[e]
+      number, offset, response_offset = used[:, g, row]
+      places[:, g, e] = row, number + 1, offset, response_offset
+      used[:, g, row] += 1, lengths[episode], response_lengths[episode]
+  return _Placed(*places, int(used[1].max()), int(used[2].max()))
+
+
+def _fit(groups, lengths, response_lengths, sizes) -> tuple[Shape, _Placed]:
+  """The first shape with room for the fullest row, and places in it."""
+  placed_in = functools.cache(
+    lambda num_rows: _place(groups, lengths, response_lengths, num_rows)
   )
+  for shape in ladder(sizes, groups.shape[1]):
+    placed = placed_in(shape.num_rows)
+    fits = placed.most <= shape.length
+    if fits and placed.most_responses <= shape.num_responses:
+      break
+  return shape, placed
 
 
 def lay_out(
@@ -240,34 +237,25 @@ def lay_out(
   groups: Int[np.ndarray, 'G E'],
   sizes: Sizes,
 ) -> Layout:
-  """Lays a rollout's episodes out in rows; NumPy arrays.
+  """Lays a rollout's episodes out in rows, as NumPy arrays.
 
-  The number of rows does not depend on the lengths; the first shape of the
-  `ladder` that the fullest row fits into is taken.
+  Takes the first shape of the `ladder` that has room for the fullest row.
 
   Args:
     prompt_lengths, response_lengths: real tokens of each episode.
     groups: of `deal_epochs`; row g is microbatch g % num_microbatches of step
       g // num_microbatches.
-    sizes: of the run.
 
   Raises:
-    ValueError: an empty episode.
+    ValueError: an episode without tokens.
   """
   prompt_lengths = np.asarray(prompt_lengths)
   lengths = prompt_lengths + np.asarray(response_lengths)
   if lengths.min() < 1:
-    raise ValueError(f'episode {lengths.argmin()} has no tokens at all')
+    raise ValueError(f'episode {lengths.argmin()} has no tokens')
   B, T = len(lengths), sizes.longest
-  num_rows = 0
-  for shape in ladder(sizes, groups.shape[1]):
-    if shape.num_rows != num_rows:
-      num_rows = shape.num_rows
-      placed = _place(groups, lengths, response_lengths, num_rows)
-    fits = placed.most <= shape.length
-    if fits and placed.most_responses <= shape.num_responses:
-      break
-  L, Q = shape.length, shape.num_responses
+  shape, placed = _fit(groups, lengths, response_lengths, sizes)
+  num_rows, L, Q = dataclasses.astuple(shape)
   num_steps = sizes.num_epochs * sizes.num_minibatches
   group = np.broadcast_to(np.arange(len(groups))[:, None], groups.shape)
   step, micro = np.divmod(group, sizes.num_microbatches)
@@ -294,7 +282,7 @@ def lay_out(
   response[to] = np.repeat(episodes * sizes.response_columns, r) + within
   response_mask[to] = True
 
-  # The rows of the first epoch alone, in their own order.
+  # The rows of the first epoch, in their own order.
   first = slice(0, B)
   epoch_row = (row_in_step * sizes.num_minibatches + step).ravel()[first]
   places = np.zeros(B * sizes.response_columns, np.int32)
@@ -318,7 +306,7 @@ def lay_out(
 
 
 def _ranges(sizes: np.ndarray) -> np.ndarray:
-  """0 .. size - 1 for each size, one after the other."""
+  """0 .. size - 1 for each size, concatenated."""
   ends = np.cumsum(sizes)
   return np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
 
@@ -329,20 +317,6 @@ def fill_fraction(layout: Layout) -> float:
 
 
 # --- On the device ------------------------------------------------------------
-
-
-def as_rows(rollout: Rollout) -> Episodes:
-  """A rollout as it is: each episode alone in its row, none moved."""
-  B, R = rollout.response_mask.shape
-  P = rollout.tokens.shape[1] - R
-  # Response token t stands in column P + t.
-  where = jnp.broadcast_to(P - 1 + jnp.arange(R, dtype=jnp.int32)[None], (B, R))
-  return Episodes(
-    tokens=rollout.tokens,
-    segments=rollout.mask.astype(jnp.int32),
-    where=where,
-    response_mask=rollout.response_mask,
-  )
 
 
 def pack_episodes(rollout: Rollout, layout: Layout) -> Episodes:
@@ -357,7 +331,7 @@ def pack_episodes(rollout: Rollout, layout: Layout) -> Episodes:
 
 
 def first_epoch(rows: PyTree, layout: Layout) -> PyTree:
-  """Of each array the rows of the first inner epoch: every episode once."""
+  """The rows of the first inner epoch, of each array: every episode once."""
   if layout.num_epochs == 1:
     return rows
 
@@ -372,7 +346,7 @@ def first_epoch(rows: PyTree, layout: Layout) -> PyTree:
 def pack_responses(
   values: Float[Array, 'B R'], layout: Layout
 ) -> Float[Array, 'M Q']:
-  """One number a response token, beside its row; 0 where masked."""
+  """From one number per response token to rows; 0 where masked."""
   return jnp.where(
     layout.response_mask, values.reshape(-1)[layout.response], 0.0
   )
@@ -381,5 +355,5 @@ def pack_responses(
 def unpack_responses(
   values: Float[Array, 'M1 Q'], layout: Layout, mask: Bool[Array, 'B R']
 ) -> Float[Array, 'B R']:
-  """Back from the rows of the first epoch; 0 where masked."""
+  """Inverse of `pack_responses` for rows of the first epoch; 0 where masked."""
   return jnp.where(mask, values.reshape(-1)[layout.places], 0.0)

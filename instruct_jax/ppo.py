@@ -2,16 +2,17 @@
 
   rollout, scores -> penalise -> train
 
-`penalise` fixes all that the update holds fixed: log-probabilities of the old
-policy and of the reference, the KL penalty, advantages. `train` takes minibatch
-steps on a dict of losses. A value model is optional: without one there are no
-values, no value loss, and the advantage function needs none.
+`penalise` computes all that the update holds fixed: log-probabilities of the
+old policy and of the reference, the KL penalty, advantages. `train` takes
+minibatch steps on a dict of losses. Without a value model there are no values
+and no value loss.
 
-The models arrive as functions. `ptx_coef = 0` is PPO: the pretraining branch
-is then not part of the program at all.
+Models are arguments, as functions. `ptx_coef = 0` is PPO: the program then has
+no pretraining branch.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,9 +39,9 @@ from instruct_jax.types import (
 )
 
 # (token rewards [B, R], mask [B, R], values [B, R] or None) -> advantages and
-# returns [B, R]; returns are None where there are no values. One that carries a
-# state over (a running mean) adds fields to `RLState` and is made from them
-# inside the jitted `penalise` of its experiment.
+# returns [B, R]; returns are None without values. To carry state over, such as
+# a running mean, add fields to `RLState` and make the function from them inside
+# the jitted `penalise` of an experiment.
 AdvantageFn = Callable[
   [jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array | None]
 ]
@@ -48,7 +49,7 @@ AdvantageFn = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
-  """Numbers of the method; defaults are the paper's, or 13.4's gap-fillers.
+  """Numbers of the method; defaults are the paper's where it gives them.
 
   Attributes:
     discount: gamma of the returns; the paper does not discount.
@@ -60,15 +61,15 @@ class PPOConfig:
     kl_in: 'reward' subtracts the KL penalty from rewards (equation 2); 'loss'
       adds it to the policy's loss.
     kl_estimator: of the penalty; see `rewards.kl_estimator`.
-    kl_target: wanted KL, nats a response; None keeps beta fixed.
+    kl_target: KL to reach, nats a response; None keeps beta fixed.
     kl_horizon: episodes; see `rewards.update_kl_coef`.
     ptx_coef: gamma of equation 2; 0 is PPO without pretraining gradients.
     num_minibatches, num_epochs: 8 and 1 (C.4).
     num_microbatches: gradient accumulation within a minibatch.
     num_slices: parts in which a rollout is read.
-    sampler_tolerance: nats; the sampler's log-probabilities are the old ones
-      where those of a minibatch agree with the training graph's to this. 0
-      always takes the graph's.
+    sampler_tolerance: nats. The sampler's log-probabilities are the old ones if
+      on a minibatch they agree with the training graph's to this; 0 always
+      takes the graph's.
     ema_decay: of the policy weights (C.4).
     ema_every: 'update' or 'iteration'; the paper does not say which.
   """
@@ -93,48 +94,39 @@ class PPOConfig:
   ema_every: str = 'update'
 
   def __post_init__(self):
+    def check(is_good, names, what):
+      for name in names.split():
+        value = getattr(self, name)
+        if not is_good(value):
+          raise ValueError(f'{name} must {what}: {value!r}')
+
     for name, known in (
       ('ema_every', ('update', 'iteration')),
       ('kl_in', ('reward', 'loss')),
       ('kl_estimator', rewards.KL_ESTIMATORS),
     ):
-      if getattr(self, name) not in known:
-        raise ValueError(
-          f'{name} must be one of {", ".join(map(repr, known))}: '
-          f'{getattr(self, name)!r}'
-        )
-    for name in (
-      'num_minibatches',
-      'num_epochs',
-      'num_microbatches',
-      'num_slices',
-    ):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name} must be at least 1: {getattr(self, name)}')
-    for name in ('clip', 'value_clip'):
-      if not getattr(self, name) > 0:
-        raise ValueError(f'{name} must be positive: {getattr(self, name)}')
-    if self.kl_target is not None and not self.kl_target > 0:
-      raise ValueError(
-        f'kl_target must be positive, or None for a fixed kl_coef: '
-        f'{self.kl_target}'
+      check(
+        known.__contains__, name, f'be one of {", ".join(map(repr, known))}'
       )
-    if self.kl_horizon < 1:
-      raise ValueError(f'kl_horizon must be at least 1: {self.kl_horizon}')
-    if not 0 <= self.ema_decay < 1:
-      raise ValueError(f'ema_decay must be in [0, 1): {self.ema_decay}')
-    for name in ('ptx_coef', 'sampler_tolerance'):
-      if getattr(self, name) < 0:
-        raise ValueError(f'{name} must not be negative: {getattr(self, name)}')
+    counts = 'num_minibatches num_epochs num_microbatches num_slices kl_horizon'
+    check(lambda x: x >= 1, counts, 'be at least 1')
+    check(lambda x: x > 0, 'clip value_clip', 'be positive')
+    check(lambda x: x >= 0, 'ptx_coef sampler_tolerance', 'not be negative')
+    check(lambda x: 0 <= x < 1, 'ema_decay', 'be in [0, 1)')
+    check(
+      lambda x: x is None or x > 0,
+      'kl_target',
+      'be positive, or None for a fixed kl_coef',
+    )
 
 
 @flax.struct.dataclass
 class RLState:
-  """All that an RL run carries from one iteration to the next.
+  """What an RL run carries from one iteration to the next.
 
   Attributes:
     policy: under training.
-    value: its critic, or None.
+    value: the value model, or None.
     ema: moving average of the policy's weights.
     kl: the KL coefficient.
   """
@@ -149,7 +141,7 @@ class RLState:
 
 
 def gae_advantages(config: PPOConfig) -> AdvantageFn:
-  """`advantages.gae` on a value model, whitened if so configured."""
+  """`advantages.gae`, whitened if so configured."""
 
   def advantage_fn(token_rewards, mask, values):
     found, returns = advantages.gae(
@@ -165,16 +157,16 @@ def gae_advantages(config: PPOConfig) -> AdvantageFn:
 def group_advantages(
   baseline_fn: Callable[[jax.Array, int], jax.Array], num_samples: int
 ) -> AdvantageFn:
-  """One advantage a response, for all of its tokens; no value model.
+  """One advantage per response, for all of its tokens; no value model.
 
   The return of a response is the sum of its rewards. The loss averages over
-  tokens, so a response weighs as much as it has tokens, which is what the
-  gradient of its log-probability asks for.
+  tokens, so that a response weighs as much as it has tokens, like the gradient
+  of its log-probability.
 
   Args:
-    baseline_fn: (returns [B], n) -> advantages [B], say
+    baseline_fn: (returns [B], n) -> advantages [B], for example
       `advantages.leave_one_out`.
-    num_samples: n responses a prompt, neighbours in the rollout.
+    num_samples: n responses a prompt, adjacent in the rollout.
   """
 
   def advantage_fn(token_rewards, mask, values):
@@ -191,20 +183,17 @@ def make_penalise(
   advantage_fn: AdvantageFn,
   config: PPOConfig,
 ) -> Callable[..., tuple[RLBatch, rewards.KLState, Metrics]]:
-  """Makes what turns a scored rollout into a batch to learn from.
+  """Makes the program from a scored rollout to a training batch.
 
   Args:
     logprobs_fn: of the policy and of the reference, at the sampling
       temperature.
-    values_fn: of the value model; None without one.
     advantage_fn: from KL-penalised rewards to advantages.
-    config: the method's numbers.
 
   Returns:
-    (state, frozen, rollout, layout, scores [B]) -> (batch, the KL coefficient
-    of the next iteration, metrics over response tokens or responses). Frozen
-    holds the parameters of the 'reference'; scores have mean 0 on
-    demonstrations.
+    (state, frozen, rollout, layout, scores [B]) -> (batch, the next iteration's
+    KL coefficient, metrics over response tokens or responses). `frozen` holds
+    the parameters of the 'reference'; scores have mean 0 on demonstrations.
   """
 
   def penalise(
@@ -217,48 +206,38 @@ def make_penalise(
     episodes = packing.pack_episodes(rollout, layout)
     rows = packing.first_epoch(episodes, layout)
     policy = lora.join(state.policy.params, frozen.get('policy'))
-    # Rows come in multiples of minibatches, and not always of slices.
+    # The number of rows need not be a multiple of `num_slices`.
     num_slices = math.gcd(config.num_slices, rows.tokens.shape[0])
 
-    def read(rows):
-      where = rows.tokens, rows.segments, rows.where
-      found = [logprobs_fn(frozen['reference'], *where)[0]]
-      if values_fn is not None:
-        value = lora.join(state.value.params, frozen.get('value'))
-        values = values_fn(value, rows.tokens, rows.segments)
-        found.append(jnp.take_along_axis(values, rows.where, axis=1))
-      return found
+    def logprobs(params, rows):
+      return logprobs_fn(params, rows.tokens, rows.segments, rows.where)[0]
 
-    ref_logprobs, *values = slices.in_slices(read, rows, num_slices)
+    def read(rows):
+      ref_logprobs = logprobs(frozen['reference'], rows)
+      if values_fn is None:
+        return ref_logprobs, None
+      value = lora.join(state.value.params, frozen.get('value'))
+      values = values_fn(value, rows.tokens, rows.segments)
+      return ref_logprobs, jnp.take_along_axis(values, rows.where, axis=1)
+
+    ref_logprobs, values = slices.in_slices(read, rows, num_slices)
+    sampler = packing.pack_responses(rollout.logprobs, layout)
     old_logprobs, metrics = _old_logprobs(
-      lambda rows: logprobs_fn(policy, rows.tokens, rows.segments, rows.where)[
-        0
-      ],
+      functools.partial(logprobs, policy),
       rows,
-      packing.first_epoch(
-        packing.pack_responses(rollout.logprobs, layout), layout
-      ),
+      packing.first_epoch(sampler, layout),
       num_slices,
       config,
     )
 
-    def unpack(x):
-      return packing.unpack_responses(x, layout, rollout.response_mask)
-
-    old_logprobs, ref_logprobs, *values = map(
-      unpack, (old_logprobs, ref_logprobs, *values)
+    by_token = jax.tree.map(
+      lambda x: packing.unpack_responses(x, layout, rollout.response_mask),
+      (old_logprobs, ref_logprobs, values),
     )
-    found, more = penalised(
-      rollout,
-      scores,
-      old_logprobs,
-      ref_logprobs,
-      values[0] if values else None,
-      state.kl.coef,
-      advantage_fn,
-      config,
+    fields, objective = penalised(
+      rollout, scores, *by_token, state.kl.coef, advantage_fn, config
     )
-    kl_sum, kl_count = more['objective/kl']
+    kl_sum, kl_count = objective['objective/kl']
     kl = rewards.update_kl_coef(
       state.kl,
       kl_sum / kl_count,
@@ -267,26 +246,22 @@ def make_penalise(
       config.kl_horizon,
     )
     real = layout.segments > 0
-    metrics |= more | {
+    metrics |= objective | {
       'packing/fill': masked.metric(real.astype(jnp.float32), real | True),
       'packing/row_length': masked.scalar(jnp.asarray(real.shape[1])),
       'packing/row_responses': masked.scalar(
         jnp.asarray(layout.where.shape[1])
       ),
     }
-    batch = RLBatch(
-      episodes=episodes,
-      **{name: packing.pack_responses(x, layout) for name, x in found.items()},
-    )
-    return batch, kl, metrics
+    packed = {n: packing.pack_responses(x, layout) for n, x in fields.items()}
+    return RLBatch(episodes=episodes, **packed), kl, metrics
 
   return penalise
 
 
 def _old_logprobs(read, rows, sampler, num_slices, config):
-  """The sampler's log-probabilities, where those of every so many rows agree
-  with the training graph's; else the graph's of all rows. And how far they
-  agree."""
+  """The sampler's log-probabilities if they agree with the training graph's on
+  every `num_minibatches`-th row, else the graph's; and metrics of agreement."""
   compares = config.sampler_tolerance > 0
 
   def read_all():
@@ -319,17 +294,14 @@ def penalised(
   advantage_fn: AdvantageFn,
   config: PPOConfig,
 ) -> tuple[dict[str, Float[Array, 'B R']], Metrics]:
-  """Rewards, advantages and returns; the arithmetic of `make_penalise`.
+  """Advantages and returns; the arithmetic of `make_penalise`.
 
   Args:
-    rollout: as sampled.
     scores: of each response, mean 0 on demonstrations.
-    old_logprobs: of the policy that sampled.
     ref_logprobs: of the KL reference, the RL-initialisation model.
     old_values: value model at the positions that predict each response token.
     kl_coef: beta.
     advantage_fn: see `AdvantageFn`.
-    config: the method's numbers.
 
   Returns:
     Fields of `RLBatch`, 0 where masked, and metrics (`objective/*`).
@@ -349,29 +321,27 @@ def penalised(
   )
   found, returns = advantage_fn(token_rewards, mask, old_values)
   for name, each in (('advantages', found), ('returns', returns)):
-    # Another shape would be read as other tokens' numbers.
+    # Broadcasting would give tokens the numbers of others.
     if each is not None and each.shape != mask.shape:
       raise ValueError(
-        f'the advantage function gave {name} of shape {each.shape}; one number '
-        f'for each response token is needed, {mask.shape}'
+        f'the advantage function returned {name} of shape {each.shape}, not '
+        f'{mask.shape}: one number for each response token'
       )
   kl, kl_k3 = rewards.kl_estimates(old_logprobs, ref_logprobs, mask)
   responses = jnp.any(mask, axis=1)
   lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
   metrics = {
-    'objective/score': masked.metric(scores, responses),
-    'objective/score_squared': masked.metric(jnp.square(scores), responses),
-    'objective/reward': masked.metric(
-      jnp.sum(token_rewards, axis=1), responses
-    ),
-    'objective/kl': masked.metric(kl, responses),
-    'objective/kl_k3': masked.metric(kl_k3, responses),
-    'objective/kl_coef': masked.scalar(kl_coef),
-    'objective/length': masked.metric(lengths, responses),
-    'objective/ended': masked.metric(
-      rollout.ended.astype(jnp.float32), responses
-    ),
-  }
+    f'objective/{name}': masked.metric(values, responses)
+    for name, values in (
+      ('score', scores),
+      ('score_squared', jnp.square(scores)),
+      ('reward', jnp.sum(token_rewards, axis=1)),
+      ('kl', kl),
+      ('kl_k3', kl_k3),
+      ('length', lengths),
+      ('ended', rollout.ended.astype(jnp.float32)),
+    )
+  } | {'objective/kl_coef': masked.scalar(kl_coef)}
   fields = {
     'old_logprobs': jnp.where(mask, old_logprobs, 0.0),
     'ref_logprobs': jnp.where(mask, ref_logprobs, 0.0),
@@ -380,16 +350,14 @@ def penalised(
   if old_values is None:
     metrics['ppo/advantage'] = masked.metric(found, mask)
   else:
-    # As they were before they were whitened.
+    # Before whitening.
     metrics['ppo/advantage'] = masked.metric(returns - old_values, mask)
     residual = masked.variance(returns - old_values, mask)
     explained = 1.0 - residual / (masked.variance(returns, mask) + 1e-8)
     metrics['ppo/return'] = masked.metric(returns, mask)
     metrics['ppo/val/var_explained'] = masked.scalar(explained)
-    fields |= {
-      'old_values': jnp.where(mask, old_values, 0.0),
-      'returns': returns,
-    }
+    old_values = jnp.where(mask, old_values, 0.0)
+    fields |= {'old_values': old_values, 'returns': returns}
   return fields, metrics
 
 
@@ -401,8 +369,8 @@ def make_policy_loss(logprobs_fn: LogprobsFn, config: PPOConfig) -> LossFn:
 
   With `kl_in` 'loss' the KL penalty is added, times `frozen['kl_coef']`. On
   tokens of the policy itself the mean gradient of k2 is that of KL(pi || ref),
-  and that of k3 is the gradient of KL(ref || pi). That of k1 would be 0, so k1
-  is weighted by pi / pi_old, which gives it the gradient of KL(pi || ref), too.
+  and that of k3 is the gradient of KL(ref || pi). That of k1 would be 0: the
+  weight pi / pi_old gives it the gradient of KL(pi || ref).
   """
 
   def loss_fn(params, frozen, batch: RLBatch, key):
@@ -412,7 +380,7 @@ def make_policy_loss(logprobs_fn: LogprobsFn, config: PPOConfig) -> LossFn:
     logprobs, entropy = logprobs_fn(
       params, rows.tokens, rows.segments, rows.where
     )
-    # Padding must not reach exp(): its old log-probability is 0.
+    # Keeps padding out of exp(): its old log-probability is 0.
     logprobs = jnp.where(mask, logprobs, batch.old_logprobs)
     loss, ratio, clipped = losses.clipped_policy_loss(
       logprobs, batch.old_logprobs, batch.advantages, config.clip
@@ -446,7 +414,7 @@ def make_value_loss(values_fn: ScalarsFn, config: PPOConfig) -> LossFn:
     rows, mask = batch.episodes, batch.episodes.response_mask
     params = lora.join(params, frozen.get('value'))
     values = values_fn(params, rows.tokens, rows.segments)
-    # V(prompt, y_<t) stands where token t is predicted.
+    # V(prompt, y_<t) is at the position that predicts token t.
     values = jnp.take_along_axis(values, rows.where, axis=1)
     values = jnp.where(mask, values, batch.old_values)
     loss, clipped = losses.clipped_value_loss(
@@ -473,31 +441,28 @@ def make_train(
 ) -> Callable[..., tuple[RLState, Metrics]]:
   """Makes the update of one iteration.
 
-  Inner epochs over minibatches; policy, value model and moving average after
-  each. Every minibatch makes ONE policy gradient,
+  Inner epochs over minibatches, each of which updates policy, value model and
+  moving average. Every minibatch makes ONE policy gradient,
 
     g = grad(policy loss) + gamma grad(mean pretraining NLL),
 
   before clipping and Adam (C.4). A second Adam step for the pretraining part
-  would cancel gamma, Adam being blind to scale.
+  would cancel gamma, since Adam ignores the scale of gradients.
 
   Args:
-    loss_fns: of the 'policy'; of the 'value' model where there is one; of the
-      pretraining text, 'ptx', where `ptx_coef` is not 0.
-    optimizers: of the 'policy' and the 'value' model, with schedules of their
-      own.
-    config: the method's numbers.
+    loss_fns: of the 'policy', of the 'value' model if there is one, and of the
+      pretraining text, 'ptx', if `ptx_coef` is not 0.
 
   Returns:
-    (state, frozen, batch, pretraining rows or None, KL coefficient of the next
-    iteration, key) -> (new state, metrics summed over minibatches). `first/*`
-    are those of the very first minibatch, where the ratio must be 1.
-    Pretraining rows are 8 an episode and inner epoch in the paper; any number
-    that divides into the steps.
+    (state, frozen, batch, pretraining rows or None, the next iteration's KL
+    coefficient, key) -> (new state, metrics summed over minibatches). `first/*`
+    are metrics of the first minibatch, where the ratio must be 1. Pretraining
+    rows are 8 an episode and inner epoch in the paper; any multiple of the
+    steps will do.
 
   Raises:
-    ValueError: a loss is missing; in the update, sizes that do not divide, or
-      missing pretraining rows.
+    ValueError: a loss is missing or unknown; when traced, sizes that do not
+      divide, or missing pretraining rows.
   """
   use_ptx = config.ptx_coef > 0
   missing = {'policy', *(('ptx',) if use_ptx else ())} - set(loss_fns)
@@ -506,8 +471,8 @@ def make_train(
   unknown = set(loss_fns) - {'policy', 'value', 'ptx'}
   if unknown:
     raise ValueError(
-      f'losses of {sorted(unknown)} belong to no model here; losses are of '
-      "'policy', 'value' and 'ptx'; a further term is added within one of them"
+      f'losses {sorted(unknown)} belong to no model; the losses are those of '
+      "'policy', 'value' and 'ptx': add other terms within one of them"
     )
 
   def train(
@@ -522,7 +487,7 @@ def make_train(
     num_steps = config.num_epochs * config.num_minibatches
     inputs: dict[str, Any] = {
       'key': jax.random.split(key, num_steps),
-      'rows': _by_step(batch, num_steps, 'rows of episodes'),
+      'rows': _by_step(batch, num_steps),
     }
     if use_ptx:
       if ptx_batch is None:
@@ -549,24 +514,27 @@ def make_train(
   return train
 
 
-# Of the very first minibatch: the policy is then the old one.
+# Recorded for the first minibatch, where the policy is still the old one.
 FIRST_METRICS = tuple(
   f'ppo/policy/{name}' for name in ('ratio', 'clipfrac', 'approxkl')
 )
 
 
-def _by_step(batch, num_steps, what):
-  """Row i * num_steps + s is row i of step s: rows that are cut over devices
-  stay where they are."""
-  num_rows = jax.tree.leaves(batch)[0].shape[0]
+def _by_step(batch, num_steps):
+  """Row i * num_steps + s is row i of step s, so that sharded rows stay on
+  their devices."""
+  num_rows = batch.episodes.tokens.shape[0]
   if num_rows % num_steps:
-    raise ValueError(f'{num_rows} {what} do not divide into {num_steps} steps')
+    raise ValueError(
+      f'{num_rows} rows of episodes do not divide into {num_steps} steps'
+    )
   return jax.tree.map(
     lambda x: jnp.swapaxes(x.reshape(-1, num_steps, *x.shape[1:]), 0, 1), batch
   )
 
 
 def _consecutive(ptx_batch, num_steps):
+  """Consecutive rows for each step."""
   num_rows = ptx_batch.tokens.shape[0]
   if num_rows % num_steps:
     raise ValueError(
@@ -588,52 +556,37 @@ def _averaged(state, config):
 
 def _step(state, frozen, inputs, loss_fns, optimizers, config):
   """One minibatch: a step of the policy, and one of the value model."""
-  keys = dict(
-    zip(
-      ('policy', 'value', 'ptx'),
-      jax.random.split(inputs['key'], 3),
-      strict=True,
-    )
-  )
+  names = ('policy', 'value', 'ptx')
+  keys = dict(zip(names, jax.random.split(inputs['key'], 3), strict=True))
+  coef, metrics = config.ptx_coef, {}
 
   def gradients(name, params, rows):
     return train_state.accumulate_gradients(
-      loss_fns[name],
-      params,
-      frozen,
-      rows,
-      keys[name],
-      config.num_microbatches,
+      loss_fns[name], params, frozen, rows, keys[name], config.num_microbatches
     )
 
-  grads, loss, metrics = gradients(
-    'policy', state.policy.params, inputs['rows']
-  )
-  metrics = dict(metrics)
-  if config.ptx_coef > 0:
-    ptx_grads, ptx_loss, ptx_metrics = gradients(
-      'ptx', state.policy.params, inputs['ptx']
-    )
-    metrics['ptx/loss'] = ptx_metrics['nll']
-    metrics['ppo/policy/ppo_gradient_norm'] = masked.scalar(
-      optax.tree.norm(grads)
-    )
-    metrics['ptx/gradient_norm'] = masked.scalar(
-      config.ptx_coef * optax.tree.norm(ptx_grads)
-    )
-    grads = jax.tree.map(lambda g, p: g + config.ptx_coef * p, grads, ptx_grads)
-    loss = loss + config.ptx_coef * ptx_loss
-  policy, policy_metrics = train_state.apply_gradients(
-    state.policy, grads, optimizers['policy'], loss
-  )
-  metrics |= {f'policy/{name}': x for name, x in policy_metrics.items()}
-  state = state.replace(policy=policy)
+  def update(name, grads, loss):
+    old = getattr(state, name)
+    new, found = train_state.apply_gradients(old, grads, optimizers[name], loss)
+    metrics.update({f'{name}/{key}': x for key, x in found.items()})
+    return state.replace(**{name: new})
+
+  params = state.policy.params
+  grads, loss, found = gradients('policy', params, inputs['rows'])
+  metrics |= found
+  if coef > 0:
+    ptx_grads, ptx_loss, found = gradients('ptx', params, inputs['ptx'])
+    metrics |= {
+      'ptx/loss': found['nll'],
+      'ppo/policy/ppo_gradient_norm': masked.scalar(optax.tree.norm(grads)),
+      'ptx/gradient_norm': masked.scalar(coef * optax.tree.norm(ptx_grads)),
+    }
+    grads = jax.tree.map(lambda g, p: g + coef * p, grads, ptx_grads)
+    loss = loss + coef * ptx_loss
+  state = update('policy', grads, loss)
   if 'value' in loss_fns:
-    grads, loss, more = gradients('value', state.value.params, inputs['rows'])
-    value, value_metrics = train_state.apply_gradients(
-      state.value, grads, optimizers['value'], loss
-    )
-    metrics |= more
-    metrics |= {f'value/{name}': x for name, x in value_metrics.items()}
-    state = state.replace(value=value)
+    params = state.value.params
+    grads, loss, found = gradients('value', params, inputs['rows'])
+    metrics |= found
+    state = update('value', grads, loss)
   return state, metrics

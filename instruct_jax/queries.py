@@ -19,9 +19,17 @@ from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import heldout_loss, samples
 from instruct_jax.evals.benchmarks import probe, runner
+from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding, slices
 from instruct_jax.models import decoding, heads
-from instruct_jax.types import Episodes, Params, PromptBatch, TextBatch
+from instruct_jax.types import (
+  Episodes,
+  Key,
+  Params,
+  PromptBatch,
+  Rollout,
+  TextBatch,
+)
 
 Ids = Sequence[int]
 
@@ -123,6 +131,54 @@ def generate_program(
       num_samples=num_samples,
     )
   )
+
+
+def sample(
+  model: model_fns.Model,
+  rows: PromptBatch,
+  key: Key,
+  mesh: jax.sharding.Mesh,
+  *,
+  name: str,
+  stop_ids: tuple[int, ...],
+  response_length: int,
+  temperature: float,
+  batch_size: int,
+  num_samples: int = 1,
+) -> Rollout:
+  """Samples answers to prompts, on the host; all processes must call.
+
+  Args:
+    model: of kind 'policy'.
+    rows: numpy, whole in every process.
+    key: of the noise; each prompt's number is folded in.
+    mesh: of the model.
+    name: for the progress bar.
+    stop_ids: tokens that end an answer.
+    response_length: most tokens of an answer.
+    temperature: 0 is greedy.
+    batch_size: rows sampled at a time.
+    num_samples: of each prompt, in adjacent rows.
+  """
+  program = sharding.fetched(
+    generate_program(
+      model.module,
+      response_length,
+      stop_ids,
+      temperature,
+      batch_size,
+      num_samples,
+    )
+  )
+  total = num_samples * loader.num_rows(rows)
+  with run_lib.Progress(f'sample {name}', total, unit='answers') as progress:
+    return rollout.in_queues(
+      lambda batch: program(model.params, sharding.put_whole(batch, mesh), key),
+      rows,
+      batch_size,
+      num_samples,
+      progress.update,
+    )
 
 
 @functools.cache

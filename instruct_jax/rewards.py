@@ -1,14 +1,13 @@
-"""What the policy is paid: a score at the end, a KL penalty at every token.
+"""Rewards: a score at the last token, a KL penalty at every token.
 
 Equation 2 of the paper, per token:
 
   R_t = -beta (log pi_old(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t))
         + [t is the last response token] r(x, y)
 
-The penalty is the signed log-ratio of the sampled tokens. It is not clamped:
-its expectation is the KL divergence, though single tokens, and small batches,
-may come out negative. Other estimators of the same divergence may take its
-place; see `kl_estimator`.
+The penalty is the signed log-ratio of the sampled tokens, not clamped: its
+expectation is the KL divergence, but single tokens and small batches may be
+negative. `kl_estimator` has other estimators of the same divergence.
 """
 
 import flax.struct
@@ -76,7 +75,7 @@ def penalise_missing_end(
 ) -> Float[Array, 'B']:
   """Gives responses that never ended a fixed score (Ziegler et al.: -1).
 
-  None keeps the reward model's score of the truncated text.
+  None keeps the score of the truncated text.
   """
   if missing_end_score is None:
     return scores
@@ -88,11 +87,8 @@ def kl_estimates(
   ref_logprobs: Float[Array, 'B R'],
   response_mask: Bool[Array, 'B R'],
 ) -> tuple[Float[Array, 'B'], Float[Array, 'B']]:
-  """Two estimates of each response's KL(pi || ref), nats.
-
-  k1, which may be negative on a small batch, and k3, which has the same mean
-  and is never negative; summed over tokens.
-  """
+  """k1 and k3 estimates of each response's KL(pi || ref), nats, summed over
+  tokens. Both have the same mean; only k1 may be negative."""
   ratio = jnp.where(response_mask, old_logprobs - ref_logprobs, 0.0)
   k1, k3 = (jnp.sum(kl_estimator(ratio, name), axis=1) for name in ('k1', 'k3'))
   return k1, k3
@@ -100,7 +96,7 @@ def kl_estimates(
 
 @flax.struct.dataclass
 class KLState:
-  """The KL coefficient as it stands; part of every PPO checkpoint."""
+  """The current KL coefficient; part of every PPO checkpoint."""
 
   coef: Float[Array, '']
 
@@ -118,10 +114,10 @@ def update_kl_coef(
 
   Args:
     state: current coefficient.
-    measured_kl: mean KL per response over the last batch, nats. One that is
-      not finite leaves the coefficient as it is.
+    measured_kl: mean KL per response over the last batch, nats; if it is not
+      finite, the coefficient does not change.
     num_episodes: n, responses in that batch.
-    target: wanted KL per response, nats, or None.
+    target: KL per response to reach, nats, or None.
     horizon: episodes over which a constant error of 1 would double beta.
   """
   if target is None:

@@ -1,7 +1,7 @@
-"""What RL experiments share around the method, each part made from the config.
+"""What RL experiments share around the method: data, models, rows, scores and
+evaluation, each made from the config.
 
-Data, models, rows, scores and evaluation. An experiment's file holds what makes
-it that method: its programs, and the loop that calls them.
+An experiment's own file has the programs of its method and the loop.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
@@ -24,16 +25,25 @@ from instruct_jax import (
   packing,
   ppo,
   queries,
+  rewards,
+  rollout,
   score_fns,
 )
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals.benchmarks import probe
-from instruct_jax.infra import optimizer, sharding
+from instruct_jax.infra import optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models import attention, heads
 from instruct_jax.models.config import check_stage, lora_of
-from instruct_jax.types import Params, PromptBatch, PyTree, Rollout, TextBatch
+from instruct_jax.types import (
+  Key,
+  Params,
+  PromptBatch,
+  PyTree,
+  Rollout,
+  TextBatch,
+)
 
 OFFLOADED = ('ema', 'reference', 'reward')
 
@@ -45,7 +55,7 @@ def validate(config: ConfigDict) -> None:
   """Checks the keys that all RL stages have.
 
   Raises:
-    ValueError: sizes that do not divide, or a value out of its range.
+    ValueError: sizes that do not divide, or a value out of range.
   """
   check_stage(config)
   method = method_of(config)
@@ -77,11 +87,11 @@ def validate(config: ConfigDict) -> None:
   bases = {'reference': 'policy'}
   if 'value_learning_rate' in config:
     bases['reward'] = 'value model'
-  for name, whose in bases.items():
+  for name, trained in bases.items():
     if config.lora.rank and name in config.offload:
       raise ValueError(
         f'offload: with lora.rank > 0 the weights of {name!r} are also the '
-        f'base of the {whose}, which is trained; take {name!r} out of offload'
+        f'base of the {trained} in training; take {name!r} out of offload'
       )
   if not config.temperature > 0:
     raise ValueError(f'temperature must be positive: {config.temperature}')
@@ -97,41 +107,43 @@ def validate(config: ConfigDict) -> None:
     probe.check_names(list(probes))
     if not probes:
       raise ValueError(
-        f'probe_every is {config.probe_every} and probes names no task'
+        f'probe_every is {config.probe_every}, but probes names no task'
       )
 
 
 def inputs(config: ConfigDict) -> dict[str, str]:
   """What an RL stage reads: path by config key."""
-  keys = ['tokenizer', 'init', 'prompts']
-  keys += ['documents'] * (config.ptx_coef > 0)
-  # Without a function that scores, a reward model has to.
-  keys += ['reward_model'] * bool(config.reward_model or not config.reward_fn)
-  keys += ['valid_documents'] * bool(config.valid_documents)
-  found = {key: config[key] for key in keys}
+  needed = {
+    'tokenizer': True,
+    'init': True,
+    'prompts': True,
+    'documents': config.ptx_coef > 0,
+    # Something has to score: a reward model, or a function.
+    'reward_model': config.reward_model or not config.reward_fn,
+    'valid_documents': config.valid_documents,
+  }
+  found = {key: config[key] for key, is_needed in needed.items() if is_needed}
   for part in filter(None, config.reward_fn.split(',')):
     found |= score_fns.source_of(part)
   if config.probe_every:
-    for name, path in model_folder.named_folders(
-      config.probes, 'probes'
-    ).items():
-      found[f'probes.{name}'] = path
+    probes = model_folder.named_folders(config.probes, 'probes')
+    found |= {f'probes.{name}': path for name, path in probes.items()}
   return found
 
 
 def method_of(config: ConfigDict) -> ppo.PPOConfig:
-  """The method's numbers; keys that a stage lacks keep their defaults."""
+  """The method's numbers, by default those of `ppo.PPOConfig`."""
   names = [field.name for field in dataclasses.fields(ppo.PPOConfig)]
   return ppo.PPOConfig(**{n: config[n] for n in names if n in config})
 
 
 def num_iterations(config: ConfigDict) -> int:
-  """Of the whole stage."""
+  """Iterations of the whole stage."""
   return config.num_episodes // config.batch_size
 
 
 def num_prompts(config: ConfigDict) -> int:
-  """Prompts an iteration."""
+  """Prompts per iteration."""
   return config.batch_size // config.samples_per_prompt
 
 
@@ -160,10 +172,10 @@ class Data:
 
   Attributes:
     prompts: the data set; `PromptBatch.indices` are numbers in it.
-    num_kept, num_dropped: prompts that are used, and that are not.
+    num_kept, num_dropped: prompts that fit, and that do not.
     prompt_batches: by iteration, this process's rows.
-    ptx_batches: by iteration; None without a pretraining part.
-    documents: (path, cut) -> rows of text as the pretraining part packs them.
+    ptx_batches: the same of pretraining text, or None.
+    documents: (path, cut) -> rows of text, packed as for pretraining.
   """
 
   prompts: list[records.Prompt]
@@ -180,14 +192,10 @@ class Data:
 
 
 def read_data(config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer) -> Data:
-  """Reads prompts, and pretraining text where `ptx_coef` is not 0.
-
-  Args:
-    config: of the stage.
-    tokenizer: of the policy.
+  """Reads prompts, and pretraining text if `ptx_coef` is not 0.
 
   Raises:
-    ValueError: a record that is none, or too few for one iteration.
+    ValueError: a bad record, or too few for one iteration.
   """
   prompts = records.read_jsonl(config.prompts, records.Prompt)
   rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
@@ -236,11 +244,11 @@ def read_data(config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer) -> Data:
 def make_mesh(
   config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer
 ) -> jax.sharding.Mesh:
-  """The mesh of a stage; first the descriptions of its models are checked.
+  """The mesh of a stage, after a check of its models' descriptions.
 
   Raises:
-    ValueError: a folder that holds no such model, another tokenizer's, or rows
-      that the mesh does not divide.
+    ValueError: a folder without such a model, another tokenizer, or rows that
+      the mesh does not divide.
   """
   folders = {config.init: 'policy', config.reward_model: 'scalar'}
   folders = {folder: kind for folder, kind in folders.items() if folder}
@@ -261,10 +269,10 @@ def load_models(
   tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
 ) -> tuple[model_fns.Model, model_fns.Model | None]:
-  """The initial policy, and the reward model where there is one.
+  """The initial policy, and the reward model or None.
 
   Raises:
-    ValueError: rows that are longer than a model's context.
+    ValueError: rows exceed a model's context.
   """
   load = functools.partial(
     model_folder.load,
@@ -292,7 +300,7 @@ def load_models(
 def add_adapters(
   config: ConfigDict, mesh: jax.sharding.Mesh, *models: model_fns.Model
 ) -> list[model_fns.Model]:
-  """The models with fresh adapters, where `lora` asks for them."""
+  """The models, with fresh adapters if `lora.rank` is not 0."""
   return [
     model_fns.adapted(model, lora_of(config), mesh, config.seed)
     for model in models
@@ -300,14 +308,13 @@ def add_adapters(
 
 
 class Frozen:
-  """Models that never learn, in `frozen_dtype`, offloaded where so configured.
+  """Models that are not trained, in `frozen_dtype`, offloaded if so configured.
 
   Args:
-    config: of the stage.
     models: name -> parameters.
-    bases: below the adapters of 'policy' and 'value' model; None without. They
-      stay on the device, in their own dtype, which the saved adapters are read
-      with; their arrays may be those of a model.
+    bases: of adapters, by 'policy' and 'value'; None without adapters. They
+      stay on the device and in their own dtype, as when saved adapters are
+      loaded. Models may share their arrays.
   """
 
   def __init__(
@@ -318,7 +325,7 @@ class Frozen:
   ):
     self._offload = sharding.Offload(config.offload)
     self.bases = dict(bases)
-    # Each array is there once, whoever has it.
+    # Shared arrays are kept once.
     arrays = {id(x): x for x in jax.tree.leaves(self.bases)}
 
     def frozen(x):
@@ -336,19 +343,62 @@ class Frozen:
     return self._offload.load(name, self._models[name])
 
   def store(self, name: str, params: PyTree) -> PyTree:
-    """What waits on the host while no program reads it; see `load`."""
+    """Parameters, moved to the host if configured; see `load`."""
     return self._offload.store(name, params)
 
   def load(self, name: str, params: PyTree) -> PyTree:
-    """Back to the device."""
+    """Stored parameters, back on the device."""
     return self._offload.load(name, params)
+
+
+# --- Programs and states ------------------------------------------------------
+
+
+def make_respond(
+  config: ConfigDict, policy: heads.Policy, stop_ids: tuple[int, ...]
+) -> Callable[[Params, PromptBatch, Key], Rollout]:
+  """`rollout.generate` of a stage.
+
+  A row's noise depends on its prompt's number, not on its neighbours, so that
+  `num_slots` decides the cache's memory and the time, but not the samples.
+  """
+  return functools.partial(
+    rollout.generate,
+    decoder=model_fns.decoder(policy, config.gather_weights),
+    num_response=config.response_length,
+    stop_ids=stop_ids,
+    temperature=config.temperature,
+    num_slots=config.num_slots,
+    num_samples=config.samples_per_prompt,
+  )
+
+
+def initial_state(
+  config: ConfigDict,
+  optimizers: Mapping[str, optax.GradientTransformation],
+  policy: Params,
+  value: Params | None = None,
+) -> ppo.RLState:
+  """The state before the first update, with copies of the parameters: donated
+  states must not share buffers with frozen models."""
+
+  def create(name, params):
+    params = jax.tree.map(jnp.copy, params)
+    return train_state.create(params, optimizers[name])
+
+  return ppo.RLState(
+    policy=create('policy', policy),
+    value=None if value is None else create('value', value),
+    ema=jax.tree.map(jnp.copy, policy),
+    kl=rewards.KLState(coef=jnp.float32(config.kl_coef)),
+  )
 
 
 # --- Rows and scores ----------------------------------------------------------
 
 
 def row_sizes(config: ConfigDict, mesh: jax.sharding.Mesh) -> packing.Sizes:
-  """What decides the shapes of rows, besides the lengths of episodes."""
+  """`packing.Sizes` of a stage."""
   # A TPU's flash kernel reads whole tiles.
   on_tpu = mesh.devices.flat[0].platform == 'tpu'
   tiled = config.attention == 'flash' or (config.attention == 'auto' and on_tpu)
@@ -372,16 +422,13 @@ def lay_out(
   mesh: jax.sharding.Mesh,
   iteration: int,
 ) -> packing.Layout:
-  """Where programs find a rollout's episodes, on the mesh.
+  """The layout of a rollout's episodes in rows, on the mesh.
 
-  Waits for the rollout, whose lengths choose one of few shapes.
+  Waits for the rollout, whose lengths decide the shape.
 
   Args:
-    config: of the stage.
     programs: 'lengths' is jitted `rollout.episode_lengths`.
-    responses: the rollout.
-    mesh: where the layout goes.
-    iteration: the deal into minibatches is a function of it and the seed.
+    iteration: decides the deal into minibatches, with the seed.
   """
   lengths, response_lengths = np.asarray(programs['lengths'](responses))
   sizes = row_sizes(config, mesh)
@@ -389,7 +436,7 @@ def lay_out(
     lengths + response_lengths, sizes, (config.seed, iteration)
   )
   layout = packing.lay_out(lengths, response_lengths, groups, sizes)
-  # Every host has the whole layout and hands over its own rows of it.
+  # Every host computes the whole layout and passes its own rows of it.
   own = jax.tree.map(
     lambda x: np.split(x, jax.process_count())[jax.process_index()], layout
   )
@@ -399,12 +446,7 @@ def lay_out(
 def make_score(
   config: ConfigDict, module: heads.ScalarModel
 ) -> Callable[[Params, Rollout, packing.Layout], jax.Array]:
-  """The reward model's program; see `score_fns.reward_program`.
-
-  Args:
-    config: of the stage.
-    module: the reward model.
-  """
+  """A reward model's program; see `score_fns.reward_program`."""
   longest = config.prompt_length + config.response_length
   return score_fns.reward_program(
     model_fns.scalars_fn(module, longest),
@@ -419,12 +461,11 @@ def sampled_of(
   layout: packing.Layout,
   prompts: PromptBatch,
 ) -> score_fns.Sampled:
-  """What a `ScoreFn` takes: whose prompts the responses answer is added.
+  """The argument of a `ScoreFn`.
 
   Args:
-    config: of the stage.
     responses, layout: on the mesh.
-    prompts: on the host, this process's rows.
+    prompts: of the responses, on the host, this process's rows.
   """
   indices = np.repeat(prompts.indices, config.samples_per_prompt)
   return score_fns.Sampled(responses, layout, indices)
@@ -441,12 +482,9 @@ def make_score_fn(
   """The scores that a stage trains on: `reward_model`, `reward_fn` or both.
 
   Args:
-    config: of the stage.
     programs: 'score' is a jitted `score_fns.reward_program`.
-    frozen: has the 'reward' model, where there is one.
-    prompts: the data set that responses answer.
-    tokenizer: of the policy.
-    mesh: where scores go.
+    frozen: has the 'reward' model, if there is one.
+    prompts: the data set.
   """
   parts = {}
   if config.reward_model:
@@ -478,7 +516,7 @@ def make_evaluate(
   mesh: jax.sharding.Mesh,
   data: Data,
 ) -> Callable[[int, PyTree, PyTree], dict[str, float]]:
-  """(iterations done, policy, its average) -> values that are then due.
+  """(iterations done, policy, its average) -> evaluations that are due.
 
   The loss on held-out text, of whole documents so that losses compare, and
   scores on public NLP tasks.
@@ -509,15 +547,12 @@ def make_evaluate(
 
 
 class Outputs:
-  """What an RL stage leaves behind besides metrics and checkpoints.
+  """What an RL stage writes besides metrics and checkpoints.
 
   Args:
-    config: of the stage.
-    workdir: of the stage.
-    policy: module and metadata of the policy; its parameters are not read.
-    tokenizer: saved with every model.
-    reward: the reward model, whose scores on its training data bound what is
-      plausible where nothing is added to them; None without one.
+    policy: its parameters are not read.
+    reward: the reward model or None. Its scores on training data are the range
+      of plausible scores, unless `reward_fn` adds to them.
   """
 
   def __init__(
@@ -549,17 +584,13 @@ class Outputs:
     )
 
   def snapshot(self, done: int, params: Params) -> None:
-    """Writes a snapshot where one is due.
+    """Writes a snapshot if one is due after `done` iterations.
 
-    Before the iteration's checkpoint: a run that goes on from it would not
-    write the snapshot any more.
-
-    Args:
-      done: iterations.
-      params: of the policy.
+    Call this before the iteration's checkpoint: a run that resumes from the
+    checkpoint does not write the snapshot again.
     """
     every = self._config.snapshot_every
-    # The last one is the policy folder.
+    # The last one is the `policy` folder.
     if every and done % every == 0 and done < num_iterations(self._config):
       self.save(f'snapshots/{done}', params, iteration=done)
 
@@ -574,7 +605,7 @@ class Outputs:
     """Writes the policy, its moving average and the alarms.
 
     Returns:
-      What the stage's record says of the run.
+      The stage's record of the run.
     """
     for name, weights in (('policy', params), ('ema', ema)):
       self.save(
@@ -594,7 +625,7 @@ class Outputs:
 
 
 def summary(line: Mapping[str, Any]) -> str:
-  """A line of metrics in few words; None was not a finite number."""
+  """The main metrics of a line; None is a number that was not finite."""
 
   def show(name, digits):
     value = line.get(f'objective/{name}')

@@ -1,17 +1,18 @@
 """Sampling responses: a queue of prompts, and slots that never wait.
 
-One jitted program. Prompts are read into caches some at a time; every slot then
-samples one token a step, and a slot whose response has ended takes the next
-prompt at once. Where no prompt is left, the slots still at work are moved
-together and the others given up.
+One jitted program. Prompts are read into a bank of caches, several at a time;
+every slot samples one token a step, and a slot whose response has ended takes
+the next prompt at once. When no prompt is left, the number of slots shrinks
+with the number of unfinished responses.
 
 A token depends on the weights, the key, the prompt's number and the token's
-place in the response: not on the slot, on its neighbours or on the order of the
-queue, save for the rounding of matrix products of other sizes.
+position in the response. It does not depend on the slot, its neighbours or the
+order of the queue, except for rounding in matrix products of other sizes.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from instruct_jax.types import (
   Key,
   Params,
   PromptBatch,
+  PyTree,
   Rollout,
 )
 
@@ -32,17 +34,22 @@ from instruct_jax.types import (
 _COLUMNS = 16
 # Of a shard; fewer are not worth a loop of their own.
 _LEAST_SLOTS = 4
-# Tokens; shorter responses are over before fewer slots could save much.
+# Tokens; for shorter responses, fewer slots would not save much.
 _LEAST_RESPONSE = 64
-# Times that a queue may be twice as long before it becomes several.
+# How many times a queue may double before it is split.
 _DOUBLINGS = 3
 # A cache without refill grows in steps of at least this many columns.
 _GROWTH = 32
+# See `generate_counted`.
+_COUNTS = (
+  *('steps', 'slot_steps', 'queued_slot_steps'),
+  *('idle', 'queued_idle', 'reads'),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-  """Sizes of one rollout, all of one shard of rows.
+  """Sizes of one shard's part of a rollout.
 
   Attributes:
     prompts, rows: in the queue; rows = prompts * samples.
@@ -50,7 +57,7 @@ class _Sizes:
     bank: prompts read at a time.
     slots: at first.
     response: R.
-    widths: columns of the cache, growing.
+    widths: columns of the cache, ascending.
   """
 
   prompts: int
@@ -67,14 +74,13 @@ class _Sizes:
 
   @property
   def drains(self) -> tuple[int, ...]:
-    """Slots that are kept as the queue runs dry, fewer and fewer.
+    """Numbers of slots after the queue is empty, descending.
 
-    Each size is a loop more to compile, which short responses do not earn back.
+    Each is one more loop to compile, not worth it for short responses.
     """
     if self.response < _LEAST_RESPONSE:
       return ()
-    eighths = (6, 4, 2, 1)
-    sizes = (self.slots * eighth // 8 for eighth in eighths)
+    sizes = (self.slots * eighths // 8 for eighths in (6, 4, 2, 1))
     return tuple(size for size in sizes if size >= _LEAST_SLOTS)
 
 
@@ -86,10 +92,10 @@ def make_sizes(
   num_samples: int,
   num_shards: int,
 ) -> _Sizes:
-  """Sizes of one shard's part, from those of the whole.
+  """Sizes of one shard's part.
 
   Raises:
-    ValueError: shards that do not divide prompts or slots.
+    ValueError: the shards do not divide prompts or slots.
   """
   rows = num_prompts * num_samples
   slots = min(num_slots or rows, rows)
@@ -121,49 +127,10 @@ def make_sizes(
 
 
 def generate(
-  params: Params,
-  prompts: PromptBatch,
-  key: Key,
-  *,
-  decoder: Decoder,
-  num_response: int,
-  stop_ids: tuple[int, ...],
-  temperature: float = 1.0,
-  num_slots: int = 0,
-  num_samples: int = 1,
+  params: Params, prompts: PromptBatch, key: Key, **settings: Any
 ) -> Rollout:
-  """Samples responses of at most `num_response` tokens to each prompt.
-
-  Args:
-    params: of the policy.
-    prompts: left-padded, so that every response starts in column P. A prompt
-      without tokens gets a response without tokens.
-    key: of this rollout. The noise of token t of sample j of prompt i comes
-      from fold_in(fold_in(key, n i + j), t), n samples a prompt: independent of
-      slot, neighbours and order.
-    decoder: the policy's functions.
-    num_response: R, the longest response, the stop token counted.
-    stop_ids: sampling one of these ends the response; it stays in it.
-    temperature: 1 in the paper's rollouts; 0 is greedy.
-    num_slots: rows that are sampled at a time: what the cache has room for; 0
-      is one for each response.
-    num_samples: responses of each prompt, which is read once for all of them;
-      they stand one behind the other.
-
-  Raises:
-    ValueError: shards of the mesh that do not divide prompts or slots.
-  """
-  sampled, _ = generate_counted(
-    params,
-    prompts,
-    key,
-    decoder=decoder,
-    num_response=num_response,
-    stop_ids=stop_ids,
-    temperature=temperature,
-    num_slots=num_slots,
-    num_samples=num_samples,
-  )
+  """`generate_counted` without the counts."""
+  sampled, _ = generate_counted(params, prompts, key, **settings)
   return sampled
 
 
@@ -175,16 +142,34 @@ def generate_counted(
   decoder: Decoder,
   num_response: int,
   stop_ids: tuple[int, ...],
-  temperature: float,
-  num_slots: int,
-  num_samples: int,
+  temperature: float = 1.0,
+  num_slots: int = 0,
+  num_samples: int = 1,
 ) -> tuple[Rollout, dict[str, jax.Array]]:
-  """`generate`, and how well the slots were used.
+  """Samples responses of at most `num_response` tokens to each prompt.
+
+  Args:
+    prompts: left-padded, so that every response starts in column P. A prompt
+      without tokens gets a response without tokens.
+    key: of this rollout. The noise of token t of sample j of prompt i comes
+      from fold_in(fold_in(key, n i + j), t), n samples a prompt: independent of
+      slot, neighbours and order.
+    num_response: R, the longest response, including the stop token.
+    stop_ids: sampling one of these ends the response; it is kept.
+    temperature: 1 in the paper's rollouts; 0 is greedy.
+    num_slots: rows sampled at a time, for which the cache has room; 0 is one
+      for each response.
+    num_samples: responses of each prompt, in adjacent rows; a prompt is read
+      once for all of them.
 
   Returns:
-    The rollout, and counts: `steps`; `slot_steps`, each step times its slots;
-    `queued_slot_steps`, of those until the last prompt was taken; `idle` and
-    `queued_idle`, those that sampled nothing; `reads`, batches of prompts read.
+    The rollout, and how well slots were used, as counts: `steps`; `slot_steps`,
+    the sum of slots over steps; `queued_slot_steps`, of these those before the
+    queue was empty; `idle` and `queued_idle`, those that sampled nothing;
+    `reads`, batches of prompts read.
+
+  Raises:
+    ValueError: the shards of the mesh do not divide prompts or slots.
   """
   B, P = prompts.tokens.shape
   num_shards = sharding.num_batch_shards()
@@ -196,17 +181,22 @@ def generate_counted(
   tokens, lengths = sharding.per_shard(_left_aligned)(
     prompts.tokens, prompts.mask
   )
-  engine = _Engine(
-    sizes,
-    decoder,
-    weights,
-    tokens,
-    lengths,
-    sampling.uniform_noise(row_keys, jnp.arange(num_response)),
-    np.asarray(stop_ids, np.int32),
-    temperature,
-  )
-  state = engine.run()
+  noise = sampling.uniform_noise(row_keys, jnp.arange(num_response))
+  # Of each shard: rows up to the last prompt that has a token.
+  present = sharding.per_shard(
+    lambda lengths: jnp.max(
+      jnp.where(lengths > 0, jnp.arange(1, lengths.shape[0] + 1), 0),
+      keepdims=True,
+    )
+  )(lengths)
+  queue = {
+    'tokens': tokens,
+    'lengths': lengths,
+    'noise': noise,
+    'rows': present * num_samples,
+  }
+  stops = np.asarray(stop_ids, np.int32)
+  state = _Engine(sizes, decoder, weights, queue, stops, temperature).run()
   out, counts = state['out'], state['counts']
   mask = jnp.arange(num_response)[None, :] < out['lengths'][:, None]
 
@@ -230,36 +220,23 @@ def _left_aligned(tokens, mask):
   return jnp.take_along_axis(tokens, columns, axis=1), lengths
 
 
+@dataclasses.dataclass(frozen=True)
 class _Engine:
   """The loops of one rollout; a state is a dict of arrays, shards first."""
 
-  def __init__(
-    self, sizes, decoder, weights, tokens, lengths, noise, stops, temperature
-  ):
-    self.sizes = sizes
-    self.decoder = decoder
-    self.weights = weights
-    # Of each shard: rows up to the last prompt that has a token.
-    present = sharding.per_shard(
-      lambda lengths: jnp.max(
-        jnp.where(lengths > 0, jnp.arange(1, lengths.shape[0] + 1), 0),
-        keepdims=True,
-      )
-    )(lengths)
-    self.queue = {
-      'tokens': tokens,
-      'lengths': lengths,
-      'noise': noise,
-      'rows': present * sizes.samples,
-    }
-    self.stops = stops
-    self.temperature = temperature
-    self.num_shards = tokens.shape[0] // sizes.prompts
+  sizes: _Sizes
+  decoder: Decoder
+  weights: PyTree
+  queue: dict[str, jax.Array]
+  stops: np.ndarray
+  temperature: float
 
   def start(self):
     """All slots free, nothing read."""
-    sizes, D = self.sizes, self.num_shards
-    S, num_columns = D * sizes.slots, self.queue['tokens'].shape[1]
+    sizes = self.sizes
+    num_prompts, num_columns = self.queue['tokens'].shape
+    D = num_prompts // sizes.prompts  # Shards.
+    S = D * sizes.slots
     zeros = jnp.zeros((S,), jnp.int32)
     noise = self.queue['noise']
     return {
@@ -272,8 +249,7 @@ class _Engine:
       },
       'cache': self.decoder.make_cache(S, sizes.widths[0]),
       'bank': self.decoder.make_cache(D * sizes.bank, num_columns),
-      # Of each shard: the next row to be taken, and the first prompt that is
-      # not in the bank nor was before.
+      # Of each shard: the next row, and the first prompt not read yet.
       'next': jnp.zeros((D,), jnp.int32),
       'end': jnp.zeros((D,), jnp.int32),
       'out': {
@@ -282,17 +258,7 @@ class _Engine:
         'lengths': jnp.zeros((noise.shape[0],), jnp.int32),
         'ended': jnp.zeros((noise.shape[0],), bool),
       },
-      'counts': {
-        name: jnp.zeros((), jnp.int32)
-        for name in (
-          'steps',
-          'slot_steps',
-          'queued_slot_steps',
-          'idle',
-          'queued_idle',
-          'reads',
-        )
-      },
+      'counts': dict.fromkeys(_COUNTS, jnp.zeros((), jnp.int32)),
     }
 
   # --- Filling slots, each shard for itself -----------------------------------
@@ -318,7 +284,7 @@ class _Engine:
     """Free slots take rows whose prompts are in the bank."""
     sizes = self.sizes
 
-    def more(carry):
+    def can_take(carry):
       slots, _, after = carry
       return (
         jnp.any(~slots['alive'])
@@ -340,8 +306,8 @@ class _Engine:
           to, source, (slot, *[0] * (to.ndim - 1))
         )
 
-      # The prompt's last token is read again, by the step that samples the
-      # response's first: prompts need no logits of their own.
+      # The first step reads the prompt's last token again, so that prompts need
+      # no logits.
       new = {
         'row': row,
         'length': jnp.maximum(length - 1, 0),
@@ -352,10 +318,10 @@ class _Engine:
       slots = {name: x.at[slot].set(new[name]) for name, x in slots.items()}
       return slots, jax.tree.map(copy, cache, bank), after + 1
 
-    return jax.lax.while_loop(more, take, (slots, cache, after))
+    return jax.lax.while_loop(can_take, take, (slots, cache, after))
 
   def fill(self, state):
-    """Gives every free slot a row, reading prompts as they are needed."""
+    """Gives every free slot a row, reading prompts as needed."""
     wants = sharding.per_shard(self._wants)
 
     def admitted(state):
@@ -384,10 +350,10 @@ class _Engine:
   # --- One token in every slot ------------------------------------------------
 
   def _record(self, queue, slots, out, token, logprob):
-    """Writes down what live slots sampled; some of them end."""
+    """Records what live slots sampled, and which responses end."""
     sizes = self.sizes
     alive, count = slots['alive'], slots['count']
-    # A slot that idles writes nowhere.
+    # Idle slots write nowhere.
     row = jnp.where(alive, slots['row'], sizes.rows)
     stopped = jnp.any(token[:, None] == self.stops[None, :], axis=1)
     out = {
@@ -421,7 +387,7 @@ class _Engine:
     idle = jnp.sum(~slots['alive'], dtype=jnp.int32)
     queued = self._queue_left(state)
     num_slots = slots['alive'].shape[0]
-    more = {
+    added = {
       'steps': 1,
       'slot_steps': num_slots,
       'queued_slot_steps': jnp.where(queued, num_slots, 0),
@@ -429,14 +395,9 @@ class _Engine:
       'queued_idle': jnp.where(queued, idle, 0),
       'reads': 0,
     }
-    counts = {name: counts[name] + more[name] for name in counts}
-    return {
-      **state,
-      'slots': after,
-      'cache': cache,
-      'out': out,
-      'counts': counts,
-    }
+    counts = {name: counts[name] + added[name] for name in counts}
+    state = {**state, 'slots': after, 'cache': cache, 'out': out}
+    return {**state, 'counts': counts}
 
   # --- The whole rollout ------------------------------------------------------
 
@@ -444,16 +405,16 @@ class _Engine:
     return jnp.any(state['next'] < self.queue['rows'])
 
   def _most_alive(self, state):
-    """Live slots of the shard that has most."""
+    """Live slots of the shard with the most."""
     count = sharding.per_shard(
       lambda alive: jnp.sum(alive, dtype=jnp.int32)[None]
     )
     return jnp.max(count(state['slots']['alive']))
 
   def _steps(self, state, width, least, refills):
-    """Steps until few slots are alive, or the cache is full."""
+    """Steps until at most `least` slots are alive, or the cache is full."""
 
-    def goes_on(state):
+    def condition(state):
       slots = state['slots']
       going = self._most_alive(state) > least
       if refills:
@@ -466,10 +427,10 @@ class _Engine:
     def body(state):
       return self.step(self.fill(state) if refills else state)
 
-    return jax.lax.while_loop(goes_on, body, state)
+    return jax.lax.while_loop(condition, body, state)
 
   def _compact(self, state, num_slots):
-    """Keeps so many slots of each shard, the live ones first."""
+    """Keeps `num_slots` slots of each shard, the live ones first."""
 
     def keep(slots, cache):
       order = jnp.argsort(~slots['alive'], stable=True)[:num_slots]
@@ -479,6 +440,7 @@ class _Engine:
     return {**state, 'slots': slots, 'cache': cache}
 
   def run(self):
+    """The last state."""
     sizes = self.sizes
     drains = [*sizes.drains, 0]
     state = self.start()
@@ -509,19 +471,17 @@ def in_queues(
   num_samples: int = 1,
   progress: Callable[[int], None] | None = None,
 ) -> Rollout:
-  """Samples any number of prompts, as many as sensible in one call.
+  """Samples any number of prompts in one or more queues.
 
-  The last queue is filled up with prompts without tokens, and the prompts are
-  dealt out to the shards of the current mesh one by one, so that all have as
-  many. Queues come in few lengths: enough for the slots, twice, ... 8 times.
+  A queue holds 1, 2, 4 or 8 times the prompts that fill the slots. Prompts
+  without tokens pad the last queue; prompts are dealt to the shards of the
+  current mesh in turn, so that all have as many.
 
   Args:
     fn: a jitted `generate` of a queue of prompts, with `num_slots` slots and
       `num_samples` responses of each prompt.
     rows: numpy arrays of N prompts.
-    num_slots: rows that are sampled at a time.
-    num_samples: of each prompt.
-    progress: told the number of responses that each call brought.
+    num_slots: rows sampled at a time.
 
   Returns:
     The responses as numpy arrays of N * num_samples rows, in order.
@@ -560,14 +520,14 @@ def in_queues(
 
 
 def episode_lengths(rollout: Rollout) -> Int[Array, '2 B']:
-  """Tokens of each prompt and of each response, whole on every host."""
+  """Tokens of each prompt and of each response, replicated."""
   responses = jnp.sum(rollout.response_mask, axis=1)
   prompts = jnp.sum(rollout.mask, axis=1) - responses
   return sharding.constrain(jnp.stack([prompts, responses]), None, None)
 
 
 def response_ids(rollout: Rollout) -> list[list[int]]:
-  """Each response's token ids, without padding, the stop token included."""
+  """Each response's token ids without padding, including the stop token."""
   tokens = np.asarray(rollout.tokens)
   mask = np.asarray(rollout.response_mask)
   tokens = tokens[:, tokens.shape[1] - mask.shape[1] :]

@@ -1,7 +1,6 @@
-"""Tokens from logits: one uniform number inverts one cumulative distribution.
+"""Tokens from logits, for rollouts, best-of-n, evaluations and chat.
 
-Rollouts, best-of-n, evaluations and the chat all draw here. No top-k, no top-p,
-no minimum length (paper C.4: temperature 1).
+No top-k, no top-p, no minimum length (paper C.4: temperature 1).
 """
 
 import jax
@@ -10,14 +9,14 @@ from jaxtyping import Array, Float, Int
 
 from instruct_jax.types import Key
 
-# Probabilities are added up in pieces of about this many tokens.
+# Probabilities are summed in pieces of about this many tokens.
 _PIECE = 128
 
 
 def uniform_noise(keys: Key, t: Int[Array, 'R']) -> Float[Array, 'B R']:
-  """The uniform number behind token t of each row: from fold_in(its key, t).
+  """One uniform number for token t of each row, from fold_in(its key, t).
 
-  So it depends on the row's key and the token's place, and on nothing else.
+  It depends on nothing but the row's key and t.
   """
 
   def one(key, t):
@@ -33,14 +32,13 @@ def sample_tokens(
 ) -> tuple[Int[Array, 'B'], Float[Array, 'B']]:
   """One token a row and its log-probability, nats, float32.
 
-  Inverts the cumulative distribution at one uniform number a row, which costs
-  one random number where Gumbel noise costs V of them: first among the sums of
-  pieces of the vocabulary, then within a piece, so that no sum over all tokens
-  is kept. No top-k, no top-p.
+  Inverts the cumulative distribution at one uniform number a row (Gumbel noise
+  would need V of them): first among the sums of pieces of the vocabulary, then
+  within a piece, so that no cumulative sum over all tokens is kept.
 
   Args:
     logits: any float dtype.
-    uniform: in [0, 1), one number a row.
+    uniform: in [0, 1).
     temperature: divides the logits; 0 takes the most probable token and
       reports its log-probability at temperature 1.
   """
@@ -59,8 +57,8 @@ def sample_tokens(
   if temperature > 0:
     piece, below = _first_above(upto, uniform * total)
     inside = jnp.take_along_axis(filled, piece[:, None, None], axis=1)[:, 0]
-    rest = uniform * total - below
-    place, _ = _first_above(jnp.cumsum(inside, axis=1), rest)
+    remainder = uniform * total - below
+    place, _ = _first_above(jnp.cumsum(inside, axis=1), remainder)
     tokens = piece * size + place
   else:
     tokens = jnp.argmax(logits, axis=-1)
@@ -72,8 +70,8 @@ def sample_tokens(
 def _first_above(upto, threshold):
   """Where rising sums first exceed a threshold, and the sum before.
 
-  A place that adds nothing cannot be the first to exceed. Where rounding left
-  the threshold at the very end, the last place that adds something is taken.
+  Terms of 0 are never chosen. If by rounding no sum exceeds the threshold, the
+  last term above 0 is chosen.
   """
   before = jnp.pad(upto, ((0, 0), (1, 0)))[:, :-1]
   adds = upto > before

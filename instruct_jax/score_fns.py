@@ -1,19 +1,18 @@
-"""What a response is worth: scores as a value, from whatever gives them.
+"""Scores of responses: from a reward model, from Python functions, or both.
 
 A `ScoreFn` is called once an iteration, on the host, with what was sampled. It
-may be a reward model, any Python function of the texts, or a weighted sum of
-several. RL sees the numbers alone.
+may be a reward model, any Python function of the texts, or a weighted sum.
 
-A Python function is given by its dotted name, say `mypackage.rewards.brevity`:
+A Python function is given by its dotted name, such as
+`mypackage.rewards.brevity`:
 
   def brevity(prompts, responses, metadata):
     return [-len(response.split()) / 100 for response in responses]
 
 `prompts` and `responses` are lists of texts. `metadata` is a list of dicts: the
-prompt's own `metadata`, then its `id`, `user`, `category` and `turns`, and
-`ended` and `num_tokens` of the response, which replace entries of those names.
-It returns one finite number each. Of several processes each calls it for its
-own responses.
+prompt's own `metadata`, updated with its `id`, `user`, `category` and `turns`,
+and with `ended` and `num_tokens` of the response. The function returns one
+finite number for each response. Each process calls it for its own responses.
 """
 
 import functools
@@ -39,9 +38,8 @@ class Sampled(NamedTuple):
   """What an iteration sampled.
 
   Attributes:
-    rollout: on the mesh, B rows.
-    layout: of its rows, on the mesh.
-    indices: numbers of the prompts of this process's rows, in their order.
+    rollout, layout: on the mesh.
+    indices: of the prompt of each of this process's rows, in the data set.
   """
 
   rollout: Rollout
@@ -62,10 +60,9 @@ def reward_program(
   read_fn: Callable[..., jax.Array],
   num_slices: int,
 ) -> Callable[[Params, Rollout, packing.Layout], jax.Array]:
-  """(parameters, rollout, layout) -> a reward model's scores [B], to be jitted.
+  """(parameters, rollout, layout) -> a reward model's scores [B].
 
   Args:
-    scalars_fn: of the reward model.
     read_fn: (scalars, tokens, segments, ends [B]) -> scores [B]; see
       `heads.read_scores`.
     num_slices: parts in which rows are read.
@@ -87,17 +84,18 @@ def find(name: str, key: str = 'reward_fn') -> Any:
   """The function, class or value of a dotted name.
 
   Args:
-    name: say 'mypackage.rewards.brevity'; with '@FILE' behind it, the function
-      gets the file's path as its argument `file`.
-    key: of the config that holds it, for the error.
+    name: such as 'mypackage.rewards.brevity'. After '@' may come a file, whose
+      path the function gets as its argument `file`.
 
   Raises:
-    ValueError: there is none; key, name and the reason are given.
+    ValueError: gives key, name and why it cannot be imported.
   """
   dotted, _, file = name.partition('@')
   module_name, _, own_name = dotted.rpartition('.')
   if not module_name:
-    raise ValueError(f'{key} {name!r} is no dotted name, say package.module.f')
+    raise ValueError(
+      f'{key} {name!r} is not a dotted name such as package.module.f'
+    )
   try:
     found = getattr(importlib.import_module(module_name), own_name)
   except (ImportError, AttributeError) as error:
@@ -106,11 +104,7 @@ def find(name: str, key: str = 'reward_fn') -> Any:
 
 
 def find_function(name: str) -> TextScoreFn:
-  """The Python function of a dotted name.
-
-  Raises:
-    ValueError: there is none; the name and the reason are given.
-  """
+  """The Python function of a dotted name; errors as of `find`."""
   function = find(name)
   if not callable(function):
     raise ValueError(
@@ -121,18 +115,17 @@ def find_function(name: str) -> TextScoreFn:
 
 
 def source_of(name: str, key: str = 'reward_fn') -> dict[str, str]:
-  """What a dotted name stands for: its Python file, and the file behind '@'.
+  """Label -> the Python file that defines a dotted name, and its own file.
 
-  As inputs of a stage their contents are compared when the stage goes on. {}
-  where there is no Python file, as of a builtin function.
+  As inputs of their stage, the files are compared when the stage resumes. A
+  builtin function has no Python file.
 
   Args:
-    name: dotted; behind a function's name its weight may stand. A label with
-      the weight tells a changed weight from a function that has moved.
-    key: of the config that holds it.
+    name: dotted, with or without `=WEIGHT`. The weight is part of the label, so
+      that a changed weight differs from a moved function.
 
   Raises:
-    ValueError: there is nothing of this name.
+    ValueError: see `find`.
   """
   dotted, _, read = name.partition('=')[0].partition('@')
   found, module = find(dotted, key), dotted.rpartition('.')[0]
@@ -144,11 +137,11 @@ def source_of(name: str, key: str = 'reward_fn') -> dict[str, str]:
 
 
 def parse_weights(text: str) -> dict[str, float]:
-  """'NAME' or 'NAME=WEIGHT', several with a comma between, as name -> weight.
+  """'NAME' or 'NAME=WEIGHT', separated by commas, as name -> weight.
 
   Raises:
-    ValueError: a part of another form, a weight that is no number, or a name
-      that stands twice.
+    ValueError: a part of another form, a weight that is not a finite number, or
+      a repeated name.
   """
   weights = {}
   for part in filter(None, text.split(',')):
@@ -159,8 +152,8 @@ def parse_weights(text: str) -> dict[str, float]:
       value = math.nan
     if not name or not math.isfinite(value) or name in weights:
       raise ValueError(
-        'reward_fn must be NAME or NAME=WEIGHT, with a comma between several, '
-        f'each name once: {text!r}'
+        'reward_fn must be NAME or NAME=WEIGHT, separated by commas, with '
+        f'distinct names: {text!r}'
       )
     weights[name] = value
   return weights
@@ -178,13 +171,10 @@ def of_function(
   Args:
     name: for errors.
     function: see the top of this file.
-    prompts: the data set; `Sampled.indices` are numbers in it.
-    tokenizer: of the responses.
-    mesh: where scores go.
+    prompts: the data set of `Sampled.indices`.
 
   Raises:
-    RuntimeError: in the `ScoreFn`, where the function raises or returns
-      something else than one finite number a response.
+    RuntimeError: when called; see `score_texts`.
   """
 
   def score(sampled: Sampled) -> jax.Array:
@@ -194,11 +184,10 @@ def of_function(
     )
     rows = jax.tree.map(lambda x: np.asarray(x)[own], whole)
     ids = rollout.response_ids(rows)
-    asked = [prompts[index] for index in sampled.indices]
     scores = score_texts(
       f'reward_fn {name}',
       function,
-      asked,
+      [prompts[index] for index in sampled.indices],
       tokenizer.decode_responses(ids),
       rows.ended,
       [len(answer) for answer in ids],
@@ -216,19 +205,17 @@ def score_texts(
   ended: Sequence[bool] | np.ndarray,
   num_tokens: Sequence[int],
 ) -> np.ndarray:
-  """The scores of a Python function, one a response, float32.
+  """The scores of a Python function, one per response, float32.
 
   Args:
     name: of the key and the function, for errors.
     function: see the top of this file.
     prompts: of each response.
-    texts: the responses.
     ended: whether the policy itself ended each.
-    num_tokens: of each.
 
   Raises:
-    RuntimeError: the function raises, or returns something else than one finite
-      number a response.
+    RuntimeError: the function raises, or does not return one finite number per
+      response.
   """
   metadata = [
     {
@@ -263,8 +250,8 @@ def _checked(name, found, asked) -> np.ndarray:
   if scores.shape != (len(asked),):
     what = type(found).__name__ if found is None else f'shape {scores.shape}'
     raise RuntimeError(
-      f'{name} returned {what}; one number for each of {len(asked)} responses '
-      'is needed'
+      f'{name} returned {what}, not one number for each of {len(asked)} '
+      'responses'
     )
   bad = np.flatnonzero(~np.isfinite(scores))
   if bad.size:
@@ -276,11 +263,7 @@ def _checked(name, found, asked) -> np.ndarray:
 
 
 def weighted(parts: Mapping[str, tuple[ScoreFn, float]]) -> ScoreFn:
-  """The sum of several scores, each times its weight.
-
-  Args:
-    parts: name -> (score function, weight).
-  """
+  """The sum of several scores, by name -> (score function, weight)."""
   if len(parts) == 1:
     ((score_fn, weight),) = parts.values()
     if weight == 1.0:

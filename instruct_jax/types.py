@@ -1,4 +1,4 @@
-"""The pytrees that cross module borders, and the functions passed around.
+"""Pytrees and function types shared by modules.
 
 Shape letters, used in every annotation and einsum of the package:
 
@@ -11,10 +11,10 @@ Shape letters, used in every annotation and einsum of the package:
   Q  response tokens of a row     L  layers
   S  cache slots
 
-Masks are boolean, True on real tokens, and are carried from where the text is
-tokenised to where it is averaged: nothing downstream looks for a pad id.
-Prompts are padded on the left and responses on the right, so that a prompt's
-last token and its response's first are always neighbours (columns P-1 and P).
+Masks are boolean, True on real tokens, and made where the text is tokenised:
+nothing downstream looks for a pad id. Prompts are padded on the left and
+responses on the right, so that a prompt's last token and its response's first
+are adjacent (columns P-1 and P).
 """
 
 from collections.abc import Callable, Mapping
@@ -28,9 +28,9 @@ PyTree = Any
 Params = PyTree
 Key = jax.Array  # A typed key, `jax.random.key(seed)`.
 
-# A metric leaves the device as (sum, count); the host divides, once, after
-# summing over microbatches, minibatches and processes. `count` 1 makes a plain
-# scalar. Averages of averages cannot be formed by accident.
+# A metric leaves the device as (sum, count); the host divides once, after
+# summing over microbatches, minibatches and processes, so that there are no
+# averages of averages. A `count` of 1 makes a plain scalar.
 Metric = tuple[Num[Array, ''], Num[Array, '']]
 Metrics = Mapping[str, Metric]
 
@@ -42,10 +42,10 @@ class TextBatch:
   Attributes:
     tokens: token ids.
     mask: True on real tokens; False on padding.
-    loss_mask: True on tokens that are predicted and enter the loss. Column 0
-      never counts: nothing precedes it.
-    segments: 0 on padding; documents packed in one row carry 1, 2, ...
-      Attention and positions do not cross from one segment into another.
+    loss_mask: True on tokens in the loss. False in column 0, which nothing
+      predicts.
+    segments: 0 on padding; 1, 2, ... number the documents of a row. Attention
+      and positions do not cross segments.
   """
 
   tokens: Int[Array, 'B T']
@@ -63,8 +63,8 @@ class ComparisonBatch:
     mask: True on real tokens; all False for an absent candidate.
     ranks: of R labelers; 1 is best; equal numbers are ties; 0 for an absent
       candidate or labeler.
-    prompt_lengths: tokens of the prompt, which all candidates begin with.
-    prompt_mask: False on rows that only fill up the last batch.
+    prompt_lengths: tokens of the prompt, with which all candidates begin.
+    prompt_mask: False on rows that pad the last batch.
     ref_logprobs: log pi_ref(completion | prompt), nats; None where not needed.
   """
 
@@ -78,21 +78,19 @@ class ComparisonBatch:
 
 @flax.struct.dataclass
 class PackedComparisons:
-  """The candidates of B prompts, several to a row, each a segment of its own.
+  """The candidates of B prompts, several to a row, one segment each.
 
-  A prompt's candidates may lie in different rows; its pairs are formed after
-  the scores have been gathered, so it stays one batch element.
+  A prompt's candidates may be in different rows; its pairs are formed after the
+  scores are gathered, so that it remains one batch element.
 
   Attributes:
     tokens: prompt and completion of each candidate, M rows.
     segments: 0 on padding; 1, 2, ... number the candidates of a row.
-    ends: where each candidate's last token is in the flattened [M * T] rows;
+    ends: index of each candidate's last token in the flattened [M * T] rows;
       0 for an absent candidate.
     ranks, prompt_mask, ref_logprobs: as in `ComparisonBatch`.
-    where: column of the position that predicts each completion token; None
-      where nothing reads completions by the token.
-    owner: which of the B * C candidates it belongs to; B * C where there is
-      none.
+    where: column of the position that predicts each completion token, or None.
+    owner: which of the B * C candidates the token belongs to; B * C if none.
   """
 
   tokens: Int[Array, 'M T']
@@ -112,8 +110,8 @@ class PromptBatch:
   Attributes:
     tokens: token ids.
     mask: True on real tokens.
-    indices: each prompt's number in its data set; sampling noise is derived
-      from it, so a sample does not depend on its neighbours in the batch.
+    indices: each prompt's number in its data set. Sampling noise is derived
+      from it, so that a sample does not depend on the rest of its batch.
   """
 
   tokens: Int[Array, 'B P']
@@ -123,7 +121,7 @@ class PromptBatch:
 
 @flax.struct.dataclass
 class Rollout:
-  """Sampled responses, exactly as sampled: nothing is decoded or re-encoded.
+  """Responses exactly as sampled: nothing is decoded or re-encoded.
 
   Attributes:
     tokens: prompt (columns 0..P-1, left-padded) and response (P..T-1).
@@ -142,16 +140,13 @@ class Rollout:
 
 @flax.struct.dataclass
 class Episodes:
-  """Prompts and responses in rows, each episode a segment of its own.
-
-  An episode alone in its row is the plain case; dense rows hold several
-  (`packing.py`). Whoever reads rows cannot tell which they are.
+  """Prompts and responses in rows of one or more episodes (`packing.py`).
 
   Attributes:
-    tokens: prompt and response of each episode, one behind the other.
+    tokens: prompt and response of each episode.
     segments: 0 on padding; 1, 2, ... number the episodes of a row.
     where: column of the position that predicts each response token.
-    response_mask: True where there is one; a row has Q places for them.
+    response_mask: True where there is one, of at most Q a row.
   """
 
   tokens: Int[Array, 'M T']
@@ -162,15 +157,15 @@ class Episodes:
 
 @flax.struct.dataclass
 class RLBatch:
-  """What one update learns from; every array is fixed before the update.
+  """The data of one update, constant during the update.
 
   Attributes:
-    episodes: in the rows of all inner epochs, step by step (`packing.Layout`).
-    old_logprobs: log pi_old of each response token, nats.
-    ref_logprobs: log pi_ref of each, nats.
+    episodes: in the rows of all inner epochs, by step (`packing.Layout`).
+    old_logprobs, ref_logprobs: log pi_old and log pi_ref of each response
+      token, nats.
     advantages: of each.
-    old_values: V_old where each is predicted, reward units; None without a
-      value model.
+    old_values: V_old at the position that predicts it, reward units; None
+      without a value model.
     returns: unwhitened advantages plus old values, reward units; or None.
   """
 
@@ -182,9 +177,9 @@ class RLBatch:
   returns: Float[Array, 'M Q'] | None = None
 
 
-# (params, frozen, batch, key) -> (summed loss, (weight, metrics)). What is
-# optimised is summed loss / weight, both summed over microbatches first. Frozen
-# is what the loss reads and nothing changes: a base below adapters, say.
+# (params, frozen, batch, key) -> (summed loss, (weight, metrics)). The
+# objective is summed loss / weight, each summed over microbatches. `frozen`
+# holds constant inputs of the loss, such as the base of adapters.
 LossFn = Callable[
   [Params, Mapping[str, PyTree], PyTree, Key],
   tuple[Float[Array, ''], tuple[Float[Array, ''], Metrics]],
@@ -198,13 +193,13 @@ ScalarsFn = Callable[[Params, jax.Array, jax.Array], jax.Array]
 
 
 class Decoder(NamedTuple):
-  """A policy as the functions that `rollout.generate` samples with.
+  """A policy as functions for `rollout.generate`.
 
   A cache is a pytree of arrays [S, K, W, ...]: slots first, columns third. A
-  row's token in position c lies in column c.
+  row's token in position c is in column c.
 
   Attributes:
-    prepare: params -> the policy's weights as the others take them.
+    prepare: params -> the weights, as the other functions take them.
     make_cache: (slots, columns) -> empty cache.
     read: (weights, tokens [S, P], lengths [S]) -> cache of S right-padded
       prompts, P columns.

@@ -45,7 +45,7 @@ def test_a_good_run_raises_none():
     ('length', {'objective/length': 40.0}, 'from 20.0 to 40.0 .*most 24'),
     ('length', {'objective/length': 5.0}, 'from 20.0 to 5.0'),
     ('score_range', {'objective/score': 9.0}, r'9.00 .*\[-2.00, 2.00\]'),
-    ('score_range', {'objective/score': -9.0}, '-9.00 lies outside'),
+    ('score_range', {'objective/score': -9.0}, '-9.00 is outside'),
   ],
 )
 def test_what_persists_is_raised_once_with_its_cause(name, changes, words):

@@ -581,7 +581,7 @@ def test_people_judge(folder, finished, tmp_path):
     ({'other_models': 'one=a'}, "'one' is in both models and other_models"),
     ({'prompts': ''}, 'prompts is empty'),
     ({'judge_model': ''}, 'judge_model is empty; the judge'),
-    ({'judge': 'oracle'}, "judge 'oracle' is no dotted name"),
+    ({'judge': 'oracle'}, "judge 'oracle' is not a dotted name"),
     ({'judge': 'instruct_jax.nowhere.f'}, "judge 'instruct_jax.nowhere.f'"),
     ({'world': 'instruct_jax.nowhere.W'}, "world 'instruct_jax.nowhere.W'"),
     ({'world': 'instruct_jax.worlds.miniature.Gold'}, 'is no figures.World'),

@@ -64,7 +64,12 @@ FLOORS = {
     'infra.sharding',
     'infra.slices',
   ),
-  'supervised': ('types', *MATHS, 'infra.train_state'),
+  'supervised': (
+    'types',
+    *MATHS,
+    'infra.optimizer',
+    'infra.train_state',
+  ),
   # What puts the parts together: a rollout's scores, questions to a model, and
   # all that RL experiments share.
   'score_fns': ('types', *MATHS, 'rollout', 'data', 'infra'),
@@ -89,6 +94,7 @@ FLOORS = {
     'alarms',
     'ppo',
     'queries',
+    'rollout',
     'score_fns',
     'evals',
   ),

@@ -130,7 +130,7 @@ def test_split_and_join_are_inverse():
   assert jax.tree.structure(joined) == jax.tree.structure(params)
   assert all(map(lambda a, b: a is b, *map(jax.tree.leaves, (joined, params))))
   assert lora.join(params, None) is params
-  with pytest.raises(ValueError, match='head_bias is trained and in the froz'):
+  with pytest.raises(ValueError, match='head_bias is both trained and in'):
     lora.join(trained, {**base, 'head_bias': 0.0})
   assert lora.num_params(trained) + lora.num_params(base) == lora.num_params(
     params
@@ -485,7 +485,7 @@ def test_a_base_that_is_gone_or_changed_is_named(folders, tmp_path):
   run, tokenizer = folders
   (run / 'base').rename(run / 'elsewhere')
   with pytest.raises(
-    checkpoint.CheckpointError, match='holds adapters of .*base, which is not'
+    checkpoint.CheckpointError, match='holds adapters of .*base, which is mis'
   ):
     model_folder.check(run / 'policy', 'policy', tokenizer)
   other = model_fns.init('policy', CONFIG, tiny.one_device(), jax.random.key(5))
@@ -510,11 +510,11 @@ def test_a_base_that_is_gone_or_changed_is_named(folders, tmp_path):
   [
     ('rank', -1, 'lora.rank must be a positive integer, or 0 .*: -1'),
     ('alpha', 0.0, 'lora.alpha must be positive: 0.0'),
-    ('targets', ('queries',), 'lora.targets knows query, .*: queries'),
-    ('targets', ('up', 'up'), 'lora.targets names one twice'),
+    ('targets', ('queries',), 'lora.targets takes query, .*, not queries'),
+    ('targets', ('up', 'up'), 'lora.targets has duplicates'),
   ],
 )
-def test_values_there_are_not(key, value, message):
+def test_bad_values_are_refused(key, value, message):
   config = sft.get_config('gpt2')
   assert lora_of(config) is None
   config.lora.rank = 4
@@ -524,15 +524,15 @@ def test_values_there_are_not(key, value, message):
     lora_of(config)
 
 
-def test_a_gate_that_is_not_there():
-  with pytest.raises(ValueError, match='gate is not there, the MLP has no'):
+def test_gate_target_without_a_gate():
+  with pytest.raises(ValueError, match='names gate, but the MLP has no gate'):
     dataclasses.replace(tiny.CONFIG, lora=Lora(1, 1.0, ('gate',)))
 
 
 def test_parameters_of_other_targets_are_refused(rng):
   config = dataclasses.replace(CONFIG, lora=Lora(3, 4.0, ('query',)))
   module = model_fns.make_module('policy', config)
-  with pytest.raises(ValueError, match='_lora_a is there, and the config has'):
+  with pytest.raises(ValueError, match='_lora_a, but the config has no such'):
     apply(module, whole_params('policy'), tokens_of(rng), ONES)
 
 

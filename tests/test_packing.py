@@ -320,7 +320,7 @@ def test_models_say_the_same_in_any_layout():
   for other in found[1:]:
     tiny.assert_trees_close(other, found[0], rtol=1e-5, atol=3e-5)
   # As it is, the rollout is one more layout.
-  rows = packing.as_rows(on_device(rollout))
+  rows = tiny.as_rows(on_device(rollout))
   as_it_is = tiny.forward(policy, scalar, rows.tokens, rows.segments)
   np.testing.assert_allclose(
     np.where(rollout.response_mask, as_it_is['logprobs'], 0),

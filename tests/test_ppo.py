@@ -137,7 +137,7 @@ def test_advantages_of_another_shape_are_refused(shape):
 
 def read(params, sampled):
   """What the tables say of a rollout as it is: [B, R]."""
-  rows = packing.as_rows(sampled)
+  rows = tiny.as_rows(sampled)
   logprobs, _ = table_logprobs(
     params.get('policy'), rows.tokens, rows.segments, rows.where
   )
@@ -297,7 +297,7 @@ def test_a_value_is_the_one_before_its_token():
     logprobs=jnp.zeros((1, 3)),
     ended=jnp.array([True]),
   )
-  rows = packing.as_rows(sampled)
+  rows = tiny.as_rows(sampled)
   assert rows.where.tolist() == [[1, 2, 3]]
   laid = tiny.lay_out(sampled, num_minibatches=1)
   assert laid.where.tolist() == [[1, 2, 3]]
@@ -953,7 +953,7 @@ def test_the_first_minibatch_tells_a_fault_from_rounding(dtype):
   sampled = tiny.generate(
     policy, jax.tree.map(jnp.asarray, tiny.prompts()), jax.random.key(0)
   )
-  rows = packing.as_rows(sampled)
+  rows = tiny.as_rows(sampled)
 
   def read(fn, rows):
     return fn(policy, rows.tokens, rows.segments, rows.where)[0]

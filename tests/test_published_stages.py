@@ -18,7 +18,6 @@ from instruct_jax import (
   export,
   model_fns,
   model_folder,
-  packing,
   queries,
   rollout,
 )
@@ -28,6 +27,7 @@ from instruct_jax.infra import checkpoint, pipeline, sharding
 from instruct_jax.models import hf
 from instruct_jax.models.config import Rotary, TransformerConfig
 from instruct_jax.types import PromptBatch
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -242,8 +242,8 @@ def test_ppo_in_either_dtype_raises_no_alarm(dtype, data, tmp_path, capsys):
     num_episodes=8,
     ptx_coef=0.1,
   )
-  told = f'gpt2: computes in {dtype} (compute_dtype), its folder says float32'
-  assert (told in capsys.readouterr().out) == (dtype != 'float32')
+  changed = f'gpt2: computes in {dtype} (compute_dtype), not in float32 as its'
+  assert (changed in capsys.readouterr().out) == (dtype != 'float32')
   (line,) = (tmp_path / 'ppo' / 'metrics.jsonl').read_text().splitlines()
   row = json.loads(line)
   ratio = abs(row['first/ppo/policy/ratio'] - 1)
@@ -294,7 +294,7 @@ def test_tolerances_on_a_published_model(dtype, models_root):
     PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(4)),
     jax.random.key(0),
   )
-  rows = packing.as_rows(sampled)
+  rows = tiny.as_rows(sampled)
   graph, _ = jax.jit(model_fns.logprobs_fn(model.module))(
     model.params, rows.tokens, rows.segments, rows.where
   )

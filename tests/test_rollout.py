@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax import model_fns, packing, rollout, sampling
+from instruct_jax import model_fns, rollout, sampling
 from instruct_jax.infra import sharding, slices
 from instruct_jax.types import Decoder, PromptBatch, Rollout
 from tests import simple_rollout, tiny
@@ -168,7 +168,7 @@ def test_sampler_and_training_graph_agree_in_bfloat16():
       num_response=R,
       stop_ids=tiny.STOPS,
     )
-    rows = packing.as_rows(out)
+    rows = tiny.as_rows(out)
     logprobs, _ = model_fns.logprobs_fn(module)(
       params, rows.tokens, rows.segments, rows.where
     )

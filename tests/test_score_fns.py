@@ -77,8 +77,8 @@ def raises(prompts, responses, metadata):
   ('function', 'message'),
   [
     (raises, r"KeyError: 'reference' \(.*test_score_fns\.py:\d+\)"),
-    (lambda *_: None, 'returned NoneType; one number for each of 2 responses'),
-    (lambda *_: [1.0], r'shape \(1,\); one number for each of 2'),
+    (lambda *_: None, 'returned NoneType, not one number for each of 2 resp'),
+    (lambda *_: [1.0], r'shape \(1,\), not one number for each of 2'),
     (lambda *_: ['good', 'bad'], 'must return one number a response'),
     (lambda *_: [[1.0], [2.0]], r'shape \(2, 1\)'),
     (lambda *_: [1.0, float('nan')], "returned nan for .* prompt 'b'.*1 of 2"),
@@ -92,7 +92,7 @@ def test_what_is_no_score_is_named(function, message):
 @pytest.mark.parametrize(
   ('name', 'message'),
   [
-    ('brevity', 'no dotted name'),
+    ('brevity', 'not a dotted name'),
     ('nowhere.brevity', "'nowhere.brevity': No module"),
     ('tests.test_score_fns.nothing', 'has no attribute'),
     ('tests.test_score_fns.NUMBER', 'is of type int; name a function'),

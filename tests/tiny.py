@@ -26,7 +26,7 @@ from instruct_jax.infra import run, sharding, train_state
 from instruct_jax.jobs import evaluate
 from instruct_jax.models import heads
 from instruct_jax.models.config import TransformerConfig
-from instruct_jax.types import PromptBatch, TextBatch
+from instruct_jax.types import Episodes, PromptBatch, TextBatch
 
 B, P, R = 16, 6, 10
 T = P + R
@@ -127,6 +127,20 @@ def text(seed: int = 0, rows: int = B) -> TextBatch:
   tokens = np.where(mask, rng.integers(2, 30, (rows, T)), PAD)
   return TextBatch(
     tokens.astype(np.int32), mask, mask & ~starts, segments.astype(np.int32)
+  )
+
+
+def as_rows(rollout) -> Episodes:
+  """A rollout as it is: each episode in its own row."""
+  B, R = rollout.response_mask.shape
+  P = rollout.tokens.shape[1] - R
+  # Response token t is in column P + t.
+  where = jnp.broadcast_to(P - 1 + jnp.arange(R, dtype=jnp.int32)[None], (B, R))
+  return Episodes(
+    tokens=rollout.tokens,
+    segments=rollout.mask.astype(jnp.int32),
+    where=where,
+    response_mask=rollout.response_mask,
   )
 
 

@@ -56,11 +56,11 @@ class Settings:
   num_workers: int = 4  # Requests in flight at the same time.
 
   @classmethod
-  def of(cls, config: Any) -> 'Settings':
-    """The settings of a config that has keys for some of them."""
+  def of(cls, config: Any, **others: Any) -> 'Settings':
+    """The settings of a config that has keys for some of them, and others."""
     keys = ('url', 'key_variable', 'timeout', 'max_retries')
     keys += ('requests_per_minute', 'num_workers')
-    return cls(**{key: config[key] for key in keys})
+    return cls(**{key: config[key] for key in keys}, **others)
 
 
 def check(config: Any, key: str) -> None:

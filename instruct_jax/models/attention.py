@@ -1,15 +1,16 @@
-"""Attention by the platform's flash kernel, where it has one.
+"""Attention: plain, in blocks for short segments, or by a flash kernel.
 
-TPU: splash attention (Pallas), one kernel a shard of the mesh under
-`jax.shard_map`. It reads the segment numbers and holds no [T, T] array in
-memory. NVIDIA GPU: cuDNN's, through `jax.nn.dot_product_attention`, which holds
-no scores either, but takes the segments as a mask: jax makes of it a bias
-[B, 1, T, T] in bfloat16, 2 B T² bytes, for each call. Both agree with
-`transformer.attend` to rounding; what they say about padding means nothing.
+TPU: splash attention (Pallas), one kernel per shard of the mesh under
+`jax.shard_map`. It reads segment numbers and holds no [T, T] array in memory.
+NVIDIA GPU: cuDNN's, through `jax.nn.dot_product_attention`. It holds no scores
+either, but takes the segments as a mask, which jax turns into a bfloat16 bias
+[B, 1, T, T] on each call, 2 B T² bytes. Both agree with `attend` to rounding on
+real tokens; their values on padding are meaningless.
 """
 
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -23,64 +24,147 @@ from jaxtyping import Array, Bool, Float, Int
 
 from instruct_jax.models.config import TransformerConfig
 
+# Finite, so that a fully masked row gives uniform weights and not NaN.
+MASKED = -1e9
 # Tokens of the kernels' smallest tile; shorter rows never use them.
 TILE = 128
+
+
+@flax.struct.dataclass
+class Inputs:
+  """What attention reads besides queries, keys and values.
+
+  Attributes:
+    allowed: which keys each query sees; None for a flash kernel.
+    segments: read by a flash kernel only.
+    tables: of `transformer.rotary_tables`; None without rotary positions.
+    kernel: 'plain', 'blocks' (`allowed` from `allowed_in_blocks`), 'splash' or
+      'cudnn'.
+  """
+
+  allowed: Bool[Array, 'b t s'] | None = None
+  segments: Int[Array, 'B T'] | None = None
+  tables: tuple[jax.Array, jax.Array] | None = None
+  kernel: str = flax.struct.field(pytree_node=False, default='plain')
+
+
+def mix(
+  config: TransformerConfig,
+  queries: Float[Array, 'B N T H'],
+  keys: Float[Array, 'B K S H'],
+  values: Float[Array, 'B K S H'],
+  inputs: Inputs,
+) -> Float[Array, 'B N T H']:
+  """The values that each query attends to, by the kernel of `inputs`."""
+  if inputs.kernel == 'plain':
+    return attend(config, queries, keys, values, inputs.allowed)
+  if inputs.kernel == 'blocks':
+    return _in_blocks(config, queries, keys, values, inputs.allowed)
+  return flash(config, inputs.kernel, queries, keys, values, inputs.segments)
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+  """cap tanh(x / cap), which stays within (-cap, cap); 0 leaves x alone."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
+def attend(
+  config: TransformerConfig,
+  queries: Float[Array, 'B N T H'],
+  keys: Float[Array, 'B K S H'],
+  values: Float[Array, 'B K S H'],
+  allowed: Bool[Array, 'B T S'],
+) -> Float[Array, 'B N T H']:
+  """Softmax attention; query head n reads key head n // (N / K)."""
+  shape, num_groups = queries.shape, queries.shape[1] // keys.shape[1]
+  if num_groups > 1:
+    # The queries of a group as more rows of one product.
+    B, N, T, H = shape
+    queries = queries.reshape(B, N // num_groups, num_groups * T, H)
+    allowed = jnp.tile(allowed, (1, num_groups, 1))
+  scores = jnp.einsum('bnth,bnsh->bnts', queries, keys) * config.score_scale
+  scores = scores.astype(jnp.float32)
+  scores = softcap(scores, config.attention_softcap)
+  scores = jnp.where(allowed[:, None, :, :], scores, MASKED)
+  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+  return jnp.einsum('bnts,bnsh->bnth', weights, values).reshape(shape)
+
+
+# --- Flash kernels ------------------------------------------------------------
 
 
 def choose(
   config: TransformerConfig, batch: int, num_tokens: int
 ) -> str | None:
-  """The kernel for these rows: 'splash', 'cudnn', or None for plain XLA.
+  """The flash kernel for these rows: 'splash', 'cudnn', or None.
 
-  Looks at `config.attention`, at the platform of the current mesh (which may
-  be one that is only described, when a program is compiled ahead of time) and
-  at what the kernels can do.
+  Depends on `config.attention`, on the platform of the current mesh (which may
+  be an abstract one, for ahead-of-time compilation) and on what the kernels
+  support.
 
   Raises:
     ValueError: `attention` is 'flash' and rows of at least 128 tokens cannot
-      have it; the reason is named.
+      have it; names the reason.
   """
   if config.attention == 'xla' or num_tokens < TILE:
     return None
-  mesh = jax.sharding.get_abstract_mesh()
-  device = mesh.abstract_device if mesh.shape else None
-  platform = device.platform if device else jax.default_backend()
-  # On CPU the interpreter runs the TPU kernel: slow, for tests, never chosen.
+  platform = _platform()
   is_gpu = platform in ('gpu', 'cuda')
-  problem = _problem(config, batch, num_tokens, mesh.shape, is_gpu)
+  problem = _problem(config, batch, num_tokens, is_gpu)
   if config.attention == 'flash':
     if problem:
       raise ValueError(f"model.attention = 'flash': {problem}; use 'auto'")
-    return 'cudnn' if is_gpu else 'splash'
-  if problem or not (is_gpu or platform == 'tpu'):
+  # On CPU the TPU kernel is interpreted: slow, for tests only.
+  elif problem or not (is_gpu or platform == 'tpu'):
     return None
   return 'cudnn' if is_gpu else 'splash'
 
 
-def _problem(config, batch, num_tokens, sizes, is_gpu) -> str | None:
-  if any(config.window_layers) and (
+def _platform() -> str:
+  mesh = jax.sharding.get_abstract_mesh()
+  device = mesh.abstract_device if mesh.shape else None
+  return device.platform if device else jax.default_backend()
+
+
+def _problem(config, batch, num_tokens, is_gpu) -> str | None:
+  """Why the platform's kernel cannot take these rows; None where it can."""
+  mesh = jax.sharding.get_abstract_mesh().shape
+  num_shards = mesh.get('data', 1) * mesh.get('fsdp', 1)
+  window = any(config.window_layers) and (
     config.window < num_tokens or config.window_rotary is not None
-  ):
-    return f'layers with a window of {config.window} tokens, or other rotaries'
-  if is_gpu:
-    if config.attention_softcap:
-      return 'cuDNN has no soft-cap'
-    if config.compute_dtype != 'bfloat16':
-      return f'cuDNN computes in bfloat16, not {config.compute_dtype}'
-    if config.head_dim % 8 or config.head_dim > 128:
-      return f'cuDNN wants heads of 8 to 128 components: {config.head_dim}'
-    return None
-  if num_tokens % TILE:
-    return f'{num_tokens} tokens are not a multiple of {TILE}'
-  if config.head_dim % 64:
-    return f'heads of {config.head_dim} components are not a multiple of 64'
-  rows = sizes.get('data', 1) * sizes.get('fsdp', 1)
-  if batch % rows or config.kv_heads % sizes.get('tensor', 1):
-    return (
-      f'{batch} rows and {config.kv_heads} key heads do not divide over the '
-      f'mesh {dict(sizes)}'
+  )
+  problems = [
+    (
+      window,
+      f'layers with a window of {config.window} tokens, or other rotaries',
     )
-  return None
+  ]
+  if is_gpu:
+    problems += [
+      (config.attention_softcap, 'cuDNN has no soft-cap'),
+      (
+        config.compute_dtype != 'bfloat16',
+        f'cuDNN computes in bfloat16, not {config.compute_dtype}',
+      ),
+      (
+        config.head_dim % 8 or config.head_dim > 128,
+        f'cuDNN wants heads of 8 to 128 components: {config.head_dim}',
+      ),
+    ]
+  else:
+    problems += [
+      (num_tokens % TILE, f'{num_tokens} tokens are not a multiple of {TILE}'),
+      (
+        config.head_dim % 64,
+        f'heads of {config.head_dim} components are not a multiple of 64',
+      ),
+      (
+        batch % num_shards or config.kv_heads % mesh.get('tensor', 1),
+        f'{batch} rows and {config.kv_heads} key heads do not divide over the '
+        f'mesh {dict(mesh)}',
+      ),
+    ]
+  return next((text for is_problem, text in problems if is_problem), None)
 
 
 def flash(
@@ -96,24 +180,20 @@ def flash(
   Padding (segment 0) attends to padding, so that every row of the softmax has
   an entry; no real token sees it.
   """
-  scale = config.query_scale or config.head_dim**-0.5
   if kernel == 'cudnn':
     allowed = segments[:, None, :, None] == segments[:, None, None, :]
     mixed = jax.nn.dot_product_attention(
       *(jnp.swapaxes(x, 1, 2) for x in (queries, keys, values)),
       mask=allowed,
-      scale=scale,
+      scale=config.score_scale,
       is_causal=True,
       implementation='cudnn',
     )
     return jnp.swapaxes(mixed, 1, 2)
-  mesh = jax.sharding.get_abstract_mesh()
-  device = mesh.abstract_device if mesh.shape else None
-  platform = device.platform if device else jax.default_backend()
   one_shard = functools.partial(
-    _splash, softcap=config.attention_softcap, interpret=platform == 'cpu'
+    _splash, softcap=config.attention_softcap, interpret=_platform() == 'cpu'
   )
-  if mesh.shape:
+  if jax.sharding.get_abstract_mesh().shape:
     heads = P(('data', 'fsdp'), 'tensor')
     one_shard = jax.shard_map(
       one_shard,
@@ -121,7 +201,28 @@ def flash(
       out_specs=heads,
       check_vma=False,
     )
-  return one_shard(queries * scale, keys, values, segments)
+  return one_shard(queries * config.score_scale, keys, values, segments)
+
+
+def _splash(queries, keys, values, segments, *, softcap, interpret):
+  num_heads, num_tokens = queries.shape[1:3]
+  block = next(size for size in (512, 256, 128) if num_tokens % size == 0)
+  sizes = 'block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq'
+  causal = splash_mask.CausalMask((num_tokens, num_tokens))
+  kernel = splash_kernel.make_splash_mha(
+    splash_mask.MultiHeadMask([causal] * num_heads),
+    head_shards=1,
+    q_seq_shards=1,
+    attn_logits_soft_cap=softcap or None,
+    interpret=interpret,
+    block_sizes=splash_kernel.BlockSizes(**dict.fromkeys(sizes.split(), block)),
+  )
+
+  def one_row(queries, keys, values, segments):
+    ids = splash_kernel.SegmentIds(q=segments, kv=segments)
+    return kernel(queries, keys, values, segment_ids=ids)
+
+  return jax.vmap(one_row)(queries, keys, values, segments)
 
 
 # --- Segments much shorter than their rows ------------------------------------
@@ -130,8 +231,8 @@ def flash(
 def block_size(num_tokens: int, longest: int) -> int:
   """Tokens of a block; 0 where whole rows cost no more.
 
-  Half of the longest segment: a token then looks at its own block and the two
-  before, one and a half times what it needs at most.
+  Half of the longest segment: a token then attends to its own block and the
+  two before, at most one and a half times what it needs.
   """
   block = -(-longest // 2)
   return block if longest and num_tokens > 3 * block else 0
@@ -150,16 +251,12 @@ def _blocks(x: Array, block: int, num_before: int) -> Array:
   return x.reshape(-1, *x.shape[2:])
 
 
-def _num_before(longest: int, block: int) -> int:
-  # The first token of a block sees longest - 1 tokens before itself.
-  return -(-(longest - 1) // block)
-
-
 def allowed_in_blocks(
   segments: Int[Array, 'B T'], longest: int, block: int
 ) -> Bool[Array, 'b t s']:
-  """Which keys of its own and the blocks before each query sees."""
-  num_before = _num_before(longest, block)
+  """Which keys of its own and the earlier blocks each query sees."""
+  # The first token of a block sees longest - 1 tokens before itself.
+  num_before = -(-(longest - 1) // block)
   queries = _blocks(segments, block, 0)
   keys = _blocks(segments, block, num_before)
   rows = num_before * block + jnp.arange(block)
@@ -169,59 +266,23 @@ def allowed_in_blocks(
   return allowed & (keys > 0)[:, None, :]
 
 
-def in_blocks(
-  attend_fn,
-  queries: Float[Array, 'B N T H'],
-  keys: Float[Array, 'B K T H'],
-  values: Float[Array, 'B K T H'],
-  allowed: Bool[Array, 'b t s'],
-  block: int,
-) -> Float[Array, 'B N T H']:
-  """Attention of rows whose segments are short, block by block.
-
-  Args:
-    attend_fn: (queries, keys, values, allowed) -> mixed values, of rows.
-    queries, keys, values: of whole rows.
-    allowed: of `allowed_in_blocks`.
-    block: tokens of a block.
-  """
+def _in_blocks(config, queries, keys, values, allowed):
+  """`attend` of whole rows, block by block; see `allowed_in_blocks`."""
   num_rows, num_tokens = queries.shape[0], queries.shape[2]
+  block = allowed.shape[1]
   num_before = allowed.shape[2] // block - 1
 
   def cut(x, num_before):
     x = _blocks(jnp.swapaxes(x, 1, 2), block, num_before)
     return jnp.swapaxes(x, 1, 2)
 
-  mixed = attend_fn(
-    cut(queries, 0), cut(keys, num_before), cut(values, num_before), allowed
+  mixed = attend(
+    config,
+    cut(queries, 0),
+    cut(keys, num_before),
+    cut(values, num_before),
+    allowed,
   )
   mixed = jnp.swapaxes(mixed, 1, 2)
   mixed = mixed.reshape(num_rows, -1, *mixed.shape[2:])[:, :num_tokens]
   return jnp.swapaxes(mixed, 1, 2)
-
-
-def _splash(queries, keys, values, segments, *, softcap, interpret):
-  num_heads, num_tokens = queries.shape[1:3]
-  block = next(size for size in (512, 256, 128) if num_tokens % size == 0)
-  causal = splash_mask.CausalMask((num_tokens, num_tokens))
-  kernel = splash_kernel.make_splash_mha(
-    splash_mask.MultiHeadMask([causal] * num_heads),
-    head_shards=1,
-    q_seq_shards=1,
-    attn_logits_soft_cap=softcap or None,
-    interpret=interpret,
-    block_sizes=splash_kernel.BlockSizes(
-      block_q=block,
-      block_kv=block,
-      block_q_dkv=block,
-      block_kv_dkv=block,
-      block_q_dq=block,
-      block_kv_dq=block,
-    ),
-  )
-
-  def one_row(queries, keys, values, segments):
-    ids = splash_kernel.SegmentIds(q=segments, kv=segments)
-    return kernel(queries, keys, values, segment_ids=ids)
-
-  return jax.vmap(one_row)(queries, keys, values, segments)

@@ -15,30 +15,35 @@ from ml_collections import ConfigDict
 from instruct_jax.models import families
 
 REMAT_POLICIES = ('none', 'dots', 'full')
-COMPUTE_DTYPES = ('float32', 'bfloat16')
-NORMS = ('layer', 'rms', 'rms_plus_one')
-RESIDUALS = ('sequential', 'parallel', 'parallel_one_norm')
-ACTIVATIONS = ('gelu_tanh', 'gelu', 'silu', 'relu')
 SCALINGS = ('none', 'linear', 'llama3', 'yarn')
-ATTENTIONS = ('auto', 'xla', 'flash')
 # Matrices of a layer that may get adapters.
 LORA_TARGETS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
-
-# What a stage's config may say of how its models compute.
-STAGE_KEYS = {
-  'compute_dtype': ('', *COMPUTE_DTYPES),
-  'frozen_dtype': COMPUTE_DTYPES,
+# Values of the enumerated fields of `TransformerConfig`.
+CHOICES = {
+  'compute_dtype': ('float32', 'bfloat16'),
   'remat': REMAT_POLICIES,
-  'attention': ATTENTIONS,
+  'norm': ('layer', 'rms', 'rms_plus_one'),
+  'residual': ('sequential', 'parallel', 'parallel_one_norm'),
+  'activation': ('gelu_tanh', 'gelu', 'silu', 'relu'),
+  'attention': ('auto', 'xla', 'flash'),
+}
+# The same for the keys by which a stage decides how its models compute.
+STAGE_KEYS = {
+  'compute_dtype': ('', *CHOICES['compute_dtype']),
+  'frozen_dtype': CHOICES['compute_dtype'],
+  'remat': CHOICES['remat'],
+  'attention': CHOICES['attention'],
 }
 
 
 def check_stage(config: ConfigDict) -> None:
-  """Checks the keys of a stage's config that say how its models compute.
+  """Checks the keys by which a stage decides how its models compute.
+
+  An empty compute_dtype keeps the one of each model folder ('float32' for
+  published models).
 
   Raises:
-    ValueError: a value there is no such thing for. An empty compute_dtype
-      keeps what each model folder says (published ones: 'float32').
+    ValueError: a value that a key does not have.
   """
   for key, known in STAGE_KEYS.items():
     if key in config and config[key] not in known:
@@ -50,10 +55,10 @@ def check_stage(config: ConfigDict) -> None:
 
 
 def lora_of(config: ConfigDict) -> 'Lora | None':
-  """The adapters that a stage's section `lora` asks for; None at rank 0.
+  """The adapters of a stage's section `lora`; None at rank 0.
 
   Raises:
-    ValueError: a rank, an alpha or a target there is no such thing for.
+    ValueError: an impossible rank or alpha, or an unknown target.
   """
   section = config.lora
   lora = Lora(section.rank or 1, section.alpha, tuple(section.targets))
@@ -65,14 +70,14 @@ class Rotary:
   """Rotary positions (Su et al. 2021) and how they are stretched.
 
   Attributes:
-    dim: leading components of each head that turn; the others stay.
+    dim: leading components of each head that are rotated.
     theta: base of the frequencies.
     interleaved: pairs are (0, 1), (2, 3), ... as in GPT-J; otherwise component
       i is paired with i + dim / 2.
     scaling: 'none'; 'linear' divides all frequencies by `factor`; 'llama3'
       divides the low ones; 'yarn' blends (Peng et al. 2023, section 3.2).
-    factor: how many times longer the context became.
-    original_context: tokens of the context before that.
+    factor: new context length / original one.
+    original_context: tokens, before stretching.
     low, high: llama3: `low_freq_factor`, `high_freq_factor`; yarn:
       `beta_slow`, `beta_fast`. In turns over the original context.
     truncate: yarn: whether the blend begins and ends at whole components.
@@ -101,7 +106,7 @@ class Rotary:
       raise ValueError(f'{self.scaling} scaling needs original_context')
 
   def frequencies(self) -> np.ndarray:
-    """Radians a position of each pair, [dim / 2]."""
+    """Radians per position of each pair, [dim / 2]."""
     exponents = np.arange(0, self.dim, 2) / self.dim
     plain = self.theta**-exponents
     stretched = plain / self.factor
@@ -122,7 +127,7 @@ class Rotary:
     if self.truncate:
       first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, self.dim - 1)
-    # The reference does the same where both ends meet.
+    # As in `transformers`, which also avoids a width of 0 this way.
     width = last - first if last != first else 0.001
     lost = np.clip((np.arange(self.dim // 2) - first) / width, 0, 1)
     return (1 - lost) * plain + lost * stretched
@@ -134,9 +139,8 @@ class Lora:
 
   Attributes:
     rank: r, the columns of A and the rows of B.
-    alpha: of the factor on the product.
-    targets: the matrices of every layer that have one, of `LORA_TARGETS`; ()
-      is all that there are.
+    alpha: scales the product.
+    targets: matrices of every layer, of `LORA_TARGETS`; () is all of them.
   """
 
   rank: int
@@ -154,11 +158,11 @@ class Lora:
     unknown = sorted(set(self.targets) - set(LORA_TARGETS))
     if unknown:
       raise ValueError(
-        f'lora.targets knows {", ".join(LORA_TARGETS)}, and () for all: '
+        f'lora.targets takes {", ".join(LORA_TARGETS)}, or () for all, not '
         f'{", ".join(unknown)}'
       )
     if len(set(self.targets)) < len(self.targets):
-      raise ValueError(f'lora.targets names one twice: {self.targets}')
+      raise ValueError(f'lora.targets has duplicates: {self.targets}')
 
   @property
   def scale(self) -> float:
@@ -172,25 +176,25 @@ class TransformerConfig:
 
   Attributes:
     vocab_size: tokens of the tokenizer, PAD included.
-    context_length: learned positions; no sequence may be longer.
+    context_length: longest sequence; the number of learned positions.
     num_layers, width, num_heads, head_dim, mlp_dim: L, D, N, H and F.
     dropout: rate on each residual branch; active only where a call passes
       `deterministic=False` (SFT uses 0.2; reward models and PPO never drop).
-    compute_dtype: dtype of activations; parameters are float32 always, and
-      so are softmax, logits and everything downstream of them.
+    compute_dtype: dtype of activations. Parameters, softmax, logits and all
+      that follows from logits are float32 always.
     remat: what the backward pass recomputes: 'none' keeps all activations,
       'dots' keeps matrix products, 'full' keeps only each layer's input.
-    vocab_multiple: embedding rows are rounded up to this so that they divide
-      among chips; the rows beyond `vocab_size` can never be sampled.
-    scan_unroll: layers written out per step of the scan over layers: more is
-      a little faster on CPU, and longer to compile. Same numbers.
-    attention: 'auto' takes the platform's flash kernel where it has one that
-      fits, 'xla' never, 'flash' or an error (`models/attention.py`).
-    logprob_chunk: columns whose logits exist at one time, in float32, when
-      log-probabilities are taken; 0 is all of them. The backward pass computes
-      them again.
-    embedding_rows: at least so many embedding rows (0: as `vocab_size` needs);
-      published models have more rows than their tokenizers have tokens.
+    vocab_multiple: embedding rows are rounded up to a multiple of this, to
+      divide among chips; rows beyond `vocab_size` are never sampled.
+    scan_unroll: layers unrolled per step of the scan: a larger number is a
+      little faster on CPU and slower to compile. Same numbers.
+    attention: 'auto' uses the platform's flash kernel where it fits, 'xla'
+      never, 'flash' always or raises (`models/attention.py`).
+    logprob_chunk: columns whose float32 logits exist at one time when
+      log-probabilities are computed; the backward pass recomputes them. 0 is
+      all columns.
+    embedding_rows: least number of embedding rows; published models may have
+      more rows than tokens.
     num_kv_heads: heads of keys and values (K); 0 is one for each query head.
     norm: 'layer' with bias, 'rms' without, 'rms_plus_one' scales by 1 + weight.
     norm_epsilon: added to the variance.
@@ -200,8 +204,8 @@ class TransformerConfig:
     window_rotary: rotary positions of those layers; None: as the others.
     residual: 'sequential'; 'parallel' adds attention and MLP to the same
       stream; 'parallel_one_norm' also gives both the same norm.
-    post_norms: a second norm after attention and MLP each (Gemma 2).
-    gated_mlp: activation(gate) * up in place of activation(up).
+    post_norms: a second norm after attention and after the MLP (Gemma 2).
+    gated_mlp: activation(gate) * up instead of activation(up).
     activation: 'gelu_tanh', 'gelu' (exact), 'silu' or 'relu'.
     qkv_bias, out_bias, mlp_bias, unembed_bias: whether these products add one.
     qk_norm: RMS norm over each head of queries and keys.
@@ -209,8 +213,8 @@ class TransformerConfig:
     attention_softcap, logit_softcap: c tanh(x / c) on scores, logits; 0 is off.
     tied: the embedding is the unembedding.
     embedding_scale: factor on token embeddings.
-    lora: adapters on top of these weights; None is none. A parameter tree
-      without them is the same model before any was trained.
+    lora: adapters on top of these weights, or None. Parameters without adapter
+      leaves compute the base model.
   """
 
   vocab_size: int
@@ -252,41 +256,17 @@ class TransformerConfig:
   lora: Lora | None = None
 
   def __post_init__(self):
-    for name in (
-      'vocab_size',
-      'context_length',
-      'num_layers',
-      'width',
-      'num_heads',
-      'head_dim',
-      'mlp_dim',
-      'vocab_multiple',
-      'scan_unroll',
-    ):
+    sizes = 'vocab_size context_length num_layers width num_heads head_dim'
+    for name in (*sizes.split(), 'mlp_dim', 'vocab_multiple', 'scan_unroll'):
       value = getattr(self, name)
       if not isinstance(value, int) or value < 1:
         raise ValueError(f'model.{name} must be a positive integer: {value!r}')
+    for name, known in CHOICES.items():
+      value = getattr(self, name)
+      if value not in known:
+        raise ValueError(f'model.{name} must be one of {known}: {value!r}')
     if not 0.0 <= self.dropout < 1.0:
       raise ValueError(f'model.dropout must be in [0, 1): {self.dropout}')
-    if self.compute_dtype not in COMPUTE_DTYPES:
-      raise ValueError(
-        f'model.compute_dtype must be one of {COMPUTE_DTYPES}: '
-        f'{self.compute_dtype!r}'
-      )
-    if self.remat not in REMAT_POLICIES:
-      raise ValueError(
-        f'model.remat must be one of {REMAT_POLICIES}: {self.remat!r}'
-      )
-    for name, known in (
-      ('norm', NORMS),
-      ('residual', RESIDUALS),
-      ('activation', ACTIVATIONS),
-      ('attention', ATTENTIONS),
-    ):
-      if getattr(self, name) not in known:
-        raise ValueError(
-          f'model.{name} must be one of {known}: {getattr(self, name)!r}'
-        )
     if self.logprob_chunk < 0:
       raise ValueError(
         f'model.logprob_chunk must not be negative: {self.logprob_chunk}'
@@ -305,7 +285,7 @@ class TransformerConfig:
       )
     if self.rotary is not None and self.rotary.dim > self.head_dim:
       raise ValueError(
-        f'model.rotary.dim {self.rotary.dim} is beyond head_dim {self.head_dim}'
+        f'model.rotary.dim {self.rotary.dim} exceeds head_dim {self.head_dim}'
       )
     if self.window_rotary is not None and (
       self.rotary is None
@@ -313,10 +293,20 @@ class TransformerConfig:
       or self.window_rotary.interleaved != self.rotary.interleaved
     ):
       raise ValueError(
-        'model.window_rotary must turn the same components as model.rotary'
+        'model.window_rotary must rotate the same components as model.rotary'
       )
     if self.lora and 'gate' in self.lora.targets and not self.gated_mlp:
-      raise ValueError('lora.targets: gate is not there, the MLP has no gate')
+      raise ValueError('lora.targets names gate, but the MLP has no gate')
+
+  @property
+  def is_windowed(self) -> tuple[bool, ...]:
+    """For each layer, whether it has the window."""
+    return self.window_layers or (False,) * self.num_layers
+
+  @property
+  def score_scale(self) -> float:
+    """Factor on attention scores."""
+    return self.query_scale or self.head_dim**-0.5
 
   @property
   def vocab_rows(self) -> int:
@@ -356,14 +346,17 @@ class TransformerConfig:
     """The shape that a Hugging Face `config.json` describes.
 
     Raises:
-      ValueError: an architecture, a field or a value that is not handled; it
-        is named.
+      ValueError: names the architecture, field or value that is not handled.
     """
     return cls.from_dict(families.read_config(config_json))
 
   @classmethod
   def from_dict(cls, values: dict[str, Any]) -> 'TransformerConfig':
-    """Inverse of `to_dict`; an unknown or missing key is a ValueError."""
+    """Inverse of `to_dict`.
+
+    Raises:
+      ValueError: an unknown or missing key, or an impossible value.
+    """
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:
@@ -374,30 +367,29 @@ class TransformerConfig:
       if 'window_layers' in values:
         values['window_layers'] = tuple(values['window_layers'])
       for name in ('rotary', 'window_rotary'):
-        if name in values and values[name] is not None:
+        if values.get(name) is not None:
           values[name] = Rotary(**_with_floats(Rotary, values[name]))
       if values.get('lora') is not None:
         lora = values['lora']
         values['lora'] = Lora(**lora | {'targets': tuple(lora['targets'])})
-      values = _with_floats(cls, values)
-      return cls(**values)
+      return cls(**_with_floats(cls, values))
     except TypeError as error:
       raise ValueError(f'model config is incomplete: {error}') from error
 
 
 def _with_floats(cls, values):
   """JSON files write 8 where 8.0 is meant."""
-  floats = {field.name for field in dataclasses.fields(cls)}
-  floats = {name for name in floats if cls.__annotations__[name] is float}
   return {
-    name: float(value) if name in floats and isinstance(value, int) else value
+    name: float(value)
+    if cls.__annotations__.get(name) is float and isinstance(value, int)
+    else value
     for name, value in values.items()
   }
 
 
 def _gpt3(num_layers: int, width: int, num_heads: int) -> dict[str, Any]:
-  # The BPE of GPT-2/3 has 50,257 tokens; ours adds a PAD of its own.
   return {
+    # The BPE of GPT-2/3 has 50,257 tokens; ours adds a PAD of its own.
     'vocab_size': 50_258,
     'context_length': 2_048,
     'num_layers': num_layers,

@@ -1,8 +1,8 @@
 """A policy's forward pass while it samples: one token a row, rows of any age.
 
-The same blocks as in training, one after another instead of under `nn.scan`:
-every layer has its weights and its cache as arrays of their own, which matrix
-products read where they lie; slices of a stack would be copied for every token.
+The same blocks as in training, but one after another instead of under
+`nn.scan`: every layer has its own arrays of weights and cache, which matrix
+products read in place; slices of a stack would be copied for every token.
 Prompts are read as in training.
 """
 
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.heads import Policy
-from instruct_jax.models.transformer import Block, LayerCache, make_sights
+from instruct_jax.models.transformer import Block, LayerCache, plain_inputs
 from instruct_jax.types import Params
 
 # Of each layer: keys and values [S, K, W, H].
@@ -27,10 +27,10 @@ class Weights:
   """A policy's parameters laid out for decoding.
 
   Attributes:
-    trunk: as it is trained; prompts are read with it, and embeddings are added
-      up in float32.
+    trunk: as trained; for prompts, and for embeddings, which are added in
+      float32.
     unembedding: all of it but the layers, in the compute dtype.
-    layers: the parameters of each layer, matrices in the compute dtype and
+    layers: the parameters of each layer, kernels in the compute dtype and
       transposed: [outputs, inputs], all else as trained.
   """
 
@@ -39,39 +39,39 @@ class Weights:
   layers: tuple[Params, ...]
 
 
-def _turned(params: Params) -> Params:
+def _transposed(params: Params) -> Params:
   """A layer's kernels as matrices [outputs, inputs]; all else as it is."""
 
-  def turn(name, x):
+  def transpose(name, x):
     if not name.endswith('_kernel'):
       return x
     num_in = 2 if name == 'out_kernel' else 1
-    inputs = math.prod(x.shape[:num_in])
-    return x.reshape(inputs, -1).T
+    return x.reshape(math.prod(x.shape[:num_in]), -1).T
 
-  return {name: turn(name, x) for name, x in params.items()}
+  return {name: transpose(name, x) for name, x in params.items()}
 
 
-def _turned_back(config: TransformerConfig, params: Params) -> Params:
-  """As the blocks want them: another name for the same numbers, no copy."""
-  heads = {
+def _restored(config: TransformerConfig, params: Params) -> Params:
+  """Inverse of `_transposed`: a view of the same numbers, no copy."""
+  kv_heads = (config.kv_heads, config.head_dim)
+  outer = {
     'query_kernel': (config.num_heads, config.head_dim),
-    'key_kernel': (config.kv_heads, config.head_dim),
-    'value_kernel': (config.kv_heads, config.head_dim),
+    'key_kernel': kv_heads,
+    'value_kernel': kv_heads,
   }
 
-  def turn(name, x):
+  def restore(name, x):
     if not name.endswith('_kernel'):
       return x
     if name == 'out_kernel':
       return x.T.reshape(config.num_heads, config.head_dim, -1)
-    return x.T.reshape(x.shape[1], *heads.get(name, (x.shape[0],)))
+    return x.T.reshape(x.shape[1], *outer.get(name, (x.shape[0],)))
 
-  return {name: turn(name, x) for name, x in params.items()}
+  return {name: restore(name, x) for name, x in params.items()}
 
 
 def in_compute_dtype(config: TransformerConfig, params: Params) -> Params:
-  """Matrices in the compute dtype, which the blocks would cast them to.
+  """Parameters in the compute dtype, to which the blocks would cast them.
 
   The scales of norms, [D] or [L, D], stay as they are.
   """
@@ -90,17 +90,15 @@ def weights_of(
   """Takes the layers of stacked parameters apart.
 
   Args:
-    config: of the model.
     params: of a policy, as trained.
-    cast: `in_compute_dtype` of them, laid out as decoding wants it.
+    cast: `in_compute_dtype` of them, laid out for decoding.
   """
+  trunk = cast['trunk']
   layers = tuple(
-    _turned(jax.tree.map(lambda x, i=i: x[i], cast['trunk']['layers']))
+    _transposed(jax.tree.map(lambda x, i=i: x[i], trunk['layers']))
     for i in range(config.num_layers)
   )
-  unembedding = {
-    name: x for name, x in cast['trunk'].items() if name != 'layers'
-  }
+  unembedding = {name: x for name, x in trunk.items() if name != 'layers'}
   return Weights(params['trunk'], unembedding, layers)
 
 
@@ -124,12 +122,10 @@ def read(
 ) -> SlotCache:
   """Keys and values of prompts, [S, K, P, H] in each layer.
 
-  No logits: the last token of a prompt is read again by the first `step`.
-  Through the layers as in training, many tokens being worth a slice.
+  No logits: the first `step` reads a prompt's last token again. Layers run as
+  in training, since for many tokens the copy of a slice does not matter.
 
   Args:
-    module: the policy.
-    weights: of the policy.
     tokens: padded on the right.
     lengths: real tokens of each row.
   """
@@ -138,9 +134,7 @@ def read(
     {'params': {'trunk': weights.trunk}},
     tokens,
     segments.astype(jnp.int32),
-    method=lambda model, tokens, segments: model.trunk(
-      tokens, segments, keeps_keys=True
-    ),
+    method=lambda model, *args: model.trunk(*args, keeps_keys=True),
   )
   return tuple((keys[i], values[i]) for i in range(module.config.num_layers))
 
@@ -152,16 +146,12 @@ def extend(
   lengths: Int[Array, 'S'],
   cache: SlotCache,
 ) -> tuple[Float[Array, 'S t D'], SlotCache]:
-  """Reads more tokens in every row; what the last layer writes for each.
+  """Reads more tokens in every row; returns the last layer's output.
 
   Args:
-    module: the policy.
-    weights: of the policy.
     tokens: each row's next tokens.
-    lengths: columns of each row that are filled, which is the position of the
-      first token.
-    cache: of the tokens before; comes back with these from column `lengths`
-      on.
+    lengths: filled columns of each row, that is the first token's position.
+    cache: of earlier tokens; returned with these from column `lengths` on.
   """
   config = module.config
   positions = lengths[:, None] + jnp.arange(tokens.shape[1])[None, :]
@@ -169,30 +159,23 @@ def extend(
   columns = jnp.broadcast_to(
     jnp.arange(num_columns)[None, :], (tokens.shape[0], num_columns)
   )
-  sights = make_sights(
-    config,
-    positions,
-    columns,
-    columns[:, None, :] <= positions[:, :, None],
-    None,
-    None,
-  )
+  allowed = columns[:, None, :] <= positions[:, :, None]
+  inputs = plain_inputs(config, positions, columns, allowed)
   x = module.apply(
     {'params': {'trunk': weights.trunk}},
     tokens,
     jnp.clip(positions, 0, config.context_length - 1),
     method=lambda model, *args: model.trunk.embed(*args),
   )
-  windowed = config.window_layers or (False,) * config.num_layers
   after = []
-  for params, (keys, values), is_windowed in zip(
-    weights.layers, cache, windowed, strict=True
+  for params, (keys, values), windowed in zip(
+    weights.layers, cache, config.is_windowed, strict=True
   ):
     x, layer = Block(config).apply(
-      {'params': _turned_back(config, params)},
+      {'params': _restored(config, params)},
       x,
       False,
-      [sights[is_windowed]],
+      [inputs[windowed]],
       True,
       cache=LayerCache(keys, values, lengths),
     )
@@ -203,13 +186,14 @@ def extend(
 def logits_of(
   module: Policy, weights: Weights, x: Float[Array, '*b D']
 ) -> Float[Array, '*b V']:
-  """float32 logits of the next token, from what `extend` gives."""
-  return module.apply(
-    {'params': {'trunk': weights.unembedding}},
-    x,
-    x.ndim == 2,  # One token a row.
-    method=lambda model, *args: model.trunk.logits(*args),
-  )
+  """float32 logits of the next token, from the output of `extend`."""
+
+  def unembed(model, x):
+    one_each = x.ndim == 2  # One token a row.
+    return model.trunk.unembed(model.trunk.final_norm(x), one_each)
+
+  params = {'trunk': weights.unembedding}
+  return module.apply({'params': params}, x, method=unembed)
 
 
 def step(
@@ -219,9 +203,6 @@ def step(
   lengths: Int[Array, 'S'],
   cache: SlotCache,
 ) -> tuple[Float[Array, 'S V'], SlotCache]:
-  """Reads one more token in every row; float32 logits of the next.
-
-  Args and cache as in `extend`, with one token a row.
-  """
+  """`extend` by one token a row; returns float32 logits of the next token."""
   x, cache = extend(module, weights, tokens[:, None], lengths, cache)
   return logits_of(module, weights, x[:, 0]), cache

@@ -1,9 +1,9 @@
-"""The published families: what their config.json says and how weights are laid.
+"""The published families: fields of their config.json, names of their tensors.
 
-Only names, numbers and layouts: nothing here knows a device. What a field of
-config.json means is what `transformers` makes of it: its own configuration
-classes fill in what is absent and read older spellings, and a field that its
-code does not read is not read here either.
+Only names, numbers and layouts: nothing here knows a device. A field of
+config.json means what `transformers` (the reference) makes of it: its
+configuration classes fill in what is absent and read older spellings, and a
+field that its code does not read is not read here either.
 """
 
 import copy
@@ -28,7 +28,7 @@ _WITHOUT_EFFECT = frozenset(
   _attn_implementation attention_probs_dropout_prob hidden_dropout_prob rotary
   """.split()  # noqa: SIM905
 )
-# Fields that are handled at one value only, which is the usual one.
+# Fields that are handled at one value only, the usual one.
 _ONLY = {
   'add_cross_attention': False,
   'attention_bias': False,
@@ -82,13 +82,13 @@ _OLDER = {
   ),
 }
 _ROPE_TYPES = ('default', 'linear', 'dynamic', 'llama3', 'yarn')
-# In these the name of the activation has two fields, of which one is read.
+# These families have two fields for the activation; this one is not read.
 _OTHER_ACTIVATION = {
   'gemma': 'hidden_activation',
   'gemma2': 'hidden_act',
   'gemma3_text': 'hidden_act',
 }
-# Defaults of the reference that are a certain model's size and no convention.
+# Fields without a usable default: the reference has one model's size there.
 _SIZES = (
   'vocab_size',
   'hidden_size',
@@ -96,6 +96,37 @@ _SIZES = (
   'num_attention_heads',
   'max_position_embeddings',
 )
+
+
+def _field_names(family: str) -> dict[str, str]:
+  """Fields of `TransformerConfig` and of config.json that mean the same."""
+  if family in ('gpt2', 'gptj'):
+    return {
+      'context_length': 'n_positions',
+      'num_layers': 'n_layer',
+      'width': 'n_embd',
+      'num_heads': 'n_head',
+      'mlp_dim': 'n_inner',
+      'norm_epsilon': 'layer_norm_epsilon',
+      'activation': 'activation_function',
+    }
+  names = {
+    'context_length': 'max_position_embeddings',
+    'num_layers': 'num_hidden_layers',
+    'width': 'hidden_size',
+    'num_heads': 'num_attention_heads',
+    'mlp_dim': 'intermediate_size',
+    'norm_epsilon': 'layer_norm_eps',
+    'activation': 'hidden_act',
+  }
+  if family != 'gpt_neox':
+    names |= {
+      'norm_epsilon': 'rms_norm_eps',
+      'num_kv_heads': 'num_key_value_heads',
+    }
+  if family in ('gemma2', 'gemma3_text'):
+    names['activation'] = 'hidden_activation'
+  return names
 
 
 class _Fields:
@@ -115,14 +146,18 @@ class _Fields:
     self.read |= {_OTHER_ACTIVATION.get(family)}
 
   def take(self, name: str, *default: Any) -> Any:
-    """The reference's value; a default is for what its class may not have."""
+    """The reference's value; the default is for fields its class may lack."""
     self.read |= {name, self.aliases.get(name)}
     return getattr(self.resolved, name, *default)
 
   def finish(self) -> None:
-    """Refuses what the file says and nothing here has read."""
-    ignored = self.read | _WITHOUT_EFFECT | _generation_fields()
-    _refuse_rest(self.values, ignored, self.family)
+    """Refuses fields of the file that were not read."""
+    import transformers
+
+    # How to sample: the reference keeps these fields out of the model.
+    generation = set(transformers.GenerationConfig().to_dict())
+    ignored = self.read | _WITHOUT_EFFECT | generation
+    _refuse_unread(self.values, ignored, self.family)
 
 
 def _check_rope_types(values):
@@ -136,7 +171,7 @@ def _check_rope_types(values):
         raise ValueError(f'config.json: rope_type {kind!r} is not handled')
 
 
-def _refuse_rest(values, ignored, family, where=''):
+def _refuse_unread(values, ignored, family, where=''):
   for name, value in values.items():
     if name in ignored or value is None:
       continue
@@ -146,13 +181,6 @@ def _refuse_rest(values, ignored, family, where=''):
       f'config.json: {where}{name} = {value!r} is not handled for '
       f'{family}; remove the field only if it changes nothing'
     )
-
-
-def _generation_fields() -> set[str]:
-  """Of how to sample: the reference keeps them out of the model."""
-  import transformers
-
-  return set(transformers.GenerationConfig().to_dict())
 
 
 def _as_reference(family, values):
@@ -167,10 +195,10 @@ def _as_reference(family, values):
   level = transformers.logging.get_verbosity()
   transformers.logging.set_verbosity_error()
   try:
-    with warnings.catch_warnings(action='ignore'):  # Of older spellings.
+    with warnings.catch_warnings(action='ignore'):  # About older spellings.
       resolved = transformers.CONFIG_MAPPING[model_type].from_dict(values)
     if getattr(resolved, 'rope_parameters', None):
-      # Its rotary functions do so once more, and then see all fields.
+      # Its rotary functions repeat this, and then see all fields.
       resolved.standardize_rope_params()
   # Validation errors of several kinds, and whatever odd values lead to.
   except Exception as error:
@@ -185,13 +213,10 @@ def _as_reference(family, values):
 
 
 def read_config(config_json: Mapping[str, Any]) -> dict[str, Any]:
-  """`TransformerConfig` fields, as `TransformerConfig.from_dict` takes them.
-
-  Args:
-    config_json: the content of a model folder's config.json.
+  """Values for `TransformerConfig.from_dict` from a folder's config.json.
 
   Raises:
-    ValueError: an architecture, field or value that is not handled, by name.
+    ValueError: names the architecture, field or value that is not handled.
   """
   if 'model_type' not in config_json:
     raise ValueError('config.json: model_type is missing')
@@ -202,17 +227,27 @@ def read_config(config_json: Mapping[str, Any]) -> dict[str, Any]:
       f'{", ".join(FAMILIES)}'
     )
   fields = _Fields(family, config_json)
-  if family in ('gpt2', 'gptj'):
-    values = _gpt(family, fields)
-  elif family == 'gpt_neox':
-    values = _gpt_neox(fields)
+  values = {
+    ours: fields.take(name) for ours, name in _field_names(family).items()
+  }
+  if values['activation'] not in _ACTIVATIONS:
+    raise ValueError(
+      f'config.json: activation {values["activation"]!r} is not handled'
+    )
+  values['activation'] = _ACTIVATIONS[values['activation']]
+  if family in ('gpt2', 'gptj', 'gpt_neox'):
+    values['head_dim'] = values['width'] // values['num_heads']
+    values |= _gpt(family, fields, values)
   else:
-    values = _llama_like(family, fields)
-  values['embedding_rows'] = values['vocab_size'] = fields.take('vocab_size')
-  values['tied'] = fields.take('tie_word_embeddings')
-  # Of our own exports: how many of the rows are tokens.
-  values['vocab_size'] = config_json.get('num_tokens', values['vocab_size'])
-  values['vocab_multiple'] = 1
+    values |= _llama_like(family, fields, values)
+  rows = fields.take('vocab_size')
+  values |= {
+    'embedding_rows': rows,
+    # Our own exports say how many of the rows are tokens.
+    'vocab_size': config_json.get('num_tokens', rows),
+    'vocab_multiple': 1,
+    'tied': fields.take('tie_word_embeddings'),
+  }
   fields.finish()
   return values
 
@@ -224,7 +259,7 @@ def score_pad_id(config_json: Mapping[str, Any]) -> int:
   often the EOS. -1: it has none and reads at the last token.
 
   Raises:
-    ValueError: it has another number of labels than one.
+    ValueError: the number of labels is not one.
   """
   resolved = _as_reference(config_json['model_type'], config_json)
   if resolved.num_labels != 1:
@@ -235,94 +270,54 @@ def score_pad_id(config_json: Mapping[str, Any]) -> int:
   return -1 if resolved.pad_token_id is None else resolved.pad_token_id
 
 
-def _activation(name: str) -> str:
-  if name not in _ACTIVATIONS:
-    raise ValueError(f'config.json: activation {name!r} is not handled')
-  return _ACTIVATIONS[name]
-
-
-def _gpt(family, fields):
-  width, num_heads = fields.take('n_embd'), fields.take('n_head')
-  inner = fields.take('n_inner')
-  values = {
-    'context_length': fields.take('n_positions'),
-    'num_layers': fields.take('n_layer'),
-    'width': width,
-    'num_heads': num_heads,
-    'head_dim': width // num_heads,
-    'mlp_dim': 4 * width if inner is None else inner,
-    'norm_epsilon': fields.take('layer_norm_epsilon'),
-    'activation': _activation(fields.take('activation_function')),
-  }
+def _gpt(family, fields, values):
+  """What GPT-2, GPT-J and GPT-NeoX have besides `_field_names`."""
+  if family == 'gpt_neox':
+    parameters = fields.take('rope_parameters')
+    parallel = fields.take('use_parallel_residual')
+    bias = fields.take('attention_bias')
+    return {
+      'rotary': _rotary(
+        parameters, values['head_dim'], values['context_length'], partial=True
+      ),
+      'residual': 'parallel' if parallel else 'sequential',
+      'qkv_bias': bias,
+      'out_bias': bias,
+    }
+  found = {}
+  if values['mlp_dim'] is None:
+    found['mlp_dim'] = 4 * values['width']
   if family == 'gptj':
-    values |= {
+    fields.take('scale_attn_weights', True)  # GPT-J's code does not read it.
+    found |= {
       'rotary': {'dim': fields.take('rotary_dim'), 'interleaved': True},
       'residual': 'parallel_one_norm',
       'qkv_bias': False,
       'out_bias': False,
       'unembed_bias': True,
     }
-    fields.take('scale_attn_weights', True)  # GPT-J's code does not read it.
-  return values
+  return found
 
 
-def _gpt_neox(fields):
-  width, num_heads = (
-    fields.take('hidden_size'),
-    fields.take('num_attention_heads'),
-  )
-  context = fields.take('max_position_embeddings')
-  parallel = fields.take('use_parallel_residual')
-  bias = fields.take('attention_bias')
-  parameters = fields.take('rope_parameters')
-  return {
-    'context_length': context,
-    'num_layers': fields.take('num_hidden_layers'),
-    'width': width,
-    'num_heads': num_heads,
-    'head_dim': width // num_heads,
-    'mlp_dim': fields.take('intermediate_size'),
-    'norm_epsilon': fields.take('layer_norm_eps'),
-    'activation': _activation(fields.take('hidden_act')),
-    'rotary': _rotary(parameters, width // num_heads, context, partial=True),
-    'residual': 'parallel' if parallel else 'sequential',
-    'qkv_bias': bias,
-    'out_bias': bias,
-  }
-
-
-def _llama_like(family, fields):
+def _llama_like(family, fields, values):
+  """What the other families have besides `_field_names`."""
   gemma = family.startswith('gemma')
-  width, num_heads = (
-    fields.take('hidden_size'),
-    fields.take('num_attention_heads'),
-  )
-  num_layers = fields.take('num_hidden_layers')
-  head_dim = fields.take('head_dim', width // num_heads)
+  head_dim = fields.take('head_dim', values['width'] // values['num_heads'])
   if head_dim is None:
     raise ValueError(
       f'config.json: head_dim is null or missing, which transformers does not '
       f'read for {family} with these fields; give it'
     )
-  activation = fields.take(
-    'hidden_activation' if family in ('gemma2', 'gemma3_text') else 'hidden_act'
-  )
   # The others have no such field, or ignore it; `_ONLY` refuses it there.
   biased = family in ('llama', 'qwen3') or gemma
   bias = biased and fields.take('attention_bias')
-  window, window_layers = _windows(family, fields, num_layers)
-  rotary, window_rotary = _rotaries(family, fields, head_dim, window_layers)
-  values = {
-    'context_length': fields.take('max_position_embeddings'),
-    'num_layers': num_layers,
-    'width': width,
-    'num_heads': num_heads,
-    'num_kv_heads': fields.take('num_key_value_heads'),
+  window, window_layers = _windows(family, fields, values['num_layers'])
+  rotary, window_rotary = _rotaries(
+    family, fields, head_dim, values['context_length'], window_layers
+  )
+  found = {
     'head_dim': head_dim,
-    'mlp_dim': fields.take('intermediate_size'),
     'norm': 'rms_plus_one' if gemma else 'rms',
-    'norm_epsilon': fields.take('rms_norm_eps'),
-    'activation': _activation(activation),
     'rotary': rotary,
     'window_rotary': window_rotary,
     'window': window,
@@ -334,18 +329,17 @@ def _llama_like(family, fields):
     'qk_norm': family in ('qwen3', 'gemma3_text'),
   }
   if gemma:
-    values['embedding_scale'] = math.sqrt(width)
+    found['embedding_scale'] = math.sqrt(values['width'])
   if family in ('gemma2', 'gemma3_text'):
-    values |= {
+    attention_softcap = _softcap(fields, 'attn_logit_softcapping')
+    found |= {
       'post_norms': True,
       'query_scale': fields.take('query_pre_attn_scalar') ** -0.5,
-      'attention_softcap': _softcap(fields, 'attn_logit_softcapping'),
+      # Gemma 3 has the field, but the reference's attention ignores it.
+      'attention_softcap': attention_softcap if family == 'gemma2' else 0.0,
       'logit_softcap': _softcap(fields, 'final_logit_softcapping'),
     }
-  if family == 'gemma3_text':
-    # The field is there, and the reference's attention never gets it.
-    values['attention_softcap'] = 0.0
-  return values
+  return found
 
 
 def _softcap(fields, name):
@@ -384,21 +378,20 @@ def _windows(family, fields, num_layers):
   return window, near
 
 
-def _rotaries(family, fields, head_dim, window_layers):
+def _rotaries(family, fields, head_dim, context, window_layers):
   """Rotary positions of plain and of windowed layers (None: the same)."""
-  context = fields.take('max_position_embeddings')
   parameters = fields.take('rope_parameters')
   if family != 'gemma3_text':
     return _rotary(parameters, head_dim, context), None
-  _refuse_rest(
+  kinds = ('full_attention', 'sliding_attention')
+  _refuse_unread(
     parameters,
-    {'full_attention', 'sliding_attention', 'rope_type', 'rope_theta'},
+    {*kinds, 'rope_type', 'rope_theta'},
     family,
     'rope_parameters.',
   )
   plain, near = (
-    _rotary(parameters[kind], head_dim, context, nested=True)
-    for kind in ('full_attention', 'sliding_attention')
+    _rotary(parameters[kind], head_dim, context, nested=True) for kind in kinds
   )
   if window_layers and all(window_layers):
     return near, None
@@ -410,9 +403,7 @@ def _rotary(values, head_dim, context, partial=False, nested=False):
 
   Args:
     values: `rope_parameters` of the reference.
-    head_dim: components of a head.
-    context: `max_position_embeddings`.
-    partial: whether the family's code can turn a part of a head.
+    partial: whether the family's code can rotate a part of a head.
     nested: whether the model has parameters for each kind of layer.
   """
   read = {'rope_type', 'type', 'partial_rotary_factor'}
@@ -440,27 +431,32 @@ def _rotary(values, head_dim, context, partial=False, nested=False):
   elif not partial and int(head_dim * part) != head_dim:
     raise ValueError(
       f'config.json: partial_rotary_factor = {part!r} with rope_type {kind!r} '
-      "is not handled; the reference's code turns whole heads"
+      "is not handled; the reference's code rotates whole heads"
     )
-  rotary = {
-    'dim': int(head_dim * part),
-    'theta': float(number('rope_theta')),
-  }
-  if rotary['dim'] < 2 or rotary['dim'] % 2:
+  dim = int(head_dim * part)
+  rotary = {'dim': dim, 'theta': float(number('rope_theta'))}
+  if dim < 2 or dim % 2:
     raise ValueError(
-      f'config.json: {part!r} of a head of {head_dim} turns {rotary["dim"]} '
-      'components; only an even number, 2 or more, is handled'
+      f'config.json: {part!r} of a head of {head_dim} turns {dim} components; '
+      'only an even number, 2 or more, is handled'
     )
-  if kind == 'linear':
-    rotary |= {'scaling': kind, 'factor': number('factor')}
+  if kind in ('linear', 'llama3', 'yarn'):
+    rotary['scaling'] = kind
+  else:
+    # Dynamic scaling stretches only what is longer than the context, which is
+    # an error here; the default type ignores these fields.
+    read |= {'factor', 'original_max_position_embeddings'}
+  if kind == 'yarn':
+    rotary |= _yarn(number, context)
+    # The reference looks for it beside the kinds of layers, not in them.
+    rotary['truncate'] = nested or bool(values.get('truncate', True))
+    read.add('truncate')
+  elif kind in ('linear', 'llama3'):
+    rotary['factor'] = number('factor')
   elif kind == 'dynamic':
-    # Stretches only what is longer than the context, which is an error here.
     number('factor')
-    read.add('original_max_position_embeddings')
-  elif kind == 'llama3':
+  if kind == 'llama3':
     rotary |= {
-      'scaling': kind,
-      'factor': number('factor'),
       'original_context': number('original_max_position_embeddings'),
       'low': number('low_freq_factor'),
       'high': number('high_freq_factor'),
@@ -470,35 +466,29 @@ def _rotary(values, head_dim, context, partial=False, nested=False):
         f'config.json: rope_parameters.low_freq_factor {rotary["low"]} must be '
         f'below high_freq_factor {rotary["high"]}'
       )
-  elif kind == 'yarn':
-    original = number('original_max_position_embeddings')
-    factor = number('factor', context / original)
-    # DeepSeek's spelling: two factors, where both are given and not 0.
-    whole, each = number('mscale', 0), number('mscale_all_dim', 0)
-    magnitude = _yarn_magnitude(factor)
-    if whole and each:
-      magnitude = _yarn_magnitude(factor, whole) / _yarn_magnitude(factor, each)
-    rotary |= {
-      'scaling': kind,
-      'factor': factor,
-      'original_context': original,
-      'low': number('beta_slow', 1) or 1,
-      'high': number('beta_fast', 32) or 32,
-      # The reference looks for it beside the kinds of layers, not in them.
-      'truncate': nested or bool(values.get('truncate', True)),
-      'magnitude': number('attention_factor', magnitude),
-    }
-    read.add('truncate')
-  else:
-    # Of another type's fields the reference's default reads none.
-    read |= {'factor', 'original_max_position_embeddings'}
-  _refuse_rest(values, read, kind, 'rope_parameters.')
+  _refuse_unread(values, read, kind, 'rope_parameters.')
   return rotary
 
 
-def _yarn_magnitude(factor: int | float, scale: int | float = 1) -> float:
+def _yarn(number, context):
   """Peng et al. 2023 (YaRN), section 3.4: sqrt(1/t) = 0.1 ln(s) + 1."""
-  return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+  original = number('original_max_position_embeddings')
+  factor = number('factor', context / original)
+
+  def magnitude(scale):
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+  # DeepSeek's spelling: two factors, where both are given and not 0.
+  whole, each = number('mscale', 0), number('mscale_all_dim', 0)
+  both = whole and each
+  default = magnitude(whole) / magnitude(each) if both else magnitude(1)
+  return {
+    'factor': factor,
+    'original_context': original,
+    'low': number('beta_slow', 1) or 1,
+    'high': number('beta_fast', 32) or 32,
+    'magnitude': number('attention_factor', default),
+  }
 
 
 # --- Weights ------------------------------------------------------------------
@@ -506,193 +496,211 @@ def _yarn_magnitude(factor: int | float, scale: int | float = 1) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One parameter of ours inside one published tensor (a layer's, if stacked).
+  """One parameter of ours inside one published tensor (of a layer, if stacked).
 
-  Ours is `tensor.reshape(view)`, of it `part` = (axis, index) if several are
-  fused, with its axes permuted.
+  Ours is `tensor.reshape(view)`, of it `part` = (axis, index) if the tensor
+  holds several of ours, with its axes permuted by `order`.
 
   Attributes:
-    path: below `trunk`, or the name of a head's parameter.
-    name: of the published tensor; `{}` stands for the layer.
-    view: its shape with the fused axes split.
-    part: where ours lies if the tensor holds several of ours.
-    order: permutation of the remaining axes.
+    path: in a tree of parameters.
+    name: of the published tensor, with `{}` for the layer.
+    shape: of the published tensor.
+    view: the same with the joined axes split.
+    order: permutation of the axes of the part.
+    part: None if the tensor holds one of ours.
   """
 
   path: tuple[str, ...]
   name: str
+  shape: tuple[int, ...]
   view: tuple[int, ...]
   order: tuple[int, ...]
   part: tuple[int, int] | None = None
 
   @property
   def stacked(self) -> bool:
-    return self.path[0] == 'layers'
+    return 'layers' in self.path
+
+
+# Published modules of each family by our names; 'layer' is the prefix of those
+# in a layer.
+_LLAMA = {
+  'token_embedding': 'model.embed_tokens',
+  'layer': 'model.layers.{}.',
+  'query': 'self_attn.q_proj',
+  'key': 'self_attn.k_proj',
+  'value': 'self_attn.v_proj',
+  'out': 'self_attn.o_proj',
+  'query_norm': 'self_attn.q_norm',
+  'key_norm': 'self_attn.k_norm',
+  'gate': 'mlp.gate_proj',
+  'up': 'mlp.up_proj',
+  'down': 'mlp.down_proj',
+  'attention_norm': 'input_layernorm',
+  'mlp_norm': 'post_attention_layernorm',
+  'final_norm': 'model.norm',
+  'unembedding': 'lm_head',
+}
+_GEMMA2 = _LLAMA | {
+  'attention_post_norm': 'post_attention_layernorm',
+  'mlp_norm': 'pre_feedforward_layernorm',
+  'mlp_post_norm': 'post_feedforward_layernorm',
+}
+_MODULES = {
+  'gpt2': {
+    'token_embedding': 'transformer.wte',
+    'position_embedding': 'transformer.wpe',
+    'layer': 'transformer.h.{}.',
+    **dict.fromkeys(('query', 'key', 'value'), 'attn.c_attn'),
+    'out': 'attn.c_proj',
+    'up': 'mlp.c_fc',
+    'down': 'mlp.c_proj',
+    'attention_norm': 'ln_1',
+    'mlp_norm': 'ln_2',
+    'final_norm': 'transformer.ln_f',
+    'unembedding': 'lm_head',
+  },
+  'gptj': {
+    'token_embedding': 'transformer.wte',
+    'layer': 'transformer.h.{}.',
+    'query': 'attn.q_proj',
+    'key': 'attn.k_proj',
+    'value': 'attn.v_proj',
+    'out': 'attn.out_proj',
+    'up': 'mlp.fc_in',
+    'down': 'mlp.fc_out',
+    'attention_norm': 'ln_1',
+    'final_norm': 'transformer.ln_f',
+    'unembedding': 'lm_head',
+  },
+  'gpt_neox': {
+    'token_embedding': 'gpt_neox.embed_in',
+    'layer': 'gpt_neox.layers.{}.',
+    **dict.fromkeys(('query', 'key', 'value'), 'attention.query_key_value'),
+    'out': 'attention.dense',
+    'up': 'mlp.dense_h_to_4h',
+    'down': 'mlp.dense_4h_to_h',
+    'attention_norm': 'input_layernorm',
+    'mlp_norm': 'post_attention_layernorm',
+    'final_norm': 'gpt_neox.final_layer_norm',
+    'unembedding': 'embed_out',
+  },
+  'gemma2': _GEMMA2,
+  'gemma3_text': _GEMMA2,
+}
+# Outputs of a tensor that holds queries, keys and values.
+_FUSED = {'gpt2': '3NH', 'gpt_neox': 'N3H'}
 
 
 def embedding_names(family: str) -> tuple[str, str]:
   """The published tensors of a language model's embedding and unembedding."""
-  return {
-    'gpt2': ('transformer.wte.weight', 'lm_head.weight'),
-    'gptj': ('transformer.wte.weight', 'lm_head.weight'),
-    'gpt_neox': ('gpt_neox.embed_in.weight', 'embed_out.weight'),
-  }.get(family, ('model.embed_tokens.weight', 'lm_head.weight'))
+  modules = _MODULES.get(family, _LLAMA)
+  return tuple(
+    f'{modules[name]}.weight' for name in ('token_embedding', 'unembedding')
+  )
 
 
 def entries(family: str, config: Any, scalar: bool = False) -> list[Entry]:
-  """Where each parameter of a model lies in the family's published tensors.
+  """Where each parameter of a model is in the family's published tensors.
 
   Args:
     family: `model_type` of the config.json.
     config: the `TransformerConfig`.
     scalar: a sequence classifier with one label instead of a language model.
   """
-  D, N, K = config.width, config.num_heads, config.kv_heads
-  H, F = config.head_dim, config.mlp_dim
-  rows = max(config.vocab_size, config.embedding_rows)
-  found = []
+  modules, found = _MODULES.get(family, _LLAMA), []
+  # Axes by their letters; C is the context, V the embedding rows, 3 the number
+  # of fused parts.
+  sizes = {
+    'C': config.context_length,
+    'D': config.width,
+    'F': config.mlp_dim,
+    'H': config.head_dim,
+    'K': config.kv_heads,
+    'N': config.num_heads,
+    'V': max(config.vocab_size, config.embedding_rows),
+    '3': 3,
+  }
 
-  def plain(path, name, *shape):
-    found.append(Entry(path, name, shape, tuple(range(len(shape)))))
+  def add(path, name, axes, ours='', number=0):
+    """Ours is part `number`, with the axes `ours`, of a tensor with the axes
+    `axes`, where those without a space between them are joined."""
+    view = axes.replace(' ', '')
+    kept = view.replace('3', '')
+    found.append(
+      Entry(
+        path=('trunk', *path),
+        name=name,
+        shape=tuple(
+          math.prod(sizes[axis] for axis in joined) for joined in axes.split()
+        ),
+        view=tuple(sizes[axis] for axis in view),
+        order=tuple(kept.index(axis) for axis in ours or kept),
+        part=(view.index('3'), number) if '3' in view else None,
+      )
+    )
 
-  def linear(path, name, inner, outer):
-    """[out, in] as in PyTorch; ours has the inputs first."""
-    shape = (*outer, *inner)
-    order = (*range(len(outer), len(shape)), *range(len(outer)))
-    found.append(Entry(path, name, shape, order))
+  def linear(name, inner, outer, has_bias, number=0):
+    module, view = modules['layer'] + modules[name], outer
+    if name in ('query', 'key', 'value'):
+      view = _FUSED.get(family, outer)  # With the axis of its parts.
+    # Ours has the inputs first, as GPT-2; PyTorch's linear layers, the outputs.
+    axes = f'{inner} {view}' if family == 'gpt2' else f'{view} {inner}'
+    path = ('layers', f'{name}_kernel')
+    add(path, f'{module}.weight', axes, inner + outer, number)
+    if has_bias:
+      add(('layers', f'{name}_bias'), f'{module}.bias', view, outer, number)
 
-  def norm(path, name):
-    plain((*path, 'scale'), f'{name}.weight', D)
+  def norm(name, axis='D'):
+    in_layer = name != 'final_norm'
+    path = ('layers', name) if in_layer else (name,)
+    module = modules['layer'] * in_layer + modules[name]
+    add((*path, 'scale'), f'{module}.weight', axis)
     if config.norm == 'layer':
-      plain((*path, 'bias'), f'{name}.bias', D)
+      add((*path, 'bias'), f'{module}.bias', axis)
 
-  def layer(name):
-    return ('layers', name)
-
-  embedding, unembedding = embedding_names(family)
-  plain(('token_embedding',), embedding, rows, D)
-  if family == 'gpt2':
-    top, block = 'transformer.', 'transformer.h.{}.'
-    plain(('position_embedding',), top + 'wpe.weight', config.context_length, D)
-    for index, name in enumerate(('query', 'key', 'value')):
-      found.append(
-        Entry(
-          layer(f'{name}_kernel'),
-          block + 'attn.c_attn.weight',
-          (D, 3, N, H),
-          (0, 1, 2),
-          (1, index),
-        )
-      )
-      found.append(
-        Entry(
-          layer(f'{name}_bias'),
-          block + 'attn.c_attn.bias',
-          (3, N, H),
-          (0, 1),
-          (0, index),
-        )
-      )
-    plain(layer('out_kernel'), block + 'attn.c_proj.weight', N, H, D)
-    plain(layer('out_bias'), block + 'attn.c_proj.bias', D)
-    plain(layer('up_kernel'), block + 'mlp.c_fc.weight', D, F)
-    plain(layer('up_bias'), block + 'mlp.c_fc.bias', F)
-    plain(layer('down_kernel'), block + 'mlp.c_proj.weight', F, D)
-    plain(layer('down_bias'), block + 'mlp.c_proj.bias', D)
-    norm(layer('attention_norm'), block + 'ln_1')
-    norm(layer('mlp_norm'), block + 'ln_2')
-    norm(('final_norm',), top + 'ln_f')
-  elif family == 'gptj':
-    top, block = 'transformer.', 'transformer.h.{}.'
-    for name, short in (('query', 'q'), ('key', 'k'), ('value', 'v')):
-      linear(
-        layer(f'{name}_kernel'),
-        f'{block}attn.{short}_proj.weight',
-        (D,),
-        (N, H),
-      )
-    linear(layer('out_kernel'), block + 'attn.out_proj.weight', (N, H), (D,))
-    linear(layer('up_kernel'), block + 'mlp.fc_in.weight', (D,), (F,))
-    plain(layer('up_bias'), block + 'mlp.fc_in.bias', F)
-    linear(layer('down_kernel'), block + 'mlp.fc_out.weight', (F,), (D,))
-    plain(layer('down_bias'), block + 'mlp.fc_out.bias', D)
-    norm(layer('attention_norm'), block + 'ln_1')
-    norm(('final_norm',), top + 'ln_f')
-  elif family == 'gpt_neox':
-    top, block = 'gpt_neox.', 'gpt_neox.layers.{}.'
-    for index, name in enumerate(('query', 'key', 'value')):
-      found.append(
-        Entry(
-          layer(f'{name}_kernel'),
-          block + 'attention.query_key_value.weight',
-          (N, 3, H, D),
-          (2, 0, 1),
-          (1, index),
-        )
-      )
-      if config.qkv_bias:
-        found.append(
-          Entry(
-            layer(f'{name}_bias'),
-            block + 'attention.query_key_value.bias',
-            (N, 3, H),
-            (0, 1),
-            (1, index),
-          )
-        )
-    linear(layer('out_kernel'), block + 'attention.dense.weight', (N, H), (D,))
-    if config.out_bias:
-      plain(layer('out_bias'), block + 'attention.dense.bias', D)
-    linear(layer('up_kernel'), block + 'mlp.dense_h_to_4h.weight', (D,), (F,))
-    plain(layer('up_bias'), block + 'mlp.dense_h_to_4h.bias', F)
-    linear(layer('down_kernel'), block + 'mlp.dense_4h_to_h.weight', (F,), (D,))
-    plain(layer('down_bias'), block + 'mlp.dense_4h_to_h.bias', D)
-    norm(layer('attention_norm'), block + 'input_layernorm')
-    norm(layer('mlp_norm'), block + 'post_attention_layernorm')
-    norm(('final_norm',), top + 'final_layer_norm')
-  else:
-    top, block = 'model.', 'model.layers.{}.'
-    for name, num in (('query', N), ('key', K), ('value', K)):
-      published = f'{block}self_attn.{name[0]}_proj.'
-      linear(layer(f'{name}_kernel'), published + 'weight', (D,), (num, H))
-      if config.qkv_bias:
-        plain(layer(f'{name}_bias'), published + 'bias', num, H)
-    published = block + 'self_attn.o_proj.'
-    linear(layer('out_kernel'), published + 'weight', (N, H), (D,))
-    if config.out_bias:
-      plain(layer('out_bias'), published + 'bias', D)
-    if config.qk_norm:
-      for name in ('query', 'key'):
-        published = f'{block}self_attn.{name[0]}_norm.weight'
-        plain(('layers', f'{name}_norm', 'scale'), published, H)
-    for name, inner, outer in (('gate', D, F), ('up', D, F), ('down', F, D)):
-      published = f'{block}mlp.{name}_proj.'
-      linear(layer(f'{name}_kernel'), published + 'weight', (inner,), (outer,))
-      if config.mlp_bias:
-        plain(layer(f'{name}_bias'), published + 'bias', outer)
-    norm(layer('attention_norm'), block + 'input_layernorm')
-    if config.post_norms:
-      norm(layer('attention_post_norm'), block + 'post_attention_layernorm')
-      norm(layer('mlp_norm'), block + 'pre_feedforward_layernorm')
-      norm(layer('mlp_post_norm'), block + 'post_feedforward_layernorm')
-    else:
-      norm(layer('mlp_norm'), block + 'post_attention_layernorm')
-    norm(('final_norm',), top + 'norm')
+  for name, axes in (('token_embedding', 'V D'), ('position_embedding', 'C D')):
+    if name in modules:
+      add((name,), f'{modules[name]}.weight', axes)
+  kv_heads = 'NH' if family in _FUSED else 'KH'
+  linear('query', 'D', 'NH', config.qkv_bias)
+  linear('key', 'D', kv_heads, config.qkv_bias, 1)
+  linear('value', 'D', kv_heads, config.qkv_bias, 2)
+  linear('out', 'NH', 'D', config.out_bias)
+  if config.qk_norm:
+    norm('query_norm', 'H')
+    norm('key_norm', 'H')
+  for name, inner, outer in (
+    ('gate', 'D', 'F'),
+    ('up', 'D', 'F'),
+    ('down', 'F', 'D'),
+  ):
+    if name in modules:
+      linear(name, inner, outer, config.mlp_bias)
+  for name in (
+    'attention_norm',
+    'attention_post_norm',
+    'mlp_norm',
+    'mlp_post_norm',
+    'final_norm',
+  ):
+    if name in modules:
+      norm(name)
   if scalar:
-    found.append(Entry(('head_kernel',), 'score.weight', (1, D), (0,), (0, 0)))
-    return found
+    shape = (1, config.width)
+    head = Entry(('head_kernel',), 'score.weight', shape, shape, (0,), (0, 0))
+    return [*found, head]
   if not config.tied:
-    plain(('unembedding',), unembedding, rows, D)
+    add(('unembedding',), f'{modules["unembedding"]}.weight', 'V D')
   if config.unembed_bias:
-    name = unembedding.removesuffix('weight') + 'bias'
-    plain(('unembedding_bias',), name, rows)
+    add(('unembedding_bias',), f'{modules["unembedding"]}.bias', 'V')
   return found
 
 
 # --- And back -----------------------------------------------------------------
 
 
-def family_of(config: Any) -> str:
+def _family_of(config: Any) -> str:
   """The family whose published code computes what this config does."""
   if config.norm == 'layer':
     if config.rotary is None:
@@ -715,109 +723,90 @@ def write_config(config: Any) -> dict[str, Any]:
   Raises:
     ValueError: no published family has this combination of switches.
   """
-  family = family_of(config)
-  rows = max(config.vocab_size, config.embedding_rows)
-  names = {name: published for published, name in _ACTIVATIONS.items()}
-  names['gelu_tanh'] = (
-    'gelu_new' if family in ('gpt2', 'gptj') else ('gelu_pytorch_tanh')
+  family = _family_of(config)
+  activations = {ours: published for published, ours in _ACTIVATIONS.items()}
+  activations['gelu_tanh'] = (
+    'gelu_new' if family in ('gpt2', 'gptj') else 'gelu_pytorch_tanh'
   )
-  activation = names[config.activation]
+  ours = config.to_dict() | {
+    'num_kv_heads': config.kv_heads,
+    'activation': activations[config.activation],
+  }
   values = {
     'model_type': family,
     'architectures': [FAMILIES[family]],
-    'vocab_size': rows,
+    'vocab_size': max(config.vocab_size, config.embedding_rows),
     'num_tokens': config.vocab_size,
     'tie_word_embeddings': config.tied,
     'dtype': 'float32',
+    **{name: ours[own] for own, name in _field_names(family).items()},
   }
-  if family in ('gpt2', 'gptj'):
+  if family == 'gptj':
+    values['rotary_dim'] = config.rotary.dim
+  elif family != 'gpt2':
+    values['rope_parameters'] = _rope_parameters(config.rotary, config)
+  if family == 'gpt_neox':
+    values['use_parallel_residual'] = config.residual == 'parallel'
+  if family not in ('gpt2', 'gptj', 'gpt_neox', 'qwen2'):
+    values['head_dim'] = config.head_dim
+  if family not in ('gpt2', 'gptj', 'mistral', 'qwen2'):
+    values['attention_bias'] = config.out_bias
+  if family == 'llama':
+    values['mlp_bias'] = config.mlp_bias
+  if family in ('gemma2', 'gemma3_text'):
+    scalar = config.query_scale**-2
     values |= {
-      'n_positions': config.context_length,
-      'n_layer': config.num_layers,
-      'n_embd': config.width,
-      'n_head': config.num_heads,
-      'n_inner': config.mlp_dim,
-      'layer_norm_epsilon': config.norm_epsilon,
-      'activation_function': activation,
+      'query_pre_attn_scalar': int(scalar) if scalar.is_integer() else scalar,
+      'attn_logit_softcapping': config.attention_softcap or None,
+      'final_logit_softcapping': config.logit_softcap or None,
     }
-    if config.rotary is not None:
-      values['rotary_dim'] = config.rotary.dim
-  else:
-    values |= {
-      'max_position_embeddings': config.context_length,
-      'num_hidden_layers': config.num_layers,
-      'hidden_size': config.width,
-      'num_attention_heads': config.num_heads,
-      'intermediate_size': config.mlp_dim,
-      'hidden_act': activation,
-      'rope_parameters': _rope_parameters(config.rotary, config),
+  if family in ('mistral', 'qwen2', 'qwen3', 'gemma2', 'gemma3_text'):
+    values['sliding_window'] = config.window or None
+  if family in ('qwen2', 'qwen3', 'gemma2', 'gemma3_text'):
+    values['layer_types'] = [
+      'sliding_attention' if windowed else 'full_attention'
+      for windowed in config.is_windowed
+    ]
+  if family.startswith('qwen'):
+    values['use_sliding_window'] = bool(config.window)
+  if family == 'gemma3_text':
+    near = config.window_rotary or config.rotary
+    values['rope_parameters'] = {
+      'full_attention': values['rope_parameters'],
+      'sliding_attention': _rope_parameters(near, config),
     }
-    if family == 'gpt_neox':
-      values |= {
-        'layer_norm_eps': config.norm_epsilon,
-        'use_parallel_residual': config.residual == 'parallel',
-        'attention_bias': config.out_bias,
-      }
-    else:
-      values['num_key_value_heads'] = config.kv_heads
-      values['rms_norm_eps'] = config.norm_epsilon
-    if family not in ('gpt_neox', 'qwen2'):
-      values['head_dim'] = config.head_dim
-    if family in ('llama', 'qwen3', 'gemma', 'gemma2', 'gemma3_text'):
-      values['attention_bias'] = config.out_bias
-    if family == 'llama':
-      values['mlp_bias'] = config.mlp_bias
-    if family in ('gemma2', 'gemma3_text'):
-      values['hidden_activation'] = values.pop('hidden_act')
-      values |= {
-        'query_pre_attn_scalar': config.query_scale**-2,
-        'attn_logit_softcapping': config.attention_softcap or None,
-        'final_logit_softcapping': config.logit_softcap or None,
-      }
-      if float(values['query_pre_attn_scalar']).is_integer():
-        values['query_pre_attn_scalar'] = int(values['query_pre_attn_scalar'])
-    if family not in ('gpt_neox', 'llama', 'gemma'):
-      values['sliding_window'] = config.window or None
-    if family in ('qwen2', 'qwen3', 'gemma2', 'gemma3_text'):
-      windowed = config.window_layers or (False,) * config.num_layers
-      values['layer_types'] = [
-        'sliding_attention' if near else 'full_attention' for near in windowed
-      ]
-    if family.startswith('qwen'):
-      values['use_sliding_window'] = bool(config.window)
-    if family == 'gemma3_text':
-      values['rope_parameters'] = {
-        'full_attention': values['rope_parameters'],
-        'sliding_attention': _rope_parameters(
-          config.window_rotary or config.rotary, config
-        ),
-      }
-  again = type(config).from_dict(read_config(values)).to_dict()
-  mine = config.to_dict() | {'num_kv_heads': config.kv_heads}
-  again['num_kv_heads'] = again['num_kv_heads'] or again['num_heads']
+  _check_same(config, type(config).from_dict(read_config(values)), family)
+  return values
+
+
+def _check_same(config, again, family):
+  """Refuses a config that a published one does not reproduce."""
   # Not of the published shape, or equal in effect.
-  for name in (
-    'dropout',
-    'compute_dtype',
-    'remat',
-    'vocab_multiple',
-    'scan_unroll',
-    'embedding_rows',
-    'window_rotary',
-  ):
-    del mine[name], again[name]
-  for values_of in (mine, again):
-    # Square roots of published integers come back up to rounding.
-    values_of['query_scale'] = round(
-      values_of['query_scale'] or config.head_dim**-0.5, 12
-    )
-  different = [name for name in mine if mine[name] != again[name]]
+  ignored = (
+    *('dropout', 'compute_dtype', 'remat', 'vocab_multiple', 'scan_unroll'),
+    *('attention', 'logprob_chunk', 'embedding_rows', 'window_rotary'),
+  )
+
+  def essence(each):
+    scale = each.query_scale or config.head_dim**-0.5
+    values = each.to_dict() | {
+      'num_kv_heads': each.kv_heads,
+      # Square roots of published integers come back up to rounding.
+      'query_scale': round(scale, 12),
+    }
+    return {name: x for name, x in values.items() if name not in ignored}
+
+  ours, theirs = essence(config), essence(again)
+  different = [
+    f'{name} ({ours[name]!r}, {theirs[name]!r})'
+    for name in ours
+    if ours[name] != theirs[name]
+  ]
   if different:
     raise ValueError(
       f'no published family has this model: as {family} these would differ: '
-      + ', '.join(f'{n} ({mine[n]!r}, {again[n]!r})' for n in different)
+      f'{", ".join(different)}'
     )
-  return values
 
 
 def _rope_parameters(rotary, config):

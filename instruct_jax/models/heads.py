@@ -1,9 +1,8 @@
 """The three models of the method: a policy, and scalar models for reward/value.
 
-A policy turns hidden states into token log-probabilities; a scalar model has
-one linear head in place of the unembedding (paper C). Both keep their trunk
-under `params['trunk']`, so that a reward model starts from a policy and a value
-model from a reward model by copying sub-trees.
+A scalar model has one linear head instead of the unembedding (paper C). Both
+kinds keep their trunk under `params['trunk']`, so that a reward model starts
+from a policy, and a value model from a reward model, by copying sub-trees.
 """
 
 import flax.linen as nn
@@ -12,7 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from instruct_jax.models.config import TransformerConfig
-from instruct_jax.models.transformer import Transformer, positions_of
+from instruct_jax.models.transformer import (
+  Transformer,
+  make_param,
+  positions_of,
+)
 
 
 def token_logprobs(
@@ -22,8 +25,8 @@ def token_logprobs(
 ) -> tuple[Float[Array, '*b'], Float[Array, '*b']]:
   """log softmax(logits / temperature)[token] and the entropy, nats, float32.
 
-  Old, new and reference log-probabilities and every text loss pass through
-  here. As in the sampler, a temperature of 0 (greedy) leaves the logits alone.
+  All log-probabilities and text losses come from here. As in the sampler, a
+  temperature of 0 (greedy) leaves the logits alone.
   """
   logits = logits.astype(jnp.float32)
   if temperature > 0:
@@ -67,14 +70,13 @@ class Policy(nn.Module):
 
     Args:
       tokens, segments, longest: see `Transformer.__call__`.
-      where: columns of the positions that predict; no other one meets the
-        unembedding. None is all of them.
-      temperature: divides the logits.
+      where: columns of the positions that predict; only these are unembedded.
+        None is all of them.
       deterministic: True switches dropout off.
 
     Returns:
-      Of the tokens that `where` predicts [M, Q]; of all tokens [M, T], where
-      column 0, which nothing precedes, is 0.
+      Both of the tokens that `where` predicts [M, Q]; or of all tokens [M, T],
+      with 0 in column 0, which nothing precedes.
     """
     hidden, _ = self.trunk(
       tokens, segments, deterministic=deterministic, longest=longest
@@ -83,22 +85,22 @@ class Policy(nn.Module):
       found = self._logprobs(hidden[:, :-1], tokens[:, 1:], temperature)
       return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (1, 0))), found)
     hidden = jnp.take_along_axis(hidden, where[:, :, None], axis=1)
-    # A token stands one column after the position that predicts it.
+    # A token is one column after the position that predicts it.
     columns = jnp.minimum(where + 1, tokens.shape[1] - 1)
     targets = jnp.take_along_axis(tokens, columns, axis=1)
-    # A dense row stands for several episodes: as many logits at one time.
-    rows = tokens.shape[1] // longest if longest else 1
-    return self._logprobs(hidden, targets, temperature, max(1, rows))
+    # A dense row holds several episodes: as many logits at one time.
+    num_episodes = max(1, tokens.shape[1] // longest) if longest else 1
+    return self._logprobs(hidden, targets, temperature, num_episodes)
 
   def _logprobs(
     self,
     hidden: Float[Array, 'B t D'],
     tokens: Int[Array, 'B t'],
     temperature: float,
-    rows_in_one: int = 1,
+    num_episodes: int = 1,
   ) -> tuple[Float[Array, 'B t'], Float[Array, 'B t']]:
     """`token_logprobs` of the unembedded hidden states, chunk by chunk."""
-    chunk = self.config.logprob_chunk * rows_in_one
+    chunk = self.config.logprob_chunk * num_episodes
 
     def logprobs_of(model, hidden, tokens):
       logits = nn.with_logical_constraint(
@@ -109,7 +111,7 @@ class Policy(nn.Module):
     num_tokens = tokens.shape[1]
     if not 0 < chunk < num_tokens:
       return logprobs_of(self, hidden, tokens)
-    # The last chunk is filled up with columns that are cut off again.
+    # Padding fills the last chunk and is cut off again below.
     num_chunks = -(-num_tokens // chunk)
     filler = num_chunks * chunk - num_tokens
     hidden = jnp.pad(hidden, ((0, 0), (0, filler), (0, 0)))
@@ -121,8 +123,7 @@ class Policy(nn.Module):
     )
 
     def step(model, carry, inputs):
-      # Without the checkpoint the backward pass would keep every chunk's
-      # logits after all.
+      # Without remat the backward pass would keep every chunk's logits.
       return carry, nn.remat(logprobs_of, prevent_cse=False)(model, *inputs)
 
     scan = nn.scan(step, variable_broadcast='params', split_rngs={})
@@ -137,14 +138,13 @@ class ScalarModel(nn.Module):
   """A trunk with one scalar per position: reward models and value models.
 
   The head starts at N(0, 1/(d_model + 1)) with bias 0 (Stiennon et al. B.1).
-  The reward model's mean-zero shift lives in that bias, so it cannot be lost
-  between saving, PPO and evaluation.
+  The bias also holds the reward model's shift to mean 0.
 
   Attributes:
     config: of the trunk.
     skipped_id: a reward model's score is read at the last token that is not
-      this one; -1 is the last token. Published classifiers take their
-      `pad_token_id`, which is often the EOS, and then read one token earlier.
+      this one; -1 is the last token. For published classifiers it is their
+      `pad_token_id`, often the EOS; the score is then one token earlier.
   """
 
   config: TransformerConfig
@@ -152,20 +152,12 @@ class ScalarModel(nn.Module):
 
   def setup(self):
     self.trunk = Transformer(self.config, unembeds=False)
-    self.head_kernel = self.param(
-      'head_kernel',
-      nn.with_logical_partitioning(
-        nn.initializers.normal((self.config.width + 1) ** -0.5), ('norm',)
-      ),
-      (self.config.width,),
-      jnp.float32,
+    width, zeros = self.config.width, nn.initializers.zeros
+    normal = nn.initializers.normal((width + 1) ** -0.5)
+    self.head_kernel = make_param(
+      self, 'head_kernel', normal, (width,), ('norm',)
     )
-    self.head_bias = self.param(
-      'head_bias',
-      nn.with_logical_partitioning(nn.initializers.zeros, ()),
-      (),
-      jnp.float32,
-    )
+    self.head_bias = make_param(self, 'head_bias', zeros, (), ())
 
   def __call__(
     self,
@@ -173,11 +165,7 @@ class ScalarModel(nn.Module):
     segments: Int[Array, 'B T'] | Bool[Array, 'B T'],
     longest: int = 0,
   ) -> Float[Array, 'B T']:
-    """float32 scalars; no dropout: reward models and PPO never use it.
-
-    A mask does as segments where each row is one sequence; `longest` is as in
-    `Transformer.__call__`.
-    """
+    """float32 scalars, without dropout; arguments as of `Transformer`."""
     hidden, _ = self.trunk(tokens, segments.astype(jnp.int32), longest=longest)
     scalars = jnp.einsum(
       'btd,d->bt', hidden.astype(jnp.float32), self.head_kernel
@@ -192,19 +180,15 @@ def read_scores(
   segments: Int[Array, 'B T'] | Bool[Array, 'B T'],
   ends: Int[Array, '*b'] | None = None,
 ) -> Float[Array, '*b']:
-  """Where the score of a reward model is read: the one place that knows.
+  """The score of each sequence: the scalar at its last token that is not
+  `skipped_id`, or at its first token if there is none.
 
   Args:
-    module: the reward model.
-    scalars: what it computes at each position.
-    tokens, segments: what it read; a mask does as segments where each row is
-      one sequence, padded on either side.
-    ends: of each sequence, the last token's place in the flattened rows; None
-      is one sequence a row.
-
-  Returns:
-    One score a sequence, at its last token that is not `skipped_id`; at its
-    first token where there is none.
+    scalars: its output at each position.
+    tokens, segments: its input; a mask will do as segments of one sequence a
+      row, padded on either side.
+    ends: index of each sequence's last token in the flattened rows; None is one
+      sequence a row.
   """
   num_tokens = tokens.shape[1]
   columns = jnp.arange(num_tokens)[None, :]
@@ -214,7 +198,7 @@ def read_scores(
     last = ends % num_tokens
 
   def at(values, column):
-    if ends is None:  # Within each row: its device need ask no other.
+    if ends is None:  # Within each row, so without communication.
       return jnp.take_along_axis(values, column[:, None], axis=1)[:, 0]
     return values.reshape(-1)[ends - ends % num_tokens + column]
 

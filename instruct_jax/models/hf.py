@@ -1,10 +1,10 @@
 """Model folders in the Hugging Face format, in and out.
 
 Safetensors files are read one published tensor at a time, in blocks, straight
-into the shard that each device holds; tensors of stacked layers go into the
-stack on the device, layer by layer. So the host holds a shard of one tensor and
-never the model. Reading is strict both ways: no tensor missing, none left over,
-every shape as config.json says, every number finite.
+into the shard of each device; stacked layers enter their stack on the device
+one by one. So the host holds a shard of one tensor, never the model. Reading
+checks that no tensor is missing or left over, that every shape is as
+config.json says, and that every number is finite.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import traverse_util
 
 from instruct_jax.models import families
 from instruct_jax.models.config import TransformerConfig
@@ -29,8 +30,7 @@ _DTYPES = {
   'F16': np.float16,
   'BF16': jnp.bfloat16,
 }
-# Buffers that old checkpoints saved beside the weights; they hold no number
-# that was learned.
+# Buffers that old checkpoints saved beside the weights: nothing learned.
 _BUFFERS = (
   '.attn.bias',
   '.attn.masked_bias',
@@ -52,8 +52,8 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   path = folder / 'config.json'
   if not path.is_file():
     raise ValueError(
-      f'{folder}: no config.json here; name the folder that holds a model in '
-      'the Hugging Face format'
+      f'{folder}: no config.json here; give a folder with a model in the '
+      'Hugging Face format'
     )
   return _read_object(path)
 
@@ -69,13 +69,14 @@ def _read_object(path):
 
 
 def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-  """The tensors of the safetensors files of a folder, not read yet.
+  """Memory maps of the tensors in a folder's safetensors files.
 
-  Those that the index names; without one, `model.safetensors`; else all.
+  Of the files that the index names; without one, of `model.safetensors`; else
+  of all.
 
   Raises:
-    ValueError: there are none (pickled weights are refused), or a file is
-      truncated, damaged, or holds a tensor that another holds too.
+    ValueError: there are none (pickled weights are refused), a file is
+      truncated or damaged, or two files hold the same tensor.
   """
   paths = sorted(folder.glob('*.safetensors'))
   if not paths:
@@ -84,20 +85,19 @@ def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     )
     if pickled:
       raise ValueError(
-        f'{folder}: {", ".join(pickled)} are pickles, which run code when '
-        'they are opened, and are not read. Convert them once, where that is '
-        'safe: transformers.AutoModelForCausalLM.from_pretrained(FOLDER)'
+        f'{folder}: {", ".join(pickled)} are pickles, which can run code when '
+        'opened, and are not read. Convert them once, where that is safe: '
+        'transformers.AutoModelForCausalLM.from_pretrained(FOLDER)'
         '.save_pretrained(NEW_FOLDER) writes safetensors'
       )
     raise ValueError(f'{folder}: no *.safetensors file here')
   index = folder / 'model.safetensors.index.json'
   if index.is_file():
-    # Some folders hold the same weights once more in their authors' own format.
+    # Some folders hold the same weights again in their authors' own format.
     weight_map = _read_object(index).get('weight_map')
     if not isinstance(weight_map, dict):
       raise ValueError(
-        f"{index}: no 'weight_map' that says which file holds each tensor; "
-        'copy the file again'
+        f"{index}: no 'weight_map' from tensors to files; copy the file again"
       )
     expected = set(weight_map.values())
     absent = sorted(expected - {path.name for path in paths})
@@ -110,7 +110,7 @@ def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
   for path in paths:
     for name, tensor in _open_file(path).items():
       if name in tensors:
-        raise ValueError(f'{path}: tensor {name} is in another file, too')
+        raise ValueError(f'{path}: tensor {name} is also in another file')
       tensors[name] = tensor
   return tensors
 
@@ -138,8 +138,7 @@ def _open_file(path):
         f'{8 + header_size + end}, the file at {size}; copy the file again'
       )
     if entry['dtype'] not in _DTYPES:
-      # Masks and such are refused by name if they are not known buffers.
-      if name.endswith(_BUFFERS):
+      if name.endswith(_BUFFERS):  # Masks of booleans, say.
         continue
       raise ValueError(
         f'{path}: tensor {name} has dtype {entry["dtype"]}; only '
@@ -157,10 +156,10 @@ def _open_file(path):
 
 
 def published_config(folder: pathlib.Path) -> TransformerConfig:
-  """The shape of a folder's language model, by config.json and its tensors.
+  """The shape of a folder's language model, from config.json and its tensors.
 
-  Where config.json says that the unembedding is the embedding and the files
-  hold another one, the model has both, as in `transformers`.
+  If config.json ties the unembedding to the embedding but the files hold a
+  different one, the model has both, as in `transformers`.
 
   Raises:
     ValueError: see `TransformerConfig.from_hf` and `open_tensors`.
@@ -188,7 +187,7 @@ def _open_named(folder, family):
 
 
 def _other_unembedding(family, tensors) -> bool:
-  """Whether the files hold an unembedding that is not the embedding."""
+  """Whether the files hold an unembedding other than the embedding."""
   embedding, unembedding = map(tensors.get, families.embedding_names(family))
   if embedding is None or unembedding is None:
     return False
@@ -209,22 +208,21 @@ def load_params(
   config: TransformerConfig,
   abstract: Params,
 ) -> Params:
-  """Reads the weights of a folder into the shards that `abstract` asks for.
+  """Reads the weights of a folder into the shards of `abstract`.
 
   Embedding rows of tokens that the published model lacks (a PAD of our own)
   start at the mean of its rows; rows beyond `vocab_size` are zero.
 
   Args:
     folder: holds config.json and safetensors files.
-    config: of the model to make; may have more tokens than the folder's. Of
-      a language model it is tied or not as `published_config` says.
-    abstract: `ShapeDtypeStruct`s with shardings; 'head_kernel' in it asks for
-      a sequence classifier with one label.
+    config: of the model to make; may have more tokens than the folder's. For
+      a language model, `tied` is as in `published_config`.
+    abstract: `ShapeDtypeStruct`s with shardings; with a 'head_kernel' for a
+      sequence classifier with one label.
 
   Raises:
-    ValueError: a tensor is missing, left over, of the wrong shape, or holds
-      numbers that are not finite; each is named. Or `config` is tied and the
-      files hold an unembedding of its own.
+    ValueError: names a tensor that is missing, left over, of the wrong shape
+      or not finite; or `config` is tied but the files hold an unembedding.
   """
   described = read_config(folder)
   family = described['model_type']
@@ -236,40 +234,26 @@ def load_params(
   tensors = _open_named(folder, family)
   embedding, unembedding = families.embedding_names(family)
   if config.tied and not scalar and embedding not in tensors:
-    # One matrix, under its other name.
-    if unembedding in tensors:
+    if unembedding in tensors:  # One matrix, under its other name.
       tensors[embedding] = tensors.pop(unembedding)
   elif config.tied and not scalar and _other_unembedding(family, tensors):
     raise ValueError(
-      f'{folder}: config.json says that the unembedding is the embedding, and '
+      f'{folder}: config.json says that the unembedding is the embedding, but '
       f'{unembedding} holds another one'
     )
-  _check_names(folder, family, entries, tensors, published)
-  params = {}
-  for entry in entries:
-    path = (
-      entry.path
-      if entry.path[0] == 'head_kernel'
-      else (
-        'trunk',
-        *entry.path,
-      )
+  _check_tensors(folder, family, entries, tensors, published)
+  structs = traverse_util.flatten_dict(abstract)
+  params = {
+    entry.path: _place(
+      entry, tensors, structs[entry.path], folder, config.vocab_size
     )
-    place, struct = params, abstract
-    for part in path[:-1]:
-      place, struct = place.setdefault(part, {}), struct[part]
-    place[path[-1]] = _place(
-      entry, tensors, struct[path[-1]], folder, config.vocab_size
-    )
+    for entry in entries
+  }
   if scalar:
-    shift = 0.0
-    if 'score_shift' in described:
-      shift = described['score_shift']
-    struct = abstract['head_bias']
-    params['head_bias'] = jax.device_put(
-      jnp.asarray(shift, jnp.float32), struct.sharding
-    )
-  return params
+    shift = jnp.asarray(described.get('score_shift', 0.0), jnp.float32)
+    path = ('head_bias',)
+    params[path] = jax.device_put(shift, structs[path].sharding)
+  return traverse_util.unflatten_dict(params)
 
 
 def _names(entry, config):
@@ -277,11 +261,10 @@ def _names(entry, config):
   return [entry.name.format(layer) for layer in layers]
 
 
-def _check_names(folder, family, entries, tensors, config):
-  shapes = {}
-  for entry in entries:
-    for name in _names(entry, config):
-      shapes[name] = math.prod(entry.view), entry.view
+def _check_tensors(folder, family, entries, tensors, config):
+  shapes = {
+    name: entry.shape for entry in entries for name in _names(entry, config)
+  }
   missing = sorted(set(shapes) - set(tensors))
   extra = sorted(set(tensors) - set(shapes))
   extra = [name for name in extra if not name.endswith(_BUFFERS)]
@@ -293,40 +276,16 @@ def _check_names(folder, family, entries, tensors, config):
       raise ValueError(
         f'{folder}: {len(names)} tensors are {kind}: {", ".join(names[:5])}'
       )
-  for entry in entries:
-    for name in _names(entry, config):
-      allowed = _published_shapes(entry)
-      if tensors[name].shape not in allowed:
-        raise ValueError(
-          f'{folder}: tensor {name} has shape {tensors[name].shape}; '
-          f'config.json asks for {" or ".join(map(str, allowed))}'
-        )
-
-
-def _published_shapes(entry):
-  """The published shape: the view with the fused axes joined again."""
-  view = entry.view
-  if len(view) == 1:
-    return (view,)
-  if entry.name.endswith('.bias'):
-    return ((math.prod(view),),)
-  if entry.path[0] in _VOCABULARY or entry.path[0] in (
-    'head_kernel',
-    'position_embedding',
-  ):
-    return (view,)
-  inner_last = 'out_kernel' in entry.path
-  if 'c_attn' in entry.name:
-    split = 1
-  elif entry.order == tuple(range(len(view))):
-    split = len(view) - 1
-  else:
-    split = 1 if inner_last else len(view) - 1
-  return ((math.prod(view[:split]), math.prod(view[split:])),)
+  for name, shape in shapes.items():
+    if tensors[name].shape != shape:
+      raise ValueError(
+        f'{folder}: tensor {name} has shape {tensors[name].shape}; config.json '
+        f'asks for {shape}'
+      )
 
 
 def _place(entry, tensors, struct, folder, vocab_size):
-  """The parameter of one entry, laid out as `struct` asks."""
+  """The parameter of one entry, with the sharding of `struct`."""
 
   def from_callback(layer, shape, layout, buffers):
     name = entry.name.format(layer)
@@ -359,8 +318,8 @@ def _place(entry, tensors, struct, folder, vocab_size):
   )
   stack = _make_stack(struct.shape, struct.sharding)()
   write = _write_layer(struct.sharding)
-  # The same host memory for all layers: freed buffers linger in jax, and each
-  # layer is in the stack before the next one is read.
+  # All layers share the host memory, since jax keeps freed buffers for a while;
+  # each layer is in the stack before the next one is read.
   buffers = {}
   for layer in range(struct.shape[0]):
     part = from_callback(layer, struct.shape[1:], layer_sharding, buffers)
@@ -387,21 +346,13 @@ def _write_layer(layout):
 
 
 def _read_shard(entry, stored, bounds, out, where, vocab_size):
-  """Fills `out` with a part of one parameter of ours, float32.
+  """Fills `out` with the part of our float32 parameter within `bounds`, (start,
+  stop) along each of its axes.
 
-  The tensor is read in blocks along the slowest of its own axes. Each block is
-  mapped afresh, so that no more of the file than a block is ever resident.
-
-  Args:
-    bounds: (start, stop) of the part along each of our axes.
+  The tensor is read in blocks along the slowest of its axes. Each block has a
+  new memory map, so that no more of the file than a block is ever resident.
   """
-  # The published axis that each of ours is, and ours of the slowest.
-  kept = [
-    axis
-    for axis in range(len(entry.view))
-    if entry.part is None or axis != entry.part[0]
-  ]
-  axes = [kept[axis] for axis in entry.order]
+  axes = _view_axes(entry)
   slowest = int(np.argmin(axes)) if axes else 0
   start, stop = bounds[slowest]
   # Rows of tokens beyond the published ones are filled in afterwards.
@@ -409,9 +360,7 @@ def _read_shard(entry, stored, bounds, out, where, vocab_size):
   step = max(1, _BLOCK_BYTES // max(1, 4 * out[_at(slowest, 0, 1)].size))
 
   def block(first, last):
-    view = _map_again(stored).reshape(entry.view)
-    if entry.part is not None:
-      view = view[_at(entry.part[0], entry.part[1], None)]
+    view = _part_of(entry, _map_again(stored).reshape(entry.view))
     wanted = [slice(low, high) for low, high in bounds]
     wanted[slowest] = slice(first, last)
     return view.transpose(entry.order)[tuple(wanted)]
@@ -422,7 +371,7 @@ def _read_shard(entry, stored, bounds, out, where, vocab_size):
     np.copyto(place, block(first, last), casting='same_kind')
     if not np.isfinite(place).all():
       raise ValueError(f'{where} holds NaN or infinity')
-  if entry.path[0] in _VOCABULARY and stop > num_rows:
+  if entry.path[-1] in _VOCABULARY and stop > num_rows:
     out[max(num_rows - start, 0) :] = 0
     if num_rows < vocab_size:
       total = np.zeros(out.shape[1:], np.float64)
@@ -434,14 +383,26 @@ def _read_shard(entry, stored, bounds, out, where, vocab_size):
   return out
 
 
-def _at(axis, first, last):
+def _view_axes(entry):
+  """The axis of the view that each of our axes is."""
+  fused = None if entry.part is None else entry.part[0]
+  kept = [axis for axis in range(len(entry.view)) if axis != fused]
+  return [kept[axis] for axis in entry.order]
+
+
+def _at(axis, first, last=None):
   """An index at one axis: a slice, or one element where `last` is None."""
   part = first if last is None else slice(first, last)
   return (slice(None),) * axis + (part,)
 
 
+def _part_of(entry, view):
+  """The part of an array of shape `entry.view` that is ours."""
+  return view if entry.part is None else view[_at(*entry.part)]
+
+
 def _map_again(stored):
-  """A fresh map of the same bytes; what it brings into memory goes with it."""
+  """A new map of the same bytes; the old one's pages can leave memory."""
   if not isinstance(stored, np.memmap):
     return stored
   return np.memmap(
@@ -457,12 +418,9 @@ def save(
 ) -> None:
   """Writes config.json and safetensors that `transformers` opens.
 
-  Args:
-    folder: made if it does not exist.
-    config: of the model.
-    params: a policy's, or a scalar model's: that becomes a sequence classifier
-      with one label; its bias goes to `score_shift` of config.json, because
-      the published classifiers have none, and is to be added to the logit.
+  A scalar model becomes a sequence classifier with one label. Published
+  classifiers have no bias: it goes to `score_shift` of config.json, to be added
+  to the logit.
 
   Raises:
     ValueError: no published family has this model.
@@ -474,7 +432,7 @@ def save(
     for ending in ('LMHeadModel', 'ForCausalLM'):
       name = name.removesuffix(ending)
     if family == 'gemma3_text':
-      name += 'Text'  # Without it, the class is that of text and images.
+      name += 'Text'  # Without it, the class would be for text and images.
     described |= {
       'architectures': [f'{name}ForSequenceClassification'],
       'num_labels': 1,
@@ -484,36 +442,30 @@ def save(
       'score_shift': float(params['head_bias']),
     }
   published = TransformerConfig.from_hf(described)
-  sources = {}
+  leaves, sources = traverse_util.flatten_dict(params), {}
   for entry in families.entries(family, published, scalar):
     for layer, name in enumerate(_names(entry, config)):
       sources.setdefault(name, []).append((entry, layer))
 
   def tensor(name):
-    found = sources[name]
-    whole = np.empty(found[0][0].view, np.float32)
-    for entry, layer in found:
-      ours = params if entry.path[0] == 'head_kernel' else params['trunk']
-      for part in entry.path:
-        ours = ours[part]
+    first, _ = sources[name][0]
+    whole = np.empty(first.view, np.float32)
+    for entry, layer in sources[name]:
+      ours = leaves[entry.path]
       ours = np.asarray(ours[layer] if entry.stacked else ours)
-      if entry.path[0] in _VOCABULARY:
+      if entry.path[-1] in _VOCABULARY:
         ours = ours[: entry.view[0]]
-      where = [slice(None)] * len(entry.view)
-      if entry.part is not None:
-        where[entry.part[0]] = entry.part[1]
-      whole[tuple(where)] = ours.transpose(np.argsort(entry.order))
-    return whole.reshape(_published_shapes(found[0][0])[0])
+      _part_of(entry, whole)[...] = ours.transpose(np.argsort(entry.order))
+    return whole.reshape(first.shape)
 
-  shapes = {
-    name: _published_shapes(found[0][0])[0] for name, found in sources.items()
-  }
-  folder = epath.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
+  shapes = {name: found[0][0].shape for name, found in sources.items()}
   write_tensors(folder, shapes, tensor)
-  (folder / 'config.json').write_text(
-    json.dumps(described, indent=2) + '\n', 'utf-8'
-  )
+  _write_json(folder, 'config.json', described)
+
+
+def _write_json(folder, name, values):
+  text = json.dumps(values, indent=2) + '\n'
+  (epath.Path(folder) / name).write_text(text, 'utf-8')
 
 
 def save_adapters(
@@ -521,15 +473,13 @@ def save_adapters(
 ) -> None:
   """Writes adapter_config.json and safetensors that `peft` opens.
 
-  A published matrix that holds several of ours (queries, keys and values of
-  GPT-2 and GPT-NeoX) gets their factors side by side: its rank is that many
+  If a published matrix holds several of ours (queries, keys and values of
+  GPT-2 and GPT-NeoX), their factors are concatenated: its rank is that many
   times higher, and B is 0 outside of a block for each.
 
   Args:
-    folder: made if it does not exist.
-    config: of the model, with adapters.
-    params: the adapters; of a scalar model the head, too. Its bias is left out,
-      for published classifiers have none.
+    params: the adapters, and the head of a scalar model. Its bias is not
+      written, since published classifiers have none.
     base: name or folder of the published base.
 
   Raises:
@@ -544,13 +494,19 @@ def save_adapters(
   for published, found in sources.items():
     name = published.removesuffix('.weight')
     for layer in range(config.num_layers):
-      place = 'base_model.model.' + name.format(layer)
+      module = 'base_model.model.' + name.format(layer)
       factors = _factors(found, layers, layer, adapters.rank)
       for letter, factor in zip('AB', factors, strict=True):
-        tensors[f'{place}.lora_{letter}.weight'] = factor
+        tensors[f'{module}.lora_{letter}.weight'] = factor
   if 'head_kernel' in params:
     head = np.asarray(params['head_kernel'])[None]
     tensors['base_model.model.score.weight'] = head
+  # Times `rank` and `alpha`.
+  multiples = {
+    _module(name): len(found)
+    for name, found in sources.items()
+    if len(found) > 1
+  }
   described = {
     'peft_type': 'LORA',
     'task_type': 'SEQ_CLS' if 'head_kernel' in params else 'CAUSAL_LM',
@@ -564,29 +520,18 @@ def save_adapters(
     'modules_to_save': ['score'] if 'head_kernel' in params else None,
     # Its matrices are stored with the inputs first.
     'fan_in_fan_out': family == 'gpt2',
+    'rank_pattern': {n: k * adapters.rank for n, k in multiples.items()},
+    'alpha_pattern': {n: k * adapters.alpha for n, k in multiples.items()},
   }
-  for key, value in (
-    ('rank_pattern', adapters.rank),
-    ('alpha_pattern', adapters.alpha),
-  ):
-    described[key] = {
-      _module(name): len(found) * value
-      for name, found in sources.items()
-      if len(found) > 1
-    }
-  folder = epath.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
   shapes = {name: x.shape for name, x in tensors.items()}
   write_tensors(  # `peft` reads one file.
     folder, shapes, tensors.__getitem__, 2**63, stem='adapter_model'
   )
-  (folder / 'adapter_config.json').write_text(
-    json.dumps(described, indent=2) + '\n', 'utf-8'
-  )
+  _write_json(folder, 'adapter_config.json', described)
 
 
 def _stem(entry):
-  """The name of a matrix of ours, as its adapters have it."""
+  """Our name of a matrix, by which its adapters are called."""
   return entry.path[-1].removesuffix('_kernel')
 
 
@@ -599,10 +544,7 @@ def _factors(entries, layers, layer, rank):
   """A [r, inputs] and B [outputs, r] of a published matrix in one layer.
 
   Args:
-    entries: of ours that lie in it.
-    layers: adapters of all layers.
-    layer: its number.
-    rank: of each of ours.
+    entries: our matrices within it.
   """
   view, whole_a, whole_b = entries[0].view, [], None
   for number, entry in enumerate(entries):
@@ -610,16 +552,15 @@ def _factors(entries, layers, layer, rank):
       np.asarray(layers[f'{_stem(entry)}_lora_{leaf}'][layer]) for leaf in 'ab'
     )
     whole_a.append(a.reshape(-1, rank).T)
-    fused = None if entry.part is None else entry.part[0]
-    kept = [axis for axis in range(len(view)) if axis != fused]
-    inputs = [kept[i] for i in entry.order[: a.ndim - 1]]
+    inputs = _view_axes(entry)[: a.ndim - 1]
     outputs = [axis for axis in range(len(view)) if axis not in inputs]
     if whole_b is None:
       sizes = [view[axis] for axis in outputs]
       whole_b = np.zeros((*sizes, len(entries), rank), np.float32)
     block = whole_b[..., number, :]
-    if fused is not None:
-      block = block[_at(outputs.index(fused), entry.part[1], None)]
+    if entry.part is not None:
+      fused, part = entry.part
+      block = block[_at(outputs.index(fused), part)]
     block[...] = np.moveaxis(b, 0, -1)
   return np.concatenate(whole_a), whole_b.reshape(-1, len(entries) * rank)
 
@@ -628,7 +569,7 @@ def fold_shift(params: Params) -> Params:
   """A reward model's parameters with its bias moved into the final norm's.
 
   The score is w . (h + b) + c, with h the normed state, b the norm's bias and c
-  the head's: b + w c / |w|^2 in the place of b makes c superfluous.
+  the head's. It does not change if b + w c / |w|^2 replaces b and 0 replaces c.
 
   Raises:
     ValueError: a policy, or a final norm without bias (RMS).
@@ -663,13 +604,13 @@ def write_tensors(
   """Writes float32 tensors, one at a time in memory, as safetensors files.
 
   Args:
-    folder: exists.
     shapes: name -> shape, in the order of the file.
     tensor_fn: name -> array.
-    shard_bytes: of tensors in one file, about.
+    shard_bytes: approximate size of one file.
     stem: of the files' names.
   """
   folder = epath.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
   shards, size = [[]], 0
   for name, shape in shapes.items():
     num_bytes = 4 * math.prod(shape)

@@ -18,22 +18,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from instruct_jax.models import attention
+from instruct_jax.models.attention import MASKED
 from instruct_jax.models.config import Rotary, TransformerConfig
-
-# Finite, so that a row that masks everything gives uniform weights and not NaN.
-MASKED = -1e9
 
 
 @flax.struct.dataclass
 class LayerCache:
-  """One layer's keys and values, each row filled as far as it goes.
+  """One layer's keys and values in the compute dtype.
 
   Column c holds the token in position c, so that a row's padding costs nothing
   and rows need no common clock.
 
   Attributes:
-    keys, values: in the compute dtype.
-    lengths: columns filled in each row.
+    keys, values: `lengths` columns of each row are filled.
+    lengths: of each row.
   """
 
   keys: Float[Array, 'S K W H']
@@ -41,18 +39,18 @@ class LayerCache:
   lengths: Int[Array, 'S']
 
   def extended(self, keys, values):
-    """With the tokens' own keys and values, and what they may look at."""
+    """The cache with the keys and values of new tokens in the next columns."""
 
     def put(row, new, length):
       return jax.lax.dynamic_update_slice(row, new, (0, length, 0))
 
     keys = jax.vmap(put)(self.keys, keys, self.lengths)
     values = jax.vmap(put)(self.values, values, self.lengths)
-    return self.replace(keys=keys, values=values), keys, values
+    return self.replace(keys=keys, values=values)
 
 
 def positions_of(segments: Int[Array, 'B T']) -> Int[Array, 'B T']:
-  """Each token's place within its own segment, from 0.
+  """Each token's position within its own segment, from 0.
 
   With a mask as the segments (0 or 1) and padding on either side this equals
   max(cumsum(mask) - 1, 0) on real tokens. Segments are contiguous.
@@ -62,6 +60,12 @@ def positions_of(segments: Int[Array, 'B T']) -> Int[Array, 'B T']:
   previous = jnp.pad(segments, ((0, 0), (1, 0)))[:, :length]
   starts = jnp.where(segments != previous, columns, 0)
   return columns - jax.lax.cummax(starts, axis=1)
+
+
+def make_param(module, name, init, shape, axes) -> jax.Array:
+  """A float32 parameter of a module, with its logical axis names."""
+  init = nn.with_logical_partitioning(init, axes)
+  return module.param(name, init, shape, jnp.float32)
 
 
 def _normal(scale: float = 1.0):
@@ -75,13 +79,13 @@ def dense(
   num_in: int = 1,
   kernel_first: bool = False,
 ) -> Float[Array, '*out']:
-  """Contracts the last `num_in` axes of x with the first of the kernel, and
-  adds the bias, if there is one, which has the shape of the rest.
+  """Contracts the last `num_in` axes of x with the first ones of the kernel,
+  and adds the bias, which has the kernel's other axes.
 
   As one matrix product: XLA's CPU backend computes the weight gradient of a
-  product with several batch axes 2.5 times slower than this. With
-  `kernel_first` the kernel is the left factor: for a few dozen rows twice as
-  fast there, provided that its columns lie in memory one behind the other.
+  product with several batch axes 2.5 times slower. `kernel_first` makes the
+  kernel the left factor: for a few dozen rows twice as fast on CPU, if the
+  kernel's columns are contiguous in memory.
   """
   batch, inner = x.shape[: x.ndim - num_in], x.shape[x.ndim - num_in :]
   outer = kernel.shape[num_in:]
@@ -109,12 +113,7 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x):
     init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
-    scale = self.param(
-      'scale',
-      nn.with_logical_partitioning(init, ('norm',)),
-      (x.shape[-1],),
-      jnp.float32,
-    )
+    scale = make_param(self, 'scale', init, (x.shape[-1],), ('norm',))
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(
       jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon
@@ -124,7 +123,7 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(config: TransformerConfig, name: str | None = None) -> nn.Module:
-  """The kind of norm that the config names."""
+  """The norm that the config names."""
   dtype = jnp.dtype(config.compute_dtype)
   if config.norm != 'layer':
     plus_one = config.norm == 'rms_plus_one'
@@ -140,16 +139,18 @@ def make_norm(config: TransformerConfig, name: str | None = None) -> nn.Module:
 
 ACTIVATIONS = {
   'gelu_tanh': jax.nn.gelu,
-  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'gelu': functools.partial(jax.nn.gelu, approximate=False),
   'silu': jax.nn.silu,
   'relu': jax.nn.relu,
 }
 
 
 def rotary_tables(
-  rotary: Rotary, positions: Int[Array, 'B T']
-) -> tuple[Float[Array, 'B 1 T half'], Float[Array, 'B 1 T half']]:
-  """Cosines and sines by which `rotate` turns the heads of each token."""
+  rotary: Rotary | None, positions: Int[Array, 'B T']
+) -> tuple[Float[Array, 'B 1 T half'], Float[Array, 'B 1 T half']] | None:
+  """Cosines and sines for `rotate`; None without rotary positions."""
+  if rotary is None:
+    return None
   frequencies = jnp.asarray(rotary.frequencies(), jnp.float32)
   angles = positions[:, None, :, None].astype(jnp.float32)
   angles = angles * frequencies[None, None, None, :]
@@ -159,71 +160,41 @@ def rotary_tables(
 def rotate(
   x: Float[Array, 'B N T H'], tables, rotary: Rotary
 ) -> Float[Array, 'B N T H']:
-  """Turns the first `rotary.dim` components of each head, pair by pair."""
+  """Rotates the first `rotary.dim` components of each head, pair by pair."""
   cos, sin = tables
-  turned, rest = x[..., : rotary.dim].astype(jnp.float32), x[..., rotary.dim :]
+  head, tail = x[..., : rotary.dim].astype(jnp.float32), x[..., rotary.dim :]
   if rotary.interleaved:
-    first, second = turned[..., 0::2], turned[..., 1::2]
+    first, second = head[..., 0::2], head[..., 1::2]
   else:
-    first, second = jnp.split(turned, 2, axis=-1)
+    first, second = jnp.split(head, 2, axis=-1)
   pair = (first * cos - second * sin, second * cos + first * sin)
   if rotary.interleaved:
-    turned = jnp.stack(pair, axis=-1).reshape(turned.shape)
+    head = jnp.stack(pair, axis=-1).reshape(head.shape)
   else:
-    turned = jnp.concatenate(pair, axis=-1)
-  return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+    head = jnp.concatenate(pair, axis=-1)
+  return jnp.concatenate([head.astype(x.dtype), tail], axis=-1)
 
 
-def softcap(x: jax.Array, cap: float) -> jax.Array:
-  """cap tanh(x / cap), which never leaves (-cap, cap); 0 leaves x alone."""
-  return cap * jnp.tanh(x / cap) if cap else x
-
-
-@flax.struct.dataclass
-class Sight:
-  """What all layers of one kind share: which slots are seen, and positions.
-
-  A flash kernel reads the segments; plain attention reads `allowed`.
-  """
-
-  allowed: Bool[Array, 'B T S'] | None
-  segments: Int[Array, 'B T'] | None
-  tables: tuple[jax.Array, jax.Array] | None
-  kernel: str | None = flax.struct.field(pytree_node=False, default=None)
-  # Tokens of a block, where attention reaches over a few blocks only.
-  block: int = flax.struct.field(pytree_node=False, default=0)
-
-
-def make_sights(
+def plain_inputs(
   config: TransformerConfig,
   positions: Int[Array, 'B T'],
-  slot_positions: Int[Array, 'B S'],
+  key_positions: Int[Array, 'B S'],
   allowed: Bool[Array, 'B T S'],
-  segments: Int[Array, 'B T'] | None,
-  kernel: str | None,
-) -> list[Sight]:
-  """The `Sight` of plain layers and, where there are any, of windowed ones.
+) -> list[attention.Inputs]:
+  """Inputs of layers without a window and, if there are any, of those with one.
 
   Args:
-    config: of the model.
-    positions: of the tokens that look.
-    slot_positions: of the tokens that may be looked at.
-    allowed: which of them, windows apart.
-    segments: of the tokens; read by a flash kernel only.
-    kernel: a flash kernel's name, or None for plain attention.
+    positions: of the queries.
+    key_positions: of the keys.
+    allowed: which keys each query sees where there is no window.
   """
-
-  def tables(rotary):
-    return None if rotary is None else rotary_tables(rotary, positions)
-
-  if kernel is not None:
-    return [Sight(None, segments, tables(config.rotary), kernel)]
-  sights = [Sight(allowed, None, tables(config.rotary))]
+  tables = rotary_tables(config.rotary, positions)
+  inputs = [attention.Inputs(allowed, tables=tables)]
   if any(config.window_layers):
-    near = positions[:, :, None] - slot_positions[:, None, :] < config.window
-    rotary = config.window_rotary or config.rotary
-    sights.append(Sight(allowed & near, None, tables(rotary)))
-  return sights
+    near = positions[:, :, None] - key_positions[:, None, :] < config.window
+    tables = rotary_tables(config.window_rotary or config.rotary, positions)
+    inputs.append(attention.Inputs(allowed & near, tables=tables))
+  return inputs
 
 
 class Block(nn.Module):
@@ -232,11 +203,10 @@ class Block(nn.Module):
   Args of a call:
     x: the residual stream [B, T, D].
     windowed: whether the layer has the window.
-    sights: the `Sight` of plain layers and, where the model has windows, that
-      of windowed ones.
+    inputs: see `plain_inputs`.
     deterministic: True switches dropout off.
-    keeps_keys: return the tokens' own keys and values, too.
-    cache: keys and values of earlier tokens, to which these are added.
+    keeps_keys: also return the tokens' own keys and values.
+    cache: `LayerCache` of earlier tokens, to which these are added.
 
   Returns:
     The stream, and: the cache; or (keys, values) [B, K, T, H]; or None.
@@ -246,138 +216,43 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x, windowed, sights, deterministic, keeps_keys=False, cache=None
+    self, x, windowed, inputs, deterministic, keeps_keys=False, cache=None
   ):
     config = self.config
-    dtype = jnp.dtype(config.compute_dtype)
-    sight = sights[0]
-    if len(sights) > 1:
-      sight = jax.tree.map(
-        lambda plain, window: jnp.where(windowed, window, plain), *sights
-      )
+    D, N, F = config.width, config.num_heads, config.mlp_dim
+    if len(inputs) > 1:
+      inputs = [
+        jax.tree.map(
+          lambda plain, window: jnp.where(windowed, window, plain), *inputs
+        )
+      ]
+    # With one token a row, most of what is read is weights.
+    is_step = cache is not None and x.shape[1] == 1
+    linear = functools.partial(self._linear, is_step)
     # GPT-2: the 2L projections onto the residual stream start 1/sqrt(2L)
     # smaller, so that the stream's variance does not grow with depth.
-    residual_scale = (2 * config.num_layers) ** -0.5
-
-    def param(name, init, shape, axes):
-      return self.param(
-        name, nn.with_logical_partitioning(init, axes), shape, jnp.float32
-      ).astype(dtype)
+    onto_stream = _normal((2 * config.num_layers) ** -0.5)
 
     def norm(name, x):
       return make_norm(config, name)(x)
 
-    def post_norm(name, x):
-      return norm(name, x) if config.post_norms else x
-
-    def drop(x):
+    def branch(name, x):
+      """What a branch adds to the stream."""
+      x = norm(name, x) if config.post_norms else x
       return nn.Dropout(config.dropout)(x, deterministic=deterministic)
-
-    D, N, K = config.width, config.num_heads, config.kv_heads
-    H, F = config.head_dim, config.mlp_dim
-
-    # One token a row: weights are most of what is read.
-    is_step = cache is not None and x.shape[1] == 1
-    project = functools.partial(dense, kernel_first=is_step)
-
-    def linear(name, inputs, outputs, has_bias, init=None):
-      """h -> h W + b, and (alpha / r) (h A) B where `name` has an adapter.
-
-      Inputs and outputs are sizes by axis name.
-      """
-      num_in, shape = len(inputs), (*inputs.values(), *outputs.values())
-      kernel = param(
-        f'{name}_kernel', init or _normal(), shape, (*inputs, *outputs)
-      )
-      bias = None
-      if has_bias:
-        axes = ('norm',) if 'embed' in outputs else tuple(outputs)
-        bias = param(
-          f'{name}_bias', nn.initializers.zeros, shape[num_in:], axes
-        )
-      # The frozen base and merged weights come without adapters.
-      if not self._has_adapter(name):
-        return lambda h: project(h, kernel, bias, num_in)
-      # Hu et al. 2021, 4.1: A is Gaussian and B is 0. Their code draws A
-      # uniformly, with this variance.
-      std = (3 * math.prod(inputs.values())) ** -0.5
-      rank = config.lora.rank
-      factor_a = param(
-        f'{name}_lora_a',
-        nn.initializers.normal(std),
-        (*inputs.values(), rank),
-        (*inputs, 'rank'),
-      )
-      factor_b = param(
-        f'{name}_lora_b',
-        nn.initializers.zeros,
-        (rank, *outputs.values()),
-        ('rank', *outputs),
-      )
-
-      def adapted(h):
-        low = config.lora.scale * project(h, factor_a, None, num_in)
-        return project(h, kernel, bias, num_in) + project(low, factor_b, None)
-
-      return adapted
-
-    def project_heads(name, h, num, axis):
-      heads = {axis: num, 'head_dim': H}
-      # [B, N, T, H]: batch axes first, as the products below want them.
-      return jnp.swapaxes(
-        linear(name, {'embed': D}, heads, config.qkv_bias)(h), 1, 2
-      )
 
     x = nn.with_logical_constraint(x, ('batch', 'length', None))
     h = norm('attention_norm', x)
-    queries = project_heads('query', h, N, 'heads')
-    kv_axis = 'heads' if K == N else 'kv_heads'
-    keys = project_heads('key', h, K, kv_axis)
-    values = project_heads('value', h, K, kv_axis)
-    if config.qk_norm:
-      queries = norm('query_norm', queries)
-      keys = norm('key_norm', keys)
-    if config.rotary is not None:
-      queries = rotate(queries, sight.tables, config.rotary)
-      keys = rotate(keys, sight.tables, config.rotary)
-    kept = (keys, values) if keeps_keys else None
-    if cache is not None:
-      kept, keys, values = cache.extended(keys, values)
-    if sight.kernel is not None:
-      mixed = attention.flash(
-        config, sight.kernel, queries, keys, values, sight.segments
-      )
-    elif sight.block:
-      mixed = attention.in_blocks(
-        functools.partial(attend, config),
-        queries,
-        keys,
-        values,
-        sight.allowed,
-        sight.block,
-      )
-    else:
-      mixed = attend(config, queries, keys, values, sight.allowed)
-    mixed = jnp.swapaxes(mixed, 1, 2)
-    out = linear(
-      'out',
-      {'heads': N, 'head_dim': H},
-      {'embed': D},
-      config.out_bias,
-      _normal(residual_scale),
-    )
-    attended = out(mixed)
-    attended = drop(post_norm('attention_post_norm', attended))
+    mixed, kept = self._mix(h, linear, norm, inputs[0], keeps_keys, cache)
+    heads = {'heads': N, 'head_dim': config.head_dim}
+    out = linear('out', heads, {'embed': D}, config.out_bias, onto_stream)
+    attended = branch('attention_post_norm', out(mixed))
     if config.residual == 'sequential':
       x = x + attended
 
     up = linear('up', {'embed': D}, {'mlp': F}, config.mlp_bias)
     down = linear(
-      'down',
-      {'mlp': F},
-      {'embed': D},
-      config.mlp_bias,
-      _normal(residual_scale),
+      'down', {'mlp': F}, {'embed': D}, config.mlp_bias, onto_stream
     )
     activation = ACTIVATIONS[config.activation]
     if config.residual != 'parallel_one_norm':
@@ -387,41 +262,87 @@ class Block(nn.Module):
       h = activation(gate(h)) * up(h)
     else:
       h = activation(up(h))
-    h = drop(post_norm('mlp_post_norm', down(h)))
+    h = branch('mlp_post_norm', down(h))
     x = x + h if config.residual == 'sequential' else x + attended + h
     return x, kept
 
+  def _mix(self, h, linear, norm, inputs, keeps_keys, cache):
+    """Attention before the output projection [B, T, N, H], and what is kept."""
+    config = self.config
+    kv_axis = 'heads' if config.kv_heads == config.num_heads else 'kv_heads'
+
+    def project(name, num, axis):
+      heads = {axis: num, 'head_dim': config.head_dim}
+      layer = linear(name, {'embed': config.width}, heads, config.qkv_bias)
+      # [B, N, T, H]: batch axes first, as attention's products want them.
+      return jnp.swapaxes(layer(h), 1, 2)
+
+    queries = project('query', config.num_heads, 'heads')
+    keys = project('key', config.kv_heads, kv_axis)
+    values = project('value', config.kv_heads, kv_axis)
+    if config.qk_norm:
+      queries = norm('query_norm', queries)
+      keys = norm('key_norm', keys)
+    if config.rotary is not None:
+      queries = rotate(queries, inputs.tables, config.rotary)
+      keys = rotate(keys, inputs.tables, config.rotary)
+    kept = (keys, values) if keeps_keys else None
+    if cache is not None:
+      kept = cache.extended(keys, values)
+      keys, values = kept.keys, kept.values
+    mixed = attention.mix(config, queries, keys, values, inputs)
+    return jnp.swapaxes(mixed, 1, 2), kept
+
+  def _linear(self, is_step, name, inputs, outputs, has_bias, init=None):
+    """h -> h W + b, and (alpha / r) (h A) B where `name` has an adapter.
+
+    Inputs and outputs are sizes by axis name.
+    """
+    lora, dtype = self.config.lora, jnp.dtype(self.config.compute_dtype)
+    num_in, shape = len(inputs), (*inputs.values(), *outputs.values())
+    project = functools.partial(dense, kernel_first=is_step)
+
+    def param(suffix, init, shape, axes):
+      name_of = f'{name}_{suffix}'
+      return make_param(self, name_of, init, shape, axes).astype(dtype)
+
+    kernel = param('kernel', init or _normal(), shape, (*inputs, *outputs))
+    bias = None
+    if has_bias:
+      axes = ('norm',) if 'embed' in outputs else tuple(outputs)
+      bias = param('bias', nn.initializers.zeros, shape[num_in:], axes)
+    if not self._has_adapter(name):
+      return lambda h: project(h, kernel, bias, num_in)
+    # Hu et al. 2021, 4.1: A is Gaussian and B is 0. Their code draws A
+    # uniformly, with this variance.
+    gaussian = nn.initializers.normal((3 * math.prod(inputs.values())) ** -0.5)
+    factor_a = param(
+      'lora_a', gaussian, (*inputs.values(), lora.rank), (*inputs, 'rank')
+    )
+    factor_b = param(
+      'lora_b',
+      nn.initializers.zeros,
+      (lora.rank, *outputs.values()),
+      ('rank', *outputs),
+    )
+
+    def adapted(h):
+      low = lora.scale * project(h, factor_a, None, num_in)
+      return project(h, kernel, bias, num_in) + project(low, factor_b, None)
+
+    return adapted
+
   def _has_adapter(self, name):
-    lora, found = self.config.lora, f'{name}_lora_a'
-    is_there = self.has_variable('params', found)
+    """Frozen bases and merged weights have none, whatever the config says."""
+    lora, leaf = self.config.lora, f'{name}_lora_a'
+    has_leaf = self.has_variable('params', leaf)
     if lora is None or (lora.targets and name not in lora.targets):
-      if is_there:
-        raise ValueError(f'{found} is there, and the config has no adapter')
+      if has_leaf:
+        raise ValueError(
+          f'the parameters have {leaf}, but the config has no such adapter'
+        )
       return False
-    return is_there or self.is_initializing()
-
-
-def attend(
-  config: TransformerConfig,
-  queries: Float[Array, 'B N T H'],
-  keys: Float[Array, 'B K S H'],
-  values: Float[Array, 'B K S H'],
-  allowed: Bool[Array, 'B T S'],
-) -> Float[Array, 'B N T H']:
-  """Softmax attention; query head n reads key head n // (N / K)."""
-  scale = config.query_scale or config.head_dim**-0.5
-  shape, num_groups = queries.shape, queries.shape[1] // keys.shape[1]
-  if num_groups > 1:
-    # The queries of a group as more rows of one product.
-    B, N, T, H = shape
-    queries = queries.reshape(B, N // num_groups, num_groups * T, H)
-    allowed = jnp.tile(allowed, (1, num_groups, 1))
-  scores = jnp.einsum('bnth,bnsh->bnts', queries, keys) * scale
-  scores = scores.astype(jnp.float32)
-  scores = softcap(scores, config.attention_softcap)
-  scores = jnp.where(allowed[:, None, :, :], scores, MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-  return jnp.einsum('bnts,bnsh->bnth', weights, values).reshape(shape)
+    return has_leaf or self.is_initializing()
 
 
 def _remat(block, policy: str):
@@ -440,7 +361,7 @@ def _remat(block, policy: str):
 class Transformer(nn.Module):
   """Tokens to final hidden states; the trunk of every model here.
 
-  Without `unembeds` it has no unembedding of its own (scalar models).
+  Scalar models have no unembedding (`unembeds` False).
   """
 
   config: TransformerConfig
@@ -448,38 +369,22 @@ class Transformer(nn.Module):
 
   def setup(self):
     config = self.config
-    self.token_embedding = self.param(
-      'token_embedding',
-      nn.with_logical_partitioning(
-        nn.initializers.normal(0.02), ('vocab', 'embed')
-      ),
-      (config.vocab_rows, config.width),
-      jnp.float32,
-    )
+    rows, normal = config.vocab_rows, nn.initializers.normal
+    param = functools.partial(make_param, self)
+    embedding = (rows, config.width), ('vocab', 'embed')
+    self.token_embedding = param('token_embedding', normal(0.02), *embedding)
     if config.rotary is None:
-      self.position_embedding = self.param(
+      self.position_embedding = param(
         'position_embedding',
-        nn.with_logical_partitioning(
-          nn.initializers.normal(0.01), ('length', 'embed')
-        ),
+        normal(0.01),
         (config.context_length, config.width),
-        jnp.float32,
+        ('length', 'embed'),
       )
     if self.unembeds and not config.tied:
-      self.unembedding = self.param(
-        'unembedding',
-        nn.with_logical_partitioning(
-          nn.initializers.normal(0.02), ('vocab', 'embed')
-        ),
-        (config.vocab_rows, config.width),
-        jnp.float32,
-      )
+      self.unembedding = param('unembedding', normal(0.02), *embedding)
     if self.unembeds and config.unembed_bias:
-      self.unembedding_bias = self.param(
-        'unembedding_bias',
-        nn.with_logical_partitioning(nn.initializers.zeros, ('vocab',)),
-        (config.vocab_rows,),
-        jnp.float32,
+      self.unembedding_bias = param(
+        'unembedding_bias', nn.initializers.zeros, (rows,), ('vocab',)
       )
     layers = nn.scan(
       _remat(Block, config.remat),
@@ -507,64 +412,57 @@ class Transformer(nn.Module):
 
     Args:
       tokens: ids; any value where padded.
-      segments: 0 on padding, 1.. on real tokens (a mask is a fine one).
-        Tokens attend to earlier tokens of their own segment only.
+      segments: 0 on padding, 1.. on real tokens (a mask will do). Tokens
+        attend to earlier tokens of their own segment only.
       deterministic: True switches dropout off.
-      longest: tokens of the longest segment, when rows may be much longer:
-        attention then costs what segments cost, and not what rows do. 0: a
-        segment may be as long as a row.
-      keeps_keys: return keys and values of all layers [L, B, K, T, H], too.
+      longest: tokens of the longest segment, if rows may be much longer: the
+        cost of attention then follows segments instead of rows. 0 is unknown.
+      keeps_keys: also return keys and values of all layers [L, B, K, T, H].
 
     Raises:
-      ValueError: segments that may be longer than the context length.
+      ValueError: segments may be longer than the context length.
     """
-    config = self.config
-    num_tokens = tokens.shape[1]
+    config, num_tokens = self.config, tokens.shape[1]
     if (longest or num_tokens) > config.context_length:
       raise ValueError(
         f'{longest or num_tokens} tokens in a context of '
         f'{config.context_length}'
       )
     positions = positions_of(segments)
-    columns = jnp.arange(num_tokens)
-    allowed = segments[:, :, None] == segments[:, None, :]
-    allowed &= (columns[:, None] >= columns[None, :])[None]
-    allowed &= (segments > 0)[:, None, :]
     positions = jnp.clip(positions, 0, config.context_length - 1)
     x = self.embedding_dropout(
       self.embed(tokens, positions), deterministic=deterministic
     )
-    kernel = attention.choose(config, tokens.shape[0], num_tokens)
-    windowed = config.window_layers or (False,) * config.num_layers
-    block = 0
-    if kernel is None and not any(windowed):
-      block = attention.block_size(num_tokens, longest)
-    if block:
-      allowed = attention.allowed_in_blocks(segments, longest, block)
-      tables = None
-      if config.rotary is not None:
-        tables = rotary_tables(config.rotary, positions)
-      sights = [Sight(allowed, None, tables, block=block)]
-    else:
-      sights = make_sights(
-        config, positions, positions, allowed, segments, kernel
-      )
-    x, kept = self.layers(
-      x,
-      jnp.asarray(windowed, bool),
-      sights,
-      deterministic,
-      keeps_keys,
-    )
+    inputs = self._inputs(segments, positions, longest)
+    windowed = jnp.asarray(config.is_windowed, bool)
+    x, kept = self.layers(x, windowed, inputs, deterministic, keeps_keys)
     return self.final_norm(x), kept
+
+  def _inputs(self, segments, positions, longest):
+    """Attention's inputs for whole rows."""
+    config, num_tokens = self.config, segments.shape[1]
+    kernel = attention.choose(config, *segments.shape)
+    if kernel is not None:
+      tables = rotary_tables(config.rotary, positions)
+      return [attention.Inputs(None, segments, tables, kernel)]
+    block = attention.block_size(num_tokens, longest)
+    if block and not any(config.window_layers):
+      allowed = attention.allowed_in_blocks(segments, longest, block)
+      tables = rotary_tables(config.rotary, positions)
+      return [attention.Inputs(allowed, tables=tables, kernel='blocks')]
+    columns = jnp.arange(num_tokens)
+    allowed = segments[:, :, None] == segments[:, None, :]
+    allowed &= (columns[:, None] >= columns[None, :])[None]
+    allowed &= (segments > 0)[:, None, :]
+    return plain_inputs(config, positions, positions, allowed)
 
   def embed(
     self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T']
   ) -> Float[Array, 'B T D']:
-    """What the first layer reads; positions count from 0."""
+    """Input of the first layer; positions count from 0."""
     config = self.config
-    # Whole rows of the table: looked up in pieces of rows, they would have to
-    # be gathered for the rows of all devices before they can be put together.
+    # Whole rows of the table: with rows cut into pieces, lookups would have to
+    # be gathered from all devices before the pieces can be joined.
     table = nn.with_logical_constraint(self.token_embedding, ('vocab', None))
     x = table[tokens]
     if config.embedding_scale != 1.0:
@@ -572,12 +470,6 @@ class Transformer(nn.Module):
     if config.rotary is None:
       x = x + self.position_embedding[positions]
     return x.astype(config.compute_dtype)
-
-  def logits(
-    self, x: Float[Array, '*b D'], kernel_first: bool
-  ) -> Float[Array, '*b V']:
-    """`unembed` of what the last layer wrote."""
-    return self.unembed(self.final_norm(x), kernel_first)
 
   def unembed(
     self, hidden: Float[Array, '*b D'], kernel_first: bool = False
@@ -601,7 +493,7 @@ class Transformer(nn.Module):
     logits = logits.reshape(*hidden.shape[:-1], config.vocab_rows)
     if config.unembed_bias:
       logits += self.unembedding_bias[(None,) * (logits.ndim - 1)]
-    logits = softcap(logits, config.logit_softcap)
+    logits = attention.softcap(logits, config.logit_softcap)
     if config.vocab_rows > config.vocab_size:
       unused = jnp.arange(config.vocab_rows) >= config.vocab_size
       logits = jnp.where(unused[(None,) * (logits.ndim - 1)], MASKED, logits)
