@@ -319,11 +319,10 @@ def judge_side(
   """
   openings = [records.opening(row) for row in comparisons]
   if not all(row.labeler for row in comparisons):
-    sides = {
-      name: convert.split_of(name, judge_fraction, seed) == 'valid'
-      for name in set(openings)
-    }
-    of_row = [sides[name] for name in openings]
+    of_row = [
+      convert.split_of(row, judge_fraction, seed) == 'valid'
+      for row in comparisons
+    ]
     kept = [True] * len(comparisons)
   else:
     labelers = deal_labelers(comparisons, judge_fraction, seed)

@@ -165,7 +165,7 @@ def inputs(config: ConfigDict) -> dict[str, str]:
 def make_prompts(
   config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer
 ) -> list[records.Prompt]:
-  """Openings of pieces of text, `num_prompt_tokens` tokens each, shuffled.
+  """Openings of pieces of text, `num_prompt_tokens` ids each, shuffled.
 
   Raises:
     ValueError: fewer than the config wants.
@@ -177,16 +177,17 @@ def make_prompts(
   wanted = sum(
     config[f'num_{split}_prompts'] for split in ('train', 'valid', 'test')
   )
+  num_tokens = config.num_prompt_tokens - len(tokenizer.prefix_ids)
   found = {}
   for number in order:
     if len(found) == wanted:
       return list(found.values())
     ids = tokenizer.encode(documents[number].text)
-    if len(ids) <= config.num_prompt_tokens:
+    if len(ids) <= num_tokens:
       continue
-    text = tokenizer.decode(ids[: config.num_prompt_tokens])
-    # Cut inside a character, or where another cut gives the same ids.
-    if len(tokenizer.encode(text)) == config.num_prompt_tokens:
+    text = tokenizer.decode(ids[:num_tokens])
+    # A cut inside a character, or before a merge, gives other ids.
+    if tokenizer.encode(text) == ids[:num_tokens]:
       found.setdefault(text, records.Prompt(id=f'p{len(found)}', text=text))
   raise ValueError(
     f'documents: {len(documents)} pieces give {len(found)} different openings '
