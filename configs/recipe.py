@@ -47,18 +47,18 @@ SMOKE = {
   'data': {
     'max_prompt_length': 48,
     'max_response_length': 24,
-    'max_demonstrations': 24,
-    'max_comparisons': 24,
-    'max_valid': 12,
-    'max_documents': 80,
+    'max_demonstrations': 64,
+    'max_comparisons': 32,
+    'max_valid': 16,
+    'max_documents': 200,
   },
   'sft': {'num_epochs': 2},
   'rl_init': {'num_epochs': 1},
-  'train': {'batch_size': 4, 'eval_batch_size': 8},
-  'reward': {'batch_size': 4, 'eval_batch_size': 8},
-  'select': {'num_prompts': 8, 'batch_size': 8},
-  'rl': {'num_episodes': 16, 'batch_size': 8, 'num_minibatches': 2},
-  'evaluate': {'num_prompts': 12, 'batch_size': 12, 'num_bootstrap': 200},
+  'train': {'batch_size': 8, 'eval_batch_size': 8},
+  'reward': {'batch_size': 8, 'eval_batch_size': 8},
+  'select': {'num_prompts': 16, 'batch_size': 16},
+  'rl': {'num_episodes': 32, 'batch_size': 16, 'num_minibatches': 2},
+  'evaluate': {'num_prompts': 16, 'batch_size': 16, 'num_bootstrap': 200},
 }
 # Sizes and rates of Huang et al. 2024; theirs differ in this: PPO's rate falls
 # by a cosine and the loss is one sum, with 0.1 of the value model's.

@@ -51,7 +51,7 @@ def rank_stage(seed, workdir):
   config.prompt_length = 8
   config.response_length = 24
   config.temperature = 1.0
-  config.batch_size = 100  # Answers sampled at a time.
+  config.batch_size = 96  # Answers sampled at a time.
   return config
 
 
@@ -61,9 +61,9 @@ def numbers(config) -> None:
   stages.reward.max_candidates = 4
   # Decoded and encoded again an answer may be longer, and its end comes.
   stages.reward.row_length = 40
-  stages.reward.batch_size = 10
+  stages.reward.batch_size = 16
   stages.reward.learning_rate = 2e-5
-  stages.reward.eval_batch_size = 30
+  stages.reward.eval_batch_size = 32
   for each in (stages.ppo, stages.ppo_learned):
     each.prompt_length = 8
     each.response_length = 24
@@ -80,28 +80,26 @@ def numbers(config) -> None:
   # A score's spread is some 1.5, the classifier's 0.3.
   stages.ppo_learned.kl_coef = 0.1
   stages.evaluate.num_prompts = 300
-  stages.evaluate.batch_size = 100
+  stages.evaluate.batch_size = 96
   stages.best_of_n.num_prompts = 64
   stages.best_of_n.num_samples = 8
-  stages.best_of_n.batch_size = 100
+  stages.best_of_n.batch_size = 96
 
 
 def smoke(config) -> None:
   """Every stage, as little of it as still runs."""
   stages = config.stages
-  for split, number in (('train', 40), ('valid', 8), ('test', 8)):
+  for split, number in (('train', 40), ('valid', 8), ('test', 16)):
     stages.data[f'num_{split}_prompts'] = number
-  stages.rank.num_prompts, stages.rank.num_valid_prompts = 16, 4
-  stages.rank.batch_size = 16
-  stages.reward.batch_size = 4
+  stages.rank.num_prompts, stages.rank.num_valid_prompts = 24, 8
+  stages.reward.batch_size = stages.reward.eval_batch_size = 8
   for each in (stages.ppo, stages.ppo_learned):
-    each.num_episodes, each.batch_size = 16, 8
+    each.num_episodes, each.batch_size = 32, 16
     each.num_minibatches = 2
     each.snapshot_every = 1
-  stages.evaluate.num_prompts = 8
-  stages.evaluate.num_bootstrap = 200
-  stages.best_of_n.num_prompts = 8
-  stages.best_of_n.num_bootstrap = 200
+  for each in (stages.best_of_n, stages.evaluate):
+    each.num_prompts = each.batch_size = 16
+    each.num_bootstrap = 200
 
 
 def get_config(variant: str = ''):
