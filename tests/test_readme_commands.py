@@ -149,6 +149,27 @@ RULES = [
     },
     writes=('CENTRED/model/model.json',),
   ),
+  Rule(
+    f'{MAIN}recipe.py',
+    stand_ins={
+      'recipe.py': 'recipe.py:smoke',
+      'hf:HuggingFaceTB/SmolLM2-135M-Instruct': '{inputs}/gpt2',
+      'hh:DIR': 'hh:{inputs}/train.jsonl.gz',
+      'BOOKS': '{inputs}/documents.jsonl',
+    },
+    writes=('RUN/report.md', 'RUN/export/ppo/model.safetensors'),
+  ),
+  Rule(
+    f'{MAIN}sentiment.py',
+    stand_ins={
+      'sentiment.py': 'sentiment.py:smoke',
+      'hf:HuggingFaceTB/SmolLM2-135M-Instruct': '{inputs}/gpt2',
+      'BOOKS': '{inputs}/openings.jsonl',
+      'SST2/train.tsv': '{inputs}/labels.tsv',
+      'SST2/dev.tsv': '{inputs}/labels.tsv',
+    },
+    writes=('SENTIMENT/report.md',),
+  ),
   Rule(f'{MAIN}sft.py:gpt2', writes=('SFT/model/model.json',)),
   Rule(f'{MAIN}reward.py:gpt2', writes=('REWARD/model/model.json',)),
   Rule(f'{MAIN}ppo_ptx.py:gpt2', 'stop', sign='PPO/metrics.jsonl'),
@@ -342,6 +363,9 @@ def inputs(tmp_path_factory, quick_compile):
   )
   texts = [f'The number {i} comes after {i - 1}. ' * 40 for i in range(1, 90)]
   write('documents.jsonl', [{'text': text} for text in texts])
+  write('openings.jsonl', [{'text': f'{i:05} foxes.'} for i in range(90)])
+  labels = ['a lovely film\t1', 'a stupid film\t0'] * 5
+  (folder / 'labels.tsv').write_text('\n'.join(labels))
   prompts = [
     {'id': str(i), 'text': f'write about {i}', 'user': f'u{i % 20}'}
     for i in range(60)

@@ -267,7 +267,12 @@ def test_from_a_folder_to_a_report(data, tmp_path, capsys):
   assert set(summary['win_rate']) == {'pretrained', 'sft', 'ppo', 'ppo_ptx'}
   assert summary['baseline'] == 'sft'
   report = (workdir / 'report.md').read_text()
-  for text in ('length only', 'bag of words', 'at equal length', '## Answers side by side'):
+  for text in (
+    'length only',
+    'bag of words',
+    'at equal length',
+    '## Answers side by side',
+  ):
     assert text in report, text
   for name in ('report.html', 'model_card.md', 'win_rate.png'):
     assert (workdir / name).stat().st_size > 1000
