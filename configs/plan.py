@@ -2,16 +2,16 @@
 
   python -m instruct_jax.main --config=configs/plan.py:1p3b,v5e-8
 
-Sizes: miniature, 1p3b, 6b, 175b (policy; reward and value model are at most
-6b, as in the paper). Topologies: v5e-1 to v5e-256, v4-8 to v4-1024, v5p-8 to
-v5p-1024. The numbers are those of Google's names; v4 and v5p count cores, two
-to a chip. The programs are those of sft.py, reward.py and ppo_ptx.py with the
-paper's batches.
+Sizes: miniature, tldr_1b (of recipe.py), and the paper's 1p3b, 6b, 175b (of the
+policy; reward and value model are at most 6b). Topologies: v5e-1 to v5e-256,
+v4-8 to v4-1024, v5p-8 to v5p-1024. The numbers are those of Google's names; v4
+and v5p count cores, two to a chip. The programs are those of sft.py, reward.py
+and ppo_ptx.py.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common, ppo_ptx, reward, sft
+from configs import common, ppo_ptx, recipe, reward, sft
 
 _CUBES = {
   8: '2x2x1',
@@ -46,6 +46,41 @@ def paper_stages(size, config):
   config.num_reward_rows = 288  # 64 prompts x 9 answers of half a row each.
 
 
+def tldr_stages(config):
+  """Stages of configs/recipe.py:tldr_1b, with the shape of Pythia 1B."""
+  stages = recipe.get_config('tldr_1b').stages
+  shape = ConfigDict(
+    {
+      'vocab_size': 50_278,  # Its tokens and our PAD.
+      'context_length': 2048,
+      'num_layers': 16,
+      'width': 2048,
+      'num_heads': 8,
+      'head_dim': 256,
+      'mlp_dim': 8192,
+      'dropout': 0.0,
+      'compute_dtype': 'bfloat16',
+      'remat': 'full',
+      'vocab_multiple': 128,
+      'scan_unroll': 1,
+      'attention': 'flash',
+      'logprob_chunk': 128,
+      'residual': 'parallel',
+      'activation': 'gelu',
+      'tied': False,
+      'rotary': ConfigDict({'dim': 64}),
+    }
+  )
+  config.policy, config.scalar = shape, ConfigDict(shape.to_dict())
+  for name, key in (('sft', 'sft'), ('reward', 'reward'), ('ppo', 'ppo_ptx')):
+    stage = config[name] = stages[key].copy_and_resolve_references()
+    stage.lora.rank = 0
+  config.ppo.prompt_length, config.ppo.response_length = 512, 53
+  config.ppo.ptx_row_length = 640
+  config.ppo.frozen_dtype = 'bfloat16'
+  config.num_reward_rows = 128  # A row each, of two answers.
+
+
 def miniature_stages(config):
   """The stages and shapes of the miniature."""
   stages = ppo_ptx.get_config('miniature').stages
@@ -73,6 +108,8 @@ def get_config(argument: str = '1p3b,v5e-8'):
   config.megacore = config.chip == 'v4'  # Two cores are one device there.
   if size == 'miniature':
     miniature_stages(config)
+  elif size == 'tldr_1b':
+    tldr_stages(config)
   else:
     paper_stages(size, config)
   # Meshes to try, in this order: data, fsdp, tensor; -1 fills.

@@ -1,10 +1,12 @@
 """Clocks, compilations and ceilings."""
 
+import pathlib
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from instruct_jax.infra import measure
 
@@ -60,3 +62,16 @@ def test_peak_memory_grows_with_what_is_held():
   assert measure.peak_host_bytes() >= before + 2**25
   del held
   assert measure.peak_device_bytes() is None
+
+
+def test_the_peak_begins_anew():
+  if not pathlib.Path('/proc/self/clear_refs').exists():
+    pytest.skip('Linux alone resets the peak')
+  np.ones(200 << 20, np.uint8)
+  before = measure.peak_host_bytes()
+  measure.reset_peak()
+  after = measure.peak_host_bytes()
+  assert before - after > 100 << 20
+  kept = np.ones(200 << 20, np.uint8)
+  assert measure.peak_host_bytes() - after > 150 << 20
+  del kept

@@ -17,7 +17,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from instruct_jax.infra import origin, run, stages
+from instruct_jax.infra import measure, origin, run, stages
 
 FOLDERS = ('experiments', 'instruct_jax.jobs')
 PROCESSES = ('all', 'first', 'one')
@@ -65,6 +65,7 @@ def run_stage(stage: stages.Stage) -> None:
     run.say(f'{stage.name}: done before, in {folder}')
     return
   run.say(f'{stage.name}: starts')
+  measure.reset_peak()
   begin = time.monotonic()
   folder.mkdir(parents=True, exist_ok=True)
   seconds_file = folder / 'seconds.json'
@@ -83,8 +84,13 @@ def run_stage(stage: stages.Stage) -> None:
     with contextlib.suppress(OSError):
       if folder.exists():
         run.write_json(seconds_file, seconds)
-  run.mark_done(folder, {'seconds': seconds, 'info': info})
-  run.say(f'{stage.name}: done in {seconds:.1f} s')
+  peak = {'host': measure.peak_host_bytes()}
+  if (on_device := measure.peak_device_bytes()) is not None:
+    peak['device'] = on_device  # Since the process began.
+  done = {'seconds': seconds, 'peak_bytes': peak, 'info': info}
+  run.mark_done(folder, done)
+  memory = ', '.join(f'{v / 2**30:.1f} GiB on the {k}' for k, v in peak.items())
+  run.say(f'{stage.name}: done in {seconds:.1f} s, at most {memory}')
 
 
 def run_all(
