@@ -190,14 +190,14 @@ def get_config(preset: str = 'cpu'):
   """The recipe with the sizes of a preset."""
   common.check(preset, tuple(PRESETS), 'preset')
   config = pipeline.recipe(f'recipe_{preset}')
-  config.prepare = 'instruct_jax.jobs.recipe.prepare'  # After the flags.
+  config.prepare = 'instruct_jax.recipe.prepare'  # After the flags.
   config.dry_run = False  # Print stages, sizes, memory and time, and stop.
   # Models that there are already; their stages are left out.
   config.sft_model = ''
   config.reward_model = ''
   config.judge_model = ''
-  # 'auto' is bfloat16 where the device multiplies it faster.
-  config.compute_dtype = 'auto'
+  # Of all stages; '' is bfloat16 where the device multiplies it faster.
+  config.compute_dtype = ''
   # Adapters: None takes them where training all weights does not fit.
   config.lora.rank = placeholder(int)
   config.lora_rate = 10.0  # Times the learning rates, with adapters.
@@ -211,6 +211,8 @@ def get_config(preset: str = 'cpu'):
     each = stages[name]
     each.tokenizer = config.get_ref('workdir') + '/data/tokenizer'
     each.lengths = config.get_ref('workdir') + '/data/lengths.json'
+    if 'compute_dtype' in each:
+      each.compute_dtype = config.get_oneway_ref('compute_dtype')
     for key in ('prompt_length', 'response_length', 'row_length'):
       if key in each and name != 'nlp_suite':
         each[key] = None  # As measured by the data stage.

@@ -112,7 +112,9 @@ def get_config(variant: str = ''):
   for key in ('model', 'documents', 'labels', 'valid_labels'):
     config[key] = ''
     stages.data[key] = config.get_ref(key)
-  config.compute_dtype = ''  # Of all stages; '' is float32.
+  config.prepare = 'instruct_jax.recipe.prepare_sentiment'  # After the flags.
+  # Of all stages; '' is bfloat16 where the device multiplies it faster.
+  config.compute_dtype = ''
   score = SCORE + data + '/classifier.json'
   model = config.get_ref('model')
   stages.rank = rank_stage(seed, workdir)
@@ -154,7 +156,7 @@ def get_config(variant: str = ''):
   )  # fmt: skip
   for name in config.stage_order[1:]:
     stages[name].tokenizer = data + '/tokenizer'
-    stages[name].compute_dtype = config.get_ref('compute_dtype')
+    stages[name].compute_dtype = config.get_oneway_ref('compute_dtype')
     stages[name].mesh = config.get_ref('mesh')
   numbers(config)
   if variant == 'smoke':

@@ -41,7 +41,7 @@ FOLLOWED = {
   'It holds only times: delete it': 'test_a_damaged_file_of_times',
   'and the checkpoints are past it': 'test_an_epoch_that_is_gone',
   'the same command resumes': 'test_a_service_that_did_not_answer',
-  'delete the file to start this task again': 'test_a_damaged_journal',
+  'delete the file to restart this task': 'test_a_damaged_journal',
   'stop it, or choose another work directory': 'tests/test_infra_run.py',
   'these values, choose another --workdir': 'tests/test_resume.py',
   'Bring them back, go on with the new ones': 'tests/test_resume.py',

@@ -101,7 +101,7 @@ def test_rl_that_did_not_move_has_no_kl_and_no_fit(result):
   ('changes', 'message'),
   [
     ({'policy': ''}, 'policy is empty'),
-    ({'judge': 'x'}, "judge 'x' is no dotted name"),
+    ({'judge': 'x'}, "judge 'x' is not a dotted name"),
     ({'judge': JUDGES['people']}, 'People gives no scores'),
     ({'judge_model': ''}, 'judge_model is empty'),
     ({'num_samples': 4}, 'at least 8.*4'),

@@ -196,7 +196,7 @@ FLOORS = {
     'sampling',
     'experiments',
   ),
-  'jobs.recipe': (
+  'recipe': (
     'types',
     *MODELS,
     'models.config',

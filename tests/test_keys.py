@@ -26,7 +26,9 @@ CONFIGS = {
   'sample': ('',),
   'center_reward': ('',),
   'tax': ('miniature',),
-  'plan': ('1p3b,v5e-8', 'miniature,v5e-8'),
+  'plan': ('1p3b,v5e-8', 'miniature,v5e-8', 'tldr_1b,v4-8'),
+  'recipe': ('smoke', 'cpu', 'gpu', 'v4-8', 'tldr_1b'),
+  'sentiment': ('', 'smoke'),
   'speed': ('s,iteration', '1p3b,all'),
   'labeling': ('',),
 }
@@ -58,6 +60,7 @@ ENUMERATED = {
   'reference',
   'remat',
   'remats',
+  'residual',
   'reward',
   'select_by',
   'stage_order',
@@ -90,6 +93,8 @@ FREE = {
   *('tokenizer', 'toxicity_labels', 'trl_python', 'truth_labels'),
   *('tunix_python', 'url', 'valid', 'valid_comparisons'),
   *('valid_demonstrations', 'valid_documents', 'valid_prompts', 'workdir'),
+  *('date', 'labels', 'lengths', 'preferences', 'prepare', 'score_fn'),
+  *('sft_model', 'template', 'test_preferences', 'valid_labels'),
   'xla_flags',
 }
 
@@ -120,8 +125,9 @@ def enumerated():
       # which nothing is found by its name.
       if last == 'experiment' and name in ('plan', 'speed') and key != last:
         continue
-      # The stages refer to that of the whole recipe; here nothing refers.
-      if key == 'lora.targets' and 'stages' in config:
+      # The stages refer to those of the whole recipe; here nothing refers.
+      shared = ('lora.targets', 'compute_dtype', 'judge')
+      if key in shared and 'stages' in config:
         continue
       if last in ENUMERATED and isinstance(value, str | list):
         yield name, variant, key
@@ -162,9 +168,13 @@ def test_an_enumerated_key_takes_no_other_value(name, variant, key, tmp_path):
     config.endpoint.update(url='http://x', model='m')
   if name == 'nlp_suite':
     config.data.drop = 'f'
+  if name == 'sentiment':
+    config.stages.evaluate.models = 'before=a,ppo=b,ppo_learned=c'
   if 'stages' in config:
     for stage in config.stages.values():
       stage.update({k: 'x' for k in ('root', 'source') if k in stage})
+      given = {k: v for k, v in values.items() if k in stage and not stage[k]}
+      stage.update(given)
 
   def validate():
     found = stages.of_run(

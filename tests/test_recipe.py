@@ -11,11 +11,11 @@ from etils import epath
 
 from configs import recipe as recipe_config
 from configs import sentiment as sentiment_config
-from instruct_jax import model_fns, score_fns
+from instruct_jax import model_fns, recipe, score_fns
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import pipeline, run, sharding
-from instruct_jax.jobs import rank, recipe
+from instruct_jax.jobs import rank
 from instruct_jax.models import hf
 from instruct_jax.models.config import Rotary, TransformerConfig
 from instruct_jax.worlds import preferences, sentiment
@@ -229,7 +229,7 @@ def test_stages_of_given_models_are_left_out(data, tmp_path):
 
 
 def test_a_run_keeps_the_dtype_that_it_began_with(data, tmp_path, monkeypatch):
-  config = make_config(data, compute_dtype='auto')
+  config = make_config(data, compute_dtype='')
   monkeypatch.setattr(recipe, 'bfloat16_gain', lambda: 3.0)
   config = prepared(config, tmp_path)
   assert config.stages.sft.compute_dtype == 'bfloat16'
@@ -237,9 +237,9 @@ def test_a_run_keeps_the_dtype_that_it_began_with(data, tmp_path, monkeypatch):
     tmp_path / 'config.json', run.plain(config.copy_and_resolve_references())
   )
   monkeypatch.setattr(recipe, 'bfloat16_gain', lambda: 0.5)
-  again = prepared(make_config(data, compute_dtype='auto'), tmp_path)
+  again = prepared(make_config(data, compute_dtype=''), tmp_path)
   assert again.stages.sft.compute_dtype == 'bfloat16'
-  new = prepared(make_config(data, compute_dtype='auto'), tmp_path / 'new')
+  new = prepared(make_config(data, compute_dtype=''), tmp_path / 'new')
   assert new.stages.sft.compute_dtype == 'float32'
 
 

@@ -10,7 +10,11 @@ PROCESSES = 'one'
 
 
 def validate(config: ConfigDict) -> None:
-  """Checks that models are named."""
+  """Checks that models are named.
+
+  Raises:
+    ValueError: none is, or not as NAME=FOLDER.
+  """
   if not model_folder.named_folders(config.models):
     raise ValueError('models is empty; give NAME=FOLDER,NAME=FOLDER')
 

@@ -70,12 +70,6 @@ def validate(config: ConfigDict) -> None:
   Raises:
     ValueError: the key, what it is, and what it should be.
   """
-  for key, example in (
-    ('model', 'hf:HuggingFaceTB/SmolLM2-135M-Instruct'),
-    ('preferences', 'hh:DIR'),
-  ):
-    if not config[key]:
-      raise ValueError(f'{key} is empty; give --config.{key}={example}')
   for key in ('valid_fraction', 'test_fraction', 'judge_fraction'):
     if not 0 < config[key] < 0.9:
       raise ValueError(f'{key} must be in (0, 0.9): {config[key]}')

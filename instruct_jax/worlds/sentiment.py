@@ -150,16 +150,18 @@ WORLD = figures.World(
 
 
 def validate(config: ConfigDict) -> None:
-  """Checks that model, text and labels are given."""
-  for key in ('model', 'documents', 'labels'):
-    if not config[key]:
-      raise ValueError(f'{key} is empty; give --config.{key}=PATH')
+  """Checks the numbers of prompts and of their tokens."""
+  keys = [f'num_{split}_prompts' for split in ('train', 'valid', 'test')]
+  for key in (*keys, 'num_prompt_tokens', 'words_per_document'):
+    if config[key] < 1:
+      raise ValueError(f'{key} must be at least 1, got {config[key]}')
 
 
 def inputs(config: ConfigDict) -> dict[str, str]:
   """What this stage reads, by config key."""
-  keys = ('model', 'documents', 'labels', 'valid_labels')
-  return {key: config[key] for key in keys if config[key]}
+  keys = ['model', 'documents', 'labels']
+  keys += ['valid_labels'] * bool(config.valid_labels)
+  return {key: config[key] for key in keys}
 
 
 def make_prompts(

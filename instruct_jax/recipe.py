@@ -21,7 +21,7 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import cost, sharding
 from instruct_jax.infra import run as run_lib
 from instruct_jax.jobs import plan
-from instruct_jax.models.config import TransformerConfig
+from instruct_jax.models.config import TransformerConfig, check_stage
 from instruct_jax.types import PromptBatch
 from instruct_jax.worlds import preferences
 
@@ -32,6 +32,7 @@ ADAPTED_BYTES = 2 * 4
 # Share of the memory that weights may take; activations have the other part.
 WEIGHTS_SHARE = 0.6
 LORA_RANK = 16
+MODEL = 'hf:HuggingFaceTB/SmolLM2-135M-Instruct'  # In messages.
 # Times faster than float32 that bfloat16 has to be on a CPU.
 MIN_GAIN = 1.2
 
@@ -68,7 +69,9 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> bool:
   Raises:
     ValueError: a key or the model is not as it should be.
   """
+  check_given(config, {'model': MODEL, 'preferences': 'hh:DIR'})
   preferences.validate(config.stages.data)
+  check_stage(config)
   tokenizer = preferences.load_tokenizer(config.stages.data)
   context_length = preferences.check_model(config.stages.data, tokenizer)
   with config.unlocked():
@@ -80,6 +83,29 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> bool:
   if config.dry_run:
     describe(config, tokenizer, context_length)
   return not config.dry_run
+
+
+def prepare_sentiment(config: ConfigDict, workdir: epath.Path) -> bool:
+  """The same for configs/sentiment.py, which has its dtype chosen."""
+  given = {'model': MODEL, 'documents': 'DIR', 'labels': 'SST2/train.tsv'}
+  check_given(config, given)
+  check_stage(config)
+  with config.unlocked():
+    config.compute_dtype, why = choose_dtype(config, workdir)
+  run_lib.say(f'sentiment: {config.compute_dtype}: {why}')
+  return True
+
+
+def check_given(config: ConfigDict, examples: Mapping[str, str]) -> None:
+  """Refuses keys that are empty.
+
+  Args:
+    config: of the run.
+    examples: key -> value, for the message.
+  """
+  for key, example in examples.items():
+    if not config[key]:
+      raise ValueError(f'{key} is empty; give --config.{key}={example}')
 
 
 # --- Stages -------------------------------------------------------------------
@@ -180,6 +206,21 @@ def chosen_before(workdir: epath.Path, key: str):
   return next((s[key] for s in stages.values() if key in s and s[key]), None)
 
 
+def choose_dtype(config: ConfigDict, workdir: epath.Path) -> tuple[str, str]:
+  """(dtype of matrix products, why); the given one, or the run's, stays."""
+  if config.compute_dtype:
+    return config.compute_dtype, 'given'
+  if before := chosen_before(workdir, 'compute_dtype'):
+    return before, 'as the run began'
+  platform = jax.devices()[0].platform
+  if platform != 'cpu':
+    return 'bfloat16', f'a {platform}'
+  gain = bfloat16_gain()
+  is_faster = run_lib.agreed(gain >= MIN_GAIN)
+  why = f'a bfloat16 product is {gain:.1f} x as fast as a float32 one'
+  return 'bfloat16' if is_faster else 'float32', why
+
+
 def choose(config: ConfigDict, workdir: epath.Path) -> Choice:
   """What suits the device; keys that are given stay."""
   devices = jax.devices()
@@ -190,16 +231,7 @@ def choose(config: ConfigDict, workdir: epath.Path) -> Choice:
     f'{len(devices)} x {devices[0].device_kind}, {memory / 2**30:.0f} GiB, '
     f'{shape.num_params / 1e6:.0f} M parameters'
   )
-  dtype, why = config.compute_dtype, 'given'
-  if dtype == 'auto':
-    dtype, why = chosen_before(workdir, 'compute_dtype'), 'as the run began'
-    if not dtype and not on_cpu:
-      dtype, why = 'bfloat16', f'a {devices[0].platform}'
-    elif not dtype:
-      gain = bfloat16_gain()
-      is_faster = run_lib.agreed(gain >= MIN_GAIN)
-      dtype = 'bfloat16' if is_faster else 'float32'
-      why = f'a bfloat16 product is {gain:.1f} x as fast as a float32 one'
+  dtype, why = choose_dtype(config, workdir)
   said.append(f'{dtype} ({why})')
   rank = config.lora.rank
   if rank is None:
@@ -222,10 +254,9 @@ def choose(config: ConfigDict, workdir: epath.Path) -> Choice:
 def apply(config: ConfigDict, choice: Choice) -> None:
   """Writes the choice into the stages; what a user gave there stays."""
   config.lora.rank = choice.rank
+  config.compute_dtype = choice.compute_dtype
   for name in config.stage_order:
     stage = config.stages[name]
-    if 'compute_dtype' in stage and not stage.compute_dtype:
-      stage.compute_dtype = choice.compute_dtype
     for key in ('remat', 'logprob_chunk'):
       if key in stage and not (stage[key] and stage[key] != 'none'):
         stage[key] = getattr(choice, key)
