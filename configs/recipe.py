@@ -36,7 +36,14 @@ CPU = {
   'train': {'batch_size': 8, 'eval_batch_size': 16},
   'reward': {'batch_size': 16, 'eval_batch_size': 8},
   'select': {'num_prompts': 64, 'batch_size': 32},
-  'rl': {'num_episodes': 768, 'batch_size': 32, 'num_minibatches': 2},
+  'rl': {
+    'num_episodes': 512,
+    'batch_size': 32,
+    'num_minibatches': 2,
+    'num_microbatches': 2,
+    'learning_rate': 1e-5,
+    'value_learning_rate': 2e-5,
+  },
   'evaluate': {'num_prompts': 200, 'batch_size': 40},
 }
 GPU = {
