@@ -7,7 +7,7 @@
 Presets, after a colon, by what there is to spend:
 
   smoke    any model, minutes; for CI and a first look, figures mean nothing
-  cpu      a model of 135 M parameters on two cores, about two hours (default)
+  cpu      a model of 135 M parameters on two cores, some hours (default)
   gpu      one card of 80 GB, a model of up to about 1.5 B parameters
   v4-8     the same on four TPU v4 chips
   tldr_1b  TL;DR with Pythia 1B as in Huang et al. 2024 (arXiv 2403.17031)

@@ -9,7 +9,7 @@ PPO twice from the model itself: `ppo` against a classifier of sentiment, a
 Python function, and `ppo_learned` against a reward model that learned from
 rankings of K = 4 answers by simulated labelers who know the classifier, with
 noise. Report, samples and `best_of_n/frontier.png` show what each gains, and
-what it costs in KL. SmolLM2-135M: about half an hour on two cores.
+what it costs in KL.
 
 `:smoke` runs every stage, as little as still runs.
 """
