@@ -508,7 +508,9 @@ def run(checkout, rule, text):
     while not re.search(rule.sign, output):
       assert process.poll() is None and time.monotonic() < deadline, output
       output += process.stdout.readline()
-    process.send_signal(signal.SIGINT)
+    # Not SIGINT, which the tests, and so the command, may have been told to
+    # ignore: a script's background does that.
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
   finally:
     process.kill()

@@ -44,6 +44,9 @@ KINDS = {
 _SUFFIXES = ('.jsonl', '.jsonl.gz', '.json', '.json.gz')
 _MULTIPLE = 8  # Of columns of a prompt, and of a response.
 _MIN_COLUMNS = 8
+# Prompts that a split should hold at least, up to this share of all.
+_MIN_HELD_OUT = 40
+_MAX_SHARE = 0.2
 _NUM_MEASURED = 20_000  # Records whose tokens are counted.
 
 
@@ -293,6 +296,29 @@ def describe_lengths(name: str, lengths: Mapping[str, Any]) -> str:
 # --- Splits -------------------------------------------------------------------
 
 
+def split_fractions(
+  config: ConfigDict, num_prompts: int, has_test: bool
+) -> dict[str, float]:
+  """Split -> its share of the prompts; small sets hold out larger shares.
+
+  Args:
+    config: of the stage.
+    num_prompts: of all splits.
+    has_test: whether the test set is given, so that none is split off.
+  """
+  least = min(_MAX_SHARE, _MIN_HELD_OUT / max(1, num_prompts))
+  fractions = {'valid': max(config.valid_fraction, least)}
+  if not has_test:
+    fractions['test'] = max(config.test_fraction, least)
+  for name, share in fractions.items():
+    if share > config[f'{name}_fraction']:
+      run_lib.say(
+        f'{config.name}: {num_prompts} prompts are few: {share:.0%} of them '
+        f'are {name} ({name}_fraction {config[f"{name}_fraction"]})'
+      )
+  return {**fractions, 'train': 1 - sum(fractions.values())}
+
+
 def judge_side(
   comparisons: Sequence[records.Comparison], judge_fraction: float, seed: int
 ) -> tuple[list[records.Comparison], list[records.Comparison], int]:
@@ -508,12 +534,10 @@ def make_records(
     skipped['records that begin like one of the test set'] = before - after
   else:
     prompts = given['prompts'][0]
-  fractions = {'valid': config.valid_fraction}
-  if not test:
-    fractions['test'] = config.test_fraction
-  fractions['train'] = 1 - sum(fractions.values())
+  distinct = distinct_prompts((*comparisons, *demonstrations, *prompts))
+  fractions = split_fractions(config, len(distinct), bool(test))
   splits, report = hygiene.clean(
-    distinct_prompts((*comparisons, *demonstrations, *prompts)),
+    distinct,
     tokenizer=tokenizer,
     max_tokens=lengths['prompt_length'],
     prefix_words=config.duplicate_prefix_words,
@@ -522,10 +546,10 @@ def make_records(
     seed=config.seed,
   )
   if test:
-    distinct, _ = hygiene.drop_duplicates(
+    asked, _ = hygiene.drop_duplicates(
       distinct_prompts(test), config.duplicate_prefix_words
     )
-    readable, tokens, _ = hygiene.drop_refused(distinct, tokenizer)
+    readable, tokens, _ = hygiene.drop_refused(asked, tokenizer)
     splits['test'] = [
       prompt
       for prompt, number in zip(readable, tokens, strict=True)
@@ -569,9 +593,13 @@ def make_records(
   files |= split_documents(config)
   empty = [name for name, rows in files.items() if not rows]
   if empty:
+    left_out = ', '.join(f'{n} {why}' for why, n in skipped.items() if n)
     raise ValueError(
-      f'nothing is left for {", ".join(empty)} of {len(comparisons)} rankings '
-      f'and {report.given} prompts; hygiene: {report.to_json()}'
+      f'nothing is left for {", ".join(empty)}: of {report.given} prompts '
+      f'{report.duplicates} are duplicates and {report.over_long} are longer '
+      f'than prompt_length ({lengths["prompt_length"]} tokens); left out: '
+      f'{left_out or "nothing"}. Give more data, raise max_prompt_length and '
+      'max_response_length, or raise valid_fraction and test_fraction'
     )
   skipped['rankings whose prompt data hygiene left out'] = sum(
     records.opening(row) not in split_of for row in comparisons
