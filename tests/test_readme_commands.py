@@ -154,15 +154,18 @@ RULES = [
     stand_ins={
       'recipe.py': 'recipe.py:smoke',
       'hf:HuggingFaceTB/SmolLM2-135M-Instruct': '{inputs}/gpt2',
-      'hh:DIR': 'hh:{inputs}/train.jsonl.gz',
+      'hh:DIR': 'hh:train.jsonl.gz',
+      '--workdir=RUN': '--workdir=recipe',
       'BOOKS': '{inputs}/documents.jsonl',
     },
-    writes=('RUN/report.md', 'RUN/export/ppo/model.safetensors'),
+    writes=('recipe/report.md', 'recipe/export/ppo/model.safetensors'),
   ),
   Rule(
     f'{MAIN}sentiment.py',
     stand_ins={
-      'sentiment.py': 'sentiment.py:smoke',
+      # Bytes that are no text come back longer.
+      'sentiment.py': 'sentiment.py:smoke '
+      '--config.stages.reward.row_length=120',
       'hf:HuggingFaceTB/SmolLM2-135M-Instruct': '{inputs}/gpt2',
       'BOOKS': '{inputs}/openings.jsonl',
       'SST2/train.tsv': '{inputs}/labels.tsv',
