@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
 
   try:
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    if config.get('prepare'):
+    if 'prepare' in config:
       prepare = score_fns.find(config.prepare, 'prepare')
       if not prepare(config, workdir):
         return  # It was asked to describe the run alone.

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from instruct_jax import judge_fns, model_fns, model_folder, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.infra import cost, sharding
+from instruct_jax.infra import cost, measure, origin, sharding
 from instruct_jax.infra import run as run_lib
 from instruct_jax.jobs import plan
 from instruct_jax.models.config import TransformerConfig, check_stage
@@ -185,18 +185,8 @@ def memory_bytes() -> float:
 
 def bfloat16_gain(size: int = 1024) -> float:
   """Times that a bfloat16 product is faster than a float32 one, here."""
-  seconds = {}
-  for dtype in ('float32', 'bfloat16'):
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
-    laps = []
-    for _ in range(5):
-      begin = time.perf_counter()
-      product(x, x).block_until_ready()
-      laps.append(time.perf_counter() - begin)
-    seconds[dtype] = min(laps)
-  return seconds['float32'] / seconds['bfloat16']
+  peaks = (measure.matmul_peak(d, size) for d in ('bfloat16', 'float32'))
+  return next(peaks) / next(peaks)
 
 
 def chosen_before(workdir: epath.Path, key: str):
@@ -288,9 +278,7 @@ def describe(
   stages = {}
   for name in config.stage_order:
     stages[name] = config.stages[name].copy_and_resolve_references()
-    for key, value in lengths.items():
-      if key in stages[name] and stages[name][key] is None:
-        stages[name][key] = value
+    origin.fill(stages[name], lengths)
   trained = {n: work_of(n, s, files, tokenizer) for n, s in stages.items()}
   mesh = sharding.make_mesh(config.mesh)
   shape = dataclasses.replace(
@@ -298,7 +286,7 @@ def describe(
     compute_dtype=stages['ppo'].compute_dtype,
     vocab_multiple=128,
   )
-  measured = measure(shape, stages, mesh)
+  measured = measure_programs(shape, stages, mesh)
   total = 0.0
   for name, work in trained.items():
     if work is None:
@@ -376,7 +364,7 @@ class Measured:
     return self.flops.get(program, 0.0) / self.rate
 
 
-def measure(shape: TransformerConfig, stages, mesh) -> Measured:
+def measure_programs(shape: TransformerConfig, stages, mesh) -> Measured:
   """Compiles SFT's, the reward model's and PPO's updates; times the first."""
   rl_stage = stages['ppo']
   described = ConfigDict(

@@ -1,6 +1,7 @@
 """A published folder and preferences, by one command, to a report."""
 
 import collections
+import dataclasses
 import json
 import pathlib
 
@@ -17,29 +18,10 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import pipeline, run, sharding
 from instruct_jax.jobs import rank
 from instruct_jax.models import hf
-from instruct_jax.models.config import Rotary, TransformerConfig
 from instruct_jax.worlds import preferences, sentiment
-from tests import published
+from tests import published, test_published_stages
 
-LLAMA = TransformerConfig(
-  vocab_size=259,
-  context_length=128,
-  num_layers=1,
-  width=24,
-  num_heads=4,
-  head_dim=6,
-  mlp_dim=16,
-  vocab_multiple=1,
-  num_kv_heads=2,
-  norm='rms',
-  rotary=Rotary(dim=6),
-  gated_mlp=True,
-  activation='silu',
-  qkv_bias=False,
-  out_bias=False,
-  mlp_bias=False,
-  tied=False,
-)
+LLAMA = dataclasses.replace(test_published_stages.LLAMA, context_length=128)
 
 
 def write_model(folder: pathlib.Path, **options) -> str:
@@ -137,6 +119,29 @@ def test_no_conversation_is_on_two_sides(data):
   assert lengths['row_length'] == (
     lengths['prompt_length'] + lengths['response_length']
   )
+
+
+def test_personal_data_behind_a_clean_opening_is_not_learned_from(
+  data, tmp_path
+):
+  asked = '\n\nHuman: Hi {}\n\nAssistant: Yes?\n\nHuman: {}\n\nAssistant: '
+  lines = []
+  for number in range(120):
+    for text in (f'What is {number}?', f'Write to jo{number}@mail.org'):
+      begin = asked.format(number, text)
+      row = {'chosen': f'{begin}It is.', 'rejected': f'{begin}No.'}
+      lines.append(json.dumps(row))
+  (tmp_path / 'train.jsonl').write_text('\n'.join(lines))
+  config = make_config(data, preferences=f'hh:{tmp_path / "train.jsonl"}')
+  with config.unlocked():
+    config.stages.data.prompt_length = 100
+    config.stages.data.response_length = 16
+  files, _, report = make_records(config)
+  for name in ('comparisons_train', 'judge_comparisons_train'):
+    assert files[name]
+    assert not [row for row in files[name] if '@' in row.prompt]
+  assert not [r for r in files['demonstrations_train'] if '@' in r.prompt]
+  assert report['left_out']['train records with personal data'] > 10
 
 
 def test_the_chat_template_and_the_best_answer_are_taken(data):

@@ -59,29 +59,34 @@ def stages_of(path: str) -> tuple[epath.Path, dict[str, dict[str, Any]]]:
   return place, {}
 
 
+def fill(stage: Any, lengths: Mapping[str, Any]) -> None:
+  """Sets the keys of a stage's config that are None to measured lengths."""
+  for key, value in lengths.items():
+    if key in stage and stage[key] is None:
+      stage[key] = value
+
+
 def with_lengths(config: ConfigDict) -> ConfigDict:
   """The config of a stage with its lengths that are None as measured.
 
   `config.lengths` names the JSON file that a data stage wrote; a stage without
   that key keeps its config.
   """
-  if not config.get('lengths'):
+  if 'lengths' not in config:
     return config
   found = ConfigDict(config.copy_and_resolve_references())
-  for key, value in run.read_json(config.lengths).items():
-    if key in found and found[key] is None:
-      found[key] = value
+  fill(found, run.read_json(config.lengths))
   return found
 
 
 def _measured(folder: epath.Path, stage: Mapping[str, Any]) -> dict[str, Any]:
   """`with_lengths` of a stage as the config.json in `folder` has it."""
-  # The file's path is kept without the folder of the run.
-  file = folder / stage.get('lengths', '').lstrip('/')
-  if not stage.get('lengths') or not file.exists():
-    return dict(stage)
-  lengths = run.read_json(file)
-  return {k: lengths.get(k) if v is None else v for k, v in stage.items()}
+  found = dict(stage)
+  if 'lengths' in found:
+    # The file's path is kept without the folder of the run.
+    file = folder / found['lengths'].lstrip('/')
+    fill(found, run.read_json(file) if file.exists() else {})
+  return found
 
 
 def _said(path, key):

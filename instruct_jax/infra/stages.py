@@ -146,7 +146,7 @@ class Stage:
   def inputs(self) -> dict[str, str]:
     """Label -> path of its inputs; see `inputs.read_by`."""
     found = inputs.read_by(self.experiment, self.config)
-    if self.config.get('lengths'):
+    if 'lengths' in self.config:
       found['lengths'] = self.config.lengths
     return found
 

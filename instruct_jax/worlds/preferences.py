@@ -380,6 +380,18 @@ def deal_labelers(
   return found
 
 
+def without_personal_data(rows: Sequence[records.Record]) -> list:
+  """The records whose prompts hold no personal data (A.1)."""
+
+  def key(row):
+    text = row.text if isinstance(row, records.Prompt) else row.prompt
+    return records.composed(text), row.turns
+
+  clean, _ = hygiene.drop_personal_data(distinct_prompts(rows))
+  kept = set(map(key, clean))
+  return [row for row in rows if key(row) in kept]
+
+
 def fitting_rows(
   rows: Sequence[records.Comparison] | Sequence[records.Demonstration],
   tokenizer: tokenizer_lib.Tokenizer,
@@ -563,6 +575,9 @@ def make_records(
 
   def part(rows, name):
     own = [row for row in rows if split_of.get(records.opening(row)) == name]
+    if name == 'train':  # A prompt that is clean may begin the same way.
+      given, own = own, without_personal_data(own)
+      skipped['train records with personal data'] += len(given) - len(own)
     fitting = fitting_rows(own, tokenizer, lengths['row_length'])
     skipped[f'{name} records longer than row_length'] += len(own) - len(fitting)
     return fitting

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from instruct_jax.data import records, sources
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import figures, win_rate
-from instruct_jax.evals.benchmarks import text_judges
+from instruct_jax.evals.benchmarks import tasks, text_judges
 from instruct_jax.infra import run as run_lib
 
 PROCESSES = 'first'
@@ -38,26 +38,9 @@ def train_classifier(path: epath.PathLike) -> text_judges.Classifier:
   Raises:
     RecordError: the file is missing or not of this form.
   """
-  texts, labels = read_labels(path)
+  texts, labels = zip(*tasks.sst_rows(path), strict=True)
   features = list(map(text_judges.text_features, texts))
   return text_judges.fit(features, labels, _PENALTY)
-
-
-def read_labels(path: epath.PathLike) -> tuple[list[str], list[int]]:
-  """(texts, 1 for positive or 0) of a file of SST-2's."""
-  texts, labels = [], []
-  lines = records.read_text(path).split('\n')
-  for number, line in enumerate(lines, start=1):
-    if not line or (number == 1 and line == 'sentence\tlabel'):
-      continue
-    sentence, _, label = line.rpartition('\t')
-    if label not in ('0', '1') or not sentence.strip():
-      raise records.RecordError(
-        f'{path}:{number}: expected sentence<TAB>0 or 1, found {line[:60]!r}'
-      )
-    texts.append(sentence)
-    labels.append(int(label))
-  return texts, labels
 
 
 def save_classifier(
@@ -218,7 +201,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
   classifier = train_classifier(config.labels)
   save_classifier(workdir / CLASSIFIER_FILE, classifier)
   if config.valid_labels:
-    texts, labels = read_labels(config.valid_labels)
+    texts, labels = zip(*tasks.sst_rows(config.valid_labels), strict=True)
     features = list(map(text_judges.text_features, texts))
     right = (classifier.logits(features) > 0) == np.array(labels, bool)
     accuracy = win_rate.share_interval(

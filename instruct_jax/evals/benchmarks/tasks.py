@@ -413,7 +413,21 @@ def read_rte(path: epath.PathLike) -> Iterator[Item]:
     yield Item(context, (right,), (' Yes', ' No'), right)
 
 
-def _sst_rows(path: epath.PathLike) -> Iterator[tuple[str, str, str]]:
+def sst_rows(path: epath.PathLike) -> Iterator[tuple[str, int]]:
+  """Yields (sentence, 1 for positive or 0) of SST-2.
+
+  Reads lines of `sentence<TAB>label`, with or without a header, or TFDS.
+  """
+  for place, sentence, label in _sst_lines(path):
+    if label not in ('0', '1') or not sentence.strip():
+      raise records.RecordError(
+        f'{place}: expected a sentence, a tab and 0 or 1, found '
+        f'{sentence!r:.40} and {label!r:.20}'
+      )
+    yield sentence.strip(), int(label)
+
+
+def _sst_lines(path):
   """Yields (place, sentence, label)."""
   if str(path).startswith('tfds:'):
     for place, row in read_rows(path):
@@ -426,16 +440,11 @@ def _sst_rows(path: epath.PathLike) -> Iterator[tuple[str, str, str]]:
 
 
 def read_sst(path: epath.PathLike) -> Iterator[Item]:
-  """Reads SST-2: lines of `sentence<TAB>label` or TFDS; a header is skipped."""
+  """Reads SST-2; see `sst_rows`."""
   choices = (' negative', ' positive')
-  for place, sentence, label in _sst_rows(path):
-    if label not in ('0', '1') or not sentence.strip():
-      raise records.RecordError(
-        f'{place}: expected a sentence, a tab and 0 or 1, found '
-        f'{sentence!r:.40} and {label!r:.20}'
-      )
-    right = choices[int(label)]
-    context = f'Text: {sentence.strip()}\nLabel:'
+  for sentence, label in sst_rows(path):
+    right = choices[label]
+    context = f'Text: {sentence}\nLabel:'
     yield Item(context, (right,), choices[::-1], right)
 
 
