@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from instruct_jax.models.config import TransformerConfig
+from instruct_jax.models.products import platform, product
 
 # Finite, so that a fully masked row gives uniform weights and not NaN.
 MASKED = -1e9
@@ -82,12 +83,12 @@ def attend(
     B, N, T, H = shape
     queries = queries.reshape(B, N // num_groups, num_groups * T, H)
     allowed = jnp.tile(allowed, (1, num_groups, 1))
-  scores = jnp.einsum('bnth,bnsh->bnts', queries, keys) * config.score_scale
-  scores = scores.astype(jnp.float32)
+  scores = product('bnth,bnsh->bnts', queries, keys)
+  scores = scores.astype(jnp.float32) * config.score_scale
   scores = softcap(scores, config.attention_softcap)
   scores = jnp.where(allowed[:, None, :, :], scores, MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-  return jnp.einsum('bnts,bnsh->bnth', weights, values).reshape(shape)
+  return product('bnts,bnsh->bnth', weights, values).reshape(shape)
 
 
 # --- Flash kernels ------------------------------------------------------------
@@ -108,22 +109,15 @@ def choose(
   """
   if config.attention == 'xla' or num_tokens < TILE:
     return None
-  platform = _platform()
-  is_gpu = platform in ('gpu', 'cuda')
+  is_gpu = platform() in ('gpu', 'cuda')
   problem = _problem(config, batch, num_tokens, is_gpu)
   if config.attention == 'flash':
     if problem:
       raise ValueError(f"model.attention = 'flash': {problem}; use 'auto'")
   # On CPU the TPU kernel is interpreted: slow, for tests only.
-  elif problem or not (is_gpu or platform == 'tpu'):
+  elif problem or not (is_gpu or platform() == 'tpu'):
     return None
   return 'cudnn' if is_gpu else 'splash'
-
-
-def _platform() -> str:
-  mesh = jax.sharding.get_abstract_mesh()
-  device = mesh.abstract_device if mesh.shape else None
-  return device.platform if device else jax.default_backend()
 
 
 def _problem(config, batch, num_tokens, is_gpu) -> str | None:
@@ -191,7 +185,7 @@ def flash(
     )
     return jnp.swapaxes(mixed, 1, 2)
   one_shard = functools.partial(
-    _splash, softcap=config.attention_softcap, interpret=_platform() == 'cpu'
+    _splash, softcap=config.attention_softcap, interpret=platform() == 'cpu'
   )
   if jax.sharding.get_abstract_mesh().shape:
     heads = P(('data', 'fsdp'), 'tensor')

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from instruct_jax.models import attention
 from instruct_jax.models.attention import MASKED
 from instruct_jax.models.config import Rotary, TransformerConfig
+from instruct_jax.models.products import fast_bfloat16, product, rows_first
 
 
 @flax.struct.dataclass
@@ -91,16 +92,27 @@ def dense(
   outer = kernel.shape[num_in:]
   size = math.prod(inner)
   x, kernel = x.reshape(-1, size), kernel.reshape(size, -1)
-  if kernel_first:
-    # The barriers keep the compiler from exchanging the factors again, and the
-    # rows, as columns, in the order in which the product reads them.
-    columns = jax.lax.optimization_barrier(x.T)
-    product = jax.lax.optimization_barrier(kernel.T @ columns).T
-  else:
-    product = x @ kernel
+  y = kernel_on_the_left(x, kernel.T) if kernel_first else (
+    product('mk,kn->mn', x, kernel)
+  )
   if bias is not None:
-    product += bias.reshape(1, -1)
-  return product.reshape(*batch, *outer)
+    y += bias.reshape(1, -1).astype(y.dtype)
+  return y.reshape(*batch, *outer)
+
+
+def kernel_on_the_left(
+  x: Float[Array, 'm k'], kernel: Float[Array, 'n k'], dtype: str = ''
+) -> Float[Array, 'm n']:
+  """x kernel^T as (kernel x^T)^T, for inference.
+
+  For a few dozen rows twice as fast on CPU. The barriers, or constraints, keep
+  the compiler from exchanging the factors again, and the rows, as columns, in
+  the order in which the product reads them.
+  """
+  hold = jax.lax.optimization_barrier
+  if fast_bfloat16(x.dtype):
+    hold = rows_first
+  return hold(product('nk,km->nm', kernel.astype(x.dtype), hold(x.T), dtype)).T
 
 
 class RMSNorm(nn.Module):
@@ -298,13 +310,13 @@ class Block(nn.Module):
 
     Inputs and outputs are sizes by axis name.
     """
-    lora, dtype = self.config.lora, jnp.dtype(self.config.compute_dtype)
+    lora = self.config.lora
     num_in, shape = len(inputs), (*inputs.values(), *outputs.values())
     project = functools.partial(dense, kernel_first=is_step)
 
     def param(suffix, init, shape, axes):
       name_of = f'{name}_{suffix}'
-      return make_param(self, name_of, init, shape, axes).astype(dtype)
+      return make_param(self, name_of, init, shape, axes)
 
     kernel = param('kernel', init or _normal(), shape, (*inputs, *outputs))
     bias = None
@@ -481,15 +493,10 @@ class Transformer(nn.Module):
     config = self.config
     rows = hidden.reshape(-1, config.width)
     embedding = self.token_embedding if config.tied else self.unembedding
-    embedding = embedding.astype(hidden.dtype)
     if kernel_first:
-      logits = jax.lax.optimization_barrier(
-        jnp.matmul(embedding, rows.T, preferred_element_type=jnp.float32)
-      ).T
+      logits = kernel_on_the_left(rows, embedding, 'float32')
     else:
-      logits = jnp.einsum(
-        'md,vd->mv', rows, embedding, preferred_element_type=jnp.float32
-      )
+      logits = product('md,vd->mv', rows, embedding, 'float32')
     logits = logits.reshape(*hidden.shape[:-1], config.vocab_rows)
     if config.unembed_bias:
       logits += self.unembedding_bias[(None,) * (logits.ndim - 1)]

@@ -1,0 +1,101 @@
+"""Matrix products of two arrays.
+
+In bfloat16 on a CPU they are added up, and returned, in float32: XLA's fast
+bfloat16 kernels there return nothing else, and want the contracted axis last in
+the left factor and first, or last, in the right one. Accelerators add up in
+float32 anyway.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float
+
+
+def platform() -> str:
+  """Of the current mesh, which may be an abstract one; or of the process."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = mesh.abstract_device if mesh.shape else None
+  return device.platform if device else jax.default_backend()
+
+
+def product(
+  spec: str,
+  x: Float[Array, '*x'],
+  y: Float[Array, '*y'],
+  dtype: str = '',
+) -> Float[Array, '*out']:
+  """`jnp.einsum` of two factors in the dtype of x.
+
+  Args:
+    spec: as einsum's; x and y have one axis each that the other has not, and
+      one in common that the product has not.
+    y: cast to the dtype of x.
+    dtype: of the product; '' is that of x.
+  """
+  if fast_bfloat16(x.dtype):
+    return _float32_sums(spec, x, y).astype(dtype or x.dtype)
+  y = y.astype(x.dtype)
+  return jnp.einsum(spec, x, y, preferred_element_type=dtype or x.dtype)
+
+
+def fast_bfloat16(dtype: jnp.dtype) -> bool:
+  """Whether products of this dtype are written for one CPU device's kernels.
+
+  Constraints on layouts do not go together with sharding.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  one_device = not mesh.shape or mesh.size == 1
+  return dtype == jnp.bfloat16 and one_device and platform() == 'cpu'
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _float32_sums(spec, x, y):
+  """A product in bfloat16, gradients too, each returned in float32."""
+  return _multiply(spec, x, y)
+
+
+def _forward(spec, x, y):
+  return _multiply(spec, x, y), (x, y)
+
+
+def _backward(spec, factors, gradient):
+  x, y = factors
+  left, right, out = spec.replace('->', ',').split(',')
+  return (
+    _multiply(f'{out},{right}->{left}', gradient, y).astype(x.dtype),
+    _multiply(f'{left},{out}->{right}', x, gradient).astype(y.dtype),
+  )
+
+
+_float32_sums.defvjp(_forward, _backward)
+
+
+def _multiply(spec, x, y):
+  """The product with every array in the layout that the kernels want."""
+  left, right, out = spec.replace('->', ',').split(',')
+  (row,) = set(left) - set(right)
+  (column,) = set(right) - set(left)
+  if out.index(row) > out.index(column):
+    left, right, x, y = right, left, y, x
+    row, column = column, row
+  (inner,) = set(left) & set(right) - set(out)
+  x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+  if left[-1] != inner:
+    x = rows_first(jnp.swapaxes(x, left.index(inner), -1))
+  batch = tuple(range(len(out) - 2))
+  dims = ((x.ndim - 1,), (right.index(inner),)), (batch, batch)
+  return rows_first(
+    jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
+  )
+
+
+def rows_first(x: Float[Array, '*x']) -> Float[Array, '*x']:
+  """x itself, with its last axis contiguous in memory.
+
+  XLA would rather hand a transposed view to a kernel that is then slower than
+  the copy, or, where the product has the view, not there at all.
+  """
+  return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
