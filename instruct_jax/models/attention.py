@@ -83,12 +83,13 @@ def attend(
     B, N, T, H = shape
     queries = queries.reshape(B, N // num_groups, num_groups * T, H)
     allowed = jnp.tile(allowed, (1, num_groups, 1))
-  scores = product('bnth,bnsh->bnts', queries, keys)
+  scores = product('bnth,bnsh->bnts', queries, keys, config.compute_dtype)
   scores = scores.astype(jnp.float32) * config.score_scale
   scores = softcap(scores, config.attention_softcap)
   scores = jnp.where(allowed[:, None, :, :], scores, MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-  return product('bnts,bnsh->bnth', weights, values).reshape(shape)
+  mixed = product('bnts,bnsh->bnth', weights, values, config.compute_dtype)
+  return mixed.reshape(shape)
 
 
 # --- Flash kernels ------------------------------------------------------------

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.heads import Policy
+from instruct_jax.models.products import activation_dtype
 from instruct_jax.models.transformer import Block, LayerCache, plain_inputs
 from instruct_jax.types import Params
 
@@ -107,7 +108,7 @@ def make_cache(
 ) -> SlotCache:
   """An empty cache: for each layer keys and values [S, K, W, H]."""
   shape = (num_slots, config.kv_heads, num_columns, config.head_dim)
-  dtype = jnp.dtype(config.compute_dtype)
+  dtype = activation_dtype(config.compute_dtype)
   return tuple(
     (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
     for _ in range(config.num_layers)

@@ -1,9 +1,10 @@
-"""Matrix products of two arrays.
+"""Matrix products, and the dtype of all else.
 
-In bfloat16 on a CPU they are added up, and returned, in float32: XLA's fast
-bfloat16 kernels there return nothing else, and want the contracted axis last in
-the left factor and first, or last, in the right one. Accelerators add up in
-float32 anyway.
+Accelerators multiply bfloat16, add up in float32, and return and keep bfloat16.
+On a CPU only the factors of products are bfloat16. XLA's fast kernels there
+return float32, and want the contracted axis last in the left factor; it has no
+other bfloat16 arithmetic, and writes to a part of a bfloat16 array by converting
+all of it.
 """
 
 import functools
@@ -21,34 +22,40 @@ def platform() -> str:
   return device.platform if device else jax.default_backend()
 
 
-def product(
-  spec: str,
-  x: Float[Array, '*x'],
-  y: Float[Array, '*y'],
-  dtype: str = '',
-) -> Float[Array, '*out']:
-  """`jnp.einsum` of two factors in the dtype of x.
-
-  Args:
-    spec: as einsum's; x and y have one axis each that the other has not, and
-      one in common that the product has not.
-    y: cast to the dtype of x.
-    dtype: of the product; '' is that of x.
-  """
-  if fast_bfloat16(x.dtype):
-    return _float32_sums(spec, x, y).astype(dtype or x.dtype)
-  y = y.astype(x.dtype)
-  return jnp.einsum(spec, x, y, preferred_element_type=dtype or x.dtype)
-
-
-def fast_bfloat16(dtype: jnp.dtype) -> bool:
-  """Whether products of this dtype are written for one CPU device's kernels.
+def is_bfloat16_on_cpu(dtype: str) -> bool:
+  """Whether products are written for the kernels of one CPU device.
 
   Constraints on layouts do not go together with sharding.
   """
   mesh = jax.sharding.get_abstract_mesh()
   one_device = not mesh.shape or mesh.size == 1
-  return dtype == jnp.bfloat16 and one_device and platform() == 'cpu'
+  return dtype == 'bfloat16' and one_device and platform() == 'cpu'
+
+
+def activation_dtype(dtype: str) -> jnp.dtype:
+  """Of all that products of this dtype read and return."""
+  return jnp.dtype('float32' if is_bfloat16_on_cpu(dtype) else dtype)
+
+
+def product(
+  spec: str,
+  x: Float[Array, '*x'],
+  y: Float[Array, '*y'],
+  dtype: str,
+  out: str = '',
+) -> Float[Array, '*out']:
+  """`jnp.einsum` of two factors in a dtype.
+
+  Args:
+    spec: as einsum's; x and y have one axis each that the other has not, and
+      one in common that the product has not.
+    dtype: the `compute_dtype`.
+    out: of the product; '' is `activation_dtype`.
+  """
+  if is_bfloat16_on_cpu(dtype):
+    return _float32_sums(spec, x, y)
+  x, y = x.astype(dtype), y.astype(dtype)
+  return jnp.einsum(spec, x, y, preferred_element_type=out or dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

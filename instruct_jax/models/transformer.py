@@ -20,12 +20,17 @@ from jaxtyping import Array, Bool, Float, Int
 from instruct_jax.models import attention
 from instruct_jax.models.attention import MASKED
 from instruct_jax.models.config import Rotary, TransformerConfig
-from instruct_jax.models.products import fast_bfloat16, product, rows_first
+from instruct_jax.models.products import (
+  activation_dtype,
+  is_bfloat16_on_cpu,
+  product,
+  rows_first,
+)
 
 
 @flax.struct.dataclass
 class LayerCache:
-  """One layer's keys and values in the compute dtype.
+  """One layer's keys and values.
 
   Column c holds the token in position c, so that a row's padding costs nothing
   and rows need no common clock.
@@ -77,6 +82,7 @@ def dense(
   x: Float[Array, '*batch inner'],
   kernel: Float[Array, '*dims'],
   bias: Float[Array, '*outer'] | None,
+  dtype: str,
   num_in: int = 1,
   kernel_first: bool = False,
 ) -> Float[Array, '*out']:
@@ -92,16 +98,17 @@ def dense(
   outer = kernel.shape[num_in:]
   size = math.prod(inner)
   x, kernel = x.reshape(-1, size), kernel.reshape(size, -1)
-  y = kernel_on_the_left(x, kernel.T) if kernel_first else (
-    product('mk,kn->mn', x, kernel)
-  )
+  if kernel_first:
+    y = kernel_on_the_left(x, kernel.T, dtype)
+  else:
+    y = product('mk,kn->mn', x, kernel, dtype)
   if bias is not None:
     y += bias.reshape(1, -1).astype(y.dtype)
   return y.reshape(*batch, *outer)
 
 
 def kernel_on_the_left(
-  x: Float[Array, 'm k'], kernel: Float[Array, 'n k'], dtype: str = ''
+  x: Float[Array, 'm k'], kernel: Float[Array, 'n k'], dtype: str, out: str = ''
 ) -> Float[Array, 'm n']:
   """x kernel^T as (kernel x^T)^T, for inference.
 
@@ -109,10 +116,9 @@ def kernel_on_the_left(
   the compiler from exchanging the factors again, and the rows, as columns, in
   the order in which the product reads them.
   """
-  hold = jax.lax.optimization_barrier
-  if fast_bfloat16(x.dtype):
-    hold = rows_first
-  return hold(product('nk,km->nm', kernel.astype(x.dtype), hold(x.T), dtype)).T
+  barrier = jax.lax.optimization_barrier
+  hold = rows_first if is_bfloat16_on_cpu(dtype) else barrier
+  return hold(product('nk,km->nm', kernel, hold(x.T), dtype, out)).T
 
 
 class RMSNorm(nn.Module):
@@ -136,7 +142,7 @@ class RMSNorm(nn.Module):
 
 def make_norm(config: TransformerConfig, name: str | None = None) -> nn.Module:
   """The norm that the config names."""
-  dtype = jnp.dtype(config.compute_dtype)
+  dtype = activation_dtype(config.compute_dtype)
   if config.norm != 'layer':
     plus_one = config.norm == 'rms_plus_one'
     return RMSNorm(config.norm_epsilon, plus_one, dtype, name=name)
@@ -312,7 +318,9 @@ class Block(nn.Module):
     """
     lora = self.config.lora
     num_in, shape = len(inputs), (*inputs.values(), *outputs.values())
-    project = functools.partial(dense, kernel_first=is_step)
+    project = functools.partial(
+      dense, dtype=self.config.compute_dtype, kernel_first=is_step
+    )
 
     def param(suffix, init, shape, axes):
       name_of = f'{name}_{suffix}'
@@ -324,7 +332,7 @@ class Block(nn.Module):
       axes = ('norm',) if 'embed' in outputs else tuple(outputs)
       bias = param('bias', nn.initializers.zeros, shape[num_in:], axes)
     if not self._has_adapter(name):
-      return lambda h: project(h, kernel, bias, num_in)
+      return lambda h: project(h, kernel, bias, num_in=num_in)
     # Hu et al. 2021, 4.1: A is Gaussian and B is 0. Their code draws A
     # uniformly, with this variance.
     gaussian = nn.initializers.normal((3 * math.prod(inputs.values())) ** -0.5)
@@ -339,8 +347,8 @@ class Block(nn.Module):
     )
 
     def adapted(h):
-      low = lora.scale * project(h, factor_a, None, num_in)
-      return project(h, kernel, bias, num_in) + project(low, factor_b, None)
+      low = lora.scale * project(h, factor_a, None, num_in=num_in)
+      return project(h, kernel, bias, num_in=num_in) + project(low, factor_b, None)
 
     return adapted
 
@@ -481,7 +489,7 @@ class Transformer(nn.Module):
       x = x * config.embedding_scale
     if config.rotary is None:
       x = x + self.position_embedding[positions]
-    return x.astype(config.compute_dtype)
+    return x.astype(activation_dtype(config.compute_dtype))
 
   def unembed(
     self, hidden: Float[Array, '*b D'], kernel_first: bool = False
@@ -491,12 +499,12 @@ class Transformer(nn.Module):
     `kernel_first` is faster for few rows, as in `dense`.
     """
     config = self.config
-    rows = hidden.reshape(-1, config.width)
+    rows, dtype = hidden.reshape(-1, config.width), config.compute_dtype
     embedding = self.token_embedding if config.tied else self.unembedding
     if kernel_first:
-      logits = kernel_on_the_left(rows, embedding, 'float32')
+      logits = kernel_on_the_left(rows, embedding, dtype, 'float32')
     else:
-      logits = product('md,vd->mv', rows, embedding, 'float32')
+      logits = product('md,vd->mv', rows, embedding, dtype, 'float32')
     logits = logits.reshape(*hidden.shape[:-1], config.vocab_rows)
     if config.unembed_bias:
       logits += self.unembedding_bias[(None,) * (logits.ndim - 1)]
