@@ -180,8 +180,9 @@ class TransformerConfig:
     num_layers, width, num_heads, head_dim, mlp_dim: L, D, N, H and F.
     dropout: rate on each residual branch; active only where a call passes
       `deterministic=False` (SFT uses 0.2; reward models and PPO never drop).
-    compute_dtype: dtype of products, and of activations except on a CPU. Parameters, softmax, logits and all
-      that follows from logits are float32 always.
+    compute_dtype: dtype of matrix products and activations; on a CPU of the
+      products' factors alone (`products.py`). Parameters, softmax, logits and
+      all that follows from logits are float32 always.
     remat: what the backward pass recomputes: 'none' keeps all activations,
       'dots' keeps matrix products, 'full' keeps only each layer's input.
     vocab_multiple: embedding rows are rounded up to a multiple of this, to

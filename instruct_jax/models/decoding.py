@@ -74,13 +74,16 @@ def _restored(config: TransformerConfig, params: Params) -> Params:
 def in_compute_dtype(config: TransformerConfig, params: Params) -> Params:
   """Parameters in the compute dtype, to which the blocks would cast them.
 
-  The scales of norms, [D] or [L, D], stay as they are.
+  The scales of norms, [D] or [L, D], stay as they are, as do biases where
+  activations are float32.
   """
   dtype = jnp.dtype(config.compute_dtype)
+  same = dtype == activation_dtype(config.compute_dtype)
+  uncast = ('norm',) if same else ('norm', 'bias')
 
   def cast(path, x):
-    is_scale = 'norm' in jax.tree_util.keystr(path)
-    return x if is_scale else x.astype(dtype)
+    name = jax.tree_util.keystr(path)
+    return x if any(part in name for part in uncast) else x.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -2,8 +2,8 @@
 
 Accelerators multiply bfloat16, add up in float32, and return and keep bfloat16.
 On a CPU only the factors of products are bfloat16. XLA's fast kernels there
-return float32, and want the contracted axis last in the left factor; it has no
-other bfloat16 arithmetic, and writes to a part of a bfloat16 array by converting
+return float32, and want the contracted axis last in the left factor. It has no
+other bfloat16 arithmetic, and to write a part of a bfloat16 array it converts
 all of it.
 """
 
@@ -87,7 +87,6 @@ def _multiply(spec, x, y):
   (column,) = set(right) - set(left)
   if out.index(row) > out.index(column):
     left, right, x, y = right, left, y, x
-    row, column = column, row
   (inner,) = set(left) & set(right) - set(out)
   x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
   if left[-1] != inner:

@@ -348,7 +348,8 @@ class Block(nn.Module):
 
     def adapted(h):
       low = lora.scale * project(h, factor_a, None, num_in=num_in)
-      return project(h, kernel, bias, num_in=num_in) + project(low, factor_b, None)
+      y = project(h, kernel, bias, num_in=num_in)
+      return y + project(low, factor_b, None)
 
     return adapted
 
