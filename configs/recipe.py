@@ -27,7 +27,7 @@ CPU = {
     'max_prompt_length': 96,
     'max_response_length': 64,
     'max_demonstrations': 1_000,
-    'max_comparisons': 1_000,
+    'max_comparisons': 2_000,
     'max_valid': 300,
     'max_documents': 2_000,
   },
@@ -37,14 +37,16 @@ CPU = {
   'reward': {'batch_size': 16, 'eval_batch_size': 8},
   'select': {'num_prompts': 64, 'batch_size': 32},
   'rl': {
-    'num_episodes': 512,
-    'batch_size': 32,
-    'num_minibatches': 2,
+    # As in configs/sentiment.py; half of its rate, for longer responses.
+    'lora': {'rank': 16, 'targets': ('query', 'value')},
+    'num_episodes': 1_024,
+    'batch_size': 64,
+    'num_minibatches': 4,
     'num_microbatches': 2,
-    'learning_rate': 1e-5,
-    'value_learning_rate': 2e-5,
+    'learning_rate': 1e-3,
+    'value_learning_rate': 1e-3,
   },
-  'evaluate': {'num_prompts': 200, 'batch_size': 40},
+  'evaluate': {'num_prompts': 300, 'batch_size': 50},
 }
 GPU = {
   'data': {'max_prompt_length': 512, 'max_response_length': 256},

@@ -41,9 +41,9 @@ def rank_stage(seed, workdir):
   config.tokenizer = ''
   config.model = ''  # Whose answers are ranked.
   config.prompts = ''
-  config.num_prompts = 300  # At the most, drawn by seed.
+  config.num_prompts = 1_000  # At the most, drawn by seed.
   config.valid_prompts = ''
-  config.num_valid_prompts = 60
+  config.num_valid_prompts = 100
   config.num_candidates = 4  # K (Ziegler et al.).
   config.score_fn = ''  # What labelers know: NAME or NAME@FILE.
   config.num_labelers = 20
@@ -61,14 +61,14 @@ def numbers(config) -> None:
   stages.reward.max_candidates = 4
   # Decoded and encoded again an answer may be longer, and its end comes.
   stages.reward.row_length = 32
-  stages.reward.batch_size = 16
-  stages.reward.learning_rate = 2e-5
+  stages.reward.batch_size = 8
+  stages.reward.learning_rate = 5e-5
   stages.reward.eval_batch_size = 32
   for each in (stages.ppo, stages.ppo_learned):
     # With all weights Adam's steps on small batches spend KL on noise.
     each.lora.rank = 16
     each.lora.targets = ('query', 'value')
-    each.learning_rate = each.value_learning_rate = 2e-3
+    each.learning_rate = each.value_learning_rate = 1.5e-3
     each.prompt_length = 8
     each.response_length = 16
     each.num_episodes = 4_480

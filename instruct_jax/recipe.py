@@ -243,6 +243,13 @@ def choose(config: ConfigDict, workdir: epath.Path) -> Choice:
 
 def apply(config: ConfigDict, choice: Choice) -> None:
   """Writes the choice into the stages; what a user gave there stays."""
+  # Stages whose rates are meant for adapters of their own.
+  own = {
+    name
+    for name in config.stage_order
+    if 'lora' in config.stages[name]
+    and config.stages[name].lora.rank != config.lora.rank
+  }
   config.lora.rank = choice.rank
   config.compute_dtype = choice.compute_dtype
   for name in config.stage_order:
@@ -251,7 +258,7 @@ def apply(config: ConfigDict, choice: Choice) -> None:
       if key in stage and not (stage[key] and stage[key] != 'none'):
         stage[key] = getattr(choice, key)
     for key in ('learning_rate', 'value_learning_rate'):
-      if choice.rank and key in stage:
+      if choice.rank and key in stage and name not in own:
         stage[key] = stage[key] * config.lora_rate
 
 
