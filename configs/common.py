@@ -107,8 +107,9 @@ def loop(config: ConfigDict) -> ConfigDict:
 
 def models(config: ConfigDict) -> ConfigDict:
   """Precision of the models that a stage loads."""
-  # Of activations and matrix products: 'float32', 'bfloat16', or '' for the
-  # dtype in each model folder, which for published ones is float32.
+  # Of activations and matrix products: 'float32', 'bfloat16', 'auto' for what
+  # the device multiplies faster, or '' for the dtype in each model folder,
+  # which for published ones is float32.
   config.compute_dtype = ''
   return config
 

@@ -205,8 +205,8 @@ def get_config(preset: str = 'cpu'):
   config.sft_model = ''
   config.reward_model = ''
   config.judge_model = ''
-  # Of all stages; '' is bfloat16 where the device multiplies it faster.
-  config.compute_dtype = ''
+  # Of all stages; bfloat16 where the device multiplies it faster.
+  config.compute_dtype = 'auto'
   # Adapters: None takes them where training all weights does not fit.
   config.lora.rank = placeholder(int)
   config.lora_rate = 10.0  # Times the learning rates, with adapters.

@@ -115,8 +115,8 @@ def get_config(variant: str = ''):
     config[key] = ''
     stages.data[key] = config.get_ref(key)
   config.prepare = 'instruct_jax.recipe.prepare_sentiment'  # After the flags.
-  # Of all stages; '' is bfloat16 where the device multiplies it faster.
-  config.compute_dtype = ''
+  # Of all stages; bfloat16 where the device multiplies it faster.
+  config.compute_dtype = 'auto'
   score = SCORE + data + '/classifier.json'
   model = config.get_ref('model')
   stages.rank = rank_stage(seed, workdir)

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
   place = _WORKDIR.value or given or config.default_workdir
   machine.prepare(config)
   from instruct_jax import score_fns
-  from instruct_jax.infra import pipeline, processes
+  from instruct_jax.infra import pipeline, precision, processes
   from instruct_jax.infra import run as run_lib
 
   workdir = files.absolute(place)
@@ -72,9 +72,10 @@ def main(argv: list[str]) -> None:
 
   try:
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    precision.resolve(config, workdir)
     if 'prepare' in config:
       prepare = score_fns.find(config.prepare, 'prepare')
-      if not prepare(config, workdir):
+      if not prepare(config):
         return  # It was asked to describe the run alone.
     described = config.copy_and_resolve_references()
     config.workdir = str(workdir)

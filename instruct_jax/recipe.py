@@ -1,8 +1,8 @@
 """Fits the stages of configs/recipe.py to what the user and the device have.
 
 `prepare` runs after the flags are read and before the config is recorded. It
-leaves out the stages whose models are given, and chooses dtype, adapters and
-rematerialisation for the device; a run that goes on keeps what it chose.
+leaves out the stages whose models are given, and chooses adapters and
+rematerialisation for the device.
 """
 
 import dataclasses
@@ -13,12 +13,11 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
 from instruct_jax import judge_fns, model_fns, model_folder, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.infra import cost, measure, origin, sharding
+from instruct_jax.infra import cost, origin, sharding
 from instruct_jax.infra import run as run_lib
 from instruct_jax.jobs import plan
 from instruct_jax.models.config import TransformerConfig, check_stage
@@ -33,8 +32,6 @@ ADAPTED_BYTES = 2 * 4
 WEIGHTS_SHARE = 0.6
 LORA_RANK = 16
 MODEL = 'hf:HuggingFaceTB/SmolLM2-135M-Instruct'  # In messages.
-# Times faster than float32 that bfloat16 has to be on a CPU.
-MIN_GAIN = 1.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,26 +39,23 @@ class Choice:
   """What was chosen for the device.
 
   Attributes:
-    compute_dtype: of matrix products and activations.
     rank: of adapters; 0 trains all weights.
     remat: what the backward pass computes again.
     logprob_chunk: columns of float32 logits at a time; 0 is all.
     why: one line for the user.
   """
 
-  compute_dtype: str
   rank: int
   remat: str
   logprob_chunk: int
   why: str
 
 
-def prepare(config: ConfigDict, workdir: epath.Path) -> bool:
+def prepare(config: ConfigDict) -> bool:
   """Fits the config, in place.
 
   Args:
     config: of the whole recipe, with an empty `workdir`.
-    workdir: of the run.
 
   Returns:
     Whether the run goes on; False after a dry run.
@@ -77,7 +71,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> bool:
   with config.unlocked():
     leave_out_stages(config)
     compare_models(config)
-    choice = choose(config, workdir)
+    choice = choose(config)
     apply(config, choice)
   run_lib.say(f'recipe: {choice.why}')
   if config.dry_run:
@@ -85,14 +79,11 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> bool:
   return not config.dry_run
 
 
-def prepare_sentiment(config: ConfigDict, workdir: epath.Path) -> bool:
-  """The same for configs/sentiment.py, which has its dtype chosen."""
+def prepare_sentiment(config: ConfigDict) -> bool:
+  """Checks configs/sentiment.py."""
   given = {'model': MODEL, 'documents': 'DIR', 'labels': 'SST2/train.tsv'}
   check_given(config, given)
   check_stage(config)
-  with config.unlocked():
-    config.compute_dtype, why = choose_dtype(config, workdir)
-  run_lib.say(f'sentiment: {config.compute_dtype}: {why}')
   return True
 
 
@@ -183,35 +174,7 @@ def memory_bytes() -> float:
   return float(sum(found.get('bytes_limit', 0) for found in stats))
 
 
-def bfloat16_gain(size: int = 1024) -> float:
-  """Times that a bfloat16 product is faster than a float32 one, here."""
-  peaks = (measure.matmul_peak(d, size) for d in ('bfloat16', 'float32'))
-  return next(peaks) / next(peaks)
-
-
-def chosen_before(workdir: epath.Path, key: str):
-  """The value of a key of the SFT or RL stage that a run began with."""
-  file = workdir / 'config.json'
-  stages = run_lib.read_json(file)['stages'] if file.exists() else {}
-  return next((s[key] for s in stages.values() if key in s and s[key]), None)
-
-
-def choose_dtype(config: ConfigDict, workdir: epath.Path) -> tuple[str, str]:
-  """(dtype of matrix products, why); the given one, or the run's, stays."""
-  if config.compute_dtype:
-    return config.compute_dtype, 'given'
-  if before := chosen_before(workdir, 'compute_dtype'):
-    return before, 'as the run began'
-  platform = jax.devices()[0].platform
-  if platform != 'cpu':
-    return 'bfloat16', f'a {platform}'
-  gain = bfloat16_gain()
-  is_faster = run_lib.agreed(gain >= MIN_GAIN)
-  why = f'a bfloat16 product is {gain:.1f} x as fast as a float32 one'
-  return 'bfloat16' if is_faster else 'float32', why
-
-
-def choose(config: ConfigDict, workdir: epath.Path) -> Choice:
+def choose(config: ConfigDict) -> Choice:
   """What suits the device; keys that are given stay."""
   devices = jax.devices()
   on_cpu = devices[0].platform == 'cpu'
@@ -221,8 +184,6 @@ def choose(config: ConfigDict, workdir: epath.Path) -> Choice:
     f'{len(devices)} x {devices[0].device_kind}, {memory / 2**30:.0f} GiB, '
     f'{shape.num_params / 1e6:.0f} M parameters'
   )
-  dtype, why = choose_dtype(config, workdir)
-  said.append(f'{dtype} ({why})')
   rank = config.lora.rank
   if rank is None:
     need = shape.num_params * ALL_BYTES
@@ -238,7 +199,7 @@ def choose(config: ConfigDict, workdir: epath.Path) -> Choice:
   said.append(f'adapters of rank {rank}' if rank else 'all weights trained')
   remat = 'none' if on_cpu else ('dots' if shape.num_params < 5e8 else 'full')
   said.append(f'remat {remat}')
-  return Choice(dtype, rank, remat, 0 if on_cpu else 128, ', '.join(said))
+  return Choice(rank, remat, 0 if on_cpu else 128, ', '.join(said))
 
 
 def apply(config: ConfigDict, choice: Choice) -> None:
@@ -251,7 +212,6 @@ def apply(config: ConfigDict, choice: Choice) -> None:
     and config.stages[name].lora.rank != config.lora.rank
   }
   config.lora.rank = choice.rank
-  config.compute_dtype = choice.compute_dtype
   for name in config.stage_order:
     stage = config.stages[name]
     for key in ('remat', 'logprob_chunk'):

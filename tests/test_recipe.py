@@ -15,7 +15,7 @@ from configs import sentiment as sentiment_config
 from instruct_jax import model_fns, recipe, score_fns
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.infra import pipeline, run, sharding
+from instruct_jax.infra import pipeline, sharding
 from instruct_jax.jobs import rank
 from instruct_jax.models import hf
 from instruct_jax.worlds import preferences, sentiment
@@ -75,14 +75,14 @@ def make_config(data, **changes):
 
 def prepared(config, workdir):
   """The config after `prepare`; its stages know the work directory."""
-  assert recipe.prepare(config, epath.Path(workdir)) != config.dry_run
+  assert recipe.prepare(config) != config.dry_run
   with config.unlocked():
     config.workdir = str(workdir)
   return config
 
 
 def go(config, workdir):
-  assert recipe.prepare(config, epath.Path(workdir))
+  assert recipe.prepare(config)
   described = config.copy_and_resolve_references()
   with config.unlocked():
     config.workdir = str(workdir)
@@ -233,21 +233,6 @@ def test_stages_of_given_models_are_left_out(data, tmp_path):
   assert 'ppo_ptx' not in config.stages.evaluate.models
 
 
-def test_a_run_keeps_the_dtype_that_it_began_with(data, tmp_path, monkeypatch):
-  config = make_config(data, compute_dtype='')
-  monkeypatch.setattr(recipe, 'bfloat16_gain', lambda: 3.0)
-  config = prepared(config, tmp_path)
-  assert config.stages.sft.compute_dtype == 'bfloat16'
-  run.write_json(
-    tmp_path / 'config.json', run.plain(config.copy_and_resolve_references())
-  )
-  monkeypatch.setattr(recipe, 'bfloat16_gain', lambda: 0.5)
-  again = prepared(make_config(data, compute_dtype=''), tmp_path)
-  assert again.stages.sft.compute_dtype == 'bfloat16'
-  new = prepared(make_config(data, compute_dtype=''), tmp_path / 'new')
-  assert new.stages.sft.compute_dtype == 'float32'
-
-
 def test_adapters_where_all_weights_do_not_fit(data, tmp_path, monkeypatch):
   all_bytes = float(LLAMA.num_params * recipe.ALL_BYTES)
   monkeypatch.setattr(recipe, 'memory_bytes', lambda: all_bytes)
@@ -258,7 +243,7 @@ def test_adapters_where_all_weights_do_not_fit(data, tmp_path, monkeypatch):
   assert config.stages.ppo.learning_rate == pytest.approx(10 * before)
   monkeypatch.setattr(recipe, 'memory_bytes', lambda: LLAMA.num_params)
   with pytest.raises(ValueError, match='take more devices or a smaller model'):
-    recipe.prepare(make_config(data), epath.Path(tmp_path))
+    recipe.prepare(make_config(data))
 
 
 # --- Whole --------------------------------------------------------------------
@@ -295,7 +280,7 @@ def test_from_a_folder_to_a_report(data, tmp_path, capsys):
 
 def test_a_dry_run_writes_nothing(data, tmp_path, capsys):
   config = make_config(data, dry_run=True)
-  assert not recipe.prepare(config, epath.Path(tmp_path / 'run'))
+  assert not recipe.prepare(config)
   said = capsys.readouterr().out
   for name in ('sft', 'rl_init', 'reward', 'judge', 'ppo', 'ppo_ptx'):
     assert f'\n{name}: ' in said
@@ -443,6 +428,7 @@ def test_sentiment_from_a_folder_to_a_report(data, labels, tmp_path):
     config.model = str(data / 'model')
     config.documents = str(tmp_path / 'book.txt')
     config.labels = config.valid_labels = str(labels)
+    config.compute_dtype = 'float32'
     config.stages.data.words_per_document = 5
     config.stages.data.num_prompt_tokens = 12
     for name in ('rank', 'ppo', 'ppo_learned'):

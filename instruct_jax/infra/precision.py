@@ -1,0 +1,77 @@
+"""`compute_dtype='auto'`: what this device multiplies fastest.
+
+Accelerators have units for bfloat16. Some CPUs have instructions for it (AMX,
+AVX512-BF16); on others it is slower than float32, so one product is timed.
+"""
+
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from instruct_jax.infra import measure
+from instruct_jax.infra import run as run_lib
+
+KEY = 'compute_dtype'
+AUTO = 'auto'
+# Times faster than float32 that bfloat16 has to be on a CPU.
+MIN_GAIN = 1.2
+_SIZE = 1_024  # Rows and columns of the timed product.
+
+
+def bfloat16_gain() -> float:
+  """Times that a bfloat16 product is faster than a float32 one, here."""
+  peaks = (measure.matmul_peak(d, _SIZE) for d in ('bfloat16', 'float32'))
+  return next(peaks) / next(peaks)
+
+
+def choose() -> tuple[str, str]:
+  """(dtype of matrix products for this device, why)."""
+  platform = jax.devices()[0].platform
+  if platform != 'cpu':
+    return 'bfloat16', f'the device is a {platform}'
+  gain = bfloat16_gain()
+  is_faster = run_lib.agreed(gain >= MIN_GAIN)
+  why = f'a bfloat16 product is {gain:.1f} x as fast as a float32 one'
+  return 'bfloat16' if is_faster else 'float32', why
+
+
+def resolve(config: ConfigDict, workdir: epath.Path) -> None:
+  """Writes the choice wherever a config says 'auto', and tells it in one line.
+
+  A run that goes on keeps the dtype that it began with.
+
+  Args:
+    config: of a run, in place; keys that refer to one another follow.
+    workdir: of the run.
+  """
+  found = list(_places(config))
+  if not found:
+    return
+  file = workdir / 'config.json'
+  before = next(_recorded(run_lib.read_json(file)), '') if file.exists() else ''
+  dtype, why = (before, 'as the run began') if before else choose()
+  run_lib.say(f'{KEY}: {dtype}: {why}')
+  with config.unlocked():
+    for section in found:
+      if section[KEY] == AUTO:
+        section[KEY] = dtype
+
+
+def _places(section: ConfigDict) -> Iterator[ConfigDict]:
+  """Sections that say 'auto', from the outermost on."""
+  if section.get(KEY) == AUTO:
+    yield section
+  for value in section.values():
+    if isinstance(value, ConfigDict):
+      yield from _places(value)
+
+
+def _recorded(section: dict) -> Iterator[str]:
+  """Values of the key in a run's config.json, outermost first, none empty."""
+  if section.get(KEY) not in (None, '', AUTO):
+    yield section[KEY]
+  for value in section.values():
+    if isinstance(value, dict):
+      yield from _recorded(value)

@@ -1,0 +1,82 @@
+"""compute_dtype='auto': chosen once for a device, and kept by a run."""
+
+import pytest
+from etils import epath
+
+from configs import recipe, sentiment, sft
+from instruct_jax.infra import precision, run
+
+
+@pytest.fixture(params=[3.0, 0.5])
+def gain(request, monkeypatch):
+  monkeypatch.setattr(precision, 'bfloat16_gain', lambda: request.param)
+  return request.param
+
+
+def resolved(config, workdir):
+  precision.resolve(config, epath.Path(workdir))
+  return config
+
+
+def test_the_faster_dtype_is_written_wherever_auto_stands(
+  gain, tmp_path, capsys
+):
+  want = 'bfloat16' if gain > 1 else 'float32'
+  config = resolved(recipe.get_config('cpu'), tmp_path)
+  stages = [s for s in config.stages.values() if 'compute_dtype' in s]
+  assert len(stages) > 6
+  assert {s.compute_dtype for s in (config, *stages)} == {want}
+  said = capsys.readouterr().out
+  assert said == (
+    f'compute_dtype: {want}: a bfloat16 product is {gain:.1f} x as fast as a '
+    'float32 one\n'
+  )
+
+
+def test_other_values_stay_and_nothing_is_timed(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(precision, 'bfloat16_gain', lambda: 1 / 0)
+  config = sentiment.get_config()
+  config.compute_dtype = 'bfloat16'
+  assert resolved(config, tmp_path).stages.ppo.compute_dtype == 'bfloat16'
+  one = sft.get_config()
+  before = run.plain(one.copy_and_resolve_references())
+  after = resolved(one, tmp_path).copy_and_resolve_references()
+  assert run.plain(after) == before
+  assert capsys.readouterr().out == ''
+
+
+def test_one_stage_of_a_pipeline_may_say_auto(gain, tmp_path):
+  config = sentiment.get_config()
+  config.compute_dtype = 'float32'
+  config.stages.rank.compute_dtype = 'auto'
+  resolved(config, tmp_path)
+  want = 'bfloat16' if gain > 1 else 'float32'
+  assert config.stages.rank.compute_dtype == want
+  assert config.stages.ppo.compute_dtype == 'float32'
+
+
+def test_a_run_keeps_the_dtype_that_it_began_with(
+  gain, tmp_path, monkeypatch, capsys
+):
+  first = resolved(sentiment.get_config(), tmp_path)
+  began = first.compute_dtype
+  run.write_json(
+    tmp_path / 'config.json', run.plain(first.copy_and_resolve_references())
+  )
+  capsys.readouterr()
+  monkeypatch.setattr(precision, 'bfloat16_gain', lambda: 1 / gain)
+  again = resolved(sentiment.get_config(), tmp_path)
+  assert again.stages.ppo.compute_dtype == began
+  assert (
+    capsys.readouterr().out == f'compute_dtype: {began}: as the run began\n'
+  )
+  new = resolved(sentiment.get_config(), tmp_path / 'new')
+  assert new.stages.ppo.compute_dtype != began
+
+
+def test_the_gain_is_that_of_two_products(monkeypatch):
+  peaks = {'bfloat16': 30.0, 'float32': 10.0}
+  monkeypatch.setattr(
+    precision.measure, 'matmul_peak', lambda dtype, size: peaks[dtype]
+  )
+  assert precision.bfloat16_gain() == 3.0
