@@ -68,19 +68,19 @@ def numbers(config) -> None:
     # With all weights Adam's steps on small batches spend KL on noise.
     each.lora.rank = 16
     each.lora.targets = ('query', 'value')
-    each.learning_rate = each.value_learning_rate = 1.5e-3
+    each.learning_rate = each.value_learning_rate = 1.2e-3
     each.prompt_length = 8
     each.response_length = 16
-    each.num_episodes = 4_480
+    each.num_episodes = 5_120
     each.batch_size = 64
     each.num_minibatches = 2
     each.num_warmup_iterations = 4
     each.kl_coef = 0.01
     each.checkpoint_every = 10
     each.snapshot_every = 10
-    each.ema_decay = 0.97  # Of 140 updates.
-  # A score's spread is some 1.5, the classifier's 0.3.
-  stages.ppo_learned.kl_coef = 0.05
+    each.ema_decay = 0.97  # Of 160 updates.
+  # A score's spread is some 1.5, the classifier's 0.3, and it has no bounds.
+  stages.ppo_learned.kl_coef = 0.15
   stages.evaluate.num_prompts = 300
   stages.evaluate.batch_size = 96
   stages.best_of_n.num_prompts = 64
