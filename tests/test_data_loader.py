@@ -175,6 +175,18 @@ def test_comparison_rows_by_hand(words):
     loader.comparison_rows(comparisons, words, 2, 4)
 
 
+def test_cut_completions_have_no_end(words):
+  cut = records.Comparison(
+    'a', ('b', 'c d', 'c'), (1, 3, 2), ended=(True, False, False)
+  )
+  rows, _ = loader.comparison_rows([cut], words, 3, 4)
+  np.testing.assert_array_equal(
+    rows.tokens, [[[3, 4, 1, 0], [3, 5, 6, 0], [3, 5, 0, 0]]]
+  )
+  np.testing.assert_array_equal(rows.mask.sum(axis=-1), [[3, 3, 2]])
+  assert loader.fitting_comparisons([cut], words, 3) == [cut]
+
+
 def test_rankings_of_the_same_answers_become_one_element(words):
   turns = (records.Turn('user', 'x'), records.Turn('user', 'a'))
   comparisons = [

@@ -217,6 +217,22 @@ def test_scores_stand_for_ranks(tmp_path):
     assert expected in _error(path, line)
 
 
+def test_cut_completions_are_marked(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  values = {'prompt': 'x', 'completions': ['a', 'b'], 'ranks': [1, 2]}
+  path.write_text(json.dumps({**values, 'ended': [True, False]}))
+  (row,) = records.read_jsonl(path, records.Comparison)
+  assert row.ended == (True, False)
+  assert records.to_values(row)['ended'] == [True, False]
+  for ended, expected in (
+    ([True], "'ended' has 1 values for 2 completions"),
+    ([1, 0], "'ended' must be a list of true and false, found [1, 0]"),
+    (True, "'ended' must be a list of true and false, found true"),
+  ):
+    line = json.dumps({**values, 'ended': ended}).encode()
+    assert expected in _error(path, line)
+
+
 def test_bad_input_has_its_message(tmp_path):
   path = tmp_path / 'a.jsonl'
   good = {'prompt': 'x', 'completions': ['a', 'b'], 'ranks': [1, 2]}

@@ -409,12 +409,13 @@ def test_noisy_labelers_agree_with_the_score_more_often_than_not():
   prompts = [records.Prompt(f'p{i}', f'p{i}') for i in range(400)]
   rng = np.random.default_rng(0)
   scores = rng.uniform(size=(400, 4))
-  rows = rank.rank(config, prompts, [list('abcd')] * 400, scores, rng)
+  arguments = (prompts, [list('abcd')] * 400, [[True] * 4] * 400, scores, rng)
+  rows = rank.rank(config, *arguments)
   best = [row.ranks.index(1) for row in rows]
   share = np.mean(best == scores.argmax(axis=1))
   assert 0.5 < share < 1.0
   config.labeler_noise = 0.0
-  rows = rank.rank(config, prompts, [list('abcd')] * 400, scores, rng)
+  rows = rank.rank(config, *arguments)
   best = [row.ranks.index(1) for row in rows]
   np.testing.assert_array_equal(best, scores.argmax(axis=1))
 

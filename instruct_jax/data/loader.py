@@ -294,15 +294,18 @@ def fitting_comparisons(
 
 
 def _ids_of(comparisons, tokenizer):
-  """(ids of each prompt or None, of its ended completions, refusals)."""
+  """(ids of each prompt or None, of its completions, refusals)."""
   prompts, refusals = encode_prompts(comparisons, tokenizer)
   texts = [text for c in comparisons for text in c.completions]
   ids = iter(tokenizer.encode_responses(texts, ended=True))
-  return (
-    prompts,
-    [[next(ids) for _ in c.completions] for c in comparisons],
-    refusals,
-  )
+  answers = [
+    [
+      next(ids) if ended else next(ids)[:-1]
+      for ended in c.ended or (True,) * len(c.completions)
+    ]
+    for c in comparisons
+  ]
+  return prompts, answers, refusals
 
 
 def _fits(prompt, answers, row_length) -> bool:

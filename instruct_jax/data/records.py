@@ -114,6 +114,8 @@ class Comparison:
   """K >= 2 completions of a prompt, ranked by one labeler (paper 3.5: 4 to 9).
 
   Rank 1 is best, and equal ranks are ties; `scores` gave the ranks, or are ().
+  `ended` says of each completion whether it ended by itself, or was cut and has
+  no end token; () is that all ended.
   `time` is when it was labeled, as free text, or ''.
   """
 
@@ -128,6 +130,7 @@ class Comparison:
   metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
   turns: tuple[Turn, ...] = ()
   scores: tuple[float, ...] = ()
+  ended: tuple[bool, ...] = ()
 
 
 # Bad syntax and numbers of thousands of digits, and too deep nesting.
@@ -312,7 +315,7 @@ def problems(values: Mapping[str, Any], record_type: type) -> list[str]:
 
 def _field_problems(name, values, is_required) -> Iterator[str]:
   value = values[name]
-  if name in ('scores', 'turns') and value in ((), []):
+  if name in ('scores', 'turns', 'ended') and value in ((), []):
     return  # None given.
   if name == 'turns':
     problem = _turn_problem(value) or _text_problem(values)
@@ -336,6 +339,13 @@ def _field_problems(name, values, is_required) -> Iterator[str]:
       yield (
         f'{name!r} has {len(value)} numbers for {len(completions)} '
         'completions; give one rank each'
+      )
+  elif name == 'ended':
+    completions = values.get('completions')
+    if isinstance(completions, list | tuple) and len(completions) != len(value):
+      yield (
+        f'{name!r} has {len(value)} values for {len(completions)} '
+        'completions; give true or false for each'
       )
   elif name == 'scores':
     ranks, expected = values.get('ranks'), ranks_of_scores(value)
@@ -366,6 +376,13 @@ _KINDS = {
   'completions': (lambda value: _is_list_of(value, str), 'a list of strings'),
   'ranks': (lambda value: _is_list_of(value, int), 'a list of integers'),
   'scores': (_are_scores, 'a list of finite numbers'),
+  'ended': (
+    lambda value: (
+      isinstance(value, list | tuple)
+      and all(isinstance(item, bool) for item in value)
+    ),
+    'a list of true and false',
+  ),
   'metadata': (lambda value: isinstance(value, dict), 'an object'),
 }
 _TEXT = (lambda value: isinstance(value, str), 'a string')
@@ -443,6 +460,7 @@ def encodable(text: str) -> bool:
 _FROM_JSON = {
   'completions': tuple,
   'ranks': tuple,
+  'ended': tuple,
   'scores': lambda scores: tuple(map(float, scores)),
   'turns': lambda turns: tuple(Turn(**turn) for turn in turns),
 }

@@ -41,6 +41,7 @@ def rank(
   config: ConfigDict,
   prompts: list[records.Prompt],
   texts: list[list[str]],
+  ended: list[list[bool]],
   scores: np.ndarray,
   rng: np.random.Generator,
 ) -> list[records.Comparison]:
@@ -50,6 +51,7 @@ def rank(
     config: with `num_labelers` and `labeler_noise`.
     prompts: N of them.
     texts: K answers of each.
+    ended: whether each ended by itself.
     scores: of the answers [N, K].
     rng: of the choice of labelers and of their noise.
   """
@@ -62,9 +64,10 @@ def rank(
       ranks=records.ranks_of_scores(row.tolist()),
       id=prompt.id,
       labeler=f'simulated:{labeler}',
+      ended=tuple(ends),
     )
-    for prompt, several, row, labeler in zip(
-      prompts, texts, scores + noise, labelers, strict=True
+    for prompt, several, ends, row, labeler in zip(
+      prompts, texts, ended, scores + noise, labelers, strict=True
     )
   ]
 
@@ -101,12 +104,11 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, int]:
         [answer.ended for answer in answers],
         [answer.num_tokens for answer in answers],
       ).reshape(-1, K)
-      texts = [
-        [answer.response for answer in answers[start : start + K]]
-        for start in range(0, len(answers), K)
-      ]
+      groups = [answers[i : i + K] for i in range(0, len(answers), K)]
+      texts = [[answer.response for answer in each] for each in groups]
+      ended = [[answer.ended for answer in each] for each in groups]
       rng = np.random.default_rng([config.seed, number])
-      rows = rank(config, prompts[::K], texts, scores, rng)
+      rows = rank(config, prompts[::K], texts, ended, scores, rng)
       if jax.process_index() == 0:
         records.write_jsonl(workdir / f'comparisons_{split}.jsonl', rows)
       counts[f'comparisons_{split}'] = len(rows)
