@@ -60,8 +60,8 @@ def data(tmp_path_factory) -> pathlib.Path:
   return folder
 
 
-def make_config(data, **changes):
-  config = recipe_config.get_config('smoke')
+def make_config(data, preset='smoke', **changes):
+  config = recipe_config.get_config(preset)
   with config.unlocked():
     config.model = str(data / 'model')
     config.preferences = f'hh:{data / "hh"}'
@@ -241,6 +241,13 @@ def test_adapters_where_all_weights_do_not_fit(data, tmp_path, monkeypatch):
   for name in ('sft', 'reward', 'judge', 'ppo', 'ppo_ptx'):
     assert config.stages[name].lora.rank == recipe.LORA_RANK, name
   assert config.stages.ppo.learning_rate == pytest.approx(10 * before)
+  # The rates of a preset's own adapters are meant for them.
+  before = make_config(data, 'cpu').stages
+  after = prepared(make_config(data, 'cpu'), tmp_path).stages
+  assert after.ppo.learning_rate == before.ppo.learning_rate
+  assert after.ppo.lora.targets == ('query', 'value')
+  assert after.sft.lora.rank == recipe.LORA_RANK
+  assert after.sft.learning_rate == pytest.approx(10 * before.sft.learning_rate)
   monkeypatch.setattr(recipe, 'memory_bytes', lambda: LLAMA.num_params)
   with pytest.raises(ValueError, match='take more devices or a smaller model'):
     recipe.prepare(make_config(data))

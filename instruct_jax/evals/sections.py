@@ -348,6 +348,12 @@ def _preferences(shown, drawn) -> list[Section]:
       'judged in both orders, so this is exactly one half for a judge that '
       'ignores the order.'
     )
+  cases = set().union(*outcomes.by_category.values())
+  by_case = Section(
+    'By use case',
+    [by_model('use case', outcomes.by_category, prompts=True)],
+    level=3,
+  )
   return [
     Section(
       f'Win rate against {baseline}',
@@ -368,11 +374,7 @@ def _preferences(shown, drawn) -> list[Section]:
         f'{baseline} at 0; one nat is 173.7 Elo points.',
       ],
     ),
-    Section(
-      'By use case',
-      [by_model('use case', outcomes.by_category, prompts=True)],
-      level=3,
-    ),
+    *([by_case] if len(cases) > 1 else []),
     Section('Pairs', [text, Table(head, rows)], level=3),
   ]
 
