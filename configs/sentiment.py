@@ -41,7 +41,7 @@ def rank_stage(seed, workdir):
   config.tokenizer = ''
   config.model = ''  # Whose answers are ranked.
   config.prompts = ''
-  config.num_prompts = 1_000  # At the most, drawn by seed.
+  config.num_prompts = 2_000  # At the most, drawn by seed.
   config.valid_prompts = ''
   config.num_valid_prompts = 100
   config.num_candidates = 4  # K (Ziegler et al.).
@@ -62,12 +62,13 @@ def numbers(config) -> None:
   # Decoded and encoded again an answer may be longer, and its end comes.
   stages.reward.row_length = 32
   stages.reward.batch_size = 8
-  stages.reward.learning_rate = 5e-5
   stages.reward.eval_batch_size = 32
-  for each in (stages.ppo, stages.ppo_learned):
-    # With all weights Adam's steps on small batches spend KL on noise.
+  # With all weights Adam's steps on small batches spend KL on noise.
+  for each in (stages.reward, stages.ppo, stages.ppo_learned):
     each.lora.rank = 16
     each.lora.targets = ('query', 'value')
+  stages.reward.learning_rate = 1.5e-3
+  for each in (stages.ppo, stages.ppo_learned):
     each.learning_rate = each.value_learning_rate = 1.2e-3
     each.prompt_length = 8
     each.response_length = 16
@@ -79,8 +80,8 @@ def numbers(config) -> None:
     each.checkpoint_every = 10
     each.snapshot_every = 10
     each.ema_decay = 0.97  # Of 160 updates.
-  # A score's spread is some 1.5, the classifier's 0.3, and it has no bounds.
-  stages.ppo_learned.kl_coef = 0.15
+  # A score's spread is twice the classifier's.
+  stages.ppo_learned.kl_coef = 0.02
   stages.evaluate.num_prompts = 300
   stages.evaluate.batch_size = 96
   stages.best_of_n.num_prompts = 64
