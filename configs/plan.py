@@ -75,6 +75,7 @@ def tldr_stages(config):
   for name, key in (('sft', 'sft'), ('reward', 'reward'), ('ppo', 'ppo_ptx')):
     stage = config[name] = stages[key].copy_and_resolve_references()
     stage.lora.rank = 0
+    stage.compute_dtype = ''  # The models'.
   config.ppo.prompt_length, config.ppo.response_length = 512, 53
   config.ppo.ptx_row_length = 640
   config.ppo.frozen_dtype = 'bfloat16'

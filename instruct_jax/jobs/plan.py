@@ -333,10 +333,9 @@ def sampling_program(name, stage, shape, mesh, policy, resident):
   def cache_of(rows, columns):
     spec = sharding.partition_spec(('batch', 'kv_heads', None, None))
     place = jax.sharding.NamedSharding(mesh, spec)
-    return jax.tree.map(
-      lambda x: x.update(sharding=place),
-      jax.eval_shape(lambda: decoder.make_cache(rows, columns)),
-    )
+    with sharding.use_mesh(mesh):  # Its platform decides the dtype.
+      cache = jax.eval_shape(lambda: decoder.make_cache(rows, columns))
+    return jax.tree.map(lambda x: x.update(sharding=place), cache)
 
   weights = sampling_weights(module, stage.gather_weights, mesh)
   cache = cache_of(num_slots, sizes.widths[-1])
