@@ -20,6 +20,7 @@ if __name__ == '__main__':
 
   signal.signal(signal.SIGTERM, stop_at_once)
 
+import logging as python_logging
 import sys
 import traceback
 
@@ -57,6 +58,9 @@ def main(argv: list[str]) -> None:
     sys.exit(f'error: unexpected arguments: {argv[1:]}')
   if '--verbosity' not in ' '.join(sys.argv):
     logging.set_verbosity(logging.WARNING)  # Libraries are verbose at INFO.
+    # Of several failed writes of a checkpoint the first is raised and told in
+    # one line; asyncio would log the others with tracebacks.
+    python_logging.getLogger('asyncio').setLevel(python_logging.CRITICAL)
   config = _CONFIG.value
   # Stages find each other's outputs by paths that refer to `workdir`, which
   # config.json leaves out.
