@@ -74,6 +74,23 @@ def test_a_run_keeps_the_dtype_that_it_began_with(
   assert new.stages.ppo.compute_dtype != began
 
 
+def test_a_given_dtype_is_not_taken_for_a_chosen_one(tmp_path, monkeypatch):
+  monkeypatch.setattr(precision, 'bfloat16_gain', lambda: 3.0)
+
+  def begin():
+    config = sentiment.get_config()
+    config.compute_dtype = 'float32'
+    config.stages.rank.compute_dtype = 'auto'
+    return resolved(config, tmp_path)
+
+  first = run.plain(begin().copy_and_resolve_references())
+  run.write_json(tmp_path / 'config.json', first)
+  monkeypatch.setattr(precision, 'bfloat16_gain', lambda: 1 / 0)
+  again = begin()
+  assert again.stages.rank.compute_dtype == 'bfloat16'
+  assert again.stages.ppo.compute_dtype == 'float32'
+
+
 def test_the_gain_is_that_of_two_products(monkeypatch):
   peaks = {'bfloat16': 30.0, 'float32': 10.0}
   monkeypatch.setattr(

@@ -40,38 +40,36 @@ def choose() -> tuple[str, str]:
 def resolve(config: ConfigDict, workdir: epath.Path) -> None:
   """Writes the choice wherever a config says 'auto', and tells it in one line.
 
-  A run that goes on keeps the dtype that it began with.
+  A run that goes on keeps the dtypes that it began with.
 
   Args:
     config: of a run, in place; keys that refer to one another follow.
     workdir: of the run.
   """
-  found = list(_places(config))
-  if not found:
+  if not any(_places(config, {})):
     return
   file = workdir / 'config.json'
-  before = next(_recorded(run_lib.read_json(file)), '') if file.exists() else ''
-  dtype, why = (before, 'as the run began') if before else choose()
-  run_lib.say(f'{KEY}: {dtype}: {why}')
+  # All processes choose, or none.
+  before = run_lib.read_json(file) if run_lib.agreed(file.exists()) else {}
+  found = list(_places(config, before))
+  chosen, why = choose() if '' in dict(found).values() else ('', '')
+  kept = ', '.join(sorted({dtype for _, dtype in found} - {''}))
+  run_lib.say(f'{KEY}: {chosen or kept}: {why or "as the run began"}')
   with config.unlocked():
-    for section in found:
+    for path, dtype in found:
+      section = config
+      for name in path:
+        section = section[name]
       if section[KEY] == AUTO:
-        section[KEY] = dtype
+        section[KEY] = dtype or chosen
 
 
-def _places(section: ConfigDict) -> Iterator[ConfigDict]:
-  """Sections that say 'auto', from the outermost on."""
+def _places(
+  section: ConfigDict, recorded: dict, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], str]]:
+  """(path of a section that says 'auto', what config.json has there or '')."""
   if section.get(KEY) == AUTO:
-    yield section
-  for value in section.values():
+    yield path, recorded.get(KEY, '')
+  for name, value in section.items():
     if isinstance(value, ConfigDict):
-      yield from _places(value)
-
-
-def _recorded(section: dict) -> Iterator[str]:
-  """Values of the key in a run's config.json, outermost first, none empty."""
-  if section.get(KEY) not in (None, '', AUTO):
-    yield section[KEY]
-  for value in section.values():
-    if isinstance(value, dict):
-      yield from _recorded(value)
+      yield from _places(value, recorded.get(name) or {}, (*path, name))
