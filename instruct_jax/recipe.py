@@ -197,20 +197,26 @@ def choose(config: ConfigDict) -> Choice:
         'smaller model'
       )
   said.append(f'adapters of rank {rank}' if rank else 'all weights trained')
+  if own := own_adapters(config):
+    said[-1] += f' (adapters of their own: {", ".join(own)})'
   remat = 'none' if on_cpu else ('dots' if shape.num_params < 5e8 else 'full')
   said.append(f'remat {remat}')
   return Choice(rank, remat, 0 if on_cpu else 128, ', '.join(said))
 
 
-def apply(config: ConfigDict, choice: Choice) -> None:
-  """Writes the choice into the stages; what a user gave there stays."""
-  # Stages whose rates are meant for adapters of their own.
-  own = {
+def own_adapters(config: ConfigDict) -> list[str]:
+  """Stages with a rank, and so with rates, of their own."""
+  return [
     name
     for name in config.stage_order
     if 'lora' in config.stages[name]
     and config.stages[name].lora.rank != config.lora.rank
-  }
+  ]
+
+
+def apply(config: ConfigDict, choice: Choice) -> None:
+  """Writes the choice into the stages; what a user gave there stays."""
+  own = own_adapters(config)
   config.lora.rank = choice.rank
   for name in config.stage_order:
     stage = config.stages[name]

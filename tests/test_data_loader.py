@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import itertools
 import time
 
@@ -185,6 +186,10 @@ def test_cut_completions_have_no_end(words):
   )
   np.testing.assert_array_equal(rows.mask.sum(axis=-1), [[3, 3, 2]])
   assert loader.fitting_comparisons([cut], words, 3) == [cut]
+  # The same texts, all ended, are other candidates.
+  ended = dataclasses.replace(cut, completions=('b', 'c', 'c d'), ended=())
+  rows, _ = loader.comparison_rows([cut, ended], words, 3, 4, merge=True)
+  assert rows.ranks.shape == (2, 1, 3)
 
 
 def test_rankings_of_the_same_answers_become_one_element(words):

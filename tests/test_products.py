@@ -62,7 +62,7 @@ def test_values_and_gradients_are_those_of_float32_sums(
 
 
 @pytest.mark.parametrize('spec, sizes', CASES)
-def test_float32_and_several_devices_take_einsum(spec, sizes, monkeypatch):
+def test_float32_and_several_devices_take_einsum(spec, sizes):
   x, y = factors(spec, sizes, 'float32')
   np.testing.assert_array_equal(
     products.product(spec, x, y, 'float32'), jnp.einsum(spec, x, y)

@@ -446,6 +446,9 @@ def test_sentiment_from_a_folder_to_a_report(data, labels, tmp_path):
   with config.unlocked():
     config.workdir = str(tmp_path / 'run')
   pipeline.run_all(config, epath.Path(tmp_path / 'run'), described)
+  path = tmp_path / 'run' / 'rank' / 'comparisons_train.jsonl'
+  ends = [row.ended for row in records.read_jsonl(path, records.Comparison)]
+  assert False in np.array(ends)  # Cut where RL's answers are.
   report = (tmp_path / 'run' / 'report.md').read_text()
   assert 'Diversity of the answers' in report and 'distinct-2' in report
   assert (tmp_path / 'run' / 'best_of_n' / 'frontier.png').exists()

@@ -245,7 +245,8 @@ def comparison_rows(
   for number, each in enumerate(comparisons):
     key = number
     if merge:
-      key = (each.prompt, each.turns, tuple(sorted(each.completions)))
+      answers = zip(each.completions, _ends_of(each), strict=True)
+      key = (each.prompt, each.turns, tuple(sorted(answers)))
     elements.setdefault(key, []).append(each)
   elements = list(elements.values())
   prompts, answers, refusals = _ids_of([e[0] for e in elements], tokenizer)
@@ -299,13 +300,14 @@ def _ids_of(comparisons, tokenizer):
   texts = [text for c in comparisons for text in c.completions]
   ids = iter(tokenizer.encode_responses(texts, ended=True))
   answers = [
-    [
-      next(ids) if ended else next(ids)[:-1]
-      for ended in c.ended or (True,) * len(c.completions)
-    ]
+    [next(ids) if ended else next(ids)[:-1] for ended in _ends_of(c)]
     for c in comparisons
   ]
   return prompts, answers, refusals
+
+
+def _ends_of(comparison) -> tuple[bool, ...]:
+  return comparison.ended or (True,) * len(comparison.completions)
 
 
 def _fits(prompt, answers, row_length) -> bool:
