@@ -34,7 +34,7 @@ CPU = {
   'sft': {'num_epochs': 2},
   'rl_init': {'num_epochs': 1},
   'train': {'batch_size': 8, 'eval_batch_size': 16},
-  'reward': {'batch_size': 16, 'eval_batch_size': 8},
+  'reward': {'batch_size': 16, 'eval_batch_size': 8, 'num_microbatches': 2},
   'select': {'num_prompts': 64, 'batch_size': 32},
   'rl': {
     # As in configs/sentiment.py; half of its rate, for longer responses.

@@ -80,8 +80,8 @@ def numbers(config) -> None:
     each.checkpoint_every = 10
     each.snapshot_every = 10
     each.ema_decay = 0.97  # Of 160 updates.
-  # A score's spread is twice the classifier's.
-  stages.ppo_learned.kl_coef = 0.02
+  # A nat gains about ten times as much of the reward model's score.
+  stages.ppo_learned.kl_coef = 0.1
   stages.evaluate.num_prompts = 300
   stages.evaluate.batch_size = 96
   stages.best_of_n.num_prompts = 64
@@ -143,9 +143,9 @@ def get_config(variant: str = ''):
     'ppo=' + workdir + '/ppo,ppo_learned=' + workdir + '/ppo_learned'
   )
   stages.evaluate = evaluate.stage(seed, workdir)
-  stages.evaluate.models = (
-    'before=' + model + ',ppo=' + workdir + '/ppo/policy,ppo_learned='
-    + workdir + '/ppo_learned/policy'
+  stages.evaluate.models = (  # Averaged weights, as in C.4.
+    'before=' + model + ',ppo=' + workdir + '/ppo/ema,ppo_learned='
+    + workdir + '/ppo_learned/ema'
   )  # fmt: skip
   stages.evaluate.baseline = stages.evaluate.reference = 'before'
   stages.evaluate.pairs = 'ppo_learned=ppo'

@@ -81,11 +81,23 @@ def abstract_state(
   config: TransformerConfig,
   mesh: jax.sharding.Mesh,
   optimizer: optax.GradientTransformation,
-) -> train_state.TrainState:
-  """Shapes, dtypes and shardings of a train state; computes nothing."""
-  return train_state.abstract_state(
-    _init_fn(make_module(kind, config)), optimizer, mesh
+) -> tuple[train_state.TrainState, Params | None]:
+  """Shapes, dtypes and shardings of what is trained; computes nothing.
+
+  Returns:
+    (train state, base): with `config.lora` the state holds adapters and heads,
+    and the base all other weights; otherwise the base is None.
+  """
+  init_fn = _init_fn(make_module(kind, config))
+  base = None
+  if config.lora is not None:
+    _, base = lora.split(abstract_params(kind, config, mesh))
+  state = train_state.abstract_state(
+    init_fn if base is None else lambda key: lora.split(init_fn(key))[0],
+    optimizer,
+    mesh,
   )
+  return state, base
 
 
 def init(

@@ -229,7 +229,7 @@ def test_states_that_a_run_makes_lie_like_the_described_ones():
     optimizer = ppo_ptx.make_optimizers(ppo_config.get_config('gpt2'))['policy']
     state = train_state.create(jax.tree.map(jnp.copy, model.params), optimizer)
     frozen = jax.tree.map(lambda x: x.astype('bfloat16'), model.params)
-  described = model_fns.abstract_state('policy', shape, mesh, optimizer)
+  described, _ = model_fns.abstract_state('policy', shape, mesh, optimizer)
   for made, wanted in (
     (state.params, described.params),
     (frozen, described.params),

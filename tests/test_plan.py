@@ -119,9 +119,31 @@ def test_bad_values_are_named():
   with pytest.raises(ValueError, match='dance'):
     plan.validate(config)
   config = config_file.get_config('miniature,v5e-1')
-  config.reward.lora.rank = 4
-  with pytest.raises(ValueError, match='reward.lora.rank must be 0'):
+  config.reward.lora.rank = -4
+  with pytest.raises(ValueError, match='lora.rank must be a positive'):
     plan.validate(config)
+
+
+@pytest.mark.parametrize('name', ['sft', 'reward', *plan.EPISODES])
+def test_with_adapters_only_they_have_moments(name):
+  config = config_file.get_config('miniature,v5e-1')
+  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  all_weights = {}
+  for rank in (0, 4):
+    for stage in (config.sft, config.reward, config.ppo):
+      stage.lora.rank = rank
+    with sharding.use_mesh(mesh):
+      program, arguments, resident = plan.build(name, config, mesh, 'none', 1)
+      program.trace(*arguments)
+    found = {k: cost.bytes_per_chip(tree) for k, tree in resident.items()}
+    if not rank:
+      all_weights = found
+  assert all_weights['optimizer'] > 0.9 * all_weights['parameters']
+  assert found['optimizer'] < 0.2 * all_weights['optimizer']
+  # All weights are there nonetheless, once.
+  assert found['parameters'] > all_weights['parameters']
+  assert found.get('ema', 0.0) < 0.2 * all_weights['parameters']
+  assert not {'reference', 'reward'} & set(found)
 
 
 # --- The search, on a compiler that is a formula ------------------------------

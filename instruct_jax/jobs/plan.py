@@ -23,10 +23,23 @@ import numpy as np
 from etils import epath
 
 from experiments import ppo_ptx, reward, sft
-from instruct_jax import model_fns, packing, ppo, rewards, rl, rollout, sampling
+from instruct_jax import (
+  lora,
+  model_fns,
+  packing,
+  ppo,
+  rewards,
+  rl,
+  rollout,
+  sampling,
+)
 from instruct_jax.infra import cost, sharding
 from instruct_jax.infra import run as run_lib
-from instruct_jax.models.config import REMAT_POLICIES, TransformerConfig
+from instruct_jax.models.config import (
+  REMAT_POLICIES,
+  TransformerConfig,
+  lora_of,
+)
 from instruct_jax.types import (
   Episodes,
   PackedComparisons,
@@ -71,8 +84,6 @@ def validate(config):
       TransformerConfig.from_dict(config[name].to_dict())
   for stage, name in ((sft, 'sft'), (reward, 'reward'), (ppo_ptx, 'ppo')):
     stage.validate(config[name])
-    if config[name].lora.rank:
-      raise ValueError(f'{name}.lora.rank must be 0: all weights are trained')
   if not config.meshes:
     raise ValueError('meshes is empty: there is nothing to try')
 
@@ -205,12 +216,17 @@ def supervised_program(name, config, mesh, remat, parts):
       ranks=rows_of(mesh, jnp.int32, rows, 1, candidates),
       prompt_mask=rows_of(mesh, bool, rows),
     )
+  shape = dataclasses.replace(shape, lora=lora_of(stage))
   built = experiment.build_programs(
     stage, model_fns.make_module(kind, shape), 100
   )
-  state = model_fns.abstract_state(kind, shape, mesh, built['optimizer'])
-  resident = {'parameters': state.params, 'optimizer': state.opt_state}
-  return built['update'], (state, {}, batch, described_key()), resident
+  state, base = model_fns.abstract_state(kind, shape, mesh, built['optimizer'])
+  resident = {
+    'parameters': (state.params, base),
+    'optimizer': state.opt_state,
+  }
+  frozen = {'policy' if name == 'sft' else 'reward': base}
+  return built['update'], (state, frozen, batch, described_key()), resident
 
 
 def ppo_program(name, config, mesh, remat, parts):
@@ -224,9 +240,11 @@ def ppo_program(name, config, mesh, remat, parts):
     stage.num_slices = parts
   ppo_ptx.validate(stage)
   policy_shape, scalar_shape = models(config, remat)
+  adapters = lora_of(stage)
   policy_shape = dataclasses.replace(
-    policy_shape, logprob_chunk=stage.logprob_chunk
+    policy_shape, logprob_chunk=stage.logprob_chunk, lora=adapters
   )
+  scalar_shape = dataclasses.replace(scalar_shape, lora=adapters)
   built = ppo_ptx.build_programs(
     stage,
     model_fns.make_module('policy', policy_shape),
@@ -234,36 +252,46 @@ def ppo_program(name, config, mesh, remat, parts):
     (1,),
   )
   optimizers = ppo_ptx.make_optimizers(stage)
-  policy = model_fns.abstract_state(
+  policy, policy_base = model_fns.abstract_state(
     'policy', policy_shape, mesh, optimizers['policy']
   )
-  value = model_fns.abstract_state(
+  value, value_base = model_fns.abstract_state(
     'scalar', scalar_shape, mesh, optimizers['value']
   )
+  bases = {'policy': policy_base, 'value': value_base}
   coef = jax.ShapeDtypeStruct(
     (), jnp.float32, sharding=sharding.replicated(mesh)
   )
   kl = rewards.KLState(coef=coef)
   state = ppo.RLState(policy=policy, value=value, ema=policy.params, kl=kl)
-  reference, reward_model = jax.tree.map(
-    lambda x: x.update(dtype=jnp.dtype(stage.frozen_dtype)),
-    (policy.params, value.params),
-  )
   resident = {
-    'parameters': (policy.params, value.params),
+    'parameters': (policy.params, value.params, bases),
     'optimizer': (policy.opt_state, value.opt_state),
     'ema': state.ema,
-    'reference': reference,
-    'reward': reward_model,
   }
+  if adapters is None:
+    reference, reward_model = jax.tree.map(
+      lambda x: x.update(dtype=jnp.dtype(stage.frozen_dtype)),
+      (policy.params, value.params),
+    )
+    resident |= {'reference': reference, 'reward': reward_model}
+  else:  # Both share the arrays of the bases, as in `rl.Frozen`.
+    reference = policy_base
+    head, _ = lora.split(
+      model_fns.abstract_params(
+        'scalar', dataclasses.replace(scalar_shape, lora=None), mesh
+      )
+    )
+    reward_model = lora.join(head, value_base)
   read = {'score': 'reward', 'penalise': 'reference', 'train': 'ema'}
   for tree in set(stage.offload) - {read.get(name)}:
-    del resident[tree]  # It is on the host.
+    resident.pop(tree, None)  # It is on the host.
   if name in SAMPLING:
-    return sampling_program(name, stage, policy_shape, mesh, policy, resident)
+    params = lora.join(policy.params, policy_base)
+    return sampling_program(name, stage, policy_shape, mesh, params, resident)
   layout = full_layout(stage, mesh)
   if name == 'train':
-    arguments = (state, {}, *_training_rows(stage, mesh, layout), kl)
+    arguments = (state, bases, *_training_rows(stage, mesh, layout), kl)
     return built[name], (*arguments, described_key()), resident
   B, R = stage.batch_size, stage.response_length
   T = stage.prompt_length + R
@@ -277,7 +305,7 @@ def ppo_program(name, config, mesh, remat, parts):
   if name == 'score':
     return built[name], (reward_model, sampled, layout), resident
   scores = rows_of(mesh, jnp.float32, B)
-  trees = (state.replace(ema=None), {'reference': reference})
+  trees = (state.replace(ema=None), {'reference': reference, **bases})
   return built[name], (*trees, sampled, layout, scores), resident
 
 
@@ -314,7 +342,7 @@ def sampling_weights(module, gather_weights, mesh):
   return sharding.with_shardings(compiled.out_info, compiled.output_shardings)
 
 
-def sampling_program(name, stage, shape, mesh, policy, resident):
+def sampling_program(name, stage, shape, mesh, params, resident):
   """One step in every slot, or one reading of prompts; the emptying of the last
   slots is left out."""
   module = model_fns.make_module('policy', shape)
@@ -340,7 +368,7 @@ def sampling_program(name, stage, shape, mesh, policy, resident):
   weights = sampling_weights(module, stage.gather_weights, mesh)
   cache = cache_of(num_slots, sizes.widths[-1])
   # Prompts are read with the layers as they are trained, where they lie.
-  trunk = weights.trunk | {'layers': policy.params['trunk']['layers']}
+  trunk = weights.trunk | {'layers': params['trunk']['layers']}
   resident = resident | {
     'sampling weights': weights.replace(trunk=trunk | {'layers': {}}),
     'cache': cache,
