@@ -76,11 +76,11 @@ def numbers(config) -> None:
     each.batch_size = 64
     each.num_minibatches = 2
     each.num_warmup_iterations = 4
-    each.kl_coef = 0.01
+    each.kl_coef = 0.007
     each.checkpoint_every = 10
     each.snapshot_every = 10
     each.ema_decay = 0.97  # Of 160 updates.
-  # A nat gains about ten times as much of the reward model's score.
+  # A nat gains some ten times as much of the reward model's score.
   stages.ppo_learned.kl_coef = 0.1
   stages.evaluate.num_prompts = 300
   stages.evaluate.batch_size = 96
