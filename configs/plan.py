@@ -1,12 +1,12 @@
-"""Memory and time of a size on a TPU topology, compiled without a TPU.
+"""Memory and time of a size on TPUs or GPUs, compiled without any.
 
   python -m instruct_jax.main --config=configs/plan.py:1p3b,v5e-8
 
-Sizes: miniature, tldr_1b (of recipe.py), and the paper's 1p3b, 6b, 175b (of the
-policy; reward and value model are at most 6b). Topologies: v5e-1 to v5e-256,
-v4-8 to v4-1024, v5p-8 to v5p-1024. The numbers are those of Google's names; v4
-and v5p count cores, two to a chip. The programs are those of sft.py, reward.py
-and ppo_ptx.py.
+Sizes: miniature, 135m and tldr_1b (of recipe.py), and the paper's 1p3b, 6b and
+175b (of the policy; reward and value model are at most 6b). Topologies: v5e-1
+to v5e-256, v4-8 to v4-1024, v5p-8 to v5p-1024, and h100-1, h100-8, h100-2x8
+(two hosts). The numbers of TPUs are those of Google's names; v4 and v5p count
+cores, two to a chip. The programs are those of sft.py, reward.py, ppo_ptx.py.
 """
 
 from ml_collections import ConfigDict
@@ -29,6 +29,8 @@ TOPOLOGIES = {
   for chip, grids in (('v5e', _SQUARES), ('v4', _CUBES), ('v5p', _CUBES))
   for number, grid in grids.items()
 }
+# Hosts x 1 x GPUs of a host.
+TOPOLOGIES |= {'h100-1': '1x1x1', 'h100-8': '1x1x8', 'h100-2x8': '2x1x8'}
 
 
 def paper_stages(size, config):
@@ -46,29 +48,18 @@ def paper_stages(size, config):
   config.num_reward_rows = 288  # 64 prompts x 9 answers of half a row each.
 
 
-def tldr_stages(config):
-  """Stages of configs/recipe.py:tldr_1b, with the shape of Pythia 1B."""
-  stages = recipe.get_config('tldr_1b').stages
+def recipe_stages(config, preset, **shape):
+  """Stages of a preset of configs/recipe.py, all weights trained."""
+  stages = recipe.get_config(preset).stages
   shape = ConfigDict(
     {
-      'vocab_size': 50_278,  # Its tokens and our PAD.
-      'context_length': 2048,
-      'num_layers': 16,
-      'width': 2048,
-      'num_heads': 8,
-      'head_dim': 256,
-      'mlp_dim': 8192,
       'dropout': 0.0,
       'compute_dtype': 'bfloat16',
-      'remat': 'full',
       'vocab_multiple': 128,
       'scan_unroll': 1,
       'attention': 'flash',
       'logprob_chunk': 128,
-      'residual': 'parallel',
-      'activation': 'gelu',
-      'tied': False,
-      'rotary': ConfigDict({'dim': 64}),
+      **shape,
     }
   )
   config.policy, config.scalar = shape, ConfigDict(shape.to_dict())
@@ -76,9 +67,61 @@ def tldr_stages(config):
     stage = config[name] = stages[key].copy_and_resolve_references()
     stage.lora.rank = 0
     stage.compute_dtype = ''  # The models'.
+  config.ppo.frozen_dtype = 'bfloat16'
+
+
+def smollm_stages(config):
+  """Stages of configs/recipe.py:gpu, with the shape of SmolLM2-135M."""
+  recipe_stages(
+    config,
+    'gpu',
+    vocab_size=49_153,  # Its tokens and our PAD.
+    context_length=8192,
+    num_layers=30,
+    width=576,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    mlp_dim=1536,
+    gated_mlp=True,
+    norm='rms',
+    qkv_bias=False,
+    out_bias=False,
+    mlp_bias=False,
+    activation='silu',
+    tied=True,
+    rotary=ConfigDict({'dim': 64, 'theta': 100_000.0}),
+    remat='dots',
+  )
+  data = recipe.PRESETS['gpu']['data']
+  config.ppo.prompt_length = data['max_prompt_length']
+  config.ppo.response_length = data['max_response_length']
+  T = config.ppo.prompt_length + config.ppo.response_length
+  config.ppo.ptx_row_length = config.sft.row_length = T
+  config.reward.row_length = T
+  config.num_reward_rows = 2 * config.reward.batch_size
+
+
+def tldr_stages(config):
+  """Stages of configs/recipe.py:tldr_1b, with the shape of Pythia 1B."""
+  recipe_stages(
+    config,
+    'tldr_1b',
+    vocab_size=50_278,  # Its tokens and our PAD.
+    context_length=2048,
+    num_layers=16,
+    width=2048,
+    num_heads=8,
+    head_dim=256,
+    mlp_dim=8192,
+    residual='parallel',
+    activation='gelu',
+    tied=False,
+    rotary=ConfigDict({'dim': 64}),
+    remat='full',
+  )
   config.ppo.prompt_length, config.ppo.response_length = 512, 53
   config.ppo.ptx_row_length = 640
-  config.ppo.frozen_dtype = 'bfloat16'
   config.num_reward_rows = 128  # A row each, of two answers.
 
 
@@ -105,10 +148,14 @@ def get_config(argument: str = '1p3b,v5e-8'):
   config = common.stage('plan', 'plan', 0, '')
   config.size = size
   config.chip = topology.partition('-')[0]  # Row of the published figures.
-  config.topology = f'{config.chip}:{TOPOLOGIES[topology]}'  # Of libtpu.
+  if topology == 'h100-2x8':
+    config.chip = 'h100_network'
+  config.topology = f'{config.chip}:{TOPOLOGIES[topology]}'
   config.megacore = config.chip == 'v4'  # Two cores are one device there.
   if size == 'miniature':
     miniature_stages(config)
+  elif size == '135m':
+    smollm_stages(config)
   elif size == 'tldr_1b':
     tldr_stages(config)
   else:
@@ -124,6 +171,6 @@ def get_config(argument: str = '1p3b,v5e-8'):
   config.programs = (
     *('sft', 'reward', 'decode', 'prefill', 'score', 'penalise', 'train'),
   )
-  # 'NAME=VALUE' for the TPU compiler; () compiles as a run would.
+  # 'NAME=VALUE' for the compiler; () compiles as a run would.
   config.compiler_options = ()
   return common.single(config, f'{size}_{topology}')

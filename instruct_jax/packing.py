@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from instruct_jax.types import Episodes, PyTree, Rollout
+from instruct_jax.types import MAX_SEGMENTS, Episodes, PyTree, Rollout
 
 
 @flax.struct.dataclass
@@ -193,7 +193,8 @@ class _Placed(NamedTuple):
     row: of its group.
     number: in its row, from 1.
     offset, response_offset: tokens and response tokens of its row before it.
-    most, most_responses: tokens and response tokens of the fullest row.
+    most, most_responses, most_episodes: tokens, response tokens and episodes of
+      the fullest rows.
   """
 
   row: np.ndarray
@@ -202,6 +203,7 @@ class _Placed(NamedTuple):
   response_offset: np.ndarray
   most: int
   most_responses: int
+  most_episodes: int
 
 
 def _place(groups, lengths, response_lengths, num_rows) -> _Placed:
@@ -215,7 +217,8 @@ def _place(groups, lengths, response_lengths, num_rows) -> _Placed:
       number, offset, response_offset = used[:, g, row]
       places[:, g, e] = row, number + 1, offset, response_offset
       used[:, g, row] += 1, lengths[episode], response_lengths[episode]
-  return _Placed(*places, int(used[1].max()), int(used[2].max()))
+  episodes, tokens, responses = used.max(axis=(1, 2)).tolist()
+  return _Placed(*places, tokens, responses, episodes)
 
 
 def _fit(groups, lengths, response_lengths, sizes) -> tuple[Shape, _Placed]:
@@ -225,8 +228,11 @@ def _fit(groups, lengths, response_lengths, sizes) -> tuple[Shape, _Placed]:
   )
   for shape in ladder(sizes, groups.shape[1]):
     placed = placed_in(shape.num_rows)
-    fits = placed.most <= shape.length
-    if fits and placed.most_responses <= shape.num_responses:
+    if (
+      placed.most <= shape.length
+      and placed.most_responses <= shape.num_responses
+      and placed.most_episodes <= MAX_SEGMENTS
+    ):
       break
   return shape, placed
 

@@ -28,6 +28,10 @@ PyTree = Any
 Params = PyTree
 Key = jax.Array  # A typed key, `jax.random.key(seed)`.
 
+# Of a row. cuDNN's grid and its saved sums have a place for each that there
+# might be (`models/cudnn.py`).
+MAX_SEGMENTS = 64
+
 # A metric leaves the device as (sum, count); the host divides once, after
 # summing over microbatches, minibatches and processes, so that there are no
 # averages of averages. A `count` of 1 makes a plain scalar.
@@ -44,8 +48,8 @@ class TextBatch:
     mask: True on real tokens; False on padding.
     loss_mask: True on tokens in the loss. False in column 0, which nothing
       predicts.
-    segments: 0 on padding; 1, 2, ... number the documents of a row. Attention
-      and positions do not cross segments.
+    segments: 0 on padding; 1, 2, ... number the documents of a row, at most
+      `MAX_SEGMENTS`. Attention and positions do not cross segments.
   """
 
   tokens: Int[Array, 'B T']

@@ -538,7 +538,8 @@ def _best_fit(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Row, offset and segment number of each piece.
 
-  Best fit: the fullest row that still has room. Rows are kept by free space,
+  Best fit: the fullest row that still has room. A row has at most
+  `types.MAX_SEGMENTS` pieces. Rows are kept by free space,
   which has at most `row_length` values, so a piece costs one binary search.
   """
   rows_by_space: dict[int, list[int]] = {}
@@ -560,7 +561,7 @@ def _best_fit(
     placed[:, i] = row, used[row], counts[row]
     used[row] += length
     left = row_length - used[row]
-    if left:
+    if left and counts[row] < types.MAX_SEGMENTS:
       if left not in rows_by_space:
         bisect.insort(spaces, left)
         rows_by_space[left] = []

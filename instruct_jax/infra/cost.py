@@ -29,9 +29,11 @@ class Chip:
 
   Attributes:
     flops: bfloat16 peak, per second.
-    memory: bytes; for v5e, what the compiler grants of the published 16 GiB.
+    memory: bytes; for v5e, what the compiler grants of the published 16 GiB;
+      for H100, 95 % of the card's, the most that jax should be let have.
     bandwidth: of the memory, bytes per second.
-    interconnect: of all links of a chip together, bytes per second.
+    interconnect: bytes per second; of all links of a TPU together, of a GPU's
+      NVLink in one direction, or of its network card.
   """
 
   flops: float
@@ -40,11 +42,15 @@ class Chip:
   interconnect: float
 
 
-# cloud.google.com/tpu/docs/system-architecture: v4, v5e, v5p.
+# cloud.google.com/tpu/docs/system-architecture: v4, v5e, v5p. NVIDIA's data
+# sheet of the H100 SXM (dense bfloat16) and of the DGX H100 (ConnectX-7).
 CHIPS = {
   'v4': Chip(275e12, 32.0 * 2**30, 1228e9, 2400e9 / 8),
   'v5e': Chip(197e12, 15.75 * 2**30, 819e9, 1600e9 / 8),
   'v5p': Chip(459e12, 95.0 * 2**30, 2765e9, 4800e9 / 8),
+  'h100': Chip(989e12, 0.95 * 79.1 * 2**30, 3350e9, 900e9 / 2),
+  # Rings over several hosts are as slow as their slowest link.
+  'h100_network': Chip(989e12, 0.95 * 79.1 * 2**30, 3350e9, 400e9 / 8),
 }
 
 
@@ -72,6 +78,13 @@ def ceiling(chip: Chip, num_flops: float, moved: Traffic) -> dict[str, float]:
 
 # --- Arithmetic ---------------------------------------------------------------
 
+# Products [T, S] x H of cuDNN's attention; backwards it computes the scores
+# again.
+_CUDNN = {
+  'dot_product_attention_fwd_wrapper': 2,
+  'dot_product_attention_bwd_wrapper': 5,
+}
+
 
 def flops(jaxpr) -> float:
   """Floating-point operations of all matrix products of a traced program.
@@ -90,6 +103,14 @@ def flops(jaxpr) -> float:
       left = equation.invars[0].aval.shape
       inner = math.prod(left[axis] for axis in contracted)
       total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+      continue
+    if name in _CUDNN:
+      # Also an upper bound: products of all tokens of a row.
+      (B, T, N, H), S = (
+        equation.invars[0].aval.shape,
+        equation.invars[1].aval.shape[1],
+      )
+      total += _CUDNN[name] * 2 * B * N * T * S * H
       continue
     if name == 'pallas_call':
       # An upper bound: it includes tiles that the mask leaves out.
@@ -128,6 +149,7 @@ _FREE = {
 _ARRAY = re.compile(
   r'\b(?:pred|(?:bf|[fsu])(8|16|32|64))\[([\d,]*)\](\{[^}]*\})?'
 )
+_KERNELS = r'tpu_custom_call|__cudnn\$fmha'
 _CALLED = re.compile(r'(calls|to_apply|body|condition)=%?([\w.\-]+)')
 
 
@@ -198,9 +220,10 @@ def _size(type_text: str, on_chip: bool = False) -> float:
 def traffic(hlo_text: str) -> Traffic:
   """Bytes moved, from the text of an optimised program.
 
-  Loops with the condition `index < constant` count that often, others once. A
-  fusion reads its operands and writes its result; of an array that it only
-  slices or updates it touches the slice.
+  Loops whose number of trips the compiler knows, or whose condition is `index <
+  constant`, count that often, others once. A fusion reads its operands and
+  writes its result; of an array that it only slices or updates it touches the
+  slice.
 
   Args:
     hlo_text: `compiled.as_text()`.
@@ -233,7 +256,11 @@ class _Reader:
     if opcode in _FREE or opcode.endswith('-done'):
       return {}
     if opcode == 'while':
-      trips, once = self._trips(called['condition']), self.cost(called['body'])
+      known = re.search(
+        r'"known_trip_count":\{"n":"(\d+)"', instruction.attributes
+      )
+      trips = int(known[1]) if known else self._trips(called['condition'])
+      once = self.cost(called['body'])
       return {kind: trips * size for kind, size in once.items()}
     if opcode == 'conditional':
       names = re.findall(
@@ -262,8 +289,8 @@ class _Reader:
           kind, size = 'reduce-scatter', size / 2
         total[kind] += size
       return total
-    if opcode == 'custom-call' and 'tpu_custom_call' not in (
-      instruction.attributes
+    if opcode == 'custom-call' and not re.search(
+      f'"({_KERNELS}|__cublas)', instruction.attributes
     ):
       return {}
     if opcode in ('dynamic-slice', 'gather', 'slice'):
@@ -362,8 +389,8 @@ def _users(inside, name):
 
 
 def num_kernels(hlo_text: str) -> int:
-  """Number of hand-written (Pallas) kernels in a program for TPUs."""
-  return hlo_text.count('custom_call_target="tpu_custom_call"')
+  """Number of attention kernels: Pallas's for TPUs, cuDNN's for GPUs."""
+  return len(re.findall(f'custom_call_target="({_KERNELS})', hlo_text))
 
 
 # --- Memory -------------------------------------------------------------------

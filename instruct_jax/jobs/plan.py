@@ -1,15 +1,17 @@
-"""Plans a run for chips that one does not have yet.
+"""Plans a run for TPUs or GPUs that one does not have yet.
 
 Compiles the programs of the other experiments ahead of time for a described
-TPU topology: memory, arithmetic, traffic, and the least time by the chip's
+topology: memory, arithmetic, traffic, and the least time by the chip's
 published figures. What does not fit is compiled again in smaller slices and
 microbatches, and with other meshes and remats; the plan is the fastest that
 fits. `tried.json` keeps all attempts, and a plan that was interrupted continues
 from there.
 
-Needs `pip install -r requirements-plan.txt`, but no TPU.
+Needs `pip install -r requirements-plan.txt`, but no TPU; for GPUs
+requirements-plan-gpu.txt, but no GPU.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -35,6 +37,7 @@ from instruct_jax import (
 )
 from instruct_jax.infra import cost, sharding
 from instruct_jax.infra import run as run_lib
+from instruct_jax.models import cudnn
 from instruct_jax.models.config import (
   REMAT_POLICIES,
   TransformerConfig,
@@ -94,29 +97,78 @@ def inputs(config):
   return {}
 
 
+# An H100 SXM for XLA's compiler, by NVIDIA's data sheet and tuning guide.
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  l2_cache_size: 52428800
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84929347584
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 12 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def is_gpu(config) -> bool:
+  """Whether the plan is for GPUs."""
+  return config.chip.startswith('h100')
+
+
 def topology_devices(config):
-  """The chips of `config.topology`, described by libtpu.
+  """The chips of `config.topology`, described by libtpu or by XLA for CUDA.
 
   Raises:
-    RuntimeError: libtpu cannot be imported.
+    RuntimeError: they cannot be imported.
   """
-  # Otherwise libtpu asks the metadata server of a cloud machine.
-  os.environ['TPU_SKIP_MDS_QUERY'] = '1'
-  os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'
-  # No chip is held, so two plans may run at a time.
-  os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
   from jax.experimental import topologies
 
-  options = {'chip_config_name': 'megacore'} if config.megacore else {}
+  kind, _, grid = config.topology.partition(':')
+  if is_gpu(config):
+    # Its programs cannot be read back without a GPU.
+    jax.config.update('jax_enable_compilation_cache', False)
+    wanted = {'platform': 'cuda', 'topology': grid, 'target_config': H100}
+    needs = 'requirements-plan-gpu.txt` (and no GPU)'
+  else:
+    # Otherwise libtpu asks the metadata server of a cloud machine.
+    os.environ['TPU_SKIP_MDS_QUERY'] = '1'
+    os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'
+    # No chip is held, so two plans may run at a time.
+    os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
+    wanted = {'platform': 'tpu', 'topology_name': f'{kind}:{grid}'}
+    if config.megacore:
+      wanted['chip_config_name'] = 'megacore'
+    needs = 'requirements-plan.txt` (and no TPU)'
   try:
-    return topologies.get_topology_desc(
-      platform='tpu', topology_name=config.topology, **options
-    ).devices
-  except (RuntimeError, ImportError) as error:
+    return topologies.get_topology_desc(**wanted).devices
+  except (RuntimeError, ImportError, NotImplementedError) as error:
     raise RuntimeError(
-      f'no topology {config.topology!r}: {error}. Planning for TPUs needs '
-      '`pip install -r requirements-plan.txt` (and no TPU).'
+      f'no topology {config.topology!r}: {error}. Planning for it needs '
+      f'`pip install -r {needs}.'
     ) from error
+
+
+def compiled(traced, mesh, options=None):
+  """A traced program, compiled for the described chips of a mesh."""
+  platform = mesh.devices.flat[0].platform
+  platform = 'cuda' if platform == 'gpu' else platform
+  return traced.lower(lowering_platforms=(platform,)).compile(options)
 
 
 def models(config, remat):
@@ -337,9 +389,8 @@ def sampling_weights(module, gather_weights, mesh):
   params = model_fns.abstract_params('policy', module.config, mesh)
   prepare = jax.jit(model_fns.decoder(module, gather_weights).prepare)
   with sharding.use_mesh(mesh):
-    lowered = prepare.trace(params).lower(lowering_platforms=('tpu',))
-    compiled = lowered.compile()
-  return sharding.with_shardings(compiled.out_info, compiled.output_shardings)
+    found = compiled(prepare.trace(params), mesh)
+  return sharding.with_shardings(found.out_info, found.output_shardings)
 
 
 def sampling_program(name, stage, shape, mesh, params, resident):
@@ -455,18 +506,17 @@ def measure(name, config, mesh, remat, parts, too_slow=math.inf):
     arithmetic = row['calls'] * row['flops'] / chip.flops
     if arithmetic >= too_slow:
       return row | {'slower': arithmetic}
-    lowered = traced.lower(lowering_platforms=('tpu',))
     try:
       options = dict(o.split('=', 1) for o in config.compiler_options)
-      compiled = lowered.compile(options)
+      program = compiled(traced, mesh, options)
     except jax.errors.JaxRuntimeError as error:
       seconds = time.monotonic() - begin
       return refused(error, kept) | {'compile_seconds': seconds}
   row['compile_seconds'] = time.monotonic() - begin
-  row |= _memory(compiled.memory_analysis(), arguments, resident)
+  row |= _memory(program.memory_analysis(), arguments, resident)
   row['needed'] = kept + row['temporaries'] + row['batches'] + row['code']
   row['missing'] = row['needed'] - chip.memory
-  text = compiled.as_text()
+  text = program.as_text()
   moved = cost.traffic(text)
   row['memory_traffic'] = moved.memory
   row['collectives'] = dict(moved.collectives)
@@ -643,6 +693,12 @@ def run(config, workdir: epath.Path):
     RuntimeError: a program fits in no attempt, or libtpu is missing.
   """
   validate(config)
+  with cudnn.described_hopper() if is_gpu(config) else contextlib.nullcontext():
+    return make_plan(config, workdir)
+
+
+def make_plan(config, workdir):
+  """`run` of a config that was checked."""
   devices = topology_devices(config)
   attempts = Attempts(workdir / 'tried.json')
   rows, without = {}, []

@@ -2,10 +2,10 @@
 
 TPU: splash attention (Pallas), one kernel per shard of the mesh under
 `jax.shard_map`. It reads segment numbers and holds no [T, T] array in memory.
-NVIDIA GPU: cuDNN's, through `jax.nn.dot_product_attention`. It holds no scores
-either, but takes the segments as a mask, which jax turns into a bfloat16 bias
-[B, 1, T, T] on each call, 2 B T² bytes. Both agree with `attend` to rounding on
-real tokens; their values on padding are meaningless.
+NVIDIA GPU from Hopper on: cuDNN's, which reads where segments begin
+(`cudnn.py`). Before Hopper cuDNN takes them as a mask, which jax turns into a
+bfloat16 bias [B, 1, T, T] on each call, 2 B T² bytes. All agree with `attend`
+to rounding on real tokens; their values on padding are meaningless.
 """
 
 import functools
@@ -22,6 +22,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from instruct_jax.models import cudnn
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.products import platform, product
 
@@ -135,6 +136,7 @@ def _problem(config, batch, num_tokens, is_gpu) -> str | None:
     )
   ]
   if is_gpu:
+    most = 256 if cudnn.is_hopper() else 128
     problems += [
       (config.attention_softcap, 'cuDNN has no soft-cap'),
       (
@@ -142,8 +144,8 @@ def _problem(config, batch, num_tokens, is_gpu) -> str | None:
         f'cuDNN computes in bfloat16, not {config.compute_dtype}',
       ),
       (
-        config.head_dim % 8 or config.head_dim > 128,
-        f'cuDNN wants heads of 8 to 128 components: {config.head_dim}',
+        config.head_dim % 8 or config.head_dim > most,
+        f'cuDNN wants heads of 8 to {most} components: {config.head_dim}',
       ),
     ]
   else:
@@ -175,6 +177,8 @@ def flash(
   Padding (segment 0) attends to padding, so that every row of the softmax has
   an entry; no real token sees it.
   """
+  if kernel == 'cudnn' and cudnn.is_hopper():
+    return cudnn.attend(queries, keys, values, segments, config.score_scale)
   if kernel == 'cudnn':
     allowed = segments[:, None, :, None] == segments[:, None, None, :]
     mixed = jax.nn.dot_product_attention(
