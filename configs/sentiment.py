@@ -59,8 +59,7 @@ def numbers(config) -> None:
   """Settings for models of some 100 M parameters; none is the paper's."""
   stages = config.stages
   stages.reward.max_candidates = 4
-  # Decoded and encoded again an answer may be longer, and its end comes.
-  stages.reward.row_length = 32
+  stages.reward.row_length = 128  # Five answers of 24 tokens.
   stages.reward.batch_size = 8
   stages.reward.eval_batch_size = 32
   # With all weights Adam's steps on small batches spend KL on noise.
@@ -72,14 +71,14 @@ def numbers(config) -> None:
     each.learning_rate = each.value_learning_rate = 1.2e-3
     each.prompt_length = 8
     each.response_length = 16
-    each.num_episodes = 5_120
     each.batch_size = 64
     each.num_minibatches = 2
     each.num_warmup_iterations = 4
     each.kl_coef = 0.007
     each.checkpoint_every = 10
     each.snapshot_every = 10
-    each.ema_decay = 0.97  # Of 160 updates.
+    each.ema_decay = 0.97  # Of 144 and 96 updates.
+  stages.ppo.num_episodes, stages.ppo_learned.num_episodes = 4_608, 3_072
   # A nat gains some ten times as much of the reward model's score.
   stages.ppo_learned.kl_coef = 0.1
   stages.evaluate.num_prompts = 300
