@@ -3,7 +3,8 @@
   python -m instruct_jax.main --config=configs/speed.py:s,iteration
 
 Before the comma a size: tiny (seconds, for tests), s (6.3 M parameters), 124m,
-both in float32 for CPUs, 1p3b (bfloat16, one GPU of 140 GB). After it a work:
+both in the dtype that the machine multiplies faster, 1p3b (bfloat16, one GPU of
+140 GB). After it a work:
 
   iteration         PPO: rollout, score, 4 minibatches (8 at 1p3b), checkpoint
   iteration_ragged  the same with responses that end early
@@ -13,17 +14,18 @@ both in float32 for CPUs, 1p3b (bfloat16, one GPU of 140 GB). After it a work:
   all               the five above, each in a process of its own
 
 `--config.growth=response,batch,model` repeats the work with each of these
-twice and four times as large. `--config.peers=DIR` with the Pythons of the
-peers' environments runs their scripts (README there) alternately with ours.
+twice and four times as large. `--config.hf_python=PYTHON`, of an environment
+with torch and transformers, sets the same work in PyTorch beside it, in float32
+and in bfloat16, run alternately. `--config.peers=DIR` with the Pythons of their
+environments adds the peers' scripts (README there), at size s.
 """
 
 from ml_collections import ConfigDict
 
 from configs import common, rl, sft
 
-# Work -> 1 if responses end early.
-WORKS = {'iteration': 0.0, 'iteration_ragged': 1.0, 'rollout': 0.0}
-WORKS |= {'rollout_ragged': 1.0, 'sft': 0.0, 'all': 0.0}
+WORKS = ('iteration', 'iteration_ragged', 'rollout', 'rollout_ragged', 'sft')
+WORKS += ('all',)
 
 
 def llama(**shape) -> ConfigDict:
@@ -63,11 +65,13 @@ def _shape(vocab_size, context, layers, width, heads, mlp_dim, **switches):
   }
 
 
+# bfloat16 where the processor multiplies it faster than float32.
+FASTER = {'compute_dtype': 'auto'}
 SHAPES = {
   'tiny': _shape(64, 64, 2, 16, 2, 32),
-  's': _shape(8_192, 1_024, 4, 256, 4, 1_024, scan_unroll=4),
+  's': _shape(8_192, 1_024, 4, 256, 4, 1_024, scan_unroll=4, **FASTER),
   # Gated: three products of 2,048, as large as GPT-2's two.
-  '124m': _shape(50_257, 1_024, 12, 768, 12, 2_048),
+  '124m': _shape(50_257, 1_024, 12, 768, 12, 2_048, **FASTER),
   '1p3b': _shape(50_257, 2_048, 24, 2_048, 16, 5_504)
   | {'compute_dtype': 'bfloat16', 'remat': 'dots', 'logprob_chunk': 1_024},
 }
@@ -90,9 +94,10 @@ def get_config(argument: str = 's,iteration'):
   # The reward: of a 'model', or of 'tokens', a function of the ids as in the
   # peers' scripts, which needs no reward model.
   config.reward = 'tokens'
-  # Share of the vocabulary that ends a response. The weights are random, so
-  # lengths are near geometric: 0.038 gives a mean of 24 of at most 64.
-  config.stop_fraction = 0.038 * WORKS[work]
+  # Share of the vocabulary that ends a response of a ragged work. The weights
+  # are random, so lengths are near geometric: 0.038 gives a mean of 24 of at
+  # most 64.
+  config.stop_fraction = 0.038
   config.ppo = rl.stage(0, '')
   config.ppo.update(prompt_length=64, response_length=64, ptx_row_length=128)
   config.ppo.update(batch_size=32, num_minibatches=4)
@@ -106,9 +111,9 @@ def get_config(argument: str = 's,iteration'):
   config.growth = ''  # Of response, batch, model: each times 2 and 4.
   config.cores = 0  # Compared processes run on the first so many; 0 is all.
   config.num_rounds = 1  # Of ours and peers, alternately.
-  config.peers = ''  # Folder of the peers' scripts; '' compares with none.
-  config.tunix_python = ''  # Pythons of the peers' environments; '' skips one.
-  config.hf_python = ''
+  config.hf_python = ''  # Has torch and transformers; '' compares with none.
+  config.peers = ''  # Folder of other peers' scripts.
+  config.tunix_python = ''  # Pythons of their environments; '' skips one.
   config.trl_python = ''  # Of the last TRL with a PPO trainer.
   if size == 'tiny':
     config.ppo.update(prompt_length=6, response_length=8, ptx_row_length=16)
@@ -120,7 +125,7 @@ def get_config(argument: str = 's,iteration'):
     config.update(num_warmups=1, num_iterations=5)
   if size == '1p3b':
     config.reward = 'model'
-    config.stop_fraction = 0.01 * WORKS[work]  # Mean 92 of at most 256.
+    config.stop_fraction = 0.01  # Mean 92 of at most 256.
     config.ppo.update(prompt_length=128, response_length=256, batch_size=512)
     config.ppo.update(num_minibatches=8, num_microbatches=2, num_slices=8)
     config.ppo.frozen_dtype = 'bfloat16'

@@ -1,5 +1,6 @@
 """The benchmark's own arithmetic, and one tiny run of it."""
 
+import importlib.util
 import json
 import sys
 import textwrap
@@ -145,6 +146,15 @@ def peers(tmp_path):
       """)
   )
   (folder / 'trl_sft.py').write_text('raise SystemExit("no such trainer")')
+  (folder / 'torch_peer.py').write_text(
+    textwrap.dedent("""
+      import json, pathlib, sys
+      spec = json.loads(pathlib.Path(sys.argv[1]).read_text())
+      assert spec['work'] == 'sft' and spec['width'] == 16
+      median = {'float32': 100.0, 'bfloat16': 400.0}[spec['precision']]
+      print('RESULT ' + json.dumps({'median': median, 'peak_rss_mib': 5.0}))
+      """)
+  )
   return folder
 
 
@@ -154,6 +164,8 @@ def test_ours_and_peers_are_set_side_by_side(
   config = tiny(
     'sft', peers=str(peers), hf_python=sys.executable, num_rounds=2, cores=2
   )
+  config.variant = 's,sft'  # The size of the peers' scripts.
+  monkeypatch.setattr(speed, 'TORCH', peers / 'torch_peer.py')
   ours = iter([100.0, 300.0])
   monkeypatch.setattr(
     speed,
@@ -167,7 +179,10 @@ def test_ours_and_peers_are_set_side_by_side(
   speed.run(config, epath.Path(workdir))
   rows = json.loads((workdir / 'speed.json').read_text())['comparison']
   # Tunix has no python, and TRL's script fails: both are left out.
-  assert [row['who'] for row in rows] == ['ours', 'torch loop']
+  assert [row['who'] for row in rows] == [
+    *('ours', 'torch loop', 'torch, float32', 'torch, bfloat16')
+  ]
+  assert rows[3]['ours_is_faster_by'] == 0.5
   assert rows[0]['value'] == 200.0
   assert rows[1]['ours_is_faster_by'] == 4.0
   assert rows[1]['runs'] == [50.0, 50.0]
@@ -176,6 +191,22 @@ def test_ours_and_peers_are_set_side_by_side(
   assert 'TRL SFTTrainer: ' in printed
   assert 'no such trainer' in printed
   assert '| sft | torch loop | 50 | tokens/s | 3 | 4.00 |' in printed
+
+
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('variant', ['sft', 'rollout_ragged', 'iteration'])
+def test_the_same_work_in_torch(variant, precision, tmp_path):
+  if importlib.util.find_spec('torch') is None:
+    pytest.skip('pip install torch==2.13.0')
+  config = tiny(variant, num_warmups=0)
+  config.stop_fraction = 0.3
+  path = tmp_path / 'spec.json'
+  path.write_text(json.dumps(speed.spec_of(config, variant, precision)))
+  result = speed.run_peer(
+    config, sys.executable, f'{speed.TORCH} {path}', tmp_path / 'log.txt'
+  )
+  assert len(result['runs']) == config.num_iterations
+  assert result['median'] > 0 and result['peak_rss_mib'] > 50
 
 
 def test_a_process_of_its_own_gets_the_same_config(workdir):
@@ -202,12 +233,14 @@ def test_a_process_of_its_own_gets_the_same_config(workdir):
 def test_growth_multiplies_the_work(kind, factor):
   config = config_file.get_config('s,sft')
   with config.unlocked():
+    config.policy.compute_dtype = config.scalar.compute_dtype = 'float32'
     for key, value in speed.grown(config, kind, factor).items():
       part, _, name = key.rpartition('.')
       config[part][name] = value
   speed.validate(config)
   if kind == 'model':
     base = config_file.get_config('s,sft').policy.to_dict()
+    base['compute_dtype'] = 'float32'
     before = speed.matmul_weights(TransformerConfig.from_dict(base))
     shape = TransformerConfig.from_dict(config.policy.to_dict())
     assert speed.matmul_weights(shape) == factor * before
@@ -220,7 +253,7 @@ def test_growth_multiplies_the_work(kind, factor):
     ('growth', 'width', "growth must be .*'width'"),
     ('peers', '/no/such/folder', '/no/such/folder'),
     ('reward', 'me', "'me'"),
-    ('stop_fraction', 1.0, 'stop_fraction'),
+    ('stop_fraction', 0.0, 'stop_fraction'),
     ('work', 'rest', "'rest'"),
   ],
 )
@@ -260,7 +293,8 @@ def test_all_works_are_run_one_by_one(workdir, monkeypatch):
   monkeypatch.setattr(speed, 'run_ours', lambda *_: result)
   speed.run(config, epath.Path(workdir))
   saved = json.loads((workdir / 'speed.json').read_text())
-  assert set(saved) == {*speed.PEERS, 'variant'}
+  about = {'variant', 'compute_dtype', 'processor'}
+  assert set(saved) == {*speed.PEERS, *about}
   text = (workdir / 'speed.md').read_text()
   assert text.count('1.0 GiB on a device') == len(speed.PEERS)
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import platform
 import resource
 import statistics
 import sys
@@ -179,6 +180,24 @@ def read_bandwidth(num_bytes: int) -> float:
 
 def _least_seconds(fn) -> float:
   return min(repeat(fn, num_repeats=7, num_warmups=2).seconds)
+
+
+# --- The machine --------------------------------------------------------------
+
+# That decide how fast matrices are multiplied.
+_EXTENSIONS = ('amx_bf16', 'avx512_bf16', 'avx512f', 'avx2', 'bf16', 'sve')
+
+
+def processor() -> str:
+  """Its model and extensions for matrix products, and the number of cores."""
+  path = pathlib.Path('/proc/cpuinfo')
+  lines = path.read_text().splitlines() if path.exists() else []
+  found = dict(line.split(':', 1) for line in lines if ':' in line)
+  found = {key.strip(): value.strip() for key, value in found.items()}
+  flags = (found.get('flags') or found.get('Features') or '').split()
+  has = [name for name in _EXTENSIONS if name in flags]
+  name = found.get('model name') or platform.processor() or platform.machine()
+  return f'{os.cpu_count()} x {name}, {" ".join(has) or "no extensions known"}'
 
 
 # --- Memory -------------------------------------------------------------------

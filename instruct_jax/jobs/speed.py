@@ -48,9 +48,9 @@ WORKS = ('iteration', 'rollout', 'sft')
 GROWTHS = ('response', 'batch', 'model')
 ROOT = pathlib.Path(__file__).parents[2]
 
-# Work -> the peers' scripts that do the same: name, config key of the script's
-# Python, command line. The ragged iteration has no script of its own, because
-# peers decode it to the end and so take as long as for the full one.
+# Work -> the peers' scripts that do the same at size s: name, config key of the
+# script's Python, command line. The ragged iteration has no script of its own,
+# because peers decode it to the end and so take as long as for the full one.
 _PPO_PEERS = (
   ('Tunix PPO, one step', 'tunix_python', 'tunix_ppo.py S accum 7'),
   ('Tunix PPO, four steps', 'tunix_python', 'tunix_ppo.py S mini 7'),
@@ -73,6 +73,7 @@ PEERS = {
   'iteration': _PPO_PEERS,
   'iteration_ragged': _PPO_PEERS,
 }
+TORCH = pathlib.Path(__file__).with_name('speed_torch.py')
 
 
 def validate(config):
@@ -84,8 +85,8 @@ def validate(config):
       f'num_iterations must be at least 5 to measure the spread: '
       f'{config.num_iterations}'
     )
-  if not 0 <= config.stop_fraction < 1:
-    raise ValueError(f'stop_fraction must be in [0, 1): {config.stop_fraction}')
+  if not 0 < config.stop_fraction < 1:
+    raise ValueError(f'stop_fraction must be in (0, 1): {config.stop_fraction}')
   run_lib.check_choice({'growth': growths(config)}, 'growth', GROWTHS)
   if config.peers and not pathlib.Path(config.peers).is_dir():
     raise ValueError(f"peers: there is no folder '{config.peers}'")
@@ -159,10 +160,8 @@ def decode_work(shape, prompts, responses, num_slots) -> tuple[float, float]:
 
 
 def stop_ids(config) -> tuple[int, ...]:
-  """Ids that end a response; with `stop_fraction` 0 one that never occurs."""
+  """Ids that end a response of a ragged work."""
   num_tokens = config.policy.vocab_size
-  if not config.stop_fraction:
-    return (num_tokens,)
   ids = np.random.default_rng(7).permutation(np.arange(3, num_tokens))
   return tuple(sorted(ids[: int(config.stop_fraction * num_tokens)].tolist()))
 
@@ -277,9 +276,10 @@ class Iteration:
     stage = self.stage.copy_and_resolve_references()
     stage.update(changes)
     scalar = model_fns.make_module('scalar', self.scalar_shape)
-    return ppo_ptx.build_programs(
-      stage, self.module, scalar, stop_ids(self.config)
-    )
+    ends = (self.shape.vocab_size,)  # Never occurs.
+    if self.config.variant.endswith('_ragged'):
+      ends = stop_ids(self.config)
+    return ppo_ptx.build_programs(stage, self.module, scalar, ends)
 
   def batches(self, number):
     """An iteration's prompts and pretraining rows, put on the mesh."""
@@ -574,7 +574,7 @@ def timed(config, fn) -> tuple[measure.Repeats, dict]:
 # Keys that a child gets from its variant, or that belong to the parent alone.
 _NOT_PASSED = {
   *('name', 'experiment', 'workdir', 'default_workdir', 'variant', 'work'),
-  *('stop_fraction', 'growth', 'peers'),
+  *('growth', 'peers'),
 }
 
 
@@ -636,9 +636,48 @@ def run_ours(config, variant, workdir, changes=None) -> dict:
   return run_lib.read_json(workdir / 'speed.json')
 
 
+def spec_of(config, variant, precision) -> dict:
+  """A work for `speed_torch.py`."""
+  names = 'vocab_size context_length num_layers width num_heads num_kv_heads'
+  names += ' head_dim mlp_dim'
+  return {
+    'work': variant.removesuffix('_ragged'),
+    'precision': precision,
+    'num_threads': num_threads(config),
+    'num_warmups': config.num_warmups,
+    'num_repeats': config.num_iterations,
+    'prompt_length': config.ppo.prompt_length,
+    'response_length': config.ppo.response_length,
+    'batch_size': config.ppo.batch_size,
+    'num_minibatches': config.ppo.num_minibatches,
+    'sft_rows': config.sft.batch_size,
+    'sft_length': config.sft.row_length,
+    'stop_ids': stop_ids(config) if variant.endswith('_ragged') else (),
+    **{name: config.policy[name] for name in names.split()},
+  }
+
+
+def num_threads(config) -> int:
+  """Of a process that is compared."""
+  return config.cores or os.cpu_count() or 1
+
+
+def commands_of(config, variant, folder):
+  """What is compared with ours: (name, Python, command line) of each."""
+  if config.peers and config.variant.startswith('s,'):
+    for name, key, command in PEERS[variant]:
+      if config[key]:
+        yield name, config[key], command
+  if config.hf_python:
+    for precision in ('float32', 'bfloat16'):
+      path = folder / f'torch_{variant}_{precision}.json'
+      run_lib.write_json(path, spec_of(config, variant, precision))
+      yield f'torch, {precision}', config.hf_python, f'{TORCH} {path}'
+
+
 def run_peer(config, python, command, log) -> dict:
   """One of the peers' scripts; returns the result of its last line."""
-  threads = str(config.cores or os.cpu_count())
+  threads = str(num_threads(config))
   environment = {
     'OMP_NUM_THREADS': threads,
     'MKL_NUM_THREADS': threads,
@@ -649,7 +688,11 @@ def run_peer(config, python, command, log) -> dict:
     'XLA_FLAGS': '',
   }
   run_process(
-    [python, *command.split()], log, config, environment, config.peers
+    [python, *command.split()],
+    log,
+    config,
+    environment,
+    config.peers or ROOT,
   )
   lines = [x for x in log.read_text().splitlines() if x.startswith('RESULT ')]
   if not lines:
@@ -711,12 +754,11 @@ def compare(config, variant, workdir) -> list[dict]:
   for turn in range(1, config.num_rounds + 1):
     ours = run_ours(config, variant, workdir / f'ours_{variant}_{turn}')
     found['ours'].append((ours['value'], ours['peak_host_bytes']))
-    for number, (name, python_key, command) in enumerate(PEERS[variant]):
-      if not config[python_key]:
-        continue
+    commands = commands_of(config, variant, workdir)
+    for number, (name, python, command) in enumerate(commands):
       log = workdir / f'peer_{variant}_{number}_{turn}.txt'
       try:
-        result = run_peer(config, config[python_key], command, log)
+        result = run_peer(config, python, command, log)
       except RuntimeError as error:
         print(f'{config.name}: {name}: {error}', flush=True)
         continue
@@ -750,10 +792,14 @@ def run(config, workdir: epath.Path):
   validate(config)
   workdir.mkdir(parents=True, exist_ok=True)
   variants = [config.variant.partition(',')[2]]
-  summary = {'variant': config.variant}
+  summary = {
+    'variant': config.variant,
+    'compute_dtype': config.policy.compute_dtype,
+    'processor': measure.processor(),
+  }
   if config.work == 'all':
     variants = list(PEERS)
-  if config.peers:
+  if config.peers or config.hf_python:
     summary['comparison'] = [
       row for variant in variants for row in compare(config, variant, workdir)
     ]
@@ -798,7 +844,10 @@ def measure_one(config, workdir) -> dict:
 
 def table(summary) -> str:
   """The results as Markdown."""
-  lines = []
+  lines = [
+    f'{summary["variant"]} in {summary["compute_dtype"]}, on '
+    f'{summary["processor"]}'
+  ]
   for name in (*PEERS, ''):
     part = summary.get(name) if name else summary
     if part and 'phases' in part:
