@@ -5,6 +5,7 @@ as they need. A candidate is scored once, however many labelers ranked it.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -87,6 +88,8 @@ def training_rows(
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> tuple[ComparisonBatch, loader.Dropped]:
   """Rankings as rows, and what was dropped, which is logged, too."""
+  if config.split_pairs:
+    comparisons = [pair for each in comparisons for pair in pairs_of(each)]
   return _rows(
     config,
     'comparisons',
@@ -95,6 +98,24 @@ def training_rows(
     config.max_candidates,
     config.merge_rankings,
   )
+
+
+def pairs_of(comparison: records.Comparison) -> list[records.Comparison]:
+  """Its pairs, each a ranking of two; those that were tied are left out."""
+  found = []
+  for two in itertools.combinations(range(len(comparison.completions)), 2):
+    ranks = [comparison.ranks[i] for i in two]
+    if ranks[0] != ranks[1]:
+      found.append(
+        dataclasses.replace(
+          comparison,
+          completions=tuple(comparison.completions[i] for i in two),
+          ranks=(1, 2) if ranks[0] < ranks[1] else (2, 1),
+          scores=(),
+          ended=tuple(comparison.ended[i] for i in two if comparison.ended),
+        )
+      )
+  return found
 
 
 def demonstration_rows(
@@ -250,6 +271,7 @@ def results(
     'accuracy': accuracy.accuracy,
     'low': accuracy.low,
     'high': accuracy.high,
+    'log_loss': accuracy.log_loss,  # Nats a pair.
     'num_pairs': accuracy.num_pairs,
     'num_comparisons': num_comparisons - dropped.total,
     'num_prompts': loader.num_rows(rows),

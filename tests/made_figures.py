@@ -112,8 +112,8 @@ def full(**changes):
   """All that can be measured."""
   ranked = figures.Rankings(
     accuracies={
-      'reward model': preference.Accuracy(0.7, 0.65, 0.75, 300),
-      'judge': preference.Accuracy(0.73, 0.7, 0.76, 300),
+      'reward model': preference.Accuracy(0.7, 0.65, 0.75, 300, 0.6),
+      'judge': preference.Accuracy(0.73, 0.7, 0.76, 300, 0.57),
     },
     agreement=preference.Agreement(0.72, 0.7, 0.74, 200),
   )

@@ -831,3 +831,101 @@ def _draw_frontier(points, fits, judge):
     looks,
   )
   return figure
+
+
+def over_seeds(
+  points: Sequence[Mapping[str, Sequence[tuple[float | str, float]]]],
+  title: str,
+  x_label: str,
+  y_label: str,
+) -> bytes:
+  """Series of several seeds against one axis, as PNG.
+
+  Args:
+    points: of each seed, series -> (x, y); x is a number or a name.
+    title: of the figure.
+    x_label: of the axis.
+    y_label: with '; ' between, each series has a panel and a label of its own.
+  """
+  return _png(_styled(_draw_over_seeds, points, title, x_label, y_label))
+
+
+def _draw_over_seeds(points, title, x_label, y_label):
+  names = list(points[0])
+  y_labels = y_label.split('; ')
+  groups = [[name] for name in names] if len(y_labels) > 1 else [names]
+  y_labels = y_labels if len(y_labels) > 1 else [y_label]
+  looks = _looks(names)
+  figure, axes, _ = _grid(len(groups), 2.9, 0.1)
+  for axis, group, label in zip(axes, groups, y_labels, strict=True):
+    xs = [x for seed in points for name in group for x, _ in seed[name]]
+    if all(isinstance(x, str) for x in xs):
+      places = {x: i for i, x in enumerate(dict.fromkeys(xs))}
+      axis.set_xticks(
+        list(places.values()), [_wrapped(_title(x), 12) for x in places]
+      )
+      axis.set_xlim(-0.5, len(places) - 0.5)
+    else:
+      places = {x: x for x in xs}
+      if len({tuple(x for x, _ in seed[group[0]]) for seed in points}) == 1:
+        _scale_axis(axis, sorted(set(xs)))
+    heights = []
+    for name in group:
+      series = [[(places[x], y) for x, y in seed[name]] for seed in points]
+      _draw_seeds(axis, series, looks[name], any(x != places[x] for x in xs))
+      heights += [y for seed in series for _, y in seed if math.isfinite(y)]
+    _values_axis(axis, heights or [0.0], label)
+    axis.set_xlabel(_wrapped(x_label, 40))
+    if len(groups) > 1:
+      axis.set_title(_title(group[0]))
+  several = len(names) > 1 and len(groups) == 1
+  _heading(
+    figure,
+    title,
+    "Dots: single seeds. Marks with whiskers: mean and Student's 95 % interval "
+    'over seeds, where all have the same points.',
+    looks if several else None,
+  )
+  return figure
+
+
+def _scale_axis(axis: Any, values: Sequence[float]) -> None:
+  """A logarithmic x axis for values of several magnitudes, with room for 0."""
+  from matplotlib.ticker import NullFormatter
+
+  positive = [x for x in values if x > 0]
+  if values[0] < 0 or not positive or max(positive) < 20 * min(positive):
+    return
+  if len(positive) == len(values):
+    axis.set_xscale('log')
+  else:
+    axis.set_xscale('symlog', linthresh=min(positive))
+  axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_seeds(axis, series, look, are_names: bool) -> None:
+  """One series of all seeds: dots, and means where they share their points."""
+  colour, marker = look
+  shared = len({tuple(x for x, _ in seed) for seed in series}) == 1
+  for seed in series:
+    x, y = zip(*seed, strict=True)
+    style = {} if shared else {'linestyle': '-', 'linewidth': 0.8}
+    axis.plot(x, y, 'o', color=colour, alpha=0.35, markersize=3, **style)
+  if not shared or not all(
+    math.isfinite(y) for seed in series for _, y in seed
+  ):
+    return
+  places = [x for x, _ in series[0]]
+  columns = zip(*([y for _, y in seed] for seed in series), strict=True)
+  found = [win_rate.student_interval(column) for column in columns]
+  whiskers = [(f.mean, f.low, f.high) for f in found]
+  axis.errorbar(
+    places,
+    [f.mean for f in found],
+    yerr=_whiskers(whiskers) if len(series) > 1 else None,
+    fmt=marker if are_names else f'{marker}-',
+    color=colour,
+    markersize=5,
+    capsize=2,
+    elinewidth=1,
+  )

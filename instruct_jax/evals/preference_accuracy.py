@@ -18,12 +18,14 @@ from instruct_jax.evals import win_rate
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-  """Share of labeled pairs ordered correctly, with its 95 % interval."""
+  """Share of labeled pairs ordered correctly, with its 95 % interval, and the
+  loss of the scores as log-odds, nats a pair."""
 
   accuracy: float
   low: float
   high: float
   num_pairs: int
+  log_loss: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,8 @@ def pairwise_accuracy(
     cluster_ids: per comparison; the prompt, if several labelers ranked it.
 
   Returns:
-    Accuracy in [0, 1], 95 % interval, number of pairs that count.
+    Accuracy in [0, 1], 95 % interval, number of pairs that count, and the mean
+    of -log sigmoid(better - worse) over these pairs.
 
   Raises:
     ValueError: lengths differ, scores not finite, ranks below 1, or no pair.
@@ -91,7 +94,7 @@ def pairwise_accuracy(
       f'{len(scores)} score rows, {len(ranks)} rank rows and '
       f'{len(cluster_ids)} cluster ids; expected one of each per comparison'
     )
-  correct, num_pairs = np.zeros((2, len(scores)))
+  correct, num_pairs, loss = np.zeros((3, len(scores)))
   for row, (score, rank) in enumerate(zip(scores, ranks, strict=True)):
     score, rank = np.asarray(score, dtype=np.float64), np.asarray(rank)
     if score.ndim != 1 or score.shape != rank.shape:
@@ -111,12 +114,17 @@ def pairwise_accuracy(
     labeled = by_label != 0
     num_pairs[row] = labeled.sum() / 2
     correct[row] = ((by_score * by_label + 1) / 2)[labeled].sum() / 2
+    better = (score[:, None] - score[None, :])[by_label > 0]
+    loss[row] = np.logaddexp(0.0, -better).sum()
   if not num_pairs.sum():
     raise ValueError(
       f'no pair to judge: {len(scores)} comparisons, every pair tied'
     )
   found = win_rate.ratio_interval(correct, num_pairs, cluster_ids)
-  return Accuracy(found.mean, found.low, found.high, int(num_pairs.sum()))
+  count = num_pairs.sum()
+  return Accuracy(
+    found.mean, found.low, found.high, int(count), float(loss.sum() / count)
+  )
 
 
 def agreement(comparisons: Sequence[records.Comparison]) -> Agreement | None:

@@ -196,6 +196,22 @@ def share_interval(
   return share
 
 
+def student_interval(values: Numbers) -> Interval:
+  """Mean of a few runs with Student's 95 % interval; infinite for one run.
+
+  Raises:
+    ValueError: no value, or one that is not finite.
+  """
+  from scipy import stats
+
+  x = _vector('values', values)
+  mean, room = float(x.mean()), math.inf
+  if x.size > 1:
+    error = float(x.std(ddof=1)) / math.sqrt(x.size)
+    room = error * float(stats.t.ppf(0.975, x.size - 1))
+  return Interval(mean, mean - room, mean + room, x.size)
+
+
 def wilson_interval(mean: float, count: int) -> tuple[float, float]:
   """Wilson's 95 % interval of a share: sound at 0 and 1, and for few items."""
   centre = mean + Z95**2 / (2 * count)

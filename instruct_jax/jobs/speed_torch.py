@@ -2,9 +2,10 @@
 
   python speed_torch.py SPEC.json
 
-`speed.py` writes SPEC.json (`spec_of`) and runs this with a Python that has torch
-and transformers; nothing of this package is imported. The last line is RESULT
-and JSON: unit, runs, their median, peak memory. Runs on a GPU if torch has one.
+`speed.py` writes SPEC.json (`spec_of`) and runs this with a Python that has
+torch and transformers; nothing of this package is imported. The last line is
+RESULT and JSON: unit, runs, their median, peak memory. Runs on a GPU if torch
+has one.
 
 Precision 'bfloat16' is torch's own way: weights in float32 and products under
 `autocast`; a rollout alone has weights in bfloat16, which is faster.
@@ -168,7 +169,8 @@ def make_iteration(spec):
         new, guess = read(tokens[rows], mask[rows])
       change = (new - old[rows]).exp()
       clipped = change.clamp(0.8, 1.2)
-      gain = torch.minimum(change * advantages[rows], clipped * advantages[rows])
+      weight = advantages[rows]
+      gain = torch.minimum(change * weight, clipped * weight)
       near = values[rows] + (guess - values[rows]).clamp(-0.2, 0.2)
       errors = torch.maximum(
         (guess - returns[rows]) ** 2, (near - returns[rows]) ** 2

@@ -1,0 +1,650 @@
+"""What the paper claims, as rules that were fixed before they were run.
+
+A claim holds on a seed by one or more margins: numbers that are positive where
+it is so, read off the stages of that seed's run (`configs/study.py`). Over
+seeds, each margin has Student's 95 % interval. The claim holds if every
+interval lies above zero, does not hold if one lies below, and is not told apart
+otherwise.
+
+Sections without a name are those of Ouyang et al. 2022.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from instruct_jax.evals import overoptimization, win_rate
+
+HOLDS, FAILS, OPEN = 'holds', 'does not hold', 'not told apart'
+# Series -> points (x, y); x is a number, or a name.
+Points = Mapping[str, Sequence[tuple[float | str, float]]]
+
+# Tolerances, chosen beforehand; the paper prints none.
+SAME_ACCURACY = 0.01  # R4: reward models as good as each other.
+SMALL_DROP = 0.05  # R5: to labelers who were left out.
+KEPT_GAIN = 0.5  # R10: of PPO's gain that PPO-ptx keeps.
+DIVERGED = 1.0  # R14: nats a token of pretraining loss lost.
+SAME_GAIN = 0.05  # R20: of the judge's score, at equal KL.
+
+
+def _read(path: epath.Path) -> Any:
+  return json.loads(path.read_text())
+
+
+class Seed:
+  """The finished run of one seed.
+
+  Args:
+    folder: its work directory.
+  """
+
+  def __init__(self, folder: epath.PathLike):
+    self.folder = epath.Path(folder)
+    self.config = _read(self.folder / 'config.json')
+
+  @functools.cached_property
+  def summary(self) -> dict[str, Any]:
+    """Of the stage that judges all policies."""
+    return _read(self.folder / 'evaluate' / 'summary.json')
+
+  def sweep(self, name: str) -> dict[float, str]:
+    """Value of the swept key -> stage, ascending."""
+    found = self.config['sweeps'][name]
+    return dict(sorted((value, stage) for stage, value in found.items()))
+
+  def judge(self, model: str) -> float:
+    """The judge's mean score of a model's answers, in [0, 1]."""
+    return self.summary['everyone'][model]['judge']
+
+  def score(self, model: str) -> float:
+    """The reward model's mean score of a model's answers."""
+    return self.summary['everyone'][model]['reward model']
+
+  def rate(self, model: str) -> float:
+    """Win rate against SFT."""
+    return self.summary['everyone'][model]['win rate']['rate']
+
+  def loss(self, model: str) -> float:
+    """Held-out pretraining loss, nats a token."""
+    return self.summary['pretraining_loss'][model]
+
+  def kl(self, model: str) -> float:
+    """From the RL initialisation, nats a response."""
+    return self.summary['kl'][model]
+
+  def results(self, stage: str) -> dict[str, Any]:
+    """results.json of a stage."""
+    return _read(self.folder / stage / 'results.json')
+
+  def epochs(self, stage: str) -> list[dict[str, Any]]:
+    """Loss and score after each epoch, of a stage `select`."""
+    return _read(self.folder / stage / 'epochs.json')
+
+  def frontier(self, stage: str) -> dict[str, list[dict[str, Any]]]:
+    """Points of a stage of `configs/best_of_n.py`, by curve."""
+    path = self.folder / stage / 'best_of_n.json'
+    return _read(path)['points']
+
+  def seconds(self, stage: str) -> float:
+    """That a stage took."""
+    return float(_read(self.folder / stage / 'seconds.json'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """One claim.
+
+  Attributes:
+    text: what is claimed.
+    source: where.
+    rule: what has to be so here, in words.
+    needs: sweeps and chains of `configs/study.py` that it reads.
+    margins: what the rule is about -> its margin on a seed.
+    axes: of the figure, x and y.
+    points: of the figure, on a seed.
+  """
+
+  text: str
+  source: str
+  rule: str
+  needs: tuple[str, ...]
+  margins: Mapping[str, Callable[[Seed], float]]
+  axes: tuple[str, str]
+  points: Callable[[Seed], Points]
+
+
+@dataclasses.dataclass(frozen=True)
+class Margin:
+  """Of each seed, and their mean with its interval."""
+
+  values: tuple[float, ...]
+  interval: win_rate.Interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """A claim's margins, and what follows."""
+
+  margins: Mapping[str, Margin]
+  text: str
+
+
+def verdict(claim: Claim, seeds: Sequence[Seed]) -> Verdict:
+  """Applies a claim's rule to the runs of some seeds."""
+  margins = {}
+  for name, margin in claim.margins.items():
+    values = tuple(float(margin(seed)) for seed in seeds)
+    margins[name] = Margin(values, win_rate.student_interval(values))
+  found = [margin.interval for margin in margins.values()]
+  if all(interval.low > 0 for interval in found):
+    return Verdict(margins, HOLDS)
+  fails = any(interval.high <= 0 for interval in found)
+  return Verdict(margins, FAILS if fails else OPEN)
+
+
+# --- What several claims read -------------------------------------------------
+
+
+def _ends(seed, sweep) -> tuple[str, str]:
+  """The stages of the smallest and of the largest value."""
+  stages = list(seed.sweep(sweep).values())
+  return stages[0], stages[-1]
+
+
+def _against(sweep: str, **columns: str) -> Callable[[Seed], Points]:
+  """Columns (title -> method of `Seed`) against a sweep's values."""
+  return lambda seed: {
+    title: [
+      (value, getattr(seed, method)(stage))
+      for value, stage in seed.sweep(sweep).items()
+    ]
+    for title, method in columns.items()
+  }
+
+
+def _of_models(method: str, *models: str) -> Callable[[Seed], Points]:
+  """One figure of each of some models."""
+  return lambda seed: {'': [(m, getattr(seed, method)(m)) for m in models]}
+
+
+def _accuracy(seed: Seed, stage: str) -> float:
+  return seed.results(stage)['accuracy']
+
+
+def _log_loss(seed: Seed, stage: str) -> float:
+  return seed.results(stage)['log_loss']
+
+
+def _reward_points(sweep: str, key: str) -> Callable[[Seed], Points]:
+  return lambda seed: {
+    '': [
+      (value, seed.results(stage)[key])
+      for value, stage in seed.sweep(sweep).items()
+    ]
+  }
+
+
+def _best_epoch(seed: Seed) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The epochs of least validation loss and of highest score, long SFT."""
+  rows = seed.epochs('select_long')
+  return (
+    min(rows, key=lambda row: row['valid_loss']),
+    max(rows, key=lambda row: row['score_reward']),
+  )
+
+
+def _epoch_points(seed: Seed) -> Points:
+  rows = seed.epochs('select_long')
+  return {
+    title: [(float(row['epoch']), row[key]) for row in rows]
+    for title, key in (
+      ('validation loss', 'valid_loss'),
+      ('reward-model score', 'score_reward'),
+    )
+  }
+
+
+def _undominated(seed: Seed) -> float:
+  """How far the best KL coefficient stays behind PPO-ptx, in the worse of tax
+  and reward; tax in units of PPO's own, reward in units of PPO's gain."""
+  tax = seed.loss('ppo') - seed.loss('rl_init')
+  gain = seed.score('ppo') - seed.score('rl_init')
+  return min(
+    max(
+      (seed.loss(stage) - seed.loss('ppo_ptx')) / abs(tax),
+      (seed.score('ppo_ptx') - seed.score(stage)) / abs(gain),
+    )
+    for stage in seed.sweep('beta').values()
+  )
+
+
+def _pareto_points(seed: Seed) -> Points:
+  found = {}
+  for name, key in (('beta, PPO', 'beta'), ('gamma, PPO-ptx', 'gamma')):
+    stages = seed.sweep(key).values()
+    found[name] = [(seed.score(stage), seed.loss(stage)) for stage in stages]
+  return found | {'before RL': [(seed.score('rl_init'), seed.loss('rl_init'))]}
+
+
+def _interior(seed: Seed) -> float:
+  """The judge's best score between the ends of beta, over the better end."""
+  scores = [seed.judge(stage) for stage in seed.sweep('beta').values()]
+  return max(scores[1:-1]) - max(scores[0], scores[-1])
+
+
+def _threshold(seed: Seed, sweep: str) -> float:
+  """log of the largest learning rate, in units of the stage's own, up to which
+  no run diverges; 0 is below all."""
+  start, reached = seed.loss('rl_init'), 0.0
+  for factor, stage in seed.sweep(sweep).items():
+    loss = seed.loss(stage)
+    if not math.isfinite(loss) or loss > start + DIVERGED:
+      break
+    reached = math.log(2 * factor)
+  return reached
+
+
+def _rate_points(seed: Seed) -> Points:
+  return {
+    name: [(x, seed.loss(stage)) for x, stage in seed.sweep(key).items()]
+    for name, key in (('PPO', 'rate'), ('PPO-ptx', 'rate_ptx'))
+  }
+
+
+def _drop(seed: Seed) -> float:
+  found = seed.results('crossval')
+  return found['intra']['mean'] - found['inter']['mean']
+
+
+def _along(seed: Seed, sweep: str) -> dict[float, list[tuple[float, ...]]]:
+  """Value of a sweep -> (KL, reward model's gain, judge's) along RL."""
+  found = {}
+  for value, stage in seed.sweep(sweep).items():
+    (name,) = set(seed.frontier(stage)) - {'best of n'}
+    found[value] = sorted(
+      tuple(row[x]['mean'] for x in ('kl', 'proxy', 'gold'))
+      for row in seed.frontier(stage)[name]
+    )
+  return found
+
+
+def _fall(seed: Seed) -> float:
+  """What the judge's gain loses after its peak, with the fewest rankings,
+  while the reward model's still rises."""
+  points = next(iter(_along(seed, 'overopt').values()))
+  peak = max(points, key=lambda point: point[2])
+  last = points[-1]
+  return peak[2] - last[2] if last[1] >= peak[1] else 0.0
+
+
+def _more_with_data(seed: Seed) -> float:
+  """The judge's highest gain, most against fewest rankings."""
+  curves = _along(seed, 'overopt').values()
+  peaks = [max(gold for _, _, gold in points) for points in curves]
+  return peaks[-1] - peaks[0]
+
+
+def _extrapolated(seed: Seed) -> float:
+  """How much better than a straight line in √KL Gao et al.'s curve, fitted to
+  the lower half of the KL, foretells the judge's gain in the upper half: the
+  difference of mean squared errors, in units of the line's."""
+  errors = collections.Counter()
+  for points in _along(seed, 'overopt').values():
+    kept = np.array([p for p in points if p[0] > 0])
+    half = len(kept) // 2
+    if half < 3:
+      raise ValueError(f'{len(kept)} points along RL are too few to foretell')
+    kl, gold = kept[:, 0], kept[:, 2]
+    low, high = slice(None, half), slice(half, None)
+    curve = overoptimization.fit('rl', kl[low], gold[None, low], 1)
+    slope = (np.sqrt(kl[low]) @ gold[low]) / kl[low].sum()
+    guesses = {
+      'curve': overoptimization.curve(
+        'rl', curve.alpha.mean, curve.beta.mean, kl[high]
+      ),
+      'line': slope * np.sqrt(kl[high]),
+    }
+    for name, guess in guesses.items():
+      errors[name] += float(((guess - gold[high]) ** 2).sum())
+  return 1 - errors['curve'] / errors['line']
+
+
+def _along_points(
+  sweep: str, name_fn: Callable[[float], str]
+) -> Callable[[Seed], Points]:
+  """The judge's gain against KL, a series for each value of a sweep."""
+  return lambda seed: {
+    name_fn(value): [(kl, gold) for kl, _, gold in points]
+    for value, points in _along(seed, sweep).items()
+  }
+
+
+def _frontier_distance(seed: Seed) -> float:
+  """SAME_GAIN less the widest mean gap, at equal KL, between the judge's gains
+  of runs with different beta, on lines between their snapshots."""
+  curves = [
+    np.array([(0.0, 0.0), *((kl, gold) for kl, _, gold in points)])
+    for points in _along(seed, 'frontier').values()
+  ]
+  gaps = [0.0]
+  for first, second in itertools.combinations(curves, 2):
+    most = min(first[:, 0].max(), second[:, 0].max())
+    at = np.linspace(0, most, 21)
+    gap = np.interp(at, *first.T) - np.interp(at, *second.T)
+    gaps.append(float(np.abs(gap).mean()))
+  return SAME_GAIN - max(gaps)
+
+
+def _doubling(seed: Seed) -> float:
+  """Accuracy gained with each doubling of the rankings."""
+  points = [
+    (math.log2(seed.results(stage)['num_comparisons']), _accuracy(seed, stage))
+    for stage in seed.config['sweeps']['data_reward']
+  ]
+  return float(np.polyfit(*zip(*points, strict=True), 1)[0])
+
+
+def _data_points(seed: Seed) -> Points:
+  points = [
+    (float(seed.results(stage)['num_comparisons']), _accuracy(seed, stage))
+    for stage in seed.config['sweeps']['data_reward']
+  ]
+  return {'': sorted(points)}
+
+
+def _mixed(seed: Seed, value: float) -> str:
+  """PPO-ptx from the RL initialisation with this share of pretraining."""
+  return seed.sweep('mix')[value]
+
+
+# --- The claims ---------------------------------------------------------------
+
+RATE = 'win rate against SFT'
+LOSS = 'pretraining loss, nats a token'
+JUDGE = "judge's mean score"
+
+CLAIMS = {
+  'R1': Claim(
+    'SFT overfits by loss within an epoch or so, yet more epochs raise the '
+    'reward-model score',
+    '3.5, C.1',
+    'least validation loss by epoch 3; score higher at its best epoch',
+    ('sft_long',),
+    {
+      'epochs to spare': lambda s: 3.5 - _best_epoch(s)[0]['epoch'],
+      'score gained after it': lambda s: (
+        _best_epoch(s)[1]['score_reward'] - _best_epoch(s)[0]['score_reward']
+      ),
+    },
+    ('epoch', 'nats a token; reward units'),
+    _epoch_points,
+  ),
+  'R2': Claim(
+    'one epoch is right for the reward model; more overfits',
+    'C.2',
+    'validation log-loss higher after four epochs than after one',
+    ('epochs_reward',),
+    {
+      'log-loss of 4 over 1': lambda s: (
+        _log_loss(s, _ends(s, 'epochs_reward')[1])
+        - _log_loss(s, _ends(s, 'epochs_reward')[0])
+      )
+    },
+    ('epochs', 'validation log-loss, nats a pair'),
+    _reward_points('epochs_reward', 'log_loss'),
+  ),
+  'R3': Claim(
+    'all pairs of a prompt in one element beat shuffled pairs',
+    '3.5',
+    'lower validation log-loss and higher accuracy, one epoch each',
+    ('pairs',),
+    {
+      'log-loss saved': lambda s: (
+        _log_loss(s, 'reward_pairs') - _log_loss(s, 'reward')
+      ),
+      'accuracy gained': lambda s: (
+        _accuracy(s, 'reward') - _accuracy(s, 'reward_pairs')
+      ),
+    },
+    ('batches of', 'validation log-loss, nats a pair'),
+    lambda s: {
+      '': [
+        ('prompts', _log_loss(s, 'reward')),
+        ('pairs', _log_loss(s, 'reward_pairs')),
+      ]
+    },
+  ),
+  'R4': Claim(
+    'the reward model is insensitive to half its learning rate more or less',
+    'C.2',
+    f'accuracy changes by less than {SAME_ACCURACY}',
+    ('rate_reward',),
+    {
+      'room left': lambda s: (
+        SAME_ACCURACY
+        - max(
+          abs(_accuracy(s, stage) - _accuracy(s, 'reward'))
+          for stage in s.sweep('rate_reward').values()
+        )
+      )
+    },
+    ('learning rate, x the own', 'accuracy on validation pairs'),
+    _reward_points('rate_reward', 'accuracy'),
+  ),
+  'R5': Claim(
+    'reward models generalise to labelers who were left out, nearly as well',
+    '4.1, E.2 (72.4 and 69.6 %)',
+    f'a drop, but of less than {SMALL_DROP}',
+    ('crossval',),
+    {
+      'drop': _drop,
+      'room left': lambda s: SMALL_DROP - _drop(s),
+    },
+    ('labelers', 'accuracy'),
+    lambda s: {
+      '': [
+        (name, s.results('crossval')[name]['mean'])
+        for name in ('intra', 'inter')
+      ]
+    },
+  ),
+  'R7': Claim(
+    'labelers prefer PPO and PPO-ptx to SFT, SFT to prompted GPT, and that to '
+    'GPT',
+    '4.1, Figure 1',
+    'each judged better than the one before; PPO and PPO-ptx above one half',
+    (),
+    {
+      'PPO over SFT': lambda s: s.rate('ppo') - 0.5,
+      'PPO-ptx over SFT': lambda s: s.rate('ppo_ptx') - 0.5,
+      'SFT over prompted': lambda s: 0.5 - s.rate('prompted'),
+      'prompted over GPT': lambda s: s.rate('prompted') - s.rate('pretrained'),
+    },
+    ('', RATE),
+    _of_models('rate', 'pretrained', 'prompted', 'sft', 'ppo', 'ppo_ptx'),
+  ),
+  'R8': Claim(
+    'a small aligned model is preferred to a large one that is not',
+    '4.1 (100 times the size; here 8 times)',
+    'PPO-ptx judged better than the larger pretrained model',
+    ('large',),
+    {'score ahead': lambda s: s.judge('ppo_ptx') - s.judge('large')},
+    ('', JUDGE),
+    _of_models('judge', 'pretrained', 'large', 'sft', 'ppo_ptx'),
+  ),
+  'R9': Claim(
+    'RL costs performance elsewhere: the alignment tax',
+    '4.2',
+    "PPO's pretraining loss above that of its start",
+    (),
+    {'tax': lambda s: s.loss('ppo') - s.loss('rl_init')},
+    ('', LOSS),
+    _of_models('loss', 'pretrained', 'rl_init', 'ppo', 'ppo_ptx'),
+  ),
+  'R10': Claim(
+    'mixing in pretraining gradients greatly reduces the tax without loss of '
+    'preference',
+    '4.2, 4.1',
+    f"loss below PPO's, and at least {KEPT_GAIN} of PPO's gain by the judge",
+    (),
+    {
+      'loss saved': lambda s: s.loss('ppo') - s.loss('ppo_ptx'),
+      'gain kept': lambda s: (
+        s.judge('ppo_ptx')
+        - s.judge('rl_init')
+        - KEPT_GAIN * (s.judge('ppo') - s.judge('rl_init'))
+      ),
+    },
+    ('', JUDGE),
+    _of_models('judge', 'rl_init', 'sft', 'ppo', 'ppo_ptx'),
+  ),
+  'R11': Claim(
+    'the pretraining coefficient has a window: too small leaves the tax, too '
+    'large costs reward',
+    'E.6, Figure 33',
+    'loss lower at its own value than at 0; score lower at 10 times that',
+    ('gamma',),
+    {
+      'loss saved': lambda s: s.loss(_ends(s, 'gamma')[0]) - s.loss('ppo_ptx'),
+      'score lost': lambda s: (
+        s.score('ppo_ptx') - s.score(_ends(s, 'gamma')[1])
+      ),
+    },
+    ('gamma, x the own', 'nats a token; reward units'),
+    _against('gamma', **{LOSS: 'loss', 'reward-model score': 'score'}),
+  ),
+  'R12': Claim(
+    'a larger KL coefficient alone does not do what pretraining gradients do',
+    'E.6, Figure 34',
+    "no beta up to 100 times its own has PPO-ptx's loss at PPO-ptx's score",
+    ('beta', 'gamma'),
+    {'distance of the best beta': _undominated},
+    ('reward-model score', LOSS),
+    _pareto_points,
+  ),
+  'R13': Claim(
+    'the KL coefficient has an optimum for preferences between 0 and 2',
+    'E.7, Figure 36',
+    "the judge's score higher between than at 0 and at 100 times its own",
+    ('beta',),
+    {'over the better end': _interior},
+    ('beta, x the own', JUDGE),
+    _against('beta', **{JUDGE: 'judge'}),
+  ),
+  'R14': Claim(
+    'PPO without pretraining gradients diverges at learning rates that PPO-ptx '
+    'bears',
+    'E.9',
+    f'diverged: {DIVERGED:g} nat a token of pretraining loss lost; the largest '
+    'rate without it higher for PPO-ptx',
+    ('rate', 'rate_ptx'),
+    {
+      'log of the ratio': lambda s: (
+        _threshold(s, 'rate_ptx') - _threshold(s, 'rate')
+      )
+    },
+    ('learning rate, x the own', LOSS),
+    _rate_points,
+  ),
+  'R15': Claim(
+    'few pretraining examples an episode let the pretraining loss rise, more '
+    'contain it',
+    'E.11',
+    'loss lower with 8 an episode than with 1',
+    ('ratio',),
+    {
+      'loss saved': lambda s: (
+        s.loss(_ends(s, 'ratio')[0]) - s.loss(_ends(s, 'ratio')[1])
+      )
+    },
+    ('examples an episode', LOSS),
+    _against('ratio', **{LOSS: 'loss'}),
+  ),
+  'R16': Claim(
+    'longer RL with pretraining gradients still erodes other abilities',
+    'E.6, Figure 35',
+    'pretraining loss higher after four times the episodes',
+    ('length',),
+    {
+      'loss added': lambda s: (
+        s.loss(_ends(s, 'length')[1]) - s.loss(_ends(s, 'length')[0])
+      )
+    },
+    ('episodes, x the own', LOSS),
+    _against('length', **{LOSS: 'loss'}),
+  ),
+  'R17': Claim(
+    'a tenth of pretraining data in the RL initialisation helps most',
+    'E.8',
+    "PPO-ptx's score by the judge higher with a tenth than with none or half",
+    ('mix',),
+    {
+      'over none': lambda s: s.judge(_mixed(s, 0.1)) - s.judge(_mixed(s, 0.0)),
+      'over half': lambda s: s.judge(_mixed(s, 0.1)) - s.judge(_mixed(s, 0.5)),
+    },
+    ('share of pretraining data', JUDGE),
+    _against('mix', **{JUDGE: 'judge'}),
+  ),
+  'R18': Claim(
+    "the true score peaks and falls while the reward model's rises; better "
+    'reward models peak higher; the form foretells higher KL',
+    'Gao et al. 2022, 3',
+    "the judge's gain falls after its peak; peaks higher with more rankings; "
+    'd (alpha - beta log d) of low KL errs less at high KL than a line in d',
+    ('overopt',),
+    {
+      'fall after the peak': _fall,
+      'peak with more rankings': _more_with_data,
+      'errors saved': _extrapolated,
+    },
+    ('KL, nats a response', "judge's gain"),
+    _along_points('overopt', lambda x: f'1/{1 / x:g} of the rankings'),
+  ),
+  'R19': Claim(
+    'reward models gain about a point with each doubling of the data',
+    'Stiennon et al. 2020, 4.3 (1.1 %); Gao et al. 2022',
+    'accuracy rises with the logarithm of the number of rankings',
+    ('data_reward',),
+    {'accuracy for a doubling': _doubling},
+    ('rankings', 'accuracy on validation pairs'),
+    _data_points,
+  ),
+  'R20': Claim(
+    'a KL penalty does not move the frontier of true score and KL',
+    'Gao et al. 2022, 4.1',
+    f"at equal KL the judge's gains differ by less than {SAME_GAIN} on average",
+    ('frontier',),
+    {'room left': _frontier_distance},
+    ('KL, nats a response', "judge's gain"),
+    _along_points('frontier', lambda x: f'beta x {x:g}'),
+  ),
+}
+
+
+def chosen(text: str) -> list[str]:
+  """Names of claims from 'all', or 'R1+R10'.
+
+  Raises:
+    ValueError: one is unknown.
+  """
+  names = list(CLAIMS) if text == 'all' else text.split('+')
+  unknown = [name for name in names if name not in CLAIMS]
+  if unknown:
+    raise ValueError(
+      f'unknown claim {", ".join(map(repr, unknown))}; write all, or some of '
+      f'{", ".join(CLAIMS)} with + between'
+    )
+  return names
+
+
+def needs(names: Sequence[str]) -> list[str]:
+  """Sweeps and chains that some claims read, each once."""
+  return list(dict.fromkeys(x for name in names for x in CLAIMS[name].needs))

@@ -1,0 +1,264 @@
+"""The study: rules on made-up runs, its table, and its processes."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from configs import study as config_file
+from instruct_jax import rankings
+from instruct_jax.data import records
+from instruct_jax.evals import claims, plots, win_rate
+from instruct_jax.jobs import study
+
+MODELS = ('pretrained', 'prompted', 'sft', 'rl_init', 'ppo', 'ppo_ptx', 'large')
+
+
+def write(path, value):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(value))
+
+
+@pytest.fixture(scope='module')
+def config():
+  """Of one seed, as main.py records it."""
+  return config_file.get_config('all,seed')
+
+
+def made_up(folder, config, seed=0, better=0.0):
+  """A finished run whose figures are drawn, some of them as asked.
+
+  Args:
+    better: added to PPO's and PPO-ptx's win rates of one half.
+  """
+  rng = np.random.default_rng(seed)
+  stages = list(config.stage_order)
+  write(
+    folder / 'config.json',
+    {
+      'sweeps': config.sweeps.to_dict(),
+      'stages_of': config.stages_of.to_dict(),
+    },
+  )
+  everyone, losses, kl = {}, {}, {}
+  for number, name in enumerate(dict.fromkeys([*MODELS, *stages])):
+    rate = 0.5 + better if name.startswith('ppo') else 0.1 + 0.1 * number
+    everyone[name] = {
+      'judge': float(rng.uniform()),
+      'reward model': float(rng.normal()),
+      'win rate': {'rate': rate + float(rng.normal()) / 1000},
+    }
+    losses[name], kl[name] = float(rng.uniform(0.5, 0.9)), 1.0
+  write(
+    folder / 'evaluate' / 'summary.json',
+    {'everyone': everyone, 'pretraining_loss': losses, 'kl': kl},
+  )
+  for name in stages:
+    write(folder / name / 'seconds.json', 36.0)
+    if name.startswith('reward'):
+      share = config.sweeps.data_reward.get(name, 1.0)
+      write(
+        folder / name / 'results.json',
+        {
+          'accuracy': 0.7 + 0.01 * math.log2(share),
+          'log_loss': float(rng.uniform(0.4, 0.6)),
+          'num_comparisons': round(25_000 * share),
+        },
+      )
+    if name.startswith('frontier'):
+      kls = np.linspace(0.2, 8 + rng.uniform(), 10)
+      gold = np.sqrt(kls) * (0.3 - 0.1 * np.log(np.sqrt(kls)))
+      write(
+        folder / name / 'best_of_n.json',
+        {
+          'points': {
+            'best of n': [],
+            'ppo': [
+              {
+                key: {'mean': float(x)}
+                for key, x in zip(('kl', 'proxy', 'gold'), row, strict=True)
+              }
+              for row in zip(kls, kls, gold, strict=True)
+            ],
+          }
+        },
+      )
+  write(
+    folder / 'crossval' / 'results.json',
+    {'intra': {'mean': 0.72}, 'inter': {'mean': 0.70}},
+  )
+  rows = [
+    {'epoch': e, 'valid_loss': abs(e - 2.0), 'score_reward': 0.1 * e}
+    for e in range(1, 17)
+  ]
+  write(folder / 'select_long' / 'epochs.json', rows)
+  return claims.Seed(folder)
+
+
+def test_student_by_hand():
+  found = win_rate.student_interval([1.0, 2.0, 3.0])
+  # s = 1, t = 4.3027 with two degrees of freedom.
+  assert found.mean == 2.0
+  assert found.high - 2.0 == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+  assert win_rate.student_interval([1.0]).high == math.inf
+  with pytest.raises(ValueError, match='finite'):
+    win_rate.student_interval([1.0, math.nan])
+
+
+@pytest.mark.parametrize(
+  'values,text',
+  [
+    ((0.1, 0.11, 0.12), claims.HOLDS),
+    ((-0.1, -0.11, -0.12), claims.FAILS),
+    ((-0.1, 0.11, 0.12), claims.OPEN),
+    ((0.1,), claims.OPEN),
+  ],
+)
+def test_a_rule_is_applied_to_intervals(values, text):
+  class OneNumber(claims.Seed):
+    def __init__(self, value):
+      self.value = value
+
+  margins = {
+    'sure': lambda seed: 1.0 + seed.value / 100,
+    'other': lambda seed: seed.value,
+  }
+  claim = claims.Claim('', '', '', (), margins, ('', ''), lambda seed: {})
+  seeds = [OneNumber(value) for value in values]
+  assert claims.verdict(claim, seeds).text == text
+
+
+def test_every_claim_has_a_verdict_and_a_figure(config, tmp_path):
+  seeds = [
+    made_up(tmp_path / f'seed_{i}', config, i, better=0.1) for i in range(3)
+  ]
+  known = {
+    'R1': claims.HOLDS,  # Least loss at epoch 2, score rises to 16.
+    'R4': claims.HOLDS,  # All of the same accuracy.
+    'R5': claims.HOLDS,
+    'R18': claims.FAILS,  # The same peak with more rankings.
+    'R19': claims.HOLDS,  # 0.01 for a doubling.
+    'R20': claims.HOLDS,  # One curve for all.
+  }
+  for name, claim in claims.CLAIMS.items():
+    found = claims.verdict(claim, seeds)
+    assert found.text == known.get(name, found.text), name
+    points = [claim.points(seed) for seed in seeds]
+    assert all(rows for seed in points for rows in seed.values()), name
+    path = tmp_path / f'{name}.png'
+    path.write_bytes(plots.over_seeds(points, claim.text, *claim.axes))
+    with Image.open(path) as image:
+      assert image.width > 500 and image.height > 300
+  margin = claims.verdict(claims.CLAIMS['R19'], seeds).margins
+  interval = margin['accuracy for a doubling'].interval
+  assert interval.mean == pytest.approx(0.01, rel=1e-3)
+
+
+def test_ppo_has_to_be_above_one_half(config, tmp_path):
+  claim = claims.CLAIMS['R7']
+  for better, text in ((0.1, claims.HOLDS), (-0.1, claims.FAILS)):
+    folder = tmp_path / f'{better}'
+    seeds = [made_up(folder / str(i), config, i, better) for i in range(3)]
+    assert claims.verdict(claim, seeds).text == text
+
+
+def test_rates_that_diverge_end_the_threshold(config, tmp_path):
+  seed = made_up(tmp_path, config)
+  losses = seed.summary['pretraining_loss']
+  losses['rl_init'] = 0.7
+  for stage in seed.sweep('rate').values():
+    losses[stage] = 0.8
+  assert claims._threshold(seed, 'rate') == math.log(200)
+  losses['ppo_learning_rate_10'] = 1.8
+  assert claims._threshold(seed, 'rate') == math.log(6)
+  losses['ppo'] = math.nan
+  assert claims._threshold(seed, 'rate') == 0.0
+
+
+def test_claims_are_named():
+  assert claims.chosen('R1+R10') == ['R1', 'R10']
+  assert claims.chosen('all') == list(claims.CLAIMS)
+  with pytest.raises(ValueError, match="unknown claim 'R99'.*R10"):
+    claims.chosen('R1+R99')
+  with pytest.raises(ValueError, match="unknown claim 'R99'"):
+    config_file.get_config('R99')
+  with pytest.raises(ValueError, match="unknown part 'sed'"):
+    config_file.get_config('R1,sed')
+
+
+@pytest.mark.parametrize('seeds', ['', 'a', '1,1', '-1', '1.5'])
+def test_bad_seeds_are_named(seeds):
+  config = config_file.get_config('R7')
+  config.seeds = seeds
+  with pytest.raises(ValueError, match='seeds must be'):
+    study.validate(config)
+
+
+def test_a_claim_alone_brings_only_its_stages():
+  config = config_file.get_config('R11,seed')
+  assert {name for name in config.stage_order if 'coef' in name} == {
+    f'ppo_ptx_ptx_coef_{x}' for x in ('0', '0p1', '0p3', '3', '10')
+  }
+  assert 'crossval' not in config.stage_order
+  config.workdir, config.seed = '/there', 5
+  stage = config.stages.ppo_ptx_ptx_coef_0p3
+  assert stage.ptx_coef == pytest.approx(0.3 * config.stages.ppo_ptx.ptx_coef)
+  assert stage.init == '/there/rl_init/model' and stage.seed == 5
+  assert config.stages.ppo_ptx.ptx_coef == 1.0
+
+
+def test_the_study_runs_its_seeds_and_writes(
+  config, tmp_path, monkeypatch, capsys
+):
+  parent = config_file.get_config('R7+R10')
+  parent.seeds, parent.num_processes = '4,3', 2
+  command = study.command_of(parent, epath.Path(tmp_path), 3)
+  assert command[3].endswith('configs/study.py:R7+R10,seed')
+  assert '--config.seed=3' in command
+  ran = []
+
+  def stand_in(config_, workdir, seed):
+    del config_
+    ran.append(seed)
+    made_up(workdir / f'seed_{seed}', config, seed, better=0.1)
+    return [sys.executable, '-c', 'print("ran")']
+
+  monkeypatch.setattr(study, 'command_of', stand_in)
+  found = study.run(parent, epath.Path(tmp_path))
+  assert sorted(ran) == [3, 4] and set(found) == {'R7', 'R10'}
+  text = (tmp_path / 'study.md').read_text()
+  assert '| R7 |' in text and '| R10 |' in text and 'Seeds 3, 4.' in text
+  assert (tmp_path / 'seed_3.log').read_text() == 'ran\n'
+  saved = json.loads((tmp_path / 'study.json').read_text())
+  values = saved['claims']['R7']['margins']['PPO over SFT']['values']
+  assert values == pytest.approx([0.1, 0.1], abs=0.01)
+  assert (tmp_path / 'R10.png').exists()
+  assert '| R7 |' in capsys.readouterr().out
+
+
+def test_a_seed_that_fails_ends_the_study(tmp_path, monkeypatch):
+  parent = config_file.get_config('R7')
+  parent.seeds = '1,2'
+  script = 'import sys; print("error: no room"); sys.exit(3)'
+  monkeypatch.setattr(
+    study, 'command_of', lambda *_: [sys.executable, '-c', script]
+  )
+  with pytest.raises(RuntimeError, match='seed 1: .* with 3 .*error: no room'):
+    study.run(parent, epath.Path(tmp_path))
+  assert not (tmp_path / 'study.md').exists()
+
+
+def test_pairs_of_a_ranking():
+  ranking = records.Comparison(
+    'p', ('a', 'b', 'c'), (2, 1, 2), labeler='l', ended=(True, False, True)
+  )
+  found = rankings.pairs_of(ranking)
+  assert [(p.completions, p.ranks, p.ended) for p in found] == [
+    (('a', 'b'), (2, 1), (True, False)),
+    (('b', 'c'), (1, 2), (False, True)),
+  ]
+  assert {p.labeler for p in found} == {'l'}
