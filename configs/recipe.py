@@ -200,6 +200,7 @@ def get_config(preset: str = 'cpu'):
   common.check(preset, tuple(PRESETS), 'preset')
   config = pipeline.recipe(f'recipe_{preset}')
   config.prepare = 'instruct_jax.recipe.prepare'  # After the flags.
+  config.xla_flags = common.LEAN_ON_CPU
   config.dry_run = False  # Print stages, sizes, memory and time, and stop.
   # Models that there are already; their stages are left out.
   config.sft_model = ''

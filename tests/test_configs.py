@@ -7,7 +7,6 @@ import pytest
 from etils import epath
 
 from configs import ppo_ptx as ppo_config_file
-from configs import pretrain, reward, sft
 from configs import tax as tax_config_file
 from experiments import ppo_ptx as ppo_experiment
 from instruct_jax import model_fns
@@ -94,68 +93,6 @@ def test_the_tax_is_swept_on_the_models_of_a_finished_run(tmp_path):
   assert (beta[0].num_episodes, long[0].num_episodes) == (64, 128)
   assert long[0].init == f'{tmp_path}/rl_init/model'
   assert long[0].documents == f'{tmp_path}/data/documents_train.jsonl'
-
-
-@pytest.mark.parametrize('size', SIZES)
-def test_paper_numbers_of_sft(size):
-  # C.1 and C.3, as printed.
-  config = sft.get_config(size)
-  rate, batch = {
-    '1p3b': (9.65e-6, 32),
-    '6b': (9.65e-6, 32),
-    '175b': (5.03e-6, 8),
-  }[size]
-  assert (config.learning_rate, config.batch_size) == (rate, batch)
-  assert (config.num_epochs, config.dropout) == (16, 0.2)
-  assert (config.adam_b1, config.adam_b2) == (0.9, 0.95)
-  start = sft.get_config(f'{size},init')
-  rate = {'1p3b': 5e-6, '6b': 1.04e-5, '175b': 2.45e-6}[size]
-  assert (start.learning_rate, start.num_epochs) == (rate, 2)
-  assert (start.ptx_fraction, start.batch_size) == (0.1, batch)
-
-
-@pytest.mark.parametrize('size', SIZES)
-def test_paper_numbers_of_the_reward_model(size):
-  config = reward.get_config(size)
-  assert (config.learning_rate, config.batch_size) == (9e-6, 64)
-  assert (config.num_epochs, config.max_candidates) == (1, 9)
-  folds = reward.get_config(f'{size},folds')
-  assert (folds.num_folds, folds.num_fold_seeds) == (5, 3)
-
-
-@pytest.mark.parametrize('size', SIZES)
-def test_paper_numbers_of_ppo(size):
-  config = ppo_config_file.get_config(size)
-  expected = {
-    'num_episodes': 256_000,
-    'batch_size': 512,
-    'num_minibatches': 8,
-    'num_epochs': 1,
-    'kl_coef': 0.02,
-    'ptx_coef': 27.8,
-    'ptx_per_episode': 8,
-    'clip': 0.2,
-    'discount': 1.0,
-    'num_warmup_iterations': 10,
-    'ema_decay': 0.992,
-    'temperature': 1.0,
-    'prompt_length': 1024,
-    'response_length': 1024,
-    'value_learning_rate': 5e-6 if size == '175b' else 9e-6,
-  }
-  assert {name: config[name] for name in expected} == expected
-  assert 2.55e-6 <= config.learning_rate <= 2.55e-5  # E.9 scanned this.
-  ppo_experiment.validate(config)
-
-
-@pytest.mark.parametrize('size', SIZES)
-def test_pretraining_config_has_the_paper_shape(size):
-  config = pretrain.get_config(size)
-  for name, value in PRESETS[size].items():
-    assert config.model[name] == value
-  # 300 billion tokens.
-  tokens = config.num_steps * config.batch_size * config.row_length
-  assert abs(tokens - 300e9) < config.batch_size * config.row_length
 
 
 @pytest.mark.parametrize('size', SIZES)
