@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 
 from configs import plan as config_file
+from instruct_jax.evals import model_card
 from instruct_jax.infra import cost, sharding
 from instruct_jax.jobs import plan
 from instruct_jax.models import decoding
@@ -311,3 +312,42 @@ def test_what_waits_on_the_host_takes_no_memory(described_weights):
   ):
     _, _, resident = plan.build(name, config, mesh, 'full', 1)
     assert set(resident) == kinds | more
+
+
+# --- Compute by formula (5.1) -------------------------------------------------
+
+
+def traced_operations(name, config):
+  """Operations of one call of a program, on one device and without remat."""
+  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  program, arguments, _ = plan.build(name, config, mesh, 'none', 1)
+  with sharding.use_mesh(mesh):
+    return cost.flops(program.trace(*arguments).jaxpr)
+
+
+def test_the_card_counts_by_formula_what_programs_compute():
+  config = config_file.get_config('1p3b,v5e-8')
+  for shape in (config.policy, config.scalar):
+    shape.attention = 'xla'
+  policy, scalar = (shape.num_params for shape in plan.models(config, 'none'))
+  # The formula leaves attention out: 12 L D T of 6 N at T tokens, here 15 %.
+  sft, ppo = config.sft, config.ppo
+  formula = model_card.training_operations(
+    policy, sft.batch_size * sft.row_length
+  )
+  assert 1.0 < traced_operations('sft', config) / formula < 1.2
+  formula = model_card.rl_operations(
+    policy,
+    scalar,
+    scalar,
+    ppo.batch_size,
+    ppo.prompt_length + ppo.response_length,
+    1,
+    ppo.batch_size * ppo.ptx_per_episode * ppo.ptx_row_length,
+  )
+  # Sampling is one forward pass, token by token.
+  tokens = ppo.batch_size * (ppo.prompt_length + ppo.response_length)
+  counted = 2 * policy * tokens + sum(
+    traced_operations(name, config) for name in ('score', 'penalise', 'train')
+  )
+  assert 1.0 < counted / formula < 1.25
