@@ -3,15 +3,16 @@
   python -m instruct_jax.main --config=configs/speed.py:s,iteration
 
 Before the comma a size: tiny (seconds, for tests), s (6.3 M parameters), 124m,
-both in the dtype that the machine multiplies faster, 1p3b (bfloat16, one GPU of
-140 GB). After it a work:
+both in the dtype that the machine multiplies faster; for accelerators, in
+bfloat16, 135m (SmolLM2's shape) and 1p3b (one GPU of 80 GB). After it a work:
 
-  iteration         PPO: rollout, score, 4 minibatches (8 at 1p3b), checkpoint
+  iteration         PPO: rollout, score, minibatches, checkpoint
   iteration_ragged  the same with responses that end early
   rollout           the rollout alone, every response at full length
   rollout_ragged    the same with responses that end early
   sft               one supervised step
   all               the five above, each in a process of its own
+  check             no time: whether the first device computes what the CPU does
 
 `--config.growth=response,batch,model` repeats the work with each of these
 twice and four times as large. `--config.hf_python=PYTHON`, of an environment
@@ -25,7 +26,7 @@ from ml_collections import ConfigDict
 from configs import common, rl, sft
 
 WORKS = ('iteration', 'iteration_ragged', 'rollout', 'rollout_ragged', 'sft')
-WORKS += ('all',)
+WORKS += ('all', 'check')
 
 
 def llama(**shape) -> ConfigDict:
@@ -72,6 +73,8 @@ SHAPES = {
   's': _shape(8_192, 1_024, 4, 256, 4, 1_024, scan_unroll=4, **FASTER),
   # Gated: three products of 2,048, as large as GPT-2's two.
   '124m': _shape(50_257, 1_024, 12, 768, 12, 2_048, **FASTER),
+  '135m': _shape(49_153, 2_048, 30, 576, 9, 1_536, num_kv_heads=3)
+  | {'compute_dtype': 'bfloat16', 'logprob_chunk': 1_024},
   '1p3b': _shape(50_257, 2_048, 24, 2_048, 16, 5_504)
   | {'compute_dtype': 'bfloat16', 'remat': 'dots', 'logprob_chunk': 1_024},
 }
@@ -123,11 +126,13 @@ def get_config(argument: str = 's,iteration'):
   if size == '124m':
     config.ppo.logprob_chunk = 64
     config.update(num_warmups=1, num_iterations=5)
-  if size == '1p3b':
+  if size in ('135m', '1p3b'):
     config.reward = 'model'
     config.stop_fraction = 0.01  # Mean 92 of at most 256.
     config.ppo.update(prompt_length=128, response_length=256, batch_size=512)
-    config.ppo.update(num_minibatches=8, num_microbatches=2, num_slices=8)
+    config.ppo.update(num_minibatches=8, num_slices=8)
+    if size == '1p3b':
+      config.ppo.update(num_microbatches=4, num_slots=128)
     config.ppo.frozen_dtype = 'bfloat16'
     config.sft.update(batch_size=32, row_length=1_024)
     config.update(matmul_size=8_192, bandwidth_bytes=2**32)

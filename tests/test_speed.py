@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 import textwrap
 
@@ -261,6 +262,32 @@ def test_bad_values_are_named(key, value, text):
   config = tiny('sft', **{key: value})
   with pytest.raises(ValueError, match=text):
     speed.validate(config)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('quick_compile')
+def test_a_device_agrees_with_itself(workdir):
+  config = tiny('check')
+  config.policy.vocab_size = config.scalar.vocab_size = 200  # Scores differ.
+  summary = speed.run(config, epath.Path(workdir))
+  assert summary == {'variant': 'tiny,check'}
+  saved = json.loads((workdir / 'speed.json').read_text())['differences']
+  assert saved == {
+    dtype: {'tokens': 1.0, 'logprobs': 0.0, 'metrics': 0.0, 'changes': 0.0}
+    for dtype in ('float32', 'bfloat16')
+  }
+
+
+def test_a_device_that_does_not_agree_is_told(workdir, monkeypatch):
+  found = {'tokens': 0.2, 'logprobs': 0.3, 'metrics': math.nan, 'changes': 0.0}
+  monkeypatch.setattr(speed, 'check_device', lambda *_: found)
+  with pytest.raises(RuntimeError) as error:
+    speed.run(tiny('check'), epath.Path(workdir))
+  text = str(error.value)
+  assert 'float32: logprobs differ by 0.3, at most 0.0001' in text
+  assert 'bfloat16: metrics differ by nan' in text
+  assert 'bfloat16: 20.0% of the tokens are equal' in text
+  assert not (workdir / 'speed.json').exists()
 
 
 def test_adapters_are_not_measured():

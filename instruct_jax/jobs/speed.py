@@ -44,7 +44,7 @@ from instruct_jax.types import PromptBatch, TextBatch
 
 PROCESSES = 'one'
 
-WORKS = ('iteration', 'rollout', 'sft')
+WORKS = ('iteration', 'rollout', 'sft', 'check')
 GROWTHS = ('response', 'batch', 'model')
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -551,6 +551,118 @@ def measure_sft(config, workdir) -> dict:
   }
 
 
+# --- The device beside the CPU ------------------------------------------------
+
+# Compute dtype -> what may differ between device and CPU: mean of
+# log-probabilities, nats a token; share of the loss and of gradients' norms;
+# share of the parameters' changes.
+TOLERANCES = {
+  'float32': {'logprobs': 1e-4, 'metrics': 0.01, 'changes': 0.1},
+  'bfloat16': {'logprobs': 0.05, 'metrics': 0.1, 'changes': 0.5},
+}
+# Share of sampled tokens that are equal: after the first other one the rest of
+# a response is another text.
+EQUAL_TOKENS = {'float32': 0.99, 'bfloat16': 0.5}
+_COMPARED = (
+  *('objective/score', 'ppo/loss/policy', 'ppo/loss/value'),
+  *('policy/optimizer/gradient_norm', 'value/optimizer/gradient_norm'),
+)
+NUM_STEPS = 3  # Iterations of PPO that are compared.
+
+
+def check_device(config, dtype: str) -> dict[str, float]:
+  """Three iterations of PPO on the first device and on the CPU.
+
+  Both learn from the CPU's samples. Models start from one key.
+
+  Returns:
+    What differs, by the keys of `TOLERANCES`; 'tokens' is the share of equal
+    ones in the first rollout.
+  """
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    for name in ('policy', 'scalar'):
+      config[name].compute_dtype = dtype
+      config[name].attention = 'auto'
+  works, samples, told = {}, {}, collections.defaultdict(list)
+  precision = 'highest' if dtype == 'float32' else None
+  devices = {'cpu': jax.devices('cpu')[0], 'device': jax.devices()[0]}
+  with jax.default_matmul_precision(precision):
+    for name, device in devices.items():
+      mesh = sharding.make_mesh((1, 1, 1), [device])
+      with sharding.use_mesh(mesh):
+        works[name] = Iteration(config, mesh)
+    start = jax.device_get(works['cpu'].state.policy.params)
+    for number in range(NUM_STEPS):
+      for name, work in works.items():
+        with sharding.use_mesh(work.mesh):
+          prompts, ptx = work.batches(number)
+          sampled = jax.device_get(work.respond(prompts, number))
+          samples[name, number] = sampled
+          sampled = sharding.put_batch(samples['cpu', number], work.mesh)
+          layout = rl.lay_out(
+            work.stage, work.programs, sampled, work.mesh, number
+          )
+          batch, kl, scored = work.score(sampled, layout)
+          trained = work.train(work.programs, batch, kl, ptx, number)
+          values = metrics.to_host({**scored, **trained})
+          told[name].append([values[key] for key in _COMPARED])
+          told[name, 'logprobs'] = jax.device_get(batch.old_logprobs)
+  first = [samples[name, 0] for name in devices]
+  mask = first[0].response_mask
+  P = mask.shape[1]
+  equal = (first[0].tokens == first[1].tokens)[:, -P:] & mask
+  ours, theirs = (np.asarray(told[name]) for name in devices)
+  gap = np.abs(told['cpu', 'logprobs'] - told['device', 'logprobs'])
+  after = [jax.device_get(work.state.policy.params) for work in works.values()]
+  return {
+    'tokens': float(equal.sum() / mask.sum()),
+    'logprobs': float(gap.sum() / mask.sum()),
+    'metrics': float(
+      np.max(np.abs(ours - theirs) / np.maximum(np.abs(ours), 0.01))
+    ),
+    'changes': _distance(after[0], after[1]) / _distance(after[0], start),
+  }
+
+
+def _distance(first, second) -> float:
+  """The Euclidean norm of the difference of two trees."""
+  squares = jax.tree.map(
+    lambda x, y: float(((x - y) ** 2).sum()), first, second
+  )
+  return sum(jax.tree.leaves(squares)) ** 0.5
+
+
+def measure_check(config, workdir) -> dict:
+  """`check_device` in both dtypes.
+
+  Raises:
+    RuntimeError: something differs by more than `TOLERANCES`.
+  """
+  del workdir
+  found, wrong = {}, []
+  for dtype, most in TOLERANCES.items():
+    found[dtype] = check_device(config, dtype)
+    told = ', '.join(f'{key} {x:.3g}' for key, x in found[dtype].items())
+    run_lib.say(f'{config.name}: {dtype}: {told}')
+    wrong += [
+      f'{dtype}: {key} differ by {found[dtype][key]:.3g}, at most {limit}'
+      for key, limit in most.items()
+      if not found[dtype][key] <= limit
+    ]
+    if found[dtype]['tokens'] < EQUAL_TOKENS[dtype]:
+      wrong.append(
+        f'{dtype}: {found[dtype]["tokens"]:.1%} of the tokens are equal'
+      )
+  if wrong:
+    kind = jax.devices()[0].device_kind
+    raise RuntimeError(f'{kind} does not agree with the CPU: {wrong}')
+  return {'differences': found}
+
+
+# --- Repeats ------------------------------------------------------------------
+
+
 def timed(config, fn) -> tuple[measure.Repeats, dict]:
   """Repeats of a piece of work; compilations and peak memory, as JSON."""
   before = measure.compilations()
@@ -650,6 +762,7 @@ def spec_of(config, variant, precision) -> dict:
     'response_length': config.ppo.response_length,
     'batch_size': config.ppo.batch_size,
     'num_minibatches': config.ppo.num_minibatches,
+    'num_microbatches': config.ppo.num_microbatches,
     'sft_rows': config.sft.batch_size,
     'sft_length': config.sft.row_length,
     'stop_ids': stop_ids(config) if variant.endswith('_ragged') else (),
@@ -823,6 +936,8 @@ def measure_one(config, workdir) -> dict:
   The ceilings come last, so that their matrices do not count as memory of the
   work.
   """
+  if config.work == 'check':
+    return measure_check(config, workdir)
   measure_work = {
     'iteration': measure_iteration,
     'rollout': measure_rollout,

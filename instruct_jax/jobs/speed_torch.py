@@ -125,10 +125,11 @@ def mean_of(x, mask):
   return (x * mask).sum() / mask.sum()
 
 
-def step(optimizer, parameters, loss):
-  """One update with clipped gradients."""
+def step(optimizer, parameters, losses):
+  """One update with clipped gradients, of a sum of losses."""
   optimizer.zero_grad(set_to_none=True)
-  loss.backward()
+  for loss in losses:
+    loss.backward()
   torch.nn.utils.clip_grad_norm_(parameters, 1.0)
   optimizer.step()
 
@@ -162,8 +163,14 @@ def make_iteration(spec):
     mean = mean_of(advantages, real)
     spread = mean_of((advantages - mean) ** 2, real).sqrt()
     advantages = (advantages - mean) / (spread + 1e-8)
-    order = torch.randperm(len(tokens), device=DEVICE)
-    for rows in order.chunk(spec['num_minibatches']):
+
+    def losses_of(rows):
+      """Of each microbatch, as parts of the minibatch's mean."""
+      count = real[rows].sum()
+      for part in rows.chunk(spec['num_microbatches']):
+        yield loss_of(part) / count
+
+    def loss_of(rows):
       at = real[rows]
       with autocast(spec):
         new, guess = read(tokens[rows], mask[rows])
@@ -175,8 +182,11 @@ def make_iteration(spec):
       errors = torch.maximum(
         (guess - returns[rows]) ** 2, (near - returns[rows]) ** 2
       )
-      loss = 0.05 * mean_of(errors, at) - mean_of(gain, at)
-      step(optimizer, trained, loss)
+      return ((0.05 * errors - gain) * at).sum()
+
+    order = torch.randperm(len(tokens), device=DEVICE)
+    for rows in order.chunk(spec['num_minibatches']):
+      step(optimizer, trained, losses_of(rows))
     return 1
 
   return iteration
@@ -203,7 +213,7 @@ def make_sft(spec):
     loss = functional.cross_entropy(
       logits.flatten(0, 1), tokens[:, 1:].flatten()
     )
-    step(optimizer, list(policy.parameters()), loss)
+    step(optimizer, list(policy.parameters()), [loss])
     return tokens.numel()
 
   return update
