@@ -22,11 +22,10 @@ def stage(seed, workdir, name='dpo'):
   return config
 
 
-def get_config(variant: str = 'miniature'):
-  """The miniature's pipeline with DPO in the place of PPO and PPO-ptx."""
-  config = miniature.variant('dpo', variant)
+def from_reward(config):
+  """The DPO stage of a pipeline, on the rankings of its reward model."""
   stages = config.stages
-  dpo = stages.dpo = stage(config.get_ref('seed'), config.get_ref('workdir'))
+  dpo = stage(config.get_ref('seed'), config.get_ref('workdir'))
   for key in ('tokenizer', 'mesh', 'comparisons', 'valid_comparisons'):
     dpo[key] = stages.reward.get_ref(key)
   for key in (
@@ -36,6 +35,13 @@ def get_config(variant: str = 'miniature'):
   pipeline.share_lora(config, dpo)
   dpo.init = config.get_ref('workdir') + '/rl_init/model'
   dpo.learning_rate = 2e-4  # The policy's of PPO on this world.
+  return dpo
+
+
+def get_config(variant: str = 'miniature'):
+  """The miniature's pipeline with DPO in the place of PPO and PPO-ptx."""
+  config = miniature.variant('dpo', variant)
+  config.stages.dpo = from_reward(config)
   pipeline.replace_rl(config, 'dpo', folder='model')
   config.lock()
   return config

@@ -30,6 +30,9 @@ def stage(seed, workdir, name='ppo_ptx'):
   config.temperature = 1.0  # Of rollouts, and of every log-probability (C.4).
   config.learning_rate = 2.55e-6  # Scanned 2.55e-6 to 2.55e-5 (E.9).
   config.value_learning_rate = 9e-6  # C.4; 5e-6 for 175B.
+  # What the value model starts from (C.4: the reward model); 'policy' gives its
+  # trunk a new head, as where there is no reward model.
+  config.value_from = 'reward_model'
   config.num_warmup_iterations = 10  # From a tenth of the peak (C.4).
   config.adam_eps = 1e-5  # Not printed; Ziegler et al.'s code.
   config.kl_coef = 0.02  # beta (C.4).

@@ -13,8 +13,8 @@ from configs import miniature, pipeline
 
 # Keys of PPO that a method without a value model lacks.
 _OF_VALUES = (
-  *('value_learning_rate', 'value_clip', 'gae_lambda', 'discount'),
-  'whiten_advantages',
+  *('value_learning_rate', 'value_from', 'value_clip', 'gae_lambda'),
+  *('discount', 'whiten_advantages'),
 )
 
 

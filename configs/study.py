@@ -15,7 +15,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from configs import best_of_n, common, miniature
+from configs import best_of_n, common, dpo, miniature, rloo
 from instruct_jax.evals import claims
 
 
@@ -37,6 +37,9 @@ SWEEPS = {
   'rate_ptx': Sweep('ppo_ptx', 'learning_rate', (1, 3, 10, 30, 100)),
   'ratio': Sweep('ppo_ptx', 'ptx_per_episode', (1, 2, 4, 8), False),
   'length': Sweep('ppo_ptx', 'num_episodes', (1, 2, 4)),
+  'whitening': Sweep('ppo', 'whiten_advantages', (0, 1), False),
+  'epsilon': Sweep('ppo', 'adam_eps', (1e-8, 1e-5), False),
+  'warmup': Sweep('ppo', 'num_warmup_iterations', (0, 4), False),
   'epochs_reward': Sweep('reward', 'num_epochs', (1, 2, 4)),
   'rate_reward': Sweep('reward', 'learning_rate', (0.5, 1, 1.5)),
 }
@@ -44,6 +47,7 @@ SWEEPS = {
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 OVEROPTIMISED = (1 / 32, 1 / 8)
 FRONTIER = (0.1, 1, 3)  # Multiples of beta.
+DPO_BETAS = (0.03, 0.1, 0.3, 1.0)
 
 
 class Study:
@@ -144,13 +148,12 @@ class Study:
     """Reward models from parts of the rankings, and from all."""
     return {self.reward_of(share): share for share in SHARES} | {'reward': 1.0}
 
-  def along(self, label, reward, **changes) -> str:
-    """PPO with snapshots, and its frontier of reward model and judge."""
+  def along(self, label, reward, parent='ppo', **changes) -> str:
+    """RL with snapshots, and its frontier of reward model and judge."""
     model = {'reward_model': f'{reward}/model'}
-    stage = self.derive('ppo', f'ppo_{label}', model, **changes)
-    name = f'frontier_{label}'
+    stage = self.derive(parent, f'{parent}_{label}', model, **changes)
     rl = f'{stage}=' + self.workdir + f'/{stage}'
-    return self.derive('best_of_n', name, model, rl=rl)
+    return self.derive('best_of_n', f'frontier_{stage}', model, rl=rl)
 
   def overopt(self):
     """Twice as much PPO, without a penalty, against weak reward models."""
@@ -177,12 +180,54 @@ class Study:
       for multiple in FRONTIER
     }
 
+  def ending(self):
+    """Responses that do not end are worth a fixed low score."""
+    return {
+      'ppo': 0.0,
+      self.derive('ppo', 'ppo_ending', missing_end_score=-1.0): 1.0,
+    }
+
+  def value_start(self):
+    """A value model with the policy's trunk and a new head."""
+    fresh = self.derive('ppo', 'ppo_value_from_policy', value_from='policy')
+    return {fresh: 0.0, 'ppo': 1.0}
+
+  def shift(self):
+    """A reward model whose mean is 0 over ranked answers instead of
+    demonstrations."""
+    reward = self.derive('reward', 'reward_ranked', demonstrations='')
+    model = {'reward_model': f'{reward}/model'}
+    return {self.derive('ppo', 'ppo_reward_ranked', model): 0.0, 'ppo': 1.0}
+
+  def methods(self):
+    """RLOO, GRPO and DPO beside PPO: snapshots, and points of DPO's beta."""
+    stages, found = self.stages, {}
+    stages.rloo = rloo.from_ppo(ConfigDict(stages.ppo))
+    stages.dpo = dpo.from_reward(self.config)
+    changes = {'snapshot_every': 3}
+    grpo = {
+      'advantage': 'group_normalised', 'kl_in': 'loss', 'kl_estimator': 'k3',
+    }  # fmt: skip
+    found[self.along('method', 'reward', **changes)] = 1.0
+    found[self.along('method', 'reward', 'rloo', **changes)] = 2.0
+    found[self.along('group', 'reward', 'rloo', **changes, **grpo)] = 3.0
+    # Operations of a token: PPO 22 N, with reward and value model; RLOO 14 N.
+    own = stages.ppo.num_episodes // stages.ppo.batch_size
+    self.derive(
+      'rloo', 'rloo_compute',
+      num_episodes=round(own * 22 / 14) * stages.ppo.batch_size,
+    )  # fmt: skip
+    for beta in DPO_BETAS:
+      self.derive('dpo', f'dpo_{beta:g}'.replace('.', 'p'), beta=beta)
+    return found
+
   def judge(self) -> None:
     """Sets the models of the last stage: all policies, and their starts."""
     folders = {'rl_init': 'rl_init/model'}
+    weights = {'ppo_ptx': 'ema', 'rloo': 'ema', 'dpo': 'model'}
     for name in self.order:
-      if self.stages[name].experiment == 'ppo_ptx':
-        folders[name] = f'{name}/ema'
+      if (experiment := self.stages[name].experiment) in weights:
+        folders[name] = f'{name}/{weights[experiment]}'
     if 'pretrain_large' in self.order:
       folders['large'] = 'pretrain_large/model'
     text = ''

@@ -89,7 +89,7 @@ def run(config, workdir: epath.Path):
   with sharding.use_mesh(mesh):
     policy, reward = rl.load_models(config, tokenizer, mesh)
     value = reward
-    if reward is None:
+    if reward is None or config.value_from == 'policy':
       # fold_in: the head must not share its noise with the rollouts' keys.
       key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
       value = model_fns.scalar_from_policy(policy, mesh, key)

@@ -85,6 +85,8 @@ def validate(config: ConfigDict) -> None:
     )
   run_lib.check_choice(config, 'offload', OFFLOADED)
   bases = {'reference': 'policy'}
+  if 'value_from' in config:
+    run_lib.check_choice(config, 'value_from', ('reward_model', 'policy'))
   if 'value_learning_rate' in config:
     bases['reward'] = 'value model'
   for name, trained in bases.items():
@@ -286,6 +288,13 @@ def load_models(
   reward = None
   if config.reward_model:
     reward = load(config.reward_model, 'scalar')
+    sizes = [m.config.num_params for m in (policy, reward)]
+    if config.get('value_from') == 'policy' and sizes[0] != sizes[1]:
+      raise ValueError(
+        f"value_from = 'policy': the policy's trunk has {sizes[0]:,} "
+        f'parameters, the reward model {sizes[1]:,}; value model and reward '
+        'model must have one shape'
+      )
   for model in filter(None, (policy, reward)):
     model_fns.check_context(
       model,

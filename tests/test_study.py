@@ -76,7 +76,10 @@ def made_up(folder, config, seed=0, better=0.0):
         folder / name / 'best_of_n.json',
         {
           'points': {
-            'best of n': [],
+            'best of n': [
+              {'kl': {'mean': kl}, 'proxy': {'mean': kl}, 'gold': {'mean': kl}}
+              for kl in (0.0, 0.2, 0.6)
+            ],
             'ppo': [
               {
                 key: {'mean': float(x)}

@@ -33,6 +33,7 @@ SMALL_DROP = 0.05  # R5: to labelers who were left out.
 KEPT_GAIN = 0.5  # R10: of PPO's gain that PPO-ptx keeps.
 DIVERGED = 1.0  # R14: nats a token of pretraining loss lost.
 SAME_GAIN = 0.05  # R20: of the judge's score, at equal KL.
+NO_WORSE = 0.02  # M1: of the judge's score.
 
 
 def _read(path: epath.Path) -> Any:
@@ -343,6 +344,81 @@ def _frontier_distance(seed: Seed) -> float:
   return SAME_GAIN - max(gaps)
 
 
+def _behind(seed: Seed, number: float) -> float:
+  """How far a method's mean gain stays behind PPO's, at equal KL."""
+  curves = [
+    np.array([(0.0, 0.0), *((kl, gold) for kl, _, gold in points)])
+    for value, points in _along(seed, 'methods').items()
+    if value in (1.0, number)
+  ]
+  at = np.linspace(0, min(curve[:, 0].max() for curve in curves), 21)
+  gains = [np.interp(at, *curve.T) for curve in curves]
+  return float((gains[0] - gains[1]).mean())
+
+
+def _dpo_points(seed: Seed) -> list[tuple[float, float]]:
+  """(KL, the judge's gain) of DPO with each beta."""
+  start = seed.judge('rl_init')
+  return sorted(
+    (seed.kl(stage), seed.judge(stage) - start)
+    for stage in seed.config['stages_of']['methods']
+    if stage.startswith('dpo')
+  )
+
+
+def _over_dpo(seed: Seed) -> float:
+  """PPO's gain over DPO's, mean over the betas whose KL PPO reaches; the
+  nearest one where it reaches none."""
+  ppo = _along(seed, 'methods')[1.0]
+  ppo = np.array([(0.0, 0.0), *((kl, gold) for kl, _, gold in ppo)])
+  points = _dpo_points(seed)
+  reached = [p for p in points if p[0] <= ppo[:, 0].max()] or points[:1]
+  gaps = [np.interp(kl, *ppo.T) - gold for kl, gold in reached]
+  return float(np.mean(gaps))
+
+
+def _best_of_n(seed: Seed) -> list[tuple[float, float]]:
+  """(KL, the judge's gain) of best of n."""
+  stage = next(iter(seed.sweep('methods').values()))
+  rows = seed.frontier(stage)['best of n']
+  return [(row['kl']['mean'], row['gold']['mean']) for row in rows]
+
+
+def _best_of_n_over_ppo(seed: Seed) -> float:
+  """Best of n's gain over PPO's, mean over the n whose KL PPO reaches."""
+  ppo = _along(seed, 'methods')[1.0]
+  ppo = np.array([(0.0, 0.0), *((kl, gold) for kl, _, gold in ppo)])
+  most = ppo[:, 0].max()
+  gaps = [
+    gold - np.interp(kl, *ppo.T)
+    for kl, gold in _best_of_n(seed)
+    if 0 < kl <= most
+  ]
+  return float(np.mean(gaps or [0.0]))
+
+
+def _method_points(seed: Seed) -> Points:
+  names = dict(zip((1.0, 2.0, 3.0), ('PPO', 'RLOO', 'GRPO'), strict=True))
+  return {
+    **_along_points('methods', names.__getitem__)(seed),
+    'DPO': _dpo_points(seed),
+    'best of n': _best_of_n(seed),
+  }
+
+
+def _detail(text: str, source: str, need: str, other: str) -> Claim:
+  """A detail of PPO that should make its answers better."""
+  return Claim(
+    text,
+    source,
+    "the judge's score higher with it than without",
+    (need,),
+    {'score gained': lambda seed: seed.judge('ppo') - seed.judge(other)},
+    ('', JUDGE),
+    _of_models('judge', other, 'ppo'),
+  )
+
+
 def _doubling(seed: Seed) -> float:
   """Accuracy gained with each doubling of the rankings."""
   points = [
@@ -370,6 +446,8 @@ def _mixed(seed: Seed, value: float) -> str:
 RATE = 'win rate against SFT'
 LOSS = 'pretraining loss, nats a token'
 JUDGE = "judge's mean score"
+
+_HUANG = 'Huang et al. 2024'
 
 CLAIMS = {
   'R1': Claim(
@@ -625,6 +703,76 @@ CLAIMS = {
     {'room left': _frontier_distance},
     ('KL, nats a response', "judge's gain"),
     _along_points('frontier', lambda x: f'beta x {x:g}'),
+  ),
+  'M1': Claim(
+    'RLOO and GRPO, without a value model, do as well as PPO',
+    'Ahmadian et al. 2024; Shao et al. 2024',
+    f"at equal KL the judge's gain at most {NO_WORSE} behind PPO's on average; "
+    'RLOO with as many operations as PPO no further behind either',
+    ('methods',),
+    {
+      'room left, RLOO': lambda s: NO_WORSE - _behind(s, 2.0),
+      'room left, GRPO': lambda s: NO_WORSE - _behind(s, 3.0),
+      'room left, equal operations': lambda s: (
+        NO_WORSE - (s.judge('ppo') - s.judge('rloo_compute'))
+      ),
+    },
+    ('KL, nats a response', "judge's gain"),
+    _method_points,
+  ),
+  'M2': Claim(
+    'PPO beats DPO at equal KL',
+    'Xu et al. 2024 (arXiv 2404.10719)',
+    "the judge's gain higher, mean over DPO's betas that PPO's KL reaches",
+    ('methods',),
+    {'gain over DPO': _over_dpo},
+    ('KL, nats a response', "judge's gain"),
+    _method_points,
+  ),
+  'M3': Claim(
+    'best of n spends less KL than RL for the same gain',
+    'Gao et al. 2022, 3.2',
+    "the judge's gain higher than PPO's at the KL of best of n",
+    ('methods',),
+    {'gain over PPO': _best_of_n_over_ppo},
+    ('KL, nats a response', "judge's gain"),
+    _method_points,
+  ),
+  'D1': _detail(
+    'a value model that starts from the reward model',
+    f'C.4; {_HUANG}',
+    'value_start',
+    'ppo_value_from_policy',
+  ),
+  'D2': _detail(
+    'whitened advantages', _HUANG, 'whitening', 'ppo_whiten_advantages_0'
+  ),
+  'D3': Claim(
+    'a fixed low score for responses that do not end',
+    _HUANG,
+    "the judge's score higher with it than without",
+    ('ending',),
+    {'score gained': lambda s: s.judge('ppo_ending') - s.judge('ppo')},
+    ('', JUDGE),
+    _of_models('judge', 'ppo', 'ppo_ending'),
+  ),
+  'D4': _detail(
+    'a reward model with mean 0 on demonstrations, not on ranked answers',
+    f'3.5; {_HUANG}',
+    'shift',
+    'ppo_reward_ranked',
+  ),
+  'D5': _detail(
+    "Adam's epsilon of 1e-5 instead of 1e-8",
+    _HUANG,
+    'epsilon',
+    'ppo_adam_eps_1e-08',
+  ),
+  'D6': _detail(
+    'a warm-up of the learning rate',
+    f'C.4; {_HUANG}',
+    'warmup',
+    'ppo_num_warmup_iterations_0',
   ),
 }
 
