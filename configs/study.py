@@ -12,6 +12,7 @@ the claims vary.
 """
 
 import dataclasses
+import hashlib
 
 from ml_collections import ConfigDict
 
@@ -234,7 +235,14 @@ class Study:
     for name, folder in folders.items():
       text = text + f'{"," * (name != "rl_init")}{name}=' + self.workdir
       text = text + f'/{folder}'
-    changes = {'other_models': text, 'num_prompts': 500, 'rate_answers': False}
+    digest = hashlib.sha256(','.join(folders).encode()).hexdigest()
+    changes = {
+      'name': f'judged_{digest[:8]}',  # Other claims judge other models.
+      'cache': self.workdir + '/answers',
+      'other_models': text,
+      'num_prompts': 500,
+      'rate_answers': False,
+    }
     changes |= dict.fromkeys(
       ('crossval', 'suite', 'test_comparisons', 'comparisons'), ''
     )
@@ -286,4 +294,6 @@ def get_config(argument: str = 'quick'):
   config.seeds = '0'  # With commas between.
   config.smoke = is_smoke  # Stages as small as still run.
   config.num_processes = 1  # Seeds that run at a time.
+  # Folder of the seeds' runs, which studies may share; '' is the workdir.
+  config.runs = ''
   return common.single(config, argument.replace('+', '_'))

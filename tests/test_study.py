@@ -42,6 +42,7 @@ def made_up(folder, config, seed=0, better=0.0):
     {
       'sweeps': config.sweeps.to_dict(),
       'stages_of': config.stages_of.to_dict(),
+      'stages': {'evaluate': {'name': 'judged'}},
     },
   )
   everyone, losses, kl = {}, {}, {}
@@ -54,7 +55,7 @@ def made_up(folder, config, seed=0, better=0.0):
     }
     losses[name], kl[name] = float(rng.uniform(0.5, 0.9)), 1.0
   write(
-    folder / 'evaluate' / 'summary.json',
+    folder / 'judged' / 'summary.json',
     {'everyone': everyone, 'pretraining_loss': losses, 'kl': kl},
   )
   for name in stages:
@@ -224,10 +225,12 @@ def test_the_study_runs_its_seeds_and_writes(
   assert '--config.seed=3' in command
   ran = []
 
-  def stand_in(config_, workdir, seed):
+  parent.runs = str(tmp_path / 'runs')
+
+  def stand_in(config_, folder, seed):
     del config_
     ran.append(seed)
-    made_up(workdir / f'seed_{seed}', config, seed, better=0.1)
+    made_up(folder / f'seed_{seed}', config, seed, better=0.1)
     return [sys.executable, '-c', 'print("ran")']
 
   monkeypatch.setattr(study, 'command_of', stand_in)
@@ -235,7 +238,7 @@ def test_the_study_runs_its_seeds_and_writes(
   assert sorted(ran) == [3, 4] and set(found) == {'R7', 'R10'}
   text = (tmp_path / 'study.md').read_text()
   assert '| R7 |' in text and '| R10 |' in text and 'Seeds 3, 4.' in text
-  assert (tmp_path / 'seed_3.log').read_text() == 'ran\n'
+  assert (tmp_path / 'runs' / 'seed_3.log').read_text() == 'ran\n'
   saved = json.loads((tmp_path / 'study.json').read_text())
   values = saved['claims']['R7']['margins']['PPO over SFT']['values']
   assert values == pytest.approx([0.1, 0.1], abs=0.01)

@@ -54,7 +54,8 @@ class Seed:
   @functools.cached_property
   def summary(self) -> dict[str, Any]:
     """Of the stage that judges all policies."""
-    return _read(self.folder / 'evaluate' / 'summary.json')
+    name = self.config['stages']['evaluate']['name']
+    return _read(self.folder / name / 'summary.json')
 
   def sweep(self, name: str) -> dict[float, str]:
     """Value of the swept key -> stage, ascending."""

@@ -58,13 +58,13 @@ def inputs(config):
   return {}
 
 
-def command_of(config, workdir: epath.Path, seed: int) -> list[str]:
+def command_of(config, folder: epath.Path, seed: int) -> list[str]:
   """main.py for one seed."""
   variant = f'{config.claims},seed' + ',smoke' * config.smoke
   return [
     *(sys.executable, '-m', 'instruct_jax.main'),
     f'--config={ROOT / "configs" / "study.py"}:{variant}',
-    f'--workdir={workdir / f"seed_{seed}"}',
+    f'--workdir={folder / f"seed_{seed}"}',
     f'--config.seed={seed}',
     f'--config.compilation_cache={config.compilation_cache}',
   ]
@@ -75,11 +75,11 @@ class Runs:
 
   Args:
     config: of the study.
-    workdir: of the study.
+    folder: of the runs.
   """
 
-  def __init__(self, config, workdir: epath.Path):
-    self._config, self._workdir = config, workdir
+  def __init__(self, config, folder: epath.Path):
+    self._config, self._folder = config, folder
     self._running: list[subprocess.Popen] = []
     self._lock = threading.Lock()
     self._ends = False
@@ -90,8 +90,8 @@ class Runs:
     Raises:
       RuntimeError: it failed; with its last line.
     """
-    command = command_of(self._config, self._workdir, seed)
-    log = pathlib.Path(self._workdir / f'seed_{seed}.log')
+    command = command_of(self._config, self._folder, seed)
+    log = pathlib.Path(self._folder / f'seed_{seed}.log')
     with log.open('a') as file:
       with self._lock:
         if self._ends:
@@ -143,8 +143,10 @@ def run(config, workdir: epath.Path):
   """
   validate(config)
   names, seeds = claims.chosen(config.claims), seeds_of(config)
-  Runs(config, workdir).all(seeds)
-  read = [claims.Seed(workdir / f'seed_{seed}') for seed in seeds]
+  folder = epath.Path(config.runs or workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  Runs(config, folder).all(seeds)
+  read = [claims.Seed(folder / f'seed_{seed}') for seed in seeds]
   verdicts = {}
   for name in names:
     claim = claims.CLAIMS[name]
