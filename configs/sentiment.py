@@ -77,7 +77,8 @@ def numbers(config) -> None:
     each.kl_coef = 0.007
     each.checkpoint_every = 10
     each.snapshot_every = 10
-    each.ema_decay = 0.97  # Of 144 and 96 updates.
+    # Of 144 and 96 updates: longer averages lag behind.
+    each.ema_decay = 0.9
   stages.ppo.num_episodes, stages.ppo_learned.num_episodes = 4_608, 3_072
   # A nat gains some ten times as much of the reward model's score.
   stages.ppo_learned.kl_coef = 0.1
@@ -145,6 +146,10 @@ def get_config(variant: str = ''):
   stages.evaluate.models = (  # Averaged weights, as in C.4.
     'before=' + model + ',ppo=' + workdir + '/ppo/ema,ppo_learned='
     + workdir + '/ppo_learned/ema'
+  )  # fmt: skip
+  stages.evaluate.other_models = (
+    'ppo_last=' + workdir + '/ppo/policy,ppo_learned_last='
+    + workdir + '/ppo_learned/policy'
   )  # fmt: skip
   stages.evaluate.baseline = stages.evaluate.reference = 'before'
   stages.evaluate.pairs = 'ppo_learned=ppo'
