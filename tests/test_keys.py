@@ -31,6 +31,7 @@ CONFIGS = {
   'sentiment': ('', 'smoke'),
   'speed': ('s,iteration', '1p3b,all'),
   'labeling': ('',),
+  'study': ('R10', 'R10,seed'),
 }
 
 # Text keys with few values, which `validate` knows.
@@ -40,6 +41,7 @@ ENUMERATED = {
   'attention',
   'baseline',
   'chip',
+  'claims',
   'compute_dtype',
   'criteria',
   'divisor',
@@ -65,6 +67,7 @@ ENUMERATED = {
   'select_by',
   'stage_order',
   'targets',
+  'value_from',
   'work',
   'world',
 }
@@ -96,6 +99,7 @@ FREE = {
   *('date', 'labels', 'lengths', 'preferences', 'prepare', 'score_fn'),
   *('sft_model', 'template', 'test_preferences', 'valid_labels'),
   'xla_flags',
+  *('runs', 'seeds'),
 }
 
 

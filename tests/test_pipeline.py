@@ -6,6 +6,7 @@ One run is shared by all tests here; each works on a copy of its directory.
 import json
 import pathlib
 import shutil
+import types
 import warnings
 
 import jax
@@ -18,7 +19,8 @@ from configs import dpo as dpo_config
 from configs import ppo_ptx as config_file
 from configs import rloo as rloo_config
 from experiments import dpo, ppo_ptx, pretrain, reward, rloo, sft
-from instruct_jax import model_fns, model_folder
+from instruct_jax import model_fns, model_folder, rl
+from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import (
   checkpoint,
   metrics,
@@ -377,6 +379,37 @@ def test_a_function_scores_in_the_place_of_a_reward_model(copied):
   words = -first['objective/score'] / 100
   assert words == pytest.approx(first['objective/length'], abs=1.5)
   assert not run.read_json(folder / 'alarms.json')
+
+
+def test_the_value_model_may_start_from_the_policy(copied, monkeypatch):
+  config, _ = make_config(copied)
+  stage = config.stages.ppo_ptx
+  stage.num_episodes = stage.batch_size
+  first = {}
+  for start in ('reward_model', 'policy'):
+    stage.value_from = start
+    folder = copied / f'value_from_{start}'
+    folder.mkdir()
+    ppo_ptx.run(stage, folder)
+    (first[start],) = lines(folder)
+  same = 'objective/score'
+  assert first['policy'][same] == pytest.approx(first['reward_model'][same])
+  values = [first[start]['ppo/val/value'] for start in first]
+  assert abs(values[0] - values[1]) > 1e-3
+
+  def sized(folder, kind, **_):
+    del folder
+    return types.SimpleNamespace(
+      config=types.SimpleNamespace(num_params={'policy': 9, 'scalar': 5}[kind])
+    )
+
+  monkeypatch.setattr(rl.model_folder, 'load', sized)
+  with pytest.raises(ValueError, match="value_from = 'policy'.* 9 .* 5;"):
+    rl.load_models(
+      stage,
+      tokenizer_lib.Tokenizer.load(stage.tokenizer),
+      sharding.make_mesh((1, 1, 1), jax.devices()[:1]),
+    )
 
 
 def test_a_bad_record_is_named_by_file_and_line(copied):
