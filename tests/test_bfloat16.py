@@ -59,7 +59,9 @@ def flat(tree):
   return np.concatenate([np.asarray(x, np.float64).ravel() for x in leaves])
 
 
-@pytest.mark.parametrize('num_devices', [1, 8])
+@pytest.mark.parametrize(
+  'num_devices', [1, pytest.param(8, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize('name', published.FAMILIES)
 def test_a_family_in_bfloat16(name, num_devices, tmp_path):
   golden = published.write_folder(tmp_path / name, name)

@@ -29,7 +29,7 @@ CONFIGS = {
   'plan': ('1p3b,v5e-8', 'miniature,v5e-8', 'tldr_1b,v4-8'),
   'recipe': ('smoke', 'cpu', 'gpu', 'v4-8', 'tldr_1b'),
   'sentiment': ('', 'smoke'),
-  'speed': ('s,iteration', '1p3b,all'),
+  'speed': ('tiny,iteration', '1p3b,all'),
   'labeling': ('',),
   'study': ('R10', 'R10,seed'),
 }

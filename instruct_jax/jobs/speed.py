@@ -73,7 +73,7 @@ PEERS = {
   'iteration': _PPO_PEERS,
   'iteration_ragged': _PPO_PEERS,
 }
-TORCH = pathlib.Path(__file__).with_name('speed_torch.py')
+TORCH = pathlib.Path(__file__).with_name('speed_torch')  # A program.
 
 
 def validate(config):
@@ -749,7 +749,7 @@ def run_ours(config, variant, workdir, changes=None) -> dict:
 
 
 def spec_of(config, variant, precision) -> dict:
-  """A work for `speed_torch.py`."""
+  """A work for `speed_torch`."""
   names = 'vocab_size context_length num_layers width num_heads num_kv_heads'
   names += ' head_dim mlp_dim'
   return {

@@ -1,6 +1,6 @@
 """The works of `speed.py` in PyTorch, as plainly as one would write them there.
 
-  python speed_torch.py SPEC.json
+  python instruct_jax/jobs/speed_torch SPEC.json
 
 `speed.py` writes SPEC.json (`spec_of`) and runs this with a Python that has
 torch and transformers; nothing of this package is imported. The last line is
