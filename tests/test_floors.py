@@ -238,6 +238,8 @@ FLOORS = {
   'main': ('types', 'files', 'command', 'infra', 'score_fns'),
   # Names and numbers only; the shapes of published models are such numbers.
   'configs': ('configs', 'models.config'),
+  # The claims say which stages they read.
+  'configs.study': ('configs', 'evals.claims'),
 }
 TOP_FOLDERS = ('instruct_jax', 'experiments', 'configs')
 
