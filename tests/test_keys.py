@@ -31,7 +31,7 @@ CONFIGS = {
   'sentiment': ('', 'smoke'),
   'speed': ('tiny,iteration', '1p3b,all'),
   'labeling': ('',),
-  'study': ('R10', 'R10,seed'),
+  'study': ('R10', 'R5,seed'),
 }
 
 # Text keys with few values, which `validate` knows.

@@ -186,9 +186,9 @@ def test_rates_that_diverge_end_the_threshold(config, tmp_path):
 def test_claims_are_named():
   assert claims.chosen('R1+R10') == ['R1', 'R10']
   assert claims.chosen('all') == list(claims.CLAIMS)
-  with pytest.raises(ValueError, match="unknown claim 'R99'.*R10"):
+  with pytest.raises(ValueError, match="claims must be .*R10.*: 'R99'"):
     claims.chosen('R1+R99')
-  with pytest.raises(ValueError, match="unknown claim 'R99'"):
+  with pytest.raises(ValueError, match="'R99'"):
     config_file.get_config('R99')
   with pytest.raises(ValueError, match="unknown part 'sed'"):
     config_file.get_config('R1,sed')

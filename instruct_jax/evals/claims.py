@@ -788,8 +788,8 @@ def chosen(text: str) -> list[str]:
   unknown = [name for name in names if name not in CLAIMS]
   if unknown:
     raise ValueError(
-      f'unknown claim {", ".join(map(repr, unknown))}; write all, or some of '
-      f'{", ".join(CLAIMS)} with + between'
+      f'claims must be all, or some of {", ".join(CLAIMS)} with + between: '
+      f'{", ".join(map(repr, unknown))}'
     )
   return names
 
