@@ -152,17 +152,17 @@ class Study:
   def along(self, label, reward, parent='ppo', **changes) -> str:
     """RL with snapshots, and its frontier of reward model and judge."""
     model = {'reward_model': f'{reward}/model'}
+    own = self.stages[parent]
+    iterations = changes.get('num_episodes', own.num_episodes) // own.batch_size
+    changes['snapshot_every'] = max(1, iterations // 10)
     stage = self.derive(parent, f'{parent}_{label}', model, **changes)
     rl = f'{stage}=' + self.workdir + f'/{stage}'
     return self.derive('best_of_n', f'frontier_{stage}', model, rl=rl)
 
   def overopt(self):
     """Twice as much PPO, without a penalty, against weak reward models."""
-    changes = {
-      'kl_coef': 0.0,
-      'num_episodes': 2 * self.stages.ppo.num_episodes,
-      'snapshot_every': 4,
-    }
+    longer = 2 * self.stages.ppo.num_episodes
+    changes = {'kl_coef': 0.0, 'num_episodes': longer}
     return {
       self.along(f'over_{1 / share:g}', self.reward_of(share), **changes): share
       for share in OVEROPTIMISED
@@ -176,7 +176,6 @@ class Study:
         f'kl_{multiple:g}'.replace('.', 'p'),
         'reward',
         kl_coef=multiple * own,
-        snapshot_every=3,
       ): float(multiple)
       for multiple in FRONTIER
     }
@@ -205,13 +204,12 @@ class Study:
     stages, found = self.stages, {}
     stages.rloo = rloo.from_ppo(ConfigDict(stages.ppo))
     stages.dpo = dpo.from_reward(self.config)
-    changes = {'snapshot_every': 3}
     grpo = {
       'advantage': 'group_normalised', 'kl_in': 'loss', 'kl_estimator': 'k3',
     }  # fmt: skip
-    found[self.along('method', 'reward', **changes)] = 1.0
-    found[self.along('method', 'reward', 'rloo', **changes)] = 2.0
-    found[self.along('group', 'reward', 'rloo', **changes, **grpo)] = 3.0
+    found[self.along('method', 'reward')] = 1.0
+    found[self.along('method', 'reward', 'rloo')] = 2.0
+    found[self.along('group', 'reward', 'rloo', **grpo)] = 3.0
     # Operations of a token: PPO 22 N, with reward and value model; RLOO 14 N.
     own = stages.ppo.num_episodes // stages.ppo.batch_size
     self.derive(
@@ -264,6 +262,8 @@ def of_seed(names, is_smoke: bool) -> ConfigDict:
     prompts=workdir + '/data/prompts_test.jsonl',
   )
   if is_smoke:
+    # A batch of prompts in the least share of the rankings.
+    stages.data.num_reward_prompts = 256
     stages.best_of_n.update(num_prompts=16, num_samples=8, num_bootstrap=50)
   study = Study(config)
   for name in claims.needs(names):
