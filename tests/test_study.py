@@ -120,6 +120,7 @@ def test_student_by_hand():
     ((-0.1, -0.11, -0.12), claims.FAILS),
     ((-0.1, 0.11, 0.12), claims.OPEN),
     ((0.1,), claims.OPEN),
+    ((0.1, math.nan), claims.NOT_MEASURED),
   ],
 )
 def test_a_rule_is_applied_to_intervals(values, text):
@@ -133,7 +134,7 @@ def test_a_rule_is_applied_to_intervals(values, text):
   }
   claim = claims.Claim('', '', '', (), margins, ('', ''), lambda seed: {})
   seeds = [OneNumber(value) for value in values]
-  assert claims.verdict(claim, seeds).text == text
+  assert claims.verdict(claim, seeds).text.startswith(text)
 
 
 def test_every_claim_has_a_verdict_and_a_figure(config, tmp_path):

@@ -24,6 +24,7 @@ from etils import epath
 from instruct_jax.evals import overoptimization, win_rate
 
 HOLDS, FAILS, OPEN = 'holds', 'does not hold', 'not told apart'
+NOT_MEASURED = 'not measured'
 # Series -> points (x, y); x is a number, or a name.
 Points = Mapping[str, Sequence[tuple[float | str, float]]]
 
@@ -133,7 +134,7 @@ class Margin:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """A claim's margins, and what follows."""
+  """A claim's margins, and what follows, with the reason if not measured."""
 
   margins: Mapping[str, Margin]
   text: str
@@ -143,8 +144,11 @@ def verdict(claim: Claim, seeds: Sequence[Seed]) -> Verdict:
   """Applies a claim's rule to the runs of some seeds."""
   margins = {}
   for name, margin in claim.margins.items():
-    values = tuple(float(margin(seed)) for seed in seeds)
-    margins[name] = Margin(values, win_rate.student_interval(values))
+    try:
+      values = tuple(float(margin(seed)) for seed in seeds)
+      margins[name] = Margin(values, win_rate.student_interval(values))
+    except ValueError as error:  # A run that diverged, or too few points.
+      return Verdict(margins, f'{NOT_MEASURED}: {name}: {error}')
   found = [margin.interval for margin in margins.values()]
   if all(interval.low > 0 for interval in found):
     return Verdict(margins, HOLDS)
