@@ -198,6 +198,11 @@ RULES = [
     },
   ),
   Rule(f'{MAIN}speed.py', writes=('runs/*/speed.md',)),
+  Rule(
+    f'{MAIN}study.py',
+    stand_ins={'11,12,13,14,15': '0 --config.smoke=True'},
+    writes=('STUDY/study.md',),
+  ),
   # Evaluation.
   Rule(
     'python -m instruct_jax.evals.released_samples DIR',
