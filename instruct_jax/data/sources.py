@@ -1,5 +1,5 @@
-"""Records from plain text, JSON, JSONL, CSV, Parquet, Excel, saved `datasets` and
-TensorFlow Datasets.
+"""Records from text, JSON, JSONL, CSV, Parquet, Excel, TensorFlow Datasets or
+saved `datasets`.
 
 A table becomes records by one format string for each field, over the names of
 its columns: `prompt={context}\\n{question}\\n`. A column may hold
