@@ -2,6 +2,8 @@
 
 import copy
 import json
+import pathlib
+import re
 import sys
 
 import pyarrow
@@ -178,6 +180,12 @@ def test_parquet_is_read_as_lines_are(name, tmp_path):
   pyarrow.parquet.write_table(table, tmp_path / 'file.parquet')
   found = FORMATS[name](tmp_path / 'file.parquet')
   assert found == read(tmp_path, name, *rows)
+
+
+def test_the_readme_lists_every_format():
+  page = pathlib.Path(importers.__file__).parents[1] / 'README.md'
+  table = page.read_text().split('| what it is |')[1].split('\n\n')[0]
+  assert set(re.findall(r'`(\w+)`', table)) == set(FORMATS)
 
 
 # --- Scores, ties and strengths -----------------------------------------------
@@ -920,7 +928,7 @@ def test_without_the_extra_one_line_says_what_to_install(
   command = ['tulu_human', str(path), f'--output={tmp_path / "out"}']
   assert convert.main(command) == 1
   error = capsys.readouterr().err
-  assert error.count('\n') == 1 and "pip install 'instruct_jax[xlsx]'" in error
+  assert error.count('\n') == 1 and "pip install -e '.[xlsx]'" in error
 
 
 # --- Folders ------------------------------------------------------------------

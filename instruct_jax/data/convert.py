@@ -3,7 +3,7 @@
   python -m instruct_jax.data.convert hh FILE... --output=DIR --valid=0.05
 
 DIR gets comparisons, demonstrations and prompts, each with `_train.jsonl` and
-`_valid.jsonl`, as far as the format (see `importers.py`) has them.
+`_valid.jsonl`, as far as the format (see `importers`) has them.
 
   python -m instruct_jax.data.convert documents books.txt tfds:lm1b/train \\
     --weights=3,1 --output=DIR

@@ -746,8 +746,8 @@ def _read_xlsx(path: epath.Path) -> Iterator[tuple[int, Example]]:
     import openpyxl
   except ImportError as error:
     raise records.RecordError(
-      f'{path}: reading Excel files needs openpyxl: pip install '
-      "'instruct_jax[xlsx]', or save the sheet as CSV"
+      f"{path}: Excel files need openpyxl: pip install -e '.[xlsx]', or save "
+      'the sheet as CSV'
     ) from error
   if not path.exists():
     raise records.RecordError(f'{path}: no such file')

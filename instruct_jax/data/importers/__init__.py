@@ -5,7 +5,8 @@ that gives an `Imported`. `FORMATS` has them by name; `formats.jsonl` says of
 each what it is, its licence, and shows entries as upstream writes them;
 `python -m instruct_jax.data formats` prints that.
 
-  comparisons.py      rankings that train reward models
+  pairs.py            two answers, of which people or models prefer one
+  rankings.py         answers with ranks, scores or strengths, K of them
   demonstrations.py   answers to learn from
   test_sets.py        small sets of preferences that test reward models
   entries.py          what readers share: fields, turns, ties, scores to ranks
@@ -29,9 +30,14 @@ from typing import Any
 
 from etils import epath
 
-from instruct_jax.data.importers import comparisons, demonstrations, test_sets
-from instruct_jax.data.importers.comparisons import read_hh
+from instruct_jax.data.importers import (
+  demonstrations,
+  pairs,
+  rankings,
+  test_sets,
+)
 from instruct_jax.data.importers.entries import Imported
+from instruct_jax.data.importers.pairs import read_hh
 
 __all__ = ['FORMATS', 'Format', 'Imported', 'read_hh']
 
@@ -69,13 +75,14 @@ class Format:
 
 def _formats() -> dict[str, Format]:
   readers = {
-    **comparisons.READERS,
+    **pairs.READERS,
+    **rankings.READERS,
     **demonstrations.READERS,
     **test_sets.READERS,
   }
   text = pathlib.Path(__file__).with_name('formats.jsonl').read_text('utf-8')
   facts = {row.pop('format'): row for row in map(json.loads, text.splitlines())}
-  return {name: Format(read, **facts[name]) for name, read in readers.items()}
+  return {name: Format(readers[name], **about) for name, about in facts.items()}
 
 
 FORMATS = _formats()

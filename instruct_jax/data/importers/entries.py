@@ -27,6 +27,8 @@ _NO_INPUT = re.compile(
   r'|n/a|n\.a\.?|none|null|nan|not[\s_-]applicable)[>\])}"\'*.!]*',
   re.IGNORECASE,
 )
+# Ranks of two answers.
+FIRST, SECOND, TIE = (1, 2), (2, 1), (1, 1)
 
 
 def _list():
@@ -501,7 +503,10 @@ def split_answers(
   Raises:
     Skip: they differ before the last turn, so the answers are no ranking.
   """
-  prompts, answers = zip(*map(split_answer, conversations), strict=True)
+  parts = list(map(split_answer, conversations))
+  if not parts:
+    raise Skip('there is no answer')
+  prompts, answers = zip(*parts, strict=True)
   if any(prompt != prompts[0] for prompt in prompts):
     raise Skip('the answers belong to different prompts')
   return prompts[0], list(answers)

@@ -9,6 +9,9 @@ from etils import epath
 
 from instruct_jax.data import records, sources
 from instruct_jax.data.importers.entries import (
+  FIRST,
+  SECOND,
+  TIE,
   Rating,
   Skip,
   asked,
@@ -18,8 +21,6 @@ from instruct_jax.data.importers.entries import (
   stem,
   texts_of,
 )
-
-_FIRST, _SECOND, _TIE = (1, 2), (2, 1), (1, 1)
 
 
 def _folder(entry) -> str:
@@ -66,7 +67,7 @@ def _argument(text: str) -> str:
 
 def _add_ukp(imported, entry):
   """Two arguments for one side of a debate, the more convincing one named."""
-  ranks = entry.label('label', {'a1': _FIRST, 'a2': _SECOND, 'equal': _TIE})
+  ranks = entry.label('label', {'a1': FIRST, 'a2': SECOND, 'equal': TIE})
   imported.add_ranked(
     _debate(entry),
     [_argument(entry.text(key)) for key in ('a1', 'a2')],
@@ -154,7 +155,7 @@ def read_llmbar(imported, entry):
   imported.add_ranked(
     asked(entry.text('input')),
     (entry.text('output_1'), entry.text('output_2')),
-    entry.label('label', {'1': _FIRST, '2': _SECOND}),
+    entry.label('label', {'1': FIRST, '2': SECOND}),
     id=f'llmbar:{_folder(entry)}:{entry.line}',
     category=_folder(entry),
   )
@@ -163,7 +164,7 @@ def read_llmbar(imported, entry):
 @reader
 def read_pandalm(imported, entry):
   """Two answers and three votes: 1, 2, or 0 for a tie; the majority counts."""
-  meanings = {'1': _FIRST, '2': _SECOND, '0': _TIE}
+  meanings = {'1': FIRST, '2': SECOND, '0': TIE}
   votes = [entry.label(f'annotator{number}', meanings) for number in (1, 2, 3)]
   (ranks, count), *_ = collections.Counter(votes).most_common(1)
   if count < 2:
@@ -188,18 +189,18 @@ def read_autoj(imported, entry):
   imported.add_ranked(
     asked(entry.text('prompt')),
     (entry.text('response 1'), entry.text('response 2')),
-    entry.label('label', {'0': _FIRST, '1': _SECOND, '2': _TIE}),
+    entry.label('label', {'0': FIRST, '1': SECOND, '2': TIE}),
     id=f'autoj:{entry.name}',
     category=entry.text('scenario'),
   )
 
 
 _TULU = {
-  'a-is-better': _FIRST,
-  'a-is-slightly-better': _FIRST,
-  'tie': _TIE,
-  'b-is-slightly-better': _SECOND,
-  'b-is-better': _SECOND,
+  'a-is-better': FIRST,
+  'a-is-slightly-better': FIRST,
+  'tie': TIE,
+  'b-is-slightly-better': SECOND,
+  'b-is-better': SECOND,
 }
 
 
