@@ -968,6 +968,7 @@ def test_a_folder_of_parquet_files(tmp_path, capsys):
   found = records.read_jsonl(out / 'prompts_train.jsonl', records.Prompt)
   assert [prompt.id for prompt in found] == ['00', '01', '02', '10', '11', '12']
   (folder / 'train_prefs-00001-of-00002.parquet').write_bytes(b'PAR1 cut')
+  capsys.readouterr()
   command = ['ultrafeedback_binarized', str(folder), *options, '--replace']
   assert convert.main(command) == 1
   error = capsys.readouterr().err

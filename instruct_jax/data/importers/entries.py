@@ -74,7 +74,7 @@ class Imported:
     self,
     prompt: str | Sequence[records.Turn],
     completions: Sequence[str],
-    scores: Sequence[float],
+    scores: Sequence[int | float],
     **about,
   ) -> None:
     """Adds a ranking by scores, the higher the better; equal scores tie.
@@ -96,7 +96,7 @@ class Imported:
     self,
     prompt: str | Sequence[records.Turn],
     completions: Sequence[str],
-    ranks: Sequence[float],
+    ranks: Sequence[int | float],
     **about,
   ) -> None:
     """Adds a ranking by ranks, 1 is best; otherwise as `add_scored`."""
@@ -245,7 +245,7 @@ class Entry:
     value = self.get(key, kinds, 'a text')
     return '' if value is None else str(value)
 
-  def number(self, key: str) -> float | None:
+  def number(self, key: str) -> int | float | None:
     """A number, or the text of one; None for null."""
     value = self.get(key, (int, float, str), 'a number')
     if isinstance(value, str):
@@ -399,7 +399,7 @@ class Rating:
   key: Hashable
   prompt: str | Sequence[records.Turn]
   completion: str
-  score: float
+  score: int | float
   about: Mapping[str, Any]
   each: Mapping[str, Any]
 

@@ -263,7 +263,7 @@ def read_ultrafeedback(imported, entry):
   )
 
 
-def _rating(aspect: Entry) -> float | None:
+def _rating(aspect: Entry) -> int | float | None:
   """A rating of UltraFeedback; None for 'N/A', or where nothing was rated."""
   if not aspect.values:
     return None
