@@ -1,17 +1,21 @@
 """The table of published formats: each by hand, as upstream writes it."""
 
+import collections
 import copy
 import json
 import pathlib
 import re
 import sys
 
+import ml_collections
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
 from instruct_jax.data import __main__ as data_main
 from instruct_jax.data import convert, importers, records, sources
+from instruct_jax.worlds import preferences
 
 FORMATS = importers.FORMATS
 # Upstream's names of files, where they are part of the format.
@@ -977,6 +981,32 @@ def test_a_folder_of_parquet_files(tmp_path, capsys):
   empty.mkdir()
   assert convert.main(['argilla', str(empty), *options]) == 1
   assert f'{empty}: no file in it ends in .jsonl' in capsys.readouterr().err
+
+
+def test_the_recipe_reads_a_folder_and_holds_out_its_test_files(tmp_path):
+  row = example('argilla')
+  for split, number in (('train', 3), ('test', 2)):
+    path = tmp_path / f'{split}-00000-of-00001.parquet'
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row] * number), path)
+  config = ml_collections.ConfigDict({'preferences': f'argilla:{tmp_path}'})
+  skipped = collections.Counter()
+  split, held_out = preferences.read(config, 'preferences', skipped)
+  assert (len(split), len(held_out), sum(skipped.values())) == (3, 2, 0)
+  config.preferences = f'argilla:{tmp_path}/nothing'
+  with pytest.raises(records.RecordError, match='nothing: no such file; sourc'):
+    preferences.read(config, 'preferences', skipped)
+
+
+def test_a_saved_data_set_is_a_folder_too(tmp_path):
+  rows = [example('argilla')] * 2
+  table = pyarrow.Table.from_pylist(rows)
+  with pyarrow.ipc.new_stream(tmp_path / 'data-0.arrow', table.schema) as out:
+    out.write_table(table)
+  state = {'_data_files': [{'filename': 'data-0.arrow'}]}
+  (tmp_path / 'state.json').write_text(json.dumps(state))
+  (file,) = sources.files_of(tmp_path)
+  assert file == f'datasets:{tmp_path}'
+  assert len(FORMATS['argilla'](file).comparisons) == 2
 
 
 def test_damaged_parquet_is_named(tmp_path):
