@@ -49,7 +49,7 @@ def test_hh_of_one_and_of_several_turns(tmp_path):
       },
     ],
   )
-  found = importers.read_hh(path)
+  found = importers.FORMATS['hh'](path)
   first, second, third = found.comparisons
   assert first.prompt == '\n\nHuman: Q\n\nAssistant:'
   assert (first.completions, first.ranks) == ((' yes', ' no'), (1, 2))
@@ -104,7 +104,7 @@ def test_oasst_trees(tmp_path):
   path = write(
     tmp_path / 'trees.jsonl', [{'message_tree_id': 't', 'prompt': tree}]
   )
-  found = importers.read_oasst(path)
+  found = importers.FORMATS['oasst'](path)
   (ranked,) = found.comparisons
   assert ranked.prompt == dialogue('hello', 'hi', 'more') + '\n\nAssistant:'
   assert ranked.completions == (' m0', ' m0b', ' m1')
@@ -118,7 +118,7 @@ def test_oasst_trees(tmp_path):
   }
   write(path, [{'prompt': {'role': 'prompter'}}])
   with pytest.raises(records.RecordError, match=r'trees.jsonl:1: tree 1 is no'):
-    importers.read_oasst(path)
+    importers.FORMATS['oasst'](path)
 
 
 def test_a_long_conversation_is_no_recursion(tmp_path):
@@ -127,7 +127,7 @@ def test_a_long_conversation_is_no_recursion(tmp_path):
     role = ('prompter', 'assistant')[number % 2]
     node = message(role, f't{number}', node)
   path = write(tmp_path / 'trees.jsonl', [{'prompt': node['replies'][0]}])
-  found = importers.read_oasst(path)
+  found = importers.FORMATS['oasst'](path)
   assert max(len(d.turns) for d in found.demonstrations) == 299
 
 
@@ -147,7 +147,7 @@ def test_summaries(tmp_path):
   }
   article = {'id': 'c', 'article': 'News.', 'title': 'T'}
   path = write(tmp_path / 'batch3.json', [pair, {**pair, 'info': article}])
-  first, second = importers.read_summarize_feedback(path).comparisons
+  first, second = importers.FORMATS['summarize_feedback'](path).comparisons
   prompt = 'SUBREDDIT: r/pets\n\nTITLE: Cat\n\nPOST: Meow.\n\nTL;DR:'
   assert (first.prompt, first.completions) == (prompt, (' a', ' b'))
   assert (first.ranks, first.labeler) == ((2, 1), 'w7')
@@ -155,10 +155,12 @@ def test_summaries(tmp_path):
   assert second.prompt == 'Article: T\n\nNews.\n\nTL;DR:'
   rated = {k: pair[k] for k in ('info', 'worker')} | {'summary': {'text': 'a'}}
   with pytest.raises(records.RecordError, match="axis.json:1: .*'summaries'"):
-    importers.read_summarize_feedback(write(tmp_path / 'axis.json', [rated]))
+    importers.FORMATS['summarize_feedback'](
+      write(tmp_path / 'axis.json', [rated])
+    )
 
   path = write(tmp_path / 'train.jsonl', [{**post, 'summary': 'A cat.'}])
-  (demonstration,) = importers.read_tldr(path).demonstrations
+  (demonstration,) = importers.FORMATS['tldr'](path).demonstrations
   assert (demonstration.prompt, demonstration.response) == (prompt, ' A cat.')
 
 
@@ -172,7 +174,7 @@ def test_six_preferences_make_a_ranking(tmp_path):
     **{f'prediction {i}': f'p{i}' for i in (1, 2, 3, 4)},
   }
   path = write(tmp_path / 'dev.json', [entry], as_list=True)
-  found = importers.read_qa_feedback(path)
+  found = importers.FORMATS['qa_feedback'](path)
   (ranked,) = found.comparisons
   # 1 beats 2, 3 and ties 4: 2.5. 2 beats 3, loses to 4: 1. 3 loses all: 0.
   # 4 ties 1, beats 2 and 3: 2.5.
@@ -182,7 +184,7 @@ def test_six_preferences_make_a_ranking(tmp_path):
   assert found.demonstrations[0].response == 'Me.'
   write(path, [{**entry, 'preference': [1]}], as_list=True)
   with pytest.raises(records.RecordError, match=r'dev.json:1: preference \[1'):
-    importers.read_qa_feedback(path)
+    importers.FORMATS['qa_feedback'](path)
 
 
 def pairs(found):
@@ -205,7 +207,7 @@ def test_instructions(tmp_path):
       {**dolly, 'response': ' '},
     ],
   )
-  found = importers.read_dolly(path)
+  found = importers.FORMATS['dolly'](path)
   assert pairs(found) == [
     ('Name it.\n\nA bird.\n\n', 'Owl.'),
     ('Name it.\n\n', 'Owl.'),
@@ -220,7 +222,7 @@ def test_instructions(tmp_path):
   ]
   for as_list in (True, False):
     path = write(tmp_path / 'alpaca.json', alpaca, as_list)
-    assert pairs(importers.read_alpaca(path)) == [
+    assert pairs(importers.FORMATS['alpaca'](path)) == [
       ('Add.\n\n1 2\n\n', '3'),
       ('Sing.\n\n', 'La'),
     ]
@@ -231,7 +233,9 @@ def test_instructions(tmp_path):
     'instances': [{'input': '1 2', 'output': '3'}],
     'is_classification': True,
   }
-  found = importers.read_self_instruct(write(tmp_path / 's.jsonl', [task]))
+  found = importers.FORMATS['self_instruct'](
+    write(tmp_path / 's.jsonl', [task])
+  )
   assert pairs(found) == [('Add.\n\n1 2\n\n', '3')]
   assert found.demonstrations[0].category == 'classification'
 
@@ -247,10 +251,10 @@ def test_instructions(tmp_path):
   }
   path = tmp_path / 'task.json'
   path.write_text(json.dumps(first))
-  found = importers.read_natural_instructions(path)
+  found = importers.FORMATS['natural_instructions'](path)
   assert pairs(found) == [('Add.\n\n1 2\n\n', '3')]
   path.write_text(json.dumps(second))
-  found = importers.read_natural_instructions(path)
+  found = importers.FORMATS['natural_instructions'](path)
   assert pairs(found) == [('Add.\nThen stop.\n\n1 2\n\n', '3')]
   assert found.demonstrations[0].category == 'Mathematics'
   assert found.demonstrations[0].id == 'task1-0'
@@ -259,18 +263,18 @@ def test_instructions(tmp_path):
 def test_another_format_is_named_with_its_line(tmp_path):
   path = write(tmp_path / 'a.jsonl', [{'instruction': 'x', 'output': 'y'}])
   with pytest.raises(records.RecordError, match=r"a.jsonl:1: field 'chosen' i"):
-    importers.read_hh(path)
+    importers.FORMATS['hh'](path)
   path = write(tmp_path / 'b.json', [{'instruction': 1, 'output': ''}], True)
   with pytest.raises(
     records.RecordError, match=r"b.json:1: 'instruction' is a"
   ):
-    importers.read_alpaca(path)
+    importers.FORMATS['alpaca'](path)
   path.write_text('[')
   with pytest.raises(records.RecordError, match=r'b.json: not JSON'):
-    importers.read_alpaca(path)
+    importers.FORMATS['alpaca'](path)
   path.write_text('[]')
   with pytest.raises(records.RecordError, match=r'b.json: holds no entries'):
-    importers.read_alpaca(path)
+    importers.FORMATS['alpaca'](path)
 
 
 def test_the_command_splits_by_prompt(tmp_path, capsys):
@@ -382,6 +386,10 @@ FORMATS = {
     'Instances': [{'id': 'i', 'input': '1 2', 'output': ['3']}],
   },
 }
+# The others as the table shows them, if they are objects.
+for _name, _form in importers.FORMATS.items():
+  if not isinstance(_form.example[0], str):
+    FORMATS.setdefault(_name, _form.example[0])
 
 
 def at(values, place):

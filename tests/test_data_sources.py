@@ -517,7 +517,8 @@ def test_rows_without_a_column_are_named(tmp_path, capsys):
     ('a.json', b'["a"]', ':1: expected an object, found a str'),
     ('a.json', b'[' * 9999, ': not JSON (maximum recursion depth'),
     ('a.jsonl', b'{"q": "a"', ':1: not JSON ('),
-    ('a.parquet', b'PAR1', ': expected tfds:NAME/SPLIT, datasets:FOLDER, or a'),
+    ('a.orc', b'ORC', ': expected tfds:NAME/SPLIT, datasets:FOLDER, or a'),
+    ('a.parquet', b'PAR1', ': damaged after row 0 ('),
     ('a.csv.gz', b'q,r\na,b\n', ': not a whole gzip file'),
   ],
 )

@@ -95,6 +95,7 @@ RULES = [
   Rule('pip install [^&]*$|export |cp |\\$EDITOR', is_quick=True),
   # Data.
   Rule('python -m instruct_jax.data FILE', is_quick=True),
+  Rule('python -m instruct_jax.data formats', is_quick=True),
   Rule(
     'python -m instruct_jax.data.convert hh',
     writes=('DATA/*_train.jsonl',),

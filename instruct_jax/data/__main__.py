@@ -1,6 +1,7 @@
 """Checks JSONL files and describes what is in them.
 
   python -m instruct_jax.data FILE... [--tokenizer=FOLDER] [--limit=TOKENS]
+  python -m instruct_jax.data formats [NAME...]
 
 The fields of the first line decide the record type. Prints counts, a table of
 lengths in words or, with a tokenizer, in tokens of training rows (template, BOS
@@ -8,6 +9,9 @@ and the end of each response included), and how many records are longer than the
 limit as a whole. For comparisons also the histogram of K, the share of tied
 pairs, the labelers, and how often two labelers agree. Exit code 1 if a file is
 bad or teaches nothing (comparisons that are all ties).
+
+`formats` lists the published formats that `convert` reads: what each gives,
+whose data it is, its licence, and entries as its files hold them.
 """
 
 import collections
@@ -19,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from instruct_jax import command
-from instruct_jax.data import invisible, labels, loader, records
+from instruct_jax.data import importers, invisible, labels, loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 
 # The record type of the first of these fields that a line has.
@@ -178,17 +182,50 @@ def _describe_labels(rows: Sequence[records.Comparison]) -> list[str]:
   return lines
 
 
+def describe_formats(names: Sequence[str] = ()) -> str:
+  """A paragraph about each format of these names, or about all.
+
+  Raises:
+    ValueError: there is no such format.
+  """
+  unknown = [name for name in names if name not in importers.FORMATS]
+  if unknown:
+    known = ', '.join(importers.FORMATS)
+    raise ValueError(f'format {unknown[0]!r}; known: {known}')
+  paragraphs = []
+  for name in names or importers.FORMATS:
+    form = importers.FORMATS[name]
+    paragraphs.append(
+      '\n  '.join(
+        (
+          f'{name}: {form.kind}',
+          form.about,
+          f'licence: {form.licence}',
+          *([f'note: {form.note}'] if form.note else ()),
+          *(f'| {line}' for line in form.lines()),
+        )
+      )
+    )
+  return '\n\n'.join(paragraphs)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs the check; returns the exit code."""
+  """Runs the check, or lists the formats; returns the exit code."""
   parser = command.Parser(
-    prog='python -m instruct_jax.data', description='Checks JSONL files.'
+    prog='python -m instruct_jax.data',
+    description='Checks JSONL files; or lists the published formats.',
   )
-  parser.add_argument('files', nargs='+', metavar='FILE')
+  parser.add_argument(
+    'files', nargs='+', metavar='FILE', help='or formats [NAME...]'
+  )
   parser.add_argument('--tokenizer', metavar='FOLDER', help='or hf:NAME')
   parser.add_argument('--limit', type=int, metavar='TOKENS')
   options = parser.parse_args(arguments)
   tokenizer, failed = None, 0
   try:
+    if options.files[0] == 'formats':
+      print(describe_formats(options.files[1:]))
+      return 0
     if options.tokenizer:
       tokenizer = tokenizer_lib.Tokenizer.load(options.tokenizer)
   except ValueError as error:

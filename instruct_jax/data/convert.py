@@ -3,7 +3,7 @@
   python -m instruct_jax.data.convert hh FILE... --output=DIR --valid=0.05
 
 DIR gets comparisons, demonstrations and prompts, each with `_train.jsonl` and
-`_valid.jsonl`, as far as the format (see `importers.py`) has them.
+`_valid.jsonl`, as far as the format (see `importers`) has them.
 
   python -m instruct_jax.data.convert documents books.txt tfds:lm1b/train \\
     --weights=3,1 --output=DIR
@@ -13,8 +13,9 @@ DIR gets comparisons, demonstrations and prompts, each with `_train.jsonl` and
     --field='scores={score_b}' --output=DIR
 
 read JSONL of `records.py` and the sources of `sources.py`, and mix them by
-weight. Tables (tfds:, datasets:, .csv, .tsv, .json, other .jsonl) need a
---field for each field of the record.
+weight. Tables (tfds:, datasets:, .csv, .tsv, .parquet, .xlsx, .json, other
+.jsonl) need a --field for each field of the record. A folder stands for the
+data files in it, and is one source.
 
 All rows that begin with the same question (`records.opening`) are in one split,
 which depends on that opening and the seed alone, so conversions with the same
@@ -24,6 +25,7 @@ identical demonstrations by one labeler, one is kept.
 
 import argparse
 import collections
+import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -64,8 +66,9 @@ def convert(
 
   Args:
     name: one of `importers.FORMATS`, or of `RECORDS` for other sources.
-    specs: files of the format; or JSONL of `records.py`, tables with `fields`,
-      for documents all that `sources.read_documents` reads.
+    specs: files of the format, or folders of them; or JSONL of `records.py`,
+      tables with `fields`, for documents all that `sources.read_documents`
+      reads.
     output: a folder.
     valid: share of the conversations (or documents) that are validation.
     seed: of the split and of the mixture.
@@ -157,14 +160,18 @@ def _write(folder, kinds, split):
 
 def _read(spec, name, fields, words_per_document, model_outputs, counts):
   """Records of one kind from one source."""
+  if name == 'documents' and not fields:
+    return sources.read_documents(spec, words_per_document=words_per_document)
+  files = sources.files_of(spec)
+  if files != [str(spec)]:
+    arguments = (name, fields, words_per_document, model_outputs, counts)
+    return [row for file in files for row in _read(file, *arguments)]
   if fields:
     rows, skipped = sources.read_fields(
       spec, RECORDS[name], fields, model_outputs=model_outputs
     )
     counts.update({f'skipped: {why}': n for why, n in skipped.items()})
     return rows
-  if name == 'documents':
-    return sources.read_documents(spec, words_per_document=words_per_document)
   if sources.is_table(spec):
     raise records.RecordError(
       f'{spec}: is a table; give each field of {name} with --field, such as '
@@ -176,7 +183,7 @@ def _read(spec, name, fields, words_per_document, model_outputs, counts):
 def _import(name, paths, model_outputs, counts):
   """Kind -> records of published files."""
   whole = importers.Imported()
-  for path in paths:
+  for path in itertools.chain(*map(sources.files_of, paths)):
     whole.extend(importers.FORMATS[name](path))
   counts.update({f'skipped: {why}': n for why, n in whole.skipped.items()})
   prompts, demonstrations = whole.prompts(), whole.demonstrations
@@ -309,8 +316,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         'in one split; or this seed has split them before',
         file=sys.stderr,
       )
-  if counts.get('demonstrations_train') and options.format in importers.NOTES:
-    print(f'note: {importers.NOTES[options.format]}', file=sys.stderr)
+  note = getattr(importers.FORMATS.get(options.format), 'note', '')
+  if counts.get('demonstrations_train') and note:
+    print(f'note: {note}', file=sys.stderr)
   return 0
 
 

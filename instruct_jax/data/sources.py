@@ -1,5 +1,5 @@
-"""Records from plain text, JSON, JSONL, CSV, TensorFlow Datasets and saved
-`datasets`.
+"""Records from text, JSON, JSONL, CSV, Parquet, Excel, TensorFlow Datasets or
+saved `datasets`.
 
 A table becomes records by one format string for each field, over the names of
 its columns: `prompt={context}\\n{question}\\n`. A column may hold
@@ -28,7 +28,7 @@ import json
 import math
 import re
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,16 @@ from instruct_jax.data import records
 
 _TFDS = 'tfds:'
 _DATASETS = 'datasets:'
+_SPLITS = 'dataset_dict.json'
 _SUFFIXES = ('.txt', '.txt.gz', '.jsonl', '.jsonl.gz')
+_BINARY_TABLES = ('.parquet', '.xlsx')
+_TABLES = ('.csv', '.tsv', *_BINARY_TABLES)
+JSON_SUFFIXES = ('.jsonl', '.jsonl.gz', '.json', '.json.gz')
+_DATA_SUFFIXES = (
+  *JSON_SUFFIXES,
+  *('.csv', '.csv.gz', '.tsv', '.tsv.gz'),
+  *_BINARY_TABLES,
+)
 _LIST_FIELDS = ('completions', 'ranks', 'scores', 'turns')
 # Fields that may be given instead of another one.
 _OR = {'text': 'turns', 'prompt': 'turns', 'ranks': 'scores'}
@@ -139,7 +148,7 @@ def _read_file(
   name = path.name.removesuffix('.gz')
   if name.endswith(('.jsonl', '.json')):
     return records.read_jsonl(path, records.Document)
-  if name.endswith(('.csv', '.tsv', '.parquet')):
+  if name.endswith(_TABLES):
     raise records.RecordError(
       f"{path}: is a table; name its text with --field='text={{column}}'"
     )
@@ -171,6 +180,7 @@ def read_examples(
     spec: one of
       a `.csv` or `.tsv` file with a header (or `.gz`);
       a `.jsonl` file, or a `.json` file that is one list of objects (or `.gz`);
+      a `.parquet` file; the first sheet of an `.xlsx` file (extra: xlsx);
       `tfds:NAME/SPLIT`, see `read_documents`;
       `datasets:FOLDER`, written by `save_to_disk` of Hugging Face `datasets`
       (for several splits, the folder of one of them).
@@ -187,6 +197,10 @@ def read_examples(
     yield from enumerate(_read_tfds(spec), start=1)
   elif name.endswith(('.csv', '.tsv')):
     yield from read_csv(spec, columns)
+  elif spec.endswith('.parquet'):
+    yield from enumerate(_read_parquet(epath.Path(spec)), start=1)
+  elif spec.endswith('.xlsx'):
+    yield from _read_xlsx(epath.Path(spec))
   elif name.endswith(('.json', '.jsonl')):
     bad = []
     for number, values in read_objects(spec):
@@ -198,7 +212,7 @@ def read_examples(
   else:
     raise records.RecordError(
       f'{spec}: expected tfds:NAME/SPLIT, datasets:FOLDER, or a file that ends '
-      'in .json, .jsonl, .csv, .tsv (or in .gz after that)'
+      'in .json, .jsonl, .csv, .tsv (or in .gz after that), .parquet, .xlsx'
     )
 
 
@@ -212,16 +226,44 @@ def is_table(spec: epath.PathLike) -> bool:
   name = str(spec).removesuffix('.gz')
   return (
     is_data_set(spec)
-    or name.endswith(('.csv', '.tsv'))
+    or name.endswith(_TABLES)
     or (name.endswith('.json') and records.begins_with(spec, b'['))
   )
 
 
+def files_of(
+  spec: epath.PathLike, suffixes: Sequence[str] = _DATA_SUFFIXES
+) -> list[str]:
+  """The data files of a folder, by name; of anything else, itself.
+
+  A folder that `save_to_disk` wrote is its data set, `datasets:FOLDER`.
+
+  Raises:
+    RecordError: the folder has no data file.
+  """
+  if is_data_set(spec) or not epath.Path(spec).is_dir():
+    return [str(spec)]
+  folder = epath.Path(spec)
+  if any((folder / name).exists() for name in ('state.json', _SPLITS)):
+    return [f'{_DATASETS}{spec}']
+  found = [str(p) for p in folder.iterdir() if p.name.endswith(suffixes)]
+  if not found:
+    raise records.RecordError(
+      f'{spec}: no file in it ends in {", ".join(suffixes)}'
+    )
+  return sorted(found)
+
+
 def read_objects(path: epath.PathLike) -> Iterator[tuple[int, Example | str]]:
-  """(line, object) of JSONL, or (position, object) of one JSON list.
+  """(line, object) of JSONL, (position, object) of one JSON list, (row, object)
+  of a table.
 
   A bad entry gives a text of what is wrong with it.
   """
+  name = str(path).removesuffix('.gz')
+  if is_data_set(path) or name.endswith(_TABLES):
+    yield from read_examples(str(path))
+    return
   if not records.begins_with(path, b'['):
     yield from records.iterate_lines(path)
     return
@@ -633,7 +675,7 @@ def mix(
 
 
 def _read_saved(folder: epath.Path) -> Iterator[Example]:
-  splits = folder / 'dataset_dict.json'
+  splits = folder / _SPLITS
   if splits.exists():
     names = _listed(records.read_json(splits), 'splits', splits)
     raise records.RecordError(
@@ -653,32 +695,78 @@ def _read_saved(folder: epath.Path) -> Iterator[Example]:
       f'{folder}: an index over its rows was saved with them; write it again '
       'with flatten_indices()'
     )
-  import pyarrow
   import pyarrow.ipc
 
   for entry in entries:
     name = entry.get('filename') if isinstance(entry, dict) else None
     if not isinstance(name, str):
       raise records.RecordError(f"{state}: '_data_files' names no file")
-    path, row = folder / name, 0
-    if not path.exists():
-      raise records.RecordError(f'{path}: no such file')
-    with path.open('rb') as file:
-      try:
-        for batch in pyarrow.ipc.open_stream(file):
-          for example in batch.to_pylist():
-            row += 1
-            yield example
-      # Damaged texts and dates raise Python's own errors.
-      except (
-        pyarrow.ArrowException,
-        ValueError,
-        ArithmeticError,
-        LookupError,
-      ) as error:
-        raise records.RecordError(
-          f'{path}: damaged after row {row} ({error})'
-        ) from error
+    yield from _read_batches(folder / name, pyarrow.ipc.open_stream)
+
+
+def _read_parquet(path: epath.Path) -> Iterator[Example]:
+  import pyarrow.parquet
+
+  yield from _read_batches(
+    path, lambda file: pyarrow.parquet.ParquetFile(file).iter_batches()
+  )
+
+
+def _read_batches(
+  path: epath.Path, batches_of: Callable[[Any], Iterable[Any]]
+) -> Iterator[Example]:
+  """The rows of a file of Arrow batches; `batches_of` an open file."""
+  import pyarrow
+
+  if not path.exists():
+    raise records.RecordError(f'{path}: no such file')
+  row = 0
+  with path.open('rb') as file:
+    try:
+      for batch in batches_of(file):
+        for example in batch.to_pylist():
+          row += 1
+          yield example
+    # Damaged texts and dates raise Python's own errors.
+    except (
+      pyarrow.ArrowException,
+      OSError,
+      ValueError,
+      ArithmeticError,
+      LookupError,
+    ) as error:
+      raise records.RecordError(
+        f'{path}: damaged after row {row} ({error})'
+      ) from error
+
+
+def _read_xlsx(path: epath.Path) -> Iterator[tuple[int, Example]]:
+  """(row number as Excel shows it, column -> value) of the first sheet."""
+  try:
+    import openpyxl
+  except ImportError as error:
+    raise records.RecordError(
+      f"{path}: Excel files need openpyxl: pip install -e '.[xlsx]', or save "
+      'the sheet as CSV'
+    ) from error
+  if not path.exists():
+    raise records.RecordError(f'{path}: no such file')
+  with path.open('rb') as file:
+    try:
+      book = openpyxl.load_workbook(file, read_only=True, data_only=True)
+      rows = list(book.worksheets[0].iter_rows(values_only=True))
+    # A damaged archive and damaged XML raise what zipfile and its parser do.
+    except Exception as error:
+      raise records.RecordError(
+        f'{path}: not an Excel file ({command.one_line(error)})'
+      ) from error
+  if len(rows) < 2 or not any(rows[0]):
+    raise records.RecordError(f'{path}: has no header with rows below it')
+  header, *rows = rows
+  for number, row in enumerate(rows, start=2):
+    if any(value is not None for value in row):
+      cells = zip(header, row, strict=False)
+      yield number, {str(name): cell for name, cell in cells if name}
 
 
 def _listed(values: Any, key: str, path: epath.Path) -> list:

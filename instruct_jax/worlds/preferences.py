@@ -41,7 +41,6 @@ KINDS = {
   'demonstrations': records.Demonstration,
   'prompts': records.Prompt,
 }
-_SUFFIXES = ('.jsonl', '.jsonl.gz', '.json', '.json.gz')
 _MULTIPLE = 8  # Of columns of a prompt, and of a response.
 _MIN_COLUMNS = 8
 # Prompts that a split should hold at least, up to this share of all.
@@ -114,26 +113,20 @@ def sources_of(spec: str) -> list[tuple[str, str]]:
   return found
 
 
-def files_of(path: str) -> list[str]:
-  """A file, or the JSON files of a folder by name.
+def files_of(path: str, name: str) -> list[str]:
+  """A file, or the files of a folder by name; `name` is that of the format.
 
   Raises:
     RecordError: nothing is there.
   """
-  place = epath.Path(path)
-  if not place.is_dir():
-    if not place.exists():
-      raise records.RecordError(
-        f'{path}: no such file; sources are FORMAT:PATH with one of '
-        f'{", ".join(importers.FORMATS)}, or JSONL of our own'
-      )
-    return [path]
-  found = sorted(str(p) for p in place.iterdir() if p.name.endswith(_SUFFIXES))
-  if not found:
+  if not epath.Path(path).exists():
     raise records.RecordError(
-      f'{path}: no file in it ends in {", ".join(_SUFFIXES)}'
+      f'{path}: no such file; sources are FORMAT:PATH with one of '
+      f'{", ".join(importers.FORMATS)}, or JSONL of our own'
     )
-  return found
+  if name:
+    return sources.files_of(path)
+  return sources.files_of(path, sources.JSON_SUFFIXES)
 
 
 def read(
@@ -154,7 +147,7 @@ def read(
   kind, found = KINDS[key], ([], [])
   for name, path in sources_of(config[key]):
     in_folder = epath.Path(path).is_dir()
-    for file in files_of(path):
+    for file in files_of(path, name):
       if name:
         imported = importers.FORMATS[name](file)
         skipped.update(imported.skipped)

@@ -1,0 +1,88 @@
+"""Published data in its own formats, as records.
+
+A format is a function of a file (JSON, JSONL, CSV or Parquet; plain or `.gz`)
+that gives an `Imported`. `FORMATS` has them by name; `formats.jsonl` says of
+each what it is, its licence, and shows entries as upstream writes them;
+`python -m instruct_jax.data formats` prints that.
+
+  pairs.py            two answers, of which people or models prefer one
+  rankings.py         answers with ranks, scores or strengths, K of them
+  demonstrations.py   answers to learn from
+  test_sets.py        small sets of preferences that test reward models
+  entries.py          what readers share: fields, turns, ties, scores to ranks
+
+Unusable entries are counted with their reason; a missing field, or a file of
+another format, is an error with line and key. Fields that no reader asks for
+are ignored. Null, and the NaN of tables, is the empty text.
+
+A source that ranks more than two answers gives one ranking of all of them.
+Prompts of conversations have `turns`, and their text is `records.text_of_turns`
+of them; completions then begin with the space that follows "Assistant:" in HH
+files. Prompts of instructions end in a blank line. Demonstrations that a model
+wrote (`sources.model_of`) are kept apart.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from instruct_jax.data.importers import (
+  demonstrations,
+  pairs,
+  rankings,
+  test_sets,
+)
+from instruct_jax.data.importers.entries import Imported
+from instruct_jax.data.importers.pairs import read_hh
+
+__all__ = ['FORMATS', 'Format', 'Imported', 'read_hh']
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """A published format: how it is read, and what its user should know.
+
+  Attributes:
+    read: a function of a file.
+    kind: what it gives, such as 'comparisons, K = 4'.
+    about: whose data it is, and where it is from.
+    licence: as its publisher states it.
+    example: entries of a file, each an object of JSON or a line of text.
+    note: printed when its demonstrations are converted.
+  """
+
+  read: Callable[[epath.PathLike], Imported]
+  kind: str
+  about: str
+  licence: str
+  example: Sequence[Mapping[str, Any] | str]
+  note: str = ''
+
+  def __call__(self, path: epath.PathLike) -> Imported:
+    return self.read(path)
+
+  def lines(self) -> list[str]:
+    """The example as a file holds it."""
+    return [
+      line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)
+      for line in self.example
+    ]
+
+
+def _formats() -> dict[str, Format]:
+  readers = {
+    **pairs.READERS,
+    **rankings.READERS,
+    **demonstrations.READERS,
+    **test_sets.READERS,
+  }
+  text = pathlib.Path(__file__).with_name('formats.jsonl').read_text('utf-8')
+  facts = {row.pop('format'): row for row in map(json.loads, text.splitlines())}
+  return {name: Format(readers[name], **about) for name, about in facts.items()}
+
+
+FORMATS = _formats()

@@ -1,0 +1,512 @@
+"""What the readers of published formats share.
+
+A reader is a function of a file that gives an `Imported`. `reader` makes one of
+a function that adds an entry, `rated_reader` of one that reads a rating. Both
+report the bad entries of a file together, by line.
+"""
+
+import collections
+import dataclasses
+import datetime
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from etils import epath
+
+from instruct_jax.data import invisible, records, sources
+
+# "No input" as annotators and models spell it. `Na` alone is sodium.
+_NO_INPUT = re.compile(
+  r'[<\[({"\'*]*(?:no[\s_-]*inputs?'
+  r'(?:[\s_-]*(?:is|was|are))?'
+  r'(?:[\s_-]*(?:required|needed|necessary|provided|given|available))?'
+  r'|n/a|n\.a\.?|none|null|nan|not[\s_-]applicable)[>\])}"\'*.!]*',
+  re.IGNORECASE,
+)
+# Ranks of two answers.
+FIRST, SECOND, TIE = (1, 2), (2, 1), (1, 1)
+
+
+def _list():
+  return dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Imported:
+  """The content of files.
+
+  `demonstrations` are by people, as far as the file says;
+  `model_demonstrations` by the model that `labeler` names. `skipped` counts
+  entries left out by reason.
+  """
+
+  demonstrations: list[records.Demonstration] = _list()
+  comparisons: list[records.Comparison] = _list()
+  model_demonstrations: list[records.Demonstration] = _list()
+  skipped: collections.Counter = dataclasses.field(
+    default_factory=collections.Counter
+  )
+
+  def add(self, demonstration: records.Demonstration, model: str = '') -> None:
+    """Adds what a person wrote, or the model of that name."""
+    if model:
+      self.model_demonstrations.append(
+        dataclasses.replace(demonstration, labeler=f'model:{model}')
+      )
+    else:
+      self.demonstrations.append(demonstration)
+
+  def skip(self, reason: str, count: int = 1) -> None:
+    """Counts entries that are left out."""
+    if count:
+      self.skipped[reason] += count
+
+  def extend(self, other: 'Imported') -> None:
+    """Adds the content of another file."""
+    for name, value in vars(other).items():
+      setattr(self, name, getattr(self, name) + value)
+
+  def add_scored(
+    self,
+    prompt: str | Sequence[records.Turn],
+    completions: Sequence[str],
+    scores: Sequence[int | float],
+    **about,
+  ) -> None:
+    """Adds a ranking by scores, the higher the better; equal scores tie.
+
+    Args:
+      prompt: turns that end with the user's; or a text that is the prompt as it
+        is, and then the completions are kept as they are, too.
+      completions, scores: of two answers or more. Answers that differ in white
+        space around them only are one, with the mean of their scores.
+      **about: fields of the comparison; and `each`, metadata that are one list
+        with an item for each answer.
+
+    Raises:
+      Skip: there is no question, or only one answer.
+    """
+    self._add_ranking(prompt, completions, scores, True, **about)
+
+  def add_ranked(
+    self,
+    prompt: str | Sequence[records.Turn],
+    completions: Sequence[str],
+    ranks: Sequence[int | float],
+    **about,
+  ) -> None:
+    """Adds a ranking by ranks, 1 is best; otherwise as `add_scored`."""
+    scores = [-rank for rank in ranks]
+    self._add_ranking(prompt, completions, scores, False, **about)
+
+  def _add_ranking(
+    self,
+    prompt,
+    completions,
+    scores,
+    keeps_scores,
+    *,
+    each: Mapping[str, Sequence] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    **about,
+  ):
+    turns = () if isinstance(prompt, str) else tuple(prompt)
+    if turns and turns[-1].role != 'user':
+      raise Skip('the prompt does not end with a question')
+    question = (
+      prompt if isinstance(prompt, str) else turns and turns[-1].content
+    )
+    if not question or invisible.is_blank(question):
+      raise Skip('the prompt is empty')
+    first, merged = {}, collections.defaultdict(list)
+    for number, (text, score) in enumerate(
+      zip(completions, scores, strict=True)
+    ):
+      key = records.composed(text.strip())
+      first.setdefault(key, number)
+      merged[key].append(score)
+    if len(merged) < 2:
+      raise Skip('all answers are the same')
+    copies = len(completions) - len(merged)
+    self.skip('an answer that repeats another, merged', copies)
+    kept = list(first.values())
+    texts = [completions[number] for number in kept]
+    if turns:
+      prompt = records.text_of_turns(turns)
+      texts = [f' {text.strip()}' if text.strip() else '' for text in texts]
+    means = tuple(sum(found) / len(found) for found in merged.values())
+    lists = {
+      name: [values[number] for number in kept]
+      for name, values in (each or {}).items()
+    }
+    self.comparisons.append(
+      records.Comparison(
+        prompt=prompt,
+        completions=tuple(texts),
+        ranks=records.ranks_of_scores(means),
+        scores=means if keeps_scores else (),
+        turns=turns,
+        metadata={**(metadata or {}), **lists},
+        **about,
+      )
+    )
+
+  def rows(self) -> list[records.Comparison | records.Demonstration]:
+    """Comparisons, then demonstrations by people, then those by models."""
+    return [
+      *self.comparisons,
+      *self.demonstrations,
+      *self.model_demonstrations,
+    ]
+
+  def prompts(self) -> list[records.Prompt]:
+    """The distinct prompts, in order, numbered; the encoding of accents does
+    not count."""
+    first = {}
+    for row in self.rows():
+      first.setdefault(records.composed(row.prompt), row)
+    return [
+      records.Prompt(f'p{i}', row.prompt, row.user, row.category, {}, row.turns)
+      for i, row in enumerate(first.values())
+    ]
+
+
+class Skip(Exception):  # noqa: N818
+  """An entry that cannot be used; the text is the reason that is counted."""
+
+
+def checked(value: Any, kinds: Any, where: str, what: str) -> Any:
+  """A value of these types; None for null and for NaN, the null of tables."""
+  if value is None or value != value:
+    return None
+  if not isinstance(value, kinds) or isinstance(value, bool):
+    raise records.RecordError(
+      f'{where} is a {type(value).__name__}, expected {what}'
+    )
+  if isinstance(value, str) and not records.encodable(value):
+    raise records.RecordError(
+      f'{where} holds a lone surrogate; re-encode the text'
+    )
+  return value
+
+
+_Meaning = TypeVar('_Meaning')
+
+
+class Entry:
+  """An object of a file; errors name its place, in the file or in an entry.
+
+  `place` is '' for an entry of a file with a line of its own; its `name` (file
+  and line) is for ids. `path` is that of the file.
+  """
+
+  def __init__(
+    self,
+    values: Any,
+    place: str,
+    name: str = '',
+    line: int = 0,
+    path: epath.PathLike = '',
+  ):
+    if not isinstance(values, Mapping):
+      raise records.RecordError(
+        f'{place}: expected an object, found a {type(values).__name__}'
+      )
+    self.values, self.place, self.name, self.line = values, place, name, line
+    self.path = path
+
+  def where(self, text: str) -> str:
+    return f'{self.place}: {text}' if self.place else text
+
+  def get(self, key: str, kinds: Any, what: str) -> Any:
+    """A field that must be there."""
+    if key not in self.values:
+      found = ', '.join(map(str, self.values)) or 'nothing'
+      raise records.RecordError(
+        self.where(
+          f'field {key!r} is missing (found {found}); is this the format of '
+          'this file?'
+        )
+      )
+    return checked(self.values[key], kinds, self.where(repr(key)), what)
+
+  def text(self, key: str) -> str:
+    return self.get(key, str, 'a text') or ''
+
+  def optional(self, key: str) -> str:
+    """A text, number or date that may be missing."""
+    if key not in self.values:
+      return ''
+    kinds = (str, int, float, datetime.date)
+    value = self.get(key, kinds, 'a text')
+    return '' if value is None else str(value)
+
+  def number(self, key: str) -> int | float | None:
+    """A number, or the text of one; None for null."""
+    value = self.get(key, (int, float, str), 'a number')
+    if isinstance(value, str):
+      try:
+        value = float(value) if value.strip() else None
+      except ValueError:
+        value = math.inf
+    if value is not None and not math.isfinite(value):
+      raise records.RecordError(
+        self.where(f'{key!r} is {self.values[key]!r}, expected a number')
+      )
+    return value
+
+  def label(self, key: str, meanings: Mapping[str, _Meaning]) -> _Meaning:
+    """What a label means; a number counts as its text."""
+    value = self.get(key, (str, int, float), 'a label')
+    if isinstance(value, float) and value.is_integer():
+      value = int(value)
+    name = '' if value is None else str(value).strip()
+    if name not in meanings:
+      raise records.RecordError(
+        self.where(f'{key!r} is {value!r}, expected {", ".join(meanings)}')
+      )
+    return meanings[name]
+
+  def texts(self, key: str) -> list[str]:
+    """A text or a list of texts, as a list."""
+    value = self.get(key, (str, list), 'a text or a list of texts')
+    if not isinstance(value, list):
+      return [value or '']
+    return texts_of(value, self.where(key))
+
+  def json_texts(self, key: str) -> list[str]:
+    """A list of texts, which may be the JSON text of one."""
+    value = self.get(key, (str, list), 'a list of texts')
+    if isinstance(value, str):
+      try:
+        value = json.loads(value)
+      except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, list):
+      raise records.RecordError(
+        self.where(f'{key!r} is not a list of texts, nor the JSON of one')
+      )
+    if any(isinstance(v, str) and not records.encodable(v) for v in value):
+      raise Skip('a text holds half of a character')
+    return texts_of(value, self.where(key))
+
+  def items(self, key: str) -> list:
+    return self.get(key, list, 'a list') or []
+
+  def entries(self, key: str) -> list['Entry']:
+    """The objects of a list."""
+    return [
+      Entry(item, self.where(f'{key}[{number}]'))
+      for number, item in enumerate(self.items(key))
+    ]
+
+  def entry(self, key: str) -> 'Entry':
+    return Entry(self.get(key, dict, 'an object') or {}, self.where(key))
+
+  def messages(self, key: str) -> tuple[records.Turn, ...]:
+    """Turns from a list of messages with `role` and `content`.
+
+    A content may be a list of parts with `type` and `text`.
+
+    Raises:
+      Skip: a role besides system, user and assistant, or what is no text.
+    """
+    turns = []
+    for message in self.entries(key):
+      role = message.text('role')
+      if role not in records.ROLES:
+        raise Skip('a message is neither system, user nor assistant')
+      if isinstance(message.values.get('content'), list):
+        parts = message.entries('content')
+        if any(part.text('type') != 'text' for part in parts):
+          raise Skip('a message holds more than text')
+        content = ''.join(part.text('text') for part in parts)
+      else:
+        content = message.text('content')
+      turns.append(records.Turn(role, content))
+    return tuple(turns)
+
+  def details(self, *keys: str) -> dict[str, Any]:
+    """Those of these fields that are there, as metadata."""
+    return {
+      key: value
+      for key in keys
+      if isinstance(value := self.values.get(key), str | int | float)
+      and (not isinstance(value, str) or records.encodable(value))
+      and (not isinstance(value, float) or math.isfinite(value))
+    }
+
+
+def texts_of(items: list, where: str) -> list[str]:
+  return [
+    checked(item, str, f'{where}[{number}]', 'a text') or ''
+    for number, item in enumerate(items)
+  ]
+
+
+Entries = Callable[[epath.PathLike], Iterable[tuple[int, Any]]]
+
+
+def reader(
+  add: Callable[[Imported, Entry], str | None],
+  *,
+  entries: Entries = sources.read_objects,
+) -> Callable[[epath.PathLike], Imported]:
+  """Makes a function of a file from one that adds an entry.
+
+  `add(imported, entry)` returns the reason if it skips the entry, or raises it
+  as `Skip`. `entries` gives the (line, object) pairs of a file. Bad entries are
+  reported together, see `records.raise_problems`.
+  """
+
+  @functools.wraps(add)
+  def read(path):
+    imported, bad, line = Imported(), [], 0
+    for line, values in entries(path):
+      if isinstance(values, str):
+        bad.append((line, values))
+        continue
+      try:
+        entry = Entry(values, '', f'{stem(path)}:{line}', line, path)
+        reason = add(imported, entry)
+      except Skip as skipped:
+        reason = str(skipped)
+      except records.RecordError as error:
+        bad.append((line, str(error)))
+        continue
+      if reason:
+        imported.skip(reason)
+    records.raise_problems(path, bad)
+    if not line:
+      raise records.RecordError(f'{path}: holds no entries')
+    return imported
+
+  return read
+
+
+@dataclasses.dataclass(frozen=True)
+class Rating:
+  """One answer with its score; ratings with the same `key` are one ranking.
+
+  `prompt` and `about` are those of `Imported.add_scored`, `each` are metadata
+  of this answer.
+  """
+
+  key: Hashable
+  prompt: str | Sequence[records.Turn]
+  completion: str
+  score: int | float
+  about: Mapping[str, Any]
+  each: Mapping[str, Any]
+
+
+def rated_reader(
+  rate: Callable[[Entry], Rating], *, entries: Entries = sources.read_objects
+) -> Callable[[epath.PathLike], Imported]:
+  """Makes a function of a file whose entries are ratings of single answers.
+
+  The scores of a ranking are kept, and all that is `about` the first rating.
+  """
+
+  @functools.wraps(rate)
+  def read(path):
+    groups = collections.defaultdict(list)
+
+    def add(imported, entry):
+      rating = rate(entry)
+      groups[rating.key].append(rating)
+
+    imported = reader(add, entries=entries)(path)
+    for ratings in groups.values():
+      first = ratings[0]
+      each = {
+        name: [rating.each.get(name) for rating in ratings]
+        for name in first.each
+      }
+      try:
+        if len(ratings) < 2:
+          raise Skip('an answer that is rated alone')
+        imported.add_scored(
+          first.prompt,
+          [rating.completion for rating in ratings],
+          [rating.score for rating in ratings],
+          each=each,
+          **first.about,
+        )
+      except Skip as reason:
+        imported.skip(str(reason))
+    return imported
+
+  return read
+
+
+# --- Prompts and answers ------------------------------------------------------
+
+
+def stem(path: epath.PathLike) -> str:
+  """A file's name up to its first dot."""
+  return epath.Path(path).name.split('.')[0]
+
+
+def instruction_prompt(instruction: str, given: str = '') -> str:
+  """An instruction and its input as a raw prompt."""
+  if _NO_INPUT.fullmatch(given.strip()):
+    given = ''
+  parts = [part.strip() for part in (instruction, given)]
+  parts = [part for part in parts if not invisible.is_blank(part)]
+  return '\n\n'.join(parts) + '\n\n' if parts else ''
+
+
+def post_prompt(info: Entry) -> str:
+  """The prompt of Stiennon et al. 2020, Table 15, or of an article; '' if the
+  post is empty."""
+  article = info.optional('article')
+  if not invisible.is_blank(article):
+    title = info.optional('title')
+    title = f'{title}\n\n' if title else ''
+    return f'Article: {title}{article}\n\nTL;DR:'
+  if 'article' in info.values and 'post' not in info.values:
+    return ''
+  subreddit, title, post = map(info.text, ('subreddit', 'title', 'post'))
+  if invisible.is_blank(post):
+    return ''
+  return f'SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:'
+
+
+def asked(question: str, system: str = '') -> tuple[records.Turn, ...]:
+  """One question as a conversation, after a system message if there is one."""
+  turns = (records.Turn('user', question.strip()),)
+  if invisible.is_blank(system):
+    return turns
+  return (records.Turn('system', system.strip()), *turns)
+
+
+def split_answer(
+  turns: Sequence[records.Turn],
+) -> tuple[tuple[records.Turn, ...], str]:
+  """(turns before the answer, answer); raises Skip if there is none."""
+  roles = [turn.role for turn in turns[-2:]]
+  if roles != ['user', 'assistant']:
+    raise Skip('a conversation does not end with a question and its answer')
+  return tuple(turns[:-1]), turns[-1].content
+
+
+def split_answers(
+  conversations: Iterable[Sequence[records.Turn]],
+) -> tuple[tuple[records.Turn, ...], list[str]]:
+  """(turns before the answers, answers) of conversations that differ there.
+
+  Raises:
+    Skip: they differ before the last turn, so the answers are no ranking.
+  """
+  parts = list(map(split_answer, conversations))
+  if not parts:
+    raise Skip('there is no answer')
+  prompts, answers = zip(*parts, strict=True)
+  if any(prompt != prompts[0] for prompt in prompts):
+    raise Skip('the answers belong to different prompts')
+  return prompts[0], list(answers)

@@ -1,0 +1,320 @@
+"""Pairs of answers of which one is preferred, or none."""
+
+import functools
+
+from instruct_jax.data import invisible, records
+from instruct_jax.data.importers.entries import (
+  FIRST,
+  SECOND,
+  TIE,
+  Skip,
+  asked,
+  post_prompt,
+  reader,
+  split_answers,
+)
+
+
+@reader
+def read_hh(imported, entry):
+  """Comparisons and, from the chosen side, demonstrations.
+
+  Both texts are dialogues that differ in the assistant's last turn only. The
+  chosen answers are what people chose among answers of models.
+  """
+  sides = [
+    records.dialogue_turns(entry.text(name)) for name in ('chosen', 'rejected')
+  ]
+  # An even number of turns ends with the assistant's.
+  if any(not side or len(side) % 2 for side in sides):
+    return 'not a dialogue that ends with the assistant'
+  turns = sides[0][:-1]
+  if turns != sides[1][:-1]:
+    return 'the two sides answer different prompts'
+  texts = [side[-1].content for side in sides]
+  if texts[0] == texts[1]:
+    return 'both answers are the same'
+  if invisible.is_blank(turns[-1].content):
+    return 'the last question is empty'
+  about = {
+    'prompt': records.text_of_turns(turns),
+    'id': f'hh:{entry.name}',
+    'turns': turns,
+  }
+  completions = tuple(f' {text}' if text else '' for text in texts)
+  imported.comparisons.append(
+    records.Comparison(completions=completions, ranks=(1, 2), **about)
+  )
+  if invisible.is_blank(completions[0]):
+    return 'no demonstration: the chosen answer is empty'
+  imported.add(records.Demonstration(response=completions[0], **about))
+
+
+@reader
+def read_summarize_feedback(imported, entry):
+  """Pairs of summaries of a post, with workers and, if given, confidence.
+
+  Files of single summaries rated on axes hold no comparison and are refused.
+  """
+  summaries, info = entry.entries('summaries'), entry.entry('info')
+  texts = tuple(summary.text('text') for summary in summaries)
+  choice, worker = entry.get('choice', int, 'a number'), entry.text('worker')
+  if choice is None:
+    return 'no choice was made'
+  if len(texts) != 2 or choice not in (0, 1):
+    raise records.RecordError(
+      f'{len(texts)} summaries with choice {choice}; expected two, and 0 or 1'
+    )
+  if texts[0].strip() == texts[1].strip():
+    return 'both summaries are the same'
+  prompt = post_prompt(info)
+  if not prompt:
+    return 'the post is empty'
+  extra = entry.values.get('extra')
+  imported.comparisons.append(
+    records.Comparison(
+      prompt=prompt,
+      completions=texts,
+      ranks=(1, 2) if choice == 0 else (2, 1),
+      id=info.optional('id') or entry.name,
+      labeler=worker,
+      category=entry.optional('batch'),
+      metadata={
+        'policies': [summary.optional('policy') for summary in summaries],
+        'split': entry.optional('split'),
+        'extra': extra if isinstance(extra, dict) else {},
+      },
+    )
+  )
+
+
+def _add_safe_rlhf(imported, entry, label):
+  """Two answers with two labels, the more helpful and the safer one."""
+  imported.add_ranked(
+    asked(entry.text('prompt')),
+    (entry.text('response_0'), entry.text('response_1')),
+    entry.label(label, {'0': FIRST, '1': SECOND}),
+    id=f'safe_rlhf:{entry.name}',
+    category=entry.optional('prompt_source'),
+    metadata=entry.details(
+      'is_response_0_safe',
+      'is_response_1_safe',
+      'response_0_severity_level',
+      'response_1_severity_level',
+    ),
+  )
+
+
+# --- Chosen and rejected ------------------------------------------------------
+
+
+def _sides(entry, prompt='prompt', chosen='chosen', rejected='rejected'):
+  """(prompt, [chosen answer, rejected answer]) of a pair.
+
+  A side is a text, the answer to the prompt; or messages, which follow the
+  prompt if the first is the assistant's, and else are the whole conversation.
+  """
+  given = entry.values.get(prompt)
+  if isinstance(given, list):
+    asked_before = entry.messages(prompt)
+  elif given is None:
+    asked_before = ()
+  else:
+    asked_before = asked(entry.text(prompt))
+  are_lists = [
+    isinstance(entry.values.get(key), list) for key in (chosen, rejected)
+  ]
+  if not any(are_lists):
+    answers = [entry.text(chosen), entry.text(rejected)]
+    if not asked_before:
+      raise records.RecordError(
+        entry.where(
+          f'{chosen!r} is a text and there is no {prompt!r}; dialogues of '
+          'Anthropic HH are the format hh'
+        )
+      )
+    if isinstance(given, list):
+      return asked_before, answers
+    return entry.text(prompt), answers
+  conversations = []
+  for key in (chosen, rejected):
+    messages = entry.messages(key)
+    is_answer = messages and messages[0].role == 'assistant'
+    conversations.append(asked_before + messages if is_answer else messages)
+  return split_answers(conversations)
+
+
+@reader
+def read_chosen_rejected(imported, entry):
+  """The preference format of TRL, standard or conversational.
+
+  The prompt may be implicit where the sides are whole conversations. A prompt
+  that is a text is read as it is, and so are answers that are.
+  """
+  prompt, answers = _sides(entry)
+  imported.add_ranked(
+    prompt, answers, FIRST, id=f'chosen_rejected:{entry.name}'
+  )
+
+
+def _add_rated_sides(imported, entry, name, ratings, **keys):
+  """A pair whose sides have ratings, the keys of which are the first that are
+  there; equal ratings tie."""
+  found = [pair for pair in ratings if pair[0] in entry.values]
+  first, second = (found or ratings)[0]
+  scores = entry.number(first), entry.number(second)
+  prompt, answers = _sides(entry, **keys)
+  about = {
+    'id': f'{name}:{entry.name}',
+    'category': entry.optional('source') or entry.optional('dataset'),
+  }
+  if None in scores:
+    imported.add_ranked(prompt, answers, FIRST, **about)
+  elif scores[0] < scores[1]:
+    raise Skip('the rejected answer is rated higher')
+  else:
+    imported.add_scored(prompt, answers, scores, **about)
+
+
+@reader
+def read_ultrafeedback_binarized(imported, entry):
+  """The best answer and another one, with overall scores; equal ones tie."""
+  ratings = (('score_chosen', 'score_rejected'),)
+  _add_rated_sides(imported, entry, 'ultrafeedback_binarized', ratings)
+
+
+_ARGILLA = (
+  ('chosen_rating', 'rejected_rating'),
+  ('chosen-rating', 'rejected-rating'),
+  ('rating_chosen', 'rating_rejected'),
+  ('chosen_avg_rating', 'rejected_avg_rating'),
+)
+
+
+@reader
+def read_argilla(imported, entry):
+  """DPO mixes of Argilla: both sides with a rating, by its several names."""
+  keys = {}
+  if 'chosen_response' in entry.values:
+    keys = {
+      'prompt': 'instruction',
+      'chosen': 'chosen_response',
+      'rejected': 'rejected_response',
+    }
+  _add_rated_sides(imported, entry, 'argilla', _ARGILLA, **keys)
+
+
+@reader
+def read_argilla_orca(imported, entry):
+  """Orca pairs that Argilla rated again; `status` says which are ties."""
+  ranks = entry.label(
+    'status', {'unchanged': FIRST, 'swapped': FIRST, 'tie': TIE}
+  )
+  imported.add_ranked(
+    asked(entry.text('input'), entry.text('system')),
+    (entry.text('chosen'), entry.text('rejected')),
+    ranks,
+    id=f'argilla_orca:{entry.name}',
+    metadata=entry.details('status', 'chosen_score', 'in_gsm8k_train'),
+  )
+
+
+# --- Arena --------------------------------------------------------------------
+
+
+_WINNERS = {
+  'model_a': FIRST,
+  'model_b': SECOND,
+  'tie': TIE,
+  'tie (bothbad)': TIE,
+  'both_bad': TIE,
+}
+
+
+@reader
+def read_arena(imported, entry):
+  """Votes of LMSYS's arena, of LMArena and of MT-bench's judges.
+
+  "Both are bad" is a tie, and `winner` of the metadata tells the two apart. The
+  vote is for whole conversations; those that differ before the last answer are
+  left out.
+  """
+  if 'conversation_a' in entry.values:
+    winner = entry.text('winner')
+    ranks = entry.label('winner', _WINNERS)
+    sides = [entry.messages(f'conversation_{side}') for side in 'ab']
+    # MT-bench's judges voted after so many questions.
+    rounds = entry.number('turn') if 'turn' in entry.values else None
+    sides = [_first_rounds(turns, rounds) for turns in sides]
+  else:
+    winner, ranks = _kaggle_winner(entry)
+    questions = entry.json_texts('prompt')
+    sides = []
+    for side in 'ab':
+      answers = entry.json_texts(f'response_{side}')
+      if len(answers) != len(questions):
+        raise Skip('not one answer a question')
+      turns = zip(questions, answers, strict=True)
+      sides.append([turn for pair in turns for turn in _round(*pair)])
+  prompt, answers = split_answers(sides)
+  models = [entry.text('model_a'), entry.text('model_b')]
+  name = entry.optional('question_id') or entry.optional('id') or entry.name
+  imported.add_ranked(
+    prompt,
+    answers,
+    ranks,
+    id=f'arena:{name}',
+    labeler=entry.optional('judge'),
+    category=entry.optional('language'),
+    time=entry.optional('tstamp') or entry.optional('timestamp'),
+    metadata={'winner': winner},
+    each={'models': models},
+  )
+
+
+def _round(question: str, answer: str):
+  return records.Turn('user', question), records.Turn('assistant', answer)
+
+
+def _first_rounds(turns, rounds):
+  """The turns up to the answer of that number; all without a number."""
+  if not rounds:
+    return turns
+  left = rounds
+  for number, turn in enumerate(turns, start=1):
+    left -= turn.role == 'assistant'
+    if left == 0:
+      return turns[:number]
+  return turns
+
+
+def _kaggle_winner(entry):
+  """(name, ranks) from three columns, one of which is 1."""
+  names = {
+    'winner_model_a': 'model_a',
+    'winner_model_b': 'model_b',
+    'winner_tie': 'tie',
+  }
+  won = [name for column, name in names.items() if entry.number(column) == 1]
+  if len(won) != 1:
+    raise records.RecordError(
+      f'{", ".join(names)}: one must be 1 and the others 0'
+    )
+  return won[0], _WINNERS[won[0]]
+
+
+READERS = {
+  'hh': read_hh,
+  'summarize_feedback': read_summarize_feedback,
+  'safe_rlhf_helpful': reader(
+    functools.partial(_add_safe_rlhf, label='better_response_id')
+  ),
+  'safe_rlhf_harmless': reader(
+    functools.partial(_add_safe_rlhf, label='safer_response_id')
+  ),
+  'chosen_rejected': read_chosen_rejected,
+  'ultrafeedback_binarized': read_ultrafeedback_binarized,
+  'argilla': read_argilla,
+  'argilla_orca': read_argilla_orca,
+  'arena': read_arena,
+}

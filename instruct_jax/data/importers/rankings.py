@@ -1,0 +1,472 @@
+"""Answers with ranks, scores or strengths; K of them where upstream has K."""
+
+import functools
+import itertools
+import json
+import math
+import re
+
+from instruct_jax.data import invisible, records, restaurant, sources
+from instruct_jax.data.importers.entries import (
+  FIRST,
+  SECOND,
+  TIE,
+  Entry,
+  Imported,
+  Rating,
+  Skip,
+  asked,
+  instruction_prompt,
+  post_prompt,
+  rated_reader,
+  reader,
+  split_answers,
+  texts_of,
+)
+
+# --- People -------------------------------------------------------------------
+
+
+_OASST_ROLES = {'prompter': 'user', 'assistant': 'assistant'}
+
+
+@reader
+def read_oasst(imported, entry):
+  """Every prompter's message with its ranked replies; the best demonstrates.
+
+  `rank` 0 is best. Messages that were deleted or failed review are left out
+  with all below them. Ranks are merged from the annotators' votes, so no
+  labeler is named. A best reply that is `synthetic` is a model's.
+  """
+  tree = entry.optional('message_tree_id') or str(entry.line)
+  try:
+    left = [(entry.entry('prompt'), ())]
+    # A stack instead of recursion, because conversations may be deep.
+    while left:
+      node, turns = left.pop()
+      node.place = f'message {node.values.get("message_id")!r}'
+      left += reversed(_visit_oasst(imported, node, turns, tree))
+  except records.RecordError as error:
+    raise records.RecordError(
+      f'tree {tree} is not an OpenAssistant tree ({error})'
+    ) from error
+
+
+def _is_gone(node: Entry) -> bool:
+  values = node.values
+  return bool(values.get('deleted')) or values.get('review_result') is False
+
+
+def _visit_oasst(imported, node, turns, tree):
+  """Adds what a message asks for; returns (message, turns) below it."""
+  if _is_gone(node):
+    imported.skip('deleted or failed review')
+    return []
+  role, text = _OASST_ROLES.get(node.text('role')), node.text('text')
+  if role is None or invisible.is_blank(text):
+    imported.skip('unknown role or empty text')
+    return []
+  turns = (*turns, records.Turn(role, text))
+  below = node.entries('replies') if 'replies' in node.values else []
+  replies = [
+    reply
+    for reply in below
+    if not _is_gone(reply)
+    and _OASST_ROLES.get(reply.text('role')) == 'assistant'
+    and not invisible.is_blank(reply.text('text'))
+  ]
+  below = [(reply, turns) for reply in below]
+  if role != 'user' or not replies:
+    return below
+  about = {
+    'prompt': records.text_of_turns(turns),
+    'id': f'oasst:{node.optional("message_id") or tree}',
+    'user': node.optional('user_id'),
+    'category': node.optional('lang'),
+    'turns': turns,
+  }
+  ranked = []
+  for reply in replies:
+    if 'rank' in reply.values:
+      rank = reply.get('rank', (int, float), 'a number')
+      if rank is not None:
+        ranked.append((rank, reply))
+  ranked.sort(key=lambda pair: pair[0])
+  if len(ranked) > 1:
+    imported.comparisons.append(
+      records.Comparison(
+        completions=tuple(f' {reply.text("text")}' for _, reply in ranked),
+        ranks=records.ranks_of_scores(-rank for rank, _ in ranked),
+        time=node.optional('created_date'),
+        **about,
+      )
+    )
+    unranked = len(replies) - len(ranked)
+    imported.skip('an unranked reply among ranked ones', unranked)
+  else:
+    imported.skip('fewer than two ranked replies')
+  best = ranked[0][1] if ranked else replies[0]
+  model = ''
+  if best.values.get('synthetic') is True:
+    model = best.optional('model_name') or 'unnamed'
+  response = f' {best.text("text")}'
+  imported.add(records.Demonstration(response=response, **about), model)
+  return below
+
+
+_AXES = ('overall', 'accuracy', 'coverage', 'coherence', 'compatible')
+
+
+def _rate_summary(entry: Entry, axis: str) -> Rating:
+  """A summary that a worker rated from 1 to 7 on several axes.
+
+  A worker's summaries of a post are one ranking, by one axis.
+  """
+  summary, info = entry.entry('summary'), entry.entry('info')
+  axes, worker = summary.entry('axes'), entry.text('worker')
+  text, score = summary.text('text'), axes.number(axis)
+  prompt = post_prompt(info)
+  if score is None:
+    raise Skip(f'the summary has no rating of {axis!r}')
+  name = info.optional('id')
+  return Rating(
+    (name, prompt, worker),
+    prompt,
+    text,
+    score,
+    about={
+      'id': name or entry.name,
+      'labeler': worker,
+      'category': entry.optional('batch'),
+      'metadata': {'split': entry.optional('split')},
+    },
+    each={
+      'policies': summary.optional('policy'),
+      'axes': axes.details(*_AXES),
+    },
+  )
+
+
+@reader
+def read_qa_feedback(imported, entry):
+  """K = 4 rankings from six preferences, and written answers.
+
+  A completion's score is the number of the others that it was preferred to,
+  half for "no preference" (Copeland); equal scores tie. The gold answer is the
+  demonstration.
+  """
+  preference, question = entry.items('preference'), entry.text('question')
+  answers = [entry.text(f'prediction {number}') for number in range(1, 5)]
+  gold = entry.text('gold').strip()
+  if len(preference) != 6 or any(p not in (0, 1, 2) for p in preference):
+    raise records.RecordError(
+      f'preference {preference}; expected six of 0, 1 and 2'
+    )
+  passages = []
+  for number, passage in enumerate(entry.items('passages')):
+    where = f'passages[{number}]'
+    if not isinstance(passage, list):
+      raise records.RecordError(f'{where} is not a list of sentences')
+    passages.append(' '.join(filter(None, texts_of(passage[1:], where))))
+  if invisible.is_blank(question):
+    return 'the question is empty'
+  prompt = instruction_prompt('\n\n'.join(filter(None, passages)), question)
+  about = {'prompt': prompt, 'id': f'qa_feedback:{entry.line}'}
+  scores = [0.0] * 4
+  pairs = itertools.combinations(range(4), 2)
+  for (a, b), choice in zip(pairs, preference, strict=True):
+    points = {0: 0.5, 1: 1.0, 2: 0.0}[choice]
+    scores[a] += points
+    scores[b] += 1 - points
+  # A text that was sampled twice is one completion, with its mean score.
+  answers = [records.composed(answer.strip()) for answer in answers]
+  try:
+    imported.add_scored(completions=answers, scores=scores, **about)
+  except Skip as reason:
+    imported.skip(str(reason))
+  if invisible.is_blank(gold):
+    return 'no demonstration: the gold answer is empty'
+  imported.add(records.Demonstration(response=gold, **about))
+
+
+def _read_e2e(path, criterion):
+  comparisons, counts = restaurant.read_rankings(path, criterion)
+  imported = Imported(comparisons=comparisons)
+  imported.skip('check items failed', counts.tainted)
+  imported.skip('fewer than two texts', counts.too_few)
+  imported.skip('rows with repeated texts, merged', counts.merged)
+  return imported
+
+
+# --- Votes, ratings and strengths ---------------------------------------------
+
+
+def _add_shp(imported, entry, min_ratio):
+  """Two comments on a Reddit post; the younger one has more votes.
+
+  The scores are the votes. Pairs whose ratio is below `min_ratio` are left out.
+  """
+  answers = entry.text('human_ref_A'), entry.text('human_ref_B')
+  scores = entry.number('score_A'), entry.number('score_B')
+  ranks = entry.label('labels', {'1': FIRST, '0': SECOND})
+  ratio = entry.number('score_ratio')
+  if None in scores or ratio is None:
+    raise Skip('a score is missing')
+  if records.ranks_of_scores(scores) != ranks:
+    raise Skip('the label and the scores disagree')
+  if ratio < min_ratio:
+    raise Skip(f'the ratio of the scores is below {min_ratio:g}')
+  comments = (entry.optional(f'c_root_id_{side}') for side in 'AB')
+  imported.add_scored(
+    asked(entry.text('history')),
+    answers,
+    scores,
+    id=':'.join(('shp', entry.text('post_id'), *comments)),
+    category=entry.optional('domain'),
+    metadata=entry.details('score_ratio', 'seconds_difference', 'upvote_ratio'),
+  )
+
+
+_ASPECTS = ('helpfulness', 'honesty', 'instruction_following', 'truthfulness')
+
+
+@reader
+def read_ultrafeedback(imported, entry):
+  """Four answers by models, ranked by the mean rating of four aspects.
+
+  The overall score of upstream is kept as metadata: it had faults, and those
+  who made binary sets of it went over to the ratings.
+  """
+  question, rated = entry.text('instruction'), []
+  for completion in entry.entries('completions'):
+    annotations = completion.entry('annotations')
+    ratings = [_rating(annotations.entry(aspect)) for aspect in _ASPECTS]
+    numbers = [number for number in ratings if number is not None]
+    if numbers:
+      score = sum(numbers) / len(numbers)
+      rated.append((completion, completion.text('response'), score))
+    else:
+      imported.skip('an answer without a rating')
+  if len(rated) < 2:
+    raise Skip('fewer than two answers with a rating')
+  completions, texts, scores = zip(*rated, strict=True)
+  imported.add_scored(
+    asked(question),
+    texts,
+    scores,
+    id=f'ultrafeedback:{entry.name}',
+    category=entry.optional('source'),
+    each={
+      'models': [one.optional('model') for one in completions],
+      'overall_scores': [one.optional('overall_score') for one in completions],
+    },
+  )
+
+
+def _rating(aspect: Entry) -> int | float | None:
+  """A rating of UltraFeedback; None for 'N/A', or where nothing was rated."""
+  if not aspect.values:
+    return None
+  is_missing = aspect.values.get('Rating') == 'N/A'
+  return None if is_missing else aspect.number('Rating')
+
+
+_HELPSTEER = ('correctness', 'coherence', 'complexity', 'verbosity')
+# HelpSteer 2 writes a conversation as one text.
+_MARK = re.compile(r'\n?<extra_id_1>(User|Assistant)\n')
+
+
+def _steered(text: str) -> tuple[records.Turn, ...]:
+  """The turns of a prompt of HelpSteer 1 and 2."""
+  first, *rest = _MARK.split(text)
+  turns = [records.Turn('user', first.strip())]
+  for role, content in zip(rest[::2], rest[1::2], strict=True):
+    turns.append(records.Turn(role.lower(), content.strip()))
+  return tuple(turns)
+
+
+@rated_reader
+def read_helpsteer(entry):
+  """Answers with five attributes from 0 to 4; ranked by helpfulness.
+
+  HelpSteer has up to four answers a prompt, HelpSteer 2 two.
+  """
+  prompt, response = entry.text('prompt'), entry.text('response')
+  score = entry.number('helpfulness')
+  attributes = {name: entry.number(name) for name in _HELPSTEER}
+  if score is None:
+    raise Skip('the answer has no rating of helpfulness')
+  return Rating(
+    prompt,
+    _steered(prompt),
+    response,
+    score,
+    about={'id': f'helpsteer:{entry.name}'},
+    each=attributes,
+  )
+
+
+def _add_strength(imported, entry, key, turns, answers, metadata, **about):
+  """A preference from -3, the first is much better, to 3, the second is."""
+  strength = entry.number(key)
+  if strength is None or not -3 <= strength <= 3:
+    raise records.RecordError(f'{key!r} is {strength}, expected -3 to 3')
+  ranks = TIE if not strength else FIRST if strength < 0 else SECOND
+  metadata = {'strength': strength, **metadata}
+  imported.add_ranked(turns, answers, ranks, metadata=metadata, **about)
+
+
+@reader
+def read_helpsteer2_preference(imported, entry):
+  """preference.jsonl of HelpSteer 2: two answers and how far one is better."""
+  _add_strength(
+    imported,
+    entry,
+    'preference_strength',
+    _steered(entry.text('prompt')),
+    (entry.text('response_1'), entry.text('response_2')),
+    entry.details('split', 'preference_statement'),
+    id=f'helpsteer2:{entry.name}',
+  )
+
+
+@reader
+def read_helpsteer3(imported, entry):
+  """HelpSteer 3: a conversation, two answers, an overall preference."""
+  votes = [
+    one.number('score') for one in entry.entries('individual_preference')
+  ]
+  _add_strength(
+    imported,
+    entry,
+    'overall_preference',
+    entry.messages('context'),
+    (entry.text('response1'), entry.text('response2')),
+    {'votes': votes, **entry.details('language')},
+    id=f'helpsteer3:{entry.name}',
+    category=entry.text('domain'),
+  )
+
+
+def _webgpt_entries(path):
+  """Rows of the Hub; or upstream's lines, each a list of both answers."""
+  if not records.begins_with(path, b'['):
+    yield from sources.read_objects(path)
+    return
+  text = records.read_text(path)
+  if '\n' not in text.strip() and not _is_pair(text):
+    yield from sources.read_objects(path)
+    return
+  for number, line in enumerate(text.split('\n'), start=1):
+    if not line.strip():
+      continue
+    pair = _is_pair(line)
+    if not pair:
+      yield number, 'expected a list of two answers, or rows of the Hub'
+      continue
+    # Both answers have the question.
+    values = {}
+    for side, answer in enumerate(pair):
+      for key, value in answer.items():
+        values[key if key == 'question' else f'{key}_{side}'] = value
+    yield number, values
+
+
+def _is_pair(line: str) -> list[dict] | None:
+  """The two answers of upstream's line, or None."""
+  try:
+    pair = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  if (
+    isinstance(pair, list)
+    and len(pair) == 2
+    and all(isinstance(one, dict) and 'answer' in one for one in pair)
+  ):
+    return pair
+  return None
+
+
+def _add_webgpt(imported, entry):
+  """Two answers to a question, with scores from -1 to 1 that sum to 0."""
+  question = entry.entry('question')
+  answers = entry.text('answer_0'), entry.text('answer_1')
+  scores = entry.number('score_0'), entry.number('score_1')
+  if None in scores:
+    raise Skip('a score is missing')
+  imported.add_scored(
+    asked(question.text('full_text')),
+    answers,
+    scores,
+    id=f'webgpt:{question.optional("id") or entry.name}',
+    category=question.optional('dataset'),
+  )
+
+
+@reader
+def read_nectar(imported, entry):
+  """Seven answers to a dialogue, ranked by GPT-4; rank 1 is best."""
+  turns = records.dialogue_turns(entry.text('prompt').rstrip())
+  if not turns or turns[-1] != records.Turn('assistant', ''):
+    raise Skip('not a dialogue that asks for an answer')
+  answers = entry.entries('answers')
+  ranks = [answer.number('rank') for answer in answers]
+  if None in ranks:
+    raise Skip('an answer has no rank')
+  imported.add_ranked(
+    turns[:-1],
+    [answer.text('answer') for answer in answers],
+    ranks,
+    id=f'nectar:{entry.name}',
+    metadata=entry.details('good_natured'),
+    each={'models': [answer.optional('model') for answer in answers]},
+  )
+
+
+@reader
+def read_dsp(imported, entry):
+  """Whole dialogues with a score each, the cleaned sets of DSP."""
+  dialogues, scores = entry.texts('text'), entry.items('score')
+  if len(scores) != len(dialogues) or not all(map(_is_number, scores)):
+    raise records.RecordError(
+      f"'score' must have a number for each of {len(dialogues)} texts"
+    )
+  turns, answers = split_answers(map(_dsp_turns, dialogues))
+  imported.add_scored(turns, answers, scores, id=f'dsp:{entry.name}')
+
+
+def _is_number(value):
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  return is_number and math.isfinite(value)
+
+
+_HEADINGS = re.compile(r'## Human:\n(.*?)\n\n## Assistant:\n(.*)', re.DOTALL)
+
+
+def _dsp_turns(text: str) -> tuple[records.Turn, ...]:
+  """A dialogue in the layout of HH, or one question under a heading."""
+  match = _HEADINGS.fullmatch(text)
+  if not match:
+    return records.dialogue_turns(text)
+  question, answer = (part.strip() for part in match.groups())
+  return records.Turn('user', question), records.Turn('assistant', answer)
+
+
+READERS = {
+  'oasst': read_oasst,
+  'summarize_axis': rated_reader(
+    functools.partial(_rate_summary, axis='overall')
+  ),
+  'qa_feedback': read_qa_feedback,
+  'e2e_quality': functools.partial(_read_e2e, criterion='quality'),
+  'e2e_naturalness': functools.partial(_read_e2e, criterion='naturalness'),
+  'shp': reader(functools.partial(_add_shp, min_ratio=1)),
+  'shp_ratio_2': reader(functools.partial(_add_shp, min_ratio=2)),
+  'ultrafeedback': read_ultrafeedback,
+  'helpsteer': read_helpsteer,
+  'helpsteer2_preference': read_helpsteer2_preference,
+  'helpsteer3': read_helpsteer3,
+  'webgpt': reader(_add_webgpt, entries=_webgpt_entries),
+  'nectar': read_nectar,
+  'dsp': read_dsp,
+}
