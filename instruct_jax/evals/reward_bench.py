@@ -83,7 +83,7 @@ _TIES = {
   'the same, with the question that has one right answer': 0.2,
   'margin': 0.01,
 }
-_STYLES = ('concise', 'detailed', 'detailed, Markdown')
+STYLES = ('concise', 'detailed', 'detailed, Markdown')
 SCORE = 'score'
 # Sums in which every pair counts the same.
 ALL = 'all pairs'
@@ -121,11 +121,11 @@ class Estimate:
   num_items: int
   num_clusters: int
 
-  def interval(self, is_share: bool = True) -> win_rate.Interval:
-    """With its 95 % interval; of a share on which all agree, Wilson's."""
+  def interval(self) -> win_rate.Interval:
+    """With its 95 % interval; Wilson's of a share on which all prompts agree."""
     drawn = self.redraws[~np.isnan(self.redraws)]
-    low, high = map(float, win_rate.bounds(drawn))
-    if is_share and low == high and 0 <= self.mean <= 1:
+    low, high = map(float, win_rate.bounds([*drawn] or [self.mean]))
+    if low == high and 0 <= self.mean <= 1:
       low, high = win_rate.wilson_interval(self.mean, self.num_clusters)
     return win_rate.Interval(self.mean, low, high, self.num_clusters)
 
@@ -175,7 +175,7 @@ def read(name: str, path: epath.PathLike, dialogue: bool = False) -> Benchmark:
       their own.
 
   Raises:
-    ValueError: no such format.
+    ValueError: no such format, or items of which no figure can be made.
     records.RecordError: gives file, entry and field; or nothing to compare.
   """
   check_format(name)
@@ -189,7 +189,13 @@ def read(name: str, path: epath.PathLike, dialogue: bool = False) -> Benchmark:
   skipped['no preference'] += len(found) - len(kept)
   if not kept:
     raise records.RecordError(f'{path}: format {name} has no preference in it')
-  return Benchmark(name, kept, +skipped)
+  benchmark = Benchmark(name, kept, +skipped)
+  try:
+    # Before any model is asked.
+    measure(benchmark, [np.zeros(len(c.completions)) for c in kept], 1)
+  except ValueError as error:
+    raise records.RecordError(f'{path}: {error}') from error
+  return benchmark
 
 
 def _read_comparisons(path, dialogue):
@@ -368,10 +374,10 @@ def _read_rewardbench2(entry, dialogue):
 def _read_rm_bench(entry, dialogue):
   right, wrong = entry.texts('chosen'), entry.texts('rejected')
   sizes = (len(right), len(wrong))
-  if sizes != (len(_STYLES),) * 2:
+  if sizes != (len(STYLES),) * 2:
     raise records.RecordError(
       f"'chosen' and 'rejected' have {sizes[0]} and {sizes[1]} texts, expected "
-      f'one of each style: {"; ".join(_STYLES)}'
+      f'one of each style: {"; ".join(STYLES)}'
     )
   # chat_filtered.json
   domain = entry.values.get('domain') or entry.file.name.partition('_')[0]
@@ -617,7 +623,7 @@ def _ties_columns(ties):
 def _measure_rm_bench(items, scores, redraw):
   """Equal scores are wrong. A domain's figure is the mean of easy (the right
   answer has the richer style), normal and hard."""
-  size = len(_STYLES)
+  size = len(STYLES)
   wins = np.array(
     [np.greater.outer(row[:size], row[size:]) for row in scores], float
   )
