@@ -122,7 +122,7 @@ class Estimate:
   num_clusters: int
 
   def interval(self) -> win_rate.Interval:
-    """With its 95 % interval; Wilson's of a share on which all prompts agree."""
+    """With its 95 % interval: Wilson's of a share on which all agree."""
     drawn = self.redraws[~np.isnan(self.redraws)]
     low, high = map(float, win_rate.bounds([*drawn] or [self.mean]))
     if low == high and 0 <= self.mean <= 1:

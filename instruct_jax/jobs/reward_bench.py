@@ -15,14 +15,14 @@ from ml_collections import ConfigDict
 from instruct_jax import files, model_folder, queries
 from instruct_jax.data import loader, records
 from instruct_jax.evals import baselines, plots, report, reward_bench
-from instruct_jax.infra import origin, sharding
 from instruct_jax.infra import run as run_lib
+from instruct_jax.infra import sharding
 from instruct_jax.models.config import check_stage
 
 PROCESSES = 'all'
 
 LENGTH, WORDS, LONGER = 'length', 'bag of words', 'longer is better'
-# How scorers count that are no model.
+# The scorers that are no model.
 _BASELINES = (LONGER, LENGTH, WORDS)
 # Shortest rows, in tokens; longer ones are filled up to doublings of it, so
 # that few programs are compiled and little is padding.
@@ -129,7 +129,9 @@ def model_scores(
   lengths = np.array([len(prompt) + len(ids) for prompt, ids in rows])
   groups = np.ceil(np.log2(np.maximum(lengths, _SHORTEST))).astype(int)
   scores = np.zeros(len(rows))
-  with run_lib.Progress(f'score {folder}', len(rows), 'answers') as progress:
+  with run_lib.Progress(
+    f'score {folder}', len(rows), unit='answers'
+  ) as progress:
     for group in np.unique(groups):
       places = np.flatnonzero(groups == group)
       scores[places] = queries.score_answers(
