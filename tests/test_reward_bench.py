@@ -8,6 +8,7 @@ import pytest
 from configs import reward_bench as config_file
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.infra import sharding
 from instruct_jax.jobs import reward_bench as job
 from tests import published, tiny
 
@@ -95,7 +96,7 @@ def test_all_models_and_baselines_are_measured(finished):
   longer = own['longer is better']['summary']['all pairs']['mean']
   assert longer == pytest.approx(2.5 / 3)
   assert own['bag of words']['summary']['all pairs']['mean'] > 0.5
-  assert set(bench) == {'likes_z', 'hates_z', 'ours', *job._BASELINES}
+  assert set(bench) == {'likes_z', 'hates_z', 'ours', *job.BASELINES}
   about = result['sets']['rewardbench']
   assert (about['items'], about['given']) == (16, 17)
   assert set(about['too long, by model']) == {'likes_z', 'hates_z', 'ours'}
@@ -136,17 +137,21 @@ def test_the_report_has_every_figure(finished):
       assert len({line.count(' | ') for line in block.splitlines()[2:]}) == 1
 
 
-def test_length_of_other_rows_changes_no_score(folder, tmp_path):
+def test_length_of_other_rows_changes_no_score(folder):
   """Rows are scored with others of about their length."""
+  tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
+  tiny.save_model(folder, 'long', 'scalar', tokenizer, 1, context_length=256)
   config = make_config(folder)
   items = [
-    records.Comparison(f'fox {i}', ('he left' * (1 + 6 * (i % 2)), 'a'), (1, 2))
-    for i in range(4)
+    records.Comparison(f'fox {i}', ('he left' * (1 + 29 * i), 'a'), (1, 2))
+    for i in range(3)
   ]
-  mesh = tiny.one_device()
-  ours = str(folder / 'ours')
-  together, _ = job.model_scores(config, ours, items, mesh)
-  alone = [job.model_scores(config, ours, [x], mesh)[0][0] for x in items]
+  assert len(tokenizer.encode(items[-1].completions[0])) > 2 * job.SHORTEST
+  mesh, long = tiny.one_device(), str(folder / 'long')
+  with sharding.use_mesh(mesh):
+    together, _ = job.model_scores(config, long, items, mesh)
+    alone = [job.model_scores(config, long, [x], mesh)[0][0] for x in items]
+  assert len({float(row[0]) for row in together}) == 3
   np.testing.assert_allclose(together, alone, atol=1e-5)
 
 

@@ -23,10 +23,10 @@ PROCESSES = 'all'
 
 LENGTH, WORDS, LONGER = 'length', 'bag of words', 'longer is better'
 # The scorers that are no model.
-_BASELINES = (LONGER, LENGTH, WORDS)
+BASELINES = (LONGER, LENGTH, WORDS)
 # Shortest rows, in tokens; longer ones are filled up to doublings of it, so
 # that few programs are compiled and little is padding.
-_SHORTEST = 64
+SHORTEST = 64
 
 
 def named_sets(text: str) -> dict[str, tuple[str, str]]:
@@ -57,7 +57,7 @@ def validate(config: ConfigDict) -> None:
   models = model_folder.named_folders(config.models)
   if not models:
     raise ValueError('models is empty; give NAME=FOLDER of a reward model')
-  taken = [name for name in models if name in _BASELINES]
+  taken = [name for name in models if name in BASELINES]
   if taken:
     raise ValueError(
       f'models: {taken[0]!r} is the name of a baseline; choose another'
@@ -127,7 +127,7 @@ def model_scores(
     for ids in found
   ]
   lengths = np.array([len(prompt) + len(ids) for prompt, ids in rows])
-  groups = np.ceil(np.log2(np.maximum(lengths, _SHORTEST))).astype(int)
+  groups = np.ceil(np.log2(np.maximum(lengths, SHORTEST))).astype(int)
   scores = np.zeros(len(rows))
   with run_lib.Progress(
     f'score {folder}', len(rows), unit='answers'
