@@ -97,13 +97,9 @@ def fitting(
   tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
   limit = model_folder.shape_of(folder).context_length
   limit = min(limit, config.max_length or limit)
-  prompts, answers, _ = loader.comparison_ids(comparisons, tokenizer)
-  return np.array(
-    [
-      prompt is not None and len(prompt) + max(map(len, found)) <= limit
-      for prompt, found in zip(prompts, answers, strict=True)
-    ]
-  )
+  kept = loader.fitting_comparisons(comparisons, tokenizer, limit)
+  kept = set(map(id, kept))
+  return np.array([id(comparison) in kept for comparison in comparisons])
 
 
 def model_scores(
