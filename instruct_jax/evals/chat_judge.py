@@ -281,7 +281,10 @@ def _has_usage(reply):
 # without a closing one reaches to the end, where the reply was cut off. A
 # closing mark without an opening one reaches back to the beginning, because the
 # opening one was part of the prompt.
-_MARKS = '(?:seed:)?(?:think|thinking|thought|reasoning|reflection|analysis|scratchpad)'
+_MARKS = (
+  '(?:(?:seed:)?think|thinking|thought|reasoning|reflection|analysis'
+  '|scratchpad)'
+)
 _REASONING = re.compile(
   rf'[<\[◁]({_MARKS})[>\]▷].*?(?:[<\[◁]/\1[>\]▷]|\Z)',
   re.DOTALL | re.IGNORECASE,
