@@ -114,7 +114,7 @@ class ChatJudge(judges.Judge):
     found = self._ask('verdicts', texts, read_preference)
     last = self._endpoint.replies([self._body(text) for text in texts])
     return [
-      [judges.Verdict(preference, raw=_shown_content(replies[-1]))]
+      [judges.Verdict(preference, raw=shown_content(replies[-1]))]
       for preference, replies in zip(found, last, strict=True)
     ]
 
@@ -186,7 +186,7 @@ class ChatJudge(judges.Judge):
       text: (kind, body, read) for text, body in zip(texts, bodies, strict=True)
     }
     return self._endpoint.ask(
-      bodies, lambda reply: read(_content(reply)), self.progress
+      bodies, lambda reply: read(content_of(reply)), self.progress
     )
 
   def _body(self, text):
@@ -218,7 +218,7 @@ def read_body(text: str) -> dict[str, Any]:
   return found
 
 
-def _content(reply):
+def content_of(reply: Any) -> str:
   """The text of a reply; some services send it in parts.
 
   Reasoning that a service sends apart stands before it, marked.
@@ -242,16 +242,17 @@ def _reasoning_of(message):
   return found if isinstance(found, str) else ''
 
 
-def _shown_content(reply):
+def shown_content(reply: Any) -> str:
+  """The text of a reply, or all of it as JSON if it has none."""
   try:
-    return _content(reply)
+    return content_of(reply)
   except endpoint.MALFORMED:
     return json.dumps(reply, ensure_ascii=False)
 
 
 def _is_readable(reply, read):
   try:
-    read(_content(reply))
+    read(content_of(reply))
   except endpoint.MALFORMED:
     return False
   return True
@@ -266,10 +267,10 @@ def _is_cut(reply):
 
 def _has_reasoning(reply):
   try:
-    text = _content(reply)
+    text = content_of(reply)
   except endpoint.MALFORMED:
     return False
-  return _without_reasoning(text) != text
+  return without_reasoning(text) != text
 
 
 def _has_usage(reply):
@@ -295,7 +296,8 @@ _FINAL = '<|channel|>final<|message|>'
 _CHANNEL = re.compile(r'<\|channel\|>\w+')
 
 
-def _without_reasoning(text: str) -> str:
+def without_reasoning(text: str) -> str:
+  """A reply's text without what its model marks as reasoning."""
   if _CHANNEL.search(text):
     return text.rpartition(_FINAL)[2] if _FINAL in text else ''
   return _REASONING_END.split(_REASONING.sub(' ', text))[-1]
@@ -341,7 +343,7 @@ def _agreed(text: str, name: str, read: Callable[[dict], T]) -> T:
     ValueError: no object can be read, or two of them contradict each other.
   """
   values, problem = [], f'no JSON object with {name!r} in {text[:80]!r}'
-  for part in (_without_reasoning(text), text):
+  for part in (without_reasoning(text), text):
     for found in _objects_with(part, name):
       try:
         values.append(read(found))
