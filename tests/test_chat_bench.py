@@ -48,6 +48,11 @@ def make_config(folder, workdir, benchmark, url, **changes):
   return config
 
 
+def rows_of(path):
+  """Answers may hold marks at which `splitlines` splits."""
+  return [json.loads(line) for line in path.read_text().split('\n') if line]
+
+
 def run(config, workdir):
   return job.run(config, epath.Path(workdir))
 
@@ -68,16 +73,16 @@ def test_mt_bench_asks_the_second_turn_after_the_first_answer(folder, tmp_path):
       'output_format': '[[rating]]',
     }
     for ending, text in (
-      ('', '{question}|{answer}'),
-      ('-multi-turn', '{question_1}|{answer_1}|{question_2}|{answer_2}'),
+      ('', 'One: {question} {answer}'),
+      ('-multi-turn', 'Two: {question_1} {answer_1} {question_2} {answer_2}'),
     )
   ]
 
   def grade(body, number):
     if number == 2:
       return Fault(503, 'busy')
-    text = body['messages'][1]['content']
-    return reply(f'<think>[[1]]?</think>[[{5 + text.count("|")}]]')
+    is_first = body['messages'][1]['content'].startswith('One')
+    return reply(f'<think>[[1]]?</think>[[{6 if is_first else 8}]]')
 
   with serve(grade) as (url, requests):
     config = make_config(
@@ -91,6 +96,10 @@ def test_mt_bench_asks_the_second_turn_after_the_first_answer(folder, tmp_path):
     config.endpoint.num_workers = 1
     assert run(config, tmp_path) == {'num_questions': 4, 'num_requests': 8}
     sent = len(requests)
+    result = json.loads((tmp_path / 'chat_bench.json').read_text())
+    assert result['turns without an answer'] == {'tiny': 2}
+    text = (tmp_path / 'chat_bench.md').read_text()
+    assert 'tiny: 2 turns without an answer' in text
     # The same command again samples and asks nothing.
     run(config, tmp_path)
     assert len(requests) == sent == 8 + 1
@@ -99,22 +108,20 @@ def test_mt_bench_asks_the_second_turn_after_the_first_answer(folder, tmp_path):
   assert figures['turn 1']['mean'] == 6.0
   assert figures['turn 2']['mean'] == 8.0
   assert figures['all']['mean'] == 7.0 and figures['unread'] == 0
-  lines_of = (tmp_path / 'model_answer' / 'tiny.jsonl').read_text().splitlines()
   answers = {
     row['question_id']: row['choices'][0]['turns']
-    for row in map(json.loads, lines_of)
+    for row in rows_of(tmp_path / 'model_answer' / 'tiny.jsonl')
   }
   # Sampled at other temperatures; the question that is too long has none.
   assert len({tuple(turns) for turns in answers.values()}) > 1
-  assert answers[9] == ['', answers[9][1]]
-  path = tmp_path / 'model_judgment' / 'org_judge_single.jsonl'
-  judged = [json.loads(line) for line in path.read_text().splitlines()]
-  second = [
-    row for row in judged if row['turn'] == 2 and not row['question_id']
-  ]
-  assert (
-    second[0]['user_prompt'] == f'a fox|{answers[0][0]}|and he|{answers[0][1]}'
+  assert answers[9] == ['', '']
+  judged = rows_of(tmp_path / 'model_judgment' / 'org_judge_single.jsonl')
+  (second,) = (
+    row['user_prompt']
+    for row in judged
+    if row['turn'] == 2 and row['question_id'] == 0
   )
+  assert second == f'Two: a fox {answers[0][0]} and he {answers[0][1]}'
   assert '| tiny |' in (tmp_path / 'chat_bench.md').read_text()
 
 
@@ -197,8 +204,8 @@ def test_arena_hard_takes_recorded_answers(folder, tmp_path):
       num_questions=2,
     )
     run(config, tmp_path)
-  path = tmp_path / 'model_judgment' / 'org_judge' / 'mine.jsonl'
-  games = [json.loads(line)['games'] for line in path.read_text().splitlines()]
+  judged = rows_of(tmp_path / 'model_judgment' / 'org_judge' / 'mine.jsonl')
+  games = [row['games'] for row in judged]
   assert [[g['score'] for g in each] for each in games] == [['B>A', 'A>>B']] * 2
   result = json.loads((tmp_path / 'chat_bench.json').read_text())
   assert result['figures']['mine']['win rate']['mean'] == 1.0

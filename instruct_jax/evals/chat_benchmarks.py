@@ -744,7 +744,7 @@ def measure_mt(
       unread += 1
       continue
     names = ('all', f'turn {row["turn"]}', request.about['category'])
-    for name in names:
+    for name in filter(None, names):
       values[name].append((value, row['question_id']))
   order = ['all', 'turn 1', 'turn 2', *sorted(values)]
   return {
