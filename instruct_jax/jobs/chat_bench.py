@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from instruct_jax import asking, files, model_fns, model_folder, queries
-from instruct_jax.data import records
+from instruct_jax.data import loader, records
 from instruct_jax.evals import chat_benchmarks, chat_judge, endpoint, report
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
@@ -113,15 +113,25 @@ def sample_answers(config: ConfigDict, name: str, source: str, questions, mesh):
         groups.setdefault(heat, []).append((question.id, prompt))
     for heat, several in groups.items():
       settings.temperature = heat
-      label = f'{name}, turn {turn + 1}, temperature {heat}'
-      sampled = asking.sample(
-        settings, label, policy, [p for _, p in several], tokenizer, mesh, 1
-      )
-      found = {answer.prompt_id: answer.response for answer in sampled}
+      prompts = [prompt for _, prompt in several]
+      ids, _ = loader.encode_prompts(prompts, tokenizer)
+      fits = [x is not None and len(x) <= config.prompt_length for x in ids]
+      found = {}
+      if any(fits):
+        label = f'{name}, turn {turn + 1}, temperature {heat}'
+        sampled = asking.sample(
+          settings, label, policy, prompts, tokenizer, mesh, 1
+        )
+        found = {answer.prompt_id: answer.response for answer in sampled}
       for key, prompt in several:
         num_missing += prompt.id not in found
         text = found.get(prompt.id, '').strip()
         answers[key] = (*answers[key], text)
+    if num_missing == len(questions):
+      raise ValueError(
+        f'{name}: none of {len(questions)} questions fits prompt_length '
+        f'({config.prompt_length} tokens)'
+      )
   return answers, num_missing
 
 
