@@ -306,6 +306,17 @@ def test_an_accuracy_of_1_has_wilsons_interval(tmp_path):
   assert interval.high == 1.0
 
 
+def test_a_folder_is_read_once_and_unusable_entries_are_counted(tmp_path):
+  write(tmp_path / 'raw.jsonl', [pair('hep-go', i) for i in range(9)])
+  rows = [pair('hep-go', 0), pair('hep-go', 1, prompt='')]
+  write(tmp_path / 'filtered.jsonl', rows)
+  benchmark = reward_bench.read('rewardbench', tmp_path)
+  assert [item.id for item in benchmark.comparisons] == ['0']
+  assert benchmark.skipped == {'the question is empty': 1}
+  (tmp_path / 'filtered.jsonl').rename(tmp_path / 'more.jsonl')
+  assert len(reward_bench.read('rewardbench', tmp_path).comparisons) == 10
+
+
 @pytest.mark.parametrize('dialogue', [False, True])
 def test_a_single_question_is_laid_out_as_asked(tmp_path, dialogue):
   path = write(tmp_path / 'x.jsonl', [pair('hep-go', 3)])
@@ -330,8 +341,9 @@ STYLES = ['a', 'b', 'c']
   [
     ('rewardbench', {'prompt': 'x'}, ":1: field 'chosen' is missing"),
     ('rewardbench', pair('hep-go', chosen=None), "'chosen' is a NoneType"),
-    ('rewardbench', pair('hep-go', prompt=' '), 'empty question'),
-    ('rewardbench', pair('hep-go', prompt=[]), "the user's turn"),
+    ('rewardbench', pair('hep-go', prompt=' '), 'question is empty: 1'),
+    ('rewardbench', pair('hep-go', prompt=[]), "the user's turn: 1"),
+    ('rewardbench', pair('hep-go', chosen='\ud800'), 'lone surrogates'),
     (
       'rewardbench',
       pair('hep-go', prompt=[{'role': 'tool', 'content': 'x'}]),
@@ -372,7 +384,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     reward_bench.read('rewardbench', tmp_path)
   tied = records.Comparison('p', ('a', 'b'), (1, 1))
   records.write_jsonl(tmp_path / 'x.jsonl', [tied])
-  with pytest.raises(records.RecordError, match='has no preference in it'):
+  with pytest.raises(
+    records.RecordError, match='nothing to compare; no preference: 1'
+  ):
     reward_bench.read('comparisons', tmp_path / 'x.jsonl')
 
 

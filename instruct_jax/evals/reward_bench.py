@@ -84,6 +84,9 @@ _TIES = {
   'margin': 0.01,
 }
 STYLES = ('concise', 'detailed', 'detailed, Markdown')
+# Beginnings of the names of files that have what the others of their folder
+# have, too: RewardBench's raw pairs, RM-Bench's single domains.
+_WHOLE = ('filtered', 'total_dataset')
 SCORE = 'score'
 # Sums in which every pair counts the same.
 ALL = 'all pairs'
@@ -188,7 +191,8 @@ def read(name: str, path: epath.PathLike, dialogue: bool = False) -> Benchmark:
   skipped = collections.Counter(skipped)
   skipped['no preference'] += len(found) - len(kept)
   if not kept:
-    raise records.RecordError(f'{path}: format {name} has no preference in it')
+    why = '; '.join(f'{reason}: {number}' for reason, number in skipped.items())
+    raise records.RecordError(f'{path}: {name}: nothing to compare; {why}')
   benchmark = Benchmark(name, kept, +skipped)
   try:
     # Before any model is asked.
@@ -213,6 +217,7 @@ def _files(path: epath.PathLike) -> list[epath.Path]:
     raise records.RecordError(
       f'{path}: no files that end in {", ".join(_SUFFIXES)}'
     )
+  found = [file for file in found if file.name.startswith(_WHOLE)] or found
   return sorted(found, key=lambda file: file.name)
 
 
@@ -240,18 +245,28 @@ def _reader(
 
   @functools.wraps(add)
   def read_files(path, dialogue):
-    found = []
+    found, skipped = [], collections.Counter()
     for file in _files(path):
       bad = []
       for number, values in _rows(file):
         try:
           found.append(add(_Entry(values, file, number), dialogue))
+        except _Unusable as reason:
+          skipped[str(reason)] += 1
         except records.RecordError as error:
           bad.append((number, str(error)))
       records.raise_problems(file, bad)
-    return found, {}
+    return found, skipped
 
   return read_files
+
+
+class _Unusable(Exception):
+  """An entry of the right form that cannot be asked; the text is why."""
+
+
+def _is_text(value: Any) -> bool:
+  return isinstance(value, str) and records.encodable(value)
 
 
 class _Entry:
@@ -272,33 +287,29 @@ class _Entry:
     return value
 
   def text(self, key: str) -> str:
-    return self.get(key, lambda x: isinstance(x, str), 'a text')
+    return self.get(key, _is_text, 'a text without lone surrogates')
 
   def texts(self, key: str) -> list[str]:
     """A list of at least one text."""
 
     def is_valid(value):
-      return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(each, str) for each in value)
-      )
+      return isinstance(value, list) and value and all(map(_is_text, value))
 
-    return self.get(key, is_valid, 'a list of texts')
+    return self.get(key, is_valid, 'a list of texts without lone surrogates')
 
   def asked(self, dialogue: bool) -> tuple[str, tuple[records.Turn, ...], str]:
     """(prompt, turns, what stands before an answer)."""
     prompt = self.get(
-      'prompt', lambda x: isinstance(x, str | list), 'a text or messages'
+      'prompt', lambda x: _is_text(x) or isinstance(x, list), 'text or messages'
     )
     if isinstance(prompt, str):
       turns = (records.Turn('user', prompt),)
     else:
       turns = tuple(_turn(message) for message in prompt)
     if not turns or turns[-1].role != 'user':
-      raise records.RecordError("'prompt' does not end with the user's turn")
+      raise _Unusable("the prompt does not end with the user's turn")
     if invisible.is_blank(turns[-1].content):
-      raise records.RecordError("'prompt' ends with an empty question")
+      raise _Unusable('the question is empty')
     if len(turns) > 1 or dialogue:
       return records.text_of_turns(turns), turns, ' '
     return f'{turns[0].content}\n\n', turns, ''
@@ -327,7 +338,7 @@ def _turn(message: Any) -> records.Turn:
   role = content = None
   if isinstance(message, Mapping):
     role, content = message.get('role'), message.get('content')
-  if role not in records.ROLES or not isinstance(content, str):
+  if role not in records.ROLES or not _is_text(content):
     raise records.RecordError(
       "'prompt' holds a message without a text in 'content' or one of "
       f"{', '.join(records.ROLES)} in 'role': {message!r:.80}"
