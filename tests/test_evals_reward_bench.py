@@ -343,7 +343,7 @@ STYLES = ['a', 'b', 'c']
     ('rewardbench', pair('hep-go', chosen=None), "'chosen' is a NoneType"),
     ('rewardbench', pair('hep-go', prompt=' '), 'question is empty: 1'),
     ('rewardbench', pair('hep-go', prompt=[]), "the user's turn: 1"),
-    ('rewardbench', pair('hep-go', chosen='\ud800'), 'lone surrogates'),
+    ('rewardbench', pair('hep-go', chosen='\ud800'), 'lone surrogate'),
     (
       'rewardbench',
       pair('hep-go', prompt=[{'role': 'tool', 'content': 'x'}]),

@@ -191,7 +191,9 @@ def read(name: str, path: epath.PathLike, dialogue: bool = False) -> Benchmark:
   skipped = collections.Counter(skipped)
   skipped['no preference'] += len(found) - len(kept)
   if not kept:
-    why = '; '.join(f'{reason}: {number}' for reason, number in skipped.items())
+    why = '; '.join(
+      f'{reason}: {number}' for reason, number in (+skipped).items()
+    )
     raise records.RecordError(f'{path}: {name}: nothing to compare; {why}')
   benchmark = Benchmark(name, kept, +skipped)
   try:
@@ -251,7 +253,7 @@ def _reader(
       for number, values in _rows(file):
         try:
           found.append(add(_Entry(values, file, number), dialogue))
-        except _Unusable as reason:
+        except _UnusableError as reason:
           skipped[str(reason)] += 1
         except records.RecordError as error:
           bad.append((number, str(error)))
@@ -261,7 +263,7 @@ def _reader(
   return read_files
 
 
-class _Unusable(Exception):
+class _UnusableError(Exception):
   """An entry of the right form that cannot be asked; the text is why."""
 
 
@@ -307,9 +309,9 @@ class _Entry:
     else:
       turns = tuple(_turn(message) for message in prompt)
     if not turns or turns[-1].role != 'user':
-      raise _Unusable("the prompt does not end with the user's turn")
+      raise _UnusableError("the prompt does not end with the user's turn")
     if invisible.is_blank(turns[-1].content):
-      raise _Unusable('the question is empty')
+      raise _UnusableError('the question is empty')
     if len(turns) > 1 or dialogue:
       return records.text_of_turns(turns), turns, ' '
     return f'{turns[0].content}\n\n', turns, ''
