@@ -478,7 +478,7 @@ def _estimates(numerators, denominators, clusters, *, num_bootstrap, seed):
 
 
 def _mean(
-  estimates: Sequence[Estimate], weights: Sequence[float] | None = None
+  estimates: Sequence[Estimate], weights: win_rate.Numbers | None = None
 ) -> Estimate:
   """The weighted mean of estimates, redraw by redraw."""
   weights = np.ones(len(estimates)) if weights is None else np.array(weights)
