@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import reward_bench as config_file
 from instruct_jax.data import records
@@ -207,4 +208,4 @@ def test_sets_may_lie_in_a_bucket_and_have_names():
 def test_a_set_of_which_nothing_fits_is_named(folder, tmp_path):
   config = make_config(folder, max_length=3)
   with pytest.raises(ValueError, match='none of 8 items.*ours.: 8'):
-    job.run(config, tmp_path)
+    job.run(config, epath.Path(tmp_path))
