@@ -165,14 +165,14 @@ def _mc_parts(row: Row) -> tuple[np.ndarray, np.ndarray]:
 def _mc1(row: Row) -> bool:
   """Whether the right answer is more probable than every wrong one."""
   sums, is_right = _mc_parts(row)
-  return sums[is_right].max() > sums[~is_right].max()
+  return bool(sums[is_right].max() > sums[~is_right].max())
 
 
 def _mc2(row: Row) -> float:
   """The right answers' share of the probability of all answers."""
   sums, is_right = _mc_parts(row)
   shares = np.exp(sums - sums.max())
-  return shares[is_right].sum() / shares.sum()
+  return float(shares[is_right].sum() / shares.sum())
 
 
 def _first_word(row: Row) -> bool:
