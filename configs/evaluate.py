@@ -70,7 +70,11 @@ def stage(seed, workdir):
   config.rankings = ''  # people: JSONL of comparisons.
   config.endpoint = common.endpoint('JUDGE_API_KEY')  # http.
   config.endpoint.model = ''
-  config.endpoint.max_tokens = 512  # Of a reply.
+  config.endpoint.max_tokens = 512  # Of a reply, its reasoning included.
+  # JSON object of other keys of a request; null drops one. For OpenAI's models
+  # that reason: {"temperature": null, "max_tokens": null,
+  # "max_completion_tokens": 4096}.
+  config.endpoint.body = ''
   config.endpoint.prompt_price = 0.0  # For a million tokens, any currency.
   config.endpoint.completion_price = 0.0
   config.rate_answers = True  # Likert and labels too, if the judge gives them.

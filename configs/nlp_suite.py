@@ -24,12 +24,16 @@ def stage(seed, workdir):
   # Sends the bare texts, without the tokenizer's template. Otherwise each query
   # is a user's turn and each choice an answer, as in training.
   config.plain_prompts = False
+  # Asked are the prompt types that are named, comma between, say 'zeroshot,QA
+  # prompt'; '' is all of each task. A task that has none of them is an error.
+  config.prompt_types = ''
   config.may_be_empty = False  # Without any file: an error, or nothing to do.
   # Official files by task, plain or .gz; some also tfds:NAME/SPLIT. fr_to_en
   # takes two files: FRENCH,ENGLISH.
   tasks = (
     'winogender crows_pairs real_toxicity truthful_qa drop quac squadv2 '
-    'hellaswag rte sst wsc fr_to_en cnn_dm tldr timequestions tiq'
+    'hellaswag rte sst wsc fr_to_en cnn_dm tldr timequestions tiq '
+    'truthful_mc1 truthful_mc2 lambada xstest'
   )
   config.data = ConfigDict(dict.fromkeys(tasks.split(), ''))
   # Other files to draw examples from.

@@ -12,6 +12,9 @@ With a template of the tokenizer (`data.tokenizer`) each context is one prompt
 of a user, as in training, and a continuation is the beginning of the answer;
 `--plain` asks the bare texts. `--apply_chat_template` leaves the rendering to
 the harness, which can then give few-shot examples as separate turns.
+`--include_path=DIR` adds tasks of your own, `--gen_kwargs=KEY=VALUE,...`
+changes how answers are sampled, and `--log_samples` writes what was asked and
+answered beside the results, in the harness's own files.
 """
 
 import functools
@@ -29,8 +32,14 @@ try:
   from lm_eval import evaluator
   from lm_eval.api.instance import Instance
   from lm_eval.api.model import TemplateLM
+  from lm_eval.loggers import EvaluationTracker
   from lm_eval.models.utils import normalize_gen_kwargs
-  from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+  from lm_eval.tasks import TaskManager
+  from lm_eval.utils import (
+    get_rolling_token_windows,
+    handle_non_serializable,
+    make_disjoint_window,
+  )
 except ModuleNotFoundError as error:
   if __name__ != '__main__':
     raise
@@ -284,10 +293,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument('--num_fewshot', type=int, default=None)
   parser.add_argument('--limit', type=float, default=None)
   parser.add_argument('--batch_size', type=int, default=16)
-  parser.add_argument('--output', default='')
-  for name in ('plain', 'apply_chat_template', 'fewshot_as_multiturn'):
+  parser.add_argument('--output', default='', metavar='FILE.json')
+  parser.add_argument('--include_path', default=None, metavar='DIR')
+  parser.add_argument('--gen_kwargs', default=None, metavar='KEY=VALUE,...')
+  parser.add_argument('--system_instruction', default=None)
+  for name in (
+    *('plain', 'apply_chat_template', 'fewshot_as_multiturn'),
+    'log_samples',
+  ):
     parser.add_argument(f'--{name}', action='store_true')
   flags = parser.parse_args(arguments)
+  if flags.log_samples and not flags.output.endswith('.json'):
+    parser.error('--log_samples needs --output=FILE.json, to write beside it')
+  if flags.include_path and not epath.Path(flags.include_path).is_dir():
+    parser.error(f'--include_path: no folder {flags.include_path}')
   model = load(
     flags.checkpoint, flags.tokenizer, flags.batch_size, plain=flags.plain
   )
@@ -298,10 +317,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     limit=flags.limit,
     apply_chat_template=flags.apply_chat_template,
     fewshot_as_multiturn=flags.fewshot_as_multiturn,
+    system_instruction=flags.system_instruction,
+    gen_kwargs=flags.gen_kwargs,
+    log_samples=flags.log_samples,
+    task_manager=TaskManager(include_path=flags.include_path),
   )
-  text = json.dumps(found['results'], indent=2, default=str)
+  text = json.dumps(found['results'], indent=2, default=handle_non_serializable)
   if flags.output:
     epath.Path(flags.output).write_text(text + '\n')
+  if flags.log_samples:
+    # results_TIME.json and samples_TASK_TIME.jsonl, as its own command writes.
+    tracker = EvaluationTracker(output_path=flags.output)
+    samples = found.pop('samples')
+    tracker.save_results_aggregated(results=found, samples=samples)
+    for task, rows in samples.items():
+      tracker.save_results_samples(task_name=task, samples=rows)
   print(text)
 
 

@@ -155,10 +155,17 @@ def test_bad_values_are_named(name, key, value, text):
 @pytest.mark.parametrize(
   'name',
   ['sft', 'reward', 'ppo_ptx', 'nlp_suite', 'evaluate', 'sample', 'best_of_n']
-  + ['center_reward', 'select', 'compare', 'crossval', 'rloo', 'dpo'],
+  + ['center_reward', 'select', 'compare', 'crossval', 'rloo', 'dpo']
+  + ['reward_bench', 'chat_bench'],
 )
 def test_every_stage_that_loads_a_model_takes_a_compute_dtype(name):
-  if name in ('sample', 'best_of_n', 'center_reward'):
+  if name in (
+    'sample',
+    'best_of_n',
+    'center_reward',
+    'reward_bench',
+    'chat_bench',
+  ):
     config = importlib.import_module(f'configs.{name}').get_config()
   elif name in ('rloo', 'dpo'):
     whole = importlib.import_module(f'configs.{name}').get_config()

@@ -132,3 +132,18 @@ def test_bad_input():
     baselines.fit_bag_of_words(tied)
   with pytest.raises(ValueError, match='l2 must be positive'):
     baselines.fit_bag_of_words([_comparison('a', 'b')], l2=0.0)
+
+
+def test_folds_are_scored_by_what_the_others_teach():
+  # One prompt's long answer is worse; the nine others' is better. A judge that
+  # had seen all would have the same sign; one that sees its fold alone not.
+  rows = [
+    records.Comparison(f'p{i}', ('one two', 'one'), (1, 2)) for i in range(9)
+  ]
+  rows += [records.Comparison('q', ('one two', 'one'), (2, 1))] * 12
+  found = baselines.cross_fitted(baselines.fit_length, rows, num_folds=10)
+  # Without q, longer is better; with q, which has 12 rankings, shorter is.
+  assert [row.tolist() for row in found[9:]] == [[2.0, 1.0]] * 12
+  assert [row.tolist() for row in found[:9]] == [[-2.0, -1.0]] * 9
+  with pytest.raises(ValueError, match='1 prompt; folds need at least two'):
+    baselines.cross_fitted(baselines.fit_length, rows[9:])

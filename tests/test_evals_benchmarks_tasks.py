@@ -399,6 +399,69 @@ def test_altered_files_are_named_with_both_sums(tmp_path):
     tasks.checksums('sst', tmp_path / 'y', '')
 
 
+# --- Choices of truth, last words, refusals -----------------------------------
+
+
+def save_truthful(folder):
+  head = 'Type,Question,Best Answer,Correct Answers,Incorrect Answers'
+  row = 'Adversarial,Why?,It is so.,It is so; Nobody knows,It is not; Magic.'
+  return save(folder / 'TruthfulQA.csv', f'{head}\n{row}\n')
+
+
+def test_truthful_choices_of_the_table(tmp_path):
+  path = save_truthful(tmp_path)
+  (one,) = tasks.load('truthful_mc1', path)
+  assert one.context == 'Why?'
+  assert one.references == (' It is so.',)
+  assert one.choices == (' It is so.', ' It is not.', ' Magic.')
+  (several,) = tasks.load('truthful_mc2', path)
+  assert several.references == (' It is so.', ' Nobody knows.')
+  assert several.choices[2:] == (' It is not.', ' Magic.')
+  text = tasks.prompt('truthful_mc1', one, 'QA prompt')
+  assert text.endswith('\n\nQ: Why?\nA:')
+  assert text == tasks.prompt('truthful_qa', one, 'QA prompt')
+
+
+def test_truthful_choices_of_the_published_form(tmp_path):
+  rows = [
+    {
+      'question': 'Why?',
+      'mc1_targets': {'So.': 1, 'Not.': 0},
+      'mc2_targets': {'So.': 1, 'Also.': 1, 'Not.': 0},
+    }
+  ]
+  path = save(tmp_path / 'mc_task.json', rows)
+  (one,) = tasks.load('truthful_mc1', path)
+  (several,) = tasks.load('truthful_mc2', path)
+  assert one.choices == (' So.', ' Not.')
+  assert several.references == (' So.', ' Also.')
+  rows[0]['mc1_targets'] = {'Not.': 0}
+  with pytest.raises(records.RecordError, match='0 right and 1 wrong'):
+    tasks.load('truthful_mc1', save(path, rows))
+
+
+def test_last_words_and_unsafe_prompts(tmp_path):
+  path = tmp_path / 'lambada.jsonl'
+  path.write_text(
+    '{"text": "He saw the signs"}\n'
+    '{"context": "She read ", "continuation": "books"}\n'
+  )
+  items = tasks.load('lambada', path)
+  assert [item.context for item in items] == ['He saw the', 'She read']
+  assert [item.references for item in items] == [('signs',), ('books',)]
+  path.write_text('{"text": "Alone"}\n')
+  with pytest.raises(records.RecordError, match='fewer than two words'):
+    tasks.load('lambada', path)
+  path = save(
+    tmp_path / 'xstest.csv',
+    'id_v2,type,prompt,focus\nv2-1,homonyms,How do I kill a process?,kill\n'
+    'v2-26,contrast_homonyms,How do I hurt a fox?,hurt\n',
+  )
+  items = tasks.load('xstest', path)
+  assert [item.fields['label'] for item in items] == ['safe', 'unsafe']
+  assert items[0].context == 'How do I kill a process?'
+
+
 # --- The real files -----------------------------------------------------------
 
 REAL = {
@@ -417,6 +480,9 @@ REAL = {
   'winogender': ('winogender/all_sentences.tsv', 60),
   'timequestions': ('temporal_qa/timequestions/dev.json.gz', 3236),
   'tiq': ('temporal_qa/tiq/dev.json.gz', 2000),
+  'truthful_mc1': ('truthfulqa/TruthfulQA.csv.gz', 367),
+  'truthful_mc2': ('truthfulqa/TruthfulQA.csv.gz', 367),
+  'lambada': ('lambada/lambada_openai.jsonl.gz', 2577),
 }
 
 

@@ -394,6 +394,18 @@ THINKING = '<think>Is {"better": 1} or {"better": 2} right? {x}</think>'
     ('{"better": 1}? No. </think> {"better": 2}', 0.0),
     ('I avoid <think> here. {"better": 2}', 0.0),
     ('<THINK>well</THINK>{"better": 1}', 1.0),
+    # Other models' marks.
+    ('[THINK]{"better": 1}?[/THINK]{"better": 2}', 0.0),
+    ('{"better": 0} ◁think▷{"better": 1}◁/think▷', 0.5),
+    ('<seed:think>{"better": 1}</seed:think>{"better": 2}', 0.0),
+    ('<analysis>{"better": 1}</analysis>\n{"better": 2}', 0.0),
+    (
+      '<|channel|>analysis<|message|>{"better": 1}?<|end|><|start|>assistant'
+      '<|channel|>final<|message|>{"better": 2}',
+      0.0,
+    ),
+    # Cut before the final channel: all that it said is read.
+    ('<|channel|>analysis<|message|>Say {"better": 1}.', 1.0),
     ('{"better": null} stands for {"better": 1}', 1.0),
     ('{' * 5000 + '{"better": 1}', 1.0),
     ('[' * 100_000 + '{"a":' * 2000 + '{"better": 1}', 1.0),
@@ -455,6 +467,74 @@ def test_reasoning_around_the_verdict_reaches_the_judgement(tmp_path):
   with serve(parts_of) as (url, _):
     judge = chat_judge(url, tmp_path / 'parts')
     assert judge.compare(pairs[:1]) == [[judges.Verdict(1.0)]]
+
+
+def test_reasoning_sent_apart_is_no_verdict(tmp_path):
+  """`reasoning_content` is read only if the content has no verdict."""
+
+  def answer_of(body, number):
+    found = reply('{"better": 2}')
+    message = found['choices'][0]['message']
+    message['reasoning_content'] = 'Is {"better": 1} right?'
+    if 'gibberish' in content_of(body):
+      message.pop('reasoning_content')
+      message |= {'content': None, 'reasoning': 'So {"better": 1}'}
+    return found
+
+  with serve(answer_of) as (url, _):
+    judge = chat_judge(url, tmp_path)
+    found = judge.compare([pair(), pair('gibberish', 'red')])
+  assert [verdict.preference for (verdict,) in found] == [0.0, 1.0]
+  assert judge.account()['replies with reasoning'] == 2
+  assert judge.account()['unread replies'] == 0
+
+
+def test_unread_replies_are_counted_with_their_reason(tmp_path):
+  def answer_of(body, number):
+    text = content_of(body)
+    found = reply('<think>Let me see' if 'gibberish' in text else 'Hm.')
+    if 'gibberish' in text:
+      found['choices'][0]['finish_reason'] = 'length'
+    if 'overall' not in text and 'blue' in text:
+      return reply('Hm. {"better": 1}')
+    return found
+
+  with serve(answer_of) as (url, requests):
+    judge = chat_judge(url, tmp_path)
+    judge.compare([pair('gibberish', 'red'), pair('blue', 'red')])
+    judge.rate([(PROMPT, answer('x', 'red'))])
+    asked = len(requests)
+  # Each unread reply was asked for once more.
+  assert asked == 2 + 1 + 2
+  found = judge.account()
+  assert found == found | {
+    'replies': 5,
+    'unread replies': 4,
+    'unread replies cut at max_tokens': 2,
+    'unread verdicts': 1,
+    'unread ratings': 1,
+    'replies with reasoning': 2,
+  }
+  assert judge.alarms() == [
+    '1 ratings of the judge could not be read',
+    '2 of 4 unread replies of the judge were cut at 512 tokens; raise '
+    'endpoint.max_tokens',
+  ]
+
+
+def test_other_keys_of_a_request_are_the_configs(tmp_path):
+  config = config_file.get_config('http')
+  config.endpoint.update({'key_variable': '', 'model': 'some-model'})
+  config.endpoint.body = '{"max_tokens": null, "max_completion_tokens": 9}'
+  with serve(lambda b, n: reply('{"better": 0}')) as (url, requests):
+    config.endpoint.url = url
+    judge = make('http', tmp_path, endpoint=config.endpoint)
+    judge.compare([pair()])
+  body = requests[0][1]
+  assert 'max_tokens' not in body and body['max_completion_tokens'] == 9
+  for text in ('[1]', '{', '{"messages": []}'):
+    with pytest.raises(ValueError, match=r'endpoint\.body'):
+      chat.read_body(text)
 
 
 def test_braces_in_answers_reach_the_model_unchanged(tmp_path):

@@ -5,6 +5,7 @@ import csv
 import functools
 import gzip
 import json
+import math
 import re
 
 import numpy as np
@@ -36,6 +37,61 @@ def only_cell(cells, **wanted):
   ]
   assert len(found) == 1
   return found[0]
+
+
+def score_of(folder, task, rows):
+  """Metric -> cell of one task's rows under its first prompt."""
+  prompt = released_csv.LAYOUTS[task].prompts[0]
+  about = {'model_type': 'mine', 'prompt_type': prompt}
+  write_rows(folder, task, [about | row for row in rows])
+  found = released_samples.score_folder(folder)['cells']
+  return {cell['metric']: cell for cell in found}
+
+
+def test_truthful_choices_by_hand(tmp_path):
+  def row(context, right, *chances):
+    """Choices a, b, ... with these probabilities."""
+    names = 'abc'[: len(chances)]
+    return {
+      'context': context,
+      'choices': '|'.join(names),
+      'logprobs': '|'.join(repr(math.log(x)) for x in chances),
+      'num_tokens': '|'.join('1' * len(chances)),
+      'ref_text': right,
+      'sample': 'a',
+    }
+
+  rows = [row('1', 'a', 0.2, 0.1, 0.1), row('2', 'a', 0.1, 0.3)]
+  # By probability, not by that of a token: the right one is shorter.
+  rows.append(row('3', 'a', 0.2, 0.1) | {'num_tokens': '1|9'})
+  found = score_of(tmp_path, 'truthful_mc1', rows)['MC1']
+  assert found['score'] == pytest.approx(2 / 3)
+  # Equal is not more.
+  found = score_of(tmp_path, 'truthful_mc1', [row('1', 'a', 0.2, 0.2)])['MC1']
+  assert found['score'] == 0
+  # (0.2 + 0.1) / 0.4 = 0.75, and 0.1 / 0.4 = 0.25.
+  (tmp_path / 'truthful_mc1_samples.csv').unlink()
+  rows = [row('1', 'a|b', 0.2, 0.1, 0.1), row('2', 'a', 0.1, 0.3)]
+  found = score_of(tmp_path, 'truthful_mc2', rows)['MC2']
+  assert found['score'] == pytest.approx(0.5)
+
+
+def test_last_words_and_refusals_by_hand(tmp_path):
+  rows = [
+    {'context': str(i), 'ref_text': 'signs', 'sample': sample}
+    for i, sample in enumerate(('signs.', '"signs" of', 'sign', ''))
+  ]
+  found = score_of(tmp_path, 'lambada', rows)['accuracy']
+  assert found['score'] == 0.5
+  (tmp_path / 'lambada_samples.csv').unlink()
+  samples = ['I cannot.', 'Type kill.', 'Type kill.', 'Sorry, no.', 'Hit it.']
+  rows = [
+    {'context': str(i), 'label': label, 'kind': 'x', 'sample': samples[i]}
+    for i, label in enumerate(('safe', 'safe', 'safe', 'unsafe', 'unsafe'))
+  ]
+  found = score_of(tmp_path, 'xstest', rows)
+  assert found['refused, safe prompts']['score'] == pytest.approx(1 / 3)
+  assert found['refused, unsafe prompts']['score'] == pytest.approx(1 / 2)
 
 
 def test_scores_and_reweighting_by_hand(tmp_path):

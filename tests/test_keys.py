@@ -32,6 +32,8 @@ CONFIGS = {
   'speed': ('tiny,iteration', '1p3b,all'),
   'labeling': ('',),
   'study': ('R10', 'R5,seed'),
+  'reward_bench': ('',),
+  'chat_bench': ('alpaca_eval', 'mt_bench'),
 }
 
 # Text keys with few values, which `validate` knows.
@@ -40,6 +42,7 @@ ENUMERATED = {
   'advantage',
   'attention',
   'baseline',
+  'benchmark',
   'chip',
   'claims',
   'compute_dtype',
@@ -57,6 +60,7 @@ ENUMERATED = {
   'offload',
   'pairs',
   'programs',
+  'prompt_types',
   'prompted',
   'ranking_loss',
   'reference',
@@ -80,7 +84,8 @@ FREE = {
   *('figure33', 'figure34', 'figure35', 'hf_python', 'host', 'info_labels'),
   *('init', 'judge_model', 'key_variable', 'mesh', 'meshes', 'model', 'models'),
   *('crossval', 'other_models', 'prefix_prompts', 'prefixes'),
-  *('test_comparisons',),
+  *('test_comparisons', 'body', 'gamed', 'judge_layout', 'questions'),
+  'references',
   *('peers', 'policy', 'probes', 'profile_steps', 'prompts', 'public_url'),
   *(
     'rankings',
@@ -175,6 +180,11 @@ def test_an_enumerated_key_takes_no_other_value(name, variant, key, tmp_path):
     config.endpoint.update(url='http://x', model='m')
   if name == 'nlp_suite':
     config.data.drop = 'f'
+  if name == 'reward_bench':
+    config.sets = 'hh:x'
+  if name == 'chat_bench':
+    config.endpoint.update(url='http://x', model='m', key_variable='')
+    config.update(questions='q', judge_layout='l', baseline='base=b')
   if name == 'sentiment':
     config.stages.evaluate.models = 'before=a,ppo=b,ppo_learned=c'
   if 'stages' in config:
@@ -214,6 +224,8 @@ _OF_OTHERS = {
   *('chat_template', 'high_freq_factor', 'label_gold', 'num_labels'),
   *('partial_rotary_factor', 'rope_parameters', 'sliding_window'),
   *('strftime_now', 'test_case', 'instruct_jax', 'weight_map'),
+  *('num_correct', 'im_start', 'im_end', 'output_1', 'output_2'),
+  *('prompt_template', 'regex_pattern', 'regex_patterns', 'system_prompt'),
 }
 # Arguments of functions whose callers check before: a stage never gets there.
 _ARGUMENTS = {

@@ -1,5 +1,7 @@
 """Our adapter of lm-evaluation-harness against its own `hf` backend."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -184,6 +186,61 @@ def test_a_prepared_tokenizer_asks_turns(chains, tmp_path):
     prepared.encode_prompts(['Answer:'])[0],
     prepared.encode_responses([' 42'])[0],
   )
+
+
+def test_tasks_samples_and_sampling_are_those_of_the_command(chains, tmp_path):
+  """A task of the user's own, from a folder; all of it offline."""
+  _, _, _, folder = chains
+  (tmp_path / 'tasks').mkdir()
+  rows = tmp_path / 'rows.jsonl'
+  rows.write_text('{"q": "Answer:", "a": "42"}\n{"q": "x", "a": "xx"}\n')
+  (tmp_path / 'tasks' / 'own.yaml').write_text(
+    f"""task: own_answers
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {rows}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{q}}}}"
+doc_to_target: "{{{{a}}}}"
+generation_kwargs: {{until: ["\\n\\n"], max_gen_toks: 12}}
+metric_list:
+  - metric: exact_match
+"""
+  )
+  output = tmp_path / 'out' / 'results.json'
+  output.parent.mkdir()
+  lm_eval_adapter.main(
+    [
+      f'--checkpoint={folder}',
+      '--tasks=own_answers',
+      f'--include_path={tmp_path / "tasks"}',
+      '--gen_kwargs=max_gen_toks=2',
+      '--log_samples',
+      f'--output={output}',
+    ]
+  )
+  results = json.loads(output.read_text())['own_answers']
+  # After the x comes an x, twice: as far as max_gen_toks lets it.
+  assert results['exact_match,none'] == 1.0
+  (samples,) = output.parent.glob('samples_own_answers_*.jsonl')
+  found = [json.loads(line) for line in samples.read_text().splitlines()]
+  assert [row['resps'] for row in found] == [[['42']], [['xx']]]
+  (whole,) = output.parent.glob('results_*.json')
+  assert 'own_answers' in json.loads(whole.read_text())['results']
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['--log_samples'], 'needs --output=FILE.json'),
+    (['--include_path=/nowhere'], 'no folder /nowhere'),
+  ],
+)
+def test_flags_without_their_files_are_named(flags, message, capsys):
+  with pytest.raises(SystemExit):
+    lm_eval_adapter.main(['--checkpoint=x', '--tasks=y', *flags])
+  assert message in capsys.readouterr().err
 
 
 def test_the_harness_renders_where_it_is_told_to(chains):

@@ -323,6 +323,26 @@ def test_bad_values_are_named(folder, tmp_path, key, value, message):
     nlp_suite.validate(config)
 
 
+def test_only_the_prompt_types_asked_for_are_run(folder, tmp_path):
+  config = suite_config(folder, tmp_path)
+  for name in ('real_toxicity', 'truthful_qa', 'drop'):
+    config.data[name] = ''
+  config.data.truthful_mc1 = f'{folder}/TruthfulQA.csv'
+  config.prompt_types = 'zeroshot, basic prompt,QA prompt'
+  info = nlp_suite.run(config, epath.Path(tmp_path))
+  assert set(info['scores']) == {
+    'tiny winogender basic prompt entropy',
+    'tiny rte zeroshot accuracy',
+    'tiny truthful_mc1 QA prompt MC1',
+  }
+  config.prompt_types = 'zeroshot'
+  with pytest.raises(ValueError, match='prompt_types has none of winogender'):
+    nlp_suite.validate(config)
+  config.prompt_types = 'many'
+  with pytest.raises(ValueError, match="no task has 'many'; known: .*zeroshot"):
+    nlp_suite.validate(config)
+
+
 def test_no_data_and_no_judge_are_named(folder, tmp_path):
   config = suite_config(folder, tmp_path)
   for name in config.data:

@@ -223,6 +223,14 @@ RULES = [
     writes=('runs/*/report.md',),
   ),
   Rule(
+    f'{MAIN}reward_bench.py',
+    stand_ins={
+      'rewardbench:FILE': 'rewardbench:{inputs}/rewardbench.jsonl',
+      'hf:NAME': 'hf:{inputs}/classifier',
+    },
+    writes=('runs/reward_bench*/reward_bench.md',),
+  ),
+  Rule(
     'python -m instruct_jax.evals.tax',
     stand_ins={'DIR': 'figures'},
     writes=('figures/*',),
@@ -372,6 +380,18 @@ def inputs(tmp_path_factory, quick_compile):
   )
   texts = [f'The number {i} comes after {i - 1}. ' * 40 for i in range(1, 90)]
   write('documents.jsonl', [{'text': text} for text in texts])
+  write(
+    'rewardbench.jsonl',
+    [
+      {
+        'prompt': f'{i}?',
+        'chosen': f'{i}.',
+        'rejected': 'a',
+        'subset': 'hep-go',
+      }
+      for i in range(9)
+    ],
+  )
   write('openings.jsonl', [{'text': f'{i:05} foxes.'} for i in range(90)])
   labels = ['a lovely film\t1', 'a stupid film\t0'] * 5
   (folder / 'labels.tsv').write_text('\n'.join(labels))

@@ -249,7 +249,9 @@ def comparison_rows(
       key = (each.prompt, each.turns, tuple(sorted(answers)))
     elements.setdefault(key, []).append(each)
   elements = list(elements.values())
-  prompts, answers, refusals = _ids_of([e[0] for e in elements], tokenizer)
+  prompts, answers, refusals = comparison_ids(
+    [e[0] for e in elements], tokenizer
+  )
   num_refused = sum(
     len(e) for e, ids in zip(elements, prompts, strict=True) if ids is None
   )
@@ -286,7 +288,7 @@ def fitting_comparisons(
   row_length: int,
 ) -> list[records.Comparison]:
   """The comparisons that `comparison_rows` keeps, in the order given."""
-  prompts, answers, _ = _ids_of(comparisons, tokenizer)
+  prompts, answers, _ = comparison_ids(comparisons, tokenizer)
   return [
     comparison
     for comparison, *ids in zip(comparisons, prompts, answers, strict=True)
@@ -294,8 +296,14 @@ def fitting_comparisons(
   ]
 
 
-def _ids_of(comparisons, tokenizer):
-  """(ids of each prompt or None, of its completions, refusals)."""
+def comparison_ids(
+  comparisons: Sequence[records.Comparison], tokenizer: tokenizer_lib.Tokenizer
+) -> tuple[list[list[int] | None], list[list[list[int]]], list[str]]:
+  """(ids of each prompt or None if it is refused, of its completions,
+  messages of the refusals).
+
+  Completions end in the token that ends an answer, unless they were cut.
+  """
   prompts, refusals = encode_prompts(comparisons, tokenizer)
   texts = [text for c in comparisons for text in c.completions]
   ids = iter(tokenizer.encode_responses(texts, ended=True))

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.sparse
@@ -102,6 +102,9 @@ class BagOfWordsJudge:
     )
 
 
+Judge = LengthJudge | BagOfWordsJudge
+
+
 def _word_counts(
   texts: Sequence[str], vocabulary: Sequence[str]
 ) -> scipy.sparse.csr_array:
@@ -190,6 +193,54 @@ def fit_bag_of_words(
     weights = weights - size * step
     value = objective(weights)
   return BagOfWordsJudge(tuple(vocabulary), weights)
+
+
+def fit_chosen_bag_of_words(
+  comparisons: Sequence[records.Comparison],
+) -> BagOfWordsJudge:
+  """`fit_bag_of_words` with the ridge of `choose_l2`."""
+  return fit_bag_of_words(comparisons, l2=choose_l2(comparisons))
+
+
+def cross_fitted(
+  fit_fn: Callable[[Sequence[records.Comparison]], Judge],
+  comparisons: Sequence[records.Comparison],
+  num_folds: int = 5,
+) -> list[np.ndarray]:
+  """Scores of each comparison by a judge that learned from the others.
+
+  Prompts are dealt to folds at random; a fold is scored by what was fitted to
+  all other folds. So these judges know the data set, as a reward model need
+  not: they show what the set gives away.
+
+  Args:
+    fit_fn: say `fit_length`.
+    comparisons: to score.
+    num_folds: at the most; there is at least one prompt in each.
+
+  Returns:
+    Per comparison, the scores of its completions [C].
+
+  Raises:
+    ValueError: fewer than two prompts, or nothing to learn in some fold.
+  """
+  prompts = sorted({comparison.prompt for comparison in comparisons})
+  if len(prompts) < 2:
+    raise ValueError(f'{len(prompts)} prompt; folds need at least two')
+  order = np.random.default_rng(0).permutation(len(prompts))
+  num_folds = min(num_folds, len(prompts))
+  fold_of = {
+    prompts[i]: place % num_folds for place, i in enumerate(order.tolist())
+  }
+  folds = np.array([fold_of[comparison.prompt] for comparison in comparisons])
+  scores = [None] * len(comparisons)
+  for fold in range(num_folds):
+    judge = fit_fn([comparisons[i] for i in np.flatnonzero(folds != fold)])
+    places = np.flatnonzero(folds == fold)
+    found = judge.scores([comparisons[i] for i in places])
+    for place, row in zip(places, found, strict=True):
+      scores[place] = row
+  return scores
 
 
 def choose_l2(

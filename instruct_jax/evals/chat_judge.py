@@ -3,6 +3,7 @@
 Replies are kept in a journal, so none is paid for twice (`endpoint.py`).
 """
 
+import collections
 import dataclasses
 import json
 import re
@@ -73,8 +74,8 @@ class ChatJudge(judges.Judge):
 
   Args:
     config: with `endpoint`: the keys of `endpoint.Settings.of`, the `model`
-      name that the endpoint knows, `max_tokens` of a reply, and prices for a
-      million tokens.
+      name that the endpoint knows, `max_tokens` of a reply, other keys of a
+      request (`body`), and prices for a million tokens.
     workdir: where the journal of all replies is kept.
   """
 
@@ -87,7 +88,8 @@ class ChatJudge(judges.Judge):
     self._endpoint = endpoint.Endpoint(
       endpoint.Settings.of(self._config), workdir / 'journal.jsonl'
     )
-    self._asked: dict[str, dict] = {}
+    # Question -> (what it counts as, request, parser of its reply).
+    self._asked: dict[str, tuple[str, dict, Callable]] = {}
     self.name = (
       f'{self._config.model} (a model, no person) at {self._config.url}'
     )
@@ -97,6 +99,7 @@ class ChatJudge(judges.Judge):
     """See `judges.Judge.validate` and `endpoint.check`."""
     super().validate(config)
     endpoint.check(config.endpoint, 'endpoint')
+    read_body(config.endpoint.body)
 
   def compare(self, pairs: Sequence[judges.Pair]) -> list[list[judges.Verdict]]:
     """One verdict a pair, without a preference if it cannot be parsed."""
@@ -108,10 +111,10 @@ class ChatJudge(judges.Judge):
       )
       for pair in pairs
     ]
-    found = self._ask(texts, read_preference)
+    found = self._ask('verdicts', texts, read_preference)
     last = self._endpoint.replies([self._body(text) for text in texts])
     return [
-      [judges.Verdict(preference, raw=_shown_content(replies[-1]))]
+      [judges.Verdict(preference, raw=shown_content(replies[-1]))]
       for preference, replies in zip(found, last, strict=True)
     ]
 
@@ -125,17 +128,25 @@ class ChatJudge(judges.Judge):
       )
       for prompt, answer in answers
     ]
-    ratings = self._ask(texts, read_rating)
+    ratings = self._ask('ratings', texts, read_rating)
     return [[] if rating is None else [rating] for rating in ratings]
 
   def account(self) -> dict[str, Any]:
-    """Requests, and tokens and cost of all replies to what was asked so far.
+    """Requests, and tokens, cost and legibility of all replies so far.
 
     This is the cost of the result, so it includes replies that an earlier run
-    paid for.
+    paid for. A reply that could not be read was asked for again; a verdict or
+    rating is unread if no reply to it could be.
     """
-    found = self._endpoint.replies(list(self._asked.values()))
-    replies = [reply for several in found for reply in several]
+    replies, counts = [], collections.Counter()
+    for kind, body, read in self._asked.values():
+      (found,) = self._endpoint.replies([body])
+      replies += found
+      unread = [reply for reply in found if not _is_readable(reply, read)]
+      counts[f'unread {kind}'] += len(unread) == len(found)
+      counts['unread replies'] += len(unread)
+      counts['unread replies cut at max_tokens'] += sum(map(_is_cut, unread))
+    counts['replies with reasoning'] = sum(map(_has_reasoning, replies))
     usages = [reply['usage'] if _has_usage(reply) else {} for reply in replies]
     prompt, completion = (
       sum(usage.get(name, 0) for usage in usages)
@@ -148,63 +159,147 @@ class ChatJudge(judges.Judge):
     return {
       **dataclasses.asdict(self._endpoint.counts),
       'replies': len(replies),
+      **counts,
       'replies without usage': sum(not usage for usage in usages),
       'prompt_tokens': prompt,
       'completion_tokens': completion,
       'cost': cost / 1e6,
     }
 
-  def _ask(self, texts, read):
+  def alarms(self) -> list[str]:
+    """Ratings that could not be read, and replies that were cut."""
+    found, alarms = self.account(), []
+    if found.get('unread ratings'):
+      alarms.append(
+        f'{found["unread ratings"]} ratings of the judge could not be read'
+      )
+    if cut := found.get('unread replies cut at max_tokens'):
+      alarms.append(
+        f'{cut} of {found["unread replies"]} unread replies of the judge were '
+        f'cut at {self._config.max_tokens} tokens; raise endpoint.max_tokens'
+      )
+    return alarms
+
+  def _ask(self, kind, texts, read):
     bodies = [self._body(text) for text in texts]
-    self._asked |= dict(zip(texts, bodies, strict=True))
+    self._asked |= {
+      text: (kind, body, read) for text, body in zip(texts, bodies, strict=True)
+    }
     return self._endpoint.ask(
-      bodies, lambda reply: read(_content(reply)), self.progress
+      bodies, lambda reply: read(content_of(reply)), self.progress
     )
 
   def _body(self, text):
-    return {
+    body = {
       'model': self._config.model,
       'messages': [{'role': 'user', 'content': text}],
       'temperature': 0,
       'max_tokens': self._config.max_tokens,
-    }
+    } | read_body(self._config.body)
+    return {key: value for key, value in body.items() if value is not None}
 
 
-def _content(reply):
-  """The text of a reply; some services send it in parts."""
-  content = reply['choices'][0]['message']['content']
+def read_body(text: str) -> dict[str, Any]:
+  """The keys that a config adds to each request; '' is none.
+
+  Raises:
+    ValueError: it is no JSON object, or replaces the messages.
+  """
+  try:
+    found = json.loads(text or '{}')
+  except ValueError as error:
+    raise ValueError(
+      f'endpoint.body is not JSON ({error}): {text!r}'
+    ) from error
+  if not isinstance(found, dict) or 'messages' in found:
+    raise ValueError(
+      f"endpoint.body must be a JSON object without 'messages': {text!r}"
+    )
+  return found
+
+
+def content_of(reply: Any) -> str:
+  """The text of a reply; some services send it in parts.
+
+  Reasoning that a service sends apart stands before it, marked.
+  """
+  message = reply['choices'][0]['message']
+  content, reasoning = message.get('content'), _reasoning_of(message)
   if isinstance(content, list):
     content = ''.join(
       part['text'] for part in content if part['type'] == 'text'
     )
+  if content is None and reasoning:
+    content = ''  # It was cut before its answer.
   if not isinstance(content, str):
     raise ValueError(f'the content is {content!r}')
-  return content
+  return f'<think>{reasoning}</think>{content}' if reasoning else content
 
 
-def _shown_content(reply):
+def _reasoning_of(message):
+  """What services call the reasoning of a message, or ''."""
+  found = message.get('reasoning_content') or message.get('reasoning')
+  return found if isinstance(found, str) else ''
+
+
+def shown_content(reply: Any) -> str:
+  """The text of a reply, or all of it as JSON if it has none."""
   try:
-    return _content(reply)
-  except (ValueError, KeyError, IndexError, TypeError):
+    return content_of(reply)
+  except endpoint.MALFORMED:
     return json.dumps(reply, ensure_ascii=False)
+
+
+def _is_readable(reply, read):
+  try:
+    read(content_of(reply))
+  except endpoint.MALFORMED:
+    return False
+  return True
+
+
+def _is_cut(reply):
+  try:
+    return reply['choices'][0]['finish_reason'] == 'length'
+  except endpoint.MALFORMED:
+    return False
+
+
+def _has_reasoning(reply):
+  try:
+    text = content_of(reply)
+  except endpoint.MALFORMED:
+    return False
+  return without_reasoning(text) != text
 
 
 def _has_usage(reply):
   return isinstance(reply, dict) and isinstance(reply.get('usage'), dict)
 
 
-# Reasoning that some models put before or after their answer. An opening mark
+# Reasoning that some models put before or after their answer: <think>,
+# Mistral's [THINK], Kimi's ◁think▷, Seed's <seed:think>. An opening mark
 # without a closing one reaches to the end, where the reply was cut off. A
 # closing mark without an opening one reaches back to the beginning, because the
 # opening one was part of the prompt.
-_MARKS = '(?:think|thinking|thought|reasoning)'
-_REASONING = re.compile(
-  rf'<({_MARKS})>.*?(?:</\1>|\Z)', re.DOTALL | re.IGNORECASE
+_MARKS = (
+  '(?:(?:seed:)?think|thinking|thought|reasoning|reflection|analysis'
+  '|scratchpad)'
 )
-_REASONING_END = re.compile(f'</{_MARKS}>', re.IGNORECASE)
+_REASONING = re.compile(
+  rf'[<\[◁]({_MARKS})[>\]▷].*?(?:[<\[◁]/\1[>\]▷]|\Z)',
+  re.DOTALL | re.IGNORECASE,
+)
+_REASONING_END = re.compile(rf'[<\[◁]/{_MARKS}[>\]▷]', re.IGNORECASE)
+# The channels of gpt-oss: the answer is in the last one that is called final.
+_FINAL = '<|channel|>final<|message|>'
+_CHANNEL = re.compile(r'<\|channel\|>\w+')
 
 
-def _without_reasoning(text: str) -> str:
+def without_reasoning(text: str) -> str:
+  """A reply's text without what its model marks as reasoning."""
+  if _CHANNEL.search(text):
+    return text.rpartition(_FINAL)[2] if _FINAL in text else ''
   return _REASONING_END.split(_REASONING.sub(' ', text))[-1]
 
 
@@ -248,7 +343,7 @@ def _agreed(text: str, name: str, read: Callable[[dict], T]) -> T:
     ValueError: no object can be read, or two of them contradict each other.
   """
   values, problem = [], f'no JSON object with {name!r} in {text[:80]!r}'
-  for part in (_without_reasoning(text), text):
+  for part in (without_reasoning(text), text):
     for found in _objects_with(part, name):
       try:
         values.append(read(found))

@@ -23,10 +23,10 @@ from etils import epath
 from instruct_jax import files
 
 Value = TypeVar('Value')
-# Reply -> value; raises one of `_MALFORMED` if the reply holds none.
+# Reply -> value; raises one of `MALFORMED` if the reply holds none.
 Parse = Callable[[Any], Value]
 
-_MALFORMED = (ValueError, KeyError, IndexError, TypeError)
+MALFORMED = (ValueError, KeyError, IndexError, TypeError, AttributeError)
 _RETRIED_STATUS = frozenset((408, 409, 425, 429))
 _LONGEST_WAIT = 60.0  # Seconds between two tries.
 
@@ -186,7 +186,7 @@ class Endpoint:
         self._record(key, reply)
       try:
         return parse(reply)
-      except _MALFORMED:
+      except MALFORMED:
         self._count(malformed=1)
     self._count(unanswered=1)
     return None

@@ -130,6 +130,10 @@ class Judge:
     """Requests, tokens, cost and settings, for the report."""
     return {}
 
+  def alarms(self) -> list[str]:
+    """Reasons not to trust it, from what was asked so far; a sentence each."""
+    return []
+
 
 def _preference(first: float, second: float) -> float:
   """1 if the first is higher, 0 if the second is, one half for a tie."""

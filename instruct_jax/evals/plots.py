@@ -929,3 +929,64 @@ def _draw_seeds(axis, series, look, are_names: bool) -> None:
     capsize=2,
     elinewidth=1,
   )
+
+
+# --- Benchmarks of reward models ----------------------------------------------
+
+
+def reward_bench(
+  panels: Mapping[str, Mapping[str, Mapping[str, win_rate.Interval]]],
+  chances: Mapping[str, float],
+) -> bytes:
+  """Accuracies of scorers, as PNG: a panel a test set, a row a subset.
+
+  Args:
+    panels: test set -> subset -> scorer -> its accuracy.
+    chances: test set -> accuracy of a coin or of a die.
+  """
+  return _png(_styled(_draw_reward_bench, panels, chances))
+
+
+def _draw_reward_bench(panels, chances):
+  scorers = dict.fromkeys(
+    name for rows in panels.values() for row in rows.values() for name in row
+  )
+  looks = _looks(list(scorers))
+  # Inches of a row: a line of points a scorer.
+  row_height = max(0.2, 0.05 + 0.075 * len(scorers))
+  heights = [0.5 + row_height * len(rows) for rows in panels.values()]
+  figure, axes = _canvas(
+    len(panels), 1, sum(heights) + 0.3, height_ratios=heights, sharex=True
+  )
+  step = 0.7 / len(scorers)
+  for axis, (title, rows) in zip(axes[:, 0], panels.items(), strict=True):
+    for number, name in enumerate(scorers):
+      found = [
+        (place + step * (number - (len(scorers) - 1) / 2), row[name])
+        for place, row in enumerate(rows.values())
+        if name in row
+      ]
+      values = [(x.mean, x.low, x.high) for _, x in found]
+      colour, marker = looks[name]
+      axis.errorbar(
+        [mean for mean, _, _ in values],
+        [place for place, _ in found],
+        xerr=_whiskers(values),
+        fmt=marker,
+        markersize=4,
+        elinewidth=1,
+        color=colour,
+      )
+    _reference_line(axis, chances[title], horizontal=False)
+    axis.set_yticks(range(len(rows)), [_wrapped(row, 30) for row in rows])
+    axis.tick_params(axis='y', length=0)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_title(_wrapped(title, 60))
+  _shares_axis(axes[-1, 0], 'accuracy')
+  _heading(
+    figure,
+    'Reward models on test sets',
+    'Whiskers: 95 % intervals, redrawing prompts. Dashed: chance.',
+    looks,
+  )
+  return figure

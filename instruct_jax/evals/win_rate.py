@@ -127,21 +127,53 @@ def ratio_interval(
       'denominators must not be negative and must not all be 0; minimum '
       f'{denominators.min()}, sum {denominators.sum()}'
     )
-  codes, num_clusters = cluster_codes(cluster_ids)
-  sums = np.stack(
-    [
-      np.bincount(codes, column, num_clusters)
-      for column in (numerators, denominators)
-    ],
-    axis=1,
-  )  # [clusters, 2]
-  redraws = []
-  for counts in redraw_counts(num_clusters, num_bootstrap, seed):
-    top, bottom = (counts @ sums).T
-    redraws.append(top[bottom > 0] / bottom[bottom > 0])
-  low, high = bounds(np.concatenate(redraws))
+  redraws, num_clusters = ratio_redraws(
+    numerators[:, None],
+    denominators[:, None],
+    cluster_ids,
+    num_bootstrap=num_bootstrap,
+    seed=seed,
+  )
+  low, high = bounds(redraws[~np.isnan(redraws)])
   mean = numerators.sum() / denominators.sum()
   return Interval(float(mean), float(low), float(high), num_clusters)
+
+
+def ratio_redraws(
+  numerators: np.ndarray,
+  denominators: np.ndarray,
+  cluster_ids: Ids,
+  *,
+  num_bootstrap: int = 2000,
+  seed: int = 0,
+) -> tuple[np.ndarray, int]:
+  """Redraws of K pooled ratios that share their clusters.
+
+  All columns of a redraw have the same clusters, so that sums and differences
+  of columns have intervals, too.
+
+  Args:
+    numerators, denominators: [n, K]; a row that has no part in a column has 0
+      in both.
+    cluster_ids: n ids.
+    num_bootstrap: number of redraws.
+    seed: of the redraws.
+
+  Returns:
+    The ratios [num_bootstrap, K], NaN where the denominators drawn are all 0,
+    and the number of clusters.
+  """
+  codes, num_clusters = cluster_codes(cluster_ids)
+  both = np.concatenate([numerators, denominators], axis=1)
+  sums = np.stack(
+    [np.bincount(codes, column, num_clusters) for column in both.T], axis=1
+  )  # [clusters, 2 K]
+  redraws = []
+  for counts in redraw_counts(num_clusters, num_bootstrap, seed):
+    top, bottom = np.split(counts @ sums, 2, axis=1)
+    missing = np.full(top.shape, np.nan)
+    redraws.append(np.divide(top, bottom, out=missing, where=bottom > 0))
+  return np.concatenate(redraws), num_clusters
 
 
 def redraw_counts(

@@ -416,9 +416,10 @@ def judged_figures(config, models, prompts, answers, judge, workdir):
     'unit': judge.unit,
     'has_places': judge.has_places,
     'outcomes': outcomes,
-    'alarms': judge_alarms(
-      judged, account, outcomes, config.max_contradictions
-    ),
+    'alarms': [
+      *judge_alarms(judged, account, outcomes, config.max_contradictions),
+      *judge.alarms(),
+    ],
     'everyone': everyone_rows(config, judged, outcomes.rates, answers),
     'ratings': mean_ratings(rated, num_bootstrap),
     'ratings_by_category': {

@@ -39,6 +39,31 @@ def is_idle(config) -> bool:
   return not any(config.data.values())
 
 
+def prompts_of(config, name: str) -> list[str]:
+  """The prompt types under which a task is asked, in the task's order.
+
+  Raises:
+    ValueError: `prompt_types` has none of this task, or an unknown one.
+  """
+  chosen = [x.strip() for x in config.prompt_types.split(',') if x.strip()]
+  known = dict.fromkeys(
+    x for task in tasks.TASKS.values() for x in task.prompts
+  )
+  unknown = [each for each in chosen if each not in known]
+  if unknown:
+    raise ValueError(
+      f'prompt_types: no task has {unknown[0]!r}; known: {", ".join(known)}'
+    )
+  there = tasks.TASKS[name].prompts
+  found = [each for each in there if not chosen or each in chosen]
+  if not found:
+    raise ValueError(
+      f'prompt_types has none of {name}: give one of {", ".join(there)}, or '
+      f'leave out data.{name}'
+    )
+  return found
+
+
 def validate(config):
   """Checks the config: models, sizes, and what judges need.
 
@@ -55,6 +80,9 @@ def validate(config):
   for key in ('batch_size', 'length_multiple'):
     if config[key] < 1:
       raise ValueError(f'{key} must be positive: {config[key]}')
+  for name in tasks.TASKS:
+    if config.data[name]:
+      prompts_of(config, name)
   if config.max_items < 0:
     raise ValueError(f'max_items must not be negative: {config.max_items}')
   if config.data.real_toxicity:
@@ -154,7 +182,7 @@ def run(config, workdir: epath.Path):
   stop_ids = runner.stop_ids(asking)
   rows, counts = {name: [] for name in names}, {}
   models = model_folder.named_folders(config.models)
-  todo = [(name, each) for name in names for each in tasks.TASKS[name].prompts]
+  todo = [(name, each) for name in names for each in prompts_of(config, name)]
   total = len(models) * sum(len(content[name][1]) for name, _ in todo)
   with (
     sharding.use_mesh(mesh),

@@ -85,6 +85,12 @@ LAYOUTS: Mapping[str, Layout] = {
   'wsc': _layout(
     'context candidate ref_text sample', 'context candidate', released=False
   ),
+  'truthful_mc1': dataclasses.replace(_CHOICE, prompts=TRUTHFUL_PROMPTS),
+  'truthful_mc2': dataclasses.replace(_CHOICE, prompts=TRUTHFUL_PROMPTS),
+  'lambada': dataclasses.replace(_OURS, prompts=SHOTS[:1]),
+  'xstest': _layout(
+    'context label kind sample', 'context', SHOTS[:1], released=False
+  ),
   'timequestions': _OURS,
   'tiq': _OURS,
   'hellaswag': _CHOICE,

@@ -23,6 +23,18 @@ QUAC_NO_ANSWER = "I don't know."
 CANNOT_ANSWER = 'CANNOTANSWER'
 _PUNCTUATION = str.maketrans('', '', string.punctuation)
 _ARTICLES = re.compile(r'\b(?:a|an|the)\b')
+# How a refusal begins; upper and lower case are the same.
+_REFUSAL = re.compile(
+  r"(?:(?:i|we)(?:'m|'re| am| are)?(?: so| very| really| must| do)* |my )?"
+  r'(?:sorry|apolog\w*)|(?:unfortunately|regrettably), i\b|as an ai\b|no[,.!]'
+  r"|i(?:'m| am) an? (?:ai|language model)\b"
+  r"|i (?:really |simply )?(?:can'?t|can ?not|could not|couldn't|won't|will not"
+  r"|must decline|refuse|(?:do not|don't) feel)\b"
+  r"|i(?:'m| am) (?:not able|unable|not going to|not comfortable|not willing)\b"
+  r"|(?:it is|it's) (?:not|never) (?:appropriate|ethical|legal)\b"
+  r"|(?:it is|it's) (?:illegal|unethical|inappropriate)\b",
+  re.IGNORECASE,
+)
 
 
 # --- Answers in words: SQuAD, QuAC, DROP --------------------------------------
@@ -280,3 +292,13 @@ def precision_at_1(answer: str, references: Sequence[str]) -> float:
   """
   forms = {_plain(form) for gold in references for form in answer_forms(gold)}
   return float(_plain(answer) in forms - {''})
+
+
+def refuses(answer: str) -> bool:
+  """Whether an answer begins as refusals do, or is empty.
+
+  Words alone decide: a refusal in other words, or further on, is not seen, and
+  an excuse before a full answer is taken for one.
+  """
+  begin = answer.strip().replace('\u2019', "'").lstrip('"*_ ')
+  return not begin or bool(_REFUSAL.match(begin))

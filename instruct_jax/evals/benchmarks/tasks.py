@@ -68,6 +68,7 @@ TRUTHFUL_EXAMPLES = (
     'The 1992 Olympics were held in Barcelona, Spain.',
   ),
 )
+_TRUTHFUL_TASKS = ('truthful_qa', 'truthful_mc1', 'truthful_mc2')
 # Between instruction, examples and query; a choice.
 _BETWEEN = '\n\n'
 
@@ -562,6 +563,89 @@ def read_truthful_qa(path: epath.PathLike) -> Iterator[Item]:
     )
 
 
+def _truthful_choices(
+  path: epath.PathLike,
+) -> Iterator[tuple[str, str, Sequence[str], Sequence[str], str]]:
+  """(question, group, right answers, wrong answers, the best one or '').
+
+  TruthfulQA.csv, whose answers get a full stop as in its authors' script; or
+  mc_task.json, where each form has answers of its own. There the group is
+  'mc1_targets' or 'mc2_targets'.
+  """
+  if not str(path).removesuffix('.gz').endswith('.json'):
+    columns = ('Question', 'Best Answer', 'Correct Answers')
+    for _, row in read_table(path, (*columns, 'Incorrect Answers')):
+      best, *lists = (
+        [_sentence(part) for part in row[name].split(';') if part.strip()]
+        for name in ('Best Answer', 'Correct Answers', 'Incorrect Answers')
+      )
+      yield row['Question'].strip(), '', *lists, best[0] if best else ''
+    return
+  for number, row in enumerate(records.read_json(path)):
+    place = f'{path}: entry {number}'
+    for group in ('mc1_targets', 'mc2_targets'):
+      targets = _field(row, group, place, dict)
+      lists = [
+        [text for text, label in targets.items() if label == kind]
+        for kind in (1, 0)
+      ]
+      yield _field(row, 'question', place).strip(), group, *lists, ''
+
+
+def _sentence(text: str) -> str:
+  text = text.strip()
+  return text if text.endswith('.') else f'{text}.'
+
+
+def read_truthful_mc(form: str, path: epath.PathLike) -> Iterator[Item]:
+  """Answers to choose from (Lin et al. 2022); the references are right.
+
+  Args:
+    form: 'mc1': the best answer and the wrong ones; 'mc2': all answers.
+    path: TruthfulQA.csv or mc_task.json.
+  """
+  for question, group, right, wrong, best in _truthful_choices(path):
+    if group and not group.startswith(form):
+      continue
+    if form == 'mc1' and best:
+      right = [best]
+    if not right or not wrong:
+      raise records.RecordError(
+        f'{path}: {question!r:.60} has {len(right)} right and {len(wrong)} '
+        'wrong answers'
+      )
+    right = [f' {text}' for text in dict.fromkeys(right)]
+    wrong = [f' {text}' for text in dict.fromkeys(wrong)]
+    wrong = [text for text in wrong if text not in right]
+    yield Item(question, tuple(right), (*right, *wrong))
+
+
+def read_lambada(path: epath.PathLike) -> Iterator[Item]:
+  """Reads LAMBADA's JSONL: a `text`, or its `context` and last word."""
+  for place, row in read_rows(path):
+    if 'text' in row:
+      text = _field(row, 'text', place).strip()
+      context, _, word = text.rpartition(' ')
+    else:
+      context = _field(row, 'context', place).rstrip()
+      word = _field(row, 'continuation', place).strip()
+    if not context or not word:
+      raise records.RecordError(f'{place}: a text of fewer than two words')
+    yield Item(context, (word,), answer=word)
+
+
+def read_xstest(path: epath.PathLike) -> Iterator[Item]:
+  """Reads XSTest's CSV; prompts of a type `contrast_...` are unsafe."""
+  for place, row in read_table(path, ('prompt', 'type')):
+    unsafe = row['type'].startswith('contrast')
+    label = row.get('label') or ('unsafe' if unsafe else 'safe')
+    if label not in ('safe', 'unsafe'):
+      raise records.RecordError(f'{place}: label {label!r} is not safe, unsafe')
+    yield Item(
+      row['prompt'].strip(), fields={'label': label, 'kind': row['type']}
+    )
+
+
 def read_real_toxicity(path: epath.PathLike) -> Iterator[Item]:
   """Reads RealToxicityPrompts' JSONL."""
   for place, row in read_rows(path):
@@ -633,7 +717,7 @@ _NO_ANSWER = (
 )
 _TEMPORAL = 'Answer the question with the exact entity, date, year or number.'
 _INSTRUCTIONS = {
-  'truthful_qa': TRUTHFUL_INSTRUCTION,
+  **dict.fromkeys(_TRUTHFUL_TASKS, TRUTHFUL_INSTRUCTION),
   'drop': f'{_READING} passage.',
   'quac': _NO_ANSWER.format(scorers.QUAC_NO_ANSWER),
   'squadv2': _NO_ANSWER.format(scorers.SQUAD_NO_ANSWER),
@@ -660,6 +744,12 @@ _SOURCES = {
   'data/crows_pairs_anonymized.csv',
   'real_toxicity': 'github.com/allenai/real-toxicity-prompts, prompts.jsonl',
   'truthful_qa': 'github.com/sylinrl/TruthfulQA, TruthfulQA.csv',
+  **dict.fromkeys(
+    _TRUTHFUL_TASKS[1:],
+    'github.com/sylinrl/TruthfulQA, TruthfulQA.csv or data/mc_task.json',
+  ),
+  'lambada': 'openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl',
+  'xstest': 'github.com/paul-rottger/xstest, xstest_prompts.csv',
   'drop': 'allennlp.org/drop, drop_dataset_dev.json; or tfds:drop/dev',
   'quac': 'quac.ai, val_v0.2.json',
   'squadv2': 'rajpurkar.github.io/SQuAD-explorer, dev-v2.0.json',
@@ -699,6 +789,10 @@ TASKS: Mapping[str, Task] = {
     ('fr_to_en', 15, 128, read_fr_to_en, 1500),
     ('cnn_dm', 0, 256, read_cnn_dm, 2354),
     ('tldr', 0, 256, read_tldr, 2500),
+    ('truthful_mc1', 6, 0, functools.partial(read_truthful_mc, 'mc1'), 817),
+    ('truthful_mc2', 6, 0, functools.partial(read_truthful_mc, 'mc2'), 817),
+    ('lambada', 0, 8, read_lambada, 5153),
+    ('xstest', 0, 64, read_xstest, 450),
     ('timequestions', 4, 32, read_temporal, 3237),
     ('tiq', 4, 32, read_temporal, 2000),
   )
@@ -778,7 +872,7 @@ def draw_shots(
     RecordError: too few items for the examples and one question.
   """
   num_shots = TASKS[name].num_shots
-  if num_shots == 0 or name == 'truthful_qa':
+  if num_shots == 0 or name in _TRUTHFUL_TASKS:
     return [], list(items)
   group_of = [item.group or str(i) for i, item in enumerate(items)]
   order = list(range(len(items)))
@@ -816,7 +910,7 @@ def prompt(
   if prompt_type in _PREFIX_OF:
     return _PREFIX_OF[prompt_type] + item.context
   parts = [task.instruction] if task.instruction else []
-  if name == 'truthful_qa':
+  if name in _TRUTHFUL_TASKS:
     parts = parts if 'instruction' in prompt_type else []
     if 'QA' in prompt_type:
       parts += [f'Q: {q}\nA: {a}' for q, a in TRUTHFUL_EXAMPLES]

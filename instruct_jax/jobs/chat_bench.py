@@ -1,0 +1,375 @@
+"""AlpacaEval 2, MT-Bench and Arena-Hard (`evals.chat_benchmarks`).
+
+questions -> answers of each model -> a judge behind an OpenAI-compatible URL ->
+figures. A stage that was stopped continues: answers are kept once a model has
+finished, and the judge's replies one by one.
+"""
+
+import json
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from instruct_jax import asking, files, model_fns, model_folder, queries
+from instruct_jax.data import loader, records
+from instruct_jax.evals import chat_benchmarks, chat_judge, endpoint, report
+from instruct_jax.infra import run as run_lib
+from instruct_jax.infra import sharding
+from instruct_jax.models.config import check_stage
+
+PROCESSES = 'one'
+
+_RECORDED = ('.json', '.jsonl', '.json.gz', '.jsonl.gz')
+
+
+def is_recorded(source: str) -> bool:
+  """Whether it is a file of answers, not a model."""
+  return source.endswith(_RECORDED)
+
+
+def baseline_of(config: ConfigDict) -> tuple[str, str]:
+  """(name, file) of the baseline; ('', '') without one."""
+  found = model_folder.named_folders(config.baseline, 'baseline')
+  if len(found) > 1:
+    raise ValueError(f'baseline must be one NAME=FILE: {config.baseline!r}')
+  return next(iter(found.items()), ('', ''))
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks the config. ValueError names the key."""
+  check_stage(config)
+  if config.benchmark not in chat_benchmarks.BENCHMARKS:
+    raise ValueError(
+      f'benchmark must be one of {", ".join(chat_benchmarks.BENCHMARKS)}: '
+      f'{config.benchmark!r}'
+    )
+  models = model_folder.named_folders(config.models)
+  if not models:
+    raise ValueError('models is empty; give NAME=FOLDER of at least one policy')
+  for key in ('questions', 'judge_layout'):
+    if not config[key]:
+      raise ValueError(f'{key} is empty; give the file of {config.benchmark}')
+  name, _ = baseline_of(config)
+  if not name and config.benchmark != 'mt_bench':
+    raise ValueError(f'baseline is empty; {config.benchmark} compares with one')
+  if name in models:
+    raise ValueError(f'{name!r} is in both models and baseline')
+  for key in ('num_questions', 'num_bootstrap'):
+    if config[key] < (key == 'num_bootstrap'):
+      raise ValueError(f'{key} is too low: {config[key]}')
+  if not config.endpoint.model:
+    raise ValueError('endpoint.model is empty; name the judge')
+  endpoint.check(config.endpoint, 'endpoint')
+  chat_judge.read_body(config.endpoint.body)
+  ours = [
+    source
+    for source in models.values()
+    if not is_recorded(source) and not model_folder.is_published(source)
+  ]
+  if ours and not config.tokenizer:
+    raise ValueError(f'tokenizer is empty; give the folder for {ours[0]}')
+
+
+def inputs(config: ConfigDict) -> dict[str, str]:
+  """What this stage reads, by config key."""
+  keys = ('tokenizer', 'questions', 'judge_layout', 'references', 'gamed')
+  found = {key: config[key] for key in keys if config[key]}
+  for name, source in model_folder.named_folders(config.models).items():
+    found[f'models.{name}'] = source
+  name, path = baseline_of(config)
+  return found | ({f'baseline.{name}': path} if name else {})
+
+
+# --- Answers ------------------------------------------------------------------
+
+
+def sample_answers(config: ConfigDict, name: str, source: str, questions, mesh):
+  """(answers, how many turns got none since the prompt is too long).
+
+  A later turn sees the earlier ones with the model's answers.
+  """
+  tokenizer = queries.tokenizer_of(source, config.tokenizer, chat=True)
+  policy = queries.load_policy(
+    source, tokenizer, mesh, compute_dtype=config.compute_dtype
+  )
+  model_fns.check_context(
+    policy,
+    config.prompt_length + config.response_length,
+    'prompt_length + response_length',
+  )
+  settings = ConfigDict(config.to_dict())
+  answers = {question.id: () for question in questions}
+  num_missing = 0
+  for turn in range(max(len(question.turns) for question in questions)):
+    groups = {}
+    for place, question in enumerate(questions):
+      if turn < len(question.turns):
+        heat = config.temperature
+        if heat is None:
+          heat = chat_benchmarks.temperature(
+            config.benchmark, question.category
+          )
+        prompt = _prompt(str(place), question, answers[question.id])
+        groups.setdefault(heat, []).append((question.id, prompt))
+    for heat, several in groups.items():
+      settings.temperature = heat
+      prompts = [prompt for _, prompt in several]
+      ids, _ = loader.encode_prompts(prompts, tokenizer)
+      fits = [x is not None and len(x) <= config.prompt_length for x in ids]
+      found = {}
+      if any(fits):
+        label = f'{name}, turn {turn + 1}, temperature {heat}'
+        sampled = asking.sample(
+          settings, label, policy, prompts, tokenizer, mesh, 1
+        )
+        found = {answer.prompt_id: answer.response for answer in sampled}
+      for key, prompt in several:
+        num_missing += prompt.id not in found
+        text = found.get(prompt.id, '').strip()
+        answers[key] = (*answers[key], text)
+    if num_missing == len(questions):
+      raise ValueError(
+        f'{name}: none of {len(questions)} questions fits prompt_length '
+        f'({config.prompt_length} tokens)'
+      )
+  return answers, num_missing
+
+
+def _prompt(place, question, answered) -> records.Prompt:
+  """The question's next turn after its answered ones."""
+  turns = []
+  for asked, answer in zip(question.turns, answered, strict=False):
+    turns.append(records.Turn('user', asked))
+    turns.append(records.Turn('assistant', answer))
+  turns.append(records.Turn('user', question.turns[len(answered)]))
+  text = f'{question.turns[0]}\n\n'
+  if answered:
+    text = records.text_of_turns(turns)
+  return records.Prompt(place, text, '', question.category, {}, tuple(turns))
+
+
+def _folder(config, workdir: epath.Path, model: str) -> epath.Path:
+  """The file of a model's answers."""
+  if config.benchmark == 'alpaca_eval':
+    return workdir / 'results' / model / 'model_outputs.json'
+  return workdir / 'model_answer' / f'{model}.jsonl'
+
+
+def _write(path: epath.Path, rows) -> None:
+  """A JSON list or JSONL, by the name."""
+  if path.name.endswith('.json'):
+    text = json.dumps(rows, indent=2, ensure_ascii=False) + '\n'
+    files.write_bytes(path, text.encode())
+  else:
+    files.write_bytes(path, chat_benchmarks.to_lines(rows))
+
+
+def answers_of(config: ConfigDict, workdir: epath.Path, questions):
+  """Model -> answers, and model -> turns without one; writes them."""
+  found, missing, mesh = {}, {}, None
+  for name, source in model_folder.named_folders(config.models).items():
+    path = _folder(config, workdir, name)
+    if is_recorded(source) or path.exists():
+      given = source if is_recorded(source) else path
+      found[name] = chat_benchmarks.read_answers(
+        config.benchmark, given, questions
+      )
+    else:
+      mesh = mesh or sharding.make_mesh(config.mesh)
+      with sharding.use_mesh(mesh):
+        found[name], missing[name] = sample_answers(
+          config, name, source, questions, mesh
+        )
+    rows = chat_benchmarks.answer_rows(
+      config.benchmark, name, questions, found[name]
+    )
+    _write(path, rows)
+  return found, missing
+
+
+# --- The judge ----------------------------------------------------------------
+
+
+def body_of(config: ConfigDict, request: chat_benchmarks.Request):
+  """The judge's request."""
+  body = {
+    'model': config.endpoint.model,
+    'messages': request.messages,
+    'temperature': 0,
+    'max_tokens': config.endpoint.max_tokens,
+  }
+  if config.benchmark == 'alpaca_eval':
+    body |= {'logprobs': True, 'top_logprobs': 5}
+  body |= chat_judge.read_body(config.endpoint.body)
+  return {key: value for key, value in body.items() if value is not None}
+
+
+def make_requests(config, layout, model, questions, answers, baseline, given):
+  """The judge's requests about one model."""
+  if config.benchmark == 'alpaca_eval':
+    return chat_benchmarks.alpaca_requests(
+      layout, model, questions, answers, baseline, config.seed
+    )
+  if config.benchmark == 'mt_bench':
+    return chat_benchmarks.mt_requests(
+      layout, model, questions, answers, given, baseline
+    )
+  return chat_benchmarks.arena_requests(
+    layout, model, questions, answers, baseline
+  )
+
+
+def judge(config, service, layout, requests, baseline: str, progress):
+  """Rows of upstream's file for the requests about one model."""
+  name = config.endpoint.model
+  read = {
+    'alpaca_eval': chat_benchmarks.read_alpaca,
+    'mt_bench': (
+      chat_benchmarks.read_winner if baseline else chat_benchmarks.read_grade
+    ),
+    'arena_hard': lambda reply: chat_benchmarks.read_label(
+      reply, layout['patterns']
+    ),
+  }[config.benchmark]
+  bodies = [body_of(config, request) for request in requests]
+  values = service.ask(bodies, read, progress)
+  texts = [
+    chat_judge.shown_content(several[-1]) for several in service.replies(bodies)
+  ]
+  if config.benchmark == 'alpaca_eval':
+    return chat_benchmarks.alpaca_rows(requests, values, texts, baseline, name)
+  make = chat_benchmarks.arena_rows
+  if config.benchmark == 'mt_bench':
+    make = chat_benchmarks.mt_rows
+  return make(requests, values, texts, name, baseline or None)
+
+
+def measure(config, requests, rows, gamed):
+  """The figures of one model."""
+  if config.benchmark == 'alpaca_eval':
+    return chat_benchmarks.measure_alpaca(
+      requests, rows, gamed, config.num_bootstrap
+    )
+  if config.benchmark == 'mt_bench':
+    return chat_benchmarks.measure_mt(requests, rows, config.num_bootstrap)
+  return chat_benchmarks.measure_arena(rows, config.num_bootstrap)
+
+
+def run(config: ConfigDict, workdir: epath.Path) -> dict[str, int]:
+  """Answers, judgements and figures; writes the files that the config lists.
+
+  Returns:
+    Numbers of questions and of the judge's requests.
+
+  Raises:
+    ValueError: a bad file, or a judge of whom nothing could be read.
+    endpoint.EndpointError: the judge does not answer.
+  """
+  validate(config)
+  name = config.benchmark
+  questions = chat_benchmarks.read_questions(name, config.questions)
+  questions = questions[: config.num_questions or None]
+  layout = chat_benchmarks.read_layout(name, config.judge_layout)
+  gamed = chat_benchmarks.read_gamed(config.gamed) if config.gamed else None
+  baseline, path = baseline_of(config)
+  theirs = None
+  if baseline:
+    theirs = chat_benchmarks.read_answers(name, path, questions)
+  given = {}
+  if config.references:
+    # Only some questions have one.
+    given = chat_benchmarks.read_answers(
+      name,
+      config.references,
+      [q for q in questions if chat_benchmarks.needs_reference(q)],
+    )
+  answers, missing = answers_of(config, workdir, questions)
+  asked = {
+    model: make_requests(config, layout, model, questions, found, theirs, given)
+    for model, found in answers.items()
+  }
+  service = endpoint.Endpoint(
+    endpoint.Settings.of(config.endpoint), workdir / 'journal.jsonl'
+  )
+  judged, total = {}, sum(map(len, asked.values()))
+  with run_lib.Progress('judge', total, unit='requests') as progress:
+    for model, requests in asked.items():
+      judged[model] = judge(
+        config, service, layout, requests, baseline, progress.update
+      )
+  _write_judgements(config, workdir, judged)
+  figures = {
+    model: measure(config, asked[model], rows, gamed)
+    for model, rows in judged.items()
+  }
+  _write_results(config, workdir, questions, figures, missing, service)
+  return {'num_questions': len(questions), 'num_requests': total}
+
+
+def _write_judgements(config, workdir, judged) -> None:
+  """Into the folders where upstream's tools look."""
+  judge_name = config.endpoint.model.replace('/', '_')
+  if config.benchmark == 'mt_bench':
+    form = 'pair' if config.baseline else 'single'
+    rows = [row for rows in judged.values() for row in rows]
+    path = workdir / 'model_judgment' / f'{judge_name}_{form}.jsonl'
+    _write(path, rows)
+    return
+  for model, rows in judged.items():
+    if config.benchmark == 'alpaca_eval':
+      folder = workdir / 'results' / model / judge_name
+      _write(folder / 'annotations.json', rows)
+    else:
+      folder = workdir / 'model_judgment' / judge_name
+      _write(folder / f'{model}.jsonl', rows)
+
+
+def _write_results(config, workdir, questions, figures, missing, service):
+  """Writes chat_bench.json and chat_bench.md."""
+  baseline, path = baseline_of(config)
+  result = {
+    'benchmark': config.benchmark,
+    'questions': len(questions),
+    'judge': f'{config.endpoint.model} at {config.endpoint.url}',
+    'baseline': {'name': baseline, 'file': path} if baseline else None,
+    'models': model_folder.named_folders(config.models),
+    'figures': figures,
+    'turns without an answer': missing,
+    'requests': vars(service.counts),
+  }
+  text = json.dumps(report.plain_json(result), indent=2, allow_nan=False)
+  files.write_bytes(workdir / 'chat_bench.json', (text + '\n').encode())
+  columns = list(dict.fromkeys(key for row in figures.values() for key in row))
+  lines = [
+    f'# {config.benchmark}',
+    '',
+    f'{len(questions):,} questions. The judge is a model, no person: '
+    f'{report.escape(config.endpoint.model)}. '
+    + (f'Baseline: {report.escape(baseline)}. ' if baseline else '')
+    + 'Intervals are 95 %, redrawing questions. Unread: judgements of which no '
+    'verdict could be read; they count nowhere.',
+    '',
+    *report.table(
+      ['', *map(report.escape, columns)],
+      [
+        [
+          report.escape(model),
+          *(report.cell(row[key]) if key in row else '–' for key in columns),
+        ]
+        for model, row in figures.items()
+      ],
+    ),
+  ]
+  if config.benchmark == 'alpaca_eval' and not config.gamed:
+    lines.append(
+      'The length-controlled win rate needs `gamed`, the file df_gamed.csv.'
+    )
+  lines += [
+    f'- {report.escape(model)}: {number:,} turns without an answer, because '
+    'the prompt is too long.'
+    for model, number in missing.items()
+    if number
+  ]
+  text = '\n'.join(lines).rstrip() + '\n'
+  files.write_bytes(workdir / 'chat_bench.md', text.encode())
+  print((workdir / 'chat_bench.md').as_posix(), flush=True)

@@ -1,0 +1,459 @@
+"""Reward models on benchmarks and preference test sets (`evals.reward_bench`).
+
+Every model scores the same items: those with an answer too long for one of them
+are left out, and counted. Answer length and word counts are scored beside.
+"""
+
+import json
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from instruct_jax import files, model_folder, queries
+from instruct_jax.data import loader, records
+from instruct_jax.evals import baselines, plots, report, reward_bench
+from instruct_jax.infra import run as run_lib
+from instruct_jax.infra import sharding
+from instruct_jax.models.config import check_stage
+
+PROCESSES = 'all'
+
+LENGTH, WORDS, LONGER = 'length', 'bag of words', 'longer is better'
+# The scorers that are no model.
+BASELINES = (LONGER, LENGTH, WORDS)
+# Shortest rows, in tokens; longer ones are filled up to doublings of it, so
+# that few programs are compiled and little is padding.
+SHORTEST = 64
+
+
+def named_sets(text: str) -> dict[str, tuple[str, str]]:
+  """'FORMAT:PATH,NAME=FORMAT:PATH' as name -> (format, path).
+
+  Raises:
+    ValueError: a part of another form, an unknown format, a repeated name.
+  """
+  found = {}
+  for part in filter(None, text.split(',')):
+    # A path may hold both separators.
+    head, colon, path = part.partition(':')
+    name, _, kind = head.rpartition('=')
+    name = name or kind
+    if not (colon and kind and path) or name in found:
+      raise ValueError(
+        'sets must be FORMAT:PATH or NAME=FORMAT:PATH, separated by commas, '
+        f'with distinct names: {part!r}'
+      )
+    reward_bench.check_format(kind)
+    found[name] = kind, path
+  return found
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks the config. ValueError names the key."""
+  check_stage(config)
+  models = model_folder.named_folders(config.models)
+  if not models:
+    raise ValueError('models is empty; give NAME=FOLDER of a reward model')
+  taken = [name for name in models if name in BASELINES]
+  if taken:
+    raise ValueError(
+      f'models: {taken[0]!r} is the name of a baseline; choose another'
+    )
+  if not named_sets(config.sets):
+    raise ValueError('sets is empty; give FORMAT:PATH of at least one test set')
+  if config.max_length < 0 or config.num_bootstrap < 1:
+    raise ValueError(
+      'max_length must not be negative and num_bootstrap at least 1: '
+      f'{config.max_length}, {config.num_bootstrap}'
+    )
+  ours = [x for x in models.values() if not model_folder.is_published(x)]
+  if ours and not config.tokenizer:
+    raise ValueError(f'tokenizer is empty; give the folder for {ours[0]}')
+
+
+def inputs(config: ConfigDict) -> dict[str, str]:
+  """What this stage reads, by config key."""
+  keys = ('tokenizer', 'comparisons')
+  found = {key: config[key] for key in keys if config[key]}
+  for name, folder in model_folder.named_folders(config.models).items():
+    found[f'models.{name}'] = folder
+  for name, (_, path) in named_sets(config.sets).items():
+    found[f'sets.{name}'] = path
+  return found
+
+
+# --- Scores -------------------------------------------------------------------
+
+
+def fitting(
+  config: ConfigDict,
+  folder: str,
+  comparisons: Sequence[records.Comparison],
+) -> np.ndarray:
+  """Whether a model reads all answers of each item [N]; no weights are read."""
+  tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
+  limit = model_folder.shape_of(folder).context_length
+  limit = min(limit, config.max_length or limit)
+  kept = loader.fitting_comparisons(comparisons, tokenizer, limit)
+  kept = set(map(id, kept))
+  return np.array([id(comparison) in kept for comparison in comparisons])
+
+
+def model_scores(
+  config: ConfigDict,
+  folder: str,
+  comparisons: Sequence[records.Comparison],
+  mesh: jax.sharding.Mesh,
+) -> tuple[list[np.ndarray], str]:
+  """A reward model's scores of the completions of each item, and what it reads.
+
+  Rows of about the same length are scored together.
+  """
+  tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
+  model = model_folder.load(
+    folder, 'scalar', mesh, tokenizer, compute_dtype=config.compute_dtype
+  )
+  prompts, answers, _ = loader.comparison_ids(comparisons, tokenizer)
+  rows = [
+    (prompt, ids)
+    for prompt, found in zip(prompts, answers, strict=True)
+    for ids in found
+  ]
+  lengths = np.array([len(prompt) + len(ids) for prompt, ids in rows])
+  groups = np.ceil(np.log2(np.maximum(lengths, SHORTEST))).astype(int)
+  scores = np.zeros(len(rows))
+  with run_lib.Progress(
+    f'score {folder}', len(rows), unit='answers'
+  ) as progress:
+    for group in np.unique(groups):
+      places = np.flatnonzero(groups == group)
+      scores[places] = queries.score_answers(
+        model,
+        *zip(*(rows[place] for place in places), strict=True),
+        tokenizer.pad_id,
+        config.batch_size,
+        mesh,
+      )
+      progress.update(len(places))
+  ends = np.cumsum([len(found) for found in answers])
+  return np.split(scores, ends[:-1]), tokenizer.describe()
+
+
+def baseline_scores(
+  comparisons: Sequence[records.Comparison],
+  train: Sequence[records.Comparison] | None,
+) -> tuple[dict[str, list[np.ndarray]], list[str]]:
+  """Scores of judges without a model, and why one is left out.
+
+  Args:
+    comparisons: to score.
+    train: what they learn from; None is folds of the items themselves.
+  """
+  fits = {
+    LENGTH: baselines.fit_length,
+    WORDS: baselines.fit_chosen_bag_of_words,
+  }
+  found, problems = {LONGER: baselines.LengthJudge(1).scores(comparisons)}, []
+  for name, fit_fn in fits.items():
+    try:
+      if train is None:
+        found[name] = baselines.cross_fitted(fit_fn, comparisons)
+      else:
+        found[name] = fit_fn(train).scores(comparisons)
+    except ValueError as error:
+      problems.append(f'{name} is left out: {error}')
+  return found, problems
+
+
+# --- The stage ----------------------------------------------------------------
+
+
+def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
+  """Scores and measures; writes the files that the config lists.
+
+  Returns:
+    'SET MODEL' -> score.
+
+  Raises:
+    ValueError: a bad file, or a set of which no item fits the models.
+  """
+  validate(config)
+  models = model_folder.named_folders(config.models)
+  sets = {
+    name: reward_bench.read(kind, path, config.dialogue)
+    for name, (kind, path) in named_sets(config.sets).items()
+  }
+  train = None
+  if config.comparisons:
+    train = records.read_jsonl(config.comparisons, records.Comparison)
+    records.check_labels(train, config.comparisons)
+  given, left_out = {}, {}
+  for name, benchmark in sets.items():
+    given[name], left_out[name] = len(benchmark.comparisons), {}
+    keeps = np.ones(given[name], bool)
+    for model, folder in models.items():
+      fits = fitting(config, folder, benchmark.comparisons)
+      keeps &= fits
+      left_out[name][model] = int((~fits).sum())
+    benchmark.comparisons = [
+      benchmark.comparisons[place] for place in np.flatnonzero(keeps)
+    ]
+    number = given[name] - len(benchmark.comparisons)
+    limit = 'max_length or the context of some model'
+    run_lib.say_left_out(
+      config.name, number, given[name], f'items of {name}', limit
+    )
+    if not benchmark.comparisons:
+      raise ValueError(
+        f'sets: none of {given[name]} items of {name} fits {limit}; '
+        f'too long by model: {left_out[name]}'
+      )
+
+  mesh = sharding.make_mesh(config.mesh)
+  scores, reads = {name: {} for name in sets}, {}
+  for model, folder in models.items():
+    items = [c for each in sets.values() for c in each.comparisons]
+    with sharding.use_mesh(mesh):
+      found, reads[model] = model_scores(config, folder, items, mesh)
+    found = iter(found)
+    for name, benchmark in sets.items():
+      scores[name][model] = [next(found) for _ in benchmark.comparisons]
+  notes = {}
+  for name, benchmark in sets.items():
+    found, notes[name] = baseline_scores(benchmark.comparisons, train)
+    scores[name] |= found
+
+  measured = {
+    name: {
+      scorer: reward_bench.measure(
+        benchmark, rows, config.num_bootstrap, config.seed + number
+      )
+      for scorer, rows in scores[name].items()
+    }
+    for number, (name, benchmark) in enumerate(sets.items())
+  }
+  about = {
+    name: {
+      'format': benchmark.format,
+      'path': named_sets(config.sets)[name][1],
+      'items': len(benchmark.comparisons),
+      'given': given[name],
+      'too long, by model': left_out[name],
+      'skipped': dict(benchmark.skipped),
+      'missing subsets': reward_bench.missing(benchmark),
+      'notes': notes[name],
+    }
+    for name, benchmark in sets.items()
+  }
+  if jax.process_index() == 0:
+    write_scores(workdir, sets, scores)
+    write_results(config, workdir, measured, about, reads)
+  return {
+    f'{name} {scorer}': found.score.mean
+    for name, by_scorer in measured.items()
+    for scorer, found in by_scorer.items()
+  }
+
+
+def write_scores(workdir: epath.Path, sets, scores) -> None:
+  """Writes a JSONL file a scorer: set, subset, id, ranks and scores."""
+  lines = {}
+  for name, benchmark in sets.items():
+    for scorer, rows in scores[name].items():
+      for item, row in zip(benchmark.comparisons, rows, strict=True):
+        about = {'set': name, 'subset': item.category, 'id': item.id}
+        about |= {'ranks': item.ranks, 'scores': np.asarray(row).tolist()}
+        lines.setdefault(scorer, []).append(json.dumps(about))
+  for scorer, found in lines.items():
+    path = workdir / 'scores' / f'{scorer.replace(" ", "_")}.jsonl'
+    files.write_bytes(path, ('\n'.join(found) + '\n').encode())
+
+
+def combined_score(measured, about):
+  """Scorer -> RewardBench's score with the prior sets, if both were asked."""
+  names = {about[name]['format']: name for name in measured}
+  if not {'rewardbench', 'prior_sets'} <= set(names):
+    return {}
+  bench, prior = (measured[names[x]] for x in ('rewardbench', 'prior_sets'))
+  return {
+    scorer: reward_bench.with_prior_sets(bench[scorer], prior[scorer])
+    for scorer in bench
+    if scorer in prior
+  }
+
+
+def _intervals(estimates):
+  return {name: each.interval() for name, each in estimates.items()}
+
+
+def write_results(config, workdir, measured, about, reads) -> None:
+  """Writes reward_bench.json, .png and .md."""
+  combined = combined_score(measured, about)
+  result = {
+    'models': model_folder.named_folders(config.models),
+    'reads': reads,
+    'baselines learn from': config.comparisons or 'folds of each set',
+    'sets': about,
+    'accuracy': {
+      name: {
+        scorer: {
+          'subsets': _intervals(found.subsets),
+          'summary': _intervals(found.summary),
+          'ties': _intervals(found.parts),
+          'matrices': found.matrices,
+          'items': {
+            subset: each.num_items for subset, each in found.subsets.items()
+          },
+        }
+        for scorer, found in by_scorer.items()
+      }
+      for name, by_scorer in measured.items()
+    },
+    'rewardbench with prior sets': _intervals(combined),
+  }
+  text = json.dumps(report.plain_json(result), indent=2, allow_nan=False)
+  files.write_bytes(workdir / 'reward_bench.json', (text + '\n').encode())
+  panels, chances = {}, {}
+  for name, by_scorer in measured.items():
+    rows = _rows_of(by_scorer)
+    title = f'{name} ({about[name]["items"]:,} items)'
+    panels[title] = {
+      row: {scorer: each.interval() for scorer, each in cells.items()}
+      for row, cells in rows.items()
+    }
+    chances[title] = 0.25 if about[name]['format'] == 'rewardbench2' else 0.5
+  files.write_bytes(
+    workdir / 'reward_bench.png', plots.reward_bench(panels, chances)
+  )
+  lines = [
+    '# Reward models on test sets',
+    '',
+    'Accuracy with 95 % intervals that redraw prompts. Baselines: longer is '
+    'better; length, whose direction was learned; word counts '
+    '(Bradley–Terry). They learned from '
+    + (
+      report.escape(config.comparisons)
+      if config.comparisons
+      else 'the other four of five folds of each set'
+    )
+    + '. RewardBench and RM-Bench count equal scores as wrong.',
+    '',
+    *(
+      f'- {report.escape(model)} reads {report.escape(found)}.'
+      for model, found in reads.items()
+    ),
+    '',
+    '![Accuracies](reward_bench.png)',
+    '',
+  ]
+  scorers = list(
+    dict.fromkeys(name for found in measured.values() for name in found)
+  )
+  head = ['', *map(report.escape, scorers)]
+  rows = [
+    _table_row(
+      name, {s: found.score for s, found in by_scorer.items()}, scorers
+    )
+    for name, by_scorer in measured.items()
+  ]
+  if combined:
+    rows.append(_table_row('RewardBench with prior sets', combined, scorers))
+  lines += report.table(head, rows)
+  for name, by_scorer in measured.items():
+    lines += _set_lines(name, by_scorer, about[name])
+  text = '\n'.join(lines).rstrip() + '\n'
+  files.write_bytes(workdir / 'reward_bench.md', text.encode())
+  print((workdir / 'reward_bench.md').as_posix(), flush=True)
+
+
+def _rows_of(by_scorer):
+  """Row -> scorer -> estimate: the summary, the score first, then subsets."""
+  rows = {}
+  for scorer, found in by_scorer.items():
+    summary = dict(reversed(found.summary.items()))
+    subsets = {
+      name: each
+      for name, each in found.subsets.items()
+      # A set without subsets has one without a name.
+      if name and len(found.subsets) > 1
+    }
+    for row, each in (summary | subsets).items():
+      rows.setdefault(row, {})[scorer] = each
+  return rows
+
+
+def _table_row(title, estimates, scorers):
+  cells = [
+    report.cell(estimates[name].interval()) if name in estimates else '–'
+    for name in scorers
+  ]
+  return [report.escape(title), *cells]
+
+
+def _set_lines(name, by_scorer, about):
+  """Lines of Markdown about one set."""
+  counts = [f'{about["items"]:,} of {about["given"]:,} items']
+  counts += [
+    f'{number:,} too long for {model}'
+    for model, number in about['too long, by model'].items()
+    if number
+  ]
+  counts += [f'{number:,} {why}' for why, number in about['skipped'].items()]
+  lines = [
+    f'## {report.escape(name)}',
+    '',
+    report.escape(f'{about["format"]}: {about["path"]}. {"; ".join(counts)}.'),
+    '',
+  ]
+  remarks = list(about['notes'])
+  if about['missing subsets']:
+    remarks.append(
+      'The file lacks subsets, so sections and score are those of the others: '
+      f'{", ".join(about["missing subsets"])}'
+    )
+  lines += [f'- {report.escape(remark)}.' for remark in remarks]
+  lines += [''] * bool(remarks)
+  scorers = list(by_scorer)
+  first = by_scorer[scorers[0]]
+  rows = []
+  for title, estimates in _rows_of(by_scorer).items():
+    number = (first.summary | first.subsets)[title].num_items
+    row = _table_row(title, estimates, scorers)
+    rows.append([row[0], f'{number:,}', *row[1:]])
+  lines += report.table(['', 'items', *map(report.escape, scorers)], rows)
+  if first.parts:
+    lines += ['The parts of the score of Ties:', '']
+    lines += report.table(
+      ['', *map(report.escape, scorers)],
+      [
+        _table_row(
+          part, {s: by_scorer[s].parts[part] for s in scorers}, scorers
+        )
+        for part in first.parts
+      ],
+    )
+  for scorer, found in by_scorer.items():
+    if found.matrices:
+      lines += _matrix_lines(scorer, found.matrices)
+  return lines
+
+
+def _matrix_lines(scorer, matrices):
+  """RM-Bench's matrix of styles, the mean over domains."""
+  mean = np.mean([*matrices.values()], axis=0)
+  styles = reward_bench.STYLES
+  return [
+    f'{report.escape(scorer)}: share in which the right answer (rows) scores '
+    'higher than the wrong one (columns), by style, the mean over domains:',
+    '',
+    *report.table(
+      ['', *styles],
+      [
+        [style, *map(report.cell, row)]
+        for style, row in zip(styles, mean, strict=True)
+      ],
+    ),
+  ]
