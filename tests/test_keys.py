@@ -96,6 +96,7 @@ FREE = {
   *('date', 'labels', 'lengths', 'preferences', 'prepare', 'score_fn'),
   *('sft_model', 'template', 'test_preferences', 'valid_labels'),
   'xla_flags',
+  'loggers',  # Of the run, not of a stage; test_infra_logger.py.
 }
 
 

@@ -90,6 +90,7 @@ RULES = [
   Rule('gcloud|bash tpu_setup.sh|until ', 'skip', 'a TPU slice and a bucket'),
   Rule('.*lm_eval_adapter|pip install -e', 'skip', 'torch and the network'),
   Rule(f'.*{MAIN}plan.py|for plan in', 'skip', 'the TPU compiler'),
+  Rule('WANDB_MODE=', 'skip', 'extras; tests/test_infra_logger.py does it'),
   Rule('xprof', 'skip', 'a program that is none of the requirements'),
   # `pip` stands for itself: it looks whether the files are there.
   Rule('pip install [^&]*$|export |cp |\\$EDITOR', is_quick=True),
