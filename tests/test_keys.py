@@ -95,6 +95,7 @@ FREE = {
   *('valid_demonstrations', 'valid_documents', 'valid_prompts', 'workdir'),
   *('date', 'labels', 'lengths', 'preferences', 'prepare', 'score_fn'),
   *('sft_model', 'template', 'test_preferences', 'valid_labels'),
+  *('base_model', 'datasets', 'license', 'push_to'),
   'xla_flags',
   'loggers',  # Of the run, not of a stage; test_infra_logger.py.
 }
