@@ -3,12 +3,13 @@
   python -m instruct_jax.export --checkpoint=MODEL --tokenizer=FOLDER \\
     --output=DIR
 
-DIR gets config.json, safetensors, the tokenizer, generation_config.json and a
-model card. A policy becomes a causal language model; a reward model becomes a
-sequence classifier with one label, whose logit plus `score_shift` of
-config.json is the score. --fold_shift adds the shift to the final norm's bias,
-if the family has one: the logit itself is then the score, to rounding, and
-loading the folder no longer gives the same weights bit for bit.
+DIR gets config.json, safetensors, the tokenizer, generation_config.json, the
+chat template by which the model was trained, and a model card. A policy becomes
+a causal language model; a reward model becomes a sequence classifier with one
+label, whose logit plus `score_shift` of config.json is the score. --fold_shift
+adds the shift to the final norm's bias, if the family has one: the logit itself
+is then the score, to rounding, and loading the folder no longer gives the same
+weights bit for bit.
 
 --push_to=hf:NAME uploads the folder to the Hugging Face Hub, into a private
 repository that must not exist yet; --public makes it visible.
@@ -87,6 +88,7 @@ def export(
     model = dataclasses.replace(model, params=hf.fold_shift(model.params))
   with _whole(files.absolute(output)) as folder:
     tokenizer.save(folder)
+    _write_template(folder, tokenizer)
     if adapters:
       base = model.source
       if not model_folder.is_published(base):
@@ -127,6 +129,20 @@ def _skipped_id(model, tokenizer):
   return tokenizer.pad_id if skipped_id < 0 else skipped_id
 
 
+def _write_template(output, tokenizer):
+  """The chat template for servers; none where prompts are plain text, since
+  the model has not learned the one that its tokenizer came with."""
+  file, others = (
+    output / name for name in ('chat_template.jinja', tokenizer_lib.TEMPLATES)
+  )
+  if template := tokenizer.serving_template():
+    file.write_text(template, 'utf-8')
+  else:
+    file.unlink(missing_ok=True)
+  if tokenizer.template != tokenizer_lib.CHAT and others.exists():
+    others.rmtree()
+
+
 def _describe_tokens(output, model, tokenizer):
   """Adds token ids to config.json and generation_config.json."""
   path = output / 'config.json'
@@ -137,8 +153,10 @@ def _describe_tokens(output, model, tokenizer):
     'pad_token_id': _skipped_id(model, tokenizer),
   }
   path.write_text(json.dumps({**values, **ids}, indent=2) + '\n', 'utf-8')
+  # The policy's own distribution, as it was trained and measured.
+  sampling = {'do_sample': True, 'temperature': 1.0, 'top_k': 0, 'top_p': 1.0}
   (output / 'generation_config.json').write_text(
-    json.dumps({'do_sample': True, **ids}, indent=2) + '\n', 'utf-8'
+    json.dumps({**sampling, **ids}, indent=2) + '\n', 'utf-8'
   )
 
 
@@ -173,14 +191,12 @@ def _card(name, checkpoint_folder, model, tokenizer, facts):
   )
   measured = f'Measured, with 95 % intervals:\n\n{measured}\n' * bool(results)
   # A card may be public, and paths of a machine are nobody's business.
-  about = json.dumps(
-    {
-      key: value
-      for key, value in model.metadata.items()
-      if not isinstance(value, str) or '/' not in value or value[:3] == 'hf:'
-    },
-    indent=2,
-  )
+  about = {
+    key: value
+    for key, value in model.metadata.items()
+    if not isinstance(value, str) or '/' not in value or value[:3] == 'hf:'
+  }
+  about = json.dumps({**about, 'tokenizer': tokenizer.describe()}, indent=2)
   front = _front_matter(name, checkpoint_folder, model, results, facts)
   return (
     f'---\n{front}\n---\n\n# {name}\n\n{use} {what} in float32, written by '
