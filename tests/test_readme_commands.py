@@ -87,7 +87,12 @@ MAIN = 'python -m instruct_jax.main --config=configs/'
 RULES = [
   # What cannot be run here.
   Rule('.*python -m pytest', 'skip', 'the tests themselves'),
-  Rule('gcloud|bash tpu_setup.sh|until ', 'skip', 'a TPU slice and a bucket'),
+  Rule('gcloud|bash tpu_setup.sh', 'skip', 'a TPU slice and a bucket'),
+  Rule(
+    'NAME=ppo|export PROJECT|bash .*/launch/|sbatch',
+    'skip',
+    'clusters; tests/test_infra_launch.py has stand-ins for them',
+  ),
   Rule('.*lm_eval_adapter|pip install -e', 'skip', 'torch and the network'),
   Rule(f'.*{MAIN}plan.py|for plan in', 'skip', 'the TPU compiler'),
   Rule('WANDB_MODE=', 'skip', 'extras; tests/test_infra_logger.py does it'),
