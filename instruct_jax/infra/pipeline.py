@@ -135,7 +135,7 @@ def run_all(
         'process afterwards'
       )
   # A config of one's own may lack the key.
-  loggers = config.get('loggers', '')
+  loggers = config.get('loggers', 'tensorboard')
   run.in_first(lambda: logger.check(loggers))
   run.in_first(lambda: stages.find_missing(found))
   with run.StopSignal(at_once=True) as stop, run.lock_workdir(workdir):
