@@ -69,7 +69,8 @@ class Hub:
   def _create(self, asked):
     name = f'{asked["organization"] or USER}/{asked["name"]}'
     if name in self.repos:
-      return 409, {'error': 'You already created this model repo'}, ''
+      told = {'error': 'You already created this model repo'}
+      return 409, {**told, 'url': f'{self.url}/{name}'}, ''
     self.add(name, asked.get('visibility') == 'private')
     return 200, {'url': f'{self.url}/{name}'}, ''
 

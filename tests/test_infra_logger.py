@@ -15,6 +15,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import time
 
 import jax
 import matplotlib.figure
@@ -170,7 +171,12 @@ def test_parts_of_a_stage_are_runs_of_their_own(workdir, monkeypatch):
 def test_a_service_that_fails_later_is_left_out(workdir, monkeypatch, capsys):
   calls = told(monkeypatch)
 
-  class Broken(logger._TensorBoard):
+  class Broken:
+    package, help = 'jax', ''
+
+    def __init__(self, log, resume_step):
+      pass
+
     def numbers(self, step, values):
       raise RuntimeError('no\nnetwork')
 
@@ -260,40 +266,54 @@ def records_of(folder):
   32 KiB of records, each with a checksum (4 bytes), a length (2) and a type (1
   whole; 2 first, 3 middle, 4 last part).
   """
-  pb2 = importlib.import_module('wandb.proto.wandb_internal_pb2')
   runs = sorted((folder / 'wandb').glob('offline-run-*/run-*.wandb'))
   found = []
   for file in runs:
-    data, position, parts = file.read_bytes(), 7, b''
-    while position < len(data):
-      if 32768 - position % 32768 < 7:
-        position += 32768 - position % 32768
-        continue
-      length = int.from_bytes(data[position + 4 : position + 6], 'little')
-      kind = data[position + 6]
-      parts += data[position + 7 : position + 7 + length]
-      position += 7 + length
-      if kind in (1, 4):
-        found.append(pb2.Record.FromString(parts))
-        parts = b''
+    deadline = time.monotonic() + 60
+    # Another process writes it.
+    while not any(
+      record.HasField('exit')
+      for record in (records := _records(file.read_bytes()))
+    ):
+      assert time.monotonic() < deadline, f'{file} has no end'
+      time.sleep(0.1)
+    found += records
   return len(runs), found
+
+
+def _records(data):
+  pb2 = importlib.import_module('wandb.proto.wandb_internal_pb2')
+  found, position, parts = [], 7, b''
+  while position < len(data):
+    if 32768 - position % 32768 < 7:
+      position += 32768 - position % 32768
+      continue
+    length = int.from_bytes(data[position + 4 : position + 6], 'little')
+    kind = data[position + 6]
+    parts += data[position + 7 : position + 7 + length]
+    position += 7 + length
+    if kind in (1, 4):
+      found.append(pb2.Record.FromString(parts))
+      parts = b''
+  return found
 
 
 def history_of(records):
   """(step, name) -> value of each logged line."""
   found = {}
   for record in records:
-    if record.HasField('history'):
-      items = {
-        item.key or '/'.join(item.nested_key): json.loads(item.value_json)
-        for item in record.history.item
-      }
-      step = items.pop('_step', record.history.step.num)
-      found |= {
-        (step, name): value
-        for name, value in items.items()
-        if not name.startswith('_')
-      }
+    if not record.HasField('history'):
+      continue
+    items = {
+      tuple(item.nested_key) or (item.key,): json.loads(item.value_json)
+      for item in record.history.item
+    }
+    step = items.pop(('_step',), record.history.step.num)
+    for (name, *inner), value in items.items():
+      if inner:
+        found.setdefault((step, name), {})['/'.join(inner)] = value
+      elif not name.startswith('_'):
+        found[step, name] = value
   return found
 
 
