@@ -269,14 +269,13 @@ def records_of(folder):
   runs = sorted((folder / 'wandb').glob('offline-run-*/run-*.wandb'))
   found = []
   for file in runs:
+    # Another process writes it, and the end last.
     deadline = time.monotonic() + 60
-    # Another process writes it.
-    while not any(
-      record.HasField('exit')
-      for record in (records := _records(file.read_bytes()))
-    ):
+    records = _records(file.read_bytes())
+    while not any(record.HasField('exit') for record in records):
       assert time.monotonic() < deadline, f'{file} has no end'
       time.sleep(0.1)
+      records = _records(file.read_bytes())
     found += records
   return len(runs), found
 
