@@ -6,9 +6,14 @@
 #   whole pod:   gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all \
 #                  --command='cd instruct_jax && bash tpu_setup.sh'
 #
+# On a queued resource, the same with its node's name. For a spot slice that may
+# be taken away, instruct_jax/infra/launch/tpu_spot.sh asks for one, runs this
+# file and then a command, and asks for the next slice when it has to.
+#
 # The repository must lie on every worker, in the same place (git clone with
 # --worker=all first). VENV: another folder for the environment. WAIT: seconds
-# that the check waits for workers that install more slowly (600).
+# that the check waits for workers that install more slowly (600). PAUSE: seconds
+# before the package index is asked again (20), three times.
 #
 # When it fails:
 #   no Python 3.11      the line that it prints installs one; then run it again
@@ -23,6 +28,18 @@ set -euo pipefail
 cd "$(dirname "$0")"
 VENV=${VENV:-$HOME/venv-instruct-jax}
 export WAIT=${WAIT:-600}
+PAUSE=${PAUSE:-20}
+
+# A machine that has just begun may not reach the package index yet.
+pip_install() {
+  local try
+  for try in 1 2 3 4; do
+    pip install --quiet "$@" && return
+    [ "$try" = 4 ] || sleep "$PAUSE"
+  done
+  echo "error: $(hostname): pip could not install $*" >&2
+  return 1
+}
 
 python=''
 for candidate in python3.12 python3.11; do
@@ -38,14 +55,14 @@ fi
 "$python" -m venv "$VENV"
 # shellcheck disable=SC1091
 source "$VENV/bin/activate"
-pip install --quiet --upgrade pip
+pip_install --upgrade pip
 # The same jax as everywhere, with the TPU runtime it was released with; gcsfs
 # for work directories and data on gs://.
 jax=$(grep '^jax==' requirements.txt)
-pip install --quiet "${jax/jax==/jax[tpu]==}" -r requirements.txt \
+pip_install "${jax/jax==/jax[tpu]==}" -r requirements.txt \
   -r requirements-gcs.txt \
   -f https://storage.googleapis.com/jax-releases/libtpu_releases.html
-pip install --quiet --no-deps -e .
+pip_install --no-deps -e .
 
 python -m instruct_jax.infra.device_check --backend=tpu --wait="$WAIT"
 echo "Next, on all workers alike: source $VENV/bin/activate"

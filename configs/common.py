@@ -166,6 +166,9 @@ def machine(config: ConfigDict) -> ConfigDict:
   config.mesh = ()  # Devices along data, fsdp, tensor; -1 fills, () chooses.
   config.xla_flags = ''  # Added to XLA_FLAGS before the first device is used.
   config.compilation_cache = '~/.cache/instruct_jax'  # '' switches it off.
+  # Services that show all stages: 'tensorboard', 'wandb', 'trackio', several
+  # with commas between. '' leaves metrics.jsonl, which is always written.
+  config.loggers = 'tensorboard'
   return config
 
 

@@ -154,6 +154,15 @@ def export_stage(seed, workdir):
   config = common.stage('export', 'export_models', seed, workdir)
   config.models = ''  # NAME=FOLDER,NAME=FOLDER.
   config.tokenizer = ''
+  # hf:NAME or hf:OWNER/NAME: each model goes to the Hub as NAME-MODEL. Only
+  # then is anything uploaded, and others see it only if `public`.
+  config.push_to = ''
+  config.public = False
+  # For the cards: names on the Hub with commas between, and its word for the
+  # licence of the models. '' for base_model is a `model` that is on the Hub.
+  config.base_model = ''
+  config.datasets = ''
+  config.license = ''
   return config
 
 
@@ -193,6 +202,9 @@ def wire(config) -> None:
   stages.evaluate.comparisons = 'given=' + stages.reward.get_ref('comparisons')
   stages.evaluate.test_comparisons = 'given=' + data + '/comparisons_test.jsonl'
   stages.export = export_stage(seed, workdir)
+  for key in ('push_to', 'public', 'base_model', 'datasets', 'license'):
+    config[key] = stages.export[key]
+    stages.export[key] = config.get_ref(key)
 
 
 def get_config(preset: str = 'cpu'):

@@ -3,12 +3,16 @@
   python -m instruct_jax.export --checkpoint=MODEL --tokenizer=FOLDER \\
     --output=DIR
 
-DIR gets config.json, safetensors, the tokenizer, generation_config.json and a
-model card. A policy becomes a causal language model; a reward model becomes a
-sequence classifier with one label, whose logit plus `score_shift` of
-config.json is the score. --fold_shift adds the shift to the final norm's bias,
-if the family has one: the logit itself is then the score, to rounding, and
-loading the folder no longer gives the same weights bit for bit.
+DIR gets config.json, safetensors, the tokenizer, generation_config.json, the
+chat template by which the model was trained, and a model card. A policy becomes
+a causal language model; a reward model becomes a sequence classifier with one
+label, whose logit plus `score_shift` of config.json is the score. --fold_shift
+adds the shift to the final norm's bias, if the family has one: the logit itself
+is then the score, to rounding, and loading the folder no longer gives the same
+weights bit for bit.
+
+--push_to=hf:NAME uploads the folder to the Hugging Face Hub, into a private
+repository that must not exist yet; --public makes it visible.
 """
 
 import contextlib
@@ -19,10 +23,27 @@ from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from instruct_jax import command, files, lora, model_folder
+from instruct_jax import command, files, hub, lora, model_folder
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.infra import checkpoint, sharding
+from instruct_jax.infra import checkpoint, origin, sharding
+from instruct_jax.infra import run as run_lib
 from instruct_jax.models import hf
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+  """What the card says and the folder does not know.
+
+  Attributes:
+    base_model: repository on the Hub of the published model that was trained;
+      '' for what the run's config.json names.
+    datasets: repositories on the Hub, with commas between.
+    license: as the Hub spells it, such as apache-2.0.
+  """
+
+  base_model: str = ''
+  datasets: str = ''
+  license: str = ''
 
 
 def export(
@@ -32,6 +53,7 @@ def export(
   *,
   fold_shift: bool = False,
   adapters: bool = False,
+  facts: Facts = Facts(),
 ) -> None:
   """Writes `output`; see the top of this file.
 
@@ -66,6 +88,7 @@ def export(
     model = dataclasses.replace(model, params=hf.fold_shift(model.params))
   with _whole(files.absolute(output)) as folder:
     tokenizer.save(folder)
+    _write_template(folder, tokenizer)
     if adapters:
       base = model.source
       if not model_folder.is_published(base):
@@ -76,7 +99,7 @@ def export(
     else:
       hf.save(folder, model.config, model.params)
       _describe_tokens(folder, model, tokenizer)
-    card = _card(output.name, model, tokenizer)
+    card = _card(output.name, checkpoint_folder, model, tokenizer, facts)
     (folder / 'README.md').write_text(card, 'utf-8')
 
 
@@ -106,6 +129,20 @@ def _skipped_id(model, tokenizer):
   return tokenizer.pad_id if skipped_id < 0 else skipped_id
 
 
+def _write_template(output, tokenizer):
+  """The chat template for servers; none where prompts are plain text, since
+  the model has not learned the one that its tokenizer came with."""
+  file, others = (
+    output / name for name in ('chat_template.jinja', tokenizer_lib.TEMPLATES)
+  )
+  if template := tokenizer.serving_template():
+    file.write_text(template, 'utf-8')
+  else:
+    file.unlink(missing_ok=True)
+  if tokenizer.template != tokenizer_lib.CHAT and others.exists():
+    others.rmtree()
+
+
 def _describe_tokens(output, model, tokenizer):
   """Adds token ids to config.json and generation_config.json."""
   path = output / 'config.json'
@@ -116,13 +153,18 @@ def _describe_tokens(output, model, tokenizer):
     'pad_token_id': _skipped_id(model, tokenizer),
   }
   path.write_text(json.dumps({**values, **ids}, indent=2) + '\n', 'utf-8')
+  # The policy's own distribution, as it was trained and measured.
+  sampling = {'do_sample': True, 'temperature': 1.0, 'top_k': 0, 'top_p': 1.0}
   (output / 'generation_config.json').write_text(
-    json.dumps({'do_sample': True, **ids}, indent=2) + '\n', 'utf-8'
+    json.dumps({**sampling, **ids}, indent=2) + '\n', 'utf-8'
   )
 
 
-def _card(name, model, tokenizer):
-  """The model card, README.md."""
+# --- The card -----------------------------------------------------------------
+
+
+def _card(name, checkpoint_folder, model, tokenizer, facts):
+  """The model card, README.md, with front matter that the Hub reads."""
   use = 'Language model: sample with temperature 1 and stop at an EOS token.'
   if model.kind == 'scalar':
     use = (
@@ -141,11 +183,127 @@ def _card(name, model, tokenizer):
       f'{lora.num_params(model.params):,} parameters of adapters, to be loaded '
       f'by `peft` on top of their base,'
     )
-  about = json.dumps(model.metadata, indent=2)
-  return (
-    f'# {name}\n\n{use} {what} in float32, written by instruct_jax.\n\n'
-    f'```json\n{about}\n```\n'
+  results = _results(checkpoint_folder, model.kind, facts)
+  measured = ''.join(
+    f'- {each.metric_name}: {each.metric_value:.3f} '
+    f'[{each.metric_args["low"]:.3f}, {each.metric_args["high"]:.3f}]\n'
+    for each in results
   )
+  measured = f'Measured, with 95 % intervals:\n\n{measured}\n' * bool(results)
+  # A card may be public, and paths of a machine are nobody's business.
+  about = {
+    key: value
+    for key, value in model.metadata.items()
+    if not isinstance(value, str) or '/' not in value or value[:3] == 'hf:'
+  }
+  about = json.dumps({**about, 'tokenizer': tokenizer.describe()}, indent=2)
+  front = _front_matter(name, checkpoint_folder, model, results, facts)
+  return (
+    f'---\n{front}\n---\n\n# {name}\n\n{use} {what} in float32, written by '
+    f'instruct_jax.\n\n{measured}```json\n{about}\n```\n'
+  )
+
+
+def _front_matter(name, checkpoint_folder, model, results, facts) -> str:
+  import huggingface_hub
+
+  is_scalar = model.kind == 'scalar'
+  is_adapter = model.config.lora is not None
+  tags = ['instruct_jax', 'rlhf', 'reward-model' if is_scalar else '']
+  base = facts.base_model or base_of(str(checkpoint_folder))
+  return huggingface_hub.ModelCardData(
+    base_model=base or None,
+    datasets=_listed(facts.datasets) or None,
+    license=facts.license or 'unknown',
+    library_name='peft' if is_adapter else 'transformers',
+    pipeline_tag='text-classification' if is_scalar else 'text-generation',
+    tags=[*filter(None, [*tags, model.metadata.get('stage', '')])],
+    metrics=['accuracy'] if is_scalar and results else None,
+    model_name=name,
+    eval_results=results or None,
+  ).to_yaml()
+
+
+def _listed(text):
+  return [part.strip() for part in text.split(',') if part.strip()]
+
+
+def base_of(folder: str) -> str:
+  """The repository on the Hub of the published model behind a model of ours.
+
+  Runs say in config.json what they started from; '' if that is not on the Hub,
+  or if a run started from several.
+  """
+  if folder.startswith('hf:'):
+    name = folder.removeprefix('hf:')
+    return '' if epath.Path(name).is_dir() else name
+  run, stages = origin.stages_of(folder)
+  begins = [stage['init'] for stage in stages.values() if stage.get('init')]
+  for begin in begins[:1]:  # The stage's own.
+    if epath.Path(begin).exists() and not model_folder.is_published(begin):
+      return base_of(begin)
+  named = {base_of(begin) for begin in begins if begin.startswith('hf:')}
+  return named.pop() if len(named) == 1 else ''
+
+
+def _results(checkpoint_folder, kind, facts):
+  """Of the run's evaluation: `huggingface_hub.EvalResult` of this model."""
+  import huggingface_hub
+
+  own = str(files.absolute(checkpoint_folder))
+  run, stages = origin.stages_of(own)
+  evaluation = next(
+    (s for s in stages.values() if s.get('experiment') == 'evaluate'), None
+  )
+  if evaluation is None or not (run / 'summary.json').exists():
+    return []
+  summary = run_lib.read_json(run / 'summary.json')
+  if kind == 'scalar':
+    found = (summary['intervals'].get('reward_model') or {}).get('accuracy')
+    if f'{run}{evaluation["reward_model"]}' != own or not found:
+      return []
+    metric, value = 'accuracy', found['accuracy']
+    title, data = 'Accuracy on pairs', 'held-out rankings of the run'
+  else:
+    folders = ','.join(
+      filter(None, (evaluation[k] for k in ('models', 'other_models')))
+    )
+    names = [
+      name
+      for name, folder in model_folder.named_folders(folders).items()
+      if f'{run}{folder}' == own and name != summary['baseline']
+    ]
+    rows = [summary['everyone'].get(name, {}) for name in names]
+    found = next((row['win rate'] for row in rows if row.get('win rate')), None)
+    if found is None:
+      return []
+    metric, value = 'win_rate', found['rate']
+    title = f'Win rate against {summary["baseline"]}, by {summary["judge"]}'
+    data = 'held-out prompts of the run'
+  return [
+    huggingface_hub.EvalResult(
+      task_type='text-generation'
+      if kind == 'policy'
+      else 'text-classification',
+      dataset_type=(_listed(facts.datasets) or ['preferences'])[0],
+      dataset_name=data,
+      dataset_split='test',
+      metric_type=metric,
+      metric_name=title,
+      metric_value=value,
+      metric_args={'low': found['low'], 'high': found['high']},
+    )
+  ]
+
+
+def _check_base(checkpoint_folder):
+  base = checkpoint.load_metadata(checkpoint_folder).get('base', {})
+  if not base.get('path', '').startswith('hf:'):
+    raise ValueError(
+      f'push_to: the base of the adapters in {checkpoint_folder} is not on the '
+      'Hub, where peft would look for it; leave --adapters out, which merges '
+      'them'
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,15 +319,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
   required('--output', metavar='DIR', help='to write')
   switch('--fold_shift', help="make a reward model's logit its score")
   switch('--adapters', help='write adapters apart from their base, for peft')
+  parser.add_argument('--push_to', metavar='hf:NAME', help='upload it there')
+  switch('--public', help='let everyone see what is uploaded')
+  for name, what in (
+    ('base_model', 'NAME on the Hub that was trained, if the run does not say'),
+    ('datasets', 'NAMES on the Hub that taught it, with commas between'),
+    ('license', 'as the Hub spells it, such as apache-2.0'),
+  ):
+    parser.add_argument(f'--{name}', default='', help=what)
   flags = parser.parse_args(arguments)
+  if flags.public and not flags.push_to:
+    parser.error('--public is about an upload; give --push_to=hf:NAME')
+  if flags.push_to:
+    if files.is_remote(flags.output):
+      parser.error('--push_to needs an --output on a disk')
+    if flags.adapters:
+      _check_base(flags.checkpoint)
+    hub.check_push(flags.push_to, private=not flags.public)
   export(
     flags.checkpoint,
     flags.tokenizer,
     flags.output,
     fold_shift=flags.fold_shift,
     adapters=flags.adapters,
+    facts=Facts(flags.base_model, flags.datasets, flags.license),
   )
   print(flags.output)
+  if flags.push_to:
+    try:
+      print(hub.push(flags.output, flags.push_to, private=not flags.public))
+    except ValueError as error:
+      raise ValueError(
+        f'{error}; {flags.output} is complete, and `hf upload` takes it'
+      ) from error
   return 0
 
 

@@ -1,8 +1,14 @@
-"""Where the files of a published model or tokenizer lie on this machine."""
+"""Models on the Hugging Face Hub: where their files lie here, and pushing."""
 
+import contextlib
+import os
 import pathlib
+import re
+from collections.abc import Iterator
 
-from instruct_jax import files
+from etils import epath
+
+from instruct_jax import command, files
 
 _PATTERNS = ('*.json', '*.jinja', '*.safetensors', '*.txt', '*.model')
 # The same weights once more, in their authors' own format.
@@ -42,6 +48,129 @@ def locate(name: str, patterns: tuple[str, ...] = _PATTERNS) -> pathlib.Path:
   except Exception as error:
     raise ValueError(
       f'hf:{name}: no such folder here, and it does not download '
-      f'({type(error).__name__}: {" ".join(str(error).split())}); give the '
-      'folder of a copy'
+      f'({command.one_line(error)}); give the folder of a copy'
+    ) from error
+
+
+# --- Pushing ------------------------------------------------------------------
+
+# What the Hub says to a request that it refuses, by HTTP status.
+_REFUSED = {
+  401: 'the token is not accepted; log in by `hf auth login`, or mend HF_TOKEN',
+  403: 'the token may not write there; take one with write access',
+  409: 'that name is taken; choose another one',
+}
+
+
+def check_push(target: str, private: bool = True, is_ours: bool = False) -> str:
+  """Asks the Hub whether a model could be pushed, before compute is spent.
+
+  Args:
+    target: hf:NAME, or hf:OWNER/NAME of an organisation.
+    private: whether others must not see it.
+    is_ours: whether this run may have pushed to it before.
+
+  Returns:
+    The repository, OWNER/NAME; it does not exist, is empty or is ours.
+
+  Raises:
+    ValueError: no token or network, a name that is taken or not one's own.
+  """
+  from huggingface_hub import errors
+
+  match = re.fullmatch(r'hf:(?:([\w.-]+)/)?([\w.-]+)', target)
+  if match is None:
+    raise ValueError(f'push_to must be hf:NAME or hf:OWNER/NAME: {target!r}')
+  owner, name = match[1] or '', match[2]
+  api = _api()
+  with _told(target):
+    user = api.whoami()
+    own = [user['name'], *(each['name'] for each in user.get('orgs', ()))]
+    if owner and owner not in own:
+      raise ValueError(
+        f'{owner} is none of {", ".join(own)}, for whom the token is; take '
+        f'hf:{own[0]}/{name}'
+      )
+    repository = f'{owner or own[0]}/{name}'
+    try:
+      found = api.model_info(repository)
+    except errors.RepositoryNotFoundError:
+      return repository
+    holds = {x.rfilename for x in found.siblings or ()} - {'.gitattributes'}
+    if holds and not is_ours:
+      raise ValueError(f'{repository} exists already; choose another name')
+    if private and not found.private:
+      raise ValueError(f'{repository} exists and is public; take another name')
+  return repository
+
+
+def push(
+  folder: epath.PathLike,
+  target: str,
+  private: bool = True,
+  is_ours: bool = False,
+) -> str:
+  """Uploads a folder as one commit, to a repository that it makes.
+
+  Args:
+    folder: of the model; without subfolders if in a store.
+    target, private, is_ours: see `check_push`.
+
+  Returns:
+    The address of the repository.
+
+  Raises:
+    ValueError: see `check_push`; or the Hub refuses the content.
+  """
+  import huggingface_hub
+
+  repository = check_push(target, private, is_ours)
+  place = pathlib.Path(folder)
+  if files.is_remote(folder):
+    place = files.local_folder(folder, ('*',))
+  with _told(target):
+    api = _api()
+    address = api.create_repo(repository, private=private, exist_ok=True)
+    api.create_commit(
+      repository,
+      [
+        huggingface_hub.CommitOperationAdd(
+          path.relative_to(place).as_posix(), path
+        )
+        for path in sorted(place.rglob('*'))
+        if path.is_file()
+      ],
+      commit_message='Model and card',
+    )
+  return str(address)
+
+
+def _api():
+  import huggingface_hub
+
+  # The package reads the variable only as it is imported.
+  return huggingface_hub.HfApi(endpoint=os.environ.get('HF_ENDPOINT'))
+
+
+@contextlib.contextmanager
+def _told(target: str) -> Iterator[None]:
+  """Turns what goes wrong at the Hub into one line."""
+  from huggingface_hub import errors
+
+  try:
+    yield
+  except errors.LocalTokenNotFoundError as error:
+    raise ValueError(
+      f'{target}: there is no token; log in by `hf auth login`, or set HF_TOKEN'
+    ) from error
+  except errors.HfHubHTTPError as error:
+    told = _REFUSED.get(error.response.status_code) or command.one_line(error)
+    raise ValueError(f'{target}: {told}') from error
+  except ValueError as error:
+    raise ValueError(f'{target}: {" ".join(str(error).split())}') from error
+  # No network, a proxy, a broken answer: unrelated exception types.
+  except Exception as error:
+    raise ValueError(
+      f'{target}: the Hub does not answer ({command.one_line(error)}); mend '
+      'the network, or leave push_to out'
     ) from error

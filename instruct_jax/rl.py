@@ -32,7 +32,7 @@ from instruct_jax import (
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals.benchmarks import probe
-from instruct_jax.infra import optimizer, sharding, train_state
+from instruct_jax.infra import logger, optimizer, sharding, train_state
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models import attention, heads
 from instruct_jax.models.config import check_stage, lora_of
@@ -605,9 +605,10 @@ class Outputs:
       self.save(f'snapshots/{done}', params, iteration=done)
 
   def tell_alarms(self, lines: list[dict]) -> None:
-    """Prints new alarms of the lines of metrics.jsonl so far."""
+    """Prints and shows new alarms of the lines of metrics.jsonl so far."""
     for text in self._reporter.new(lines):
       run_lib.say(f'{self._config.name}: alarm: {text}')
+      logger.current().alarm(lines[-1]['step'], text)
 
   def finish(
     self, params: Params, ema: Params, lines: list[dict], data: Data

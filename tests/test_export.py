@@ -5,15 +5,17 @@ import json
 
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 import pytest
+import transformers
 
 from instruct_jax import export, lora, model_fns, model_folder, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding
 from instruct_jax.models import hf
 from instruct_jax.models.config import Lora, TransformerConfig
-from tests import test_models_hf
+from tests import published, test_models_hf
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -73,6 +75,80 @@ def test_out_and_back(kind, tmp_path):
   (out / 'tokenizer.json').unlink()
   with pytest.raises(ValueError, match='7 embedding rows, .* 9 tokens'):
     model_folder.load(out, kind, mesh, larger)
+
+
+# --- What servers read --------------------------------------------------------
+
+
+def written(folder, kind='policy', **options):
+  """An export with a byte tokenizer, and the tokenizer of the training."""
+  published.save_byte_tokenizer(folder / 'given', **options.pop('given', {}))
+  tokenizer = tokenizer_lib.Tokenizer.load(folder / 'given')
+  tokenizer = tokenizer.with_format(options.get('template', ''), ())
+  tokenizer.save(folder / 'tokenizer')
+  config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
+  mesh = sharding.make_mesh((1, -1, 1))
+  model = model_fns.init(kind, config, mesh, jax.random.key(0))
+  model_folder.save(folder / 'model', model, tokenizer, {})
+  export.export(folder / 'model', folder / 'tokenizer', folder / 'out')
+  return folder / 'out', tokenizer
+
+
+@pytest.mark.parametrize(
+  ('template', 'given'),
+  [
+    (tokenizer_lib.CHAT, {'template': published.TEMPLATE}),
+    ('Q: "{prompt}"\n\\ Ä 😀:', {}),
+    ('Q: {prompt}', {'template': published.TEMPLATE}),
+  ],
+)
+def test_servers_put_prompts_as_training_did(template, given, tmp_path):
+  """The template file gives transformers, and so vLLM, the same ids."""
+  out, tokenizer = written(tmp_path, template=template, given=given)
+  theirs = transformers.AutoTokenizer.from_pretrained(out)
+  assert (out / 'chat_template.jinja').read_text() == theirs.chat_template
+  for text in ('What is 2 + 2?', ' Größe\n"x" '):
+    asked = [{'role': 'user', 'content': text}]
+    rendered = theirs.apply_chat_template(
+      asked, tokenize=False, add_generation_prompt=True
+    )
+    ids = theirs(rendered, add_special_tokens=False)['input_ids']
+    assert [ids] == tokenizer.encode_prompts([text])
+  if template != tokenizer_lib.CHAT:
+    with pytest.raises(jinja2.TemplateError, match='reads one question'):
+      theirs.apply_chat_template([*asked, *asked], tokenize=False)
+  again = tokenizer_lib.Tokenizer.load(out)
+  assert again.fingerprint == tokenizer.fingerprint
+
+
+def test_a_template_that_was_not_trained_is_not_served(tmp_path):
+  given = {'template': published.TEMPLATE}
+  out, tokenizer = written(tmp_path, given=given)
+  assert tokenizer.chat_template
+  assert not (out / 'chat_template.jinja').exists()
+  assert transformers.AutoTokenizer.from_pretrained(out).chat_template is None
+  # Text that spells a special token is no special token in training.
+  tokenizer = tokenizer.with_format('<end>{prompt}', ())
+  assert tokenizer.serving_template() == ''
+
+
+def test_generation_ends_and_samples_as_training_did(tmp_path):
+  out, tokenizer = written(tmp_path)
+  found = transformers.GenerationConfig.from_pretrained(out)
+  assert found.eos_token_id == list(tokenizer.stop_ids)
+  assert len(tokenizer.stop_ids) == 2
+  assert found.pad_token_id == tokenizer.pad_id
+  assert found.do_sample
+  assert (found.temperature, found.top_k, found.top_p) == (1.0, 0, 1.0)
+
+
+def test_a_reward_model_is_a_classifier_of_one_label(tmp_path):
+  out, _ = written(tmp_path, kind='scalar')
+  config = transformers.AutoConfig.from_pretrained(out)
+  assert config.num_labels == 1
+  assert config.problem_type == 'regression'  # No sigmoid in vLLM.
+  (name,) = config.architectures
+  assert name == 'GPT2ForSequenceClassification'
 
 
 # --- Adapters -----------------------------------------------------------------

@@ -131,6 +131,29 @@ def test_folded_reward_model_and_tokenizer_open(tmp_path):
   assert np.abs(scores).max() > 0.5  # The shift is in there.
 
 
+def test_the_folder_generates_and_stops(tmp_path):
+  """As it is: by its own template, end tokens and sampling settings."""
+  out, tokenizer = test_export.written(
+    tmp_path, template='Q: {prompt}', given={}
+  )
+  model = open_with_transformers(transformers.AutoModelForCausalLM, out)
+  theirs = transformers.AutoTokenizer.from_pretrained(out)
+  asked = [{'role': 'user', 'content': 'hi'}]
+  text = theirs.apply_chat_template(asked, tokenize=False)
+  ids = theirs(text, add_special_tokens=False, return_tensors='pt')['input_ids']
+  # A model that says one token: each end token ends, and nothing else does.
+  for end in (*tokenizer.stop_ids, tokenizer.pad_id + 5):
+    scores = torch.full((1, 1, model.config.vocab_size), -1e9)
+    scores[..., end] = 0.0
+    model.lm_head.register_forward_hook(
+      lambda module, inputs, output, scores=scores: scores.expand_as(output)
+    )
+    with torch.no_grad():
+      found = model.generate(ids, max_new_tokens=4)
+    new = found[0, ids.shape[1] :].tolist()
+    assert new == [end] * (1 if end in tokenizer.stop_ids else 4)
+
+
 # --- Adapters -----------------------------------------------------------------
 
 

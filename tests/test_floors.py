@@ -19,7 +19,7 @@ FLOORS = {
   # 0
   'types': (),
   'files': (),
-  'hub': ('files',),
+  'hub': ('files', 'command'),
   'command': (),
   # 1: columns; inside a folder files import each other, across columns never.
   'masked': ('types',),
@@ -50,6 +50,7 @@ FLOORS = {
   'export': (
     'command',
     'files',
+    'hub',
     'lora',
     *MODELS,
     'data',
@@ -207,7 +208,7 @@ FLOORS = {
     'worlds.preferences',
     'jobs.plan',
   ),
-  'jobs.export_models': ('export', 'model_folder', 'infra'),
+  'jobs.export_models': ('export', 'files', 'hub', 'model_folder', 'infra'),
   'jobs.speed': (
     'types',
     *MATHS,

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto import event_pb2
 
 from instruct_jax.infra import metrics
 from instruct_jax.infra.metrics import MetricsWriter
@@ -96,27 +95,7 @@ def test_lines_on_disk_before_close(workdir):
   assert metrics.read_lines(workdir / metrics.METRICS_FILE) == [
     {'step': 1, 'a': 1.0}
   ]
-  assert list((workdir / 'tensorboard').glob('events.out.tfevents.*'))
   writer.close()
-
-
-def test_tensorboard_events_hold_the_values(workdir):
-
-  write_all(workdir, range(2))
-  (file,) = (workdir / 'tensorboard').iterdir()
-  data = file.read_bytes()
-  found = {}
-  position = 0
-  while position < len(data):
-    # TFRecord: length (8 bytes), its checksum (4), the event, a checksum (4).
-    length = int.from_bytes(data[position : position + 8], 'little')
-    event = event_pb2.Event.FromString(data[position + 12 :][:length])
-    for value in event.summary.value:
-      found[event.step, value.tag] = value.simple_value
-    position += 16 + length
-  assert found[1, 'a'] == pytest.approx(0.1)
-  assert found[0, 'b/loss'] == pytest.approx(1 / 3)
-  assert found[1, 'seconds'] == 1.0
 
 
 def test_broken_timing_is_named_and_may_be_deleted(workdir):

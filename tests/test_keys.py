@@ -103,8 +103,10 @@ FREE = {
   *('valid_demonstrations', 'valid_documents', 'valid_prompts', 'workdir'),
   *('date', 'labels', 'lengths', 'preferences', 'prepare', 'score_fn'),
   *('sft_model', 'template', 'test_preferences', 'valid_labels'),
+  *('base_model', 'datasets', 'license', 'push_to'),
   'xla_flags',
   *('runs', 'seeds'),
+  'loggers',  # Of the run, not of a stage; test_infra_logger.py.
 }
 
 

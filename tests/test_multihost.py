@@ -237,6 +237,8 @@ def test_pretraining_over_two_processes_equals_one(
   run(inputs, 'pretrain', tmp_path / 'two', 2, devices=2)
   pretrain_here(inputs, tmp_path / 'alone')
   assert_same_run(tmp_path / 'two', tmp_path / 'alone', ('model',))
+  # One of the two told the services.
+  assert len(list((tmp_path / 'two' / 'tensorboard').iterdir())) == 1
 
 
 @pytest.mark.slow

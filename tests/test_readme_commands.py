@@ -87,9 +87,17 @@ MAIN = 'python -m instruct_jax.main --config=configs/'
 RULES = [
   # What cannot be run here.
   Rule('.*python -m pytest', 'skip', 'the tests themselves'),
-  Rule('gcloud|bash tpu_setup.sh|until ', 'skip', 'a TPU slice and a bucket'),
+  Rule('gcloud|bash tpu_setup.sh', 'skip', 'a TPU slice and a bucket'),
+  Rule(
+    'NAME=ppo|export PROJECT|bash .*/launch/|sbatch',
+    'skip',
+    'clusters; tests/test_infra_launch.py has stand-ins for them',
+  ),
   Rule('.*lm_eval_adapter|pip install -e', 'skip', 'torch and the network'),
   Rule(f'.*{MAIN}plan.py|for plan in', 'skip', 'the TPU compiler'),
+  Rule('WANDB_MODE=', 'skip', 'extras; tests/test_infra_logger.py does it'),
+  Rule('vllm serve', 'skip', 'a server that is none of the requirements'),
+  Rule('python -m instruct_jax.export .*push_to', 'skip', 'tests/test_hub.py'),
   Rule('xprof', 'skip', 'a program that is none of the requirements'),
   # `pip` stands for itself: it looks whether the files are there.
   Rule('pip install [^&]*$|export |cp |\\$EDITOR', is_quick=True),

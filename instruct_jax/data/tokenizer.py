@@ -55,7 +55,7 @@ _FILES = (
   'chat_template.json',
 )
 # Folder of templates other than the first.
-_TEMPLATES = 'additional_chat_templates'
+TEMPLATES = 'additional_chat_templates'
 # Texts after which a text may keep its ids; the first that works is taken.
 _ANCHORS = ('\n', 'a', '.', '0', ':')
 # Replaces an answer where the template around it is read.
@@ -495,8 +495,8 @@ class Tokenizer:
       described = {'template': self.template, 'stop_tokens': stops}
       found[_FORMAT_FILE] = json.dumps(described, indent=2).encode()
     folder = epath.Path(folder)
-    if (folder / _TEMPLATES).exists():
-      (folder / _TEMPLATES).rmtree()
+    if (folder / TEMPLATES).exists():
+      (folder / TEMPLATES).rmtree()
     for name in {*_FILES, _FORMAT_FILE, 'generation_config.json'} - {*found}:
       (folder / name).unlink(missing_ok=True)
     for name, content in found.items():
@@ -530,6 +530,35 @@ class Tokenizer:
     """The tokenizer's own chat template; '' if there is none."""
     found = self._fast_tokenizer.chat_template
     return _one_template(found) if found else ''
+
+  def serving_template(self) -> str:
+    """A chat template that gives the ids of `encode_prompts`, for servers.
+
+    It is the tokenizer's own where prompts are read by that. A format string
+    becomes a template of one question. '' for plain text, and where no template
+    gives the same ids.
+    """
+    if self.template == CHAT:
+      return self.chat_template
+    if not self.template:
+      return ''
+    start = ''.join(
+      self._fast_tokenizer.convert_ids_to_tokens(list(self.prefix_ids))
+    )
+    before, after = (
+      json.dumps(text, ensure_ascii=False)  # As Jinja quotes.
+      for text in self.template.split(SLOT)
+    )
+    question = 'How many are 3 of them?'
+    rendered = start + self.template.replace(SLOT, question)
+    if self._special_ids([rendered]) != self.encode_prompts([question]):
+      return ''
+    return (
+      "{% if messages | length != 1 or messages[0]['role'] != 'user' %}"
+      "{{ raise_exception('this model reads one question of a user') }}"
+      f'{{% endif %}}{{{{ {json.dumps(start)} + {before} }}}}'
+      f"{{{{ messages[0]['content'] }}}}{{{{ {after} }}}}"
+    )
 
   @classmethod
   def load(cls, folder: epath.PathLike) -> 'Tokenizer':
@@ -602,9 +631,9 @@ def _load_fast(folder: epath.Path, names: Sequence[str]) -> Any:
   import transformers  # Takes two seconds.
 
   wanted = [name for name in _FILES if name in names]
-  if _TEMPLATES in names:
-    templates = [path.name for path in (folder / _TEMPLATES).iterdir()]
-    wanted += [f'{_TEMPLATES}/{n}' for n in templates if n.endswith('.jinja')]
+  if TEMPLATES in names:
+    templates = [path.name for path in (folder / TEMPLATES).iterdir()]
+    wanted += [f'{TEMPLATES}/{n}' for n in templates if n.endswith('.jinja')]
   with tempfile.TemporaryDirectory() as temporary:
     for name in wanted:
       target = pathlib.Path(temporary) / name

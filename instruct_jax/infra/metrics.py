@@ -3,22 +3,19 @@
 `metrics.jsonl` depends only on config and seed: its lines are part of the
 checkpoint, so a resumed run's file equals an uninterrupted one's. No run reads
 it to decide anything. Values that depend on the clock go to `timing.jsonl`.
-TensorBoard shows both.
+The stage's logger shows both.
 """
 
 import json
 import math
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any, SupportsFloat
 
 import jax
 from etils import epath
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
 
 from instruct_jax import files
+from instruct_jax.infra import logger
 from instruct_jax.types import Metrics
 
 METRICS_FILE = 'metrics.jsonl'
@@ -42,7 +39,7 @@ def to_host(metrics: Metrics) -> dict[str, float]:
 
 
 class MetricsWriter:
-  """Appends metrics to JSON lines and TensorBoard event files.
+  """Appends metrics to JSON lines, and tells the logger of the stage.
 
   `write` flushes each line; an object store gets it within ten seconds. Only
   the first process writes.
@@ -65,7 +62,10 @@ class MetricsWriter:
     resume_step: int | None = None,
   ):
     self.lines = [dict(line) for line in lines]
-    self._metrics = self._timing = self._events = None
+    self._metrics = self._timing = None
+    stage = logger.current()
+    self._logger = stage.of(directory)
+    self._is_part = self._logger is not stage
     if jax.process_index() != 0:
       return
     directory = epath.Path(directory)
@@ -74,19 +74,7 @@ class MetricsWriter:
     # Times stay, even of steps that are run again.
     timing = directory / TIMING_FILE
     self._timing = _open(timing, _times(timing))
-    if files.is_remote(directory):
-      return
-    (directory / 'tensorboard').mkdir(exist_ok=True)
-    # Not tensorboardX's SummaryWriter: its thread dies on a full disk, and the
-    # next line would wait forever.
-    self._events = EventsWriter(str(directory / 'tensorboard' / 'events'))
-    self._events.write_event(
-      event_pb2.Event(
-        wall_time=time.time(),
-        step=0 if resume_step is None else resume_step + 1,
-        session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
-      )
-    )
+    self._logger.begin(resume_step)
 
   def write(
     self, step: int, values: Mapping[str, SupportsFloat]
@@ -109,28 +97,18 @@ class MetricsWriter:
       return
     try:
       file.write(json.dumps(line) + '\n')
-      if self._events is not None:
-        self._write_events(line['step'], values)
     except OSError as error:
       # Python names the file only where opening it fails.
       raise OSError(error.errno, error.strerror, file.name) from error
-
-  def _write_events(self, step, values):
-    for name in sorted(values):
-      self._events.write_event(
-        event_pb2.Event(
-          wall_time=time.time(),
-          step=step,
-          summary=summary.scalar(name, float(values[name])),
-        )
-      )
-    self._events.flush()
+    self._logger.numbers(line['step'], values)
 
   def close(self) -> None:
-    """Closes the files."""
-    for file in (self._metrics, self._timing, self._events):
+    """Closes the files; the stage closes its logger."""
+    for file in (self._metrics, self._timing):
       if file is not None:
         file.close()
+    if self._is_part:
+      self._logger.close()
 
 
 def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:

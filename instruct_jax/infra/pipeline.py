@@ -17,7 +17,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from instruct_jax.infra import measure, origin, run, stages
+from instruct_jax.infra import logger, measure, origin, run, stages
 
 FOLDERS = ('experiments', 'instruct_jax.jobs')
 PROCESSES = ('all', 'first', 'one')
@@ -58,8 +58,13 @@ def find_experiment(name: str) -> ModuleType:
   return module
 
 
-def run_stage(stage: stages.Stage) -> None:
-  """Runs a stage in its folder, unless it has finished there."""
+def run_stage(stage: stages.Stage, shown: logger.Logger) -> None:
+  """Runs a stage in its folder, unless it has finished there.
+
+  Args:
+    stage: of a run.
+    shown: where the stage is shown while it runs.
+  """
   folder = stage.folder
   if run.agreed(stage.is_done):
     run.say(f'{stage.name}: done before, in {folder}')
@@ -74,7 +79,8 @@ def run_stage(stage: stages.Stage) -> None:
   try:
     run.in_first(lambda: stages.record_inputs(stage))
     if jax.process_index() == 0 or stage.experiment.PROCESSES != 'first':
-      info = stage.experiment.run(origin.with_lengths(stage.config), folder)
+      with shown:
+        info = stage.experiment.run(origin.with_lengths(stage.config), folder)
   except (ValueError, OSError, RuntimeError) as error:
     error.stage = stage.name
     raise
@@ -128,6 +134,9 @@ def run_all(
         '--config.stage_order, and run the same command without it in one '
         'process afterwards'
       )
+  # A config of one's own may lack the key.
+  loggers = config.get('loggers', 'tensorboard')
+  run.in_first(lambda: logger.check(loggers))
   run.in_first(lambda: stages.find_missing(found))
   with run.StopSignal(at_once=True) as stop, run.lock_workdir(workdir):
     run.in_first(
@@ -135,10 +144,11 @@ def run_all(
         found, described, workdir, accept_new_inputs
       )
     )
+    provenance = run.provenance(config.seed)
     run.write_json(
       workdir / 'provenance.json',
       {
-        **run.provenance(config.seed),
+        **provenance,
         'command': shlex.join(
           ['python', '-m', 'instruct_jax.main', *sys.argv[1:]]
         ),
@@ -153,5 +163,12 @@ def run_all(
           stage, found, have_run, accept_new_inputs
         )
       )
-      run_stage(stage)
+      shown = logger.Logger(
+        loggers,
+        stage.folder,
+        workdir.name,
+        stage.name,
+        {**stage.described, 'commit': provenance['commit']},
+      )
+      run_stage(stage, shown)
       have_run.append(stage.name)

@@ -49,6 +49,7 @@ MAY_CHANGE = {
   'xla_flags': 'how programs are compiled',
   'compilation_cache': 'where compiled programs are kept',
   'default_workdir': 'where a run without --workdir lives',
+  'loggers': 'which services show a run',
   'loop': 'how a loop saves, stops and is traced',
   'checkpoint_every': 'how much a kill can cost',
   'remat': 'what the backward pass recomputes',
@@ -95,7 +96,7 @@ MAY_CHANGE_IF: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 _NO_PROGRESS = (
   *(inputs.INPUTS_FILE, inputs.ACCEPTED_FILE, CONFIG_FILE, HISTORY_FILE),
   *('provenance.json', 'seconds.json', 'metrics.jsonl', 'timing.jsonl'),
-  *('tensorboard', 'profile'),
+  *('logger.json', 'tensorboard', 'wandb', 'profile'),
 )
 
 

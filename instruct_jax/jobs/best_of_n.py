@@ -14,7 +14,7 @@ from etils import epath
 from instruct_jax import asking, files, judge_fns, model_folder, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import overoptimization, plots, report, win_rate
-from instruct_jax.infra import origin, sharding
+from instruct_jax.infra import logger, origin, sharding
 from instruct_jax.models.config import check_stage
 
 PROCESSES = 'one'
@@ -215,9 +215,9 @@ def write_results(config, workdir, judge, curves, start, counts):
   }
   text = json.dumps(report.plain_json(result), indent=2, allow_nan=False)
   files.write_bytes(workdir / 'best_of_n.json', (text + '\n').encode())
-  files.write_bytes(
-    workdir / 'frontier.png', plots.frontier(points, fits, judge)
-  )
+  frontier = plots.frontier(points, fits, judge)
+  files.write_bytes(workdir / 'frontier.png', frontier)
+  logger.current().plots(0, {'frontier': frontier})
   lines = [
     '# Best-of-n and RL',
     '',

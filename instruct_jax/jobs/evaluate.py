@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ from instruct_jax.evals import (
   win_rate,
 )
 from instruct_jax.evals import samples as samples_lib
-from instruct_jax.infra import origin, sharding
+from instruct_jax.infra import logger, origin, sharding
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import check_stage
 
@@ -536,12 +537,36 @@ def run(config, workdir: epath.Path):
   for directory in dict.fromkeys((workdir, root)):
     files.write_bytes(directory / 'model_card.md', card.encode())
     report.write_report(directory, shown, drawn_plots)
+  show(shown, drawn_plots)
   print((root / 'report.md').as_posix(), flush=True)
   pairs = shown.outcomes.pairs.values()
   return {
     'num_prompts': shown.prompts['answered by every model'],
     'num_judgements': sum(pair.rates.num_judgements for pair in pairs),
   }
+
+
+def show(shown: figures.Figures, drawn: Mapping[str, bytes]) -> None:
+  """Shows figures, plots, samples and alarms in the services of the run."""
+  log = logger.current()
+  log.numbers(
+    0,
+    {
+      f'evaluate/{model}/{column}'.replace(' ', '_'): getattr(x, 'rate', x)
+      for model, row in shown.everyone.items()
+      for column, x in row.items()
+      if x is not None
+    },
+  )
+  log.plots(0, {name.removesuffix('.png'): png for name, png in drawn.items()})
+  rows = [
+    {'prompt': row.prompt}
+    | {model: answer.response for model, answer in row.answers.items()}
+    for row in shown.more_samples
+  ]
+  log.table(0, 'samples', rows)
+  for text in shown.alarms:
+    log.alarm(0, text)
 
 
 def provenance_figures(root: epath.Path) -> dict[str, Any]:

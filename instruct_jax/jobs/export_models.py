@@ -1,22 +1,50 @@
-"""Models of a run as folders that `transformers` opens; see `export.py`."""
+"""Models of a run as folders that `transformers` opens; see `export.py`.
+
+With `push_to`, each goes to a repository of its own on the Hugging Face Hub.
+"""
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from instruct_jax import export, model_folder
+from instruct_jax import export, files, hub, model_folder
 from instruct_jax.infra import run as run_lib
 
 PROCESSES = 'one'
 
+PUSHED_FILE = 'pushed.json'
+
 
 def validate(config: ConfigDict) -> None:
-  """Checks that models are named.
+  """Checks that models are named, and that they can be pushed.
 
   Raises:
-    ValueError: none is, or not as NAME=FOLDER.
+    ValueError: none is, or not as NAME=FOLDER; or see `hub.check_push`.
   """
   if not model_folder.named_folders(config.models):
     raise ValueError('models is empty; give NAME=FOLDER,NAME=FOLDER')
+  if config.public and not config.push_to:
+    raise ValueError('public is about an upload; give push_to=hf:NAME')
+  workdir = epath.Path(config.workdir) / config.name
+  if run_lib.is_done(workdir):
+    return
+  for target in targets(config).values():
+    hub.check_push(target, not config.public, target in _pushed(workdir))
+
+
+def targets(config: ConfigDict) -> dict[str, str]:
+  """Name of a model -> where it is pushed; {} without `push_to`."""
+  if not config.push_to:
+    return {}
+  return {
+    name: f'{config.push_to}-{name}'
+    for name, folder in model_folder.named_folders(config.models).items()
+    if not model_folder.is_published(folder)
+  }
+
+
+def _pushed(workdir) -> list[str]:
+  file = workdir / PUSHED_FILE
+  return run_lib.read_json(file) if file.exists() else []
 
 
 def inputs(config: ConfigDict) -> dict[str, str]:
@@ -29,16 +57,41 @@ def inputs(config: ConfigDict) -> dict[str, str]:
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> dict[str, str]:
-  """Writes WORKDIR/NAME for each model of ours; published ones are there."""
+  """Writes WORKDIR/NAME for each model of ours; published ones are there.
+
+  The card of the run goes with a model that is pushed.
+
+  Returns:
+    Name of a model -> its folder, or its address on the Hub.
+  """
   validate(config)
-  written = {}
+  facts = export.Facts(
+    datasets=config.datasets,
+    license=config.license,
+    base_model=config.base_model,
+  )
+  written, where = {}, targets(config)
   for name, folder in model_folder.named_folders(config.models).items():
     if model_folder.is_published(folder):
       continue
     output = workdir / name
     if output.exists():
       output.rmtree()
-    export.export(folder, config.tokenizer, output)
+    export.export(folder, config.tokenizer, output, facts=facts)
     written[name] = str(output)
-    run_lib.say(f'{config.name}: {output}')
+    if name in where:
+      written[name] = _push(config, workdir, output, where[name])
+    run_lib.say(f'{config.name}: {written[name]}')
   return written
+
+
+def _push(config, workdir, output, target) -> str:
+  """Pushes a folder; a run that was cut in between does it once more."""
+  card = epath.Path(config.workdir) / 'model_card.md'
+  if card.exists():
+    files.write_bytes(output / card.name, card.read_bytes())
+  pushed = _pushed(workdir)
+  is_private = not config.public
+  hub.check_push(target, is_private, target in pushed)
+  run_lib.write_json(workdir / PUSHED_FILE, sorted({*pushed, target}))
+  return hub.push(output, target, is_private, is_ours=True)

@@ -1,0 +1,370 @@
+"""Services that show a stage beside its files: TensorBoard, W&B, Trackio.
+
+`config.loggers` names them for all stages. `metrics.jsonl` is written without
+them and is what figures and alarms read. A stage is one run of a service, in a
+group with the others of its work directory; `logger.json` in the stage's folder
+keeps its id, so that a stage that resumes goes on with the same run. Only the
+first process speaks to services.
+
+Each service has variables of its own: WANDB_MODE=offline, WANDB_PROJECT,
+TRACKIO_DIR, TRACKIO_SPACE_ID, TRACKIO_PROJECT.
+"""
+
+import importlib.util
+import io
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, SupportsFloat
+
+import jax
+from etils import epath
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2, summary_pb2
+
+from instruct_jax import command, files
+from instruct_jax.infra import run
+
+FILE = 'logger.json'
+PROJECT = 'instruct_jax'
+
+
+def check(loggers: str) -> None:
+  """Checks `config.loggers` before compute is spent.
+
+  Raises:
+    ValueError: an unknown or repeated name, or a service that is not installed.
+  """
+  names = _split(loggers)
+  if set(names) - set(_SERVICES) or len(set(names)) < len(names):
+    raise ValueError(
+      f'loggers must be some of {", ".join(_SERVICES)}, each once, with commas '
+      f'between: {loggers!r}'
+    )
+  for name in names:
+    package = _SERVICES[name].package
+    if importlib.util.find_spec(package) is None:
+      raise ValueError(
+        f'loggers: {package} is not installed; pip install -e '
+        f"'.[{package}]', or take {name} out of --config.loggers"
+      )
+
+
+def _split(loggers):
+  return [name.strip() for name in loggers.split(',') if name.strip()]
+
+
+class Logger:
+  """Tells the services of a stage what it measures.
+
+  Entered, it is what `current` returns. Services open at the first use. One
+  that fails later is reported and left out: the run goes on. TensorBoard is the
+  exception, because only a disk can fail it.
+
+  Args:
+    loggers: names of services with commas between, as `check` takes them.
+    folder: of the stage.
+    group: name of the run that the stage is part of.
+    stage: its name.
+    config: dotted key -> value, and whatever else says what ran.
+  """
+
+  _entered: ClassVar[list['Logger']] = []
+
+  def __init__(
+    self,
+    loggers: str,
+    folder: epath.PathLike,
+    group: str,
+    stage: str,
+    config: Mapping[str, Any],
+  ):
+    self.folder = epath.Path(folder)
+    self.group, self.stage, self.config = group, stage, dict(config)
+    self._loggers = loggers
+    self._open: dict[str, Any] | None = None
+    self._alarms: list[str] = []
+    self.id = ''
+
+  def __enter__(self) -> 'Logger':
+    self._entered.append(self)
+    return self
+
+  def __exit__(self, kind, *exception) -> None:
+    self._entered.remove(self)
+    self.close(kind is not None)
+
+  def of(self, folder: epath.PathLike) -> 'Logger':
+    """The logger of a part of the stage that trains in a folder of its own."""
+    folder = epath.Path(folder)
+    if folder == self.folder:
+      return self
+    stage = f'{self.stage}-{folder.name}'
+    return Logger(self._loggers, folder, self.group, stage, self.config)
+
+  def begin(self, resume_step: int | None = None) -> None:
+    """Opens the services.
+
+    Args:
+      resume_step: of the checkpoint that a stage continues from, and with it
+        the run of each service; None begins new ones.
+
+    Raises:
+      ValueError: a service refuses, for instance without a key.
+    """
+    if self._open is not None:
+      return
+    self._open = {}
+    names = _split(self._loggers) if jax.process_index() == 0 else []
+    if not names:
+      return
+    kept = {}
+    file = self.folder / FILE
+    if resume_step is not None and file.exists():
+      kept = run.read_json(file)
+    self.id = kept.get('id', '') or secrets.token_hex(4)
+    self._alarms = list(kept.get('alarms', ()))
+    self._keep()
+    for name in names:
+      try:
+        self._open[name] = _SERVICES[name](self, resume_step)
+      except Exception as error:  # Each library has its own.
+        if _is_disk(name, error):
+          raise
+        raise ValueError(
+          f'loggers: {name}: {command.one_line(error)}; {_SERVICES[name].help}'
+        ) from error
+
+  def _keep(self):
+    run.write_json(self.folder / FILE, {'id': self.id, 'alarms': self._alarms})
+
+  def numbers(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+    """Metrics of a step, by name."""
+    self._tell('numbers', step, {k: float(values[k]) for k in sorted(values)})
+
+  def plots(self, step: int, plots: Mapping[str, bytes]) -> None:
+    """PNG images, by name."""
+    self._tell('plots', step, plots)
+
+  def table(
+    self, step: int, name: str, rows: Sequence[Mapping[str, Any]]
+  ) -> None:
+    """Rows of text and numbers that have the same columns."""
+    if rows:
+      self._tell('table', step, name, rows)
+
+  def alarm(self, step: int, text: str) -> None:
+    """A warning; the same text is sent once, also by a run that resumes."""
+    self.begin()
+    if self._open and text not in self._alarms:
+      self._alarms.append(text)
+      self._keep()
+      self._tell('alarm', step, text)
+
+  def _tell(self, method, *arguments):
+    self.begin()
+    for name, service in list(self._open.items()):
+      try:
+        getattr(service, method)(*arguments)
+      except Exception as error:
+        if _is_disk(name, error):
+          raise
+        run.say(
+          f'{self.stage}: {name} shows no more: {command.one_line(error)}'
+        )
+        del self._open[name]
+
+  def close(self, has_failed: bool = False) -> None:
+    """Closes the services, which may take until all is sent."""
+    for name, service in list((self._open or {}).items()):
+      try:
+        service.close(has_failed)
+      except Exception as error:
+        if not has_failed:  # Otherwise the first error counts.
+          run.say(f'{self.stage}: {name}: {command.one_line(error)}')
+    self._open = {}
+
+
+def current() -> Logger:
+  """The logger of the stage that runs; one without services elsewhere."""
+  return Logger._entered[-1] if Logger._entered else Logger('', '', '', '', {})
+
+
+def _is_disk(name: str, error: Exception) -> bool:
+  """Whether a disk failed, and not a service: a run cannot go on."""
+  return name == 'tensorboard' and isinstance(error, OSError)
+
+
+# --- Services -----------------------------------------------------------------
+
+
+class _TensorBoard:
+  """Event files in the stage's folder, unless it is in an object store."""
+
+  package = 'tensorboardX'
+  help = 'take it out of --config.loggers'
+
+  def __init__(self, logger, resume_step):
+    self._events = None
+    self._folder = logger.folder / 'tensorboard'
+    if files.is_remote(logger.folder):
+      return
+    self._folder.mkdir(parents=True, exist_ok=True)
+    # Not tensorboardX's SummaryWriter: its thread dies on a full disk, and the
+    # next line would wait forever.
+    self._events = EventsWriter(str(self._folder / 'events'))
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._write(
+      0 if resume_step is None else resume_step + 1, session_log=start
+    )
+    if resume_step is None:
+      text = '\n'.join(f'    {k}: {v}' for k, v in logger.config.items())
+      self._write(0, summary=summary.text('config', text))
+
+  def _write(self, step, **content):
+    if self._events is None:
+      return
+    event = event_pb2.Event(wall_time=time.time(), step=step, **content)
+    try:
+      self._events.write_event(event)
+      self._events.flush()
+    except OSError as error:
+      # Python names the file only where opening it fails.
+      raise OSError(error.errno, error.strerror, str(self._folder)) from error
+
+  def numbers(self, step, values):
+    scalars = [
+      value
+      for name, number in values.items()
+      for value in summary.scalar(name, number).value
+    ]
+    self._write(step, summary=summary_pb2.Summary(value=scalars))
+
+  def plots(self, step, plots):
+    for name, png in plots.items():
+      image = summary_pb2.Summary.Image(
+        width=int.from_bytes(png[16:20]),
+        height=int.from_bytes(png[20:24]),
+        colorspace=4,  # RGBA.
+        encoded_image_string=png,
+      )
+      value = summary_pb2.Summary.Value(tag=name, image=image)
+      self._write(step, summary=summary_pb2.Summary(value=[value]))
+
+  def table(self, step, name, rows):
+    # Indented, so that TensorBoard's Markdown shows the text as it is.
+    lines = (json.dumps(dict(row), ensure_ascii=False) for row in rows)
+    text = '\n'.join(f'    {line}' for line in lines)
+    self._write(step, summary=summary.text(name, text))
+
+  def alarm(self, step, text):
+    self._write(step, summary=summary.text('alarm', text))
+
+  def close(self, has_failed):
+    if self._events is not None:
+      self._events.close()
+
+
+class _Wandb:
+  """A run on Weights & Biases, or with WANDB_MODE=offline in a folder."""
+
+  package = 'wandb'
+  help = 'log in by `wandb login`, or set WANDB_MODE=offline'
+
+  def __init__(self, logger, resume_step):
+    import wandb
+
+    self._wandb, self._stage = wandb, logger.stage
+    is_remote = files.is_remote(logger.folder)
+    self._run = wandb.init(
+      project=os.environ.get('WANDB_PROJECT', PROJECT),
+      dir=None if is_remote else str(logger.folder),
+      id=logger.id,
+      resume=None if resume_step is None else 'allow',
+      name=f'{logger.group}/{logger.stage}',
+      group=logger.group,
+      job_type=logger.stage,
+      config=logger.config,
+      # Our own output is on the terminal and in files.
+      settings=wandb.Settings(console='off', disable_code=True),
+    )
+
+  def numbers(self, step, values):
+    self._run.log(values, step=step)
+
+  def plots(self, step, plots):
+    images = {k: self._wandb.Image(_image(v)) for k, v in plots.items()}
+    self._run.log(images, step=step)
+
+  def table(self, step, name, rows):
+    columns = list(rows[0])
+    data = [[row[column] for column in columns] for row in rows]
+    self._run.log(
+      {name: self._wandb.Table(columns=columns, data=data)}, step=step
+    )
+
+  def alarm(self, step, text):
+    self._run.alert(title=f'{self._stage}: alarm', text=text, level='WARN')
+
+  def close(self, has_failed):
+    self._run.finish(exit_code=int(has_failed))
+
+
+class _Trackio:
+  """A run in Trackio's local store, or in a private Space."""
+
+  package = 'trackio'
+  help = 'see its documentation'
+
+  def __init__(self, logger, resume_step):
+    import trackio
+
+    self._trackio, self._stage = trackio, logger.stage
+    # A run is found again by its name.
+    self._run = trackio.init(
+      project=os.environ.get('TRACKIO_PROJECT', PROJECT),
+      name=f'{logger.group}-{logger.stage}-{logger.id}',
+      group=logger.group,
+      config=logger.config,
+      resume='never' if resume_step is None else 'allow',
+      private=True,
+      embed=False,
+    )
+
+  def numbers(self, step, values):
+    self._run.log(values, step=step)
+
+  def plots(self, step, plots):
+    images = {k: self._trackio.Image(_image(v)) for k, v in plots.items()}
+    self._run.log(images, step=step)
+
+  def table(self, step, name, rows):
+    data = [dict(row) for row in rows]
+    self._run.log({name: self._trackio.Table(data=data)}, step=step)
+
+  def alarm(self, step, text):
+    self._run.alert(
+      title=f'{self._stage}: alarm',
+      text=text,
+      level=self._trackio.AlertLevel.WARN,
+    )
+
+  def close(self, has_failed):
+    self._run.finish()
+
+
+def _image(png: bytes):
+  import PIL.Image  # Matplotlib, which drew it, needs it anyway.
+
+  with PIL.Image.open(io.BytesIO(png)) as image:
+    return image.copy()
+
+
+_SERVICES = {
+  'tensorboard': _TensorBoard,
+  'wandb': _Wandb,
+  'trackio': _Trackio,
+}

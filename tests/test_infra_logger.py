@@ -1,0 +1,447 @@
+"""Services that show a run: what they got, read from what they wrote.
+
+TensorBoard's files are always read. Those of W&B and Trackio need the extras:
+
+  pip install -e '.[wandb,trackio]'
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import pathlib
+import re
+import sqlite3
+import subprocess
+import sys
+import time
+
+import jax
+import matplotlib.figure
+import pytest
+from tensorboardX.proto import event_pb2
+
+from instruct_jax.infra import logger, metrics
+from instruct_jax.infra.logger import Logger
+from tests.tiny_run import MAIN
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = {'learning_rate': 0.5, 'loop.keep': 2, 'commit': 'abc'}
+ROWS = [
+  {'prompt': 'Say "hi".', 'sft': 'hi', 'ppo': 'Hi!\n| there |'},
+  {'prompt': 'Größe?', 'sft': '', 'ppo': '3 m'},
+]
+ALARM = 'iteration 2: mean KL -0.100 nats'
+OFFLINE = {'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true'}
+
+
+@pytest.fixture(scope='module')
+def plot():
+  """A PNG of 40 x 20 pixels."""
+  figure = matplotlib.figure.Figure(figsize=(0.4, 0.2), dpi=100)
+  file = io.BytesIO()
+  figure.savefig(file, format='png')
+  return file.getvalue()
+
+
+def make(loggers, folder, stage='ppo'):
+  return Logger(loggers, folder, 'run1', stage, CONFIG)
+
+
+def tell_all(log, plot):
+  """Two steps with times, a plot, a table, an alarm twice."""
+  with log, contextlib.closing(metrics.MetricsWriter(log.folder)) as writer:
+    for step in (1, 2):
+      writer.write(step, {'b/loss': 1 / step, 'a': 0.25 * step})
+      writer.write_timing(step, {'timing/seconds': 3.0})
+    found = logger.current()
+    found.plots(2, {'win_rate': plot})
+    found.table(2, 'samples', ROWS)
+    found.alarm(2, ALARM)
+    found.alarm(2, ALARM)
+
+
+# --- Which services -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  'text', ['wandbb', 'tensorboard,mlflow', 'tensorboard,tensorboard']
+)
+def test_an_unknown_service_is_refused(text):
+  with pytest.raises(ValueError, match='loggers must be some of tensorboard'):
+    logger.check(text)
+
+
+@pytest.mark.parametrize('name', ['wandb', 'trackio'])
+def test_a_missing_extra_is_one_line_before_any_stage(
+  name, start, tiny_run, tmp_path
+):
+  """From the command line, with an interpreter that lacks the package."""
+  hook = (
+    'import importlib.util\n'
+    'found = importlib.util.find_spec\n'
+    'importlib.util.find_spec = lambda name, *rest: (\n'
+    f'  None if name == {name!r} else found(name, *rest))\n'
+    'import runpy, sys\n'
+    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)\n"
+  )
+  ended = subprocess.run(
+    [
+      *(sys.executable, '-c', hook, MAIN, f'--config={tiny_run}/config.py'),
+      *(f'--workdir={tmp_path}/run', f'--config.loggers={name}'),
+    ],
+    cwd=ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+  )
+  assert ended.returncode == 1
+  (line,) = ended.stderr.strip().splitlines()
+  assert f"{name} is not installed; pip install -e '.[{name}]'" in line
+  assert not (tmp_path / 'run').exists()
+
+
+def test_there_is_none_outside_of_a_run(workdir):
+  log = logger.current()
+  log.numbers(1, {'a': 1.0})
+  log.alarm(1, 'text')
+  assert not list(workdir.iterdir())
+  with make('tensorboard', workdir) as log:
+    assert logger.current() is log
+  assert logger.current() is not log
+
+
+def test_other_processes_tell_nothing(workdir, monkeypatch, plot):
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  tell_all(make('tensorboard,wandb,trackio', workdir / 'stage'), plot)
+  assert not (workdir / 'stage').exists()
+
+
+# --- A run that resumes, a service that fails ---------------------------------
+
+
+def told(monkeypatch, name='wandb'):
+  """Replaces a service by one that collects what it gets."""
+  calls = []
+
+  class Collected:
+    package, help = 'jax', 'try again'
+
+    def __init__(self, log, resume_step):
+      calls.append(('begin', log.id, resume_step))
+
+    def __getattr__(self, method):
+      return lambda *arguments: calls.append((method, *arguments))
+
+  monkeypatch.setitem(logger._SERVICES, name, Collected)
+  return calls
+
+
+def test_a_stage_that_resumes_keeps_its_id(workdir, monkeypatch):
+  calls = told(monkeypatch)
+  for resume_step in (None, 2, None):
+    with make('wandb', workdir) as log:
+      log.begin(resume_step)
+      log.alarm(3, ALARM)
+  first, _, _, again, _, anew, *_ = calls
+  assert first == ('begin', first[1], None)
+  assert re.fullmatch('[0-9a-f]{8}', first[1])
+  assert again == ('begin', first[1], 2)
+  # From its start it is another run, with alarms of its own.
+  assert anew[1] != first[1]
+  assert [call for call in calls if call[0] == 'alarm'] == [
+    ('alarm', 3, ALARM)
+  ] * 2
+
+
+def test_parts_of_a_stage_are_runs_of_their_own(workdir, monkeypatch):
+  calls = told(monkeypatch)
+  with make('wandb', workdir):
+    for fold in ('fold0', 'fold1'):
+      writer = metrics.MetricsWriter(workdir / fold)
+      writer.write(1, {'a': 1.0})
+      writer.close()
+  names = [call[0] for call in calls]
+  assert names == ['begin', 'numbers', 'close'] * 2
+  assert len({call[1] for call in calls if call[0] == 'begin'}) == 2
+  assert not (workdir / logger.FILE).exists()
+
+
+def test_a_service_that_fails_later_is_left_out(workdir, monkeypatch, capsys):
+  calls = told(monkeypatch)
+
+  class Broken:
+    package, help = 'jax', ''
+
+    def __init__(self, log, resume_step):
+      pass
+
+    def numbers(self, step, values):
+      raise RuntimeError('no\nnetwork')
+
+  monkeypatch.setitem(logger._SERVICES, 'trackio', Broken)
+  with make('trackio,wandb', workdir) as log:
+    log.numbers(1, {'a': 1.0})
+    log.numbers(2, {'a': 2.0})
+  said = capsys.readouterr().out.splitlines()
+  assert said == ['ppo: trackio shows no more: RuntimeError: no network']
+  assert [c[0] for c in calls] == ['begin', 'numbers', 'numbers', 'close']
+
+
+def test_a_service_that_refuses_is_one_line(workdir, monkeypatch):
+  class Refusing:
+    package, help = 'jax', 'log in'
+
+    def __init__(self, log, resume_step):
+      raise RuntimeError('no\nkey')
+
+  monkeypatch.setitem(logger._SERVICES, 'wandb', Refusing)
+  message = 'loggers: wandb: RuntimeError: no key; log in'
+  with make('wandb', workdir) as log, pytest.raises(ValueError) as error:
+    log.numbers(1, {'a': 1.0})
+  assert str(error.value) == message
+
+
+# --- TensorBoard --------------------------------------------------------------
+
+
+def events_of(folder):
+  """(step, value) of each summary in the event files, in order."""
+  found = []
+  for file in sorted((folder / 'tensorboard').iterdir()):
+    data, position = file.read_bytes(), 0
+    while position < len(data):
+      # TFRecord: length (8 bytes), its checksum (4), the event, checksum (4).
+      length = int.from_bytes(data[position : position + 8], 'little')
+      event = event_pb2.Event.FromString(data[position + 12 :][:length])
+      found += [(event.step, value) for value in event.summary.value]
+      position += 16 + length
+  return found
+
+
+def test_tensorboard_gets_everything(workdir, plot):
+  tell_all(make('tensorboard', workdir), plot)
+  events = events_of(workdir)
+  numbers = {
+    (step, value.tag): value.simple_value
+    for step, value in events
+    if value.HasField('simple_value')
+  }
+  assert numbers == {
+    (1, 'a'): 0.25,
+    (1, 'b/loss'): 1.0,
+    (1, 'timing/seconds'): 3.0,
+    (2, 'a'): 0.5,
+    (2, 'b/loss'): 0.5,
+    (2, 'timing/seconds'): 3.0,
+  }
+  others = {
+    value.tag.removesuffix('/text_summary'): (step, value)
+    for step, value in events
+    if not value.HasField('simple_value')
+  }
+  assert set(others) == {'config', 'win_rate', 'samples', 'alarm'}
+  step, value = others['win_rate']
+  assert (step, value.image.width, value.image.height) == (2, 40, 20)
+  assert value.image.encoded_image_string == plot
+
+  def text(name):
+    return others[name][1].tensor.string_val[0].decode()
+
+  assert 'learning_rate: 0.5' in text('config')
+  assert [json.loads(line) for line in text('samples').splitlines()] == ROWS
+  assert text('alarm') == ALARM
+  # One alarm, though it was told twice.
+  assert len([v for _, v in events if v.tag.startswith('alarm')]) == 1
+
+
+# --- Weights & Biases, offline ------------------------------------------------
+
+
+def records_of(folder):
+  """What the run folders below `folder` hold, in order.
+
+  The file is LevelDB's log format with a header of seven bytes: blocks of
+  32 KiB of records, each with a checksum (4 bytes), a length (2) and a type (1
+  whole; 2 first, 3 middle, 4 last part).
+  """
+  runs = sorted((folder / 'wandb').glob('offline-run-*/run-*.wandb'))
+  found = []
+  for file in runs:
+    # Another process writes it, and the end last.
+    deadline = time.monotonic() + 60
+    records = _records(file.read_bytes())
+    while not any(record.HasField('exit') for record in records):
+      assert time.monotonic() < deadline, f'{file} has no end'
+      time.sleep(0.1)
+      records = _records(file.read_bytes())
+    found += records
+  return len(runs), found
+
+
+def _records(data):
+  pb2 = importlib.import_module('wandb.proto.wandb_internal_pb2')
+  found, position, parts = [], 7, b''
+  while position < len(data):
+    if 32768 - position % 32768 < 7:
+      position += 32768 - position % 32768
+      continue
+    length = int.from_bytes(data[position + 4 : position + 6], 'little')
+    kind = data[position + 6]
+    parts += data[position + 7 : position + 7 + length]
+    position += 7 + length
+    if kind in (1, 4):
+      found.append(pb2.Record.FromString(parts))
+      parts = b''
+  return found
+
+
+def history_of(records):
+  """(step, name) -> value of each logged line."""
+  found = {}
+  for record in records:
+    if not record.HasField('history'):
+      continue
+    items = {
+      tuple(item.nested_key) or (item.key,): json.loads(item.value_json)
+      for item in record.history.item
+    }
+    step = items.pop(('_step',), record.history.step.num)
+    for (name, *inner), value in items.items():
+      if inner:
+        found.setdefault((step, name), {})['/'.join(inner)] = value
+      elif not name.startswith('_'):
+        found[step, name] = value
+  return found
+
+
+def test_wandb_offline_gets_everything(workdir, plot, monkeypatch):
+  pytest.importorskip('wandb', reason="pip install -e '.[wandb]'")
+  for name, value in OFFLINE.items():
+    monkeypatch.setenv(name, value)
+  tell_all(make('wandb', workdir), plot)
+  num_runs, records = records_of(workdir)
+  assert num_runs == 1
+  (run,) = [r.run for r in records if r.HasField('run')][:1]
+  kept = json.loads((workdir / logger.FILE).read_text())
+  assert run.run_id == kept['id']
+  assert (run.display_name, run.run_group) == ('run1/ppo', 'run1')
+  assert (run.project, run.job_type) == ('instruct_jax', 'ppo')
+  config = {u.key: json.loads(u.value_json) for u in run.config.update}
+  assert CONFIG.items() <= config.items()
+  history = history_of(records)
+  assert history[1, 'a'] == 0.25 and history[2, 'b/loss'] == 0.5
+  assert history[1, 'timing/seconds'] == 3.0
+  image = history[2, 'win_rate']
+  assert image['_type'] == 'image-file'
+  assert (image['width'], image['height']) == (40, 20)
+  (folder,) = (workdir / 'wandb').glob('offline-run-*')
+  table = history[2, 'samples']
+  assert table['_type'] == 'table-file'
+  content = json.loads((folder / 'files' / table['path']).read_text())
+  assert content['columns'] == ['prompt', 'sft', 'ppo']
+  assert content['data'] == [list(row.values()) for row in ROWS]
+  (alert,) = [r.alert for r in records if r.HasField('alert')]
+  assert (alert.title, alert.text) == ('ppo: alarm', ALARM)
+
+
+# --- Trackio's local store ----------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def trackio_store(tmp_path_factory):
+  """The folder of the store, which Trackio reads as it is imported."""
+  with pytest.MonkeyPatch.context() as patch:
+    folder = tmp_path_factory.mktemp('trackio')
+    patch.setenv('TRACKIO_DIR', str(folder))
+    pytest.importorskip('trackio', reason="pip install -e '.[trackio]'")
+    yield folder
+
+
+def rows_of(folder, table):
+  with contextlib.closing(
+    sqlite3.connect(folder / 'instruct_jax.db')
+  ) as database:
+    database.row_factory = sqlite3.Row
+    found = database.execute(f'SELECT * FROM {table} ORDER BY id')
+    return [dict(row) for row in found]
+
+
+def numbers_of(folder, run):
+  """(step, name) -> value in the order of arrival, of runs that begin so."""
+  return [
+    ((row['step'], name), value)
+    for row in rows_of(folder, 'metrics')
+    if row['run_name'].startswith(run)
+    for name, value in json.loads(row['metrics']).items()
+  ]
+
+
+def test_trackio_gets_everything(workdir, plot, trackio_store):
+  tell_all(make('trackio', workdir), plot)
+  kept = json.loads((workdir / logger.FILE).read_text())
+  name = f'run1-ppo-{kept["id"]}'
+  found = dict(numbers_of(trackio_store, name))
+  assert found[1, 'a'] == 0.25 and found[2, 'b/loss'] == 0.5
+  assert found[1, 'timing/seconds'] == 3.0
+  image = found[2, 'win_rate']
+  assert image['_type'] == 'trackio.image'
+  assert (trackio_store / 'media' / image['file_path']).exists()
+  assert found[2, 'samples'] == {'_type': 'trackio.table', '_value': ROWS}
+  (config,) = rows_of(trackio_store, 'configs')
+  values = json.loads(config['config'])
+  assert CONFIG.items() <= values.items() and values['_Group'] == 'run1'
+  (alert,) = rows_of(trackio_store, 'alerts')
+  assert (alert['title'], alert['text']) == ('ppo: alarm', ALARM)
+
+
+# --- A whole run, stopped and resumed -----------------------------------------
+
+
+def test_a_run_that_was_stopped_goes_on_in_all_services(
+  start, tiny_run, tmp_path
+):
+  """From the command line, offline: one run of each service with all steps."""
+  for name in ('wandb', 'trackio'):
+    pytest.importorskip(name, reason=f"pip install -e '.[{name}]'")
+  workdir, store = tmp_path / 'run', tmp_path / 'store'
+  command = (
+    *(MAIN, f'--config={tiny_run}/config.py', f'--workdir={workdir}'),
+    *('--config.log_every=1', '--config.checkpoint_every=1'),
+    *('--config.num_steps=60', '--config.loggers=tensorboard,wandb,trackio'),
+  )
+  timing = workdir / metrics.TIMING_FILE
+  env = {**OFFLINE, 'TRACKIO_DIR': str(store)}
+  ended = start(*command, env=env, until=lambda: timing.exists())
+  assert ended.returncode == 75, ended.stderr
+  before = len(metrics.read_lines(workdir / metrics.METRICS_FILE))
+  assert 0 < before < 60
+  ended = start(*command, env=env)
+  assert ended.returncode == 0, ended.stderr
+
+  lines = metrics.read_lines(workdir / metrics.METRICS_FILE)
+  wanted = {
+    (line['step'], name): value
+    for line in lines
+    for name, value in line.items()
+    if name != 'step'
+  }
+  assert len(lines) == 60
+  kept = json.loads((workdir / logger.FILE).read_text())
+  numbers = {
+    (step, value.tag): value.simple_value
+    for step, value in events_of(workdir)
+    if value.HasField('simple_value') and not value.tag.startswith('timing/')
+  }
+  assert numbers == pytest.approx(wanted)
+  num_runs, records = records_of(workdir)
+  assert num_runs == 2  # A folder for each start, of one run.
+  runs = {r.run.run_id for r in records if r.HasField('run')}
+  assert runs == {kept['id']}
+  history = history_of(records)
+  assert {key: history[key] for key in wanted} == wanted
+  assert set(history) >= {(step, 'timing/seconds') for step in (1, 60)}
+  stored = numbers_of(store, f'run-pretrain-{kept["id"]}')
+  found = [x for x in stored if not x[0][1].startswith('timing/')]
+  assert dict(found) == wanted and len(found) == len(wanted)
