@@ -185,6 +185,7 @@ def test_samples_of_checkpoints_become_tasks(exported, tmp_path):
     {'role': 'user', 'content': 'Prompt number 2'}
   ]
   assert line['models'] == ['first', 'first', 'second', 'second']
+  assert [type(value) for value in line['ended']] == [bool] * 4
   # Every completion is sampled independently.
   assert len(set(line['completions'])) > 1
   site = people.Site(f'sqlite:///{tmp_path}/site.sqlite', tmp_path)

@@ -210,6 +210,32 @@ def test_a_conversation_goes_from_import_to_export(site, tmp_path):
   assert rating['turns'] == prompt['turns']
 
 
+def test_cut_completions_are_marked_and_exported(site, tmp_path):
+  (item,) = people.ranking_items(1, 2)
+  item['ended'] = [True, False]
+  site.load([item])
+  site.load([item], 'rating', phase='evaluation')
+  anna = site.person('anna')
+  ranking = anna.claim()
+  words = 'was cut at a limit of its length'
+  pages = [anna.get(f'/task/{ranking}/{step}').text for step in range(4)]
+  for page in pages[1:3]:  # One output each.
+    assert (words in page) == ('text 1' in page)
+  assert pages[0].count(words) == 0 and pages[3].count(words) == 1
+  anna.rank(ranking, people.rank_of)
+  for _ in range(2):
+    task = anna.claim()
+    for step in range(2):
+      anna.fill(task, step)
+  research.export(site.store, tmp_path / 'out')
+  (found,) = records.read_jsonl(
+    tmp_path / 'out/comparisons.jsonl', records.Comparison
+  )
+  assert found.ended == (True, False)
+  lines = (tmp_path / 'out/ratings.jsonl').read_text().splitlines()
+  assert [json.loads(line)['ended'] for line in lines] == [True, False] * 2
+
+
 def test_labelers_never_see_models(site):
   site.load(people.ranking_items(2), overlap=2)
   anna = site.person('anna')
@@ -1171,6 +1197,10 @@ def test_forged_answers_are_refused(site):
     ('{"prompt": "a", "completions": ["b", 1]}', 'ranking', 'of strings'),
     ('{"prompt": "a", "completions": ["b", "c"], "models": ["m"]}', 'ranking',
      '1 names for 2'),
+    ('{"prompt": "a", "completions": ["b", "c"], "ended": [true]}', 'ranking',
+     "'ended' has 1 values for 2"),
+    ('{"prompt": "a", "completions": ["b", "c"], "ended": [1, 0]}', 'ranking',
+     'of true and false'),
     ('{"prompt": " "}', 'demonstration', 'is empty'),
     ('{"prompt": "a\\u0000"}', 'demonstration', 'cannot be stored'),
     ('{"prompt": "a\\ud800"}', 'demonstration', 'cannot be stored'),

@@ -25,12 +25,11 @@ from instruct_jax.labeling import answers, schema, store
 MAX_OUTPUTS = 12
 _FIELDS = {
   **dict.fromkeys(('prompt', 'text', 'id', 'user', 'category', 'style'), str),
-  **dict.fromkeys(('completions', 'models'), list),
+  **dict.fromkeys(('completions', 'models', 'ended', 'turns'), list),
   'metadata': dict,
-  'turns': list,
 }
 # The fields that are kept with a task.
-_RECORD = ('id', 'user', 'category', 'metadata', 'style', 'turns')
+_RECORD = ('id', 'user', 'category', 'metadata', 'style', 'turns', 'ended')
 _LEAST_OUTPUTS = {'rating': 1, 'ranking': 2, 'toxicity': 2}
 # The kinds of agreement, by the number of researchers in a pair of people.
 _AGREEMENTS = ('labelers', 'labelers and researchers', 'researchers')
@@ -82,6 +81,13 @@ def _problems(values, kind):
   if models is not None and len(models) != len(completions):
     found.append(
       f"'models' has {len(models)} names for {len(completions)} completions"
+    )
+  ended = values.get('ended', [])
+  if not all(isinstance(value, bool) for value in ended):
+    found.append("'ended' must be a list of true and false")
+  elif ended and len(ended) != len(completions):
+    found.append(
+      f"'ended' has {len(ended)} values for {len(completions)} completions"
     )
   least = _LEAST_OUTPUTS.get(kind, 0)
   most = MAX_OUTPUTS if least else 0
@@ -143,7 +149,8 @@ def import_tasks(
   """Makes a batch of tasks from JSONL, all lines or none; returns their number.
 
   A line is {"prompt": "...", "completions": ["...", ...], "models": ["sft",
-  ...]} and may have id, user, category, metadata and, for kind `prompt`, style.
+  ...]} and may have id, user, category, metadata, ended (as in
+  `records.Comparison`) and, for kind `prompt`, style.
   `text` or `turns` may replace `prompt`, so `records.Prompt` files are
   demonstration tasks as they are. A line of kind `rating` makes one task per
   completion.
@@ -178,8 +185,12 @@ def import_tasks(
   tasks = []
   for values in _read_tasks(content, source, kind):
     outputs = _outputs(values)
-    groups = [[pair] for pair in outputs] if kind == 'rating' else [outputs]
-    tasks += [(values, group) for group in groups]
+    if kind != 'rating':
+      tasks.append((values, outputs))
+      continue
+    ended = values.get('ended') or [True] * len(outputs)
+    for output, has_ended in zip(outputs, ended, strict=True):
+      tasks.append(({**values, 'ended': [has_ended]}, [output]))
   batches = schema.batches
   with the_store.write() as c:
     if c.scalar(sa.select(batches.c.id).filter_by(name=name)):
@@ -582,6 +593,7 @@ def _comparison(row):
       ratings=row.content['ratings'],
     ),
     turns=_turns(row),
+    ended=tuple(row.record.get('ended', ())),
   )
 
 
@@ -628,11 +640,13 @@ def _written_prompt(row):
 
 def _ratings(row):
   """One exported line per rated output."""
+  ended = row.record.get('ended') or [True] * len(row.texts)
   for position, rating in enumerate(row.content.get('ratings', ())):
     yield {
       'prompt': row.prompt,
       'turns': row.record.get('turns', []),
       'completion': row.texts[position],
+      'ended': ended[position],
       'model': row.models[position],
       'kind': row.kind,
       'phase': row.phase,
