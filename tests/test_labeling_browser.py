@@ -246,6 +246,46 @@ def test_ranking_by_keyboard_alone(browser, live):
   assert page.problems == []
 
 
+def test_the_keys_of_the_list_work(browser, live):
+  load(live, people.ranking_items(1, 3))
+  page = enter(browser, live, live.link('anna'))
+  page.get_by_role('button', name='Next task').click()
+  keys = page.get_by_role('region', name='Keys')
+  assert 'save and continue' in keys.inner_text()
+  page.keyboard.press('Control+Enter')
+  for number in range(3):
+    page.get_by_role('heading', name='Output', level=2).wait_for()
+    assert 'Overall quality' in keys.inner_text()
+    # Keys are text while somebody writes, and do nothing when turned off.
+    page.get_by_label('Notes').fill('')
+    page.get_by_label('Notes').press('7')
+    assert page.get_by_label('Notes').input_value() == '7'
+    if number == 0:
+      page.get_by_label('Use the keys without Ctrl').uncheck()
+      page.locator('body').press('3')
+      assert page.locator('input[name=overall]:checked').count() == 0
+      page.get_by_label('Use the keys without Ctrl').check()
+    page.get_by_role('heading', name='Output', level=2).click()
+    page.keyboard.press(str(number + 2))
+    with page.expect_navigation():
+      page.keyboard.press('Control+Enter')
+  page.get_by_role('heading', name='Rank the outputs').wait_for()
+  with page.expect_navigation():
+    page.keyboard.press('[')
+  with page.expect_navigation():
+    page.keyboard.press('Control+Enter')
+  for number in range(3):
+    page.keyboard.press(letter_of(page, f'text {number}').lower())
+    page.keyboard.press(str(number + 1))
+  page.keyboard.press('Control+Enter')
+  page.get_by_role('heading', name='Your work').wait_for()
+  (row,) = research.labeled(live.store)
+  assert row.content['ranks'] == [1, 2, 3]
+  found = sorted(rating['overall'] for rating in row.content['ratings'])
+  assert found == [2, 3, 4]
+  assert page.problems == []
+
+
 def test_ranking_by_touch(browser, live):
   load(live, people.ranking_items(1, 2))
   page = enter(browser, live, live.link('anna'), has_touch=True)
