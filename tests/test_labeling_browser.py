@@ -262,7 +262,8 @@ def test_the_keys_of_the_list_work(browser, live):
     assert page.get_by_label('Notes').input_value() == '7'
     if number == 0:
       page.get_by_label('Use the keys without Ctrl').uncheck()
-      page.locator('body').press('3')
+      page.get_by_role('heading', name='Output', level=2).click()
+      page.keyboard.press('3')
       assert page.locator('input[name=overall]:checked').count() == 0
       page.get_by_label('Use the keys without Ctrl').check()
     page.get_by_role('heading', name='Output', level=2).click()
@@ -565,7 +566,7 @@ def test_every_page_is_accessible_and_fits(browser, live):
           labeler, f'/task/{task}/{step}', f'task-{batch.kind}-{kind}{number}'
         )
       live.store.skip(task, mine.id, 'Other')
-  task = research.disagreements(research.labeled(live.store))[0]['task_id']
+  task = research.queue(live.store)[0]['task_id']
   for method, path, access, _ in web.ROUTES:
     if method == 'GET' and access in ('admin', 'researcher'):
       if '{' in path and '{task' not in path:

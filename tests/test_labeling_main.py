@@ -104,10 +104,10 @@ def test_a_newcomer_ranks_within_a_few_clicks(tmp_path):
   header, body = gzip.decompress((tmp_path / 'b.gz').read_bytes()).split(
     b'\n', 1
   )
-  newer = header.replace(b'"0001"', b'"0099"')
+  newer = header.replace(b'"0002"', b'"0099"')
   (tmp_path / 'newer.gz').write_bytes(gzip.compress(newer + b'\n' + body))
   (tmp_path / 'cut.gz').write_bytes((tmp_path / 'b.gz').read_bytes()[:-50])
-  for name, words in (('cut', 'damaged'), ('newer', 'up to 0001')):
+  for name, words in (('cut', 'damaged'), ('newer', 'up to 0002')):
     bad = once(other, f'--restore={tmp_path}/{name}.gz')
     assert bad.returncode == 1 and words in bad.stderr
     assert bad.stderr.startswith('error: ') and bad.stderr.count('\n') == 1

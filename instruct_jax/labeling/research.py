@@ -1,4 +1,4 @@
-"""What researchers do: import, screening, agreement, export.
+"""What researchers do: import, screening, agreement, decisions, export.
 
 Agreement counts pairs of outputs that both people ordered. A pair that either
 of them tied is left out, as in `evals.preference_accuracy`.
@@ -26,11 +26,20 @@ MAX_OUTPUTS = 12
 _FIELDS = {
   **dict.fromkeys(('prompt', 'text', 'id', 'user', 'category', 'style'), str),
   **dict.fromkeys(('completions', 'models', 'ended', 'turns'), list),
-  'metadata': dict,
+  **dict.fromkeys(('metadata', 'suggestion'), dict),
+  'known_ranks': list,
 }
 # The fields that are kept with a task.
-_RECORD = ('id', 'user', 'category', 'metadata', 'style', 'turns', 'ended')
+_RECORD = (
+  'id', 'user', 'category', 'metadata', 'style', 'turns', 'ended', 'suggestion',
+  'known_ranks',
+)  # fmt: skip
 _LEAST_OUTPUTS = {'rating': 1, 'ranking': 2, 'toxicity': 2}
+# What to do about `known_ranks`, by whether the batch is for calibration.
+_CALIBRATED = {
+  True: "'known_ranks' is missing; a calibration task needs it",
+  False: "'known_ranks' are for calibration batches; import it as one",
+}
 # The kinds of agreement, by the number of researchers in a pair of people.
 _AGREEMENTS = ('labelers', 'labelers and researchers', 'researchers')
 
@@ -63,6 +72,32 @@ def _type_problems(values):
       yield f'{name!r} must be a {_FIELDS[name].__name__}'
 
 
+def _rank_problems(values, kind):
+  """What is wrong with the suggestion and the known ranks, if there are any."""
+  suggestion = values.get('suggestion', {})
+  if suggestion and set(suggestion) != {'ranks', 'source'}:
+    yield "'suggestion' must have ranks, and as source a name"
+  elif not isinstance(suggestion.get('source', ''), str):
+    yield "the source of 'suggestion' must be a string"
+  for name, ranks in (
+    ("'known_ranks'", values.get('known_ranks')),
+    ("the ranks of 'suggestion'", suggestion.get('ranks')),
+  ):
+    if ranks is None:
+      continue
+    if kind not in answers.RANKED:
+      yield f'{name} are for {" and ".join(answers.RANKED)} tasks'
+    elif not isinstance(ranks, list) or any(
+      type(rank) is not int or rank < 1 for rank in ranks
+    ):
+      yield f'{name} must be a list of integers from 1 (best)'
+    elif len(ranks) != len(values.get('completions', [])):
+      yield (
+        f'{name} are {len(ranks)} for {len(values.get("completions", []))} '
+        'completions'
+      )
+
+
 def _problems(values, kind):
   """What keeps one imported object from being a task of this kind."""
   found = list(_type_problems(values))
@@ -89,6 +124,7 @@ def _problems(values, kind):
     found.append(
       f"'ended' has {len(ended)} values for {len(completions)} completions"
     )
+  found += _rank_problems(values, kind)
   least = _LEAST_OUTPUTS.get(kind, 0)
   most = MAX_OUTPUTS if least else 0
   if not least <= len(completions) <= most:
@@ -98,6 +134,8 @@ def _problems(values, kind):
   if answers.style({'record': values}) not in answers.STYLES:
     found.append(f"'style' must be one of {', '.join(answers.STYLES)}")
   texts += [value for value in values.values() if isinstance(value, str)]
+  source = values.get('suggestion', {}).get('source')
+  texts += [source] if isinstance(source, str) else []
   if not found:
     texts += [turn['content'] for turn in turns]
   try:
@@ -108,7 +146,7 @@ def _problems(values, kind):
   return found
 
 
-def _read_tasks(content, source, kind):
+def _read_tasks(content, source, kind, calibration):
   """The checked objects of a JSONL file; blank lines are skipped."""
   found, bad = [], []
   for number, line in enumerate(content.split(b'\n'), start=1):
@@ -124,6 +162,8 @@ def _read_tasks(content, source, kind):
       bad.append((number, 'expected a JSON object'))
       continue
     bad += [(number, problem) for problem in _problems(values, kind)]
+    if ('known_ranks' in values) != calibration:
+      bad.append((number, _CALIBRATED[calibration]))
     # PostgreSQL refuses NUL inside JSON, too.
     if '\\u0000' in json.dumps(values):
       bad.append((number, 'holds a NUL character; remove it'))
@@ -144,13 +184,17 @@ def import_tasks(
   phase: str,
   overlap: int,
   screening: bool = False,
+  calibration: bool = False,
+  suggestions: bool = False,
   by: int | None = None,
 ) -> int:
   """Makes a batch of tasks from JSONL, all lines or none; returns their number.
 
   A line is {"prompt": "...", "completions": ["...", ...], "models": ["sft",
   ...]} and may have id, user, category, metadata, ended (as in
-  `records.Comparison`) and, for kind `prompt`, style.
+  `records.Comparison`) and, for kind `prompt`, style. Tasks to rank may have
+  a suggestion, {"ranks": [2, 1], "source": "a model"}, and those of a
+  calibration batch have `known_ranks`. Equal ranks are ties.
   `text` or `turns` may replace `prompt`, so `records.Prompt` files are
   demonstration tasks as they are. A line of kind `rating` makes one task per
   completion.
@@ -164,6 +208,9 @@ def import_tasks(
     phase: one of `answers.PHASES`: the instructions that labelers see.
     overlap: labelers per task; without effect in screening.
     screening: whether the batch compares new labelers with researchers.
+    calibration: whether the answers are known; such tasks are mixed into the
+      work of all labelers.
+    suggestions: whether labelers see the tasks' suggestions.
     by: the account that imports.
 
   Raises:
@@ -182,8 +229,15 @@ def import_tasks(
   name = store.given(name, 'The name', missing)
   if len(name) > 80:
     raise store.StoreError(missing)
+  if calibration and (screening or kind not in answers.RANKED):
+    raise store.StoreError(
+      'calibration is for batches of rankings outside the screening round'
+    )
+  found = _read_tasks(content, source, kind, calibration)
+  if suggestions and not any('suggestion' in values for values in found):
+    raise store.StoreError(f'{source}: suggestions are asked for; it has none')
   tasks = []
-  for values in _read_tasks(content, source, kind):
+  for values in found:
     outputs = _outputs(values)
     if kind != 'rating':
       tasks.append((values, outputs))
@@ -203,10 +257,12 @@ def import_tasks(
       phase=phase,
       overlap=overlap,
       screening=screening,
+      calibration=calibration,
+      suggestions=suggestions,
       closed=False,
       created=the_store.clock(),
     )
-    num_slots = 0 if screening else overlap
+    num_slots = 0 if screening or calibration else overlap
     for values, outputs in tasks:
       _insert_task(c, batch_id, values, outputs, num_slots)
     the_store.audit(c, by, 'import', f'{name}: {len(tasks)} {kind} tasks')
@@ -246,6 +302,7 @@ class Labeled:
   kind: str
   phase: str
   screening: bool
+  calibration: bool
   prompt: str
   record: dict[str, Any]
   texts: tuple[str, ...]
@@ -255,6 +312,7 @@ class Labeled:
   role: str
   content: dict[str, Any]
   order: tuple[int, ...]
+  suggested: float | None
   instructions: str
   time: float
   seconds: float
@@ -263,6 +321,27 @@ class Labeled:
   @property
   def is_researcher(self) -> bool:
     return self.role != 'labeler'
+
+  @property
+  def is_data(self) -> bool:
+    return not (self.screening or self.calibration)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+  """A researcher's ranking of a task on which labelers disagreed."""
+
+  task_id: int
+  batch: str
+  prompt: str
+  record: dict[str, Any]
+  texts: tuple[str, ...]
+  models: tuple[str, ...]
+  labeler: str  # The researcher who decided.
+  ranks: list[int]
+  note: str
+  instructions: str
+  time: float
 
 
 def _group(rows: Iterable[Any], name: str) -> dict[Any, list]:
@@ -278,17 +357,13 @@ def labeled(
 ) -> list[Labeled]:
   """All answers that count, of one task or of all, oldest first."""
   table, later = schema.answers, schema.answers.alias()
-  version = sa.cast(schema.instructions.c.version, sa.Text)
   query = (
     sa.select(
       table.c['assignment_id', 'content', 'time', 'seconds', 'revision'],
-      schema.assignments.c['task_id', 'account_id', 'order'],
-      schema.tasks.c['prompt', 'record'],
-      schema.batches.c.name.label('batch'),
-      schema.batches.c['kind', 'phase', 'screening'],
-      schema.accounts.c.name.label('labeler'),
+      schema.assignments.c['task_id', 'account_id', 'order', 'suggested'],
+      schema.batches.c['kind', 'phase', 'screening', 'calibration'],
       schema.accounts.c.role,
-      (schema.instructions.c.phase + '/' + version).label('instructions'),
+      *_shared_columns(),
     )
     .select_from(
       table.join(schema.work).join(schema.accounts).join(schema.instructions)
@@ -301,21 +376,59 @@ def labeled(
     )
     .order_by(table.c.id)
   )
-  wanted_outputs = sa.select(schema.outputs).order_by(schema.outputs.c.position)
   if task_id is not None:
     query = query.where(schema.tasks.c.id == task_id)
-    wanted_outputs = wanted_outputs.filter_by(task_id=task_id)
   with the_store.read() as c:
     rows = c.execute(query).mappings().all()
-    outputs = _group(c.execute(wanted_outputs), 'task_id')
+    outputs = _outputs_of(c, task_id)
   return [
-    Labeled(
-      **{**row, 'order': tuple(row['order'])},
-      texts=tuple(output.text for output in outputs[row['task_id']]),
-      models=tuple(output.model for output in outputs[row['task_id']]),
-    )
+    Labeled(**{**row, 'order': tuple(row['order'])}, **outputs[row['task_id']])
     for row in rows
   ]
+
+
+def decisions(the_store: store.Store) -> list[Decision]:
+  """All decisions on tasks that labelers disagreed on, oldest first."""
+  table = schema.decisions
+  query = (
+    sa.select(table.c['task_id', 'ranks', 'note', 'time'], *_shared_columns())
+    .select_from(
+      table.join(schema.tasks)
+      .join(schema.batches)
+      .join(schema.accounts)
+      .join(schema.instructions)
+    )
+    .order_by(table.c.id)
+  )
+  with the_store.read() as c:
+    rows = c.execute(query).mappings().all()
+    outputs = _outputs_of(c)
+  return [Decision(**row, **outputs[row['task_id']]) for row in rows]
+
+
+def _shared_columns():
+  """What answers and decisions say of task, author and instructions."""
+  version = sa.cast(schema.instructions.c.version, sa.Text)
+  return (
+    *schema.tasks.c['prompt', 'record'],
+    schema.batches.c.name.label('batch'),
+    schema.accounts.c.name.label('labeler'),
+    (schema.instructions.c.phase + '/' + version).label('instructions'),
+  )
+
+
+def _outputs_of(connection, task_id=None):
+  """Task id -> texts and models, of one task or of all."""
+  query = sa.select(schema.outputs).order_by(schema.outputs.c.position)
+  if task_id is not None:
+    query = query.filter_by(task_id=task_id)
+  found = collections.defaultdict(lambda: {'texts': (), 'models': ()})
+  for key, outputs in _group(connection.execute(query), 'task_id').items():
+    found[key] = {
+      'texts': tuple(output.text for output in outputs),
+      'models': tuple(output.model for output in outputs),
+    }
+  return found
 
 
 # --- Agreement --------------------------------------------------------------
@@ -360,6 +473,47 @@ def agreement(rows: Sequence[Labeled], seed: int) -> dict[str, Any]:
   return _by_kind(_pairs(rows), seed)
 
 
+def agreement_by_version(
+  rows: Sequence[Labeled], seed: int
+) -> list[dict[str, Any]]:
+  """Agreement on rankings under each version of the instructions.
+
+  The last row, if there are such pairs, compares people who ranked under
+  different versions.
+  """
+  pairs = _pairs(rows)
+  counts = collections.Counter(row.instructions for row in _ranked(rows))
+
+  def found(name, num_rankings, chosen):
+    counted = sum(pair[1] for _, _, pair in chosen)
+    agreed = _by_kind(chosen, seed)
+    return {'version': name, 'rankings': num_rankings, 'pairs': counted} | {
+      'agreement': agreed
+    }
+
+  same = _group_pairs(pairs)
+  mixed = same.pop(None, [])
+  rows = [
+    found(name, counts[name], same.get(name, []))
+    for name in sorted(counts, key=_version_order)
+  ]
+  return rows + [found('different versions', None, mixed)] * bool(mixed)
+
+
+def _version_order(name):
+  phase, version = name.rsplit('/', 1)
+  return phase, int(version)
+
+
+def _group_pairs(pairs):
+  """Pairs by the version that both people read; None if it differs."""
+  found = collections.defaultdict(list)
+  for a, b, pair in pairs:
+    same = a.instructions == b.instructions
+    found[a.instructions if same else None].append((a, b, pair))
+  return found
+
+
 def disagreements(rows: Sequence[Labeled]) -> list[dict[str, Any]]:
   """Ranked tasks with several answers, the least agreed first."""
   found = []
@@ -377,6 +531,110 @@ def disagreements(rows: Sequence[Labeled]) -> list[dict[str, Any]]:
         }
       )
   return sorted(found, key=lambda item: (item['rate'], item['task_id']))
+
+
+def calibration(
+  rows: Sequence[Labeled], seed: int
+) -> dict[int, preference_accuracy.Agreement | None]:
+  """Account id -> agreement with the known answers of calibration tasks."""
+  found = collections.defaultdict(list)
+  for row in rows:
+    if row.calibration and not row.is_researcher:
+      known = row.record['known_ranks']
+      counts = labels.pair_counts(known, row.content['ranks'])
+      found[row.account_id].append((*counts, row.task_id))
+  return {account: _interval(own, seed) for account, own in found.items()}
+
+
+# --- Adjudication -----------------------------------------------------------
+
+
+def queue(the_store: store.Store) -> list[dict[str, Any]]:
+  """The tasks to decide: not yet decided, the least agreed first."""
+  with the_store.read() as c:
+    decided = set(c.scalars(sa.select(schema.decisions.c.task_id)))
+  rows = [
+    row for row in labeled(the_store) if row.is_data and not row.is_researcher
+  ]
+  return [
+    item
+    for item in disagreements(rows)
+    if item['rate'] < 1 and item['task_id'] not in decided
+  ]
+
+
+def deciding(
+  the_store: store.Store, task_id: int, account_id: int
+) -> dict[str, Any] | None:
+  """A task as its adjudicator sees it, or None if labelers ranked it alike.
+
+  Returns:
+    prompt, record, phase, texts; `order`, the positions as shown, drawn for
+    each account; `given`, the labelers' ranks of each position, best first; the
+    decision so far as ranks (or None) and note; and the labelers' agreement.
+    Names of models and labelers are left out.
+  """
+  rows = [
+    row
+    for row in labeled(the_store, task_id)
+    if row.is_data and not row.is_researcher
+  ]
+  table = schema.decisions
+  with the_store.read() as c:
+    decided = c.execute(sa.select(table).filter_by(task_id=task_id)).first()
+  found = disagreements(rows)
+  if not found or (found[0]['rate'] == 1 and decided is None):
+    return None
+  number = len(rows[0].texts)
+
+  def place(position):
+    parts = map(str, (task_id, account_id, position))
+    return records.draw(the_store.config.seed, 'adjudication', *parts)
+
+  return {
+    **found[0],
+    'record': rows[0].record,
+    'phase': rows[0].phase,
+    'texts': rows[0].texts,
+    'order': sorted(range(number), key=place),
+    'given': [
+      sorted(row.content['ranks'][position] for row in rows)
+      for position in range(number)
+    ],
+    'ranks': decided.ranks if decided else None,
+    'note': decided.note if decided else '',
+  }
+
+
+def decide(
+  the_store: store.Store,
+  task_id: int,
+  account_id: int,
+  ranks: Sequence[int],
+  note: str,
+) -> None:
+  """Stores the decision on a task; a later one replaces it.
+
+  Raises:
+    StoreError: labelers do not disagree on this task.
+  """
+  task = deciding(the_store, task_id, account_id)
+  if task is None:
+    raise store.StoreError('Labelers do not disagree on this task')
+  table = schema.decisions
+  with the_store.write() as c:
+    c.execute(table.delete().filter_by(task_id=task_id))
+    schema.insert(
+      c,
+      table,
+      task_id=task_id,
+      account_id=account_id,
+      ranks=list(ranks),
+      note=note,
+      instruction_id=the_store.newest_instructions(c, task['phase']).id,
+      time=the_store.clock(),
+    )
+    the_store.audit(c, account_id, 'decide', f'task {task_id}')
 
 
 # --- People -----------------------------------------------------------------
@@ -532,9 +790,8 @@ def progress(the_store: store.Store) -> list[dict[str, Any]]:
     states = _states(c, batches.c.id, schema.accounts.c.role == 'labeler')
 
   def describe(batch):
-    wanted = (
-      None if batch['screening'] else batch['num_tasks'] * batch['overlap']
-    )
+    is_counted = not (batch['screening'] or batch['calibration'])
+    wanted = batch['num_tasks'] * batch['overlap'] if is_counted else None
     shown = ('submitted', 'open', 'skipped')
     counts = {state: states[batch['id'], state] for state in shown}
     return {**batch, 'wanted': wanted, **counts}
@@ -552,14 +809,17 @@ def _clock_text(seconds):
 
 def _origin(row):
   """What every exported line says about its origin."""
-  return {
+  found = {
     'batch': row.batch,
     'task': row.task_id,
     'instructions': row.instructions,
-    'seconds': round(row.seconds, 1),
-    'revision': row.revision,
     'time': _clock_text(row.time),
   }
+  if isinstance(row, Labeled):
+    found |= {'seconds': round(row.seconds, 1), 'revision': row.revision}
+  if 'active' in row.record:  # Such tasks are no random sample.
+    found['active'] = row.record['active']
+  return found
 
 
 def _id(row):
@@ -575,23 +835,39 @@ def _turns(row):
   return tuple(records.Turn(**turn) for turn in row.record.get('turns', ()))
 
 
-def _comparison(row):
+def _ranking(row, is_decided):
+  """The comparison that an answer makes."""
+  marks = {'adjudicated': True} if is_decided else {}
+  if row.suggested is not None:
+    shown = {'shown': _clock_text(row.suggested)}
+    marks['suggestion'] = row.record['suggestion'] | shown
+  return _comparison(
+    row,
+    row.content['ranks'],
+    order_shown=list(row.order),
+    about_prompt=row.content['prompt'],
+    ratings=row.content['ratings'],
+    **marks,
+  )
+
+
+def _decided(row):
+  """The comparison that a decision makes, with its mark."""
+  mark = {'decided_by': row.labeler, 'note': row.note}
+  return _comparison(row, row.ranks, adjudication=mark)
+
+
+def _comparison(row, ranks, **labeling):
   return records.Comparison(
     prompt=row.prompt,
     completions=row.texts,
-    ranks=tuple(row.content['ranks']),
+    ranks=tuple(ranks),
     id=_id(row),
     user=row.record.get('user', ''),
     labeler=row.labeler,
     category=row.record.get('category', ''),
     time=_clock_text(row.time),
-    metadata=_metadata(
-      row,
-      models=list(row.models),
-      order_shown=list(row.order),
-      about_prompt=row.content['prompt'],
-      ratings=row.content['ratings'],
-    ),
+    metadata=_metadata(row, models=list(row.models), **labeling),
     turns=_turns(row),
     ended=tuple(row.record.get('ended', ())),
   )
@@ -692,7 +968,7 @@ def _split(
 _EXPORTED = (
   'comparisons', 'comparisons_train', 'comparisons_valid',
   'comparisons_evaluation', 'comparisons_toxicity', 'comparisons_researchers',
-  'demonstrations', 'prompts', 'ratings',
+  'comparisons_adjudicated', 'demonstrations', 'prompts', 'ratings',
 )  # fmt: skip
 
 
@@ -705,13 +981,16 @@ def _comparisons_file(row):
   return 'comparisons' if is_training else 'comparisons_evaluation'
 
 
-def _files(rows, valid_fraction):
+def _files(rows, decided, valid_fraction):
   """File name -> its records; files without any are left out."""
   files = collections.defaultdict(list)
+  files['comparisons_adjudicated'] = list(map(_decided, decided))
+  tasks = {row.task_id for row in decided}
   for row in rows:
     files['ratings'] += _ratings(row)
     if row.kind in answers.RANKED:
-      files[_comparisons_file(row)].append(_comparison(row))
+      found = _ranking(row, row.task_id in tasks)
+      files[_comparisons_file(row)].append(found)
     elif row.kind in ('demonstration', 'prompt') and not row.is_researcher:
       files['demonstrations'] += _demonstrations(row)
       if row.kind == 'prompt' and row.content['style'] != 'few-shot':
@@ -729,8 +1008,10 @@ def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, int]:
   comparisons.jsonl has labelers' rankings under the training instructions;
   comparisons_train and comparisons_valid are its split by user and prompt.
   Rankings under other criteria or to compare with are in files of their own
-  (comparisons_evaluation, _toxicity, _researchers). The others are
-  demonstrations, prompts and ratings. Answers of the screening round are not
+  (comparisons_evaluation, _toxicity, _researchers). So have researchers'
+  decisions (_adjudicated); the labelers' rankings of these tasks say
+  `adjudicated` in their metadata. The others are demonstrations, prompts and
+  ratings. Answers of the screening round and to calibration tasks are not
   exported. All files appear together, and those of an earlier export are
   removed (`data/folders.py`).
 
@@ -738,8 +1019,9 @@ def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, int]:
     Line counts by file; a file without lines is not written.
   """
   everything = labeled(the_store)
-  rows = [row for row in everything if not row.screening]
-  files = _files(rows, the_store.config.valid_fraction)
+  rows = [row for row in everything if row.is_data]
+  fraction = the_store.config.valid_fraction
+  files = _files(rows, decisions(the_store), fraction)
   counts = {name: len(found) for name, found in files.items()}
   summary = statistics(the_store, everything) | {'files': counts}
   with folders.writing(
@@ -763,7 +1045,9 @@ def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, int]:
 
 def statistics(the_store: store.Store, rows: Sequence[Labeled]) -> dict:
   """What a model card says about the labelers (JSON)."""
-  data = [row for row in rows if not row.screening]
+  data = [row for row in rows if row.is_data]
+  seed = the_store.config.seed
+  scores = calibration(rows, seed)
   by_labelers = [row for row in data if not row.is_researcher]
 
   def plain(values):
@@ -780,8 +1064,18 @@ def statistics(the_store: store.Store, rows: Sequence[Labeled]) -> dict:
     'num_answers': len(by_labelers),
     'by_kind': dict(collections.Counter(row.kind for row in by_labelers)),
     'instructions': sorted({row.instructions for row in by_labelers}),
-    'agreement': plain(agreement(data, the_store.config.seed)),
+    'agreement': plain(agreement(data, seed)),
+    'agreement_by_version': [
+      row | {'agreement': plain(row['agreement'])}
+      for row in agreement_by_version(data, seed)
+    ],
+    'suggestions_shown': sum(row.suggested is not None for row in by_labelers),
+    'ordered_by': sorted(
+      {row.record['active']['by'] for row in data if 'active' in row.record}
+    ),
     'labelers': [
-      plain(person) for person in people(the_store, data) if person['answers']
+      plain(person | {'calibration': scores.get(person['id'])})
+      for person in people(the_store, data)
+      if person['answers']
     ],
   }

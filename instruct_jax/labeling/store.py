@@ -58,7 +58,7 @@ def validate(config) -> None:
   for key in (
     'session_days', 'invitation_days', 'task_minutes', 'idle_minutes',
     'requests_per_minute', 'joins_per_minute', 'max_body_bytes',
-    'max_import_bytes', 'overlap', 'demo_tasks',
+    'max_import_bytes', 'overlap', 'calibration_every', 'demo_tasks',
   ):  # fmt: skip
     if config[key] <= 0:
       raise StoreError(f'{key} must be positive: {config[key]}')
@@ -339,7 +339,7 @@ class Store:
     if phase not in answers.PHASES:
       raise StoreError(missing)
     with self.write() as c:
-      last = self._instructions(c, phase)
+      last = self.newest_instructions(c, phase)
       version = last.version + 1 if last else 1
       schema.insert(
         c,
@@ -355,9 +355,10 @@ class Store:
   def instructions(self, phase: str):
     """The newest version of a phase's instructions, or None."""
     with self.read() as c:
-      return self._instructions(c, phase)
+      return self.newest_instructions(c, phase)
 
-  def _instructions(self, connection, phase):
+  def newest_instructions(self, connection, phase: str):
+    """As `instructions`, on an open connection."""
     table = schema.instructions
     return connection.execute(
       sa.select(table)
@@ -417,9 +418,11 @@ class Store:
     """The next task of an account: the id of its assignment, or None.
 
     An account with an open task in an open batch gets that one. Labelers get
-    free slots of open batches, first of tasks that they had started; in
-    screening, all screening tasks. Researchers get every task, screening first,
-    outside the overlap.
+    free slots of open batches, first of tasks that they had started, then by
+    the tasks' priority; in screening, all screening tasks. About every
+    `calibration_every`-th task of a labeler is one with a known answer, while
+    there are any. Researchers get every other task, screening first, outside
+    the overlap.
 
     Raises:
       StoreError: the account was suspended, or the site is too busy.
@@ -455,6 +458,7 @@ class Store:
         batches.c.screening.desc(),
         sa.case((own.exists(), 0), else_=1),
         batches.c.id,
+        sa.func.coalesce(tasks.c.priority, 0.0).desc(),
         tasks.c.id,
       )
       .limit(1)
@@ -463,6 +467,12 @@ class Store:
     if account.role == 'labeler':
       query = query.where(batches.c.screening == in_screening)
     counts = account.role == 'labeler' and not in_screening
+    if counts and self._calibrates(connection, account.id):
+      found = connection.execute(query.where(batches.c.calibration)).first()
+      if found is not None:
+        self._hold_uncounted(connection, found.task_id, account.id)
+        return self._assign(connection, found.task_id, account.id)
+    query = query.where(~batches.c.calibration)
     if counts:
       query = (
         query.join(slots)
@@ -478,6 +488,21 @@ class Store:
     else:
       self._hold_uncounted(connection, found.task_id, account.id)
     return self._assign(connection, found.task_id, account.id)
+
+  def _calibrates(self, connection, account_id):
+    """Whether an account's next task is one with a known answer, if any is.
+
+    Nobody can count to it: each task is drawn, by its number in the account's
+    work.
+    """
+    number = connection.scalar(
+      sa.select(sa.func.count())
+      .select_from(assignments)
+      .filter_by(account_id=account_id)
+    )
+    parts = ('calibration', str(account_id), str(number))
+    drawn = int.from_bytes(records.draw(self.config.seed, *parts), 'big')
+    return drawn % self.config.calibration_every == 0
 
   def _opened(self, connection, account_id):
     """The assignment that an account works on, or None."""
@@ -536,8 +561,9 @@ class Store:
     """An account's own assignment with its task, or None.
 
     Returns:
-      Columns of the assignment, the batch's kind, phase, screening and closed,
-      the task's prompt and record, and `texts`: outputs by position.
+      Columns of the assignment; the batch's kind, phase, screening, closed,
+      calibration and suggestions; the task's prompt and record; and `texts`:
+      outputs by position.
     """
     with self.read() as c:
       return self._work(c, assignment_id, account_id)
@@ -548,6 +574,7 @@ class Store:
         assignments,
         tasks.c['prompt', 'record'],
         batches.c['kind', 'phase', 'screening', 'closed'],
+        batches.c['calibration', 'suggestions'],
       )
       .select_from(schema.work)
       .where(
@@ -670,7 +697,7 @@ class Store:
       revision=number,
       submission=submission,
       content=content,
-      instruction_id=self._instructions(connection, work['phase']).id,
+      instruction_id=self.newest_instructions(connection, work['phase']).id,
       time=self.clock(),
       seconds=work['seconds'],
     )
@@ -681,7 +708,8 @@ class Store:
     """Takes a slot for an expired assignment, or raises `StoreError`."""
     account = self._account(connection, work['account_id'])
     try:
-      if account.role != 'labeler' or work['screening']:
+      is_counted = not (work['screening'] or work['calibration'])
+      if account.role != 'labeler' or not is_counted:
         return self._hold_uncounted(connection, work['task_id'], account.id)
       slot = connection.scalar(
         sa.select(slots.c.id)
@@ -733,6 +761,12 @@ class Store:
         time=self.clock(),
       )
       self.audit(c, account_id, 'flag', f'assignment {assignment_id}')
+
+  def suggestion_shown(self, assignment_id: int) -> None:
+    """Records that a labeler sees the suggestion of a task; the first time."""
+    with self.write() as c:
+      unseen = assignments.update().filter_by(id=assignment_id, suggested=None)
+      c.execute(unseen.values(suggested=self.clock()))
 
   def own_progress(self, account) -> dict[str, Any]:
     """What a labeler sees of their own work: counts, pace, tasks."""
