@@ -24,7 +24,16 @@ from playwright import sync_api
 
 from experiments import reward
 from instruct_jax.data import records
-from instruct_jax.labeling import answers, demo, research, schema, store, web
+from instruct_jax.labeling import (
+  answers,
+  demo,
+  exporting,
+  importing,
+  research,
+  schema,
+  store,
+  web,
+)
 from tests import labeling_people as people
 from tests import test_labeling_reward
 
@@ -150,7 +159,7 @@ def test_from_clicks_in_a_browser_to_an_export(browser, live, tmp_path):
     assert column(page, rank).get_by_text(text).is_visible()
   page.get_by_role('button', name='Submit').click()
   page.get_by_role('heading', name='Your work').wait_for()
-  research.export(live.store, tmp_path / 'out')
+  exporting.export(live.store, tmp_path / 'out')
   (found,) = records.read_jsonl(
     tmp_path / 'out/comparisons.jsonl', records.Comparison
   )
@@ -176,7 +185,7 @@ def test_from_clicks_in_a_browser_to_a_reward_model(
   page.get_by_role('button', name='Submit').click()
   page.get_by_role('heading', name='Your work').wait_for()
   folder = epath.Path(tmp_path)
-  research.export(live.store, folder / 'out')
+  exporting.export(live.store, folder / 'out')
   for split in ('train', 'valid'):  # So few may all fall on one side.
     shutil.copy(
       folder / 'out/comparisons.jsonl',
@@ -189,7 +198,7 @@ def test_from_clicks_in_a_browser_to_a_reward_model(
 
 
 def load(live, items, kind='ranking', phase='training', **settings):
-  research.import_tasks(
+  importing.import_tasks(
     live.store,
     '\n'.join(json.dumps(item) for item in items).encode(),
     source='test',

@@ -11,7 +11,7 @@ pytest.importorskip('sqlalchemy')
 import sqlalchemy as sa
 
 from instruct_jax.data import records
-from instruct_jax.labeling import research, schema, store
+from instruct_jax.labeling import exporting, research, schema, store
 from tests import labeling_people as people
 
 
@@ -34,7 +34,7 @@ def reversed_rank(text):
 
 
 def exported(site, folder, name):
-  research.export(site.store, folder)
+  exporting.export(site.store, folder)
   return records.read_jsonl(folder / f'{name}.jsonl', records.Comparison)
 
 
@@ -353,7 +353,7 @@ def test_agreement_is_counted_by_version(site, tmp_path):
   assert 'data-live' in page
   for words in ('training/1', 'training/2', 'different versions'):
     assert f'<th scope="row">{words}</th>' in page
-  research.export(site.store, tmp_path / 'out')
+  exporting.export(site.store, tmp_path / 'out')
   said = json.loads((tmp_path / 'out/statistics.json').read_text())
   assert [row['pairs'] for row in said['agreement_by_version']] == [6, 6, 6]
 

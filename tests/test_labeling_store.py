@@ -30,7 +30,14 @@ from alembic import autogenerate
 from alembic.runtime.migration import MigrationContext
 
 from instruct_jax.data import records
-from instruct_jax.labeling import answers, research, schema, store
+from instruct_jax.labeling import (
+  answers,
+  exporting,
+  importing,
+  research,
+  schema,
+  store,
+)
 from tests import labeling_people as people
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -451,7 +458,7 @@ def test_all_work_on_postgresql(postgres, tmp_path):
   assert len(site.rows()) == 8
   for page in ('/admin', '/admin/accounts', '/admin/agreement', '/admin/audit'):
     assert site.admin.get(page).status_code == 200
-  assert research.export(site.store, tmp_path / 'out')['comparisons'] == 8
+  assert exporting.export(site.store, tmp_path / 'out')['comparisons'] == 8
   site.engine.dispose()
 
 
@@ -596,7 +603,7 @@ def crash_test(tmp_path, num_labelers, num_tasks, num_kills, url=''):
   the_store = store.Store(engine, people.make_config())
   the_store.prepare()
   overlap = 2
-  research.import_tasks(
+  importing.import_tasks(
     the_store,
     '\n'.join(map(json.dumps, people.ranking_items(num_tasks, 2))).encode(),
     source='test',
@@ -636,7 +643,7 @@ def crash_test(tmp_path, num_labelers, num_tasks, num_kills, url=''):
       assert labeler.failure is None, labeler.failure
   finally:
     server.kill()
-  research.export(the_store, tmp_path / 'out')
+  exporting.export(the_store, tmp_path / 'out')
   found = records.read_jsonl(
     tmp_path / 'out/comparisons.jsonl', records.Comparison
   )

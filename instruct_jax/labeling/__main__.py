@@ -5,6 +5,7 @@ python -m instruct_jax.labeling --config=configs/labeling.py --workdir=DIR
 ... --admin_link           prints a new link for the first admin
 ... --import_file=FILE --batch=NAME --kind=ranking --phase=training
 ... --export=FOLDER        writes the files that the experiments read
+... --format=argilla       with either: the JSON of another program
 ... --backup=FILE.gz       writes one consistent copy, also of a running site
 ... --restore=FILE.gz      fills an empty database
 """
@@ -25,7 +26,15 @@ try:
   import sqlalchemy as sa
   import uvicorn
 
-  from instruct_jax.labeling import demo, research, schema, store, web
+  from instruct_jax.labeling import (
+    demo,
+    exporting,
+    formats,
+    importing,
+    schema,
+    store,
+    web,
+  )
 except ModuleNotFoundError as error:
   if __name__ != '__main__':
     raise
@@ -47,6 +56,15 @@ _IMPORT = flags.DEFINE_string('import_file', None, 'Import a file and exit.')
 _BATCH = flags.DEFINE_string('batch', None, 'Name of the imported batch.')
 _KIND = flags.DEFINE_string('kind', 'ranking', 'Kind of the imported tasks.')
 _PHASE = flags.DEFINE_string('phase', 'training', 'Instructions of the import.')
+_FORMAT = flags.DEFINE_enum(
+  'format', 'jsonl', list(formats.FORMATS), 'Of the import or the export.'
+)
+_CALIBRATION = flags.DEFINE_bool(
+  'calibration', False, 'Import tasks with known answers.'
+)
+_SUGGESTIONS = flags.DEFINE_bool(
+  'suggestions', False, 'Let labelers see the suggestions of the import.'
+)
 _SCREENING = flags.DEFINE_bool('screening', False, 'Import for screening.')
 
 
@@ -70,10 +88,16 @@ def _once(the_store) -> bool:
     count = store.backup(the_store.engine, _BACKUP.value)
     print(f'{count} rows written to {store.backup_name(_BACKUP.value)}')
   elif _EXPORT.value:
-    for name, count in research.export(the_store, _EXPORT.value).items():
-      print(f'{_EXPORT.value}/{name}.jsonl: {count} lines')
+    if _FORMAT.value == 'jsonl':
+      counts = exporting.export(the_store, _EXPORT.value)
+      told = {f'{name}.jsonl': f'{n} lines' for name, n in counts.items()}
+    else:
+      counts = exporting.export_as(the_store, _EXPORT.value, _FORMAT.value)
+      told = {name: f'{n} tasks' for name, n in counts.items()}
+    for name, what in told.items():
+      print(f'{_EXPORT.value}/{name}: {what}')
   elif _IMPORT.value:
-    count = research.import_tasks(
+    counts = importing.import_tasks(
       the_store,
       records.read_bytes(_IMPORT.value),
       source=_IMPORT.value,
@@ -82,8 +106,13 @@ def _once(the_store) -> bool:
       phase=_PHASE.value,
       overlap=the_store.config.overlap,
       screening=_SCREENING.value,
+      calibration=_CALIBRATION.value,
+      suggestions=_SUGGESTIONS.value,
+      file_format=_FORMAT.value,
     )
-    print(f'{count} tasks imported')
+    print(f'{counts.pop("tasks")} tasks imported')
+    for what, count in counts.items():
+      print(f'{what}: {count}')
   else:
     return False
   return True

@@ -25,6 +25,8 @@ KINDS = {
 RANKED = ('ranking', 'toxicity')
 STYLES = ('plain', 'few-shot', 'user-based')
 PHASES = ('training', 'evaluation', 'toxicity')
+# The phase of answers from files, which were given elsewhere; also their mark.
+IMPORTED = 'imported'
 NUM_PAIRS = 6  # Rows of the few-shot form.
 SKIP_REASONS = (
   'The task is unclear',

@@ -10,6 +10,12 @@ import functools
 
 import sqlalchemy as sa
 
+# The fields of an imported line that are kept as a task's `record`.
+RECORD_FIELDS = (
+  'id', 'user', 'category', 'metadata', 'style', 'turns', 'ended', 'suggestion',
+  'known_ranks',
+)  # fmt: skip
+
 metadata = sa.MetaData(
   naming_convention={
     'ix': 'ix_%(table_name)s_%(column_0_N_name)s',
@@ -99,8 +105,7 @@ tasks = _table(
   'tasks',
   _to('batches', 'batch_id', index=True),
   _text('prompt'),
-  # id, user, category, metadata, turns, ended, suggestion and known_ranks of
-  # the imported line; style of a prompt task; active, which says what gave the
+  # `RECORD_FIELDS` of the imported line, and active, which says what gave the
   # priority.
   _json('record'),
   _time('priority', nullable=True),  # Higher is earlier; NULL counts as 0.

@@ -94,6 +94,24 @@ def given(text: str, what: str, missing: str) -> str:
   return text
 
 
+def pseudonym(name: str) -> str:
+  """The name of an account as it is stored.
+
+  Raises:
+    StoreError: it is unusable, say because it is an e-mail address.
+  """
+  name = unicodedata.normalize('NFC', name).strip()
+  if (
+    not 1 <= len(name) <= 40
+    or not name.replace('-', '').isalnum()
+    or invisible.HIDDEN.search(name)  # Some of these count as letters.
+  ):
+    raise StoreError(
+      f'A name has 1 to 40 letters, digits and hyphens: {name[:60]!r}'
+    )
+  return name
+
+
 def make_engine(url: str) -> sa.Engine:
   """An engine with real transactions, also on SQLite."""
   if not url.startswith('sqlite'):
@@ -194,15 +212,7 @@ class Store:
     Raises:
       StoreError: the name is taken or unusable, or there is no such role.
     """
-    name = unicodedata.normalize('NFC', name).strip()
-    if (
-      not 1 <= len(name) <= 40
-      or not name.replace('-', '').isalnum()
-      or invisible.HIDDEN.search(name)  # Some of these count as letters.
-    ):
-      raise StoreError(
-        f'A name has 1 to 40 letters, digits and hyphens: {name[:60]!r}'
-      )
+    name = pseudonym(name)
     if role not in ('labeler', 'researcher', 'admin'):
       raise StoreError(f'No such role: {role!r}')
     if status not in ('screening', 'active'):
@@ -529,6 +539,21 @@ class Store:
     slot = connection.scalar(sa.select(slots.c.id).filter_by(**key))
     if slot is None:
       schema.insert(connection, slots, holder=account_id, **key)
+    else:
+      self._hold(connection, slot, account_id)
+
+  def take_slot(self, connection, task_id: int, account_id: int) -> None:
+    """Gives a task's first free slot to an account, or one that is not counted
+    if there is none."""
+    slot = connection.scalar(
+      sa.select(slots.c.id)
+      .filter_by(task_id=task_id, holder=None)
+      .where(slots.c.number > 0)
+      .order_by(slots.c.number)
+      .limit(1)
+    )
+    if slot is None:
+      self._hold_uncounted(connection, task_id, account_id)
     else:
       self._hold(connection, slot, account_id)
 

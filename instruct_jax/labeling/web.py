@@ -27,7 +27,15 @@ import sqlalchemy as sa
 from starlette import applications, concurrency, requests, responses, routing
 
 from instruct_jax.data import invisible, records
-from instruct_jax.labeling import answers, research, schema, store
+from instruct_jax.labeling import (
+  answers,
+  exporting,
+  formats,
+  importing,
+  research,
+  schema,
+  store,
+)
 
 _HERE = pathlib.Path(__file__).parent
 COOKIE = 'labeling'
@@ -584,7 +592,7 @@ _BATCH_OPTIONS = ('screening', 'calibration', 'suggestions')
 def import_tasks(visit):
   """Makes a batch of the posted lines, or shows what is wrong with them."""
   try:
-    research.import_tasks(
+    importing.import_tasks(
       visit.store,
       visit.field('lines').encode('utf-8', 'surrogatepass'),
       source='import',
@@ -592,6 +600,7 @@ def import_tasks(visit):
       kind=visit.field('kind'),
       phase=visit.field('phase'),
       overlap=_integer(visit.field('overlap'), 'The overlap'),
+      file_format=visit.field('format') or 'jsonl',
       **{name: name in visit.form for name in _BATCH_OPTIONS},
       by=visit.account.id,
     )
@@ -663,17 +672,30 @@ def export(visit):
   """Writes an export folder and lists its files."""
   moment = datetime.datetime.fromtimestamp(visit.store.clock(), datetime.UTC)
   folder = visit.site.exports / moment.strftime('%Y%m%d-%H%M%S')
-  counts = research.export(visit.store, folder)
+  chosen = visit.field('format') or 'jsonl'
+  if chosen not in formats.FORMATS:
+    raise store.StoreError(f'No such format: {chosen!r:.40}')
+  if chosen == 'jsonl':
+    counts = exporting.export(visit.store, folder)
+    files = {f'{name}.jsonl': f'{n} lines' for name, n in counts.items()}
+    files['statistics.json'] = 'about the labelers'
+  else:
+    counts = exporting.export_as(visit.store, folder, chosen)
+    files = {name: f'{n} tasks' for name, n in counts.items()}
+    if chosen == 'label_studio':
+      files['label_studio.xml'] = 'its labeling interface'
   with visit.store.write() as c:
     visit.store.audit(c, visit.account.id, 'export', folder.name)
-  return visit.page('export.html', files=counts, folder=str(folder))
+  return visit.page('export.html', files=files, folder=str(folder))
 
 
 def download(visit):
   """A file of an export."""
   folder, name = (visit.request.path_params[k] for k in ('folder', 'name'))
   path = visit.site.exports / folder / name
-  is_export = re.fullmatch(r'\d{8}-\d{6}/[a-z_]+\.jsonl?', f'{folder}/{name}')
+  is_export = re.fullmatch(
+    r'\d{8}-\d{6}/[a-z_]+\d*\.(jsonl?|xml)', f'{folder}/{name}'
+  )
   if not is_export or not path.is_file():
     raise RefusedError
   return responses.FileResponse(path, filename=name)
@@ -772,7 +794,9 @@ class _Site:
     for function in (shown, _when, _duration, _percent, _estimate):
       self.templates.filters[function.__name__.strip('_')] = function
     self.templates.globals.update(
-      answers=answers, letters=string.ascii_uppercase
+      answers=answers,
+      formats=formats.FORMATS,
+      letters=string.ascii_uppercase,
     )
 
   def page(self, template, account, status, **values):
