@@ -42,6 +42,11 @@ def get_config(argument: str = ''):
   config.cut_demonstrations = 6.0
   config.valid_fraction = 0.1  # Of users, or prompts without one, in exports.
   config.demo_tasks = 24  # Ranking tasks of `--demo`.
+  config.active = ConfigDict()  # The reward model of `--active=reward:MODEL`.
+  # Folder of its tokenizer; '' is the model's own, if it is published.
+  config.active.tokenizer = ''
+  config.active.compute_dtype = ''  # '' is the dtype in the model's folder.
+  config.active.batch_size = 32  # Completions scored at a time.
   # Of the demo's texts, of interval redraws and of who calibrates when.
   config.seed = 0
   config.lock()

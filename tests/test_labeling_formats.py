@@ -5,6 +5,7 @@ exports.
 """
 
 import json
+import re
 import uuid
 import xml.etree.ElementTree
 
@@ -722,7 +723,7 @@ def test_both_formats_pass_through_the_pages(site):
   ):
     site.clock.now += 1  # A folder each.
     page = site.admin.post('/admin/export', format=file_format).text
-    folder = page.split('/admin/export/')[2].split('/')[0]
+    folder = re.search(r'/admin/export/(\d{8}-\d{6})/', page)[1]
     for name in names:
       assert f'/admin/export/{folder}/{name}"' in page
       reply = site.admin.get(f'/admin/export/{folder}/{name}')
@@ -771,7 +772,7 @@ BAD = {
   'unknown option': ('argilla', changed(*ORDER, 'value', ['response-9']),
                      "record 2: 'response-9' is ranked, but is no field"),
   'twice': ('argilla', changed(*ORDER, 'value', ['response-1'] * 2),
-            "record 2: 'response-1' is ranked"),
+            "record 2: 'response-1' is ranked twice"),
   'no ranking': ('argilla', changed(*ORDER, 'value', 5),
                  'record 2: 5 is no ranking'),
   'rank': ('argilla', changed(*ORDER, 'value',

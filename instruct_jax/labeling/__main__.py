@@ -6,11 +6,13 @@ python -m instruct_jax.labeling --config=configs/labeling.py --workdir=DIR
 ... --import_file=FILE --batch=NAME --kind=ranking --phase=training
 ... --export=FOLDER        writes the files that the experiments read
 ... --format=argilla       with either: the JSON of another program
+... --active=reward:MODEL  puts first what a reward model is least sure of
 ... --backup=FILE.gz       writes one consistent copy, also of a running site
 ... --restore=FILE.gz      fills an empty database
 """
 
 import contextlib
+import importlib
 import os
 import pathlib
 import socket
@@ -56,6 +58,9 @@ _IMPORT = flags.DEFINE_string('import_file', None, 'Import a file and exit.')
 _BATCH = flags.DEFINE_string('batch', None, 'Name of the imported batch.')
 _KIND = flags.DEFINE_string('kind', 'ranking', 'Kind of the imported tasks.')
 _PHASE = flags.DEFINE_string('phase', 'training', 'Instructions of the import.')
+_ACTIVE = flags.DEFINE_string(
+  'active', None, 'Order the free tasks by a reward model and exit.'
+)
 _FORMAT = flags.DEFINE_enum(
   'format', 'jsonl', list(formats.FORMATS), 'Of the import or the export.'
 )
@@ -70,16 +75,25 @@ _SCREENING = flags.DEFINE_bool('screening', False, 'Import for screening.')
 
 def _check_flags(config, workdir) -> None:
   """Raises `StoreError` before anything is made."""
-  actions = (_BACKUP, _RESTORE, _EXPORT, _IMPORT, _ADMIN_LINK, _DEMO)
+  actions = (
+    _BACKUP, _RESTORE, _EXPORT, _IMPORT, _ACTIVE, _ADMIN_LINK, _DEMO,
+  )  # fmt: skip
   given = [f'--{flag.name}' for flag in actions if flag.value]
   if len(given) > 1:
     raise store.StoreError(f'{" and ".join(given)}: give one of them at a time')
   path = workdir / _DATABASE
-  reads = _BACKUP.value or _EXPORT.value
+  if _ACTIVE.value:
+    _active().check(_ACTIVE.value, config.active)
+  reads = _BACKUP.value or _EXPORT.value or _ACTIVE.value
   if reads and not config.database and not path.exists():
     raise store.StoreError(
       f'{path}: no such file; give the --workdir of a labeling site'
     )
+
+
+def _active():
+  """The module that needs JAX, which the site itself does not."""
+  return importlib.import_module('instruct_jax.labeling.active')
 
 
 def _once(the_store) -> bool:
@@ -96,6 +110,11 @@ def _once(the_store) -> bool:
       told = {name: f'{n} tasks' for name, n in counts.items()}
     for name, what in told.items():
       print(f'{_EXPORT.value}/{name}: {what}')
+  elif _ACTIVE.value:
+    config = the_store.config.active
+    counts = _active().order(the_store, _ACTIVE.value, config)
+    for what, count in counts.items():
+      print(f'{what}: {count} tasks')
   elif _IMPORT.value:
     counts = importing.import_tasks(
       the_store,

@@ -62,6 +62,10 @@ def validate(config) -> None:
   ):  # fmt: skip
     if config[key] <= 0:
       raise StoreError(f'{key} must be positive: {config[key]}')
+  if config.active.batch_size <= 0:
+    raise StoreError(
+      f'active.batch_size must be positive: {config.active.batch_size}'
+    )
   for key in ('cut_flags', 'cut_rankings', 'valid_fraction'):
     if not 0 <= config[key] <= 1:
       raise StoreError(f'{key} must be from 0 to 1: {config[key]}')
