@@ -346,6 +346,23 @@ def test_argilla_tasks_without_answers(site):
   assert row.texts == ('Jay.', 'Bat.')
 
 
+def test_skips_and_drafts_alone_are_answers(site):
+  (record, _) = argilla_records()
+  skip = {'value': [], 'user_id': ANNA, 'status': 'discarded'}
+  draft = {'value': ['response-2'], 'user_id': BEN, 'status': 'draft'}
+  record['suggestions'] = {}
+  for name, given in (('one', [skip]), ('two', [skip, draft])):
+    record['responses'] = {'preference': given}
+    counts = load(site, [record], 'argilla', name)
+    assert counts['tasks'] == counts['skipped'] == 1
+    assert counts.get('unfinished', 0) == (name == 'two')
+  # A field that nobody has ranked is a completion by its name.
+  assert others(site)[-1][3] == {'ranks': {'rank1': '1'}}
+  with site.store.read() as c:
+    number = sa.select(sa.func.count()).select_from(schema.outputs)
+    assert c.scalar(number) == 6
+
+
 # --- Label Studio -------------------------------------------------------------
 
 

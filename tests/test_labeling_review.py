@@ -122,13 +122,17 @@ def test_researchers_and_newcomers_do_not_calibrate(tmp_path):
   [
     ({}, {'calibration': True}, "'known_ranks' is missing"),
     ({'known_ranks': [1, 2]}, {}, 'are for calibration batches'),
-    ({'known_ranks': [1]}, {'calibration': True}, 'are 1 for 2 completions'),
+    ({'known_ranks': [1]}, {'calibration': True}, 'a list of 2 ranks, one a'),
     ({'known_ranks': [0, 1]}, {'calibration': True}, 'integers from 1'),
     ({'known_ranks': [True, 1]}, {'calibration': True}, 'integers from 1'),
     ({'suggestion': {'ranks': [1, 2]}}, {}, 'must have ranks, and as source'),
     ({'suggestion': {'ranks': [1, 2], 'source': 3}}, {}, 'must be a string'),
-    ({'suggestion': {'ranks': '12', 'source': 'm'}}, {}, 'integers from 1'),
-    ({'suggestion': {'ranks': [1, 2, 3], 'source': 'm'}}, {}, 'are 3 for 2'),
+    ({'suggestion': {'ranks': '12', 'source': 'm'}}, {}, 'a list of 2 ranks'),
+    (
+      {'suggestion': {'ranks': [1, 3], 'source': 'm'}},
+      {},
+      'from 1 (best) to 2',
+    ),
   ],
 )
 def test_bad_ranks_are_named(site, line, settings, words):

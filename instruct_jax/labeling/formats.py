@@ -455,7 +455,7 @@ def _ranking_question(normal, source):
   for record in normal:
     keys = set(map(_key, record['fields']))
     for response in (*record['responses'], *record['suggestions']):
-      if response.question is None:
+      if response.question is None or response.value in (None, [], {}):
         continue
       asked.add(response.question)
       entries = _entries(response.value) or ()
@@ -477,13 +477,19 @@ def _ranking_question(normal, source):
   return None
 
 
+def _is_option(key, options):
+  """Whether a field is among the options, or is named like one that ends in a
+  number, for nobody may have ranked it; without options, if it so ends."""
+  stems = {re.sub(r'\d+$', '', option) for option in options}
+  numbered = re.fullmatch(r'(.*?)\d+', key)
+  return key in options or bool(
+    numbered and (not options or numbered[1] in stems - options)
+  )
+
+
 def _argilla_item(record, question, options, left_out):
   fields = {k: v for k, v in record['fields'].items() if v is not None}
-  names = [
-    name
-    for name in fields
-    if (_key(name) in options if options else re.search(r'\d$', name))
-  ]
+  names = [name for name in fields if _is_option(_key(name), options)]
   others = [name for name in fields if name not in names]
   if len(others) != 1:
     raise _BadError(
@@ -514,7 +520,7 @@ def _argilla_item(record, question, options, left_out):
     values['suggestion'] = suggested
   answers = []
   for response in record['responses']:
-    if response.question not in (question, None):
+    if response.question not in (question, None) and question is not None:
       left_out[f'answers to {response.question}'] += 1
       continue
     status = response.status
@@ -523,7 +529,7 @@ def _argilla_item(record, question, options, left_out):
     if not isinstance(status, str | None) or status not in _STATUSES:
       raise _BadError(f'no such status of a response: {status!r:.40}')
     state = _STATUSES[status]
-    if response.question is None and state != 'skipped':
+    if None in (question, response.question) and state != 'skipped':
       left_out['empty answers'] += 1
       continue
     ranks = () if state == 'skipped' else _argilla_ranks(response.value, names)
@@ -886,7 +892,7 @@ def _studio_task(item: Item, num_buckets: int) -> Mapping[str, Any]:
     'predictions': [
       {
         'model_version': suggestion['source'],
-        'result': result(suggestion['ranks'], 'suggestion'),
+        'result': result(_dense(suggestion['ranks']), 'suggestion'),
       }
     ]
     if suggestion

@@ -66,6 +66,7 @@ def _rank_problems(values, kind):
     yield "'suggestion' must have ranks, and as source a name"
   elif not isinstance(suggestion.get('source', ''), str):
     yield "the source of 'suggestion' must be a string"
+  number = len(values.get('completions', []))
   for name, ranks in (
     ("'known_ranks'", values.get('known_ranks')),
     ("the ranks of 'suggestion'", suggestion.get('ranks')),
@@ -74,15 +75,12 @@ def _rank_problems(values, kind):
       continue
     if kind not in answers.RANKED:
       yield f'{name} are for {" and ".join(answers.RANKED)} tasks'
-    elif not isinstance(ranks, list) or any(
-      type(rank) is not int or rank < 1 for rank in ranks
+    elif not isinstance(ranks, list) or len(ranks) != number:
+      yield f'{name} must be a list of {number} ranks, one a completion'
+    elif any(
+      type(rank) is not int or not 1 <= rank <= number for rank in ranks
     ):
-      yield f'{name} must be a list of integers from 1 (best)'
-    elif len(ranks) != len(values.get('completions', [])):
-      yield (
-        f'{name} are {len(ranks)} for {len(values.get("completions", []))} '
-        'completions'
-      )
+      yield f'{name} must be integers from 1 (best) to {number}'
 
 
 def _problems(values, kind):

@@ -356,6 +356,10 @@ def decide(
     raise store.StoreError('Labelers do not disagree on this task')
   table = schema.decisions
   with the_store.write() as c:
+    # One at a time: a task has one decision.
+    c.execute(
+      sa.select(schema.tasks.c.id).filter_by(id=task_id).with_for_update()
+    )
     c.execute(table.delete().filter_by(task_id=task_id))
     schema.insert(
       c,
