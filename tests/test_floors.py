@@ -150,6 +150,7 @@ FLOORS = {
   'labeling.active': (
     'model_folder',
     'judge_fns',
+    'models.config',
     'data',
     'infra',
     'evals',

@@ -210,6 +210,7 @@ _OF_OTHERS = {
   *('chat_template', 'high_freq_factor', 'label_gold', 'num_labels'),
   *('partial_rotary_factor', 'rope_parameters', 'sliding_window'),
   *('strftime_now', 'test_case', 'instruct_jax', 'weight_map'),
+  *('completed_by', 'user_id'),
 }
 # Arguments of functions whose callers check before: a stage never gets there.
 _ARGUMENTS = {

@@ -25,6 +25,7 @@ from instruct_jax.data import records
 from instruct_jax.evals import samples
 from instruct_jax.infra import sharding
 from instruct_jax.labeling import answers, research, schema, store
+from instruct_jax.models.config import check_stage
 
 _PREFIX = 'reward:'
 
@@ -42,7 +43,9 @@ def check(name: str, config: ConfigDict) -> str:
   Raises:
     StoreError: the name is of another form, or the model's tokenizer is
       missing.
+    ValueError: a compute_dtype that there is not.
   """
+  check_stage(config)
   folder = name.removeprefix(_PREFIX)
   if folder == name or not folder:
     raise store.StoreError(
