@@ -304,7 +304,7 @@ HUB_ROWS = {
     'preference.suggestion': ['response-2', 'response-1'],
     'preference.suggestion.score': None,
     'preference.suggestion.agent': 'judge-7b',
-    'metadata.source': 'birds',
+    'length': 3,
   },
 }  # fmt: skip
 
@@ -319,7 +319,8 @@ def test_rows_of_a_data_set_on_the_hub(site, version):
   by_ben = [1, 1] if version == 'version 1' else [1, 2]
   assert ranks_of(site) == {'Name a bird.': {ANNA: [2, 1], BEN: by_ben}}
   found = site.rows()[0].record
-  assert found['metadata'] == {'source': 'birds'}
+  metadata = {'version 1': {'source': 'birds'}, 'version 2': {'length': 3}}
+  assert found['metadata'] == metadata[version]
   assert found['id'] == 'q1'
   assert found['suggestion'] == {'ranks': [2, 1], 'source': 'judge-7b'}
 

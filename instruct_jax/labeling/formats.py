@@ -210,13 +210,17 @@ def _prompt(value, what):
   """The field `prompt` or `turns` of a task."""
   if isinstance(value, str):
     return {'prompt': value}
-  if isinstance(value, list) and all(
-    isinstance(turn, dict) and {'role', 'content'} <= set(turn)
-    for turn in value
-  ):
+  if _is_conversation(value):
     turns = [{key: turn[key] for key in ('role', 'content')} for turn in value]
     return {'turns': turns}
   raise _BadError(f'{what} must be a text or a list of messages')
+
+
+def _is_conversation(value):
+  return isinstance(value, list) and all(
+    isinstance(turn, dict) and {'role', 'content'} <= set(turn)
+    for turn in value
+  )
 
 
 def _dense(ranks):
@@ -411,10 +415,12 @@ def _normal_row(row):
         _Response(_person(one), one.get('status'), name, one.get('value'))
         for one in _list(value, f'{name!r}')
       ]
-    elif isinstance(value, str | list) and not dot:
-      found['fields'][name] = value  # A list is a conversation.
+    elif name == _OURS:
+      found['metadata'][name] = value
+    elif isinstance(value, str) and not dot or _is_conversation(value):
+      found['fields'][name] = value
     elif not (name.endswith('-suggestion-metadata') or _BESIDE.search(name)):
-      found['metadata'][name.removeprefix('metadata.')] = value
+      found['metadata'][name] = value
   return found
 
 
@@ -494,7 +500,7 @@ def _argilla_item(record, question, options, left_out):
   if len(others) != 1:
     raise _BadError(
       f'the fields {", ".join(others) or "(none)"} are not completions; just '
-      'one must be left, the prompt: join them'
+      'one must be left, the prompt: join them, or remove what is not shown'
     )
   completions = [fields[name] for name in names]
   values = _prompt(fields[others[0]], f'the field {others[0]!r}')
