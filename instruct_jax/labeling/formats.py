@@ -287,7 +287,7 @@ class _Response:
   """An answer to one question, by a person or a model."""
 
   person: str
-  status: str | None
+  status: Any  # A text, or None.
   question: str | None
   value: Any
   time: Any = None
