@@ -30,7 +30,7 @@ from instruct_jax.models.config import check_stage
 _PREFIX = 'reward:'
 
 
-def uncertainty(scores: Sequence[float]) -> float:
+def uncertainty(scores: Sequence[float] | np.ndarray) -> float:
   """Mean entropy of the pairs of K >= 2 scores (reward units), in bits."""
   gaps = [a - b for a, b in itertools.combinations(scores, 2)]
   chances = special.expit(np.asarray(gaps, float))
