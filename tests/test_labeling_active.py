@@ -123,7 +123,7 @@ def test_labelers_get_the_least_certain_task_first(site, scored, tmp_path):
   )
   assert found.metadata['labeling']['active'] == {
     'by': 'reward:MODEL',
-    'uncertainty': active.uncertainty([1, 1.5, 1]),
+    'uncertainty': active.uncertainty([1.0, 1.5, 1.0]),
   }
   said = json.loads((tmp_path / 'out/statistics.json').read_text())
   assert said['ordered_by'] == ['reward:MODEL']
@@ -166,12 +166,12 @@ def test_only_free_tasks_to_rank_are_scored(site, scored):
   site.load([item('rated', 0, 1)], 'rating', phase='evaluation')
   site.load([item('closed', 0, 1)], name='closed')
   site.load([item('screened', 0, 1)], name='screen', screening=True)
-  site.load(
-    [item('known', 0, 1, known_ranks=[1, 2])], name='known', calibration=True
-  )
   site.admin.post('/admin/batches/3', closed='1')
   anna = site.person('anna')
   anna.rank(anna.claim(), lambda text: 1)
+  site.load(
+    [item('known', 0, 1, known_ranks=[1, 2])], name='known', calibration=True
+  )
   counts = active.order(site.store, 'reward:MODEL', SETTINGS)
   assert counts == {'ordered': 1, 'too long': 0}
   assert {prompt.text for prompt, _ in scored} == {'free'}
