@@ -33,6 +33,8 @@ def get_config(argument: str = ''):
   config.max_body_bytes = 4_000_000  # Of a labeler's request.
   config.max_import_bytes = 32_000_000  # Of an import through the browser.
   config.overlap = 1  # Labelers a task, unless the import sets it (5.3: one).
+  # One of so many tasks has a known answer, if there are any (a choice).
+  config.calibration_every = 10
   # B.1's soft cut-offs: agreement with researchers on flags and on pairs, and
   # the mean grade, 1 to 7, of demonstrations.
   config.cut_flags = 0.75
@@ -40,6 +42,12 @@ def get_config(argument: str = ''):
   config.cut_demonstrations = 6.0
   config.valid_fraction = 0.1  # Of users, or prompts without one, in exports.
   config.demo_tasks = 24  # Ranking tasks of `--demo`.
-  config.seed = 0  # Of the demo's texts and of interval redraws.
+  config.active = ConfigDict()  # The reward model of `--active=reward:MODEL`.
+  # Folder of its tokenizer; '' is the model's own, if it is published.
+  config.active.tokenizer = ''
+  config.active.compute_dtype = ''  # '' is the dtype in the model's folder.
+  config.active.batch_size = 32  # Completions scored at a time.
+  # Of the demo's texts, of interval redraws and of who calibrates when.
+  config.seed = 0
   config.lock()
   return config

@@ -9,7 +9,7 @@ import sqlalchemy
 from starlette import testclient
 
 from configs import labeling as config_file
-from instruct_jax.labeling import research, store, web
+from instruct_jax.labeling import importing, research, store, web
 
 URL = 'http://site.example'
 
@@ -62,7 +62,7 @@ class Site:
 
   def load(self, items, kind='ranking', name=None, **settings):
     settings = {'phase': 'training', 'overlap': 1, **settings}
-    return research.import_tasks(
+    return importing.import_tasks(
       self.store,
       '\n'.join(json.dumps(item) for item in items).encode(),
       source='test.jsonl',

@@ -147,6 +147,16 @@ FLOORS = {
   ),
   # The labeling site: people in the place of `experiments.compare`.
   'labeling': ('command', 'data', 'miniature', 'evals', 'labeling'),
+  # Only where a reward model orders its tasks.
+  'labeling.active': (
+    'model_folder',
+    'judge_fns',
+    'models.config',
+    'data',
+    'infra',
+    'evals',
+    'labeling',
+  ),
   # 4: anything below, never each other.
   **dict.fromkeys(
     ('experiments', 'jobs'),

@@ -228,6 +228,7 @@ _OF_OTHERS = {
   *('strftime_now', 'test_case', 'instruct_jax', 'weight_map'),
   *('num_correct', 'im_start', 'im_end', 'output_1', 'output_2'),
   *('prompt_template', 'regex_pattern', 'regex_patterns', 'system_prompt'),
+  *('completed_by', 'user_id'),
 }
 # Arguments of functions whose callers check before: a stage never gets there.
 _ARGUMENTS = {

@@ -24,7 +24,16 @@ from playwright import sync_api
 
 from experiments import reward
 from instruct_jax.data import records
-from instruct_jax.labeling import answers, demo, research, schema, store, web
+from instruct_jax.labeling import (
+  answers,
+  demo,
+  exporting,
+  importing,
+  research,
+  schema,
+  store,
+  web,
+)
 from tests import labeling_people as people
 from tests import test_labeling_reward
 
@@ -150,7 +159,7 @@ def test_from_clicks_in_a_browser_to_an_export(browser, live, tmp_path):
     assert column(page, rank).get_by_text(text).is_visible()
   page.get_by_role('button', name='Submit').click()
   page.get_by_role('heading', name='Your work').wait_for()
-  research.export(live.store, tmp_path / 'out')
+  exporting.export(live.store, tmp_path / 'out')
   (found,) = records.read_jsonl(
     tmp_path / 'out/comparisons.jsonl', records.Comparison
   )
@@ -176,7 +185,7 @@ def test_from_clicks_in_a_browser_to_a_reward_model(
   page.get_by_role('button', name='Submit').click()
   page.get_by_role('heading', name='Your work').wait_for()
   folder = epath.Path(tmp_path)
-  research.export(live.store, folder / 'out')
+  exporting.export(live.store, folder / 'out')
   for split in ('train', 'valid'):  # So few may all fall on one side.
     shutil.copy(
       folder / 'out/comparisons.jsonl',
@@ -189,7 +198,7 @@ def test_from_clicks_in_a_browser_to_a_reward_model(
 
 
 def load(live, items, kind='ranking', phase='training', **settings):
-  research.import_tasks(
+  importing.import_tasks(
     live.store,
     '\n'.join(json.dumps(item) for item in items).encode(),
     source='test',
@@ -243,6 +252,47 @@ def test_ranking_by_keyboard_alone(browser, live):
   (row,) = research.labeled(live.store)
   assert row.content['ranks'] == [1, 2, 3]
   assert {r['overall'] for r in row.content['ratings']} == {5}
+  assert page.problems == []
+
+
+def test_the_keys_of_the_list_work(browser, live):
+  load(live, people.ranking_items(1, 3))
+  page = enter(browser, live, live.link('anna'))
+  page.get_by_role('button', name='Next task').click()
+  keys = page.get_by_role('region', name='Keys')
+  assert 'save and continue' in keys.inner_text()
+  page.keyboard.press('Control+Enter')
+  for number in range(3):
+    page.get_by_role('heading', name='Output', level=2).wait_for()
+    assert 'Overall quality' in keys.inner_text()
+    # Keys are text while somebody writes, and do nothing when turned off.
+    page.get_by_label('Notes').fill('')
+    page.get_by_label('Notes').press('7')
+    assert page.get_by_label('Notes').input_value() == '7'
+    if number == 0:
+      page.get_by_label('Use the keys without Ctrl').uncheck()
+      page.get_by_role('heading', name='Output', level=2).click()
+      page.keyboard.press('3')
+      assert page.locator('input[name=overall]:checked').count() == 0
+      page.get_by_label('Use the keys without Ctrl').check()
+    page.get_by_role('heading', name='Output', level=2).click()
+    page.keyboard.press(str(number + 2))
+    with page.expect_navigation():
+      page.keyboard.press('Control+Enter')
+  page.get_by_role('heading', name='Rank the outputs').wait_for()
+  with page.expect_navigation():
+    page.keyboard.press('[')
+  with page.expect_navigation():
+    page.keyboard.press('Control+Enter')
+  for number in range(3):
+    page.keyboard.press(letter_of(page, f'text {number}').lower())
+    page.keyboard.press(str(number + 1))
+  page.keyboard.press('Control+Enter')
+  page.get_by_role('heading', name='Your work').wait_for()
+  (row,) = research.labeled(live.store)
+  assert row.content['ranks'] == [1, 2, 3]
+  found = sorted(rating['overall'] for rating in row.content['ratings'])
+  assert found == [2, 3, 4]
   assert page.problems == []
 
 
@@ -525,7 +575,7 @@ def test_every_page_is_accessible_and_fits(browser, live):
           labeler, f'/task/{task}/{step}', f'task-{batch.kind}-{kind}{number}'
         )
       live.store.skip(task, mine.id, 'Other')
-  task = research.disagreements(research.labeled(live.store))[0]['task_id']
+  task = research.queue(live.store)[0]['task_id']
   for method, path, access, _ in web.ROUTES:
     if method == 'GET' and access in ('admin', 'researcher'):
       if '{' in path and '{task' not in path:

@@ -1,6 +1,7 @@
 """The labeling site's command line, in separate processes."""
 
 import gzip
+import json
 import pathlib
 import re
 import subprocess
@@ -104,10 +105,10 @@ def test_a_newcomer_ranks_within_a_few_clicks(tmp_path):
   header, body = gzip.decompress((tmp_path / 'b.gz').read_bytes()).split(
     b'\n', 1
   )
-  newer = header.replace(b'"0001"', b'"0099"')
+  newer = header.replace(b'"0002"', b'"0099"')
   (tmp_path / 'newer.gz').write_bytes(gzip.compress(newer + b'\n' + body))
   (tmp_path / 'cut.gz').write_bytes((tmp_path / 'b.gz').read_bytes()[:-50])
-  for name, words in (('cut', 'damaged'), ('newer', 'up to 0001')):
+  for name, words in (('cut', 'damaged'), ('newer', 'up to 0002')):
     bad = once(other, f'--restore={tmp_path}/{name}.gz')
     assert bad.returncode == 1 and words in bad.stderr
     assert bad.stderr.startswith('error: ') and bad.stderr.count('\n') == 1
@@ -121,6 +122,24 @@ def test_a_newcomer_ranks_within_a_few_clicks(tmp_path):
   assert 'Traceback' not in bad.stderr
   lines.write_text('{"prompt": "a", "completions": ["b", "c"]}')
   assert '1 tasks imported' in once(other, f'--import_file={lines}').stdout
+  theirs = tmp_path / 'theirs.json'
+  items = [{'id': i, 'body': text} for i, text in enumerate('bc')]
+  task = {'data': {'prompt': 'a', 'items': items}}
+  task['annotations'] = [
+    {'completed_by': 7, 'result': [
+      {'type': 'ranker', 'value': {'ranker': {'rank': [1, 0]}}},
+    ]},
+  ]  # fmt: skip
+  theirs.write_text(json.dumps([task]))
+  flags = (f'--import_file={theirs}', '--format=label_studio')
+  told = once(other, *flags, '--batch=theirs').stdout
+  assert told == '1 tasks imported\nsubmitted: 1\n'
+  theirs.write_text('[{"data": {}}]')
+  bad = once(other, *flags, '--batch=bad')
+  assert bad.returncode == 1 and 'theirs.json: record 1: ' in bad.stderr
+  assert bad.stderr.count('\n') == 1
+  told = once(other, f'--export={tmp_path}/ls', '--format=label_studio').stdout
+  assert re.fullmatch(r'.*/ls/label_studio.json: \d+ tasks\n', told)
   assert once(other, f'--export={tmp_path}/out').returncode == 0
   assert (tmp_path / 'out/statistics.json').exists()
 

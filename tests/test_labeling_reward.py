@@ -18,7 +18,7 @@ from instruct_jax.data import records, tokenizer
 from instruct_jax.evals import model_card, sections
 from instruct_jax.infra import sharding
 from instruct_jax.jobs import crossval, sample
-from instruct_jax.labeling import research
+from instruct_jax.labeling import exporting, importing
 from instruct_jax.models.config import TransformerConfig
 from tests import labeling_people as people
 from tests import made_figures
@@ -48,7 +48,7 @@ def exported(tmp_path_factory):
         person.fill(task, 0, response='text 0')
       else:
         person.rank(task, people.rank_of)
-  research.export(site.store, folder / 'out')
+  exporting.export(site.store, folder / 'out')
   return folder / 'out'
 
 
@@ -185,10 +185,11 @@ def test_samples_of_checkpoints_become_tasks(exported, tmp_path):
     {'role': 'user', 'content': 'Prompt number 2'}
   ]
   assert line['models'] == ['first', 'first', 'second', 'second']
+  assert [type(value) for value in line['ended']] == [bool] * 4
   # Every completion is sampled independently.
   assert len(set(line['completions'])) > 1
   site = people.Site(f'sqlite:///{tmp_path}/site.sqlite', tmp_path)
-  count = research.import_tasks(
+  counts = importing.import_tasks(
     site.store,
     content,
     source='samples.jsonl',
@@ -197,7 +198,7 @@ def test_samples_of_checkpoints_become_tasks(exported, tmp_path):
     phase='training',
     overlap=1,
   )
-  assert count == 2
+  assert counts == {'tasks': 2}
   config.samples_per_model = 0
   with pytest.raises(ValueError, match='nothing to rank'):
     sample.validate(config)

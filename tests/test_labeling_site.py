@@ -11,7 +11,15 @@ pytest.importorskip('sqlalchemy')
 import sqlalchemy as sa
 
 from instruct_jax.data import folders, labels, records
-from instruct_jax.labeling import answers, research, schema, store, web
+from instruct_jax.labeling import (
+  answers,
+  exporting,
+  importing,
+  research,
+  schema,
+  store,
+  web,
+)
 from tests import labeling_people as people
 
 
@@ -26,7 +34,7 @@ def test_a_ranking_goes_from_page_to_export(site, tmp_path):
   task = anna.claim()
   reply, _ = anna.rank(task, people.rank_of, overall=5)
   assert reply.status_code == 303
-  research.export(site.store, tmp_path / 'out')
+  exporting.export(site.store, tmp_path / 'out')
   (found,) = records.read_jsonl(
     tmp_path / 'out/comparisons.jsonl', records.Comparison
   )
@@ -144,7 +152,7 @@ def test_all_kinds_of_tasks_are_exported(site, tmp_path):
   anna.rank(task, people.rank_of, {'input_toxicity': 2}, relative_toxicity=-1)
   assert anna.claim() is None
 
-  counts = research.export(site.store, tmp_path / 'out')
+  counts = exporting.export(site.store, tmp_path / 'out')
   assert counts == {
     'comparisons_toxicity': 1,
     'demonstrations': 4,
@@ -196,7 +204,7 @@ def test_a_conversation_goes_from_import_to_export(site, tmp_path):
   task = anna.claim()
   assert '<h3>Assistant</h3>' in anna.get(f'/task/{task}/0').text
   anna.rank(task, {'Jay.': 1, 'Owl.': 2}.get)
-  research.export(site.store, tmp_path / 'out')
+  exporting.export(site.store, tmp_path / 'out')
   for name, record_type in (
     ('demonstrations', records.Demonstration),
     ('comparisons', records.Comparison),
@@ -208,6 +216,32 @@ def test_a_conversation_goes_from_import_to_export(site, tmp_path):
     (tmp_path / 'out/ratings.jsonl').read_text().splitlines()[0]
   )
   assert rating['turns'] == prompt['turns']
+
+
+def test_cut_completions_are_marked_and_exported(site, tmp_path):
+  (item,) = people.ranking_items(1, 2)
+  item['ended'] = [True, False]
+  site.load([item])
+  site.load([item], 'rating', phase='evaluation')
+  anna = site.person('anna')
+  ranking = anna.claim()
+  words = 'was cut at a limit of its length'
+  pages = [anna.get(f'/task/{ranking}/{step}').text for step in range(4)]
+  for page in pages[1:3]:  # One output each.
+    assert (words in page) == ('text 1' in page)
+  assert pages[0].count(words) == 0 and pages[3].count(words) == 1
+  anna.rank(ranking, people.rank_of)
+  for _ in range(2):
+    task = anna.claim()
+    for step in range(2):
+      anna.fill(task, step)
+  exporting.export(site.store, tmp_path / 'out')
+  (found,) = records.read_jsonl(
+    tmp_path / 'out/comparisons.jsonl', records.Comparison
+  )
+  assert found.ended == (True, False)
+  lines = (tmp_path / 'out/ratings.jsonl').read_text().splitlines()
+  assert [json.loads(line)['ended'] for line in lines] == [True, False] * 2
 
 
 def test_labelers_never_see_models(site):
@@ -594,7 +628,7 @@ def test_screening_answers_are_not_exported(site, tmp_path):
   site.load(people.ranking_items(1), screening=True)
   anna = site.person('anna', status='screening')
   anna.rank(anna.claim(), people.rank_of)
-  assert research.export(site.store, tmp_path / 'out') == {}
+  assert exporting.export(site.store, tmp_path / 'out') == {}
 
 
 def test_pair_counts_by_hand():
@@ -1043,7 +1077,7 @@ def test_hostile_texts_are_shown_and_never_run(site, tmp_path):
     assert '49' not in re.findall(r'>([^<]*7 \* 7[^<]*)<', page)
     assert '\u202e' not in page and '\u200b' not in page
   assert any('U+202E' in page and 'U+200B' in page for page in pages)
-  research.export(site.store, tmp_path / 'out')
+  exporting.export(site.store, tmp_path / 'out')
   (found,) = records.read_jsonl(
     tmp_path / 'out/comparisons.jsonl', records.Comparison
   )
@@ -1126,7 +1160,7 @@ def test_invisible_responses_are_not_exported(site, tmp_path):
   site.load([{'prompt': 'W', 'style': 'plain'}], 'prompt')
   anna = site.person('anna')
   anna.fill(anna.claim(), 0, prompt='Sing.', response='\u2800\u034f')
-  counts = research.export(site.store, tmp_path / 'out')
+  counts = exporting.export(site.store, tmp_path / 'out')
   assert counts == {'prompts': 1}
 
 
@@ -1171,6 +1205,10 @@ def test_forged_answers_are_refused(site):
     ('{"prompt": "a", "completions": ["b", 1]}', 'ranking', 'of strings'),
     ('{"prompt": "a", "completions": ["b", "c"], "models": ["m"]}', 'ranking',
      '1 names for 2'),
+    ('{"prompt": "a", "completions": ["b", "c"], "ended": [true]}', 'ranking',
+     "'ended' has 1 values for 2"),
+    ('{"prompt": "a", "completions": ["b", "c"], "ended": [1, 0]}', 'ranking',
+     'of true and false'),
     ('{"prompt": " "}', 'demonstration', 'is empty'),
     ('{"prompt": "a\\u0000"}', 'demonstration', 'cannot be stored'),
     ('{"prompt": "a\\ud800"}', 'demonstration', 'cannot be stored'),
@@ -1194,7 +1232,7 @@ def test_bad_lines_are_named_and_nothing_is_imported(site, line, kind, words):
     people.ranking_items(1)[0] if kind == 'ranking' else {'prompt': 'x'}
   )
   with pytest.raises(records.RecordError, match='test.jsonl:2') as caught:
-    research.import_tasks(
+    importing.import_tasks(
       site.store,
       f'{good}\n{line}'.encode(),
       source='test.jsonl',
@@ -1253,7 +1291,7 @@ def test_an_export_removes_the_files_of_an_earlier_one(site, tmp_path):
   site.load(people.ranking_items(4))
   anna = site.person('anna')
   anna.rank(anna.claim(), people.rank_of)
-  counts = research.export(site.store, out)
+  counts = exporting.export(site.store, out)
   split = 'valid' if 'comparisons_valid' in counts else 'train'
   other = {'valid': 'train', 'train': 'valid'}[split]
   old = (f'comparisons_{other}.jsonl', 'demonstrations.jsonl')
@@ -1261,7 +1299,7 @@ def test_an_export_removes_the_files_of_an_earlier_one(site, tmp_path):
     for name in old:
       (earlier / name).write_text('{"old": 1}\n')
   (out / 'notes.txt').write_text('mine')
-  counts = research.export(site.store, out)
+  counts = exporting.export(site.store, out)
   left = {
     'notes.txt', 'statistics.json', *(f'{name}.jsonl' for name in counts),
   }  # fmt: skip
@@ -1269,7 +1307,7 @@ def test_an_export_removes_the_files_of_an_earlier_one(site, tmp_path):
   # An export does not remove files that no export wrote.
   (out / 'prompts.jsonl').write_text('mine')
   with pytest.raises(records.RecordError, match='holds prompts.jsonl, which'):
-    research.export(site.store, out)
+    exporting.export(site.store, out)
   assert (out / 'prompts.jsonl').read_text() == 'mine'
 
 
@@ -1299,7 +1337,7 @@ def test_no_prompt_and_no_user_is_in_two_splits(tmp_path):
   anna = site.person('anna')
   while (task := anna.claim()) is not None:
     anna.rank(task, people.rank_of)
-  research.export(site.store, tmp_path / 'out')
+  exporting.export(site.store, tmp_path / 'out')
   found = {
     name: records.read_jsonl(
       tmp_path / f'out/comparisons_{name}.jsonl', records.Comparison

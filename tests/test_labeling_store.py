@@ -30,7 +30,14 @@ from alembic import autogenerate
 from alembic.runtime.migration import MigrationContext
 
 from instruct_jax.data import records
-from instruct_jax.labeling import answers, research, schema, store
+from instruct_jax.labeling import (
+  answers,
+  exporting,
+  importing,
+  research,
+  schema,
+  store,
+)
 from tests import labeling_people as people
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -123,7 +130,7 @@ def test_migrations_make_exactly_the_tables_of_the_schema(new_url):
     assert store.revision(connection) is None
   store.migrate(engine)
   with engine.connect() as connection:
-    assert store.revision(connection) == '0001'
+    assert store.revision(connection) == '0002'
     context = MigrationContext.configure(
       connection, opts={'target_metadata': schema.metadata}
     )
@@ -145,6 +152,26 @@ def test_a_database_of_the_first_revision_keeps_its_rows(new_url, tmp_path):
   assert [tuple(row)[1:] for row in everything(engine)['accounts']] == [
     ('old', 'labeler', 'active', 1.5)
   ]
+  engine.dispose()
+
+
+def test_a_back_up_of_the_first_revision_is_restored(new_url, tmp_path):
+  rows = [
+    ('batches', {'id': 3, 'name': 'old', 'kind': 'ranking', 'overlap': 1,
+                 'phase': 'training', 'screening': False, 'closed': False,
+                 'created': 1.5}),
+    ('tasks', {'id': 5, 'batch_id': 3, 'prompt': 'P', 'record': {}}),
+  ]  # fmt: skip
+  header = {'format': 'instruct_jax labeling backup', 'revision': '0001'}
+  lines = [json.dumps(line) for line in (header | {'rows': 2}, *rows)]
+  path = tmp_path / 'old.gz'
+  path.write_bytes(gzip.compress('\n'.join([*lines, '']).encode()))
+  engine = store.make_engine(new_url())
+  assert store.restore(engine, str(path)) == 2
+  found = everything(engine)
+  (batch,), (task,) = found['batches'], found['tasks']
+  assert (batch.calibration, batch.suggestions) == (False, False)
+  assert (task.id, task.priority) == (5, None)
   engine.dispose()
 
 
@@ -230,7 +257,7 @@ def damaged(good):
     'nobody of that id': (changed(last, id=999), 'is damaged'),
     'half a character': (changed(last, name='\ud800'), 'is damaged'),
     'newer': (header(revision='0999'), 'version 0999; this program knows '
-              'versions up to 0001'),
+              'versions up to 0002'),
   }  # fmt: skip
 
 
@@ -431,7 +458,7 @@ def test_all_work_on_postgresql(postgres, tmp_path):
   assert len(site.rows()) == 8
   for page in ('/admin', '/admin/accounts', '/admin/agreement', '/admin/audit'):
     assert site.admin.get(page).status_code == 200
-  assert research.export(site.store, tmp_path / 'out')['comparisons'] == 8
+  assert exporting.export(site.store, tmp_path / 'out')['comparisons'] == 8
   site.engine.dispose()
 
 
@@ -576,7 +603,7 @@ def crash_test(tmp_path, num_labelers, num_tasks, num_kills, url=''):
   the_store = store.Store(engine, people.make_config())
   the_store.prepare()
   overlap = 2
-  research.import_tasks(
+  importing.import_tasks(
     the_store,
     '\n'.join(map(json.dumps, people.ranking_items(num_tasks, 2))).encode(),
     source='test',
@@ -616,7 +643,7 @@ def crash_test(tmp_path, num_labelers, num_tasks, num_kills, url=''):
       assert labeler.failure is None, labeler.failure
   finally:
     server.kill()
-  research.export(the_store, tmp_path / 'out')
+  exporting.export(the_store, tmp_path / 'out')
   found = records.read_jsonl(
     tmp_path / 'out/comparisons.jsonl', records.Comparison
   )

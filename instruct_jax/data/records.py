@@ -543,22 +543,24 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
 
 
 def raise_problems(
-  path: epath.PathLike, bad_lines: Iterable[tuple[int, str]]
+  path: epath.PathLike, bad_lines: Iterable[tuple[int, str]], unit: str = 'line'
 ) -> None:
   """Raises one `RecordError` for all (line number, problem), if there are any.
 
-  It shows `MAX_REPORTED_LINES` lines and counts the others.
+  It shows `MAX_REPORTED_LINES` lines and counts the others. The numbers of a
+  file that is one JSON list are of another `unit`, such as 'record'.
   """
   by_line = collections.defaultdict(list)
   for number, problem in bad_lines:
     by_line[number].append(problem)
+  place = f'{path}:' if unit == 'line' else f'{path}: {unit} '
   shown = [
-    f'{path}:{number}: {"; ".join(by_line[number])}'
+    f'{place}{number}: {"; ".join(by_line[number])}'
     for number in sorted(by_line)[:MAX_REPORTED_LINES]
   ]
   if len(by_line) > len(shown):
     left = len(by_line) - len(shown)
-    shown.append(f'... and {left} more bad lines in this file')
+    shown.append(f'... and {left} more bad {unit}s in this file')
   if shown:
     raise RecordError('\n'.join(shown))
 

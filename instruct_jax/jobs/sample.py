@@ -1,7 +1,8 @@
 """Samples answers of one or more policies into one file for labelers.
 
-A line has a prompt, its K completions and the models that wrote them; the
-labeling site imports the lines as ranking tasks (paper 3.1, 3.4).
+A line has a prompt, its K completions, whether each ended by itself, and the
+models that wrote them; the labeling site imports the lines as ranking tasks
+(paper 3.1, 3.4).
 """
 
 import json
@@ -87,13 +88,14 @@ def run(config, workdir: epath.Path):
         num_samples=num_samples,
       )
       texts = tokenizer.decode_responses(rollout.response_ids(sampled))
-      for owner, text in zip(owners.tolist(), texts, strict=True):
-        answers[owner].append((text, name))
+      ended = sampled.ended.tolist()
+      for owner, *answer in zip(owners.tolist(), texts, ended, strict=True):
+        answers[owner].append((*answer, name))
   lines = []
-  for i, pairs in answers.items():
-    completions, names = zip(*pairs, strict=True)
+  for i, own in answers.items():
+    completions, ended, names = zip(*own, strict=True)
     line = records.to_values(prompts[i])
-    line |= {'completions': completions, 'models': names}
+    line |= {'completions': completions, 'ended': ended, 'models': names}
     lines.append(json.dumps(line, ensure_ascii=False) + '\n')
   path = workdir / 'samples.jsonl'
   records.write_bytes(path, ''.join(lines).encode())

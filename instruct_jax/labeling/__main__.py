@@ -5,11 +5,14 @@ python -m instruct_jax.labeling --config=configs/labeling.py --workdir=DIR
 ... --admin_link           prints a new link for the first admin
 ... --import_file=FILE --batch=NAME --kind=ranking --phase=training
 ... --export=FOLDER        writes the files that the experiments read
+... --format=argilla       with either: the JSON of another program
+... --active=reward:MODEL  puts first what a reward model is least sure of
 ... --backup=FILE.gz       writes one consistent copy, also of a running site
 ... --restore=FILE.gz      fills an empty database
 """
 
 import contextlib
+import importlib
 import os
 import pathlib
 import socket
@@ -25,7 +28,15 @@ try:
   import sqlalchemy as sa
   import uvicorn
 
-  from instruct_jax.labeling import demo, research, schema, store, web
+  from instruct_jax.labeling import (
+    demo,
+    exporting,
+    formats,
+    importing,
+    schema,
+    store,
+    web,
+  )
 except ModuleNotFoundError as error:
   if __name__ != '__main__':
     raise
@@ -47,21 +58,42 @@ _IMPORT = flags.DEFINE_string('import_file', None, 'Import a file and exit.')
 _BATCH = flags.DEFINE_string('batch', None, 'Name of the imported batch.')
 _KIND = flags.DEFINE_string('kind', 'ranking', 'Kind of the imported tasks.')
 _PHASE = flags.DEFINE_string('phase', 'training', 'Instructions of the import.')
+_ACTIVE = flags.DEFINE_string(
+  'active', None, 'Order the free tasks by a reward model and exit.'
+)
+_FORMAT = flags.DEFINE_enum(
+  'format', 'jsonl', list(formats.FORMATS), 'Of the import or the export.'
+)
+_CALIBRATION = flags.DEFINE_bool(
+  'calibration', False, 'Import tasks with known answers.'
+)
+_SUGGESTIONS = flags.DEFINE_bool(
+  'suggestions', False, 'Let labelers see the suggestions of the import.'
+)
 _SCREENING = flags.DEFINE_bool('screening', False, 'Import for screening.')
 
 
 def _check_flags(config, workdir) -> None:
   """Raises `StoreError` before anything is made."""
-  actions = (_BACKUP, _RESTORE, _EXPORT, _IMPORT, _ADMIN_LINK, _DEMO)
+  actions = (
+    _BACKUP, _RESTORE, _EXPORT, _IMPORT, _ACTIVE, _ADMIN_LINK, _DEMO,
+  )  # fmt: skip
   given = [f'--{flag.name}' for flag in actions if flag.value]
   if len(given) > 1:
     raise store.StoreError(f'{" and ".join(given)}: give one of them at a time')
   path = workdir / _DATABASE
-  reads = _BACKUP.value or _EXPORT.value
+  if _ACTIVE.value:
+    _active().check(_ACTIVE.value, config.active)
+  reads = _BACKUP.value or _EXPORT.value or _ACTIVE.value
   if reads and not config.database and not path.exists():
     raise store.StoreError(
       f'{path}: no such file; give the --workdir of a labeling site'
     )
+
+
+def _active():
+  """The module that needs JAX, which the site itself does not."""
+  return importlib.import_module('instruct_jax.labeling.active')
 
 
 def _once(the_store) -> bool:
@@ -70,10 +102,21 @@ def _once(the_store) -> bool:
     count = store.backup(the_store.engine, _BACKUP.value)
     print(f'{count} rows written to {store.backup_name(_BACKUP.value)}')
   elif _EXPORT.value:
-    for name, count in research.export(the_store, _EXPORT.value).items():
-      print(f'{_EXPORT.value}/{name}.jsonl: {count} lines')
+    if _FORMAT.value == 'jsonl':
+      counts = exporting.export(the_store, _EXPORT.value)
+      told = {f'{name}.jsonl': f'{n} lines' for name, n in counts.items()}
+    else:
+      counts = exporting.export_as(the_store, _EXPORT.value, _FORMAT.value)
+      told = {name: f'{n} tasks' for name, n in counts.items()}
+    for name, what in told.items():
+      print(f'{_EXPORT.value}/{name}: {what}')
+  elif _ACTIVE.value:
+    config = the_store.config.active
+    counts = _active().order(the_store, _ACTIVE.value, config)
+    for what, count in counts.items():
+      print(f'{what}: {count} tasks')
   elif _IMPORT.value:
-    count = research.import_tasks(
+    counts = importing.import_tasks(
       the_store,
       records.read_bytes(_IMPORT.value),
       source=_IMPORT.value,
@@ -82,8 +125,13 @@ def _once(the_store) -> bool:
       phase=_PHASE.value,
       overlap=the_store.config.overlap,
       screening=_SCREENING.value,
+      calibration=_CALIBRATION.value,
+      suggestions=_SUGGESTIONS.value,
+      file_format=_FORMAT.value,
     )
-    print(f'{count} tasks imported')
+    print(f'{counts.pop("tasks")} tasks imported')
+    for what, count in counts.items():
+      print(f'{what}: {count}')
   else:
     return False
   return True

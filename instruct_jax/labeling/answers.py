@@ -25,6 +25,8 @@ KINDS = {
 RANKED = ('ranking', 'toxicity')
 STYLES = ('plain', 'few-shot', 'user-based')
 PHASES = ('training', 'evaluation', 'toxicity')
+# The phase of answers from files, which were given elsewhere; also their mark.
+IMPORTED = 'imported'
 NUM_PAIRS = 6  # Rows of the few-shot form.
 SKIP_REASONS = (
   'The task is unclear',
@@ -195,7 +197,12 @@ def _chosen(questions, posted):
   return found
 
 
-def _ranks(posted, num_outputs):
+def ranks_of(posted: Mapping[str, str], num_outputs: int) -> list[int]:
+  """Dense ranks, 1 for the best, of the fields `rank0` to `rankK-1`.
+
+  Raises:
+    AnswerError: an output has no rank from 1 to K.
+  """
   allowed = {str(rank): rank for rank in range(1, num_outputs + 1)}
   values = [posted.get(f'rank{i}', '') for i in range(num_outputs)]
   if not set(values) <= set(allowed):
@@ -241,7 +248,7 @@ def page_content(work: Mapping[str, Any], page: str) -> Any:
   if page == 'prompt':
     return _chosen(prompt_questions(work['kind']), posted)
   if page == 'ranks':
-    return _ranks(posted, len(work['order']))
+    return ranks_of(posted, len(work['order']))
   rating = _chosen(output_questions(work), posted)
   return rating | {'notes': clean(posted.get('notes', ''), 'The note')}
 

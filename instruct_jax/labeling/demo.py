@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from instruct_jax.labeling import research, store
+from instruct_jax.labeling import importing, research, store
 from instruct_jax.miniature import labelers, tasks, world
 
 
@@ -59,7 +59,7 @@ def fill(the_store: store.Store) -> None:
     ('Screening: write', 'demonstration', 'training',
      [bare(p) for p in others[17:19]]),
   ):  # fmt: skip
-    research.import_tasks(
+    importing.import_tasks(
       the_store,
       '\n'.join(map(json.dumps, items)).encode(),
       source='demo',

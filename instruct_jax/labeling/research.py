@@ -1,225 +1,23 @@
-"""What researchers do: import, screening, agreement, export.
+"""What researchers look at and decide: screening, agreement, adjudication.
 
 Agreement counts pairs of outputs that both people ordered. A pair that either
 of them tied is left out, as in `evals.preference_accuracy`.
 """
 
-import codecs
 import collections
 import dataclasses
-import datetime
-import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
-from etils import epath
-from scipy.cluster import hierarchy
 
-from instruct_jax.data import folders, invisible, labels, records
+from instruct_jax.data import labels, records
 from instruct_jax.evals import preference_accuracy, win_rate
 from instruct_jax.labeling import answers, schema, store
 
-MAX_OUTPUTS = 12
-_FIELDS = {
-  **dict.fromkeys(('prompt', 'text', 'id', 'user', 'category', 'style'), str),
-  **dict.fromkeys(('completions', 'models'), list),
-  'metadata': dict,
-  'turns': list,
-}
-# The fields that are kept with a task.
-_RECORD = ('id', 'user', 'category', 'metadata', 'style', 'turns')
-_LEAST_OUTPUTS = {'rating': 1, 'ranking': 2, 'toxicity': 2}
 # The kinds of agreement, by the number of researchers in a pair of people.
 _AGREEMENTS = ('labelers', 'labelers and researchers', 'researchers')
-
-
-# --- Import -----------------------------------------------------------------
-
-
-def _prompt(values):
-  """An imported line's prompt, in the fields of `records.Prompt`."""
-  text = values['prompt'] if 'prompt' in values else values.get('text')
-  prompt = {'id': '-', 'text': text, 'turns': values.get('turns', [])}
-  return records.completed(prompt, records.Prompt)
-
-
-def _outputs(values):
-  """(completion, model) pairs of an imported line."""
-  completions = values.get('completions', [])
-  models = values.get('models', [''] * len(completions))
-  return list(zip(completions, models, strict=True))
-
-
-def _type_problems(values):
-  for name, value in values.items():
-    if name not in _FIELDS:
-      yield (
-        f'unknown field {name!r}; known: {", ".join(_FIELDS)}; put anything '
-        'else under "metadata"'
-      )
-    elif not isinstance(value, _FIELDS[name]):
-      yield f'{name!r} must be a {_FIELDS[name].__name__}'
-
-
-def _problems(values, kind):
-  """What keeps one imported object from being a task of this kind."""
-  found = list(_type_problems(values))
-  if found:
-    return found
-  turns = values.get('turns', [])
-  num_texts = ('prompt' in values) + ('text' in values)
-  if num_texts == 2 or not (num_texts or turns):
-    found.append("give either 'prompt' or 'text'; or 'turns'")
-  else:
-    found += records.problems(_prompt(values), records.Prompt)
-  completions, models = values.get('completions', []), values.get('models')
-  texts = [*completions, *(models or [])]
-  if not all(isinstance(text, str) for text in texts):
-    return [*found, "'completions' and 'models' must be lists of strings"]
-  if models is not None and len(models) != len(completions):
-    found.append(
-      f"'models' has {len(models)} names for {len(completions)} completions"
-    )
-  least = _LEAST_OUTPUTS.get(kind, 0)
-  most = MAX_OUTPUTS if least else 0
-  if not least <= len(completions) <= most:
-    found.append(
-      f'{len(completions)} completions; a {kind} task has {least} to {most}'
-    )
-  if answers.style({'record': values}) not in answers.STYLES:
-    found.append(f"'style' must be one of {', '.join(answers.STYLES)}")
-  texts += [value for value in values.values() if isinstance(value, str)]
-  if not found:
-    texts += [turn['content'] for turn in turns]
-  try:
-    for text in texts:
-      answers.clean(text, 'A text')
-  except answers.AnswerError as error:
-    found.append(str(error))
-  return found
-
-
-def _read_tasks(content, source, kind):
-  """The checked objects of a JSONL file; blank lines are skipped."""
-  found, bad = [], []
-  for number, line in enumerate(content.split(b'\n'), start=1):
-    line = line.removeprefix(codecs.BOM_UTF8)
-    if not line.strip():
-      continue
-    try:
-      values = json.loads(line.decode('utf-8'))
-    except (ValueError, RecursionError) as error:
-      bad.append((number, f'not JSON in UTF-8 ({error})'))
-      continue
-    if not isinstance(values, dict):
-      bad.append((number, 'expected a JSON object'))
-      continue
-    bad += [(number, problem) for problem in _problems(values, kind)]
-    # PostgreSQL refuses NUL inside JSON, too.
-    if '\\u0000' in json.dumps(values):
-      bad.append((number, 'holds a NUL character; remove it'))
-    found.append(values)
-  records.raise_problems(source, bad)
-  if not found:
-    raise records.RecordError(f'{source}: holds no tasks')
-  return found
-
-
-def import_tasks(
-  the_store: store.Store,
-  content: bytes,
-  *,
-  source: str,
-  name: str,
-  kind: str,
-  phase: str,
-  overlap: int,
-  screening: bool = False,
-  by: int | None = None,
-) -> int:
-  """Makes a batch of tasks from JSONL, all lines or none; returns their number.
-
-  A line is {"prompt": "...", "completions": ["...", ...], "models": ["sft",
-  ...]} and may have id, user, category, metadata and, for kind `prompt`, style.
-  `text` or `turns` may replace `prompt`, so `records.Prompt` files are
-  demonstration tasks as they are. A line of kind `rating` makes one task per
-  completion.
-
-  Args:
-    the_store: of the site.
-    content: the file.
-    source: its name, for messages.
-    name: of the batch; unique.
-    kind: one of `answers.KINDS`.
-    phase: one of `answers.PHASES`: the instructions that labelers see.
-    overlap: labelers per task; without effect in screening.
-    screening: whether the batch compares new labelers with researchers.
-    by: the account that imports.
-
-  Raises:
-    RecordError: bad lines, up to ten of them as `file:line: what, what to do`.
-    StoreError: a bad setting.
-  """
-  allowed = {'kind': (kind, answers.KINDS), 'phase': (phase, answers.PHASES)}
-  for key, (value, names) in allowed.items():
-    if value not in names:
-      raise store.StoreError(
-        f'{key} {value!r} is not one of {", ".join(names)}'
-      )
-  if not 1 <= overlap <= 100:
-    raise store.StoreError(f'overlap must be from 1 to 100, found {overlap}')
-  missing = 'The batch needs a name of at most 80 characters'
-  name = store.given(name, 'The name', missing)
-  if len(name) > 80:
-    raise store.StoreError(missing)
-  tasks = []
-  for values in _read_tasks(content, source, kind):
-    outputs = _outputs(values)
-    groups = [[pair] for pair in outputs] if kind == 'rating' else [outputs]
-    tasks += [(values, group) for group in groups]
-  batches = schema.batches
-  with the_store.write() as c:
-    if c.scalar(sa.select(batches.c.id).filter_by(name=name)):
-      raise store.StoreError(f'There is a batch {name!r} already')
-    batch_id = schema.insert(
-      c,
-      batches,
-      name=name,
-      kind=kind,
-      phase=phase,
-      overlap=overlap,
-      screening=screening,
-      closed=False,
-      created=the_store.clock(),
-    )
-    num_slots = 0 if screening else overlap
-    for values, outputs in tasks:
-      _insert_task(c, batch_id, values, outputs, num_slots)
-    the_store.audit(c, by, 'import', f'{name}: {len(tasks)} {kind} tasks')
-  return len(tasks)
-
-
-def _insert_task(connection, batch_id, values, outputs, num_slots):
-  task_id = schema.insert(
-    connection,
-    schema.tasks,
-    batch_id=batch_id,
-    prompt=_prompt(values)['text'],
-    record={key: values[key] for key in _RECORD if key in values},
-  )
-  output_rows = [
-    {'task_id': task_id, 'position': position, 'text': text, 'model': model}
-    for position, (text, model) in enumerate(outputs)
-  ]
-  slot_rows = [
-    {'task_id': task_id, 'number': number} for number in range(1, num_slots + 1)
-  ]
-  for table, rows in ((schema.outputs, output_rows), (schema.slots, slot_rows)):
-    if rows:
-      connection.execute(table.insert(), rows)
 
 
 # --- Reading the answers ----------------------------------------------------
@@ -235,6 +33,7 @@ class Labeled:
   kind: str
   phase: str
   screening: bool
+  calibration: bool
   prompt: str
   record: dict[str, Any]
   texts: tuple[str, ...]
@@ -244,6 +43,7 @@ class Labeled:
   role: str
   content: dict[str, Any]
   order: tuple[int, ...]
+  suggested: float | None
   instructions: str
   time: float
   seconds: float
@@ -253,8 +53,29 @@ class Labeled:
   def is_researcher(self) -> bool:
     return self.role != 'labeler'
 
+  @property
+  def is_data(self) -> bool:
+    return not (self.screening or self.calibration)
 
-def _group(rows: Iterable[Any], name: str) -> dict[Any, list]:
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+  """A researcher's ranking of a task on which labelers disagreed."""
+
+  task_id: int
+  batch: str
+  prompt: str
+  record: dict[str, Any]
+  texts: tuple[str, ...]
+  models: tuple[str, ...]
+  labeler: str  # The researcher who decided.
+  ranks: list[int]
+  note: str
+  instructions: str
+  time: float
+
+
+def grouped(rows: Iterable[Any], name: str) -> dict[Any, list]:
   """Rows by the value of an attribute."""
   found = collections.defaultdict(list)
   for row in rows:
@@ -267,17 +88,13 @@ def labeled(
 ) -> list[Labeled]:
   """All answers that count, of one task or of all, oldest first."""
   table, later = schema.answers, schema.answers.alias()
-  version = sa.cast(schema.instructions.c.version, sa.Text)
   query = (
     sa.select(
       table.c['assignment_id', 'content', 'time', 'seconds', 'revision'],
-      schema.assignments.c['task_id', 'account_id', 'order'],
-      schema.tasks.c['prompt', 'record'],
-      schema.batches.c.name.label('batch'),
-      schema.batches.c['kind', 'phase', 'screening'],
-      schema.accounts.c.name.label('labeler'),
+      schema.assignments.c['task_id', 'account_id', 'order', 'suggested'],
+      schema.batches.c['kind', 'phase', 'screening', 'calibration'],
       schema.accounts.c.role,
-      (schema.instructions.c.phase + '/' + version).label('instructions'),
+      *_shared_columns(),
     )
     .select_from(
       table.join(schema.work).join(schema.accounts).join(schema.instructions)
@@ -290,21 +107,61 @@ def labeled(
     )
     .order_by(table.c.id)
   )
-  wanted_outputs = sa.select(schema.outputs).order_by(schema.outputs.c.position)
   if task_id is not None:
     query = query.where(schema.tasks.c.id == task_id)
-    wanted_outputs = wanted_outputs.filter_by(task_id=task_id)
   with the_store.read() as c:
     rows = c.execute(query).mappings().all()
-    outputs = _group(c.execute(wanted_outputs), 'task_id')
+    outputs = outputs_of(c, task_id)
   return [
-    Labeled(
-      **{**row, 'order': tuple(row['order'])},
-      texts=tuple(output.text for output in outputs[row['task_id']]),
-      models=tuple(output.model for output in outputs[row['task_id']]),
-    )
+    Labeled(**{**row, 'order': tuple(row['order'])}, **outputs[row['task_id']])
     for row in rows
   ]
+
+
+def decisions(the_store: store.Store) -> list[Decision]:
+  """All decisions on tasks that labelers disagreed on, oldest first."""
+  table = schema.decisions
+  query = (
+    sa.select(table.c['task_id', 'ranks', 'note', 'time'], *_shared_columns())
+    .select_from(
+      table.join(schema.tasks)
+      .join(schema.batches)
+      .join(schema.accounts)
+      .join(schema.instructions)
+    )
+    .order_by(table.c.id)
+  )
+  with the_store.read() as c:
+    rows = c.execute(query).mappings().all()
+    outputs = outputs_of(c)
+  return [Decision(**row, **outputs[row['task_id']]) for row in rows]
+
+
+def _shared_columns():
+  """What answers and decisions say of task, author and instructions."""
+  version = sa.cast(schema.instructions.c.version, sa.Text)
+  return (
+    *schema.tasks.c['prompt', 'record'],
+    schema.batches.c.name.label('batch'),
+    schema.accounts.c.name.label('labeler'),
+    (schema.instructions.c.phase + '/' + version).label('instructions'),
+  )
+
+
+def outputs_of(
+  connection: sa.Connection, task_id: int | None = None
+) -> dict[int, dict[str, tuple[str, ...]]]:
+  """Task id -> texts and models, of one task or of all."""
+  query = sa.select(schema.outputs).order_by(schema.outputs.c.position)
+  if task_id is not None:
+    query = query.filter_by(task_id=task_id)
+  found = collections.defaultdict(lambda: {'texts': (), 'models': ()})
+  for key, outputs in grouped(connection.execute(query), 'task_id').items():
+    found[key] = {
+      'texts': tuple(output.text for output in outputs),
+      'models': tuple(output.model for output in outputs),
+    }
+  return found
 
 
 # --- Agreement --------------------------------------------------------------
@@ -330,7 +187,7 @@ def _pairs(rows):
   """(a, b, (agreed, counted, task id)) of every two rankings of one task."""
   return [
     (a, b, (*labels.pair_counts(a.content['ranks'], b.content['ranks']), task))
-    for task, group in _group(_ranked(rows), 'task_id').items()
+    for task, group in grouped(_ranked(rows), 'task_id').items()
     for a, b in itertools.combinations(group, 2)
   ]
 
@@ -349,10 +206,51 @@ def agreement(rows: Sequence[Labeled], seed: int) -> dict[str, Any]:
   return _by_kind(_pairs(rows), seed)
 
 
+def agreement_by_version(
+  rows: Sequence[Labeled], seed: int
+) -> list[dict[str, Any]]:
+  """Agreement on rankings under each version of the instructions.
+
+  The last row, if there are such pairs, compares people who ranked under
+  different versions.
+  """
+  pairs = _pairs(rows)
+  counts = collections.Counter(row.instructions for row in _ranked(rows))
+
+  def found(name, num_rankings, chosen):
+    counted = sum(pair[1] for _, _, pair in chosen)
+    agreed = _by_kind(chosen, seed)
+    return {'version': name, 'rankings': num_rankings, 'pairs': counted} | {
+      'agreement': agreed
+    }
+
+  same = _group_pairs(pairs)
+  mixed = same.pop(None, [])
+  rows = [
+    found(name, counts[name], same.get(name, []))
+    for name in sorted(counts, key=_version_order)
+  ]
+  return rows + [found('different versions', None, mixed)] * bool(mixed)
+
+
+def _version_order(name):
+  phase, version = name.rsplit('/', 1)
+  return phase, int(version)
+
+
+def _group_pairs(pairs):
+  """Pairs by the version that both people read; None if it differs."""
+  found = collections.defaultdict(list)
+  for a, b, pair in pairs:
+    same = a.instructions == b.instructions
+    found[a.instructions if same else None].append((a, b, pair))
+  return found
+
+
 def disagreements(rows: Sequence[Labeled]) -> list[dict[str, Any]]:
   """Ranked tasks with several answers, the least agreed first."""
   found = []
-  for task_id, group in _group(_ranked(rows), 'task_id').items():
+  for task_id, group in grouped(_ranked(rows), 'task_id').items():
     counts = [pair for _, _, pair in _pairs(group)]
     counted = sum(pair[1] for pair in counts)
     if counted:
@@ -366,6 +264,114 @@ def disagreements(rows: Sequence[Labeled]) -> list[dict[str, Any]]:
         }
       )
   return sorted(found, key=lambda item: (item['rate'], item['task_id']))
+
+
+def calibration(
+  rows: Sequence[Labeled], seed: int
+) -> dict[int, preference_accuracy.Agreement | None]:
+  """Account id -> agreement with the known answers of calibration tasks."""
+  found = collections.defaultdict(list)
+  for row in rows:
+    if row.calibration and not row.is_researcher:
+      known = row.record['known_ranks']
+      counts = labels.pair_counts(known, row.content['ranks'])
+      found[row.account_id].append((*counts, row.task_id))
+  return {account: _interval(own, seed) for account, own in found.items()}
+
+
+# --- Adjudication -----------------------------------------------------------
+
+
+def queue(the_store: store.Store) -> list[dict[str, Any]]:
+  """The tasks to decide: not yet decided, the least agreed first."""
+  with the_store.read() as c:
+    decided = set(c.scalars(sa.select(schema.decisions.c.task_id)))
+  rows = [
+    row for row in labeled(the_store) if row.is_data and not row.is_researcher
+  ]
+  return [
+    item
+    for item in disagreements(rows)
+    if item['rate'] < 1 and item['task_id'] not in decided
+  ]
+
+
+def deciding(
+  the_store: store.Store, task_id: int, account_id: int
+) -> dict[str, Any] | None:
+  """A task as its adjudicator sees it, or None if labelers ranked it alike.
+
+  Returns:
+    prompt, record, phase, texts; `order`, the positions as shown, drawn for
+    each account; `given`, the labelers' ranks of each position, best first; the
+    decision so far as ranks (or None) and note; and the labelers' agreement.
+    Names of models and labelers are left out.
+  """
+  rows = [
+    row
+    for row in labeled(the_store, task_id)
+    if row.is_data and not row.is_researcher
+  ]
+  table = schema.decisions
+  with the_store.read() as c:
+    decided = c.execute(sa.select(table).filter_by(task_id=task_id)).first()
+  found = disagreements(rows)
+  if not found or (found[0]['rate'] == 1 and decided is None):
+    return None
+  number = len(rows[0].texts)
+
+  def place(position):
+    parts = map(str, (task_id, account_id, position))
+    return records.draw(the_store.config.seed, 'adjudication', *parts)
+
+  return {
+    **found[0],
+    'record': rows[0].record,
+    'phase': rows[0].phase,
+    'texts': rows[0].texts,
+    'order': sorted(range(number), key=place),
+    'given': [
+      sorted(row.content['ranks'][position] for row in rows)
+      for position in range(number)
+    ],
+    'ranks': decided.ranks if decided else None,
+    'note': decided.note if decided else '',
+  }
+
+
+def decide(
+  the_store: store.Store,
+  task_id: int,
+  account_id: int,
+  ranks: Sequence[int],
+  note: str,
+) -> None:
+  """Stores the decision on a task; a later one replaces it.
+
+  Raises:
+    StoreError: labelers do not disagree on this task.
+  """
+  task = deciding(the_store, task_id, account_id)
+  if task is None:
+    raise store.StoreError('Labelers do not disagree on this task')
+  table = schema.decisions
+  with the_store.write() as c:
+    # One at a time: a task has one decision.
+    c.execute(
+      sa.select(schema.tasks.c.id).filter_by(id=task_id).with_for_update()
+    )
+    c.execute(table.delete().filter_by(task_id=task_id))
+    schema.insert(
+      c,
+      table,
+      task_id=task_id,
+      account_id=account_id,
+      ranks=list(ranks),
+      note=note,
+      instruction_id=the_store.newest_instructions(c, task['phase']).id,
+      time=the_store.clock(),
+    )
+    the_store.audit(c, account_id, 'decide', f'task {task_id}')
 
 
 # --- People -----------------------------------------------------------------
@@ -390,7 +396,7 @@ def people(the_store: store.Store, rows: Sequence[Labeled]) -> list[dict]:
   with the_store.read() as c:
     accounts = c.execute(sa.select(table).order_by(table.c.id)).all()
     states = _states(c, table.c.id)
-  by_account = _group(rows, 'account_id')
+  by_account = grouped(rows, 'account_id')
   pairs = _pairs(rows)
 
   def describe(account):
@@ -435,10 +441,10 @@ def screening(the_store: store.Store, rows: Sequence[Labeled]) -> list[dict]:
   """
   config = the_store.config
   rows = [row for row in rows if row.screening]
-  by_researchers = _group((r for r in rows if r.is_researcher), 'task_id')
-  by_labeler = _group((r for r in rows if not r.is_researcher), 'account_id')
+  by_researchers = grouped((r for r in rows if r.is_researcher), 'task_id')
+  by_labeler = grouped((r for r in rows if not r.is_researcher), 'account_id')
   with the_store.read() as c:
-    grades = _group(c.execute(sa.select(schema.grades)), 'assignment_id')
+    grades = grouped(c.execute(sa.select(schema.grades)), 'assignment_id')
   found = []
   for account_id, own in by_labeler.items():
     compared = [
@@ -521,253 +527,10 @@ def progress(the_store: store.Store) -> list[dict[str, Any]]:
     states = _states(c, batches.c.id, schema.accounts.c.role == 'labeler')
 
   def describe(batch):
-    wanted = (
-      None if batch['screening'] else batch['num_tasks'] * batch['overlap']
-    )
+    is_counted = not (batch['screening'] or batch['calibration'])
+    wanted = batch['num_tasks'] * batch['overlap'] if is_counted else None
     shown = ('submitted', 'open', 'skipped')
     counts = {state: states[batch['id'], state] for state in shown}
     return {**batch, 'wanted': wanted, **counts}
 
   return [describe(batch) for batch in found]
-
-
-# --- Export -----------------------------------------------------------------
-
-
-def _clock_text(seconds):
-  moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-  return moment.isoformat(timespec='seconds')
-
-
-def _origin(row):
-  """What every exported line says about its origin."""
-  return {
-    'batch': row.batch,
-    'task': row.task_id,
-    'instructions': row.instructions,
-    'seconds': round(row.seconds, 1),
-    'revision': row.revision,
-    'time': _clock_text(row.time),
-  }
-
-
-def _id(row):
-  return row.record.get('id') or f'task{row.task_id}'
-
-
-def _metadata(row, **labeling):
-  given = row.record.get('metadata', {})
-  return {**given, 'labeling': {**_origin(row), **labeling}}
-
-
-def _turns(row):
-  return tuple(records.Turn(**turn) for turn in row.record.get('turns', ()))
-
-
-def _comparison(row):
-  return records.Comparison(
-    prompt=row.prompt,
-    completions=row.texts,
-    ranks=tuple(row.content['ranks']),
-    id=_id(row),
-    user=row.record.get('user', ''),
-    labeler=row.labeler,
-    category=row.record.get('category', ''),
-    time=_clock_text(row.time),
-    metadata=_metadata(
-      row,
-      models=list(row.models),
-      order_shown=list(row.order),
-      about_prompt=row.content['prompt'],
-      ratings=row.content['ratings'],
-    ),
-    turns=_turns(row),
-  )
-
-
-def _few_shot(instruction: str, pairs: Sequence[Sequence[str]]):
-  """(prompt, response) of each example, with the others as context (A.3)."""
-  for i, (query, response) in enumerate(pairs):
-    shown = [f'{q}\n{r}' for j, (q, r) in enumerate(pairs) if j != i]
-    yield '\n\n'.join([instruction, *shown, f'{query}\n']), response
-
-
-def _demonstrations(row):
-  """The demonstrations that one answer gives."""
-  content, is_given = row.content, row.kind == 'demonstration'
-  prompt = row.prompt if is_given else content['text']
-  if content.get('style') == 'few-shot':
-    pairs = _few_shot(prompt, content['pairs'])
-  elif not invisible.is_blank(content['response']):
-    pairs = [(prompt, content['response'])]
-  else:
-    pairs = []
-  for i, (prompt, response) in enumerate(pairs):
-    yield records.Demonstration(
-      prompt=prompt,
-      response=response,
-      id=_id(row) if is_given else f'answer{row.assignment_id}-{i}',
-      # Whoever writes a prompt is its user.
-      user=row.record.get('user', '') if is_given else row.labeler,
-      labeler=row.labeler,
-      category=row.record.get('category', ''),
-      metadata=_metadata(row),
-      turns=_turns(row) if is_given else (),
-    )
-
-
-def _written_prompt(row):
-  return records.Prompt(
-    id=f'answer{row.assignment_id}',
-    text=row.content['text'],
-    user=row.labeler,
-    category=row.record.get('category', ''),
-    metadata={'style': row.content['style'], 'labeling': _origin(row)},
-  )
-
-
-def _ratings(row):
-  """One exported line per rated output."""
-  for position, rating in enumerate(row.content.get('ratings', ())):
-    yield {
-      'prompt': row.prompt,
-      'turns': row.record.get('turns', []),
-      'completion': row.texts[position],
-      'model': row.models[position],
-      'kind': row.kind,
-      'phase': row.phase,
-      'rating': rating,
-      'about_prompt': row.content['prompt'],
-      'labeler': row.labeler,
-      'researcher': row.is_researcher,
-      'id': _id(row),
-      **_origin(row),
-    }
-
-
-def _split(
-  comparisons: Sequence[records.Comparison], fraction: float
-) -> list[str]:
-  """'train' or 'valid' of each comparison, about `fraction` of them valid.
-
-  Comparisons that share a user (A.2) or the opening of a conversation are in
-  one split, and so are those linked by a chain of shared ones.
-  """
-  # Users sort before openings, so a group with a user is named by one.
-  names = [
-    [*([(0, f'user {c.user}')] if c.user else []), (1, records.opening(c))]
-    for c in comparisons
-  ]
-  linked = hierarchy.DisjointSet(itertools.chain(*names))
-  for own in names:
-    linked.merge(own[0], own[-1])
-  first = {}
-  for group in linked.subsets():
-    first |= dict.fromkeys(group, min(group))
-
-  def split(own):
-    _, unit = first[own[0]]
-    digest = hashlib.sha256(unit.encode()).digest()
-    is_valid = int.from_bytes(digest[:8], 'big') < fraction * 2**64
-    return 'valid' if is_valid else 'train'
-
-  return list(map(split, names))
-
-
-# All files that an export may write, besides statistics.json.
-_EXPORTED = (
-  'comparisons', 'comparisons_train', 'comparisons_valid',
-  'comparisons_evaluation', 'comparisons_toxicity', 'comparisons_researchers',
-  'demonstrations', 'prompts', 'ratings',
-)  # fmt: skip
-
-
-def _comparisons_file(row):
-  if row.is_researcher:
-    return 'comparisons_researchers'
-  if row.kind == 'toxicity':
-    return 'comparisons_toxicity'
-  is_training = row.phase == 'training'
-  return 'comparisons' if is_training else 'comparisons_evaluation'
-
-
-def _files(rows, valid_fraction):
-  """File name -> its records; files without any are left out."""
-  files = collections.defaultdict(list)
-  for row in rows:
-    files['ratings'] += _ratings(row)
-    if row.kind in answers.RANKED:
-      files[_comparisons_file(row)].append(_comparison(row))
-    elif row.kind in ('demonstration', 'prompt') and not row.is_researcher:
-      files['demonstrations'] += _demonstrations(row)
-      if row.kind == 'prompt' and row.content['style'] != 'few-shot':
-        files['prompts'].append(_written_prompt(row))
-  ranked = files['comparisons']
-  splits = _split(ranked, valid_fraction)
-  for comparison, split in zip(ranked, splits, strict=True):
-    files[f'comparisons_{split}'].append(comparison)
-  return {name: found for name, found in sorted(files.items()) if found}
-
-
-def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, int]:
-  """Writes the files that the experiments read, and statistics.json.
-
-  comparisons.jsonl has labelers' rankings under the training instructions;
-  comparisons_train and comparisons_valid are its split by user and prompt.
-  Rankings under other criteria or to compare with are in files of their own
-  (comparisons_evaluation, _toxicity, _researchers). The others are
-  demonstrations, prompts and ratings. Answers of the screening round are not
-  exported. All files appear together, and those of an earlier export are
-  removed (`data/folders.py`).
-
-  Returns:
-    Line counts by file; a file without lines is not written.
-  """
-  everything = labeled(the_store)
-  rows = [row for row in everything if not row.screening]
-  files = _files(rows, the_store.config.valid_fraction)
-  counts = {name: len(found) for name, found in files.items()}
-  summary = statistics(the_store, everything) | {'files': counts}
-  with folders.writing(
-    folder,
-    ('statistics.json', *(f'{name}.jsonl' for name in _EXPORTED)),
-    command='labeling --export',
-    replace=True,
-  ) as unfinished:
-    for name, found in files.items():
-      path = unfinished / f'{name}.jsonl'
-      if name == 'ratings':
-        lines = [json.dumps(line, ensure_ascii=False) for line in found]
-        records.write_bytes(path, '\n'.join([*lines, '']).encode())
-      else:
-        records.write_jsonl(path, found)
-    records.write_bytes(
-      unfinished / 'statistics.json', json.dumps(summary, indent=2).encode()
-    )
-  return counts
-
-
-def statistics(the_store: store.Store, rows: Sequence[Labeled]) -> dict:
-  """What a model card says about the labelers (JSON)."""
-  data = [row for row in rows if not row.screening]
-  by_labelers = [row for row in data if not row.is_researcher]
-
-  def plain(values):
-    return {
-      name: dataclasses.asdict(value)
-      if isinstance(value, preference_accuracy.Agreement)
-      else value
-      for name, value in values.items()
-      if name not in ('id', 'last')
-    }
-
-  return {
-    'num_labelers': len({row.account_id for row in by_labelers}),
-    'num_answers': len(by_labelers),
-    'by_kind': dict(collections.Counter(row.kind for row in by_labelers)),
-    'instructions': sorted({row.instructions for row in by_labelers}),
-    'agreement': plain(agreement(data, the_store.config.seed)),
-    'labelers': [
-      plain(person) for person in people(the_store, data) if person['answers']
-    ],
-  }

@@ -10,6 +10,12 @@ import functools
 
 import sqlalchemy as sa
 
+# The fields of an imported line that are kept as a task's `record`.
+RECORD_FIELDS = (
+  'id', 'user', 'category', 'metadata', 'style', 'turns', 'ended', 'suggestion',
+  'known_ranks',
+)  # fmt: skip
+
 metadata = sa.MetaData(
   naming_convention={
     'ix': 'ix_%(table_name)s_%(column_0_N_name)s',
@@ -88,6 +94,8 @@ batches = _table(
   _text('phase'),  # Whose instructions apply.
   _integer('overlap'),  # Labelers per task; a screening batch has no limit.
   _bool('screening'),
+  _bool('calibration'),  # Whether the tasks have known answers.
+  _bool('suggestions'),  # Whether labelers see the tasks' suggestions.
   _bool('closed'),
   _time('created'),
   sa.UniqueConstraint('name'),
@@ -97,9 +105,10 @@ tasks = _table(
   'tasks',
   _to('batches', 'batch_id', index=True),
   _text('prompt'),
-  # id, user, category, metadata and turns of the imported line; style of a
-  # prompt task.
+  # `RECORD_FIELDS` of the imported line, and active, which says what gave the
+  # priority.
   _json('record'),
+  _time('priority', nullable=True),  # Higher is earlier; NULL counts as 0.
 )
 
 outputs = _table(
@@ -140,6 +149,7 @@ assignments = _table(
   _json('order'),  # Positions as shown.
   _json('draft'),
   _text('reason'),  # Of a skip.
+  _time('suggested', nullable=True),  # When the suggestion was first shown.
   sa.UniqueConstraint('task_id', 'account_id'),
   sa.Index('ix_assignments_state_expires', 'state', 'expires'),
 )
@@ -165,6 +175,17 @@ grades = _table(  # Researchers' grades of screening demonstrations (B.1).
   _to('accounts'),
   _integer('grade'),
   sa.UniqueConstraint('assignment_id', 'account_id'),
+)
+
+decisions = _table(  # Researchers' rankings of what labelers disagree on.
+  'decisions',
+  _to('tasks'),
+  _to('accounts'),
+  _json('ranks'),  # In imported order.
+  _text('note'),
+  _to('instructions'),
+  _time('time'),
+  sa.UniqueConstraint('task_id'),
 )
 
 audit = _table(

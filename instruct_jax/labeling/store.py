@@ -58,10 +58,14 @@ def validate(config) -> None:
   for key in (
     'session_days', 'invitation_days', 'task_minutes', 'idle_minutes',
     'requests_per_minute', 'joins_per_minute', 'max_body_bytes',
-    'max_import_bytes', 'overlap', 'demo_tasks',
+    'max_import_bytes', 'overlap', 'calibration_every', 'demo_tasks',
   ):  # fmt: skip
     if config[key] <= 0:
       raise StoreError(f'{key} must be positive: {config[key]}')
+  if config.active.batch_size <= 0:
+    raise StoreError(
+      f'active.batch_size must be positive: {config.active.batch_size}'
+    )
   for key in ('cut_flags', 'cut_rankings', 'valid_fraction'):
     if not 0 <= config[key] <= 1:
       raise StoreError(f'{key} must be from 0 to 1: {config[key]}')
@@ -92,6 +96,24 @@ def given(text: str, what: str, missing: str) -> str:
   if invisible.is_blank(text):
     raise StoreError(missing)
   return text
+
+
+def pseudonym(name: str) -> str:
+  """The name of an account as it is stored.
+
+  Raises:
+    StoreError: it is unusable, say because it is an e-mail address.
+  """
+  name = unicodedata.normalize('NFC', name).strip()
+  if (
+    not 1 <= len(name) <= 40
+    or not name.replace('-', '').isalnum()
+    or invisible.HIDDEN.search(name)  # Some of these count as letters.
+  ):
+    raise StoreError(
+      f'A name has 1 to 40 letters, digits and hyphens: {name[:60]!r}'
+    )
+  return name
 
 
 def make_engine(url: str) -> sa.Engine:
@@ -194,15 +216,7 @@ class Store:
     Raises:
       StoreError: the name is taken or unusable, or there is no such role.
     """
-    name = unicodedata.normalize('NFC', name).strip()
-    if (
-      not 1 <= len(name) <= 40
-      or not name.replace('-', '').isalnum()
-      or invisible.HIDDEN.search(name)  # Some of these count as letters.
-    ):
-      raise StoreError(
-        f'A name has 1 to 40 letters, digits and hyphens: {name[:60]!r}'
-      )
+    name = pseudonym(name)
     if role not in ('labeler', 'researcher', 'admin'):
       raise StoreError(f'No such role: {role!r}')
     if status not in ('screening', 'active'):
@@ -339,7 +353,7 @@ class Store:
     if phase not in answers.PHASES:
       raise StoreError(missing)
     with self.write() as c:
-      last = self._instructions(c, phase)
+      last = self.newest_instructions(c, phase)
       version = last.version + 1 if last else 1
       schema.insert(
         c,
@@ -355,9 +369,10 @@ class Store:
   def instructions(self, phase: str):
     """The newest version of a phase's instructions, or None."""
     with self.read() as c:
-      return self._instructions(c, phase)
+      return self.newest_instructions(c, phase)
 
-  def _instructions(self, connection, phase):
+  def newest_instructions(self, connection, phase: str):
+    """As `instructions`, on an open connection."""
     table = schema.instructions
     return connection.execute(
       sa.select(table)
@@ -417,9 +432,11 @@ class Store:
     """The next task of an account: the id of its assignment, or None.
 
     An account with an open task in an open batch gets that one. Labelers get
-    free slots of open batches, first of tasks that they had started; in
-    screening, all screening tasks. Researchers get every task, screening first,
-    outside the overlap.
+    free slots of open batches, first of tasks that they had started, then by
+    the tasks' priority; in screening, all screening tasks. About every
+    `calibration_every`-th task of a labeler is one with a known answer, while
+    there are any. Researchers get every other task, screening first, outside
+    the overlap.
 
     Raises:
       StoreError: the account was suspended, or the site is too busy.
@@ -455,6 +472,7 @@ class Store:
         batches.c.screening.desc(),
         sa.case((own.exists(), 0), else_=1),
         batches.c.id,
+        sa.func.coalesce(tasks.c.priority, 0.0).desc(),
         tasks.c.id,
       )
       .limit(1)
@@ -463,6 +481,12 @@ class Store:
     if account.role == 'labeler':
       query = query.where(batches.c.screening == in_screening)
     counts = account.role == 'labeler' and not in_screening
+    if counts and self._calibrates(connection, account.id):
+      found = connection.execute(query.where(batches.c.calibration)).first()
+      if found is not None:
+        self._hold_uncounted(connection, found.task_id, account.id)
+        return self._assign(connection, found.task_id, account.id)
+    query = query.where(~batches.c.calibration)
     if counts:
       query = (
         query.join(slots)
@@ -478,6 +502,21 @@ class Store:
     else:
       self._hold_uncounted(connection, found.task_id, account.id)
     return self._assign(connection, found.task_id, account.id)
+
+  def _calibrates(self, connection, account_id):
+    """Whether an account's next task is one with a known answer, if any is.
+
+    Nobody can count to it: each task is drawn, by its number in the account's
+    work.
+    """
+    number = connection.scalar(
+      sa.select(sa.func.count())
+      .select_from(assignments)
+      .filter_by(account_id=account_id)
+    )
+    parts = ('calibration', str(account_id), str(number))
+    drawn = int.from_bytes(records.draw(self.config.seed, *parts), 'big')
+    return drawn % self.config.calibration_every == 0
 
   def _opened(self, connection, account_id):
     """The assignment that an account works on, or None."""
@@ -504,6 +543,21 @@ class Store:
     slot = connection.scalar(sa.select(slots.c.id).filter_by(**key))
     if slot is None:
       schema.insert(connection, slots, holder=account_id, **key)
+    else:
+      self._hold(connection, slot, account_id)
+
+  def take_slot(self, connection, task_id: int, account_id: int) -> None:
+    """Gives a task's first free slot to an account, or one that is not counted
+    if there is none."""
+    slot = connection.scalar(
+      sa.select(slots.c.id)
+      .filter_by(task_id=task_id, holder=None)
+      .where(slots.c.number > 0)
+      .order_by(slots.c.number)
+      .limit(1)
+    )
+    if slot is None:
+      self._hold_uncounted(connection, task_id, account_id)
     else:
       self._hold(connection, slot, account_id)
 
@@ -536,8 +590,9 @@ class Store:
     """An account's own assignment with its task, or None.
 
     Returns:
-      Columns of the assignment, the batch's kind, phase, screening and closed,
-      the task's prompt and record, and `texts`: outputs by position.
+      Columns of the assignment; the batch's kind, phase, screening, closed,
+      calibration and suggestions; the task's prompt and record; and `texts`:
+      outputs by position.
     """
     with self.read() as c:
       return self._work(c, assignment_id, account_id)
@@ -548,6 +603,7 @@ class Store:
         assignments,
         tasks.c['prompt', 'record'],
         batches.c['kind', 'phase', 'screening', 'closed'],
+        batches.c['calibration', 'suggestions'],
       )
       .select_from(schema.work)
       .where(
@@ -670,7 +726,7 @@ class Store:
       revision=number,
       submission=submission,
       content=content,
-      instruction_id=self._instructions(connection, work['phase']).id,
+      instruction_id=self.newest_instructions(connection, work['phase']).id,
       time=self.clock(),
       seconds=work['seconds'],
     )
@@ -681,7 +737,8 @@ class Store:
     """Takes a slot for an expired assignment, or raises `StoreError`."""
     account = self._account(connection, work['account_id'])
     try:
-      if account.role != 'labeler' or work['screening']:
+      is_counted = not (work['screening'] or work['calibration'])
+      if account.role != 'labeler' or not is_counted:
         return self._hold_uncounted(connection, work['task_id'], account.id)
       slot = connection.scalar(
         sa.select(slots.c.id)
@@ -733,6 +790,12 @@ class Store:
         time=self.clock(),
       )
       self.audit(c, account_id, 'flag', f'assignment {assignment_id}')
+
+  def suggestion_shown(self, assignment_id: int) -> None:
+    """Records that a labeler sees the suggestion of a task; the first time."""
+    with self.write() as c:
+      unseen = assignments.update().filter_by(id=assignment_id, suggested=None)
+      c.execute(unseen.values(suggested=self.clock()))
 
   def own_progress(self, account) -> dict[str, Any]:
     """What a labeler sees of their own work: counts, pace, tasks."""

@@ -27,7 +27,15 @@ import sqlalchemy as sa
 from starlette import applications, concurrency, requests, responses, routing
 
 from instruct_jax.data import invisible, records
-from instruct_jax.labeling import answers, research, schema, store
+from instruct_jax.labeling import (
+  answers,
+  exporting,
+  formats,
+  importing,
+  research,
+  schema,
+  store,
+)
 
 _HERE = pathlib.Path(__file__).parent
 COOKIE = 'labeling'
@@ -353,6 +361,9 @@ def _task_page(visit, work, number, message='', posted=None, status=200):
         f'rank{place}': posted.get(f'rank{position}', '')
         for place, position in enumerate(work['order'])
       }
+  suggestion = _suggestion(work) if name == 'ranks' else None
+  if suggestion and work['suggested'] is None:
+    visit.store.suggestion_shown(work['id'])
   return visit.page(
     f'task_{"output" if name.startswith("output") else name}.html',
     status,
@@ -361,8 +372,17 @@ def _task_page(visit, work, number, message='', posted=None, status=200):
     names=names,
     posted=posted,
     message=message,
+    suggestion=suggestion,
     submission=secrets.token_hex(16),
   )
+
+
+def _suggestion(work):
+  """Ranks by position that the labeler is to see, or None. Never the source,
+  which may be the name of a model."""
+  if not work['suggestions']:
+    return None
+  return work['record'].get('suggestion', {}).get('ranks')
 
 
 def answer_task(visit):
@@ -381,10 +401,7 @@ def answer_task(visit):
     if key not in ('csrf', 'action', 'submission')
   }
   if name == 'ranks':
-    posted = {
-      f'rank{position}': visit.field(f'rank{place}')
-      for place, position in enumerate(work['order'])
-    }
+    posted = _by_position(visit, work['order'])
   place = (work['id'], visit.account.id, name)
   try:
     posted = {
@@ -411,6 +428,14 @@ def answer_task(visit):
       visit, visit.work(), number, str(error), visit.form, _status(error)
     )
   return _to(f'/task/{work["id"]}/{number + 1}')
+
+
+def _by_position(visit, order):
+  """The posted ranks, in the order shown, as fields by position."""
+  return {
+    f'rank{position}': visit.field(f'rank{place}')
+    for place, position in enumerate(order)
+  }
 
 
 def skip_task(visit):
@@ -455,6 +480,47 @@ def grade(visit):
   assignment_id = visit.number('assignment')
   research.grade(visit.store, assignment_id, visit.account.id, value)
   return _to('/grading')
+
+
+def show_queue(visit):
+  """The tasks on which labelers disagree most, to be decided."""
+  return visit.page('queue.html', tasks=research.queue(visit.store)[:200])
+
+
+def show_adjudication(visit, status=200, message=''):
+  """A task with its labelers' ranks, without names, and a form to decide."""
+  task = _deciding(visit)
+  posted = visit.form
+  if not posted and task['ranks']:
+    posted = {
+      f'rank{place}': str(task['ranks'][position])
+      for place, position in enumerate(task['order'])
+    }
+  return visit.page(
+    'adjudication.html', status, task=task, posted=posted, message=message
+  )
+
+
+def _deciding(visit):
+  task = research.deciding(visit.store, visit.number('task'), visit.account.id)
+  if task is None:
+    raise RefusedError
+  return task
+
+
+def adjudicate(visit):
+  """Stores a decision and goes on to the next task."""
+  task = _deciding(visit)
+  posted = _by_position(visit, task['order'])
+  try:
+    ranks = answers.ranks_of(posted, len(task['order']))
+    note = answers.clean(visit.field('note'), 'The note')
+  except answers.AnswerError as error:
+    return show_adjudication(visit, 422, str(error))
+  research.decide(visit.store, task['task_id'], visit.account.id, ranks, note)
+  left = research.queue(visit.store)
+  following = f'/{left[0]["task_id"]}' if left else ''
+  return _to(f'/adjudication{following}')
 
 
 # --- Admin ------------------------------------------------------------------
@@ -520,10 +586,13 @@ def show_import(visit, status=200, message=''):
   return visit.page('import.html', status, form=visit.form, message=message)
 
 
+_BATCH_OPTIONS = ('screening', 'calibration', 'suggestions')
+
+
 def import_tasks(visit):
   """Makes a batch of the posted lines, or shows what is wrong with them."""
   try:
-    research.import_tasks(
+    importing.import_tasks(
       visit.store,
       visit.field('lines').encode('utf-8', 'surrogatepass'),
       source='import',
@@ -531,7 +600,8 @@ def import_tasks(visit):
       kind=visit.field('kind'),
       phase=visit.field('phase'),
       overlap=_integer(visit.field('overlap'), 'The overlap'),
-      screening='screening' in visit.form,
+      file_format=visit.field('format') or 'jsonl',
+      **{name: name in visit.form for name in _BATCH_OPTIONS},
       by=visit.account.id,
     )
   except (records.RecordError, store.StoreError) as error:
@@ -552,10 +622,14 @@ def close_batch(visit):
 
 def show_agreement(visit):
   """How much labelers agree, and the tasks on which they do not."""
-  rows = [row for row in research.labeled(visit.store) if not row.screening]
+  everything = research.labeled(visit.store)
+  rows = [row for row in everything if row.is_data]
+  seed = visit.store.config.seed
   return visit.page(
     'agreement.html',
-    agreement=research.agreement(rows, visit.store.config.seed),
+    agreement=research.agreement(rows, seed),
+    versions=research.agreement_by_version(rows, seed),
+    calibration=research.calibration(everything, seed),
     people=research.people(visit.store, rows),
     tasks=research.disagreements(rows)[:200],
   )
@@ -598,17 +672,30 @@ def export(visit):
   """Writes an export folder and lists its files."""
   moment = datetime.datetime.fromtimestamp(visit.store.clock(), datetime.UTC)
   folder = visit.site.exports / moment.strftime('%Y%m%d-%H%M%S')
-  counts = research.export(visit.store, folder)
+  chosen = visit.field('format') or 'jsonl'
+  if chosen not in formats.FORMATS:
+    raise store.StoreError(f'No such format: {chosen!r:.40}')
+  if chosen == 'jsonl':
+    counts = exporting.export(visit.store, folder)
+    files = {f'{name}.jsonl': f'{n} lines' for name, n in counts.items()}
+    files['statistics.json'] = 'about the labelers'
+  else:
+    counts = exporting.export_as(visit.store, folder, chosen)
+    files = {name: f'{n} tasks' for name, n in counts.items()}
+    if chosen == 'label_studio':
+      files['label_studio.xml'] = 'its labeling interface'
   with visit.store.write() as c:
     visit.store.audit(c, visit.account.id, 'export', folder.name)
-  return visit.page('export.html', files=counts, folder=str(folder))
+  return visit.page('export.html', files=files, folder=str(folder))
 
 
 def download(visit):
   """A file of an export."""
   folder, name = (visit.request.path_params[k] for k in ('folder', 'name'))
   path = visit.site.exports / folder / name
-  is_export = re.fullmatch(r'\d{8}-\d{6}/[a-z_]+\.jsonl?', f'{folder}/{name}')
+  is_export = re.fullmatch(
+    r'\d{8}-\d{6}/[a-z_]+\d*\.(jsonl?|xml)', f'{folder}/{name}'
+  )
   if not is_export or not path.is_file():
     raise RefusedError
   return responses.FileResponse(path, filename=name)
@@ -646,6 +733,9 @@ ROUTES = (
   ('POST', '/task/{assignment:int}/flag', 'labeler', flag_task),
   ('GET', '/grading', 'researcher', show_grading),
   ('POST', '/grading/{assignment:int}', 'researcher', grade),
+  ('GET', '/adjudication', 'researcher', show_queue),
+  ('GET', '/adjudication/{task:int}', 'researcher', show_adjudication),
+  ('POST', '/adjudication/{task:int}', 'researcher', adjudicate),
   ('GET', '/admin', 'admin', show_admin),
   ('GET', '/admin/accounts', 'admin', show_accounts),
   ('POST', '/admin/accounts', 'admin', add_account),
@@ -704,7 +794,9 @@ class _Site:
     for function in (shown, _when, _duration, _percent, _estimate):
       self.templates.filters[function.__name__.strip('_')] = function
     self.templates.globals.update(
-      answers=answers, letters=string.ascii_uppercase
+      answers=answers,
+      formats=formats.FORMATS,
+      letters=string.ascii_uppercase,
     )
 
   def page(self, template, account, status, **values):

@@ -1,4 +1,4 @@
-// Ranking by drag, touch and arrow keys; file import; drafts. Every page also
+// Ranking by drag, touch and keys; file import; drafts. Every page also
 // works without this script: it moves cards, and the lists hold the ranks.
 'use strict';
 
@@ -116,6 +116,60 @@ function setUpDrag(card, handle, columns, move) {
 
 for (const list of document.querySelectorAll('[data-ranks]')) {
   setUpRanking(list);
+}
+
+// Keys of the form of a page. Those without Ctrl do nothing while somebody
+// types, and can be turned off: voice control may press them by accident.
+function setUpKeys(list) {
+  const form = document.querySelector('form[data-keys]');
+  const toggle = list.querySelector('input');
+  const name = 'labeling-keys';
+  list.hidden = false;
+  try {
+    toggle.checked = localStorage.getItem(name) !== 'off';
+    toggle.addEventListener('change', () => {
+      localStorage.setItem(name, toggle.checked ? 'on' : 'off');
+    });
+  } catch { /* Without storage, the choice holds for this page. */ }
+
+  function choose(radio) {
+    radio.checked = true;
+    radio.focus();
+    radio.dispatchEvent(new Event('input', {bubbles: true}));
+  }
+
+  document.addEventListener('keydown', (event) => {
+    const from = event.target;
+    if (event.defaultPrevented || event.isComposing) return;
+    if (from.form && from.form !== form) return;
+    if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      form.requestSubmit(form.querySelector('button.main'));
+      return;
+    }
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (!toggle.checked) return;
+    if (from.closest('textarea, select, input:not([type=radio])')) return;
+    const key = event.key;
+    let found = null;
+    if (key === '[') {
+      found = form.querySelector('[data-back]');
+      if (found) found.click();
+    } else if (/^[0-9]$/.test(key)) {
+      const scale = form.querySelector('.scale');
+      found = scale && scale.querySelector(`input[value="${key}"]`);
+      if (found) choose(found);
+    } else if (/^[a-zA-Z]$/.test(key)) {
+      found = form.querySelector(
+        `.card[data-letter="${key.toUpperCase()}"] .handle`);
+      if (found) found.focus();
+    }
+    if (found) event.preventDefault();
+  });
+}
+
+for (const list of document.querySelectorAll('[data-shortcuts]')) {
+  setUpKeys(list);
 }
 
 for (const input of document.querySelectorAll('[data-fills]')) {

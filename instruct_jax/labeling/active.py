@@ -1,0 +1,155 @@
+"""Puts first what a reward model is least sure of (`--active`).
+
+With the scores r of a task's K completions, p_ij = 1 / (1 + exp(r_j - r_i)) is
+the reward model's probability that a person prefers i to j (equation 1 of the
+paper). A task's uncertainty is the mean entropy of its pairs, in bits:
+
+  U = 2 / (K (K - 1)) sum_{i < j} H(p_ij),
+  H(p) = -p log2 p - (1 - p) log2 (1 - p)
+
+It is 1 where all scores are equal, and near 0 where all differ much. Labels of
+such tasks say more, but are no random sample: the export names the model and
+the uncertainty of each task.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import sqlalchemy as sa
+from ml_collections import ConfigDict
+from scipy import special, stats
+
+from instruct_jax import judge_fns, model_folder
+from instruct_jax.data import records
+from instruct_jax.evals import samples
+from instruct_jax.infra import sharding
+from instruct_jax.labeling import answers, research, schema, store
+from instruct_jax.models.config import check_stage
+
+_PREFIX = 'reward:'
+
+
+def uncertainty(scores: Sequence[float] | np.ndarray) -> float:
+  """Mean entropy of the pairs of K >= 2 scores (reward units), in bits."""
+  gaps = [a - b for a, b in itertools.combinations(scores, 2)]
+  chances = special.expit(np.asarray(gaps, float))
+  return float(np.mean(stats.entropy([chances, 1 - chances], base=2)))
+
+
+def check(name: str, config: ConfigDict) -> str:
+  """The model folder of `reward:FOLDER`.
+
+  Raises:
+    StoreError: the name is of another form, or the model's tokenizer is
+      missing.
+    ValueError: a compute_dtype that there is not.
+  """
+  check_stage(config)
+  folder = name.removeprefix(_PREFIX)
+  if folder == name or not folder:
+    raise store.StoreError(
+      f'active must be reward:MODEL, the folder of a reward model: {name!r}'
+    )
+  if not config.tokenizer and not model_folder.is_published(folder):
+    raise store.StoreError(
+      f'{folder}: no tokenizer.json; give --config.active.tokenizer, a folder'
+    )
+  return folder
+
+
+def order(the_store: store.Store, name: str, config: ConfigDict) -> dict:
+  """Gives the tasks with free slots in open batches a priority.
+
+  A task's priority is its uncertainty; those that are too long for the model
+  lose theirs. Batches keep their order.
+
+  Args:
+    the_store: of the site.
+    name: reward:FOLDER, ours or a published classifier.
+    config: with tokenizer, compute_dtype and batch_size.
+
+  Returns:
+    Numbers of tasks that were `ordered`, and that are `too long`.
+
+  Raises:
+    StoreError: as `check`; there are no such tasks; scores are not finite.
+    ValueError, checkpoint.CheckpointError: the model cannot be read.
+  """
+  folder = check(name, config)
+  found = _tasks(the_store)
+  if not found:
+    raise store.StoreError('There are no free tasks to rank; nothing to order')
+  context = model_folder.shape_of(folder).context_length
+  mesh = sharding.make_mesh((), rows=(config.batch_size,))
+  with sharding.use_mesh(mesh):
+    score_fn, tokenizer = judge_fns.reward_score(config, folder, mesh)
+    pairs = {key: _pairs(key, *task) for key, task in found.items()}
+    fitting = {
+      key: own
+      for key, own in pairs.items()
+      if _length(own, tokenizer) <= context
+    }
+    flat = [pair for own in fitting.values() for pair in own]
+    scores = np.asarray(score_fn(flat), float) if flat else np.zeros(0)
+  bad = int(np.sum(~np.isfinite(scores)))
+  if bad:
+    raise store.StoreError(
+      f'{folder}: {bad} of {len(scores)} scores are not finite; nothing was '
+      'ordered'
+    )
+  ends = np.cumsum([len(own) for own in fitting.values()])
+  split = np.split(scores, ends[:-1]) if fitting else []
+  values = dict(zip(fitting, map(uncertainty, split), strict=True))
+  with the_store.write() as c:
+    for key, (_, record, _) in found.items():
+      record = {k: v for k, v in record.items() if k != 'active'}
+      value = values.get(key)
+      if value is not None:
+        record['active'] = {'by': name, 'uncertainty': value}
+      schema.update(c, schema.tasks, key, record=record, priority=value)
+    the_store.audit(c, None, 'order', f'{len(values)} tasks by {name}')
+  return {'ordered': len(values), 'too long': len(found) - len(values)}
+
+
+def _tasks(the_store):
+  """Task id -> (prompt, record, texts) of the free tasks to rank."""
+  tasks, batches, slots = schema.tasks, schema.batches, schema.slots
+  free = sa.select(slots.c.id).where(
+    slots.c.task_id == tasks.c.id,
+    slots.c.number > 0,
+    slots.c.holder.is_(None),
+  )
+  query = (
+    sa.select(tasks.c['id', 'prompt', 'record'])
+    .join(batches)
+    .where(batches.c.kind.in_(answers.RANKED), ~batches.c.closed, free.exists())
+    .order_by(tasks.c.id)
+  )
+  with the_store.read() as c:
+    outputs = research.outputs_of(c)
+    return {
+      row.id: (row.prompt, row.record, outputs[row.id]['texts'])
+      for row in c.execute(query)
+    }
+
+
+def _pairs(key, prompt, record, texts):
+  """The completions as answers; those that were cut have no end."""
+  turns = tuple(records.Turn(**turn) for turn in record.get('turns', ()))
+  asked = records.Prompt(id=str(key), text=prompt, turns=turns)
+  ends = record.get('ended') or [True] * len(texts)
+  return [
+    (asked, samples.Sample('', asked.id, prompt, text, 0, ended))
+    for text, ended in zip(texts, ends, strict=True)
+  ]
+
+
+def _length(pairs, tokenizer):
+  """Tokens of the longest row."""
+  (prompt,) = tokenizer.encode_prompts([pairs[0][0]])
+  texts = [answer.response for _, answer in pairs]
+  # An end even where there is none; and an empty answer has one token.
+  return len(prompt) + max(
+    map(len, tokenizer.encode_responses(texts, ended=True))
+  )

@@ -1,0 +1,907 @@
+"""Rankings in the JSON of Argilla and of Label Studio.
+
+A file is a list of records, or has one a line. A record holds a prompt, its
+completions and what several people and models said of them.
+
+  Argilla       version 2's `records.to_json`; version 1 and the REST interface,
+                whose rankings have ties; rows of a data set on the Hub
+  Label Studio  the JSON export: `Ranker`, whose buckets may be ranks (`rank1`,
+                `rank2`, ...), or `Pairwise`
+
+Neither has room for all that the site knows. We write the rest under the key
+`instruct_jax` of a record's metadata (Argilla, as text) or meta (Label Studio),
+where these programs keep it. People are in both as numbers.
+"""
+
+import collections
+import dataclasses
+import datetime
+import functools
+import json
+import re
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from instruct_jax.data import records
+
+FORMATS = {
+  'jsonl': 'JSON lines',
+  'argilla': 'Argilla',
+  'label_studio': 'Label Studio',
+}
+# What a ranking may be: `decided` is a researcher's, `unfinished` is a draft.
+STATES = ('submitted', 'decided', 'unfinished', 'skipped')
+_OURS = 'instruct_jax'
+_QUESTION = 'ranking'
+_BUCKET = re.compile(r'(?:rank|place)?[ _-]?(\d{1,3})', re.IGNORECASE)
+# Of Argilla's responses. Without a status, they were submitted.
+_STATUSES = {
+  None: 'submitted',
+  'submitted': 'submitted',
+  'draft': 'unfinished',
+  'discarded': 'skipped',
+}
+# Columns of a row on the Hub that are no fields, and those beside a question.
+_NO_FIELDS = ('id', 'external_id', 'status', 'metadata', '_server_id')
+_BESIDE = re.compile(r'\.(responses|suggestion)\.\w+$')
+
+
+class _BadError(ValueError):
+  """What is wrong with one record."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """What one person said of one task.
+
+  Attributes:
+    labeler: a pseudonym.
+    state: one of `STATES`.
+    ranks: of the completions, 1 for the best; None where there is none yet. ()
+      if the task was skipped.
+    time: seconds since 1970, if known.
+    seconds: worked.
+    note: of a decision, or the reason of a skip.
+    account: id, for the file.
+  """
+
+  labeler: str
+  state: str
+  ranks: tuple[int | None, ...] = ()
+  time: float | None = None
+  seconds: float = 0.0
+  note: str = ''
+  account: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """A task: the fields of a line of JSONL, and the answers to it."""
+
+  values: dict[str, Any]
+  answers: tuple[Answer, ...] = ()
+  number: int = 0  # Id of the task, for the file.
+
+
+# --- Reading ----------------------------------------------------------------
+
+
+def _refuse(name):
+  raise ValueError(f'{name} is no JSON')
+
+
+loads = functools.partial(json.loads, parse_constant=_refuse)
+
+
+def read(
+  content: bytes, source: str, name: str
+) -> tuple[list[Item], dict[str, int]]:
+  """Reads a file of a format other than JSONL.
+
+  Args:
+    content: the file.
+    source: its name, for messages.
+    name: of `FORMATS`.
+
+  Returns:
+    The tasks in file order; and what was left out, with counts.
+
+  Raises:
+    RecordError: the file is not in the format, in one line; or bad records, up
+      to ten, each with its number from 1.
+  """
+  left_out = collections.Counter()
+  found = _records(content, source, name)
+  if name == 'argilla':
+    items = _argilla(found, source, left_out)
+  else:
+    items = _each(found, source, lambda x: _label_studio(x, left_out))
+  return items, dict(left_out)
+
+
+def _records(content, source, name):
+  try:
+    text = content.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    raise records.RecordError(
+      f'{source}: byte {error.start} is not UTF-8; convert the file'
+    ) from error
+  try:
+    found = loads(text)
+  except (ValueError, RecursionError) as error:
+    if not text.lstrip().startswith('{'):
+      raise records.RecordError(
+        f'{source}: not JSON ({error}); export it again as JSON'
+      ) from error
+    found = _lines(text, source)
+  if isinstance(found, dict):
+    # The REST interface of Argilla wraps its records.
+    pages = found.get('items') if name == 'argilla' else None
+    found = pages if isinstance(pages, list) else [found]
+  if not isinstance(found, list) or not found:
+    raise records.RecordError(f'{source}: holds no records of {FORMATS[name]}')
+  records.raise_problems(
+    source,
+    [
+      (number, 'expected a JSON object')
+      for number, record in enumerate(found, 1)
+      if not isinstance(record, dict)
+    ],
+    'record',
+  )
+  return found
+
+
+def _lines(text, source):
+  found, bad = [], []
+  for number, line in enumerate(text.split('\n'), 1):
+    try:
+      found += [loads(line)] if line.strip() else []
+    except (ValueError, RecursionError) as error:
+      bad.append((number, f'not JSON ({error})'))
+  records.raise_problems(source, bad)
+  return found
+
+
+def _each(found, source, function):
+  """The function of each record; raises one error for all bad ones."""
+  done, bad = [], []
+  for number, record in enumerate(found, 1):
+    try:
+      done.append(function(record))
+    except _BadError as error:
+      bad.append((number, str(error)))
+  records.raise_problems(source, bad, 'record')
+  return done
+
+
+def _object(value, what):
+  """A JSON object, {} for null; raises `_BadError` if it is another type."""
+  if value is None:
+    return {}
+  if not isinstance(value, dict):
+    raise _BadError(f'{what} must be an object')
+  return value
+
+
+def _list(value, what):
+  if value is None:
+    return []
+  if not isinstance(value, list) or not all(isinstance(x, dict) for x in value):
+    raise _BadError(f'{what} must be a list of objects')
+  return value
+
+
+def _seconds(text):
+  """Seconds since 1970 of a time in ISO 8601, UTC unless it says otherwise."""
+  if text is None:
+    return None
+  try:
+    moment = datetime.datetime.fromisoformat(text)
+  except (TypeError, ValueError) as error:
+    raise _BadError(f'{text!r:.40} is no time in ISO 8601') from error
+  if moment.tzinfo is None:
+    moment = moment.replace(tzinfo=datetime.UTC)
+  return moment.timestamp()
+
+
+def _prompt(value, what):
+  """The field `prompt` or `turns` of a task."""
+  if isinstance(value, str):
+    return {'prompt': value}
+  if _is_conversation(value):
+    turns = [{key: turn[key] for key in ('role', 'content')} for turn in value]
+    return {'turns': turns}
+  raise _BadError(f'{what} must be a text or a list of messages')
+
+
+def _is_conversation(value):
+  return isinstance(value, list) and all(
+    isinstance(turn, dict) and {'role', 'content'} <= set(turn)
+    for turn in value
+  )
+
+
+def _dense(ranks):
+  """The same order with ranks 1, 2, ...; None stays."""
+  order = sorted({rank for rank in ranks if rank is not None})
+  return tuple(None if r is None else order.index(r) + 1 for r in ranks)
+
+
+def _order(ranks):
+  """Places of the ranked, the best first, ties in their own order."""
+  places = [place for place, rank in enumerate(ranks) if rank is not None]
+  return sorted(places, key=lambda place: ranks[place])
+
+
+def _ours(value):
+  """What we wrote beside a record: (values of the task, answers by person)."""
+  if isinstance(value, str):
+    try:
+      value = loads(value)
+    except (ValueError, RecursionError) as error:
+      raise _BadError(f'{_OURS} is not JSON ({error})') from error
+  value = _object(value, _OURS)
+  known = _object(value.get('answers'), f'answers of {_OURS}')
+  for person, said in known.items():
+    known[person] = _object(said, f'an answer of {_OURS}')
+  return _object(value.get('task'), f'task of {_OURS}'), known
+
+
+def _answer(state, ranks, known, **found):
+  """An answer of a file, with what we know beside it.
+
+  The ranks beside it have the ties. They count only if the order in the file is
+  the one that we wrote, so that nobody has changed it since.
+  """
+  ours = known.get('ranks')
+  if (
+    isinstance(ours, list)
+    and len(ours) == len(ranks)
+    and all(type(rank) is int for rank in ours)
+    and None not in ranks
+    and _order(ours) == _order(ranks)
+  ):
+    ranks = ours
+  if state == 'submitted' and None in ranks:
+    state = 'unfinished'
+  if state == 'submitted' and known.get('state') == 'decided':
+    state = 'decided'
+  kinds = {'labeler': str, 'time': float, 'seconds': float, 'note': str}
+  beside = {
+    name: known[name]
+    for name, kind in kinds.items()
+    if isinstance(known.get(name), kind)
+  }
+  found = {key: value for key, value in found.items() if value is not None}
+  ranks = () if state == 'skipped' else _dense(ranks)
+  return Answer(state=state, ranks=ranks, **{**found, **beside})
+
+
+# --- Argilla ----------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Response:
+  """An answer to one question, by a person or a model."""
+
+  person: str
+  status: Any  # A text, or None.
+  question: str | None
+  value: Any
+  time: Any = None
+
+
+def _argilla(found, source, left_out):
+  normal = _each(found, source, _normal)
+  question = _ranking_question(normal, source)
+  options = {
+    _key(name)
+    for record in normal
+    for response in (*record['responses'], *record['suggestions'])
+    if response.question == question
+    for name, _ in _entries(response.value) or ()
+  }
+  return _each(
+    normal, source, lambda x: _argilla_item(x, question, options, left_out)
+  )
+
+
+def _normal(record):
+  """Any layout as id, fields, metadata, responses and suggestions."""
+  if 'fields' not in record:
+    return _normal_row(record)
+  given = record.get('responses')
+  if isinstance(given, list):
+    responses = [r for one in _list(given, "'responses'") for r in _user(one)]
+  else:
+    responses = [
+      _Response(_person(one), one.get('status'), question, one.get('value'))
+      for question, several in _object(given, "'responses'").items()
+      for one in _list(several, f'responses to {question!r}')
+    ]
+  given = record.get('suggestions')
+  if not isinstance(given, list):
+    given = [
+      {**_object(one, f'suggestion of {question!r}'), 'question_name': question}
+      for question, one in _object(given, "'suggestions'").items()
+    ]
+  suggestions = [
+    _Response(_agent(one), None, str(one['question_name']), one.get('value'))
+    for one in _list(given, "'suggestions'")
+    if 'question_name' in one
+  ]
+  return {
+    'id': record.get('external_id') or record.get('id'),
+    'fields': _object(record['fields'], "'fields'"),
+    'metadata': _object(record.get('metadata'), "'metadata'"),
+    'responses': responses,
+    'suggestions': suggestions,
+  }
+
+
+def _user(one):
+  """The answers of one person, as version 1 and REST have them."""
+  time = one.get('updated_at') or one.get('inserted_at')
+  person, status = _person(one), one.get('status')
+  values = _object(one.get('values'), "'values' of a response")
+  if not values:
+    yield _Response(person, status, None, None, time)
+  for question, value in values.items():
+    value = _object(value, f'the answer to {question!r}').get('value')
+    yield _Response(person, status, question, value, time)
+
+
+def _person(one):
+  found = one.get('user_id')
+  if not found or not isinstance(found, str):
+    raise _BadError("a response has no 'user_id'")
+  return found
+
+
+def _agent(one):
+  found = one.get('agent') or ''
+  if not isinstance(found, str):
+    raise _BadError("the 'agent' of a suggestion must be a name")
+  return found
+
+
+def _normal_row(row):
+  """A row of a data set on the Hub, whose columns are fields and questions."""
+  metadata = row.get('metadata')
+  if isinstance(metadata, str):
+    try:
+      metadata = loads(metadata)
+    except (ValueError, RecursionError) as error:
+      raise _BadError(f"'metadata' is not JSON ({error})") from error
+  found = {
+    'id': row.get('external_id') or row.get('id'),
+    'fields': {},
+    'metadata': dict(_object(metadata, "'metadata'")),
+    'responses': [],
+    'suggestions': [],
+  }
+  for name, value in row.items():
+    question, dot, kind = name.rpartition('.')
+    if value in (None, [], {}) or name in _NO_FIELDS:
+      continue
+    if dot and kind in ('responses', 'suggestion'):
+      # Version 2: columns QUESTION.responses, QUESTION.responses.users, ...
+      if kind == 'suggestion':
+        agent = _agent({'agent': row.get(f'{name}.agent')})
+        found['suggestions'].append(_Response(agent, None, question, value))
+        continue
+      people = row.get(f'{name}.users')
+      statuses = row.get(f'{name}.status') or [None] * len(value)
+      if not all(
+        isinstance(column, list) and len(column) == len(value)
+        for column in (value, people, statuses)
+      ):
+        raise _BadError(f'{name!r} and the columns beside it differ in length')
+      found['responses'] += [
+        _Response(_person({'user_id': person}), status, question, one)
+        for person, status, one in zip(people, statuses, value, strict=True)
+      ]
+    elif name.endswith('-suggestion'):
+      question = name.removesuffix('-suggestion')
+      about = _object(row.get(f'{name}-metadata'), f'{name}-metadata')
+      agent = _agent(about)
+      found['suggestions'].append(_Response(agent, None, question, value))
+    elif isinstance(value, list) and any(
+      isinstance(one, dict) and 'user_id' in one for one in value
+    ):
+      found['responses'] += [
+        _Response(_person(one), one.get('status'), name, one.get('value'))
+        for one in _list(value, f'{name!r}')
+      ]
+    elif name == _OURS:
+      found['metadata'][name] = value
+    elif isinstance(value, str) and not dot or _is_conversation(value):
+      found['fields'][name] = value
+    elif not (name.endswith('-suggestion-metadata') or _BESIDE.search(name)):
+      found['metadata'][name] = value
+  return found
+
+
+def _entries(value):
+  """(name, rank or None) of a ranking's options, or None if it is no ranking.
+
+  A list of names is in order of rank. Rows on the Hub have two lists.
+  """
+  if isinstance(value, dict):
+    names, ranks = value.get('value'), value.get('rank')
+    if not isinstance(names, list) or not isinstance(ranks, list):
+      return None
+    if len(names) != len(ranks):
+      return None
+    value = [
+      {'value': name, 'rank': rank}
+      for name, rank in zip(names, ranks, strict=True)
+    ]
+  if not isinstance(value, list):
+    return None
+  found = []
+  for place, one in enumerate(value, 1):
+    if isinstance(one, dict):
+      found.append((one.get('value'), one.get('rank', place)))
+    else:
+      found.append((one, place))
+  return found if all(isinstance(name, str) for name, _ in found) else None
+
+
+def _key(name):
+  """What is equal in the names of an option and of its field."""
+  return re.sub('[^a-z0-9]', '', name.lower())
+
+
+def _ranking_question(normal, source):
+  """The question whose answers order fields; None if nothing was answered."""
+  asked, ranking = set(), set()
+  for record in normal:
+    keys = set(map(_key, record['fields']))
+    for response in (*record['responses'], *record['suggestions']):
+      if response.question is None or response.value in (None, [], {}):
+        continue
+      asked.add(response.question)
+      entries = _entries(response.value) or ()
+      if entries and {_key(name) for name, _ in entries} <= keys:
+        ranking.add(response.question)
+  if len(ranking) == 1:
+    return ranking.pop()
+  if ranking:
+    raise records.RecordError(
+      f'{source}: the questions {", ".join(sorted(ranking))} all rank fields; '
+      'keep one of them'
+    )
+  if asked:
+    raise records.RecordError(
+      f'{source}: none of the questions {", ".join(sorted(asked))} ranks the '
+      f'fields ({", ".join(normal[0]["fields"])}); the options of a ranking '
+      'must have the names of fields'
+    )
+  return None
+
+
+def _is_option(key, options):
+  """Whether a field is among the options, or is named like one that ends in a
+  number, for nobody may have ranked it; without options, if it so ends."""
+  stems = {re.sub(r'\d+$', '', option) for option in options}
+  numbered = re.fullmatch(r'(.*?)\d+', key)
+  return key in options or bool(
+    numbered and (not options or numbered[1] in stems - options)
+  )
+
+
+def _argilla_item(record, question, options, left_out):
+  fields = {k: v for k, v in record['fields'].items() if v is not None}
+  names = [name for name in fields if _is_option(_key(name), options)]
+  others = [name for name in fields if name not in names]
+  if len(others) != 1:
+    raise _BadError(
+      f'the fields {", ".join(others) or "(none)"} are not completions; just '
+      'one must be left, the prompt: join them, or remove what is not shown'
+    )
+  completions = [fields[name] for name in names]
+  values = _prompt(fields[others[0]], f'the field {others[0]!r}')
+  metadata = dict(record['metadata'])
+  ours, known = _ours(metadata.pop(_OURS, None))
+  values['completions'] = completions
+  if ours:
+    metadata |= _object(ours.pop('metadata', None), 'metadata')
+  else:
+    values['models'] = names
+    if record['id']:
+      values['id'] = str(record['id'])
+  if metadata:
+    values['metadata'] = metadata
+  for response in record['suggestions']:
+    if response.question != question:
+      left_out[f'suggestions to {response.question}'] += 1
+      continue
+    ranks = _argilla_ranks(response.value, names)
+    if None in ranks:
+      raise _BadError('the suggestion does not rank all completions')
+    suggested = {'ranks': list(_dense(ranks)), 'source': response.person}
+    values['suggestion'] = suggested
+  answers = []
+  for response in record['responses']:
+    if response.question not in (question, None) and question is not None:
+      left_out[f'answers to {response.question}'] += 1
+      continue
+    status = response.status
+    if status == 'pending':
+      continue
+    if not isinstance(status, str | None) or status not in _STATUSES:
+      raise _BadError(f'no such status of a response: {status!r:.40}')
+    state = _STATUSES[status]
+    if None in (question, response.question) and state != 'skipped':
+      left_out['empty answers'] += 1
+      continue
+    ranks = () if state == 'skipped' else _argilla_ranks(response.value, names)
+    answers.append(
+      _answer(
+        state,
+        ranks,
+        known.get(response.person, {}),
+        labeler=response.person,
+        time=_seconds(response.time),
+      )
+    )
+  return Item({**values, **ours}, tuple(answers))
+
+
+def _argilla_ranks(value, names):
+  """Ranks of the fields; None where there is none."""
+  entries = _entries(value)
+  if entries is None:
+    raise _BadError(f'{value!r:.60} is no ranking')
+  places = {_key(name): place for place, name in enumerate(names)}
+  ranks: dict[int, int | None] = {}
+  for name, rank in entries:
+    place = places.get(_key(name))
+    if place is None or place in ranks:
+      problem = ', but is no field' if place is None else ' twice'
+      raise _BadError(f'{name!r:.40} is ranked{problem}')
+    if rank is not None and (type(rank) is not int or rank < 1):
+      raise _BadError(f'the rank of {name!r:.40} is {rank!r:.40}')
+    ranks[place] = rank
+  return tuple(ranks.get(place) for place in range(len(names)))
+
+
+# --- Label Studio -----------------------------------------------------------
+
+
+def _label_studio(record, left_out):
+  data = record.get('data', record)
+  if not isinstance(data, dict) or (data is record and 'annotations' in record):
+    raise _BadError("'data' is missing; it holds the prompt and the items")
+  ours, known = _ours(_object(record.get('meta'), "'meta'").get(_OURS))
+  keys, names, completions = _studio_outputs(data)
+  rest = {k: v for k, v in data.items() if k not in keys}
+  texts = [k for k, v in rest.items() if isinstance(v, str)]
+  if 'prompt' not in rest and len(texts) != 1:
+    raise _BadError(
+      f"'data' has the texts {', '.join(texts) or '(none)'}; one must be the "
+      "prompt: name it 'prompt'"
+    )
+  key = 'prompt' if 'prompt' in rest else texts[0]
+  values = _prompt(rest.pop(key), f'{key!r}')
+  values['completions'] = completions
+  if ours:
+    rest |= _object(ours.pop('metadata', None), 'metadata')
+  else:
+    values['models'] = names
+    if 'id' in record and data is not record:
+      values['id'] = str(record['id'])
+  if rest:
+    values['metadata'] = rest
+  for made in _list(record.get('predictions'), "'predictions'"):
+    ranks = _studio_ranks(made, names, left_out)
+    if 'suggestion' in values or ranks is None:
+      left_out['predictions'] += 1
+    elif None in ranks:
+      raise _BadError('a prediction does not rank all items')
+    else:
+      source = str(made.get('model_version') or '')
+      suggested = {'ranks': list(_dense(ranks)), 'source': source}
+      values['suggestion'] = suggested
+  answers = []
+  for made in _list(record.get('annotations'), "'annotations'"):
+    person = made.get('completed_by')
+    # An export may describe the person, with address and name.
+    person = person.get('id') if isinstance(person, dict) else person
+    if type(person) is not int:
+      raise _BadError("an annotation has no number as 'completed_by'")
+    answers.append(_studio_answer(made, person, names, known, left_out))
+  for made in _list(record.get('drafts'), "'drafts'"):
+    person = made.get('user')
+    if type(person) is not int:  # Usually an e-mail address.
+      left_out['drafts of people without a number'] += 1
+      continue
+    draft = _studio_answer(made, person, names, known, left_out)
+    answers.append(dataclasses.replace(draft, state='unfinished'))
+  return Item({**values, **ours}, tuple(answers))
+
+
+def _studio_outputs(data):
+  """(keys of the data, ids, texts) of what is ranked."""
+  lists = [
+    key
+    for key, value in data.items()
+    if isinstance(value, list)
+    and value
+    and all(isinstance(item, dict) and 'id' in item for item in value)
+  ]
+  if len(lists) == 1:
+    items = data[lists[0]]
+    texts = [item.get('body', item.get('title')) for item in items]
+    if not all(isinstance(text, str) for text in texts):
+      raise _BadError(f'an item of {lists[0]!r} has no text as its body')
+    names = [str(item['id']) for item in items]
+    if len(set(names)) < len(names):
+      raise _BadError(f'two items of {lists[0]!r} have the same id')
+    return lists, names, texts
+  strings = {key for key, value in data.items() if isinstance(value, str)}
+  pairs = [
+    (key, key[:-1] + other)
+    for key in data
+    for first, other in ('12', 'ab', 'AB')
+    if key in strings and key.endswith(first) and key[:-1] + other in strings
+  ]
+  if lists or len(pairs) != 1:
+    raise _BadError(
+      "'data' must have one list of items with id and body, or two texts such "
+      'as answer1 and answer2'
+    )
+  return pairs[0], list(pairs[0]), [data[key] for key in pairs[0]]
+
+
+def _studio_answer(made, person, names, known, left_out):
+  ranks = _studio_ranks(made, names, left_out)
+  state = 'skipped' if made.get('was_cancelled') else 'submitted'
+  if ranks is None:
+    ranks = (None,) * len(names)
+  # The file itself has the ties, and says what is a decision.
+  known = {**known.get(str(person), {}), 'ranks': None, 'state': None}
+  if made.get('ground_truth') and state == 'submitted':
+    known['state'] = 'decided'
+  worked = made.get('lead_time')
+  return _answer(
+    state,
+    () if state == 'skipped' else ranks,
+    known,
+    labeler=f'label-studio-{person}',
+    time=_seconds(made.get('created_at')),
+    seconds=float(worked) if isinstance(worked, int | float) else None,
+  )
+
+
+def _studio_ranks(made, names, left_out):
+  """Ranks of the items by an annotation, or None if it has no ranking."""
+  found = []
+  for part in _list(made.get('result'), "'result'"):
+    if part.get('type') in ('ranker', 'pairwise'):
+      found.append(part)
+    else:
+      left_out[f'results of type {part.get("type")}'] += 1
+  if not found:
+    return None
+  if len(found) > 1:
+    raise _BadError('an annotation has several rankings')
+  value = _object(found[0].get('value'), "'value'")
+  if found[0]['type'] == 'pairwise':
+    sides = {'left': (1, 2), 'right': (2, 1)}
+    selected = str(value.get('selected'))
+    if selected not in sides or len(names) != 2:
+      raise _BadError(f"'selected' must be left or right: {value!r:.60}")
+    return sides[selected]
+  groups = _studio_groups(value.get('ranker'))
+  ranks: dict[str, int | None] = dict.fromkeys(names)
+  for place, group in enumerate(groups, 1):
+    for item in map(str, group):
+      if item not in ranks or ranks[item] is not None:
+        problem = 'is no item' if item not in ranks else 'is ranked twice'
+        raise _BadError(f'{item!r:.40} {problem}')
+      ranks[item] = place
+  return tuple(ranks.values())
+
+
+def _studio_groups(ranker):
+  """Ids by rank, the best first. `_` holds what is not ranked."""
+  if isinstance(ranker, list):
+    return [[item] for item in ranker]
+  ranker = _object(ranker, "'ranker'")
+  buckets = {key: value for key, value in ranker.items() if key != '_'}
+  if not all(isinstance(value, list) for value in buckets.values()):
+    raise _BadError("'ranker' must have lists of ids")
+  numbers = {key: _BUCKET.fullmatch(key) for key in buckets}
+  if all(numbers.values()):
+    order = sorted(buckets, key=lambda key: int(numbers[key][1]))
+    return [buckets[key] for key in order]
+  if len(buckets) > 1:
+    raise _BadError(
+      f'the buckets {", ".join(buckets)} are no ranks; name them rank1, rank2, '
+      '...'
+    )
+  return [[item] for items in buckets.values() for item in items]
+
+
+# --- Writing ----------------------------------------------------------------
+
+
+def written(name: str, items: Sequence[Item]) -> dict[str, bytes]:
+  """The files that hold tasks with their answers, by file name.
+
+  A data set of Argilla has one list of options, so there is a file for each
+  number of completions. Label Studio's file comes with its interface.
+
+  Args:
+    name: 'argilla' or 'label_studio'.
+    items: with distinct numbers.
+  """
+  if name == 'argilla':
+    return _argilla_files(items)
+  most = max((len(item.values['completions']) for item in items), default=0)
+  tasks = [_studio_task(item, most) for item in items]
+  buckets = ''.join(
+    f'    <Bucket name="rank{rank}" title="Rank {rank}"/>\n'
+    for rank in range(1, most + 1)
+  )
+  view = (
+    '<View>\n  <Text name="prompt" value="$prompt"/>\n'
+    '  <List name="outputs" value="$items" title="Outputs"/>\n'
+    f'  <Ranker name="rank" toName="outputs">\n{buckets}  </Ranker>\n</View>\n'
+  )
+  return {'label_studio.json': _json(tasks), 'label_studio.xml': view.encode()}
+
+
+def _json(value):
+  return (json.dumps(value, ensure_ascii=False, indent=1) + '\n').encode()
+
+
+def _beside(item, people: Iterable[tuple[str, Answer]]) -> dict[str, Any]:
+  """What the format has no room for."""
+  task = {
+    name: value
+    for name, value in item.values.items()
+    if name not in ('prompt', 'completions')
+  }
+  names = ('labeler', 'state', 'ranks', 'time', 'seconds', 'note')
+  answers = {
+    person: {
+      name: list(value) if isinstance(value, tuple) else value
+      for name in names
+      if (value := getattr(answer, name)) not in (None, '', ())
+    }
+    for person, answer in people
+  }
+  return {'task': task, 'answers': answers}
+
+
+def _argilla_files(items):
+  by_number, ids = collections.defaultdict(list), set()
+  for item in items:
+    texts = item.values['completions']
+    key = item.values.get('id') or f'task{item.number}'
+    if key in ids:  # Argilla replaces the record with that id.
+      key = f'{key}-task{item.number}'
+    ids.add(key)
+    people = [(_argilla_user(a.labeler), a) for a in item.answers]
+    names = [f'response_{place}' for place in range(1, len(texts) + 1)]
+    suggestion = item.values.get('suggestion')
+    by_number[len(texts)].append(
+      {
+        'id': key,
+        'fields': {
+          'prompt': item.values['prompt'],
+          **dict(zip(names, texts, strict=True)),
+        },
+        'metadata': {
+          _OURS: json.dumps(_beside(item, people), ensure_ascii=False)
+        },
+        'suggestions': {
+          _QUESTION: {
+            'value': _in_order(names, suggestion['ranks']),
+            'score': None,
+            'agent': suggestion['source'] or None,
+          }
+        }
+        if suggestion
+        else {},
+        'responses': {
+          _QUESTION: [
+            {
+              'value': _in_order(names, answer.ranks),
+              'user_id': person,
+              'status': {'unfinished': 'draft', 'skipped': 'discarded'}.get(
+                answer.state, 'submitted'
+              ),
+            }
+            for person, answer in people
+          ]
+        },
+        'vectors': {},
+        '_server_id': None,
+      }
+    )
+  return {
+    f'argilla_{number}.json': _json(found)
+    for number, found in sorted(by_number.items())
+  }
+
+
+def _argilla_user(name):
+  """A user's id, which has to be a UUID; it is the name if that is one."""
+  try:
+    return str(uuid.UUID(name))
+  except ValueError:
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, f'instruct_jax {name}'))
+
+
+def _in_order(names, ranks):
+  return [names[place] for place in _order(ranks)]
+
+
+def _studio_task(item: Item, num_buckets: int) -> Mapping[str, Any]:
+  texts = item.values['completions']
+  names = [f'output{place}' for place in range(1, len(texts) + 1)]
+  people = [(str(answer.account), answer) for answer in item.answers]
+
+  def result(ranks, number):
+    buckets = {f'rank{rank}': [] for rank in range(1, num_buckets + 1)}
+    buckets['_'] = []
+    for name, rank in zip(names, ranks, strict=True):
+      buckets['_' if rank is None else f'rank{rank}'].append(name)
+    return [
+      {
+        'id': f'{item.number}-{number}',
+        'from_name': 'rank',
+        'to_name': 'outputs',
+        'type': 'ranker',
+        'value': {'ranker': buckets},
+      }
+    ]
+
+  def made(answer):
+    found = {
+      'result': result(answer.ranks, answer.account) if answer.ranks else [],
+      'lead_time': answer.seconds,
+    }
+    if answer.time is not None:
+      moment = datetime.datetime.fromtimestamp(answer.time, datetime.UTC)
+      found['created_at'] = moment.isoformat()
+    return found
+
+  suggestion = item.values.get('suggestion')
+  drafts = [a for a in item.answers if a.state == 'unfinished']
+  return {
+    'id': item.number,
+    'data': {
+      'prompt': item.values['prompt'],
+      'items': [
+        {'id': name, 'title': name.replace('output', 'Output '), 'body': text}
+        for name, text in zip(names, texts, strict=True)
+      ],
+    },
+    'annotations': [
+      {
+        'completed_by': answer.account,
+        'was_cancelled': answer.state == 'skipped',
+        'ground_truth': answer.state == 'decided',
+        **made(answer),
+      }
+      for answer in item.answers
+      if answer.state != 'unfinished'
+    ],
+    'drafts': [{'user': answer.account, **made(answer)} for answer in drafts],
+    'predictions': [
+      {
+        'model_version': suggestion['source'],
+        'result': result(_dense(suggestion['ranks']), 'suggestion'),
+      }
+    ]
+    if suggestion
+    else [],
+    'meta': {_OURS: _beside(item, people)},
+  }
