@@ -123,7 +123,7 @@ def data_stage(seed, workdir):
   # text, other text a format string with {prompt}; 'auto' is chat or bare.
   config.template = 'auto'
   config.date = '2026-01-01'  # For templates that print today's.
-  # FORMAT:PATH of `data/importers`, or JSONL of our own; several, comma between.
+  # FORMAT:PATH of `data.importers`, or JSONL of ours; several, comma between.
   # Files of a folder whose names begin with 'test' are held out.
   config.preferences = ''
   config.test_preferences = ''  # Instead of a share of them.
