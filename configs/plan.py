@@ -11,7 +11,7 @@ cores, two to a chip. The programs are those of sft.py, reward.py, ppo_ptx.py.
 
 from ml_collections import ConfigDict
 
-from configs import common, ppo_ptx, recipe, reward, sft
+from configs import budgets, common, ppo_ptx, recipe, reward, sft
 
 _CUBES = {
   8: '2x2x1',
@@ -93,7 +93,7 @@ def smollm_stages(config):
     rotary=ConfigDict({'dim': 64, 'theta': 100_000.0}),
     remat='dots',
   )
-  data = recipe.PRESETS['gpu']['data']
+  data = budgets.PRESETS['gpu']['data']
   config.ppo.prompt_length = data['max_prompt_length']
   config.ppo.response_length = data['max_response_length']
   T = config.ppo.prompt_length + config.ppo.response_length

@@ -18,98 +18,7 @@ Presets, after a colon, by what there is to spend:
 
 from ml_collections.config_dict import placeholder
 
-from configs import common, pipeline, reward
-
-# What a preset changes, by stage; 'train' is all supervised stages, 'rl' both
-# RL stages, '' the config itself.
-CPU = {
-  'data': {
-    'max_prompt_length': 96,
-    'max_response_length': 64,
-    'max_demonstrations': 1_000,
-    'max_comparisons': 2_000,
-    'max_valid': 300,
-    'max_documents': 2_000,
-  },
-  'sft': {'num_epochs': 2},
-  'rl_init': {'num_epochs': 1},
-  'train': {'batch_size': 8, 'eval_batch_size': 16},
-  'reward': {'batch_size': 16, 'eval_batch_size': 8, 'num_microbatches': 2},
-  'select': {'num_prompts': 64, 'batch_size': 32},
-  'rl': {
-    # As in configs/sentiment.py; half of its rate, for longer responses.
-    'lora': {'rank': 16, 'targets': ('query', 'value')},
-    'num_episodes': 1_024,
-    'batch_size': 64,
-    'num_minibatches': 4,
-    'num_microbatches': 2,
-    'learning_rate': 1e-3,
-    'value_learning_rate': 1e-3,
-  },
-  'evaluate': {'num_prompts': 300, 'batch_size': 50},
-}
-GPU = {
-  'data': {'max_prompt_length': 512, 'max_response_length': 256},
-  'rl': {'num_episodes': 16_384, 'batch_size': 256, 'num_minibatches': 4},
-}
-SMOKE = {
-  'data': {
-    'max_prompt_length': 48,
-    'max_response_length': 24,
-    'max_demonstrations': 64,
-    'max_comparisons': 32,
-    'max_valid': 16,
-    'max_documents': 200,
-  },
-  'sft': {'num_epochs': 2},
-  'rl_init': {'num_epochs': 1},
-  'train': {'batch_size': 8, 'eval_batch_size': 8},
-  'reward': {'batch_size': 8, 'eval_batch_size': 8},
-  'select': {'num_prompts': 16, 'batch_size': 16},
-  'rl': {'num_episodes': 32, 'batch_size': 16, 'num_minibatches': 2},
-  'evaluate': {'num_prompts': 16, 'batch_size': 16, 'num_bootstrap': 200},
-}
-# Sizes and rates of Huang et al. 2024; theirs differ in this: PPO's rate falls
-# by a cosine and the loss is one sum, with 0.1 of the value model's.
-TLDR_1B = {
-  '': {
-    'model': 'hf:EleutherAI/pythia-1b-deduped',
-    'template': '',
-    'seed': 44413,  # Theirs: 44413, 55513, 66613, 77713; two of them fail.
-  },
-  'data': {
-    'prompt_length': 512,
-    'response_length': 53,
-    'duplicate_prefix_words': 1_000,  # Their set has no duplicates.
-    'judge_fraction': 0.2,
-  },
-  'train': {'row_length': 640},  # Of packed rows; theirs end at 562 and 638.
-  'sft': {'num_epochs': 1, 'learning_rate': 3e-6, 'batch_size': 128},
-  'rl_init': {'num_epochs': 1, 'learning_rate': 3e-6, 'ptx_fraction': 0.0},
-  'reward': {'learning_rate': 3e-6, 'batch_size': 64, 'row_length': 640},
-  'rl': {
-    'num_episodes': 999_936,
-    'batch_size': 512,
-    'num_minibatches': 1,
-    'num_microbatches': 16,
-    'num_slices': 8,
-    'num_epochs': 4,
-    'learning_rate': 3e-6,
-    'value_learning_rate': 3e-6,
-    'num_warmup_iterations': 0,
-    'temperature': 0.7,
-    'kl_coef': 0.05,
-    'missing_end_score': -1.0,
-  },
-  'evaluate': {'num_prompts': 2_000},
-}
-PRESETS = {
-  'smoke': SMOKE,
-  'cpu': CPU,
-  'gpu': GPU,
-  'v4-8': GPU,
-  'tldr_1b': TLDR_1B,
-}
+from configs import budgets, common, pipeline, reward
 
 
 def data_stage(seed, workdir):
@@ -209,7 +118,7 @@ def wire(config) -> None:
 
 def get_config(preset: str = 'cpu'):
   """The recipe with the sizes of a preset."""
-  common.check(preset, tuple(PRESETS), 'preset')
+  common.check(preset, tuple(budgets.PRESETS), 'preset')
   config = pipeline.recipe(f'recipe_{preset}')
   config.prepare = 'instruct_jax.recipe.prepare'  # After the flags.
   config.xla_flags = common.LEAN_ON_CPU
@@ -239,7 +148,7 @@ def get_config(preset: str = 'cpu'):
       if key in each and name != 'nlp_suite':
         each[key] = None  # As measured by the data stage.
   numbers(stages)
-  changes = PRESETS[preset]
+  changes = budgets.PRESETS[preset]
   config.update(changes.get('', {}))
   for group, names in (
     ('data', ('data',)),
