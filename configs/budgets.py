@@ -25,12 +25,18 @@ CPU = {
     'num_microbatches': 2,
     'learning_rate': 1e-3,
     'value_learning_rate': 1e-3,
+    'ema_decay': 0.9,  # Of 64 updates; an average of more lags behind.
   },
   'evaluate': {'num_prompts': 300, 'batch_size': 50},
 }
 GPU = {
   'data': {'max_prompt_length': 512, 'max_response_length': 256},
-  'rl': {'num_episodes': 16_384, 'batch_size': 256, 'num_minibatches': 4},
+  'rl': {
+    'num_episodes': 16_384,
+    'batch_size': 256,
+    'num_minibatches': 4,
+    'ema_decay': 0.95,  # Of 256 updates.
+  },
 }
 SMOKE = {
   'data': {

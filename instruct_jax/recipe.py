@@ -142,15 +142,15 @@ def compare_models(config: ConfigDict) -> None:
 
   sft = config.sft_model or workdir + '/select/model'
   trained = {
-    name: workdir + f'/{name}/policy'
+    name: workdir + f'/{name}/ema'  # Averaged weights (C.4).
     for name in ('ppo', 'ppo_ptx')
     if name in config.stage_order
   }
-  averaged = {f'{n}_ema': workdir + f'/{n}/ema' for n in trained}
+  last = {f'{n}_last': workdir + f'/{n}/policy' for n in trained}
   others = {} if config.sft_model else {'rl_init': workdir + '/rl_init/model'}
   evaluate = stages.evaluate
   evaluate.models = listed({'pretrained': config.model, 'sft': sft, **trained})
-  evaluate.other_models = listed({**others, **averaged})
+  evaluate.other_models = listed({**others, **last})
   evaluate.pairs = 'ppo_ptx=ppo' * (len(trained) == 2)
   evaluate.reference = 'sft' if config.sft_model else 'rl_init'
   evaluate.prompted = evaluate.prefixes = evaluate.crossval = ''
