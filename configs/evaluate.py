@@ -92,7 +92,9 @@ def stage(seed, workdir):
   config.comparisons = ''
   config.crossval = ''  # results.json of that stage.
   config.reference = ''  # The model to which KL and losses are relative.
-  config.documents = ''  # JSONL of held-out pretraining text (4.2).
+  # FILE of held-out pretraining text (JSONL; 4.2); or NAME=FILE,NAME=FILE, of
+  # which 'pretraining' is that one, and the others are other kinds of text.
+  config.documents = ''
   config.row_length = 64  # Tokens of its rows.
   config.suite = ''  # suite.json of configs/nlp_suite.py.
   config.num_samples_shown = 12

@@ -39,6 +39,8 @@ def data_stage(seed, workdir):
   config.demonstrations = ''  # '' takes the best answers of the rankings.
   config.prompts = ''  # For RL, beside those of the rankings.
   config.documents = ''  # Pretraining text, `sources.read_documents`; or none.
+  # NAME=SOURCE,NAME=SOURCE: text of other kinds; only to measure the tax.
+  config.other_documents = ''
   config.words_per_document = 100
   config.valid_fraction = 0.05  # Of the prompts.
   config.test_fraction = 0.1
@@ -88,8 +90,9 @@ def wire(config) -> None:
   for key in ('preferences', 'test_preferences', 'demonstrations', 'prompts'):
     config[key] = ''
     stages.data[key] = config.get_ref(key)
-  config.documents = ''
-  stages.data.documents = config.get_ref('documents')
+  for key in ('documents', 'other_documents'):
+    config[key] = ''
+    stages.data[key] = config.get_ref(key)
   stages.judge = reward.stage(seed + 1, workdir, 'judge')
   stages.judge.init = workdir + '/sft/model'
   stages.judge.demonstrations = data + '/demonstrations_train.jsonl'

@@ -27,6 +27,8 @@ from instruct_jax.infra import run as run_lib
 
 _RECORDED = ('.jsonl', '.jsonl.gz')
 
+PRETRAINING = 'pretraining'  # Name of the held-out text of 4.2.
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -290,14 +292,14 @@ class Asked:
     account: origin of the answers, and counts.
     prefixes: of prompted models -> few-shot prefix -> score.
     kl: KL to the reference, nats per response; see `figures.Figures`.
-    text_loss: on held-out pretraining text, with the tokenizer's fingerprint.
+    text_loss: of each held-out text: with the tokenizer's fingerprint.
   """
 
   answers: dict[str, list[samples_lib.Sample]]
   account: dict[str, dict[str, Any]]
   prefixes: dict[str, dict]
   kl: dict[str, dict[str, float]]
-  text_loss: dict[str, tuple[heldout_loss.HeldoutLoss, str]]
+  text_loss: dict[str, dict[str, tuple[heldout_loss.HeldoutLoss, str]]]
 
 
 def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
@@ -319,7 +321,8 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
       config, name, policy, prompts, tokenizer, mesh, num_samples, prefix
     )
 
-  found = Asked({}, {}, {}, {}, {})
+  texts = texts_of(config)
+  found = Asked({}, {}, {}, {}, {kind: {} for kind in texts})
   prefix_prompts = ()
   if any(model.is_prompted for model in models.values()):
     prefix_prompts, _ = draw(
@@ -341,9 +344,9 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
       answers, how = _kept_answers(
         config, model, prompts, tokenizer, prefix, sample_fn
       )
-      if config.documents and not model.is_prompted:
-        loss = _text_loss(config, load(model.source), tokenizer, mesh)
-        found.text_loss[name] = loss, tokenizer.fingerprint
+      for kind, path in texts.items() if not model.is_prompted else ():
+        loss = _text_loss(config, path, load(model.source), tokenizer, mesh)
+        found.text_loss[kind][name] = loss, tokenizer.fingerprint
       if (
         reference
         and not model.is_prompted
@@ -373,10 +376,17 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
   return found
 
 
-def _text_loss(config, policy, tokenizer, mesh) -> heldout_loss.HeldoutLoss:
-  """A policy's loss on `config.documents`."""
+def texts_of(config) -> dict[str, str]:
+  """Held-out text -> its file."""
+  return model_folder.named_files(config.documents, 'documents', PRETRAINING)
+
+
+def _text_loss(
+  config, path, policy, tokenizer, mesh
+) -> heldout_loss.HeldoutLoss:
+  """A policy's loss on a file of documents."""
   model_fns.check_context(policy, config.row_length, 'row_length')
-  rows = loader.document_rows(config.documents, tokenizer, config.row_length)
+  rows = loader.document_rows(path, tokenizer, config.row_length)
   loss_fn = queries.make_heldout_loss(policy.module, rows, 64, mesh)
   return loss_fn(policy.params)
 

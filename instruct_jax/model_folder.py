@@ -225,6 +225,13 @@ def named_folders(text: str, key: str = 'models') -> dict[str, str]:
   return folders
 
 
+def named_files(text: str, key: str, name: str) -> dict[str, str]:
+  """`FILE`, which gets this name, or `NAME=FILE,NAME=FILE` as a mapping."""
+  if text and '=' not in text:
+    return {name: text}
+  return named_folders(text, key)
+
+
 def is_published(directory: epath.PathLike) -> bool:
   """Whether it is `hf:NAME` or a folder in the Hugging Face format."""
   if str(directory).startswith('hf:'):

@@ -123,7 +123,7 @@ def leave_out_stages(config: ConfigDict) -> None:
   if not config.documents:
     gone.add('ppo_ptx')
     stages.rl_init.ptx_fraction = 0.0
-    stages.ppo.valid_documents = stages.evaluate.documents = ''
+    stages.ppo.valid_documents = ''
     run_lib.say('recipe: documents is empty: no PPO-ptx, and no alignment tax')
   config.stage_order = tuple(n for n in config.stage_order if n not in gone)
   for name in gone:
@@ -155,6 +155,12 @@ def compare_models(config: ConfigDict) -> None:
   evaluate.reference = 'sft' if config.sft_model else 'rl_init'
   evaluate.prompted = evaluate.prefixes = evaluate.crossval = ''
   evaluate.suite = workdir + '/nlp_suite/suite.json'
+  data, kinds = workdir + '/data', preferences.other_documents(config)
+  texts = {'pretraining': data + '/documents_valid.jsonl'}
+  texts |= {kind: data + f'/documents_{kind}.jsonl' for kind in kinds}
+  if not config.documents:
+    del texts['pretraining']
+  evaluate.documents = listed(texts)
   own = {'sft': sft, **trained}
   stages.nlp_suite.models = listed({'pretrained': config.model, **own})
   if 'reward' in config.stage_order:

@@ -64,6 +64,9 @@ def folder(tmp_path_factory):
     [records.Document('a fox said that he left ' * 3) for _ in range(8)],
   )
   records.write_jsonl(
+    root / 'verses.jsonl', [records.Document('left he said') for _ in range(8)]
+  )
+  records.write_jsonl(
     root / 'rankings.jsonl',
     [
       records.Comparison(f'fox {i}', ('a fox', 'he left', 'he'), (1, 2, 3))
@@ -115,7 +118,9 @@ def finished(folder, tmp_path_factory):
   config.other_models = f'start={folder}/one'
   config.pairs = 'all'
   config.reference = 'start'
-  config.documents = f'{folder}/documents.jsonl'
+  config.documents = (
+    f'pretraining={folder}/documents.jsonl,verses={folder}/verses.jsonl'
+  )
   config.row_length = 32
   config.reward_model = f'{folder}/reward'
   config.test_comparisons = f'{folder}/rankings.jsonl'
@@ -181,6 +186,10 @@ def test_kl_and_loss_are_measured_from_the_reference(finished):
   assert differences['my_fork']['mean'] == pytest.approx(
     loss['my_fork'] - loss['start'], abs=1e-5
   )
+  verses = result['intervals']['other_text_loss']['verses']
+  assert set(verses) == set(loss)
+  assert verses['start']['mean'] != loss['start']
+  assert 'On verses:' in (workdir / 'report.md').read_text()
 
 
 def test_rankings_are_ordered_by_reward_model_judge_and_trivial_judges(

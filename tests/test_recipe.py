@@ -66,6 +66,7 @@ def make_config(data, preset='smoke', **changes):
     config.model = str(data / 'model')
     config.preferences = f'hh:{data / "hh"}'
     config.documents = str(data / 'documents.jsonl')
+    config.other_documents = f'same={config.documents}'
     config.compute_dtype = 'float32'
     config.stages.data.max_prompt_length = 72
     for key, value in changes.items():
@@ -227,6 +228,12 @@ def test_stages_of_given_models_are_left_out(data, tmp_path):
   config = prepared(make_config(data, judge_model='J'), tmp_path)
   assert 'judge' not in config.stage_order
   assert config.stages.evaluate.judge_model == 'J'
+  texts = config.stages.evaluate.documents
+  assert texts.endswith('/documents_same.jsonl')
+  assert 'pretraining=' in texts
+  bad = make_config(data, other_documents='train=x')
+  with pytest.raises(ValueError, match='other_documents: choose another name'):
+    prepared(bad, tmp_path)
   config = prepared(make_config(data, documents=''), tmp_path)
   assert 'ppo_ptx' not in config.stage_order
   assert config.stages.evaluate.pairs == ''

@@ -215,7 +215,7 @@ def test_a_process_of_its_own_gets_the_same_config(workdir):
   with config.unlocked():
     config.ppo.response_length = 16
     config.growth = 'batch'
-  *_, file, folder, first = speed.command_of(config, 'rollout', workdir)[:6]
+    config.hf_python, config.num_rounds = 'python', 3
   command = speed.command_of(config, 'rollout', workdir)
   arguments = [x for x in command[2:] if not x.startswith('--workdir')]
   values = flags.FlagValues()
@@ -224,7 +224,9 @@ def test_a_process_of_its_own_gets_the_same_config(workdir):
   )
   values(arguments)
   with config.unlocked():
-    config.growth = ''  # The child measures one work.
+    # The child measures one work, and no peer.
+    config.growth = config.hf_python = ''
+    config.num_rounds = 1
   theirs = holder.value.to_dict()
   assert theirs == config.to_dict()
 

@@ -155,6 +155,9 @@ class Figures:
   # Model -> its loss minus the reference's, or 'a – b' -> the difference of
   # two, paired by row.
   text_loss_difference: Mapping[str, win_rate.Interval] = _none()
+  # The same on other held-out text -> model.
+  other_text_loss: _Intervals = _none()
+  other_text_loss_difference: _Intervals = _none()
   reward_model: RewardFigures | None = None
   epochs: Mapping[str, Epochs] = _none()  # By model.
   # Prompted model -> few-shot prefix -> score, and if it was chosen.

@@ -120,6 +120,8 @@ def make_summary(shown: figures.Figures) -> dict[str, Any]:
         'metadata': labels,
         'pretraining_loss': shown.text_loss,
         'pretraining_loss_difference': shown.text_loss_difference,
+        'other_text_loss': shown.other_text_loss,
+        'other_text_loss_difference': shown.other_text_loss_difference,
         'reward_model': reward and dataclasses.replace(reward, curve=()),
       },
       'everyone': shown.everyone,

@@ -404,6 +404,19 @@ def _ratings(shown, drawn) -> list[Section]:
   ]
 
 
+def _loss_table(shown, losses, differences) -> Table:
+  rows = {
+    name: {'nats per token': loss, 'rows': loss.num_clusters}
+    for name, loss in losses.items()
+  }
+  for name, difference in differences.items():
+    if name in rows:
+      rows[name][f'minus {shown.reference}, paired'] = difference
+    else:
+      rows[name] = {'nats per token': difference}
+  return by_row('', rows)
+
+
 def _reinforcement(shown, drawn) -> list[Section]:
   learning = _pictures(drawn, 'reward_kl.png', 'rl.png')
   if shown.kl:
@@ -414,16 +427,12 @@ def _reinforcement(shown, drawn) -> list[Section]:
     ]
   losses = _pictures(drawn, 'pretraining_loss.png', 'probes.png')
   if shown.text_loss:
-    rows = {
-      name: {'nats per token': loss, 'rows': loss.num_clusters}
-      for name, loss in shown.text_loss.items()
-    }
-    for name, difference in shown.text_loss_difference.items():
-      if name in rows:
-        rows[name][f'minus {shown.reference}, paired'] = difference
-      else:
-        rows[name] = {'nats per token': difference}
-    losses.append(by_row('', rows))
+    losses.append(
+      _loss_table(shown, shown.text_loss, shown.text_loss_difference)
+    )
+  for kind, loss in shown.other_text_loss.items():
+    difference = shown.other_text_loss_difference[kind]
+    losses += [f'On {kind}:', _loss_table(shown, loss, difference)]
   return [
     Section('Reinforcement learning', learning),
     Section('Pretraining loss', losses, level=3 if learning else 2),

@@ -83,6 +83,7 @@ def validate(config):
   judge_fns.find(config.judge).validate(config)
   world_of(config)
   named_pairs(config)
+  asking.texts_of(config)
   if config.test_comparisons and not config.reward_model:
     raise ValueError('test_comparisons needs reward_model to order them')
   for key in ('num_prompts', 'samples_per_prompt', 'num_bootstrap'):
@@ -123,7 +124,7 @@ def inputs(config) -> dict[str, str]:
     if not model.is_recorded:
       for part, path in origin.paths_beside(model.source).items():
         found[f'{key}/{part}'] = path
-  keys = ('tokenizer', 'reward_model', 'documents', 'crossval')
+  keys = ('tokenizer', 'reward_model', 'crossval')
   keys += ('prefixes', 'prefix_prompts') if config.prompted else ()
   keys += judge_fns.find(config.judge).reads
   found |= {key: config[key] for key in keys if config[key]}
@@ -131,6 +132,8 @@ def inputs(config) -> dict[str, str]:
   for key in ('comparisons', 'test_comparisons'):
     for name, path in _rankings(config, key).items():
       found[f'{key}.{name}'] = path
+  for name, path in asking.texts_of(config).items():
+    found[f'documents.{name}'] = path
   # A suite that asked nothing writes no scores.
   if config.suite and epath.Path(config.suite).exists():
     found['suite'] = config.suite
@@ -138,10 +141,8 @@ def inputs(config) -> dict[str, str]:
 
 
 def _rankings(config, key: str) -> dict[str, str]:
-  """Set of rankings -> file, of 'FILE' or 'NAME=FILE,NAME=FILE'."""
-  if config[key] and '=' not in config[key]:
-    return {'held-out comparisons': config[key]}
-  return model_folder.named_folders(config[key], key)
+  """Set of rankings -> file."""
+  return model_folder.named_files(config[key], key, 'held-out comparisons')
 
 
 def scored(prompts, answers, field: str, score_fn: judges.ScoreFn):
@@ -439,7 +440,19 @@ def _write_lines(path, rows):
 
 
 def text_figures(config, losses):
-  """Fields about the loss on held-out text, paired by row (4.2)."""
+  """Fields about the loss on held-out texts (4.2)."""
+  found = {kind: _tax(config, of) for kind, of in losses.items()}
+  loss, difference = found.pop(asking.PRETRAINING, ({}, {}))
+  return {
+    'text_loss': loss,
+    'text_loss_difference': difference,
+    'other_text_loss': {kind: of for kind, (of, _) in found.items()},
+    'other_text_loss_difference': {kind: of for kind, (_, of) in found.items()},
+  }
+
+
+def _tax(config, losses):
+  """(model -> loss, model -> difference to the reference, paired by row)."""
   differences = {}
   pairs = [(name, config.reference) for name in losses]
   for model, other in pairs + named_pairs(config):
@@ -449,12 +462,8 @@ def text_figures(config, losses):
     if tokens == other_tokens:  # Losses of other tokenizers do not compare.
       name = model if other == config.reference else f'{model} – {other}'
       differences[name] = heldout_loss.difference(loss, base)
-  return {
-    'text_loss': {
-      name: heldout_loss.interval(loss) for name, (loss, _) in losses.items()
-    },
-    'text_loss_difference': differences,
-  }
+  means = {name: heldout_loss.interval(x) for name, (x, _) in losses.items()}
+  return means, differences
 
 
 # --- The evaluation -----------------------------------------------------------

@@ -686,7 +686,8 @@ def timed(config, fn) -> tuple[measure.Repeats, dict]:
 # Keys that a child gets from its variant, or that belong to the parent alone.
 _NOT_PASSED = {
   *('name', 'experiment', 'workdir', 'default_workdir', 'variant', 'work'),
-  *('growth', 'peers'),
+  *('growth', 'peers', 'hf_python', 'trl_python', 'tunix_python'),
+  'num_rounds',
 }
 
 

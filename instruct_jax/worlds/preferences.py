@@ -82,6 +82,7 @@ def validate(config: ConfigDict) -> None:
     )
   if not 0 < config.kept_fraction <= 1:
     raise ValueError(f'kept_fraction must be in (0, 1]: {config.kept_fraction}')
+  other_documents(config)
 
 
 def inputs(config: ConfigDict) -> dict[str, str]:
@@ -95,6 +96,17 @@ def inputs(config: ConfigDict) -> dict[str, str]:
       found[f'{key}/{number}'] = path
   for number, path in enumerate(filter(None, config.documents.split(','))):
     found[f'documents/{number}'] = path.removeprefix('datasets:')
+  for name, path in other_documents(config).items():
+    found[f'other_documents/{name}'] = path.removeprefix('datasets:')
+  return found
+
+
+def other_documents(config: ConfigDict) -> dict[str, str]:
+  """Name -> source of text on which the alignment tax is measured, too."""
+  key = 'other_documents'
+  found = model_folder.named_folders(config[key], key)
+  if bad := {'pretraining', 'train', 'valid'} & set(found):
+    raise ValueError(f'{key}: choose another name than {", ".join(bad)}')
   return found
 
 
@@ -414,6 +426,18 @@ def draw_rows(rows: list, number: int, seed: int) -> list:
   return [rows[i] for i in sorted(chosen)]
 
 
+def other_texts(config: ConfigDict) -> dict[str, list[records.Document]]:
+  """At most `max_valid` documents of each of `other_documents`."""
+  found = {}
+  for name, source in other_documents(config).items():
+    documents = sources.read_documents(
+      source, words_per_document=config.words_per_document
+    )
+    documents = draw_rows(list(documents), config.max_valid, config.seed)
+    found[f'documents_{name}'] = documents
+  return found
+
+
 def split_documents(config: ConfigDict) -> dict[str, list[records.Document]]:
   """Documents of all sources by split; {} without a source."""
   specs = [spec for spec in config.documents.split(',') if spec]
@@ -598,7 +622,7 @@ def make_records(
     }
   files['comparisons_test'] = test or part(comparisons, 'test')
   files |= {f'prompts_{name}': rows for name, rows in splits.items()}
-  files |= split_documents(config)
+  files |= split_documents(config) | other_texts(config)
   empty = [name for name, rows in files.items() if not rows]
   if empty:
     left_out = ', '.join(f'{n} {why}' for why, n in skipped.items() if n)
