@@ -39,11 +39,11 @@ def is_idle(config) -> bool:
   return not any(config.data.values())
 
 
-def prompts_of(config, name: str) -> list[str]:
-  """The prompt types under which a task is asked, in the task's order.
+def chosen_types(config) -> list[str]:
+  """The `prompt_types` of the config; none for all.
 
   Raises:
-    ValueError: `prompt_types` has none of this task, or an unknown one.
+    ValueError: no task has one of them.
   """
   chosen = [x.strip() for x in config.prompt_types.split(',') if x.strip()]
   known = dict.fromkeys(
@@ -54,6 +54,16 @@ def prompts_of(config, name: str) -> list[str]:
     raise ValueError(
       f'prompt_types: no task has {unknown[0]!r}; known: {", ".join(known)}'
     )
+  return chosen
+
+
+def prompts_of(config, name: str) -> list[str]:
+  """The prompt types under which a task is asked, in the task's order.
+
+  Raises:
+    ValueError: `prompt_types` has none of this task, or an unknown one.
+  """
+  chosen = chosen_types(config)
   there = tasks.TASKS[name].prompts
   found = [each for each in there if not chosen or each in chosen]
   if not found:
@@ -71,6 +81,7 @@ def validate(config):
     ValueError: the key, what it is, and what it should be.
   """
   check_stage(config)
+  chosen_types(config)
   if is_idle(config):
     if config.may_be_empty:
       return
