@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import math
+import os
+import pathlib
+import subprocess
 import sys
 import textwrap
 
@@ -339,3 +342,35 @@ def test_growth_in_processes_of_their_own(workdir):
   assert [row['work_ratio'] for row in rows] == pytest.approx([2, 4])
   assert all(row['peak_host_bytes'] > 2**25 for row in rows)
   assert '| batch x4 |' in (workdir / 'speed.md').read_text()
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path):
+  has_torch = importlib.util.find_spec('torch') is not None
+  ours = str(pathlib.Path(sys.executable).parent)
+  environment = {
+    **os.environ,
+    'PATH': f'{ours}{os.pathsep}{os.environ["PATH"]}',
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '',
+    # The first fails, and leaves the others alone.
+    'WORKS': 'tiny,nothing:300 tiny,check:300 tiny,iteration:300 tiny,sft:300',
+    'BESIDE': 'tiny,sft:300',
+  }
+  ended = subprocess.run(
+    ['bash', 'instruct_jax/infra/gpu.sh', tmp_path]
+    + [sys.executable] * has_torch,
+    cwd=speed.ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert ended.returncode == 1
+  assert 'tiny_nothing: ended with 1' in ended.stdout
+  assert 'float32: tokens 1, logprobs 0' in ended.stdout
+  for name in ('tiny_check', 'tiny_iteration', 'tiny_sft'):
+    assert (tmp_path / name / 'speed.md').exists(), ended.stderr
+  if has_torch:
+    text = (tmp_path / 'beside_torch_tiny_sft' / 'speed.md').read_text()
+    assert '| torch, bfloat16 |' in text and '| ours |' in text
