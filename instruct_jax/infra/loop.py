@@ -117,6 +117,7 @@ class Loop:
     # Whether to look for a stop at every step; see `_stop_is_due`.
     self._asks_often = True
     self._under_way = collections.deque()
+    self._is_on_cpu = jax.default_backend() == 'cpu'
     self._pending: Metrics = {}
     self._pending_items = 0
     self._waited = 0.0
@@ -270,6 +271,8 @@ class Loop:
     self._under_way.append(jax.tree.leaves(step_metrics)[:1])
     if len(self._under_way) > _STEPS_UNDER_WAY:
       jax.block_until_ready(self._under_way.popleft())
+    if self._is_on_cpu:  # Steps under way would hold their activations.
+      jax.block_until_ready(state)
     is_last = done == self._num_steps
     is_logged = done % self._log_every == 0
     line = seconds = None
