@@ -201,6 +201,13 @@ def test_no_labeler_is_on_two_sides():
   assert preferences.judge_side(rows, 0.4, 0)[2] == 0
 
 
+def test_one_labeler_does_not_leave_the_judge_without_rankings():
+  rows = [comparison(i, 'only') for i in range(140)]
+  reward, judge, crossed = preferences.judge_side(rows, 0.4, 0)
+  assert {r.prompt for r in reward} & {r.prompt for r in judge} == set()
+  assert min(len(reward), len(judge)) > 30 and crossed == 0
+
+
 def test_best_answers_leave_ties_out():
   rows = [
     records.Comparison('p', ('a', 'b', 'c'), (2, 1, 3)),
@@ -347,6 +354,10 @@ def test_preferences_that_cannot_be_used(data, tmp_path):
   assert ':1' in of([row | {'completions': ['a'], 'ranks': [1]}])
   long = [row | {'prompt': f'{i} ' * 200, 'ranks': [1, 2]} for i in range(30)]
   assert 'raise max_prompt_length' in of(long)
+  (tmp_path / 'held').mkdir()
+  (tmp_path / 'held' / 'test.jsonl').write_text(hh_line(1))
+  config = make_config(data, preferences=f'hh:{tmp_path / "held"}')
+  assert 'all files are a test split' in refused(config, tmp_path / 'run')
   config = make_config(data, preferences='hh:/no/such')
   assert '/no/such' in refused(config, tmp_path / 'run')
   config = make_config(data, preferences='')

@@ -56,6 +56,17 @@ MAX_REPORTED_LINES = 10
 # Far beyond any context length; a whole corpus on one line is a mistake.
 MAX_LINE_BYTES = 8 * 1024**2
 ROLES = ('system', 'user', 'assistant')
+LFS_MARK = b'version https://git-lfs'
+# How files begin that are no text, and what to do.
+NO_TEXT = {
+  LFS_MARK: 'is a pointer of Git LFS; fetch the file itself (git lfs pull)',
+  b'\x1f\x8b': 'is compressed with gzip; let its name end in .gz',
+  b'\xfd7zXZ': 'is compressed with xz; unpack it',
+  b'\x28\xb5\x2f\xfd': 'is compressed with zstd; unpack it',
+  b'PK\x03\x04': 'is a zip archive or an Excel file; unpack it, or let its '
+  'name end in .xlsx',
+  b'PAR1': 'is a Parquet file; let its name end in .parquet',
+}
 
 
 class RecordError(ValueError):
@@ -528,10 +539,9 @@ def read_json(path: epath.PathLike) -> Any:
 def _check_start(path: epath.PathLike, start: bytes) -> None:
   if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
     raise RecordError(f'{path}: is UTF-16; convert the file to UTF-8')
-  if start.startswith(b'\x1f\x8b'):
-    raise RecordError(
-      f'{path}: is compressed with gzip; let its name end in .gz'
-    )
+  for mark, problem in NO_TEXT.items():
+    if start.startswith(mark):
+      raise RecordError(f'{path}: {problem}')
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:

@@ -221,7 +221,7 @@ def _add_shp(imported, entry, min_ratio):
     asked(entry.text('history')),
     answers,
     scores,
-    id=':'.join(('shp', entry.text('post_id'), *comments)),
+    id=':'.join(('shp', entry.cell('post_id'), *comments)),
     category=entry.optional('domain'),
     metadata=entry.details('score_ratio', 'seconds_difference', 'upvote_ratio'),
   )
@@ -240,7 +240,7 @@ def read_ultrafeedback(imported, entry):
   question, rated = entry.text('instruction'), []
   for completion in entry.entries('completions'):
     annotations = completion.entry('annotations')
-    ratings = [_rating(annotations.entry(aspect)) for aspect in _ASPECTS]
+    ratings = [_rating(annotations, aspect) for aspect in _ASPECTS]
     numbers = [number for number in ratings if number is not None]
     if numbers:
       score = sum(numbers) / len(numbers)
@@ -263,12 +263,15 @@ def read_ultrafeedback(imported, entry):
   )
 
 
-def _rating(aspect: Entry) -> int | float | None:
+def _rating(annotations: Entry, aspect: str) -> int | float | None:
   """A rating of UltraFeedback; None for 'N/A', or where nothing was rated."""
-  if not aspect.values:
+  if annotations.values.get(aspect) == []:  # Upstream failed to read one.
     return None
-  is_missing = aspect.values.get('Rating') == 'N/A'
-  return None if is_missing else aspect.number('Rating')
+  found = annotations.entry(aspect)
+  if not found.values:
+    return None
+  is_missing = found.values.get('Rating') == 'N/A'
+  return None if is_missing else found.number('Rating')
 
 
 _HELPSTEER = ('correctness', 'coherence', 'complexity', 'verbosity')
