@@ -353,7 +353,8 @@ def read_helpsteer3(imported, entry):
 
 def _webgpt_entries(path):
   """Rows of the Hub; or upstream's lines, each a list of both answers."""
-  if not records.begins_with(path, b'['):
+  is_json = str(path).endswith(sources.JSON_SUFFIXES)
+  if not is_json or not records.begins_with(path, b'['):
     yield from sources.read_objects(path)
     return
   text = records.read_text(path)
