@@ -420,6 +420,10 @@ def _turn_problem(value: Any) -> str:
   return ''
 
 
+def _spaced(text: str) -> str:
+  return ' '.join(composed(text).split())
+
+
 def _text_problem(values: Mapping[str, Any]) -> str:
   """The problem if text and turns differ, or ''."""
   name = 'text' if 'text' in values else 'prompt'
@@ -427,11 +431,7 @@ def _text_problem(values: Mapping[str, Any]) -> str:
   expected = [text_of_turns(Turn(**turn) for turn in turns)]
   if len(turns) == 1:
     expected.append(turns[0]['content'])
-
-  def spaced(text):
-    return ' '.join(composed(text).split())
-
-  if not isinstance(text, str) or spaced(text) in map(spaced, expected):
+  if not isinstance(text, str) or _spaced(text) in map(_spaced, expected):
     return ''
   return (
     f"{name!r} and 'turns' say different things: {_shown(text)} is neither the "
