@@ -438,6 +438,7 @@ def test_noisy_labelers_agree_with_the_score_more_often_than_not():
   np.testing.assert_array_equal(best, scores.argmax(axis=1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('quick_compile')
 def test_sentiment_from_a_folder_to_a_report(data, labels, tmp_path):
   text = '\n\n'.join(f'word{i} and then word{i + 7} came' for i in range(900))
