@@ -297,15 +297,15 @@ def test_argilla_of_texts_and_of_orca(tmp_path):
   row = {
     'source': 'evol_instruct',
     'instruction': 'Name a bird.',
-    'chosen_response': ' The owl.',
-    'rejected_response': ' No.',
+    'chosen_response': 'The owl.',
+    'rejected_response': 'No.',
     'chosen_avg_rating': 4.25,
     'rejected_avg_rating': None,
     'chosen_model': 'gpt-4',
   }
   found = read(tmp_path, 'argilla', row)
   # Without both ratings, the order is all there is.
-  assert ranked(found) == ('Name a bird.', (' The owl.', ' No.'), (1, 2))
+  assert ranked(found) == (BIRD, (' The owl.', ' No.'), (1, 2))
   assert found.comparisons[0].scores == ()
 
   tie = example('argilla_orca', status='tie', system='')
@@ -1165,15 +1165,32 @@ def test_the_recipe_reads_a_folder_and_holds_out_its_test_files(tmp_path):
 
 
 def test_a_saved_data_set_is_a_folder_too(tmp_path):
-  rows = [example('argilla')] * 2
-  table = pyarrow.Table.from_pylist(rows)
-  with pyarrow.ipc.new_stream(tmp_path / 'data-0.arrow', table.schema) as out:
-    out.write_table(table)
-  state = {'_data_files': [{'filename': 'data-0.arrow'}]}
-  (tmp_path / 'state.json').write_text(json.dumps(state))
-  (file,) = sources.files_of(tmp_path)
-  assert file == f'datasets:{tmp_path}'
-  assert len(FORMATS['argilla'](file).comparisons) == 2
+  for split in ('test', 'train'):
+    rows = [example('argilla')] * len(split)
+    folder = tmp_path / 'saved' / split
+    folder.mkdir(parents=True)
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.ipc.new_stream(folder / 'data-0.arrow', table.schema) as out:
+      out.write_table(table)
+    state = {'_data_files': [{'filename': 'data-0.arrow'}]}
+    (folder / 'state.json').write_text(json.dumps(state))
+    (folder / 'dataset_info.json').write_text('{}')
+  (file,) = sources.files_of(folder)
+  assert file == f'datasets:{folder}'
+  assert len(FORMATS['argilla'](file).comparisons) == 5
+  # Of one with splits, each is a file.
+  splits = tmp_path / 'saved' / 'dataset_dict.json'
+  splits.write_text('{"splits": ["train", "test"]}')
+  assert len(sources.files_of(tmp_path / 'saved')) == 2
+
+  def sizes(spec):
+    config = ml_collections.ConfigDict({'preferences': f'argilla:{spec}'})
+    found = preferences.read(config, 'preferences', collections.Counter())
+    return tuple(map(len, found))
+
+  assert sizes(tmp_path / 'saved') == (5, 4)
+  for spec in (folder, f'datasets:{folder}'):
+    assert sizes(spec) == (5, 0)
 
 
 def test_a_time_in_nanoseconds_is_read(tmp_path):

@@ -49,8 +49,11 @@ _DATA_SUFFIXES = (
   *('.csv', '.csv.gz', '.tsv', '.tsv.gz'),
   *_BINARY_TABLES,
 )
-# What the Hub and `folders.writing` say about files.
-_NO_DATA = ('dataset_info.json', 'dataset_infos.json', 'written.json')
+# What the Hub, `save_to_disk` and `folders.writing` say about files.
+_NO_DATA = (
+  *('dataset_info.json', 'dataset_infos.json', _SPLITS),
+  'written.json',
+)
 _LIST_FIELDS = ('completions', 'ranks', 'scores', 'turns')
 # Fields that may be given instead of another one.
 _OR = {'text': 'turns', 'prompt': 'turns', 'ranks': 'scores'}
@@ -241,7 +244,7 @@ def files_of(
 
   A folder without any stands for its folders, as a repository of the Hub does
   whose files are in `data`. A folder that `save_to_disk` wrote is its data set,
-  `datasets:FOLDER`.
+  `datasets:FOLDER`, or those of its splits.
 
   Raises:
     RecordError: there is no data file.
@@ -257,7 +260,7 @@ def files_of(
 
 
 def _files_in(folder: epath.Path, suffixes: tuple[str, ...]) -> list[str]:
-  if any((folder / name).exists() for name in ('state.json', _SPLITS)):
+  if (folder / 'state.json').exists():
     return [f'{_DATASETS}{folder}']
   inside = sorted(
     (path for path in folder.iterdir() if not path.name.startswith('.')),

@@ -96,7 +96,7 @@ def inputs(config: ConfigDict) -> dict[str, str]:
   for key in KINDS:
     for number, (_, path) in enumerate(sources_of(config[key])):
       found.pop(key, None)
-      found[f'{key}/{number}'] = path
+      found[f'{key}/{number}'] = path.removeprefix('datasets:')
   for number, path in enumerate(filter(None, config.documents.split(','))):
     found[f'documents/{number}'] = path.removeprefix('datasets:')
   return found
@@ -123,7 +123,7 @@ def files_of(path: str, name: str) -> list[str]:
   Raises:
     RecordError: nothing is there.
   """
-  if not epath.Path(path).exists():
+  if not epath.Path(path.removeprefix('datasets:')).exists():
     raise records.RecordError(
       f'{path}: no such file; sources are FORMAT:PATH with one of '
       f'{", ".join(importers.FORMATS)}, or JSONL of our own'
@@ -166,7 +166,8 @@ def read(
         }[kind]
       else:
         rows = records.read_jsonl(file, kind)
-      below = epath.Path(file.removeprefix('datasets:')).relative_to(path)
+      folder = path.removeprefix('datasets:')
+      below = epath.Path(file.removeprefix('datasets:')).relative_to(folder)
       is_test = any(part.startswith('test') for part in below.parts)
       found[is_test].extend(rows)
     if sum(map(len, found)) == before:

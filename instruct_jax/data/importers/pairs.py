@@ -71,7 +71,10 @@ def read_summarize_feedback(imported, entry):
   prompt = post_prompt(info)
   if not prompt:
     return 'the post is empty'
-  extra = entry.values.get('extra')
+  extra = {}
+  if 'extra' in entry.values:
+    extra = entry.entry('extra')
+    extra = extra.details(*extra.values)
   imported.comparisons.append(
     records.Comparison(
       prompt=prompt,
@@ -83,7 +86,7 @@ def read_summarize_feedback(imported, entry):
       metadata={
         'policies': [summary.optional('policy') for summary in summaries],
         'split': entry.optional('split'),
-        'extra': extra if isinstance(extra, dict) else {},
+        'extra': extra,
       },
     )
   )
@@ -178,6 +181,8 @@ def _add_rated_sides(imported, entry, name, ratings, **keys):
   first, second = (found or ratings)[0]
   scores = entry.number(first), entry.number(second)
   prompt, answers = _sides(entry, **keys)
+  if isinstance(prompt, str):
+    prompt = asked(prompt)
   about = {
     'id': f'{name}:{entry.name}',
     'category': entry.optional('source') or entry.optional('dataset'),
