@@ -212,6 +212,9 @@ def test_shp_has_scores_and_a_ratio(tmp_path):
   # Ids of StackExchange are numbers.
   found = read(tmp_path, 'shp', example('shp', post_id=7, c_root_id_A=8))
   assert found.comparisons[0].id == 'shp:7:8:c2'
+  for score in (10**400, float('inf'), 'many', True):
+    with pytest.raises(records.RecordError, match=r"jsonl:1: 'score_B' is"):
+      read(tmp_path, 'shp', example('shp', score_B=score))
   found = read(tmp_path, 'shp', example('shp', labels=0))
   assert found.skipped == {'the label and the scores disagree': 1}
   with pytest.raises(records.RecordError, match="'labels' is 2, expected 1, 0"):
@@ -618,7 +621,7 @@ def test_dsp_scores_whole_dialogues(tmp_path):
     (2, 1),
   )
   assert found.skipped == {'the answers belong to different prompts': 1}
-  for scores in ([1.0], [1.0, '0'], [1.0, None]):
+  for scores in ([1.0], [1.0, '0'], [1.0, None], [1.0, True], [1, 10**400]):
     path.write_text(json.dumps([{**rows[1], 'score': scores}]))
     with pytest.raises(records.RecordError, match="test.json:1: 'score' must"):
       FORMATS['dsp'](path)

@@ -378,8 +378,16 @@ def _field_problems(name, values, is_required) -> Iterator[str]:
       yield f'{name!r} holds a lone surrogate; re-encode the text'
 
 
+def is_number(value: Any) -> bool:
+  """Whether it is a number that a float can hold; a truth value is none."""
+  try:
+    return not isinstance(value, bool | str) and math.isfinite(value)
+  except (TypeError, OverflowError):
+    return False
+
+
 def _are_scores(value: Any) -> bool:
-  return _is_list_of(value, (int, float)) and all(map(math.isfinite, value))
+  return isinstance(value, list | tuple) and all(map(is_number, value))
 
 
 # Name -> (check, description) of the fields that are no texts.

@@ -265,7 +265,7 @@ class Entry:
         value = float(value) if value.strip() else None
       except ValueError:
         value = math.inf
-    if value is not None and not math.isfinite(value):
+    if value is not None and not records.is_number(value):
       raise records.RecordError(
         self.where(f'{key!r} is {self.values[key]!r}, expected a number')
       )

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import math
 import re
 
 from instruct_jax.data import invisible, records, restaurant, sources
@@ -431,17 +430,12 @@ def read_nectar(imported, entry):
 def read_dsp(imported, entry):
   """Whole dialogues with a score each, the cleaned sets of DSP."""
   dialogues, scores = entry.texts('text'), entry.items('score')
-  if len(scores) != len(dialogues) or not all(map(_is_number, scores)):
+  if len(scores) != len(dialogues) or not all(map(records.is_number, scores)):
     raise records.RecordError(
       f"'score' must have a number for each of {len(dialogues)} texts"
     )
   turns, answers = split_answers(map(_dsp_turns, dialogues))
   imported.add_scored(turns, answers, scores, id=f'dsp:{entry.name}')
-
-
-def _is_number(value):
-  is_number = isinstance(value, int | float) and not isinstance(value, bool)
-  return is_number and math.isfinite(value)
 
 
 _HEADINGS = re.compile(r'## Human:\n(.*?)\n\n## Assistant:\n(.*)', re.DOTALL)
