@@ -1103,7 +1103,9 @@ def test_a_folder_of_folders_is_a_repository_of_the_hub(tmp_path, capsys):
   assert sources.files_of(root) == sorted(map(str, files))
   out = [f'--output={tmp_path / "out"}', '--valid=0.0001']
   assert convert.main(['safe_rlhf_helpful', str(root), *out]) == 0
-  assert 'comparisons_train: 4\n' in capsys.readouterr().out
+  said = capsys.readouterr()
+  assert 'comparisons_train: 4\n' in said.out
+  assert f'split like the others (2, first {files[0]}); give' in said.err
   # A folder with files of its own is those.
   assert sources.files_of(folder) == sorted(map(str, files[2:]))
   again = ['safe_rlhf_helpful', str(root), str(files[0]), *out]

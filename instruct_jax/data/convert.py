@@ -324,6 +324,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         'in one split; or this seed has split them before',
         file=sys.stderr,
       )
+  if options.format in importers.FORMATS:
+    tests = [
+      file
+      for spec in options.files
+      for file in sources.files_of(spec)
+      if sources.is_test_split(file, spec)
+    ]
+    if tests:
+      print(
+        f'note: files of a test split by their names are split like the others '
+        f'({len(tests)}, first {tests[0]}); give files by name to leave them out',
+        file=sys.stderr,
+      )
   note = getattr(importers.FORMATS.get(options.format), 'note', '')
   if counts.get('demonstrations_train') and note:
     print(f'note: {note}', file=sys.stderr)

@@ -259,6 +259,13 @@ def files_of(
   return found
 
 
+def is_test_split(file: str, spec: epath.PathLike) -> bool:
+  """Whether a file of `files_of(spec)` is one by its name, or by a folder's."""
+  file, folder = (str(p).removeprefix(_DATASETS) for p in (file, spec))
+  below = epath.Path(file).relative_to(folder)
+  return any(part.startswith('test') for part in below.parts)
+
+
 def _files_in(folder: epath.Path, suffixes: tuple[str, ...]) -> list[str]:
   if (folder / 'state.json').exists():
     return [f'{_DATASETS}{folder}']

@@ -166,10 +166,7 @@ def read(
         }[kind]
       else:
         rows = records.read_jsonl(file, kind)
-      folder = path.removeprefix('datasets:')
-      below = epath.Path(file.removeprefix('datasets:')).relative_to(folder)
-      is_test = any(part.startswith('test') for part in below.parts)
-      found[is_test].extend(rows)
+      found[sources.is_test_split(file, path)].extend(rows)
     if sum(map(len, found)) == before:
       raise records.RecordError(_nothing_for(key, name, path, +own))
     skipped.update(own)
