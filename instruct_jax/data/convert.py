@@ -333,8 +333,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     if tests:
       print(
-        f'note: files of a test split by their names are split like the others '
-        f'({len(tests)}, first {tests[0]}); give files by name to leave them out',
+        'note: files of a test split by their names are split like the others '
+        f'({len(tests)}, first {tests[0]}); give files by name to leave them '
+        'out',
         file=sys.stderr,
       )
   note = getattr(importers.FORMATS.get(options.format), 'note', '')
