@@ -435,6 +435,8 @@ def test_nectar_is_one_ranking_of_seven(tmp_path):
   assert completions[-1] == ' The owl, which hunts at night.'
   assert found.comparisons[0].metadata['models'][0] == 'anthropic'
   assert found.comparisons[0].scores == ()
+  row['prompt'] = 'Human: Name a bird.\n\nAssistant:'
+  assert ranked(read(tmp_path, 'nectar', row))[0] == BIRD
   row['prompt'] = 'Name a bird.'
   found = read(tmp_path, 'nectar', row)
   assert found.skipped == {'not a dialogue that asks for an answer': 1}

@@ -409,7 +409,7 @@ def _add_webgpt(imported, entry):
 @reader
 def read_nectar(imported, entry):
   """Seven answers to a dialogue, ranked by GPT-4; rank 1 is best."""
-  turns = records.dialogue_turns(entry.text('prompt').rstrip())
+  turns = records.dialogue_turns('\n\n' + entry.text('prompt').strip())
   if not turns or turns[-1] != records.Turn('assistant', ''):
     raise Skip('not a dialogue that asks for an answer')
   answers = entry.entries('answers')
