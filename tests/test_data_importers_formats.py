@@ -170,6 +170,21 @@ def test_a_missing_field_is_named_with_file_and_line(name, key, tmp_path):
   assert f'field {key!r} is missing (found ' in str(caught.value)
 
 
+def test_a_file_of_another_format_is_one_line(tmp_path):
+  with pytest.raises(records.RecordError) as caught:
+    read(tmp_path, 'hh', *[example('helpsteer')] * 30)
+  message = str(caught.value)
+  assert message.startswith(
+    f"{tmp_path}/file.jsonl:1: field 'chosen' is missing (found prompt, resp"
+  )
+  assert message.endswith('(the first 10 entries are all like this)')
+  # A file with good entries names the bad ones.
+  rows = [example('hh'), *[example('helpsteer')] * 12]
+  with pytest.raises(records.RecordError) as caught:
+    read(tmp_path, 'hh', *rows)
+  assert str(caught.value).count('\n') == 10
+
+
 @pytest.mark.parametrize('name', OF_LINES)
 def test_other_fields_are_ignored(name, tmp_path):
   rows = FORMATS[name].example

@@ -379,7 +379,16 @@ def reader(
   @functools.wraps(add)
   def read(path):
     imported, bad, line = Imported(), [], 0
-    for line, values in entries(path):
+    for number, (line, values) in enumerate(entries(path)):
+      if (
+        number == len(bad) == records.MAX_REPORTED_LINES
+        and len({problem for _, problem in bad}) == 1
+      ):
+        first, problem = bad[0]
+        raise records.RecordError(
+          f'{path}:{first}: {problem} (the first {number} entries are all like '
+          'this)'
+        )
       if isinstance(values, str):
         bad.append((line, values))
         continue

@@ -322,7 +322,7 @@ def _with_history(entry, side, turns):
   is_later = 'evaluation_order' in entry.values and (
     (entry.number('evaluation_order') or 1) > 1
   )
-  if not is_later or not turns or 'full_conversation' not in entry.values:
+  if not (is_later and turns and entry.values.get('full_conversation')):
     return turns
   parts = [
     part.values.get(key) and part.entry(key).message()
