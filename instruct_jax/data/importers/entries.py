@@ -373,7 +373,8 @@ def reader(
 
   `add(imported, entry)` returns the reason if it skips the entry, or raises it
   as `Skip`. `entries` gives the (line, object) pairs of a file. Bad entries are
-  reported together, see `records.raise_problems`.
+  reported together, see `records.raise_problems`. A file that begins with many
+  of one problem is of another format, and is read no further.
   """
 
   @functools.wraps(add)
