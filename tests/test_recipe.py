@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -24,15 +25,13 @@ from tests import published, test_published_stages
 LLAMA = dataclasses.replace(test_published_stages.LLAMA, context_length=128)
 
 
-def write_model(folder: pathlib.Path, **options) -> str:
+def write_model(folder: pathlib.Path) -> None:
   """A random model with a chat template and two tokens that end answers."""
   mesh = sharding.make_mesh((1, -1, 1))
   model = model_fns.init('policy', LLAMA, mesh, jax.random.key(1))
   folder.mkdir(parents=True)
   hf.save(folder, LLAMA, model.params)
-  options = {'template': published.TEMPLATE} | options
-  published.save_byte_tokenizer(folder, **options)
-  return str(folder)
+  published.save_byte_tokenizer(folder, template=published.TEMPLATE)
 
 
 def hh_line(number: int, answer: str = '') -> str:
@@ -292,6 +291,7 @@ def test_from_a_folder_to_a_report(data, tmp_path, capsys):
   assert capsys.readouterr().out.count('done before') == 11
 
 
+@pytest.mark.usefixtures('quick_compile')
 def test_a_dry_run_writes_nothing(data, tmp_path, capsys):
   config = make_config(data, dry_run=True)
   assert not recipe.prepare(config)
@@ -319,14 +319,13 @@ def edit(folder, **changes):
 
 def test_models_that_cannot_be_used(data, tmp_path):
   def of(name, **changes):
-    folder = tmp_path / name
-    write_model(folder)
+    folder = shutil.copytree(data / 'model', tmp_path / name)
     edit(folder, **changes)
     return refused(make_config(data, model=str(folder)), tmp_path / 'run')
 
   assert 'mamba' in of('family', model_type='mamba')
   assert 'quant' in of('quantised', quantization_config={'bits': 4})
-  write_model(tmp_path / 'pickle')
+  shutil.copytree(data / 'model', tmp_path / 'pickle')
   (tmp_path / 'pickle' / 'model.safetensors').rename(
     tmp_path / 'pickle' / 'pytorch_model.bin'
   )
@@ -365,7 +364,8 @@ def test_preferences_that_cannot_be_used(data, tmp_path):
 
 
 def test_a_template_that_refuses_every_prompt(data, tmp_path):
-  write_model(tmp_path / 'model', template=published.STRICT_TEMPLATE)
+  folder = shutil.copytree(data / 'model', tmp_path / 'model')
+  published.save_byte_tokenizer(folder, template=published.STRICT_TEMPLATE)
   turns = [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': 'u'}]
   rows = [
     {'turns': turns, 'completions': ['a', 'b'], 'ranks': [1, 2]}
