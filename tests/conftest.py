@@ -23,6 +23,9 @@ from tests import starts
 from tests import tiny_run as tiny_run_lib
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Tests outlive no power cut, and a busy disk takes its time for each of
+# thousands of small files.
+os.fsync = lambda descriptor: None
 
 
 # A pytree is rebuilt by every `jax.tree.map`, with whatever the function

@@ -153,6 +153,10 @@ def test_summaries(tmp_path):
   assert (first.ranks, first.labeler) == ((2, 1), 'w7')
   assert first.metadata['extra'] == {'confidence': 8}
   assert second.prompt == 'Article: T\n\nNews.\n\nTL;DR:'
+  for extra in (None, {'confidence': float('nan'), 'note': ['x']}):
+    path = write(tmp_path / 'batch4.json', [{**pair, 'extra': extra}])
+    (row,) = importers.FORMATS['summarize_feedback'](path).comparisons
+    assert row.metadata['extra'] == {}
   rated = {k: pair[k] for k in ('info', 'worker')} | {'summary': {'text': 'a'}}
   with pytest.raises(records.RecordError, match="axis.json:1: .*'summaries'"):
     importers.FORMATS['summarize_feedback'](

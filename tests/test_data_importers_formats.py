@@ -170,6 +170,21 @@ def test_a_missing_field_is_named_with_file_and_line(name, key, tmp_path):
   assert f'field {key!r} is missing (found ' in str(caught.value)
 
 
+def test_a_file_of_another_format_is_one_line(tmp_path):
+  with pytest.raises(records.RecordError) as caught:
+    read(tmp_path, 'hh', *[example('helpsteer')] * 30)
+  message = str(caught.value)
+  assert message.startswith(
+    f"{tmp_path}/file.jsonl:1: field 'chosen' is missing (found prompt, resp"
+  )
+  assert message.endswith('(the first 10 entries are all like this)')
+  # A file with good entries names the bad ones.
+  rows = [example('hh'), *[example('helpsteer')] * 12]
+  with pytest.raises(records.RecordError) as caught:
+    read(tmp_path, 'hh', *rows)
+  assert str(caught.value).count('\n') == 10
+
+
 @pytest.mark.parametrize('name', OF_LINES)
 def test_other_fields_are_ignored(name, tmp_path):
   rows = FORMATS[name].example
@@ -209,6 +224,12 @@ def test_shp_has_scores_and_a_ratio(tmp_path):
   found = read(tmp_path, 'shp_ratio_2', pair, other)
   assert [row.scores for row in found.comparisons] == [(30.0, 6.0)]
   assert found.skipped == {'the ratio of the scores is below 2': 1}
+  # Ids of StackExchange are numbers.
+  found = read(tmp_path, 'shp', example('shp', post_id=7, c_root_id_A=8))
+  assert found.comparisons[0].id == 'shp:7:8:c2'
+  for score in (10**400, float('inf'), 'many', True):
+    with pytest.raises(records.RecordError, match=r"jsonl:1: 'score_B' is"):
+      read(tmp_path, 'shp', example('shp', score_B=score))
   found = read(tmp_path, 'shp', example('shp', labels=0))
   assert found.skipped == {'the label and the scores disagree': 1}
   with pytest.raises(records.RecordError, match="'labels' is 2, expected 1, 0"):
@@ -241,6 +262,10 @@ def test_ultrafeedback_ranks_four_answers_by_four_ratings(tmp_path):
     'an answer without a rating': 1,
     'an answer that repeats another, merged': 1,
   }
+  row['completions'][2]['annotations']['honesty'] = []  # It was not read.
+  found = read(tmp_path, 'ultrafeedback', row)
+  # (4 + 4) / 2 and 4 are the ratings that are left, the mean is still 4.
+  assert found.comparisons[0].scores == (2.625, 4.0)
   del row['completions'][1]['annotations']['honesty']
   with pytest.raises(records.RecordError) as caught:
     read(tmp_path, 'ultrafeedback', row)
@@ -290,15 +315,15 @@ def test_argilla_of_texts_and_of_orca(tmp_path):
   row = {
     'source': 'evol_instruct',
     'instruction': 'Name a bird.',
-    'chosen_response': ' The owl.',
-    'rejected_response': ' No.',
+    'chosen_response': 'The owl.',
+    'rejected_response': 'No.',
     'chosen_avg_rating': 4.25,
     'rejected_avg_rating': None,
     'chosen_model': 'gpt-4',
   }
   found = read(tmp_path, 'argilla', row)
   # Without both ratings, the order is all there is.
-  assert ranked(found) == ('Name a bird.', (' The owl.', ' No.'), (1, 2))
+  assert ranked(found) == (BIRD, (' The owl.', ' No.'), (1, 2))
   assert found.comparisons[0].scores == ()
 
   tie = example('argilla_orca', status='tie', system='')
@@ -425,6 +450,8 @@ def test_nectar_is_one_ranking_of_seven(tmp_path):
   assert completions[-1] == ' The owl, which hunts at night.'
   assert found.comparisons[0].metadata['models'][0] == 'anthropic'
   assert found.comparisons[0].scores == ()
+  row['prompt'] = 'Human: Name a bird.\n\nAssistant:'
+  assert ranked(read(tmp_path, 'nectar', row))[0] == BIRD
   row['prompt'] = 'Name a bird.'
   found = read(tmp_path, 'nectar', row)
   assert found.skipped == {'not a dialogue that asks for an answer': 1}
@@ -559,10 +586,28 @@ def test_pairs_that_are_no_comparison_are_counted(row, reason, tmp_path):
   assert (found.comparisons, found.skipped) == ([], {reason: 1})
 
 
-def test_texts_without_a_prompt_are_refused(tmp_path):
-  row = {'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'}
+def test_texts_without_a_prompt(tmp_path):
+  """The texts of TRL begin alike; those of HH have a format of their own."""
+  rows = [
+    {'chosen': 'The sky is blue.', 'rejected': 'The sky is black.'},
+    {'chosen': 'Why?\nSo.', 'rejected': 'Why?\nNo.'},
+    {'chosen': 'Yes.', 'rejected': 'No.'},
+    {'chosen': 'The sky.', 'rejected': 'The sky.'},
+  ]
+  found = read(tmp_path, 'chosen_rejected', *rows)
+  assert [(row.prompt, row.completions) for row in found.comparisons] == [
+    ('The sky is', (' blue.', ' black.')),
+    ('Why?', ('\nSo.', '\nNo.')),
+  ]
+  assert found.skipped == {
+    'the prompt is empty': 1,
+    'all answers are the same': 1,
+  }
+  with pytest.raises(records.RecordError, match='jsonl:1: .* are the format h'):
+    read(tmp_path, 'chosen_rejected', example('hh'))
+  row = example('argilla', chosen='Owl', rejected='No')
   with pytest.raises(records.RecordError) as caught:
-    read(tmp_path, 'chosen_rejected', row)
+    read(tmp_path, 'argilla', row)
   assert "file.jsonl:1: 'chosen' is a text and there is no 'prompt'" in str(
     caught.value
   )
@@ -593,7 +638,7 @@ def test_dsp_scores_whole_dialogues(tmp_path):
     (2, 1),
   )
   assert found.skipped == {'the answers belong to different prompts': 1}
-  for scores in ([1.0], [1.0, '0'], [1.0, None]):
+  for scores in ([1.0], [1.0, '0'], [1.0, None], [1.0, True], [1, 10**400]):
     path.write_text(json.dumps([{**rows[1], 'score': scores}]))
     with pytest.raises(records.RecordError, match="test.json:1: 'score' must"):
       FORMATS['dsp'](path)
@@ -687,6 +732,52 @@ def test_arena_140k_has_parts(tmp_path):
   assert found.skipped == {'a message holds more than text': 1}
 
 
+def later_vote(turns, rounds, **changes):
+  """A vote of 140k after another one; `turns` and `rounds` are (a, b) texts."""
+  sides = {
+    f'conversation_{side}': conversation('More?', text)
+    for side, text in zip('ab', turns, strict=True)
+  }
+  whole = [
+    {
+      'user': {'role': 'user', 'content': asked},
+      'model_side_a': {'role': 'assistant', 'content': a},
+      'model_side_b': {'role': 'assistant', 'content': b},
+    }
+    for asked, a, b in rounds
+  ]
+  about = {'evaluation_order': 2, 'full_conversation': whole}
+  return example('arena', **sides, **{**about, 'turn': None, **changes})
+
+
+def test_a_later_vote_of_140k_has_its_history(tmp_path):
+  after = ('Thanks', 'x', 'y')
+  same = [('Hi', 'Yes?', 'Yes?'), ('More?', 'a', 'b'), after]
+  found = read(tmp_path, 'arena', later_vote('ab', same))
+  prompt = '\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: More?\n\nAssistant:'
+  assert ranked(found) == (prompt, (' a', ' b'), (1, 2))
+  # A first vote has no history, whatever came after it.
+  first = later_vote('ab', [('More?', 'a', 'b'), after], evaluation_order=1)
+  found = read(tmp_path, 'arena', first)
+  assert ranked(found)[0] == '\n\nHuman: More?\n\nAssistant:'
+  differing = [('Hi', 'Yes?', 'No.'), ('More?', 'a', 'b')]
+  missing = [('Hi', 'Yes?', 'Yes?')]
+  failed = later_vote('ab', same)
+  failed['full_conversation'][0]['model_side_b'] = None
+  found = read(
+    tmp_path,
+    'arena',
+    later_vote('ab', differing),
+    later_vote('ab', missing),
+    failed,
+  )
+  assert not found.comparisons
+  assert found.skipped == {
+    'the answers belong to different prompts': 1,
+    'full_conversation does not hold the conversation of the vote': 2,
+  }
+
+
 def test_arena_55k_is_a_csv_file_of_json_lists(tmp_path):
   header = 'id,model_a,model_b,prompt,response_a,response_b,'
   header += 'winner_model_a,winner_model_b,winner_tie'
@@ -753,6 +844,22 @@ def test_each_answer_of_messages_is_a_demonstration(tmp_path):
   assert "file.jsonl:1: messages[0]: field 'content' is missing" in str(
     caught.value
   )
+
+
+@pytest.mark.parametrize(
+  'message',
+  [
+    {'role': 'assistant', 'tool_calls': [{'function': {'name': 'add'}}]},
+    {'role': 'assistant', 'content': 'Wait.', 'function_calls': 'add(1, 2)'},
+  ],
+)
+def test_a_call_of_a_tool_is_no_text(message, tmp_path):
+  calling = {'messages': [*conversation('Add.'), message]}
+  plain = [*conversation('A', 'b'), *conversation('C')]
+  plain.append({'role': 'assistant', 'content': 'd', 'tool_calls': None})
+  found = read(tmp_path, 'messages', calling, {'messages': plain})
+  assert [d.response for d in found.demonstrations] == [' b', ' d']
+  assert found.skipped == {'a message holds more than text': 1}
 
 
 def test_prompts_and_completions(tmp_path):
@@ -875,6 +982,10 @@ def test_judges_test_sets(tmp_path):
   )
   assert found.comparisons[1].turns[0].content == 'Summarize it.'
   assert found.skipped == {'all three annotators differ': 1}
+  # Upstream's tables read the answer "True" as a truth value.
+  row = example('pandalm', response1=True, response2=7.0)
+  found = read(tmp_path, 'pandalm', row)
+  assert ranked(found)[1] == (' True', ' 7')
   with pytest.raises(records.RecordError, match="'annotator2' is 3, expected"):
     read(tmp_path, 'pandalm', example('pandalm', annotator2=3))
 
@@ -918,6 +1029,15 @@ def test_tulu_is_an_excel_file(tmp_path):
     book.active.append([value or None for value in row.values()])
   book.save(path)
   check_tulu(FORMATS['tulu_human'](path))
+  book.active['G2'].value = 12  # completion_a
+  book.active.cell(1, 16, 'comment')
+  book.save(path)
+  with pytest.raises(records.RecordError, match="xlsx:1: column 'comment' com"):
+    FORMATS['tulu_human'](path)
+  book.active.cell(1, 16, 'remarks')
+  book.save(path)
+  found = FORMATS['tulu_human'](path)
+  assert found.comparisons[0].completions == (' 12', ' No.')
   path.write_bytes(b'PK')
   with pytest.raises(records.RecordError, match='xlsx: not an Excel file'):
     FORMATS['tulu_human'](path)
@@ -983,6 +1103,75 @@ def test_a_folder_of_parquet_files(tmp_path, capsys):
   assert f'{empty}: no file in it ends in .jsonl' in capsys.readouterr().err
 
 
+def test_a_folder_of_folders_is_a_repository_of_the_hub(tmp_path, capsys):
+  root = tmp_path / 'PKU'
+  (root / '.cache').mkdir(parents=True)
+  (root / '.cache' / 'x.json').write_text('{}')
+  (root / 'README.md').write_text('Not read.')
+  (root / 'dataset_infos.json').write_text('{}')
+  files = []
+  for model in ('Alpaca-7B', 'Alpaca3-8B'):
+    folder = root / 'data' / model
+    folder.mkdir(parents=True)
+    for split in ('test', 'train'):
+      files.append(folder / f'{split}.jsonl')
+      row = example('safe_rlhf_helpful', prompt=f'{model} {split}?')
+      files[-1].write_text(json.dumps(row))
+  assert sources.files_of(root) == sorted(map(str, files))
+  out = [f'--output={tmp_path / "out"}', '--valid=0.0001']
+  assert convert.main(['safe_rlhf_helpful', str(root), *out]) == 0
+  said = capsys.readouterr()
+  assert 'comparisons_train: 4\n' in said.out
+  assert f'split like the others (2, first {files[0]}); give' in said.err
+  # A folder with files of its own is those.
+  assert sources.files_of(folder) == sorted(map(str, files[2:]))
+  again = ['safe_rlhf_helpful', str(root), str(files[0]), *out]
+  assert convert.main(again) == 1
+  assert f'{files[0]} is given 2 times' in capsys.readouterr().err
+
+  # The Hub's own conversion has the split as a folder.
+  for split in ('test', 'train'):
+    folder = tmp_path / 'parquet' / 'default' / split
+    folder.mkdir(parents=True)
+    rows = [example('argilla')] * len(split)
+    pyarrow.parquet.write_table(
+      pyarrow.Table.from_pylist(rows), folder / '0000.parquet'
+    )
+  spec = f'argilla:{tmp_path / "parquet"}'
+  config = ml_collections.ConfigDict({'preferences': spec})
+  split, held_out = preferences.read(
+    config, 'preferences', collections.Counter()
+  )
+  assert (len(split), len(held_out)) == (5, 4)
+
+
+def test_the_recipe_names_a_source_that_gives_nothing(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  config = ml_collections.ConfigDict(
+    {
+      'preferences': f'messages:{path}',
+      'demonstrations': f'messages:{path}',
+    }
+  )
+  row = {'messages': conversation('A', 'b'), 'model': 'gpt-4'}
+  path.write_text(f'{json.dumps(row)}\n')
+  for key, reason in (
+    ('preferences', 'messages is demonstrations; left out: nothing'),
+    ('demonstrations', 'left out: 1 demonstrations that models wrote, accord'),
+  ):
+    with pytest.raises(records.RecordError) as caught:
+      preferences.read(config, key, collections.Counter())
+    assert str(caught.value).startswith(f'{path}: gives no {key}; messages is ')
+    assert reason in str(caught.value)
+  row = {'messages': conversation('A', 'b')}
+  with path.open('a') as file:
+    file.write(json.dumps(row))
+  skipped = collections.Counter()
+  rows, _ = preferences.read(config, 'demonstrations', skipped)
+  assert [row.response for row in rows] == [' b']
+  assert list(skipped.values()) == [1]
+
+
 def test_the_recipe_reads_a_folder_and_holds_out_its_test_files(tmp_path):
   row = example('argilla')
   for split, number in (('train', 3), ('test', 2)):
@@ -998,21 +1187,53 @@ def test_the_recipe_reads_a_folder_and_holds_out_its_test_files(tmp_path):
 
 
 def test_a_saved_data_set_is_a_folder_too(tmp_path):
-  rows = [example('argilla')] * 2
-  table = pyarrow.Table.from_pylist(rows)
-  with pyarrow.ipc.new_stream(tmp_path / 'data-0.arrow', table.schema) as out:
-    out.write_table(table)
-  state = {'_data_files': [{'filename': 'data-0.arrow'}]}
-  (tmp_path / 'state.json').write_text(json.dumps(state))
-  (file,) = sources.files_of(tmp_path)
-  assert file == f'datasets:{tmp_path}'
-  assert len(FORMATS['argilla'](file).comparisons) == 2
+  for split in ('test', 'train'):
+    rows = [example('argilla')] * len(split)
+    folder = tmp_path / 'saved' / split
+    folder.mkdir(parents=True)
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.ipc.new_stream(folder / 'data-0.arrow', table.schema) as out:
+      out.write_table(table)
+    state = {'_data_files': [{'filename': 'data-0.arrow'}]}
+    (folder / 'state.json').write_text(json.dumps(state))
+    (folder / 'dataset_info.json').write_text('{}')
+  (file,) = sources.files_of(folder)
+  assert file == f'datasets:{folder}'
+  assert len(FORMATS['argilla'](file).comparisons) == 5
+  # Of one with splits, each is a file.
+  splits = tmp_path / 'saved' / 'dataset_dict.json'
+  splits.write_text('{"splits": ["train", "test"]}')
+  assert len(sources.files_of(tmp_path / 'saved')) == 2
+
+  def sizes(spec):
+    config = ml_collections.ConfigDict({'preferences': f'argilla:{spec}'})
+    found = preferences.read(config, 'preferences', collections.Counter())
+    return tuple(map(len, found))
+
+  assert sizes(tmp_path / 'saved') == (5, 4)
+  for spec in (folder, f'datasets:{folder}'):
+    assert sizes(spec) == (5, 0)
+
+
+def test_a_time_in_nanoseconds_is_read(tmp_path):
+  path = tmp_path / 'a.parquet'
+  rows = pyarrow.Table.from_pylist([example('arena')])
+  when = pyarrow.array([1751328000123456789], pyarrow.timestamp('ns', 'UTC'))
+  rows = rows.drop_columns('tstamp').append_column('timestamp', when)
+  pyarrow.parquet.write_table(rows, path)
+  (row,) = FORMATS['arena'](path).comparisons
+  assert row.time == '2025-07-01 00:00:00.123456+00:00'
 
 
 def test_damaged_parquet_is_named(tmp_path):
   path = tmp_path / 'a.parquet'
   with pytest.raises(records.RecordError, match='a.parquet: no such file'):
     list(sources.read_objects(path))
+  pointer = b'version https://git-lfs.github.com/spec/v1\noid sha256:0\n'
+  for name in ('a.parquet', 'a.jsonl'):
+    (tmp_path / name).write_bytes(pointer)
+    with pytest.raises(records.RecordError, match=f'{name}: is a pointer of G'):
+      list(sources.read_objects(tmp_path / name))
   path.write_bytes(b'PAR1 and then nothing')
   with pytest.raises(records.RecordError, match='a.parquet: damaged after row'):
     list(sources.read_objects(path))

@@ -212,6 +212,7 @@ def test_scores_stand_for_ranks(tmp_path):
     ({'scores': [1, 2]}, "'ranks' has 2 numbers for 3 completions"),
     ({'scores': [1, 'x', 1]}, "'scores' must be a list of finite numbers"),
     ({'scores': [1, float('nan'), 1]}, "'scores' must be a list of finite"),
+    ({'scores': [1, 10**400, 1]}, "'scores' must be a list of finite"),
   ):
     line = json.dumps({**values, **change}).encode()
     assert expected in _error(path, line)

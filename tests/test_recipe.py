@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -24,15 +25,13 @@ from tests import published, test_published_stages
 LLAMA = dataclasses.replace(test_published_stages.LLAMA, context_length=128)
 
 
-def write_model(folder: pathlib.Path, **options) -> str:
+def write_model(folder: pathlib.Path) -> None:
   """A random model with a chat template and two tokens that end answers."""
   mesh = sharding.make_mesh((1, -1, 1))
   model = model_fns.init('policy', LLAMA, mesh, jax.random.key(1))
   folder.mkdir(parents=True)
   hf.save(folder, LLAMA, model.params)
-  options = {'template': published.TEMPLATE} | options
-  published.save_byte_tokenizer(folder, **options)
-  return str(folder)
+  published.save_byte_tokenizer(folder, template=published.TEMPLATE)
 
 
 def hh_line(number: int, answer: str = '') -> str:
@@ -202,6 +201,13 @@ def test_no_labeler_is_on_two_sides():
   assert preferences.judge_side(rows, 0.4, 0)[2] == 0
 
 
+def test_one_labeler_does_not_leave_the_judge_without_rankings():
+  rows = [comparison(i, 'only') for i in range(140)]
+  reward, judge, crossed = preferences.judge_side(rows, 0.4, 0)
+  assert {r.prompt for r in reward} & {r.prompt for r in judge} == set()
+  assert min(len(reward), len(judge)) > 30 and crossed == 0
+
+
 def test_best_answers_leave_ties_out():
   rows = [
     records.Comparison('p', ('a', 'b', 'c'), (2, 1, 3)),
@@ -292,6 +298,7 @@ def test_from_a_folder_to_a_report(data, tmp_path, capsys):
   assert capsys.readouterr().out.count('done before') == 11
 
 
+@pytest.mark.usefixtures('quick_compile')
 def test_a_dry_run_writes_nothing(data, tmp_path, capsys):
   config = make_config(data, dry_run=True)
   assert not recipe.prepare(config)
@@ -319,14 +326,13 @@ def edit(folder, **changes):
 
 def test_models_that_cannot_be_used(data, tmp_path):
   def of(name, **changes):
-    folder = tmp_path / name
-    write_model(folder)
+    folder = shutil.copytree(data / 'model', tmp_path / name)
     edit(folder, **changes)
     return refused(make_config(data, model=str(folder)), tmp_path / 'run')
 
   assert 'mamba' in of('family', model_type='mamba')
   assert 'quant' in of('quantised', quantization_config={'bits': 4})
-  write_model(tmp_path / 'pickle')
+  shutil.copytree(data / 'model', tmp_path / 'pickle')
   (tmp_path / 'pickle' / 'model.safetensors').rename(
     tmp_path / 'pickle' / 'pytorch_model.bin'
   )
@@ -354,6 +360,10 @@ def test_preferences_that_cannot_be_used(data, tmp_path):
   assert ':1' in of([row | {'completions': ['a'], 'ranks': [1]}])
   long = [row | {'prompt': f'{i} ' * 200, 'ranks': [1, 2]} for i in range(30)]
   assert 'raise max_prompt_length' in of(long)
+  (tmp_path / 'held').mkdir()
+  (tmp_path / 'held' / 'test.jsonl').write_text(hh_line(1))
+  config = make_config(data, preferences=f'hh:{tmp_path / "held"}')
+  assert 'all files are a test split' in refused(config, tmp_path / 'run')
   config = make_config(data, preferences='hh:/no/such')
   assert '/no/such' in refused(config, tmp_path / 'run')
   config = make_config(data, preferences='')
@@ -361,7 +371,8 @@ def test_preferences_that_cannot_be_used(data, tmp_path):
 
 
 def test_a_template_that_refuses_every_prompt(data, tmp_path):
-  write_model(tmp_path / 'model', template=published.STRICT_TEMPLATE)
+  folder = shutil.copytree(data / 'model', tmp_path / 'model')
+  published.save_byte_tokenizer(folder, template=published.STRICT_TEMPLATE)
   turns = [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': 'u'}]
   rows = [
     {'turns': turns, 'completions': ['a', 'b'], 'ranks': [1, 2]}
@@ -434,6 +445,7 @@ def test_noisy_labelers_agree_with_the_score_more_often_than_not():
   np.testing.assert_array_equal(best, scores.argmax(axis=1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('quick_compile')
 def test_sentiment_from_a_folder_to_a_report(data, labels, tmp_path):
   text = '\n\n'.join(f'word{i} and then word{i + 7} came' for i in range(900))

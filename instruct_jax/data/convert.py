@@ -15,7 +15,7 @@ DIR gets comparisons, demonstrations and prompts, each with `_train.jsonl` and
 read JSONL of `records.py` and the sources of `sources.py`, and mix them by
 weight. Tables (tfds:, datasets:, .csv, .tsv, .parquet, .xlsx, .json, other
 .jsonl) need a --field for each field of the record. A folder stands for the
-data files in it, and is one source.
+data files in it, or if there are none in its folders, and is one source.
 
 All rows that begin with the same question (`records.opening`) are in one split,
 which depends on that opening and the seed alone, so conversions with the same
@@ -88,9 +88,7 @@ def convert(
   """
   if not 0 < valid < 1:
     raise ValueError(f'valid is {valid}; it must be in (0, 1)')
-  for path, times in collections.Counter(map(str, specs)).items():
-    if times > 1:
-      raise ValueError(f'{path} is given {times} times')
+  _check_distinct(specs)
   counts = collections.Counter()
   if name in RECORDS:
     parts = [
@@ -138,6 +136,14 @@ def convert(
   return written | counts
 
 
+def _check_distinct(specs):
+  """Raises ValueError if a source is given twice, also inside a folder."""
+  counts = collections.Counter(str(epath.Path(spec)) for spec in specs)
+  for path, times in counts.items():
+    if times > 1:
+      raise ValueError(f'{path} is given {times} times')
+
+
 def _write(folder, kinds, split):
   """Writes the splits; returns how many records each file got."""
   written = {}
@@ -183,7 +189,9 @@ def _read(spec, name, fields, words_per_document, model_outputs, counts):
 def _import(name, paths, model_outputs, counts):
   """Kind -> records of published files."""
   whole = importers.Imported()
-  for path in itertools.chain(*map(sources.files_of, paths)):
+  files = list(itertools.chain(*map(sources.files_of, paths)))
+  _check_distinct(files)
+  for path in files:
     whole.extend(importers.FORMATS[name](path))
   counts.update({f'skipped: {why}': n for why, n in whole.skipped.items()})
   prompts, demonstrations = whole.prompts(), whole.demonstrations
@@ -314,6 +322,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f'note: {kind}_valid has {found} records, expected about '
         f'{expected:.0f}: few openings begin many conversations, and each is '
         'in one split; or this seed has split them before',
+        file=sys.stderr,
+      )
+  if options.format in importers.FORMATS:
+    tests = [
+      file
+      for spec in options.files
+      for file in sources.files_of(spec)
+      if sources.is_test_split(file, spec)
+    ]
+    if tests:
+      print(
+        'note: files of a test split by their names are split like the others '
+        f'({len(tests)}, first {tests[0]}); give files by name to leave them '
+        'out',
         file=sys.stderr,
       )
   note = getattr(importers.FORMATS.get(options.format), 'note', '')

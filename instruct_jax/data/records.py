@@ -56,6 +56,17 @@ MAX_REPORTED_LINES = 10
 # Far beyond any context length; a whole corpus on one line is a mistake.
 MAX_LINE_BYTES = 8 * 1024**2
 ROLES = ('system', 'user', 'assistant')
+LFS_MARK = b'version https://git-lfs'
+# How files begin that are no text, and what to do.
+NO_TEXT = {
+  LFS_MARK: 'is a pointer of Git LFS; fetch the file itself (git lfs pull)',
+  b'\x1f\x8b': 'is compressed with gzip; let its name end in .gz',
+  b'\xfd7zXZ': 'is compressed with xz; unpack it',
+  b'\x28\xb5\x2f\xfd': 'is compressed with zstd; unpack it',
+  b'PK\x03\x04': 'is a zip archive or an Excel file; unpack it, or let its '
+  'name end in .xlsx',
+  b'PAR1': 'is a Parquet file; let its name end in .parquet',
+}
 
 
 class RecordError(ValueError):
@@ -367,8 +378,16 @@ def _field_problems(name, values, is_required) -> Iterator[str]:
       yield f'{name!r} holds a lone surrogate; re-encode the text'
 
 
+def is_number(value: Any) -> bool:
+  """Whether it is a number that a float can hold; a truth value is none."""
+  try:
+    return not isinstance(value, bool | str) and math.isfinite(value)
+  except (TypeError, OverflowError):
+    return False
+
+
 def _are_scores(value: Any) -> bool:
-  return _is_list_of(value, (int, float)) and all(map(math.isfinite, value))
+  return isinstance(value, list | tuple) and all(map(is_number, value))
 
 
 # Name -> (check, description) of the fields that are no texts.
@@ -409,6 +428,10 @@ def _turn_problem(value: Any) -> str:
   return ''
 
 
+def _spaced(text: str) -> str:
+  return ' '.join(composed(text).split())
+
+
 def _text_problem(values: Mapping[str, Any]) -> str:
   """The problem if text and turns differ, or ''."""
   name = 'text' if 'text' in values else 'prompt'
@@ -416,11 +439,7 @@ def _text_problem(values: Mapping[str, Any]) -> str:
   expected = [text_of_turns(Turn(**turn) for turn in turns)]
   if len(turns) == 1:
     expected.append(turns[0]['content'])
-
-  def spaced(text):
-    return ' '.join(composed(text).split())
-
-  if not isinstance(text, str) or spaced(text) in map(spaced, expected):
+  if not isinstance(text, str) or _spaced(text) in map(_spaced, expected):
     return ''
   return (
     f"{name!r} and 'turns' say different things: {_shown(text)} is neither the "
@@ -528,10 +547,9 @@ def read_json(path: epath.PathLike) -> Any:
 def _check_start(path: epath.PathLike, start: bytes) -> None:
   if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
     raise RecordError(f'{path}: is UTF-16; convert the file to UTF-8')
-  if start.startswith(b'\x1f\x8b'):
-    raise RecordError(
-      f'{path}: is compressed with gzip; let its name end in .gz'
-    )
+  for mark, problem in NO_TEXT.items():
+    if start.startswith(mark):
+      raise RecordError(f'{path}: {problem}')
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:

@@ -49,9 +49,15 @@ _DATA_SUFFIXES = (
   *('.csv', '.csv.gz', '.tsv', '.tsv.gz'),
   *_BINARY_TABLES,
 )
+# What the Hub, `save_to_disk` and `folders.writing` say about files.
+_NO_DATA = (
+  *('dataset_info.json', 'dataset_infos.json', _SPLITS),
+  'written.json',
+)
 _LIST_FIELDS = ('completions', 'ranks', 'scores', 'turns')
 # Fields that may be given instead of another one.
 _OR = {'text': 'turns', 'prompt': 'turns', 'ranks': 'scores'}
+_BATCH_ROWS = 1024  # In memory at a time; rows may be long conversations.
 _DELIMITERS = (',', ';', '\t', '|')
 # `answers[text][0]`: a column, then entries.
 _ENTRY = re.compile(r'([^\[\]]+)((?:\[[^\[\]]+\])+)')
@@ -236,22 +242,46 @@ def files_of(
 ) -> list[str]:
   """The data files of a folder, by name; of anything else, itself.
 
-  A folder that `save_to_disk` wrote is its data set, `datasets:FOLDER`.
+  A folder without any stands for its folders, as a repository of the Hub does
+  whose files are in `data`. A folder that `save_to_disk` wrote is its data set,
+  `datasets:FOLDER`, or those of its splits.
 
   Raises:
-    RecordError: the folder has no data file.
+    RecordError: there is no data file.
   """
   if is_data_set(spec) or not epath.Path(spec).is_dir():
     return [str(spec)]
-  folder = epath.Path(spec)
-  if any((folder / name).exists() for name in ('state.json', _SPLITS)):
-    return [f'{_DATASETS}{spec}']
-  found = [str(p) for p in folder.iterdir() if p.name.endswith(suffixes)]
+  found = _files_in(epath.Path(spec), tuple(suffixes))
   if not found:
     raise records.RecordError(
       f'{spec}: no file in it ends in {", ".join(suffixes)}'
     )
-  return sorted(found)
+  return found
+
+
+def is_test_split(file: str, spec: epath.PathLike) -> bool:
+  """Whether a file of `files_of(spec)` is one by its name, or by a folder's."""
+  file, folder = (str(p).removeprefix(_DATASETS) for p in (file, spec))
+  below = epath.Path(file).relative_to(folder)
+  return any(part.startswith('test') for part in below.parts)
+
+
+def _files_in(folder: epath.Path, suffixes: tuple[str, ...]) -> list[str]:
+  if (folder / 'state.json').exists():
+    return [f'{_DATASETS}{folder}']
+  inside = sorted(
+    (path for path in folder.iterdir() if not path.name.startswith('.')),
+    key=lambda path: path.name,
+  )
+  found = [
+    str(path)
+    for path in inside
+    if path.name.endswith(suffixes) and path.name not in _NO_DATA
+  ]
+  if found:
+    return found
+  below = [path for path in inside if path.is_dir()]
+  return [file for path in below for file in _files_in(path, suffixes)]
 
 
 def read_objects(path: epath.PathLike) -> Iterator[tuple[int, Example | str]]:
@@ -708,7 +738,8 @@ def _read_parquet(path: epath.Path) -> Iterator[Example]:
   import pyarrow.parquet
 
   yield from _read_batches(
-    path, lambda file: pyarrow.parquet.ParquetFile(file).iter_batches()
+    path,
+    lambda file: pyarrow.parquet.ParquetFile(file).iter_batches(_BATCH_ROWS),
   )
 
 
@@ -722,9 +753,12 @@ def _read_batches(
     raise records.RecordError(f'{path}: no such file')
   row = 0
   with path.open('rb') as file:
+    if file.read(len(records.LFS_MARK)) == records.LFS_MARK:
+      raise records.RecordError(f'{path}: {records.NO_TEXT[records.LFS_MARK]}')
+    file.seek(0)
     try:
       for batch in batches_of(file):
-        for example in batch.to_pylist():
+        for example in _to_microseconds(batch).to_pylist():
           row += 1
           yield example
     # Damaged texts and dates raise Python's own errors.
@@ -738,6 +772,18 @@ def _read_batches(
       raise records.RecordError(
         f'{path}: damaged after row {row} ({error})'
       ) from error
+
+
+def _to_microseconds(batch):
+  """The batch without nanoseconds, for which Python has no type."""
+  import pyarrow
+
+  for number, field in enumerate(batch.schema):
+    if pyarrow.types.is_timestamp(field.type) and field.type.unit == 'ns':
+      kind = pyarrow.timestamp('us', field.type.tz)
+      column = batch.column(number).cast(kind, safe=False)
+      batch = batch.set_column(number, field.name, column)
+  return batch
 
 
 def _read_xlsx(path: epath.Path) -> Iterator[tuple[int, Example]]:
@@ -763,9 +809,16 @@ def _read_xlsx(path: epath.Path) -> Iterator[tuple[int, Example]]:
   if len(rows) < 2 or not any(rows[0]):
     raise records.RecordError(f'{path}: has no header with rows below it')
   header, *rows = rows
+  names = collections.Counter(name for name in header if name is not None)
+  name, times = names.most_common(1)[0]
+  if times > 1:
+    raise records.RecordError(
+      f'{path}:1: column {str(name)!r} comes twice; rename one'
+    )
   for number, row in enumerate(rows, start=2):
     if any(value is not None for value in row):
-      cells = zip(header, row, strict=False)
+      # Some writers leave out the empty cells at the end.
+      cells = itertools.zip_longest(header, row)
       yield number, {str(name): cell for name, cell in cells if name}
 
 

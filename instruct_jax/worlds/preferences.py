@@ -41,6 +41,10 @@ KINDS = {
   'demonstrations': records.Demonstration,
   'prompts': records.Prompt,
 }
+_BY_MODELS = (
+  'demonstrations that models wrote, according to the file (convert keeps them '
+  'with --model_outputs)'
+)
 _MULTIPLE = 8  # Of columns of a prompt, and of a response.
 _MIN_COLUMNS = 8
 # Prompts that a split should hold at least, up to this share of all.
@@ -93,7 +97,7 @@ def inputs(config: ConfigDict) -> dict[str, str]:
   for key in KINDS:
     for number, (_, path) in enumerate(sources_of(config[key])):
       found.pop(key, None)
-      found[f'{key}/{number}'] = path
+      found[f'{key}/{number}'] = path.removeprefix('datasets:')
   for number, path in enumerate(filter(None, config.documents.split(','))):
     found[f'documents/{number}'] = path.removeprefix('datasets:')
   for name, path in other_documents(config).items():
@@ -131,7 +135,7 @@ def files_of(path: str, name: str) -> list[str]:
   Raises:
     RecordError: nothing is there.
   """
-  if not epath.Path(path).exists():
+  if not epath.Path(path.removeprefix('datasets:')).exists():
     raise records.RecordError(
       f'{path}: no such file; sources are FORMAT:PATH with one of '
       f'{", ".join(importers.FORMATS)}, or JSONL of our own'
@@ -146,7 +150,8 @@ def read(
 ) -> tuple[list[records.Record], list[records.Record]]:
   """Records of the sources of a key: (to be split, of a test split).
 
-  Files of a folder whose names begin with 'test' are its test split.
+  Files of a folder whose names, or whose folders' in it, begin with 'test' are
+  its test split.
 
   Args:
     config: of the stage.
@@ -154,15 +159,18 @@ def read(
     skipped: reason -> entries that a format cannot use; added to.
 
   Raises:
-    RecordError: a file is missing, or not of its format.
+    RecordError: a file is missing, or not of its format, or gives no record.
   """
   kind, found = KINDS[key], ([], [])
   for name, path in sources_of(config[key]):
-    in_folder = epath.Path(path).is_dir()
+    own, before = collections.Counter(), sum(map(len, found))
     for file in files_of(path, name):
       if name:
         imported = importers.FORMATS[name](file)
-        skipped.update(imported.skipped)
+        own.update(imported.skipped)
+        if kind is records.Demonstration:
+          number = len(imported.model_demonstrations)
+          own[_BY_MODELS] += number
         rows = {
           records.Comparison: imported.comparisons,
           records.Demonstration: imported.demonstrations,
@@ -170,9 +178,20 @@ def read(
         }[kind]
       else:
         rows = records.read_jsonl(file, kind)
-      is_test = in_folder and epath.Path(file).name.startswith('test')
-      found[is_test].extend(rows)
+      found[sources.is_test_split(file, path)].extend(rows)
+    if sum(map(len, found)) == before:
+      raise records.RecordError(_nothing_for(key, name, path, +own))
+    skipped.update(own)
   return found
+
+
+def _nothing_for(key, name, path, skipped) -> str:
+  """The message about a source without records."""
+  left_out = ', '.join(f'{number} {why}' for why, number in skipped.items())
+  return (
+    f'{path}: gives no {key}; {name} is {importers.FORMATS[name].kind}; left '
+    f'out: {left_out or "nothing"}'
+  )
 
 
 def best_answers(
@@ -329,9 +348,9 @@ def judge_side(
 ) -> tuple[list[records.Comparison], list[records.Comparison], int]:
   """Rankings for the reward model and for the judge, of other conversations.
 
-  Where labelers have ids, no labeler is on both sides either: labelers are
-  dealt out first, a conversation goes where most of its rankings are from, and
-  rankings by labelers of the other side are left out.
+  Where two labelers or more have ids, no labeler is on both sides either:
+  labelers are dealt out first, a conversation goes where most of its rankings
+  are from, and rankings by labelers of the other side are left out.
 
   Args:
     comparisons: of one split.
@@ -343,7 +362,8 @@ def judge_side(
     (the reward model's, the judge's, how many were left out).
   """
   openings = [records.opening(row) for row in comparisons]
-  if not all(row.labeler for row in comparisons):
+  names = {row.labeler for row in comparisons}
+  if '' in names or len(names) < 2:
     of_row = [
       convert.split_of(row, judge_fraction, seed) == 'valid'
       for row in comparisons
@@ -547,6 +567,11 @@ def make_records(
   comparisons, test = given['preferences']
   # A set that is given for testing is used instead of a publisher's split.
   test = sum(given['test_preferences'], []) or test
+  if not comparisons:
+    raise ValueError(
+      f'{config.preferences}: all files are a test split, by their names; give '
+      'others to train on'
+    )
   records.check_labels(comparisons, config.preferences)
   demonstrations = given['demonstrations'][0]
   lengths = propose_lengths(config, tokenizer, comparisons, context_length)

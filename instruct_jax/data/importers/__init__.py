@@ -1,8 +1,8 @@
 """Published data in its own formats, as records.
 
-A format is a function of a file (JSON, JSONL, CSV or Parquet; plain or `.gz`)
-that gives an `Imported`. `FORMATS` has them by name; `formats.jsonl` says of
-each what it is, its licence, and shows entries as upstream writes them;
+A format is a function of a file (JSON, JSONL, CSV, Parquet or Excel; text plain
+or `.gz`) that gives an `Imported`. `FORMATS` has them by name; `formats.jsonl`
+says of each what it is, its licence, and shows entries as upstream writes them;
 `python -m instruct_jax.data formats` prints that.
 
   pairs.py            two answers, of which people or models prefer one
@@ -12,8 +12,9 @@ each what it is, its licence, and shows entries as upstream writes them;
   entries.py          what readers share: fields, turns, ties, scores to ranks
 
 Unusable entries are counted with their reason; a missing field, or a file of
-another format, is an error with line and key. Fields that no reader asks for
-are ignored. Null, and the NaN of tables, is the empty text.
+another format, is an error with line (or number of the entry) and key. Fields
+that no reader asks for are ignored. Null, and the NaN of tables, is the empty
+text.
 
 A source that ranks more than two answers gives one ranking of all of them.
 Prompts of conversations have `turns`, and their text is `records.text_of_turns`

@@ -27,6 +27,8 @@ _NO_INPUT = re.compile(
   r'|n/a|n\.a\.?|none|null|nan|not[\s_-]applicable)[>\])}"\'*.!]*',
   re.IGNORECASE,
 )
+# Keys of messages that call a tool; their content may be missing.
+_CALLS = ('tool_calls', 'function_call', 'function_calls')
 # Ranks of two answers.
 FIRST, SECOND, TIE = (1, 2), (2, 1), (1, 1)
 
@@ -237,6 +239,16 @@ class Entry:
   def text(self, key: str) -> str:
     return self.get(key, str, 'a text') or ''
 
+  def cell(self, key: str) -> str:
+    """The text of a cell; a table may have read a number or a truth value."""
+    value = self.values.get(key)
+    if isinstance(value, bool):
+      return str(value)
+    value = self.get(key, (str, int, float), 'a text')
+    if isinstance(value, float) and value.is_integer():
+      value = int(value)
+    return '' if value is None else str(value)
+
   def optional(self, key: str) -> str:
     """A text, number or date that may be missing."""
     if key not in self.values:
@@ -253,7 +265,7 @@ class Entry:
         value = float(value) if value.strip() else None
       except ValueError:
         value = math.inf
-    if value is not None and not math.isfinite(value):
+    if value is not None and not records.is_number(value):
       raise records.RecordError(
         self.where(f'{key!r} is {self.values[key]!r}, expected a number')
       )
@@ -308,27 +320,28 @@ class Entry:
     return Entry(self.get(key, dict, 'an object') or {}, self.where(key))
 
   def messages(self, key: str) -> tuple[records.Turn, ...]:
-    """Turns from a list of messages with `role` and `content`.
+    """Turns from a list of messages, see `message`."""
+    return tuple(one.message() for one in self.entries(key))
 
-    A content may be a list of parts with `type` and `text`.
+  def message(self) -> records.Turn:
+    """The turn of an object with `role` and `content`.
+
+    The content may be a list of parts with `type` and `text`.
 
     Raises:
       Skip: a role besides system, user and assistant, or what is no text.
     """
-    turns = []
-    for message in self.entries(key):
-      role = message.text('role')
-      if role not in records.ROLES:
-        raise Skip('a message is neither system, user nor assistant')
-      if isinstance(message.values.get('content'), list):
-        parts = message.entries('content')
-        if any(part.text('type') != 'text' for part in parts):
-          raise Skip('a message holds more than text')
-        content = ''.join(part.text('text') for part in parts)
-      else:
-        content = message.text('content')
-      turns.append(records.Turn(role, content))
-    return tuple(turns)
+    role = self.text('role')
+    if role not in records.ROLES:
+      raise Skip('a message is neither system, user nor assistant')
+    if any(self.values.get(key) for key in _CALLS):
+      raise Skip('a message holds more than text')
+    if not isinstance(self.values.get('content'), list):
+      return records.Turn(role, self.text('content'))
+    parts = self.entries('content')
+    if any(part.text('type') != 'text' for part in parts):
+      raise Skip('a message holds more than text')
+    return records.Turn(role, ''.join(part.text('text') for part in parts))
 
   def details(self, *keys: str) -> dict[str, Any]:
     """Those of these fields that are there, as metadata."""
@@ -360,13 +373,23 @@ def reader(
 
   `add(imported, entry)` returns the reason if it skips the entry, or raises it
   as `Skip`. `entries` gives the (line, object) pairs of a file. Bad entries are
-  reported together, see `records.raise_problems`.
+  reported together, see `records.raise_problems`. A file that begins with many
+  of one problem is of another format, and is read no further.
   """
 
   @functools.wraps(add)
   def read(path):
     imported, bad, line = Imported(), [], 0
-    for line, values in entries(path):
+    for number, (line, values) in enumerate(entries(path)):
+      if (
+        number == len(bad) == records.MAX_REPORTED_LINES
+        and len({problem for _, problem in bad}) == 1
+      ):
+        first, problem = bad[0]
+        raise records.RecordError(
+          f'{path}:{first}: {problem} (the first {number} entries are all like '
+          'this)'
+        )
       if isinstance(values, str):
         bad.append((line, values))
         continue

@@ -1,6 +1,7 @@
 """Pairs of answers of which one is preferred, or none."""
 
 import functools
+import os.path
 
 from instruct_jax.data import invisible, records
 from instruct_jax.data.importers.entries import (
@@ -70,7 +71,10 @@ def read_summarize_feedback(imported, entry):
   prompt = post_prompt(info)
   if not prompt:
     return 'the post is empty'
-  extra = entry.values.get('extra')
+  extra = {}
+  if 'extra' in entry.values:
+    extra = entry.entry('extra')
+    extra = extra.details(*extra.values)
   imported.comparisons.append(
     records.Comparison(
       prompt=prompt,
@@ -82,7 +86,7 @@ def read_summarize_feedback(imported, entry):
       metadata={
         'policies': [summary.optional('policy') for summary in summaries],
         'split': entry.optional('split'),
-        'extra': extra if isinstance(extra, dict) else {},
+        'extra': extra,
       },
     )
   )
@@ -129,8 +133,7 @@ def _sides(entry, prompt='prompt', chosen='chosen', rejected='rejected'):
     if not asked_before:
       raise records.RecordError(
         entry.where(
-          f'{chosen!r} is a text and there is no {prompt!r}; dialogues of '
-          'Anthropic HH are the format hh'
+          f'{chosen!r} is a text and there is no {prompt!r} before it'
         )
       )
     if isinstance(given, list):
@@ -148,10 +151,24 @@ def _sides(entry, prompt='prompt', chosen='chosen', rejected='rejected'):
 def read_chosen_rejected(imported, entry):
   """The preference format of TRL, standard or conversational.
 
-  The prompt may be implicit where the sides are whole conversations. A prompt
-  that is a text is read as it is, and so are answers that are.
+  The prompt may be implicit: in whole conversations it is all before the last
+  answer, in texts what both begin with, to a space. A prompt that is a text is
+  read as it is, and so are answers that are.
   """
-  prompt, answers = _sides(entry)
+  texts = [entry.values.get(key) for key in ('chosen', 'rejected')]
+  if 'prompt' in entry.values or not all(isinstance(t, str) for t in texts):
+    prompt, answers = _sides(entry)
+  elif any(records.dialogue_turns(text) for text in texts):
+    raise records.RecordError(
+      "'chosen' and 'rejected' are dialogues of Anthropic HH; they are the "
+      'format hh'
+    )
+  else:
+    texts = entry.text('chosen'), entry.text('rejected')
+    common = os.path.commonprefix(texts)
+    end = max(common.rfind(space) for space in ' \n')
+    prompt = common[: max(0, end)]
+    answers = [text[len(prompt) :] for text in texts]
   imported.add_ranked(
     prompt, answers, FIRST, id=f'chosen_rejected:{entry.name}'
   )
@@ -164,6 +181,8 @@ def _add_rated_sides(imported, entry, name, ratings, **keys):
   first, second = (found or ratings)[0]
   scores = entry.number(first), entry.number(second)
   prompt, answers = _sides(entry, **keys)
+  if isinstance(prompt, str):
+    prompt = asked(prompt)
   about = {
     'id': f'{name}:{entry.name}',
     'category': entry.optional('source') or entry.optional('dataset'),
@@ -237,15 +256,21 @@ def read_arena(imported, entry):
 
   "Both are bad" is a tie, and `winner` of the metadata tells the two apart. The
   vote is for whole conversations; those that differ before the last answer are
-  left out.
+  left out, as are most votes after the first one of a session.
   """
   if 'conversation_a' in entry.values:
     winner = entry.text('winner')
     ranks = entry.label('winner', _WINNERS)
-    sides = [entry.messages(f'conversation_{side}') for side in 'ab']
     # MT-bench's judges voted after so many questions.
     rounds = entry.number('turn') if 'turn' in entry.values else None
-    sides = [_first_rounds(turns, rounds) for turns in sides]
+    sides = [
+      _with_history(
+        entry,
+        side,
+        _first_rounds(entry.messages(f'conversation_{side}'), rounds),
+      )
+      for side in 'ab'
+    ]
   else:
     winner, ranks = _kaggle_winner(entry)
     questions = entry.json_texts('prompt')
@@ -286,6 +311,29 @@ def _first_rounds(turns, rounds):
     if left == 0:
       return turns[:number]
   return turns
+
+
+def _with_history(entry, side, turns):
+  """The turns after those of earlier votes, which 140k keeps elsewhere.
+
+  `conversation_a` of a later vote begins where the vote before it was.
+  `full_conversation` has both sides of every round, those after the vote too.
+  """
+  is_later = 'evaluation_order' in entry.values and (
+    (entry.number('evaluation_order') or 1) > 1
+  )
+  if not (is_later and turns and entry.values.get('full_conversation')):
+    return turns
+  parts = [
+    part.values.get(key) and part.entry(key).message()
+    for part in entry.entries('full_conversation')
+    for key in ('user', f'model_side_{side}')
+  ]
+  ends = range(len(parts), len(turns) - 1, -1)
+  found = [end for end in ends if tuple(parts[end - len(turns) : end]) == turns]
+  if not found or not all(parts[: found[0]]):
+    raise Skip('full_conversation does not hold the conversation of the vote')
+  return tuple(parts[: found[0]])
 
 
 def _kaggle_winner(entry):

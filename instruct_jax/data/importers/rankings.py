@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import math
 import re
 
 from instruct_jax.data import invisible, records, restaurant, sources
@@ -221,7 +220,7 @@ def _add_shp(imported, entry, min_ratio):
     asked(entry.text('history')),
     answers,
     scores,
-    id=':'.join(('shp', entry.text('post_id'), *comments)),
+    id=':'.join(('shp', entry.cell('post_id'), *comments)),
     category=entry.optional('domain'),
     metadata=entry.details('score_ratio', 'seconds_difference', 'upvote_ratio'),
   )
@@ -240,7 +239,7 @@ def read_ultrafeedback(imported, entry):
   question, rated = entry.text('instruction'), []
   for completion in entry.entries('completions'):
     annotations = completion.entry('annotations')
-    ratings = [_rating(annotations.entry(aspect)) for aspect in _ASPECTS]
+    ratings = [_rating(annotations, aspect) for aspect in _ASPECTS]
     numbers = [number for number in ratings if number is not None]
     if numbers:
       score = sum(numbers) / len(numbers)
@@ -263,12 +262,15 @@ def read_ultrafeedback(imported, entry):
   )
 
 
-def _rating(aspect: Entry) -> int | float | None:
+def _rating(annotations: Entry, aspect: str) -> int | float | None:
   """A rating of UltraFeedback; None for 'N/A', or where nothing was rated."""
-  if not aspect.values:
+  if annotations.values.get(aspect) == []:  # Upstream failed to read one.
     return None
-  is_missing = aspect.values.get('Rating') == 'N/A'
-  return None if is_missing else aspect.number('Rating')
+  found = annotations.entry(aspect)
+  if not found.values:
+    return None
+  is_missing = found.values.get('Rating') == 'N/A'
+  return None if is_missing else found.number('Rating')
 
 
 _HELPSTEER = ('correctness', 'coherence', 'complexity', 'verbosity')
@@ -350,7 +352,8 @@ def read_helpsteer3(imported, entry):
 
 def _webgpt_entries(path):
   """Rows of the Hub; or upstream's lines, each a list of both answers."""
-  if not records.begins_with(path, b'['):
+  is_json = str(path).endswith(sources.JSON_SUFFIXES)
+  if not is_json or not records.begins_with(path, b'['):
     yield from sources.read_objects(path)
     return
   text = records.read_text(path)
@@ -406,7 +409,7 @@ def _add_webgpt(imported, entry):
 @reader
 def read_nectar(imported, entry):
   """Seven answers to a dialogue, ranked by GPT-4; rank 1 is best."""
-  turns = records.dialogue_turns(entry.text('prompt').rstrip())
+  turns = records.dialogue_turns('\n\n' + entry.text('prompt').strip())
   if not turns or turns[-1] != records.Turn('assistant', ''):
     raise Skip('not a dialogue that asks for an answer')
   answers = entry.entries('answers')
@@ -427,17 +430,12 @@ def read_nectar(imported, entry):
 def read_dsp(imported, entry):
   """Whole dialogues with a score each, the cleaned sets of DSP."""
   dialogues, scores = entry.texts('text'), entry.items('score')
-  if len(scores) != len(dialogues) or not all(map(_is_number, scores)):
+  if len(scores) != len(dialogues) or not all(map(records.is_number, scores)):
     raise records.RecordError(
       f"'score' must have a number for each of {len(dialogues)} texts"
     )
   turns, answers = split_answers(map(_dsp_turns, dialogues))
   imported.add_scored(turns, answers, scores, id=f'dsp:{entry.name}')
-
-
-def _is_number(value):
-  is_number = isinstance(value, int | float) and not isinstance(value, bool)
-  return is_number and math.isfinite(value)
 
 
 _HEADINGS = re.compile(r'## Human:\n(.*?)\n\n## Assistant:\n(.*)', re.DOTALL)

@@ -169,10 +169,10 @@ def read_pandalm(imported, entry):
   (ranks, count), *_ = collections.Counter(votes).most_common(1)
   if count < 2:
     raise Skip('all three annotators differ')
-  prompt = instruction_prompt(entry.text('instruction'), entry.text('input'))
+  prompt = instruction_prompt(entry.cell('instruction'), entry.cell('input'))
   imported.add_ranked(
     asked(prompt),
-    (entry.text('response1'), entry.text('response2')),
+    (entry.cell('response1'), entry.cell('response2')),
     ranks,
     id=f'pandalm:{entry.optional("idx") or entry.name}',
     category=entry.optional('motivation_app'),
@@ -210,11 +210,11 @@ def _read_all_tulu(imported, entry):
     raise Skip('remarks on an instance instead of a preference')
   ranks = entry.label('preference', _TULU)
   imported.add_ranked(
-    asked(entry.text('prompt')),
-    (entry.text('completion_a'), entry.text('completion_b')),
+    asked(entry.cell('prompt')),
+    (entry.cell('completion_a'), entry.cell('completion_b')),
     ranks,
-    id=f'tulu:{entry.get("instance_id", (str, int), "an id")}',
-    labeler=entry.text('evaluator'),
+    id=f'tulu:{entry.cell("instance_id")}',
+    labeler=entry.cell('evaluator'),
     time=entry.optional('timestamp'),
     metadata={
       'preference': entry.text('preference').strip(),
