@@ -57,7 +57,9 @@ def run(config, workdir):
   return job.run(config, epath.Path(workdir))
 
 
-def test_mt_bench_asks_the_second_turn_after_the_first_answer(folder, tmp_path):
+def test_mt_bench_asks_the_second_turn_after_the_first_answer(
+  folder, tmp_path, capsys
+):
   rows = [
     {'question_id': i, 'category': category, 'turns': ['a fox', 'and he']}
     for i, category in enumerate(('writing', 'stem', 'extraction'))
@@ -97,13 +99,17 @@ def test_mt_bench_asks_the_second_turn_after_the_first_answer(folder, tmp_path):
     assert run(config, tmp_path) == {'num_questions': 4, 'num_requests': 8}
     sent = len(requests)
     result = json.loads((tmp_path / 'chat_bench.json').read_text())
-    assert result['turns without an answer'] == {'tiny': 2}
+    empty = result['empty answers']['tiny']
     text = (tmp_path / 'chat_bench.md').read_text()
-    assert 'tiny: 2 turns without an answer' in text
+    assert f'tiny: {empty} empty answers' in text
+    said = capsys.readouterr().out
+    assert '1 of 4 turns number 1 left out: do not fit prompt_length' in said
+    assert '1 of 4 turns number 2 left out' in said
     # The same command again samples and asks nothing.
     run(config, tmp_path)
     assert len(requests) == sent == 8 + 1
   result = json.loads((tmp_path / 'chat_bench.json').read_text())
+  assert result['empty answers']['tiny'] == empty >= 2
   figures = result['figures']['tiny']
   assert figures['turn 1']['mean'] == 6.0
   assert figures['turn 2']['mean'] == 8.0

@@ -340,7 +340,7 @@ def test_arena_hard_weighs_clear_verdicts(tmp_path, is_v2):
   values = []
   for text in said:
     try:
-      values.append(bench.read_label(reply(text), layout['patterns']))
+      values.append(bench.read_label(reply(text), layout))
     except ValueError:
       values.append(None)
   assert values == ['B>>A', 'A>B', 'A=B', 'B>A', 'A>B', None]
@@ -348,7 +348,7 @@ def test_arena_hard_weighs_clear_verdicts(tmp_path, is_v2):
   key = 'uid' if is_v2 else 'question_id'
   assert [row[key] for row in rows] == ['u0', 'u1', 'u2']
   assert [game['score'] for game in rows[0]['games']] == ['B>>A', 'A>B']
-  found = bench.measure_arena(rows, 50)
+  found = bench.measure_arena(requests, rows, 50)
   # First: three wins and one; second: a half and a loss; third: unread.
   assert found['win rate'].mean == pytest.approx((3 + 1 + 0.5 + 0) / 6)
   assert found['unread'] == 1
@@ -364,9 +364,9 @@ def test_arena_hard_weighs_clear_verdicts(tmp_path, is_v2):
 )
 def test_unclear_labels_are_refused(tmp_path, text, message):
   (tmp_path / 'l.yaml').write_text(ARENA)
-  patterns = bench.read_layout('arena_hard', tmp_path / 'l.yaml')['patterns']
+  layout = bench.read_layout('arena_hard', tmp_path / 'l.yaml')
   with pytest.raises(ValueError, match=message):
-    bench.read_label(reply(text), patterns)
+    bench.read_label(reply(text), layout)
 
 
 # --- Bad files ----------------------------------------------------------------
@@ -377,7 +377,23 @@ def test_unclear_labels_are_refused(tmp_path, text, message):
   [
     ('alpaca_eval', 'no marks {instruction}', 'im_start'),
     ('mt_bench', '{"name": "single-v1"}\n', "'system_prompt' is missing"),
-    ('arena_hard', 'prompt_template: x', 'needs prompt_template, regex'),
+    ('arena_hard', 'prompt_template: x', 'needs regex_pattern, a text'),
+    ('arena_hard', 'regex_patterns: x', 'needs prompt_template, a text'),
+    (
+      'arena_hard',
+      '{prompt_template: x, regex_patterns: x, system_prompt: x}',
+      'needs regex_patterns, a text',
+    ),
+    (
+      'arena_hard',
+      '{prompt_template: x, regex_patterns: ["("], system_prompt: x}',
+      'not a regular expression',
+    ),
+    (
+      'arena_hard',
+      '{prompt_template: x, regex_pattern: x}',
+      'system_prompt.*judge_utils.py',
+    ),
     ('arena_hard', '- x', 'expected keys and values'),
     ('arena_hard', 'a: [', 'not YAML'),
   ],
@@ -400,6 +416,16 @@ def test_bad_questions_and_answers_are_named(tmp_path):
   short = {'question_id': 1, 'choices': [{'turns': ['only one']}]}
   with pytest.raises(records.RecordError, match='no answer to question 1'):
     bench.read_answers('mt_bench', lines(path, [short]), questions)
+  for row in ({}, {'choices': []}, {'choices': [{}]}, {'choices': [1]}):
+    with pytest.raises(records.RecordError, match=':1: .*choices'):
+      bench.read_answers('mt_bench', lines(path, [row]), questions)
+  row = {'question_id': 1, 'turns': ['x', 'y', 'z']}
+  with pytest.raises(records.RecordError, match=':1: 3 turns'):
+    bench.read_questions('mt_bench', lines(path, [row]))
+  for messages in ([], [1], [{'content': {}}]):
+    row = {'uid': 1, 'messages': messages}
+    with pytest.raises(records.RecordError, match=':1: turns must be texts'):
+      bench.read_answers('arena_hard', lines(path, [row]), questions)
   layout = {'system_prompt': '', 'prompt_template': '{other}', 'patterns': []}
   with pytest.raises(records.RecordError, match="asks for 'other'"):
     bench.arena_requests(layout, 'm', questions, {1: ('a',)}, {1: ('b',)})

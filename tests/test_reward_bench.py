@@ -78,7 +78,7 @@ def finished(start, folder, tmp_path_factory):
   return workdir, ended.stdout
 
 
-def test_all_models_and_baselines_are_measured(finished):
+def test_all_models_and_baselines_are_measured(folder, finished):
   workdir, output = finished
   result = json.loads((workdir / 'reward_bench.json').read_text())
   bench, own = (result['accuracy'][name] for name in ('rewardbench', 'own'))
@@ -100,8 +100,12 @@ def test_all_models_and_baselines_are_measured(finished):
   assert set(bench) == {'likes_z', 'hates_z', 'ours', *job.BASELINES}
   about = result['sets']['rewardbench']
   assert (about['items'], about['given']) == (16, 17)
-  assert set(about['too long, by model']) == {'likes_z', 'hates_z', 'ours'}
-  assert about['too long, by model']['ours'] == 1
+  assert about['left out, by model'] == {
+    'likes_z': {job.TOO_LONG: 1},
+    'hates_z': {job.TOO_LONG: 1},
+    'ours': {job.TOO_LONG: 1},
+  }
+  assert about['files'] == [str(folder / 'filtered.jsonl')]
   assert 'hep-go' in about['missing subsets']
   assert 'chat template' in result['reads']['likes_z']
   assert '1 of 17 items of rewardbench left out' in output
@@ -129,7 +133,7 @@ def test_the_report_has_every_figure(finished):
   assert str(workdir / 'reward_bench.md') in output
   for part in ('## rewardbench', '## own', 'Chat Hard', 'alpacaeval-easy'):
     assert part in text
-  assert '16 of 17 items' in text and '1 too long for ours' in text
+  assert '16 of 17 items' in text and 'ours: 1 longer than max' in text
   assert '![Accuracies](reward_bench.png)' in text
   assert (workdir / 'reward_bench.png').stat().st_size > 1000
   # Every row of a table has as many cells as its head.
@@ -149,9 +153,13 @@ def test_length_of_other_rows_changes_no_score(folder):
   ]
   assert len(tokenizer.encode(items[-1].completions[0])) > 2 * job.SHORTEST
   mesh, long = tiny.one_device(), str(folder / 'long')
+  rows, tokenizer = job.encode(config, long, items)
   with sharding.use_mesh(mesh):
-    together, _ = job.model_scores(config, long, items, mesh)
-    alone = [job.model_scores(config, long, [x], mesh)[0][0] for x in items]
+    together = job.model_scores(config, long, rows, tokenizer, mesh)
+    (alone,) = zip(
+      *(job.model_scores(config, long, [x], tokenizer, mesh) for x in rows),
+      strict=True,
+    )
   assert len({float(row[0]) for row in together}) == 3
   np.testing.assert_allclose(together, alone, atol=1e-5)
 
@@ -183,7 +191,8 @@ def make_config(folder, **changes):
   ('changes', 'message'),
   [
     ({'models': ''}, 'models is empty'),
-    ({'models': 'length=x'}, "'length' is the name of a baseline"),
+    ({'models': 'length=x'}, "'length' is, in the name of a file, also a base"),
+    ({'models': 'bag_of_words=x'}, "'bag_of_words' is, in the name of a file"),
     ({'sets': ''}, 'sets is empty'),
     ({'sets': 'x.jsonl'}, "FORMAT:PATH or NAME=FORMAT:PATH.*'x.jsonl'"),
     ({'sets': 'rewardbench9:x'}, "format 'rewardbench9'"),
@@ -207,5 +216,5 @@ def test_sets_may_lie_in_a_bucket_and_have_names():
 
 def test_a_set_of_which_nothing_fits_is_named(folder, tmp_path):
   config = make_config(folder, max_length=3)
-  with pytest.raises(ValueError, match='none of 8 items.*ours.: 8'):
+  with pytest.raises(ValueError, match='none of 8 items.*ours: 8 longer'):
     job.run(config, epath.Path(tmp_path))
