@@ -321,6 +321,28 @@ def test_a_folder_is_read_once_and_unusable_entries_are_counted(tmp_path):
   assert len(reward_bench.read('rewardbench', tmp_path).comparisons) == 10
 
 
+def test_folders_of_folders_are_read_in_every_format(tmp_path):
+  for name in ('data/Natural', 'data/Adversarial/GPTInst', 'data/.cache'):
+    (tmp_path / name).mkdir(parents=True)
+    row = {'input': f'Do {name}.', 'output_1': 'a', 'output_2': 'b', 'label': 1}
+    (tmp_path / name / 'dataset.json').write_text(json.dumps([row, row]))
+  (tmp_path / 'README.md').write_text('no data')
+  found = reward_bench.read('llmbar', tmp_path)
+  assert [c.category for c in found.comparisons] == [
+    *['GPTInst'] * 2,
+    *['Natural'] * 2,
+  ]
+  assert found.files == [
+    str(tmp_path / 'data' / name / 'dataset.json')
+    for name in ('Adversarial/GPTInst', 'Natural')
+  ]
+  with pytest.raises(records.RecordError, match='no such file or folder'):
+    reward_bench.read('llmbar', tmp_path / 'other')
+  (tmp_path / 'empty' / 'below').mkdir(parents=True)
+  with pytest.raises(records.RecordError, match='no file in it ends in'):
+    reward_bench.read('llmbar', tmp_path / 'empty')
+
+
 @pytest.mark.parametrize('dialogue', [False, True])
 def test_a_single_question_is_laid_out_as_asked(tmp_path, dialogue):
   path = write(tmp_path / 'x.jsonl', [pair('hep-go', 3)])
@@ -381,7 +403,7 @@ def test_bad_entries_are_named(tmp_path, name, row, message):
 def test_files_that_cannot_be_read_are_named(tmp_path):
   with pytest.raises(ValueError, match="format 'rewardbench3'.*rm_bench"):
     reward_bench.read('rewardbench3', tmp_path)
-  with pytest.raises(records.RecordError, match='no files that end in'):
+  with pytest.raises(records.RecordError, match='no file in it ends in'):
     reward_bench.read('rewardbench', tmp_path)
   (tmp_path / 'x.parquet').write_bytes(b'PAR1 no')
   with pytest.raises(records.RecordError, match='x.parquet: damaged'):
