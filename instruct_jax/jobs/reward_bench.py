@@ -175,7 +175,7 @@ def model_scores(
       scores[places] = queries.score_answers(
         model,
         [[]] * len(places),
-        [rows[place] for place in places],
+        [rows[place].tolist() for place in places],
         tokenizer.pad_id,
         config.batch_size,
         mesh,
