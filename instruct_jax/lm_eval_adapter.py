@@ -245,7 +245,7 @@ class InstructJaxLM(TemplateLM):
       else:
         ids = self.tok_encode(context)
       temperature = float(options.get('temperature', 0.0))
-      _check_options(options, temperature)
+      _check_options(options)
       rows.append((ids[-room:] or [self.prefix_token_id], options['until']))
       kinds.setdefault((max_tokens, temperature), []).append(number)
     texts = [''] * len(rows)
@@ -276,10 +276,11 @@ class InstructJaxLM(TemplateLM):
     )[0]
 
 
-def _check_options(options, temperature) -> None:
+def _check_options(options) -> None:
   """Raises ValueError for an option that answers cannot follow."""
+  is_greedy = float(options.get('temperature', 0.0)) == 0
   for key, values in _NEUTRAL.items():
-    is_idle = key in _OF_SAMPLING and temperature == 0
+    is_idle = key in _OF_SAMPLING and is_greedy
     if not is_idle and options.get(key) not in values:
       raise ValueError(
         f'a task or gen_kwargs asks for {key}={options[key]}; answers are '

@@ -122,10 +122,10 @@ def test_answers_that_leave_no_room_are_an_error(pair):
 def test_options_that_answers_cannot_follow_are_named(options, message):
   options = normalize_gen_kwargs(options)
   if not message:
-    lm_eval_adapter._check_options(options, options['temperature'])
+    lm_eval_adapter._check_options(options)
     return
   with pytest.raises(ValueError, match=message):
-    lm_eval_adapter._check_options(options, options['temperature'])
+    lm_eval_adapter._check_options(options)
 
 
 # --- A published model with a BOS, a template and two stop tokens -------------
