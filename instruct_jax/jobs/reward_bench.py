@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from instruct_jax import files, hub, model_folder, queries
+from instruct_jax import files, model_folder, queries
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import baselines, plots, report, reward_bench
@@ -96,29 +96,14 @@ def inputs(config: ConfigDict) -> dict[str, str]:
 # --- Scores -------------------------------------------------------------------
 
 
-def tokenizer_of(
-  config: ConfigDict, folder: str
-) -> tuple[tokenizer_lib.Tokenizer, bool]:
-  """(tokenizer of a model, whether the chat template renders its answers, too).
-
-  A published classifier with its own chat template has learned to read its
-  score behind all that the template puts after an answer.
-  """
-  if model_folder.is_published(folder):
-    place = epath.Path(hub.locate(folder))
-    if tokenizer_lib.is_folder(place) and not tokenizer_lib.is_prepared(place):
-      own = queries.tokenizer_of(folder, '', chat=True)
-      if own.template == tokenizer_lib.CHAT:
-        return own, True
-  return queries.tokenizer_of(folder, config.tokenizer, chat=True), False
-
-
 def encode(
   config: ConfigDict, folder: str, comparisons: Sequence[records.Comparison]
 ) -> tuple[list[list[np.ndarray] | None], tokenizer_lib.Tokenizer]:
   """(of each item the ids of prompt and answer, for each answer; None if the
   chat template refuses it; tokenizer)."""
-  tokenizer, is_whole = tokenizer_of(config, folder)
+  tokenizer, is_whole = queries.classifier_tokenizer_of(
+    folder, config.tokenizer
+  )
   if not is_whole:
     prompts, answers, _ = loader.comparison_ids(comparisons, tokenizer)
     return [
