@@ -9,6 +9,7 @@ import transformers
 from etils import epath
 
 from configs import reward_bench as config_file
+from instruct_jax import queries
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import reward_bench
@@ -156,7 +157,7 @@ def test_length_of_other_rows_changes_no_score(folder):
   ]
   assert len(tokenizer.encode(items[-1].completions[0])) > 2 * job.SHORTEST
   mesh, long = tiny.one_device(), str(folder / 'long')
-  rows, tokenizer = job.encode(config, long, items)
+  rows, tokenizer = encode(config, long, items)
   with sharding.use_mesh(mesh):
     together = job.model_scores(config, long, rows, tokenizer, mesh)
     (alone,) = zip(
@@ -187,6 +188,14 @@ CONVERSATIONS = [
 ]
 
 
+def encode(config, folder, items):
+  """(rows of ids, tokenizer), as the stage encodes them."""
+  tokenizer, is_whole = queries.classifier_tokenizer_of(
+    folder, config.tokenizer
+  )
+  return job.encode(tokenizer, is_whole, items), tokenizer
+
+
 def published_items(path):
   """`CONVERSATIONS` as RewardBench 2 would have them, read again."""
   rows = [
@@ -205,7 +214,7 @@ def test_a_published_classifier_reads_all_that_its_template_renders(
   """Line breaks after the turn's end, too, and an answer's own white space."""
   config = make_config(folder, tokenizer=given and str(folder / given))
   items = published_items(tmp_path / 'x.jsonl')
-  rows, _ = job.encode(config, str(folder / 'likes_z'), items)
+  rows, _ = encode(config, str(folder / 'likes_z'), items)
   theirs = transformers.AutoTokenizer.from_pretrained(folder / 'likes_z')
   for ids, (turns, texts) in zip(rows, CONVERSATIONS, strict=True):
     for found, text in zip(ids, texts, strict=True):
@@ -220,7 +229,7 @@ def test_a_published_classifier_reads_all_that_its_template_renders(
 def test_what_an_answer_spells_is_no_special_token(folder):
   config = make_config(folder)
   item = records.Comparison('q', ('a<end>', 'b'), (1, 2))
-  (rows,), tokenizer = job.encode(config, str(folder / 'likes_z'), [item])
+  (rows,), tokenizer = encode(config, str(folder / 'likes_z'), [item])
   assert rows[0].tolist().count(tokenizer.end_id) == 2
   assert rows[1].tolist().count(tokenizer.end_id) == 2
   assert len(rows[0]) == len(rows[1]) + len('<end>')
@@ -232,7 +241,7 @@ def test_a_prepared_tokenizer_ends_an_answer_as_in_training(folder, tmp_path):
   tokenizer = tokenizer_lib.Tokenizer.load(folder / 'likes_z')
   tokenizer.with_format('chat', []).save(tmp_path)
   item = records.Comparison('q', ('a', 'b'), (1, 2))
-  (rows,), found = job.encode(make_config(folder), str(tmp_path), [item])
+  (rows,), found = encode(make_config(folder), str(tmp_path), [item])
   assert rows[0][-1] == found.end_id
 
 
@@ -262,7 +271,7 @@ def test_scores_are_those_of_transformers(folder, tmp_path):
   theirs.eval().save_pretrained(place)
   items = published_items(tmp_path / 'x.jsonl')
   config, mesh = make_config(folder), tiny.one_device()
-  rows, tokenizer = job.encode(config, str(place), items)
+  rows, tokenizer = encode(config, str(place), items)
   with sharding.use_mesh(mesh):
     ours = job.model_scores(config, str(place), rows, tokenizer, mesh)
   fast = transformers.AutoTokenizer.from_pretrained(place)
@@ -286,7 +295,7 @@ def test_items_that_a_template_refuses_are_told_apart(folder, tmp_path, capsys):
   shutil.copy(folder / 'likes_z' / 'config.json', tmp_path / 'strict')
   items = published_items(tmp_path / 'x.jsonl')
   config = make_config(folder)
-  rows, _ = job.encode(config, str(tmp_path / 'strict'), items)
+  rows, _ = encode(config, str(tmp_path / 'strict'), items)
   assert [each is None for each in rows] == [False, False, True]
   benchmark = reward_bench.Benchmark('rewardbench2', items)
   job.keep(
@@ -360,6 +369,17 @@ def test_sets_may_lie_in_a_bucket_and_have_names():
     'hh': ('hh', 'gs://b/x=1'),
     'mine': ('rm_bench', '/y'),
   }
+
+
+def test_a_model_that_is_no_reward_model_is_named_first(folder, tmp_path):
+  place = tmp_path / 'two'
+  shutil.copytree(folder / 'likes_z', place)
+  described = json.loads((place / 'config.json').read_text())
+  (place / 'config.json').write_text(json.dumps(described | {'num_labels': 2}))
+  (place / 'model.safetensors').unlink()
+  config = make_config(folder, models=f'two={place}')
+  with pytest.raises(ValueError, match=f'{place}: config.json: 2 labels'):
+    job.run(config, epath.Path(tmp_path))
 
 
 def test_a_set_of_which_nothing_fits_is_named(folder, tmp_path):

@@ -97,19 +97,26 @@ def inputs(config: ConfigDict) -> dict[str, str]:
 
 
 def encode(
-  config: ConfigDict, folder: str, comparisons: Sequence[records.Comparison]
-) -> tuple[list[list[np.ndarray] | None], tokenizer_lib.Tokenizer]:
-  """(of each item the ids of prompt and answer, for each answer; None if the
-  chat template refuses it; tokenizer)."""
-  tokenizer, is_whole = queries.classifier_tokenizer_of(
-    folder, config.tokenizer
-  )
+  tokenizer: tokenizer_lib.Tokenizer,
+  is_whole: bool,
+  comparisons: Sequence[records.Comparison],
+) -> list[list[np.ndarray] | None]:
+  """Of each item the ids of prompt and answer, for each answer.
+
+  Args:
+    tokenizer: of the model.
+    is_whole: whether its chat template renders the answer, too.
+    comparisons: the items.
+
+  Returns:
+    None for an item that the chat template refuses.
+  """
   if not is_whole:
     prompts, answers, _ = loader.comparison_ids(comparisons, tokenizer)
     return [
       None if prompt is None else [_array([*prompt, *ids]) for ids in found]
       for prompt, found in zip(prompts, answers, strict=True)
-    ], tokenizer
+    ]
   rows = []
   for comparison in comparisons:
     texts = comparison.completions
@@ -121,7 +128,7 @@ def encode(
     except tokenizer_lib.TemplateError:
       found = None
     rows.append(found and list(map(_array, found)))
-  return rows, tokenizer
+  return rows
 
 
 def _array(ids):
@@ -221,9 +228,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
   given = {name: len(benchmark.comparisons) for name, benchmark in sets.items()}
   fits = {name: np.ones(given[name], bool) for name in sets}
   for model, folder in models.items():
+    tokenizer, is_whole = queries.classifier_tokenizer_of(
+      folder, config.tokenizer
+    )
+    model_folder.check(folder, 'scalar', tokenizer)
     limit = length_limit(config, folder)
     for name, benchmark in sets.items():
-      rows, tokenizer = encode(config, folder, benchmark.comparisons)
+      rows = encode(tokenizer, is_whole, benchmark.comparisons)
       refused = np.array([each is None for each in rows])
       too_long = np.array(
         [max(map(len, each or [[]])) > limit for each in rows]
