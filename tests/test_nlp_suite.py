@@ -86,7 +86,7 @@ def suite_config(folder, workdir):
     config.data.truthful_qa = f'{folder}/TruthfulQA.csv'
     config.truth_labels = config.info_labels = f'{folder}/truth.jsonl'
     config.batch_size = 8  # Divides among the eight devices of the tests.
-    config.length_multiple = 64
+    config.length_multiple = 128  # Few programs to compile.
     config.mesh = (1, 1, 1) if jax.device_count() == 1 else (8, 1, 1)
   return config
 

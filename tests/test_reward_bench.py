@@ -235,6 +235,15 @@ def test_what_an_answer_spells_is_no_special_token(folder):
   assert len(rows[0]) == len(rows[1]) + len('<end>')
 
 
+def test_an_answer_that_was_cut_has_no_end(folder):
+  item = records.Comparison('q', ('ab', 'b'), (1, 2), ended=(False, True))
+  (rows,), tokenizer = encode(
+    make_config(folder), str(folder / 'likes_z'), [item]
+  )
+  assert rows[0][-2:].tolist() == tokenizer.encode('ab')
+  assert rows[1][-1] == tokenizer.end_id
+
+
 def test_a_prepared_tokenizer_ends_an_answer_as_in_training(folder, tmp_path):
   for name in ('tokenizer.json', 'tokenizer_config.json', 'config.json'):
     shutil.copy(folder / 'likes_z' / name, tmp_path)

@@ -119,6 +119,9 @@ def encode(
     ]
   rows = []
   for comparison in comparisons:
+    if not all(comparison.ended):  # A template ends every answer.
+      rows += encode(tokenizer, False, [comparison])
+      continue
     texts = comparison.completions
     if comparison.prompt == records.text_of_turns(comparison.turns):
       # The space is between "Assistant:" and the answer.
