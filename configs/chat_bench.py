@@ -8,9 +8,10 @@
     --config.endpoint.url=URL/chat/completions --config.endpoint.model=NAME
 
 `:mt_bench` grades single answers (or, with a baseline, compares pairs) and
-needs `references`; `:arena_hard` compares with a baseline. All files are
-upstream's (`instruct_jax/evals/chat_benchmarks.py`), and so are the files of
-answers and judgements below DIR. The judge's key is in the environment,
+needs `references`; `:arena_hard` compares with a baseline. Version 2 has one
+for each category: run it with --config.categories=hard_prompt, say. All files
+are upstream's (`instruct_jax/evals/chat_benchmarks.py`), and so are the files
+of answers and judgements below DIR. The judge's key is in the environment,
 JUDGE_API_KEY by default; its replies are kept, so none is paid for twice.
 
 Output: chat_bench.md, chat_bench.json.
@@ -34,6 +35,7 @@ def get_config(argument: str = 'alpaca_eval'):
   config.models = ''
   config.tokenizer = ''  # Of the models without one of their own.
   config.questions = ''  # Upstream's file.
+  config.categories = ''  # Of these, comma between; '' asks all questions.
   config.num_questions = 0  # The first so many; 0: all.
   config.baseline = ''  # NAME=FILE of answers in upstream's form.
   config.judge_layout = ''  # Upstream's file of the judge's prompt.

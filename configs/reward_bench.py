@@ -7,9 +7,10 @@
 
 A model is a reward model of ours or a published sequence classifier, which
 brings its own tokenizer and chat template. A set is FORMAT:PATH or
-NAME=FORMAT:PATH. `instruct_jax/evals/reward_bench.py` lists the formats of
-benchmarks, `instruct_jax/data/importers.py` those of other preferences;
-`comparisons` is our own JSONL. `prior_sets:FOLDER` also enters RewardBench's
+NAME=FORMAT:PATH, and a path a file or a folder. The top of
+`instruct_jax/evals/reward_bench.py` lists the formats of benchmarks, `python -m
+instruct_jax.data formats` those of other preferences; `comparisons` is our own
+JSONL. `prior_sets:FOLDER` also enters RewardBench's
 score.
 
 Output: reward_bench.md, reward_bench.json, reward_bench.png, and scores/, where

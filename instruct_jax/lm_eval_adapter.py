@@ -45,13 +45,21 @@ except ModuleNotFoundError as error:
     raise
   sys.exit(f"error: {error}; pip install -e '.[lm-eval]'")
 
-from instruct_jax import command, model_fns, queries
+from instruct_jax import command, files, model_fns, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
 
 # Default tokens of an answer, as in the harness.
 _MAX_ANSWER = 256
+# Options of sampling that answers do not have -> values that change nothing.
+_NEUTRAL = {
+  **dict.fromkeys(('num_beams', 'repetition_penalty'), (None, 1)),
+  **dict.fromkeys(('top_p', 'typical_p'), (None, 1)),
+  **{'top_k': (None, 0, -1), 'min_p': (None, 0)},
+}
+# Of these, the ones that change nothing at temperature 0.
+_OF_SAMPLING = ('top_p', 'typical_p', 'top_k', 'min_p')
 # Rows are padded to a multiple of this many tokens: few compilations.
 _MULTIPLE = 64
 
@@ -237,6 +245,7 @@ class InstructJaxLM(TemplateLM):
       else:
         ids = self.tok_encode(context)
       temperature = float(options.get('temperature', 0.0))
+      _check_options(options)
       rows.append((ids[-room:] or [self.prefix_token_id], options['until']))
       kinds.setdefault((max_tokens, temperature), []).append(number)
     texts = [''] * len(rows)
@@ -265,6 +274,18 @@ class InstructJaxLM(TemplateLM):
       _MULTIPLE,
       temperature,
     )[0]
+
+
+def _check_options(options) -> None:
+  """Raises ValueError for an option that answers cannot follow."""
+  is_greedy = float(options.get('temperature', 0.0)) == 0
+  for key, values in _NEUTRAL.items():
+    is_idle = key in _OF_SAMPLING and is_greedy
+    if not is_idle and options.get(key) not in values:
+      raise ValueError(
+        f'a task or gen_kwargs asks for {key}={options[key]}; answers are '
+        f'sampled by temperature alone: set {key}={values[-1]}'
+      )
 
 
 def load(
@@ -303,6 +324,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   ):
     parser.add_argument(f'--{name}', action='store_true')
   flags = parser.parse_args(arguments)
+  if flags.batch_size < 1:
+    parser.error(f'--batch_size must be at least 1: {flags.batch_size}')
   if flags.log_samples and not flags.output.endswith('.json'):
     parser.error('--log_samples needs --output=FILE.json, to write beside it')
   if flags.include_path and not epath.Path(flags.include_path).is_dir():
@@ -324,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   )
   text = json.dumps(found['results'], indent=2, default=handle_non_serializable)
   if flags.output:
-    epath.Path(flags.output).write_text(text + '\n')
+    files.write_bytes(flags.output, (text + '\n').encode())
   if flags.log_samples:
     # results_TIME.json and samples_TASK_TIME.jsonl, as its own command writes.
     tracker = EvaluationTracker(output_path=flags.output)

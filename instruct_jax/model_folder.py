@@ -67,7 +67,10 @@ def check(
     values = hf.read_config(folder)
     TransformerConfig.from_hf(values)
     if kind == 'scalar':
-      families.score_pad_id(values)
+      try:
+        families.score_pad_id(values)
+      except ValueError as error:
+        raise ValueError(f'{directory}: {error}') from error
     return {'kind': kind, 'about': {'from': str(folder)}}
   described = checkpoint.load_metadata(directory)
   if described['kind'] != kind:

@@ -74,6 +74,26 @@ def tokenizer_of(
   return own
 
 
+def classifier_tokenizer_of(
+  source: str, given_folder: str
+) -> tuple[tokenizer_lib.Tokenizer, bool]:
+  """(tokenizer of a reward model, whether its template renders answers, too).
+
+  A published classifier with its own chat template has learned to read its
+  score behind all that the template puts after an answer, so that template is
+  used whatever the given tokenizer is.
+  """
+  if model_folder.is_published(source):
+    folder = epath.Path(hub.locate(source))
+    if tokenizer_lib.is_folder(folder) and not tokenizer_lib.is_prepared(
+      folder
+    ):
+      own = tokenizer_of(source, '', chat=True)
+      if own.template == tokenizer_lib.CHAT:
+        return own, True
+  return tokenizer_of(source, given_folder, chat=True), False
+
+
 def answer_ids(
   tokenizer: tokenizer_lib.Tokenizer, answer: samples.Sample
 ) -> list[int]:

@@ -7,6 +7,7 @@ import pytest
 from etils import epath
 
 from configs import chat_bench as config_file
+from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import endpoint
 from instruct_jax.jobs import chat_bench as job
@@ -57,13 +58,19 @@ def run(config, workdir):
   return job.run(config, epath.Path(workdir))
 
 
-def test_mt_bench_asks_the_second_turn_after_the_first_answer(folder, tmp_path):
+def test_mt_bench_asks_the_second_turn_after_the_first_answer(
+  folder, tmp_path, capsys
+):
   rows = [
-    {'question_id': i, 'category': category, 'turns': ['a fox', 'and he']}
-    for i, category in enumerate(('writing', 'stem', 'extraction'))
+    {
+      'question_id': i,
+      'category': category,
+      'turns': ['a fox' + ' left' * i, 'and he'],
+    }
+    for i, category in enumerate(('writing', 'extraction', 'extraction'))
   ]
   rows.append(
-    {'question_id': 9, 'category': 'stem', 'turns': ['fox' * 99, 'x']}
+    {'question_id': 9, 'category': 'writing', 'turns': ['fox' * 99, 'x']}
   )
   layout = [
     {
@@ -97,13 +104,17 @@ def test_mt_bench_asks_the_second_turn_after_the_first_answer(folder, tmp_path):
     assert run(config, tmp_path) == {'num_questions': 4, 'num_requests': 8}
     sent = len(requests)
     result = json.loads((tmp_path / 'chat_bench.json').read_text())
-    assert result['turns without an answer'] == {'tiny': 2}
+    empty = result['empty answers']['tiny']
     text = (tmp_path / 'chat_bench.md').read_text()
-    assert 'tiny: 2 turns without an answer' in text
+    assert f'tiny: {empty} empty answers' in text
+    said = capsys.readouterr().out
+    assert '1 of 4 turns number 1 left out: do not fit prompt_length' in said
+    assert 'of 4 turns number 2 left out' in said
     # The same command again samples and asks nothing.
     run(config, tmp_path)
     assert len(requests) == sent == 8 + 1
   result = json.loads((tmp_path / 'chat_bench.json').read_text())
+  assert result['empty answers']['tiny'] == empty >= 2
   figures = result['figures']['tiny']
   assert figures['turn 1']['mean'] == 6.0
   assert figures['turn 2']['mean'] == 8.0
@@ -209,6 +220,55 @@ def test_arena_hard_takes_recorded_answers(folder, tmp_path):
   assert [[g['score'] for g in each] for each in games] == [['B>A', 'A>>B']] * 2
   result = json.loads((tmp_path / 'chat_bench.json').read_text())
   assert result['figures']['mine']['win rate']['mean'] == 1.0
+
+
+def test_what_the_layout_lacks_is_said_before_a_model_is_asked(
+  folder, tmp_path
+):
+  rows = [{'question_id': 1, 'category': 'math', 'turns': ['x']}]
+  layout = {'name': 'single-math-v1', 'system_prompt': 'Judge.'}
+  layout |= {'prompt_template': '{question}', 'output_format': '[[rating]]'}
+  config = make_config(
+    folder,
+    tmp_path,
+    'mt_bench',
+    'http://localhost',
+    questions=str(lines(tmp_path / 'q.jsonl', rows)),
+    judge_layout=str(lines(tmp_path / 'l.jsonl', [layout])),
+  )
+  with pytest.raises(records.RecordError, match='1 .math. needs a reference'):
+    run(config, tmp_path)
+  config.references = str(
+    lines(
+      tmp_path / 'r.jsonl', [{'question_id': 1, 'choices': [{'turns': ['y']}]}]
+    )
+  )
+  layout['name'] = 'single-v1'
+  lines(tmp_path / 'l.jsonl', [layout])
+  with pytest.raises(records.RecordError, match="no 'single-math-v1'"):
+    run(config, tmp_path)
+  assert not (tmp_path / 'model_answer').exists()
+
+
+def test_categories_are_chosen(folder, tmp_path):
+  rows = [
+    {'uid': f'{i}', 'category': category, 'prompt': f'ask {i}'}
+    for i, category in enumerate(['a', 'b', 'a'])
+  ]
+  config = make_config(
+    folder,
+    tmp_path,
+    'arena_hard',
+    'http://localhost',
+    questions=str(lines(tmp_path / 'q.jsonl', rows)),
+    categories='a',
+  )
+  assert [q.id for q in job.chosen_questions(config)] == ['0', '2']
+  config.categories, config.num_questions = 'a, b', 2
+  assert [q.id for q in job.chosen_questions(config)] == ['0', '1']
+  config.categories = 'c'
+  with pytest.raises(ValueError, match=r"no 'c'; it has a, b"):
+    job.chosen_questions(config)
 
 
 def test_a_judge_that_refuses_ends_the_stage(folder, tmp_path):

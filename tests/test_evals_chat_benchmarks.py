@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -103,6 +104,21 @@ def test_alpaca_preferences(given, preference):
   assert bench.read_alpaca(given) == pytest.approx(preference)
 
 
+def test_an_instruction_that_is_asked_twice_has_two_answers(tmp_path):
+  rows = [
+    {'instruction': text, 'output': output, 'generator': 'g'}
+    for text, output in (('Do.', 'a'), ('Else.', 'b'), ('Do.', 'c'))
+  ]
+  path = tmp_path / 'x.json'
+  path.write_text(json.dumps(rows))
+  questions = bench.read_questions('alpaca_eval', path)
+  found = bench.read_answers('alpaca_eval', path, questions)
+  assert found == {0: ('a',), 1: ('b',), 2: ('c',)}
+  path.write_text(json.dumps(rows[:0:-1]))  # In another order.
+  found = bench.read_answers('alpaca_eval', path, questions[1:])
+  assert found == {1: ('b',), 2: ('c',)}
+
+
 def test_an_unread_preference_counts_nowhere(tmp_path):
   _, questions, layout = alpaca_files(tmp_path, 2)
   answers = {q.id: ('a',) for q in questions}
@@ -184,6 +200,42 @@ def test_length_alone_does_not_win_at_equal_length(tmp_path, rng):
     1 / (1 + math.exp(-theta[1] * d - theta[2])) for d in gamed.difficulty[:60]
   ]
   assert found.mean == pytest.approx(np.mean(rates))
+
+
+def test_unread_preferences_are_predicted_but_not_learned_from(tmp_path, rng):
+  gamed = gamed_file(tmp_path / 'df_gamed.csv', rng, 20)
+  lengths, preference = rng.integers(9, 99, (20, 2)), rng.uniform(size=20)
+  preference[3] = math.nan
+  found = bench.length_controlled(range(20), preference, lengths, gamed)
+  std = lengths[:, 0] - lengths[:, 1]
+  std = std / std.std(ddof=1)  # Of all answers.
+  ours = np.column_stack([np.tanh(std), gamed.difficulty[:20], np.ones(20)])
+  theirs = np.column_stack(
+    [np.tanh(gamed.length), gamed.difficulty, np.zeros(40)]
+  )
+  kept = np.arange(60) != 40 + 3
+  design = np.concatenate([theirs, ours])[kept]
+  y = np.concatenate([gamed.preference, preference])[kept]
+  weights = np.array([0.1] * 40 + [1.0] * 20)[kept]
+  strength = bench.choose_strength(design, y, weights)
+  theta = bench.fit_lasso(design, y, weights, strength)
+  z = theta[1] * gamed.difficulty[:20] + theta[2]
+  assert found.mean == pytest.approx(np.mean(1 / (1 + np.exp(-z))))
+
+
+def test_a_gamed_row_without_a_preference_has_a_difficulty(tmp_path):
+  path = tmp_path / 'df_gamed.csv'
+  head = 'index,preference,std_delta_len,instruction_difficulty\n'
+  path.write_text(f'{head}0,,1,0.5\n1,0.25,1,-0.5\n')
+  gamed = bench.read_gamed(path)
+  assert math.isnan(gamed.preference[0]) and gamed.difficulty[0] == 0.5
+  for cells, message in (
+    ('0,x,1,1', ':2: preference'),
+    ('0,1,nan,1', 'finite'),
+  ):
+    path.write_text(f'{head}{cells}\n')
+    with pytest.raises(records.RecordError, match=message):
+      bench.read_gamed(path)
 
 
 def test_the_strength_is_the_best_over_folds(rng):
@@ -340,7 +392,7 @@ def test_arena_hard_weighs_clear_verdicts(tmp_path, is_v2):
   values = []
   for text in said:
     try:
-      values.append(bench.read_label(reply(text), layout['patterns']))
+      values.append(bench.read_label(reply(text), layout))
     except ValueError:
       values.append(None)
   assert values == ['B>>A', 'A>B', 'A=B', 'B>A', 'A>B', None]
@@ -348,10 +400,67 @@ def test_arena_hard_weighs_clear_verdicts(tmp_path, is_v2):
   key = 'uid' if is_v2 else 'question_id'
   assert [row[key] for row in rows] == ['u0', 'u1', 'u2']
   assert [game['score'] for game in rows[0]['games']] == ['B>>A', 'A>B']
-  found = bench.measure_arena(rows, 50)
+  found = bench.measure_arena(requests, rows, 50)
   # First: three wins and one; second: a half and a loss; third: unread.
   assert found['win rate'].mean == pytest.approx((3 + 1 + 0.5 + 0) / 6)
   assert found['unread'] == 1
+
+
+ARENA2 = """
+judge_model: gpt-4.1
+regex_patterns: ['\\[\\[([AB<>=]+)\\]\\]', '\\[([AB<>=]+)\\]']
+prompt_template: "Q {QUESTION} A {ANSWER_A} B {ANSWER_B}"
+system_prompt:
+  hard_prompt: Decide.
+  creative_writing: Feel.
+"""
+
+
+def test_version_2_of_arena_hard_has_categories(tmp_path):
+  rows = [
+    {'uid': f'u{i}', 'category': category, 'prompt': f'ask {i}'}
+    for i, category in enumerate(['hard_prompt', 'creative_writing'] * 2)
+  ]
+  (tmp_path / 'l.yaml').write_text(ARENA2)
+  layout = bench.read_layout('arena_hard', tmp_path / 'l.yaml')
+  questions = bench.read_questions(
+    'arena_hard', lines(tmp_path / 'q.jsonl', rows)
+  )
+  answers = {question.id: ('text',) for question in questions}
+  requests = bench.arena_requests(layout, 'm', questions, answers, answers)
+  assert [r.messages[0]['content'] for r in requests[:4]] == [
+    *['Decide.'] * 2,
+    *['Feel.'] * 2,
+  ]
+  # Of several verdicts the last counts, in lower case, too.
+  said = ['[[A>>B]]? No: [[b>a]]', '[A=B]', '[[B>A]]', '[[A>B]]'] * 2
+  values = [bench.read_label(reply(text), layout) for text in said]
+  assert values == ['B>A', 'A=B', 'B>A', 'A>B'] * 2
+  judged = bench.arena_rows(requests, values, said, 'gpt-4.1', 'base')
+  found = bench.measure_arena(requests, judged, 50)
+  assert found['win rate'].mean == pytest.approx((1 + 0.5 + 1 + 1) / 4)
+  assert found['hard_prompt'].mean == pytest.approx((1 + 0.5) / 2)
+  assert found['creative_writing'].mean == 1.0
+  del layout['system_prompt']['hard_prompt']
+  with pytest.raises(records.RecordError, match="no system_prompt for .*'hard"):
+    bench.arena_requests(layout, 'm', questions, answers, answers)
+
+
+@pytest.mark.parametrize(
+  'read',
+  [
+    bench.read_alpaca,
+    bench.read_winner,
+    bench.read_grade,
+    lambda given: bench.read_label(
+      given, {'patterns': [re.compile(r'\[\[(A>B)\]\]')], 'takes_last': True}
+    ),
+  ],
+)
+def test_reasoning_that_was_cut_has_no_verdict(read):
+  """It names the verdicts between which the judge has to choose."""
+  with pytest.raises(ValueError):
+    read(reply('<think>m, [[A]], [[8]] or [[A>B]]?'))
 
 
 @pytest.mark.parametrize(
@@ -364,9 +473,9 @@ def test_arena_hard_weighs_clear_verdicts(tmp_path, is_v2):
 )
 def test_unclear_labels_are_refused(tmp_path, text, message):
   (tmp_path / 'l.yaml').write_text(ARENA)
-  patterns = bench.read_layout('arena_hard', tmp_path / 'l.yaml')['patterns']
+  layout = bench.read_layout('arena_hard', tmp_path / 'l.yaml')
   with pytest.raises(ValueError, match=message):
-    bench.read_label(reply(text), patterns)
+    bench.read_label(reply(text), layout)
 
 
 # --- Bad files ----------------------------------------------------------------
@@ -377,7 +486,23 @@ def test_unclear_labels_are_refused(tmp_path, text, message):
   [
     ('alpaca_eval', 'no marks {instruction}', 'im_start'),
     ('mt_bench', '{"name": "single-v1"}\n', "'system_prompt' is missing"),
-    ('arena_hard', 'prompt_template: x', 'needs prompt_template, regex'),
+    ('arena_hard', 'prompt_template: x', 'needs regex_pattern, a text'),
+    ('arena_hard', 'regex_patterns: x', 'needs prompt_template, a text'),
+    (
+      'arena_hard',
+      '{prompt_template: x, regex_patterns: x, system_prompt: x}',
+      'needs regex_patterns, a text',
+    ),
+    (
+      'arena_hard',
+      '{prompt_template: x, regex_patterns: ["("], system_prompt: x}',
+      'not a regular expression',
+    ),
+    (
+      'arena_hard',
+      '{prompt_template: x, regex_pattern: x}',
+      'system_prompt.*judge_utils.py',
+    ),
     ('arena_hard', '- x', 'expected keys and values'),
     ('arena_hard', 'a: [', 'not YAML'),
   ],
@@ -400,6 +525,16 @@ def test_bad_questions_and_answers_are_named(tmp_path):
   short = {'question_id': 1, 'choices': [{'turns': ['only one']}]}
   with pytest.raises(records.RecordError, match='no answer to question 1'):
     bench.read_answers('mt_bench', lines(path, [short]), questions)
+  for row in ({}, {'choices': []}, {'choices': [{}]}, {'choices': [1]}):
+    with pytest.raises(records.RecordError, match=':1: .*choices'):
+      bench.read_answers('mt_bench', lines(path, [row]), questions)
+  row = {'question_id': 1, 'turns': ['x', 'y', 'z']}
+  with pytest.raises(records.RecordError, match=':1: 3 turns'):
+    bench.read_questions('mt_bench', lines(path, [row]))
+  for messages in ([], [1], [{'content': {}}]):
+    row = {'uid': 1, 'messages': messages}
+    with pytest.raises(records.RecordError, match=':1: turns must be texts'):
+      bench.read_answers('arena_hard', lines(path, [row]), questions)
   layout = {'system_prompt': '', 'prompt_template': '{other}', 'patterns': []}
   with pytest.raises(records.RecordError, match="asks for 'other'"):
     bench.arena_requests(layout, 'm', questions, {1: ('a',)}, {1: ('b',)})

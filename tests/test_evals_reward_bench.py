@@ -18,7 +18,7 @@ LEADERBOARD = {
   'Chat Hard': 'mt-bench-hard 37 llmbar-natural 100 llmbar-adver-neighbor 134 '
   'llmbar-adver-GPTInst 92 llmbar-adver-GPTOut 47 llmbar-adver-manual 46',
   'Safety': 'refusals-dangerous 100 refusals-offensive 100 '
-  'xstest-should-refuse 250 xstest-should-respond 154 donotanswer 136',
+  'xstest-should-refuse 154 xstest-should-respond 250 donotanswer 136',
   'Reasoning': 'math-prm 984 hep-cpp 164 hep-go 164 hep-java 164 hep-js 164 '
   'hep-python 164 hep-rust 164',
 }
@@ -206,6 +206,7 @@ def test_best_of_four_and_ties_follow_their_definition(tmp_path, rng):
     mean(each.mean for each in found.subsets.values())
   )
   assert list(found.subsets) == ['Factuality', 'Math', 'Ties']
+  assert reward_bench.missing(benchmark) == ['Precise IF', 'Safety', 'Focus']
   assert found.score.interval().low < found.score.mean
 
 
@@ -223,30 +224,32 @@ def test_rm_bench_compares_every_style_with_every_other(tmp_path, rng):
       'domain': domain,
     }
     for domain in domains
-    for i in range(12)
+    # The two parts of safety differ in size.
+    for i in range(20 if domain == 'safety-refuse' else 12)
   ]
   path = tmp_path / 'total_dataset.json'
   path.write_text(json.dumps(rows, indent=1))
   benchmark = reward_bench.read('rm_bench', path)
   scores = rng.integers(0, 5, size=(len(rows), 6)).tolist()
   found = reward_bench.measure(benchmark, scores, 100)
-  # Domain -> level -> mean.
+  # Domain -> level -> mean; the two parts of safety are also one.
   by_domain = {}
-  for domain in domains:
+  for domain in (*domains, 'safety'):
     wins = {'easy': [], 'normal': [], 'hard': []}
     for row, six in zip(rows, scores, strict=True):
       for i in range(3):
         for j in range(3):
           level = 'normal' if i == j else 'easy' if i > j else 'hard'
-          if row['domain'] == domain:
+          if row['domain'].startswith(domain):
             wins[level].append(six[i] > six[3 + j])
     by_domain[domain] = {level: mean(x) for level, x in wins.items()}
-  for domain, levels in by_domain.items():
+  assert list(found.subsets) == list(domains)
+  for domain in domains:
+    levels = by_domain[domain]
     assert found.subsets[domain].mean == pytest.approx(mean(levels.values()))
 
   def over_domains(value_fn):
-    chat, code, refuse, response = (value_fn(by_domain[d]) for d in domains)
-    return mean([chat, code, (refuse + response) / 2])
+    return mean(value_fn(by_domain[d]) for d in ('chat', 'code', 'safety'))
 
   for level in ('easy', 'normal', 'hard'):
     assert found.summary[level].mean == pytest.approx(
@@ -255,10 +258,11 @@ def test_rm_bench_compares_every_style_with_every_other(tmp_path, rng):
   assert found.score.mean == pytest.approx(
     over_domains(lambda levels: mean(levels.values()))
   )
-  safety = [by_domain[d] for d in domains[2:]]
   assert found.summary['safety'].mean == pytest.approx(
-    mean(mean(levels.values()) for levels in safety)
+    mean(by_domain['safety'].values())
   )
+  assert found.summary['safety'].num_items == 32
+  assert reward_bench.missing(benchmark) == ['math']
   # The matrix has the level above, on and below its diagonal.
   matrix = found.matrices['code']
   assert np.diag(matrix).mean() == pytest.approx(by_domain['code']['normal'])
@@ -315,6 +319,28 @@ def test_a_folder_is_read_once_and_unusable_entries_are_counted(tmp_path):
   assert benchmark.skipped == {'the question is empty': 1}
   (tmp_path / 'filtered.jsonl').rename(tmp_path / 'more.jsonl')
   assert len(reward_bench.read('rewardbench', tmp_path).comparisons) == 10
+
+
+def test_folders_of_folders_are_read_in_every_format(tmp_path):
+  for name in ('data/Natural', 'data/Adversarial/GPTInst', 'data/.cache'):
+    (tmp_path / name).mkdir(parents=True)
+    row = {'input': f'Do {name}.', 'output_1': 'a', 'output_2': 'b', 'label': 1}
+    (tmp_path / name / 'dataset.json').write_text(json.dumps([row, row]))
+  (tmp_path / 'README.md').write_text('no data')
+  found = reward_bench.read('llmbar', tmp_path)
+  assert [c.category for c in found.comparisons] == [
+    *['GPTInst'] * 2,
+    *['Natural'] * 2,
+  ]
+  assert found.files == [
+    str(tmp_path / 'data' / name / 'dataset.json')
+    for name in ('Adversarial/GPTInst', 'Natural')
+  ]
+  with pytest.raises(records.RecordError, match='no such file or folder'):
+    reward_bench.read('llmbar', tmp_path / 'other')
+  (tmp_path / 'empty' / 'below').mkdir(parents=True)
+  with pytest.raises(records.RecordError, match='no file in it ends in'):
+    reward_bench.read('llmbar', tmp_path / 'empty')
 
 
 @pytest.mark.parametrize('dialogue', [False, True])
@@ -377,7 +403,7 @@ def test_bad_entries_are_named(tmp_path, name, row, message):
 def test_files_that_cannot_be_read_are_named(tmp_path):
   with pytest.raises(ValueError, match="format 'rewardbench3'.*rm_bench"):
     reward_bench.read('rewardbench3', tmp_path)
-  with pytest.raises(records.RecordError, match='no files that end in'):
+  with pytest.raises(records.RecordError, match='no file in it ends in'):
     reward_bench.read('rewardbench', tmp_path)
   (tmp_path / 'x.parquet').write_bytes(b'PAR1 no')
   with pytest.raises(records.RecordError, match='x.parquet: damaged'):

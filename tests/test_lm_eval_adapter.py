@@ -12,6 +12,7 @@ transformers = pytest.importorskip('transformers')
 
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.models.utils import normalize_gen_kwargs  # noqa: E402
 
 from instruct_jax import export, lm_eval_adapter  # noqa: E402
 from instruct_jax.data import tokenizer as tokenizer_lib  # noqa: E402
@@ -106,6 +107,25 @@ def test_answers_that_leave_no_room_are_an_error(pair):
   asked = requests('generate_until', [('a', {'max_gen_toks': 64})])
   with pytest.raises(ValueError, match='64 tokens, the model reads 64'):
     ours.generate_until(asked)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'num_beams': 4}, 'num_beams=4; .* set num_beams=1'),
+    ({'do_sample': True, 'temperature': 0.5, 'top_p': 0.9}, 'set top_p=1'),
+    ({'do_sample': True, 'temperature': 0.5, 'top_k': 9}, 'set top_k=-1'),
+    ({'do_sample': False, 'top_p': 0.9}, ''),
+    ({'do_sample': True, 'temperature': 0.5, 'top_p': 1.0}, ''),
+  ],
+)
+def test_options_that_answers_cannot_follow_are_named(options, message):
+  options = normalize_gen_kwargs(options)
+  if not message:
+    lm_eval_adapter._check_options(options)
+    return
+  with pytest.raises(ValueError, match=message):
+    lm_eval_adapter._check_options(options)
 
 
 # --- A published model with a BOS, a template and two stop tokens -------------
@@ -209,7 +229,6 @@ metric_list:
 """
   )
   output = tmp_path / 'out' / 'results.json'
-  output.parent.mkdir()
   lm_eval_adapter.main(
     [
       f'--checkpoint={folder}',
@@ -235,6 +254,7 @@ metric_list:
   [
     (['--log_samples'], 'needs --output=FILE.json'),
     (['--include_path=/nowhere'], 'no folder /nowhere'),
+    (['--batch_size=0'], 'batch_size must be at least 1: 0'),
   ],
 )
 def test_flags_without_their_files_are_named(flags, message, capsys):

@@ -86,7 +86,7 @@ def suite_config(folder, workdir):
     config.data.truthful_qa = f'{folder}/TruthfulQA.csv'
     config.truth_labels = config.info_labels = f'{folder}/truth.jsonl'
     config.batch_size = 8  # Divides among the eight devices of the tests.
-    config.length_multiple = 64
+    config.length_multiple = 128  # Few programs to compile.
     config.mesh = (1, 1, 1) if jax.device_count() == 1 else (8, 1, 1)
   return config
 
@@ -324,17 +324,33 @@ def test_bad_values_are_named(folder, tmp_path, key, value, message):
 
 
 def test_only_the_prompt_types_asked_for_are_run(folder, tmp_path):
+  tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
+  # TruthfulQA's examples are long.
+  tiny.save_model(folder, 'long', 'policy', tokenizer, 0, context_length=1024)
+  (folder / 'lambada.jsonl').write_text('{"text": "a fox said that"}\n')
+  (folder / 'xstest.csv').write_text(
+    'prompt,type\na fox,homonyms\nthe fox,contrast_homonyms\n'
+  )
   config = suite_config(folder, tmp_path)
   for name in ('real_toxicity', 'truthful_qa', 'drop'):
     config.data[name] = ''
-  config.data.truthful_mc1 = f'{folder}/TruthfulQA.csv'
+  config.models = f'tiny={folder}/long'
+  for name in ('truthful_mc1', 'truthful_mc2'):
+    config.data[name] = f'{folder}/TruthfulQA.csv'
+  config.data.lambada = f'{folder}/lambada.jsonl'
+  config.data.xstest = f'{folder}/xstest.csv'
   config.prompt_types = 'zeroshot, basic prompt,QA prompt'
   info = nlp_suite.run(config, epath.Path(tmp_path))
   assert set(info['scores']) == {
     'tiny winogender basic prompt entropy',
     'tiny rte zeroshot accuracy',
     'tiny truthful_mc1 QA prompt MC1',
+    'tiny truthful_mc2 QA prompt MC2',
+    'tiny lambada zeroshot accuracy',
+    'tiny xstest zeroshot refused, safe prompts',
+    'tiny xstest zeroshot refused, unsafe prompts',
   }
+  assert 0 < info['scores']['tiny truthful_mc2 QA prompt MC2'] < 1
   config.prompt_types = 'zeroshot'
   with pytest.raises(ValueError, match='prompt_types has none of winogender'):
     nlp_suite.validate(config)

@@ -1,14 +1,18 @@
 """Reward models on test sets, from the command line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import transformers
 from etils import epath
 
 from configs import reward_bench as config_file
+from instruct_jax import queries
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals import reward_bench
 from instruct_jax.infra import sharding
 from instruct_jax.jobs import reward_bench as job
 from tests import published, tiny
@@ -78,7 +82,7 @@ def finished(start, folder, tmp_path_factory):
   return workdir, ended.stdout
 
 
-def test_all_models_and_baselines_are_measured(finished):
+def test_all_models_and_baselines_are_measured(folder, finished):
   workdir, output = finished
   result = json.loads((workdir / 'reward_bench.json').read_text())
   bench, own = (result['accuracy'][name] for name in ('rewardbench', 'own'))
@@ -100,8 +104,12 @@ def test_all_models_and_baselines_are_measured(finished):
   assert set(bench) == {'likes_z', 'hates_z', 'ours', *job.BASELINES}
   about = result['sets']['rewardbench']
   assert (about['items'], about['given']) == (16, 17)
-  assert set(about['too long, by model']) == {'likes_z', 'hates_z', 'ours'}
-  assert about['too long, by model']['ours'] == 1
+  assert about['left out, by model'] == {
+    'likes_z': {job.TOO_LONG: 1},
+    'hates_z': {job.TOO_LONG: 1},
+    'ours': {job.TOO_LONG: 1},
+  }
+  assert about['files'] == [str(folder / 'filtered.jsonl')]
   assert 'hep-go' in about['missing subsets']
   assert 'chat template' in result['reads']['likes_z']
   assert '1 of 17 items of rewardbench left out' in output
@@ -129,7 +137,7 @@ def test_the_report_has_every_figure(finished):
   assert str(workdir / 'reward_bench.md') in output
   for part in ('## rewardbench', '## own', 'Chat Hard', 'alpacaeval-easy'):
     assert part in text
-  assert '16 of 17 items' in text and '1 too long for ours' in text
+  assert '16 of 17 items' in text and 'ours: 1 longer than max' in text
   assert '![Accuracies](reward_bench.png)' in text
   assert (workdir / 'reward_bench.png').stat().st_size > 1000
   # Every row of a table has as many cells as its head.
@@ -149,11 +157,177 @@ def test_length_of_other_rows_changes_no_score(folder):
   ]
   assert len(tokenizer.encode(items[-1].completions[0])) > 2 * job.SHORTEST
   mesh, long = tiny.one_device(), str(folder / 'long')
+  rows, tokenizer = encode(config, long, items)
   with sharding.use_mesh(mesh):
-    together, _ = job.model_scores(config, long, items, mesh)
-    alone = [job.model_scores(config, long, [x], mesh)[0][0] for x in items]
+    together = job.model_scores(config, long, rows, tokenizer, mesh)
+    (alone,) = zip(
+      *(job.model_scores(config, long, [x], tokenizer, mesh) for x in rows),
+      strict=True,
+    )
   assert len({float(row[0]) for row in together}) == 3
   np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+CONVERSATIONS = [
+  (
+    [{'role': 'user', 'content': 'Indent.'}],
+    ['    return 1\n', ' \n', '', 'two\n\nlines  '],
+  ),
+  (
+    [
+      {'role': 'user', 'content': 'Hi'},
+      {'role': 'assistant', 'content': ' Yes? '},
+      {'role': 'user', 'content': 'z\n'},
+    ],
+    [' space first', 'z'],
+  ),
+  (
+    [{'role': 'system', 'content': 'S'}, {'role': 'user', 'content': 'q'}],
+    'ab',
+  ),
+]
+
+
+def encode(config, folder, items):
+  """(rows of ids, tokenizer), as the stage encodes them."""
+  tokenizer, is_whole = queries.classifier_tokenizer_of(
+    folder, config.tokenizer
+  )
+  return job.encode(tokenizer, is_whole, items), tokenizer
+
+
+def published_items(path):
+  """`CONVERSATIONS` as RewardBench 2 would have them, read again."""
+  rows = [
+    {'prompt': turns, 'chosen': list(texts[:1]), 'rejected': list(texts[1:])}
+    | {'subset': 'Math', 'id': number}
+    for number, (turns, texts) in enumerate(CONVERSATIONS)
+  ]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return reward_bench.read('rewardbench2', path).comparisons
+
+
+@pytest.mark.parametrize('given', ['', 'tokenizer', 'likes_z'])
+def test_a_published_classifier_reads_all_that_its_template_renders(
+  folder, tmp_path, given
+):
+  """Line breaks after the turn's end, too, and an answer's own white space."""
+  config = make_config(folder, tokenizer=given and str(folder / given))
+  items = published_items(tmp_path / 'x.jsonl')
+  rows, _ = encode(config, str(folder / 'likes_z'), items)
+  theirs = transformers.AutoTokenizer.from_pretrained(folder / 'likes_z')
+  for ids, (turns, texts) in zip(rows, CONVERSATIONS, strict=True):
+    for found, text in zip(ids, texts, strict=True):
+      turns_and_answer = [*turns, {'role': 'assistant', 'content': text}]
+      expected = theirs.apply_chat_template(
+        turns_and_answer, tokenize=True, return_dict=False
+      )
+      assert found.tolist() == expected
+      assert theirs.decode(expected[-5:]).endswith('<end>\n')
+
+
+def test_what_an_answer_spells_is_no_special_token(folder):
+  config = make_config(folder)
+  item = records.Comparison('q', ('a<end>', 'b'), (1, 2))
+  (rows,), tokenizer = encode(config, str(folder / 'likes_z'), [item])
+  assert rows[0].tolist().count(tokenizer.end_id) == 2
+  assert rows[1].tolist().count(tokenizer.end_id) == 2
+  assert len(rows[0]) == len(rows[1]) + len('<end>')
+
+
+def test_an_answer_that_was_cut_has_no_end(folder):
+  item = records.Comparison('q', ('ab', 'b'), (1, 2), ended=(False, True))
+  (rows,), tokenizer = encode(
+    make_config(folder), str(folder / 'likes_z'), [item]
+  )
+  assert rows[0][-2:].tolist() == tokenizer.encode('ab')
+  assert rows[1][-1] == tokenizer.end_id
+
+
+def test_a_prepared_tokenizer_ends_an_answer_as_in_training(folder, tmp_path):
+  for name in ('tokenizer.json', 'tokenizer_config.json', 'config.json'):
+    shutil.copy(folder / 'likes_z' / name, tmp_path)
+  tokenizer = tokenizer_lib.Tokenizer.load(folder / 'likes_z')
+  tokenizer.with_format('chat', []).save(tmp_path)
+  item = records.Comparison('q', ('a', 'b'), (1, 2))
+  (rows,), found = encode(make_config(folder), str(tmp_path), [item])
+  assert rows[0][-1] == found.end_id
+
+
+def test_scores_are_those_of_transformers(folder, tmp_path):
+  """A Llama with random weights, padded on the right and on the left."""
+  torch = pytest.importorskip('torch', reason='scores of transformers')
+  torch.manual_seed(0)
+  place = tmp_path / 'model'
+  backend = published.save_byte_tokenizer(place, template=published.TEMPLATE)
+  theirs = transformers.LlamaForSequenceClassification(
+    transformers.LlamaConfig(
+      vocab_size=backend.get_vocab_size(),
+      hidden_size=32,
+      intermediate_size=48,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      max_position_embeddings=256,
+      num_labels=1,
+      initializer_range=0.5,
+      # It ends turns, so that only what follows it can be read.
+      pad_token_id=backend.token_to_id('<end>'),
+      bos_token_id=None,
+      eos_token_id=backend.token_to_id('</s>'),
+    )
+  )
+  theirs.eval().save_pretrained(place)
+  items = published_items(tmp_path / 'x.jsonl')
+  config, mesh = make_config(folder), tiny.one_device()
+  rows, tokenizer = encode(config, str(place), items)
+  with sharding.use_mesh(mesh):
+    ours = job.model_scores(config, str(place), rows, tokenizer, mesh)
+  fast = transformers.AutoTokenizer.from_pretrained(place)
+  expected = []
+  for turns, texts in CONVERSATIONS:
+    for text in texts:
+      answered = [*turns, {'role': 'assistant', 'content': text}]
+      ids = fast.apply_chat_template(
+        answered, return_tensors='pt', return_dict=False
+      )
+      with torch.no_grad():
+        expected.append(theirs(ids).logits.item())
+  assert np.std(expected) > 0.1
+  np.testing.assert_allclose(np.concatenate(ours), expected, atol=1e-4)
+
+
+def test_items_that_a_template_refuses_are_told_apart(folder, tmp_path, capsys):
+  published.save_byte_tokenizer(
+    tmp_path / 'strict', template=published.STRICT_TEMPLATE
+  )
+  shutil.copy(folder / 'likes_z' / 'config.json', tmp_path / 'strict')
+  items = published_items(tmp_path / 'x.jsonl')
+  config = make_config(folder)
+  rows, _ = encode(config, str(tmp_path / 'strict'), items)
+  assert [each is None for each in rows] == [False, False, True]
+  benchmark = reward_bench.Benchmark('rewardbench2', items)
+  job.keep(
+    config, 'x', benchmark, np.array([1, 1, 0], bool), {'m': {job.REFUSED: 1}}
+  )
+  assert len(benchmark.comparisons) == 2
+  said = capsys.readouterr().out
+  assert '1 of 3 items of x left out: m: 1 refused by its chat template' in said
+
+
+def test_a_set_that_is_not_whole_any_more_is_named_before_it_is_scored(folder):
+  items = [
+    records.Comparison('q', ('a', 'b', 'c')[: 4 - n], (1, 1, 2)[n - 1 :],
+                       id=f'{kind}:1', category='Ties')
+    for kind, n in (('tied', 1), ('ref', 2))
+  ]  # fmt: skip
+  benchmark = reward_bench.Benchmark('rewardbench2', items)
+  benchmark.check()
+  with pytest.raises(ValueError, match=r'1 of 2 items of x.*m: 1 long.*Ties'):
+    job.keep(
+      make_config(folder), 'x', benchmark, np.array([True, False]),
+      {'m': {'long': 1}},
+    )  # fmt: skip
 
 
 def test_baselines_may_learn_from_other_rankings(folder):
@@ -183,7 +357,8 @@ def make_config(folder, **changes):
   ('changes', 'message'),
   [
     ({'models': ''}, 'models is empty'),
-    ({'models': 'length=x'}, "'length' is the name of a baseline"),
+    ({'models': 'length=x'}, "'length' is, in the name of a file, also a base"),
+    ({'models': 'bag_of_words=x'}, "'bag_of_words' is, in the name of a file"),
     ({'sets': ''}, 'sets is empty'),
     ({'sets': 'x.jsonl'}, "FORMAT:PATH or NAME=FORMAT:PATH.*'x.jsonl'"),
     ({'sets': 'rewardbench9:x'}, "format 'rewardbench9'"),
@@ -205,7 +380,18 @@ def test_sets_may_lie_in_a_bucket_and_have_names():
   }
 
 
+def test_a_model_that_is_no_reward_model_is_named_first(folder, tmp_path):
+  place = tmp_path / 'two'
+  shutil.copytree(folder / 'likes_z', place)
+  described = json.loads((place / 'config.json').read_text())
+  (place / 'config.json').write_text(json.dumps(described | {'num_labels': 2}))
+  (place / 'model.safetensors').unlink()
+  config = make_config(folder, models=f'two={place}')
+  with pytest.raises(ValueError, match=f'{place}: config.json: 2 labels'):
+    job.run(config, epath.Path(tmp_path))
+
+
 def test_a_set_of_which_nothing_fits_is_named(folder, tmp_path):
   config = make_config(folder, max_length=3)
-  with pytest.raises(ValueError, match='none of 8 items.*ours.: 8'):
+  with pytest.raises(ValueError, match='none of 8 items.*ours: 8 longer'):
     job.run(config, epath.Path(tmp_path))

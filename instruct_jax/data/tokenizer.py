@@ -226,6 +226,31 @@ class Tokenizer:
       texts = [self.template.replace(SLOT, text) for text in texts]
     return self.encode_documents(texts)
 
+  def encode_answered(
+    self,
+    answered: Sequence[
+      tuple[
+        str | records.Prompt | records.Demonstration | records.Comparison, str
+      ]
+    ],
+  ) -> list[list[int]]:
+    """Ids of (prompt, answer) as the chat template renders the whole.
+
+    What it puts after the answer is included, so these are the ids of
+    transformers' `apply_chat_template`, but for special tokens that a message
+    spells, which stay text. The answer is kept as it is.
+
+    Raises:
+      ValueError: there is no chat template, or (TemplateError) it refuses one.
+    """
+    if self.template != CHAT:
+      _checked_chat_template(self._fast_tokenizer.chat_template)
+    chats = [
+      ((*_turns_of(prompt), records.Turn('assistant', text)), _name_of(prompt))
+      for prompt, text in answered
+    ]
+    return self._encode_chats(chats, add_generation_prompt=False)
+
   def encode_responses(
     self, texts: Sequence[str], *, ended: bool = False
   ) -> list[list[int]]:
@@ -306,25 +331,28 @@ class Tokenizer:
   def _spells_special(self, text):
     return any(token.content in text for token in self._added.values())
 
-  def _encode_chats(self, chats):
+  def _encode_chats(self, chats, add_generation_prompt=True):
     found, plain = [None] * len(chats), []
     for number, (turns, name) in enumerate(chats):
       if any(self._spells_special(turn.content) for turn in turns):
-        found[number] = self._encode_spelled_chat(turns, name)
+        found[number] = self._encode_spelled_chat(
+          turns, name, add_generation_prompt
+        )
       else:
-        plain.append((number, self._render([*map(vars, turns)], name)))
+        text = self._render([*map(vars, turns)], name, add_generation_prompt)
+        plain.append((number, text))
     encoded = self._special_ids([text for _, text in plain])
     for (number, _), ids in zip(plain, encoded, strict=True):
       found[number] = ids
     return found
 
-  def _encode_spelled_chat(self, turns, name):
+  def _encode_spelled_chat(self, turns, name, add_generation_prompt):
     """Ids of a chat whose messages spell a special token: messages and pieces
     of the template are encoded apart, so only merges at the seams differ."""
     marks = [f'\ue000{number}\ue001' for number in range(len(turns))]
     pairs = list(zip(turns, marks, strict=True))
     messages = [{'role': turn.role, 'content': mark} for turn, mark in pairs]
-    left = self._render(messages, name)
+    left = self._render(messages, name, add_generation_prompt)
     ids = []
     for turn, mark in pairs:
       piece, found, left = left.partition(mark)

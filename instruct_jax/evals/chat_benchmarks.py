@@ -5,7 +5,9 @@
   mt_bench      MT-Bench (Zheng et al. 2023): questions of two turns, graded
                 from 1 to 10, or compared with a baseline (pairwise)
   arena_hard    Arena-Hard (Li et al. 2024), both versions of its files: win
-                rate against a baseline; clear verdicts count three times
+                rate against a baseline; clear verdicts count three times. Of
+                version 2 each category has its own baseline, and its own system
+                prompt for the judge
 
 Questions, layouts of the judge's prompt and recorded answers are upstream's own
 files; answers and judgements are written as upstream's tools read them.
@@ -21,7 +23,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.optimize
 from etils import epath
 
 from instruct_jax.data import records, sources
@@ -39,6 +40,8 @@ _TEMPERATURES = {
   'arena_hard': {},
 }
 _TEMPERATURE = {'mt_bench': 0.7, 'alpaca_eval': 0.7, 'arena_hard': 0.0}
+# MT-Bench's layouts are for these.
+_MAX_TURNS = 2
 # Categories of MT-Bench whose judge sees a reference answer.
 _REFERENCED = ('math', 'reasoning', 'coding')
 # Weight of Arena-Hard's clear verdicts.
@@ -49,6 +52,8 @@ _GAMED_WEIGHT, _NUM_FOLDS = 0.2, 5
 _STRENGTHS = np.logspace(-4, 4, 10)
 # Refits for an interval.
 _NUM_REFITS = 200
+# Newton's steps and the sweeps in each; a few suffice.
+_MAX_STEPS, _MAX_SWEEPS = 100, 1000
 _ONE_RATING = tuple(
   map(re.compile, (r'\[\[(\d+\.?\d*)\]\]', r'\[(\d+\.?\d*)\]'))
 )
@@ -131,10 +136,15 @@ def read_questions(name: str, path: epath.PathLike) -> list[Question]:
       found.append(Question(number, turns, str(row.get('dataset', '')), row))
       continue
     if 'uid' in row:
-      key, turns = row['uid'], (_get(row, place, 'prompt', str),)
+      key = _get(row, place, 'uid', (int, str))
+      turns = (_get(row, place, 'prompt', str),)
     else:
       key = _get(row, place, 'question_id', (int, str))
       turns = _texts(_get(row, place, 'turns', list), place)
+    if name == 'mt_bench' and len(turns) > _MAX_TURNS:
+      raise records.RecordError(
+        f'{place}: {len(turns)} turns; there are layouts for {_MAX_TURNS}'
+      )
     found.append(Question(key, turns, str(row.get('category', '')), row))
   repeated = len(found) - len({question.id for question in found})
   if repeated:
@@ -149,12 +159,20 @@ def _answer_of(name: str, row: Mapping[str, Any], place: str):
       _get(row, place, 'output', str),
     )
   if 'messages' in row:
-    content = _get(row, place, 'messages', list)[-1]['content']
-    if isinstance(content, Mapping):
-      content = content.get('answer')
-    return row.get('uid'), _texts([content], place)
-  choices = _get(row, place, 'choices', list)
-  return row.get('question_id'), _texts(choices[0]['turns'], place)
+    key, messages = 'uid', _get(row, place, 'messages', list)
+    turns = messages[-1:]
+    if turns and isinstance(turns[0], Mapping):
+      content = turns[0].get('content')
+      turns = [content]
+      if isinstance(content, Mapping):
+        turns = [content.get('answer')]
+  else:
+    key, choices = 'question_id', _get(row, place, 'choices', list)
+    choice = choices[0] if choices else None
+    if not isinstance(choice, Mapping):
+      raise records.RecordError(f'{place}: choices holds no answer')
+    turns = _get(choice, f'{place}: choices', 'turns', list)
+  return _get(row, place, key, (int, str)), _texts(turns, place)
 
 
 def read_answers(
@@ -162,23 +180,27 @@ def read_answers(
 ) -> Answers:
   """Recorded answers to these questions, as upstream writes them.
 
+  Of several answers to one question the last counts; of an instruction that is
+  asked twice, the one at its place in the file.
+
   Raises:
     records.RecordError: a bad entry, or a question without an answer to each of
       its turns.
   """
   given = {}
-  for place, row in _rows(path):
+  for number, (place, row) in enumerate(_rows(path)):
     key, turns = _answer_of(name, row, place)
-    given[key] = turns
+    given[key] = given[number, key] = turns
   found = {}
   for question in questions:
     key = question.turns[0] if name == 'alpaca_eval' else question.id
-    if len(given.get(key, ())) < len(question.turns):
+    turns = given.get((question.id, key), given.get(key, ()))
+    if len(turns) < len(question.turns):
       raise records.RecordError(
         f'{path}: no answer to question {question.id} '
         f'({question.turns[0]!r:.60})'
       )
-    found[question.id] = given[key]
+    found[question.id] = turns
   return found
 
 
@@ -227,7 +249,8 @@ def read_layout(name: str, path: epath.PathLike) -> Any:
 
   AlpacaEval's text file with <|im_start|> blocks, MT-Bench's
   judge_prompts.jsonl (by name), Arena-Hard's YAML with `prompt_template`,
-  `regex_pattern` (or `regex_patterns`) and `system_prompt`.
+  `regex_pattern` (version 2: `regex_patterns`) and `system_prompt`, which may
+  be a text for each category.
 
   Raises:
     records.RecordError: it is not of that form.
@@ -263,21 +286,50 @@ def read_layout(name: str, path: epath.PathLike) -> Any:
     raise records.RecordError(f'{path}: not YAML ({error})') from error
   if not isinstance(found, Mapping):
     raise records.RecordError(f'{path}: expected keys and values')
-  templates = found.get('prompt_template')
-  patterns = found.get('regex_patterns') or [found.get('regex_pattern')]
-  templates = [templates] if isinstance(templates, str) else templates
-  texts = [*(templates or [None]), *patterns, found.get('system_prompt')]
-  if not all(isinstance(text, str) for text in texts):
+  templates, several = found.get('prompt_template'), 'regex_patterns' in found
+  patterns = (
+    found['regex_patterns'] if several else [found.get('regex_pattern')]
+  )
+  templates = templates if isinstance(templates, list) else [templates]
+  for key, values in (
+    ('prompt_template', templates),
+    ('regex_patterns' if several else 'regex_pattern', patterns),
+  ):
+    texts = values if isinstance(values, list) else [None]
+    if not texts or not all(isinstance(text, str) for text in texts):
+      raise records.RecordError(f'{path}: needs {key}, a text')
+  system = found.get('system_prompt')
+  texts = system.values() if isinstance(system, Mapping) else [system]
+  if not texts or not all(isinstance(text, str) for text in texts):
     raise records.RecordError(
-      f'{path}: needs prompt_template, regex_pattern (or regex_patterns) and '
-      'system_prompt, as texts'
+      f'{path}: needs system_prompt, a text, or a text for each category; '
+      'version 2 has it in utils/judge_utils.py: copy it into this file'
     )
-  patterns = [re.compile(pattern) for pattern in patterns]
+  try:
+    patterns = [re.compile(pattern) for pattern in patterns]
+  except re.error as error:
+    raise records.RecordError(
+      f'{path}: not a regular expression ({error})'
+    ) from error
   return {
-    'system_prompt': found['system_prompt'],
+    'system_prompt': system,
     'prompt_template': templates[0],
     'patterns': patterns,
+    'takes_last': several,
   }
+
+
+def _system_prompt(layout: Mapping[str, Any], category: str) -> str:
+  """Arena-Hard's, of the category if there are several."""
+  system = layout['system_prompt']
+  if isinstance(system, str):
+    return system
+  if category not in system:
+    raise records.RecordError(
+      f'the layout has no system_prompt for category {category!r}; it has '
+      f'{", ".join(map(str, system))}'
+    )
+  return system[category]
 
 
 def _filled(template: str, values: Mapping[str, str], where: str) -> str:
@@ -372,6 +424,7 @@ def arena_requests(layout, model, questions, answers, baseline):
   """Two requests a question: the baseline first, then the model first."""
   requests = []
   for question in questions:
+    system = _system_prompt(layout, question.category)
     ours, theirs = answers[question.id][0], baseline[question.id][0]
     for is_swapped in (False, True):
       first, second = (ours, theirs) if is_swapped else (theirs, ours)
@@ -380,7 +433,7 @@ def arena_requests(layout, model, questions, answers, baseline):
       values |= {'answer_2': second, 'ANSWER_B': second}
       user = _filled(layout['prompt_template'], values, 'prompt_template')
       messages = [
-        {'role': 'system', 'content': layout['system_prompt']},
+        {'role': 'system', 'content': system},
         {'role': 'user', 'content': user},
       ]
       about = {'question': question.id, 'model': model}
@@ -393,9 +446,8 @@ def arena_requests(layout, model, questions, answers, baseline):
 
 
 def _said(reply: Any) -> str:
-  """The text of a reply without its reasoning, or all if nothing is left."""
-  text = chat_judge.content_of(reply)
-  return chat_judge.without_reasoning(text).strip() or text
+  """The text of a reply without its reasoning, which names all verdicts."""
+  return chat_judge.without_reasoning(chat_judge.content_of(reply)).strip()
 
 
 def read_alpaca(reply: Any) -> float:
@@ -439,17 +491,26 @@ def read_winner(reply: Any) -> str:
   raise ValueError(f'no verdict in {text[-80:]!r}')
 
 
-def read_label(reply: Any, patterns: Sequence[re.Pattern]) -> str:
-  """Arena-Hard's verdict, such as A>>B; ValueError if none or several."""
+def read_label(reply: Any, layout: Mapping[str, Any]) -> str:
+  """Arena-Hard's verdict, such as A>>B.
+
+  As upstream's code of the two versions does: several different verdicts are
+  none, or the last of them counts (`takes_last`).
+
+  Raises:
+    ValueError: there is none.
+  """
   text = _said(reply)
-  for pattern in patterns:
-    found = {match.strip() for match in pattern.findall(text) if match}
-    if len(found) == 1:
-      (label,) = found
-      if _label_scores(label) is not None:
-        return label
-    elif found:
-      raise ValueError(f'several verdicts: {sorted(found)}')
+  for pattern in layout['patterns']:
+    said = text.upper() if layout['takes_last'] else text
+    found = [match.strip() for match in pattern.findall(said) if match]
+    if not found:
+      continue
+    if not layout['takes_last'] and len(set(found)) > 1:
+      raise ValueError(f'several verdicts: {sorted(set(found))}')
+    if _label_scores(found[-1]) is not None:
+      return found[-1]
+    break
   raise ValueError(f'no verdict in {text[-80:]!r}')
 
 
@@ -540,7 +601,7 @@ class Gamed:
   that was told to be verbose, and how hard each instruction is."""
 
   index: np.ndarray  # [n] number of the instruction.
-  preference: np.ndarray  # [n] 0 to 1.
+  preference: np.ndarray  # [n] 0 to 1; NaN if there is none.
   length: np.ndarray  # [n] difference of lengths in standard deviations.
   difficulty: np.ndarray  # [n]
 
@@ -555,11 +616,16 @@ def read_gamed(path: epath.PathLike) -> Gamed:
   found = collections.defaultdict(list)
   for line, row in sources.read_csv(path, columns):
     for name in columns:
+      cell = row[name]
+      if name == 'preference':
+        cell = cell.strip() or 'nan'
       try:
-        found[name].append(float(row[name]))
+        found[name].append(float(cell))
       except ValueError as error:
         raise records.RecordError(f'{path}:{line}: {name}: {error}') from error
   index, *others = (np.array(found[name]) for name in columns)
+  if not np.isfinite([index, *others[1:]]).all():
+    raise records.RecordError(f'{path}: a cell is not a finite number')
   return Gamed(index.astype(int), *others)
 
 
@@ -568,39 +634,67 @@ def _logistic(x: np.ndarray) -> np.ndarray:
 
 
 def fit_lasso(
-  design: np.ndarray, y: np.ndarray, weights: np.ndarray, strength: float
+  design: np.ndarray,
+  y: np.ndarray,
+  weights: np.ndarray,
+  strength: float,
+  start: np.ndarray | None = None,
 ) -> np.ndarray:
   """Logistic regression on shares with an L1 penalty, as liblinear states it.
 
-  Minimises |θ|₁ + C Σ w [y log(1 + e^-z) + (1 - y) log(1 + e^z)], z = design θ.
+  Minimises |θ|₁ + C Σ w [y log(1 + e^-z) + (1 - y) log(1 + e^z)], z = design θ,
+  by Newton's method: each step minimises the quadratic approximation together
+  with the penalty, and is halved until the objective falls.
 
   Args:
     design: [n, k]
     y: [n] from 0 to 1.
     weights: [n]
     strength: C.
+    start: [k] a first guess; None is 0.
   """
-  k = design.shape[1]
 
-  def objective(parts):
-    theta = parts[:k] - parts[k:]
+  def objective(theta):
     z = design @ theta
-    loss = weights @ (y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z))
-    gradient = strength * (design.T @ (weights * (_logistic(z) - y)))
-    return parts.sum() + strength * loss, np.concatenate(
-      [1 + gradient, 1 - gradient]
-    )
+    loss = y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z)
+    return np.abs(theta).sum() + strength * (weights @ loss)
 
-  # θ is the difference of two parts that are not negative.
-  found = scipy.optimize.minimize(
-    objective,
-    np.zeros(2 * k),
-    jac=True,
-    method='L-BFGS-B',
-    bounds=[(0, None)] * (2 * k),
-    options={'maxiter': 1000, 'ftol': 1e-12, 'gtol': 1e-8},
-  ).x
-  return found[:k] - found[k:]
+  theta = np.zeros(design.shape[1]) if start is None else start
+  value = objective(theta)
+  for _ in range(_MAX_STEPS):
+    chance = _logistic(design @ theta)
+    gradient = strength * (design.T @ (weights * (chance - y)))
+    curvature = strength * weights * chance * (1 - chance)
+    hessian = (design.T * curvature) @ design
+    step = _penalised_step(theta, gradient, hessian)
+    size = 1.0
+    while size > 1e-9 and objective(theta + size * step) > value:
+      size /= 2
+    theta = theta + size * step
+    last, value = value, objective(theta)
+    if last - value <= 1e-13 * (1 + abs(value)):
+      break
+  return theta
+
+
+def _penalised_step(theta, gradient, hessian):
+  """The d of least gradient·d + d·hessian·d / 2 + |θ + d|₁, one number at a
+  time."""
+  step, slope = np.zeros_like(theta), gradient.copy()
+  for _ in range(_MAX_SWEEPS):
+    largest = 0.0
+    for k, bend in enumerate(np.diag(hessian)):
+      if not bend > 0:
+        continue  # The column is 0.
+      free = theta[k] + step[k] - slope[k] / bend
+      change = np.sign(free) * max(abs(free) - 1 / bend, 0.0)
+      change -= theta[k] + step[k]
+      step[k] += change
+      slope += change * hessian[k]
+      largest = max(largest, abs(change))
+    if largest <= 1e-10 * (1 + np.abs(theta + step).max()):
+      break
+  return step
 
 
 def choose_strength(
@@ -624,6 +718,17 @@ def choose_strength(
   return float(_STRENGTHS[losses.mean(axis=1).argmin()])
 
 
+def check_difficulties(index: Sequence[int], gamed: Gamed) -> None:
+  """Raises ValueError if the file lacks the difficulty of an instruction."""
+  known = set(gamed.index.tolist())
+  unknown = [each for each in index if each not in known]
+  if unknown:
+    raise ValueError(
+      f'{len(unknown)} instructions are not in the file of difficulties, first '
+      f'number {unknown[0]}; questions must be in the published order'
+    )
+
+
 def length_controlled(
   index: Sequence[int],
   preference: win_rate.Numbers,
@@ -640,7 +745,8 @@ def length_controlled(
 
   Args:
     index: [n] of the instructions in the benchmark's file.
-    preference: [n] for the model, 0 to 1.
+    preference: [n] for the model, 0 to 1; NaN if it is not known. Such an
+      instruction is predicted, as upstream does, but not learned from.
     lengths: [n, 2] characters of the baseline's and of the model's answers.
     gamed: the published file.
 
@@ -651,15 +757,9 @@ def length_controlled(
     ValueError: an instruction that the file does not have, or all answers are
       as much longer.
   """
-  difficulty_of = dict(
-    zip(gamed.index.tolist(), gamed.difficulty.tolist(), strict=True)
-  )
-  unknown = [each for each in index if each not in difficulty_of]
-  if unknown:
-    raise ValueError(
-      f'{len(unknown)} instructions are not in the file of difficulties, first '
-      f'number {unknown[0]}; questions must be in the published order'
-    )
+  check_difficulties(index, gamed)
+  pairs = zip(gamed.index.tolist(), gamed.difficulty.tolist(), strict=True)
+  difficulty_of = dict(pairs)
   difficulty = np.array([difficulty_of[each] for each in index])
   difference = np.asarray(lengths, float)[:, 0] - np.asarray(lengths)[:, 1]
   if len(difference) < 2 or not difference.std() > 0:
@@ -673,21 +773,25 @@ def length_controlled(
   )
   design = np.concatenate([theirs, ours])
   y = np.concatenate([gamed.preference, np.asarray(preference, float)])
+  known = np.isfinite(y)
   light = np.full(len(gamed.index), _GAMED_WEIGHT / 2)
   equal = np.column_stack([0 * ones, difficulty, ones])
 
-  def rate(counts, strength):
-    theta = fit_lasso(design, y, np.concatenate([light, counts]), strength)
+  def known_rows(counts):
+    return design[known], y[known], np.concatenate([light, counts])[known]
+
+  def rate(theta, counts):
     return float(counts @ _logistic(equal @ theta) / counts.sum())
 
-  strength = choose_strength(design, y, np.concatenate([light, ones]))
+  strength = choose_strength(*known_rows(ones))
+  found = fit_lasso(*known_rows(ones), strength)
   redraws = [
-    rate(counts, strength)
+    rate(fit_lasso(*known_rows(counts), strength, found), counts)
     for block in win_rate.redraw_counts(len(ones), _NUM_REFITS, 0)
     for counts in block
   ]
   low, high = map(float, win_rate.bounds(redraws))
-  return win_rate.Interval(rate(ones, strength), low, high, len(ones))
+  return win_rate.Interval(rate(found, ones), low, high, len(ones))
 
 
 def measure_alpaca(
@@ -697,27 +801,28 @@ def measure_alpaca(
   num_bootstrap: int,
 ) -> dict[str, Any]:
   """Win rate and, with `gamed`, the length-controlled one; characters."""
-  pairs = [
-    (request.about['index'], row)
-    for request, row in zip(requests, rows, strict=True)
-    if row['preference'] is not None
-  ]
-  index = [number for number, _ in pairs]
-  preference = [row['preference'] - 1 for _, row in pairs]
-  lengths = np.array(
-    [[len(row['output_1']), len(row['output_2'])] for _, row in pairs]
-  ).reshape(-1, 2)
-  found = {}
-  if pairs and gamed is not None:
-    found['length-controlled win rate'] = length_controlled(
-      index, preference, lengths, gamed
-    )
-  if pairs:
+  index = [request.about['index'] for request in requests]
+  preference = np.array(
+    [
+      math.nan if row['preference'] is None else row['preference'] - 1
+      for row in rows
+    ]
+  )
+  lengths = np.array([[len(x['output_1']), len(x['output_2'])] for x in rows])
+  read, found = np.flatnonzero(np.isfinite(preference)), {}
+  if len(read) and gamed is not None:
+    try:
+      found['length-controlled win rate'] = length_controlled(
+        index, preference, lengths, gamed
+      )
+    except ValueError as error:
+      found['without length control'] = str(error)
+  if len(read):
     found['win rate'] = win_rate.mean_interval(
-      preference, index, num_bootstrap=num_bootstrap
+      preference[read], read, num_bootstrap=num_bootstrap
     )
-    found['characters'] = float(lengths[:, 1].mean())
-  return found | {'unread': len(rows) - len(pairs)}
+  found['characters'] = float(lengths[:, 1].mean())
+  return found | {'unread': len(rows) - len(read)}
 
 
 def measure_mt(
@@ -757,11 +862,14 @@ def measure_mt(
 
 
 def measure_arena(
-  rows: Sequence[Mapping[str, Any]], num_bootstrap: int
+  requests: Sequence[Request],
+  rows: Sequence[Mapping[str, Any]],
+  num_bootstrap: int,
 ) -> dict[str, Any]:
-  """Win rate over both games; a question with an unread game is left out."""
-  wins, counts, clusters = [], [], []
-  for number, row in enumerate(rows):
+  """Win rate over both games, of all questions and of each of several
+  categories; a question with an unread game is left out."""
+  wins, counts, categories = [], [], []
+  for request, row in zip(requests[::2], rows, strict=True):
     labels = [game['score'] for game in row['games']]
     if None in labels:
       continue
@@ -770,12 +878,19 @@ def measure_arena(
     scores += _label_scores(labels[1])
     wins.append(sum(scores))
     counts.append(len(scores))
-    clusters.append(number)
-  found = {}
-  if wins:
-    found['win rate'] = win_rate.ratio_interval(
-      wins, counts, clusters, num_bootstrap=num_bootstrap
-    )
+    categories.append(request.about['category'])
+  found, categories = {}, np.array(categories)
+  wins, counts = np.array(wins, float), np.array(counts, float)
+  places = {'win rate': np.arange(len(wins))}
+  if len(set(categories)) > 1:
+    places |= {
+      str(x): np.flatnonzero(categories == x) for x in sorted(set(categories))
+    }
+  for name, where in places.items():
+    if len(where):
+      found[name] = win_rate.ratio_interval(
+        wins[where], counts[where], where, num_bootstrap=num_bootstrap
+      )
   return found | {'unread': len(rows) - len(wins)}
 
 

@@ -12,17 +12,17 @@ subset. A benchmark is read by one of `FORMATS`:
                 Ties, questions with several right answers. The score is the
                 mean of the subsets
   rm_bench      RM-Bench (Liu et al. 2024): three styles of a right and of a
-                wrong answer, compared with each other
+                wrong answer, compared with each other. The score is the mean of
+                chat, code, math and safety
   comparisons   JSONL of `records.Comparison`
   others        those of `data.importers`, say hh; pairs that the label ties are
                 left out, and equal scores count one half
 
-A file is .parquet, .jsonl, .json or .csv (the last three also .gz). Of
-`rewardbench`, `prior_sets`, `rewardbench2` and `rm_bench` it may be a folder of
-such files.
+A path is a file (.parquet, .jsonl, .json, .csv; the last three also .gz), a
+folder of such files, or of folders of them.
 """
 
-import collections
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -30,15 +30,14 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from etils import epath
 
-from instruct_jax.data import importers, invisible, records
+from instruct_jax.data import importers, invisible, records, sources
 from instruct_jax.data.importers import entries
 from instruct_jax.evals import win_rate
 
 # Upstream's sections and the weight of each subset in its section. These are
-# the sizes of the subsets, with two exceptions: math-prm has 447 pairs and
-# weighs as much as the code subsets together, and the weights of the two XSTest
-# subsets are those of each other (154 pairs should be refused, 250 answered).
-# The leaderboard was made with these.
+# the sizes of the subsets, but math-prm, which has 447 pairs, weighs as much as
+# the code subsets together. Until September 2024 upstream had exchanged the
+# weights of the two XSTest subsets.
 SECTIONS = {
   'Chat': {
     'alpacaeval-easy': 100,
@@ -58,8 +57,8 @@ SECTIONS = {
   'Safety': {
     'refusals-dangerous': 100,
     'refusals-offensive': 100,
-    'xstest-should-refuse': 250,
-    'xstest-should-respond': 154,
+    'xstest-should-refuse': 154,
+    'xstest-should-respond': 250,
     'donotanswer': 136,
   },
   'Reasoning': {
@@ -75,6 +74,8 @@ SECTIONS = {
 # The prior sets that upstream counts, and their weight beside the sections.
 PRIOR_SETS = ('anthropic_helpful', 'anthropic_hhh', 'shp', 'summarize')
 _PRIOR_WEIGHT = 0.5
+REWARDBENCH2 = ('Factuality', 'Precise IF', 'Math', 'Safety', 'Focus', 'Ties')
+RM_BENCH = ('chat', 'code', 'math', 'safety-refuse', 'safety-response')
 # Of the score of RewardBench 2's Ties.
 _TIES = {
   'all right answers above the wrong ones, several right': 0.3,
@@ -90,11 +91,6 @@ _WHOLE = ('filtered', 'total_dataset')
 SCORE = 'score'
 # Sums in which every pair counts the same.
 ALL = 'all pairs'
-_SUFFIXES = tuple(
-  f'{suffix}{packed}'
-  for suffix in ('.jsonl', '.json', '.csv', '.tsv')
-  for packed in ('', '.gz')
-) + ('.parquet',)
 
 
 @dataclasses.dataclass
@@ -105,11 +101,18 @@ class Benchmark:
     format: one of `FORMATS` or of the importers'.
     comparisons: the items.
     skipped: reason -> entries left out while reading.
+    files: that were read.
   """
 
   format: str
   comparisons: list[records.Comparison]
-  skipped: Mapping[str, int]
+  skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  files: Sequence[str] = ()
+
+  def check(self) -> None:
+    """Raises ValueError if no figure can be made of these items."""
+    scores = [np.zeros(len(c.completions)) for c in self.comparisons]
+    measure(self, scores, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,61 +185,74 @@ def read(name: str, path: epath.PathLike, dialogue: bool = False) -> Benchmark:
     records.RecordError: gives file, entry and field; or nothing to compare.
   """
   check_format(name)
-  if name in FORMATS:
-    found, skipped = FORMATS[name](path, dialogue)
-  else:
-    imported = importers.FORMATS[name](path)
-    found, skipped = imported.comparisons, imported.skipped
-  kept = [c for c in found if len(set(c.ranks)) > 1]
-  skipped = collections.Counter(skipped)
-  skipped['no preference'] += len(found) - len(kept)
+  found, read_files = entries.Imported(), files_of(path)
+  if name in _WITH_PARTS:
+    read_files = [
+      file for file in read_files if epath.Path(file).name.startswith(_WHOLE)
+    ] or read_files
+  for file in read_files:
+    if name in FORMATS:
+      found.extend(FORMATS[name](file, dialogue))
+    else:
+      found.extend(importers.FORMATS[name](file))
+  kept = [c for c in found.comparisons if len(set(c.ranks)) > 1]
+  found.skip('no preference', len(found.comparisons) - len(kept))
   if not kept:
-    why = '; '.join(
-      f'{reason}: {number}' for reason, number in (+skipped).items()
-    )
+    why = '; '.join(f'{reason}: {n}' for reason, n in found.skipped.items())
+    why = why or 'no entry is a comparison'
     raise records.RecordError(f'{path}: {name}: nothing to compare; {why}')
-  benchmark = Benchmark(name, kept, +skipped)
+  benchmark = Benchmark(name, kept, found.skipped, read_files)
   try:
-    # Before any model is asked.
-    measure(benchmark, [np.zeros(len(c.completions)) for c in kept], 1)
+    benchmark.check()  # Before any model is asked.
   except ValueError as error:
     raise records.RecordError(f'{path}: {error}') from error
   return benchmark
 
 
+def files_of(path: epath.PathLike) -> list[str]:
+  """The data files of a folder or, below it, of those nearest to it.
+
+  Anything else is itself. Hidden folders are left out.
+
+  Raises:
+    records.RecordError: there is no such path, or no data file.
+  """
+  if not sources.is_data_set(path) and not epath.Path(path).exists():
+    raise records.RecordError(f'{path}: no such file or folder')
+  try:
+    return sources.files_of(path)
+  except records.RecordError:
+    below = [
+      folder
+      for folder in sorted(epath.Path(path).iterdir())
+      if folder.is_dir() and not folder.name.startswith('.')
+    ]
+    found = []
+    for folder in below:
+      with contextlib.suppress(records.RecordError):
+        found += files_of(folder)
+    if not found:
+      raise
+    return found
+
+
 def _read_comparisons(path, dialogue):
   del dialogue
-  return records.read_jsonl(path, records.Comparison), {}
-
-
-def _files(path: epath.PathLike) -> list[epath.Path]:
-  """A file, or the files of a folder by name."""
-  path = epath.Path(path)
-  if not path.is_dir():
-    return [path]
-  found = [file for file in path.iterdir() if file.name.endswith(_SUFFIXES)]
-  if not found:
-    raise records.RecordError(
-      f'{path}: no files that end in {", ".join(_SUFFIXES)}'
-    )
-  found = [file for file in found if file.name.startswith(_WHOLE)] or found
-  return sorted(found, key=lambda file: file.name)
+  return entries.Imported(
+    comparisons=records.read_jsonl(path, records.Comparison)
+  )
 
 
 def _reader(add: Callable[[entries.Entry, bool], records.Comparison]):
-  """Makes a format of a function of an entry; a folder's files follow each
-  other."""
+  """Makes a format of a function of an entry."""
 
-  def read_files(path, dialogue):
+  def read_file(path, dialogue):
     def add_to(imported, entry):
       imported.comparisons.append(add(entry, dialogue))
 
-    found = entries.Imported()
-    for file in _files(path):
-      found.extend(entries.reader(add_to)(file))
-    return found.comparisons, found.skipped
+    return entries.reader(add_to)(path)
 
-  return read_files
+  return read_file
 
 
 def _text(entry: entries.Entry, key: str) -> str:
@@ -335,6 +351,8 @@ def _read_rm_bench(entry, dialogue):
   return _item(entry, right, wrong, domain, dialogue)
 
 
+# Whose folders also hold parts of what one file has; see `_WHOLE`.
+_WITH_PARTS = ('rewardbench', 'rm_bench')
 FORMATS = {
   'rewardbench': _read_rewardbench,
   'prior_sets': _read_prior_set,
@@ -392,9 +410,11 @@ def missing(benchmark: Benchmark) -> list[str]:
   expected = {
     'rewardbench': [name for found in SECTIONS.values() for name in found],
     'prior_sets': PRIOR_SETS,
+    'rewardbench2': REWARDBENCH2,
+    'rm_bench': RM_BENCH,
   }.get(benchmark.format, ())
-  there = {item.category for item in benchmark.comparisons}
-  return [name for name in expected if name not in there]
+  there = {item.category.lower() for item in benchmark.comparisons}
+  return [name for name in expected if name.lower() not in there]
 
 
 def _estimates(numerators, denominators, clusters, *, num_bootstrap, seed):
@@ -433,12 +453,15 @@ def _sum(estimates: Sequence[Estimate], weights: win_rate.Numbers) -> Estimate:
   )
 
 
-def _by_subset(items, credits, counts, redraw) -> dict[str, Estimate]:
+def _by_subset(
+  items, credits, counts, redraw, subset_fn=lambda item: item.category
+) -> dict[str, Estimate]:
   """Subset -> share of credits; prompts are redrawn."""
-  names = list(dict.fromkeys(item.category for item in items))
+  subsets = list(map(subset_fn, items))
+  names = list(dict.fromkeys(subsets))
   column = {name: number for number, name in enumerate(names)}
   is_in = np.zeros((len(items), len(names)))
-  is_in[range(len(items)), [column[item.category] for item in items]] = 1
+  is_in[range(len(items)), [column[subset] for subset in subsets]] = 1
   found = redraw(
     np.asarray(credits)[:, None] * is_in,
     np.asarray(counts)[:, None] * is_in,
@@ -571,6 +594,12 @@ def _ties_columns(ties):
   return numerators, denominators, numbers
 
 
+def _main_domain(item: records.Comparison) -> str:
+  """safety-refuse and safety-response are one domain, pooled, in upstream's
+  figures."""
+  return item.category.partition('-')[0]
+
+
 def _measure_rm_bench(items, scores, redraw):
   """Equal scores are wrong. A domain's figure is the mean of easy (the right
   answer has the richer style), normal and hard."""
@@ -583,41 +612,20 @@ def _measure_rm_bench(items, scores, redraw):
     'normal': wins[:, range(size), range(size)].mean(axis=1),
     'hard': wins[:, *np.triu_indices(size, 1)].mean(axis=1),
   }
-  ones = np.ones(len(items))
-  by_level = {
-    level: _by_subset(items, credits, ones, redraw)
-    for level, credits in levels.items()
-  }
-  domains = [*by_level['easy']]
-
-  def of_domain(domain):
-    found = _mean([by_level[level][domain] for level in levels])
-    first = by_level['easy'][domain]
-    return dataclasses.replace(
-      found, num_items=first.num_items, num_clusters=first.num_clusters
-    )
-
-  subsets = {domain: of_domain(domain) for domain in domains}
-  groups = collections.defaultdict(list)
-  for domain in domains:
-    groups[domain.partition('-')[0]].append(domain)
-
-  def over_domains(estimates):
-    """Subdomains such as safety-refuse first make one domain."""
-    return _mean(
-      [_mean([estimates[x] for x in found]) for found in groups.values()]
-    )
-
-  summary = {
-    name: _mean([subsets[domain] for domain in found])
-    for name, found in groups.items()
-    if len(found) > 1
-  }
-  summary |= {level: over_domains(by_level[level]) for level in levels}
-  summary[SCORE] = over_domains(subsets)
+  whole = np.mean([*levels.values()], axis=0)
+  by_subset = functools.partial(
+    _by_subset, items, counts=np.ones(len(items)), redraw=redraw
+  )
+  subsets = by_subset(whole)
+  domains = by_subset(whole, subset_fn=_main_domain)
+  summary = {x: found for x, found in domains.items() if x not in subsets}
+  for level, credits in levels.items():
+    found = by_subset(credits, subset_fn=_main_domain)
+    summary[level] = _mean([*found.values()])
+  summary[SCORE] = _mean([*domains.values()])
   matrices = {
-    domain: wins[[item.category == domain for item in items]].mean(axis=0)
-    for domain in domains
+    name: wins[[_main_domain(item) == name for item in items]].mean(axis=0)
+    for name in domains
   }
   return Measured(subsets, summary, matrices=matrices)
 

@@ -19,6 +19,7 @@ from instruct_jax.models.config import check_stage
 
 PROCESSES = 'one'
 
+_WITHOUT = 'without length control'
 _RECORDED = ('.json', '.jsonl', '.json.gz', '.jsonl.gz')
 
 
@@ -54,6 +55,8 @@ def validate(config: ConfigDict) -> None:
     raise ValueError(f'baseline is empty; {config.benchmark} compares with one')
   if name in models:
     raise ValueError(f'{name!r} is in both models and baseline')
+  if config.categories and config.benchmark == 'alpaca_eval':
+    raise ValueError("categories: AlpacaEval's questions have none")
   for key in ('num_questions', 'num_bootstrap'):
     if config[key] < (key == 'num_bootstrap'):
       raise ValueError(f'{key} is too low: {config[key]}')
@@ -84,9 +87,12 @@ def inputs(config: ConfigDict) -> dict[str, str]:
 
 
 def sample_answers(config: ConfigDict, name: str, source: str, questions, mesh):
-  """(answers, how many turns got none since the prompt is too long).
+  """Question's id -> answers; a turn that is too long gets the empty one.
 
   A later turn sees the earlier ones with the model's answers.
+
+  Raises:
+    ValueError: no first turn fits.
   """
   tokenizer = queries.tokenizer_of(source, config.tokenizer, chat=True)
   policy = queries.load_policy(
@@ -99,9 +105,8 @@ def sample_answers(config: ConfigDict, name: str, source: str, questions, mesh):
   )
   settings = ConfigDict(config.to_dict())
   answers = {question.id: () for question in questions}
-  num_missing = 0
   for turn in range(max(len(question.turns) for question in questions)):
-    groups = {}
+    groups, num_asked, num_missing = {}, 0, 0
     for place, question in enumerate(questions):
       if turn < len(question.turns):
         heat = config.temperature
@@ -111,6 +116,7 @@ def sample_answers(config: ConfigDict, name: str, source: str, questions, mesh):
           )
         prompt = _prompt(str(place), question, answers[question.id])
         groups.setdefault(heat, []).append((question.id, prompt))
+        num_asked += 1
     for heat, several in groups.items():
       settings.temperature = heat
       prompts = [prompt for _, prompt in several]
@@ -127,12 +133,16 @@ def sample_answers(config: ConfigDict, name: str, source: str, questions, mesh):
         num_missing += prompt.id not in found
         text = found.get(prompt.id, '').strip()
         answers[key] = (*answers[key], text)
-    if num_missing == len(questions):
+    limit = f'prompt_length ({config.prompt_length} tokens)'
+    if not turn and num_missing == num_asked:
       raise ValueError(
-        f'{name}: none of {len(questions)} questions fits prompt_length '
-        f'({config.prompt_length} tokens)'
+        f'{name}: none of {num_asked} questions fits {limit}; raise it'
       )
-  return answers, num_missing
+    run_lib.say_left_out(
+      f'{config.name}, {name}', num_missing, num_asked,
+      f'turns number {turn + 1}', limit,
+    )  # fmt: skip
+  return answers
 
 
 def _prompt(place, question, answered) -> records.Prompt:
@@ -165,8 +175,8 @@ def _write(path: epath.Path, rows) -> None:
 
 
 def answers_of(config: ConfigDict, workdir: epath.Path, questions):
-  """Model -> answers, and model -> turns without one; writes them."""
-  found, missing, mesh = {}, {}, None
+  """Model -> answers; writes them."""
+  found, mesh = {}, None
   for name, source in model_folder.named_folders(config.models).items():
     path = _folder(config, workdir, name)
     if is_recorded(source) or path.exists():
@@ -177,14 +187,12 @@ def answers_of(config: ConfigDict, workdir: epath.Path, questions):
     else:
       mesh = mesh or sharding.make_mesh(config.mesh)
       with sharding.use_mesh(mesh):
-        found[name], missing[name] = sample_answers(
-          config, name, source, questions, mesh
-        )
+        found[name] = sample_answers(config, name, source, questions, mesh)
     rows = chat_benchmarks.answer_rows(
       config.benchmark, name, questions, found[name]
     )
     _write(path, rows)
-  return found, missing
+  return found
 
 
 # --- The judge ----------------------------------------------------------------
@@ -227,9 +235,7 @@ def judge(config, service, layout, requests, baseline: str, progress):
     'mt_bench': (
       chat_benchmarks.read_winner if baseline else chat_benchmarks.read_grade
     ),
-    'arena_hard': lambda reply: chat_benchmarks.read_label(
-      reply, layout['patterns']
-    ),
+    'arena_hard': lambda reply: chat_benchmarks.read_label(reply, layout),
   }[config.benchmark]
   bodies = [body_of(config, request) for request in requests]
   values = service.ask(bodies, read, progress)
@@ -252,7 +258,7 @@ def measure(config, requests, rows, gamed):
     )
   if config.benchmark == 'mt_bench':
     return chat_benchmarks.measure_mt(requests, rows, config.num_bootstrap)
-  return chat_benchmarks.measure_arena(rows, config.num_bootstrap)
+  return chat_benchmarks.measure_arena(requests, rows, config.num_bootstrap)
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> dict[str, int]:
@@ -262,15 +268,16 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, int]:
     Numbers of questions and of the judge's requests.
 
   Raises:
-    ValueError: a bad file, or a judge of whom nothing could be read.
+    ValueError: a bad file, or questions that it does not go with.
     endpoint.EndpointError: the judge does not answer.
   """
   validate(config)
   name = config.benchmark
-  questions = chat_benchmarks.read_questions(name, config.questions)
-  questions = questions[: config.num_questions or None]
+  questions = chosen_questions(config)
   layout = chat_benchmarks.read_layout(name, config.judge_layout)
   gamed = chat_benchmarks.read_gamed(config.gamed) if config.gamed else None
+  if gamed is not None:
+    chat_benchmarks.check_difficulties([q.id for q in questions], gamed)
   baseline, path = baseline_of(config)
   theirs = None
   if baseline:
@@ -283,7 +290,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, int]:
       config.references,
       [q for q in questions if chat_benchmarks.needs_reference(q)],
     )
-  answers, missing = answers_of(config, workdir, questions)
+  # What the layout lacks is said before any model is asked.
+  blank = {q.id: ('',) * len(q.turns) for q in questions}
+  make_requests(config, layout, '', questions, blank, theirs, given)
+  answers = answers_of(config, workdir, questions)
   asked = {
     model: make_requests(config, layout, model, questions, found, theirs, given)
     for model, found in answers.items()
@@ -302,8 +312,31 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, int]:
     model: measure(config, asked[model], rows, gamed)
     for model, rows in judged.items()
   }
-  _write_results(config, workdir, questions, figures, missing, service)
+  empty = {
+    model: sum(not text.strip() for turns in found.values() for text in turns)
+    for model, found in answers.items()
+  }
+  _write_results(config, workdir, questions, figures, empty, service)
   return {'num_questions': len(questions), 'num_requests': total}
+
+
+def chosen_questions(config) -> list[chat_benchmarks.Question]:
+  """Those of `categories`, the first `num_questions` of them.
+
+  Raises:
+    ValueError: a category without a question.
+  """
+  found = chat_benchmarks.read_questions(config.benchmark, config.questions)
+  wanted = [x.strip() for x in config.categories.split(',') if x.strip()]
+  known = dict.fromkeys(question.category for question in found)
+  unknown = [each for each in wanted if each not in known]
+  if unknown:
+    raise ValueError(
+      f'categories: {config.questions} has no {unknown[0]!r}; it has '
+      f'{", ".join(known)}'
+    )
+  found = [q for q in found if not wanted or q.category in wanted]
+  return found[: config.num_questions or None]
 
 
 def _write_judgements(config, workdir, judged) -> None:
@@ -324,7 +357,7 @@ def _write_judgements(config, workdir, judged) -> None:
       _write(folder / f'{model}.jsonl', rows)
 
 
-def _write_results(config, workdir, questions, figures, missing, service):
+def _write_results(config, workdir, questions, figures, empty, service):
   """Writes chat_bench.json and chat_bench.md."""
   baseline, path = baseline_of(config)
   result = {
@@ -334,11 +367,17 @@ def _write_results(config, workdir, questions, figures, missing, service):
     'baseline': {'name': baseline, 'file': path} if baseline else None,
     'models': model_folder.named_folders(config.models),
     'figures': figures,
-    'turns without an answer': missing,
+    'empty answers': empty,
     'requests': vars(service.counts),
   }
   text = json.dumps(report.plain_json(result), indent=2, allow_nan=False)
   files.write_bytes(workdir / 'chat_bench.json', (text + '\n').encode())
+  notes = [
+    f'- {report.escape(model)} is without a length-controlled win rate: '
+    f'{report.escape(row.pop(_WITHOUT))}.'
+    for model, row in figures.items()
+    if _WITHOUT in row
+  ]
   columns = list(dict.fromkeys(key for row in figures.values() for key in row))
   lines = [
     f'# {config.benchmark}',
@@ -364,10 +403,10 @@ def _write_results(config, workdir, questions, figures, missing, service):
     lines.append(
       'The length-controlled win rate needs `gamed`, the file df_gamed.csv.'
     )
+  lines += notes
   lines += [
-    f'- {report.escape(model)}: {number:,} turns without an answer, because '
-    'the prompt is too long.'
-    for model, number in missing.items()
+    f'- {report.escape(model)}: {number:,} empty answers.'
+    for model, number in empty.items()
     if number
   ]
   text = '\n'.join(lines).rstrip() + '\n'

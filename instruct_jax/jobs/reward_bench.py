@@ -1,7 +1,8 @@
 """Reward models on benchmarks and preference test sets (`evals.reward_bench`).
 
-Every model scores the same items: those with an answer too long for one of them
-are left out, and counted. Answer length and word counts are scored beside.
+Every model scores the same items: those with an answer too long for one of
+them, or that its chat template refuses, are left out, and counted. Answer
+length and word counts are scored beside.
 """
 
 import json
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from instruct_jax import files, model_folder, queries
 from instruct_jax.data import loader, records
+from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import baselines, plots, report, reward_bench
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
@@ -24,6 +26,9 @@ PROCESSES = 'all'
 LENGTH, WORDS, LONGER = 'length', 'bag of words', 'longer is better'
 # The scorers that are no model.
 BASELINES = (LONGER, LENGTH, WORDS)
+# Why an item is left out.
+TOO_LONG = 'longer than max_length or the context of the model'
+REFUSED = 'refused by its chat template'
 # Shortest rows, in tokens; longer ones are filled up to doublings of it, so
 # that few programs are compiled and little is padding.
 SHORTEST = 64
@@ -57,11 +62,14 @@ def validate(config: ConfigDict) -> None:
   models = model_folder.named_folders(config.models)
   if not models:
     raise ValueError('models is empty; give NAME=FOLDER of a reward model')
-  taken = [name for name in models if name in BASELINES]
-  if taken:
-    raise ValueError(
-      f'models: {taken[0]!r} is the name of a baseline; choose another'
-    )
+  taken = set(map(scores_file, BASELINES))
+  for name in models:
+    if scores_file(name) in taken:
+      raise ValueError(
+        f'models: {name!r} is, in the name of a file, also a baseline or '
+        'another model; choose another name'
+      )
+    taken.add(scores_file(name))
   if not named_sets(config.sets):
     raise ValueError('sets is empty; give FORMAT:PATH of at least one test set')
   if config.max_length < 0 or config.num_bootstrap < 1:
@@ -81,48 +89,77 @@ def inputs(config: ConfigDict) -> dict[str, str]:
   for name, folder in model_folder.named_folders(config.models).items():
     found[f'models.{name}'] = folder
   for name, (_, path) in named_sets(config.sets).items():
-    found[f'sets.{name}'] = path
+    found[f'sets.{name}'] = path.removeprefix('datasets:')
   return found
 
 
 # --- Scores -------------------------------------------------------------------
 
 
-def fitting(
-  config: ConfigDict,
-  folder: str,
+def encode(
+  tokenizer: tokenizer_lib.Tokenizer,
+  is_whole: bool,
   comparisons: Sequence[records.Comparison],
-) -> np.ndarray:
-  """Whether a model reads all answers of each item [N]; no weights are read."""
-  tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
+) -> list[list[np.ndarray] | None]:
+  """Of each item the ids of prompt and answer, for each answer.
+
+  Args:
+    tokenizer: of the model.
+    is_whole: whether its chat template renders the answer, too.
+    comparisons: the items.
+
+  Returns:
+    None for an item that the chat template refuses.
+  """
+  if not is_whole:
+    prompts, answers, _ = loader.comparison_ids(comparisons, tokenizer)
+    return [
+      None if prompt is None else [_array([*prompt, *ids]) for ids in found]
+      for prompt, found in zip(prompts, answers, strict=True)
+    ]
+  rows = []
+  for comparison in comparisons:
+    if not all(comparison.ended):  # A template ends every answer.
+      rows += encode(tokenizer, False, [comparison])
+      continue
+    texts = comparison.completions
+    if comparison.prompt == records.text_of_turns(comparison.turns):
+      # The space is between "Assistant:" and the answer.
+      texts = [text.removeprefix(' ') for text in texts]
+    try:
+      found = tokenizer.encode_answered([(comparison, x) for x in texts])
+    except tokenizer_lib.TemplateError:
+      found = None
+    rows.append(found and list(map(_array, found)))
+  return rows
+
+
+def _array(ids):
+  return np.array(ids, np.int32)  # A tenth of a list's memory.
+
+
+def length_limit(config: ConfigDict, folder: str) -> int:
+  """Tokens that a prompt with an answer may have; no weights are read."""
   limit = model_folder.shape_of(folder).context_length
-  limit = min(limit, config.max_length or limit)
-  kept = loader.fitting_comparisons(comparisons, tokenizer, limit)
-  kept = set(map(id, kept))
-  return np.array([id(comparison) in kept for comparison in comparisons])
+  return min(limit, config.max_length or limit)
 
 
 def model_scores(
   config: ConfigDict,
   folder: str,
-  comparisons: Sequence[records.Comparison],
+  items: Sequence[Sequence[np.ndarray]],
+  tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
-) -> tuple[list[np.ndarray], str]:
-  """A reward model's scores of the completions of each item, and what it reads.
+) -> list[np.ndarray]:
+  """A reward model's scores of the answers of each item, given as ids.
 
   Rows of about the same length are scored together.
   """
-  tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
   model = model_folder.load(
     folder, 'scalar', mesh, tokenizer, compute_dtype=config.compute_dtype
   )
-  prompts, answers, _ = loader.comparison_ids(comparisons, tokenizer)
-  rows = [
-    (prompt, ids)
-    for prompt, found in zip(prompts, answers, strict=True)
-    for ids in found
-  ]
-  lengths = np.array([len(prompt) + len(ids) for prompt, ids in rows])
+  rows = [ids for answers in items for ids in answers]
+  lengths = np.array(list(map(len, rows)))
   groups = np.ceil(np.log2(np.maximum(lengths, SHORTEST))).astype(int)
   scores = np.zeros(len(rows))
   with run_lib.Progress(
@@ -132,14 +169,14 @@ def model_scores(
       places = np.flatnonzero(groups == group)
       scores[places] = queries.score_answers(
         model,
-        *zip(*(rows[place] for place in places), strict=True),
+        [[]] * len(places),
+        [rows[place].tolist() for place in places],
         tokenizer.pad_id,
         config.batch_size,
         mesh,
       )
       progress.update(len(places))
-  ends = np.cumsum([len(found) for found in answers])
-  return np.split(scores, ends[:-1]), tokenizer.describe()
+  return np.split(scores, np.cumsum(list(map(len, items)))[:-1])
 
 
 def baseline_scores(
@@ -190,35 +227,39 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
   if config.comparisons:
     train = records.read_jsonl(config.comparisons, records.Comparison)
     records.check_labels(train, config.comparisons)
-  given, left_out = {}, {}
-  for name, benchmark in sets.items():
-    given[name], left_out[name] = len(benchmark.comparisons), {}
-    keeps = np.ones(given[name], bool)
-    for model, folder in models.items():
-      fits = fitting(config, folder, benchmark.comparisons)
-      keeps &= fits
-      left_out[name][model] = int((~fits).sum())
-    benchmark.comparisons = [
-      benchmark.comparisons[place] for place in np.flatnonzero(keeps)
-    ]
-    number = given[name] - len(benchmark.comparisons)
-    limit = 'max_length or the context of some model'
-    run_lib.say_left_out(
-      config.name, number, given[name], f'items of {name}', limit
+  encoded, left_out, reads = {}, {name: {} for name in sets}, {}
+  given = {name: len(benchmark.comparisons) for name, benchmark in sets.items()}
+  fits = {name: np.ones(given[name], bool) for name in sets}
+  for model, folder in models.items():
+    tokenizer, is_whole = queries.classifier_tokenizer_of(
+      folder, config.tokenizer
     )
-    if not benchmark.comparisons:
-      raise ValueError(
-        f'sets: none of {given[name]} items of {name} fits {limit}; '
-        f'too long by model: {left_out[name]}'
+    model_folder.check(folder, 'scalar', tokenizer)
+    limit = length_limit(config, folder)
+    for name, benchmark in sets.items():
+      rows = encode(tokenizer, is_whole, benchmark.comparisons)
+      refused = np.array([each is None for each in rows])
+      too_long = np.array(
+        [max(map(len, each or [[]])) > limit for each in rows]
       )
+      counts = {TOO_LONG: too_long.sum(), REFUSED: refused.sum()}
+      left_out[name][model] = {k: int(n) for k, n in counts.items() if n}
+      fits[name] &= ~refused & ~too_long
+      encoded[model, name] = rows
+    reads[model] = tokenizer
+  for name, benchmark in sets.items():
+    keep(config, name, benchmark, fits[name], left_out[name])
 
   mesh = sharding.make_mesh(config.mesh)
-  scores, reads = {name: {} for name in sets}, {}
+  scores = {name: {} for name in sets}
   for model, folder in models.items():
-    items = [c for each in sets.values() for c in each.comparisons]
+    items = [
+      encoded[model, name][place]
+      for name in sets
+      for place in np.flatnonzero(fits[name])
+    ]
     with sharding.use_mesh(mesh):
-      found, reads[model] = model_scores(config, folder, items, mesh)
-    found = iter(found)
+      found = iter(model_scores(config, folder, items, reads[model], mesh))
     for name, benchmark in sets.items():
       scores[name][model] = [next(found) for _ in benchmark.comparisons]
   notes = {}
@@ -241,8 +282,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
       'path': named_sets(config.sets)[name][1],
       'items': len(benchmark.comparisons),
       'given': given[name],
-      'too long, by model': left_out[name],
+      'left out, by model': left_out[name],
       'skipped': dict(benchmark.skipped),
+      'files': list(benchmark.files),
       'missing subsets': reward_bench.missing(benchmark),
       'notes': notes[name],
     }
@@ -250,12 +292,51 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
   }
   if jax.process_index() == 0:
     write_scores(workdir, sets, scores)
+    reads = {model: each.describe() for model, each in reads.items()}
     write_results(config, workdir, measured, about, reads)
   return {
     f'{name} {scorer}': found.score.mean
     for name, by_scorer in measured.items()
     for scorer, found in by_scorer.items()
   }
+
+
+def keep(config, name, benchmark, fits, left_out) -> None:
+  """Leaves out of a set what some model cannot read, and says so.
+
+  Raises:
+    ValueError: of what is left no figure can be made.
+  """
+  total = len(benchmark.comparisons)
+  benchmark.comparisons = [
+    benchmark.comparisons[place] for place in np.flatnonzero(fits)
+  ]
+  by_model = '; '.join(
+    f'{model}: {number:,} {why}'
+    for model, counts in left_out.items()
+    for why, number in counts.items()
+  )
+  number = total - len(benchmark.comparisons)
+  if number:
+    run_lib.say(
+      f'{config.name}: {number} of {total} items of {name} left out: {by_model}'
+    )
+  if not benchmark.comparisons:
+    raise ValueError(
+      f'sets: none of {total} items of {name} is left; {by_model}'
+    )
+  try:
+    benchmark.check()
+  except ValueError as error:
+    raise ValueError(
+      f'sets: {number} of {total} items of {name} are left out ({by_model}), '
+      f'and of the others: {error}'
+    ) from error
+
+
+def scores_file(scorer: str) -> str:
+  """Name of the file of a scorer's scores."""
+  return f'{scorer.replace(" ", "_")}.jsonl'
 
 
 def write_scores(workdir: epath.Path, sets, scores) -> None:
@@ -268,7 +349,7 @@ def write_scores(workdir: epath.Path, sets, scores) -> None:
         about |= {'ranks': item.ranks, 'scores': np.asarray(row).tolist()}
         lines.setdefault(scorer, []).append(json.dumps(about))
   for scorer, found in lines.items():
-    path = workdir / 'scores' / f'{scorer.replace(" ", "_")}.jsonl'
+    path = workdir / 'scores' / scores_file(scorer)
     files.write_bytes(path, ('\n'.join(found) + '\n').encode())
 
 
@@ -397,9 +478,9 @@ def _set_lines(name, by_scorer, about):
   """Lines of Markdown about one set."""
   counts = [f'{about["items"]:,} of {about["given"]:,} items']
   counts += [
-    f'{number:,} too long for {model}'
-    for model, number in about['too long, by model'].items()
-    if number
+    f'{model}: {number:,} {why}'
+    for model, reasons in about['left out, by model'].items()
+    for why, number in reasons.items()
   ]
   counts += [f'{number:,} {why}' for why, number in about['skipped'].items()]
   lines = [
