@@ -737,9 +737,11 @@ def test_the_last_of_several_annotations_of_a_person_counts(site):
 # --- Round trips --------------------------------------------------------------
 
 
-def filled_site(folder):
-  """Ties, a skip, a draft, a decision, a suggestion and a cut completion."""
-  site = make_site(folder, 'filled')
+@pytest.fixture(scope='module')
+def filled(tmp_path_factory):
+  """A site with ties, a skip, a draft, a decision, a suggestion and a cut
+  completion, which tests only read."""
+  site = make_site(tmp_path_factory.mktemp('filled'))
   items = people.ranking_items(3, 3)
   items[0] |= {
     'ended': [True, False, True],
@@ -788,9 +790,8 @@ def compared(site, folder, name):
 
 
 @pytest.mark.parametrize('file_format', ['argilla', 'label_studio'])
-def test_a_site_comes_back_from_the_other_format(tmp_path, file_format):
-  site = filled_site(tmp_path)
-  counts = exporting.export_as(site.store, tmp_path / 'theirs', file_format)
+def test_a_site_comes_back_from_the_other_format(filled, tmp_path, file_format):
+  counts = exporting.export_as(filled.store, tmp_path / 'theirs', file_format)
   if file_format == 'argilla':
     assert counts == {'argilla_3.json': 4, 'argilla_5.json': 1}
   else:
@@ -800,7 +801,7 @@ def test_a_site_comes_back_from_the_other_format(tmp_path, file_format):
     content = (tmp_path / 'theirs' / name).read_bytes()
     load(again, content, file_format, name, overlap=3)
   for name in ('comparisons', 'comparisons_adjudicated'):
-    first = compared(site, tmp_path / 'first', name)
+    first = compared(filled, tmp_path / 'first', name)
     second = compared(again, tmp_path / 'second', name)
     if name == 'comparisons':
       assert len(first) == 10
@@ -812,15 +813,14 @@ def test_a_site_comes_back_from_the_other_format(tmp_path, file_format):
   (skip,) = [row for row in others(again) if row[1] == 'skipped']
   assert skip[::2] == ('cleo', 'The task is unclear')
   (draft,) = [row for row in others(again) if row[1] == 'expired']
-  (before,) = [row for row in others(site) if row[1] == 'open']
+  (before,) = [row for row in others(filled) if row[1] == 'open']
   assert draft[0] == 'cleo'
   kept = {k: v for k, v in before[3]['ranks'].items() if v}
   assert draft[3] == {'ranks': kept} and len(kept) == 2
 
 
-def test_our_argilla_file_has_what_its_package_reads(tmp_path):
-  site = filled_site(tmp_path)
-  exporting.export_as(site.store, tmp_path / 'out', 'argilla')
+def test_our_argilla_file_has_what_its_package_reads(filled, tmp_path):
+  exporting.export_as(filled.store, tmp_path / 'out', 'argilla')
   found = json.loads((tmp_path / 'out/argilla_3.json').read_bytes())
   assert len({record['id'] for record in found}) == len(found)
   for record in found:
@@ -849,9 +849,8 @@ def test_our_argilla_file_has_what_its_package_reads(tmp_path):
   assert sorted(set(statuses)) == ['discarded', 'draft', 'submitted']
 
 
-def test_our_label_studio_file_fits_its_interface(tmp_path):
-  site = filled_site(tmp_path)
-  exporting.export_as(site.store, tmp_path / 'out', 'label_studio')
+def test_our_label_studio_file_fits_its_interface(filled, tmp_path):
+  exporting.export_as(filled.store, tmp_path / 'out', 'label_studio')
   view = xml.etree.ElementTree.parse(tmp_path / 'out/label_studio.xml')
   tags = {element.tag: element.attrib for element in view.iter()}
   buckets = [element.attrib['name'] for element in view.iter('Bucket')]
@@ -878,10 +877,9 @@ def test_our_label_studio_file_fits_its_interface(tmp_path):
   assert marks.count(True) == 1
 
 
-def test_our_file_has_to_keep_its_ranks(tmp_path):
+def test_our_file_has_to_keep_its_ranks(filled, tmp_path):
   """`to_json` drops them; then nobody knows what was ranked on the pages."""
-  site = filled_site(tmp_path)
-  exporting.export_as(site.store, tmp_path / 'out', 'argilla')
+  exporting.export_as(filled.store, tmp_path / 'out', 'argilla')
   found = json.loads((tmp_path / 'out/argilla_3.json').read_bytes())
   for record in found:
     for response in record['responses']['ranking']:
@@ -891,10 +889,9 @@ def test_our_file_has_to_keep_its_ranks(tmp_path):
     load(again, found, 'argilla')
 
 
-def test_our_file_comes_back_through_label_studio(tmp_path):
+def test_our_file_comes_back_through_label_studio(filled, tmp_path):
   """It gives annotations to whoever imports them, and new numbers."""
-  site = filled_site(tmp_path)
-  exporting.export_as(site.store, tmp_path / 'out', 'label_studio')
+  exporting.export_as(filled.store, tmp_path / 'out', 'label_studio')
   found = json.loads((tmp_path / 'out/label_studio.json').read_bytes())
   number = iter(range(1, 1000))
   for task in found:
@@ -917,7 +914,7 @@ def test_our_file_comes_back_through_label_studio(tmp_path):
     'tasks': 5, 'submitted': 11, 'skipped': 1, 'unfinished': 1, 'decided': 1,
   }  # fmt: skip
   for name in ('comparisons', 'comparisons_adjudicated'):
-    first = compared(site, tmp_path / 'first', name)
+    first = compared(filled, tmp_path / 'first', name)
     second = compared(again, tmp_path / 'second', name)
     new = [row for row in second if row['labeler'] == 'label-studio-3']
     assert [row['ranks'] for row in new] == [[2, 1, 2]] * (
@@ -1085,6 +1082,13 @@ def changed_task(*path_and_value):
   return found
 
 
+def beside(text):
+  """A record of Argilla with what we might have written there."""
+  (first, _) = argilla_records()
+  more = {'metadata': {'instruct_jax': text}, 'responses': {}}
+  return [{**first, **more, 'suggestions': {}}]
+
+
 ORDER = (1, 'responses', 'preference', 0)
 RESULT = (1, 'annotations', 0, 'result', 0)
 BAD = {
@@ -1131,13 +1135,11 @@ BAD = {
     1, 'responses', {name: [{'value': ['response-1'], 'user_id': ANNA}]
                      for name in ('one', 'preference')}),
     'the questions one, preference all rank fields'),
-  'beside': ('argilla', changed(1, 'metadata', {'instruct_jax': '{'}),
-             'record 2: instruct_jax is not JSON'),
-  'beside, type': ('argilla', changed(1, 'metadata', {'instruct_jax': '[]'}),
-                   'record 2: instruct_jax must be an object'),
-  'beside, field': ('argilla', changed(1, 'metadata', {
-    'instruct_jax': '{"task": {"colour": "red"}}'}),
-    "record 2: unknown field 'colour'"),
+  'beside': ('argilla', beside('{'), 'record 1: instruct_jax is not JSON'),
+  'beside, type': ('argilla', beside('[]'),
+                   'record 1: instruct_jax must be an object'),
+  'beside, field': ('argilla', beside('{"task": {"colour": "red"}}'),
+                    "record 1: unknown field 'colour'"),
   'NUL': ('argilla', changed(1, 'metadata', {'x': '\0'}), 'holds a NUL'),
   'data': ('label_studio', changed_task(1, 'data', None),
            "record 2: 'data' is missing"),

@@ -157,7 +157,8 @@ def test_a_database_of_the_first_revision_keeps_its_rows(new_url):
         continue
       columns = schema.metadata.tables[table.name].c
       first[table.name] = {
-        name: values[columns[name].type.python_type] for name in table.c.keys()
+        column.name: values[columns[column.name].type.python_type]
+        for column in table.columns
       }
       connection.execute(sa.insert(table).values(first[table.name]))
   store.migrate(engine)

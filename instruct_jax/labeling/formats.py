@@ -319,7 +319,6 @@ def _argilla(found, source, told):
   found = _each(found, source, _normal)
   normal = [record for _, record in found]
   question = _ranking_question(normal, source)
-  _check_orders(normal, question, source)
   options = {
     _key(name)
     for record in normal
@@ -327,6 +326,7 @@ def _argilla(found, source, told):
     if _is_asked(response, question, record)
     for name, _ in _entries(response.value) or ()
   }
+  _check_orders(normal, question, options, source)
   return _each(
     found, source, lambda x: _argilla_item(x, question, options, told)
   )
@@ -352,25 +352,27 @@ def _is_bare(value):
   )
 
 
-def _check_orders(normal, question, source):
+def _check_orders(normal, question, options, source):
   """Refuses rankings that have lost their ranks.
 
   Argilla 2's `records.to_json` and `to_datasets` drop the ranks. What people
-  ranked on its pages is then in the order of the question, which says nothing.
-  Lists that a program has logged are in order of rank; they differ.
+  ranked on its pages is then a list of all options in the order of the
+  question, which says nothing. Lists that a program has logged are in order of
+  rank: some differ.
   """
-  bare = [
-    (record, [_key(name) for name, _ in _entries(response.value)])
-    for record in normal
-    for response in record['responses']
-    if _is_asked(response, question, record)
-    and _is_bare(response.value)
-    and _entries(response.value)
-  ]
-  most = max((len(order) for _, order in bare), default=0)
-  orders = {tuple(order) for _, order in bare if len(order) == most}
-  is_ours = any(_OURS in record['metadata'] for record, _ in bare)
-  if bare and (len(orders) == 1 or is_ours):
+  orders, is_ours = set(), False
+  for record in normal:
+    number = sum(_is_option(_key(name), options) for name in record['fields'])
+    for response in record['responses']:
+      order = _entries(response.value) or ()
+      if (
+        _is_asked(response, question, record)
+        and _is_bare(response.value)
+        and len(order) == number
+      ):
+        orders.add(tuple(_key(name) for name, _ in order))
+        is_ours |= _OURS in record['metadata']
+  if is_ours or len(orders) == 1:
     raise records.RecordError(
       f'{source}: the answers to {question} are lists without ranks, in the '
       "order of the question: Argilla 2's to_json and to_datasets drop the "
