@@ -39,12 +39,8 @@ def is_idle(config) -> bool:
   return not any(config.data.values())
 
 
-def prompts_of(config, name: str) -> list[str]:
-  """The prompt types under which a task is asked, in the task's order.
-
-  Raises:
-    ValueError: `prompt_types` has none of this task, or an unknown one.
-  """
+def _prompt_types(config):
+  """The prompt types that the config names; refuses one of no task."""
   chosen = [x.strip() for x in config.prompt_types.split(',') if x.strip()]
   known = dict.fromkeys(
     x for task in tasks.TASKS.values() for x in task.prompts
@@ -54,6 +50,16 @@ def prompts_of(config, name: str) -> list[str]:
     raise ValueError(
       f'prompt_types: no task has {unknown[0]!r}; known: {", ".join(known)}'
     )
+  return chosen
+
+
+def prompts_of(config, name: str) -> list[str]:
+  """The prompt types under which a task is asked, in the task's order.
+
+  Raises:
+    ValueError: `prompt_types` has none of this task, or an unknown one.
+  """
+  chosen = _prompt_types(config)
   there = tasks.TASKS[name].prompts
   found = [each for each in there if not chosen or each in chosen]
   if not found:
@@ -71,6 +77,7 @@ def validate(config):
     ValueError: the key, what it is, and what it should be.
   """
   check_stage(config)
+  _prompt_types(config)
   if is_idle(config):
     if config.may_be_empty:
       return

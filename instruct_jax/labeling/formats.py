@@ -375,7 +375,7 @@ def _check_orders(normal, question, options, source):
   if is_ours or len(orders) == 1:
     raise records.RecordError(
       f'{source}: the answers to {question} are lists without ranks, in the '
-      "order of the question: Argilla 2's to_json and to_datasets drop the "
+      "order of the question: Argilla 2's `to_json` and `to_datasets` drop the "
       'ranks; take the records from its REST interface, '
       '/api/v1/datasets/ID/records?include=responses&include=suggestions'
     )
