@@ -143,7 +143,8 @@ def test_a_database_of_the_first_revision_keeps_its_rows(new_url):
   """A row in each table; what came later has its default."""
   engine = store.make_engine(new_url())
   store.migrate(engine, '0001')
-  values = {str: 'old', int: 1, float: 1.5, bool: True, dict: {'old': [1.5]}}
+  values = {sa.Text: 'old', sa.Integer: 1, sa.Double: 1.5, sa.Boolean: True}
+  values[sa.JSON] = {'old': [1.5]}
   before = sa.MetaData()
   with engine.begin() as connection:
     before.reflect(connection)
@@ -157,7 +158,7 @@ def test_a_database_of_the_first_revision_keeps_its_rows(new_url):
         continue
       columns = schema.metadata.tables[table.name].c
       first[table.name] = {
-        column.name: values[columns[column.name].type.python_type]
+        column.name: values[type(columns[column.name].type)]
         for column in table.columns
       }
       connection.execute(sa.insert(table).values(first[table.name]))
