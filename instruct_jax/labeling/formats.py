@@ -633,7 +633,8 @@ def _argilla_item(record, question, options, told):
     if not isinstance(status, str | None) or status not in _STATUSES:
       raise _BadError(f'no such status of a response: {status!r:.40}')
     state = _STATUSES[status]
-    if None in (question, response.question) and state != 'skipped':
+    is_asked = None not in (question, response.question)
+    if state != 'skipped' and not (is_asked and response.value):
       told['empty answers left out'] += 1
       continue
     if status is None:
