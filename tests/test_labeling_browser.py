@@ -355,6 +355,7 @@ def test_a_file_is_read_as_utf_8_or_refused(browser, live, tmp_path):
 def test_drafts_are_saved_without_a_button(browser, live):
   load(live, [{'prompt': 'W'}], 'demonstration')
   page = enter(browser, live, live.link('anna'))
+  page.clock.install()
   page.get_by_role('button', name='Next task').click()
   response = page.get_by_label('The response')
   response.fill('one and a ha')
@@ -366,6 +367,7 @@ def test_drafts_are_saved_without_a_button(browser, live):
   response.fill('one and a half')
   page.get_by_text('The draft is not saved yet').wait_for()
   page.unroute('**/task/**')
+  page.clock.fast_forward(10_000)
   page.get_by_text('Draft saved').wait_for()
   assert not research.labeled(live.store)
   # A submit waits for a draft that is being saved.

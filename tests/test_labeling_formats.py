@@ -415,6 +415,36 @@ def test_rows_of_a_data_set_on_the_hub(site, version):
   assert found['suggestion'] == {'ranks': [2, 1], 'source': 'judge-7b'}
 
 
+def test_records_may_lack_an_option(site):
+  """People rank all options of the question; a discard is of the record."""
+  fields = argilla_records()[0]['fields']
+  short = {k: v for k, v in fields.items() if k != 'response-1'}
+  short |= {'instruction': 'Short.'}
+  found = [
+    {
+      'fields': own,
+      'responses': [
+        {
+          'user_id': ANNA,
+          'status': 'submitted',
+          'values': {'preference': {'value': ranked((1, 1), (2, 3), (3, 2))}},
+        },
+        {
+          'user_id': BEN,
+          'status': 'discarded',
+          'values': {'why': {'value': 'Neither is a bird.'}},
+        },
+      ],
+    }
+    for own in (fields, short, {**fields, **short, 'response-1': None})
+  ]
+  counts = load(site, found, 'argilla')
+  assert counts == {'tasks': 3, 'submitted': 3, 'skipped': 3}
+  assert [row.content['ranks'] for row in site.rows()] == [
+    [1, 3, 2], [2, 1], [2, 1],
+  ]  # fmt: skip
+
+
 def test_columns_of_answers_in_old_data_sets(site):
   row = HUB_ROWS['version 1']
   names = ('user_id', 'value', 'status')

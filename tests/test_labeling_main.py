@@ -148,6 +148,8 @@ def test_impossible_requests_create_nothing(once, tmp_path):
     ([f'--export={tmp_path}/out'], 'no such file; give the --workdir'),
     (['--demo', f'--backup={tmp_path}/b.gz'], 'give one of them at a time'),
     (['--config.database=odd://x'], 'error: the database'),
+    (['--suggestions'], '--suggestions goes with --import_file'),
+    (['--format=argilla'], '--format goes with --import_file or --export'),
   ):
     found = once(missing, *flags)
     assert found.returncode == 1 and words in found.stderr, found.stderr

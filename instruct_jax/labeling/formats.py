@@ -318,30 +318,32 @@ _UNNAMED = ''  # The REST interface names the question of a suggestion by an id.
 def _argilla(found, source, told):
   found = _each(found, source, _normal)
   normal = [record for _, record in found]
-  question = _ranking_question(normal, source)
+  # A record may lack some of them, but its answers still name all.
+  fields = {_key(name) for record in normal for name in record['fields']}
+  question = _ranking_question(normal, fields, source)
   options = {
     _key(name)
     for record in normal
     for response in (*record['responses'], *record['suggestions'])
-    if _is_asked(response, question, record)
+    if _is_asked(response, question, fields)
     for name, _ in _entries(response.value) or ()
   }
-  _check_orders(normal, question, options, source)
+  number = sum(_is_option(name, options) for name in fields)
+  _check_orders(normal, question, number, source)
   return _each(
-    found, source, lambda x: _argilla_item(x, question, options, told)
+    found, source, lambda x: _argilla_item(x, question, options, fields, told)
   )
 
 
-def _is_asked(response, question, record):
+def _is_asked(response, question, fields):
   """Whether it is about the question that ranks the fields."""
   if response.question == _UNNAMED:
-    return _ranks_fields(response.value, record)
+    return _ranks_fields(response.value, fields)
   return question is not None and response.question == question
 
 
-def _ranks_fields(value, record):
+def _ranks_fields(value, fields):
   entries = _entries(value) or ()
-  fields = set(map(_key, record['fields']))
   return bool(entries) and {_key(name) for name, _ in entries} <= fields
 
 
@@ -352,21 +354,21 @@ def _is_bare(value):
   )
 
 
-def _check_orders(normal, question, options, source):
+def _check_orders(normal, question, number, source):
   """Refuses rankings that have lost their ranks.
 
   Argilla 2's `records.to_json` and `to_datasets` drop the ranks. What people
-  ranked on its pages is then a list of all options in the order of the
-  question, which says nothing. Lists that a program has logged are in order of
-  rank: some differ.
+  ranked on its pages is then a list of all options (`number`) in the order of
+  the question, which says nothing. Lists that a program has logged are in order
+  of rank: some differ.
   """
   orders, is_ours = set(), False
   for record in normal:
-    number = sum(_is_option(_key(name), options) for name in record['fields'])
     for response in record['responses']:
       order = _entries(response.value) or ()
       if (
-        _is_asked(response, question, record)
+        None not in (question, response.question)
+        and response.question == question
         and _is_bare(response.value)
         and len(order) == number
       ):
@@ -423,8 +425,9 @@ def _user(one):
   time = one.get('updated_at') or one.get('inserted_at')
   person, status = _person(one), one.get('status')
   values = _object(one.get('values'), "'values' of a response")
-  if not values:
+  if not values or status == 'discarded':  # Of the whole record.
     yield _Response(person, status, None, None, time)
+    return
   for question, value in values.items():
     value = _object(value, f'the answer to {question!r}').get('value')
     yield _Response(person, status, question, value, time)
@@ -549,7 +552,7 @@ def _key(name):
   return re.sub('[^a-z0-9]', '', name.lower())
 
 
-def _ranking_question(normal, source):
+def _ranking_question(normal, fields, source):
   """The question whose answers order fields; None if nothing was answered."""
   asked, ranking = set(), set()
   for record in normal:
@@ -559,7 +562,7 @@ def _ranking_question(normal, source):
       if response.value in (None, [], {}):
         continue
       asked.add(response.question)
-      if _ranks_fields(response.value, record):
+      if _ranks_fields(response.value, fields):
         ranking.add(response.question)
   if len(ranking) == 1:
     return ranking.pop()
@@ -587,17 +590,17 @@ def _is_option(key, options):
   )
 
 
-def _argilla_item(record, question, options, told):
-  fields = {k: v for k, v in record['fields'].items() if v is not None}
-  names = [name for name in fields if _is_option(_key(name), options)]
-  others = [name for name in fields if name not in names]
+def _argilla_item(record, question, options, fields, told):
+  texts = {k: v for k, v in record['fields'].items() if v is not None}
+  names = [name for name in texts if _is_option(_key(name), options)]
+  others = [name for name in texts if name not in names]
   if len(others) != 1:
     raise _BadError(
       f'the fields {", ".join(others) or "(none)"} are not completions; just '
       'one must be left, the prompt: join them, or remove what is not shown'
     )
-  completions = [fields[name] for name in names]
-  values = _prompt(fields[others[0]], f'the field {others[0]!r}')
+  completions = [texts[name] for name in names]
+  values = _prompt(texts[others[0]], f'the field {others[0]!r}')
   metadata = dict(record['metadata'])
   ours, known = _ours(metadata.pop(_OURS, None))
   values['completions'] = completions
@@ -610,13 +613,13 @@ def _argilla_item(record, question, options, told):
   if metadata:
     values['metadata'] = metadata
   for response in record['suggestions']:
-    if not _is_asked(response, question, record):
+    if not _is_asked(response, question, fields):
       asked = response.question or 'other questions'
       told[f'suggestions to {asked} left out'] += 1
       continue
     entries = _entries(response.value) or ()
     is_order = all(rank is None for _, rank in entries)
-    ranks = _argilla_ranks(response.value, names, is_order)
+    ranks = _argilla_ranks(response.value, names, fields, is_order)
     if None in ranks:
       raise _BadError('the suggestion does not rank all completions')
     suggested = {'ranks': list(_dense(ranks)), 'source': response.person}
@@ -645,7 +648,7 @@ def _argilla_item(record, question, options, told):
     ranks = (
       ()
       if state == 'skipped'
-      else _argilla_ranks(response.value, names, is_order)
+      else _argilla_ranks(response.value, names, fields, is_order)
     )
     answers.append(
       _answer(
@@ -659,10 +662,14 @@ def _argilla_item(record, question, options, told):
   return Item({**values, **ours}, tuple(answers))
 
 
-def _argilla_ranks(value, names, is_order):
-  """Ranks of the fields; None where there is none.
+def _argilla_ranks(value, names, fields, is_order):
+  """Ranks of the fields that a record has; None where there is none.
 
-  `is_order`: the names have no ranks, but are in order of rank.
+  Args:
+    value: of a response.
+    names: of the fields that the record has.
+    fields: keys of all that records have.
+    is_order: the names have no ranks, but are in order of rank.
   """
   entries = _entries(value)
   if entries is None:
@@ -673,6 +680,8 @@ def _argilla_ranks(value, names, is_order):
   ranks: dict[int, int | None] = {}
   for name, rank in entries:
     place = places.get(_key(name))
+    if place is None and _key(name) in fields:
+      continue  # The record lacks this option.
     if place is None or place in ranks:
       problem = ', but is no field' if place is None else ' twice'
       raise _BadError(f'{name!r:.40} is ranked{problem}')
