@@ -3,7 +3,9 @@
 import functools
 import html
 import json
+import pathlib
 import re
+import tempfile
 
 import sqlalchemy
 from starlette import testclient
@@ -34,6 +36,17 @@ class Clock:
     return self.now
 
 
+@functools.cache
+def prepared_database():
+  """The SQLite file of an empty site; to migrate for each test takes longer."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / 'site.sqlite'
+    engine = store.make_engine(f'sqlite:///{path}')
+    store.Store(engine, make_config(), Clock()).prepare()
+    engine.dispose()
+    return path.read_bytes()
+
+
 class Site:
   """A store with its application and an admin.
 
@@ -45,15 +58,20 @@ class Site:
     self.url = changes.get('public_url', URL)
     self.clock = Clock()
     self.engine = store.make_engine(url)
+    self.store = store.Store(self.engine, make_config(**changes), self.clock)
     if self.engine.dialect.name == 'sqlite':
+      path = pathlib.Path(self.engine.url.database)
+      if not path.exists():
+        path.write_bytes(prepared_database())
+
       # Only the tests that kill processes wait for the disk.
       @sqlalchemy.event.listens_for(self.engine, 'connect')
       def _hurry(connection, record):
         del record
         connection.execute('PRAGMA synchronous=OFF')
 
-    self.store = store.Store(self.engine, make_config(**changes), self.clock)
-    self.store.prepare()
+    else:
+      self.store.prepare()
     self.app = web.make_app(self.store, self.url, str(folder / 'exports'))
     self.admin = self.person('admin', 'admin')
 
@@ -129,9 +147,11 @@ class Person:
       return None
     return int(re.match(r'/task/(\d+)/', reply.headers['location']).group(1))
 
-  def texts(self, assignment):
+  def texts(self, assignment, page=None):
     """Output texts by letter, from the ranking page."""
-    page = self.get(f'/task/{assignment}/{self.num_pages(assignment) - 1}').text
+    if page is None:
+      number = self.num_pages(assignment) - 1
+      page = self.get(f'/task/{assignment}/{number}').text
     return {
       letter: html.unescape(text)
       for letter, text in re.findall(
@@ -144,12 +164,13 @@ class Person:
     numbers = re.findall(rf'href="/task/{assignment}/(\d+)"', page)
     return max([0, *map(int, numbers)]) + 1
 
-  def fill(self, assignment, step, **wanted):
+  def fill(self, assignment, step, page=None, **wanted):
     """Answers a page with `wanted`, else the first choice of each question.
 
-    Returns the reply and the submission number used.
+    Returns the reply and the fields used; `page` is the page if it was read.
     """
-    page = self.get(f'/task/{assignment}/{step}').text
+    if page is None:
+      page = self.get(f'/task/{assignment}/{step}').text
     fields = {
       name: value
       for name, value in re.findall(
@@ -169,15 +190,18 @@ class Person:
     pages = self.num_pages(assignment)
     reply, _ = self.fill(assignment, 0, **(about_prompt or {}))
     assert reply.status_code == 303, reply.text
+    # The outputs have the same questions.
+    page = self.get(f'/task/{assignment}/1').text
     for step in range(1, pages - 1):
-      reply, _ = self.fill(assignment, step, **ratings)
+      reply, _ = self.fill(assignment, step, page, **ratings)
       assert reply.status_code == 303, reply.text
-    texts = self.texts(assignment)
+    page = self.get(f'/task/{assignment}/{pages - 1}').text
+    texts = self.texts(assignment, page)
     ranks = {
       f'rank{place}': order_of(texts[letter])
       for place, letter in enumerate(sorted(texts))
     }
-    return self.fill(assignment, pages - 1, **ranks)
+    return self.fill(assignment, pages - 1, page, **ranks)
 
 
 def ranking_items(number, outputs=4):

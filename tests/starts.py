@@ -103,6 +103,9 @@ def serve():
   for folder in ('experiments', 'instruct_jax/jobs'):
     for path in sorted((ROOT / folder).glob('[a-z]*.py')):
       importlib.import_module(f'{folder.replace("/", ".")}.{path.stem}')
+  with contextlib.suppress(ModuleNotFoundError):  # An extra.
+    for name in ('uvicorn', 'instruct_jax.labeling.web'):
+      importlib.import_module(name)
   for line in sys.stdin:
     request = json.loads(line)
     pid = os.fork()

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -250,7 +248,9 @@ def save_model(folder):
   )
 
 
-def test_a_reward_model_orders_a_site_from_the_command_line(site, workdir):
+def test_a_reward_model_orders_a_site_from_the_command_line(
+  start, site, workdir
+):
   """Its scores give the priorities; the running site needs no restart."""
   folder = epath.Path(workdir)
   settings = save_model(folder)
@@ -258,15 +258,13 @@ def test_a_reward_model_orders_a_site_from_the_command_line(site, workdir):
   items[3]['prompt'] = 'Prompt ' * 40
   site.load(items)
   name = f'reward:{folder / "reward"}'
-  done = subprocess.run(
-    [
-      sys.executable, '-m', 'instruct_jax.labeling',
-      f'--config={ROOT}/configs/labeling.py', f'--active={name}',
-      f'--workdir={site.engine.url.database.rpartition("/")[0]}',
-      f'--config.active.tokenizer={settings.tokenizer}',
-    ],
-    cwd=ROOT, capture_output=True, text=True, timeout=600,
-  )  # fmt: skip
+  done = start(
+    'instruct_jax.labeling',
+    f'--config={ROOT}/configs/labeling.py',
+    f'--active={name}',
+    f'--workdir={site.engine.url.database.rpartition("/")[0]}',
+    f'--config.active.tokenizer={settings.tokenizer}',
+  )
   assert done.returncode == 0, done.stderr
   assert 'ordered: 3 tasks\ntoo long: 1 tasks' in done.stdout
   mesh = sharding.make_mesh(())
@@ -292,24 +290,15 @@ def test_a_reward_model_orders_a_site_from_the_command_line(site, workdir):
   assert site.store.work(task, anna.id)['prompt'] == items[best]['prompt']
 
 
-def test_impossible_orders_create_nothing(tmp_path):
-  def ask(*flags):
-    return subprocess.run(
-      [
-        sys.executable, '-m', 'instruct_jax.labeling',
-        f'--config={ROOT}/configs/labeling.py',
-        f'--workdir={tmp_path}/typo', *flags,
-      ],
-      cwd=ROOT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-
+def test_impossible_orders_create_nothing(start, tmp_path):
+  place = f'--config={ROOT}/configs/labeling.py', f'--workdir={tmp_path}/typo'
   for flags, words in (
     (['--active=MODEL'], 'must be reward:MODEL'),
     (['--active=reward:MODEL'], 'give --config.active.tokenizer'),
     (['--active=reward:MODEL', '--config.active.tokenizer=T'],
      'no such file; give the --workdir'),
   ):  # fmt: skip
-    found = ask(*flags)
+    found = start('instruct_jax.labeling', *place, *flags)
     assert found.returncode == 1 and words in found.stderr, found.stderr
     assert found.stderr.count('\n') == 1
   assert not (tmp_path / 'typo').exists()

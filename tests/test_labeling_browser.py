@@ -325,9 +325,37 @@ def test_ranking_by_touch(browser, live):
   assert research.labeled(live.store)[0].content['ranks'] == [2, 1]
 
 
+def test_a_file_is_read_as_utf_8_or_refused(browser, live, tmp_path):
+  page = enter(browser, live, live.link('boss', 'admin'))
+  page.goto(live.url + '/admin/import')
+  page.get_by_label('Name of the batch').fill('new')
+  line = '{"prompt": "größe", "completions": ["a", "b"]}'
+  for encoding in ('latin-1', 'utf-8'):
+    path = tmp_path / encoding
+    path.write_bytes(line.encode(encoding))
+    chosen = page.get_by_label('File')
+    chosen.set_input_files(str(path))
+    words = 'e => e.validationMessage'
+    expected = 'not UTF-8' if encoding == 'latin-1' else ''
+    deadline = time.monotonic() + 30
+    while (
+      not page.locator('#lines').input_value()
+      and not (expected and expected in chosen.evaluate(words))
+    ):  # fmt: skip
+      assert time.monotonic() < deadline
+      page.wait_for_timeout(20)
+    page.get_by_role('button', name='Import', exact=True).click()
+    assert ('imported' in page.url) == (encoding == 'utf-8')
+  page.get_by_text('Imported: new: ranking, 1 tasks').wait_for()
+  with live.store.read() as c:
+    (prompt,) = c.execute(schema.tasks.select()).all()
+  assert prompt.prompt == 'größe'
+
+
 def test_drafts_are_saved_without_a_button(browser, live):
   load(live, [{'prompt': 'W'}], 'demonstration')
   page = enter(browser, live, live.link('anna'))
+  page.clock.install()
   page.get_by_role('button', name='Next task').click()
   response = page.get_by_label('The response')
   response.fill('one and a ha')
@@ -339,6 +367,7 @@ def test_drafts_are_saved_without_a_button(browser, live):
   response.fill('one and a half')
   page.get_by_text('The draft is not saved yet').wait_for()
   page.unroute('**/task/**')
+  page.clock.fast_forward(10_000)
   page.get_by_text('Draft saved').wait_for()
   assert not research.labeled(live.store)
   # A submit waits for a draft that is being saved.

@@ -139,6 +139,10 @@ def test_argilla_records_bring_tasks_and_answers(site, tmp_path):
     'unfinished': 1,
     'skipped': 1,
     'answers to why left out': 1,
+    # As `to_json` leaves them; these lists were logged by a program, because
+    # they differ in order.
+    'answers without a status, taken as submitted': 5,
+    'rankings without ranks, taken in their order': 5,
   }
   assert ranks_of(site) == {
     'Name a bird.': {ANNA: [1, 3, 2]},
@@ -208,8 +212,91 @@ def test_a_second_import_joins_the_same_people(site):
   }
 
 
+def stripped(record):
+  """The record without suggestions, which keep their order in any file."""
+  return {**record, 'suggestions': {}}
+
+
+def test_lists_in_the_order_of_the_question_are_no_rankings(site):
+  """Argilla 2 drops the ranks of what people have ranked on its pages."""
+  found = list(map(stripped, argilla_records()))
+  for record in found:
+    for response in record['responses']['preference']:
+      response['value'] = ['response-1', 'response-2', 'response-3']
+  # A draft is shorter if a program has logged it.
+  found[0]['responses']['preference'][1]['value'] = ['response-2']
+  with pytest.raises(records.RecordError) as caught:
+    load(site, found, 'argilla')
+  said = str(caught.value)
+  assert 'answers to preference are lists without ranks' in said
+  assert '/api/v1/datasets/ID/records?include=responses' in said
+  assert research.progress(site.store) == []
+
+
 def ranked(*pairs):
   return [{'rank': rank, 'value': f'response-{i}'} for i, rank in pairs]
+
+
+def test_pages_of_the_rest_interface(site):
+  """The question of a suggestion has an id there; a user may be deleted."""
+
+  def page(number, **more):
+    return {
+      'items': [
+        {
+          'id': f'a0b{number}',
+          'external_id': None,
+          'status': 'completed',
+          'fields': argilla_records()[0]['fields'],
+          'metadata': {},
+          'responses': [
+            {
+              'id': 'r1',
+              'user_id': user,
+              'status': 'submitted',
+              'values': {
+                'why': {'value': 'so'},
+                'preference': {'value': ranked((1, 2), (2, 1), (3, 2))},
+              },
+            }
+            for user in (ANNA, None)
+          ],
+          'suggestions': [
+            {
+              'id': 's1',
+              'question_id': 'q7',
+              'value': [
+                {'value': f'response-{i}', 'rank': None} for i in (3, 1, 2)
+              ],
+              'agent': 'judge-7b',
+            },
+            {'id': 's2', 'question_id': 'q8', 'value': ['helpful']},
+          ],
+          'dataset_id': 'd1',
+          **more,
+        }
+      ],
+      'total': 2,
+    }
+
+  found = [page(1), page(2)]
+  lines = '\n'.join(map(json.dumps, found)).encode()
+  search = {'items': [{'record': page(3)['items'][0], 'query_score': 0.5}]}
+  for name, content in (('one', found), ('two', lines), ('three', search)):
+    number = 1 if name == 'three' else 2
+    assert load(site, content, 'argilla', name) == {
+      'tasks': number,
+      'submitted': number,
+      'answers of deleted users left out': number,
+      'answers to why left out': 2 * number,
+      'suggestions to other questions left out': number,
+    }
+  first = site.rows()[0]
+  assert first.content['ranks'] == [2, 1, 2]
+  assert first.record['suggestion'] == {
+    'ranks': [2, 3, 1],
+    'source': 'judge-7b',
+  }
 
 
 def test_ties_of_version_1_are_kept(site):
@@ -315,7 +402,10 @@ def test_rows_of_a_data_set_on_the_hub(site, version):
   row = HUB_ROWS[version]
   lines = '\n'.join(json.dumps(each) for each in (row, row)) + '\n'
   counts = load(site, lines.encode(), 'argilla')
-  assert counts == {'tasks': 2, 'submitted': 4}
+  bare = {'rankings without ranks, taken in their order': 4}
+  assert counts == {'tasks': 2, 'submitted': 4} | (
+    bare if version == 'version 2' else {}
+  )
   by_ben = [1, 1] if version == 'version 1' else [1, 2]
   assert ranks_of(site) == {'Name a bird.': {ANNA: [2, 1], BEN: by_ben}}
   found = site.rows()[0].record
@@ -323,6 +413,48 @@ def test_rows_of_a_data_set_on_the_hub(site, version):
   assert found['metadata'] == metadata[version]
   assert found['id'] == 'q1'
   assert found['suggestion'] == {'ranks': [2, 1], 'source': 'judge-7b'}
+
+
+def test_records_may_lack_an_option(site):
+  """People rank all options of the question; a discard is of the record."""
+  fields = argilla_records()[0]['fields']
+  short = {k: v for k, v in fields.items() if k != 'response-1'}
+  short |= {'instruction': 'Short.'}
+  found = [
+    {
+      'fields': own,
+      'responses': [
+        {
+          'user_id': ANNA,
+          'status': 'submitted',
+          'values': {'preference': {'value': ranked((1, 1), (2, 3), (3, 2))}},
+        },
+        {
+          'user_id': BEN,
+          'status': 'discarded',
+          'values': {'why': {'value': 'Neither is a bird.'}},
+        },
+      ],
+    }
+    for own in (fields, short, {**fields, **short, 'response-1': None})
+  ]
+  counts = load(site, found, 'argilla')
+  assert counts == {'tasks': 3, 'submitted': 3, 'skipped': 3}
+  assert [row.content['ranks'] for row in site.rows()] == [
+    [1, 3, 2], [2, 1], [2, 1],
+  ]  # fmt: skip
+
+
+def test_columns_of_answers_in_old_data_sets(site):
+  row = HUB_ROWS['version 1']
+  names = ('user_id', 'value', 'status')
+  column = {name: [one[name] for one in row['preference']] for name in names}
+  old = {**row, 'preference': column}
+  assert load(site, [old], 'argilla') == {'tasks': 1, 'submitted': 2}
+  assert ranks_of(site) == {'Name a bird.': {ANNA: [2, 1], BEN: [1, 1]}}
+  column['status'] = ['submitted']
+  with pytest.raises(records.RecordError, match='record 1: .* in length'):
+    load(site, [old], 'argilla', 'again')
 
 
 def test_argilla_tasks_without_answers(site):
@@ -532,6 +664,92 @@ def test_label_studio_tasks_without_annotations(site):
   assert record == {'metadata': {'source': 'birds'}}
 
 
+def test_the_flat_export_brings_its_annotations(site):
+  """JSON_MIN has a record for each annotation that was not skipped."""
+  data = studio_task(1, [])['data']
+
+  def flat(number, person, **ranked):
+    return {
+      **data,
+      'id': 11,
+      'annotator': person,
+      'annotation_id': number,
+      'created_at': '2024-03-01T10:00:00.250000Z',
+      'updated_at': '2024-03-01T10:05:00.000000Z',
+      'lead_time': 12.5,
+      **ranked,
+    }
+
+  def order(*numbers):
+    return [{'ranker': {'rank': [f'llm_{n}' for n in numbers]}}]
+
+  found = [
+    flat(1, 7, rank=order(3, 1, 2), why='Better.'),
+    flat(2, 8, rank=order(1, 2, 3), why='Worse.'),
+    {**flat(None, None, id=12), 'prompt': 'Nobody ranked.'},
+    flat(3, 9, why='So.'),
+  ]
+  assert load(site, found, 'label_studio') == {
+    'tasks': 2,
+    'submitted': 2,
+    'unfinished': 1,
+    'answers to why left out': 3,
+  }
+  names = [f'label-studio-{n}' for n in (7, 8)]
+  assert ranks_of(site) == {
+    'Name a bird.': dict(zip(names, ([2, 3, 1], [1, 2, 3]), strict=True))
+  }
+  first = site.rows()[0]
+  assert (first.seconds, first.record['id']) == (12.5, '11')
+  assert first.record['metadata'] == {'source': 'birds'}
+  found[1]['rank'] = order(1, 9)
+  with pytest.raises(records.RecordError, match="record 1: 'llm_9' is no item"):
+    load(site, found, 'label_studio', 'again')
+
+
+def test_numbers_in_the_place_of_predictions_and_drafts(site):
+  """An export may give their ids alone."""
+  made = annotation(1, 7, {'rank': ['llm_3', 'llm_1', 'llm_2']})
+  gone = annotation(2, None, {'rank': ['llm_3', 'llm_1', 'llm_2']})
+  task = studio_task(1, [made, gone], predictions=[3, 4], drafts=[5])
+  assert load(site, [task], 'label_studio') == {
+    'tasks': 1,
+    'submitted': 1,
+    'predictions left out': 2,
+    'annotations of deleted users left out': 1,
+    'drafts left out': 1,
+  }
+
+
+def test_a_question_may_be_named_like_a_bucket(site):
+  """Without buckets, its only list is in order."""
+  made = annotation(1, 7, {'rank1': ['llm_3', 'llm_1', 'llm_2']})
+  made['result'][0]['from_name'] = 'rank1'
+  load(site, [studio_task(1, [made])], 'label_studio')
+  assert ranks_of(site) == {'Name a bird.': {'label-studio-7': [2, 3, 1]}}
+
+
+def test_several_ground_truths_are_answers(site):
+  """Imported annotations have the mark unless their file says otherwise."""
+  task = studio_task(
+    1,
+    [
+      annotation(n, n, {'rank': [f'llm_{n}', 'llm_3']}, ground_truth=True)
+      for n in (1, 2)
+    ],
+  )
+  task['data']['items'].pop(1)
+  task['annotations'][1]['result'][0]['value']['ranker']['rank'] = [
+    'llm_3', 'llm_1',
+  ]  # fmt: skip
+  assert load(site, [task], 'label_studio') == {
+    'tasks': 1,
+    'submitted': 2,
+    'marks of several ground truths in a task left out': 2,
+  }
+  assert research.decisions(site.store) == []
+
+
 def test_the_last_of_several_annotations_of_a_person_counts(site):
   task = studio_task(
     1,
@@ -549,9 +767,11 @@ def test_the_last_of_several_annotations_of_a_person_counts(site):
 # --- Round trips --------------------------------------------------------------
 
 
-def filled_site(folder):
-  """Ties, a skip, a draft, a decision, a suggestion and a cut completion."""
-  site = make_site(folder, 'filled')
+@pytest.fixture(scope='module')
+def filled(tmp_path_factory):
+  """A site with ties, a skip, a draft, a decision, a suggestion and a cut
+  completion, which tests only read."""
+  site = make_site(tmp_path_factory.mktemp('filled'))
   items = people.ranking_items(3, 3)
   items[0] |= {
     'ended': [True, False, True],
@@ -600,9 +820,8 @@ def compared(site, folder, name):
 
 
 @pytest.mark.parametrize('file_format', ['argilla', 'label_studio'])
-def test_a_site_comes_back_from_the_other_format(tmp_path, file_format):
-  site = filled_site(tmp_path)
-  counts = exporting.export_as(site.store, tmp_path / 'theirs', file_format)
+def test_a_site_comes_back_from_the_other_format(filled, tmp_path, file_format):
+  counts = exporting.export_as(filled.store, tmp_path / 'theirs', file_format)
   if file_format == 'argilla':
     assert counts == {'argilla_3.json': 4, 'argilla_5.json': 1}
   else:
@@ -612,7 +831,7 @@ def test_a_site_comes_back_from_the_other_format(tmp_path, file_format):
     content = (tmp_path / 'theirs' / name).read_bytes()
     load(again, content, file_format, name, overlap=3)
   for name in ('comparisons', 'comparisons_adjudicated'):
-    first = compared(site, tmp_path / 'first', name)
+    first = compared(filled, tmp_path / 'first', name)
     second = compared(again, tmp_path / 'second', name)
     if name == 'comparisons':
       assert len(first) == 10
@@ -624,15 +843,14 @@ def test_a_site_comes_back_from_the_other_format(tmp_path, file_format):
   (skip,) = [row for row in others(again) if row[1] == 'skipped']
   assert skip[::2] == ('cleo', 'The task is unclear')
   (draft,) = [row for row in others(again) if row[1] == 'expired']
-  (before,) = [row for row in others(site) if row[1] == 'open']
+  (before,) = [row for row in others(filled) if row[1] == 'open']
   assert draft[0] == 'cleo'
   kept = {k: v for k, v in before[3]['ranks'].items() if v}
   assert draft[3] == {'ranks': kept} and len(kept) == 2
 
 
-def test_our_argilla_file_has_what_its_package_reads(tmp_path):
-  site = filled_site(tmp_path)
-  exporting.export_as(site.store, tmp_path / 'out', 'argilla')
+def test_our_argilla_file_has_what_its_package_reads(filled, tmp_path):
+  exporting.export_as(filled.store, tmp_path / 'out', 'argilla')
   found = json.loads((tmp_path / 'out/argilla_3.json').read_bytes())
   assert len({record['id'] for record in found}) == len(found)
   for record in found:
@@ -647,18 +865,22 @@ def test_our_argilla_file_has_what_its_package_reads(tmp_path):
     for response in record['responses']['ranking']:
       assert set(response) == {'value', 'user_id', 'status'}
       assert str(uuid.UUID(response['user_id'])) == response['user_id']
-      assert set(response['value']) <= set(names)
-      if response['status'] == 'submitted':
-        assert len(response['value']) == 3
+      if response['status'] == 'discarded':
+        assert response['value'] == []
+        continue
+      # It takes a submitted ranking only with all ranks, ties included.
+      assert [one['value'] for one in response['value']] == names
+      ranks = [one['rank'] for one in response['value']]
+      allowed = {1, 2, 3} | ({None} if response['status'] == 'draft' else set())
+      assert set(ranks) <= allowed
   statuses = [
     r['status'] for record in found for r in record['responses']['ranking']
   ]
   assert sorted(set(statuses)) == ['discarded', 'draft', 'submitted']
 
 
-def test_our_label_studio_file_fits_its_interface(tmp_path):
-  site = filled_site(tmp_path)
-  exporting.export_as(site.store, tmp_path / 'out', 'label_studio')
+def test_our_label_studio_file_fits_its_interface(filled, tmp_path):
+  exporting.export_as(filled.store, tmp_path / 'out', 'label_studio')
   view = xml.etree.ElementTree.parse(tmp_path / 'out/label_studio.xml')
   tags = {element.tag: element.attrib for element in view.iter()}
   buckets = [element.attrib['name'] for element in view.iter('Bucket')]
@@ -685,21 +907,134 @@ def test_our_label_studio_file_fits_its_interface(tmp_path):
   assert marks.count(True) == 1
 
 
-def test_ties_count_only_if_the_order_is_still_ours(tmp_path):
-  site = filled_site(tmp_path)
-  exporting.export_as(site.store, tmp_path / 'out', 'argilla')
+def test_our_file_has_to_keep_its_ranks(filled, tmp_path):
+  """`to_json` drops them; then nobody knows what was ranked on the pages."""
+  exporting.export_as(filled.store, tmp_path / 'out', 'argilla')
   found = json.loads((tmp_path / 'out/argilla_3.json').read_bytes())
-  by_ben = found[2]['responses']['ranking'][1]
-  # Ben tied the first and the third, after the second.
-  assert by_ben['value'] == ['response_2', 'response_1', 'response_3']
-  for order, ranks in (
-    (['response_2', 'response_1', 'response_3'], [2, 1, 2]),
-    (['response_2', 'response_3', 'response_1'], [3, 1, 2]),
-  ):
-    by_ben['value'] = order
-    again = make_site(tmp_path, f'again{ranks[0]}')
-    load(again, found, 'argilla', overlap=3)
-    assert ranks_of(again)['Prompt number 2']['ben'] == ranks
+  for record in found:
+    for response in record['responses']['ranking']:
+      response['value'] = [one['value'] for one in response['value']]
+  again = make_site(tmp_path, 'again')
+  with pytest.raises(records.RecordError, match='drop the ranks'):
+    load(again, found, 'argilla')
+
+
+def test_our_file_comes_back_through_label_studio(filled, tmp_path):
+  """It gives annotations to whoever imports them, and new numbers."""
+  exporting.export_as(filled.store, tmp_path / 'out', 'label_studio')
+  found = json.loads((tmp_path / 'out/label_studio.json').read_bytes())
+  number = iter(range(1, 1000))
+  for task in found:
+    # It refuses people whom it does not know.
+    assert not any('completed_by' in made for made in task['annotations'])
+    task['id'] = next(number)
+    for made in task['annotations']:
+      made |= {'import_id': made['id'], 'id': next(number), 'completed_by': 1}
+      made['created_at'] = '2029-03-01T10:00:00.250000Z'
+    for made in task['drafts']:
+      made |= {'import_id': made['id'], 'id': next(number)}
+      made['user'] = 'admin@example.org'
+  # Another person ranks there; the number is that of an account of ours.
+  found[0]['annotations'].append(
+    annotation(2, 3, {'rank1': ['output2'], 'rank2': ['output1', 'output3']})
+  )
+  again = make_site(tmp_path, 'again')
+  counts = load(again, found, 'label_studio', overlap=3)
+  assert counts == {
+    'tasks': 5, 'submitted': 11, 'skipped': 1, 'unfinished': 1, 'decided': 1,
+  }  # fmt: skip
+  for name in ('comparisons', 'comparisons_adjudicated'):
+    first = compared(filled, tmp_path / 'first', name)
+    second = compared(again, tmp_path / 'second', name)
+    new = [row for row in second if row['labeler'] == 'label-studio-3']
+    assert [row['ranks'] for row in new] == [[2, 1, 2]] * (
+      name == 'comparisons'
+    )
+    second = [row for row in second if row not in new]
+    assert [row['time'] for row in first] == [row['time'] for row in second]
+    assert [(row['labeler'], row['ranks']) for row in first] == [
+      (row['labeler'], row['ranks']) for row in second
+    ]
+
+
+def test_a_person_who_decides_and_ranks_is_two_in_the_file(tmp_path):
+  site = make_site(tmp_path)
+  item = formats.Item(
+    {'prompt': 'P', 'completions': ['a', 'b']},
+    (
+      formats.Answer('anna', 'submitted', (1, 2), 5.0, account=7),
+      formats.Answer('anna', 'decided', (2, 1), 6.0, note='No.', account=7),
+    ),
+  )
+  for name in ('argilla', 'label_studio'):
+    ((file, content), *_) = formats.written(name, [item]).items()
+    assert load(site, content, name, file)['decided'] == 1
+  assert [row.content['ranks'] for row in site.rows()] == [[1, 2]] * 2
+  decided = research.decisions(site.store)
+  assert [(row.labeler, row.ranks, row.note, row.time) for row in decided] == [
+    ('anna', [2, 1], 'No.', 6.0)
+  ] * 2
+
+
+@pytest.mark.parametrize('rank', ['99', '0', '\u0663', 'x'])
+def test_a_draft_with_impossible_ranks_is_exported(site, tmp_path, rank):
+  """Drafts are saved as they are posted."""
+  site.load(people.ranking_items(1, 3))
+  anna = site.person('anna')
+  anna.fill(anna.claim(), 4, action='draft', rank0=rank, rank1=2)
+  for file_format in ('argilla', 'label_studio'):
+    exporting.export_as(site.store, tmp_path / 'out', file_format)
+  (task,) = json.loads((tmp_path / 'out/label_studio.json').read_bytes())
+  ranker = task['drafts'][0]['result'][0]['value']['ranker']
+  assert [len(ranker[key]) for key in ('rank2', '_')] == [1, 2]
+
+
+def test_tasks_of_several_kinds_say_so(site, tmp_path):
+  site.load(people.ranking_items(1, 2))
+  site.load(people.ranking_items(1, 2), 'toxicity', phase='toxicity')
+  exporting.export_as(site.store, tmp_path / 'out', 'label_studio')
+  found = json.loads((tmp_path / 'out/label_studio.json').read_bytes())
+  assert [task['meta']['instruct_jax']['batch'] for task in found] == [
+    {'name': f'{kind} batch', 'kind': kind, 'phase': phase}
+    for kind, phase in (('ranking', 'training'), ('toxicity', 'toxicity'))
+  ]
+
+
+def test_what_ordered_the_tasks_is_said_after_a_round_trip(site, tmp_path):
+  site.load(people.ranking_items(1, 2), overlap=2)
+  anna = site.person('anna')
+  anna.rank(anna.claim(), people.rank_of)
+  ordered = {'by': 'reward:MODEL', 'uncertainty': 0.5}
+  with site.store.write() as c:
+    schema.update(c, schema.tasks, 1, record={'active': ordered})
+  exporting.export_as(site.store, tmp_path / 'out', 'label_studio')
+  again = make_site(tmp_path, 'again')
+  content = (tmp_path / 'out/label_studio.json').read_bytes()
+  load(again, content, 'label_studio')
+  exporting.export(again.store, tmp_path / 'again')
+  (found,) = records.read_jsonl(
+    tmp_path / 'again/comparisons.jsonl', records.Comparison
+  )
+  assert found.metadata['labeling']['active'] == ordered
+
+
+def test_the_pace_leaves_out_files_without_times(site):
+  site.load(people.ranking_items(1, 3))
+  load(site, argilla_records(), 'argilla')
+  (row,) = [
+    row
+    for row in research.people(site.store, site.rows())
+    if row['name'] == ANNA
+  ]
+  assert row['answers'] == 2
+  assert (row['median_seconds'], row['per_hour']) == (None, None)
+  load(site, studio_tasks(), 'label_studio', 'two')
+  (row,) = [
+    row
+    for row in research.people(site.store, site.rows())
+    if row['name'] == 'label-studio-7'
+  ]
+  assert (row['median_seconds'], row['per_hour']) == (12.5, 3600 / 12.5)
 
 
 def test_researchers_rankings_and_other_rounds_stay_here(site, tmp_path):
@@ -733,8 +1068,12 @@ def test_both_formats_pass_through_the_pages(site):
   assert 'import: record 2: the buckets good, x are no ranks' in reply.text
   assert '<option value="label_studio" selected>' in reply.text
   lines = json.dumps(studio_tasks())
-  assert site.admin.post('/admin/import', lines=lines, **fields).is_redirect
-  assert '4 submitted' in site.admin.get('/admin/audit').text
+  reply = site.admin.post('/admin/import', lines=lines, **fields)
+  assert reply.is_redirect
+  page = site.admin.get(reply.headers['location']).text
+  assert 'Imported: b: ranking, 2 tasks, 4 submitted' in page
+  assert '1 drafts of people without a number left out' in page
+  assert 'Imported' not in site.admin.get('/admin').text
   for file_format, names in (
     ('argilla', ['argilla_3.json']),
     ('label_studio', ['label_studio.json', 'label_studio.xml']),
@@ -773,6 +1112,13 @@ def changed_task(*path_and_value):
   return found
 
 
+def beside(text):
+  """A record of Argilla with what we might have written there."""
+  (first, _) = argilla_records()
+  more = {'metadata': {'instruct_jax': text}, 'responses': {}}
+  return [{**first, **more, 'suggestions': {}}]
+
+
 ORDER = (1, 'responses', 'preference', 0)
 RESULT = (1, 'annotations', 0, 'result', 0)
 BAD = {
@@ -796,8 +1142,8 @@ BAD = {
   'rank': ('argilla', changed(*ORDER, 'value',
                               [{'rank': 0, 'value': 'response-1'}]),
            "record 2: the rank of 'response-1' is 0"),
-  'nobody': ('argilla', changed(*ORDER, 'user_id', None),
-             "record 2: a response has no 'user_id'"),
+  'nobody': ('argilla', changed(*ORDER, 'user_id', 7),
+             "record 2: the 'user_id' of a response must be a text"),
   'an address': ('argilla', changed(*ORDER, 'user_id', 'a@b.example'),
                  "record 2: A name has 1 to 40 letters"),
   'status': ('argilla', changed(*ORDER, 'status', 'lost'),
@@ -819,13 +1165,11 @@ BAD = {
     1, 'responses', {name: [{'value': ['response-1'], 'user_id': ANNA}]
                      for name in ('one', 'preference')}),
     'the questions one, preference all rank fields'),
-  'beside': ('argilla', changed(1, 'metadata', {'instruct_jax': '{'}),
-             'record 2: instruct_jax is not JSON'),
-  'beside, type': ('argilla', changed(1, 'metadata', {'instruct_jax': '[]'}),
-                   'record 2: instruct_jax must be an object'),
-  'beside, field': ('argilla', changed(1, 'metadata', {
-    'instruct_jax': '{"task": {"colour": "red"}}'}),
-    "record 2: unknown field 'colour'"),
+  'beside': ('argilla', beside('{'), 'record 1: instruct_jax is not JSON'),
+  'beside, type': ('argilla', beside('[]'),
+                   'record 1: instruct_jax must be an object'),
+  'beside, field': ('argilla', beside('{"task": {"colour": "red"}}'),
+                    "record 1: unknown field 'colour'"),
   'NUL': ('argilla', changed(1, 'metadata', {'x': '\0'}), 'holds a NUL'),
   'data': ('label_studio', changed_task(1, 'data', None),
            "record 2: 'data' is missing"),
@@ -841,6 +1185,24 @@ BAD = {
   'no person': ('label_studio', changed_task(1, 'annotations', 0,
                                              'completed_by', 'a@b.example'),
                 "record 2: an annotation has no number as 'completed_by'"),
+  'no person here': ('label_studio', [
+    {**studio_task(1, []), 'annotations': [{'id': 3, 'result': []}]}],
+    "record 1: an annotation has no number as 'completed_by'"),
+  'lead time': ('label_studio', changed_task(1, 'annotations', 0, 'lead_time',
+                                             10**400),
+                "record 2: 'lead_time' is 1000"),
+  'endless time': (
+    'label_studio',
+    json.dumps(changed_task(1, 'annotations', 0, 'lead_time', 5)).replace(
+      '"lead_time": 5,', '"lead_time": 1e999,').encode(),
+    "record 2: 'lead_time' is inf; it must be seconds from 0"),
+  'early': ('label_studio', changed_task(1, 'annotations', 0, 'created_at',
+                                         '0001-01-01T00:00:00+14:00'),
+            'record 2: a time is -62'),
+  'beside, time': ('label_studio', [{**studio_task(1, [
+    {'id': 3, 'result': []}]), 'meta': {'instruct_jax': {
+      'answers': {'3': {'labeler': 'anna', 'time': 1e300}}}}}],
+    'record 1: time of instruct_jax is 1e+300'),
   'time': ('label_studio', changed_task(1, 'annotations', 0, 'created_at',
                                         'today'),
            "record 2: 'today' is no time in ISO 8601"),

@@ -24,8 +24,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def command(workdir, *arguments):
   return [
-    sys.executable,
-    '-m',
     'instruct_jax.labeling',
     f'--config={ROOT}/configs/labeling.py',
     f'--workdir={workdir}',
@@ -35,20 +33,19 @@ def command(workdir, *arguments):
   ]
 
 
-def once(workdir, *arguments):
-  return subprocess.run(
-    command(workdir, *arguments),
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
+@pytest.fixture
+def once(start):
+  """Runs the program to its end."""
+  return lambda *arguments: start(*command(*arguments))
 
 
 def started(workdir, *arguments):
   """The process of a site, and its output until it was ready."""
   process = subprocess.Popen(
-    command(workdir, *arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    [sys.executable, '-m', *command(workdir, *arguments)],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    text=True,
   )
   timer = threading.Timer(300, process.kill)
   timer.start()
@@ -61,7 +58,7 @@ def started(workdir, *arguments):
   return process, ''.join(lines)
 
 
-def test_a_newcomer_ranks_within_a_few_clicks(tmp_path):
+def test_a_newcomer_ranks_within_a_few_clicks(once, tmp_path):
   workdir = tmp_path / 'site'
   process, printed = started(workdir, '--demo')
   try:
@@ -144,13 +141,15 @@ def test_a_newcomer_ranks_within_a_few_clicks(tmp_path):
   assert (tmp_path / 'out/statistics.json').exists()
 
 
-def test_impossible_requests_create_nothing(tmp_path):
+def test_impossible_requests_create_nothing(once, tmp_path):
   missing = tmp_path / 'typo'
   for flags, words in (
     ([f'--backup={tmp_path}/b.gz'], 'no such file; give the --workdir'),
     ([f'--export={tmp_path}/out'], 'no such file; give the --workdir'),
     (['--demo', f'--backup={tmp_path}/b.gz'], 'give one of them at a time'),
     (['--config.database=odd://x'], 'error: the database'),
+    (['--suggestions'], '--suggestions goes with --import_file'),
+    (['--format=argilla'], '--format goes with --import_file or --export'),
   ):
     found = once(missing, *flags)
     assert found.returncode == 1 and words in found.stderr, found.stderr

@@ -61,7 +61,7 @@ def test_tasks_with_known_answers_are_mixed_in(tmp_path):
       # Neither the name of the batch nor the answer is on the page.
       assert 'known' not in page and 'calibration' not in page.lower()
       kinds.append('Known' in page)
-      person.rank(task, people.rank_of)
+      person.post(f'/task/{task}/skip', reason='Other')
     # The regular tasks are all given, to both of the two.
     assert kinds.count(False) == 24
     shares.append(kinds)
@@ -99,6 +99,20 @@ def test_calibration_is_scored_and_only_researchers_see_it(tmp_path):
   assert labeler['calibration']['num_pairs'] == 10
 
 
+def test_skips_of_calibration_tasks_are_not_counted_among_the_data(tmp_path):
+  site = make_site(tmp_path, calibration_every=1)
+  site.load(known_items(1), name='known', calibration=True)
+  site.load(people.ranking_items(1), overlap=2)
+  anna = site.person('anna')
+  anna.post(f'/task/{anna.claim()}/skip', reason='Other')
+  anna.rank(anna.claim(), people.rank_of)
+  exporting.export(site.store, tmp_path / 'out')
+  said = json.loads((tmp_path / 'out/statistics.json').read_text())
+  assert said['labelers'][0]['skip_rate'] == 0.0
+  everything = research.people(site.store, site.rows())
+  assert [row['skip_rate'] for row in everything] == [None, 0.5]
+
+
 def test_a_calibration_task_left_open_is_kept(tmp_path):
   site = make_site(tmp_path, calibration_every=1)
   site.load(known_items(1), name='known', calibration=True)
@@ -125,6 +139,8 @@ def test_researchers_and_newcomers_do_not_calibrate(tmp_path):
     ({'known_ranks': [1]}, {'calibration': True}, 'a list of 2 ranks, one a'),
     ({'known_ranks': [0, 1]}, {'calibration': True}, 'integers from 1'),
     ({'known_ranks': [True, 1]}, {'calibration': True}, 'integers from 1'),
+    ({'known_ranks': [2, 2]}, {'calibration': True}, 'are all equal'),
+    ({'suggestion': {}}, {}, 'must have ranks, and as source'),
     ({'suggestion': {'ranks': [1, 2]}}, {}, 'must have ranks, and as source'),
     ({'suggestion': {'ranks': [1, 2], 'source': 3}}, {}, 'must be a string'),
     ({'suggestion': {'ranks': '12', 'source': 'm'}}, {}, 'a list of 2 ranks'),
@@ -270,6 +286,33 @@ def test_the_least_agreed_task_is_decided_first(site, tmp_path):
   assert {
     row.id for row in rows if row.metadata['labeling'].get('adjudicated')
   } == {'p2'}
+
+
+def test_decisions_under_other_criteria_are_in_other_files(site, tmp_path):
+  """Nobody may train on them by mistake."""
+  site.load(people.ranking_items(1, 2), phase='evaluation', overlap=2)
+  site.load(people.ranking_items(1, 2), 'toxicity', phase='toxicity', overlap=2)
+  site.load(people.ranking_items(1, 2), name='training', overlap=2)
+  anna, ben = site.person('anna'), site.person('ben')
+  judge = site.person('judge', 'researcher')
+  for task in (1, 2, 3):
+    anna.rank(anna.claim(), people.rank_of)
+    ben.rank(ben.claim(), lambda text: 3 - people.rank_of(text))
+    decide(judge, task, people.rank_of)
+  counts = exporting.export(site.store, tmp_path / 'out')
+  assert [name for name in counts if 'adjudicated' in name] == [
+    'comparisons_adjudicated',
+    'comparisons_evaluation_adjudicated',
+    'comparisons_toxicity_adjudicated',
+  ]
+  (found,) = records.read_jsonl(
+    tmp_path / 'out/comparisons_adjudicated.jsonl', records.Comparison
+  )
+  assert found.metadata['labeling']['batch'] == 'training'
+  (found,) = records.read_jsonl(
+    tmp_path / 'out/comparisons_toxicity_adjudicated.jsonl', records.Comparison
+  )
+  assert found.metadata['labeling']['instructions'] == 'toxicity/1'
 
 
 def test_a_decision_can_be_changed(site, tmp_path):

@@ -139,19 +139,39 @@ def test_migrations_make_exactly_the_tables_of_the_schema(new_url):
   engine.dispose()
 
 
-def test_a_database_of_the_first_revision_keeps_its_rows(new_url, tmp_path):
-  url = new_url()
-  engine = store.make_engine(url)
+def test_a_database_of_the_first_revision_keeps_its_rows(new_url):
+  """A row in each table; what came later has its default."""
+  engine = store.make_engine(new_url())
   store.migrate(engine, '0001')
+  values = {sa.Text: 'old', sa.Integer: 1, sa.Double: 1.5, sa.Boolean: True}
+  values[sa.JSON] = {'old': [1.5]}
+  before = sa.MetaData()
   with engine.begin() as connection:
-    connection.exec_driver_sql(
-      'INSERT INTO accounts (name, role, status, created) '
-      "VALUES ('old', 'labeler', 'active', 1.5)"
+    before.reflect(connection)
+    names = [table.name for table in before.sorted_tables]
+    assert sorted([*names, 'decisions']) == sorted(
+      [*schema.metadata.tables, 'alembic_version']
     )
+    first = {}
+    for table in before.sorted_tables:
+      if table.name == 'alembic_version':
+        continue
+      columns = schema.metadata.tables[table.name].c
+      first[table.name] = {
+        column.name: values[type(columns[column.name].type)]
+        for column in table.columns
+      }
+      connection.execute(sa.insert(table).values(first[table.name]))
   store.migrate(engine)
-  assert [tuple(row)[1:] for row in everything(engine)['accounts']] == [
-    ('old', 'labeler', 'active', 1.5)
-  ]
+  later = {
+    'batches': {'calibration': False, 'suggestions': False},
+    'tasks': {'priority': None},
+    'assignments': {'suggested': None},
+  }
+  found = everything(engine)
+  assert found.pop('decisions') == []
+  for name, (row,) in found.items():
+    assert row._asdict() == first[name] | later.get(name, {})
   engine.dispose()
 
 

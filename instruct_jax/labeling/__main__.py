@@ -81,6 +81,13 @@ def _check_flags(config, workdir) -> None:
   given = [f'--{flag.name}' for flag in actions if flag.value]
   if len(given) > 1:
     raise store.StoreError(f'{" and ".join(given)}: give one of them at a time')
+  for flag in (
+    _BATCH, _KIND, _PHASE, _CALIBRATION, _SUGGESTIONS, _SCREENING,
+  ):  # fmt: skip
+    if flag.present and not _IMPORT.value:
+      raise store.StoreError(f'--{flag.name} goes with --import_file')
+  if _FORMAT.present and not (_IMPORT.value or _EXPORT.value):
+    raise store.StoreError('--format goes with --import_file or --export')
   path = workdir / _DATABASE
   if _ACTIVE.value:
     _active().check(_ACTIVE.value, config.active)

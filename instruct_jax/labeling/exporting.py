@@ -43,7 +43,10 @@ def _id(row):
 
 def _metadata(row, **labeling):
   given = row.record.get('metadata', {})
-  return {**given, 'labeling': {**_origin(row), **labeling}}
+  before = given.get('labeling')  # Of a site whose export was imported here.
+  before = before if isinstance(before, dict) else {}
+  kept = {k: v for k, v in before.items() if k == 'active'}
+  return {**given, 'labeling': {**kept, **_origin(row), **labeling}}
 
 
 def _turns(row):
@@ -184,13 +187,13 @@ def _split(
 _EXPORTED = (
   'comparisons', 'comparisons_train', 'comparisons_valid',
   'comparisons_evaluation', 'comparisons_toxicity', 'comparisons_researchers',
-  'comparisons_adjudicated', 'demonstrations', 'prompts', 'ratings',
+  'comparisons_adjudicated', 'comparisons_evaluation_adjudicated',
+  'comparisons_toxicity_adjudicated', 'demonstrations', 'prompts', 'ratings',
 )  # fmt: skip
 
 
 def _comparisons_file(row):
-  if row.is_researcher:
-    return 'comparisons_researchers'
+  """The file of rankings by one criterion."""
   if row.kind == 'toxicity':
     return 'comparisons_toxicity'
   is_training = row.phase == 'training'
@@ -200,13 +203,16 @@ def _comparisons_file(row):
 def _files(rows, decided, valid_fraction):
   """File name -> its records; files without any are left out."""
   files = collections.defaultdict(list)
-  files['comparisons_adjudicated'] = list(map(_decided, decided))
+  for row in decided:
+    files[f'{_comparisons_file(row)}_adjudicated'].append(_decided(row))
   tasks = {row.task_id for row in decided}
   for row in rows:
     files['ratings'] += _ratings(row)
     if row.kind in answers.RANKED:
       found = _ranking(row, row.task_id in tasks)
-      files[_comparisons_file(row)].append(found)
+      name = _comparisons_file(row)
+      name = 'comparisons_researchers' if row.is_researcher else name
+      files[name].append(found)
     elif row.kind in ('demonstration', 'prompt') and not row.is_researcher:
       files['demonstrations'] += _demonstrations(row)
       if row.kind == 'prompt' and row.content['style'] != 'few-shot':
@@ -225,11 +231,11 @@ def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, int]:
   comparisons_train and comparisons_valid are its split by user and prompt.
   Rankings under other criteria or to compare with are in files of their own
   (comparisons_evaluation, _toxicity, _researchers). So have researchers'
-  decisions (_adjudicated); the labelers' rankings of these tasks say
-  `adjudicated` in their metadata. The others are demonstrations, prompts and
-  ratings. Answers of the screening round and to calibration tasks are not
-  exported. All files appear together, and those of an earlier export are
-  removed (`data/folders.py`).
+  decisions, by criterion (comparisons_adjudicated and so on); the labelers'
+  rankings of these tasks say `adjudicated` in their metadata. The others are
+  demonstrations, prompts and ratings. Answers of the screening round and to
+  calibration tasks are not exported. All files appear together, and those of an
+  earlier export are removed (`data/folders.py`).
 
   Returns:
     Line counts by file; a file without lines is not written.
@@ -306,13 +312,11 @@ def _items(the_store):
   """The tasks to rank, with their answers, as another program has them."""
   tasks, batches = schema.tasks, schema.batches
   assignments, accounts = schema.assignments, schema.accounts
-  wanted = (
-    batches.c.kind.in_(answers.RANKED),
-    ~batches.c.screening,
-    ~batches.c.calibration,
-  )
+  wanted = (batches.c.kind.in_(answers.RANKED), *research.IN_DATA)
   query = (
-    sa.select(tasks.c['id', 'prompt', 'record'])
+    sa.select(
+      tasks.c['id', 'prompt', 'record'], batches.c['name', 'kind', 'phase']
+    )
     .join(batches)
     .where(*wanted)
     .order_by(tasks.c.id)
@@ -372,6 +376,7 @@ def _items(the_store):
         **_kept(row.record),
       },
       tuple(found[row.id]),
+      {name: getattr(row, name) for name in ('name', 'kind', 'phase')},
       row.id,
     )
     for row in rows
@@ -394,8 +399,11 @@ def _unsubmitted(row, num_outputs):
   if row.state == 'skipped':
     return formats.Answer(row.name, 'skipped', note=row.reason, **about)
   draft = row.draft.get('ranks', {})
-  texts = [draft.get(f'rank{position}', '') for position in range(num_outputs)]
-  ranks = tuple(int(text) if text.isdecimal() else None for text in texts)
+  # A draft is as it was posted.
+  known = {str(rank): rank for rank in range(1, num_outputs + 1)}
+  ranks = tuple(
+    known.get(draft.get(f'rank{position}')) for position in range(num_outputs)
+  )
   if not any(ranks):
     return None
   return formats.Answer(row.name, 'unfinished', ranks, **about)
@@ -435,7 +443,7 @@ def statistics(
     ),
     'labelers': [
       plain(person | {'calibration': scores.get(person['id'])})
-      for person in research.people(the_store, data)
+      for person in research.people(the_store, data, *research.IN_DATA)
       if person['answers']
     ],
   }

@@ -3,10 +3,11 @@
 A file is a list of records, or has one a line. A record holds a prompt, its
 completions and what several people and models said of them.
 
-  Argilla       version 2's `records.to_json`; version 1 and the REST interface,
-                whose rankings have ties; rows of a data set on the Hub
-  Label Studio  the JSON export: `Ranker`, whose buckets may be ranks (`rank1`,
-                `rank2`, ...), or `Pairwise`
+  Argilla       pages of the REST interface, version 1, and rows of a data set
+                on the Hub, all with ranks and ties; version 2's
+                `records.to_json`, which has none (`_check_orders`)
+  Label Studio  the JSON and JSON_MIN exports: `Ranker`, whose buckets may be
+                ranks (`rank1`, `rank2`, ...), or `Pairwise`
 
 Neither has room for all that the site knows. We write the rest under the key
 `instruct_jax` of a record's metadata (Argilla, as text) or meta (Label Studio),
@@ -32,6 +33,7 @@ FORMATS = {
 }
 # What a ranking may be: `decided` is a researcher's, `unfinished` is a draft.
 STATES = ('submitted', 'decided', 'unfinished', 'skipped')
+_LATEST = 253402300800.0  # The year 10000, which has no date.
 _OURS = 'instruct_jax'
 _QUESTION = 'ranking'
 _BUCKET = re.compile(r'(?:rank|place)?[ _-]?(\d{1,3})', re.IGNORECASE)
@@ -42,8 +44,17 @@ _STATUSES = {
   'draft': 'unfinished',
   'discarded': 'skipped',
 }
+# What Argilla takes as the agent of a suggestion.
+_AGENT = re.compile(r'[\w:./\s-]{1,200}', re.ASCII)
 # Columns of a row on the Hub that are no fields, and those beside a question.
-_NO_FIELDS = ('id', 'external_id', 'status', 'metadata', '_server_id')
+_NO_FIELDS = (
+  'id',
+  'external_id',
+  'status',
+  'metadata',
+  '_server_id',
+  'vectors',
+)
 _BESIDE = re.compile(r'\.(responses|suggestion)\.\w+$')
 
 
@@ -81,7 +92,8 @@ class Item:
 
   values: dict[str, Any]
   answers: tuple[Answer, ...] = ()
-  number: int = 0  # Id of the task, for the file.
+  batch: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  number: int = 0  # Of the record in its file; or, to write it, of the task.
 
 
 # --- Reading ----------------------------------------------------------------
@@ -105,19 +117,19 @@ def read(
     name: of `FORMATS`.
 
   Returns:
-    The tasks in file order; and what was left out, with counts.
+    The tasks in file order; and what is to be told about them, with counts.
 
   Raises:
     RecordError: the file is not in the format, in one line; or bad records, up
       to ten, each with its number from 1.
   """
-  left_out = collections.Counter()
-  found = _records(content, source, name)
+  told = collections.Counter()
+  found = list(enumerate(_records(content, source, name), start=1))
   if name == 'argilla':
-    items = _argilla(found, source, left_out)
+    items = _argilla(found, source, told)
   else:
-    items = _each(found, source, lambda x: _label_studio(x, left_out))
-  return items, dict(left_out)
+    items = _each(_joined(found, told), source, lambda x: _studio(x, told))
+  return [dataclasses.replace(item, number=n) for n, item in items], dict(told)
 
 
 def _records(content, source, name):
@@ -136,9 +148,9 @@ def _records(content, source, name):
       ) from error
     found = _lines(text, source)
   if isinstance(found, dict):
-    # The REST interface of Argilla wraps its records.
-    pages = found.get('items') if name == 'argilla' else None
-    found = pages if isinstance(pages, list) else [found]
+    found = [found]
+  if name == 'argilla' and isinstance(found, list):
+    found = [record for page in found for record in _unwrapped(page)]
   if not isinstance(found, list) or not found:
     raise records.RecordError(f'{source}: holds no records of {FORMATS[name]}')
   records.raise_problems(
@@ -153,6 +165,16 @@ def _records(content, source, name):
   return found
 
 
+def _unwrapped(page):
+  """The records of a page of Argilla's REST interface, or the record itself."""
+  if not isinstance(page, dict) or not isinstance(page.get('items'), list):
+    return [page]
+  return [
+    one['record'] if isinstance(one, dict) and 'record' in one else one
+    for one in page['items']
+  ]
+
+
 def _lines(text, source):
   found, bad = [], []
   for number, line in enumerate(text.split('\n'), 1):
@@ -165,11 +187,12 @@ def _lines(text, source):
 
 
 def _each(found, source, function):
-  """The function of each record; raises one error for all bad ones."""
+  """(number, function of the record) of each (number, record); raises one error
+  for all bad ones."""
   done, bad = [], []
-  for number, record in enumerate(found, 1):
+  for number, record in found:
     try:
-      done.append(function(record))
+      done.append((number, function(record)))
     except _BadError as error:
       bad.append((number, str(error)))
   records.raise_problems(source, bad, 'record')
@@ -203,7 +226,16 @@ def _seconds(text):
     raise _BadError(f'{text!r:.40} is no time in ISO 8601') from error
   if moment.tzinfo is None:
     moment = moment.replace(tzinfo=datetime.UTC)
-  return moment.timestamp()
+  return _number(moment.timestamp(), 'a time')
+
+
+def _number(value, what):
+  """A number of seconds as a float, or None for null."""
+  if value is None:
+    return None
+  if type(value) not in (int, float) or not 0 <= value < _LATEST:
+    raise _BadError(f'{what} is {value!r:.40}; it must be seconds from 0')
+  return float(value)
 
 
 def _prompt(value, what):
@@ -229,12 +261,6 @@ def _dense(ranks):
   return tuple(None if r is None else order.index(r) + 1 for r in ranks)
 
 
-def _order(ranks):
-  """Places of the ranked, the best first, ties in their own order."""
-  places = [place for place, rank in enumerate(ranks) if rank is not None]
-  return sorted(places, key=lambda place: ranks[place])
-
-
 def _ours(value):
   """What we wrote beside a record: (values of the task, answers by person)."""
   if isinstance(value, str):
@@ -250,33 +276,22 @@ def _ours(value):
 
 
 def _answer(state, ranks, known, **found):
-  """An answer of a file, with what we know beside it.
-
-  The ranks beside it have the ties. They count only if the order in the file is
-  the one that we wrote, so that nobody has changed it since.
-  """
-  ours = known.get('ranks')
-  if (
-    isinstance(ours, list)
-    and len(ours) == len(ranks)
-    and all(type(rank) is int for rank in ours)
-    and None not in ranks
-    and _order(ours) == _order(ranks)
-  ):
-    ranks = ours
+  """An answer of a file, with what we know beside it."""
   if state == 'submitted' and None in ranks:
     state = 'unfinished'
   if state == 'submitted' and known.get('state') == 'decided':
     state = 'decided'
-  kinds = {'labeler': str, 'time': float, 'seconds': float, 'note': str}
-  beside = {
-    name: known[name]
-    for name, kind in kinds.items()
-    if isinstance(known.get(name), kind)
-  }
+  texts = ('labeler', 'note')
+  found |= {name: known[name] for name in texts if name in known}
+  for name in texts:
+    if not isinstance(found.get(name, ''), str):
+      raise _BadError(f'{name} of {_OURS} must be a text')
+  for name in ('time', 'seconds'):
+    value = _number(known.get(name), f'{name} of {_OURS}')
+    found |= {} if value is None else {name: value}
   found = {key: value for key, value in found.items() if value is not None}
   ranks = () if state == 'skipped' else _dense(ranks)
-  return Answer(state=state, ranks=ranks, **{**found, **beside})
+  return Answer(state=state, ranks=ranks, **found)
 
 
 # --- Argilla ----------------------------------------------------------------
@@ -284,28 +299,88 @@ def _answer(state, ranks, known, **found):
 
 @dataclasses.dataclass
 class _Response:
-  """An answer to one question, by a person or a model."""
+  """An answer to one question, by a person or a model.
 
-  person: str
+  Without a question, the person has discarded the record. The question of a
+  suggestion may be `_UNNAMED`.
+  """
+
+  person: str | None
   status: Any  # A text, or None.
   question: str | None
   value: Any
   time: Any = None
 
 
-def _argilla(found, source, left_out):
-  normal = _each(found, source, _normal)
-  question = _ranking_question(normal, source)
+_UNNAMED = ''  # The REST interface names the question of a suggestion by an id.
+
+
+def _argilla(found, source, told):
+  found = _each(found, source, _normal)
+  normal = [record for _, record in found]
+  # A record may lack some of them, but its answers still name all.
+  fields = {_key(name) for record in normal for name in record['fields']}
+  question = _ranking_question(normal, fields, source)
   options = {
     _key(name)
     for record in normal
     for response in (*record['responses'], *record['suggestions'])
-    if response.question == question
+    if _is_asked(response, question, fields)
     for name, _ in _entries(response.value) or ()
   }
+  number = sum(_is_option(name, options) for name in fields)
+  _check_orders(normal, question, number, source)
   return _each(
-    normal, source, lambda x: _argilla_item(x, question, options, left_out)
+    found, source, lambda x: _argilla_item(x, question, options, fields, told)
   )
+
+
+def _is_asked(response, question, fields):
+  """Whether it is about the question that ranks the fields."""
+  if response.question == _UNNAMED:
+    return _ranks_fields(response.value, fields)
+  return question is not None and response.question == question
+
+
+def _ranks_fields(value, fields):
+  entries = _entries(value) or ()
+  return bool(entries) and {_key(name) for name, _ in entries} <= fields
+
+
+def _is_bare(value):
+  """Whether it is a list of names without ranks."""
+  return isinstance(value, list) and not any(
+    isinstance(one, dict) and 'rank' in one for one in value
+  )
+
+
+def _check_orders(normal, question, number, source):
+  """Refuses rankings that have lost their ranks.
+
+  Argilla 2's `records.to_json` and `to_datasets` drop the ranks. What people
+  ranked on its pages is then a list of all options (`number`) in the order of
+  the question, which says nothing. Lists that a program has logged are in order
+  of rank: some differ.
+  """
+  orders, is_ours = set(), False
+  for record in normal:
+    for response in record['responses']:
+      order = _entries(response.value) or ()
+      if (
+        None not in (question, response.question)
+        and response.question == question
+        and _is_bare(response.value)
+        and len(order) == number
+      ):
+        orders.add(tuple(_key(name) for name, _ in order))
+        is_ours |= _OURS in record['metadata']
+  if is_ours or len(orders) == 1:
+    raise records.RecordError(
+      f'{source}: the answers to {question} are lists without ranks, in the '
+      "order of the question: Argilla 2's `to_json` and `to_datasets` drop the "
+      'ranks; take the records from its REST interface, '
+      '/api/v1/datasets/ID/records?include=responses&include=suggestions'
+    )
 
 
 def _normal(record):
@@ -328,9 +403,13 @@ def _normal(record):
       for question, one in _object(given, "'suggestions'").items()
     ]
   suggestions = [
-    _Response(_agent(one), None, str(one['question_name']), one.get('value'))
+    _Response(
+      _agent(one),
+      None,
+      str(one.get('question_name', _UNNAMED)),
+      one.get('value'),
+    )
     for one in _list(given, "'suggestions'")
-    if 'question_name' in one
   ]
   return {
     'id': record.get('external_id') or record.get('id'),
@@ -346,17 +425,19 @@ def _user(one):
   time = one.get('updated_at') or one.get('inserted_at')
   person, status = _person(one), one.get('status')
   values = _object(one.get('values'), "'values' of a response")
-  if not values:
+  if not values or status == 'discarded':  # Of the whole record.
     yield _Response(person, status, None, None, time)
+    return
   for question, value in values.items():
     value = _object(value, f'the answer to {question!r}').get('value')
     yield _Response(person, status, question, value, time)
 
 
 def _person(one):
+  """The id of a user; None if the user was deleted."""
   found = one.get('user_id')
-  if not found or not isinstance(found, str):
-    raise _BadError("a response has no 'user_id'")
+  if found is not None and (not found or not isinstance(found, str)):
+    raise _BadError("the 'user_id' of a response must be a text")
   return found
 
 
@@ -408,7 +489,7 @@ def _normal_row(row):
       about = _object(row.get(f'{name}-metadata'), f'{name}-metadata')
       agent = _agent(about)
       found['suggestions'].append(_Response(agent, None, question, value))
-    elif isinstance(value, list) and any(
+    elif isinstance(value := _rows(value), list) and any(
       isinstance(one, dict) and 'user_id' in one for one in value
     ):
       found['responses'] += [
@@ -424,10 +505,26 @@ def _normal_row(row):
   return found
 
 
+def _rows(value):
+  """Lists of user_id, value and status, as old data sets have them, as rows."""
+  if not isinstance(value, dict) or not isinstance(value.get('user_id'), list):
+    return value
+  columns = [value['user_id'], value.get('value'), value.get('status')]
+  if not all(
+    isinstance(column, list) and len(column) == len(columns[0])
+    for column in columns
+  ):
+    raise _BadError('user_id, value and status differ in length')
+  names = ('user_id', 'value', 'status')
+  return [
+    dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)
+  ]
+
+
 def _entries(value):
   """(name, rank or None) of a ranking's options, or None if it is no ranking.
 
-  A list of names is in order of rank. Rows on the Hub have two lists.
+  Rows on the Hub have two lists.
   """
   if isinstance(value, dict):
     names, ranks = value.get('value'), value.get('rank')
@@ -441,12 +538,12 @@ def _entries(value):
     ]
   if not isinstance(value, list):
     return None
-  found = []
-  for place, one in enumerate(value, 1):
-    if isinstance(one, dict):
-      found.append((one.get('value'), one.get('rank', place)))
-    else:
-      found.append((one, place))
+  found = [
+    (one.get('value'), one.get('rank'))
+    if isinstance(one, dict)
+    else (one, None)
+    for one in value
+  ]
   return found if all(isinstance(name, str) for name, _ in found) else None
 
 
@@ -455,17 +552,17 @@ def _key(name):
   return re.sub('[^a-z0-9]', '', name.lower())
 
 
-def _ranking_question(normal, source):
+def _ranking_question(normal, fields, source):
   """The question whose answers order fields; None if nothing was answered."""
   asked, ranking = set(), set()
   for record in normal:
-    keys = set(map(_key, record['fields']))
     for response in (*record['responses'], *record['suggestions']):
-      if response.question is None or response.value in (None, [], {}):
+      if response.question in (None, _UNNAMED):
+        continue
+      if response.value in (None, [], {}):
         continue
       asked.add(response.question)
-      entries = _entries(response.value) or ()
-      if entries and {_key(name) for name, _ in entries} <= keys:
+      if _ranks_fields(response.value, fields):
         ranking.add(response.question)
   if len(ranking) == 1:
     return ranking.pop()
@@ -493,17 +590,17 @@ def _is_option(key, options):
   )
 
 
-def _argilla_item(record, question, options, left_out):
-  fields = {k: v for k, v in record['fields'].items() if v is not None}
-  names = [name for name in fields if _is_option(_key(name), options)]
-  others = [name for name in fields if name not in names]
+def _argilla_item(record, question, options, fields, told):
+  texts = {k: v for k, v in record['fields'].items() if v is not None}
+  names = [name for name in texts if _is_option(_key(name), options)]
+  others = [name for name in texts if name not in names]
   if len(others) != 1:
     raise _BadError(
       f'the fields {", ".join(others) or "(none)"} are not completions; just '
       'one must be left, the prompt: join them, or remove what is not shown'
     )
-  completions = [fields[name] for name in names]
-  values = _prompt(fields[others[0]], f'the field {others[0]!r}')
+  completions = [texts[name] for name in names]
+  values = _prompt(texts[others[0]], f'the field {others[0]!r}')
   metadata = dict(record['metadata'])
   ours, known = _ours(metadata.pop(_OURS, None))
   values['completions'] = completions
@@ -516,10 +613,13 @@ def _argilla_item(record, question, options, left_out):
   if metadata:
     values['metadata'] = metadata
   for response in record['suggestions']:
-    if response.question != question:
-      left_out[f'suggestions to {response.question}'] += 1
+    if not _is_asked(response, question, fields):
+      asked = response.question or 'other questions'
+      told[f'suggestions to {asked} left out'] += 1
       continue
-    ranks = _argilla_ranks(response.value, names)
+    entries = _entries(response.value) or ()
+    is_order = all(rank is None for _, rank in entries)
+    ranks = _argilla_ranks(response.value, names, fields, is_order)
     if None in ranks:
       raise _BadError('the suggestion does not rank all completions')
     suggested = {'ranks': list(_dense(ranks)), 'source': response.person}
@@ -527,18 +627,29 @@ def _argilla_item(record, question, options, left_out):
   answers = []
   for response in record['responses']:
     if response.question not in (question, None) and question is not None:
-      left_out[f'answers to {response.question}'] += 1
+      told[f'answers to {response.question} left out'] += 1
+      continue
+    if response.person is None:
+      told['answers of deleted users left out'] += 1
       continue
     status = response.status
-    if status == 'pending':
-      continue
     if not isinstance(status, str | None) or status not in _STATUSES:
       raise _BadError(f'no such status of a response: {status!r:.40}')
     state = _STATUSES[status]
-    if None in (question, response.question) and state != 'skipped':
-      left_out['empty answers'] += 1
+    is_asked = None not in (question, response.question)
+    if state != 'skipped' and not (is_asked and response.value):
+      told['empty answers left out'] += 1
       continue
-    ranks = () if state == 'skipped' else _argilla_ranks(response.value, names)
+    if status is None:
+      told['answers without a status, taken as submitted'] += 1
+    is_order = _is_bare(response.value)
+    if is_order and state != 'skipped':
+      told['rankings without ranks, taken in their order'] += 1
+    ranks = (
+      ()
+      if state == 'skipped'
+      else _argilla_ranks(response.value, names, fields, is_order)
+    )
     answers.append(
       _answer(
         state,
@@ -551,15 +662,26 @@ def _argilla_item(record, question, options, left_out):
   return Item({**values, **ours}, tuple(answers))
 
 
-def _argilla_ranks(value, names):
-  """Ranks of the fields; None where there is none."""
+def _argilla_ranks(value, names, fields, is_order):
+  """Ranks of the fields that a record has; None where there is none.
+
+  Args:
+    value: of a response.
+    names: of the fields that the record has.
+    fields: keys of all that records have.
+    is_order: the names have no ranks, but are in order of rank.
+  """
   entries = _entries(value)
   if entries is None:
     raise _BadError(f'{value!r:.60} is no ranking')
+  if is_order:
+    entries = [(name, rank) for rank, (name, _) in enumerate(entries, 1)]
   places = {_key(name): place for place, name in enumerate(names)}
   ranks: dict[int, int | None] = {}
   for name, rank in entries:
     place = places.get(_key(name))
+    if place is None and _key(name) in fields:
+      continue  # The record lacks this option.
     if place is None or place in ranks:
       problem = ', but is no field' if place is None else ' twice'
       raise _BadError(f'{name!r:.40} is ranked{problem}')
@@ -572,7 +694,79 @@ def _argilla_ranks(value, names):
 # --- Label Studio -----------------------------------------------------------
 
 
-def _label_studio(record, left_out):
+# Of a record of JSON_MIN, beside the data and the answers.
+_MIN = (
+  'id', 'annotator', 'annotation_id', 'created_at', 'updated_at', 'lead_time',
+  'agreement',
+)  # fmt: skip
+
+
+def _joined(found, told):
+  """Records of JSON_MIN, which are flat and hold an annotation each, as tasks.
+
+  Others stay as they are.
+  """
+  tasks, several = [], collections.defaultdict(list)
+  for number, record in found:
+    if 'data' in record or not {'annotator', 'annotation_id'} <= set(record):
+      tasks.append((number, record))
+      continue
+    own = several[json.dumps(record.get('id', f'record {number}'))]
+    if not own:
+      tasks.append((number, own))
+    own.append(record)
+  return [
+    (number, _full(task, told) if isinstance(task, list) else task)
+    for number, task in tasks
+  ]
+
+
+def _full(flat, told):
+  """The task whose annotations are records of JSON_MIN."""
+  data, annotations = {}, []
+  results = [{} for _ in flat]
+  for key in dict.fromkeys(key for record in flat for key in record):
+    if key in _MIN:
+      continue
+    values = [record.get(key) for record in flat]
+    if any(map(_is_min_result, values)):
+      for own, value in zip(results, values, strict=True):
+        own[key] = value if _is_min_result(value) else []
+    elif all(value == values[0] for value in values):
+      data[key] = values[0]
+    else:  # Answers to another question.
+      told[f'answers to {key} left out'] += len(values)
+  for record, own in zip(flat, results, strict=True):
+    if record['annotation_id'] is None:
+      continue
+    made = {name: record.get(name) for name in ('created_at', 'lead_time')}
+    made['completed_by'] = record['annotator']
+    made['result'] = [
+      {
+        'type': 'ranker' if 'ranker' in value else 'pairwise',
+        'from_name': key,
+        'value': value,
+      }
+      for key, several in own.items()
+      for value in several
+    ]
+    annotations.append(made)
+  task = {'data': data, 'annotations': annotations}
+  return {'id': flat[0]['id'], **task} if 'id' in flat[0] else task
+
+
+def _is_min_result(value):
+  return (
+    isinstance(value, list)
+    and bool(value)
+    and all(
+      isinstance(one, dict) and not {'ranker', 'selected'}.isdisjoint(one)
+      for one in value
+    )
+  )
+
+
+def _studio(record, told):
   data = record.get('data', record)
   if not isinstance(data, dict) or (data is record and 'annotations' in record):
     raise _BadError("'data' is missing; it holds the prompt and the items")
@@ -596,10 +790,10 @@ def _label_studio(record, left_out):
       values['id'] = str(record['id'])
   if rest:
     values['metadata'] = rest
-  for made in _list(record.get('predictions'), "'predictions'"):
-    ranks = _studio_ranks(made, names, left_out)
+  for made in _described(record, 'predictions', told):
+    ranks = _studio_ranks(made, names, told)
     if 'suggestion' in values or ranks is None:
-      left_out['predictions'] += 1
+      told['predictions left out'] += 1
     elif None in ranks:
       raise _BadError('a prediction does not rank all items')
     else:
@@ -608,20 +802,55 @@ def _label_studio(record, left_out):
       values['suggestion'] = suggested
   answers = []
   for made in _list(record.get('annotations'), "'annotations'"):
+    said = _said(made, 'completed_by', known)
     person = made.get('completed_by')
     # An export may describe the person, with address and name.
     person = person.get('id') if isinstance(person, dict) else person
-    if type(person) is not int:
-      raise _BadError("an annotation has no number as 'completed_by'")
-    answers.append(_studio_answer(made, person, names, known, left_out))
-  for made in _list(record.get('drafts'), "'drafts'"):
-    person = made.get('user')
-    if type(person) is not int:  # Usually an e-mail address.
-      left_out['drafts of people without a number'] += 1
+    if said is None and 'completed_by' in made and person is None:
+      told['annotations of deleted users left out'] += 1
       continue
-    draft = _studio_answer(made, person, names, known, left_out)
+    if said is None and type(person) is not int:
+      raise _BadError("an annotation has no number as 'completed_by'")
+    answers.append(_studio_answer(made, person, names, said, told))
+  for made in _described(record, 'drafts', told):
+    said = _said(made, 'user', known)
+    person = made.get('user')
+    if said is None and type(person) is not int:  # Usually an e-mail address.
+      told['drafts of people without a number left out'] += 1
+      continue
+    draft = _studio_answer(made, person, names, said, told)
     answers.append(dataclasses.replace(draft, state='unfinished'))
+  decided = [answer for answer in answers if answer.state == 'decided']
+  if len(decided) > 1:  # Imported annotations have the mark by default.
+    told['marks of several ground truths in a task left out'] += len(decided)
+    answers = [
+      dataclasses.replace(answer, state='submitted')
+      if answer.state == 'decided'
+      else answer
+      for answer in answers
+    ]
   return Item({**values, **ours}, tuple(answers))
+
+
+def _described(record, name, told):
+  """Predictions or drafts; an export may give only their ids."""
+  found = record.get(name)
+  if isinstance(found, list):
+    whole = [one for one in found if type(one) is not int]
+    if len(whole) < len(found):
+      told[f'{name} left out'] += len(found) - len(whole)
+    found = whole
+  return _list(found, f'{name!r}')
+
+
+def _said(made, person, known):
+  """What we know beside an annotation or draft that we wrote, or None.
+
+  Its `id` is the number of our account. Label Studio gives it another, with
+  whoever imports it as the person, and keeps ours as `import_id`.
+  """
+  number = made.get('import_id') if person in made else made.get('id')
+  return known.get(str(number))
 
 
 def _studio_outputs(data):
@@ -657,34 +886,33 @@ def _studio_outputs(data):
   return pairs[0], list(pairs[0]), [data[key] for key in pairs[0]]
 
 
-def _studio_answer(made, person, names, known, left_out):
-  ranks = _studio_ranks(made, names, left_out)
+def _studio_answer(made, person, names, said, told):
+  ranks = _studio_ranks(made, names, told)
   state = 'skipped' if made.get('was_cancelled') else 'submitted'
   if ranks is None:
     ranks = (None,) * len(names)
-  # The file itself has the ties, and says what is a decision.
-  known = {**known.get(str(person), {}), 'ranks': None, 'state': None}
+  # The file itself says what is a decision.
+  known = {**(said or {}), 'state': None}
   if made.get('ground_truth') and state == 'submitted':
     known['state'] = 'decided'
-  worked = made.get('lead_time')
   return _answer(
     state,
     () if state == 'skipped' else ranks,
     known,
     labeler=f'label-studio-{person}',
     time=_seconds(made.get('created_at')),
-    seconds=float(worked) if isinstance(worked, int | float) else None,
+    seconds=_number(made.get('lead_time'), "'lead_time'"),
   )
 
 
-def _studio_ranks(made, names, left_out):
+def _studio_ranks(made, names, told):
   """Ranks of the items by an annotation, or None if it has no ranking."""
   found = []
   for part in _list(made.get('result'), "'result'"):
     if part.get('type') in ('ranker', 'pairwise'):
       found.append(part)
     else:
-      left_out[f'results of type {part.get("type")}'] += 1
+      told[f'results of type {part.get("type")} left out'] += 1
   if not found:
     return None
   if len(found) > 1:
@@ -696,7 +924,7 @@ def _studio_ranks(made, names, left_out):
     if selected not in sides or len(names) != 2:
       raise _BadError(f"'selected' must be left or right: {value!r:.60}")
     return sides[selected]
-  groups = _studio_groups(value.get('ranker'))
+  groups = _studio_groups(value.get('ranker'), found[0].get('from_name'))
   ranks: dict[str, int | None] = dict.fromkeys(names)
   for place, group in enumerate(groups, 1):
     for item in map(str, group):
@@ -707,8 +935,11 @@ def _studio_ranks(made, names, left_out):
   return tuple(ranks.values())
 
 
-def _studio_groups(ranker):
-  """Ids by rank, the best first. `_` holds what is not ranked."""
+def _studio_groups(ranker, name):
+  """Ids by rank, the best first. `_` holds what is not ranked.
+
+  Without buckets, the only list is in order, under the name of the question.
+  """
   if isinstance(ranker, list):
     return [[item] for item in ranker]
   ranker = _object(ranker, "'ranker'")
@@ -716,7 +947,7 @@ def _studio_groups(ranker):
   if not all(isinstance(value, list) for value in buckets.values()):
     raise _BadError("'ranker' must have lists of ids")
   numbers = {key: _BUCKET.fullmatch(key) for key in buckets}
-  if all(numbers.values()):
+  if list(ranker) != [name] and all(numbers.values()):
     order = sorted(buckets, key=lambda key: int(numbers[key][1]))
     return [buckets[key] for key in order]
   if len(buckets) > 1:
@@ -760,6 +991,16 @@ def _json(value):
   return (json.dumps(value, ensure_ascii=False, indent=1) + '\n').encode()
 
 
+def _people(item, name, other):
+  """(key of a person, answer); who also decided the task has another key for
+  the decision."""
+  found = {}
+  for answer in item.answers:
+    key = name(answer)
+    found[other(answer) if key in found else key] = answer
+  return list(found.items())
+
+
 def _beside(item, people: Iterable[tuple[str, Answer]]) -> dict[str, Any]:
   """What the format has no room for."""
   task = {
@@ -767,16 +1008,16 @@ def _beside(item, people: Iterable[tuple[str, Answer]]) -> dict[str, Any]:
     for name, value in item.values.items()
     if name not in ('prompt', 'completions')
   }
-  names = ('labeler', 'state', 'ranks', 'time', 'seconds', 'note')
+  names = ('labeler', 'state', 'time', 'seconds', 'note')
   answers = {
     person: {
-      name: list(value) if isinstance(value, tuple) else value
+      name: value
       for name in names
-      if (value := getattr(answer, name)) not in (None, '', ())
+      if (value := getattr(answer, name)) not in (None, '')
     }
     for person, answer in people
   }
-  return {'task': task, 'answers': answers}
+  return {'task': task, 'batch': dict(item.batch), 'answers': answers}
 
 
 def _argilla_files(items):
@@ -787,7 +1028,8 @@ def _argilla_files(items):
     if key in ids:  # Argilla replaces the record with that id.
       key = f'{key}-task{item.number}'
     ids.add(key)
-    people = [(_argilla_user(a.labeler), a) for a in item.answers]
+    people = _people(item, lambda a: a.labeler, lambda a: f'{a.labeler} twice')
+    people = [(_argilla_user(name), answer) for name, answer in people]
     names = [f'response_{place}' for place in range(1, len(texts) + 1)]
     suggestion = item.values.get('suggestion')
     by_number[len(texts)].append(
@@ -804,7 +1046,7 @@ def _argilla_files(items):
           _QUESTION: {
             'value': _in_order(names, suggestion['ranks']),
             'score': None,
-            'agent': suggestion['source'] or None,
+            'agent': _agent_name(suggestion['source']),
           }
         }
         if suggestion
@@ -812,7 +1054,7 @@ def _argilla_files(items):
         'responses': {
           _QUESTION: [
             {
-              'value': _in_order(names, answer.ranks),
+              'value': _with_ranks(names, answer.ranks),
               'user_id': person,
               'status': {'unfinished': 'draft', 'skipped': 'discarded'}.get(
                 answer.state, 'submitted'
@@ -839,14 +1081,29 @@ def _argilla_user(name):
     return str(uuid.uuid5(uuid.NAMESPACE_OID, f'instruct_jax {name}'))
 
 
+def _agent_name(source):
+  """The source of a suggestion, if Argilla takes it as a name."""
+  named = _AGENT.fullmatch(source) and re.search('[a-zA-Z0-9]', source)
+  return source if named else None
+
+
 def _in_order(names, ranks):
-  return [names[place] for place in _order(ranks)]
+  places = sorted(range(len(names)), key=lambda place: ranks[place])
+  return [names[place] for place in places]
+
+
+def _with_ranks(names, ranks):
+  """As Argilla stores a ranking; () is none at all."""
+  return [
+    {'value': name, 'rank': rank}
+    for name, rank in zip(names, ranks, strict=False)
+  ]
 
 
 def _studio_task(item: Item, num_buckets: int) -> Mapping[str, Any]:
   texts = item.values['completions']
   names = [f'output{place}' for place in range(1, len(texts) + 1)]
-  people = [(str(answer.account), answer) for answer in item.answers]
+  people = _people(item, lambda a: str(a.account), lambda a: str(-a.account))
 
   def result(ranks, number):
     buckets = {f'rank{rank}': [] for rank in range(1, num_buckets + 1)}
@@ -863,8 +1120,9 @@ def _studio_task(item: Item, num_buckets: int) -> Mapping[str, Any]:
       }
     ]
 
-  def made(answer):
+  def made(person, answer):
     found = {
+      'id': int(person),
       'result': result(answer.ranks, answer.account) if answer.ranks else [],
       'lead_time': answer.seconds,
     }
@@ -874,7 +1132,6 @@ def _studio_task(item: Item, num_buckets: int) -> Mapping[str, Any]:
     return found
 
   suggestion = item.values.get('suggestion')
-  drafts = [a for a in item.answers if a.state == 'unfinished']
   return {
     'id': item.number,
     'data': {
@@ -886,15 +1143,18 @@ def _studio_task(item: Item, num_buckets: int) -> Mapping[str, Any]:
     },
     'annotations': [
       {
-        'completed_by': answer.account,
         'was_cancelled': answer.state == 'skipped',
         'ground_truth': answer.state == 'decided',
-        **made(answer),
+        **made(person, answer),
       }
-      for answer in item.answers
+      for person, answer in people
       if answer.state != 'unfinished'
     ],
-    'drafts': [{'user': answer.account, **made(answer)} for answer in drafts],
+    'drafts': [
+      made(person, answer)
+      for person, answer in people
+      if answer.state == 'unfinished'
+    ],
     'predictions': [
       {
         'model_version': suggestion['source'],

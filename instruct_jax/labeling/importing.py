@@ -62,7 +62,7 @@ def _type_problems(values):
 def _rank_problems(values, kind):
   """What is wrong with the suggestion and the known ranks, if there are any."""
   suggestion = values.get('suggestion', {})
-  if suggestion and set(suggestion) != {'ranks', 'source'}:
+  if 'suggestion' in values and set(suggestion) != {'ranks', 'source'}:
     yield "'suggestion' must have ranks, and as source a name"
   elif not isinstance(suggestion.get('source', ''), str):
     yield "the source of 'suggestion' must be a string"
@@ -81,6 +81,8 @@ def _rank_problems(values, kind):
       type(rank) is not int or not 1 <= rank <= number for rank in ranks
     ):
       yield f'{name} must be integers from 1 (best) to {number}'
+    elif name == "'known_ranks'" and len(set(ranks)) == 1:
+      yield f'{name} are all equal, so that no answer can be compared with them'
 
 
 def _problems(values, kind):
@@ -132,17 +134,17 @@ def _problems(values, kind):
 
 
 def _read_tasks(content, source, kind, name, calibration):
-  """(checked tasks of a file, what was left out of it with counts)."""
+  """(checked tasks of a file, what is to be told about it with counts)."""
   if name == 'jsonl':
-    found, unit, left_out = list(_lines(content)), 'line', {}
+    found, unit, told = list(_lines(content)), 'line', {}
   elif kind not in answers.RANKED:
     raise store.StoreError(
       f'{formats.FORMATS[name]} files hold rankings; the kind must be one of '
       f'{", ".join(answers.RANKED)}, not {kind}'
     )
   else:
-    items, left_out = formats.read(content, source, name)
-    found, unit = list(enumerate(items, start=1)), 'record'
+    items, told = formats.read(content, source, name)
+    found, unit = [(item.number, item) for item in items], 'record'
   bad = []
   for number, item in found:
     if isinstance(item, str):
@@ -158,7 +160,7 @@ def _read_tasks(content, source, kind, name, calibration):
   records.raise_problems(source, bad, unit)
   if not found:
     raise records.RecordError(f'{source}: holds no tasks')
-  return [item for _, item in found], left_out
+  return [item for _, item in found], told
 
 
 def _lines(content):
@@ -234,7 +236,8 @@ def import_tasks(
     by: the account that imports.
 
   Returns:
-    Numbers of tasks, of answers by state, and of what was left out.
+    Numbers of tasks, of answers by state, and of what was left out or is
+    doubtful.
 
   Raises:
     RecordError: bad lines, up to ten of them as `file:line: what, what to do`;
@@ -261,7 +264,7 @@ def import_tasks(
     raise store.StoreError(
       'calibration is for batches of rankings outside the screening round'
     )
-  found, left_out = _read_tasks(content, source, kind, file_format, calibration)
+  found, told = _read_tasks(content, source, kind, file_format, calibration)
   if suggestions and not any('suggestion' in item.values for item in found):
     raise store.StoreError(f'{source}: suggestions are asked for; it has none')
   has_answers = any(item.answers for item in found)
@@ -279,8 +282,7 @@ def import_tasks(
     for output, has_ended in zip(outputs, ended, strict=True):
       tasks.append((item, {**values, 'ended': [has_ended]}, [output]))
   states = (answer.state for item in found for answer in item.answers)
-  counts = {'tasks': len(tasks), **collections.Counter(states)}
-  counts |= {f'{name} left out': n for name, n in left_out.items()}
+  counts = {'tasks': len(tasks), **collections.Counter(states), **told}
   batches = schema.batches
   with the_store.write() as c:
     if c.scalar(sa.select(batches.c.id).filter_by(name=name)):

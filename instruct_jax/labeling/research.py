@@ -16,6 +16,8 @@ from instruct_jax.data import labels, records
 from instruct_jax.evals import preference_accuracy, win_rate
 from instruct_jax.labeling import answers, schema, store
 
+# Of the batches whose answers are exported.
+IN_DATA = (~schema.batches.c.screening, ~schema.batches.c.calibration)
 # The kinds of agreement, by the number of researchers in a pair of people.
 _AGREEMENTS = ('labelers', 'labelers and researchers', 'researchers')
 
@@ -64,6 +66,8 @@ class Decision:
 
   task_id: int
   batch: str
+  kind: str
+  phase: str
   prompt: str
   record: dict[str, Any]
   texts: tuple[str, ...]
@@ -92,7 +96,7 @@ def labeled(
     sa.select(
       table.c['assignment_id', 'content', 'time', 'seconds', 'revision'],
       schema.assignments.c['task_id', 'account_id', 'order', 'suggested'],
-      schema.batches.c['kind', 'phase', 'screening', 'calibration'],
+      schema.batches.c['screening', 'calibration'],
       schema.accounts.c.role,
       *_shared_columns(),
     )
@@ -142,6 +146,7 @@ def _shared_columns():
   version = sa.cast(schema.instructions.c.version, sa.Text)
   return (
     *schema.tasks.c['prompt', 'record'],
+    *schema.batches.c['kind', 'phase'],
     schema.batches.c.name.label('batch'),
     schema.accounts.c.name.label('labeler'),
     (schema.instructions.c.phase + '/' + version).label('instructions'),
@@ -390,12 +395,20 @@ def _states(connection, key, *where):
   return collections.Counter(found)
 
 
-def people(the_store: store.Store, rows: Sequence[Labeled]) -> list[dict]:
-  """Per account: answers, pace, ties, skips, agreement with intervals."""
+def people(
+  the_store: store.Store, rows: Sequence[Labeled], *where: sa.ColumnElement
+) -> list[dict]:
+  """Per account: answers, pace, ties, skips, agreement with intervals.
+
+  Args:
+    the_store: of the site.
+    rows: the answers.
+    *where: conditions that a batch meets whose skips count.
+  """
   table = schema.accounts
   with the_store.read() as c:
     accounts = c.execute(sa.select(table).order_by(table.c.id)).all()
-    states = _states(c, table.c.id)
+    states = _states(c, table.c.id, *where)
   by_account = grouped(rows, 'account_id')
   pairs = _pairs(rows)
 
@@ -406,7 +419,12 @@ def people(the_store: store.Store, rows: Sequence[Labeled]) -> list[dict]:
       for row in _ranked(own)
       for a, b in itertools.combinations(row.content['ranks'], 2)
     ]
-    seconds = sum(row.seconds for row in own)
+    # A file that gives no working time says 0.
+    timed = [
+      row.seconds
+      for row in own
+      if row.seconds or answers.IMPORTED not in row.content
+    ]
     skipped = states[account.id, 'skipped']
     decided = skipped + len(own)
     mine = [
@@ -419,8 +437,8 @@ def people(the_store: store.Store, rows: Sequence[Labeled]) -> list[dict]:
       'role': account.role,
       'status': account.status,
       'answers': len(own),
-      'median_seconds': store.median([row.seconds for row in own]),
-      'per_hour': len(own) / (seconds / 3600) if seconds > 0 else None,
+      'median_seconds': store.median(timed),
+      'per_hour': 3600 * len(timed) / sum(timed) if any(timed) else None,
       'tie_rate': sum(ties) / len(ties) if ties else None,
       'skip_rate': skipped / decided if decided else None,
       'last': max((row.time for row in own), default=None),

@@ -547,8 +547,18 @@ def show_admin(visit):
       .where(assignments.c.state == 'skipped')
       .group_by(assignments.c.reason)
     ).all()
-  batches = research.progress(visit.store)
-  return visit.page('admin.html', batches=batches, flags=newest, skips=skips)
+    imported = ''
+    if 'imported' in visit.request.query_params:
+      audit = schema.audit
+      last = sa.select(audit.c.detail).filter_by(action='import')
+      imported = c.scalar(last.order_by(audit.c.id.desc()).limit(1))
+  return visit.page(
+    'admin.html',
+    batches=research.progress(visit.store),
+    flags=newest,
+    skips=skips,
+    message=f'Imported: {imported}' if imported else '',
+  )
 
 
 def show_accounts(visit, link=''):
@@ -606,7 +616,7 @@ def import_tasks(visit):
     )
   except (records.RecordError, store.StoreError) as error:
     return show_import(visit, 422, str(error))
-  return _to('/admin')
+  return _to('/admin?imported')
 
 
 def close_batch(visit):
@@ -630,8 +640,8 @@ def show_agreement(visit):
     agreement=research.agreement(rows, seed),
     versions=research.agreement_by_version(rows, seed),
     calibration=research.calibration(everything, seed),
-    people=research.people(visit.store, rows),
-    tasks=research.disagreements(rows)[:200],
+    people=research.people(visit.store, rows, *research.IN_DATA),
+    tasks=[t for t in research.disagreements(rows) if t['rate'] < 1][:200],
   )
 
 

@@ -174,9 +174,17 @@ for (const list of document.querySelectorAll('[data-shortcuts]')) {
 
 for (const input of document.querySelectorAll('[data-fills]')) {
   input.addEventListener('change', async () => {
+    input.setCustomValidity('');
     if (!input.files.length) return;
-    const text = await input.files[0].text();
-    document.getElementById(input.dataset.fills).value = text;
+    const bytes = await input.files[0].arrayBuffer();
+    try {
+      const decoder = new TextDecoder('utf-8', {fatal: true});
+      document.getElementById(input.dataset.fills).value =
+        decoder.decode(bytes);
+    } catch {
+      input.setCustomValidity('This file is not UTF-8. Please convert it.');
+      input.reportValidity();
+    }
   });
 }
 
