@@ -19,6 +19,8 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 
 from etils import epath
@@ -224,6 +226,22 @@ def _front_matter(name, checkpoint_folder, model, results, facts) -> str:
   ).to_yaml()
 
 
+def check_facts(facts: Facts) -> None:
+  """Asks the Hub whether it takes the facts, before compute is spent.
+
+  Raises:
+    ValueError: see `hub.check_card`.
+  """
+  import huggingface_hub
+
+  data = huggingface_hub.ModelCardData(
+    base_model=facts.base_model or None,
+    datasets=_listed(facts.datasets) or None,
+    license=facts.license or 'unknown',
+  )
+  hub.check_card(data.to_yaml())
+
+
 def _listed(text):
   return [part.strip() for part in text.split(',') if part.strip()]
 
@@ -330,27 +348,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
   flags = parser.parse_args(arguments)
   if flags.public and not flags.push_to:
     parser.error('--public is about an upload; give --push_to=hf:NAME')
+  facts = Facts(flags.base_model, flags.datasets, flags.license)
   if flags.push_to:
     if files.is_remote(flags.output):
       parser.error('--push_to needs an --output on a disk')
     if flags.adapters:
       _check_base(flags.checkpoint)
-    hub.check_push(flags.push_to, private=not flags.public)
+    repository = hub.check_push(flags.push_to, private=not flags.public)
+    check_facts(facts)
   export(
     flags.checkpoint,
     flags.tokenizer,
     flags.output,
     fold_shift=flags.fold_shift,
     adapters=flags.adapters,
-    facts=Facts(flags.base_model, flags.datasets, flags.license),
+    facts=facts,
   )
-  print(flags.output)
+  print(flags.output, flush=True)
   if flags.push_to:
+    private = ['--private'] * (not flags.public)
+    again = shlex.join(['hf', 'upload', repository, flags.output, *private])
+    # A process that is killed says nothing any more.
+    print(f'uploads; if it is cut, `{again}` goes on', file=sys.stderr)
     try:
       print(hub.push(flags.output, flags.push_to, private=not flags.public))
     except ValueError as error:
       raise ValueError(
-        f'{error}; {flags.output} is complete, and `hf upload` takes it'
+        f'{error}; {flags.output} is complete, and `{again}` goes on'
       ) from error
   return 0
 

@@ -5,6 +5,9 @@ The files are small enough for the commit itself. How the Hub takes large files
 """
 
 import json
+import shlex
+import subprocess
+import sys
 
 import huggingface_hub
 import jax
@@ -13,7 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from configs import recipe as recipe_config
-from instruct_jax import export, model_fns, model_folder
+from instruct_jax import export, hub, model_fns, model_folder
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding
 from instruct_jax.jobs import export_models
@@ -67,6 +70,8 @@ def run(tmp_path_factory):
 def server(monkeypatch):
   with fake_hub.serve() as found:
     monkeypatch.setenv('HF_ENDPOINT', found.url)
+    # Cards are checked where the package was told to as it was imported.
+    monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', found.url)
     monkeypatch.setenv('HF_TOKEN', fake_hub.TOKEN)
     yield found
 
@@ -209,12 +214,67 @@ def test_names_that_are_taken_or_not_ours(run, server, tmp_path):
   server.add('ann/small', **{'config.json': b'{}'})
   assert 'ann/small exists already' in refused(run, tmp_path, 'hf:small')
   message = refused(run, tmp_path, 'hf:bob/small')
-  assert 'bob is none of ann, lab' in message and 'hf:ann/small' in message
+  assert 'bob is none of ann, lab, guests' in message
+  assert 'hf:ann/small' in message
   assert 'hf:NAME or hf:OWNER' in refused(run, tmp_path, 'small')
   assert 'hf:NAME or hf:OWNER' in refused(run, tmp_path, 'hf:a/b/c')
   assert 'hf:a..b: ' in refused(run, tmp_path, 'hf:a..b')
-  server.fail['/whoami-v2'] = 403
-  assert 'may not write' in refused(run, tmp_path, 'hf:small2')
+
+
+def scoped(name, permission):
+  entity = {'_id': '0', 'type': 'user', 'name': name}
+  scope = {'entity': entity, 'permissions': ['repo.content.read', permission]}
+  return {'role': 'fineGrained', 'fineGrained': {'scoped': [scope]}}
+
+
+@pytest.mark.parametrize(
+  ('token', 'target'),
+  [
+    ({'role': 'read'}, 'hf:small'),
+    ({'role': 'write'}, 'hf:guests/small'),
+    (scoped('ann', 'discussion.write'), 'hf:small'),
+    (scoped('lab', 'repo.write'), 'hf:small'),
+  ],
+)
+def test_a_token_that_only_reads(
+  run, server, tmp_path, monkeypatch, token, target
+):
+  server.tokens['hf_other'] = token
+  monkeypatch.setenv('HF_TOKEN', 'hf_other')
+  message = refused(run, tmp_path, target)
+  assert message.endswith('may not write there; take one with write access')
+
+
+@pytest.mark.parametrize('place', ['ann', 'ann/small'])
+def test_a_token_for_writing_there_is_enough(
+  server, tmp_path, monkeypatch, place
+):
+  server.tokens['hf_other'] = scoped(place, 'repo.write')
+  monkeypatch.setenv('HF_TOKEN', 'hf_other')
+  assert hub.check_push('hf:small') == 'ann/small'
+
+
+def test_a_licence_that_the_hub_does_not_know(run, server, tmp_path):
+  with pytest.raises(ValueError) as error:
+    command(run, tmp_path / 'out', '--push_to=hf:small', '--license=Apache-2')
+  assert 'the card: ' in str(error.value)
+  assert '"license" must be one of' in str(error.value).replace('\\', '')
+  assert not (tmp_path / 'out').exists() and not server.repos
+
+
+def test_an_answer_that_is_no_answer(run, server, tmp_path, monkeypatch):
+  """Of a proxy, or of a Hub in trouble; a run that goes on does not mind."""
+  server.fail['/api/models/ann/x-ppo'] = 502
+  message = refused(run, tmp_path, 'hf:x-ppo')
+  assert message.startswith('hf:x-ppo: HfHubHTTPError')
+  config = stage(run, push_to='hf:x', workdir=str(tmp_path), name='export')
+  with pytest.raises(hub.NoAnswerError):
+    export_models.validate(config)
+  (tmp_path / 'config.json').write_text('{}')
+  export_models.validate(config)
+  server.page = b'<html>Log in</html>'
+  message = refused(run, tmp_path, 'hf:small')
+  assert message.startswith('hf:small: the Hub does not answer (JSONDecodeErr')
 
 
 def test_an_empty_repository_is_taken_unless_others_see_it(
@@ -223,17 +283,30 @@ def test_an_empty_repository_is_taken_unless_others_see_it(
   server.add('ann/open', private=False)
   message = refused(run, tmp_path, 'hf:open')
   assert 'ann/open exists and is public' in message
+  server.add('ann/secret')
+  with pytest.raises(ValueError, match='ann/secret exists and is private'):
+    command(run, tmp_path / 'no', '--push_to=hf:secret', '--public')
   server.add('ann/closed')
   command(run, tmp_path / 'out', '--push_to=hf:closed')
   assert 'README.md' in server.pushed('ann/closed')
 
 
-def test_a_refused_upload_leaves_the_folder(run, server, tmp_path):
+def test_a_refused_upload_leaves_the_folder(run, server, tmp_path, capsys):
+  """And the command that goes on, which keeps it private."""
+  out = tmp_path / 'out'
   server.fail['/commit/main'] = 500
-  with pytest.raises(ValueError, match='is complete, and `hf upload` takes it'):
-    command(run, tmp_path / 'out', '--push_to=hf:small')
-  assert (tmp_path / 'out' / 'README.md').exists()
+  again = f'`hf upload ann/small {out} --private` goes on'
+  with pytest.raises(ValueError, match=f'{out} is complete, and {again}'):
+    command(run, out, '--push_to=hf:small')
+  assert again in capsys.readouterr().err
+  assert (out / 'README.md').exists()
   assert not server.pushed('ann/small')
+  server.fail.clear()
+  cli = [sys.executable, '-m', 'huggingface_hub.cli.hf']
+  words = [*cli, *shlex.split(again.split('`')[1])[1:]]
+  subprocess.run(words, check=True, capture_output=True)
+  assert server.repos['ann/small']['private']
+  assert 'model.safetensors' in server.pushed('ann/small')
 
 
 def test_flags_that_need_each_other(run, tmp_path, capsys):

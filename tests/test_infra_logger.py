@@ -22,7 +22,7 @@ import matplotlib.figure
 import pytest
 from tensorboardX.proto import event_pb2
 
-from instruct_jax.infra import logger, metrics
+from instruct_jax.infra import logger, metrics, run
 from instruct_jax.infra.logger import Logger
 from tests.tiny_run import MAIN
 
@@ -99,6 +99,56 @@ def test_a_missing_extra_is_one_line_before_any_stage(
   assert ended.returncode == 1
   (line,) = ended.stderr.strip().splitlines()
   assert f"{name} is not installed; pip install -e '.[{name}]'" in line
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_folder_is_no_package(workdir, monkeypatch):
+  """W&B itself makes ./wandb, which Python would import as a namespace."""
+  (workdir / 'no_such_service').mkdir()
+  monkeypatch.syspath_prepend(workdir)
+  monkeypatch.setattr(logger._SERVICES['wandb'], 'package', 'no_such_service')
+  with pytest.raises(ValueError, match='no_such_service is not installed'):
+    logger.check('wandb')
+
+
+def test_a_service_is_asked_before_a_run_but_not_when_it_goes_on(monkeypatch):
+  class Refusing:
+    package, help = 'jax', 'log in'
+
+    @staticmethod
+    def check():
+      raise RuntimeError('no\nkey')
+
+  monkeypatch.setitem(logger._SERVICES, 'wandb', Refusing)
+  with pytest.raises(ValueError) as error:
+    logger.check('tensorboard,wandb')
+  assert str(error.value) == 'loggers: wandb: RuntimeError: no key; log in'
+  logger.check('tensorboard,wandb', is_new=False)
+
+
+@pytest.mark.parametrize(
+  ('name', 'env', 'wanted'),
+  [
+    ('wandb', {}, 'ValueError: there is no key; log in by `wandb login`'),
+    ('wandb', {'WANDB_API_KEY': 40 * 'a'}, 'AuthenticationError: Failed to'),
+    ('trackio', {'TRACKIO_SPACE_ID': 'a/b'}, 'log in by `hf auth login`'),
+  ],
+)
+def test_without_a_key_or_network_no_stage_begins(
+  name, env, wanted, start, tiny_run, tmp_path
+):
+  pytest.importorskip(name, reason=f"pip install -e '.[{name}]'")
+  nowhere = 'http://127.0.0.1:9'
+  home = {'HOME': str(tmp_path), 'NETRC': str(tmp_path / 'netrc')}
+  home |= {'WANDB_BASE_URL': nowhere, 'HF_ENDPOINT': nowhere, 'HF_TOKEN': ''}
+  ended = start(
+    *(MAIN, f'--config={tiny_run}/config.py', f'--workdir={tmp_path}/run'),
+    f'--config.loggers={name}',
+    env=home | env,
+  )
+  assert ended.returncode == 1
+  (line,) = (x for x in ended.stderr.splitlines() if x.startswith('error: '))
+  assert line.startswith(f'error: loggers: {name}: ') and wanted in line
   assert not (tmp_path / 'run').exists()
 
 
@@ -189,18 +239,53 @@ def test_a_service_that_fails_later_is_left_out(workdir, monkeypatch, capsys):
   assert [c[0] for c in calls] == ['begin', 'numbers', 'numbers', 'close']
 
 
-def test_a_service_that_refuses_is_one_line(workdir, monkeypatch):
+def test_a_service_that_refuses_ends_no_run(workdir, monkeypatch, capsys):
+  calls = told(monkeypatch)
+
   class Refusing:
     package, help = 'jax', 'log in'
 
     def __init__(self, log, resume_step):
       raise RuntimeError('no\nkey')
 
-  monkeypatch.setitem(logger._SERVICES, 'wandb', Refusing)
-  message = 'loggers: wandb: RuntimeError: no key; log in'
-  with make('wandb', workdir) as log, pytest.raises(ValueError) as error:
+  monkeypatch.setitem(logger._SERVICES, 'trackio', Refusing)
+  with make('trackio,wandb', workdir) as log:
     log.numbers(1, {'a': 1.0})
-  assert str(error.value) == message
+  assert capsys.readouterr().out == (
+    'ppo: not shown by trackio: RuntimeError: no key; log in\n'
+  )
+  assert [call[0] for call in calls] == ['begin', 'numbers', 'close']
+
+
+@pytest.mark.parametrize(
+  ('error', 'code'),
+  [(None, 0), (ValueError(), 1), (run.Stopped('stopped'), 75)],
+)
+def test_services_learn_how_a_stage_ended(workdir, monkeypatch, error, code):
+  calls = told(monkeypatch)
+  with (
+    contextlib.suppress(ValueError, run.Stopped),
+    make('wandb', workdir) as x,
+  ):
+    x.begin()
+    if error is not None:
+      raise error
+  assert calls[-1] == ('close', code)
+
+
+def test_rows_get_the_same_columns(workdir, monkeypatch):
+  calls = told(monkeypatch)
+  with make('wandb', workdir) as log:
+    log.table(1, 'samples', [{'a': 1}, {'b': 'x', 'a': 2}])
+  rows = [{'a': 1, 'b': None}, {'a': 2, 'b': 'x'}]
+  assert calls[1] == ('table', 1, 'samples', rows)
+
+
+@pytest.mark.parametrize('text', ['{"id": "0', '7'])
+def test_a_damaged_id_is_named(workdir, text):
+  (workdir / logger.FILE).write_text(text)
+  with pytest.raises(ValueError, match=r'logger\.json is damaged; delete it'):
+    make('tensorboard', workdir).begin(3)
 
 
 # --- TensorBoard --------------------------------------------------------------
@@ -254,6 +339,15 @@ def test_tensorboard_gets_everything(workdir, plot):
   assert text('alarm') == ALARM
   # One alarm, though it was told twice.
   assert len([v for _, v in events if v.tag.startswith('alarm')]) == 1
+
+
+def test_starts_within_a_second_keep_their_files(workdir):
+  for step in (None, 1, 2):
+    with make('tensorboard', workdir) as log:
+      log.begin(step)
+      log.numbers(1 if step is None else step + 1, {'a': 1.0})
+  steps = [v[0] for v in events_of(workdir) if v[1].tag == 'a']
+  assert steps == [1, 2, 3]
 
 
 # --- Weights & Biases, offline ------------------------------------------------
@@ -323,12 +417,12 @@ def test_wandb_offline_gets_everything(workdir, plot, monkeypatch):
   tell_all(make('wandb', workdir), plot)
   num_runs, records = records_of(workdir)
   assert num_runs == 1
-  (run,) = [r.run for r in records if r.HasField('run')][:1]
+  (found,) = [r.run for r in records if r.HasField('run')][:1]
   kept = json.loads((workdir / logger.FILE).read_text())
-  assert run.run_id == kept['id']
-  assert (run.display_name, run.run_group) == ('run1/ppo', 'run1')
-  assert (run.project, run.job_type) == ('instruct_jax', 'ppo')
-  config = {u.key: json.loads(u.value_json) for u in run.config.update}
+  assert found.run_id == kept['id']
+  assert (found.display_name, found.run_group) == ('run1/ppo', 'run1')
+  assert (found.project, found.job_type) == ('instruct_jax', 'ppo')
+  config = {u.key: json.loads(u.value_json) for u in found.config.update}
   assert CONFIG.items() <= config.items()
   history = history_of(records)
   assert history[1, 'a'] == 0.25 and history[2, 'b/loss'] == 0.5
@@ -344,6 +438,23 @@ def test_wandb_offline_gets_everything(workdir, plot, monkeypatch):
   assert content['data'] == [list(row.values()) for row in ROWS]
   (alert,) = [r.alert for r in records if r.HasField('alert')]
   assert (alert.title, alert.text) == ('ppo: alarm', ALARM)
+
+
+def test_a_part_is_a_run_of_wandb_beside_the_stage(workdir, monkeypatch):
+  pytest.importorskip('wandb', reason="pip install -e '.[wandb]'")
+  for name, value in OFFLINE.items():
+    monkeypatch.setenv(name, value)
+  with make('wandb', workdir) as log:
+    log.numbers(1, {'a': 1.0})
+    with contextlib.closing(metrics.MetricsWriter(workdir / 'fold0')) as writer:
+      writer.write(1, {'a': 2.0})
+    log.numbers(2, {'a': 3.0})
+  for folder, wanted in (
+    (workdir, {(1, 'a'): 1.0, (2, 'a'): 3.0}),
+    (workdir / 'fold0', {(1, 'a'): 2.0}),
+  ):
+    num_runs, records = records_of(folder)
+    assert (num_runs, history_of(records)) == (1, wanted)
 
 
 # --- Trackio's local store ----------------------------------------------------
