@@ -6,15 +6,11 @@ TensorBoard's files are always read. Those of W&B and Trackio need the extras:
 """
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import json
-import os
-import pathlib
 import re
 import sqlite3
-import subprocess
-import sys
 import time
 
 import jax
@@ -26,7 +22,6 @@ from instruct_jax.infra import logger, metrics, run
 from instruct_jax.infra.logger import Logger
 from tests.tiny_run import MAIN
 
-ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = {'learning_rate': 0.5, 'loop.keep': 2, 'commit': 'abc'}
 ROWS = [
   {'prompt': 'Say "hi".', 'sft': 'hi', 'ppo': 'Hi!\n| there |'},
@@ -73,32 +68,29 @@ def test_an_unknown_service_is_refused(text):
     logger.check(text)
 
 
+def needs(name):
+  """Skips a test without the extra, which is not imported yet."""
+  if importlib.util.find_spec(name) is None:
+    pytest.skip(f"pip install -e '.[{name}]'")
+
+
 @pytest.mark.parametrize('name', ['wandb', 'trackio'])
 def test_a_missing_extra_is_one_line_before_any_stage(
-  name, start, tiny_run, tmp_path
+  name, start, tiny_run, tmp_path, monkeypatch
 ):
-  """From the command line, with an interpreter that lacks the package."""
-  hook = (
-    'import importlib.util\n'
-    'found = importlib.util.find_spec\n'
-    'importlib.util.find_spec = lambda name, *rest: (\n'
-    f'  None if name == {name!r} else found(name, *rest))\n'
-    'import runpy, sys\n'
-    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)\n"
-  )
-  ended = subprocess.run(
-    [
-      *(sys.executable, '-c', hook, MAIN, f'--config={tiny_run}/config.py'),
-      *(f'--workdir={tmp_path}/run', f'--config.loggers={name}'),
-    ],
-    cwd=ROOT,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
+  wanted = f"{name} is not installed; pip install -e '.[{name}]'"
+  if importlib.util.find_spec(name) is not None:
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+      logger.check(name)
+    return
+  ended = start(
+    *(MAIN, f'--config={tiny_run}/config.py', f'--workdir={tmp_path}/run'),
+    f'--config.loggers={name}',
   )
   assert ended.returncode == 1
   (line,) = ended.stderr.strip().splitlines()
-  assert f"{name} is not installed; pip install -e '.[{name}]'" in line
+  assert wanted in line
   assert not (tmp_path / 'run').exists()
 
 
@@ -137,7 +129,7 @@ def test_a_service_is_asked_before_a_run_but_not_when_it_goes_on(monkeypatch):
 def test_without_a_key_or_network_no_stage_begins(
   name, env, wanted, start, tiny_run, tmp_path
 ):
-  pytest.importorskip(name, reason=f"pip install -e '.[{name}]'")
+  needs(name)
   nowhere = 'http://127.0.0.1:9'
   home = {'HOME': str(tmp_path), 'NETRC': str(tmp_path / 'netrc')}
   home |= {'WANDB_BASE_URL': nowhere, 'HF_ENDPOINT': nowhere, 'HF_TOKEN': ''}
@@ -411,7 +403,7 @@ def history_of(records):
 
 
 def test_wandb_offline_gets_everything(workdir, plot, monkeypatch):
-  pytest.importorskip('wandb', reason="pip install -e '.[wandb]'")
+  needs('wandb')
   for name, value in OFFLINE.items():
     monkeypatch.setenv(name, value)
   tell_all(make('wandb', workdir), plot)
@@ -441,7 +433,7 @@ def test_wandb_offline_gets_everything(workdir, plot, monkeypatch):
 
 
 def test_a_part_is_a_run_of_wandb_beside_the_stage(workdir, monkeypatch):
-  pytest.importorskip('wandb', reason="pip install -e '.[wandb]'")
+  needs('wandb')
   for name, value in OFFLINE.items():
     monkeypatch.setenv(name, value)
   with make('wandb', workdir) as log:
@@ -466,7 +458,7 @@ def trackio_store(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     folder = tmp_path_factory.mktemp('trackio')
     patch.setenv('TRACKIO_DIR', str(folder))
-    pytest.importorskip('trackio', reason="pip install -e '.[trackio]'")
+    needs('trackio')
     yield folder
 
 
@@ -515,7 +507,7 @@ def test_a_run_that_was_stopped_goes_on_in_all_services(
 ):
   """From the command line, offline: one run of each service with all steps."""
   for name in ('wandb', 'trackio'):
-    pytest.importorskip(name, reason=f"pip install -e '.[{name}]'")
+    needs(name)
   workdir, store = tmp_path / 'run', tmp_path / 'store'
   command = (
     *(MAIN, f'--config={tiny_run}/config.py', f'--workdir={workdir}'),
