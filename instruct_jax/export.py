@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -196,7 +197,7 @@ def _card(name, checkpoint_folder, model, tokenizer, facts):
   about = {
     key: value
     for key, value in model.metadata.items()
-    if not isinstance(value, str) or '/' not in value or value[:3] == 'hf:'
+    if not isinstance(value, str) or '/' not in value or _on_hub(value)
   }
   about = json.dumps({**about, 'tokenizer': tokenizer.describe()}, indent=2)
   front = _front_matter(name, checkpoint_folder, model, results, facts)
@@ -246,6 +247,13 @@ def _listed(text):
   return [part.strip() for part in text.split(',') if part.strip()]
 
 
+def _on_hub(folder):
+  """Whether it is hf: and a repository, not a folder here."""
+  name = folder.removeprefix('hf:')
+  is_name = re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) is not None
+  return name != folder and is_name and not epath.Path(name).is_dir()
+
+
 def base_of(folder: str) -> str:
   """The repository on the Hub of the published model behind a model of ours.
 
@@ -253,8 +261,7 @@ def base_of(folder: str) -> str:
   or if a run started from several.
   """
   if folder.startswith('hf:'):
-    name = folder.removeprefix('hf:')
-    return '' if epath.Path(name).is_dir() else name
+    return folder.removeprefix('hf:') if _on_hub(folder) else ''
   run, stages = origin.stages_of(folder)
   begins = [stage['init'] for stage in stages.values() if stage.get('init')]
   for begin in begins[:1]:  # The stage's own.

@@ -59,6 +59,7 @@ def run(tmp_path_factory):
   for kind, name in (('policy', 'ppo/policy'), ('scalar', 'reward/model')):
     model = model_fns.init(kind, test_export.CONFIG, mesh, jax.random.key(0))
     about = {'stage': name.split('/')[0], 'from': '/home/ann/secret'}
+    about |= {'centred': 'hf:/home/ann/secret', 'begun': 'hf:org/small'}
     model_folder.save(folder / name, model, tokenizer, about)
   (folder / 'config.json').write_text(json.dumps(RUN))
   (folder / 'summary.json').write_text(json.dumps(SUMMARY))
@@ -144,6 +145,7 @@ def test_the_card_of_a_policy(run, server, tmp_path):
   assert (result.metric_type, result.metric_value) == ('win_rate', 0.625)
   assert result.metric_args == {'low': 0.5, 'high': 0.75}
   assert (result.dataset_type, result.dataset_split) == ('a/b', 'test')
+  assert '"begun": "hf:org/small"' in card.text
   text = 'Win rate against sft, by a judge: 0.625 [0.500, 0.750]'
   assert text in card.text
 
