@@ -9,7 +9,9 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import re
+import signal
 import sqlite3
 import time
 
@@ -178,6 +180,9 @@ def told(monkeypatch, name='wandb'):
     def __init__(self, log, resume_step):
       calls.append(('begin', log.id, resume_step))
 
+    def next_step(self):
+      return 2
+
     def __getattr__(self, method):
       return lambda *arguments: calls.append((method, *arguments))
 
@@ -200,6 +205,26 @@ def test_a_stage_that_resumes_keeps_its_id(workdir, monkeypatch):
   assert [call for call in calls if call[0] == 'alarm'] == [
     ('alarm', 3, ALARM)
   ] * 2
+
+
+def test_what_a_kill_kept_from_a_service_is_told_again(workdir, monkeypatch):
+  """Up to the checkpoint; what follows it is computed again."""
+  calls = told(monkeypatch)
+  (workdir / metrics.TIMING_FILE).write_text(
+    ''.join(f'{{"step": {step}, "t": {step}.5}}\n' for step in (1, 2, 3, 4))
+  )
+  lines = [{'step': step, 'a': step, 'b': None} for step in (1, 2, 3)]
+  with make('wandb', workdir):
+    metrics.MetricsWriter(workdir, lines, 3).close()
+  _, *numbers, _ = calls
+  assert [call[:2] for call in numbers] == [('numbers', 2), ('numbers', 3)]
+  last = numbers[-1][2]
+  assert (last['a'], last['t']) == (3, 3.5) and math.isnan(last['b'])
+  # A stage that begins has nothing behind it.
+  calls.clear()
+  with make('wandb', workdir):
+    metrics.MetricsWriter(workdir).close()
+  assert [call[0] for call in calls] == ['begin', 'close']
 
 
 def test_parts_of_a_stage_are_runs_of_their_own(workdir, monkeypatch):
@@ -350,25 +375,27 @@ def test_starts_within_a_second_keep_their_files(workdir):
 # --- Weights & Biases, offline ------------------------------------------------
 
 
-def records_of(folder):
-  """What the run folders below `folder` hold, in order.
+def records_of(folder, num_ends=None):
+  """Number of the run folders below `folder`, and what they hold, in order.
 
   The file is LevelDB's log format with a header of seven bytes: blocks of
   32 KiB of records, each with a checksum (4 bytes), a length (2) and a type (1
   whole; 2 first, 3 middle, 4 last part).
+
+  Args:
+    folder: of a stage.
+    num_ends: how many runs came to their end; all if None.
   """
   runs = sorted((folder / 'wandb').glob('offline-run-*/run-*.wandb'))
-  found = []
-  for file in runs:
-    # Another process writes it, and the end last.
-    deadline = time.monotonic() + 60
-    records = _records(file.read_bytes())
-    while not any(record.HasField('exit') for record in records):
-      assert time.monotonic() < deadline, f'{file} has no end'
-      time.sleep(0.1)
-      records = _records(file.read_bytes())
-    found += records
-  return len(runs), found
+  num_ends = len(runs) if num_ends is None else num_ends
+  # Another process writes them, and the end last.
+  deadline = time.monotonic() + 60
+  while True:
+    found = [x for file in runs for x in _records(file.read_bytes())]
+    if sum(record.HasField('exit') for record in found) == num_ends:
+      return len(runs), found
+    assert time.monotonic() < deadline, f'{runs}: not {num_ends} ends'
+    time.sleep(0.1)
 
 
 def _records(data):
@@ -507,8 +534,11 @@ def test_trackio_gets_everything(workdir, plot, trackio_store):
 # --- A whole run, stopped and resumed -----------------------------------------
 
 
+@pytest.mark.parametrize(
+  ('number', 'code'), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)]
+)
 def test_a_run_that_was_stopped_goes_on_in_all_services(
-  start, tiny_run, tmp_path
+  start, tiny_run, tmp_path, number, code
 ):
   """From the command line, offline: one run of each service with all steps."""
   for name in OPTIONAL:
@@ -521,8 +551,14 @@ def test_a_run_that_was_stopped_goes_on_in_all_services(
   )
   timing = workdir / metrics.TIMING_FILE
   env = {**OFFLINE, 'TRACKIO_DIR': str(store)}
-  ended = start(*command, env=env, until=lambda: timing.exists())
-  assert ended.returncode == 75, ended.stderr
+
+  def is_time():
+    # More than Trackio keeps to itself, and steps with a checkpoint.
+    saved = [*workdir.glob('checkpoints/[1-9]*')]
+    return saved and timing.read_text().count('\n') >= 5
+
+  ended = start(*command, env=env, until=is_time, number=number)
+  assert ended.returncode == code, ended.stderr
   before = len(metrics.read_lines(workdir / metrics.METRICS_FILE))
   assert 0 < before < 60
   ended = start(*command, env=env)
@@ -543,17 +579,19 @@ def test_a_run_that_was_stopped_goes_on_in_all_services(
     if value.HasField('simple_value') and not value.tag.startswith('timing/')
   }
   assert numbers == pytest.approx(wanted)
-  num_runs, records = records_of(workdir)
+  num_runs, records = records_of(workdir, num_ends=1 + (code == 75))
   assert num_runs == 2  # A folder for each start, of one run.
   runs = {r.run.run_id for r in records if r.HasField('run')}
   assert runs == {kept['id']}
-  # The first start is shown as preempted, not as failed.
-  assert sum(r.HasField('preempting') for r in records) == 1
+  # A start that was asked to stop is shown as preempted, not as failed.
+  preempted = sum(r.HasField('preempting') for r in records)
   exits = [r.exit.exit_code for r in records if r.HasField('exit')]
-  assert exits == [75, 0]
+  assert (preempted, exits) == ((1, [75, 0]) if code == 75 else (0, [0]))
   history = history_of(records)
   assert {key: history[key] for key in wanted} == wanted
   assert set(history) >= {(step, 'timing/seconds') for step in (1, 60)}
   stored = numbers_of(store, f'run-pretrain-{kept["id"]}')
   found = [x for x in stored if not x[0][1].startswith('timing/')]
-  assert dict(found) == wanted and len(found) == len(wanted)
+  assert dict(found) == wanted
+  # Steps after the last checkpoint arrive again where there was no notice.
+  assert len(found) == len(wanted) or code != 75

@@ -16,10 +16,12 @@ that it is reported and left out as soon as it fails.
 import importlib.util
 import io
 import json
+import math
 import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, SupportsFloat
 
 import jax
@@ -127,12 +129,18 @@ class Logger:
     stage = f'{self.stage}-{folder.name}'
     return Logger(self._loggers, folder, self.group, stage, self.config)
 
-  def begin(self, resume_step: int | None = None) -> None:
+  def begin(
+    self,
+    resume_step: int | None = None,
+    before: Mapping[int, Mapping[str, float]] = MappingProxyType({}),
+  ) -> None:
     """Opens the services.
 
     Args:
       resume_step: of the checkpoint that a stage continues from, and with it
         the run of each service; None begins new ones.
+      before: step -> metrics, up to that checkpoint. A kill may have kept the
+        last of them from a service.
 
     Raises:
       ValueError: the file with the id is damaged.
@@ -149,7 +157,12 @@ class Logger:
     self._keep()
     for name in names:
       try:
-        self._open[name] = _SERVICES[name](self, resume_step)
+        service = _SERVICES[name](self, resume_step)
+        first = service.next_step() if before else 0
+        for step, values in before.items():
+          if step >= first:
+            service.numbers(step, values)
+        self._open[name] = service
       except Exception as error:  # Each library has its own.
         if _is_disk(name, error):
           raise
@@ -264,6 +277,9 @@ class _TensorBoard:
       text = '\n'.join(f'    {k}: {v}' for k, v in logger.config.items())
       self._write(0, summary=summary.text('config', text))
 
+  def next_step(self):
+    return math.inf  # Each event was flushed.
+
   def _write(self, step, **content):
     if self._events is None:
       return
@@ -348,6 +364,9 @@ class _Wandb:
       ),
     )
 
+  def next_step(self):
+    return self._run.step  # Offline, a start knows of none before it.
+
   def numbers(self, step, values):
     self._run.log(values, step=step)
 
@@ -399,6 +418,10 @@ class _Trackio:
       private=True,
       embed=False,
     )
+
+  def next_step(self):
+    # It has no public name; without it, steps would arrive twice.
+    return getattr(self._run, '_next_step', 0)
 
   def numbers(self, step, values):
     self._run.log(values, step=step)
