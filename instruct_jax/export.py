@@ -283,41 +283,46 @@ def _results(checkpoint_folder, kind, facts):
   if evaluation is None or not (run / 'summary.json').exists():
     return []
   summary = run_lib.read_json(run / 'summary.json')
+  data = (_listed(facts.datasets) or ['preferences'])[0]
+  result = functools.partial(
+    huggingface_hub.EvalResult, dataset_type=data, dataset_split='test'
+  )
   if kind == 'scalar':
-    found = (summary['intervals'].get('reward_model') or {}).get('accuracy')
-    if f'{run}{evaluation["reward_model"]}' != own or not found:
+    reward = summary['intervals'].get('reward_model')
+    if not reward or f'{run}{evaluation["reward_model"]}' != own:
       return []
-    metric, value = 'accuracy', found['accuracy']
-    title, data = 'Accuracy on pairs', 'held-out rankings of the run'
-  else:
-    folders = ','.join(
-      filter(None, (evaluation[k] for k in ('models', 'other_models')))
-    )
-    names = [
-      name
-      for name, folder in model_folder.named_folders(folders).items()
-      if f'{run}{folder}' == own and name != summary['baseline']
+    return [
+      result(
+        task_type='text-classification',
+        dataset_name=f'rankings of the run, {name}',
+        metric_type='accuracy',
+        metric_name=f'Accuracy on pairs, {name}',
+        metric_value=found['accuracy'],
+        metric_args={'low': found['low'], 'high': found['high']},
+      )
+      for name, rankings in reward['rankings'].items()
+      if (found := rankings['accuracies'].get(reward['scorer']))
     ]
-    rows = [summary['everyone'].get(name, {}) for name in names]
-    found = next((row['win rate'] for row in rows if row.get('win rate')), None)
-    if found is None:
-      return []
-    metric, value = 'win_rate', found['rate']
-    title = f'Win rate against {summary["baseline"]}, by {summary["judge"]}'
-    data = 'held-out prompts of the run'
+  folders = ','.join(
+    filter(None, (evaluation[k] for k in ('models', 'other_models')))
+  )
+  names = [
+    name
+    for name, folder in model_folder.named_folders(folders).items()
+    if f'{run}{folder}' == own and name != summary['baseline']
+  ]
+  rows = [summary['everyone'].get(name, {}) for name in names]
   return [
-    huggingface_hub.EvalResult(
-      task_type='text-generation'
-      if kind == 'policy'
-      else 'text-classification',
-      dataset_type=(_listed(facts.datasets) or ['preferences'])[0],
-      dataset_name=data,
-      dataset_split='test',
-      metric_type=metric,
-      metric_name=title,
-      metric_value=value,
+    result(
+      task_type='text-generation',
+      dataset_name='held-out prompts of the run',
+      metric_type='win_rate',
+      metric_name=f'Win rate against {summary["baseline"]}, by '
+      f'{summary["judge"]}',
+      metric_value=found['rate'],
       metric_args={'low': found['low'], 'high': found['high']},
     )
+    for found in [row['win rate'] for row in rows if row.get('win rate')][:1]
   ]
 
 

@@ -4,6 +4,7 @@ The files are small enough for the commit itself. How the Hub takes large files
 (LFS, Xet) is the business of huggingface_hub.
 """
 
+import dataclasses
 import json
 import shlex
 import subprocess
@@ -18,6 +19,8 @@ from ml_collections import ConfigDict
 from configs import recipe as recipe_config
 from instruct_jax import export, hub, model_fns, model_folder
 from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals import figures
+from instruct_jax.evals.preference_accuracy import Accuracy
 from instruct_jax.infra import sharding
 from instruct_jax.jobs import export_models
 from tests import fake_hub, test_export
@@ -38,13 +41,22 @@ RUN = {
     },
   }
 }
+REWARD = figures.RewardFigures(
+  rankings={
+    name: figures.Rankings(
+      {'judge': Accuracy(0.9, 0.8, 1.0, 50, 0.2), 'reward model': found}
+    )
+    for name, found in (
+      ('training labelers', Accuracy(0.7, 0.6, 0.8, 50, 0.6)),
+      ('held-out labelers', Accuracy(0.65, 0.5, 0.8, 20, 0.6)),
+    )
+  }
+)
 SUMMARY = {
   'baseline': 'sft',
   'judge': 'a judge',
   'everyone': {'sft': {'win rate': {**RATE, 'rate': 0.5}}, 'ppo': {}},
-  'intervals': {
-    'reward_model': {'accuracy': {'accuracy': 0.7, 'low': 0.6, 'high': 0.8}}
-  },
+  'intervals': {'reward_model': dataclasses.asdict(REWARD)},
 }
 SUMMARY['everyone']['ppo']['win rate'] = RATE
 
@@ -158,8 +170,10 @@ def test_the_card_of_a_reward_model(run, server, tmp_path):
   assert (card.data.base_model, card.data.license) == ('org/other', 'mit')
   assert card.data.pipeline_tag == 'text-classification'
   assert card.data.metrics == ['accuracy']
-  (result,) = card.data.eval_results
-  assert (result.metric_type, result.metric_value) == ('accuracy', 0.7)
+  first, second = card.data.eval_results
+  assert (first.metric_type, first.metric_value) == ('accuracy', 0.7)
+  assert second.metric_args == {'low': 0.5, 'high': 0.8}
+  assert 'pairs, held-out labelers: 0.650 [0.500, 0.800]' in card.text
   assert 'score_shift' in card.text
 
 
