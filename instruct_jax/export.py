@@ -19,6 +19,9 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 
 from etils import epath
@@ -194,7 +197,7 @@ def _card(name, checkpoint_folder, model, tokenizer, facts):
   about = {
     key: value
     for key, value in model.metadata.items()
-    if not isinstance(value, str) or '/' not in value or value[:3] == 'hf:'
+    if not isinstance(value, str) or '/' not in value or _on_hub(value)
   }
   about = json.dumps({**about, 'tokenizer': tokenizer.describe()}, indent=2)
   front = _front_matter(name, checkpoint_folder, model, results, facts)
@@ -224,8 +227,31 @@ def _front_matter(name, checkpoint_folder, model, results, facts) -> str:
   ).to_yaml()
 
 
+def check_facts(facts: Facts) -> None:
+  """Asks the Hub whether it takes the facts, before compute is spent.
+
+  Raises:
+    ValueError: see `hub.check_card`.
+  """
+  import huggingface_hub
+
+  data = huggingface_hub.ModelCardData(
+    base_model=facts.base_model or None,
+    datasets=_listed(facts.datasets) or None,
+    license=facts.license or 'unknown',
+  )
+  hub.check_card(data.to_yaml())
+
+
 def _listed(text):
   return [part.strip() for part in text.split(',') if part.strip()]
+
+
+def _on_hub(folder):
+  """Whether it is hf: and a repository, not a folder here."""
+  name = folder.removeprefix('hf:')
+  is_name = re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) is not None
+  return name != folder and is_name and not epath.Path(name).is_dir()
 
 
 def base_of(folder: str) -> str:
@@ -235,8 +261,7 @@ def base_of(folder: str) -> str:
   or if a run started from several.
   """
   if folder.startswith('hf:'):
-    name = folder.removeprefix('hf:')
-    return '' if epath.Path(name).is_dir() else name
+    return folder.removeprefix('hf:') if _on_hub(folder) else ''
   run, stages = origin.stages_of(folder)
   begins = [stage['init'] for stage in stages.values() if stage.get('init')]
   for begin in begins[:1]:  # The stage's own.
@@ -258,41 +283,46 @@ def _results(checkpoint_folder, kind, facts):
   if evaluation is None or not (run / 'summary.json').exists():
     return []
   summary = run_lib.read_json(run / 'summary.json')
+  data = (_listed(facts.datasets) or ['preferences'])[0]
+  result = functools.partial(
+    huggingface_hub.EvalResult, dataset_type=data, dataset_split='test'
+  )
   if kind == 'scalar':
-    found = (summary['intervals'].get('reward_model') or {}).get('accuracy')
-    if f'{run}{evaluation["reward_model"]}' != own or not found:
+    reward = summary['intervals'].get('reward_model')
+    if not reward or f'{run}{evaluation["reward_model"]}' != own:
       return []
-    metric, value = 'accuracy', found['accuracy']
-    title, data = 'Accuracy on pairs', 'held-out rankings of the run'
-  else:
-    folders = ','.join(
-      filter(None, (evaluation[k] for k in ('models', 'other_models')))
-    )
-    names = [
-      name
-      for name, folder in model_folder.named_folders(folders).items()
-      if f'{run}{folder}' == own and name != summary['baseline']
+    return [
+      result(
+        task_type='text-classification',
+        dataset_name=f'rankings of the run, {name}',
+        metric_type='accuracy',
+        metric_name=f'Accuracy on pairs, {name}',
+        metric_value=found['accuracy'],
+        metric_args={'low': found['low'], 'high': found['high']},
+      )
+      for name, rankings in reward['rankings'].items()
+      if (found := rankings['accuracies'].get(reward['scorer']))
     ]
-    rows = [summary['everyone'].get(name, {}) for name in names]
-    found = next((row['win rate'] for row in rows if row.get('win rate')), None)
-    if found is None:
-      return []
-    metric, value = 'win_rate', found['rate']
-    title = f'Win rate against {summary["baseline"]}, by {summary["judge"]}'
-    data = 'held-out prompts of the run'
+  folders = ','.join(
+    filter(None, (evaluation[k] for k in ('models', 'other_models')))
+  )
+  names = [
+    name
+    for name, folder in model_folder.named_folders(folders).items()
+    if f'{run}{folder}' == own and name != summary['baseline']
+  ]
+  rows = [summary['everyone'].get(name, {}) for name in names]
   return [
-    huggingface_hub.EvalResult(
-      task_type='text-generation'
-      if kind == 'policy'
-      else 'text-classification',
-      dataset_type=(_listed(facts.datasets) or ['preferences'])[0],
-      dataset_name=data,
-      dataset_split='test',
-      metric_type=metric,
-      metric_name=title,
-      metric_value=value,
+    result(
+      task_type='text-generation',
+      dataset_name='held-out prompts of the run',
+      metric_type='win_rate',
+      metric_name=f'Win rate against {summary["baseline"]}, by '
+      f'{summary["judge"]}',
+      metric_value=found['rate'],
       metric_args={'low': found['low'], 'high': found['high']},
     )
+    for found in [row['win rate'] for row in rows if row.get('win rate')][:1]
   ]
 
 
@@ -330,27 +360,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
   flags = parser.parse_args(arguments)
   if flags.public and not flags.push_to:
     parser.error('--public is about an upload; give --push_to=hf:NAME')
+  facts = Facts(flags.base_model, flags.datasets, flags.license)
   if flags.push_to:
     if files.is_remote(flags.output):
       parser.error('--push_to needs an --output on a disk')
     if flags.adapters:
       _check_base(flags.checkpoint)
-    hub.check_push(flags.push_to, private=not flags.public)
+    repository = hub.check_push(flags.push_to, private=not flags.public)
+    check_facts(facts)
   export(
     flags.checkpoint,
     flags.tokenizer,
     flags.output,
     fold_shift=flags.fold_shift,
     adapters=flags.adapters,
-    facts=Facts(flags.base_model, flags.datasets, flags.license),
+    facts=facts,
   )
-  print(flags.output)
+  print(flags.output, flush=True)
   if flags.push_to:
+    private = ['--private'] * (not flags.public)
+    again = shlex.join(['hf', 'upload', repository, flags.output, *private])
+    # A process that is killed says nothing any more.
+    print(f'uploads; if it is cut, `{again}` goes on', file=sys.stderr)
     try:
       print(hub.push(flags.output, flags.push_to, private=not flags.public))
     except ValueError as error:
       raise ValueError(
-        f'{error}; {flags.output} is complete, and `hf upload` takes it'
+        f'{error}; {flags.output} is complete, and `{again}` goes on'
       ) from error
   return 0
 

@@ -1,6 +1,8 @@
 """Models on the Hugging Face Hub: where their files lie here, and pushing."""
 
 import contextlib
+import functools
+import json
 import os
 import pathlib
 import re
@@ -62,6 +64,10 @@ _REFUSED = {
 }
 
 
+class NoAnswerError(ValueError):
+  """The Hub does not answer, or not now."""
+
+
 def check_push(target: str, private: bool = True, is_ours: bool = False) -> str:
   """Asks the Hub whether a model could be pushed, before compute is spent.
 
@@ -74,7 +80,9 @@ def check_push(target: str, private: bool = True, is_ours: bool = False) -> str:
     The repository, OWNER/NAME; it does not exist, is empty or is ours.
 
   Raises:
-    ValueError: no token or network, a name that is taken or not one's own.
+    NoAnswerError: no network, or the Hub is out of order.
+    ValueError: no token, one that only reads, a name that is taken or not
+      one's own.
   """
   from huggingface_hub import errors
 
@@ -84,14 +92,17 @@ def check_push(target: str, private: bool = True, is_ours: bool = False) -> str:
   owner, name = match[1] or '', match[2]
   api = _api()
   with _told(target):
-    user = api.whoami()
+    user = api.whoami(cache=True)  # The Hub answers it only so often.
     own = [user['name'], *(each['name'] for each in user.get('orgs', ()))]
     if owner and owner not in own:
       raise ValueError(
         f'{owner} is none of {", ".join(own)}, for whom the token is; take '
         f'hf:{own[0]}/{name}'
       )
-    repository = f'{owner or own[0]}/{name}'
+    owner = owner or own[0]
+    repository = f'{owner}/{name}'
+    if not _may_write(user, owner, repository):
+      raise ValueError(_REFUSED[403])
     try:
       found = api.model_info(repository)
     except errors.RepositoryNotFoundError:
@@ -99,9 +110,39 @@ def check_push(target: str, private: bool = True, is_ours: bool = False) -> str:
     holds = {x.rfilename for x in found.siblings or ()} - {'.gitattributes'}
     if holds and not is_ours:
       raise ValueError(f'{repository} exists already; choose another name')
-    if private and not found.private:
-      raise ValueError(f'{repository} exists and is public; take another name')
+    if found.private != private:
+      seen = 'private' if found.private else 'public'
+      raise ValueError(f'{repository} exists and is {seen}; take another name')
   return repository
+
+
+def check_card(front: str) -> None:
+  """Asks the Hub whether it takes a card's front matter.
+
+  Raises:
+    ValueError: it does not, for instance because of an unknown licence; or it
+      does not answer.
+  """
+  import huggingface_hub
+
+  with _told('the card'):
+    huggingface_hub.ModelCard(f'---\n{front}\n---\n').validate()
+
+
+def _may_write(user, owner, repository) -> bool:
+  """Whether the token, as the Hub describes it, is for writing there."""
+  token = (user.get('auth') or {}).get('accessToken') or {}
+  if token.get('role') == 'fineGrained':
+    scopes = (token.get('fineGrained') or {}).get('scoped') or ()
+    return any(
+      (scope.get('entity') or {}).get('name') in (owner, repository)
+      and 'repo.write' in (scope.get('permissions') or ())
+      for scope in scopes
+    )
+  places = {
+    each['name']: each.get('roleInOrg') for each in user.get('orgs', ())
+  }
+  return 'read' not in (token.get('role'), places.get(owner))
 
 
 def push(
@@ -146,10 +187,15 @@ def push(
 
 
 def _api():
+  # The package reads the variable only as it is imported.
+  return _api_at(os.environ.get('HF_ENDPOINT'))
+
+
+@functools.cache
+def _api_at(endpoint):
   import huggingface_hub
 
-  # The package reads the variable only as it is imported.
-  return huggingface_hub.HfApi(endpoint=os.environ.get('HF_ENDPOINT'))
+  return huggingface_hub.HfApi(endpoint=endpoint)
 
 
 @contextlib.contextmanager
@@ -164,13 +210,18 @@ def _told(target: str) -> Iterator[None]:
       f'{target}: there is no token; log in by `hf auth login`, or set HF_TOKEN'
     ) from error
   except errors.HfHubHTTPError as error:
-    told = _REFUSED.get(error.response.status_code) or command.one_line(error)
-    raise ValueError(f'{target}: {told}') from error
-  except ValueError as error:
-    raise ValueError(f'{target}: {" ".join(str(error).split())}') from error
+    code = error.response.status_code
+    told = _REFUSED.get(code) or command.one_line(error)
+    kind = NoAnswerError if code == 429 or code >= 500 else ValueError
+    raise kind(f'{target}: {told}') from error
   # No network, a proxy, a broken answer: unrelated exception types.
   except Exception as error:
-    raise ValueError(
+    if isinstance(error, ValueError) and not isinstance(
+      error, json.JSONDecodeError
+    ):
+      text = ' '.join(str(error).split())[:300]
+      raise ValueError(f'{target}: {text}') from error
+    raise NoAnswerError(
       f'{target}: the Hub does not answer ({command.one_line(error)}); mend '
       'the network, or leave push_to out'
     ) from error

@@ -8,7 +8,7 @@ import re
 import threading
 
 TOKEN = 'hf_good'
-USER, TEAM = 'ann', 'lab'
+USER, TEAM, GUESTS = 'ann', 'lab', 'guests'
 
 
 class Hub:
@@ -19,26 +19,38 @@ class Hub:
     repos: name -> {'private': bool, 'files': path -> bytes}.
     requests: (method, path) in order.
     cards: contents that were sent to be checked.
+    tokens: token -> what the Hub says of it.
     fail: path's ending -> status with which such a request is refused.
+    page: what is answered to everything, unless it is empty.
   """
 
   def __init__(self):
     self.url, self.repos, self.requests, self.cards = '', {}, [], []
-    self.fail = {}
+    self.fail, self.page = {}, b''
+    self.tokens = {TOKEN: {'role': 'write'}}
 
   def answer(self, method, path, token, body):
     """(status, JSON value, error code) of a request."""
     for ending, status in self.fail.items():
       if path.endswith(ending):
         return status, {'error': 'refused'}, ''
-    if token != TOKEN:
+    if token not in self.tokens and path != '/api/validate-yaml':
       return 401, {'error': 'Invalid credentials'}, ''
     if path == '/api/whoami-v2':
-      return 200, {'name': USER, 'orgs': [{'name': TEAM}]}, ''
+      teams = [
+        {'name': TEAM, 'roleInOrg': 'contributor'},
+        {'name': GUESTS, 'roleInOrg': 'read'},
+      ]
+      about = {'type': 'access_token', 'accessToken': self.tokens[token]}
+      return 200, {'name': USER, 'orgs': teams, 'auth': about}, ''
     if path == '/api/repos/create':
       return self._create(json.loads(body))
     if path == '/api/validate-yaml':
-      self.cards.append(json.loads(body)['content'])
+      content = json.loads(body)['content']
+      if 'license: Apache' in content:
+        errors = [{'message': '"license" must be one of [apache-2.0, mit]'}]
+        return 400, {'errors': errors}, ''
+      self.cards.append(content)
       return 200, {}, ''
     match = re.fullmatch(r'/api/models/([\w.-]+/[\w.-]+)(/.*)?', path)
     if match is None or match[1] not in self.repos:
@@ -101,6 +113,8 @@ def serve():
         hub.requests.append((self.command, path))
         status, value, code = hub.answer(self.command, path, token, body)
       content = json.dumps(value).encode()
+      if hub.page:
+        status, content = 200, hub.page
       self.send_response(status)
       self.send_header('Content-Type', 'application/json')
       self.send_header('Content-Length', str(len(content)))

@@ -208,9 +208,10 @@ def test_the_product_is_what_merging_adds(name, targets, tmp_path):
   assert not written  # All of them belong to a matrix of the base.
 
 
-@pytest.fixture
-def adapted_models(tmp_path):
+@pytest.fixture(scope='module')
+def adapted_models(tmp_path_factory):
   """A base, and folders of adapters on it: 'policy' and 'scalar'."""
+  tmp_path = tmp_path_factory.mktemp('adapted')
   tokenizer = tokenizer_lib.train_word_level(['a', 'b', 'c', 'd'])
   tokenizer.save(tmp_path / 'tokenizer')
   mesh = sharding.make_mesh((1, -1, 1))
@@ -236,10 +237,10 @@ def assert_layers_equal(*models):
 
 
 @pytest.mark.parametrize('kind', ['policy', 'scalar'])
-def test_adapters_beside_their_base(kind, adapted_models):
+def test_adapters_beside_their_base(kind, adapted_models, tmp_path):
   folder = adapted_models
   tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
-  out = folder / 'out'
+  out = tmp_path / 'out'
   assert (
     export.main(
       [
@@ -273,10 +274,11 @@ def test_adapters_beside_their_base(kind, adapted_models):
     assert f'`score_shift` = {float(read.params["head_bias"])}' in card
 
 
-def test_a_published_base_is_named_and_not_written_again(adapted_models):
-  folder = adapted_models
-  tokens = folder / 'tokenizer'
-  export.export(folder / 'base', tokens, folder / 'published')
+def test_a_published_base_is_named_and_not_written_again(
+  adapted_models, tmp_path
+):
+  folder, tokens = tmp_path, adapted_models / 'tokenizer'
+  export.export(adapted_models / 'base', tokens, folder / 'published')
   tokenizer = tokenizer_lib.Tokenizer.load(folder / 'published')
   mesh = sharding.make_mesh((1, -1, 1))
   base = model_folder.load(
@@ -290,9 +292,9 @@ def test_a_published_base_is_named_and_not_written_again(adapted_models):
   assert not (folder / 'out' / 'base').exists()
 
 
-def test_adapters_that_cannot_be_written(adapted_models):
+def test_adapters_that_cannot_be_written(adapted_models, tmp_path):
   folder = adapted_models
-  out, tokens = folder / 'out', folder / 'tokenizer'
+  out, tokens = tmp_path / 'out', folder / 'tokenizer'
   with pytest.raises(ValueError, match='base holds no adapters; leave --adapt'):
     export.export(folder / 'base', tokens, out, adapters=True)
   with pytest.raises(ValueError, match='leave one of fold_shift and adapters'):
@@ -302,14 +304,14 @@ def test_adapters_that_cannot_be_written(adapted_models):
   assert not out.exists()
 
 
-def test_adapters_are_merged_by_default(adapted_models):
-  folder = adapted_models
-  export.export(folder / 'policy', folder / 'tokenizer', folder / 'out')
-  assert not (folder / 'out' / 'adapter_config.json').exists()
+def test_adapters_are_merged_by_default(adapted_models, tmp_path):
+  folder, out = adapted_models, tmp_path / 'out'
+  export.export(folder / 'policy', folder / 'tokenizer', out)
+  assert not (out / 'adapter_config.json').exists()
   tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
   mesh = sharding.make_mesh((1, -1, 1))
   first, second = (
-    model_folder.load(folder / name, 'policy', mesh, tokenizer)
-    for name in ('policy', 'out')
+    model_folder.load(place, 'policy', mesh, tokenizer)
+    for place in (folder / 'policy', out)
   )
   assert_layers_equal(first, second)

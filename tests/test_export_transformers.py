@@ -142,7 +142,8 @@ def test_the_folder_generates_and_stops(tmp_path):
   text = theirs.apply_chat_template(asked, tokenize=False)
   ids = theirs(text, add_special_tokens=False, return_tensors='pt')['input_ids']
   # A model that says one token: each end token ends, and nothing else does.
-  for end in (*tokenizer.stop_ids, tokenizer.pad_id + 5):
+  (other, *_) = {*range(9)} - {*tokenizer.stop_ids, tokenizer.pad_id}
+  for end in (*tokenizer.stop_ids, other):
     scores = torch.full((1, 1, model.config.vocab_size), -1e9)
     scores[..., end] = 0.0
     model.lm_head.register_forward_hook(

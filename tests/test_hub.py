@@ -4,7 +4,11 @@ The files are small enough for the commit itself. How the Hub takes large files
 (LFS, Xet) is the business of huggingface_hub.
 """
 
+import dataclasses
 import json
+import shlex
+import subprocess
+import sys
 
 import huggingface_hub
 import jax
@@ -13,8 +17,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from configs import recipe as recipe_config
-from instruct_jax import export, model_fns, model_folder
+from instruct_jax import export, hub, model_fns, model_folder
 from instruct_jax.data import tokenizer as tokenizer_lib
+from instruct_jax.evals import figures
+from instruct_jax.evals.preference_accuracy import Accuracy
 from instruct_jax.infra import sharding
 from instruct_jax.jobs import export_models
 from tests import fake_hub, test_export
@@ -35,13 +41,22 @@ RUN = {
     },
   }
 }
+REWARD = figures.RewardFigures(
+  rankings={
+    name: figures.Rankings(
+      {'judge': Accuracy(0.9, 0.8, 1.0, 50, 0.2), 'reward model': found}
+    )
+    for name, found in (
+      ('training labelers', Accuracy(0.7, 0.6, 0.8, 50, 0.6)),
+      ('held-out labelers', Accuracy(0.65, 0.5, 0.8, 20, 0.6)),
+    )
+  }
+)
 SUMMARY = {
   'baseline': 'sft',
   'judge': 'a judge',
   'everyone': {'sft': {'win rate': {**RATE, 'rate': 0.5}}, 'ppo': {}},
-  'intervals': {
-    'reward_model': {'accuracy': {'accuracy': 0.7, 'low': 0.6, 'high': 0.8}}
-  },
+  'intervals': {'reward_model': dataclasses.asdict(REWARD)},
 }
 SUMMARY['everyone']['ppo']['win rate'] = RATE
 
@@ -56,6 +71,7 @@ def run(tmp_path_factory):
   for kind, name in (('policy', 'ppo/policy'), ('scalar', 'reward/model')):
     model = model_fns.init(kind, test_export.CONFIG, mesh, jax.random.key(0))
     about = {'stage': name.split('/')[0], 'from': '/home/ann/secret'}
+    about |= {'centred': 'hf:/home/ann/secret', 'begun': 'hf:org/small'}
     model_folder.save(folder / name, model, tokenizer, about)
   (folder / 'config.json').write_text(json.dumps(RUN))
   (folder / 'summary.json').write_text(json.dumps(SUMMARY))
@@ -67,6 +83,8 @@ def run(tmp_path_factory):
 def server(monkeypatch):
   with fake_hub.serve() as found:
     monkeypatch.setenv('HF_ENDPOINT', found.url)
+    # Cards are checked where the package was told to as it was imported.
+    monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', found.url)
     monkeypatch.setenv('HF_TOKEN', fake_hub.TOKEN)
     yield found
 
@@ -139,6 +157,7 @@ def test_the_card_of_a_policy(run, server, tmp_path):
   assert (result.metric_type, result.metric_value) == ('win_rate', 0.625)
   assert result.metric_args == {'low': 0.5, 'high': 0.75}
   assert (result.dataset_type, result.dataset_split) == ('a/b', 'test')
+  assert '"begun": "hf:org/small"' in card.text
   text = 'Win rate against sft, by a judge: 0.625 [0.500, 0.750]'
   assert text in card.text
 
@@ -151,8 +170,10 @@ def test_the_card_of_a_reward_model(run, server, tmp_path):
   assert (card.data.base_model, card.data.license) == ('org/other', 'mit')
   assert card.data.pipeline_tag == 'text-classification'
   assert card.data.metrics == ['accuracy']
-  (result,) = card.data.eval_results
-  assert (result.metric_type, result.metric_value) == ('accuracy', 0.7)
+  first, second = card.data.eval_results
+  assert (first.metric_type, first.metric_value) == ('accuracy', 0.7)
+  assert second.metric_args == {'low': 0.5, 'high': 0.8}
+  assert 'pairs, held-out labelers: 0.650 [0.500, 0.800]' in card.text
   assert 'score_shift' in card.text
 
 
@@ -209,12 +230,67 @@ def test_names_that_are_taken_or_not_ours(run, server, tmp_path):
   server.add('ann/small', **{'config.json': b'{}'})
   assert 'ann/small exists already' in refused(run, tmp_path, 'hf:small')
   message = refused(run, tmp_path, 'hf:bob/small')
-  assert 'bob is none of ann, lab' in message and 'hf:ann/small' in message
+  assert 'bob is none of ann, lab, guests' in message
+  assert 'hf:ann/small' in message
   assert 'hf:NAME or hf:OWNER' in refused(run, tmp_path, 'small')
   assert 'hf:NAME or hf:OWNER' in refused(run, tmp_path, 'hf:a/b/c')
   assert 'hf:a..b: ' in refused(run, tmp_path, 'hf:a..b')
-  server.fail['/whoami-v2'] = 403
-  assert 'may not write' in refused(run, tmp_path, 'hf:small2')
+
+
+def scoped(name, permission):
+  entity = {'_id': '0', 'type': 'user', 'name': name}
+  scope = {'entity': entity, 'permissions': ['repo.content.read', permission]}
+  return {'role': 'fineGrained', 'fineGrained': {'scoped': [scope]}}
+
+
+@pytest.mark.parametrize(
+  ('token', 'target'),
+  [
+    ({'role': 'read'}, 'hf:small'),
+    ({'role': 'write'}, 'hf:guests/small'),
+    (scoped('ann', 'discussion.write'), 'hf:small'),
+    (scoped('lab', 'repo.write'), 'hf:small'),
+  ],
+)
+def test_a_token_that_only_reads(
+  run, server, tmp_path, monkeypatch, token, target
+):
+  server.tokens['hf_other'] = token
+  monkeypatch.setenv('HF_TOKEN', 'hf_other')
+  message = refused(run, tmp_path, target)
+  assert message.endswith('may not write there; take one with write access')
+
+
+@pytest.mark.parametrize('place', ['ann', 'ann/small'])
+def test_a_token_for_writing_there_is_enough(
+  server, tmp_path, monkeypatch, place
+):
+  server.tokens['hf_other'] = scoped(place, 'repo.write')
+  monkeypatch.setenv('HF_TOKEN', 'hf_other')
+  assert hub.check_push('hf:small') == 'ann/small'
+
+
+def test_a_licence_that_the_hub_does_not_know(run, server, tmp_path):
+  with pytest.raises(ValueError) as error:
+    command(run, tmp_path / 'out', '--push_to=hf:small', '--license=Apache-2')
+  assert 'the card: ' in str(error.value)
+  assert '"license" must be one of' in str(error.value).replace('\\', '')
+  assert not (tmp_path / 'out').exists() and not server.repos
+
+
+def test_an_answer_that_is_no_answer(run, server, tmp_path, monkeypatch):
+  """Of a proxy, or of a Hub in trouble; a run that goes on does not mind."""
+  server.fail['/api/models/ann/x-ppo'] = 502
+  message = refused(run, tmp_path, 'hf:x-ppo')
+  assert message.startswith('hf:x-ppo: HfHubHTTPError')
+  config = stage(run, push_to='hf:x', workdir=str(tmp_path), name='export')
+  with pytest.raises(hub.NoAnswerError):
+    export_models.validate(config)
+  (tmp_path / 'config.json').write_text('{}')
+  export_models.validate(config)
+  server.page = b'<html>Log in</html>'
+  message = refused(run, tmp_path, 'hf:small')
+  assert message.startswith('hf:small: the Hub does not answer (JSONDecodeErr')
 
 
 def test_an_empty_repository_is_taken_unless_others_see_it(
@@ -223,17 +299,30 @@ def test_an_empty_repository_is_taken_unless_others_see_it(
   server.add('ann/open', private=False)
   message = refused(run, tmp_path, 'hf:open')
   assert 'ann/open exists and is public' in message
+  server.add('ann/secret')
+  with pytest.raises(ValueError, match='ann/secret exists and is private'):
+    command(run, tmp_path / 'no', '--push_to=hf:secret', '--public')
   server.add('ann/closed')
   command(run, tmp_path / 'out', '--push_to=hf:closed')
   assert 'README.md' in server.pushed('ann/closed')
 
 
-def test_a_refused_upload_leaves_the_folder(run, server, tmp_path):
+def test_a_refused_upload_leaves_the_folder(run, server, tmp_path, capsys):
+  """And the command that goes on, which keeps it private."""
+  out = tmp_path / 'out'
   server.fail['/commit/main'] = 500
-  with pytest.raises(ValueError, match='is complete, and `hf upload` takes it'):
-    command(run, tmp_path / 'out', '--push_to=hf:small')
-  assert (tmp_path / 'out' / 'README.md').exists()
+  again = f'`hf upload ann/small {out} --private` goes on'
+  with pytest.raises(ValueError, match=f'{out} is complete, and {again}'):
+    command(run, out, '--push_to=hf:small')
+  assert again in capsys.readouterr().err
+  assert (out / 'README.md').exists()
   assert not server.pushed('ann/small')
+  server.fail.clear()
+  cli = [sys.executable, '-m', 'huggingface_hub.cli.hf']
+  words = [*cli, *shlex.split(again.split('`')[1])[1:]]
+  subprocess.run(words, check=True, capture_output=True)
+  assert server.repos['ann/small']['private']
+  assert 'model.safetensors' in server.pushed('ann/small')
 
 
 def test_flags_that_need_each_other(run, tmp_path, capsys):

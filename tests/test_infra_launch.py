@@ -17,7 +17,8 @@ LAUNCH = ROOT / 'instruct_jax' / 'infra' / 'launch'
 SCRIPTS = [ROOT / 'tpu_setup.sh', *sorted(LAUNCH.glob('*.sh'))]
 
 # Writes its arguments into `calls`. If `answers/NAME` has lines, the first is
-# taken away: a text to print, and an exit code after a tab.
+# taken away: a text to print (as an error if it fails), and an exit code after
+# a tab.
 STAND_IN = r"""#!/usr/bin/env bash
 printf '%s\n' "$(basename "$0") $(printf '%q ' "$@")" >> "$FAKE/calls"
 for key in "$(basename "$0")" "${!#}" "$3" "$4"; do
@@ -25,6 +26,7 @@ for key in "$(basename "$0")" "${!#}" "$3" "$4"; do
   if [ -f "$file" ] && [ -s "$file" ]; then
     line=$(head -n 1 "$file")
     sed -i 1d "$file"
+    [ "${line##*$'\t'}" -eq 0 ] || exec >&2
     [ -z "${line%%$'\t'*}" ] || printf '%s\n' "${line%%$'\t'*}"
     exit "${line##*$'\t'}"
   fi
@@ -102,6 +104,15 @@ SLICE = {
 COMMAND = ('python', '-m', 'x', '--config.text=two words')
 
 
+def states(*names):
+  """Answers to looks at the queued resource."""
+  lines = [
+    (f'ERROR: {name}', 1) if name in ('NOT_FOUND', 'HTTP 503') else (name, 0)
+    for name in names
+  ]
+  return {'--format=value(state.state)': lines}
+
+
 def verbs(calls):
   """What gcloud was asked for, but for looks."""
   words = [call[3:5] for call in calls if call[4] != 'describe']
@@ -109,15 +120,10 @@ def verbs(calls):
 
 
 def test_a_preempted_slice_is_asked_for_anew(fake):
-  states = ['', 'WAITING_FOR_RESOURCES', 'ACTIVE', 'SUSPENDED', 'SUSPENDED']
-  states += ['', 'PROVISIONING', 'ACTIVE']
-  folder = fake(
-    ['gcloud'],
-    {
-      '--format=value(state.state)': [(state, 0) for state in states],
-      'ssh': [('', 255), ('', 0)],
-    },
-  )
+  first = ('NOT_FOUND', 'WAITING_FOR_RESOURCES', 'ACTIVE', 'SUSPENDED')
+  second = ('SUSPENDED', 'NOT_FOUND', 'PROVISIONING', 'ACTIVE')
+  answers = states(*first, *second) | {'ssh': [('', 255), ('', 0)]}
+  folder = fake(['gcloud'], answers)
   ended, calls = run(folder, LAUNCH / 'tpu_spot.sh', *COMMAND, **SLICE)
   assert ended.returncode == 0, ended.stderr
   assert verbs(calls) == ['create', 'ssh', 'delete', 'create', 'ssh', 'delete']
@@ -134,8 +140,7 @@ def test_a_preempted_slice_is_asked_for_anew(fake):
 
 def test_the_remote_command_goes_on_after_code_75(fake, tmp_path):
   """Run as a worker would, in a checkout that is there."""
-  states = [('ACTIVE', 0)] * 2
-  folder = fake(['gcloud'], {'--format=value(state.state)': states})
+  folder = fake(['gcloud'], states('ACTIVE', 'ACTIVE'))
   _, calls = run(folder, LAUNCH / 'tpu_spot.sh', *COMMAND, **SLICE)
   (ssh,) = [call for call in calls if 'ssh' in call]
   remote = ssh[-1].removeprefix('--command=')
@@ -169,8 +174,7 @@ def test_the_remote_command_goes_on_after_code_75(fake, tmp_path):
 
 
 def test_a_command_that_fails_is_not_tried_on_another_slice(fake):
-  states = [('ACTIVE', 0)] * 4
-  answers = {'--format=value(state.state)': states, 'ssh': [('', 1)]}
+  answers = states(*['ACTIVE'] * 4) | {'ssh': [('', 1)]}
   folder = fake(['gcloud'], answers)
   ended, calls = run(folder, LAUNCH / 'tpu_spot.sh', *COMMAND, **SLICE)
   assert ended.returncode == 1
@@ -179,9 +183,9 @@ def test_a_command_that_fails_is_not_tried_on_another_slice(fake):
 
 
 def test_a_busy_api_is_asked_again_and_slices_are_counted(fake):
-  states = ['', 'ACTIVE', 'FAILED', 'FAILED', '', 'ACTIVE', 'SUSPENDED']
-  answers = {
-    '--format=value(state.state)': [(state, 0) for state in states],
+  first = ('NOT_FOUND', 'ACTIVE', 'FAILED', 'FAILED')
+  second = ('NOT_FOUND', 'ACTIVE', 'SUSPENDED')
+  answers = states(*first, *second) | {
     'ssh': [('', 255), ('', 255)],
     'create': [('', 1), ('', 0)],
   }
@@ -191,7 +195,27 @@ def test_a_busy_api_is_asked_again_and_slices_are_counted(fake):
   )
   assert ended.returncode == 75
   assert verbs(calls) == ['create', 'create', 'ssh', 'delete', 'create', 'ssh']
-  assert '2 slices were preempted' in ended.stderr
+  assert 'used up 2 slices' in ended.stderr
+
+
+def test_an_api_that_does_not_tell_is_no_preemption(fake):
+  """Neither is a slice made again, nor the failed command repeated."""
+  down = ('HTTP 503',)
+  answers = states(*down, 'ACTIVE', *down, 'ACTIVE') | {'ssh': [('', 1)]}
+  folder = fake(['gcloud'], answers)
+  ended, calls = run(folder, LAUNCH / 'tpu_spot.sh', *COMMAND, **SLICE)
+  assert ended.returncode == 1
+  assert verbs(calls) == ['ssh']
+  assert ended.stderr.count('HTTP 503') == 2
+  assert 'ppo: UNKNOWN' in ended.stdout and 'preempted' not in ended.stdout
+
+
+def test_a_lost_connection_is_tried_again_on_the_same_slice(fake):
+  answers = states(*['ACTIVE'] * 3) | {'ssh': [('', 255), ('', 0)]}
+  folder = fake(['gcloud'], answers)
+  ended, calls = run(folder, LAUNCH / 'tpu_spot.sh', *COMMAND, **SLICE)
+  assert ended.returncode == 0, ended.stderr
+  assert verbs(calls) == ['ssh', 'ssh', 'delete']
 
 
 @pytest.mark.parametrize('missing', ['NAME', 'ZONE', 'TYPE', 'REPO'])
@@ -215,7 +239,13 @@ def test_slurm_starts_a_process_a_node_and_requeues(fake, code, requeued):
   )
   # The node's part of srun.
   srun = folder / 'bin' / 'srun'
-  srun.write_text('#!/usr/bin/env bash\nSLURM_LOCALID=0 SLURM_PROCID=1 "$@"\n')
+  srun.write_text(
+    '#!/usr/bin/env bash\n'
+    # As srun does from version 22.05 on.
+    'unset SLURM_CPUS_PER_TASK\n'
+    '[ "$SRUN_CPUS_PER_TASK" = 32 ] || exit 9\n'
+    'SLURM_LOCALID=0 SLURM_PROCID=1 "$@"\n'
+  )
   srun.chmod(0o755)
   (folder / 'activate').write_text('')
   venv = folder / 'venv' / 'bin'
@@ -230,6 +260,7 @@ def test_slurm_starts_a_process_a_node_and_requeues(fake, code, requeued):
     SLURM_JOB_NODELIST='node[1-2]',
     SLURM_JOB_ID='7',
     SLURM_NTASKS='2',
+    SLURM_CPUS_PER_TASK='32',
     VENV=str(folder / 'venv'),
   )
   assert ended.returncode == code, ended.stderr

@@ -6,15 +6,13 @@ TensorBoard's files are always read. Those of W&B and Trackio need the extras:
 """
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import json
-import os
-import pathlib
+import math
 import re
+import signal
 import sqlite3
-import subprocess
-import sys
 import time
 
 import jax
@@ -22,17 +20,17 @@ import matplotlib.figure
 import pytest
 from tensorboardX.proto import event_pb2
 
-from instruct_jax.infra import logger, metrics
+from instruct_jax.infra import logger, metrics, run
 from instruct_jax.infra.logger import Logger
 from tests.tiny_run import MAIN
 
-ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = {'learning_rate': 0.5, 'loop.keep': 2, 'commit': 'abc'}
 ROWS = [
   {'prompt': 'Say "hi".', 'sft': 'hi', 'ppo': 'Hi!\n| there |'},
   {'prompt': 'Größe?', 'sft': '', 'ppo': '3 m'},
 ]
 ALARM = 'iteration 2: mean KL -0.100 nats'
+OPTIONAL = ('wandb', 'trackio')
 OFFLINE = {'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true'}
 
 
@@ -73,32 +71,83 @@ def test_an_unknown_service_is_refused(text):
     logger.check(text)
 
 
+def needs(name):
+  """Skips a test without the extra, which is not imported yet."""
+  if importlib.util.find_spec(name) is None:
+    pytest.skip(f"pip install -e '.[{name}]'")
+
+
 @pytest.mark.parametrize('name', ['wandb', 'trackio'])
+def test_a_missing_extra_is_named(name, monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  wanted = f"{name} is not installed; pip install -e '.[{name}]'"
+  with pytest.raises(ValueError, match=re.escape(wanted)):
+    logger.check(name)
+
+
 def test_a_missing_extra_is_one_line_before_any_stage(
-  name, start, tiny_run, tmp_path
+  start, tiny_run, tmp_path
 ):
-  """From the command line, with an interpreter that lacks the package."""
-  hook = (
-    'import importlib.util\n'
-    'found = importlib.util.find_spec\n'
-    'importlib.util.find_spec = lambda name, *rest: (\n'
-    f'  None if name == {name!r} else found(name, *rest))\n'
-    'import runpy, sys\n'
-    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)\n"
-  )
-  ended = subprocess.run(
-    [
-      *(sys.executable, '-c', hook, MAIN, f'--config={tiny_run}/config.py'),
-      *(f'--workdir={tmp_path}/run', f'--config.loggers={name}'),
-    ],
-    cwd=ROOT,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
+  absent = [x for x in OPTIONAL if importlib.util.find_spec(x) is None]
+  if not absent:
+    pytest.skip('all extras are installed')
+  ended = start(
+    *(MAIN, f'--config={tiny_run}/config.py', f'--workdir={tmp_path}/run'),
+    f'--config.loggers=tensorboard,{absent[0]}',
   )
   assert ended.returncode == 1
   (line,) = ended.stderr.strip().splitlines()
-  assert f"{name} is not installed; pip install -e '.[{name}]'" in line
+  assert f'loggers: {absent[0]} is not installed' in line
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_folder_is_no_package(workdir, monkeypatch):
+  """W&B itself makes ./wandb, which Python would import as a namespace."""
+  (workdir / 'no_such_service').mkdir()
+  monkeypatch.syspath_prepend(workdir)
+  monkeypatch.setattr(logger._SERVICES['wandb'], 'package', 'no_such_service')
+  with pytest.raises(ValueError, match='no_such_service is not installed'):
+    logger.check('wandb')
+
+
+def test_a_service_is_asked_before_a_run_but_not_when_it_goes_on(monkeypatch):
+  class Refusing:
+    package, help = 'jax', 'log in'
+
+    @staticmethod
+    def check():
+      raise RuntimeError('no\nkey')
+
+  monkeypatch.setitem(logger._SERVICES, 'wandb', Refusing)
+  with pytest.raises(ValueError) as error:
+    logger.check('tensorboard,wandb')
+  assert str(error.value) == 'loggers: wandb: RuntimeError: no key; log in'
+  logger.check('tensorboard,wandb', is_new=False)
+
+
+@pytest.mark.parametrize(
+  ('name', 'env', 'wanted'),
+  [
+    ('wandb', {}, 'ValueError: there is no key; log in by `wandb login`'),
+    ('wandb', {'WANDB_API_KEY': 40 * 'a'}, 'AuthenticationError: Failed to'),
+    ('trackio', {'TRACKIO_SPACE_ID': 'a/b'}, 'log in by `hf auth login`'),
+  ],
+)
+def test_without_a_key_or_network_no_stage_begins(
+  name, env, wanted, start, tiny_run, tmp_path
+):
+  needs(name)
+  nowhere = 'http://127.0.0.1:9'
+  home = {'HOME': str(tmp_path), 'NETRC': str(tmp_path / 'netrc')}
+  home |= {'WANDB_BASE_URL': nowhere, 'HF_ENDPOINT': nowhere, 'HF_TOKEN': ''}
+  ended = start(
+    *(MAIN, f'--config={tiny_run}/config.py', f'--workdir={tmp_path}/run'),
+    f'--config.loggers={name}',
+    env=home | env,
+  )
+  assert ended.returncode == 1
+  (line,) = (x for x in ended.stderr.splitlines() if x.startswith('error: '))
+  assert line.startswith(f'error: loggers: {name}: ') and wanted in line
   assert not (tmp_path / 'run').exists()
 
 
@@ -131,6 +180,9 @@ def told(monkeypatch, name='wandb'):
     def __init__(self, log, resume_step):
       calls.append(('begin', log.id, resume_step))
 
+    def next_step(self):
+      return 2
+
     def __getattr__(self, method):
       return lambda *arguments: calls.append((method, *arguments))
 
@@ -153,6 +205,26 @@ def test_a_stage_that_resumes_keeps_its_id(workdir, monkeypatch):
   assert [call for call in calls if call[0] == 'alarm'] == [
     ('alarm', 3, ALARM)
   ] * 2
+
+
+def test_what_a_kill_kept_from_a_service_is_told_again(workdir, monkeypatch):
+  """Up to the checkpoint; what follows it is computed again."""
+  calls = told(monkeypatch)
+  (workdir / metrics.TIMING_FILE).write_text(
+    ''.join(f'{{"step": {step}, "t": {step}.5}}\n' for step in (1, 2, 3, 4))
+  )
+  lines = [{'step': step, 'a': step, 'b': None} for step in (1, 2, 3)]
+  with make('wandb', workdir):
+    metrics.MetricsWriter(workdir, lines, 3).close()
+  _, *numbers, _ = calls
+  assert [call[:2] for call in numbers] == [('numbers', 2), ('numbers', 3)]
+  last = numbers[-1][2]
+  assert (last['a'], last['t']) == (3, 3.5) and math.isnan(last['b'])
+  # A stage that begins has nothing behind it.
+  calls.clear()
+  with make('wandb', workdir):
+    metrics.MetricsWriter(workdir).close()
+  assert [call[0] for call in calls] == ['begin', 'close']
 
 
 def test_parts_of_a_stage_are_runs_of_their_own(workdir, monkeypatch):
@@ -189,18 +261,53 @@ def test_a_service_that_fails_later_is_left_out(workdir, monkeypatch, capsys):
   assert [c[0] for c in calls] == ['begin', 'numbers', 'numbers', 'close']
 
 
-def test_a_service_that_refuses_is_one_line(workdir, monkeypatch):
+def test_a_service_that_refuses_ends_no_run(workdir, monkeypatch, capsys):
+  calls = told(monkeypatch)
+
   class Refusing:
     package, help = 'jax', 'log in'
 
     def __init__(self, log, resume_step):
       raise RuntimeError('no\nkey')
 
-  monkeypatch.setitem(logger._SERVICES, 'wandb', Refusing)
-  message = 'loggers: wandb: RuntimeError: no key; log in'
-  with make('wandb', workdir) as log, pytest.raises(ValueError) as error:
+  monkeypatch.setitem(logger._SERVICES, 'trackio', Refusing)
+  with make('trackio,wandb', workdir) as log:
     log.numbers(1, {'a': 1.0})
-  assert str(error.value) == message
+  assert capsys.readouterr().out == (
+    'ppo: not shown by trackio: RuntimeError: no key; log in\n'
+  )
+  assert [call[0] for call in calls] == ['begin', 'numbers', 'close']
+
+
+@pytest.mark.parametrize(
+  ('error', 'code'),
+  [(None, 0), (ValueError(), 1), (run.Stopped('stopped'), 75)],
+)
+def test_services_learn_how_a_stage_ended(workdir, monkeypatch, error, code):
+  calls = told(monkeypatch)
+  with (
+    contextlib.suppress(ValueError, run.Stopped),
+    make('wandb', workdir) as x,
+  ):
+    x.begin()
+    if error is not None:
+      raise error
+  assert calls[-1] == ('close', code)
+
+
+def test_rows_get_the_same_columns(workdir, monkeypatch):
+  calls = told(monkeypatch)
+  with make('wandb', workdir) as log:
+    log.table(1, 'samples', [{'a': 1}, {'b': 'x', 'a': 2}])
+  rows = [{'a': 1, 'b': None}, {'a': 2, 'b': 'x'}]
+  assert calls[1] == ('table', 1, 'samples', rows)
+
+
+@pytest.mark.parametrize('text', ['{"id": "0', '7'])
+def test_a_damaged_id_is_named(workdir, text):
+  (workdir / logger.FILE).write_text(text)
+  with pytest.raises(ValueError, match=r'logger\.json is damaged; delete it'):
+    make('tensorboard', workdir).begin(3)
 
 
 # --- TensorBoard --------------------------------------------------------------
@@ -256,28 +363,39 @@ def test_tensorboard_gets_everything(workdir, plot):
   assert len([v for _, v in events if v.tag.startswith('alarm')]) == 1
 
 
+def test_starts_within_a_second_keep_their_files(workdir):
+  for step in (None, 1, 2):
+    with make('tensorboard', workdir) as log:
+      log.begin(step)
+      log.numbers(1 if step is None else step + 1, {'a': 1.0})
+  steps = [v[0] for v in events_of(workdir) if v[1].tag == 'a']
+  assert steps == [1, 2, 3]
+
+
 # --- Weights & Biases, offline ------------------------------------------------
 
 
-def records_of(folder):
-  """What the run folders below `folder` hold, in order.
+def records_of(folder, num_ends=None):
+  """Number of the run folders below `folder`, and what they hold, in order.
 
   The file is LevelDB's log format with a header of seven bytes: blocks of
   32 KiB of records, each with a checksum (4 bytes), a length (2) and a type (1
   whole; 2 first, 3 middle, 4 last part).
+
+  Args:
+    folder: of a stage.
+    num_ends: how many runs came to their end; all if None.
   """
   runs = sorted((folder / 'wandb').glob('offline-run-*/run-*.wandb'))
-  found = []
-  for file in runs:
-    # Another process writes it, and the end last.
-    deadline = time.monotonic() + 60
-    records = _records(file.read_bytes())
-    while not any(record.HasField('exit') for record in records):
-      assert time.monotonic() < deadline, f'{file} has no end'
-      time.sleep(0.1)
-      records = _records(file.read_bytes())
-    found += records
-  return len(runs), found
+  num_ends = len(runs) if num_ends is None else num_ends
+  # Another process writes them, and the end last.
+  deadline = time.monotonic() + 60
+  while True:
+    found = [x for file in runs for x in _records(file.read_bytes())]
+    if sum(record.HasField('exit') for record in found) == num_ends:
+      return len(runs), found
+    assert time.monotonic() < deadline, f'{runs}: not {num_ends} ends'
+    time.sleep(0.1)
 
 
 def _records(data):
@@ -317,18 +435,18 @@ def history_of(records):
 
 
 def test_wandb_offline_gets_everything(workdir, plot, monkeypatch):
-  pytest.importorskip('wandb', reason="pip install -e '.[wandb]'")
+  needs('wandb')
   for name, value in OFFLINE.items():
     monkeypatch.setenv(name, value)
   tell_all(make('wandb', workdir), plot)
   num_runs, records = records_of(workdir)
   assert num_runs == 1
-  (run,) = [r.run for r in records if r.HasField('run')][:1]
+  (found,) = [r.run for r in records if r.HasField('run')][:1]
   kept = json.loads((workdir / logger.FILE).read_text())
-  assert run.run_id == kept['id']
-  assert (run.display_name, run.run_group) == ('run1/ppo', 'run1')
-  assert (run.project, run.job_type) == ('instruct_jax', 'ppo')
-  config = {u.key: json.loads(u.value_json) for u in run.config.update}
+  assert found.run_id == kept['id']
+  assert (found.display_name, found.run_group) == ('run1/ppo', 'run1')
+  assert (found.project, found.job_type) == ('instruct_jax', 'ppo')
+  config = {u.key: json.loads(u.value_json) for u in found.config.update}
   assert CONFIG.items() <= config.items()
   history = history_of(records)
   assert history[1, 'a'] == 0.25 and history[2, 'b/loss'] == 0.5
@@ -346,6 +464,23 @@ def test_wandb_offline_gets_everything(workdir, plot, monkeypatch):
   assert (alert.title, alert.text) == ('ppo: alarm', ALARM)
 
 
+def test_a_part_is_a_run_of_wandb_beside_the_stage(workdir, monkeypatch):
+  needs('wandb')
+  for name, value in OFFLINE.items():
+    monkeypatch.setenv(name, value)
+  with make('wandb', workdir) as log:
+    log.numbers(1, {'a': 1.0})
+    with contextlib.closing(metrics.MetricsWriter(workdir / 'fold0')) as writer:
+      writer.write(1, {'a': 2.0})
+    log.numbers(2, {'a': 3.0})
+  for folder, wanted in (
+    (workdir, {(1, 'a'): 1.0, (2, 'a'): 3.0}),
+    (workdir / 'fold0', {(1, 'a'): 2.0}),
+  ):
+    num_runs, records = records_of(folder)
+    assert (num_runs, history_of(records)) == (1, wanted)
+
+
 # --- Trackio's local store ----------------------------------------------------
 
 
@@ -355,7 +490,7 @@ def trackio_store(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     folder = tmp_path_factory.mktemp('trackio')
     patch.setenv('TRACKIO_DIR', str(folder))
-    pytest.importorskip('trackio', reason="pip install -e '.[trackio]'")
+    needs('trackio')
     yield folder
 
 
@@ -399,12 +534,15 @@ def test_trackio_gets_everything(workdir, plot, trackio_store):
 # --- A whole run, stopped and resumed -----------------------------------------
 
 
+@pytest.mark.parametrize(
+  ('number', 'code'), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)]
+)
 def test_a_run_that_was_stopped_goes_on_in_all_services(
-  start, tiny_run, tmp_path
+  start, tiny_run, tmp_path, number, code
 ):
   """From the command line, offline: one run of each service with all steps."""
-  for name in ('wandb', 'trackio'):
-    pytest.importorskip(name, reason=f"pip install -e '.[{name}]'")
+  for name in OPTIONAL:
+    needs(name)
   workdir, store = tmp_path / 'run', tmp_path / 'store'
   command = (
     *(MAIN, f'--config={tiny_run}/config.py', f'--workdir={workdir}'),
@@ -413,8 +551,14 @@ def test_a_run_that_was_stopped_goes_on_in_all_services(
   )
   timing = workdir / metrics.TIMING_FILE
   env = {**OFFLINE, 'TRACKIO_DIR': str(store)}
-  ended = start(*command, env=env, until=lambda: timing.exists())
-  assert ended.returncode == 75, ended.stderr
+
+  def is_time():
+    # More than Trackio keeps to itself, and steps with a checkpoint.
+    saved = [*workdir.glob('checkpoints/[1-9]*')]
+    return saved and timing.read_text().count('\n') >= 5
+
+  ended = start(*command, env=env, until=is_time, number=number)
+  assert ended.returncode == code, ended.stderr
   before = len(metrics.read_lines(workdir / metrics.METRICS_FILE))
   assert 0 < before < 60
   ended = start(*command, env=env)
@@ -435,13 +579,19 @@ def test_a_run_that_was_stopped_goes_on_in_all_services(
     if value.HasField('simple_value') and not value.tag.startswith('timing/')
   }
   assert numbers == pytest.approx(wanted)
-  num_runs, records = records_of(workdir)
+  num_runs, records = records_of(workdir, num_ends=1 + (code == 75))
   assert num_runs == 2  # A folder for each start, of one run.
   runs = {r.run.run_id for r in records if r.HasField('run')}
   assert runs == {kept['id']}
+  # A start that was asked to stop is shown as preempted, not as failed.
+  preempted = sum(r.HasField('preempting') for r in records)
+  exits = [r.exit.exit_code for r in records if r.HasField('exit')]
+  assert (preempted, exits) == ((1, [75, 0]) if code == 75 else (0, [0]))
   history = history_of(records)
   assert {key: history[key] for key in wanted} == wanted
   assert set(history) >= {(step, 'timing/seconds') for step in (1, 60)}
   stored = numbers_of(store, f'run-pretrain-{kept["id"]}')
   found = [x for x in stored if not x[0][1].startswith('timing/')]
-  assert dict(found) == wanted and len(found) == len(wanted)
+  assert dict(found) == wanted
+  # Steps after the last checkpoint arrive again where there was no notice.
+  assert len(found) == len(wanted) or code != 75

@@ -171,7 +171,9 @@ def test_three_end_together(tmp_path, where, how, who):
   assert seconds < 30
   for index, (code, lines) in enumerate(found):
     if index != who:
-      assert code == 1 or (how, who) == ('kill', 0)
+      # 75: what restarts preempted runs starts those that lost another one.
+      wanted = {'kill': 75, 'fail': 1}[how]
+      assert code == wanted or (how, who) == ('kill', 0)
       text = '\n'.join(lines)
       assert 'Extension modules' not in text
       if (how, who) != ('kill', 0):

@@ -8,15 +8,20 @@ first process speaks to services.
 
 Each service has variables of its own: WANDB_MODE=offline, WANDB_PROJECT,
 TRACKIO_DIR, TRACKIO_SPACE_ID, TRACKIO_PROJECT.
+
+A service never ends a run. What it needs is checked before a run begins; after
+that it is reported and left out as soon as it fails.
 """
 
 import importlib.util
 import io
 import json
+import math
 import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, SupportsFloat
 
 import jax
@@ -32,11 +37,17 @@ FILE = 'logger.json'
 PROJECT = 'instruct_jax'
 
 
-def check(loggers: str) -> None:
+def check(loggers: str, is_new: bool = True) -> None:
   """Checks `config.loggers` before compute is spent.
 
+  Args:
+    loggers: names of services with commas between.
+    is_new: whether the run begins, so that the services have to know its user.
+      A run that goes on does not depend on their answer.
+
   Raises:
-    ValueError: an unknown or repeated name, or a service that is not installed.
+    ValueError: an unknown or repeated name; a service that is not installed,
+      has no key or does not answer.
   """
   names = _split(loggers)
   if set(names) - set(_SERVICES) or len(set(names)) < len(names):
@@ -46,22 +57,34 @@ def check(loggers: str) -> None:
     )
   for name in names:
     package = _SERVICES[name].package
-    if importlib.util.find_spec(package) is None:
+    found = importlib.util.find_spec(package)
+    # A mere folder of that name, such as W&B's ./wandb, has no origin.
+    if found is None or found.origin is None:
       raise ValueError(
         f'loggers: {package} is not installed; pip install -e '
         f"'.[{package}]', or take {name} out of --config.loggers"
       )
+    if is_new:
+      try:
+        _SERVICES[name].check()
+      except Exception as error:  # Each library has its own.
+        raise ValueError(f'loggers: {_problem(name, error)}') from error
 
 
 def _split(loggers):
   return [name.strip() for name in loggers.split(',') if name.strip()]
 
 
+def _problem(name, error):
+  help = _SERVICES[name].help
+  return f'{name}: {command.one_line(error)}; {help}'
+
+
 class Logger:
   """Tells the services of a stage what it measures.
 
   Entered, it is what `current` returns. Services open at the first use. One
-  that fails later is reported and left out: the run goes on. TensorBoard is the
+  that fails is reported and left out: the run goes on. TensorBoard is the
   exception, because only a disk can fail it.
 
   Args:
@@ -95,7 +118,8 @@ class Logger:
 
   def __exit__(self, kind, *exception) -> None:
     self._entered.remove(self)
-    self.close(kind is not None)
+    stopped = kind is not None and issubclass(kind, run.Stopped)
+    self.close(run.STOPPED_EXIT_CODE if stopped else int(kind is not None))
 
   def of(self, folder: epath.PathLike) -> 'Logger':
     """The logger of a part of the stage that trains in a folder of its own."""
@@ -105,15 +129,21 @@ class Logger:
     stage = f'{self.stage}-{folder.name}'
     return Logger(self._loggers, folder, self.group, stage, self.config)
 
-  def begin(self, resume_step: int | None = None) -> None:
+  def begin(
+    self,
+    resume_step: int | None = None,
+    before: Mapping[int, Mapping[str, float]] = MappingProxyType({}),
+  ) -> None:
     """Opens the services.
 
     Args:
       resume_step: of the checkpoint that a stage continues from, and with it
         the run of each service; None begins new ones.
+      before: step -> metrics, up to that checkpoint. A kill may have kept the
+        last of them from a service.
 
     Raises:
-      ValueError: a service refuses, for instance without a key.
+      ValueError: the file with the id is damaged.
     """
     if self._open is not None:
       return
@@ -121,22 +151,32 @@ class Logger:
     names = _split(self._loggers) if jax.process_index() == 0 else []
     if not names:
       return
-    kept = {}
-    file = self.folder / FILE
-    if resume_step is not None and file.exists():
-      kept = run.read_json(file)
+    kept = {} if resume_step is None else self._kept()
     self.id = kept.get('id', '') or secrets.token_hex(4)
     self._alarms = list(kept.get('alarms', ()))
     self._keep()
     for name in names:
       try:
-        self._open[name] = _SERVICES[name](self, resume_step)
+        service = _SERVICES[name](self, resume_step)
+        first = service.next_step() if before else 0
+        for step, values in before.items():
+          if step >= first:
+            service.numbers(step, values)
+        self._open[name] = service
       except Exception as error:  # Each library has its own.
         if _is_disk(name, error):
           raise
-        raise ValueError(
-          f'loggers: {name}: {command.one_line(error)}; {_SERVICES[name].help}'
-        ) from error
+        run.say(f'{self.stage}: not shown by {_problem(name, error)}')
+
+  def _kept(self):
+    file = self.folder / FILE
+    try:
+      return dict(run.read_json(file)) if file.exists() else {}
+    except (TypeError, ValueError) as error:
+      raise ValueError(
+        f'{file} is damaged; delete it, and the services show the rest as a '
+        'new run'
+      ) from error
 
   def _keep(self):
     run.write_json(self.folder / FILE, {'id': self.id, 'alarms': self._alarms})
@@ -152,9 +192,11 @@ class Logger:
   def table(
     self, step: int, name: str, rows: Sequence[Mapping[str, Any]]
   ) -> None:
-    """Rows of text and numbers that have the same columns."""
-    if rows:
-      self._tell('table', step, name, rows)
+    """Rows of text and numbers; None where one lacks a column of another."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    whole = [{column: row.get(column) for column in columns} for row in rows]
+    if whole:
+      self._tell('table', step, name, whole)
 
   def alarm(self, step: int, text: str) -> None:
     """A warning; the same text is sent once, also by a run that resumes."""
@@ -177,13 +219,17 @@ class Logger:
         )
         del self._open[name]
 
-  def close(self, has_failed: bool = False) -> None:
-    """Closes the services, which may take until all is sent."""
+  def close(self, code: int = 0) -> None:
+    """Closes the services, which send what is left for at most a minute.
+
+    Args:
+      code: of the stage's end: 0, 1 or `run.STOPPED_EXIT_CODE`.
+    """
     for name, service in list((self._open or {}).items()):
       try:
-        service.close(has_failed)
+        service.close(code)
       except Exception as error:
-        if not has_failed:  # Otherwise the first error counts.
+        if not code:  # Otherwise the first error counts.
           run.say(f'{self.stage}: {name}: {command.one_line(error)}')
     self._open = {}
 
@@ -207,6 +253,10 @@ class _TensorBoard:
   package = 'tensorboardX'
   help = 'take it out of --config.loggers'
 
+  @staticmethod
+  def check():
+    pass
+
   def __init__(self, logger, resume_step):
     self._events = None
     self._folder = logger.folder / 'tensorboard'
@@ -214,8 +264,11 @@ class _TensorBoard:
       return
     self._folder.mkdir(parents=True, exist_ok=True)
     # Not tensorboardX's SummaryWriter: its thread dies on a full disk, and the
-    # next line would wait forever.
-    self._events = EventsWriter(str(self._folder / 'events'))
+    # next line would wait forever. The file's name has the second alone, in
+    # which a run may begin twice.
+    self._events = EventsWriter(
+      str(self._folder / 'events'), f'.{time.time_ns()}'
+    )
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._write(
       0 if resume_step is None else resume_step + 1, session_log=start
@@ -223,6 +276,9 @@ class _TensorBoard:
     if resume_step is None:
       text = '\n'.join(f'    {k}: {v}' for k, v in logger.config.items())
       self._write(0, summary=summary.text('config', text))
+
+  def next_step(self):
+    return math.inf  # Each event was flushed.
 
   def _write(self, step, **content):
     if self._events is None:
@@ -263,7 +319,7 @@ class _TensorBoard:
   def alarm(self, step, text):
     self._write(step, summary=summary.text('alarm', text))
 
-  def close(self, has_failed):
+  def close(self, code):
     if self._events is not None:
       self._events.close()
 
@@ -273,6 +329,14 @@ class _Wandb:
 
   package = 'wandb'
   help = 'log in by `wandb login`, or set WANDB_MODE=offline'
+
+  @staticmethod
+  def check():
+    import wandb
+
+    mode = wandb.setup().settings.mode
+    if mode in ('online', 'run', 'shared') and not wandb.login(prompt=False):
+      raise ValueError('there is no key')
 
   def __init__(self, logger, resume_step):
     import wandb
@@ -288,9 +352,20 @@ class _Wandb:
       group=logger.group,
       job_type=logger.stage,
       config=logger.config,
-      # Our own output is on the terminal and in files.
-      settings=wandb.Settings(console='off', disable_code=True),
+      settings=wandb.Settings(
+        # Our own output is on the terminal and in files.
+        console='off',
+        disable_code=True,
+        # A part of a stage is a run beside the stage's own.
+        reinit='create_new',
+        # Otherwise the end of a stage waits for a lost network. What is not
+        # sent stays in the run's folder.
+        finish_timeout=60,
+      ),
     )
+
+  def next_step(self):
+    return self._run.step  # Offline, a start knows of none before it.
 
   def numbers(self, step, values):
     self._run.log(values, step=step)
@@ -300,24 +375,34 @@ class _Wandb:
     self._run.log(images, step=step)
 
   def table(self, step, name, rows):
-    columns = list(rows[0])
-    data = [[row[column] for column in columns] for row in rows]
-    self._run.log(
-      {name: self._wandb.Table(columns=columns, data=data)}, step=step
+    table = self._wandb.Table(
+      columns=list(rows[0]),
+      data=[list(row.values()) for row in rows],
+      allow_mixed_types=True,
     )
+    self._run.log({name: table}, step=step)
 
   def alarm(self, step, text):
     self._run.alert(title=f'{self._stage}: alarm', text=text, level='WARN')
 
-  def close(self, has_failed):
-    self._run.finish(exit_code=int(has_failed))
+  def close(self, code):
+    if code == run.STOPPED_EXIT_CODE:
+      self._run.mark_preempting()
+    self._run.finish(exit_code=code)
 
 
 class _Trackio:
   """A run in Trackio's local store, or in a private Space."""
 
   package = 'trackio'
-  help = 'see its documentation'
+  help = 'log in by `hf auth login`, or unset TRACKIO_SPACE_ID'
+
+  @staticmethod
+  def check():
+    import huggingface_hub
+
+    if os.environ.get('TRACKIO_SPACE_ID'):
+      huggingface_hub.whoami()
 
   def __init__(self, logger, resume_step):
     import trackio
@@ -333,6 +418,10 @@ class _Trackio:
       private=True,
       embed=False,
     )
+
+  def next_step(self):
+    # It has no public name; without it, steps would arrive twice.
+    return getattr(self._run, '_next_step', 0)
 
   def numbers(self, step, values):
     self._run.log(values, step=step)
@@ -352,7 +441,7 @@ class _Trackio:
       level=self._trackio.AlertLevel.WARN,
     )
 
-  def close(self, has_failed):
+  def close(self, code):
     self._run.finish()
 
 

@@ -73,8 +73,11 @@ class MetricsWriter:
     self._metrics = _open(directory / METRICS_FILE, self.lines)
     # Times stay, even of steps that are run again.
     timing = directory / TIMING_FILE
-    self._timing = _open(timing, _times(timing))
-    self._logger.begin(resume_step)
+    times = _times(timing)
+    self._timing = _open(timing, times)
+    self._logger.begin(
+      resume_step, _by_step([*self.lines, *times], resume_step)
+    )
 
   def write(
     self, step: int, values: Mapping[str, SupportsFloat]
@@ -128,6 +131,22 @@ def _line(step: int, values: Mapping[str, SupportsFloat]) -> dict[str, Any]:
   numbers = {name: float(values[name]) for name in sorted(values)}
   return {'step': step} | {
     name: x if math.isfinite(x) else None for name, x in numbers.items()
+  }
+
+
+def _by_step(lines, last):
+  """Step -> numbers by name of all lines, in order, up to the step `last`."""
+  found = {}
+  for line in lines if last is not None else ():
+    if line['step'] <= last:
+      found.setdefault(line['step'], {}).update(line)
+  return {
+    step: {
+      name: math.nan if x is None else float(x)
+      for name, x in found[step].items()
+      if name != 'step'
+    }
+    for step in sorted(found)
   }
 
 

@@ -136,7 +136,8 @@ def run_all(
       )
   # A config of one's own may lack the key.
   loggers = config.get('loggers', 'tensorboard')
-  run.in_first(lambda: logger.check(loggers))
+  known = workdir / stages.CONFIG_FILE
+  run.in_first(lambda: logger.check(loggers, is_new=not known.exists()))
   run.in_first(lambda: stages.find_missing(found))
   with run.StopSignal(at_once=True) as stop, run.lock_workdir(workdir):
     run.in_first(

@@ -243,7 +243,10 @@ class _Together:
     self._end.acquire()
     note = None if number == 0 else self._note()
     if note is None:
-      note = {'process': number, 'code': 1, 'error': 'it was killed or crashed'}
+      # The machine may have been taken away: the same command continues.
+      code = run.STOPPED_EXIT_CODE
+      error = 'it was killed or crashed'
+      note = {'process': number, 'code': code, 'error': error}
       if number:
         self._publish(note)
     self._say_and_exit(note)
@@ -271,7 +274,7 @@ class _Together:
     self._say_and_exit(note)
 
   def _say_and_exit(self, note) -> NoReturn:
-    if note['code'] == run.STOPPED_EXIT_CODE:
+    if not note['error']:
       _say(
         f'process {note["process"]} was stopped, and so is this one; the same '
         'command continues'

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from instruct_jax import export, files, hub, model_folder
 from instruct_jax.infra import run as run_lib
+from instruct_jax.infra import stages
 
 PROCESSES = 'one'
 
@@ -27,8 +28,16 @@ def validate(config: ConfigDict) -> None:
   workdir = epath.Path(config.workdir) / config.name
   if run_lib.is_done(workdir):
     return
-  for target in targets(config).values():
-    hub.check_push(target, not config.public, target in _pushed(workdir))
+  try:
+    for target in targets(config).values():
+      hub.check_push(target, not config.public, target in _pushed(workdir))
+    if config.push_to:
+      export.check_facts(_facts(config))
+  except hub.NoAnswerError as error:
+    if not (workdir.parent / stages.CONFIG_FILE).exists():
+      raise
+    # A run that goes on may reach the Hub once it comes to this stage.
+    run_lib.say(f'{config.name}: {error}')
 
 
 def targets(config: ConfigDict) -> dict[str, str]:
@@ -40,6 +49,14 @@ def targets(config: ConfigDict) -> dict[str, str]:
     for name, folder in model_folder.named_folders(config.models).items()
     if not model_folder.is_published(folder)
   }
+
+
+def _facts(config) -> export.Facts:
+  return export.Facts(
+    datasets=config.datasets,
+    license=config.license,
+    base_model=config.base_model,
+  )
 
 
 def _pushed(workdir) -> list[str]:
@@ -65,11 +82,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, str]:
     Name of a model -> its folder, or its address on the Hub.
   """
   validate(config)
-  facts = export.Facts(
-    datasets=config.datasets,
-    license=config.license,
-    base_model=config.base_model,
-  )
+  facts = _facts(config)
   written, where = {}, targets(config)
   for name, folder in model_folder.named_folders(config.models).items():
     if model_folder.is_published(folder):

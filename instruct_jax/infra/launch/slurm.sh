@@ -29,9 +29,12 @@ source "${VENV:-.venv}/bin/activate"
 # The first node keeps the service through which the processes meet.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export COORDINATOR="$first:${PORT:-9911}"
+# From SLURM 22.05 on, srun does not know what sbatch was asked for.
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-32}"
 code=0
 # Each node fills in its own number. Where jax finds SLURM_LOCALID, it gives a
 # process one GPU alone.
+# shellcheck disable=SC2016
 srun bash -c '
   unset SLURM_LOCALID
   exec python -m instruct_jax.main --coordinator="$COORDINATOR" \

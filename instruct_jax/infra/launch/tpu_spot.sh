@@ -8,8 +8,8 @@
 #     --coordinator=auto --workdir=gs://BUCKET/RUN --config.init=...
 #
 # NAME: of the queued resource and of the slice. ZONE, TYPE: what is asked for.
-# REPO: what every worker clones. RUNTIME: image of the workers. SLICES: how many
-# slices to use up. POLL: seconds between looks. GRACE: seconds in which a
+# REPO: what every worker clones. RUNTIME: image of the workers. SLICES: how often
+# to begin on a slice. POLL: seconds between looks. GRACE: seconds in which a
 # preemption shows after the connection broke. KEEP=1: leave the slice at the end.
 set -euo pipefail
 : "${NAME:?give NAME=...}" "${ZONE:?give ZONE=...}" "${TYPE:?give TYPE=...}"
@@ -28,10 +28,18 @@ tpus() {
   return 1
 }
 
-# State of the queued resource, such as ACTIVE; nothing if there is none.
+# State of the queued resource, such as ACTIVE; NONE if there is none, UNKNOWN
+# while the API does not tell.
+problem=$(mktemp)
+trap 'rm -f "$problem"' EXIT
 state() {
-  gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" \
-    --format='value(state.state)' 2> /dev/null || true
+  if gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" \
+    --format='value(state.state)' 2> "$problem"; then
+    return
+  fi
+  if grep -q NOT_FOUND "$problem"; then echo NONE; return; fi
+  cat "$problem" >&2
+  echo UNKNOWN
 }
 
 # --force deletes the slice with its queued resource.
@@ -46,7 +54,7 @@ request() {
     now=$(state)
     case "$now" in
       ACTIVE) return ;;
-      '') tpus queued-resources create "$NAME" --node-id="$NAME" --spot \
+      NONE) tpus queued-resources create "$NAME" --node-id="$NAME" --spot \
         --accelerator-type="$TYPE" --runtime-version="$RUNTIME" ;;
       # What was preempted, or could not be made, is asked for anew.
       FAILED | SUSPENDED) give_back ;;
@@ -66,16 +74,20 @@ source ~/venv-instruct-jax/bin/activate && \
 for ((number = 1; number <= SLICES; number++)); do
   request
   echo "$NAME: slice $number of at most $SLICES"
-  if gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all \
-    --command="$remote"; then
+  code=0
+  gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all \
+    --command="$remote" || code=$?
+  if [ "$code" -eq 0 ]; then
     [ -n "$KEEP" ] || give_back
     exit 0
   fi
-  # A slice that is still there after a while was not preempted: the command
-  # has failed, and another slice would not help.
+  # A slice that is still there after a while was not preempted.
   waited=0
-  while [ "$(state)" = ACTIVE ]; do
+  while [[ "$(state)" =~ ^(ACTIVE|UNKNOWN)$ ]]; do
     if [ "$waited" -ge "$GRACE" ]; then
+      # 255 is ssh's own: it lost the slice, or came before it was ready.
+      [ "$code" -ne 255 ] || continue 2
+      # Otherwise the command has failed, and another slice would not help.
       echo "error: the command failed on $NAME, which is still there and" \
         "costs money: gcloud compute tpus queued-resources delete $NAME" \
         "--force --zone=$ZONE" >&2
@@ -86,5 +98,5 @@ for ((number = 1; number <= SLICES; number++)); do
   done
   echo "$NAME: preempted"
 done
-echo "error: $SLICES slices were preempted; the same command goes on" >&2
+echo "error: used up $SLICES slices or connections; the same command goes on" >&2
 exit 75
