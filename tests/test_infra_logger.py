@@ -384,7 +384,7 @@ def records_of(folder, num_ends=None):
 
   Args:
     folder: of a stage.
-    num_ends: how many runs came to their end; all if None.
+    num_ends: how many runs at least came to their end; all if None.
   """
   runs = sorted((folder / 'wandb').glob('offline-run-*/run-*.wandb'))
   num_ends = len(runs) if num_ends is None else num_ends
@@ -392,7 +392,7 @@ def records_of(folder, num_ends=None):
   deadline = time.monotonic() + 60
   while True:
     found = [x for file in runs for x in _records(file.read_bytes())]
-    if sum(record.HasField('exit') for record in found) == num_ends:
+    if sum(record.HasField('exit') for record in found) >= num_ends:
       return len(runs), found
     assert time.monotonic() < deadline, f'{runs}: not {num_ends} ends'
     time.sleep(0.1)
@@ -586,7 +586,8 @@ def test_a_run_that_was_stopped_goes_on_in_all_services(
   # A start that was asked to stop is shown as preempted, not as failed.
   preempted = sum(r.HasField('preempting') for r in records)
   exits = [r.exit.exit_code for r in records if r.HasField('exit')]
-  assert (preempted, exits) == ((1, [75, 0]) if code == 75 else (0, [0]))
+  assert preempted == (code == 75)
+  assert exits == [75, 0] if code == 75 else exits[-1] == 0
   history = history_of(records)
   assert {key: history[key] for key in wanted} == wanted
   assert set(history) >= {(step, 'timing/seconds') for step in (1, 60)}

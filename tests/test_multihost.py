@@ -340,7 +340,8 @@ def test_ragged_rows_of_two_processes_resume_bit_for_bit(
         process.wait(60)
     finally:
       codes, outputs = finish(processes)
-    assert codes[1 - victim] == 75, outputs
+    # The service that joins them ends with the first, and may abort the other.
+    assert codes[1 - victim] in ((75, -6) if victim == 0 else (75,)), outputs
   run(inputs, 'ragged5', killed, 2, devices=2)
   assert (killed / metrics.METRICS_FILE).read_bytes() == (
     whole / metrics.METRICS_FILE
