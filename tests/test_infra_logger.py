@@ -308,6 +308,11 @@ def test_a_damaged_id_is_named(workdir, text):
   (workdir / logger.FILE).write_text(text)
   with pytest.raises(ValueError, match=r'logger\.json is damaged; delete it'):
     make('tensorboard', workdir).begin(3)
+  # Following the advice.
+  (workdir / logger.FILE).unlink()
+  with make('tensorboard', workdir) as shown:
+    shown.begin(3)
+  assert json.loads((workdir / logger.FILE).read_text())['id']
 
 
 # --- TensorBoard --------------------------------------------------------------

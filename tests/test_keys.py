@@ -104,7 +104,7 @@ FREE = {
   *('date', 'labels', 'lengths', 'other_documents', 'preferences'),
   *('prepare', 'score_fn'),
   *('sft_model', 'template', 'test_preferences', 'valid_labels'),
-  *('base_model', 'datasets', 'license', 'push_to'),
+  *('base_model', 'categories', 'datasets', 'license', 'push_to'),
   'xla_flags',
   *('runs', 'seeds'),
   'loggers',  # Of the run, not of a stage; test_infra_logger.py.
@@ -229,7 +229,7 @@ _OF_OTHERS = {
   *('strftime_now', 'test_case', 'instruct_jax', 'weight_map'),
   *('num_correct', 'im_start', 'im_end', 'output_1', 'output_2'),
   *('prompt_template', 'regex_pattern', 'regex_patterns', 'system_prompt'),
-  *('completed_by', 'user_id'),
+  *('completed_by', 'full_conversation', 'user_id'),
 }
 # Arguments of functions whose callers check before: a stage never gets there.
 _ARGUMENTS = {

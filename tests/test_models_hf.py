@@ -404,15 +404,17 @@ def test_the_host_never_holds_the_model(tmp_path, monkeypatch):
   params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), abstract)
   hf.save(tmp_path, config, params)
   hf.load_params(tmp_path, config, abstract)  # Compiles.
-  tracemalloc.start()
-  hf.load_params(tmp_path, config, abstract)
-  _, peak = tracemalloc.get_traced_memory()
-  tracemalloc.stop()
+  peaks = []
+  for _ in range(3):  # Threads of other tests may allocate meanwhile.
+    tracemalloc.start()
+    hf.load_params(tmp_path, config, abstract)
+    peaks.append(tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
   largest = 4 * config.width * config.mlp_dim  # 0.5 MiB; a stack is 6 MiB.
   rows = config.vocab_rows + config.context_length + 2
   unstacked = 4 * config.width * rows
   # Python's own objects: names, indices, closures.
-  assert peak < 1.3 * largest + unstacked + 200_000
+  assert min(peaks) < 1.3 * largest + unstacked + 200_000
 
 
 @pytest.mark.slow
