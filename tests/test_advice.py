@@ -172,6 +172,7 @@ def test_no_readable_checkpoint(run, model, tmp_path):
   assert (run.workdir / MODEL).read_bytes() == model
 
 
+@pytest.mark.slow
 def test_lost_checkpoints(run, model, tmp_path):
   run.stopped(*OFTEN)
   (run.workdir / 'checkpoints').rename(tmp_path / 'aside')
@@ -194,6 +195,7 @@ def test_a_disk_that_was_full(run, model):
   assert (run.workdir / MODEL).read_bytes() == model
 
 
+@pytest.mark.slow
 def test_a_disk_that_was_full_for_the_model(run, model):
   run(*OFTEN)
   shutil.rmtree(run.workdir / 'model')

@@ -271,11 +271,11 @@ def experiment_stage(name, workdir):
 @pytest.mark.parametrize(
   'name, experiment, outputs',
   [
-    ('sft', sft, ('model', 'epochs/2')),
+    pytest.param('sft', sft, ('model', 'epochs/2'), marks=pytest.mark.slow),
     ('reward', reward, ('model',)),
     ('ppo_ptx', ppo_ptx, ('policy', 'ema')),
     pytest.param('rloo', rloo, ('policy', 'ema'), marks=pytest.mark.slow),
-    ('dpo', dpo, ('model',)),
+    pytest.param('dpo', dpo, ('model',), marks=pytest.mark.slow),
   ],
 )
 def test_adapters_resume_bit_for_bit(

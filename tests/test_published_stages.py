@@ -174,6 +174,7 @@ def run_ppo(data, workdir, init, reward_model, tokenizer, **changes):
   )
 
 
+@pytest.mark.slow
 def test_all_stages_from_a_published_folder(data, tmp_path):
   init = write_model(tmp_path / 'gpt2', GPT2)
   run_sft(data, tmp_path / 'sft', init)
