@@ -67,6 +67,7 @@ def stages_of(*stages):
       'mesh': (1, -1, 1),
       'xla_flags': '',
       'compilation_cache': '',
+      'loggers': '',
       'stage_order': tuple(s['name'] for s in stages),
       'stages': {s['name']: s for s in stages},
     }
@@ -163,7 +164,7 @@ def test_a_pipeline_leaves_its_records(toys, workdir, capsys):
 
 
 def test_a_single_experiment_runs_in_the_work_directory_itself(toys, workdir):
-  config = ConfigDict(stage('a') | {'seed': 0, 'compilation_cache': ''})
+  config = ConfigDict(stage('a') | {'seed': 0, 'loggers': ''})
   run(config, workdir)
   assert num_runs(workdir) == 1
   assert (workdir / 'done.json').exists()

@@ -56,7 +56,8 @@ CONFIG = """
   def get_config(argument=''):
     config = ConfigDict(dict(
       name='toy', seed=0, workdir='', default_workdir='runs/toy', mesh=(),
-      xla_flags='', compilation_cache='', stages={}, stage_order=tuple('abcd'),
+      xla_flags='', compilation_cache='', loggers='', stages={},
+      stage_order=tuple('abcd'),
     ))
     workdir = config.get_ref('workdir')
     for name in config.stage_order:

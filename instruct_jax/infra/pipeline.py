@@ -134,8 +134,7 @@ def run_all(
         '--config.stage_order, and run the same command without it in one '
         'process afterwards'
       )
-  # A config of one's own may lack the key.
-  loggers = config.get('loggers', 'tensorboard')
+  loggers = config.loggers
   known = workdir / stages.CONFIG_FILE
   run.in_first(lambda: logger.check(loggers, is_new=not known.exists()))
   run.in_first(lambda: stages.find_missing(found))
