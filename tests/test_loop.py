@@ -231,6 +231,24 @@ def test_few_steps_are_under_way(workdir, monkeypatch):
   assert len([x for x in waited if isinstance(x, list)]) == NUM_STEPS - 2
 
 
+def test_a_checkpoint_does_not_keep_the_old_state(workdir):
+  """On a CPU, the next step writes its state over the one that was saved."""
+  state = {str(i): jnp.zeros(2**20) for i in range(8)}
+  step_fn = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+  places = set()
+  with loop.Loop(
+    workdir, 'toy', NUM_STEPS, log_every=2, checkpoint_every=2
+  ) as steps:
+    state = steps.restore(state)
+    for step in steps.steps():
+      state = step_fn(state)
+      places.add(tuple(x.unsafe_buffer_pointer() for x in state.values()))
+      norm = jnp.sum(state['0']), jnp.float32(1)
+      steps.end_step(step, state, {'norm': norm}, states={})
+  assert kept(workdir) == [6, 8]
+  assert len(places) == 1
+
+
 def test_the_text_behind_the_bar_is_of_the_newest_line(workdir, capsys):
   state = train_state.create({'w': jnp.ones(3)}, OPTIMIZER)
   shown = []

@@ -298,9 +298,12 @@ class Loop:
       # Between two lines, the sums for the next one belong to the state.
       extra = {'lines': self.lines, 'pending': _to_json(self._pending)}
       self._checkpointer.save(done, state, extra)
+      # On a CPU the write reads the state itself, and a step begun meanwhile
+      # could not give its memory to the next state.
+      if stop or self._is_on_cpu:
+        self._checkpointer.wait()
       self._last_checkpoint = time.monotonic()
     if stop:
-      self._checkpointer.wait()
       run.wait_for_all(f'{self._name} stopped')
       raise run.Stopped(f'{self._name}: stopped after step {done}', True)
     return line
