@@ -191,6 +191,8 @@ def check_context(model: Model, num_tokens: int, what: str) -> None:
   Raises:
     ValueError: gives the numbers and `what`, the config keys that decide them.
   """
+  if model.kind == 'scalar':
+    num_tokens += max(len(model.module.end_ids) - 1, 0)
   if num_tokens > model.config.context_length:
     raise ValueError(
       f'{what} ask for {num_tokens} tokens, but the model from {model.source} '
@@ -277,8 +279,17 @@ def scalars_fn(module: heads.ScalarModel, longest: int = 0) -> ScalarsFn:
 
 
 def scores_fn(module: heads.ScalarModel):
-  """(params, tokens, segments, ends=None) -> `heads.read_scores`."""
+  """(params, tokens, segments, ends=None) -> `heads.read_scores`.
+
+  Without `ends`, rows of one sequence each are read `heads.with_ends`.
+  """
   scalars = scalars_fn(module)
-  return lambda params, tokens, segments, ends=None: heads.read_scores(
-    module, scalars(params, tokens, segments), tokens, segments, ends
-  )
+
+  def scores(params, tokens, segments, ends=None):
+    if ends is None:
+      tokens, segments = heads.with_ends(module, tokens, segments > 0)
+    return heads.read_scores(
+      module, scalars(params, tokens, segments), tokens, segments, ends
+    )
+
+  return scores

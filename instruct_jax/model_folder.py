@@ -42,6 +42,7 @@ def save(
   }
   if model.kind == 'scalar' and model.module.skipped_id >= 0:
     description['skipped_id'] = model.module.skipped_id
+    description['end_ids'] = list(model.module.end_ids)
   if model.config.lora is not None:
     description['base'] = {
       'path': _path_from(directory, model.source),
@@ -242,7 +243,7 @@ def is_published(directory: epath.PathLike) -> bool:
   return (epath.Path(directory) / 'config.json').exists()
 
 
-def _load_published(folder, kind, mesh, changes):
+def _load_published(folder, kind, mesh, tokenizer, changes):
   described = hf.read_config(folder)
   published = TransformerConfig.from_hf(described)
   about, attributes = {'from': str(folder)}, {}
@@ -250,6 +251,7 @@ def _load_published(folder, kind, mesh, changes):
     # The scores on its training data are not published: allow any.
     about['score_range'] = (-math.inf, math.inf)
     attributes['skipped_id'] = families.score_pad_id(described)
+    attributes['end_ids'] = tokenizer.end_ids
   elif published.tied:
     published = hf.published_config(folder)
     if not published.tied:
@@ -333,7 +335,9 @@ def read(
   described = check(directory, kind, tokenizer)
   if is_published(directory):
     changes['vocab_size'] = tokenizer.vocab_size
-    model = _load_published(hub.locate(str(directory)), kind, mesh, changes)
+    model = _load_published(
+      hub.locate(str(directory)), kind, mesh, tokenizer, changes
+    )
     return dataclasses.replace(model, source=str(directory))
   config = _changed(
     directory, TransformerConfig.from_dict(described['model']), changes
@@ -346,5 +350,6 @@ def read(
   attributes = {}
   if 'skipped_id' in described:
     attributes['skipped_id'] = described['skipped_id']
+    attributes['end_ids'] = tuple(described.get('end_ids', ()))
   module = model_fns.make_module(kind, config, **attributes)
   return model_fns.Model(kind, module, params, described['about'], str(source))

@@ -458,10 +458,9 @@ def make_score(
 ) -> Callable[[Params, Rollout, packing.Layout], jax.Array]:
   """A reward model's program; see `score_fns.reward_program`."""
   longest = config.prompt_length + config.response_length
+  longest += max(len(module.end_ids) - 1, 0)
   return score_fns.reward_program(
-    model_fns.scalars_fn(module, longest),
-    functools.partial(heads.read_scores, module),
-    config.num_slices,
+    module, model_fns.scalars_fn(module, longest), config.num_slices
   )
 
 

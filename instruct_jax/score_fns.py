@@ -31,6 +31,7 @@ from instruct_jax import packing, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding, slices
+from instruct_jax.models import heads
 from instruct_jax.types import Params, Rollout, ScalarsFn
 
 
@@ -56,26 +57,32 @@ TextScoreFn = Callable[
 
 
 def reward_program(
+  module: heads.ScalarModel,
   scalars_fn: ScalarsFn,
-  read_fn: Callable[..., jax.Array],
   num_slices: int,
 ) -> Callable[[Params, Rollout, packing.Layout], jax.Array]:
   """(parameters, rollout, layout) -> a reward model's scores [B].
 
   Args:
-    read_fn: (scalars, tokens, segments, ends [B]) -> scores [B]; see
-      `heads.read_scores`.
+    module: the reward model. One that reads further `end_ids` reads each
+      episode alone in its row.
+    scalars_fn: its output at each position.
     num_slices: parts in which rows are read.
   """
 
   def score(params: Params, sampled: Rollout, layout: packing.Layout):
-    rows = packing.first_epoch(packing.pack_episodes(sampled, layout), layout)
+    if len(module.end_ids) > 1:
+      rows, ends = heads.with_ends(module, sampled.tokens, sampled.mask), None
+    else:
+      packed = packing.pack_episodes(sampled, layout)
+      packed = packing.first_epoch(packed, layout)
+      rows, ends = (packed.tokens, packed.segments), layout.ends
     scalars = slices.in_slices(
-      lambda rows: scalars_fn(params, rows.tokens, rows.segments),
+      lambda rows: scalars_fn(params, *rows),
       rows,
-      math.gcd(num_slices, rows.tokens.shape[0]),
+      math.gcd(num_slices, len(rows[0])),
     )
-    return read_fn(scalars, rows.tokens, rows.segments, layout.ends)
+    return heads.read_scores(module, scalars, *rows, ends)
 
   return score
 

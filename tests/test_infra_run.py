@@ -150,11 +150,11 @@ def test_progress_prints_plain_lines(monkeypatch, capsys):
       clock.now += 0.5
       progress.update(text='loss 2.1')
   lines = capsys.readouterr().err.splitlines()
-  # 80 steps in 40 s: lines at 10, 20, 30 and 40 s, and one at the end. At 10 s
+  # 80 steps in 40 s: lines at 10, 20 and 30 s, and one at the end. At 10 s
   # 20 of the 80 are done at 2 a second; 60 are left, 30 s.
   assert lines[0] == 'sft: 40/100 (40 %), 2 steps/s, 0:30 left, loss 2.1'
   assert lines[-1] == 'sft: 100/100 (100 %), 2 steps/s, took 0:40, loss 2.1'
-  assert len(lines) == 5
+  assert len(lines) == 4
 
 
 def test_progress_leaves_what_was_skipped_out_of_its_rate(monkeypatch, capsys):

@@ -234,7 +234,9 @@ def test_few_steps_are_under_way(workdir, monkeypatch):
 def test_a_checkpoint_does_not_keep_the_old_state(workdir):
   """On a CPU, the next step writes its state over the one that was saved."""
   state = {str(i): jnp.zeros(2**20) for i in range(8)}
-  step_fn = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+  step_fn = jax.jit(
+    lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0
+  )
   places = set()
   with loop.Loop(
     workdir, 'toy', NUM_STEPS, log_every=2, checkpoint_every=2

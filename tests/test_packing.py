@@ -455,6 +455,30 @@ def test_an_end_that_the_reward_model_skips_is_not_read(programs):
       np.testing.assert_allclose(found, scores, rtol=1e-4, atol=1e-4)
 
 
+def test_what_follows_an_end_is_read(programs):
+  """In any layout: behind all that a template puts there, as by hand."""
+  rollout = sampled()
+  end = int(rollout.tokens[0][rollout.mask[0]][-1])  # Ends the first row.
+  module = tiny.SCALAR.clone(skipped_id=end, end_ids=(end, 5, end, 7, end))
+  _, reading = build(module)
+  params, expected, has_ended = tiny.params('scalar', 1), [], []
+  scores_fn = jax.jit(model_fns.scores_fn(tiny.SCALAR))
+  for b in range(len(rollout.tokens)):
+    ids = rollout.tokens[b][rollout.mask[b]].tolist()
+    has_ended.append(ids[-1] == end)
+    # The last end is skipped.
+    ids += [5, end, 7] if has_ended[-1] else []
+    while ids[-1] == end:
+      ids = ids[:-1]
+    tokens = np.array([ids])
+    expected.append(scores_fn(params, tokens, np.ones_like(tokens, bool))[0])
+  assert 0 < sum(has_ended) < len(has_ended)
+  for changes in (ALONE, DENSE):
+    layout = on_device(tiny.lay_out(rollout, **changes))
+    found = reading['score'](params, on_device(rollout), layout)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @functools.cache
 def gradients(loss_fn):
   return jax.jit(

@@ -9,7 +9,7 @@ import transformers
 from etils import epath
 
 from configs import reward_bench as config_file
-from instruct_jax import queries
+from instruct_jax import judge_fns, queries
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import reward_bench
@@ -295,6 +295,17 @@ def test_scores_are_those_of_transformers(folder, tmp_path):
         expected.append(theirs(ids).logits.item())
   assert np.std(expected) > 0.1
   np.testing.assert_allclose(np.concatenate(ours), expected, atol=1e-4)
+  # As judges and RL read it: their answers end with the end of a turn, and
+  # never begin with white space.
+  with sharding.use_mesh(mesh):
+    score_fn, _ = judge_fns.reward_score(config, str(place), mesh)
+    scores = judge_fns.comparison_scores(score_fn, items, tokenizer)
+  texts = [text for _, answers in CONVERSATIONS for text in answers]
+  same = [not text[:1].isspace() for text in texts]
+  assert sum(same) == 5
+  np.testing.assert_allclose(
+    np.concatenate(scores)[same], np.array(expected)[same], atol=1e-4
+  )
 
 
 def test_items_that_a_template_refuses_are_told_apart(folder, tmp_path, capsys):

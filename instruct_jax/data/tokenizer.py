@@ -81,6 +81,8 @@ class Tokenizer:
     eos_id: ends every document.
     end_id: ends every response of a training row: the chat template's end of
       a turn, or EOS.
+    end_ids: all that the chat template puts behind an answer, from `end_id` on;
+      empty if that is unknown.
     stop_ids: tokens that end a sampled response: EOS, then the others, `end_id`
       among them.
     prefix_ids: precede every text (a BOS token, or nothing).
@@ -145,6 +147,7 @@ class Tokenizer:
     self._marks_starts = _marks_starts(json.loads(self._backend.to_str()))
     self._added = self._backend.get_added_tokens_decoder()
     self.end_id: int = eos_id
+    self.end_ids: tuple[int, ...] = ()
     # The template's text before and after an answer, if it is known.
     self._around_answer: tuple[str, str] | None = None
     if template == CHAT:
@@ -323,6 +326,7 @@ class Tokenizer:
     if not found_ends:
       return
     self.end_id = found_ends[0]
+    self.end_ids = tuple(after_ids[after_ids.index(self.end_id) :])
     if before.startswith(asked):
       end = self._fast_tokenizer.convert_ids_to_tokens(self.end_id)
       lead = before.removeprefix(asked)

@@ -409,7 +409,10 @@ class Progress:
     if self._bar is not None:
       self._bar.set_postfix_str(text, refresh=False)
       self._bar.update(num_steps)
-    elif time.monotonic() - self._last_line >= self._SECONDS_BETWEEN_LINES:
+    elif (
+      self._done < self._total  # `close` prints the last line.
+      and time.monotonic() - self._last_line >= self._SECONDS_BETWEEN_LINES
+    ):
       self._print_line()
 
   def skip(self, num_steps: int) -> None:

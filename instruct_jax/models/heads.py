@@ -145,10 +145,14 @@ class ScalarModel(nn.Module):
     skipped_id: a reward model's score is read at the last token that is not
       this one; -1 is the last token. For published classifiers it is their
       `pad_token_id`, often the EOS; the score is then one token earlier.
+    end_ids: what a published classifier's template puts at the end of an
+      answer, the end of the turn first. It has learned to read its score behind
+      all of them, while a sampled answer ends with the first; see `with_ends`.
   """
 
   config: TransformerConfig
   skipped_id: int = -1
+  end_ids: tuple[int, ...] = ()
 
   def setup(self):
     self.trunk = Transformer(self.config, unembeds=False)
@@ -171,6 +175,34 @@ class ScalarModel(nn.Module):
       'btd,d->bt', hidden.astype(jnp.float32), self.head_kernel
     )
     return scalars + self.head_bias
+
+
+def with_ends(
+  module: ScalarModel,
+  tokens: Int[Array, 'B T'],
+  mask: Bool[Array, 'B T'],
+) -> tuple[Int[Array, 'B U'], Bool[Array, 'B U']]:
+  """Rows of one sequence each, with all of `end_ids` behind those that end with
+  the first of them; U is T and the number of the others.
+
+  Padding may be on either side.
+  """
+  if len(module.end_ids) < 2:
+    return tokens, mask
+  first, *others = module.end_ids
+  num_tokens, num_others = tokens.shape[1], len(others)
+  columns = jnp.arange(num_tokens + num_others)[None, :]
+  last = jnp.max(jnp.where(mask, columns[:, :num_tokens], 0), axis=1)
+  last = last[:, None]
+  has_ended = jnp.take_along_axis(tokens, last, axis=1) == first
+  place = columns - last - 1
+  is_new = has_ended & (place >= 0) & (place < num_others)
+  wider = ((0, 0), (0, num_others))
+  new = jnp.asarray(others, tokens.dtype)[jnp.clip(place, 0, num_others - 1)]
+  return (
+    jnp.where(is_new, new, jnp.pad(tokens, wider)),
+    jnp.pad(mask, wider) | is_new,
+  )
 
 
 def read_scores(
