@@ -345,7 +345,9 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
         config, model, prompts, tokenizer, prefix, sample_fn
       )
       for kind, path in texts.items() if not model.is_prompted else ():
-        loss = _text_loss(config, path, load(model.source), tokenizer, mesh)
+        loss = _text_loss(
+          config, f'{kind}, {name}', path, load(model.source), tokenizer, mesh
+        )
         found.text_loss[kind][name] = loss, tokenizer.fingerprint
       if (
         reference
@@ -382,13 +384,18 @@ def texts_of(config) -> dict[str, str]:
 
 
 def _text_loss(
-  config, path, policy, tokenizer, mesh
+  config, name, path, policy, tokenizer, mesh
 ) -> heldout_loss.HeldoutLoss:
-  """A policy's loss on a file of documents."""
+  """A policy's loss on a file of documents; `name` is shown."""
   model_fns.check_context(policy, config.row_length, 'row_length')
   rows = loader.document_rows(path, tokenizer, config.row_length)
-  loss_fn = queries.make_heldout_loss(policy.module, rows, 64, mesh)
-  return loss_fn(policy.params)
+  with run_lib.Progress(
+    f'loss on {name}', len(rows.tokens), unit='rows'
+  ) as bar:
+    loss_fn = queries.make_heldout_loss(
+      policy.module, rows, 64, mesh, bar.update
+    )
+    return loss_fn(policy.params)
 
 
 def aligned(prompts, answers: Mapping[str, Sequence[samples_lib.Sample]]):

@@ -32,6 +32,8 @@ from instruct_jax.types import (
 )
 
 Ids = Sequence[int]
+# Columns of float32 logits that exist at a time where a text is read.
+_LOGPROB_CHUNK = 64
 
 
 def tokenizer_of(
@@ -127,6 +129,7 @@ def load_policy(
     remat='none',
     attention='auto',
     compute_dtype=compute_dtype,
+    logprob_chunk=_LOGPROB_CHUNK,
   )
 
 
@@ -440,17 +443,19 @@ def make_heldout_loss(
   rows: TextBatch,
   batch_size: int,
   mesh: jax.sharding.Mesh,
+  progress: Callable[[int], None] | None = None,
 ) -> Callable[[Params], heldout_loss.HeldoutLoss]:
   """Makes a function: parameters of a policy -> its loss on held-out rows.
 
   `rows` are NumPy arrays, whole in every process; `batch_size` is in rows a
-  call.
+  call. `progress`: see `heldout_loss.heldout_loss`.
   """
   program = sharding.fetched(_text_program(module))
   return lambda params: heldout_loss.heldout_loss(
     lambda batch: program(params, sharding.put_whole(batch, mesh)),
     rows,
     batch_size,
+    progress,
   )
 
 

@@ -23,6 +23,7 @@ def heldout_loss(
   logprobs_fn: Callable[[TextBatch], jax.Array],
   rows: TextBatch,
   batch_size: int,
+  progress: Callable[[int], None] | None = None,
 ) -> HeldoutLoss:
   """Scores every row; rows that do not count fill up the last batch.
 
@@ -30,6 +31,7 @@ def heldout_loss(
     logprobs_fn: jitted; maps a batch to log-probabilities [B, T] in nats.
     rows: NumPy, N rows; only `loss_mask` tokens count.
     batch_size: rows per call, so that it compiles once.
+    progress: called with the number of rows of each batch once it is done.
 
   Raises:
     ValueError: no token counts.
@@ -44,6 +46,8 @@ def heldout_loss(
     mask = np.asarray(batch.loss_mask)
     sums[kept] = np.where(mask, -logprobs, 0.0).sum(axis=1)[: len(kept)]
     counts[kept] = mask.sum(axis=1)[: len(kept)]
+    if progress is not None:
+      progress(len(kept))
   if not counts.sum():
     raise ValueError(f'no token of {num_rows} held-out rows enters the loss')
   return HeldoutLoss(float(sums.sum() / counts.sum()), sums, counts)
