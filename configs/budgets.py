@@ -40,8 +40,8 @@ GPU = {
 }
 SMOKE = {
   'data': {
-    'max_prompt_length': 48,
-    'max_response_length': 24,
+    'max_prompt_length': 768,  # Of any data; mostly less is proposed.
+    'max_response_length': 128,
     'max_demonstrations': 64,
     'max_comparisons': 32,
     'max_valid': 16,

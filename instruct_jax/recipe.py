@@ -30,6 +30,11 @@ ALL_BYTES = 2 * 16 + 3 * 4
 ADAPTED_BYTES = 2 * 4
 # Share of the memory that weights may take; activations have the other part.
 WEIGHTS_SHARE = 0.6
+# Shares of a CPU's memory that activations, and float32 logits with their
+# gradient, may take before they are computed again, or in parts.
+KEPT_SHARE, LOGITS_SHARE = 0.3, 0.1
+# Columns of logits in a part.
+LOGPROB_CHUNK = 128
 LORA_RANK = 16
 MODEL = 'hf:HuggingFaceTB/SmolLM2-135M-Instruct'  # In messages.
 
@@ -205,9 +210,43 @@ def choose(config: ConfigDict) -> Choice:
   said.append(f'adapters of rank {rank}' if rank else 'all weights trained')
   if own := own_adapters(config):
     said[-1] += f' (adapters of their own: {", ".join(own)})'
-  remat = 'none' if on_cpu else ('dots' if shape.num_params < 5e8 else 'full')
+  remat, chunk = 'dots' if shape.num_params < 5e8 else 'full', LOGPROB_CHUNK
+  if on_cpu:
+    num_rows, length = largest_batch(config, shape.context_length)
+    kept = kept_bytes(shape, num_rows, length)
+    remat = 'none' if kept <= KEPT_SHARE * memory else 'full'
+    logits = 3 * 4.0 * num_rows * length * shape.vocab_size
+    chunk = 0 if logits <= LOGITS_SHARE * memory else LOGPROB_CHUNK
   said.append(f'remat {remat}')
-  return Choice(rank, remat, 0 if on_cpu else 128, ', '.join(said))
+  return Choice(rank, remat, chunk, ', '.join(said))
+
+
+def largest_batch(config: ConfigDict, context_length: int) -> tuple[int, int]:
+  """(rows, tokens of a row) that a backward pass may meet, at most.
+
+  Lengths are proposed later, from the data, up to those of the config.
+  """
+  data, rows = config.stages.data, []
+  length = sum(
+    data[f'{part}_length'] or data[f'max_{part}_length']
+    for part in ('prompt', 'response')
+  )
+  for name in config.stage_order:
+    stage = config.stages[name]
+    if 'num_microbatches' in stage:
+      num_parts = stage.num_microbatches * stage.get('num_minibatches', 1)
+      answers = 2 if 'max_candidates' in stage else 1  # At least, of a ranking.
+      rows.append(-(-answers * stage.batch_size // num_parts))
+  return max(rows, default=1), min(length, context_length)
+
+
+def kept_bytes(shape: TransformerConfig, num_rows: int, length: int) -> float:
+  """What a backward pass in float32 keeps of a forward pass, roughly: three
+  attention matrices a head, and the inputs of a block's products and norms."""
+  per_token = (
+    3 * shape.num_heads * length + 12 * shape.width + 4 * shape.mlp_dim
+  )
+  return 4.0 * shape.num_layers * num_rows * length * per_token
 
 
 def own_adapters(config: ConfigDict) -> list[str]:

@@ -266,6 +266,33 @@ def test_adapters_where_all_weights_do_not_fit(data, tmp_path, monkeypatch):
     recipe.prepare(make_config(data))
 
 
+def test_activations_that_do_not_fit_are_computed_again(
+  data, tmp_path, monkeypatch
+):
+  """On a CPU; rows are as long as the config lets them become."""
+  shape = LLAMA
+  config = make_config(data)
+  # Of 16 episodes in two minibatches, 8; of 8 rankings, 16 answers.
+  assert recipe.largest_batch(config, 1024) == (16, 72 + 128)
+  assert recipe.largest_batch(config, 128) == (16, 128)
+  config.stages.reward.num_microbatches = 4
+  config.stages.judge.num_microbatches = 2
+  assert recipe.largest_batch(config, 128) == (8, 128)
+  config.stages.data.prompt_length, config.stages.data.response_length = 20, 8
+  assert recipe.largest_batch(config, 128) == (8, 28)
+  short = recipe.kept_bytes(shape, 16, 28)
+  for factor, remat in ((0.9, 'full'), (1.1, 'none')):
+    memory = factor * short / recipe.KEPT_SHARE
+    monkeypatch.setattr(recipe, 'memory_bytes', lambda memory=memory: memory)
+    config = make_config(data)
+    config.lora.rank = 4
+    stages = config.stages
+    stages.data.prompt_length, stages.data.response_length = 20, 8
+    stages = prepared(config, tmp_path).stages
+    for name in ('sft', 'reward', 'judge', 'ppo', 'ppo_ptx'):
+      assert stages[name].remat == remat, name
+
+
 # --- Whole --------------------------------------------------------------------
 
 
