@@ -202,3 +202,7 @@ def test_samples_of_checkpoints_become_tasks(exported, tmp_path):
   config.samples_per_model = 0
   with pytest.raises(ValueError, match='nothing to rank'):
     sample.validate(config)
+  assert sample._MOST_COMPLETIONS == importing.MAX_OUTPUTS
+  config.samples_per_model = importing.MAX_OUTPUTS + 1
+  with pytest.raises(ValueError, match=r'completions; a ranking task has at m'):
+    sample.validate(config)

@@ -19,16 +19,24 @@ from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import check_stage
 
 PROCESSES = 'one'
+# `labeling.importing.MAX_OUTPUTS`, which needs a database.
+_MOST_COMPLETIONS = 12
 
 
 def validate(config):
   """Checks the config. ValueError names the key."""
   check_stage(config)
   num_models = len(model_folder.named_folders(config.models))
-  if num_models * config.samples_per_model < 2:
+  num_completions = num_models * config.samples_per_model
+  asked = f'{num_models} models x {config.samples_per_model} samples_per_model'
+  if num_completions < 2:
     raise ValueError(
-      f'{num_models} models x {config.samples_per_model} samples_per_model '
-      'leave nothing to rank; at least 2 completions are needed'
+      f'{asked} leave nothing to rank; at least 2 completions are needed'
+    )
+  if num_completions > _MOST_COMPLETIONS:
+    raise ValueError(
+      f'{asked} are {num_completions} completions; a ranking task has at most '
+      f'{_MOST_COMPLETIONS}'
     )
   for key in ('tokenizer', 'prompts'):
     if not config[key]:
