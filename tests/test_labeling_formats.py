@@ -849,6 +849,29 @@ def test_a_site_comes_back_from_the_other_format(filled, tmp_path, file_format):
   assert draft[3] == {'ranks': kept} and len(kept) == 2
 
 
+@pytest.mark.parametrize('shows', [False, True])
+def test_suggestions_are_shown_elsewhere_only_if_here(site, tmp_path, shows):
+  suggestion = {'ranks': [2, 1], 'source': 'a judge'}
+  (item,) = people.ranking_items(1, 2)
+  site.load([{**item, 'suggestion': suggestion}], suggestions=shows)
+  for file_format, file in (
+    ('argilla', 'argilla_2.json'),
+    ('label_studio', 'label_studio.json'),
+  ):
+    exporting.export_as(site.store, tmp_path / 'out', file_format)
+    content = (tmp_path / 'out' / file).read_bytes()
+    (found,) = json.loads(content)
+    theirs = 'suggestions' if file_format == 'argilla' else 'predictions'
+    assert bool(found[theirs]) == shows
+    again = make_site(tmp_path, file_format)
+    load(again, content, file_format)
+    with again.store.read() as c:
+      record = c.scalar(sa.select(schema.tasks.c.record))
+    assert record['suggestion'] == suggestion
+    anna = again.person('anna')
+    assert 'suggest' not in anna.get(f'/task/{anna.claim()}/3').text
+
+
 def test_our_argilla_file_has_what_its_package_reads(filled, tmp_path):
   exporting.export_as(filled.store, tmp_path / 'out', 'argilla')
   found = json.loads((tmp_path / 'out/argilla_3.json').read_bytes())

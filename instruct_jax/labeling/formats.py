@@ -11,7 +11,9 @@ completions and what several people and models said of them.
 
 Neither has room for all that the site knows. We write the rest under the key
 `instruct_jax` of a record's metadata (Argilla, as text) or meta (Label Studio),
-where these programs keep it. People are in both as numbers.
+where these programs keep it. So is a suggestion that labelers do not see; they
+would see it in the place that these programs have for one. People are in both
+as numbers.
 """
 
 import collections
@@ -94,6 +96,7 @@ class Item:
   answers: tuple[Answer, ...] = ()
   batch: Mapping[str, str] = dataclasses.field(default_factory=dict)
   number: int = 0  # Of the record in its file; or, to write it, of the task.
+  suggests: bool = False  # To write it: whether labelers see its suggestion.
 
 
 # --- Reading ----------------------------------------------------------------
@@ -1001,6 +1004,11 @@ def _people(item, name, other):
   return list(found.items())
 
 
+def _shown(item):
+  """The suggestion that the other program is to show, or None."""
+  return item.values.get('suggestion') if item.suggests else None
+
+
 def _beside(item, people: Iterable[tuple[str, Answer]]) -> dict[str, Any]:
   """What the format has no room for."""
   task = {
@@ -1031,7 +1039,7 @@ def _argilla_files(items):
     people = _people(item, lambda a: a.labeler, lambda a: f'{a.labeler} twice')
     people = [(_argilla_user(name), answer) for name, answer in people]
     names = [f'response_{place}' for place in range(1, len(texts) + 1)]
-    suggestion = item.values.get('suggestion')
+    suggestion = _shown(item)
     by_number[len(texts)].append(
       {
         'id': key,
@@ -1131,7 +1139,7 @@ def _studio_task(item: Item, num_buckets: int) -> Mapping[str, Any]:
       found['created_at'] = moment.isoformat()
     return found
 
-  suggestion = item.values.get('suggestion')
+  suggestion = _shown(item)
   return {
     'id': item.number,
     'data': {
