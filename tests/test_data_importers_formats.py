@@ -543,6 +543,61 @@ def test_trl_preferences(row, expected, tmp_path):
   assert ranked(found) == (*expected, (1, 2))
 
 
+BRIEF = {'role': 'system', 'content': 'Be brief.'}
+OTHERS = 'the prompt is not that of the conversations of the answers'
+
+
+@pytest.mark.parametrize(
+  ('prompt', 'begin', 'expected'),
+  [
+    # What the system says comes before the conversation, once.
+    ([BRIEF], ['A'], ['Be brief.', 'A']),
+    ([BRIEF], [BRIEF, 'A'], ['Be brief.', 'A']),
+    ([{**BRIEF, 'content': 'Be kind.'}], [BRIEF, 'A'], OTHERS),
+    # The messages repeat the prompt, or its end, or add to it.
+    (['A'], ['A'], ['A']),
+    (['A', 'b', 'C'], ['A', 'b', 'C'], ['A', 'b', 'C']),
+    (['A'], ['A', 'b', 'C'], ['A', 'b', 'C']),
+    ([BRIEF, 'A'], ['A'], ['Be brief.', 'A']),
+    (['A', 'b', 'C'], ['C'], ['A', 'b', 'C']),
+    (['A'], [BRIEF, 'A'], ['Be brief.', 'A']),
+    # UltraFeedback's binary form has the first question as text.
+    ('A', ['A'], ['A']),
+    (' A\n', ['A', 'b', 'C'], ['A', 'b', 'C']),
+    ('C', ['A', 'b', 'C'], ['A', 'b', 'C']),
+    ('', ['A'], ['A']),
+    ([], ['A'], ['A']),
+    # Another question would be lost.
+    ('B', ['A'], OTHERS),
+    (['B'], ['A'], OTHERS),
+    ([BRIEF, 'B'], ['A'], OTHERS),
+    (['A', 'x', 'C'], ['A', 'b', 'C'], OTHERS),
+  ],
+)
+def test_a_prompt_beside_whole_conversations(prompt, begin, expected, tmp_path):
+  def messages(parts):
+    """Capitals ask, others answer."""
+    return [
+      part
+      if isinstance(part, dict)
+      else {'role': 'user' if part.isupper() else 'assistant', 'content': part}
+      for part in parts
+    ]
+
+  row = {
+    'prompt': prompt if isinstance(prompt, str) else messages(prompt),
+    'chosen': messages([*begin, 'good']),
+    'rejected': messages([*begin, 'bad']),
+  }
+  found = read(tmp_path, 'chosen_rejected', row)
+  if expected == OTHERS:
+    assert (found.comparisons, found.skipped) == ([], {OTHERS: 1})
+    return
+  (pair,) = found.comparisons
+  assert [turn.content for turn in pair.turns] == expected
+  assert pair.completions == (' good', ' bad')
+
+
 @pytest.mark.parametrize(
   ('row', 'reason'),
   [
@@ -1067,8 +1122,9 @@ def test_a_folder_of_parquet_files(tmp_path, capsys):
       for number in range(3)
     ]
     for number, row in enumerate(rows):
+      row['prompt'] = f'Question {part}{number}?'
       for side in ('chosen', 'rejected'):
-        row[side][0]['content'] = f'Question {part}{number}?'
+        row[side][0]['content'] = row['prompt']
     pyarrow.parquet.write_table(
       pyarrow.Table.from_pylist(rows),
       folder / f'train_prefs-0000{part}-of-00002.parquet',
