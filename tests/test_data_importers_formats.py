@@ -727,6 +727,7 @@ def test_dsp_reads_hh_as_hh_does(data_root, tmp_path):
     ('tie', (1, 1)),
     ('tie (bothbad)', (1, 1)),
     ('both_bad', (1, 1)),
+    ('tie (inconsistent)', (1, 1)),
   ],
 )
 def test_arena_votes(winner, ranks, tmp_path):
@@ -739,6 +740,27 @@ def test_arena_votes(winner, ranks, tmp_path):
   assert row.metadata['models'] == ['vicuna-13b', 'koala-13b']
   with pytest.raises(records.RecordError, match="'winner' is 'model_c', expec"):
     read(tmp_path, 'arena', example('arena', winner='model_c'))
+
+
+def test_votes_of_people_and_of_gpt_4_are_told_apart(tmp_path):
+  """MT-bench has a split of each, and a folder holds both."""
+  votes = {
+    'human': [('expert_0', 'model_a'), ('author_2', 'tie')],
+    'gpt4_pair': [('gpt4_pair', 'tie (inconsistent)')],
+  }
+  folder = tmp_path / 'data'
+  folder.mkdir()
+  for split, found in votes.items():
+    rows = [example('arena', judge=j, winner=w) for j, w in found]
+    lines = '\n'.join(map(json.dumps, rows))
+    (folder / f'{split}.jsonl').write_text(lines)
+  out = tmp_path / 'out'
+  counts = convert.convert('arena', [folder], out, valid=0.0001, seed=0)
+  assert counts['comparisons_train'] == 3
+  rows = records.read_jsonl(out / 'comparisons_train.jsonl', records.Comparison)
+  assert {row.labeler: row.metadata['winner'] for row in rows} == dict(
+    sum(votes.values(), [])
+  )
 
 
 def test_arena_of_several_turns(tmp_path):
@@ -933,6 +955,23 @@ def test_prompts_and_completions(tmp_path):
     (BIRD, ' Owl'),
   ]
   assert found.skipped == {'the prompt or the completion is empty': 1}
+
+
+def test_a_rejected_completion_is_no_demonstration(tmp_path):
+  """TRL's format of unpaired preferences; a table may hold texts."""
+  rows = [
+    {'prompt': 'The sky is', 'completion': f' {label}.', 'label': label}
+    for label in (True, False, 'True', 'False', 1, 0, None)
+  ]
+  rows.append({
+    'prompt': conversation('Name a bird.'), 'completion': ANSWERS[1:],
+    'label': False,
+  })  # fmt: skip
+  found = read(tmp_path, 'prompt_completion', *rows)
+  assert [row.response for row in found.demonstrations] == [
+    ' True.', ' True.', ' 1.', ' None.',
+  ]  # fmt: skip
+  assert found.skipped == {'a completion that is labeled as rejected': 4}
 
 
 # --- Test sets ----------------------------------------------------------------

@@ -273,6 +273,8 @@ _WINNERS = {
   'tie': TIE,
   'tie (bothbad)': TIE,
   'both_bad': TIE,
+  # GPT-4 changed its verdict with the order of the answers.
+  'tie (inconsistent)': TIE,
 }
 
 
@@ -280,9 +282,12 @@ _WINNERS = {
 def read_arena(imported, entry):
   """Votes of LMSYS's arena, of LMArena and of MT-bench's judges.
 
-  "Both are bad" is a tie, and `winner` of the metadata tells the two apart. The
-  vote is for whole conversations; those that differ before the last answer are
-  left out, as are most votes after the first one of a session.
+  "Both are bad" is a tie, and so is a verdict that changes with the order of
+  the answers, as in FastChat's `show_result`; `winner` of the metadata tells
+  them apart. The labeler is the `judge`: in MT-bench `expert_0` and the like
+  are people, and `gpt4_pair` is GPT-4. The vote is for whole conversations;
+  those that differ before the last answer are left out, as are most votes after
+  the first one of a session.
   """
   if 'conversation_a' in entry.values:
     winner = entry.text('winner')
