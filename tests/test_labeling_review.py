@@ -405,6 +405,25 @@ def test_agreement_is_counted_by_version(site, tmp_path):
   assert [row['pairs'] for row in said['agreement_by_version']] == [6, 6, 6]
 
 
+def test_an_answer_counts_under_what_its_labeler_had_read(site):
+  site.load(people.ranking_items(3))
+  anna = site.person('anna')
+  answered = anna.claim()
+  anna.rank(answered, people.rank_of)
+  opened = anna.claim()
+  site.clock.now += 1
+  site.store.publish_instructions('training', 'New')
+  site.clock.now += 1
+  for task in (opened, answered):
+    anna.rank(task, people.rank_of)
+  anna.rank(anna.claim(), people.rank_of)
+  found = {row.assignment_id: row for row in site.rows()}
+  assert [found[task].instructions for task in sorted(found)] == [
+    'training/1', 'training/1', 'training/2',
+  ]  # fmt: skip
+  assert found[answered].revision == 2
+
+
 def test_the_tenth_version_comes_after_the_ninth(site):
   site.load(people.ranking_items(3))
   anna = site.person('anna')
