@@ -1326,6 +1326,46 @@ def test_bad_files_give_one_line_and_import_nothing(site, name):
     assert c.scalars(sa.select(schema.accounts.c.name)).all() == ['admin']
 
 
+def _lines_of(found):
+  return '\n'.join(map(json.dumps, found)).encode()
+
+
+def _flat():
+  """JSON_MIN of Label Studio."""
+  return [{'id': 1, 'prompt': 'P', 'annotator': 7, 'annotation_id': 2}]
+
+
+@pytest.mark.parametrize(
+  ('theirs', 'found'),
+  [
+    ('argilla', argilla_records()),
+    ('argilla', json.dumps(argilla_records(), indent=1).encode()),
+    ('argilla', _lines_of([{'items': argilla_records()}])),
+    ('argilla', _lines_of([HUB_ROWS['version 1']])),
+    ('argilla', _lines_of([HUB_ROWS['version 2']])),
+    ('label_studio', studio_tasks()),
+    ('label_studio', _lines_of(studio_tasks())),
+    ('label_studio', _flat()),
+    ('jsonl', _lines_of(people.ranking_items(2))),
+    ('jsonl', people.ranking_items(2)),
+  ],
+)
+def test_a_file_of_another_format_is_named(site, theirs, found):
+  title = {
+    'argilla': "Argilla's", 'label_studio': "Label Studio's",
+    'jsonl': 'JSON lines',
+  }[theirs]  # fmt: skip
+  for file_format in formats.FORMATS:
+    if file_format == theirs:
+      continue
+    with pytest.raises(records.RecordError) as caught:
+      load(site, found, file_format)
+    assert str(caught.value) == (
+      f'theirs.json: this looks like {title}; give --format={theirs}'
+    )
+  assert research.progress(site.store) == []
+
+
 def test_up_to_ten_bad_records_are_shown(site):
   found = [changed(1, 'fields', 'x')[1] for _ in range(12)]
   with pytest.raises(records.RecordError) as caught:

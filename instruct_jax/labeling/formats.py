@@ -109,6 +109,44 @@ def _refuse(name):
 loads = functools.partial(json.loads, parse_constant=_refuse)
 
 
+def check_format(content: bytes, source: str, name: str) -> None:
+  """Raises RecordError if a file's first record is of another format."""
+  text = content.decode('utf-8-sig', 'replace').lstrip()
+  try:
+    first, _ = json.JSONDecoder().raw_decode(text, text.index('{', 0, 1000))
+  except (ValueError, RecursionError):
+    return  # The reader says what is wrong.
+  looks = _look(first)
+  if looks and name not in looks:
+    title = {'jsonl': 'JSON lines'}.get(looks[0], f"{FORMATS[looks[0]]}'s")
+    raise records.RecordError(
+      f'{source}: this looks like {title}; give --format={looks[0]}'
+    )
+
+
+def _look(record):
+  """The formats that a record looks like; none if nothing tells."""
+  keys = set(record)
+  is_argilla = (
+    isinstance(record.get('fields'), dict)
+    or any(key.endswith(('.responses', '-suggestion')) for key in keys)
+    or any(
+      isinstance(one, dict)
+      and not {'fields', 'record', 'user_id'}.isdisjoint(one)
+      for value in record.values()
+      if isinstance(value, list)
+      for one in value[:1]
+    )
+  )
+  is_studio = (
+    isinstance(record.get('data'), dict)
+    or {'annotator', 'annotation_id'} <= keys
+  )
+  is_ours = isinstance(record.get('completions'), list)
+  found = {'argilla': is_argilla, 'label_studio': is_studio, 'jsonl': is_ours}
+  return [name for name, looks in found.items() if looks]
+
+
 def read(
   content: bytes, source: str, name: str
 ) -> tuple[list[Item], dict[str, int]]:

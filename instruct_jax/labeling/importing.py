@@ -136,6 +136,7 @@ def _problems(values, kind):
 
 def _read_tasks(content, source, kind, name, calibration):
   """(checked tasks of a file, what is to be told about it with counts)."""
+  formats.check_format(content, source, name)
   if name == 'jsonl':
     found, unit, told = list(_lines(content)), 'line', {}
   elif kind not in answers.RANKED:
