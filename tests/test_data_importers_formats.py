@@ -441,6 +441,35 @@ def test_safe_rlhf_has_two_labels(tmp_path):
   assert ranked(found) == (prompt, answers, (2, 1))
 
 
+def test_files_of_one_name_have_ids_of_their_own(tmp_path):
+  """PKU-SafeRLHF has a folder for each model that answered."""
+  folder = tmp_path / 'hub'
+  name, row = 'safe_rlhf_helpful', example('safe_rlhf_helpful')
+
+  def ids(*places):
+    for place in places:
+      path = folder / place
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(json.dumps({**row, 'prompt': f'Why {place}?'}))
+    out = tmp_path / 'out'
+    convert.convert(name, [folder], out, valid=0.0001, seed=0, replace=True)
+    rows = records.read_jsonl(
+      out / 'comparisons_train.jsonl', records.Comparison
+    )
+    return [row.id for row in rows]
+
+  assert ids('data/Alpaca-7B/train.jsonl') == ['safe_rlhf:train:1']
+  places = 'data/Alpaca2-7B/train.jsonl', 'data/Alpaca2-7B/test.jsonl'
+  assert ids(*places) == [
+    'safe_rlhf:Alpaca-7B/train:1', 'safe_rlhf:test:1',
+    'safe_rlhf:Alpaca2-7B/train:1',
+  ]  # fmt: skip
+  assert ids('data/Alpaca2-7B/train.b.jsonl')[-2:] == [
+    'safe_rlhf:Alpaca2-7B/train.b.jsonl:1',
+    'safe_rlhf:Alpaca2-7B/train.jsonl:1',
+  ]
+
+
 def test_nectar_is_one_ranking_of_seven(tmp_path):
   row = example('nectar')
   row['answers'].reverse()
@@ -1006,6 +1035,19 @@ def test_arguments_of_a_debate(tmp_path):
     FORMATS['ukp'](path)
   with pytest.raises(records.RecordError, match="called 'args'; upstream"):
     FORMATS['ukp'](path.rename(folder / 'args.csv'))
+
+
+@pytest.mark.parametrize('name', ['ukp', 'ukp_ranking'])
+def test_a_long_first_line_is_cut(name, tmp_path):
+  """A file without tabs has one column, whose name is its first line."""
+  path = tmp_path / 'topic_pro.csv'
+  path.write_text('A text without tabs. ' * 500 + '\nAnother line.\n')
+  with pytest.raises(records.RecordError) as caught:
+    FORMATS[name](path)
+  said = str(caught.value)
+  assert 'is missing (found A text without tabs. A text' in said
+  assert said.endswith('...); is this the format of this file?')
+  assert len(said) < 500 + len(str(path))
 
 
 def test_a_ranking_of_all_arguments(tmp_path):
