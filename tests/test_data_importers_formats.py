@@ -441,6 +441,35 @@ def test_safe_rlhf_has_two_labels(tmp_path):
   assert ranked(found) == (prompt, answers, (2, 1))
 
 
+def test_files_of_one_name_have_ids_of_their_own(tmp_path):
+  """PKU-SafeRLHF has a folder for each model that answered."""
+  folder = tmp_path / 'hub'
+  name, row = 'safe_rlhf_helpful', example('safe_rlhf_helpful')
+
+  def ids(*places):
+    for place in places:
+      path = folder / place
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(json.dumps({**row, 'prompt': f'Why {place}?'}))
+    out = tmp_path / 'out'
+    convert.convert(name, [folder], out, valid=0.0001, seed=0, replace=True)
+    rows = records.read_jsonl(
+      out / 'comparisons_train.jsonl', records.Comparison
+    )
+    return [row.id for row in rows]
+
+  assert ids('data/Alpaca-7B/train.jsonl') == ['safe_rlhf:train:1']
+  places = 'data/Alpaca2-7B/train.jsonl', 'data/Alpaca2-7B/test.jsonl'
+  assert ids(*places) == [
+    'safe_rlhf:Alpaca-7B/train:1', 'safe_rlhf:test:1',
+    'safe_rlhf:Alpaca2-7B/train:1',
+  ]  # fmt: skip
+  assert ids('data/Alpaca2-7B/train.b.jsonl')[-2:] == [
+    'safe_rlhf:Alpaca2-7B/train.b.jsonl:1',
+    'safe_rlhf:Alpaca2-7B/train.jsonl:1',
+  ]
+
+
 def test_nectar_is_one_ranking_of_seven(tmp_path):
   row = example('nectar')
   row['answers'].reverse()
@@ -541,6 +570,61 @@ ANSWERS = [{'role': 'assistant', 'content': text} for text in ('Owl', 'No')]
 def test_trl_preferences(row, expected, tmp_path):
   found = read(tmp_path, 'chosen_rejected', row)
   assert ranked(found) == (*expected, (1, 2))
+
+
+BRIEF = {'role': 'system', 'content': 'Be brief.'}
+OTHERS = 'the prompt is not that of the conversations of the answers'
+
+
+@pytest.mark.parametrize(
+  ('prompt', 'begin', 'expected'),
+  [
+    # What the system says comes before the conversation, once.
+    ([BRIEF], ['A'], ['Be brief.', 'A']),
+    ([BRIEF], [BRIEF, 'A'], ['Be brief.', 'A']),
+    ([{**BRIEF, 'content': 'Be kind.'}], [BRIEF, 'A'], OTHERS),
+    # The messages repeat the prompt, or its end, or add to it.
+    (['A'], ['A'], ['A']),
+    (['A', 'b', 'C'], ['A', 'b', 'C'], ['A', 'b', 'C']),
+    (['A'], ['A', 'b', 'C'], ['A', 'b', 'C']),
+    ([BRIEF, 'A'], ['A'], ['Be brief.', 'A']),
+    (['A', 'b', 'C'], ['C'], ['A', 'b', 'C']),
+    (['A'], [BRIEF, 'A'], ['Be brief.', 'A']),
+    # UltraFeedback's binary form has the first question as text.
+    ('A', ['A'], ['A']),
+    (' A\n', ['A', 'b', 'C'], ['A', 'b', 'C']),
+    ('C', ['A', 'b', 'C'], ['A', 'b', 'C']),
+    ('', ['A'], ['A']),
+    ([], ['A'], ['A']),
+    # Another question would be lost.
+    ('B', ['A'], OTHERS),
+    (['B'], ['A'], OTHERS),
+    ([BRIEF, 'B'], ['A'], OTHERS),
+    (['A', 'x', 'C'], ['A', 'b', 'C'], OTHERS),
+  ],
+)
+def test_a_prompt_beside_whole_conversations(prompt, begin, expected, tmp_path):
+  def messages(parts):
+    """Capitals ask, others answer."""
+    return [
+      part
+      if isinstance(part, dict)
+      else {'role': 'user' if part.isupper() else 'assistant', 'content': part}
+      for part in parts
+    ]
+
+  row = {
+    'prompt': prompt if isinstance(prompt, str) else messages(prompt),
+    'chosen': messages([*begin, 'good']),
+    'rejected': messages([*begin, 'bad']),
+  }
+  found = read(tmp_path, 'chosen_rejected', row)
+  if expected == OTHERS:
+    assert (found.comparisons, found.skipped) == ([], {OTHERS: 1})
+    return
+  (pair,) = found.comparisons
+  assert [turn.content for turn in pair.turns] == expected
+  assert pair.completions == (' good', ' bad')
 
 
 @pytest.mark.parametrize(
@@ -672,6 +756,7 @@ def test_dsp_reads_hh_as_hh_does(data_root, tmp_path):
     ('tie', (1, 1)),
     ('tie (bothbad)', (1, 1)),
     ('both_bad', (1, 1)),
+    ('tie (inconsistent)', (1, 1)),
   ],
 )
 def test_arena_votes(winner, ranks, tmp_path):
@@ -684,6 +769,27 @@ def test_arena_votes(winner, ranks, tmp_path):
   assert row.metadata['models'] == ['vicuna-13b', 'koala-13b']
   with pytest.raises(records.RecordError, match="'winner' is 'model_c', expec"):
     read(tmp_path, 'arena', example('arena', winner='model_c'))
+
+
+def test_votes_of_people_and_of_gpt_4_are_told_apart(tmp_path):
+  """MT-bench has a split of each, and a folder holds both."""
+  votes = {
+    'human': [('expert_0', 'model_a'), ('author_2', 'tie')],
+    'gpt4_pair': [('gpt4_pair', 'tie (inconsistent)')],
+  }
+  folder = tmp_path / 'data'
+  folder.mkdir()
+  for split, found in votes.items():
+    rows = [example('arena', judge=j, winner=w) for j, w in found]
+    lines = '\n'.join(map(json.dumps, rows))
+    (folder / f'{split}.jsonl').write_text(lines)
+  out = tmp_path / 'out'
+  counts = convert.convert('arena', [folder], out, valid=0.0001, seed=0)
+  assert counts['comparisons_train'] == 3
+  rows = records.read_jsonl(out / 'comparisons_train.jsonl', records.Comparison)
+  assert {row.labeler: row.metadata['winner'] for row in rows} == dict(
+    sum(votes.values(), [])
+  )
 
 
 def test_arena_of_several_turns(tmp_path):
@@ -880,6 +986,23 @@ def test_prompts_and_completions(tmp_path):
   assert found.skipped == {'the prompt or the completion is empty': 1}
 
 
+def test_a_rejected_completion_is_no_demonstration(tmp_path):
+  """TRL's format of unpaired preferences; a table may hold texts."""
+  rows = [
+    {'prompt': 'The sky is', 'completion': f' {label}.', 'label': label}
+    for label in (True, False, 'True', 'False', 1, 0, None)
+  ]
+  rows.append({
+    'prompt': conversation('Name a bird.'), 'completion': ANSWERS[1:],
+    'label': False,
+  })  # fmt: skip
+  found = read(tmp_path, 'prompt_completion', *rows)
+  assert [row.response for row in found.demonstrations] == [
+    ' True.', ' True.', ' 1.', ' None.',
+  ]  # fmt: skip
+  assert found.skipped == {'a completion that is labeled as rejected': 4}
+
+
 # --- Test sets ----------------------------------------------------------------
 
 
@@ -912,6 +1035,19 @@ def test_arguments_of_a_debate(tmp_path):
     FORMATS['ukp'](path)
   with pytest.raises(records.RecordError, match="called 'args'; upstream"):
     FORMATS['ukp'](path.rename(folder / 'args.csv'))
+
+
+@pytest.mark.parametrize('name', ['ukp', 'ukp_ranking'])
+def test_a_long_first_line_is_cut(name, tmp_path):
+  """A file without tabs has one column, whose name is its first line."""
+  path = tmp_path / 'topic_pro.csv'
+  path.write_text('A text without tabs. ' * 500 + '\nAnother line.\n')
+  with pytest.raises(records.RecordError) as caught:
+    FORMATS[name](path)
+  said = str(caught.value)
+  assert 'is missing (found A text without tabs. A text' in said
+  assert said.endswith('...); is this the format of this file?')
+  assert len(said) < 500 + len(str(path))
 
 
 def test_a_ranking_of_all_arguments(tmp_path):
@@ -1067,8 +1203,9 @@ def test_a_folder_of_parquet_files(tmp_path, capsys):
       for number in range(3)
     ]
     for number, row in enumerate(rows):
+      row['prompt'] = f'Question {part}{number}?'
       for side in ('chosen', 'rejected'):
-        row[side][0]['content'] = f'Question {part}{number}?'
+        row[side][0]['content'] = row['prompt']
     pyarrow.parquet.write_table(
       pyarrow.Table.from_pylist(rows),
       folder / f'train_prefs-0000{part}-of-00002.parquet',

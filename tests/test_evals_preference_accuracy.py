@@ -86,7 +86,8 @@ def test_rankings_of_one_prompt_are_one_cluster():
     ([[1.0, 2.0]], [[1, 2, 3]], ['a'], 'comparison 0'),
     ([[1.0, float('nan')]], [[1, 2]], ['a'], 'finite'),
     ([[1.0, 2.0]], [[0, 1]], ['a'], 'at least 1'),
-    ([[1.0, 2.0]], [[1, 1]], ['a'], 'every pair tied'),
+    ([[1.0, 2.0]], [[1, 1]], ['a'], '1 comparisons, every pair tied'),
+    ([], [], [], 'no pair to judge: no comparisons'),
   ],
 )
 def test_bad_input(scores, ranks, ids, message):

@@ -343,6 +343,17 @@ def test_folders_of_folders_are_read_in_every_format(tmp_path):
     reward_bench.read('llmbar', tmp_path / 'empty')
 
 
+def test_files_of_one_name_have_ids_of_their_own(tmp_path):
+  for folder in ('a', 'b'):
+    (tmp_path / folder).mkdir()
+    row = {'prompt': f'Why {folder}?', 'chosen': 'x', 'rejected': 'y'}
+    (tmp_path / folder / 'test.jsonl').write_text(json.dumps(row))
+  found = reward_bench.read('chosen_rejected', tmp_path)
+  assert [c.id for c in found.comparisons] == [
+    'chosen_rejected:a/test:1', 'chosen_rejected:b/test:1',
+  ]  # fmt: skip
+
+
 @pytest.mark.parametrize('dialogue', [False, True])
 def test_a_single_question_is_laid_out_as_asked(tmp_path, dialogue):
   path = write(tmp_path / 'x.jsonl', [pair('hep-go', 3)])

@@ -45,6 +45,18 @@ def test_uncertainty_by_hand():
   assert active.uncertainty([0.0, 2000.0]) == 0.0
 
 
+def test_equal_texts_say_nothing(site, scored):
+  """Only pairs of different texts count; without any, a task comes last."""
+  low, high = 0.0, math.log(3)
+  # One pair of the three is of equal texts: the others as above.
+  found = active.uncertainty([low, high, low], ['a', 'b', ' a '])
+  assert math.isclose(found, 0.8113, rel_tol=1e-4)
+  assert active.uncertainty([low, low], ['a', 'a']) == 0.0
+  site.load([item('equal', 1, 1), item('sure', 0, 9), item('unsure', 1, 1.5)])
+  active.order(site.store, 'reward:MODEL', SETTINGS)
+  assert claimed(site.person('anna')) == ['unsure', 'sure', 'equal']
+
+
 def test_uncertainty_falls_with_the_gap():
   values = [active.uncertainty([0.0, gap]) for gap in np.linspace(0, 20, 30)]
   assert values == sorted(values, reverse=True)
@@ -121,7 +133,7 @@ def test_labelers_get_the_least_certain_task_first(site, scored, tmp_path):
   )
   assert found.metadata['labeling']['active'] == {
     'by': 'reward:MODEL',
-    'uncertainty': active.uncertainty([1.0, 1.5, 1.0]),
+    'uncertainty': active.uncertainty([1.0, 1.5]),  # Two pairs alike.
   }
   said = json.loads((tmp_path / 'out/statistics.json').read_text())
   assert said['ordered_by'] == ['reward:MODEL']
@@ -212,6 +224,8 @@ def test_our_models_need_their_tokenizer(tmp_path):
   settings = ConfigDict({'tokenizer': ''})
   with pytest.raises(store.StoreError, match='give --config.active.tokenizer'):
     active.check(f'reward:{tmp_path}', settings)
+  with pytest.raises(store.StoreError, match='nosuch: no such folder'):
+    active.check(f'reward:{tmp_path}/nosuch', settings)
   (tmp_path / 'config.json').write_text('{}')  # A published model brings one.
   assert active.check(f'reward:{tmp_path}', settings) == str(tmp_path)
 
@@ -294,7 +308,7 @@ def test_impossible_orders_create_nothing(start, tmp_path):
   place = f'--config={ROOT}/configs/labeling.py', f'--workdir={tmp_path}/typo'
   for flags, words in (
     (['--active=MODEL'], 'must be reward:MODEL'),
-    (['--active=reward:MODEL'], 'give --config.active.tokenizer'),
+    (['--active=reward:MODEL'], 'MODEL: no such folder; active must be'),
     (['--active=reward:MODEL', '--config.active.tokenizer=T'],
      'no such file; give the --workdir'),
   ):  # fmt: skip

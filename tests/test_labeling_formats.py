@@ -202,7 +202,10 @@ def test_answers_fill_the_slots_and_others_get_the_rest(site):
 
 def test_a_second_import_joins_the_same_people(site):
   load(site, argilla_records(), 'argilla', 'one')
-  load(site, argilla_records(), 'argilla', 'two')
+  found = argilla_records()
+  for record in found:
+    record['fields']['instruction'] += ' Or two.'
+  load(site, found, 'argilla', 'two')
   with site.store.read() as c:
     names = c.scalars(sa.select(schema.accounts.c.name)).all()
   assert sorted(names) == sorted(['admin', ANNA, BEN, CLEO])
@@ -210,6 +213,53 @@ def test_a_second_import_joins_the_same_people(site):
     'imported/1',
     'imported/2',
   }
+
+
+def test_what_is_here_already_is_not_imported_again(site):
+  (first, second) = argilla_records()
+  # A page of the REST interface that was fetched twice.
+  counts = load(site, [first, second, first], 'argilla', 'one')
+  assert counts['records that the file repeats left out'] == 1
+  rows = site.rows()
+  with pytest.raises(store_lib.StoreError) as caught:
+    load(site, [first, second], 'argilla', 'two')
+  assert str(caught.value) == (
+    "theirs.json: all 2 tasks and their answers are already in batch 'one'; "
+    'to have the tasks labeled again, import them as JSONL, without answers'
+  )
+  assert len(research.progress(site.store)) == 1
+  # Somebody who had discarded the first record ranks it now, and there is
+  # another record.
+  ranked = first['responses']['preference']
+  ranked[2] = {**ranked[0], 'user_id': CLEO}
+  third = {**second, 'fields': {**second['fields'], 'instruction': 'A cat?'}}
+  counts = load(site, [first, second, third], 'argilla', 'three')
+  number = len(second['responses']['preference'])
+  assert (counts['tasks'], counts['submitted']) == (2, 1 + number)
+  assert counts['answers that are here already left out'] == 2 + number
+  assert counts['tasks without a new answer left out'] == 1
+  new = site.rows()[len(rows) :]
+  assert [(row.labeler, row.prompt) for row in new][0] == (
+    CLEO,
+    'Name a bird.',
+  )
+  # Another criterion is another question; and a second round has no answers.
+  load(site, [first, second], 'argilla', 'four', phase='evaluation')
+  for name in ('five', 'six'):
+    site.load(people.ranking_items(2), name=name)
+
+
+@pytest.mark.parametrize('file_format', ['argilla', 'label_studio'])
+def test_an_export_is_not_imported_where_it_comes_from(
+  filled, tmp_path, file_format
+):
+  before = filled.rows(), research.decisions(filled.store)
+  counts = exporting.export_as(filled.store, tmp_path, file_format)
+  for name in counts:
+    content = (tmp_path / name).read_bytes()
+    with pytest.raises(store_lib.StoreError, match="in batch 'ranking batch'"):
+      load(filled, content, file_format, name)
+  assert (filled.rows(), research.decisions(filled.store)) == before
 
 
 def stripped(record):
@@ -237,7 +287,7 @@ def ranked(*pairs):
   return [{'rank': rank, 'value': f'response-{i}'} for i, rank in pairs]
 
 
-def test_pages_of_the_rest_interface(site):
+def test_pages_of_the_rest_interface(tmp_path):
   """The question of a suggestion has an id there; a user may be deleted."""
 
   def page(number, **more):
@@ -284,6 +334,7 @@ def test_pages_of_the_rest_interface(site):
   search = {'items': [{'record': page(3)['items'][0], 'query_score': 0.5}]}
   for name, content in (('one', found), ('two', lines), ('three', search)):
     number = 1 if name == 'three' else 2
+    site = make_site(tmp_path, name)
     assert load(site, content, 'argilla', name) == {
       'tasks': number,
       'submitted': number,
@@ -291,15 +342,15 @@ def test_pages_of_the_rest_interface(site):
       'answers to why left out': 2 * number,
       'suggestions to other questions left out': number,
     }
-  first = site.rows()[0]
-  assert first.content['ranks'] == [2, 1, 2]
-  assert first.record['suggestion'] == {
-    'ranks': [2, 3, 1],
-    'source': 'judge-7b',
-  }
+    first = site.rows()[0]
+    assert first.content['ranks'] == [2, 1, 2]
+    assert first.record['suggestion'] == {
+      'ranks': [2, 3, 1],
+      'source': 'judge-7b',
+    }
 
 
-def test_ties_of_version_1_are_kept(site):
+def test_ties_of_version_1_are_kept(tmp_path):
   """The REST interface and version 1 have a rank for each option."""
   record = {
     'id': 'a0b1',
@@ -334,11 +385,12 @@ def test_ties_of_version_1_are_kept(site):
     'vectors': {},
   }
   for name, found in (('one', [record]), ('two', {'items': [record]})):
+    site = make_site(tmp_path, name)
     counts = load(site, found, 'argilla', name, suggestions=True)
     assert counts == {
       'tasks': 1, 'submitted': 1, 'unfinished': 1, 'skipped': 1,
     }  # fmt: skip
-  first, _ = site.rows()
+  (first,) = site.rows()
   assert first.content['ranks'] == [1, 2, 1]
   assert exporting._clock_text(first.time) == '2024-03-01T10:05:00+00:00'
   assert first.record['suggestion'] == {
@@ -351,6 +403,7 @@ def test_ties_of_version_1_are_kept(site):
 
 HUB_ROWS = {
   'version 1': {
+    'id': 'q1',
     'instruction': 'Name a bird.',
     'response-1': 'Owl.',
     'response-2': 'Bat.',
@@ -373,7 +426,7 @@ HUB_ROWS = {
       'type': 'model', 'score': None, 'agent': 'judge-7b',
     },
     'why': [],
-    'external_id': 'q1',
+    'external_id': None,
     'metadata': '{"source": "birds"}',
   },
   'version 2': {
@@ -400,7 +453,8 @@ HUB_ROWS = {
 def test_rows_of_a_data_set_on_the_hub(site, version):
   """One a line, as `datasets` writes JSON."""
   row = HUB_ROWS[version]
-  lines = '\n'.join(json.dumps(each) for each in (row, row)) + '\n'
+  other = {**row, 'id': 'q2'}
+  lines = '\n'.join(json.dumps(each) for each in (row, other)) + '\n'
   counts = load(site, lines.encode(), 'argilla')
   bare = {'rankings without ranks, taken in their order': 4}
   assert counts == {'tasks': 2, 'submitted': 4} | (
@@ -436,7 +490,11 @@ def test_records_may_lack_an_option(site):
         },
       ],
     }
-    for own in (fields, short, {**fields, **short, 'response-1': None})
+    for own in (
+      fields,
+      short,
+      {**short, 'instruction': 'Null.', 'response-1': None},
+    )
   ]
   counts = load(site, found, 'argilla')
   assert counts == {'tasks': 3, 'submitted': 3, 'skipped': 3}
@@ -487,7 +545,8 @@ def test_skips_and_drafts_alone_are_answers(site):
   for name, given in (('one', [skip]), ('two', [skip, draft])):
     record['responses'] = {'preference': given}
     counts = load(site, [record], 'argilla', name)
-    assert counts['tasks'] == counts['skipped'] == 1
+    assert counts['tasks'] == 1
+    assert counts.get('skipped', 0) == (name == 'one')
     assert counts.get('unfinished', 0) == (name == 'two')
   # A field that nobody has ranked is a completion by its name.
   assert others(site)[-1][3] == {'ranks': {'rank1': '1'}}
@@ -849,6 +908,29 @@ def test_a_site_comes_back_from_the_other_format(filled, tmp_path, file_format):
   assert draft[3] == {'ranks': kept} and len(kept) == 2
 
 
+@pytest.mark.parametrize('shows', [False, True])
+def test_suggestions_are_shown_elsewhere_only_if_here(site, tmp_path, shows):
+  suggestion = {'ranks': [2, 1], 'source': 'a judge'}
+  (item,) = people.ranking_items(1, 2)
+  site.load([{**item, 'suggestion': suggestion}], suggestions=shows)
+  for file_format, file in (
+    ('argilla', 'argilla_2.json'),
+    ('label_studio', 'label_studio.json'),
+  ):
+    exporting.export_as(site.store, tmp_path / 'out', file_format)
+    content = (tmp_path / 'out' / file).read_bytes()
+    (found,) = json.loads(content)
+    theirs = 'suggestions' if file_format == 'argilla' else 'predictions'
+    assert bool(found[theirs]) == shows
+    again = make_site(tmp_path, file_format)
+    load(again, content, file_format)
+    with again.store.read() as c:
+      record = c.scalar(sa.select(schema.tasks.c.record))
+    assert record['suggestion'] == suggestion
+    anna = again.person('anna')
+    assert 'suggest' not in anna.get(f'/task/{anna.claim()}/3').text
+
+
 def test_our_argilla_file_has_what_its_package_reads(filled, tmp_path):
   exporting.export_as(filled.store, tmp_path / 'out', 'argilla')
   found = json.loads((tmp_path / 'out/argilla_3.json').read_bytes())
@@ -957,8 +1039,8 @@ def test_our_file_comes_back_through_label_studio(filled, tmp_path):
     ]
 
 
-def test_a_person_who_decides_and_ranks_is_two_in_the_file(tmp_path):
-  site = make_site(tmp_path)
+@pytest.mark.parametrize('file_format', ['argilla', 'label_studio'])
+def test_a_person_who_decides_and_ranks_is_two_in_the_file(site, file_format):
   item = formats.Item(
     {'prompt': 'P', 'completions': ['a', 'b']},
     (
@@ -966,14 +1048,13 @@ def test_a_person_who_decides_and_ranks_is_two_in_the_file(tmp_path):
       formats.Answer('anna', 'decided', (2, 1), 6.0, note='No.', account=7),
     ),
   )
-  for name in ('argilla', 'label_studio'):
-    ((file, content), *_) = formats.written(name, [item]).items()
-    assert load(site, content, name, file)['decided'] == 1
-  assert [row.content['ranks'] for row in site.rows()] == [[1, 2]] * 2
-  decided = research.decisions(site.store)
-  assert [(row.labeler, row.ranks, row.note, row.time) for row in decided] == [
-    ('anna', [2, 1], 'No.', 6.0)
-  ] * 2
+  ((file, content), *_) = formats.written(file_format, [item]).items()
+  assert load(site, content, file_format, file)['decided'] == 1
+  assert [row.content['ranks'] for row in site.rows()] == [[1, 2]]
+  (row,) = research.decisions(site.store)
+  assert (row.labeler, row.ranks, row.note, row.time) == (
+    'anna', [2, 1], 'No.', 6.0,
+  )  # fmt: skip
 
 
 @pytest.mark.parametrize('rank', ['99', '0', '\u0663', 'x'])
@@ -1243,6 +1324,46 @@ def test_bad_files_give_one_line_and_import_nothing(site, name):
   assert research.progress(site.store) == []
   with site.store.read() as c:
     assert c.scalars(sa.select(schema.accounts.c.name)).all() == ['admin']
+
+
+def _lines_of(found):
+  return '\n'.join(map(json.dumps, found)).encode()
+
+
+def _flat():
+  """JSON_MIN of Label Studio."""
+  return [{'id': 1, 'prompt': 'P', 'annotator': 7, 'annotation_id': 2}]
+
+
+@pytest.mark.parametrize(
+  ('theirs', 'found'),
+  [
+    ('argilla', argilla_records()),
+    ('argilla', json.dumps(argilla_records(), indent=1).encode()),
+    ('argilla', _lines_of([{'items': argilla_records()}])),
+    ('argilla', _lines_of([HUB_ROWS['version 1']])),
+    ('argilla', _lines_of([HUB_ROWS['version 2']])),
+    ('label_studio', studio_tasks()),
+    ('label_studio', _lines_of(studio_tasks())),
+    ('label_studio', _flat()),
+    ('jsonl', _lines_of(people.ranking_items(2))),
+    ('jsonl', people.ranking_items(2)),
+  ],
+)
+def test_a_file_of_another_format_is_named(site, theirs, found):
+  title = {
+    'argilla': "Argilla's", 'label_studio': "Label Studio's",
+    'jsonl': 'JSON lines',
+  }[theirs]  # fmt: skip
+  for file_format in formats.FORMATS:
+    if file_format == theirs:
+      continue
+    with pytest.raises(records.RecordError) as caught:
+      load(site, found, file_format)
+    assert str(caught.value) == (
+      f'theirs.json: this looks like {title}; give --format={theirs}'
+    )
+  assert research.progress(site.store) == []
 
 
 def test_up_to_ten_bad_records_are_shown(site):

@@ -288,6 +288,43 @@ def test_the_least_agreed_task_is_decided_first(site, tmp_path):
   } == {'p2'}
 
 
+def test_what_one_tied_and_another_ordered_is_decided_last(site):
+  """The figures of agreement leave such pairs out."""
+  site.load(people.ranking_items(4, 3), overlap=2)
+  anna, ben = site.person('anna'), site.person('ben')
+  one, two = ({'text 0': 1, 'text 1': x, 'text 2': x} for x in (1, 2))
+  for orders in (
+    (one.get, two.get),  # All tied against the first of all.
+    (people.rank_of, two.get),  # No contradiction, one tie.
+    (one.get, one.get),  # Alike.
+    (people.rank_of, {'text 0': 2, 'text 1': 1, 'text 2': 3}.get),
+  ):
+    for person, order in zip((anna, ben), orders, strict=True):
+      person.rank(person.claim(), order)
+  found = research.queue(site.store)
+  assert [
+    (item['task_id'], item['rate'], item['num_pairs'], item['num_tied'])
+    for item in found
+  ] == [(4, 2 / 3, 3, 0), (1, None, 0, 2), (2, 1.0, 2, 1)]
+  # Two pairs of task 2 and three of task 4 were ordered by both.
+  counted = research.agreement(site.rows(), 0)['labelers']
+  assert (counted.rate, counted.num_pairs) == (4 / 5, 5)
+  judge = site.person('judge', 'researcher')
+  page = judge.get('/adjudication').text
+  assert re.findall(r'href="/adjudication/(\d)"', page) == ['4', '1', '2']
+  assert 'Task 1</a>: 2 pairs tied by one of two people, 2 people' in page
+  assert '100 % of 2 pairs, 1 pair tied' in page
+  assert decide(judge, 1, two.get).headers['location'] == '/adjudication/4'
+  assert judge.get('/adjudication/3').status_code == 404
+  # The page of agreement says which are decided, in the part that is renewed.
+  page = site.admin.get('/admin/agreement').text
+  live = page.partition('data-live>')[2].rpartition('</div>')[0]
+  listed = dict(re.findall(r'Task (\d)</a>: ([^<]*)', live))
+  assert {task: 'decided' in said for task, said in listed.items()} == {
+    '4': False, '1': True, '2': False,
+  }  # fmt: skip
+
+
 def test_decisions_under_other_criteria_are_in_other_files(site, tmp_path):
   """Nobody may train on them by mistake."""
   site.load(people.ranking_items(1, 2), phase='evaluation', overlap=2)
@@ -403,6 +440,25 @@ def test_agreement_is_counted_by_version(site, tmp_path):
   exporting.export(site.store, tmp_path / 'out')
   said = json.loads((tmp_path / 'out/statistics.json').read_text())
   assert [row['pairs'] for row in said['agreement_by_version']] == [6, 6, 6]
+
+
+def test_an_answer_counts_under_what_its_labeler_had_read(site):
+  site.load(people.ranking_items(3))
+  anna = site.person('anna')
+  answered = anna.claim()
+  anna.rank(answered, people.rank_of)
+  opened = anna.claim()
+  site.clock.now += 1
+  site.store.publish_instructions('training', 'New')
+  site.clock.now += 1
+  for task in (opened, answered):
+    anna.rank(task, people.rank_of)
+  anna.rank(anna.claim(), people.rank_of)
+  found = {row.assignment_id: row for row in site.rows()}
+  assert [found[task].instructions for task in sorted(found)] == [
+    'training/1', 'training/1', 'training/2',
+  ]  # fmt: skip
+  assert found[answered].revision == 2
 
 
 def test_the_tenth_version_comes_after_the_ninth(site):

@@ -191,8 +191,8 @@ def _import(name, paths, model_outputs, counts):
   whole = importers.Imported()
   files = list(itertools.chain(*map(sources.files_of, paths)))
   _check_distinct(files)
-  for path in files:
-    whole.extend(importers.FORMATS[name](path))
+  for path, own in importers.names_of(files).items():
+    whole.extend(importers.FORMATS[name](path).named(path, own))
   counts.update({f'skipped: {why}': n for why, n in whole.skipped.items()})
   prompts, demonstrations = whole.prompts(), whole.demonstrations
   # One entry may give a comparison and a demonstration.

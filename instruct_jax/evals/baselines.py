@@ -45,8 +45,9 @@ def _labeled_pairs(comparisons: Sequence[records.Comparison]) -> np.ndarray:
     ]
     start += len(ranks)
   if not pairs:
+    why = f'{len(comparisons)} comparisons, every pair tied'
     raise ValueError(
-      f'no pair to learn from: {len(comparisons)} comparisons, every pair tied'
+      f'no pair to learn from: {why if len(comparisons) else "no comparisons"}'
     )
   return np.array(pairs)
 

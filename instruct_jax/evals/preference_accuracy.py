@@ -117,8 +117,9 @@ def pairwise_accuracy(
     better = (score[:, None] - score[None, :])[by_label > 0]
     loss[row] = np.logaddexp(0.0, -better).sum()
   if not num_pairs.sum():
+    why = f'{len(scores)} comparisons, every pair tied'
     raise ValueError(
-      f'no pair to judge: {len(scores)} comparisons, every pair tied'
+      f'no pair to judge: {why if len(scores) else "no comparisons"}'
     )
   found = win_rate.ratio_interval(correct, num_pairs, cluster_ids)
   count = num_pairs.sum()

@@ -190,11 +190,11 @@ def read(name: str, path: epath.PathLike, dialogue: bool = False) -> Benchmark:
     read_files = [
       file for file in read_files if epath.Path(file).name.startswith(_WHOLE)
     ] or read_files
-  for file in read_files:
+  for file, own in importers.names_of(read_files).items():
     if name in FORMATS:
-      found.extend(FORMATS[name](file, dialogue))
+      found.extend(FORMATS[name](file, dialogue).named(file, own))
     else:
-      found.extend(importers.FORMATS[name](file))
+      found.extend(importers.FORMATS[name](file).named(file, own))
   kept = [c for c in found.comparisons if len(set(c.ranks)) > 1]
   found.skip('no preference', len(found.comparisons) - len(kept))
   if not kept:

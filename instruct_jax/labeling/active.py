@@ -4,10 +4,12 @@ With the scores r of a task's K completions, p_ij = 1 / (1 + exp(r_j - r_i)) is
 the reward model's probability that a person prefers i to j (equation 1 of the
 paper). A task's uncertainty is the mean entropy of its pairs, in bits:
 
-  U = 2 / (K (K - 1)) sum_{i < j} H(p_ij),
+  U = 1 / |D| sum_{(i, j) in D} H(p_ij),
   H(p) = -p log2 p - (1 - p) log2 (1 - p)
 
-It is 1 where all scores are equal, and near 0 where all differ much. Labels of
+D holds the pairs i < j of different texts, up to the space around them: no
+order of equal ones says anything. U is 1 where all scores are equal, near 0
+where all differ much, and 0 where D is empty. Labels of
 such tasks say more, but are no random sample: the export names the model and
 the uncertainty of each task.
 """
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import sqlalchemy as sa
+from etils import epath
 from ml_collections import ConfigDict
 from scipy import special, stats
 
@@ -30,9 +33,23 @@ from instruct_jax.models.config import check_stage
 _PREFIX = 'reward:'
 
 
-def uncertainty(scores: Sequence[float] | np.ndarray) -> float:
-  """Mean entropy of the pairs of K >= 2 scores (reward units), in bits."""
-  gaps = [a - b for a, b in itertools.combinations(scores, 2)]
+def uncertainty(
+  scores: Sequence[float] | np.ndarray, texts: Sequence[str] = ()
+) -> float:
+  """Mean entropy of the pairs of different texts, in bits; 0 without any.
+
+  Args:
+    scores: of K >= 2 completions, reward units.
+    texts: the completions; without them, all are different.
+  """
+  texts = [records.composed(text.strip()) for text in texts]
+  gaps = [
+    scores[i] - scores[j]
+    for i, j in itertools.combinations(range(len(scores)), 2)
+    if not texts or texts[i] != texts[j]
+  ]
+  if not gaps:
+    return 0.0
   chances = special.expit(np.asarray(gaps, float))
   return float(np.mean(stats.entropy([chances, 1 - chances], base=2)))
 
@@ -41,7 +58,7 @@ def check(name: str, config: ConfigDict) -> str:
   """The model folder of `reward:FOLDER`.
 
   Raises:
-    StoreError: the name is of another form, or the model's tokenizer is
+    StoreError: the name is of another form, or the model or its tokenizer is
       missing.
     ValueError: a compute_dtype that there is not.
   """
@@ -52,6 +69,11 @@ def check(name: str, config: ConfigDict) -> str:
       f'active must be reward:MODEL, the folder of a reward model: {name!r}'
     )
   if not config.tokenizer and not model_folder.is_published(folder):
+    if not epath.Path(folder).is_dir():
+      raise store.StoreError(
+        f'{folder}: no such folder; active must be reward:MODEL, the folder of '
+        'a reward model'
+      )
     raise store.StoreError(
       f'{folder}: no tokenizer.json; give --config.active.tokenizer, a folder'
     )
@@ -100,7 +122,10 @@ def order(the_store: store.Store, name: str, config: ConfigDict) -> dict:
     )
   ends = np.cumsum([len(own) for own in fitting.values()])
   split = np.split(scores, ends[:-1]) if fitting else []
-  values = dict(zip(fitting, map(uncertainty, split), strict=True))
+  values = {
+    key: uncertainty(own, found[key][2])
+    for key, own in zip(fitting, split, strict=True)
+  }
   with the_store.write() as c:
     for key, (_, record, _) in found.items():
       record = {k: v for k, v in record.items() if k != 'active'}

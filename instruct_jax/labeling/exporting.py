@@ -315,7 +315,8 @@ def _items(the_store):
   wanted = (batches.c.kind.in_(answers.RANKED), *research.IN_DATA)
   query = (
     sa.select(
-      tasks.c['id', 'prompt', 'record'], batches.c['name', 'kind', 'phase']
+      tasks.c['id', 'prompt', 'record'],
+      batches.c['name', 'kind', 'phase', 'suggestions'],
     )
     .join(batches)
     .where(*wanted)
@@ -378,6 +379,7 @@ def _items(the_store):
       tuple(found[row.id]),
       {name: getattr(row, name) for name in ('name', 'kind', 'phase')},
       row.id,
+      row.suggestions,
     )
     for row in rows
   ]

@@ -11,7 +11,9 @@ completions and what several people and models said of them.
 
 Neither has room for all that the site knows. We write the rest under the key
 `instruct_jax` of a record's metadata (Argilla, as text) or meta (Label Studio),
-where these programs keep it. People are in both as numbers.
+where these programs keep it. So is a suggestion that labelers do not see; they
+would see it in the place that these programs have for one. People are in both
+as numbers.
 """
 
 import collections
@@ -94,6 +96,7 @@ class Item:
   answers: tuple[Answer, ...] = ()
   batch: Mapping[str, str] = dataclasses.field(default_factory=dict)
   number: int = 0  # Of the record in its file; or, to write it, of the task.
+  suggests: bool = False  # To write it: whether labelers see its suggestion.
 
 
 # --- Reading ----------------------------------------------------------------
@@ -104,6 +107,44 @@ def _refuse(name):
 
 
 loads = functools.partial(json.loads, parse_constant=_refuse)
+
+
+def check_format(content: bytes, source: str, name: str) -> None:
+  """Raises RecordError if a file's first record is of another format."""
+  text = content.decode('utf-8-sig', 'replace').lstrip()
+  try:
+    first, _ = json.JSONDecoder().raw_decode(text, text.index('{', 0, 1000))
+  except (ValueError, RecursionError):
+    return  # The reader says what is wrong.
+  looks = _look(first)
+  if looks and name not in looks:
+    title = {'jsonl': 'JSON lines'}.get(looks[0], f"{FORMATS[looks[0]]}'s")
+    raise records.RecordError(
+      f'{source}: this looks like {title}; give --format={looks[0]}'
+    )
+
+
+def _look(record):
+  """The formats that a record looks like; none if nothing tells."""
+  keys = set(record)
+  is_argilla = (
+    isinstance(record.get('fields'), dict)
+    or any(key.endswith(('.responses', '-suggestion')) for key in keys)
+    or any(
+      isinstance(one, dict)
+      and not {'fields', 'record', 'user_id'}.isdisjoint(one)
+      for value in record.values()
+      if isinstance(value, list)
+      for one in value[:1]
+    )
+  )
+  is_studio = (
+    isinstance(record.get('data'), dict)
+    or {'annotator', 'annotation_id'} <= keys
+  )
+  is_ours = isinstance(record.get('completions'), list)
+  found = {'argilla': is_argilla, 'label_studio': is_studio, 'jsonl': is_ours}
+  return [name for name, looks in found.items() if looks]
 
 
 def read(
@@ -1001,6 +1042,11 @@ def _people(item, name, other):
   return list(found.items())
 
 
+def _shown(item):
+  """The suggestion that the other program is to show, or None."""
+  return item.values.get('suggestion') if item.suggests else None
+
+
 def _beside(item, people: Iterable[tuple[str, Answer]]) -> dict[str, Any]:
   """What the format has no room for."""
   task = {
@@ -1031,7 +1077,7 @@ def _argilla_files(items):
     people = _people(item, lambda a: a.labeler, lambda a: f'{a.labeler} twice')
     people = [(_argilla_user(name), answer) for name, answer in people]
     names = [f'response_{place}' for place in range(1, len(texts) + 1)]
-    suggestion = item.values.get('suggestion')
+    suggestion = _shown(item)
     by_number[len(texts)].append(
       {
         'id': key,
@@ -1131,7 +1177,7 @@ def _studio_task(item: Item, num_buckets: int) -> Mapping[str, Any]:
       found['created_at'] = moment.isoformat()
     return found
 
-  suggestion = item.values.get('suggestion')
+  suggestion = _shown(item)
   return {
     'id': item.number,
     'data': {

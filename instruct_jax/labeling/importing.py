@@ -5,6 +5,7 @@ JSONL has tasks alone; `formats` reads Argilla's and Label Studio's JSON.
 
 import codecs
 import collections
+import dataclasses
 import json
 import secrets
 
@@ -135,6 +136,7 @@ def _problems(values, kind):
 
 def _read_tasks(content, source, kind, name, calibration):
   """(checked tasks of a file, what is to be told about it with counts)."""
+  formats.check_format(content, source, name)
   if name == 'jsonl':
     found, unit, told = list(_lines(content)), 'line', {}
   elif kind not in answers.RANKED:
@@ -218,7 +220,9 @@ def import_tasks(
 
   Files of Argilla and Label Studio also bring answers (`formats.py`). Those of
   people who have no account of that name get a suspended one, and count under
-  instructions of their own, `imported/1` and so on.
+  instructions of their own, `imported/1` and so on. What the site has already
+  is left out and counted (`_new`). A file without answers may bring the same
+  tasks again, for a second round.
 
   Args:
     the_store: of the site.
@@ -242,7 +246,7 @@ def import_tasks(
   Raises:
     RecordError: bad lines, up to ten of them as `file:line: what, what to do`;
       or bad records, as `file: record number: what`.
-    StoreError: a bad setting.
+    StoreError: a bad setting; or the site has all tasks and answers already.
   """
   allowed = {
     'kind': (kind, answers.KINDS),
@@ -272,21 +276,16 @@ def import_tasks(
     raise store.StoreError(
       f'{source}: has answers, which cannot be part of screening or calibration'
     )
-  tasks = []
-  for item in found:
-    values, outputs = item.values, _outputs(item.values)
-    if kind != 'rating':
-      tasks.append((item, values, outputs))
-      continue
-    ended = values.get('ended') or [True] * len(outputs)
-    for output, has_ended in zip(outputs, ended, strict=True):
-      tasks.append((item, {**values, 'ended': [has_ended]}, [output]))
-  states = (answer.state for item in found for answer in item.answers)
-  counts = {'tasks': len(tasks), **collections.Counter(states), **told}
   batches = schema.batches
   with the_store.write() as c:
     if c.scalar(sa.select(batches.c.id).filter_by(name=name)):
       raise store.StoreError(f'There is a batch {name!r} already')
+    if has_answers:
+      found, left_out = _new(c, found, source, kind, phase)
+      told = {**told, **left_out}
+    tasks = _tasks(found, kind)
+    states = (answer.state for item in found for answer in item.answers)
+    counts = {'tasks': len(tasks), **collections.Counter(states), **told}
     batch_id = schema.insert(
       c,
       batches,
@@ -311,6 +310,103 @@ def import_tasks(
     listed = ', '.join(f'{n} {what}' for what, n in counts.items())
     the_store.audit(c, by, 'import', f'{name}: {kind}, {listed}')
   return counts
+
+
+def _tasks(found, kind):
+  """(item, values, outputs) of each task; one a completion of kind `rating`."""
+  tasks = []
+  for item in found:
+    values, outputs = item.values, _outputs(item.values)
+    if kind != 'rating':
+      tasks.append((item, values, outputs))
+      continue
+    ended = values.get('ended') or [True] * len(outputs)
+    for output, has_ended in zip(outputs, ended, strict=True):
+      tasks.append((item, {**values, 'ended': [has_ended]}, [output]))
+  return tasks
+
+
+def _new(connection, found, source, kind, phase):
+  """What a file with answers has that the site has not.
+
+  An answer is left out if its author has answered, in the data, a task of the
+  same prompt, completions, kind and phase; a draft or a skip also if there is
+  one. A task that is in the data comes only with answers that are left, and a
+  record that the file repeats comes once.
+
+  Returns:
+    The tasks with their new answers, and counts of what is left out.
+
+  Raises:
+    StoreError: nothing is new.
+  """
+  here = _here(connection, kind, phase)
+  kept, seen, left_out, names = [], set(), collections.Counter(), set()
+  for item in found:
+    record = json.dumps([item.values, list(map(str, item.answers))])
+    content = _prompt(item.values)['text'], tuple(item.values['completions'])
+    batch, said = here.get(content, (None, set()))
+    given = [answer for answer in item.answers if _is_new(answer, said)]
+    names |= {batch} if batch else set()
+    if record in seen:
+      left_out['records that the file repeats left out'] += 1
+    elif batch and not given:
+      left_out['tasks without a new answer left out'] += 1
+    else:
+      kept.append(dataclasses.replace(item, answers=tuple(given)))
+    known = len(item.answers) - len(given)
+    left_out['answers that are here already left out'] += known
+    seen.add(record)
+  if not kept:
+    listed = ', '.join(map(repr, sorted(names)))
+    raise store.StoreError(
+      f'{source}: all {len(found)} tasks and their answers are already in '
+      f'batch {listed}; to have the tasks labeled again, import them as JSONL, '
+      'without answers'
+    )
+  return kept, +left_out
+
+
+def _is_new(answer, said):
+  name = store.pseudonym(answer.labeler)
+  states = {answer.state}
+  if answer.state != 'decided':
+    states.add('submitted')  # A skip or a draft before it is nothing new.
+  return said.isdisjoint((name, state) for state in states)
+
+
+def _here(connection, kind, phase):
+  """(prompt, completions) -> (a batch of the data that has the task, and
+  (labeler, state) of what was said of it)."""
+  batches, accounts = schema.batches, schema.accounts
+  wanted = (batches.c.kind == kind, batches.c.phase == phase, *research.IN_DATA)
+  rows = connection.execute(
+    sa.select(schema.tasks.c['id', 'prompt'], batches.c.name)
+    .join(batches)
+    .where(*wanted)
+  ).all()
+  said = connection.execute(
+    sa.select(schema.assignments.c['task_id', 'state'], accounts.c.name)
+    .select_from(schema.work.join(accounts))
+    .where(*wanted)
+  ).all()
+  decided = connection.execute(
+    sa.select(schema.decisions.c.task_id, accounts.c.name).join(accounts)
+  ).all()
+  # A draft here is one that the file may have.
+  states = {found: ours for ours, found in _STATES.items()}
+  by_task = collections.defaultdict(set)
+  for row in said:
+    state = states.get(row.state, 'unfinished')
+    by_task[row.task_id].add((row.name, state))
+  for row in decided:
+    by_task[row.task_id].add((row.name, 'decided'))
+  outputs = research.outputs_of(connection)
+  found = {}
+  for row in rows:
+    content = row.prompt, outputs[row.id]['texts']
+    found.setdefault(content, (row.name, set()))[1].update(by_task[row.id])
+  return found
 
 
 def _insert_task(connection, batch_id, values, outputs, num_slots):

@@ -1,7 +1,8 @@
 """What researchers look at and decide: screening, agreement, adjudication.
 
 Agreement counts pairs of outputs that both people ordered. A pair that either
-of them tied is left out, as in `evals.preference_accuracy`.
+of them tied is left out, as in `evals.preference_accuracy`; researchers still
+get the tasks to decide that one person tied and another ordered.
 """
 
 import collections
@@ -253,22 +254,45 @@ def _group_pairs(pairs):
 
 
 def disagreements(rows: Sequence[Labeled]) -> list[dict[str, Any]]:
-  """Ranked tasks with several answers, the least agreed first."""
+  """Ranked tasks with several answers, the least agreed first.
+
+  `rate` is of the `num_pairs` that two people ordered, as in all agreement, and
+  None if there are none. `num_tied` are the pairs that one of two people tied
+  and the other ordered; tasks that differ by these alone come after those with
+  contradicting orders. `differs` says whether there is either.
+  """
   found = []
   for task_id, group in grouped(_ranked(rows), 'task_id').items():
     counts = [pair for _, _, pair in _pairs(group)]
-    counted = sum(pair[1] for pair in counts)
-    if counted:
+    agreed, counted = (sum(pair[i] for pair in counts) for i in (0, 1))
+    tied = sum(
+      _num_tied(a.content['ranks'], b.content['ranks'])
+      for a, b in itertools.combinations(group, 2)
+    )
+    if counted or tied:
       found.append(
         {
           'task_id': task_id,
           'prompt': group[0].prompt,
-          'rate': sum(pair[0] for pair in counts) / counted,
+          'rate': agreed / counted if counted else None,
           'num_pairs': counted,
+          'num_tied': tied,
+          'differs': agreed < counted or tied > 0,
           'people': len(group),
         }
       )
-  return sorted(found, key=lambda item: (item['rate'], item['task_id']))
+
+  def order(item):
+    rate = 1.0 if item['rate'] is None else item['rate']
+    return rate, -item['num_tied'], item['task_id']
+
+  return sorted(found, key=order)
+
+
+def _num_tied(a, b):
+  """The pairs that just one of two rankings ties."""
+  pairs = itertools.combinations(range(len(a)), 2)
+  return sum((a[i] == a[j]) != (b[i] == b[j]) for i, j in pairs)
 
 
 def calibration(
@@ -287,17 +311,22 @@ def calibration(
 # --- Adjudication -----------------------------------------------------------
 
 
-def queue(the_store: store.Store) -> list[dict[str, Any]]:
-  """The tasks to decide: not yet decided, the least agreed first."""
+def decided(the_store: store.Store) -> set[int]:
+  """The ids of the tasks that have a decision."""
   with the_store.read() as c:
-    decided = set(c.scalars(sa.select(schema.decisions.c.task_id)))
+    return set(c.scalars(sa.select(schema.decisions.c.task_id)))
+
+
+def queue(the_store: store.Store) -> list[dict[str, Any]]:
+  """The tasks to decide: not yet decided, ordered as `disagreements`."""
   rows = [
     row for row in labeled(the_store) if row.is_data and not row.is_researcher
   ]
+  done = decided(the_store)
   return [
     item
     for item in disagreements(rows)
-    if item['rate'] < 1 and item['task_id'] not in decided
+    if item['differs'] and item['task_id'] not in done
   ]
 
 
@@ -319,9 +348,9 @@ def deciding(
   ]
   table = schema.decisions
   with the_store.read() as c:
-    decided = c.execute(sa.select(table).filter_by(task_id=task_id)).first()
+    decision = c.execute(sa.select(table).filter_by(task_id=task_id)).first()
   found = disagreements(rows)
-  if not found or (found[0]['rate'] == 1 and decided is None):
+  if not found or not (found[0]['differs'] or decision):
     return None
   number = len(rows[0].texts)
 
@@ -339,8 +368,8 @@ def deciding(
       sorted(row.content['ranks'][position] for row in rows)
       for position in range(number)
     ],
-    'ranks': decided.ranks if decided else None,
-    'note': decided.note if decided else '',
+    'ranks': decision.ranks if decision else None,
+    'note': decision.note if decision else '',
   }
 
 

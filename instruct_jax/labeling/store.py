@@ -371,12 +371,13 @@ class Store:
     with self.read() as c:
       return self.newest_instructions(c, phase)
 
-  def newest_instructions(self, connection, phase: str):
-    """As `instructions`, on an open connection."""
+  def newest_instructions(self, connection, phase: str, *where):
+    """As `instructions`, on an open connection; under conditions."""
     table = schema.instructions
     return connection.execute(
       sa.select(table)
       .filter_by(phase=phase)
+      .where(*where)
       .order_by(table.c.version.desc())
       .limit(1)
     ).first()
@@ -726,12 +727,32 @@ class Store:
       revision=number,
       submission=submission,
       content=content,
-      instruction_id=self.newest_instructions(connection, work['phase']).id,
+      instruction_id=self._instructions_of(connection, work),
       time=self.clock(),
       seconds=work['seconds'],
     )
     schema.update(connection, assignments, work['id'], state='submitted')
     return number
+
+  def _instructions_of(self, connection, work):
+    """The version of the instructions that an answer counts under: its id.
+
+    A revision counts under the version of the first answer. A first answer
+    counts under the version that was the newest when its labeler opened the
+    task; for a task opened elsewhere, before this site had instructions, under
+    the newest.
+    """
+    table, phase = schema.answers, work['phase']
+    first = connection.scalar(
+      sa.select(table.c.instruction_id).filter_by(
+        assignment_id=work['id'], revision=1
+      )
+    )
+    if first is not None:
+      return first
+    opened = schema.instructions.c.created <= work['claimed']
+    found = self.newest_instructions(connection, phase, opened)
+    return (found or self.newest_instructions(connection, phase)).id
 
   def _regain(self, connection, work):
     """Takes a slot for an expired assignment, or raises `StoreError`."""

@@ -641,7 +641,8 @@ def show_agreement(visit):
     versions=research.agreement_by_version(rows, seed),
     calibration=research.calibration(everything, seed),
     people=research.people(visit.store, rows, *research.IN_DATA),
-    tasks=[t for t in research.disagreements(rows) if t['rate'] < 1][:200],
+    tasks=[t for t in research.disagreements(rows) if t['differs']][:200],
+    decided=research.decided(visit.store),
   )
 
 

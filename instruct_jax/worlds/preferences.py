@@ -164,9 +164,9 @@ def read(
   kind, found = KINDS[key], ([], [])
   for name, path in sources_of(config[key]):
     own, before = collections.Counter(), sum(map(len, found))
-    for file in files_of(path, name):
+    for file, own_name in importers.names_of(files_of(path, name)).items():
       if name:
-        imported = importers.FORMATS[name](file)
+        imported = importers.FORMATS[name](file).named(file, own_name)
         own.update(imported.skipped)
         if kind is records.Demonstration:
           number = len(imported.model_demonstrations)

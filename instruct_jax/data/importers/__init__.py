@@ -37,10 +37,10 @@ from instruct_jax.data.importers import (
   rankings,
   test_sets,
 )
-from instruct_jax.data.importers.entries import Imported
+from instruct_jax.data.importers.entries import Imported, names_of
 from instruct_jax.data.importers.pairs import read_hh
 
-__all__ = ['FORMATS', 'Format', 'Imported', 'read_hh']
+__all__ = ['FORMATS', 'Format', 'Imported', 'names_of', 'read_hh']
 
 
 @dataclasses.dataclass(frozen=True)

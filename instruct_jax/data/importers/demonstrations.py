@@ -69,7 +69,13 @@ def read_messages(imported, entry):
 
 
 def _add_completion(imported, entry, answer):
-  """A prompt and its completion, as they are; or as messages."""
+  """A prompt and its completion, as they are; or as messages.
+
+  TRL's unpaired preferences (KTO) say with `label` whether it was accepted.
+  """
+  label = str(entry.values.get('label')).strip().casefold()
+  if answer != 'label' and label in ('false', '0'):
+    return 'a completion that is labeled as rejected'
   if isinstance(entry.values.get('prompt'), list):
     turns = entry.messages('prompt') + entry.messages(answer)
     turns, response = split_answer(turns)

@@ -11,6 +11,7 @@ import datetime
 import functools
 import json
 import math
+import os.path
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -29,6 +30,8 @@ _NO_INPUT = re.compile(
 )
 # Keys of messages that call a tool; their content may be missing.
 _CALLS = ('tool_calls', 'function_call', 'function_calls')
+# Characters of the names of the fields that an error lists.
+_MOST_SHOWN = 300
 # Ranks of two answers.
 FIRST, SECOND, TIE = (1, 2), (2, 1), (1, 1)
 
@@ -71,6 +74,32 @@ class Imported:
     """Adds the content of another file."""
     for name, value in vars(other).items():
       setattr(self, name, getattr(self, name) + value)
+
+  def named(self, path: epath.PathLike, name: str) -> 'Imported':
+    """The content of a file with another name of the file in ids.
+
+    Args:
+      path: the file.
+      name: what `names_of` calls it.
+    """
+    if name == stem(path):
+      return self
+    old = re.compile(rf'(^|:){re.escape(stem(path))}(?=:\d)')
+
+    def renamed(rows):
+      return [
+        dataclasses.replace(
+          row, id=old.sub(lambda found: found[1] + name, row.id, 1)
+        )
+        for row in rows
+      ]
+
+    return Imported(
+      renamed(self.demonstrations),
+      renamed(self.comparisons),
+      renamed(self.model_demonstrations),
+      self.skipped,
+    )
 
   def add_scored(
     self,
@@ -228,6 +257,8 @@ class Entry:
     """A field that must be there."""
     if key not in self.values:
       found = ', '.join(map(str, self.values)) or 'nothing'
+      if len(found) > _MOST_SHOWN:  # A text read as a header, say.
+        found = f'{found[:_MOST_SHOWN]}...'
       raise records.RecordError(
         self.where(
           f'field {key!r} is missing (found {found}); is this the format of '
@@ -267,7 +298,7 @@ class Entry:
         value = math.inf
     if value is not None and not records.is_number(value):
       raise records.RecordError(
-        self.where(f'{key!r} is {self.values[key]!r}, expected a number')
+        self.where(f'{key!r} is {self.values[key]!r:.80}, expected a number')
       )
     return value
 
@@ -279,7 +310,7 @@ class Entry:
     name = '' if value is None else str(value).strip()
     if name not in meanings:
       raise records.RecordError(
-        self.where(f'{key!r} is {value!r}, expected {", ".join(meanings)}')
+        self.where(f'{key!r} is {value!r:.80}, expected {", ".join(meanings)}')
       )
     return meanings[name]
 
@@ -473,6 +504,26 @@ def rated_reader(
 def stem(path: epath.PathLike) -> str:
   """A file's name up to its first dot."""
   return epath.Path(path).name.split('.')[0]
+
+
+def names_of(paths: Sequence[epath.PathLike]) -> dict[str, str]:
+  """Path -> what a file is called in ids: its name up to the first dot.
+
+  Files that share it have before it the folders below the one that holds them
+  all, such as `Alpaca-7B/train`; and their whole names, if that is not enough.
+  """
+  found = dict.fromkeys(map(str, paths), '')  # In this order.
+  same = collections.defaultdict(list)
+  for path in found:
+    same[stem(path)].append(path)
+  for name, files in same.items():
+    folders = [epath.Path(path).parent.parts for path in files]
+    common = len(os.path.commonprefix(folders))
+    are_apart = len(set(folders)) == len(files)
+    for path, parts in zip(files, folders, strict=True):
+      own = name if are_apart or len(files) == 1 else epath.Path(path).name
+      found[path] = '/'.join((*parts[common:], own))
+  return found
 
 
 def instruction_prompt(instruction: str, given: str = '') -> str:

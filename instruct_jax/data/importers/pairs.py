@@ -115,8 +115,7 @@ def _add_safe_rlhf(imported, entry, label):
 def _sides(entry, prompt='prompt', chosen='chosen', rejected='rejected'):
   """(prompt, [chosen answer, rejected answer]) of a pair.
 
-  A side is a text, the answer to the prompt; or messages, which follow the
-  prompt if the first is the assistant's, and else are the whole conversation.
+  A side is a text, the answer to the prompt; or messages, see `_conversation`.
   """
   given = entry.values.get(prompt)
   if isinstance(given, list):
@@ -139,12 +138,39 @@ def _sides(entry, prompt='prompt', chosen='chosen', rejected='rejected'):
     if isinstance(given, list):
       return asked_before, answers
     return entry.text(prompt), answers
-  conversations = []
-  for key in (chosen, rejected):
-    messages = entry.messages(key)
-    is_answer = messages and messages[0].role == 'assistant'
-    conversations.append(asked_before + messages if is_answer else messages)
-  return split_answers(conversations)
+  return split_answers(
+    _conversation(asked_before, entry.messages(key))
+    for key in (chosen, rejected)
+  )
+
+
+def _conversation(asked_before, messages):
+  """The whole conversation of a prompt and the messages of a side.
+
+  The messages follow the prompt if the first is the assistant's. Else they are
+  the conversation if they hold the prompt's turns, and repeat those that the
+  prompt ends with; or the prompt is what the system says before them.
+
+  Raises:
+    Skip: the prompt has turns that the messages do not continue.
+  """
+  if not messages or messages[0].role == 'assistant':
+    return asked_before + messages
+  before, after = (
+    [(turn.role, records.composed(turn.content.strip())) for turn in turns]
+    for turns in (asked_before, messages)
+  )
+  size = len(before)
+  starts = range(len(after) - size + 1)
+  is_blank = all(invisible.is_blank(text) for _, text in before)
+  if is_blank or any(after[i : i + size] == before for i in starts):
+    return messages
+  for common in range(min(size, len(after)), 0, -1):
+    if before[-common:] == after[:common]:
+      return asked_before + messages[common:]
+  if {role for role, _ in before} == {'system'} and after[0][0] == 'user':
+    return asked_before + messages
+  raise Skip('the prompt is not that of the conversations of the answers')
 
 
 @reader
@@ -247,6 +273,8 @@ _WINNERS = {
   'tie': TIE,
   'tie (bothbad)': TIE,
   'both_bad': TIE,
+  # GPT-4 changed its verdict with the order of the answers.
+  'tie (inconsistent)': TIE,
 }
 
 
@@ -254,9 +282,12 @@ _WINNERS = {
 def read_arena(imported, entry):
   """Votes of LMSYS's arena, of LMArena and of MT-bench's judges.
 
-  "Both are bad" is a tie, and `winner` of the metadata tells the two apart. The
-  vote is for whole conversations; those that differ before the last answer are
-  left out, as are most votes after the first one of a session.
+  "Both are bad" is a tie, and so is a verdict that changes with the order of
+  the answers, as in FastChat's `show_result`; `winner` of the metadata tells
+  them apart. The labeler is the `judge`: in MT-bench `expert_0` and the like
+  are people, and `gpt4_pair` is GPT-4. The vote is for whole conversations;
+  those that differ before the last answer are left out, as are most votes after
+  the first one of a session.
   """
   if 'conversation_a' in entry.values:
     winner = entry.text('winner')
