@@ -458,9 +458,12 @@ def make_score(
 ) -> Callable[[Params, Rollout, packing.Layout], jax.Array]:
   """A reward model's program; see `score_fns.reward_program`."""
   longest = config.prompt_length + config.response_length
-  longest += max(len(module.end_ids) - 1, 0)
+  num_others = max(len(module.end_ids) - 1, 0)
   return score_fns.reward_program(
-    module, model_fns.scalars_fn(module, longest), config.num_slices
+    model_fns.scalars_fn(module, longest + num_others),
+    functools.partial(heads.read_scores, module),
+    config.num_slices,
+    functools.partial(heads.with_ends, module) if num_others else None,
   )
 
 

@@ -31,7 +31,6 @@ from instruct_jax import packing, rollout
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding, slices
-from instruct_jax.models import heads
 from instruct_jax.types import Params, Rollout, ScalarsFn
 
 
@@ -57,22 +56,25 @@ TextScoreFn = Callable[
 
 
 def reward_program(
-  module: heads.ScalarModel,
   scalars_fn: ScalarsFn,
+  read_fn: Callable[..., jax.Array],
   num_slices: int,
+  ends_fn: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+  | None = None,
 ) -> Callable[[Params, Rollout, packing.Layout], jax.Array]:
   """(parameters, rollout, layout) -> a reward model's scores [B].
 
   Args:
-    module: the reward model. One that reads further `end_ids` reads each
-      episode alone in its row.
-    scalars_fn: its output at each position.
+    read_fn: (scalars, tokens, segments, ends [B] or None) -> scores [B]; see
+      `heads.read_scores`.
     num_slices: parts in which rows are read.
+    ends_fn: (tokens, mask) -> both with what the model reads behind an answer,
+      see `heads.with_ends`; then each episode is alone in its row.
   """
 
   def score(params: Params, sampled: Rollout, layout: packing.Layout):
-    if len(module.end_ids) > 1:
-      rows, ends = heads.with_ends(module, sampled.tokens, sampled.mask), None
+    if ends_fn is not None:
+      rows, ends = ends_fn(sampled.tokens, sampled.mask), None
     else:
       packed = packing.pack_episodes(sampled, layout)
       packed = packing.first_epoch(packed, layout)
@@ -82,7 +84,7 @@ def reward_program(
       rows,
       math.gcd(num_slices, len(rows[0])),
     )
-    return heads.read_scores(module, scalars, *rows, ends)
+    return read_fn(scalars, *rows, ends)
 
   return score
 

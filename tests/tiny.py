@@ -24,6 +24,7 @@ from instruct_jax import (
 )
 from instruct_jax.infra import run, sharding, train_state
 from instruct_jax.jobs import evaluate
+from instruct_jax.models import heads
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.types import Episodes, PromptBatch, TextBatch
 
@@ -266,7 +267,11 @@ def ppo_state() -> ppo.RLState:
 
 LOGPROBS_FN = model_fns.logprobs_fn(POLICY, TEMPERATURE, T)
 SCALARS_FN = model_fns.scalars_fn(SCALAR, T)
-score = jax.jit(score_fns.reward_program(SCALAR, SCALARS_FN, 1))
+score = jax.jit(
+  score_fns.reward_program(
+    SCALARS_FN, functools.partial(heads.read_scores, SCALAR), 1
+  )
+)
 penalise = jax.jit(
   ppo.make_penalise(LOGPROBS_FN, SCALARS_FN, ppo.gae_advantages(METHOD), METHOD)
 )
