@@ -21,6 +21,7 @@ from instruct_jax.labeling import (
   exporting,
   formats,
   importing,
+  parts,
   research,
   schema,
 )
@@ -1041,11 +1042,11 @@ def test_our_file_comes_back_through_label_studio(filled, tmp_path):
 
 @pytest.mark.parametrize('file_format', ['argilla', 'label_studio'])
 def test_a_person_who_decides_and_ranks_is_two_in_the_file(site, file_format):
-  item = formats.Item(
+  item = parts.Item(
     {'prompt': 'P', 'completions': ['a', 'b']},
     (
-      formats.Answer('anna', 'submitted', (1, 2), 5.0, account=7),
-      formats.Answer('anna', 'decided', (2, 1), 6.0, note='No.', account=7),
+      parts.Answer('anna', 'submitted', (1, 2), 5.0, account=7),
+      parts.Answer('anna', 'decided', (2, 1), 6.0, note='No.', account=7),
     ),
   )
   ((file, content), *_) = formats.written(file_format, [item]).items()

@@ -14,7 +14,14 @@ from scipy.cluster import hierarchy
 
 from instruct_jax.data import folders, invisible, records
 from instruct_jax.evals import preference_accuracy
-from instruct_jax.labeling import answers, formats, research, schema, store
+from instruct_jax.labeling import (
+  answers,
+  formats,
+  parts,
+  research,
+  schema,
+  store,
+)
 
 
 def _clock_text(seconds):
@@ -341,7 +348,7 @@ def _items(the_store):
   for row in research.labeled(the_store):
     if row.is_data and not row.is_researcher and row.kind in answers.RANKED:
       found[row.task_id].append(
-        formats.Answer(
+        parts.Answer(
           row.labeler,
           'submitted',
           tuple(row.content['ranks']),
@@ -359,7 +366,7 @@ def _items(the_store):
       found[row.task_id] += [answer] if answer else []
     for row in c.execute(decided):
       found[row.task_id].append(
-        formats.Answer(
+        parts.Answer(
           row.name,
           'decided',
           tuple(row.ranks),
@@ -369,7 +376,7 @@ def _items(the_store):
         )
       )
   return [
-    formats.Item(
+    parts.Item(
       {
         'prompt': row.prompt,
         'completions': list(outputs[row.id]['texts']),
@@ -399,7 +406,7 @@ def _unsubmitted(row, num_outputs):
   about = {'time': row.touched, 'seconds': row.seconds}
   about |= {'account': row.account_id}
   if row.state == 'skipped':
-    return formats.Answer(row.name, 'skipped', note=row.reason, **about)
+    return parts.Answer(row.name, 'skipped', note=row.reason, **about)
   draft = row.draft.get('ranks', {})
   # A draft is as it was posted.
   known = {str(rank): rank for rank in range(1, num_outputs + 1)}
@@ -408,7 +415,7 @@ def _unsubmitted(row, num_outputs):
   )
   if not any(ranks):
     return None
-  return formats.Answer(row.name, 'unfinished', ranks, **about)
+  return parts.Answer(row.name, 'unfinished', ranks, **about)
 
 
 def statistics(

@@ -12,7 +12,14 @@ import secrets
 import sqlalchemy as sa
 
 from instruct_jax.data import records
-from instruct_jax.labeling import answers, formats, research, schema, store
+from instruct_jax.labeling import (
+  answers,
+  formats,
+  parts,
+  research,
+  schema,
+  store,
+)
 
 MAX_OUTPUTS = 12
 _FIELDS = {
@@ -172,12 +179,12 @@ def _lines(content):
     if not line.strip():
       continue
     try:
-      values = formats.loads(line.decode('utf-8'))
+      values = parts.loads(line.decode('utf-8'))
     except (ValueError, RecursionError) as error:
       yield number, f'not JSON in UTF-8 ({error})'
       continue
     if isinstance(values, dict):
-      yield number, formats.Item(values)
+      yield number, parts.Item(values)
     else:
       yield number, 'expected a JSON object'
 
