@@ -16,7 +16,8 @@
 # before the package index is asked again (20), three times.
 #
 # When it fails:
-#   no Python 3.11      the line that it prints installs one; then run it again
+#   no Python 3.11      it is installed where sudo asks for no password; if not,
+#                       the line that it prints does it; then run it again
 #   pip finds no jax    another Python is first in PATH; look at $VENV/bin
 #   the check waits     a worker does not run it: with a pod, --worker=all; the
 #                       one that is missing is in the error after WAIT seconds
@@ -42,9 +43,23 @@ pip_install() {
 }
 
 python=''
-for candidate in python3.12 python3.11; do
-  if command -v "$candidate" > /dev/null; then python=$candidate; break; fi
-done
+find_python() {
+  local candidate
+  for candidate in python3.12 python3.11; do
+    if command -v "$candidate" > /dev/null; then python=$candidate; return; fi
+  done
+}
+find_python
+# TPU images of Ubuntu 22.04 come with Python 3.10; a slice that was just made
+# has nobody to install another.
+if [ -z "$python" ] && command -v apt-get > /dev/null &&
+  sudo -n true 2> /dev/null; then
+  echo "$(hostname): installs Python 3.11"
+  { sudo apt-get -q -o DPkg::Lock::Timeout=300 update &&
+    sudo apt-get -q -o DPkg::Lock::Timeout=300 install -y \
+      python3.11 python3.11-venv; } || true
+  find_python
+fi
 if [ -z "$python" ]; then
   echo "error: $(hostname): Python 3.11 or newer is needed." >&2
   echo 'On Ubuntu 22.04: sudo apt-get update &&' \

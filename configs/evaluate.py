@@ -92,8 +92,9 @@ def stage(seed, workdir):
   config.comparisons = ''
   config.crossval = ''  # results.json of that stage.
   config.reference = ''  # The model to which KL and losses are relative.
-  # FILE of held-out pretraining text (JSONL; 4.2); or NAME=FILE,NAME=FILE, of
-  # which 'pretraining' is that one, and the others are other kinds of text.
+  # FILE of held-out pretraining text (JSONL or plain text; 4.2); or
+  # NAME=FILE,NAME=FILE, of which 'pretraining' is that one, and the others are
+  # other kinds of text.
   config.documents = ''
   config.row_length = 64  # Tokens of its rows.
   config.suite = ''  # suite.json of configs/nlp_suite.py.

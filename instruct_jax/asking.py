@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from instruct_jax import model_fns, model_folder, queries, rollout
-from instruct_jax.data import invisible, loader, records
+from instruct_jax.data import invisible, loader, records, sources
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import heldout_loss
 from instruct_jax.evals import samples as samples_lib
@@ -28,6 +28,7 @@ from instruct_jax.infra import run as run_lib
 _RECORDED = ('.jsonl', '.jsonl.gz')
 
 PRETRAINING = 'pretraining'  # Name of the held-out text of 4.2.
+_WORDS = 100  # Of a piece of plain text; pieces are packed into rows.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,7 +322,11 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
       config, name, policy, prompts, tokenizer, mesh, num_samples, prefix
     )
 
-  texts = texts_of(config)
+  # Before anything is sampled, since a file may be bad.
+  texts = {
+    kind: sources.read_documents(path, words_per_document=_WORDS)
+    for kind, path in texts_of(config).items()
+  }
   found = Asked({}, {}, {}, {}, {kind: {} for kind in texts})
   prefix_prompts = ()
   if any(model.is_prompted for model in models.values()):
@@ -344,9 +349,14 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
       answers, how = _kept_answers(
         config, model, prompts, tokenizer, prefix, sample_fn
       )
-      for kind, path in texts.items() if not model.is_prompted else ():
+      for kind, documents in texts.items() if not model.is_prompted else ():
         loss = _text_loss(
-          config, f'{kind}, {name}', path, load(model.source), tokenizer, mesh
+          config,
+          f'{kind}, {name}',
+          documents,
+          load(model.source),
+          tokenizer,
+          mesh,
         )
         found.text_loss[kind][name] = loss, tokenizer.fingerprint
       if (
@@ -384,11 +394,16 @@ def texts_of(config) -> dict[str, str]:
 
 
 def _text_loss(
-  config, name, path, policy, tokenizer, mesh
+  config, name, documents, policy, tokenizer, mesh
 ) -> heldout_loss.HeldoutLoss:
-  """A policy's loss on a file of documents; `name` is shown."""
+  """A policy's loss on documents; `name` is shown."""
   model_fns.check_context(policy, config.row_length, 'row_length')
-  rows = loader.document_rows(path, tokenizer, config.row_length)
+  rows = loader.pack_documents(
+    tokenizer.encode_documents([document.text for document in documents]),
+    config.row_length,
+    tokenizer.eos_id,
+    tokenizer.pad_id,
+  )
   with run_lib.Progress(
     f'loss on {name}', len(rows.tokens), unit='rows'
   ) as bar:

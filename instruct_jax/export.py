@@ -42,11 +42,13 @@ class Facts:
       '' for what the run's config.json names.
     datasets: repositories on the Hub, with commas between.
     license: as the Hub spells it, such as apache-2.0.
+    name: of the model; '' is that of its folder.
   """
 
   base_model: str = ''
   datasets: str = ''
   license: str = ''
+  name: str = ''
 
 
 def export(
@@ -102,7 +104,8 @@ def export(
     else:
       hf.save(folder, model.config, model.params)
       _describe_tokens(folder, model, tokenizer)
-    card = _card(output.name, checkpoint_folder, model, tokenizer, facts)
+    name = facts.name or output.name
+    card = _card(name, checkpoint_folder, model, tokenizer, facts)
     (folder / 'README.md').write_text(card, 'utf-8')
 
 
@@ -186,7 +189,7 @@ def _card(name, checkpoint_folder, model, tokenizer, facts):
       f'{lora.num_params(model.params):,} parameters of adapters, to be loaded '
       f'by `peft` on top of their base,'
     )
-  results = _results(checkpoint_folder, model.kind, facts)
+  results = _results(checkpoint_folder, model.kind)
   measured = ''.join(
     f'- {each.metric_name}: {each.metric_value:.3f} '
     f'[{each.metric_args["low"]:.3f}, {each.metric_args["high"]:.3f}]\n'
@@ -271,7 +274,7 @@ def base_of(folder: str) -> str:
   return named.pop() if len(named) == 1 else ''
 
 
-def _results(checkpoint_folder, kind, facts):
+def _results(checkpoint_folder, kind):
   """Of the run's evaluation: `huggingface_hub.EvalResult` of this model."""
   import huggingface_hub
 
@@ -283,9 +286,9 @@ def _results(checkpoint_folder, kind, facts):
   if evaluation is None or not (run / 'summary.json').exists():
     return []
   summary = run_lib.read_json(run / 'summary.json')
-  data = (_listed(facts.datasets) or ['preferences'])[0]
+  # Of the run's own held-out records, whatever its sources are.
   result = functools.partial(
-    huggingface_hub.EvalResult, dataset_type=data, dataset_split='test'
+    huggingface_hub.EvalResult, dataset_type='preferences'
   )
   if kind == 'scalar':
     reward = summary['intervals'].get('reward_model')
@@ -360,7 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   flags = parser.parse_args(arguments)
   if flags.public and not flags.push_to:
     parser.error('--public is about an upload; give --push_to=hf:NAME')
-  facts = Facts(flags.base_model, flags.datasets, flags.license)
+  pushed_name = (flags.push_to or '').removeprefix('hf:').rpartition('/')[2]
+  facts = Facts(flags.base_model, flags.datasets, flags.license, pushed_name)
   if flags.push_to:
     if files.is_remote(flags.output):
       parser.error('--push_to needs an --output on a disk')

@@ -60,6 +60,11 @@ _NEUTRAL = {
 }
 # Of these, the ones that change nothing at temperature 0.
 _OF_SAMPLING = ('top_p', 'typical_p', 'top_k', 'min_p')
+# All that `--gen_kwargs` may have.
+_OPTIONS = (
+  *('until', 'temperature', 'do_sample', 'max_gen_toks', 'max_new_tokens'),
+  *('max_tokens', 'max_completion_tokens', *_NEUTRAL),
+)
 # Rows are padded to a multiple of this many tokens: few compilations.
 _MULTIPLE = 64
 
@@ -330,12 +335,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.error('--log_samples needs --output=FILE.json, to write beside it')
   if flags.include_path and not epath.Path(flags.include_path).is_dir():
     parser.error(f'--include_path: no folder {flags.include_path}')
+  for each in filter(None, (flags.gen_kwargs or '').split(',')):
+    key, equals, _ = each.partition('=')
+    if not equals or key.strip() not in _OPTIONS:
+      parser.error(
+        f'--gen_kwargs: {each!r} is no KEY=VALUE with a KEY of '
+        f'{", ".join(_OPTIONS)}'
+      )
+  manager = TaskManager(include_path=flags.include_path)
+  tasks = flags.tasks.split(',')
+  unknown = [name for name in tasks if not manager.match_tasks([name])]
+  if unknown:
+    parser.error(
+      f'--tasks: the harness has no {", ".join(map(repr, unknown))}; give '
+      '--include_path=DIR for tasks of your own'
+    )
   model = load(
     flags.checkpoint, flags.tokenizer, flags.batch_size, plain=flags.plain
   )
   found = evaluator.simple_evaluate(
     model=model,
-    tasks=flags.tasks.split(','),
+    tasks=tasks,
     num_fewshot=flags.num_fewshot,
     limit=flags.limit,
     apply_chat_template=flags.apply_chat_template,
@@ -343,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     system_instruction=flags.system_instruction,
     gen_kwargs=flags.gen_kwargs,
     log_samples=flags.log_samples,
-    task_manager=TaskManager(include_path=flags.include_path),
+    task_manager=manager,
   )
   text = json.dumps(found['results'], indent=2, default=handle_non_serializable)
   if flags.output:

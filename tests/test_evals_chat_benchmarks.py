@@ -98,6 +98,8 @@ def test_alpaca_answers_go_round_and_either_place_is_undone(tmp_path):
     (reply('m', {'x': 0.9}), 1.0),  # Neither is among the likeliest.
     (reply('m'), 1.0),
     (reply('<think>m or M? m</think>I take M.'), 2.0),
+    # The first token is one of the reasoning.
+    (reply('<think>m?</think>M', {'<think>': 0.9, 'm': 0.09, 'M': 0.01}), 2.0),
   ],
 )
 def test_alpaca_preferences(given, preference):

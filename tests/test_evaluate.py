@@ -63,9 +63,7 @@ def folder(tmp_path_factory):
     root / 'documents.jsonl',
     [records.Document('a fox said that he left ' * 3) for _ in range(8)],
   )
-  records.write_jsonl(
-    root / 'verses.jsonl', [records.Document('left he said') for _ in range(8)]
-  )
+  (root / 'verses.txt').write_text('left he said\n\n' * 8)
   records.write_jsonl(
     root / 'rankings.jsonl',
     [
@@ -119,7 +117,7 @@ def finished(folder, tmp_path_factory):
   config.pairs = 'all'
   config.reference = 'start'
   config.documents = (
-    f'pretraining={folder}/documents.jsonl,verses={folder}/verses.jsonl'
+    f'pretraining={folder}/documents.jsonl,verses={folder}/verses.txt'
   )
   config.row_length = 32
   config.reward_model = f'{folder}/reward'

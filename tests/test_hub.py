@@ -156,7 +156,11 @@ def test_the_card_of_a_policy(run, server, tmp_path):
   (result,) = card.data.eval_results
   assert (result.metric_type, result.metric_value) == ('win_rate', 0.625)
   assert result.metric_args == {'low': 0.5, 'high': 0.75}
-  assert (result.dataset_type, result.dataset_split) == ('a/b', 'test')
+  # The run's own prompts, whatever taught the model; the name on the Hub.
+  assert result.dataset_type == 'preferences'
+  assert result.dataset_name == 'held-out prompts of the run'
+  assert card.data.model_name == 'small'
+  assert '# small' in card.text.splitlines()
   assert '"begun": "hf:org/small"' in card.text
   text = 'Win rate against sft, by a judge: 0.625 [0.500, 0.750]'
   assert text in card.text

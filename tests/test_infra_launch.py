@@ -387,3 +387,39 @@ def test_the_setup_asks_the_package_index_again(fake, codes, ends):
   assert ended.returncode == ends
   assert calls == [['pip', 'install', '--quiet', 'x']] * len(codes)
   assert ('pip could not install x' in ended.stderr) == bool(ends)
+
+
+@pytest.mark.parametrize('may_install', [True, False])
+def test_the_setup_installs_python_where_it_may(tmp_path, may_install):
+  """Images of Ubuntu 22.04 have 3.10, and a slice that comes back is new."""
+  text = (ROOT / 'tpu_setup.sh').read_text()
+  part = text[text.index("python=''") : text.index('"$python" -m venv')]
+  script = tmp_path / 'run.sh'
+  script.write_text(
+    f"""set -euo pipefail
+cd {shlex.quote(str(tmp_path))}
+hostname() {{ echo vm; }}
+command() {{
+  case "$2" in
+    apt-get) true ;;
+    python3.11) [ -e installed ] ;;
+    *) false ;;
+  esac
+}}
+sudo() {{
+  {'true' if may_install else 'return 1'}
+  case "$*" in *"install -y python3.11 python3.11-venv") touch installed ;; esac
+}}
+{part}
+echo "takes $python"
+"""
+  )
+  ended = subprocess.run(
+    ['bash', script], capture_output=True, text=True, timeout=60
+  )
+  if may_install:
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == 'takes python3.11'
+  else:
+    assert ended.returncode == 1
+    assert 'vm: Python 3.11 or newer is needed' in ended.stderr

@@ -255,6 +255,9 @@ metric_list:
     (['--log_samples'], 'needs --output=FILE.json'),
     (['--include_path=/nowhere'], 'no folder /nowhere'),
     (['--batch_size=0'], 'batch_size must be at least 1: 0'),
+    (['--gen_kwargs=temprature=0.9'], "'temprature=0.9' is no KEY=VALUE with"),
+    (['--gen_kwargs=foo'], "'foo' is no KEY=VALUE with a KEY of until, temp"),
+    ([], "the harness has no 'y'; give --include_path=DIR"),
   ],
 )
 def test_flags_without_their_files_are_named(flags, message, capsys):

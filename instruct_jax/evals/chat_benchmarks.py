@@ -454,7 +454,8 @@ def read_alpaca(reply: Any) -> float:
   """Preference, from 1 (the first output) to 2, as AlpacaEval 2 weighs it.
 
   2 minus the share of 'm' in the probability of 'm' and 'M', where the service
-  gives these; otherwise by the last of the two in the text.
+  gives these for the first token, which must not be one of reasoning; otherwise
+  by the last of the two in the text.
 
   Raises:
     ValueError: there is neither.
@@ -465,9 +466,11 @@ def read_alpaca(reply: Any) -> float:
   except (KeyError, IndexError, TypeError):
     chances = {}
   m, capital = chances.get('m', 0.0), chances.get('M', 0.0)
-  if m + capital > 0:
+  said = _said(reply)
+  reasons = said != chat_judge.content_of(reply).strip()
+  if m + capital > 0 and not reasons:
     return 2 - m / (m + capital)
-  found = re.findall(r'\b[mM]\b', _said(reply))
+  found = re.findall(r'\b[mM]\b', said)
   if not found:
     raise ValueError('neither m nor M')
   return 1.0 if found[-1] == 'm' else 2.0

@@ -68,6 +68,7 @@ MAY_CHANGE = {
   'cache': 'where answers are kept, by a hash of all they depend on',
   'timeout': 'how long to wait for a service',
   'max_retries': 'how often to ask a service again',
+  'url': 'where a service is; the model that it serves stays',
   'requests_per_minute': 'how fast to ask a service',
   'num_workers': 'how many questions are asked at a time',
   'key_variable': 'which variable holds the key of a service',

@@ -3,6 +3,8 @@
 With `push_to`, each goes to a repository of its own on the Hugging Face Hub.
 """
 
+import dataclasses
+
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -90,7 +92,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, str]:
     output = workdir / name
     if output.exists():
       output.rmtree()
-    export.export(folder, config.tokenizer, output, facts=facts)
+    pushed = where.get(name, '').removeprefix('hf:').rpartition('/')[2]
+    own = dataclasses.replace(facts, name=pushed)
+    export.export(folder, config.tokenizer, output, facts=own)
     written[name] = str(output)
     if name in where:
       written[name] = _push(config, workdir, output, where[name])

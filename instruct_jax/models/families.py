@@ -724,13 +724,15 @@ def write_config(config: Any) -> dict[str, Any]:
     ValueError: no published family has this combination of switches.
   """
   family = _family_of(config)
-  activations = {ours: published for published, ours in _ACTIVATIONS.items()}
-  activations['gelu_tanh'] = (
-    'gelu_new' if family in ('gpt2', 'gptj') else 'gelu_pytorch_tanh'
-  )
+  # Under the name that the families' own folders have: other programs, such as
+  # vLLM, know no other.
+  activation = config.activation
+  if activation == 'gelu_tanh':
+    is_old = family in ('gpt2', 'gptj')
+    activation = 'gelu_new' if is_old else 'gelu_pytorch_tanh'
   ours = config.to_dict() | {
     'num_kv_heads': config.kv_heads,
-    'activation': activations[config.activation],
+    'activation': activation,
   }
   values = {
     'model_type': family,
