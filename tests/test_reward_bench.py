@@ -406,3 +406,21 @@ def test_a_set_of_which_nothing_fits_is_named(folder, tmp_path):
   config = make_config(folder, max_length=3)
   with pytest.raises(ValueError, match='none of 8 items.*ours: 8 longer'):
     job.run(config, epath.Path(tmp_path))
+
+
+def test_a_stage_that_was_cut_keeps_the_models_that_have_scored(tmp_path):
+  items = [[np.array([1, 2]), np.array([3])]]
+  calls = []
+
+  def score():
+    calls.append(1)
+    return [np.array([0.1, float(len(calls))])]
+
+  path = epath.Path(tmp_path / job.KEPT / '0.json')
+  first = job.kept_scores(path, items, score)
+  again = job.kept_scores(path, items, score)
+  np.testing.assert_array_equal(first, again)
+  assert len(calls) == 1
+  # Other items, other scores; the same ids in other answers are other items.
+  other = [[np.array([1]), np.array([2, 3])]]
+  assert job.kept_scores(path, other, score)[0][1] == 2.0

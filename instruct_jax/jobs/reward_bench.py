@@ -5,8 +5,9 @@ them, or that its chat template refuses, are left out, and counted. Answer
 length and word counts are scored beside.
 """
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -32,6 +33,7 @@ REFUSED = 'refused by its chat template'
 # Shortest rows, in tokens; longer ones are filled up to doublings of it, so
 # that few programs are compiled and little is padding.
 SHORTEST = 64
+KEPT = 'kept_scores'  # Folder: each model's scores, once it has given all.
 
 
 def named_sets(text: str) -> dict[str, tuple[str, str]]:
@@ -179,6 +181,34 @@ def model_scores(
   return np.split(scores, np.cumsum(list(map(len, items)))[:-1])
 
 
+def kept_scores(
+  path: epath.Path,
+  items: Sequence[Sequence[np.ndarray]],
+  score_fn: Callable[[], list[np.ndarray]],
+) -> list[np.ndarray]:
+  """Scores that an earlier start of the stage has kept; or new ones, kept.
+
+  Several processes, which have to agree on what they run, keep nothing.
+  """
+  if jax.process_count() > 1:
+    return score_fn()
+  digest = hashlib.sha256()
+  for answers in items:
+    for ids in answers:
+      digest.update(np.asarray(ids, np.int64).tobytes() + b'|')
+  items_key = digest.hexdigest()
+  if path.exists():
+    kept = run_lib.read_json(path)
+    if kept['items'] == items_key:
+      return [np.array(scores) for scores in kept['scores']]
+  found = score_fn()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  run_lib.write_json(
+    path, {'items': items_key, 'scores': [each.tolist() for each in found]}
+  )
+  return found
+
+
 def baseline_scores(
   comparisons: Sequence[records.Comparison],
   train: Sequence[records.Comparison] | None,
@@ -252,14 +282,22 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
 
   mesh = sharding.make_mesh(config.mesh)
   scores = {name: {} for name in sets}
-  for model, folder in models.items():
+  for number, (model, folder) in enumerate(models.items()):
     items = [
       encoded[model, name][place]
       for name in sets
       for place in np.flatnonzero(fits[name])
     ]
     with sharding.use_mesh(mesh):
-      found = iter(model_scores(config, folder, items, reads[model], mesh))
+      found = iter(
+        kept_scores(
+          workdir / KEPT / f'{number}.json',
+          items,
+          lambda items=items, folder=folder, model=model: model_scores(
+            config, folder, items, reads[model], mesh
+          ),
+        )
+      )
     for name, benchmark in sets.items():
       scores[name][model] = [next(found) for _ in benchmark.comparisons]
   notes = {}
