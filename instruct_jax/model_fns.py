@@ -191,12 +191,15 @@ def check_context(model: Model, num_tokens: int, what: str) -> None:
   Raises:
     ValueError: gives the numbers and `what`, the config keys that decide them.
   """
+  more = 0
   if model.kind == 'scalar':
-    num_tokens += max(len(model.module.end_ids) - 1, 0)
-  if num_tokens > model.config.context_length:
+    more = max(len(model.module.end_ids) - 1, 0)
+  if num_tokens + more > model.config.context_length:
+    behind = f' and {more} behind an answer' if more else ''
     raise ValueError(
-      f'{what} ask for {num_tokens} tokens, but the model from {model.source} '
-      f'has a context of {model.config.context_length}; lower them'
+      f'{what} ask for {num_tokens} tokens{behind}, but the model from '
+      f'{model.source} has a context of {model.config.context_length}; lower '
+      'them'
     )
 
 

@@ -72,6 +72,12 @@ def check(
         families.score_pad_id(values)
       except ValueError as error:
         raise ValueError(f'{directory}: {error}') from error
+    for name in values.get('architectures') or ():
+      if kind == 'policy' and name.endswith('ForSequenceClassification'):
+        raise ValueError(
+          f'{directory}: config.json: {name} is a reward model; a policy is a '
+          'language model'
+        )
     return {'kind': kind, 'about': {'from': str(folder)}}
   described = checkpoint.load_metadata(directory)
   if described['kind'] != kind:
@@ -243,7 +249,7 @@ def is_published(directory: epath.PathLike) -> bool:
   return (epath.Path(directory) / 'config.json').exists()
 
 
-def _load_published(folder, kind, mesh, tokenizer, changes):
+def _load_published(folder, kind, mesh, end_ids, changes):
   described = hf.read_config(folder)
   published = TransformerConfig.from_hf(described)
   about, attributes = {'from': str(folder)}, {}
@@ -251,7 +257,7 @@ def _load_published(folder, kind, mesh, tokenizer, changes):
     # The scores on its training data are not published: allow any.
     about['score_range'] = (-math.inf, math.inf)
     attributes['skipped_id'] = families.score_pad_id(described)
-    attributes['end_ids'] = tokenizer.end_ids
+    attributes['end_ids'] = end_ids
   elif published.tied:
     published = hf.published_config(folder)
     if not published.tied:
@@ -336,7 +342,7 @@ def read(
   if is_published(directory):
     changes['vocab_size'] = tokenizer.vocab_size
     model = _load_published(
-      hub.locate(str(directory)), kind, mesh, tokenizer, changes
+      hub.locate(str(directory)), kind, mesh, tokenizer.end_ids, changes
     )
     return dataclasses.replace(model, source=str(directory))
   config = _changed(

@@ -87,16 +87,17 @@ def test_demonstrations_score_0_as_the_classifier_reads_them(
     f'--config.reward_model=hf:{root / "classifier"}',
     f'--config.tokenizer={root / "tokenizer"}',
     f'--config.demonstrations={root / "demonstrations.jsonl"}',
-    f'--config.row_length={LENGTH}',
+    f'--config.row_length={LENGTH - 1}',  # A line break follows an answer.
     '--config.compilation_cache=',
   )
   assert ended.returncode == 0, ended.stderr
   assert '2 demonstrations scored' in ended.stdout
-  assert '1 longer than row_length (96 tokens)' in ended.stdout
+  assert '1 longer than row_length (95 tokens)' in ended.stdout
   results = json.loads((tmp_path / 'results.json').read_text())
   assert results['num_demonstrations'] == 2 and results['num_dropped'] == 1
 
-  # By hand: each row alone, read at its last token that is not the EOS.
+  # By hand: each row alone, read behind the line break that the template puts
+  # after an answer.
   tokenizer = tokenizer_lib.Tokenizer.load(root / 'tokenizer')
   mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
   theirs, ours = (
@@ -117,15 +118,19 @@ def test_demonstrations_score_0_as_the_classifier_reads_them(
       ids = ids[:-1]
     ids.append(eos)  # As a policy's answer ends.
     tokens, mask = jnp.array([ids]), jnp.ones((1, len(ids)), bool)
+    whole = jnp.array([[*ids, *tokenizer.encode('\n')]])
     for model, found in ((theirs, before), (ours, after)):
-      scalars = model_fns.scalars_fn(model.module)(model.params, tokens, mask)
-      found.append(float(scalars[0, -2]))
-    wrong.append(float(scalars[0, -1]))
+      scalars = model_fns.scalars_fn(model.module)(
+        model.params, whole, jnp.ones(whole.shape, bool)
+      )
+      assert whole.shape[1] == len(ids) + 1
+      found.append(float(scalars[0, -1]))
+    wrong.append(float(scalars[0, -2]))
     scores = model_fns.scores_fn(ours.module)(ours.params, tokens, mask)
     assert float(scores[0]) == pytest.approx(after[-1], abs=1e-5)
   assert results['reward_shift'] == pytest.approx(np.mean(before), abs=1e-4)
   np.testing.assert_allclose(np.mean(after), 0, atol=1e-4)
-  assert abs(np.mean(wrong)) > 1e-2  # At the EOS it is another number.
+  assert abs(np.mean(wrong)) > 1e-2  # At the end of the turn it is another.
   low, high = results['score_range']
   assert low == pytest.approx(min(after), abs=1e-4)
   assert high == pytest.approx(max(after), abs=1e-4)

@@ -69,7 +69,7 @@ def write_case(folder, base, without=(), changes=()):
 
 def load(folder, kind='policy'):
   changes = {'vocab_multiple': 1}
-  return model_folder._load_published(folder, kind, one_device(), changes)
+  return model_folder._load_published(folder, kind, one_device(), (), changes)
 
 
 def logits_of(model, tokens):
@@ -268,6 +268,21 @@ def test_a_classifier_of_several_labels_is_no_reward_model(
   ):
     with pytest.raises(ValueError, match=message):
       read()
+
+
+@pytest.mark.parametrize(
+  ('name', 'kind', 'message'),
+  [
+    ('LlamaForCausalLM', 'scalar', 'is a language model; a reward model is'),
+    ('GPT2LMHeadModel', 'scalar', 'is a language model; a reward model is'),
+    ('LlamaForSequenceClassification', 'policy', 'is a reward model; a policy'),
+  ],
+)
+def test_a_model_of_the_other_kind_is_named(name, kind, message, tmp_path):
+  write_classifier(tmp_path / 'in', 'end', architectures=[name])
+  tokenizer = tokenizer_lib.train_bpe(['some text'], 258)
+  with pytest.raises(ValueError, match=f'config.json: {name} {message}'):
+    model_folder.check(tmp_path / 'in', kind, tokenizer)
 
 
 def test_a_bias_of_the_score_is_named(tmp_path):

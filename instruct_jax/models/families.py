@@ -262,6 +262,12 @@ def score_pad_id(config_json: Mapping[str, Any]) -> int:
     ValueError: the number of labels is not one.
   """
   resolved = _as_reference(config_json['model_type'], config_json)
+  for name in config_json.get('architectures') or ():
+    if name.endswith(('ForCausalLM', 'LMHeadModel')):
+      raise ValueError(
+        f'config.json: {name} is a language model; a reward model is a '
+        'sequence classifier with one label'
+      )
   if resolved.num_labels != 1:
     raise ValueError(
       f'config.json: {resolved.num_labels} labels (id2label, num_labels; two '
