@@ -93,7 +93,7 @@ def export(
     model = dataclasses.replace(model, params=hf.fold_shift(model.params))
   with _whole(files.absolute(output)) as folder:
     tokenizer.save(folder)
-    _write_template(folder, tokenizer)
+    _write_template(folder, model, tokenizer)
     if adapters:
       base = model.source
       if not model_folder.is_published(base):
@@ -135,13 +135,18 @@ def _skipped_id(model, tokenizer):
   return tokenizer.pad_id if skipped_id < 0 else skipped_id
 
 
-def _write_template(output, tokenizer):
+def _write_template(output, model, tokenizer):
   """The chat template for servers; none where prompts are plain text, since
-  the model has not learned the one that its tokenizer came with."""
+  the model has not learned the one that its tokenizer came with. That of a
+  reward model ends where it reads its score."""
   file, others = (
     output / name for name in ('chat_template.jinja', tokenizer_lib.TEMPLATES)
   )
-  if template := tokenizer.serving_template():
+  template = tokenizer.serving_template()
+  reads_at_end = model.kind == 'scalar' and len(model.module.end_ids) < 2
+  if tokenizer.template == tokenizer_lib.CHAT and reads_at_end:
+    template = tokenizer.scoring_template()
+  if template:
     file.write_text(template, 'utf-8')
   else:
     file.unlink(missing_ok=True)
@@ -158,7 +163,12 @@ def _describe_tokens(output, model, tokenizer):
     'eos_token_id': stop_ids if len(stop_ids) > 1 else tokenizer.eos_id,
     'pad_token_id': _skipped_id(model, tokenizer),
   }
-  path.write_text(json.dumps({**values, **ids}, indent=2) + '\n', 'utf-8')
+  more = {}
+  if model.kind == 'scalar':
+    more = {'score_end_ids': list(model.module.end_ids)}
+  path.write_text(
+    json.dumps({**values, **ids, **more}, indent=2) + '\n', 'utf-8'
+  )
   # The policy's own distribution, as it was trained and measured.
   sampling = {'do_sample': True, 'temperature': 1.0, 'top_k': 0, 'top_p': 1.0}
   (output / 'generation_config.json').write_text(

@@ -257,7 +257,8 @@ def _load_published(folder, kind, mesh, end_ids, changes):
     # The scores on its training data are not published: allow any.
     about['score_range'] = (-math.inf, math.inf)
     attributes['skipped_id'] = families.score_pad_id(described)
-    attributes['end_ids'] = end_ids
+    # Our own exports say what they read behind an answer.
+    attributes['end_ids'] = tuple(described.get('score_end_ids', end_ids))
   elif published.tied:
     published = hf.published_config(folder)
     if not published.tied:

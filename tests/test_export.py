@@ -121,6 +121,37 @@ def test_servers_put_prompts_as_training_did(template, given, tmp_path):
   assert again.fingerprint == tokenizer.fingerprint
 
 
+def test_the_template_of_a_reward_model_ends_where_it_reads(tmp_path):
+  """At the end of the turn, where it was trained; not at the line break."""
+  out, tokenizer = written(
+    tmp_path,
+    kind='scalar',
+    template=tokenizer_lib.CHAT,
+    given={'template': published.TEMPLATE},
+  )
+  theirs = transformers.AutoTokenizer.from_pretrained(out)
+  for text in ('42', 'Two.\n', '<a>'):
+    turns = [
+      {'role': 'user', 'content': 'What?'},
+      {'role': 'assistant', 'content': text},
+    ]
+    (prompt,) = tokenizer.encode_prompts(['What?'])
+    (answer,) = tokenizer.encode_responses([text], ended=True)
+    rendered = theirs.apply_chat_template(turns, tokenize=False)
+    ids = theirs(rendered, add_special_tokens=False)['input_ids']
+    assert ids == [*prompt, *answer]
+    asked = theirs.apply_chat_template(
+      turns[:1], tokenize=False, add_generation_prompt=True
+    )
+    assert theirs(asked, add_special_tokens=False)['input_ids'] == prompt
+  # Our programs read it there, too, whatever template is in use.
+  assert len(tokenizer.end_ids) == 2
+  again = model_folder.load(
+    out, 'scalar', sharding.make_mesh((1, -1, 1)), tokenizer
+  )
+  assert again.module.end_ids == ()
+
+
 def test_a_template_that_was_not_trained_is_not_served(tmp_path):
   given = {'template': published.TEMPLATE}
   out, tokenizer = written(tmp_path, given=given)

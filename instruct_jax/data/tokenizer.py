@@ -563,6 +563,18 @@ class Tokenizer:
     found = self._fast_tokenizer.chat_template
     return _one_template(found) if found else ''
 
+  def scoring_template(self) -> str:
+    """The chat template without what it puts behind the last `end_id`, for
+    reward models that read their score there."""
+    text = self._fast_tokenizer.decode(self.end_ids[1:])
+    if not text:
+      return self.chat_template
+    return (
+      f'{{% set whole %}}{self.chat_template}{{% endset %}}'
+      f'{{{{ whole[:-{len(text)}] if whole.endswith({json.dumps(text)}) '
+      'else whole }}'
+    )
+
   def serving_template(self) -> str:
     """A chat template that gives the ids of `encode_prompts`, for servers.
 

@@ -142,7 +142,8 @@ class _Fields:
       if name not in values and aliases.get(name) not in values:
         raise ValueError(f'config.json: {aliases.get(name, name)} is missing')
     self.aliases = {own: name for name, own in aliases.items()}
-    self.read = {'num_tokens', 'score_shift', *_OLDER.get(family, ())}
+    ours = ('num_tokens', 'score_shift', 'score_end_ids')
+    self.read = {*ours, *_OLDER.get(family, ())}
     self.read |= {_OTHER_ACTIVATION.get(family)}
 
   def take(self, name: str, *default: Any) -> Any:
