@@ -314,7 +314,10 @@ def test_from_a_folder_to_a_report(data, tmp_path, capsys):
   for name in ('report.html', 'model_card.md', 'win_rate.png'):
     assert (workdir / name).stat().st_size > 1000
   for name in ('sft', 'ppo', 'ppo_ptx', 'reward'):
-    assert (workdir / 'export' / name / 'config.json').exists()
+    exported = json.loads(
+      (workdir / 'export' / name / 'config.json').read_text()
+    )
+    assert exported['hidden_act'] == 'silu'  # vLLM knows it by no other name.
   # What a user types next: the lengths are found.
   assert tokenizer_lib.Tokenizer.load(workdir / 'export' / 'ppo').template == (
     tokenizer_lib.CHAT
