@@ -20,6 +20,10 @@ if __name__ == '__main__':
 
   signal.signal(signal.SIGTERM, stop_at_once)
 
+  from instruct_jax.infra import machine
+
+  machine.ask_for_huge_pages()
+
 import logging as python_logging
 import sys
 import traceback

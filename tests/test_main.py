@@ -14,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from instruct_jax.infra import inputs as inputs_lib
-from instruct_jax.infra import pipeline
+from instruct_jax.infra import machine, pipeline
 from instruct_jax.infra import run as run_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -368,3 +368,73 @@ def test_the_work_directory_may_be_given_in_the_config_too(tmp_path):
   ended = command(SMOKE, place, '--config.stages.ppo_ptx.batch_size=7')
   assert ended.returncode == 1
   assert f'work directory: {tmp_path / "there"}' in ended.stdout
+
+
+@pytest.fixture
+def starts(tmp_path, monkeypatch):
+  """A system whose huge pages a program must ask for, and its restarts."""
+  setting = tmp_path / 'enabled'
+  setting.write_text('always [madvise] never\n')
+  monkeypatch.setattr(machine, '_HUGE_PAGES', setting)
+  # Set and deleted, so that whatever a test sets is undone.
+  monkeypatch.setenv('GLIBC_TUNABLES', '')
+  monkeypatch.delenv('GLIBC_TUNABLES')
+  monkeypatch.setattr(sys, 'gettrace', lambda: None)
+  begun = []
+  monkeypatch.setattr(os, 'execv', lambda *arguments: begun.append(arguments))
+  return begun
+
+
+def test_huge_pages_are_asked_for_once_with_the_same_command_line(starts):
+  machine.ask_for_huge_pages()
+  command = [sys.executable, *sys.orig_argv[1:]]
+  assert starts == [(sys.executable, command)]
+  assert os.environ['GLIBC_TUNABLES'] == 'glibc.malloc.hugetlb=1'
+  machine.ask_for_huge_pages()
+  assert len(starts) == 1
+
+
+@pytest.mark.parametrize('text', ['[always] madvise never', None])
+def test_huge_pages_are_not_asked_for_in_vain(starts, text):
+  machine._HUGE_PAGES.unlink()
+  if text:
+    machine._HUGE_PAGES.write_text(text)
+  machine.ask_for_huge_pages()
+  assert not starts and 'GLIBC_TUNABLES' not in os.environ
+
+
+def test_a_traced_program_and_a_users_own_setting_stay(starts, monkeypatch):
+  monkeypatch.setattr(sys, 'gettrace', lambda: print)
+  machine.ask_for_huge_pages()
+  monkeypatch.setattr(sys, 'gettrace', lambda: None)
+  monkeypatch.setenv('GLIBC_TUNABLES', '')
+  machine.ask_for_huge_pages()
+  assert not starts and os.environ['GLIBC_TUNABLES'] == ''
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='Linux has huge pages')
+def test_a_program_that_starts_again_keeps_arguments_and_exit_code(tmp_path):
+  setting = tmp_path / 'enabled'
+  setting.write_text('[madvise]')
+  (tmp_path / 'again.py').write_text(
+    textwrap.dedent(f"""
+      import os, pathlib, sys
+      from instruct_jax.infra import machine
+      machine._HUGE_PAGES = pathlib.Path({str(setting)!r})
+      print(os.getpid(), flush=True)
+      machine.ask_for_huge_pages()
+      print(os.environ['GLIBC_TUNABLES'], sys.argv[1:], flush=True)
+      sys.exit(7)
+      """)
+  )
+  environment = {k: v for k, v in os.environ.items() if k != 'GLIBC_TUNABLES'}
+  environment['PYTHONPATH'] = f'{ROOT}:{tmp_path}'
+  done = subprocess.run(
+    [sys.executable, '-m', 'again', '--a=b c', 'd'],
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+  first, second, told = done.stdout.splitlines()
+  assert first == second and done.returncode == 7
+  assert told == "glibc.malloc.hugetlb=1 ['--a=b c', 'd']"

@@ -2,10 +2,30 @@
 
 import ctypes
 import os
+import pathlib
 import sys
 
 from etils import epath
 from ml_collections import ConfigDict
+
+_HUGE_PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
+
+
+def ask_for_huge_pages() -> None:
+  """Starts the program again with an allocator that asks for huge pages.
+
+  Where Linux gives them to those that ask ("madvise", the usual setting), glibc
+  asks only if GLIBC_TUNABLES says so as a program begins. In pages of 4 KiB a
+  step on a CPU spends a fifth of its time in the kernel. A GLIBC_TUNABLES that
+  is set already, to nothing too, stays as it is; so does a program that is
+  traced by a debugger.
+  """
+  if 'GLIBC_TUNABLES' in os.environ or sys.gettrace() is not None:
+    return
+  if not _HUGE_PAGES.exists() or '[madvise]' not in _HUGE_PAGES.read_text():
+    return
+  os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
+  os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def prepare(config: ConfigDict) -> None:
@@ -33,7 +53,7 @@ def _prepare_allocator() -> None:
   # mmap (-4), no trimming (-1), one arena (-8) for all compiler threads.
   libc.mallopt(-8, 1)
   libc.mallopt(-4, 0)
-  libc.mallopt(-1, 2**31 - 1)
+  libc.mallopt(-1, -1)
 
   import jax
 
