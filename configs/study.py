@@ -8,7 +8,7 @@ After the colon claims of `instruct_jax/evals/claims.py` with + between, or
 for CI, and its figures mean nothing. Output: study.md with a row for each
 claim, study.json, a figure for each claim, and a work directory for each seed.
 A seed's run is this file with `CLAIMS,seed`: the miniature's recipe, and what
-the claims vary (`sweeps.py`).
+the claims vary (`sweeps.py`, `chains.py`).
 """
 
 import hashlib

@@ -1,13 +1,14 @@
 """What claims of `configs/study.py` vary: stages like those of the recipe.
 
-`Study.need` adds a sweep of `evals/claims.py`: one of `SWEEPS`, or a method.
+`Study.need` adds what a claim of `evals/claims.py` needs: one of `SWEEPS`, or a
+function of `chains.py`.
 """
 
 import dataclasses
 
 from ml_collections import ConfigDict
 
-from configs import dpo, rloo
+from configs import chains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +35,6 @@ SWEEPS = {
   'epochs_reward': Sweep('reward', 'num_epochs', (1, 2, 4)),
   'rate_reward': Sweep('reward', 'learning_rate', (0.5, 1, 1.5)),
 }
-# Of the rankings, for reward models; and of those, whose RL is over-optimised.
-SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-OVEROPTIMISED = (1 / 32, 1 / 8)
-FRONTIER = (0.1, 1.0, 3.0)  # Multiples of beta.
-DPO_BETAS = (0.03, 0.1, 0.3, 1.0)
 
 
 class Study:
@@ -75,7 +71,9 @@ class Study:
     """Adds the stages of a sweep, and its points: stage -> value, if any."""
     before = len(self.order)
     found = (
-      self.swept(SWEEPS[name]) if name in SWEEPS else getattr(self, name)()
+      self.swept(SWEEPS[name])
+      if name in SWEEPS
+      else getattr(chains, name)(self)
     )
     self.config.sweeps[name] = ConfigDict(found or {})
     self.config.stages_of[name] = tuple(self.order[before:])
@@ -90,111 +88,4 @@ class Study:
         stage += f'_{sweep.key}_{value:g}'.replace('.', 'p')
         self.derive(sweep.parent, stage, **{sweep.key: wanted})
       found[stage] = float(value)
-    return found
-
-  def sft_long(self):
-    """SFT for the paper's 16 epochs, and the choice among them."""
-    self.derive('sft', 'sft_long', num_epochs=16)
-    self.derive('select', 'select_long', {'sft': 'sft_long'})
-
-  def pairs(self):
-    """A reward model from shuffled pairs, in as many steps."""
-    size = 19 * self.stages.reward.batch_size  # Pairs of a prompt, K 4 to 9.
-    self.derive('reward', 'reward_pairs', split_pairs=True, batch_size=size)
-
-  def crossval(self):
-    """The folds of E.2, a stage of the recipe."""
-    self.order.append('crossval')
-
-  def large(self):
-    """A pretrained model twice as wide and deep, of eight times the weights."""
-    model = ConfigDict(self.stages.pretrain.model.to_dict())
-    for key in ('width', 'num_heads', 'mlp_dim', 'num_layers'):
-      model[key] *= 2
-    self.derive('pretrain', 'pretrain_large', model=model)
-
-  def mix(self):
-    """PPO-ptx from initialisations with other shares of pretraining."""
-    found = {'ppo_ptx': self.stages.rl_init.ptx_fraction}
-    for share in (0.0, 0.5):
-      label = f'mix_{share:g}'.replace('.', 'p')
-      start = self.derive('rl_init', f'rl_init_{label}', ptx_fraction=share)
-      stage = self.derive('ppo_ptx', f'ppo_{label}', {'init': f'{start}/model'})
-      found[stage] = share
-    return found
-
-  def reward_of(self, share: float) -> str:
-    """A reward model from the first part of the rankings."""
-    total = self.stages.data.num_reward_prompts
-    total *= self.stages.compare.rankers_per_prompt
-    count = round(share * total)
-    return self.derive('reward', f'reward_{count}', max_comparisons=count)
-
-  def data_reward(self):
-    """Reward models from parts of the rankings, and from all."""
-    return {self.reward_of(share): share for share in SHARES} | {'reward': 1.0}
-
-  def along(self, label, reward, parent='ppo', **changes) -> str:
-    """RL with snapshots, and its frontier of reward model and judge."""
-    model = {'reward_model': f'{reward}/model'}
-    own = self.stages[parent]
-    iterations = changes.get('num_episodes', own.num_episodes) // own.batch_size
-    changes['snapshot_every'] = max(1, iterations // 10)
-    stage = self.derive(parent, f'{parent}_{label}', model, **changes)
-    rl = f'{stage}=' + self.workdir + f'/{stage}'
-    return self.derive('best_of_n', f'frontier_{stage}', model, rl=rl)
-
-  def overopt(self):
-    """Twice as much PPO, without a penalty, against weak reward models."""
-    longer = 2 * self.stages.ppo.num_episodes
-    changes = {'kl_coef': 0.0, 'num_episodes': longer}
-    return {
-      self.along(f'over_{1 / share:g}', self.reward_of(share), **changes): share
-      for share in OVEROPTIMISED
-    }
-
-  def frontier(self):
-    """PPO with several KL coefficients, against one reward model."""
-    own, found = self.stages.ppo.kl_coef, {}
-    for multiple in FRONTIER:
-      label = f'kl_{multiple:g}'.replace('.', 'p')
-      found[self.along(label, 'reward', kl_coef=multiple * own)] = multiple
-    return found
-
-  def ending(self):
-    """Responses that do not end are worth a fixed low score."""
-    ending = self.derive('ppo', 'ppo_ending', missing_end_score=-1.0)
-    return {'ppo': 0.0, ending: 1.0}
-
-  def value_start(self):
-    """A value model with the policy's trunk and a new head."""
-    fresh = self.derive('ppo', 'ppo_value_from_policy', value_from='policy')
-    return {fresh: 0.0, 'ppo': 1.0}
-
-  def shift(self):
-    """A reward model whose mean is 0 over ranked answers instead of
-    demonstrations."""
-    reward = self.derive('reward', 'reward_ranked', demonstrations='')
-    model = {'reward_model': f'{reward}/model'}
-    return {self.derive('ppo', 'ppo_reward_ranked', model): 0.0, 'ppo': 1.0}
-
-  def methods(self):
-    """RLOO, GRPO and DPO beside PPO: snapshots, and points of DPO's beta."""
-    stages, found = self.stages, {}
-    stages.rloo = rloo.from_ppo(ConfigDict(stages.ppo))
-    stages.dpo = dpo.from_reward(self.config)
-    grpo = {
-      'advantage': 'group_normalised', 'kl_in': 'loss', 'kl_estimator': 'k3',
-    }  # fmt: skip
-    found[self.along('method', 'reward')] = 1.0
-    found[self.along('method', 'reward', 'rloo')] = 2.0
-    found[self.along('group', 'reward', 'rloo', **grpo)] = 3.0
-    # Operations of a token: PPO 22 N, with reward and value model; RLOO 14 N.
-    own = stages.ppo.num_episodes // stages.ppo.batch_size
-    self.derive(
-      'rloo', 'rloo_compute',
-      num_episodes=round(own * 22 / 14) * stages.ppo.batch_size,
-    )  # fmt: skip
-    for beta in DPO_BETAS:
-      self.derive('dpo', f'dpo_{beta:g}'.replace('.', 'p'), beta=beta)
     return found

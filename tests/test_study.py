@@ -13,9 +13,15 @@ from configs import study as config_file
 from instruct_jax import rankings
 from instruct_jax.data import records
 from instruct_jax.evals import claims, plots, win_rate
+from instruct_jax.evals.benchmarks import tasks
 from instruct_jax.jobs import study
+from instruct_jax.miniature import phrases, world
+from instruct_jax.worlds.miniature import minimal_pairs
 
 MODELS = ('pretrained', 'prompted', 'sft', 'rl_init', 'ppo', 'ppo_ptx', 'large')
+
+
+SAME = ('reward', 'reward_ranked')
 
 
 def write(path, value):
@@ -66,7 +72,8 @@ def made_up(folder, config, seed=0, better=0.0):
         folder / name / 'results.json',
         {
           'accuracy': 0.7 + 0.01 * math.log2(share),
-          'log_loss': float(rng.uniform(0.4, 0.6)),
+          # The same model with another bias.
+          'log_loss': 0.5 if name in SAME else float(rng.uniform(0.4, 0.6)),
           'num_comparisons': round(25_000 * share),
         },
       )
@@ -94,6 +101,17 @@ def made_up(folder, config, seed=0, better=0.0):
   write(
     folder / 'crossval' / 'results.json',
     {'intra': {'mean': 0.72}, 'inter': {'mean': 0.70}},
+  )
+  bits = {
+    'pretrained': 0.9,
+    'sft': 0.6,
+    'ppo': 0.7 + seed / 100,
+    'ppo_ptx': 1.0,
+  }
+  key = 'winogender basic prompt entropy'
+  write(
+    folder / 'minimal_pairs' / 'results.json',
+    {'scores': {f'{name} {key}': x for name, x in bits.items()}},
   )
   rows = [
     {'epoch': e, 'valid_loss': abs(e - 2.0), 'score_reward': 0.1 * e}
@@ -145,6 +163,8 @@ def test_every_claim_has_a_verdict_and_a_figure(config, tmp_path):
     'R1': claims.HOLDS,  # Least loss at epoch 2, score rises to 16.
     'R4': claims.HOLDS,  # All of the same accuracy.
     'R5': claims.HOLDS,
+    'R6': claims.HOLDS,
+    'R21': claims.HOLDS,
     'R18': claims.FAILS,  # The same peak with more rankings.
     'R19': claims.HOLDS,  # 0.01 for a doubling.
     'R20': claims.HOLDS,  # One curve for all.
@@ -169,6 +189,29 @@ def test_ppo_has_to_be_above_one_half(config, tmp_path):
     folder = tmp_path / f'{better}'
     seeds = [made_up(folder / str(i), config, i, better) for i in range(3)]
     assert claims.verdict(claim, seeds).text == text
+
+
+def test_another_log_loss_than_rounding_is_seen(config, tmp_path):
+  seeds = [made_up(tmp_path / str(i), config, i) for i in range(3)]
+  for seed in seeds:
+    path = seed.folder / 'reward_ranked' / 'results.json'
+    found = json.loads(path.read_text())
+    write(path, found | {'log_loss': found['log_loss'] + 1e-4})
+  assert claims.verdict(claims.CLAIMS['R6'], seeds).text == claims.FAILS
+
+
+def test_minimal_pairs_are_of_people_without_the_job(tmp_path):
+  there = world.make_world(3)
+  path = tmp_path / 'pairs.tsv'
+  path.write_text('\n'.join(['sentid\tsentence', *minimal_pairs(there)]))
+  items = list(tasks.read_winogender(path))
+  assert len(items) >= 60
+  for item in items:
+    man, woman = (choice.split() for choice in item.choices)
+    assert man[1:] == woman[1:] == ['is', 'a', man[3], '.']
+    assert man[0] in phrases.HE and woman[0] in phrases.SHE
+    jobs = {there.facts[name[0]]['job'] for name in (man, woman)}
+    assert man[3] not in jobs
 
 
 def test_rates_that_diverge_end_the_threshold(config, tmp_path):

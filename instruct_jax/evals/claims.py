@@ -31,6 +31,7 @@ Points = Mapping[str, Sequence[tuple[float | str, float]]]
 # Tolerances, chosen beforehand; the paper prints none.
 SAME_ACCURACY = 0.01  # R4: reward models as good as each other.
 SMALL_DROP = 0.05  # R5: to labelers who were left out.
+ROUNDING = 1e-5  # R6: nats a pair.
 KEPT_GAIN = 0.5  # R10: of PPO's gain that PPO-ptx keeps.
 DIVERGED = 1.0  # R14: nats a token of pretraining loss lost.
 SAME_GAIN = 0.05  # R20: of the judge's score, at equal KL.
@@ -82,6 +83,11 @@ class Seed:
   def kl(self, model: str) -> float:
     """From the RL initialisation, nats a response."""
     return self.summary['kl'][model]
+
+  def entropy(self, model: str) -> float:
+    """Of the two sentences of a minimal pair, bits; mean over pairs."""
+    scores = self.results('minimal_pairs')['scores']
+    return scores[f'{model} winogender basic prompt entropy']
 
   def results(self, stage: str) -> dict[str, Any]:
     """results.json of a stage."""
@@ -291,9 +297,9 @@ def _fall(seed: Seed) -> float:
   return peak[2] - last[2] if last[1] >= peak[1] else 0.0
 
 
-def _more_with_data(seed: Seed) -> float:
-  """The judge's highest gain, most against fewest rankings."""
-  curves = _along(seed, 'overopt').values()
+def _higher_peak(seed: Seed, sweep: str) -> float:
+  """The judge's highest gain at the sweep's largest value over its smallest."""
+  curves = _along(seed, sweep).values()
   peaks = [max(gold for _, _, gold in points) for points in curves]
   return peaks[-1] - peaks[0]
 
@@ -303,7 +309,12 @@ def _extrapolated(seed: Seed) -> float:
   the lower half of the KL, foretells the judge's gain in the upper half: the
   difference of mean squared errors, in units of the line's."""
   errors = collections.Counter()
-  for points in _along(seed, 'overopt').values():
+  curves = [
+    points
+    for sweep in ('overopt', 'sizes')
+    for points in _along(seed, sweep).values()
+  ]
+  for points in curves:
     kept = np.array([p for p in points if p[0] > 0])
     half = len(kept) // 2
     if half < 3:
@@ -539,6 +550,28 @@ CLAIMS = {
       ]
     },
   ),
+  'R6': Claim(
+    'the bias that gives demonstrations mean score 0 leaves preferences as '
+    'they are',
+    '3.5',
+    'the same log-loss and accuracy, but for rounding, with another bias',
+    ('ranked',),
+    {
+      'room left, log-loss': lambda s: (
+        ROUNDING - abs(_log_loss(s, 'reward') - _log_loss(s, 'reward_ranked'))
+      ),
+      'room left, accuracy': lambda s: (
+        ROUNDING - abs(_accuracy(s, 'reward') - _accuracy(s, 'reward_ranked'))
+      ),
+    },
+    ('mean 0 over', 'validation log-loss, nats a pair'),
+    lambda s: {
+      '': [
+        ('demonstrations', _log_loss(s, 'reward')),
+        ('ranked answers', _log_loss(s, 'reward_ranked')),
+      ]
+    },
+  ),
   'R7': Claim(
     'labelers prefer PPO and PPO-ptx to SFT, SFT to prompted GPT, and that to '
     'GPT',
@@ -680,16 +713,21 @@ CLAIMS = {
     "the true score peaks and falls while the reward model's rises; better "
     'reward models peak higher; the form foretells higher KL',
     'Gao et al. 2022, 3',
-    "the judge's gain falls after its peak; peaks higher with more rankings; "
-    'd (alpha - beta log d) of low KL errs less at high KL than a line in d',
-    ('overopt',),
+    "the judge's gain falls after its peak; peaks higher with more rankings "
+    'and with a larger reward model; d (alpha - beta log d) of low KL errs '
+    'less at high KL than a line in d',
+    ('overopt', 'sizes'),
     {
       'fall after the peak': _fall,
-      'peak with more rankings': _more_with_data,
+      'peak with more rankings': lambda s: _higher_peak(s, 'overopt'),
+      'peak with a larger model': lambda s: _higher_peak(s, 'sizes'),
       'errors saved': _extrapolated,
     },
     ('KL, nats a response', "judge's gain"),
-    _along_points('overopt', lambda x: f'1/{1 / x:g} of the rankings'),
+    lambda s: {
+      **_along_points('overopt', lambda x: f'1/{1 / x:g} of the rankings')(s),
+      **_along_points('sizes', lambda x: f'{x:g} x the weights')(s),
+    },
   ),
   'R19': Claim(
     'reward models gain about a point with each doubling of the data',
@@ -708,6 +746,18 @@ CLAIMS = {
     {'room left': _frontier_distance},
     ('KL, nats a response', "judge's gain"),
     _along_points('frontier', lambda x: f'beta x {x:g}'),
+  ),
+  'R21': Claim(
+    'tuned models are surer than GPT which of two sentences is likelier',
+    'D.1, Table 14 (Winogender, basic: .735, .503 SFT, .618 PPO, .737 PPO-ptx)',
+    'lower entropy of minimal pairs for SFT and for PPO than for GPT',
+    ('minimal_pairs',),
+    {
+      'bits less, SFT': lambda s: s.entropy('pretrained') - s.entropy('sft'),
+      'bits less, PPO': lambda s: s.entropy('pretrained') - s.entropy('ppo'),
+    },
+    ('', 'entropy of a minimal pair, bits'),
+    _of_models('entropy', 'pretrained', 'sft', 'ppo', 'ppo_ptx'),
   ),
   'M1': Claim(
     'RLOO and GRPO, without a value model, do as well as PPO',

@@ -7,6 +7,7 @@ nothing of the world, which `miniature/` makes.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from instruct_jax import files
 from instruct_jax.data import hygiene, records, tokenizer
 from instruct_jax.evals import figures, judges
 from instruct_jax.infra import origin
@@ -102,6 +104,20 @@ class Gold(judges.Judge):
     return {origin.WORLD: self._seed}
 
 
+def minimal_pairs(the_world: world.World) -> list[str]:
+  """Rows of Winogender's table: a job said of a woman and of a man.
+
+  Neither has it, so that a model has no reason to find one likelier.
+  """
+  rows = []
+  for job, she, he in itertools.product(phrases.JOBS, phrases.SHE, phrases.HE):
+    if job in (the_world.facts[she]['job'], the_world.facts[he]['job']):
+      continue
+    for name, form in ((she, 'female'), (he, 'male')):
+      rows.append(f'{job}.{she}_{he}.0.{form}.txt\t{name} is a {job} .')
+  return rows
+
+
 def validate(config):
   """Checks the numbers of records."""
   for key in ('duplicate_prefix_words', 'prompts_per_user', 'num_documents'):
@@ -126,7 +142,8 @@ def inputs(config):
 
 
 def run(config, workdir: epath.Path):
-  """Writes the JSONL files, tokenizer/, prefixes.json and hygiene.json."""
+  """Writes the JSONL files, tokenizer/, prefixes.json, minimal_pairs.tsv and
+  hygiene.json."""
   validate(config)
   the_world = world.make_world(config.seed)
   people = labelers.make_labelers(
@@ -192,6 +209,10 @@ def run(config, workdir: epath.Path):
     'prompts_test': splits['test'],
   }.items():
     records.write_jsonl(workdir / f'{name}.jsonl', rows)
+  rows = ['sentid\tsentence', *minimal_pairs(the_world)]
+  files.write_bytes(
+    workdir / 'minimal_pairs.tsv', ('\n'.join(rows) + '\n').encode()
+  )
   counts = report.to_json()
   run_lib.write_json(workdir / 'hygiene.json', counts)
   run_lib.write_json(

@@ -1,0 +1,175 @@
+"""What claims of `configs/study.py` need beyond one key varied.
+
+Each function that a claim names takes the `sweeps.Study`, adds its stages, and
+returns stage -> value, or nothing.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import dpo, rloo
+
+# Of the rankings, for reward models; and of those, whose RL is over-optimised.
+SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+OVEROPTIMISED = (1 / 32, 1 / 8)
+FRONTIER = (0.1, 1.0, 3.0)  # Multiples of beta.
+DPO_BETAS = (0.03, 0.1, 0.3, 1.0)
+
+
+def sft_long(study):
+  """SFT for the paper's 16 epochs, and the choice among them."""
+  study.derive('sft', 'sft_long', num_epochs=16)
+  study.derive('select', 'select_long', {'sft': 'sft_long'})
+
+
+def pairs(study):
+  """A reward model from shuffled pairs, in as many steps."""
+  size = 19 * study.stages.reward.batch_size  # Pairs of a prompt, K 4 to 9.
+  study.derive('reward', 'reward_pairs', split_pairs=True, batch_size=size)
+
+
+def crossval(study):
+  """The folds of E.2, a stage of the recipe."""
+  study.order.append('crossval')
+
+
+def sized(study, label: str, factor: float) -> str:
+  """A pretrained model with another width; a larger one is deeper, too."""
+  model = ConfigDict(study.stages.pretrain.model.to_dict())
+  keys = ('width', 'num_heads', 'mlp_dim')
+  for key in (*keys, 'num_layers') if factor > 1 else keys:
+    model[key] = int(factor * model[key])
+  return study.derive('pretrain', f'pretrain_{label}', model=model)
+
+
+def large(study):
+  """A pretrained model twice as wide and deep, of eight times the weights."""
+  sized(study, 'large', 2)
+
+
+def mix(study):
+  """PPO-ptx from initialisations with other shares of pretraining."""
+  found = {'ppo_ptx': study.stages.rl_init.ptx_fraction}
+  for share in (0.0, 0.5):
+    label = f'mix_{share:g}'.replace('.', 'p')
+    start = study.derive('rl_init', f'rl_init_{label}', ptx_fraction=share)
+    stage = study.derive('ppo_ptx', f'ppo_{label}', {'init': f'{start}/model'})
+    found[stage] = share
+  return found
+
+
+def reward_of(study, share: float) -> str:
+  """A reward model from the first part of the rankings."""
+  total = study.stages.data.num_reward_prompts
+  total *= study.stages.compare.rankers_per_prompt
+  count = round(share * total)
+  return study.derive('reward', f'reward_{count}', max_comparisons=count)
+
+
+def data_reward(study):
+  """Reward models from parts of the rankings, and from all."""
+  return {reward_of(study, share): share for share in SHARES} | {'reward': 1.0}
+
+
+def along(study, label, reward, parent='ppo', **changes) -> str:
+  """RL with snapshots, and its frontier of reward model and judge."""
+  model = {'reward_model': f'{reward}/model'}
+  own = study.stages[parent]
+  iterations = changes.get('num_episodes', own.num_episodes) // own.batch_size
+  changes['snapshot_every'] = max(1, iterations // 10)
+  stage = study.derive(parent, f'{parent}_{label}', model, **changes)
+  rl = f'{stage}=' + study.workdir + f'/{stage}'
+  return study.derive('best_of_n', f'frontier_{stage}', model, rl=rl)
+
+
+def overopt(study):
+  """Twice as much PPO, without a penalty, against weak reward models."""
+  longer = 2 * study.stages.ppo.num_episodes
+  changes = {'kl_coef': 0.0, 'num_episodes': longer}
+  return {
+    along(
+      study, f'over_{1 / share:g}', reward_of(study, share), **changes
+    ): share
+    for share in OVEROPTIMISED
+  }
+
+
+def sizes(study):
+  """The same against reward models of three sizes, each from its own
+  pretrained model and the fewer rankings; one value model serves all."""
+  changes = {'kl_coef': 0.0, 'num_episodes': 2 * study.stages.ppo.num_episodes}
+  few, found = reward_of(study, OVEROPTIMISED[1]), {}
+  for label, factor, share in (
+    ('small', 0.5, 1 / 4), ('own', 1, 1.0), ('large', 2, 8.0),
+  ):  # fmt: skip
+    start = 'pretrain' if factor == 1 else sized(study, label, factor)
+    model = {'init': f'{start}/model'}
+    reward = study.derive(few, f'reward_{label}', model)
+    stage = along(study, label, reward, value_from='policy', **changes)
+    found[stage] = share
+  return found
+
+
+def frontier(study):
+  """PPO with several KL coefficients, against one reward model."""
+  own, found = study.stages.ppo.kl_coef, {}
+  for multiple in FRONTIER:
+    label = f'kl_{multiple:g}'.replace('.', 'p')
+    found[along(study, label, 'reward', kl_coef=multiple * own)] = multiple
+  return found
+
+
+def ending(study):
+  """Responses that do not end are worth a fixed low score."""
+  ending = study.derive('ppo', 'ppo_ending', missing_end_score=-1.0)
+  return {'ppo': 0.0, ending: 1.0}
+
+
+def value_start(study):
+  """A value model with the policy's trunk and a new head."""
+  fresh = study.derive('ppo', 'ppo_value_from_policy', value_from='policy')
+  return {fresh: 0.0, 'ppo': 1.0}
+
+
+def ranked(study):
+  """A reward model whose mean is 0 over ranked answers instead of
+  demonstrations."""
+  reward = study.derive('reward', 'reward_ranked', demonstrations='')
+  return {reward: 0.0, 'reward': 1.0}
+
+
+def shift(study):
+  """PPO against that reward model."""
+  ranked(study)
+  model = {'reward_model': 'reward_ranked/model'}
+  return {study.derive('ppo', 'ppo_reward_ranked', model): 0.0, 'ppo': 1.0}
+
+
+def minimal_pairs(study):
+  """Two sentences that differ in whom they are about, as in Winogender."""
+  data = ConfigDict(study.stages.nlp_suite.data)
+  data.winogender = study.workdir + '/data/minimal_pairs.tsv'
+  study.derive(
+    'nlp_suite', 'minimal_pairs', data=data, prompt_types='basic prompt'
+  )
+
+
+def methods(study):
+  """RLOO, GRPO and DPO beside PPO: snapshots, and points of DPO's beta."""
+  stages, found = study.stages, {}
+  stages.rloo = rloo.from_ppo(ConfigDict(stages.ppo))
+  stages.dpo = dpo.from_reward(study.config)
+  grpo = {
+    'advantage': 'group_normalised', 'kl_in': 'loss', 'kl_estimator': 'k3',
+  }  # fmt: skip
+  found[along(study, 'method', 'reward')] = 1.0
+  found[along(study, 'method', 'reward', 'rloo')] = 2.0
+  found[along(study, 'group', 'reward', 'rloo', **grpo)] = 3.0
+  # Operations of a token: PPO 22 N, with reward and value model; RLOO 14 N.
+  own = stages.ppo.num_episodes // stages.ppo.batch_size
+  study.derive(
+    'rloo', 'rloo_compute',
+    num_episodes=round(own * 22 / 14) * stages.ppo.batch_size,
+  )  # fmt: skip
+  for beta in DPO_BETAS:
+    study.derive('dpo', f'dpo_{beta:g}'.replace('.', 'p'), beta=beta)
+  return found
