@@ -62,12 +62,14 @@ TLDR_1B = {
     'model': 'hf:EleutherAI/pythia-1b-deduped',
     'template': '',
     'seed': 44413,  # Theirs: 44413, 55513, 66613, 77713; two of them fail.
+    'lora': {'rank': 0},  # All weights, whatever the device has.
   },
   'data': {
     'prompt_length': 512,
     'response_length': 53,
     'duplicate_prefix_words': 1_000,  # Their set has no duplicates.
     'judge_fraction': 0.2,
+    'references': True,  # The published win rates are against them.
   },
   'train': {'row_length': 640},  # Of packed rows; theirs end at 562 and 638.
   'sft': {'num_epochs': 1, 'learning_rate': 3e-6, 'batch_size': 128},
@@ -87,7 +89,10 @@ TLDR_1B = {
     'kl_coef': 0.05,
     'missing_end_score': -1.0,
   },
-  'evaluate': {'num_prompts': 2_000},
+  'evaluate': {
+    'num_prompts': 2_000,
+    'world': 'instruct_jax.worlds.preferences.TLDR',
+  },
 }
 PRESETS = {
   'smoke': SMOKE,

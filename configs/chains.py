@@ -11,7 +11,7 @@ from configs import dpo, rloo
 # Of the rankings, for reward models; and of those, whose RL is over-optimised.
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 OVEROPTIMISED = (1 / 32, 1 / 8)
-FRONTIER = (0.1, 1.0, 3.0)  # Multiples of beta.
+FRONTIER = (0.0, 1.0, 3.0)  # Multiples of beta.
 DPO_BETAS = (0.03, 0.1, 0.3, 1.0)
 
 
@@ -23,13 +23,13 @@ def sft_long(study):
 
 def pairs(study):
   """A reward model from shuffled pairs, in as many steps."""
-  size = 19 * study.stages.reward.batch_size  # Pairs of a prompt, K 4 to 9.
-  study.derive('reward', 'reward_pairs', split_pairs=True, batch_size=size)
+  study.derive('reward', 'reward_pairs', split_pairs=True)
 
 
 def crossval(study):
   """The folds of E.2, a stage of the recipe."""
   study.order.append('crossval')
+  study.used.append('crossval')
 
 
 def sized(study, label: str, factor: float) -> str:
@@ -37,7 +37,7 @@ def sized(study, label: str, factor: float) -> str:
   model = ConfigDict(study.stages.pretrain.model.to_dict())
   keys = ('width', 'num_heads', 'mlp_dim')
   for key in (*keys, 'num_layers') if factor > 1 else keys:
-    model[key] = int(factor * model[key])
+    model[key] = max(1, int(factor * model[key]))
   return study.derive('pretrain', f'pretrain_{label}', model=model)
 
 
@@ -94,10 +94,11 @@ def overopt(study):
 
 
 def sizes(study):
-  """The same against reward models of three sizes, each from its own
-  pretrained model and the fewer rankings; one value model serves all."""
+  """The same against reward models of three sizes, each from a pretrained model
+  of its size and an eighth of the rankings; value models are the policy's
+  size."""
   changes = {'kl_coef': 0.0, 'num_episodes': 2 * study.stages.ppo.num_episodes}
-  few, found = reward_of(study, OVEROPTIMISED[1]), {}
+  few, found = reward_of(study, 1 / 8), {}
   for label, factor, share in (
     ('small', 0.5, 1 / 4), ('own', 1, 1.0), ('large', 2, 8.0),
   ):  # fmt: skip
@@ -170,6 +171,9 @@ def methods(study):
     'rloo', 'rloo_compute',
     num_episodes=round(own * 22 / 14) * stages.ppo.batch_size,
   )  # fmt: skip
+  # DPO goes further from its start than PPO does by itself.
+  low = 0.1 * stages.ppo.kl_coef
+  found[along(study, 'far', 'reward', kl_coef=low)] = 4.0
   for beta in DPO_BETAS:
     study.derive('dpo', f'dpo_{beta:g}'.replace('.', 'p'), beta=beta)
   return found

@@ -63,6 +63,7 @@ def stage(seed, workdir):
   config.prefix_length = 48  # Tokens that a prefix may add.
   # The judge: dotted name of a class or function, and its own keys.
   config.judge = JUDGES['gold']
+  config.other_judges = ''  # More of them, comma between: one more table.
   # gold: seed of the world that is judged. None: that of the run whose folder
   # the prompts are in.
   config.world_seed = placeholder(int)

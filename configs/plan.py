@@ -67,6 +67,7 @@ def recipe_stages(config, preset, **shape):
     stage = config[name] = stages[key].copy_and_resolve_references()
     stage.lora.rank = 0
     stage.compute_dtype = ''  # The models'.
+    stage.update(remat=shape.remat, logprob_chunk=shape.logprob_chunk)
   config.ppo.frozen_dtype = 'bfloat16'
 
 

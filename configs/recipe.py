@@ -45,6 +45,7 @@ def data_stage(seed, workdir):
   config.valid_fraction = 0.05  # Of the prompts.
   config.test_fraction = 0.1
   config.judge_fraction = 0.4  # Of the conversations; teach the judge alone.
+  config.references = False  # Compares demonstrations of test prompts, too.
   config.duplicate_prefix_words = 12  # Not printed (A.2); a choice.
   config.prompts_per_user = 200  # 3.2, A.2.
   # Tokens; None holds this share of the records, up to these tokens.
@@ -55,7 +56,7 @@ def data_stage(seed, workdir):
   config.max_response_length = 512
   config.max_demonstrations = 0  # Records, drawn by seed; 0 is all.
   config.max_comparisons = 0  # Of each of the two reward models.
-  config.max_valid = 1_000  # Of each held-out file.
+  config.max_valid = 1_000  # Of each validation file.
   config.max_documents = 0
   return config
 
@@ -87,15 +88,16 @@ def wire(config) -> None:
   for key in ('model', 'tokenizer', 'template'):
     config[key] = stages.data[key]
     stages.data[key] = config.get_ref(key)
-  for key in ('preferences', 'test_preferences', 'demonstrations', 'prompts'):
-    config[key] = ''
-    stages.data[key] = config.get_ref(key)
-  for key in ('documents', 'other_documents'):
+  for key in (
+    *('preferences', 'test_preferences', 'demonstrations', 'prompts'),
+    *('documents', 'other_documents'),
+  ):
     config[key] = ''
     stages.data[key] = config.get_ref(key)
   stages.judge = reward.stage(seed + 1, workdir, 'judge')
   stages.judge.init = workdir + '/sft/model'
   stages.judge.demonstrations = data + '/demonstrations_train.jsonl'
+  stages.judge.mesh = config.get_ref('mesh')
   pipeline.share_lora(config, stages.judge)
   for name, prefix in (('reward', ''), ('judge', 'judge_')):
     for key, split in (
@@ -109,7 +111,9 @@ def wire(config) -> None:
     stages[name].prompts = data + '/prompts_train.jsonl'
   stages.evaluate.world = 'instruct_jax.worlds.preferences.WORLD'
   config.judge = 'instruct_jax.worlds.preferences.OtherConversations'
+  config.other_judges = ''
   stages.evaluate.judge = config.get_ref('judge')
+  stages.evaluate.other_judges = config.get_ref('other_judges')
   stages.evaluate.judge_model = workdir + '/judge/model'
   stages.evaluate.comparisons = 'given=' + stages.reward.get_ref('comparisons')
   stages.evaluate.test_comparisons = 'given=' + data + '/comparisons_test.jsonl'
@@ -150,6 +154,10 @@ def get_config(preset: str = 'cpu'):
     for key in ('prompt_length', 'response_length', 'row_length'):
       if key in each and name != 'nlp_suite':
         each[key] = None  # As measured by the data stage.
+    for key, kind in {'remat': str, 'logprob_chunk': int}.items():
+      if key in each:
+        del each[key]
+        each[key] = placeholder(kind)  # Chosen for the device.
   numbers(stages)
   changes = budgets.PRESETS[preset]
   config.update(changes.get('', {}))
@@ -172,13 +180,9 @@ def get_config(preset: str = 'cpu'):
 def numbers(stages) -> None:
   """Settings for published models; none of them is the paper's."""
   for each in (stages.sft, stages.rl_init):
+    each.update(batch_size=16, num_epochs=2, learning_rate=2e-5, dropout=0.0)
     each.pack = True
-    each.batch_size = 16
-    each.learning_rate = 2e-5
-    each.dropout = 0.0
     each.cut_documents = True
-  stages.sft.num_epochs = 2
-  stages.rl_init.num_epochs = 2
   for each in (stages.reward, stages.judge):
     each.batch_size = 32
     each.learning_rate = 1e-5

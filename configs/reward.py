@@ -41,7 +41,8 @@ def stage(seed, workdir, name='reward'):
   # batch: they share the K forwards, and every prompt has the same weight.
   config.merge_rankings = True
   # Whether each pair is an element of its own, shuffled; the paper tried it
-  # first, and it overfits (3.5).
+  # first, and it overfits (3.5). A batch then has as many pairs as `batch_size`
+  # prompts have on average.
   config.split_pairs = False
   config.row_length = 2048
   config.batch_size = 64  # Prompts, each with all of its pairs (C.2).

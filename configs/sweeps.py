@@ -48,6 +48,7 @@ class Study:
     self.config, self.stages = config, config.stages
     self.workdir = config.get_ref('workdir')
     self.order: list[str] = []
+    self.used: list[str] = []  # By the sweeps, one after the other.
     config.sweeps = ConfigDict()  # Name -> stage -> its value.
     config.stages_of = ConfigDict()  # Name -> its stages.
 
@@ -65,18 +66,19 @@ class Study:
         found[key] = value
       self.stages[name] = found
       self.order.append(name)
+    self.used.append(name)
     return name
 
   def need(self, name: str) -> None:
     """Adds the stages of a sweep, and its points: stage -> value, if any."""
-    before = len(self.order)
+    before = len(self.used)
     found = (
       self.swept(SWEEPS[name])
       if name in SWEEPS
       else getattr(chains, name)(self)
     )
     self.config.sweeps[name] = ConfigDict(found or {})
-    self.config.stages_of[name] = tuple(self.order[before:])
+    self.config.stages_of[name] = tuple(dict.fromkeys(self.used[before:]))
 
   def swept(self, sweep: Sweep) -> dict[str, float]:
     """Stage -> value."""

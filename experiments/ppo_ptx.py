@@ -43,11 +43,12 @@ def make_optimizers(config):
   }
 
 
-def build_programs(config, policy, value, stop_ids):
+def build_programs(config, policy, value, stop_ids, reward=None):
   """The jitted programs of one iteration.
 
   Args:
-    policy, value: pure modules; the reward model has that of the value model.
+    policy, value, reward: pure modules; without a reward model's, it has that
+      of the value model.
   """
   method = rl.method_of(config)
   longest = config.prompt_length + config.response_length
@@ -65,7 +66,7 @@ def build_programs(config, policy, value, stop_ids):
   return {
     'respond': jax.jit(rl.make_respond(config, policy, stop_ids)),
     'lengths': jax.jit(rollout.episode_lengths),
-    'score': jax.jit(rl.make_score(config, value)),
+    'score': jax.jit(rl.make_score(config, reward or value)),
     'penalise': jax.jit(penalise),
     'train': jax.jit(train, donate_argnums=0),
   }
@@ -95,8 +96,9 @@ def run(config, workdir: epath.Path):
       value = model_fns.scalar_from_policy(policy, mesh, key)
     policy, value = rl.add_adapters(config, mesh, policy, value)
     programs = build_programs(
-      config, policy.module, value.module, tokenizer.stop_ids
-    )
+      config, policy.module, value.module, tokenizer.stop_ids,
+      reward and reward.module,
+    )  # fmt: skip
     state = initial_state(config, policy.params, value.params)
     # Adapters start at zero, so that their base is the reference.
     models = {'reference': policy.base or policy.params}

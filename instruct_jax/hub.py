@@ -12,7 +12,9 @@ from etils import epath
 
 from instruct_jax import command, files
 
-_PATTERNS = ('*.json', '*.jinja', '*.safetensors', '*.txt', '*.model')
+# A model's description, without its weights.
+DESCRIPTION = ('*.json', '*.jinja', '*.txt', '*.model')
+_PATTERNS = (*DESCRIPTION, '*.safetensors')
 # The same weights once more, in their authors' own format.
 _IGNORED = ('consolidated*', '*/*')
 
@@ -37,6 +39,7 @@ def locate(name: str, patterns: tuple[str, ...] = _PATTERNS) -> pathlib.Path:
   if pathlib.Path(name).is_dir():
     return pathlib.Path(name)
   import huggingface_hub
+  from huggingface_hub import errors
 
   try:
     return pathlib.Path(
@@ -46,7 +49,18 @@ def locate(name: str, patterns: tuple[str, ...] = _PATTERNS) -> pathlib.Path:
         ignore_patterns=list(_IGNORED),
       )
     )
-  # Bad names, unknown repositories, no network: unrelated exception types.
+  except errors.GatedRepoError as error:
+    raise ValueError(
+      f'hf:{name}: its authors ask users to accept conditions first; do so at '
+      f'https://huggingface.co/{name}, then log in by `hf auth login` or set '
+      'HF_TOKEN'
+    ) from error
+  except errors.RepositoryNotFoundError as error:
+    raise ValueError(
+      f'hf:{name}: no such folder here and no such model on the Hub, or a '
+      'private one; mend the name, or log in by `hf auth login`'
+    ) from error
+  # Bad names, no network: unrelated exception types.
   except Exception as error:
     raise ValueError(
       f'hf:{name}: no such folder here, and it does not download '

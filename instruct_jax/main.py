@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     precision.resolve(config, workdir)
     if 'prepare' in config:
       prepare = score_fns.find(config.prepare, 'prepare')
-      if not prepare(config):
+      if not prepare(config, workdir):
         return  # It was asked to describe the run alone.
     described = config.copy_and_resolve_references()
     config.workdir = str(workdir)

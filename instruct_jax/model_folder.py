@@ -63,10 +63,10 @@ def check(
       handled.
   """
   if is_published(directory):
-    tokenizer_lib.check_published(tokenizer, str(directory))
-    folder = hub.locate(str(directory))
+    folder = hub.locate(str(directory), hub.DESCRIPTION)
     values = hf.read_config(folder)
     TransformerConfig.from_hf(values)
+    tokenizer_lib.check_published(tokenizer, str(directory))
     if kind == 'scalar':
       try:
         families.score_pad_id(values)
@@ -185,7 +185,8 @@ def shape_of(folder: epath.PathLike) -> TransformerConfig:
       adapters, is missing or damaged.
   """
   if is_published(folder):
-    return TransformerConfig.from_hf(hf.read_config(hub.locate(str(folder))))
+    place = hub.locate(str(folder), hub.DESCRIPTION)
+    return TransformerConfig.from_hf(hf.read_config(place))
   described = checkpoint.load_metadata(folder)
   if 'base' in described:
     _find_base(folder, described['base'])

@@ -153,9 +153,13 @@ class Batches:
     reads_responses: bool = False,
   ):
     self._rows, self._num_parts = rows, config.num_microbatches
+    size = config.batch_size
+    if config.get('split_pairs'):  # As many steps as with whole prompts.
+      size = round(size * loader.num_rows(rows) / _num_prompts(rows))
+      size = max(1, size // self._num_parts) * self._num_parts
     self._steps = loader.balanced_batches(
       rows.mask.sum(axis=(1, 2)),
-      batch_size=config.batch_size,
+      batch_size=size,
       seed=seed,
       num_epochs=config.num_epochs,
     )
@@ -182,6 +186,16 @@ class Batches:
       loader.pack_comparisons(part, **self._shape) for part in self._parts(step)
     ]
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+def _num_prompts(rows: ComparisonBatch) -> int:
+  """Of different ones."""
+  return len(
+    {
+      tokens[0, :length].tobytes()
+      for tokens, length in zip(rows.tokens, rows.prompt_lengths, strict=True)
+    }
+  )
 
 
 @dataclasses.dataclass(frozen=True)

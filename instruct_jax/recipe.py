@@ -7,18 +7,22 @@ rematerialisation for the device.
 
 import dataclasses
 import os
+import shutil
 import time
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
+from instruct_jax import files as files_lib
 from instruct_jax import judge_fns, model_fns, model_folder, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.infra import cost, origin, sharding
+from instruct_jax.infra import cost, origin, pipeline, sharding
 from instruct_jax.infra import run as run_lib
+from instruct_jax.infra import stages as stages_lib
 from instruct_jax.jobs import plan
 from instruct_jax.models.config import TransformerConfig, check_stage
 from instruct_jax.types import PromptBatch
@@ -37,6 +41,9 @@ KEPT_SHARE, LOGITS_SHARE = 0.3, 0.1
 LOGPROB_CHUNK = 128
 LORA_RANK = 16
 MODEL = 'hf:HuggingFaceTB/SmolLM2-135M-Instruct'  # In messages.
+# The judge that the recipe trains, and that of a given `judge_model`.
+OWN_JUDGE = 'instruct_jax.worlds.preferences.OtherConversations'
+GIVEN_JUDGE = 'instruct_jax.judge_fns.RewardModel'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,36 +63,50 @@ class Choice:
   why: str
 
 
-def prepare(config: ConfigDict) -> bool:
+def prepare(config: ConfigDict, workdir: epath.Path) -> bool:
   """Fits the config, in place.
 
   Args:
     config: of the whole recipe, with an empty `workdir`.
+    workdir: of the run. One that goes on keeps the adapters' rank.
 
   Returns:
     Whether the run goes on; False after a dry run.
 
   Raises:
-    ValueError: a key or the model is not as it should be.
+    ValueError: a key or a model is not as it should be, or the disk is too
+      full.
   """
   check_given(config, {'model': MODEL, 'preferences': 'hh:DIR'})
   preferences.validate(config.stages.data)
   check_stage(config)
   tokenizer = preferences.load_tokenizer(config.stages.data)
   context_length = preferences.check_model(config.stages.data, tokenizer)
+  check_models(config, tokenizer)
+  file = workdir / stages_lib.CONFIG_FILE
+  before = run_lib.read_json(file) if run_lib.agreed(file.exists()) else {}
   with config.unlocked():
     leave_out_stages(config)
     compare_models(config)
+    if config.lora.rank is None:
+      config.lora.rank = before.get('lora', {}).get('rank')
     choice = choose(config)
     apply(config, choice)
   run_lib.say(f'recipe: {choice.why}')
+  if not before:
+    check_disk(config, workdir)
   if config.dry_run:
+    described = config.copy_and_resolve_references()
+    with config.unlocked():
+      config.workdir = str(workdir)
+    pipeline.check(config, workdir, described)
     describe(config, tokenizer, context_length)
   return not config.dry_run
 
 
-def prepare_sentiment(config: ConfigDict) -> bool:
+def prepare_sentiment(config: ConfigDict, workdir: epath.Path) -> bool:
   """Checks configs/sentiment.py."""
+  del workdir
   given = {'model': MODEL, 'documents': 'DIR', 'labels': 'SST2/train.tsv'}
   check_given(config, given)
   check_stage(config)
@@ -104,6 +125,56 @@ def check_given(config: ConfigDict, examples: Mapping[str, str]) -> None:
       raise ValueError(f'{key} is empty; give --config.{key}={example}')
 
 
+def check_models(
+  config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer
+) -> None:
+  """Refuses given models that the stages could not load.
+
+  Policies and reward models read the run's ids; a judge may have a tokenizer of
+  its own.
+  """
+  kinds = {'sft_model': 'policy', 'reward_model': 'scalar'}
+  for key, kind in {**kinds, 'judge_model': 'scalar'}.items():
+    folder, read = config[key], tokenizer
+    if not folder:
+      continue
+    if key == 'judge_model' and model_folder.is_published(folder):
+      read = tokenizer_lib.Tokenizer.load(folder)
+    model_folder.check(folder, kind, read)
+
+
+def check_disk(config: ConfigDict, workdir: epath.Path) -> None:
+  """Refuses a disk with less room than the models that the run leaves there."""
+  if files_lib.is_remote(str(workdir)):
+    return
+  place = workdir
+  while not place.exists():
+    place = place.parent
+  needed = disk_bytes(config)
+  free = shutil.disk_usage(place).free
+  if free < needed:
+    raise ValueError(
+      f'{workdir}: {free / 1e9:.1f} GB are free, and the models of this run '
+      f'take {needed / 1e9:.1f} GB; make room, or give a --workdir elsewhere'
+    )
+
+
+def disk_bytes(config: ConfigDict) -> float:
+  """Of the float32 models that the stages leave, and of one checkpoint."""
+  whole = 4.0 * model_folder.shape_of(config.model).num_params
+  total = 0.0
+  for name in config.stage_order:
+    stage, copies = config.stages[name], 0
+    if name == 'export':
+      copies = len(model_folder.named_folders(stage.models))
+    elif 'lora' in stage and not stage.lora.rank:
+      copies = {'sft': stage.get('num_epochs', 1), 'ppo': 2, 'ppo_ptx': 2}.get(
+        name, 1
+      )
+    total += copies * whole
+  return total + 3 * whole
+
+
 # --- Stages -------------------------------------------------------------------
 
 
@@ -119,17 +190,24 @@ def leave_out_stages(config: ConfigDict) -> None:
     gone.add('reward')
     for each in (*rl, stages.select, stages.evaluate):
       each.reward_model = config.reward_model
-  if config.judge_model:
+  names = filter(None, (config.judge, *config.other_judges.split(',')))
+  kinds = [judge_fns.find(name) for name in names]
+  if config.judge_model or not any(
+    issubclass(kind, judge_fns.RewardModel) for kind in kinds
+  ):
     gone.add('judge')
     stages.evaluate.judge_model = config.judge_model
-  elif not issubclass(judge_fns.find(config.judge), judge_fns.RewardModel):
-    gone.add('judge')
-    stages.evaluate.judge_model = ''
+    stages.data.judge_fraction = 0.0  # No rankings have to be kept for it.
+  if config.judge_model and config.judge == OWN_JUDGE:
+    config.judge = GIVEN_JUDGE
   if not config.documents:
     gone.add('ppo_ptx')
     stages.rl_init.ptx_fraction = 0.0
     stages.ppo.valid_documents = ''
-    run_lib.say('recipe: documents is empty: no PPO-ptx, and no alignment tax')
+    tax = 'of other_documents alone' if config.other_documents else 'no'
+    run_lib.say(
+      f'recipe: documents is empty: no PPO-ptx, and {tax} alignment tax'
+    )
   config.stage_order = tuple(n for n in config.stage_order if n not in gone)
   for name in gone:
     del stages[name]
@@ -154,9 +232,15 @@ def compare_models(config: ConfigDict) -> None:
   last = {f'{n}_last': workdir + f'/{n}/policy' for n in trained}
   others = {} if config.sft_model else {'rl_init': workdir + '/rl_init/model'}
   evaluate = stages.evaluate
-  evaluate.models = listed({'pretrained': config.model, 'sft': sft, **trained})
+  compared = {'pretrained': config.model, 'sft': sft, **trained}
+  pairs = ['ppo_ptx=ppo'] * (len(trained) == 2)
+  if config.stages.data.references:
+    name = preferences.REFERENCES
+    compared[name] = workdir + f'/data/{name}_test.jsonl'
+    pairs += [f'{each}={name}' for each in trained]
+  evaluate.models = listed(compared)
   evaluate.other_models = listed({**others, **last})
-  evaluate.pairs = 'ppo_ptx=ppo' * (len(trained) == 2)
+  evaluate.pairs = ','.join(pairs)
   evaluate.reference = 'sft' if config.sft_model else 'rl_init'
   evaluate.prompted = evaluate.prefixes = evaluate.crossval = ''
   evaluate.suite = workdir + '/nlp_suite/suite.json'
@@ -190,26 +274,33 @@ def choose(config: ConfigDict) -> Choice:
   devices = jax.devices()
   on_cpu = devices[0].platform == 'cpu'
   shape = model_folder.shape_of(config.model)
-  memory, said = memory_bytes(), []
-  said.append(
-    f'{len(devices)} x {devices[0].device_kind}, {memory / 2**30:.0f} GiB, '
+  memory = memory_bytes()
+  size = f'{memory / 2**30:.0f} GiB'
+  said = [
+    f'{len(devices)} x {devices[0].device_kind}, {size}, '
     f'{shape.num_params / 1e6:.0f} M parameters'
-  )
-  rank = config.lora.rank
+  ]
+  rows = [config.stages.ppo.batch_size]
+  mesh = model_folder.make_mesh(config.mesh, [config.model], rows)
+  cut = ' x '.join(map(str, mesh.devices.shape))
+  said.append(f'mesh of RL {cut} (data, fsdp, tensor)')
+  said.append(config.compute_dtype or "each folder's own dtype")
+  rank, why = config.lora.rank, 'as given, or as the run began'
   if rank is None:
     need = shape.num_params * ALL_BYTES
     fits = not memory or need <= WEIGHTS_SHARE * memory
     rank = 0 if fits else LORA_RANK
+    why = f'all weights take {need / 2**30:.0f} GiB in PPO'
     if not fits and shape.num_params * ADAPTED_BYTES > WEIGHTS_SHARE * memory:
       raise ValueError(
         f'{config.model}: {shape.num_params:,} parameters need '
         f'{shape.num_params * ADAPTED_BYTES / 2**30:.0f} GiB with adapters, '
-        f'and the device has {memory / 2**30:.0f}; take more devices or a '
-        'smaller model'
+        f'and the device has {size}; take more devices or a smaller model'
       )
-  said.append(f'adapters of rank {rank}' if rank else 'all weights trained')
+  what = f'adapters of rank {rank}' if rank else 'all weights trained'
+  said.append(f'{what} ({why})')
   if own := own_adapters(config):
-    said[-1] += f' (adapters of their own: {", ".join(own)})'
+    said.append(f'adapters of their own: {", ".join(own)}')
   remat, chunk = 'dots' if shape.num_params < 5e8 else 'full', LOGPROB_CHUNK
   if on_cpu:
     num_rows, length = largest_batch(config, shape.context_length)
@@ -217,7 +308,8 @@ def choose(config: ConfigDict) -> Choice:
     remat = 'none' if kept <= KEPT_SHARE * memory else 'full'
     logits = 3 * 4.0 * num_rows * length * shape.vocab_size
     chunk = 0 if logits <= LOGITS_SHARE * memory else LOGPROB_CHUNK
-  said.append(f'remat {remat}')
+  parts = f'{chunk} columns of logits at a time' if chunk else 'all logits'
+  said.append(f'remat {remat}, {parts}, where a stage does not say')
   return Choice(rank, remat, chunk, ', '.join(said))
 
 
@@ -266,7 +358,7 @@ def apply(config: ConfigDict, choice: Choice) -> None:
   for name in config.stage_order:
     stage = config.stages[name]
     for key in ('remat', 'logprob_chunk'):
-      if key in stage and not (stage[key] and stage[key] != 'none'):
+      if key in stage and stage[key] is None:
         stage[key] = getattr(choice, key)
     for key in ('learning_rate', 'value_learning_rate'):
       if choice.rank and key in stage and name not in own:
@@ -308,18 +400,22 @@ def describe(
   total = 0.0
   for name, work in trained.items():
     if work is None:
+      run_lib.say(f'{name}: no model is trained; not timed')
       continue
     seconds = (
       work.num_steps * measured.seconds(work.program)
       + work.num_tokens * measured.token_seconds
     )
     total += seconds
-    memory = measured.memory.get(work.program, 0)
-    run_lib.say(
-      f'{name}: {work.num_steps:,} steps, {memory / 2**30:.1f} GiB, about '
-      f'{seconds / 60:.0f} min'
-    )
-  run_lib.say(f'all stages: about {total / 3600:.1f} h on this device')
+    what = f'{work.num_tokens:,} tokens one after the other'
+    if work.program:
+      memory = measured.memory.get(work.program, 0)
+      what = f'{work.num_steps:,} steps, {memory / 2**30:.1f} GiB'
+    run_lib.say(f'{name}: {what}, about {seconds / 60:.0f} min')
+  run_lib.say(
+    f'all stages: about {total / 3600:.1f} h on this device; scoring, judging '
+    'and held-out losses are not in it'
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -288,14 +288,6 @@ def load_models(
   reward = None
   if config.reward_model:
     reward = load(config.reward_model, 'scalar')
-    sizes = [m.config.num_params for m in (policy, reward)]
-    is_fresh = 'value_from' in config and config.value_from == 'policy'
-    if is_fresh and sizes[0] != sizes[1]:
-      raise ValueError(
-        f"value_from = 'policy': the policy's trunk has {sizes[0]:,} "
-        f'parameters, the reward model {sizes[1]:,}; value model and reward '
-        'model must have one shape'
-      )
   for model in filter(None, (policy, reward)):
     model_fns.check_context(
       model,

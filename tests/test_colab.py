@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests import test_recipe
+
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOK = ROOT / 'experiments' / 'colab.ipynb'
 
@@ -43,6 +45,24 @@ def test_the_notebook_runs_with_the_smoke_config(tmp_path):
   settings.source = settings.source.replace(
     "CONFIG = 'configs/ppo_ptx.py'  #", "CONFIG = 'configs/ppo_ptx.py:smoke'  #"
   )
+  # A published model and preferences of one's own.
+  given = tmp_path / 'given'
+  test_recipe.write_model(given / 'model')
+  (given / 'hh').mkdir()
+  lines = [test_recipe.hh_line(number) for number in range(300)]
+  (given / 'hh' / 'train.jsonl').write_text('\n'.join(lines))
+  (given / 'text.txt').write_text('The number 7 is a number.\n\n' * 400)
+  last = notebook.cells[-1]
+  for key, value in {
+    'MODEL': f'hf:{given / "model"}',
+    'PREFERENCES': f'hh:{given / "hh"}',
+    'DOCUMENTS': given / 'text.txt',
+  }.items():
+    last.source, number = re.subn(
+      f"^{key} = '.*'  # @param", f"{key} = '{value}'  # @param", last.source,
+      flags=re.MULTILINE,
+    )  # fmt: skip
+    assert number == 1
   client = nbclient.NotebookClient(
     notebook,
     timeout=3600,
@@ -78,3 +98,9 @@ def test_the_notebook_runs_with_the_smoke_config(tmp_path):
   for name in ('ppo_ptx', 'select'):
     assert re.search(rf'{name}.*> .*\[reward [+-]\d', talked), talked
   assert (tmp_path / 'experiments' / 'my_ppo.py').exists()
+  (shown,) = (
+    output.data['text/markdown']
+    for output in last.outputs
+    if output.output_type == 'display_data'
+  )
+  assert '# Evaluation of' in shown and 'ppo_ptx' in shown

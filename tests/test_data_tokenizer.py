@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import transformers
 
-from instruct_jax import hub
+from instruct_jax import hub, model_folder
 from instruct_jax.data import loader, records, tokenizer
 from tests import published as published_lib
 
@@ -379,3 +379,45 @@ def test_what_does_not_download_is_named(monkeypatch):
     ValueError, match='hf:who/what: no such folder here, .*no'
   ):
     tokenizer.Tokenizer.load('hf:who/what')
+
+
+@pytest.mark.parametrize(
+  'kind,advice',
+  [
+    ('GatedRepoError', 'accept conditions first; do so at .*hf auth login'),
+    ('RepositoryNotFoundError', 'no such model on the Hub, or a private one'),
+  ],
+)
+def test_models_that_may_not_be_read_say_what_to_do(monkeypatch, kind, advice):
+  import huggingface_hub
+  from huggingface_hub import errors
+
+  error = getattr(errors, kind).__new__(getattr(errors, kind))
+
+  def fail(name, allow_patterns, ignore_patterns):
+    raise error
+
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', fail)
+  with pytest.raises(ValueError, match=f'hf:who/what: .*{advice}') as raised:
+    hub.locate('hf:who/what')
+  assert '\n' not in str(raised.value)
+
+
+def test_weights_are_not_fetched_before_the_family_is_known(
+  monkeypatch, tmp_path
+):
+  import huggingface_hub
+
+  asked = []
+  published_lib.save_byte_tokenizer(tmp_path)
+  (tmp_path / 'config.json').write_text('{"model_type": "mamba"}')
+
+  def download(name, allow_patterns, ignore_patterns):
+    asked.extend(allow_patterns)
+    return str(tmp_path)
+
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+  own = tokenizer.Tokenizer.load(tmp_path)
+  with pytest.raises(ValueError, match='mamba'):
+    model_folder.check('hf:who/what', 'policy', own)
+  assert asked and not any('safetensors' in pattern for pattern in asked)

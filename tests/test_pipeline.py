@@ -3,10 +3,10 @@
 One run is shared by all tests here; each works on a copy of its directory.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
-import types
 import warnings
 
 import jax
@@ -19,7 +19,7 @@ from configs import dpo as dpo_config
 from configs import ppo_ptx as config_file
 from configs import rloo as rloo_config
 from experiments import dpo, ppo_ptx, pretrain, reward, rloo, sft
-from instruct_jax import model_fns, model_folder, rl
+from instruct_jax import model_fns, model_folder
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import (
   checkpoint,
@@ -381,7 +381,7 @@ def test_a_function_scores_in_the_place_of_a_reward_model(copied):
   assert not run.read_json(folder / 'alarms.json')
 
 
-def test_the_value_model_may_start_from_the_policy(copied, monkeypatch):
+def test_the_value_model_may_start_from_the_policy(copied):
   config, _ = make_config(copied)
   stage = config.stages.ppo_ptx
   stage.num_episodes = stage.batch_size
@@ -397,19 +397,24 @@ def test_the_value_model_may_start_from_the_policy(copied, monkeypatch):
   values = [first[start]['ppo/val/value'] for start in first]
   assert abs(values[0] - values[1]) > 1e-3
 
-  def sized(folder, kind, **_):
-    del folder
-    return types.SimpleNamespace(
-      config=types.SimpleNamespace(num_params={'policy': 9, 'scalar': 5}[kind])
-    )
 
-  monkeypatch.setattr(rl.model_folder, 'load', sized)
-  with pytest.raises(ValueError, match="value_from = 'policy'.* 9 .* 5;"):
-    rl.load_models(
-      stage,
-      tokenizer_lib.Tokenizer.load(stage.tokenizer),
-      sharding.make_mesh((1, 1, 1), jax.devices()[:1]),
-    )
+def test_a_value_model_from_the_policy_beside_a_wider_reward_model(copied):
+  config, _ = make_config(copied)
+  stage = config.stages.ppo_ptx
+  tokenizer = tokenizer_lib.Tokenizer.load(stage.tokenizer)
+  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  shape = model_folder.shape_of(stage.reward_model)
+  wide = dataclasses.replace(shape, width=2 * shape.width)
+  model = model_fns.init('scalar', wide, mesh, jax.random.key(4))
+  model_folder.save(copied / 'wide', model, tokenizer, {})
+  stage.update(reward_model=str(copied / 'wide'), value_from='policy')
+  stage.num_episodes = stage.batch_size
+  (copied / 'run').mkdir()
+  ppo_ptx.run(stage, copied / 'run')
+  (first,) = lines(copied / 'run')
+  policy = copied / 'run' / 'policy'
+  assert model_folder.shape_of(policy).width == shape.width
+  assert np.isfinite(first['objective/score'])
 
 
 def test_a_bad_record_is_named_by_file_and_line(copied):

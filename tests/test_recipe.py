@@ -25,6 +25,17 @@ from tests import published, test_published_stages
 LLAMA = dataclasses.replace(test_published_stages.LLAMA, context_length=128)
 
 
+def brief(prompts, responses, metadata):
+  """A judge who likes short answers."""
+  del prompts, metadata
+  return [-len(response) for response in responses]
+
+
+def long_winded(prompts, responses, metadata):
+  """One who likes long ones."""
+  return [-score for score in brief(prompts, responses, metadata)]
+
+
 def write_model(folder: pathlib.Path) -> None:
   """A random model with a chat template and two tokens that end answers."""
   mesh = sharding.make_mesh((1, -1, 1))
@@ -32,6 +43,21 @@ def write_model(folder: pathlib.Path) -> None:
   folder.mkdir(parents=True)
   hf.save(folder, LLAMA, model.params)
   published.save_byte_tokenizer(folder, template=published.TEMPLATE)
+
+
+def edit(folder, **changes):
+  values = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps(values | changes))
+
+
+def write_scorer(folder: pathlib.Path) -> None:
+  """A random reward model in the same format."""
+  mesh = sharding.make_mesh((1, -1, 1))
+  model = model_fns.init('scalar', LLAMA, mesh, jax.random.key(2))
+  folder.mkdir(parents=True)
+  hf.save(folder, LLAMA, model.params)
+  backend = published.save_byte_tokenizer(folder, template=published.TEMPLATE)
+  edit(folder, pad_token_id=backend.token_to_id('</s>'))
 
 
 def hh_line(number: int, answer: str = '') -> str:
@@ -48,6 +74,7 @@ def data(tmp_path_factory) -> pathlib.Path:
   """Preferences with a publisher's test split, documents, and a model."""
   folder = tmp_path_factory.mktemp('given')
   write_model(folder / 'model')
+  write_scorer(folder / 'scorer')
   (folder / 'hh').mkdir()
   lines = [hh_line(number) for number in range(150)]
   (folder / 'hh' / 'train.jsonl').write_text('\n'.join(lines))
@@ -75,14 +102,15 @@ def make_config(data, preset='smoke', **changes):
 
 def prepared(config, workdir):
   """The config after `prepare`; its stages know the work directory."""
-  assert recipe.prepare(config) != config.dry_run
+  is_dry = config.dry_run
+  assert recipe.prepare(config, epath.Path(workdir)) != is_dry
   with config.unlocked():
     config.workdir = str(workdir)
   return config
 
 
 def go(config, workdir):
-  assert recipe.prepare(config)
+  assert recipe.prepare(config, epath.Path(workdir))
   described = config.copy_and_resolve_references()
   with config.unlocked():
     config.workdir = str(workdir)
@@ -216,24 +244,38 @@ def test_best_answers_leave_ties_out():
   ]
   found = preferences.best_answers(rows)
   assert [(d.prompt, d.response) for d in found] == [('p', 'b')]
+  # A demonstration ends where it ends; this one was cut there.
+  cut = records.Comparison('p', ('a', 'b'), (2, 1), ended=(True, False))
+  assert not preferences.best_answers([cut])
 
 
 # --- What is given, and the device --------------------------------------------
 
 
 def test_stages_of_given_models_are_left_out(data, tmp_path):
-  model = str(data / 'model')
+  model, scorer = str(data / 'model'), str(data / 'scorer')
   config = prepared(make_config(data, sft_model=model), tmp_path)
   assert not {'sft', 'rl_init', 'select'} & set(config.stage_order)
   assert config.stages.reward.init == config.stages.ppo.init == model
   assert f'sft={model}' in config.stages.evaluate.models
   assert config.stages.evaluate.reference == 'sft'
-  config = prepared(make_config(data, reward_model='R'), tmp_path)
+  config = prepared(make_config(data, reward_model=scorer), tmp_path)
   assert 'reward' not in config.stage_order
-  assert config.stages.ppo.reward_model == 'R'
-  config = prepared(make_config(data, judge_model='J'), tmp_path)
+  assert config.stages.ppo.reward_model == scorer
+  assert config.stages.data.judge_fraction == 0.4
+  config = prepared(make_config(data, judge_model=scorer), tmp_path)
   assert 'judge' not in config.stage_order
-  assert config.stages.evaluate.judge_model == 'J'
+  assert config.stages.evaluate.judge_model == scorer
+  # What it learned from is not known, and no rankings are kept for it.
+  assert config.stages.evaluate.judge == 'instruct_jax.judge_fns.RewardModel'
+  assert config.stages.data.judge_fraction == 0
+  files, *_ = make_records(config)
+  assert not [name for name in files if name.startswith('judge')]
+  other = prepared(make_config(data, judge='tests.test_recipe.brief'), tmp_path)
+  assert 'judge' not in other.stage_order
+  assert len(make_records(other)[0]['comparisons_train']) == len(
+    files['comparisons_train']
+  )
   texts = config.stages.evaluate.documents
   assert texts.endswith('/documents_same.jsonl')
   assert 'pretraining=' in texts
@@ -263,7 +305,7 @@ def test_adapters_where_all_weights_do_not_fit(data, tmp_path, monkeypatch):
   assert after.sft.learning_rate == pytest.approx(10 * before.sft.learning_rate)
   monkeypatch.setattr(recipe, 'memory_bytes', lambda: LLAMA.num_params)
   with pytest.raises(ValueError, match='take more devices or a smaller model'):
-    recipe.prepare(make_config(data))
+    prepared(make_config(data), tmp_path)
 
 
 def test_activations_that_do_not_fit_are_computed_again(
@@ -291,6 +333,46 @@ def test_activations_that_do_not_fit_are_computed_again(
     stages = prepared(config, tmp_path).stages
     for name in ('sft', 'reward', 'judge', 'ppo', 'ppo_ptx'):
       assert stages[name].remat == remat, name
+
+
+def test_what_a_user_or_the_run_has_chosen_stays(data, tmp_path):
+  config = make_config(data)
+  config.stages.sft.remat, config.stages.ppo.logprob_chunk = 'dots', 0
+  stages = prepared(config, tmp_path).stages
+  assert stages.sft.remat == 'dots' and stages.ppo.logprob_chunk == 0
+  assert stages.reward.remat == 'none'
+  # A run that goes on, where another rank would be chosen now.
+  (tmp_path / 'config.json').write_text(json.dumps({'lora': {'rank': 4}}))
+  config = prepared(make_config(data), tmp_path)
+  assert config.lora.rank == config.stages.judge.lora.rank == 4
+
+
+def test_one_line_tells_what_was_chosen(data, tmp_path, capsys):
+  prepared(make_config(data), tmp_path)
+  (line,) = (
+    line
+    for line in capsys.readouterr().out.splitlines()
+    if line.startswith('recipe: ')
+  )
+  for word in (
+    'GiB',
+    'mesh of RL',
+    'float32',
+    'all weights',
+    'remat',
+    'logits',
+  ):
+    assert word in line, line
+
+
+def test_a_disk_that_is_too_full_is_refused_before_compute(
+  data, tmp_path, monkeypatch
+):
+  usage = collections.namedtuple('Usage', 'free')
+  monkeypatch.setattr(shutil, 'disk_usage', lambda place: usage(10_000))
+  said = refused(make_config(data), tmp_path / 'run' / 'deep')
+  assert '0.0 GB are free' in said and '--workdir' in said
+  assert not (tmp_path / 'run').exists()
 
 
 # --- Whole --------------------------------------------------------------------
@@ -329,14 +411,58 @@ def test_from_a_folder_to_a_report(data, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures('quick_compile')
+def test_from_given_models_to_a_report(data, tmp_path):
+  """No SFT, reward model, judge or pretraining text of its own; test answers
+  of people are compared, too."""
+  rows = [
+    records.Demonstration(f'What is {i}?', f'{i} it is.') for i in range(200)
+  ]
+  records.write_jsonl(tmp_path / 'demonstrations.jsonl', rows)
+  config = make_config(
+    data,
+    sft_model=str(data / 'model'),
+    reward_model=str(data / 'scorer'),
+    judge='tests.test_recipe.brief',
+    other_judges='tests.test_recipe.long_winded',
+    demonstrations=str(tmp_path / 'demonstrations.jsonl'),
+    documents='',
+    other_documents='',
+  )
+  config.stages.data.references = True
+  config.stages.evaluate.world = 'instruct_jax.worlds.preferences.TLDR'
+  go(config, tmp_path / 'run')
+  summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  assert set(summary['win_rate']) == {'pretrained', 'sft', 'ppo', 'references'}
+  report = (tmp_path / 'run' / 'report.md').read_text()
+  assert 'tests.test_recipe.brief (a function of the texts)' in report
+  assert 'Published figures (Huang et al. 2024' in report
+  # The other judge, who is of the opposite opinion, has a table.
+  (rows,) = (
+    rows for title, rows in summary['extra'].items() if 'other judges' in title
+  )
+  for model, rate in summary['win_rate'].items():
+    if model != 'sft':
+      (other,) = rows[model].values()
+      assert other['rate'] == pytest.approx(1 - rate['rate'])
+  assert not (tmp_path / 'run' / 'judge').exists()
+
+
+@pytest.mark.usefixtures('quick_compile')
 def test_a_dry_run_writes_nothing(data, tmp_path, capsys):
   config = make_config(data, dry_run=True)
-  assert not recipe.prepare(config)
+  prepared(config, tmp_path / 'run')
   said = capsys.readouterr().out
-  for name in ('sft', 'rl_init', 'reward', 'judge', 'ppo', 'ppo_ptx'):
-    assert f'\n{name}: ' in said
+  for name in config.stage_order:
+    assert f'\n{name}: ' in said, name
   assert 'all stages: about' in said
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_dry_run_checks_the_stages_first(data, tmp_path):
+  config = make_config(data, dry_run=True)
+  config.stages.ppo.kl_coef = -1.0
+  with pytest.raises(ValueError, match='kl_coef'):
+    prepared(config, tmp_path / 'run')
 
 
 # --- Bad moves ----------------------------------------------------------------
@@ -347,11 +473,6 @@ def refused(config, workdir) -> str:
     go(config, workdir)
   assert '\n' not in str(error.value)
   return str(error.value)
-
-
-def edit(folder, **changes):
-  values = json.loads((folder / 'config.json').read_text())
-  (folder / 'config.json').write_text(json.dumps(values | changes))
 
 
 def test_models_that_cannot_be_used(data, tmp_path):
@@ -375,6 +496,17 @@ def test_models_that_cannot_be_used(data, tmp_path):
   published.save_byte_tokenizer(tmp_path / 'other', merges=(('a', 'b'),))
   config = make_config(data, tokenizer=str(tmp_path / 'other'))
   assert 'must share one tokenizer' in refused(config, tmp_path / 'run')
+  # So do models that are given.
+  for key, source in (('sft_model', 'model'), ('reward_model', 'scorer')):
+    folder = shutil.copytree(data / source, tmp_path / key)
+    published.save_byte_tokenizer(folder, merges=(('a', 'b'),))
+    config = make_config(data, **{key: str(folder)})
+    assert 'must share one tokenizer' in refused(config, tmp_path / 'run')
+  config = make_config(data, judge_model=str(data / 'model'))
+  assert str(data / 'model') in refused(config, tmp_path / 'run')
+  config = make_config(data)
+  config.stages.data.references = True
+  assert '--config.demonstrations=' in refused(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 
 

@@ -9,9 +9,10 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from configs import reward as reward_config
 from configs import study as config_file
 from instruct_jax import rankings
-from instruct_jax.data import records
+from instruct_jax.data import records, tokenizer
 from instruct_jax.evals import claims, plots, win_rate
 from instruct_jax.evals.benchmarks import tasks
 from instruct_jax.jobs import study
@@ -110,8 +111,8 @@ def made_up(folder, config, seed=0, better=0.0):
   }
   key = 'winogender basic prompt entropy'
   write(
-    folder / 'minimal_pairs' / 'results.json',
-    {'scores': {f'{name} {key}': x for name, x in bits.items()}},
+    folder / 'minimal_pairs' / 'done.json',
+    {'info': {'scores': {f'{name} {key}': x for name, x in bits.items()}}},
   )
   rows = [
     {'epoch': e, 'valid_loss': abs(e - 2.0), 'score_reward': 0.1 * e}
@@ -216,15 +217,73 @@ def test_minimal_pairs_are_of_people_without_the_job(tmp_path):
 
 def test_rates_that_diverge_end_the_threshold(config, tmp_path):
   seed = made_up(tmp_path, config)
-  losses = seed.summary['pretraining_loss']
-  losses['rl_init'] = 0.7
-  for stage in seed.sweep('rate').values():
-    losses[stage] = 0.8
+  rows = seed.summary['everyone']
+  rows['rl_init']['judge'] = 0.5
+  for sweep in ('rate', 'rate_ptx'):
+    for stage in seed.sweep(sweep).values():
+      rows[stage]['judge'] = 0.6
   assert claims._threshold(seed, 'rate') == math.log(200)
-  losses['ppo_learning_rate_10'] = 1.8
+  with pytest.raises(ValueError, match='no learning rate of the grid'):
+    claims._tolerance(seed)
+  rows['ppo_learning_rate_10']['judge'] = 0.4
   assert claims._threshold(seed, 'rate') == math.log(6)
-  losses['ppo'] = math.nan
+  assert claims._tolerance(seed) == pytest.approx(math.log(200 / 6))
+  rows['ppo']['judge'] = math.nan
   assert claims._threshold(seed, 'rate') == 0.0
+
+
+def points_along(folder, stage, rows):
+  """Rows are (KL, reward model's gain, judge's)."""
+  names = ('kl', 'proxy', 'gold')
+  points = [
+    {name: {'mean': float(x)} for name, x in zip(names, row, strict=True)}
+    for row in rows
+  ]
+  path = folder / f'frontier_{stage}' / 'best_of_n.json'
+  write(path, {'points': {'best of n': points, 'rl': points}})
+
+
+def test_gains_are_compared_at_equal_kl_along_its_root(config, tmp_path):
+  seed = made_up(tmp_path, config)
+  # PPO gains 0.1 sqrt(KL), RLOO nine tenths of that, with other snapshots.
+  ppo = [(k, k, 0.1 * math.sqrt(k)) for k in (0.5, 1.0, 4.0)]
+  rloo = [(k, k, 0.09 * math.sqrt(k)) for k in (-0.01, 0.2, 2.0, 3.0)]
+  points_along(tmp_path, 'ppo_method', ppo)
+  points_along(tmp_path, 'rloo_method', rloo)
+  assert claims._behind(seed, 2.0) == pytest.approx(0.1)
+  for stage, points in zip(
+    seed.sweep('frontier').values(), (ppo, rloo, ppo), strict=True
+  ):
+    points_along(tmp_path, stage.removeprefix('frontier_'), points)
+  assert claims._frontier_distance(seed) == pytest.approx(
+    claims.SAME_GAIN - 0.1 / 1.9 * 2
+  )
+
+
+def test_a_plateau_is_no_fall(config, tmp_path):
+  """The highest of noisy points is always above the last one."""
+  seed, noise = made_up(tmp_path, config), [0.01, -0.01] * 6
+  stage = next(iter(seed.sweep('overopt').values())).removeprefix('frontier_')
+  rows = [(i, i / 10, 0.1 + x) for i, x in enumerate(noise, 1)]
+  points_along(tmp_path, stage, rows)
+  assert claims._risen(seed, 2) == pytest.approx(0.0)
+  assert claims._risen(seed, 1) == pytest.approx(0.4)
+
+
+def test_pairs_are_learned_in_as_many_steps_as_prompts(tmp_path):
+  words = tokenizer.train_word_level(['a', 'b', 'c', 'd', 'p'])
+  rows = [
+    records.Comparison('p ' * (1 + i), ('a', 'b', 'c', 'd'), (1, 2, 3, 4))
+    for i in range(12)
+  ]
+  found = []
+  for splits in (False, True):
+    stage = reward_config.stage(0, '')
+    stage.update(batch_size=4, row_length=32, split_pairs=splits)
+    batch, _ = rankings.training_rows(stage, rows, words)
+    batches = rankings.Batches(stage, batch, 0)
+    found.append((len(batches), len(batch.tokens)))
+  assert found == [(3, 12), (3, 72)]
 
 
 def test_claims_are_named():

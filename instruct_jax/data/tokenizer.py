@@ -835,8 +835,9 @@ def check_published(tokenizer: Tokenizer, folder: str) -> None:
   without a tokenizer and models of this project, which carry a fingerprint,
   pass.
   """
-  path = hub.locate(folder) if folder.startswith('hf:') else epath.Path(folder)
-  path = epath.Path(path)
+  if folder.startswith('hf:'):
+    folder = str(hub.locate(folder, _HUB_PATTERNS))
+  path = epath.Path(folder)
   if not (path / 'config.json').exists() or not (path / _FILE).exists():
     return
   theirs = Tokenizer.load(path)

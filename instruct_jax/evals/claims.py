@@ -33,9 +33,8 @@ SAME_ACCURACY = 0.01  # R4: reward models as good as each other.
 SMALL_DROP = 0.05  # R5: to labelers who were left out.
 ROUNDING = 1e-5  # R6: nats a pair.
 KEPT_GAIN = 0.5  # R10: of PPO's gain that PPO-ptx keeps.
-DIVERGED = 1.0  # R14: nats a token of pretraining loss lost.
-SAME_GAIN = 0.05  # R20: of the judge's score, at equal KL.
-NO_WORSE = 0.02  # M1: of the judge's score.
+SAME_GAIN = 0.25  # R20: of the judge's mean gain, at equal KL.
+NO_WORSE = 0.2  # M1: of PPO's gain by the judge.
 
 
 def _read(path: epath.Path) -> Any:
@@ -86,7 +85,8 @@ class Seed:
 
   def entropy(self, model: str) -> float:
     """Of the two sentences of a minimal pair, bits; mean over pairs."""
-    scores = self.results('minimal_pairs')['scores']
+    done = _read(self.folder / 'minimal_pairs' / 'done.json')
+    scores = done['info']['scores']
     return scores[f'{model} winogender basic prompt entropy']
 
   def results(self, stage: str) -> dict[str, Any]:
@@ -205,12 +205,9 @@ def _reward_points(sweep: str, key: str) -> Callable[[Seed], Points]:
 
 
 def _best_epoch(seed: Seed) -> tuple[dict[str, Any], dict[str, Any]]:
-  """The epochs of least validation loss and of highest score, long SFT."""
+  """The epoch of least validation loss, and the last, of long SFT."""
   rows = seed.epochs('select_long')
-  return (
-    min(rows, key=lambda row: row['valid_loss']),
-    max(rows, key=lambda row: row['score_reward']),
-  )
+  return min(rows, key=lambda row: row['valid_loss']), rows[-1]
 
 
 def _epoch_points(seed: Seed) -> Points:
@@ -226,12 +223,17 @@ def _epoch_points(seed: Seed) -> Points:
 
 def _undominated(seed: Seed) -> float:
   """How far the best KL coefficient stays behind PPO-ptx, in the worse of tax
-  and reward; tax in units of PPO's own, reward in units of PPO's gain."""
+  and reward; tax in units of PPO's own, reward in units of PPO's gain.
+
+  A loss below that before RL is further training on such text, for which
+  PPO-ptx gets no credit.
+  """
   tax = seed.loss('ppo') - seed.loss('rl_init')
+  reached = max(seed.loss('ppo_ptx'), seed.loss('rl_init'))
   gain = seed.score('ppo') - seed.score('rl_init')
   return min(
     max(
-      (seed.loss(stage) - seed.loss('ppo_ptx')) / abs(tax),
+      (seed.loss(stage) - reached) / abs(tax),
       (seed.score('ppo_ptx') - seed.score(stage)) / abs(gain),
     )
     for stage in seed.sweep('beta').values()
@@ -246,27 +248,36 @@ def _pareto_points(seed: Seed) -> Points:
   return found | {'before RL': [(seed.score('rl_init'), seed.loss('rl_init'))]}
 
 
-def _interior(seed: Seed) -> float:
-  """The judge's best score between the ends of beta, over the better end."""
-  scores = [seed.judge(stage) for stage in seed.sweep('beta').values()]
-  return max(scores[1:-1]) - max(scores[0], scores[-1])
-
-
 def _threshold(seed: Seed, sweep: str) -> float:
   """log of the largest learning rate, in units of the stage's own, up to which
-  no run diverges; 0 is below all."""
-  start, reached = seed.loss('rl_init'), 0.0
+  no run diverges; 0 is below all.
+
+  A run that diverges is judged worse than its start.
+  """
+  start, reached = seed.judge('rl_init'), 0.0
   for factor, stage in seed.sweep(sweep).items():
-    loss = seed.loss(stage)
-    if not math.isfinite(loss) or loss > start + DIVERGED:
+    if not seed.judge(stage) >= start:  # NaN as well.
       break
     reached = math.log(2 * factor)
   return reached
 
 
+def _tolerance(seed: Seed) -> float:
+  """log of the ratio of the rates that PPO-ptx and PPO bear.
+
+  Raises:
+    ValueError: neither diverges on the grid.
+  """
+  rates, most = ('rate_ptx', 'rate'), math.log(2 * max(seed.sweep('rate')))
+  bears = [_threshold(seed, sweep) for sweep in rates]
+  if min(bears) == most:
+    raise ValueError('no learning rate of the grid is too high for either')
+  return bears[0] - bears[1]
+
+
 def _rate_points(seed: Seed) -> Points:
   return {
-    name: [(x, seed.loss(stage)) for x, stage in seed.sweep(key).items()]
+    name: [(x, seed.judge(stage)) for x, stage in seed.sweep(key).items()]
     for name, key in (('PPO', 'rate'), ('PPO-ptx', 'rate_ptx'))
   }
 
@@ -288,13 +299,15 @@ def _along(seed: Seed, sweep: str) -> dict[float, list[tuple[float, ...]]]:
   return found
 
 
-def _fall(seed: Seed) -> float:
-  """What the judge's gain loses after its peak, with the fewest rankings,
-  while the reward model's still rises."""
+def _risen(seed: Seed, column: int) -> float:
+  """How much higher the reward model's (1) or the judge's (2) gain is in the
+  last third of the snapshots than in the middle third, with the fewest
+  rankings."""
   points = next(iter(_along(seed, 'overopt').values()))
-  peak = max(points, key=lambda point: point[2])
-  last = points[-1]
-  return peak[2] - last[2] if last[1] >= peak[1] else 0.0
+  third = len(points) // 3
+  gains = [point[column] for point in points]
+  middle, last = gains[-2 * third : -third], gains[-third:]
+  return float(np.mean(last) - np.mean(middle))
 
 
 def _higher_peak(seed: Seed, sweep: str) -> float:
@@ -304,10 +317,13 @@ def _higher_peak(seed: Seed, sweep: str) -> float:
   return peaks[-1] - peaks[0]
 
 
-def _extrapolated(seed: Seed) -> float:
-  """How much better than a straight line in √KL Gao et al.'s curve, fitted to
-  the lower half of the KL, foretells the judge's gain in the upper half: the
-  difference of mean squared errors, in units of the line's."""
+def _extrapolated(seed: Seed, other: str) -> float:
+  """log of how many times smaller the mean squared error of Gao et al.'s curve
+  is than that of another one, both fitted to the first half of the snapshots,
+  by KL, in foretelling the judge's gain in the second half.
+
+  `other` is 'line', in √KL, or 'quadratic', in it.
+  """
   errors = collections.Counter()
   curves = [
     points
@@ -321,17 +337,25 @@ def _extrapolated(seed: Seed) -> float:
       raise ValueError(f'{len(kept)} points along RL are too few to foretell')
     kl, gold = kept[:, 0], kept[:, 2]
     low, high = slice(None, half), slice(half, None)
-    curve = overoptimization.fit('rl', kl[low], gold[None, low], 1)
     slope = (np.sqrt(kl[low]) @ gold[low]) / kl[low].sum()
-    guesses = {
-      'curve': overoptimization.curve(
-        'rl', curve.alpha.mean, curve.beta.mean, kl[high]
-      ),
-      'line': slope * np.sqrt(kl[high]),
-    }
+    guesses = {'line': slope * np.sqrt(kl[high])}
+    for name, kind in (('curve', 'rl'), ('quadratic', 'best_of_n')):
+      found = overoptimization.fit(kind, kl[low], gold[None, low], 1)
+      guesses[name] = overoptimization.curve(
+        kind, found.alpha.mean, found.beta.mean, kl[high]
+      )
     for name, guess in guesses.items():
       errors[name] += float(((guess - gold[high]) ** 2).sum())
-  return 1 - errors['curve'] / errors['line']
+  return math.log(errors[other] / errors['curve'])
+
+
+def _curve(points: Sequence[tuple[float, ...]]) -> tuple[np.ndarray, ...]:
+  """(√KL, the judge's gain) along RL from the start, ascending.
+
+  Gains go about like √KL, so that lines between snapshots are straight in it.
+  """
+  found = sorted((math.sqrt(p[0]), p[-1]) for p in points if p[0] > 0)
+  return tuple(np.array([(0.0, 0.0), *found]).T)
 
 
 def _along_points(
@@ -346,30 +370,24 @@ def _along_points(
 
 def _frontier_distance(seed: Seed) -> float:
   """SAME_GAIN less the widest mean gap, at equal KL, between the judge's gains
-  of runs with different beta, on lines between their snapshots."""
-  curves = [
-    np.array([(0.0, 0.0), *((kl, gold) for kl, _, gold in points)])
-    for points in _along(seed, 'frontier').values()
-  ]
+  of runs with different beta, as a share of their mean."""
+  curves = [_curve(p) for p in _along(seed, 'frontier').values()]
   gaps = [0.0]
   for first, second in itertools.combinations(curves, 2):
-    most = min(first[:, 0].max(), second[:, 0].max())
-    at = np.linspace(0, most, 21)
-    gap = np.interp(at, *first.T) - np.interp(at, *second.T)
-    gaps.append(float(np.abs(gap).mean()))
+    at = np.linspace(0, min(first[0].max(), second[0].max()), 21)
+    gains = np.interp(at, *first), np.interp(at, *second)
+    gap = np.abs(gains[0] - gains[1]).mean()
+    gaps.append(float(gap / np.abs(np.mean(gains))))
   return SAME_GAIN - max(gaps)
 
 
 def _behind(seed: Seed, number: float) -> float:
-  """How far a method's mean gain stays behind PPO's, at equal KL."""
-  curves = [
-    np.array([(0.0, 0.0), *((kl, gold) for kl, _, gold in points)])
-    for value, points in _along(seed, 'methods').items()
-    if value in (1.0, number)
-  ]
-  at = np.linspace(0, min(curve[:, 0].max() for curve in curves), 21)
-  gains = [np.interp(at, *curve.T) for curve in curves]
-  return float((gains[0] - gains[1]).mean())
+  """How far a method's mean gain stays behind PPO's, at equal KL, as a share of
+  that."""
+  curves = [_curve(_along(seed, 'methods')[x]) for x in (1.0, number)]
+  at = np.linspace(0, min(curve[0].max() for curve in curves), 21)
+  gains = [np.interp(at, *curve).mean() for curve in curves]
+  return float((gains[0] - gains[1]) / abs(gains[0]))
 
 
 def _dpo_points(seed: Seed) -> list[tuple[float, float]]:
@@ -383,13 +401,17 @@ def _dpo_points(seed: Seed) -> list[tuple[float, float]]:
 
 
 def _over_dpo(seed: Seed) -> float:
-  """PPO's gain over DPO's, mean over the betas whose KL PPO reaches; the
-  nearest one where it reaches none."""
-  ppo = _along(seed, 'methods')[1.0]
-  ppo = np.array([(0.0, 0.0), *((kl, gold) for kl, _, gold in ppo)])
-  points = _dpo_points(seed)
-  reached = [p for p in points if p[0] <= ppo[:, 0].max()] or points[:1]
-  gaps = [np.interp(kl, *ppo.T) - gold for kl, gold in reached]
+  """PPO's gain over DPO's, mean over the betas whose KL PPO reaches with a
+  tenth of its KL coefficient.
+
+  Raises:
+    ValueError: it reaches none.
+  """
+  ppo = _curve(_along(seed, 'methods')[4.0])
+  points = [(math.sqrt(max(0.0, kl)), gold) for kl, gold in _dpo_points(seed)]
+  gaps = [np.interp(d, *ppo) - gold for d, gold in points if d <= ppo[0].max()]
+  if not gaps:
+    raise ValueError("PPO's KL reaches that of no run of DPO")
   return float(np.mean(gaps))
 
 
@@ -401,20 +423,24 @@ def _best_of_n(seed: Seed) -> list[tuple[float, float]]:
 
 
 def _best_of_n_over_ppo(seed: Seed) -> float:
-  """Best of n's gain over PPO's, mean over the n whose KL PPO reaches."""
-  ppo = _along(seed, 'methods')[1.0]
-  ppo = np.array([(0.0, 0.0), *((kl, gold) for kl, _, gold in ppo)])
-  most = ppo[:, 0].max()
+  """Best of n's gain over PPO's, mean over the n whose KL PPO reaches.
+
+  Raises:
+    ValueError: it reaches none.
+  """
+  ppo = _curve(_along(seed, 'methods')[1.0])
   gaps = [
-    gold - np.interp(kl, *ppo.T)
+    gold - np.interp(math.sqrt(kl), *ppo)
     for kl, gold in _best_of_n(seed)
-    if 0 < kl <= most
+    if 0 < kl <= ppo[0].max() ** 2
   ]
-  return float(np.mean(gaps or [0.0]))
+  if not gaps:
+    raise ValueError("PPO's KL reaches that of no best of n")
+  return float(np.mean(gaps))
 
 
 def _method_points(seed: Seed) -> Points:
-  names = dict(zip((1.0, 2.0, 3.0), ('PPO', 'RLOO', 'GRPO'), strict=True))
+  names = dict(enumerate(('PPO', 'RLOO', 'GRPO', 'PPO, beta x 0.1'), 1))
   return {
     **_along_points('methods', names.__getitem__)(seed),
     'DPO': _dpo_points(seed),
@@ -470,7 +496,7 @@ CLAIMS = {
     'SFT overfits by loss within an epoch or so, yet more epochs raise the '
     'reward-model score',
     '3.5, C.1',
-    'least validation loss by epoch 3; score higher at its best epoch',
+    'least validation loss by epoch 3; score higher after the last, the 16th',
     ('sft_long',),
     {
       'epochs to spare': lambda s: 3.5 - _best_epoch(s)[0]['epoch'],
@@ -484,13 +510,19 @@ CLAIMS = {
   'R2': Claim(
     'one epoch is right for the reward model; more overfits',
     'C.2',
-    'validation log-loss higher after four epochs than after one',
+    'validation log-loss higher after four epochs than after one, accuracy at '
+    f'most {SAME_ACCURACY} higher',
     ('epochs_reward',),
     {
       'log-loss of 4 over 1': lambda s: (
         _log_loss(s, _ends(s, 'epochs_reward')[1])
         - _log_loss(s, _ends(s, 'epochs_reward')[0])
-      )
+      ),
+      'room left, accuracy': lambda s: (
+        SAME_ACCURACY
+        - _accuracy(s, _ends(s, 'epochs_reward')[1])
+        + _accuracy(s, _ends(s, 'epochs_reward')[0])
+      ),
     },
     ('epochs', 'validation log-loss, nats a pair'),
     _reward_points('epochs_reward', 'log_loss'),
@@ -590,9 +622,15 @@ CLAIMS = {
   'R8': Claim(
     'a small aligned model is preferred to a large one that is not',
     '4.1 (100 times the size; here 8 times)',
-    'PPO-ptx judged better than the larger pretrained model',
+    'PPO-ptx judged better than the larger pretrained model, whose loss is '
+    "lower than the small one's",
     ('large',),
-    {'score ahead': lambda s: s.judge('ppo_ptx') - s.judge('large')},
+    {
+      'score ahead': lambda s: s.judge('ppo_ptx') - s.judge('large'),
+      'loss ahead of the small': lambda s: (
+        s.loss('pretrained') - s.loss('large')
+      ),
+    },
     ('', JUDGE),
     _of_models('judge', 'pretrained', 'large', 'sft', 'ppo_ptx'),
   ),
@@ -640,7 +678,8 @@ CLAIMS = {
   'R12': Claim(
     'a larger KL coefficient alone does not do what pretraining gradients do',
     'E.6, Figure 34',
-    "no beta up to 100 times its own has PPO-ptx's loss at PPO-ptx's score",
+    "no beta up to 100 times its own has PPO-ptx's loss, or that before RL if "
+    "it is higher, at PPO-ptx's score",
     ('beta', 'gamma'),
     {'distance of the best beta': _undominated},
     ('reward-model score', LOSS),
@@ -649,9 +688,12 @@ CLAIMS = {
   'R13': Claim(
     'the KL coefficient has an optimum for preferences between 0 and 2',
     'E.7, Figure 36',
-    "the judge's score higher between than at 0 and at 100 times its own",
+    "the judge's score higher at its own value than at 0 and at 100 times that",
     ('beta',),
-    {'over the better end': _interior},
+    {
+      'over 0': lambda s: s.judge('ppo') - s.judge(_ends(s, 'beta')[0]),
+      'over 100 times': lambda s: s.judge('ppo') - s.judge(_ends(s, 'beta')[1]),
+    },
     ('beta, x the own', JUDGE),
     _against('beta', **{JUDGE: 'judge'}),
   ),
@@ -659,27 +701,26 @@ CLAIMS = {
     'PPO without pretraining gradients diverges at learning rates that PPO-ptx '
     'bears',
     'E.9',
-    f'diverged: {DIVERGED:g} nat a token of pretraining loss lost; the largest '
-    'rate without it higher for PPO-ptx',
+    'diverged: judged worse than before RL; the largest rate without it higher '
+    'for PPO-ptx',
     ('rate', 'rate_ptx'),
-    {
-      'log of the ratio': lambda s: (
-        _threshold(s, 'rate_ptx') - _threshold(s, 'rate')
-      )
-    },
-    ('learning rate, x the own', LOSS),
+    {'log of the ratio': _tolerance},
+    ('learning rate, x the own', JUDGE),
     _rate_points,
   ),
   'R15': Claim(
     'few pretraining examples an episode let the pretraining loss rise, more '
     'contain it',
     'E.11',
-    'loss lower with 8 an episode than with 1',
+    'loss above that before RL with 1 an episode, and not with 8',
     ('ratio',),
     {
-      'loss saved': lambda s: (
-        s.loss(_ends(s, 'ratio')[0]) - s.loss(_ends(s, 'ratio')[1])
-      )
+      'loss added by 1': lambda s: (
+        s.loss(_ends(s, 'ratio')[0]) - s.loss('rl_init')
+      ),
+      'loss saved by 8': lambda s: (
+        s.loss('rl_init') - s.loss(_ends(s, 'ratio')[1])
+      ),
     },
     ('examples an episode', LOSS),
     _against('ratio', **{LOSS: 'loss'}),
@@ -713,15 +754,18 @@ CLAIMS = {
     "the true score peaks and falls while the reward model's rises; better "
     'reward models peak higher; the form foretells higher KL',
     'Gao et al. 2022, 3',
-    "the judge's gain falls after its peak; peaks higher with more rankings "
-    'and with a larger reward model; d (alpha - beta log d) of low KL errs '
-    'less at high KL than a line in d',
+    "the judge's gain lower in the last third of RL than in the middle third, "
+    "the reward model's higher; highest gain higher with more rankings and "
+    'with a larger reward model; d (alpha - beta log d) of the first half of '
+    'RL errs less in the second than a line or a quadratic in d',
     ('overopt', 'sizes'),
     {
-      'fall after the peak': _fall,
+      "judge's fall": lambda s: -_risen(s, 2),
+      "reward model's rise": lambda s: _risen(s, 1),
       'peak with more rankings': lambda s: _higher_peak(s, 'overopt'),
       'peak with a larger model': lambda s: _higher_peak(s, 'sizes'),
-      'errors saved': _extrapolated,
+      'log of the errors of a line': lambda s: _extrapolated(s, 'line'),
+      'of a quadratic': lambda s: _extrapolated(s, 'quadratic'),
     },
     ('KL, nats a response', "judge's gain"),
     lambda s: {
@@ -741,7 +785,8 @@ CLAIMS = {
   'R20': Claim(
     'a KL penalty does not move the frontier of true score and KL',
     'Gao et al. 2022, 4.1',
-    f"at equal KL the judge's gains differ by less than {SAME_GAIN} on average",
+    f"at equal KL the judge's gains differ by less than {SAME_GAIN} of their "
+    'mean',
     ('frontier',),
     {'room left': _frontier_distance},
     ('KL, nats a response', "judge's gain"),
@@ -762,14 +807,16 @@ CLAIMS = {
   'M1': Claim(
     'RLOO and GRPO, without a value model, do as well as PPO',
     'Ahmadian et al. 2024; Shao et al. 2024',
-    f"at equal KL the judge's gain at most {NO_WORSE} behind PPO's on average; "
-    'RLOO with as many operations as PPO no further behind either',
+    f"at equal KL the judge's gain at most {NO_WORSE} of PPO's behind it; RLOO "
+    'with as many operations as PPO no further behind either',
     ('methods',),
     {
       'room left, RLOO': lambda s: NO_WORSE - _behind(s, 2.0),
       'room left, GRPO': lambda s: NO_WORSE - _behind(s, 3.0),
       'room left, equal operations': lambda s: (
-        NO_WORSE - (s.judge('ppo') - s.judge('rloo_compute'))
+        NO_WORSE
+        - (s.judge('ppo') - s.judge('rloo_compute'))
+        / abs(s.judge('ppo') - s.judge('rl_init'))
       ),
     },
     ('KL, nats a response', "judge's gain"),
@@ -778,7 +825,8 @@ CLAIMS = {
   'M2': Claim(
     'PPO beats DPO at equal KL',
     'Xu et al. 2024 (arXiv 2404.10719)',
-    "the judge's gain higher, mean over DPO's betas that PPO's KL reaches",
+    "the judge's gain higher, mean over DPO's betas whose KL PPO reaches with "
+    'a tenth of its own',
     ('methods',),
     {'gain over DPO': _over_dpo},
     ('KL, nats a response', "judge's gain"),

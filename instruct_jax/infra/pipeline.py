@@ -99,6 +99,35 @@ def run_stage(stage: stages.Stage, shown: logger.Logger) -> None:
   run.say(f'{stage.name}: done in {seconds:.1f} s, at most {memory}')
 
 
+def check(
+  config: ConfigDict, workdir: epath.Path, described: ConfigDict
+) -> list[stages.Stage]:
+  """The stages of a run, once all that they name and read has been checked.
+
+  Args: see `run_all`.
+
+  Raises:
+    ValueError: a wrong key or a missing input.
+  """
+  found = stages.of_run(config, described, workdir, find_experiment)
+  for stage in found:
+    stages.validate(stage)
+    is_idle = getattr(stage.experiment, 'is_idle', lambda config: False)
+    if (
+      jax.process_count() > 1
+      and stage.experiment.PROCESSES == 'one'
+      and not is_idle(stage.config)
+    ):
+      raise ValueError(
+        f'{stage.name}: {stage.config.experiment} runs in a single process, '
+        f'and there are {jax.process_count()}; leave it out of '
+        '--config.stage_order, and run the same command without it in one '
+        'process afterwards'
+      )
+  run.in_first(lambda: stages.find_missing(found))
+  return found
+
+
 def run_all(
   config: ConfigDict,
   workdir: epath.Path,
@@ -119,25 +148,10 @@ def run_all(
       another config or other inputs.
     run.Stopped: SIGTERM came, and what can be saved is saved.
   """
-  found = stages.of_run(config, described, workdir, find_experiment)
-  for stage in found:
-    stages.validate(stage)
-    is_idle = getattr(stage.experiment, 'is_idle', lambda config: False)
-    if (
-      jax.process_count() > 1
-      and stage.experiment.PROCESSES == 'one'
-      and not is_idle(stage.config)
-    ):
-      raise ValueError(
-        f'{stage.name}: {stage.config.experiment} runs in a single process, '
-        f'and there are {jax.process_count()}; leave it out of '
-        '--config.stage_order, and run the same command without it in one '
-        'process afterwards'
-      )
+  found = check(config, workdir, described)
   loggers = config.loggers
   known = workdir / stages.CONFIG_FILE
   run.in_first(lambda: logger.check(loggers, is_new=not known.exists()))
-  run.in_first(lambda: stages.find_missing(found))
   with run.StopSignal(at_once=True) as stop, run.lock_workdir(workdir):
     run.in_first(
       lambda: stages.check_unchanged(

@@ -68,6 +68,17 @@ def named_pairs(config) -> list[tuple[str, str]]:
   return [*found.values()]
 
 
+def of_each_judge(config) -> list[Any]:
+  """The config, and one for each of `other_judges` with that as its judge."""
+  found = [config]
+  for name in filter(None, config.other_judges.split(',')):
+    other = config.copy_and_resolve_references()
+    with other.unlocked():
+      other.judge = name
+    found.append(other)
+  return found
+
+
 def validate(config):
   """Checks all keys but the judge's own. ValueError names the key."""
   check_stage(config)
@@ -80,7 +91,8 @@ def validate(config):
     )
   if not config.prompts:
     raise ValueError('prompts is empty; give a JSONL file of prompts')
-  judge_fns.find(config.judge).validate(config)
+  for each in of_each_judge(config):
+    judge_fns.find(each.judge).validate(each)
   world_of(config)
   named_pairs(config)
   asking.texts_of(config)
@@ -126,9 +138,10 @@ def inputs(config) -> dict[str, str]:
         found[f'{key}/{part}'] = path
   keys = ('tokenizer', 'reward_model', 'crossval')
   keys += ('prefixes', 'prefix_prompts') if config.prompted else ()
-  keys += judge_fns.find(config.judge).reads
+  for each in of_each_judge(config):
+    keys += judge_fns.find(each.judge).reads
+    found |= judge_fns.source_of(each.judge)
   found |= {key: config[key] for key in keys if config[key]}
-  found |= judge_fns.source_of(config.judge)
   for key in ('comparisons', 'test_comparisons'):
     for name, path in _rankings(config, key).items():
       found[f'{key}.{name}'] = path
@@ -167,7 +180,8 @@ def _with_prompts(prompts, answers, names):
 def readers_of(config) -> dict[str, str]:
   """Config key -> folder of each scalar model that reads the answers."""
   keys = ['reward_model'] * bool(config.reward_model)
-  if issubclass(judge_fns.find(config.judge), judge_fns.RewardModel):
+  kinds = [judge_fns.find(each.judge) for each in of_each_judge(config)]
+  if any(issubclass(kind, judge_fns.RewardModel) for kind in kinds):
     keys.append('judge_model')
   return {key: config[key] for key in keys}
 
@@ -297,6 +311,22 @@ def order_rankings(config, score_fn, judge):
   return found
 
 
+def other_rates(config, models, prompts, others):
+  """{title: model -> judge -> its win rate against the baseline}, or {}.
+
+  `others` are judges with the answers, scored by them if they give scores.
+  """
+  found = collections.defaultdict(dict)
+  for judge, answers in others:
+    verdicts, _ = judge_pairs(config, models, prompts, answers, judge)
+    judged = [j for j in verdicts if j.outcome is not None]
+    for model, rows in preferences.against(judged, config.baseline).items():
+      rates = preferences.rates(rows, config.num_bootstrap)
+      found[model][judge.name] = rates
+  title = f'Win rate against {config.baseline} by other judges'
+  return {title: dict(found)} if found else {}
+
+
 # --- Figures ------------------------------------------------------------------
 
 
@@ -382,8 +412,8 @@ def everyone_rows(config, judged, rates, answers):
   }
 
 
-def judged_figures(config, models, prompts, answers, judge, workdir):
-  """The fields of `figures.Figures` that come from the judge.
+def judged_figures(config, models, prompts, answers, judge, others, workdir):
+  """The fields of `figures.Figures` that come from the judge and from others.
 
   Writes judgements.jsonl and ratings.jsonl.
   """
@@ -430,7 +460,8 @@ def judged_figures(config, models, prompts, answers, judge, workdir):
     },
     'asking': dataclasses.asdict(account) | judge.account(),
     'world': world,
-    'tables': world.tables_fn(prompts, texts) if has_tables else {},
+    'tables': other_rates(config, models, prompts, others)
+    | (world.tables_fn(prompts, texts) if has_tables else {}),
   }
 
 
@@ -496,13 +527,24 @@ def run(config, workdir: epath.Path):
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
     # Made before anything is sampled, since its keys may be wrong.
-    judge = judge_fns.find(config.judge)(config, workdir, mesh)
+    judge, *others = (
+      judge_fns.find(each.judge)(
+        each, workdir / f'judge_{number}' if number else workdir, mesh
+      )
+      for number, each in enumerate(of_each_judge(config))
+    )
     score_fn, rankings = None, {}
     if config.reward_model:
       score_fn, _ = judge_fns.reward_score(config, config.reward_model, mesh)
     asked = asking.ask(config, models, drawn, score_fn, mesh)
     prompts, answers = asking.aligned(drawn, asked.answers)
     prompts, answers, num_too_long = readable(config, prompts, answers)
+    by_other = [
+      scored(prompts, answers, 'score_gold', other.score)
+      if other.gives_scores()
+      else answers
+      for other in others
+    ]
     if judge.gives_scores():
       answers = scored(prompts, answers, 'score_gold', judge.score)
     if score_fn:
@@ -512,7 +554,10 @@ def run(config, workdir: epath.Path):
     return {}
   recorded = [answer for several in answers.values() for answer in several]
   samples_lib.write_samples(workdir / 'samples.jsonl', recorded)
-  judged = judged_figures(config, models, prompts, answers, judge, workdir)
+  others = list(zip(others, by_other, strict=True))
+  judged = judged_figures(
+    config, models, prompts, answers, judge, others, workdir
+  )
   trained = run_figures.of_models(config, models)
   root = epath.Path(config.workdir)
   side_by_side = functools.partial(

@@ -184,8 +184,9 @@ def cost(name: str, seeds) -> float:
   totals = [
     sum(
       seed.seconds(stage)
-      for need in needs
-      for stage in seed.config['stages_of'][need]
+      for stage in {
+        stage for need in needs for stage in seed.config['stages_of'][need]
+      }
     )
     for seed in seeds
   ]
@@ -205,9 +206,12 @@ def table(verdicts, seeds, hours, is_smoke: bool) -> str:
     "Student's 95 % interval over seeds. A claim holds if all its margins lie "
     'above zero, does not hold if one lies below, and is not told apart '
     'otherwise. Rules and tolerances were fixed beforehand '
-    '(`instruct_jax/evals/claims.py`). Hours are of one seed, beside what all '
-    'claims share. Judged by the gold utility of the miniature, a '
-    'program: nothing here is a preference of people.',
+    '(`instruct_jax/evals/claims.py`), and each claim is judged by itself, '
+    'without a correction for their number. Hours are of one seed, beside what '
+    'all claims share; a stage of several claims counts in each. Policies are '
+    'judged with averaged weights, along RL with those of the snapshot. Judged '
+    'by the gold utility of the miniature, a program: nothing here is a '
+    'preference of people.',
     '',
   ]
   if is_smoke:

@@ -90,7 +90,11 @@ def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
         'transformers.AutoModelForCausalLM.from_pretrained(FOLDER)'
         '.save_pretrained(NEW_FOLDER) writes safetensors'
       )
-    raise ValueError(f'{folder}: no *.safetensors file here')
+    raise ValueError(
+      f'{folder}: no *.safetensors file here; a model that comes as pickles '
+      'alone (*.bin) has to be converted once: transformers.'
+      'AutoModelForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER)'
+    )
   index = folder / 'model.safetensors.index.json'
   if index.is_file():
     # Some folders hold the same weights again in their authors' own format.

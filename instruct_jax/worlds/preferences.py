@@ -27,13 +27,14 @@ from instruct_jax.data import (
   sources,
 )
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.evals import figures
+from instruct_jax.evals import figures, samples
 from instruct_jax.infra import run as run_lib
 from instruct_jax.models import hf
 
 PROCESSES = 'first'
 
 LENGTHS_FILE = 'lengths.json'
+REFERENCES = 'references'  # In the evaluation, the demonstrations' name.
 # Config keys of sources -> what they hold.
 KINDS = {
   'preferences': records.Comparison,
@@ -70,6 +71,28 @@ WORLD = figures.World(
 )
 
 
+def published_tldr(prompts, texts) -> dict[str, dict[str, dict[str, Any]]]:
+  """Published figures of TL;DR with Pythia 1B, for the report.
+
+  Huang et al. 2024 (arXiv 2403.17031); two of the four seeds of PPO fail.
+  """
+  del prompts, texts
+  against = 'win rate against the references'
+  rows = {'SFT': {against: 0.33}}
+  for number, rate in enumerate((0.20, 0.22, 0.54, 0.62), 1):
+    rows[f'PPO, run {number} of four, by rate'] = {against: rate}
+  rows['reward model'] = {'accuracy': 0.63}
+  return {'Published figures (Huang et al. 2024, Pythia 1B, a GPT judge)': rows}
+
+
+TLDR = figures.World(
+  about='Summaries of Reddit posts and rankings of them by people (TL;DR; '
+  'Stiennon et al. 2020).',
+  has_people=True,
+  tables_fn=published_tldr,
+)
+
+
 def validate(config: ConfigDict) -> None:
   """Checks the config.
 
@@ -77,8 +100,10 @@ def validate(config: ConfigDict) -> None:
     ValueError: the key, what it is, and what it should be.
   """
   for key in ('valid_fraction', 'test_fraction', 'judge_fraction'):
-    if not 0 < config[key] < 0.9:
-      raise ValueError(f'{key} must be in (0, 0.9): {config[key]}')
+    is_optional = key == 'judge_fraction'
+    if not (0 < config[key] < 0.9 or (is_optional and config[key] == 0)):
+      bounds = '[0, 0.9)' if is_optional else '(0, 0.9)'
+      raise ValueError(f'{key} must be in {bounds}: {config[key]}')
   if config.valid_fraction + config.test_fraction >= 0.9:
     raise ValueError(
       'valid_fraction + test_fraction must leave training data: '
@@ -86,6 +111,11 @@ def validate(config: ConfigDict) -> None:
     )
   if not 0 < config.kept_fraction <= 1:
     raise ValueError(f'kept_fraction must be in (0, 1]: {config.kept_fraction}')
+  if config.references and not config.demonstrations:
+    raise ValueError(
+      'references compares the demonstrations of test prompts, and there are '
+      'none; give --config.demonstrations=FORMAT:PATH'
+    )
   other_documents(config)
 
 
@@ -199,14 +229,17 @@ def best_answers(
 ) -> list[records.Demonstration]:
   """The answer that each ranking puts first, as a demonstration.
 
-  Rankings that put no answer first, or an empty one, give none.
+  Rankings that put no answer first, or an empty one, or one that was cut, give
+  none: a demonstration teaches where to end, too.
   """
   found = {}
   for row in comparisons:
     if row.ranks.count(min(row.ranks)) > 1:
       continue
-    response = row.completions[row.ranks.index(min(row.ranks))]
-    if response.strip():
+    best = row.ranks.index(min(row.ranks))
+    response = row.completions[best]
+    was_cut = bool(row.ended) and not row.ended[best]
+    if response.strip() and not was_cut:
       about = {'id': row.id, 'user': row.user, 'turns': row.turns}
       demonstration = records.Demonstration(row.prompt, response, **about)
       found.setdefault((row.prompt, response), demonstration)
@@ -355,12 +388,14 @@ def judge_side(
   Args:
     comparisons: of one split.
     judge_fraction: share of the conversations, or else of the rankings of
-      labelers, that goes to the judge.
+      labelers, that goes to the judge; 0 leaves all to the reward model.
     seed: of the deal.
 
   Returns:
     (the reward model's, the judge's, how many were left out).
   """
+  if not judge_fraction:
+    return list(comparisons), [], 0
   openings = [records.opening(row) for row in comparisons]
   names = {row.labeler for row in comparisons}
   if '' in names or len(names) < 2:
@@ -403,6 +438,31 @@ def deal_labelers(
     found[labeler] = bool(side)
     totals[side] += counts[labeler]
   return found
+
+
+def references(
+  prompts: Sequence[records.Prompt],
+  rows: Iterable[records.Demonstration],
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> list[samples.Sample]:
+  """The demonstration of each prompt that has one, as an answer to compare."""
+  found = {}
+  for row in rows:
+    found.setdefault((records.composed(row.prompt), row.turns), row.response)
+  kept = [
+    (prompt, found[key])
+    for prompt in prompts
+    if (key := (records.composed(prompt.text), prompt.turns)) in found
+  ]
+  texts = [text for _, text in kept]
+  ids = tokenizer.encode_responses(texts, ended=True) if texts else []
+  return [
+    samples.Sample(
+      *(REFERENCES, prompt.id, prompt.text, text, len(own), True),
+      category=prompt.category,
+    )
+    for (prompt, text), own in zip(kept, ids, strict=True)
+  ]
 
 
 def without_personal_data(rows: Sequence[records.Record]) -> list:
@@ -516,7 +576,7 @@ def check_model(config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer) -> int:
   """
   model_folder.check(config.model, 'policy', tokenizer)
   if model_folder.is_published(config.model):
-    hf.open_tensors(hub.locate(config.model))
+    hf.open_tensors(hub.locate(config.model))  # Only now are they downloaded.
   return model_folder.shape_of(config.model).context_length
 
 
@@ -524,7 +584,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
   """Reads the sources, writes what the other stages read.
 
   Writes tokenizer/, demonstrations_*, comparisons_*, judge_comparisons_*,
-  prompts_* and documents_* (.jsonl), lengths.json and hygiene.json.
+  prompts_*, references_test and documents_* (.jsonl), lengths.json and
+  hygiene.json.
 
   Returns:
     The number of records in each file, and of those that were left out.
@@ -541,7 +602,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     workdir, owned, command='preferences', replace=True
   ) as unfinished:
     for name, rows in files.items():
-      records.write_jsonl(unfinished / f'{name}.jsonl', rows)
+      write_fn = records.write_jsonl
+      if name == 'references_test':
+        write_fn = samples.write_samples
+      write_fn(unfinished / f'{name}.jsonl', rows)
     tokenizer.save(unfinished / 'tokenizer')
   run_lib.write_json(workdir / LENGTHS_FILE, lengths)
   run_lib.write_json(workdir / 'hygiene.json', report)
@@ -574,6 +638,9 @@ def make_records(
     )
   records.check_labels(comparisons, config.preferences)
   demonstrations = given['demonstrations'][0]
+  for key in ('demonstrations', 'prompts'):
+    unused = f'{key} in files of a test split, by their names'
+    skipped[unused] += len(given[key][1])
   lengths = propose_lengths(config, tokenizer, comparisons, context_length)
 
   if test:
@@ -643,9 +710,17 @@ def make_records(
     files |= {
       f'demonstrations_{split}': own,
       f'comparisons_{split}': draw_rows(reward, number, config.seed),
-      f'judge_comparisons_{split}': draw_rows(judge, number, config.seed),
     }
-  files['comparisons_test'] = test or part(comparisons, 'test')
+    if config.judge_fraction:
+      judge = draw_rows(judge, number, config.seed)
+      files[f'judge_comparisons_{split}'] = judge
+  # Of a set that is given, no prompt is left out.
+  of_test = dict.fromkeys(map(records.opening, test), 'test')
+  split_of = of_test | split_of
+  files['comparisons_test'] = part(test or comparisons, 'test')
+  if config.references:
+    own = sum(given['demonstrations'], [])
+    files['references_test'] = references(splits['test'], own, tokenizer)
   files |= {f'prompts_{name}': rows for name, rows in splits.items()}
   files |= split_documents(config) | other_texts(config)
   empty = [name for name, rows in files.items() if not rows]
