@@ -460,8 +460,8 @@ def test_a_dry_run_writes_nothing(data, tmp_path, capsys):
 
 def test_a_dry_run_checks_the_stages_first(data, tmp_path):
   config = make_config(data, dry_run=True)
-  config.stages.ppo.kl_coef = -1.0
-  with pytest.raises(ValueError, match='kl_coef'):
+  config.stages.ppo.num_minibatches = 5
+  with pytest.raises(ValueError, match='num_minibatches'):
     prepared(config, tmp_path / 'run')
 
 

@@ -247,7 +247,7 @@ def test_gains_are_compared_at_equal_kl_along_its_root(config, tmp_path):
   seed = made_up(tmp_path, config)
   # PPO gains 0.1 sqrt(KL), RLOO nine tenths of that, with other snapshots.
   ppo = [(k, k, 0.1 * math.sqrt(k)) for k in (0.5, 1.0, 4.0)]
-  rloo = [(k, k, 0.09 * math.sqrt(k)) for k in (-0.01, 0.2, 2.0, 3.0)]
+  rloo = [(k, k, 0.09 * math.sqrt(abs(k))) for k in (-0.01, 0.2, 2.0, 3.0)]
   points_along(tmp_path, 'ppo_method', ppo)
   points_along(tmp_path, 'rloo_method', rloo)
   assert claims._behind(seed, 2.0) == pytest.approx(0.1)

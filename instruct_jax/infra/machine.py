@@ -53,7 +53,7 @@ def _prepare_allocator() -> None:
   # mmap (-4), no trimming (-1), one arena (-8) for all compiler threads.
   libc.mallopt(-8, 1)
   libc.mallopt(-4, 0)
-  libc.mallopt(-1, -1)
+  libc.mallopt(-1, 2**31 - 1)
 
   import jax
 

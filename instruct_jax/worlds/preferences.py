@@ -446,13 +446,20 @@ def references(
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> list[samples.Sample]:
   """The demonstration of each prompt that has one, as an answer to compare."""
+
+  def asked(row):
+    turns = records.conversation(row)
+    return tuple(
+      (turn.role, records.comparable(turn.content)) for turn in turns
+    )
+
   found = {}
   for row in rows:
-    found.setdefault((records.composed(row.prompt), row.turns), row.response)
+    found.setdefault(asked(row), row.response)
   kept = [
-    (prompt, found[key])
+    (prompt, found[asked(prompt)])
     for prompt in prompts
-    if (key := (records.composed(prompt.text), prompt.turns)) in found
+    if asked(prompt) in found
   ]
   texts = [text for _, text in kept]
   ids = tokenizer.encode_responses(texts, ended=True) if texts else []
