@@ -1,7 +1,31 @@
 """Presets of `configs/recipe.py`, by what there is to spend."""
 
-# What a preset changes, by stage; 'train' is all supervised stages, 'rl' both
-# RL stages, '' the config itself.
+# What a preset changes, by stage; 'train' is both fine-tunings, 'reward' both
+# reward models, 'rl' both RL stages, '' the config itself.
+# For published models, in every preset; none of these numbers is the paper's.
+BASE = {
+  'train': {
+    'pack': True,
+    'batch_size': 16,
+    'num_epochs': 2,
+    'learning_rate': 2e-5,
+    'dropout': 0.0,
+    'cut_documents': True,
+  },
+  'reward': {'batch_size': 32, 'learning_rate': 1e-5},
+  'rl': {
+    'ptx_row_length': None,  # As measured.
+    'cut_documents': True,
+    'num_minibatches': 4,
+    'learning_rate': 5e-6,
+    'value_learning_rate': 1e-5,
+    'kl_coef': 0.05,
+    'ptx_per_episode': 1,
+    'num_warmup_iterations': 4,
+    'eval_every': 8,
+    'checkpoint_every': 4,
+  },
+}
 CPU = {
   'data': {
     'max_prompt_length': 96,
@@ -40,7 +64,7 @@ GPU = {
 }
 SMOKE = {
   'data': {
-    'kept_fraction': 0.5,  # Short rows, whatever the data.
+    'kept_fraction': 0.7,  # Short rows, whatever the data.
     'max_prompt_length': 768,
     'max_response_length': 128,
     'max_demonstrations': 32,
@@ -51,7 +75,7 @@ SMOKE = {
   'sft': {'num_epochs': 2},
   'rl_init': {'num_epochs': 1},
   'train': {'batch_size': 8, 'eval_batch_size': 8},
-  'reward': {'batch_size': 8, 'eval_batch_size': 8},
+  'reward': {'batch_size': 4, 'eval_batch_size': 8},
   'select': {'num_prompts': 16, 'batch_size': 16},
   'rl': {'num_episodes': 32, 'batch_size': 16, 'num_minibatches': 2},
   'evaluate': {'num_prompts': 16, 'batch_size': 16, 'num_bootstrap': 200},

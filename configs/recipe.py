@@ -16,9 +16,12 @@ Presets, after a colon, by what there is to spend:
 `instruct_jax/models/README.md` says more.
 """
 
+from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import budgets, common, pipeline, reward
+
+LEAST = ('comparisons_train', 'judge_comparisons_train', 'prompts_train')
 
 
 def data_stage(seed, workdir):
@@ -58,6 +61,8 @@ def data_stage(seed, workdir):
   config.max_comparisons = 0  # Of each of the two reward models.
   config.max_valid = 1_000  # Of each validation file.
   config.max_documents = 0
+  # File -> records that fill a batch of its stage; the recipe knows.
+  config.least = ConfigDict(dict.fromkeys(LEAST, 0))
   return config
 
 
@@ -110,6 +115,7 @@ def wire(config) -> None:
   for name in ('ppo', 'ppo_ptx'):
     stages[name].prompts = data + '/prompts_train.jsonl'
   stages.evaluate.world = 'instruct_jax.worlds.preferences.WORLD'
+  stages.ppo_ptx.ptx_coef = 0.3  # See configs/ppo_ptx.py:gpt2.
   config.judge = 'instruct_jax.worlds.preferences.OtherConversations'
   config.other_judges = ''
   stages.evaluate.judge = config.get_ref('judge')
@@ -158,9 +164,7 @@ def get_config(preset: str = 'cpu'):
       if key in each:
         del each[key]
         each[key] = placeholder(kind)  # Chosen for the device.
-  numbers(stages)
-  changes = budgets.PRESETS[preset]
-  config.update(changes.get('', {}))
+  config.update(budgets.PRESETS[preset].get('', {}))
   for group, names in (
     ('data', ('data',)),
     ('train', ('sft', 'rl_init')),
@@ -172,29 +176,7 @@ def get_config(preset: str = 'cpu'):
     ('evaluate', ('evaluate',)),
   ):
     for name in names:
-      stages[name].update(changes.get(group, {}))
+      for changes in (budgets.BASE, budgets.PRESETS[preset]):
+        stages[name].update(changes.get(group, {}))
   config.lock()
   return config
-
-
-def numbers(stages) -> None:
-  """Settings for published models; none of them is the paper's."""
-  for each in (stages.sft, stages.rl_init):
-    each.update(batch_size=16, num_epochs=2, learning_rate=2e-5, dropout=0.0)
-    each.pack = True
-    each.cut_documents = True
-  for each in (stages.reward, stages.judge):
-    each.batch_size = 32
-    each.learning_rate = 1e-5
-  for each in (stages.ppo, stages.ppo_ptx):
-    each.ptx_row_length = None
-    each.cut_documents = True
-    each.num_minibatches = 4
-    each.learning_rate = 5e-6
-    each.value_learning_rate = 1e-5
-    each.kl_coef = 0.05
-    each.ptx_per_episode = 1
-    each.num_warmup_iterations = 4
-    each.eval_every = 8
-    each.checkpoint_every = 4
-  stages.ppo_ptx.ptx_coef = 0.3  # See configs/ppo_ptx.py:gpt2.

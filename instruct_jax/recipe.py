@@ -92,6 +92,14 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> bool:
       config.lora.rank = before.get('lora', {}).get('rank')
     choice = choose(config)
     apply(config, choice)
+    for name, stage, number in (
+      ('comparisons_train', 'reward', 1),
+      ('judge_comparisons_train', 'judge', 1),
+      ('prompts_train', 'ppo', config.stages.ppo.samples_per_prompt),
+    ):
+      if stage in config.stage_order:
+        size = config.stages[stage].batch_size // number
+        config.stages.data.least[name] = size
   run_lib.say(f'recipe: {choice.why}')
   if not before:
     check_disk(config, workdir)

@@ -526,6 +526,11 @@ def test_preferences_that_cannot_be_used(data, tmp_path):
   (tmp_path / 'held' / 'test.jsonl').write_text(hh_line(1))
   config = make_config(data, preferences=f'hh:{tmp_path / "held"}')
   assert 'all files are a test split' in refused(config, tmp_path / 'run')
+  config = make_config(data)
+  config.stages.judge.batch_size = 400
+  said = refused(config, tmp_path / 'batch')
+  assert 'judge_comparisons_train: ' in said and 'a batch takes 400' in said
+  assert not (tmp_path / 'batch' / 'sft').exists()
   config = make_config(data, preferences='hh:/no/such')
   assert '/no/such' in refused(config, tmp_path / 'run')
   config = make_config(data, preferences='')

@@ -740,6 +740,13 @@ def make_records(
       f'{left_out or "nothing"}. Give more data, raise max_prompt_length and '
       'max_response_length, or raise valid_fraction and test_fraction'
     )
+  for name, least in config.least.items():
+    if name in files and len(files[name]) < least:
+      raise ValueError(
+        f'{name}: {len(files[name])} are left, and a batch takes {least}; give '
+        'more data, hold longer records (kept_fraction, max_prompt_length, '
+        'max_response_length), or lower batch_size of the stage'
+      )
   skipped['rankings whose prompt data hygiene left out'] = sum(
     records.opening(row) not in split_of for row in comparisons
   )
