@@ -67,7 +67,8 @@ def recipe_stages(config, preset, **shape):
     stage = config[name] = stages[key].copy_and_resolve_references()
     stage.lora.rank = 0
     stage.compute_dtype = ''  # The models'.
-    stage.update(remat=shape.remat, logprob_chunk=shape.logprob_chunk)
+    for each in {'remat', 'logprob_chunk'} & set(stage):
+      stage[each] = shape[each]
   config.ppo.frozen_dtype = 'bfloat16'
 
 
