@@ -7,7 +7,6 @@ rematerialisation for the device.
 
 import dataclasses
 import os
-import shutil
 import time
 from collections.abc import Mapping
 
@@ -17,7 +16,6 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from instruct_jax import files as files_lib
 from instruct_jax import judge_fns, model_fns, model_folder, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import cost, origin, pipeline, sharding
@@ -102,7 +100,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> bool:
         config.stages.data.least[name] = size
   run_lib.say(f'recipe: {choice.why}')
   if not before:
-    check_disk(config, workdir)
+    run_lib.check_room(workdir, disk_bytes(config), 'the models of this run')
   if config.dry_run:
     described = config.copy_and_resolve_references()
     with config.unlocked():
@@ -149,22 +147,6 @@ def check_models(
     if key == 'judge_model' and model_folder.is_published(folder):
       read = tokenizer_lib.Tokenizer.load(folder)
     model_folder.check(folder, kind, read)
-
-
-def check_disk(config: ConfigDict, workdir: epath.Path) -> None:
-  """Refuses a disk with less room than the models that the run leaves there."""
-  if files_lib.is_remote(str(workdir)):
-    return
-  place = workdir
-  while not place.exists():
-    place = place.parent
-  needed = disk_bytes(config)
-  free = shutil.disk_usage(place).free
-  if free < needed:
-    raise ValueError(
-      f'{workdir}: {free / 1e9:.1f} GB are free, and the models of this run '
-      f'take {needed / 1e9:.1f} GB; make room, or give a --workdir elsewhere'
-    )
 
 
 def disk_bytes(config: ConfigDict) -> float:

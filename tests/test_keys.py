@@ -102,7 +102,7 @@ FREE = {
   *('tunix_python', 'url', 'valid', 'valid_comparisons'),
   *('valid_demonstrations', 'valid_documents', 'valid_prompts', 'workdir'),
   *('date', 'labels', 'lengths', 'other_documents', 'preferences'),
-  *('prepare', 'score_fn'),
+  *('prepare', 'score_fn', 'other_judges'),
   *('sft_model', 'template', 'test_preferences', 'valid_labels'),
   *('base_model', 'categories', 'datasets', 'license', 'push_to'),
   'xla_flags',
@@ -179,6 +179,8 @@ def test_an_enumerated_key_takes_no_other_value(name, variant, key, tmp_path):
   for section in (config, *config.get('stages', {}).values()):
     if section.get('compute_dtype') == 'auto':
       section.compute_dtype = ''  # As main.py has resolved it.
+    if section.get('remat', '') is None:
+      section.remat = 'none'  # As `prepare` chooses it.
   if name == 'evaluate':
     config.endpoint.update(url='http://x', model='m')
   if name == 'nlp_suite':

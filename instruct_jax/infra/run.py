@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import signal
 import socket
 import subprocess
@@ -169,6 +170,24 @@ def check_enough(number: int, needed: int, what: str, keys: str) -> None:
     raise ValueError(
       f'{number} {what} do not fill a batch of {needed} ({keys}); lower it, or '
       'give more of them'
+    )
+
+
+def check_room(workdir: epath.Path, needed: float, what: str) -> None:
+  """Raises ValueError if a disk has less than `needed` bytes free for `what`.
+
+  Stores are not asked.
+  """
+  if files.is_remote(workdir):
+    return
+  place = workdir
+  while not place.exists():
+    place = place.parent
+  free = shutil.disk_usage(place).free
+  if free < needed:
+    raise ValueError(
+      f'{workdir}: {free / 1e9:.1f} GB are free, and {what} take '
+      f'{needed / 1e9:.1f} GB; make room, or give a --workdir elsewhere'
     )
 
 
