@@ -75,7 +75,7 @@ SMOKE = {
   'sft': {'num_epochs': 2},
   'rl_init': {'num_epochs': 1},
   'train': {'batch_size': 8, 'eval_batch_size': 8},
-  'reward': {'batch_size': 4, 'eval_batch_size': 8},
+  'reward': {'batch_size': 8, 'eval_batch_size': 8},
   'select': {'num_prompts': 16, 'batch_size': 16},
   'rl': {'num_episodes': 32, 'batch_size': 16, 'num_minibatches': 2},
   'evaluate': {'num_prompts': 16, 'batch_size': 16, 'num_bootstrap': 200},

@@ -13,8 +13,8 @@ from etils import epath
 from instruct_jax import command, files
 
 # A model's description, without its weights.
-DESCRIPTION = ('*.json', '*.jinja', '*.txt', '*.model')
-_PATTERNS = (*DESCRIPTION, '*.safetensors')
+_DESCRIPTION = ('*.json', '*.jinja', '*.txt', '*.model')
+_PATTERNS = (*_DESCRIPTION, '*.safetensors')
 # The same weights once more, in their authors' own format.
 _IGNORED = ('consolidated*', '*/*')
 
@@ -66,6 +66,11 @@ def locate(name: str, patterns: tuple[str, ...] = _PATTERNS) -> pathlib.Path:
       f'hf:{name}: no such folder here, and it does not download '
       f'({command.one_line(error)}); give the folder of a copy'
     ) from error
+
+
+def locate_description(name: str) -> pathlib.Path:
+  """`locate`, but of `hf:NAME` without the weights."""
+  return locate(name, _DESCRIPTION if name.startswith('hf:') else _PATTERNS)
 
 
 # --- Pushing ------------------------------------------------------------------

@@ -63,7 +63,7 @@ def check(
       handled.
   """
   if is_published(directory):
-    folder = hub.locate(str(directory), hub.DESCRIPTION)
+    folder = hub.locate_description(str(directory))
     values = hf.read_config(folder)
     TransformerConfig.from_hf(values)
     tokenizer_lib.check_published(tokenizer, str(directory))
@@ -185,7 +185,7 @@ def shape_of(folder: epath.PathLike) -> TransformerConfig:
       adapters, is missing or damaged.
   """
   if is_published(folder):
-    place = hub.locate(str(folder), hub.DESCRIPTION)
+    place = hub.locate_description(str(folder))
     return TransformerConfig.from_hf(hf.read_config(place))
   described = checkpoint.load_metadata(folder)
   if 'base' in described:

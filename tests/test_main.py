@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
 from etils import epath
@@ -380,6 +381,10 @@ def starts(tmp_path, monkeypatch):
   monkeypatch.setenv('GLIBC_TUNABLES', '')
   monkeypatch.delenv('GLIBC_TUNABLES')
   monkeypatch.setattr(sys, 'gettrace', lambda: None)
+  monkeypatch.setattr(sys, 'argv', ['main.py', '--a=b c'])
+  monkeypatch.setattr(sys, 'orig_argv', ['python', '-m', 'x.main', '--a=b c'])
+  main = types.SimpleNamespace(__spec__=types.SimpleNamespace(name='x.main'))
+  monkeypatch.setitem(sys.modules, '__main__', main)
   begun = []
   monkeypatch.setattr(os, 'execv', lambda *arguments: begun.append(arguments))
   return begun
@@ -387,7 +392,7 @@ def starts(tmp_path, monkeypatch):
 
 def test_huge_pages_are_asked_for_once_with_the_same_command_line(starts):
   machine.ask_for_huge_pages()
-  command = [sys.executable, *sys.orig_argv[1:]]
+  command = [sys.executable, '-m', 'x.main', '--a=b c']
   assert starts == [(sys.executable, command)]
   assert os.environ['GLIBC_TUNABLES'] == 'glibc.malloc.hugetlb=1'
   machine.ask_for_huge_pages()
@@ -400,6 +405,16 @@ def test_huge_pages_are_not_asked_for_in_vain(starts, text):
   if text:
     machine._HUGE_PAGES.write_text(text)
   machine.ask_for_huge_pages()
+  assert not starts and 'GLIBC_TUNABLES' not in os.environ
+
+
+def test_a_program_inside_another_one_does_not_start_that_again(
+  starts, monkeypatch
+):
+  monkeypatch.setattr(sys, 'orig_argv', ['python', 'server.py'])
+  for arguments in (['--a=b c'], []):
+    monkeypatch.setattr(sys, 'argv', ['main.py', *arguments])
+    machine.ask_for_huge_pages()
   assert not starts and 'GLIBC_TUNABLES' not in os.environ
 
 

@@ -406,7 +406,8 @@ def test_a_value_model_from_the_policy_beside_a_wider_reward_model(copied):
   shape = model_folder.shape_of(stage.reward_model)
   wide = dataclasses.replace(shape, width=2 * shape.width)
   model = model_fns.init('scalar', wide, mesh, jax.random.key(4))
-  model_folder.save(copied / 'wide', model, tokenizer, {})
+  about = {'score_range': [-1.0, 1.0]}
+  model_folder.save(copied / 'wide', model, tokenizer, about)
   stage.update(reward_model=str(copied / 'wide'), value_from='policy')
   stage.num_episodes = stage.batch_size
   (copied / 'run').mkdir()

@@ -96,6 +96,7 @@ RULES = [
   Rule('.*lm_eval_adapter|pip install -e', 'skip', 'torch and the network'),
   Rule(f'.*{MAIN}plan.py|for plan in', 'skip', 'the TPU compiler'),
   Rule('WANDB_MODE=', 'skip', 'extras; tests/test_infra_logger.py does it'),
+  Rule('for seed in .*tldr_1b', 'skip', 'Pythia 1B, a GPU and their data'),
   Rule('vllm serve', 'skip', 'a server that is none of the requirements'),
   Rule('python -m instruct_jax.export .*push_to', 'skip', 'tests/test_hub.py'),
   Rule('xprof', 'skip', 'a program that is none of the requirements'),

@@ -12,17 +12,21 @@ _HUGE_PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 
 def ask_for_huge_pages() -> None:
-  """Starts the program again with an allocator that asks for huge pages.
+  """Starts `python -m MODULE` again with an allocator that asks for huge pages.
 
   Where Linux gives them to those that ask ("madvise", the usual setting), glibc
   asks only if GLIBC_TUNABLES says so as a program begins. In pages of 4 KiB a
   step on a CPU spends a fifth of its time in the kernel. A GLIBC_TUNABLES that
   is set already, to nothing too, stays as it is; so does a program that is
-  traced by a debugger.
+  traced by a debugger or that another one runs inside itself.
   """
   if 'GLIBC_TUNABLES' in os.environ or sys.gettrace() is not None:
     return
   if not _HUGE_PAGES.exists() or '[madvise]' not in _HUGE_PAGES.read_text():
+    return
+  spec = sys.modules['__main__'].__spec__
+  command = ['-m', spec.name if spec else '', *sys.argv[1:]]
+  if sys.orig_argv[-len(command) :] != command:
     return
   os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
