@@ -16,9 +16,9 @@ def ask_for_huge_pages() -> None:
 
   Where Linux gives them to those that ask ("madvise", the usual setting), glibc
   asks only if GLIBC_TUNABLES says so as a program begins. In pages of 4 KiB a
-  step on a CPU spends a fifth of its time in the kernel. A GLIBC_TUNABLES that
-  is set already, to nothing too, stays as it is; so does a program that is
-  traced by a debugger or that another one runs inside itself.
+  step of a 135 M model on a CPU spends a quarter of its time in the kernel. A
+  GLIBC_TUNABLES that is set already, to nothing too, stays as it is; so does a
+  program that is traced by a debugger or that another one runs inside itself.
   """
   if 'GLIBC_TUNABLES' in os.environ or sys.gettrace() is not None:
     return
