@@ -47,6 +47,7 @@ FOLLOWED = {
   'Bring them back, go on with the new ones': 'tests/test_resume.py',
   'though': 'tests/test_resume.py',
   'put the former one back': 'tests/test_lora.py',
+  'make room, or give a --workdir elsewhere': 'tests/test_recipe.py',
   'and the services show the rest as a new run': 'tests/test_infra_logger.py',
 }
 # Advice to get something elsewhere again, which no test can do for the user;

@@ -369,10 +369,15 @@ def test_a_disk_that_is_too_full_is_refused_before_compute(
   data, tmp_path, monkeypatch
 ):
   usage = collections.namedtuple('Usage', 'free')
-  monkeypatch.setattr(shutil, 'disk_usage', lambda place: usage(10_000))
-  said = refused(make_config(data), tmp_path / 'run' / 'deep')
-  assert '0.0 GB are free' in said and '--workdir' in said
-  assert not (tmp_path / 'run').exists()
+  (tmp_path / 'full').mkdir()
+  free = {tmp_path / 'full': 10_000, tmp_path: 10**12}
+  monkeypatch.setattr(
+    shutil, 'disk_usage', lambda place: usage(free[pathlib.Path(place)])
+  )
+  said = refused(make_config(data), tmp_path / 'full' / 'run')
+  assert '0.0 GB are free' in said and '--workdir elsewhere' in said
+  assert not (tmp_path / 'full' / 'run').exists()
+  prepared(make_config(data), tmp_path / 'elsewhere')
 
 
 # --- Whole --------------------------------------------------------------------
