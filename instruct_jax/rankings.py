@@ -154,7 +154,7 @@ class Batches:
   ):
     self._rows, self._num_parts = rows, config.num_microbatches
     size = config.batch_size
-    if config.get('split_pairs'):  # As many steps as with whole prompts.
+    if config.split_pairs:  # As many steps as with whole prompts.
       size = round(size * loader.num_rows(rows) / _num_prompts(rows))
       size = max(1, size // self._num_parts) * self._num_parts
     self._steps = loader.balanced_batches(
