@@ -61,6 +61,7 @@ def data_stage(seed, workdir):
   config.max_comparisons = 0  # Of each of the two reward models.
   config.max_valid = 1_000  # Of each validation file.
   config.max_documents = 0
+  config.max_valid_words = 0  # Of each kind of held-out text; 0 is all.
   # File -> records that fill a batch of its stage; the recipe knows.
   config.least = ConfigDict(dict.fromkeys(LEAST, 0))
   return config
@@ -140,6 +141,7 @@ def get_config(preset: str = 'cpu'):
   config.sft_model = ''
   config.reward_model = ''
   config.judge_model = ''
+  config.last_weights = False  # RL's last ones beside averaged ones (C.4).
   # Of all stages; bfloat16 where the device multiplies it faster.
   config.compute_dtype = 'auto'
   # Adapters: None takes them where training all weights does not fit.

@@ -219,7 +219,11 @@ def compare_models(config: ConfigDict) -> None:
     for name in ('ppo', 'ppo_ptx')
     if name in config.stage_order
   }
-  last = {f'{n}_last': workdir + f'/{n}/policy' for n in trained}
+  last = {
+    f'{name}_last': workdir + f'/{name}/policy'
+    for name in trained
+    if config.last_weights
+  }
   others = {} if config.sft_model else {'rl_init': workdir + '/rl_init/model'}
   evaluate = stages.evaluate
   compared = {'pretrained': config.model, 'sft': sft, **trained}

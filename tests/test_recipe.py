@@ -236,6 +236,23 @@ def test_one_labeler_does_not_leave_the_judge_without_rankings():
   assert min(len(reward), len(judge)) > 30 and crossed == 0
 
 
+def test_held_out_text_has_about_so_many_words(data):
+  config = make_config(data)
+  stage = config.stages.data
+  whole = make_records(config)[0]
+  assert [len(whole[f'documents_{name}']) for name in ('valid', 'same')] == [
+    *(8, 8),  # At most `max_valid`; a tenth of 90 documents are 9.
+  ]
+  stage.max_valid_words = 13  # Six words a document.
+  files = make_records(config)[0]
+  assert files['documents_valid'] == whole['documents_valid'][:3]
+  assert files['documents_same'] == whole['documents_same'][:3]
+  assert len(files['documents_train']) == 87
+  stage.max_valid_words = -1
+  with pytest.raises(ValueError, match='max_valid_words must be 0 or more: -1'):
+    preferences.validate(stage)
+
+
 def test_best_answers_leave_ties_out():
   rows = [
     records.Comparison('p', ('a', 'b', 'c'), (2, 1, 3)),
@@ -276,6 +293,9 @@ def test_stages_of_given_models_are_left_out(data, tmp_path):
   assert len(make_records(other)[0]['comparisons_train']) == len(
     files['comparisons_train']
   )
+  assert '_last' not in config.stages.evaluate.other_models
+  config = prepared(make_config(data, last_weights=True), tmp_path)
+  assert 'ppo_last=' in config.stages.evaluate.other_models
   texts = config.stages.evaluate.documents
   assert texts.endswith('/documents_same.jsonl')
   assert 'pretraining=' in texts

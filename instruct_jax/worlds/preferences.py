@@ -9,6 +9,7 @@ of rows are measured in tokens of the model and written to lengths.json.
 
 import collections
 import datetime
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -109,6 +110,9 @@ def validate(config: ConfigDict) -> None:
       'valid_fraction + test_fraction must leave training data: '
       f'{config.valid_fraction} + {config.test_fraction}'
     )
+  for key in config:
+    if key.startswith('max_') and config[key] < 0:
+      raise ValueError(f'{key} must be 0 or more: {config[key]}')
   if not 0 < config.kept_fraction <= 1:
     raise ValueError(f'kept_fraction must be in (0, 1]: {config.kept_fraction}')
   if config.references and not config.demonstrations:
@@ -513,6 +517,23 @@ def draw_rows(rows: list, number: int, seed: int) -> list:
   return [rows[i] for i in sorted(chosen)]
 
 
+def held_out(
+  config: ConfigDict, documents: Sequence[records.Document]
+) -> Sequence[records.Document]:
+  """The first of them: `max_valid`, and about `max_valid_words`."""
+  documents = documents[: config.max_valid]
+  if not config.max_valid_words:
+    return documents
+  before = itertools.accumulate(
+    (len(document.text.split()) for document in documents), initial=0
+  )
+  return [
+    document
+    for document, words in zip(documents, before, strict=False)
+    if words < config.max_valid_words
+  ]
+
+
 def other_texts(config: ConfigDict) -> dict[str, list[records.Document]]:
   """At most `max_valid` documents of each of `other_documents`."""
   found = {}
@@ -520,8 +541,9 @@ def other_texts(config: ConfigDict) -> dict[str, list[records.Document]]:
     documents = sources.read_documents(
       source, words_per_document=config.words_per_document
     )
-    documents = draw_rows(list(documents), config.max_valid, config.seed)
-    found[f'documents_{name}'] = documents
+    order = np.random.default_rng([config.seed, 3]).permutation(len(documents))
+    drawn = [documents[i] for i in order]
+    found[f'documents_{name}'] = held_out(config, drawn)
   return found
 
 
@@ -539,15 +561,16 @@ def split_documents(config: ConfigDict) -> dict[str, list[records.Document]]:
   ]
   documents = draw_rows(documents, config.max_documents, config.seed)
   order = np.random.default_rng([config.seed, 4]).permutation(len(documents))
-  num_valid = min(config.max_valid, round(len(documents) * 0.1))
-  if not num_valid:
+  documents = [documents[i] for i in order]
+  valid = held_out(config, documents[: round(len(documents) * 0.1)])
+  if not valid:
     raise ValueError(
       f'documents: {len(documents)} pieces of text are too few to hold some '
       'out; give more text, or lower words_per_document'
     )
   return {
-    'documents_valid': [documents[i] for i in order[:num_valid]],
-    'documents_train': [documents[i] for i in order[num_valid:]],
+    'documents_valid': valid,
+    'documents_train': documents[len(valid) :],
   }
 
 
