@@ -614,13 +614,6 @@ def test_a_classifier_comes_back_and_scores_texts(labels, tmp_path):
   assert path.as_posix() in score_fns.source_of(name).values()
 
 
-def test_distinct_by_hand():
-  # Words a b a b: 2 of 4; pairs ab ba ab: 2 of 3.
-  assert sentiment.distinct(['a b a b'], 1) == 2 / 4
-  assert sentiment.distinct(['a b a b'], 2) == 2 / 3
-  assert sentiment.distinct(['a b', 'a b'], 2) == 1 / 2
-
-
 def test_noisy_labelers_agree_with_the_score_more_often_than_not():
   config = sentiment_config.get_config().stages.rank
   prompts = [records.Prompt(f'p{i}', f'p{i}') for i in range(400)]
@@ -661,7 +654,7 @@ def test_sentiment_from_a_folder_to_a_report(data, labels, tmp_path):
   ends = [row.ended for row in records.read_jsonl(path, records.Comparison)]
   assert False in np.array(ends)  # Cut where RL's answers are.
   report = (tmp_path / 'run' / 'report.md').read_text()
-  assert 'Diversity of the answers' in report and 'distinct-2' in report
+  assert 'Variety of the answers' in report and 'distinct-2' in report
   assert (tmp_path / 'run' / 'best_of_n' / 'frontier.png').exists()
   with (tmp_path / 'run' / 'ppo' / 'metrics.jsonl').open() as lines:
     before = json.loads(lines.readline())

@@ -36,6 +36,7 @@ from instruct_jax.evals import (
   preference_accuracy,
   preferences,
   report,
+  variety,
   win_rate,
 )
 from instruct_jax.evals import samples as samples_lib
@@ -330,6 +331,26 @@ def other_rates(config, models, prompts, others):
 # --- Figures ------------------------------------------------------------------
 
 
+def texts_by(answers) -> dict[str, list[str]]:
+  """Model -> its answers as text."""
+  return {
+    name: [answer.response for answer in several]
+    for name, several in answers.items()
+  }
+
+
+def varieties(config, texts) -> dict[str, figures.Rows]:
+  """How much each model repeats itself, and what labelers ranked."""
+  ranked = {
+    text
+    for path in _rankings(config, 'comparisons').values()
+    for row in records.read_jsonl(path, records.Comparison)
+    for text in row.completions
+  }
+  rows = {name: variety.describe(each, ranked) for name, each in texts.items()}
+  return {'Variety of the answers': rows}
+
+
 def mean_ratings(rated, num_bootstrap: int):
   """Model -> `judges.LIKERT` and each label -> mean, redrawn by prompt."""
   columns = collections.defaultdict(list)
@@ -439,7 +460,8 @@ def judged_figures(config, models, prompts, answers, judge, others, workdir):
     lines.append(about | dataclasses.asdict(rating))
     by_category[answer.category].append((answer, rating))
   _write_lines(workdir / 'ratings.jsonl', lines)
-  texts = {n: [a.response for a in answers[n]] for n in columns}
+  texts = texts_by(answers)
+  shown = {name: texts[name] for name in columns}
   has_tables = world and world.tables_fn
   return {
     'models': columns,
@@ -460,8 +482,9 @@ def judged_figures(config, models, prompts, answers, judge, others, workdir):
     },
     'asking': dataclasses.asdict(account) | judge.account(),
     'world': world,
-    'tables': other_rates(config, models, prompts, others)
-    | (world.tables_fn(prompts, texts) if has_tables else {}),
+    'tables': varieties(config, texts)
+    | other_rates(config, models, prompts, others)
+    | (world.tables_fn(prompts, shown) if has_tables else {}),
   }
 
 
@@ -559,6 +582,11 @@ def run(config, workdir: epath.Path):
     config, models, prompts, answers, judge, others, workdir
   )
   trained = run_figures.of_models(config, models)
+  texts = texts_by(answers)
+  repeated = variety.alarms(
+    {name: texts[name] for name in trained['rl_metrics']},
+    texts[config.baseline],
+  )
   root = epath.Path(config.workdir)
   side_by_side = functools.partial(
     samples_lib.side_by_side, recorded, judged['models']
@@ -569,7 +597,7 @@ def run(config, workdir: epath.Path):
     | text_figures(config, asked.text_loss)
     | run_figures.of_suite(config.suite)
     | provenance_figures(root)
-    | {'alarms': [*judged['alarms'], *trained['alarms']]},
+    | {'alarms': [*judged['alarms'], *trained['alarms'], *repeated]},
     seed=config.seed,
     prompts={
       'in the file': num_given,

@@ -7,10 +7,8 @@ on n-grams, in log-odds of 'positive' from 0 to 1. Prompts are openings of
 passages of books, or of any other text.
 """
 
-import collections
 import functools
 import json
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,45 +85,10 @@ def positive(
   return load_classifier(file).probabilities(features)
 
 
-# --- The report ---------------------------------------------------------------
-
-
-def distinct(texts: Sequence[str], size: int) -> float:
-  """Different n-grams of words over all n-grams (Li et al. 2016).
-
-  Args:
-    texts: of one model.
-    size: words of an n-gram.
-  """
-  found = collections.Counter()
-  for text in texts:
-    words = text.lower().split()
-    found.update(
-      tuple(words[i : i + size]) for i in range(len(words) - size + 1)
-    )
-  return len(found) / max(1, found.total())
-
-
-def make_tables(
-  prompts: Sequence[records.Prompt], texts: Mapping[str, Sequence[str]]
-) -> dict[str, figures.Rows]:
-  """How much a model repeats itself, from one answer to the next."""
-  del prompts
-  rows = {}
-  for name, several in texts.items():
-    commonest = collections.Counter(several).most_common(1)[0][1]
-    rows[name] = {
-      **{f'distinct-{size}': distinct(several, size) for size in (1, 2, 3)},
-      'share of the commonest answer': commonest / len(several),
-    }
-  return {'Diversity of the answers': rows}
-
-
 WORLD = figures.World(
   about='Continuations of openings of books; a classifier of the sentiment of '
   'film reviews (SST-2) scores them, and simulated labelers rank them by it.',
   has_people=False,
-  tables_fn=make_tables,
 )
 
 
