@@ -140,6 +140,7 @@ def operations_of(config, stage: origin.Stage) -> float | None:
   None for any other stage, and if a length or a shape is unknown.
   """
   own, size = stage.config, model_folder.shape_of(_made(stage)).num_params
+  has_adapters = bool(own.get('lora', {}).get('rank'))
   if 'num_episodes' in own:
     scalar = 0
     if own['reward_model']:
@@ -159,6 +160,7 @@ def operations_of(config, stage: origin.Stage) -> float | None:
       own['prompt_length'] + own['response_length'],
       own['num_epochs'],
       text * own['ptx_row_length'] if own['ptx_coef'] > 0 else 0,
+      has_adapters,
     )
   results = stage.folder / 'results.json'
   if 'comparisons' in own and results.exists():
@@ -167,11 +169,13 @@ def operations_of(config, stage: origin.Stage) -> float | None:
     if None in lengths:  # Recorded answers need none.
       return None
     answers = run_lib.read_json(results)['num_forwards'] * own['num_epochs']
-    return model_card.training_operations(size, answers * sum(lengths))
+    tokens = answers * sum(lengths)
+    return model_card.training_operations(size, tokens, has_adapters)
   metrics = stage.folder / metrics_lib.METRICS_FILE
   if 'row_length' in own and metrics.exists():
     rows = metrics_lib.read_lines(metrics)[-1]['step'] * own['batch_size']
-    return model_card.training_operations(size, rows * own['row_length'])
+    tokens = rows * own['row_length']
+    return model_card.training_operations(size, tokens, has_adapters)
   return None
 
 

@@ -116,11 +116,15 @@ def test_labelers_of_the_labeling_site_are_described():
 
 def test_operations_by_hand():
   assert model_card.training_operations(10, 5) == 300
+  assert model_card.training_operations(10, 5, has_adapters=True) == 200
   # 3 policy and 2 scalar forwards, 2 x 3 x 100 + 2 x 2 x 10 = 640 a token;
   # updates 6 x 110 = 660 an epoch; 4 tokens: (640 + 2 x 660) x 4 = 7,840;
   # and 6 x 100 x 7 = 4,200 for the text.
   operations = model_card.rl_operations(100, 10, 10, 2, 2, 2, 7)
   assert operations == 7_840 + 4_200
+  # With adapters updates are 4 x 110 an epoch, and text 4 x 100 x 7.
+  operations = model_card.rl_operations(100, 10, 10, 2, 2, 2, 7, True)
+  assert operations == 6_080 + 2_800
   # Without reward and value model, 4 tokens: (2 x 300 + 2 x 600) x 4 = 7,200.
   assert model_card.rl_operations(100, 0, 0, 2, 2, 2, 0) == 7_200
   assert model_card.petaflop_days(8.64e19) == pytest.approx(1)

@@ -132,6 +132,29 @@ def test_flops_multiply_loops_out():
   assert cost.flops(jaxpr) == 2 * 4 * 8 * 8
 
 
+def test_flops_leave_out_what_nothing_reads():
+  @jax.custom_vjp
+  def product(x, w):
+    return x @ w
+
+  def backward(kept, cotangent):
+    x, w = kept
+    return cotangent @ w.T, x.T @ cotangent
+
+  product.defvjp(lambda x, w: (x @ w, (x, w)), backward)
+
+  def loss(x, w):
+    def step(x, _):
+      return jnp.tanh(product(x, w)), None
+
+    return jnp.sum(jax.lax.scan(step, x, None, 6)[0])
+
+  x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
+  jaxpr = jax.jit(jax.grad(loss)).trace(x, w).jaxpr
+  # Forward and the gradient of x; that of w is written down and not read.
+  assert cost.flops(jaxpr) == 6 * 2 * (2 * 4 * 8 * 8)
+
+
 def test_a_real_program_on_eight_devices():
   mesh = sharding.make_mesh((1, 8, 1))
 

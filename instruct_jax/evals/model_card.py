@@ -30,10 +30,15 @@ _LABELER_COLUMNS = {
 
 
 def training_operations(
-  num_parameters: int | float, num_tokens: int | float
+  num_parameters: int | float,
+  num_tokens: int | float,
+  has_adapters: bool = False,
 ) -> float:
-  """6 N D: forward and backward pass over D tokens (Kaplan et al. 2020)."""
-  return 6.0 * num_parameters * num_tokens
+  """6 N D: forward and backward pass over D tokens (Kaplan et al. 2020).
+
+  With adapters 4 N D: the frozen weights have no gradient.
+  """
+  return (4.0 if has_adapters else 6.0) * num_parameters * num_tokens
 
 
 def rl_operations(
@@ -44,6 +49,7 @@ def rl_operations(
   tokens_per_episode: int,
   num_epochs: int,
   ptx_tokens: int | float,
+  has_adapters: bool = False,
 ) -> float:
   """Operations of an RL stage; 0 parameters for a model that it lacks.
 
@@ -56,9 +62,9 @@ def rl_operations(
   return (
     2.0 * forward * tokens
     + training_operations(
-      policy_parameters + value_parameters, tokens * num_epochs
+      policy_parameters + value_parameters, tokens * num_epochs, has_adapters
     )
-    + training_operations(policy_parameters, ptx_tokens)
+    + training_operations(policy_parameters, ptx_tokens, has_adapters)
   )
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 import jax
+from jax.extend import core
 
 COLLECTIVES = (
   'all-gather',
@@ -90,13 +91,14 @@ def flops(jaxpr) -> float:
   """Floating-point operations of all matrix products of a traced program.
 
   The sum over all chips, recomputed activations included; a `while_loop` counts
-  once. Other operations are a small part of a Transformer's arithmetic.
+  once, and what nothing reads does not: the compiler drops it. Other operations
+  are a small part of a Transformer's arithmetic.
 
   Args:
     jaxpr: `jax.jit(f).trace(...).jaxpr`.
   """
   total = 0.0
-  for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+  for equation in _live(getattr(jaxpr, 'jaxpr', jaxpr)):
     name, params = equation.primitive.name, equation.params
     if name == 'dot_general':
       (contracted, _), _ = params['dimension_numbers']
@@ -129,6 +131,19 @@ def flops(jaxpr) -> float:
     else:
       total += sum(inner)
   return total
+
+
+def _live(jaxpr):
+  """Equations whose results are read, or that have effects; the last first."""
+
+  def variables(atoms):
+    return {atom for atom in atoms if not isinstance(atom, core.Literal)}
+
+  read = variables(jaxpr.outvars)
+  for equation in reversed(jaxpr.eqns):
+    if equation.effects or read & set(equation.outvars):
+      read |= variables(equation.invars)
+      yield equation
 
 
 def _programs_in(params):
