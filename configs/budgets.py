@@ -20,6 +20,9 @@ BASE = {
     'learning_rate': 5e-6,
     'value_learning_rate': 1e-5,
     'kl_coef': 0.05,
+    # Reward models learn from whole answers. Without this one of HH rewarded
+    # answers that never end: 75 % of SFT's end, 5 % after 15 iterations.
+    'missing_end_score': -1.0,
     'ptx_per_episode': 1,
     'num_warmup_iterations': 4,
     'eval_every': 8,
@@ -120,8 +123,6 @@ TLDR_1B = {
     'value_learning_rate': 3e-6,
     'num_warmup_iterations': 0,
     'temperature': 0.7,
-    'kl_coef': 0.05,
-    'missing_end_score': -1.0,
   },
   'evaluate': {
     'num_prompts': 2_000,
