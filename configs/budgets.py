@@ -123,6 +123,8 @@ TLDR_1B = {
     'value_learning_rate': 3e-6,
     'num_warmup_iterations': 0,
     'temperature': 0.7,
+    'kl_coef': 0.05,
+    'missing_end_score': -1.0,
   },
   'evaluate': {
     'num_prompts': 2_000,
