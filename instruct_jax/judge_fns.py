@@ -19,6 +19,7 @@ from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import judges
 from instruct_jax.evals import samples as samples_lib
+from instruct_jax.infra import run as run_lib
 
 
 def find(name: str) -> type[judges.Judge]:
@@ -97,14 +98,17 @@ def reward_score(
   )
 
   def score(answers):
-    return queries.score_answers(
-      model,
-      tokenizer.encode_prompts([prompt for prompt, _ in answers]),
-      [queries.answer_ids(tokenizer, answer) for _, answer in answers],
-      tokenizer.pad_id,
-      config.batch_size,
-      mesh,
-    )
+    total = len(answers)
+    with run_lib.Progress(f'score by {folder}', total, unit='answers') as bar:
+      return queries.score_answers(
+        model,
+        tokenizer.encode_prompts([prompt for prompt, _ in answers]),
+        [queries.answer_ids(tokenizer, answer) for _, answer in answers],
+        tokenizer.pad_id,
+        config.batch_size,
+        mesh,
+        bar.update,
+      )
 
   return score, tokenizer
 

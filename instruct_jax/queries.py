@@ -247,18 +247,21 @@ def kl_of_answers(
     where=np.minimum(starts[:, None] - 1 + places, tokens.shape[1] - 1),
     response_mask=places < lengths[:, None],
   )
-  ours, theirs = (
-    slices.in_batches(
-      lambda batch, each=each: sharding.fetch(
-        _episode_program(each.module, temperature)(
-          each.params, sharding.put_whole(batch, mesh)
-        )
-      ),
-      rows,
-      config.batch_size,
+  total = 2 * len(answers)
+  with run_lib.Progress(f'KL of {answers[0].model}', total, unit='rows') as bar:
+    ours, theirs = (
+      slices.in_batches(
+        lambda batch, each=each: sharding.fetch(
+          _episode_program(each.module, temperature)(
+            each.params, sharding.put_whole(batch, mesh)
+          )
+        ),
+        rows,
+        config.batch_size,
+        bar.update,
+      )
+      for each in (model, reference)
     )
-    for each in (model, reference)
-  )
   signed, k3 = rewards.kl_estimates(
     *map(jnp.asarray, (ours, theirs, rows.response_mask))
   )
@@ -277,6 +280,9 @@ def _row_length(
   return rounded_up(longest, 32, model.config.context_length)
 
 
+_NUM_LENGTHS = 8  # Of rows of answers that are scored, at most.
+
+
 @functools.cache
 def score_program(module: heads.ScalarModel) -> Callable:
   """Jitted (params, tokens, mask) -> scores; models of one shape share it."""
@@ -290,19 +296,34 @@ def score_answers(
   pad_id: int,
   batch_size: int,
   mesh: jax.sharding.Mesh,
+  progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
   """A scalar model's scores of answers, reward units [N].
 
-  Prompts and answers are ids, an answer's end included; `batch_size` is in rows
-  a call.
+  Prompts and answers are ids, an answer's end included. Rows of about the same
+  length are read together, of at most `_NUM_LENGTHS` lengths, each compiled.
+  `batch_size` is in rows a call. `progress`: see `slices.in_batches`.
   """
-  length = _row_length(model, prompts, answers)
   program = sharding.fetched(score_program(model.module))
-  return slices.in_batches(
-    lambda batch: program(model.params, *sharding.put_whole(batch, mesh)),
-    loader.answer_rows(prompts, answers, pad_id, length),
-    batch_size,
-  )
+  lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
+  multiple = 32 * -(-max(lengths) // (32 * _NUM_LENGTHS))
+  order, scores = np.argsort(lengths, kind='stable'), np.zeros(len(lengths))
+  for start in range(0, len(order), batch_size):
+    chosen = order[start : start + batch_size]
+    limit = model.config.context_length
+    length = rounded_up(lengths[chosen[-1]], multiple, limit)
+    scores[chosen] = slices.in_batches(
+      lambda batch: program(model.params, *sharding.put_whole(batch, mesh)),
+      loader.answer_rows(
+        [prompts[i] for i in chosen],
+        [answers[i] for i in chosen],
+        pad_id,
+        length,
+      ),
+      batch_size,
+      progress,
+    )
+  return scores
 
 
 def score_choices(
