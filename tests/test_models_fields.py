@@ -3,6 +3,7 @@
 The goldens were computed by `transformers` (tests/golden/make_fields.py).
 """
 
+import dataclasses
 import json
 
 import jax
@@ -15,7 +16,7 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding
 from instruct_jax.models import hf
 from instruct_jax.models.config import TransformerConfig
-from tests import test_models_hf
+from tests import test_models_hf, tiny
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -247,6 +248,38 @@ def test_what_is_skipped_stays_with_the_model(tmp_path):
   )
   fresh = model_fns.scalar_from_policy(policy, one_device(), jax.random.key(0))
   assert fresh.module.skipped_id == -1
+
+
+def test_scores_of_many_lengths_are_those_of_each_alone(monkeypatch):
+  shape = dataclasses.replace(tiny.CONFIG, context_length=96)
+  keys = jax.random.split(jax.random.key(0))
+  policy = model_fns.init('policy', shape, one_device(), keys[0])
+  model = model_fns.scalar_from_policy(policy, one_device(), keys[1])
+  rng = np.random.default_rng(0)
+  # The shortest is not first, and the last batch is not full.
+  prompts, answers = (
+    [rng.integers(1, 30, n).tolist() for n in lengths]
+    for lengths in ((40, 3, 70, 9, 1), (9, 2, 26, 20, 1))
+  )
+  read = []
+  rows_of = queries.loader.answer_rows
+
+  def spy(*args):
+    read.append(args[-1])
+    return rows_of(*args)
+
+  monkeypatch.setattr(queries.loader, 'answer_rows', spy)
+  done = []
+  together = queries.score_answers(
+    model, prompts, answers, 0, 2, one_device(), done.append
+  )
+  assert read == [32, 64, 96] and done == [2, 2, 1]
+  alone = [
+    queries.score_answers(model, [p], [a], 0, 1, one_device())[0]
+    for p, a in zip(prompts, answers, strict=True)
+  ]
+  assert np.ptp(alone) > 1e-3
+  np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
 @pytest.mark.parametrize(
