@@ -19,7 +19,6 @@ from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import judges
 from instruct_jax.evals import samples as samples_lib
-from instruct_jax.infra import run as run_lib
 
 
 def find(name: str) -> type[judges.Judge]:
@@ -98,17 +97,15 @@ def reward_score(
   )
 
   def score(answers):
-    total = len(answers)
-    with run_lib.Progress(f'score by {folder}', total, unit='answers') as bar:
-      return queries.score_answers(
-        model,
-        tokenizer.encode_prompts([prompt for prompt, _ in answers]),
-        [queries.answer_ids(tokenizer, answer) for _, answer in answers],
-        tokenizer.pad_id,
-        config.batch_size,
-        mesh,
-        bar.update,
-      )
+    return queries.score_answers(
+      model,
+      tokenizer.encode_prompts([prompt for prompt, _ in answers]),
+      [queries.answer_ids(tokenizer, answer) for _, answer in answers],
+      tokenizer.pad_id,
+      config.batch_size,
+      mesh,
+      shown_as=folder,
+    )
 
   return score, tokenizer
 

@@ -4,6 +4,7 @@ Programs are compiled once for each shape of model and rows. Training does not
 use this module.
 """
 
+import contextlib
 import datetime
 import functools
 from collections.abc import Callable, Sequence
@@ -296,33 +297,39 @@ def score_answers(
   pad_id: int,
   batch_size: int,
   mesh: jax.sharding.Mesh,
-  progress: Callable[[int], None] | None = None,
+  shown_as: str = '',
 ) -> np.ndarray:
   """A scalar model's scores of answers, reward units [N].
 
   Prompts and answers are ids, an answer's end included. Rows of about the same
   length are read together, of at most `_NUM_LENGTHS` lengths, each compiled.
-  `batch_size` is in rows a call. `progress`: see `slices.in_batches`.
+  `batch_size` is in rows a call. `shown_as`: name of the model in a line of
+  progress, if there should be one.
   """
   program = sharding.fetched(score_program(model.module))
   lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
   multiple = 32 * -(-max(lengths) // (32 * _NUM_LENGTHS))
   order, scores = np.argsort(lengths, kind='stable'), np.zeros(len(lengths))
-  for start in range(0, len(order), batch_size):
-    chosen = order[start : start + batch_size]
-    limit = model.config.context_length
-    length = rounded_up(lengths[chosen[-1]], multiple, limit)
-    scores[chosen] = slices.in_batches(
-      lambda batch: program(model.params, *sharding.put_whole(batch, mesh)),
-      loader.answer_rows(
-        [prompts[i] for i in chosen],
-        [answers[i] for i in chosen],
-        pad_id,
-        length,
-      ),
-      batch_size,
-      progress,
-    )
+  progress = None
+  with contextlib.ExitStack() as stack:
+    if shown_as:
+      bar = run_lib.Progress(f'score by {shown_as}', len(order), unit='answers')
+      progress = stack.enter_context(bar).update
+    for start in range(0, len(order), batch_size):
+      chosen = order[start : start + batch_size]
+      limit = model.config.context_length
+      length = rounded_up(lengths[chosen[-1]], multiple, limit)
+      scores[chosen] = slices.in_batches(
+        lambda batch: program(model.params, *sharding.put_whole(batch, mesh)),
+        loader.answer_rows(
+          [prompts[i] for i in chosen],
+          [answers[i] for i in chosen],
+          pad_id,
+          length,
+        ),
+        batch_size,
+        progress,
+      )
   return scores
 
 

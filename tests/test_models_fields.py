@@ -250,7 +250,7 @@ def test_what_is_skipped_stays_with_the_model(tmp_path):
   assert fresh.module.skipped_id == -1
 
 
-def test_scores_of_many_lengths_are_those_of_each_alone(monkeypatch):
+def test_scores_of_many_lengths_are_those_of_each_alone(monkeypatch, capsys):
   shape = dataclasses.replace(tiny.CONFIG, context_length=96)
   keys = jax.random.split(jax.random.key(0))
   policy = model_fns.init('policy', shape, one_device(), keys[0])
@@ -269,11 +269,11 @@ def test_scores_of_many_lengths_are_those_of_each_alone(monkeypatch):
     return rows_of(*args)
 
   monkeypatch.setattr(queries.loader, 'answer_rows', spy)
-  done = []
   together = queries.score_answers(
-    model, prompts, answers, 0, 2, one_device(), done.append
+    model, prompts, answers, 0, 2, one_device(), 'mine'
   )
-  assert read == [32, 64, 96] and done == [2, 2, 1]
+  assert read == [32, 64, 96]
+  assert 'score by mine: 5/5 (100 %)' in capsys.readouterr().err
   alone = [
     queries.score_answers(model, [p], [a], 0, 1, one_device())[0]
     for p, a in zip(prompts, answers, strict=True)
