@@ -248,6 +248,10 @@ def test_held_out_text_has_about_so_many_words(data):
   assert files['documents_valid'] == whole['documents_valid'][:3]
   assert files['documents_same'] == whole['documents_same'][:3]
   assert len(files['documents_train']) == 87
+  stage.max_valid = 0
+  assert len(make_records(config)[0]['documents_same']) == 3
+  stage.max_valid_words = 0
+  assert len(make_records(config)[0]['documents_same']) == 90
   stage.max_valid_words = -1
   with pytest.raises(ValueError, match='max_valid_words must be 0 or more: -1'):
     preferences.validate(stage)

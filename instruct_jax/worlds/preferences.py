@@ -520,8 +520,8 @@ def draw_rows(rows: list, number: int, seed: int) -> list:
 def held_out(
   config: ConfigDict, documents: Sequence[records.Document]
 ) -> Sequence[records.Document]:
-  """The first of them: `max_valid`, and about `max_valid_words`."""
-  documents = documents[: config.max_valid]
+  """The first `max_valid` of them, with about `max_valid_words`; 0 is all."""
+  documents = documents[: config.max_valid or None]
   if not config.max_valid_words:
     return documents
   before = itertools.accumulate(
@@ -535,7 +535,7 @@ def held_out(
 
 
 def other_texts(config: ConfigDict) -> dict[str, list[records.Document]]:
-  """At most `max_valid` documents of each of `other_documents`."""
+  """`held_out` of each of `other_documents`, drawn by seed."""
   found = {}
   for name, source in other_documents(config).items():
     documents = sources.read_documents(
