@@ -104,7 +104,7 @@ def test_every_caller_gives_one_prompt_the_same_ids(model, monkeypatch):
   # A reward model as judge, and in the chat.
   seen = []
 
-  def spy(scored, prompts, answers, *rest):
+  def spy(scored, prompts, answers, *rest, **options):
     seen.append((prompts, answers))
     return np.zeros(len(prompts))
 
