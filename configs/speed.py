@@ -109,15 +109,23 @@ def get_config(argument: str = 's,iteration'):
   config.sft.update(dropout=0.0, batch_size=16, row_length=128)
   config.num_warmups = 2  # Iterations before the clock starts; they compile.
   config.num_iterations = 7  # Timed; at least 5.
+  config.saves = True  # An iteration's work times a checkpoint too.
   config.matmul_size = 2_048  # Rows and columns of the ceiling's product.
   config.bandwidth_bytes = 2**29  # Read for the ceiling of the memory.
   config.growth = ''  # Of response, batch, model: each times 2 and 4.
+  # JAX_PLATFORMS of our own process beside the peers'; '' is the environment's.
+  # A process that only compares, with JAX_PLATFORMS=cpu, leaves a GPU to them.
+  config.platforms = ''
   config.cores = 0  # Compared processes run on the first so many; 0 is all.
   config.num_rounds = 1  # Of ours and peers, alternately.
   config.hf_python = ''  # Has torch and transformers; '' compares with none.
+  config.torch_precisions = 'float32,bfloat16'  # Of the same work there.
   config.peers = ''  # Folder of other peers' scripts.
   config.tunix_python = ''  # Pythons of their environments; '' skips one.
   config.trl_python = ''  # Of the last TRL with a PPO trainer.
+  if work == 'check':  # Scores differ; 64 ids would all be rewarded.
+    vocab_size = max(200, config.policy.vocab_size)
+    config.policy.vocab_size = config.scalar.vocab_size = vocab_size
   if size == 'tiny':
     config.ppo.update(prompt_length=6, response_length=8, ptx_row_length=16)
     config.ppo.batch_size = 8
@@ -132,7 +140,10 @@ def get_config(argument: str = 's,iteration'):
     config.ppo.update(prompt_length=128, response_length=256, batch_size=512)
     config.ppo.update(num_minibatches=8, num_slices=8)
     if size == '1p3b':
-      config.ppo.update(num_microbatches=4, num_slots=128)
+      config.ppo.update(batch_size=128, num_minibatches=4, num_microbatches=2)
+      config.ppo.num_slices = 2
+      # A checkpoint has some 35 GB.
+      config.update(num_warmups=1, num_iterations=5, saves=False)
     config.ppo.frozen_dtype = 'bfloat16'
     config.sft.update(batch_size=32, row_length=1_024)
     config.update(matmul_size=8_192, bandwidth_bytes=2**32)

@@ -7,6 +7,7 @@ directory and environment are those of a process of its own.
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import json
 import os
@@ -106,6 +107,7 @@ def serve():
   with contextlib.suppress(ModuleNotFoundError):  # An extra.
     for name in ('uvicorn', 'instruct_jax.labeling.web'):
       importlib.import_module(name)
+  gc.freeze()  # Collections in a fork would copy all of it.
   for line in sys.stdin:
     request = json.loads(line)
     pid = os.fork()

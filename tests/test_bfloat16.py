@@ -60,10 +60,20 @@ def flat(tree):
   return np.concatenate([np.asarray(x, np.float64).ravel() for x in leaves])
 
 
-@pytest.mark.parametrize(
-  'num_devices', [1, pytest.param(8, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize('name', published.FAMILIES)
+# Between them all that a layer may have.
+QUICK = ('gpt2', 'gpt_neox', 'gptj', 'gemma3', 'qwen3')
+CASES = [
+  pytest.param(
+    name,
+    num_devices,
+    marks=[pytest.mark.slow] * (num_devices == 8 or name not in QUICK),
+  )
+  for name in published.FAMILIES
+  for num_devices in (1, 8)
+]
+
+
+@pytest.mark.parametrize('name, num_devices', CASES)
 def test_a_family_in_bfloat16(name, num_devices, tmp_path):
   golden = published.write_folder(tmp_path / name, name)
   V = golden['logits'].shape[-1]

@@ -85,7 +85,7 @@ FREE = {
   *('init', 'judge_model', 'key_variable', 'mesh', 'meshes', 'model', 'models'),
   *('crossval', 'other_models', 'prefix_prompts', 'prefixes'),
   *('test_comparisons', 'body', 'gamed', 'judge_layout', 'questions'),
-  'references',
+  *('references', 'platforms', 'torch_precisions'),
   *('peers', 'policy', 'probes', 'profile_steps', 'prompts', 'public_url'),
   *(
     'rankings',

@@ -98,7 +98,7 @@ def test_a_reward_model_trains_on_the_export(exported, workdir):
 
 
 @pytest.mark.parametrize(
-  'num_folds', [2, pytest.param(5, marks=pytest.mark.slow)]
+  'num_folds', [pytest.param(n, marks=pytest.mark.slow) for n in (2, 5)]
 )
 def test_labeler_cross_validation_runs_on_the_export(
   exported, workdir, num_folds

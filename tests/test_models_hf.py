@@ -110,7 +110,7 @@ def test_token_by_token_as_the_sampler_does(name, tmp_path):
   lengths = np.array([3, 6])
 
   @jax.jit
-  def run(params, tokens):
+  def begin(params, tokens):
     weights = decoder.prepare(params)
     bank = decoder.read(weights, tokens[:, :6], jnp.asarray(lengths))
     cache = jax.tree.map(
@@ -118,17 +118,15 @@ def test_token_by_token_as_the_sampler_does(name, tmp_path):
       decoder.make_cache(2, tokens.shape[1]),
       bank,
     )
-    found = []
-    # From each prompt's last token on, which is read a second time.
-    for added in range(tokens.shape[1] - 5):
-      place = lengths - 1 + added
-      step, cache = decoder.step(
-        weights, tokens[jnp.arange(2), place], jnp.asarray(place), cache
-      )
-      found.append(step)
-    return found
+    return weights, cache
 
-  for added, step in enumerate(run(params, tokens)):
+  weights, cache = begin(params, tokens)
+  take = jax.jit(decoder.step)
+  # From each prompt's last token on, which is read a second time.
+  for added in range(tokens.shape[1] - 5):
+    place = lengths - 1 + added
+    token = tokens[np.arange(2), place]
+    step, cache = take(weights, token, place, cache)
     for row, length in enumerate(lengths):
       np.testing.assert_allclose(
         np.asarray(step)[row, : logits.shape[-1]],

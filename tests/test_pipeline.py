@@ -227,7 +227,10 @@ def test_stopped_and_resumed_equals_uninterrupted(
 
 @pytest.mark.parametrize(
   'name, experiment, looks, output',
-  [('rloo', rloo, 1, 'policy'), ('dpo', dpo, 1, 'model')],
+  [
+    pytest.param('rloo', rloo, 1, 'policy', marks=pytest.mark.slow),
+    ('dpo', dpo, 1, 'model'),
+  ],
 )
 def test_forks_resume_bit_for_bit(
   finished, copied, monkeypatch, name, experiment, looks, output
@@ -273,7 +276,7 @@ def experiment_stage(name, workdir):
   [
     pytest.param('sft', sft, ('model', 'epochs/2'), marks=pytest.mark.slow),
     ('reward', reward, ('model',)),
-    ('ppo_ptx', ppo_ptx, ('policy', 'ema')),
+    pytest.param('ppo_ptx', ppo_ptx, ('policy', 'ema'), marks=pytest.mark.slow),
     pytest.param('rloo', rloo, ('policy', 'ema'), marks=pytest.mark.slow),
     pytest.param('dpo', dpo, ('model',), marks=pytest.mark.slow),
   ],
@@ -318,7 +321,10 @@ def test_adapters_resume_bit_for_bit(
       assert is_head or not described['shape'] or '_lora_' in array, array
 
 
-@pytest.mark.parametrize('name, experiment', [('reward', reward), ('dpo', dpo)])
+@pytest.mark.parametrize(
+  'name, experiment',
+  [('reward', reward), pytest.param('dpo', dpo, marks=pytest.mark.slow)],
+)
 def test_rankings_do_not_depend_on_microbatches(copied, name, experiment):
   """Rows and prompts of a microbatch differ in number; both are cut."""
   config = dpo_config if name == 'dpo' else config_file
@@ -381,6 +387,7 @@ def test_a_function_scores_in_the_place_of_a_reward_model(copied):
   assert not run.read_json(folder / 'alarms.json')
 
 
+@pytest.mark.slow
 def test_the_value_model_may_start_from_the_policy(copied):
   config, _ = make_config(copied)
   stage = config.stages.ppo_ptx
@@ -398,6 +405,7 @@ def test_the_value_model_may_start_from_the_policy(copied):
   assert abs(values[0] - values[1]) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_value_model_from_the_policy_beside_a_wider_reward_model(copied):
   config, _ = make_config(copied)
   stage = config.stages.ppo_ptx

@@ -207,6 +207,7 @@ def test_all_stages_from_a_published_folder(data, tmp_path):
   assert not np.array_equal(*weights)
 
 
+@pytest.mark.slow
 def test_policy_and_reward_model_of_two_families(data, tmp_path):
   policy = write_model(tmp_path / 'gpt2', GPT2)
   other = write_model(tmp_path / 'llama', LLAMA, 'scalar')
@@ -229,7 +230,9 @@ def test_policy_and_reward_model_of_two_families(data, tmp_path):
     run_ppo(data, tmp_path / 'c', policy, other, policy)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  'dtype', [pytest.param('float32', marks=pytest.mark.slow), 'bfloat16']
+)
 def test_ppo_in_either_dtype_raises_no_alarm(dtype, data, tmp_path, capsys):
   init = write_model(tmp_path / 'gpt2', GPT2)
   reward_model = write_model(tmp_path / 'reward', LLAMA, 'scalar')

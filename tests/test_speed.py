@@ -156,7 +156,8 @@ def peers(tmp_path):
       spec = json.loads(pathlib.Path(sys.argv[1]).read_text())
       assert spec['work'] == 'sft' and spec['width'] == 16
       median = {'float32': 100.0, 'bfloat16': 400.0}[spec['precision']]
-      print('RESULT ' + json.dumps({'median': median, 'peak_rss_mib': 5.0}))
+      found = {'median': median, 'peak_rss_mib': 5.0, 'peak_device_mib': 7.0}
+      print('RESULT ' + json.dumps(found))
       """)
   )
   return folder
@@ -178,6 +179,7 @@ def test_ours_and_peers_are_set_side_by_side(
       'value': next(ours),
       'unit': 'tokens/s',
       'peak_host_bytes': 2**20,
+      'peak_device_bytes': None,
     },
   )
   speed.run(config, epath.Path(workdir))
@@ -191,10 +193,12 @@ def test_ours_and_peers_are_set_side_by_side(
   assert rows[1]['ours_is_faster_by'] == 4.0
   assert rows[1]['runs'] == [50.0, 50.0]
   assert rows[1]['peak_host_bytes'] == 3 * 2**20
+  on_device = [row['peak_device_bytes'] for row in rows]
+  assert on_device == [0, 0, 7 * 2**20, 7 * 2**20]
   printed = capsys.readouterr().out
   assert 'TRL SFTTrainer: ' in printed
   assert 'no such trainer' in printed
-  assert '| sft | torch loop | 50 | tokens/s | 3 | 4.00 |' in printed
+  assert '| sft | torch loop | 50 | tokens/s | 3 | 0 | 4.00 |' in printed
 
 
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
@@ -272,19 +276,42 @@ def test_bad_values_are_named(key, value, text):
 @pytest.mark.slow
 @pytest.mark.usefixtures('quick_compile')
 def test_a_device_agrees_with_itself(workdir):
-  config = tiny('check')
-  config.policy.vocab_size = config.scalar.vocab_size = 200  # Scores differ.
-  summary = speed.run(config, epath.Path(workdir))
+  summary = speed.run(tiny('check'), epath.Path(workdir))
   assert summary == {'variant': 'tiny,check'}
   saved = json.loads((workdir / 'speed.json').read_text())['differences']
   assert saved == {
-    dtype: {'tokens': 1.0, 'logprobs': 0.0, 'metrics': 0.0, 'changes': 0.0}
+    dtype: {'tokens': 1.0, **dict.fromkeys(speed.TOLERANCES[dtype], 0.0)}
     for dtype in ('float32', 'bfloat16')
   }
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures('quick_compile')
+def test_weights_that_differ_by_a_hundredth_are_found(workdir, monkeypatch):
+  class Other(speed.Iteration):
+    number = 0
+
+    def __init__(self, config, mesh):
+      super().__init__(config, mesh)
+      policy = self.state.policy
+      factor = 1 + 0.01 * Other.number
+      params = jax.tree.map(lambda x: factor * x, policy.params)
+      self.state = self.state.replace(policy=policy.replace(params=params))
+      Other.number += 1
+
+  monkeypatch.setattr(speed, 'Iteration', Other)
+  monkeypatch.setattr(
+    speed, 'TOLERANCES', {'float32': speed.TOLERANCES['float32']}
+  )
+  with pytest.raises(RuntimeError) as error:
+    speed.run(tiny('check'), epath.Path(workdir))
+  for name in ('logprobs', 'sampler', 'metrics'):
+    assert f'float32: {name} differ by' in str(error.value)
+
+
 def test_a_device_that_does_not_agree_is_told(workdir, monkeypatch):
-  found = {'tokens': 0.2, 'logprobs': 0.3, 'metrics': math.nan, 'changes': 0.0}
+  found = {'tokens': 0.2, 'logprobs': 0.3, 'sampler': 0.0}
+  found |= {'metrics': math.nan, 'changes': 0.0}
   monkeypatch.setattr(speed, 'check_device', lambda *_: found)
   with pytest.raises(RuntimeError) as error:
     speed.run(tiny('check'), epath.Path(workdir))
@@ -368,7 +395,7 @@ def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path):
   )
   assert ended.returncode == 1
   assert 'tiny_nothing: ended with 1' in ended.stdout
-  assert 'float32: tokens 1, logprobs 0' in ended.stdout
+  assert 'float32: tokens 1, sampler 0, logprobs 0' in ended.stdout
   for name in ('tiny_check', 'tiny_iteration', 'tiny_sft'):
     assert (tmp_path / name / 'speed.md').exists(), ended.stderr
   if has_torch:

@@ -1,7 +1,9 @@
 """`compute_dtype='auto'`: what this device multiplies fastest.
 
-Accelerators have units for bfloat16. Some CPUs have instructions for it (AMX,
-AVX512-BF16); on others it is slower than float32, so one product is timed.
+TPUs have units for bfloat16. Some GPUs and CPUs have instructions for it (CPUs
+AMX or AVX512-BF16); on others it is slower than float32, so one product is
+timed. Several CPU devices compute in float32: only products of one are written
+for the fast kernels (`models/products.py`).
 """
 
 from collections.abc import Iterator
@@ -15,23 +17,26 @@ from instruct_jax.infra import run as run_lib
 
 KEY = 'compute_dtype'
 AUTO = 'auto'
-# Times faster than float32 that bfloat16 has to be on a CPU.
+# Times faster than float32 that bfloat16 has to be.
 MIN_GAIN = 1.2
-_SIZE = 1_024  # Rows and columns of the timed product.
+# Rows and columns of the timed product.
+_SIZES = {'cpu': 1_024, 'gpu': 4_096}
 
 
-def bfloat16_gain() -> float:
+def bfloat16_gain(size: int) -> float:
   """Times that a bfloat16 product is faster than a float32 one, here."""
-  peaks = (measure.matmul_peak(d, _SIZE) for d in ('bfloat16', 'float32'))
+  peaks = (measure.matmul_peak(d, size) for d in ('bfloat16', 'float32'))
   return next(peaks) / next(peaks)
 
 
 def choose() -> tuple[str, str]:
   """(dtype of matrix products for this device, why)."""
   platform = jax.devices()[0].platform
-  if platform != 'cpu':
+  if platform not in _SIZES:
     return 'bfloat16', f'the device is a {platform}'
-  gain = bfloat16_gain()
+  if platform == 'cpu' and jax.device_count() > 1:
+    return 'float32', f'{jax.device_count()} CPU devices share the work'
+  gain = bfloat16_gain(_SIZES[platform])
   is_faster = run_lib.agreed(gain >= MIN_GAIN)
   why = f'a bfloat16 product is {gain:.1f} x as fast as a float32 one'
   return 'bfloat16' if is_faster else 'float32', why

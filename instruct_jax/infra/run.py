@@ -280,7 +280,8 @@ def provenance(seed: int) -> dict[str, Any]:
   """What is needed to run this again.
 
   `commit` is None outside a git checkout; `dirty` means changed tracked files
-  or untracked Python code; `devices` counts them by kind.
+  or untracked Python code; `devices` counts them by kind; the version of a
+  package that is not installed is None.
   """
   kinds = Counter(device.device_kind for device in jax.devices())
   commit, dirty = _git_state(pathlib.Path(__file__).parents[2])
@@ -288,12 +289,18 @@ def provenance(seed: int) -> dict[str, Any]:
     'seed': seed,
     'commit': commit,
     'dirty': dirty,
-    'versions': {name: importlib.metadata.version(name) for name in _PACKAGES},
+    'versions': {name: _version(name) for name in _PACKAGES},
     'python': platform.python_version(),
     'platform': platform.platform(),
     'devices': dict(sorted(kinds.items())),
     'num_processes': jax.process_count(),
   }
+
+
+def _version(package: str) -> str | None:
+  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    return importlib.metadata.version(package)
+  return None
 
 
 def _git_state(root) -> tuple[str | None, bool | None]:

@@ -39,6 +39,7 @@ from instruct_jax.infra import (
   train_state,
 )
 from instruct_jax.infra import run as run_lib
+from instruct_jax.models import products
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.types import PromptBatch, TextBatch
 
@@ -74,6 +75,7 @@ PEERS = {
   'iteration_ragged': _PPO_PEERS,
 }
 TORCH = pathlib.Path(__file__).with_name('speed_torch')  # A program.
+PEAKS = ('peak_rss_mib', 'peak_device_mib')  # Of a peer; a GPU has both.
 
 
 def validate(config):
@@ -88,6 +90,11 @@ def validate(config):
   if not 0 < config.stop_fraction < 1:
     raise ValueError(f'stop_fraction must be in (0, 1): {config.stop_fraction}')
   run_lib.check_choice({'growth': growths(config)}, 'growth', GROWTHS)
+  run_lib.check_choice(
+    {'torch_precisions': precisions(config)},
+    'torch_precisions',
+    ('float32', 'bfloat16'),
+  )
   if config.peers and not pathlib.Path(config.peers).is_dir():
     raise ValueError(f"peers: there is no folder '{config.peers}'")
   for name in ('policy', 'scalar'):
@@ -103,6 +110,11 @@ def inputs(config):
   """Nothing: the weights are random. The peers' scripts are programs."""
   del config
   return {}
+
+
+def precisions(config) -> list[str]:
+  """In which torch does the same."""
+  return [name for name in config.torch_precisions.split(',') if name]
 
 
 def growths(config) -> list[str]:
@@ -148,12 +160,14 @@ def decode_work(shape, prompts, responses, num_slots) -> tuple[float, float]:
   flops = forward_flops(shape, p + r - 1, np.sum(r - 1))
   flops -= forward_flops(shape, p, 0)
   width = jnp.dtype(shape.compute_dtype).itemsize
+  entry_width = products.activation_dtype(shape.compute_dtype).itemsize
   weights = matmul_weights(shape) + shape.width * shape.vocab_size
   steps = np.sum(r - 1) / num_slots
   # Step t of a sequence reads p + t entries, t = 1 .. r - 1.
   entries = np.sum((r - 1) * p + (r - 1) * r / 2)
   entry = 2 * shape.num_layers * shape.kv_heads * shape.head_dim
-  return float(flops), float(width * (steps * weights + entries * entry))
+  moved = width * steps * weights + entry_width * entries * entry
+  return float(flops), float(moved)
 
 
 # --- Random work --------------------------------------------------------------
@@ -349,21 +363,25 @@ def measure_iteration(config, workdir) -> dict:
       lengths.append(np.asarray(sampled.response_mask).sum(axis=1))
 
     times, counts = timed(config, whole)
+    # A limit of time may end the process before its phases are known.
+    run_lib.say(f'{config.name}: {times.median:.4g} s/iteration')
     seconds, last = phase_seconds(config, work)
     host_share = seconds['host'] / sum(seconds.values())
     seconds |= inner_seconds(config, work, last, seconds['update'])
-    saved, written = measure_checkpoint(work.state, workdir)
+    saved = config.saves and measure_checkpoint(work.state, workdir)
   lengths = np.concatenate(lengths[config.num_warmups :])
   phases = phases_of(config, work, seconds, lengths)
+  if saved:
+    phases['checkpoint'] = Phase(saved[0])
   _, sampled, layout, *_ = last
   return {
     'unit': 's/iteration',
     'seconds': times.summary(),
     'value': times.median,
     'tokens_per_second': lengths.sum() / config.num_iterations / times.median,
-    'phases': {**phases, 'checkpoint': Phase(saved)},
+    'phases': phases,
     'host_share': host_share,
-    'checkpoint_written_seconds': written,
+    'checkpoint_written_seconds': saved[1] if saved else None,
     'padding': 1 - packing.fill_fraction(layout),
     'padding_without_packing': float(1 - np.mean(np.asarray(sampled.mask))),
     'num_params': work.num_params,
@@ -554,11 +572,22 @@ def measure_sft(config, workdir) -> dict:
 # --- The device beside the CPU ------------------------------------------------
 
 # Compute dtype -> what may differ between device and CPU: mean of
-# log-probabilities, nats a token; share of the loss and of gradients' norms;
-# share of the parameters' changes.
+# log-probabilities, nats a token, of the training graph and of the sampler
+# while it samples the same; share of the loss and of gradients' norms; share of
+# the parameters' changes.
 TOLERANCES = {
-  'float32': {'logprobs': 1e-4, 'metrics': 0.01, 'changes': 0.1},
-  'bfloat16': {'logprobs': 0.05, 'metrics': 0.1, 'changes': 0.5},
+  'float32': {
+    'logprobs': 1e-4,
+    'sampler': 1e-4,
+    'metrics': 0.01,
+    'changes': 0.1,
+  },
+  'bfloat16': {
+    'logprobs': 0.05,
+    'sampler': 0.05,
+    'metrics': 0.1,
+    'changes': 0.5,
+  },
 }
 # Share of sampled tokens that are equal: after the first other one the rest of
 # a response is another text.
@@ -584,7 +613,9 @@ def check_device(config, dtype: str) -> dict[str, float]:
     for name in ('policy', 'scalar'):
       config[name].compute_dtype = dtype
       config[name].attention = 'auto'
-  works, samples, told = {}, {}, collections.defaultdict(list)
+    # The CPU's samples have its log-probabilities, the graph those of each.
+    config.ppo.sampler_tolerance = 0.0
+  works, samples, found = {}, {}, collections.defaultdict(list)
   precision = 'highest' if dtype == 'float32' else None
   devices = {'cpu': jax.devices('cpu')[0], 'device': jax.devices()[0]}
   with jax.default_matmul_precision(precision):
@@ -606,22 +637,31 @@ def check_device(config, dtype: str) -> dict[str, float]:
           batch, kl, scored = work.score(sampled, layout)
           trained = work.train(work.programs, batch, kl, ptx, number)
           values = metrics.to_host({**scored, **trained})
-          told[name].append([values[key] for key in _COMPARED])
-          told[name, 'logprobs'] = jax.device_get(batch.old_logprobs)
-  first = [samples[name, 0] for name in devices]
-  mask = first[0].response_mask
-  P = mask.shape[1]
-  equal = (first[0].tokens == first[1].tokens)[:, -P:] & mask
-  ours, theirs = (np.asarray(told[name]) for name in devices)
-  gap = np.abs(told['cpu', 'logprobs'] - told['device', 'logprobs'])
+          found[name].append([values[key] for key in _COMPARED])
+          found[name, 'logprobs'] = jax.device_get(batch.old_logprobs)
+  ours, theirs = (np.asarray(found[name]) for name in devices)
+  last = samples['cpu', NUM_STEPS - 1].response_mask
+  gap = np.abs(found['cpu', 'logprobs'] - found['device', 'logprobs'])
   after = [jax.device_get(work.state.policy.params) for work in works.values()]
   return {
-    'tokens': float(equal.sum() / mask.sum()),
-    'logprobs': float(gap.sum() / mask.sum()),
+    **_samples_differ(*(samples[name, 0] for name in devices)),
+    'logprobs': float(gap.sum() / last.sum()),
     'metrics': float(
       np.max(np.abs(ours - theirs) / np.maximum(np.abs(ours), 0.01))
     ),
     'changes': _distance(after[0], after[1]) / _distance(after[0], start),
+  }
+
+
+def _samples_differ(first, second) -> dict[str, float]:
+  """Share of equal tokens; mean difference of log-probabilities until then."""
+  mask = first.response_mask
+  equal = (first.tokens == second.tokens)[:, -mask.shape[1] :] & mask
+  until = equal & (np.cumsum(mask & ~equal, axis=1) == 0)
+  gap = np.abs(first.logprobs - second.logprobs)[until]
+  return {
+    'tokens': float(equal.sum() / mask.sum()),
+    'sampler': float(gap.mean()) if gap.size else np.inf,
   }
 
 
@@ -643,8 +683,8 @@ def measure_check(config, workdir) -> dict:
   found, wrong = {}, []
   for dtype, most in TOLERANCES.items():
     found[dtype] = check_device(config, dtype)
-    told = ', '.join(f'{key} {x:.3g}' for key, x in found[dtype].items())
-    run_lib.say(f'{config.name}: {dtype}: {told}')
+    text = ', '.join(f'{key} {x:.3g}' for key, x in found[dtype].items())
+    run_lib.say(f'{config.name}: {dtype}: {text}')
     wrong += [
       f'{dtype}: {key} differ by {found[dtype][key]:.3g}, at most {limit}'
       for key, limit in most.items()
@@ -687,7 +727,7 @@ def timed(config, fn) -> tuple[measure.Repeats, dict]:
 _NOT_PASSED = {
   *('name', 'experiment', 'workdir', 'default_workdir', 'variant', 'work'),
   *('growth', 'peers', 'hf_python', 'trl_python', 'tunix_python'),
-  'num_rounds',
+  *('num_rounds', 'torch_precisions', 'platforms'),
 }
 
 
@@ -745,7 +785,9 @@ def run_ours(config, variant, workdir, changes=None) -> dict:
   config.unlock()
   config.update_from_flattened_dict(changes or {})
   workdir.mkdir(parents=True, exist_ok=True)
-  run_process(command_of(config, variant, workdir), workdir / 'log.txt', config)
+  names = {'JAX_PLATFORMS': config.platforms} if config.platforms else {}
+  command = command_of(config, variant, workdir)
+  run_process(command, workdir / 'log.txt', config, names)
   return run_lib.read_json(workdir / 'speed.json')
 
 
@@ -783,7 +825,7 @@ def commands_of(config, variant, folder):
       if config[key]:
         yield name, config[key], command
   if config.hf_python:
-    for precision in ('float32', 'bfloat16'):
+    for precision in precisions(config):
       path = folder / f'torch_{variant}_{precision}.json'
       run_lib.write_json(path, spec_of(config, variant, precision))
       yield f'torch, {precision}', config.hf_python, f'{TORCH} {path}'
@@ -864,10 +906,12 @@ def measure_growth(config, variant, workdir, base) -> list[dict]:
 
 def compare(config, variant, workdir) -> list[dict]:
   """Ours and the peers', one after the other, `num_rounds` times."""
-  found = collections.defaultdict(list)  # Who -> (value, peak bytes) of runs.
+  # Who -> (value, peak bytes on the host, on a device or 0) of runs.
+  found = collections.defaultdict(list)
   for turn in range(1, config.num_rounds + 1):
     ours = run_ours(config, variant, workdir / f'ours_{variant}_{turn}')
-    found['ours'].append((ours['value'], ours['peak_host_bytes']))
+    on_device = ours['peak_device_bytes'] or 0
+    found['ours'].append((ours['value'], ours['peak_host_bytes'], on_device))
     commands = commands_of(config, variant, workdir)
     for number, (name, python, command) in enumerate(commands):
       log = workdir / f'peer_{variant}_{number}_{turn}.txt'
@@ -876,12 +920,12 @@ def compare(config, variant, workdir) -> list[dict]:
       except RuntimeError as error:
         print(f'{config.name}: {name}: {error}', flush=True)
         continue
-      peak = result['peak_rss_mib'] * 2**20
-      found[name].append((result['median'], peak))
-  own = statistics.median(value for value, _ in found['ours'])
+      peaks = (result[key] * 2**20 for key in PEAKS if key in result)
+      found[name].append((result['median'], next(peaks), next(peaks, 0)))
+  own = statistics.median(value for value, *_ in found['ours'])
   rows = []
   for name, runs in found.items():
-    values, peaks = zip(*runs, strict=True)
+    values, peaks, on_device = zip(*runs, strict=True)
     value = statistics.median(values)
     is_rate = ours['unit'] == 'tokens/s'
     rows.append(
@@ -892,6 +936,7 @@ def compare(config, variant, workdir) -> list[dict]:
         'value': value,
         'runs': values,
         'peak_host_bytes': max(peaks),
+        'peak_device_bytes': max(on_device),
         'ours_is_faster_by': own / value if is_rate else value / own,
       }
     )
@@ -978,11 +1023,13 @@ def table(summary) -> str:
     ]
   if 'comparison' in summary:
     lines += _head(
-      'work', 'who', 'figure', 'unit', 'peak MiB', 'ours is faster by'
+      *('work', 'who', 'figure', 'unit', 'peak MiB', 'on a device'),
+      'ours is faster by',
     )
     lines += [
       f'| {row["work"]} | {row["who"]} | {row["value"]:.4g} | {row["unit"]} '
       f'| {row["peak_host_bytes"] / 2**20:.0f} '
+      f'| {row["peak_device_bytes"] / 2**20:.0f} '
       f'| {row["ours_is_faster_by"]:.2f} |'
       for row in summary['comparison']
     ]

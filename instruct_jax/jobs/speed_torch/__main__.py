@@ -8,7 +8,7 @@ RESULT and JSON: unit, runs, their median, peak memory. Runs on a GPU if torch
 has one.
 
 Precision 'bfloat16' is torch's own way: weights in float32 and products under
-`autocast`; a rollout alone has weights in bfloat16, which is faster.
+`autocast`; a rollout has a copy of the weights in bfloat16, which is faster.
 """
 
 import json
@@ -43,10 +43,14 @@ def shape_of(spec) -> transformers.LlamaConfig:
   )
 
 
+def in_bfloat16(spec) -> bool:
+  """Whether products are in bfloat16."""
+  return spec['precision'] == 'bfloat16'
+
+
 def autocast(spec):
   """The products' precision."""
-  enabled = spec['precision'] == 'bfloat16'
-  return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=enabled)
+  return torch.autocast(DEVICE, torch.bfloat16, enabled=in_bfloat16(spec))
 
 
 def policy_of(spec) -> transformers.LlamaForCausalLM:
@@ -139,6 +143,7 @@ def make_iteration(spec):
   policy, value = policy_of(spec), Value(spec).to(DEVICE)
   reference = policy_of(spec)
   reference.load_state_dict(policy.state_dict())
+  sampler = policy_of(spec).bfloat16() if in_bfloat16(spec) else policy
   trained = [*policy.parameters(), *value.parameters()]
   optimizer = torch.optim.AdamW(trained, lr=1e-6)
   P = spec['prompt_length']
@@ -149,8 +154,9 @@ def make_iteration(spec):
     return logprobs_of(policy, tokens, mask, P), values
 
   def iteration():
-    with autocast(spec):
-      tokens, real = sample(spec, policy, prompts)
+    if sampler is not policy:
+      sampler.load_state_dict(policy.state_dict())
+    tokens, real = sample(spec, sampler, prompts)
     mask = torch.cat([torch.ones_like(prompts).bool(), real], dim=1).long()
     with torch.no_grad(), autocast(spec):
       old, values = read(tokens, mask)
@@ -195,7 +201,7 @@ def make_iteration(spec):
 def make_rollout(spec):
   """() -> one rollout; see `measure`."""
   policy = policy_of(spec).eval()
-  if spec['precision'] == 'bfloat16':
+  if in_bfloat16(spec):
     policy = policy.bfloat16()
   prompts = random_tokens(spec, spec['batch_size'], spec['prompt_length'])
   return lambda: int(sample(spec, policy, prompts)[1].sum())
