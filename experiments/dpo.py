@@ -57,12 +57,8 @@ def build_programs(config, module, num_steps):
 
   def loss_fn(params, frozen, batch, key):
     del key  # Without dropout, as the reference.
-    logprobs, _ = logprobs_fn(
-      lora.join(params, frozen.get('policy')),
-      batch.tokens,
-      batch.segments,
-      batch.where,
-    )
+    params = lora.join(params, frozen.get('policy'))
+    logprobs, _ = logprobs_fn(params, batch.tokens, batch.segments, batch.where)
     logprobs = rankings.sums_by_owner(logprobs, batch)
     scores = config.beta * (logprobs - batch.ref_logprobs)
     loss, pairs, correct = losses.ranking_loss(
@@ -71,22 +67,12 @@ def build_programs(config, module, num_steps):
     if config.ranking_loss == 'plackett_luce':
       loss, _ = losses.plackett_luce_loss(scores[:, None], batch.ranks)
     loss = losses.mean_over_rankings(loss, pairs)
-    pairs, correct = jnp.sum(pairs, axis=1), jnp.sum(correct, axis=1)
-    # A prompt that is all ties does not count.
-    counted = batch.prompt_mask & (pairs > 0)
-    summed, weight = masked.metric(loss, counted)
+    summed, weight, metrics = rankings.summed(loss, pairs, correct, batch)
+    metrics['reward'] = masked.metric(scores, jnp.any(batch.ranks > 0, axis=1))
     best = jnp.any(batch.ranks == 1, axis=1)
-    metrics = {
-      'dpo/loss': (summed, weight),
-      'dpo/accuracy': (
-        masked.total(correct, counted),
-        masked.total(pairs, counted),
-      ),
-      'dpo/reward': masked.metric(scores, jnp.any(batch.ranks > 0, axis=1)),
-      'dpo/reward_of_best': masked.metric(scores, best),
-      'dpo/logprob_of_best': masked.metric(logprobs, best),
-    }
-    return summed, (weight, metrics)
+    metrics['reward_of_best'] = masked.metric(scores, best)
+    metrics['logprob_of_best'] = masked.metric(logprobs, best)
+    return summed, (weight, {f'dpo/{k}': x for k, x in metrics.items()})
 
   update = supervised.make_update(loss_fn, tx, config.num_microbatches)
   return {'optimizer': tx, 'update': jax.jit(update, donate_argnums=0)}

@@ -35,14 +35,6 @@ validate = rl.validate
 inputs = rl.inputs
 
 
-def make_optimizers(config):
-  """Separate Adams for policy and value model (C.4)."""
-  return {
-    'policy': rl.make_optimizer(config, config.learning_rate),
-    'value': rl.make_optimizer(config, config.value_learning_rate),
-  }
-
-
 def build_programs(config, policy, value, stop_ids, reward=None):
   """The jitted programs of one iteration.
 
@@ -62,7 +54,7 @@ def build_programs(config, policy, value, stop_ids, reward=None):
     'value': ppo.make_value_loss(values_fn, method),
     'ptx': supervised.make_text_loss(model_fns.logprobs_fn(policy)),
   }
-  train = ppo.make_train(loss_fns, make_optimizers(config), method)
+  train = ppo.make_train(loss_fns, rl.make_optimizers(config), method)
   return {
     'respond': jax.jit(rl.make_respond(config, policy, stop_ids)),
     'lengths': jax.jit(rollout.episode_lengths),
@@ -70,11 +62,6 @@ def build_programs(config, policy, value, stop_ids, reward=None):
     'penalise': jax.jit(penalise),
     'train': jax.jit(train, donate_argnums=0),
   }
-
-
-def initial_state(config, policy, value) -> ppo.RLState:
-  """Before the first update; the given parameters are copied."""
-  return rl.initial_state(config, make_optimizers(config), policy, value)
 
 
 def run(config, workdir: epath.Path):
@@ -89,17 +76,13 @@ def run(config, workdir: epath.Path):
   data = rl.read_data(config, tokenizer)
   with sharding.use_mesh(mesh):
     policy, reward = rl.load_models(config, tokenizer, mesh)
-    value = reward
-    if reward is None or config.value_from == 'policy':
-      # fold_in: the head must not share its noise with the rollouts' keys.
-      key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
-      value = model_fns.scalar_from_policy(policy, mesh, key)
+    value = rl.value_model(config, policy, reward, mesh)
     policy, value = rl.add_adapters(config, mesh, policy, value)
     programs = build_programs(
       config, policy.module, value.module, tokenizer.stop_ids,
       reward and reward.module,
     )  # fmt: skip
-    state = initial_state(config, policy.params, value.params)
+    state = rl.initial_state(config, policy.params, value.params)
     # Adapters start at zero, so that their base is the reference.
     models = {'reference': policy.base or policy.params}
     if reward is not None:
@@ -170,10 +153,7 @@ def run(config, workdir: epath.Path):
           iteration,
           state,
           {**objective, **metrics},
-          states={
-            f'{config.name} policy': state.policy,
-            f'{config.name} value': state.value,
-          },
+          states=rl.in_training(config, state),
           values=values,
           num_items=config.batch_size,
           text_fn=rl.summary,

@@ -10,7 +10,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from instruct_jax import (
@@ -58,19 +57,9 @@ def build_programs(config, module, num_steps):
       scores[:, None], batch.ranks, config.divisor
     )
     loss = losses.mean_over_rankings(loss, pairs)
-    pairs, correct = jnp.sum(pairs, axis=1), jnp.sum(correct, axis=1)
-    # A prompt that is all ties does not count.
-    counted = batch.prompt_mask & (pairs > 0)
-    summed, weight = masked.metric(loss, counted)
-    metrics = {
-      'reward/loss': (summed, weight),
-      'reward/accuracy': (
-        masked.total(correct, counted),
-        masked.total(pairs, counted),
-      ),
-      'reward/score': masked.metric(scores, jnp.any(batch.ranks > 0, axis=1)),
-    }
-    return summed, (weight, metrics)
+    summed, weight, metrics = rankings.summed(loss, pairs, correct, batch)
+    metrics['score'] = masked.metric(scores, jnp.any(batch.ranks > 0, axis=1))
+    return summed, (weight, {f'reward/{k}': x for k, x in metrics.items()})
 
   update = supervised.make_update(loss_fn, tx, config.num_microbatches)
   return {
@@ -122,13 +111,6 @@ def train(config, workdir, name, rows, model, seed):
   return state.params, programs
 
 
-def score_fn(config, programs, params):
-  """A reward model as a `rankings.ScoreRowsFn`."""
-  return lambda rows: rankings.score_rows(
-    programs['scalars'], params, rows, config.eval_batch_size
-  )
-
-
 def run(config, workdir: epath.Path):
   """Trains, centres and evaluates a reward model.
 
@@ -149,26 +131,18 @@ def run(config, workdir: epath.Path):
     params, programs = train(
       config, workdir, config.name, rows, model, config.seed
     )
-
+    score_with = rankings.scorer(config, programs['scalars'], model.base)
     # Demonstrations score 0 on average; without any, the ranked answers do.
     shown = rows
     if config.demonstrations:
       shown = rankings.demonstration_rows(config, tokenizer)
-    score = score_fn(config, programs, lora.join(params, model.base))
-    scores = score(shown)[shown.mask.any(axis=2)]
-    shift = float(np.mean(scores, dtype=np.float64))
-    params = {**params, 'head_bias': params['head_bias'] - jnp.float32(shift)}
-
-    score = score_fn(config, programs, lora.join(params, model.base))
+    params, shift = rankings.centred(params, score_with(params), shown)
+    score = score_with(params)
     encoded = rankings.encode(config, valid, tokenizer)
     (accuracy,) = rankings.accuracy(score, encoded)
-    first = loader.take(rows, np.arange(min(512, loader.num_rows(rows))))
-    scores = score(first)[first.mask.any(axis=2)]
     results = rankings.results(accuracy, rows, len(comparisons), dropped)
-    results |= {
-      'reward_shift': shift,
-      'score_range': [float(scores.min()), float(scores.max())],
-    }
+    results['reward_shift'] = shift
+    results['score_range'] = rankings.score_range(score, rows)
     model_folder.save(
       workdir / 'model',
       dataclasses.replace(model, params=params),

@@ -27,31 +27,11 @@ from instruct_jax import (
 from instruct_jax.data import loader
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import loop, sharding
-from instruct_jax.infra import run as run_lib
 
 PROCESSES = 'all'
 
+validate = rl.validate
 inputs = rl.inputs
-ADVANTAGES = {
-  'leave_one_out': advantages.leave_one_out,
-  'group_normalised': advantages.group_normalised,
-}
-
-
-def validate(config):
-  """Checks the config; see `rl.validate`."""
-  rl.validate(config)
-  run_lib.check_choice(config, 'advantage', tuple(ADVANTAGES))
-  if config.samples_per_prompt < 2:
-    raise ValueError(
-      'samples_per_prompt must be at least 2, since each is a baseline of the '
-      f'others: {config.samples_per_prompt}'
-    )
-
-
-def make_optimizers(config):
-  """Adam for the policy (C.4)."""
-  return {'policy': rl.make_optimizer(config, config.learning_rate)}
 
 
 def build_programs(config, policy, reward, stop_ids):
@@ -64,14 +44,14 @@ def build_programs(config, policy, reward, stop_ids):
   longest = config.prompt_length + config.response_length
   logprobs_fn = model_fns.logprobs_fn(policy, config.temperature, longest)
   advantage_fn = ppo.group_advantages(
-    ADVANTAGES[config.advantage], config.samples_per_prompt
+    advantages.GROUP_ADVANTAGES[config.advantage], config.samples_per_prompt
   )
   penalise = ppo.make_penalise(logprobs_fn, None, advantage_fn, method)
   loss_fns = {
     'policy': ppo.make_policy_loss(logprobs_fn, method),
     'ptx': supervised.make_text_loss(model_fns.logprobs_fn(policy)),
   }
-  train = ppo.make_train(loss_fns, make_optimizers(config), method)
+  train = ppo.make_train(loss_fns, rl.make_optimizers(config), method)
   return {
     'respond': jax.jit(rl.make_respond(config, policy, stop_ids)),
     'lengths': jax.jit(rollout.episode_lengths),
@@ -79,11 +59,6 @@ def build_programs(config, policy, reward, stop_ids):
     'penalise': jax.jit(penalise),
     'train': jax.jit(train, donate_argnums=0),
   }
-
-
-def initial_state(config, policy) -> ppo.RLState:
-  """Before the first update; the given parameters are copied."""
-  return rl.initial_state(config, make_optimizers(config), policy)
 
 
 def run(config, workdir: epath.Path):
@@ -102,7 +77,7 @@ def run(config, workdir: epath.Path):
     programs = build_programs(
       config, policy.module, reward and reward.module, tokenizer.stop_ids
     )
-    state = initial_state(config, policy.params)
+    state = rl.initial_state(config, policy.params)
     # Adapters start at zero, so that their base is the reference.
     models = {'reference': policy.base or policy.params}
     if reward is not None:
@@ -172,7 +147,7 @@ def run(config, workdir: epath.Path):
           iteration,
           state,
           {**objective, **metrics},
-          states={f'{config.name} policy': state.policy},
+          states=rl.in_training(config, state),
           values=values,
           num_items=config.batch_size,
           text_fn=rl.summary,

@@ -88,3 +88,10 @@ def group_normalised(
   centred = groups - jnp.mean(groups, axis=1, keepdims=True)
   deviation = jnp.sqrt(jnp.mean(jnp.square(centred), axis=1, keepdims=True))
   return (centred / (deviation + 1e-4)).reshape(-1)
+
+
+# (returns [B], n) -> advantages [B], by the key `advantage` of a stage.
+GROUP_ADVANTAGES = {
+  'leave_one_out': leave_one_out,
+  'group_normalised': group_normalised,
+}

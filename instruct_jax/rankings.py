@@ -9,18 +9,24 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from instruct_jax import model_fns, model_folder
+from instruct_jax import lora, masked, model_fns, model_folder
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import preference_accuracy
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding, slices
 from instruct_jax.models import heads
-from instruct_jax.types import ComparisonBatch, PackedComparisons, Params
+from instruct_jax.types import (
+  ComparisonBatch,
+  Metrics,
+  PackedComparisons,
+  Params,
+)
 
 # Rows of rankings -> one score per candidate [N, C], on the host.
 ScoreRowsFn = Callable[[ComparisonBatch], np.ndarray]
@@ -315,6 +321,69 @@ def score_rows(
     program, params, (packed.tokens, packed.segments), batch_size
   )
   return scalars.reshape(-1)[packed.ends]
+
+
+def scorer(
+  config: ConfigDict, program: Callable[..., jax.Array], base: Params | None
+) -> Callable[[Params], ScoreRowsFn]:
+  """Trained parameters -> the scores of rows; see `score_rows`.
+
+  Args:
+    config: of the stage.
+    program: as `score_rows` takes it.
+    base: of adapters, or None.
+  """
+
+  def of(params):
+    whole = lora.join(params, base)
+    return lambda rows: score_rows(program, whole, rows, config.eval_batch_size)
+
+  return of
+
+
+def centred(
+  params: Params, score_fn: ScoreRowsFn, rows: ComparisonBatch
+) -> tuple[Params, float]:
+  """Parameters with which `rows` score 0 on average, and their mean before.
+
+  Args:
+    params: of a reward model.
+    score_fn: its scores.
+    rows: such as demonstrations (3.5).
+  """
+  scores = score_fn(rows)[rows.mask.any(axis=2)]
+  shift = float(np.mean(scores, dtype=np.float64))
+  bias = params['head_bias'] - jnp.float32(shift)
+  return {**params, 'head_bias': bias}, shift
+
+
+def score_range(score_fn: ScoreRowsFn, rows: ComparisonBatch) -> list[float]:
+  """The least and the highest score of the first 512 prompts' candidates."""
+  first = loader.take(rows, np.arange(min(512, loader.num_rows(rows))))
+  scores = score_fn(first)[first.mask.any(axis=2)]
+  return [float(scores.min()), float(scores.max())]
+
+
+def summed(
+  loss: Float[Array, 'B'],
+  pairs: Float[Array, 'B R'],
+  correct: Float[Array, 'B R'],
+  batch: PackedComparisons,
+) -> tuple[Float[Array, ''], Float[Array, ''], Metrics]:
+  """A loss summed over prompts, their number, and metrics.
+
+  A prompt that is all ties does not count.
+
+  Args:
+    loss: of each prompt.
+    pairs, correct: of each of its rankings; see `losses.ranking_loss`.
+    batch: that they are of.
+  """
+  pairs, correct = jnp.sum(pairs, axis=1), jnp.sum(correct, axis=1)
+  counted = batch.prompt_mask & (pairs > 0)
+  total, weight = masked.metric(loss, counted)
+  accuracy = masked.total(correct, counted), masked.total(pairs, counted)
+  return total, weight, {'loss': (total, weight), 'accuracy': accuracy}
 
 
 def logprobs_program(module: heads.Policy) -> Callable[..., jax.Array]:

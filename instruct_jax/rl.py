@@ -19,6 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from instruct_jax import (
+  advantages,
   alarms,
   model_fns,
   model_folder,
@@ -87,6 +88,14 @@ def validate(config: ConfigDict) -> None:
   bases = {'reference': 'policy'}
   if 'value_from' in config:
     run_lib.check_choice(config, 'value_from', ('reward_model', 'policy'))
+  if 'advantage' in config:
+    choices = tuple(advantages.GROUP_ADVANTAGES)
+    run_lib.check_choice(config, 'advantage', choices)
+    if config.samples_per_prompt < 2:
+      raise ValueError(
+        'samples_per_prompt must be at least 2, since each is a baseline of '
+        f'the others: {config.samples_per_prompt}'
+      )
   if 'value_learning_rate' in config:
     bases['reward'] = 'value model'
   for name, trained in bases.items():
@@ -163,6 +172,18 @@ def make_optimizer(
     eps=config.adam_eps,
     max_grad_norm=config.max_grad_norm,
   )
+
+
+def make_optimizers(
+  config: ConfigDict,
+) -> dict[str, optax.GradientTransformation]:
+  """Adam of the policy, and another of the value model if the stage has one."""
+  rates = {'policy': 'learning_rate', 'value': 'value_learning_rate'}
+  return {
+    name: make_optimizer(config, config[key])
+    for name, key in rates.items()
+    if key in config
+  }
 
 
 # --- Data ---------------------------------------------------------------------
@@ -299,6 +320,22 @@ def load_models(
   return policy, reward
 
 
+def value_model(
+  config: ConfigDict,
+  policy: model_fns.Model,
+  reward: model_fns.Model | None,
+  mesh: jax.sharding.Mesh,
+) -> model_fns.Model:
+  """What the value model starts from: the reward model and its head (C.4), or
+  the policy's trunk with a new head (`value_from`, or without a reward model).
+  """
+  if reward is not None and config.value_from == 'reward_model':
+    return reward
+  # fold_in: the head must not share its noise with the rollouts' keys.
+  key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
+  return model_fns.scalar_from_policy(policy, mesh, key)
+
+
 def add_adapters(
   config: ConfigDict, mesh: jax.sharding.Mesh, *models: model_fns.Model
 ) -> list[model_fns.Model]:
@@ -376,13 +413,11 @@ def make_respond(
 
 
 def initial_state(
-  config: ConfigDict,
-  optimizers: Mapping[str, optax.GradientTransformation],
-  policy: Params,
-  value: Params | None = None,
+  config: ConfigDict, policy: Params, value: Params | None = None
 ) -> ppo.RLState:
   """The state before the first update, with copies of the parameters: donated
   states must not share buffers with frozen models."""
+  optimizers = make_optimizers(config)
 
   def create(name, params):
     params = jax.tree.map(jnp.copy, params)
@@ -394,6 +429,18 @@ def initial_state(
     ema=jax.tree.map(jnp.copy, policy),
     kl=rewards.KLState(coef=jnp.float32(config.kl_coef)),
   )
+
+
+def in_training(
+  config: ConfigDict, state: ppo.RLState
+) -> dict[str, train_state.TrainState]:
+  """The models that a stage trains, by the names that messages use."""
+  found = {'policy': state.policy, 'value': state.value}
+  return {
+    f'{config.name} {name}': model
+    for name, model in found.items()
+    if model is not None
+  }
 
 
 # --- Rows and scores ----------------------------------------------------------

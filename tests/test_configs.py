@@ -8,8 +8,7 @@ from etils import epath
 
 from configs import ppo_ptx as ppo_config_file
 from configs import tax as tax_config_file
-from experiments import ppo_ptx as ppo_experiment
-from instruct_jax import model_fns
+from instruct_jax import model_fns, rl
 from instruct_jax.infra import pipeline, sharding, train_state
 from instruct_jax.infra import stages as stages_lib
 from instruct_jax.jobs import tax as tax_experiment
@@ -100,7 +99,7 @@ def test_paper_sizes_build_their_abstract_ppo_state(size):
   mesh = sharding.make_mesh((1, -1, 1))
   shape = TransformerConfig.from_dict(PRESETS[size])
   value_shape = TransformerConfig.from_dict(PRESETS['6b'])
-  optimizers = ppo_experiment.make_optimizers(ppo_config_file.get_config(size))
+  optimizers = rl.make_optimizers(ppo_config_file.get_config(size))
   for kind, config, tx in (
     ('policy', shape, optimizers['policy']),
     ('scalar', value_shape, optimizers['value']),

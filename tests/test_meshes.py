@@ -174,7 +174,7 @@ def large_and_whole(tree) -> list[str]:
 def boxed_state(kind: str, shape: TransformerConfig):
   """A train state's shapes and axis names: what every layout comes from."""
   module = model_fns.make_module(kind, shape)
-  optimizer = ppo_ptx.make_optimizers(ppo_config.get_config('gpt2'))['policy']
+  optimizer = rl.make_optimizers(ppo_config.get_config('gpt2'))['policy']
   return jax.eval_shape(
     lambda key: train_state.create(model_fns._init_fn(module)(key), optimizer),
     jax.random.key(0),
@@ -226,7 +226,7 @@ def test_states_that_a_run_makes_lie_like_the_described_ones():
   shape = shape_of('qwen3')
   with sharding.use_mesh(mesh):
     model = model_fns.init('policy', shape, mesh, jax.random.key(0))
-    optimizer = ppo_ptx.make_optimizers(ppo_config.get_config('gpt2'))['policy']
+    optimizer = rl.make_optimizers(ppo_config.get_config('gpt2'))['policy']
     state = train_state.create(jax.tree.map(jnp.copy, model.params), optimizer)
     frozen = jax.tree.map(lambda x: x.astype('bfloat16'), model.params)
   described, _ = model_fns.abstract_state('policy', shape, mesh, optimizer)
@@ -378,7 +378,7 @@ def run_everything(family: str, mesh_shape) -> dict:
       # threads that eight fake devices need.
       return jax.block_until_ready(compiled(*arguments))
 
-    optimizers = ppo_ptx.make_optimizers(config)
+    optimizers = rl.make_optimizers(config)
     state = ppo.RLState(
       policy=train_state.create(place('policy', 0), optimizers['policy']),
       value=train_state.create(place('scalar', 1), optimizers['value']),

@@ -75,6 +75,7 @@ class Dropped:
 
   @property
   def total(self) -> int:
+    """Records that are left out."""
     return self.too_long + self.refused + self.empty
 
   def describe(self, what: str, key: str) -> str:

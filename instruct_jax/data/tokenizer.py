@@ -158,6 +158,7 @@ class Tokenizer:
 
   @functools.cached_property
   def fingerprint(self) -> str:
+    """Of all that decides ids: vocabulary, template and ends of a turn."""
     if not self.template and self.stop_ids == (self.eos_id,):
       return self.vocabulary_fingerprint
     chat = self._chat_template if self.template == CHAT else ''
@@ -166,6 +167,7 @@ class Tokenizer:
 
   @functools.cached_property
   def vocabulary_fingerprint(self) -> str:
+    """Of what turns plain text into ids."""
     described = json.loads(self._backend.to_str())
     model = described['model']
     if 'merges' in model:  # Written as pairs or as joined texts.

@@ -90,10 +90,12 @@ class RewardFigures:
 
   @property
   def accuracy(self) -> preference_accuracy.Accuracy:
+    """On the first set."""
     return next(iter(self.rankings.values())).accuracies[self.scorer]
 
   @property
   def agreement(self) -> preference_accuracy.Agreement | None:
+    """Of the people who ranked the first set, if several did."""
     return next(iter(self.rankings.values())).agreement
 
   def rows(self) -> list[tuple[str, Any]]:

@@ -30,6 +30,7 @@ class Pair:
   second: Sample
 
   def swapped(self) -> 'Pair':
+    """The same two in the other order."""
     return Pair(self.prompt, self.second, self.first)
 
 

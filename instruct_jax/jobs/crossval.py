@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from experiments import reward
-from instruct_jax import lora, model_fns, rankings
+from instruct_jax import model_fns, rankings
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import preference_accuracy
 from instruct_jax.infra import run as run_lib
@@ -88,7 +88,7 @@ def run(config, workdir: epath.Path):
           scoring = scoring or programs
           trained_on = {name for group in groups for name in group}
           intra, inter = rankings.accuracy(
-            reward.score_fn(config, scoring, lora.join(params, model.base)),
+            rankings.scorer(config, scoring['scalars'], model.base)(params),
             encoded,
             (trained_on - set(left_out), set(left_out)),
           )

@@ -303,7 +303,7 @@ def ppo_program(name, config, mesh, remat, parts):
     model_fns.make_module('scalar', scalar_shape),
     (1,),
   )
-  optimizers = ppo_ptx.make_optimizers(stage)
+  optimizers = rl.make_optimizers(stage)
   policy, policy_base = model_fns.abstract_state(
     'policy', policy_shape, mesh, optimizers['policy']
   )

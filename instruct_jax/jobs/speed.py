@@ -266,7 +266,7 @@ class Iteration:
     self.module = policy.module
     self.num_params = sum(x.size for x in jax.tree.leaves(policy.params))
     self.programs = self.build()
-    self.state = ppo_ptx.initial_state(stage, policy.params, value.params)
+    self.state = rl.initial_state(stage, policy.params, value.params)
     models = {'reference': policy.params}
     if config.reward == 'model':
       models['reward'] = value.params

@@ -51,6 +51,7 @@ _UNNAMED = ''  # The REST interface names the question of a suggestion by an id.
 
 
 def read(found, source, told):
+  """(number, item) of the numbered records; counts what is to be `told`."""
   found = parts.each(found, source, _normal)
   normal = [record for _, record in found]
   # A record may lack some of them, but its answers still name all.
@@ -434,6 +435,7 @@ def _ranks(value, names, fields, is_order):
 
 
 def files(items):
+  """A file for each number of answers, since a data set has one."""
   by_number, ids = collections.defaultdict(list), set()
   for item in items:
     texts = item.values['completions']

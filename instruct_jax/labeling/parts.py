@@ -128,6 +128,7 @@ def prompt_fields(value, what):
 
 
 def is_conversation(value):
+  """Whether it is a list of messages."""
   return isinstance(value, list) and all(
     isinstance(turn, dict) and {'role', 'content'} <= set(turn)
     for turn in value

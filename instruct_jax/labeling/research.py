@@ -54,10 +54,12 @@ class Labeled:
 
   @property
   def is_researcher(self) -> bool:
+    """Whether it is not a labeler who answered."""
     return self.role != 'labeler'
 
   @property
   def is_data(self) -> bool:
+    """Whether it is neither of a screening nor of a calibration task."""
     return not (self.screening or self.calibration)
 
 

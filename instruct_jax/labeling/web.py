@@ -96,6 +96,7 @@ class Visit:
 
   @property
   def store(self) -> store.Store:
+    """Of the site."""
     return self.site.store
 
   def field(self, name: str) -> str:

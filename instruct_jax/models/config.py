@@ -340,6 +340,7 @@ class TransformerConfig:
     return layers + embedding + norm
 
   def to_dict(self) -> dict[str, Any]:
+    """For `from_dict`, and as JSON."""
     return dataclasses.asdict(self)
 
   @classmethod

@@ -526,6 +526,7 @@ class Entry:
 
   @property
   def stacked(self) -> bool:
+    """Whether all layers are one array of ours."""
     return 'layers' in self.path
 
 

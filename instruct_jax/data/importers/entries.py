@@ -251,6 +251,7 @@ class Entry:
     self.path = path
 
   def where(self, text: str) -> str:
+    """The text, with the place of this object before it."""
     return f'{self.place}: {text}' if self.place else text
 
   def get(self, key: str, kinds: Any, what: str) -> Any:
@@ -268,6 +269,7 @@ class Entry:
     return checked(self.values[key], kinds, self.where(repr(key)), what)
 
   def text(self, key: str) -> str:
+    """A text; '' for null."""
     return self.get(key, str, 'a text') or ''
 
   def cell(self, key: str) -> str:
@@ -338,6 +340,7 @@ class Entry:
     return texts_of(value, self.where(key))
 
   def items(self, key: str) -> list:
+    """A list; empty for null."""
     return self.get(key, list, 'a list') or []
 
   def entries(self, key: str) -> list['Entry']:
@@ -348,6 +351,7 @@ class Entry:
     ]
 
   def entry(self, key: str) -> 'Entry':
+    """An object within this one; empty for null."""
     return Entry(self.get(key, dict, 'an object') or {}, self.where(key))
 
   def messages(self, key: str) -> tuple[records.Turn, ...]:
@@ -386,6 +390,15 @@ class Entry:
 
 
 def texts_of(items: list, where: str) -> list[str]:
+  """The texts of a list; '' for null.
+
+  Args:
+    items: of the list.
+    where: of it, for errors.
+
+  Raises:
+    RecordError: an item is no text.
+  """
   return [
     checked(item, str, f'{where}[{number}]', 'a text') or ''
     for number, item in enumerate(items)

@@ -27,6 +27,7 @@ class Probe:
 
   @property
   def name(self) -> str:
+    """As in metrics' names."""
     return f'{self.task}_{self.prompt_type}'.replace(' ', '_')
 
 

@@ -120,6 +120,7 @@ class Task:
 
   @property
   def prompts(self) -> tuple[str, ...]:
+    """Names of its prompt types."""
     return released_csv.LAYOUTS[self.name].prompts
 
 

@@ -137,10 +137,12 @@ class Classifier:
   bias: float
 
   def logits(self, features: Iterable[set[str]]) -> np.ndarray:
+    """[N], one for each text."""
     matrix = _matrix(features, self.columns, self.rarity)
     return matrix @ self.weights + self.bias
 
   def probabilities(self, features: Iterable[set[str]]) -> np.ndarray:
+    """[N], of the positive class."""
     return _sigmoid(self.logits(features))
 
 
