@@ -1,5 +1,7 @@
 """Matrix products in bfloat16 with float32 sums, against float64."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,39 @@ def test_float32_and_several_devices_take_einsum(spec, sizes):
   mesh = jax.make_mesh((len(jax.devices()),), ('data',))
   with jax.set_mesh(mesh):
     assert products.activation_dtype('bfloat16') == jnp.bfloat16
+
+
+@pytest.mark.parametrize('spec, sizes', CASES)
+def test_gradients_of_weights_are_not_rounded_over_several_devices(spec, sizes):
+  """As on accelerators: all factors are bfloat16, activations stay it."""
+  x, y = factors(spec, sizes)
+  y = y.astype(jnp.float32)
+  with jax.set_mesh(jax.make_mesh((len(jax.devices()),), ('data',))):
+    out = products.product(spec, x, y, 'bfloat16')
+    weights = jax.random.normal(jax.random.key(1), out.shape)
+
+    def loss(x, y):
+      out = products.product(spec, x, y, 'bfloat16', 'float32')
+      return (out * weights).sum()
+
+    gradient = jax.grad(loss, (0, 1))
+    got = gradient(x, y)
+    whole = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    program = whole.lower(x, y).as_text()
+  assert out.dtype == jnp.bfloat16
+  assert [g.dtype for g in got] == [jnp.bfloat16, jnp.float32]
+  types = [
+    tuple(re.findall(r'x(bf16|f32)>', line.rpartition(' : ')[2]))
+    for line in program.splitlines()
+    if 'dot_general' in line
+  ]
+  # Forward, and the gradients of activations and of weights.
+  wanted = [('bf16', 'bf16', out) for out in ('f32', 'bf16', 'f32')]
+  assert sorted(types) == sorted(wanted)
+  left, right, result = spec.replace('->', ',').split(',')
+  exact = [np.asarray(a, np.float64) for a in (x, weights.astype('bfloat16'))]
+  dy = np.einsum(f'{left},{result}->{right}', *exact)
+  np.testing.assert_allclose(got[1], dy, atol=2e-4)
 
 
 def test_the_kernel_on_the_left_gives_the_same():

@@ -1,6 +1,8 @@
 """Matrix products, and the dtype of all else.
 
-Accelerators multiply bfloat16, add up in float32, and return and keep bfloat16.
+Accelerators multiply bfloat16, add up in float32, and return and keep bfloat16;
+gradients of weights leave a product in the weights' float32, so that what
+devices add up is not rounded before.
 On a CPU only the factors of products are bfloat16. XLA's fast kernels there
 return float32, and want the contracted axis last in the left factor. It has no
 other bfloat16 arithmetic, and to write a part of a bfloat16 array it converts
@@ -54,8 +56,37 @@ def product(
   """
   if is_bfloat16_on_cpu(dtype):
     return _float32_sums(spec, x, y)
+  if dtype == 'bfloat16':
+    return _as_given(spec, out or dtype, x, y)
   x, y = x.astype(dtype), y.astype(dtype)
   return jnp.einsum(spec, x, y, preferred_element_type=out or dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _as_given(spec, out, x, y):
+  """A product in bfloat16, and the gradients in the dtypes of x and y.
+
+  Weights stay what the backward pass keeps of them: a cast one would be a copy.
+  """
+  x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+  return jnp.einsum(spec, x, y, preferred_element_type=out)
+
+
+def _as_given_forward(spec, out, x, y):
+  return _as_given(spec, out, x, y), (x, y)
+
+
+def _as_given_backward(spec, out, factors, gradient):
+  del out
+  x, y = factors
+  left, right, product = spec.replace('->', ',').split(',')
+  return (
+    _as_given(f'{product},{right}->{left}', x.dtype, gradient, y),
+    _as_given(f'{left},{product}->{right}', y.dtype, x, gradient),
+  )
+
+
+_as_given.defvjp(_as_given_forward, _as_given_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
