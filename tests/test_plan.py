@@ -155,7 +155,6 @@ def made_up(workdir, monkeypatch):
   """A planner whose `measure` is arithmetic; returns what it measured."""
   config = config_file.get_config('1p3b,v5e-8')
   config.programs = plan.EPISODES
-  config.meshes = ((1, 8, 1), (1, 4, 2), (1, 2, 4))
   config.remats = ('full', 'none')
   measured = []
   gib = 2.0**30
@@ -194,7 +193,12 @@ def made_up(workdir, monkeypatch):
   monkeypatch.setattr(
     plan, 'topology_devices', lambda config: plan.jax.devices()
   )
-  return lambda: (plan.run(config, epath.Path(workdir)), measured)
+
+  def run(meshes=((1, 8, 1), (1, 4, 2), (1, 2, 4))):
+    config.meshes = meshes
+    return plan.run(config, epath.Path(workdir)), measured
+
+  return run
 
 
 def test_the_fastest_that_fits_is_found_and_the_rest_left_out(made_up):
@@ -226,6 +230,19 @@ def test_the_fastest_that_fits_is_found_and_the_rest_left_out(made_up):
   assert summary['iteration']['chip_hours'] == pytest.approx(
     500 * 20 * 8 / 3600
   )
+
+
+def test_meshes_that_do_not_divide_the_devices_are_left_out(
+  made_up, monkeypatch
+):
+  four = plan.jax.devices()[:4]
+  monkeypatch.setattr(plan, 'topology_devices', lambda config: four)
+  config = config_file.get_config('1p3b,v4-8')
+  _, measured = made_up(config.meshes)
+  meshes = {mesh for _, mesh, _, _ in measured}
+  assert meshes == {(1, 4, 1), (1, 2, 2), (1, 1, 4)}
+  with pytest.raises(ValueError, match=r'\(\(1, -1, 8\),\).* 4 devices'):
+    made_up(((1, -1, 8),))
 
 
 def test_what_did_not_fit_is_told_with_the_knob(made_up, workdir):

@@ -662,11 +662,23 @@ def search(names, config, devices, attempts):
   """The fastest of the meshes and remats on which a stage's programs fit.
 
   Meshes are in the order of their tensor parallelism: once a mesh is slower,
-  those after it are left out.
+  those after it are left out. So are those that do not divide the devices.
+
+  Raises:
+    ValueError: no mesh divides them.
   """
   best, best_seconds = None, math.inf
+  shapes = [
+    shape
+    for shape in config.meshes
+    if len(devices) % math.prod(size for size in shape if size > 0) == 0
+  ]
+  if not shapes:
+    raise ValueError(
+      f'meshes {tuple(config.meshes)}: none divides {len(devices)} devices'
+    )
   for remat in config.remats:
-    for shape in config.meshes:
+    for shape in shapes:
       mesh = sharding.make_mesh(shape, devices)
       found = plan_once(names, config, mesh, remat, attempts, best_seconds)
       if found is None:
