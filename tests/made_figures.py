@@ -115,6 +115,10 @@ def full(**changes):
       'reward model': preference.Accuracy(0.7, 0.65, 0.75, 300, 0.6),
       'judge': preference.Accuracy(0.73, 0.7, 0.76, 300, 0.57),
     },
+    gaps={
+      'judge': Interval(-0.03, -0.05, -0.01, 100),
+      'length only': Interval(0.01, -0.02, 0.04, 100),
+    },
     agreement=preference.Agreement(0.72, 0.7, 0.74, 200),
   )
   values = {

@@ -35,6 +35,24 @@ def test_by_hand():
   assert result.high == pytest.approx(0.75)
 
 
+def test_a_gap_is_paired():
+  # Right on the same 12 of 20 rankings, and the first on two more: what both
+  # have in common does not widen the interval.
+  ranks, ids = [[1, 2]] * 20, [str(i) for i in range(20)]
+  right, wrong = [1.0, 0.0], [0.0, 1.0]
+  first = [right] * 14 + [wrong] * 6
+  second = [right] * 12 + [wrong] * 8
+  gap = preference.accuracy_gap(first, second, ranks, ids)
+  assert gap.mean == pytest.approx(0.1)
+  assert 0 <= gap.low < 0.1 < gap.high <= 0.25
+  alone = preference.pairwise_accuracy(first, ranks, ids)
+  assert gap.high - gap.low < 0.75 * (alone.high - alone.low)
+  mirrored = preference.accuracy_gap(second, first, ranks, ids)
+  assert (mirrored.low, mirrored.high) == (-gap.high, -gap.low)
+  same = preference.accuracy_gap(first, first, ranks, ids)
+  assert (same.low, same.high) == (0, 0)
+
+
 def test_constant_scores_are_chance_and_reversed_scores_mirror():
   generator = np.random.default_rng(0)
   scores = [generator.normal(size=4) for _ in range(20)]

@@ -100,6 +100,13 @@ def test_report_has_the_claims_with_their_intervals(written):
   assert '| other fork – sft | 0.700 [0.680, 0.720] | 97 | 197 |' in text
 
 
+def test_the_reward_model_is_compared_on_the_same_pairs(written):
+  text = (written / 'report.md').read_text()
+  assert '| reward model – judge | -0.030 [-0.050, -0.010] |' in text
+  assert 'reward model is not told apart from: length only.' in text
+  assert 'not told apart from: judge' not in text
+
+
 def test_a_report_lists_what_was_not_measured(tmp_path):
   report.write_report(tmp_path, minimal())
   names = {path.name for path in tmp_path.iterdir()}

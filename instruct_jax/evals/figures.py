@@ -69,6 +69,8 @@ class Rankings:
   # Share of the pairs ordered as by the labelers (paper 4.1), by scorer: the
   # reward model, the judge and trivial judges.
   accuracies: Mapping[str, preference_accuracy.Accuracy]
+  # Accuracy of the reward model less that of each other one, paired.
+  gaps: Mapping[str, win_rate.Interval] = _none()
   # Of its labelers with one another (3.4).
   agreement: preference_accuracy.Agreement | None = None
 

@@ -89,6 +89,34 @@ def pairwise_accuracy(
   Raises:
     ValueError: lengths differ, scores not finite, ranks below 1, or no pair.
   """
+  correct, num_pairs, loss = _counted(scores, ranks, cluster_ids)
+  found = win_rate.ratio_interval(correct, num_pairs, cluster_ids)
+  count = num_pairs.sum()
+  return Accuracy(
+    found.mean, found.low, found.high, int(count), float(loss.sum() / count)
+  )
+
+
+def accuracy_gap(
+  scores: Sequence[win_rate.Numbers],
+  others: Sequence[win_rate.Numbers],
+  ranks: Sequence[win_rate.Numbers],
+  cluster_ids: win_rate.Ids,
+) -> win_rate.Interval:
+  """Accuracy of `scores` less that of `others` on the same pairs.
+
+  The interval redraws both together; two intervals that overlap may still
+  belong to scores of which one is better on nearly every redraw.
+
+  Args and Raises: as `pairwise_accuracy`.
+  """
+  correct, num_pairs, _ = _counted(scores, ranks, cluster_ids)
+  correct -= _counted(others, ranks, cluster_ids)[0]
+  return win_rate.ratio_interval(correct, num_pairs, cluster_ids)
+
+
+def _counted(scores, ranks, cluster_ids):
+  """Pairs in the labeler's order, pairs, and loss, of each comparison."""
   if not len(scores) == len(ranks) == len(cluster_ids):
     raise ValueError(
       f'{len(scores)} score rows, {len(ranks)} rank rows and '
@@ -121,11 +149,7 @@ def pairwise_accuracy(
     raise ValueError(
       f'no pair to judge: {why if len(scores) else "no comparisons"}'
     )
-  found = win_rate.ratio_interval(correct, num_pairs, cluster_ids)
-  count = num_pairs.sum()
-  return Accuracy(
-    found.mean, found.low, found.high, int(count), float(loss.sum() / count)
-  )
+  return correct, num_pairs, loss
 
 
 def agreement(comparisons: Sequence[records.Comparison]) -> Agreement | None:

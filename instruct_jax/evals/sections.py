@@ -444,9 +444,15 @@ def _reward_model(
 ) -> list[Part]:
   if reward is None:
     return []
-  rows = {}
+  rows, ties = {}, []
   for name, ranked in reward.rankings.items():
     column = dict(ranked.accuracies)
+    for scorer, gap in ranked.gaps.items():
+      column[f'{reward.scorer} – {scorer}'] = gap
+      if gap.low <= 0 <= gap.high:
+        ties.append(
+          f'On {name} the {reward.scorer} is not told apart from: {scorer}.'
+        )
     if ranked.agreement is not None:
       column['agreement of labelers'] = ranked.agreement
     column['pairs'] = next(iter(ranked.accuracies.values())).num_pairs
@@ -454,8 +460,10 @@ def _reward_model(
       rows.setdefault(key, {})[name] = value
   parts = [
     *_pictures(drawn, 'reward_model.png'),
-    'Share of pairs ordered as the labelers did.',
+    'Share of pairs ordered as the labelers did, and differences on the same '
+    'pairs.',
     by_row('', rows),
+    *ties,
   ]
   if reward.ceiling is not None:
     parts.append(

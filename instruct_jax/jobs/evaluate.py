@@ -301,11 +301,16 @@ def order_rankings(config, score_fn, judge):
       by['length only'] = baselines.fit_length(train).scores(test)
       words = baselines.fit_bag_of_words(train)
       by['bag of words (Bradley-Terry)'] = words.scores(test)
-    ranks, clusters = [c.ranks for c in test], [c.prompt for c in test]
+    labeled = [c.ranks for c in test], [c.prompt for c in test]
+    own, *others = by
     found[name] = figures.Rankings(
       accuracies={
-        scorer: preference_accuracy.pairwise_accuracy(scores, ranks, clusters)
+        scorer: preference_accuracy.pairwise_accuracy(scores, *labeled)
         for scorer, scores in by.items()
+      },
+      gaps={
+        scorer: preference_accuracy.accuracy_gap(by[own], by[scorer], *labeled)
+        for scorer in others
       },
       agreement=preference_accuracy.agreement(test),
     )
