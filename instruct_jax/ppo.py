@@ -47,6 +47,10 @@ AdvantageFn = Callable[
 ]
 
 
+# Numbers that only a method with a value model has.
+OF_VALUES = {'discount', 'gae_lambda', 'value_clip', 'whiten_advantages'}
+
+
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
   """Numbers of the method; defaults are the paper's where it gives them.

@@ -143,9 +143,17 @@ def inputs(config: ConfigDict) -> dict[str, str]:
 
 
 def method_of(config: ConfigDict) -> ppo.PPOConfig:
-  """The method's numbers, by default those of `ppo.PPOConfig`."""
-  names = [field.name for field in dataclasses.fields(ppo.PPOConfig)]
-  return ppo.PPOConfig(**{n: config[n] for n in names if n in config})
+  """The method's numbers; without a value model, those of values are left out.
+
+  Raises:
+    ValueError: a key is missing, or its value out of range.
+  """
+  names = {field.name for field in dataclasses.fields(ppo.PPOConfig)}
+  if 'value_learning_rate' not in config:
+    names -= ppo.OF_VALUES
+  if missing := sorted(names - set(config)):
+    raise ValueError(f'{config.name}: keys are missing: {", ".join(missing)}')
+  return ppo.PPOConfig(**{name: config[name] for name in names})
 
 
 def num_iterations(config: ConfigDict) -> int:

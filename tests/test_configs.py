@@ -151,6 +151,17 @@ def test_bad_values_are_named(name, key, value, text):
     pipeline.find_experiment(config.experiment).validate(config)
 
 
+def test_numbers_of_the_method_have_no_defaults():
+  config = ppo_config_file.get_config('miniature').stages.ppo
+  with config.unlocked():
+    del config.clip, config.value_clip
+  with pytest.raises(ValueError, match='ppo: keys are missing: clip, value_'):
+    rl.method_of(config)
+  # Without a value model it has none of these.
+  rloo = importlib.import_module('configs.rloo').get_config().stages.rloo
+  assert rl.method_of(rloo).clip == rloo.clip
+
+
 @pytest.mark.parametrize(
   'name',
   ['sft', 'reward', 'ppo_ptx', 'nlp_suite', 'evaluate', 'sample', 'best_of_n']
