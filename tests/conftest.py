@@ -3,6 +3,8 @@
 import contextlib
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Before anything imports jax: eight devices on the CPU, always, so that every
 # test could meet a mesh and no result depends on what the machine has.
@@ -22,7 +24,20 @@ import instruct_jax  # noqa: F401  It tells gcsfs how to read, before others.
 from tests import starts
 from tests import tiny_run as tiny_run_lib
 
+# Compiled programs that the processes of one test run share: a run that is
+# resumed, or forked, compiles the same ones again. The first process makes and
+# removes the folder; the others inherit the variable.
+_CACHE = 'TEST_COMPILATION_CACHE'
+_makes_cache = _CACHE not in os.environ
+if _makes_cache:
+  os.environ[_CACHE] = tempfile.mkdtemp(prefix='instruct_jax_tests_')
+
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# As `machine.prepare` has it for several CPU devices.
+jax.config.update('jax_cpu_enable_async_dispatch', False)
+jax.config.update('jax_compilation_cache_dir', os.environ[_CACHE])
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 # Tests outlive no power cut, and a busy disk takes its time for each of
 # thousands of small files.
 os.fsync = lambda descriptor: None
@@ -56,6 +71,11 @@ _WARNINGS = r'error:::instruct_jax(\.|$)'
 
 def pytest_configure(config):
   config.addinivalue_line('filterwarnings', _WARNINGS)
+
+
+def pytest_unconfigure():
+  if _makes_cache:
+    shutil.rmtree(os.environ.pop(_CACHE), ignore_errors=True)
 
 
 @pytest.fixture

@@ -453,3 +453,24 @@ def test_a_program_that_starts_again_keeps_arguments_and_exit_code(tmp_path):
   first, second, told = done.stdout.splitlines()
   assert first == second and done.returncode == 7
   assert told == "glibc.malloc.hugetlb=1 ['--a=b c', 'd']"
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_several_cpu_devices_run_one_program_at_a_time(count):
+  code = textwrap.dedent("""
+    from ml_collections import ConfigDict
+    from instruct_jax.infra import machine
+    machine.prepare(ConfigDict({'xla_flags': '', 'compilation_cache': ''}))
+    import jax
+    print(jax.config.values['jax_cpu_enable_async_dispatch'])
+    """)
+  flag = '--xla_force_host_platform_device_count=2' if count == 2 else ''
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    env={**os.environ, 'XLA_FLAGS': flag},
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stdout.split()[-1] == str(count == 1)

@@ -8,6 +8,7 @@ import sys
 from etils import epath
 from ml_collections import ConfigDict
 
+_DEVICES_FLAG = 'xla_force_host_platform_device_count'
 _HUGE_PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 
@@ -39,6 +40,12 @@ def prepare(config: ConfigDict) -> None:
   os.environ['XLA_FLAGS'] = f'{given} {config.xla_flags}'.strip()
   if sys.platform == 'linux':
     _prepare_allocator()
+  if _DEVICES_FLAG in os.environ['XLA_FLAGS']:
+    import jax
+
+    # Two programs in flight may start in different orders on two CPU devices;
+    # if they use collectives, they wait for each other until XLA aborts.
+    jax.config.update('jax_cpu_enable_async_dispatch', False)
   if config.compilation_cache:
     import jax
 
