@@ -30,7 +30,7 @@ from instruct_jax.infra import loop, sharding
 
 PROCESSES = 'all'
 
-validate = rl.validate
+validate = rl.validate_groups
 inputs = rl.inputs
 
 

@@ -88,14 +88,6 @@ def validate(config: ConfigDict) -> None:
   bases = {'reference': 'policy'}
   if 'value_from' in config:
     run_lib.check_choice(config, 'value_from', ('reward_model', 'policy'))
-  if 'advantage' in config:
-    choices = tuple(advantages.GROUP_ADVANTAGES)
-    run_lib.check_choice(config, 'advantage', choices)
-    if config.samples_per_prompt < 2:
-      raise ValueError(
-        'samples_per_prompt must be at least 2, since each is a baseline of '
-        f'the others: {config.samples_per_prompt}'
-      )
   if 'value_learning_rate' in config:
     bases['reward'] = 'value model'
   for name, trained in bases.items():
@@ -120,6 +112,18 @@ def validate(config: ConfigDict) -> None:
       raise ValueError(
         f'probe_every is {config.probe_every}, but probes names no task'
       )
+
+
+def validate_groups(config: ConfigDict) -> None:
+  """`validate` of a stage whose baselines are other samples of a prompt."""
+  validate(config)
+  choices = tuple(advantages.GROUP_ADVANTAGES)
+  run_lib.check_choice(config, 'advantage', choices)
+  if config.samples_per_prompt < 2:
+    raise ValueError(
+      'samples_per_prompt must be at least 2, since each is a baseline of the '
+      f'others: {config.samples_per_prompt}'
+    )
 
 
 def inputs(config: ConfigDict) -> dict[str, str]:
