@@ -136,7 +136,8 @@ def run(config, workdir: epath.Path):
     shown = rows
     if config.demonstrations:
       shown = rankings.demonstration_rows(config, tokenizer)
-    params, shift = rankings.centred(params, score_with(params), shown)
+    scores = score_with(params)(shown)[shown.mask.any(axis=2)]
+    params, shift = rankings.centred(params, scores)
     score = score_with(params)
     encoded = rankings.encode(config, valid, tokenizer)
     (accuracy,) = rankings.accuracy(score, encoded)

@@ -341,17 +341,13 @@ def scorer(
   return of
 
 
-def centred(
-  params: Params, score_fn: ScoreRowsFn, rows: ComparisonBatch
-) -> tuple[Params, float]:
-  """Parameters with which `rows` score 0 on average, and their mean before.
+def centred(params: Params, scores: np.ndarray) -> tuple[Params, float]:
+  """Parameters with which the mean of scores is 0, and their mean before.
 
   Args:
     params: of a reward model.
-    score_fn: its scores.
-    rows: such as demonstrations (3.5).
+    scores: [N] with them, such as of demonstrations (3.5).
   """
-  scores = score_fn(rows)[rows.mask.any(axis=2)]
   shift = float(np.mean(scores, dtype=np.float64))
   bias = params['head_bias'] - jnp.float32(shift)
   return {**params, 'head_bias': bias}, shift

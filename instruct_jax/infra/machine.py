@@ -40,15 +40,13 @@ def prepare(config: ConfigDict) -> None:
   os.environ['XLA_FLAGS'] = f'{given} {config.xla_flags}'.strip()
   if sys.platform == 'linux':
     _prepare_allocator()
-  if _DEVICES_FLAG in os.environ['XLA_FLAGS']:
-    import jax
+  import jax
 
+  if _DEVICES_FLAG in os.environ['XLA_FLAGS']:
     # Two programs in flight may start in different orders on two CPU devices;
     # if they use collectives, they wait for each other until XLA aborts.
     jax.config.update('jax_cpu_enable_async_dispatch', False)
   if config.compilation_cache:
-    import jax
-
     folder = epath.Path(config.compilation_cache).expanduser()
     jax.config.update('jax_compilation_cache_dir', str(folder))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)

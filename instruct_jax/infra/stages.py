@@ -202,9 +202,10 @@ def validate(stage: Stage) -> None:
   """Checks a stage's config; ValueError with the stage and the key."""
   try:
     for key, rule, holds in _NUMBERS:
-      value = stage.config.get(key)
-      if value is not None and not holds(value):
-        raise ValueError(f'{key} must {rule}, got {value}')
+      if key not in stage.config or stage.config[key] is None:
+        continue
+      if not holds(stage.config[key]):
+        raise ValueError(f'{key} must {rule}, got {stage.config[key]}')
     stage.experiment.validate(stage.config)
   except ValueError as error:
     raise ValueError(f'{stage.name}: {error}') from error

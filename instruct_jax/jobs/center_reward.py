@@ -7,11 +7,10 @@ reward stage does for its own model, and stores the range of scores seen.
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from instruct_jax import model_fns, model_folder, queries
+from instruct_jax import model_fns, model_folder, queries, rankings
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
@@ -93,7 +92,7 @@ def run(config, workdir: epath.Path):
     run_lib.tell_dropped(
       config.name, dropped.describe('demonstrations', 'row_length')
     )
-    shift = float(np.mean(scores, dtype=np.float64))
+    params, shift = rankings.centred(model.params, scores)
     seen, num_left_out = scores, 0
     if ranked:
       others, left_out = scores_of(config, model, ranked, tokenizer, mesh)
@@ -108,10 +107,9 @@ def run(config, workdir: epath.Path):
       'num_answers': len(seen) - len(scores),
       'num_comparisons_dropped': num_left_out,
     }
-    bias = model.params['head_bias'] - jnp.float32(shift)
     model_folder.save(
       workdir / 'model',
-      dataclasses.replace(model, params={**model.params, 'head_bias': bias}),
+      dataclasses.replace(model, params=params),
       tokenizer,
       {'stage': config.name, 'from': config.reward_model, **results},
     )
