@@ -32,6 +32,7 @@ from instruct_jax import (
   model_fns,
   model_folder,
   queries,
+  rollout,
   sampling,
 )
 from instruct_jax.data import records
@@ -51,11 +52,8 @@ def _programs(module, temperature):
 
   @functools.partial(jax.jit, static_argnums=3)
   def read(weights, tokens, length, num_columns):
-    cache = decoder.make_cache(1, num_columns)
-    return jax.tree.map(
-      lambda empty, new: jax.lax.dynamic_update_slice(empty, new, (0,) * 4),
-      cache,
-      decoder.read(weights, tokens, length),
+    return rollout.put_first(
+      decoder.make_cache(1, num_columns), decoder.read(weights, tokens, length)
     )
 
   @functools.partial(jax.jit, donate_argnums=3)

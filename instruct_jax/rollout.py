@@ -448,20 +448,26 @@ class _Engine:
       state = self.fill(state)
       del state['bank']
     for width in sizes.widths:
-
-      def wider(x, width=width):
-        padding = [(0, 0)] * x.ndim
-        padding[2] = (0, width - x.shape[2])
-        return jnp.pad(x, padding)
-
       if width > sizes.widths[0]:
-        state['cache'] = jax.tree.map(wider, state['cache'])
+        num_slots = state['slots']['row'].shape[0]
+        state['cache'] = put_first(
+          self.decoder.make_cache(num_slots, width), state['cache']
+        )
       state = self._steps(state, width, drains[0], sizes.refills)
     state.pop('bank', None)
     for num_slots, least in zip(drains, drains[1:], strict=False):
       state = self._compact(state, num_slots)
       state = self._steps(state, sizes.widths[-1], least, refills=False)
     return state
+
+
+def put_first(cache: PyTree, smaller: PyTree) -> PyTree:
+  """A cache whose first columns are those of one with fewer columns."""
+  return jax.tree.map(
+    lambda x, new: jax.lax.dynamic_update_slice(x, new, (0,) * x.ndim),
+    cache,
+    smaller,
+  )
 
 
 def in_queues(

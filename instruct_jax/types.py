@@ -199,8 +199,8 @@ ScalarsFn = Callable[[Params, jax.Array, jax.Array], jax.Array]
 class Decoder(NamedTuple):
   """A policy as functions for `rollout.generate`.
 
-  A cache is a pytree of arrays [S, K, W, ...]: slots first, columns third. A
-  row's token in position c is in column c.
+  A cache is a pytree of arrays, slots first. A row's token in position c is in
+  column c; only the decoder knows on which axis columns are.
 
   Attributes:
     prepare: params -> the weights, as the other functions take them.

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs import sft
-from instruct_jax import lora, model_fns, model_folder, supervised
+from instruct_jax import lora, model_fns, model_folder, rollout, supervised
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import checkpoint, optimizer, sharding, train_state
 from instruct_jax.models.config import (
@@ -258,8 +258,7 @@ def test_cached_decoding_equals_the_full_forward(rng):
   def decoded(tokens, lengths):
     decoder = model_fns.decoder(model.module)
     weights = decoder.prepare(params)
-    cache = jax.tree.map(
-      lambda empty, read: empty.at[:, :, :P].set(read),
+    cache = rollout.put_first(
       decoder.make_cache(B, T),
       decoder.read(weights, tokens[:, :P], lengths),
     )

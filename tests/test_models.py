@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from instruct_jax import model_fns, supervised
+from instruct_jax import model_fns, rollout, supervised
 from instruct_jax.infra import sharding
 from instruct_jax.models import decoding, transformer
 from instruct_jax.models.config import PRESETS, TransformerConfig
@@ -181,8 +181,7 @@ def decoded(tokens, lengths, num_steps):
   decoder = model_fns.decoder(tiny.POLICY)
   weights = decoder.prepare(tiny.params('policy'))
   bank = decoder.read(weights, tokens[:, :P], lengths)
-  cache = jax.tree.map(
-    lambda empty, read: empty.at[:, :, :P].set(read),
+  cache = rollout.put_first(
     decoder.make_cache(B, T),
     bank,
   )
@@ -214,9 +213,8 @@ def test_several_tokens_at_a_time_equal_one_by_one(rng):
   def at_once(tokens, lengths):
     weights = model_fns.decoder(tiny.POLICY).prepare(tiny.params('policy'))
     bank = decoding.read(tiny.POLICY, weights, tokens[:, :P], lengths)
-    cache = jax.tree.map(
-      lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, T - P), (0, 0))), bank
-    )
+    cache = decoding.make_cache(tiny.POLICY.config, B, T)
+    cache = rollout.put_first(cache, bank)
     places = lengths[:, None] - 1 + jnp.arange(R)[None, :]
     more = jnp.take_along_axis(tokens, places, axis=1)
     x, _ = decoding.extend(tiny.POLICY, weights, more, lengths - 1, cache)

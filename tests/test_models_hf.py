@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instruct_jax import model_fns
+from instruct_jax import model_fns, rollout
 from instruct_jax.infra import sharding
 from instruct_jax.models import families, hf
 from instruct_jax.models.config import PRESETS, TransformerConfig
@@ -113,8 +113,7 @@ def test_token_by_token_as_the_sampler_does(name, tmp_path):
   def begin(params, tokens):
     weights = decoder.prepare(params)
     bank = decoder.read(weights, tokens[:, :6], jnp.asarray(lengths))
-    cache = jax.tree.map(
-      lambda empty, read: empty.at[:, :, :6].set(read),
+    cache = rollout.put_first(
       decoder.make_cache(2, tokens.shape[1]),
       bank,
     )

@@ -24,7 +24,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from instruct_jax.models import cudnn
 from instruct_jax.models.config import TransformerConfig
-from instruct_jax.models.products import platform, product
+from instruct_jax.models.products import (
+  platform,
+  product,
+  product_with_rounded,
+)
 
 # Finite, so that a fully masked row gives uniform weights and not NaN.
 MASKED = -1e9
@@ -40,8 +44,8 @@ class Inputs:
     allowed: which keys each query sees; None for a flash kernel.
     segments: read by a flash kernel only.
     tables: of `transformer.rotary_tables`; None without rotary positions.
-    kernel: 'plain', 'blocks' (`allowed` from `allowed_in_blocks`), 'splash' or
-      'cudnn'.
+    kernel: 'plain', 'cache' (keys and values as a cache has them), 'blocks'
+      (`allowed` from `allowed_in_blocks`), 'splash' or 'cudnn'.
   """
 
   allowed: Bool[Array, 'b t s'] | None = None
@@ -53,16 +57,26 @@ class Inputs:
 def mix(
   config: TransformerConfig,
   queries: Float[Array, 'B N T H'],
-  keys: Float[Array, 'B K S H'],
+  keys: Float[Array, 'B K _ _'],
   values: Float[Array, 'B K S H'],
   inputs: Inputs,
 ) -> Float[Array, 'B N T H']:
   """The values that each query attends to, by the kernel of `inputs`."""
-  if inputs.kernel == 'plain':
-    return attend(config, queries, keys, values, inputs.allowed)
+  if inputs.kernel in ('plain', 'cache'):
+    turned = inputs.kernel == 'cache' and turns_keys()
+    return attend(config, queries, keys, values, inputs.allowed, turned)
   if inputs.kernel == 'blocks':
     return _in_blocks(config, queries, keys, values, inputs.allowed)
   return flash(config, inputs.kernel, queries, keys, values, inputs.segments)
+
+
+def turns_keys() -> bool:
+  """Whether a cache has its keys as [S, K, H, W], not [S, K, W, H].
+
+  A CPU reads them faster so for a few queries, most of all where several heads
+  share a key.
+  """
+  return platform() == 'cpu'
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:
@@ -73,23 +87,30 @@ def softcap(x: jax.Array, cap: float) -> jax.Array:
 def attend(
   config: TransformerConfig,
   queries: Float[Array, 'B N T H'],
-  keys: Float[Array, 'B K S H'],
+  keys: Float[Array, 'B K _ _'],
   values: Float[Array, 'B K S H'],
   allowed: Bool[Array, 'B T S'],
+  turned: bool = False,
 ) -> Float[Array, 'B N T H']:
-  """Softmax attention; query head n reads key head n // (N / K)."""
+  """Softmax attention; query head n reads key head n // (N / K).
+
+  One query a row reads a cache, of `rounded` numbers; `turned` keys are
+  [B, K, H, S].
+  """
+  multiply = product_with_rounded if queries.shape[2] == 1 else product
   shape, num_groups = queries.shape, queries.shape[1] // keys.shape[1]
   if num_groups > 1:
     # The queries of a group as more rows of one product.
     B, N, T, H = shape
     queries = queries.reshape(B, N // num_groups, num_groups * T, H)
     allowed = jnp.tile(allowed, (1, num_groups, 1))
-  scores = product('bnth,bnsh->bnts', queries, keys, config.compute_dtype)
+  spec = 'bnth,bnhs->bnts' if turned else 'bnth,bnsh->bnts'
+  scores = multiply(spec, queries, keys, config.compute_dtype)
   scores = scores.astype(jnp.float32) * config.score_scale
   scores = softcap(scores, config.attention_softcap)
   scores = jnp.where(allowed[:, None, :, :], scores, MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-  mixed = product('bnts,bnsh->bnth', weights, values, config.compute_dtype)
+  mixed = multiply('bnts,bnsh->bnth', weights, values, config.compute_dtype)
   return mixed.reshape(shape)
 
 

@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from instruct_jax.models import attention
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.models.heads import Policy
 from instruct_jax.models.products import activation_dtype
 from instruct_jax.models.transformer import Block, LayerCache, plain_inputs
 from instruct_jax.types import Params
 
-# Of each layer: keys and values [S, K, W, H].
+# Of each layer: keys and values [S, K, W, H]; keys [S, K, H, W] where
+# `attention.turns_keys`.
 SlotCache = tuple[tuple[jax.Array, jax.Array], ...]
 
 
@@ -109,13 +111,18 @@ def weights_of(
 def make_cache(
   config: TransformerConfig, num_slots: int, num_columns: int
 ) -> SlotCache:
-  """An empty cache: for each layer keys and values [S, K, W, H]."""
+  """An empty cache."""
   shape = (num_slots, config.kv_heads, num_columns, config.head_dim)
   dtype = activation_dtype(config.compute_dtype)
   return tuple(
-    (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    (_turned(jnp.zeros(shape, dtype)), jnp.zeros(shape, dtype))
     for _ in range(config.num_layers)
   )
+
+
+def _turned(keys):
+  """Keys [S, K, W, H] as a cache has them."""
+  return keys.mT if attention.turns_keys() else keys
 
 
 def read(
@@ -124,7 +131,7 @@ def read(
   tokens: Int[Array, 'S P'],
   lengths: Int[Array, 'S'],
 ) -> SlotCache:
-  """Keys and values of prompts, [S, K, P, H] in each layer.
+  """A cache of prompts, P columns.
 
   No logits: the first `step` reads a prompt's last token again. Layers run as
   in training, since for many tokens the copy of a slice does not matter.
@@ -140,7 +147,9 @@ def read(
     segments.astype(jnp.int32),
     method=lambda model, *args: model.trunk(*args, keeps_keys=True),
   )
-  return tuple((keys[i], values[i]) for i in range(module.config.num_layers))
+  return tuple(
+    (_turned(keys[i]), values[i]) for i in range(module.config.num_layers)
+  )
 
 
 def extend(
@@ -159,12 +168,15 @@ def extend(
   """
   config = module.config
   positions = lengths[:, None] + jnp.arange(tokens.shape[1])[None, :]
-  num_columns = cache[0][0].shape[2]
+  num_columns = cache[0][1].shape[2]
   columns = jnp.broadcast_to(
     jnp.arange(num_columns)[None, :], (tokens.shape[0], num_columns)
   )
   allowed = columns[:, None, :] <= positions[:, :, None]
-  inputs = plain_inputs(config, positions, columns, allowed)
+  inputs = [
+    each.replace(kernel='cache')
+    for each in plain_inputs(config, positions, columns, allowed)
+  ]
   x = module.apply(
     {'params': {'trunk': weights.trunk}},
     tokens,

@@ -62,6 +62,26 @@ def product(
   return jnp.einsum(spec, x, y, preferred_element_type=out or dtype)
 
 
+def rounded(x: Float[Array, '*x'], dtype: str) -> Float[Array, '*x']:
+  """x with the numbers that a product in this dtype would read."""
+  if not is_bfloat16_on_cpu(dtype):
+    return x
+  return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def product_with_rounded(
+  spec: str, x: Float[Array, '*x'], y: Float[Array, '*y'], dtype: str
+) -> Float[Array, '*out']:
+  """`product` where y is `rounded` before, and much larger than x.
+
+  On a CPU in float32, with equal factors: XLA would convert a large y to
+  bfloat16 and back for each product of a few rows.
+  """
+  if is_bfloat16_on_cpu(dtype):
+    return product(spec, rounded(x, dtype), y, 'float32')
+  return product(spec, x, y, dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _as_given(spec, out, x, y):
   """A product in bfloat16, and the gradients in the dtypes of x and y.

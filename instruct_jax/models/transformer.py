@@ -24,6 +24,7 @@ from instruct_jax.models.products import (
   activation_dtype,
   is_bfloat16_on_cpu,
   product,
+  rounded,
   rows_first,
 )
 
@@ -36,11 +37,12 @@ class LayerCache:
   and rows need no common clock.
 
   Attributes:
-    keys, values: `lengths` columns of each row are filled.
+    keys: [S, K, W, H], or [S, K, H, W] where `attention.turns_keys`.
+    values: `lengths` columns of each row are filled, as of the keys.
     lengths: of each row.
   """
 
-  keys: Float[Array, 'S K W H']
+  keys: Float[Array, 'S K _ _']
   values: Float[Array, 'S K W H']
   lengths: Int[Array, 'S']
 
@@ -50,7 +52,11 @@ class LayerCache:
     def put(row, new, length):
       return jax.lax.dynamic_update_slice(row, new, (0, length, 0))
 
-    keys = jax.vmap(put)(self.keys, keys, self.lengths)
+    def put_turned(row, new, length):
+      return jax.lax.dynamic_update_slice(row, new.mT, (0, 0, length))
+
+    put_keys = put_turned if attention.turns_keys() else put
+    keys = jax.vmap(put_keys)(self.keys, keys, self.lengths)
     values = jax.vmap(put)(self.values, values, self.lengths)
     return self.replace(keys=keys, values=values)
 
@@ -304,7 +310,11 @@ class Block(nn.Module):
     if config.rotary is not None:
       queries = rotate(queries, inputs.tables, config.rotary)
       keys = rotate(keys, inputs.tables, config.rotary)
-    kept = (keys, values) if keeps_keys else None
+    kept = None
+    if keeps_keys or cache is not None:
+      keys, values = (rounded(x, config.compute_dtype) for x in (keys, values))
+    if keeps_keys:
+      kept = keys, values
     if cache is not None:
       kept = cache.extended(keys, values)
       keys, values = kept.keys, kept.values
