@@ -13,6 +13,7 @@ bfloat16, 135m (SmolLM2's shape) and 1p3b (one GPU of 80 GB). After it a work:
   sft               one supervised step
   all               the five above, each in a process of its own
   check             no time: whether the first device computes what the CPU does
+  products          each form of matrix product of a step, in both dtypes
 
 `--config.growth=response,batch,model` repeats the work with each of these
 twice and four times as large. `--config.hf_python=PYTHON`, of an environment
@@ -26,7 +27,7 @@ from ml_collections import ConfigDict
 from configs import common, rl, sft
 
 WORKS = ('iteration', 'iteration_ragged', 'rollout', 'rollout_ragged', 'sft')
-WORKS += ('all', 'check')
+WORKS += ('all', 'check', 'products')
 
 
 def llama(**shape) -> ConfigDict:

@@ -1,5 +1,6 @@
 """cuDNN's attention over packed rows; what runs without a GPU."""
 
+import dataclasses
 import importlib.util
 
 import jax
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 
 from configs import plan as config_file
-from instruct_jax import packing, types
+from configs import speed as speed_file
+from experiments import ppo_ptx
+from instruct_jax import model_fns, packing, types
 from instruct_jax.data import loader
 from instruct_jax.infra import cost, sharding
-from instruct_jax.jobs import plan
+from instruct_jax.jobs import plan, speed
 from instruct_jax.models import attention, cudnn
 from instruct_jax.models.config import TransformerConfig
 
@@ -129,3 +132,55 @@ def test_every_program_compiles_for_gpus(h100, topology, name):
   assert (row['kernels'] > 0) == (not decodes)
   is_cut = len(devices) > 1 and not decodes
   assert (sum(row['collectives'].values()) > 0) == is_cut
+
+
+def speed_config_of(size):
+  """A plan for the works of infra/gpu.sh at a size, and their own config."""
+  works = speed_file.get_config(f'{size},iteration')
+  config = config_file.get_config('135m,h100-1')
+  for name in ('policy', 'scalar', 'ppo', 'sft'):
+    config[name] = works[name].copy_and_resolve_references()
+  config.policy.compute_dtype = config.scalar.compute_dtype = 'bfloat16'
+  return config, works
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('size', ['s', '135m', '1p3b'])
+@pytest.mark.parametrize('name', [n for n in plan.PIECES if n != 'reward'])
+def test_every_work_of_the_script_compiles_for_a_gpu(h100, size, name):
+  config, works = speed_config_of(size)
+  parts = {'train': works.ppo.num_microbatches}
+  parts |= dict.fromkeys(('score', 'penalise'), works.ppo.num_slices)
+  with cudnn.described_hopper():
+    row = plan.measure(
+      *(name, config, h100, works.policy.remat),
+      parts=parts.get(name, 1),
+    )
+  assert row['missing'] < 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('size', ['s', '135m', '1p3b'])
+def test_every_rollout_of_the_script_compiles_for_a_gpu(h100, size):
+  config, _ = speed_config_of(size)
+  stage = config.ppo
+  shape = dataclasses.replace(
+    speed.shape_of(config, 'policy'), logprob_chunk=stage.logprob_chunk
+  )
+  programs = ppo_ptx.build_programs(
+    stage,
+    model_fns.make_module('policy', shape),
+    model_fns.make_module('scalar', speed.shape_of(config, 'scalar')),
+    (shape.vocab_size,),
+  )
+  B, P = stage.batch_size, stage.prompt_length
+  prompts = types.PromptBatch(
+    plan.rows_of(h100, jnp.int32, B, P),
+    plan.rows_of(h100, bool, B, P),
+    plan.rows_of(h100, jnp.int32, B),
+  )
+  with cudnn.described_hopper(), sharding.use_mesh(h100):
+    params = model_fns.abstract_params('policy', shape, h100)
+    traced = programs['respond'].trace(params, prompts, plan.described_key())
+    memory = plan.compiled(traced, h100).memory_analysis()
+  assert memory.temp_size_in_bytes < 0.2 * cost.CHIPS['h100'].memory

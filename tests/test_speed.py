@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from configs import speed as config_file
 from instruct_jax import model_fns
 from instruct_jax.infra import cost, measure
-from instruct_jax.jobs import speed
+from instruct_jax.jobs import product_forms, speed
 from instruct_jax.models.config import TransformerConfig
 from tests.tiny import one_device
 
@@ -320,6 +320,35 @@ def test_a_device_that_does_not_agree_is_told(workdir, monkeypatch):
   assert 'bfloat16: metrics differ by nan' in text
   assert 'bfloat16: 20.0% of the tokens are equal' in text
   assert not (workdir / 'speed.json').exists()
+
+
+def test_every_way_to_multiply_gives_the_product(rng):
+  for form in product_forms.forms_of(SHAPE, 2, 16, 3):
+    x, y = (
+      jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in form.shapes
+    )
+    expected = np.einsum(form.spec, x, y)
+    for way in (product_forms.as_model, product_forms.as_einsum):
+      ours = np.asarray(way(form, 'float32', x, y))
+      np.testing.assert_allclose(ours, expected, atol=1e-4, err_msg=form.name)
+      rough = np.asarray(way(form, 'bfloat16', x, y), np.float32)
+      error = np.abs(rough - expected).mean() / np.abs(expected).mean()
+      assert 1e-4 < error < 0.02, form.name
+
+
+def test_products_are_measured(workdir, monkeypatch):
+  forms = product_forms.forms_of(SHAPE, 4, 16, 8)
+  kept = [forms[0], forms[11], forms[13]]
+  monkeypatch.setattr(product_forms, 'forms_of', lambda *_: kept)
+  speed.run(tiny('products'), epath.Path(workdir))
+  rows = json.loads((workdir / 'speed.json').read_text())['products']
+  assert all(row[way] > 0 for row in rows for way in ('float32', 'model'))
+  # 4 rows of 16 tokens, width 16, 32 inside; 8 slots, 16 more outputs thrice;
+  # 2 heads of 8 over 16 columns.
+  flops = [row['flops'] for row in rows]
+  assert flops == [2 * 64 * 16 * 32, 3 * 2 * 8 * 16 * 16, 2 * 8 * 2 * 16 * 8]
+  text = (workdir / 'speed.md').read_text()
+  assert '| step, three of a third each | 1.23e-05 |' in text
 
 
 def test_adapters_are_not_measured():

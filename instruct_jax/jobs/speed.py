@@ -39,13 +39,14 @@ from instruct_jax.infra import (
   train_state,
 )
 from instruct_jax.infra import run as run_lib
+from instruct_jax.jobs import product_forms
 from instruct_jax.models import products
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.types import PromptBatch, TextBatch
 
 PROCESSES = 'one'
 
-WORKS = ('iteration', 'rollout', 'sft', 'check')
+WORKS = ('iteration', 'rollout', 'sft', 'check', 'products')
 GROWTHS = ('response', 'batch', 'model')
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -569,6 +570,18 @@ def measure_sft(config, workdir) -> dict:
   }
 
 
+def measure_products(config) -> list[dict]:
+  """Each form of product that the works 'sft' and 'rollout' need."""
+  return product_forms.measure_forms(
+    product_forms.forms_of(
+      shape_of(config, 'policy'),
+      config.sft.batch_size,
+      config.sft.row_length,
+      config.ppo.num_slots or config.ppo.batch_size,
+    )
+  )
+
+
 # --- The device beside the CPU ------------------------------------------------
 
 # Compute dtype -> what may differ between device and CPU: mean of
@@ -984,6 +997,8 @@ def measure_one(config, workdir) -> dict:
   """
   if config.work == 'check':
     return measure_check(config, workdir)
+  if config.work == 'products':
+    return {'products': measure_products(config)}
   measure_work = {
     'iteration': measure_iteration,
     'rollout': measure_rollout,
@@ -1013,6 +1028,8 @@ def table(summary) -> str:
     part = summary.get(name) if name else summary
     if part and 'phases' in part:
       lines += phase_table(name or summary['variant'], part)
+  if 'products' in summary:
+    lines += product_forms.table(summary['products'])
   if 'growth' in summary:
     lines += _head('times', 's', 'times the time', 'times the work', 'peak MiB')
     lines += [

@@ -1,0 +1,148 @@
+"""How fast a processor multiplies in each form that a model needs.
+
+A product that one machine computes at its peak may take five times as long with
+a factor turned around, or in another dtype (`models/products.py`).
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from instruct_jax.infra import measure
+from instruct_jax.models import products, transformer
+from instruct_jax.models.config import TransformerConfig
+
+# Of a step, in one program: to start one takes longer than a small product.
+_STEPS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """Products that are timed together.
+
+  Attributes:
+    name: what a model needs them for.
+    spec: as einsum's.
+    shapes: of the two factors.
+    steps: True for one token a row: weights are laid out and cast before.
+    number: of equal products.
+  """
+
+  name: str
+  spec: str
+  shapes: tuple[tuple[int, ...], tuple[int, ...]]
+  steps: bool = False
+  number: int = 1
+
+  @property
+  def flops(self) -> int:
+    """Floating-point operations of all of them."""
+    left, right = self.spec.partition('->')[0].split(',')
+    sizes = dict(zip(left + right, sum(self.shapes, ()), strict=True))
+    return 2 * self.number * math.prod(sizes.values())
+
+
+def forms_of(
+  shape: TransformerConfig, num_rows: int, num_tokens: int, num_slots: int
+) -> list[Form]:
+  """The forms of a supervised step on full rows, and of a step of sampling.
+
+  Args:
+    shape: of the model.
+    num_rows, num_tokens: of the supervised step.
+    num_slots: rows that sample, with `num_tokens` columns filled.
+  """
+  M, T, S = num_rows * num_tokens, num_tokens, num_slots
+  D, F, V = shape.width, shape.mlp_dim, shape.vocab_rows
+  N, K, H = shape.num_heads, shape.kv_heads, shape.head_dim
+  each, queries = (num_rows, N, T, H), (S, K, N // K, H)
+  cache, turned = (S, K, T, H), (S, K, H, T)
+  qkv = (N + 2 * K) * H
+  step = functools.partial(Form, steps=True)
+  row = 'mk,nk->mn'
+  return [
+    Form('layer', 'mk,kn->mn', ((M, D), (D, F))),
+    Form('layer, gradient of inputs', 'mn,kn->mk', ((M, F), (D, F))),
+    Form('layer, gradient of weights', 'mk,mn->kn', ((M, D), (M, F))),
+    Form('unembedding', 'md,vd->mv', ((M, D), (V, D))),
+    Form('unembedding, gradient of inputs', 'mv,vd->md', ((M, V), (V, D))),
+    Form('unembedding, gradient of weights', 'mv,md->vd', ((M, V), (M, D))),
+    Form('attention, scores', 'bnth,bnsh->bnts', (each, each)),
+    Form('attention, values', 'bnts,bnsh->bnth', ((*each[:3], T), each)),
+    step('step, layer', row, ((S, D), (F, D))),
+    step('step, unembedding', row, ((S, D), (V, D))),
+    step('step, query, key and value as one', row, ((S, D), (qkv, D))),
+    step('step, three of a third each', row, ((S, D), (qkv // 3, D)), number=3),
+    step('step, scores', 'bnth,bnsh->bnts', (queries, cache)),
+    step('step, scores of turned keys', 'bnth,bnhs->bnts', (queries, turned)),
+    step('step, values', 'bnts,bnsh->bnth', ((*queries[:3], T), cache)),
+  ]
+
+
+def as_einsum(form: Form, dtype: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """The product as JAX writes it, factors and result in one dtype."""
+  return jnp.einsum(form.spec, x.astype(dtype), y.astype(dtype))
+
+
+def as_model(form: Form, dtype: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """The product as the models compute it."""
+  if form.steps and x.ndim == 2:
+    return transformer.kernel_on_the_left(x, y, dtype)
+  if form.steps:
+    return products.product_with_rounded(form.spec, x, y, dtype)
+  return products.product(form.spec, x, y, dtype)
+
+
+def rate(form: Form, fn, dtype: str) -> float:
+  """Floating-point operations a second of `as_einsum` or `as_model`."""
+  key = jax.random.key(0)
+  x, y = (jax.random.normal(key, shape) for shape in form.shapes)
+  if not form.steps:
+    call, steps = jax.jit(functools.partial(fn, form, dtype)), 1
+  else:  # Kernels are cast before, a cache holds rounded numbers.
+    cast = y.astype(dtype) if x.ndim == 2 else products.rounded(y, dtype)
+    y, steps = [cast + i for i in range(form.number)], _STEPS
+
+    @jax.jit
+    def call(x, ys):
+      def step(_, x):
+        for y in ys:  # Each needs the one before, as layers do.
+          x += 1e-9 * jnp.max(fn(form, dtype, x, y)).astype(x.dtype)
+        return x
+
+      return jax.lax.fori_loop(0, steps, step, x)
+
+  seconds = measure.repeat(lambda: call(x, y), num_repeats=5).seconds
+  return steps * form.flops / min(seconds)
+
+
+def table(rates: list[dict]) -> list[str]:
+  """Lines of Markdown from `measure_forms`."""
+  lines = [
+    '',
+    '| product | GFLOP | float32, GFLOP/s | bfloat16 | so in the models |',
+    '|---|---|---|---|---|',
+  ]
+  for row in rates:
+    figures = ' | '.join(
+      f'{row[way] / 1e9:.3g}' for way in ('float32', 'einsum', 'model')
+    )
+    lines.append(f'| {row["name"]} | {row["flops"] / 1e9:.3g} | {figures} |')
+  return lines
+
+
+def measure_forms(forms: list[Form]) -> list[dict]:
+  """Operations a second: 'float32', and in bfloat16 'einsum' and 'model'."""
+  return [
+    {
+      'name': form.name,
+      'flops': form.flops,
+      'float32': rate(form, as_model, 'float32'),
+      'einsum': rate(form, as_einsum, 'bfloat16'),
+      'model': rate(form, as_model, 'bfloat16'),
+    }
+    for form in forms
+  ]
