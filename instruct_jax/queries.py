@@ -353,12 +353,14 @@ def score_choices(
     choices, choice_mask: [B, C, R], padded on the right.
   """
   B, C, R = choices.shape
-  weights = model_fns.decoder(module).prepare(params)
-  cache = decoding.read(module, weights, tokens, lengths)
-
-  def repeat(x):
-    return jnp.repeat(jnp.pad(x, ((0, 0), (0, 0), (0, R), (0, 0))), C, axis=0)
-
+  decoder = model_fns.decoder(module)
+  weights = decoder.prepare(params)
+  cache = rollout.put_first(
+    decoder.make_cache(B * C, tokens.shape[1] + R),
+    jax.tree.map(
+      lambda x: jnp.repeat(x, C, axis=0), decoder.read(weights, tokens, lengths)
+    ),
+  )
   flat = choices.reshape(B * C, R)
   # A context's last token is read again: it predicts a choice's first.
   last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
@@ -368,7 +370,7 @@ def score_choices(
     weights,
     read,
     jnp.repeat(lengths - 1, C),
-    jax.tree.map(repeat, cache),
+    cache,
   )
   logits = decoding.logits_of(module, weights, x)
   logprobs, _ = heads.token_logprobs(logits, flat)

@@ -179,8 +179,8 @@ def test_every_rollout_of_the_script_compiles_for_a_gpu(h100, size):
     plan.rows_of(h100, bool, B, P),
     plan.rows_of(h100, jnp.int32, B),
   )
+  params = model_fns.abstract_params('policy', shape, h100)
   with cudnn.described_hopper(), sharding.use_mesh(h100):
-    params = model_fns.abstract_params('policy', shape, h100)
     traced = programs['respond'].trace(params, prompts, plan.described_key())
     memory = plan.compiled(traced, h100).memory_analysis()
   assert memory.temp_size_in_bytes < 0.2 * cost.CHIPS['h100'].memory
