@@ -100,7 +100,7 @@ def samples():
       num_tokens=3,
       ended=model != 'base',
       category='chat',
-      score_gold=0.5,
+      score_judge=0.5,
     )
     for i in range(3)
     for model in MODELS

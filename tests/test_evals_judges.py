@@ -70,7 +70,7 @@ def test_a_function_of_the_texts_judges_by_its_dotted_name(tmp_path):
   scores = judge.score(answers)
   assert list(scores) == [3, 14, 4, 4, 8, 2]
   scored = [
-    dataclasses.replace(a, score_gold=float(score))
+    dataclasses.replace(a, score_judge=float(score))
     for (_, a), score in zip(answers, scores, strict=True)
   ]
   pairs = [

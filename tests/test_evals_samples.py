@@ -22,7 +22,7 @@ def _sample(model='sft', prompt_id='0', category='', **changes):
 
 def test_round_trip(tmp_path):
   written = [
-    _sample(score_gold=0.25, metadata={'hallucination': False}),
+    _sample(score_judge=0.25, metadata={'hallucination': False}),
     _sample(response='two\nlines, \u2028 "quotes" and é', ended=False),
     _sample(response='', score_reward=-1.5),
   ]
@@ -36,7 +36,7 @@ def test_round_trip(tmp_path):
   [
     ({'num_tokens': True}, "'num_tokens' holds True"),
     ({'ended': 1}, "'ended' holds 1"),
-    ({'score_gold': 'high'}, "'score_gold' holds 'high'"),
+    ({'score_judge': 'high'}, "'score_judge' holds 'high'"),
     ({'color': 'red'}, r"unknown fields \['color'\]"),
   ],
 )
@@ -60,9 +60,9 @@ def test_broken_and_empty_files(tmp_path):
 
 
 def test_scores_must_be_finite(tmp_path):
-  with pytest.raises(ValueError, match="score_gold of model 'sft'.*nan"):
+  with pytest.raises(ValueError, match="score_judge of model 'sft'.*nan"):
     samples.write_samples(
-      tmp_path / 'x.jsonl', [_sample(score_gold=float('nan'))]
+      tmp_path / 'x.jsonl', [_sample(score_judge=float('nan'))]
     )
   assert not list(tmp_path.iterdir())
 

@@ -262,7 +262,7 @@ def test_win_rates_follow_the_reward_models_scores(folder, finished):
     scalars = apply(tokens, jnp.arange(40)[None] < len(ids))
     score = float(scalars[0, len(ids) - 1])
     scores[sample.model, sample.prompt_id] = score
-    assert sample.score_gold == pytest.approx(score, abs=1e-4)
+    assert sample.score_judge == pytest.approx(score, abs=1e-4)
   wins = [
     (np.sign(score - scores['one', prompt]) + 1) / 2
     for (name, prompt), score in scores.items()

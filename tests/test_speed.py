@@ -20,7 +20,8 @@ from ml_collections import config_flags
 from configs import speed as config_file
 from instruct_jax import model_fns
 from instruct_jax.infra import cost, measure
-from instruct_jax.jobs import product_forms, speed
+from instruct_jax.jobs import speed
+from instruct_jax.models import product_forms
 from instruct_jax.models.config import TransformerConfig
 from tests.tiny import one_device
 

@@ -106,8 +106,8 @@ def _picture(name: str, content: bytes) -> dict[str, Any]:
 
 def _gain(row: samples.Row, baseline: str) -> float:
   """Judge's score of the last model minus the baseline's, 0 if unknown."""
-  last = list(row.answers.values())[-1].score_gold
-  first = row.answers[baseline].score_gold
+  last = list(row.answers.values())[-1].score_judge
+  first = row.answers[baseline].score_judge
   return 0.0 if last is None or first is None else last - first
 
 
@@ -137,8 +137,8 @@ def _answers(shown: figures.Figures) -> dict[str, Any] | None:
 
 def _answer(answer: samples.Sample) -> dict[str, str]:
   notes = [] if answer.ended else ['cut off']
-  if answer.score_gold is not None:
-    notes.append(f'{answer.score_gold:.3f}')
+  if answer.score_judge is not None:
+    notes.append(f'{answer.score_judge:.3f}')
   return {'text': answer.response, 'notes': ', '.join(notes)}
 
 

@@ -112,11 +112,11 @@ class Judge:
   def compare(self, pairs: Sequence[Pair]) -> list[list[Verdict]]:
     """The verdicts on each pair: none without an opinion, several of people.
 
-    The default compares the answers' `score_gold`.
+    The default compares the answers' `score_judge`.
     """
     verdicts = []
     for pair in pairs:
-      first, second = pair.first.score_gold, pair.second.score_gold
+      first, second = pair.first.score_judge, pair.second.score_judge
       raw = f'scores {first:.6g} and {second:.6g}'
       verdicts.append([Verdict(_preference(first, second), raw=raw)])
     self.progress(len(pairs))

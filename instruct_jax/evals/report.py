@@ -250,8 +250,8 @@ def _samples_lines(shown: figures.Figures) -> list[str]:
         text += '*(empty)*'
       if not answer.ended:
         text += ' *(cut)*'
-      if answer.score_gold is not None:
-        text += f' **[{cell(answer.score_gold)}]**'
+      if answer.score_judge is not None:
+        text += f' **[{cell(answer.score_judge)}]**'
       cells.append(text)
     rows.append(cells)
   head = ['prompt', *map(escape, shown.samples[0].answers)]

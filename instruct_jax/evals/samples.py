@@ -28,7 +28,7 @@ class Sample:
   num_tokens: int  # Tokens sampled, end-of-text included.
   ended: bool  # Whether the policy itself ended the answer.
   category: str = ''  # Use case of the prompt.
-  score_gold: float | None = None  # The judge's score, in its own unit.
+  score_judge: float | None = None  # The judge's score, in its own unit.
   score_reward: float | None = None  # The reward model's, in reward units.
   # Labels of the answer, such as Table 3's.
   metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -55,7 +55,7 @@ def draw_prompts(prompts: Sequence[Any], number: int, seed: int) -> list[Any]:
   return sorted(prompts, key=place)[:number]
 
 
-_SCORES = ('score_gold', 'score_reward')
+_SCORES = ('score_judge', 'score_reward')
 # What each field may hold.
 _TYPES: Mapping[str, type | tuple[type, ...]] = {
   'model': str,

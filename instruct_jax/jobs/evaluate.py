@@ -422,7 +422,7 @@ def everyone_rows(config, judged, rates, answers):
     if name not in rates
   } | rates
   columns = {
-    'judge': 'score_gold',
+    'judge': 'score_judge',
     'reward model': 'score_reward',
     'tokens': 'num_tokens',
     'ended': 'ended',
@@ -568,13 +568,13 @@ def run(config, workdir: epath.Path):
     prompts, answers = asking.aligned(drawn, asked.answers)
     prompts, answers, num_too_long = readable(config, prompts, answers)
     by_other = [
-      scored(prompts, answers, 'score_gold', other.score)
+      scored(prompts, answers, 'score_judge', other.score)
       if other.gives_scores()
       else answers
       for other in others
     ]
     if judge.gives_scores():
-      answers = scored(prompts, answers, 'score_gold', judge.score)
+      answers = scored(prompts, answers, 'score_judge', judge.score)
     if score_fn:
       answers = scored(prompts, answers, 'score_reward', score_fn)
       rankings = order_rankings(config, score_fn, judge)

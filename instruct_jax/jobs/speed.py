@@ -39,8 +39,7 @@ from instruct_jax.infra import (
   train_state,
 )
 from instruct_jax.infra import run as run_lib
-from instruct_jax.jobs import product_forms
-from instruct_jax.models import products
+from instruct_jax.models import product_forms, products
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.types import PromptBatch, TextBatch
 
@@ -571,15 +570,30 @@ def measure_sft(config, workdir) -> dict:
 
 
 def measure_products(config) -> list[dict]:
-  """Each form of product that the works 'sft' and 'rollout' need."""
-  return product_forms.measure_forms(
-    product_forms.forms_of(
-      shape_of(config, 'policy'),
-      config.sft.batch_size,
-      config.sft.row_length,
-      config.ppo.num_slots or config.ppo.batch_size,
-    )
+  """Operations a second of each form of product that 'sft' and 'rollout' need:
+  'float32', and in bfloat16 as 'written' and as the 'model' computes it."""
+  forms = product_forms.forms_of(
+    shape_of(config, 'policy'),
+    config.sft.batch_size,
+    config.sft.row_length,
+    config.ppo.num_slots or config.ppo.batch_size,
   )
+  ways = {
+    'float32': (product_forms.as_model, 'float32'),
+    'written': (product_forms.as_einsum, 'bfloat16'),
+    'model': (product_forms.as_model, 'bfloat16'),
+  }
+
+  def rate(form, fn, dtype):
+    call, number = product_forms.program(form, fn, dtype)
+    times = measure.repeat(call, config.num_iterations, config.num_warmups)
+    return number * form.flops / min(times.seconds)
+
+  return [
+    {'name': form.name, 'flops': form.flops}
+    | {name: rate(form, *way) for name, way in ways.items()}
+    for form in forms
+  ]
 
 
 # --- The device beside the CPU ------------------------------------------------
@@ -1029,7 +1043,13 @@ def table(summary) -> str:
     if part and 'phases' in part:
       lines += phase_table(name or summary['variant'], part)
   if 'products' in summary:
-    lines += product_forms.table(summary['products'])
+    lines += _head(
+      *('product', 'GFLOP', 'float32, GFLOP/s', 'bfloat16', 'so in the models')
+    )
+    for row in summary['products']:
+      rates = (row[way] / 1e9 for way in ('float32', 'written', 'model'))
+      cells = (f'{x:.3g}' for x in (row['flops'] / 1e9, *rates))
+      lines.append(f'| {row["name"]} | {" | ".join(cells)} |')
   if 'growth' in summary:
     lines += _head('times', 's', 'times the time', 'times the work', 'peak MiB')
     lines += [

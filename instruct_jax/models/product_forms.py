@@ -7,11 +7,12 @@ a factor turned around, or in another dtype (`models/products.py`).
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from instruct_jax.infra import measure
 from instruct_jax.models import products, transformer
 from instruct_jax.models.config import TransformerConfig
 
@@ -96,53 +97,24 @@ def as_model(form: Form, dtype: str, x: jax.Array, y: jax.Array) -> jax.Array:
   return products.product(form.spec, x, y, dtype)
 
 
-def rate(form: Form, fn, dtype: str) -> float:
-  """Floating-point operations a second of `as_einsum` or `as_model`."""
+def program(form: Form, fn, dtype: str) -> tuple[Callable[[], Any], int]:
+  """A call of `as_einsum` or `as_model`, and how often it computes the form."""
   key = jax.random.key(0)
   x, y = (jax.random.normal(key, shape) for shape in form.shapes)
   if not form.steps:
-    call, steps = jax.jit(functools.partial(fn, form, dtype)), 1
-  else:  # Kernels are cast before, a cache holds rounded numbers.
-    cast = y.astype(dtype) if x.ndim == 2 else products.rounded(y, dtype)
-    y, steps = [cast + i for i in range(form.number)], _STEPS
+    call = jax.jit(functools.partial(fn, form, dtype))
+    return lambda: call(x, y), 1
+  # Kernels are cast before, a cache holds rounded numbers.
+  cast = y.astype(dtype) if x.ndim == 2 else products.rounded(y, dtype)
+  ys = [cast + i for i in range(form.number)]
 
-    @jax.jit
-    def call(x, ys):
-      def step(_, x):
-        for y in ys:  # Each needs the one before, as layers do.
-          x += 1e-9 * jnp.max(fn(form, dtype, x, y)).astype(x.dtype)
-        return x
+  @jax.jit
+  def several(x, ys):
+    def step(_, x):
+      for y in ys:  # Each needs the one before, as layers do.
+        x += 1e-9 * jnp.max(fn(form, dtype, x, y)).astype(x.dtype)
+      return x
 
-      return jax.lax.fori_loop(0, steps, step, x)
+    return jax.lax.fori_loop(0, _STEPS, step, x)
 
-  seconds = measure.repeat(lambda: call(x, y), num_repeats=5).seconds
-  return steps * form.flops / min(seconds)
-
-
-def table(rates: list[dict]) -> list[str]:
-  """Lines of Markdown from `measure_forms`."""
-  lines = [
-    '',
-    '| product | GFLOP | float32, GFLOP/s | bfloat16 | so in the models |',
-    '|---|---|---|---|---|',
-  ]
-  for row in rates:
-    figures = ' | '.join(
-      f'{row[way] / 1e9:.3g}' for way in ('float32', 'einsum', 'model')
-    )
-    lines.append(f'| {row["name"]} | {row["flops"] / 1e9:.3g} | {figures} |')
-  return lines
-
-
-def measure_forms(forms: list[Form]) -> list[dict]:
-  """Operations a second: 'float32', and in bfloat16 'einsum' and 'model'."""
-  return [
-    {
-      'name': form.name,
-      'flops': form.flops,
-      'float32': rate(form, as_model, 'float32'),
-      'einsum': rate(form, as_einsum, 'bfloat16'),
-      'model': rate(form, as_model, 'bfloat16'),
-    }
-    for form in forms
-  ]
+  return lambda: several(x, ys), _STEPS
