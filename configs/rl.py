@@ -66,9 +66,9 @@ def stage(seed, workdir, name='ppo_ptx'):
   # Nats. The sampler's log-probabilities are the old ones if those of a
   # minibatch of rows all agree with the training graph's within this; else, and
   # at 0, the graph computes all. In float32 they agree within 4e-5. In
-  # bfloat16 they do not (SmolLM2-135M: 0.03 on average, 0.26 at most; miniature:
-  # 0.0007 and 0.045, where either gives the same policies), so there the graph
-  # computes them.
+  # bfloat16 they do not (SmolLM2-135M: 0.03 on average, 0.26 at most; the
+  # miniature: 0.0007 and 0.045, and as good policies either way), so there the
+  # graph computes them.
   config.sampler_tolerance = 1e-3
   config.num_slices = 1  # Parts in which a batch is scored.
   # Responses sampled at a time; when one ends, the next prompt takes its slot.
