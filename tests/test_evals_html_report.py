@@ -192,6 +192,27 @@ def test_models_and_use_cases_stay_text():
   ]
 
 
+def test_a_conversation_is_shown_by_turns():
+  prompt = (
+    f'Rule.\n\nHuman: {_HOSTILE}\n\nAssistant: C.\n\nHuman: \n\nAssistant:'
+  )
+  row = dataclasses.replace(rows()[0], prompt=prompt)
+  page = html_report.make_html(made_figures.minimal(more_samples=[row]), {})
+  assert 'Human' not in page
+  found = Elements(page)
+  assert [
+    attributes['class'].removeprefix('turn ')
+    for _, attributes in found.tags
+    if attributes.get('class', '').startswith('turn ')
+  ] == ['system', 'user', 'assistant', 'user']
+  for text in ('Rule.', _HOSTILE, 'C.', '(empty)'):
+    assert text in found.text
+  # A question alone needs no speaker.
+  row = dataclasses.replace(row, prompt='\n\nHuman: D?\n\nAssistant:')
+  page = html_report.make_html(made_figures.minimal(more_samples=[row]), {})
+  assert 'class="turn' not in page and '>D?<' in page
+
+
 def test_nothing_points_outside(page):
   found = Elements(page)
   for _, attributes in found.tags:

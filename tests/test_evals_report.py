@@ -235,6 +235,22 @@ def test_long_samples_are_cut_visibly():
   assert max(len(line) for line in text.split('\n')) < 6 * 600
 
 
+def test_a_conversation_is_shown_by_turns():
+  row = full().samples[0]
+  prompt = 'Be kind.\n\nHuman: A|b?\n\nAssistant: C.\n\nHuman: D?\n\nAssistant:'
+  shown = full(samples=[dataclasses.replace(row, prompt=prompt, category='')])
+  text = report.make_markdown(shown, set())
+  cell = (
+    '| *earlier turns: 1*<br>**user:** A&#124;b?<br>**assistant:** C.<br>'
+    '**user:** D? |'
+  )
+  assert cell in text and 'Human' not in text and 'Be kind' not in text
+  # A question alone needs no speaker.
+  prompt = '\n\nHuman: D?\n\nAssistant:'
+  shown = full(samples=[dataclasses.replace(row, prompt=prompt, category='')])
+  assert '| D? |' in report.make_markdown(shown, set())
+
+
 def test_plots_survive_short_and_odd_runs():
   # One iteration, one epoch, full and empty bars, long names, all zero.
   shown = full(

@@ -203,14 +203,17 @@ def dialogue_turns(text: str) -> tuple[Turn, ...]:
 def conversation(
   row: 'Prompt | Demonstration | Comparison',
 ) -> tuple[Turn, ...]:
-  """The turns before the answer.
-
-  A record's `turns`; else those of its text if that has the layout of
-  `text_of_turns`; else the text as one turn of the user's.
-  """
+  """The turns before the answer: a record's `turns`, else its text's."""
   if row.turns:
     return row.turns
-  text = row.text if isinstance(row, Prompt) else row.prompt
+  return turns_of(row.text if isinstance(row, Prompt) else row.prompt)
+
+
+def turns_of(text: str) -> tuple[Turn, ...]:
+  """The turns of a prompt in the layout of `text_of_turns`.
+
+  Any other text is one turn of the user's.
+  """
   start = text.find(_MARKS['user'])
   if start >= 0 and text.rstrip().endswith(_MARKS['assistant']):
     *turns, last = dialogue_turns(text[start:])

@@ -127,7 +127,7 @@ def _answers(shown: figures.Figures) -> dict[str, Any] | None:
       {
         'category': row.category,
         'gain': f'{_gain(row, shown.baseline):.6f}',
-        'prompt': row.prompt,
+        'turns': row.turns,
         'answers': [_answer(answer) for answer in row.answers.values()],
       }
       for row in rows

@@ -27,10 +27,11 @@ from typing import Any
 from etils import epath
 
 from instruct_jax import files
-from instruct_jax.data import invisible
+from instruct_jax.data import invisible, records
 from instruct_jax.evals import figures, html_report, plots, sections
 
 _MAX_SAMPLE_CHARACTERS = 500
+_MAX_TURNS = 3
 
 
 def write_report(
@@ -229,6 +230,17 @@ def _fence(text: str) -> list[str]:
   return [fence, text, fence, '']
 
 
+def _prompt_cell(turns: Sequence[records.Turn]) -> str:
+  *earlier, last = turns
+  if not earlier and last.role == 'user':
+    return escape(_shorten(last.content))
+  hidden = max(0, len(turns) - _MAX_TURNS)
+  lines = [f'*earlier turns: {hidden}*'] if hidden else []
+  for turn in turns[hidden:]:
+    lines.append(f'**{turn.role}:** {escape(_shorten(turn.content))}')
+  return '<br>'.join(lines)
+
+
 def _samples_lines(shown: figures.Figures) -> list[str]:
   if not shown.samples:
     return []
@@ -241,7 +253,7 @@ def _samples_lines(shown: figures.Figures) -> list[str]:
   ]
   rows = []
   for row in shown.samples:
-    cells = [escape(_shorten(row.prompt))]
+    cells = [_prompt_cell(row.turns)]
     if row.category:
       cells[0] = f'**{escape(row.category)}**<br>{cells[0]}'
     for answer in row.answers.values():

@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from instruct_jax import files
+from instruct_jax.data import records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +143,11 @@ class Row:
   prompt: str
   category: str
   answers: Mapping[str, Sample]
+
+  @property
+  def turns(self) -> tuple[records.Turn, ...]:
+    """The prompt's turns; a prompt that is no conversation is one turn."""
+    return records.turns_of(self.prompt)
 
 
 def side_by_side(
