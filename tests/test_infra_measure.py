@@ -1,6 +1,9 @@
 """Clocks, compilations and ceilings."""
 
 import pathlib
+import platform
+import subprocess
+import sys
 import time
 
 import jax
@@ -75,3 +78,32 @@ def test_the_peak_begins_anew():
   kept = np.ones(200 << 20, np.uint8)
   assert measure.peak_host_bytes() - after > 150 << 20
   del kept
+
+
+def test_freed_memory_goes_back_to_the_system():
+  if not sys.platform.startswith('linux') or platform.libc_ver()[0] != 'glibc':
+    pytest.skip('only glibc keeps freed memory that it can give back')
+  # Small pieces, and one after them that keeps the heap's end.
+  script = """if True:
+    import ctypes
+    from instruct_jax.infra import measure
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    pieces = [libc.malloc(8_000) for _ in range(20_000)]
+    for piece in pieces:
+      libc.memset(piece, 1, 8_000)
+    last = libc.malloc(8_000)
+    for piece in pieces:
+      libc.free(piece)
+    measure.free_memory()
+    held = [x for x in open('/proc/self/status') if x.startswith('VmRSS')]
+    peak = [x for x in open('/proc/self/status') if x.startswith('VmHWM')]
+    print(int(held[0].split()[1]), int(peak[0].split()[1]))
+  """
+  printed = subprocess.run(
+    [sys.executable, '-c', script], capture_output=True, text=True, check=True
+  ).stdout
+  held, peak = map(int, printed.split())
+  assert peak - held > 130_000

@@ -249,8 +249,8 @@ def measure_ceilings(config) -> dict[str, float]:
   }
 
 
-class Iteration:
-  """The models, programs and data of one configuration of ppo_ptx.py."""
+class Rollouts:
+  """A policy, its prompts, and the programs of ppo_ptx.py."""
 
   def __init__(self, config, mesh):
     self.config, self.mesh, self.stage = config, mesh, config.ppo
@@ -260,33 +260,18 @@ class Iteration:
     changes = {'logprob_chunk': chunk} if chunk else {}
     self.shape = shape_of(config, 'policy', **changes)
     self.scalar_shape = shape_of(config, 'scalar')
-    keys = jax.random.split(self.root, 3)
-    policy = model_fns.init('policy', self.shape, mesh, keys[0])
-    value = model_fns.init('scalar', self.scalar_shape, mesh, keys[1])
-    self.module = policy.module
-    self.num_params = sum(x.size for x in jax.tree.leaves(policy.params))
+    self.keys = jax.random.split(self.root, 3)
+    policy = model_fns.init('policy', self.shape, mesh, self.keys[0])
+    self.module, self.params = policy.module, policy.params
+    self.num_params = sum(x.size for x in jax.tree.leaves(self.params))
     self.programs = self.build()
-    self.state = rl.initial_state(stage, policy.params, value.params)
-    models = {'reference': policy.params}
-    if config.reward == 'model':
-      models['reward'] = value.params
-    self.frozen = rl.Frozen(stage, models, bases={})
     self.num_slots = stage.num_slots or stage.batch_size
-    updates = stage.num_minibatches * stage.num_epochs
-    self.num_averages = updates if stage.ema_every == 'update' else 1
     self.prompts = loader.make_batches(
       random_prompts(config, 4), batch_size=stage.batch_size, seed=config.seed
     )
-    self.num_ptx = stage.batch_size * stage.ptx_per_episode * stage.num_epochs
-    if stage.ptx_coef > 0:
-      self.ptx = loader.make_batches(
-        random_text(config, 4 * self.num_ptx, stage.ptx_row_length),
-        batch_size=self.num_ptx,
-        seed=config.seed,
-      )
 
   def build(self, **changes):
-    """The programs of ppo_ptx.py, with some numbers of the stage changed."""
+    """The programs, with some numbers of the stage changed."""
     stage = self.stage.copy_and_resolve_references()
     stage.update(changes)
     scalar = model_fns.make_module('scalar', self.scalar_shape)
@@ -294,6 +279,43 @@ class Iteration:
     if self.config.variant.endswith('_ragged'):
       ends = stop_ids(self.config)
     return ppo_ptx.build_programs(stage, self.module, scalar, ends)
+
+  def respond(self, params, prompts, number):
+    """Samples an iteration's responses."""
+    key = jax.random.fold_in(self.root, number)
+    return self.programs['respond'](params, prompts, key)
+
+  def sampling(self, lengths) -> dict:
+    """How full the slots were, and how long the responses."""
+    longest = lengths.reshape(-1, self.num_slots).max(axis=1)
+    return {
+      'occupancy': float(lengths.sum() / (self.num_slots * longest.sum())),
+      'mean_response': float(lengths.mean()),
+    }
+
+
+class Iteration(Rollouts):
+  """All models and data of one configuration of ppo_ptx.py."""
+
+  def __init__(self, config, mesh):
+    super().__init__(config, mesh)
+    stage = self.stage
+    value = model_fns.init('scalar', self.scalar_shape, mesh, self.keys[1])
+    self.state = rl.initial_state(stage, self.params, value.params)
+    models = {'reference': self.params}
+    if config.reward == 'model':
+      models['reward'] = value.params
+    self.frozen = rl.Frozen(stage, models, bases={})
+    del self.params  # The state's are the policy's from now on.
+    updates = stage.num_minibatches * stage.num_epochs
+    self.num_averages = updates if stage.ema_every == 'update' else 1
+    self.num_ptx = stage.batch_size * stage.ptx_per_episode * stage.num_epochs
+    if stage.ptx_coef > 0:
+      self.ptx = loader.make_batches(
+        random_text(config, 4 * self.num_ptx, stage.ptx_row_length),
+        batch_size=self.num_ptx,
+        seed=config.seed,
+      )
 
   def batches(self, number):
     """An iteration's prompts and pretraining rows, put on the mesh."""
@@ -303,11 +325,9 @@ class Iteration:
       ptx = sharding.put_batch(self.ptx[number], self.mesh)
     return prompts, ptx
 
-  def respond(self, prompts, number):
-    """Samples an iteration's responses."""
-    return self.programs['respond'](
-      self.state.policy.params, prompts, jax.random.fold_in(self.root, number)
-    )
+  def sample(self, prompts, number):
+    """Samples an iteration's responses from the state's policy."""
+    return self.respond(self.state.policy.params, prompts, number)
 
   def score(self, sampled, layout):
     """Scores the episodes; returns the update's batch, the KL, and metrics."""
@@ -333,7 +353,7 @@ class Iteration:
   def run(self, number, call=lambda phase, fn, *args: fn(*args)):
     """One iteration as ppo_ptx.py runs it; `call` may time its phases."""
     prompts, ptx = call('host', self.batches, number)
-    sampled = call('generate', self.respond, prompts, number)
+    sampled = call('generate', self.sample, prompts, number)
     layout = call(
       'host', rl.lay_out, self.stage, self.programs, sampled, self.mesh, number
     )
@@ -341,14 +361,6 @@ class Iteration:
     trained = call('update', self.train, self.programs, batch, kl, ptx, number)
     call('host', metrics.to_host, {**scored, **trained})
     return prompts, sampled, layout, batch, kl
-
-  def sampling(self, lengths) -> dict:
-    """How full the slots were, and how long the responses."""
-    longest = lengths.reshape(-1, self.num_slots).max(axis=1)
-    return {
-      'occupancy': float(lengths.sum() / (self.num_slots * longest.sum())),
-      'mean_response': float(lengths.mean()),
-    }
 
 
 def measure_iteration(config, workdir) -> dict:
@@ -501,16 +513,18 @@ def measure_checkpoint(state, workdir) -> tuple[float, float]:
 
 
 def measure_rollout(config, workdir) -> dict:
-  """Sampling alone; tokens up to the stop count."""
+  """Sampling alone, with no other model; tokens up to the stop count."""
   del workdir
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
-    work = Iteration(config, mesh)
+    work = Rollouts(config, mesh)
     numbers, lengths = itertools.count(), []
-    prompts, _ = work.batches(0)
+    prompts = sharding.put_batch(work.prompts[0], mesh)
 
     def sample():
-      sampled = jax.block_until_ready(work.respond(prompts, next(numbers)))
+      sampled = jax.block_until_ready(
+        work.respond(work.params, prompts, next(numbers))
+      )
       lengths.append(np.asarray(sampled.response_mask).sum(axis=1))
 
     times, counts = timed(config, sample)
@@ -655,7 +669,7 @@ def check_device(config, dtype: str) -> dict[str, float]:
       for name, work in works.items():
         with sharding.use_mesh(work.mesh):
           prompts, ptx = work.batches(number)
-          sampled = jax.device_get(work.respond(prompts, number))
+          sampled = jax.device_get(work.sample(prompts, number))
           samples[name, number] = sampled
           sampled = sharding.put_batch(samples['cpu', number], work.mesh)
           layout = rl.lay_out(
