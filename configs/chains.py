@@ -10,14 +10,17 @@ from configs import dpo, rloo
 
 # Of the rankings, for reward models; and of those, whose RL is over-optimised.
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-OVEROPTIMISED = (1 / 32, 1 / 8)
+OVEROPTIMISED = (1 / 32, 1 / 8, 1 / 2)
 FRONTIER = (0.0, 1.0, 3.0)  # Multiples of beta.
+# Demonstrations. All 8,000 do not overfit so small a model in 16 epochs.
+FEW = 500
 DPO_BETAS = (0.03, 0.1, 0.3, 1.0)
 
 
 def sft_long(study):
-  """SFT for the paper's 16 epochs, and the choice among them."""
-  study.derive('sft', 'sft_long', num_epochs=16)
+  """SFT on few demonstrations for the paper's 16 epochs, and the choice among
+  them."""
+  study.derive('sft', 'sft_long', num_epochs=16, max_demonstrations=FEW)
   study.derive('select', 'select_long', {'sft': 'sft_long'})
 
 
@@ -70,15 +73,18 @@ def data_reward(study):
   return {reward_of(study, share): share for share in SHARES} | {'reward': 1.0}
 
 
-def along(study, label, reward, parent='ppo', **changes) -> str:
-  """RL with snapshots, and its frontier of reward model and judge."""
+def frontier_of(study, stage: str, reward: str, **changes) -> str:
+  """A stage of RL's snapshots by the reward model and the judge."""
   model = {'reward_model': f'{reward}/model'}
-  own = study.stages[parent]
-  iterations = changes.get('num_episodes', own.num_episodes) // own.batch_size
-  changes['snapshot_every'] = max(1, iterations // 10)
-  stage = study.derive(parent, f'{parent}_{label}', model, **changes)
   rl = f'{stage}=' + study.workdir + f'/{stage}'
-  return study.derive('best_of_n', f'frontier_{stage}', model, rl=rl)
+  return study.derive('best_of_n', f'frontier_{stage}', model, rl=rl, **changes)
+
+
+def along(study, label, reward, parent='ppo', **changes) -> str:
+  """RL against a reward model, and its frontier."""
+  model = {'reward_model': f'{reward}/model'}
+  stage = study.derive(parent, f'{parent}_{label}', model, **changes)
+  return frontier_of(study, stage, reward)
 
 
 def overopt(study):
@@ -110,39 +116,41 @@ def sizes(study):
   return found
 
 
+def with_beta(study, multiple: float) -> str:
+  """The frontier of PPO with a multiple of its KL coefficient."""
+  stage = study.varied('ppo', 'kl_coef', multiple)
+  # PPO's own stands beside best of n, which takes more answers.
+  own = {'num_samples': 32} if stage == 'ppo' else {}
+  return frontier_of(study, stage, 'reward', **own)
+
+
 def frontier(study):
   """PPO with several KL coefficients, against one reward model."""
-  own, found = study.stages.ppo.kl_coef, {}
-  for multiple in FRONTIER:
-    label = f'kl_{multiple:g}'.replace('.', 'p')
-    found[along(study, label, 'reward', kl_coef=multiple * own)] = multiple
-  return found
+  return {with_beta(study, multiple): multiple for multiple in FRONTIER}
 
 
 def ending(study):
   """Responses that do not end are worth a fixed low score."""
-  ending = study.derive('ppo', 'ppo_ending', missing_end_score=-1.0)
-  return {'ppo': 0.0, ending: 1.0}
+  study.derive('ppo', 'ppo_ending', missing_end_score=-1.0)
 
 
 def value_start(study):
   """A value model with the policy's trunk and a new head."""
-  fresh = study.derive('ppo', 'ppo_value_from_policy', value_from='policy')
-  return {fresh: 0.0, 'ppo': 1.0}
+  study.derive('ppo', 'ppo_value_from_policy', value_from='policy')
 
 
 def ranked(study):
   """A reward model whose mean is 0 over ranked answers instead of
   demonstrations."""
-  reward = study.derive('reward', 'reward_ranked', demonstrations='')
-  return {reward: 0.0, 'reward': 1.0}
+  study.derive('reward', 'reward_ranked', demonstrations='')
 
 
 def shift(study):
-  """PPO against that reward model."""
+  """PPO against that reward model, with a value model that has a new head."""
   ranked(study)
+  value_start(study)
   model = {'reward_model': 'reward_ranked/model'}
-  return {study.derive('ppo', 'ppo_reward_ranked', model): 0.0, 'ppo': 1.0}
+  study.derive('ppo_value_from_policy', 'ppo_reward_ranked', model)
 
 
 def minimal_pairs(study):
@@ -162,18 +170,16 @@ def methods(study):
   grpo = {
     'advantage': 'group_normalised', 'kl_in': 'loss', 'kl_estimator': 'k3',
   }  # fmt: skip
-  found[along(study, 'method', 'reward')] = 1.0
+  found[with_beta(study, 1.0)] = 1.0
   found[along(study, 'method', 'reward', 'rloo')] = 2.0
   found[along(study, 'group', 'reward', 'rloo', **grpo)] = 3.0
-  # Operations of a token: PPO 22 N, with reward and value model; RLOO 14 N.
-  own = stages.ppo.num_episodes // stages.ppo.batch_size
-  study.derive(
-    'rloo', 'rloo_compute',
-    num_episodes=round(own * 22 / 14) * stages.ppo.batch_size,
-  )  # fmt: skip
   # DPO goes further from its start than PPO does by itself.
-  low = 0.1 * stages.ppo.kl_coef
-  found[along(study, 'far', 'reward', kl_coef=low)] = 4.0
+  found[with_beta(study, 0.1)] = 4.0
+  # Operations of a token: PPO 22 N, with reward and value model; the others 14.
+  own = stages.ppo.num_episodes // stages.ppo.batch_size
+  number = round(own * 22 / 14) * stages.ppo.batch_size
+  study.derive('rloo', 'rloo_compute', num_episodes=number)
+  study.derive('rloo_group', 'grpo_compute', num_episodes=number)
   for beta in DPO_BETAS:
     study.derive('dpo', f'dpo_{beta:g}'.replace('.', 'p'), beta=beta)
   return found

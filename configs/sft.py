@@ -36,6 +36,7 @@ def stage(seed, workdir, name='sft'):
   config.documents = ''  # JSONL of pretraining text, for ptx_fraction.
   config.cut_documents = True  # At row ends; False pads rows instead.
   config.ptx_fraction = 0.0  # Share of pretraining rows in a batch (C.3).
+  config.max_demonstrations = 0  # Use only the first N; 0 is all.
   config.loss_on = 'response'  # Or 'all'. Not printed; a choice.
   config.pack = False  # Several demonstrations to a row.
   config.row_length = 2048  # Tokens (C: 2k context).

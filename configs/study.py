@@ -26,6 +26,9 @@ def judge(study: sweeps.Study) -> None:
   for name in study.order:
     if (experiment := study.stages[name].experiment) in weights:
       folders[name] = f'{name}/{weights[experiment]}'
+    if '_learning_rate_' in name and not name.startswith('reward'):
+      # Averages hide late divergence.
+      folders[f'{name}_policy'] = f'{name}/policy'
   if 'pretrain_large' in study.order:
     folders['large'] = 'pretrain_large/model'
   text = ''
@@ -37,7 +40,7 @@ def judge(study: sweeps.Study) -> None:
     'name': f'judged_{digest[:8]}',  # Other claims judge other models.
     'cache': study.workdir + '/answers',
     'other_models': text,
-    'num_prompts': 500,
+    'num_prompts': 1_000,
     'rate_answers': False,
   }
   changes |= dict.fromkeys(
@@ -60,6 +63,10 @@ def of_seed(names, is_smoke: bool) -> ConfigDict:
     tokenizer=workdir + '/data/tokenizer',
     prompts=workdir + '/data/prompts_test.jsonl',
   )
+  # Ten policies along RL, each judged on many prompts.
+  stages.best_of_n.update(num_prompts=1_000, num_samples=8)
+  ppo = stages.ppo
+  ppo.snapshot_every = max(1, ppo.num_episodes // ppo.batch_size // 10)
   if is_smoke:
     # A batch of prompts in the least share of the rankings.
     stages.data.num_reward_prompts = 256

@@ -13,22 +13,30 @@ from configs import chains
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """One key of a stage varied: multiples of its own value, or other values."""
+  """One key of a stage varied: multiples of its own value, or other values.
+
+  `zero` is another stage that does what the parent does with 0.
+  """
 
   parent: str
   key: str
   values: tuple[float, ...]
   are_multiples: bool = True
+  zero: str = ''
 
+
+BETAS = (0, 0.1, 0.3, 1, 3, 10, 100)
+RATES = (1, 2, 4, 8, 16, 32)
 
 # The parent itself is the run with its own value.
 SWEEPS = {
-  'gamma': Sweep('ppo_ptx', 'ptx_coef', (0, 0.1, 0.3, 1, 3, 10)),
-  'beta': Sweep('ppo', 'kl_coef', (0, 0.1, 0.3, 1, 3, 10, 100)),
-  'rate': Sweep('ppo', 'learning_rate', (1, 3, 10, 30, 100)),
-  'rate_ptx': Sweep('ppo_ptx', 'learning_rate', (1, 3, 10, 30, 100)),
+  'gamma': Sweep('ppo_ptx', 'ptx_coef', (0, 0.1, 0.3, 1, 3, 10), zero='ppo'),
+  'beta': Sweep('ppo', 'kl_coef', BETAS),
+  'beta_ptx': Sweep('ppo_ptx', 'kl_coef', BETAS),
+  'rate': Sweep('ppo', 'learning_rate', RATES),
+  'rate_ptx': Sweep('ppo_ptx', 'learning_rate', RATES),
   'ratio': Sweep('ppo_ptx', 'ptx_per_episode', (1, 2, 4, 8), False),
-  'length': Sweep('ppo_ptx', 'num_episodes', (1, 2, 4)),
+  'length': Sweep('ppo_ptx', 'num_episodes', (1, 4)),
   'whitening': Sweep('ppo', 'whiten_advantages', (0, 1), False),
   'epsilon': Sweep('ppo', 'adam_eps', (1e-8, 1e-5), False),
   'warmup': Sweep('ppo', 'num_warmup_iterations', (0, 4), False),
@@ -80,14 +88,22 @@ class Study:
     self.config.sweeps[name] = ConfigDict(found or {})
     self.config.stages_of[name] = tuple(dict.fromkeys(self.used[before:]))
 
+  def varied(self, parent, key, value, is_multiple=True) -> str:
+    """The stage with a multiple of one key's value, or with another value."""
+    own = self.stages[parent][key]
+    wanted = type(own)(value * own if is_multiple else value)
+    if wanted == own:
+      return parent
+    name = f'{parent}_{key}_{value:g}'.replace('.', 'p')
+    return self.derive(parent, name, **{key: wanted})
+
   def swept(self, sweep: Sweep) -> dict[str, float]:
     """Stage -> value."""
-    own, found = self.stages[sweep.parent][sweep.key], {}
+    found = {}
     for value in sweep.values:
-      wanted = type(own)(value * own if sweep.are_multiples else value)
-      stage = sweep.parent
-      if wanted != own:
-        stage += f'_{sweep.key}_{value:g}'.replace('.', 'p')
-        self.derive(sweep.parent, stage, **{sweep.key: wanted})
+      stage = sweep.zero if not value else ''
+      stage = stage or self.varied(
+        sweep.parent, sweep.key, value, sweep.are_multiples
+      )
       found[stage] = float(value)
     return found

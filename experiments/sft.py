@@ -39,6 +39,11 @@ def validate(config):
     raise ValueError(f'ptx_fraction must be in [0, 1): {config.ptx_fraction}')
   if config.ptx_fraction and not config.documents:
     raise ValueError('ptx_fraction > 0 needs documents to mix in')
+  if config.max_demonstrations < 0:
+    raise ValueError(
+      'max_demonstrations must be 0 (all) or positive: '
+      f'{config.max_demonstrations}'
+    )
   supervised.check_microbatches(config)
 
 
@@ -94,9 +99,9 @@ class Data:
 def read_data(config, tokenizer) -> Data:
   """Reads demonstrations and documents to mix in; reports what it drops."""
 
-  def read(what, path, pack):
+  def read(what, path, pack, most=0):
     rows, dropped = loader.demonstration_rows(
-      records.read_jsonl(path, records.Demonstration),
+      records.read_jsonl(path, records.Demonstration)[: most or None],
       tokenizer,
       config.row_length,
       loss_on=config.loss_on,
@@ -105,7 +110,10 @@ def read_data(config, tokenizer) -> Data:
     run_lib.tell_dropped(config.name, dropped.describe(what, 'row_length'))
     return rows, dropped.total
 
-  rows, num_dropped = read('demonstrations', config.demonstrations, config.pack)
+  rows, num_dropped = read(
+    *('demonstrations', config.demonstrations, config.pack),
+    config.max_demonstrations,
+  )
   valid_rows, _ = read(
     'held-out demonstrations', config.valid_demonstrations, False
   )

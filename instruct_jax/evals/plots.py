@@ -8,11 +8,15 @@ Matplotlib is imported only when a plot is drawn. It needs no display, and the
 global state of pyplot is not used.
 """
 
+import collections
+import functools
 import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from instruct_jax.evals import (
   figures,
@@ -833,64 +837,95 @@ def _draw_frontier(points, fits, judge):
   return figure
 
 
-def over_seeds(
-  points: Sequence[Mapping[str, Sequence[tuple[float | str, float]]]],
-  title: str,
-  x_label: str,
-  y_label: str,
-) -> bytes:
-  """Series of several seeds against one axis, as PNG.
+def over_seeds(panels: Sequence[Mapping[str, Any]], title: str) -> bytes:
+  """Figures of several seeds, as PNG.
 
   Args:
-    points: of each seed, series -> (x, y); x is a number or a name.
+    panels: labels of the axes `x` and `y`; `points` of each seed, series ->
+      (x, y), where x is a number or a name; `kind`: 'values' have the same x on
+      every seed, 'curves' go along KL and are read between their points (their
+      means go as far as every seed's), 'pairs' are x and y of the same things
+      on every seed.
     title: of the figure.
-    x_label: of the axis.
-    y_label: with '; ' between, each series has a panel and a label of its own.
   """
-  return _png(_styled(_draw_over_seeds, points, title, x_label, y_label))
+  return _png(_styled(_draw_over_seeds, panels, title))
 
 
-def _draw_over_seeds(points, title, x_label, y_label):
-  names = list(points[0])
-  y_labels = y_label.split('; ')
-  groups = [[name] for name in names] if len(y_labels) > 1 else [names]
-  y_labels = y_labels if len(y_labels) > 1 else [y_label]
-  looks = _looks(names)
-  figure, axes, _ = _grid(len(groups), 2.9, 0.1)
-  for axis, group, label in zip(axes, groups, y_labels, strict=True):
-    xs = [x for seed in points for name in group for x, _ in seed[name]]
-    if all(isinstance(x, str) for x in xs):
-      places = {x: i for i, x in enumerate(dict.fromkeys(xs))}
-      axis.set_xticks(
-        list(places.values()), [_wrapped(_title(x), 12) for x in places]
-      )
-      axis.set_xlim(-0.5, len(places) - 0.5)
-    else:
-      places = {x: x for x in xs}
-      if len({tuple(x for x, _ in seed[group[0]]) for seed in points}) == 1:
-        _scale_axis(axis, sorted(set(xs)))
-    heights = []
-    for name in group:
-      series = [[(places[x], y) for x, y in seed[name]] for seed in points]
-      _draw_seeds(axis, series, looks[name], any(x != places[x] for x in xs))
-      heights += [y for seed in series for _, y in seed if math.isfinite(y)]
-    _values_axis(axis, heights or [0.0], label)
-    axis.set_xlabel(_wrapped(x_label, 40))
-    if len(groups) > 1:
-      axis.set_title(_title(group[0]))
-  several = len(names) > 1 and len(groups) == 1
+def _draw_over_seeds(panels, title):
+  names = dict.fromkeys(name for p in panels for name in p['points'][0])
+  looks = _looks([name for name in names if name])
+  unnamed = {'': (_INK, _MARKERS[0])}  # The only series of its panel.
+  figure, axes, _ = _grid(len(panels), 2.9, 0.1)
+  for axis, panel in zip(axes, panels, strict=True):
+    _draw_panel(axis, panel, looks | unnamed, len(axes))
   _heading(
     figure,
     title,
-    "Dots: single seeds. Marks with whiskers: mean and Student's 95 % interval "
-    'over seeds, where all have the same points.',
-    looks if several else None,
+    'Dots: single seeds. Marks with whiskers, lines with bands: mean and '
+    "Student's 95 % interval over seeds.",
+    looks or None,
   )
   return figure
 
 
-def _scale_axis(axis: Any, values: Sequence[float]) -> None:
-  """A logarithmic x axis for values of several magnitudes, with room for 0."""
+def _draw_panel(axis, panel, looks, num_panels):
+  points = panel['points']
+  names = [name for name in points[0] if all(name in seed for seed in points)]
+  xs = [x for seed in points for name in names for x, _ in seed[name]]
+  room = 56 if num_panels == 1 else 26  # Characters of a line.
+  if all(isinstance(x, str) for x in xs):
+    places = {x: i for i, x in enumerate(dict.fromkeys(xs))}
+    width = room // len(places)
+    axis.set_xticks(
+      list(places.values()),
+      [_wrapped(_title(x), max(8, width)) for x in places],
+    )
+    axis.set_xlim(-0.5, len(places) - 0.5)
+  else:
+    places = {x: x for x in xs}
+    if panel['kind'] == 'values':
+      _scale_axis(axis, sorted(set(xs)), room // 2)
+  draw = {
+    'values': functools.partial(
+      _draw_values, joined=not isinstance(xs[0], str)
+    ),
+    'curves': _draw_curves,
+    'pairs': _draw_pairs,
+  }[panel['kind']]
+  heights = []
+  for name in names:
+    series = [
+      [(places[x], math.nan if y is None else y) for x, y in seed[name]]
+      for seed in points
+    ]
+    for seed in series:
+      axis.plot(*zip(*seed, strict=True), **_DOT, color=looks[name][0])
+    draw(axis, series, looks[name])
+    heights += [y for seed in series for _, y in seed if math.isfinite(y)]
+  _values_axis(axis, heights or [0.0], panel['y'])
+  axis.set_xlabel(_wrapped(panel['x'], room))
+
+
+_DOT = {'marker': 'o', 'linestyle': '', 'alpha': 0.35, 'markersize': 3}
+_WHISKER = {'markersize': 5, 'capsize': 2, 'elinewidth': 1}
+
+
+def _mean(values: Sequence[float]) -> win_rate.Interval | None:
+  """Over the finite ones."""
+  found = [x for x in values if math.isfinite(x)]
+  return win_rate.student_interval(found) if found else None
+
+
+def _error(interval: win_rate.Interval) -> tuple[float, float]:
+  """Lengths of whiskers; none of a single seed."""
+  if not math.isfinite(interval.high):
+    return 0.0, 0.0
+  return interval.mean - interval.low, interval.high - interval.mean
+
+
+def _scale_axis(axis: Any, values: Sequence[float], room: int) -> None:
+  """A logarithmic x axis for values of several magnitudes, with room for 0, and
+  a tick for each; more characters than there is `room` for are turned."""
   from matplotlib.ticker import NullFormatter
 
   positive = [x for x in values if x > 0]
@@ -900,35 +935,77 @@ def _scale_axis(axis: Any, values: Sequence[float]) -> None:
     axis.set_xscale('log')
   else:
     axis.set_xscale('symlog', linthresh=min(positive))
+  labels = [f'{x:,g}' for x in values]
+  axis.set_xticks(values, labels, rotation=45 * (len(''.join(labels)) > room))
   axis.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _draw_seeds(axis, series, look, are_names: bool) -> None:
-  """One series of all seeds: dots, and means where they share their points."""
+def _draw_values(axis, series, look, joined: bool) -> None:
+  """Means with whiskers at each x, over the seeds that have it."""
   colour, marker = look
-  shared = len({tuple(x for x, _ in seed) for seed in series}) == 1
+  at = collections.defaultdict(list)
   for seed in series:
-    x, y = zip(*seed, strict=True)
-    style = {} if shared else {'linestyle': '-', 'linewidth': 0.8}
-    axis.plot(x, y, 'o', color=colour, alpha=0.35, markersize=3, **style)
-  if not shared or not all(
-    math.isfinite(y) for seed in series for _, y in seed
-  ):
+    for x, y in seed:
+      at[x].append(y)
+  found = [(x, mean) for x, ys in sorted(at.items()) if (mean := _mean(ys))]
+  if found:
+    xs, means = zip(*found, strict=True)
+    axis.errorbar(
+      xs,
+      [mean.mean for mean in means],
+      yerr=np.array([_error(mean) for mean in means]).T,
+      fmt=f'{marker}-' if joined else marker,
+      color=colour,
+      **_WHISKER,
+    )
+
+
+def _draw_curves(axis, series, look) -> None:
+  """The mean curve with its band, straight in √x between the points."""
+  colour, _ = look
+  curves = []
+  for seed in series:
+    points = sorted((math.sqrt(max(0.0, x)), y) for x, y in seed)
+    curves.append(np.array([p for p in points if math.isfinite(p[1])]).T)
+  curves = [curve for curve in curves if curve.size]
+  if not curves:
     return
-  places = [x for x, _ in series[0]]
-  columns = zip(*([y for _, y in seed] for seed in series), strict=True)
-  found = [win_rate.student_interval(column) for column in columns]
-  whiskers = [(f.mean, f.low, f.high) for f in found]
-  axis.errorbar(
-    places,
-    [f.mean for f in found],
-    yerr=_whiskers(whiskers) if len(series) > 1 else None,
-    fmt=marker if are_names else f'{marker}-',
-    color=colour,
-    markersize=5,
-    capsize=2,
-    elinewidth=1,
+  grid = np.linspace(
+    max(curve[0].min() for curve in curves),
+    min(curve[0].max() for curve in curves),
+    41,
   )
+  if grid[0] >= grid[-1]:
+    return
+  columns = np.array([np.interp(grid, *curve) for curve in curves]).T
+  means = [win_rate.student_interval(column) for column in columns]
+  axis.plot(grid**2, [mean.mean for mean in means], color=colour)
+  if len(curves) > 1:
+    axis.fill_between(
+      grid**2,
+      [mean.low for mean in means],
+      [mean.high for mean in means],
+      color=colour,
+      alpha=0.15,
+      linewidth=0,
+    )
+
+
+def _draw_pairs(axis, series, look) -> None:
+  """Means with whiskers both ways of what is at the same place of each seed."""
+  colour, marker = look
+  for pairs in zip(*series, strict=True):
+    x, y = (_mean(values) for values in zip(*pairs, strict=True))
+    if x and y:
+      axis.errorbar(
+        x.mean,
+        y.mean,
+        xerr=np.array([_error(x)]).T,
+        yerr=np.array([_error(y)]).T,
+        fmt=marker,
+        color=colour,
+        **_WHISKER,
+      )
 
 
 # --- Benchmarks of reward models ----------------------------------------------

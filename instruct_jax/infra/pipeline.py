@@ -3,7 +3,7 @@
 An experiment is a module with `validate(config)`, `run(config, workdir)`,
 `inputs(config)` if it reads files, and `PROCESSES`, which of several processes
 call `run`: 'all', the 'first' while the others wait, or 'one', which must be
-the only process.
+the only process. With `RUNS_AGAIN = True` it runs also when it has finished.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def run_stage(stage: stages.Stage, shown: logger.Logger) -> None:
     shown: where the stage is shown while it runs.
   """
   folder = stage.folder
-  if run.agreed(stage.is_done):
+  if run.agreed(stage.is_done) and not stage.runs_again:
     run.say(f'{stage.name}: done before, in {folder}')
     return
   run.say(f'{stage.name}: starts')

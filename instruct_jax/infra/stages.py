@@ -71,6 +71,8 @@ MAY_CHANGE = {
   'url': 'where a service is; the model that it serves stays',
   'requests_per_minute': 'how fast to ask a service',
   'num_workers': 'how many questions are asked at a time',
+  'num_processes': 'how many runs of a study go at a time',
+  'seeds': 'which runs a study judges',
   'key_variable': 'which variable holds the key of a service',
 }
 
@@ -128,6 +130,11 @@ class Stage:
   def is_done(self) -> bool:
     """Whether it has finished, now or earlier."""
     return run.is_done(self.folder)
+
+  @property
+  def runs_again(self) -> bool:
+    """Whether it runs also when it has finished, to take in what is new."""
+    return getattr(self.experiment, 'RUNS_AGAIN', False)
 
   @property
   def has_progress(self) -> bool:

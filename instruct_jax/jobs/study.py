@@ -2,7 +2,8 @@
 
 Each seed is a run of main.py of its own, below the work directory, with only
 the stages that the chosen claims read; stages are shared between claims, and an
-interrupted study goes on where it was. `evals/claims.py` has the claims and
+interrupted study goes on where it was; more seeds join those that are there. A
+seed that fails does not stop the others. `evals/claims.py` has the claims and
 their rules.
 """
 
@@ -20,6 +21,7 @@ from instruct_jax.evals import claims, plots, report
 from instruct_jax.infra import run as run_lib
 
 PROCESSES = 'one'
+RUNS_AGAIN = True  # With more seeds, or with other rules, over the same runs.
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -108,9 +110,13 @@ class Runs:
         f'{lines[-1] if lines else "it printed nothing"}'
       )
 
-  def all(self, seeds: list[int]) -> None:
-    """Runs the seeds; one that fails ends the others in an orderly way."""
-    number = self._config.num_processes
+  def all(self, seeds: list[int]) -> dict[int, str]:
+    """Runs the seeds.
+
+    Returns:
+      Seed -> why it failed, of those that did; the others go on.
+    """
+    number, failed = self._config.num_processes, {}
     with concurrent.futures.ThreadPoolExecutor(number) as pool:
       waiting = {pool.submit(self.one, seed): seed for seed in seeds}
       try:
@@ -120,12 +126,17 @@ class Runs:
               waiting, 1.0, concurrent.futures.FIRST_COMPLETED
             )
             for future in done:
-              waiting.pop(future)
-              future.result()
+              seed = waiting.pop(future)
+              try:
+                future.result()
+              except RuntimeError as error:
+                failed[seed] = str(error)
+                run_lib.say(f'study: {error}')
             progress.update(len(done))
       except BaseException:
         self._end()
         raise
+    return failed
 
   def _end(self):
     """Asks the runs to save and stop."""
@@ -139,40 +150,92 @@ class Runs:
 def run(config, workdir: epath.Path):
   """Runs the seeds, applies the rules, and writes the study.
 
-  Writes study.md, study.json and a figure for each claim.
+  Writes study.md, study.json and a figure for each claim, of the seeds that ran
+  to their end.
+
+  Raises:
+    RuntimeError: a seed failed; raised after the study was written.
   """
   validate(config)
   names, seeds = claims.chosen(config.claims), seeds_of(config)
   folder = epath.Path(config.runs or workdir)
   folder.mkdir(parents=True, exist_ok=True)
-  Runs(config, folder).all(seeds)
+  failed = Runs(config, folder).all(seeds)
+  seeds = [seed for seed in seeds if seed not in failed]
+  if seeds:
+    write(config, workdir, names, seeds, folder)
+  if failed:
+    raise RuntimeError(
+      f'{"; ".join(failed.values())}. The same command goes on from where '
+      f'{"it" if len(failed) == 1 else "they"} stopped'
+    )
+  return {'seeds': seeds}
+
+
+def write(config, workdir, names, seeds, folder) -> None:
+  """Judges the claims by finished seeds, and writes the study."""
   read = [claims.Seed(folder / f'seed_{seed}') for seed in seeds]
-  verdicts = {}
+  verdicts, points = {}, {}
   for name in names:
     claim = claims.CLAIMS[name]
     verdicts[name] = claims.verdict(claim, read)
-    points = [claim.points(seed) for seed in read]
-    files.write_bytes(
-      workdir / f'{name}.png',
-      plots.over_seeds(points, f'{name}: {claim.text}', *claim.axes),
-    )
+    points[name] = points_of(claim, read)
+    panels = [panel for panel in points[name] if panel['points']]
+    if panels:
+      figure = plots.over_seeds(panels, f'{name}: {claim.text}')
+      files.write_bytes(workdir / f'{name}.png', figure)
+  seconds = {
+    str(number): {stage: seed.seconds(stage) for stage in seed.stages}
+    for number, seed in zip(seeds, read, strict=True)
+  }
   hours = {name: cost(name, read) / 3600 for name in names}
-  text = table(verdicts, seeds, hours, config.smoke)
+  shared = shared_cost(names, read) / 3600
+  text = table(verdicts, seeds, hours, shared, config.smoke)
   files.write_bytes(workdir / 'study.md', text.encode())
   summary = {
     name: {
       'verdict': found.text,
       'hours': hours[name],
       'margins': dict(found.margins),
+      'panels': points[name],
     }
     for name, found in verdicts.items()
   }
   run_lib.write_json(
     workdir / 'study.json',
-    {'seeds': seeds, 'claims': report.plain_json(summary)},
+    report.plain_json(
+      {
+        'seeds': seeds,
+        'shared_hours': shared,
+        'seconds': seconds,
+        'claims': summary,
+      }
+    ),
   )
   print(text, flush=True)
-  return {name: found.text for name, found in verdicts.items()}
+
+
+def points_of(claim: claims.Claim, seeds) -> list[dict]:
+  """The panels of a claim's figure with the points of each seed that has
+  them."""
+  panels = []
+  for panel in claim.panels:
+    found = [claims.measured(panel.points, seed)[0] for seed in seeds]
+    panels.append(
+      {
+        'x': panel.x,
+        'y': panel.y,
+        'kind': panel.kind,
+        'points': [points for points in found if points is not None],
+      }
+    )
+  return panels
+
+
+def _stages(name: str, seed: claims.Seed) -> set[str]:
+  """That a claim needs beyond the recipe."""
+  needs = claims.CLAIMS[name].needs
+  return {stage for need in needs for stage in seed.config['stages_of'][need]}
 
 
 def cost(name: str, seeds) -> float:
@@ -180,23 +243,23 @@ def cost(name: str, seeds) -> float:
 
   Without the common ones of the recipe up to PPO-ptx, and the judging of all.
   """
-  needs = claims.CLAIMS[name].needs
-  totals = [
-    sum(
-      seed.seconds(stage)
-      for stage in {
-        stage for need in needs for stage in seed.config['stages_of'][need]
-      }
-    )
-    for seed in seeds
-  ]
+  totals = [sum(map(seed.seconds, _stages(name, seed))) for seed in seeds]
+  return sum(totals) / len(totals)
+
+
+def shared_cost(names, seeds) -> float:
+  """Seconds of all other stages, mean over seeds."""
+  totals = []
+  for seed in seeds:
+    own = set().union(*(_stages(name, seed) for name in names))
+    totals.append(sum(map(seed.seconds, set(seed.stages) - own)))
   return sum(totals) / len(totals)
 
 
 # --- The report ---------------------------------------------------------------
 
 
-def table(verdicts, seeds, hours, is_smoke: bool) -> str:
+def table(verdicts, seeds, hours, shared: float, is_smoke: bool) -> str:
   """study.md."""
   listed = ', '.join(map(str, seeds))
   lines = [
@@ -207,10 +270,11 @@ def table(verdicts, seeds, hours, is_smoke: bool) -> str:
     'above zero, does not hold if one lies below, and is not told apart '
     'otherwise. Rules and tolerances were fixed beforehand '
     '(`instruct_jax/evals/claims.py`), and each claim is judged by itself, '
-    'without a correction for their number. Hours are of one seed, beside what '
-    'all claims share; a stage of several claims counts in each. Policies are '
-    'judged with averaged weights, along RL with those of the snapshot. Judged '
-    'by the gold utility of the miniature, a program: nothing here is a '
+    'without a correction for their number. Hours are of one seed, beside the '
+    f'{shared:.2f} of what all claims share; a stage of several claims counts '
+    'in each. Policies are judged with averaged weights, along RL with those '
+    'of the snapshot. Where fewer seeds count, their number stands behind. '
+    'Judged by the gold utility of the miniature, a program: nothing here is a '
     'preference of people.',
     '',
   ]
@@ -223,7 +287,8 @@ def table(verdicts, seeds, hours, is_smoke: bool) -> str:
   for name, found in verdicts.items():
     claim = claims.CLAIMS[name]
     margins = '; '.join(
-      f'{what} {_interval(margin)}' for what, margin in found.margins.items()
+      f'{what} {_interval(margin, len(seeds))}'
+      for what, margin in found.margins.items()
     )
     cells = (name, claim.text, claim.source, claim.rule, margins, found.text)
     rows.append([*map(report.escape, cells), f'{hours[name]:.2f}'])
@@ -234,8 +299,15 @@ def table(verdicts, seeds, hours, is_smoke: bool) -> str:
   return '\n'.join(lines) + '\n'
 
 
-def _interval(margin: claims.Margin) -> str:
+def _interval(margin: claims.Margin, num_seeds: int) -> str:
   found = margin.interval
+  if found is None:
+    return f'cannot be read: {margin.missing[0]}'
+  of = f' (seeds: {len(margin.values)})' if margin.missing else ''
   if found.num_clusters == 1:
-    return f'{found.mean:.3g} (one seed)'
-  return f'{found.mean:.3g} [{found.low:.3g}, {found.high:.3g}]'
+    return (
+      f'{found.mean:.3g} (one seed)'
+      if num_seeds == 1
+      else f'{found.mean:.3g}{of}'
+    )
+  return f'{found.mean:.3g} [{found.low:.3g}, {found.high:.3g}]{of}'
