@@ -44,6 +44,7 @@ def data_stage(seed, workdir):
   config.documents = ''  # Pretraining text, `sources.read_documents`; or none.
   # NAME=SOURCE,NAME=SOURCE: text of other kinds; only to measure the tax.
   config.other_documents = ''
+  config.context_length = 0  # Tokens; 0 is the model's. The recipe knows.
   config.words_per_document = 100
   config.valid_fraction = 0.05  # Of the prompts.
   config.test_fraction = 0.1
@@ -64,6 +65,7 @@ def data_stage(seed, workdir):
   config.max_valid_words = 0  # Of each kind of held-out text; 0 is all.
   # File -> records that fill a batch of its stage; the recipe knows.
   config.least = ConfigDict(dict.fromkeys(LEAST, 0))
+  config.max_answers = 0  # Of a ranking; 0 is any number. The recipe knows.
   return config
 
 

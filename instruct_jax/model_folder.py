@@ -64,21 +64,27 @@ def check(
   """
   if is_published(directory):
     folder = hub.locate_description(str(directory))
-    values = hf.read_config(folder)
-    TransformerConfig.from_hf(values)
+    values, shape = hf.read_config(folder), hf.shape_of(folder)
     tokenizer_lib.check_published(tokenizer, str(directory))
     if kind == 'scalar':
       try:
         families.score_pad_id(values)
       except ValueError as error:
         raise ValueError(f'{directory}: {error}') from error
-    for name in values.get('architectures') or ():
+    if tokenizer.vocab_size > shape.embedding_rows + 1:
+      raise ValueError(
+        f'{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the '
+        f'embedding {shape.embedding_rows} rows; tokens that were added need '
+        'weights: take the folder of the model that was trained with them'
+      )
+    for name in _architectures(folder, values):
       if kind == 'policy' and name.endswith('ForSequenceClassification'):
         raise ValueError(
           f'{directory}: config.json: {name} is a reward model; a policy is a '
           'language model'
         )
     return {'kind': kind, 'about': {'from': str(folder)}}
+  _refuse_other_formats(directory)
   described = checkpoint.load_metadata(directory)
   if described['kind'] != kind:
     raise checkpoint.CheckpointError(
@@ -94,6 +100,31 @@ def check(
   if 'base' in described:
     _find_base(directory, described['base'])
   return described
+
+
+def _architectures(folder, values) -> list[str]:
+  found = values.get('architectures') or []
+  if isinstance(found, list) and all(isinstance(x, str) for x in found):
+    return found
+  raise ValueError(
+    f'{folder}/config.json: architectures must be a list of names: {found!r}'
+  )
+
+
+def _refuse_other_formats(directory) -> None:
+  """ValueError for a folder that is a model, but of a kind that is not read."""
+  place = epath.Path(directory)
+  if (place / 'adapter_config.json').exists():
+    raise ValueError(
+      f'{directory}: adapters of PEFT without their base; merge them once: '
+      'peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER)'
+      '.merge_and_unload().save_pretrained(NEW_FOLDER)'
+    )
+  if place.is_dir() and any(place.glob('*.gguf')):
+    raise ValueError(
+      f'{directory}: a GGUF file is not read; take the folder with config.json '
+      'and safetensors that it was made from'
+    )
 
 
 def _path_from(directory, source) -> str:
@@ -186,7 +217,7 @@ def shape_of(folder: epath.PathLike) -> TransformerConfig:
   """
   if is_published(folder):
     place = hub.locate_description(str(folder))
-    return TransformerConfig.from_hf(hf.read_config(place))
+    return hf.shape_of(place)
   described = checkpoint.load_metadata(folder)
   if 'base' in described:
     _find_base(folder, described['base'])
@@ -252,7 +283,7 @@ def is_published(directory: epath.PathLike) -> bool:
 
 def _load_published(folder, kind, mesh, end_ids, changes):
   described = hf.read_config(folder)
-  published = TransformerConfig.from_hf(described)
+  published = hf.shape_of(folder)
   about, attributes = {'from': str(folder)}, {}
   if kind == 'scalar':
     # The scores on its training data are not published: allow any.

@@ -16,12 +16,13 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from instruct_jax import judge_fns, model_fns, model_folder, queries
+from instruct_jax import hub, judge_fns, model_fns, model_folder, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import cost, origin, pipeline, sharding
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import stages as stages_lib
 from instruct_jax.jobs import plan
+from instruct_jax.models import hf
 from instruct_jax.models.config import TransformerConfig, check_stage
 from instruct_jax.types import PromptBatch
 from instruct_jax.worlds import preferences
@@ -76,15 +77,23 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> bool:
       full.
   """
   check_given(config, {'model': MODEL, 'preferences': 'hh:DIR'})
+  for name, stage in config.stages.items():
+    stages_lib.check_numbers(f'stages.{name}', stage)
   preferences.validate(config.stages.data)
   check_stage(config)
   tokenizer = preferences.load_tokenizer(config.stages.data)
   context_length = preferences.check_model(config.stages.data, tokenizer)
-  check_models(config, tokenizer)
+  context_length = min([context_length, *check_models(config, tokenizer)])
   file = workdir / stages_lib.CONFIG_FILE
   before = run_lib.read_json(file) if run_lib.agreed(file.exists()) else {}
   with config.unlocked():
+    # Rows have to fit the given models, too.
+    config.stages.data.context_length = context_length
     leave_out_stages(config)
+    learning = set(config.stage_order) & {'reward', 'judge'}
+    config.stages.data.max_answers = min(
+      (config.stages[name].max_candidates for name in learning), default=0
+    )
     compare_models(config)
     if config.lora.rank is None:
       config.lora.rank = before.get('lora', {}).get('rank')
@@ -133,12 +142,16 @@ def check_given(config: ConfigDict, examples: Mapping[str, str]) -> None:
 
 def check_models(
   config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer
-) -> None:
-  """Refuses given models that the stages could not load.
+) -> list[int]:
+  """Refuses given models that the stages could not load; reads their weights.
 
   Policies and reward models read the run's ids; a judge may have a tokenizer of
   its own.
+
+  Returns:
+    Context lengths of those that read the run's ids.
   """
+  contexts = []
   kinds = {'sft_model': 'policy', 'reward_model': 'scalar'}
   for key, kind in {**kinds, 'judge_model': 'scalar'}.items():
     folder, read = config[key], tokenizer
@@ -147,6 +160,11 @@ def check_models(
     if key == 'judge_model' and model_folder.is_published(folder):
       read = tokenizer_lib.Tokenizer.load(folder)
     model_folder.check(folder, kind, read)
+    if model_folder.is_published(folder):
+      hf.check_weights(hub.locate(folder), kind == 'scalar')
+    if read is tokenizer:
+      contexts.append(model_folder.shape_of(folder).context_length)
+  return contexts
 
 
 def disk_bytes(config: ConfigDict) -> float:

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import csv
 import json
 import pathlib
 import re
@@ -663,6 +664,22 @@ def test_a_prompt_beside_whole_conversations(prompt, begin, expected, tmp_path):
       {'prompt': ' ', 'chosen': 'Owl', 'rejected': 'No'},
       'the prompt is empty',
     ),
+    (
+      {
+        'prompt': 'Name a bird.',
+        'chosen': [ANSWERS[0] | {'reasoning_content': 'hm'}],
+        'rejected': ANSWERS[1:],
+      },
+      'a message holds reasoning beside its text',
+    ),
+    (
+      {
+        'prompt': 'Name a bird.',
+        'chosen': [ANSWERS[0] | {'weight': 0}],
+        'rejected': ANSWERS[1:],
+      },
+      'a message has weight 0, so it is not to be learned',
+    ),
   ],
 )
 def test_pairs_that_are_no_comparison_are_counted(row, reason, tmp_path):
@@ -695,6 +712,51 @@ def test_texts_without_a_prompt(tmp_path):
   assert "file.jsonl:1: 'chosen' is a text and there is no 'prompt'" in str(
     caught.value
   )
+
+
+@pytest.mark.parametrize(
+  'asked',
+  [
+    '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n',
+    '[INST] Hi [/INST] ',
+    '<|start_header_id|>user<|end_header_id|>\n\nHi',
+    '### Human: Hi\n### Assistant: ',
+  ],
+)
+def test_texts_in_a_chat_template_are_refused(asked, tmp_path):
+  """What both begin with would cut the answer's first words off."""
+  row = {'chosen': f'{asked}I am well.', 'rejected': f'{asked}I am bad.'}
+  with pytest.raises(records.RecordError, match='jsonl:1: .* a chat template'):
+    read(tmp_path, 'chosen_rejected', row)
+
+
+def test_dialogues_without_their_first_line_breaks(tmp_path):
+  row = example('hh')
+  row = {key: row[key].lstrip() for key in ('chosen', 'rejected')}
+  assert read(tmp_path, 'hh', row).comparisons == (
+    read(tmp_path, 'hh', example('hh')).comparisons
+  )
+  with pytest.raises(records.RecordError, match='are the format hh'):
+    read(tmp_path, 'chosen_rejected', row)
+
+
+@pytest.mark.parametrize('write', [json.dumps, repr])
+def test_cells_with_the_text_of_messages(write, tmp_path):
+  """As tables have them that pandas wrote."""
+  row = {
+    'prompt': conversation('Name a bird.'),
+    'chosen': ANSWERS[:1],
+    'rejected': ANSWERS[1:],
+  }
+  expected = ranked(read(tmp_path, 'chosen_rejected', row))
+  path = tmp_path / 'file.csv'
+  with path.open('w', newline='') as file:
+    writer = csv.writer(file)
+    writer.writerows([row, [write(cell) for cell in row.values()]])
+  assert ranked(FORMATS['chosen_rejected'](path)) == expected
+  path.write_text(path.read_text().replace('}]', '} <more>]'))
+  with pytest.raises(records.RecordError, match='csv:2: .*JSONL or Parquet'):
+    FORMATS['chosen_rejected'](path)
 
 
 def test_dsp_scores_whole_dialogues(tmp_path):

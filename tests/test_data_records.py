@@ -73,7 +73,7 @@ def _error(path, content, record_type=records.Comparison):
     ({'completions': 'ab'}, "'completions' must be a list of strings"),
     ({'completions': ['a', 1, 'c']}, "'completions' must be a list of strings"),
     ({'ranks': [1, 2]}, "'ranks' has 2 numbers for 3 completions"),
-    ({'ranks': [0, 1, 2]}, "'ranks' must be 1 (best) or more"),
+    ({'ranks': [0, 1, 2]}, "'ranks' must be from 1 (best) to 1000000"),
     ({'ranks': [1, True, 2]}, "'ranks' must be a list of integers"),
     ({'ranks': [1, 2.0, 2]}, "'ranks' must be a list of integers"),
     ({'metadata': []}, "'metadata' must be an object"),

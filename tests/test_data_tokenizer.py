@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 import transformers
 
 from instruct_jax import hub, model_folder
@@ -111,7 +112,9 @@ def test_load_says_which_folder_and_what_is_missing(words, tmp_path):
   config = json.loads(path.read_text())
   del config['eos_token']
   path.write_text(json.dumps(config))
-  with pytest.raises(ValueError, match='no_eos: .*PAD and an EOS token'):
+  with pytest.raises(
+    ValueError, match='no_eos: .*has no EOS token; name it as eos_token'
+  ):
     tokenizer.Tokenizer.load(tmp_path / 'no_eos')
 
 
@@ -421,3 +424,49 @@ def test_weights_are_not_fetched_before_the_family_is_known(
   with pytest.raises(ValueError, match='mamba'):
     model_folder.check('hf:who/what', 'policy', own)
   assert asked and not any('safetensors' in pattern for pattern in asked)
+
+
+# As Qwen3's: the template reads thoughts, and its tokens are not special.
+_THINKING = (
+  "{% for m in messages %}<s>{{ m['role'] }}\n"
+  "{% if m['role'] == 'assistant' %}"
+  "{% set parts = m['content'].split('</think>') %}"
+  '{% if loop.last %}<think>\n'
+  "{{ parts[0].replace('<think>', '').strip() if parts|length > 1 }}\n"
+  '</think>\n\n{% endif %}{{ parts[-1].strip() }}'
+  "{% else %}{{ m['content'] }}{% endif %}<end>\n{% endfor %}"
+  '{% if add_generation_prompt %}<s>assistant\n{% endif %}'
+)
+
+
+def test_tokens_that_are_not_special_are_the_templates(tmp_path):
+  published_lib.save_byte_tokenizer(tmp_path, template=_THINKING, bos=False)
+  fast = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  fast.add_tokens([tokenizers.AddedToken(x) for x in ('<think>', '</think>')])
+  fast.save_pretrained(tmp_path)
+  own = tokenizer.Tokenizer.load(tmp_path).with_format(tokenizer.CHAT, ())
+  asked = {'role': 'user', 'content': 'Hi'}
+  for answer in ('<think>\nhm\n</think>\n\nOwl', 'Owl'):
+    chat = [asked, {'role': 'assistant', 'content': answer}]
+    expected = fast.apply_chat_template(chat, tokenize=True, return_dict=False)
+    prompt = own.encode_prompts(['Hi'])[0]
+    ids = prompt + own.encode_responses([answer], ended=True)[0]
+    assert ids == expected[: len(ids)] and len(expected) - len(ids) <= 1
+    # An earlier answer loses its thought.
+    chat += [asked]
+    turns = tuple(records.Turn(**turn) for turn in chat)
+    row = records.Prompt('p', records.text_of_turns(turns), turns=turns)
+    assert own.encode_prompts([row])[0] == fast.apply_chat_template(
+      chat, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+
+
+def test_what_stands_before_asked_answers_alone_is_known(tmp_path):
+  template = published_lib.TEMPLATE.replace('[assistant]', '[assistant]<think>')
+  published_lib.save_byte_tokenizer(tmp_path, template=template)
+  own = tokenizer.Tokenizer.load(tmp_path).with_format(tokenizer.CHAT, ())
+  assert own.only_asked == '<think>'
+  published_lib.save_byte_tokenizer(tmp_path, template=published_lib.TEMPLATE)
+  own = tokenizer.Tokenizer.load(tmp_path).with_format(tokenizer.CHAT, ())
+  assert own.only_asked == ''
+  assert set(own.template_marks) == {'<s>', '<end>'}

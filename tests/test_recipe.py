@@ -200,7 +200,9 @@ def test_lengths_hold_the_share_and_say_what_they_drop(data):
   assert found['prompt_length'] % 8 == 0
   total = found['prompt_length'] + found['response_length']
   too_long = np.mean(prompts + answers > total)
-  assert found['dropped']['rankings'] == pytest.approx(too_long)
+  assert found['dropped']['rankings and demonstrations'] == pytest.approx(
+    too_long
+  )
   stage.prompt_length = 40
   assert (
     preferences.propose_lengths(stage, tokenizer, rows, 128)['prompt_length']
@@ -247,11 +249,15 @@ def test_held_out_text_has_about_so_many_words(data):
   files = make_records(config)[0]
   assert files['documents_valid'] == whole['documents_valid'][:3]
   assert files['documents_same'] == whole['documents_same'][:3]
-  assert len(files['documents_train']) == 87
+  # Both are of one source, and what is held out is not learned.
+  held = {*files['documents_valid'], *files['documents_same']}
+  assert len(files['documents_train']) == 90 - len(held)
+  assert not held & set(files['documents_train'])
   stage.max_valid = 0
   assert len(make_records(config)[0]['documents_same']) == 3
   stage.max_valid_words = 0
-  assert len(make_records(config)[0]['documents_same']) == 90
+  with pytest.raises(ValueError, match='left for documents_train: .* held out'):
+    make_records(config)
   stage.max_valid_words = -1
   with pytest.raises(ValueError, match='max_valid_words must be 0 or more: -1'):
     preferences.validate(stage)
@@ -564,6 +570,185 @@ def test_preferences_that_cannot_be_used(data, tmp_path):
   assert '/no/such' in refused(config, tmp_path / 'run')
   config = make_config(data, preferences='')
   assert '--config.preferences=' in refused(config, tmp_path / 'run')
+
+
+def of_rows(data, tmp_path, rows, **changes):
+  """`make_records` of rankings in our own format."""
+  path = tmp_path / 'rows.jsonl'
+  path.write_text('\n'.join(map(json.dumps, rows)))
+  return make_records(make_config(data, preferences=str(path), **changes))
+
+
+def ranked(number, **changes):
+  row = {'prompt': f'What is {number}?', 'completions': ['It is.', 'No.']}
+  return row | {'ranks': [1, 2]} | changes
+
+
+def test_what_is_given_and_not_used_is_told(data, tmp_path):
+  rows = [ranked(i) for i in range(60)]
+  same = (
+    'You are an assistant that answers each question about a bird briefly: '
+  )
+  prompts = [{'id': f'{i}', 'text': f'{same} {i}'} for i in range(30)]
+  path = tmp_path / 'prompts.jsonl'
+  path.write_text('\n'.join(map(json.dumps, prompts)))
+  changes = {'prompts': str(path)}
+  left = of_rows(data, tmp_path, rows, **changes)[2]['left_out']
+  assert left['of 30 given prompts'] == 29
+  alike = [
+    number for why, number in left.items() if 'begin with the same' in why
+  ]
+  assert alike == [29]
+  # None at all is refused: here they are too long.
+  long = [{'id': f'{i}', 'text': f'{i} ' * 99} for i in range(30)]
+  path.write_text('\n'.join(map(json.dumps, long)))
+  with pytest.raises(ValueError, match='prompts: none of 30 .*prompt_length'):
+    config = make_config(data, preferences=str(tmp_path / 'rows.jsonl'))
+    with config.unlocked():
+      config.prompts = str(path)
+      config.stages.data.prompt_length = 40
+      config.stages.data.response_length = 16
+    make_records(config)
+
+
+def test_system_turns_that_a_template_refuses_are_told(data, tmp_path):
+  folder = shutil.copytree(data / 'model', tmp_path / 'model')
+  published.save_byte_tokenizer(folder, template=published.STRICT_TEMPLATE)
+  system = {'role': 'system', 'content': 'Be brief.'}
+  rows = []
+  for i in range(120):
+    turns = [{'role': 'user', 'content': f'What is {i}?'}]
+    rows.append({**ranked(i), 'turns': [system] * (i % 2) + turns})
+    del rows[-1]['prompt']
+  left = of_rows(data, tmp_path, rows, model=str(folder))[2]['left_out']
+  (told,) = (why for why in left if 'refuses: no system turns here' in why)
+  assert left[told] == 60
+
+
+def test_texts_in_a_template_are_refused(data, tmp_path):
+  mark = preferences.load_tokenizer(make_config(data).stages.data)
+  mark = mark.template_marks[0]
+  rows = [ranked(i, prompt=f'{mark}What is {i}?') for i in range(60)]
+  with pytest.raises(ValueError, match='60 of 60 records hold .*turns'):
+    of_rows(data, tmp_path, rows)
+  rows[2:] = [ranked(i) for i in range(2, 60)]  # Two that quote it.
+  assert of_rows(data, tmp_path, rows)[0]['comparisons_train']
+
+
+def test_ties_are_counted_by_file(data, tmp_path):
+  path = tmp_path / 'test_set.jsonl'
+  ties = [ranked(i, ranks=[1, 1]) for i in range(60, 80)]
+  path.write_text('\n'.join(map(json.dumps, ties)))
+  rows = [ranked(i) for i in range(60)]
+  with pytest.raises(
+    ValueError, match='comparisons_test: all of its 20 .*ties'
+  ):
+    of_rows(data, tmp_path, rows, test_preferences=str(path))
+
+
+def test_long_rankings_and_wild_ranks_are_refused_at_once(data, tmp_path):
+  texts = [f'It is {i}.' for i in range(12)]
+  long = {'completions': texts, 'ranks': list(range(1, 13))}
+  rows = [ranked(i, **long) for i in range(60)]
+  config = make_config(data, preferences=str(tmp_path / 'rows.jsonl'))
+  of_rows(data, tmp_path, rows)  # Writes the file.
+  said = refused(config, tmp_path / 'run')
+  assert '--config.stages.reward.max_candidates=12' in said
+  with pytest.raises(ValueError, match=r"rows.jsonl:1: 'ranks' must be from 1"):
+    of_rows(data, tmp_path, [ranked(0, ranks=[1, 17 * 10**11])])
+
+
+def test_one_user_or_crossed_labelers_are_named(data, tmp_path):
+  rows = [ranked(i, user='me') for i in range(120)]
+  with pytest.raises(ValueError, match='one user or one opening'):
+    of_rows(data, tmp_path, rows)
+  rows = [ranked(i, labeler=x) for i in range(120) for x in 'ab']
+  with pytest.raises(ValueError, match='--config.judge_model='):
+    of_rows(data, tmp_path, rows)
+
+
+def test_a_test_set_shares_no_beginning_with_training(data, tmp_path):
+  same = ' '.join(map(str, range(12)))
+  rows = [ranked(i, prompt=f'{same} {i}?') for i in range(40)]
+  rows += [ranked(i) for i in range(60)]
+  path = tmp_path / 'held.jsonl'
+  path.write_text(json.dumps(ranked(0, prompt=f'{same} 99?')))
+  files, _, report = of_rows(data, tmp_path, rows, test_preferences=str(path))
+  assert report['left_out']['records that begin like one of the test set'] == 40
+  assert not [
+    r for r in files['comparisons_train'] if r.prompt.startswith(same)
+  ]
+
+
+def test_given_models_are_opened_before_any_compute(data, tmp_path):
+  def of(key, source, change):
+    folder = shutil.copytree(
+      data / source, tmp_path / f'{key}{change.__name__}'
+    )
+    change(folder)
+    config = make_config(data, **{key: str(folder)})
+    said = refused(config, tmp_path / 'run')
+    assert str(folder) in said and not (tmp_path / 'run').exists()
+    return said
+
+  def cut(folder):
+    path = folder / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:-100])
+
+  def spoil(folder):
+    path = folder / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:-4] + b'\0\0\xc0\x7f')
+
+  def other_size(folder):
+    edit(folder, intermediate_size=48)
+
+  def quantise(folder):
+    edit(folder, quantization_config={'quant_method': 'gptq'})
+
+  for key, source in (
+    ('sft_model', 'model'),
+    ('reward_model', 'scorer'),
+    ('judge_model', 'scorer'),
+  ):
+    assert 'truncated' in of(key, source, cut)
+    assert 'holds NaN' in of(key, source, spoil)
+    assert 'config.json asks for' in of(key, source, other_size)
+    assert 'quantised (gptq)' in of(key, source, quantise)
+  # Rows fit the shortest context.
+  folder = shutil.copytree(data / 'scorer', tmp_path / 'short')
+  edit(folder, max_position_embeddings=64)
+  config = prepared(
+    make_config(data, reward_model=str(folder)), tmp_path / 'fits'
+  )
+  assert config.stages.data.context_length == 64
+
+
+def test_numbers_are_checked_before_they_divide(data, tmp_path):
+  for key, value in (
+    ('ppo.samples_per_prompt', 0), ('ppo.num_microbatches', 0),
+    ('reward.max_candidates', -1), ('ppo.kl_coef', float('inf')),
+    ('data.words_per_document', 0),
+  ):  # fmt: skip
+    config = make_config(data)
+    stage, name = key.split('.')
+    config.stages[stage][name] = value
+    assert f'stages.{stage}: {name} must' in refused(config, tmp_path / 'run')
+
+
+def test_files_of_a_folder_that_are_not_read_are_named(data, tmp_path, capsys):
+  folder = tmp_path / 'mine'
+  folder.mkdir()
+  lines = '\n'.join(json.dumps(ranked(i)) for i in range(120))
+  (folder / 'testimonials.jsonl').write_text(lines)  # No test split.
+  (folder / 'more.jsonl.zst').write_text('x')
+  make_records(make_config(data, preferences=str(folder)))
+  assert 'not read: more.jsonl.zst' in capsys.readouterr().out
+  (folder / 'testimonials.jsonl.gz').write_text('x')
+  with pytest.raises(ValueError, match='testimonials.jsonl is there twice'):
+    make_records(make_config(data, preferences=str(folder)))
+  both = ','.join([str(folder / 'testimonials.jsonl')] * 2)
+  with pytest.raises(ValueError, match='is given twice'):
+    make_records(make_config(data, preferences=both))
 
 
 def test_a_template_that_refuses_every_prompt(data, tmp_path):

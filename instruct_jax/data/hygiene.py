@@ -128,16 +128,22 @@ def drop_duplicates(
     raise ValueError(f'prefix_words is {prefix_words}; it must be 1 or more')
   kept = {}
   for prompt in prompts:
-    system, text = _system_and_text(prompt)
-    # maxsplit bounds the work on long prompts.
-    words = text.split(maxsplit=prefix_words)[:prefix_words]
-    key = (records.comparable(system), records.comparable(' '.join(words)))
-    # An invisible system turn is still a system turn.
-    kept.setdefault((bool(system), *key), prompt)
+    kept.setdefault(beginning(prompt, prefix_words), prompt)
   return list(kept.values()), len(prompts) - len(kept)
 
 
-def _system_and_text(prompt: records.Prompt) -> tuple[str, str]:
+def beginning(row: Any, prefix_words: int) -> tuple[bool, str, str]:
+  """What prompts that `drop_duplicates` takes for copies have in common, of the
+  prompt of any record."""
+  system, text = _system_and_text(row)
+  # maxsplit bounds the work on long prompts.
+  words = text.split(maxsplit=prefix_words)[:prefix_words]
+  key = (records.comparable(system), records.comparable(' '.join(words)))
+  # An invisible system turn is still a system turn.
+  return (bool(system), *key)
+
+
+def _system_and_text(prompt: Any) -> tuple[str, str]:
   """The system's part, and the conversation from the user's first words."""
   turns = records.conversation(prompt)
   if len(turns) == 1:

@@ -149,6 +149,7 @@ _JSON_ERRORS = (ValueError, RecursionError)
 RECORD_TYPES = (Document, Prompt, Demonstration, Comparison)
 Record = TypeVar('Record', Document, Prompt, Demonstration, Comparison)
 
+MAX_RANK = 10**6
 # Required fields whose text must have visible characters.
 _NEVER_EMPTY = ('text', 'prompt', 'response', 'id')
 _MARKS = {'system': '', 'user': '\n\nHuman:', 'assistant': '\n\nAssistant:'}
@@ -346,8 +347,10 @@ def _field_problems(name, values, is_required) -> Iterator[str]:
       'drop the record'
     )
   elif name == 'ranks':
-    if any(rank < 1 for rank in value):
-      yield f'{name!r} must be 1 (best) or more, found {_shown(value)}'
+    if any(not 1 <= rank <= MAX_RANK for rank in value):
+      yield (
+        f'{name!r} must be from 1 (best) to {MAX_RANK}, found {_shown(value)}'
+      )
     completions = values.get('completions')
     if isinstance(completions, list | tuple) and len(completions) != len(value):
       yield (

@@ -54,6 +54,7 @@ _NO_DATA = (
   *('dataset_info.json', 'dataset_infos.json', _SPLITS),
   'written.json',
 )
+_TEST = re.compile(r'test(?:s|ing)?(?![a-z])')
 _LIST_FIELDS = ('completions', 'ranks', 'scores', 'turns')
 # Fields that may be given instead of another one.
 _OR = {'text': 'turns', 'prompt': 'turns', 'ranks': 'scores'}
@@ -263,7 +264,21 @@ def is_test_split(file: str, spec: epath.PathLike) -> bool:
   """Whether a file of `files_of(spec)` is one by its name, or by a folder's."""
   file, folder = (str(p).removeprefix(_DATASETS) for p in (file, spec))
   below = epath.Path(file).relative_to(folder)
-  return any(part.startswith('test') for part in below.parts)
+  return any(_TEST.match(part.lower()) for part in below.parts)
+
+
+def unread(files: Sequence[str], folder: epath.PathLike) -> list[str]:
+  """Names of files and folders in a folder that are not read with it."""
+  if is_data_set(folder) or not epath.Path(folder).is_dir():
+    return []
+  read = tuple(file.removeprefix(_DATASETS) for file in files)
+  return sorted(
+    path.name
+    for path in epath.Path(folder).iterdir()
+    if not path.name.startswith(('.', 'README', 'LICENSE'))
+    and path.name not in _NO_DATA
+    and not any(f'{file}/'.startswith(f'{path}/') for file in read)
+  )
 
 
 def _files_in(folder: epath.Path, suffixes: tuple[str, ...]) -> list[str]:
@@ -278,6 +293,11 @@ def _files_in(folder: epath.Path, suffixes: tuple[str, ...]) -> list[str]:
     for path in inside
     if path.name.endswith(suffixes) and path.name not in _NO_DATA
   ]
+  stems = collections.Counter(name.removesuffix('.gz') for name in found)
+  if twice := [name for name, number in stems.items() if number > 1]:
+    raise records.RecordError(
+      f'{twice[0]} is there twice, also as .gz; remove one of them'
+    )
   if found:
     return found
   below = [path for path in inside if path.is_dir()]

@@ -27,6 +27,7 @@ import datetime
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -110,7 +111,12 @@ class Tokenizer:
         no token, or the template cannot be used.
     """
     pad_id, eos_id = fast_tokenizer.pad_token_id, fast_tokenizer.eos_token_id
-    if pad_id is None or eos_id is None or pad_id == eos_id:
+    if eos_id is None:
+      raise ValueError(
+        'the tokenizer has no EOS token; name it as eos_token in '
+        'tokenizer_config.json (config.json has its number)'
+      )
+    if pad_id is None or pad_id == eos_id:
       raise ValueError(
         'the tokenizer needs a PAD and an EOS token that differ, found '
         f'pad_token={fast_tokenizer.pad_token!r} (id {pad_id}), '
@@ -150,6 +156,8 @@ class Tokenizer:
     self.end_ids: tuple[int, ...] = ()
     # The template's text before and after an answer, if it is known.
     self._around_answer: tuple[str, str] | None = None
+    # What the template puts before an answer only when it asks for one.
+    self.only_asked = ''
     if template == CHAT:
       self._chat_template = _checked_chat_template(fast_tokenizer.chat_template)
       self._read_template(set(stop_ids))
@@ -293,6 +301,16 @@ class Tokenizer:
 
   # --- Chat templates ---------------------------------------------------------
 
+  @property
+  def template_marks(self) -> tuple[str, ...]:
+    """Special tokens that the chat template puts around turns; () without."""
+    if self.template != CHAT:
+      return ()
+    turns = [{'role': 'user', 'content': '?'}]
+    text = self._render(turns, 'a question')
+    special = (token for token in self._added.values() if token.special)
+    return tuple(token.content for token in special if token.content in text)
+
   def _render(self, messages, name, add_generation_prompt=True):
     try:
       return self._fast_tokenizer.apply_chat_template(
@@ -329,13 +347,19 @@ class Tokenizer:
       return
     self.end_id = found_ends[0]
     self.end_ids = tuple(after_ids[after_ids.index(self.end_id) :])
-    if before.startswith(asked):
+    if not before.startswith(asked):
+      shared = len(os.path.commonprefix([before, asked]))
+      self.only_asked = asked[shared:]
+    else:
       end = self._fast_tokenizer.convert_ids_to_tokens(self.end_id)
       lead = before.removeprefix(asked)
       self._around_answer = (lead, after.partition(end)[0])
 
   def _spells_special(self, text):
-    return any(token.content in text for token in self._added.values())
+    # Other added tokens, such as Qwen3's <think>, are text to templates.
+    return any(
+      token.special and token.content in text for token in self._added.values()
+    )
 
   def _encode_chats(self, chats, add_generation_prompt=True):
     found, plain = [None] * len(chats), []

@@ -7,6 +7,7 @@ with.
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -24,12 +25,22 @@ _MAX_LINES = 20
 _AT_LEAST_ONE = (
   *('batch_size', 'eval_batch_size', 'eval_every', 'num_epochs'),
   *('num_microbatches', 'row_length', 'prompt_length', 'response_length'),
+  *('num_minibatches', 'num_episodes', 'samples_per_prompt', 'num_slices'),
+  *('checkpoint_every', 'words_per_document', 'prompts_per_user'),
+  'duplicate_prefix_words',
 )
 # Keys that mean the same in every stage, what their values must be, and whether
 # a value is so.
 _NUMBERS = (
   *((key, 'be at least 1', lambda x: x >= 1) for key in _AT_LEAST_ONE),
   ('learning_rate', 'be positive', lambda x: x > 0),
+  ('max_candidates', 'be at least 2', lambda x: x >= 2),
+  ('seed', 'not be negative', lambda x: x >= 0),
+  (
+    'kl_coef',
+    'be finite, and not negative',
+    lambda x: 0 <= x < math.inf,
+  ),
   (
     'temperature',
     'not be negative (0 takes the most probable token)',
@@ -205,14 +216,19 @@ def of_run(
 # --- Keys ---------------------------------------------------------------------
 
 
+def check_numbers(name: str, config: ConfigDict) -> None:
+  """ValueError with the stage's name and the key for a number out of range."""
+  for key, rule, holds in _NUMBERS:
+    if key not in config or config[key] is None:
+      continue
+    if not holds(config[key]):
+      raise ValueError(f'{name}: {key} must {rule}, got {config[key]}')
+
+
 def validate(stage: Stage) -> None:
   """Checks a stage's config; ValueError with the stage and the key."""
+  check_numbers(stage.name, stage.config)
   try:
-    for key, rule, holds in _NUMBERS:
-      if key not in stage.config or stage.config[key] is None:
-        continue
-      if not holds(stage.config[key]):
-        raise ValueError(f'{key} must {rule}, got {stage.config[key]}')
     stage.experiment.validate(stage.config)
   except ValueError as error:
     raise ValueError(f'{stage.name}: {error}') from error

@@ -164,6 +164,8 @@ class _Fields:
 def _check_rope_types(values):
   for name in ('rope_parameters', 'rope_scaling'):
     parameters = values.get(name) or {}
+    if not isinstance(parameters, Mapping):
+      raise ValueError(f'config.json: {name} = {parameters!r} is no object')
     for each in (parameters, *parameters.values()):
       if not isinstance(each, Mapping):
         continue
@@ -222,7 +224,14 @@ def read_config(config_json: Mapping[str, Any]) -> dict[str, Any]:
   if 'model_type' not in config_json:
     raise ValueError('config.json: model_type is missing')
   family = config_json['model_type']
-  if family not in FAMILIES:
+  if 'quantization_config' in config_json:
+    given = config_json['quantization_config']
+    method = given.get('quant_method', '') if isinstance(given, dict) else given
+    raise ValueError(
+      f'config.json: its weights are quantised ({method or "no method"}); '
+      'give the model as it was before, in float32, bfloat16 or float16'
+    )
+  if not isinstance(family, str) or family not in FAMILIES:
     raise ValueError(
       f'config.json: model_type {family!r} is not handled; known: '
       f'{", ".join(FAMILIES)}'

@@ -68,6 +68,19 @@ def _read_object(path):
   return values
 
 
+def shape_of(folder: pathlib.Path) -> TransformerConfig:
+  """The shape that a folder's config.json describes.
+
+  Raises:
+    ValueError: see `TransformerConfig.from_hf`; with the folder.
+  """
+  try:
+    return TransformerConfig.from_hf(read_config(folder))
+  except ValueError as error:
+    known = str(error).startswith(str(folder))
+    raise ValueError(f'{"" if known else f"{folder}: "}{error}') from error
+
+
 def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
   """Memory maps of the tensors in a folder's safetensors files.
 
@@ -87,13 +100,16 @@ def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
       raise ValueError(
         f'{folder}: {", ".join(pickled)} are pickles, which can run code when '
         'opened, and are not read. Convert them once, where that is safe: '
-        'transformers.AutoModelForCausalLM.from_pretrained(FOLDER)'
+        'transformers.AutoModelForCausalLM (of a reward model '
+        'AutoModelForSequenceClassification).from_pretrained(FOLDER)'
         '.save_pretrained(NEW_FOLDER) writes safetensors'
       )
     raise ValueError(
       f'{folder}: no *.safetensors file here; a model that comes as pickles '
       'alone (*.bin) has to be converted once: transformers.'
-      'AutoModelForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER)'
+      'AutoModelForCausalLM (of a reward model '
+      'AutoModelForSequenceClassification).from_pretrained(NAME)'
+      '.save_pretrained(FOLDER)'
     )
   index = folder / 'model.safetensors.index.json'
   if index.is_file():
@@ -132,9 +148,16 @@ def _open_file(path):
       header = json.loads(file.read(header_size))
     except ValueError as error:
       raise ValueError(f'{path}: damaged header ({error})') from error
+  if not isinstance(header, dict):
+    raise ValueError(f'{path}: damaged header (not an object); copy it again')
   header.pop('__metadata__', None)
   tensors = {}
   for name, entry in header.items():
+    if not _is_entry(entry):
+      raise ValueError(
+        f'{path}: damaged header (tensor {name}: {str(entry)[:80]}); copy the '
+        'file again'
+      )
     start, end = entry['data_offsets']
     if 8 + header_size + end > size:
       raise ValueError(
@@ -159,6 +182,24 @@ def _open_file(path):
   return tensors
 
 
+def _is_entry(entry) -> bool:
+  """Whether a header describes a tensor: dtype, shape and two offsets."""
+
+  def are_sizes(values, *length):
+    return (
+      isinstance(values, list)
+      and all(type(x) is int and x >= 0 for x in values)
+      and len(values) in (length or (len(values),))
+    )
+
+  return (
+    isinstance(entry, dict)
+    and isinstance(entry.get('dtype'), str)
+    and are_sizes(entry.get('shape'))
+    and are_sizes(entry.get('data_offsets'), 2)
+  )
+
+
 def published_config(folder: pathlib.Path) -> TransformerConfig:
   """The shape of a folder's language model, from config.json and its tensors.
 
@@ -168,11 +209,8 @@ def published_config(folder: pathlib.Path) -> TransformerConfig:
   Raises:
     ValueError: see `TransformerConfig.from_hf` and `open_tensors`.
   """
-  described = read_config(folder)
-  config = TransformerConfig.from_hf(described)
-  if config.tied and _other_unembedding(
-    described['model_type'], _open_named(folder, described['model_type'])
-  ):
+  family, config = read_config(folder).get('model_type'), shape_of(folder)
+  if config.tied and _other_unembedding(family, _open_named(folder, family)):
     return dataclasses.replace(config, tied=False)
   return config
 
@@ -229,23 +267,8 @@ def load_params(
       or not finite; or `config` is tied but the files hold an unembedding.
   """
   described = read_config(folder)
-  family = described['model_type']
-  published = dataclasses.replace(
-    TransformerConfig.from_hf(described), tied=config.tied
-  )
   scalar = 'head_kernel' in abstract
-  entries = families.entries(family, published, scalar)
-  tensors = _open_named(folder, family)
-  embedding, unembedding = families.embedding_names(family)
-  if config.tied and not scalar and embedding not in tensors:
-    if unembedding in tensors:  # One matrix, under its other name.
-      tensors[embedding] = tensors.pop(unembedding)
-  elif config.tied and not scalar and _other_unembedding(family, tensors):
-    raise ValueError(
-      f'{folder}: config.json says that the unembedding is the embedding, but '
-      f'{unembedding} holds another one'
-    )
-  _check_tensors(folder, family, entries, tensors, published)
+  entries, tensors = _find_tensors(folder, config.tied, scalar)
   structs = traverse_util.flatten_dict(abstract)
   params = {
     entry.path: _place(
@@ -258,6 +281,47 @@ def load_params(
     path = ('head_bias',)
     params[path] = jax.device_put(shift, structs[path].sharding)
   return traverse_util.unflatten_dict(params)
+
+
+def check_weights(folder: pathlib.Path, scalar: bool) -> None:
+  """Refuses a folder whose weights could not be loaded; reads all of them.
+
+  Args:
+    folder: holds config.json and safetensors files.
+    scalar: whether it is a reward model.
+
+  Raises:
+    ValueError: as `load_params`, which it saves from failing hours later.
+  """
+  shape = shape_of(folder) if scalar else published_config(folder)
+  entries, tensors = _find_tensors(folder, shape.tied, scalar)
+  for name in (name for entry in entries for name in _names(entry, shape)):
+    flat = _map_again(tensors[name]).reshape(-1)
+    step = _BLOCK_BYTES // flat.itemsize
+    for start in range(0, len(flat), step):
+      if not np.isfinite(flat[start : start + step]).all():
+        raise ValueError(
+          f'{folder}: tensor {name} holds NaN or infinity; copy the files again'
+        )
+
+
+def _find_tensors(folder, tied, scalar):
+  """(entries of the model, name -> tensor); ValueError as `load_params`."""
+  family = read_config(folder).get('model_type')
+  published = dataclasses.replace(shape_of(folder), tied=tied)
+  entries = families.entries(family, published, scalar)
+  tensors = _open_named(folder, family)
+  embedding, unembedding = families.embedding_names(family)
+  if tied and not scalar and embedding not in tensors:
+    if unembedding in tensors:  # One matrix, under its other name.
+      tensors[embedding] = tensors.pop(unembedding)
+  elif tied and not scalar and _other_unembedding(family, tensors):
+    raise ValueError(
+      f'{folder}: config.json says that the unembedding is the embedding, but '
+      f'{unembedding} holds another one'
+    )
+  _check_tensors(folder, family, entries, tensors, published)
+  return entries, tensors
 
 
 def _names(entry, config):

@@ -155,11 +155,17 @@ def sources_of(spec: str) -> list[tuple[str, str]]:
   """(format, path) of each part of 'FORMAT:PATH,FORMAT:PATH'.
 
   The format is one of `importers.FORMATS`, or '' for JSONL of our own.
+
+  Raises:
+    ValueError: a path comes twice.
   """
   found = []
   for part in filter(None, spec.split(',')):
     name, _, path = part.partition(':')
     found.append((name, path) if name in importers.FORMATS else ('', part))
+  paths = [path for _, path in found]
+  if twice := {path for path in paths if paths.count(path) > 1}:
+    raise ValueError(f'{spec}: {min(twice)} is given twice')
   return found
 
 
@@ -198,7 +204,10 @@ def read(
   kind, found = KINDS[key], ([], [])
   for name, path in sources_of(config[key]):
     own, before = collections.Counter(), sum(map(len, found))
-    for file, own_name in importers.names_of(files_of(path, name)).items():
+    files = files_of(path, name)
+    if unread := sources.unread(files, path):
+      run_lib.say(f'data: {key}: {path}: not read: {", ".join(unread[:20])}')
+    for file, own_name in importers.names_of(files).items():
       if name:
         imported = importers.FORMATS[name](file).named(file, own_name)
         own.update(imported.skipped)
@@ -277,7 +286,7 @@ def distinct_prompts(
 def propose_lengths(
   config: ConfigDict,
   tokenizer: tokenizer_lib.Tokenizer,
-  comparisons: Sequence[records.Comparison],
+  rows: Sequence[records.Record],
   context_length: int,
 ) -> dict[str, Any]:
   """Columns of prompts, responses and rows, with the shares that they keep.
@@ -288,26 +297,33 @@ def propose_lengths(
   Args:
     config: of the stage; lengths that it gives are taken.
     tokenizer: counts the tokens.
-    comparisons: to be measured.
+    rows: rankings, demonstrations and prompts, to be measured.
     context_length: of the model, in tokens.
 
   Raises:
     ValueError: no prompt can be read, or nothing fits.
   """
   rng = np.random.default_rng([config.seed, 1])
-  chosen = rng.permutation(len(comparisons))[:_NUM_MEASURED]
-  rows = [comparisons[i] for i in chosen]
+  chosen = rng.permutation(len(rows))[:_NUM_MEASURED]
+  rows = [rows[i] for i in chosen]
   encoded, refusals = loader.encode_prompts(rows, tokenizer)
-  read = [i for i, ids in enumerate(encoded) if ids is not None]
-  if not read:
-    raise ValueError(f'preferences: every prompt is refused: {refusals[0]}')
-  prompts = np.array([len(encoded[i]) for i in read])
+  kept = [i for i, ids in enumerate(encoded) if ids is not None]
+  if not kept:
+    raise ValueError(
+      f'preferences: the chat template refuses every prompt: {refusals[0]}; '
+      'leave out what it refuses, such as system turns, or give another one '
+      "(--config.template='User: {prompt} Assistant:')"
+    )
+  prompts = np.array([len(encoded[i]) for i in kept])
   longest = np.array(
     [
-      max(map(len, tokenizer.encode_responses(rows[i].completions, ended=True)))
-      for i in read
+      max(map(len, tokenizer.encode_responses(_answers(rows[i]), ended=True)))
+      if _answers(rows[i])
+      else 0
+      for i in kept
     ]
   )
+  answered = longest > 0
 
   def propose(key, lengths, room):
     if config[key] is not None:
@@ -316,19 +332,21 @@ def propose_lengths(
     wanted = int(-(-wanted // _MULTIPLE) * _MULTIPLE)
     return min(wanted, config[f'max_{key}'], room - room % _MULTIPLE)
 
-  response = propose('response_length', longest, context_length // 2)
+  answers = longest[answered]
+  response = propose('response_length', answers, context_length // 2)
   prompt = propose('prompt_length', prompts, context_length - response)
   if min(prompt, response) < _MIN_COLUMNS or prompt + response > context_length:
     raise ValueError(
       f'prompt_length {prompt} + response_length {response} do not fit the '
       f"model's context of {context_length} tokens"
     )
-  fits = prompts + longest <= prompt + response
+  whole = (prompts + longest)[answered]
+  fits = whole <= prompt + response
   if not fits.any():
     raise ValueError(
-      f'none of {len(read)} rankings fits prompt_length {prompt} + '
+      f'none of {len(whole)} answers fits prompt_length {prompt} + '
       f'response_length {response} tokens: the shortest has '
-      f'{(prompts + longest).min()}; raise max_prompt_length or '
+      f'{whole.min()}; raise max_prompt_length or '
       'max_response_length, or take a model with a longer context'
     )
   return {
@@ -338,10 +356,16 @@ def propose_lengths(
     'ptx_row_length': int(prompt + response),
     'dropped': {
       'prompts': float(np.mean(prompts > prompt)),
-      'rankings': float(1 - np.mean(fits)),
-      'answers longer than response_length': float(np.mean(longest > response)),
+      'rankings and demonstrations': float(1 - np.mean(fits)),
+      'answers longer than response_length': float(np.mean(answers > response)),
     },
   }
+
+
+def _answers(row: records.Record) -> tuple[str, ...]:
+  if isinstance(row, records.Demonstration):
+    return (row.response,)
+  return row.completions if isinstance(row, records.Comparison) else ()
 
 
 def describe_lengths(name: str, lengths: Mapping[str, Any]) -> str:
@@ -492,21 +516,27 @@ def fitting_rows(
   rows: Sequence[records.Comparison] | Sequence[records.Demonstration],
   tokenizer: tokenizer_lib.Tokenizer,
   row_length: int,
-) -> list:
-  """The rankings or demonstrations that fit a row, in the order given."""
+) -> tuple[list, int]:
+  """The rankings or demonstrations that fit a row, in the order given; and how
+  many others have a prompt that the chat template refuses."""
+  encoded, _ = loader.encode_prompts(rows, tokenizer)
+  readable = [
+    row for row, ids in zip(rows, encoded, strict=True) if ids is not None
+  ]
   rankings = [
     row
     if isinstance(row, records.Comparison)
     else records.Comparison(row.prompt, (row.response,), (1,), turns=row.turns)
-    for row in rows
+    for row in readable
   ]
   fitting = loader.fitting_comparisons(rankings, tokenizer, row_length)
   kept = set(map(id, fitting))
-  return [
+  found = [
     row
-    for row, ranking in zip(rows, rankings, strict=True)
+    for row, ranking in zip(readable, rankings, strict=True)
     if id(ranking) in kept
   ]
+  return found, len(rows) - len(readable)
 
 
 def draw_rows(rows: list, number: int, seed: int) -> list:
@@ -590,12 +620,25 @@ def load_tokenizer(config: ConfigDict) -> tokenizer_lib.Tokenizer:
   if template == tokenizer_lib.CHAT and tokenizer_lib.reads_clock(
     found.chat_template
   ):
-    date = datetime.date.fromisoformat(config.date)
+    try:
+      date = datetime.date.fromisoformat(config.date)
+    except ValueError as error:
+      raise ValueError(
+        f'date must be YYYY-MM-DD, such as 2026-01-31: {config.date!r}'
+      ) from error
     run_lib.say(
       f'{config.name}: the chat template reads the clock; it is told {date} '
       'from now on (date)'
     )
-  return found.with_format(template, (), date)
+  # On a command line a line break is written as in a string.
+  found = found.with_format(template.replace('\\n', '\n'), (), date)
+  if found.only_asked.strip():
+    run_lib.say(
+      f'{config.name}: the chat template puts {found.only_asked!r} before an '
+      'answer when it asks for one, and not in a conversation: answers are '
+      'learned behind it, as they are sampled'
+    )
+  return found
 
 
 def check_model(config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer) -> int:
@@ -606,8 +649,11 @@ def check_model(config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer) -> int:
   """
   model_folder.check(config.model, 'policy', tokenizer)
   if model_folder.is_published(config.model):
-    hf.open_tensors(hub.locate(config.model))  # Only now are they downloaded.
-  return model_folder.shape_of(config.model).context_length
+    # Only now are they downloaded.
+    hf.check_weights(hub.locate(config.model), False)
+  return config.context_length or (
+    model_folder.shape_of(config.model).context_length
+  )
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
@@ -671,14 +717,23 @@ def make_records(
   for key in ('demonstrations', 'prompts'):
     unused = f'{key} in files of a test split, by their names'
     skipped[unused] += len(given[key][1])
-  lengths = propose_lengths(config, tokenizer, comparisons, context_length)
+  refuse_templates(comparisons + demonstrations, tokenizer)
+  measured = (*comparisons, *demonstrations, *given['prompts'][0])
+  lengths = propose_lengths(config, tokenizer, measured, context_length)
 
   if test:
+    words = config.duplicate_prefix_words
     reserved = set(map(records.opening, test))
+    begun = {hygiene.beginning(row, words) for row in test}
     rows = (comparisons, demonstrations, given['prompts'][0])
     before = sum(map(len, rows))
     comparisons, demonstrations, prompts = (
-      [row for row in part if records.opening(row) not in reserved]
+      [
+        row
+        for row in part
+        if records.opening(row) not in reserved
+        and hygiene.beginning(row, words) not in begun
+      ]
       for part in rows
     )
     after = len(comparisons) + len(demonstrations) + len(prompts)
@@ -717,11 +772,20 @@ def make_records(
     if name == 'train':  # A prompt that is clean may begin the same way.
       given, own = own, without_personal_data(own)
       skipped['train records with personal data'] += len(given) - len(own)
-    fitting = fitting_rows(own, tokenizer, lengths['row_length'])
-    skipped[f'{name} records longer than row_length'] += len(own) - len(fitting)
+    fitting, refused = fitting_rows(own, tokenizer, lengths['row_length'])
+    skipped[f'{name} records whose prompt the chat template refuses'] += refused
+    longer = len(own) - len(fitting) - refused
+    skipped[f'{name} records longer than row_length'] += longer
     return fitting
 
-  files = {}
+  skipped.update(_of_hygiene(report))
+  files, drawn = {}, 'records beyond max_comparisons, _demonstrations or _valid'
+
+  def draw(rows, number):
+    found = draw_rows(rows, number, config.seed)
+    skipped[drawn] += len(rows) - len(found)
+    return found
+
   for split in ('train', 'valid'):
     number = {'train': config.max_comparisons, 'valid': config.max_valid}[split]
     reward, judge, crossed = judge_side(
@@ -733,17 +797,13 @@ def make_records(
     own = part(demonstrations, split)
     if not config.demonstrations:
       own = best_answers(reward)
-    if split == 'train':
-      own = draw_rows(own, config.max_demonstrations, config.seed)
-    else:
-      own = draw_rows(own, config.max_valid, config.seed)
+    most = {'train': config.max_demonstrations, 'valid': config.max_valid}
     files |= {
-      f'demonstrations_{split}': own,
-      f'comparisons_{split}': draw_rows(reward, number, config.seed),
+      f'demonstrations_{split}': draw(own, most[split]),
+      f'comparisons_{split}': draw(reward, number),
     }
     if config.judge_fraction:
-      judge = draw_rows(judge, number, config.seed)
-      files[f'judge_comparisons_{split}'] = judge
+      files[f'judge_comparisons_{split}'] = draw(judge, number)
   # Of a set that is given, no prompt is left out.
   of_test = dict.fromkeys(map(records.opening, test), 'test')
   split_of = of_test | split_of
@@ -752,26 +812,185 @@ def make_records(
     own = sum(given['demonstrations'], [])
     files['references_test'] = references(splits['test'], own, tokenizer)
   files |= {f'prompts_{name}': rows for name, rows in splits.items()}
-  files |= split_documents(config) | other_texts(config)
-  empty = [name for name, rows in files.items() if not rows]
-  if empty:
-    left_out = ', '.join(f'{n} {why}' for why, n in skipped.items() if n)
-    raise ValueError(
-      f'nothing is left for {", ".join(empty)}: of {report.given} prompts '
-      f'{report.duplicates} are duplicates and {report.over_long} are longer '
-      f'than prompt_length ({lengths["prompt_length"]} tokens); left out: '
-      f'{left_out or "nothing"}. Give more data, raise max_prompt_length and '
-      'max_response_length, or raise valid_fraction and test_fraction'
-    )
-  for name, least in config.least.items():
-    if name in files and len(files[name]) < least:
-      raise ValueError(
-        f'{name}: {len(files[name])} are left, and a batch takes {least}; give '
-        'more data, hold longer records (kept_fraction, max_prompt_length, '
-        'max_response_length), or lower batch_size of the stage'
-      )
+  documents = split_documents(config) | other_texts(config)
+  if learned := documents.get('documents_train'):
+    held = {
+      records.opening(document)
+      for name, part in documents.items()
+      if name != 'documents_train'
+      for document in part
+    }
+    kept = [row for row in learned if records.opening(row) not in held]
+    skipped['pieces of documents that are held out as well'] = len(
+      learned
+    ) - len(kept)
+    documents['documents_train'] = kept
+  files |= documents
+  check_files(config, files, skipped)
+  check_candidates(config, files)
   skipped['rankings whose prompt data hygiene left out'] = sum(
     records.opening(row) not in split_of for row in comparisons
   )
   counts = {reason: number for reason, number in skipped.items() if number}
+  used = kept_of(given, files, splits)
+  for key, (number, kept) in used.items():
+    if not kept:
+      raise ValueError(
+        f'{key}: none of {number} records is used: {_listed(counts)}. If they '
+        'begin alike, raise duplicate_prefix_words'
+      )
+  counts |= {
+    f'of {number} given {key}': number - kept
+    for key, (number, kept) in used.items()
+    if kept < number
+  }
   return files, lengths, {**report.to_json(), 'left_out': counts}
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+  return ', '.join(f'{n} {why}' for why, n in counts.items() if n) or 'nothing'
+
+
+def _of_hygiene(report: hygiene.HygieneReport) -> dict[str, int]:
+  """Reason -> prompts that hygiene dropped, for people."""
+  limits = report.limits
+  return {
+    f'prompts that begin with the same {limits["prefix_words"]} words as '
+    'another one (duplicate_prefix_words)': report.duplicates,
+    **{
+      f'prompts that the chat template refuses: {reason}': number
+      for reason, number in report.refused.items()
+    },
+    f'prompts longer than prompt_length ({limits["max_tokens"]} tokens)': (
+      report.over_long
+    ),
+    f'prompts beyond {limits["cap"]} of one user (prompts_per_user)': (
+      report.over_cap
+    ),
+    'training prompts with personal data': report.personal_data,
+  }
+
+
+def kept_of(given, files, splits) -> dict[str, tuple[int, int]]:
+  """Source that was given beside the rankings -> records, and those used."""
+  left = {
+    (records.composed(prompt.text), prompt.turns)
+    for part in splits.values()
+    for prompt in part
+  }
+  prompts = sum(given['prompts'], [])
+  found = {
+    'prompts': (
+      len(prompts),
+      sum((records.composed(p.text), p.turns) in left for p in prompts),
+    ),
+    'demonstrations': (
+      len(sum(given['demonstrations'], [])),
+      sum(
+        len(files[f'demonstrations_{split}']) for split in ('train', 'valid')
+      ),
+    ),
+  }
+  return {key: counts for key, counts in found.items() if counts[0]}
+
+
+def check_files(
+  config: ConfigDict,
+  files: Mapping[str, Sequence[Any]],
+  skipped: Mapping[str, int],
+) -> None:
+  """Refuses files that are empty, too small for a batch, or of ties alone.
+
+  Raises:
+    ValueError: names them, what was left out most, and the keys to change.
+  """
+  empty = [name for name, rows in files.items() if not rows]
+  if empty:
+    told = sorted(skipped.items(), key=lambda item: -item[1])
+    advice = 'Give more data, or change the keys named here'
+    if all(name.startswith('judge_') for name in empty):
+      advice = (
+        'The judge takes rankings of labelers and conversations of its own; '
+        'where each labeler ranked every prompt nothing is left: give '
+        '--config.judge_model=FOLDER, or --config.stages.data.judge_fraction=0 '
+        'with another judge'
+      )
+    elif any(name.endswith(('_valid', '_test')) for name in empty):
+      advice += (
+        '; prompts of one user, and prompts that open alike, go to one split '
+        'together, so one user or one opening alone cannot be split'
+      )
+    raise ValueError(
+      f'nothing is left for {", ".join(empty)}: left out: '
+      f'{_listed(dict(told))}. {advice}; raise max_prompt_length and '
+      'max_response_length, or valid_fraction and test_fraction'
+    )
+  rankings = {
+    name: sum(len(set(row.ranks)) > 1 for row in rows)
+    for name, rows in files.items()
+    if 'comparisons' in name
+  }
+  for name, number in rankings.items():
+    if not number:
+      raise ValueError(
+        f'{name}: all of its {len(files[name])} rankings are ties, which '
+        'prefer no answer; give others (--config.test_preferences for the '
+        'test set)'
+      )
+  for name, least in config.least.items():
+    number = rankings.get(name, len(files.get(name, ())))
+    if name in files and number < least:
+      raise ValueError(
+        f'{name}: {number} are left, and a batch takes {least}; give '
+        'more data, hold longer records (kept_fraction, max_prompt_length, '
+        'max_response_length), or lower batch_size of the stage'
+      )
+
+
+def check_candidates(config: ConfigDict, files: Mapping[str, Any]) -> None:
+  """Refuses rankings of more answers than the reward models take."""
+  rows = [
+    row for name, part in files.items() if 'comparisons' in name for row in part
+  ]
+  longest = max(rows, key=lambda row: len(row.completions))
+  number = len(longest.completions)
+  if config.max_answers and number > config.max_answers:
+    raise ValueError(
+      f'preferences: ranking {longest.id!r} has {number} answers, and the '
+      f'reward models take {config.max_answers}; give '
+      f'--config.stages.reward.max_candidates={number} and '
+      f'--config.stages.judge.max_candidates={number}'
+    )
+
+
+def refuse_templates(
+  rows: Sequence[records.Record], tokenizer: tokenizer_lib.Tokenizer
+) -> None:
+  """Refuses sources whose texts are in the model's chat template already.
+
+  It would be put around them a second time, and its marks would be learned as
+  letters. A few texts may quote a mark.
+
+  Raises:
+    ValueError: most of the records hold one; names it and the first record.
+  """
+  marks = tokenizer.template_marks
+  found = [
+    (row, mark)
+    for row in rows
+    for mark in marks
+    if mark in row.prompt or any(mark in text for text in _answers(row))
+  ]
+  number = len({id(row) for row, _ in found})
+  if 2 * number > len(rows):
+    row, mark = found[0]
+    raise ValueError(
+      f'{number} of {len(rows)} records hold {mark!r} of the chat template in '
+      f'their text, the first as {row.prompt[:60]!r} (id {row.id!r}); give '
+      'prompts and answers without it, or as lists of turns'
+    )
+  if number:
+    run_lib.say(
+      f'data: {number} of {len(rows)} records spell {found[0][1]!r} of the '
+      'chat template in their text; it is read as letters'
+    )

@@ -5,7 +5,9 @@ a function that adds an entry, `rated_reader` of one that reads a rating. Both
 report the bad entries of a file together, by line.
 """
 
+import ast
 import collections
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -30,6 +32,9 @@ _NO_INPUT = re.compile(
 )
 # Keys of messages that call a tool; their content may be missing.
 _CALLS = ('tool_calls', 'function_call', 'function_calls')
+# Keys of what a model thought before its answer.
+_THOUGHTS = ('reasoning_content', 'reasoning', 'thinking')
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]\s*:""")
 # Characters of the names of the fields that an error lists.
 _MOST_SHOWN = 300
 # Ranks of two answers.
@@ -339,8 +344,28 @@ class Entry:
       raise Skip('a text holds half of a character')
     return texts_of(value, self.where(key))
 
+  def holds_list(self, key: str) -> bool:
+    """Whether a field is a list, or the text of one of messages in a table."""
+    value = self.values.get(key)
+    return isinstance(value, list) or (
+      isinstance(value, str) and bool(_MESSAGES.match(value))
+    )
+
   def items(self, key: str) -> list:
-    """A list; empty for null."""
+    """A list; empty for null. A table may have its JSON, or Python's text of
+    it."""
+    value = self.values.get(key)
+    if not isinstance(value, list) and self.holds_list(key):
+      for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError):
+          if isinstance(found := parse(value), list):
+            return found
+      raise records.RecordError(
+        self.where(
+          f'{key!r} looks like a list of messages and is no JSON: '
+          f'{value[:60]!r}; save the table as JSONL or Parquet'
+        )
+      )
     return self.get(key, list, 'a list') or []
 
   def entries(self, key: str) -> list['Entry']:
@@ -371,6 +396,10 @@ class Entry:
       raise Skip('a message is neither system, user nor assistant')
     if any(self.values.get(key) for key in _CALLS):
       raise Skip('a message holds more than text')
+    if any(self.values.get(key) for key in _THOUGHTS):
+      raise Skip('a message holds reasoning beside its text')
+    if self.values.get('weight') == 0:
+      raise Skip('a message has weight 0, so it is not to be learned')
     if not isinstance(self.values.get('content'), list):
       return records.Turn(role, self.text('content'))
     parts = self.entries('content')

@@ -2,6 +2,7 @@
 
 import functools
 import os.path
+import re
 
 from instruct_jax.data import invisible, records
 from instruct_jax.data.importers.entries import (
@@ -15,6 +16,19 @@ from instruct_jax.data.importers.entries import (
   split_answers,
 )
 
+# Of chat templates, in texts.
+_MARK = re.compile(
+  r'<\|(?:im_start|start_header_id|system|user|assistant)\|>|\[INST\]'
+  r'|<start_of_turn>|<\uff5c(?:User|Assistant)\uff5c>'
+  r'|^### (?:Human|Assistant|Instruction|Response|User)\b',
+  re.MULTILINE,
+)
+
+
+def _dialogue(text: str) -> tuple[records.Turn, ...]:
+  """The turns of a text in HH's layout, whose first line breaks may be gone."""
+  return records.dialogue_turns('\n\n' * text.startswith('Human:') + text)
+
 
 @reader
 def read_hh(imported, entry):
@@ -23,9 +37,7 @@ def read_hh(imported, entry):
   Both texts are dialogues that differ in the assistant's last turn only. The
   chosen answers are what people chose among answers of models.
   """
-  sides = [
-    records.dialogue_turns(entry.text(name)) for name in ('chosen', 'rejected')
-  ]
+  sides = [_dialogue(entry.text(name)) for name in ('chosen', 'rejected')]
   # An even number of turns ends with the assistant's.
   if any(not side or len(side) % 2 for side in sides):
     return 'not a dialogue that ends with the assistant'
@@ -118,16 +130,13 @@ def _sides(entry, prompt='prompt', chosen='chosen', rejected='rejected'):
   A side is a text, the answer to the prompt; or messages, see `_conversation`.
   """
   given = entry.values.get(prompt)
-  if isinstance(given, list):
+  if entry.holds_list(prompt):
     asked_before = entry.messages(prompt)
   elif given is None:
     asked_before = ()
   else:
     asked_before = asked(entry.text(prompt))
-  are_lists = [
-    isinstance(entry.values.get(key), list) for key in (chosen, rejected)
-  ]
-  if not any(are_lists):
+  if not any(map(entry.holds_list, (chosen, rejected))):
     answers = [entry.text(chosen), entry.text(rejected)]
     if not asked_before:
       raise records.RecordError(
@@ -135,7 +144,7 @@ def _sides(entry, prompt='prompt', chosen='chosen', rejected='rejected'):
           f'{chosen!r} is a text and there is no {prompt!r} before it'
         )
       )
-    if isinstance(given, list):
+    if entry.holds_list(prompt):
       return asked_before, answers
     return entry.text(prompt), answers
   return split_answers(
@@ -182,9 +191,19 @@ def read_chosen_rejected(imported, entry):
   read as it is, and so are answers that are.
   """
   texts = [entry.values.get(key) for key in ('chosen', 'rejected')]
-  if 'prompt' in entry.values or not all(isinstance(t, str) for t in texts):
+  if (
+    'prompt' in entry.values
+    or any(map(entry.holds_list, ('chosen', 'rejected')))
+    or not all(isinstance(text, str) for text in texts)
+  ):
     prompt, answers = _sides(entry)
-  elif any(records.dialogue_turns(text) for text in texts):
+  elif found := next(filter(None, map(_MARK.search, texts)), None):
+    raise records.RecordError(
+      f"'chosen' and 'rejected' are written in a chat template, with "
+      f"{found[0]!r}; give lists of messages, or 'prompt' and answers without "
+      'its marks'
+    )
+  elif any(map(_dialogue, texts)):
     raise records.RecordError(
       "'chosen' and 'rejected' are dialogues of Anthropic HH; they are the "
       'format hh'
