@@ -586,9 +586,7 @@ def ranked(number, **changes):
 
 def test_what_is_given_and_not_used_is_told(data, tmp_path):
   rows = [ranked(i) for i in range(60)]
-  same = (
-    'You are an assistant that answers each question about a bird briefly: '
-  )
+  same = ' '.join('abcdefghijkl')  # Twelve words.
   prompts = [{'id': f'{i}', 'text': f'{same} {i}'} for i in range(30)]
   path = tmp_path / 'prompts.jsonl'
   path.write_text('\n'.join(map(json.dumps, prompts)))
