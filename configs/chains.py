@@ -99,21 +99,30 @@ def overopt(study):
   }
 
 
-def sizes(study):
-  """The same against reward models of three sizes, each from a pretrained model
-  of its size and an eighth of the rankings; value models are the policy's
-  size."""
-  changes = {'kl_coef': 0.0, 'num_episodes': 2 * study.stages.ppo.num_episodes}
+def reward_sizes(study):
+  """Reward models of three sizes, each from a pretrained model of its size and
+  an eighth of the rankings: stage -> weights, in units of the own."""
   few, found = reward_of(study, 1 / 8), {}
   for label, factor, share in (
     ('small', 0.5, 1 / 4), ('own', 1, 1.0), ('large', 2, 8.0),
   ):  # fmt: skip
     start = 'pretrain' if factor == 1 else sized(study, label, factor)
     model = {'init': f'{start}/model'}
-    reward = study.derive(few, f'reward_{label}', model)
-    stage = along(study, label, reward, value_from='policy', **changes)
-    found[stage] = share
+    found[study.derive(few, f'reward_{label}', model)] = share
   return found
+
+
+def sizes(study):
+  """Twice as much PPO, without a penalty, against each of those; value models
+  are the policy's size."""
+  changes = {'kl_coef': 0.0, 'num_episodes': 2 * study.stages.ppo.num_episodes}
+  return {
+    along(
+      study, reward.removeprefix('reward_'), reward, value_from='policy',
+      **changes,
+    ): share
+    for reward, share in reward_sizes(study).items()
+  }  # fmt: skip
 
 
 def with_beta(study, multiple: float) -> str:

@@ -65,7 +65,8 @@ def data_stage(seed, workdir):
   config.max_valid_words = 0  # Of each kind of held-out text; 0 is all.
   # File -> records that fill a batch of its stage; the recipe knows.
   config.least = ConfigDict(dict.fromkeys(LEAST, 0))
-  config.max_answers = 0  # Of a ranking; 0 is any number. The recipe knows.
+  # Stage -> answers of a ranking that it takes; the recipe knows.
+  config.max_answers = ConfigDict({'reward': 0, 'judge': 0})
   return config
 
 

@@ -19,16 +19,23 @@ from configs import best_of_n, common, miniature, sweeps
 from instruct_jax.evals import claims
 
 
-def judge(study: sweeps.Study) -> None:
-  """Sets the models of the last stage: all policies, and their starts."""
+def judge(study: sweeps.Study) -> str:
+  """Adds the last stage, which judges all policies and their starts.
+
+  Returns:
+    Its name, which is that of its models: other claims judge other ones.
+  """
   folders = {'rl_init': 'rl_init/model'}
   weights = {'ppo_ptx': 'ema', 'rloo': 'ema', 'dpo': 'model'}
   for name in study.order:
     if (experiment := study.stages[name].experiment) in weights:
       folders[name] = f'{name}/{weights[experiment]}'
-    if '_learning_rate_' in name and not name.startswith('reward'):
-      # Averages hide late divergence.
+  # Averages hide late divergence.
+  for sweep in ('rate', 'rate_ptx'):
+    for name in study.config.sweeps.get(sweep, ()):
       folders[f'{name}_policy'] = f'{name}/policy'
+      if name in study.order:
+        del folders[name]
   if 'pretrain_large' in study.order:
     folders['large'] = 'pretrain_large/model'
   text = ''
@@ -37,7 +44,6 @@ def judge(study: sweeps.Study) -> None:
     text = text + f'/{folder}'
   digest = hashlib.sha256(','.join(folders).encode()).hexdigest()
   changes = {
-    'name': f'judged_{digest[:8]}',  # Other claims judge other models.
     'cache': study.workdir + '/answers',
     'other_models': text,
     'num_prompts': 1_000,
@@ -46,10 +52,7 @@ def judge(study: sweeps.Study) -> None:
   changes |= dict.fromkeys(
     ('crossval', 'suite', 'test_comparisons', 'comparisons'), ''
   )
-  evaluate = study.stages.evaluate
-  for key, value in changes.items():
-    del evaluate[key]
-    evaluate[key] = value
+  return study.derive('evaluate', f'judged_{digest[:8]}', **changes)
 
 
 def of_seed(names, is_smoke: bool) -> ConfigDict:
@@ -74,12 +77,12 @@ def of_seed(names, is_smoke: bool) -> ConfigDict:
   study = sweeps.Study(config)
   for name in claims.needs(names):
     study.need(name)
-  judge(study)
+  last = judge(study)
   if is_smoke:
-    stages.evaluate.num_prompts = 48
+    stages[last].num_prompts = 48
   config.stage_order = (
     *('data', 'pretrain', 'sft', 'rl_init', 'compare', 'reward', 'select'),
-    *('ppo', 'ppo_ptx', *study.order, 'evaluate'),
+    *('ppo', 'ppo_ptx', *study.order),
   )
   config.lock()
   return config

@@ -299,12 +299,6 @@ def _load_published(folder, kind, mesh, end_ids, changes):
         'but its files hold another one, which is used, as in transformers'
       )
   config = _changed(folder, published, {'vocab_multiple': 128, **changes})
-  if config.vocab_size > published.embedding_rows + 1:
-    raise ValueError(
-      f'{folder} has {published.embedding_rows} embedding rows, but the '
-      f'tokenizer in use has {config.vocab_size} tokens; use the tokenizer of '
-      'that folder'
-    )
   params = hf.load_params(
     folder, config, model_fns.abstract_params(kind, config, mesh)
   )

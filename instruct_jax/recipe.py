@@ -82,18 +82,19 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> bool:
   preferences.validate(config.stages.data)
   check_stage(config)
   tokenizer = preferences.load_tokenizer(config.stages.data)
-  context_length = preferences.check_model(config.stages.data, tokenizer)
-  context_length = min([context_length, *check_models(config, tokenizer)])
   file = workdir / stages_lib.CONFIG_FILE
   before = run_lib.read_json(file) if run_lib.agreed(file.exists()) else {}
+  reads = not before and jax.process_index() == 0
+  own_length = preferences.check_model(config.stages.data, tokenizer, reads)
+  others = check_models(config, tokenizer, reads)
+  context_length = min([own_length, *others])
   with config.unlocked():
-    # Rows have to fit the given models, too.
-    config.stages.data.context_length = context_length
+    if context_length < own_length:  # Rows have to fit the given models, too.
+      config.stages.data.context_length = context_length
     leave_out_stages(config)
-    learning = set(config.stage_order) & {'reward', 'judge'}
-    config.stages.data.max_answers = min(
-      (config.stages[name].max_candidates for name in learning), default=0
-    )
+    for name in set(config.stage_order) & {'reward', 'judge'}:
+      most = config.stages[name].max_candidates
+      config.stages.data.max_answers[name] = most
     compare_models(config)
     if config.lora.rank is None:
       config.lora.rank = before.get('lora', {}).get('rank')
@@ -141,9 +142,11 @@ def check_given(config: ConfigDict, examples: Mapping[str, str]) -> None:
 
 
 def check_models(
-  config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer
+  config: ConfigDict,
+  tokenizer: tokenizer_lib.Tokenizer,
+  reads_weights: bool,
 ) -> list[int]:
-  """Refuses given models that the stages could not load; reads their weights.
+  """Refuses given models that the stages could not load.
 
   Policies and reward models read the run's ids; a judge may have a tokenizer of
   its own.
@@ -160,7 +163,7 @@ def check_models(
     if key == 'judge_model' and model_folder.is_published(folder):
       read = tokenizer_lib.Tokenizer.load(folder)
     model_folder.check(folder, kind, read)
-    if model_folder.is_published(folder):
+    if reads_weights and model_folder.is_published(folder):
       hf.check_weights(hub.locate(folder), kind == 'scalar')
     if read is tokenizer:
       contexts.append(model_folder.shape_of(folder).context_length)

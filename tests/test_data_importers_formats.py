@@ -672,14 +672,6 @@ def test_a_prompt_beside_whole_conversations(prompt, begin, expected, tmp_path):
       },
       'a message holds reasoning beside its text',
     ),
-    (
-      {
-        'prompt': 'Name a bird.',
-        'chosen': [ANSWERS[0] | {'weight': 0}],
-        'rejected': ANSWERS[1:],
-      },
-      'a message has weight 0, so it is not to be learned',
-    ),
   ],
 )
 def test_pairs_that_are_no_comparison_are_counted(row, reason, tmp_path):
@@ -728,6 +720,28 @@ def test_texts_in_a_chat_template_are_refused(asked, tmp_path):
   row = {'chosen': f'{asked}I am well.', 'rejected': f'{asked}I am bad.'}
   with pytest.raises(records.RecordError, match='jsonl:1: .* a chat template'):
     read(tmp_path, 'chosen_rejected', row)
+
+
+def test_headings_and_lists_in_texts_are_texts(tmp_path):
+  told = 'Write.\n### Response format\nA list. '
+  listed = '[{"role": "user", "content": "x"}]'
+  rows = [
+    {'chosen': f'{told}Owl', 'rejected': f'{told}No'},
+    {'prompt': f'{listed} What is it?', 'chosen': 'JSON', 'rejected': 'No'},
+  ]
+  found = read(tmp_path, 'chosen_rejected', *rows)
+  assert [row.prompt for row in found.comparisons] == [
+    told.rstrip(), rows[1]['prompt']
+  ]  # fmt: skip
+
+
+def test_answers_with_weight_0_are_context_alone(tmp_path):
+  messages = conversation('A', 'b', 'C', 'd')
+  messages[1]['weight'], messages[3]['weight'] = 0, 1
+  found = read(tmp_path, 'messages', {'messages': messages})
+  (row,) = found.demonstrations
+  assert row.response == ' d' and [t.content for t in row.turns] == [*'AbC']
+  assert sum(found.skipped.values()) == 1
 
 
 def test_dialogues_without_their_first_line_breaks(tmp_path):

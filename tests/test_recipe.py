@@ -609,6 +609,15 @@ def test_what_is_given_and_not_used_is_told(data, tmp_path):
     make_records(config)
 
 
+def test_prompts_of_the_rankings_may_be_given_again(data, tmp_path):
+  rows = [ranked(i) for i in range(60)]
+  path = tmp_path / 'prompts.jsonl'
+  prompts = [{'id': f'{i}', 'text': f'what IS {i}?'} for i in range(60)]
+  path.write_text('\n'.join(map(json.dumps, prompts)))
+  _, _, report = of_rows(data, tmp_path, rows, prompts=str(path))
+  assert not [why for why in report['left_out'] if 'given prompts' in why]
+
+
 def test_system_turns_that_a_template_refuses_are_told(data, tmp_path):
   folder = shutil.copytree(data / 'model', tmp_path / 'model')
   published.save_byte_tokenizer(folder, template=published.STRICT_TEMPLATE)
@@ -652,6 +661,13 @@ def test_long_rankings_and_wild_ranks_are_refused_at_once(data, tmp_path):
   of_rows(data, tmp_path, rows)  # Writes the file.
   said = refused(config, tmp_path / 'run')
   assert '--config.stages.reward.max_candidates=12' in said
+  # A test set teaches no reward model.
+  path = tmp_path / 'long.jsonl'
+  (tmp_path / 'rows.jsonl').rename(path)
+  short = [ranked(i) for i in range(60, 120)]
+  changes = {'test_preferences': str(path)}
+  files, _, _ = of_rows(data, tmp_path, short, **changes)
+  assert {len(row.completions) for row in files['comparisons_test']} == {12}
   with pytest.raises(ValueError, match=r"rows.jsonl:1: 'ranks' must be from 1"):
     of_rows(data, tmp_path, [ranked(0, ranks=[1, 17 * 10**11])])
 

@@ -54,7 +54,8 @@ _NO_DATA = (
   *('dataset_info.json', 'dataset_infos.json', _SPLITS),
   'written.json',
 )
-_TEST = re.compile(r'test(?:s|ing)?(?![a-z])')
+# testimonials.jsonl is no test set.
+_TEST = re.compile(r'test(?:s|ing|set|sets|data|file|files|split)?(?![a-z])')
 _LIST_FIELDS = ('completions', 'ranks', 'scores', 'turns')
 # Fields that may be given instead of another one.
 _OR = {'text': 'turns', 'prompt': 'turns', 'ranks': 'scores'}

@@ -4,7 +4,8 @@ A claim holds on a seed by one or more margins: numbers that are positive where
 it is so, read off the stages of that seed's run (`configs/study.py`). Over
 seeds, each margin has Student's 95 % interval. The claim holds if every
 interval lies above zero, does not hold if one lies below, and is not told apart
-otherwise. A seed on which a margin cannot be read is named, and left out of it.
+otherwise. Where a margin cannot be read on some seed, which may be one that
+diverged, the seed is named, and the claim cannot hold.
 
 Sections without a name are those of Ouyang et al. 2022.
 """
@@ -61,9 +62,8 @@ class Seed:
 
   @functools.cached_property
   def summary(self) -> dict[str, Any]:
-    """Of the stage that judges all policies."""
-    name = self.config['stages']['evaluate']['name']
-    return _read(self.folder / name / 'summary.json')
+    """Of the last stage, which judges all policies."""
+    return _read(self.folder / self.stages[-1] / 'summary.json')
 
   def sweep(self, name: str) -> dict[float, str]:
     """Value of the swept key -> stage, ascending."""
@@ -116,8 +116,7 @@ class Seed:
 
   def seconds(self, stage: str) -> float:
     """That a stage took."""
-    name = self.config['stages'].get(stage, {}).get('name', stage)
-    return float(_read(self.folder / name / 'seconds.json'))
+    return float(_read(self.folder / stage / 'seconds.json'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +209,8 @@ def verdict(claim: Claim, seeds: Sequence[Seed]) -> Verdict:
   intervals = [margin.interval for margin in margins.values()]
   if None in intervals:
     return Verdict(margins, NOT_MEASURED)
-  if all(interval.low > 0 for interval in intervals):
+  are_whole = not any(margin.missing for margin in margins.values())
+  if are_whole and all(interval.low > 0 for interval in intervals):
     return Verdict(margins, HOLDS)
   fails = any(interval.high < 0 for interval in intervals)
   return Verdict(margins, FAILS if fails else OPEN)
@@ -556,11 +556,6 @@ def _doubling(seed: Seed) -> float:
   points = _data_points(_accuracy)(seed)['']
   numbers, accuracies = zip(*points, strict=True)
   return float(np.polyfit(np.log2(numbers), accuracies, 1)[0])
-
-
-def _size_points(seed: Seed) -> Points:
-  sizes = ('small', 0.25), ('own', 1.0), ('large', 8.0)
-  return {'': [(x, _accuracy(seed, f'reward_{name}')) for name, x in sizes]}
 
 
 def _mixed(seed: Seed, value: float) -> str:
@@ -935,12 +930,16 @@ CLAIMS = {
     'Stiennon et al. 2020, 4.3 (1.1 points); Gao et al. 2022',
     'accuracy rises with each doubling of the rankings, by at most '
     f'{2 * A_POINT}',
-    ('data_reward', 'sizes'),
+    ('data_reward', 'reward_sizes'),
     {'room left': lambda s: A_POINT - abs(_doubling(s) - A_POINT)},
     (
       Panel('rankings', ACCURACY, _data_points(_accuracy)),
       Panel('rankings', LOG_LOSS, _data_points(_log_loss)),
-      Panel('weights, x the own, 1/8 of the rankings', ACCURACY, _size_points),
+      Panel(
+        'weights, x the own, 1/8 of the rankings',
+        ACCURACY,
+        _against('reward_sizes', _accuracy),
+      ),
     ),
   ),
   'R20': Claim(

@@ -85,7 +85,10 @@ MAY_CHANGE = {
   'num_processes': 'how many runs of a study go at a time',
   'seeds': 'which runs a study judges',
   'key_variable': 'which variable holds the key of a service',
+  'max_answers': 'what is refused beforehand',
 }
+# Keys that came later -> the value with which a stage does what it did before.
+_ADDED = {'max_demonstrations': 0, 'context_length': 0}
 
 
 def _dropout(stage: Mapping[str, Any]) -> float:
@@ -408,7 +411,10 @@ def _changes(stage, before):
       json.dumps(values[key]) if key in values else '(no such key)'
       for values in (before, stage.described)
     )
-    if old == new:
+    is_new = key not in before and key.rpartition('.')[2] in _ADDED
+    if old == new or (
+      is_new and stage.described[key] == _ADDED[key.rpartition('.')[2]]
+    ):
       continue
     text = f'{stage.prefix}{key}: {old} there, {new} now'
     if may_change(key, before) and may_change(key, stage.described):

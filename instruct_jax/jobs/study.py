@@ -273,7 +273,8 @@ def table(verdicts, seeds, hours, shared: float, is_smoke: bool) -> str:
     'without a correction for their number. Hours are of one seed, beside the '
     f'{shared:.2f} of what all claims share; a stage of several claims counts '
     'in each. Policies are judged with averaged weights, along RL with those '
-    'of the snapshot. Where fewer seeds count, their number stands behind. '
+    'of the snapshot. Where a margin cannot be read on some seed, those that '
+    'have it are counted in brackets, and the claim cannot hold. '
     'Judged by the gold utility of the miniature, a program: nothing here is a '
     'preference of people.',
     '',
@@ -294,8 +295,13 @@ def table(verdicts, seeds, hours, shared: float, is_smoke: bool) -> str:
     rows.append([*map(report.escape, cells), f'{hours[name]:.2f}'])
   titles = ['', 'claim', 'source', 'rule', 'margins', 'verdict', 'hours']
   lines += report.table(titles, rows)
-  for name in verdicts:
+  for name, found in verdicts.items():
     lines += ['', f'## {name}', '', f'![{name}]({name}.png)']
+    lines += [
+      f'\n{report.escape(what)} cannot be read: {report.escape(reason)}'
+      for what, margin in found.margins.items()
+      for reason in margin.missing
+    ]
   return '\n'.join(lines) + '\n'
 
 

@@ -224,8 +224,7 @@ def read_config(config_json: Mapping[str, Any]) -> dict[str, Any]:
   if 'model_type' not in config_json:
     raise ValueError('config.json: model_type is missing')
   family = config_json['model_type']
-  if 'quantization_config' in config_json:
-    given = config_json['quantization_config']
+  if given := config_json.get('quantization_config'):
     method = given.get('quant_method', '') if isinstance(given, dict) else given
     raise ValueError(
       f'config.json: its weights are quantised ({method or "no method"}); '

@@ -295,11 +295,12 @@ def check_weights(folder: pathlib.Path, scalar: bool) -> None:
   """
   shape = shape_of(folder) if scalar else published_config(folder)
   entries, tensors = _find_tensors(folder, shape.tied, scalar)
-  for name in (name for entry in entries for name in _names(entry, shape)):
-    flat = _map_again(tensors[name]).reshape(-1)
-    step = _BLOCK_BYTES // flat.itemsize
-    for start in range(0, len(flat), step):
-      if not np.isfinite(flat[start : start + step]).all():
+  names = dict.fromkeys(x for entry in entries for x in _names(entry, shape))
+  for name in names:
+    size, step = tensors[name].size, _BLOCK_BYTES // tensors[name].itemsize
+    for start in range(0, size, step):
+      block = _map_again(tensors[name]).reshape(-1)[start : start + step]
+      if not np.isfinite(block).all():
         raise ValueError(
           f'{folder}: tensor {name} holds NaN or infinity; copy the files again'
         )

@@ -9,6 +9,7 @@ of rows are measured in tokens of the model and written to lengths.json.
 
 import collections
 import datetime
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -111,7 +112,8 @@ def validate(config: ConfigDict) -> None:
       f'{config.valid_fraction} + {config.test_fraction}'
     )
   for key in config:
-    if key.startswith('max_') and config[key] < 0:
+    is_number = not isinstance(config[key], ConfigDict)
+    if key.startswith('max_') and is_number and config[key] < 0:
       raise ValueError(f'{key} must be 0 or more: {config[key]}')
   if not 0 < config.kept_fraction <= 1:
     raise ValueError(f'kept_fraction must be in (0, 1]: {config.kept_fraction}')
@@ -304,26 +306,36 @@ def propose_lengths(
     ValueError: no prompt can be read, or nothing fits.
   """
   rng = np.random.default_rng([config.seed, 1])
-  chosen = rng.permutation(len(rows))[:_NUM_MEASURED]
-  rows = [rows[i] for i in chosen]
+
+  def drawn(rows):
+    return [rows[i] for i in rng.permutation(len(rows))[:_NUM_MEASURED]]
+
+  answered = drawn([row for row in rows if _answers(row)])
+  rows = answered + drawn([row for row in rows if not _answers(row)])
   encoded, refusals = loader.encode_prompts(rows, tokenizer)
-  kept = [i for i, ids in enumerate(encoded) if ids is not None]
-  if not kept:
+  if all(ids is None for ids in encoded):
     raise ValueError(
       f'preferences: the chat template refuses every prompt: {refusals[0]}; '
       'leave out what it refuses, such as system turns, or give another one '
       "(--config.template='User: {prompt} Assistant:')"
     )
-  prompts = np.array([len(encoded[i]) for i in kept])
-  longest = np.array(
+  prompts = np.array([len(ids) for ids in encoded if ids is not None])
+  both = np.array(
     [
-      max(map(len, tokenizer.encode_responses(_answers(rows[i]), ended=True)))
-      if _answers(rows[i])
-      else 0
-      for i in kept
+      (
+        len(ids),
+        max(map(len, tokenizer.encode_responses(_answers(row), ended=True))),
+      )
+      for row, ids in zip(answered, encoded, strict=False)
+      if ids is not None
     ]
-  )
-  answered = longest > 0
+  ).reshape(-1, 2)
+  if not len(both):
+    raise ValueError(
+      'preferences: the chat template refuses every prompt that has an answer: '
+      f'{refusals[0]}'
+    )
+  answers, whole = both[:, 1], both.sum(axis=1)
 
   def propose(key, lengths, room):
     if config[key] is not None:
@@ -332,7 +344,6 @@ def propose_lengths(
     wanted = int(-(-wanted // _MULTIPLE) * _MULTIPLE)
     return min(wanted, config[f'max_{key}'], room - room % _MULTIPLE)
 
-  answers = longest[answered]
   response = propose('response_length', answers, context_length // 2)
   prompt = propose('prompt_length', prompts, context_length - response)
   if min(prompt, response) < _MIN_COLUMNS or prompt + response > context_length:
@@ -340,7 +351,6 @@ def propose_lengths(
       f'prompt_length {prompt} + response_length {response} do not fit the '
       f"model's context of {context_length} tokens"
     )
-  whole = (prompts + longest)[answered]
   fits = whole <= prompt + response
   if not fits.any():
     raise ValueError(
@@ -641,19 +651,29 @@ def load_tokenizer(config: ConfigDict) -> tokenizer_lib.Tokenizer:
   return found
 
 
-def check_model(config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer) -> int:
+def check_model(
+  config: ConfigDict,
+  tokenizer: tokenizer_lib.Tokenizer,
+  reads_weights: bool = False,
+) -> int:
   """The model's context length in tokens, once it is known that it loads.
+
+  Args:
+    config: of the stage.
+    tokenizer: of all stages.
+    reads_weights: whether to look at every number, too.
 
   Raises:
     ValueError: a family, config field, weights or tokenizer that does not fit.
   """
   model_folder.check(config.model, 'policy', tokenizer)
   if model_folder.is_published(config.model):
-    # Only now are they downloaded.
-    hf.check_weights(hub.locate(config.model), False)
-  return config.context_length or (
-    model_folder.shape_of(config.model).context_length
-  )
+    check_fn = hf.open_tensors
+    if reads_weights:
+      check_fn = functools.partial(hf.check_weights, scalar=False)
+    check_fn(hub.locate(config.model))  # Only now are they downloaded.
+  length = model_folder.shape_of(config.model).context_length
+  return min(length, config.context_length or length)
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
@@ -832,7 +852,7 @@ def make_records(
     records.opening(row) not in split_of for row in comparisons
   )
   counts = {reason: number for reason, number in skipped.items() if number}
-  used = kept_of(given, files, splits)
+  used = kept_of(config, given, files, splits)
   for key, (number, kept) in used.items():
     if not kept:
       raise ValueError(
@@ -871,27 +891,33 @@ def _of_hygiene(report: hygiene.HygieneReport) -> dict[str, int]:
   }
 
 
-def kept_of(given, files, splits) -> dict[str, tuple[int, int]]:
-  """Source that was given beside the rankings -> records, and those used."""
-  left = {
-    (records.composed(prompt.text), prompt.turns)
-    for part in splits.values()
-    for prompt in part
-  }
+def kept_of(
+  config: ConfigDict, given, files, splits
+) -> dict[str, tuple[int, int]]:
+  """Source that was given beside the rankings -> records, and those used.
+
+  A prompt that another source has as well is used, whoever's copy was kept.
+  """
   prompts = sum(given['prompts'], [])
+  demonstrations = sum(given['demonstrations'], [])
+  left = {_words(prompt) for part in splits.values() for prompt in part}
+  learned = files['demonstrations_train'] + files['demonstrations_valid']
   found = {
-    'prompts': (
-      len(prompts),
-      sum((records.composed(p.text), p.turns) in left for p in prompts),
-    ),
+    'prompts': (len(prompts), sum(_words(p) in left for p in prompts)),
     'demonstrations': (
-      len(sum(given['demonstrations'], [])),
-      sum(
-        len(files[f'demonstrations_{split}']) for split in ('train', 'valid')
-      ),
+      len(demonstrations),
+      len(learned) if config.demonstrations else 0,
     ),
   }
   return {key: counts for key, counts in found.items() if counts[0]}
+
+
+def _words(prompt: records.Prompt) -> tuple[tuple[str, str], ...]:
+  """What two copies of a prompt have in common, as turns or as text."""
+  return tuple(
+    (turn.role, records.comparable(turn.content))
+    for turn in records.conversation(prompt)
+  )
 
 
 def check_files(
@@ -938,29 +964,29 @@ def check_files(
         'test set)'
       )
   for name, least in config.least.items():
-    number = rankings.get(name, len(files.get(name, ())))
-    if name in files and number < least:
+    if name in files and len(files[name]) < least:
       raise ValueError(
-        f'{name}: {number} are left, and a batch takes {least}; give '
+        f'{name}: {len(files[name])} are left, and a batch takes {least}; give '
         'more data, hold longer records (kept_fraction, max_prompt_length, '
         'max_response_length), or lower batch_size of the stage'
       )
 
 
 def check_candidates(config: ConfigDict, files: Mapping[str, Any]) -> None:
-  """Refuses rankings of more answers than the reward models take."""
-  rows = [
-    row for name, part in files.items() if 'comparisons' in name for row in part
-  ]
-  longest = max(rows, key=lambda row: len(row.completions))
-  number = len(longest.completions)
-  if config.max_answers and number > config.max_answers:
-    raise ValueError(
-      f'preferences: ranking {longest.id!r} has {number} answers, and the '
-      f'reward models take {config.max_answers}; give '
-      f'--config.stages.reward.max_candidates={number} and '
-      f'--config.stages.judge.max_candidates={number}'
-    )
+  """Refuses rankings of more answers than the model that they teach takes."""
+  for name, rows in files.items():
+    stage = 'judge' if name.startswith('judge_') else 'reward'
+    most = config.max_answers.get(stage, 0)
+    if 'comparisons' not in name or name == 'comparisons_test' or not most:
+      continue
+    longest = max(rows, key=lambda row: len(row.completions))
+    number = len(longest.completions)
+    if number > most:
+      raise ValueError(
+        f'preferences: ranking {longest.id!r} has {number} answers, and stage '
+        f'{stage} takes {most}; give '
+        f'--config.stages.{stage}.max_candidates={number}'
+      )
 
 
 def refuse_templates(

@@ -57,6 +57,9 @@ def read_messages(imported, entry):
     if any(invisible.is_blank(text) for text in (before[-1].content, answer)):
       imported.skip('a question or an answer is empty')
       continue
+    if entry.items('messages')[number].get('weight') == 0:
+      imported.skip('an answer with weight 0, which is not to be learned')
+      continue
     row = records.Demonstration(
       records.text_of_turns(before),
       f' {answer.strip()}',

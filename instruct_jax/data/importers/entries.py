@@ -347,26 +347,12 @@ class Entry:
   def holds_list(self, key: str) -> bool:
     """Whether a field is a list, or the text of one of messages in a table."""
     value = self.values.get(key)
-    return isinstance(value, list) or (
-      isinstance(value, str) and bool(_MESSAGES.match(value))
-    )
+    return isinstance(value, list) or _messages_in(value) is not None
 
   def items(self, key: str) -> list:
-    """A list; empty for null. A table may have its JSON, or Python's text of
-    it."""
-    value = self.values.get(key)
-    if not isinstance(value, list) and self.holds_list(key):
-      for parse in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError):
-          if isinstance(found := parse(value), list):
-            return found
-      raise records.RecordError(
-        self.where(
-          f'{key!r} looks like a list of messages and is no JSON: '
-          f'{value[:60]!r}; save the table as JSONL or Parquet'
-        )
-      )
-    return self.get(key, list, 'a list') or []
+    """A list; empty for null. A table's cell may have the text of messages."""
+    found = _messages_in(self.values.get(key))
+    return self.get(key, list, 'a list') or [] if found is None else found
 
   def entries(self, key: str) -> list['Entry']:
     """The objects of a list."""
@@ -398,8 +384,6 @@ class Entry:
       raise Skip('a message holds more than text')
     if any(self.values.get(key) for key in _THOUGHTS):
       raise Skip('a message holds reasoning beside its text')
-    if self.values.get('weight') == 0:
-      raise Skip('a message has weight 0, so it is not to be learned')
     if not isinstance(self.values.get('content'), list):
       return records.Turn(role, self.text('content'))
     parts = self.entries('content')
@@ -416,6 +400,33 @@ class Entry:
       and (not isinstance(value, str) or records.encodable(value))
       and (not isinstance(value, float) or math.isfinite(value))
     }
+
+
+def _messages_in(value: Any) -> list | None:
+  """The messages of a text that is nothing but their list, as JSON or as Python
+  writes it; None of anything else.
+
+  Raises:
+    RecordError: a list of messages that cannot be read, such as pandas writes
+      of arrays.
+  """
+  if not isinstance(value, str) or not _MESSAGES.match(value):
+    return None
+  for parse in (json.loads, ast.literal_eval):
+    with contextlib.suppress(ValueError, SyntaxError, RecursionError):
+      found = parse(value.strip())
+      if isinstance(found, list) and all(
+        isinstance(one, dict) and {'role', 'content'} <= set(one)
+        for one in found
+      ):
+        return found
+      return None
+  if value.rstrip().endswith(('}]', '} ]')):
+    raise records.RecordError(
+      f'a cell looks like a list of messages and is no JSON: {value[:60]!r}; '
+      'save the table as JSONL or Parquet'
+    )
+  return None
 
 
 def texts_of(items: list, where: str) -> list[str]:

@@ -20,7 +20,7 @@ from instruct_jax.data.importers.entries import (
 _MARK = re.compile(
   r'<\|(?:im_start|start_header_id|system|user|assistant)\|>|\[INST\]'
   r'|<start_of_turn>|<\uff5c(?:User|Assistant)\uff5c>'
-  r'|^### (?:Human|Assistant|Instruction|Response|User)\b',
+  r'|^### (?:Human|Assistant|Instruction|Response|User):',
   re.MULTILINE,
 )
 
