@@ -768,7 +768,7 @@ def test_cells_with_the_text_of_messages(write, tmp_path):
     writer = csv.writer(file)
     writer.writerows([row, [write(cell) for cell in row.values()]])
   assert ranked(FORMATS['chosen_rejected'](path)) == expected
-  path.write_text(path.read_text().replace('}]', '} <more>]'))
+  path.write_text(path.read_text().replace('}]', '} {}]'))
   with pytest.raises(records.RecordError, match='csv:2: .*JSONL or Parquet'):
     FORMATS['chosen_rejected'](path)
 
