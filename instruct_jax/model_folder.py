@@ -71,18 +71,18 @@ def check(
         families.score_pad_id(values)
       except ValueError as error:
         raise ValueError(f'{directory}: {error}') from error
-    if tokenizer.vocab_size > shape.embedding_rows + 1:
-      raise ValueError(
-        f'{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the '
-        f'embedding {shape.embedding_rows} rows; tokens that were added need '
-        'weights: take the folder of the model that was trained with them'
-      )
     for name in _architectures(folder, values):
       if kind == 'policy' and name.endswith('ForSequenceClassification'):
         raise ValueError(
           f'{directory}: config.json: {name} is a reward model; a policy is a '
           'language model'
         )
+    if tokenizer.vocab_size > shape.embedding_rows + 1:
+      raise ValueError(
+        f'{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the '
+        f'embedding {shape.embedding_rows} rows; tokens that were added need '
+        'weights: take the folder of the model that was trained with them'
+      )
     return {'kind': kind, 'about': {'from': str(folder)}}
   _refuse_other_formats(directory)
   described = checkpoint.load_metadata(directory)
@@ -100,6 +100,12 @@ def check(
   if 'base' in described:
     _find_base(directory, described['base'])
   return described
+
+
+def check_weights(directory: epath.PathLike, kind: str) -> None:
+  """Reads all weights of a published folder; see `hf.check_weights`."""
+  if is_published(directory):
+    hf.check_weights(hub.locate(str(directory)), kind == 'scalar')
 
 
 def _architectures(folder, values) -> list[str]:

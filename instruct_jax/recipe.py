@@ -16,13 +16,12 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from instruct_jax import hub, judge_fns, model_fns, model_folder, queries
+from instruct_jax import judge_fns, model_fns, model_folder, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import cost, origin, pipeline, sharding
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import stages as stages_lib
 from instruct_jax.jobs import plan
-from instruct_jax.models import hf
 from instruct_jax.models.config import TransformerConfig, check_stage
 from instruct_jax.types import PromptBatch
 from instruct_jax.worlds import preferences
@@ -163,8 +162,8 @@ def check_models(
     if key == 'judge_model' and model_folder.is_published(folder):
       read = tokenizer_lib.Tokenizer.load(folder)
     model_folder.check(folder, kind, read)
-    if reads_weights and model_folder.is_published(folder):
-      hf.check_weights(hub.locate(folder), kind == 'scalar')
+    if reads_weights:
+      model_folder.check_weights(folder, kind)
     if read is tokenizer:
       contexts.append(model_folder.shape_of(folder).context_length)
   return contexts

@@ -48,6 +48,7 @@ FOLLOWED = {
   'though': 'tests/test_resume.py',
   'put the former one back': 'tests/test_lora.py',
   'make room, or give a --workdir elsewhere': 'tests/test_recipe.py',
+  'The same command goes on from where': 'tests/test_study.py',
   'and the services show the rest as a new run': 'tests/test_infra_logger.py',
 }
 # Advice to get something elsewhere again, which no test can do for the user;

@@ -383,11 +383,13 @@ def test_a_seed_that_fails_leaves_the_others(config, tmp_path, monkeypatch):
   parent = config_file.get_config('R7')
   parent.seeds = '1,2'
 
+  code = {1: 3, 2: 0}
+
   def stand_in(config_, folder, seed):
     del config_
-    if seed == 2:
-      made_up(folder / 'seed_2', config, 2, better=0.1)
-    script = f'import sys; print("error: no room"); sys.exit({3 * (seed == 1)})'
+    if not code[seed]:
+      made_up(folder / f'seed_{seed}', config, seed, better=0.1)
+    script = f'import sys; print("error: no room"); sys.exit({code[seed]})'
     return [sys.executable, '-c', script]
 
   monkeypatch.setattr(study, 'command_of', stand_in)
@@ -396,6 +398,8 @@ def test_a_seed_that_fails_leaves_the_others(config, tmp_path, monkeypatch):
   saved = json.loads((tmp_path / 'study.json').read_text())
   assert saved['seeds'] == [2] and saved['seconds']['2']['ppo'] == 36.0
   assert '| R7 |' in (tmp_path / 'study.md').read_text()
+  code[1] = 0  # The same command goes on.
+  assert study.run(parent, epath.Path(tmp_path)) == {'seeds': [1, 2]}
 
 
 def test_a_claim_whose_stage_left_no_figures_is_named(

@@ -149,7 +149,7 @@ def _open_file(path):
     except ValueError as error:
       raise ValueError(f'{path}: damaged header ({error})') from error
   if not isinstance(header, dict):
-    raise ValueError(f'{path}: damaged header (not an object); copy it again')
+    raise ValueError(f'{path}: damaged header (no object); copy the file again')
   header.pop('__metadata__', None)
   tensors = {}
   for name, entry in header.items():
@@ -302,7 +302,7 @@ def check_weights(folder: pathlib.Path, scalar: bool) -> None:
       block = _map_again(tensors[name]).reshape(-1)[start : start + step]
       if not np.isfinite(block).all():
         raise ValueError(
-          f'{folder}: tensor {name} holds NaN or infinity; copy the files again'
+          f'{folder}: tensor {name} holds NaN or infinity; copy the file again'
         )
 
 
