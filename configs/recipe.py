@@ -36,7 +36,7 @@ def data_stage(seed, workdir):
   config.template = 'auto'
   config.date = '2026-01-01'  # For templates that print today's.
   # FORMAT:PATH of `data.importers`, or JSONL of ours; several, comma between.
-  # Files of a folder whose names begin with 'test' are held out.
+  # Files of a folder whose names begin with the word 'test' are held out.
   config.preferences = ''
   config.test_preferences = ''  # Instead of a share of them.
   config.demonstrations = ''  # '' takes the best answers of the rankings.

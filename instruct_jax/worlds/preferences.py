@@ -9,7 +9,6 @@ of rows are measured in tokens of the model and written to lengths.json.
 
 import collections
 import datetime
-import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -192,8 +191,8 @@ def read(
 ) -> tuple[list[records.Record], list[records.Record]]:
   """Records of the sources of a key: (to be split, of a test split).
 
-  Files of a folder whose names, or whose folders' in it, begin with 'test' are
-  its test split.
+  Files of a folder whose names, or whose folders' in it, begin with the word
+  'test' are its test split.
 
   Args:
     config: of the stage.
@@ -485,19 +484,13 @@ def references(
 ) -> list[samples.Sample]:
   """The demonstration of each prompt that has one, as an answer to compare."""
 
-  def asked(row):
-    turns = records.conversation(row)
-    return tuple(
-      (turn.role, records.comparable(turn.content)) for turn in turns
-    )
-
   found = {}
   for row in rows:
-    found.setdefault(asked(row), row.response)
+    found.setdefault(_words(row), row.response)
   kept = [
-    (prompt, found[asked(prompt)])
+    (prompt, found[_words(prompt)])
     for prompt in prompts
-    if asked(prompt) in found
+    if _words(prompt) in found
   ]
   texts = [text for _, text in kept]
   ids = tokenizer.encode_responses(texts, ended=True) if texts else []
@@ -667,11 +660,10 @@ def check_model(
     ValueError: a family, config field, weights or tokenizer that does not fit.
   """
   model_folder.check(config.model, 'policy', tokenizer)
-  if model_folder.is_published(config.model):
-    check_fn = hf.open_tensors
-    if reads_weights:
-      check_fn = functools.partial(hf.check_weights, scalar=False)
-    check_fn(hub.locate(config.model))  # Only now are they downloaded.
+  if reads_weights:  # Only now are they downloaded.
+    model_folder.check_weights(config.model, 'policy')
+  elif model_folder.is_published(config.model):
+    hf.open_tensors(hub.locate(config.model))
   length = model_folder.shape_of(config.model).context_length
   return min(length, config.context_length or length)
 
@@ -912,12 +904,10 @@ def kept_of(
   return {key: counts for key, counts in found.items() if counts[0]}
 
 
-def _words(prompt: records.Prompt) -> tuple[tuple[str, str], ...]:
+def _words(row: records.Prompt | records.Demonstration) -> tuple:
   """What two copies of a prompt have in common, as turns or as text."""
-  return tuple(
-    (turn.role, records.comparable(turn.content))
-    for turn in records.conversation(prompt)
-  )
+  turns = records.conversation(row)
+  return tuple((turn.role, records.comparable(turn.content)) for turn in turns)
 
 
 def check_files(
@@ -976,7 +966,7 @@ def check_candidates(config: ConfigDict, files: Mapping[str, Any]) -> None:
   """Refuses rankings of more answers than the model that they teach takes."""
   for name, rows in files.items():
     stage = 'judge' if name.startswith('judge_') else 'reward'
-    most = config.max_answers.get(stage, 0)
+    most = config.max_answers[stage]
     if 'comparisons' not in name or name == 'comparisons_test' or not most:
       continue
     longest = max(rows, key=lambda row: len(row.completions))
