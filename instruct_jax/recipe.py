@@ -24,7 +24,12 @@ from instruct_jax.infra import stages as stages_lib
 from instruct_jax.jobs import plan
 from instruct_jax.models.config import TransformerConfig, check_stage
 from instruct_jax.types import PromptBatch
-from instruct_jax.worlds import preferences
+from instruct_jax.worlds import (
+  preference_lengths,
+  preference_sources,
+  preference_splits,
+  preferences,
+)
 
 # Bytes of a weight in PPO: policy and value model with gradient and two moments
 # of Adam, average, reference and reward model; with adapters two bases alone.
@@ -249,7 +254,7 @@ def compare_models(config: ConfigDict) -> None:
   compared = {'pretrained': config.model, 'sft': sft, **trained}
   pairs = ['ppo_ptx=ppo'] * (len(trained) == 2)
   if config.stages.data.references:
-    name = preferences.REFERENCES
+    name = preference_splits.REFERENCES
     compared[name] = workdir + f'/data/{name}_test.jsonl'
     pairs += [f'{each}={name}' for each in trained]
   evaluate.models = listed(compared)
@@ -258,7 +263,7 @@ def compare_models(config: ConfigDict) -> None:
   evaluate.reference = 'sft' if config.sft_model else 'rl_init'
   evaluate.prompted = evaluate.prefixes = evaluate.crossval = ''
   evaluate.suite = workdir + '/nlp_suite/suite.json'
-  data, kinds = workdir + '/data', preferences.other_documents(config)
+  data, kinds = workdir + '/data', preference_sources.other_documents(config)
   texts = {'pretraining': data + '/documents_valid.jsonl'}
   texts |= {kind: data + f'/documents_{kind}.jsonl' for kind in kinds}
   if not config.documents:
@@ -394,7 +399,7 @@ def describe(
   files, lengths, report = preferences.make_records(
     data, tokenizer, context_length
   )
-  run_lib.say(preferences.describe_lengths('data', lengths))
+  run_lib.say(preference_lengths.describe_lengths('data', lengths))
   for name, rows in files.items():
     run_lib.say(f'data: {len(rows):,} {name}')
   for reason, number in report['left_out'].items():

@@ -16,7 +16,7 @@ import pytest
 
 from instruct_jax.data import __main__ as data_main
 from instruct_jax.data import convert, importers, records, sources
-from instruct_jax.worlds import preferences
+from instruct_jax.worlds import preference_sources
 
 FORMATS = importers.FORMATS
 # Upstream's names of files, where they are part of the format.
@@ -1352,7 +1352,7 @@ def test_a_folder_of_folders_is_a_repository_of_the_hub(tmp_path, capsys):
     )
   spec = f'argilla:{tmp_path / "parquet"}'
   config = ml_collections.ConfigDict({'preferences': spec})
-  split, held_out = preferences.read(
+  split, held_out = preference_sources.read(
     config, 'preferences', collections.Counter()
   )
   assert (len(split), len(held_out)) == (5, 4)
@@ -1373,14 +1373,14 @@ def test_the_recipe_names_a_source_that_gives_nothing(tmp_path):
     ('demonstrations', 'left out: 1 demonstrations that models wrote, accord'),
   ):
     with pytest.raises(records.RecordError) as caught:
-      preferences.read(config, key, collections.Counter())
+      preference_sources.read(config, key, collections.Counter())
     assert str(caught.value).startswith(f'{path}: gives no {key}; messages is ')
     assert reason in str(caught.value)
   row = {'messages': conversation('A', 'b')}
   with path.open('a') as file:
     file.write(json.dumps(row))
   skipped = collections.Counter()
-  rows, _ = preferences.read(config, 'demonstrations', skipped)
+  rows, _ = preference_sources.read(config, 'demonstrations', skipped)
   assert [row.response for row in rows] == [' b']
   assert list(skipped.values()) == [1]
 
@@ -1392,11 +1392,11 @@ def test_the_recipe_reads_a_folder_and_holds_out_its_test_files(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row] * number), path)
   config = ml_collections.ConfigDict({'preferences': f'argilla:{tmp_path}'})
   skipped = collections.Counter()
-  split, held_out = preferences.read(config, 'preferences', skipped)
+  split, held_out = preference_sources.read(config, 'preferences', skipped)
   assert (len(split), len(held_out), sum(skipped.values())) == (3, 2, 0)
   config.preferences = f'argilla:{tmp_path}/nothing'
   with pytest.raises(records.RecordError, match='nothing: no such file; sourc'):
-    preferences.read(config, 'preferences', skipped)
+    preference_sources.read(config, 'preferences', skipped)
 
 
 def test_a_saved_data_set_is_a_folder_too(tmp_path):
@@ -1420,7 +1420,9 @@ def test_a_saved_data_set_is_a_folder_too(tmp_path):
 
   def sizes(spec):
     config = ml_collections.ConfigDict({'preferences': f'argilla:{spec}'})
-    found = preferences.read(config, 'preferences', collections.Counter())
+    found = preference_sources.read(
+      config, 'preferences', collections.Counter()
+    )
     return tuple(map(len, found))
 
   assert sizes(tmp_path / 'saved') == (5, 4)

@@ -108,6 +108,8 @@ def test_files_that_cannot_be_read(tmp_path):
     path, b'\n{"text": \xff"x"}', records.Document
   )
   assert 'a.jsonl:1: not JSON' in _error(path, b'{"text": "cut')
+  twice = b'{"text": "a", "metadata": {"b": 1, "b": 1}}'
+  assert "not JSON (key 'b' more than once)" in _error(path, twice)
   assert 'a.jsonl:1: expected a JSON object, found [1]' in _error(path, b'[1]')
   assert 'not JSON' in _error(path, b'{"text": ' + b'9' * 5000 + b'}')
   whole = gzip.compress(b'{"text": "x"}\n' * 100)

@@ -19,7 +19,13 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import pipeline, sharding
 from instruct_jax.jobs import rank
 from instruct_jax.models import hf
-from instruct_jax.worlds import preferences, sentiment
+from instruct_jax.worlds import (
+  preference_lengths,
+  preference_sources,
+  preference_splits,
+  preferences,
+  sentiment,
+)
 from tests import published, test_published_stages
 
 LLAMA = dataclasses.replace(test_published_stages.LLAMA, context_length=128)
@@ -186,7 +192,7 @@ def test_lengths_hold_the_share_and_say_what_they_drop(data):
   config = make_config(data)
   stage = config.stages.data
   tokenizer = preferences.load_tokenizer(stage)
-  rows = preferences.read(stage, 'preferences', collections.Counter())[0]
+  rows = preference_sources.read(stage, 'preferences', collections.Counter())[0]
   prompts = np.array([len(ids) for ids in tokenizer.encode_prompts(rows)])
   answers = np.array(
     [
@@ -194,7 +200,7 @@ def test_lengths_hold_the_share_and_say_what_they_drop(data):
       for row in rows
     ]
   )
-  found = preferences.propose_lengths(stage, tokenizer, rows, 128)
+  found = preference_lengths.propose_lengths(stage, tokenizer, rows, 128)
   share = np.mean(prompts <= found['prompt_length'])
   assert found['dropped']['prompts'] == pytest.approx(1 - share)
   assert found['prompt_length'] % 8 == 0
@@ -205,11 +211,13 @@ def test_lengths_hold_the_share_and_say_what_they_drop(data):
   )
   stage.prompt_length = 40
   assert (
-    preferences.propose_lengths(stage, tokenizer, rows, 128)['prompt_length']
+    preference_lengths.propose_lengths(stage, tokenizer, rows, 128)[
+      'prompt_length'
+    ]
     == 40
   )
   with pytest.raises(ValueError, match='context of 32 tokens'):
-    preferences.propose_lengths(stage, tokenizer, rows, 32)
+    preference_lengths.propose_lengths(stage, tokenizer, rows, 32)
 
 
 def comparison(number: int, labeler: str) -> records.Comparison:
@@ -221,19 +229,19 @@ def comparison(number: int, labeler: str) -> records.Comparison:
 def test_no_labeler_is_on_two_sides():
   rows = [comparison(i, f'l{i % 7}') for i in range(140)]
   rows += [comparison(i, f'l{(i + 1) % 7}') for i in range(140)]
-  reward, judge, crossed = preferences.judge_side(rows, 0.4, 0)
+  reward, judge, crossed = preference_splits.judge_side(rows, 0.4, 0)
   assert {r.labeler for r in reward} & {r.labeler for r in judge} == set()
   assert {r.prompt for r in reward} & {r.prompt for r in judge} == set()
   assert len(reward) + len(judge) + crossed == len(rows)
   assert min(len(reward), len(judge)) > 30
   # One labeler a prompt: nothing is lost.
   rows = [comparison(i, f'l{i % 7}') for i in range(140)]
-  assert preferences.judge_side(rows, 0.4, 0)[2] == 0
+  assert preference_splits.judge_side(rows, 0.4, 0)[2] == 0
 
 
 def test_one_labeler_does_not_leave_the_judge_without_rankings():
   rows = [comparison(i, 'only') for i in range(140)]
-  reward, judge, crossed = preferences.judge_side(rows, 0.4, 0)
+  reward, judge, crossed = preference_splits.judge_side(rows, 0.4, 0)
   assert {r.prompt for r in reward} & {r.prompt for r in judge} == set()
   assert min(len(reward), len(judge)) > 30 and crossed == 0
 
@@ -269,11 +277,11 @@ def test_best_answers_leave_ties_out():
     records.Comparison('q', ('a', 'b'), (1, 1)),
     records.Comparison('r', (' ', 'b'), (1, 2)),
   ]
-  found = preferences.best_answers(rows)
+  found = preference_sources.best_answers(rows)
   assert [(d.prompt, d.response) for d in found] == [('p', 'b')]
   # A demonstration ends where it ends; this one was cut there.
   cut = records.Comparison('p', ('a', 'b'), (2, 1), ended=(True, False))
-  assert not preferences.best_answers([cut])
+  assert not preference_sources.best_answers([cut])
 
 
 # --- What is given, and the device --------------------------------------------

@@ -545,9 +545,19 @@ def read_json(path: epath.PathLike) -> Any:
   """Reads a file that is one JSON value; raises RecordError if it is not."""
   text = read_text(path)
   try:
-    return json.loads(text)
+    return json.loads(text, object_pairs_hook=_distinct_keys)
   except _JSON_ERRORS as error:
     raise RecordError(f'{path}: not JSON ({error})') from error
+
+
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """The object of these pairs; Python alone would drop all but a key's last."""
+  values = dict(pairs)
+  if len(values) < len(pairs):
+    counts = collections.Counter(key for key, _ in pairs)
+    twice = [key for key, number in counts.items() if number > 1]
+    raise ValueError(f'key {", ".join(map(repr, twice))} more than once')
+  return values
 
 
 def _check_start(path: epath.PathLike, start: bytes) -> None:
@@ -615,7 +625,7 @@ def iterate_lines(
       )
     is_first = False
     try:
-      values = json.loads(line.decode())
+      values = json.loads(line.decode(), object_pairs_hook=_distinct_keys)
     except UnicodeDecodeError as error:
       yield number, f'byte {error.start} is not UTF-8; convert the file'
     except _JSON_ERRORS as error:
