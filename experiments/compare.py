@@ -1,8 +1,8 @@
 """Collects comparisons: K answers per prompt, ranked by simulated labelers.
 
 Paper 3.1 and 3.4: answers come from several models, mostly the SFT model; K is
-4 to 9. Several labelers rank each validation prompt, for the agreement figures,
-and so do held-out labelers.
+4 to 9. For the agreement figures, several labelers rank the answers to each
+validation prompt, and so do held-out labelers.
 """
 
 import functools
@@ -23,7 +23,7 @@ PROCESSES = 'all'
 
 
 def validate(config):
-  """Checks shares, counts and temperatures, each by its key."""
+  """Checks shares, counts and temperatures; errors name the key."""
   check_stage(config)
   if not 2 <= config.min_candidates <= config.max_candidates:
     raise ValueError(
@@ -52,7 +52,7 @@ def validate(config):
 
 
 def inputs(config):
-  """What this stage reads, by config key."""
+  """The inputs of this stage: config key -> path."""
   keys = ('tokenizer', 'prompts', 'valid_prompts')
   return {key: config[key] for key in keys} | {
     f'policies.{name}.model': each.model
@@ -61,7 +61,7 @@ def inputs(config):
 
 
 def load_samplers(config, tokenizer, mesh):
-  """For each policy, `sample(key, batch)`: rows -> `Rollout`."""
+  """Loads the policies; returns `sample(key, batch) -> Rollout` for each."""
 
   def sample(generate, params, key, batch):
     batch = sharding.put_whole(batch, mesh)
@@ -89,17 +89,18 @@ def load_samplers(config, tokenizer, mesh):
 
 
 def draw_sources(shares, sizes, rng):
-  """The index of a policy for each completion of each prompt.
+  """Draws the index of a policy for each completion of each prompt.
 
-  Systematic sampling: within a prompt, each policy's count is its share,
-  rounded up or down; the order is random.
+  Systematic sampling: within a prompt, each policy's count is its share of the
+  completions, rounded up or down; the order is random.
 
   Args:
     shares: of the policies, above 0; they need not sum to 1.
-    sizes: completions of each prompt.
+    sizes: number of completions of each prompt.
+    rng: random generator.
   """
   bounds = np.cumsum(np.array(shares) / np.sum(shares))
-  bounds[-1] = 1.0  # Whatever the rounding.
+  bounds[-1] = 1.0  # Despite rounding.
 
   def draw(size):
     points = (np.arange(size) + rng.random()) / size
@@ -109,14 +110,14 @@ def draw_sources(shares, sizes, rng):
 
 
 def sample_answers(config, samplers, tokenizer, prompts, name, number):
-  """Sampled completions of each prompt, K drawn anew for each.
+  """Samples the completions of each prompt; K is drawn for each prompt.
 
-  A prompt that is too long has none.
+  A prompt that is too long gets none.
 
   Args:
     samplers: see `load_samplers`.
-    name: of the prompts, for messages.
-    number: seeds the random numbers, with `config.seed`.
+    name: name of the prompts, for messages.
+    number: with `config.seed`, seeds the random numbers.
   """
   rng = np.random.default_rng([config.seed, number])
   sizes = rng.integers(
@@ -145,7 +146,7 @@ def sample_answers(config, samplers, tokenizer, prompts, name, number):
       answers = tokenizer.decode_responses(rollout.response_ids(sampled))
       for row, text in zip(rows.indices, answers, strict=True):
         texts[mine[row]] = text
-  # In the order drawn, which is independent of the policy.
+  # Completions stay in the drawn order, which is independent of the policy.
   by_prompt = [[] for _ in prompts]
   for owner, text in zip(owners, texts, strict=True):
     if text is not None:  # The prompt was too long.
@@ -161,14 +162,14 @@ def sample_answers(config, samplers, tokenizer, prompts, name, number):
 
 
 def rank(the_world, prompts, by_prompt, rankers, per_prompt, rng):
-  """Comparisons of each prompt's completions by labelers drawn for it.
+  """Ranks each prompt's completions by labelers that are drawn for it.
 
   Args:
-    the_world: by which the labelers judge.
-    by_prompt: completions of each; fewer than two are not ranked.
+    the_world: the world by which the labelers judge.
+    by_prompt: completions of each prompt; fewer than two are not ranked.
     rankers: labelers to draw from.
-    per_prompt: labelers of each prompt.
-    rng: of the draw and of the labelers' noise.
+    per_prompt: number of labelers per prompt.
+    rng: for the draw and the labelers' noise.
   """
   found = []
   for prompt, completions in zip(prompts, by_prompt, strict=True):
@@ -197,8 +198,8 @@ def run(config, workdir: epath.Path):
   """Samples and ranks answers.
 
   Reads the policies and the prompts; writes comparisons_train.jsonl,
-  comparisons_valid.jsonl (several labelers a prompt) and
-  comparisons_heldout.jsonl (the same answers, held-out labelers).
+  comparisons_valid.jsonl (several labelers per prompt) and
+  comparisons_heldout.jsonl (the same answers as valid, held-out labelers).
   """
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)

@@ -4,8 +4,8 @@ A fork of `reward.py`: the score of a completion is the implied reward
 
   r(x, y) = beta (log pi(y | x) - log pi_ref(y | x))
 
-and the loss (`ranking_loss`) is that of the reward model, over all pairs of a
-ranking, or the Plackett-Luce likelihood of its order. The reference is the
+and the loss (`ranking_loss`) is either that of the reward model, over all pairs
+of a ranking, or the Plackett-Luce likelihood of its order. The reference is the
 initial policy; its log-probabilities are computed once.
 """
 
@@ -35,7 +35,7 @@ PROCESSES = 'all'
 
 
 def validate(config):
-  """Checks choices and sizes, each by its key."""
+  """Checks choices and sizes; errors name the key."""
   check_stage(config)
   run_lib.check_choice(config, 'ranking_loss', ('pairwise', 'plackett_luce'))
   run_lib.check_choice(config, 'divisor', ('surviving', 'all'))
@@ -45,7 +45,7 @@ def validate(config):
 
 
 def inputs(config):
-  """What this stage reads, by config key."""
+  """The inputs of this stage: config key -> path."""
   keys = ('tokenizer', 'init', 'comparisons', 'valid_comparisons')
   return {key: config[key] for key in keys}
 
@@ -56,7 +56,7 @@ def build_programs(config, module, num_steps):
   logprobs_fn = model_fns.logprobs_fn(module)
 
   def loss_fn(params, frozen, batch, key):
-    del key  # Without dropout, as the reference.
+    del key  # No dropout, as for the reference.
     params = lora.join(params, frozen.get('policy'))
     logprobs, _ = logprobs_fn(params, batch.tokens, batch.segments, batch.where)
     logprobs = rankings.sums_by_owner(logprobs, batch)
@@ -83,7 +83,7 @@ def train(config, workdir, name, rows, model, seed):
 
   Args:
     rows: `ComparisonBatch` to train on.
-    model: to start from; its parameters are donated.
+    model: model to start from; its parameters are donated.
   """
   mesh = jax.sharding.get_mesh()
   batches = rankings.Batches(config, rows, seed, reads_responses=True)
@@ -138,7 +138,7 @@ def run(config, workdir: epath.Path):
       rankings.logprobs_program(model.module),
       batch_size=config.eval_batch_size,
     )
-    # Once for all epochs, before training overwrites the reference's weights.
+    # Computed once, before training overwrites the reference's weights.
     rows = rows.replace(ref_logprobs=logprobs(policy.params, rows))
     valid_reference = logprobs(policy.params, encoded.rows)
     del policy

@@ -2,14 +2,14 @@
 
   respond -> score -> penalise -> train
 
-One iteration: sample responses to a batch of prompts, score them, subtract the
-per-token KL penalty and estimate advantages, and take one pass of minibatch
-updates, each of which adds gamma times the gradient on pretraining text.
-`ptx_coef = 0` is PPO.
+One iteration samples responses to a batch of prompts, scores them, subtracts
+the per-token KL penalty, estimates advantages, and makes `num_epochs` passes of
+minibatch updates, each of which adds gamma times the gradient on pretraining
+text. `ptx_coef = 0` is PPO.
 
-The policy starts from the RL initialisation, which is also the KL reference;
-the value model starts from the reward model, including its head, or from the
-policy's trunk if only a Python function (`reward_fn`) scores.
+The policy starts from the RL initialisation, which is also the KL reference.
+The value model starts from the reward model, including its head, or from the
+policy's trunk (`value_from`, or if only a Python function `reward_fn` scores).
 """
 
 import functools
@@ -39,8 +39,7 @@ def build_programs(config, policy, value, stop_ids, reward=None):
   """The jitted programs of one iteration.
 
   Args:
-    policy, value, reward: pure modules; without a reward model's, it has that
-      of the value model.
+    policy, value, reward: pure modules; `reward` defaults to `value`.
   """
   method = rl.method_of(config)
   longest = config.prompt_length + config.response_length
@@ -83,7 +82,7 @@ def run(config, workdir: epath.Path):
       reward and reward.module,
     )  # fmt: skip
     state = rl.initial_state(config, policy.params, value.params)
-    # Adapters start at zero, so that their base is the reference.
+    # Adapters start as zero changes, so their base is the reference.
     models = {'reference': policy.base or policy.params}
     if reward is not None:
       models['reward'] = reward.params
@@ -91,7 +90,7 @@ def run(config, workdir: epath.Path):
     frozen = rl.Frozen(config, models, bases)
     evaluate = rl.make_evaluate(config, policy.module, tokenizer, mesh, data)
     outputs = rl.Outputs(config, workdir, policy, tokenizer, reward)
-    # Only the state keeps their float32 weights.
+    # Frees these weights: the state and `frozen` have their own.
     del policy, reward, value, models, bases
 
     with loop.Loop(

@@ -1,7 +1,7 @@
 """Pretrains a GPT on documents.
 
-Paper section 3.5 starts from GPT-3; this trains a small model instead. Packed
-rows, next-token loss on every token, Adam, cosine to 10 %.
+Paper section 3.5 starts from GPT-3; this trains a small model instead: packed
+rows, next-token loss on every token, Adam, cosine schedule to 10 %.
 """
 
 import functools
@@ -35,7 +35,7 @@ def model_config(config, vocab_size: int) -> TransformerConfig:
 
 
 def validate(config):
-  """Checks the model's shape and the sizes, each by its key."""
+  """Checks the model's shape and the sizes; errors name the key."""
   model_config(config, config.model.vocab_size or 1)
   if config.row_length > config.model.context_length:
     raise ValueError(
@@ -46,7 +46,7 @@ def validate(config):
 
 
 def inputs(config):
-  """What this stage reads, by config key."""
+  """The inputs of this stage: config key -> path."""
   return {key: config[key] for key in ('tokenizer', 'documents', 'valid')}
 
 

@@ -2,8 +2,8 @@
 
 Paper 3.5, C.2: all pairs of a prompt form one batch element (K forward passes,
 not C(K, 2), nor K for each labeler who ranked the same answers); one epoch,
-since more overfit; cosine to 10 %; ties dropped. The head's bias is then set so
-that the labelers' demonstrations score 0 on average.
+since more would overfit; cosine schedule to 10 %; ties are dropped. The head's
+bias is then set so that the labelers' demonstrations score 0 on average.
 """
 
 import dataclasses
@@ -31,14 +31,14 @@ PROCESSES = 'all'
 
 
 def validate(config):
-  """Checks choices and sizes, each by its key."""
+  """Checks choices and sizes; errors name the key."""
   check_stage(config)
   run_lib.check_choice(config, 'divisor', ('surviving', 'all'))
   supervised.check_microbatches(config)
 
 
 def inputs(config):
-  """What this stage reads, by config key."""
+  """The inputs of this stage: config key -> path."""
   keys = ['tokenizer', 'init', 'comparisons', 'valid_comparisons']
   keys += ['demonstrations'] * bool(config.demonstrations)
   return {key: config[key] for key in keys}
@@ -74,7 +74,7 @@ def train(config, workdir, name, rows, model, seed):
 
   Args:
     rows: `ComparisonBatch` to train on.
-    model: to start from; its parameters are donated.
+    model: model to start from; its parameters are donated.
   """
   mesh = jax.sharding.get_mesh()
   batches = rankings.Batches(config, rows, seed)

@@ -1,12 +1,12 @@
-"""RLOO (Ahmadian et al. 2024), and GRPO's advantages by one key.
+"""RLOO (Ahmadian et al. 2024), with GRPO's advantages as an option.
 
   respond -> score -> penalise -> train
 
 A fork of `ppo_ptx.py` without a value model. With n responses to each prompt,
-the baseline of each is the mean score of the others (`advantage`
-'leave_one_out'), or scores are normalised within the n ('group_normalised',
+the baseline of each is the mean return of the others (`advantage`
+'leave_one_out'), or returns are normalised within the n ('group_normalised',
 Shao et al. 2024). The KL penalty is part of the reward or of the loss
-(`kl_in`), by one of three estimators. The pretraining part of PPO-ptx is an
+(`kl_in`), by one of three estimators. The pretraining gradient of PPO-ptx is an
 option here, too.
 """
 
@@ -78,14 +78,14 @@ def run(config, workdir: epath.Path):
       config, policy.module, reward and reward.module, tokenizer.stop_ids
     )
     state = rl.initial_state(config, policy.params)
-    # Adapters start at zero, so that their base is the reference.
+    # Adapters start as zero changes, so their base is the reference.
     models = {'reference': policy.base or policy.params}
     if reward is not None:
       models['reward'] = reward.params
     frozen = rl.Frozen(config, models, {'policy': policy.base})
     evaluate = rl.make_evaluate(config, policy.module, tokenizer, mesh, data)
     outputs = rl.Outputs(config, workdir, policy, tokenizer, reward)
-    # Only the state keeps their float32 weights.
+    # Frees these weights: the state and `frozen` have their own.
     del policy, reward, models
 
     with loop.Loop(

@@ -1,11 +1,11 @@
 """Supervised fine-tuning on demonstrations, and the RL initialisation.
 
-Paper 3.5 and C.1: 16 epochs, cosine to 10 %, no warm-up, residual dropout 0.2.
-The model of every epoch is kept: the best is chosen by validation loss, and
-later by reward-model score (`select_sft.py`).
+Paper 3.5 and C.1: 16 epochs, cosine schedule to 10 %, no warm-up, residual
+dropout 0.2. The model of every epoch is kept: the best is chosen by validation
+loss, and later by reward-model score (`select_sft.py`).
 
 Paper C.3: with `ptx_fraction` 0.1 and 2 epochs, from the pretrained model, this
-is the RL initialisation: PPO starts from it, and it is the KL reference.
+makes the RL initialisation: PPO starts from it, and it is the KL reference.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ PROCESSES = 'all'
 
 
 def validate(config):
-  """Checks choices and sizes, each by its key."""
+  """Checks choices and sizes; errors name the key."""
   run_lib.check_choice(config, 'loss_on', ('response', 'all'))
   run_lib.check_choice(config, 'select_by', ('valid_loss', 'last'))
   check_stage(config)
@@ -48,7 +48,7 @@ def validate(config):
 
 
 def inputs(config):
-  """What this stage reads, by config key."""
+  """The inputs of this stage: config key -> path."""
   keys = ['tokenizer', 'init', 'demonstrations', 'valid_demonstrations']
   if config.ptx_fraction:
     keys.append('documents')
@@ -64,7 +64,7 @@ def build_programs(config, module, num_steps):
 
 
 def check_epochs(workdir, num_done, tokenizer):
-  """Checks the epochs that a resumed run will not write again.
+  """Checks the models of the epochs that a resumed run will not write again.
 
   Raises:
     checkpoint.CheckpointError: one is missing or damaged.
@@ -84,7 +84,7 @@ class Data:
   """Training and held-out data.
 
   Attributes:
-    batches: of all epochs, this process's rows.
+    batches: this process's rows of the batches of all epochs.
     valid_rows: held-out demonstrations.
     num_rows: rows of demonstrations in an epoch.
     num_dropped: demonstrations that are too long.
@@ -97,7 +97,7 @@ class Data:
 
 
 def read_data(config, tokenizer) -> Data:
-  """Reads demonstrations and documents to mix in; reports what it drops."""
+  """Reads demonstrations and documents to mix in; prints what is dropped."""
 
   def read(what, path, pack, most=0):
     rows, dropped = loader.demonstration_rows(
@@ -141,7 +141,7 @@ def read_data(config, tokenizer) -> Data:
 
 
 def choose_epoch(config, workdir, tokenizer) -> tuple[int, list[dict]]:
-  """The epoch by `select_by`, and the held-out loss of each."""
+  """The epoch that `select_by` chooses, and the held-out loss of each."""
   epochs = []
   for epoch in range(1, config.num_epochs + 1):
     folder = workdir / 'epochs' / str(epoch)
@@ -187,7 +187,7 @@ def run(config, workdir: epath.Path):
     programs = build_programs(config, model.module, num_steps)
     state = train_state.create(model.params, programs['optimizer'])
     frozen = {'policy': model.base}
-    # The dropout rate belongs to this stage: it is not saved.
+    # The dropout rate belongs to this stage, so it is not saved.
     module = model_fns.make_module(
       'policy', dataclasses.replace(model.config, dropout=0.0)
     )

@@ -2,10 +2,10 @@
 
 import os
 
-# How gcsfs reads gs://, before anything imports it. Several processes and
-# libraries write to one work directory, so that no listing may be remembered;
-# and what kind a bucket is need not be asked before each operation.
+# Settings of gcsfs, which reads gs://; set before anything imports it. Listings
+# must not be cached, since several processes and libraries write to one work
+# directory. The bucket type need not be queried before each operation.
 os.environ.setdefault('FSSPEC_GCS', '{"use_listings_cache": false}')
 os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
-# On import, transformers would advise to install PyTorch, which is not used.
+# On import, transformers would advise installing PyTorch, which is not used.
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')

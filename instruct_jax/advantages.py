@@ -1,4 +1,4 @@
-"""Advantages of masked responses: GAE, and baselines from samples alone.
+"""Advantages of masked responses: GAE, and baselines without a value model.
 
 The environment is a bandit (paper 3.5): the episode ends with the response, so
 the value after its last token is 0 and nothing is bootstrapped from padding.
@@ -16,7 +16,7 @@ def gae(
   discount: float = 1.0,
   gae_lambda: float = 0.95,
 ) -> tuple[Float[Array, 'B R'], Float[Array, 'B R']]:
-  """Advantages and returns.
+  """GAE advantages and the returns.
 
     delta_t = r_t + gamma V_{t+1} - V_t
     A_t     = delta_t + gamma lambda A_{t+1}
@@ -28,7 +28,7 @@ def gae(
     rewards: reward for emitting token t (score and KL penalty), fp32.
     values: V(prompt, y_<t), the value before token t, reward units.
     mask: True on response tokens; right-padded.
-    discount: gamma. The paper uses none, that is 1.
+    discount: gamma. The paper does not discount, which is gamma = 1.
     gae_lambda: lambda; 0.95 from Stiennon et al. B.1 (the paper is silent).
       1 makes the returns the discounted sums of rewards.
 
@@ -54,12 +54,12 @@ def gae(
 def leave_one_out(
   returns: Float[Array, 'B'], num_samples: int
 ) -> Float[Array, 'B']:
-  """Each return minus the mean of its group's others (Kool et al. 2019, eq. 8).
+  """Each return minus the mean of the others in its group.
 
     A_i = G_i - 1 / (n - 1) sum over j != i of G_j
 
-  RLOO (Ahmadian et al. 2024, section 3.2). The baseline does not depend on the
-  response, so the gradient stays unbiased.
+  Kool et al. 2019, equation 8; RLOO (Ahmadian et al. 2024, section 3.2). The
+  baseline does not depend on the response, so the gradient stays unbiased.
 
   Args:
     returns: G, one per response; the n responses to a prompt are adjacent.
@@ -77,8 +77,8 @@ def group_normalised(
 
     A_i = (G_i - mean(G)) / (std(G) + 1e-4)
 
-  Shao et al. 2024, section 4.1.2; population standard deviation. A group of
-  equal returns has advantages of 0.
+  Shao et al. 2024, section 4.1.2; population standard deviation. The advantages
+  are 0 in a group whose returns are all equal.
 
   Args:
     returns: G, one per response; the n responses to a prompt are adjacent.
@@ -90,7 +90,8 @@ def group_normalised(
   return (centred / (deviation + 1e-4)).reshape(-1)
 
 
-# (returns [B], n) -> advantages [B], by the key `advantage` of a stage.
+# Value of a stage's key `advantage` -> function (returns [B], n) -> advantages
+# [B].
 GROUP_ADVANTAGES = {
   'leave_one_out': leave_one_out,
   'group_normalised': group_normalised,

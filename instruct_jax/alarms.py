@@ -1,7 +1,7 @@
 """Signs that an RL run is going wrong, with the likely cause.
 
-A pure function of the metrics so far; the experiment prints new alarms and the
-report lists all.
+Alarms are a pure function of the metrics so far. The experiment prints new
+ones; the report lists all.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,21 +9,22 @@ from typing import Any
 
 Row = Mapping[str, int | float | None]  # A line of metrics.jsonl.
 
-# Iterations that are averaged: single batches are noisy.
+# Iterations to average over, since single batches are noisy.
 WINDOW = 5
-# Limits by the policy's compute dtype. Of the first minibatch: the mean ratio's
-# distance from 1, and the divergence from the old policy, nats a token (the
-# mean ratio of samples is near 1 for any two policies, this is not). Then the
-# mean difference of the sampler's log-probabilities from the training graph's,
-# nats a token. Measured on a published model of 135 M parameters and 30 layers,
-# 300 tokens: in float32 1e-6, 3e-9 and 1e-5; in bfloat16, where rounding
-# depends on the batch's shape, 0.003, 0.001 and 0.034.
+# Limits, by the policy's compute dtype. The first two are for the first
+# minibatch: the distance of the mean ratio from 1, and the divergence from the
+# old policy, nats per token. (The mean ratio of samples is near 1 for any two
+# policies; the divergence is not near 0.) The third is the mean difference
+# between the log-probabilities of the sampler and of the training graph, nats
+# per token. Measured on a published model of 135 M parameters and 30 layers,
+# with 300 tokens: 1e-6, 3e-9 and 1e-5 in float32; 0.003, 0.001 and 0.034 in
+# bfloat16, where rounding depends on the batch's shape.
 RATIO_TOLERANCE = {'float32': 1e-3, 'bfloat16': 0.02}
 KL_TOLERANCE = {'float32': 1e-4, 'bfloat16': 0.01}
 SAMPLER_TOLERANCE = {'float32': 0.05, 'bfloat16': 0.15}
-# Norm of the pretraining gradient, times gamma, over that of PPO: outside of
-# this range one of the two hardly counts. On the miniature 0.3 undoes the
-# alignment tax, 0.03 does not, and 3 costs reward.
+# Range of the ratio gamma x (norm of the pretraining gradient) / (norm of PPO's
+# gradient). Outside it, one of the two hardly counts. On the miniature, a ratio
+# of 0.3 undoes the alignment tax, 0.03 does not, and 3 costs reward.
 GRADIENT_RATIOS = (0.05, 5.0)
 
 
@@ -33,17 +34,17 @@ def find(
   response_length: int | None = None,
   compute_dtype: str = 'float32',
 ) -> dict[str, str]:
-  """Alarms raised by the metrics of a PPO run.
+  """Returns the alarms raised by the metrics of an RL run.
 
   Args:
     rows: lines of metrics.jsonl in order, as written by `ppo_ptx`; None is a
       metric without a value.
     score_range: lowest and highest score on the reward model's training data.
     response_length: R, the longest response, tokens.
-    compute_dtype: of the policy; decides tolerances.
+    compute_dtype: the policy's compute dtype, which selects the tolerances.
 
   Returns:
-    Alarm name -> one sentence with the iteration of its first occurrence, the
+    Alarm name -> one sentence with the iteration where it first occurred, the
     numbers and the likely cause.
   """
   found: dict[str, str] = {}
@@ -60,8 +61,8 @@ def find(
       window = rows[end - WINDOW : end]
       add(row['step'], _samples(rows[:WINDOW], window, response_length))
       add(row['step'], _score(window, score_range))
-  # Held-out losses are rare and not noisy: each is compared with the one before
-  # the first update, or with the first there is.
+  # Held-out losses are measured rarely and are not noisy. Each is compared with
+  # the loss before the first update or, without that, with the first measured.
   before = None
   for row in rows:
     for name in ('eval/pretraining_loss_before', 'eval/pretraining_loss'):
@@ -83,7 +84,7 @@ def _mean(window: Sequence[Row], name: str) -> float | None:
 
 
 def _first_minibatch(row: Row, dtype: str) -> Iterator[tuple[str, str]]:
-  """Where policy and old policy must be equal."""
+  """Checks the first minibatch, where policy and old policy must be equal."""
   differ = (
     'old log-probabilities and training graph differ (positions, temperature, '
     'dropout or precision)'
@@ -136,7 +137,7 @@ def _gradients(window: Sequence[Row]) -> Iterator[tuple[str, str]]:
 def _samples(
   first: Sequence[Row], window: Sequence[Row], response_length: int | None
 ) -> Iterator[tuple[str, str]]:
-  """The latest samples, compared with the first ones."""
+  """Compares the latest samples with the first ones."""
   kl = _mean(window, 'objective/kl')
   if kl is not None and kl < -0.05:
     yield (
@@ -180,7 +181,7 @@ class Reporter:
   """Returns each alarm once, when it is first raised.
 
   Args:
-    limits: arguments of `find` after the rows.
+    limits: the arguments of `find` that follow `rows`.
   """
 
   def __init__(self, *limits: Any):
@@ -188,12 +189,12 @@ class Reporter:
     self._reported: set[str] = set()
 
   def new(self, rows: Sequence[Row]) -> list[str]:
-    """Alarms that no earlier call returned."""
+    """Returns the alarms that no earlier call has returned."""
     found = self.find(rows)
     new = [text for name, text in found.items() if name not in self._reported]
     self._reported |= set(found)
     return new
 
   def find(self, rows: Sequence[Row]) -> dict[str, str]:
-    """All alarms; see the function `find`."""
+    """Returns all alarms; see the function `find`."""
     return find(rows, *self._limits)

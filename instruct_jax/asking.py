@@ -1,9 +1,9 @@
-"""Asks models the same prompts.
+"""Asks several models the same prompts.
 
-A model is a folder, a published one, or a file of recorded answers. Answers are
-kept under a hash of all that they depend on, so a second judge or another model
-costs no sampling. KL and the loss on held-out text are measured while a model
-is in memory.
+A model is a model folder, a published model, or a file of recorded answers.
+Answers are cached under a hash of everything they depend on, so that adding a
+judge or a model does not sample them again. KL and the loss on held-out text
+are measured while a model is in memory.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from instruct_jax.infra import run as run_lib
 _RECORDED = ('.jsonl', '.jsonl.gz')
 
 PRETRAINING = 'pretraining'  # Name of the held-out text of 4.2.
-_WORDS = 100  # Of a piece of plain text; pieces are packed into rows.
+_WORDS = 100  # Per piece of plain text; pieces are packed into rows.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,10 @@ class Model:
   """A model that answers.
 
   Attributes:
-    name: in the config.
+    name: its name in the config.
     source: model folder, `hf:NAME`, or FILE.jsonl of recorded answers.
-    has_columns: whether it is in all tables or only in that of all models.
+    has_columns: whether it has a column in every table, as those of `models`
+      do; `other_models` appear only in the table of all models.
     is_prompted: whether it is asked with a few-shot prefix.
   """
 
@@ -49,7 +50,7 @@ class Model:
 
   @property
   def is_recorded(self) -> bool:
-    """Whether it is a file of answers."""
+    """Whether its source is a file of recorded answers."""
     return self.source.partition('#')[0].endswith(_RECORDED)
 
 
@@ -57,7 +58,8 @@ def read_models(config) -> dict[str, Model]:
   """Name -> model, in the order of the config; those with columns come first.
 
   Raises:
-    ValueError: a name is given twice, or has no model.
+    ValueError: a name is given twice, a key names a model that is not given,
+      or `reference` or `prompted` names recorded answers.
   """
   prompted = [name for name in config.prompted.split(',') if name]
   found = {}
@@ -76,7 +78,9 @@ def read_models(config) -> dict[str, Model]:
       raise ValueError(f'{key} names {unknown}; models are {list(found)}')
     recorded = [name for name in names if found[name].is_recorded]
     if recorded and key != 'baseline':
-      raise ValueError(f'{key} names {recorded}, answers without a model')
+      raise ValueError(
+        f'{key} names {recorded}, recorded answers, which have no model'
+      )
   return found
 
 
@@ -85,11 +89,11 @@ def read_models(config) -> dict[str, Model]:
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-  """Few-shot examples.
+  """A few-shot prefix.
 
   Attributes:
     text: the examples, then `{prompt}`.
-    stop_id: first token of another example; it ends an answer.
+    stop_id: token that begins the next example, and so ends an answer.
   """
 
   text: str
@@ -97,7 +101,7 @@ class Prefix:
 
 
 def read_prefixes(path: str, tokenizer: tokenizer_lib.Tokenizer):
-  """The few-shot prefixes of a file `{"prefixes": [...], "stop": ...}`.
+  """Reads the few-shot prefixes of a file `{"prefixes": [...], "stop": ...}`.
 
   Raises:
     ValueError: the stop text is not a single token.
@@ -107,13 +111,17 @@ def read_prefixes(path: str, tokenizer: tokenizer_lib.Tokenizer):
   if len(stop) != 1:
     raise ValueError(
       f'{path}: the stop {content["stop"]!r} has {len(stop)} tokens; choose a '
-      'text of one'
+      'text that is a single token'
     )
   return [Prefix(text, stop[0]) for text in content['prefixes']]
 
 
 def draw(config, key: str, number: int):
-  """(prompts drawn from the file of a config key, number in the file)."""
+  """Draws prompts from the file that a config key names.
+
+  Returns:
+    (drawn prompts, number of prompts in the file).
+  """
   given = records.read_jsonl(config[key], records.Prompt)
   drawn = samples_lib.draw_prompts(given, number, config.seed)
   run_lib.say_drawn(config.name, len(drawn), len(given), key)
@@ -121,7 +129,7 @@ def draw(config, key: str, number: int):
 
 
 def _prompt_rows(config, name, policy, prompts, tokenizer, prefix):
-  """Rows of the prompts that fit, after the prefix if there is one."""
+  """Rows of the prompts that fit, each after the prefix if there is one."""
   rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
   run_lib.tell_dropped(
     f'{config.name}, {name}', dropped.describe('prompts', 'prompt_length')
@@ -138,7 +146,7 @@ def _prompt_rows(config, name, policy, prompts, tokenizer, prefix):
       f'a prefix and a prompt exceed {length} tokens together; raise '
       f'prefix_length ({config.prefix_length}): {prefix.text!r}'
     )
-  # The longest row: padding takes no position.
+  # Only the longest row counts, since padding takes up no positions.
   model_fns.check_context(
     policy,
     int(prefixed.mask.sum(axis=1).max()) + config.response_length,
@@ -152,8 +160,9 @@ def sample(
 ):
   """Samples answers to each prompt that is short enough.
 
-  An answer after a prefix ends where the next example begins. That token is
-  replaced by an end, so that the reward model reads a complete answer.
+  After a few-shot prefix, an answer ends where the model begins another
+  example. That token is replaced by the end token, so that the reward model
+  reads a complete answer.
   """
   rows = _prompt_rows(config, name, policy, prompts, tokenizer, prefix)
   stop_ids = tokenizer.stop_ids + ((prefix.stop_id,) if prefix else ())
@@ -199,7 +208,7 @@ def sample(
 
 
 def _kept_answers(config, model, prompts, tokenizer, prefix, sample_fn):
-  """(answers of a model, their origin): from the cache, or sampled."""
+  """(a model's answers, their origin), read from the cache or sampled."""
   keys = (*origin.LENGTHS, 'samples_per_prompt', 'temperature', 'seed')
   settings = {
     'model': inputs.content_hash(model.source),
@@ -213,7 +222,7 @@ def _kept_answers(config, model, prompts, tokenizer, prefix, sample_fn):
   name = f'{hashlib.sha256(content).hexdigest()[:32]}.jsonl'
   path = epath.Path(config.cache) / name
   if run_lib.agreed(path.exists()):
-    # The same weights may have had another name.
+    # The same weights may have been cached under another name.
     return [
       dataclasses.replace(answer, model=model.name)
       for answer in samples_lib.read_samples(path)
@@ -225,7 +234,7 @@ def _kept_answers(config, model, prompts, tokenizer, prefix, sample_fn):
 
 
 def _choose_prefix(config, name, prompts, tokenizer, score_fn, sample_fn):
-  """The prefix whose answers the reward model prefers (3.5), and all scores."""
+  """The prefix with the highest mean reward (3.5), and the scores of all."""
   by_id = {prompt.id: prompt for prompt in prompts}
   prefixes, scores = read_prefixes(config.prefixes, tokenizer), []
   for number, prefix in enumerate(prefixes, start=1):
@@ -240,11 +249,14 @@ def _choose_prefix(config, name, prompts, tokenizer, score_fn, sample_fn):
 
 
 def read_recorded(model: Model, prompts, samples_per_prompt: int):
-  """Recorded answers of one model to these prompts, the first of each.
+  """Reads a model's first recorded answers to each of these prompts.
+
+  Prompts with fewer than `samples_per_prompt` answers are left out.
 
   Raises:
-    ValueError: the file holds several models and the source names none; an id
-      belongs to another prompt; or no prompt has enough answers.
+    ValueError: the file does not hold the model, or holds several and the
+      source does not say which; an id belongs to another prompt; or no prompt
+      has enough answers.
   """
   path, _, wanted = model.source.partition('#')
   found = samples_lib.read_samples(path)
@@ -270,7 +282,7 @@ def read_recorded(model: Model, prompts, samples_per_prompt: int):
   other = [s.prompt_id for s in chosen if s.prompt != texts[s.prompt_id]]
   if other:
     raise ValueError(
-      f'{path}: {len(other)} prompts have the ids of other texts than in the '
+      f'{path}: {len(other)} prompts have ids of other texts than those in the '
       f'prompt file, first {other[0]!r}; give the file they were sampled from'
     )
   if not chosen:
@@ -286,14 +298,14 @@ def read_recorded(model: Model, prompts, samples_per_prompt: int):
 
 @dataclasses.dataclass
 class Asked:
-  """Answers and measurements of all models; each maps names of models.
+  """Answers and measurements of all models.
 
   Attributes:
-    answers: of each, in the order of the prompts.
-    account: origin of the answers, and counts.
-    prefixes: of prompted models -> few-shot prefix -> score.
-    kl: KL to the reference, nats per response; see `figures.Figures`.
-    text_loss: of each held-out text: with the tokenizer's fingerprint.
+    answers: model -> its answers, in the order of the prompts.
+    account: model -> origin of its answers, and counts.
+    prefixes: prompted model -> few-shot prefix -> score, whether it was chosen.
+    kl: model -> KL to the reference, nats per response; see `figures.Figures`.
+    text_loss: held-out text -> model -> (loss, fingerprint of the tokenizer).
   """
 
   answers: dict[str, list[samples_lib.Sample]]
@@ -304,7 +316,10 @@ class Asked:
 
 
 def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
-  """Asks every model in turn; at most it and the reference are in memory."""
+  """Asks every model in turn.
+
+  At most two models are in memory: the current one and the reference.
+  """
 
   @functools.cache
   def tokenizer_of(source):
@@ -322,7 +337,7 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
       config, name, policy, prompts, tokenizer, mesh, num_samples, prefix
     )
 
-  # Before anything is sampled, since a file may be bad.
+  # Read before anything is sampled, since a file may be bad.
   texts = {
     kind: sources.read_documents(path, words_per_document=_WORDS)
     for kind, path in texts_of(config).items()
@@ -365,7 +380,7 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
         and name != reference.name
         and tokenizer_of(reference.source).fingerprint == tokenizer.fingerprint
       ):
-        # The reference last: it stays in memory for the next model.
+        # The reference is loaded last, so that it stays in the LRU cache.
         policies = load(model.source), load(reference.source)
         signed, k3 = queries.kl_of_answers(
           config, *policies, prompts, answers, tokenizer, mesh
@@ -389,14 +404,14 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
 
 
 def texts_of(config) -> dict[str, str]:
-  """Held-out text -> its file."""
+  """Name of each held-out text -> its file."""
   return model_folder.named_files(config.documents, 'documents', PRETRAINING)
 
 
 def _text_loss(
   config, name, documents, policy, tokenizer, mesh
 ) -> heldout_loss.HeldoutLoss:
-  """A policy's loss on documents; `name` is shown."""
+  """A policy's loss on documents; `name` is shown in the progress bar."""
   model_fns.check_context(policy, config.row_length, 'row_length')
   rows = loader.pack_documents(
     tokenizer.encode_documents([document.text for document in documents]),
@@ -419,7 +434,7 @@ def aligned(prompts, answers: Mapping[str, Sequence[samples_lib.Sample]]):
   A prompt is repeated for each of its answers.
 
   Raises:
-    ValueError: there are none.
+    ValueError: there is no such prompt.
   """
   by_id = {name: {} for name in answers}
   for name, several in answers.items():

@@ -9,8 +9,8 @@ model scores each answer.
 
 A model whose tokenizer uses a chat template reads the whole conversation with
 its own answers; /new starts another one. Without a template it reads each
-prompt alone, as in training. The transcript is a file of recorded answers, the
-input of every evaluation. /quit or the end of the input ends the chat.
+prompt alone, as in training. The transcript is a file of recorded answers,
+which every evaluation can read. /quit or the end of the input ends the chat.
 """
 
 import dataclasses
@@ -43,10 +43,13 @@ from instruct_jax.infra import checkpoint, sharding
 
 @functools.cache
 def _programs(module, temperature):
-  """The engine's functions, jitted for one row.
+  """Returns the decoder's functions, jitted for one row.
 
-  (weights, tokens, length, columns) -> cache with the prompt in it; and
-  (weights, token, length, cache, key, t) -> (token t of the answer, cache).
+  Returns:
+    prepare: parameters -> weights.
+    read: (weights, tokens, length, columns) -> cache with the prompt in it.
+    step: (weights, token, length, cache, key, t) -> (token t of the answer,
+      cache).
   """
   decoder = model_fns.decoder(module)
 
@@ -74,9 +77,9 @@ def stream(
   temperature: float,
   key: jax.Array,
 ) -> Iterator[int]:
-  """Yields the sampled ids of an answer one by one, the stop included.
+  """Yields the sampled ids of an answer one by one, including the stop token.
 
-  They are those of `rollout.generate` for the first prompt of a batch.
+  They are the ids that `rollout.generate` samples for prompt number 0.
 
   Raises:
     ValueError: prompt and answer do not fit the model.
@@ -88,7 +91,7 @@ def stream(
   weights = prepare(model.params)
   length = jnp.asarray([len(ids)], jnp.int32)
   cache = read(weights, tokens, length, columns + max_tokens)
-  # The prompt's last token is read again, by the step that samples the first.
+  # The step that samples the first token reads the prompt's last token again.
   token, length = jnp.asarray(ids[-1:], jnp.int32), length - 1
   for t in range(max_tokens):
     token, cache = step(weights, token, length, cache, key, jnp.int32(t))
@@ -102,7 +105,7 @@ def stream(
 def check_room(
   model: model_fns.Model, ids: Sequence[int], max_tokens: int
 ) -> int:
-  """The most tokens that a prompt may have.
+  """Returns the most tokens that a prompt may have.
 
   Raises:
     ValueError: this prompt has more, or none.
@@ -119,9 +122,9 @@ def check_room(
 def pieces(
   tokenizer: tokenizer_lib.Tokenizer, ids: Iterator[int], into: list[int]
 ) -> Iterator[str]:
-  """Yields new text of the ids of `stream`, which `into` collects.
+  """Yields the new text of each id of `stream`; `into` collects the ids.
 
-  A character of several tokens waits until it is whole.
+  A character of several tokens is held back until it is complete.
   """
   shown = ''
   for number in itertools.chain(ids, [None]):
@@ -136,7 +139,7 @@ def pieces(
 
 
 def side_by_side(columns: Sequence[tuple[str, str]], width: int) -> str:
-  """(title, text) pairs in columns that share `width` characters."""
+  """Lays out (title, text) pairs in columns that share `width` characters."""
   each = max(12, (width - 3 * (len(columns) - 1)) // len(columns))
   cells = [
     [title[:each], '-' * min(each, len(title))]
@@ -154,7 +157,7 @@ def side_by_side(columns: Sequence[tuple[str, str]], width: int) -> str:
 
 
 def plain(text: str) -> str:
-  """Text without control characters, which could steer the terminal."""
+  """Replaces control characters, which could control the terminal."""
   return ''.join(
     c if c in '\n\t' or c.isprintable() else '\ufffd' for c in text
   )
@@ -169,11 +172,11 @@ class Chat:
   Args:
     models: name -> (policy, its tokenizer).
     reward: (scalar model, its tokenizer), or None.
-    mesh: of the parameters.
-    max_tokens: of an answer.
+    mesh: the mesh of the parameters.
+    max_tokens: most tokens of an answer.
     temperature: 0 is greedy.
-    seed: of the sampling; each turn has its own key.
-    width: of the terminal, in characters.
+    seed: seeds the sampling; each turn has its own key.
+    width: width of the terminal, in characters.
   """
 
   def __init__(
@@ -199,10 +202,10 @@ class Chat:
     self._past = {name: () for name in self._models}
 
   def turn(self, text: str) -> None:
-    """Answers one prompt by every model, and remembers it.
+    """Answers one prompt with every model, and adds it to the conversation.
 
     Raises:
-      ValueError: the prompt does not fit a model; none has answered.
+      ValueError: the prompt does not fit a model; then no model answers.
     """
     prompts, asked = {}, {}
     for name, (model, tokenizer) in self._models.items():
@@ -246,7 +249,7 @@ class Chat:
       _write('\n' + side_by_side(columns, self._width) + '\n')
 
   def _prompt(self, text, name, tokenizer):
-    """The prompt of one model: with its past, if it has a chat template."""
+    """One model's prompt, with its past turns if it has a chat template."""
     number = f'turn{self._turns + 1}'
     turns = (*self._past[name], records.Turn('user', text))
     if tokenizer.template != tokenizer_lib.CHAT:
@@ -279,10 +282,10 @@ def read_models(
 ) -> tuple[dict, tuple | None]:
   """(name -> (policy, tokenizer), (reward model, tokenizer) or None).
 
-  Names are the last two parts of a folder's path.
+  A model's name is the last two parts of its folder's path.
 
   Raises:
-    ValueError: two models have one name.
+    ValueError: two models have the same name.
   """
   tokenizer_of = functools.partial(
     queries.tokenizer_of,
@@ -323,12 +326,14 @@ def _talk(chat: Chat) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Talks until its input ends; returns the exit status."""
+  """Chats until the input ends; returns the exit status."""
   parser = command.Parser(description='Talk to a policy.')
   parser.add_argument('--checkpoint', required=True, help='policy folder')
   parser.add_argument('--compare', action='append', default=[])
   parser.add_argument('--reward', default='', help='reward model folder')
-  parser.add_argument('--tokenizer', default='', help='of models of ours')
+  parser.add_argument(
+    '--tokenizer', default='', help='folder, for models trained here'
+  )
   parser.add_argument('--temperature', type=float, default=1.0)
   parser.add_argument('--max_tokens', type=int, default=64)
   parser.add_argument('--seed', type=int, default=0)
@@ -337,10 +342,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if flags.max_tokens < 1 or flags.temperature < 0:
     parser.error('--max_tokens is at least 1, --temperature is not negative')
   if flags.transcript and not files.is_remote(flags.transcript):
-    # Checked now: the conversation would be lost at its end.
+    # Checked now, since the transcript is written only at the end.
     folder = os.path.dirname(os.path.abspath(flags.transcript))
     if not os.access(folder, os.W_OK):
-      parser.error(f'--transcript: {folder} is no folder to write to')
+      parser.error(f'--transcript: {folder} is not a writable folder')
   mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
   with sharding.use_mesh(mesh):
     try:

@@ -1,7 +1,7 @@
-"""Programs on the command line: one line for what their user can mend.
+"""Command-line programs: errors that the user can fix are printed as one line.
 
 A program is a module whose `main(arguments)` returns its exit code, and which
-calls `command.end(main)` where it is run as a program.
+calls `command.end(main)` when it is run as a program.
 """
 
 import argparse
@@ -12,19 +12,19 @@ from typing import NoReturn
 
 from absl import flags
 
-# Set to anything, it lets the traceback of a refused input through.
+# Environment variable; if it is set, `end` shows the traceback of an error.
 TRACEBACK_VARIABLE = 'INSTRUCT_JAX_TRACEBACK'
 
 
 class Parser(argparse.ArgumentParser):
-  """An argument parser whose refusals are one line, with exit code 2.
+  """An argument parser whose errors are one line, with exit code 2.
 
-  What has to be given has to be more than nothing: the empty path would be the
-  current folder.
+  Required arguments must not be empty: an empty path would mean the current
+  folder.
   """
 
   def parse_args(self, args=None, namespace=None):
-    """As the base class; empty values of required arguments are refused."""
+    """Like the base class, but refuses empty values of required arguments."""
     found = super().parse_args(args, namespace)
     for action in self._actions:
       value = getattr(found, action.dest, None)
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def one_line(error: BaseException) -> str:
-  """Type and text of another library's error, for the end of a line."""
+  """Type and text of a library's error on one line, to end a message."""
   return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
 
 
@@ -47,22 +47,23 @@ def parse_flags(argv: list[str], config: flags.FlagHolder) -> list[str]:
   """absl's parser, with one line for a wrong flag, key, variant or file.
 
   Args:
-    argv: of the program.
+    argv: the program's arguments.
     config: the flag of the config file.
   """
   try:
     rest = flags.FLAGS(argv)
-    _ = config.value.keys()  # A file that did not load says so when it is read.
+    _ = config.value.keys()  # Raises what the config file raised on loading.
     return rest
   except (AttributeError, KeyError) as error:
-    # ml_collections raises either, one of them around the other; the text may
-    # go on with a suggestion.
+    # ml_collections raises either, possibly one wrapped in the other. The text
+    # may end with a suggestion.
     text = error.args[0]
     while isinstance(text, KeyError):
       text = text.args[0]
     text = f'no such config key: {text}'
   except (flags.Error, OSError) as error:
-    # What the config file raised comes as a traceback; its end says it.
+    # An error in the config file arrives as a traceback; its last line has the
+    # message.
     text = str(error)
     if 'Traceback' in text or isinstance(error, OSError):
       text = f'--config: {text.strip().splitlines()[-1].strip()}'
@@ -73,9 +74,9 @@ def parse_flags(argv: list[str], config: flags.FlagHolder) -> list[str]:
 def end(main: Callable[[], int | None]) -> NoReturn:
   """Runs `main` and ends the process with its exit code.
 
-  What a user can mend (a path, a value, a file, a service that does not
-  answer) arrives as ValueError, OSError or RuntimeError: it is printed without
-  a traceback, and the exit code is 1. Anything else is a fault of the program.
+  Errors that a user can fix (a path, a value, a file, a service that does not
+  answer) arrive as ValueError, OSError or RuntimeError. They are printed
+  without a traceback, and the exit code is 1. Any other exception is a bug.
   """
   try:
     code = main()

@@ -4,12 +4,12 @@
     --output=DIR
 
 DIR gets config.json, safetensors, the tokenizer, generation_config.json, the
-chat template by which the model was trained, and a model card. A policy becomes
-a causal language model; a reward model becomes a sequence classifier with one
-label, whose logit plus `score_shift` of config.json is the score. --fold_shift
-adds the shift to the final norm's bias, if the family has one: the logit itself
-is then the score, to rounding, and loading the folder no longer gives the same
-weights bit for bit.
+chat template that the model was trained with, and a model card. A policy
+becomes a causal language model. A reward model becomes a sequence classifier
+with one label, whose logit plus `score_shift` of config.json is the score.
+--fold_shift adds the shift to the final norm's bias, if the family has one. The
+logit itself is then the score, up to rounding, and loading the folder no longer
+gives the same weights bit for bit.
 
 --push_to=hf:NAME uploads the folder to the Hugging Face Hub, into a private
 repository that must not exist yet; --public makes it visible.
@@ -35,14 +35,14 @@ from instruct_jax.models import hf
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-  """What the card says and the folder does not know.
+  """Facts for the model card that the model folder does not contain.
 
   Attributes:
-    base_model: repository on the Hub of the published model that was trained;
-      '' for what the run's config.json names.
-    datasets: repositories on the Hub, with commas between.
+    base_model: Hub repository of the published model that was trained; '' takes
+      the one that the run's config.json names.
+    datasets: Hub repositories, separated by commas.
     license: as the Hub spells it, such as apache-2.0.
-    name: of the model; '' is that of its folder.
+    name: name of the model; '' takes that of its folder.
   """
 
   base_model: str = ''
@@ -63,18 +63,19 @@ def export(
   """Writes `output`; see the top of this file.
 
   Raises:
-    checkpoint.CheckpointError: damaged, or made with another tokenizer.
+    checkpoint.CheckpointError: the model is damaged, or was made with another
+      tokenizer.
     ValueError: `output` is not empty, no published family has this model,
-      there is no shift to fold or no bias to fold it into, or the model has no
-      adapters.
+      there is no shift to fold or no bias to fold it into, `adapters` is given
+      for a model without them, or both options are given.
   """
   output = epath.Path(output)
   if output.exists() and not (output.is_dir() and not any(output.iterdir())):
     raise ValueError(f'{output} is not an empty folder; give a new one')
   if adapters and fold_shift:
     raise ValueError(
-      'fold_shift changes a norm of the base, which adapters do not own; leave '
-      'one of fold_shift and adapters out'
+      'fold_shift changes a norm of the base, which adapters do not have; give '
+      'fold_shift or adapters, not both'
     )
   tokenizer = tokenizer_lib.Tokenizer.load(tokenizer_folder)
   described = checkpoint.load_metadata(checkpoint_folder)
@@ -111,7 +112,7 @@ def export(
 
 @contextlib.contextmanager
 def _whole(output: epath.Path) -> Iterator[epath.Path]:
-  """A folder whose content appears at `output` once it is complete."""
+  """Yields a folder that is moved to `output` once it is complete."""
   unfinished = output.parent / f'.{output.name}.unfinished'
   if files.is_remote(output):  # Object stores cannot rename.
     unfinished = output
@@ -130,15 +131,18 @@ def _whole(output: epath.Path) -> Iterator[epath.Path]:
 
 
 def _skipped_id(model, tokenizer):
-  """The token that `transformers` skips when it looks for a row's last one."""
+  """The token that `transformers` skips when it looks for the last one."""
   skipped_id = model.module.skipped_id if model.kind == 'scalar' else -1
   return tokenizer.pad_id if skipped_id < 0 else skipped_id
 
 
 def _write_template(output, model, tokenizer):
-  """The chat template for servers; none where prompts are plain text, since
-  the model has not learned the one that its tokenizer came with. That of a
-  reward model ends where it reads its score."""
+  """Writes the chat template for servers.
+
+  There is none where prompts are plain text, since the model has not learned
+  the template that came with its tokenizer. A reward model's template ends
+  where its score is read.
+  """
   file, others = (
     output / name for name in ('chat_template.jinja', tokenizer_lib.TEMPLATES)
   )
@@ -169,7 +173,7 @@ def _describe_tokens(output, model, tokenizer):
   path.write_text(
     json.dumps({**values, **ids, **more}, indent=2) + '\n', 'utf-8'
   )
-  # The policy's own distribution, as it was trained and measured.
+  # Sample from the policy's own distribution, as in training and evaluation.
   sampling = {'do_sample': True, 'temperature': 1.0, 'top_k': 0, 'top_p': 1.0}
   (output / 'generation_config.json').write_text(
     json.dumps({**sampling, **ids}, indent=2) + '\n', 'utf-8'
@@ -206,7 +210,7 @@ def _card(name, checkpoint_folder, model, tokenizer, facts):
     for each in results
   )
   measured = f'Measured, with 95 % intervals:\n\n{measured}\n' * bool(results)
-  # A card may be public, and paths of a machine are nobody's business.
+  # A card may be public, so it leaves out local paths.
   about = {
     key: value
     for key, value in model.metadata.items()
@@ -241,7 +245,7 @@ def _front_matter(name, checkpoint_folder, model, results, facts) -> str:
 
 
 def check_facts(facts: Facts) -> None:
-  """Asks the Hub whether it takes the facts, before compute is spent.
+  """Asks the Hub whether it accepts the facts, before compute is spent.
 
   Raises:
     ValueError: see `hub.check_card`.
@@ -261,23 +265,23 @@ def _listed(text):
 
 
 def _on_hub(folder):
-  """Whether it is hf: and a repository, not a folder here."""
+  """Whether it is `hf:` and a repository, not a local folder."""
   name = folder.removeprefix('hf:')
   is_name = re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) is not None
   return name != folder and is_name and not epath.Path(name).is_dir()
 
 
 def base_of(folder: str) -> str:
-  """The repository on the Hub of the published model behind a model of ours.
+  """The Hub repository of the published model that a folder was trained from.
 
-  Runs say in config.json what they started from; '' if that is not on the Hub,
-  or if a run started from several.
+  A run's config.json says what it started from. Returns '' if that is not on
+  the Hub, or if the run started from several models.
   """
   if folder.startswith('hf:'):
     return folder.removeprefix('hf:') if _on_hub(folder) else ''
   run, stages = origin.stages_of(folder)
   begins = [stage['init'] for stage in stages.values() if stage.get('init')]
-  for begin in begins[:1]:  # The stage's own.
+  for begin in begins[:1]:  # What the stage itself started from.
     if epath.Path(begin).exists() and not model_folder.is_published(begin):
       return base_of(begin)
   named = {base_of(begin) for begin in begins if begin.startswith('hf:')}
@@ -285,7 +289,7 @@ def base_of(folder: str) -> str:
 
 
 def _results(checkpoint_folder, kind):
-  """Of the run's evaluation: `huggingface_hub.EvalResult` of this model."""
+  """This model's `huggingface_hub.EvalResult`s, from its run's evaluation."""
   import huggingface_hub
 
   own = str(files.absolute(checkpoint_folder))
@@ -296,7 +300,7 @@ def _results(checkpoint_folder, kind):
   if evaluation is None or not (run / 'summary.json').exists():
     return []
   summary = run_lib.read_json(run / 'summary.json')
-  # Of the run's own held-out records, whatever its sources are.
+  # The results are on the run's own held-out records, whatever their source.
   result = functools.partial(
     huggingface_hub.EvalResult, dataset_type='preferences'
   )
@@ -358,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   required = functools.partial(parser.add_argument, required=True)
   switch = functools.partial(parser.add_argument, action='store_true')
   required('--checkpoint', metavar='MODEL', help='model folder')
-  required('--tokenizer', metavar='FOLDER', help='that it was trained with')
+  required('--tokenizer', metavar='FOLDER', help='it was trained with')
   required('--output', metavar='DIR', help='to write')
   switch('--fold_shift', help="make a reward model's logit its score")
   switch('--adapters', help='write adapters apart from their base, for peft')
@@ -366,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   switch('--public', help='let everyone see what is uploaded')
   for name, what in (
     ('base_model', 'NAME on the Hub that was trained, if the run does not say'),
-    ('datasets', 'NAMES on the Hub that taught it, with commas between'),
+    ('datasets', 'NAMES on the Hub it was trained on, separated by commas'),
     ('license', 'as the Hub spells it, such as apache-2.0'),
   ):
     parser.add_argument(f'--{name}', default='', help=what)
@@ -394,13 +398,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if flags.push_to:
     private = ['--private'] * (not flags.public)
     again = shlex.join(['hf', 'upload', repository, flags.output, *private])
-    # A process that is killed says nothing any more.
-    print(f'uploads; if it is cut, `{again}` goes on', file=sys.stderr)
+    # Printed first, since a killed process could not print it.
+    print(
+      f'uploading; if interrupted, continue with `{again}`', file=sys.stderr
+    )
     try:
       print(hub.push(flags.output, flags.push_to, private=not flags.public))
     except ValueError as error:
       raise ValueError(
-        f'{error}; {flags.output} is complete, and `{again}` goes on'
+        f'{error}; {flags.output} is complete; continue with `{again}`'
       ) from error
   return 0
 

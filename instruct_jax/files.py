@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-# Copies of a store's folders, for libraries that read only disks.
+# Local copies of a store's folders, for libraries that read only local files.
 COPIES = '~/.cache/instruct_jax_copies'
 
 
@@ -26,13 +26,16 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-  """The absolute path; epath's own puts the current folder before gs://."""
+  """The absolute path.
+
+  `epath.Path.absolute` would put the current folder before gs://.
+  """
   path = epath.Path(path)
   return path if is_remote(path) else path.absolute()
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
-  """Writes or replaces a file atomically, and makes its folder."""
+  """Writes or replaces a file atomically, and creates its folder."""
   path = epath.Path(path)
   if is_remote(path):
     path.write_bytes(content)
@@ -49,11 +52,12 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
 class Appended:
   """A text file that grows by whole lines.
 
-  On a disk, `write` flushes. In a store the whole file is written again every
-  ten seconds and by `close`: stores allow about one replacement a second.
+  On a disk, `write` flushes. In a store, the whole file is written again by
+  `close`, and by `write` at most every ten seconds: stores allow about one
+  replacement per second.
 
   Args:
-    path: of the file, which keeps its content; its folder is made.
+    path: of the file, which keeps its content; its folder is created.
   """
 
   _SECONDS = 10.0
@@ -113,11 +117,14 @@ def copy_folder(source: epath.PathLike, target: epath.PathLike) -> None:
 def local_folder(
   folder: epath.PathLike, patterns: Sequence[str]
 ) -> pathlib.Path:
-  """A local copy of a store's folder, made once for each version.
+  """Returns a local copy of a store's folder, made once for each version.
 
   Args:
-    folder: in a store, or FileNotFoundError; its subfolders are left out.
-    patterns: of the names of files to copy.
+    folder: a folder in a store; its subfolders are left out.
+    patterns: patterns for the names of the files to copy.
+
+  Raises:
+    FileNotFoundError: there is no such folder.
   """
   folder = epath.Path(folder)
   if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: where their files lie here, and pushing."""
+"""Models on the Hugging Face Hub: locating their local files, and pushing."""
 
 import contextlib
 import functools
@@ -12,24 +12,27 @@ from etils import epath
 
 from instruct_jax import command, files
 
-# A model's description, without its weights.
+# Files of a model's description, without its weights.
 _DESCRIPTION = ('*.json', '*.jinja', '*.txt', '*.model')
 _PATTERNS = (*_DESCRIPTION, '*.safetensors')
-# The same weights once more, in their authors' own format.
+# Further copies of the weights in their authors' own format, and subfolders.
 _IGNORED = ('consolidated*', '*/*')
 
 
 def locate(name: str, patterns: tuple[str, ...] = _PATTERNS) -> pathlib.Path:
-  """The local folder of `hf:NAME`, of gs:// (each copied once) or of a path.
+  """The local folder of a model.
+
+  Models in a store or on the Hub are copied once.
 
   Args:
-    name: `hf:` before a folder or the name of a repository on the Hugging Face
-      hub, such as hf:gpt2; or a path.
-    patterns: of the files to download. Pickled weights are never among them.
+    name: a path, which may be in a store (gs://); or `hf:` and a folder or the
+      name of a repository on the Hugging Face Hub, such as hf:gpt2.
+    patterns: patterns of the files to download; by default without pickled
+      weights.
 
   Raises:
     FileNotFoundError: no such folder in a store.
-    ValueError: no such folder or repository, or no network.
+    ValueError: no such folder or repository, no access to it, or no network.
   """
   if files.is_remote(name):
     return files.local_folder(name, patterns)
@@ -58,33 +61,33 @@ def locate(name: str, patterns: tuple[str, ...] = _PATTERNS) -> pathlib.Path:
   except errors.RepositoryNotFoundError as error:
     raise ValueError(
       f'hf:{name}: no such folder here and no such model on the Hub, or a '
-      'private one; mend the name, or log in by `hf auth login`'
+      'private one; fix the name, or log in by `hf auth login`'
     ) from error
-  # Bad names, no network: unrelated exception types.
+  # Bad names and network failures raise unrelated exception types.
   except Exception as error:
     raise ValueError(
-      f'hf:{name}: no such folder here, and it does not download '
+      f'hf:{name}: no such folder here, and the download failed '
       f'({command.one_line(error)}); give the folder of a copy'
     ) from error
 
 
 def locate_description(name: str) -> pathlib.Path:
-  """`locate`, but of `hf:NAME` without the weights."""
+  """`locate`, but does not download the weights of `hf:NAME`."""
   return locate(name, _DESCRIPTION if name.startswith('hf:') else _PATTERNS)
 
 
 # --- Pushing ------------------------------------------------------------------
 
-# What the Hub says to a request that it refuses, by HTTP status.
+# HTTP status of a request that the Hub refuses -> message.
 _REFUSED = {
-  401: 'the token is not accepted; log in by `hf auth login`, or mend HF_TOKEN',
+  401: 'the token is not accepted; log in by `hf auth login`, or fix HF_TOKEN',
   403: 'the token may not write there; take one with write access',
   409: 'that name is taken; choose another one',
 }
 
 
 class NoAnswerError(ValueError):
-  """The Hub does not answer, or not now."""
+  """The Hub does not answer, or is temporarily unavailable."""
 
 
 def check_push(target: str, private: bool = True, is_ours: bool = False) -> str:
@@ -92,16 +95,16 @@ def check_push(target: str, private: bool = True, is_ours: bool = False) -> str:
 
   Args:
     target: hf:NAME, or hf:OWNER/NAME of an organisation.
-    private: whether others must not see it.
+    private: whether the repository is private.
     is_ours: whether this run may have pushed to it before.
 
   Returns:
     The repository, OWNER/NAME; it does not exist, is empty or is ours.
 
   Raises:
-    NoAnswerError: no network, or the Hub is out of order.
-    ValueError: no token, one that only reads, a name that is taken or not
-      one's own.
+    NoAnswerError: no network, or the Hub is down.
+    ValueError: no token, a read-only token, a name that is taken, or an owner
+      that the token does not belong to.
   """
   from huggingface_hub import errors
 
@@ -111,11 +114,11 @@ def check_push(target: str, private: bool = True, is_ours: bool = False) -> str:
   owner, name = match[1] or '', match[2]
   api = _api()
   with _told(target):
-    user = api.whoami(cache=True)  # The Hub answers it only so often.
+    user = api.whoami(cache=True)  # The Hub limits the rate of this request.
     own = [user['name'], *(each['name'] for each in user.get('orgs', ()))]
     if owner and owner not in own:
       raise ValueError(
-        f'{owner} is none of {", ".join(own)}, for whom the token is; take '
+        f'the token belongs to {", ".join(own)}, not to {owner}; use '
         f'hf:{own[0]}/{name}'
       )
     owner = owner or own[0]
@@ -136,7 +139,7 @@ def check_push(target: str, private: bool = True, is_ours: bool = False) -> str:
 
 
 def check_card(front: str) -> None:
-  """Asks the Hub whether it takes a card's front matter.
+  """Asks the Hub whether it accepts a card's front matter.
 
   Raises:
     ValueError: it does not, for instance because of an unknown licence; or it
@@ -149,7 +152,7 @@ def check_card(front: str) -> None:
 
 
 def _may_write(user, owner, repository) -> bool:
-  """Whether the token, as the Hub describes it, is for writing there."""
+  """Whether the token, as the Hub describes it, may write there."""
   token = (user.get('auth') or {}).get('accessToken') or {}
   if token.get('role') == 'fineGrained':
     scopes = (token.get('fineGrained') or {}).get('scoped') or ()
@@ -170,14 +173,14 @@ def push(
   private: bool = True,
   is_ours: bool = False,
 ) -> str:
-  """Uploads a folder as one commit, to a repository that it makes.
+  """Uploads a folder as one commit, and creates the repository if needed.
 
   Args:
-    folder: of the model; without subfolders if in a store.
+    folder: of the model; in a store, its subfolders are left out.
     target, private, is_ours: see `check_push`.
 
   Returns:
-    The address of the repository.
+    The URL of the repository.
 
   Raises:
     ValueError: see `check_push`; or the Hub refuses the content.
@@ -206,7 +209,7 @@ def push(
 
 
 def _api():
-  # The package reads the variable only as it is imported.
+  # huggingface_hub itself reads the variable only when it is imported.
   return _api_at(os.environ.get('HF_ENDPOINT'))
 
 
@@ -219,7 +222,7 @@ def _api_at(endpoint):
 
 @contextlib.contextmanager
 def _told(target: str) -> Iterator[None]:
-  """Turns what goes wrong at the Hub into one line."""
+  """Turns errors of the Hub into one line."""
   from huggingface_hub import errors
 
   try:
@@ -233,7 +236,7 @@ def _told(target: str) -> Iterator[None]:
     told = _REFUSED.get(code) or command.one_line(error)
     kind = NoAnswerError if code == 429 or code >= 500 else ValueError
     raise kind(f'{target}: {told}') from error
-  # No network, a proxy, a broken answer: unrelated exception types.
+  # No network, a proxy or a broken answer: the exception types are unrelated.
   except Exception as error:
     if isinstance(error, ValueError) and not isinstance(
       error, json.JSONDecodeError
@@ -241,6 +244,6 @@ def _told(target: str) -> Iterator[None]:
       text = ' '.join(str(error).split())[:300]
       raise ValueError(f'{target}: {text}') from error
     raise NoAnswerError(
-      f'{target}: the Hub does not answer ({command.one_line(error)}); mend '
+      f'{target}: the Hub does not answer ({command.one_line(error)}); fix '
       'the network, or leave push_to out'
     ) from error

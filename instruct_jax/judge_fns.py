@@ -1,9 +1,10 @@
 """Judges that the config names: reward models, and any Python function.
 
-`config.judge` is a dotted name. A class must be a `judges.Judge`: `RewardModel`
-below, `evals.judges.People`, `evals.chat_judge.ChatJudge`, those of the worlds,
-or a user's own. A function scores texts like a `reward_fn` (`score_fns.py`);
-the answer with the higher score is better.
+`config.judge` is the dotted name of a class or a function. A class must be a
+`judges.Judge`: `RewardModel` below, `evals.judges.People`,
+`evals.chat_judge.ChatJudge`, a judge of one of the worlds, or a user's own. A
+function scores texts like a `reward_fn` (`score_fns.py`); the answer with the
+higher score is better.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from instruct_jax.evals import samples as samples_lib
 
 
 def find(name: str) -> type[judges.Judge]:
-  """The judge class of a dotted name; ValueError if there is none."""
+  """The judge class of a dotted name; raises ValueError if there is none."""
   found = score_fns.find(name, 'judge')
   if isinstance(found, type) and issubclass(found, judges.Judge):
     return found
@@ -34,7 +35,7 @@ def find(name: str) -> type[judges.Judge]:
 
 
 def source_of(name: str) -> dict[str, str]:
-  """`score_fns.source_of` a judge; no Python file of this package."""
+  """`score_fns.source_of` a judge, without Python files of this package."""
   files = score_fns.source_of(name, 'judge')
   if name.startswith(f'{__package__}.'):
     files = {k: path for k, path in files.items() if not path.endswith('.py')}
@@ -64,7 +65,7 @@ class Function(judges.Judge):
 
 
 class RewardModel(judges.Judge):
-  """A reward model: `config.judge_model`, ours or a published classifier."""
+  """The reward model `config.judge_model`, ours or a published classifier."""
 
   needs = reads = ('judge_model',)
 
@@ -79,17 +80,17 @@ class RewardModel(judges.Judge):
     )
 
   def score(self, answers: Sequence[judges.Answer]) -> np.ndarray:
-    """Reward units; see `reward_score`."""
+    """Scores in reward units; see `reward_score`."""
     return self._score_fn(answers)
 
 
 def reward_score(
   config: ConfigDict, folder: str, mesh: jax.sharding.Mesh
 ) -> tuple[judges.ScoreFn, tokenizer_lib.Tokenizer]:
-  """(score function of a reward model, in reward units, and its tokenizer).
+  """(score function of a reward model, in reward units; its tokenizer).
 
-  Answers that its own tokenizer sampled are read as sampled. `config` has
-  `tokenizer`, `compute_dtype` and `batch_size`.
+  Answers that were sampled with the same tokenizer are scored by their sampled
+  ids. `config` has `tokenizer`, `compute_dtype` and `batch_size`.
   """
   tokenizer = queries.tokenizer_of(folder, config.tokenizer, chat=True)
   model = model_folder.load(
@@ -111,7 +112,7 @@ def reward_score(
 
 
 def prompt_of(comparison: records.Comparison) -> records.Prompt:
-  """The prompt whose completions were ranked."""
+  """The prompt of a comparison."""
   return records.Prompt(
     id=comparison.id,
     text=comparison.prompt,
@@ -128,8 +129,8 @@ def comparison_scores(
 ) -> list[np.ndarray]:
   """The scores of each comparison's completions.
 
-  `score_fn` reads them as answers that ended by themselves; `tokenizer` counts
-  their tokens. Completions that several labelers ranked are scored once.
+  `score_fn` gets them as answers that the policy itself ended; `tokenizer`
+  counts their tokens. Completions that several labelers ranked are scored once.
   """
 
   def key(comparison):

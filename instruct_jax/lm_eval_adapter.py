@@ -1,20 +1,20 @@
-"""EleutherAI's lm-evaluation-harness on our checkpoints (an optional extra).
+"""Runs EleutherAI's lm-evaluation-harness on our models (an optional extra).
 
   pip install -e '.[lm-eval]'
   python -m instruct_jax.lm_eval_adapter --checkpoint=DIR --tokenizer=DIR \
     --tasks=lambada_openai,hellaswag --num_fewshot=0 --output=results.json
 
-All tasks of the harness run. Conventions are those of its own `hf` backend
-(BOS, or EOS, if there is no context; windows of the model's length; answers cut
-at the first stop text), so that numbers can be compared.
+All tasks of the harness run. Conventions are those of its own `hf` backend (an
+empty context becomes BOS, or EOS; windows have the model's length; answers are
+cut at the first stop text), so that numbers can be compared.
 
-With a template of the tokenizer (`data.tokenizer`) each context is one prompt
+If the tokenizer has a template (`data.tokenizer`), each context is one prompt
 of a user, as in training, and a continuation is the beginning of the answer;
-`--plain` asks the bare texts. `--apply_chat_template` leaves the rendering to
+`--plain` uses the bare texts. `--apply_chat_template` leaves the rendering to
 the harness, which can then give few-shot examples as separate turns.
 `--include_path=DIR` adds tasks of your own, `--gen_kwargs=KEY=VALUE,...`
-changes how answers are sampled, and `--log_samples` writes what was asked and
-answered beside the results, in the harness's own files.
+changes how answers are sampled, and `--log_samples` writes requests and answers
+beside the results, in the harness's own format.
 """
 
 import functools
@@ -50,28 +50,28 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import run as run_lib
 from instruct_jax.infra import sharding
 
-# Default tokens of an answer, as in the harness.
+# Default for the most tokens of an answer, as in the harness.
 _MAX_ANSWER = 256
-# Options of sampling that answers do not have -> values that change nothing.
+# Sampling options that are not supported -> values that have no effect.
 _NEUTRAL = {
   **dict.fromkeys(('num_beams', 'repetition_penalty'), (None, 1)),
   **dict.fromkeys(('top_p', 'typical_p'), (None, 1)),
   **{'top_k': (None, 0, -1), 'min_p': (None, 0)},
 }
-# Of these, the ones that change nothing at temperature 0.
+# Those of them that have no effect at temperature 0, whatever their value.
 _OF_SAMPLING = ('top_p', 'typical_p', 'top_k', 'min_p')
-# All that `--gen_kwargs` may have.
+# All options that `--gen_kwargs` accepts.
 _OPTIONS = (
   *('until', 'temperature', 'do_sample', 'max_gen_toks', 'max_new_tokens'),
   *('max_tokens', 'max_completion_tokens', *_NEUTRAL),
 )
-# Rows are padded to a multiple of this many tokens: few compilations.
+# Rows are padded to a multiple of this many tokens, to limit compilations.
 _MULTIPLE = 64
 
 
 @functools.cache
 def _next_tokens_program(module):
-  """(params, tokens, mask, targets) -> (logprobs, is greedy) [B, T]."""
+  """Jitted (params, tokens, mask, targets) -> (logprobs, is_greedy) [B, T]."""
 
   def next_tokens(params, tokens, mask, targets):
     logits = module.apply({'params': params}, tokens, mask.astype(jnp.int32))
@@ -85,7 +85,7 @@ def _next_tokens_program(module):
 class InstructJaxLM(TemplateLM):
   """A policy with the harness's interface.
 
-  `plain` asks bare texts, without the tokenizer's template.
+  `plain` uses bare texts, without the tokenizer's template.
   """
 
   def __init__(
@@ -105,22 +105,22 @@ class InstructJaxLM(TemplateLM):
 
   @property
   def eot_token_id(self) -> int:
-    """End of a text."""
+    """The token that ends a text."""
     return self._ids.eos_id
 
   @property
   def prefix_token_id(self) -> int:
-    """The token before a text without context."""
+    """The token that stands for an empty context."""
     bos_id = self._ids.bos_id
     return self._ids.eos_id if bos_id is None else bos_id
 
   @property
   def tokenizer_name(self) -> str:
-    """Name of the tokenizer in the harness's cache."""
+    """The tokenizer's name in the harness's cache."""
     return self._ids.fingerprint
 
   def chat_template(self, chat_template: bool | str = False) -> str | None:
-    """The template's text, for the harness's results."""
+    """The template's text, which the harness records in its results."""
     return self._ids.chat_template if chat_template else None
 
   def apply_chat_template(
@@ -128,7 +128,7 @@ class InstructJaxLM(TemplateLM):
     chat_history: list[dict[str, str]],
     add_generation_prompt: bool = True,
   ) -> str:
-    """Renders turns; from now on texts contain special tokens."""
+    """Renders turns; later texts are then taken to contain special tokens."""
     self._gets_rendered = True
     return self._ids.render_chat(
       chat_history, add_generation_prompt=add_generation_prompt
@@ -137,7 +137,7 @@ class InstructJaxLM(TemplateLM):
   def tok_encode(
     self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
   ) -> list[int]:
-    """Ids of a text, after BOS unless `add_special_tokens` is False."""
+    """Ids of a text, with BOS first unless `add_special_tokens` is False."""
     del kwargs
     if self._gets_rendered:
       return self._ids.encode_rendered(string)
@@ -155,7 +155,7 @@ class InstructJaxLM(TemplateLM):
     return prompt, answer
 
   def _batches(self, rows, indices):
-    """Indices of rows (ids, ...) by falling length: little padding a call."""
+    """Yields indices of rows (ids, ...) by descending length, to pad little."""
     order = sorted(indices, key=lambda i: -len(rows[i][0]))
     for start in range(0, len(order), self._batch_size):
       yield order[start : start + self._batch_size]
@@ -174,7 +174,7 @@ class InstructJaxLM(TemplateLM):
           f'a continuation of {len(continuation)} tokens; the model reads 1 to '
           f'{self.max_length}'
         )
-      # The last token is predicted, not read. Long contexts lose their front.
+      # The last token is predicted, not read. Long contexts lose their start.
       whole = [*context, *continuation][-(self.max_length + 1) :]
       rows.append((whole, len(continuation)))
     results = [None] * len(rows)
@@ -211,7 +211,7 @@ class InstructJaxLM(TemplateLM):
     """Log-probability of whole texts, each token predicted once.
 
     As in the `hf` backend, the tokenizer's BOS counts as the first token of a
-    text, predicted from another BOS.
+    text, and is predicted from another BOS.
     """
     windows, owners = [], []
     for owner, request in enumerate(requests):
@@ -233,7 +233,7 @@ class InstructJaxLM(TemplateLM):
   def generate_until(
     self, requests: Sequence[Instance], disable_tqdm: bool = False
   ) -> list[str]:
-    """Answers up to the first stop text, which is cut off."""
+    """Samples answers, and cuts each before its first stop text."""
     rows, kinds = [], {}
     for number, request in enumerate(requests):
       context, asked = request.args
@@ -282,14 +282,14 @@ class InstructJaxLM(TemplateLM):
 
 
 def _check_options(options) -> None:
-  """Raises ValueError for an option that answers cannot follow."""
+  """Raises ValueError for a sampling option that is not supported."""
   is_greedy = float(options.get('temperature', 0.0)) == 0
   for key, values in _NEUTRAL.items():
     is_idle = key in _OF_SAMPLING and is_greedy
     if not is_idle and options.get(key) not in values:
       raise ValueError(
         f'a task or gen_kwargs asks for {key}={options[key]}; answers are '
-        f'sampled by temperature alone: set {key}={values[-1]}'
+        f'sampled with a temperature alone: set {key}={values[-1]}'
       )
 
 
@@ -300,7 +300,7 @@ def load(
   mesh_shape: Sequence[int] = (1, -1, 1),
   plain: bool = False,
 ) -> InstructJaxLM:
-  """A model folder, ours or in the Hugging Face format, for the harness."""
+  """Loads a model folder, ours or in the Hugging Face format."""
   tokenizer = queries.tokenizer_of(checkpoint, tokenizer_folder)
   mesh = sharding.make_mesh(tuple(mesh_shape))
   with sharding.use_mesh(mesh):
@@ -339,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     key, equals, _ = each.partition('=')
     if not equals or key.strip() not in _OPTIONS:
       parser.error(
-        f'--gen_kwargs: {each!r} is no KEY=VALUE with a KEY of '
+        f'--gen_kwargs: {each!r} is not KEY=VALUE with a KEY among '
         f'{", ".join(_OPTIONS)}'
       )
   manager = TaskManager(include_path=flags.include_path)
@@ -369,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   if flags.output:
     files.write_bytes(flags.output, (text + '\n').encode())
   if flags.log_samples:
-    # results_TIME.json and samples_TASK_TIME.jsonl, as its own command writes.
+    # results_TIME.json and samples_TASK_TIME.jsonl, as the harness's command.
     tracker = EvaluationTracker(output_path=flags.output)
     samples = found.pop('samples')
     tracker.save_results_aggregated(results=found, samples=samples)

@@ -3,8 +3,7 @@
 An adapter of a matrix W is two more leaves beside it, A and B, and the layer
 computes x W + (alpha / r) (x A) B (`models/transformer.py`). Only these leaves
 are trained: gradients, Adam's moments, moving averages and checkpoints have
-their size. A loss joins them with the base in `frozen`; `merge` makes plain
-weights.
+their size. A loss joins them with the frozen base; `merge` makes plain weights.
 """
 
 import jax
@@ -14,16 +13,17 @@ from flax import traverse_util
 from instruct_jax.types import Params, PyTree
 
 _A, _B = '_lora_a', '_lora_b'
-# Of a scalar model: too small for adapters, and new where a stage starts.
+# A scalar model's head is trained whole: it is too small for adapters, and new
+# when a stage starts.
 _HEAD = ('head_kernel', 'head_bias')
 
 
 def join(trained: Params, base: Params | None) -> Params:
-  """Both trees as one; nothing is copied.
+  """Joins both trees without copying arrays.
 
   Args:
     trained: leaves under training: adapters and a scalar model's head, or all.
-    base: the other leaves, frozen; None where all are trained.
+    base: the other leaves, frozen; None if all are trained.
 
   Raises:
     ValueError: a leaf is in both.
@@ -42,9 +42,9 @@ def join(trained: Params, base: Params | None) -> Params:
 
 
 def split(params: Params) -> tuple[Params, Params]:
-  """The inverse of `join`: adapters and a scalar model's head, and the base.
+  """Splits parameters into (adapters and a scalar model's head, base).
 
-  Nothing is copied; leaves may be abstract arrays.
+  The inverse of `join`. Nothing is copied; leaves may be abstract arrays.
   """
   trained, base = {}, {}
   for path, leaf in traverse_util.flatten_dict(params).items():
@@ -57,12 +57,12 @@ def split(params: Params) -> tuple[Params, Params]:
 
 
 def merge(params: Params, scale: float) -> Params:
-  """Plain weights of the same model: W + scale A B.
+  """Merges adapters into plain weights of the same model: W + scale A B.
 
-  In float32 even on accelerators, whose default precision is lower.
+  Computes in float32 even on accelerators, whose default precision is lower.
 
   Args:
-    params: base and adapters, joined, of stacked layers: W [L, inputs...,
+    params: base and adapters, joined, with stacked layers: W [L, inputs...,
       outputs...], A [L, inputs..., r], B [L, r, outputs...].
     scale: alpha / r.
   """

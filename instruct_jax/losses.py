@@ -14,20 +14,20 @@ def ranking_loss(
   ranks: Int[Array, '*B C'],
   divisor: str = 'surviving',
 ) -> tuple[Float[Array, '*B'], Float[Array, '*B'], Float[Array, '*B']]:
-  """K-way comparison loss, one number a ranking (equation 1).
+  """K-way comparison loss, one number per ranking (equation 1).
 
     loss(x) = -1/Z sum over (w, l) log sigmoid(r(x, y_w) - r(x, y_l))
 
-  over all ordered pairs where the labeler ranked w above l. Ties make no
+  over all ordered pairs where the labeler ranked w above l. Ties form no
   pair (C.2). All pairs of a ranking share its C forward passes, and all
-  rankings weigh the same.
+  rankings have the same weight.
 
   Args:
     scores: r(x, y) of each candidate; [B, 1, C] against ranks of [B, R, C]
       where several labelers ranked the same answers.
     ranks: 1 is best, equal numbers tie, 0 marks an absent candidate.
-    divisor: Z. 'surviving' counts the pairs that are not ties, 'all' takes
-      C(K, 2) of the K present candidates. The paper does not say which.
+    divisor: Z. 'surviving' is the number of pairs that are not ties, 'all' is
+      C(K, 2) for the K present candidates. The paper does not say which.
 
   Returns:
     (loss, pairs, correct), each [*B]: the loss, the number of surviving pairs,
@@ -40,8 +40,8 @@ def ranking_loss(
   present = ranks > 0
   better = ranks[..., :, None] < ranks[..., None, :]
   better &= present[..., :, None] & present[..., None, :]
-  # Masked before the logarithm: the score of an absent candidate, NaN included,
-  # must not reach the gradient of the others.
+  # Masked before the logarithm: the score of an absent candidate, which may be
+  # NaN, must not reach the gradient of the others.
   margins = jnp.where(better, scores[..., :, None] - scores[..., None, :], 0.0)
   pair_losses = jnp.where(better, -jax.nn.log_sigmoid(margins), 0.0)
   pairs = jnp.sum(better, axis=(-2, -1), dtype=jnp.float32)
@@ -60,21 +60,21 @@ def ranking_loss(
 def plackett_luce_loss(
   scores: Float[Array, '*#B C'], ranks: Int[Array, '*B C']
 ) -> tuple[Float[Array, '*B'], Float[Array, '*B']]:
-  """A ranking's negative log-likelihood as repeated choices (Plackett 1975).
+  """Negative log-likelihood of a ranking as repeated choices (Plackett 1975).
 
     loss(x) = -1/Z sum over i of log(e^r_i / (e^r_i + sum of e^r_j))
 
-  j runs over the candidates that are worse than i, and i over those with a
-  worse candidate. Z is the number of i, so that all rankings weigh the same
-  (Rafailov et al. 2023, appendix A.3, takes the sum). Without ties it is the
-  choice of the best, then of the second best, and so on; tied candidates are
-  not compared. For two candidates it equals `ranking_loss`.
+  j runs over the candidates ranked below i, and i over those with a candidate
+  below them. Z is the number of i, so that all rankings have the same weight
+  (Rafailov et al. 2023, appendix A.3, takes the sum). Without ties, the labeler
+  chooses the best, then the second best, and so on; tied candidates are not
+  compared. For two candidates the loss equals `ranking_loss`.
 
   Args:
     scores, ranks: see `ranking_loss`.
 
   Returns:
-    (loss, choices), each [*B]; a ranking that is all ties has 0 and 0.
+    (loss, choices), each [*B]; both are 0 if all candidates are tied.
   """
   present = ranks > 0
   worse = ranks[..., :, None] < ranks[..., None, :]
@@ -92,12 +92,13 @@ def plackett_luce_loss(
 def mean_over_rankings(
   loss: Float[Array, 'B R'], weights: Float[Array, 'B R']
 ) -> Float[Array, 'B']:
-  """The mean of a prompt's losses over the labelers who ranked it, so that all
-  prompts weigh the same.
+  """Averages a prompt's losses over the labelers who ranked it.
+
+  All prompts then have the same weight.
 
   Args:
     loss: of each labeler's ranking.
-    weights: 0 for labelers who are absent or tied everything.
+    weights: 0 for labelers who are absent or tied all candidates.
   """
   count = jnp.sum(weights > 0, axis=1, dtype=jnp.float32)
   return jnp.sum(loss, axis=1) / jnp.maximum(count, 1)
@@ -117,7 +118,7 @@ def clipped_policy_loss(
   Args:
     logprobs: log pi_new, nats; the only argument that carries gradients.
     old_logprobs: log pi_old, fixed when the rollout was scored.
-    advantages: whitened.
+    advantages: A, whitened.
     clip: c; 0.2 in the paper.
 
   Returns:
@@ -136,14 +137,14 @@ def clipped_value_loss(
   returns: Float[Array, 'B R'],
   clip: float = 0.2,
 ) -> tuple[Float[Array, 'B R'], Bool[Array, 'B R']]:
-  """Half the larger of two squared errors, per token (Ziegler et al.'s code).
+  """PPO's clipped value loss per token (Ziegler et al.'s code).
 
     loss = 1/2 max((V - G)^2, (clip(V, V_old - c, V_old + c) - G)^2)
 
   Args:
     values: V_new; the only argument that carries gradients.
     old_values: V_old, fixed when the rollout was scored.
-    returns: G, unwhitened advantages plus V_old.
+    returns: G, advantages before whitening plus V_old.
     clip: c, reward units; 0.2 from Ziegler et al. (the paper is silent).
 
   Returns:

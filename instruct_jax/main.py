@@ -4,15 +4,15 @@
   python -m instruct_jax.main --config=configs/ppo_ptx.py:smoke --workdir=/tmp/x
 
 A config with `stages` is a pipeline: its stages run in order, each in its own
-folder, unless they have finished. The same command continues a run that was
-interrupted.
+folder, except those that have finished. The same command resumes an interrupted
+run.
 """
 
 import os
 import signal
 
 if __name__ == '__main__':
-  # The imports below take seconds.
+  # Installed first, since the imports below take seconds.
   def stop_at_once(number, frame) -> None:
     del number, frame
     os.write(2, b'stopped before the run began; the same command starts it\n')
@@ -57,17 +57,17 @@ _PROCESS_ID = flags.DEFINE_integer(
 
 
 def main(argv: list[str]) -> None:
-  """Runs the config of the command line; an error of its user is one line."""
+  """Runs the config given on the command line; user errors are one line."""
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments: {argv[1:]}')
   if '--verbosity' not in ' '.join(sys.argv):
     logging.set_verbosity(logging.WARNING)  # Libraries are verbose at INFO.
-    # Of several failed writes of a checkpoint the first is raised and told in
+    # If several writes of a checkpoint fail, the first is raised and printed in
     # one line; asyncio would log the others with tracebacks.
     python_logging.getLogger('asyncio').setLevel(python_logging.CRITICAL)
   config = _CONFIG.value
-  # Stages find each other's outputs by paths that refer to `workdir`, which
-  # config.json leaves out.
+  # Stages find each other's outputs by paths that refer to `workdir`. It stays
+  # empty until the config has been copied for config.json, which leaves it out.
   given, config.workdir = config.workdir, ''
   place = _WORKDIR.value or given or config.default_workdir
   machine.prepare(config)
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     if 'prepare' in config:
       prepare = score_fns.find(config.prepare, 'prepare')
       if not prepare(config, workdir):
-        return  # It was asked to describe the run alone.
+        return  # A dry run, which only describes the run.
     described = config.copy_and_resolve_references()
     config.workdir = str(workdir)
     pipeline.run_all(config, workdir, described, _ACCEPT_NEW_INPUTS.value)
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parser, with one line for an error."""
+  """absl's parser, which reports an error in one line."""
   return command.parse_flags(argv, _CONFIG)
 
 

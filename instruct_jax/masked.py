@@ -1,6 +1,6 @@
 """Masked sums and averages in float32.
 
-Masked-out entries are absent, whatever they hold (NaN included).
+Masked-out entries are ignored, whatever they hold, even NaN.
 """
 
 import jax.numpy as jnp

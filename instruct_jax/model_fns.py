@@ -1,4 +1,4 @@
-"""Models in memory: how they are made, and as functions for the method."""
+"""Models in memory: how they are created, and as functions for the method."""
 
 import dataclasses
 import functools
@@ -25,10 +25,10 @@ class Model:
   Attributes:
     kind: 'policy' (tokens) or 'scalar' (reward and value models).
     module: pure Linen module of that kind.
-    params: float32, sharded; with a base, only those under training.
-    metadata: JSON, saved with them.
-    source: folder of the parameters, or of the base; '' is none.
-    base: frozen weights below adapters, or None.
+    params: float32, sharded; with a base, only the trained parameters.
+    metadata: JSON values that are saved with the parameters.
+    source: folder of the parameters, or of the base; '' if there is none.
+    base: frozen weights under adapters, or None.
   """
 
   kind: str
@@ -40,7 +40,7 @@ class Model:
 
   @property
   def config(self) -> TransformerConfig:
-    """Shape and arithmetic."""
+    """The module's shape and arithmetic."""
     return self.module.config
 
 
@@ -54,7 +54,7 @@ def make_module(
 
 
 def _init_fn(module):
-  """key -> boxed params; their shapes do not depend on the tokens here."""
+  """Returns key -> boxed params, whose shapes do not depend on the tokens."""
 
   def init(key):
     ones = jnp.ones((1, 2), jnp.int32)
@@ -69,7 +69,7 @@ def abstract_params(
   """Shapes, dtypes and shardings of a model's parameters; computes nothing.
 
   Raises:
-    ValueError: the mesh does not divide an axis; gives names and numbers.
+    ValueError: the mesh does not divide an axis; with names and numbers.
   """
   boxed = jax.eval_shape(_init_fn(make_module(kind, config)), jax.random.key(0))
   shardings = sharding.param_shardings(boxed, mesh)
@@ -82,7 +82,7 @@ def abstract_state(
   mesh: jax.sharding.Mesh,
   optimizer: optax.GradientTransformation,
 ) -> tuple[train_state.TrainState, Params | None]:
-  """Shapes, dtypes and shardings of what is trained; computes nothing.
+  """Shapes, dtypes and shardings of a train state; computes nothing.
 
   Returns:
     (train state, base): with `config.lora` the state holds adapters and heads,
@@ -116,8 +116,10 @@ def init(
 def scalar_from_policy(
   policy: Model, mesh: jax.sharding.Mesh, key: Key
 ) -> Model:
-  """A reward model with a copy of the policy's trunk and a fresh head (3.5,
-  STI B.1)."""
+  """A reward model with a copy of the policy's trunk and a fresh head.
+
+  Paper 3.5; Stiennon et al. B.1.
+  """
   fresh = init('scalar', policy.config, mesh, key)
   trunk = jax.tree.map(jnp.copy, without_unembedding(policy.params['trunk']))
   return dataclasses.replace(
@@ -126,7 +128,7 @@ def scalar_from_policy(
 
 
 def without_unembedding(trunk: Params) -> Params:
-  """The part of a policy's trunk that a scalar model has."""
+  """The part of a policy's trunk that a scalar model has, too."""
   return {
     name: x for name, x in trunk.items() if not name.startswith('unembedding')
   }
@@ -135,15 +137,15 @@ def without_unembedding(trunk: Params) -> Params:
 def adapted(
   model: Model, adapters: Lora | None, mesh: jax.sharding.Mesh, seed: int
 ) -> Model:
-  """The same model with fresh adapters on a frozen base; same outputs.
+  """Adds fresh adapters on a frozen base; the outputs stay the same.
 
-  Its `params` are the adapters and, of a scalar model, the head; all others are
-  the `base`, not copied.
+  The result's `params` are the adapters and a scalar model's head. All other
+  parameters become the `base`, without a copy.
 
   Args:
     model: without adapters.
-    adapters: None returns the model unchanged, all of it to be trained.
-    seed: of the stage; for the factors A.
+    adapters: None returns the model unchanged, to be trained as a whole.
+    seed: the stage's seed, from which the factors A are drawn.
 
   Raises:
     ValueError: a target that the model does not have.
@@ -154,7 +156,7 @@ def adapted(
   module = model.module.clone(config=config)
   abstract, _ = lora.split(abstract_params(model.kind, config, mesh))
   init_fn = _init_fn(module)
-  # Steps and heads fold smaller numbers into the seed's key.
+  # Steps and heads fold smaller numbers into the seed's key, so none collides.
   number = 2**32 - 1 - list(KINDS).index(model.kind)
   key = jax.random.fold_in(jax.random.key(seed), number)
   fresh = jax.jit(
@@ -168,7 +170,7 @@ def adapted(
 
 
 def merged(model: Model, mesh: jax.sharding.Mesh) -> Model:
-  """An equal model without adapters; donates the base."""
+  """Merges adapters into a plain model; the base's buffers are donated."""
   config = dataclasses.replace(model.config, lora=None)
   scale = model.config.lora.scale
   plain = abstract_params(model.kind, config, mesh)
@@ -189,13 +191,13 @@ def check_context(model: Model, num_tokens: int, what: str) -> None:
   """Refuses rows that exceed the model's context.
 
   Raises:
-    ValueError: gives the numbers and `what`, the config keys that decide them.
+    ValueError: with the numbers and `what`, the config keys that set them.
   """
   more = 0
   if model.kind == 'scalar':
     more = max(len(model.module.end_ids) - 1, 0)
   if num_tokens + more > model.config.context_length:
-    behind = f' and {more} behind an answer' if more else ''
+    behind = f' and {more} after an answer' if more else ''
     raise ValueError(
       f'{what} ask for {num_tokens} tokens{behind}, but the model from '
       f'{model.source} has a context of {model.config.context_length}; lower '
@@ -210,9 +212,9 @@ def decoder(module: heads.Policy, gather_weights: bool = True) -> Decoder:
   """A policy as the functions of `rollout.generate`.
 
   Args:
-    gather_weights: gather the weights over `fsdp` once a rollout, in the
-      compute dtype; otherwise every token gathers them again, which is slower
-      but needs less memory.
+    gather_weights: gather the weights over `fsdp` once per rollout, in the
+      compute dtype. Otherwise they are gathered again for every token, which is
+      slower but needs less memory.
   """
   config = dataclasses.replace(module.config, lora=None)
   # The key is abstract too, since the current mesh may be.
@@ -234,8 +236,8 @@ def decoder(module: heads.Policy, gather_weights: bool = True) -> Decoder:
       )
       for tree in (plain, decoding.in_compute_dtype(config, plain))
     )
-    # Prompts use the layers as they are sharded, gathered one at a time, and
-    # with adapters apart: a merged copy would take memory.
+    # Prompts are read with the sharded layers, gathered one at a time, and with
+    # unmerged adapters, since a merged copy would take memory.
     trunk = {**laid_out['trunk'], 'layers': params['trunk']['layers']}
     return decoding.weights_of(config, {'trunk': trunk}, cast)
 
@@ -282,9 +284,9 @@ def scalars_fn(module: heads.ScalarModel, longest: int = 0) -> ScalarsFn:
 
 
 def scores_fn(module: heads.ScalarModel):
-  """(params, tokens, segments, ends=None) -> `heads.read_scores`.
+  """Returns (params, tokens, segments, ends=None) -> `heads.read_scores`.
 
-  Without `ends`, rows of one sequence each are read `heads.with_ends`.
+  Without `ends`, each row is one sequence and is extended by `heads.with_ends`.
   """
   scalars = scalars_fn(module)
 

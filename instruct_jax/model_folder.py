@@ -1,9 +1,9 @@
-"""Models on disk, as stages pass them to each other.
+"""Model folders, in which stages pass models to each other.
 
 A model folder holds the parameters and `model.json`: kind, shape, tokenizer
 fingerprint and provenance. Loading checks all of it before any compute.
 
-A folder of adapters holds only these and names the folder of their base.
+A folder of adapters holds only the adapters and names the folder of their base.
 `load` merges them into a plain model.
 """
 
@@ -30,7 +30,7 @@ def save(
   tokenizer: tokenizer_lib.Tokenizer,
   metadata: dict[str, Any],
 ) -> None:
-  """Writes a model folder; it appears only when complete.
+  """Writes a model folder, which appears only when it is complete.
 
   The base of adapters is recorded as the folder `model.source`.
   """
@@ -58,9 +58,9 @@ def check(
 
   Raises:
     checkpoint.CheckpointError: missing, damaged, of another kind, or made with
-      another tokenizer; or adapters whose base is gone or has changed.
-    ValueError: a published folder with another tokenizer, or one that is not
-      handled.
+      another tokenizer; or adapters whose base is missing or has changed.
+    ValueError: a published folder with another tokenizer, or a model or format
+      that is not supported.
   """
   if is_published(directory):
     folder = hub.locate_description(str(directory))
@@ -118,7 +118,7 @@ def _architectures(folder, values) -> list[str]:
 
 
 def _refuse_other_formats(directory) -> None:
-  """ValueError for a folder that is a model, but of a kind that is not read."""
+  """Raises ValueError for a model folder in an unsupported format."""
   place = epath.Path(directory)
   if (place / 'adapter_config.json').exists():
     raise ValueError(
@@ -134,9 +134,9 @@ def _refuse_other_formats(directory) -> None:
 
 
 def _path_from(directory, source) -> str:
-  """A base's path for the description of its adapters.
+  """The path of a base, as recorded with its adapters.
 
-  Relative if both are in the folder of one run, which may be moved.
+  It is relative if both are in the folder of one run, which may be moved.
   """
   name = source.removeprefix('hf:')
   if name != source and not epath.Path(name).is_dir():
@@ -150,7 +150,7 @@ def _path_from(directory, source) -> str:
 
 
 def _find_base(directory, described) -> str:
-  """The folder of an unchanged base.
+  """Finds the folder of a base, and checks that it has not changed.
 
   Raises:
     checkpoint.CheckpointError: it is missing or has changed.
@@ -177,10 +177,10 @@ def _find_base(directory, described) -> str:
 
 
 def _identity(folder) -> str:
-  """SHA-256 of what decides a model's numbers.
+  """SHA-256 of everything that determines a model's outputs.
 
   For our folders that is model.json, which has a checksum of each array and the
-  identity of a base.
+  identity of the base, if there is one.
   """
   if not is_published(folder):
     return inputs.content_hash(str(folder))
@@ -196,12 +196,12 @@ def make_mesh(
   folders: Sequence[epath.PathLike],
   rows: Sequence[int],
 ) -> jax.sharding.Mesh:
-  """The mesh of a stage, chosen to fit its models if `shape` is ().
+  """Makes the mesh of a stage, chosen to fit its models if `shape` is ().
 
   Args:
     shape: `config.mesh`.
-    folders: of the models, whose descriptions are read.
-    rows: of each batch and microbatch.
+    folders: model folders, of which only the descriptions are read.
+    rows: number of rows of each batch and microbatch.
 
   Raises:
     checkpoint.CheckpointError: a folder is missing or damaged.
@@ -215,7 +215,7 @@ def make_mesh(
 
 
 def shape_of(folder: epath.PathLike) -> TransformerConfig:
-  """The shape of a model, from its description.
+  """The shape of a model, without adapters, from its description.
 
   Raises:
     checkpoint.CheckpointError, ValueError: the folder, or the base of its
@@ -234,15 +234,15 @@ def shape_of(folder: epath.PathLike) -> TransformerConfig:
 def check_contexts(
   folders: Mapping[str, epath.PathLike], num_tokens: int, what: str
 ) -> None:
-  """Refuses rows that exceed the context of a model, before any is loaded.
+  """Refuses rows that exceed a model's context, before models are loaded.
 
   Args:
-    folders: name for the message -> model.
-    num_tokens: of a row.
-    what: the config keys that decide it.
+    folders: name for the message -> model folder.
+    num_tokens: tokens of a row.
+    what: the config keys that set `num_tokens`.
 
   Raises:
-    ValueError: gives the numbers; or as `shape_of`.
+    ValueError: with the numbers; or see `shape_of`.
   """
   for name, folder in folders.items():
     length = shape_of(folder).context_length
@@ -254,10 +254,11 @@ def check_contexts(
 
 
 def named_folders(text: str, key: str = 'models') -> dict[str, str]:
-  """`NAME=FOLDER,NAME=FOLDER` as a mapping.
+  """Parses `NAME=FOLDER,NAME=FOLDER` into a mapping.
 
   Args:
     text: of that form, or ''.
+    key: config key, for the message.
 
   Raises:
     ValueError: a part is not of this form, or a name is repeated.
@@ -274,7 +275,7 @@ def named_folders(text: str, key: str = 'models') -> dict[str, str]:
 
 
 def named_files(text: str, key: str, name: str) -> dict[str, str]:
-  """`FILE`, which gets this name, or `NAME=FILE,NAME=FILE` as a mapping."""
+  """Parses `FILE`, which gets this name, or `NAME=FILE,NAME=FILE`."""
   if text and '=' not in text:
     return {name: text}
   return named_folders(text, key)
@@ -292,10 +293,10 @@ def _load_published(folder, kind, mesh, end_ids, changes):
   published = hf.shape_of(folder)
   about, attributes = {'from': str(folder)}, {}
   if kind == 'scalar':
-    # The scores on its training data are not published: allow any.
+    # Its scores on its training data are not published, so any are allowed.
     about['score_range'] = (-math.inf, math.inf)
     attributes['skipped_id'] = families.score_pad_id(described)
-    # Our own exports say what they read behind an answer.
+    # Our own exports record the ids that they expect at the end of an answer.
     attributes['end_ids'] = tuple(described.get('score_end_ids', end_ids))
   elif published.tied:
     published = hf.published_config(folder)
@@ -335,16 +336,17 @@ def load(
 
   Args:
     directory: written by `save`, or published.
-    kind: what the caller needs.
+    kind: the kind that the caller needs.
     mesh: may differ from the mesh that the model was saved from.
-    tokenizer: in use; published models get an embedding for its PAD.
+    tokenizer: the tokenizer in use; published models get an embedding for its
+      PAD.
     **changes: fields of `TransformerConfig` that do not change the parameters
       (dropout, remat, compute_dtype, scan_unroll). A `compute_dtype` of '' is
       the folder's, float32 for a published one.
 
   Raises:
-    ValueError: a published model that is not handled, has another tokenizer or
-      damaged files; see `hf.load_params`.
+    ValueError: a published model that is not supported, has another tokenizer
+      or has damaged files; see `hf.load_params`.
     checkpoint.CheckpointError: see `check`; or damaged arrays.
   """
   model = read(directory, kind, mesh, tokenizer, **changes)
@@ -367,7 +369,8 @@ def read(
   """`load` without merging.
 
   Returns:
-    The model; or adapters alone, with the folder of their base as `source`.
+    The model; or only its adapters (and a scalar model's head), with the folder
+    of their base as `source`.
   """
   if changes.get('compute_dtype') == '':
     del changes['compute_dtype']

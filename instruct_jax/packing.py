@@ -1,16 +1,16 @@
-"""Episodes in rows, as scores, log-probabilities and losses read them.
+"""Packs episodes into rows for scores, log-probabilities and losses.
 
-A rollout has one episode a row, prompts padded on the left and responses on the
-right. Dense rows hold several episodes in sequence, with little padding. The
-host decides which episode goes where, from the lengths alone (`lay_out`); the
-device moves the tokens. If dense rows would save little, every episode gets its
-own row, in the same kind of layout.
+A rollout has one episode per row, prompts padded on the left and responses on
+the right. Dense rows hold several episodes in sequence, with little padding.
+The host decides which episode goes where, from the lengths alone (`lay_out`);
+the device moves the tokens. If dense rows would save little, every episode gets
+its own row, in the same kind of layout.
 
-The rows of a minibatch hold exactly its episodes. Episodes are dealt by length:
-sorted, cut into strata with one episode per minibatch, and dealt at random in
-every fourth stratum, so as to even out lengths in the others. So all
-minibatches have nearly the same number of tokens and fit one shape. Each inner
-epoch has its own deal.
+The rows of a group (a microbatch of a minibatch) hold exactly its episodes.
+Episodes are sorted by length and cut into strata of one episode per group. In
+every fourth stratum they are dealt to the groups at random; in the others, so
+that they even out the groups' lengths. So all groups have nearly the same
+number of tokens and fit one shape. Each inner epoch is dealt anew.
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ class Layout:
     source: index of each token in the flattened [B * T] rollout.
     segments: 0 on padding, 1, 2, ... number the episodes of a row.
     where: column of the position that predicts each response token.
-    response: index of that response token in the flattened [B * R].
-    response_mask: True where there is one.
-    places: of each response token, the index in the flattened [M1 * Q] of the
-      rows of the first inner epoch, M1 = M / num_epochs; 0 where masked.
-    ends: index of each episode's last token in the flattened [M1 * L].
-    num_steps: static; optimizer steps, all inner epochs together.
+    response: index of that response token in the flattened [B * R] responses.
+    response_mask: True where there is a response token.
+    places: index of each response token in the flattened [M1 * Q] rows of the
+      first inner epoch, M1 = M / num_epochs; 0 where masked.
+    ends: index of each episode's last token in the flattened [M1 * L] rows.
+    num_steps: static; optimizer steps of all inner epochs.
     num_epochs: static; inner epochs.
   """
 
@@ -61,20 +61,21 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """What decides the shapes of a run's rows, besides the lengths.
+  """What determines the shapes of a run's rows, besides the lengths.
 
   Attributes:
     prompt_columns: P of the rollout.
     response_columns: R of the rollout.
-    num_minibatches, num_microbatches: their product is the groups of an epoch.
+    num_minibatches, num_microbatches: their product is the number of groups of
+      an epoch.
     num_epochs: inner epochs.
     num_shards: devices that rows are sharded over.
-    row_episodes: approximate episodes of a dense row: more fill rows better,
-      fewer cost less in attention kernels that read whole rows. 0 gives every
-      episode its own row.
+    row_episodes: approximate number of episodes in a dense row. More fill rows
+      better; fewer cost less in attention kernels that read whole rows. 0 gives
+      every episode its own row.
     multiple: lengths of dense rows are multiples of this.
-    spare: bounds the length of dense rows over the length needed, except for
-      `multiple`.
+    spare: largest ratio of a dense row's length to the length needed, before
+      rounding up to `multiple`.
   """
 
   prompt_columns: int
@@ -89,16 +90,16 @@ class Sizes:
 
   @property
   def longest(self) -> int:
-    """Tokens of the longest episode, P + R."""
+    """Tokens of the longest possible episode, P + R."""
     return self.prompt_columns + self.response_columns
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """Rows of one group of episodes, a microbatch of a minibatch.
+  """The shape of the rows of one group of episodes.
 
   Attributes:
-    num_rows: of a group.
+    num_rows: rows of a group.
     length: L, columns of a row.
     num_responses: Q, response tokens that fit in a row.
   """
@@ -115,10 +116,10 @@ def ladder(sizes: Sizes, group_size: int) -> tuple[Shape, ...]:
   that a resumed run, or another process, takes the same shape for the same
   lengths.
 
-  Lengths of dense rows descend, by a factor of `spare` each, from the longest
-  that saves a twentieth of the columns to half an episode; responses may take a
-  third of a row, two thirds, or all of it. The last shape is one row for each
-  episode.
+  The longest dense row is one that saves a twentieth of the columns; each next
+  length is smaller by a factor of `spare`, down to half an episode. Responses
+  may take a third of a row, two thirds, or all of it. The last shape has one
+  row for each episode.
   """
   alone = Shape(group_size, sizes.longest, sizes.response_columns)
   if not sizes.row_episodes:
@@ -143,14 +144,18 @@ def ladder(sizes: Sizes, group_size: int) -> tuple[Shape, ...]:
 def deal(
   lengths: Int[np.ndarray, 'B'], num_groups: int, rng: np.random.Generator
 ) -> Int[np.ndarray, 'G E']:
-  """Random groups of equal number and nearly equal length, as indices.
+  """Deals episodes into random groups of equal size and nearly equal length.
 
   Args:
+    lengths: tokens of each episode.
     num_groups: G, which divides B.
     rng: decides which episode of a stratum goes to which group.
 
+  Returns:
+    Indices of the episodes of each group.
+
   Raises:
-    ValueError: the groups do not divide the episodes.
+    ValueError: the number of groups does not divide that of the episodes.
   """
   if len(lengths) % num_groups:
     raise ValueError(
@@ -176,10 +181,10 @@ def deal(
 def deal_epochs(
   lengths: Int[np.ndarray, 'B'], sizes: Sizes, seed: tuple[int, ...]
 ) -> Int[np.ndarray, 'G E']:
-  """The groups of all inner epochs: `deal` for each.
+  """The groups of all inner epochs, by one `deal` for each.
 
   Args:
-    seed: of the deal, including the iteration.
+    seed: seeds the deal; it includes the iteration.
   """
   num_groups = sizes.num_minibatches * sizes.num_microbatches
   rngs = [np.random.default_rng([*seed, i]) for i in range(sizes.num_epochs)]
@@ -190,11 +195,11 @@ class _Placed(NamedTuple):
   """The place of every episode of every group [G, E].
 
   Attributes:
-    row: of its group.
-    number: in its row, from 1.
-    offset, response_offset: tokens and response tokens of its row before it.
-    most, most_responses, most_episodes: tokens, response tokens and episodes of
-      the fullest rows.
+    row: its row in the group.
+    number: its number in the row, from 1.
+    offset, response_offset: tokens and response tokens before it in the row.
+    most, most_responses, most_episodes: the most tokens, response tokens and
+      episodes of any row.
   """
 
   row: np.ndarray
@@ -207,9 +212,9 @@ class _Placed(NamedTuple):
 
 
 def _place(groups, lengths, response_lengths, num_rows) -> _Placed:
-  """The longest remaining episode goes to the row with the most room."""
+  """Puts the longest remaining episode into the row with the most room."""
   places = np.zeros((4, *groups.shape), np.int64)
-  # Of each row: episodes, tokens, response tokens.
+  # Episodes, tokens and response tokens of each row so far.
   used = np.zeros((3, len(groups), num_rows), np.int64)
   for g, members in enumerate(groups):
     for e in np.argsort(-lengths[members], kind='stable'):
@@ -222,7 +227,7 @@ def _place(groups, lengths, response_lengths, num_rows) -> _Placed:
 
 
 def _fit(groups, lengths, response_lengths, sizes) -> tuple[Shape, _Placed]:
-  """The first shape with room for the fullest row, and places in it."""
+  """The first shape with room for the fullest row, and the places in it."""
   placed_in = functools.cache(
     lambda num_rows: _place(groups, lengths, response_lengths, num_rows)
   )
@@ -249,8 +254,8 @@ def lay_out(
 
   Args:
     prompt_lengths, response_lengths: real tokens of each episode.
-    groups: of `deal_epochs`; row g is microbatch g % num_microbatches of step
-      g // num_microbatches.
+    groups: from `deal_epochs`; group g is microbatch g % num_microbatches of
+      step g // num_microbatches.
 
   Raises:
     ValueError: an episode without tokens.
@@ -326,7 +331,7 @@ def fill_fraction(layout: Layout) -> float:
 
 
 def pack_episodes(rollout: Rollout, layout: Layout) -> Episodes:
-  """A rollout in the rows of all inner epochs."""
+  """Packs a rollout into the rows of all inner epochs."""
   flat = rollout.tokens.reshape(-1)
   return Episodes(
     tokens=jnp.where(layout.segments > 0, flat[layout.source], 0),
@@ -337,7 +342,7 @@ def pack_episodes(rollout: Rollout, layout: Layout) -> Episodes:
 
 
 def first_epoch(rows: PyTree, layout: Layout) -> PyTree:
-  """The rows of the first inner epoch, of each array: every episode once."""
+  """The first inner epoch's rows of each array; they hold each episode once."""
   if layout.num_epochs == 1:
     return rows
 
@@ -352,7 +357,7 @@ def first_epoch(rows: PyTree, layout: Layout) -> PyTree:
 def pack_responses(
   values: Float[Array, 'B R'], layout: Layout
 ) -> Float[Array, 'M Q']:
-  """From one number per response token to rows; 0 where masked."""
+  """Packs one number per response token into rows; 0 where masked."""
   return jnp.where(
     layout.response_mask, values.reshape(-1)[layout.response], 0.0
   )

@@ -2,12 +2,12 @@
 
   rollout, scores -> penalise -> train
 
-`penalise` computes all that the update holds fixed: log-probabilities of the
-old policy and of the reference, the KL penalty, advantages. `train` takes
-minibatch steps on a dict of losses. Without a value model there are no values
-and no value loss.
+`penalise` computes everything that stays fixed during the update:
+log-probabilities of the old policy and of the reference, the KL penalty and
+advantages. `train` takes minibatch steps on a dict of losses. Without a value
+model there are no values and no value loss.
 
-Models are arguments, as functions. `ptx_coef = 0` is PPO: the program then has
+Models are passed in as functions. `ptx_coef = 0` is PPO: the program then has
 no pretraining branch.
 """
 
@@ -39,43 +39,44 @@ from instruct_jax.types import (
 )
 
 # (token rewards [B, R], mask [B, R], values [B, R] or None) -> advantages and
-# returns [B, R]; returns are None without values. To carry state over, such as
-# a running mean, add fields to `RLState` and make the function from them inside
-# the jitted `penalise` of an experiment.
+# returns [B, R]; returns are None without values. To keep state between
+# iterations, such as a running mean, add fields to `RLState` and build the
+# function from them inside the jitted `penalise` of an experiment.
 AdvantageFn = Callable[
   [jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array | None]
 ]
 
 
-# Numbers that only a method with a value model has.
+# Fields of `PPOConfig` that are used only with a value model.
 OF_VALUES = {'discount', 'gae_lambda', 'value_clip', 'whiten_advantages'}
 
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
-  """Numbers of the method; defaults are the paper's where it gives them.
+  """Hyperparameters; defaults are the paper's where it gives them.
 
   Attributes:
     discount: gamma of the returns; the paper does not discount.
-    gae_lambda: Stiennon et al. B.1.
+    gae_lambda: lambda of GAE (Stiennon et al. B.1).
     clip: policy ratio clip (C.4).
-    value_clip: Ziegler et al.'s code; reward units.
-    whiten_advantages: over the whole batch's response tokens.
-    missing_end_score: score of a response that never ended, or None.
+    value_clip: value clip, reward units (Ziegler et al.'s code).
+    whiten_advantages: whether to whiten over the batch's response tokens.
+    missing_end_score: score of a response that never ended; None keeps its own.
     kl_in: 'reward' subtracts the KL penalty from rewards (equation 2); 'loss'
       adds it to the policy's loss.
-    kl_estimator: of the penalty; see `rewards.kl_estimator`.
-    kl_target: KL to reach, nats a response; None keeps beta fixed.
+    kl_estimator: estimator of the penalty; see `rewards.kl_estimator`.
+    kl_target: KL to reach, nats per response; None keeps beta fixed.
     kl_horizon: episodes; see `rewards.update_kl_coef`.
     ptx_coef: gamma of equation 2; 0 is PPO without pretraining gradients.
     num_minibatches, num_epochs: 8 and 1 (C.4).
     num_microbatches: gradient accumulation within a minibatch.
-    num_slices: parts in which a rollout is read.
-    sampler_tolerance: nats. The sampler's log-probabilities are the old ones if
-      on a minibatch they agree with the training graph's to this; 0 always
-      takes the graph's.
-    ema_decay: of the policy weights (C.4).
-    ema_every: 'update' or 'iteration'; the paper does not say which.
+    num_slices: parts in which a rollout is read, to save memory.
+    sampler_tolerance: nats. The sampler's log-probabilities are used as the old
+      ones if, on a sample as large as a minibatch, they agree with those of the
+      training graph to within this; 0 always uses the graph's.
+    ema_decay: decay of the average of the policy's weights (C.4).
+    ema_every: average after each 'update' or 'iteration'; the paper does not
+      say which.
   """
 
   discount: float = 1.0
@@ -129,8 +130,8 @@ class RLState:
   """What an RL run carries from one iteration to the next.
 
   Attributes:
-    policy: under training.
-    value: the value model, or None.
+    policy: the policy in training.
+    value: the value model in training, or None.
     ema: moving average of the policy's weights.
     kl: the KL coefficient.
   """
@@ -145,7 +146,7 @@ class RLState:
 
 
 def gae_advantages(config: PPOConfig) -> AdvantageFn:
-  """`advantages.gae`, whitened if so configured."""
+  """Returns `advantages.gae` as an `AdvantageFn`, whitened if configured."""
 
   def advantage_fn(token_rewards, mask, values):
     found, returns = advantages.gae(
@@ -161,16 +162,16 @@ def gae_advantages(config: PPOConfig) -> AdvantageFn:
 def group_advantages(
   baseline_fn: Callable[[jax.Array, int], jax.Array], num_samples: int
 ) -> AdvantageFn:
-  """One advantage per response, for all of its tokens; no value model.
+  """Returns an `AdvantageFn` with one advantage per response, without values.
 
-  The return of a response is the sum of its rewards. The loss averages over
-  tokens, so that a response weighs as much as it has tokens, like the gradient
-  of its log-probability.
+  All tokens of a response share its advantage. The return of a response is the
+  sum of its rewards. The loss averages over tokens, so that a response's weight
+  is proportional to its length, as is the gradient of its log-probability.
 
   Args:
     baseline_fn: (returns [B], n) -> advantages [B], for example
       `advantages.leave_one_out`.
-    num_samples: n responses a prompt, adjacent in the rollout.
+    num_samples: n, responses per prompt, adjacent in the rollout.
   """
 
   def advantage_fn(token_rewards, mask, values):
@@ -187,17 +188,18 @@ def make_penalise(
   advantage_fn: AdvantageFn,
   config: PPOConfig,
 ) -> Callable[..., tuple[RLBatch, rewards.KLState, Metrics]]:
-  """Makes the program from a scored rollout to a training batch.
+  """Makes the program that turns a scored rollout into a training batch.
 
   Args:
-    logprobs_fn: of the policy and of the reference, at the sampling
-      temperature.
-    advantage_fn: from KL-penalised rewards to advantages.
+    logprobs_fn: for the policy and the reference, at the sampling temperature.
+    values_fn: for the value model, or None.
+    advantage_fn: maps KL-penalised rewards to advantages.
 
   Returns:
     (state, frozen, rollout, layout, scores [B]) -> (batch, the next iteration's
     KL coefficient, metrics over response tokens or responses). `frozen` holds
-    the parameters of the 'reference'; scores have mean 0 on demonstrations.
+    the parameters of the 'reference' and the bases of adapters; scores have
+    mean 0 on demonstrations.
   """
 
   def penalise(
@@ -210,7 +212,7 @@ def make_penalise(
     episodes = packing.pack_episodes(rollout, layout)
     rows = packing.first_epoch(episodes, layout)
     policy = lora.join(state.policy.params, frozen.get('policy'))
-    # The number of rows need not be a multiple of `num_slices`.
+    # The number of rows may not be a multiple of `num_slices`.
     num_slices = math.gcd(config.num_slices, rows.tokens.shape[0])
 
     def logprobs(params, rows):
@@ -264,8 +266,11 @@ def make_penalise(
 
 
 def _old_logprobs(read, rows, sampler, num_slices, config):
-  """The sampler's log-probabilities if they agree with the training graph's on
-  every `num_minibatches`-th row, else the graph's; and metrics of agreement."""
+  """The log-probabilities of the old policy, and metrics.
+
+  They are the sampler's if these agree with the training graph's on every
+  `num_minibatches`-th row, otherwise the graph's.
+  """
   compares = config.sampler_tolerance > 0
 
   def read_all():
@@ -298,12 +303,13 @@ def penalised(
   advantage_fn: AdvantageFn,
   config: PPOConfig,
 ) -> tuple[dict[str, Float[Array, 'B R']], Metrics]:
-  """Advantages and returns; the arithmetic of `make_penalise`.
+  """Computes advantages and returns; the arithmetic of `make_penalise`.
 
   Args:
     scores: of each response, mean 0 on demonstrations.
     ref_logprobs: of the KL reference, the RL-initialisation model.
-    old_values: value model at the positions that predict each response token.
+    old_values: the value model's values at the positions that predict each
+      response token, or None.
     kl_coef: beta.
     advantage_fn: see `AdvantageFn`.
 
@@ -325,7 +331,7 @@ def penalised(
   )
   found, returns = advantage_fn(token_rewards, mask, old_values)
   for name, each in (('advantages', found), ('returns', returns)):
-    # Broadcasting would give tokens the numbers of others.
+    # Broadcasting would give tokens the advantages of other tokens.
     if each is not None and each.shape != mask.shape:
       raise ValueError(
         f'the advantage function returned {name} of shape {each.shape}, not '
@@ -354,7 +360,7 @@ def penalised(
   if old_values is None:
     metrics['ppo/advantage'] = masked.metric(found, mask)
   else:
-    # Before whitening.
+    # Advantages before whitening.
     metrics['ppo/advantage'] = masked.metric(returns - old_values, mask)
     residual = masked.variance(returns - old_values, mask)
     explained = 1.0 - residual / (masked.variance(returns, mask) + 1e-8)
@@ -369,12 +375,13 @@ def penalised(
 
 
 def make_policy_loss(logprobs_fn: LogprobsFn, config: PPOConfig) -> LossFn:
-  """Clipped policy loss summed over response tokens, as a `LossFn`.
+  """Makes the clipped policy loss, summed over response tokens: a `LossFn`.
 
-  With `kl_in` 'loss' the KL penalty is added, times `frozen['kl_coef']`. On
-  tokens of the policy itself the mean gradient of k2 is that of KL(pi || ref),
-  and that of k3 is the gradient of KL(ref || pi). That of k1 would be 0: the
-  weight pi / pi_old gives it the gradient of KL(pi || ref).
+  If `kl_in` is 'loss', the KL penalty is added, times `frozen['kl_coef']`. On
+  tokens sampled from the policy itself, the mean gradient of k2 is that of
+  KL(pi || ref), and the mean gradient of k3 is that of KL(ref || pi). The mean
+  gradient of k1 would be 0, so k1 is multiplied by pi / pi_old, which gives it
+  the gradient of KL(pi || ref).
   """
 
   def loss_fn(params, frozen, batch: RLBatch, key):
@@ -411,7 +418,7 @@ def make_policy_loss(logprobs_fn: LogprobsFn, config: PPOConfig) -> LossFn:
 
 
 def make_value_loss(values_fn: ScalarsFn, config: PPOConfig) -> LossFn:
-  """Clipped value loss summed over response tokens, as a `LossFn`."""
+  """Makes the clipped value loss, summed over response tokens: a `LossFn`."""
 
   def loss_fn(params, frozen, batch: RLBatch, key):
     del key
@@ -445,8 +452,8 @@ def make_train(
 ) -> Callable[..., tuple[RLState, Metrics]]:
   """Makes the update of one iteration.
 
-  Inner epochs over minibatches, each of which updates policy, value model and
-  moving average. Every minibatch makes ONE policy gradient,
+  Each minibatch of each inner epoch updates policy, value model and moving
+  average (see `ema_every`). Every minibatch makes ONE policy gradient,
 
     g = grad(policy loss) + gamma grad(mean pretraining NLL),
 
@@ -454,15 +461,16 @@ def make_train(
   would cancel gamma, since Adam ignores the scale of gradients.
 
   Args:
-    loss_fns: of the 'policy', of the 'value' model if there is one, and of the
-      pretraining text, 'ptx', if `ptx_coef` is not 0.
+    loss_fns: the loss of the 'policy', of the 'value' model if there is one,
+      and of the pretraining text, 'ptx', if `ptx_coef` is not 0.
+    optimizers: of the 'policy', and of the 'value' model if there is one.
 
   Returns:
     (state, frozen, batch, pretraining rows or None, the next iteration's KL
     coefficient, key) -> (new state, metrics summed over minibatches). `first/*`
-    are metrics of the first minibatch, where the ratio must be 1. Pretraining
-    rows are 8 an episode and inner epoch in the paper; any multiple of the
-    steps will do.
+    are metrics of the first minibatch, where the ratio must be 1. The paper has
+    8 pretraining rows per episode and inner epoch; their number may be any
+    multiple of the number of steps.
 
   Raises:
     ValueError: a loss is missing or unknown; when traced, sizes that do not
@@ -518,15 +526,17 @@ def make_train(
   return train
 
 
-# Recorded for the first minibatch, where the policy is still the old one.
+# Metrics of the first minibatch, where the policy still equals the old one.
 FIRST_METRICS = tuple(
   f'ppo/policy/{name}' for name in ('ratio', 'clipfrac', 'approxkl')
 )
 
 
 def _by_step(batch, num_steps):
-  """Row i * num_steps + s is row i of step s, so that sharded rows stay on
-  their devices."""
+  """Splits rows by step: row i * num_steps + s is row i of step s.
+
+  Sharded rows stay on their devices.
+  """
   num_rows = batch.episodes.tokens.shape[0]
   if num_rows % num_steps:
     raise ValueError(
@@ -538,7 +548,7 @@ def _by_step(batch, num_steps):
 
 
 def _consecutive(ptx_batch, num_steps):
-  """Consecutive rows for each step."""
+  """Splits pretraining rows by step: each step takes consecutive rows."""
   num_rows = ptx_batch.tokens.shape[0]
   if num_rows % num_steps:
     raise ValueError(
@@ -559,7 +569,7 @@ def _averaged(state, config):
 
 
 def _step(state, frozen, inputs, loss_fns, optimizers, config):
-  """One minibatch: a step of the policy, and one of the value model."""
+  """Takes a step of the policy, and one of the value model, on a minibatch."""
   names = ('policy', 'value', 'ptx')
   keys = dict(zip(names, jax.random.split(inputs['key'], 3), strict=True))
   coef, metrics = config.ptx_coef, {}

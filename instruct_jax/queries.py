@@ -1,7 +1,7 @@
 """Policies and reward models as functions of token ids, for evaluation.
 
-Programs are compiled once for each shape of model and rows. Training does not
-use this module.
+Programs are compiled once for each shape of model and rows. Training uses only
+the evaluations in this module.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from instruct_jax.types import (
 )
 
 Ids = Sequence[int]
-# Columns of float32 logits that exist at a time where a text is read.
+# Columns of float32 logits that are computed at a time.
 _LOGPROB_CHUNK = 64
 
 
@@ -44,17 +44,17 @@ def tokenizer_of(
   chat: bool = False,
   date: datetime.date | None = None,
 ) -> tokenizer_lib.Tokenizer:
-  """The tokenizer with which a model is asked.
+  """The tokenizer to use for a model's prompts and answers.
 
   It is the given one, unless a published folder has another vocabulary. So all
-  models of one vocabulary are asked alike, template and stop tokens included.
+  models with the same vocabulary get the same template and stop tokens.
 
   Args:
     source: a model folder, or hf:NAME.
-    given_folder: of a tokenizer, or ''.
-    chat: uses a published folder's own chat template if its tokenizer is not
-      prepared (`data.tokenizer`).
-    date: for a template that reads the clock.
+    given_folder: folder of a tokenizer, or ''.
+    chat: whether to use a published folder's own chat template if its tokenizer
+      is not prepared (`data.tokenizer`).
+    date: for a template that prints the current date.
 
   Raises:
     ValueError: there is no tokenizer.
@@ -66,7 +66,7 @@ def tokenizer_of(
   if folder is None or not tokenizer_lib.is_folder(folder):
     if given is None:
       raise ValueError(
-        f'{source} brings no tokenizer.json; give a tokenizer folder'
+        f'{source} has no tokenizer.json; give a tokenizer folder'
       )
     return given
   own = tokenizer_lib.Tokenizer.load(folder)
@@ -80,11 +80,11 @@ def tokenizer_of(
 def classifier_tokenizer_of(
   source: str, given_folder: str
 ) -> tuple[tokenizer_lib.Tokenizer, bool]:
-  """(tokenizer of a reward model, whether its template renders answers, too).
+  """(tokenizer of a reward model, whether its template also renders answers).
 
-  A published classifier with its own chat template has learned to read its
-  score behind all that the template puts after an answer, so that template is
-  used whatever the given tokenizer is.
+  A published classifier with its own chat template has learned to give its
+  score after everything that the template adds to an answer. So that template
+  is used, whatever the given tokenizer is.
   """
   if model_folder.is_published(source):
     folder = epath.Path(hub.locate(source))
@@ -100,10 +100,10 @@ def classifier_tokenizer_of(
 def answer_ids(
   tokenizer: tokenizer_lib.Tokenizer, answer: samples.Sample
 ) -> list[int]:
-  """A recorded answer's ids: as sampled, if this tokenizer sampled it.
+  """A recorded answer's ids: the sampled ones, if they are of this tokenizer.
 
-  Otherwise its text is encoded, with an end only if the policy ended it. The
-  list is never empty, since a score is read at the last id.
+  Otherwise its text is encoded, with an end token only if the policy ended it.
+  The list is never empty, since a score is read at the last id.
   """
   known = answer.metadata
   if 'ids' in known and known['tokenizer'] == tokenizer.fingerprint:
@@ -118,9 +118,10 @@ def load_policy(
   mesh: jax.sharding.Mesh,
   compute_dtype: str = '',
 ) -> model_fns.Model:
-  """A policy of ours or in the Hugging Face format, for this tokenizer.
+  """Loads a policy of ours or in the Hugging Face format, for this tokenizer.
 
-  Attention and remat of the training may not suit this machine and these rows.
+  Attention and remat are reset, since the settings of the training may not suit
+  this machine and these rows.
   """
   return model_folder.load(
     source,
@@ -143,7 +144,7 @@ def generate_program(
   num_slots: int = 0,
   num_samples: int = 1,
 ) -> Callable:
-  """Jitted `rollout.generate`; models of one shape share it."""
+  """Jitted `rollout.generate`, shared by models of the same shape."""
   return jax.jit(
     functools.partial(
       rollout.generate,
@@ -170,19 +171,19 @@ def sample(
   batch_size: int,
   num_samples: int = 1,
 ) -> Rollout:
-  """Samples answers to prompts, on the host; all processes must call.
+  """Samples answers to prompts, returned on the host; all processes must call.
 
   Args:
     model: of kind 'policy'.
-    rows: numpy, whole in every process.
-    key: of the noise; each prompt's number is folded in.
+    rows: NumPy, whole in every process.
+    key: key of the noise; each prompt's number is folded in.
     mesh: of the model.
     name: for the progress bar.
     stop_ids: tokens that end an answer.
     response_length: most tokens of an answer.
     temperature: 0 is greedy.
     batch_size: rows sampled at a time.
-    num_samples: of each prompt, in adjacent rows.
+    num_samples: answers to each prompt, in adjacent rows.
   """
   program = sharding.fetched(
     generate_program(
@@ -225,7 +226,7 @@ def kl_of_answers(
   tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """KL of a policy to a reference of its tokenizer, over its own answers.
+  """KL of a policy to a reference with its tokenizer, on its own answers.
 
   `config` has `temperature` and `batch_size`; answers hold the sampled ids.
 
@@ -270,7 +271,7 @@ def kl_of_answers(
 
 
 def rounded_up(length: int, multiple: int, limit: int) -> int:
-  """The next multiple, or the limit: few lengths, few compilations."""
+  """Rounds up to a multiple, at most to the limit, to limit compilations."""
   return min(-(-length // multiple) * multiple, limit)
 
 
@@ -281,12 +282,12 @@ def _row_length(
   return rounded_up(longest, 32, model.config.context_length)
 
 
-_NUM_LENGTHS = 8  # Of rows of answers that are scored, at most.
+_NUM_LENGTHS = 8  # Most distinct row lengths per call of `score_answers`.
 
 
 @functools.cache
 def score_program(module: heads.ScalarModel) -> Callable:
-  """Jitted (params, tokens, mask) -> scores; models of one shape share it."""
+  """Jitted (params, tokens, mask) -> scores, shared by models of one shape."""
   return jax.jit(model_fns.scores_fn(module))
 
 
@@ -301,10 +302,10 @@ def score_answers(
 ) -> np.ndarray:
   """A scalar model's scores of answers, reward units [N].
 
-  Prompts and answers are ids, an answer's end included. Rows of about the same
-  length are read together, of at most `_NUM_LENGTHS` lengths, each compiled.
-  `batch_size` is in rows a call. `shown_as`: name of the model in a line of
-  progress, if there should be one.
+  Prompts and answers are ids, including an answer's end token. Rows of similar
+  length are scored together, padded to one of at most `_NUM_LENGTHS` lengths,
+  each of which is compiled. `batch_size` is rows per call. `shown_as` is the
+  model's name in the progress bar; '' shows none.
   """
   program = sharding.fetched(score_program(model.module))
   lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
@@ -343,7 +344,7 @@ def score_choices(
 ) -> jax.Array:
   """Summed log-probability of each choice after its context, nats [B, C].
 
-  The context is read once; its cache is repeated for the C choices.
+  Each context is read once; its cache is repeated for the C choices.
 
   Args:
     module: the policy.
@@ -362,7 +363,7 @@ def score_choices(
     ),
   )
   flat = choices.reshape(B * C, R)
-  # A context's last token is read again: it predicts a choice's first.
+  # A context's last token is read again, to predict a choice's first token.
   last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
   read = jnp.concatenate([jnp.repeat(last, C, axis=0), flat[:, :-1]], axis=1)
   x, _ = decoding.extend(
@@ -387,7 +388,7 @@ def choices_program(module: heads.Policy) -> Callable:
 def padded(
   rows: Sequence[Ids], length: int, pad_id: int, left: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens and mask [N, length] of ragged rows."""
+  """Pads ragged rows to (tokens, mask) [N, length]."""
   tokens = np.full((len(rows), length), pad_id, np.int32)
   mask = np.zeros(tokens.shape, bool)
   for i, ids in enumerate(rows):
@@ -408,10 +409,11 @@ def make_functions(
 ) -> tuple[Callable, runner.ChoiceFn]:
   """A policy as a `runner.GenerateFn` and a `runner.ChoiceFn`.
 
-  Calls of less than `batch_size` prompts are filled up, and prompts are padded
-  to a multiple of `length_multiple`: few compilations. The `GenerateFn` also
-  takes a number of each prompt, which splits the noise of the sampling; without
-  them the prompts of a call are numbered. Temperature 0 is greedy.
+  To limit compilations, calls with fewer than `batch_size` prompts are filled
+  up, and prompts are padded to a multiple of `length_multiple`. The
+  `GenerateFn` also takes a number for each prompt, which is folded into the
+  sampling noise; by default, the prompts of a call are numbered from 0.
+  Temperature 0 is greedy.
   """
   key = jax.random.key(0)
 
@@ -439,7 +441,7 @@ def make_functions(
     lengths = mask.sum(axis=1, dtype=np.int32)
     sets = filled(choices, choices[0])
     num_choices = max(map(len, sets))
-    # Sets may differ in size: an absent choice has no token and sum 0.
+    # Sets may differ in size; an absent choice has no tokens and sum 0.
     flat = [
       ids
       for choice_set in sets
@@ -477,7 +479,7 @@ def make_heldout_loss(
 ) -> Callable[[Params], heldout_loss.HeldoutLoss]:
   """Makes a function: parameters of a policy -> its loss on held-out rows.
 
-  `rows` are NumPy arrays, whole in every process; `batch_size` is in rows a
+  `rows` are NumPy arrays, whole in every process; `batch_size` is rows per
   call. `progress`: see `heldout_loss.heldout_loss`.
   """
   program = sharding.fetched(_text_program(module))
@@ -495,9 +497,9 @@ def make_prober(
   tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
 ) -> Callable[..., dict[str, float]]:
-  """Makes a function: (parameters, ending of the names) -> scores of probes.
+  """Makes a function: (parameters, suffix of the names) -> scores of probes.
 
-  `config` has the keys `probe*` of PPO's stage.
+  `config` has the keys `probe*` of an RL stage.
   """
   probes = probe.make_probes(
     model_folder.named_folders(config.probes),

@@ -1,7 +1,7 @@
-"""K-way rankings as reward models and DPO read them.
+"""K-way rankings, for training and evaluating reward models and DPO.
 
-All candidates of a prompt are one element of a batch (3.5, C.2), in as few rows
-as they need. A candidate is scored once, however many labelers ranked it.
+All candidates of a prompt are one batch element (3.5, C.2), packed into as few
+rows as they need. A candidate is scored once, however many labelers ranked it.
 """
 
 import dataclasses
@@ -35,7 +35,9 @@ ScoreRowsFn = Callable[[ComparisonBatch], np.ndarray]
 def read(
   config: ConfigDict,
 ) -> tuple[list[records.Comparison], list[records.Comparison]]:
-  """Rankings to train on and to validate on, up to `max_(valid_)comparisons`.
+  """Reads rankings to train on and to validate on.
+
+  At most `max_comparisons` and `max_valid_comparisons` of them; 0 is all.
 
   Raises:
     ValueError: a bad record, or ranks without any preference.
@@ -57,7 +59,7 @@ def read(
 def load_policy(
   config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer
 ) -> tuple[model_fns.Model, jax.sharding.Mesh]:
-  """The initial policy and its mesh.
+  """Loads the initial policy, and makes its mesh.
 
   Raises:
     ValueError: no such model, or rows that do not fit the model or the mesh.
@@ -80,7 +82,7 @@ def load_policy(
 
 
 def _rows(config, name, rankings, tokenizer, max_candidates, merge=False):
-  """`loader.comparison_rows` of a stage; logs what it drops."""
+  """`loader.comparison_rows` of a stage; prints what is dropped."""
   rows, dropped = loader.comparison_rows(
     rankings, tokenizer, max_candidates, config.row_length, merge=merge
   )
@@ -93,7 +95,7 @@ def training_rows(
   comparisons: Sequence[records.Comparison],
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> tuple[ComparisonBatch, loader.Dropped]:
-  """Rankings as rows, and what was dropped, which is logged, too."""
+  """Rankings as rows, and what was dropped, which is also printed."""
   if config.split_pairs:
     comparisons = [pair for each in comparisons for pair in pairs_of(each)]
   return _rows(
@@ -107,7 +109,7 @@ def training_rows(
 
 
 def pairs_of(comparison: records.Comparison) -> list[records.Comparison]:
-  """Its pairs, each a ranking of two; those that were tied are left out."""
+  """Splits a ranking into its pairs; tied pairs are left out."""
   found = []
   for two in itertools.combinations(range(len(comparison.completions)), 2):
     ranks = [comparison.ranks[i] for i in two]
@@ -127,7 +129,7 @@ def pairs_of(comparison: records.Comparison) -> list[records.Comparison]:
 def demonstration_rows(
   config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer
 ) -> ComparisonBatch:
-  """Demonstrations as rankings of one candidate; logs what is dropped."""
+  """Demonstrations as rankings of one candidate; prints what is dropped."""
   demonstrations = records.read_jsonl(
     config.demonstrations, records.Demonstration
   )
@@ -142,12 +144,12 @@ def demonstration_rows(
 class Batches:
   """Packed batches of a run, all with the shape of the fullest one.
 
-  Each microbatch is packed by itself, so none is split.
+  Each microbatch is packed by itself, so that no row belongs to two.
 
   Args:
     config: of the stage.
-    rows: to learn from.
-    seed: of the order.
+    rows: to train on.
+    seed: decides the order.
     reads_responses: whether batches locate the response tokens.
   """
 
@@ -160,7 +162,7 @@ class Batches:
   ):
     self._rows, self._num_parts = rows, config.num_microbatches
     size = config.batch_size
-    if config.split_pairs:  # As many steps as with whole prompts.
+    if config.split_pairs:  # Keeps the number of steps as with whole prompts.
       size = round(size * loader.num_rows(rows) / _num_prompts(rows))
       size = max(1, size // self._num_parts) * self._num_parts
     self._steps = loader.balanced_batches(
@@ -195,7 +197,7 @@ class Batches:
 
 
 def _num_prompts(rows: ComparisonBatch) -> int:
-  """Of different ones."""
+  """Number of distinct prompts."""
   return len(
     {
       tokens[0, :length].tobytes()
@@ -206,11 +208,11 @@ def _num_prompts(rows: ComparisonBatch) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-  """Encoded rankings, for any number of models.
+  """Encoded rankings, which any number of models can score.
 
   Attributes:
     fitting: the rankings that fit into a row.
-    rows: of their distinct candidates, in order of first appearance.
+    rows: their distinct sets of candidates, in order of first appearance.
   """
 
   fitting: list[records.Comparison]
@@ -218,7 +220,7 @@ class Encoded:
 
 
 def _scored(comparison):
-  """What is scored: rankings that differ only in labeler and ranks share it."""
+  """Key of a ranking's scores, which do not depend on labeler and ranks."""
   return comparison.prompt, comparison.turns, comparison.completions
 
 
@@ -227,7 +229,7 @@ def encode(
   comparisons: Sequence[records.Comparison],
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> Encoded:
-  """Encodes the rankings to be scored; logs how many are too long."""
+  """Encodes the rankings to be scored; prints how many are too long."""
   fitting = loader.fitting_comparisons(
     comparisons, tokenizer, config.row_length
   )
@@ -255,7 +257,7 @@ def accuracy(
   Args:
     score_fn: called once.
     encoded: the rankings.
-    groups: sets of labelers, each with its accuracy; None is all labelers.
+    groups: sets of labelers, one accuracy for each; None is all labelers.
   """
   distinct = dict.fromkeys(map(_scored, encoded.fitting))
   scores = dict(zip(distinct, score_fn(encoded.rows), strict=True))
@@ -291,7 +293,7 @@ def results(
     'accuracy': accuracy.accuracy,
     'low': accuracy.low,
     'high': accuracy.high,
-    'log_loss': accuracy.log_loss,  # Nats a pair.
+    'log_loss': accuracy.log_loss,  # Nats per pair.
     'num_pairs': accuracy.num_pairs,
     'num_comparisons': num_comparisons - dropped.total,
     'num_prompts': loader.num_rows(rows),
@@ -308,12 +310,12 @@ def score_rows(
 ) -> np.ndarray:
   """A reward model's scores of every candidate: [N, C] on the host.
 
-  The score is read at the last token, whichever token that is.
+  The score is read at a candidate's last token, whichever token that is.
 
   Args:
     program: (params, tokens, segments) -> scalars, on the current mesh.
     params: of the reward model.
-    rows: of any number of prompts.
+    rows: rows of any number of prompts.
     batch_size: packed rows per call.
   """
   packed = loader.pack_comparisons(rows)
@@ -326,12 +328,12 @@ def score_rows(
 def scorer(
   config: ConfigDict, program: Callable[..., jax.Array], base: Params | None
 ) -> Callable[[Params], ScoreRowsFn]:
-  """Trained parameters -> the scores of rows; see `score_rows`.
+  """Makes a function: trained parameters -> `ScoreRowsFn`; see `score_rows`.
 
   Args:
     config: of the stage.
-    program: as `score_rows` takes it.
-    base: of adapters, or None.
+    program: see `score_rows`.
+    base: the base of adapters, or None.
   """
 
   def of(params):
@@ -342,11 +344,14 @@ def scorer(
 
 
 def centred(params: Params, scores: np.ndarray) -> tuple[Params, float]:
-  """Parameters with which the mean of scores is 0, and their mean before.
+  """Shifts a reward model's bias so that the mean of the scores is 0.
 
   Args:
     params: of a reward model.
-    scores: [N] with them, such as of demonstrations (3.5).
+    scores: [N] that it gives, such as to demonstrations (3.5).
+
+  Returns:
+    (new parameters, mean of the scores before).
   """
   shift = float(np.mean(scores, dtype=np.float64))
   bias = params['head_bias'] - jnp.float32(shift)
@@ -354,7 +359,7 @@ def centred(params: Params, scores: np.ndarray) -> tuple[Params, float]:
 
 
 def score_range(score_fn: ScoreRowsFn, rows: ComparisonBatch) -> list[float]:
-  """The least and the highest score of the first 512 prompts' candidates."""
+  """The lowest and highest score of the first 512 prompts' candidates."""
   first = loader.take(rows, np.arange(min(512, loader.num_rows(rows))))
   scores = score_fn(first)[first.mask.any(axis=2)]
   return [float(scores.min()), float(scores.max())]
@@ -366,14 +371,14 @@ def summed(
   correct: Float[Array, 'B R'],
   batch: PackedComparisons,
 ) -> tuple[Float[Array, ''], Float[Array, ''], Metrics]:
-  """A loss summed over prompts, their number, and metrics.
+  """Sums a loss over prompts; returns the sum, their number, and metrics.
 
-  A prompt that is all ties does not count.
+  A prompt whose candidates are all tied does not count.
 
   Args:
-    loss: of each prompt.
+    loss: loss of each prompt.
     pairs, correct: of each of its rankings; see `losses.ranking_loss`.
-    batch: that they are of.
+    batch: the batch of these prompts.
   """
   pairs, correct = jnp.sum(pairs, axis=1), jnp.sum(correct, axis=1)
   counted = batch.prompt_mask & (pairs > 0)
@@ -383,7 +388,7 @@ def summed(
 
 
 def logprobs_program(module: heads.Policy) -> Callable[..., jax.Array]:
-  """(params, tokens, segments, where) -> log-probabilities [M, Q], jitted."""
+  """Jitted (params, tokens, segments, where) -> log-probabilities [M, Q]."""
   logprobs_fn = model_fns.logprobs_fn(module)
   return jax.jit(lambda *rows: logprobs_fn(*rows)[0])
 
@@ -399,7 +404,7 @@ def response_logprobs(
   Args:
     program: from `logprobs_program`.
     params: of the policy.
-    rows: of any number of prompts.
+    rows: rows of any number of prompts.
     batch_size: packed rows per call.
   """
   packed = loader.pack_comparisons(rows, reads_responses=True)

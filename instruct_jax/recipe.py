@@ -1,4 +1,4 @@
-"""Fits the stages of configs/recipe.py to what the user and the device have.
+"""Adapts the stages of configs/recipe.py to the given models and the device.
 
 `prepare` runs after the flags are read and before the config is recorded. It
 leaves out the stages whose models are given, and chooses adapters and
@@ -31,20 +31,21 @@ from instruct_jax.worlds import (
   preferences,
 )
 
-# Bytes of a weight in PPO: policy and value model with gradient and two moments
-# of Adam, average, reference and reward model; with adapters two bases alone.
+# Bytes per weight in PPO: policy and value model, each with its gradient and
+# Adam's two moments; then average, reference and reward model. With adapters,
+# only the two bases count.
 ALL_BYTES = 2 * 16 + 3 * 4
 ADAPTED_BYTES = 2 * 4
-# Share of the memory that weights may take; activations have the other part.
+# Share of the memory that weights may take; the rest is for activations.
 WEIGHTS_SHARE = 0.6
-# Shares of a CPU's memory that activations, and float32 logits with their
-# gradient, may take before they are computed again, or in parts.
+# Shares of a CPU's memory. Activations above the first are recomputed; float32
+# logits and their gradients above the second are computed in chunks.
 KEPT_SHARE, LOGITS_SHARE = 0.3, 0.1
-# Columns of logits in a part.
+# Columns of logits in a chunk.
 LOGPROB_CHUNK = 128
 LORA_RANK = 16
 MODEL = 'hf:HuggingFaceTB/SmolLM2-135M-Instruct'  # In messages.
-# The judge that the recipe trains, and that of a given `judge_model`.
+# The judge that the recipe trains, and the judge for a given `judge_model`.
 OWN_JUDGE = 'instruct_jax.worlds.preferences.OtherConversations'
 GIVEN_JUDGE = 'instruct_jax.judge_fns.RewardModel'
 
@@ -54,8 +55,8 @@ class Choice:
   """What was chosen for the device.
 
   Attributes:
-    rank: of adapters; 0 trains all weights.
-    remat: what the backward pass computes again.
+    rank: rank of the adapters; 0 trains all weights.
+    remat: what the backward pass recomputes.
     logprob_chunk: columns of float32 logits at a time; 0 is all.
     why: one line for the user.
   """
@@ -67,18 +68,18 @@ class Choice:
 
 
 def prepare(config: ConfigDict, workdir: epath.Path) -> bool:
-  """Fits the config, in place.
+  """Adapts the config, in place.
 
   Args:
     config: of the whole recipe, with an empty `workdir`.
-    workdir: of the run. One that goes on keeps the adapters' rank.
+    workdir: of the run. A resumed run keeps its adapters' rank.
 
   Returns:
     Whether the run goes on; False after a dry run.
 
   Raises:
-    ValueError: a key or a model is not as it should be, or the disk is too
-      full.
+    ValueError: a key or a model is invalid, the model does not fit the device,
+      or the disk is too full.
   """
   check_given(config, {'model': MODEL, 'preferences': 'hh:DIR'})
   for name, stage in config.stages.items():
@@ -93,7 +94,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> bool:
   others = check_models(config, tokenizer, reads)
   context_length = min([own_length, *others])
   with config.unlocked():
-    if context_length < own_length:  # Rows have to fit the given models, too.
+    if context_length < own_length:  # Rows must also fit the given models.
       config.stages.data.context_length = context_length
     leave_out_stages(config)
     for name in set(config.stage_order) & {'reward', 'judge'}:
@@ -134,11 +135,11 @@ def prepare_sentiment(config: ConfigDict, workdir: epath.Path) -> bool:
 
 
 def check_given(config: ConfigDict, examples: Mapping[str, str]) -> None:
-  """Refuses keys that are empty.
+  """Refuses empty keys.
 
   Args:
     config: of the run.
-    examples: key -> value, for the message.
+    examples: key -> example of a value, for the message.
   """
   for key, example in examples.items():
     if not config[key]:
@@ -152,11 +153,11 @@ def check_models(
 ) -> list[int]:
   """Refuses given models that the stages could not load.
 
-  Policies and reward models read the run's ids; a judge may have a tokenizer of
-  its own.
+  Policies and reward models must use the run's tokenizer; a published judge may
+  have another one.
 
   Returns:
-    Context lengths of those that read the run's ids.
+    Context lengths of the given models that use the run's tokenizer.
   """
   contexts = []
   kinds = {'sft_model': 'policy', 'reward_model': 'scalar'}
@@ -175,7 +176,7 @@ def check_models(
 
 
 def disk_bytes(config: ConfigDict) -> float:
-  """Of the float32 models that the stages leave, and of one checkpoint."""
+  """Bytes of the float32 models that the stages write, and of a checkpoint."""
   whole = 4.0 * model_folder.shape_of(config.model).num_params
   total = 0.0
   for name in config.stage_order:
@@ -194,7 +195,7 @@ def disk_bytes(config: ConfigDict) -> float:
 
 
 def leave_out_stages(config: ConfigDict) -> None:
-  """Leaves out the stages whose models are given, or that lack documents."""
+  """Leaves out stages whose models are given or unused, or lack documents."""
   stages, gone = config.stages, set()
   rl = [stages[name] for name in ('ppo', 'ppo_ptx')]
   if config.sft_model:
@@ -212,16 +213,18 @@ def leave_out_stages(config: ConfigDict) -> None:
   ):
     gone.add('judge')
     stages.evaluate.judge_model = config.judge_model
-    stages.data.judge_fraction = 0.0  # No rankings have to be kept for it.
+    stages.data.judge_fraction = 0.0  # No rankings are set aside for a judge.
   if config.judge_model and config.judge == OWN_JUDGE:
     config.judge = GIVEN_JUDGE
   if not config.documents:
     gone.add('ppo_ptx')
     stages.rl_init.ptx_fraction = 0.0
     stages.ppo.valid_documents = ''
-    tax = 'of other_documents alone' if config.other_documents else 'no'
+    tax = 'measured on other_documents alone'
+    if not config.other_documents:
+      tax = 'not measured'
     run_lib.say(
-      f'recipe: documents is empty: no PPO-ptx, and {tax} alignment tax'
+      f'recipe: documents is empty: no PPO-ptx, and the alignment tax is {tax}'
     )
   config.stage_order = tuple(n for n in config.stage_order if n not in gone)
   for name in gone:
@@ -229,7 +232,7 @@ def leave_out_stages(config: ConfigDict) -> None:
 
 
 def compare_models(config: ConfigDict) -> None:
-  """Names the models that are evaluated and exported."""
+  """Lists the models that are evaluated and exported."""
   workdir, stages = config.get_ref('workdir'), config.stages
 
   def listed(folders):
@@ -280,7 +283,7 @@ def compare_models(config: ConfigDict) -> None:
 
 
 def memory_bytes() -> float:
-  """Of all devices together, or of the machine where they are CPUs."""
+  """Memory of all devices together, or of the machine if they are CPUs."""
   devices = jax.devices()
   if devices[0].platform == 'cpu':
     return float(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
@@ -289,7 +292,7 @@ def memory_bytes() -> float:
 
 
 def choose(config: ConfigDict) -> Choice:
-  """What suits the device; keys that are given stay."""
+  """Chooses what suits the device; a given rank is kept."""
   devices = jax.devices()
   on_cpu = devices[0].platform == 'cpu'
   shape = model_folder.shape_of(config.model)
@@ -328,14 +331,15 @@ def choose(config: ConfigDict) -> Choice:
     logits = 3 * 4.0 * num_rows * length * shape.vocab_size
     chunk = 0 if logits <= LOGITS_SHARE * memory else LOGPROB_CHUNK
   parts = f'{chunk} columns of logits at a time' if chunk else 'all logits'
-  said.append(f'remat {remat}, {parts}, where a stage does not say')
+  said.append(f'remat {remat}, {parts}, unless a stage sets it')
   return Choice(rank, remat, chunk, ', '.join(said))
 
 
 def largest_batch(config: ConfigDict, context_length: int) -> tuple[int, int]:
-  """(rows, tokens of a row) that a backward pass may meet, at most.
+  """The most (rows, tokens per row) that a backward pass may have.
 
-  Lengths are proposed later, from the data, up to those of the config.
+  Lengths that are not given are proposed later from the data, up to the maxima
+  of the config.
   """
   data, rows = config.stages.data, []
   length = sum(
@@ -346,14 +350,17 @@ def largest_batch(config: ConfigDict, context_length: int) -> tuple[int, int]:
     stage = config.stages[name]
     if 'num_microbatches' in stage:
       num_parts = stage.num_microbatches * stage.get('num_minibatches', 1)
-      answers = 2 if 'max_candidates' in stage else 1  # At least, of a ranking.
+      answers = 2 if 'max_candidates' in stage else 1  # A ranking has >= 2.
       rows.append(-(-answers * stage.batch_size // num_parts))
   return max(rows, default=1), min(length, context_length)
 
 
 def kept_bytes(shape: TransformerConfig, num_rows: int, length: int) -> float:
-  """What a backward pass in float32 keeps of a forward pass, roughly: three
-  attention matrices a head, and the inputs of a block's products and norms."""
+  """Rough number of bytes that a forward pass keeps for the backward pass.
+
+  In float32: three attention matrices per head, and the inputs of a block's
+  matrix products and norms.
+  """
   per_token = (
     3 * shape.num_heads * length + 12 * shape.width + 4 * shape.mlp_dim
   )
@@ -361,7 +368,7 @@ def kept_bytes(shape: TransformerConfig, num_rows: int, length: int) -> float:
 
 
 def own_adapters(config: ConfigDict) -> list[str]:
-  """Stages with a rank, and so with rates, of their own."""
+  """Stages that set their own rank; their learning rates are not scaled."""
   return [
     name
     for name in config.stage_order
@@ -371,7 +378,7 @@ def own_adapters(config: ConfigDict) -> list[str]:
 
 
 def apply(config: ConfigDict, choice: Choice) -> None:
-  """Writes the choice into the stages; what a user gave there stays."""
+  """Writes the choice into the stages; values that the user gave are kept."""
   own = own_adapters(config)
   config.lora.rank = choice.rank
   for name in config.stage_order:
@@ -392,8 +399,9 @@ def describe(
 ) -> None:
   """Prints stages, sizes, memory and time; nothing is written.
 
-  Memory is the compiler's. Time is that of one measured step of SFT, and of one
-  measured sampled token, times the work of each stage.
+  Memory is the compiler's figure. Time is the operations of each stage at the
+  rate of one measured step (SFT's if there is one), plus its sampled tokens
+  times the measured time of one.
   """
   data = config.stages.data
   files, lengths, report = preferences.make_records(
@@ -426,7 +434,7 @@ def describe(
       + work.num_tokens * measured.token_seconds
     )
     total += seconds
-    what = f'{work.num_tokens:,} tokens one after the other'
+    what = f'{work.num_tokens:,} tokens in sequence'
     if work.program:
       memory = measured.memory.get(work.program, 0)
       what = f'{work.num_steps:,} steps, {memory / 2**30:.1f} GiB'
@@ -439,12 +447,12 @@ def describe(
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What a stage does.
+  """The work of a stage.
 
   Attributes:
-    program: that takes its time, 'sft', 'reward', 'train' or ''.
-    num_steps: of that program.
-    num_tokens: sampled one after the other, in all slots at a time.
+    program: the program that it runs, 'sft', 'reward', 'train' or '' for none.
+    num_steps: calls of that program.
+    num_tokens: sequential sampling steps; each samples a token in every slot.
   """
 
   program: str
@@ -453,7 +461,7 @@ class Work:
 
 
 def work_of(name, stage, files, tokenizer) -> Work | None:
-  """The work of a stage; None of those that take seconds."""
+  """The work of a stage; None if it is not estimated."""
   if name in ('sft', 'rl_init'):
     rows = files['demonstrations_train']
     texts = [row.prompt + row.response for row in rows]
@@ -478,13 +486,13 @@ def work_of(name, stage, files, tokenizer) -> Work | None:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """What was compiled and timed.
+  """Measurements of the compiled programs.
 
   Attributes:
-    memory: program -> bytes on a device.
+    memory: program -> bytes per device.
     flops: program -> operations of one call.
-    rate: operations a second of the measured program.
-    token_seconds: of one sampled token in every slot.
+    rate: operations per second of the timed program.
+    token_seconds: seconds to sample one token in every slot.
   """
 
   memory: Mapping[str, float]
@@ -493,12 +501,15 @@ class Measured:
   token_seconds: float
 
   def seconds(self, program: str) -> float:
-    """Of one call of a program, by its operations."""
+    """Seconds of one call of a program, estimated from its operations."""
     return self.flops.get(program, 0.0) / self.rate
 
 
 def measure_programs(shape: TransformerConfig, stages, mesh) -> Measured:
-  """Compiles SFT's, the reward model's and PPO's updates; times the first."""
+  """Compiles the updates of SFT, reward model and PPO, and times one of them.
+
+  SFT's is timed; without an SFT stage, PPO's.
+  """
   rl_stage = stages['ppo']
   described = ConfigDict(
     {
@@ -537,7 +548,7 @@ def measure_programs(shape: TransformerConfig, stages, mesh) -> Measured:
 
 
 def timed(compiled, arguments) -> float:
-  """Seconds of a call on arrays of ones; the second of two calls."""
+  """Seconds of the second of two calls, on arrays of ones."""
 
   def filled(x):
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -554,7 +565,7 @@ def timed(compiled, arguments) -> float:
 
 
 def timed_token(policy: model_fns.Model, stage, mesh, num_tokens=8) -> float:
-  """Seconds of one sampled token in every slot, reading of prompts included."""
+  """Seconds to sample one token in every slot, including reading prompts."""
   generate = queries.generate_program(
     policy.module, num_tokens, (), 1.0, stage.num_slots
   )

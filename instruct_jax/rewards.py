@@ -5,9 +5,9 @@ Equation 2 of the paper, per token:
   R_t = -beta (log pi_old(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t))
         + [t is the last response token] r(x, y)
 
-The penalty is the signed log-ratio of the sampled tokens, not clamped: its
-expectation is the KL divergence, but single tokens and small batches may be
-negative. `kl_estimator` has other estimators of the same divergence.
+The penalty is the signed log-ratio of the sampled tokens, not clamped. Its
+expectation is the KL divergence, but it may be negative for single tokens and
+small batches. `kl_estimator` has other estimators of the same divergence.
 """
 
 import flax.struct
@@ -25,7 +25,7 @@ def kl_estimator(
   """A one-sample estimate of KL(pi || ref), nats (Schulman 2020).
 
     k1 = d            unbiased, of either sign
-    k2 = d^2 / 2      biased, never negative; its gradient is that of the KL
+    k2 = d^2 / 2      biased, never negative; its mean gradient is the KL's
     k3 = e^-d - 1 + d unbiased, never negative
 
   Args:
@@ -59,7 +59,7 @@ def token_rewards(
     old_logprobs, ref_logprobs: of each response token, nats.
     response_mask: True on response tokens. A row without any gets no reward.
     kl_coef: beta; 0.02 in the paper.
-    estimator: of the divergence; the paper has 'k1'.
+    estimator: estimator of the divergence; 'k1' in the paper.
   """
   penalty = -kl_coef * kl_estimator(old_logprobs - ref_logprobs, estimator)
   columns = jnp.arange(response_mask.shape[1])[None, :]
@@ -87,8 +87,10 @@ def kl_estimates(
   ref_logprobs: Float[Array, 'B R'],
   response_mask: Bool[Array, 'B R'],
 ) -> tuple[Float[Array, 'B'], Float[Array, 'B']]:
-  """k1 and k3 estimates of each response's KL(pi || ref), nats, summed over
-  tokens. Both have the same mean; only k1 may be negative."""
+  """k1 and k3 estimates of each response's KL(pi || ref), nats.
+
+  Both are summed over tokens and have the same mean; only k1 may be negative.
+  """
   ratio = jnp.where(response_mask, old_logprobs - ref_logprobs, 0.0)
   k1, k3 = (jnp.sum(kl_estimator(ratio, name), axis=1) for name in ('k1', 'k3'))
   return k1, k3
@@ -118,7 +120,8 @@ def update_kl_coef(
       finite, the coefficient does not change.
     num_episodes: n, responses in that batch.
     target: KL per response to reach, nats, or None.
-    horizon: episodes over which a constant error of 1 would double beta.
+    horizon: number of episodes for which an unclipped error of 1 would double
+      beta in one update.
   """
   if target is None:
     return state

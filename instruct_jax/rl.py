@@ -1,7 +1,7 @@
-"""What RL experiments share around the method: data, models, rows, scores and
-evaluation, each made from the config.
+"""What RL experiments share: data, models, rows, scores and evaluation.
 
-An experiment's own file has the programs of its method and the loop.
+Each is made from the config. An experiment's own file has the programs of its
+method and the loop.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ def validate(config: ConfigDict) -> None:
   """Checks the keys that all RL stages have.
 
   Raises:
-    ValueError: sizes that do not divide, or a value out of range.
+    ValueError: sizes that do not divide each other, or a bad value.
   """
   check_stage(config)
   method = method_of(config)
@@ -115,7 +115,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def validate_groups(config: ConfigDict) -> None:
-  """`validate` of a stage whose baselines are other samples of a prompt."""
+  """`validate` for stages whose baselines are other samples for a prompt."""
   validate(config)
   choices = tuple(advantages.GROUP_ADVANTAGES)
   run_lib.check_choice(config, 'advantage', choices)
@@ -127,13 +127,13 @@ def validate_groups(config: ConfigDict) -> None:
 
 
 def inputs(config: ConfigDict) -> dict[str, str]:
-  """What an RL stage reads: path by config key."""
+  """The inputs of an RL stage: config key -> path."""
   needed = {
     'tokenizer': True,
     'init': True,
     'prompts': True,
     'documents': config.ptx_coef > 0,
-    # Something has to score: a reward model, or a function.
+    # Scores need a reward model or a function.
     'reward_model': config.reward_model or not config.reward_fn,
     'valid_documents': config.valid_documents,
   }
@@ -147,10 +147,10 @@ def inputs(config: ConfigDict) -> dict[str, str]:
 
 
 def method_of(config: ConfigDict) -> ppo.PPOConfig:
-  """The method's numbers; without a value model, those of values are left out.
+  """The method's hyperparameters; `ppo.OF_VALUES` only with a value model.
 
   Raises:
-    ValueError: a key is missing, or its value out of range.
+    ValueError: a key is missing, or its value is out of range.
   """
   names = {field.name for field in dataclasses.fields(ppo.PPOConfig)}
   if 'value_learning_rate' not in config:
@@ -161,12 +161,12 @@ def method_of(config: ConfigDict) -> ppo.PPOConfig:
 
 
 def num_iterations(config: ConfigDict) -> int:
-  """Iterations of the whole stage."""
+  """Number of iterations of the whole stage."""
   return config.num_episodes // config.batch_size
 
 
 def num_prompts(config: ConfigDict) -> int:
-  """Prompts per iteration."""
+  """Number of prompts per iteration."""
   return config.batch_size // config.samples_per_prompt
 
 
@@ -189,7 +189,7 @@ def make_optimizer(
 def make_optimizers(
   config: ConfigDict,
 ) -> dict[str, optax.GradientTransformation]:
-  """Adam of the policy, and another of the value model if the stage has one."""
+  """Adam for the policy, and another for the value model if there is one."""
   rates = {'policy': 'learning_rate', 'value': 'value_learning_rate'}
   return {
     name: make_optimizer(config, config[key])
@@ -206,10 +206,10 @@ class Data:
   """What the iterations of a stage read.
 
   Attributes:
-    prompts: the data set; `PromptBatch.indices` are numbers in it.
-    num_kept, num_dropped: prompts that fit, and that do not.
-    prompt_batches: by iteration, this process's rows.
-    ptx_batches: the same of pretraining text, or None.
+    prompts: the data set, to which `PromptBatch.indices` refer.
+    num_kept, num_dropped: prompts that are short enough, and too long.
+    prompt_batches: iteration -> this process's rows.
+    ptx_batches: the same for pretraining text, or None.
     documents: (path, cut) -> rows of text, packed as for pretraining.
   """
 
@@ -230,7 +230,7 @@ def read_data(config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer) -> Data:
   """Reads prompts, and pretraining text if `ptx_coef` is not 0.
 
   Raises:
-    ValueError: a bad record, or too few for one iteration.
+    ValueError: a bad record, or too few records for one iteration.
   """
   prompts = records.read_jsonl(config.prompts, records.Prompt)
   rows, dropped = loader.prompt_rows(prompts, tokenizer, config.prompt_length)
@@ -279,7 +279,7 @@ def read_data(config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer) -> Data:
 def make_mesh(
   config: ConfigDict, tokenizer: tokenizer_lib.Tokenizer
 ) -> jax.sharding.Mesh:
-  """The mesh of a stage, after a check of its models' descriptions.
+  """Checks the descriptions of a stage's models, and makes its mesh.
 
   Raises:
     ValueError: a folder without such a model, another tokenizer, or rows that
@@ -304,7 +304,7 @@ def load_models(
   tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
 ) -> tuple[model_fns.Model, model_fns.Model | None]:
-  """The initial policy, and the reward model or None.
+  """Loads the initial policy, and the reward model or None.
 
   Raises:
     ValueError: rows exceed a model's context.
@@ -338,8 +338,10 @@ def value_model(
   reward: model_fns.Model | None,
   mesh: jax.sharding.Mesh,
 ) -> model_fns.Model:
-  """What the value model starts from: the reward model and its head (C.4), or
-  the policy's trunk with a new head (`value_from`, or without a reward model).
+  """The model that the value model starts from.
+
+  It is the reward model with its head (C.4) or, by `value_from` or without a
+  reward model, the policy's trunk with a new head.
   """
   if reward is not None and config.value_from == 'reward_model':
     return reward
@@ -359,13 +361,13 @@ def add_adapters(
 
 
 class Frozen:
-  """Models that are not trained, in `frozen_dtype`, offloaded if so configured.
+  """Models that are not trained, in `frozen_dtype`, offloaded if configured.
 
   Args:
     models: name -> parameters.
-    bases: of adapters, by 'policy' and 'value'; None without adapters. They
-      stay on the device and in their own dtype, as when saved adapters are
-      loaded. Models may share their arrays.
+    bases: 'policy' and 'value' -> base of the adapters; None without adapters.
+      Bases stay on the device and in their own dtype, as when saved adapters
+      are loaded. Models may share their arrays.
   """
 
   def __init__(
@@ -376,7 +378,7 @@ class Frozen:
   ):
     self._offload = sharding.Offload(config.offload)
     self.bases = dict(bases)
-    # Shared arrays are kept once.
+    # Keeps shared arrays only once.
     arrays = {id(x): x for x in jax.tree.leaves(self.bases)}
 
     def frozen(x):
@@ -390,15 +392,15 @@ class Frozen:
     }
 
   def __getitem__(self, name: str) -> PyTree:
-    """Parameters on the device."""
+    """A model's parameters, on the device."""
     return self._offload.load(name, self._models[name])
 
   def store(self, name: str, params: PyTree) -> PyTree:
-    """Parameters, moved to the host if configured; see `load`."""
+    """Moves parameters to the host if configured; `load` is the inverse."""
     return self._offload.store(name, params)
 
   def load(self, name: str, params: PyTree) -> PyTree:
-    """Stored parameters, back on the device."""
+    """Moves stored parameters back to the device."""
     return self._offload.load(name, params)
 
 
@@ -408,10 +410,10 @@ class Frozen:
 def make_respond(
   config: ConfigDict, policy: heads.Policy, stop_ids: tuple[int, ...]
 ) -> Callable[[Params, PromptBatch, Key], Rollout]:
-  """`rollout.generate` of a stage.
+  """`rollout.generate` with the settings of a stage.
 
-  A row's noise depends on its prompt's number, not on its neighbours, so that
-  `num_slots` decides the cache's memory and the time, but not the samples.
+  A row's noise depends on its prompt's number, not on its neighbours. So
+  `num_slots` affects the cache's memory and the time, but not the samples.
   """
   return functools.partial(
     rollout.generate,
@@ -427,8 +429,11 @@ def make_respond(
 def initial_state(
   config: ConfigDict, policy: Params, value: Params | None = None
 ) -> ppo.RLState:
-  """The state before the first update, with copies of the parameters: donated
-  states must not share buffers with frozen models."""
+  """The state before the first update.
+
+  It has copies of the parameters, since donated states must not share buffers
+  with frozen models.
+  """
   optimizers = make_optimizers(config)
 
   def create(name, params):
@@ -446,7 +451,7 @@ def initial_state(
 def in_training(
   config: ConfigDict, state: ppo.RLState
 ) -> dict[str, train_state.TrainState]:
-  """The models that a stage trains, by the names that messages use."""
+  """The train states of a stage, by the names that messages use."""
   found = {'policy': state.policy, 'value': state.value}
   return {
     f'{config.name} {name}': model
@@ -485,11 +490,11 @@ def lay_out(
 ) -> packing.Layout:
   """The layout of a rollout's episodes in rows, on the mesh.
 
-  Waits for the rollout, whose lengths decide the shape.
+  Waits for the rollout, whose lengths determine the shape.
 
   Args:
-    programs: 'lengths' is jitted `rollout.episode_lengths`.
-    iteration: decides the deal into minibatches, with the seed.
+    programs: 'lengths' is the jitted `rollout.episode_lengths`.
+    iteration: with the seed, decides the deal into minibatches.
   """
   lengths, response_lengths = np.asarray(programs['lengths'](responses))
   sizes = row_sizes(config, mesh)
@@ -507,7 +512,7 @@ def lay_out(
 def make_score(
   config: ConfigDict, module: heads.ScalarModel
 ) -> Callable[[Params, Rollout, packing.Layout], jax.Array]:
-  """A reward model's program; see `score_fns.reward_program`."""
+  """Makes a reward model's program; see `score_fns.reward_program`."""
   longest = config.prompt_length + config.response_length
   num_others = max(len(module.end_ids) - 1, 0)
   return score_fns.reward_program(
@@ -524,11 +529,11 @@ def sampled_of(
   layout: packing.Layout,
   prompts: PromptBatch,
 ) -> score_fns.Sampled:
-  """The argument of a `ScoreFn`.
+  """Makes the argument of a `ScoreFn`.
 
   Args:
     responses, layout: on the mesh.
-    prompts: of the responses, on the host, this process's rows.
+    prompts: this process's prompts of the responses, on the host.
   """
   indices = np.repeat(prompts.indices, config.samples_per_prompt)
   return score_fns.Sampled(responses, layout, indices)
@@ -542,10 +547,10 @@ def make_score_fn(
   tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
 ) -> score_fns.ScoreFn:
-  """The scores that a stage trains on: `reward_model`, `reward_fn` or both.
+  """Makes the score function of a stage: `reward_model`, `reward_fn` or both.
 
   Args:
-    programs: 'score' is a jitted `score_fns.reward_program`.
+    programs: 'score' is the jitted `score_fns.reward_program`.
     frozen: has the 'reward' model, if there is one.
     prompts: the data set.
   """
@@ -579,10 +584,10 @@ def make_evaluate(
   mesh: jax.sharding.Mesh,
   data: Data,
 ) -> Callable[[int, PyTree, PyTree], dict[str, float]]:
-  """(iterations done, policy, its average) -> evaluations that are due.
+  """Makes (iterations done, policy, its average) -> evaluations that are due.
 
-  The loss on held-out text, of whole documents so that losses compare, and
-  scores on public NLP tasks.
+  They are the loss on held-out text and scores on public NLP tasks. Held-out
+  documents are kept whole, so that losses are comparable.
   """
   loss_fn = prober = None
   if config.valid_documents:
@@ -613,9 +618,9 @@ class Outputs:
   """What an RL stage writes besides metrics and checkpoints.
 
   Args:
-    policy: its parameters are not read.
-    reward: the reward model or None. Its scores on training data are the range
-      of plausible scores, unless `reward_fn` adds to them.
+    policy: the policy; its parameters are not used.
+    reward: the reward model or None. The range of its scores on its training
+      data is the range of plausible scores, unless `reward_fn` adds to them.
   """
 
   def __init__(
@@ -653,12 +658,12 @@ class Outputs:
     checkpoint does not write the snapshot again.
     """
     every = self._config.snapshot_every
-    # The last one is the `policy` folder.
+    # The last snapshot would equal the `policy` folder.
     if every and done % every == 0 and done < num_iterations(self._config):
       self.save(f'snapshots/{done}', params, iteration=done)
 
   def tell_alarms(self, lines: list[dict]) -> None:
-    """Prints and shows new alarms of the lines of metrics.jsonl so far."""
+    """Prints and logs new alarms, given the lines of metrics.jsonl so far."""
     for text in self._reporter.new(lines):
       run_lib.say(f'{self._config.name}: alarm: {text}')
       logger.current().alarm(lines[-1]['step'], text)
@@ -689,7 +694,10 @@ class Outputs:
 
 
 def summary(line: Mapping[str, Any]) -> str:
-  """The main metrics of a line; None is a number that was not finite."""
+  """The main metrics of a line of metrics.jsonl, as text.
+
+  A value of None was not finite.
+  """
 
   def show(name, digits):
     value = line.get(f'objective/{name}')

@@ -1,13 +1,13 @@
-"""Sampling responses: a queue of prompts, and slots that never wait.
+"""Samples responses by continuous batching: slots take prompts from a queue.
 
-One jitted program. Prompts are read into a bank of caches, several at a time;
-every slot samples one token a step, and a slot whose response has ended takes
-the next prompt at once. When no prompt is left, the number of slots shrinks
-with the number of unfinished responses.
+This is one jitted program. Prompts are read into a bank of caches, several at a
+time. Every slot samples one token per step, and a slot whose response has ended
+takes the next prompt at once. When the queue is empty, the number of slots
+shrinks with the number of unfinished responses.
 
 A token depends on the weights, the key, the prompt's number and the token's
 position in the response. It does not depend on the slot, its neighbours or the
-order of the queue, except for rounding in matrix products of other sizes.
+order of the queue, except for rounding in matrix products of different sizes.
 """
 
 import dataclasses
@@ -32,15 +32,15 @@ from instruct_jax.types import (
 
 # Columns of a cache are a multiple of this.
 _COLUMNS = 16
-# Of a shard; fewer are not worth a loop of their own.
+# Least slots of a shard; fewer are not worth a separate loop.
 _LEAST_SLOTS = 4
-# Tokens; for shorter responses, fewer slots would not save much.
+# Tokens. For shorter responses, reducing the slots would not save much.
 _LEAST_RESPONSE = 64
-# How many times a queue may double before it is split.
+# How many times a queue's size may double before prompts are split into queues.
 _DOUBLINGS = 3
-# A cache without refill grows in steps of at least this many columns.
+# If slots are not refilled, the cache grows by at least this many columns.
 _GROWTH = 32
-# See `generate_counted`.
+# Counts of `generate_counted`.
 _COUNTS = (
   *('steps', 'slot_steps', 'queued_slot_steps'),
   *('idle', 'queued_idle', 'reads'),
@@ -52,12 +52,12 @@ class _Sizes:
   """Sizes of one shard's part of a rollout.
 
   Attributes:
-    prompts, rows: in the queue; rows = prompts * samples.
-    samples: of each prompt.
+    prompts, rows: prompts and rows in the queue; rows = prompts * samples.
+    samples: samples per prompt.
     bank: prompts read at a time.
-    slots: at first.
+    slots: slots at first.
     response: R.
-    widths: columns of the cache, ascending.
+    widths: numbers of columns of the cache, ascending.
   """
 
   prompts: int
@@ -76,7 +76,7 @@ class _Sizes:
   def drains(self) -> tuple[int, ...]:
     """Numbers of slots after the queue is empty, descending.
 
-    Each is one more loop to compile, not worth it for short responses.
+    Each is one more loop to compile, which is not worth it for short responses.
     """
     if self.response < _LEAST_RESPONSE:
       return ()
@@ -92,10 +92,10 @@ def make_sizes(
   num_samples: int,
   num_shards: int,
 ) -> _Sizes:
-  """Sizes of one shard's part.
+  """Computes the sizes of one shard's part.
 
   Raises:
-    ValueError: the shards do not divide prompts or slots.
+    ValueError: the number of shards does not divide prompts or slots.
   """
   rows = num_prompts * num_samples
   slots = min(num_slots or rows, rows)
@@ -106,7 +106,7 @@ def make_sizes(
         'choose a multiple'
       )
   prompts, slots = num_prompts // num_shards, slots // num_shards
-  # The last token is never read.
+  # The last token of a response is never read.
   longest = num_columns + num_response - 1
   refills = slots < prompts * num_samples
   growths = 1 if refills else max(1, min(4, num_response // _GROWTH))
@@ -151,25 +151,25 @@ def generate_counted(
   Args:
     prompts: left-padded, so that every response starts in column P. A prompt
       without tokens gets a response without tokens.
-    key: of this rollout. The noise of token t of sample j of prompt i comes
-      from fold_in(fold_in(key, n i + j), t), n samples a prompt: independent of
-      slot, neighbours and order.
+    key: key of this rollout. With n samples per prompt, the noise of token t of
+      sample j of prompt i comes from fold_in(fold_in(key, n i + j), t), which
+      does not depend on slot, neighbours and order.
     num_response: R, the longest response, including the stop token.
     stop_ids: sampling one of these ends the response; it is kept.
     temperature: 1 in the paper's rollouts; 0 is greedy.
     num_slots: rows sampled at a time, for which the cache has room; 0 is one
       for each response.
-    num_samples: responses of each prompt, in adjacent rows; a prompt is read
+    num_samples: responses to each prompt, in adjacent rows; a prompt is read
       once for all of them.
 
   Returns:
-    The rollout, and how well slots were used, as counts: `steps`; `slot_steps`,
-    the sum of slots over steps; `queued_slot_steps`, of these those before the
-    queue was empty; `idle` and `queued_idle`, those that sampled nothing;
-    `reads`, batches of prompts read.
+    The rollout, and counts of how well slots were used: `steps`; `slot_steps`,
+    the sum of slots over steps; `queued_slot_steps`, the part of it before the
+    queue was empty; `idle` and `queued_idle`, the parts of these two that
+    sampled nothing; `reads`, the batches of prompts that were read.
 
   Raises:
-    ValueError: the shards of the mesh do not divide prompts or slots.
+    ValueError: the number of shards does not divide prompts or slots.
   """
   B, P = prompts.tokens.shape
   num_shards = sharding.num_batch_shards()
@@ -182,7 +182,7 @@ def generate_counted(
     prompts.tokens, prompts.mask
   )
   noise = sampling.uniform_noise(row_keys, jnp.arange(num_response))
-  # Of each shard: rows up to the last prompt that has a token.
+  # Each shard's number of prompts, up to the last prompt that has a token.
   present = sharding.per_shard(
     lambda lengths: jnp.max(
       jnp.where(lengths > 0, jnp.arange(1, lengths.shape[0] + 1), 0),
@@ -213,7 +213,7 @@ def generate_counted(
 
 
 def _left_aligned(tokens, mask):
-  """Left-padded rows padded on the right instead, and their lengths."""
+  """Turns left padding into right padding; returns rows and their lengths."""
   lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
   P = tokens.shape[1]
   columns = (jnp.arange(P)[None, :] + P - lengths[:, None]) % P
@@ -222,7 +222,7 @@ def _left_aligned(tokens, mask):
 
 @dataclasses.dataclass(frozen=True)
 class _Engine:
-  """The loops of one rollout; a state is a dict of arrays, shards first."""
+  """The loops of one rollout; a state is a dict of arrays, shards on axis 0."""
 
   sizes: _Sizes
   decoder: Decoder
@@ -232,7 +232,7 @@ class _Engine:
   temperature: float
 
   def start(self):
-    """All slots free, nothing read."""
+    """The first state: all slots are free, and no prompt has been read."""
     sizes = self.sizes
     num_prompts, num_columns = self.queue['tokens'].shape
     D = num_prompts // sizes.prompts  # Shards.
@@ -249,7 +249,7 @@ class _Engine:
       },
       'cache': self.decoder.make_cache(S, sizes.widths[0]),
       'bank': self.decoder.make_cache(D * sizes.bank, num_columns),
-      # Of each shard: the next row, and the first prompt not read yet.
+      # For each shard: the next row, and the first prompt not read yet.
       'next': jnp.zeros((D,), jnp.int32),
       'end': jnp.zeros((D,), jnp.int32),
       'out': {
@@ -261,10 +261,10 @@ class _Engine:
       'counts': dict.fromkeys(_COUNTS, jnp.zeros((), jnp.int32)),
     }
 
-  # --- Filling slots, each shard for itself -----------------------------------
+  # --- Filling slots, in each shard separately --------------------------------
 
   def _wants(self, queue, slots, after, end):
-    """Whether a slot is free for a prompt that is not in the bank [1]."""
+    """Whether a slot is free and the next prompt is not in the bank [1]."""
     free = jnp.any(~slots['alive']) & (after < queue['rows'])
     return free & (after // self.sizes.samples >= end)
 
@@ -281,7 +281,7 @@ class _Engine:
     )
 
   def _admit(self, queue, slots, cache, bank, after, end):
-    """Free slots take rows whose prompts are in the bank."""
+    """Gives free slots the next rows whose prompts are in the bank."""
     sizes = self.sizes
 
     def can_take(carry):
@@ -350,7 +350,7 @@ class _Engine:
   # --- One token in every slot ------------------------------------------------
 
   def _record(self, queue, slots, out, token, logprob):
-    """Records what live slots sampled, and which responses end."""
+    """Records the tokens of live slots, and which responses have ended."""
     sizes = self.sizes
     alive, count = slots['alive'], slots['count']
     # Idle slots write nowhere.
@@ -372,7 +372,7 @@ class _Engine:
     return slots, out
 
   def step(self, state):
-    """Every slot reads its last token and samples the next."""
+    """Reads the last token of every slot and samples the next."""
     slots, counts = state['slots'], state['counts']
     logits, cache = self.decoder.step(
       self.weights, slots['token'], slots['length'], state['cache']
@@ -405,14 +405,14 @@ class _Engine:
     return jnp.any(state['next'] < self.queue['rows'])
 
   def _most_alive(self, state):
-    """Live slots of the shard with the most."""
+    """Number of live slots of the shard that has the most."""
     count = sharding.per_shard(
       lambda alive: jnp.sum(alive, dtype=jnp.int32)[None]
     )
     return jnp.max(count(state['slots']['alive']))
 
   def _steps(self, state, width, least, refills):
-    """Steps until at most `least` slots are alive, or the cache is full."""
+    """Steps until at most `least` slots are alive, or the cache must grow."""
 
     def condition(state):
       slots = state['slots']
@@ -440,7 +440,7 @@ class _Engine:
     return {**state, 'slots': slots, 'cache': cache}
 
   def run(self):
-    """The last state."""
+    """Runs all loops; returns the last state."""
     sizes = self.sizes
     drains = [*sizes.drains, 0]
     state = self.start()
@@ -462,7 +462,7 @@ class _Engine:
 
 
 def put_first(cache: PyTree, smaller: PyTree) -> PyTree:
-  """A cache whose first columns are those of one with fewer columns."""
+  """Copies a cache into the first columns of one with more columns."""
   return jax.tree.map(
     lambda x, new: jax.lax.dynamic_update_slice(x, new, (0,) * x.ndim),
     cache,
@@ -479,18 +479,20 @@ def in_queues(
 ) -> Rollout:
   """Samples any number of prompts in one or more queues.
 
-  A queue holds 1, 2, 4 or 8 times the prompts that fill the slots. Prompts
-  without tokens pad the last queue; prompts are dealt to the shards of the
-  current mesh in turn, so that all have as many.
+  A queue holds 1, 2, 4 or 8 times the prompts that fill the slots. The last
+  queue is filled up with prompts without tokens. Prompts are dealt to the
+  shards of the current mesh in turn, so that each has equally many.
 
   Args:
-    fn: a jitted `generate` of a queue of prompts, with `num_slots` slots and
-      `num_samples` responses of each prompt.
-    rows: numpy arrays of N prompts.
+    fn: a jitted `generate` for a queue of prompts, with `num_slots` slots and
+      `num_samples` responses to each prompt.
+    rows: NumPy arrays of N prompts.
     num_slots: rows sampled at a time.
+    num_samples: responses to each prompt.
+    progress: called with the number of responses of each finished queue.
 
   Returns:
-    The responses as numpy arrays of N * num_samples rows, in order.
+    The responses as NumPy arrays of N * num_samples rows, in order.
 
   Raises:
     ValueError: no prompts.
@@ -502,7 +504,7 @@ def in_queues(
   size = -(-num_slots // (num_shards * num_samples)) * num_shards
   for _ in range(_DOUBLINGS):
     size = 2 * size if size < num_rows else size
-  # The prompt in place i of a queue goes to shard i % n.
+  # Prompt i of a queue goes to shard i % num_shards.
   place = np.arange(size).reshape(num_shards, -1, order='F').reshape(-1)
   back = np.argsort(place)
   parts = []
@@ -526,7 +528,7 @@ def in_queues(
 
 
 def episode_lengths(rollout: Rollout) -> Int[Array, '2 B']:
-  """Tokens of each prompt and of each response, replicated."""
+  """Number of tokens of each prompt and of each response, replicated."""
   responses = jnp.sum(rollout.response_mask, axis=1)
   prompts = jnp.sum(rollout.mask, axis=1) - responses
   return sharding.constrain(jnp.stack([prompts, responses]), None, None)

@@ -1,7 +1,7 @@
-"""Fields of `figures.Figures` from the runs that trained the models.
+"""Reads fields of `figures.Figures` from the runs that trained the models.
 
-Metrics, alarms and epochs lie beside a model, and its run has a config. They
-are read whatever the method is called.
+Metrics, alarms and epochs are files beside a model, and its run has a config.
+They are read whatever the method is called.
 """
 
 import collections
@@ -23,8 +23,8 @@ from instruct_jax.infra import checkpoint, origin
 from instruct_jax.infra import metrics as metrics_lib
 from instruct_jax.infra import run as run_lib
 
-# Keys that begin so say how a stage ran, not what it learned. The model card
-# leaves them out.
+# Keys with these prefixes say how a stage ran, not what it learned. The model
+# card leaves them out.
 _MACHINERY = (
   *('attention', 'checkpoint_', 'compute_dtype', 'eval_', 'experiment', 'log'),
   *('frozen_dtype', 'gather_', 'loop', 'max_valid_', 'mesh', 'name', 'offload'),
@@ -34,7 +34,7 @@ _MACHINERY = (
 
 
 def of_models(config, models: Mapping[str, asking.Model]) -> dict[str, Any]:
-  """Training, data, hygiene and alarms of the models that are not recorded."""
+  """Training, data, hygiene and alarms of the models, without recorded ones."""
   loaded = {n: m.source for n, m in models.items() if not m.is_recorded}
   stages = _stages(loaded, config.reward_model)
   rl, alarms, epochs, seen = {}, [], {}, set()
@@ -92,7 +92,7 @@ def of_models(config, models: Mapping[str, asking.Model]) -> dict[str, Any]:
 def _stages(
   loaded: Mapping[str, str], reward_model: str
 ) -> dict[tuple[str, str], origin.Stage]:
-  """(run, name) -> stage behind the models; the models name a run."""
+  """(run, name) -> stage behind the models; a run is named by its models."""
   called = {}
   for name, source in loaded.items():
     called.setdefault(origin.stages_of(source)[0], []).append(name)
@@ -107,7 +107,7 @@ def _stages(
 
 
 def _unique(values: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
-  """(run, name) -> value as name -> value, or `name (run)` if runs share it."""
+  """Renames (run, name) to name, or to `name (run)` if several runs have it."""
   number = collections.Counter(name for _, name in values)
   return {
     f'{name} ({run})' if number[name] > 1 else name: value
@@ -128,7 +128,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _made(stage: origin.Stage):
-  """The model of a stage, or None."""
+  """The folder of the model that a stage made, or None."""
   paths = [stage.folder / name for name in ('policy', 'model')]
   return next((path for path in paths if path.exists()), None)
 
@@ -136,8 +136,8 @@ def _made(stage: origin.Stage):
 def operations_of(config, stage: origin.Stage) -> float | None:
   """Floating-point operations of a stage's training, by formula.
 
-  RL has episodes, a reward model has rankings, other stages have rows of text.
-  None for any other stage, and if a length or a shape is unknown.
+  RL is counted by episodes, a reward model by rankings, other training by rows
+  of text. None for any other stage, and if a length or a shape is unknown.
   """
   own, size = stage.config, model_folder.shape_of(_made(stage)).num_params
   has_adapters = bool(own.get('lora', {}).get('rank'))
@@ -164,7 +164,7 @@ def operations_of(config, stage: origin.Stage) -> float | None:
     )
   results = stage.folder / 'results.json'
   if 'comparisons' in own and results.exists():
-    # Each prompt with each of its answers, of the lengths of this evaluation.
+    # Each prompt with each of its answers, at the lengths of this evaluation.
     lengths = config.prompt_length, config.response_length
     if None in lengths:  # Recorded answers need none.
       return None
@@ -179,13 +179,13 @@ def operations_of(config, stage: origin.Stage) -> float | None:
   return None
 
 
-# --- Of rankings, reward model and suite --------------------------------------
+# --- Rankings, reward model and suite -----------------------------------------
 
 
 def of_reward_model(
   config, rankings: Mapping[str, figures.Rankings], judge: judges.Judge
 ) -> figures.RewardFigures | None:
-  """Figures of `config.reward_model`; None without rankings."""
+  """The figures of `config.reward_model`; None without rankings."""
   if not rankings:
     return None
   folds = {}
@@ -208,7 +208,7 @@ def of_reward_model(
 
 
 def of_suite(path: str) -> dict[str, Any]:
-  """Scores and judges of a suite.json; {} for '' or a missing file."""
+  """Reads scores and judges from a suite.json; {} for '' or a missing file."""
   if not path or not epath.Path(path).exists():
     return {}
   result = run_lib.read_json(path)
@@ -222,7 +222,7 @@ def of_suite(path: str) -> dict[str, Any]:
 
 
 def of_labeling(rankings: Iterable[str]) -> dict[str, Any]:
-  """The labeling site's statistics.json beside rankings, or {}."""
+  """Reads the labeling site's statistics.json beside rankings; {} if none."""
   for path in rankings:
     found = epath.Path(path).parent / 'statistics.json'
     if found.exists():

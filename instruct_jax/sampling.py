@@ -1,6 +1,6 @@
-"""Tokens from logits, for rollouts, best-of-n, evaluations and chat.
+"""Samples tokens from logits, for rollouts, best-of-n, evaluations and chat.
 
-No top-k, no top-p, no minimum length (paper C.4: temperature 1).
+There is no top-k, top-p or minimum length (paper C.4: temperature 1).
 """
 
 import jax
@@ -14,9 +14,9 @@ _PIECE = 128
 
 
 def uniform_noise(keys: Key, t: Int[Array, 'R']) -> Float[Array, 'B R']:
-  """One uniform number for token t of each row, from fold_in(its key, t).
+  """One uniform number for token t of each row, from fold_in(row's key, t).
 
-  It depends on nothing but the row's key and t.
+  It depends on the row's key and t only.
   """
 
   def one(key, t):
@@ -30,11 +30,11 @@ def sample_tokens(
   uniform: Float[Array, 'B'],
   temperature: float,
 ) -> tuple[Int[Array, 'B'], Float[Array, 'B']]:
-  """One token a row and its log-probability, nats, float32.
+  """Samples one token per row, with its log-probability, nats, float32.
 
-  Inverts the cumulative distribution at one uniform number a row (Gumbel noise
-  would need V of them): first among the sums of pieces of the vocabulary, then
-  within a piece, so that no cumulative sum over all tokens is kept.
+  Inverts the cumulative distribution at one uniform number per row (Gumbel
+  noise would need V of them): first over the sums of pieces of the vocabulary,
+  then within one piece, which avoids a cumulative sum over the vocabulary.
 
   Args:
     logits: any float dtype.
@@ -68,10 +68,10 @@ def sample_tokens(
 
 
 def _first_above(upto, threshold):
-  """Where rising sums first exceed a threshold, and the sum before.
+  """Index where cumulative sums first exceed a threshold; the sum before it.
 
-  Terms of 0 are never chosen. If by rounding no sum exceeds the threshold, the
-  last term above 0 is chosen.
+  Terms of 0 are never chosen. If no sum exceeds the threshold because of
+  rounding, the last term above 0 is chosen.
   """
   before = jnp.pad(upto, ((0, 0), (1, 0)))[:, :-1]
   adds = upto > before

@@ -1,6 +1,6 @@
 """Scores of responses: from a reward model, from Python functions, or both.
 
-A `ScoreFn` is called once an iteration, on the host, with what was sampled. It
+A `ScoreFn` is called on the host, once per iteration, with what was sampled. It
 may be a reward model, any Python function of the texts, or a weighted sum.
 
 A Python function is given by its dotted name, such as
@@ -39,7 +39,7 @@ class Sampled(NamedTuple):
 
   Attributes:
     rollout, layout: on the mesh.
-    indices: of the prompt of each of this process's rows, in the data set.
+    indices: index in the data set of the prompt of each of this process's rows.
   """
 
   rollout: Rollout
@@ -47,9 +47,9 @@ class Sampled(NamedTuple):
   indices: np.ndarray
 
 
-# One score a response [B], on the mesh, in the order of the rollout.
+# Returns one score per response [B], on the mesh, in the order of the rollout.
 ScoreFn = Callable[[Sampled], jax.Array]
-# (prompts, responses, metadata) -> one number each.
+# (prompts, responses, metadata) -> one number per response.
 TextScoreFn = Callable[
   [list[str], list[str], list[dict[str, Any]]], Sequence[float]
 ]
@@ -62,14 +62,15 @@ def reward_program(
   ends_fn: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
   | None = None,
 ) -> Callable[[Params, Rollout, packing.Layout], jax.Array]:
-  """(parameters, rollout, layout) -> a reward model's scores [B].
+  """Makes (parameters, rollout, layout) -> a reward model's scores [B].
 
   Args:
     read_fn: (scalars, tokens, segments, ends [B] or None) -> scores [B]; see
       `heads.read_scores`.
     num_slices: parts in which rows are read.
-    ends_fn: (tokens, mask) -> both with what the model reads behind an answer,
-      see `heads.with_ends`; then each episode is alone in its row.
+    ends_fn: (tokens, mask) -> both, with the ids added that the model expects
+      at the end of an answer; see `heads.with_ends`. If given, each episode has
+      its own row.
   """
 
   def score(params: Params, sampled: Rollout, layout: packing.Layout):
@@ -90,14 +91,15 @@ def reward_program(
 
 
 def find(name: str, key: str = 'reward_fn') -> Any:
-  """The function, class or value of a dotted name.
+  """Imports the function, class or value of a dotted name.
 
   Args:
-    name: such as 'mypackage.rewards.brevity'. After '@' may come a file, whose
-      path the function gets as its argument `file`.
+    name: such as 'mypackage.rewards.brevity', optionally followed by '@' and a
+      path, which the function gets as its argument `file`.
+    key: config key, for the message.
 
   Raises:
-    ValueError: gives key, name and why it cannot be imported.
+    ValueError: with key, name and why it cannot be imported.
   """
   dotted, _, file = name.partition('@')
   module_name, _, own_name = dotted.rpartition('.')
@@ -113,7 +115,7 @@ def find(name: str, key: str = 'reward_fn') -> Any:
 
 
 def find_function(name: str) -> TextScoreFn:
-  """The Python function of a dotted name; errors as of `find`."""
+  """The Python function of a dotted name; raises the errors of `find`."""
   function = find(name)
   if not callable(function):
     raise ValueError(
@@ -124,14 +126,14 @@ def find_function(name: str) -> TextScoreFn:
 
 
 def source_of(name: str, key: str = 'reward_fn') -> dict[str, str]:
-  """Label -> the Python file that defines a dotted name, and its own file.
+  """Label -> the Python file that defines a name, and the file after its '@'.
 
-  As inputs of their stage, the files are compared when the stage resumes. A
-  builtin function has no Python file.
+  The files are inputs of their stage: they are compared when the stage resumes.
+  A builtin function has no Python file.
 
   Args:
     name: dotted, with or without `=WEIGHT`. The weight is part of the label, so
-      that a changed weight differs from a moved function.
+      that a changed weight is told from a moved function.
 
   Raises:
     ValueError: see `find`.
@@ -146,7 +148,7 @@ def source_of(name: str, key: str = 'reward_fn') -> dict[str, str]:
 
 
 def parse_weights(text: str) -> dict[str, float]:
-  """'NAME' or 'NAME=WEIGHT', separated by commas, as name -> weight.
+  """Parses 'NAME' or 'NAME=WEIGHT', separated by commas: name -> weight.
 
   Raises:
     ValueError: a part of another form, a weight that is not a finite number, or
@@ -175,15 +177,15 @@ def of_function(
   tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
 ) -> ScoreFn:
-  """A Python function as a `ScoreFn`.
+  """Turns a Python function into a `ScoreFn`.
 
   Args:
-    name: for errors.
+    name: for error messages.
     function: see the top of this file.
-    prompts: the data set of `Sampled.indices`.
+    prompts: the data set that `Sampled.indices` refers to.
 
   Raises:
-    RuntimeError: when called; see `score_texts`.
+    RuntimeError: when the `ScoreFn` is called; see `score_texts`.
   """
 
   def score(sampled: Sampled) -> jax.Array:
@@ -217,10 +219,12 @@ def score_texts(
   """The scores of a Python function, one per response, float32.
 
   Args:
-    name: of the key and the function, for errors.
+    name: key and function, for error messages.
     function: see the top of this file.
-    prompts: of each response.
-    ended: whether the policy itself ended each.
+    prompts: the prompt of each response.
+    texts: the responses.
+    ended: whether the policy itself ended each response.
+    num_tokens: tokens of each response.
 
   Raises:
     RuntimeError: the function raises, or does not return one finite number per
@@ -254,7 +258,7 @@ def _checked(name, found, asked) -> np.ndarray:
     scores = np.asarray(found, np.float32)
   except (TypeError, ValueError) as error:
     raise RuntimeError(
-      f'{name} must return one number a response: {error}'
+      f'{name} must return one number per response: {error}'
     ) from error
   if scores.shape != (len(asked),):
     what = type(found).__name__ if found is None else f'shape {scores.shape}'
@@ -272,7 +276,7 @@ def _checked(name, found, asked) -> np.ndarray:
 
 
 def weighted(parts: Mapping[str, tuple[ScoreFn, float]]) -> ScoreFn:
-  """The sum of several scores, by name -> (score function, weight)."""
+  """The weighted sum of scores, given name -> (score function, weight)."""
   if len(parts) == 1:
     ((score_fn, weight),) = parts.values()
     if weight == 1.0:

@@ -1,4 +1,4 @@
-"""The optimizer step of supervised stages: pretraining, SFT, reward model."""
+"""Optimizer steps of pretraining, SFT, reward models and DPO."""
 
 from collections.abc import Callable, Mapping
 
@@ -42,7 +42,7 @@ def make_adam(
 
 
 def make_text_loss(logprobs_fn: LogprobsFn, dropout: bool = False) -> LossFn:
-  """Negative log-likelihood of `loss_mask` tokens, nats, as a `LossFn`.
+  """Makes the negative log-likelihood of `loss_mask` tokens, nats: a `LossFn`.
 
   Args:
     dropout: whether to use dropout, at the rate of the policy's config.
@@ -69,7 +69,7 @@ def make_update(
   A step with non-finite gradients changes nothing.
 
   Args:
-    num_microbatches: gradient accumulation within a batch.
+    num_microbatches: gradient-accumulation steps per batch.
   """
 
   def update(

@@ -11,7 +11,7 @@ Shape letters, used in every annotation and einsum of the package:
   Q  response tokens of a row     L  layers
   S  cache slots
 
-Masks are boolean, True on real tokens, and made where the text is tokenised:
+Masks are boolean, True on real tokens, and are made where text is tokenised:
 nothing downstream looks for a pad id. Prompts are padded on the left and
 responses on the right, so that a prompt's last token and its response's first
 are adjacent (columns P-1 and P).
@@ -28,13 +28,13 @@ PyTree = Any
 Params = PyTree
 Key = jax.Array  # A typed key, `jax.random.key(seed)`.
 
-# Of a row. cuDNN's grid and its saved sums have a place for each that there
-# might be (`models/cudnn.py`).
+# Most segments of a row. cuDNN's grid and the sums that it saves have a place
+# for each possible segment (`models/cudnn.py`).
 MAX_SEGMENTS = 64
 
-# A metric leaves the device as (sum, count); the host divides once, after
+# A metric leaves the device as (sum, count). The host divides once, after
 # summing over microbatches, minibatches and processes, so that there are no
-# averages of averages. A `count` of 1 makes a plain scalar.
+# averages of averages. A plain scalar has a count of 1.
 Metric = tuple[Num[Array, ''], Num[Array, '']]
 Metrics = Mapping[str, Metric]
 
@@ -46,8 +46,8 @@ class TextBatch:
   Attributes:
     tokens: token ids.
     mask: True on real tokens; False on padding.
-    loss_mask: True on tokens in the loss. False in column 0, which nothing
-      predicts.
+    loss_mask: True on tokens that count in the loss. False in column 0, which
+      nothing predicts.
     segments: 0 on padding; 1, 2, ... number the documents of a row, at most
       `MAX_SEGMENTS`. Attention and positions do not cross segments.
   """
@@ -65,11 +65,11 @@ class ComparisonBatch:
   Attributes:
     tokens: prompt and completion, padded on the right.
     mask: True on real tokens; all False for an absent candidate.
-    ranks: of R labelers; 1 is best; equal numbers are ties; 0 for an absent
-      candidate or labeler.
+    ranks: ranks by R labelers; 1 is best; equal numbers are ties; 0 for an
+      absent candidate or labeler.
     prompt_lengths: tokens of the prompt, with which all candidates begin.
     prompt_mask: False on rows that pad the last batch.
-    ref_logprobs: log pi_ref(completion | prompt), nats; None where not needed.
+    ref_logprobs: log pi_ref(completion | prompt), nats; None if not needed.
   """
 
   tokens: Int[Array, 'B C T']
@@ -82,19 +82,19 @@ class ComparisonBatch:
 
 @flax.struct.dataclass
 class PackedComparisons:
-  """The candidates of B prompts, several to a row, one segment each.
+  """The candidates of B prompts, several per row, one segment each.
 
-  A prompt's candidates may be in different rows; its pairs are formed after the
+  A prompt's candidates may be in different rows. Its pairs are formed after the
   scores are gathered, so that it remains one batch element.
 
   Attributes:
-    tokens: prompt and completion of each candidate, M rows.
+    tokens: prompt and completion of each candidate, in M rows.
     segments: 0 on padding; 1, 2, ... number the candidates of a row.
     ends: index of each candidate's last token in the flattened [M * T] rows;
       0 for an absent candidate.
     ranks, prompt_mask, ref_logprobs: as in `ComparisonBatch`.
     where: column of the position that predicts each completion token, or None.
-    owner: which of the B * C candidates the token belongs to; B * C if none.
+    owner: which of the B * C candidates that token belongs to; B * C if none.
   """
 
   tokens: Int[Array, 'M T']
@@ -114,7 +114,7 @@ class PromptBatch:
   Attributes:
     tokens: token ids.
     mask: True on real tokens.
-    indices: each prompt's number in its data set. Sampling noise is derived
+    indices: each prompt's index in its data set. Sampling noise is derived
       from it, so that a sample does not depend on the rest of its batch.
   """
 
@@ -150,7 +150,7 @@ class Episodes:
     tokens: prompt and response of each episode.
     segments: 0 on padding; 1, 2, ... number the episodes of a row.
     where: column of the position that predicts each response token.
-    response_mask: True where there is one, of at most Q a row.
+    response_mask: True where there is a response token; at most Q per row.
   """
 
   tokens: Int[Array, 'M T']
@@ -164,13 +164,13 @@ class RLBatch:
   """The data of one update, constant during the update.
 
   Attributes:
-    episodes: in the rows of all inner epochs, by step (`packing.Layout`).
+    episodes: the rows of all inner epochs, by step (`packing.Layout`).
     old_logprobs, ref_logprobs: log pi_old and log pi_ref of each response
       token, nats.
-    advantages: of each.
-    old_values: V_old at the position that predicts it, reward units; None
-      without a value model.
-    returns: unwhitened advantages plus old values, reward units; or None.
+    advantages: of each response token.
+    old_values: V_old at the position that predicts each response token, reward
+      units; None without a value model.
+    returns: advantages before whitening plus old values, reward units; or None.
   """
 
   episodes: Episodes
@@ -189,8 +189,8 @@ LossFn = Callable[
   tuple[Float[Array, ''], tuple[Float[Array, ''], Metrics]],
 ]
 # (params, tokens [M, T], segments [M, T], where [M, Q] or None, dropout key or
-# None) -> logprobs and entropies, float32, nats, of the tokens that the
-# positions in `where` predict [M, Q], or of all [M, T].
+# None) -> logprobs and entropies, float32, nats: of the tokens that the
+# positions in `where` predict [M, Q], or of all tokens [M, T].
 LogprobsFn = Callable[..., tuple[jax.Array, jax.Array]]
 # (params, tokens [M, T], segments [M, T]) -> one float32 scalar per position.
 ScalarsFn = Callable[[Params, jax.Array, jax.Array], jax.Array]
@@ -199,11 +199,11 @@ ScalarsFn = Callable[[Params, jax.Array, jax.Array], jax.Array]
 class Decoder(NamedTuple):
   """A policy as functions for `rollout.generate`.
 
-  A cache is a pytree of arrays, slots first. A row's token in position c is in
-  column c; only the decoder knows on which axis columns are.
+  A cache is a pytree of arrays with slots as the first axis. A row's token at
+  position c is in column c; only the decoder knows which axis columns are.
 
   Attributes:
-    prepare: params -> the weights, as the other functions take them.
+    prepare: params -> the weights that the other functions take.
     make_cache: (slots, columns) -> empty cache.
     read: (weights, tokens [S, P], lengths [S]) -> cache of S right-padded
       prompts, P columns.

@@ -37,14 +37,14 @@ FOLLOWED = {
   'Use the config it was made with': 'test_a_checkpoint_of_another_shape',
   'and there is no checkpoint in': 'test_lost_checkpoints',
   'continues from the last checkpoint that': 'test_a_moved_work_directory',
-  'the stage begins anew: delete': 'test_a_run_that_met_only_nan',
+  'again with another config, delete': 'test_a_run_that_met_only_nan',
   'It holds only times: delete it': 'test_a_damaged_file_of_times',
   'and the checkpoints are past it': 'test_an_epoch_that_is_gone',
   'the same command resumes': 'test_a_service_that_did_not_answer',
   'delete the file to restart this task': 'test_a_damaged_journal',
   'stop it, or choose another work directory': 'tests/test_infra_run.py',
-  'these values, choose another --workdir': 'tests/test_resume.py',
-  'Bring them back, go on with the new ones': 'tests/test_resume.py',
+  'Go back to these values, choose another': 'tests/test_resume.py',
+  'Restore them, continue with the new ones': 'tests/test_resume.py',
   'though': 'tests/test_resume.py',
   'put the former one back': 'tests/test_lora.py',
   'make room, or give a --workdir elsewhere': 'tests/test_recipe.py',
@@ -58,7 +58,7 @@ NOT_FOLLOWED = (
   'fetch it again',
   'and save it again',
   'write it again with flatten_indices',
-  'from before lines of metrics were kept',
+  'by a version that kept no lines of metrics',
   'runs in a single process, and there are',  # tests/test_multihost.py
 )
 
@@ -66,7 +66,8 @@ NOT_FOLLOWED = (
 def advice(text):
   """Whether a message says what to do about files or a run."""
   return re.search(
-    r'[Dd]elete |[Bb]ring |same command|[Mm]ake room|\bagain\b', text
+    r'[Dd]elete |[Bb]ring |Restore |same command|[Mm]ake room|\bagain\b',
+    text,
   )
 
 

@@ -318,7 +318,7 @@ def test_a_killed_pipeline_equals_one_on_a_disk(bucket, tmp_path):
   # Nothing went to a folder of this machine by mistake.
   assert not list(ROOT.glob('gs:*'))
   # Once more: everything is done.
-  assert 'evaluate: done before' in end(command(bucket, *arguments))
+  assert 'evaluate: already done' in end(command(bucket, *arguments))
 
 
 @pytest.mark.slow

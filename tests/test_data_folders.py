@@ -100,9 +100,11 @@ def test_only_what_is_listed_as_it_is_gets_removed(tmp_path):
 def test_inputs_are_not_overwritten_and_files_are_no_folders(tmp_path):
   out = tmp_path / 'out'
   write(out, {'a_train': 'old'})
-  with pytest.raises(records.RecordError, match='a_train: is read and would'):
+  with pytest.raises(
+    records.RecordError, match='a_train: is an input and would'
+  ):
     write(out, {'a_train': 'x'}, ('a_*',), inputs=[out / 'a_train'])
-  with pytest.raises(records.RecordError, match='out: is read and would'):
+  with pytest.raises(records.RecordError, match='out: is an input and would'):
     write(out, {'a_train': 'x'}, ('a_*',), inputs=[out])
   write(out, {'a_train': 'x'}, ('a_*',), inputs=[out / 'other'])
   with pytest.raises(records.RecordError, match='a_train: is a file; name a'):
@@ -173,7 +175,9 @@ def test_kinds_from_several_conversions_share_a_folder(tmp_path, capsys):
   )
   own = [prompts[0], str(tmp_path / 'out' / 'prompts_train.jsonl'), out]
   assert convert.main([*own, '--valid=0.3']) == 1
-  assert 'out/prompts_train.jsonl: is read and would' in capsys.readouterr().err
+  assert (
+    'out/prompts_train.jsonl: is an input and would' in capsys.readouterr().err
+  )
 
 
 def test_hygiene_leaves_no_old_split(tmp_path, capsys):
@@ -196,7 +200,7 @@ def test_hygiene_leaves_no_old_split(tmp_path, capsys):
   ]
   inside = [str(tmp_path / 'out' / 'prompts_train.jsonl'), *command[1:]]
   assert hygiene.main(inside) == 1
-  assert 'is read and would be overwritten' in capsys.readouterr().err
+  assert 'is an input and would be overwritten' in capsys.readouterr().err
 
 
 def test_a_tokenizer_keeps_no_template_of_an_earlier_one(tmp_path, capsys):

@@ -643,5 +643,5 @@ def test_ids_are_distinct_over_all_files(tmp_path, byte_tokenizer, capsys):
   assert hygiene.main([*command, f'--tokenizer={byte_tokenizer}']) == 1
   error = capsys.readouterr().err
   assert error == (
-    f"{files[1]}: the id 'p0' is in {files[0]}, too; ids must be distinct\n"
+    f"{files[1]}: the id 'p0' is also in {files[0]}; ids must be distinct\n"
   )

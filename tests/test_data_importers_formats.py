@@ -977,7 +977,7 @@ def test_arena_55k_is_a_csv_file_of_json_lists(tmp_path):
   assert (first.completions, first.ranks) == ((' hi', ' no'), (2, 1))
   assert (second.completions, second.ranks) == ((' d', ''), (1, 1))
   assert [turn.content for turn in second.turns] == ['A', 'b', 'C']
-  assert found.skipped == {'a text holds half of a character': 1}
+  assert found.skipped == {'a text holds a lone surrogate': 1}
   path.write_text(f'{header}\n1,x,y,"[""A""]","[""b""]","[""c""]",1,1,0\n')
   with pytest.raises(records.RecordError, match=r'train.csv:2: winner_model_a'):
     FORMATS['arena'](path)

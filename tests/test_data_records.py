@@ -251,7 +251,7 @@ def test_bad_input_has_its_message(tmp_path):
   # Duplicate ids.
   prompt = json.dumps({'id': 'p', 'text': 'x'}).encode()
   assert (
-    'a.jsonl:3: \'id\' "p" is that of line 1, too; ids must be distinct'
+    'a.jsonl:3: \'id\' "p" is already that of line 1; ids must be distinct'
     in _error(path, b'\n'.join([prompt, b'', prompt]), records.Prompt)
   )
   # Lines of 10 MB, one of them the last; what follows is read again.

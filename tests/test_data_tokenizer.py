@@ -135,7 +135,7 @@ def test_bad_vocabulary_and_bad_ids(words):
     with pytest.raises(ValueError, match='cannot be a vocabulary entry'):
       tokenizer.train_word_level(bad)
   for bad in (-1, 7):
-    with pytest.raises(ValueError, match=f'id {bad} is not among the 7'):
+    with pytest.raises(ValueError, match=f'id {bad} is outside the 7'):
       words.decode([3, bad])
 
 

@@ -634,7 +634,7 @@ def test_recorded_files_that_do_not_fit_are_named(folder):
   found = recorded('x', f'{path}#people', prompts)
   assert len(found) == 11 and {s.model for s in found} == {'x'}
   wrong = [dataclasses.replace(p, text='other') for p in prompts]
-  with pytest.raises(ValueError, match='11 prompts have the ids of other'):
+  with pytest.raises(ValueError, match='11 prompts have ids of other'):
     recorded('people', path, wrong)
   with pytest.raises(ValueError, match='answers none of the 1 prompts'):
     recorded('people', path, prompts[:1])

@@ -315,8 +315,8 @@ def test_a_refused_upload_leaves_the_folder(run, server, tmp_path, capsys):
   """And the command that goes on, which keeps it private."""
   out = tmp_path / 'out'
   server.fail['/commit/main'] = 500
-  again = f'`hf upload ann/small {out} --private` goes on'
-  with pytest.raises(ValueError, match=f'{out} is complete, and {again}'):
+  again = f'continue with `hf upload ann/small {out} --private`'
+  with pytest.raises(ValueError, match=f'{out} is complete; {again}'):
     command(run, out, '--push_to=hf:small')
   assert again in capsys.readouterr().err
   assert (out / 'README.md').exists()

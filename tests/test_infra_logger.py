@@ -128,7 +128,7 @@ def test_a_service_is_asked_before_a_run_but_not_when_it_goes_on(monkeypatch):
 @pytest.mark.parametrize(
   ('name', 'env', 'wanted'),
   [
-    ('wandb', {}, 'ValueError: there is no key; log in by `wandb login`'),
+    ('wandb', {}, 'ValueError: there is no API key; log in by `wandb login`'),
     ('wandb', {'WANDB_API_KEY': 40 * 'a'}, 'AuthenticationError: Failed to'),
     ('trackio', {'TRACKIO_SPACE_ID': 'a/b'}, 'log in by `hf auth login`'),
   ],
@@ -257,7 +257,9 @@ def test_a_service_that_fails_later_is_left_out(workdir, monkeypatch, capsys):
     log.numbers(1, {'a': 1.0})
     log.numbers(2, {'a': 2.0})
   said = capsys.readouterr().out.splitlines()
-  assert said == ['ppo: trackio shows no more: RuntimeError: no network']
+  assert said == [
+    'ppo: nothing more is sent to trackio: RuntimeError: no network'
+  ]
   assert [c[0] for c in calls] == ['begin', 'numbers', 'numbers', 'close']
 
 
@@ -274,7 +276,7 @@ def test_a_service_that_refuses_ends_no_run(workdir, monkeypatch, capsys):
   with make('trackio,wandb', workdir) as log:
     log.numbers(1, {'a': 1.0})
   assert capsys.readouterr().out == (
-    'ppo: not shown by trackio: RuntimeError: no key; log in\n'
+    'ppo: not sent to trackio: RuntimeError: no key; log in\n'
   )
   assert [call[0] for call in calls] == ['begin', 'numbers', 'close']
 

@@ -144,7 +144,7 @@ def finish(processes, seconds=120):
   return found, max(ends.values()) - min(ends.values())
 
 
-OTHER = 'error: another process ended: its error came first'
+OTHER = 'error: another process failed first'
 
 
 def test_all_end_in_order(tmp_path):

@@ -54,7 +54,7 @@ def test_the_oldest_unfinished_program_is_named(capsys, monkeypatch):
     programs['update']()
     outputs['generate'].done.set()
     said = wait_for(capsys, 'update has not finished')
-    assert 'ppo: no news for ' in said
+    assert 'ppo: no progress for ' in said
     assert 'after step 0' in said
     # Said again, later and later.
     wait_for(capsys, 'update has not finished')

@@ -143,7 +143,7 @@ def test_argilla_records_bring_tasks_and_answers(site, tmp_path):
     # As `to_json` leaves them; these lists were logged by a program, because
     # they differ in order.
     'answers without a status, taken as submitted': 5,
-    'rankings without ranks, taken in their order': 5,
+    'rankings without ranks, read as best first': 5,
   }
   assert ranks_of(site) == {
     'Name a bird.': {ANNA: [1, 3, 2]},
@@ -457,7 +457,7 @@ def test_rows_of_a_data_set_on_the_hub(site, version):
   other = {**row, 'id': 'q2'}
   lines = '\n'.join(json.dumps(each) for each in (row, other)) + '\n'
   counts = load(site, lines.encode(), 'argilla')
-  bare = {'rankings without ranks, taken in their order': 4}
+  bare = {'rankings without ranks, read as best first': 4}
   assert counts == {'tasks': 2, 'submitted': 4} | (
     bare if version == 'version 2' else {}
   )
@@ -763,7 +763,9 @@ def test_the_flat_export_brings_its_annotations(site):
   assert (first.seconds, first.record['id']) == (12.5, '11')
   assert first.record['metadata'] == {'source': 'birds'}
   found[1]['rank'] = order(1, 9)
-  with pytest.raises(records.RecordError, match="record 1: 'llm_9' is no item"):
+  with pytest.raises(
+    records.RecordError, match="record 1: 'llm_9' is not an item"
+  ):
     load(site, found, 'label_studio', 'again')
 
 
@@ -805,7 +807,7 @@ def test_several_ground_truths_are_answers(site):
   assert load(site, [task], 'label_studio') == {
     'tasks': 1,
     'submitted': 2,
-    'marks of several ground truths in a task left out': 2,
+    'marks of ground truths ignored: several in one task': 2,
   }
   assert research.decisions(site.store) == []
 
@@ -1147,7 +1149,7 @@ def test_both_formats_pass_through_the_pages(site):
   }
   reply = site.admin.post('/admin/import', lines=json.dumps(bad), **fields)
   assert reply.status_code == 422
-  assert 'import: record 2: the buckets good, x are no ranks' in reply.text
+  assert 'import: record 2: the buckets good, x are not ranks' in reply.text
   assert '<option value="label_studio" selected>' in reply.text
   lines = json.dumps(studio_tasks())
   reply = site.admin.post('/admin/import', lines=lines, **fields)
@@ -1210,17 +1212,17 @@ BAD = {
   'empty': ('argilla', b'', 'theirs.json: not JSON'),
   'no list': ('label_studio', b'7', 'holds no records of Label Studio'),
   'no records': ('argilla', b'[]', 'holds no records of Argilla'),
-  'NaN': ('argilla', b'[{"fields": NaN}]', 'NaN is no JSON'),
+  'NaN': ('argilla', b'[{"fields": NaN}]', 'NaN is not valid JSON'),
   'no object': ('argilla', [*argilla_records(), 7],
                 'record 3: expected a JSON object'),
   'fields': ('argilla', changed(1, 'fields', 'x'),
              "record 2: 'fields' must be an object"),
   'unknown option': ('argilla', changed(*ORDER, 'value', ['response-9']),
-                     "record 2: 'response-9' is ranked, but is no field"),
+                     "record 2: 'response-9' is ranked, but is not a field"),
   'twice': ('argilla', changed(*ORDER, 'value', ['response-1'] * 2),
             "record 2: 'response-1' is ranked twice"),
   'no ranking': ('argilla', changed(*ORDER, 'value', 5),
-                 'record 2: 5 is no ranking'),
+                 'record 2: 5 is not a ranking'),
   'rank': ('argilla', changed(*ORDER, 'value',
                               [{'rank': 0, 'value': 'response-1'}]),
            "record 2: the rank of 'response-1' is 0"),
@@ -1229,9 +1231,9 @@ BAD = {
   'an address': ('argilla', changed(*ORDER, 'user_id', 'a@b.example'),
                  "record 2: A name has 1 to 40 letters"),
   'status': ('argilla', changed(*ORDER, 'status', 'lost'),
-             "record 2: no such status of a response: 'lost'"),
+             "record 2: unknown status of a response: 'lost'"),
   'odd status': ('argilla', changed(*ORDER, 'status', ['lost']),
-                 'record 2: no such status'),
+                 'record 2: unknown status'),
   'more fields': ('argilla', changed(1, 'fields', 'context', 'Some text.'),
                   'record 2: the fields instruction, context are not'),
   'a number': ('argilla', changed(1, 'fields', 'response-2', 5),
@@ -1266,10 +1268,10 @@ BAD = {
               "record 2: two items of 'items' have the same id"),
   'no person': ('label_studio', changed_task(1, 'annotations', 0,
                                              'completed_by', 'a@b.example'),
-                "record 2: an annotation has no number as 'completed_by'"),
+                "record 2: 'completed_by' of an annotation must be a number"),
   'no person here': ('label_studio', [
     {**studio_task(1, []), 'annotations': [{'id': 3, 'result': []}]}],
-    "record 1: an annotation has no number as 'completed_by'"),
+    "record 1: 'completed_by' of an annotation must be a number"),
   'lead time': ('label_studio', changed_task(1, 'annotations', 0, 'lead_time',
                                              10**400),
                 "record 2: 'lead_time' is 1000"),
@@ -1277,7 +1279,7 @@ BAD = {
     'label_studio',
     json.dumps(changed_task(1, 'annotations', 0, 'lead_time', 5)).replace(
       '"lead_time": 5,', '"lead_time": 1e999,').encode(),
-    "record 2: 'lead_time' is inf; it must be seconds from 0"),
+    "record 2: 'lead_time' is inf; it must be seconds, 0 or more"),
   'early': ('label_studio', changed_task(1, 'annotations', 0, 'created_at',
                                          '0001-01-01T00:00:00+14:00'),
             'record 2: a time is -62'),
@@ -1287,16 +1289,16 @@ BAD = {
     'record 1: time of instruct_jax is 1e+300'),
   'time': ('label_studio', changed_task(1, 'annotations', 0, 'created_at',
                                         'today'),
-           "record 2: 'today' is no time in ISO 8601"),
+           "record 2: 'today' is not an ISO 8601 time"),
   'no item': ('label_studio', changed_task(*RESULT, 'value',
                                            {'ranker': ['llm_9']}),
-              "record 2: 'llm_9' is no item"),
+              "record 2: 'llm_9' is not an item"),
   'item twice': ('label_studio', changed_task(
     *RESULT, 'value', {'ranker': {'rank1': ['llm_1'], 'rank2': ['llm_1']}}),
     "record 2: 'llm_1' is ranked twice"),
   'categories': ('label_studio', changed_task(
     *RESULT, 'value', {'ranker': {'good': ['llm_1'], 'bad': ['llm_2']}}),
-    'record 2: the buckets good, bad are no ranks'),
+    'record 2: the buckets good, bad are not ranks'),
   'no lists': ('label_studio', changed_task(
     *RESULT, 'value', {'ranker': {'rank': 'llm_1'}}),
     "record 2: 'ranker' must have lists of ids"),

@@ -146,7 +146,10 @@ def test_impossible_requests_create_nothing(once, tmp_path):
   for flags, words in (
     ([f'--backup={tmp_path}/b.gz'], 'no such file; give the --workdir'),
     ([f'--export={tmp_path}/out'], 'no such file; give the --workdir'),
-    (['--demo', f'--backup={tmp_path}/b.gz'], 'give one of them at a time'),
+    (
+      ['--demo', f'--backup={tmp_path}/b.gz'],
+      'give only one of them at a time',
+    ),
     (['--config.database=odd://x'], 'error: the database'),
     (['--suggestions'], '--suggestions goes with --import_file'),
     (['--format=argilla'], '--format goes with --import_file or --export'),

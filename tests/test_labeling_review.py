@@ -140,8 +140,8 @@ def test_researchers_and_newcomers_do_not_calibrate(tmp_path):
     ({'known_ranks': [0, 1]}, {'calibration': True}, 'integers from 1'),
     ({'known_ranks': [True, 1]}, {'calibration': True}, 'integers from 1'),
     ({'known_ranks': [2, 2]}, {'calibration': True}, 'are all equal'),
-    ({'suggestion': {}}, {}, 'must have ranks, and as source'),
-    ({'suggestion': {'ranks': [1, 2]}}, {}, 'must have ranks, and as source'),
+    ({'suggestion': {}}, {}, "'ranks' and a name as"),
+    ({'suggestion': {'ranks': [1, 2]}}, {}, "'ranks' and a name as"),
     ({'suggestion': {'ranks': [1, 2], 'source': 3}}, {}, 'must be a string'),
     ({'suggestion': {'ranks': '12', 'source': 'm'}}, {}, 'a list of 2 ranks'),
     (

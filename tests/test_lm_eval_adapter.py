@@ -255,8 +255,11 @@ metric_list:
     (['--log_samples'], 'needs --output=FILE.json'),
     (['--include_path=/nowhere'], 'no folder /nowhere'),
     (['--batch_size=0'], 'batch_size must be at least 1: 0'),
-    (['--gen_kwargs=temprature=0.9'], "'temprature=0.9' is no KEY=VALUE with"),
-    (['--gen_kwargs=foo'], "'foo' is no KEY=VALUE with a KEY of until, temp"),
+    (['--gen_kwargs=temprature=0.9'], "'temprature=0.9' is not KEY=VALUE with"),
+    (
+      ['--gen_kwargs=foo'],
+      "'foo' is not KEY=VALUE with a KEY among until, temp",
+    ),
     ([], "the harness has no 'y'; give --include_path=DIR"),
   ],
 )

@@ -178,7 +178,7 @@ def test_what_is_done_is_not_run_again(toys, workdir, capsys):
   capsys.readouterr()
   run(config, workdir)
   assert [num_runs(workdir / name) for name in 'ab'] == [1, 2]
-  assert 'a: done before' in capsys.readouterr().out
+  assert 'a: already done' in capsys.readouterr().out
 
 
 def test_a_failed_stage_runs_again_and_its_time_adds_up(
@@ -212,7 +212,7 @@ def test_a_failed_stage_runs_again_and_its_time_adds_up(
 def test_another_config_in_an_old_directory_names_the_key(toys, workdir):
   run(stages_of(stage('a')), workdir)
   with pytest.raises(
-    run_lib.WorkdirError, match=r'stages\.a\.size: 1 there, 2 now'
+    run_lib.WorkdirError, match=r'stages\.a\.size: was 1, is now 2'
   ) as error:
     run(stages_of(stage('a', size=2)), workdir)
   assert 'mesh' not in str(error.value)

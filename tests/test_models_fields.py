@@ -46,7 +46,7 @@ REFUSED = {
   'rope_scaling': 'scaling',
   "rope_type 'longrope'": 'longrope',
   'low_freq_factor': 'llama3_reversed',
-  'of a head of 8 turns': 'pct_odd pct_zero',
+  'of a head of 8 rotates': 'pct_odd pct_zero',
   'activation ': 'quick_gelu gelu_10 relu2 tanh',
   'rope_parameters': 'nested_rope',
   # Tensors that the reference leaves unread.

@@ -275,7 +275,7 @@ def test_a_write_that_fails_in_one_process_ends_both(inputs, tmp_path, who):
   message = f'no checkpoint could be written to {workdir}/checkpoints'
   assert len(errors[who]) == 1 and message in errors[who][0], outputs
   assert errors[1 - who][0].startswith(
-    'error: another process ended: its error came first (process '
+    'error: another process failed first (process '
     f'{who}: no checkpoint could be written to {workdir}/checkpoints'
   )
   assert len(errors[1 - who]) == 1
@@ -369,8 +369,7 @@ def test_a_killed_process_ends_the_other_and_a_restart_resumes(
     codes, outputs = finish(processes)
   assert codes[0] == 75  # What restarts preempted runs starts this one, too.
   assert (
-    'error: another process ended: its error came first (process 1: it was '
-    'killed or crashed)'
+    'error: another process failed first (process 1: it was killed or crashed)'
   ) in outputs[0], outputs[0][-2000:]
   before = len(metrics.read_lines(epath.Path(lines)))
 

@@ -333,7 +333,7 @@ def test_a_finished_stage_makes_again_what_is_gone_and_needed(toy):
 def test_a_changed_finished_stage_names_what_depends_on_it(toy):
   toy.start()
   message = toy.start(set_size('b', 2), code=1).stderr
-  assert 'b is finished; stages.b.size: 1 there, 2 now' in message
+  assert 'b is finished; stages.b.size: was 1, is now 2' in message
   assert follow(toy, message) == ['b', 'c']
   toy.start(set_size('b', 2))
   assert (toy.workdir / 'c' / 'runs').read_text() == 'run\n'
@@ -341,13 +341,13 @@ def test_a_changed_finished_stage_names_what_depends_on_it(toy):
   assert row['changes'] == {'stages.b.size': [1, 2]}
   toy.start(set_size('b', 2))
   # Going back is a change as well.
-  assert 'stages.b.size: 2 there, 1 now' in toy.start(code=1).stderr
+  assert 'stages.b.size: was 2, is now 1' in toy.start(code=1).stderr
 
 
 def test_a_changed_stage_under_way_names_the_key(toy):
   toy.start(set_size('c', 13), code=1)
   message = toy.start(set_size('c', 2), code=1).stderr
-  assert 'c is under way; stages.c.size: 13 there, 2 now' in message
+  assert 'c is under way; stages.c.size: was 13, is now 2' in message
   assert follow(toy, message) == ['c']
   toy.start(set_size('c', 2))
 
@@ -355,7 +355,7 @@ def test_a_changed_stage_under_way_names_the_key(toy):
 def test_a_stage_that_has_not_begun_may_change(toy):
   toy.start(set_size('b', 13), code=1)
   told = toy.start(set_size('b', 13), set_size('c', 5), code=1).stdout
-  assert 'c: stages.c.size: 1 there, 5 now; nothing of it was saved' in told
+  assert 'c: stages.c.size: was 1, is now 5; nothing of it was saved' in told
   shutil.rmtree(toy.workdir / 'b')
   toy.start(set_size('c', 5))
   assert (toy.workdir / 'c' / 'out' / 'text').read_text() == '5 True\n'
@@ -384,7 +384,9 @@ def test_memory_and_speed_may_change_at_any_time(toy):
     '--config.stages.a.remat=full',
     '--config.stages.b.num_microbatches=4',
   ).stdout
-  assert 'stages.a.remat: "none" there, "full" now; that may change' in told
+  assert (
+    'stages.a.remat: was "none", is now "full"; this change is allowed' in told
+  )
   assert toy.runs() == 'a1 b1 c1 d1'
   # Dropout draws anew in each microbatch; a batch of training is the method.
   for flags, key in (

@@ -79,7 +79,7 @@ def raises(prompts, responses, metadata):
     (raises, r"KeyError: 'reference' \(.*test_score_fns\.py:\d+\)"),
     (lambda *_: None, 'returned NoneType, not one number for each of 2 resp'),
     (lambda *_: [1.0], r'shape \(1,\), not one number for each of 2'),
-    (lambda *_: ['good', 'bad'], 'must return one number a response'),
+    (lambda *_: ['good', 'bad'], 'must return one number per response'),
     (lambda *_: [[1.0], [2.0]], r'shape \(2, 1\)'),
     (lambda *_: [1.0, float('nan')], "returned nan for .* prompt 'b'.*1 of 2"),
   ],

@@ -72,7 +72,7 @@ def test_inputs_replaced_in_between_are_refused(
     assert ended.returncode == 1
     assert f'under way; documents: {documents} had SHA-256' in ended.stderr
     ended = start(*flags, '--config.learning_rate=0.5')
-    assert 'learning_rate: 0.001 there, 0.5 now' in ended.stderr
+    assert 'learning_rate: was 0.001, is now 0.5' in ended.stderr
     ended = start(*flags, '--accept_new_inputs')
     assert ended.returncode == 0, ended.stderr
     rows = json.loads((workdir / 'accepted_inputs.json').read_text())

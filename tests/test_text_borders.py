@@ -446,7 +446,7 @@ def test_random_templates_are_refused(tmp_path):
     tmp_path, template="{{ ['a', 'b'] | random }}" + published.TEMPLATE
   )
   loaded = tokenizer_lib.Tokenizer.load(tmp_path)
-  with pytest.raises(ValueError, match='draws random texts'):
+  with pytest.raises(ValueError, match='generates random text'):
     loaded.with_format('chat', [])
 
 

@@ -195,4 +195,4 @@ def test_all_stages_on_real_data(data_root, tmp_path):
   assert 'BLEU' in slots['sft']
   assert (workdir / 'report.md').exists()
   # Finished stages are not run again.
-  assert 'evaluate: done before' in run()
+  assert 'evaluate: already done' in run()

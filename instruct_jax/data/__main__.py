@@ -1,17 +1,18 @@
-"""Checks JSONL files and describes what is in them.
+"""Checks JSONL files and describes their content.
 
   python -m instruct_jax.data FILE... [--tokenizer=FOLDER] [--limit=TOKENS]
   python -m instruct_jax.data formats [NAME...]
 
-The fields of the first line decide the record type. Prints counts, a table of
-lengths in words or, with a tokenizer, in tokens of training rows (template, BOS
-and the end of each response included), and how many records are longer than the
-limit as a whole. For comparisons also the histogram of K, the share of tied
-pairs, the labelers, and how often two labelers agree. Exit code 1 if a file is
-bad or teaches nothing (comparisons that are all ties).
+The fields of the first line determine the record type. The program prints
+counts, a table of lengths, and how many records are longer than the limit as a
+whole. Lengths are in words or, with a tokenizer, in tokens of training rows
+(including template, BOS and the end of each response). For comparisons it also
+prints the histogram of K, the share of tied pairs, the labelers, and how often
+two labelers agree. The exit code is 1 if a file is bad or teaches nothing
+(comparisons that are all ties).
 
-`formats` lists the published formats that `convert` reads: what each gives,
-whose data it is, its licence, and entries as its files hold them.
+`formats` lists the published formats that `convert` reads: what each one gives,
+whose data it is, its licence, and entries as they are in its files.
 """
 
 import collections
@@ -26,7 +27,7 @@ from instruct_jax import command
 from instruct_jax.data import importers, invisible, labels, loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 
-# The record type of the first of these fields that a line has.
+# The first of these fields that a line has determines its record type.
 _TYPES = {
   'completions': records.Comparison,
   'ranks': records.Comparison,
@@ -41,7 +42,7 @@ _TYPES = {
 
 
 def read_any(path: str) -> list[Any]:
-  """Reads a JSONL file of the record type of its first line."""
+  """Reads a JSONL file whose first line determines the record type."""
   record_type = records.Document
   for number, values in records.iterate_lines(path):
     if isinstance(values, str):
@@ -65,8 +66,9 @@ def describe(
 ) -> str:
   """A few lines of text about the records (of one type) of the file `path`.
 
-  Lengths are in tokens, or in words without a tokenizer. Records are counted if
-  their prompt and response, or longest completion, exceed `limit` together.
+  Lengths are in tokens, or in words without a tokenizer. With a `limit`, it
+  counts the records whose prompt and response (or longest completion) together
+  exceed it.
   """
   lines = [f'{path}: {len(rows)} {type(rows[0]).__name__} records']
   unit = 'words' if tokenizer is None else 'tokens'
@@ -119,7 +121,7 @@ def _lengths(
 ) -> tuple[Sequence[Any], dict[str, np.ndarray], list[str]]:
   """(rows that the template accepts, field -> length of each text, refusals).
 
-  The completions of all rows are in one array.
+  The lengths of all rows' completions are in one array.
   """
   field = 'prompt' if hasattr(rows[0], 'prompt') else 'text'
   refusals: list[str] = []
@@ -183,7 +185,7 @@ def _describe_labels(rows: Sequence[records.Comparison]) -> list[str]:
 
 
 def describe_formats(names: Sequence[str] = ()) -> str:
-  """A paragraph about each format of these names, or about all.
+  """A paragraph about each of these formats, or about every format.
 
   Raises:
     ValueError: there is no such format.

@@ -2,8 +2,8 @@
 
   python -m instruct_jax.data.convert hh FILE... --output=DIR --valid=0.05
 
-DIR gets comparisons, demonstrations and prompts, each with `_train.jsonl` and
-`_valid.jsonl`, as far as the format (see `importers`) has them.
+DIR gets `_train.jsonl` and `_valid.jsonl` files of comparisons, demonstrations
+and prompts, whichever the format (see `importers`) has.
 
   python -m instruct_jax.data.convert documents books.txt tfds:lm1b/train \\
     --weights=3,1 --output=DIR
@@ -15,12 +15,12 @@ DIR gets comparisons, demonstrations and prompts, each with `_train.jsonl` and
 read JSONL of `records.py` and the sources of `sources.py`, and mix them by
 weight. Tables (tfds:, datasets:, .csv, .tsv, .parquet, .xlsx, .json, other
 .jsonl) need a --field for each field of the record. A folder stands for the
-data files in it, or if there are none in its folders, and is one source.
+data files in it (or, if it has none, in its subfolders) and is one source.
 
 All rows that begin with the same question (`records.opening`) are in one split,
-which depends on that opening and the seed alone, so conversions with the same
-seed and share fit together. What is left out is counted with its reason. Of
-identical demonstrations by one labeler, one is kept.
+which depends only on that opening and the seed, so conversions with the same
+seed and share are consistent. What is left out is counted by reason. Identical
+demonstrations by one labeler are kept once.
 """
 
 import argparse
@@ -66,25 +66,26 @@ def convert(
 
   Args:
     name: one of `importers.FORMATS`, or of `RECORDS` for other sources.
-    specs: files of the format, or folders of them; or JSONL of `records.py`,
-      tables with `fields`, for documents all that `sources.read_documents`
-      reads.
+    specs: files of the format, or folders of them; for `RECORDS`, JSONL of
+      `records.py`, tables with `fields`, or, for documents, anything that
+      `sources.read_documents` reads.
     output: a folder.
-    valid: share of the conversations (or documents) that are validation.
+    valid: share of the conversations (or documents) used for validation.
     seed: of the split and of the mixture.
-    weights: one a source, see `sources.mix`; () is all records in order.
+    weights: one per source, see `sources.mix`; () keeps all records in order.
     fields: format strings over the columns of tables, see `sources.py`.
-    words_per_document: about how long pieces of plain text are.
-    model_outputs: keep demonstrations by models, with `labeler` `model:NAME`.
+    words_per_document: approximate length of pieces of plain text.
+    model_outputs: whether to keep demonstrations that models wrote; those of
+      `importers.FORMATS` have the `labeler` `model:NAME`.
     replace: see `folders.writing`.
 
   Returns:
-    How many records each file got (0: there is no such file), and
+    How many records each file got (0 means that there is no such file), and
     `skipped: REASON` -> how many entries.
 
   Raises:
     RecordError: an unreadable source, or nothing is left; nothing is written.
-    ValueError: an unknown format, a bad share, or not one weight a source.
+    ValueError: an unknown format, a bad share, or the wrong number of weights.
   """
   if not 0 < valid < 1:
     raise ValueError(f'valid is {valid}; it must be in (0, 1)')
@@ -137,7 +138,7 @@ def convert(
 
 
 def _check_distinct(specs):
-  """Raises ValueError if a source is given twice, also inside a folder."""
+  """Raises ValueError if a path is given more than once."""
   counts = collections.Counter(str(epath.Path(spec)) for spec in specs)
   for path, times in counts.items():
     if times > 1:
@@ -147,7 +148,7 @@ def _check_distinct(specs):
 def _write(folder, kinds, split):
   """Writes the splits; returns how many records each file got."""
   written = {}
-  # By text, which the kinds share.
+  # Text -> split, so that all kinds of a text go to the same one.
   splits: dict[str, str] = {}
   for kind, rows in kinds.items():
     parts = {'train': [], 'valid': []}
@@ -187,7 +188,7 @@ def _read(spec, name, fields, words_per_document, model_outputs, counts):
 
 
 def _import(name, paths, model_outputs, counts):
-  """Kind -> records of published files."""
+  """Reads published files; returns kind -> records."""
   whole = importers.Imported()
   files = list(itertools.chain(*map(sources.files_of, paths)))
   _check_distinct(files)
@@ -214,8 +215,10 @@ def _import(name, paths, model_outputs, counts):
 
 
 def _without_copies(kind, rows, counts):
-  """Drops copies of demonstrations; copies of comparisons are only counted,
-  because two people may have ranked alike."""
+  """Drops repeated demonstrations and only counts repeated comparisons.
+
+  Two people may have ranked the same answers the same way.
+  """
   distinct = {}
   for row in rows:
     answers = row.completions if kind == 'comparisons' else (row.response,)
@@ -320,8 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if expected >= 20 and not expected / 2 < found < 2 * expected:
       print(
         f'note: {kind}_valid has {found} records, expected about '
-        f'{expected:.0f}: few openings begin many conversations, and each is '
-        'in one split; or this seed has split them before',
+        f'{expected:.0f}: many conversations share few openings, and each '
+        'opening is in one split; or this seed has split them before',
         file=sys.stderr,
       )
   if options.format in importers.FORMATS:

@@ -2,13 +2,14 @@
 
 A command writes into the folder that `writing` yields, and all its files move
 into place together at the end. If an earlier run's file would be left beside
-the new ones, the run is refused, or --replace removes the file. written.json
-lists a folder's files and the command that wrote each; only files that still
-match it are ever removed.
+the new ones, the run is refused; with --replace the file is removed instead.
+written.json lists a folder's files and the command that wrote each; only files
+that still match it are ever removed.
 
-A new folder appears at once. In an existing folder, and in an object store, the
-old files go before the new ones come, so that a kill never leaves a mixture. It
-leaves a folder `*.unfinished`, which the next run removes.
+A new folder appears in one step. In an existing folder, and in an object store,
+the old files are removed before the new ones arrive, so that a killed process
+never leaves a mixture. It leaves a folder `*.unfinished`, which the next run
+removes.
 """
 
 import argparse
@@ -31,10 +32,10 @@ _MAX_NAMED = 5
 
 
 def written(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
-  """What a folder's written.json lists: name -> bytes, command, settings.
+  """The entries of a folder's written.json: name -> bytes, command, settings.
 
   Raises:
-    RecordError: `writing` did not write it.
+    RecordError: written.json is not of the form that `writing` writes.
   """
   path = epath.Path(folder) / MANIFEST
   if not path.exists():
@@ -65,14 +66,15 @@ def writing(
   `folder` does not change if the body raises or the run is refused.
 
   Args:
-    folder: made if it is missing.
+    folder: created if missing.
     owned: patterns (`prompts_*`) of the names that this command owns. Other
       files may stay; a line on standard error names those that are JSONL or
       in written.json.
-    command, settings: the writer and what decided the content (JSON), for
-      written.json.
-    inputs: files and folders that are read: none may be overwritten.
-    replace: remove owned files of earlier runs that this run does not write.
+    command, settings: recorded in written.json: the command, and the settings
+      (JSON) that determined the content.
+    inputs: files and folders that are read; none may be overwritten.
+    replace: whether to remove owned files of earlier runs that this run does
+      not write.
 
   Raises:
     RecordError: an owned file would be left beside new ones, an input is among
@@ -88,11 +90,11 @@ def writing(
       path.parent == folder and _is_owned(path.name, owned)
     ):
       raise records.RecordError(
-        f'{path}: is read and would be overwritten; name another folder for '
-        'the output'
+        f'{path}: is an input and would be overwritten; name another folder '
+        'for the output'
       )
   is_new = not is_remote and not folder.exists()
-  if is_remote:  # No renaming there, but an object appears at once.
+  if is_remote:  # Objects cannot be renamed, but each appears in one step.
     unfinished = epath.Path(tempfile.mkdtemp())
   elif is_new:
     unfinished = folder.parent / f'.{folder.name}{_UNFINISHED}'
@@ -127,7 +129,7 @@ def writing(
         (unfinished / name).rename(folder / name)
     records.write_bytes(folder / MANIFEST, text.encode())
   except records.RecordError as error:
-    # The message names the final place of a bad file.
+    # The message names a bad file by its final path.
     raise records.RecordError(
       str(error).replace(str(unfinished), str(folder))
     ) from error
@@ -154,7 +156,7 @@ def _clear(folder: epath.Path) -> None:
 
 
 def _names(folder: epath.Path, prefix: str = '') -> Iterator[str]:
-  """Names of the files in a folder and below, relative to it."""
+  """Names of the files in a folder and its subfolders, relative to it."""
   for path in folder.iterdir():
     if path.is_dir():
       yield from _names(path, f'{prefix}{path.name}/')
@@ -169,11 +171,14 @@ def _stale(
   known: Mapping[str, Mapping[str, Any]],
   replace: bool,
 ) -> list[str]:
-  """The owned files that must go; prints a note about others that stay."""
+  """The owned files to remove; prints notes about them and others that stay.
+
+  Raises RecordError if one of them may not be removed.
+  """
   if not folder.exists():
     return []
   found = {path.name for path in folder.iterdir() if not path.is_dir()}
-  # Folders below count only if this run or an earlier one wrote there.
+  # Subfolders count only if this run or an earlier one wrote there.
   for below in {n.split('/')[0] for n in (*new, *known) if '/' in n}:
     if (folder / below).is_dir():
       found.update(_names(folder / below, f'{below}/'))

@@ -7,10 +7,10 @@ the counts, `hygiene.json`. `--presidio` finds personal data with Microsoft's
 library (requirements-personal-data.txt) in addition to the patterns of this
 file; `--presidio=en_core_web_lg` also finds people's names with that model.
 
-The paper names the rules and leaves the details open; the docstrings have ours.
-The functions return the prompts they keep, in the given order, and how many
-they drop. A prompt whose `user` is '' has an unknown author and counts as a
-user of its own: it is never capped and may go to any split.
+The paper names the rules and leaves the details open; the docstrings state the
+details chosen here. The functions return the prompts they keep, in the given
+order, and how many they drop. A prompt whose `user` is '' has an unknown author
+and counts as a separate user: it is never capped and may go to any split.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from instruct_jax import command
 from instruct_jax.data import folders, invisible, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 
-# Prompts encoded at a time, and the most reasons of refusals that are reported.
+# Prompts encoded at a time, and the most reasons for refusal that are reported.
 _CHUNK = 4096
 _MAX_REASONS = 10
 _QUOTED = re.compile(r"'.*'|\".*\"")
@@ -46,15 +46,16 @@ class HygieneReport:
 
   Attributes:
     given: prompts before anything was dropped.
-    duplicates: shared a long prefix with an earlier prompt.
-    refused: the tokenizer cannot render them; by reason and the first one's id.
+    duplicates: share a long prefix with an earlier prompt.
+    refused: the tokenizer cannot render them; counted by reason, which includes
+      the id of the first.
     over_long: longer than the token limit.
-    over_cap: beyond the cap of their user.
-    personal_data: dropped from the training split only.
+    over_cap: beyond their user's cap.
+    personal_data: contain personal data; dropped from the training split only.
     kept, users: prompts and distinct users in each split.
     unknown_users: kept prompts without a user id.
-    joined_users: kept users, unknown ones included, who share an opening with
-      another one and so went to the same split.
+    joined_users: users, unknown ones included, who share an opening with
+      another user and so went to the same split.
     limits: max_tokens, prefix_words and cap.
   """
 
@@ -80,8 +81,8 @@ def drop_refused(
 ) -> tuple[Prompts, list[int], dict[str, int]]:
   """Drops prompts that the tokenizer cannot render.
 
-  Returns the others, their lengths in tokens, and counts by reason (with the
-  first id).
+  Returns the others, their lengths in tokens, and counts by reason (each with
+  the id of the first prompt).
   """
   kept, lengths = [], []
   refused: dict[str, list[str]] = {}
@@ -98,7 +99,7 @@ def drop_refused(
         lengths += map(len, tokenizer.encode_prompts([prompt]))
         kept.append(prompt)
       except ValueError as error:
-        # The cause has only the template's words; our message has the prompt's.
+        # The cause has only the template's words; ours also names the prompt.
         reason = ' '.join(str(error.__cause__ or error).split())
         if error.__cause__ is None:
           reason = reason.removeprefix(f'prompt {prompt.id!r}: ')
@@ -118,11 +119,11 @@ def drop_duplicates(
   """Drops prompts that share a long prefix with an earlier one (A.2).
 
   Two prompts are duplicates if their first `prefix_words` words are the same,
-  whatever their case and the encoding of their accents; the paper does not
-  print the number. Shorter prompts must be the same as a whole, so a short
-  prompt is no duplicate of a long one that begins with it. A conversation of
-  one turn is its text. System turns do not count as words, and must all be the
-  same.
+  regardless of case and of how accents are encoded; the paper does not give
+  the number. Shorter prompts must be the same as a whole, so a short prompt is
+  not a duplicate of a long one that begins with it. A conversation of one turn
+  counts as its text. System turns do not count towards the words, but must be
+  the same.
   """
   if prefix_words < 1:
     raise ValueError(f'prefix_words is {prefix_words}; it must be 1 or more')
@@ -133,8 +134,10 @@ def drop_duplicates(
 
 
 def beginning(row: Any, prefix_words: int) -> tuple[bool, str, str]:
-  """What prompts that `drop_duplicates` takes for copies have in common, of the
-  prompt of any record."""
+  """The key by which `drop_duplicates` recognises duplicate prompts.
+
+  `row` is any record that has a prompt.
+  """
   system, text = _system_and_text(row)
   # maxsplit bounds the work on long prompts.
   words = text.split(maxsplit=prefix_words)[:prefix_words]
@@ -144,7 +147,7 @@ def beginning(row: Any, prefix_words: int) -> tuple[bool, str, str]:
 
 
 def _system_and_text(prompt: Any) -> tuple[str, str]:
-  """The system's part, and the conversation from the user's first words."""
+  """The system turns' text, and the rest from the user's first words on."""
   turns = records.conversation(prompt)
   if len(turns) == 1:
     return '', turns[0].content
@@ -183,13 +186,13 @@ def split_by_user(
   """Splits prompts so that no user and no conversation is in two splits (A.2).
 
   Users whose prompts share an opening (`records.opening`) count as one user;
-  this is transitive. Users are taken in an order drawn from the seed and go,
-  whole, to the split that is furthest below its share (`fractions`, with sum 1)
-  of prompts. The outcome does not depend on the order of the file.
+  this is transitive. In an order drawn from the seed, each user goes as a whole
+  to the split that is furthest below its share of the prompts (`fractions`,
+  which sum to 1). The outcome does not depend on the order of the file.
 
   Returns:
-    Each split's prompts in the given order (none, if there are few users), and
-    how many users share an opening with another one.
+    Each split's prompts in the given order (possibly none, if there are few
+    users), and how many users share an opening with another one.
   """
   total = sum(fractions.values())
   if min(fractions.values(), default=0) <= 0 or abs(total - 1) > 1e-6:
@@ -230,9 +233,9 @@ def split_by_user(
   return splits, sum(len(m) for m in members.values() if len(m) > 1)
 
 
-# Personal data. The patterns prefer dropping a harmless prompt to keeping a
-# person's details. Dates, times, prices, versions, ISBNs, sums and names of
-# code are not details.
+# Personal data. The patterns would rather drop a harmless prompt than keep a
+# person's details. Dates, times, prices, versions, ISBNs, arithmetic and code
+# identifiers are not personal details.
 
 # `jo@mail.org`, `jo [at] mail (dot) org`, `jo&#64;mail.org`.
 _AT = r'(?:@|&#0*64;|&commat;|%40|\s*[\[({<]\s*(?:at|@)\s*[\])}>]\s*)'
@@ -265,8 +268,8 @@ _VERSION = re.compile(
   r'\W{0,3}$',
   re.IGNORECASE,
 )
-# Networks of machines: global, unique local, link local. Other addresses, such
-# as `a::b` or `dead::beef`, are names of code or jokes.
+# Networks of machines: global, unique local, link-local, NAT64. Other matches,
+# such as `a::b` or `dead::beef`, are code identifiers or jokes.
 _IPV6_NETWORKS = [
   ipaddress.ip_network(network)
   for network in ('2000::/3', 'fc00::/7', 'fe80::/10', '64:ff9b::/96')
@@ -290,7 +293,7 @@ _DAY = r'(?:0?[1-9]|[12]\d|3[01])'
 _MONTH = r'(?:0?[1-9]|1[0-2])'
 _YEAR = r'(?:1[5-9]|20)\d\d'
 _SEVEN_DIGITS = re.compile(r'\d(?:[^\w\n]{0,4}\d){6}')
-# Digits that are no phone number; removed before the search.
+# Digits that are not a phone number; removed before the search.
 _OTHER_DIGITS = re.compile(
   r'(?:https?://|www\.|\b10\.\d{4,9}/)\S+'
   r'|\b[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\b'
@@ -315,7 +318,7 @@ _PHONE_WORDS = re.compile(
   r"(?: (?:is|at|on|under|today)|'s)*[ .:#=-]{0,3}$",
   re.IGNORECASE,
 )
-# Words before numbers that are sums or name a thing.
+# Words before numbers that belong to arithmetic or identify a thing.
 _SUM_WORDS = re.compile(
   r'\b(?:(?:add|plus|minus|subtract|sum|product|multiply|divide|divided|times|by'
   r'|square|root|factor\w*|prime|convert|round|sort|list|average|mean|median'
@@ -349,20 +352,20 @@ _PHONES = tuple(
     rf'(?<!\w)(?<!\d{_S})\d{{2}}{_S}9\d{{4}}-\d{{4}}(?!\d)',
     r'(?<![\w-])[6-9]\d{4}-\d{5}(?![\w-])',
     rf'(?<!\w)(?<!\d{_S})8{_S}?\(?9\d\d\)?{_S}?\d{{3}}{_S}?\d\d{_S}?\d\d(?!\d)',
-    # Groups with hyphens; and the exchange that people make numbers up with.
+    # Groups with hyphens; and 555, the exchange of made-up numbers.
     r'(?<![\w.-])555[-.]\d{4}(?![\w-]|\.\d)',
     r'(?<![\w.])(?<!\d[\-./])\d{2,4}(?:-\d{2,4}){2,4}(?!\w|-\w|[./]\d)',
   )
 )
-# Digits alone: ten as in North America, or with a 1 or a 0 before.
+# Digits alone: ten as in North America, or with a leading 1 or 0.
 _BARE = re.compile(
   r'(?<![\w.,/#+*×÷=^<>~-])(?:[2-9]\d{9}|1[2-9]\d{9}|0[1-9]\d{8,9})'
   r'(?!\w|[.,:]?\d|\s?[*×÷+/=^%°<>])'
 )
 _AFTER_WORDS = re.compile(rf'\+?\(?\d(?:(?:{_S}|[()]){{0,3}}\d){{6,14}}(?!\d)')
 
-# `221b Baker Street`, `350 5th Ave`: a number, capitalised words, a kind of
-# street; not `2010 Supreme Court`.
+# `221b Baker Street`, `350 5th Ave`: a number, capitalised words, a street
+# type; not `2010 Supreme Court`.
 _STREET = re.compile(
   r'\b\d{1,5}[a-zA-Z]?,?\s+(?!(?:Supreme|High|Federal|District|Superior)\s+Court)'
   r"(?:(?:[A-Z][a-z]{0,3}\.|[A-Z][\w'-]*|\d{1,3}(?:st|nd|rd|th))\s+){1,4}"
@@ -372,11 +375,14 @@ _STREET = re.compile(
 
 
 def personal_data_kinds(text: str) -> list[str]:
-  """Kinds of personal data in a text: any of e-mail, phone, card number, id
-  number, IP address, street address. Patterns only, so it finds no names."""
+  """The kinds of personal data that patterns find in a text.
+
+  Any of e-mail, phone, card number, id number, IP address, street address. No
+  names, which patterns cannot find.
+  """
   if not text.isascii():
-    # Wide digits, fancy hyphens and spaces become the usual ones, and invisible
-    # characters go.
+    # Full-width digits, special hyphens and spaces become the usual ones, and
+    # invisible characters are removed.
     text = unicodedata.normalize('NFKC', invisible.HIDDEN.sub('', text))
   kinds = []
   if _EMAIL.search(text) or _EMAIL_IN_WORDS.search(text):
@@ -423,9 +429,10 @@ def _has_phone(text: str) -> bool:
 
 
 def _is_phone(number: str, after: str, before: str) -> bool:
-  """Whether grouped digits are a number to dial and not a row of numbers."""
-  # Numbers in a row are longer rows, or sums. Groups with hyphens may name a
-  # thing, unless they are those of a North American number.
+  """Whether grouped digits are a phone number and not a list of numbers."""
+  # Groups with spaces next to more digits are part of a list. After a word of
+  # `_SUM_WORDS`, groups with hyphens are not a phone number, unless they are
+  # grouped as in North America or begin with 0.
   if re.fullmatch(r'[\d ]+', number) and (
     re.search(r'\d[ ,]+$', before) or re.match(r'[ ,]+\d', after)
   ):
@@ -472,14 +479,17 @@ def _is_card(number: str) -> bool:
 
 
 def _is_iban(text: str) -> bool:
-  """Checksum of ISO 13616: letters count from 10; modulo 97 it is 1."""
+  """Whether the ISO 13616 checksum holds: the number modulo 97 is 1.
+
+  Letters count from 10 (A).
+  """
   text = text.replace(' ', '').upper()
   number = ''.join(str(int(c, 36)) for c in text[4:] + text[:4])
   return 15 <= len(text) <= 34 and int(number) % 97 == 1
 
 
 def _has_address(text: str) -> bool:
-  """Whether there is an IP address of a machine somewhere on the network."""
+  """Whether there is an IP address that a machine on a network can have."""
   for match in _IPV4.finditer(text):
     address = '.'.join(str(int(part)) for part in match[0].split('.'))
     before = text[max(0, match.start() - 12) : match.start()]
@@ -504,11 +514,11 @@ def _has_address(text: str) -> bool:
 
 
 def _is_machine(address: ipaddress.IPv4Address) -> bool:
-  # 0.x is no host, 255.x a mask.
+  # 0.x is not a host, and 255.x is a mask.
   return not address.is_loopback and 0 < address.packed[0] < 255
 
 
-# The library's names of the kinds, and ours.
+# The library's name of each kind -> ours.
 _PRESIDIO_KINDS = {
   'EMAIL_ADDRESS': 'e-mail',
   'PHONE_NUMBER': 'phone',
@@ -517,19 +527,20 @@ _PRESIDIO_KINDS = {
   'IBAN_CODE': 'id number',
   'PERSON': 'name',
 }
-# The score of a phone number without a word such as "call" beside it; any nine
-# digits score less.
+# The score of a phone number without a word such as "call" near it; a mere run
+# of nine digits scores less.
 _PRESIDIO_SCORE = 0.4
 
 
 def presidio_kinds(spacy_model: str = '') -> KindsFn:
-  """`personal_data_kinds` with Microsoft's Presidio in addition.
+  """Returns `personal_data_kinds` extended by Microsoft's Presidio.
 
-  It checks phone numbers against the numbering plans of all countries, e-mail
-  addresses against the list of public suffixes, and bank and card numbers by
-  their checksums. IP addresses are left to the patterns, because it takes `::1`
-  and `a::b` for some. `spacy_model` is the name or folder of an installed
-  English model that finds people's names; '' finds none. Nothing is downloaded.
+  Presidio checks phone numbers against the numbering plans of all countries,
+  e-mail addresses against the list of public suffixes, and bank and card
+  numbers by their checksums. IP addresses are left to the patterns, because
+  Presidio also reports `::1` and `a::b`. `spacy_model` is the name or folder of
+  an installed English model that finds people's names; '' finds none. Nothing
+  is downloaded.
 
   Raises:
     ValueError: the library or the model is not installed.
@@ -549,7 +560,7 @@ def presidio_kinds(spacy_model: str = '') -> KindsFn:
     pipeline = spacy.load(spacy_model) if spacy_model else spacy.blank('en')
   except OSError as error:
     raise ValueError(f'personal data: {error}') from error
-  # Its default fetches the newest list over the network.
+  # By default it fetches the newest list over the network.
   suffixes = tldextract.TLDExtract(suffix_list_urls=())
 
   class Email(found_by.EmailRecognizer):
@@ -591,7 +602,7 @@ def presidio_kinds(spacy_model: str = '') -> KindsFn:
 def drop_personal_data(
   prompts: Sequence[records.Prompt], kinds_fn: KindsFn = personal_data_kinds
 ) -> tuple[Prompts, int]:
-  """Drops prompts with personal data in the text or any turn (A.1)."""
+  """Drops prompts with personal data in their text or in any turn (A.1)."""
   kept = [
     prompt
     for prompt in prompts
@@ -617,21 +628,22 @@ def clean(
   seed: int,
   kinds_fn: KindsFn = personal_data_kinds,
 ) -> tuple[dict[str, Prompts], HygieneReport]:
-  """Drops duplicates, refused and long prompts, those beyond the cap; splits;
-  then drops personal data.
+  """Drops unusable prompts, splits the others, then drops personal data.
 
-  Duplicates go first, so that no near-copy can be in two splits or use up a
-  user's cap. Personal data goes last and from the split `train` only, so that
-  held-out prompts keep the distribution of real use (A.1).
+  Dropped before the split, in this order: duplicates, prompts that the
+  tokenizer refuses, long ones, and those beyond the cap. Duplicates go first,
+  so that no near-copy can be in two splits or use up a user's cap. Personal
+  data is dropped last and from the `train` split only, so that held-out prompts
+  keep the distribution of real use (A.1).
 
   Args:
     prompts: as collected; ids must be distinct.
     tokenizer, max_tokens: longer prompts are dropped, never cut (C).
     prefix_words: see `drop_duplicates`.
-    cap: prompts per user; the paper's is 200.
-    fractions: see `split_by_user`; must hold `train`.
+    cap: prompts per user; 200 in the paper.
+    fractions: see `split_by_user`; must include `train`.
     seed: of the cap and the split.
-    kinds_fn: finds personal data; `presidio_kinds` makes another one.
+    kinds_fn: finds personal data; see `presidio_kinds` for an alternative.
 
   Returns:
     The prompts of each split, and the counts.
@@ -681,7 +693,7 @@ def clean(
 def _user_key(prompt: records.Prompt, position: int) -> tuple[str, str]:
   if prompt.user:
     return 'user', prompt.user
-  # The position is for prompts without an id.
+  # The position stands in for a missing id.
   return 'prompt', prompt.id or f'position {position}'
 
 

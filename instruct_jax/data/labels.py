@@ -1,7 +1,7 @@
 """How far rankings of the same texts agree (paper 3.4).
 
 Completions are matched by their text, so two rankings of a prompt may have
-different completions, in any order.
+different completions and any order.
 """
 
 import collections
@@ -14,10 +14,10 @@ from instruct_jax.data import records
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-  """Pairs of completions that two labelers ordered, prompt by prompt.
+  """Counts, per prompt, of pairs of completions that two labelers ordered.
 
-  `agreed` and `counted` are the pairs of each of `prompts` that two labelers
-  ordered alike, and that they ordered at all.
+  For each of `prompts`, `agreed` counts the pairs that two labelers ordered the
+  same way, and `counted` those that both ordered at all.
   """
 
   prompts: tuple[str, ...]
@@ -36,7 +36,7 @@ def rank_by_text(comparison: records.Comparison) -> dict[str, float]:
 def pair_counts(
   a: Sequence[int | float], b: Sequence[int | float]
 ) -> tuple[int, int]:
-  """(pairs ordered alike, pairs that both ordered) of two rankings."""
+  """(pairs ordered the same way, pairs that both ordered) of two rankings."""
   pairs = itertools.combinations(range(len(a)), 2)
   signs = [(a[i] - a[j]) * (b[i] - b[j]) for i, j in pairs]
   return sum(sign > 0 for sign in signs), sum(sign != 0 for sign in signs)
@@ -45,10 +45,10 @@ def pair_counts(
 def agreement(comparisons: Sequence[records.Comparison]) -> Agreement:
   """Compares every two rankings of a prompt by different named labelers.
 
-  Only completions of both rankings count; a text that one ranking holds twice
-  has its mean rank. Pairs that either labeler tied are left out, because the
-  paper does not say how it treats ties. So are rankings without a labeler's
-  name, because two of them may be one person's.
+  Only completions in both rankings count; a text that is twice in a ranking has
+  its mean rank. Pairs that either labeler tied are left out, because the paper
+  does not say how it treats ties. Rankings without a labeler's name are left
+  out, because two of them may be by the same person.
   """
   by_prompt = collections.defaultdict(list)
   for comparison in comparisons:

@@ -1,10 +1,11 @@
 """Records to rows of token ids, and rows to batches by step number.
 
-The row functions turn a data set into one NumPy-filled batch type of `types.py`
-(N rows), with every mask set where the text is encoded. `make_batches` and
-`mixture` then give batch number `step` of a seeded, reshuffled stream by random
-access, so a run's position in its data is its step number, and there is nothing
-else to save. `ahead` makes the next batches while the device is busy.
+The row functions turn a data set into one batch type of `types.py` that holds
+NumPy arrays of N rows, and set all masks as they encode the text.
+`make_batches` and `mixture` then give batch number `step` of a seeded,
+reshuffled stream by random access, so a run's position in its data is its step
+number, and there is nothing else to save. `ahead` makes the next batches while
+the device is busy.
 
 Records that are too long, or that a chat template refuses, are dropped and
 counted, never cut: a cut response would teach the model to stop in
@@ -35,7 +36,7 @@ Rows = TypeVar('Rows')
 
 
 def num_rows(rows: Any) -> int:
-  """How many rows a batch type or list holds."""
+  """The number of rows in a batch type or list."""
   if dataclasses.is_dataclass(rows):
     return len(getattr(rows, dataclasses.fields(rows)[0].name))
   return len(rows)
@@ -46,7 +47,7 @@ def take(rows: Rows, indices: Sequence[int] | np.ndarray) -> Rows:
 
   `rows` is a batch type of NumPy arrays, or a list of examples.
   """
-  indices = np.asarray(indices, np.int64)  # Also when there are none.
+  indices = np.asarray(indices, np.int64)  # The dtype matters if it is empty.
   if dataclasses.is_dataclass(rows):
     fields = {
       name: np.asarray(array)[indices]
@@ -59,12 +60,12 @@ def take(rows: Rows, indices: Sequence[int] | np.ndarray) -> Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-  """Records that became no rows, by reason.
+  """Counts of records that were left out of the rows, by reason.
 
   Attributes:
     too_long: longer than `limit` (row or prompt length) in tokens.
     refused: by the chat template; `reason` is that of the first.
-    empty: prompts of no token.
+    empty: prompts without tokens.
   """
 
   too_long: int
@@ -75,7 +76,7 @@ class Dropped:
 
   @property
   def total(self) -> int:
-    """Records that are left out."""
+    """The number of records left out."""
     return self.too_long + self.refused + self.empty
 
   def describe(self, what: str, key: str) -> str:
@@ -121,15 +122,16 @@ def pack_documents(
   """Packs token ids of documents, each with EOS, into rows (pretraining).
 
   A document longer than a row (EOS included) is first cut into pieces. Each
-  piece goes into the open row that it fills best, or opens a new one. With
+  piece goes into the open row that it fills best, or starts a new one. With
   `cut`, documents follow each other and are cut where a row ends, so that only
-  the last row has room left; otherwise documents of about half a row leave a
-  tenth or a fifth of all rows empty. Every piece is a segment of its own. No
-  token is lost or doubled. Documents of no tokens are left out.
+  the last row has room left; without it, documents of about half a row leave a
+  tenth to a fifth of the space in the rows empty. Every piece is a separate
+  segment. No token is lost or duplicated. Documents without tokens are left
+  out.
 
   Returns:
-    All rows [N, T], T being `row_length`; loss on every token but the first of
-    each segment, which nothing precedes.
+    All rows [N, T], where T is `row_length`; the loss is on every token except
+    the first of each segment, which has nothing before it.
 
   Raises:
     ValueError: there are no tokens.
@@ -155,7 +157,7 @@ def document_rows(
   *,
   cut: bool = False,
 ) -> types.TextBatch:
-  """`pack_documents` of a JSONL file of documents."""
+  """`pack_documents` for a JSONL file of documents."""
   documents = records.read_jsonl(path, records.Document)
   return pack_documents(
     tokenizer.encode_documents([document.text for document in documents]),
@@ -174,10 +176,11 @@ def demonstration_rows(
   loss_on: Literal['response', 'all'],
   pack: bool,
 ) -> tuple[types.TextBatch, Dropped]:
-  """Rows of prompt, response and its end, for supervised fine-tuning (C.1).
+  """Rows of prompt, response and end token, for supervised fine-tuning (C.1).
 
-  `loss_on` 'response' counts the response and its end, 'all' the prompt too.
-  `pack` puts several in a row, as segments; else it is one a row, in order.
+  With `loss_on` 'response' the loss is on the response and its end token; with
+  'all' on the prompt, too. `pack` puts several demonstrations in a row, as
+  segments; otherwise there is one per row, in order.
 
   Returns:
     (rows [N, T], what was dropped); T is `row_length`.
@@ -206,7 +209,7 @@ def demonstration_rows(
 
 
 def _ranks_in(order: Sequence[str], ranking: records.Comparison) -> list[int]:
-  """The ranks of a ranking of the same texts in another order."""
+  """A ranking's ranks, rearranged to match `order`, the same texts."""
   by_text = collections.defaultdict(list)
   for text, rank in zip(ranking.completions, ranking.ranks, strict=True):
     by_text[text].append(rank)
@@ -224,13 +227,13 @@ def comparison_rows(
   """All completions of one prompt in one element, for the reward model (3.5).
 
   With `merge`, rankings of the same answers to the same prompt, in any order,
-  become one element, in the place of the first; else R is 1.
+  become one element, at the position of the first; without it, R is 1.
 
   Returns:
     (rows [N, C, T], what was dropped). C is `max_candidates` (absent ones are
-    masked and have rank 0), T is `row_length`. A comparison is dropped as a
-    whole if one candidate is longer than a row, so that every K keeps its
-    meaning.
+    masked and have rank 0), T is `row_length`. If one candidate is longer than
+    a row, the whole comparison is dropped, so that no ranking loses some of its
+    K completions.
 
   Raises:
     ValueError: none is left, or one has more than `max_candidates` completions.
@@ -300,10 +303,13 @@ def fitting_comparisons(
 def comparison_ids(
   comparisons: Sequence[records.Comparison], tokenizer: tokenizer_lib.Tokenizer
 ) -> tuple[list[list[int] | None], list[list[list[int]]], list[str]]:
-  """(ids of each prompt or None if it is refused, of its completions,
-  messages of the refusals).
+  """The ids of prompts and completions, for the reward model.
 
-  Completions end in the token that ends an answer, unless they were cut.
+  Completions end with the token that ends an answer, unless they were cut.
+
+  Returns:
+    (ids of each prompt or None if it is refused, ids of its completions,
+    messages of the refusals).
   """
   prompts, refusals = encode_prompts(comparisons, tokenizer)
   texts = [text for c in comparisons for text in c.completions]
@@ -332,7 +338,7 @@ def _padded(
   *,
   on_the_left: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Sequences as (tokens [N, T], mask [N, T])."""
+  """Pads sequences; returns (tokens [N, T], mask [N, T])."""
   tokens = np.full((len(sequences), length), pad_id, np.int32)
   mask = np.zeros(tokens.shape, bool)
   for row, ids in enumerate(sequences):
@@ -349,15 +355,17 @@ def pack_comparisons(
   *,
   reads_responses: bool = False,
 ) -> types.PackedComparisons:
-  """Lays the candidates of a batch out densely, several in a row.
+  """Packs the candidates of a batch, several per row.
 
   With candidates of 24 tokens in rows of 64 this is a third of the work.
 
   Args:
-    batch: one row a prompt, in NumPy arrays.
-    num_rows: M, so that every batch has one shape; None uses as many as needed.
-    num_responses: Q, the same for completion tokens of a row.
-    reads_responses: fill `where` and `owner`; implied by `num_responses`.
+    batch: one row per prompt, in NumPy arrays.
+    num_rows: M, fixed so that all batches have one shape; None uses as many as
+      needed.
+    num_responses: Q, the same for the completion tokens of a row.
+    reads_responses: whether to fill `where` and `owner`; implied by
+      `num_responses`.
 
   Raises:
     ValueError: M or Q is too small.
@@ -405,7 +413,7 @@ def pack_comparisons(
     num_responses = -(-int(counts.max()) // 8) * 8
   elif counts.max() > num_responses:
     raise ValueError(
-      f'{counts.max()} completion tokens in a row of {num_responses} places'
+      f'{counts.max()} completion tokens in one row; num_responses is {num_responses}'
     )
   places = rows[order], _ranges(counts)
   where = np.zeros((num_rows, num_responses), np.int32)
@@ -415,7 +423,7 @@ def pack_comparisons(
 
 
 def _ranges(sizes: np.ndarray) -> np.ndarray:
-  """0, ..., size - 1 of each size, concatenated."""
+  """0, ..., size - 1 for each size, concatenated."""
   ends = np.cumsum(sizes)
   return np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
 
@@ -425,7 +433,7 @@ def prompt_rows(
   tokenizer: tokenizer_lib.Tokenizer,
   prompt_length: int,
 ) -> tuple[types.PromptBatch, Dropped]:
-  """Prompts or their texts for generation, padded on the left.
+  """Rows of prompts, or of their texts, for generation, padded on the left.
 
   Returns:
     (rows [N, P], what was dropped); P is `prompt_length`. `indices` are
@@ -463,7 +471,7 @@ def answer_rows(
   pad_id: int,
   length: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Ids of prompt and sampled answer in one row each, padded on the right.
+  """Rows of the ids of a prompt and its sampled answer, padded on the right.
 
   Returns:
     (tokens [N, T], mask [N, T]); T is `length`.
@@ -475,7 +483,7 @@ def answer_rows(
   longest = max(map(len, rows), default=0)
   if longest > length:
     raise ValueError(
-      f'a prompt with its answer has {longest} tokens, the rows {length}'
+      f'a prompt with its answer has {longest} tokens, but rows have only {length}'
     )
   return _padded(rows, length, pad_id)
 
@@ -514,10 +522,10 @@ def _text_rows(
   *,
   pack: bool,
 ) -> types.TextBatch:
-  """Lays pieces (each at most a row long) out in rows.
+  """Lays out pieces (each at most a row long) in rows.
 
-  `loss_starts` is the index of each piece's first token in the loss; the first
-  token of a piece never is.
+  `loss_starts` is the index of each piece's first token in the loss; a piece's
+  own first token is never in it.
   """
   lengths = np.asarray([len(piece) for piece in pieces], np.int64)
   if pack:
@@ -545,11 +553,11 @@ def _text_rows(
 def _best_fit(
   lengths: Sequence[int], row_length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Row, offset and segment number of each piece.
+  """Row, offset and segment number of each piece, by best fit.
 
-  Best fit: the fullest row that still has room. A row has at most
-  `types.MAX_SEGMENTS` pieces. Rows are kept by free space,
-  which has at most `row_length` values, so a piece costs one binary search.
+  A piece goes into the fullest row that still has room. A row has at most
+  `types.MAX_SEGMENTS` pieces. Rows are indexed by free space, which has at most
+  `row_length` values, so a piece costs one binary search.
   """
   rows_by_space: dict[int, list[int]] = {}
   spaces: list[int] = []  # Sorted keys of `rows_by_space`.
@@ -592,30 +600,30 @@ def make_batches(
 ) -> grain.MapDataset:
   """Batches by step number: `batches[step]` is a function of (seed, step).
 
-  Each epoch has an order of its own. A batch never spans two epochs; the few
-  examples left over at the end of an epoch (other ones each time) are left out
-  of it. Every process draws the same global batch and takes its own block of
-  its rows, so the global batch is the same on any number of hosts.
+  Each epoch has a different order. A batch never spans two epochs; the few
+  examples left over at the end of an epoch (different ones each time) are not
+  used in it. Every process draws the same global batch and takes its own block
+  of rows, so the global batch is the same on any number of hosts.
 
   Args:
     examples: a batch type of NumPy arrays, or a list.
     batch_size: rows of the global batch.
     seed: 0 to 2^32 - 1.
-    num_epochs: `len(batches)` covers that many; None is without end.
+    num_epochs: how many epochs `len(batches)` covers; None means endless.
     process_index, process_count: `jax.process_index()`, `jax.process_count()`.
 
   Returns:
-    A `grain.MapDataset`; an element is what `take` makes of `examples`.
+    A `grain.MapDataset`; an element is what `take` returns for `examples`.
 
   Raises:
-    ValueError: there are too few examples for one batch, or processes do not
-      divide it.
+    ValueError: there are too few examples for one batch, or the batch cannot be
+      divided evenly among the processes.
   """
   total = num_rows(examples)
   _check_batches(total, batch_size, process_index, process_count)
   _check_filled(total, batch_size)
-  # Batched before it is repeated: `repeat` gives the shuffle a new seed each
-  # epoch, and epochs do not run into each other.
+  # `repeat` gives the shuffle a new seed each epoch. It comes after `batch`, so
+  # that no batch spans two epochs.
   indices = (
     grain.MapDataset.range(total)
     .shuffle(seed=seed)
@@ -642,10 +650,10 @@ def balanced_batches(
 ) -> np.ndarray:
   """Random batches of nearly equal total size, as indices [steps, batch_size].
 
-  Examples are cut into `batch_size` strata by `sizes` (tokens), and every batch
-  gets a random one of each stratum, so all batches pack into nearly the same
-  number of rows. Each epoch is drawn anew; the few examples that fill no batch
-  are left out of it.
+  Examples are divided into `batch_size` strata by `sizes` (tokens), and every
+  batch gets a random example of each stratum, so all batches pack into nearly
+  the same number of rows. Each epoch is drawn anew; the few examples that do
+  not fill a batch are not used in it.
 
   Raises:
     ValueError: too few examples for one batch.
@@ -677,16 +685,16 @@ def mixture(
 ) -> grain.MapDataset:
   """Batches in which a share of the rows comes from another row set (C.3).
 
-  For the RL initialisation: demonstrations with 10 % pretraining rows. Up to
-  step s, floor(s * batch_size * fraction) rows are `other_rows`: each batch
-  holds the share to within one row, and all batches together hold it exactly.
+  This is for the RL initialisation: demonstrations with 10 % pretraining rows.
+  Before step s, floor(s * batch_size * fraction) rows come from `other_rows`:
+  each batch has the share to within one row, and so have all batches together.
   Both sets are reshuffled after each pass, and the rows of a batch are in
   random order.
 
   Args:
     rows, other_rows: the sets [N, T] and [M, T].
     fraction: share of `other_rows` among the rows of a batch, in [0, 1).
-    num_epochs: epochs over `rows`, in whole batches; None is without end.
+    num_epochs: epochs over `rows`, in whole batches; None means endless.
     batch_size, seed, process_index, process_count: see `make_batches`.
 
   Returns:
@@ -730,7 +738,7 @@ def mixture(
 
   num_steps = sys.maxsize
   if num_epochs is not None:
-    # The most steps with s * batch_size - num_other(s) main rows or fewer.
+    # The most steps s whose s * batch_size - num_other(s) main rows are there.
     available = num_epochs * totals[0]
     num_steps = int(available / (batch_size * (1 - share)))
     while num_steps * batch_size - num_other(num_steps) > available:
@@ -746,12 +754,13 @@ def mixture(
 def ahead(
   batch_fn: Callable[[int], Any], num_ahead: int = 2
 ) -> Callable[[int, int], Iterator[Any]]:
-  """Batches of consecutive steps, made by a thread before they are needed.
+  """Makes batches of consecutive steps in a thread, before they are needed.
 
-  Order and content are those of `batch_fn(step)`; `num_ahead` are kept ready.
+  Order and content are those of `batch_fn(step)`; `num_ahead` batches are kept
+  ready.
 
   Returns:
-    (first step, one past the last) -> iterator over their batches.
+    A function (first step, one past the last) -> iterator over their batches.
   """
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=num_ahead)
 

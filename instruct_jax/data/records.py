@@ -1,6 +1,6 @@
 """The four record types and their JSONL files.
 
-Every stage reads and writes these. One JSON object a line, UTF-8 with or
+Every stage reads and writes these: one JSON object per line, UTF-8 with or
 without a byte order mark, plain or `.gz`, local or gs://. Fields with a default
 may be missing or null. Unknown fields are errors: a misspelt `labeller` would
 otherwise be lost silently.
@@ -16,18 +16,18 @@ otherwise be lost silently.
 Rank 1 is best and equal numbers are ties. A comparison may have `scores`
 (higher is better) instead of ranks: {"prompt": "Name a bird.",
 "completions": ["Owl.", "No."], "scores": [6.5, 2], "time": "2022-01-31"}.
-A completion may be empty, because a policy may end at once; all other texts
-must have visible characters. The model sees the prompt's text as it is, so a
+A completion may be empty, because a policy may stop at once; all other texts
+must have visible characters. The model sees the prompt's text unchanged, so a
 separator before the response is part of the text.
 
 A prompt may be a conversation, whose last turn is the user's. {"id": "p8",
 "turns": [{"role": "user", "content": "Name a bird."},
 {"role": "assistant", "content": "Owl."}, {"role": "user", "content": "More!"}]}
 A tokenizer with a chat template renders the turns. The text defaults to
-`text_of_turns`; if it is given, it must be that, or the message itself if there
-is only one, white space aside.
+`text_of_turns`. If it is given, it must equal that (or the message itself, if
+there is only one), except for white space.
 
-Splits go by the `opening` of a conversation, so that all its branches and
+Splits are by the `opening` of a conversation, so that all its branches and
 lengths are in one split.
 """
 
@@ -57,7 +57,7 @@ MAX_REPORTED_LINES = 10
 MAX_LINE_BYTES = 8 * 1024**2
 ROLES = ('system', 'user', 'assistant')
 LFS_MARK = b'version https://git-lfs'
-# How files begin that are no text, and what to do.
+# First bytes of files that are not text, and what to do about them.
 NO_TEXT = {
   LFS_MARK: 'is a pointer of Git LFS; fetch the file itself (git lfs pull)',
   b'\x1f\x8b': 'is compressed with gzip; let its name end in .gz',
@@ -70,7 +70,7 @@ NO_TEXT = {
 
 
 class RecordError(ValueError):
-  """An unusable data file; the text names file, line and field."""
+  """An unusable data file; the message names file, line and field."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +93,10 @@ class Document:
 class Prompt:
   """A prompt as a user (API customer) sent it or a labeler wrote it.
 
-  `id` is unique in its file; `user` is for the caps and splits of A.2;
-  `category` is a use case of Table 1, or ''; training carries `metadata` (any
-  JSON) and never reads it; `turns` is a conversation so far, () for one turn.
+  `id` is unique in its file. `user` is for the caps and splits of A.2.
+  `category` is a use case of Table 1, or ''. `metadata` is any JSON, which
+  training passes on and never reads. `turns` is the conversation so far; () for
+  a single turn.
   """
 
   id: str
@@ -124,9 +125,9 @@ class Demonstration:
 class Comparison:
   """K >= 2 completions of a prompt, ranked by one labeler (paper 3.5: 4 to 9).
 
-  Rank 1 is best, and equal ranks are ties; `scores` gave the ranks, or are ().
-  `ended` says of each completion whether it ended by itself, or was cut and has
-  no end token; () is that all ended.
+  Rank 1 is best, and equal ranks are ties. `scores` are the scores that the
+  ranks were computed from, or (). `ended` says of each completion whether it
+  ended by itself or was cut and has no end token; () means that all ended.
   `time` is when it was labeled, as free text, or ''.
   """
 
@@ -144,7 +145,8 @@ class Comparison:
   ended: tuple[bool, ...] = ()
 
 
-# Bad syntax and numbers of thousands of digits, and too deep nesting.
+# ValueError: bad syntax, or a number with thousands of digits. RecursionError:
+# nested too deeply.
 _JSON_ERRORS = (ValueError, RecursionError)
 RECORD_TYPES = (Document, Prompt, Demonstration, Comparison)
 Record = TypeVar('Record', Document, Prompt, Demonstration, Comparison)
@@ -156,7 +158,7 @@ _MARKS = {'system': '', 'user': '\n\nHuman:', 'assistant': '\n\nAssistant:'}
 
 
 def _is_list_of(value: Any, item_type: type | tuple[type, ...]) -> bool:
-  # bool is an int to Python, but `true` is no rank.
+  # bool is an int in Python, but `true` is not a rank.
   return isinstance(value, list | tuple) and all(
     isinstance(item, item_type) and not isinstance(item, bool) for item in value
   )
@@ -173,8 +175,8 @@ def _shown(value: Any) -> str:
 def text_of_turns(turns: Iterable[Turn]) -> str:
   """A conversation as plain text that asks for the assistant's next turn.
 
-  The layout of Anthropic's HH files (Bai et al. 2022); a system turn has no
-  mark before it.
+  The layout is that of Anthropic's HH files (Bai et al. 2022); a system turn
+  has no mark before it.
   """
   text = ''.join(
     f'{_MARKS[turn.role]} {turn.content}' if _MARKS[turn.role] else turn.content
@@ -184,10 +186,10 @@ def text_of_turns(turns: Iterable[Turn]) -> str:
 
 
 def dialogue_turns(text: str) -> tuple[Turn, ...]:
-  """The turns of a text in that layout without a system turn; else ().
+  """The turns of a text in the layout of `text_of_turns`; () for other texts.
 
-  The user comes first and the speakers alternate. A mark out of turn belongs to
-  the message, because answers may quote a dialogue.
+  The user comes first and the speakers alternate; there is no system turn. A
+  mark out of turn is part of the message, because answers may quote a dialogue.
   """
   if not text.startswith(_MARKS['user']):
     return ()
@@ -204,7 +206,7 @@ def dialogue_turns(text: str) -> tuple[Turn, ...]:
 def conversation(
   row: 'Prompt | Demonstration | Comparison',
 ) -> tuple[Turn, ...]:
-  """The turns before the answer: a record's `turns`, else its text's."""
+  """The turns before the answer: a record's `turns`, or those of its text."""
   if row.turns:
     return row.turns
   return turns_of(row.text if isinstance(row, Prompt) else row.prompt)
@@ -213,7 +215,7 @@ def conversation(
 def turns_of(text: str) -> tuple[Turn, ...]:
   """The turns of a prompt in the layout of `text_of_turns`.
 
-  Any other text is one turn of the user's.
+  Any other text is a single user turn.
   """
   start = text.find(_MARKS['user'])
   if start >= 0 and text.rstrip().endswith(_MARKS['assistant']):
@@ -230,7 +232,7 @@ def composed(text: str) -> str:
 
 
 def comparable(text: str) -> str:
-  """The key for finding copies: NFC, case folded, single spaces, without
+  """The key for finding duplicates: NFC, case-folded, single spaces, without
   invisible characters."""
   if not text.isascii():
     text = invisible.HIDDEN.sub('', ' '.join(text.split()))
@@ -239,10 +241,10 @@ def comparable(text: str) -> str:
 
 
 def opening(row: Any) -> str:
-  """The key of splits: the user's first turn, as `comparable` text.
+  """The key for splits: the user's first turn, as `comparable` text.
 
   All rows of a conversation tree share it, and so do a conversation and a
-  single question that begin alike. A document is its own opening.
+  single question that begin the same way. A document is its own opening.
   """
   if isinstance(row, Document):
     return comparable(row.text)
@@ -253,7 +255,7 @@ def opening(row: Any) -> str:
 
 
 def draw(seed: int, *parts: str) -> bytes:
-  """A random-looking key of 8 bytes that depends only on its arguments."""
+  """A pseudo-random key of 8 bytes that depends only on its arguments."""
   text = '\0'.join((str(seed), *parts))
   return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
@@ -271,10 +273,11 @@ def ranks_of_scores(scores: Iterable[int | float]) -> tuple[int, ...]:
 def completed(
   values: Mapping[str, Any], record_type: type
 ) -> Mapping[str, Any]:
-  """The values of a file with ranks and text filled in.
+  """Fills in missing ranks and prompt text in the values of a file.
 
-  `scores` give missing `ranks`, and `turns` the prompt's missing text. Optional
-  fields that are null are left out. Bad values stay for `problems` to report.
+  Missing `ranks` come from `scores`, and the prompt's missing text from
+  `turns`. Optional fields that are null are left out. Bad values stay for
+  `problems` to report.
   """
   required = fields_of(record_type)
   filled = {
@@ -309,9 +312,9 @@ def fields_of(record_type: type) -> dict[str, bool]:
 
 
 def problems(values: Mapping[str, Any], record_type: type) -> list[str]:
-  """What keeps `values`, as parsed from JSON, from being a record.
+  """The reasons why `values`, as parsed from JSON, are not a valid record.
 
-  One sentence for each: the field, what was found, what to do.
+  Each is one sentence: the field, what was found, what to do.
   """
   fields = fields_of(record_type)
   found = [
@@ -385,7 +388,7 @@ def _field_problems(name, values, is_required) -> Iterator[str]:
 
 
 def is_number(value: Any) -> bool:
-  """Whether it is a number that a float can hold; a truth value is none."""
+  """Whether it is a number that a float can hold; a bool is not a number."""
   try:
     return not isinstance(value, bool | str) and math.isfinite(value)
   except (TypeError, OverflowError):
@@ -396,7 +399,7 @@ def _are_scores(value: Any) -> bool:
   return isinstance(value, list | tuple) and all(map(is_number, value))
 
 
-# Name -> (check, description) of the fields that are no texts.
+# Name -> (check, description) of the fields that are not texts.
 _KINDS = {
   'completions': (lambda value: _is_list_of(value, str), 'a list of strings'),
   'ranks': (lambda value: _is_list_of(value, int), 'a list of integers'),
@@ -439,7 +442,7 @@ def _spaced(text: str) -> str:
 
 
 def _text_problem(values: Mapping[str, Any]) -> str:
-  """The problem if text and turns differ, or ''."""
+  """Describes the problem if text and turns differ; otherwise ''."""
   name = 'text' if 'text' in values else 'prompt'
   text, turns = values.get(name), values['turns']
   expected = [text_of_turns(Turn(**turn) for turn in turns)]
@@ -474,7 +477,7 @@ def _is_json(value: Any) -> bool:
 
 
 def encodable(text: str) -> bool:
-  """Whether UTF-8 can encode it, so that it has no lone surrogate."""
+  """Whether UTF-8 can encode it, that is, it has no lone surrogate."""
   try:
     text.encode()
   except UnicodeEncodeError:
@@ -492,7 +495,7 @@ _FROM_JSON = {
 
 
 def from_values(values: Mapping[str, Any], record_type: type[Record]) -> Record:
-  """Builds a record from values without `problems`."""
+  """Builds a record from values in which `problems` finds nothing."""
   return record_type(
     **{
       name: _FROM_JSON[name](value) if name in _FROM_JSON else value
@@ -502,7 +505,7 @@ def from_values(values: Mapping[str, Any], record_type: type[Record]) -> Record:
 
 
 def to_values(record: Record) -> dict[str, Any]:
-  """A record's fields as JSON types, without those that hold their default."""
+  """A record's fields as JSON types, without those at their default."""
   values = {}
   for name, is_required in fields_of(type(record)).items():
     value = getattr(record, name)
@@ -518,7 +521,7 @@ def read_bytes(path: epath.PathLike) -> bytes:
   """Reads a file, unpacking it if its name ends in `.gz`.
 
   Raises:
-    RecordError: the file is missing, is a folder, or is cut short.
+    RecordError: the file is missing, a folder, or a damaged gzip file.
   """
   with _opened(epath.Path(path)) as file:
     return file.read()
@@ -528,7 +531,7 @@ def read_text(path: epath.PathLike) -> str:
   """Reads a UTF-8 file, plain or `.gz`, with or without a byte order mark.
 
   Raises:
-    RecordError: as in `read_bytes`; or a byte is not UTF-8.
+    RecordError: as in `read_bytes`; or the content is not UTF-8.
   """
   content = read_bytes(path)
   _check_start(path, content)
@@ -551,7 +554,10 @@ def read_json(path: epath.PathLike) -> Any:
 
 
 def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """The object of these pairs; Python alone would drop all but a key's last."""
+  """The object of these pairs; `json` alone would keep a repeated key's last.
+
+  Raises ValueError if a key is repeated.
+  """
   values = dict(pairs)
   if len(values) < len(pairs):
     counts = collections.Counter(key for key, _ in pairs)
@@ -569,7 +575,7 @@ def _check_start(path: epath.PathLike, start: bytes) -> None:
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
-  """Writes a file whole or not at all, packing it if its name ends in `.gz`."""
+  """Writes a file atomically, compressing it if its name ends in `.gz`."""
   path = epath.Path(path)
   if path.name.endswith('.gz'):
     content = gzip.compress(content, mtime=0)  # Same records, same bytes.
@@ -581,8 +587,8 @@ def raise_problems(
 ) -> None:
   """Raises one `RecordError` for all (line number, problem), if there are any.
 
-  It shows `MAX_REPORTED_LINES` lines and counts the others. The numbers of a
-  file that is one JSON list are of another `unit`, such as 'record'.
+  It shows `MAX_REPORTED_LINES` lines and counts the others. In a file that is
+  one JSON list the numbers count another `unit`, such as 'record'.
   """
   by_line = collections.defaultdict(list)
   for number, problem in bad_lines:
@@ -607,14 +613,15 @@ def iterate_lines(
   One line is held in memory at a time.
 
   Raises:
-    RecordError: as in `read_bytes`, UTF-16, or one JSON value on several lines.
+    RecordError: as in `read_bytes`; or the file is UTF-16, one of `NO_TEXT`, or
+      one JSON value over several lines.
   """
   is_first = True
   for number, line in _raw_lines(epath.Path(path)):
     if isinstance(line, str):
       yield number, line
       continue
-    # Joined files may each have had a mark.
+    # Each of several concatenated files may have had a byte order mark.
     line = line.removeprefix(codecs.BOM_UTF8)
     if not line.strip():
       continue
@@ -637,7 +644,8 @@ def iterate_lines(
 
 
 def begins_with(path: epath.PathLike, mark: bytes) -> bool:
-  """Whether a file, plain or `.gz`, does, after a BOM and white space."""
+  """Whether a file (plain or `.gz`) begins with `mark`, after any byte order
+  mark and white space."""
   with _opened(epath.Path(path)) as file:
     start = file.read(64 * 1024)
   _check_start(path, start)
@@ -652,7 +660,7 @@ def _opened(path: epath.Path) -> Iterator[Any]:
     raise RecordError(f'{path}: is a folder; give the files inside it')
   with path.open('rb') as file:
     if not path.name.endswith('.gz'):
-      # Files of object stores have no limit for `readline`.
+      # `readline` of object-store files takes no size limit.
       is_plain = isinstance(file, io.BufferedIOBase)
       yield file if is_plain else io.BufferedReader(file)
       return
@@ -693,13 +701,13 @@ def _record_problems(
   number: int,
   line_of_id: dict[str, int],
 ) -> str:
-  """What is wrong with the record of a line; prompts have distinct ids."""
+  """What is wrong with the record of a line, duplicate prompt ids included."""
   found = problems(values, record_type)
   if record_type is Prompt and not found:
     first = line_of_id.setdefault(values['id'], number)
     if first != number:
       return (
-        f"'id' {_shown(values['id'])} is that of line {first}, too; ids must "
+        f"'id' {_shown(values['id'])} is already that of line {first}; ids must "
         'be distinct'
       )
   return '; '.join(found)
@@ -711,8 +719,8 @@ def read_jsonl(path: epath.PathLike, record_type: type[Record]) -> list[Record]:
   The list is in file order and never empty.
 
   Raises:
-    RecordError: no such file, no records, or bad lines (a prompt with the id of
-      an earlier one is one, too); see `raise_problems`.
+    RecordError: no such file, no records, or bad lines (a prompt that repeats
+      an earlier id is one); see `raise_problems`.
   """
   found, bad_lines = [], []
   line_of_id: dict[str, int] = {}
@@ -737,14 +745,17 @@ def read_jsonl(path: epath.PathLike, record_type: type[Record]) -> list[Record]:
 def check_ids(
   paths: Sequence[epath.PathLike], parts: Sequence[Sequence[Prompt]]
 ) -> None:
-  """Raises RecordError if files share a prompt's id; `parts` are theirs."""
+  """Raises RecordError if two files share a prompt id.
+
+  `parts` are the prompts of each file.
+  """
   path_of: dict[str, epath.PathLike] = {}
   for path, part in zip(paths, parts, strict=True):
     for prompt in part:
       other = path_of.setdefault(prompt.id, path)
       if other != path:
         raise RecordError(
-          f'{path}: the id {prompt.id!r} is in {other}, too; ids must be '
+          f'{path}: the id {prompt.id!r} is also in {other}; ids must be '
           'distinct'
         )
 
@@ -752,7 +763,7 @@ def check_ids(
 def check_labels(
   comparisons: Sequence[Comparison], path: epath.PathLike
 ) -> None:
-  """Raises RecordError if every comparison ties all its completions."""
+  """Raises RecordError if every comparison ties all of its completions."""
   if all(len(set(comparison.ranks)) == 1 for comparison in comparisons):
     raise RecordError(
       f'{path}: in all {len(comparisons)} comparisons every completion has the '
@@ -761,7 +772,7 @@ def check_labels(
 
 
 def write_jsonl(path: epath.PathLike, records: Iterable[Record]) -> None:
-  """Writes records so that `read_jsonl` gives them back; whole or not at all.
+  """Writes records for `read_jsonl` to read back, atomically.
 
   The same records always give the same bytes.
 

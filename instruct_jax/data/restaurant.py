@@ -1,10 +1,11 @@
 """Real human data: the E2E restaurant descriptions and their crowd ratings.
 
 A meaning representation is a list of facts about a restaurant, as in
-`name[Alimentum], area[city centre], familyFriendly[no]`; the response says them
-in one or two sentences. People wrote sentences (E2E NLG data set, Novikova et
-al. 2017); for other representations, crowd workers scored the quality or the
-naturalness of five systems' outputs (E2E NLG Challenge, Dusek et al. 2018).
+`name[Alimentum], area[city centre], familyFriendly[no]`; the response states
+them in one or two sentences. People wrote the sentences (E2E NLG data set,
+Novikova et al. 2017); for other representations, crowd workers scored the
+quality or the naturalness of five systems' outputs (E2E NLG Challenge, Dusek et
+al. 2018).
 
   root/e2e_nlg/devset.csv.gz            mr, ref
   root/e2e_rankings/quality.csv.gz      worker, mr, ref1-5, quality1-5, ...
@@ -12,8 +13,8 @@ naturalness of five systems' outputs (E2E NLG Challenge, Dusek et al. 2018).
   root/books/*.txt.gz                   pretraining text
   root/gpt2_bpe/                        only if vocab_size is None
 
-Workers are numbered in each file: `quality:w0003` and `naturalness:w0003` may
-or may not be one person.
+Workers are numbered separately in each file: `quality:w0003` and
+`naturalness:w0003` may or may not be the same person.
 """
 
 import collections
@@ -45,10 +46,10 @@ class RankingCounts:
 
   Attributes:
     rows: all rows.
-    tainted: dropped; the collectors marked the worker's check items failed.
+    tainted: dropped; marked by the collectors: the worker failed check items.
     too_few: dropped; fewer than two different texts.
-    merged: rows in which some of the five texts were the same.
-    all_tied: kept, though every completion has the same rank.
+    merged: kept; some of the five texts are the same.
+    all_tied: kept, although every completion has the same rank.
   """
 
   rows: int = 0
@@ -59,7 +60,7 @@ class RankingCounts:
 
 
 def parse_meaning(mr: str) -> list[tuple[str, str]]:
-  """`name[Aromi], area[riverside]` to [('name', 'Aromi'), ...], in order."""
+  """Parses `name[Aromi], area[riverside]` into [('name', 'Aromi'), ...]."""
   slots, position = [], 0
   while match := _SLOT.match(mr, position):
     slots.append((match[1], match[2]))
@@ -73,11 +74,11 @@ def parse_meaning(mr: str) -> list[tuple[str, str]]:
 
 
 def prompt_text(mr: str) -> str:
-  """A meaning representation as the model is given it.
+  """A meaning representation as a prompt for the model.
 
-  `name: Aromi, area: riverside` and a line feed. The pretraining books have
-  hardly any brackets. Neither facts nor sentences have a line feed, so this
-  last token of every prompt marks the end of the facts.
+  The form is `name: Aromi, area: riverside` and a line feed, because the
+  pretraining books have hardly any brackets. Neither facts nor sentences have a
+  line feed, so this last token of every prompt marks the end of the facts.
   """
   return ', '.join(': '.join(slot) for slot in parse_meaning(mr)) + '\n'
 
@@ -93,13 +94,13 @@ def read_demonstrations(
   """Reads `mr,ref` rows (.csv or .csv.gz) as demonstrations.
 
   Runs of white space in a reference become one space. `metadata` has the
-  representation (`mr`) and its `slots`; `id` is `e2e_nlg:LINE`.
+  meaning representation (`mr`) and its `slots`; `id` is `e2e_nlg:LINE`.
 
   Returns:
     The demonstrations, and how many rows repeated an earlier one.
 
   Raises:
-    RecordError: bad rows, by line.
+    RecordError: there are bad rows; it lists them by line.
   """
   found, bad_lines, repeated = {}, [], 0
   for line, row in sources.read_csv(path, ('mr', 'ref')):
@@ -130,14 +131,14 @@ def read_demonstrations(
 def read_rankings(
   path: epath.PathLike, criterion: Criterion = 'quality'
 ) -> tuple[list[records.Comparison], RankingCounts]:
-  """Reads one worker's five scores a row as a ranking with ties.
+  """Reads each row, one worker's five scores, as a ranking with ties.
 
-  The scores are magnitude estimates against a reference of 100, on a scale of
-  each worker's own, so only their order within a row is used; equal scores
+  The scores are magnitude estimates against a reference of 100, and each worker
+  has a different scale, so only their order within a row is used; equal scores
   tie. Texts that differ only in white space become one completion with the mean
   of their scores, because no model could tell them apart. (The `dupl_ref`
   columns also mark texts that differ in case or punctuation; workers often
-  scored those differently, so they stay apart.) Tainted rows and rows with
+  scored those differently, so they stay separate.) Tainted rows and rows with
   fewer than two different texts are dropped.
 
   Returns:
@@ -146,7 +147,7 @@ def read_rankings(
     `criterion:LINE`.
 
   Raises:
-    RecordError: bad rows, by line.
+    RecordError: bad rows, listed by line; or no usable ranking.
   """
   if criterion not in SCORE_COLUMNS:
     raise ValueError(
@@ -214,7 +215,7 @@ def _comparison(
       raise ValueError(
         f'{score_column!r} is {row[score_column]!r}, not a number'
       )
-    # The encoding of accents makes no other text.
+    # Texts that differ only in how accents are encoded are the same.
     text = spelling.setdefault(records.composed(text), text)
     scores_by_text[text].append(score)
   if len(scores_by_text) < 2:
@@ -232,11 +233,11 @@ def _comparison(
 def split_workers(
   comparisons: Sequence[records.Comparison], seed: int
 ) -> tuple[set[str], set[str]]:
-  """Two halves of the labelers, of about the same number of comparisons.
+  """Two halves of the labelers, with about the same number of comparisons.
 
   In an order drawn from the seed, each labeler goes to the half with fewer
-  comparisons so far, so that the few who did most of the work are on both
-  sides.
+  comparisons so far, so that the few who did most of the work are spread over
+  both halves.
   """
   counts = collections.Counter(c.labeler for c in comparisons)
   labelers = sorted(counts)
@@ -264,29 +265,29 @@ def write(
 
   Meaning representations are split 80/10/10 in each of the two sources. All
   rows of a representation, from either source and with facts in any order, go
-  to one split. Workers are split in two halves: the rankings of the first,
-  `comparisons_*`, train the reward model, those of the second,
-  `judge_comparisons_*`, the judge. (With both criteria a person may be in both
-  halves, under two numbers.) PPO trains on the training representations of both
-  sources and is evaluated on the others; those of e2e_nlg have human
+  to one split. Workers are split into two halves: the rankings of the first,
+  `comparisons_*`, train the reward model, and those of the second,
+  `judge_comparisons_*`, train the judge. (With both criteria a person may be in
+  both halves, under two numbers.) PPO trains on the training representations of
+  both sources and is evaluated on the others; those of e2e_nlg have human
   references.
 
   Files in `directory`, all or none: tokenizer/, documents_{train,valid},
   demonstrations_{train,valid,test}, comparisons_{train,valid,test},
   judge_comparisons_{train,valid,test}, ppo_prompts_train, prompts_{valid,test}
   (.jsonl) and hygiene.json. Prompts have `metadata`: mr, slots, references
-  (maybe none).
+  (possibly none).
 
   Args:
     root: the folder with e2e_nlg, e2e_rankings and books.
     directory: the output folder.
     seed: of all splits.
-    vocab_size: of a BPE trained on the training text (4,000 to 8,000 suit a
-      model of a few million parameters); None uses GPT-2's.
+    vocab_size: vocabulary size of a BPE trained on the training text (4,000 to
+      8,000 suit a model of a few million parameters); None uses GPT-2's BPE.
     criteria: 'quality', 'naturalness' or both.
     words_per_document: see `sources.read_documents`.
-    valid_documents: share of the documents held out; they are drawn one by
-      one, so training reads other parts of the same books.
+    valid_documents: share of the documents held out; they are drawn
+      individually, so training reads other parts of the same books.
 
   Returns:
     The counts in hygiene.json.
@@ -383,8 +384,10 @@ def _training_texts(files: dict[str, list]) -> Iterator[str]:
 
 
 def facts(mr: str) -> Facts:
-  """The key for finding copies of a representation: order, case and the
-  encoding of accents do not count."""
+  """The key for finding duplicates of a meaning representation.
+
+  Order, case and the encoding of accents do not count.
+  """
   return tuple(
     sorted(
       (records.comparable(slot), records.comparable(value))
@@ -398,11 +401,11 @@ def _split(
   comparisons: Sequence[records.Comparison],
   seed: int,
 ) -> tuple[dict[str, list[records.Prompt]], dict[str, str | None], int]:
-  """Splits representations; each takes the part of a user in the paper.
+  """Splits meaning representations, each treated as a user of the paper.
 
   Returns:
-    The prompts of each split; the split of each representation, None if it has
-    personal data; and how many prompts have some.
+    The prompts of each split; the split of each representation, or None if it
+    is dropped for personal data; and the number of prompts dropped for that.
   """
   split_of: dict[Facts, str | None] = {}
   prompts = {split: [] for split in FRACTIONS}
@@ -423,7 +426,7 @@ def _split(
 
 
 def _prompt_of(group: Sequence[Any]) -> records.Prompt:
-  """One prompt for a representation, with its human references."""
+  """The prompt for a meaning representation, with its human references."""
   mr = group[0].metadata['mr']
   references = [
     row.response for row in group if isinstance(row, records.Demonstration)

@@ -1,21 +1,22 @@
-"""Records from text, JSON, JSONL, CSV, Parquet, Excel, TensorFlow Datasets or
-saved `datasets`.
+"""Reads records from files, folders and data sets.
 
-A table becomes records by one format string for each field, over the names of
-its columns: `prompt={context}\\n{question}\\n`. A column may hold
+The sources are text, JSON, JSONL, CSV, Parquet, Excel, TensorFlow Datasets and
+saved `datasets`. To turn a table into records, each field needs a format string
+over the names of the columns: `prompt={context}\\n{question}\\n`. A column may
+hold
 
-  nothing            null, NaN or an empty cell: the empty text. A field is
-                     empty if all its columns are, and a row without a prompt or
-                     a response is refused, with its number
-  text, a number     as it is; `{price:.2f}` formats a number
+  nothing            null, NaN or an empty cell is the empty text. A field is
+                     empty if all its columns are. A row without a prompt or a
+                     response is an error that names the row
+  text, a number     used unchanged; `{price:.2f}` formats a number
   a list, an object  `{answers[0]}` and `{answer[text]}` are entries of it; a
-                     whole list is no text and is refused
+                     whole list is not a text and is an error
 
 `completions`, `ranks`, `scores` and `turns` are lists: `{answers}` alone gives
 the column's list (in a CSV file, a cell with a JSON list), or the field is
 given several times, `completions={a}` and `completions={b}`. Ranks and scores
-may be numbers or texts of numbers. `metadata={column}` keeps a column under its
-name. Prompts without an `id` are numbered by row.
+may be numbers or numbers written as text. `metadata={column}` keeps a column
+under its name. Prompts without an `id` are numbered by row.
 """
 
 import collections
@@ -49,23 +50,23 @@ _DATA_SUFFIXES = (
   *('.csv', '.csv.gz', '.tsv', '.tsv.gz'),
   *_BINARY_TABLES,
 )
-# What the Hub, `save_to_disk` and `folders.writing` say about files.
+# Files in which the Hub, `save_to_disk` and `folders.writing` describe others.
 _NO_DATA = (
   *('dataset_info.json', 'dataset_infos.json', _SPLITS),
   'written.json',
 )
-# testimonials.jsonl is no test set.
+# testimonials.jsonl is not a test set.
 _TEST = re.compile(r'test(?:s|ing|set|sets|data|file|files|split)?(?![a-z])')
 _LIST_FIELDS = ('completions', 'ranks', 'scores', 'turns')
 # Fields that may be given instead of another one.
 _OR = {'text': 'turns', 'prompt': 'turns', 'ranks': 'scores'}
 _BATCH_ROWS = 1024  # In memory at a time; rows may be long conversations.
 _DELIMITERS = (',', ';', '\t', '|')
-# `answers[text][0]`: a column, then entries.
+# `answers[text][0]`: a column, then keys.
 _ENTRY = re.compile(r'([^\[\]]+)((?:\[[^\[\]]+\])+)')
-# Keys by which published files say that a model wrote the answer, and names of
-# people as authors. Self-Instruct's generations have metadata of the API; its
-# predictions have the reference next to the response.
+# Keys by which published files say that a model wrote the answer, and authors'
+# names that mean people. Self-Instruct's generations have metadata of the API;
+# its predictions have the reference next to the response.
 _GENERATORS = ('generator', 'model', 'model_name', 'model_id', 'generated_by')
 _GENERATED = ('synthetic', 'is_synthetic', 'machine_generated', 'is_generated')
 _API_KEYS = ('instance_metadata', 'raw_instances', 'finish_reason', 'logprobs')
@@ -91,18 +92,20 @@ def read_documents(
     spec: one of
       a text file, plain or `.gz`, split by `split_text`;
       a `.jsonl` or `.jsonl.gz` file of `Document` records, not split;
-      a folder: all .txt and .jsonl files in it (not below it), by name;
+      a folder: all .txt and .jsonl files in it (not in its subfolders), in
+      order of name;
       `tfds:NAME/SPLIT`, such as `tfds:lm1b/train` or
       `tfds:wikipedia/20230601.en/train[:1%]`: the `text` feature of a prepared
-      data set (in TFDS_DATA_DIR); read without TensorFlow;
-      `datasets:FOLDER`: the `text` column, see `read_examples`.
-    words_per_document: about how long the pieces of plain text are.
+      data set (in TFDS_DATA_DIR), split by `split_text`; read without
+      TensorFlow;
+      `datasets:FOLDER`: the `text` column, see `read_examples`; split, too.
+    words_per_document: approximate length of the pieces of split text.
 
   Returns:
     The documents in file order; `source` names the file or data set.
 
   Raises:
-    RecordError: nothing to read there, or a file that is not text.
+    RecordError: there is nothing to read, or a file is not text.
   """
   if words_per_document < 1:
     raise ValueError(
@@ -129,10 +132,10 @@ def read_documents(
 
 
 def split_text(text: str, words_per_document: int) -> list[str]:
-  """Splits a text at blank lines into pieces of about so many words.
+  """Splits a text at blank lines into pieces of about `words_per_document`.
 
-  Paragraphs are gathered until a piece has `words_per_document` words; none is
-  cut, so a long one makes a long piece. Line breaks inside a paragraph become
+  Paragraphs are collected until a piece has that many words; none is cut, so a
+  long paragraph makes a long piece. Line breaks inside a paragraph become
   spaces, because they come from the width of a printed page and only some books
   have them.
   """
@@ -165,7 +168,7 @@ def _read_file(
 
 
 def _split(texts, source, spec, words_per_document):
-  """The texts as documents of about so many words."""
+  """The texts as documents of about `words_per_document` words."""
   documents = [
     records.Document(piece, source)
     for text in texts
@@ -182,7 +185,7 @@ def _split(texts, source, spec, words_per_document):
 def read_examples(
   spec: str, columns: Sequence[str] = ()
 ) -> Iterator[tuple[int, Example]]:
-  """(number or line, mapping from feature to value) of a table's examples.
+  """Yields (number or line, column -> value) for each example of a table.
 
   Args:
     spec: one of
@@ -192,7 +195,7 @@ def read_examples(
       `tfds:NAME/SPLIT`, see `read_documents`;
       `datasets:FOLDER`, written by `save_to_disk` of Hugging Face `datasets`
       (for several splits, the folder of one of them).
-    columns: that a CSV file must have.
+    columns: the columns that a CSV file must have.
 
   Raises:
     RecordError: it cannot be opened or read.
@@ -225,7 +228,7 @@ def read_examples(
 
 
 def is_data_set(spec: epath.PathLike) -> bool:
-  """Whether it is `tfds:` or `datasets:`, and no file."""
+  """Whether it is `tfds:...` or `datasets:...` and not a file."""
   return str(spec).startswith((_TFDS, _DATASETS))
 
 
@@ -242,11 +245,11 @@ def is_table(spec: epath.PathLike) -> bool:
 def files_of(
   spec: epath.PathLike, suffixes: Sequence[str] = _DATA_SUFFIXES
 ) -> list[str]:
-  """The data files of a folder, by name; of anything else, itself.
+  """The data files of a folder, in order of name; otherwise `spec` itself.
 
-  A folder without any stands for its folders, as a repository of the Hub does
-  whose files are in `data`. A folder that `save_to_disk` wrote is its data set,
-  `datasets:FOLDER`, or those of its splits.
+  If a folder has no data files, those of its subfolders are used, as in a
+  repository of the Hub that has its files in `data`. A folder that
+  `save_to_disk` wrote is read as `datasets:FOLDER`, one for each split.
 
   Raises:
     RecordError: there is no data file.
@@ -262,14 +265,17 @@ def files_of(
 
 
 def is_test_split(file: str, spec: epath.PathLike) -> bool:
-  """Whether a file of `files_of(spec)` is one by its name, or by a folder's."""
+  """Whether a file of `files_of(spec)` is a test split by its name.
+
+  The name of a folder between `spec` and the file counts, too.
+  """
   file, folder = (str(p).removeprefix(_DATASETS) for p in (file, spec))
   below = epath.Path(file).relative_to(folder)
   return any(_TEST.match(part.lower()) for part in below.parts)
 
 
 def unread(files: Sequence[str], folder: epath.PathLike) -> list[str]:
-  """Names of files and folders in a folder that are not read with it."""
+  """Names of a folder's files and subfolders that are not among `files`."""
   if is_data_set(folder) or not epath.Path(folder).is_dir():
     return []
   read = tuple(file.removeprefix(_DATASETS) for file in files)
@@ -297,7 +303,7 @@ def _files_in(folder: epath.Path, suffixes: tuple[str, ...]) -> list[str]:
   stems = collections.Counter(name.removesuffix('.gz') for name in found)
   if twice := [name for name, number in stems.items() if number > 1]:
     raise records.RecordError(
-      f'{twice[0]} is there twice, also as .gz; remove one of them'
+      f'{twice[0]} is there plain and as .gz; remove one of them'
     )
   if found:
     return found
@@ -306,10 +312,11 @@ def _files_in(folder: epath.Path, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def read_objects(path: epath.PathLike) -> Iterator[tuple[int, Example | str]]:
-  """(line, object) of JSONL, (position, object) of one JSON list, (row, object)
-  of a table.
+  """Yields (number, object) for each entry of a JSON file or table.
 
-  A bad entry gives a text of what is wrong with it.
+  The number is the line in JSONL, the position in a file that is one JSON list,
+  and the row in a table. For a bad entry, a description of the problem replaces
+  the object.
   """
   name = str(path).removesuffix('.gz')
   if is_data_set(path) or name.endswith(_TABLES):
@@ -329,11 +336,11 @@ def read_csv(
 ) -> Iterator[tuple[int, dict[str, str]]]:
   """Yields (first line of the row, column -> text); checks the header.
 
-  The delimiter is a tab in a `.tsv` file; else the one of comma, semicolon,
-  tab and bar that gives the header these columns.
+  The delimiter is a tab in a `.tsv` file; otherwise it is the one of comma,
+  semicolon, tab and bar that gives the header these columns.
 
   Raises:
-    RecordError: a column is missing or comes twice, a row has another number of
+    RecordError: a column is missing or repeated, a row has the wrong number of
       fields, or the file is not CSV.
   """
   reader, header = _csv_reader(path, columns)
@@ -365,7 +372,7 @@ def read_csv(
 
 
 def _csv_reader(path, columns):
-  """(reader behind the header, header) with the delimiter that fits best."""
+  """(reader positioned after the header, header), with the best delimiter."""
   text = records.read_text(path)
   csv.field_size_limit(records.MAX_LINE_BYTES)
   is_tsv = str(path).removesuffix('.gz').endswith('.tsv')
@@ -381,7 +388,8 @@ def _csv_reader(path, columns):
       continue
     missing = [column for column in columns if column not in header]
     found.append((len(missing), -len(header), len(found), reader, header))
-  # Most of the columns, then most columns, then the usual delimiter.
+  # The most required columns, then the most columns, then the order of
+  # `_DELIMITERS`.
   num_missing, _, _, reader, header = min(found, default=(1, 0, 0, None, None))
   if found and not num_missing:
     return reader, header
@@ -401,8 +409,8 @@ def model_of(values: Example, answer: Sequence[str] = ()) -> tuple[str, str]:
 
   AlpacaEval's outputs have a `generator`, OpenAssistant's messages `synthetic`
   and `model_name`, Self-Instruct's predictions a `target` next to the response.
-  `answer` are the keys that the answer was taken from. ('', '') if nothing says
-  so.
+  `answer` lists the keys that the answer was taken from. Returns ('', '') if
+  nothing says so.
   """
   for key in _GENERATORS:
     name = values.get(key)
@@ -430,16 +438,17 @@ def read_fields(
   """Records of a table; see `read_examples` and the top of this file.
 
   Args:
-    spec, record_type: the table, and what to make of it.
-    fields: one format string a field, or several for lists.
-    model_outputs: keep demonstrations by models, as far as their rows say so.
+    spec, record_type: the table, and the type of record to make from it.
+    fields: one format string per field, or several for lists.
+    model_outputs: whether to keep demonstrations that models wrote according to
+      their rows.
 
   Returns:
     The records; and how many rows were left out, by reason.
 
   Raises:
     RecordError: a bad format string, a column that the examples lack, or values
-      that make no record; up to 10 examples are reported together.
+      that are not a valid record; up to 10 examples are reported together.
   """
   parsed, skipped = Fields(record_type, fields, spec), collections.Counter()
 
@@ -460,7 +469,7 @@ def read_fields(
 class Fields:
   """Format strings, parsed once, that fill the fields of a record.
 
-  Errors name `source`. `columns` are those that the format strings name.
+  Errors name `source`. `columns` lists the columns in the format strings.
   """
 
   def __init__(
@@ -498,7 +507,7 @@ class Fields:
     )
 
   def columns_of(self, field: str) -> list[str]:
-    """The columns that a field is made of."""
+    """The columns in a field's format strings."""
     pieces = itertools.chain(*self._templates.get(field, ()))
     return [column for _, column, _, _ in pieces if column is not None]
 
@@ -545,7 +554,10 @@ class Fields:
 
 
 def _parse(field: str, template: str) -> list[tuple]:
-  """(text, column, keys, format) pieces; `column` is None for text alone."""
+  """Parses a format string into (text, column, keys, format) pieces.
+
+  `column` is None for text alone.
+  """
   try:
     parsed = list(string.Formatter().parse(template))
   except ValueError as error:
@@ -583,7 +595,7 @@ def _lookup(example: Example, column: str, keys: Sequence[str]):
 
 
 def _plain(value: Any) -> Any:
-  """A value of JSON's types; None if it is missing or NaN."""
+  """A value without bytes and NumPy types; None if it is missing or NaN."""
   if isinstance(value, bytes):
     try:
       return value.decode('utf-8')
@@ -641,7 +653,7 @@ def _items(field: str, pieces: Sequence[tuple], example: Example) -> list:
   if value is None and field == 'turns':
     return []
   if isinstance(value, str) and value.lstrip()[:1] == '[':
-    # A cell of a CSV file.
+    # A CSV cell may have a JSON list.
     try:
       value = json.loads(value)
     except (ValueError, RecursionError):
@@ -650,7 +662,7 @@ def _items(field: str, pieces: Sequence[tuple], example: Example) -> list:
 
 
 def _item(field: str, item: Any) -> Any:
-  """One entry of a list field, with the type that its record needs."""
+  """One entry of a list field, converted to the type that the record needs."""
   item = _plain(item)
   if field == 'completions':
     return _as_text(item, field, '')
@@ -703,8 +715,8 @@ def mix(
 ) -> list[records.Record]:
   """A shuffled mixture of parts in the proportions of `weights`.
 
-  Records are drawn without repeats, so the part that runs out first, for its
-  weight, bounds the size of the mixture.
+  Records are drawn without repeats, so the part that is smallest relative to
+  its weight limits the size of the mixture.
   """
   if len(parts) != len(weights) or not parts:
     raise ValueError(f'{len(parts)} parts with {len(weights)} weights')
@@ -767,7 +779,7 @@ def _read_parquet(path: epath.Path) -> Iterator[Example]:
 def _read_batches(
   path: epath.Path, batches_of: Callable[[Any], Iterable[Any]]
 ) -> Iterator[Example]:
-  """The rows of a file of Arrow batches; `batches_of` an open file."""
+  """The rows of a file of Arrow batches, which `batches_of` reads."""
   import pyarrow
 
   if not path.exists():
@@ -782,7 +794,7 @@ def _read_batches(
         for example in _to_microseconds(batch).to_pylist():
           row += 1
           yield example
-    # Damaged texts and dates raise Python's own errors.
+    # Damaged texts and dates raise built-in Python exceptions.
     except (
       pyarrow.ArrowException,
       OSError,
@@ -796,7 +808,7 @@ def _read_batches(
 
 
 def _to_microseconds(batch):
-  """The batch without nanoseconds, for which Python has no type."""
+  """Converts nanosecond timestamps, for which Python has no type."""
   import pyarrow
 
   for number, field in enumerate(batch.schema):
@@ -822,7 +834,7 @@ def _read_xlsx(path: epath.Path) -> Iterator[tuple[int, Example]]:
     try:
       book = openpyxl.load_workbook(file, read_only=True, data_only=True)
       rows = list(book.worksheets[0].iter_rows(values_only=True))
-    # A damaged archive and damaged XML raise what zipfile and its parser do.
+    # Damaged archives and XML raise various exceptions of zipfile and parser.
     except Exception as error:
       raise records.RecordError(
         f'{path}: not an Excel file ({command.one_line(error)})'
@@ -838,7 +850,7 @@ def _read_xlsx(path: epath.Path) -> Iterator[tuple[int, Example]]:
     )
   for number, row in enumerate(rows, start=2):
     if any(value is not None for value in row):
-      # Some writers leave out the empty cells at the end.
+      # Some writers leave out empty cells at the end of a row.
       cells = itertools.zip_longest(header, row)
       yield number, {str(name): cell for name, cell in cells if name}
 
@@ -856,7 +868,7 @@ def _read_tfds(spec: str) -> Iterator[Example]:
     raise records.RecordError(
       f'{spec}: expected tfds:NAME/SPLIT, such as tfds:lm1b/train'
     )
-  # Takes two seconds, and few runs need it.
+  # The import takes two seconds, and few runs need it.
   import tensorflow_datasets as tfds
 
   try:

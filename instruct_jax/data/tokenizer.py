@@ -2,22 +2,23 @@
 
 Training rows, rollouts, reward models, judges, benchmarks, the chat and length
 tables all use it: `encode_prompts` gives the ids before a response,
-`encode_responses` the response with the token that ends it, and
-`encode_documents` other text. Prompt and response are encoded apart, so that a
-prompt's ids never depend on what follows. No text can spell a special token:
-`<eos>` typed by a user is text.
+`encode_responses` the response, with the token that ends it if asked, and
+`encode_documents` other text. Prompt and response are encoded separately, so
+that a prompt's ids never depend on what follows. No text can spell a special
+token: `<eos>` typed by a user is plain text.
 
 The template renders prompts. It is saved with the tokenizer, as are the tokens
 that end an answer:
 
-  ''            the prompt's text as it is (the paper's raw prompts); EOS ends
-  'chat'        the tokenizer's own chat template, over the prompt's turns; the
-                token with which the template ends the assistant's turn ends
-  other text    a format string with one slot, {prompt}; EOS ends
+  ''            the prompt's text unchanged (the paper's raw prompts); answers
+                end with EOS
+  'chat'        the tokenizer's own chat template, applied to the prompt's
+                turns; answers end with the template's end-of-turn token
+  other text    a format string with one slot, {prompt}; answers end with EOS
 
   python -m instruct_jax.data.tokenizer hf:NAME --output=DIR --template=chat
 
-prepares a published tokenizer: a PAD of its own, the template, stop tokens. A
+prepares a published tokenizer: a separate PAD, the template, stop tokens. A
 template that reads the clock gets a fixed date (`--date`).
 """
 
@@ -46,7 +47,7 @@ CHAT, SLOT = 'chat', '{prompt}'
 _FILE = 'tokenizer.json'
 _FORMAT_FILE = 'prompt_format.json'
 _HUB_PATTERNS = ('*.json', '*.jinja', '*.txt', '*.bpe')
-# A tokenizer's files; others in its folder, such as weights, are not read.
+# A tokenizer's files; others in the folder, such as weights, are not read.
 _FILES = (
   _FILE,
   'tokenizer_config.json',
@@ -55,13 +56,13 @@ _FILES = (
   'chat_template.jinja',
   'chat_template.json',
 )
-# Folder of templates other than the first.
+# Folder of additional templates.
 TEMPLATES = 'additional_chat_templates'
-# Texts after which a text may keep its ids; the first that works is taken.
+# Texts after which a text may keep its ids; the first that works is used.
 _ANCHORS = ('\n', 'a', '.', '0', ':')
-# Replaces an answer where the template around it is read.
+# Stands in for an answer when the template around it is examined.
 _MARK = '\ue000answer\ue001'
-# OpenAI's two files under its own names and under Hugging Face's.
+# OpenAI's two files, under OpenAI's names and under Hugging Face's.
 _BPE_FILES = (
   ('encoder.json', 'vocab.bpe'),
   ('encoder.json.gz', 'vocab.bpe.gz'),
@@ -70,27 +71,27 @@ _BPE_FILES = (
 
 
 class TemplateError(ValueError):
-  """A chat template cannot render a prompt; the text names the prompt."""
+  """A chat template cannot render a prompt; the message names the prompt."""
 
 
 class Tokenizer:
-  """Encodes and decodes.
+  """Encodes and decodes text.
 
   Attributes:
-    vocab_size: number of ids, specials included.
-    pad_id: fills rows up; never a real token, so not EOS.
+    vocab_size: number of ids, special tokens included.
+    pad_id: pads rows; never a real token, so not EOS.
     eos_id: ends every document.
     end_id: ends every response of a training row: the chat template's end of
       a turn, or EOS.
-    end_ids: all that the chat template puts behind an answer, from `end_id` on;
-      empty if that is unknown.
-    stop_ids: tokens that end a sampled response: EOS, then the others, `end_id`
-      among them.
+    end_ids: everything that the chat template puts after an answer, from
+      `end_id` on; empty if unknown.
+    stop_ids: tokens that end a sampled response: EOS, then the others,
+      including `end_id`.
     prefix_ids: precede every text (a BOS token, or nothing).
     bos_id: the BOS token, whether or not texts begin with it; or None.
     template: see the top of this file.
-    fingerprint: SHA-256 of all that decides a text's ids: vocabulary, merges,
-      normalizer, pre-tokenizer, special ids, template and stop tokens.
+    fingerprint: SHA-256 of everything that determines a text's ids: vocabulary,
+      merges, normalizer, pre-tokenizer, special ids, template and stop tokens.
       Checkpoints store it.
     vocabulary_fingerprint: the same without template and stop tokens.
   """
@@ -104,11 +105,11 @@ class Tokenizer:
   ):
     """Wraps a `transformers.PreTrainedTokenizerFast`.
 
-    `stop_ids` are further tokens that end a response.
+    `stop_ids` are additional tokens that end a response.
 
     Raises:
-      ValueError: PAD or EOS are missing or the same, a stop token is the PAD or
-        no token, or the template cannot be used.
+      ValueError: PAD or EOS is missing or they are the same, a stop token is
+        PAD or not in the vocabulary, or the template cannot be used.
     """
     pad_id, eos_id = fast_tokenizer.pad_token_id, fast_tokenizer.eos_token_id
     if eos_id is None:
@@ -136,7 +137,7 @@ class Tokenizer:
     self.template = template
     self._fast_tokenizer = fast_tokenizer
     self._backend = fast_tokenizer.backend_tokenizer
-    # Off, `<eos>` inside a user's text would become the real EOS id.
+    # Without this, `<eos>` in a user's text would become the real EOS id.
     self._backend.encode_special_tokens = True
     self._backend.no_padding()
     self._backend.no_truncation()
@@ -156,7 +157,7 @@ class Tokenizer:
     self.end_ids: tuple[int, ...] = ()
     # The template's text before and after an answer, if it is known.
     self._around_answer: tuple[str, str] | None = None
-    # What the template puts before an answer only when it asks for one.
+    # What the template puts before an answer only in a generation prompt.
     self.only_asked = ''
     if template == CHAT:
       self._chat_template = _checked_chat_template(fast_tokenizer.chat_template)
@@ -166,7 +167,7 @@ class Tokenizer:
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """Of all that decides ids: vocabulary, template and ends of a turn."""
+    """SHA-256 of all that determines ids: vocabulary, template, stop tokens."""
     if not self.template and self.stop_ids == (self.eos_id,):
       return self.vocabulary_fingerprint
     chat = self._chat_template if self.template == CHAT else ''
@@ -175,10 +176,10 @@ class Tokenizer:
 
   @functools.cached_property
   def vocabulary_fingerprint(self) -> str:
-    """Of what turns plain text into ids."""
+    """SHA-256 of what turns plain text into ids."""
     described = json.loads(self._backend.to_str())
     model = described['model']
-    if 'merges' in model:  # Written as pairs or as joined texts.
+    if 'merges' in model:  # Stored as pairs or as joined texts.
       model['merges'] = [
         merge if isinstance(merge, str) else ' '.join(merge)
         for merge in model['merges']
@@ -205,11 +206,11 @@ class Tokenizer:
     )
 
   def encode(self, text: str) -> list[int]:
-    """Ids of a text, without any special token before, inside or after."""
+    """Ids of a text, with no special token before, inside or after it."""
     return self.encode_batch([text])[0]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """`encode` of many texts at once, on all cores."""
+    """`encode` for many texts at once, on all cores."""
     return list(map(self._without_specials, self._ids(texts)))
 
   def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
@@ -222,10 +223,10 @@ class Tokenizer:
       str | records.Prompt | records.Demonstration | records.Comparison
     ],
   ) -> list[list[int]]:
-    """Ids of prompts as the template renders them, up to the response's first.
+    """Ids of prompts as the template renders them, up to the response.
 
     The special tokens of a chat template are special; those that a message
-    spells are text. A prompt without turns is one turn of the user's.
+    spells are text. A prompt without turns is a single user turn.
 
     Raises:
       TemplateError: the chat template refuses a prompt.
@@ -247,14 +248,15 @@ class Tokenizer:
       ]
     ],
   ) -> list[list[int]]:
-    """Ids of (prompt, answer) as the chat template renders the whole.
+    """Ids of each (prompt, answer) as the chat template renders the two.
 
-    What it puts after the answer is included, so these are the ids of
-    transformers' `apply_chat_template`, but for special tokens that a message
-    spells, which stay text. The answer is kept as it is.
+    What the template puts after the answer is included, so these are the ids
+    of transformers' `apply_chat_template`, except that special tokens spelled
+    in a message stay text. The answer is passed unchanged.
 
     Raises:
-      ValueError: there is no chat template, or (TemplateError) it refuses one.
+      ValueError: there is no chat template, or (TemplateError) it refuses a
+        conversation.
     """
     if self.template != CHAT:
       _checked_chat_template(self._fast_tokenizer.chat_template)
@@ -267,10 +269,10 @@ class Tokenizer:
   def encode_responses(
     self, texts: Sequence[str], *, ended: bool = False
   ) -> list[list[int]]:
-    """Ids of responses, as they follow the ids of their prompts.
+    """Ids of responses, to follow the ids of their prompts.
 
     With a chat template, white space at the start of a response is dropped,
-    because the template ends in a separator of its own; what the template puts
+    because the template ends in its own separator; what the template puts
     around an answer (a space, say) is added. `ended` appends `end_id` to each,
     as in training rows.
     """
@@ -283,7 +285,7 @@ class Tokenizer:
   def render_chat(
     self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool
   ) -> str:
-    """The chat template's text of messages with `role` and `content`.
+    """The chat template's text for messages with `role` and `content`.
 
     Raises:
       ValueError: there is no chat template, or (TemplateError) it refuses them.
@@ -295,15 +297,17 @@ class Tokenizer:
     )
 
   def encode_rendered(self, text: str) -> list[int]:
-    """Ids of a template's text: the special tokens that it spells are special,
-    and `prefix_ids` are not added."""
+    """Ids of a rendered template.
+
+    The special tokens that it spells are special; `prefix_ids` are not added.
+    """
     return self._special_ids([text])[0]
 
   # --- Chat templates ---------------------------------------------------------
 
   @property
   def template_marks(self) -> tuple[str, ...]:
-    """Special tokens that the chat template puts around turns; () without."""
+    """Special tokens that the chat template puts around turns; () if none."""
     if self.template != CHAT:
       return ()
     turns = [{'role': 'user', 'content': '?'}]
@@ -326,7 +330,7 @@ class Tokenizer:
       ) from error
 
   def _read_template(self, stop_ids):
-    """Finds what the template puts around an answer, and what ends it."""
+    """Finds what the template puts around an answer, and how an answer ends."""
     question = [{'role': 'user', 'content': '?'}]
     answered = [*question, {'role': 'assistant', 'content': _MARK}]
     name = 'a conversation of one question'
@@ -377,8 +381,11 @@ class Tokenizer:
     return found
 
   def _encode_spelled_chat(self, turns, name, add_generation_prompt):
-    """Ids of a chat whose messages spell a special token: messages and pieces
-    of the template are encoded apart, so only merges at the seams differ."""
+    """Ids of a chat whose messages spell a special token.
+
+    Messages and pieces of the template are encoded separately, so only merges
+    at the seams differ.
+    """
     marks = [f'\ue000{number}\ue001' for number in range(len(turns))]
     pairs = list(zip(turns, marks, strict=True))
     messages = [{'role': turn.role, 'content': mark} for turn, mark in pairs]
@@ -429,7 +436,7 @@ class Tokenizer:
 
   def _encode_answer_apart(self, text):
     lead, tail = self._around_answer
-    # White space belongs to the words beside it.
+    # White space is encoded together with the adjacent words.
     if not lead.strip():
       text, lead = lead + text, ''
     if not tail.strip():
@@ -447,13 +454,13 @@ class Tokenizer:
     """Ids of texts that continue another text.
 
     Some tokenizers (Llama 2's, Mistral's) put a mark or a space before each
-    text. With those a text is encoded after an anchor, whose ids are removed.
+    text. For these, a text is encoded after an anchor, whose ids are removed.
     """
     encode = encode or self.encode_batch
     if not self._marks_starts:
       return encode(texts)
     found = [None if text else [] for text in texts]
-    # The empty anchor is for texts that merge with all others.
+    # The empty anchor is for texts that merge with every other anchor.
     for anchor in (*_ANCHORS, ''):
       missing = [i for i, ids in enumerate(found) if ids is None]
       if not missing:
@@ -472,7 +479,7 @@ class Tokenizer:
     return [encoding.ids for encoding in encodings]
 
   def _special_ids(self, texts):
-    """Ids of texts whose special tokens are special."""
+    """Ids of texts in which special tokens are special."""
     self._backend.encode_special_tokens = False
     try:
       return self._ids(texts)
@@ -480,7 +487,7 @@ class Tokenizer:
       self._backend.encode_special_tokens = True
 
   def _without_specials(self, ids: list[int]) -> list[int]:
-    # A word-level vocabulary has `<eos>` as a word; in a text it is unknown.
+    # A word-level vocabulary has `<eos>` as a word; in a text it becomes <unk>.
     specials = (self.pad_id, self.eos_id)
     if not any(token in ids for token in specials):
       return ids
@@ -492,7 +499,7 @@ class Tokenizer:
     return [self._unk_id if token in specials else token for token in ids]
 
   def decode(self, ids: Collection[SupportsIndex]) -> str:
-    """The text of some ids, without PAD, BOS and stop tokens.
+    """The text of some ids, without PAD, `prefix_ids` and stop tokens.
 
     Raises ValueError if an id is outside the vocabulary (the wrong tokenizer,
     or a model with more logits than its tokenizer has tokens).
@@ -500,7 +507,7 @@ class Tokenizer:
     return self._backend.decode(self._kept(ids), skip_special_tokens=False)
 
   def decode_response(self, ids: Collection[SupportsIndex]) -> str:
-    """`decode` of a response as it follows its prompt, with its first space."""
+    """`decode` of a response that follows its prompt; keeps a first space."""
     kept = self._kept(ids)
     anchor = self.encode(_ANCHORS[0]) if self._marks_starts and kept else []
     whole, alone = (
@@ -521,7 +528,7 @@ class Tokenizer:
     for token in np.asarray(ids).tolist():
       if not 0 <= token < self.vocab_size:
         raise ValueError(
-          f'id {token} is not among the {self.vocab_size} of this tokenizer'
+          f'id {token} is outside the {self.vocab_size} ids of this tokenizer'
         )
       if token not in dropped:
         kept.append(token)
@@ -536,9 +543,9 @@ class Tokenizer:
   # --- Folders ----------------------------------------------------------------
 
   def save(self, folder: epath.PathLike) -> None:
-    """Writes the folder in Hugging Face format, for `from_pretrained`.
+    """Writes a folder in Hugging Face format, for `from_pretrained`.
 
-    Other files of an earlier tokenizer are removed.
+    Files left over from an earlier tokenizer are removed.
     """
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -566,9 +573,9 @@ class Tokenizer:
     stop_tokens: Sequence[str],
     date: datetime.date | None = None,
   ) -> 'Tokenizer':
-    """The same tokenizer with another template and further stop tokens.
+    """The same tokenizer with another template and additional stop tokens.
 
-    `date` is for a chat template that reads the clock.
+    `date` fixes the date of a chat template that reads the clock.
 
     Raises:
       ValueError: see `__init__`; or a stop token is not in the vocabulary.
@@ -590,8 +597,10 @@ class Tokenizer:
     return _one_template(found) if found else ''
 
   def scoring_template(self) -> str:
-    """The chat template without what it puts behind the last `end_id`, for
-    reward models that read their score there."""
+    """The chat template without what it puts after the last `end_id`.
+
+    For reward models that read their score at that token.
+    """
     text = self._fast_tokenizer.decode(self.end_ids[1:])
     if not text:
       return self.chat_template
@@ -602,10 +611,10 @@ class Tokenizer:
     )
 
   def serving_template(self) -> str:
-    """A chat template that gives the ids of `encode_prompts`, for servers.
+    """A chat template, for servers, that gives the ids of `encode_prompts`.
 
-    It is the tokenizer's own where prompts are read by that. A format string
-    becomes a template of one question. '' for plain text, and where no template
+    It is the tokenizer's own if prompts are rendered with that. A format string
+    becomes a template for one question. '' for plain text, and if no template
     gives the same ids.
     """
     if self.template == CHAT:
@@ -634,11 +643,11 @@ class Tokenizer:
   def load(cls, folder: epath.PathLike) -> 'Tokenizer':
     """Reads a folder that `save` or `save_pretrained` wrote, or `hf:NAME`.
 
-    Also GPT-2's encoder.json and vocab.bpe. Stop tokens are those of
-    generation_config.json (or else config.json) and of `save`. A PAD is added
-    if there is none or if it also ends responses. Only `hf:` ever downloads,
-    and only the tokenizer's own files are read. Raises ValueError with the
-    folder and what is missing or wrong in it.
+    It also reads GPT-2's encoder.json and vocab.bpe. Stop tokens are those of
+    generation_config.json (or else config.json) and those saved by `save`. A
+    PAD is added if there is none or if it also ends responses. Only `hf:` ever
+    downloads, and only the tokenizer's own files are read. Raises ValueError
+    with the folder and what is missing or wrong in it.
     """
     if str(folder).startswith('hf:'):
       folder = hub.locate(str(folder), _HUB_PATTERNS)
@@ -688,7 +697,7 @@ def is_folder(folder: epath.Path) -> bool:
 
 
 def is_prepared(folder: epath.Path) -> bool:
-  """Whether a folder's tokenizer was saved with its template by `save`."""
+  """Whether `save` wrote a prompt format with the folder's tokenizer."""
   return (folder / _FORMAT_FILE).exists()
 
 
@@ -708,7 +717,7 @@ def _load_fast(folder: epath.Path, names: Sequence[str]) -> Any:
     for name in wanted:
       target = pathlib.Path(temporary) / name
       target.parent.mkdir(exist_ok=True)
-      # Their readers cannot read a byte order mark.
+      # The libraries' readers cannot read a byte order mark.
       content = (folder / name).read_bytes().removeprefix(codecs.BOM_UTF8)
       target.write_bytes(content)
     return transformers.PreTrainedTokenizerFast.from_pretrained(
@@ -744,7 +753,7 @@ def _marks_starts(described: Any) -> bool:
 
 
 def _one_template(found: Any) -> str:
-  """The chat template, of one or of several by name.
+  """The chat template; of several named ones, the one called 'default'.
 
   Raises ValueError if there is none, or none of several is called 'default'.
   """
@@ -778,7 +787,7 @@ def _checked_chat_template(found: Any) -> str:
 def reads_clock(template: str) -> bool:
   """Whether a chat template uses the current time.
 
-  Raises ValueError if it does not parse, or draws random texts.
+  Raises ValueError if it does not parse, or generates random text.
   """
   import jinja2
   import jinja2.ext
@@ -804,14 +813,14 @@ def reads_clock(template: str) -> bool:
   filters = {node.name for node in parsed.find_all(jinja2.nodes.Filter)}
   if 'lipsum' in names or 'random' in filters:
     raise ValueError(
-      'the chat template draws random texts (lipsum, random), so a prompt '
+      'the chat template generates random text (lipsum, random), so a prompt '
       'would have other ids each time; remove them'
     )
   return 'strftime_now' in names
 
 
 def _pinned(template: str, date: datetime.date) -> str:
-  """The template with a clock that is stopped at a date's midnight."""
+  """The template with its clock fixed at midnight of a date."""
   then = datetime.datetime.combine(date, datetime.time())
   known = [f'%{letter}' for letter in 'aAwdbBmyYHIMSpfjUWcxXzZeDFTRGuV']
   # glibc's variants without leading zeros.
@@ -855,11 +864,11 @@ def _ids_of(fast_tokenizer: Any, tokens: Sequence[str]) -> list[int]:
 
 
 def check_published(tokenizer: Tokenizer, folder: str) -> None:
-  """Raises ValueError if a published model's folder has another tokenizer.
+  """Raises ValueError if a published model's folder has a different tokenizer.
 
   Policy, reward model and trainer pass ids to each other, never text. Folders
-  without a tokenizer and models of this project, which carry a fingerprint,
-  pass.
+  without a tokenizer are accepted, as are this project's own models, which
+  carry a fingerprint.
   """
   if folder.startswith('hf:'):
     folder = str(hub.locate(folder, _HUB_PATTERNS))
@@ -877,13 +886,13 @@ def check_published(tokenizer: Tokenizer, folder: str) -> None:
 
 
 def train_word_level(vocabulary: Sequence[str]) -> Tokenizer:
-  """A tokenizer with one id per word: ids 0, 1, 2 are <pad>, <eos>, <unk>, and
-  those of the vocabulary follow in order.
+  """A tokenizer with one id per word.
 
+  Ids 0, 1, 2 are <pad>, <eos>, <unk>; those of the vocabulary follow in order.
   Text is split at white space, and `decode` joins with single spaces.
 
   Raises:
-    ValueError: a word is empty, holds white space or comes twice.
+    ValueError: a word is empty, contains white space or is repeated.
   """
   ids = {PAD: 0, EOS: 1, UNK: 2}
   for word in vocabulary:
@@ -903,9 +912,9 @@ def train_word_level(vocabulary: Sequence[str]) -> Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
   """Trains a byte-level BPE tokenizer (GPT-2's kind).
 
-  It can encode every text and decodes it byte for byte. <pad> is 0, <eos> 1.
-  There are at most `vocab_size` ids (fewer if the texts run out of pairs), at
-  least 258: 256 bytes and two specials.
+  It can encode any text, and decoding restores it byte for byte. <pad> is 0,
+  <eos> is 1. There are at most `vocab_size` ids (fewer if the texts run out of
+  pairs), and at least 258: 256 bytes and two special tokens.
   """
   if vocab_size < 258:
     raise ValueError(
@@ -927,10 +936,10 @@ def load_gpt2_bpe(
 ) -> Tokenizer:
   """The tokenizer of GPT-2 and GPT-3 from OpenAI's two files, plain or `.gz`.
 
-  `encoder.json` maps token to id, `vocab.bpe` has one merge a line, best first.
-  50,257 ids as published (<|endoftext|>, the EOS, is 50256), and a PAD as id
-  50257: the paper's models share one id for both uses, which `types.TextBatch`
-  forbids.
+  `encoder.json` maps token to id; `vocab.bpe` has one merge per line, best
+  first. The ids are the 50,257 as published (<|endoftext|>, the EOS, is 50256)
+  and a PAD as id 50257: the paper's models share one id for both uses, which
+  `types.TextBatch` forbids.
 
   Raises:
     RecordError: a file is missing or not what its name says.

@@ -2,7 +2,7 @@
 
 Orbax writes both, and both appear by one rename: a process killed while writing
 leaves nothing that looks finished. Both keep the shape, dtype and a checksum
-over the bits of every array, so that reading finds damage on any number of
+over the bits of every array, so that reading detects damage, on any number of
 devices or processes.
 """
 
@@ -36,7 +36,7 @@ _PARAMS_FOLDER = 'params'
 _COMMITTED_FILE = 'commit_success.txt'
 
 
-# Orbax logs the traceback of each failure before it raises it.
+# Drops the tracebacks that Orbax logs for each failure before it raises it.
 logging.getLogger('absl').addFilter(
   lambda record: '/orbax/' not in record.pathname or not record.exc_info
 )
@@ -44,7 +44,7 @@ _unraisable = sys.unraisablehook
 
 
 def _report_unraisable(problem) -> None:
-  # After one failure, Orbax's other reads and writes meet a closed loop.
+  # After one failure, Orbax's other reads and writes find a closed event loop.
   if 'Event loop is closed' not in str(problem.exc_value):
     _unraisable(problem)
 
@@ -57,7 +57,7 @@ class CheckpointError(RuntimeError):
 
 
 class _DamagedError(Exception):
-  """A checkpoint cannot be read; the one before it may be whole."""
+  """A checkpoint cannot be read; the one before it may be intact."""
 
 
 class Checkpointer:
@@ -65,9 +65,9 @@ class Checkpointer:
 
   Args:
     directory: created if absent; it must hold nothing else.
-    keep: how many of the newest stay. With less than 2 there is no older one
-      to use when the newest is damaged.
-    keep_every: checkpoints at multiples of this step stay too; 0 for none.
+    keep: how many of the newest are kept. With fewer than 2 there is none to
+      fall back on when the newest is damaged.
+    keep_every: checkpoints at multiples of this step are kept too; 0 for none.
   """
 
   def __init__(
@@ -90,7 +90,7 @@ class Checkpointer:
     self._steps = self._find_steps()
 
   def _find_steps(self):
-    """Steps on disk as the first process sees them, in every process."""
+    """Returns, in every process, the steps that the first one sees on disk."""
     found = np.array([], np.int64)
     if jax.process_index() == 0:
       steps = ocp.utils.checkpoint_steps(self._directory)
@@ -104,11 +104,12 @@ class Checkpointer:
     """Starts to write a checkpoint, unless the step is on disk.
 
     Returns once the arrays are copied and may be donated. The next `save`,
-    `check`, `wait` or `close` raises what goes wrong in the background.
+    `check`, `wait` or `close` raises any error of the background write.
 
     Args:
       step: names the checkpoint.
-      state: pytree of jax arrays, typed PRNG keys included, or TypeError.
+      state: pytree of jax arrays, typed PRNG keys included; TypeError for other
+        leaves.
       extra: JSON values of the host that belong to the state.
     """
     if step in self._steps:
@@ -147,7 +148,7 @@ class Checkpointer:
         processes.fail(f'error: {error}', error)
 
   def check(self) -> None:
-    """Raises CheckpointError if the last one failed; does not wait."""
+    """Raises CheckpointError if the last write failed; does not wait."""
     error, self._error = self._error, None
     if error is not None:
       raise error
@@ -155,13 +156,13 @@ class Checkpointer:
   def restore_latest(
     self, abstract_state: PyTree
   ) -> tuple[int, PyTree, dict[str, Any]] | None:
-    """Step, state and extra of the newest whole checkpoint; None without any.
+    """Step, state and extra of the newest intact checkpoint; None without any.
 
-    Warns of each damaged one and moves it aside once an older one is read.
+    Warns about each damaged one, and moves it aside once an older one is read.
 
     Args:
       abstract_state: arrays or `ShapeDtypeStruct`s, whose shardings the state
-        gets; without one, an array is put on the first device.
+        gets; an array without a sharding is put on the first local device.
 
     Raises:
       CheckpointError: the checkpoint holds other arrays (they are named), or no
@@ -193,7 +194,7 @@ class Checkpointer:
     return None
 
   def _read(self, path, abstract_state):
-    # Not by the checkpointer: where one process cannot read, the others would
+    # Not through the checkpointer: if one process cannot read, the others would
     # wait for it there.
     record = _in_all(
       lambda: _checked(
@@ -226,7 +227,7 @@ class Checkpointer:
     self._steps = self._find_steps()
 
   def wait(self) -> None:
-    """Returns once everything is on disk; CheckpointError if it cannot be."""
+    """Waits until everything is on disk; CheckpointError if that fails."""
     if self._finisher is not None:
       self._finisher.join()
       self._finisher = None
@@ -242,7 +243,7 @@ class Checkpointer:
 
   @contextlib.contextmanager
   def _naming_errors(self):
-    # A full disk is an error of Python, of TensorStore or of Orbax.
+    # A full disk may raise an error of Python, of TensorStore or of Orbax.
     try:
       yield
     except Exception as error:
@@ -413,7 +414,7 @@ def _named_leaves(tree) -> dict[str, Any]:
 
 
 def _rebuild(abstract, arrays, saved):
-  """The tree of `abstract` from arrays by name, with typed PRNG keys."""
+  """Builds the tree of `abstract` from arrays by name, with typed PRNG keys."""
   leaves = []
   for name in _named_leaves(abstract):
     impl = saved[name]['key_impl']
@@ -465,7 +466,7 @@ def _sealed_record(tree, extra):
 
 
 def _checked(record) -> dict[str, Any]:
-  """The record, unless it is damaged."""
+  """Returns the record; raises if it is damaged."""
   content = {name: record[name] for name in ('arrays', 'extra')}
   if _text_checksum(content) != record['checksum']:
     raise ValueError('checksum of the description does not match its text')
@@ -479,12 +480,13 @@ def _text_checksum(content) -> int:
 def _checksums(arrays: dict[str, Any]) -> dict[str, int]:
   """sum over i of (2 i + 1) * bits(x_i), modulo 2^32, of each array.
 
-  The sum does not depend on the layout of the array; odd weights find every
-  flipped bit and most swaps. Each process sums its own shards: one program over
-  all devices for each array would be slower, and can deadlock on CPU.
+  The sum does not depend on the layout of the array; odd weights detect every
+  single flipped bit and most swaps. Each process sums its own shards: one
+  program over all devices for each array would be slower, and can deadlock on
+  CPU.
   """
   parts = {name: list(_shard_sums(x)) for name, x in arrays.items()}
-  # Converted only now: an accelerator computes all of them meanwhile.
+  # Converted only now, so that an accelerator computes all of them meanwhile.
   sums = np.array(
     [sum(int(part) for part in row) % 2**32 for row in parts.values()],
     np.uint32,
@@ -496,7 +498,7 @@ def _checksums(arrays: dict[str, Any]) -> dict[str, int]:
 
 
 def _shard_sums(x):
-  """The sum over each shard of this process."""
+  """Yields the sum over each shard of this process."""
   if isinstance(x, np.ndarray):
     yield _host_sum(x, (0,) * x.ndim, x.shape)
     return
@@ -572,7 +574,7 @@ def _check_sums(saved, arrays) -> None:
 
 
 def _in_all(function: Callable[[], Any]) -> Any:
-  """The function's result; _DamagedError in all processes if any fails.
+  """Returns a function's result; _DamagedError in all processes if any fails.
 
   Orbax, TensorStore and JSON raise many kinds of errors for damaged files.
   """

@@ -1,9 +1,9 @@
 """The cost of a program, computed before it runs.
 
-`flops` counts the arithmetic of a traced program with its loops, which
-`compiled.cost_analysis()` counts once. `traffic` reads the bytes to and from
-memory and between chips off the optimised HLO text. `ceiling` compares both
-with a chip's published figures.
+`flops` counts the arithmetic of a traced program with all iterations of its
+loops (`compiled.cost_analysis()` counts them once). `traffic` takes from the
+optimised HLO text the bytes to and from memory and between chips. `ceiling`
+compares both with a chip's published figures.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Chip:
   Attributes:
     flops: bfloat16 peak, per second.
     memory: bytes; for v5e, what the compiler grants of the published 16 GiB;
-      for H100, 95 % of the card's, the most that jax should be let have.
+      for H100, 95 % of the card's, the most that jax should use.
     bandwidth: of the memory, bytes per second.
     interconnect: bytes per second; of all links of a TPU together, of a GPU's
       NVLink in one direction, or of its network card.
@@ -69,7 +69,7 @@ class Traffic:
 
 
 def ceiling(chip: Chip, num_flops: float, moved: Traffic) -> dict[str, float]:
-  """The least seconds for arithmetic, memory and interconnect of one chip."""
+  """Least seconds that one chip's arithmetic, memory and interconnect take."""
   return {
     'arithmetic': num_flops / chip.flops,
     'memory': moved.memory / chip.bandwidth,
@@ -79,8 +79,8 @@ def ceiling(chip: Chip, num_flops: float, moved: Traffic) -> dict[str, float]:
 
 # --- Arithmetic ---------------------------------------------------------------
 
-# Products [T, S] x H of cuDNN's attention; backwards it computes the scores
-# again.
+# Products [T, S] x H in cuDNN's attention; the backward pass recomputes the
+# scores.
 _CUDNN = {
   'dot_product_attention_fwd_wrapper': 2,
   'dot_product_attention_bwd_wrapper': 5,
@@ -90,9 +90,9 @@ _CUDNN = {
 def flops(jaxpr) -> float:
   """Floating-point operations of all matrix products of a traced program.
 
-  The sum over all chips, recomputed activations included; a `while_loop` counts
-  once, and what nothing reads does not: the compiler drops it. Other operations
-  are a small part of a Transformer's arithmetic.
+  The sum over all chips, including recomputed activations. A `while_loop`
+  counts once. Results that nothing reads do not count: the compiler drops them.
+  Other operations are a small part of a Transformer's arithmetic.
 
   Args:
     jaxpr: `jax.jit(f).trace(...).jaxpr`.
@@ -107,7 +107,7 @@ def flops(jaxpr) -> float:
       total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
       continue
     if name in _CUDNN:
-      # Also an upper bound: products of all tokens of a row.
+      # An upper bound: it counts products between all tokens of a row.
       (B, T, N, H), S = (
         equation.invars[0].aval.shape,
         equation.invars[1].aval.shape[1],
@@ -134,7 +134,7 @@ def flops(jaxpr) -> float:
 
 
 def _live(jaxpr):
-  """Equations whose results are read, or that have effects; the last first."""
+  """Yields equations with effects or whose results are read, last first."""
 
   def variables(atoms):
     return {atom for atom in atoms if not isinstance(atom, core.Literal)}
@@ -155,7 +155,7 @@ def _programs_in(params):
 
 # --- HLO text -----------------------------------------------------------------
 
-# Instructions that move nothing.
+# Instructions that move no bytes.
 _FREE = {
   *('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast'),
   *('after-all', 'partition-id', 'replica-id', 'opt-barrier'),
@@ -223,7 +223,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 def _size(type_text: str, on_chip: bool = False) -> float:
-  """Bytes of a type; `S(1)` is on-chip memory, which costs no traffic."""
+  """Bytes of a type; on-chip memory, `S(1)`, counts only with `on_chip`."""
   total = 0.0
   for bits, dims, layout in _ARRAY.findall(type_text):
     if on_chip or 'S(1)' not in layout:
@@ -237,8 +237,8 @@ def traffic(hlo_text: str) -> Traffic:
 
   Loops whose number of trips the compiler knows, or whose condition is `index <
   constant`, count that often, others once. A fusion reads its operands and
-  writes its result; of an array that it only slices or updates it touches the
-  slice.
+  writes its result; for an array that it only slices or updates, just the slice
+  counts.
 
   Args:
     hlo_text: `compiled.as_text()`.
@@ -249,7 +249,7 @@ def traffic(hlo_text: str) -> Traffic:
 
 
 class _Reader:
-  """Adds up 'memory' and the kinds of collectives, in bytes."""
+  """Adds up the bytes of 'memory' and of each kind of collective."""
 
   def __init__(self, computations):
     self._computations = computations
@@ -300,7 +300,7 @@ class _Reader:
           continue
         size = _received(kind, each, inner)
         if kind == 'all-reduce' and is_scatter:
-          # An all-reduce of which each chip keeps its part.
+          # An all-reduce of which each chip keeps only its part.
           kind, size = 'reduce-scatter', size / 2
         total[kind] += size
       return total
@@ -341,7 +341,7 @@ class _Reader:
 
 
 def _received(kind, instruction, types) -> float:
-  """Bytes that reach one chip when all chips send round rings."""
+  """Bytes that reach one chip with ring algorithms."""
   group = _group_size(instruction.attributes)
   before = sum(
     _size(types.get(name, ''), on_chip=True) for name in instruction.operands
@@ -355,7 +355,7 @@ def _received(kind, instruction, types) -> float:
 
 
 def _group_size(attributes: str) -> int:
-  """Chips of one collective, in any of three notations."""
+  """Number of chips in one collective, from any of three notations."""
   mesh = re.search(r'replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}', attributes)
   if mesh:
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))

@@ -2,8 +2,9 @@
 
   python -m instruct_jax.infra.device_check --backend=tpu
 
-On a pod, all workers run it at the same time (`tpu_setup.sh` does). The devices
-sum, gather and shift their numbers: the collectives of training.
+On a pod, all workers run it at the same time (`tpu_setup.sh` does). Each device
+holds a number, and they sum, gather and shift these with the collectives that
+training uses.
 """
 
 import socket
@@ -22,7 +23,7 @@ def check(backend: str) -> str:
   """Runs the collectives over all devices; returns their number and kind.
 
   Raises:
-    RuntimeError: another platform than `backend`, or a wrong result.
+    RuntimeError: the platform is not `backend`, or a result is wrong.
   """
   if jax.default_backend() != backend:
     raise RuntimeError(
@@ -68,7 +69,7 @@ def check(backend: str) -> str:
 
 
 def main(arguments=None) -> None:
-  """Checks all devices; an error is one line."""
+  """Checks all devices; prints an error as one line."""
   parser = command.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('--backend', required=True)
   parser.add_argument('--wait', type=int, default=600, help='seconds')

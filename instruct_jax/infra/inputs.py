@@ -1,6 +1,6 @@
-"""What a stage reads: found before it starts, hashed, and compared later.
+"""Finds and hashes what a stage reads, and detects later changes.
 
-`inputs.json` of a stage has the hashes of the inputs that it began with. They
+A stage's `inputs.json` has the hashes of the inputs that it began with. They
 are compared when the stage continues and when the finished stage is used again.
 Only contents count, not paths or times.
 """
@@ -23,20 +23,20 @@ ACCEPTED_FILE = 'accepted_inputs.json'
 MODEL_FILE = 'model.json'
 EMPTY = 'is empty'
 
-# Keys whose values are no inputs, even if there is a file of that name.
+# Keys whose values are never inputs, even if there is a file of that name.
 _NO_INPUTS = ('name', 'experiment', 'workdir', 'compilation_cache')
-# A named data set, which its library checks.
+# Prefix of a named data set, which its own library checks.
 _NAMED_DATA = 'tfds:'
 
 
 def read_by(
   experiment: ModuleType | None, config: ConfigDict
 ) -> dict[str, str]:
-  """What a stage reads.
+  """Returns the inputs that a stage reads.
 
   Args:
-    experiment: the module, whose `inputs(config)` counts. Without such a
-      function, each config value that names a file or folder counts.
+    experiment: the module, whose `inputs(config)` lists them. Without such a
+      function, each config value that names an existing file or folder counts.
     config: of the stage.
 
   Returns:
@@ -76,14 +76,14 @@ def key_of(label: str, keys: Mapping[str, Any]) -> str:
 
 
 def problem(path: str) -> str:
-  """Why nothing can be read at `path`: `EMPTY` for ''; '' if it exists."""
+  """Returns why `path` cannot be read: `EMPTY` for ''; '' if it exists."""
   if not path:
     return EMPTY
   if path.startswith(_NAMED_DATA):
     return ''
   try:
     found = _place(path).exists()
-  except ValueError as error:  # Of the hub.
+  except ValueError as error:  # Raised by the hub.
     return str(error)
   except KeyError as error:  # A scheme unknown to epath.
     return f'{path}: no paths begin with {error}'
@@ -91,7 +91,7 @@ def problem(path: str) -> str:
 
 
 def torn(path: str) -> str:
-  """Why a model folder of ours is not whole; '' for everything else."""
+  """Returns why one of our model folders is incomplete; '' for all else."""
   place = epath.Path(path)
   if (place / 'params').exists() and not (place / MODEL_FILE).exists():
     return f'{path}: a model folder without its {MODEL_FILE}'
@@ -103,7 +103,7 @@ def _place(path: str) -> epath.Path:
 
 
 def hashes(paths: Mapping[str, str]) -> dict[str, dict[str, str]]:
-  """`{label: {'path': ..., 'sha256': ...}}` of those that exist."""
+  """Returns `{label: {'path': ..., 'sha256': ...}}` of inputs that exist."""
   return {
     label: {'path': path, 'sha256': content_hash(path)}
     for label, path in sorted(paths.items())
@@ -114,8 +114,8 @@ def hashes(paths: Mapping[str, str]) -> dict[str, dict[str, str]]:
 def content_hash(path: str) -> str:
   """SHA-256 of the content of a file, or of names and contents in a folder.
 
-  Of a model folder of ours only model.json counts: it has a checksum of each
-  array, and how arrays are split into files does not matter.
+  For one of our model folders only model.json is hashed: it has a checksum of
+  each array, and how arrays are split into files does not matter.
   """
   place = _place(path)
   if place.is_dir() and (place / MODEL_FILE).exists():
@@ -169,9 +169,9 @@ def known(folder: epath.Path) -> dict[str, dict[str, str]]:
 def differences(
   folder: epath.Path, paths: Mapping[str, str]
 ) -> dict[str, tuple[dict[str, str], dict[str, str]]]:
-  """Label -> (before, now) of each recorded input that has other contents now.
+  """Label -> (before, now) of each recorded input whose contents have changed.
 
-  Inputs that are gone are left out.
+  Inputs that no longer exist are left out.
   """
   before = known(folder)
   now = hashes(

@@ -1,16 +1,16 @@
-"""Services that show a stage beside its files: TensorBoard, W&B, Trackio.
+"""Services that show a stage besides its files: TensorBoard, W&B, Trackio.
 
-`config.loggers` names them for all stages. `metrics.jsonl` is written without
-them and is what figures and alarms read. A stage is one run of a service, in a
-group with the others of its work directory; `logger.json` in the stage's folder
-keeps its id, so that a stage that resumes goes on with the same run. Only the
-first process speaks to services.
+`config.loggers` names them for all stages. `metrics.jsonl` does not depend on
+them, and is what figures and alarms read. In a service, each stage is one run,
+grouped with the other stages of its work directory; `logger.json` in the
+stage's folder keeps the id of that run, so that a resumed stage continues it.
+Only the first process talks to services.
 
-Each service has variables of its own: WANDB_MODE=offline, WANDB_PROJECT,
-TRACKIO_DIR, TRACKIO_SPACE_ID, TRACKIO_PROJECT.
+Each service reads its own environment variables: WANDB_MODE=offline,
+WANDB_PROJECT, TRACKIO_DIR, TRACKIO_SPACE_ID, TRACKIO_PROJECT.
 
-A service never ends a run. What it needs is checked before a run begins; after
-that it is reported and left out as soon as it fails.
+A failing service never ends a run. What it needs is checked before a run
+begins; if it fails later, that is reported and the service is dropped.
 """
 
 import importlib.util
@@ -41,9 +41,9 @@ def check(loggers: str, is_new: bool = True) -> None:
   """Checks `config.loggers` before compute is spent.
 
   Args:
-    loggers: names of services with commas between.
-    is_new: whether the run begins, so that the services have to know its user.
-      A run that goes on does not depend on their answer.
+    loggers: comma-separated names of services.
+    is_new: whether the run is new. Only then is each service asked whether it
+      accepts the user's key; a resumed run does not depend on the answer.
 
   Raises:
     ValueError: an unknown or repeated name; a service that is not installed,
@@ -52,8 +52,8 @@ def check(loggers: str, is_new: bool = True) -> None:
   names = _split(loggers)
   if set(names) - set(_SERVICES) or len(set(names)) < len(names):
     raise ValueError(
-      f'loggers must be some of {", ".join(_SERVICES)}, each once, with commas '
-      f'between: {loggers!r}'
+      f'loggers must be some of {", ".join(_SERVICES)}, separated by commas '
+      f'and without repeats: {loggers!r}'
     )
   for name in names:
     package = _SERVICES[name].package
@@ -67,7 +67,7 @@ def check(loggers: str, is_new: bool = True) -> None:
     if is_new:
       try:
         _SERVICES[name].check()
-      except Exception as error:  # Each library has its own.
+      except Exception as error:  # Each library has its own errors.
         raise ValueError(f'loggers: {_problem(name, error)}') from error
 
 
@@ -81,18 +81,18 @@ def _problem(name, error):
 
 
 class Logger:
-  """Tells the services of a stage what it measures.
+  """Sends what a stage measures to its services.
 
-  Entered, it is what `current` returns. Services open at the first use. One
-  that fails is reported and left out: the run goes on. TensorBoard is the
-  exception, because only a disk can fail it.
+  While entered, it is what `current` returns. Services open at the first use. A
+  service that fails is reported and dropped, and the run goes on. An OSError of
+  TensorBoard is raised instead: only the disk can be its cause.
 
   Args:
-    loggers: names of services with commas between, as `check` takes them.
+    loggers: comma-separated names of services, as for `check`.
     folder: of the stage.
     group: name of the run that the stage is part of.
     stage: its name.
-    config: dotted key -> value, and whatever else says what ran.
+    config: dotted key -> value, and whatever else tells what ran.
   """
 
   _entered: ClassVar[list['Logger']] = []
@@ -122,7 +122,7 @@ class Logger:
     self.close(run.STOPPED_EXIT_CODE if stopped else int(kind is not None))
 
   def of(self, folder: epath.PathLike) -> 'Logger':
-    """The logger of a part of the stage that trains in a folder of its own."""
+    """The logger of a part of the stage that trains in its own folder."""
     folder = epath.Path(folder)
     if folder == self.folder:
       return self
@@ -137,10 +137,10 @@ class Logger:
     """Opens the services.
 
     Args:
-      resume_step: of the checkpoint that a stage continues from, and with it
-        the run of each service; None begins new ones.
-      before: step -> metrics, up to that checkpoint. A kill may have kept the
-        last of them from a service.
+      resume_step: step of the checkpoint from which the stage and its run in
+        each service continue; None begins new runs.
+      before: step -> metrics, up to that checkpoint. After a kill, a service
+        may lack the last of them.
 
     Raises:
       ValueError: the file with the id is damaged.
@@ -163,10 +163,10 @@ class Logger:
           if step >= first:
             service.numbers(step, values)
         self._open[name] = service
-      except Exception as error:  # Each library has its own.
+      except Exception as error:  # Each library has its own errors.
         if _is_disk(name, error):
           raise
-        run.say(f'{self.stage}: not shown by {_problem(name, error)}')
+        run.say(f'{self.stage}: not sent to {_problem(name, error)}')
 
   def _kept(self):
     file = self.folder / FILE
@@ -182,24 +182,24 @@ class Logger:
     run.write_json(self.folder / FILE, {'id': self.id, 'alarms': self._alarms})
 
   def numbers(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-    """Metrics of a step, by name."""
+    """Sends the metrics of a step, by name."""
     self._tell('numbers', step, {k: float(values[k]) for k in sorted(values)})
 
   def plots(self, step: int, plots: Mapping[str, bytes]) -> None:
-    """PNG images, by name."""
+    """Sends PNG images, by name."""
     self._tell('plots', step, plots)
 
   def table(
     self, step: int, name: str, rows: Sequence[Mapping[str, Any]]
   ) -> None:
-    """Rows of text and numbers; None where one lacks a column of another."""
+    """Sends rows of text and numbers; None where a row lacks a column."""
     columns = dict.fromkeys(column for row in rows for column in row)
     whole = [{column: row.get(column) for column in columns} for row in rows]
     if whole:
       self._tell('table', step, name, whole)
 
   def alarm(self, step: int, text: str) -> None:
-    """A warning; the same text is sent once, also by a run that resumes."""
+    """Sends a warning; the same text is sent only once, even after a resume."""
     self.begin()
     if self._open and text not in self._alarms:
       self._alarms.append(text)
@@ -215,32 +215,33 @@ class Logger:
         if _is_disk(name, error):
           raise
         run.say(
-          f'{self.stage}: {name} shows no more: {command.one_line(error)}'
+          f'{self.stage}: nothing more is sent to {name}: '
+          f'{command.one_line(error)}'
         )
         del self._open[name]
 
   def close(self, code: int = 0) -> None:
-    """Closes the services, which send what is left for at most a minute.
+    """Closes the services, which may take a minute to send what is left.
 
     Args:
-      code: of the stage's end: 0, 1 or `run.STOPPED_EXIT_CODE`.
+      code: exit code of the stage: 0, 1 or `run.STOPPED_EXIT_CODE`.
     """
     for name, service in list((self._open or {}).items()):
       try:
         service.close(code)
       except Exception as error:
-        if not code:  # Otherwise the first error counts.
+        if not code:  # Otherwise the stage's own error matters.
           run.say(f'{self.stage}: {name}: {command.one_line(error)}')
     self._open = {}
 
 
 def current() -> Logger:
-  """The logger of the stage that runs; one without services elsewhere."""
+  """The logger of the running stage; without one, a logger of no services."""
   return Logger._entered[-1] if Logger._entered else Logger('', '', '', '', {})
 
 
 def _is_disk(name: str, error: Exception) -> bool:
-  """Whether a disk failed, and not a service: a run cannot go on."""
+  """Whether the disk failed, not a service: then the run cannot go on."""
   return name == 'tensorboard' and isinstance(error, OSError)
 
 
@@ -264,8 +265,8 @@ class _TensorBoard:
       return
     self._folder.mkdir(parents=True, exist_ok=True)
     # Not tensorboardX's SummaryWriter: its thread dies on a full disk, and the
-    # next line would wait forever. The file's name has the second alone, in
-    # which a run may begin twice.
+    # next line would wait forever. The suffix makes the file name unique: it
+    # has a resolution of one second, in which a run may begin twice.
     self._events = EventsWriter(
       str(self._folder / 'events'), f'.{time.time_ns()}'
     )
@@ -336,7 +337,7 @@ class _Wandb:
 
     mode = wandb.setup().settings.mode
     if mode in ('online', 'run', 'shared') and not wandb.login(prompt=False):
-      raise ValueError('there is no key')
+      raise ValueError('there is no API key')
 
   def __init__(self, logger, resume_step):
     import wandb
@@ -356,7 +357,7 @@ class _Wandb:
         # Our own output is on the terminal and in files.
         console='off',
         disable_code=True,
-        # A part of a stage is a run beside the stage's own.
+        # A part of a stage is a separate run beside the stage's own.
         reinit='create_new',
         # Otherwise the end of a stage waits for a lost network. What is not
         # sent stays in the run's folder.
@@ -365,7 +366,7 @@ class _Wandb:
     )
 
   def next_step(self):
-    return self._run.step  # Offline, a start knows of none before it.
+    return self._run.step  # Offline, it does not know of earlier starts.
 
   def numbers(self, step, values):
     self._run.log(values, step=step)
@@ -408,7 +409,7 @@ class _Trackio:
     import trackio
 
     self._trackio, self._stage = trackio, logger.stage
-    # A run is found again by its name.
+    # A resumed run is found by its name.
     self._run = trackio.init(
       project=os.environ.get('TRACKIO_PROJECT', PROJECT),
       name=f'{logger.group}-{logger.stage}-{logger.id}',
@@ -420,7 +421,7 @@ class _Trackio:
     )
 
   def next_step(self):
-    # It has no public name; without it, steps would arrive twice.
+    # The attribute is private; without it, steps would arrive twice.
     return getattr(self._run, '_next_step', 0)
 
   def numbers(self, step, values):

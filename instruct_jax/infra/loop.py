@@ -6,9 +6,9 @@
       state, metrics = update(state, batch, key_of(step))
       l.end_step(step, state, metrics, states={'sft': state})
 
-What the loop computes stays in the experiment. `restore` takes the stage's own
-newest checkpoint, or else the state handed to it. `timing.jsonl` has the share
-of its time that the loop waited for batches.
+What the loop computes stays in the experiment. `restore` returns the stage's
+newest checkpoint, or else the state handed to it. `timing.jsonl` has the
+fraction of time that the loop waited for batches.
 """
 
 import collections
@@ -38,10 +38,10 @@ from instruct_jax.types import Metrics, PyTree
 
 Batch = TypeVar('Batch')
 
-# Several processes that write a line more often than this look for a stop only
+# Several processes that write lines more often than this check for a stop only
 # when they write one.
 _SECONDS_WITHOUT_ASKING = 5.0
-# So many steps keep a device busy while the host prepares the next one.
+# This many steps keep a device busy while the host prepares the next one.
 _STEPS_UNDER_WAY = 2
 
 
@@ -49,18 +49,19 @@ class Loop:
   """The steps of one stage that are still to run.
 
   Args:
-    workdir: of the stage.
+    workdir: the stage's folder.
     name: for progress, errors and the stop message.
-    num_steps: steps in all.
+    num_steps: total number of steps.
     log_every: steps between lines of metrics.jsonl. A stop takes effect at the
-      next step, also between two lines.
+      next step, even between two lines; with several processes and frequent
+      lines, at the next line.
     checkpoint_every: steps between checkpoints, a multiple of `log_every`, so
       that a resumed run writes the lines of an uninterrupted one.
     checkpoint_minutes: a checkpoint is also due at the first line after this
       time without one; 0 for never.
-    keep: how many of the newest checkpoints stay.
-    keep_every: checkpoints at multiples of this step stay too; 0 for none.
-    max_skips: consecutive non-finite updates at which the run stops.
+    keep: how many of the newest checkpoints are kept.
+    keep_every: checkpoints at multiples of this step are kept too; 0 for none.
+    max_skips: consecutive non-finite updates at which the run fails.
     profile_steps: 'FIRST-LAST' or 'STEP', counted from 1: a trace of these is
       written to WORKDIR/profile. '' traces none.
 
@@ -68,7 +69,7 @@ class Loop:
     start: steps done by earlier runs; known after `restore`.
 
   Raises:
-    ValueError: cadences that do not fit together, or steps outside the run.
+    ValueError: intervals that do not fit together, or steps outside the run.
   """
 
   def __init__(
@@ -114,7 +115,7 @@ class Loop:
     self._is_profiling = False
     self.start = 0
     self._text = ''
-    # Whether to look for a stop at every step; see `_stop_is_due`.
+    # Whether to check for a stop at every step; see `_stop_is_due`.
     self._asks_often = True
     self._under_way = collections.deque()
     self._is_on_cpu = jax.default_backend() == 'cpu'
@@ -155,16 +156,17 @@ class Loop:
         stack.callback(close)
 
   def watched(self, programs: Mapping[str, Any]) -> dict[str, Any]:
-    """The same programs; a message names one that hangs or is slow."""
+    """Wraps programs so that a message names one that hangs or is slow."""
     return self._watch.programs(programs)
 
   def restore(self, state: PyTree) -> PyTree:
-    """The newest checkpoint's state, or the given one at step 0, whose
-    shardings it gets.
+    """Returns the newest checkpoint's state; without one, the given state.
+
+    The restored state gets the shardings of the given one.
 
     Raises:
-      checkpoint.CheckpointError: it does not fit, none is readable, or they are
-        gone.
+      checkpoint.CheckpointError: the checkpoint does not fit, none is readable,
+        or all have been deleted.
     """
     restored = self._checkpointer.restore_latest(state)
     lines, resume_step = [], None
@@ -175,8 +177,8 @@ class Loop:
       if 'lines' not in extra:
         raise checkpoint.CheckpointError(
           f'{self._name}: the checkpoints in {self._workdir / "checkpoints"} '
-          'are from before lines of metrics were kept in them. Finish the run '
-          f'with the version that began it, or delete {self._workdir} to run '
+          'were written by a version that kept no lines of metrics in them. '
+          f'Finish the run with that version, or delete {self._workdir} to run '
           'this stage again from its start.'
         )
       self.start = resume_step
@@ -209,7 +211,7 @@ class Loop:
 
   def _start_trace(self):
     self._trace = self._workdir / 'profile'
-    if files.is_remote(self._trace):  # The profiler writes to disks only.
+    if files.is_remote(self._trace):  # The profiler writes only to disks.
       self._trace = epath.Path(tempfile.mkdtemp())
     jax.profiler.start_trace(str(self._trace), create_perfetto_trace=True)
     self._is_profiling = True
@@ -224,8 +226,10 @@ class Loop:
   def steps_with(
     self, open_fn: Callable[[int, int], Iterator[Batch]]
   ) -> Iterator[tuple[int, Batch]]:
-    """Step numbers still to run, each with its batch of those that
-    `open_fn(first step, one past the last)` gives in order."""
+    """Step numbers still to run, each with its batch.
+
+    `open_fn(first step, one past the last)` returns the batches in order.
+    """
     batches = open_fn(self.start, self._num_steps)
     for step in self.steps():
       before = time.monotonic()
@@ -251,7 +255,7 @@ class Loop:
       state: what a checkpoint holds.
       step_metrics: this step's (sum, count) pairs, summed until the next line.
       states: train states to watch for skipped updates, by name.
-      values: host numbers for this step's line, which they force (evaluations).
+      values: host numbers for this step (evaluations); they force a line.
       num_items: tokens or episodes of this step, for the rate in timing.jsonl.
       text_fn: line -> text after the progress bar, until the next line.
 
@@ -267,11 +271,11 @@ class Loop:
     self._checkpointer.check()
     self._pending = metrics.merge(self._pending, step_metrics)
     self._pending_items += num_items
-    # Steps return before they are computed, and a stop waits for those.
+    # Steps return before they are computed, and a stop waits for all of them.
     self._under_way.append(jax.tree.leaves(step_metrics)[:1])
     if len(self._under_way) > _STEPS_UNDER_WAY:
       jax.block_until_ready(self._under_way.popleft())
-    if self._is_on_cpu:  # Steps under way would hold their activations.
+    if self._is_on_cpu:  # Steps in flight would hold their activations.
       jax.block_until_ready(state)
     is_last = done == self._num_steps
     is_logged = done % self._log_every == 0
@@ -295,11 +299,11 @@ class Loop:
       due |= run.agreed(waited > self._checkpoint_seconds)
     if due or stop:
       jax.block_until_ready(state)
-      # Between two lines, the sums for the next one belong to the state.
+      # Between two lines, the sums for the next one are part of the state.
       extra = {'lines': self.lines, 'pending': _to_json(self._pending)}
       self._checkpointer.save(done, state, extra)
-      # On a CPU the write reads the state itself, and a step begun meanwhile
-      # could not give its memory to the next state.
+      # On a CPU the write reads the state's own buffers, so a step begun
+      # meanwhile could not donate them.
       if stop or self._is_on_cpu:
         self._checkpointer.wait()
       self._last_checkpoint = time.monotonic()
@@ -309,7 +313,7 @@ class Loop:
     return line
 
   def _write_line(self, done, values):
-    """Writes metrics and times; the line, and seconds since the one before."""
+    """Writes metrics and times; returns the line and seconds since the last."""
     line = {**metrics.to_host(self._pending), **values}
     self._pending = {}
     self._check_workdir()
@@ -337,10 +341,11 @@ class Loop:
     return line, seconds
 
   def _stop_is_due(self, line_seconds: float | None) -> bool:
-    """Whether SIGTERM came to any process.
+    """Whether any process has received SIGTERM.
 
-    Several processes have to wait for the step to ask each other: where lines
-    come often, they ask only at lines, `line_seconds` after the one before.
+    Several processes can ask each other only after waiting for the step, so
+    where lines come often, they ask only when they write one. `line_seconds` is
+    the time since the line before; None where no line was written.
     """
     if jax.process_count() == 1:
       return self._stop.requested
@@ -352,8 +357,10 @@ class Loop:
     return stop
 
   def _check_fresh_start(self):
-    """Raises if a run past its second save has no checkpoint: a save waits for
-    the one before."""
+    """Raises if a run past its second save has no checkpoint.
+
+    A save waits for the one before, so the first must then be on disk.
+    """
     path = self._workdir / metrics.METRICS_FILE
     if jax.process_index() != 0 or not path.exists():
       return
@@ -366,15 +373,18 @@ class Loop:
     if last > 2 * self._checkpoint_every:
       raise checkpoint.CheckpointError(
         f'{self._name}: {problem}, and there is no checkpoint in '
-        f'{self._workdir / "checkpoints"}. Bring them back, or delete '
+        f'{self._workdir / "checkpoints"}. Restore the checkpoints, or delete '
         f'{self._workdir} to run this stage again from its start.'
       )
     if last:
       run.say(f'{self._name}: had no checkpoint yet, starts again at step 0')
 
   def _check_workdir(self):
-    """Raises if the directory was deleted, though open files still take lines
-    and a background write may have made it anew."""
+    """Raises if the work directory was deleted.
+
+    Open files would still take lines, and a background write may have created
+    the directory again.
+    """
     if jax.process_index() != 0 or files.is_remote(self._workdir):
       return
     if not (self._workdir / metrics.METRICS_FILE).exists():

@@ -1,4 +1,4 @@
-"""Settings of the machine, made before the first use of a device."""
+"""Settings of the process that are made before the first use of a device."""
 
 import ctypes
 import os
@@ -13,13 +13,14 @@ _HUGE_PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 
 def ask_for_huge_pages() -> None:
-  """Starts `python -m MODULE` again with an allocator that asks for huge pages.
+  """Restarts `python -m MODULE` with an allocator that asks for huge pages.
 
-  Where Linux gives them to those that ask ("madvise", the usual setting), glibc
-  asks only if GLIBC_TUNABLES says so as a program begins. In pages of 4 KiB a
-  step of a 135 M model on a CPU spends a quarter of its time in the kernel. A
-  GLIBC_TUNABLES that is set already, to nothing too, stays as it is; so does a
-  program that is traced by a debugger or that another one runs inside itself.
+  Where Linux gives huge pages only on request ("madvise", the usual setting),
+  glibc requests them only if GLIBC_TUNABLES says so when a program starts. With
+  pages of 4 KiB, a step of a 135 M model on a CPU spends a quarter of its time
+  in the kernel. Nothing is done if GLIBC_TUNABLES is set already, even to an
+  empty string, or if the program is traced by a debugger or run inside another
+  program.
   """
   if 'GLIBC_TUNABLES' in os.environ or sys.gettrace() is not None:
     return
@@ -34,7 +35,10 @@ def ask_for_huge_pages() -> None:
 
 
 def prepare(config: ConfigDict) -> None:
-  """Compiler flags, cache and allocator, before the first use of a device."""
+  """Sets compiler flags, compilation cache and allocator.
+
+  To be called before the first use of a device.
+  """
   os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
   given = os.environ.get('XLA_FLAGS', '')
   os.environ['XLA_FLAGS'] = f'{given} {config.xla_flags}'.strip()
@@ -53,7 +57,7 @@ def prepare(config: ConfigDict) -> None:
 
 
 def _prepare_allocator() -> None:
-  """Keeps memory that steps free, but not memory that the compiler frees."""
+  """Makes glibc keep memory freed by steps, but not memory of the compiler."""
   libc = ctypes.CDLL(None)
   if not hasattr(libc, 'mallopt'):  # Not glibc.
     return

@@ -1,7 +1,7 @@
-"""Time and memory that work takes, and the machine's measured peaks.
+"""Measures the time and memory that work takes, and the machine's peak rates.
 
 The process whose work is compared with the peaks measures them itself:
-processors, clocks and other load differ from run to run.
+processors, clock rates and other load differ from run to run.
 """
 
 import contextlib
@@ -31,8 +31,13 @@ DISTURBED = 0.05
 
 @dataclasses.dataclass
 class Compilations:
-  """Programs that XLA was asked for, those found in the compilation cache, and
-  seconds spent on both, without tracing."""
+  """Compilations so far.
+
+  Attributes:
+    programs: that XLA was asked for.
+    from_disk: those of them found in the compilation cache.
+    seconds: spent on both, without tracing.
+  """
 
   programs: int = 0
   from_disk: int = 0
@@ -68,7 +73,7 @@ jax.monitoring.register_event_listener(_on_event)
 
 
 def compilations() -> Compilations:
-  """Since this module was imported; callers take differences."""
+  """The counts since this module was imported; callers take differences."""
   return dataclasses.replace(_compiled)
 
 
@@ -77,11 +82,11 @@ def compilations() -> Compilations:
 
 @dataclasses.dataclass(frozen=True)
 class Repeats:
-  """Seconds of equal pieces of work.
+  """Times of equal pieces of work.
 
   Attributes:
     seconds: of each, in order.
-    others: share of the processors that other processes had meanwhile; NaN
+    others: share of the processors that other processes used meanwhile; NaN
       where the system does not report it.
   """
 
@@ -90,11 +95,11 @@ class Repeats:
 
   @property
   def median(self) -> float:
-    """Seconds."""
+    """Median of the seconds."""
     return statistics.median(self.seconds)
 
   def summary(self) -> dict[str, Any]:
-    """Median, spread and number of disturbed ones, as JSON."""
+    """Median, spread and number of disturbed repeats, as JSON."""
     return {
       'median': self.median,
       'least': min(self.seconds),
@@ -105,13 +110,13 @@ class Repeats:
 
 
 class Stopwatch:
-  """Laps of one clock, for repeats and their parts."""
+  """A clock with laps, for repeats and their parts."""
 
   def __init__(self):
     self._time, self._others = time.perf_counter(), _seconds_of_others()
 
   def lap(self) -> tuple[float, float]:
-    """Seconds since the lap before, and others' share of the processors."""
+    """Seconds since the last lap, and other processes' share of processors."""
     time_before, others_before = self._time, self._others
     self._time, self._others = time.perf_counter(), _seconds_of_others()
     seconds = self._time - time_before
@@ -120,7 +125,7 @@ class Stopwatch:
 
 
 def _seconds_of_others() -> float:
-  """Processor seconds of other processes so far; NaN if not known."""
+  """Processor seconds used by other processes so far; NaN if not known."""
   path = pathlib.Path('/proc/stat')
   if not path.exists():
     return float('nan')
@@ -138,9 +143,9 @@ def repeat(
   """Times calls of `fn`, until its results are ready.
 
   Args:
-    fn: returns arrays, or nothing when it has waited itself.
+    fn: returns arrays, or nothing if it waits for the results itself.
     num_repeats: calls to time.
-    num_warmups: calls before these (compilation).
+    num_warmups: untimed calls before these (compilation).
   """
   for _ in range(num_warmups):
     jax.block_until_ready(fn())
@@ -155,15 +160,17 @@ def repeat(
   )
 
 
-# --- Ceilings -----------------------------------------------------------------
+# --- Peak rates ---------------------------------------------------------------
 
 
 def matmul_peak(dtype: str, size: int) -> float:
-  """Floating-point operations a second of the fastest of several square matrix
-  products."""
+  """Floating-point operations per second of square matrix products.
+
+  Of several products, the fastest counts.
+  """
   x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
-  x /= size**0.5  # Products of many keep its size.
-  # XLA multiplies bfloat16 fast on CPUs only where float32 comes out.
+  x /= size**0.5  # So that repeated products stay of the same magnitude.
+  # On CPUs, XLA multiplies bfloat16 fast only where the result is float32.
   out = jnp.float32 if jax.default_backend() == 'cpu' else x.dtype
 
   def multiply(x, y):
@@ -173,7 +180,7 @@ def matmul_peak(dtype: str, size: int) -> float:
 
 
 def read_bandwidth(num_bytes: int) -> float:
-  """Bytes a second read by the fastest of several matrix-vector products.
+  """Bytes per second read by the fastest of several matrix-vector products.
 
   The float32 matrix of `num_bytes` should be several times any cache.
   """
@@ -188,10 +195,10 @@ def read_bandwidth(num_bytes: int) -> float:
 
 
 def _least_seconds(fn, x, y) -> float:
-  """Of y = fn(x, y), the fastest of several.
+  """Seconds of y = fn(x, y), the fastest of several calls.
 
-  On an accelerator several in one program: to start one takes longer than a
-  small product.
+  An accelerator runs several calls in one program, since starting a program
+  takes longer than a small product.
   """
   number = 1 if jax.default_backend() == 'cpu' else 16
 
@@ -205,12 +212,12 @@ def _least_seconds(fn, x, y) -> float:
 
 # --- The machine --------------------------------------------------------------
 
-# That decide how fast matrices are multiplied.
+# Those that decide how fast matrices are multiplied.
 _EXTENSIONS = ('amx_bf16', 'avx512_bf16', 'avx512f', 'avx2', 'bf16', 'sve')
 
 
 def processor() -> str:
-  """Its model and extensions for matrix products, and the number of cores."""
+  """The processor's cores, model and extensions for matrix products."""
   path = pathlib.Path('/proc/cpuinfo')
   lines = path.read_text().splitlines() if path.exists() else []
   found = dict(line.split(':', 1) for line in lines if ':' in line)
@@ -236,13 +243,16 @@ def _malloc_trim() -> Callable[[int], int]:
 
 
 def free_memory() -> None:
-  """Gives the system what the C library keeps of freed memory, where it is
-  glibc: hundreds of MiB after a large program was compiled."""
+  """Makes glibc return the freed memory that it keeps to the system.
+
+  That is hundreds of MiB after a large program was compiled. Does nothing with
+  other C libraries.
+  """
   _malloc_trim()(0)
 
 
 def reset_peak() -> None:
-  """Lets `peak_host_bytes` begin anew, where Linux can."""
+  """Frees memory and, on Linux, resets `peak_host_bytes`."""
   free_memory()
   with contextlib.suppress(OSError):
     (_PROC / 'clear_refs').write_text('5')

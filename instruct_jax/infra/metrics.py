@@ -1,9 +1,9 @@
-"""Metrics from the device to files.
+"""Writes metrics from the device to files.
 
 `metrics.jsonl` depends only on config and seed: its lines are part of the
 checkpoint, so a resumed run's file equals an uninterrupted one's. No run reads
-it to decide anything. Values that depend on the clock go to `timing.jsonl`.
-The stage's logger shows both.
+it to make decisions. Values that depend on the clock go to `timing.jsonl`.
+The stage's logger receives both.
 """
 
 import json
@@ -39,15 +39,15 @@ def to_host(metrics: Metrics) -> dict[str, float]:
 
 
 class MetricsWriter:
-  """Appends metrics to JSON lines, and tells the logger of the stage.
+  """Appends metrics to JSON-lines files, and passes them to the stage's logger.
 
   `write` flushes each line; an object store gets it within ten seconds. Only
   the first process writes.
 
   Args:
-    directory: of the stage; created if absent.
-    lines: of `metrics.jsonl` so far, from the checkpoint; they replace what the
-      file holds.
+    directory: the stage's folder; created if absent.
+    lines: the lines of `metrics.jsonl` so far, from the checkpoint; they
+      replace what the file holds.
     resume_step: the restored checkpoint's step, which may be past the last
       line; None for a fresh start.
 
@@ -71,7 +71,7 @@ class MetricsWriter:
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     self._metrics = _open(directory / METRICS_FILE, self.lines)
-    # Times stay, even of steps that are run again.
+    # Times are kept, even those of steps that are run again.
     timing = directory / TIMING_FILE
     times = _times(timing)
     self._timing = _open(timing, times)
@@ -82,8 +82,11 @@ class MetricsWriter:
   def write(
     self, step: int, values: Mapping[str, SupportsFloat]
   ) -> dict[str, Any]:
-    """Records values that depend only on config and seed; returns the line as
-    it will be read, with None for NaN and infinity."""
+    """Records values that depend only on config and seed.
+
+    Returns:
+      The line as it will be read back, with None for NaN and infinity.
+    """
     line = _line(step, values)
     self.lines.append(line)
     self._append(self._metrics, line, values)
@@ -115,8 +118,8 @@ class MetricsWriter:
 
 
 def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
-  """The whole lines of a file; ValueError if one is not JSON."""
-  # A torn line may follow the last line break.
+  """Returns the complete lines of a file; ValueError if one is not JSON."""
+  # An incomplete line may follow the last line break.
   lines = epath.Path(path).read_text().split('\n')[:-1]
   parsed = []
   for number, line in enumerate(lines, 1):
@@ -135,7 +138,7 @@ def _line(step: int, values: Mapping[str, SupportsFloat]) -> dict[str, Any]:
 
 
 def _by_step(lines, last):
-  """Step -> numbers by name of all lines, in order, up to the step `last`."""
+  """Merges lines into step -> numbers by name, sorted, up to step `last`."""
   found = {}
   for line in lines if last is not None else ():
     if line['step'] <= last:

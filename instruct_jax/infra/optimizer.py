@@ -20,10 +20,10 @@ def cosine_to_fraction(
 
   Args:
     peak: the highest learning rate.
-    num_steps: updates, after which the rate stays at f * peak.
+    num_steps: number of updates, after which the rate stays at f * peak.
     final_fraction: f.
-    num_warmup: of these, updates at peak * (t + 1) / num_warmup; the SFT
-      models have none.
+    num_warmup: how many of these are warm-up, at peak * (t + 1) / num_warmup;
+      the SFT models have none.
 
   Raises:
     ValueError: the warm-up leaves no steps to decay.

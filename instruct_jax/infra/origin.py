@@ -1,8 +1,8 @@
-"""What a model's or a file's own run says about it.
+"""Looks up what the run that made a model or a file recorded about it.
 
-The config.json of the run has the lengths and the world that its models and
-prompts were made for, so that their evaluation need not repeat them. Files
-beside a model say how it was trained.
+The run's config.json has the lengths and the world that its models and prompts
+were made for, so an evaluation need not set them again. Files beside a model
+tell how it was trained.
 """
 
 import dataclasses
@@ -18,20 +18,21 @@ from instruct_jax.infra import metrics, run
 
 LENGTHS = ('prompt_length', 'response_length')
 WORLD = 'world_seed'
-# The stage that makes the world; its seed is the world's.
+# The stage that makes the world; its `seed` is the world's seed.
 _WORLD_STAGE = 'instruct_jax.worlds.miniature'
 # Files that a stage writes beside its model.
 _BESIDE = ('metrics.jsonl', 'alarms.json', 'epochs.json')
-# Files of lines that are no data sets.
+# JSON-lines files that are not data sets.
 _LOGS = (metrics.METRICS_FILE, metrics.TIMING_FILE)
 _LOGS += ('samples.jsonl', 'judgements.jsonl', 'journal.jsonl')
 
 
 def stages_of(path: str) -> tuple[epath.Path, dict[str, dict[str, Any]]]:
-  """Folder of the run that `path` lies in, and name -> config of its stages.
+  """Returns the folder of the run that contains `path`, and its stages.
 
-  The stage of the path comes first, then those that evaluate. Without a run,
-  the folder is `path` itself and there are no stages.
+  Stages are name -> config: first the one that contains the path, then those
+  that evaluate, then the others. Outside of a run, the folder is `path` itself
+  and there are no stages.
   """
   is_remote = files.is_remote(path)
   place = epath.Path(path if is_remote else os.path.abspath(path))
@@ -67,10 +68,10 @@ def fill(stage: Any, lengths: Mapping[str, Any]) -> None:
 
 
 def with_lengths(config: ConfigDict) -> ConfigDict:
-  """The config of a stage with its lengths that are None as measured.
+  """Returns a stage's config with measured lengths where they are None.
 
-  `config.lengths` names the JSON file that a data stage wrote; a stage without
-  that key keeps its config.
+  `config.lengths` names the JSON file that a data stage wrote; without that key
+  the config is returned unchanged.
   """
   if 'lengths' not in config:
     return config
@@ -80,17 +81,17 @@ def with_lengths(config: ConfigDict) -> ConfigDict:
 
 
 def _measured(folder: epath.Path, stage: Mapping[str, Any]) -> dict[str, Any]:
-  """`with_lengths` of a stage as the config.json in `folder` has it."""
+  """Like `with_lengths`, for a stage's config in the config.json of a run."""
   found = dict(stage)
   if 'lengths' in found:
-    # The file's path is kept without the folder of the run.
+    # config.json has the file's path without the folder of the run.
     file = folder / found['lengths'].lstrip('/')
     fill(found, run.read_json(file) if file.exists() else {})
   return found
 
 
 def _said(path, key):
-  """Value of one of `LENGTHS` or `WORLD` -> the place that has it, if any."""
+  """Value of a key (`LENGTHS`, `WORLD`) -> the stage that has it; or {}."""
   folder, stages = stages_of(path)
   for name, stage in stages.items():
     stage, place = _measured(folder, stage), f'{folder}, stage {name}'
@@ -107,16 +108,17 @@ def filled(
   models: Mapping[str, str],
   prompts: str,
 ) -> ConfigDict:
-  """The config with those of its keys that are None read from the runs.
+  """Returns the config with keys that are None filled in from earlier runs.
 
-  Prints each value and its source. The models' lengths count before those of
-  the prompts; the world is that of the prompts.
+  Prints each value and its source. Lengths come from the runs of the models,
+  or else from the run of the prompts; the world comes from the run of the
+  prompts.
 
   Args:
-    config: of a stage.
-    keys: keys of `LENGTHS` and `WORLD` that it needs.
+    config: a stage's config.
+    keys: the keys of `LENGTHS` and `WORLD` that the stage needs.
     models: label -> folder.
-    prompts: their file.
+    prompts: file of the prompts.
 
   Raises:
     ValueError: a key is None and no run has it, or two runs differ.
@@ -132,8 +134,8 @@ def filled(
     values = values or _said(prompts, key)
     if not values:
       raise ValueError(
-        f'{key} is not given, and no config.json of a run in whose folder '
-        f'{" or ".join([*where, prompts])} lies says it; set --config.{key}'
+        f'{key} is not given, and no run that contains '
+        f'{" or ".join([*where, prompts])} records it; set --config.{key}'
       )
     if len(values) > 1:
       found = ', '.join(
@@ -152,9 +154,9 @@ class Stage:
   """A stage of a run.
 
   Attributes:
-    folder: its own.
+    folder: the stage's folder.
     config: from the run's config.json.
-    info: what it returned; {} for nothing.
+    info: what its `run` returned; {} if nothing.
     seconds: how long it took.
   """
 
@@ -165,7 +167,7 @@ class Stage:
 
   @property
   def records(self) -> dict[str, int]:
-    """Name of a data set that it wrote -> number of its records."""
+    """Name -> number of records, for each data set that the stage wrote."""
     found = {}
     for path in sorted(self.folder.glob('*.jsonl')):
       if path.name not in _LOGS:
@@ -175,8 +177,10 @@ class Stage:
 
 
 def stages_behind(paths: Sequence[str]) -> dict[tuple[epath.Path, str], Stage]:
-  """(folder of the run, name) -> finished stage, in running order, of all runs
-  that the paths lie in."""
+  """Returns the finished stages of all runs that contain the paths.
+
+  Keys are (folder of the run, name of the stage), in the order of running.
+  """
   found = {}
   for folder in dict.fromkeys(stages_of(path)[0] for path in paths):
     file = folder / 'config.json'

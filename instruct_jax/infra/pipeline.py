@@ -1,9 +1,10 @@
 """Runs a config: one experiment, or the stages of a pipeline in order.
 
 An experiment is a module with `validate(config)`, `run(config, workdir)`,
-`inputs(config)` if it reads files, and `PROCESSES`, which of several processes
-call `run`: 'all', the 'first' while the others wait, or 'one', which must be
-the only process. With `RUNS_AGAIN = True` it runs also when it has finished.
+`inputs(config)` if it reads files, and `PROCESSES`. This says which of several
+processes call `run`: 'all'; the 'first', while the others wait; or 'one', which
+must be the only process. With `RUNS_AGAIN = True` it runs even if it has
+finished.
 """
 
 import contextlib
@@ -24,11 +25,10 @@ PROCESSES = ('all', 'first', 'one')
 
 
 def find_experiment(name: str) -> ModuleType:
-  """The module of a file in `experiments` or `instruct_jax/jobs`, or of a
-  dotted name.
+  """Imports a module of `experiments` or `instruct_jax/jobs`, or a dotted name.
 
   Raises:
-    ValueError: there is no such module, or it lacks a part of a stage.
+    ValueError: there is no such module, or it lacks a part of an experiment.
   """
   names = [name] if '.' in name else [f'{folder}.{name}' for folder in FOLDERS]
   for full in names:
@@ -63,11 +63,11 @@ def run_stage(stage: stages.Stage, shown: logger.Logger) -> None:
 
   Args:
     stage: of a run.
-    shown: where the stage is shown while it runs.
+    shown: the logger that shows the stage while it runs.
   """
   folder = stage.folder
   if run.agreed(stage.is_done) and not stage.runs_again:
-    run.say(f'{stage.name}: done before, in {folder}')
+    run.say(f'{stage.name}: already done, in {folder}')
     return
   run.say(f'{stage.name}: starts')
   measure.reset_peak()
@@ -86,7 +86,7 @@ def run_stage(stage: stages.Stage, shown: logger.Logger) -> None:
     raise
   finally:
     seconds = spent + time.monotonic() - begin
-    # If the disk is full or gone, the stage's own error counts.
+    # If the disk is full or gone, the stage's own error is the one to raise.
     with contextlib.suppress(OSError):
       if folder.exists():
         run.write_json(seconds_file, seconds)
@@ -102,7 +102,7 @@ def run_stage(stage: stages.Stage, shown: logger.Logger) -> None:
 def check(
   config: ConfigDict, workdir: epath.Path, described: ConfigDict
 ) -> list[stages.Stage]:
-  """The stages of a run, once all that they name and read has been checked.
+  """Checks all keys and inputs of a run, and returns its stages.
 
   Args: see `run_all`.
 
@@ -140,13 +140,13 @@ def run_all(
     config: with `workdir` filled in.
     workdir: where the run lives.
     described: the config without this machine's paths.
-    accept_new_inputs: continue with inputs that have other contents now.
+    accept_new_inputs: continue with inputs whose contents have changed.
 
   Raises:
     ValueError: a wrong key or a missing input.
     run.WorkdirError: the directory is in use, or a stage in it began with
       another config or other inputs.
-    run.Stopped: SIGTERM came, and what can be saved is saved.
+    run.Stopped: SIGTERM came, and everything that can be saved is saved.
   """
   found = check(config, workdir, described)
   loggers = config.loggers

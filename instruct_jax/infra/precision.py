@@ -1,9 +1,9 @@
-"""`compute_dtype='auto'`: what this device multiplies fastest.
+"""Resolves `compute_dtype='auto'` to the dtype that multiplies fastest here.
 
-TPUs have units for bfloat16. Some GPUs and CPUs have instructions for it (CPUs
+TPUs have bfloat16 units. Some GPUs and CPUs have bfloat16 instructions (CPUs:
 AMX or AVX512-BF16); on others it is slower than float32, so one product is
-timed. Several CPU devices compute in float32: only products of one are written
-for the fast kernels (`models/products.py`).
+timed. Several CPU devices always compute in float32: only products on a single
+one are written for the fast bfloat16 kernels (`models/products.py`).
 """
 
 from collections.abc import Iterator
@@ -17,20 +17,20 @@ from instruct_jax.infra import run as run_lib
 
 KEY = 'compute_dtype'
 AUTO = 'auto'
-# Times faster than float32 that bfloat16 has to be.
+# Speed relative to float32 from which bfloat16 is chosen.
 MIN_GAIN = 1.2
 # Rows and columns of the timed product.
 _SIZES = {'cpu': 1_024, 'gpu': 4_096}
 
 
 def bfloat16_gain(size: int) -> float:
-  """Times that a bfloat16 product is faster than a float32 one, here."""
+  """How many times faster this device computes a product in bfloat16."""
   peaks = (measure.matmul_peak(d, size) for d in ('bfloat16', 'float32'))
   return next(peaks) / next(peaks)
 
 
 def choose() -> tuple[str, str]:
-  """(dtype of matrix products for this device, why)."""
+  """Returns (dtype of matrix products for this device, reason)."""
   platform = jax.devices()[0].platform
   if platform not in _SIZES:
     return 'bfloat16', f'the device is a {platform}'
@@ -43,18 +43,18 @@ def choose() -> tuple[str, str]:
 
 
 def resolve(config: ConfigDict, workdir: epath.Path) -> None:
-  """Writes the choice wherever a config says 'auto', and tells it in one line.
+  """Replaces 'auto' in a config by the chosen dtype, and prints the choice.
 
-  A run that goes on keeps the dtypes that it began with.
+  A resumed run keeps the dtypes that it began with.
 
   Args:
-    config: of a run, in place; keys that refer to one another follow.
+    config: of a run, changed in place; keys that refer to a changed key follow.
     workdir: of the run.
   """
   if not any(_places(config, {})):
     return
   file = workdir / 'config.json'
-  # All processes choose, or none.
+  # Either all processes choose, or none.
   before = run_lib.read_json(file) if run_lib.agreed(file.exists()) else {}
   found = list(_places(config, before))
   chosen, why = choose() if '' in dict(found).values() else ('', '')
@@ -72,7 +72,7 @@ def resolve(config: ConfigDict, workdir: epath.Path) -> None:
 def _places(
   section: ConfigDict, recorded: dict, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-  """(path of a section that says 'auto', what config.json has there or '')."""
+  """Yields (path of a section with 'auto', its dtype in config.json or '')."""
   if section.get(KEY) == AUTO:
     yield path, recorded.get(KEY, '')
   for name, value in section.items():

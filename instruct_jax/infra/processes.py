@@ -1,8 +1,9 @@
 """Several processes of one run: how they join, and how they end together.
 
-A process that fails writes why to the service that has joined them; the others
-then end within seconds with one line. When a process is killed, its connection
-to the first process breaks, and the first process writes that.
+A process that fails writes the reason to the coordination service through which
+they joined; the others then end within seconds, each printing one line. When a
+process is killed, its connection to the first process breaks, and the first
+process writes the reason.
 """
 
 import contextlib
@@ -28,9 +29,9 @@ HEARTBEAT_SECONDS = 30
 SHUTDOWN_SECONDS = 30
 # Seconds in which all processes have to join.
 JOIN_SECONDS = 300
-# Seconds between looks for a failure elsewhere.
+# Seconds between checks for a failure elsewhere.
 _TICK = 0.5
-# Seconds that the first process, which keeps the service, waits for the others
+# Seconds that the first process, which hosts the service, waits for the others
 # to read why it ends.
 _READ_SECONDS = 15
 
@@ -40,7 +41,7 @@ _LIFELINE = 'instruct_jax/lifeline'
 _BYE = b'bye\n'
 # Seconds that a process whose collective broke waits for the reason.
 _WHY_SECONDS = 5
-# Words in the error of a collective that has lost its peer.
+# Words in the error message of a collective that has lost its peer.
 _LOST_PEER = (
   'gloo',
   'unavailable',
@@ -87,13 +88,13 @@ def join(
         f'--process_id={process_id} must be from 0 to {num_processes - 1}, '
         f'one less than --num_processes={num_processes}'
       )
-  # It would catch SIGTERM.
+  # This service would catch SIGTERM.
   jax.config.update('jax_enable_preemption_service', False)
   # On CPU, programs in flight may start in different orders on two devices; if
   # they use collectives, they deadlock.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
-  # The service aborts a process that has lost the others, and Python's fault
-  # handler would list every loaded extension module.
+  # The coordination service aborts a process that has lost the others, and
+  # Python's fault handler would then list every loaded extension module.
   signal.signal(signal.SIGABRT, signal.SIG_DFL)
   # The service would abort a process that waits too long.
   patience = threading.Timer(JOIN_SECONDS, _give_up, [coordinator])
@@ -114,7 +115,7 @@ def join(
 
 def _give_up(coordinator: str) -> None:
   _say(
-    'error: the processes of this run have not come together at '
+    'error: the processes of this run did not all connect at '
     f'--coordinator={coordinator} within {JOIN_SECONDS} s. Each prints its own '
     'error; start all of them with the same --coordinator and --num_processes.'
   )
@@ -122,11 +123,11 @@ def _give_up(coordinator: str) -> None:
 
 
 def _agree_on_programs() -> None:
-  """Lets all processes load compiled programs from the cache, or none: loaded
-  and compiled ones may differ in the order of their collectives.
+  """Turns the compilation cache off unless all processes can load from it.
 
-  Only the first process writes to the cache, so other hosts do not find a local
-  folder's programs; on CPU the keys differ between processes.
+  A loaded program and a compiled one may differ in the order of their
+  collectives. Only the first process writes to the cache, so other hosts do not
+  find programs in a local folder; on CPU the keys differ between processes.
   """
   folder = jax.config.jax_compilation_cache_dir or ''
   if jax.default_backend() == 'cpu' or not files.is_remote(folder):
@@ -139,8 +140,8 @@ def fail(
   """Ends this process and all others of the run; callable from any thread.
 
   Args:
-    message: for standard error, unless another process ended first; '' if
-      already printed.
+    message: printed to standard error, unless another process ended first; ''
+      if already printed.
     error: the exception behind it.
     code: exit code of all processes.
   """
@@ -156,7 +157,7 @@ def are_joined() -> bool:
 
 
 def leave() -> None:
-  """Waits for the orderly end of all processes and ends their watch."""
+  """Waits for the orderly end of all processes, and stops watching them."""
   global _together
   if _together is not None:
     together, _together = _together, None
@@ -171,7 +172,7 @@ class _Together:
     self._index, self._count = state.process_id, state.num_processes
     self._is_over = threading.Event()
     self._end = threading.Lock()  # Held by the thread that ends the process.
-    self._line = None  # To the first process.
+    self._line = None  # Connection to the first process.
     jobs = [self._look]
     if self._index == 0:
       family = {}
@@ -182,7 +183,7 @@ class _Together:
       jobs.append(functools.partial(self._accept, server))
     else:
       host = state.coordinator_address.rpartition(':')[0].strip('[]')
-      # Without a connection, the service's heartbeat notices.
+      # Without a connection, the service's heartbeat notices a lost process.
       with contextlib.suppress(OSError):
         port = self._client.blocking_key_value_get(_LIFELINE, 60_000)
         self._line = socket.create_connection((host, int(port)), timeout=10)
@@ -210,7 +211,7 @@ class _Together:
       return None
 
   def _accept(self, server):
-    """Takes the connections of the others, in the first process."""
+    """Accepts the connections of the others, in the first process."""
     server.settimeout(_TICK)
     with server:
       while not self._is_over.is_set():
@@ -221,18 +222,18 @@ class _Together:
           ).start()
 
   def _listen(self, line):
-    """A connection that breaks without a goodbye is a process that died."""
+    """Reports a process as lost if its connection breaks without a goodbye."""
     text = b''
     with line, contextlib.suppress(OSError):
       while received := line.recv(64):
         text += received
     number, _, goodbye = text.partition(b'\n')
-    # Strangers may connect to a port, too.
+    # Unrelated programs may connect to the port, too.
     if number.isdigit() and not goodbye and not self._is_over.is_set():
       self._lost(int(number))
 
   def _cling(self):
-    """Notices, in the others, that the first process is gone."""
+    """Notices, in the other processes, that the first process is gone."""
     self._line.settimeout(None)
     with contextlib.suppress(OSError):
       self._line.recv(1)
@@ -243,7 +244,7 @@ class _Together:
     self._end.acquire()
     note = None if number == 0 else self._note()
     if note is None:
-      # The machine may have been taken away: the same command continues.
+      # The machine may have been preempted: the same command continues.
       code = run.STOPPED_EXIT_CODE
       error = 'it was killed or crashed'
       note = {'process': number, 'code': code, 'error': error}
@@ -281,7 +282,7 @@ class _Together:
       )
     else:
       _say(
-        f'error: another process ended: its error came first (process '
+        f'error: another process failed first (process '
         f'{note["process"]}: {_first_line(note["error"])})'
       )
     with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -289,7 +290,7 @@ class _Together:
     self._exit(note['code'], note['process'])
 
   def _publish(self, note) -> bool:
-    """Writes the note, unless there is one or the service is gone."""
+    """Writes the note; False if there is one already or the service is gone."""
     try:
       self._client.key_value_set(_ENDED, json.dumps(note))
     except jax.errors.JaxRuntimeError:

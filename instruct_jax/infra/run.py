@@ -1,4 +1,4 @@
-"""A run on its machine: its directory, its lock, its record, its end."""
+"""A run's work directory, lock, provenance, progress and orderly stop."""
 
 import contextlib
 import datetime
@@ -44,7 +44,7 @@ class WorkdirError(RuntimeError):
 
 
 class Stopped(SystemExit):
-  """Ends a process that was asked to stop and has saved, with exit code 75.
+  """Ends, with exit code 75, a process that was asked to stop and has saved.
 
   Args:
     message: where it stopped, for standard error.
@@ -87,7 +87,7 @@ def timestamp() -> str:
 def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
   """Keeps other runs out of a work directory, except in object stores.
 
-  The kernel drops the lock with the process, so no lock is ever stale.
+  The kernel releases the lock when the process ends, so no lock is ever stale.
 
   Raises:
     WorkdirError: another process holds the directory; the message names it.
@@ -127,7 +127,7 @@ def plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Dotted key -> value; an empty mapping is a value."""
+  """Flattens a tree to dotted key -> value; an empty mapping is a value."""
   found = {}
   for key, value in tree.items():
     name = f'{prefix}{key}'
@@ -156,7 +156,7 @@ def check_choice(
 
 @contextlib.contextmanager
 def naming(known: str, key: str) -> Iterator[None]:
-  """Renames the key `known` to `key` in the errors raised inside."""
+  """Replaces the key `known` by `key` in the errors raised inside."""
   try:
     yield
   except ValueError as error:
@@ -164,8 +164,10 @@ def naming(known: str, key: str) -> Iterator[None]:
 
 
 def check_enough(number: int, needed: int, what: str, keys: str) -> None:
-  """Raises ValueError if `number` rows do not fill a batch of `needed`, which
-  the config `keys` decide."""
+  """Raises ValueError if `number` rows do not fill a batch of `needed`.
+
+  `keys` names the config keys that decide `needed`.
+  """
   if number < needed:
     raise ValueError(
       f'{number} {what} do not fill a batch of {needed} ({keys}); lower it, or '
@@ -176,7 +178,7 @@ def check_enough(number: int, needed: int, what: str, keys: str) -> None:
 def check_room(workdir: epath.Path, needed: float, what: str) -> None:
   """Raises ValueError if a disk has less than `needed` bytes free for `what`.
 
-  Stores are not asked.
+  Object stores are not checked.
   """
   if files.is_remote(workdir):
     return
@@ -273,11 +275,11 @@ def say_left_out(
     say(f'{stage}: {number} of {total} {what} left out: do not fit {limit}')
 
 
-# --- Where the numbers come from ----------------------------------------------
+# --- Provenance ---------------------------------------------------------------
 
 
 def provenance(seed: int) -> dict[str, Any]:
-  """What is needed to run this again.
+  """Returns what is needed to reproduce this run.
 
   `commit` is None outside a git checkout; `dirty` means changed tracked files
   or untracked Python code; `devices` counts them by kind; the version of a
@@ -328,9 +330,9 @@ def _git_state(root) -> tuple[str | None, bool | None]:
 
 
 class StopSignal:
-  """Turns SIGTERM into the flag `requested`, while entered.
+  """Context manager that turns SIGTERM into the flag `requested`.
 
-  They nest: all see a signal until the outermost one is left.
+  Instances nest: all see a signal until the outermost one exits.
 
   Args:
     at_once: raise `Stopped` as soon as the signal comes, or, where Python would
@@ -339,7 +341,7 @@ class StopSignal:
   """
 
   _entered: ClassVar[list['StopSignal']] = []
-  _came: ClassVar[bool] = False  # While any is entered.
+  _came: ClassVar[bool] = False  # Reset when the outermost one exits.
 
   def __init__(self, at_once: bool = False):
     self._at_once = at_once
@@ -365,8 +367,8 @@ class StopSignal:
 
   @classmethod
   def check(cls) -> None:
-    """Raises `Stopped`, in the main thread, if a signal came that is to stop
-    the program at once."""
+    """Raises `Stopped`, in the main thread, if a signal came and the innermost
+    instance has `at_once`."""
     if (
       cls._entered
       and cls._entered[-1]._at_once
@@ -377,7 +379,7 @@ class StopSignal:
 
   @property
   def requested(self) -> bool:
-    """Whether SIGTERM came to any process; all must ask equally often."""
+    """Whether SIGTERM came to any process; all must read this equally often."""
     if jax.process_count() == 1:
       return self._came
     received = multihost_utils.process_allgather(np.array(self._came))
@@ -396,13 +398,15 @@ def _drops_exceptions(frame) -> bool:
 
 
 class Progress:
-  """Steps done, rate and time left: a bar on a terminal, otherwise a line about
-  every ten seconds and at the end.
+  """Shows steps done, rate and time left.
+
+  It is a bar on a terminal, otherwise a line about every ten seconds and at the
+  end.
 
   Args:
     name: of the stage.
-    total: number of steps, the `initial` ones of earlier runs included.
-    initial: not part of the rate.
+    total: number of steps, including those of earlier runs.
+    initial: steps of earlier runs, which are not part of the rate.
     unit: plural name of the steps.
   """
 

@@ -1,7 +1,7 @@
 """Where arrays live: one mesh, and one table from axis names to mesh axes.
 
 Every parameter names its axes on the line that creates it (`nn.with_logical_
-partitioning`); `LOGICAL_RULES` says which mesh axis cuts each name. The mesh
+partitioning`); `LOGICAL_RULES` says which mesh axes split each name. The mesh
 axes are `data` (replicas), `fsdp` (replicas that also split the weights) and
 `tensor` (heads, MLP and vocabulary split), all of type Auto: the compiler
 inserts the collectives.
@@ -25,11 +25,11 @@ from instruct_jax.types import PyTree
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
 BATCH_AXES = ('data', 'fsdp')
-# Bytes above which no parameter is whole on every device.
+# Bytes above which a parameter is split wherever one of its axes divides.
 LARGE = 2**20
 
-# Logical axis name -> mesh axes; () keeps the axis whole. The `batch` of
-# activations already uses fsdp, so their width is `None`, never `embed`.
+# Logical axis name -> mesh axes; () leaves the axis unsplit. In activations,
+# `batch` already uses fsdp, so their width is `None`, never `embed`.
 LOGICAL_RULES = {
   'batch': BATCH_AXES,
   'candidates': (),
@@ -58,11 +58,12 @@ def make_mesh(
 
   Args:
     shape: devices along each of the three axes; one entry may be -1, which
-      takes what the other two leave. () puts as many along `fsdp` as divide the
-      rows, and the others along `tensor` if that divides the heads.
+      takes what the other two leave. () chooses the largest `fsdp` that divides
+      the rows and leaves a `tensor` that divides the heads; if there is none,
+      all devices go along `fsdp`.
     devices: the devices to use; all by default.
-    rows: numbers of rows of the programs' batches and microbatches.
-    heads: sizes of axes that `tensor` would cut; without any it stays 1.
+    rows: row counts of the programs' batches and microbatches.
+    heads: sizes of axes that `tensor` would split; without any it stays 1.
 
   Raises:
     ValueError: the shape does not multiply to the number of devices.
@@ -79,7 +80,7 @@ def make_mesh(
   filled = [len(devices) // fixed if size == -1 else size for size in sizes]
   if math.prod(filled) != len(devices) or 0 in filled:
     raise ValueError(
-      f'mesh {wanted} does not divide the machine: the given sizes multiply to '
+      f'mesh {wanted} does not fit the machine: the given sizes multiply to '
       f'{fixed}, and there are {len(devices)} devices'
     )
   return jax.make_mesh(
@@ -95,7 +96,7 @@ def _choose(num_devices, rows, heads) -> tuple[int, int, int]:
     )
     if not left_over and cuts_heads and all(num % fsdp == 0 for num in rows):
       return 1, fsdp, tensor
-  # Uneven microbatches cost time; `put_batch` refuses uneven batches.
+  # Uneven microbatches only cost time; `put_batch` refuses uneven batches.
   return 1, num_devices, 1
 
 
@@ -109,8 +110,11 @@ def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
 
 
 def partition_spec(names: Sequence[str | None]) -> P:
-  """The mesh axes of an array, from the logical names of its axes; ValueError
-  for an unknown name, or for two names cut along one mesh axis."""
+  """Returns the mesh axes of an array from the logical names of its axes.
+
+  Raises:
+    ValueError: a name is unknown, or one mesh axis would split two names.
+  """
   rules = {None: (), **LOGICAL_RULES}
   owner = {}
   spec = []
@@ -141,13 +145,13 @@ def param_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
   """Shardings of a tree whose arrays carry Linen's axis names.
 
   Arrays above `LARGE` bytes that the table leaves whole (the norms of 96
-  layers, positions without fsdp) are cut along their last axis that `fsdp` and
-  `tensor` divide. Leaves without a box are whole on every device.
+  layers, positions without fsdp) are split along their last axis that `fsdp`
+  and `tensor` together divide. Leaves without a box are replicated.
 
   Args:
     boxed: arrays or `ShapeDtypeStruct`s in the boxes of `nn.with_logical_
       partitioning`, or an optimizer state of these.
-    mesh: where they are to live.
+    mesh: where they will live.
 
   Raises:
     ValueError: the mesh does not divide an axis, or the names do not fit.
@@ -180,9 +184,11 @@ def param_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
 
 
 def _cut_somewhere(shape, sizes) -> P | None:
-  """Cuts the last axis that divides; None if there is none.
+  """Splits the last axis that divides; None if there is none.
 
-  The first is that of the layers, which all devices need one at a time."""
+  The first axis, that of the layers, is tried last: all devices need whole
+  layers, one at a time.
+  """
   axes = tuple(axis for axis in ('fsdp', 'tensor') if sizes[axis] > 1)
   for axis in reversed(range(len(shape))):
     if axes and shape[axis] % _num_parts(axes, sizes) == 0:
@@ -226,7 +232,7 @@ def shardings_of(tree: PyTree) -> PyTree:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows cut over `data` and `fsdp`, all other axes whole."""
+  """Rows split over `data` and `fsdp`, all other axes whole."""
   return NamedSharding(mesh, P(BATCH_AXES))
 
 
@@ -246,18 +252,17 @@ def to_device(tree: PyTree) -> PyTree:
 
 
 class Offload:
-  """Keeps the trees with these names in host memory while no program reads
-  them."""
+  """Keeps trees, chosen by name, in host memory while no program reads them."""
 
   def __init__(self, names: Sequence[str]):
     self._names = frozenset(names)
 
   def store(self, name: str, tree: PyTree) -> PyTree:
-    """Moves the tree to the host, if it is one of them."""
+    """Moves the tree to the host, if its name is one of those chosen."""
     return to_host(tree) if name in self._names else tree
 
   def load(self, name: str, tree: PyTree) -> PyTree:
-    """Moves the tree back, if it is one of them."""
+    """Moves the tree back, if its name is one of those chosen."""
     return to_device(tree) if name in self._names else tree
 
 
@@ -270,9 +275,12 @@ def _moved(tree, kind):
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Asks the compiler to lay `x` out by the logical names of its axes.
 
-  Returns `x` without a current mesh. The compiler chooses for axes that do not
-  divide, such as the single row with which a model is initialised. ValueError
-  for a wrong number of names, or names that do not fit the table.
+  Without a current mesh, returns `x` unchanged. Axes that the mesh does not
+  divide are left to the compiler, such as the single row with which a model is
+  initialised.
+
+  Raises:
+    ValueError: the number of names is wrong, or they do not fit the table.
   """
   if len(names) != x.ndim:
     raise ValueError(f'array of shape {x.shape} has axis names {names}')
@@ -288,13 +296,13 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def constrain_rows(batch: PyTree, axis: int = 0) -> PyTree:
-  """Asks the compiler to cut the rows of each array over `data` and `fsdp`.
+  """Asks the compiler to split the rows of each array over `data` and `fsdp`.
 
   For rows picked or reshaped inside a program: left to the compiler, a
   microbatch may end up on one device, or whole on all of them.
 
-  It still chooses for arrays whose axis of rows, `axis`, does not divide. Axes
-  before it are kept whole.
+  Arrays whose row axis, `axis`, does not divide are still left to the compiler.
+  Axes before it are kept whole.
   """
   sizes = jax.sharding.get_abstract_mesh().shape
   if not sizes:
@@ -311,17 +319,17 @@ def constrain_rows(batch: PyTree, axis: int = 0) -> PyTree:
 
 
 def num_batch_shards() -> int:
-  """Parts into which the current mesh cuts the rows of a batch."""
+  """Number of parts into which the current mesh splits the rows of a batch."""
   sizes = jax.sharding.get_abstract_mesh().shape
   return _num_parts(BATCH_AXES, sizes) if sizes else 1
 
 
 def per_shard(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
-  """Runs a function of rows on every shard of rows separately.
+  """Makes a function of rows run on each shard of rows separately.
 
-  Indexing rows then stays on the device, where the compiler might gather the
-  rows of all devices first. Heads that are cut over `tensor` stay cut. Rows are
-  the first axis of all arguments and results.
+  Indexing rows then stays on the device; otherwise the compiler might gather
+  the rows of all devices first. Heads that are split over `tensor` stay split.
+  Rows are the first axis of all arguments and results.
   """
   if num_batch_shards() == 1:
     return fn
@@ -338,11 +346,11 @@ def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
   """Moves a process's own rows of a batch onto the mesh; replicates scalars.
 
   Returns:
-    Global arrays: the rows of all processes, cut over `data` and `fsdp`.
+    Global arrays: the rows of all processes, split over `data` and `fsdp`.
 
   Raises:
-    ValueError: these do not divide the global number of rows, or the mesh gives
-      processes the same rows.
+    ValueError: `data` and `fsdp` do not divide the global number of rows, or
+      the mesh does not give each process its own block of rows.
   """
   count = jax.process_count()
   if count > 1:
@@ -396,7 +404,7 @@ def _check_own_rows(mesh) -> None:
 
 
 def place(tree: PyTree, mesh: Mesh) -> PyTree:
-  """Makes arrays of one process, such as counters, arrays of all processes."""
+  """Turns arrays of one process, such as counters, into global arrays."""
   if jax.process_count() == 1:
     return tree
 
@@ -409,7 +417,7 @@ def place(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def fetch(tree: PyTree) -> PyTree:
-  """Whole NumPy arrays in every process; all must call it."""
+  """Returns whole NumPy arrays in every process; all processes must call it."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
   return jax.tree.map(
@@ -423,5 +431,5 @@ def fetch(tree: PyTree) -> PyTree:
 
 
 def fetched(program: Callable[..., PyTree]) -> Callable[..., PyTree]:
-  """The program with its result on the host, whole in every process."""
+  """Wraps a program so that its result is `fetch`ed."""
   return lambda *args: fetch(program(*args))

@@ -1,4 +1,4 @@
-"""Applies a function of rows to a part of them at a time."""
+"""Applies a function of rows to some of the rows at a time."""
 
 from collections.abc import Callable
 
@@ -15,10 +15,10 @@ def in_slices(
   """Applies a function, inside a program, to one slice of rows after another.
 
   Only one slice's temporaries exist at a time. Slice j holds rows j, j + n,
-  j + 2 n, ...: rows that are cut over devices stay on theirs.
+  j + 2 n, ..., so that rows split over devices stay on their device.
 
   Args:
-    fn: rows to arrays with as many rows, each row for itself.
+    fn: maps rows to arrays with as many rows, each row independently.
     rows: pytree of arrays with B rows.
     num_slices: n, which divides B.
   """
@@ -45,7 +45,7 @@ def in_batches(
   The last batch is filled with the first rows, whose results are dropped.
 
   Args:
-    fn: a batch of rows to arrays with as many rows.
+    fn: maps a batch of rows to arrays with as many rows.
     rows: pytree of numpy arrays with N rows each; ValueError if N is 0.
     batch_size: rows per call.
     progress: called with the number of rows of each batch once it is done.

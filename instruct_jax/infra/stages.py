@@ -1,8 +1,8 @@
 """Checks before the stages of a run start, or start again.
 
 Keys must be in range, inputs must exist or be made by an earlier stage, and a
-stage that has saved anything continues with the config and inputs it began
-with.
+stage that has saved anything must continue with the config and inputs that it
+began with.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ CONFIG_FILE = 'config.json'
 HISTORY_FILE = 'config_history.json'
 _MAX_LINES = 20
 
-# Sizes, in any stage; 0 would fail late, or do nothing.
+# Sizes that must be at least 1 in any stage; 0 would fail late or do nothing.
 _AT_LEAST_ONE = (
   *('batch_size', 'eval_batch_size', 'eval_every', 'num_epochs'),
   *('num_microbatches', 'row_length', 'prompt_length', 'response_length'),
@@ -29,8 +29,8 @@ _AT_LEAST_ONE = (
   *('checkpoint_every', 'words_per_document', 'prompts_per_user'),
   'duplicate_prefix_words',
 )
-# Keys that mean the same in every stage, what their values must be, and whether
-# a value is so.
+# (key, rule for the error message, test), for keys that mean the same in every
+# stage.
 _NUMBERS = (
   *((key, 'be at least 1', lambda x: x >= 1) for key in _AT_LEAST_ONE),
   ('learning_rate', 'be positive', lambda x: x > 0),
@@ -53,8 +53,8 @@ _NUMBERS = (
   ),
 )
 
-# Keys that may change at any time, with all keys below them: results stay the
-# same, except for rounding.
+# Keys that may change at any time, as may all keys nested below them: results
+# stay the same, except for rounding.
 MAY_CHANGE = {
   'mesh': 'over which devices arrays are cut',
   'xla_flags': 'how programs are compiled',
@@ -87,7 +87,7 @@ MAY_CHANGE = {
   'key_variable': 'which variable holds the key of a service',
   'max_answers': 'what is refused beforehand',
 }
-# Keys that came later -> the value with which a stage does what it did before.
+# Keys added in later versions -> the value that keeps the earlier behaviour.
 _ADDED = {'max_demonstrations': 0, 'context_length': 0}
 
 
@@ -97,19 +97,19 @@ def _dropout(stage: Mapping[str, Any]) -> float:
 
 # Keys that may change in stages for which the condition holds.
 MAY_CHANGE_IF: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-  # Gradients are sums over the batch. But each microbatch draws its own
-  # dropout, and RL deals episodes to them by length.
+  # Gradients are summed over the batch, however it is split. But each
+  # microbatch draws its own dropout, and RL assigns episodes by length.
   'num_microbatches': lambda stage: (
     not _dropout(stage) and 'num_episodes' not in stage
   ),
-  # Without training it is only how many rows run at a time.
+  # Without training it only sets how many rows run at a time.
   'batch_size': lambda stage: 'learning_rate' not in stage,
-  # RL lays out the same episodes; in SFT it makes other batches.
+  # RL lays out the same episodes either way; in SFT it changes the batches.
   'pack': lambda stage: 'num_episodes' in stage,
 }
 
-# Files of a stage that a later start does not need. Without a checkpoint, lines
-# of metrics are written again.
+# Files of a stage that a restart does not need, so they are no progress.
+# Without a checkpoint, lines of metrics are written again.
 _NO_PROGRESS = (
   *(inputs.INPUTS_FILE, inputs.ACCEPTED_FILE, CONFIG_FILE, HISTORY_FILE),
   *('provenance.json', 'seconds.json', 'metrics.jsonl', 'timing.jsonl'),
@@ -124,8 +124,8 @@ class Stage:
   Attributes:
     config: with this machine's paths.
     described: dotted key -> value without these paths, as in config.json.
-    folder: its own, below the work directory, or the work directory itself.
-    prefix: of its keys on the command line, such as 'stages.sft.'.
+    folder: the stage's folder in the work directory, or that directory itself.
+    prefix: of the stage's keys on the command line, such as 'stages.sft.'.
     experiment: the module, or None.
   """
 
@@ -137,7 +137,7 @@ class Stage:
 
   @property
   def name(self) -> str:
-    """In paths and messages."""
+    """The name that paths and messages use."""
     return self.config.name
 
   @property
@@ -147,12 +147,12 @@ class Stage:
 
   @property
   def runs_again(self) -> bool:
-    """Whether it runs also when it has finished, to take in what is new."""
+    """Whether it runs even if it has finished, to pick up new inputs."""
     return getattr(self.experiment, 'RUNS_AGAIN', False)
 
   @property
   def has_progress(self) -> bool:
-    """Whether it has saved anything that a later start needs."""
+    """Whether it has saved anything that a restart needs."""
     if not self.folder.exists():
       return False
     reads = self.inputs().values()
@@ -174,7 +174,7 @@ class Stage:
     return found
 
   def key(self, label: str) -> str:
-    """The command line's key for an input; '' if there is none."""
+    """The command-line key of an input; '' if there is none."""
     key = inputs.key_of(label, self.described)
     return f'{self.prefix}{key}' if key in self.described else ''
 
@@ -188,10 +188,13 @@ def of_run(
   """The stages of a config, in order.
 
   Args:
-    config: with `workdir` filled in; ValueError for a wrong `stage_order`.
+    config: with `workdir` filled in.
     described: the same without this machine's paths.
     workdir: where the run lives.
     find_experiment: name -> module.
+
+  Raises:
+    ValueError: `stage_order` has an unknown or repeated name.
   """
   if 'stages' not in config:
     values = run.flat(run.plain(described))
@@ -220,7 +223,7 @@ def of_run(
 
 
 def check_numbers(name: str, config: ConfigDict) -> None:
-  """ValueError with the stage's name and the key for a number out of range."""
+  """Raises ValueError with the stage and the key for a number out of range."""
   for key, rule, holds in _NUMBERS:
     if key not in config or config[key] is None:
       continue
@@ -229,7 +232,7 @@ def check_numbers(name: str, config: ConfigDict) -> None:
 
 
 def validate(stage: Stage) -> None:
-  """Checks a stage's config; ValueError with the stage and the key."""
+  """Raises ValueError, with the stage and the key, if a config is wrong."""
   check_numbers(stage.name, stage.config)
   try:
     stage.experiment.validate(stage.config)
@@ -238,7 +241,7 @@ def validate(stage: Stage) -> None:
   except (AttributeError, KeyError) as error:
     key = str(error).replace('\\', '').split('\n')[0].strip('\'"')
     if not key.isidentifier() or key in stage.config:
-      raise  # A fault of the experiment.
+      raise  # A bug in the experiment.
     raise ValueError(
       f'{stage.name}: {stage.experiment.__name__} reads the key {key!r}, which '
       'the config of this stage lacks; declare it in a file of configs/, as '
@@ -247,28 +250,29 @@ def validate(stage: Stage) -> None:
 
 
 def may_change(key: str, stage: Mapping[str, Any]) -> bool:
-  """Whether a dotted key of a stage (dotted key -> value) may change."""
+  """Whether a key may change in a stage, given as dotted key -> value."""
   parts = key.split('.')
   if any(part in MAY_CHANGE for part in parts):
     return True
   return parts[-1] in MAY_CHANGE_IF and MAY_CHANGE_IF[parts[-1]](stage)
 
 
-# --- Inputs that are not there ------------------------------------------------
+# --- Missing inputs -----------------------------------------------------------
 
 
 def find_missing(
   stages: Sequence[Stage], have_run: Iterable[str] = ()
 ) -> dict[str, str]:
-  """Looks for all inputs of all stages that are still to run.
+  """Checks that all inputs of stages still to run exist or will be made.
 
   Args:
     stages: of the run, in order.
-    have_run: names of those that this process has run: their missing outputs
-      will not appear.
+    have_run: names of stages that this process has already run: it will not
+      make their missing outputs any more.
 
   Returns:
-    Name -> reason, of finished stages whose outputs are gone and still needed.
+    Name -> reason, for finished stages that must run again because their
+    outputs are gone and still needed.
 
   Raises:
     ValueError: inputs that no stage will make are missing; one line each.
@@ -309,8 +313,10 @@ def check_turn(
   have_run: Sequence[str],
   accept_new_inputs: bool,
 ) -> None:
-  """Calls `find_missing` and `check_inputs` before a stage runs, and marks
-  finished stages that have to run again as not done."""
+  """Calls `find_missing` and `check_inputs` just before a stage runs.
+
+  Marks finished stages that have to run again as not done.
+  """
   again = find_missing(stages, have_run)
   for other in stages:
     if other.name in again:
@@ -320,7 +326,7 @@ def check_turn(
 
 
 def _maker(path: str, stages: Sequence[Stage]) -> Stage | None:
-  """The stage into whose folder a path leads."""
+  """The stage whose folder contains a path, or None."""
   for stage in stages:
     if stage.prefix and _is_within(path, stage.folder):
       return stage
@@ -328,7 +334,7 @@ def _maker(path: str, stages: Sequence[Stage]) -> Stage | None:
 
 
 def _is_within(path: str, folder: epath.Path) -> bool:
-  # The same config spells both.
+  # Both come from the same config, so they are spelled alike.
   return f'{path}/'.startswith(f'{folder}/')
 
 
@@ -347,7 +353,7 @@ def _missing(*found) -> str:
   return f'{who}: {label}: {reason}; correct --config.{key}'
 
 
-# --- What differs from the last time ------------------------------------------
+# --- Changes since the last start ---------------------------------------------
 
 
 def check_unchanged(
@@ -358,8 +364,8 @@ def check_unchanged(
 ) -> None:
   """Compares config and inputs with those that each stage began with.
 
-  Writes config.json, which keeps stages that this config lacks, and its changes
-  to config_history.json.
+  Writes config.json, which keeps stages that this config lacks, and appends the
+  changes to config_history.json.
 
   Args:
     stages: of the run, in order.
@@ -368,7 +374,7 @@ def check_unchanged(
     accept_new_inputs: see `check_inputs`.
 
   Raises:
-    run.WorkdirError: a stage that has saved anything differs.
+    run.WorkdirError: they differ for a stage that has saved anything.
   """
   now, path = run.plain(described), workdir / CONFIG_FILE
   saved = run.read_json(path) if path.exists() else None
@@ -384,8 +390,8 @@ def check_unchanged(
       lines += found
   if lines:
     raise run.WorkdirError(
-      f'{workdir} was made with another config:\n{_listed(lines)}\nGo back to '
-      'these values, choose another --workdir, or '
+      f'{workdir} was created with a different config:\n{_listed(lines)}\n'
+      'Go back to these values, choose another --workdir, or '
       + _start_anew(changed, stages)
     )
   check_inputs(stages, stages, accept_new_inputs)
@@ -395,14 +401,14 @@ def check_unchanged(
 
 
 def _saved(saved, stage):
-  """The flat config that a stage had, or None if there was no such stage."""
+  """The flat config saved for a stage, or None if there was no such stage."""
   if stage.prefix:
     saved = saved.get('stages', {}).get(stage.prefix.split('.')[1])
   return None if saved is None else run.flat(saved)
 
 
 def _changes(stage, before):
-  """Lines about keys that must not change, and about those that may."""
+  """Messages about changed keys that must not change, and about the others."""
   state = _state(stage)
   moved = _moved(stage) if state else ()
   lines, notes = [], []
@@ -416,9 +422,9 @@ def _changes(stage, before):
       is_new and stage.described[key] == _ADDED[key.rpartition('.')[2]]
     ):
       continue
-    text = f'{stage.prefix}{key}: {old} there, {new} now'
+    text = f'{stage.prefix}{key}: was {old}, is now {new}'
     if may_change(key, before) and may_change(key, stage.described):
-      notes.append(f'{stage.name}: {text}; that may change')
+      notes.append(f'{stage.name}: {text}; this change is allowed')
     elif not state:
       notes.append(f'{stage.name}: {text}; nothing of it was saved yet')
     elif key in moved:
@@ -435,7 +441,7 @@ def _state(stage) -> str:
 
 
 def _moved(stage):
-  """Keys whose inputs may have moved; `check_inputs` compares the contents."""
+  """Keys whose paths may change, since `check_inputs` compares the contents."""
   known, paths = inputs.known(stage.folder), stage.inputs()
 
   def of_key(key, labels):
@@ -456,8 +462,8 @@ def check_inputs(
   """Compares the inputs of the chosen stages with those they began with.
 
   Raises:
-    run.WorkdirError: an input has other contents now. `accept_new_inputs`
-      records it instead.
+    run.WorkdirError: the contents of an input have changed. With
+      `accept_new_inputs` the new ones are recorded instead.
   """
   lines, changed = [], []
   for stage in chosen:
@@ -465,7 +471,7 @@ def check_inputs(
     paths = {
       label: path
       for label, path in stage.inputs().items()
-      # A stage makes a torn output again.
+      # An incomplete output will be made again by its stage.
       if _maker(path, stages) is None or not inputs.torn(path)
     }
     found = inputs.differences(stage.folder, paths) if state else {}
@@ -484,14 +490,14 @@ def check_inputs(
       lines.append(text)
   if changed:
     raise run.WorkdirError(
-      'inputs are not those that these stages began with:\n'
-      f'{_listed(lines)}\nBring them back, go on with the new ones by '
+      'inputs have changed since these stages began:\n'
+      f'{_listed(lines)}\nRestore them, continue with the new ones by '
       '--accept_new_inputs, or ' + _start_anew(changed, stages)
     )
 
 
 def record_inputs(stage: Stage) -> None:
-  """Writes inputs.json as a stage begins; one that continues keeps its own."""
+  """Writes inputs.json when a stage begins; a resumed stage keeps its file."""
   path = stage.folder / inputs.INPUTS_FILE
   if stage.has_progress and path.exists():
     return
@@ -517,15 +523,15 @@ def _start_anew(changed, stages):
       found.append(stage)
   folders = [str(stage.folder) for stage in found if stage.folder.exists()]
   return (
-    'delete these folders, and the same command makes them anew: '
+    'delete these folders, and the same command makes them again: '
     + ' '.join(folders)
   )
 
 
 def _save(workdir, saved, now):
-  """Writes config.json, and its changes to the history."""
+  """Writes config.json, and appends its changes to the history."""
   if saved is not None and 'stages' in now:
-    # The next config may have the other stages again.
+    # Keeps stages that this config lacks: the next one may have them again.
     kept = saved.get('stages', {})
     names = set(now['stage_order']) | (set(now['stages']) - set(kept))
     new = {name: now['stages'][name] for name in sorted(names)}

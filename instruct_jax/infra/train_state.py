@@ -1,4 +1,4 @@
-"""What a gradient step changes, and the guard around it."""
+"""The state that gradient steps update, and the guard for non-finite steps."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from instruct_jax.types import Key, LossFn, Metrics, Params, PyTree
 
 
 class NonFiniteError(RuntimeError):
-  """Training met too many non-finite losses or gradients in a row."""
+  """Too many updates in a row had a non-finite loss or gradient."""
 
 
 @flax.struct.dataclass
@@ -23,13 +23,13 @@ class TrainState:
   """Parameters under training.
 
   Attributes:
-    step: updates attempted, which keys and data positions follow. The learning
-      rate follows the optimizer's count of applied updates,
+    step: updates attempted, which determines PRNG keys and data positions. The
+      learning rate depends on the optimizer's count of applied updates,
       `step - num_skipped`.
     params: float32 master weights.
-    opt_state: of the optimizer.
+    opt_state: state of the optimizer.
     num_skipped: updates skipped since the start.
-    num_consecutive_skipped: those since the last applied update.
+    num_consecutive_skipped: updates skipped since the last applied one.
   """
 
   step: Int[Array, '']
@@ -43,7 +43,7 @@ def create(
   params: Params, optimizer: optax.GradientTransformation
 ) -> TrainState:
   """A state at step 0."""
-  # Three arrays: a buffer that appears twice cannot be donated.
+  # Three separate arrays: a buffer that appears twice cannot be donated.
   step, skipped, consecutive = (jnp.zeros((), jnp.int32) for _ in range(3))
   opt_state = optimizer.init(params)
   return TrainState(step, params, opt_state, skipped, consecutive)
@@ -54,12 +54,12 @@ def abstract_state(
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
 ) -> TrainState:
-  """Unboxed `ShapeDtypeStruct`s of a state, with shardings.
+  """Returns a state of unboxed `ShapeDtypeStruct`s with shardings.
 
   Args:
     init_fn: key -> params, boxed with their axis names.
     optimizer: its moments are laid out like their parameters.
-    mesh: where the state is to live.
+    mesh: where the state will live.
   """
   boxed = jax.eval_shape(
     lambda key: create(init_fn(key), optimizer), jax.random.key(0)
@@ -93,7 +93,7 @@ def accumulate_gradients(
     (gradients, mean loss, metrics as (sum, count)).
 
   Raises:
-    ValueError: the batch does not divide.
+    ValueError: `num_microbatches` does not divide the batch.
   """
   for size in {x.shape[0] for x in jax.tree.leaves(batch)}:
     if size % num_microbatches:
@@ -113,7 +113,7 @@ def accumulate_gradients(
     micro = jax.tree.map(
       lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), batch
     )
-    # Every microbatch uses all devices.
+    # So that every microbatch uses all devices.
     micro = sharding.constrain_rows(micro, axis=1)
     keys = jax.random.split(key, num_microbatches)
 
@@ -141,8 +141,8 @@ def apply_gradients(
   gradient whose squared norm overflows float32 counts as not finite.
 
   Returns:
-    The state after, and the metrics `optimizer/gradient_norm` (before
-    clipping; count 0 when skipped) and `optimizer/skipped`.
+    The new state, and the metrics `optimizer/gradient_norm` (before clipping;
+    count 0 when skipped) and `optimizer/skipped`.
   """
   grad_norm = optax.tree.norm(grads)
   is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
@@ -174,7 +174,7 @@ def apply_gradients(
 def check_skips(
   state: TrainState, limit: int, name: str, workdir: epath.PathLike
 ) -> None:
-  """Warns about skipped updates; waits for the state.
+  """Warns about skipped updates; waits until the state is computed.
 
   Raises:
     NonFiniteError: there were `limit` or more in a row.
@@ -188,7 +188,7 @@ def check_skips(
       f'{name}: loss or gradients were not finite in {consecutive} updates in '
       f'a row up to step {step} (limit {limit}; {num_skipped} skipped in all). '
       'Lower the learning rate or max_grad_norm, or look at the batches there. '
-      f'With another config the stage begins anew: delete {workdir}.'
+      f'To start the stage again with another config, delete {workdir}.'
     )
   if consecutive:
     warnings.warn(

@@ -1,8 +1,8 @@
-"""Names programs that hang or make a step slow.
+"""Reports programs that hang or make a step slow.
 
-Programs return before they are computed. A thread looks at the oldest output
-that is not ready, so that a message comes even while the main thread waits, for
-example in a collective that has lost its peer.
+Programs return before their results are computed. A thread checks the oldest
+output that is not ready, so that a message is printed even while the main
+thread waits, for example in a collective that has lost its peer.
 """
 
 import collections
@@ -17,37 +17,38 @@ import jax
 
 
 class Watch:
-  """Watches the programs of one loop, while entered.
+  """Context manager that watches the programs of one loop.
 
   Args:
-    name: of the stage, for the messages.
+    name: the stage's name, for the messages.
   """
 
-  _TICK = 0.5  # Seconds between looks.
-  _NUM_USUAL = 50  # Durations behind the usual one.
-  # Limit until there are steps to compare with; it includes compilation.
+  _TICK = 0.5  # Seconds between checks.
+  _NUM_USUAL = 50  # Latest durations, whose median is the usual one.
+  # Limit until there are steps to compare with; compilation counts too.
   _FIRST_SECONDS = 900.0
-  # A step is slow at this multiple of the usual duration, but not before these
-  # seconds.
+  # A step is slow at this multiple of the usual duration, and not before this
+  # many seconds.
   _FACTOR = 10.0
   _MIN_SECONDS = 60.0
 
   def __init__(self, name: str):
     self._name = name
-    self._durations = collections.deque(maxlen=self._NUM_USUAL)  # Of a step.
-    # [program, one of its outputs], oldest first; None while it is called.
+    self._durations = collections.deque(maxlen=self._NUM_USUAL)  # Per step.
+    # [program, one of its outputs], oldest first; the output is None until the
+    # call returns.
     self._running = collections.deque()
     self._waited = collections.Counter()  # Seconds by program since `lap`.
     self._lock = threading.Lock()
     self._ended = threading.Event()
-    self._has_compiled = False  # The first lap is not a usual one.
+    self._has_compiled = False  # The first lap is not a usual duration.
     self._begin = time.monotonic()
     self._reported_at = 0.0
     self._step = 0
     self._thread = threading.Thread(target=self._look_on, daemon=True)
 
   def programs(self, programs: Mapping[str, Any]) -> dict[str, Any]:
-    """Wraps what can be called among the values."""
+    """Wraps the callables among the values."""
     return {
       name: self._watched(name, program) if callable(program) else program
       for name, program in programs.items()
@@ -78,8 +79,10 @@ class Watch:
     return call
 
   def lap(self, step: int, num_steps: int) -> None:
-    """Notes that the steps up to `step` are computed, `num_steps` since the
-    last call; prints a message if they were slow."""
+    """Records that the steps up to `step` are computed.
+
+    Prints a message if the `num_steps` steps since the last call were slow.
+    """
     now = time.monotonic()
     with self._lock:
       seconds = now - self._begin
@@ -118,7 +121,7 @@ class Watch:
           self._waited[current[0]] += self._TICK
         seconds = time.monotonic() - self._begin
         usual, step = self._usual(), self._step
-        # Repeated when twice the time has passed.
+        # The message is repeated whenever the time has doubled.
         limit = max(self._limit(usual), 2 * self._reported_at)
         if seconds <= limit:
           continue
@@ -129,9 +132,9 @@ class Watch:
         doing = f'{current[0]} is being compiled or has not returned'
       else:
         doing = f'{current[0]} has not finished'
-      compared = '' if usual is None else f' (usually {usual:.2g} s a step)'
+      compared = '' if usual is None else f' (usually {usual:.2g} s per step)'
       self._say(
-        f'no news for {seconds:.0f} s after step {step}{compared}: {doing}'
+        f'no progress for {seconds:.0f} s since step {step}{compared}: {doing}'
       )
 
   def _say(self, text):

@@ -1,4 +1,4 @@
-"""Starts the labeling site, or does one thing to its database.
+"""Starts the labeling site, or runs one command on its database.
 
 python -m instruct_jax.labeling --config=configs/labeling.py --workdir=DIR
 ... --demo                 with prompts and answers of the miniature world
@@ -6,8 +6,8 @@ python -m instruct_jax.labeling --config=configs/labeling.py --workdir=DIR
 ... --import_file=FILE --batch=NAME --kind=ranking --phase=training
 ... --export=FOLDER        writes the files that the experiments read
 ... --format=argilla       with either: the JSON of another program
-... --active=reward:MODEL  puts first what a reward model is least sure of
-... --backup=FILE.gz       writes one consistent copy, also of a running site
+... --active=reward:MODEL  puts first the tasks a reward model is unsure of
+... --backup=FILE.gz       writes one consistent copy, even of a running site
 ... --restore=FILE.gz      fills an empty database
 """
 
@@ -74,13 +74,15 @@ _SCREENING = flags.DEFINE_bool('screening', False, 'Import for screening.')
 
 
 def _check_flags(config, workdir) -> None:
-  """Raises `StoreError` before anything is made."""
+  """Raises `StoreError` for bad flags, before anything is created."""
   actions = (
     _BACKUP, _RESTORE, _EXPORT, _IMPORT, _ACTIVE, _ADMIN_LINK, _DEMO,
   )  # fmt: skip
   given = [f'--{flag.name}' for flag in actions if flag.value]
   if len(given) > 1:
-    raise store.StoreError(f'{" and ".join(given)}: give one of them at a time')
+    raise store.StoreError(
+      f'{" and ".join(given)}: give only one of them at a time'
+    )
   for flag in (
     _BATCH, _KIND, _PHASE, _CALIBRATION, _SUGGESTIONS, _SCREENING,
   ):  # fmt: skip
@@ -99,7 +101,7 @@ def _check_flags(config, workdir) -> None:
 
 
 def _active():
-  """The module that needs JAX, which the site itself does not."""
+  """Imports the module that needs JAX, which the site itself does not."""
   return importlib.import_module('instruct_jax.labeling.active')
 
 
@@ -160,7 +162,7 @@ def _listen(config):
 
 
 def _account(the_store, name, role, condition):
-  """Id of the first account that meets a condition, or of a new one."""
+  """(id, is new) of the first account that meets a condition, or a new one."""
   key = schema.accounts.c.id
   with the_store.read() as c:
     found = c.scalar(sa.select(key).where(condition).order_by(key))

@@ -1,4 +1,4 @@
-"""Puts first what a reward model is least sure of (`--active`).
+"""Puts first the tasks of which a reward model is least sure (`--active`).
 
 With the scores r of a task's K completions, p_ij = 1 / (1 + exp(r_j - r_i)) is
 the reward model's probability that a person prefers i to j (equation 1 of the
@@ -7,10 +7,10 @@ paper). A task's uncertainty is the mean entropy of its pairs, in bits:
   U = 1 / |D| sum_{(i, j) in D} H(p_ij),
   H(p) = -p log2 p - (1 - p) log2 (1 - p)
 
-D holds the pairs i < j of different texts, up to the space around them: no
-order of equal ones says anything. U is 1 where all scores are equal, near 0
-where all differ much, and 0 where D is empty. Labels of
-such tasks say more, but are no random sample: the export names the model and
+D holds the pairs i < j whose texts differ in more than surrounding whitespace,
+because an order of equal texts carries no information. U is 1 if all scores are
+equal, near 0 if all differ much, and 0 if D is empty. Labels of uncertain tasks
+are more informative but not a random sample, so the export names the model and
 the uncertainty of each task.
 """
 
@@ -36,11 +36,11 @@ _PREFIX = 'reward:'
 def uncertainty(
   scores: Sequence[float] | np.ndarray, texts: Sequence[str] = ()
 ) -> float:
-  """Mean entropy of the pairs of different texts, in bits; 0 without any.
+  """Mean entropy of the pairs of different texts, in bits; 0 if none differ.
 
   Args:
-    scores: of K >= 2 completions, reward units.
-    texts: the completions; without them, all are different.
+    scores: of K >= 2 completions, in reward units.
+    texts: the completions; if empty, all count as different.
   """
   texts = [records.composed(text.strip()) for text in texts]
   gaps = [
@@ -55,12 +55,12 @@ def uncertainty(
 
 
 def check(name: str, config: ConfigDict) -> str:
-  """The model folder of `reward:FOLDER`.
+  """Returns the model folder of `reward:FOLDER`.
 
   Raises:
-    StoreError: the name is of another form, or the model or its tokenizer is
+    StoreError: the name has another form, or the model or its tokenizer is
       missing.
-    ValueError: a compute_dtype that there is not.
+    ValueError: an unknown compute_dtype.
   """
   check_stage(config)
   folder = name.removeprefix(_PREFIX)
@@ -81,18 +81,18 @@ def check(name: str, config: ConfigDict) -> str:
 
 
 def order(the_store: store.Store, name: str, config: ConfigDict) -> dict:
-  """Gives the tasks with free slots in open batches a priority.
+  """Sets the priority of the ranking tasks with free slots in open batches.
 
-  A task's priority is its uncertainty; those that are too long for the model
-  lose theirs. Batches keep their order.
+  A task's priority is its uncertainty; tasks that are too long for the model
+  lose their priority. The order of the batches does not change.
 
   Args:
-    the_store: of the site.
+    the_store: the site's store.
     name: reward:FOLDER, ours or a published classifier.
-    config: with tokenizer, compute_dtype and batch_size.
+    config: has tokenizer, compute_dtype and batch_size.
 
   Returns:
-    Numbers of tasks that were `ordered`, and that are `too long`.
+    The numbers of tasks that were `ordered` and that are `too long`.
 
   Raises:
     StoreError: as `check`; there are no such tasks; scores are not finite.
@@ -138,7 +138,7 @@ def order(the_store: store.Store, name: str, config: ConfigDict) -> dict:
 
 
 def _tasks(the_store):
-  """Task id -> (prompt, record, texts) of the free tasks to rank."""
+  """Task id -> (prompt, record, texts) of ranking tasks with free slots."""
   tasks, batches, slots = schema.tasks, schema.batches, schema.slots
   free = sa.select(slots.c.id).where(
     slots.c.task_id == tasks.c.id,
@@ -160,7 +160,7 @@ def _tasks(the_store):
 
 
 def _pairs(key, prompt, record, texts):
-  """The completions as answers; those that were cut have no end."""
+  """(prompt, sample) of each completion; `ended` is false if it was cut."""
   turns = tuple(records.Turn(**turn) for turn in record.get('turns', ()))
   asked = records.Prompt(id=str(key), text=prompt, turns=turns)
   ends = record.get('ended') or [True] * len(texts)
@@ -171,10 +171,10 @@ def _pairs(key, prompt, record, texts):
 
 
 def _length(pairs, tokenizer):
-  """Tokens of the longest row."""
+  """Number of tokens of the longest row."""
   (prompt,) = tokenizer.encode_prompts([pairs[0][0]])
   texts = [answer.response for _, answer in pairs]
-  # An end even where there is none; and an empty answer has one token.
+  # Each answer counts with an end token, so even an empty one has a token.
   return len(prompt) + max(
     map(len, tokenizer.encode_responses(texts, ended=True))
   )

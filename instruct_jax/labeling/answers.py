@@ -25,7 +25,8 @@ KINDS = {
 RANKED = ('ranking', 'toxicity')
 STYLES = ('plain', 'few-shot', 'user-based')
 PHASES = ('training', 'evaluation', 'toxicity')
-# The phase of answers from files, which were given elsewhere; also their mark.
+# The phase of answers from files, which were given elsewhere; also the key that
+# marks their content.
 IMPORTED = 'imported'
 NUM_PAIRS = 6  # Rows of the few-shot form.
 SKIP_REASONS = (
@@ -48,7 +49,7 @@ class Question:
 
   Attributes:
     name: key in the answer.
-    text: as asked.
+    text: the question as asked.
     values: the integers to choose from.
     labels: a text for each value.
     default: chosen when the page opens, or None.
@@ -237,7 +238,7 @@ def _written(work, posted):
 
 
 def page_content(work: Mapping[str, Any], page: str) -> Any:
-  """The part of the answer that one page of the draft makes.
+  """Converts one page of the draft to its part of the answer.
 
   Raises:
     AnswerError: the page is incomplete; the message names the question.
@@ -263,7 +264,7 @@ def is_complete(work: Mapping[str, Any], page: str) -> bool:
 
 
 def content(work: Mapping[str, Any]) -> dict[str, Any]:
-  """The answer that a complete draft makes.
+  """Converts a complete draft to an answer.
 
   Returns:
     JSON: `prompt` (answers about it), `ratings` (per output, in imported

@@ -11,16 +11,16 @@ from instruct_jax.data import records
 from instruct_jax.labeling import parts
 
 _QUESTION = 'ranking'
-# Of Argilla's responses. Without a status, they were submitted.
+# Status of Argilla's responses -> ours. Those without one were submitted.
 _STATUSES = {
   None: 'submitted',
   'submitted': 'submitted',
   'draft': 'unfinished',
   'discarded': 'skipped',
 }
-# What Argilla takes as the agent of a suggestion.
+# What Argilla accepts as the agent of a suggestion.
 _AGENT = re.compile(r'[\w:./\s-]{1,200}', re.ASCII)
-# Columns of a row on the Hub that are no fields, and those beside a question.
+# Columns of a Hub row that are not fields, and those that belong to a question.
 _NO_FIELDS = (
   'id',
   'external_id',
@@ -36,7 +36,7 @@ _BESIDE = re.compile(r'\.(responses|suggestion)\.\w+$')
 class _Response:
   """An answer to one question, by a person or a model.
 
-  Without a question, the person has discarded the record. The question of a
+  If `question` is None, the person has discarded the record. The question of a
   suggestion may be `_UNNAMED`.
   """
 
@@ -51,10 +51,10 @@ _UNNAMED = ''  # The REST interface names the question of a suggestion by an id.
 
 
 def read(found, source, told):
-  """(number, item) of the numbered records; counts what is to be `told`."""
+  """(number, item) of numbered records; counts notes to the user in `told`."""
   found = parts.each(found, source, _normal)
   normal = [record for _, record in found]
-  # A record may lack some of them, but its answers still name all.
+  # A record may lack some fields, but its answers still name all of them.
   fields = {_key(name) for record in normal for name in record['fields']}
   question = _ranking_question(normal, fields, source)
   options = {
@@ -72,7 +72,7 @@ def read(found, source, told):
 
 
 def _is_asked(response, question, fields):
-  """Whether it is about the question that ranks the fields."""
+  """Whether a response answers the question that ranks the fields."""
   if response.question == _UNNAMED:
     return _ranks_fields(response.value, fields)
   return question is not None and response.question == question
@@ -84,7 +84,7 @@ def _ranks_fields(value, fields):
 
 
 def _is_bare(value):
-  """Whether it is a list of names without ranks."""
+  """Whether a value is a list of names without ranks."""
   return isinstance(value, list) and not any(
     isinstance(one, dict) and 'rank' in one for one in value
   )
@@ -93,10 +93,10 @@ def _is_bare(value):
 def _check_orders(normal, question, number, source):
   """Refuses rankings that have lost their ranks.
 
-  Argilla 2's `records.to_json` and `to_datasets` drop the ranks. What people
-  ranked on its pages is then a list of all options (`number`) in the order of
-  the question, which says nothing. Lists that a program has logged are in order
-  of rank: some differ.
+  Argilla 2's `records.to_json` and `to_datasets` drop the ranks. A ranking that
+  people made on its pages then lists all options (`number`) in the order of the
+  question, whatever their ranks. Lists that a program has logged are in order
+  of rank, so not all of them are the same.
   """
   orders, is_ours = set(), False
   for record in normal:
@@ -120,7 +120,7 @@ def _check_orders(normal, question, number, source):
 
 
 def _normal(record):
-  """Any layout as id, fields, metadata, responses and suggestions."""
+  """Converts any layout to id, fields, metadata, responses, suggestions."""
   if 'fields' not in record:
     return _normal_row(record)
   given = record.get('responses')
@@ -162,11 +162,11 @@ def _normal(record):
 
 
 def _user(one):
-  """The answers of one person, as version 1 and REST have them."""
+  """The answers of one person, in version 1's and the REST layout."""
   time = one.get('updated_at') or one.get('inserted_at')
   person, status = _person(one), one.get('status')
   values = parts.an_object(one.get('values'), "'values' of a response")
-  if not values or status == 'discarded':  # Of the whole record.
+  if not values or status == 'discarded':  # Applies to the whole record.
     yield _Response(person, status, None, None, time)
     return
   for question, value in values.items():
@@ -221,7 +221,7 @@ def _normal_row(row):
         for column in (value, people, statuses)
       ):
         raise parts.BadError(
-          f'{name!r} and the columns beside it differ in length'
+          f'{name!r} and its .users or .status column differ in length'
         )
       found['responses'] += [
         _Response(_person({'user_id': person}), status, question, one)
@@ -249,7 +249,7 @@ def _normal_row(row):
 
 
 def _rows(value):
-  """Lists of user_id, value and status, as old data sets have them, as rows."""
+  """Converts the lists user_id, value and status of old data sets to rows."""
   if not isinstance(value, dict) or not isinstance(value.get('user_id'), list):
     return value
   columns = [value['user_id'], value.get('value'), value.get('status')]
@@ -265,9 +265,9 @@ def _rows(value):
 
 
 def _entries(value):
-  """(name, rank or None) of a ranking's options, or None if it is no ranking.
+  """(name, rank or None) of a ranking's options; None for any other value.
 
-  Rows on the Hub have two lists.
+  Rows on the Hub hold a list of names and a list of ranks.
   """
   if isinstance(value, dict):
     names, ranks = value.get('value'), value.get('rank')
@@ -291,12 +291,12 @@ def _entries(value):
 
 
 def _key(name):
-  """What is equal in the names of an option and of its field."""
+  """Normal form of a name; an option and its field have the same."""
   return re.sub('[^a-z0-9]', '', name.lower())
 
 
 def _ranking_question(normal, fields, source):
-  """The question whose answers order fields; None if nothing was answered."""
+  """The question whose answers rank fields; None if nothing was answered."""
   asked, ranking = set(), set()
   for record in normal:
     for response in (*record['responses'], *record['suggestions']):
@@ -324,8 +324,11 @@ def _ranking_question(normal, fields, source):
 
 
 def _is_option(key, options):
-  """Whether a field is among the options, or is named like one that ends in a
-  number, for nobody may have ranked it; without options, if it so ends."""
+  """Whether a field is one of the options of the ranking.
+
+  A field that nobody has ranked counts if its name differs from an option's in
+  the final number alone. Without options, all names that end in a number count.
+  """
   stems = {re.sub(r'\d+$', '', option) for option in options}
   numbered = re.fullmatch(r'(.*?)\d+', key)
   return key in options or bool(
@@ -377,7 +380,7 @@ def _item(record, question, options, fields, told):
       continue
     status = response.status
     if not isinstance(status, str | None) or status not in _STATUSES:
-      raise parts.BadError(f'no such status of a response: {status!r:.40}')
+      raise parts.BadError(f'unknown status of a response: {status!r:.40}')
     state = _STATUSES[status]
     is_asked = None not in (question, response.question)
     if state != 'skipped' and not (is_asked and response.value):
@@ -387,7 +390,7 @@ def _item(record, question, options, fields, told):
       told['answers without a status, taken as submitted'] += 1
     is_order = _is_bare(response.value)
     if is_order and state != 'skipped':
-      told['rankings without ranks, taken in their order'] += 1
+      told['rankings without ranks, read as best first'] += 1
     ranks = (
       ()
       if state == 'skipped'
@@ -406,17 +409,17 @@ def _item(record, question, options, fields, told):
 
 
 def _ranks(value, names, fields, is_order):
-  """Ranks of the fields that a record has; None where there is none.
+  """Ranks of a record's completions; None for one without a rank.
 
   Args:
-    value: of a response.
-    names: of the fields that the record has.
-    fields: keys of all that records have.
-    is_order: the names have no ranks, but are in order of rank.
+    value: the value of a response.
+    names: of the record's fields that hold completions.
+    fields: the normal forms (`_key`) of all records' fields.
+    is_order: whether the names have no ranks, but are in order of rank.
   """
   entries = _entries(value)
   if entries is None:
-    raise parts.BadError(f'{value!r:.60} is no ranking')
+    raise parts.BadError(f'{value!r:.60} is not a ranking')
   if is_order:
     entries = [(name, rank) for rank, (name, _) in enumerate(entries, 1)]
   places = {_key(name): place for place, name in enumerate(names)}
@@ -426,7 +429,7 @@ def _ranks(value, names, fields, is_order):
     if place is None and _key(name) in fields:
       continue  # The record lacks this option.
     if place is None or place in ranks:
-      problem = ', but is no field' if place is None else ' twice'
+      problem = ', but is not a field' if place is None else ' twice'
       raise parts.BadError(f'{name!r:.40} is ranked{problem}')
     if rank is not None and (type(rank) is not int or rank < 1):
       raise parts.BadError(f'the rank of {name!r:.40} is {rank!r:.40}')
@@ -435,12 +438,12 @@ def _ranks(value, names, fields, is_order):
 
 
 def files(items):
-  """A file for each number of answers, since a data set has one."""
+  """One file per number of completions, which is fixed in a data set."""
   by_number, ids = collections.defaultdict(list), set()
   for item in items:
     texts = item.values['completions']
     key = item.values.get('id') or f'task{item.number}'
-    if key in ids:  # Argilla replaces the record with that id.
+    if key in ids:  # Argilla would replace the record with that id.
       key = f'{key}-task{item.number}'
     ids.add(key)
     people = parts.people(
@@ -491,7 +494,7 @@ def files(items):
 
 
 def _user_id(name):
-  """A user's id, which has to be a UUID; it is the name if that is one."""
+  """A user's id: the name if it is a UUID, else a UUID derived from it."""
   try:
     return str(uuid.UUID(name))
   except ValueError:
@@ -499,7 +502,7 @@ def _user_id(name):
 
 
 def _agent_name(source):
-  """The source of a suggestion, if Argilla takes it as a name."""
+  """The source of a suggestion, or None if Argilla refuses such a name."""
   named = _AGENT.fullmatch(source) and re.search('[a-zA-Z0-9]', source)
   return source if named else None
 
@@ -510,7 +513,7 @@ def _in_order(names, ranks):
 
 
 def _with_ranks(names, ranks):
-  """As Argilla stores a ranking; () is none at all."""
+  """A ranking as Argilla stores it; empty if `ranks` is ()."""
   return [
     {'value': name, 'rank': rank}
     for name, rank in zip(names, ranks, strict=False)

@@ -1,4 +1,4 @@
-"""Exports: the files that the experiments read, and other programs' JSON."""
+"""Exports the files that the experiments read, and other programs' JSON."""
 
 import collections
 import dataclasses
@@ -39,7 +39,7 @@ def _origin(row):
   }
   if isinstance(row, research.Labeled):
     found |= {'seconds': round(row.seconds, 1), 'revision': row.revision}
-  if 'active' in row.record:  # Such tasks are no random sample.
+  if 'active' in row.record:  # Such tasks are not a random sample.
     found['active'] = row.record['active']
   return found
 
@@ -50,7 +50,7 @@ def _id(row):
 
 def _metadata(row, **labeling):
   given = row.record.get('metadata', {})
-  before = given.get('labeling')  # Of a site whose export was imported here.
+  before = given.get('labeling')  # From a site whose export was imported.
   before = before if isinstance(before, dict) else {}
   kept = {k: v for k, v in before.items() if k == 'active'}
   return {**given, 'labeling': {**kept, **_origin(row), **labeling}}
@@ -61,7 +61,7 @@ def _turns(row):
 
 
 def _ranking(row, is_decided):
-  """The comparison that an answer makes."""
+  """Converts an answer to a comparison."""
   found = {'adjudicated': True} if is_decided else {}
   if row.suggested is not None:
     shown = {'shown': _clock_text(row.suggested)}
@@ -78,7 +78,7 @@ def _ranking(row, is_decided):
 
 
 def _decided(row):
-  """The comparison that a decision makes, with its mark."""
+  """Converts a decision to a comparison that is marked as one."""
   mark = {'decided_by': row.labeler, 'note': row.note}
   return _comparison(row, row.ranks, adjudication=mark)
 
@@ -167,9 +167,9 @@ def _split(
   """'train' or 'valid' of each comparison, about `fraction` of them valid.
 
   Comparisons that share a user (A.2) or the opening of a conversation are in
-  one split, and so are those linked by a chain of shared ones.
+  the same split, even if only a chain of such comparisons links them.
   """
-  # Users sort before openings, so a group with a user is named by one.
+  # Users sort before openings, so a group with users is named after one.
   names = [
     [*([(0, f'user {c.user}')] if c.user else []), (1, records.opening(c))]
     for c in comparisons
@@ -200,7 +200,7 @@ _EXPORTED = (
 
 
 def _comparisons_file(row):
-  """The file of rankings by one criterion."""
+  """Name of the file for a ranking, by the criterion of the ranking."""
   if row.kind == 'toxicity':
     return 'comparisons_toxicity'
   is_training = row.phase == 'training'
@@ -208,7 +208,7 @@ def _comparisons_file(row):
 
 
 def _files(rows, decided, valid_fraction):
-  """File name -> its records; files without any are left out."""
+  """File name -> its records; empty files are left out."""
   files = collections.defaultdict(list)
   for row in decided:
     files[f'{_comparisons_file(row)}_adjudicated'].append(_decided(row))
@@ -236,13 +236,13 @@ def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, int]:
 
   comparisons.jsonl has labelers' rankings under the training instructions;
   comparisons_train and comparisons_valid are its split by user and prompt.
-  Rankings under other criteria or to compare with are in files of their own
-  (comparisons_evaluation, _toxicity, _researchers). So have researchers'
+  Rankings by other criteria, and researchers' for comparison, are in separate
+  files (comparisons_evaluation, _toxicity, _researchers). So are researchers'
   decisions, by criterion (comparisons_adjudicated and so on); the labelers'
-  rankings of these tasks say `adjudicated` in their metadata. The others are
-  demonstrations, prompts and ratings. Answers of the screening round and to
-  calibration tasks are not exported. All files appear together, and those of an
-  earlier export are removed (`data/folders.py`).
+  rankings of these tasks say `adjudicated` in their metadata. The other files
+  are demonstrations, prompts and ratings. Answers to screening and calibration
+  tasks are not exported. All files appear at once, and those of an earlier
+  export are removed (`data/folders.py`).
 
   Returns:
     Line counts by file; a file without lines is not written.
@@ -275,18 +275,18 @@ def export(the_store: store.Store, folder: epath.PathLike) -> dict[str, int]:
 def export_as(
   the_store: store.Store, folder: epath.PathLike, file_format: str
 ) -> dict[str, int]:
-  """Writes all tasks to rank, with their answers, for another program.
+  """Writes all ranking tasks, with their answers, for another program.
 
-  The answers are labelers': rankings, skips and drafts; and researchers'
+  The answers are labelers' rankings, skips and drafts, and researchers'
   decisions. Screening and calibration are left out. See `formats.written`.
 
   Args:
-    the_store: of the site.
+    the_store: the site's store.
     folder: for the files; those of an earlier export are removed.
     file_format: 'argilla' or 'label_studio'.
 
   Returns:
-    Numbers of tasks by file.
+    The number of tasks in each file.
 
   Raises:
     StoreError: there are no tasks to rank.
@@ -316,7 +316,7 @@ def export_as(
 
 
 def _items(the_store):
-  """The tasks to rank, with their answers, as another program has them."""
+  """The ranking tasks, with their answers, for another program."""
   tasks, batches = schema.tasks, schema.batches
   assignments, accounts = schema.assignments, schema.accounts
   wanted = (batches.c.kind.in_(answers.RANKED), *research.IN_DATA)
@@ -393,7 +393,7 @@ def _items(the_store):
 
 
 def _kept(record):
-  """The fields of the imported line; its metadata says what gave its order."""
+  """The imported line's fields; its metadata says what set the priority."""
   found = {k: record[k] for k in schema.RECORD_FIELDS if k in record}
   if 'active' in record:
     labeling = {'labeling': {'active': record['active']}}
@@ -402,13 +402,13 @@ def _kept(record):
 
 
 def _unsubmitted(row, num_outputs):
-  """The answer that a skip or a draft makes; None for an empty draft."""
+  """Converts a skip or a draft to an answer; None for an empty draft."""
   about = {'time': row.touched, 'seconds': row.seconds}
   about |= {'account': row.account_id}
   if row.state == 'skipped':
     return parts.Answer(row.name, 'skipped', note=row.reason, **about)
   draft = row.draft.get('ranks', {})
-  # A draft is as it was posted.
+  # A draft holds text as it was posted, which may not be a rank.
   known = {str(rank): rank for rank in range(1, num_outputs + 1)}
   ranks = tuple(
     known.get(draft.get(f'rank{position}')) for position in range(num_outputs)

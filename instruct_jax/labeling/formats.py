@@ -1,7 +1,7 @@
 """Rankings in the JSON of Argilla and of Label Studio.
 
-A file is a list of records, or has one a line. A record holds a prompt, its
-completions and what several people and models said of them.
+A file is a list of records, or has one record per line. A record holds a
+prompt, its completions, and how several people and models ranked them.
 
   Argilla       pages of the REST interface, version 1, and rows of a data set
                 on the Hub, all with ranks and ties; version 2's
@@ -9,11 +9,11 @@ completions and what several people and models said of them.
   Label Studio  the JSON and JSON_MIN exports: `Ranker`, whose buckets may be
                 ranks (`rank1`, `rank2`, ...), or `Pairwise`
 
-Neither has room for all that the site knows. We write the rest under the key
+Neither has fields for all that the site knows. We write the rest under the key
 `instruct_jax` of a record's metadata (Argilla, as text) or meta (Label Studio),
-where these programs keep it. So is a suggestion that labelers do not see; they
-would see it in the place that these programs have for one. People are in both
-as numbers.
+which these programs preserve. A suggestion that labelers do not see goes there,
+too, because in its usual field these programs would show it. Both identify
+people by ids.
 """
 
 import collections
@@ -38,7 +38,7 @@ def check_format(content: bytes, source: str, name: str) -> None:
   try:
     first, _ = json.JSONDecoder().raw_decode(text, text.index('{', 0, 1000))
   except (ValueError, RecursionError):
-    return  # The reader says what is wrong.
+    return  # The reader reports what is wrong.
   looks = _look(first)
   if looks and name not in looks:
     title = {'jsonl': 'JSON lines'}.get(looks[0], f"{FORMATS[looks[0]]}'s")
@@ -48,7 +48,7 @@ def check_format(content: bytes, source: str, name: str) -> None:
 
 
 def _look(record):
-  """The formats that a record looks like; none if nothing tells."""
+  """The formats that a record looks like; empty if none is recognized."""
   keys = set(record)
   is_argilla = (
     isinstance(record.get('fields'), dict)
@@ -76,12 +76,12 @@ def read(
   """Reads a file of a format other than JSONL.
 
   Args:
-    content: the file.
-    source: its name, for messages.
-    name: of `FORMATS`.
+    content: bytes of the file.
+    source: the file's name, for messages.
+    name: of the format, one of `FORMATS`.
 
   Returns:
-    The tasks in file order; and what is to be told about them, with counts.
+    The tasks in file order; and notes to the user about them, with counts.
 
   Raises:
     RecordError: the file is not in the format, in one line; or bad records, up
@@ -148,10 +148,10 @@ def _lines(text, source):
 
 
 def written(name: str, items: Sequence[parts.Item]) -> dict[str, bytes]:
-  """The files that hold tasks with their answers, by file name.
+  """Returns the files for tasks with their answers, by file name.
 
   Args:
     name: 'argilla' or 'label_studio'.
-    items: with distinct numbers.
+    items: the tasks, with distinct numbers.
   """
   return _PROGRAMS[name].files(items)

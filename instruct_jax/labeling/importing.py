@@ -1,6 +1,6 @@
-"""Tasks, and other programs' answers to them, from files.
+"""Imports tasks from files, and other programs' answers to them.
 
-JSONL has tasks alone; `formats` reads Argilla's and Label Studio's JSON.
+JSONL holds only tasks; `formats` reads Argilla's and Label Studio's JSON.
 """
 
 import codecs
@@ -29,13 +29,13 @@ _FIELDS = {
   'known_ranks': list,
 }
 _LEAST_OUTPUTS = {'rating': 1, 'ranking': 2, 'toxicity': 2}
-# State of an answer in a file -> of its assignment.
+# State of an answer in a file -> state of its assignment.
 _STATES = {
   'submitted': 'submitted',
   'unfinished': 'expired',
   'skipped': 'skipped',
 }
-# What to do about `known_ranks`, by whether the batch is for calibration.
+# Problems with `known_ranks`, by whether the batch is for calibration.
 _CALIBRATED = {
   True: "'known_ranks' is missing; a calibration task needs it",
   False: "'known_ranks' are for calibration batches; import it as one",
@@ -71,7 +71,7 @@ def _rank_problems(values, kind):
   """What is wrong with the suggestion and the known ranks, if there are any."""
   suggestion = values.get('suggestion', {})
   if 'suggestion' in values and set(suggestion) != {'ranks', 'source'}:
-    yield "'suggestion' must have ranks, and as source a name"
+    yield "'suggestion' must have 'ranks' and a name as 'source'"
   elif not isinstance(suggestion.get('source', ''), str):
     yield "the source of 'suggestion' must be a string"
   number = len(values.get('completions', []))
@@ -84,17 +84,17 @@ def _rank_problems(values, kind):
     if kind not in answers.RANKED:
       yield f'{name} are for {" and ".join(answers.RANKED)} tasks'
     elif not isinstance(ranks, list) or len(ranks) != number:
-      yield f'{name} must be a list of {number} ranks, one a completion'
+      yield f'{name} must be a list of {number} ranks, one per completion'
     elif any(
       type(rank) is not int or not 1 <= rank <= number for rank in ranks
     ):
       yield f'{name} must be integers from 1 (best) to {number}'
     elif name == "'known_ranks'" and len(set(ranks)) == 1:
-      yield f'{name} are all equal, so that no answer can be compared with them'
+      yield f'{name} are all equal, so no answer can be checked by them'
 
 
 def _problems(values, kind):
-  """What keeps one imported object from being a task of this kind."""
+  """Why an imported object cannot be a task of this kind."""
   found = list(_type_problems(values))
   if found:
     return found
@@ -142,7 +142,7 @@ def _problems(values, kind):
 
 
 def _read_tasks(content, source, kind, name, calibration):
-  """(checked tasks of a file, what is to be told about it with counts)."""
+  """(checked tasks of a file, notes to the user with counts)."""
   formats.check_format(content, source, name)
   if name == 'jsonl':
     found, unit, told = list(_lines(content)), 'line', {}
@@ -190,7 +190,7 @@ def _lines(content):
 
 
 def _answer_problems(found):
-  """What keeps the answers of a file from being stored."""
+  """Why the answers of a file cannot be stored."""
   for answer in found:
     try:
       store.pseudonym(answer.labeler)
@@ -225,26 +225,26 @@ def import_tasks(
   demonstration tasks as they are. A line of kind `rating` makes one task per
   completion.
 
-  Files of Argilla and Label Studio also bring answers (`formats.py`). Those of
-  people who have no account of that name get a suspended one, and count under
-  instructions of their own, `imported/1` and so on. What the site has already
-  is left out and counted (`_new`). A file without answers may bring the same
-  tasks again, for a second round.
+  Files of Argilla and Label Studio also hold answers (`formats.py`). People
+  without an account of that name here get a suspended one. Imported answers
+  count under separate instructions, `imported/1` and so on. What the site
+  already has is left out and counted (`_new`). A file without answers may
+  import the same tasks again, for a second round.
 
   Args:
-    the_store: of the site.
-    content: the file.
-    source: its name, for messages.
-    name: of the batch; unique.
+    the_store: the site's store.
+    content: bytes of the file.
+    source: the file's name, for messages.
+    name: the batch's name; unique.
     kind: one of `answers.KINDS`.
     phase: one of `answers.PHASES`: the instructions that labelers see.
-    overlap: labelers per task; without effect in screening.
+    overlap: labelers per task; ignored in screening and calibration.
     screening: whether the batch compares new labelers with researchers.
     calibration: whether the answers are known; such tasks are mixed into the
       work of all labelers.
     suggestions: whether labelers see the tasks' suggestions.
     file_format: one of `formats.FORMATS`.
-    by: the account that imports.
+    by: id of the account that imports.
 
   Returns:
     Numbers of tasks, of answers by state, and of what was left out or is
@@ -277,7 +277,9 @@ def import_tasks(
     )
   found, told = _read_tasks(content, source, kind, file_format, calibration)
   if suggestions and not any('suggestion' in item.values for item in found):
-    raise store.StoreError(f'{source}: suggestions are asked for; it has none')
+    raise store.StoreError(
+      f'{source}: suggestions are asked for, but it has none'
+    )
   has_answers = any(item.answers for item in found)
   if has_answers and (screening or calibration):
     raise store.StoreError(
@@ -286,7 +288,7 @@ def import_tasks(
   batches = schema.batches
   with the_store.write() as c:
     if c.scalar(sa.select(batches.c.id).filter_by(name=name)):
-      raise store.StoreError(f'There is a batch {name!r} already')
+      raise store.StoreError(f'A batch {name!r} exists already')
     if has_answers:
       found, left_out = _new(c, found, source, kind, phase)
       told = {**told, **left_out}
@@ -320,7 +322,7 @@ def import_tasks(
 
 
 def _tasks(found, kind):
-  """(item, values, outputs) of each task; one a completion of kind `rating`."""
+  """(item, values, outputs) per task; `rating` has a task per completion."""
   tasks = []
   for item in found:
     values, outputs = item.values, _outputs(item.values)
@@ -334,12 +336,13 @@ def _tasks(found, kind):
 
 
 def _new(connection, found, source, kind, phase):
-  """What a file with answers has that the site has not.
+  """The parts of a file with answers that the site does not have yet.
 
-  An answer is left out if its author has answered, in the data, a task of the
-  same prompt, completions, kind and phase; a draft or a skip also if there is
-  one. A task that is in the data comes only with answers that are left, and a
-  record that the file repeats comes once.
+  Only the data counts, that is, batches other than screening and calibration.
+  An answer is left out if its author has one of the same state on a task of the
+  same prompt, completions, kind and phase; a draft or skip also if its author
+  has submitted an answer there. A task that is already in the data is kept only
+  if some of its answers are new. A record that the file repeats is kept once.
 
   Returns:
     The tasks with their new answers, and counts of what is left out.
@@ -378,13 +381,17 @@ def _is_new(answer, said):
   name = store.pseudonym(answer.labeler)
   states = {answer.state}
   if answer.state != 'decided':
-    states.add('submitted')  # A skip or a draft before it is nothing new.
+    # Once its author has submitted an answer, a draft or skip is not new.
+    states.add('submitted')
   return said.isdisjoint((name, state) for state in states)
 
 
 def _here(connection, kind, phase):
-  """(prompt, completions) -> (a batch of the data that has the task, and
-  (labeler, state) of what was said of it)."""
+  """(prompt, completions) -> (name of a batch, {(labeler, state)}).
+
+  Of the tasks in the data (`research.IN_DATA`): a batch that has the task, and
+  the answers to it.
+  """
   batches, accounts = schema.batches, schema.accounts
   wanted = (batches.c.kind == kind, batches.c.phase == phase, *research.IN_DATA)
   rows = connection.execute(
@@ -400,7 +407,7 @@ def _here(connection, kind, phase):
   decided = connection.execute(
     sa.select(schema.decisions.c.task_id, accounts.c.name).join(accounts)
   ).all()
-  # A draft here is one that the file may have.
+  # Assignment state -> state in a file; others, such as open, are drafts.
   states = {found: ours for ours, found in _STATES.items()}
   by_task = collections.defaultdict(set)
   for row in said:
@@ -438,7 +445,7 @@ def _insert_task(connection, batch_id, values, outputs, num_slots):
 
 
 class _Writer:
-  """Stores the answers that a file brings."""
+  """Stores the answers of a file."""
 
   def __init__(self, connection, the_store, file_format, text):
     self._connection, self._store = connection, the_store
@@ -455,7 +462,7 @@ class _Writer:
     )
 
   def add(self, task_id, item, num_outputs):
-    """The answers to one task; each person's last complete one counts."""
+    """Adds the answers to a task; each person's last complete one counts."""
     people = research.grouped(item.answers, 'labeler')
     for name, own in people.items():
       decided = [answer for answer in own if answer.state == 'decided']

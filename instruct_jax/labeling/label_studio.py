@@ -11,7 +11,7 @@ from typing import Any
 from instruct_jax.labeling import parts
 
 _BUCKET = re.compile(r'(?:rank|place)?[ _-]?(\d{1,3})', re.IGNORECASE)
-# Of a record of JSON_MIN, beside the data and the answers.
+# Keys of a JSON_MIN record that are neither data nor answers.
 _MIN = (
   'id', 'annotator', 'annotation_id', 'created_at', 'updated_at', 'lead_time',
   'agreement',
@@ -19,14 +19,14 @@ _MIN = (
 
 
 def read(found, source, told):
-  """(number, item) of the numbered records; counts what is to be `told`."""
+  """(number, item) of numbered records; counts notes to the user in `told`."""
   return parts.each(_joined(found, told), source, lambda x: _item(x, told))
 
 
 def _joined(found, told):
-  """Records of JSON_MIN, which are flat and hold an annotation each, as tasks.
+  """Groups JSON_MIN records, flat and of one annotation each, into tasks.
 
-  Others stay as they are.
+  Other records stay as they are.
   """
   tasks, several = [], collections.defaultdict(list)
   for number, record in found:
@@ -44,7 +44,7 @@ def _joined(found, told):
 
 
 def _full(flat, told):
-  """The task whose annotations are records of JSON_MIN."""
+  """The task whose annotations are these JSON_MIN records."""
   data, annotations = {}, []
   results = [{} for _ in flat]
   for key in dict.fromkeys(key for record in flat for key in record):
@@ -134,7 +134,7 @@ def _item(record, told):
       told['annotations of deleted users left out'] += 1
       continue
     if said is None and type(person) is not int:
-      raise parts.BadError("an annotation has no number as 'completed_by'")
+      raise parts.BadError("'completed_by' of an annotation must be a number")
     answers.append(_answer(made, person, names, said, told))
   for made in _described(record, 'drafts', told):
     said = _said(made, 'user', known)
@@ -146,7 +146,7 @@ def _item(record, told):
     answers.append(dataclasses.replace(draft, state='unfinished'))
   decided = [answer for answer in answers if answer.state == 'decided']
   if len(decided) > 1:  # Imported annotations have the mark by default.
-    told['marks of several ground truths in a task left out'] += len(decided)
+    told['marks of ground truths ignored: several in one task'] += len(decided)
     answers = [
       dataclasses.replace(answer, state='submitted')
       if answer.state == 'decided'
@@ -157,7 +157,7 @@ def _item(record, told):
 
 
 def _described(record, name, told):
-  """Predictions or drafts; an export may give only their ids."""
+  """Predictions or drafts, without those of which an export has only ids."""
   found = record.get(name)
   if isinstance(found, list):
     whole = [one for one in found if type(one) is not int]
@@ -168,17 +168,17 @@ def _described(record, name, told):
 
 
 def _said(made, person, known):
-  """What we know beside an annotation or draft that we wrote, or None.
+  """What we stored beside an annotation or draft that we exported, or None.
 
-  Its `id` is the number of our account. Label Studio gives it another, with
-  whoever imports it as the person, and keeps ours as `import_id`.
+  Its `id` is the number of our account. On import, Label Studio assigns a new
+  `id` and the importing user as the person, and keeps ours as `import_id`.
   """
   number = made.get('import_id') if person in made else made.get('id')
   return known.get(str(number))
 
 
 def _outputs(data):
-  """(keys of the data, ids, texts) of what is ranked."""
+  """(keys in the data, ids, texts) of the items that are ranked."""
   lists = [
     key
     for key, value in data.items()
@@ -215,7 +215,7 @@ def _answer(made, person, names, said, told):
   state = 'skipped' if made.get('was_cancelled') else 'submitted'
   if ranks is None:
     ranks = (None,) * len(names)
-  # The file itself says what is a decision.
+  # The file, not what we stored, says whether it is a decision.
   known = {**(said or {}), 'state': None}
   if made.get('ground_truth') and state == 'submitted':
     known['state'] = 'decided'
@@ -230,7 +230,7 @@ def _answer(made, person, names, said, told):
 
 
 def _ranks(made, names, told):
-  """Ranks of the items by an annotation, or None if it has no ranking."""
+  """Ranks that an annotation gives the items; None if it has no ranking."""
   found = []
   for part in parts.objects(made.get('result'), "'result'"):
     if part.get('type') in ('ranker', 'pairwise'):
@@ -253,16 +253,16 @@ def _ranks(made, names, told):
   for place, group in enumerate(groups, 1):
     for item in map(str, group):
       if item not in ranks or ranks[item] is not None:
-        problem = 'is no item' if item not in ranks else 'is ranked twice'
+        problem = 'is not an item' if item not in ranks else 'is ranked twice'
         raise parts.BadError(f'{item!r:.40} {problem}')
       ranks[item] = place
   return tuple(ranks.values())
 
 
 def _groups(ranker, name):
-  """Ids by rank, the best first. `_` holds what is not ranked.
+  """Groups of ids, the best first. The bucket `_` holds unranked items.
 
-  Without buckets, the only list is in order, under the name of the question.
+  Without buckets there is one list in rank order, under the question's name.
   """
   if isinstance(ranker, list):
     return [[item] for item in ranker]
@@ -276,14 +276,14 @@ def _groups(ranker, name):
     return [buckets[key] for key in order]
   if len(buckets) > 1:
     raise parts.BadError(
-      f'the buckets {", ".join(buckets)} are no ranks; name them rank1, rank2, '
-      '...'
+      f'the buckets {", ".join(buckets)} are not ranks; name them rank1, '
+      'rank2, ...'
     )
   return [[item] for items in buckets.values() for item in items]
 
 
 def files(items: Sequence[parts.Item]) -> dict[str, bytes]:
-  """The tasks in one file, and the interface that they need."""
+  """One file of tasks, and one of the labeling interface that they need."""
   most = max((len(item.values['completions']) for item in items), default=0)
   tasks = [_task(item, most) for item in items]
   buckets = ''.join(

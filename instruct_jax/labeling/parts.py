@@ -1,6 +1,6 @@
-"""What the formats of rankings share: tasks, answers, and parts of JSON.
+"""What the formats of rankings share: tasks, answers, and JSON helpers.
 
-Whatever is wrong with a record is a `BadError`; `each` gathers them.
+A problem with a record raises `BadError`; `each` collects these errors.
 """
 
 import dataclasses
@@ -12,9 +12,9 @@ from typing import Any
 
 from instruct_jax.data import records
 
-# What a ranking may be: `decided` is a researcher's, `unfinished` is a draft.
+# States of a ranking; `decided` is by a researcher, `unfinished` is a draft.
 STATES = ('submitted', 'decided', 'unfinished', 'skipped')
-_LATEST = 253402300800.0  # The year 10000, which has no date.
+_LATEST = 253402300800.0  # Year 10000, beyond datetime's range.
 OURS = 'instruct_jax'
 
 
@@ -24,17 +24,17 @@ class BadError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What one person said of one task.
+  """One person's answer to one task.
 
   Attributes:
     labeler: a pseudonym.
     state: one of `STATES`.
-    ranks: of the completions, 1 for the best; None where there is none yet. ()
-      if the task was skipped.
+    ranks: of the completions, 1 for the best; None for one without a rank yet.
+      () if the task was skipped.
     time: seconds since 1970, if known.
-    seconds: worked.
-    note: of a decision, or the reason of a skip.
-    account: id, for the file.
+    seconds: working time.
+    note: the note on a decision, or the reason for a skip.
+    account: id of the account, for the file.
   """
 
   labeler: str
@@ -48,25 +48,27 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """A task: the fields of a line of JSONL, and the answers to it."""
+  """A task: the fields of a JSONL line, and the answers to it."""
 
   values: dict[str, Any]
   answers: tuple[Answer, ...] = ()
   batch: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  number: int = 0  # Of the record in its file; or, to write it, of the task.
-  suggests: bool = False  # To write it: whether labelers see its suggestion.
+  number: int = 0  # The record's, if read; the task's id, if written.
+  suggests: bool = False  # If written: whether labelers see its suggestion.
 
 
 def _refuse(name):
-  raise ValueError(f'{name} is no JSON')
+  raise ValueError(f'{name} is not valid JSON')
 
 
 loads = functools.partial(json.loads, parse_constant=_refuse)
 
 
 def each(found, source, function):
-  """(number, function of the record) of each (number, record); raises one error
-  for all bad ones."""
+  """Maps each (number, record) to (number, function(record)).
+
+  Raises one error that lists all bad records.
+  """
   done, bad = [], []
   for number, record in found:
     try:
@@ -96,13 +98,13 @@ def objects(value, what):
 
 
 def seconds(text):
-  """Seconds since 1970 of a time in ISO 8601, UTC unless it says otherwise."""
+  """Seconds since 1970 of an ISO 8601 time, UTC unless it says otherwise."""
   if text is None:
     return None
   try:
     moment = datetime.datetime.fromisoformat(text)
   except (TypeError, ValueError) as error:
-    raise BadError(f'{text!r:.40} is no time in ISO 8601') from error
+    raise BadError(f'{text!r:.40} is not an ISO 8601 time') from error
   if moment.tzinfo is None:
     moment = moment.replace(tzinfo=datetime.UTC)
   return number(moment.timestamp(), 'a time')
@@ -113,7 +115,7 @@ def number(value, what):
   if value is None:
     return None
   if type(value) not in (int, float) or not 0 <= value < _LATEST:
-    raise BadError(f'{what} is {value!r:.40}; it must be seconds from 0')
+    raise BadError(f'{what} is {value!r:.40}; it must be seconds, 0 or more')
   return float(value)
 
 
@@ -128,7 +130,7 @@ def prompt_fields(value, what):
 
 
 def is_conversation(value):
-  """Whether it is a list of messages."""
+  """Whether a value is a list of messages."""
   return isinstance(value, list) and all(
     isinstance(turn, dict) and {'role', 'content'} <= set(turn)
     for turn in value
@@ -136,13 +138,13 @@ def is_conversation(value):
 
 
 def dense(ranks):
-  """The same order with ranks 1, 2, ...; None stays."""
+  """The same order with the dense ranks 1, 2, ...; None stays None."""
   order = sorted({rank for rank in ranks if rank is not None})
   return tuple(None if r is None else order.index(r) + 1 for r in ranks)
 
 
 def read_ours(value):
-  """What we wrote beside a record: (values of the task, answers by person)."""
+  """Reads what we stored in a record: (task values, answers by person)."""
   if isinstance(value, str):
     try:
       value = loads(value)
@@ -156,7 +158,7 @@ def read_ours(value):
 
 
 def make_answer(state, ranks, known, **found):
-  """An answer of a file, with what we know beside it."""
+  """Makes an answer from what a file gives and what we stored beside it."""
   if state == 'submitted' and None in ranks:
     state = 'unfinished'
   if state == 'submitted' and known.get('state') == 'decided':
@@ -175,13 +177,16 @@ def make_answer(state, ranks, known, **found):
 
 
 def to_json(value):
-  """As a file that people can read."""
+  """Encodes a value as indented JSON, for people to read."""
   return (json.dumps(value, ensure_ascii=False, indent=1) + '\n').encode()
 
 
 def people(item, name, other):
-  """(key of a person, answer); who also decided the task has another key for
-  the decision."""
+  """Pairs of (key of the person, answer).
+
+  If a person both ranked and decided the task, the decision has the key
+  `other(answer)`.
+  """
   found = {}
   for answer in item.answers:
     key = name(answer)
@@ -190,12 +195,12 @@ def people(item, name, other):
 
 
 def shown(item):
-  """The suggestion that the other program is to show, or None."""
+  """The suggestion that the other program should show, or None."""
   return item.values.get('suggestion') if item.suggests else None
 
 
 def beside(item, people: Iterable[tuple[str, Answer]]) -> dict[str, Any]:
-  """What the format has no room for."""
+  """What the other format has no field for."""
   task = {
     name: value
     for name, value in item.values.items()

@@ -1,8 +1,8 @@
 """What researchers look at and decide: screening, agreement, adjudication.
 
 Agreement counts pairs of outputs that both people ordered. A pair that either
-of them tied is left out, as in `evals.preference_accuracy`; researchers still
-get the tasks to decide that one person tied and another ordered.
+of them tied is left out, as in `evals.preference_accuracy`. If one person tied
+a pair and another ordered it, researchers still get the task to decide.
 """
 
 import collections
@@ -17,7 +17,7 @@ from instruct_jax.data import labels, records
 from instruct_jax.evals import preference_accuracy, win_rate
 from instruct_jax.labeling import answers, schema, store
 
-# Of the batches whose answers are exported.
+# Conditions on the batches whose answers are exported.
 IN_DATA = (~schema.batches.c.screening, ~schema.batches.c.calibration)
 # The kinds of agreement, by the number of researchers in a pair of people.
 _AGREEMENTS = ('labelers', 'labelers and researchers', 'researchers')
@@ -54,12 +54,12 @@ class Labeled:
 
   @property
   def is_researcher(self) -> bool:
-    """Whether it is not a labeler who answered."""
+    """Whether a researcher or admin answered, not a labeler."""
     return self.role != 'labeler'
 
   @property
   def is_data(self) -> bool:
-    """Whether it is neither of a screening nor of a calibration task."""
+    """Whether the task is for neither screening nor calibration."""
     return not (self.screening or self.calibration)
 
 
@@ -83,7 +83,7 @@ class Decision:
 
 
 def grouped(rows: Iterable[Any], name: str) -> dict[Any, list]:
-  """Rows by the value of an attribute."""
+  """Groups rows by the value of an attribute."""
   found = collections.defaultdict(list)
   for row in rows:
     found[getattr(row, name)].append(row)
@@ -145,7 +145,7 @@ def decisions(the_store: store.Store) -> list[Decision]:
 
 
 def _shared_columns():
-  """What answers and decisions say of task, author and instructions."""
+  """Columns of task, author and instructions, for answers and decisions."""
   version = sa.cast(schema.instructions.c.version, sa.Text)
   return (
     *schema.tasks.c['prompt', 'record'],
@@ -192,7 +192,7 @@ def _ranked(rows):
 
 
 def _pairs(rows):
-  """(a, b, (agreed, counted, task id)) of every two rankings of one task."""
+  """(a, b, (agreed, counted, task id)) of any two rankings of the same task."""
   return [
     (a, b, (*labels.pair_counts(a.content['ranks'], b.content['ranks']), task))
     for task, group in grouped(_ranked(rows), 'task_id').items()
@@ -256,12 +256,13 @@ def _group_pairs(pairs):
 
 
 def disagreements(rows: Sequence[Labeled]) -> list[dict[str, Any]]:
-  """Ranked tasks with several answers, the least agreed first.
+  """Ranked tasks with several answers, those with the least agreement first.
 
-  `rate` is of the `num_pairs` that two people ordered, as in all agreement, and
-  None if there are none. `num_tied` are the pairs that one of two people tied
-  and the other ordered; tasks that differ by these alone come after those with
-  contradicting orders. `differs` says whether there is either.
+  `rate` is the agreement on the `num_pairs` that two people both ordered; None
+  if there are none. `num_tied` counts the pairs that one of two people tied and
+  the other ordered; tasks that differ only in these come after those with
+  contradicting orders. `differs` is true if people contradict each other or
+  `num_tied` is not 0.
   """
   found = []
   for task_id, group in grouped(_ranked(rows), 'task_id').items():
@@ -292,7 +293,7 @@ def disagreements(rows: Sequence[Labeled]) -> list[dict[str, Any]]:
 
 
 def _num_tied(a, b):
-  """The pairs that just one of two rankings ties."""
+  """Number of pairs that exactly one of two rankings ties."""
   pairs = itertools.combinations(range(len(a)), 2)
   return sum((a[i] == a[j]) != (b[i] == b[j]) for i, j in pairs)
 
@@ -320,7 +321,7 @@ def decided(the_store: store.Store) -> set[int]:
 
 
 def queue(the_store: store.Store) -> list[dict[str, Any]]:
-  """The tasks to decide: not yet decided, ordered as `disagreements`."""
+  """The tasks to decide, without those decided, ordered as `disagreements`."""
   rows = [
     row for row in labeled(the_store) if row.is_data and not row.is_researcher
   ]
@@ -335,7 +336,7 @@ def queue(the_store: store.Store) -> list[dict[str, Any]]:
 def deciding(
   the_store: store.Store, task_id: int, account_id: int
 ) -> dict[str, Any] | None:
-  """A task as its adjudicator sees it, or None if labelers ranked it alike.
+  """A task as its adjudicator sees it, or None if there is none to decide.
 
   Returns:
     prompt, record, phase, texts; `order`, the positions as shown, drawn for
@@ -392,7 +393,7 @@ def decide(
     raise store.StoreError('Labelers do not disagree on this task')
   table = schema.decisions
   with the_store.write() as c:
-    # One at a time: a task has one decision.
+    # Only one writer at a time, because a task has one decision.
     c.execute(
       sa.select(schema.tasks.c.id).filter_by(id=task_id).with_for_update()
     )
@@ -429,12 +430,12 @@ def _states(connection, key, *where):
 def people(
   the_store: store.Store, rows: Sequence[Labeled], *where: sa.ColumnElement
 ) -> list[dict]:
-  """Per account: answers, pace, ties, skips, agreement with intervals.
+  """Answers, pace, ties, skips and agreement with intervals, per account.
 
   Args:
-    the_store: of the site.
+    the_store: the site's store.
     rows: the answers.
-    *where: conditions that a batch meets whose skips count.
+    *where: conditions on the batches whose skips count.
   """
   table = schema.accounts
   with the_store.read() as c:
@@ -450,7 +451,7 @@ def people(
       for row in _ranked(own)
       for a, b in itertools.combinations(row.content['ranks'], 2)
     ]
-    # A file that gives no working time says 0.
+    # Imported answers without a working time have 0 seconds.
     timed = [
       row.seconds
       for row in own
@@ -481,12 +482,13 @@ def people(
 
 
 def screening(the_store: store.Store, rows: Sequence[Labeled]) -> list[dict]:
-  """Per labeler in the screening round: B.1's first three criteria.
+  """B.1's first three criteria, for each labeler in the screening round.
 
-  Flags: share of prompts with a researcher's answer to "sensitive". Rankings:
-  share of pairs in a researcher's order. Demonstrations: mean grade by
-  researchers. Each has its cut-off, and is None if there is nothing to compare
-  yet. The fourth criterion asks people about themselves; we do not.
+  Flags: share of prompts where the answer to "sensitive" is a researcher's.
+  Rankings: share of pairs in the order of a researcher. Demonstrations: mean
+  grade by researchers. Each has its cut-off, and is None as long as there is
+  nothing to compare. The fourth criterion is left out, because it asks people
+  about themselves.
   """
   config = the_store.config
   rows = [row for row in rows if row.screening]
@@ -563,7 +565,7 @@ def grade(
 
 
 def progress(the_store: store.Store) -> list[dict[str, Any]]:
-  """Per batch: tasks, wanted answers, and labelers' assignments by state."""
+  """Tasks, wanted answers and labelers' assignments by state, per batch."""
   batches = schema.batches
   query = (
     sa.select(batches, sa.func.count(schema.tasks.c.id).label('num_tasks'))

@@ -3,7 +3,8 @@
 Times are seconds since 1970 in UTC. Tokens are stored as SHA-256 hashes; they
 are long and random, so a slow hash would add nothing. Constraints enforce what
 must always hold: a task has as many `slots` as labelers are wanted, a slot has
-one holder, a labeler holds one slot of a task, and a submission is stored once.
+one holder, a labeler holds at most one slot of a task, and a submission is
+stored once.
 """
 
 import functools
@@ -32,7 +33,7 @@ def _table(name, *columns):
 
 
 def _to(table, column=None, nullable=False, index=False):
-  """The column that holds an id of a table: its name without the plural."""
+  """A column with an id of a table; by default, the singular names it."""
   return sa.Column(
     column or f'{table.removesuffix("s")}_id',
     sa.ForeignKey(f'{table}.id'),
@@ -80,7 +81,7 @@ sessions = sa.Table(
 
 instructions = _table(
   'instructions',
-  _text('phase'),  # training, evaluation or toxicity.
+  _text('phase'),  # training, evaluation, toxicity or imported.
   _integer('version'),
   _text('text'),
   _time('created'),
@@ -92,7 +93,7 @@ batches = _table(
   _text('name'),
   _text('kind'),  # One of answers.KINDS.
   _text('phase'),  # Whose instructions apply.
-  _integer('overlap'),  # Labelers per task; a screening batch has no limit.
+  _integer('overlap'),  # Labelers per task; not of screening, calibration.
   _bool('screening'),
   _bool('calibration'),  # Whether the tasks have known answers.
   _bool('suggestions'),  # Whether labelers see the tasks' suggestions.
@@ -105,7 +106,7 @@ tasks = _table(
   'tasks',
   _to('batches', 'batch_id', index=True),
   _text('prompt'),
-  # `RECORD_FIELDS` of the imported line, and active, which says what gave the
+  # `RECORD_FIELDS` of the imported line, and `active`, the source of the
   # priority.
   _json('record'),
   _time('priority', nullable=True),  # Higher is earlier; NULL counts as 0.
@@ -123,8 +124,8 @@ outputs = _table(
 slots = _table(
   'slots',
   _to('tasks'),
-  # 1 to overlap. Minus the account's id where the overlap does not count: for
-  # researchers and in screening batches.
+  # 1 to overlap. Minus the account's id where the overlap does not apply: for
+  # researchers, screening, calibration, and imported answers beyond it.
   _integer('number'),
   _to('accounts', 'holder', nullable=True),
   sa.UniqueConstraint('task_id', 'number'),
@@ -146,9 +147,9 @@ assignments = _table(
   _time('expires'),
   _time('touched'),  # Last sign of work, for the pace.
   _time('seconds'),  # Worked so far.
-  _json('order'),  # Positions as shown.
+  _json('order'),  # Positions in the order shown.
   _json('draft'),
-  _text('reason'),  # Of a skip.
+  _text('reason'),  # For a skip.
   _time('suggested', nullable=True),  # When the suggestion was first shown.
   sa.UniqueConstraint('task_id', 'account_id'),
   sa.Index('ix_assignments_state_expires', 'state', 'expires'),
@@ -177,7 +178,7 @@ grades = _table(  # Researchers' grades of screening demonstrations (B.1).
   sa.UniqueConstraint('assignment_id', 'account_id'),
 )
 
-decisions = _table(  # Researchers' rankings of what labelers disagree on.
+decisions = _table(  # Researchers' rankings where labelers disagree.
   'decisions',
   _to('tasks'),
   _to('accounts'),

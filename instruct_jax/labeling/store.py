@@ -53,7 +53,7 @@ def validate(config) -> None:
   """Checks the settings before anything is opened.
 
   Raises:
-    StoreError: the key, the value and what to do.
+    StoreError: a bad value; says the key, the value and what to do.
   """
   for key in (
     'session_days', 'invitation_days', 'task_minutes', 'idle_minutes',
@@ -128,7 +128,7 @@ def make_engine(url: str) -> sa.Engine:
   @sa.event.listens_for(engine, 'connect')
   def _connected(connection, record):
     del record
-    connection.isolation_level = None  # `_begin` says BEGIN, not the driver.
+    connection.isolation_level = None  # `_begin` sends BEGIN, not the driver.
     for pragma in _PRAGMAS:
       connection.execute(f'PRAGMA {pragma}')
 
@@ -182,7 +182,7 @@ class Store:
 
   Attributes:
     config: as in configs/labeling.py.
-    engine: of the database.
+    engine: the database's engine.
     clock: seconds since 1970.
     read: opens a connection for reading, in a `with` statement.
     write: begins a writing transaction, in a `with` statement.
@@ -230,7 +230,10 @@ class Store:
     return account_id
 
   def set_status(self, account_id: int, status: str, by: int) -> None:
-    """Admits or suspends. Suspension ends sessions and frees open tasks."""
+    """Admits or suspends an account.
+
+    Suspension ends its sessions and frees its open tasks.
+    """
     if status not in ('screening', 'active', 'suspended'):
       raise StoreError(f'No such status: {status!r}')
     if account_id == by:
@@ -246,7 +249,7 @@ class Store:
       self.audit(c, by, 'status', f'account {account_id}: {status}')
 
   def invite(self, account_id: int, by: int | None = None) -> str:
-    """A token for one sign-in; earlier unused ones stop working."""
+    """Returns a token for one sign-in; earlier unused ones stop working."""
     token = secrets.token_urlsafe(32)
     with self.write() as c:
       account = self._account(c, account_id)
@@ -372,7 +375,7 @@ class Store:
       return self.newest_instructions(c, phase)
 
   def newest_instructions(self, connection, phase: str, *where):
-    """As `instructions`, on an open connection; under conditions."""
+    """As `instructions`, on an open connection, under more conditions."""
     table = schema.instructions
     return connection.execute(
       sa.select(table)
@@ -430,14 +433,14 @@ class Store:
     return len(ids)
 
   def claim(self, account) -> int | None:
-    """The next task of an account: the id of its assignment, or None.
+    """Claims an account's next task; returns its assignment's id, or None.
 
     An account with an open task in an open batch gets that one. Labelers get
-    free slots of open batches, first of tasks that they had started, then by
-    the tasks' priority; in screening, all screening tasks. About every
-    `calibration_every`-th task of a labeler is one with a known answer, while
-    there are any. Researchers get every other task, screening first, outside
-    the overlap.
+    free slots of open batches: tasks that they had started come first, then
+    earlier batches, then higher priorities. Labelers in screening get all
+    screening tasks. About one in `calibration_every` of the other labelers'
+    tasks has a known answer, as long as there are any. Researchers get all
+    tasks but calibration, screening first, and do not count in the overlap.
 
     Raises:
       StoreError: the account was suspended, or the site is too busy.
@@ -447,7 +450,7 @@ class Store:
       try:
         with self.write() as c:
           return self._claim(c, account)
-      # On PostgreSQL two may see one slot free; the constraint stops one.
+      # On PostgreSQL two may see the same free slot; the constraint stops one.
       except (_TakenError, sa.exc.IntegrityError):
         continue
     raise StoreError('The site is very busy. Please try again.')
@@ -505,10 +508,10 @@ class Store:
     return self._assign(connection, found.task_id, account.id)
 
   def _calibrates(self, connection, account_id):
-    """Whether an account's next task is one with a known answer, if any is.
+    """Whether an account's next task has a known answer, if any are left.
 
-    Nobody can count to it: each task is drawn, by its number in the account's
-    work.
+    Labelers cannot predict it: the draw is pseudo-random, keyed by account and
+    number of assignments.
     """
     number = connection.scalar(
       sa.select(sa.func.count())
@@ -539,7 +542,7 @@ class Store:
       raise _TakenError
 
   def _hold_uncounted(self, connection, task_id, account_id):
-    """Takes the slot outside the overlap, which is added when first needed."""
+    """Takes the account's slot outside the overlap, and adds it if missing."""
     key = {'task_id': task_id, 'number': -account_id}
     slot = connection.scalar(sa.select(slots.c.id).filter_by(**key))
     if slot is None:
@@ -548,8 +551,10 @@ class Store:
       self._hold(connection, slot, account_id)
 
   def take_slot(self, connection, task_id: int, account_id: int) -> None:
-    """Gives a task's first free slot to an account, or one that is not counted
-    if there is none."""
+    """Gives a task's first free slot to an account.
+
+    Without a free slot, the account gets one outside the overlap.
+    """
     slot = connection.scalar(
       sa.select(slots.c.id)
       .filter_by(task_id=task_id, holder=None)
@@ -626,7 +631,7 @@ class Store:
     return work
 
   def _touched(self, work):
-    """Columns of an assignment that its labeler is working on now."""
+    """The columns that change when a labeler works on an assignment."""
     now = self.clock()
     pause = min(now - work['touched'], self.config.idle_minutes * 60)
     found = {'touched': now, 'seconds': work['seconds'] + max(0.0, pause)}
@@ -650,7 +655,7 @@ class Store:
       return self._save(c, work, page, posted)
 
   def _reopen(self, connection, work):
-    """The work, open again if it had expired and can be taken again."""
+    """Returns the work, reopened if it had expired and is still free."""
     if (
       work['state'] != 'expired'
       or work['closed']
@@ -735,12 +740,12 @@ class Store:
     return number
 
   def _instructions_of(self, connection, work):
-    """The version of the instructions that an answer counts under: its id.
+    """The id of the instructions that an answer counts under.
 
     A revision counts under the version of the first answer. A first answer
     counts under the version that was the newest when its labeler opened the
-    task; for a task opened elsewhere, before this site had instructions, under
-    the newest.
+    task. If the task was opened elsewhere, before this site had instructions,
+    it counts under the newest version.
     """
     table, phase = schema.answers, work['phase']
     first = connection.scalar(
@@ -778,12 +783,12 @@ class Store:
       ) from error
 
   def skip(self, assignment_id: int, account_id: int, reason: str) -> None:
-    """Gives up a task for good, with the reason; also after it expired.
+    """Gives up a task for good, with the reason; even after it expired.
 
     The same skip again changes nothing; another reason replaces the first.
 
     Raises:
-      StoreError: not this account's task, answered, or no reason.
+      StoreError: not this account's task, already answered, or no reason.
     """
     with self.write() as c:
       work = self._own(c, assignment_id, account_id)
@@ -813,7 +818,7 @@ class Store:
       self.audit(c, account_id, 'flag', f'assignment {assignment_id}')
 
   def suggestion_shown(self, assignment_id: int) -> None:
-    """Records that a labeler sees the suggestion of a task; the first time."""
+    """Records the time when a labeler first sees a task's suggestion."""
     with self.write() as c:
       unseen = assignments.update().filter_by(id=assignment_id, suggested=None)
       c.execute(unseen.values(suggested=self.clock()))
@@ -844,7 +849,7 @@ class Store:
 
 
 def median(values: list[float]) -> float | None:
-  """The median, the upper one of two; None of an empty list."""
+  """The median, the upper of two middle values; None for an empty list."""
   return statistics.median_high(values) if values else None
 
 
@@ -948,8 +953,8 @@ def restore(engine: sa.Engine, path: str) -> int:
   One transaction: if anything goes wrong, the database is still empty.
 
   Raises:
-    StoreError: the database is not empty; the file is no back-up, is damaged,
-      or is a newer program's.
+    StoreError: the database is not empty; the file is not a back-up, is
+      damaged, or was written by a newer program.
   """
   version, rows = _read_backup(path)
   with engine.execution_options(immediate=True).begin() as connection:

@@ -51,7 +51,8 @@ HEADERS = {
   'Cross-Origin-Opener-Policy': 'same-origin',
   'Cross-Origin-Resource-Policy': 'same-origin',
 }
-# The form field of the sign-in token, and the cookie that must have its value.
+# Name of the form field with the sign-in token, and of the cookie that must
+# have the same value.
 JOINING = 'joining'
 SIGNED_OUT = (
   'You are signed out here: the session is over, or you have signed in on '
@@ -85,8 +86,9 @@ class Visit:
   Attributes:
     site: store, templates and configuration.
     request: Starlette's.
-    account: who asks, with the `csrf` of the session; None if signed out.
-    form: posted fields, the last of each name.
+    account: the account that asks, with its session's `csrf`; None if signed
+      out.
+    form: posted fields; of fields with the same name, the last.
   """
 
   site: '_Site'
@@ -96,7 +98,7 @@ class Visit:
 
   @property
   def store(self) -> store.Store:
-    """Of the site."""
+    """The site's store."""
     return self.site.store
 
   def field(self, name: str) -> str:
@@ -136,7 +138,7 @@ def shown(text: str) -> markupsafe.Markup:
 
 
 def _is_emoji_style(match):
-  """Whether it only selects the emoji style of the symbol before it."""
+  """Whether a match only selects the emoji style of the symbol before it."""
   before = match.string[: match.start()][-1:]
   return (
     match.group() == '\ufe0f'
@@ -237,16 +239,16 @@ def show_invitation(visit):
   """The page that an invitation link opens, with a button that signs in."""
   if not visit.store.invitation_is_good(visit.request.path_params['token']):
     raise RefusedError(410, store.USED_LINK)
-  # Several links that are open at once share it.
+  # Links that are open at the same time share this token.
   joining = visit.request.cookies.get(JOINING) or secrets.token_urlsafe(24)
   reply = visit.page('join.html', joining=joining)
-  # No other site can read this cookie or have it sent.
+  # No other site can read this cookie or make the browser send it.
   _set_cookie(visit, reply, JOINING, joining, 3600, 'strict')
   return reply
 
 
 def join(visit):
-  """Signs in, only from the page that the link opens.
+  """Signs in, but only from the page that the link opens.
 
   Otherwise another site could sign a visitor in as somebody else, under whose
   name the visitor would then label.
@@ -281,7 +283,7 @@ def _set_cookie(visit, reply, name, value, seconds, samesite):
 
 
 def _same(a, b):
-  """Whether two texts are equal, in a time that reveals nothing about them."""
+  """Whether two texts are equal, compared in constant time."""
   return hmac.compare_digest(
     a.encode('utf-8', 'replace'), b.encode('utf-8', 'replace')
   )
@@ -296,7 +298,7 @@ def leave(visit):
 
 
 def static(visit):
-  """A file of a fixed list, so no path can leave the folder."""
+  """Serves a file from a fixed list, so that no path can leave the folder."""
   name = visit.request.path_params['name']
   if name not in _STATIC:
     raise RefusedError
@@ -379,8 +381,10 @@ def _task_page(visit, work, number, message='', posted=None, status=200):
 
 
 def _suggestion(work):
-  """Ranks by position that the labeler is to see, or None. Never the source,
-  which may be the name of a model."""
+  """The suggested ranks by position, or None if the labeler may not see them.
+
+  Never includes the source, which may be the name of a model.
+  """
   if not work['suggestions']:
     return None
   return work['record'].get('suggestion', {}).get('ranks')
@@ -432,7 +436,7 @@ def answer_task(visit):
 
 
 def _by_position(visit, order):
-  """The posted ranks, in the order shown, as fields by position."""
+  """Renames the posted ranks from the order shown to imported positions."""
   return {
     f'rank{position}': visit.field(f'rank{place}')
     for place, position in enumerate(order)
@@ -446,7 +450,7 @@ def skip_task(visit):
 
 
 def flag_task(visit):
-  """Tells the researchers about a task."""
+  """Flags a task for the researchers."""
   work = visit.work()
   visit.store.flag(work['id'], visit.account.id, visit.field('text'))
   return _to(_first_page(visit, work['id']))
@@ -484,7 +488,7 @@ def grade(visit):
 
 
 def show_queue(visit):
-  """The tasks on which labelers disagree most, to be decided."""
+  """The queue of tasks to decide, those with the most disagreement first."""
   return visit.page('queue.html', tasks=research.queue(visit.store)[:200])
 
 
@@ -534,7 +538,7 @@ def _integer(text, what):
 
 
 def show_admin(visit):
-  """Progress by batch, reasons of skips, and flags."""
+  """Progress by batch, reasons for skips, and flags."""
   flags, assignments = schema.flags, schema.assignments
   with visit.store.read() as c:
     newest = c.execute(
@@ -621,7 +625,7 @@ def import_tasks(visit):
 
 
 def close_batch(visit):
-  """Closes a batch to new claims, or opens it."""
+  """Closes a batch to new claims, or reopens it."""
   closed, batch_id = visit.field('closed') == '1', visit.number('batch')
   with visit.store.write() as c:
     if not schema.update(c, schema.batches, batch_id, closed=closed):
@@ -727,7 +731,7 @@ def show_audit(visit):
 
 
 def missing(visit):
-  """Any other address."""
+  """Refuses any other address."""
   raise RefusedError
 
 
@@ -818,7 +822,7 @@ class _Site:
     return responses.HTMLResponse(text, status)
 
   async def _body(self, request, limit):
-    """The posted fields; refuses over `limit` bytes while they arrive."""
+    """Reads the posted fields; refuses once they exceed `limit` bytes."""
     parts, size = [], 0
     async for part in request.stream():
       size += len(part)
@@ -837,7 +841,7 @@ class _Site:
     return dict(fields)
 
   def _count(self, request, account):
-    """Enforces the rate limit, whatever else is wrong with the request."""
+    """Enforces the rate limit; requests that are refused later count, too."""
     config = self.store.config
     address = request.client.host if request.client else ''
     key, limit = f'address {address}', config.requests_per_minute
@@ -849,13 +853,13 @@ class _Site:
       raise RefusedError(429, 'Too many requests. Please wait a minute.')
 
   def _check_origin(self, request):
-    """Refuses other host names, and forms on another site's page.
+    """Refuses other host names, and forms from pages of other sites.
 
     Browsers send the origin of a form; other programs need not.
     """
     host = request.headers.get('host', '')
     if _address(f'//{host}').hostname != self.host:
-      raise RefusedError(400, 'This site has another address.')
+      raise RefusedError(400, 'This is not the address of this site.')
     if request.method in ('GET', 'HEAD'):
       return
     # 'none': the visitor's own action, such as reloading a page.
@@ -938,7 +942,7 @@ def make_app(
     routing.Route(path, endpoint(access, handler), methods=[method])
     for method, path, access, handler in ROUTES
   ]
-  # Unknown pages are counted and refused like everything else.
+  # Unknown pages pass the same checks, such as the rate limit.
   nothing = routing.Route('/{path:path}', endpoint('anyone', missing))
   nothing.methods = None  # All of them.
   return applications.Starlette(routes=[*routes, nothing])

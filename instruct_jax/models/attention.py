@@ -3,9 +3,9 @@
 TPU: splash attention (Pallas), one kernel per shard of the mesh under
 `jax.shard_map`. It reads segment numbers and holds no [T, T] array in memory.
 NVIDIA GPU from Hopper on: cuDNN's, which reads where segments begin
-(`cudnn.py`). Before Hopper cuDNN takes them as a mask, which jax turns into a
-bfloat16 bias [B, 1, T, T] on each call, 2 B T² bytes. All agree with `attend`
-to rounding on real tokens; their values on padding are meaningless.
+(`cudnn.py`). Before Hopper, cuDNN takes segments as a mask, which jax turns
+into a bfloat16 bias [B, 1, T, T] on each call, 2 B T² bytes. All agree with
+`attend` up to rounding on real tokens; on padding their values are meaningless.
 """
 
 import functools
@@ -43,9 +43,9 @@ class Inputs:
   Attributes:
     allowed: which keys each query sees; None for a flash kernel.
     segments: read by a flash kernel only.
-    tables: of `transformer.rotary_tables`; None without rotary positions.
-    kernel: 'plain', 'cache' (keys and values as a cache has them), 'blocks'
-      (`allowed` from `allowed_in_blocks`), 'splash' or 'cudnn'.
+    tables: from `transformer.rotary_tables`; None without rotary positions.
+    kernel: 'plain', 'cache' (keys and values in the layout of a cache),
+      'blocks' (`allowed` from `allowed_in_blocks`), 'splash' or 'cudnn'.
   """
 
   allowed: Bool[Array, 'b t s'] | None = None
@@ -61,7 +61,7 @@ def mix(
   values: Float[Array, 'B K S H'],
   inputs: Inputs,
 ) -> Float[Array, 'B N T H']:
-  """The values that each query attends to, by the kernel of `inputs`."""
+  """The attention output of each query, by the kernel of `inputs`."""
   if inputs.kernel in ('plain', 'cache'):
     turned = inputs.kernel == 'cache' and turns_keys()
     return attend(config, queries, keys, values, inputs.allowed, turned)
@@ -73,8 +73,8 @@ def mix(
 def turns_keys() -> bool:
   """Whether a cache has its keys as [S, K, H, W], not [S, K, W, H].
 
-  A CPU reads them faster so for a few queries, most of all where several heads
-  share a key.
+  A CPU reads this layout faster for a few queries, most of all where several
+  query heads share a key head.
   """
   return platform() == 'cpu'
 
@@ -94,13 +94,13 @@ def attend(
 ) -> Float[Array, 'B N T H']:
   """Softmax attention; query head n reads key head n // (N / K).
 
-  One query a row reads a cache, of `rounded` numbers; `turned` keys are
-  [B, K, H, S].
+  With one query per row, keys and values come from a cache, whose numbers are
+  `rounded`. With `turned`, keys are [B, K, H, S].
   """
   multiply = product_with_rounded if queries.shape[2] == 1 else product
   shape, num_groups = queries.shape, queries.shape[1] // keys.shape[1]
   if num_groups > 1:
-    # The queries of a group as more rows of one product.
+    # The queries of a group become more rows of one product.
     B, N, T, H = shape
     queries = queries.reshape(B, N // num_groups, num_groups * T, H)
     allowed = jnp.tile(allowed, (1, num_groups, 1))
@@ -120,15 +120,15 @@ def attend(
 def choose(
   config: TransformerConfig, batch: int, num_tokens: int
 ) -> str | None:
-  """The flash kernel for these rows: 'splash', 'cudnn', or None.
+  """Returns the flash kernel for these rows: 'splash', 'cudnn', or None.
 
   Depends on `config.attention`, on the platform of the current mesh (which may
   be an abstract one, for ahead-of-time compilation) and on what the kernels
   support.
 
   Raises:
-    ValueError: `attention` is 'flash' and rows of at least 128 tokens cannot
-      have it; names the reason.
+    ValueError: `attention` is 'flash', and the kernel cannot take these rows
+      although they have at least 128 tokens; names the reason.
   """
   if config.attention == 'xla' or num_tokens < TILE:
     return None
@@ -249,18 +249,21 @@ def _splash(queries, keys, values, segments, *, softcap, interpret):
 
 
 def block_size(num_tokens: int, longest: int) -> int:
-  """Tokens of a block; 0 where whole rows cost no more.
+  """Tokens in a block; 0 where whole rows cost no more.
 
-  Half of the longest segment: a token then attends to its own block and the
-  two before, at most one and a half times what it needs.
+  A block is half of the longest segment: each token then attends to its own
+  block and the two before, at most one and a half times what it needs.
   """
   block = -(-longest // 2)
   return block if longest and num_tokens > 3 * block else 0
 
 
 def _blocks(x: Array, block: int, num_before: int) -> Array:
-  """[B, T, ...] to [B * blocks, (num_before + 1) * block, ...]: each block with
-  those before it, zeros where there are none."""
+  """Cuts rows into blocks, each joined to the `num_before` blocks before it.
+
+  [B, T, ...] becomes [B * blocks, (num_before + 1) * block, ...], with zeros
+  where there are no blocks before.
+  """
   num_blocks = -(-x.shape[1] // block)
   filler = num_blocks * block - x.shape[1]
   padding = [(0, 0), (num_before * block, filler), *[(0, 0)] * (x.ndim - 2)]

@@ -2,7 +2,7 @@
 
 GPT-3's published table prints 24 heads of width 128 for the 1.3B model, which
 does not multiply to its width of 2048; Stiennon et al. 2020 (Table 3) print 16
-heads for the same model, and that is used here.
+heads for the same model, which is used here.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ CHOICES = {
   'activation': ('gelu_tanh', 'gelu', 'silu', 'relu'),
   'attention': ('auto', 'xla', 'flash'),
 }
-# The same for the keys by which a stage decides how its models compute.
+# Values of the keys by which a stage decides how its models compute.
 STAGE_KEYS = {
   'compute_dtype': ('', *CHOICES['compute_dtype']),
   'frozen_dtype': CHOICES['compute_dtype'],
@@ -43,7 +43,7 @@ def check_stage(config: ConfigDict) -> None:
   published models).
 
   Raises:
-    ValueError: a value that a key does not have.
+    ValueError: a key has an unknown value.
   """
   for key, known in STAGE_KEYS.items():
     if key in config and config[key] not in known:
@@ -55,7 +55,7 @@ def check_stage(config: ConfigDict) -> None:
 
 
 def lora_of(config: ConfigDict) -> 'Lora | None':
-  """The adapters of a stage's section `lora`; None at rank 0.
+  """Returns the adapters of a stage's section `lora`; None at rank 0.
 
   Raises:
     ValueError: an impossible rank or alpha, or an unknown target.
@@ -70,14 +70,14 @@ class Rotary:
   """Rotary positions (Su et al. 2021) and how they are stretched.
 
   Attributes:
-    dim: leading components of each head that are rotated.
+    dim: number of leading components of each head that are rotated.
     theta: base of the frequencies.
     interleaved: pairs are (0, 1), (2, 3), ... as in GPT-J; otherwise component
       i is paired with i + dim / 2.
     scaling: 'none'; 'linear' divides all frequencies by `factor`; 'llama3'
       divides the low ones; 'yarn' blends (Peng et al. 2023, section 3.2).
     factor: new context length / original one.
-    original_context: tokens, before stretching.
+    original_context: context length in tokens, before stretching.
     low, high: llama3: `low_freq_factor`, `high_freq_factor`; yarn:
       `beta_slow`, `beta_fast`. In turns over the original context.
     truncate: yarn: whether the blend begins and ends at whole components.
@@ -140,7 +140,7 @@ class Lora:
   Attributes:
     rank: r, the columns of A and the rows of B.
     alpha: scales the product.
-    targets: matrices of every layer, of `LORA_TARGETS`; () is all of them.
+    targets: names from `LORA_TARGETS`, for every layer; () is all of them.
   """
 
   rank: int
@@ -175,44 +175,44 @@ class TransformerConfig:
   """Everything that decides the shape and arithmetic of a model.
 
   Attributes:
-    vocab_size: tokens of the tokenizer, PAD included.
+    vocab_size: number of tokens in the tokenizer, PAD included.
     context_length: longest sequence; the number of learned positions.
     num_layers, width, num_heads, head_dim, mlp_dim: L, D, N, H and F.
     dropout: rate on each residual branch; active only where a call passes
       `deterministic=False` (SFT uses 0.2; reward models and PPO never drop).
-    compute_dtype: dtype of matrix products and activations; on a CPU of the
-      products' factors alone (`products.py`). Parameters, softmax, logits and
-      all that follows from logits are float32 always.
+    compute_dtype: dtype of matrix products and activations; on a CPU, only of
+      the products' factors (`products.py`). Parameters, softmax, logits and
+      all that is computed from logits are always float32.
     remat: what the backward pass recomputes: 'none' keeps all activations,
       'dots' keeps matrix products, 'full' keeps only each layer's input.
     vocab_multiple: embedding rows are rounded up to a multiple of this, to
       divide among chips; rows beyond `vocab_size` are never sampled.
     scan_unroll: layers unrolled per step of the scan: a larger number is a
-      little faster on CPU and slower to compile. Same numbers.
+      little faster on CPU and slower to compile. Results stay the same.
     attention: 'auto' uses the platform's flash kernel where it fits, 'xla'
-      never, 'flash' always or raises (`models/attention.py`).
+      never does, 'flash' always does or raises (`models/attention.py`).
     logprob_chunk: columns whose float32 logits exist at one time when
       log-probabilities are computed; the backward pass recomputes them. 0 is
       all columns.
-    embedding_rows: least number of embedding rows; published models may have
+    embedding_rows: minimum number of embedding rows; published models may have
       more rows than tokens.
     num_kv_heads: heads of keys and values (K); 0 is one for each query head.
     norm: 'layer' with bias, 'rms' without, 'rms_plus_one' scales by 1 + weight.
     norm_epsilon: added to the variance.
     rotary: rotary positions; None is learned positions.
-    window: tokens that a layer of `window_layers` sees, itself included.
+    window: tokens that a token sees in `window_layers`, itself included.
     window_layers: for each layer, whether it has the window; () is none.
-    window_rotary: rotary positions of those layers; None: as the others.
+    window_rotary: rotary positions of those layers; None is `rotary`.
     residual: 'sequential'; 'parallel' adds attention and MLP to the same
       stream; 'parallel_one_norm' also gives both the same norm.
     post_norms: a second norm after attention and after the MLP (Gemma 2).
     gated_mlp: activation(gate) * up instead of activation(up).
     activation: 'gelu_tanh', 'gelu' (exact), 'silu' or 'relu'.
-    qkv_bias, out_bias, mlp_bias, unembed_bias: whether these products add one.
+    qkv_bias, out_bias, mlp_bias, unembed_bias: whether to add these biases.
     qk_norm: RMS norm over each head of queries and keys.
     query_scale: factor on attention scores; 0 is head_dim ** -0.5.
     attention_softcap, logit_softcap: c tanh(x / c) on scores, logits; 0 is off.
-    tied: the embedding is the unembedding.
+    tied: whether the unembedding is the embedding.
     embedding_scale: factor on token embeddings.
     lora: adapters on top of these weights, or None. Parameters without adapter
       leaves compute the base model.
@@ -311,7 +311,10 @@ class TransformerConfig:
 
   @property
   def vocab_rows(self) -> int:
-    """Rows of the embedding: `vocab_size` rounded up to `vocab_multiple`."""
+    """Rows of the embedding.
+
+    At least `vocab_size` and `embedding_rows`, rounded up to `vocab_multiple`.
+    """
     needed = max(self.vocab_size, self.embedding_rows)
     return -(-needed // self.vocab_multiple) * self.vocab_multiple
 
@@ -340,7 +343,7 @@ class TransformerConfig:
     return layers + embedding + norm
 
   def to_dict(self) -> dict[str, Any]:
-    """For `from_dict`, and as JSON."""
+    """The config as a dict for `from_dict` and for JSON."""
     return dataclasses.asdict(self)
 
   @classmethod
@@ -380,7 +383,7 @@ class TransformerConfig:
 
 
 def _with_floats(cls, values):
-  """JSON files write 8 where 8.0 is meant."""
+  """Makes integers floats where a field is a float: JSON may have 8 for 8.0."""
   return {
     name: float(value)
     if cls.__annotations__.get(name) is float and isinstance(value, int)
@@ -391,7 +394,7 @@ def _with_floats(cls, values):
 
 def _gpt3(num_layers: int, width: int, num_heads: int) -> dict[str, Any]:
   return {
-    # The BPE of GPT-2/3 has 50,257 tokens; ours adds a PAD of its own.
+    # The BPE of GPT-2/3 has 50,257 tokens; ours adds a PAD token.
     'vocab_size': 50_258,
     'context_length': 2_048,
     'num_layers': num_layers,
@@ -403,7 +406,7 @@ def _gpt3(num_layers: int, width: int, num_heads: int) -> dict[str, Any]:
 
 
 # Paper sizes: GPT-3 Table 2.1, heads of 1.3B from Stiennon et al. Table 3.
-# The paper's "6B" is taken to be GPT-3's 6.7B shape; it never says so.
+# The paper's "6B" is taken to be GPT-3's 6.7B shape; the paper never says so.
 PRESETS: dict[str, dict[str, Any]] = {
   '1p3b': _gpt3(num_layers=24, width=2048, num_heads=16),
   '6b': _gpt3(num_layers=32, width=4096, num_heads=32),

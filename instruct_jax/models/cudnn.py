@@ -1,8 +1,8 @@
-"""cuDNN's attention over packed rows, with no array [T, T].
+"""cuDNN's attention over packed rows, without a [T, T] array.
 
-`jax.nn.dot_product_attention` hands cuDNN segments as a bias [B, 1, T, T].
-cuDNN itself takes where each segment begins and how long it is, and jax has
-that behind a private function, from Hopper on.
+`jax.nn.dot_product_attention` passes segments to cuDNN as a bias [B, 1, T, T].
+From Hopper on, cuDNN itself can take where each segment begins and how long it
+is; jax offers that only in a private function.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from instruct_jax.types import MAX_SEGMENTS
 def is_hopper() -> bool:
   """Whether this process's GPU, or the described one, is a Hopper or later.
 
-  Older ones have no packed rows, and no heads of more than 128 components.
+  Older ones support neither packed rows nor heads of more than 128 components.
   """
   return fused.check_compute_capability('9.0')
 
 
 @contextlib.contextmanager
 def described_hopper() -> Iterator[None]:
-  """Traces as on a Hopper, for GPUs that are described but not attached."""
+  """Traces as for a Hopper, for GPUs that are described but not attached."""
   name = 'check_compute_capability'
   with mock.patch.object(fused, name, lambda capability: True):
     yield
@@ -36,10 +36,10 @@ def described_hopper() -> Iterator[None]:
 def lengths_and_offsets(
   segments: Int[Array, 'B T'],
 ) -> tuple[Int[Array, 'B m'], Int[Array, 'B n']]:
-  """Length and first token of each segment, in the rows' order; then -1.
+  """Length and first column of each segment in row order, filled up with -1.
 
   Args:
-    segments: equal neighbours are one segment; 0 is padding.
+    segments: adjacent equal numbers are one segment; 0 is padding.
 
   Returns:
     ([B, M] lengths, [B, M + 1] offsets), where M is `MAX_SEGMENTS` or, in
@@ -67,15 +67,15 @@ def attend(
 ) -> Float[Array, 'B N T H']:
   """Causal attention within segments; zeros on padding.
 
-  Rows with more than `MAX_SEGMENTS` are NaN: the kernel would leave out the
-  last ones.
+  Rows with more than `MAX_SEGMENTS` segments are NaN: the kernel would leave
+  out the last ones.
   """
   lengths, offsets = lengths_and_offsets(segments)
-  # jax counts the offsets of keys in heads of queries.
+  # jax multiplies the offsets of keys by the number of query heads.
   repeats = queries.shape[1] // keys.shape[1]
   keys, values = (jnp.repeat(x, repeats, axis=1) for x in (keys, values))
   is_real = (segments > 0)[:, :, None, None]
-  # Both ways, the kernel leaves padding as it found it.
+  # In both passes, forward and backward, the kernel does not write padding.
   inputs = [
     jnp.where(is_real, jnp.swapaxes(x, 1, 2), 0)
     for x in (queries, keys, values)

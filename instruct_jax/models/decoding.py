@@ -1,6 +1,6 @@
-"""A policy's forward pass while it samples: one token a row, rows of any age.
+"""A policy's forward pass in sampling: one token per row, rows of any length.
 
-The same blocks as in training, but one after another instead of under
+It runs the same blocks as training, but one after another instead of under
 `nn.scan`: every layer has its own arrays of weights and cache, which matrix
 products read in place; slices of a stack would be copied for every token.
 Prompts are read as in training.
@@ -20,7 +20,7 @@ from instruct_jax.models.products import activation_dtype
 from instruct_jax.models.transformer import Block, LayerCache, plain_inputs
 from instruct_jax.types import Params
 
-# Of each layer: keys and values [S, K, W, H]; keys [S, K, H, W] where
+# For each layer, keys and values [S, K, W, H]; keys are [S, K, H, W] where
 # `attention.turns_keys`.
 SlotCache = tuple[tuple[jax.Array, jax.Array], ...]
 
@@ -32,9 +32,9 @@ class Weights:
   Attributes:
     trunk: as trained; for prompts, and for embeddings, which are added in
       float32.
-    unembedding: all of it but the layers, in the compute dtype.
-    layers: the parameters of each layer, kernels in the compute dtype and
-      transposed: [outputs, inputs], all else as trained.
+    unembedding: the trunk without its layers, `in_compute_dtype`.
+    layers: the parameters of each layer, `in_compute_dtype`, with kernels
+      transposed to [outputs, inputs].
   """
 
   trunk: Params
@@ -43,7 +43,7 @@ class Weights:
 
 
 def _transposed(params: Params) -> Params:
-  """A layer's kernels as matrices [outputs, inputs]; all else as it is."""
+  """A layer's kernels as matrices [outputs, inputs]; all else unchanged."""
 
   def transpose(name, x):
     if not name.endswith('_kernel'):
@@ -74,10 +74,10 @@ def _restored(config: TransformerConfig, params: Params) -> Params:
 
 
 def in_compute_dtype(config: TransformerConfig, params: Params) -> Params:
-  """Parameters in the compute dtype, to which the blocks would cast them.
+  """Casts parameters to the compute dtype, as the blocks would.
 
-  The scales of norms, [D] or [L, D], stay as they are, as do biases where
-  activations are float32.
+  Those of norms, [D] or [L, D], keep their dtype. So do all biases where the
+  compute dtype is bfloat16 but activations are float32 (on a CPU).
   """
   dtype = jnp.dtype(config.compute_dtype)
   same = dtype == activation_dtype(config.compute_dtype)
@@ -93,11 +93,11 @@ def in_compute_dtype(config: TransformerConfig, params: Params) -> Params:
 def weights_of(
   config: TransformerConfig, params: Params, cast: Params
 ) -> Weights:
-  """Takes the layers of stacked parameters apart.
+  """Splits a policy's stacked parameters into one tree per layer.
 
   Args:
     params: of a policy, as trained.
-    cast: `in_compute_dtype` of them, laid out for decoding.
+    cast: `in_compute_dtype(params)`, laid out for decoding.
   """
   trunk = cast['trunk']
   layers = tuple(
@@ -111,7 +111,7 @@ def weights_of(
 def make_cache(
   config: TransformerConfig, num_slots: int, num_columns: int
 ) -> SlotCache:
-  """An empty cache."""
+  """Returns an empty cache."""
   shape = (num_slots, config.kv_heads, num_columns, config.head_dim)
   dtype = activation_dtype(config.compute_dtype)
   return tuple(
@@ -121,7 +121,7 @@ def make_cache(
 
 
 def _turned(keys):
-  """Keys [S, K, W, H] as a cache has them."""
+  """Keys [S, K, W, H] in the layout of a cache."""
   return keys.mT if attention.turns_keys() else keys
 
 
@@ -131,14 +131,14 @@ def read(
   tokens: Int[Array, 'S P'],
   lengths: Int[Array, 'S'],
 ) -> SlotCache:
-  """A cache of prompts, P columns.
+  """Returns a cache of the prompts, with P columns.
 
-  No logits: the first `step` reads a prompt's last token again. Layers run as
-  in training, since for many tokens the copy of a slice does not matter.
+  It computes no logits: the first `step` reads a prompt's last token again.
+  Layers run as in training, since for many tokens copying a slice is cheap.
 
   Args:
     tokens: padded on the right.
-    lengths: real tokens of each row.
+    lengths: number of real tokens in each row.
   """
   segments = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
   _, (keys, values) = module.apply(
@@ -163,7 +163,7 @@ def extend(
 
   Args:
     tokens: each row's next tokens.
-    lengths: filled columns of each row, that is the first token's position.
+    lengths: number of filled columns in each row: the first token's position.
     cache: of earlier tokens; returned with these from column `lengths` on.
   """
   config = module.config
@@ -205,7 +205,7 @@ def logits_of(
   """float32 logits of the next token, from the output of `extend`."""
 
   def unembed(model, x):
-    one_each = x.ndim == 2  # One token a row.
+    one_each = x.ndim == 2  # One token per row.
     return model.trunk.unembed(model.trunk.final_norm(x), one_each)
 
   params = {'trunk': weights.unembedding}
@@ -219,6 +219,6 @@ def step(
   lengths: Int[Array, 'S'],
   cache: SlotCache,
 ) -> tuple[Float[Array, 'S V'], SlotCache]:
-  """`extend` by one token a row; returns float32 logits of the next token."""
+  """`extend` by one token per row; returns float32 logits of the next token."""
   x, cache = extend(module, weights, tokens[:, None], lengths, cache)
   return logits_of(module, weights, x[:, 0]), cache

@@ -1,8 +1,8 @@
 """The published families: fields of their config.json, names of their tensors.
 
-Only names, numbers and layouts: nothing here knows a device. A field of
+Only names, numbers and layouts: nothing here depends on a device. A field of
 config.json means what `transformers` (the reference) makes of it: its
-configuration classes fill in what is absent and read older spellings, and a
+configuration classes fill in missing fields and read older spellings, and a
 field that its code does not read is not read here either.
 """
 
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-# Fields that change no logit of a forward pass without dropout.
+# Fields that do not affect the logits of a forward pass without dropout.
 _WITHOUT_EFFECT = frozenset(
   """
   _name_or_path architectures attention_dropout attn_pdrop bos_token_id
@@ -28,7 +28,7 @@ _WITHOUT_EFFECT = frozenset(
   _attn_implementation attention_probs_dropout_prob hidden_dropout_prob rotary
   """.split()  # noqa: SIM905
 )
-# Fields that are handled at one value only, the usual one.
+# Fields that are handled only at their usual value.
 _ONLY = {
   'add_cross_attention': False,
   'attention_bias': False,
@@ -65,7 +65,7 @@ FAMILIES = {
   'gemma2': 'Gemma2ForCausalLM',
   'gemma3_text': 'Gemma3ForCausalLM',
 }
-# Spellings that the reference's configuration classes read and rewrite.
+# Older spellings that the reference's configuration classes read and rewrite.
 _ROTARY = ('partial_rotary_factor', 'rope_parameters', 'rope_scaling')
 _OLDER = {
   'gpt_neox': (*_ROTARY, 'rope_theta', 'rotary_emb_base', 'rotary_pct'),
@@ -88,7 +88,7 @@ _OTHER_ACTIVATION = {
   'gemma2': 'hidden_act',
   'gemma3_text': 'hidden_act',
 }
-# Fields without a usable default: the reference has one model's size there.
+# Fields without a usable default: the reference's is the size of one model.
 _SIZES = (
   'vocab_size',
   'hidden_size',
@@ -99,7 +99,7 @@ _SIZES = (
 
 
 def _field_names(family: str) -> dict[str, str]:
-  """Fields of `TransformerConfig` and of config.json that mean the same."""
+  """Fields of `TransformerConfig` -> equivalent fields of config.json."""
   if family in ('gpt2', 'gptj'):
     return {
       'context_length': 'n_positions',
@@ -155,7 +155,7 @@ class _Fields:
     """Refuses fields of the file that were not read."""
     import transformers
 
-    # How to sample: the reference keeps these fields out of the model.
+    # Sampling settings, which the reference keeps out of the model.
     generation = set(transformers.GenerationConfig().to_dict())
     ignored = self.read | _WITHOUT_EFFECT | generation
     _refuse_unread(self.values, ignored, self.family)
@@ -165,7 +165,9 @@ def _check_rope_types(values):
   for name in ('rope_parameters', 'rope_scaling'):
     parameters = values.get(name) or {}
     if not isinstance(parameters, Mapping):
-      raise ValueError(f'config.json: {name} = {parameters!r} is no object')
+      raise ValueError(
+        f'config.json: {name} = {parameters!r} is not a JSON object'
+      )
     for each in (parameters, *parameters.values()):
       if not isinstance(each, Mapping):
         continue
@@ -188,7 +190,7 @@ def _refuse_unread(values, ignored, family, where=''):
 
 def _as_reference(family, values):
   """The configuration object that `transformers` makes of a config.json."""
-  # A second to import; presets do not need it.
+  # The import takes a second, and presets do not need it.
   import transformers
 
   model_type = family
@@ -198,12 +200,12 @@ def _as_reference(family, values):
   level = transformers.logging.get_verbosity()
   transformers.logging.set_verbosity_error()
   try:
-    with warnings.catch_warnings(action='ignore'):  # About older spellings.
+    with warnings.catch_warnings(action='ignore'):  # Of older spellings.
       resolved = transformers.CONFIG_MAPPING[model_type].from_dict(values)
     if getattr(resolved, 'rope_parameters', None):
-      # Its rotary functions repeat this, and then see all fields.
+      # The reference's rotary functions repeat this, and then see all fields.
       resolved.standardize_rope_params()
-  # Validation errors of several kinds, and whatever odd values lead to.
+  # Validation errors of several kinds, and whatever errors odd values cause.
   except Exception as error:
     reason = str(error).strip().splitlines() or ['']
     raise ValueError(
@@ -228,7 +230,7 @@ def read_config(config_json: Mapping[str, Any]) -> dict[str, Any]:
     method = given.get('quant_method', '') if isinstance(given, dict) else given
     raise ValueError(
       f'config.json: its weights are quantised ({method or "no method"}); '
-      'give the model as it was before, in float32, bfloat16 or float16'
+      'give the model before quantisation, in float32, bfloat16 or float16'
     )
   if not isinstance(family, str) or family not in FAMILIES:
     raise ValueError(
@@ -262,10 +264,10 @@ def read_config(config_json: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def score_pad_id(config_json: Mapping[str, Any]) -> int:
-  """The token that a published sequence classifier skips at a row's end.
+  """Returns the token that a published sequence classifier skips at row ends.
 
   It reads its score at a row's last token that is not `pad_token_id`, which is
-  often the EOS. -1: it has none and reads at the last token.
+  often the EOS. -1 means that it has none and reads at the last token.
 
   Raises:
     ValueError: the number of labels is not one.
@@ -286,7 +288,7 @@ def score_pad_id(config_json: Mapping[str, Any]) -> int:
 
 
 def _gpt(family, fields, values):
-  """What GPT-2, GPT-J and GPT-NeoX have besides `_field_names`."""
+  """Config values of GPT-2, GPT-J and GPT-NeoX beyond `_field_names`."""
   if family == 'gpt_neox':
     parameters = fields.take('rope_parameters')
     parallel = fields.take('use_parallel_residual')
@@ -315,7 +317,7 @@ def _gpt(family, fields, values):
 
 
 def _llama_like(family, fields, values):
-  """What the other families have besides `_field_names`."""
+  """Config values of the other families beyond `_field_names`."""
   gemma = family.startswith('gemma')
   head_dim = fields.take('head_dim', values['width'] // values['num_heads'])
   if head_dim is None:
@@ -323,7 +325,7 @@ def _llama_like(family, fields, values):
       f'config.json: head_dim is null or missing, which transformers does not '
       f'read for {family} with these fields; give it'
     )
-  # The others have no such field, or ignore it; `_ONLY` refuses it there.
+  # The others have no such field or ignore it; `_ONLY` refuses True there.
   biased = family in ('llama', 'qwen3') or gemma
   bias = biased and fields.take('attention_bias')
   window, window_layers = _windows(family, fields, values['num_layers'])
@@ -414,7 +416,7 @@ def _rotaries(family, fields, head_dim, context, window_layers):
 
 
 def _rotary(values, head_dim, context, partial=False, nested=False):
-  """One layer kind's rotary positions.
+  """Rotary positions of one kind of layer.
 
   Args:
     values: `rope_parameters` of the reference.
@@ -452,18 +454,18 @@ def _rotary(values, head_dim, context, partial=False, nested=False):
   rotary = {'dim': dim, 'theta': float(number('rope_theta'))}
   if dim < 2 or dim % 2:
     raise ValueError(
-      f'config.json: {part!r} of a head of {head_dim} turns {dim} components; '
-      'only an even number, 2 or more, is handled'
+      f'config.json: {part!r} of a head of {head_dim} rotates {dim} '
+      'components; only an even number, 2 or more, is handled'
     )
   if kind in ('linear', 'llama3', 'yarn'):
     rotary['scaling'] = kind
   else:
-    # Dynamic scaling stretches only what is longer than the context, which is
-    # an error here; the default type ignores these fields.
+    # Dynamic scaling stretches only sequences longer than the context, which
+    # are an error here; the default type ignores these fields.
     read |= {'factor', 'original_max_position_embeddings'}
   if kind == 'yarn':
     rotary |= _yarn(number, context)
-    # The reference looks for it beside the kinds of layers, not in them.
+    # The reference looks for `truncate` beside the kinds of layers, not inside.
     rotary['truncate'] = nested or bool(values.get('truncate', True))
     read.add('truncate')
   elif kind in ('linear', 'llama3'):
@@ -486,14 +488,14 @@ def _rotary(values, head_dim, context, partial=False, nested=False):
 
 
 def _yarn(number, context):
-  """Peng et al. 2023 (YaRN), section 3.4: sqrt(1/t) = 0.1 ln(s) + 1."""
+  """YaRN (Peng et al. 2023), section 3.4: sqrt(1/t) = 0.1 ln(s) + 1."""
   original = number('original_max_position_embeddings')
   factor = number('factor', context / original)
 
   def magnitude(scale):
     return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
 
-  # DeepSeek's spelling: two factors, where both are given and not 0.
+  # DeepSeek's spelling: a ratio of two, where both are given and not 0.
   whole, each = number('mscale', 0), number('mscale_all_dim', 0)
   both = whole and each
   default = magnitude(whole) / magnitude(each) if both else magnitude(1)
@@ -511,18 +513,18 @@ def _yarn(number, context):
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One parameter of ours inside one published tensor (of a layer, if stacked).
+  """One parameter of ours in a published tensor (of one layer, if stacked).
 
-  Ours is `tensor.reshape(view)`, of it `part` = (axis, index) if the tensor
-  holds several of ours, with its axes permuted by `order`.
+  Ours is `tensor.reshape(view)`, indexed by `part` = (axis, index) if the
+  tensor holds several of ours, with its axes then permuted by `order`.
 
   Attributes:
-    path: in a tree of parameters.
+    path: in our tree of parameters.
     name: of the published tensor, with `{}` for the layer.
     shape: of the published tensor.
-    view: the same with the joined axes split.
+    view: `shape` with the joined axes split.
     order: permutation of the axes of the part.
-    part: None if the tensor holds one of ours.
+    part: None if the tensor holds only one of ours.
   """
 
   path: tuple[str, ...]
@@ -534,12 +536,12 @@ class Entry:
 
   @property
   def stacked(self) -> bool:
-    """Whether all layers are one array of ours."""
+    """Whether our parameter is one array of all layers."""
     return 'layers' in self.path
 
 
 # Published modules of each family by our names; 'layer' is the prefix of those
-# in a layer.
+# within a layer.
 _LLAMA = {
   'token_embedding': 'model.embed_tokens',
   'layer': 'model.layers.{}.',
@@ -604,12 +606,12 @@ _MODULES = {
   'gemma2': _GEMMA2,
   'gemma3_text': _GEMMA2,
 }
-# Outputs of a tensor that holds queries, keys and values.
+# Output axes of a tensor that holds queries, keys and values.
 _FUSED = {'gpt2': '3NH', 'gpt_neox': 'N3H'}
 
 
 def embedding_names(family: str) -> tuple[str, str]:
-  """The published tensors of a language model's embedding and unembedding."""
+  """Names of the published tensors of the embedding and the unembedding."""
   modules = _MODULES.get(family, _LLAMA)
   return tuple(
     f'{modules[name]}.weight' for name in ('token_embedding', 'unembedding')
@@ -617,12 +619,12 @@ def embedding_names(family: str) -> tuple[str, str]:
 
 
 def entries(family: str, config: Any, scalar: bool = False) -> list[Entry]:
-  """Where each parameter of a model is in the family's published tensors.
+  """Returns where each parameter is in the family's published tensors.
 
   Args:
     family: `model_type` of the config.json.
     config: the `TransformerConfig`.
-    scalar: a sequence classifier with one label instead of a language model.
+    scalar: for a sequence classifier with one label, not a language model.
   """
   modules, found = _MODULES.get(family, _LLAMA), []
   # Axes by their letters; C is the context, V the embedding rows, 3 the number
@@ -639,8 +641,10 @@ def entries(family: str, config: Any, scalar: bool = False) -> list[Entry]:
   }
 
   def add(path, name, axes, ours='', number=0):
-    """Ours is part `number`, with the axes `ours`, of a tensor with the axes
-    `axes`, where those without a space between them are joined."""
+    """Adds an entry: ours, with axes `ours`, is part `number` of a tensor.
+
+    `axes` are those of the tensor; ones without a space between are joined.
+    """
     view = axes.replace(' ', '')
     kept = view.replace('3', '')
     found.append(
@@ -659,8 +663,8 @@ def entries(family: str, config: Any, scalar: bool = False) -> list[Entry]:
   def linear(name, inner, outer, has_bias, number=0):
     module, view = modules['layer'] + modules[name], outer
     if name in ('query', 'key', 'value'):
-      view = _FUSED.get(family, outer)  # With the axis of its parts.
-    # Ours has the inputs first, as GPT-2; PyTorch's linear layers, the outputs.
+      view = _FUSED.get(family, outer)  # With the axis of the parts.
+    # Our kernels, as GPT-2's, have the inputs first; PyTorch's the outputs.
     axes = f'{inner} {view}' if family == 'gpt2' else f'{view} {inner}'
     path = ('layers', f'{name}_kernel')
     add(path, f'{module}.weight', axes, inner + outer, number)
@@ -713,7 +717,7 @@ def entries(family: str, config: Any, scalar: bool = False) -> list[Entry]:
   return found
 
 
-# --- And back -----------------------------------------------------------------
+# --- Writing ------------------------------------------------------------------
 
 
 def _family_of(config: Any) -> str:
@@ -740,8 +744,8 @@ def write_config(config: Any) -> dict[str, Any]:
     ValueError: no published family has this combination of switches.
   """
   family = _family_of(config)
-  # Under the name that the families' own folders have: other programs, such as
-  # vLLM, know no other.
+  # The name in the families' own folders: other programs, such as vLLM, know no
+  # other.
   activation = config.activation
   if activation == 'gelu_tanh':
     is_old = family in ('gpt2', 'gptj')
@@ -798,8 +802,8 @@ def write_config(config: Any) -> dict[str, Any]:
 
 
 def _check_same(config, again, family):
-  """Refuses a config that a published one does not reproduce."""
-  # Not of the published shape, or equal in effect.
+  """Raises if the published config does not reproduce `config`."""
+  # Fields that are not in a published config, or differ without effect.
   ignored = (
     *('dropout', 'compute_dtype', 'remat', 'vocab_multiple', 'scan_unroll'),
     *('attention', 'logprob_chunk', 'embedding_rows', 'window_rotary'),
@@ -822,8 +826,8 @@ def _check_same(config, again, family):
   ]
   if different:
     raise ValueError(
-      f'no published family has this model: as {family} these would differ: '
-      f'{", ".join(different)}'
+      f'no published family has this model: exported as {family}, these '
+      f'would differ: {", ".join(different)}'
     )
 
 

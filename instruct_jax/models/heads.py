@@ -23,10 +23,10 @@ def token_logprobs(
   tokens: Int[Array, '*b'],
   temperature: float = 1.0,
 ) -> tuple[Float[Array, '*b'], Float[Array, '*b']]:
-  """log softmax(logits / temperature)[token] and the entropy, nats, float32.
+  """log softmax(logits / temperature)[token] and entropy, in float32 nats.
 
-  All log-probabilities and text losses come from here. As in the sampler, a
-  temperature of 0 (greedy) leaves the logits alone.
+  All log-probabilities and text losses are computed here. As in the sampler, a
+  temperature of 0 (greedy) leaves the logits unchanged.
   """
   logits = logits.astype(jnp.float32)
   if temperature > 0:
@@ -66,17 +66,17 @@ class Policy(nn.Module):
     longest: int = 0,
     deterministic: bool = True,
   ) -> tuple[Float[Array, 'M _'], Float[Array, 'M _']]:
-    """log p(token | earlier tokens of its segment) and entropies, nats.
+    """log p(token | earlier tokens of its segment) and entropies, in nats.
 
     Args:
       tokens, segments, longest: see `Transformer.__call__`.
-      where: columns of the positions that predict; only these are unembedded.
+      where: columns whose next tokens are predicted; only these are unembedded.
         None is all of them.
       deterministic: True switches dropout off.
 
     Returns:
-      Both of the tokens that `where` predicts [M, Q]; or of all tokens [M, T],
-      with 0 in column 0, which nothing precedes.
+      Both for the tokens after the columns `where` [M, Q]; or for all tokens
+      [M, T], with 0 in column 0, which nothing precedes.
     """
     hidden, _ = self.trunk(
       tokens, segments, deterministic=deterministic, longest=longest
@@ -88,7 +88,7 @@ class Policy(nn.Module):
     # A token is one column after the position that predicts it.
     columns = jnp.minimum(where + 1, tokens.shape[1] - 1)
     targets = jnp.take_along_axis(tokens, columns, axis=1)
-    # A dense row holds several episodes: as many logits at one time.
+    # A packed row holds several episodes, so its chunks are that much longer.
     num_episodes = max(1, tokens.shape[1] // longest) if longest else 1
     return self._logprobs(hidden, targets, temperature, num_episodes)
 
@@ -145,8 +145,8 @@ class ScalarModel(nn.Module):
     skipped_id: a reward model's score is read at the last token that is not
       this one; -1 is the last token. For published classifiers it is their
       `pad_token_id`, often the EOS; the score is then one token earlier.
-    end_ids: what a published classifier's template puts at the end of an
-      answer, the end of the turn first. It has learned to read its score behind
+    end_ids: tokens that a published classifier's template puts at the end of an
+      answer, the end of the turn first. It has learned to read its score after
       all of them, while a sampled answer ends with the first; see `with_ends`.
   """
 
@@ -169,7 +169,7 @@ class ScalarModel(nn.Module):
     segments: Int[Array, 'B T'] | Bool[Array, 'B T'],
     longest: int = 0,
   ) -> Float[Array, 'B T']:
-    """float32 scalars, without dropout; arguments as of `Transformer`."""
+    """float32 scalars, without dropout; arguments as for `Transformer`."""
     hidden, _ = self.trunk(tokens, segments.astype(jnp.int32), longest=longest)
     scalars = jnp.einsum(
       'btd,d->bt', hidden.astype(jnp.float32), self.head_kernel
@@ -182,10 +182,10 @@ def with_ends(
   tokens: Int[Array, 'B T'],
   mask: Bool[Array, 'B T'],
 ) -> tuple[Int[Array, 'B U'], Bool[Array, 'B U']]:
-  """Rows of one sequence each, with all of `end_ids` behind those that end with
-  the first of them; U is T and the number of the others.
+  """Completes `end_ids` in sequences that end with the first of them.
 
-  Padding may be on either side.
+  Rows hold one sequence each, with padding on either side. U is T plus the
+  number of the other ids.
   """
   if len(module.end_ids) < 2:
     return tokens, mask
@@ -212,15 +212,18 @@ def read_scores(
   segments: Int[Array, 'B T'] | Bool[Array, 'B T'],
   ends: Int[Array, '*b'] | None = None,
 ) -> Float[Array, '*b']:
-  """The score of each sequence: the scalar at its last token that is not
-  `skipped_id`, or at its first token if there is none.
+  """Returns the score of each sequence.
+
+  That is the scalar at its last token that is not `skipped_id`, or at its first
+  token if there is none.
 
   Args:
+    module: a reward model.
     scalars: its output at each position.
-    tokens, segments: its input; a mask will do as segments of one sequence a
-      row, padded on either side.
+    tokens, segments: its input; where each row holds one sequence, padded on
+      either side, a mask will do as segments.
     ends: index of each sequence's last token in the flattened rows; None is one
-      sequence a row.
+      sequence per row.
   """
   num_tokens = tokens.shape[1]
   columns = jnp.arange(num_tokens)[None, :]

@@ -1,4 +1,4 @@
-"""Model folders in the Hugging Face format, in and out.
+"""Reads and writes model folders in the Hugging Face format.
 
 Safetensors files are read one published tensor at a time, in blocks, straight
 into the shard of each device; stacked layers enter their stack on the device
@@ -30,7 +30,7 @@ _DTYPES = {
   'F16': np.float16,
   'BF16': jnp.bfloat16,
 }
-# Buffers that old checkpoints saved beside the weights: nothing learned.
+# Buffers that old checkpoints saved beside the weights; they are not learned.
 _BUFFERS = (
   '.attn.bias',
   '.attn.masked_bias',
@@ -44,7 +44,7 @@ _BLOCK_BYTES = 16 * 1024**2
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-  """config.json of a model folder.
+  """Reads the config.json of a model folder.
 
   Raises:
     ValueError: it is missing or not a JSON object.
@@ -72,7 +72,7 @@ def shape_of(folder: pathlib.Path) -> TransformerConfig:
   """The shape that a folder's config.json describes.
 
   Raises:
-    ValueError: see `TransformerConfig.from_hf`; with the folder.
+    ValueError: see `TransformerConfig.from_hf`; the message names the folder.
   """
   try:
     return TransformerConfig.from_hf(read_config(folder))
@@ -84,8 +84,8 @@ def shape_of(folder: pathlib.Path) -> TransformerConfig:
 def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
   """Memory maps of the tensors in a folder's safetensors files.
 
-  Of the files that the index names; without one, of `model.safetensors`; else
-  of all.
+  The files are those that the index names; without an index,
+  `model.safetensors`; without that, all.
 
   Raises:
     ValueError: there are none (pickled weights are refused), a file is
@@ -113,7 +113,7 @@ def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     )
   index = folder / 'model.safetensors.index.json'
   if index.is_file():
-    # Some folders hold the same weights again in their authors' own format.
+    # Some folders also hold the same weights in their authors' own format.
     weight_map = _read_object(index).get('weight_map')
     if not isinstance(weight_map, dict):
       raise ValueError(
@@ -149,7 +149,9 @@ def _open_file(path):
     except ValueError as error:
       raise ValueError(f'{path}: damaged header ({error})') from error
   if not isinstance(header, dict):
-    raise ValueError(f'{path}: damaged header (no object); copy the file again')
+    raise ValueError(
+      f'{path}: damaged header (not a JSON object); copy the file again'
+    )
   header.pop('__metadata__', None)
   tensors = {}
   for name, entry in header.items():
@@ -165,7 +167,7 @@ def _open_file(path):
         f'{8 + header_size + end}, the file at {size}; copy the file again'
       )
     if entry['dtype'] not in _DTYPES:
-      if name.endswith(_BUFFERS):  # Masks of booleans, say.
+      if name.endswith(_BUFFERS):  # Such as boolean masks.
         continue
       raise ValueError(
         f'{path}: tensor {name} has dtype {entry["dtype"]}; only '
@@ -183,7 +185,7 @@ def _open_file(path):
 
 
 def _is_entry(entry) -> bool:
-  """Whether a header describes a tensor: dtype, shape and two offsets."""
+  """Whether an entry of a header has a dtype, a shape and two offsets."""
 
   def are_sizes(values, *length):
     return (
@@ -220,7 +222,7 @@ def _open_named(folder, family):
   tensors = open_tensors(folder)
   prefix = {'gpt2': 'transformer.', 'gptj': 'transformer.'}.get(family, '')
   if prefix and not any(name.startswith(prefix) for name in tensors):
-    # GPT-2's own files were saved from inside the language model.
+    # The original GPT-2 files lack the prefix of the language model.
     tensors = {
       name if name.startswith('lm_head') else prefix + name: tensor
       for name, tensor in tensors.items()
@@ -252,12 +254,12 @@ def load_params(
 ) -> Params:
   """Reads the weights of a folder into the shards of `abstract`.
 
-  Embedding rows of tokens that the published model lacks (a PAD of our own)
+  Embedding rows of tokens that the published model lacks (such as our PAD)
   start at the mean of its rows; rows beyond `vocab_size` are zero.
 
   Args:
     folder: holds config.json and safetensors files.
-    config: of the model to make; may have more tokens than the folder's. For
+    config: of the model to build; may have more tokens than the folder's. For
       a language model, `tied` is as in `published_config`.
     abstract: `ShapeDtypeStruct`s with shardings; with a 'head_kernel' for a
       sequence classifier with one label.
@@ -284,14 +286,14 @@ def load_params(
 
 
 def check_weights(folder: pathlib.Path, scalar: bool) -> None:
-  """Refuses a folder whose weights could not be loaded; reads all of them.
+  """Raises if the weights of a folder could not be loaded; reads all of them.
 
   Args:
     folder: holds config.json and safetensors files.
     scalar: whether it is a reward model.
 
   Raises:
-    ValueError: as `load_params`, which it saves from failing hours later.
+    ValueError: as for `load_params`, which might otherwise fail hours later.
   """
   shape = shape_of(folder) if scalar else published_config(folder)
   entries, tensors = _find_tensors(folder, shape.tied, scalar)
@@ -307,14 +309,14 @@ def check_weights(folder: pathlib.Path, scalar: bool) -> None:
 
 
 def _find_tensors(folder, tied, scalar):
-  """(entries of the model, name -> tensor); ValueError as `load_params`."""
+  """Returns (entries, name -> tensor); ValueError as for `load_params`."""
   family = read_config(folder).get('model_type')
   published = dataclasses.replace(shape_of(folder), tied=tied)
   entries = families.entries(family, published, scalar)
   tensors = _open_named(folder, family)
   embedding, unembedding = families.embedding_names(family)
   if tied and not scalar and embedding not in tensors:
-    if unembedding in tensors:  # One matrix, under its other name.
+    if unembedding in tensors:  # The same matrix under its other name.
       tensors[embedding] = tensors.pop(unembedding)
   elif tied and not scalar and _other_unembedding(family, tensors):
     raise ValueError(
@@ -354,7 +356,7 @@ def _check_tensors(folder, family, entries, tensors, config):
 
 
 def _place(entry, tensors, struct, folder, vocab_size):
-  """The parameter of one entry, with the sharding of `struct`."""
+  """Reads the parameter of one entry, with the sharding of `struct`."""
 
   def from_callback(layer, shape, layout, buffers):
     name = entry.name.format(layer)
@@ -387,8 +389,8 @@ def _place(entry, tensors, struct, folder, vocab_size):
   )
   stack = _make_stack(struct.shape, struct.sharding)()
   write = _write_layer(struct.sharding)
-  # All layers share the host memory, since jax keeps freed buffers for a while;
-  # each layer is in the stack before the next one is read.
+  # All layers share host buffers, since jax keeps freed ones for a while; each
+  # layer is in the stack before the next one is read.
   buffers = {}
   for layer in range(struct.shape[0]):
     part = from_callback(layer, struct.shape[1:], layer_sharding, buffers)
@@ -415,11 +417,11 @@ def _write_layer(layout):
 
 
 def _read_shard(entry, stored, bounds, out, where, vocab_size):
-  """Fills `out` with the part of our float32 parameter within `bounds`, (start,
-  stop) along each of its axes.
+  """Fills `out` with the part of our float32 parameter that is within `bounds`.
 
-  The tensor is read in blocks along the slowest of its axes. Each block has a
-  new memory map, so that no more of the file than a block is ever resident.
+  These are (start, stop) along each axis. The tensor is read in blocks along
+  the slowest of its axes. Each block has a new memory map, so that no more of
+  the file than a block is ever resident.
   """
   axes = _view_axes(entry)
   slowest = int(np.argmin(axes)) if axes else 0
@@ -453,7 +455,7 @@ def _read_shard(entry, stored, bounds, out, where, vocab_size):
 
 
 def _view_axes(entry):
-  """The axis of the view that each of our axes is."""
+  """For each of our axes, its axis in the view."""
   fused = None if entry.part is None else entry.part[0]
   kept = [axis for axis in range(len(entry.view)) if axis != fused]
   return [kept[axis] for axis in entry.order]
@@ -471,7 +473,7 @@ def _part_of(entry, view):
 
 
 def _map_again(stored):
-  """A new map of the same bytes; the old one's pages can leave memory."""
+  """A new map of the same bytes, so that pages of the old can leave memory."""
   if not isinstance(stored, np.memmap):
     return stored
   return np.memmap(
@@ -479,7 +481,7 @@ def _map_again(stored):
   )
 
 
-# --- Out ----------------------------------------------------------------------
+# --- Writing ------------------------------------------------------------------
 
 
 def save(
@@ -488,8 +490,8 @@ def save(
   """Writes config.json and safetensors that `transformers` opens.
 
   A scalar model becomes a sequence classifier with one label. Published
-  classifiers have no bias: it goes to `score_shift` of config.json, to be added
-  to the logit.
+  classifiers have no bias, so it is written to `score_shift` of config.json, to
+  be added to the logit.
 
   Raises:
     ValueError: no published family has this model.
@@ -570,7 +572,7 @@ def save_adapters(
   if 'head_kernel' in params:
     head = np.asarray(params['head_kernel'])[None]
     tensors['base_model.model.score.weight'] = head
-  # Times `rank` and `alpha`.
+  # How many times higher `rank` and `alpha` are for these matrices.
   multiples = {
     _module(name): len(found)
     for name, found in sources.items()
@@ -587,7 +589,7 @@ def save_adapters(
     'bias': 'none',
     'target_modules': [_module(name) for name in sources],
     'modules_to_save': ['score'] if 'head_kernel' in params else None,
-    # Its matrices are stored with the inputs first.
+    # GPT-2's matrices are stored with the inputs first.
     'fan_in_fan_out': family == 'gpt2',
     'rank_pattern': {n: k * adapters.rank for n, k in multiples.items()},
     'alpha_pattern': {n: k * adapters.alpha for n, k in multiples.items()},
@@ -600,7 +602,7 @@ def save_adapters(
 
 
 def _stem(entry):
-  """Our name of a matrix, by which its adapters are called."""
+  """Our name of a matrix, from which the names of its adapters are made."""
   return entry.path[-1].removesuffix('_kernel')
 
 
@@ -635,7 +637,7 @@ def _factors(entries, layers, layer, rank):
 
 
 def fold_shift(params: Params) -> Params:
-  """A reward model's parameters with its bias moved into the final norm's.
+  """Returns a reward model's parameters with its bias moved to the final norm.
 
   The score is w . (h + b) + c, with h the normed state, b the norm's bias and c
   the head's. It does not change if b + w c / |w|^2 replaces b and 0 replaces c.

@@ -1,7 +1,7 @@
-"""How fast a processor multiplies in each form that a model needs.
+"""The forms of matrix product that a model needs, as programs to time.
 
 A product that one machine computes at its peak may take five times as long with
-a factor turned around, or in another dtype (`models/products.py`).
+one factor transposed, or in another dtype (`models/products.py`).
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from instruct_jax.models import products, transformer
 from instruct_jax.models.config import TransformerConfig
 
-# Of a step, in one program: to start one takes longer than a small product.
+# Sampling steps per program: starting one takes longer than a small product.
 _STEPS = 16
 
 
@@ -26,10 +26,11 @@ class Form:
 
   Attributes:
     name: what a model needs them for.
-    spec: as einsum's.
+    spec: as for einsum.
     shapes: of the two factors.
-    steps: True for one token a row: weights are laid out and cast before.
-    number: of equal products.
+    steps: True for a sampling step, one token per row: weights are laid out and
+      cast in advance.
+    number: number of equal products.
   """
 
   name: str
@@ -49,11 +50,11 @@ class Form:
 def forms_of(
   shape: TransformerConfig, num_rows: int, num_tokens: int, num_slots: int
 ) -> list[Form]:
-  """The forms of a supervised step on full rows, and of a step of sampling.
+  """The forms of a supervised step on full rows, and of a sampling step.
 
   Args:
     shape: of the model.
-    num_rows, num_tokens: of the supervised step.
+    num_rows, num_tokens: rows and tokens per row of the supervised step.
     num_slots: rows that sample, with `num_tokens` columns filled.
   """
   M, T, S = num_rows * num_tokens, num_tokens, num_slots
@@ -84,7 +85,7 @@ def forms_of(
 
 
 def as_einsum(form: Form, dtype: str, x: jax.Array, y: jax.Array) -> jax.Array:
-  """The product as JAX writes it, factors and result in one dtype."""
+  """The product in plain JAX, factors and result in one dtype."""
   return jnp.einsum(form.spec, x.astype(dtype), y.astype(dtype))
 
 
@@ -98,20 +99,23 @@ def as_model(form: Form, dtype: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def program(form: Form, fn, dtype: str) -> tuple[Callable[[], Any], int]:
-  """A call of `as_einsum` or `as_model`, and how often it computes the form."""
+  """Returns a call that computes the form, and how often it does so.
+
+  `fn` is `as_einsum` or `as_model`.
+  """
   key = jax.random.key(0)
   x, y = (jax.random.normal(key, shape) for shape in form.shapes)
   if not form.steps:
     call = jax.jit(functools.partial(fn, form, dtype))
     return lambda: call(x, y), 1
-  # Kernels are cast before, a cache holds rounded numbers.
+  # Kernels are cast in advance, and a cache holds rounded numbers.
   cast = y.astype(dtype) if x.ndim == 2 else products.rounded(y, dtype)
   ys = [cast + i for i in range(form.number)]
 
   @jax.jit
   def several(x, ys):
     def step(_, x):
-      for y in ys:  # Each needs the one before, as layers do.
+      for y in ys:  # Each depends on the one before, as layers do.
         x += 1e-9 * jnp.max(fn(form, dtype, x, y)).astype(x.dtype)
       return x
 

@@ -1,12 +1,12 @@
-"""Matrix products, and the dtype of all else.
+"""Matrix products, and the dtype of activations.
 
-Accelerators multiply bfloat16, add up in float32, and return and keep bfloat16;
-gradients of weights leave a product in the weights' float32, so that what
-devices add up is not rounded before.
+Accelerators multiply bfloat16, accumulate in float32, and return and keep
+bfloat16. Products for gradients of weights return the weights' float32, so that
+these gradients are not rounded before devices add them up.
 On a CPU only the factors of products are bfloat16. XLA's fast kernels there
-return float32, and want the contracted axis last in the left factor. It has no
-other bfloat16 arithmetic, and to write a part of a bfloat16 array it converts
-all of it.
+return float32, and want the contracted axis last in the left factor. XLA has no
+other bfloat16 arithmetic there, and to write a part of a bfloat16 array it
+converts all of it.
 """
 
 import functools
@@ -18,16 +18,16 @@ from jaxtyping import Array, Float
 
 
 def platform() -> str:
-  """Of the current mesh, which may be an abstract one; or of the process."""
+  """Platform of the current mesh, which may be abstract, or of the process."""
   mesh = jax.sharding.get_abstract_mesh()
   device = mesh.abstract_device if mesh.shape else None
   return device.platform if device else jax.default_backend()
 
 
 def is_bfloat16_on_cpu(dtype: str) -> bool:
-  """Whether products are written for the kernels of one CPU device.
+  """Whether products are written for the bfloat16 kernels of one CPU device.
 
-  Constraints on layouts do not go together with sharding.
+  Several devices cannot use them: layout constraints do not work with sharding.
   """
   mesh = jax.sharding.get_abstract_mesh()
   one_device = not mesh.shape or mesh.size == 1
@@ -35,7 +35,7 @@ def is_bfloat16_on_cpu(dtype: str) -> bool:
 
 
 def activation_dtype(dtype: str) -> jnp.dtype:
-  """Of all that products of this dtype read and return."""
+  """The dtype of activations, which products of this dtype read and return."""
   return jnp.dtype('float32' if is_bfloat16_on_cpu(dtype) else dtype)
 
 
@@ -49,10 +49,10 @@ def product(
   """`jnp.einsum` of two factors in a dtype.
 
   Args:
-    spec: as einsum's; x and y have one axis each that the other has not, and
-      one in common that the product has not.
+    spec: as for einsum; x and y have one axis each that the other lacks, and
+      one in common that the product lacks.
     dtype: the `compute_dtype`.
-    out: of the product; '' is `activation_dtype`.
+    out: dtype of the product; '' is `activation_dtype`.
   """
   if is_bfloat16_on_cpu(dtype):
     return _float32_sums(spec, x, y)
@@ -63,7 +63,7 @@ def product(
 
 
 def rounded(x: Float[Array, '*x'], dtype: str) -> Float[Array, '*x']:
-  """x with the numbers that a product in this dtype would read."""
+  """x with its numbers rounded as a product in this dtype would read them."""
   if not is_bfloat16_on_cpu(dtype):
     return x
   return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
@@ -72,10 +72,10 @@ def rounded(x: Float[Array, '*x'], dtype: str) -> Float[Array, '*x']:
 def product_with_rounded(
   spec: str, x: Float[Array, '*x'], y: Float[Array, '*y'], dtype: str
 ) -> Float[Array, '*out']:
-  """`product` where y is `rounded` before, and much larger than x.
+  """`product` for a y that is already `rounded`, and much larger than x.
 
-  On a CPU in float32, with equal factors: XLA would convert a large y to
-  bfloat16 and back for each product of a few rows.
+  On a CPU it multiplies the same numbers in float32, because XLA would convert
+  a large y to bfloat16 and back for each product of a few rows.
   """
   if is_bfloat16_on_cpu(dtype):
     return product(spec, rounded(x, dtype), y, 'float32')
@@ -84,9 +84,9 @@ def product_with_rounded(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _as_given(spec, out, x, y):
-  """A product in bfloat16, and the gradients in the dtypes of x and y.
+  """A product in bfloat16, with gradients in the dtypes of x and y.
 
-  Weights stay what the backward pass keeps of them: a cast one would be a copy.
+  The backward pass keeps weights as they are: cast ones would be copies.
   """
   x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
   return jnp.einsum(spec, x, y, preferred_element_type=out)
@@ -111,7 +111,7 @@ _as_given.defvjp(_as_given_forward, _as_given_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _float32_sums(spec, x, y):
-  """A product in bfloat16, gradients too, each returned in float32."""
+  """A product in bfloat16, returned in float32, as are those of gradients."""
   return _multiply(spec, x, y)
 
 
@@ -132,7 +132,7 @@ _float32_sums.defvjp(_forward, _backward)
 
 
 def _multiply(spec, x, y):
-  """The product with every array in the layout that the kernels want."""
+  """The product, with every array in the layout that the kernels want."""
   left, right, out = spec.replace('->', ',').split(',')
   (row,) = set(left) - set(right)
   (column,) = set(right) - set(left)
@@ -152,7 +152,7 @@ def _multiply(spec, x, y):
 def rows_first(x: Float[Array, '*x']) -> Float[Array, '*x']:
   """x itself, with its last axis contiguous in memory.
 
-  XLA would rather hand a transposed view to a kernel that is then slower than
-  the copy, or, where the product has the view, not there at all.
+  Otherwise XLA would pass a transposed view to the kernel, which costs more
+  than the copy; where the result is the view, there is no fast kernel at all.
   """
   return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -1,6 +1,6 @@
 """A decoder-only Transformer as one pure Linen module.
 
-GPT-3's by default: pre-layer-norm blocks, learned positions, GELU, tied
+By default it is GPT-3: pre-layer-norm blocks, learned positions, GELU, tied
 embedding. The switches of `TransformerConfig` make it GPT-J, GPT-NeoX, Llama,
 Mistral, Qwen or Gemma. The layers run through `nn.scan`, so that compile time
 does not grow with depth and parameters are stacked with a leading `layers`
@@ -33,13 +33,13 @@ from instruct_jax.models.products import (
 class LayerCache:
   """One layer's keys and values.
 
-  Column c holds the token in position c, so that a row's padding costs nothing
-  and rows need no common clock.
+  Column c holds the token at position c, so padding takes no columns, and rows
+  may be at different positions.
 
   Attributes:
     keys: [S, K, W, H], or [S, K, H, W] where `attention.turns_keys`.
-    values: `lengths` columns of each row are filled, as of the keys.
-    lengths: of each row.
+    values: [S, K, W, H].
+    lengths: number of filled columns in each row.
   """
 
   keys: Float[Array, 'S K _ _']
@@ -47,7 +47,7 @@ class LayerCache:
   lengths: Int[Array, 'S']
 
   def extended(self, keys, values):
-    """The cache with the keys and values of new tokens in the next columns."""
+    """Returns the cache with the keys and values of new tokens appended."""
 
     def put(row, new, length):
       return jax.lax.dynamic_update_slice(row, new, (0, length, 0))
@@ -75,7 +75,7 @@ def positions_of(segments: Int[Array, 'B T']) -> Int[Array, 'B T']:
 
 
 def make_param(module, name, init, shape, axes) -> jax.Array:
-  """A float32 parameter of a module, with its logical axis names."""
+  """Makes a float32 parameter of a module, with its logical axis names."""
   init = nn.with_logical_partitioning(init, axes)
   return module.param(name, init, shape, jnp.float32)
 
@@ -92,13 +92,13 @@ def dense(
   num_in: int = 1,
   kernel_first: bool = False,
 ) -> Float[Array, '*out']:
-  """Contracts the last `num_in` axes of x with the first ones of the kernel,
-  and adds the bias, which has the kernel's other axes.
+  """Contracts the last `num_in` axes of x with the first ones of the kernel.
 
-  As one matrix product: XLA's CPU backend computes the weight gradient of a
-  product with several batch axes 2.5 times slower. `kernel_first` makes the
-  kernel the left factor: for a few dozen rows twice as fast on CPU, if the
-  kernel's columns are contiguous in memory.
+  Adds the bias, which has the kernel's other axes. It is a single matrix
+  product: XLA's CPU backend computes the weight gradient of one with several
+  batch axes 2.5 times slower. `kernel_first` makes the kernel the left factor:
+  for a few dozen rows twice as fast on CPU, if the kernel's columns are
+  contiguous in memory.
   """
   batch, inner = x.shape[: x.ndim - num_in], x.shape[x.ndim - num_in :]
   outer = kernel.shape[num_in:]
@@ -116,11 +116,11 @@ def dense(
 def kernel_on_the_left(
   x: Float[Array, 'm k'], kernel: Float[Array, 'n k'], dtype: str, out: str = ''
 ) -> Float[Array, 'm n']:
-  """x kernel^T as (kernel x^T)^T, for inference.
+  """Computes x kernel^T as (kernel x^T)^T, for inference.
 
-  For a few dozen rows twice as fast on CPU. The barriers, or constraints, keep
-  the compiler from exchanging the factors again, and the rows, as columns, in
-  the order in which the product reads them.
+  For a few dozen rows this is twice as fast on CPU. The barriers, or layout
+  constraints, keep the compiler from swapping the factors back, and keep the
+  transposed rows in the memory order in which the product reads them.
   """
   barrier = jax.lax.optimization_barrier
   hold = rows_first if is_bfloat16_on_cpu(dtype) else barrier
@@ -205,7 +205,7 @@ def plain_inputs(
   key_positions: Int[Array, 'B S'],
   allowed: Bool[Array, 'B T S'],
 ) -> list[attention.Inputs]:
-  """Inputs of layers without a window and, if there are any, of those with one.
+  """Inputs for layers without a window and, if any, for those with one.
 
   Args:
     positions: of the queries.
@@ -233,7 +233,7 @@ class Block(nn.Module):
     cache: `LayerCache` of earlier tokens, to which these are added.
 
   Returns:
-    The stream, and: the cache; or (keys, values) [B, K, T, H]; or None.
+    The stream, and the extended cache, or (keys, values) [B, K, T, H], or None.
   """
 
   config: TransformerConfig
@@ -250,7 +250,7 @@ class Block(nn.Module):
           lambda plain, window: jnp.where(windowed, window, plain), *inputs
         )
       ]
-    # With one token a row, most of what is read is weights.
+    # With one token per row, most of what is read is weights.
     is_step = cache is not None and x.shape[1] == 1
     linear = functools.partial(self._linear, is_step)
     # GPT-2: the 2L projections onto the residual stream start 1/sqrt(2L)
@@ -291,7 +291,10 @@ class Block(nn.Module):
     return x, kept
 
   def _mix(self, h, linear, norm, inputs, keeps_keys, cache):
-    """Attention before the output projection [B, T, N, H], and what is kept."""
+    """Attention before the output projection [B, T, N, H], and what to return.
+
+    That is the extended cache, or (keys, values), or None.
+    """
     config = self.config
     kv_axis = 'heads' if config.kv_heads == config.num_heads else 'kv_heads'
 
@@ -322,7 +325,7 @@ class Block(nn.Module):
     return jnp.swapaxes(mixed, 1, 2), kept
 
   def _linear(self, is_step, name, inputs, outputs, has_bias, init=None):
-    """h -> h W + b, and (alpha / r) (h A) B where `name` has an adapter.
+    """Returns h -> h W + b, plus (alpha / r) (h A) B if `name` has an adapter.
 
     Inputs and outputs are sizes by axis name.
     """
@@ -364,7 +367,10 @@ class Block(nn.Module):
     return adapted
 
   def _has_adapter(self, name):
-    """Frozen bases and merged weights have none, whatever the config says."""
+    """Whether the parameters have adapters for the matrix `name`.
+
+    Frozen bases and merged weights have none, whatever the config says.
+    """
     lora, leaf = self.config.lora, f'{name}_lora_a'
     has_leaf = self.has_variable('params', leaf)
     if lora is None or (lora.targets and name not in lora.targets):
@@ -442,12 +448,12 @@ class Transformer(nn.Module):
     """Hidden states after the final norm.
 
     Args:
-      tokens: ids; any value where padded.
+      tokens: ids; any value on padding.
       segments: 0 on padding, 1.. on real tokens (a mask will do). Tokens
         attend to earlier tokens of their own segment only.
       deterministic: True switches dropout off.
-      longest: tokens of the longest segment, if rows may be much longer: the
-        cost of attention then follows segments instead of rows. 0 is unknown.
+      longest: tokens in the longest segment, if rows may be much longer: the
+        cost of attention then grows with segments, not rows. 0 is unknown.
       keeps_keys: also return keys and values of all layers [L, B, K, T, H].
 
     Raises:
@@ -492,8 +498,8 @@ class Transformer(nn.Module):
   ) -> Float[Array, 'B T D']:
     """Input of the first layer; positions count from 0."""
     config = self.config
-    # Whole rows of the table: with rows cut into pieces, lookups would have to
-    # be gathered from all devices before the pieces can be joined.
+    # Whole rows of the table: if rows were split, lookups would have to be
+    # gathered from all devices before the parts could be joined.
     table = nn.with_logical_constraint(self.token_embedding, ('vocab', None))
     x = table[tokens]
     if config.embedding_scale != 1.0:

@@ -3,7 +3,7 @@
 The stage writes what people would have collected: documents to pretrain on,
 prompts of many users cleaned as in the paper's A.1 and A.2, demonstrations by
 simulated labelers, and a tokenizer. Other stages read the JSONL files and know
-nothing of the world, which `miniature/` makes.
+nothing about the world, which `miniature/` makes.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Gold(judges.Judge):
   """The utility of the simulated labelers, without their noise.
 
   Args:
-    config: with `world_seed`, or `prompts` of a run whose config has it.
+    config: has `world_seed`, or `prompts` from a run whose config has it.
   """
 
   name = 'gold utility of the miniature (a program)'
@@ -58,7 +58,7 @@ class Gold(judges.Judge):
     self._known = {}
 
   def knows(self, prompt: records.Prompt) -> bool:
-    """Whether the prompt is one of its world."""
+    """Whether the prompt is a task of the miniature."""
     return 'kind' in prompt.metadata
 
   def _judge(self, prompt, text):
@@ -71,7 +71,7 @@ class Gold(judges.Judge):
     """The utility, in [0, 1].
 
     Raises:
-      ValueError: a prompt is not one of the world.
+      ValueError: a prompt is not a task of the miniature.
     """
     foreign = [prompt.id for prompt, _ in answers if not self.knows(prompt)]
     if foreign:
@@ -82,9 +82,9 @@ class Gold(judges.Judge):
     return [gold.utility(self._judge(p, a.response)) for p, a in answers]
 
   def rate(self, answers: Sequence[judges.Answer]) -> list[list[judges.Rating]]:
-    """Labels that apply, and as Likert the utility in seven equal parts.
+    """The yes/no labels, and a Likert score: the utility in seven equal parts.
 
-    The parts are a choice: a program does not know how people use the scale.
+    Equal parts are a choice: a program does not know how people use the scale.
     """
     found = []
     for prompt, answer in answers:
@@ -105,9 +105,9 @@ class Gold(judges.Judge):
 
 
 def minimal_pairs(the_world: world.World) -> list[str]:
-  """Rows of Winogender's table: a job said of a woman and of a man.
+  """Rows in Winogender's layout that give a woman and a man the same job.
 
-  Neither has it, so that a model has no reason to find one likelier.
+  Neither has that job, so a model has no reason to find one sentence likelier.
   """
   rows = []
   for job, she, he in itertools.product(phrases.JOBS, phrases.SHE, phrases.HE):
@@ -119,7 +119,7 @@ def minimal_pairs(the_world: world.World) -> list[str]:
 
 
 def validate(config):
-  """Checks the numbers of records."""
+  """Checks the numbers of records and the training share."""
   for key in ('duplicate_prefix_words', 'prompts_per_user', 'num_documents'):
     if config[key] < 1:
       raise ValueError(f'{key} must be at least 1, got {config[key]}')
@@ -136,7 +136,7 @@ def validate(config):
 
 
 def inputs(config):
-  """Nothing: this stage makes its data."""
+  """Returns nothing, because this stage makes its data."""
   del config
   return {}
 

@@ -1,4 +1,4 @@
-"""How many columns prompts, responses and rows take, measured in tokens."""
+"""Proposes the lengths of prompts, responses and rows, measured in tokens."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +10,9 @@ from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.worlds.preference_sources import answers_of
 
-_MULTIPLE = 8  # Of columns of a prompt, and of a response.
+_MULTIPLE = 8  # Prompt and response lengths are multiples of this.
 _MIN_COLUMNS = 8
-_NUM_MEASURED = 20_000  # Records whose tokens are counted.
+_NUM_MEASURED = 20_000  # The most records whose tokens are counted.
 
 
 def propose_lengths(
@@ -21,13 +21,13 @@ def propose_lengths(
   rows: Sequence[records.Record],
   context_length: int,
 ) -> dict[str, Any]:
-  """Columns of prompts, responses and rows, with the shares that they keep.
+  """Lengths of prompts, responses and rows, and the shares that they drop.
 
-  Each length holds `kept_fraction` of the records, up to a given maximum and
-  what the model's context has room for.
+  Each length is enough for `kept_fraction` of the records, up to the configured
+  maximum and the room in the model's context.
 
   Args:
-    config: of the stage; lengths that it gives are taken.
+    config: of the stage; lengths set there are used.
     tokenizer: counts the tokens.
     rows: rankings, demonstrations and prompts, to be measured.
     context_length: of the model, in tokens.

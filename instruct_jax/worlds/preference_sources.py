@@ -1,8 +1,8 @@
 """The sources of a user's preferences: rankings, demonstrations, prompts, text.
 
-A key of the config names files or folders, each of a published format or JSONL
-of our own; `read_all` gives their records, those of a publisher's test split
-apart, and counts what a format cannot use.
+A config key names files or folders, each of a published format or JSONL of our
+own. `read_all` gives their records, keeps those of a publisher's test split
+separate, and counts what a format cannot use.
 """
 
 import collections
@@ -16,7 +16,7 @@ from instruct_jax import model_folder
 from instruct_jax.data import hygiene, importers, records, sources
 from instruct_jax.infra import run as run_lib
 
-# Config keys of sources -> what they hold.
+# Config key of sources -> the type of their records.
 KINDS = {
   'preferences': records.Comparison,
   'test_preferences': records.Comparison,
@@ -35,9 +35,10 @@ class Given:
 
   Attributes:
     comparisons, demonstrations, prompts: to be split.
-    test: rankings of a set that is given for testing, or else of a publisher's
-      test split; without one a test set is split off.
-    test_demonstrations, test_prompts: of a publisher's test split; not learned.
+    test: rankings of a set given for testing, or else of a publisher's test
+      split; if there are none, a test set is split off.
+    test_demonstrations, test_prompts: of a publisher's test split; not trained
+      on.
   """
 
   comparisons: list[records.Comparison]
@@ -48,12 +49,15 @@ class Given:
   test_prompts: list[records.Prompt]
 
   def learned(self) -> list[records.Record]:
-    """What is to be split: rankings, demonstrations and prompts."""
+    """The records to be split: rankings, demonstrations and prompts."""
     return [*self.comparisons, *self.demonstrations, *self.prompts]
 
   def without_test(self, prefix_words: int) -> 'Given':
-    """Without what begins like a ranking of the test set (`hygiene.beginning`),
-    so that no conversation and no copy of a prompt is on both sides."""
+    """Drops records that begin like a ranking of the test set.
+
+    That is by `records.opening` and by `hygiene.beginning`, so that no
+    conversation and no copy of a prompt is on both sides.
+    """
     openings = set(map(records.opening, self.test))
     begun = {hygiene.beginning(row, prefix_words) for row in self.test}
 
@@ -78,7 +82,7 @@ def read_all(config: ConfigDict, skipped: collections.Counter) -> Given:
 
   Args:
     config: of the stage.
-    skipped: reason -> records that are not used; added to.
+    skipped: reason -> number of records that are not used; updated in place.
 
   Raises:
     RecordError: as in `read`; or all labels are ties.
@@ -125,7 +129,9 @@ def sources_of(spec: str) -> list[tuple[str, str]]:
 
 
 def files_of(path: str, name: str) -> list[str]:
-  """A file, or the files of a folder by name; `name` is that of the format.
+  """A file itself, or the files of a folder in order of name.
+
+  `name` is the name of the format, or ''.
 
   Raises:
     RecordError: nothing is there.
@@ -143,18 +149,20 @@ def files_of(path: str, name: str) -> list[str]:
 def read(
   config: ConfigDict, key: str, skipped: collections.Counter
 ) -> tuple[list[records.Record], list[records.Record]]:
-  """Records of the sources of a key: (to be split, of a test split).
+  """Reads the sources of a key: (records to be split, those of a test split).
 
-  Files of a folder whose names, or whose folders' in it, begin with the word
-  'test' are its test split.
+  In a folder, files whose name begins with the word 'test', or that are in a
+  subfolder of such a name, are a test split.
 
   Args:
     config: of the stage.
     key: one of `KINDS`.
-    skipped: reason -> entries that a format cannot use; added to.
+    skipped: reason -> number of entries that a format cannot use; updated in
+      place.
 
   Raises:
-    RecordError: a file is missing, or not of its format, or gives no record.
+    RecordError: a file is missing or not of its format, or a source gives no
+      record.
   """
   kind, found = KINDS[key], ([], [])
   for name, path in sources_of(config[key]):
@@ -197,8 +205,8 @@ def best_answers(
 ) -> list[records.Demonstration]:
   """The answer that each ranking puts first, as a demonstration.
 
-  Rankings that put no answer first, or an empty one, or one that was cut, give
-  none: a demonstration teaches where to end, too.
+  A ranking gives none if its first place is tied, or if its best answer is
+  empty or was cut: a demonstration also teaches where to end.
   """
   found = {}
   for row in comparisons:
@@ -217,7 +225,7 @@ def best_answers(
 def distinct_prompts(
   rows: Iterable[records.Record],
 ) -> list[records.Prompt]:
-  """The prompt of each record, each once, numbered in order."""
+  """The distinct prompts of the records, numbered in order."""
   found = {}
   for row in rows:
     text = row.text if isinstance(row, records.Prompt) else row.prompt
@@ -236,20 +244,20 @@ def distinct_prompts(
 
 
 def answers_of(row: records.Record) -> tuple[str, ...]:
-  """A demonstration's response, a ranking's completions; () of a prompt."""
+  """A demonstration's response or a ranking's completions; () for a prompt."""
   if isinstance(row, records.Demonstration):
     return (row.response,)
   return row.completions if isinstance(row, records.Comparison) else ()
 
 
 def words_of(row: records.Prompt | records.Demonstration) -> tuple:
-  """What two copies of a prompt have in common, as turns or as text."""
+  """A key that is the same for two copies of a prompt, as turns or as text."""
   turns = records.conversation(row)
   return tuple((turn.role, records.comparable(turn.content)) for turn in turns)
 
 
 def other_documents(config: ConfigDict) -> dict[str, str]:
-  """Name -> source of text on which the alignment tax is measured, too."""
+  """Name -> source of further text on which to measure the alignment tax."""
   key = 'other_documents'
   found = model_folder.named_folders(config[key], key)
   if bad := {'pretraining', 'train', 'valid'} & set(found):

@@ -1,8 +1,8 @@
-"""A user's records by split and by the stage that reads them.
+"""Divides a user's records by split and by the stage that reads them.
 
-The split is by conversation, after data hygiene. A share of the training
-conversations, ranked by labelers of their own where labelers have ids, teaches
-a second reward model, the judge.
+The split is by conversation, after data hygiene. A share of the training and
+validation conversations is reserved for a second reward model, the judge; where
+rankings have labeler ids, its labelers are different, too.
 """
 
 import collections
@@ -24,8 +24,9 @@ from instruct_jax.worlds.preference_sources import (
   words_of,
 )
 
-REFERENCES = 'references'  # In the evaluation, the demonstrations' name.
-# Prompts that a split should hold at least, up to this share of all.
+REFERENCES = 'references'  # The demonstrations' name in the evaluation.
+# The least number of prompts in a held-out split, and the largest share of all
+# prompts that this minimum may take.
 _MIN_HELD_OUT = 40
 _MAX_SHARE = 0.2
 
@@ -41,8 +42,8 @@ def split_prompts(
 ) -> tuple[dict[str, list[records.Prompt]], hygiene.HygieneReport]:
   """The prompts of all records by split, and what data hygiene left out.
 
-  Of a test set that is given, copies and prompts that cannot be read or are
-  too long are left out as well; nothing of it is learned (`without_test`).
+  If a test set is given, its duplicates and the prompts that cannot be read or
+  are too long are left out as well; none of it is trained on (`without_test`).
   """
   distinct = distinct_prompts(given.learned())
   splits, report = hygiene.clean(
@@ -74,8 +75,8 @@ def split_fractions(
 
   Args:
     config: of the stage.
-    num_prompts: of all splits.
-    has_test: whether the test set is given, so that none is split off.
+    num_prompts: the number in all splits.
+    has_test: whether a test set is given, so that none is split off.
   """
   least = min(_MAX_SHARE, _MIN_HELD_OUT / max(1, num_prompts))
   fractions = {'valid': max(config.valid_fraction, least)}
@@ -101,15 +102,16 @@ def split_records(
   row_length: int,
   skipped: collections.Counter,
 ) -> dict[str, list]:
-  """File -> the rankings and demonstrations of its split.
+  """File -> the rankings or demonstrations of its split.
 
   Args:
     config: of the stage.
     given: the records.
     splits: name -> prompts, from `split_prompts`.
     tokenizer: counts the tokens.
-    row_length: of a prompt and one answer, in tokens; longer ones are left out.
-    skipped: reason -> records that are not used; added to.
+    row_length: the most tokens of a prompt and one answer; longer records are
+      left out.
+    skipped: reason -> number of records that are not used; updated in place.
   """
   split_of = {
     records.opening(prompt): name
@@ -119,7 +121,7 @@ def split_records(
 
   def part(rows, name):
     own = [row for row in rows if split_of.get(records.opening(row)) == name]
-    if name == 'train':  # A prompt that is clean may begin the same way.
+    if name == 'train':  # Another prompt may have the same, clean opening.
       all_own, own = own, without_personal_data(own)
       skipped['train records with personal data'] += len(all_own) - len(own)
     fitting, refused = fitting_rows(own, tokenizer, row_length)
@@ -143,9 +145,9 @@ def split_records(
     reward, judge, crossed = judge_side(
       part(given.comparisons, split), config.judge_fraction, config.seed
     )
-    skipped[f'{split} rankings of a conversation of the other reward model'] = (
-      crossed
-    )
+    skipped[
+      f'{split} rankings whose conversation the other reward model has'
+    ] = crossed
     demonstrations = part(given.demonstrations, split)
     if not config.demonstrations:
       demonstrations = best_answers(reward)
@@ -157,7 +159,7 @@ def split_records(
   skipped['rankings whose prompt data hygiene left out'] = sum(
     name is None for name in learned
   )
-  # Of a set that is given, no prompt is left out.
+  # All rankings of a given test set are in the test split.
   split_of |= dict.fromkeys(map(records.opening, given.test), 'test')
   files['comparisons_test'] = part(given.test or given.comparisons, 'test')
   if config.references:
@@ -169,20 +171,21 @@ def split_records(
 def judge_side(
   comparisons: Sequence[records.Comparison], judge_fraction: float, seed: int
 ) -> tuple[list[records.Comparison], list[records.Comparison], int]:
-  """Rankings for the reward model and for the judge, of other conversations.
+  """Divides the conversations between the reward model and the judge.
 
-  Where two labelers or more have ids, no labeler is on both sides either:
-  labelers are dealt out first, a conversation goes where most of its rankings
-  are from, and rankings by labelers of the other side are left out.
+  If all rankings have labeler ids, and there are two or more labelers, no
+  labeler is on both sides either: labelers are assigned to sides first, a
+  conversation goes to the side of most of its rankings, and its rankings by
+  labelers of the other side are left out.
 
   Args:
     comparisons: of one split.
-    judge_fraction: share of the conversations, or else of the rankings of
-      labelers, that goes to the judge; 0 leaves all to the reward model.
-    seed: of the deal.
+    judge_fraction: share of the conversations (or, with labeler ids, of the
+      rankings) that goes to the judge; 0 leaves all to the reward model.
+    seed: of the assignment.
 
   Returns:
-    (the reward model's, the judge's, how many were left out).
+    (the reward model's rankings, the judge's, how many were left out).
   """
   if not judge_fraction:
     return list(comparisons), [], 0
@@ -214,10 +217,10 @@ def judge_side(
 def deal_labelers(
   comparisons: Sequence[records.Comparison], judge_fraction: float, seed: int
 ) -> dict[str, bool]:
-  """Labeler -> whether the judge learns from them.
+  """Labeler -> whether their rankings train the judge.
 
-  In an order drawn from the seed, each goes to the side that is furthest below
-  its share of the rankings.
+  In an order drawn from the seed, each labeler goes to the side that is
+  furthest below its share of the rankings.
   """
   counts = collections.Counter(row.labeler for row in comparisons)
   labelers, totals, found = sorted(counts), [0, 0], {}
@@ -235,7 +238,7 @@ def references(
   rows: Iterable[records.Demonstration],
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> list[samples.Sample]:
-  """The demonstration of each prompt that has one, as an answer to compare."""
+  """The demonstrations of prompts that have one, as samples to compare."""
 
   found = {}
   for row in rows:
@@ -257,7 +260,7 @@ def references(
 
 
 def without_personal_data(rows: Sequence[records.Record]) -> list:
-  """The records whose prompts hold no personal data (A.1)."""
+  """The records whose prompts have no personal data (A.1)."""
 
   def key(row):
     text = row.text if isinstance(row, records.Prompt) else row.prompt
@@ -273,8 +276,10 @@ def fitting_rows(
   tokenizer: tokenizer_lib.Tokenizer,
   row_length: int,
 ) -> tuple[list, int]:
-  """The rankings or demonstrations that fit a row, in the order given; and how
-  many others have a prompt that the chat template refuses."""
+  """The rankings or demonstrations that fit into a row, in the given order.
+
+  Also returns how many others have a prompt that the chat template refuses.
+  """
   encoded, _ = loader.encode_prompts(rows, tokenizer)
   readable = [
     row for row, ids in zip(rows, encoded, strict=True) if ids is not None
@@ -296,7 +301,7 @@ def fitting_rows(
 
 
 def draw_rows(rows: list, number: int, seed: int) -> list:
-  """At most `number` of the rows (0: all), drawn by seed, in their order."""
+  """Draws at most `number` rows (0: all) by seed, and keeps their order."""
   if not number or len(rows) <= number:
     return rows
   chosen = np.random.default_rng([seed, 3]).permutation(len(rows))[:number]
@@ -309,7 +314,7 @@ def draw_rows(rows: list, number: int, seed: int) -> list:
 def documents_by_split(
   config: ConfigDict, skipped: collections.Counter
 ) -> dict[str, list[records.Document]]:
-  """File -> its texts; none is learned that is also held out."""
+  """File -> its documents; no held-out document is in the training file."""
   files = split_documents(config) | other_texts(config)
   learned = files.pop('documents_train', [])
   held = {records.opening(row) for part in files.values() for row in part}
@@ -322,7 +327,10 @@ def documents_by_split(
 def held_out(
   config: ConfigDict, documents: Sequence[records.Document]
 ) -> Sequence[records.Document]:
-  """The first `max_valid` of them, with about `max_valid_words`; 0 is all."""
+  """The first documents, up to `max_valid` and about `max_valid_words` words.
+
+  0 means no limit.
+  """
   documents = documents[: config.max_valid or None]
   if not config.max_valid_words:
     return documents
@@ -337,7 +345,7 @@ def held_out(
 
 
 def other_texts(config: ConfigDict) -> dict[str, list[records.Document]]:
-  """`held_out` of each of `other_documents`, drawn by seed."""
+  """`held_out` of each source in `other_documents`, drawn by seed."""
   found = {}
   for name, source in other_documents(config).items():
     documents = sources.read_documents(

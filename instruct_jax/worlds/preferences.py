@@ -1,10 +1,11 @@
-"""Preferences of the user's own: their data stage, and the judge they teach.
+"""A user's own preferences: the data stage, and the judge trained on them.
 
-Rankings, and where they are given demonstrations, prompts and documents, become
-the JSONL files that the other stages read. The split is by conversation, after
-data hygiene. A share of the training conversations, ranked by labelers of their
-own where labelers have ids, teaches a second reward model, the judge. Lengths
-of rows are measured in tokens of the model and written to lengths.json.
+Rankings and, if given, demonstrations, prompts and documents become the JSONL
+files that the other stages read. The split is by conversation, after data
+hygiene. A share of the training and validation conversations is reserved for a
+second reward model, the judge; where rankings have labeler ids, its labelers
+are different, too. Lengths of rows are measured in tokens of the model and
+written to lengths.json.
 """
 
 import collections
@@ -40,7 +41,7 @@ LENGTHS_FILE = 'lengths.json'
 
 
 class OtherConversations(judge_fns.RewardModel):
-  """A reward model that other conversations taught, and other labelers."""
+  """A reward model trained on other conversations, by other labelers."""
 
   def __init__(self, *args):
     super().__init__(*args)
@@ -57,9 +58,9 @@ WORLD = figures.World(
 
 
 def published_tldr(prompts, texts) -> dict[str, dict[str, dict[str, Any]]]:
-  """Published figures of TL;DR with Pythia 1B, for the report.
+  """Published results for TL;DR with Pythia 1B, for the report.
 
-  Huang et al. 2024 (arXiv 2403.17031); two of the four seeds of PPO fail.
+  From Huang et al. 2024 (arXiv 2403.17031); two of the four PPO seeds fail.
   """
   del prompts, texts
   against = 'win rate against the references'
@@ -82,7 +83,7 @@ def validate(config: ConfigDict) -> None:
   """Checks the config.
 
   Raises:
-    ValueError: the key, what it is, and what it should be.
+    ValueError: a value is bad; names the key, its value and what is allowed.
   """
   for key in ('valid_fraction', 'test_fraction', 'judge_fraction'):
     is_optional = key == 'judge_fraction'
@@ -128,7 +129,7 @@ def load_tokenizer(config: ConfigDict) -> tokenizer_lib.Tokenizer:
   """The tokenizer of all stages: the model's with `template`, or a given one.
 
   Raises:
-    ValueError: there is none, or it is another model's.
+    ValueError: there is none, its template cannot be used, or `date` is bad.
   """
   if config.tokenizer:
     return tokenizer_lib.Tokenizer.load(config.tokenizer)
@@ -147,16 +148,16 @@ def load_tokenizer(config: ConfigDict) -> tokenizer_lib.Tokenizer:
         f'date must be YYYY-MM-DD, such as 2026-01-31: {config.date!r}'
       ) from error
     run_lib.say(
-      f'{config.name}: the chat template reads the clock; it is told {date} '
-      'from now on (date)'
+      f'{config.name}: the chat template reads the clock; its date is '
+      f'fixed at {date} (date)'
     )
-  # On a command line a line break is written as in a string.
+  # On a command line a line break is written as a backslash and an n.
   found = found.with_format(template.replace('\\n', '\n'), (), date)
   if found.only_asked.strip():
     run_lib.say(
       f'{config.name}: the chat template puts {found.only_asked!r} before an '
-      'answer when it asks for one, and not in a conversation: answers are '
-      'learned behind it, as they are sampled'
+      'answer when it asks for one, and not in a conversation: it '
+      'stands before answers in training, as in sampling'
     )
   return found
 
@@ -166,18 +167,18 @@ def check_model(
   tokenizer: tokenizer_lib.Tokenizer,
   reads_weights: bool = False,
 ) -> int:
-  """The model's context length in tokens, once it is known that it loads.
+  """Checks that the model loads; returns its context length in tokens.
 
   Args:
     config: of the stage.
     tokenizer: of all stages.
-    reads_weights: whether to look at every number, too.
+    reads_weights: whether to check every weight, too.
 
   Raises:
     ValueError: a family, config field, weights or tokenizer that does not fit.
   """
   model_folder.check(config.model, 'policy', tokenizer)
-  if reads_weights:  # Only now are they downloaded.
+  if reads_weights:  # Weights are downloaded only here.
     model_folder.check_weights(config.model, 'policy')
   elif model_folder.is_published(config.model):
     hf.open_tensors(hub.locate(config.model))
@@ -186,17 +187,18 @@ def check_model(
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
-  """Reads the sources, writes what the other stages read.
+  """Reads the sources and writes the files that the other stages read.
 
   Writes tokenizer/, demonstrations_*, comparisons_*, judge_comparisons_*,
   prompts_*, references_test and documents_* (.jsonl), lengths.json and
   hygiene.json.
 
   Returns:
-    The number of records in each file, and of those that were left out.
+    The number of records in each file, the counts of hygiene and of records
+    that were left out, and the lengths.
 
   Raises:
-    ValueError: a source that cannot be used, or too little of it.
+    ValueError: a source cannot be used, or has too few usable records.
   """
   validate(config)
   tokenizer = load_tokenizer(config)
@@ -260,7 +262,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def _of_hygiene(report: hygiene.HygieneReport) -> dict[str, int]:
-  """Reason -> prompts that hygiene dropped, for people."""
+  """Readable reason -> number of prompts that hygiene dropped."""
   limits = report.limits
   return {
     f'prompts that begin with the same {limits["prefix_words"]} words as '
@@ -286,9 +288,9 @@ def unused(
   splits: Mapping[str, Sequence[records.Prompt]],
   left_out: Mapping[str, int],
 ) -> dict[str, int]:
-  """What was given beside the rankings -> how many records are not used.
+  """Counts the given prompts and demonstrations that are not used.
 
-  A prompt that another source has as well is used, whoever's copy was kept.
+  A prompt counts as used if any source's copy of it was kept.
 
   Raises:
     ValueError: nothing of a source is used; names it and what was left out.
@@ -321,10 +323,11 @@ def check_files(
   files: Mapping[str, Sequence[Any]],
   skipped: Mapping[str, int],
 ) -> None:
-  """Refuses files that are empty, too small for a batch, or of ties alone.
+  """Refuses files that are empty, too small for a batch, or only have ties.
 
   Raises:
-    ValueError: names them, what was left out most, and the keys to change.
+    ValueError: names the files and what to change and, if some are empty, what
+      was left out, largest counts first.
   """
   empty = [name for name, rows in files.items() if not rows]
   if empty:
@@ -363,13 +366,13 @@ def check_files(
     if name in files and len(files[name]) < least:
       raise ValueError(
         f'{name}: {len(files[name])} are left, and a batch takes {least}; give '
-        'more data, hold longer records (kept_fraction, max_prompt_length, '
+        'more data, allow longer records (kept_fraction, max_prompt_length, '
         'max_response_length), or lower batch_size of the stage'
       )
 
 
 def check_candidates(config: ConfigDict, files: Mapping[str, Any]) -> None:
-  """Refuses rankings of more answers than the model that they teach takes."""
+  """Raises ValueError for rankings of more answers than their stage takes."""
   for name, rows in files.items():
     stage = 'judge' if name.startswith('judge_') else 'reward'
     most = config.max_answers[stage]
@@ -388,13 +391,13 @@ def check_candidates(config: ConfigDict, files: Mapping[str, Any]) -> None:
 def refuse_templates(
   rows: Sequence[records.Record], tokenizer: tokenizer_lib.Tokenizer
 ) -> None:
-  """Refuses sources whose texts are in the model's chat template already.
+  """Refuses sources whose texts are already in the model's chat template.
 
-  It would be put around them a second time, and its marks would be learned as
-  letters. A few texts may quote a mark.
+  The template would be applied a second time, and the marks in the texts would
+  be learned as plain text. A few texts may quote a mark.
 
   Raises:
-    ValueError: most of the records hold one; names it and the first record.
+    ValueError: most of the records have a mark; names it and the first record.
   """
   marks = tokenizer.template_marks
   found = [
@@ -414,5 +417,5 @@ def refuse_templates(
   if number:
     run_lib.say(
       f'data: {number} of {len(rows)} records spell {found[0][1]!r} of the '
-      'chat template in their text; it is read as letters'
+      'chat template in their text; it is treated as plain text'
     )

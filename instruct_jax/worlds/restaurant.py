@@ -1,9 +1,9 @@
-"""Restaurants, the E2E data: their data stage, and their tables for reports.
+"""The restaurant world (E2E data): its data stage and its tables for reports.
 
 The data are books to pretrain on, people's sentences for facts about
 restaurants, and crowd workers' rankings of five systems' sentences;
 `data/restaurant.py` describes and splits them. Other stages read the JSONL
-files and know nothing of restaurants. The judge is a second reward model,
+files and know nothing about restaurants. The judge is a second reward model,
 trained on the rankings of the other half of the workers.
 """
 
@@ -23,7 +23,7 @@ PROCESSES = 'first'
 
 FOLDERS = ('e2e_nlg', 'e2e_rankings', 'books')
 NUM_PREFIXES = 8
-# Ends an example and, since no sentence has a line feed, an answer.
+# Ends an example and, because no sentence has a line feed, an answer.
 STOP = '\n'
 
 
@@ -39,7 +39,7 @@ class OtherWorkers(judge_fns.RewardModel):
 
 
 def label_answer(prompt: records.Prompt, text: str) -> dict[str, bool]:
-  """Whether an answer states all of its facts, and no others."""
+  """Whether an answer states every slot, and whether it invents a value."""
   found = restaurant.slot_report(prompt.metadata['slots'], text)
   return {
     'says every slot': not found.missing,
@@ -52,7 +52,7 @@ def make_tables(
 ) -> dict[str, figures.Rows]:
   """Slot errors and BLEU of each model, and slot errors of people's sentences.
 
-  `texts` maps a model to its answers, one a prompt.
+  `texts` maps a model to its answers, one per prompt.
   """
   slots = [prompt.metadata['slots'] for prompt in prompts]
   ids = [prompt.id for prompt in prompts]
@@ -73,7 +73,7 @@ def make_tables(
     }
     for name, several in texts.items()
   }
-  # People's sentences for the same facts show what the measure can reach.
+  # People's sentences for the same facts show what scores are attainable.
   written = [
     (slots[i], text, ids[i])
     for i, several in references.items()
@@ -153,12 +153,12 @@ def make_prefixes(
 ) -> list[str]:
   """Few-shot prefixes of two or three training examples, for the GPT baseline.
 
-  Each example is its facts, their sentence and a blank line; no two examples of
-  a prefix have the same facts, and all have at most `prefix_length` tokens
-  together. `{prompt}` ends the prefix.
+  Each example is its facts, their sentence and a blank line. No two examples of
+  a prefix have the same facts, and together they have at most `prefix_length`
+  tokens. `{prompt}` ends the prefix.
 
   Raises:
-    ValueError: no examples are short enough.
+    ValueError: too few examples are short enough.
   """
   rng = np.random.default_rng([seed, 0])
   texts = [f'{d.prompt}{d.response}{2 * STOP}' for d in demonstrations]
@@ -168,7 +168,7 @@ def make_prefixes(
     num_examples = 2 + number % 2
     # An even share for each example keeps the sum within the limit.
     short = np.flatnonzero(lengths <= prefix_length // num_examples)
-    chosen = {}  # By their facts.
+    chosen = {}  # Facts -> example.
     for i in rng.permutation(short):
       chosen.setdefault(demonstrations[i].prompt, texts[i])
       if len(chosen) == num_examples:

@@ -1,10 +1,10 @@
 """Sentiment: a language model continues text, and positive text is rewarded.
 
-The first demonstration of RL from human preferences on language models (Ziegler
-et al. 2019, section 3.1), and TRL's. The reward is a classifier of reviews,
-trained here on the labels of SST-2 (Socher et al. 2013): a logistic regression
-on n-grams, in log-odds of 'positive' from 0 to 1. Prompts are openings of
-passages of books, or of any other text.
+This was the first demonstration of RL from human preferences on language models
+(Ziegler et al. 2019, section 3.1), and is TRL's, too. The reward is the
+probability of 'positive', from 0 to 1, by a classifier of reviews: a logistic
+regression on n-grams, trained here on the labels of SST-2 (Socher et al. 2013).
+Prompts are openings of passages of books, or of any other text.
 """
 
 import functools
@@ -24,14 +24,14 @@ from instruct_jax.infra import run as run_lib
 PROCESSES = 'first'
 
 CLASSIFIER_FILE = 'classifier.json'
-_PENALTY = 0.1  # Of the classifier's weights; chosen on held-out labels.
+_PENALTY = 0.1  # On the classifier's weights; chosen on held-out labels.
 
 
 # --- The classifier -----------------------------------------------------------
 
 
 def train_classifier(path: epath.PathLike) -> text_judges.Classifier:
-  """The classifier of a file of SST-2's: `sentence<TAB>label`.
+  """Trains the classifier on an SST-2 file of `sentence<TAB>label` lines.
 
   Raises:
     RecordError: the file is missing or not of this form.
@@ -58,7 +58,7 @@ def save_classifier(
 
 @functools.lru_cache(maxsize=2)
 def load_classifier(path: str) -> text_judges.Classifier:
-  """What `save_classifier` wrote."""
+  """Loads a classifier that `save_classifier` wrote."""
   content = records.read_json(path)
   features = content['features']
   rarity, weights = np.array(list(features.values())).T
@@ -72,13 +72,13 @@ def positive(
   metadata: list[dict[str, Any]],
   file: str,
 ) -> np.ndarray:
-  """P(positive) of each response, a `reward_fn` and a judge.
+  """P(positive) of each response, for use as `reward_fn` and as judge.
 
   Args:
-    prompts: not looked at: what the policy was given is none of its doing.
-    responses: of each prompt.
-    metadata: not looked at.
-    file: of the classifier, behind the function's name: NAME@FILE.
+    prompts: not used: the policy is not responsible for its prompt.
+    responses: one per prompt.
+    metadata: not used.
+    file: the classifier's file, given after the function's name: NAME@FILE.
   """
   del prompts, metadata
   features = list(map(text_judges.text_features, responses))
@@ -96,7 +96,7 @@ WORLD = figures.World(
 
 
 def validate(config: ConfigDict) -> None:
-  """Checks the numbers of prompts and of their tokens."""
+  """Checks the numbers of prompts, their tokens, and words per document."""
   keys = [f'num_{split}_prompts' for split in ('train', 'valid', 'test')]
   for key in (*keys, 'num_prompt_tokens', 'words_per_document'):
     if config[key] < 1:
@@ -116,7 +116,7 @@ def make_prompts(
   """Openings of pieces of text, `num_prompt_tokens` ids each, shuffled.
 
   Raises:
-    ValueError: fewer than the config wants.
+    ValueError: there are fewer than the config asks for.
   """
   documents = sources.read_documents(
     config.documents, words_per_document=config.words_per_document
@@ -134,7 +134,7 @@ def make_prompts(
     if len(ids) <= num_tokens:
       continue
     text = tokenizer.decode(ids[:num_tokens])
-    # A cut inside a character, or before a merge, gives other ids.
+    # A cut inside a character, or before a merge, changes the ids.
     if tokenizer.encode(text) == ids[:num_tokens]:
       found.setdefault(text, records.Prompt(id=f'p{len(found)}', text=text))
   raise ValueError(

@@ -1,26 +1,26 @@
 """Published data in its own formats, as records.
 
-A format is a function of a file (JSON, JSONL, CSV, Parquet or Excel; text plain
-or `.gz`) that gives an `Imported`. `FORMATS` has them by name; `formats.jsonl`
-says of each what it is, its licence, and shows entries as upstream writes them;
-`python -m instruct_jax.data formats` prints that.
+A format is a function that reads a file (JSON, JSONL, CSV, Parquet or Excel;
+text plain or `.gz`) and returns an `Imported`. `FORMATS` has them by name.
+`formats.jsonl` says what each one is, gives its licence, and shows entries as
+upstream writes them; `python -m instruct_jax.data formats` prints that.
 
   pairs.py            two answers, of which people or models prefer one
-  rankings.py         answers with ranks, scores or strengths, K of them
+  rankings.py         K answers with ranks, scores or preference strengths
   demonstrations.py   answers to learn from
   test_sets.py        small sets of preferences that test reward models
   entries.py          what readers share: fields, turns, ties, scores to ranks
 
-Unusable entries are counted with their reason; a missing field, or a file of
-another format, is an error with line (or number of the entry) and key. Fields
-that no reader asks for are ignored. Null, and the NaN of tables, is the empty
-text.
+Unusable entries are counted by reason. A missing field, or a file of another
+format, is an error that names the line (or the number of the entry) and the
+key. Fields that no reader asks for are ignored. Null, and the NaN of tables,
+is read as the empty text.
 
 A source that ranks more than two answers gives one ranking of all of them.
-Prompts of conversations have `turns`, and their text is `records.text_of_turns`
-of them; completions then begin with the space that follows "Assistant:" in HH
-files. Prompts of instructions end in a blank line. Demonstrations that a model
-wrote (`sources.model_of`) are kept apart.
+Prompts that are conversations have `turns`, and `records.text_of_turns` gives
+their text; completions then begin with the space that follows "Assistant:" in
+HH files. Prompts that are instructions end in a blank line. Demonstrations that
+a model wrote (`sources.model_of`) are kept separate.
 """
 
 import dataclasses
@@ -48,11 +48,11 @@ class Format:
   """A published format: how it is read, and what its user should know.
 
   Attributes:
-    read: a function of a file.
+    read: a function that reads a file.
     kind: what it gives, such as 'comparisons, K = 4'.
     about: whose data it is, and where it is from.
     licence: as its publisher states it.
-    example: entries of a file, each an object of JSON or a line of text.
+    example: entries of a file, each a JSON object or a line of text.
     note: printed when its demonstrations are converted.
   """
 
@@ -67,7 +67,7 @@ class Format:
     return self.read(path)
 
   def lines(self) -> list[str]:
-    """The example as a file holds it."""
+    """The lines of the example as they are in a file."""
     return [
       line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)
       for line in self.example

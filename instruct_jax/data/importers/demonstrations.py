@@ -1,4 +1,4 @@
-"""Answers to learn from: instructions, conversations and summaries."""
+"""Readers for demonstrations: instructions, conversations and summaries."""
 
 import functools
 
@@ -18,7 +18,7 @@ from instruct_jax.data.importers.entries import (
 
 @reader
 def read_tldr(imported, entry):
-  """Posts with the summaries that their authors wrote."""
+  """TL;DR: posts with the summaries that their authors wrote."""
   summary, subreddit = entry.text('summary').strip(), entry.text('subreddit')
   prompt = post_prompt(entry)
   if invisible.is_blank(summary) or not prompt:
@@ -40,7 +40,7 @@ def _model_of(entry: Entry, *answer: str) -> str:
 def read_messages(imported, entry):
   """Conversations as lists of messages; each answer is a demonstration.
 
-  The layout of Tulu's mixes, No Robots, UltraChat and TRL.
+  This is the layout of Tulu's mixes, No Robots, UltraChat and TRL.
   """
   turns, model = entry.messages('messages'), _model_of(entry, 'messages')
   name = entry.optional('id') or entry.optional('prompt_id') or entry.name
@@ -72,9 +72,10 @@ def read_messages(imported, entry):
 
 
 def _add_completion(imported, entry, answer):
-  """A prompt and its completion, as they are; or as messages.
+  """A prompt and its completion, as unchanged text or as messages.
 
-  TRL's unpaired preferences (KTO) say with `label` whether it was accepted.
+  In TRL's unpaired preferences (KTO) `label` says whether the completion was
+  accepted; rejected ones are skipped.
   """
   label = str(entry.values.get('label')).strip().casefold()
   if answer != 'label' and label in ('false', '0'):
@@ -109,7 +110,7 @@ def _add_instruction(imported, prompt, response, name, category='', model=''):
 
 @reader
 def read_dolly(imported, entry):
-  """instruction, context, response, category; or prompt, response as they are.
+  """instruction, context, response, category; or prompt and response unchanged.
 
   The answer may also be in `text`.
   """
@@ -134,7 +135,7 @@ def read_dolly(imported, entry):
 
 @reader
 def read_self_instruct(imported, entry):
-  """Tasks; each of their instances is a demonstration."""
+  """Tasks, of which each instance is a demonstration."""
   name = entry.optional('id') or entry.name
   instruction = entry.text('instruction')
   instances = entry.entries('instances')
@@ -163,9 +164,11 @@ def read_alpaca(imported, entry):
 
 
 def read_natural_instructions(path: epath.PathLike) -> Imported:
-  """One task: its definition and an instance's input ask for its first output.
+  """One task, of which each instance is a demonstration.
 
-  Version 1 has a title, version 2 a list of definitions and categories.
+  The prompt is the task's definition and the instance's input; the response is
+  the instance's first output. Version 1 has a title, version 2 a list of
+  definitions and categories.
   """
   imported = Imported()
   task = Entry(records.read_json(path), str(path))

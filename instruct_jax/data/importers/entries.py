@@ -1,8 +1,8 @@
 """What the readers of published formats share.
 
-A reader is a function of a file that gives an `Imported`. `reader` makes one of
-a function that adds an entry, `rated_reader` of one that reads a rating. Both
-report the bad entries of a file together, by line.
+A reader is a function that reads a file and returns an `Imported`. `reader`
+makes one from a function that adds an entry, `rated_reader` from a function
+that reads a rating. Both report all bad entries of a file together, by line.
 """
 
 import ast
@@ -22,7 +22,7 @@ from etils import epath
 
 from instruct_jax.data import invisible, records, sources
 
-# "No input" as annotators and models spell it. `Na` alone is sodium.
+# Spellings of "no input" by annotators and models. Not `Na`, which is sodium.
 _NO_INPUT = re.compile(
   r'[<\[({"\'*]*(?:no[\s_-]*inputs?'
   r'(?:[\s_-]*(?:is|was|are))?'
@@ -32,12 +32,12 @@ _NO_INPUT = re.compile(
 )
 # Keys of messages that call a tool; their content may be missing.
 _CALLS = ('tool_calls', 'function_call', 'function_calls')
-# Keys of what a model thought before its answer.
+# Keys of a model's reasoning before its answer.
 _THOUGHTS = ('reasoning_content', 'reasoning', 'thinking')
 _MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]\s*:""")
-# Characters of the names of the fields that an error lists.
+# The most characters of field names that an error lists.
 _MOST_SHOWN = 300
-# Ranks of two answers.
+# Ranks of two answers: the first or the second is better, or they tie.
 FIRST, SECOND, TIE = (1, 2), (2, 1), (1, 1)
 
 
@@ -47,11 +47,11 @@ def _list():
 
 @dataclasses.dataclass
 class Imported:
-  """The content of files.
+  """The records read from files.
 
   `demonstrations` are by people, as far as the file says;
-  `model_demonstrations` by the model that `labeler` names. `skipped` counts
-  entries left out by reason.
+  `model_demonstrations` are by the model that `labeler` names. `skipped` counts
+  the entries that were left out, by reason.
   """
 
   demonstrations: list[records.Demonstration] = _list()
@@ -62,7 +62,7 @@ class Imported:
   )
 
   def add(self, demonstration: records.Demonstration, model: str = '') -> None:
-    """Adds what a person wrote, or the model of that name."""
+    """Adds a demonstration by a person or, if `model` is given, that model."""
     if model:
       self.model_demonstrations.append(
         dataclasses.replace(demonstration, labeler=f'model:{model}')
@@ -81,11 +81,11 @@ class Imported:
       setattr(self, name, getattr(self, name) + value)
 
   def named(self, path: epath.PathLike, name: str) -> 'Imported':
-    """The content of a file with another name of the file in ids.
+    """Returns the same records with another name of the file in their ids.
 
     Args:
       path: the file.
-      name: what `names_of` calls it.
+      name: its name according to `names_of`.
     """
     if name == stem(path):
       return self
@@ -113,18 +113,18 @@ class Imported:
     scores: Sequence[int | float],
     **about,
   ) -> None:
-    """Adds a ranking by scores, the higher the better; equal scores tie.
+    """Adds a ranking by scores; higher is better, and equal scores tie.
 
     Args:
-      prompt: turns that end with the user's; or a text that is the prompt as it
-        is, and then the completions are kept as they are, too.
-      completions, scores: of two answers or more. Answers that differ in white
-        space around them only are one, with the mean of their scores.
-      **about: fields of the comparison; and `each`, metadata that are one list
-        with an item for each answer.
+      prompt: turns of which the last is the user's; or a text, which is used
+        unchanged, as are the completions then.
+      completions, scores: of two or more answers. Answers that differ only in
+        surrounding white space become one, with the mean of their scores.
+      **about: fields of the comparison; and `each`, metadata given as lists
+        with one item per answer.
 
     Raises:
-      Skip: there is no question, or only one answer.
+      Skip: there is no question, or only one distinct answer.
     """
     self._add_ranking(prompt, completions, scores, True, **about)
 
@@ -135,7 +135,7 @@ class Imported:
     ranks: Sequence[int | float],
     **about,
   ) -> None:
-    """Adds a ranking by ranks, 1 is best; otherwise as `add_scored`."""
+    """Adds a ranking by ranks, where 1 is best; otherwise as `add_scored`."""
     scores = [-rank for rank in ranks]
     self._add_ranking(prompt, completions, scores, False, **about)
 
@@ -200,8 +200,10 @@ class Imported:
     ]
 
   def prompts(self) -> list[records.Prompt]:
-    """The distinct prompts, in order, numbered; the encoding of accents does
-    not count."""
+    """The distinct prompts, in order and numbered.
+
+    Prompts that differ only in how accents are encoded are the same.
+    """
     first = {}
     for row in self.rows():
       first.setdefault(records.composed(row.prompt), row)
@@ -212,11 +214,17 @@ class Imported:
 
 
 class Skip(Exception):  # noqa: N818
-  """An entry that cannot be used; the text is the reason that is counted."""
+  """An entry that cannot be used; the message is the reason to count."""
 
 
 def checked(value: Any, kinds: Any, where: str, what: str) -> Any:
-  """A value of these types; None for null and for NaN, the null of tables."""
+  """Returns the value if it is of these types; None for null and NaN.
+
+  NaN is the null of tables.
+
+  Raises:
+    RecordError: it is of another type, or a text with a lone surrogate.
+  """
   if value is None or value != value:
     return None
   if not isinstance(value, kinds) or isinstance(value, bool):
@@ -234,10 +242,10 @@ _Meaning = TypeVar('_Meaning')
 
 
 class Entry:
-  """An object of a file; errors name its place, in the file or in an entry.
+  """An object of a file; errors name its place in the file or in an entry.
 
-  `place` is '' for an entry of a file with a line of its own; its `name` (file
-  and line) is for ids. `path` is that of the file.
+  `place` is '' for a top-level entry; its `name` (file and line) is for ids.
+  `path` is the path of the file.
   """
 
   def __init__(
@@ -256,14 +264,14 @@ class Entry:
     self.path = path
 
   def where(self, text: str) -> str:
-    """The text, with the place of this object before it."""
+    """The text, preceded by the place of this object."""
     return f'{self.place}: {text}' if self.place else text
 
   def get(self, key: str, kinds: Any, what: str) -> Any:
-    """A field that must be there."""
+    """The value of a field that must be there; None for null."""
     if key not in self.values:
       found = ', '.join(map(str, self.values)) or 'nothing'
-      if len(found) > _MOST_SHOWN:  # A text read as a header, say.
+      if len(found) > _MOST_SHOWN:  # For example a text read as a header.
         found = f'{found[:_MOST_SHOWN]}...'
       raise records.RecordError(
         self.where(
@@ -278,7 +286,7 @@ class Entry:
     return self.get(key, str, 'a text') or ''
 
   def cell(self, key: str) -> str:
-    """The text of a cell; a table may have read a number or a truth value."""
+    """The text of a cell; numbers and bools of a table become text."""
     value = self.values.get(key)
     if isinstance(value, bool):
       return str(value)
@@ -288,7 +296,7 @@ class Entry:
     return '' if value is None else str(value)
 
   def optional(self, key: str) -> str:
-    """A text, number or date that may be missing."""
+    """A text, number or date as text; '' if it is missing or null."""
     if key not in self.values:
       return ''
     kinds = (str, int, float, datetime.date)
@@ -296,7 +304,7 @@ class Entry:
     return '' if value is None else str(value)
 
   def number(self, key: str) -> int | float | None:
-    """A number, or the text of one; None for null."""
+    """A number, which may be written as text; None for null or blank text."""
     value = self.get(key, (int, float, str), 'a number')
     if isinstance(value, str):
       try:
@@ -310,7 +318,7 @@ class Entry:
     return value
 
   def label(self, key: str, meanings: Mapping[str, _Meaning]) -> _Meaning:
-    """What a label means; a number counts as its text."""
+    """The meaning of a label; a number counts as its text."""
     value = self.get(key, (str, int, float), 'a label')
     if isinstance(value, float) and value.is_integer():
       value = int(value)
@@ -329,7 +337,7 @@ class Entry:
     return texts_of(value, self.where(key))
 
   def json_texts(self, key: str) -> list[str]:
-    """A list of texts, which may be the JSON text of one."""
+    """A list of texts, which may be given as JSON text."""
     value = self.get(key, (str, list), 'a list of texts')
     if isinstance(value, str):
       try:
@@ -341,16 +349,16 @@ class Entry:
         self.where(f'{key!r} is not a list of texts, nor the JSON of one')
       )
     if any(isinstance(v, str) and not records.encodable(v) for v in value):
-      raise Skip('a text holds half of a character')
+      raise Skip('a text holds a lone surrogate')
     return texts_of(value, self.where(key))
 
   def holds_list(self, key: str) -> bool:
-    """Whether a field is a list, or the text of one of messages in a table."""
+    """Whether a field is a list, or a list of messages written as text."""
     value = self.values.get(key)
     return isinstance(value, list) or _messages_in(value) is not None
 
   def items(self, key: str) -> list:
-    """A list; empty for null. A table's cell may have the text of messages."""
+    """A list; empty for null. Messages may be written as text in a cell."""
     found = _messages_in(self.values.get(key))
     return self.get(key, list, 'a list') or [] if found is None else found
 
@@ -362,11 +370,11 @@ class Entry:
     ]
 
   def entry(self, key: str) -> 'Entry':
-    """An object within this one; empty for null."""
+    """An object inside this one; empty for null."""
     return Entry(self.get(key, dict, 'an object') or {}, self.where(key))
 
   def messages(self, key: str) -> tuple[records.Turn, ...]:
-    """Turns from a list of messages, see `message`."""
+    """The turns of a list of messages; see `message`."""
     return tuple(one.message() for one in self.entries(key))
 
   def message(self) -> records.Turn:
@@ -375,7 +383,8 @@ class Entry:
     The content may be a list of parts with `type` and `text`.
 
     Raises:
-      Skip: a role besides system, user and assistant, or what is no text.
+      Skip: the role is not system, user or assistant, or there is more than
+        text, such as tool calls or reasoning.
     """
     role = self.text('role')
     if role not in records.ROLES:
@@ -392,7 +401,7 @@ class Entry:
     return records.Turn(role, ''.join(part.text('text') for part in parts))
 
   def details(self, *keys: str) -> dict[str, Any]:
-    """Those of these fields that are there, as metadata."""
+    """Metadata: those of these fields that are text, bool or finite number."""
     return {
       key: value
       for key in keys
@@ -403,12 +412,13 @@ class Entry:
 
 
 def _messages_in(value: Any) -> list | None:
-  """The messages of a text that is nothing but their list, as JSON or as Python
-  writes it; None of anything else.
+  """The messages in a text that is a list of them, in JSON or Python syntax.
+
+  None for any other value.
 
   Raises:
-    RecordError: a list of messages that cannot be read, such as pandas writes
-      of arrays.
+    RecordError: it looks like a list of messages but cannot be parsed, such as
+      what pandas writes for arrays.
   """
   if not isinstance(value, str) or not _MESSAGES.match(value):
     return None
@@ -423,7 +433,7 @@ def _messages_in(value: Any) -> list | None:
       return None
   if value.rstrip().endswith(('}]', '} ]')):
     raise records.RecordError(
-      f'a cell looks like a list of messages and is no JSON: {value[:60]!r}; '
+      f'a cell looks like a list of messages but is not JSON: {value[:60]!r}; '
       'save the table as JSONL or Parquet'
     )
   return None
@@ -433,11 +443,11 @@ def texts_of(items: list, where: str) -> list[str]:
   """The texts of a list; '' for null.
 
   Args:
-    items: of the list.
-    where: of it, for errors.
+    items: the list.
+    where: its place, for errors.
 
   Raises:
-    RecordError: an item is no text.
+    RecordError: an item is not a text.
   """
   return [
     checked(item, str, f'{where}[{number}]', 'a text') or ''
@@ -453,12 +463,13 @@ def reader(
   *,
   entries: Entries = sources.read_objects,
 ) -> Callable[[epath.PathLike], Imported]:
-  """Makes a function of a file from one that adds an entry.
+  """Makes a function that reads a file from one that adds an entry.
 
-  `add(imported, entry)` returns the reason if it skips the entry, or raises it
-  as `Skip`. `entries` gives the (line, object) pairs of a file. Bad entries are
-  reported together, see `records.raise_problems`. A file that begins with many
-  of one problem is of another format, and is read no further.
+  To skip an entry, `add(imported, entry)` returns the reason or raises it as
+  `Skip`. `entries` gives the (line, object) pairs of a file. Bad entries are
+  reported together; see `records.raise_problems`. If the first
+  `MAX_REPORTED_LINES` entries all have the same problem, the file is of another
+  format, and reading stops.
   """
 
   @functools.wraps(add)
@@ -497,9 +508,9 @@ def reader(
 
 @dataclasses.dataclass(frozen=True)
 class Rating:
-  """One answer with its score; ratings with the same `key` are one ranking.
+  """One answer with its score; ratings with the same `key` form one ranking.
 
-  `prompt` and `about` are those of `Imported.add_scored`, `each` are metadata
+  `prompt` and `about` are as in `Imported.add_scored`; `each` is the metadata
   of this answer.
   """
 
@@ -514,9 +525,10 @@ class Rating:
 def rated_reader(
   rate: Callable[[Entry], Rating], *, entries: Entries = sources.read_objects
 ) -> Callable[[epath.PathLike], Imported]:
-  """Makes a function of a file whose entries are ratings of single answers.
+  """Makes a function that reads a file of ratings of single answers.
 
-  The scores of a ranking are kept, and all that is `about` the first rating.
+  A ranking keeps the scores of its ratings, and `prompt` and `about` of the
+  first.
   """
 
   @functools.wraps(rate)
@@ -560,10 +572,11 @@ def stem(path: epath.PathLike) -> str:
 
 
 def names_of(paths: Sequence[epath.PathLike]) -> dict[str, str]:
-  """Path -> what a file is called in ids: its name up to the first dot.
+  """Path -> the name of the file in ids: its name up to the first dot.
 
-  Files that share it have before it the folders below the one that holds them
-  all, such as `Alpaca-7B/train`; and their whole names, if that is not enough.
+  For files that share a name, their folders below the common one are put before
+  it, such as `Alpaca-7B/train`; their whole file names are used if that is not
+  enough.
   """
   found = dict.fromkeys(map(str, paths), '')  # In this order.
   same = collections.defaultdict(list)
@@ -589,8 +602,10 @@ def instruction_prompt(instruction: str, given: str = '') -> str:
 
 
 def post_prompt(info: Entry) -> str:
-  """The prompt of Stiennon et al. 2020, Table 15, or of an article; '' if the
-  post is empty."""
+  """The prompt for a post (Stiennon et al. 2020, Table 15) or an article.
+
+  '' if the post is empty.
+  """
   article = info.optional('article')
   if not invisible.is_blank(article):
     title = info.optional('title')
@@ -605,7 +620,7 @@ def post_prompt(info: Entry) -> str:
 
 
 def asked(question: str, system: str = '') -> tuple[records.Turn, ...]:
-  """One question as a conversation, after a system message if there is one."""
+  """One question as a conversation, after a system turn if there is one."""
   turns = (records.Turn('user', question.strip()),)
   if invisible.is_blank(system):
     return turns
@@ -625,10 +640,10 @@ def split_answer(
 def split_answers(
   conversations: Iterable[Sequence[records.Turn]],
 ) -> tuple[tuple[records.Turn, ...], list[str]]:
-  """(turns before the answers, answers) of conversations that differ there.
+  """(turns before the answers, answers) of conversations with the same prompt.
 
   Raises:
-    Skip: they differ before the last turn, so the answers are no ranking.
+    Skip: they differ before the last turn, so their answers cannot be ranked.
   """
   parts = list(map(split_answer, conversations))
   if not parts:

@@ -1,4 +1,4 @@
-"""Pairs of answers of which one is preferred, or none."""
+"""Readers for pairs of answers, one of them preferred or both tied."""
 
 import functools
 import os.path
@@ -16,7 +16,7 @@ from instruct_jax.data.importers.entries import (
   split_answers,
 )
 
-# Of chat templates, in texts.
+# Marks of chat templates, in texts.
 _MARK = re.compile(
   r'<\|(?:im_start|start_header_id|system|user|assistant)\|>|\[INST\]'
   r'|<start_of_turn>|<\uff5c(?:User|Assistant)\uff5c>'
@@ -26,16 +26,16 @@ _MARK = re.compile(
 
 
 def _dialogue(text: str) -> tuple[records.Turn, ...]:
-  """The turns of a text in HH's layout, whose first line breaks may be gone."""
+  """The turns of a text in HH's layout; leading line breaks may be missing."""
   return records.dialogue_turns('\n\n' * text.startswith('Human:') + text)
 
 
 @reader
 def read_hh(imported, entry):
-  """Comparisons and, from the chosen side, demonstrations.
+  """HH: comparisons and, from the chosen side, demonstrations.
 
-  Both texts are dialogues that differ in the assistant's last turn only. The
-  chosen answers are what people chose among answers of models.
+  Both texts are dialogues that differ only in the assistant's last turn. The
+  chosen answers were written by models and chosen by people.
   """
   sides = [_dialogue(entry.text(name)) for name in ('chosen', 'rejected')]
   # An even number of turns ends with the assistant's.
@@ -67,7 +67,8 @@ def read_hh(imported, entry):
 def read_summarize_feedback(imported, entry):
   """Pairs of summaries of a post, with workers and, if given, confidence.
 
-  Files of single summaries rated on axes hold no comparison and are refused.
+  Files of single summaries that are rated on axes are refused, because they
+  have no comparisons.
   """
   summaries, info = entry.entries('summaries'), entry.entry('info')
   texts = tuple(summary.text('text') for summary in summaries)
@@ -105,7 +106,10 @@ def read_summarize_feedback(imported, entry):
 
 
 def _add_safe_rlhf(imported, entry, label):
-  """Two answers with two labels, the more helpful and the safer one."""
+  """Safe RLHF: two answers; the field `label` says which one is better.
+
+  There is one such field for helpfulness and one for safety.
+  """
   imported.add_ranked(
     asked(entry.text('prompt')),
     (entry.text('response_0'), entry.text('response_1')),
@@ -127,7 +131,7 @@ def _add_safe_rlhf(imported, entry, label):
 def _sides(entry, prompt='prompt', chosen='chosen', rejected='rejected'):
   """(prompt, [chosen answer, rejected answer]) of a pair.
 
-  A side is a text, the answer to the prompt; or messages, see `_conversation`.
+  A side is a text (the answer to the prompt) or messages (see `_conversation`).
   """
   given = entry.values.get(prompt)
   if entry.holds_list(prompt):
@@ -154,14 +158,16 @@ def _sides(entry, prompt='prompt', chosen='chosen', rejected='rejected'):
 
 
 def _conversation(asked_before, messages):
-  """The whole conversation of a prompt and the messages of a side.
+  """The whole conversation of a prompt and the messages of one side.
 
-  The messages follow the prompt if the first is the assistant's. Else they are
-  the conversation if they hold the prompt's turns, and repeat those that the
-  prompt ends with; or the prompt is what the system says before them.
+  If the first message is the assistant's, the messages follow the prompt. If
+  they contain the prompt's turns, or the prompt is blank, they are the whole
+  conversation. If they begin by repeating the prompt's last turns, the rest
+  follows the prompt. If the prompt is only a system turn and a user message
+  comes first, they follow the prompt.
 
   Raises:
-    Skip: the prompt has turns that the messages do not continue.
+    Skip: none of these applies.
   """
   if not messages or messages[0].role == 'assistant':
     return asked_before + messages
@@ -186,9 +192,9 @@ def _conversation(asked_before, messages):
 def read_chosen_rejected(imported, entry):
   """The preference format of TRL, standard or conversational.
 
-  The prompt may be implicit: in whole conversations it is all before the last
-  answer, in texts what both begin with, to a space. A prompt that is a text is
-  read as it is, and so are answers that are.
+  The prompt may be implicit. In whole conversations it is everything before the
+  last answer; in texts it is what both begin with, up to a space or a line
+  break. Prompts and answers that are texts are read unchanged.
   """
   texts = [entry.values.get(key) for key in ('chosen', 'rejected')]
   if (
@@ -220,8 +226,10 @@ def read_chosen_rejected(imported, entry):
 
 
 def _add_rated_sides(imported, entry, name, ratings, **keys):
-  """A pair whose sides have ratings, the keys of which are the first that are
-  there; equal ratings tie."""
+  """Adds a pair whose sides have ratings; equal ratings tie.
+
+  `ratings` are pairs of keys, of which the first that the entry has is used.
+  """
   found = [pair for pair in ratings if pair[0] in entry.values]
   first, second = (found or ratings)[0]
   scores = entry.number(first), entry.number(second)
@@ -242,7 +250,7 @@ def _add_rated_sides(imported, entry, name, ratings, **keys):
 
 @reader
 def read_ultrafeedback_binarized(imported, entry):
-  """The best answer and another one, with overall scores; equal ones tie."""
+  """The best answer and another one, with overall scores; equal scores tie."""
   ratings = (('score_chosen', 'score_rejected'),)
   _add_rated_sides(imported, entry, 'ultrafeedback_binarized', ratings)
 
@@ -257,7 +265,7 @@ _ARGILLA = (
 
 @reader
 def read_argilla(imported, entry):
-  """DPO mixes of Argilla: both sides with a rating, by its several names."""
+  """DPO mixes of Argilla: each side has a rating, under one of several keys."""
   keys = {}
   if 'chosen_response' in entry.values:
     keys = {
@@ -270,7 +278,7 @@ def read_argilla(imported, entry):
 
 @reader
 def read_argilla_orca(imported, entry):
-  """Orca pairs that Argilla rated again; `status` says which are ties."""
+  """Orca pairs that Argilla re-rated; `status` says which are ties."""
   ranks = entry.label(
     'status', {'unchanged': FIRST, 'swapped': FIRST, 'tie': TIE}
   )
@@ -299,19 +307,19 @@ _WINNERS = {
 
 @reader
 def read_arena(imported, entry):
-  """Votes of LMSYS's arena, of LMArena and of MT-bench's judges.
+  """Votes from LMSYS's arena, from LMArena and by MT-bench's judges.
 
   "Both are bad" is a tie, and so is a verdict that changes with the order of
-  the answers, as in FastChat's `show_result`; `winner` of the metadata tells
+  the answers, as in FastChat's `show_result`; `winner` in the metadata tells
   them apart. The labeler is the `judge`: in MT-bench `expert_0` and the like
-  are people, and `gpt4_pair` is GPT-4. The vote is for whole conversations;
-  those that differ before the last answer are left out, as are most votes after
-  the first one of a session.
+  are people, and `gpt4_pair` is GPT-4. The vote is for whole conversations.
+  Those that differ before the last answer are left out, and with them most
+  votes after the first of a session.
   """
   if 'conversation_a' in entry.values:
     winner = entry.text('winner')
     ranks = entry.label('winner', _WINNERS)
-    # MT-bench's judges voted after so many questions.
+    # MT-bench's judges voted after this many rounds.
     rounds = entry.number('turn') if 'turn' in entry.values else None
     sides = [
       _with_history(
@@ -328,7 +336,7 @@ def read_arena(imported, entry):
     for side in 'ab':
       answers = entry.json_texts(f'response_{side}')
       if len(answers) != len(questions):
-        raise Skip('not one answer a question')
+        raise Skip('not as many answers as questions')
       turns = zip(questions, answers, strict=True)
       sides.append([turn for pair in turns for turn in _round(*pair)])
   prompt, answers = split_answers(sides)
@@ -352,7 +360,7 @@ def _round(question: str, answer: str):
 
 
 def _first_rounds(turns, rounds):
-  """The turns up to the answer of that number; all without a number."""
+  """The turns up to that number of answers; all if there is no number."""
   if not rounds:
     return turns
   left = rounds
@@ -364,10 +372,11 @@ def _first_rounds(turns, rounds):
 
 
 def _with_history(entry, side, turns):
-  """The turns after those of earlier votes, which 140k keeps elsewhere.
+  """The turns, preceded by those of earlier votes.
 
-  `conversation_a` of a later vote begins where the vote before it was.
-  `full_conversation` has both sides of every round, those after the vote too.
+  In the 140k data set, `conversation_a` of a later vote begins where the
+  previous vote was. `full_conversation` has both sides of every round,
+  including rounds after the vote.
   """
   is_later = 'evaluation_order' in entry.values and (
     (entry.number('evaluation_order') or 1) > 1
@@ -387,7 +396,7 @@ def _with_history(entry, side, turns):
 
 
 def _kaggle_winner(entry):
-  """(name, ranks) from three columns, one of which is 1."""
+  """(winner, ranks) from three columns, one of which is 1."""
   names = {
     'winner_model_a': 'model_a',
     'winner_model_b': 'model_b',

@@ -1,4 +1,7 @@
-"""Answers with ranks, scores or strengths; K of them where upstream has K."""
+"""Readers for answers with ranks, scores or preference strengths.
+
+A source that ranks K answers gives rankings of K.
+"""
 
 import functools
 import itertools
@@ -31,11 +34,12 @@ _OASST_ROLES = {'prompter': 'user', 'assistant': 'assistant'}
 
 @reader
 def read_oasst(imported, entry):
-  """Every prompter's message with its ranked replies; the best demonstrates.
+  """OpenAssistant: each prompter message with its ranked replies.
 
-  `rank` 0 is best. Messages that were deleted or failed review are left out
-  with all below them. Ranks are merged from the annotators' votes, so no
-  labeler is named. A best reply that is `synthetic` is a model's.
+  The best reply becomes a demonstration; by a model, if it is `synthetic`.
+  `rank` 0 is best. Messages that were deleted or failed review are left out,
+  with everything below them. Ranks are merged from the annotators' votes, so no
+  labeler is named.
   """
   tree = entry.optional('message_tree_id') or str(entry.line)
   try:
@@ -57,7 +61,7 @@ def _is_gone(node: Entry) -> bool:
 
 
 def _visit_oasst(imported, node, turns, tree):
-  """Adds what a message asks for; returns (message, turns) below it."""
+  """Adds the records of one message; returns (message, turns) below it."""
   if _is_gone(node):
     imported.skip('deleted or failed review')
     return []
@@ -119,7 +123,7 @@ _AXES = ('overall', 'accuracy', 'coverage', 'coherence', 'compatible')
 def _rate_summary(entry: Entry, axis: str) -> Rating:
   """A summary that a worker rated from 1 to 7 on several axes.
 
-  A worker's summaries of a post are one ranking, by one axis.
+  One worker's ratings of a post's summaries on `axis` form one ranking.
   """
   summary, info = entry.entry('summary'), entry.entry('info')
   axes, worker = summary.entry('axes'), entry.text('worker')
@@ -148,11 +152,11 @@ def _rate_summary(entry: Entry, axis: str) -> Rating:
 
 @reader
 def read_qa_feedback(imported, entry):
-  """K = 4 rankings from six preferences, and written answers.
+  """Rankings of K = 4 from six pairwise preferences, and written answers.
 
-  A completion's score is the number of the others that it was preferred to,
-  half for "no preference" (Copeland); equal scores tie. The gold answer is the
-  demonstration.
+  A completion's score is the number of others that it was preferred to, plus a
+  half for each "no preference" (Copeland); equal scores tie. The gold answer is
+  the demonstration.
   """
   preference, question = entry.items('preference'), entry.text('question')
   answers = [entry.text(f'prediction {number}') for number in range(1, 5)]
@@ -177,7 +181,7 @@ def read_qa_feedback(imported, entry):
     points = {0: 0.5, 1: 1.0, 2: 0.0}[choice]
     scores[a] += points
     scores[b] += 1 - points
-  # A text that was sampled twice is one completion, with its mean score.
+  # A text that was sampled twice becomes one completion, with its mean score.
   answers = [records.composed(answer.strip()) for answer in answers]
   try:
     imported.add_scored(completions=answers, scores=scores, **about)
@@ -201,9 +205,10 @@ def _read_e2e(path, criterion):
 
 
 def _add_shp(imported, entry, min_ratio):
-  """Two comments on a Reddit post; the younger one has more votes.
+  """SHP: two comments on a Reddit post; the later one has more votes.
 
-  The scores are the votes. Pairs whose ratio is below `min_ratio` are left out.
+  The scores are the votes. Pairs whose score ratio is below `min_ratio` are
+  left out.
   """
   answers = entry.text('human_ref_A'), entry.text('human_ref_B')
   scores = entry.number('score_A'), entry.number('score_B')
@@ -231,10 +236,10 @@ _ASPECTS = ('helpfulness', 'honesty', 'instruction_following', 'truthfulness')
 
 @reader
 def read_ultrafeedback(imported, entry):
-  """Four answers by models, ranked by the mean rating of four aspects.
+  """UltraFeedback: four answers by models, ranked by mean aspect rating.
 
-  The overall score of upstream is kept as metadata: it had faults, and those
-  who made binary sets of it went over to the ratings.
+  The mean is over four aspects. Upstream's overall score is kept as metadata
+  only: it had errors, and makers of binarized sets switched to the ratings.
   """
   question, rated = entry.text('instruction'), []
   for completion in entry.entries('completions'):
@@ -263,8 +268,8 @@ def read_ultrafeedback(imported, entry):
 
 
 def _rating(annotations: Entry, aspect: str) -> int | float | None:
-  """A rating of UltraFeedback; None for 'N/A', or where nothing was rated."""
-  if annotations.values.get(aspect) == []:  # Upstream failed to read one.
+  """A rating of UltraFeedback; None for 'N/A', or if nothing was rated."""
+  if annotations.values.get(aspect) == []:  # Upstream could not parse one.
     return None
   found = annotations.entry(aspect)
   if not found.values:
@@ -274,7 +279,7 @@ def _rating(annotations: Entry, aspect: str) -> int | float | None:
 
 
 _HELPSTEER = ('correctness', 'coherence', 'complexity', 'verbosity')
-# HelpSteer 2 writes a conversation as one text.
+# HelpSteer 2 stores a conversation as one text.
 _MARK = re.compile(r'\n?<extra_id_1>(User|Assistant)\n')
 
 
@@ -289,9 +294,9 @@ def _steered(text: str) -> tuple[records.Turn, ...]:
 
 @rated_reader
 def read_helpsteer(entry):
-  """Answers with five attributes from 0 to 4; ranked by helpfulness.
+  """Answers with five attributes from 0 to 4, ranked by helpfulness.
 
-  HelpSteer has up to four answers a prompt, HelpSteer 2 two.
+  HelpSteer has up to four answers per prompt, HelpSteer 2 has two.
   """
   prompt, response = entry.text('prompt'), entry.text('response')
   score = entry.number('helpfulness')
@@ -309,7 +314,10 @@ def read_helpsteer(entry):
 
 
 def _add_strength(imported, entry, key, turns, answers, metadata, **about):
-  """A preference from -3, the first is much better, to 3, the second is."""
+  """Adds a pair whose preference is from -3 to 3.
+
+  At -3 the first answer is much better, at 3 the second.
+  """
   strength = entry.number(key)
   if strength is None or not -3 <= strength <= 3:
     raise records.RecordError(f'{key!r} is {strength}, expected -3 to 3')
@@ -320,7 +328,7 @@ def _add_strength(imported, entry, key, turns, answers, metadata, **about):
 
 @reader
 def read_helpsteer2_preference(imported, entry):
-  """preference.jsonl of HelpSteer 2: two answers and how far one is better."""
+  """preference.jsonl of HelpSteer 2: two answers and a preference strength."""
   _add_strength(
     imported,
     entry,
@@ -334,7 +342,7 @@ def read_helpsteer2_preference(imported, entry):
 
 @reader
 def read_helpsteer3(imported, entry):
-  """HelpSteer 3: a conversation, two answers, an overall preference."""
+  """HelpSteer 3: a conversation, two answers and an overall preference."""
   votes = [
     one.number('score') for one in entry.entries('individual_preference')
   ]
@@ -351,7 +359,7 @@ def read_helpsteer3(imported, entry):
 
 
 def _webgpt_entries(path):
-  """Rows of the Hub; or upstream's lines, each a list of both answers."""
+  """Entries of WebGPT: rows of the Hub, or upstream's lines of two answers."""
   is_json = str(path).endswith(sources.JSON_SUFFIXES)
   if not is_json or not records.begins_with(path, b'['):
     yield from sources.read_objects(path)
@@ -367,7 +375,7 @@ def _webgpt_entries(path):
     if not pair:
       yield number, 'expected a list of two answers, or rows of the Hub'
       continue
-    # Both answers have the question.
+    # Both answers repeat the question.
     values = {}
     for side, answer in enumerate(pair):
       for key, value in answer.items():
@@ -376,7 +384,7 @@ def _webgpt_entries(path):
 
 
 def _is_pair(line: str) -> list[dict] | None:
-  """The two answers of upstream's line, or None."""
+  """The two answers on a line of upstream's file; None for any other line."""
   try:
     pair = json.loads(line)
   except (ValueError, RecursionError):
@@ -428,7 +436,7 @@ def read_nectar(imported, entry):
 
 @reader
 def read_dsp(imported, entry):
-  """Whole dialogues with a score each, the cleaned sets of DSP."""
+  """The cleaned sets of DSP: whole dialogues, each with a score."""
   dialogues, scores = entry.texts('text'), entry.items('score')
   if len(scores) != len(dialogues) or not all(map(records.is_number, scores)):
     raise records.RecordError(

@@ -1,4 +1,4 @@
-"""Small sets of preferences that test reward models and judges."""
+"""Readers for small preference sets that test reward models and judges."""
 
 import collections
 import dataclasses
@@ -31,7 +31,7 @@ def _folder(entry) -> str:
 
 
 def _tab_entries(path):
-  """Rows between tabs, whose quotation marks mean nothing."""
+  """Rows of tab-separated files, in which quotation marks are plain text."""
   header, *lines = records.read_text(path).split('\n')
   columns = header.rstrip('\r').split('\t')
   for number, line in enumerate(lines, start=2):
@@ -45,7 +45,7 @@ def _tab_entries(path):
 
 
 def _debate(entry) -> tuple[records.Turn, ...]:
-  """The question that arguments answer; files are called TOPIC_STANCE.csv."""
+  """The prompt for arguments, from a file name such as TOPIC_STANCE.csv."""
   topic, _, stance = stem(entry.path).partition('_')
   if not stance:
     raise records.RecordError(
@@ -66,7 +66,7 @@ def _argument(text: str) -> str:
 
 
 def _add_ukp(imported, entry):
-  """Two arguments for one side of a debate, the more convincing one named."""
+  """UKP: two arguments for one side of a debate, one more convincing."""
   ranks = entry.label('label', {'a1': FIRST, 'a2': SECOND, 'equal': TIE})
   imported.add_ranked(
     _debate(entry),
@@ -78,7 +78,7 @@ def _add_ukp(imported, entry):
 
 
 def _rate_ukp(entry):
-  """All arguments for one side; the lower the rank, the more convincing."""
+  """UKP: an argument for one side; a lower rank is more convincing."""
   rank = entry.number('rank')
   if rank is None:
     raise Skip('an argument has no rank')
@@ -116,7 +116,7 @@ def _hhh_entries(path):
 
 
 def _add_hhh(imported, entry):
-  """Answers to a question or a dialogue, of which one is right."""
+  """HHH: answers to a question or a dialogue, one of which is right."""
   if 'target_scores' in entry.values:
     targets = entry.entry('target_scores')
     answers = texts_of(list(targets.values), 'target_scores')
@@ -143,7 +143,10 @@ def _add_hhh(imported, entry):
 
 
 def _hhh_turns(text: str) -> tuple[records.Turn, ...]:
-  """A question; or a dialogue, whose first question may lack its mark."""
+  """The turns of a question, or of a dialogue.
+
+  The dialogue's first "Human:" may be missing.
+  """
   marked = text.strip().removeprefix('Human:').strip()
   turns = records.dialogue_turns(f'\n\nHuman: {marked}')
   return turns if len(turns) % 2 else asked(text)
@@ -151,7 +154,7 @@ def _hhh_turns(text: str) -> tuple[records.Turn, ...]:
 
 @reader
 def read_llmbar(imported, entry):
-  """Two outputs for an instruction, and the number of the better one."""
+  """LLMBar: two outputs for an instruction, and the number of the better."""
   imported.add_ranked(
     asked(entry.text('input')),
     (entry.text('output_1'), entry.text('output_2')),
@@ -163,7 +166,10 @@ def read_llmbar(imported, entry):
 
 @reader
 def read_pandalm(imported, entry):
-  """Two answers and three votes: 1, 2, or 0 for a tie; the majority counts."""
+  """PandaLM: two answers and three votes, of which the majority counts.
+
+  A vote is 1, 2, or 0 for a tie.
+  """
   meanings = {'1': FIRST, '2': SECOND, '0': TIE}
   votes = [entry.label(f'annotator{number}', meanings) for number in (1, 2, 3)]
   (ranks, count), *_ = collections.Counter(votes).most_common(1)
@@ -227,10 +233,10 @@ def _read_all_tulu(imported, entry):
 
 
 def read_tulu_human(path):
-  """Annotations of the interface of Tulu 1, an Excel or CSV table.
+  """Annotations from the interface of Tulu 1, an Excel or CSV table.
 
-  Of several judgments of an instance by one person, the last one counts, as in
-  upstream's figures.
+  If one person judged an instance several times, the last judgment counts, as
+  in upstream's figures.
   """
   imported = _read_all_tulu(path)
   latest = {}

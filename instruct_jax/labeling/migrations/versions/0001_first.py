@@ -11,7 +11,7 @@ JSON, BOOL = sa.JSON, sa.Boolean
 
 
 def _create(table, /, *unique, nullable='', **columns):
-  """A table whose first column is its key.
+  """Creates a table whose first column is its key.
 
   Args:
     table: its name.
