@@ -102,7 +102,7 @@ def _first_minibatch(row: Row, dtype: str) -> Iterator[tuple[str, str]]:
   if divergence is not None and divergence > tolerance:
     yield (
       'ratio',
-      f'the policy is {divergence:.2g} nats a token from the old one at the '
+      f'the policy is {divergence:.2g} nats per token from the old one at the '
       f'first minibatch, where they are equal ({tolerance:g} allowed in '
       f'{dtype}); {differ}',
     )
@@ -111,7 +111,7 @@ def _first_minibatch(row: Row, dtype: str) -> Iterator[tuple[str, str]]:
   if difference is not None and difference > tolerance:
     yield (
       'sampler',
-      f'sampler and training graph differ by {difference:.3f} nats a token '
+      f'sampler and training graph differ by {difference:.3f} nats per token '
       f'({tolerance:g} allowed in {dtype}); check positions, padding and the '
       'cache',
     )

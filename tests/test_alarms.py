@@ -63,7 +63,7 @@ def test_what_persists_is_raised_once_with_its_cause(name, changes, words):
   [
     ('ratio', {'first/ppo/policy/ratio': 1.01}, 'ratio 1.01000 at the first'),
     ('ratio', {'first/ppo/policy/approxkl': 0.02}, 'policy is 0.02 nats'),
-    ('sampler', {'objective/sampler_difference': 0.2}, '0.200 nats a token'),
+    ('sampler', {'objective/sampler_difference': 0.2}, '0.200 nats per token'),
   ],
 )
 def test_what_must_hold_exactly_is_raised_at_once(name, changes, words):

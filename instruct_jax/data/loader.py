@@ -413,7 +413,8 @@ def pack_comparisons(
     num_responses = -(-int(counts.max()) // 8) * 8
   elif counts.max() > num_responses:
     raise ValueError(
-      f'{counts.max()} completion tokens in one row; num_responses is {num_responses}'
+      f'{counts.max()} completion tokens in one row; num_responses is '
+      f'{num_responses}'
     )
   places = rows[order], _ranges(counts)
   where = np.zeros((num_rows, num_responses), np.int32)
@@ -483,7 +484,8 @@ def answer_rows(
   longest = max(map(len, rows), default=0)
   if longest > length:
     raise ValueError(
-      f'a prompt with its answer has {longest} tokens, but rows have only {length}'
+      f'a prompt with its answer has {longest} tokens, but rows have only '
+      f'{length}'
     )
   return _padded(rows, length, pad_id)
 

@@ -707,8 +707,8 @@ def _record_problems(
     first = line_of_id.setdefault(values['id'], number)
     if first != number:
       return (
-        f"'id' {_shown(values['id'])} is already that of line {first}; ids must "
-        'be distinct'
+        f"'id' {_shown(values['id'])} is already that of line {first}; ids "
+        'must be distinct'
       )
   return '; '.join(found)
 
