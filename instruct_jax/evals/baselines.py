@@ -17,11 +17,11 @@ import scipy.sparse
 
 from instruct_jax.data import records
 
-# Words and single marks: "Cocum's pub." -> cocum's, pub, "."
+# Words and single punctuation marks: "Cocum's pub." -> cocum's, pub, "."
 _WORD = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
-# The most frequent words are kept, if they occur at least so often.
+# How many of the most frequent words are kept, and how often each must occur.
 _MAX_WORDS, _MIN_COUNT = 1000, 2
-# About ten steps suffice in general.
+# About ten steps usually suffice.
 _MAX_NEWTON_STEPS = 50
 # Share of the prompts on which `choose_l2` measures the loss.
 _HELD_OUT = 0.2
@@ -150,7 +150,7 @@ def fit_bag_of_words(
     (word for word, count in frequencies.items() if count >= _MIN_COUNT),
     key=lambda word: (-frequencies[word], word),
   )[:_MAX_WORDS]
-  # If several labelers ranked the same answers, a pair of texts comes once,
+  # If several labelers ranked the same answers, a pair of texts is kept once,
   # with how often its first text won and how often it lost.
   numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
   labeled = np.array([numbers[text] for text in texts])[
@@ -185,7 +185,7 @@ def fit_bag_of_words(
     hessian = (differences.T @ curvature @ differences).toarray()
     hessian += l2 * np.eye(len(vocabulary))
     step = np.linalg.solve(hessian, gradient)
-    # Half of gradient·step is what a Newton step gains to second order.
+    # A Newton step gains half of gradient·step, to second order.
     if gradient @ step < 1e-12 * (1 + value):
       break
     size = 1.0
@@ -211,13 +211,13 @@ def cross_fitted(
   """Scores of each comparison by a judge that learned from the others.
 
   Prompts are dealt to folds at random; a fold is scored by what was fitted to
-  all other folds. So these judges know the data set, as a reward model need
-  not: they show what the set gives away.
+  all other folds. Unlike some reward models, these judges have thus learned
+  from the same data set: they show what its answers give away.
 
   Args:
     fit_fn: say `fit_length`.
     comparisons: to score.
-    num_folds: at the most; there is at least one prompt in each.
+    num_folds: at most; each fold has at least one prompt.
 
   Returns:
     Per comparison, the scores of its completions [C].

@@ -5,8 +5,8 @@
   mt_bench      MT-Bench (Zheng et al. 2023): questions of two turns, graded
                 from 1 to 10, or compared with a baseline (pairwise)
   arena_hard    Arena-Hard (Li et al. 2024), both versions of its files: win
-                rate against a baseline; clear verdicts count three times. Of
-                version 2 each category has its own baseline, and its own system
+                rate against a baseline; clear verdicts count three times. In
+                version 2 each category has its own baseline and its own system
                 prompt for the judge
 
 Questions, layouts of the judge's prompt and recorded answers are upstream's own
@@ -29,7 +29,7 @@ from instruct_jax.data import records, sources
 from instruct_jax.evals import chat_judge, win_rate
 
 BENCHMARKS = ('alpaca_eval', 'mt_bench', 'arena_hard')
-# Of MT-Bench, by category; others are sampled at `_TEMPERATURE`.
+# Sampling temperatures by category; others use `_TEMPERATURE`.
 _TEMPERATURES = {
   'mt_bench': {
     **dict.fromkeys(('writing', 'roleplay'), 0.7),
@@ -40,19 +40,19 @@ _TEMPERATURES = {
   'arena_hard': {},
 }
 _TEMPERATURE = {'mt_bench': 0.7, 'alpaca_eval': 0.7, 'arena_hard': 0.0}
-# MT-Bench's layouts are for these.
+# The most turns that MT-Bench's layouts support.
 _MAX_TURNS = 2
 # Categories of MT-Bench whose judge sees a reference answer.
 _REFERENCED = ('math', 'reasoning', 'coding')
 # Weight of Arena-Hard's clear verdicts.
 _CLEAR = 3
-# Weights of AlpacaEval's two gamed baselines together, and strengths of the
-# penalty that are tried.
+# Total weight of AlpacaEval's two gamed baselines, number of folds, and penalty
+# strengths to try.
 _GAMED_WEIGHT, _NUM_FOLDS = 0.2, 5
 _STRENGTHS = np.logspace(-4, 4, 10)
-# Refits for an interval.
+# Bootstrap refits per interval.
 _NUM_REFITS = 200
-# Newton's steps and the sweeps in each; a few suffice.
+# Limits on Newton steps and on the sweeps in each; a few suffice.
 _MAX_STEPS, _MAX_SWEEPS = 100, 1000
 _ONE_RATING = tuple(
   map(re.compile, (r'\[\[(\d+\.?\d*)\]\]', r'\[(\d+\.?\d*)\]'))
@@ -61,7 +61,7 @@ _ONE_RATING = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """One question; `id` is a number or a text, as in the file."""
+  """One question; `id` is the file's, or its position for AlpacaEval."""
 
   id: int | str
   turns: tuple[str, ...]
@@ -79,8 +79,9 @@ class Request:
 
   Attributes:
     messages: of the chat.
-    about: what it is about: keys of the row that it becomes part of.
-    is_swapped: whether the model's answer comes first.
+    about: what it is about, as fields for the row of its judgement.
+    is_swapped: whether the order is swapped: the model's answer comes first,
+      except in MT-Bench's pairs, where it then comes second.
   """
 
   messages: list[dict[str, str]]
@@ -126,12 +127,12 @@ def read_questions(name: str, path: epath.PathLike) -> list[Question]:
   """The questions of a benchmark's own file.
 
   Raises:
-    records.RecordError: names file, entry and field.
+    records.RecordError: a bad entry; names file, entry and field.
   """
   found = []
   for number, (place, row) in enumerate(_rows(path)):
     if name == 'alpaca_eval':
-      # Upstream's difficulties go by position.
+      # Upstream's difficulties are indexed by position.
       turns = (_get(row, place, 'instruction', str),)
       found.append(Question(number, turns, str(row.get('dataset', '')), row))
       continue
@@ -178,10 +179,10 @@ def _answer_of(name: str, row: Mapping[str, Any], place: str):
 def read_answers(
   name: str, path: epath.PathLike, questions: Sequence[Question]
 ) -> Answers:
-  """Recorded answers to these questions, as upstream writes them.
+  """Reads recorded answers to these questions, as upstream writes them.
 
-  Of several answers to one question the last counts; of an instruction that is
-  asked twice, the one at its place in the file.
+  If a question has several answers, the last counts. An AlpacaEval instruction
+  that occurs twice takes the answer at its own position in the file.
 
   Raises:
     records.RecordError: a bad entry, or a question without an answer to each of
@@ -207,7 +208,7 @@ def read_answers(
 def answer_rows(
   name: str, model: str, questions: Sequence[Question], answers: Answers
 ) -> list[dict[str, Any]]:
-  """Answers as upstream's files have them."""
+  """Answers as rows of upstream's files."""
   rows = []
   for question in questions:
     turns = list(answers[question.id])
@@ -232,7 +233,7 @@ def answer_rows(
 
 
 def temperature(name: str, category: str) -> float:
-  """At which the authors sample answers; a choice for AlpacaEval."""
+  """The authors' sampling temperature; our choice for AlpacaEval."""
   return _TEMPERATURES[name].get(category, _TEMPERATURE[name])
 
 
@@ -245,15 +246,15 @@ def needs_reference(question: Question) -> bool:
 
 
 def read_layout(name: str, path: epath.PathLike) -> Any:
-  """The published layout of the judge's prompt.
+  """Reads the published layout of the judge's prompt.
 
-  AlpacaEval's text file with <|im_start|> blocks, MT-Bench's
-  judge_prompts.jsonl (by name), Arena-Hard's YAML with `prompt_template`,
-  `regex_pattern` (version 2: `regex_patterns`) and `system_prompt`, which may
-  be a text for each category.
+  This is AlpacaEval's text file with <|im_start|> blocks, MT-Bench's
+  judge_prompts.jsonl (returned by name), or Arena-Hard's YAML with
+  `prompt_template`, `regex_pattern` (version 2: `regex_patterns`) and
+  `system_prompt`, which may be a text for each category.
 
   Raises:
-    records.RecordError: it is not of that form.
+    records.RecordError: it does not have that form.
   """
   if name == 'alpaca_eval':
     text = records.read_text(path)
@@ -320,7 +321,7 @@ def read_layout(name: str, path: epath.PathLike) -> Any:
 
 
 def _system_prompt(layout: Mapping[str, Any], category: str) -> str:
-  """Arena-Hard's, of the category if there are several."""
+  """Arena-Hard's system prompt, for the category if there are several."""
   system = layout['system_prompt']
   if isinstance(system, str):
     return system
@@ -342,7 +343,7 @@ def _filled(template: str, values: Mapping[str, str], where: str) -> str:
 
 
 def alpaca_requests(layout, model, questions, answers, baseline, seed):
-  """One request a question; which answer comes first depends on the seed."""
+  """One request per question; the seed decides which answer comes first."""
   requests = []
   for question in questions:
     ours, theirs = answers[question.id][0], baseline[question.id][0]
@@ -354,7 +355,7 @@ def alpaca_requests(layout, model, questions, answers, baseline, seed):
     messages = [
       {
         'role': role,
-        # At once: an answer may spell the mark of another.
+        # In one pass: an answer may contain another placeholder.
         'content': re.sub(
           r'\{(instruction|output_1|output_2)\}',
           lambda mark, values=values: values[mark[1]],
@@ -371,7 +372,7 @@ def alpaca_requests(layout, model, questions, answers, baseline, seed):
 
 
 def mt_requests(layout, model, questions, answers, references, baseline=None):
-  """A request a turn; for pairs (with a baseline) two, in both orders.
+  """One request per turn; for pairs (with a baseline) two, in both orders.
 
   The first turn is judged alone, the second with the first before it.
   """
@@ -421,7 +422,7 @@ def mt_requests(layout, model, questions, answers, references, baseline=None):
 
 
 def arena_requests(layout, model, questions, answers, baseline):
-  """Two requests a question: the baseline first, then the model first."""
+  """Two requests per question: the baseline first, then the model first."""
   requests = []
   for question in questions:
     system = _system_prompt(layout, question.category)
@@ -446,19 +447,19 @@ def arena_requests(layout, model, questions, answers, baseline):
 
 
 def _said(reply: Any) -> str:
-  """The text of a reply without its reasoning, which names all verdicts."""
+  """The text of a reply without its reasoning, which may name any verdict."""
   return chat_judge.without_reasoning(chat_judge.content_of(reply)).strip()
 
 
 def read_alpaca(reply: Any) -> float:
   """Preference, from 1 (the first output) to 2, as AlpacaEval 2 weighs it.
 
-  2 minus the share of 'm' in the probability of 'm' and 'M', where the service
-  gives these for the first token, which must not be one of reasoning; otherwise
-  by the last of the two in the text.
+  This is 2 minus the share of 'm' in the probability of 'm' and 'M', if the
+  service gives these for the first token and the reply has no reasoning.
+  Otherwise the last 'm' or 'M' in the text decides.
 
   Raises:
-    ValueError: there is neither.
+    ValueError: the reply has neither.
   """
   try:
     top = reply['choices'][0]['logprobs']['content'][0]['top_logprobs']
@@ -477,7 +478,7 @@ def read_alpaca(reply: Any) -> float:
 
 
 def read_grade(reply: Any) -> float:
-  """The number in [[ ]], or in [ ]; ValueError without."""
+  """The number in [[ ]], or in [ ]; ValueError if there is none."""
   text = _said(reply)
   for pattern in _ONE_RATING:
     if match := pattern.search(text):
@@ -486,7 +487,7 @@ def read_grade(reply: Any) -> float:
 
 
 def read_winner(reply: Any) -> str:
-  """'A', 'B' or 'tie', of [[A]], [[B]], [[C]]; ValueError without."""
+  """'A', 'B' or 'tie' for [[A]], [[B]], [[C]]; ValueError if none is there."""
   text = _said(reply)
   for mark, winner in (('[[A]]', 'A'), ('[[B]]', 'B'), ('[[C]]', 'tie')):
     if mark in text:
@@ -497,11 +498,11 @@ def read_winner(reply: Any) -> str:
 def read_label(reply: Any, layout: Mapping[str, Any]) -> str:
   """Arena-Hard's verdict, such as A>>B.
 
-  As upstream's code of the two versions does: several different verdicts are
-  none, or the last of them counts (`takes_last`).
+  Follows upstream's code: in version 1, several different verdicts count as
+  none; in version 2 (`takes_last`), the last one counts.
 
   Raises:
-    ValueError: there is none.
+    ValueError: there is no verdict.
   """
   text = _said(reply)
   for pattern in layout['patterns']:
@@ -518,7 +519,7 @@ def read_label(reply: Any, layout: Mapping[str, Any]) -> str:
 
 
 def _label_scores(label: str) -> list[float] | None:
-  """Scores of A for a label, repeated if the verdict is clear."""
+  """A's score for a label, repeated if it is clear; None for other labels."""
   match = re.fullmatch(r'([AB])(>>|>|=|<|<<)([AB])', label)
   if not match or match[1] == match[3]:
     return None
@@ -532,7 +533,7 @@ def _label_scores(label: str) -> list[float] | None:
 
 
 def alpaca_rows(requests, values, texts, generator, annotator):
-  """annotations.json; the preference is for output_2, the model's."""
+  """Rows of annotations.json; the preference is for output_2, the model's."""
   rows = []
   for request, value, text in zip(requests, values, texts, strict=True):
     if value is not None and request.is_swapped:
@@ -573,7 +574,7 @@ def mt_rows(requests, values, texts, judge, generator=None):
 
 
 def arena_rows(requests, values, texts, judge, generator):
-  """Lines of model_judgment/JUDGE/MODEL.jsonl, of the questions' version."""
+  """Lines of model_judgment/JUDGE/MODEL.jsonl, in the questions' version."""
   rows = []
   for start in range(0, len(requests), 2):
     about, games = requests[start].about, []
@@ -600,8 +601,11 @@ def arena_rows(requests, values, texts, judge, generator):
 
 @dataclasses.dataclass(frozen=True)
 class Gamed:
-  """AlpacaEval's df_gamed.csv: a baseline that was told to be terse, and one
-  that was told to be verbose, and how hard each instruction is."""
+  """The content of AlpacaEval's df_gamed.csv.
+
+  It has preferences for two gamed baselines, one instructed to be terse and one
+  to be verbose, and the difficulty of each instruction.
+  """
 
   index: np.ndarray  # [n] number of the instruction.
   preference: np.ndarray  # [n] 0 to 1; NaN if there is none.
@@ -613,7 +617,7 @@ def read_gamed(path: epath.PathLike) -> Gamed:
   """Reads df_gamed.csv.
 
   Raises:
-    records.RecordError: a column is missing, or a cell is no number.
+    records.RecordError: a column is missing, or a cell is not a number.
   """
   columns = ('index', 'preference', 'std_delta_len', 'instruction_difficulty')
   found = collections.defaultdict(list)
@@ -643,7 +647,7 @@ def fit_lasso(
   strength: float,
   start: np.ndarray | None = None,
 ) -> np.ndarray:
-  """Logistic regression on shares with an L1 penalty, as liblinear states it.
+  """Logistic regression on fractions with an L1 penalty, in liblinear's form.
 
   Minimises |θ|₁ + C Σ w [y log(1 + e^-z) + (1 - y) log(1 + e^z)], z = design θ,
   by Newton's method: each step minimises the quadratic approximation together
@@ -681,8 +685,7 @@ def fit_lasso(
 
 
 def _penalised_step(theta, gradient, hessian):
-  """The d of least gradient·d + d·hessian·d / 2 + |θ + d|₁, one number at a
-  time."""
+  """Minimises gradient·d + d·hessian·d / 2 + |θ + d|₁ by coordinate descent."""
   step, slope = np.zeros_like(theta), gradient.copy()
   for _ in range(_MAX_SWEEPS):
     largest = 0.0
@@ -705,8 +708,8 @@ def choose_strength(
 ) -> float:
   """The C with the lowest weighted log loss over five folds.
 
-  Rows are dealt to the folds in turn; upstream's folds depend on how a library
-  sorts equal numbers.
+  Rows are dealt to the folds in turn. Upstream's folds differ: they depend on
+  how a library sorts equal numbers.
   """
   folds = np.arange(len(y)) % _NUM_FOLDS
   losses = np.zeros((len(_STRENGTHS), _NUM_FOLDS))
@@ -742,23 +745,23 @@ def length_controlled(
 
   A logistic regression of the preference on tanh of the difference of lengths
   (in standard deviations), the instruction's difficulty, and a constant. The
-  two gamed baselines are rows without the constant, of weight 0.2 together. The
-  rate is the mean prediction at equal lengths. The penalty's strength is chosen
-  by folds (`choose_strength`).
+  two gamed baselines are rows without the constant, with a total weight of 0.2.
+  The rate is the mean prediction at equal lengths. The penalty's strength is
+  chosen by cross-validation (`choose_strength`).
 
   Args:
-    index: [n] of the instructions in the benchmark's file.
+    index: [n] positions of the instructions in the benchmark's file.
     preference: [n] for the model, 0 to 1; NaN if it is not known. Such an
       instruction is predicted, as upstream does, but not learned from.
     lengths: [n, 2] characters of the baseline's and of the model's answers.
     gamed: the published file.
 
   Returns:
-    The rate, 0 to 1; its interval redraws instructions at the same strength.
+    The rate, 0 to 1; its interval resamples instructions at the same strength.
 
   Raises:
-    ValueError: an instruction that the file does not have, or all answers are
-      as much longer.
+    ValueError: the file lacks an instruction, or the differences of lengths do
+      not vary.
   """
   check_difficulties(index, gamed)
   pairs = zip(gamed.index.tolist(), gamed.difficulty.tolist(), strict=True)
@@ -803,7 +806,7 @@ def measure_alpaca(
   gamed: Gamed | None,
   num_bootstrap: int,
 ) -> dict[str, Any]:
-  """Win rate and, with `gamed`, the length-controlled one; characters."""
+  """Win rate, with `gamed` also length-controlled, and mean characters."""
   index = [request.about['index'] for request in requests]
   preference = np.array(
     [
@@ -833,9 +836,10 @@ def measure_mt(
   rows: Sequence[Mapping[str, Any]],
   num_bootstrap: int,
 ) -> dict[str, Any]:
-  """Mean grade, or win rate, of all turns, of each turn and category.
+  """Mean grade, or win rate, over all turns, by turn and by category.
 
-  A pair is won if both orders say so; other verdicts tie, and ties count half.
+  A pair is won or lost if both orders agree; otherwise it is a tie, which
+  counts half.
   """
   step = len(requests) // len(rows)
   values, unread = collections.defaultdict(list), 0
@@ -869,8 +873,11 @@ def measure_arena(
   rows: Sequence[Mapping[str, Any]],
   num_bootstrap: int,
 ) -> dict[str, Any]:
-  """Win rate over both games, of all questions and of each of several
-  categories; a question with an unread game is left out."""
+  """Win rate over both games, for all questions and for each category.
+
+  Categories are measured only if there are several. A question with an unread
+  game is left out.
+  """
   wins, counts, categories = [], [], []
   for request, row in zip(requests[::2], rows, strict=True):
     labels = [game['score'] for game in row['games']]
@@ -898,7 +905,7 @@ def measure_arena(
 
 
 def to_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
-  """JSONL."""
+  """The rows as JSONL."""
   return ''.join(
     json.dumps(row, ensure_ascii=False) + '\n' for row in rows
   ).encode()

@@ -75,7 +75,7 @@ class ChatJudge(judges.Judge):
   Args:
     config: with `endpoint`: the keys of `endpoint.Settings.of`, the `model`
       name that the endpoint knows, `max_tokens` of a reply, other keys of a
-      request (`body`), and prices for a million tokens.
+      request (`body`), and prices per million tokens.
     workdir: where the journal of all replies is kept.
   """
 
@@ -102,7 +102,7 @@ class ChatJudge(judges.Judge):
     read_body(config.endpoint.body)
 
   def compare(self, pairs: Sequence[judges.Pair]) -> list[list[judges.Verdict]]:
-    """One verdict a pair, without a preference if it cannot be parsed."""
+    """One verdict per pair; its preference is None if it cannot be parsed."""
     texts = [
       _COMPARE_TEXT.format(
         prompt=pair.prompt.text,
@@ -119,7 +119,7 @@ class ChatJudge(judges.Judge):
     ]
 
   def rate(self, answers: Sequence[judges.Answer]) -> list[list[judges.Rating]]:
-    """One rating an answer, or none if it cannot be parsed."""
+    """One rating per answer, or none if it cannot be parsed."""
     texts = [
       _RATE_TEXT.format(
         prompt=prompt.text,
@@ -132,11 +132,11 @@ class ChatJudge(judges.Judge):
     return [[] if rating is None else [rating] for rating in ratings]
 
   def account(self) -> dict[str, Any]:
-    """Requests, and tokens, cost and legibility of all replies so far.
+    """Requests so far, and tokens, cost and readability of their replies.
 
     This is the cost of the result, so it includes replies that an earlier run
-    paid for. A reply that could not be read was asked for again; a verdict or
-    rating is unread if no reply to it could be.
+    paid for. Unreadable replies are asked for again; a verdict or rating counts
+    as unread if none of its replies could be read.
     """
     replies, counts = [], collections.Counter()
     for kind, body, read in self._asked.values():
@@ -200,10 +200,10 @@ class ChatJudge(judges.Judge):
 
 
 def read_body(text: str) -> dict[str, Any]:
-  """The keys that a config adds to each request; '' is none.
+  """The keys that a config adds to each request; '' adds none.
 
   Raises:
-    ValueError: it is no JSON object, or replaces the messages.
+    ValueError: it is not a JSON object, or it replaces the messages.
   """
   try:
     found = json.loads(text or '{}')
@@ -221,7 +221,7 @@ def read_body(text: str) -> dict[str, Any]:
 def content_of(reply: Any) -> str:
   """The text of a reply; some services send it in parts.
 
-  Reasoning that a service sends apart stands before it, marked.
+  Reasoning that a service sends separately is put before it, in <think> marks.
   """
   message = reply['choices'][0]['message']
   content, reasoning = message.get('content'), _reasoning_of(message)
@@ -230,14 +230,14 @@ def content_of(reply: Any) -> str:
       part['text'] for part in content if part['type'] == 'text'
     )
   if content is None and reasoning:
-    content = ''  # It was cut before its answer.
+    content = ''  # The reply was cut off before its answer.
   if not isinstance(content, str):
     raise ValueError(f'the content is {content!r}')
   return f'<think>{reasoning}</think>{content}' if reasoning else content
 
 
 def _reasoning_of(message):
-  """What services call the reasoning of a message, or ''."""
+  """The reasoning of a message, under either of its usual keys, or ''."""
   found = message.get('reasoning_content') or message.get('reasoning')
   return found if isinstance(found, str) else ''
 

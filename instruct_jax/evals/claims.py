@@ -1,13 +1,13 @@
-"""What the paper claims, as rules that were fixed before they were run.
+"""The paper's claims, as rules that were fixed before any run.
 
-A claim holds on a seed by one or more margins: numbers that are positive where
-it is so, read off the stages of that seed's run (`configs/study.py`). Over
-seeds, each margin has Student's 95 % interval. The claim holds if every
-interval lies above zero, does not hold if one lies below, and is not told apart
-otherwise. Where a margin cannot be read on some seed, which may be one that
-diverged, the seed is named, and the claim cannot hold.
+A claim has one or more margins: numbers read from the stages of a seed's run
+(`configs/study.py`) that are positive if the claim is true there. Each margin
+has Student's 95 % interval over seeds. The claim holds if every interval lies
+above zero, does not hold if one lies below, and is otherwise undecided ("not
+told apart"). If a margin cannot be read on some seed, for example because its
+run diverged, the seed is named, and the claim cannot hold.
 
-Sections without a name are those of Ouyang et al. 2022.
+Section numbers without a source are those of Ouyang et al. 2022.
 """
 
 import collections
@@ -31,13 +31,13 @@ Points = Mapping[str, Sequence[tuple[float | str, float]]]
 
 # Tolerances, chosen beforehand; the paper prints none.
 SAME_ACCURACY = 0.01  # R4: reward models as good as each other.
-SMALL_DROP = 0.05  # R5: to labelers who were left out.
-ROUNDING = 1e-5  # R6: nats a pair.
-KEPT_GAIN = 0.8  # R10: of PPO's gain that PPO-ptx keeps.
-DIVERGED = 0.05  # R14: of the judge's score, lost from before RL.
-A_POINT = 0.011  # R19: of accuracy, with each doubling of the rankings.
-SAME_GAIN = 0.25  # R20: of the judge's mean gain, at equal KL.
-NO_WORSE = 0.2  # M1: of PPO's gain by the judge.
+SMALL_DROP = 0.05  # R5: of accuracy, on labelers who were left out.
+ROUNDING = 1e-5  # R6: of log-loss (nats per pair) and of accuracy.
+KEPT_GAIN = 0.8  # R10: share of PPO's gain that PPO-ptx keeps.
+DIVERGED = 0.05  # R14: drop of the judge's score below that before RL.
+A_POINT = 0.011  # R19: accuracy gained per doubling of the rankings.
+SAME_GAIN = 0.25  # R20: share of the judge's mean gain, at equal KL.
+NO_WORSE = 0.2  # M1: share of PPO's gain by the judge.
 
 
 def _read(path: epath.Path) -> Any:
@@ -45,7 +45,7 @@ def _read(path: epath.Path) -> Any:
 
 
 def _number(value: float | None) -> float:
-  """JSON's null is a number that was not finite."""
+  """NaN for JSON's null, which stands for a number that was not finite."""
   return math.nan if value is None else float(value)
 
 
@@ -62,7 +62,7 @@ class Seed:
 
   @functools.cached_property
   def summary(self) -> dict[str, Any]:
-    """Of the last stage, which judges all policies."""
+    """summary.json of the last stage, which judges all policies."""
     return _read(self.folder / self.stages[-1] / 'summary.json')
 
   def sweep(self, name: str) -> dict[float, str]:
@@ -83,15 +83,15 @@ class Seed:
     return self.summary['everyone'][model]['win rate']['rate']
 
   def loss(self, model: str) -> float:
-    """Held-out pretraining loss, nats a token."""
+    """Held-out pretraining loss, nats per token."""
     return _number(self.summary['pretraining_loss'][model])
 
   def kl(self, model: str) -> float:
-    """From the RL initialisation, nats a response."""
+    """KL from the RL initialisation, nats per response."""
     return _number(self.summary['kl'][model])
 
   def entropy(self, model: str) -> float:
-    """Of the two sentences of a minimal pair, bits; mean over pairs."""
+    """Entropy over a minimal pair's two sentences, bits; mean over pairs."""
     done = _read(self.folder / 'minimal_pairs' / 'done.json')
     scores = done['info']['scores']
     return scores[f'{model} winogender basic prompt entropy']
@@ -101,7 +101,7 @@ class Seed:
     return _read(self.folder / stage / 'results.json')
 
   def epochs(self, stage: str) -> list[dict[str, Any]]:
-    """Loss and score after each epoch, of a stage `select`."""
+    """Loss and score after each epoch, from a `select` stage."""
     return _read(self.folder / stage / 'epochs.json')
 
   def frontier(self, stage: str) -> dict[str, list[dict[str, Any]]]:
@@ -111,11 +111,11 @@ class Seed:
 
   @property
   def stages(self) -> list[str]:
-    """All of its run, in order."""
+    """All stages of its run, in order."""
     return list(self.config['stage_order'])
 
   def seconds(self, stage: str) -> float:
-    """That a stage took."""
+    """How long a stage took."""
     return float(_read(self.folder / stage / 'seconds.json'))
 
 
@@ -125,9 +125,9 @@ class Panel:
 
   Attributes:
     x, y: labels of the axes.
-    points: on a seed.
-    kind: 'values' have the same x on every seed; 'curves' are read between
-      their points; 'pairs' are x and y of the same things on every seed.
+    points: reads the points of a seed.
+    kind: 'values' have the same x on every seed; 'curves' are interpolated
+      between points; 'pairs' are x and y of the same things on every seed.
   """
 
   x: str
@@ -142,11 +142,11 @@ class Claim:
 
   Attributes:
     text: what is claimed.
-    source: where.
-    rule: what has to be so here, in words.
+    source: where it is claimed.
+    rule: what counts as true here, in words.
     needs: sweeps and chains of `configs/study.py` that it reads.
-    margins: what the rule is about -> its margin on a seed.
-    panels: of the figure.
+    margins: name -> function that reads the margin of a seed.
+    panels: panels of its figure.
   """
 
   text: str
@@ -159,9 +159,9 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Margin:
-  """Of each seed on which it could be read, and their mean with its interval.
+  """A margin on each seed where it could be read, with mean and interval.
 
-  `missing` has the reason for each of the others.
+  `missing` has the reason for each of the other seeds.
   """
 
   values: tuple[float, ...]
@@ -171,16 +171,16 @@ class Margin:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """A claim's margins, and what follows."""
+  """A claim's margins, and the verdict from them."""
 
   margins: Mapping[str, Margin]
   text: str
 
 
 def measured(fn: Callable[[Seed], Any], seed: Seed) -> tuple[Any, str]:
-  """What a function reads off a seed, and ''; or None and why it cannot.
+  """(what a function reads from a seed, ''), or (None, why it cannot).
 
-  A run that diverged has null for numbers, too few points, or no figure.
+  A run that diverged has nulls for numbers, too few points, or no figure.
   """
   try:
     found = fn(seed)
@@ -220,20 +220,20 @@ def verdict(claim: Claim, seeds: Sequence[Seed]) -> Verdict:
 
 
 def _ends(seed, sweep) -> tuple[str, str]:
-  """The stages of the smallest and of the largest value."""
+  """The stages of a sweep's smallest and largest values."""
   stages = list(seed.sweep(sweep).values())
   return stages[0], stages[-1]
 
 
 def _against(sweep: str, read: Callable[[Seed, str], float]):
-  """Points: what is read of each stage of a sweep, against its value."""
+  """Points: what `read` gives for each stage of a sweep, against its value."""
   return lambda seed: {
     '': [(x, read(seed, stage)) for x, stage in seed.sweep(sweep).items()]
   }
 
 
 def _of(names: Sequence[str], read: Callable[[Seed, str], float]):
-  """Points: one figure of each of some models or stages."""
+  """Points: what `read` gives for each of these models or stages."""
   return lambda seed: {'': [(name, read(seed, name)) for name in names]}
 
 
@@ -246,7 +246,7 @@ def _log_loss(seed: Seed, stage: str) -> float:
 
 
 def _best_epoch(seed: Seed) -> tuple[dict[str, Any], dict[str, Any]]:
-  """The epoch of least validation loss, and the last, of long SFT."""
+  """The epoch of lowest validation loss and the last epoch, in long SFT."""
   rows = seed.epochs('select_long')
   return min(rows, key=lambda row: row['valid_loss']), rows[-1]
 
@@ -258,11 +258,11 @@ def _epoch_points(key: str) -> Callable[[Seed], Points]:
 
 
 def _undominated(seed: Seed) -> float:
-  """How far the best KL coefficient stays behind PPO-ptx, in the worse of tax
-  and reward; tax in units of PPO's own, reward in units of PPO's gain.
+  """How far the best KL coefficient falls short of PPO-ptx.
 
-  A loss below that before RL is further training on such text, for which
-  PPO-ptx gets no credit.
+  This is the worse of two shortfalls: in tax, in units of PPO's tax, and in
+  reward, in units of PPO's gain. PPO-ptx gets no credit for a loss below that
+  before RL, which comes from further training on such text.
   """
   tax = seed.loss('ppo') - seed.loss('rl_init')
   reached = max(seed.loss('ppo_ptx'), seed.loss('rl_init'))
@@ -285,15 +285,16 @@ def _pareto_points(seed: Seed) -> Points:
 
 
 def _at_rate(seed: Seed, sweep: str) -> dict[float, float]:
-  """Learning rate, in units of the stage's own -> the judge's score of the last
-  weights."""
+  """Multiple of the learning rate -> the judge's score of the last weights."""
   stages = seed.sweep(sweep).items()
   return {factor: seed.judge(f'{stage}_policy') for factor, stage in stages}
 
 
 def _threshold(seed: Seed, sweep: str) -> float:
-  """log of the largest learning rate, in units of the stage's own, up to which
-  no run diverges; 0 is below all."""
+  """log of twice the largest multiple of the learning rate that still works.
+
+  No run diverges up to it; 0 if even the smallest multiple diverges.
+  """
   least, reached = seed.judge('rl_init') - DIVERGED, 0.0
   for factor, score in _at_rate(seed, sweep).items():
     if not score >= least:  # NaN as well.
@@ -303,7 +304,7 @@ def _threshold(seed: Seed, sweep: str) -> float:
 
 
 def _tolerance(seed: Seed) -> float:
-  """log of the ratio of the rates that PPO-ptx and PPO bear.
+  """log of the ratio of the learning rates that PPO-ptx and PPO tolerate.
 
   Raises:
     ValueError: neither diverges on the grid.
@@ -328,7 +329,7 @@ def _drop(seed: Seed) -> float:
 
 
 def _along(seed: Seed, sweep: str) -> dict[float, list[tuple[float, ...]]]:
-  """Value of a sweep -> (KL, reward model's gain, judge's) along RL."""
+  """Value of a sweep -> (KL, reward model's gain, judge's gain) during RL."""
   found = {}
   for value, stage in seed.sweep(sweep).items():
     (name,) = set(seed.frontier(stage)) - {'best of n'}
@@ -340,8 +341,10 @@ def _along(seed: Seed, sweep: str) -> dict[float, list[tuple[float, ...]]]:
 
 
 def _thirds(seed: Seed, column: int) -> list[float]:
-  """Means of the reward model's gain (1) or the judge's (2) over each third of
-  the snapshots, with the fewest rankings."""
+  """Mean gain over each third of the snapshots, with the fewest rankings.
+
+  `column` is 1 for the reward model's gain, 2 for the judge's.
+  """
   points = next(iter(_along(seed, 'overopt').values()))
   third = len(points) // 3
   if not third:
@@ -351,20 +354,22 @@ def _thirds(seed: Seed, column: int) -> list[float]:
 
 
 def _fallen(seed: Seed) -> float:
-  """How far the judge's gain ends below the better of the thirds before."""
+  """Drop of the judge's gain from the better earlier third to the last."""
   first, middle, last = _thirds(seed, 2)
   return max(first, middle) - last
 
 
 def _proxy_risen(seed: Seed) -> float:
-  """How far the reward model's gain ends above that of the middle third."""
+  """Rise of the reward model's gain from the middle third to the last."""
   _, middle, last = _thirds(seed, 1)
   return last - middle
 
 
 def _peak_points(sweep: str) -> Callable[[Seed], Points]:
-  """The judge's highest gain along RL, of three neighbouring snapshots' mean,
-  against the sweep's value."""
+  """Points: the judge's highest gain during RL against the sweep's value.
+
+  The highest gain is the highest mean of three neighbouring snapshots.
+  """
 
   def peak(points):
     gains = np.array([gold for _, _, gold in points])
@@ -376,16 +381,16 @@ def _peak_points(sweep: str) -> Callable[[Seed], Points]:
 
 
 def _higher_peak(seed: Seed, sweep: str) -> float:
-  """The judge's highest gain at the sweep's largest value over its smallest."""
+  """The judge's highest gain at a sweep's largest value minus its smallest."""
   (_, first), *_, (_, last) = _peak_points(sweep)(seed)['']
   return last - first
 
 
 def _errors(seed: Seed) -> dict[str, float]:
-  """Mean squared errors in foretelling the judge's gain in the second half of
-  the snapshots, by KL, from the first.
+  """Mean squared errors of predictions of the judge's gain at higher KL.
 
-  'curve' is Gao et al.'s, 'line' is one in √KL, 'quadratic' one in it.
+  Functions fitted to the half of the snapshots with lower KL predict the other
+  half: 'curve' is Gao et al.'s for RL, 'line' and 'quadratic' are in √KL.
   """
   errors, number = collections.Counter(), 0
   curves = [
@@ -414,15 +419,15 @@ def _errors(seed: Seed) -> dict[str, float]:
 
 
 def _extrapolated(seed: Seed, other: str) -> float:
-  """log of how many times smaller the curve's error is than another one's."""
+  """log of another function's error divided by the curve's error."""
   errors = _errors(seed)
   return math.log(errors[other] / errors['curve'])
 
 
 def _curve(points: Sequence[tuple[float, ...]]) -> tuple[np.ndarray, ...]:
-  """(√KL, the judge's gain) along RL from the start, ascending.
+  """(√KL, the judge's gain) during RL from the start, ascending.
 
-  Gains go about like √KL, so that lines between snapshots are straight in it.
+  Gains grow roughly as √KL, so interpolation between snapshots is linear in it.
   """
   found = sorted((math.sqrt(p[0]), p[-1]) for p in points if p[0] > 0)
   return tuple(np.array([(0.0, 0.0), *found]).T)
@@ -431,8 +436,10 @@ def _curve(points: Sequence[tuple[float, ...]]) -> tuple[np.ndarray, ...]:
 def _along_points(
   sweep: str, name_fn: Callable[[float], str], column: int = 2
 ) -> Callable[[Seed], Points]:
-  """The judge's gain (2) or the reward model's (1) against KL, a series for
-  each value of a sweep."""
+  """Points: gain against KL, a series for each value of a sweep.
+
+  `column` is 1 for the reward model's gain, 2 for the judge's.
+  """
   return lambda seed: {
     name_fn(value): [(point[0], point[column]) for point in points]
     for value, points in _along(seed, sweep).items()
@@ -440,8 +447,11 @@ def _along_points(
 
 
 def _frontier_distance(seed: Seed) -> float:
-  """SAME_GAIN less the widest mean gap, at equal KL, between the judge's gains
-  of runs with different beta, as a share of their mean."""
+  """SAME_GAIN minus the widest gap between runs with different beta.
+
+  A gap is the mean difference of the judge's gains at equal KL, as a share of
+  their mean.
+  """
   curves = [_curve(p) for p in _along(seed, 'frontier').values()]
   gaps = [0.0]
   for first, second in itertools.combinations(curves, 2):
@@ -453,8 +463,7 @@ def _frontier_distance(seed: Seed) -> float:
 
 
 def _behind(seed: Seed, number: float) -> float:
-  """How far a method's mean gain stays behind PPO's, at equal KL, as a share of
-  that."""
+  """Shortfall of a method's mean gain at equal KL, as a share of PPO's gain."""
   curves = [_curve(_along(seed, 'methods')[x]) for x in (1.0, number)]
   at = np.linspace(0, min(curve[0].max() for curve in curves), 21)
   gains = [np.interp(at, *curve).mean() for curve in curves]
@@ -462,7 +471,7 @@ def _behind(seed: Seed, number: float) -> float:
 
 
 def _dpo_points(seed: Seed) -> list[tuple[float, float]]:
-  """(KL, the judge's gain) of DPO with each beta."""
+  """(KL, the judge's gain) of DPO for each beta."""
   start = seed.judge('rl_init')
   return sorted(
     (seed.kl(stage), seed.judge(stage) - start)
@@ -472,11 +481,13 @@ def _dpo_points(seed: Seed) -> list[tuple[float, float]]:
 
 
 def _over_dpo(seed: Seed) -> float:
-  """PPO's gain over DPO's, mean over the betas whose KL PPO reaches with a
-  tenth of its KL coefficient.
+  """PPO's gain minus DPO's at equal KL, mean over DPO's betas.
+
+  PPO runs with a tenth of its KL coefficient; betas whose KL it does not reach
+  are left out.
 
   Raises:
-    ValueError: it reaches none.
+    ValueError: PPO reaches the KL of none.
   """
   ppo = _curve(_along(seed, 'methods')[4.0])
   points = [(math.sqrt(max(0.0, kl)), gold) for kl, gold in _dpo_points(seed)]
@@ -487,24 +498,26 @@ def _over_dpo(seed: Seed) -> float:
 
 
 def _room_by_operations(seed: Seed, method: str) -> float:
-  """NO_WORSE less how far a method stays behind PPO after as many operations,
-  as a share of PPO's gain."""
+  """NO_WORSE minus a method's shortfall after as many operations as PPO.
+
+  The shortfall is a share of PPO's gain.
+  """
   ppo = seed.judge('ppo')
   behind = ppo - seed.judge(f'{method}_compute')
   return NO_WORSE - behind / abs(ppo - seed.judge('rl_init'))
 
 
 def _best_of_n(seed: Seed) -> list[tuple[float, float]]:
-  """(KL, the judge's gain) of best of n."""
+  """(KL, the judge's gain) of best of n, for each n."""
   rows = seed.frontier('frontier_ppo')['best of n']
   return [(row['kl']['mean'], row['gold']['mean']) for row in rows]
 
 
 def _best_of_n_over_ppo(seed: Seed) -> float:
-  """Best of n's gain over PPO's, mean over the n whose KL PPO reaches.
+  """Best of n's gain minus PPO's at equal KL, mean over the n PPO reaches.
 
   Raises:
-    ValueError: it reaches none.
+    ValueError: PPO reaches the KL of none.
   """
   ppo = _curve(_along(seed, 'methods')[1.0])
   gaps = [
@@ -529,8 +542,7 @@ def _method_points(seed: Seed) -> Points:
 def _detail(
   text: str, source: str, need: str, other: str, own: str = 'ppo'
 ) -> Claim:
-  """A detail of PPO that should make its answers better than those of `other`,
-  which lacks it."""
+  """The claim that a detail of PPO improves on `other`, which lacks it."""
   return Claim(
     text,
     source,
@@ -552,14 +564,14 @@ def _data_points(read: Callable[[Seed, str], float]):
 
 
 def _doubling(seed: Seed) -> float:
-  """Accuracy gained with each doubling of the rankings, by least squares."""
+  """Accuracy gained per doubling of the rankings, by least squares."""
   points = _data_points(_accuracy)(seed)['']
   numbers, accuracies = zip(*points, strict=True)
   return float(np.polyfit(np.log2(numbers), accuracies, 1)[0])
 
 
 def _mixed(seed: Seed, value: float) -> str:
-  """PPO-ptx from the RL initialisation with this share of pretraining."""
+  """The stage of PPO-ptx whose start has this share of pretraining data."""
   return seed.sweep('mix')[value]
 
 
@@ -1031,7 +1043,7 @@ CLAIMS = {
     'ppo',
     'ppo_ending',
   ),
-  # With a value model from the reward model a shift would cancel.
+  # With a value model that starts from the reward model, a shift would cancel.
   'D4': _detail(
     'a reward model with mean 0 on demonstrations, not on ranked answers, with '
     'a new head of the value model',
@@ -1056,7 +1068,7 @@ CLAIMS = {
 
 
 def chosen(text: str) -> list[str]:
-  """Names of claims from 'all', or 'R1+R10'.
+  """Names of claims from 'all' or a list like 'R1+R10'.
 
   Raises:
     ValueError: one is unknown.
@@ -1072,5 +1084,5 @@ def chosen(text: str) -> list[str]:
 
 
 def needs(names: Sequence[str]) -> list[str]:
-  """Sweeps and chains that some claims read, each once."""
+  """Sweeps and chains that these claims read, each once."""
   return list(dict.fromkeys(x for name in names for x in CLAIMS[name].needs))

@@ -40,8 +40,8 @@ class Settings:
   """How to send requests: POST with a JSON body.
 
   Retries follow a timeout, a lost connection, status 408, 409, 425, 429 or 5xx,
-  or a reply that is not JSON. The server's Retry-After header has precedence
-  over the wait, which doubles up to 60 seconds.
+  or a reply that is not JSON. The wait doubles with each try, unless the
+  server's Retry-After header sets it; either way it is at most 60 seconds.
   """
 
   url: str
@@ -52,12 +52,12 @@ class Settings:
   max_retries: int = 6
   first_wait: float = 1.0  # Seconds before the first retry.
   max_malformed: int = 1  # Further tries if a JSON reply cannot be parsed.
-  requests_per_minute: float = 0.0  # The most; 0 for no limit.
+  requests_per_minute: float = 0.0  # At most; 0 for no limit.
   num_workers: int = 4  # Requests in flight at the same time.
 
   @classmethod
   def of(cls, config: Any, **others: Any) -> 'Settings':
-    """The settings of a config that has keys for some of them, and others."""
+    """Settings from the keys of a config; `others` sets further fields."""
     keys = ('url', 'key_variable', 'timeout', 'max_retries')
     keys += ('requests_per_minute', 'num_workers')
     return cls(**{key: config[key] for key in keys}, **others)
@@ -85,7 +85,7 @@ class Counts:
   """Numbers of requests and replies."""
 
   asked: int = 0  # Distinct requests, including those in the journal.
-  remembered: int = 0  # Answered by the journal.
+  remembered: int = 0  # Answered from the journal.
   requests: int = 0  # Sent.
   retried: int = 0  # Sent again after a failure.
   malformed: int = 0  # Replies that could not be parsed.
@@ -98,7 +98,7 @@ class Endpoint:
   Args:
     settings: how to send.
     journal: JSONL file of all replies, created as needed. Incomplete lines,
-      as a killed run leaves them, are skipped.
+      such as a killed run leaves, are skipped.
     sleep, clock: replaced in tests.
 
   Raises:
@@ -253,7 +253,7 @@ def _read_journal(path: epath.Path) -> dict[str, list[Any]]:
   replies: dict[str, list[Any]] = {}
   if not path.exists():
     return replies
-  # A line may end within a character.
+  # A line may be cut off within a character.
   text = path.read_bytes().decode('utf-8', 'replace')
   for line in text.split('\n'):
     try:

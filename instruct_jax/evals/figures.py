@@ -44,7 +44,7 @@ class World:
   """The data that the models learned from."""
 
   about: str  # A sentence or two for the model card.
-  has_people: bool  # Whether people labeled them; otherwise programs did.
+  has_people: bool  # Whether people labeled it; otherwise programs did.
   # (Prompt, answer) -> label -> whether it holds.
   label_fn: _LabelFn | None = None
   # (Prompts, model -> answer to each) -> title -> rows of a further table.
@@ -69,9 +69,9 @@ class Rankings:
   # Share of the pairs ordered as by the labelers (paper 4.1), by scorer: the
   # reward model, the judge and trivial judges.
   accuracies: Mapping[str, preference_accuracy.Accuracy]
-  # Accuracy of the reward model less that of each other one, paired.
+  # Accuracy of the reward model minus that of each other scorer, paired.
   gaps: Mapping[str, win_rate.Interval] = _none()
-  # Of its labelers with one another (3.4).
+  # Agreement of its labelers with one another (3.4).
   agreement: preference_accuracy.Agreement | None = None
 
 
@@ -80,10 +80,10 @@ class RewardFigures:
   """How well the reward model orders pairs (paper 3.4, 4.1, E.2)."""
 
   rankings: Mapping[str, Rankings]  # By set; `accuracy` is of the first.
-  scorer: str = 'reward model'  # Its name among those who order the pairs.
+  scorer: str = 'reward model'  # Its name among the scorers.
   # The largest share of the first set's pairs that label noise allows, or None.
   ceiling: float | None = None
-  # Cross-validation, on labelers trained on and on the group left out.
+  # Cross-validation: on the labelers trained on, and on the group left out.
   intra: preference_accuracy.Spread | None = None
   inter: preference_accuracy.Spread | None = None
   # Rows of the stage's metrics.jsonl with 'step' and any of 'reward/loss'
@@ -92,16 +92,16 @@ class RewardFigures:
 
   @property
   def accuracy(self) -> preference_accuracy.Accuracy:
-    """On the first set."""
+    """Accuracy on the first set."""
     return next(iter(self.rankings.values())).accuracies[self.scorer]
 
   @property
   def agreement(self) -> preference_accuracy.Agreement | None:
-    """Of the people who ranked the first set, if several did."""
+    """Agreement of the people who ranked the first set, if several did."""
     return next(iter(self.rankings.values())).agreement
 
   def rows(self) -> list[tuple[str, Any]]:
-    """(what was measured, figure) of all that was measured."""
+    """(name, figure) of everything that was measured."""
     rows = [
       *(
         (f'accuracy, {name}', found.accuracies[self.scorer])
@@ -136,10 +136,8 @@ class Figures:
   versions: Mapping[str, str]  # By package.
   models: Sequence[str]  # Those with columns, in order.
   baseline: str  # One of them; the others are compared with it.
-  judge: (
-    str  # Who compared the answers, and that it is no person if it is none.
-  )
-  unit: str = 'judge'  # Of the judge's scores, a word for headings.
+  judge: str  # Who compared the answers; says so if that is not a person.
+  unit: str = 'judge'  # Unit of the judge's scores, for headings.
   has_places: bool = False  # Whether the judge saw both answers at once.
   outcomes: preferences.Outcomes
   alarms: Sequence[str] = ()  # One sentence each.
@@ -147,11 +145,11 @@ class Figures:
   # Model -> `judges.LIKERT` or label (Table 3) -> mean, clustered by prompt.
   ratings: _Intervals = _none()
   ratings_by_category: Mapping[str, _Intervals] = _none()  # By use case.
-  # Model -> rows of the metrics.jsonl of its RL stage, one an iteration, with
+  # Model -> rows of the metrics.jsonl of its RL stage, one per iteration, with
   # 'step' and any of 'objective/score', 'objective/kl' (nats per response),
   # 'eval/pretraining_loss' (nats per token), ...
   rl_metrics: Mapping[str, Sequence[MetricsRow]] = _none()
-  reference: str = ''  # The model that KL and losses are measured from.
+  reference: str = ''  # The model that KL and losses are relative to.
   # Model -> 'signed mean', 'k3': KL to the reference, nats per response.
   kl: Mapping[str, Mapping[str, win_rate.Number]] = _none()
   # Model -> loss on held-out pretraining text, nats per token.
@@ -159,28 +157,28 @@ class Figures:
   # Model -> its loss minus the reference's, or 'a – b' -> the difference of
   # two, paired by row.
   text_loss_difference: Mapping[str, win_rate.Interval] = _none()
-  # The same on other held-out text -> model.
+  # The same on other held-out text: its kind -> model -> loss.
   other_text_loss: _Intervals = _none()
   other_text_loss_difference: _Intervals = _none()
   reward_model: RewardFigures | None = None
   epochs: Mapping[str, Epochs] = _none()  # By model.
-  # Prompted model -> few-shot prefix -> score, and if it was chosen.
+  # Prompted model -> few-shot prefix -> score, and whether it was chosen.
   prefixes: Mapping[str, Rows] = _none()
   suite: _Intervals = _none()  # Public task, prompt and metric -> model.
-  suite_judges: Mapping[str, str] = _none()  # Of tasks that no rule can judge.
+  suite_judges: Mapping[str, str] = _none()  # For tasks that no rule can judge.
   tables: Mapping[str, Rows] = _none()  # Further tables, by title.
   prompts: Mapping[str, int] = _none()  # Counts: given, dropped, asked.
   settings: Mapping[str, Cell] = _none()  # Of sampling.
   asked: Rows = _none()  # Model -> how it was asked -> figure or text.
   asking: Mapping[str, Cell] = _none()  # Counts of verdicts, and their cost.
-  # Prompts with each model's answer, from `samples.side_by_side`; a larger
-  # number of them for report.html's filters.
+  # Prompts with each model's answer, from `samples.side_by_side`;
+  # `more_samples` has a larger number of them, for report.html's filters.
   samples: Sequence[samples_lib.Row] = ()
   more_samples: Sequence[samples_lib.Row] = ()
   world: World | None = None
-  parameters: Mapping[str, int] = _none()  # Their number, by model.
+  parameters: Mapping[str, int] = _none()  # Number of parameters, by model.
   trained: Mapping[str, Training] = _none()  # By stage.
-  seconds: Mapping[str, win_rate.Number] = _none()  # By stage, as they ran.
+  seconds: Mapping[str, win_rate.Number] = _none()  # By stage, in run order.
   data_sizes: Mapping[str, int] = _none()  # Records by data set.
   # Reason of data hygiene -> records dropped (paper A.1, A.2).
   hygiene: Mapping[str, Cell] = _none()

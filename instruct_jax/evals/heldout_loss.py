@@ -25,7 +25,7 @@ def heldout_loss(
   batch_size: int,
   progress: Callable[[int], None] | None = None,
 ) -> HeldoutLoss:
-  """Scores every row; rows that do not count fill up the last batch.
+  """Scores every row; the last batch is padded with rows that do not count.
 
   Args:
     logprobs_fn: jitted; maps a batch to log-probabilities [B, T] in nats.
@@ -34,7 +34,7 @@ def heldout_loss(
     progress: called with the number of rows of each batch once it is done.
 
   Raises:
-    ValueError: no token counts.
+    ValueError: no token enters the loss.
   """
   num_rows = rows.tokens.shape[0]
   sums, counts = np.zeros(num_rows), np.zeros(num_rows)
@@ -54,12 +54,12 @@ def heldout_loss(
 
 
 def interval(loss: HeldoutLoss) -> win_rate.Interval:
-  """Nats per token with the 95 % interval, redrawing rows."""
+  """Nats per token with the 95 % interval, resampling rows."""
   ids = range(len(loss.row_sums))
   return win_rate.ratio_interval(loss.row_sums, loss.row_counts, ids)
 
 
 def difference(loss: HeldoutLoss, other: HeldoutLoss) -> win_rate.Interval:
-  """Nats per token by which `loss` is higher, paired by row."""
+  """Nats per token by which `loss` exceeds `other`, paired by row."""
   sums = loss.row_sums - other.row_sums
   return win_rate.ratio_interval(sums, loss.row_counts, range(len(sums)))

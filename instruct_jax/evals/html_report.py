@@ -1,11 +1,10 @@
 """report.html: the report of a run as one file.
 
-Pictures are inside the file, and a content security policy forbids loading
+Pictures are embedded in the file, and a content security policy forbids loading
 anything. It allows only the file's own style and script, by their hashes, so
-no sample can run a script. The template escapes text of models and labelers. A
-plot is enlarged by its own address, `report.html#plot-win_rate`, and the
-address can also hold filters of the samples:
-`report.html#category=chat&search=fox`.
+no sample can run a script. The template escapes text of models and labelers.
+Each enlarged plot has an address, `report.html#plot-win_rate`, and the address
+can also hold filters of the samples: `report.html#category=chat&search=fox`.
 """
 
 import base64
@@ -22,7 +21,7 @@ import jinja2
 from instruct_jax.evals import figures, plots, samples, sections
 
 _FOLDER = pathlib.Path(__file__).parent / 'templates'
-# Longer texts are folded at first.
+# Longer texts are collapsed at first.
 _LONG = 400
 
 
@@ -97,7 +96,7 @@ def _picture(name: str, content: bytes) -> dict[str, Any]:
   width, height = struct.unpack('>II', content[16:24])
   return {
     'id': f'plot-{pathlib.PurePath(name).stem}',
-    # 100 pixels of the page an inch, independent of the resolution.
+    # 100 pixels of the page per inch, independent of the resolution.
     'width': round(100 * width / plots.DPI),
     'height': round(100 * height / plots.DPI),
     'content': base64.b64encode(content).decode('ascii'),

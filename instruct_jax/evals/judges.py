@@ -1,4 +1,4 @@
-"""The interface of judges, and people's rankings as one.
+"""The interface of judges, and a judge made of people's rankings.
 
 A judge is a class that the config names by its dotted name. It scores single
 answers, or compares two in the order in which they are shown. It may also rate
@@ -41,7 +41,7 @@ class Verdict:
   # For the answer shown first: 1, 0, or one half for a tie; None if the verdict
   # could not be parsed.
   preference: float | None
-  labeler: str = ''  # Nameless verdicts may be different people's.
+  labeler: str = ''  # Verdicts without a name may be different people's.
   # The judge's words, scores or ranks.
   raw: str = dataclasses.field(default='', compare=False)
 
@@ -57,7 +57,7 @@ class Rating:
 
 # An answer with its prompt.
 Answer = tuple[records.Prompt, Sample]
-# One number an answer, higher is better.
+# One number per answer, higher is better.
 ScoreFn = Callable[[Sequence[Answer]], Sequence[float]]
 
 
@@ -71,18 +71,18 @@ class Judge:
   """
 
   needs: ClassVar[tuple[str, ...]] = ()  # Config keys that must not be empty.
-  reads: ClassVar[tuple[str, ...]] = ()  # Those of them that are paths.
-  name: str  # Who judges, and that it is no person if it is none.
-  unit: ClassVar[str] = 'judge'  # Of its scores, a word for headings.
+  reads: ClassVar[tuple[str, ...]] = ()  # Those of `needs` that are paths.
+  name: str  # Who judges; says so if that is not a person.
+  unit: ClassVar[str] = 'judge'  # Unit of its scores, for headings.
   # Whether labelers agree with its scores except for noise, so that no reward
-  # model can order more of their pairs.
+  # model can order more of their pairs correctly.
   is_ceiling: ClassVar[bool] = False
   # Whether it sees both answers at once, so that their order may matter.
   has_places: ClassVar[bool] = False
 
   def __init__(self, config: Any, workdir: epath.Path, mesh: Any):
     del config, workdir, mesh
-    # Called with how many further pairs or answers are judged.
+    # Called with the number of further pairs or answers that were judged.
     self.progress: Callable[[int], None] = lambda number: None
 
   @classmethod
@@ -106,11 +106,11 @@ class Judge:
     return cls.score is not Judge.score
 
   def score(self, answers: Sequence[Answer]) -> Sequence[float]:
-    """One finite number an answer, higher is better."""
+    """One finite number per answer, higher is better."""
     raise NotImplementedError
 
   def compare(self, pairs: Sequence[Pair]) -> list[list[Verdict]]:
-    """The verdicts on each pair: none without an opinion, several of people.
+    """The verdicts on each pair: none without an opinion, several from people.
 
     The default compares the answers' `score_judge`.
     """
@@ -132,7 +132,7 @@ class Judge:
     return {}
 
   def alarms(self) -> list[str]:
-    """Reasons not to trust it, from what was asked so far; a sentence each."""
+    """Reasons not to trust it, from the requests so far; a sentence each."""
     return []
 
 
@@ -147,7 +147,7 @@ class Account:
 
   pairs: int = 0
   unjudged: int = 0  # Pairs without a verdict in both orders by one judge.
-  # Verdicts on the other pairs that lack the same judge's in the other order.
+  # Verdicts on the other pairs without the same judge's in the other order.
   one_order: int = 0
   unparsed: int = 0  # Judgements with an order that could not be parsed.
   contradictions: int = 0  # Judgements whose two orders contradict.
@@ -245,11 +245,10 @@ class People(Judge):
   """Rankings by people: `records.Comparison` lines of a JSONL file.
 
   Prompts and answers are found by their text. Every ranking is a separate
-  judgement, because several of one prompt without a labeler's name may be
-  several people's. `metadata` may hold, one entry a completion: `likert`,
-  numbers 1 to 7 or null; `labels`, objects of label -> true or false. The
-  constructor raises `records.RecordError`, with the number, for a malformed
-  line.
+  judgement, because unnamed rankings of one prompt may be by different people.
+  `metadata` may hold, with one entry per completion: `likert`, numbers 1 to 7
+  or null; `labels`, objects of label -> true or false. The constructor raises
+  `records.RecordError`, with the number, for a malformed line.
   """
 
   needs = reads = ('rankings',)
@@ -259,7 +258,7 @@ class People(Judge):
     path = config.rankings
     comparisons = records.read_jsonl(path, records.Comparison)
     self._by_prompt = collections.defaultdict(list)
-    # The number is the line's, except for blank lines.
+    # This is the line number, unless there are blank lines.
     for number, comparison in enumerate(comparisons, start=1):
       _check_metadata(f'{path}: record {number}', comparison)
       self._by_prompt[comparison.prompt].append(comparison)

@@ -16,7 +16,7 @@ _SECONDS_PER_DAY = 86_400
 _MAX_WORSE = 8
 _PAPER_COMPUTE = 'SFT 4.9, PPO-ptx 60, GPT-3 pretraining 3,640 (paper 5.1)'
 _PAPER_AGREEMENT = '72.6 ± 1.5 % and 77.3 ± 1.3 %'
-# Key of a labeler in the labeling site's statistics.json -> head of its column.
+# Key of a labeler in the labeling site's statistics.json -> column heading.
 _LABELER_COLUMNS = {
   'name': 'labeler',
   'role': 'role',
@@ -36,7 +36,7 @@ def training_operations(
 ) -> float:
   """6 N D: forward and backward pass over D tokens (Kaplan et al. 2020).
 
-  With adapters 4 N D: the frozen weights have no gradient.
+  With adapters it is 4 N D, because the frozen weights have no gradient.
   """
   return (4.0 if has_adapters else 6.0) * num_parameters * num_tokens
 
@@ -51,11 +51,11 @@ def rl_operations(
   ptx_tokens: int | float,
   has_adapters: bool = False,
 ) -> float:
-  """Operations of an RL stage; 0 parameters for a model that it lacks.
+  """Operations of an RL stage; pass 0 parameters for a model that it lacks.
 
-  An episode is sampled, scored by the old and the reference policy, by the
-  value and the reward model (each one forward pass, 2 N D), and trained on by
-  policy and value model; `ptx_tokens` of text also train the policy.
+  Each episode is sampled and scored by the old policy, the reference policy,
+  the value model and the reward model, each one forward pass (2 N D). Policy
+  and value model train on it; the policy also trains on `ptx_tokens` of text.
   """
   tokens = num_episodes * tokens_per_episode
   forward = 3 * policy_parameters + reward_parameters + value_parameters
@@ -69,7 +69,7 @@ def rl_operations(
 
 
 def petaflop_days(operations: float) -> float:
-  """10^15 operations a second for a day, the paper's unit (5.1)."""
+  """Converts to days at 10^15 operations per second, the paper's unit (5.1)."""
   return operations / (1e15 * _SECONDS_PER_DAY)
 
 
@@ -221,7 +221,7 @@ def _labelers(shown) -> list[sections.Part]:
 
 
 def _labeling(statistics: Mapping[str, Any]) -> list[sections.Part]:
-  """The labelers by the labeling site's export."""
+  """The labelers, from the labeling site's export."""
   rows = [
     ('labelers', statistics['num_labelers']),
     ('answers', statistics['num_answers']),
@@ -250,7 +250,7 @@ def _labeling(statistics: Mapping[str, Any]) -> list[sections.Part]:
 
 
 def _agreement(value: Any) -> Any:
-  """An agreement in words; other values as they are."""
+  """An agreement as text; other values unchanged."""
   if not isinstance(value, Mapping):
     return value
   found = preference_accuracy.Agreement(**value)
@@ -258,7 +258,7 @@ def _agreement(value: Any) -> Any:
 
 
 def _limitations(shown) -> list[str]:
-  """Of the models, from their own figures."""
+  """Limitations of the models, from their own figures."""
   found = []
   for model, rates in shown.labels().items():
     if model != shown.baseline:
@@ -296,7 +296,7 @@ def _limitations(shown) -> list[str]:
 
 
 def _method_limitations(shown) -> list[str]:
-  """Of the method, from the paper."""
+  """Limitations of the method, from the paper."""
   program = (
     'The judge is a program written with the data; that a policy pleases it '
     'says nothing about people.'

@@ -17,10 +17,10 @@ KINDS = ('best_of_n', 'rl')
 
 
 def best_of_n_kl(n: int) -> float:
-  """KL of best-of-n from the policy it samples: log n - (n-1)/n, nats.
+  """KL of best-of-n from the policy it samples from: log n - (n-1)/n, nats.
 
-  Exact if scores have no ties and answers of equal score do not recur;
-  otherwise an upper bound.
+  Exact if no two samples tie in score or are the same answer; otherwise an
+  upper bound.
   """
   if n < 1:
     raise ValueError(f'n must be at least 1, got {n}')
@@ -32,14 +32,14 @@ def best_of_n(
 ) -> np.ndarray:
   """Expected gold score of the best of n by the proxy, for each prompt.
 
-  From N samples a prompt, the mean over all subsets of n: the sample of
-  ascending rank i is the best of C(i-1, n-1) of the C(N, n) subsets. Samples of
-  equal proxy score share the mean of their gold scores.
+  This is the mean over all size-n subsets of a prompt's N samples: the sample
+  of ascending rank i is the best in C(i-1, n-1) of the C(N, n) subsets. Samples
+  of equal proxy score share the mean of their gold scores.
 
   Args:
-    proxy: scores that choose [prompts, N].
-    gold: scores that are averaged [prompts, N]; the proxy's own for its curve.
-    sizes: the n's, each at most N.
+    proxy: scores that pick the best sample [prompts, N].
+    gold: scores that are averaged [prompts, N]; pass `proxy` for its own curve.
+    sizes: the values of n, each at most N.
 
   Returns:
     [prompts, len(sizes)].
@@ -75,7 +75,7 @@ class Fit:
   """One of the two curves, fitted by least squares."""
 
   kind: str  # 'best_of_n' or 'rl'.
-  alpha: win_rate.Interval  # Redrawing prompts, as beta.
+  alpha: win_rate.Interval  # Interval by resampling prompts, as for beta.
   beta: win_rate.Interval
   peak_kl: float | None  # KL at the curve's peak, nats; None if β <= 0.
   r_squared: float  # Share of the points' variance that the curve explains.
@@ -111,20 +111,20 @@ def fit(
   num_bootstrap: int = 1000,
   seed: int = 0,
 ) -> Fit:
-  """Fits α and β; their intervals redraw prompts.
+  """Fits α and β, with intervals that resample prompts.
 
   Args:
     kind: 'best_of_n' or 'rl'.
-    kl: of each point, from the initial policy, nats: [points], or, if it is
-      measured, [prompts, points]. Points whose mean KL is not positive are
-      left out.
+    kl: KL of each point from the initial policy, nats: [points], or
+      [prompts, points] if it is measured per prompt. Points whose mean KL is
+      not positive are left out.
     gains: gold score minus the initial policy's, [prompts, points].
-    num_bootstrap: redraws.
+    num_bootstrap: number of redraws.
     seed: of the redraws.
 
   Raises:
-    ValueError: fewer than three points with positive KL; any two points lie on
-      a curve.
+    ValueError: fewer than three points with positive KL; the curve fits any two
+      points exactly.
   """
   gains = np.asarray(gains, float)
   kl = np.broadcast_to(np.asarray(kl, float), gains.shape)

@@ -1,8 +1,8 @@
 """The plots of a report, as PNG bytes; `report.py` lists them.
 
-All are narrow enough to read on a phone. Models are rows where they are
-compared, so that names may be long and many. Each plot has a heading and a note
-that explains its bars and lines.
+All are narrow enough to read on a phone. Compared models are rows, so there may
+be many with long names. Each plot has a heading and a note that explains its
+bars and lines.
 
 Matplotlib is imported only when a plot is drawn. It needs no display, and the
 global state of pyplot is not used.
@@ -28,19 +28,19 @@ from instruct_jax.evals import (
 Runs = Mapping[str, Sequence[figures.MetricsRow]]
 Looks = Mapping[str, tuple[str, str]]
 
-# Of models, or of runs, in their order: Okabe and Ito's palette, distinct under
-# all common colour blindnesses; the last four are Tol's.
+# Colours of models or runs, in order: Okabe and Ito's palette, distinguishable
+# with all common forms of colour blindness; the last four are Tol's.
 _COLOURS = (
   *('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9'),
   *('#332288', '#882255', '#999933', '#44AA99'),
 )
 _MARKERS = 'osD^vP<>X*'
 _INK, _GREY = '#222222', '#555555'
-# Inches, and pixels an inch: html_report shows 100 of these an inch.
+# Width in inches, and pixels per inch. html_report shows an inch as 100 pixels.
 _WIDTH, DPI = 5.6, 160
-# Characters of a line across the whole width, in a heading and in a note.
+# Characters per full-width line, in a heading and in a note.
 _HEADING_CHARACTERS, _NOTE_CHARACTERS = 54, 84
-# Panels along RL: title, metric of metrics.jsonl, unit.
+# Panels of rl.png: title, metric in metrics.jsonl, unit.
 _RL_PANELS = (
   ('Score', 'objective/score', 'reward units'),
   ('KL from the RL initialisation', 'objective/kl', 'nats per response'),
@@ -58,7 +58,7 @@ _SFT_PANELS = (
   ('Reward-model score of samples', 'score_reward', 'reward units'),
 )
 _LOSS = ('eval/pretraining_loss', 'eval/pretraining_loss_before')
-# Metric, as a probe's key ends with it -> unit of its axis.
+# Metric, which ends a probe's key -> unit of its axis.
 _UNITS = {
   'F1': 'F1 (0 to 100)',
   'BLEU': 'BLEU (0 to 100)',
@@ -141,9 +141,9 @@ def _canvas(rows: int, columns: int, height: float, **options: Any):
 
 
 def _grid(number: int, panel: float, margin: float, **options: Any):
-  """A figure of panels, two in a row, each `panel` inches high.
+  """A figure of panels, two per row, each `panel` inches high.
 
-  Returns the figure, its axes in order, and those without a panel below.
+  Returns the figure, its axes in order, and the axes with no panel below them.
   """
   columns = min(2, number)
   rows = -(-number // columns)
@@ -159,7 +159,7 @@ def _wrapped(text: str, width: int, max_lines: int = 3) -> str:
   lines = textwrap.fill(
     text.replace(' %', '\u00a0%'), width, max_lines=max_lines, placeholder=' …'
   )
-  return lines.replace('$', r'\$')  # Not mathematics.
+  return lines.replace('$', r'\$')  # Not math mode.
 
 
 def _title(name: str) -> str:
@@ -167,7 +167,7 @@ def _title(name: str) -> str:
 
 
 def _height(labels: Sequence[str], least: float) -> float:
-  """Inches of rows with these labels, each as high as the highest needs."""
+  """Inches for rows with these labels, each as high as the tallest needs."""
   lines = max(label.count('\n') + 1 for label in labels)
   return len(labels) * max(least, 0.17 * lines + 0.06)
 
@@ -186,7 +186,7 @@ def _heading(
     handles = _handles(looks)
     labels = [handle.get_label() for handle in handles]
     longest = max(len(line) for label in labels for line in label.split('\n'))
-    # A character is half as wide as the type is high, a handle seven of them.
+    # A character is about half the font size wide, a handle seven characters.
     columns = max(1, int(_WIDTH * 72 / (9.5 * 0.56 * (longest + 7))))
     columns = min(columns, len(handles))
     inches += 0.05 + _height(labels, 0.2) / columns
@@ -225,7 +225,7 @@ def _of_models(shown: figures.Figures) -> dict[str, tuple[str, str]]:
 
 
 def _handles(looks: Looks):
-  """A legend's lines."""
+  """The lines of a legend."""
   from matplotlib.lines import Line2D
 
   style = {'markersize': 4.5}
@@ -238,7 +238,7 @@ def _handles(looks: Looks):
 def _series(
   rows: Sequence[figures.MetricsRow], *keys: str
 ) -> list[list[float]]:
-  """Columns of the rows that have finite numbers for all keys."""
+  """A column per key, over the rows that have finite numbers for all keys."""
   # metrics.jsonl holds null for a figure that was not finite.
   found = [[row.get(key) for key in keys] for row in rows]
   kept = [
@@ -253,7 +253,7 @@ def _series(
 def _from_start(
   rows: Sequence[figures.MetricsRow], key: str, before: str
 ) -> list[list[float]]:
-  """[iterations, figures], with the measurement before RL at 0."""
+  """[iterations, values], with the value before RL at iteration 0."""
   steps, values = _series(rows, 'step', key)
   first = _series(rows, before)[0][:1]
   return [[0.0] * len(first) + steps, first + values]
@@ -283,7 +283,7 @@ def _window(num_values: int) -> int:
 
 
 def _line(axis: Any, x: win_rate.Numbers, y: win_rate.Numbers, look) -> None:
-  """A line, with a mark at each point if there are few."""
+  """Draws a line, with a marker at each point if there are few."""
   colour, marker = look
   axis.plot(
     x, y, color=colour, marker=marker if len(x) <= 20 else '', markersize=4
@@ -291,7 +291,7 @@ def _line(axis: Any, x: win_rate.Numbers, y: win_rate.Numbers, look) -> None:
 
 
 def _smooth_line(axis: Any, x, y, look) -> None:
-  """A faint line, and its running mean."""
+  """Draws a faint line and its running mean."""
   window = _window(len(y))
   if window > 1:
     axis.plot(x, y, color=look[0], alpha=0.25, linewidth=1)
@@ -304,7 +304,7 @@ def _reference_line(axis: Any, value: float, horizontal: bool = True) -> None:
 
 
 def _steps_axis(axis: Any, steps: win_rate.Numbers, most: int = 5) -> None:
-  """Whole numbers below the axis, and some width for a single one."""
+  """Sets integer ticks, and gives a single step some width."""
   from matplotlib.ticker import MaxNLocator
 
   axis.xaxis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
@@ -313,7 +313,10 @@ def _steps_axis(axis: Any, steps: win_rate.Numbers, most: int = 5) -> None:
 
 
 def _values_axis(axis: Any, values: win_rate.Numbers, unit: str) -> None:
-  """The unit, height for equal figures, none below 0 unless a figure is."""
+  """Labels a value axis with its unit and sets its range.
+
+  Equal values get some height; the axis goes below 0 only if a value does.
+  """
   axis.set_ylabel(_wrapped(unit, 30))
   low, high = min(values), max(values)
   if low == high:
@@ -324,7 +327,7 @@ def _values_axis(axis: Any, values: win_rate.Numbers, unit: str) -> None:
 
 
 def _panel(axis: Any, title: str, unit: str, curves, draw_fn, looks) -> None:
-  """One line of each run against its steps."""
+  """Draws one line per run against its steps."""
   for name, curve in curves.items():
     draw_fn(axis, *curve, looks[name])
   _steps_axis(axis, _pooled(curves, 0))
@@ -333,7 +336,7 @@ def _panel(axis: Any, title: str, unit: str, curves, draw_fn, looks) -> None:
 
 
 def _decimals(bounds: Sequence[tuple[float, float]], most: int) -> int:
-  """Decimals that give the narrower half of these intervals two digits."""
+  """Decimals that give the median half-width of these intervals two digits."""
   halves = sorted((high - low) / 2 for low, high in bounds if high > low)
   if not halves:
     return most
@@ -355,9 +358,9 @@ def _interval_rows(
   colours: Sequence[str],
   texts: Sequence[str],
 ) -> None:
-  """Bars of (mean, low, high) with whiskers, the first on top.
+  """Draws bars of (mean, low, high) with whiskers, the first on top.
 
-  `texts` are in a column right of the plot, where no line crosses them.
+  `texts` form a column right of the plot, where no line crosses them.
   """
   positions = range(len(values))
   means = [mean for mean, _, _ in values]
@@ -538,7 +541,7 @@ def _draw_pretraining_loss(shown: figures.Figures) -> Any:
 
 
 def probe_names(runs: Runs) -> list[str]:
-  """Names of the public tasks that were asked along RL, in any of the runs."""
+  """Names of the public tasks that any of the runs was asked during RL."""
   keys = {key for rows in runs.values() for row in rows for key in row}
   return sorted(
     key.removeprefix('probe/') for key in keys if key.startswith('probe/')
@@ -559,7 +562,7 @@ def _probe_panels(runs):
 
 
 def _unit(title: str) -> str:
-  """Of a probe's name or of a title that `tax` gives."""
+  """The unit for a probe's name or for a panel title of `tax`."""
   for ending, unit in _UNITS.items():
     if title.endswith(ending):
       return unit
@@ -567,7 +570,7 @@ def _unit(title: str) -> str:
 
 
 def _draw_along(runs, panels, title, looks) -> Any:
-  """Figures against iteration, one panel each, one line a run (Fig 35).
+  """Draws metrics against iteration: a panel each, a line per run (Fig 35).
 
   `panels` is title -> (metric, metric before RL, unit).
   """
@@ -594,7 +597,7 @@ def _draw_along(runs, panels, title, looks) -> Any:
 
 
 def tax_along(runs: Runs) -> bytes | None:
-  """Figure 35, of run -> rows of metrics.jsonl, as PNG; None without data."""
+  """Figure 35 from run -> rows of metrics.jsonl, as PNG; None without data."""
   score = ('objective/score', 'objective/score_before', 'reward units')
   panels = _probe_panels(runs) | {
     'pretraining loss': (*_LOSS, 'nats per token'),
@@ -611,19 +614,19 @@ def tax_against(
   before: Mapping[str, float],
   label: str,
 ) -> bytes:
-  """Figures 33 and 34: what runs ended with, against one of their settings.
+  """Figures 33 and 34: final figures of runs against one of their settings.
 
   Args:
-    values: of each run, say gamma; shown on a scale with room for 0.
+    values: the setting of each run, say gamma; the scale has room for 0.
     figures: panel title -> the figure of each run, None if not measured.
     before: panel title -> the figure before RL, if it was measured.
-    label: of the axis.
+    label: of the x axis.
   """
   return _png(_styled(_draw_against, values, figures, before, label))
 
 
 def _spaced(axis: Any, values: Sequence[float]) -> list[float]:
-  """Of ascending values on the x axis, those whose labels have room."""
+  """Those of the ascending x values whose tick labels have room."""
   places = [axis.transScale.transform((x, 0))[0] for x in values]
   room = 0.24 * (places[-1] - places[0])
   kept = [0]
@@ -645,7 +648,7 @@ def _draw_against(values, figures, before, label):
   figure, axes, _ = _grid(len(found), 2.4, 0.1)
   (look,) = _looks(['run']).values()
   for axis, (name, points) in zip(axes, found.items(), strict=True):
-    # Set before drawing: margins are those of the scale at that time.
+    # Set before drawing, because margins are computed in the current scale.
     positive = [x for x in values if x > 0]
     if len(positive) == len(values):
       axis.set_xscale('log')
@@ -706,7 +709,7 @@ def _draw_reward_model(shown: figures.Figures) -> Any:
   panels = _measured({'': reward.curve}, _REWARD_PANELS, 'step')
   found = reward.rows()
   labels = [_wrapped(name, 26) for name, _ in found]
-  # The bars, and below them the panels, each with margins of their own.
+  # The bars, and below them the panels, each with its own margins.
   heights = [0.5 + _height(labels, 0.4), 2.1][: 1 + bool(panels)]
   figure = _figure(sum(heights))
   parts = figure.subfigures(len(heights), 1, height_ratios=heights)
@@ -784,10 +787,10 @@ def frontier(
   fits: Mapping[str, overoptimization.Fit],
   judge: str,
 ) -> bytes:
-  """Scores gained against √KL, of best-of-n and RL, with fitted curves, as PNG.
+  """Scores gained against √KL by best-of-n and RL, with fitted curves, as PNG.
 
-  `points` are curve -> rows with intervals 'kl', 'proxy' and 'gold'; `fits` are
-  of 'gold', the scores of `judge`.
+  `points` maps each curve to rows with the intervals 'kl', 'proxy' and 'gold'.
+  `fits` are fits to 'gold', the scores by `judge`.
   """
   return _png(_styled(_draw_frontier, points, fits, judge))
 
@@ -841,11 +844,11 @@ def over_seeds(panels: Sequence[Mapping[str, Any]], title: str) -> bytes:
   """Figures of several seeds, as PNG.
 
   Args:
-    panels: labels of the axes `x` and `y`; `points` of each seed, series ->
-      (x, y), where x is a number or a name; `kind`: 'values' have the same x on
-      every seed, 'curves' go along KL and are read between their points (their
-      means go as far as every seed's), 'pairs' are x and y of the same things
-      on every seed.
+    panels: each has the axis labels `x` and `y`; `points`, for each seed series
+      -> (x, y), where x is a number or a name; and `kind`. 'values' have the
+      same x on every seed. 'curves' run along KL and are interpolated; their
+      mean covers the range that all seeds share. 'pairs' are x and y of the
+      same things on every seed.
     title: of the figure.
   """
   return _png(_styled(_draw_over_seeds, panels, title))
@@ -872,7 +875,7 @@ def _draw_panel(axis, panel, looks, num_panels):
   points = panel['points']
   names = [name for name in points[0] if all(name in seed for seed in points)]
   xs = [x for seed in points for name in names for x, _ in seed[name]]
-  room = 56 if num_panels == 1 else 26  # Characters of a line.
+  room = 56 if num_panels == 1 else 26  # Characters per line.
   if all(isinstance(x, str) for x in xs):
     places = {x: i for i, x in enumerate(dict.fromkeys(xs))}
     width = room // len(places)
@@ -911,21 +914,24 @@ _WHISKER = {'markersize': 5, 'capsize': 2, 'elinewidth': 1}
 
 
 def _mean(values: Sequence[float]) -> win_rate.Interval | None:
-  """Over the finite ones."""
+  """Mean and interval of the finite values, or None."""
   found = [x for x in values if math.isfinite(x)]
   return win_rate.student_interval(found) if found else None
 
 
 def _error(interval: win_rate.Interval) -> tuple[float, float]:
-  """Lengths of whiskers; none of a single seed."""
+  """Lengths of the whiskers; 0 for a single seed."""
   if not math.isfinite(interval.high):
     return 0.0, 0.0
   return interval.mean - interval.low, interval.high - interval.mean
 
 
 def _scale_axis(axis: Any, values: Sequence[float], room: int) -> None:
-  """A logarithmic x axis for values of several magnitudes, with room for 0, and
-  a tick for each; more characters than there is `room` for are turned."""
+  """Makes the x axis logarithmic if values span several magnitudes.
+
+  The axis has room for 0 and a tick for each value. Labels are rotated if they
+  have more than `room` characters together.
+  """
   from matplotlib.ticker import NullFormatter
 
   positive = [x for x in values if x > 0]
@@ -941,7 +947,7 @@ def _scale_axis(axis: Any, values: Sequence[float], room: int) -> None:
 
 
 def _draw_values(axis, series, look, joined: bool) -> None:
-  """Means with whiskers at each x, over the seeds that have it."""
+  """Draws the mean with whiskers at each x, over the seeds that have it."""
   colour, marker = look
   at = collections.defaultdict(list)
   for seed in series:
@@ -961,7 +967,7 @@ def _draw_values(axis, series, look, joined: bool) -> None:
 
 
 def _draw_curves(axis, series, look) -> None:
-  """The mean curve with its band, straight in √x between the points."""
+  """Draws the mean curve and its band, interpolated linearly in √x."""
   colour, _ = look
   curves = []
   for seed in series:
@@ -992,7 +998,7 @@ def _draw_curves(axis, series, look) -> None:
 
 
 def _draw_pairs(axis, series, look) -> None:
-  """Means with whiskers both ways of what is at the same place of each seed."""
+  """Draws the mean over seeds of each pair, with whiskers in x and y."""
   colour, marker = look
   for pairs in zip(*series, strict=True):
     x, y = (_mean(values) for values in zip(*pairs, strict=True))
@@ -1015,11 +1021,11 @@ def reward_bench(
   panels: Mapping[str, Mapping[str, Mapping[str, win_rate.Interval]]],
   chances: Mapping[str, float],
 ) -> bytes:
-  """Accuracies of scorers, as PNG: a panel a test set, a row a subset.
+  """Accuracies of scorers, as PNG: a panel per test set, a row per subset.
 
   Args:
     panels: test set -> subset -> scorer -> its accuracy.
-    chances: test set -> accuracy of a coin or of a die.
+    chances: test set -> accuracy of random guessing.
   """
   return _png(_styled(_draw_reward_bench, panels, chances))
 
@@ -1029,7 +1035,7 @@ def _draw_reward_bench(panels, chances):
     name for rows in panels.values() for row in rows.values() for name in row
   )
   looks = _looks(list(scorers))
-  # Inches of a row: a line of points a scorer.
+  # Inches per row, which has a line of points per scorer.
   row_height = max(0.2, 0.05 + 0.075 * len(scorers))
   heights = [0.5 + row_height * len(rows) for rows in panels.values()]
   figure, axes = _canvas(

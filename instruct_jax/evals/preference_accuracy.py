@@ -18,8 +18,10 @@ from instruct_jax.evals import win_rate
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-  """Share of labeled pairs ordered correctly, with its 95 % interval, and the
-  loss of the scores as log-odds, nats a pair."""
+  """Share of labeled pairs ordered correctly, with its 95 % interval.
+
+  `log_loss` is the loss of the scores as log-odds, nats per pair.
+  """
 
   accuracy: float
   low: float
@@ -50,7 +52,7 @@ class Spread:
 def spread(values: win_rate.Numbers) -> Spread:
   """Mean and standard error over runs, as E.2 prints 72.4 ± 0.4 %.
 
-  The paper does not define its ±. Ours is s / √n, s with n - 1. Folds share
+  The paper does not define its ±. Ours is s / √n, with n - 1 in s. Folds share
   training data, so it understates the spread over new labelers.
 
   Raises:
@@ -103,10 +105,10 @@ def accuracy_gap(
   ranks: Sequence[win_rate.Numbers],
   cluster_ids: win_rate.Ids,
 ) -> win_rate.Interval:
-  """Accuracy of `scores` less that of `others` on the same pairs.
+  """Accuracy of `scores` minus that of `others` on the same pairs.
 
-  The interval redraws both together; two intervals that overlap may still
-  belong to scores of which one is better on nearly every redraw.
+  The interval resamples both together: one may be better on nearly every redraw
+  although their separate intervals overlap.
 
   Args and Raises: as `pairwise_accuracy`.
   """
@@ -116,7 +118,7 @@ def accuracy_gap(
 
 
 def _counted(scores, ranks, cluster_ids):
-  """Pairs in the labeler's order, pairs, and loss, of each comparison."""
+  """(pairs in the labeler's order, all pairs, loss) of each comparison."""
   if not len(scores) == len(ranks) == len(cluster_ids):
     raise ValueError(
       f'{len(scores)} score rows, {len(ranks)} rank rows and '
@@ -156,7 +158,7 @@ def agreement(comparisons: Sequence[records.Comparison]) -> Agreement | None:
   """How often two labelers order the same two completions alike (3.4).
 
   `labels.agreement` decides which pairs count. None if no two named labelers
-  ordered the same two completions. The interval redraws prompts.
+  ordered the same two completions. The interval resamples prompts.
   """
   found = labels.agreement(comparisons)
   if not sum(found.counted):
@@ -174,7 +176,7 @@ def label_folds(
 
   Paper E.2: five groups of similar data size; the reward model trains on four
   and is tested on the fifth. From the largest labeler to the smallest, each
-  joins the group with the least data so far; the seed orders equals.
+  joins the group with the least data so far; the seed breaks ties in size.
 
   Args:
     labelers: the labeler of every comparison, with repetition.
@@ -185,7 +187,7 @@ def label_folds(
     `num_folds` sorted lists of names; every name is in exactly one.
 
   Raises:
-    ValueError: fewer than 2 groups, nameless rows or too few labelers.
+    ValueError: fewer than 2 groups, rows without a labeler or too few labelers.
   """
   sizes = collections.Counter(labelers)
   if num_folds < 2:
@@ -203,7 +205,7 @@ def label_folds(
   np.random.default_rng(seed).shuffle(names)
   folds: list[list[str]] = [[] for _ in range(num_folds)]
   loads = [0] * num_folds
-  # The sort is stable, so the shuffle orders equals.
+  # The sort is stable, so the shuffle breaks ties.
   for name in sorted(names, key=lambda name: -sizes[name]):
     smallest = min(range(num_folds), key=lambda i: (loads[i], len(folds[i])))
     folds[smallest].append(name)

@@ -1,10 +1,10 @@
 """Preferences between models: rates, length control, ratings, power.
 
-All figures are made of `Judgement`s: a judge saw two models' answers to one
-prompt in both orders. The paper says neither how its intervals are made nor how
-ties count (3.6). Here ties count one half, every prompt has weight 1 however
-many people judged it, and intervals redraw whole clusters: prompts, or labelers
-if there are several.
+All figures come from `Judgement`s: a judge's view of two models' answers to one
+prompt, shown in both orders. The paper says neither how its intervals are made
+nor how ties count (3.6). Here ties count one half, every prompt has weight 1
+however many people judged it, and intervals resample whole clusters: prompts,
+or labelers if there are several.
 
 Runs on the host in NumPy, float64.
 """
@@ -19,13 +19,13 @@ import numpy as np
 from instruct_jax.evals import win_rate
 
 # Weak ridge on logistic coefficients, per squared nat: it keeps the rating of a
-# model that wins or loses everything finite, and does not matter from about 100
+# model that wins or loses everything finite, and is negligible from about 100
 # judgements on.
 _RIDGE = 0.01
 _MAX_NEWTON_STEPS = 60
 # Standard normal quantile of 0.8, for the power note.
 _Z_POWER = 0.841621
-# Redraws of the logistic models.
+# Bootstrap refits of the logistic models.
 _NUM_REFITS = 300
 
 
@@ -60,8 +60,9 @@ class Judgement:
 class Rates:
   """How often a model is preferred to another, ties one half.
 
-  The interval redraws prompts, that of `by_labeler` labelers. `by_labeler` is
-  None with fewer than two labelers or if some judgement names none.
+  The interval resamples prompts; that of `by_labeler` resamples labelers.
+  `by_labeler` is None with fewer than two labelers or if some judgement names
+  none.
   """
 
   rate: float
@@ -79,8 +80,8 @@ class Power:
   rate: float  # Mean outcome over prompts.
   deviation: float  # Standard deviation of a prompt's outcome.
   num_prompts: int  # Behind both.
-  # Prompts at which a 95 % interval would just exclude one half if the rate
-  # stays; None at exactly one half.
+  # Prompts at which a 95 % interval would just exclude one half at the same
+  # rate; None if the rate is exactly one half.
   to_separate: int | None
   # Prompts at which it would do so in 80 % of the repetitions.
   for_power: int | None
@@ -104,7 +105,7 @@ def length_ratio(num_tokens: int, num_other: int) -> float:
 def against(
   judgements: Sequence[Judgement], baseline: str
 ) -> dict[str, list[Judgement]]:
-  """Judgements against the baseline, by model, turned so that it comes second.
+  """Judgements against the baseline, by model, with it as `other`.
 
   Raises:
     ValueError: the baseline was never judged.
@@ -165,7 +166,7 @@ class FirstPlace:
   """How often a judge prefers what it sees first; one half without bias."""
 
   # Share of the verdicts for the answer shown first, ties one half, over both
-  # orders of each pair; redrawn by prompt.
+  # orders of each pair; resampled by prompt.
   rate: win_rate.Interval
   ties: float  # Share of the verdicts.
   contradictions: float  # Share of the judgements.
@@ -264,7 +265,7 @@ def _fit(
 
 
 def _bootstrap_fit(design, judgements, num_bootstrap):
-  """(coefficients [K], redrawn ones [num_bootstrap, K], number of prompts)."""
+  """(coefficients [K], their redraws [num_bootstrap, K], number of prompts)."""
   outcomes = np.array([judgement.outcome for judgement in judgements])
   weights = _prompt_weights(judgements)
   codes, num_prompts = win_rate.cluster_codes(
@@ -296,7 +297,7 @@ def length_controlled(
 
   One logistic regression over all models of `against`: log-odds of a win =
   θ_model + γ log(length / length of the baseline's answer), ties one half. The
-  rate is σ(θ_model). Intervals redraw prompts.
+  rate is σ(θ_model). Intervals resample prompts.
   """
   models = list(by_model)
   rows = [row for model in models for row in by_model[model]]
@@ -319,7 +320,7 @@ def bradley_terry(
   """Ratings in nats: P(a preferred to b) = σ(rating_a - rating_b), ties half.
 
   The anchor's rating is 0; one nat is 400 / ln 10 = 173.7 Elo points. Intervals
-  redraw prompts.
+  resample prompts.
 
   Raises:
     ValueError: no chain of judgements links some model with the anchor.

@@ -38,7 +38,7 @@ from instruct_jax.evals.benchmarks import released_csv, scorers, table14
 NUM_BOOTSTRAP = 2000
 # With fewer items, a bootstrap interval is too uncertain to judge a figure.
 MIN_ITEMS = 10
-# Around a word.
+# Punctuation to strip around a word.
 _MARKS = '.,;:!?"\'()[]\u2018\u2019\u201c\u201d'
 # TruthfulQA's two prompts whose labels differ between the paper and the files.
 _OTHER_LABEL = {
@@ -72,7 +72,7 @@ class Metric:
   is_share: bool = False  # Every item counts 0 or 1.
   strata: Strata | None = None  # To reweight by; means only.
   note: str = ''  # Reason why the paper's figure is not comparable.
-  applies: Callable[[Row], bool] = lambda row: True  # To these rows.
+  applies: Callable[[Row], bool] = lambda row: True  # Rows that it scores.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +238,7 @@ _ENTROPY = _mean_metric(
   'entropy', lambda row: scorers.entropy_bits(_numbers(row, 'logprobs'))
 )
 _CHOICE = _mean_metric('accuracy', _chosen, is_share=True)
-# Task -> the metrics that Table 14 has for it (P@1 for the temporal ones).
+# Task -> its metrics; those of Table 14 for the tasks that it has.
 _METRICS: Mapping[str, Sequence[Metric]] = {
   'squadv2': [_f1('squadv2', scorers.squad2_f1, _UNANSWERABLE)],
   'quac': [_f1('quac', scorers.quac_f1)],
@@ -389,14 +389,14 @@ def _score_line(task, metric, prompt, rows, seed):
     cell = Cell(*names, *figures, mixed, *mixed_bounds, mixed_inside)
     cells.append(_with_reason(cell, metric, share))
   line = _line(metric, cells, redraws, mixed_redraws)
-  # Models that were asked other items are not comparable.
+  # Models that were asked different items are not comparable.
   if len(asked) == 1 and len(items) >= MIN_ITEMS:
     cells = _mark_best(cells, np.array(redraws))
   return cells, line
 
 
 def _score(score_fn, sums, counts):
-  """Score, and its redraws, of items' sums [items, k]."""
+  """The score and its redraws, from sums of items [items, k]."""
   with np.errstate(invalid='ignore', divide='ignore'):
     return float(score_fn(sums.sum(0))), score_fn(counts @ sums)
 
@@ -438,7 +438,7 @@ def _mark_best(cells, redraws) -> list[Cell]:
 
 
 def _with_reason(cell: Cell, metric: Metric, share: float) -> Cell:
-  """With the reason why the interval does not contain the paper's figure."""
+  """Adds the reason why the interval does not contain the paper's figure."""
   if cell.task == 'truthful_qa' and cell.inside is False:
     label = _OTHER_LABEL.get(cell.prompt)
     figure = label and table14.figure(cell.task, cell.metric, label, cell.model)
@@ -477,7 +477,7 @@ def _why(cell: Cell, metric: Metric, share: float) -> str:
 
 
 def _difference(cells, redraws, field):
-  """Mean of ours minus the paper's over models, low, high; or Nones."""
+  """(mean over models of ours minus the paper's, low, high), or Nones."""
   found = [
     (getattr(cell, field) - cell.paper, redrawn - cell.paper)
     for cell, redrawn in zip(cells, redraws, strict=True)
@@ -559,12 +559,12 @@ def score_folder(folder: epath.PathLike, seed: int = 0) -> dict[str, Any]:
   Returns:
     JSON: `cells`, the fields of `Cell`; `rows`, the lines of Table 14 that have
     figures, each with the mean `difference` of ours from the paper's over
-    models, its interval (`low`, `high`; items redrawn, the same for all
+    models, its interval (`low`, `high`; items resampled, the same for all
     models), the same at the benchmark's mix of items (`reweighted_...`, or
     null), the `correlation` over models (null below three) and how many of the
     `num_cells` figures lie in our intervals; `readings`, rows by other scorers;
-    `labels` of TruthfulQA; `files` that were read with their numbers of rows
-    and items; and `absent` tasks.
+    `labels`, which of TruthfulQA's labels fit; `files` that were read, with
+    their numbers of rows and items; and `absent` tasks.
 
   Raises:
     RecordError: no such folder, no sample file in it, or a bad file.
@@ -631,7 +631,7 @@ def _answer(value: bool | None) -> str:
 
 
 def _line_table(lines: Sequence[Mapping[str, Any]]) -> sections.Table:
-  """Lines of Table 14, by the usual scorers or by the named other ones."""
+  """A table of Table 14's lines, by the usual or by the named other scorers."""
   return sections.Table(
     (
       *('task', 'metric', 'prompt', 'difference', '95 % interval'),
@@ -675,7 +675,7 @@ def _by_line(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 def _model_table(
   cells: Sequence[Mapping[str, Any]], score: str = 'score', prefix: str = ''
 ) -> sections.Table:
-  """Models by tasks; `prefix` is of the fields of the interval."""
+  """A table of models by tasks; `prefix` selects the interval's fields."""
   models = list(dict.fromkeys(cell['model'] for cell in cells))
 
   def shown(cell):
@@ -698,8 +698,11 @@ def _model_table(
 
 
 def to_sections(result: Mapping[str, Any]) -> list[sections.Section]:
-  """`score_folder`'s result as sections: a table of models by tasks, and the
-  comparison with Table 14 for the models that are in it."""
+  """The result of `score_folder` as sections.
+
+  They hold a table of models by tasks, and the comparison with Table 14 for the
+  models that are in it.
+  """
   found = [
     sections.Section(
       'Models by tasks',
@@ -788,7 +791,7 @@ def _against_the_paper(result) -> list[sections.Section]:
 
 
 def _paper_table(cells: Sequence[Mapping[str, Any]]) -> sections.Table:
-  """The models of one line beside the paper's figures."""
+  """A table of one line's models beside the paper's figures."""
   return sections.Table(
     (
       *('model', 'items', 'ours', '95 % interval', 'paper', 'inside'),
@@ -813,7 +816,7 @@ def _paper_table(cells: Sequence[Mapping[str, Any]]) -> sections.Table:
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
-  """The sections of `to_sections` below a title, and the files read."""
+  """Markdown: a title, the sections of `to_sections`, and the files read."""
   found = [*to_sections(result), _files(result)]
   title = '# Released samples against Table 14'
   return '\n'.join([title, '', *report.section_lines(found)])

@@ -1,18 +1,18 @@
 """The report of an evaluation: report.md, its plots and summary.json.
 
-`figures.Figures` holds all figures; nothing is measured here. Text of models is
+`figures.Figures` holds all figures; nothing is measured here. Model output is
 escaped, so no sample can become a link, an image, HTML or a table column.
 
-Files of `write_report`, each written whole or not at all:
+`write_report` writes these files, each atomically:
   report.md             everything
   report.html           the same as one page, with samples to filter
   summary.json          the figures, for other programs
   win_rate.png          the paper's Figure 1, for one model size
   metadata.png          the paper's Figure 4
-  reward_kl.png         score against KL along RL
-  pretraining_loss.png  the alignment tax along RL (paper 4.2)
+  reward_kl.png         score against KL during RL
+  pretraining_loss.png  the alignment tax during RL (paper 4.2)
   probes.png            the same on public NLP tasks (Figure 35)
-  rl.png                score, KL, entropy, length, ... along RL
+  rl.png                score, KL, entropy, length, ... during RL
   reward_model.png      accuracies and agreement (paper E.2), training curve
   sft.png               validation loss and scores by epoch (paper C.1)
 """
@@ -41,9 +41,9 @@ def write_report(
 ) -> None:
   """Writes report.md, report.html, summary.json and the plots that have data.
 
-  The folder is created if need be; files of the same names are replaced, each
-  by a rename. `drawn`, from `plots.make_plots`, shares one drawing between
-  folders.
+  Creates the folder if needed and replaces files of the same names, each by a
+  rename. Pass `drawn`, from `plots.make_plots`, to draw the plots only once for
+  several folders.
   """
   directory = epath.Path(directory)
   drawn = plots.make_plots(shown) if drawn is None else drawn
@@ -148,21 +148,23 @@ def make_summary(shown: figures.Figures) -> dict[str, Any]:
 
 # report.md
 
-# Marks with a meaning in Markdown, its GitHub dialect or HTML: an underscore
-# outside of a word; "://", at and "www." because bare addresses become links.
+# Characters with a meaning in Markdown, its GitHub dialect or HTML. Underscores
+# count except inside a word. "://", "@" and "www." count because bare addresses
+# become links.
 _MARKS = re.compile(
   r'[\\`*\[\]<>#|~&$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.',
   re.IGNORECASE,
 )
-# Brackets that stay: no link, image, footnote, task or definition.
+# Bracket pairs to keep: not a link, image, footnote, task or definition.
 _BRACKETS = re.compile(r'(?<!!)\[(?!\^|[ xX]?\])[^\[\]]*\](?![(\[:])')
 
 
 def escape(text: str) -> str:
   """Text that Markdown shows unchanged, on one line of a table or paragraph.
 
-  Marks become character references, line breaks `<br>`, invisible control
-  characters U+FFFD. Pairs of brackets without a meaning in Markdown stay.
+  Special characters become character references, line breaks become `<br>`, and
+  invisible control characters become U+FFFD. Pairs of brackets without a
+  meaning in Markdown stay.
   """
   text = sections.visible(text.replace('\r\n', '\n').replace('\r', '\n'))
   kept = {
@@ -193,13 +195,13 @@ def cell(value: Any) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-  """Lines of a Markdown table; cells are escaped already."""
+  """Lines of a Markdown table; cells must already be escaped."""
   first, *others = ('| ' + ' | '.join(row) + ' |' for row in (head, *rows))
   return [first, '|' + ' --- |' * len(head), *others, '']
 
 
 def section_lines(found: Iterable[sections.Section]) -> list[str]:
-  """Lines of Markdown."""
+  """The sections as lines of Markdown."""
   lines = []
   for section in found:
     lines += [f'{"#" * section.level} {escape(section.title)}', '']
@@ -271,7 +273,7 @@ def _samples_lines(shown: figures.Figures) -> list[str]:
 
 
 def make_markdown(shown: figures.Figures, drawn: set[str]) -> str:
-  """The text of report.md; `drawn` are the names of the plots that exist."""
+  """The text of report.md; `drawn` names the plots that exist."""
   lines = [f'# {escape(shown.title)}', '']
   lines += _part_lines(sections.Code(shown.command))
   lines += [

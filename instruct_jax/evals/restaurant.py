@@ -5,9 +5,10 @@ answer should state all of them and no others. Closed-domain hallucination
 (paper, Table 3) is then countable: a value that the prompt does not give.
 Patterns find nearly every mention, because the data have eight slots of a few
 values. On the 4,672 human references of the development set they find 92.1 % of
-the given values, and 1.4 % of the values found are inventions. Read by hand,
-nearly all of both are omissions and slips of the writers, so these shares, not
-100 %, are the most that a model trained on those people can reach.
+the given values, and 1.4 % of the values found are inventions. Reading by hand
+shows that nearly all of the missing and invented values are the writers'
+omissions and slips, so these shares, not 100 % and 0 %, are the best that a
+model trained on these writers can reach.
 
 What counts as a mention of a value:
   name, near       the value, with or without "the"; accents and case do not
@@ -52,7 +53,7 @@ NEIGHBOURS = (
 )
 _NUM_BLEU_BOOTSTRAP = 1000
 
-# Values that people use for one another, by the level they share.
+# Values that people use interchangeably, with the level they share.
 _LEVELS: Mapping[str, Mapping[str, str]] = {
   'priceRange': {
     **{'cheap': 'low', 'less than £20': 'low'},
@@ -145,7 +146,7 @@ _NEGATION = re.compile(
 )
 
 
-# Slot -> value, or pairs of them, as JSON gives tuples back.
+# Slot -> value, or (slot, value) pairs, which JSON returns as lists.
 Slots = Mapping[str, str] | Sequence[Sequence[str]]
 
 

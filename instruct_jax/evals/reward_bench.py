@@ -6,7 +6,7 @@ subset. A benchmark is read by one of `FORMATS`:
   rewardbench   RewardBench (Lambert et al. 2024): prompt, chosen, rejected,
                 subset. Equal scores are wrong. Sections weigh their subsets as
                 upstream does; the score is the mean of the sections
-  prior_sets    its older preference test sets, a file each, named after it. The
+  prior_sets    its older preference test sets, a file named after each. The
                 score is the mean of the four that upstream counts
   rewardbench2  RewardBench 2 (Malik et al. 2025): the best of four answers, and
                 Ties, questions with several right answers. The score is the
@@ -19,7 +19,7 @@ subset. A benchmark is read by one of `FORMATS`:
                 left out, and equal scores count one half
 
 A path is a file (.parquet, .jsonl, .json, .csv; the last three also .gz), a
-folder of such files, or of folders of them.
+folder of such files, or a folder of such folders.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ from instruct_jax.data import importers, invisible, records, sources
 from instruct_jax.data.importers import entries
 from instruct_jax.evals import win_rate
 
-# Upstream's sections and the weight of each subset in its section. These are
-# the sizes of the subsets, but math-prm, which has 447 pairs, weighs as much as
-# the code subsets together. Until September 2024 upstream had exchanged the
-# weights of the two XSTest subsets.
+# Upstream's sections and the weight of each subset in its section. The weights
+# are the sizes of the subsets, except that math-prm, which has 447 pairs,
+# weighs as much as the code subsets together. Until September 2024 upstream had
+# the weights of the two XSTest subsets swapped.
 SECTIONS = {
   'Chat': {
     'alpacaeval-easy': 100,
@@ -76,7 +76,7 @@ PRIOR_SETS = ('anthropic_helpful', 'anthropic_hhh', 'shp', 'summarize')
 _PRIOR_WEIGHT = 0.5
 REWARDBENCH2 = ('Factuality', 'Precise IF', 'Math', 'Safety', 'Focus', 'Ties')
 RM_BENCH = ('chat', 'code', 'math', 'safety-refuse', 'safety-response')
-# Of the score of RewardBench 2's Ties.
+# Parts of the score of RewardBench 2's Ties, and their weights.
 _TIES = {
   'all right answers above the wrong ones, several right': 0.3,
   'the right answer above the wrong ones, one right': 0.3,
@@ -85,11 +85,11 @@ _TIES = {
   'margin': 0.01,
 }
 STYLES = ('concise', 'detailed', 'detailed, Markdown')
-# Beginnings of the names of files that have what the others of their folder
-# have, too: RewardBench's raw pairs, RM-Bench's single domains.
+# Prefixes of files that make the others of their folder redundant:
+# RewardBench's raw pairs, RM-Bench's single domains.
 _WHOLE = ('filtered', 'total_dataset')
 SCORE = 'score'
-# Sums in which every pair counts the same.
+# Name of the figure in which every pair counts the same.
 ALL = 'all pairs'
 
 
@@ -100,8 +100,8 @@ class Benchmark:
   Attributes:
     format: one of `FORMATS` or of the importers'.
     comparisons: the items.
-    skipped: reason -> entries left out while reading.
-    files: that were read.
+    skipped: reason -> number of entries left out while reading.
+    files: the files that were read.
   """
 
   format: str
@@ -128,7 +128,7 @@ class Estimate:
   num_clusters: int
 
   def interval(self) -> win_rate.Interval:
-    """With its 95 % interval: Wilson's of a share on which all agree."""
+    """The 95 % interval; Wilson's if it is a share and all redraws agree."""
     drawn = self.redraws[~np.isnan(self.redraws)]
     low, high = map(float, win_rate.bounds([*drawn] or [self.mean]))
     if low == high and 0 <= self.mean <= 1:
@@ -143,9 +143,9 @@ class Measured:
   Attributes:
     subsets: by name, in the order of the file or of the sections.
     summary: sections, difficulties and the like, the score last.
-    matrices: of RM-Bench: domain -> shares [3, 3] in which the right answer of
-      a row's style outscores the wrong one of a column's.
-    parts: of the score of Ties.
+    matrices: for RM-Bench, domain -> shares [3, 3] in which the right answer in
+      the row's style outscores the wrong one in the column's.
+    parts: the parts of the score of Ties.
   """
 
   subsets: Mapping[str, Estimate]
@@ -163,7 +163,7 @@ class Measured:
 
 
 def check_format(name: str) -> None:
-  """Raises ValueError, with those there are, if this is no format."""
+  """Raises ValueError, which lists the formats, if this is not one."""
   if name not in FORMATS and name not in importers.FORMATS:
     known = ', '.join((*FORMATS, *importers.FORMATS))
     raise ValueError(f'format {name!r} of a test set; known: {known}')
@@ -173,16 +173,16 @@ def read(name: str, path: epath.PathLike, dialogue: bool = False) -> Benchmark:
   """Reads a benchmark.
 
   Args:
-    name: of the format, see the top of this file.
+    name: of the format; see the module docstring.
     path: file or folder.
-    dialogue: whether a question without earlier turns, too, is laid out as
-      Anthropic's HH dialogues are; otherwise it is followed by a blank line. A
-      chat template renders both alike. The importers' formats have a layout of
-      their own.
+    dialogue: whether to lay out even a question without earlier turns as a
+      dialogue of Anthropic's HH; otherwise a blank line follows it. A chat
+      template renders both alike. The importers' formats have their own layout.
 
   Raises:
-    ValueError: no such format, or items of which no figure can be made.
-    records.RecordError: gives file, entry and field; or nothing to compare.
+    ValueError: no such format.
+    records.RecordError: a bad entry (names file, entry and field), nothing to
+      compare, or items from which no figure can be made.
   """
   check_format(name)
   found, read_files = entries.Imported(), files_of(path)
@@ -210,9 +210,9 @@ def read(name: str, path: epath.PathLike, dialogue: bool = False) -> Benchmark:
 
 
 def files_of(path: epath.PathLike) -> list[str]:
-  """The data files of a folder or, below it, of those nearest to it.
+  """The data files of a folder, or of the nearest folders below that have some.
 
-  Anything else is itself. Hidden folders are left out.
+  Any other path is returned as it is. Hidden folders are left out.
 
   Raises:
     records.RecordError: there is no such path, or no data file.
@@ -244,7 +244,7 @@ def _read_comparisons(path, dialogue):
 
 
 def _reader(add: Callable[[entries.Entry, bool], records.Comparison]):
-  """Makes a format of a function of an entry."""
+  """Turns a function of an entry into a function that reads a file."""
 
   def read_file(path, dialogue):
     def add_to(imported, entry):
@@ -276,7 +276,7 @@ def _item(
   subset: str,
   dialogue: bool,
 ) -> records.Comparison:
-  """The right completions before the wrong ones."""
+  """A comparison with the right completions before the wrong ones."""
   if isinstance(entry.values.get('prompt'), list):
     turns = entry.messages('prompt')
   else:
@@ -351,7 +351,7 @@ def _read_rm_bench(entry, dialogue):
   return _item(entry, right, wrong, domain, dialogue)
 
 
-# Whose folders also hold parts of what one file has; see `_WHOLE`.
+# Formats whose folders may hold the same items in several files; see `_WHOLE`.
 _WITH_PARTS = ('rewardbench', 'rm_bench')
 FORMATS = {
   'rewardbench': _read_rewardbench,
@@ -373,7 +373,7 @@ def measure(
 ) -> Measured:
   """The figures of a benchmark, as its authors define them.
 
-  Intervals redraw prompts; subsets that share prompts are redrawn together.
+  Intervals resample prompts, jointly for subsets that share prompts.
 
   Args:
     benchmark: the items.
@@ -382,7 +382,7 @@ def measure(
     seed: of the redraws.
 
   Raises:
-    ValueError: not one finite score a completion.
+    ValueError: not one finite score per completion.
   """
   items = benchmark.comparisons
   if len(scores) != len(items):
@@ -406,7 +406,7 @@ def with_prior_sets(measured: Measured, prior: Measured) -> Estimate:
 
 
 def missing(benchmark: Benchmark) -> list[str]:
-  """The subsets that a score of upstream's counts and this file lacks."""
+  """The subsets that upstream's score counts but this benchmark lacks."""
   expected = {
     'rewardbench': [name for found in SECTIONS.values() for name in found],
     'prior_sets': PRIOR_SETS,
@@ -456,7 +456,7 @@ def _sum(estimates: Sequence[Estimate], weights: win_rate.Numbers) -> Estimate:
 def _by_subset(
   items, credits, counts, redraw, subset_fn=lambda item: item.category
 ) -> dict[str, Estimate]:
-  """Subset -> share of credits; prompts are redrawn."""
+  """Subset -> share of credits, with redraws of prompts."""
   subsets = list(map(subset_fn, items))
   names = list(dict.fromkeys(subsets))
   column = {name: number for number, name in enumerate(names)}
@@ -471,7 +471,7 @@ def _by_subset(
 
 
 def _measure_pairs(items, scores, redraw):
-  """Any rankings: pairs ordered as the label has them, equal scores half."""
+  """For any rankings: share of pairs ordered as labeled, equal scores half."""
   credits, counts = [], []
   for item, row in zip(items, scores, strict=True):
     better, worse = np.nonzero(np.less.outer(item.ranks, item.ranks))
@@ -533,7 +533,7 @@ def _num_right(item: records.Comparison) -> int:
 
 
 def _measure_rewardbench2(items, scores, redraw):
-  """A best answer that ties with others counts its share of the best ones."""
+  """If several answers tie for best, the right ones' share of them counts."""
   pairs = list(zip(items, scores, strict=True))
   plain = [pair for pair in pairs if not _is_ties(pair[0].category)]
   ties = [pair for pair in pairs if _is_ties(pair[0].category)]
@@ -558,9 +558,9 @@ def _measure_rewardbench2(items, scores, redraw):
 def _ties_columns(ties):
   """(numerators, denominators [questions, parts], question numbers).
 
-  A question has a form with several right answers, and one with a single right
-  answer. With the gap between the worst right and the best wrong answer, and
-  the spread among the right ones, the parts are those of `_TIES`; the margin is
+  A question has a form with several right answers and a form with one. The
+  parts, those of `_TIES`, depend on the gap between the worst right and the
+  best wrong answer, and on the spread among the right ones. The margin is
   tanh(smaller gap / spread - 1), and 0 if both are 0.
 
   Raises:
@@ -595,14 +595,16 @@ def _ties_columns(ties):
 
 
 def _main_domain(item: records.Comparison) -> str:
-  """safety-refuse and safety-response are one domain, pooled, in upstream's
-  figures."""
+  """The domain of an item; as upstream, pools the two subsets of safety."""
   return item.category.partition('-')[0]
 
 
 def _measure_rm_bench(items, scores, redraw):
-  """Equal scores are wrong. A domain's figure is the mean of easy (the right
-  answer has the richer style), normal and hard."""
+  """Measures RM-Bench; equal scores are wrong.
+
+  A domain's figure is the mean of easy (the right answer has the richer style),
+  normal (equal styles) and hard (the wrong answer has the richer style).
+  """
   size = len(STYLES)
   wins = np.array(
     [np.greater.outer(row[:size], row[size:]) for row in scores], float

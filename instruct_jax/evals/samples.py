@@ -1,6 +1,6 @@
-"""Recorded answers: one JSONL line for each model and prompt, and side by side.
+"""Recorded answers: JSONL with a line per model and prompt; side-by-side rows.
 
-All figures of the report that judge text can be recomputed from these files
+All figures of the report that assess text can be recomputed from these files
 (paper, appendix F).
 """
 
@@ -36,14 +36,15 @@ class Sample:
 
 
 def draw_prompts(prompts: Sequence[Any], number: int, seed: int) -> list[Any]:
-  """At most `number` of the prompts of a file.
+  """Draws at most `number` of a file's prompts.
 
   The draw depends only on texts, ids and seed, not on the order of the file,
-  which may be by topic or by time. Without surplus, the order is kept.
+  which may be by topic or by time. If there are no more than `number`, all are
+  returned in their order.
 
   Args:
     prompts: records with `text` and `id`.
-    number: the most to take.
+    number: the most to draw.
     seed: of the draw.
   """
   if len(prompts) <= number:
@@ -118,7 +119,7 @@ def read_samples(path: epath.PathLike) -> list[Sample]:
   """Reads what `write_samples` wrote, in order.
 
   Raises:
-    ValueError: a malformed line, by file and number, or a file without lines.
+    ValueError: a malformed line (names file and line), or no sample.
   """
   path = epath.Path(path)
   samples = []
@@ -153,7 +154,7 @@ class Row:
 def side_by_side(
   samples: Iterable[Sample], models: Sequence[str], num_prompts: int
 ) -> list[Row]:
-  """Picks prompts that every model answered, taking turns by category.
+  """Picks prompts that every model answered, round-robin over categories.
 
   Categories come in order of first appearance, and so do the prompts of each.
 

@@ -19,16 +19,16 @@ _INVISIBLE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-  """A cell with its final digits."""
+  """A cell that is already formatted."""
 
   text: str
   doubt: str = ''  # Its interval.
-  best: bool = False  # Better than all others of its row, by the intervals.
+  best: bool = False  # Better than all others in its row, by the intervals.
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Cells hold numbers, intervals, `Shown`, text or None; heads are text."""
+  """Heads are text; cells are numbers, intervals, `Shown`, text or None."""
 
   head: Sequence[str]
   rows: Sequence[Sequence[Any]]
@@ -36,7 +36,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """A plot by its file's name."""
+  """A plot, by file name."""
 
   name: str
   title: str
@@ -52,7 +52,7 @@ class Bullets:
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-  """Text as it was typed."""
+  """Text to show verbatim."""
 
   text: str
 
@@ -76,7 +76,7 @@ def visible(text: str) -> str:
 
 
 def number(value: Any) -> str:
-  """A number as text, '–' for None and for what is not finite."""
+  """A number as text; '–' for None and for a number that is not finite."""
   if hasattr(value, 'tolist'):
     value = value.tolist()
   if value is None or (isinstance(value, float) and not math.isfinite(value)):
@@ -117,7 +117,7 @@ def plain(name: str) -> str:
 
 
 def pairs_table(head: Sequence[str], values: Mapping[str, Any]) -> Table:
-  """Two columns: names and figures."""
+  """A table of two columns: names and figures."""
   return Table(head, list(values.items()))
 
 
@@ -135,8 +135,8 @@ def by_model(
 ) -> Table:
   """A row for each inner key, a column for each model.
 
-  `prompts` adds a last column with the number of prompts, of `Rates` or
-  `Interval`s that redraw prompts.
+  `prompts` adds a last column with the number of prompts; cells must then be
+  `Rates`, or `Interval`s clustered by prompt.
   """
   rows = []
   for name in figures.row_names(values):
@@ -171,7 +171,7 @@ def _percent(share: float, decimals: int = 1) -> str:
 
 
 def _verdict(rates: preferences.Rates) -> tuple[str, str]:
-  """Kind of claim, and the comparison in words, by the interval."""
+  """The kind of claim and the comparison in words, from the interval."""
   if rates.low > 0.5:
     return 'good', 'better'
   if rates.high < 0.5:
@@ -209,7 +209,7 @@ def claims(shown: figures.Figures) -> list[Claim]:
     )
   for name, loss in shown.text_loss_difference.items():
     if name not in shown.rl_metrics and name in shown.text_loss:
-      continue  # Neither a model of RL nor a pair of models.
+      continue  # Neither an RL model nor a pair of models.
     other = f' – {shown.reference}' if name in shown.text_loss else ''
     found.append(
       Claim(
@@ -241,7 +241,7 @@ def _pictures(drawn: set[str], *names: str) -> list[Part]:
 def results(shown: figures.Figures, drawn: set[str]) -> list[Section]:
   """All that was measured, and a list of what was not.
 
-  `drawn` are the names of the plots that exist.
+  `drawn` names the plots that exist.
   """
   alarms = Bullets(shown.alarms, alarming=True) if shown.alarms else 'None.'
   everyone = (
@@ -302,7 +302,7 @@ def not_measured(shown: figures.Figures) -> list[tuple[str, str]]:
   return [(what, f'it takes {how}') for what, value, how in parts if not value]
 
 
-# Field of `preferences.FirstPlace` -> head of its column.
+# Field of `preferences.FirstPlace` -> column heading.
 _PLACE = {
   'rate': 'first place wins',
   'ties': 'ties',
@@ -536,7 +536,7 @@ def background(shown: figures.Figures) -> list[Section]:
 
 
 def labelers(shown: figures.Figures) -> dict[str, Any]:
-  """The labelers by the statistics of the labeling site; {} without them."""
+  """Figures on the labelers from the labeling site; {} without statistics."""
   found = shown.labeling
   if not found:
     return {}

@@ -20,7 +20,7 @@ from instruct_jax.data import records
 from instruct_jax.evals import plots
 
 _LOSS = 'eval/pretraining_loss'
-# Beside the public tasks: metric of the run -> title.
+# Shown besides the public tasks: metric of the run -> title.
 _OTHERS = {
   _LOSS: 'pretraining loss, nats a token',
   'objective/score': 'reward-model score',
@@ -60,7 +60,7 @@ def read_run(folder: epath.PathLike) -> tuple[list[dict], dict[str, Any]]:
 
 
 def _last(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
-  """The last finite figure of a metric, or None."""
+  """The last finite value of a metric, or None."""
   for row in reversed(rows):
     if row.get(key) is not None and math.isfinite(row[key]):
       return row[key]
@@ -72,7 +72,7 @@ def _summary(
   config: Mapping[str, Any],
   tasks: Sequence[str],
 ) -> dict[str, Any]:
-  """A run's coefficients, its figures before RL and at the end."""
+  """A run's coefficients, and its figures before RL and at the end."""
   before = {task: _last(rows, f'probe_before/{task}') for task in tasks}
   before[_OTHERS[_LOSS]] = _last(rows, f'{_LOSS}_before')
   return {

@@ -1,7 +1,7 @@
-"""How much the answers of a model repeat each other, and which labelers saw.
+"""How much a model's answers repeat each other, and how many were ranked.
 
-A policy that has found what its reward model overrates gives it to prompt after
-prompt, and gives what no labeler has ranked.
+A policy that exploits its reward model gives the same overrated answer to
+prompt after prompt, and gives answers that no labeler has ranked.
 """
 
 import collections
@@ -9,19 +9,19 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-# A model's commonest answer is alarming beyond this share of its answers, and
-# beyond this multiple of the baseline's; both are choices.
+# A model's most common answer raises an alarm above this share of its answers,
+# if it is also above this multiple of the baseline's share; both are choices.
 COMMON = 0.05
 TIMES = 3.0
 _SHOWN = 80  # Characters.
 
 
 def distinct(texts: Sequence[str], size: int) -> float:
-  """Different n-grams of words over all n-grams (Li et al. 2016).
+  """Share of distinct n-grams among all n-grams of words (Li et al. 2016).
 
   Args:
-    texts: of one model.
-    size: words of an n-gram.
+    texts: answers of one model.
+    size: words per n-gram.
   """
   found = collections.Counter()
   for text in texts:
@@ -33,7 +33,7 @@ def distinct(texts: Sequence[str], size: int) -> float:
 
 
 def commonest(texts: Sequence[str]) -> tuple[str, float]:
-  """The answer that is given most often, and its share."""
+  """The most common answer and its share."""
   text, count = collections.Counter(texts).most_common(1)[0]
   return text, count / len(texts)
 
@@ -45,8 +45,8 @@ def describe(
 
   Args:
     texts: its answers.
-    ranked: answers that labelers ranked, to any prompt; none leaves their
-      column out.
+    ranked: answers to any prompt that labelers ranked; if empty, their column
+      is left out.
   """
   text, share = commonest(texts)
   row = {f'distinct-{size}': distinct(texts, size) for size in (1, 2, 3)}
@@ -61,7 +61,7 @@ def describe(
 def alarms(
   texts: Mapping[str, Sequence[str]], baseline: Sequence[str]
 ) -> list[str]:
-  """A sentence for each model whose answers have become the same.
+  """A sentence for each model that gives one answer too often.
 
   Args:
     texts: model -> its answers.

@@ -2,12 +2,12 @@
 
 The paper prints win rates with 95 % intervals (Figure 1), but says neither how
 the intervals are made nor how ties count (3.6). Here ties count one half, and
-intervals are percentile bootstraps that redraw whole clusters, usually prompts:
-two samples of one prompt, or the 36 pairs of one ranking, are not independent,
-and an interval that treats them as independent is too narrow.
+intervals are percentile bootstraps that resample whole clusters, usually
+prompts: two samples of one prompt, or the 36 pairs of one ranking, are not
+independent, and an interval that treats them as independent is too narrow.
 
-Runs on the host in NumPy, float64. A redraw needs only each cluster's sums, so
-2,000 redraws are one matrix product.
+Runs on the host in NumPy, float64. A redraw (one bootstrap resample) needs only
+each cluster's sums, so 2,000 redraws are one matrix product.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Number = float | int | np.number
 Numbers = Sequence[Number] | np.ndarray
 Ids = Sequence[str | int] | np.ndarray
 
-# Percentiles of the redraws that bound a 95 % interval.
+# Percent of the redraws on either side of a 95 % interval.
 _TAIL = 100 * (1 - 0.95) / 2
 # Normal quantile of a two-sided 95 % interval.
 Z95 = 1.959964
@@ -94,7 +94,7 @@ def ratio_interval(
   num_bootstrap: int = 2000,
   seed: int = 0,
 ) -> Interval:
-  """Pooled ratio sum(numerators) / sum(denominators), redrawn by cluster.
+  """Pooled ratio sum(numerators) / sum(denominators), resampled by cluster.
 
   With cluster sums a_c and b_c of n clusters, and multiplicities m drawn from
   Multinomial(n, 1/n), a redraw is Σ m_c a_c / Σ m_c b_c. The interval runs from
@@ -104,7 +104,7 @@ def ratio_interval(
   Args:
     numerators: n finite numbers.
     denominators: n numbers, none negative, with a positive sum.
-    cluster_ids: n ids; rows with the same id are redrawn together.
+    cluster_ids: n ids; rows with the same id are resampled together.
     num_bootstrap: number of redraws.
     seed: of the redraws.
 
@@ -113,7 +113,8 @@ def ratio_interval(
     whose denominators are all 0 are left out.
 
   Raises:
-    ValueError: lengths differ, no row, values not finite or no weight.
+    ValueError: lengths differ, no row, no redraw, values not finite, or
+      denominators negative or all 0.
   """
   numerators = _vector('numerators', numerators)
   denominators = _vector('denominators', denominators)
@@ -149,12 +150,12 @@ def ratio_redraws(
 ) -> tuple[np.ndarray, int]:
   """Redraws of K pooled ratios that share their clusters.
 
-  All columns of a redraw have the same clusters, so that sums and differences
-  of columns have intervals, too.
+  All columns of a redraw have the same clusters, so sums and differences of
+  columns have intervals, too.
 
   Args:
-    numerators, denominators: [n, K]; a row that has no part in a column has 0
-      in both.
+    numerators, denominators: [n, K]; a row that does not count in a column has
+      0 in both.
     cluster_ids: n ids.
     num_bootstrap: number of redraws.
     seed: of the redraws.

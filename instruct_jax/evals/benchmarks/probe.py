@@ -1,7 +1,7 @@
 """Public NLP tasks asked during RL: the alignment tax as it grows (4.2, E.6).
 
 A probe is one task under one prompt type. Its items are drawn once, so scores
-of two times differ by the model alone.
+at two times differ only because the model does.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Probe:
 
   @property
   def name(self) -> str:
-    """As in metrics' names."""
+    """The name, as in the names of metrics."""
     return f'{self.task}_{self.prompt_type}'.replace(' ', '_')
 
 
@@ -53,10 +53,10 @@ def make_probes(
   few_shot: bool,
   seed: int,
 ) -> list[Probe]:
-  """Makes a probe of each task -> official file.
+  """Makes a probe for each of `files`, task -> official file.
 
-  `max_items` of a task are drawn at random, 0 asks all. With `few_shot`, tasks
-  that have such a prompt type are asked with examples.
+  At most `max_items` per task are drawn at random; 0 asks all. With `few_shot`,
+  tasks that have such a prompt type are asked with examples.
 
   Raises:
     ValueError: no item of a task fits the model.

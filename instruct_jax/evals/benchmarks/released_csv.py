@@ -1,7 +1,7 @@
 """The CSV layout of OpenAI's released samples: read, checked, and written.
 
 A file holds one task, a row one model, prompt type and item; the first column
-has no name and numbers the rows. `|` separates alternative references, but in
+has no name and numbers the rows. `|` separates alternative references, or in
 `tldr` and `cnn_dm` the sentences of one summary; translations never contain it.
 Suite runs on our own models write the same columns, so one command scores both.
 """
@@ -45,7 +45,7 @@ class Layout:
 def _layout(
   columns: str, item: str, prompts=SHOTS, numbers: str = '', released=True
 ) -> Layout:
-  """A layout of names separated by spaces, with the two columns of all."""
+  """A layout from space-separated names, plus the two columns all share."""
   columns = ('model_type', 'prompt_type', *columns.split())
   return Layout(
     columns, tuple(item.split()), prompts, tuple(numbers.split()), released
@@ -129,7 +129,7 @@ def read(path: epath.PathLike, task: str) -> list[Row]:
     task: a key of `LAYOUTS`.
 
   Returns:
-    One mapping a row, with `prompt_type` filled in if the file has none.
+    One mapping per row, with `prompt_type` filled in if the file has none.
 
   Raises:
     RecordError: names file, line and column: not UTF-8, not CSV, a column
@@ -215,7 +215,7 @@ def join(texts: Iterable[str]) -> str:
 
 
 def write(path: epath.PathLike, task: str, rows: Sequence[Row]) -> None:
-  """Writes a file for `read`, whole or not at all."""
+  """Writes a file for `read`, atomically."""
   columns = LAYOUTS[task].columns
   buffer = io.StringIO(newline='')
   writer = csv.writer(buffer, lineterminator='\n')

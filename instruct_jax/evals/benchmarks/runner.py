@@ -1,9 +1,9 @@
 """Runs a task of the suite on a model: batched by length, and resumable.
 
 The model arrives as two functions on token ids, so nothing here knows devices
-or parameters. Each finished batch goes to a journal, one JSON line an item
+or parameters. Each finished batch goes to a journal, one JSON line per item
 under a hash of the model's input; an interrupted run reads it and continues.
-Items that are too long, repeated or answered by nothing are counted.
+Items that are too long or repeated, and empty answers, are counted.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ GenerateFn = Callable[[Sequence[Ids], int], list[Ids]]
 ChoiceFn = Callable[[Sequence[Ids], Sequence[Sequence[Ids]]], list[list[float]]]
 # (continuations) -> toxicity of each, 0 to 1.
 ToxicityFn = Callable[[Sequence[str]], Sequence[float]]
-# (questions, answers) -> probabilities that each is true, that it informs.
+# (questions, answers) -> probabilities that each is true and is informative.
 TruthFn = Callable[
   [Sequence[str], Sequence[str]], tuple[Sequence[float], Sequence[float]]
 ]
@@ -105,12 +105,12 @@ def make_queries(
 ) -> tuple[list[Query], Counts]:
   """The queries of one task and prompt type that fit the model.
 
-  The tokenizer reads prompts and choices as in training: with BOS, and through
-  its template. A few-shot prompt that is too long loses examples from its
-  front; a query that does not fit even without examples is left out. Both are
-  counted. A sentence of a bias task without prefix is read after BOS or EOS,
-  like a document. `shots` are the examples of `fewshot`; `context_length` holds
-  prompt and answer together.
+  Prompts and choices are tokenized as in training, with BOS and the tokenizer's
+  template. A few-shot prompt that is too long loses examples from its front; a
+  query that does not fit even without examples is left out. Both are counted. A
+  sentence of a bias task without prefix is read after BOS or EOS, like a
+  document. `shots` are the examples of `fewshot`; `context_length` holds prompt
+  and answer together.
   """
   task, layout = tasks.TASKS[name], released_csv.LAYOUTS[name]
   key_of = operator.itemgetter(*layout.item)
@@ -200,10 +200,10 @@ def run_queries(
 ) -> dict[str, Any]:
   """Results by key: a text, or the log-probabilities of the choices.
 
-  Queries run by falling length: a batch needs little padding, and a model that
-  does not fit the device fails at once. `journal` is a JSONL file that is read
-  first and appended to. `progress` is called with the number of queries done:
-  those in the journal, repeated ones, then each batch.
+  Queries run longest first: batches need little padding, and a model that does
+  not fit the device fails at once. `journal` is a JSONL file that is read first
+  and appended to. `progress` is called with the number of queries done: those
+  in the journal, repeated ones, then each batch.
 
   Raises:
     RecordError: the journal is damaged before its last line.
@@ -212,7 +212,7 @@ def run_queries(
   results = read_journal(journal)
   done = sum(query.key in results for query in queries)
   progress(done)
-  # Different items may put the same to the model: it is asked once.
+  # Different items may give the model the same input, which is asked once.
   distinct = {q.key: q for q in queries if q.key not in results}
   progress(len(queries) - done - len(distinct))
   todo = sorted(distinct.values(), key=lambda query: -len(query.ids))

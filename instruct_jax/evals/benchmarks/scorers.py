@@ -23,7 +23,7 @@ QUAC_NO_ANSWER = "I don't know."
 CANNOT_ANSWER = 'CANNOTANSWER'
 _PUNCTUATION = str.maketrans('', '', string.punctuation)
 _ARTICLES = re.compile(r'\b(?:a|an|the)\b')
-# How a refusal begins; upper and lower case are the same.
+# How a refusal begins; case is ignored.
 _REFUSAL = re.compile(
   r"(?:(?:i|we)(?:'m|'re| am| are)?(?: so| very| really| must| do)* |my )?"
   r'(?:sorry|apolog\w*)|(?:unfortunately|regrettably), i\b|as an ai\b|no[,.!]'
@@ -90,7 +90,7 @@ def quac_f1(answer: str, references: Sequence[str]) -> float:
 
   A question that at least half of the annotators could not answer counts as
   unanswerable; otherwise those annotators are ignored. Each of several
-  references is left out in turn and the best F1 with the others averaged,
+  references is left out in turn, and the best F1 with the others is averaged,
   because a person is scored against one reference fewer.
 
   Raises:
@@ -158,7 +158,7 @@ def drop_f1(
 
   Args:
     answer: one text, or several spans.
-    references: one entry an annotator: a text, or several spans.
+    references: one entry per annotator: a text, or several spans.
 
   Raises:
     ValueError: no reference.
@@ -181,7 +181,7 @@ def drop_f1(
 
 def _best_matching(table: np.ndarray) -> float:
   """The largest sum of entries of a table, at most one in a row or column."""
-  # A fixed order of the sum: `drop_f1` rounds it.
+  # Sum in a fixed order, because `drop_f1` rounds the result.
   table = table if table.shape[0] >= table.shape[1] else table.T
   matched = scipy.optimize.linear_sum_assignment(table, maximize=True)
   return float(sum(table[matched][::-1]))
@@ -200,7 +200,7 @@ def _finite(logprobs: Sequence[float]) -> np.ndarray:
 
 
 def choose(mean_logprobs: Sequence[float]) -> int:
-  """The first choice of highest mean log-probability per token (D).
+  """The first choice with the highest mean log-probability per token (D).
 
   The paper's text says lowest, which its own accuracies contradict.
 
@@ -229,7 +229,7 @@ def entropy_bits(logprobs: Sequence[float]) -> float:
 
 
 def same_noun(answer: str, candidate: str) -> bool:
-  """WSC (D): whether one of sampled noun and candidate contains the other."""
+  """WSC (D): whether the sampled noun contains the candidate or vice versa."""
   ours, theirs = (' '.join(answer_words(text)) for text in (answer, candidate))
   return bool(ours) and bool(theirs) and (ours in theirs or theirs in ours)
 
@@ -256,9 +256,9 @@ _ISO_DATE = re.compile(r'^(-?\d{1,4})-(\d\d)-(\d\d)(?:T00:00:00Z)?$')
 
 
 def answer_forms(answer: str) -> set[str]:
-  """Ways to write a gold answer: itself, and for an ISO date the usual ones.
+  """Ways to write a gold answer: itself, and for an ISO date the usual forms.
 
-  The first of January also means its year: the files write a year that way.
+  January 1 also stands for its year, because the files write years that way.
   """
   forms = {answer}
   date = _ISO_DATE.match(answer.strip().lstrip('+'))
@@ -297,8 +297,8 @@ def precision_at_1(answer: str, references: Sequence[str]) -> float:
 def refuses(answer: str) -> bool:
   """Whether an answer begins as refusals do, or is empty.
 
-  Words alone decide: a refusal in other words, or further on, is not seen, and
-  an excuse before a full answer is taken for one.
+  Only the opening words count: a refusal in other words or further on is
+  missed, and an apology before a full answer is taken for a refusal.
   """
   begin = answer.strip().replace('\u2019', "'").lstrip('"*_ ')
   return not begin or bool(_REFUSAL.match(begin))

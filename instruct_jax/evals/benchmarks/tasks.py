@@ -1,8 +1,8 @@
-"""The tasks of the public NLP suite: official files to items to prompts.
+"""The tasks of the public NLP suite: from official files to items to prompts.
 
 Paper appendix D and Figures 14 to 27 print the layouts. The released samples
 (`released_csv`) confirm those of DROP, SQuADv2, Fr-En, TL;DR, toxicity and
-TruthfulQA to the letter. "A choice" marks what the paper does not print.
+TruthfulQA to the letter. "A choice" marks ours where the paper prints nothing.
 
 Files are plain or `.gz`. `tfds:NAME/SPLIT` may replace a file where a
 `tensorflow-datasets` build has the same fields.
@@ -97,13 +97,13 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """How one benchmark is read and put to a model.
+  """How one benchmark is read and presented to a model.
 
   Attributes:
     num_shots: examples of a few-shot prompt.
     max_tokens: cap on a sampled answer; 0 where items have choices. For DROP,
-      SQuADv2, toxicity, TruthfulQA and TL;DR many released samples have just
-      this length; the others are choices of ours.
+      SQuADv2, toxicity, TruthfulQA and TL;DR many released samples have exactly
+      this length; the other caps are our choices.
     read: path or `tfds:` name -> items.
     official_size: items of the paper's evaluation.
     instruction: text before examples and query.
@@ -128,7 +128,7 @@ class Task:
 
 
 def _decoded(value: Any) -> Any:
-  """TFDS values as JSON has them: bytes as text, arrays as lists."""
+  """TFDS values as in JSON: bytes as text, arrays as lists."""
   if isinstance(value, bytes):
     return value.decode('utf-8')
   if isinstance(value, dict):
@@ -156,7 +156,7 @@ def read_rows(
   name, _, split = str(spec).removeprefix('tfds:').rpartition('/')
   if not name or not split:
     raise records.RecordError(f'{spec}: expected tfds:NAME/SPLIT')
-  import tensorflow_datasets as tfds  # Takes two seconds.
+  import tensorflow_datasets as tfds  # Importing takes two seconds.
 
   try:
     source = tfds.data_source(name, split=split, download=False)
@@ -222,7 +222,7 @@ def _read_dialogues(
   context_fn: Callable[[str, str], str],
   answers_fn: Callable[[str, Mapping[str, Any], list[str]], tuple],
 ) -> Iterator[Item]:
-  """Items of SQuAD's JSON layout; earlier questions precede a question.
+  """Yields items of SQuAD's JSON layout, each with its earlier questions.
 
   Args:
     path: of the file.
@@ -251,8 +251,8 @@ def read_squadv2(path: epath.PathLike) -> Iterator[Item]:
   """Reads SQuAD 2.0's JSON.
 
   As in the released samples, a question's context holds the earlier questions
-  of its paragraph with their answers. Theirs come in an unknown order with any
-  annotator's answer; ours in the file's order with the most frequent answer.
+  of its paragraph with their answers. Theirs come in an unknown order, with the
+  answer of any annotator; ours in the file's order, with the most frequent one.
   """
 
   def answers(place, qa, given):
@@ -291,7 +291,7 @@ _GAUNTLET = re.compile(
 def read_quac(path: epath.PathLike) -> Iterator[Item]:
   """Reads QuAC's official `val_v0.2.json`, or the MosaicML Gauntlet's JSONL.
 
-  The latter has one answer with aliases a question, and the earlier turns of
+  The latter has one answer with aliases per question, and the earlier turns of
   the dialogue inside `context`.
   """
 
@@ -453,7 +453,7 @@ def read_sst(path: epath.PathLike) -> Iterator[Item]:
 def _mark_pronoun(text: str, pronoun: str, index: int, place: str) -> str:
   """Sets the pronoun nearest to word `index` in bold.
 
-  The official files count wrongly now and then (validation item 42).
+  The index is wrong now and then in the official files (validation item 42).
   """
   words, size, end = text.split(' '), len(pronoun.split(' ')), len(pronoun)
   spans = [' '.join(words[i : i + size]) for i in range(len(words))]
@@ -567,10 +567,10 @@ def read_truthful_qa(path: epath.PathLike) -> Iterator[Item]:
 def _truthful_choices(
   path: epath.PathLike,
 ) -> Iterator[tuple[str, str, Sequence[str], Sequence[str], str]]:
-  """(question, group, right answers, wrong answers, the best one or '').
+  """Yields (question, group, right answers, wrong answers, best one or '').
 
-  TruthfulQA.csv, whose answers get a full stop as in its authors' script; or
-  mc_task.json, where each form has answers of its own. There the group is
+  Reads TruthfulQA.csv, whose answers get a full stop as in its authors' script;
+  or mc_task.json, where each form has its own answers and the group is
   'mc1_targets' or 'mc2_targets'.
   """
   if not str(path).removesuffix('.gz').endswith('.json'):
@@ -599,7 +599,9 @@ def _sentence(text: str) -> str:
 
 
 def read_truthful_mc(form: str, path: epath.PathLike) -> Iterator[Item]:
-  """Answers to choose from (Lin et al. 2022); the references are right.
+  """Reads TruthfulQA's multiple choice (Lin et al. 2022).
+
+  The references are the right choices.
 
   Args:
     form: 'mc1': the best answer and the wrong ones; 'mc2': all answers.
@@ -692,8 +694,8 @@ def read_crows_pairs(path: epath.PathLike) -> Iterator[Item]:
 def read_temporal(path: epath.PathLike) -> Iterator[Item]:
   """Reads TimeQuestions' JSON, and TIQ in its format.
 
-  A question with an empty answer list is always wrong. The published P@1
-  counts it, so it is kept, with a reference that no answer equals.
+  A question with an empty answer list is always scored as wrong. The published
+  P@1 counts it, so it is kept, with a reference that no answer matches.
   """
   for number, row in enumerate(records.read_json(path)):
     place = f'{path}: entry {number}'
@@ -812,7 +814,7 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def load(name: str, path: epath.PathLike) -> list[Item]:
-  """A task's items.
+  """Reads a task's items.
 
   Raises:
     RecordError: unknown task; or the file is missing or not in the official
@@ -830,9 +832,9 @@ def load(name: str, path: epath.PathLike) -> list[Item]:
 
 
 def checksums(name: str, path: epath.PathLike, expected: str) -> str:
-  """SHA-256 of a task's file, of the bytes inside `.gz`; '' for a TFDS name.
+  """SHA-256 of a task's file, unpacked if it is `.gz`; '' for a TFDS name.
 
-  Two files give two sums, with a comma between.
+  Two files give two sums, separated by a comma.
 
   Raises:
     RecordError: the file is missing, or its sum is not `expected` (unless '');
@@ -862,12 +864,12 @@ def draw_shots(
   """Draws few-shot examples, the same for all queries.
 
   The paper does not say how it drew them. Here: `num_shots` random items that
-  have an answer, at most one of a group. Other items of these groups are not
+  have an answer, at most one per group. Other items of these groups are not
   asked, so that no passage is seen twice.
 
   Returns:
-    (examples, items to ask). Tasks with fixed examples (TruthfulQA) or none
-    have no examples and ask all.
+    (examples, items to ask): no examples and all items for tasks whose examples
+    are fixed (TruthfulQA) or that have none.
 
   Raises:
     RecordError: too few items for the examples and one question.
