@@ -1,8 +1,9 @@
 """Best-of-n and RL on one frontier: the judge's score against KL.
 
-Gao et al. 2022. N answers of each prompt are sampled once; they give unbiased
-estimates of the best of n by the proxy reward model, for all n. RL points are
-measured on the same prompts. Both curves are fitted; intervals redraw prompts.
+Follows Gao et al. 2022. N answers to each prompt are sampled once; they give
+unbiased estimates of the best of n by the proxy reward model, for every n <= N.
+RL points are measured on the same prompts. Both curves are fitted. Intervals
+bootstrap over prompts.
 """
 
 import functools
@@ -21,7 +22,7 @@ PROCESSES = 'one'
 
 
 def validate(config):
-  """Checks all keys but the judge's own. ValueError names the key."""
+  """Checks the config and the judge's keys. ValueError names the key."""
   check_stage(config)
   for key in ('policy', 'reward_model', 'prompts', 'tokenizer'):
     if not config[key]:
@@ -46,7 +47,7 @@ def validate(config):
 
 
 def models_of(config) -> dict[str, str]:
-  """Label -> folder of each model that is read."""
+  """Label -> folder of each model that this stage reads."""
   keys = ('policy', 'reward_model', 'judge_model')
   found = {key: config[key] for key in keys if config[key]}
   for name, folder in model_folder.named_folders(config.rl, 'rl').items():
@@ -70,7 +71,7 @@ def inputs(config):
 
 
 def rl_policies(folder: str) -> list[epath.Path]:
-  """A PPO stage's snapshots in order, and its final policy.
+  """A PPO stage's snapshots in order, then its final policy.
 
   Raises:
     ValueError: there is no policy in the folder.
@@ -89,7 +90,7 @@ def rl_policies(folder: str) -> list[epath.Path]:
 
 
 def sizes_up_to(num_samples: int) -> list[int]:
-  """1, 2, 4, ... and N itself."""
+  """The powers of two up to N, and N itself."""
   powers = {2**k for k in range(num_samples.bit_length())}
   return sorted(powers | {num_samples})
 
@@ -97,7 +98,7 @@ def sizes_up_to(num_samples: int) -> list[int]:
 def run(config, workdir: epath.Path):
   """Samples, scores and fits; returns counts of prompts.
 
-  Reads the files of `inputs`. Writes best_of_n.md, best_of_n.json and
+  Writes best_of_n.md, best_of_n.json and
   frontier.png.
   """
   validate(config)
@@ -118,7 +119,7 @@ def run(config, workdir: epath.Path):
     proxy_fn, _ = judge_fns.reward_score(config, config.reward_model, mesh)
 
     def ask(name, folder, num_samples=1):
-      """A policy, its answers, and (proxy, gold) of each [prompts, samples]."""
+      """A policy, its answers, and their proxy and gold [prompts, samples]."""
       dtype = config.compute_dtype
       policy = queries.load_policy(folder, tokenizer, mesh, compute_dtype=dtype)
       answers = asking.sample(
@@ -131,7 +132,7 @@ def run(config, workdir: epath.Path):
       )
       return policy, answers, proxy, gold
 
-    # 1. N answers of each prompt, and the best of n among them.
+    # 1. N answers per prompt, and the best of n among them.
     start, _, proxy, gold = ask('policy', config.policy, N)
     base = {'proxy': proxy.mean(axis=1), 'gold': gold.mean(axis=1)}
     kl = [overoptimization.best_of_n_kl(n) for n in sizes]
@@ -145,7 +146,7 @@ def run(config, workdir: epath.Path):
       }
     }
 
-    # 2. Policies along RL, one answer a prompt.
+    # 2. The policies of each RL run, one answer per prompt.
     for name, folder in model_folder.named_folders(config.rl, 'rl').items():
       paths = rl_policies(folder)
       points = []
@@ -169,7 +170,7 @@ def run(config, workdir: epath.Path):
 
 
 def points_of(config, curve, start):
-  """One row a point: KL and the gain in both scores, with intervals."""
+  """One row per point: KL and the gain in both scores, with intervals."""
   interval = functools.partial(
     win_rate.mean_interval,
     cluster_ids=range(len(curve['kl'])),
@@ -188,9 +189,9 @@ def points_of(config, curve, start):
 
 
 def write_results(config, workdir, judge, curves, start, counts):
-  """Fits the curves and writes best_of_n.json and .md, and frontier.png.
+  """Fits the curves and writes best_of_n.json, best_of_n.md and frontier.png.
 
-  They name each curve that cannot be fitted, with the reason.
+  Both reports list each curve that cannot be fitted, with the reason.
   """
   points, fits, reasons = {}, {}, {}
   for name, curve in curves.items():

@@ -57,14 +57,15 @@ def scores_of(config, model, comparisons, tokenizer, mesh):
 
 
 def run(config, workdir: epath.Path):
-  """Reads a reward model, writes `model/` and results.json.
+  """Centres a reward model; writes `model/` and results.json.
 
   Returns:
     The content of results.json: `reward_shift`, the demonstrations' mean score
-    before; `score_range` of all scores after; and counts.
+    before the shift, and their `standard_deviation`; `score_range`, of all
+    scores after the shift; and counts.
 
   Raises:
-    ValueError: no demonstration fits, or the model has another tokenizer.
+    ValueError: no demonstration fits, or the model has a different tokenizer.
   """
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)

@@ -1,8 +1,8 @@
-"""AlpacaEval 2, MT-Bench and Arena-Hard (`evals.chat_benchmarks`).
+"""Runs AlpacaEval 2, MT-Bench or Arena-Hard (`evals.chat_benchmarks`).
 
-questions -> answers of each model -> a judge behind an OpenAI-compatible URL ->
-figures. A stage that was stopped continues: answers are kept once a model has
-finished, and the judge's replies one by one.
+Questions -> answers of each model -> a judge behind an OpenAI-compatible URL ->
+figures. A stopped stage resumes: a model's answers are kept once all are
+sampled, and the judge's replies one by one.
 """
 
 import json
@@ -24,7 +24,7 @@ _RECORDED = ('.json', '.jsonl', '.json.gz', '.jsonl.gz')
 
 
 def is_recorded(source: str) -> bool:
-  """Whether it is a file of answers, not a model."""
+  """Whether `source` is a file of answers rather than a model."""
   return source.endswith(_RECORDED)
 
 
@@ -87,9 +87,9 @@ def inputs(config: ConfigDict) -> dict[str, str]:
 
 
 def sample_answers(config: ConfigDict, name: str, source: str, questions, mesh):
-  """Question's id -> answers; a turn that is too long gets the empty one.
+  """Question id -> answers by turn; empty where the prompt is too long.
 
-  A later turn sees the earlier ones with the model's answers.
+  Later turns see the earlier turns with the model's answers.
 
   Raises:
     ValueError: no first turn fits.
@@ -146,7 +146,7 @@ def sample_answers(config: ConfigDict, name: str, source: str, questions, mesh):
 
 
 def _prompt(place, question, answered) -> records.Prompt:
-  """The question's next turn after its answered ones."""
+  """The prompt for the question's next turn, with the answered ones before."""
   turns = []
   for asked, answer in zip(question.turns, answered, strict=False):
     turns.append(records.Turn('user', asked))
@@ -159,14 +159,14 @@ def _prompt(place, question, answered) -> records.Prompt:
 
 
 def _folder(config, workdir: epath.Path, model: str) -> epath.Path:
-  """The file of a model's answers."""
+  """The path of the file of a model's answers."""
   if config.benchmark == 'alpaca_eval':
     return workdir / 'results' / model / 'model_outputs.json'
   return workdir / 'model_answer' / f'{model}.jsonl'
 
 
 def _write(path: epath.Path, rows) -> None:
-  """A JSON list or JSONL, by the name."""
+  """Writes a JSON list or JSONL, depending on the file name."""
   if path.name.endswith('.json'):
     text = json.dumps(rows, indent=2, ensure_ascii=False) + '\n'
     files.write_bytes(path, text.encode())
@@ -175,7 +175,7 @@ def _write(path: epath.Path, rows) -> None:
 
 
 def answers_of(config: ConfigDict, workdir: epath.Path, questions):
-  """Model -> answers; writes them."""
+  """Reads or samples the answers, and writes them; returns model -> answers."""
   found, mesh = {}, None
   for name, source in model_folder.named_folders(config.models).items():
     path = _folder(config, workdir, name)
@@ -199,7 +199,7 @@ def answers_of(config: ConfigDict, workdir: epath.Path, questions):
 
 
 def body_of(config: ConfigDict, request: chat_benchmarks.Request):
-  """The judge's request."""
+  """The JSON body of a request to the judge."""
   body = {
     'model': config.endpoint.model,
     'messages': request.messages,
@@ -228,7 +228,7 @@ def make_requests(config, layout, model, questions, answers, baseline, given):
 
 
 def judge(config, service, layout, requests, baseline: str, progress):
-  """Rows of upstream's file for the requests about one model."""
+  """Sends the requests about one model; returns rows of upstream's file."""
   name = config.endpoint.model
   read = {
     'alpaca_eval': chat_benchmarks.read_alpaca,
@@ -262,13 +262,13 @@ def measure(config, requests, rows, gamed):
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> dict[str, int]:
-  """Answers, judgements and figures; writes the files that the config lists.
+  """Samples, judges and measures; writes the files that the config lists.
 
   Returns:
-    Numbers of questions and of the judge's requests.
+    The numbers of questions and of requests to the judge.
 
   Raises:
-    ValueError: a bad file, or questions that it does not go with.
+    ValueError: a file is bad, or does not match the questions.
     endpoint.EndpointError: the judge does not answer.
   """
   validate(config)
@@ -284,13 +284,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, int]:
     theirs = chat_benchmarks.read_answers(name, path, questions)
   given = {}
   if config.references:
-    # Only some questions have one.
+    # Only some questions have a reference.
     given = chat_benchmarks.read_answers(
       name,
       config.references,
       [q for q in questions if chat_benchmarks.needs_reference(q)],
     )
-  # What the layout lacks is said before any model is asked.
+  # Dry run, so that errors in the layout show before sampling begins.
   blank = {q.id: ('',) * len(q.turns) for q in questions}
   make_requests(config, layout, '', questions, blank, theirs, given)
   answers = answers_of(config, workdir, questions)
@@ -321,10 +321,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, int]:
 
 
 def chosen_questions(config) -> list[chat_benchmarks.Question]:
-  """Those of `categories`, the first `num_questions` of them.
+  """The first `num_questions` questions of `categories`; 0 or empty mean all.
 
   Raises:
-    ValueError: a category without a question.
+    ValueError: a category has no question.
   """
   found = chat_benchmarks.read_questions(config.benchmark, config.questions)
   wanted = [x.strip() for x in config.categories.split(',') if x.strip()]
@@ -340,7 +340,7 @@ def chosen_questions(config) -> list[chat_benchmarks.Question]:
 
 
 def _write_judgements(config, workdir, judged) -> None:
-  """Into the folders where upstream's tools look."""
+  """Writes the judgements where upstream's tools look for them."""
   judge_name = config.endpoint.model.replace('/', '_')
   if config.benchmark == 'mt_bench':
     form = 'pair' if config.baseline else 'single'

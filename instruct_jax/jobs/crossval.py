@@ -1,8 +1,8 @@
 """Cross-validates a reward model over groups of labelers (paper E.2).
 
 The labelers are split into groups; each group in turn is left out of training.
-`intra` is the accuracy on validation rankings by the labelers trained on,
-`inter` by the group left out, over several seeds.
+`intra` is the accuracy on validation rankings by the labelers trained on, and
+`inter` on those by the group left out. Both are averaged over several seeds.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ def inputs(config):
 def run(config, workdir: epath.Path):
   """Trains a reward model for each group and seed; writes results.json.
 
-  Skips those that have finished.
+  Skips those that already have results.
 
   Raises:
-    ValueError: a group has no validation pair that it ordered.
+    ValueError: a group ordered no validation pair (all ties, or no rankings).
   """
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
@@ -60,7 +60,7 @@ def run(config, workdir: epath.Path):
           'who are left out together; add rankings of theirs, or use fewer '
           f'folds (num_folds {config.num_folds})'
         )
-    scoring = None  # All folds are scored with the first one's programs.
+    scoring = None  # The first fold's programs score all folds.
     runs = []
     for seed in range(config.seed, config.seed + config.num_fold_seeds):
       key = jax.random.fold_in(jax.random.key(seed), 1)
@@ -75,7 +75,7 @@ def run(config, workdir: epath.Path):
             [c for c in comparisons if c.labeler not in left_out],
             tokenizer,
           )
-          # A copy, since training donates its starting weights.
+          # A copy, since training donates the buffers of its starting weights.
           start = jax.tree.map(jnp.copy, model.params)
           params, programs = reward.train(
             config,

@@ -1,7 +1,7 @@
-"""Asks models, lets a judge compare their answers, and writes the report.
+"""Samples models, has a judge compare their answers, and writes the report.
 
-Paper 3.6 and 4.1: prompts -> answers of each model -> judge -> outcomes of
-pairs with intervals -> sections. The config names models and judge.
+Paper 3.6 and 4.1: prompts -> answers of each model -> judge -> pairwise
+outcomes with intervals -> sections. The config names the models and the judge.
 """
 
 import collections
@@ -48,10 +48,10 @@ PROCESSES = 'all'
 
 
 def named_pairs(config) -> list[tuple[str, str]]:
-  """Pairs that are compared besides those with the baseline, each once.
+  """The distinct pairs to compare in addition to those with the baseline.
 
   Raises:
-    ValueError: `pairs` has anything but pairs of the other models.
+    ValueError: `pairs` has something that is not a pair of the other models.
   """
   names = model_folder.named_folders(config.models)
   others = [name for name in names if name != config.baseline]
@@ -70,7 +70,7 @@ def named_pairs(config) -> list[tuple[str, str]]:
 
 
 def of_each_judge(config) -> list[Any]:
-  """The config, and one for each of `other_judges` with that as its judge."""
+  """The config, then a copy per entry of `other_judges` with that judge."""
   found = [config]
   for name in filter(None, config.other_judges.split(',')):
     other = config.copy_and_resolve_references()
@@ -81,7 +81,7 @@ def of_each_judge(config) -> list[Any]:
 
 
 def validate(config):
-  """Checks all keys but the judge's own. ValueError names the key."""
+  """Checks the config and the judges' keys. ValueError names the key."""
   check_stage(config)
   models = asking.read_models(config)
   columns = [model.name for model in models.values() if model.has_columns]
@@ -119,7 +119,7 @@ def validate(config):
 
 
 def world_of(config) -> figures.World | None:
-  """The world of `config.world`, or None; ValueError if it is no world."""
+  """The world of `config.world`, or None; ValueError if it is not a World."""
   if not config.world:
     return None
   world = score_fns.find(config.world, 'world')
@@ -129,7 +129,7 @@ def world_of(config) -> figures.World | None:
 
 
 def inputs(config) -> dict[str, str]:
-  """What this stage reads, by config key; models with the files beside them."""
+  """What this stage reads, by config key, with files next to the models."""
   found = {'prompts': config.prompts}
   for name, model in asking.read_models(config).items():
     key = f'{"models" if model.has_columns else "other_models"}.{name}'
@@ -148,19 +148,19 @@ def inputs(config) -> dict[str, str]:
       found[f'{key}.{name}'] = path
   for name, path in asking.texts_of(config).items():
     found[f'documents.{name}'] = path
-  # A suite that asked nothing writes no scores.
+  # A suite that ran no task writes no scores.
   if config.suite and epath.Path(config.suite).exists():
     found['suite'] = config.suite
   return found
 
 
 def _rankings(config, key: str) -> dict[str, str]:
-  """Set of rankings -> file."""
+  """Name of a set of rankings -> file."""
   return model_folder.named_files(config[key], key, 'held-out comparisons')
 
 
 def scored(prompts, answers, field: str, score_fn: judges.ScoreFn):
-  """The answers of all models with the scores of `score_fn` in a field."""
+  """The answers of all models, with their `score_fn` score in `field`."""
   found = iter(score_fn(_with_prompts(prompts, answers, answers)))
   return {
     name: [
@@ -172,7 +172,7 @@ def scored(prompts, answers, field: str, score_fn: judges.ScoreFn):
 
 
 def _with_prompts(prompts, answers, names):
-  """(prompt, answer) of some models, one model after the other."""
+  """The (prompt, answer) pairs of some models, one model after the other."""
   return [
     pair for name in names for pair in zip(prompts, answers[name], strict=True)
   ]
@@ -200,15 +200,15 @@ def _say_unread(config, number, total, what, key, context_length):
 
 
 def readable(config, prompts, answers):
-  """Leaves out prompts with an answer too long for a scalar model.
+  """Drops prompts with an answer that is too long for a scalar model.
 
-  An answer may be, if it is recorded or has another tokenizer.
+  This happens to answers that are recorded or from another tokenizer.
 
   Returns:
-    The prompts and answers left, and the number of prompts left out.
+    The prompts and answers kept, and the number of prompts dropped.
 
   Raises:
-    ValueError: none is left.
+    ValueError: no prompt is left.
   """
   left_out, num_prompts = set(), len({prompt.id for prompt in prompts})
   for key, context_length, tokenizer in _readers(config):
@@ -238,7 +238,7 @@ def readable(config, prompts, answers):
 
 
 def judge_pairs(config, models, prompts, answers, judge):
-  """(all judgements, counts of the verdicts)."""
+  """Judges all pairs; returns (all judgements, counts of the verdicts)."""
   baseline = config.baseline
   sides = [(name, baseline) for name in models if name != baseline]
   pairs = [
@@ -252,7 +252,7 @@ def judge_pairs(config, models, prompts, answers, judge):
 
 
 def rate(config, models, prompts, answers, judge, world):
-  """(answer, rating): the judge's ratings, and the world's labels."""
+  """(answer, rating) pairs: the judge's ratings, then the world's labels."""
   names = [name for name, model in models.items() if model.has_columns]
   pairs = _with_prompts(prompts, answers, names)
   rated = []
@@ -273,11 +273,11 @@ def rate(config, models, prompts, answers, judge, world):
 
 
 def order_rankings(config, score_fn, judge):
-  """Set of rankings -> accuracy of each judge of its pairs (3.4, 4.1).
+  """Set of rankings -> accuracy of each scorer on its pairs (3.4, 4.1).
 
-  Rankings too long for a scalar model are left out. The judge is compared if it
-  scores and knows all prompts; the trivial judges learn from the training
-  rankings of the same name.
+  Rankings too long for a scalar model are left out. The judge is included if it
+  gives scores and knows all prompts. The length and bag-of-words baselines
+  train on the training rankings of the same name, if there are any.
   """
   counter = queries.tokenizer_of(
     config.reward_model, config.tokenizer, chat=True
@@ -318,9 +318,9 @@ def order_rankings(config, score_fn, judge):
 
 
 def other_rates(config, models, prompts, others):
-  """{title: model -> judge -> its win rate against the baseline}, or {}.
+  """{title: model -> judge -> win rate against the baseline}, or {}.
 
-  `others` are judges with the answers, scored by them if they give scores.
+  `others` are pairs of a judge and the answers, with its scores if any.
   """
   found = collections.defaultdict(dict)
   for judge, answers in others:
@@ -345,7 +345,7 @@ def texts_by(answers) -> dict[str, list[str]]:
 
 
 def varieties(config, texts) -> dict[str, figures.Rows]:
-  """How much each model repeats itself, and what labelers ranked."""
+  """How varied each model's answers are, compared with the ranked texts."""
   ranked = {
     text
     for path in _rankings(config, 'comparisons').values()
@@ -357,7 +357,7 @@ def varieties(config, texts) -> dict[str, figures.Rows]:
 
 
 def mean_ratings(rated, num_bootstrap: int):
-  """Model -> `judges.LIKERT` and each label -> mean, redrawn by prompt."""
+  """Model -> `judges.LIKERT` or label -> mean, bootstrapped over prompts."""
   columns = collections.defaultdict(list)
   for answer, rating in rated:
     values = dict(rating.labels)
@@ -376,7 +376,7 @@ def mean_ratings(rated, num_bootstrap: int):
 
 
 def judge_alarms(judgements, account, outcomes, max_contradictions: float):
-  """Reasons not to trust the verdicts, one sentence each."""
+  """Reasons not to trust the verdicts, one line each."""
   alarms = []
   share = account.contradictions / account.judgements
   if share > max_contradictions:
@@ -414,7 +414,7 @@ def judge_alarms(judgements, account, outcomes, max_contradictions: float):
 
 
 def everyone_rows(config, judged, rates, answers):
-  """Each model that was asked -> column -> figure."""
+  """Each model that was sampled -> column -> figure."""
   against = preferences.against(judged, config.baseline)
   rates = {
     name: preferences.rates(several, config.num_bootstrap)
@@ -439,7 +439,7 @@ def everyone_rows(config, judged, rates, answers):
 
 
 def judged_figures(config, models, prompts, answers, judge, others, workdir):
-  """The fields of `figures.Figures` that come from the judge and from others.
+  """The fields of `figures.Figures` that come from the judges.
 
   Writes judgements.jsonl and ratings.jsonl.
   """
@@ -499,7 +499,7 @@ def _write_lines(path, rows):
 
 
 def text_figures(config, losses):
-  """Fields about the loss on held-out texts (4.2)."""
+  """The fields about the loss on held-out texts (4.2)."""
   found = {kind: _tax(config, of) for kind, of in losses.items()}
   loss, difference = found.pop(asking.PRETRAINING, ({}, {}))
   return {
@@ -511,14 +511,14 @@ def text_figures(config, losses):
 
 
 def _tax(config, losses):
-  """(model -> loss, model -> difference to the reference, paired by row)."""
+  """(model -> loss, model or pair -> loss difference, paired by row)."""
   differences = {}
   pairs = [(name, config.reference) for name in losses]
   for model, other in pairs + named_pairs(config):
     if model == other or not {model, other} <= set(losses):
       continue
     (loss, tokens), (base, other_tokens) = losses[model], losses[other]
-    if tokens == other_tokens:  # Losses of other tokenizers do not compare.
+    if tokens == other_tokens:  # Losses of different tokenizers do not compare.
       name = model if other == config.reference else f'{model} – {other}'
       differences[name] = heldout_loss.difference(loss, base)
   means = {name: heldout_loss.interval(x) for name, (x, _) in losses.items()}
@@ -529,11 +529,11 @@ def _tax(config, losses):
 
 
 def run(config, workdir: epath.Path):
-  """Asks models and judge, measures, and writes the report.
+  """Runs the models and judges, measures, and writes the report.
 
-  Reads the files of `inputs`. Writes answers/, samples.jsonl, judgements.jsonl
-  and ratings.jsonl into the stage's folder, and the report with its plots, the
-  model card and summary.json also into that of the run.
+  Writes answers/, samples.jsonl, judgements.jsonl and ratings.jsonl into the
+  stage's folder; and the report with its plots, the model card and summary.json
+  into both the stage's and the run's folder.
 
   Returns:
     Counts of prompts and judgements; {} in all processes but the first.
@@ -554,7 +554,7 @@ def run(config, workdir: epath.Path):
   drawn, num_given = asking.draw(config, 'prompts', config.num_prompts)
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
-    # Made before anything is sampled, since its keys may be wrong.
+    # Created before sampling, so that wrong keys of a judge fail early.
     judge, *others = (
       judge_fns.find(each.judge)(
         each, workdir / f'judge_{number}' if number else workdir, mesh
@@ -634,7 +634,7 @@ def run(config, workdir: epath.Path):
 
 
 def show(shown: figures.Figures, drawn: Mapping[str, bytes]) -> None:
-  """Shows figures, plots, samples and alarms in the services of the run."""
+  """Logs figures, plots, samples and alarms to the run's logging services."""
   log = logger.current()
   log.numbers(
     0,

@@ -1,6 +1,6 @@
-"""Models of a run as folders that `transformers` opens; see `export.py`.
+"""Exports models of a run as folders for `transformers`; see `export.py`.
 
-With `push_to`, each goes to a repository of its own on the Hugging Face Hub.
+With `push_to`, each is pushed to its own repository on the Hugging Face Hub.
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ def validate(config: ConfigDict) -> None:
   """Checks that models are named, and that they can be pushed.
 
   Raises:
-    ValueError: none is, or not as NAME=FOLDER; or see `hub.check_push`.
+    ValueError: no model is named, or one is not given as NAME=FOLDER; or as in
+      `hub.check_push`.
   """
   if not model_folder.named_folders(config.models):
     raise ValueError('models is empty; give NAME=FOLDER,NAME=FOLDER')
@@ -38,12 +39,12 @@ def validate(config: ConfigDict) -> None:
   except hub.NoAnswerError as error:
     if not (workdir.parent / stages.CONFIG_FILE).exists():
       raise
-    # A run that goes on may reach the Hub once it comes to this stage.
+    # A resumed run may reach the Hub by the time it gets to this stage.
     run_lib.say(f'{config.name}: {error}')
 
 
 def targets(config: ConfigDict) -> dict[str, str]:
-  """Name of a model -> where it is pushed; {} without `push_to`."""
+  """Model name -> where it is pushed; {} without `push_to`."""
   if not config.push_to:
     return {}
   return {
@@ -76,12 +77,12 @@ def inputs(config: ConfigDict) -> dict[str, str]:
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> dict[str, str]:
-  """Writes WORKDIR/NAME for each model of ours; published ones are there.
+  """Writes WORKDIR/NAME for each trained model; skips published ones.
 
-  The card of the run goes with a model that is pushed.
+  A pushed model gets the model card of the run.
 
   Returns:
-    Name of a model -> its folder, or its address on the Hub.
+    Model name -> its folder, or its address on the Hub.
   """
   validate(config)
   facts = _facts(config)
@@ -103,7 +104,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, str]:
 
 
 def _push(config, workdir, output, target) -> str:
-  """Pushes a folder; a run that was cut in between does it once more."""
+  """Pushes a folder; a run interrupted in between pushes it again."""
   card = epath.Path(config.workdir) / 'model_card.md'
   if card.exists():
     files.write_bytes(output / card.name, card.read_bytes())

@@ -1,8 +1,8 @@
-"""Anthropic's HH comparisons as files for pretraining and a reward model.
+"""Converts Anthropic's HH comparisons for pretraining and reward models.
 
 The split is by conversation: no validation dialogue begins like a training one.
 Each set has a folder of comparisons and demonstrations. The training dialogues
-of all sets, with both answers of each pair, are also the text to pretrain on.
+of all sets, with both answers of each pair, are also the pretraining text.
 """
 
 import collections
@@ -35,7 +35,7 @@ def inputs(config):
 
 
 def files_of(config, name: str) -> list[epath.Path]:
-  """The JSONL files of one set, by name; ValueError if there are none."""
+  """The JSONL files of a set, sorted by name; ValueError if there are none."""
   folder = epath.Path(config.root) / name
   paths = folder.iterdir() if folder.is_dir() else ()
   files = [path for path in paths if '.jsonl' in path.suffixes]
@@ -45,13 +45,13 @@ def files_of(config, name: str) -> list[epath.Path]:
 
 
 def run(config, workdir: epath.Path):
-  """Reads HH dialogues, writes the records of the later stages.
+  """Reads HH dialogues; writes the records that later stages read.
 
   Reads ROOT/SET/*.jsonl, plain or .gz. Writes the tokenizer, documents_*, a
   folder of comparisons and demonstrations for each set, and counts.json.
 
   Returns:
-    The number of records in each file, the skipped records, and the vocabulary.
+    The numbers of records by file, of skipped records, and the vocabulary size.
 
   Raises:
     ValueError: a set has no file, or a record is not in HH's format.

@@ -1,9 +1,9 @@
 """Runs the public NLP suite (appendix D) on one or more policies.
 
-Every finished batch is kept, so the same command continues an interrupted run.
+Every finished batch is kept, so the same command resumes an interrupted run.
 Output: `samples/TASK_samples.csv` in OpenAI's layout; `suite.md`, `suite.html`
-and `suite.json` with scores, intervals, and counts of the items left out,
-shortened or answered by nothing.
+and `suite.json` with scores, intervals, and counts of items that were left out,
+had fewer examples, or got an empty answer.
 """
 
 import dataclasses
@@ -35,15 +35,15 @@ PROCESSES = 'one'
 
 
 def is_idle(config) -> bool:
-  """Whether no task has a file, so that any number of processes may run it."""
+  """Whether no task has a file, which lets any number of processes run it."""
   return not any(config.data.values())
 
 
 def chosen_types(config) -> list[str]:
-  """The `prompt_types` of the config; none for all.
+  """The `prompt_types` of the config; empty means all.
 
   Raises:
-    ValueError: no task has one of them.
+    ValueError: one of them exists in no task.
   """
   chosen = [x.strip() for x in config.prompt_types.split(',') if x.strip()]
   known = dict.fromkeys(
@@ -61,7 +61,7 @@ def prompts_of(config, name: str) -> list[str]:
   """The prompt types under which a task is asked, in the task's order.
 
   Raises:
-    ValueError: `prompt_types` has none of this task, or an unknown one.
+    ValueError: `prompt_types` has none of this task's, or an unknown one.
   """
   chosen = chosen_types(config)
   there = tasks.TASKS[name].prompts
@@ -78,7 +78,7 @@ def validate(config):
   """Checks the config: models, sizes, and what judges need.
 
   Raises:
-    ValueError: the key, what it is, and what it should be.
+    ValueError: a wrong value; names the key and what it should be.
   """
   check_stage(config)
   chosen_types(config)
@@ -113,7 +113,7 @@ def validate(config):
 
 
 def inputs(config):
-  """Config key -> path of what this stage reads; {} if it asks no task."""
+  """Config key -> path of what this stage reads; {} if no task runs."""
   names = [name for name in config.data if config.data[name]]
   if not names:
     return {}
@@ -135,7 +135,7 @@ def inputs(config):
 
 
 def make_judges(config, workdir):
-  """(toxicity scorer, truth scorer, task -> their name and figures).
+  """(toxicity scorer, truth scorer, task -> description of its scorer).
 
   A scorer is None if its task does not run.
   """
@@ -159,17 +159,17 @@ def make_judges(config, workdir):
 
 
 def run(config, workdir: epath.Path):
-  """Asks every model every task; writes the report and suite.json.
+  """Runs every task on every model; writes the report and suite.json.
 
-  Reads the models and the files of `data`. Writes answers to a journal as they
-  come, which continues an interrupted run.
+  Reads the models and the files of `data`. Appends answers to a journal as they
+  come, from which an interrupted run resumes.
 
   Returns:
     Score by model, task, prompt and metric.
 
   Raises:
-    ValueError: a file or a model that cannot be used, by name.
-    run.Stopped: SIGTERM came; the journal holds the answers so far.
+    ValueError: a file or a model cannot be used; names it.
+    run.Stopped: on SIGTERM; the journal holds the answers so far.
   """
   validate(config)
   if is_idle(config):
@@ -267,12 +267,12 @@ def run(config, workdir: epath.Path):
 
 
 def _advance(progress, stop, where):
-  """Counts the items of one task towards the whole suite."""
+  """The progress callback of one task, which adds to that of the suite."""
   is_first = True
 
   def advance(number):
     nonlocal is_first
-    if is_first:  # The journal's items took no time.
+    if is_first:  # These items are from the journal.
       progress.skip(number)
     else:
       progress.update(number, where)
@@ -291,7 +291,7 @@ def _none_fits(count):
 
 
 def _write_results(config, workdir, rows, about, content):
-  """Writes sample files, scores, and an account of what was asked."""
+  """Writes sample files, scores, and a summary of what was asked."""
   written = [name for name in rows if rows[name]]
   for name in written:
     released_csv.write(
@@ -324,7 +324,7 @@ def _write_results(config, workdir, rows, about, content):
 
 
 def _to_sections(result, without, content):
-  """Scores of all models, and what was asked of each."""
+  """Report sections: scores of all models, and what was asked of each."""
   scores, *others = released_samples.to_sections(result)
   parts = [
     *scores.parts,

@@ -1,14 +1,13 @@
-"""Plans a run for TPUs or GPUs that one does not have yet.
+"""Plans a run for TPUs or GPUs that are not at hand.
 
 Compiles the programs of the other experiments ahead of time for a described
-topology: memory, arithmetic, traffic, and the least time by the chip's
-published figures. What does not fit is compiled again in smaller slices and
-microbatches, and with other meshes and remats; the plan is the fastest that
-fits. `tried.json` keeps all attempts, and a plan that was interrupted continues
-from there.
+topology. This gives memory, arithmetic, traffic, and the least time by the
+chip's published figures. What does not fit is compiled again in smaller slices
+and microbatches, and with other meshes and remats; the plan is the fastest that
+fits. `tried.json` keeps all attempts, and an interrupted plan resumes from it.
 
-Needs `pip install -r requirements-plan.txt`, but no TPU; for GPUs
-requirements-plan-gpu.txt, but no GPU.
+Needs `pip install -r requirements-plan.txt`, or requirements-plan-gpu.txt to
+plan for GPUs; needs no TPU or GPU.
 """
 
 import contextlib
@@ -53,15 +52,15 @@ from instruct_jax.types import (
 
 PROCESSES = 'one'
 
-# One iteration of PPO. Sampling reads prompts and steps through tokens in loops
-# whose trips depend on the data: each body is compiled by itself.
+# One iteration of PPO. Sampling reads prompts and decodes tokens in loops whose
+# trip counts depend on the data, so each loop body is compiled separately.
 SAMPLING = ('decode', 'prefill')
 EPISODES = (*SAMPLING, 'score', 'penalise', 'train')
 # Programs that run with the same models in memory, on one mesh.
 STAGES = (('sft',), ('reward',), EPISODES)
-# Without a backward pass, remat changes nothing.
+# These have no backward pass, so remat changes nothing.
 READING = (*SAMPLING, 'score', 'penalise')
-# Pieces of a program's rows, as the config names them.
+# How the config calls the pieces into which a program's rows are split.
 PIECES = {
   'sft': 'microbatches',
   'reward': 'microbatches',
@@ -77,7 +76,7 @@ def validate(config):
   """Checks the config and those of the stages that it plans.
 
   Raises:
-    ValueError: a wrong value; the key is named.
+    ValueError: a wrong value; names the key.
   """
   run_lib.check_choice(config, 'chip', tuple(cost.CHIPS))
   run_lib.check_choice(config, 'remats', REMAT_POLICIES)
@@ -97,7 +96,7 @@ def inputs(config):
   return {}
 
 
-# An H100 SXM for XLA's compiler, by NVIDIA's data sheet and tuning guide.
+# An H100 SXM for XLA's compiler, from NVIDIA's data sheet and tuning guide.
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -135,21 +134,21 @@ def topology_devices(config):
   """The chips of `config.topology`, described by libtpu or by XLA for CUDA.
 
   Raises:
-    RuntimeError: they cannot be imported.
+    RuntimeError: the topology cannot be described, such as without libtpu.
   """
   from jax.experimental import topologies
 
   kind, _, grid = config.topology.partition(':')
   if is_gpu(config):
-    # Its programs cannot be read back without a GPU.
+    # Cached programs cannot be read back without a GPU.
     jax.config.update('jax_enable_compilation_cache', False)
     wanted = {'platform': 'cuda', 'topology': grid, 'target_config': H100}
     needs = 'requirements-plan-gpu.txt` (and no GPU)'
   else:
-    # Otherwise libtpu asks the metadata server of a cloud machine.
+    # Otherwise libtpu queries the metadata server of a cloud machine.
     os.environ['TPU_SKIP_MDS_QUERY'] = '1'
     os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'
-    # No chip is held, so two plans may run at a time.
+    # No chip is held, so several plans may run at the same time.
     os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
     wanted = {'platform': 'tpu', 'topology_name': f'{kind}:{grid}'}
     if config.megacore:
@@ -165,14 +164,14 @@ def topology_devices(config):
 
 
 def compiled(traced, mesh, options=None):
-  """A traced program, compiled for the described chips of a mesh."""
+  """Compiles a traced program for the described chips of a mesh."""
   platform = mesh.devices.flat[0].platform
   platform = 'cuda' if platform == 'gpu' else platform
   return traced.lower(lowering_platforms=(platform,)).compile(options)
 
 
 def models(config, remat):
-  """Shapes of policy and of reward and value model."""
+  """The shapes of the policy, and of the reward and value models."""
 
   def shape(values):
     values = {**values.to_dict(), 'remat': remat}
@@ -185,12 +184,12 @@ def models(config, remat):
 
 
 def num_shards(mesh) -> int:
-  """Parts into which the mesh cuts the rows of a batch."""
+  """Number of shards into which the mesh splits the rows of a batch."""
   return mesh.shape['data'] * mesh.shape['fsdp']
 
 
 def rows_of(mesh, dtype, *shape):
-  """A described array, its rows cut over the mesh."""
+  """A described array whose rows are sharded over the mesh."""
   if shape[0] % num_shards(mesh):
     raise ValueError(
       f'{shape[0]} rows do not divide over {num_shards(mesh)} shards'
@@ -215,7 +214,7 @@ def described_key():
 
 
 def full_layout(stage, mesh):
-  """The described layout of episodes at full length."""
+  """The described layout of full-length episodes."""
   sizes = rl.row_sizes(stage, mesh)
   prompts = np.full(stage.batch_size, stage.prompt_length)
   responses = np.full(stage.batch_size, stage.response_length)
@@ -230,14 +229,14 @@ def full_layout(stage, mesh):
 
 
 def build(name, config, mesh, remat, parts):
-  """A jitted program, its described arguments, what stays in memory.
+  """A jitted program, its described arguments, and what stays in memory.
 
   Args:
     name: a key of `PIECES`.
-    config: of the plan.
-    mesh: of described chips.
+    config: the config of the plan.
+    mesh: a mesh of described chips.
     remat: what the backward pass recomputes.
-    parts: number of pieces of the program's rows; see `PIECES`.
+    parts: into how many pieces the program's rows are split; see `PIECES`.
   """
   if name in EPISODES:
     return ppo_program(name, config, mesh, remat, parts)
@@ -257,7 +256,7 @@ def supervised_program(name, config, mesh, remat, parts):
     )
     batch = text_rows(mesh, stage.batch_size, stage.row_length)
   else:
-    # Each microbatch is packed by itself, into rows that the mesh divides.
+    # Each microbatch is packed separately, into rows that the mesh divides.
     shards = parts * num_shards(mesh)
     num_rows = -(-config.num_reward_rows // shards) * shards
     rows, candidates = stage.batch_size, stage.max_candidates
@@ -282,7 +281,7 @@ def supervised_program(name, config, mesh, remat, parts):
 
 
 def ppo_program(name, config, mesh, remat, parts):
-  """A program of an iteration of PPO; see `build`."""
+  """A program of a PPO iteration; see `build`."""
   stage = config.ppo.copy_and_resolve_references()
   if name == 'train':
     stage.num_microbatches = parts
@@ -327,7 +326,7 @@ def ppo_program(name, config, mesh, remat, parts):
       (policy.params, value.params),
     )
     resident |= {'reference': reference, 'reward': reward_model}
-  else:  # Both share the arrays of the bases, as in `rl.Frozen`.
+  else:  # Both share the arrays of their base, as in `rl.Frozen`.
     reference = policy_base
     head, _ = lora.split(
       model_fns.abstract_params(
@@ -337,7 +336,7 @@ def ppo_program(name, config, mesh, remat, parts):
     reward_model = lora.join(head, value_base)
   read = {'score': 'reward', 'penalise': 'reference', 'train': 'ema'}
   for tree in set(stage.offload) - {read.get(name)}:
-    resident.pop(tree, None)  # It is on the host.
+    resident.pop(tree, None)  # Offloaded to the host.
   if name in SAMPLING:
     params = lora.join(policy.params, policy_base)
     return sampling_program(name, stage, policy_shape, mesh, params, resident)
@@ -362,7 +361,7 @@ def ppo_program(name, config, mesh, remat, parts):
 
 
 def _training_rows(stage, mesh, layout):
-  """Described episodes, and pretraining rows or None."""
+  """The described training batch, and pretraining rows or None."""
   each = rows_of(mesh, jnp.float32, *layout.where.shape)
   batch = RLBatch(
     episodes=Episodes(
@@ -382,9 +381,9 @@ def _training_rows(stage, mesh, layout):
 
 @functools.lru_cache(maxsize=1)
 def sampling_weights(module, gather_weights, mesh):
-  """What sampling makes of the weights once per rollout, described.
+  """Describes the weights as sampling prepares them once per rollout.
 
-  Compiled, since the compiler decides where it leaves them.
+  Compiles the preparation, since the compiler decides their sharding.
   """
   params = model_fns.abstract_params('policy', module.config, mesh)
   prepare = jax.jit(model_fns.decoder(module, gather_weights).prepare)
@@ -394,8 +393,10 @@ def sampling_weights(module, gather_weights, mesh):
 
 
 def sampling_program(name, stage, shape, mesh, params, resident):
-  """One step in every slot, or one reading of prompts; the emptying of the last
-  slots is left out."""
+  """One decoding step in every slot, or one prefill; see `build`.
+
+  The phase in which the last slots run empty is left out.
+  """
   module = model_fns.make_module('policy', shape)
   decoder = model_fns.decoder(module, stage.gather_weights)
   shards = num_shards(mesh)
@@ -412,13 +413,13 @@ def sampling_program(name, stage, shape, mesh, params, resident):
   def cache_of(rows, columns):
     spec = sharding.partition_spec(('batch', 'kv_heads', None, None))
     place = jax.sharding.NamedSharding(mesh, spec)
-    with sharding.use_mesh(mesh):  # Its platform decides the dtype.
+    with sharding.use_mesh(mesh):  # The mesh's platform decides the dtype.
       cache = jax.eval_shape(lambda: decoder.make_cache(rows, columns))
     return jax.tree.map(lambda x: x.update(sharding=place), cache)
 
   weights = sampling_weights(module, stage.gather_weights, mesh)
   cache = cache_of(num_slots, sizes.widths[-1])
-  # Prompts are read with the layers as they are trained, where they lie.
+  # Prefill uses the training layers, with their sharding.
   trunk = weights.trunk | {'layers': params['trunk']['layers']}
   resident = resident | {
     'sampling weights': weights.replace(trunk=trunk | {'layers': {}}),
@@ -434,7 +435,7 @@ def sampling_program(name, stage, shape, mesh, params, resident):
     logits, cache = decoder.step(weights, tokens, lengths, cache)
     return sampling.sample_tokens(logits, uniform, stage.temperature), cache
 
-  # Prompts that were read wait beside the slots.
+  # Prefilled prompts wait for a free slot in a cache of their own.
   resident['cache'] = (cache, cache_of(num_read, stage.prompt_length))
   each = rows_of(mesh, jnp.int32, num_slots)
   noise = rows_of(mesh, jnp.float32, num_slots)
@@ -443,7 +444,7 @@ def sampling_program(name, stage, shape, mesh, params, resident):
 
 
 def num_calls(name, config, mesh, parts) -> int:
-  """Calls of a program in one iteration, or step, at full lengths."""
+  """Number of calls of a program per iteration or step, at full lengths."""
   stage = config.ppo
   if name == 'decode':
     return parts * stage.response_length
@@ -456,7 +457,7 @@ def num_calls(name, config, mesh, parts) -> int:
 
 
 def largest_parts(name, config, mesh) -> int:
-  """The most pieces: one row in each, on every shard."""
+  """The most pieces possible: each has one row on every shard."""
   if name == 'reward':
     return config.reward.batch_size  # Packed into as many rows as needed.
   rows = (config.ppo if name in EPISODES else config.sft).batch_size
@@ -469,16 +470,16 @@ def largest_parts(name, config, mesh) -> int:
 
 
 def measure(name, config, mesh, remat, parts, too_slow=math.inf):
-  """Compiles one program; all that is known about it, in bytes and seconds.
+  """Compiles one program; returns its row of bytes, FLOPs and seconds.
 
-  Skips the compiler for what cannot win: models that alone exceed the memory,
-  and arithmetic that alone takes `too_slow` seconds.
+  Skips compilation if the program cannot win: if the models alone exceed the
+  memory, or the arithmetic alone takes `too_slow` seconds.
   """
   chip = cost.CHIPS[config.chip]
   row = _row(name, mesh, remat, parts)
 
   def refused(error, others=0.0):
-    """The row of a program that the compiler refuses for its size."""
+    """The row of a program that is too large for the compiler."""
     needed = _needed_bytes(str(error))
     if needed is None:
       raise error
@@ -489,7 +490,7 @@ def measure(name, config, mesh, remat, parts, too_slow=math.inf):
   try:
     program, arguments, resident = build(name, config, mesh, remat, parts)
   except jax.errors.JaxRuntimeError as error:
-    # Preparing the weights for sampling is a program of its own.
+    # The program that prepares the weights for sampling does not fit.
     found = refused(error)
     return found | {'resident': {'sampling weights': found['needed']}}
   row['resident'] = {
@@ -527,7 +528,7 @@ def measure(name, config, mesh, remat, parts, too_slow=math.inf):
 
 
 def _memory(compiled, arguments, resident) -> dict[str, float]:
-  """Bytes that a compiled program needs besides the residents."""
+  """Bytes that a compiled program needs in addition to `resident`."""
   known = {id(leaf) for leaf in jax.tree.leaves(resident)}
   read = [x for x in jax.tree.leaves(arguments) if id(x) in known]
   fresh = compiled.argument_size_in_bytes - cost.bytes_per_chip(read)
@@ -549,7 +550,7 @@ def _row(name, mesh, remat, parts):
 
 
 def _needed_bytes(message: str) -> float | None:
-  """The size of a program that the compiler refuses, from its message."""
+  """The bytes a program needs, parsed from the compiler's size error."""
   match = re.search(
     r'(?:Used |temporaries \()([\d.]+)([KMGT])(?: of|\) exceeds)', message
   )
@@ -574,13 +575,13 @@ class Attempts:
     return next((row for row in rows if row | wanted == row), None)
 
   def add(self, row):
-    """Keeps a row."""
+    """Adds a row and saves all rows."""
     self.rows.append(row)
     run_lib.write_json(self._path, self.rows)
 
 
 def attempt(name, config, mesh, remat, parts, attempts, too_slow):
-  """One row, from now or earlier; a problem is a row too."""
+  """The row of an attempt, earlier or new; a ValueError is also kept as one."""
   row = attempts.find(name, mesh, remat, parts)
   if row is not None:
     return row
@@ -594,9 +595,9 @@ def attempt(name, config, mesh, remat, parts, attempts, too_slow):
 
 
 def fit(name, config, mesh, remat, parts, attempts, too_slow=math.inf):
-  """The row with the fewest pieces, `parts` or more, in which a program fits.
+  """The row with the fewest pieces, at least `parts`, where a program fits.
 
-  None if it fits in none, or is slower than `too_slow` seconds.
+  None if it never fits, cannot be built, or is known to be too slow.
   """
   chip = cost.CHIPS[config.chip]
   while True:
@@ -612,7 +613,7 @@ def fit(name, config, mesh, remat, parts, attempts, too_slow=math.inf):
     if room <= 0 or 2 * parts > largest:
       return None
     parts *= 2
-    # At best, everything but the models shrinks with the pieces.
+    # Skip counts that cannot fit even if all but the models shrinks as much.
     while room * 2 < above and 2 * parts <= largest:
       parts, above = 2 * parts, above / 2
 
@@ -640,11 +641,11 @@ def _verdict(row) -> str:
 
 
 def plan_once(names, config, mesh, remat, attempts, too_slow):
-  """Program -> row for the programs of one stage on one mesh, if all fit."""
+  """Program -> row of one stage's programs on one mesh; None if any fails."""
   found = {}
   for name in names:
     spent = sum(row['least_seconds'] for row in found.values())
-    # Decoding and prefill share the slots.
+    # Decode and prefill share the slots.
     parts = found['decode']['parts'] if name == 'prefill' else 1
     row = fit(name, config, mesh, remat, parts, attempts, too_slow - spent)
     if row is None:
@@ -659,13 +660,14 @@ def plan_once(names, config, mesh, remat, attempts, too_slow):
 
 
 def search(names, config, devices, attempts):
-  """The fastest of the meshes and remats on which a stage's programs fit.
+  """The rows of the fastest mesh and remat with which a stage's programs fit.
 
-  Meshes are in the order of their tensor parallelism: once a mesh is slower,
-  those after it are left out. So are those that do not divide the devices.
+  Meshes are in order of increasing tensor parallelism: once a mesh is slower
+  than the best, those after it are skipped. So are meshes that do not divide
+  the devices.
 
   Raises:
-    ValueError: no mesh divides them.
+    ValueError: no mesh divides the devices.
   """
   best, best_seconds = None, math.inf
   shapes = [
@@ -693,16 +695,16 @@ def search(names, config, devices, attempts):
 
 
 def run(config, workdir: epath.Path):
-  """Searches a plan for each group of programs.
+  """Searches for a plan for each group of programs.
 
-  Continues from tried.json, if there is one. Writes tried.json, plan.md, and,
+  Resumes from tried.json, if there is one. Writes tried.json, plan.md, and,
   if all programs fit, plan.json.
 
   Returns:
     The content of plan.json.
 
   Raises:
-    RuntimeError: a program fits in no attempt, or libtpu is missing.
+    RuntimeError: a program never fits, or the topology cannot be described.
   """
   validate(config)
   with cudnn.described_hopper() if is_gpu(config) else contextlib.nullcontext():
@@ -710,7 +712,7 @@ def run(config, workdir: epath.Path):
 
 
 def make_plan(config, workdir):
-  """`run` of a config that was checked."""
+  """`run` with a config that was already checked."""
   devices = topology_devices(config)
   attempts = Attempts(workdir / 'tried.json')
   rows, without = {}, []
@@ -744,7 +746,7 @@ def make_plan(config, workdir):
 
 
 def knobs(tried) -> list[str]:
-  """A line for each attempt that did not fit: by how much, and what fits."""
+  """A line for each attempt that did not fit: by how much, and what does."""
   lines = []
   for failed in tried:
     if not failed.get('missing', 0) > 0:
@@ -777,7 +779,7 @@ def _knob(key, row) -> str:
 
 
 def iteration(config, rows, num_chips):
-  """Figures of one iteration of PPO, and of all episodes."""
+  """Time and throughput of a PPO iteration; chip-hours of all episodes."""
   stage = config.ppo
   seconds = sum(rows[name]['least_seconds'] for name in EPISODES)
   tokens = stage.batch_size * (stage.prompt_length + stage.response_length)

@@ -1,7 +1,7 @@
-"""A model's answers, ranked by simulated labelers with noise.
+"""Samples a model's answers, which simulated, noisy labelers rank.
 
-Each labeler knows a score of the texts, `score_fn`, adds noise of its own, and
-orders the K answers to a prompt (Ziegler et al. 2019 have rankings of K = 4).
+A labeler scores the K answers to a prompt with `score_fn`, adds independent
+noise, and orders them (Ziegler et al. 2019 use K = 4).
 """
 
 import jax
@@ -20,7 +20,7 @@ SPLITS = {'train': 'prompts', 'valid': 'valid_prompts'}
 
 
 def validate(config: ConfigDict) -> None:
-  """Checks sizes, and that there is such a score."""
+  """Checks sizes, and that `score_fn` exists."""
   check_stage(config)
   if config.num_candidates < 2 or config.num_labelers < 1:
     raise ValueError(
@@ -48,12 +48,12 @@ def rank(
   """One labeler's ranking of each prompt's answers.
 
   Args:
-    config: with `num_labelers` and `labeler_noise`.
-    prompts: N of them.
-    texts: K answers of each.
-    ended: whether each ended by itself.
-    scores: of the answers [N, K].
-    rng: of the choice of labelers and of their noise.
+    config: has `num_labelers` and `labeler_noise`.
+    prompts: N prompts.
+    texts: K answers to each prompt.
+    ended: whether each answer ended by itself.
+    scores: the scores of the answers [N, K].
+    rng: draws the labelers and their noise.
   """
   noise = rng.normal(scale=config.labeler_noise, size=scores.shape)
   labelers = rng.integers(config.num_labelers, size=len(prompts))
@@ -76,7 +76,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, int]:
   """Samples, scores and ranks; writes comparisons_train and _valid.jsonl.
 
   Returns:
-    Numbers of rankings.
+    The number of rankings in each file.
   """
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)

@@ -1,9 +1,9 @@
-"""Reward models and baselines without a language model, set by set.
+"""Compares reward models to baselines without a language model, set by set.
 
-Baselines: the longer (or the shorter) completion is better, whichever holds in
-training; and Bradley-Terry on bags of words, its ridge chosen within the
-training rankings. Reward model and baselines of a set train on the same
-rankings.
+Baselines: the longer completion wins; the longer or the shorter wins, whichever
+was better in training; and Bradley-Terry on bags of words, with a ridge penalty
+chosen on the training rankings. The reward model and the baselines of a set
+train on the same rankings.
 """
 
 from etils import epath
@@ -34,7 +34,7 @@ def inputs(config):
 
 
 def score_of(config, model_dir, comparisons, mesh):
-  """(comparisons short enough, r(x, y) of their completions)."""
+  """(comparisons that are short enough, r(x, y) of their completions)."""
   score_fn, tokenizer = judge_fns.reward_score(config, model_dir, mesh)
   kept = loader.fitting_comparisons(comparisons, tokenizer, config.row_length)
   run_lib.say_left_out(

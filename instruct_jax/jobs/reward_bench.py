@@ -1,8 +1,8 @@
-"""Reward models on benchmarks and preference test sets (`evals.reward_bench`).
+"""Tests reward models on benchmarks and preference sets (`evals.reward_bench`).
 
-Every model scores the same items: those with an answer too long for one of
-them, or that its chat template refuses, are left out, and counted. Answer
-length and word counts are scored beside.
+All models score the same items: an item that is too long for one model, or that
+its chat template refuses, is left out for all, and counted. Baselines on answer
+length and word counts score the same items.
 """
 
 import hashlib
@@ -25,26 +25,26 @@ from instruct_jax.models.config import check_stage
 PROCESSES = 'all'
 
 LENGTH, WORDS, LONGER = 'length', 'bag of words', 'longer is better'
-# The scorers that are no model.
+# The scorers that are not models.
 BASELINES = (LONGER, LENGTH, WORDS)
 # Why an item is left out.
 TOO_LONG = 'longer than max_length or the context of the model'
 REFUSED = 'refused by its chat template'
-# Shortest rows, in tokens; longer ones are filled up to doublings of it, so
-# that few programs are compiled and little is padding.
+# Rows are padded to this many tokens or a doubling of it, so that few programs
+# are compiled and little is padding.
 SHORTEST = 64
-KEPT = 'kept_scores'  # Folder: each model's scores, once it has given all.
+KEPT = 'kept_scores'  # Folder of the scores of each finished model.
 
 
 def named_sets(text: str) -> dict[str, tuple[str, str]]:
-  """'FORMAT:PATH,NAME=FORMAT:PATH' as name -> (format, path).
+  """Parses 'FORMAT:PATH,NAME=FORMAT:PATH' into name -> (format, path).
 
   Raises:
-    ValueError: a part of another form, an unknown format, a repeated name.
+    ValueError: a malformed part, an unknown format, or a repeated name.
   """
   found = {}
   for part in filter(None, text.split(',')):
-    # A path may hold both separators.
+    # A path may contain ':' and '='.
     head, colon, path = part.partition(':')
     name, _, kind = head.rpartition('=')
     name = name or kind
@@ -103,15 +103,16 @@ def encode(
   is_whole: bool,
   comparisons: Sequence[records.Comparison],
 ) -> list[list[np.ndarray] | None]:
-  """Of each item the ids of prompt and answer, for each answer.
+  """Encodes the items for one model.
 
   Args:
-    tokenizer: of the model.
+    tokenizer: the tokenizer of the model.
     is_whole: whether its chat template renders the answer, too.
     comparisons: the items.
 
   Returns:
-    None for an item that the chat template refuses.
+    For each item, the ids of prompt and answer of each answer; None for an item
+    that the chat template refuses.
   """
   if not is_whole:
     prompts, answers, _ = loader.comparison_ids(comparisons, tokenizer)
@@ -137,11 +138,11 @@ def encode(
 
 
 def _array(ids):
-  return np.array(ids, np.int32)  # A tenth of a list's memory.
+  return np.array(ids, np.int32)  # Takes a tenth of a list's memory.
 
 
 def length_limit(config: ConfigDict, folder: str) -> int:
-  """Tokens that a prompt with an answer may have; no weights are read."""
+  """Most tokens of a prompt with its answer, without reading the weights."""
   limit = model_folder.shape_of(folder).context_length
   return min(limit, config.max_length or limit)
 
@@ -155,7 +156,7 @@ def model_scores(
 ) -> list[np.ndarray]:
   """A reward model's scores of the answers of each item, given as ids.
 
-  Rows of about the same length are scored together.
+  Rows are scored in groups of similar length.
   """
   model = model_folder.load(
     folder, 'scalar', mesh, tokenizer, compute_dtype=config.compute_dtype
@@ -186,9 +187,9 @@ def kept_scores(
   items: Sequence[Sequence[np.ndarray]],
   score_fn: Callable[[], list[np.ndarray]],
 ) -> list[np.ndarray]:
-  """Scores that an earlier start of the stage has kept; or new ones, kept.
+  """Scores kept by an earlier run of the stage, or else new ones, now kept.
 
-  Several processes, which have to agree on what they run, keep nothing.
+  With several processes nothing is kept, since all must run the same programs.
   """
   if jax.process_count() > 1:
     return score_fn()
@@ -213,11 +214,12 @@ def baseline_scores(
   comparisons: Sequence[records.Comparison],
   train: Sequence[records.Comparison] | None,
 ) -> tuple[dict[str, list[np.ndarray]], list[str]]:
-  """Scores of judges without a model, and why one is left out.
+  """Scores of the baselines, and why any of them is left out.
 
   Args:
-    comparisons: to score.
-    train: what they learn from; None is folds of the items themselves.
+    comparisons: the items to score.
+    train: what the baselines train on; None cross-fits them on folds of the
+      items themselves.
   """
   fits = {
     LENGTH: baselines.fit_length,
@@ -242,10 +244,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
   """Scores and measures; writes the files that the config lists.
 
   Returns:
-    'SET MODEL' -> score.
+    'SET SCORER' -> score, for models and baselines.
 
   Raises:
-    ValueError: a bad file, or a set of which no item fits the models.
+    ValueError: a file is bad, or no item of a set fits all models.
   """
   validate(config)
   models = model_folder.named_folders(config.models)
@@ -340,10 +342,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
 
 
 def keep(config, name, benchmark, fits, left_out) -> None:
-  """Leaves out of a set what some model cannot read, and says so.
+  """Drops the items of a set that some model cannot read; prints the counts.
 
   Raises:
-    ValueError: of what is left no figure can be made.
+    ValueError: no item is left, or the rest does not suffice for a score.
   """
   total = len(benchmark.comparisons)
   benchmark.comparisons = [
@@ -373,12 +375,12 @@ def keep(config, name, benchmark, fits, left_out) -> None:
 
 
 def scores_file(scorer: str) -> str:
-  """Name of the file of a scorer's scores."""
+  """The file name for a scorer's scores."""
   return f'{scorer.replace(" ", "_")}.jsonl'
 
 
 def write_scores(workdir: epath.Path, sets, scores) -> None:
-  """Writes a JSONL file a scorer: set, subset, id, ranks and scores."""
+  """Writes one JSONL file per scorer: set, subset, id, ranks and scores."""
   lines = {}
   for name, benchmark in sets.items():
     for scorer, rows in scores[name].items():
@@ -392,7 +394,7 @@ def write_scores(workdir: epath.Path, sets, scores) -> None:
 
 
 def combined_score(measured, about):
-  """Scorer -> RewardBench's score with the prior sets, if both were asked."""
+  """Scorer -> RewardBench's score with the prior sets, if both were run."""
   names = {about[name]['format']: name for name in measured}
   if not {'rewardbench', 'prior_sets'} <= set(names):
     return {}
@@ -489,14 +491,14 @@ def write_results(config, workdir, measured, about, reads) -> None:
 
 
 def _rows_of(by_scorer):
-  """Row -> scorer -> estimate: the summary, the score first, then subsets."""
+  """Row -> scorer -> estimate: overall score, other summaries, subsets."""
   rows = {}
   for scorer, found in by_scorer.items():
     summary = dict(reversed(found.summary.items()))
     subsets = {
       name: each
       for name, each in found.subsets.items()
-      # A set without subsets has one without a name.
+      # A set without subsets has a single one without a name.
       if name and len(found.subsets) > 1
     }
     for row, each in (summary | subsets).items():
@@ -561,7 +563,7 @@ def _set_lines(name, by_scorer, about):
 
 
 def _matrix_lines(scorer, matrices):
-  """RM-Bench's matrix of styles, the mean over domains."""
+  """Markdown of RM-Bench's style matrix, averaged over domains."""
   mean = np.mean([*matrices.values()], axis=0)
   styles = reward_bench.STYLES
   return [

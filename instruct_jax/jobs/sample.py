@@ -1,8 +1,8 @@
-"""Samples answers of one or more policies into one file for labelers.
+"""Samples answers from one or more policies into one file for labelers.
 
-A line has a prompt, its K completions, whether each ended by itself, and the
-models that wrote them; the labeling site imports the lines as ranking tasks
-(paper 3.1, 3.4).
+Each line has a prompt, its K completions, whether each ended by itself, and
+the models that wrote them. The labeling site imports each line as a ranking
+task (paper 3.1, 3.4).
 """
 
 import json
@@ -19,7 +19,7 @@ from instruct_jax.infra import run as run_lib
 from instruct_jax.models.config import check_stage
 
 PROCESSES = 'one'
-# `labeling.importing.MAX_OUTPUTS`, which needs a database.
+# Equals `labeling.importing.MAX_OUTPUTS`; importing that needs a database.
 _MOST_COMPLETIONS = 12
 
 
@@ -54,10 +54,10 @@ def run(config, workdir: epath.Path):
   """Samples every model on every prompt that fits; writes samples.jsonl.
 
   Returns:
-    The number of prompts, and of those dropped.
+    The numbers of sampled and of dropped prompts.
 
   Raises:
-    ValueError: the context of a model is too short, with the numbers.
+    ValueError: the context of a model is too short; gives the numbers.
   """
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)

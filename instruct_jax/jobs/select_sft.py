@@ -1,7 +1,7 @@
-"""Chooses the SFT checkpoint by reward-model score of every epoch's samples.
+"""Chooses the SFT epoch whose samples have the best reward-model score.
 
 Paper 3.5: validation loss overfits after one epoch, yet more epochs raise both
-reward-model score and human preference, so the score selects.
+reward-model score and human preference, so the score decides.
 """
 
 import functools
@@ -29,7 +29,7 @@ def validate(config):
 
 
 def inputs(config):
-  """What this stage reads, by config key; with each epoch that SFT kept."""
+  """What this stage reads, by config key, including each epoch SFT kept."""
   found = {key: config[key] for key in ('tokenizer', 'reward_model', 'prompts')}
   if not config.sft:
     return {**found, 'sft': ''}
@@ -43,7 +43,7 @@ def inputs(config):
 def build_programs(config, policy_module, reward_module, tokenizer):
   """The jitted program (policy, reward model, prompts, key) -> scores [B].
 
-  It samples one answer to each prompt.
+  It samples one answer per prompt.
   """
   generate = functools.partial(
     rollout.generate,
@@ -62,16 +62,16 @@ def build_programs(config, policy_module, reward_module, tokenizer):
 
 
 def run(config, workdir: epath.Path):
-  """Scores samples of every epoch and keeps the best one's model.
+  """Scores the samples of every epoch and keeps the best epoch's model.
 
   Reads epochs.json and the models of the SFT stage, the reward model and
-  `prompts`. Writes `model/` and epochs.json with the scores.
+  `prompts`. Writes `model/`, and epochs.json with the scores.
 
   Returns:
     The selected epoch, the criterion, and the number of prompts.
 
   Raises:
-    ValueError: the context of a model is too short, with the numbers.
+    ValueError: the context of a model is too short; gives the numbers.
   """
   validate(config)
   tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
@@ -123,7 +123,7 @@ def run(config, workdir: epath.Path):
     selected, folder = max(
       zip(epochs, folders, strict=True), key=lambda x: x[0]['score_reward']
     )
-    # Read as it is, so that adapters stay adapters.
+    # Read unmerged, so that adapters stay adapters.
     best = model_folder.read(folder, 'policy', mesh, tokenizer)
     model_folder.save(
       workdir / 'model',

@@ -1,14 +1,14 @@
-"""How long each part of an iteration takes, and what share of the machine.
+"""Measures how long each part of an iteration takes, and its utilization.
 
 Runs the programs of ppo_ptx.py and sft.py unchanged on random weights and
-tokens. Shares are of ceilings that the same process measures. They count useful
-work only: real tokens, log-probabilities of response tokens, weights read once
-for a full batch of slots. Padding, idle slots, recomputation and unused logits
-make them smaller.
+tokens. Utilization is a share of the matmul and bandwidth ceilings, which the
+same process measures. It counts useful work only: real tokens,
+log-probabilities of response tokens, and weights read once for a full batch of
+slots. Padding, idle slots, recomputation and unused logits lower it.
 
-Phases inside one program are measured by difference: prefill is a rollout of
-one token, decode a whole rollout less that; ptx is an update with pretraining
-text less one without; the moving average runs by itself.
+Phases inside one program are measured by difference. Prefill is a rollout of
+one token; decode is a whole rollout minus prefill. Ptx is an update with
+pretraining text minus one without. The moving average is timed by itself.
 """
 
 import collections
@@ -49,9 +49,9 @@ WORKS = ('iteration', 'rollout', 'sft', 'check', 'products')
 GROWTHS = ('response', 'batch', 'model')
 ROOT = pathlib.Path(__file__).parents[2]
 
-# Work -> the peers' scripts that do the same at size s: name, config key of the
-# script's Python, command line. The ragged iteration has no script of its own,
-# because peers decode it to the end and so take as long as for the full one.
+# Work -> the peers' scripts for the same work at size s: name, config key of
+# the script's Python, command line. The ragged iteration has no own script:
+# peers decode to the full length anyway, so it takes them just as long.
 _PPO_PEERS = (
   ('Tunix PPO, one step', 'tunix_python', 'tunix_ppo.py S accum 7'),
   ('Tunix PPO, four steps', 'tunix_python', 'tunix_ppo.py S mini 7'),
@@ -74,12 +74,12 @@ PEERS = {
   'iteration': _PPO_PEERS,
   'iteration_ragged': _PPO_PEERS,
 }
-TORCH = pathlib.Path(__file__).with_name('speed_torch')  # A program.
-PEAKS = ('peak_rss_mib', 'peak_device_mib')  # Of a peer; a GPU has both.
+TORCH = pathlib.Path(__file__).with_name('speed_torch')  # Run as a program.
+PEAKS = ('peak_rss_mib', 'peak_device_mib')  # A peer's; only GPUs report both.
 
 
 def validate(config):
-  """Checks this config and the timed stages'. ValueError names the key."""
+  """Checks this and the timed stages' configs. ValueError names the key."""
   run_lib.check_choice(config, 'work', (*WORKS, 'all'))
   run_lib.check_choice(config, 'reward', ('model', 'tokens'))
   if config.num_iterations < 5:
@@ -107,23 +107,23 @@ def validate(config):
 
 
 def inputs(config):
-  """Nothing: the weights are random. The peers' scripts are programs."""
+  """None: weights are random, and peers' scripts do not count as inputs."""
   del config
   return {}
 
 
 def precisions(config) -> list[str]:
-  """In which torch does the same."""
+  """The precisions in which torch does the same work."""
   return [name for name in config.torch_precisions.split(',') if name]
 
 
 def growths(config) -> list[str]:
-  """What is made larger, one after the other."""
+  """The dimensions of the work that are scaled up, one at a time."""
   return [name for name in config.growth.split(',') if name]
 
 
 def shape_of(config, name: str, **changes) -> TransformerConfig:
-  """The shape of the 'policy' or of the 'scalar' models."""
+  """The shape of the 'policy' or the 'scalar' models."""
   return TransformerConfig.from_dict({**config[name].to_dict(), **changes})
 
 
@@ -131,7 +131,7 @@ def shape_of(config, name: str, **changes) -> TransformerConfig:
 
 
 def matmul_weights(shape: TransformerConfig) -> int:
-  """Number of weights that multiply every token; no embedding."""
+  """Number of matmul weights applied to every token; no embedding."""
   attention = 2 * shape.width * shape.head_dim
   attention *= shape.num_heads + shape.kv_heads
   mlp = (2 + shape.gated_mlp) * shape.width * shape.mlp_dim
@@ -139,9 +139,9 @@ def matmul_weights(shape: TransformerConfig) -> int:
 
 
 def forward_flops(shape, lengths, num_logits) -> float:
-  """Arithmetic of one causal pass over sequences of `lengths` tokens.
+  """FLOPs of one causal forward pass over sequences of `lengths` tokens.
 
-  It computes the logits of `num_logits` positions.
+  The pass computes the logits of `num_logits` positions.
   """
   lengths = np.asarray(lengths, np.float64)
   pairs = np.sum(lengths * (lengths + 1) / 2)
@@ -151,7 +151,7 @@ def forward_flops(shape, lengths, num_logits) -> float:
 
 
 def decode_work(shape, prompts, responses, num_slots) -> tuple[float, float]:
-  """Arithmetic, and bytes read at least, after the first token of each.
+  """FLOPs and minimum bytes read to decode all but each first token.
 
   Every step reads the weights once for all slots, and the filled part of the
   cache.
@@ -174,14 +174,14 @@ def decode_work(shape, prompts, responses, num_slots) -> tuple[float, float]:
 
 
 def stop_ids(config) -> tuple[int, ...]:
-  """Ids that end a response of a ragged work."""
+  """Ids that end a response in the ragged works."""
   num_tokens = config.policy.vocab_size
   ids = np.random.default_rng(7).permutation(np.arange(3, num_tokens))
   return tuple(sorted(ids[: int(config.stop_fraction * num_tokens)].tolist()))
 
 
 def random_tokens(config, *shape: int) -> np.ndarray:
-  """Random ids above the special ones."""
+  """Random token ids, without the special ones."""
   rng = np.random.default_rng(config.seed)
   return rng.integers(3, config.policy.vocab_size, shape).astype(np.int32)
 
@@ -195,7 +195,7 @@ def random_prompts(config, num_batches) -> PromptBatch:
 
 
 def random_text(config, num_rows, length) -> TextBatch:
-  """Rows of random tokens, each one document."""
+  """Rows of random tokens, each row one document."""
   tokens = random_tokens(config, num_rows, length)
   mask = np.ones(tokens.shape, bool)
   loss_mask = mask.copy()
@@ -218,10 +218,10 @@ class Phase:
   """Seconds of a phase in one iteration, and its useful work.
 
   Attributes:
-    seconds: medians, or differences of medians.
-    tokens: read or written.
-    flops: arithmetic.
-    bytes: read at least; 0 where arithmetic is the limit.
+    seconds: a median, or a difference of medians.
+    tokens: number of tokens read or written.
+    flops: useful FLOPs.
+    bytes: minimum bytes moved; 0 where arithmetic is the limit.
   """
 
   seconds: float
@@ -240,7 +240,7 @@ class Phase:
 
 
 def measure_ceilings(config) -> dict[str, float]:
-  """Of one device, times the number of devices."""
+  """FLOP/s and bytes/s of all devices: one is measured, times their number."""
   count = len(jax.devices())
   dtype = config.policy.compute_dtype
   return {
@@ -271,7 +271,7 @@ class Rollouts:
     )
 
   def build(self, **changes):
-    """The programs, with some numbers of the stage changed."""
+    """The programs, with `changes` to the stage's config."""
     stage = self.stage.copy_and_resolve_references()
     stage.update(changes)
     scalar = model_fns.make_module('scalar', self.scalar_shape)
@@ -306,7 +306,7 @@ class Iteration(Rollouts):
     if config.reward == 'model':
       models['reward'] = value.params
     self.frozen = rl.Frozen(stage, models, bases={})
-    del self.params  # The state's are the policy's from now on.
+    del self.params  # From here on, use the state's.
     updates = stage.num_minibatches * stage.num_epochs
     self.num_averages = updates if stage.ema_every == 'update' else 1
     self.num_ptx = stage.batch_size * stage.ptx_per_episode * stage.num_epochs
@@ -318,7 +318,7 @@ class Iteration(Rollouts):
       )
 
   def batches(self, number):
-    """An iteration's prompts and pretraining rows, put on the mesh."""
+    """An iteration's prompts and pretraining rows (or None), on the mesh."""
     prompts = sharding.put_batch(self.prompts[number], self.mesh)
     ptx = None
     if self.stage.ptx_coef > 0:
@@ -364,7 +364,7 @@ class Iteration(Rollouts):
 
 
 def measure_iteration(config, workdir) -> dict:
-  """Whole iterations as a user runs them, then their phases one by one."""
+  """Times whole iterations as a user runs them, then each of their phases."""
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
     work = Iteration(config, mesh)
@@ -375,7 +375,7 @@ def measure_iteration(config, workdir) -> dict:
       lengths.append(np.asarray(sampled.response_mask).sum(axis=1))
 
     times, counts = timed(config, whole)
-    # A limit of time may end the process before its phases are known.
+    # Printed now: a time limit may end the process before phases are timed.
     run_lib.say(f'{config.name}: {times.median:.4g} s/iteration')
     seconds, last = phase_seconds(config, work)
     host_share = seconds['host'] / sum(seconds.values())
@@ -403,7 +403,7 @@ def measure_iteration(config, workdir) -> dict:
 
 
 def phase_seconds(config, work) -> tuple[dict[str, float], tuple]:
-  """Median seconds of each phase when the host waits for it.
+  """Median seconds of each phase, with the host blocking after each call.
 
   Also returns the results of the last iteration, for `inner_seconds`.
   """
@@ -422,9 +422,9 @@ def phase_seconds(config, work) -> tuple[dict[str, float], tuple]:
 
 
 def inner_seconds(config, work, last, update) -> dict[str, float]:
-  """Seconds of a 'prefill', of an update 'without_ptx', and of the 'ema'.
+  """Seconds of the 'prefill', an update 'without_ptx', and the 'ema'.
 
-  `last` is from `phase_seconds`, `update` the seconds of a whole update.
+  `last` is from `phase_seconds`; `update` is the seconds of a whole update.
   """
   repeat = functools.partial(measure.repeat, num_repeats=config.num_iterations)
   prompts, _, _, batch, kl = last
@@ -450,10 +450,10 @@ def inner_seconds(config, work, last, update) -> dict[str, float]:
 
 
 def phases_of(config, work, seconds, lengths) -> dict[str, Phase]:
-  """Phase -> its seconds, and the useful work of one iteration.
+  """Phase -> its seconds and useful work in one iteration.
 
-  `seconds` are from `phase_seconds` and `inner_seconds`, `lengths` those of all
-  responses.
+  `seconds` are from `phase_seconds` and `inner_seconds`; `lengths` are those of
+  the responses of all timed iterations.
   """
   stage, count = work.stage, config.num_iterations
   prompts = np.full(len(lengths), stage.prompt_length)
@@ -465,7 +465,7 @@ def phases_of(config, work, seconds, lengths) -> dict[str, Phase]:
   )
   read_policy = forward_flops(work.shape, real, lengths.sum()) / count
   read_scalar = forward_flops(work.scalar_shape, real, 0) / count
-  # The old log-probabilities are the sampler's, where those agree.
+  # With a tolerance, assumes the sampler's log-probabilities are reused.
   score_flops = read_policy * (1 + (stage.sampler_tolerance == 0))
   score_flops += read_scalar * (1 + (config.reward == 'model'))
   epochs = stage.num_epochs
@@ -486,7 +486,7 @@ def phases_of(config, work, seconds, lengths) -> dict[str, Phase]:
       3 * epochs * (read_policy + read_scalar),
     ),
     'ptx': Phase(seconds['update'] - seconds['without_ptx']),
-    # Reads average and weights, writes the average.
+    # Reads the average and the weights, and writes the average.
     'ema': Phase(
       seconds['ema'], bytes=work.num_averages * 12 * work.num_params
     ),
@@ -500,7 +500,7 @@ def phases_of(config, work, seconds, lengths) -> dict[str, Phase]:
 
 
 def measure_checkpoint(state, workdir) -> tuple[float, float]:
-  """Seconds until training may go on, and until the files are complete."""
+  """Seconds until training can continue, and until the files are complete."""
   writer = checkpoint.Checkpointer(workdir / 'checkpoints', keep=1)
   watch = measure.Stopwatch()
   writer.save(1, state, {})
@@ -513,7 +513,7 @@ def measure_checkpoint(state, workdir) -> tuple[float, float]:
 
 
 def measure_rollout(config, workdir) -> dict:
-  """Sampling alone, with no other model; tokens up to the stop count."""
+  """Times sampling alone, without other models; counts tokens to the stop."""
   del workdir
   mesh = sharding.make_mesh(config.mesh)
   with sharding.use_mesh(mesh):
@@ -551,7 +551,7 @@ def measure_rollout(config, workdir) -> dict:
 
 
 def measure_sft(config, workdir) -> dict:
-  """One supervised step on full rows."""
+  """Times one supervised step on full rows."""
   del workdir
   stage = config.sft
   mesh = sharding.make_mesh(config.mesh)
@@ -584,8 +584,11 @@ def measure_sft(config, workdir) -> dict:
 
 
 def measure_products(config) -> list[dict]:
-  """Operations a second of each form of product that 'sft' and 'rollout' need:
-  'float32', and in bfloat16 as 'written' and as the 'model' computes it."""
+  """FLOP/s of each form of matrix product that 'sft' and 'rollout' need.
+
+  Measured in 'float32', and in bfloat16 as 'written' (einsum) and as the
+  'model' computes it.
+  """
   forms = product_forms.forms_of(
     shape_of(config, 'policy'),
     config.sft.batch_size,
@@ -610,12 +613,13 @@ def measure_products(config) -> list[dict]:
   ]
 
 
-# --- The device beside the CPU ------------------------------------------------
+# --- The device against the CPU -----------------------------------------------
 
-# Compute dtype -> what may differ between device and CPU: mean of
-# log-probabilities, nats a token, of the training graph and of the sampler
-# while it samples the same; share of the loss and of gradients' norms; share of
-# the parameters' changes.
+# Compute dtype -> largest allowed differences between device and CPU.
+# 'logprobs' and 'sampler': mean absolute difference of log-probabilities, in
+# nats per token, in the training graph and in the sampler (before its first
+# different token). 'metrics': relative, of scores, losses and gradient norms.
+# 'changes': of the parameters, relative to their change in training.
 TOLERANCES = {
   'float32': {
     'logprobs': 1e-4,
@@ -630,31 +634,31 @@ TOLERANCES = {
     'changes': 0.5,
   },
 }
-# Share of sampled tokens that are equal: after the first other one the rest of
-# a response is another text.
+# Smallest allowed share of equal sampled tokens. It is low because a response
+# diverges after its first different token.
 EQUAL_TOKENS = {'float32': 0.99, 'bfloat16': 0.5}
 _COMPARED = (
   *('objective/score', 'ppo/loss/policy', 'ppo/loss/value'),
   *('policy/optimizer/gradient_norm', 'value/optimizer/gradient_norm'),
 )
-NUM_STEPS = 3  # Iterations of PPO that are compared.
+NUM_STEPS = 3  # Number of compared PPO iterations.
 
 
 def check_device(config, dtype: str) -> dict[str, float]:
-  """Three iterations of PPO on the first device and on the CPU.
+  """Compares `NUM_STEPS` PPO iterations on the first device and on the CPU.
 
-  Both learn from the CPU's samples. Models start from one key.
+  Both train on the CPU's samples, and their models start from the same key.
 
   Returns:
-    What differs, by the keys of `TOLERANCES`; 'tokens' is the share of equal
-    ones in the first rollout.
+    The differences, by the keys of `TOLERANCES`; and 'tokens', the share of
+    equal tokens in the first rollout.
   """
   config = config.copy_and_resolve_references()
   with config.unlocked():
     for name in ('policy', 'scalar'):
       config[name].compute_dtype = dtype
       config[name].attention = 'auto'
-    # The CPU's samples have its log-probabilities, the graph those of each.
+    # Both train on the CPU's samples, so each must recompute log-probabilities.
     config.ppo.sampler_tolerance = 0.0
   works, samples, found = {}, {}, collections.defaultdict(list)
   precision = 'highest' if dtype == 'float32' else None
@@ -695,7 +699,7 @@ def check_device(config, dtype: str) -> dict[str, float]:
 
 
 def _samples_differ(first, second) -> dict[str, float]:
-  """Share of equal tokens; mean difference of log-probabilities until then."""
+  """Share of equal tokens; log-probability gap before the first unequal one."""
   mask = first.response_mask
   equal = (first.tokens == second.tokens)[:, -mask.shape[1] :] & mask
   until = equal & (np.cumsum(mask & ~equal, axis=1) == 0)
@@ -707,7 +711,7 @@ def _samples_differ(first, second) -> dict[str, float]:
 
 
 def _distance(first, second) -> float:
-  """The Euclidean norm of the difference of two trees."""
+  """The Euclidean norm of the difference between two trees."""
   squares = jax.tree.map(
     lambda x, y: float(((x - y) ** 2).sum()), first, second
   )
@@ -715,7 +719,7 @@ def _distance(first, second) -> float:
 
 
 def measure_check(config, workdir) -> dict:
-  """`check_device` in both dtypes.
+  """Runs `check_device` in both dtypes.
 
   Raises:
     RuntimeError: something differs by more than `TOLERANCES`.
@@ -745,7 +749,7 @@ def measure_check(config, workdir) -> dict:
 
 
 def timed(config, fn) -> tuple[measure.Repeats, dict]:
-  """Repeats of a piece of work; compilations and peak memory, as JSON."""
+  """Times repeats of `fn`; also returns compilations and peak memory."""
   before = measure.compilations()
   for _ in range(config.num_warmups):
     jax.block_until_ready(fn())
@@ -764,7 +768,7 @@ def timed(config, fn) -> tuple[measure.Repeats, dict]:
 
 # --- Other processes ----------------------------------------------------------
 
-# Keys that a child gets from its variant, or that belong to the parent alone.
+# Keys that a child gets from its variant, or that only the parent uses.
 _NOT_PASSED = {
   *('name', 'experiment', 'workdir', 'default_workdir', 'variant', 'work'),
   *('growth', 'peers', 'hf_python', 'trl_python', 'tunix_python'),
@@ -773,7 +777,7 @@ _NOT_PASSED = {
 
 
 def command_of(config, variant, workdir) -> list[str]:
-  """main.py with this config's values, for a process of its own."""
+  """The main.py command that runs this config in a separate process."""
   size = config.variant.partition(',')[0]
   file = ROOT / 'configs' / 'speed.py'
   return [
@@ -792,11 +796,11 @@ def run_process(command, log, config, environment=None, folder=ROOT) -> None:
   """Runs a command on the first `config.cores` cores.
 
   Raises:
-    RuntimeError: it failed; with the end of its output.
+    RuntimeError: the command failed; gives the end of its output.
   """
   can_pin = config.cores and hasattr(os, 'sched_setaffinity')
   allowed = os.sched_getaffinity(0) if can_pin else None
-  if can_pin:  # The child inherits it; this thread restores its own after.
+  if can_pin:  # The child inherits it; this thread restores its own below.
     os.sched_setaffinity(0, sorted(allowed)[: config.cores])
   try:
     done = subprocess.run(
@@ -821,7 +825,7 @@ def run_process(command, log, config, environment=None, folder=ROOT) -> None:
 
 
 def run_ours(config, variant, workdir, changes=None) -> dict:
-  """One work in a process of its own; returns its results."""
+  """Measures one work in a separate process; returns its results."""
   config = config.copy_and_resolve_references()
   config.unlock()
   config.update_from_flattened_dict(changes or {})
@@ -833,7 +837,7 @@ def run_ours(config, variant, workdir, changes=None) -> dict:
 
 
 def spec_of(config, variant, precision) -> dict:
-  """A work for `speed_torch`."""
+  """The specification of a work for `speed_torch`."""
   names = 'vocab_size context_length num_layers width num_heads num_kv_heads'
   names += ' head_dim mlp_dim'
   return {
@@ -855,12 +859,12 @@ def spec_of(config, variant, precision) -> dict:
 
 
 def num_threads(config) -> int:
-  """Of a process that is compared."""
+  """The number of threads of a peer's process."""
   return config.cores or os.cpu_count() or 1
 
 
 def commands_of(config, variant, folder):
-  """What is compared with ours: (name, Python, command line) of each."""
+  """Yields (name, Python, command line) of each peer to compare with ours."""
   if config.peers and config.variant.startswith('s,'):
     for name, key, command in PEERS[variant]:
       if config[key]:
@@ -873,7 +877,7 @@ def commands_of(config, variant, folder):
 
 
 def run_peer(config, python, command, log) -> dict:
-  """One of the peers' scripts; returns the result of its last line."""
+  """Runs a peer's script; returns the result on its last RESULT line."""
   threads = str(num_threads(config))
   environment = {
     'OMP_NUM_THREADS': threads,
@@ -901,7 +905,7 @@ def run_peer(config, python, command, log) -> dict:
 
 
 def grown(config, kind, factor) -> dict:
-  """Changed keys for a work that is `factor` times as large."""
+  """Config changes that make a work `factor` times as large."""
   if kind == 'response':
     return {'ppo.response_length': factor * config.ppo.response_length}
   if kind == 'batch':
@@ -909,7 +913,7 @@ def grown(config, kind, factor) -> dict:
       f'{stage}.batch_size': factor * config[stage].batch_size
       for stage in ('ppo', 'sft')
     }
-  # Four times the weights: twice as wide. Twice: twice as deep.
+  # Doubling the width quadruples the weights; doubling the depth doubles them.
   names = ['num_heads', 'width', 'mlp_dim'] if factor == 4 else ['num_layers']
   return {
     f'{model}.{name}': 2 * config[model][name]
@@ -919,7 +923,7 @@ def grown(config, kind, factor) -> dict:
 
 
 def measure_growth(config, variant, workdir, base) -> list[dict]:
-  """Seconds and useful work of each larger work, and their ratio to `base`."""
+  """Seconds of each larger work; its time and FLOPs relative to `base`."""
 
   def flops(result):
     return sum(phase['flops'] for phase in result['phases'].values())
@@ -946,8 +950,8 @@ def measure_growth(config, variant, workdir, base) -> list[dict]:
 
 
 def compare(config, variant, workdir) -> list[dict]:
-  """Ours and the peers', one after the other, `num_rounds` times."""
-  # Who -> (value, peak bytes on the host, on a device or 0) of runs.
+  """Runs ours and the peers' in turn, `num_rounds` times; rows of results."""
+  # Who -> (value, peak bytes on the host, on a device or 0) of each run.
   found = collections.defaultdict(list)
   for turn in range(1, config.num_rounds + 1):
     ours = run_ours(config, variant, workdir / f'ours_{variant}_{turn}')
@@ -985,7 +989,7 @@ def compare(config, variant, workdir) -> list[dict]:
 
 
 def run(config, workdir: epath.Path):
-  """Times the work that the config names, or compares it with the peers'.
+  """Times the work that the config names, or compares it with the peers.
 
   Writes speed.json and speed.md.
   """
@@ -1018,10 +1022,10 @@ def run(config, workdir: epath.Path):
 
 
 def measure_one(config, workdir) -> dict:
-  """One work, then the ceilings, in this process.
+  """Measures one work, then the ceilings, in this process.
 
-  The ceilings come last, so that their matrices do not count as memory of the
-  work.
+  The ceilings come last, so that their matrices do not count towards the work's
+  peak memory.
   """
   if config.work == 'check':
     return measure_check(config, workdir)

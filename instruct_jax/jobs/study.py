@@ -1,10 +1,9 @@
-"""The paper's claims over seeds: runs what they need, and judges them.
+"""Tests the paper's claims over several seeds.
 
-Each seed is a run of main.py of its own, below the work directory, with only
-the stages that the chosen claims read; stages are shared between claims, and an
-interrupted study goes on where it was; more seeds join those that are there. A
-seed that fails does not stop the others. `evals/claims.py` has the claims and
-their rules.
+Each seed is a separate run of main.py below the work directory, with only the
+stages that the chosen claims read. Claims share stages. An interrupted study
+resumes where it stopped, and seeds can be added later. A seed that fails does
+not stop the others. `evals/claims.py` has the claims and their rules.
 """
 
 import concurrent.futures
@@ -21,7 +20,7 @@ from instruct_jax.evals import claims, plots, report
 from instruct_jax.infra import run as run_lib
 
 PROCESSES = 'one'
-RUNS_AGAIN = True  # With more seeds, or with other rules, over the same runs.
+RUNS_AGAIN = True  # With more seeds, or other rules on the same runs.
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -30,7 +29,7 @@ def seeds_of(config) -> list[int]:
   """The seeds, ascending.
 
   Raises:
-    ValueError: they are no different whole numbers.
+    ValueError: they are not distinct, nonnegative integers.
   """
   try:
     found = sorted(int(seed) for seed in config.seeds.split(','))
@@ -61,7 +60,7 @@ def inputs(config):
 
 
 def command_of(config, folder: epath.Path, seed: int) -> list[str]:
-  """main.py for one seed."""
+  """The main.py command that runs one seed."""
   variant = f'{config.claims},seed' + ',smoke' * config.smoke
   return [
     *(sys.executable, '-m', 'instruct_jax.main'),
@@ -73,11 +72,11 @@ def command_of(config, folder: epath.Path, seed: int) -> list[str]:
 
 
 class Runs:
-  """The runs of the seeds, several at a time.
+  """Runs the seeds, several at a time.
 
   Args:
-    config: of the study.
-    folder: of the runs.
+    config: the config of the study.
+    folder: the folder of the runs.
   """
 
   def __init__(self, config, folder: epath.Path):
@@ -87,10 +86,10 @@ class Runs:
     self._ends = False
 
   def one(self, seed: int) -> None:
-    """Runs a seed to its end; what it prints goes to seed_N.log.
+    """Runs a seed to its end; its output goes to seed_N.log.
 
     Raises:
-      RuntimeError: it failed; with its last line.
+      RuntimeError: the run failed; gives its last line of output.
     """
     command = command_of(self._config, self._folder, seed)
     log = pathlib.Path(self._folder / f'seed_{seed}.log')
@@ -111,10 +110,10 @@ class Runs:
       )
 
   def all(self, seeds: list[int]) -> dict[int, str]:
-    """Runs the seeds.
+    """Runs the seeds; one that fails does not stop the others.
 
     Returns:
-      Seed -> why it failed, of those that did; the others go on.
+      Seed -> the error, for each seed that failed.
     """
     number, failed = self._config.num_processes, {}
     with concurrent.futures.ThreadPoolExecutor(number) as pool:
@@ -150,8 +149,8 @@ class Runs:
 def run(config, workdir: epath.Path):
   """Runs the seeds, applies the rules, and writes the study.
 
-  Writes study.md, study.json and a figure for each claim, of the seeds that ran
-  to their end.
+  Writes study.md, study.json and a figure for each claim, from the seeds that
+  finished.
 
   Raises:
     RuntimeError: a seed failed; raised after the study was written.
@@ -173,7 +172,7 @@ def run(config, workdir: epath.Path):
 
 
 def write(config, workdir, names, seeds, folder) -> None:
-  """Judges the claims by finished seeds, and writes the study."""
+  """Judges the claims on the finished seeds, and writes the study."""
   read = [claims.Seed(folder / f'seed_{seed}') for seed in seeds]
   verdicts, points = {}, {}
   for name in names:
@@ -216,8 +215,7 @@ def write(config, workdir, names, seeds, folder) -> None:
 
 
 def points_of(claim: claims.Claim, seeds) -> list[dict]:
-  """The panels of a claim's figure with the points of each seed that has
-  them."""
+  """The panels of a claim's figure, with the points of seeds that have any."""
   panels = []
   for panel in claim.panels:
     found = [claims.measured(panel.points, seed)[0] for seed in seeds]
@@ -233,7 +231,7 @@ def points_of(claim: claims.Claim, seeds) -> list[dict]:
 
 
 def _stages(name: str, seed: claims.Seed) -> set[str]:
-  """That a claim needs beyond the recipe."""
+  """The stages that a claim needs beyond the recipe."""
   needs = claims.CLAIMS[name].needs
   return {stage for need in needs for stage in seed.config['stages_of'][need]}
 
@@ -241,14 +239,15 @@ def _stages(name: str, seed: claims.Seed) -> set[str]:
 def cost(name: str, seeds) -> float:
   """Seconds of the stages that a claim needs, mean over seeds.
 
-  Without the common ones of the recipe up to PPO-ptx, and the judging of all.
+  Excludes the shared stages: the recipe up to PPO-ptx, and the judging of all
+  models.
   """
   totals = [sum(map(seed.seconds, _stages(name, seed))) for seed in seeds]
   return sum(totals) / len(totals)
 
 
 def shared_cost(names, seeds) -> float:
-  """Seconds of all other stages, mean over seeds."""
+  """Seconds of the stages that all claims share, mean over seeds."""
   totals = []
   for seed in seeds:
     own = set().union(*(_stages(name, seed) for name in names))
@@ -260,7 +259,7 @@ def shared_cost(names, seeds) -> float:
 
 
 def table(verdicts, seeds, hours, shared: float, is_smoke: bool) -> str:
-  """study.md."""
+  """The text of study.md."""
   listed = ', '.join(map(str, seeds))
   lines = [
     "# The paper's claims on the miniature",

@@ -20,7 +20,7 @@ def validate(config):
 def inputs(config):
   """Parts of the source run, checked before hours of RL begin.
 
-  The plots read the stages of their own run.
+  The plots themselves read the stages of the sweep's own run.
   """
   return {f'source/{part}': f'{config.source}/{part}' for part in _PARTS}
 
@@ -28,8 +28,8 @@ def inputs(config):
 def run(config, workdir: epath.Path):
   """Draws each figure of the sweep; returns figure -> names of its files.
 
-  Reads metrics and probes of the sweep's stages; writes plots and tax.json into
-  a folder for each figure.
+  Reads the metrics and probes of the sweep's stages. Writes plots and tax.json
+  into one folder per figure.
   """
   validate(config)
   root = epath.Path(config.workdir)

@@ -1,14 +1,14 @@
-"""The works of `speed.py` in PyTorch, as plainly as one would write them there.
+"""The works of `speed.py` in plain, idiomatic PyTorch.
 
   python instruct_jax/jobs/speed_torch SPEC.json
 
 `speed.py` writes SPEC.json (`spec_of`) and runs this with a Python that has
-torch and transformers; nothing of this package is imported. The last line is
+torch and transformers; it imports nothing from this package. The last line is
 RESULT and JSON: unit, runs, their median, peak memory. Runs on a GPU if torch
-has one.
+finds one.
 
-Precision 'bfloat16' is torch's own way: weights in float32 and products under
-`autocast`; a rollout has a copy of the weights in bfloat16, which is faster.
+Precision 'bfloat16' follows torch's convention: weights in float32 and matmuls
+under `autocast`. Sampling uses a bfloat16 copy of the weights, which is faster.
 """
 
 import json
@@ -26,7 +26,7 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def shape_of(spec) -> transformers.LlamaConfig:
-  """The Llama of a specification."""
+  """The Llama config of a specification."""
   return transformers.LlamaConfig(
     vocab_size=spec['vocab_size'],
     hidden_size=spec['width'],
@@ -44,12 +44,12 @@ def shape_of(spec) -> transformers.LlamaConfig:
 
 
 def in_bfloat16(spec) -> bool:
-  """Whether products are in bfloat16."""
+  """Whether matmuls are in bfloat16."""
   return spec['precision'] == 'bfloat16'
 
 
 def autocast(spec):
-  """The products' precision."""
+  """The context that sets the matmul precision."""
   return torch.autocast(DEVICE, torch.bfloat16, enabled=in_bfloat16(spec))
 
 
@@ -68,19 +68,19 @@ class Value(torch.nn.Module):
     self.head = torch.nn.Linear(shape.hidden_size, 1)
 
   def forward(self, tokens, mask):
-    """[B, T] values."""
+    """Returns the values [B, T]."""
     hidden = self.trunk(tokens, attention_mask=mask, use_cache=False)
     return self.head(hidden.last_hidden_state.float())[..., 0].float()
 
 
 def random_tokens(spec, rows, length):
-  """Ids above the special ones."""
+  """Random token ids, without the special ones."""
   shape = (rows, length)
   return torch.randint(3, spec['vocab_size'], shape, device=DEVICE)
 
 
 def sample(spec, policy, prompts):
-  """(tokens [B, P + R], mask of responses [B, R], True up to the stop)."""
+  """(tokens [B, P + R], response mask [B, R], True up to and with the stop)."""
   stops = torch.tensor(spec['stop_ids'], device=DEVICE)
   longest = spec['response_length']
   with torch.no_grad():
@@ -102,7 +102,7 @@ def sample(spec, policy, prompts):
 
 
 def logprobs_of(policy, tokens, mask, num_prompt):
-  """Log-probabilities of the responses' tokens, [B, R]."""
+  """Log-probabilities of the response tokens, [B, R]."""
   length = tokens.shape[1] - num_prompt
   found = policy(
     tokens, attention_mask=mask, use_cache=False, logits_to_keep=length + 1
@@ -125,12 +125,12 @@ def advantages_of(rewards, values, mask, decay=0.95):
 
 
 def mean_of(x, mask):
-  """The mean where the mask is."""
+  """The mean of `x` over the mask."""
   return (x * mask).sum() / mask.sum()
 
 
 def step(optimizer, parameters, losses):
-  """One update with clipped gradients, of a sum of losses."""
+  """One optimizer step on the sum of the losses, with clipped gradients."""
   optimizer.zero_grad(set_to_none=True)
   for loss in losses:
     loss.backward()
@@ -139,7 +139,7 @@ def step(optimizer, parameters, losses):
 
 
 def make_iteration(spec):
-  """() -> one iteration of PPO; see `measure`."""
+  """A function that runs one PPO iteration; see `measure`."""
   policy, value = policy_of(spec), Value(spec).to(DEVICE)
   reference = policy_of(spec)
   reference.load_state_dict(policy.state_dict())
@@ -171,7 +171,7 @@ def make_iteration(spec):
     advantages = (advantages - mean) / (spread + 1e-8)
 
     def losses_of(rows):
-      """Of each microbatch, as parts of the minibatch's mean."""
+      """Each microbatch's part of the minibatch's mean loss."""
       count = real[rows].sum()
       for part in rows.chunk(spec['num_microbatches']):
         yield loss_of(part) / count
@@ -199,7 +199,7 @@ def make_iteration(spec):
 
 
 def make_rollout(spec):
-  """() -> one rollout; see `measure`."""
+  """A function that runs one rollout; see `measure`."""
   policy = policy_of(spec).eval()
   if in_bfloat16(spec):
     policy = policy.bfloat16()
@@ -208,7 +208,7 @@ def make_rollout(spec):
 
 
 def make_sft(spec):
-  """() -> one supervised step; see `measure`."""
+  """A function that runs one supervised step; see `measure`."""
   policy = policy_of(spec)
   optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
   tokens = random_tokens(spec, spec['sft_rows'], spec['sft_length'])
@@ -229,7 +229,7 @@ MAKERS = {'iteration': make_iteration, 'rollout': make_rollout, 'sft': make_sft}
 
 
 def measure(spec) -> dict:
-  """The result of a work: seconds an iteration, or tokens a second."""
+  """The result of a work: seconds per iteration, or tokens per second."""
   torch.manual_seed(0)
   torch.set_num_threads(spec['num_threads'])
   work, runs = MAKERS[spec['work']](spec), []
