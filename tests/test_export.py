@@ -330,7 +330,7 @@ def test_adapters_that_cannot_be_written(adapted_models, tmp_path):
   out, tokens = tmp_path / 'out', folder / 'tokenizer'
   with pytest.raises(ValueError, match='base holds no adapters; leave --adapt'):
     export.export(folder / 'base', tokens, out, adapters=True)
-  with pytest.raises(ValueError, match='leave one of fold_shift and adapters'):
+  with pytest.raises(ValueError, match='give fold_shift or adapters, not both'):
     export.export(
       folder / 'scalar', tokens, out, fold_shift=True, adapters=True
     )

@@ -234,7 +234,7 @@ def test_names_that_are_taken_or_not_ours(run, server, tmp_path):
   server.add('ann/small', **{'config.json': b'{}'})
   assert 'ann/small exists already' in refused(run, tmp_path, 'hf:small')
   message = refused(run, tmp_path, 'hf:bob/small')
-  assert 'bob is none of ann, lab, guests' in message
+  assert 'the token belongs to ann, lab, guests, not to bob' in message
   assert 'hf:ann/small' in message
   assert 'hf:NAME or hf:OWNER' in refused(run, tmp_path, 'small')
   assert 'hf:NAME or hf:OWNER' in refused(run, tmp_path, 'hf:a/b/c')

@@ -246,4 +246,4 @@ def test_who_waits_in_vain_is_told(tmp_path, index):
   )
   assert ended.returncode == 1
   (line,) = ended.stderr.splitlines()
-  assert line.startswith('error: the processes of this run have not come')
+  assert line.startswith('error: the processes of this run did not all')

@@ -136,7 +136,7 @@ def test_researchers_and_newcomers_do_not_calibrate(tmp_path):
   [
     ({}, {'calibration': True}, "'known_ranks' is missing"),
     ({'known_ranks': [1, 2]}, {}, 'are for calibration batches'),
-    ({'known_ranks': [1]}, {'calibration': True}, 'a list of 2 ranks, one a'),
+    ({'known_ranks': [1]}, {'calibration': True}, 'a list of 2 ranks, one per'),
     ({'known_ranks': [0, 1]}, {'calibration': True}, 'integers from 1'),
     ({'known_ranks': [True, 1]}, {'calibration': True}, 'integers from 1'),
     ({'known_ranks': [2, 2]}, {'calibration': True}, 'are all equal'),
