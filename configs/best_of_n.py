@@ -1,4 +1,4 @@
-"""Best-of-n from a policy, beside RL, by a judge that neither trained on.
+"""Best-of-n sampling compared with RL, by a judge that neither trained on.
 
   python -m instruct_jax.main --config=configs/best_of_n.py --workdir=DIR \
     --config.policy=RUN/rl_init/model --config.reward_model=RUN/reward/model \
@@ -22,19 +22,19 @@ def stage(seed, workdir):
   config = common.stage('best_of_n', 'best_of_n', seed, workdir)
   common.models(config)
   config.policy = ''  # Samples the answers; also the reference of the KL.
-  config.reward_model = ''  # The proxy: scalar folder that chooses.
+  config.reward_model = ''  # The proxy that chooses; scalar folder.
   config.judge = evaluate.JUDGES['gold']  # Dotted name.
   config.judge_model = ''  # reward: scalar folder.
-  # gold: seed of the world that is judged. None: that of the run whose folder
-  # the prompts are in.
+  # gold: seed of the judged world. None: that of the run whose folder has the
+  # prompts.
   config.world_seed = placeholder(int)
-  config.rl = ''  # NAME=FOLDER of PPO stages, comma between.
+  config.rl = ''  # NAME=FOLDER of PPO stages, comma-separated.
   config.prompts = ''  # JSONL of held-out prompts.
-  config.num_prompts = 200  # At the most; drawn by seed.
-  config.num_samples = 64  # N, of each prompt; n goes up to it by doubling.
+  config.num_prompts = 200  # At most; drawn by seed.
+  config.num_samples = 64  # N, per prompt; n doubles up to N.
   config.tokenizer = ''
-  # Tokens; longer prompts are left out and counted. None: those of the run
-  # whose folder the models, or else the prompts, are in.
+  # Tokens; longer prompts are left out and counted. None: as in the run whose
+  # folder has the models or, failing that, the prompts.
   config.prompt_length = placeholder(int)
   config.response_length = placeholder(int)
   config.temperature = 1.0  # As in RL's rollouts.

@@ -1,7 +1,7 @@
-"""Presets of `configs/recipe.py`, by what there is to spend."""
+"""Presets of `configs/recipe.py`, by the available compute."""
 
-# What a preset changes, by stage; 'train' is both fine-tunings, 'reward' both
-# reward models, 'rl' both RL stages, '' the config itself.
+# What a preset changes, by stage: 'train' is both fine-tuning stages, 'reward'
+# both reward models, 'rl' both RL stages, '' the config itself.
 # For published models, in every preset; none of these numbers is the paper's.
 BASE = {
   'train': {
@@ -20,8 +20,9 @@ BASE = {
     'learning_rate': 5e-6,
     'value_learning_rate': 1e-5,
     'kl_coef': 0.05,
-    # Reward models learn from whole answers. Without this one of HH rewarded
-    # answers that never end: 75 % of SFT's end, 5 % after 15 iterations.
+    # Reward models learn from complete answers. Without this, one trained on HH
+    # rewarded answers that never end: the share that ended fell from SFT's 75 %
+    # to 5 % after 15 iterations.
     'missing_end_score': -1.0,
     'ptx_per_episode': 1,
     'num_warmup_iterations': 4,
@@ -39,7 +40,7 @@ CPU = {
     'max_comparisons': 2_000,
     'max_valid': 300,
     'max_documents': 2_000,
-    'max_valid_words': 15_000,  # 100 s for each loss on two cores.
+    'max_valid_words': 15_000,  # 100 s per loss on two cores.
   },
   'sft': {'num_epochs': 2},
   'rl_init': {'num_epochs': 1},
@@ -61,7 +62,7 @@ CPU = {
     'learning_rate': 1e-3,
     'value_learning_rate': 1e-3,
     'eval_every': 16,
-    'ema_decay': 0.9,  # Of 64 updates; an average of more lags behind.
+    'ema_decay': 0.9,  # Of 64 updates; a longer average lags behind.
   },
   'evaluate': {'num_prompts': 300, 'batch_size': 50},
 }
@@ -92,14 +93,14 @@ SMOKE = {
   'rl': {'num_episodes': 32, 'batch_size': 16, 'num_minibatches': 2},
   'evaluate': {'num_prompts': 16, 'batch_size': 16, 'num_bootstrap': 200},
 }
-# Sizes and rates of Huang et al. 2024; theirs differ in this: PPO's rate falls
-# by a cosine and the loss is one sum, with 0.1 of the value model's.
+# Sizes and rates of Huang et al. 2024. Their PPO differs in two ways: its rate
+# follows a cosine schedule, and its loss is one sum with 0.1 of the value loss.
 TLDR_1B = {
   '': {
     'model': 'hf:EleutherAI/pythia-1b-deduped',
     'template': '',
     'seed': 44413,  # Theirs: 44413, 55513, 66613, 77713; two of them fail.
-    'lora': {'rank': 0},  # All weights, whatever the device has.
+    'lora': {'rank': 0},  # All weights, on any device.
   },
   'data': {
     'prompt_length': 512,

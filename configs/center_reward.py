@@ -4,7 +4,7 @@
     --config.reward_model=hf:NAME --config.tokenizer=TOKENIZER \
     --config.demonstrations=DATA/demonstrations_train.jsonl
 
-DIR/model is a reward model of ours, for every key called `reward_model`;
+DIR/model is a reward model in our format, for any key called `reward_model`;
 DIR/results.json has the shift and the range of scores seen. PPO raises an alarm
 when scores leave that range, since the model then extrapolates.
 """
@@ -20,7 +20,7 @@ def get_config(argument: str = ''):
   config.reward_model = ''  # Folder: a sequence classifier, or one of ours.
   config.tokenizer = ''
   config.demonstrations = ''  # JSONL; they score 0 on average afterwards.
-  # JSONL whose answers widen the range of scores, or ''.
+  # JSONL of rankings, whose answers widen the range of scores, or ''.
   config.comparisons = ''
   config.row_length = 1024  # Tokens; longer records are left out and counted.
   config.batch_size = 16  # Rows.

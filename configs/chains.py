@@ -1,4 +1,4 @@
-"""What claims of `configs/study.py` need beyond one key varied.
+"""What claims of `configs/study.py` need beyond varying one key.
 
 Each function that a claim names takes the `sweeps.Study`, adds its stages, and
 returns stage -> value, or nothing.
@@ -8,19 +8,18 @@ from ml_collections import ConfigDict
 
 from configs import dpo, rloo
 
-# Of the rankings, for reward models; and of those, whose RL is over-optimised.
+# Shares of the rankings for reward models; shares whose RL over-optimises.
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 OVEROPTIMISED = (1 / 32, 1 / 8, 1 / 2)
 FRONTIER = (0.0, 1.0, 3.0)  # Multiples of beta.
-# Demonstrations. All 8,000 do not overfit so small a model in 16 epochs, nor do
+# Demonstrations. In 16 epochs so small a model overfits neither all 8,000, nor
 # 500 with the recipe's batches and dropout (development seed 0).
 FEW = 500
 DPO_BETAS = (0.03, 0.1, 0.3, 1.0)
 
 
 def sft_long(study):
-  """SFT on few demonstrations for the paper's 16 epochs, and the choice among
-  them."""
+  """SFT on few demonstrations for the paper's 16 epochs; epoch selection."""
   changes = {'batch_size': 4, 'dropout': 0.0, 'max_demonstrations': FEW}
   study.derive('sft', 'sft_long', num_epochs=16, **changes)
   study.derive('select', 'select_long', {'sft': 'sft_long'})
@@ -32,13 +31,13 @@ def pairs(study):
 
 
 def crossval(study):
-  """The folds of E.2, a stage of the recipe."""
+  """Cross-validation (E.2), a stage of the recipe."""
   study.order.append('crossval')
   study.used.append('crossval')
 
 
 def sized(study, label: str, factor: float) -> str:
-  """A pretrained model with another width; a larger one is deeper, too."""
+  """A pretrained model of another width; a larger one is also deeper."""
   model = ConfigDict(study.stages.pretrain.model.to_dict())
   keys = ('width', 'num_heads', 'mlp_dim')
   for key in (*keys, 'num_layers') if factor > 1 else keys:
@@ -47,12 +46,12 @@ def sized(study, label: str, factor: float) -> str:
 
 
 def large(study):
-  """A pretrained model twice as wide and deep, of eight times the weights."""
+  """A pretrained model twice as wide and deep, with eight times the weights."""
   sized(study, 'large', 2)
 
 
 def mix(study):
-  """PPO-ptx from initialisations with other shares of pretraining."""
+  """PPO-ptx from initialisations with other shares of pretraining data."""
   found = {'ppo_ptx': study.stages.rl_init.ptx_fraction}
   for share in (0.0, 0.5):
     label = f'mix_{share:g}'.replace('.', 'p')
@@ -63,7 +62,7 @@ def mix(study):
 
 
 def reward_of(study, share: float) -> str:
-  """A reward model from the first part of the rankings."""
+  """A reward model from the first `share` of the rankings."""
   total = study.stages.data.num_reward_prompts
   total *= study.stages.compare.rankers_per_prompt
   count = round(share * total)
@@ -76,7 +75,7 @@ def data_reward(study):
 
 
 def frontier_of(study, stage: str, reward: str, **changes) -> str:
-  """A stage of RL's snapshots by the reward model and the judge."""
+  """The frontier of an RL stage's snapshots, by reward model and judge."""
   model = {'reward_model': f'{reward}/model'}
   rl = f'{stage}=' + study.workdir + f'/{stage}'
   return study.derive('best_of_n', f'frontier_{stage}', model, rl=rl, **changes)
@@ -90,7 +89,7 @@ def along(study, label, reward, parent='ppo', **changes) -> str:
 
 
 def overopt(study):
-  """Twice as much PPO, without a penalty, against weak reward models."""
+  """PPO of twice the length, without KL penalty, against weak reward models."""
   longer = 2 * study.stages.ppo.num_episodes
   changes = {'kl_coef': 0.0, 'num_episodes': longer}
   return {
@@ -102,8 +101,11 @@ def overopt(study):
 
 
 def reward_sizes(study):
-  """Reward models of three sizes, each from a pretrained model of its size and
-  an eighth of the rankings: stage -> weights, in units of the own."""
+  """Reward models of three sizes: stage -> weights, relative to the recipe's.
+
+  Each starts from a pretrained model of its size and learns from an eighth of
+  the rankings.
+  """
   few, found = reward_of(study, 1 / 8), {}
   for label, factor, share in (
     ('small', 0.5, 1 / 4), ('own', 1, 1.0), ('large', 2, 8.0),
@@ -115,8 +117,10 @@ def reward_sizes(study):
 
 
 def sizes(study):
-  """Twice as much PPO, without a penalty, against each of those; value models
-  are the policy's size."""
+  """PPO of twice the length, without KL penalty, against `reward_sizes`.
+
+  Value models have the policy's size.
+  """
   changes = {'kl_coef': 0.0, 'num_episodes': 2 * study.stages.ppo.num_episodes}
   return {
     along(
@@ -130,7 +134,7 @@ def sizes(study):
 def with_beta(study, multiple: float) -> str:
   """The frontier of PPO with a multiple of its KL coefficient."""
   stage = study.varied('ppo', 'kl_coef', multiple)
-  # PPO's own stands beside best of n, which takes more answers.
+  # PPO itself is compared with best of n, which needs more answers.
   own = {'num_samples': 32} if stage == 'ppo' else {}
   return frontier_of(study, stage, 'reward', **own)
 
@@ -141,18 +145,17 @@ def frontier(study):
 
 
 def ending(study):
-  """Responses that do not end are worth a fixed low score."""
+  """PPO in which responses that do not end get a fixed low score."""
   study.derive('ppo', 'ppo_ending', missing_end_score=-1.0)
 
 
 def value_start(study):
-  """A value model with the policy's trunk and a new head."""
+  """PPO with a value model from the policy's trunk and a new head."""
   study.derive('ppo', 'ppo_value_from_policy', value_from='policy')
 
 
 def ranked(study):
-  """A reward model whose mean is 0 over ranked answers instead of
-  demonstrations."""
+  """A reward model with mean 0 on ranked answers, not on demonstrations."""
   study.derive('reward', 'reward_ranked', demonstrations='')
 
 
@@ -165,7 +168,7 @@ def shift(study):
 
 
 def minimal_pairs(study):
-  """Two sentences that differ in whom they are about, as in Winogender."""
+  """Pairs of sentences that differ in whom they are about, as in Winogender."""
   data = ConfigDict(study.stages.nlp_suite.data)
   data.winogender = study.workdir + '/data/minimal_pairs.tsv'
   study.derive(
@@ -174,7 +177,7 @@ def minimal_pairs(study):
 
 
 def methods(study):
-  """RLOO, GRPO and DPO beside PPO: snapshots, and points of DPO's beta."""
+  """RLOO, GRPO and DPO compared with PPO; DPO with several betas."""
   stages, found = study.stages, {}
   stages.rloo = rloo.from_ppo(ConfigDict(stages.ppo))
   stages.dpo = dpo.from_reward(study.config)
@@ -184,9 +187,9 @@ def methods(study):
   found[with_beta(study, 1.0)] = 1.0
   found[along(study, 'method', 'reward', 'rloo')] = 2.0
   found[along(study, 'group', 'reward', 'rloo', **grpo)] = 3.0
-  # DPO goes further from its start than PPO does by itself.
+  # DPO moves further from its start than PPO does with its own beta.
   found[with_beta(study, 0.1)] = 4.0
-  # Operations of a token: PPO 22 N, with reward and value model; the others 14.
+  # FLOPs per token: PPO 22 N, with reward and value model; the others 14 N.
   own = stages.ppo.num_episodes // stages.ppo.batch_size
   number = round(own * 22 / 14) * stages.ppo.batch_size
   study.derive('rloo', 'rloo_compute', num_episodes=number)

@@ -1,4 +1,4 @@
-"""Benchmarks of answers that a chat model judges.
+"""Benchmarks whose answers a chat model judges.
 
   python -m instruct_jax.main --config=configs/chat_bench.py:alpaca_eval \
     --workdir=DIR --config.models='ppo=RUN/ppo/policy' \
@@ -8,11 +8,12 @@
     --config.endpoint.url=URL/chat/completions --config.endpoint.model=NAME
 
 `:mt_bench` grades single answers (or, with a baseline, compares pairs) and
-needs `references`; `:arena_hard` compares with a baseline. Version 2 has one
-for each category: run it with --config.categories=hard_prompt, say. All files
-are upstream's (`instruct_jax/evals/chat_benchmarks.py`), and so are the files
-of answers and judgements below DIR. The judge's key is in the environment,
-JUDGE_API_KEY by default; its replies are kept, so none is paid for twice.
+needs `references`; `:arena_hard` compares with a baseline. Its version 2 has a
+baseline for each category, so run one at a time, such as with
+--config.categories=hard_prompt. All files are in upstream's formats
+(`instruct_jax/evals/chat_benchmarks.py`), including answers and judgements
+below DIR. The judge's key is in the environment, JUDGE_API_KEY by default; its
+replies are kept, so none is paid for twice.
 
 Output: chat_bench.md, chat_bench.json.
 """
@@ -33,20 +34,19 @@ def get_config(argument: str = 'alpaca_eval'):
   config.benchmark = argument
   # NAME=FOLDER, NAME=hf:NAME, or NAME=FILE of answers in upstream's form.
   config.models = ''
-  config.tokenizer = ''  # Of the models without one of their own.
+  config.tokenizer = ''  # For models without their own.
   config.questions = ''  # Upstream's file.
-  config.categories = ''  # Of these, comma between; '' asks all questions.
-  config.num_questions = 0  # The first so many; 0: all.
+  config.categories = ''  # Comma-separated; '' asks all questions.
+  config.num_questions = 0  # Use only the first N; 0 is all.
   config.baseline = ''  # NAME=FILE of answers in upstream's form.
   config.judge_layout = ''  # Upstream's file of the judge's prompt.
   config.references = ''  # mt_bench: FILE of reference answers.
-  # alpaca_eval: df_gamed.csv, for the length-controlled win rate; '' leaves it
-  # out.
+  # alpaca_eval: df_gamed.csv, for the length-controlled win rate; '' omits it.
   config.gamed = ''
-  # Tokens; a question that is longer with its earlier turns gets no answer.
+  # Tokens; longer questions, with their earlier turns, get an empty answer.
   config.prompt_length = 2048
   config.response_length = 1024
-  # None: the authors', for MT-Bench by category; 0.7 for AlpacaEval.
+  # None: the authors' (for MT-Bench, by category); 0.7 for AlpacaEval.
   config.temperature = placeholder(float)
   config.batch_size = 32  # Questions sampled at a time.
   config.endpoint = common.endpoint('JUDGE_API_KEY')

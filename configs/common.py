@@ -1,6 +1,6 @@
 """Shared by the config files: sizes of models, and keys of every stage.
 
-Keys about memory, speed and the machine may change while a run continues:
+Keys about memory, speed and the machine may change when a run resumes:
 `instruct_jax/infra/stages.py` lists them, each with its reason.
 
 Each key is declared once, here or in the stage's own file, with its unit and
@@ -16,7 +16,7 @@ from instruct_jax.models.config import PRESETS
 
 
 def check(argument: str, known: Iterable[str], what: str = 'variant') -> str:
-  """The argument, or an error that lists the known ones."""
+  """Returns a known argument; otherwise ValueError lists the known ones."""
   if argument not in known:
     raise ValueError(f'unknown {what} {argument!r}; known: {", ".join(known)}')
   return argument
@@ -29,7 +29,7 @@ def check_none(argument: str, name: str) -> None:
 
 
 def check_size(size: str) -> str:
-  """The size, or an error that lists the ones there are."""
+  """Returns a known size; otherwise ValueError lists the known ones."""
   return check(size, PRESETS, 'size')
 
 
@@ -43,7 +43,7 @@ def model(size: str, **changes) -> ConfigDict:
     vocab_multiple=128,
     scan_unroll=1,
     attention='auto',  # The platform's flash kernel where there is one.
-    logprob_chunk=128,  # Columns whose float32 logits exist at one time.
+    logprob_chunk=128,  # Columns whose float32 logits exist at a time.
   )
   return ConfigDict(values | changes)
 
@@ -51,10 +51,10 @@ def model(size: str, **changes) -> ConfigDict:
 def tiny_model(
   width: int, num_layers: int, context: int, unroll: int
 ) -> ConfigDict:
-  """Shape of a model for CPUs, with heads of 32 channels; a choice."""
+  """Shape of a model for CPUs, with heads of 32 channels; our choice."""
   return ConfigDict(
     dict(
-      vocab_size=0,  # The tokenizer's.
+      vocab_size=0,  # 0: the tokenizer's.
       context_length=context,
       num_layers=num_layers,
       width=width,
@@ -86,7 +86,7 @@ def adam(config: ConfigDict) -> ConfigDict:
   config.adam_b1 = 0.9
   config.adam_b2 = 0.95
   config.adam_eps = 1e-8  # Not printed; a choice. PPO uses 1e-5 (Ziegler).
-  config.max_grad_norm = 1.0  # Not printed; a safety. 0 switches it off.
+  config.max_grad_norm = 1.0  # Not printed; a safeguard. 0 disables it.
   return config
 
 
@@ -94,12 +94,12 @@ def loop(config: ConfigDict) -> ConfigDict:
   """How a training loop saves, stops and profiles; may change on resume."""
   config.loop = ConfigDict(
     dict(
-      # A checkpoint is also due after so long without one; 0: by steps alone.
+      # Also save after this long without a checkpoint; 0: by steps alone.
       checkpoint_minutes=0.0,
       keep=2,  # Newest checkpoints kept.
-      keep_every=0,  # Steps; checkpoints at multiples stay for good. 0: none.
+      keep_every=0,  # Steps; checkpoints at its multiples are kept. 0: none.
       max_skips=10,  # Non-finite updates in a row that stop the run.
-      profile_steps='',  # Say 3-5: a trace of these goes to WORKDIR/profile.
+      profile_steps='',  # Such as 3-5; their trace goes to WORKDIR/profile.
     )
   )
   return config
@@ -107,26 +107,26 @@ def loop(config: ConfigDict) -> ConfigDict:
 
 def models(config: ConfigDict) -> ConfigDict:
   """Precision of the models that a stage loads."""
-  # Of activations and matrix products: 'float32', 'bfloat16', 'auto' for what
-  # the device multiplies faster, or '' for the dtype in each model folder,
-  # which for published ones is float32.
+  # Dtype of activations and matrix products: 'float32', 'bfloat16', 'auto' for
+  # the one that the device multiplies faster, or '' for the dtype in each model
+  # folder, which for published ones is float32.
   config.compute_dtype = ''
   return config
 
 
 def lora(config: ConfigDict) -> ConfigDict:
-  """Low-rank adapters in the place of all weights (Hu et al. 2021).
+  """Low-rank adapters instead of all weights (Hu et al. 2021).
 
   Adapters and a scalar model's head are trained, checkpointed and saved; all
-  other weights are a frozen base. They need a learning rate about ten times as
-  high.
+  other weights are a frozen base. Adapters need a learning rate about ten times
+  as high.
   """
   config.lora = ConfigDict(
     dict(
-      rank=0,  # r of the product A B beside a matrix; 0: no adapters.
-      alpha=16.0,  # The product counts alpha / rank times.
-      # Of 'query', 'key', 'value', 'out', 'gate', 'up', 'down', in every layer;
-      # () is all that the model has. Hu et al. take query and value.
+      rank=0,  # r of the product A B added to a matrix; 0: no adapters.
+      alpha=16.0,  # The product is scaled by alpha / rank.
+      # Some of 'query', 'key', 'value', 'out', 'gate', 'up', 'down', in every
+      # layer; () is all that the model has. Hu et al. use query and value.
       targets=(),
     )
   )
@@ -134,7 +134,7 @@ def lora(config: ConfigDict) -> ConfigDict:
 
 
 def tuning(name: str, experiment: str, seed, workdir) -> ConfigDict:
-  """Keys of every stage that trains a model which it loads."""
+  """Keys of every stage that loads a model and trains it."""
   config = lora(models(loop(adam(stage(name, experiment, seed, workdir)))))
   config.tokenizer = ''  # Folder of the tokenizer.
   config.num_microbatches = 1  # Gradient accumulation in a (mini)batch.
@@ -147,17 +147,17 @@ def endpoint(key_variable: str) -> ConfigDict:
   """Keys of an HTTP service; see `endpoint.Settings`."""
   config = ConfigDict()
   config.url = ''
-  config.key_variable = key_variable  # Of the environment; '' sends no key.
+  config.key_variable = key_variable  # Environment variable; '' sends no key.
   config.timeout = 60.0  # Seconds.
   config.max_retries = 6
   config.requests_per_minute = 0.0  # 0 for no limit.
-  config.num_workers = 4  # Questions at the same time.
+  config.num_workers = 4  # Concurrent requests.
   return config
 
 
-# XLA's CPU backend by default keeps the results of many operations at a time,
-# to run several side by side. From a few million parameters on, one operation
-# fills the cores: in order they need half the memory and take as long.
+# By default XLA's CPU backend runs several operations at a time, which keeps
+# many results in memory. From a few million parameters on, one operation fills
+# the cores: run in order, they need half the memory and take as long.
 LEAN_ON_CPU = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
 
 
@@ -165,15 +165,15 @@ def machine(config: ConfigDict) -> ConfigDict:
   """Keys about the machine, not the method; they may change on resume."""
   config.mesh = ()  # Devices along data, fsdp, tensor; -1 fills, () chooses.
   config.xla_flags = ''  # Added to XLA_FLAGS before the first device is used.
-  config.compilation_cache = '~/.cache/instruct_jax'  # '' switches it off.
+  config.compilation_cache = '~/.cache/instruct_jax'  # '' disables it.
   # Services that show all stages: 'tensorboard', 'wandb', 'trackio', several
-  # with commas between. '' leaves metrics.jsonl, which is always written.
+  # separated by commas. '' leaves metrics.jsonl, which is always written.
   config.loggers = 'tensorboard'
   return config
 
 
 def single(config: ConfigDict, size: str) -> ConfigDict:
-  """Turns one stage's config into a run of its own."""
+  """Turns one stage's config into that of a run of this stage alone."""
   config.default_workdir = f'runs/{config.name}_{size}'
   machine(config)
   config.xla_flags = LEAN_ON_CPU

@@ -1,9 +1,9 @@
-"""DPO on K-way rankings (Rafailov et al. 2023) in the place of RL.
+"""DPO on K-way rankings (Rafailov et al. 2023) instead of RL.
 
   python -m instruct_jax.main --config=configs/dpo.py
 
-Variants after a colon: miniature (default), smoke. The stages before are those
-of `configs/ppo_ptx.py`; the reward model only judges, DPO does not learn from
+Variants after a colon: miniature (default), smoke. The earlier stages are those
+of `configs/ppo_ptx.py`; the reward model only judges: DPO does not learn from
 it.
 """
 
@@ -18,7 +18,7 @@ def stage(seed, workdir, name='dpo'):
   config.beta = 0.1  # Rafailov et al., appendix B.
   # Or 'plackett_luce', which counts no pairs: `divisor` has no effect on it.
   config.ranking_loss = 'pairwise'
-  config.learning_rate = 1e-6  # Theirs.
+  config.learning_rate = 1e-6  # Rafailov et al.
   return config
 
 
@@ -34,12 +34,12 @@ def from_reward(config):
     dpo[key] = stages.reward[key]
   pipeline.share_lora(config, dpo)
   dpo.init = config.get_ref('workdir') + '/rl_init/model'
-  dpo.learning_rate = 2e-4  # The policy's of PPO on this world.
+  dpo.learning_rate = 2e-4  # That of PPO's policy on this world.
   return dpo
 
 
 def get_config(variant: str = 'miniature'):
-  """The miniature's pipeline with DPO in the place of PPO and PPO-ptx."""
+  """The miniature's pipeline with DPO instead of PPO and PPO-ptx."""
   config = miniature.variant('dpo', variant)
   config.stages.dpo = from_reward(config)
   pipeline.replace_rl(config, 'dpo', folder='model')

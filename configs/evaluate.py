@@ -37,46 +37,46 @@ def stage(seed, workdir):
   """Models, judge and measurements of a report."""
   config = common.stage('evaluate', 'evaluate', seed, workdir)
   common.models(config)
-  # Who answers: NAME=FOLDER or NAME=FILE.jsonl, comma between. Tables and plots
-  # keep this order; `other_models` have a line in the table of all models.
+  # Who answers: NAME=FOLDER or NAME=FILE.jsonl, comma-separated. Tables and
+  # plots keep this order; `other_models` are only in the table of all models.
   config.models = ''
   config.other_models = ''
   config.baseline = 'sft'  # Of `models`; the paper's is the 175B SFT model.
-  config.pairs = ''  # NAME=NAME,...: also compared; or 'all' pairs.
-  config.tokenizer = ''  # Of the models without one of their own.
+  config.pairs = ''  # Other pairs to compare: NAME=NAME,... or 'all'.
+  config.tokenizer = ''  # For models without their own.
   config.prompts = ''  # JSONL of held-out prompts.
-  config.num_prompts = 1000  # At the most; drawn by seed.
+  config.num_prompts = 1000  # At most; drawn by seed.
   config.samples_per_prompt = 1  # Intervals redraw prompts, not samples.
-  # Tokens; longer prompts are left out and counted. None: those of the run
-  # whose folder the models, or else the prompts, are in.
+  # Tokens; longer prompts are left out and counted. None: as in the run whose
+  # folder has the models or, failing that, the prompts.
   config.prompt_length = placeholder(int)
   config.response_length = placeholder(int)
   config.temperature = 1.0  # Appendix F samples InstructGPT at 1.
   config.batch_size = 256  # Prompts sampled at a time.
   config.cache = ''  # Folder of sampled answers; '' keeps them in the workdir.
-  # Models that get a few-shot prefix: the one of a JSON file with the highest
-  # reward-model score of answers to other prompts (3.5).
+  # Models that get a few-shot prefix: of those in a JSON file, the one whose
+  # answers to other prompts have the highest reward-model score (3.5).
   config.prompted = ''  # NAME,NAME of `models`.
   config.prefixes = ''
   config.prefix_prompts = ''
-  config.num_prefix_prompts = 64  # At the most; drawn by seed.
+  config.num_prefix_prompts = 64  # At most; drawn by seed.
   config.prefix_length = 48  # Tokens that a prefix may add.
   # The judge: dotted name of a class or function, and its own keys.
   config.judge = JUDGES['gold']
-  config.other_judges = ''  # More of them, comma between: one more table.
-  # gold: seed of the world that is judged. None: that of the run whose folder
-  # the prompts are in.
+  config.other_judges = ''  # More judges, comma-separated; adds a table.
+  # gold: seed of the judged world. None: that of the run whose folder has the
+  # prompts.
   config.world_seed = placeholder(int)
   config.judge_model = ''  # reward: scalar folder.
   config.rankings = ''  # people: JSONL of comparisons.
   config.endpoint = common.endpoint('JUDGE_API_KEY')  # http.
   config.endpoint.model = ''
   config.endpoint.max_tokens = 512  # Of a reply, its reasoning included.
-  # JSON object of other keys of a request; null drops one. For OpenAI's models
-  # that reason: {"temperature": null, "max_tokens": null,
+  # JSON object of other keys of a request; null drops one. For OpenAI's
+  # reasoning models: {"temperature": null, "max_tokens": null,
   # "max_completion_tokens": 4096}.
   config.endpoint.body = ''
-  config.endpoint.prompt_price = 0.0  # For a million tokens, any currency.
+  config.endpoint.prompt_price = 0.0  # Per million tokens, any currency.
   config.endpoint.completion_price = 0.0
   config.rate_answers = True  # Likert and labels too, if the judge gives them.
   # Above this share of pairs whose verdict changes with the order of the
@@ -87,14 +87,14 @@ def stage(seed, workdir):
   config.world = ''  # Dotted name of a `figures.World`: labels and tables.
   config.reward_model = ''  # Scalar folder: scores beside the judge's.
   # FILE or NAME=FILE,NAME=FILE of rankings: those that test the reward model
-  # against labelers, and those it learned from, for trivial judges. The model
-  # card also reads statistics.json beside rankings of the labeling site.
+  # against labelers, and those it learned from, to fit simple baselines on. The
+  # model card also reads statistics.json beside rankings of the labeling site.
   config.test_comparisons = ''
   config.comparisons = ''
   config.crossval = ''  # results.json of that stage.
   config.reference = ''  # The model to which KL and losses are relative.
   # FILE of held-out pretraining text (JSONL or plain text; 4.2); or
-  # NAME=FILE,NAME=FILE, of which 'pretraining' is that one, and the others are
+  # NAME=FILE,NAME=FILE, where 'pretraining' is that text, and other names are
   # other kinds of text.
   config.documents = ''
   config.row_length = 64  # Tokens of its rows.

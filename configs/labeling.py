@@ -16,24 +16,25 @@ def get_config(argument: str = ''):
   common.check_none(argument, 'labeling')
   config = ConfigDict()
   config.default_workdir = 'runs/labeling'
-  # SQLAlchemy URL, say postgresql+psycopg://user@host/name; '' is a SQLite
+  # SQLAlchemy URL, such as postgresql+psycopg://user@host/name; '' is a SQLite
   # file in the work directory.
   config.database = ''
   config.host = '127.0.0.1'  # Address to listen on.
   config.port = 8400  # 0 takes any free one.
-  # Address of the site for labelers, say https://labels.example.org behind a
-  # proxy that adds TLS; '' is http://host:port. Cookies are Secure under https.
+  # Address of the site for labelers, such as https://labels.example.org behind
+  # a proxy that adds TLS; '' is http://host:port. With https, cookies are
+  # Secure.
   config.public_url = ''
   config.session_days = 14.0
   config.invitation_days = 7.0
   config.task_minutes = 120.0  # An open task returns to the pool after this.
   config.idle_minutes = 10.0  # Longer gaps count as this much working time.
-  config.requests_per_minute = 240  # Of one account.
-  config.joins_per_minute = 20  # Of one address, without an account.
+  config.requests_per_minute = 240  # Per account.
+  config.joins_per_minute = 20  # Per IP address, without an account.
   config.max_body_bytes = 4_000_000  # Of a labeler's request.
   config.max_import_bytes = 32_000_000  # Of an import through the browser.
-  config.overlap = 1  # Labelers a task, unless the import sets it (5.3: one).
-  # One of so many tasks has a known answer, if there are any (a choice).
+  config.overlap = 1  # Labelers per task, unless the import sets it (5.3: one).
+  # One in this many tasks has a known answer, if there are any (a choice).
   config.calibration_every = 10
   # B.1's soft cut-offs: agreement with researchers on flags and on pairs, and
   # the mean grade, 1 to 7, of demonstrations.
@@ -47,7 +48,7 @@ def get_config(argument: str = ''):
   config.active.tokenizer = ''
   config.active.compute_dtype = ''  # '' is the dtype in the model's folder.
   config.active.batch_size = 32  # Completions scored at a time.
-  # Of the demo's texts, of interval redraws and of who calibrates when.
+  # For the demo's texts, bootstrap intervals, and who calibrates when.
   config.seed = 0
   config.lock()
   return config

@@ -9,13 +9,13 @@ def data_stage(seed, workdir):
   """Documents, prompts and demonstrations of the embedded world."""
   config = common.stage('data', 'instruct_jax.worlds.miniature', seed, workdir)
   config.num_labelers = 40
-  config.labeler_noise = 0.30  # Utility; agreement on samples near 73 %.
+  config.labeler_noise = 0.30  # In utility; about 73 % agreement on samples.
   config.num_documents = 40_000  # Training and held-out together.
   config.num_valid_documents = 400
-  config.num_prompts = 30_000  # Before hygiene.
+  config.num_prompts = 30_000  # Before data hygiene.
   config.num_demonstrations = 8_000
   config.num_reward_prompts = 5_000
-  config.train_fraction = 0.76  # Of the users; valid and test halve the others.
+  config.train_fraction = 0.76  # Of users; the rest is half valid, half test.
   config.prompt_length = 32  # Tokens; longer prompts are dropped.
   config.prompts_per_user = 200  # 3.2, A.2.
   config.duplicate_prefix_words = 12  # Not printed (A.2); a choice.
@@ -23,14 +23,15 @@ def data_stage(seed, workdir):
 
 
 def compare_stage(seed, workdir):
-  """Rankings by simulated labelers of two models' answers."""
+  """Rankings of two models' answers by simulated labelers."""
   config = common.stage('compare', 'compare', seed, workdir)
   common.models(config)
   config.tokenizer = ''
   # Models whose answers are ranked, with their shares and temperatures. The
-  # paper samples supervised policies most. GPT's answers are among them here,
-  # so that the reward model also sees what tuning changed. SFT's likely answers
-  # are easier to order; at 0.4 they hide its errors, which RL then exploits.
+  # paper mostly samples supervised policies. Here the pretrained model answers,
+  # too, so that the reward model also sees what tuning changed. SFT's likelier
+  # answers are easier to order, but at a temperature of 0.4 they hide its
+  # errors, which RL then exploits.
   config.policies = ConfigDict(
     {
       'sft': {'model': '', 'share': 0.5, 'temperature': 0.7},
@@ -43,10 +44,10 @@ def compare_stage(seed, workdir):
   config.labeler_noise = 0.30  # As in the data stage.
   config.min_candidates = 4  # K (3.5).
   config.max_candidates = 9
-  # Labelers ranking a training prompt. Most of the paper's prompts have one;
-  # simulated labelers cost nothing, and the K forwards serve them all.
+  # Labelers per training prompt. Most of the paper's prompts have one;
+  # simulated labelers cost nothing, and they share the K forward passes.
   config.rankers_per_prompt = 5
-  config.rankers_per_valid = 3  # Labelers ranking a validation prompt.
+  config.rankers_per_valid = 3  # Labelers per validation prompt.
   config.prompt_length = 32
   config.response_length = 20
   config.batch_size = 256
@@ -90,24 +91,24 @@ def miniature(name: str = 'ppo_ptx_miniature'):
   stages.pretrain.model = common.tiny_model(
     width=128, num_layers=2, context=96, unroll=2
   )
-  # A model learns late to copy a name from the prompt, and the number of steps
-  # decides, not that of tokens: small batches and two layers learn it three
-  # times sooner than four layers and twice the batch.
+  # How late a model learns to copy a name from the prompt depends on the number
+  # of steps, not of tokens: with small batches and two layers it learns this
+  # three times sooner than with four layers and twice the batch.
   stages.pretrain.update(row_length=64, batch_size=16, learning_rate=4e-3)
   stages.pretrain.update(num_steps=2000, num_warmup=50)
   stages.pretrain.update(eval_every=500, checkpoint_every=500)
   for each in (stages.sft, stages.rl_init):
-    each.pack = True  # About 2.5 demonstrations to a row.
+    each.pack = True  # About 2.5 demonstrations per row.
     each.update(row_length=64, batch_size=16, checkpoint_every=100)
     each.learning_rate = 1e-3
-  stages.sft.num_epochs = 6  # The paper: 16, of 13k demonstrations.
+  stages.sft.num_epochs = 6  # The paper: 16, on 13k demonstrations.
   stages.rl_init.num_epochs = 3  # The paper: 2.
   for each in (stages.reward, stages.crossval):
     each.update(row_length=96, learning_rate=7e-4)
     each.update(batch_size=4, eval_batch_size=64, checkpoint_every=50)
   stages.crossval.num_fold_seeds = 1  # The paper: 3 (reward.py:6b,folds).
-  stages.crossval.max_comparisons = 2_000  # Of 400 prompts.
-  stages.crossval.max_valid_comparisons = 1_200  # Of 400 others.
+  stages.crossval.max_comparisons = 2_000  # From 400 prompts.
+  stages.crossval.max_valid_comparisons = 1_200  # From 400 others.
   for each in (stages.ppo, stages.ppo_ptx):
     each.update(prompt_length=32, response_length=20, ptx_row_length=64)
     each.update(num_episodes=3_840, batch_size=128, num_warmup_iterations=4)
@@ -122,7 +123,7 @@ def miniature(name: str = 'ppo_ptx_miniature'):
 
 
 def smoke(name: str = 'ppo_ptx_smoke'):
-  """Every stage, as little of it as still runs."""
+  """Every stage, at the smallest size that runs."""
   config = miniature(name)
   # Compiling is nearly all of this run; unoptimised code compiles fastest.
   config.xla_flags = '--xla_backend_optimization_level=0'
@@ -149,6 +150,6 @@ def smoke(name: str = 'ppo_ptx_smoke'):
 
 
 def variant(method: str, which: str):
-  """'miniature' or 'smoke' as the pipeline of another method."""
+  """The 'miniature' or 'smoke' pipeline under another method's name."""
   makers = {'miniature': miniature, 'smoke': smoke}
   return makers[common.check(which, makers)](f'{method}_{which}')

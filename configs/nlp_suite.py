@@ -19,15 +19,15 @@ def stage(seed, workdir):
   """Models and files of the suite."""
   config = common.stage('nlp_suite', 'nlp_suite', seed, workdir)
   common.models(config)
-  config.models = ''  # NAME=FOLDER,NAME=FOLDER: policies; names of rows.
+  config.models = ''  # NAME=FOLDER,NAME=FOLDER: policies; names label rows.
   config.tokenizer = ''  # Folder of the tokenizer.
   # Sends the bare texts, without the tokenizer's template. Otherwise each query
   # is a user's turn and each choice an answer, as in training.
   config.plain_prompts = False
-  # Asked are the prompt types that are named, comma between, say 'zeroshot,QA
-  # prompt'; '' is all of each task. A task that has none of them is an error.
+  # Prompt types to use, comma-separated, such as 'zeroshot,QA prompt'; '' is
+  # all of each task. A task that has none of them is an error.
   config.prompt_types = ''
-  config.may_be_empty = False  # Without any file: an error, or nothing to do.
+  config.may_be_empty = False  # Without files: False is an error, True skips.
   # Official files by task, plain or .gz; some also tfds:NAME/SPLIT. fr_to_en
   # takes two files: FRENCH,ENGLISH.
   tasks = (
@@ -38,10 +38,10 @@ def stage(seed, workdir):
   config.data = ConfigDict(dict.fromkeys(tasks.split(), ''))
   # Other files to draw examples from.
   config.shots = ConfigDict(dict.fromkeys(config.data, ''))
-  # Of unpacked files; '' accepts any.
+  # Checksums of the unpacked files; '' accepts any.
   config.sha256 = ConfigDict(dict.fromkeys(config.data, ''))
-  # Training labels of the local toxicity scorer, comma between: CSV files of
-  # (text, label 0 or 1); better, RealToxicityPrompts' own JSONL with
+  # Training labels of the local toxicity scorer, comma-separated: CSV files of
+  # (text, label 0 or 1), or better, RealToxicityPrompts' own JSONL with
   # Perspective's scores.
   config.toxicity_labels = ''
   # Or a service with the Perspective API's interface, such as
@@ -50,12 +50,13 @@ def stage(seed, workdir):
   config.toxicity_endpoint.update(timeout=30.0, num_workers=2)
   # Perspective's usual quota.
   config.toxicity_endpoint.requests_per_minute = 60.0
-  # finetune_truth.jsonl and finetune_info.jsonl of TruthfulQA: the local judge.
+  # TruthfulQA's finetune_truth.jsonl and finetune_info.jsonl, which train the
+  # local judge.
   config.truth_labels = ''
   config.info_labels = ''
-  config.max_items = 0  # Of a task, drawn at random; 0 is all.
-  config.batch_size = 32  # Queries a call; choices of a query share its prefix.
-  config.length_multiple = 128  # Rows are padded to these lengths (compiles).
+  config.max_items = 0  # Per task, drawn at random; 0 is all.
+  config.batch_size = 32  # Queries per call; choices share a prefix.
+  config.length_multiple = 128  # Pads rows to multiples; each length compiles.
   config.remat = 'none'
   return config
 

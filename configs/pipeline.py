@@ -1,4 +1,4 @@
-"""The stages of the whole recipe, wired to each other."""
+"""The stages of the whole recipe, connected to each other."""
 
 from configs import common, evaluate, nlp_suite, pretrain, reward, rl, sft
 
@@ -28,7 +28,7 @@ def recipe(name: str):
     each.mesh = config.get_ref('mesh')
   for each in (stages.pretrain, stages.rl_init, *ppos):
     each.documents = data + '/documents_train.jsonl'
-    each.cut_documents = False  # The logged runs had whole ones.
+    each.cut_documents = False  # As in the logged runs.
   stages.pretrain.valid = data + '/documents_valid.jsonl'
   for each in (stages.sft, stages.rl_init):
     each.init = workdir + '/pretrain/model'
@@ -46,7 +46,7 @@ def recipe(name: str):
   for each in (stages.select, *ppos, stages.evaluate):
     each.reward_model = workdir + '/reward/model'
   stages.ppo.ptx_coef = 0.0
-  # Of all stages that have adapters; each may still have its own.
+  # For all stages that have adapters; each may override them.
   common.lora(config)
   for each in stages.values():
     if 'lora' in each:
@@ -78,7 +78,7 @@ def select_stage(seed, workdir):
   config.sft = ''  # Folder of the SFT stage with all of its epochs.
   config.reward_model = ''
   config.prompts = ''  # Validation prompts.
-  config.num_prompts = 256  # At the most, drawn by seed.
+  config.num_prompts = 256  # At most; drawn by seed.
   config.prompt_length = 32
   config.response_length = 20
   config.temperature = 1.0
@@ -87,13 +87,13 @@ def select_stage(seed, workdir):
 
 
 def compare_models(config, rl_stages, folder='ema'):
-  """Sets the models of evaluation and suite, in their order.
+  """Sets the models of the evaluation and the NLP suite, in order.
 
   Args:
     config: of a pipeline.
     rl_stages: names of the RL stages, or of their replacement.
-    folder: of the weights that are compared: the averaged ones (C.4). If so,
-      the table of all models also has the last weights.
+    folder: folder of the weights to compare. For 'ema', the averages (C.4), the
+      table of all models also has the last weights.
   """
   workdir, evaluate = config.get_ref('workdir'), config.stages.evaluate
 
@@ -118,7 +118,7 @@ def compare_models(config, rl_stages, folder='ema'):
 
 
 def replace_rl(config, name: str, folder: str = 'ema'):
-  """Replaces PPO and PPO-ptx by another method.
+  """Replaces PPO and PPO-ptx with another method.
 
   Args:
     config: of a pipeline; `stages` has the stage of the method.

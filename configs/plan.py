@@ -1,12 +1,12 @@
-"""Memory and time of a size on TPUs or GPUs, compiled without any.
+"""Memory and time of a model size on TPUs or GPUs, planned without having one.
 
   python -m instruct_jax.main --config=configs/plan.py:1p3b,v5e-8
 
 Sizes: miniature, 135m and tldr_1b (of recipe.py), and the paper's 1p3b, 6b and
 175b (of the policy; reward and value model are at most 6b). Topologies: v5e-1
 to v5e-256, v4-8 to v4-1024, v5p-8 to v5p-1024, and h100-1, h100-8, h100-2x8
-(two hosts). The numbers of TPUs are those of Google's names; v4 and v5p count
-cores, two to a chip. The programs are those of sft.py, reward.py, ppo_ptx.py.
+(two hosts). TPU numbers follow Google's names: v4 and v5p count cores, two per
+chip. The programs are those of sft.py, reward.py and ppo_ptx.py.
 """
 
 from ml_collections import ConfigDict
@@ -29,13 +29,13 @@ TOPOLOGIES = {
   for chip, grids in (('v5e', _SQUARES), ('v4', _CUBES), ('v5p', _CUBES))
   for number, grid in grids.items()
 }
-# Hosts x 1 x GPUs of a host.
+# Hosts x 1 x GPUs per host.
 TOPOLOGIES |= {'h100-1': '1x1x1', 'h100-8': '1x1x8', 'h100-2x8': '2x1x8'}
 
 
 def paper_stages(size, config):
   """The paper's stages at a size; its models as shapes."""
-  # 'flash': a plan without the attention kernel would mislead.
+  # 'flash': a plan without the attention kernel would be misleading.
   config.policy = common.model(size, attention='flash')
   # 6B reward and value models for every policy (paper 3.5, C.2), except for
   # the smallest policy: small slices only fit models of its own size.
@@ -66,7 +66,7 @@ def recipe_stages(config, preset, **shape):
   for name, key in (('sft', 'sft'), ('reward', 'reward'), ('ppo', 'ppo_ptx')):
     stage = config[name] = stages[key].copy_and_resolve_references()
     stage.lora.rank = 0
-    stage.compute_dtype = ''  # The models'.
+    stage.compute_dtype = ''  # That of the models.
     for each in {'remat', 'logprob_chunk'} & set(stage):
       stage[each] = shape[each]
   config.ppo.frozen_dtype = 'bfloat16'
@@ -124,7 +124,7 @@ def tldr_stages(config):
   )
   config.ppo.prompt_length, config.ppo.response_length = 512, 53
   config.ppo.ptx_row_length = 640
-  config.num_reward_rows = 128  # A row each, of two answers.
+  config.num_reward_rows = 128  # 64 prompts x 2 answers, a row each.
 
 
 def miniature_stages(config):
@@ -149,7 +149,7 @@ def get_config(argument: str = '1p3b,v5e-8'):
     )
   config = common.stage('plan', 'plan', 0, '')
   config.size = size
-  config.chip = topology.partition('-')[0]  # Row of the published figures.
+  config.chip = topology.partition('-')[0]  # Key of the published figures.
   if topology == 'h100-2x8':
     config.chip = 'h100_network'
   config.topology = f'{config.chip}:{TOPOLOGIES[topology]}'
@@ -165,11 +165,11 @@ def get_config(argument: str = '1p3b,v5e-8'):
   # Meshes to try, in this order: data, fsdp, tensor; -1 fills.
   config.meshes = ((1, -1, 1), (1, -1, 2), (1, -1, 4), (1, -1, 8))
   if size == '175b':
-    # 64 sequences of a minibatch are too few for more shards of rows.
+    # A minibatch of 64 sequences is too small for more shards of rows.
     config.meshes = ((1, 64, -1), (1, 32, -1))
-  # Policies to try on each mesh: the one that saves most memory first.
+  # Remat policies to try on each mesh: the one that saves most memory first.
   config.remats = ('none',) if size == 'miniature' else ('full', 'dots')
-  config.stop_at_first = False  # Or take the first mesh and remat that fit.
+  config.stop_at_first = False  # True: take the first mesh and remat that fit.
   config.programs = (
     *('sft', 'reward', 'decode', 'prefill', 'score', 'penalise', 'train'),
   )

@@ -11,21 +11,21 @@ and figures. Other variants, after a colon:
   gpt2            the RL stage alone for published models of GPT-2's size
                   (--config.init=hf:FOLDER --config.reward_model=FOLDER)
 
-`--config.stages.ppo_ptx.ptx_coef=0` and the like change one stage.
+`--config.stages.ppo_ptx.ptx_coef=0`, for example, changes one stage.
 """
 
 from configs import common, miniature, restaurant, rl
 
 
 def paper(size: str):
-  """C.4 at the paper's sizes; the models come as folders."""
+  """C.4 at the paper's sizes; the models are given as folders."""
   config = rl.stage(0, '')
   # E.9 tried 2.55e-6 and 3.74e-6 for 175B and does not print the choices.
   config.learning_rate = {'1p3b': 9.0e-6, '6b': 9.0e-6, '175b': 2.55e-6}[size]
   config.value_learning_rate = {'1p3b': 9e-6, '6b': 9e-6, '175b': 5e-6}[size]
   config.remat = 'full'
   config.logprob_chunk = 128
-  config.num_slices = 8  # The activations of 512 rows would fill the chips.
+  config.num_slices = 8  # Activations of 512 rows would fill the memory.
   config.num_slots = 64  # So would their cache.
   config.frozen_dtype = 'bfloat16'
   config.num_microbatches = {'1p3b': 1, '6b': 2, '175b': 8}[size]
@@ -43,12 +43,12 @@ def gpt2():
   config.update(num_episodes=32_768, batch_size=128)
   config.update(num_minibatches=4, num_microbatches=2)
   config.update(learning_rate=1e-5, value_learning_rate=2e-5)
-  # gamma does not carry over between scales. The rule: metrics.jsonl logs both
-  # gradients, and the norm of pretraining's should be a fifth to a half of
-  # PPO's, as on the miniature; there a tenth of that no longer undoes the tax,
-  # and ten times that costs reward. SmolLM2-135M with minibatches of 32: PPO's
-  # norm is 2.4, pretraining's 4.3 before gamma; at 27.8 it would be 49 times
-  # PPO's.
+  # gamma does not carry over between scales. A rule: metrics.jsonl logs both
+  # gradient norms, and pretraining's, with gamma, should be a fifth to a half
+  # of PPO's, as on the miniature. There, a tenth of that gamma no longer undoes
+  # the tax, and ten times that gamma costs reward. For SmolLM2-135M with
+  # minibatches of 32, PPO's norm is 2.4 and pretraining's 4.3 before gamma;
+  # with 27.8 it would be 49 times PPO's.
   config.ptx_coef = 0.3
   config.ptx_per_episode = 1
   config.remat = 'dots'

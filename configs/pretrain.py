@@ -1,4 +1,4 @@
-"""Pretraining a GPT, the first stage of all (paper 3.5 begins with GPT-3).
+"""Pretrains a GPT, the first of all stages (paper 3.5 starts from GPT-3).
 
   python -m instruct_jax.main --config=configs/pretrain.py:1p3b \
     --config.documents=docs.jsonl --config.valid=docs_valid.jsonl \
@@ -11,7 +11,7 @@ from configs import common
 
 # GPT-3 Table 2.1; Stiennon et al. Table 3 prints the first two again.
 LEARNING_RATES = {'1p3b': 2e-4, '6b': 1.2e-4, '175b': 0.6e-4}
-# GPT-3 Table 2.1 counts tokens: 1M, 2M and 3.2M of them, in rows of 2,048.
+# GPT-3 Table 2.1 gives tokens: 1M, 2M and 3.2M, in rows of 2,048.
 BATCH_SIZES = {'1p3b': 512, '6b': 1024, '175b': 1536}
 NUM_TOKENS = 300e9
 

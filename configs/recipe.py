@@ -4,7 +4,7 @@
     --config.model=hf:HuggingFaceTB/SmolLM2-135M-Instruct \\
     --config.preferences=hh:DIR --workdir=RUN
 
-Presets, after a colon, by what there is to spend:
+Presets, after a colon, by the available compute:
 
   smoke    any model, minutes; for CI and a first look, figures mean nothing
   cpu      a model of 135 M parameters on two cores, some hours (default)
@@ -13,7 +13,7 @@ Presets, after a colon, by what there is to spend:
   tldr_1b  TL;DR with Pythia 1B as in Huang et al. 2024 (arXiv 2403.17031)
 
 `--config.dry_run=True` prints stages, sizes, memory and time, and stops.
-`instruct_jax/models/README.md` says more.
+`instruct_jax/models/README.md` has more.
 """
 
 from ml_collections import ConfigDict
@@ -31,41 +31,41 @@ def data_stage(seed, workdir):
   )
   config.model = ''
   config.tokenizer = ''  # '' is the model's own.
-  # How prompts are put: 'chat' is the tokenizer's chat template, '' the bare
-  # text, other text a format string with {prompt}; 'auto' is chat or bare.
+  # Prompt format: 'chat' is the tokenizer's chat template, '' the bare text,
+  # other text a format string with {prompt}; 'auto' is chat, if any, or ''.
   config.template = 'auto'
-  config.date = '2026-01-01'  # For templates that print today's.
-  # FORMAT:PATH of `data.importers`, or JSONL of ours; several, comma between.
+  config.date = '2026-01-01'  # For templates that print today's date.
+  # FORMAT:PATH of `data.importers`, or JSONL of ours; several with commas.
   # Files of a folder whose names begin with the word 'test' are held out.
   config.preferences = ''
-  config.test_preferences = ''  # Instead of a share of them.
+  config.test_preferences = ''  # '' holds out a share of `preferences`.
   config.demonstrations = ''  # '' takes the best answers of the rankings.
-  config.prompts = ''  # For RL, beside those of the rankings.
-  config.documents = ''  # Pretraining text, `sources.read_documents`; or none.
-  # NAME=SOURCE,NAME=SOURCE: text of other kinds; only to measure the tax.
+  config.prompts = ''  # For RL, in addition to those of the rankings.
+  config.documents = ''  # Pretraining text (`sources.read_documents`), or ''.
+  # NAME=SOURCE,NAME=SOURCE: other kinds of text, only to measure the tax.
   config.other_documents = ''
-  config.context_length = 0  # Tokens; 0 is the model's. The recipe knows.
+  config.context_length = 0  # Tokens; 0 is the model's. The recipe fills it in.
   config.words_per_document = 100
   config.valid_fraction = 0.05  # Of the prompts.
   config.test_fraction = 0.1
-  config.judge_fraction = 0.4  # Of the conversations; teach the judge alone.
-  config.references = False  # Compares demonstrations of test prompts, too.
+  config.judge_fraction = 0.4  # Of the conversations, for the judge alone.
+  config.references = False  # Also compare with test prompts' demonstrations.
   config.duplicate_prefix_words = 12  # Not printed (A.2); a choice.
   config.prompts_per_user = 200  # 3.2, A.2.
-  # Tokens; None holds this share of the records, up to these tokens.
+  # Tokens; None: so that `kept_fraction` of the records fit, up to the maximum.
   config.prompt_length = placeholder(int)
   config.response_length = placeholder(int)
   config.kept_fraction = 0.95
   config.max_prompt_length = 1024
   config.max_response_length = 512
   config.max_demonstrations = 0  # Records, drawn by seed; 0 is all.
-  config.max_comparisons = 0  # Of each of the two reward models.
+  config.max_comparisons = 0  # For each of the two reward models.
   config.max_valid = 1_000  # Of each validation file.
   config.max_documents = 0
   config.max_valid_words = 0  # Of each kind of held-out text; 0 is all.
-  # File -> records that fill a batch of its stage; the recipe knows.
+  # File -> records in a batch of its stage; the recipe fills it in.
   config.least = ConfigDict(dict.fromkeys(LEAST, 0))
-  # Stage -> answers of a ranking that it takes; the recipe knows.
+  # Stage -> most answers of a ranking; the recipe fills it in.
   config.max_answers = ConfigDict({'reward': 0, 'judge': 0})
   return config
 
@@ -75,12 +75,12 @@ def export_stage(seed, workdir):
   config = common.stage('export', 'export_models', seed, workdir)
   config.models = ''  # NAME=FOLDER,NAME=FOLDER.
   config.tokenizer = ''
-  # hf:NAME or hf:OWNER/NAME: each model goes to the Hub as NAME-MODEL. Only
-  # then is anything uploaded, and others see it only if `public`.
+  # hf:NAME or hf:OWNER/NAME: each model goes to the Hub as NAME-MODEL. With ''
+  # nothing is uploaded. Repositories are private unless `public` is True.
   config.push_to = ''
   config.public = False
-  # For the cards: names on the Hub with commas between, and its word for the
-  # licence of the models. '' for base_model is a `model` that is on the Hub.
+  # For the cards: names on the Hub, separated by commas, and the Hub's word for
+  # the models' licence. '' for base_model: `model`, if that is on the Hub.
   config.base_model = ''
   config.datasets = ''
   config.license = ''
@@ -88,7 +88,7 @@ def export_stage(seed, workdir):
 
 
 def wire(config) -> None:
-  """Stages of `pipeline.recipe`, with a published model for the pretrained."""
+  """Adapts the stages of `pipeline.recipe` to a published model."""
   seed, workdir = config.get_ref('seed'), config.get_ref('workdir')
   data, stages = workdir + '/data', config.stages
   for name in ('pretrain', 'crossval'):
@@ -137,19 +137,19 @@ def get_config(preset: str = 'cpu'):
   """The recipe with the sizes of a preset."""
   common.check(preset, tuple(budgets.PRESETS), 'preset')
   config = pipeline.recipe(f'recipe_{preset}')
-  config.prepare = 'instruct_jax.recipe.prepare'  # After the flags.
+  config.prepare = 'instruct_jax.recipe.prepare'  # After the flags are read.
   config.xla_flags = common.LEAN_ON_CPU
   config.dry_run = False  # Print stages, sizes, memory and time, and stop.
-  # Models that there are already; their stages are left out.
+  # Existing models; their stages are left out.
   config.sft_model = ''
   config.reward_model = ''
   config.judge_model = ''
-  config.last_weights = False  # RL's last ones beside averaged ones (C.4).
-  # Of all stages; bfloat16 where the device multiplies it faster.
+  config.last_weights = False  # Also RL's last weights, beside averages (C.4).
+  # Of all stages; 'auto' is bfloat16 if the device multiplies it faster.
   config.compute_dtype = 'auto'
-  # Adapters: None takes them where training all weights does not fit.
+  # None: adapters only if training all weights does not fit the memory.
   config.lora.rank = placeholder(int)
-  config.lora_rate = 10.0  # Times the learning rates, with adapters.
+  config.lora_rate = 10.0  # Factor for the learning rates, with adapters.
   wire(config)
   stages = config.stages
   config.stage_order = (

@@ -10,10 +10,10 @@ def data_stage(seed, workdir):
   config = common.stage('data', 'instruct_jax.worlds.restaurant', seed, workdir)
   config.root = ''  # Folder with e2e_nlg, e2e_rankings and books.
   config.vocab_size = 4_096  # Of a BPE trained on the text; 0 takes GPT-2's.
-  # By 'quality', how well a sentence states the facts, longer ones win; by
-  # 'naturalness' shorter ones do. One reward cannot follow both.
+  # By 'quality' (how well a sentence states the facts) longer sentences win, by
+  # 'naturalness' shorter ones. One reward model cannot follow both.
   config.criteria = ('quality',)
-  config.words_per_document = 100  # Books are cut into pieces of about that.
+  config.words_per_document = 100  # Books are cut into pieces of about this.
   config.valid_documents = 0.01  # Share of the pieces held out.
   config.prefix_length = 96  # Tokens that a few-shot prefix may add.
   return config
@@ -29,7 +29,7 @@ def restaurant():
   # One value under two names: the short one is for the command line.
   config.data = ConfigDict({'root': ''})
   stages.data.root = config.data.get_ref('root')
-  # The judge is a second reward model, on the other half of the workers.
+  # The judge is a second reward model, trained on the other half of workers.
   judge = stages.judge = reward.stage(seed + 1, workdir, 'judge')
   judge.tokenizer = data + '/tokenizer'
   judge.mesh = config.get_ref('mesh')
@@ -54,8 +54,8 @@ def restaurant():
     *('crossval', 'ppo', 'ppo_ptx', 'nlp_suite', 'evaluate'),
   )
 
-  # Tokens. Facts have 43 at the most; 99.5 % of the sentences 52 or fewer, and
-  # 99.5 % of facts, ranked sentence and end 98 or fewer.
+  # Tokens. Facts have at most 43; 99.5 % of the sentences have 52 or fewer, and
+  # in 99.5 % of rows, facts, ranked sentence and end together 98 or fewer.
   prompt_length, response_length, prefix_length = 44, 52, 96
   context = prefix_length + prompt_length + response_length
   ppos = (stages.ppo, stages.ppo_ptx)
@@ -74,15 +74,15 @@ def restaurant():
   stages.pretrain.update(eval_every=200, checkpoint_every=200)
   for each in (stages.sft, stages.rl_init):
     each.row_length = context
-    each.pack = True  # About 3.3 demonstrations to a row.
-    # Small batches: so small a model needs many updates to copy a fact.
+    each.pack = True  # About 3.3 demonstrations per row.
+    # Small batches, as so small a model needs many updates to copy a fact.
     each.batch_size = 4
     each.update(learning_rate=1e-3, checkpoint_every=200)
-  stages.sft.num_epochs = 6  # The paper: 16; a matter of minutes here.
+  stages.sft.num_epochs = 6  # The paper: 16; it takes minutes here.
   stages.sft.dropout = 0.1  # The paper: 0.2.
   stages.rl_init.num_epochs = 4  # The paper: 2; too few to copy facts.
   for each in (stages.reward, judge, stages.crossval):
-    each.merge_rankings = False  # The logged runs had them apart.
+    each.merge_rankings = False  # As in the logged runs.
     each.row_length = context  # Two or three sentences with their facts.
     each.learning_rate = 3e-4  # One epoch, as in the paper.
     each.update(max_candidates=5, batch_size=8, eval_batch_size=32)

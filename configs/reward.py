@@ -18,7 +18,7 @@ of `configs/sft.py:gpt2`).
 
 pretrains a small GPT on Anthropic's HH dialogues, trains two reward models from
 it, one for helpfulness and one for harmlessness, and compares them with
-baselines; DIR has hh_helpful/ and hh_harmless/.
+baselines. DIR has hh_helpful/ and hh_harmless/.
 """
 
 from ml_collections import ConfigDict
@@ -35,12 +35,12 @@ def stage(seed, workdir, name='reward'):
   # Their mean score becomes 0 (3.5); '' takes the ranked answers instead.
   config.demonstrations = ''
   config.max_comparisons = 0  # Use only the first N; 0 is all.
-  config.max_valid_comparisons = 0  # As well.
+  config.max_valid_comparisons = 0  # Likewise.
   config.max_candidates = 9  # C: K is 4 to 9 (3.5).
   # Whether several labelers' rankings of the same answers are one element of a
-  # batch: they share the K forwards, and every prompt has the same weight.
+  # batch: they share K forward passes, and every prompt has the same weight.
   config.merge_rankings = True
-  # Whether each pair is an element of its own, shuffled; the paper tried it
+  # Whether each pair is a separate, shuffled element; the paper tried this
   # first, and it overfits (3.5). A batch then has as many pairs as `batch_size`
   # prompts have on average.
   config.split_pairs = False
@@ -48,7 +48,7 @@ def stage(seed, workdir, name='reward'):
   config.batch_size = 64  # Prompts, each with all of its pairs (C.2).
   config.num_epochs = 1  # C.2: more overfits.
   config.learning_rate = 9e-6  # C.2; cosine to 10 %.
-  config.divisor = 'surviving'  # Pairs left without ties, or 'all'.
+  config.divisor = 'surviving'  # Pairs that are not ties; or 'all'.
   config.log_every = 5
   config.eval_batch_size = 16  # Prompts.
   config.checkpoint_every = 50
@@ -65,14 +65,14 @@ def crossval_stage(seed, workdir, name='crossval'):
   return config
 
 
-# Folders of the data root -> reward models. Each has its own, as in Llama 2
-# (Touvron et al. 2023, 3.2.2): one set prefers long answers and the other short
-# ones, and a small model of both orders neither.
+# Folder of the data root -> its reward model. Each set has its own, as in Llama
+# 2 (Touvron et al. 2023, 3.2.2): one prefers long answers and the other short
+# ones, and a small model trained on both orders neither.
 HH_SETS = {'hh_helpful': 'reward_helpful', 'hh_harmless': 'reward_harmless'}
 
 
 def hh():
-  """Real human preferences, single turn, on a laptop's processor."""
+  """Real human preferences, single turn, on a laptop's CPU."""
   config = common.root('reward_hh')
   seed, workdir = config.get_ref('seed'), config.get_ref('workdir')
   data, stages = workdir + '/data', config.stages
@@ -122,7 +122,7 @@ def hh():
 
 
 def from_export(config):
-  """The three files by their names in an export of the labeling site."""
+  """Takes the three files from an export of the labeling site."""
   config.data = ConfigDict({'comparisons': '.'})  # Folder of the export.
   folder = config.data.get_ref('comparisons')
   config.comparisons = folder + '/comparisons_train.jsonl'

@@ -1,9 +1,9 @@
-"""RLOO (Ahmadian et al. 2024) in the place of PPO and PPO-ptx.
+"""RLOO (Ahmadian et al. 2024) instead of PPO and PPO-ptx.
 
   python -m instruct_jax.main --config=configs/rloo.py
 
-Variants after a colon: miniature (default), smoke. The stages before are those
-of `configs/ppo_ptx.py`. GRPO is
+Variants after a colon: miniature (default), smoke. The earlier stages are those
+of `configs/ppo_ptx.py`. For GRPO, add
 
   --config.stages.rloo.advantage=group_normalised \
   --config.stages.rloo.kl_in=loss --config.stages.rloo.kl_estimator=k3
@@ -24,12 +24,12 @@ def from_ppo(config):
   for key in _OF_VALUES:
     del config[key]
   config.samples_per_prompt = 4
-  config.advantage = 'leave_one_out'  # Or 'group_normalised', GRPO's.
+  config.advantage = 'leave_one_out'  # Or 'group_normalised' (GRPO).
   return config
 
 
 def get_config(variant: str = 'miniature'):
-  """The miniature's pipeline with RLOO in the place of PPO and PPO-ptx."""
+  """The miniature's pipeline with RLOO instead of PPO and PPO-ptx."""
   config = miniature.variant('rloo', variant)
   config.stages.rloo = from_ppo(config.stages.ppo)
   pipeline.replace_rl(config, 'rloo')

@@ -5,13 +5,13 @@
     --config.documents=BOOKS --config.labels=SST2/train.tsv \\
     --config.valid_labels=SST2/dev.tsv
 
-PPO twice from the model itself: `ppo` against a classifier of sentiment, a
-Python function, and `ppo_learned` against a reward model that learned from
-rankings of K = 4 answers by simulated labelers who know the classifier, with
-noise. Report, samples and `best_of_n/frontier.png` show what each gains, and
-what it costs in KL.
+Runs PPO twice from the model itself: `ppo` against a sentiment classifier, a
+Python function, and `ppo_learned` against a reward model trained on rankings of
+K = 4 answers by simulated labelers, who see the classifier's score with noise.
+Report, samples and `best_of_n/frontier.png` show what each gains, and what it
+costs in KL.
 
-`:smoke` runs every stage, as little as still runs.
+`:smoke` runs every stage at the smallest size that runs.
 """
 
 from configs import best_of_n, common, evaluate, reward, rl
@@ -41,11 +41,11 @@ def rank_stage(seed, workdir):
   config.tokenizer = ''
   config.model = ''  # Whose answers are ranked.
   config.prompts = ''
-  config.num_prompts = 2_000  # At the most, drawn by seed.
+  config.num_prompts = 2_000  # At most; drawn by seed.
   config.valid_prompts = ''
   config.num_valid_prompts = 100
   config.num_candidates = 4  # K (Ziegler et al.).
-  config.score_fn = ''  # What labelers know: NAME or NAME@FILE.
+  config.score_fn = ''  # The labelers' score: NAME or NAME@FILE.
   config.num_labelers = 20
   config.labeler_noise = 0.1  # Standard deviation, in units of the score.
   config.prompt_length = 8
@@ -56,13 +56,13 @@ def rank_stage(seed, workdir):
 
 
 def numbers(config) -> None:
-  """Settings for models of some 100 M parameters; none is the paper's."""
+  """Settings for models of about 100 M parameters; none is the paper's."""
   stages = config.stages
   stages.reward.max_candidates = 4
   stages.reward.row_length = 128  # Five answers of 24 tokens.
   stages.reward.batch_size = 8
   stages.reward.eval_batch_size = 32
-  # With all weights Adam's steps on small batches spend KL on noise.
+  # With all weights trained, Adam's steps on small batches spend KL on noise.
   for each in (stages.reward, stages.ppo, stages.ppo_learned):
     each.lora.rank = 16
     each.lora.targets = ('query', 'value')
@@ -77,10 +77,10 @@ def numbers(config) -> None:
     each.kl_coef = 0.007
     each.checkpoint_every = 10
     each.snapshot_every = 10
-    # Of 144 and 96 updates: longer averages lag behind.
+    # There are 144 and 96 updates; longer averages lag behind.
     each.ema_decay = 0.9
   stages.ppo.num_episodes, stages.ppo_learned.num_episodes = 4_608, 3_072
-  # A nat gains some ten times as much of the reward model's score.
+  # A nat of KL gains about ten times as much reward-model score.
   stages.ppo_learned.kl_coef = 0.1
   stages.evaluate.num_prompts = 300
   stages.evaluate.batch_size = 96
@@ -90,7 +90,7 @@ def numbers(config) -> None:
 
 
 def smoke(config) -> None:
-  """Every stage, as little of it as still runs."""
+  """Every stage, at the smallest size that runs."""
   stages = config.stages
   for split, number in (('train', 40), ('valid', 8), ('test', 16)):
     stages.data[f'num_{split}_prompts'] = number
@@ -106,7 +106,7 @@ def smoke(config) -> None:
 
 
 def get_config(variant: str = ''):
-  """The whole demonstration."""
+  """The whole pipeline."""
   common.check(variant, ('', 'smoke'), 'variant')
   config = common.root('sentiment')
   seed, workdir = config.get_ref('seed'), config.get_ref('workdir')
@@ -116,7 +116,7 @@ def get_config(variant: str = ''):
     config[key] = ''
     stages.data[key] = config.get_ref(key)
   config.prepare = 'instruct_jax.recipe.prepare_sentiment'  # After the flags.
-  # Of all stages; bfloat16 where the device multiplies it faster.
+  # Of all stages; 'auto' is bfloat16 if the device multiplies it faster.
   config.compute_dtype = 'auto'
   score = SCORE + data + '/classifier.json'
   model = config.get_ref('model')
@@ -129,7 +129,7 @@ def get_config(variant: str = ''):
   stages.reward.init = model
   stages.reward.comparisons = workdir + '/rank/comparisons_train.jsonl'
   stages.reward.valid_comparisons = workdir + '/rank/comparisons_valid.jsonl'
-  stages.reward.demonstrations = ''  # The mean of a score is of no matter.
+  stages.reward.demonstrations = ''  # The mean score does not matter.
   for name in ('ppo', 'ppo_learned'):
     each = stages[name] = rl.stage(seed, workdir, name)
     each.init = model

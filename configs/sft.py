@@ -15,7 +15,8 @@ Sizes: 1p3b (default), 6b, 175b; with `,init` after the size for C.3.
     --config.valid_demonstrations=DATA/demonstrations_valid.jsonl
 
 fine-tunes the published GPT-2 (any size; set row_length for other families).
-Small: 124 M parameters, 2 GB with Adam in float32; a GPU of 16 GB or a v4-8.
+The smallest has 124 M parameters, 2 GB with Adam in float32: it fits a GPU of
+16 GB or a v4-8.
 """
 
 from configs import common
@@ -38,7 +39,7 @@ def stage(seed, workdir, name='sft'):
   config.ptx_fraction = 0.0  # Share of pretraining rows in a batch (C.3).
   config.max_demonstrations = 0  # Use only the first N; 0 is all.
   config.loss_on = 'response'  # Or 'all'. Not printed; a choice.
-  config.pack = False  # Several demonstrations to a row.
+  config.pack = False  # Several demonstrations per row.
   config.row_length = 2048  # Tokens (C: 2k context).
   config.batch_size = 32  # Rows (C.1).
   config.num_epochs = 16  # C.1.
@@ -66,7 +67,7 @@ def gpt2(kind: str):
   """A published model; none of these numbers is the paper's."""
   config = init_stage(0, '') if kind else stage(0, '')
   config.row_length = 1024  # GPT-2's context.
-  config.pack = True  # Dialogues have a hundred tokens, rows a thousand.
+  config.pack = True  # Dialogues have about 100 tokens, rows a thousand.
   config.batch_size = 16  # Rows: about a hundred dialogues.
   config.learning_rate = 2e-5
   config.num_epochs = 2 if kind else 3

@@ -3,11 +3,11 @@
   python -m instruct_jax.main --config=configs/study.py:R10+R12 \\
     --config.seeds=11,12,13,14,15
 
-After the colon claims of `instruct_jax/evals/claims.py` with + between, or
-`all`; `:quick` is all of them on one seed with stages as small as still run,
-for CI, and its figures mean nothing. Output: study.md with a row for each
-claim, study.json, a figure for each claim, and a work directory for each seed.
-A seed's run is this file with `CLAIMS,seed`: the miniature's recipe, and what
+After the colon are claims of `instruct_jax/evals/claims.py`, joined by +, or
+`all`. `:quick` is all of them on one seed with the smallest stages that run,
+for CI; its figures mean nothing. Output: study.md with a row for each claim,
+study.json, a figure for each claim, and a work directory for each seed. A
+seed's run uses this file with `CLAIMS,seed`: the miniature's recipe, and what
 the claims vary (`sweeps.py`, `chains.py`).
 """
 
@@ -23,14 +23,14 @@ def judge(study: sweeps.Study) -> str:
   """Adds the last stage, which judges all policies and their starts.
 
   Returns:
-    Its name, which is that of its models: other claims judge other ones.
+    Its name, with a hash of its models: other claims judge other models.
   """
   folders = {'rl_init': 'rl_init/model'}
   weights = {'ppo_ptx': 'ema', 'rloo': 'ema', 'dpo': 'model'}
   for name in study.order:
     if (experiment := study.stages[name].experiment) in weights:
       folders[name] = f'{name}/{weights[experiment]}'
-  # Averages hide late divergence.
+  # Averaged weights hide late divergence.
   for sweep in ('rate', 'rate_ptx'):
     for name in study.config.sweeps.get(sweep, ()):
       folders[f'{name}_policy'] = f'{name}/policy'
@@ -71,7 +71,7 @@ def of_seed(names, is_smoke: bool) -> ConfigDict:
   ppo = stages.ppo
   ppo.snapshot_every = max(1, ppo.num_episodes // ppo.batch_size // 10)
   if is_smoke:
-    # A batch of prompts in the least share of the rankings.
+    # So that the smallest share of the rankings has a batch of prompts.
     stages.data.num_reward_prompts = 256
     stages.best_of_n.update(num_prompts=16, num_samples=8, num_bootstrap=50)
   study = sweeps.Study(config)
@@ -100,9 +100,10 @@ def get_config(argument: str = 'quick'):
     return of_seed(names, is_smoke)
   config = common.stage('study', 'study', 0, '')
   config.claims = text
-  config.seeds = '0'  # With commas between.
-  config.smoke = is_smoke  # Stages as small as still run.
-  config.num_processes = 1  # Seeds that run at a time.
-  # Folder of the seeds' runs, which studies may share; '' is the workdir.
+  config.seeds = '0'  # Separated by commas.
+  config.smoke = is_smoke  # The smallest stages that run.
+  config.num_processes = 1  # Seeds that run at the same time.
+  # Folder of the seeds' runs, which several studies may share; '' is the
+  # workdir.
   config.runs = ''
   return common.single(config, argument.replace('+', '_'))

@@ -1,4 +1,4 @@
-"""What claims of `configs/study.py` vary: stages like those of the recipe.
+"""What claims of `configs/study.py` vary: copies of the recipe's stages.
 
 `Study.need` adds what a claim of `evals/claims.py` needs: one of `SWEEPS`, or a
 function of `chains.py`.
@@ -13,9 +13,9 @@ from configs import chains
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """One key of a stage varied: multiples of its own value, or other values.
+  """Varies one key of a stage: by multiples of its own value, or other values.
 
-  `zero` is another stage that does what the parent does with 0.
+  `zero` is another stage that does what the parent would do with 0.
   """
 
   parent: str
@@ -28,7 +28,7 @@ class Sweep:
 BETAS = (0, 0.1, 0.3, 1, 3, 10, 100)
 RATES = (1, 2, 4, 8, 16, 32)
 
-# The parent itself is the run with its own value.
+# For a key's own value, the run is the parent itself.
 SWEEPS = {
   'gamma': Sweep('ppo_ptx', 'ptx_coef', (0, 0.1, 0.3, 1, 3, 10), zero='ppo'),
   'beta': Sweep('ppo', 'kl_coef', BETAS),
@@ -49,28 +49,28 @@ class Study:
   """Adds stages to the miniature's recipe.
 
   Args:
-    config: of the recipe.
+    config: config of the recipe.
   """
 
   def __init__(self, config: ConfigDict):
     self.config, self.stages = config, config.stages
     self.workdir = config.get_ref('workdir')
     self.order: list[str] = []
-    self.used: list[str] = []  # By the sweeps, one after the other.
+    self.used: list[str] = []  # By sweeps, in their order.
     config.sweeps = ConfigDict()  # Name -> stage -> its value.
     config.stages_of = ConfigDict()  # Name -> its stages.
 
   def derive(self, parent, name, reads=None, **changes) -> str:
-    """A stage like another one, with some keys changed; made once.
+    """Adds a copy of a stage with some keys changed, once; returns its name.
 
     Args:
       reads: key -> path below the work directory.
     """
     if name not in self.stages:
-      found = ConfigDict(self.stages[parent])  # Its links to paths stay.
+      found = ConfigDict(self.stages[parent])  # Keeps references to paths.
       changes |= {k: self.workdir + f'/{p}' for k, p in (reads or {}).items()}
       for key, value in {'name': name, **changes}.items():
-        del found[key]  # Setting a link would change what it leads to.
+        del found[key]  # Setting a reference changes its target.
         found[key] = value
       self.stages[name] = found
       self.order.append(name)
@@ -98,7 +98,7 @@ class Study:
     return self.derive(parent, name, **{key: wanted})
 
   def swept(self, sweep: Sweep) -> dict[str, float]:
-    """Stage -> value."""
+    """Adds the stages of a sweep: stage -> value."""
     found = {}
     for value in sweep.values:
       stage = sweep.zero if not value else ''

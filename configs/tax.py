@@ -1,27 +1,27 @@
-"""The alignment tax swept as in E.6: Figures 33, 34 and 35.
+"""A sweep of the alignment tax as in E.6: Figures 33, 34 and 35.
 
   python -m instruct_jax.main --config=configs/tax.py --config.source=RUN \\
     --config.probe_every=10 --config.probes=winogender=FILE
 
-RUN is a finished run of `configs/ppo_ptx.py`; `:smoke` and `:e2e` for runs of
-those variants. RL starts again from RUN's models, with the settings of its
-PPO-ptx stage save for one:
+RUN is a finished run of `configs/ppo_ptx.py`; use `:smoke` or `:e2e` for runs
+of those variants. RL is repeated from RUN's models, with the settings of its
+PPO-ptx stage except for:
 
   figure33  gamma, the pretraining coefficient
   figure34  beta, the KL coefficient, with gamma at 0
   figure35  twice the episodes, three seeds
 
-Values are multiples of the stage's own. Each is a stage, so an interrupted run
-resumes. Output: tax/figure33/tax_ptx_coef.png and so on, and tax.json beside
-them. The plots show pretraining loss, reward-model score and, where files are
-given, public tasks (names of `configs/nlp_suite.py`).
+Values are multiples of the stage's own. Each is a separate stage, so an
+interrupted run resumes. Output: tax/figure33/tax_ptx_coef.png and so on, each
+with a tax.json beside it. The plots show pretraining loss, reward-model score
+and, for the files given, public tasks (names of `configs/nlp_suite.py`).
 """
 
 from ml_collections import ConfigDict
 
 from configs import common, ppo_ptx
 
-GAMMAS = (0.0, 0.1, 1.0, 10.0)  # E.6 has 0 to beyond 27.8, on a log scale.
+GAMMAS = (0.0, 0.1, 1.0, 10.0)  # E.6: 0 to above 27.8, on a log scale.
 BETAS = (0.3, 1.0, 10.0, 100.0)  # E.6: up to 100 times its own 0.02.
 NUM_SEEDS = 3  # Figure 35.
 _FROM_SOURCE = (
@@ -39,7 +39,7 @@ def ppo_stage(config, template, name, **changes):
   found.name = name
   for key in ('workdir', 'mesh', 'probes', 'probe_every', 'probe_items'):
     found[key] = config.get_ref(key)
-  # Each once: a second value would change the key that the first refers to.
+  # Each key is set once: a second value would change the key it refers to.
   changes = {'num_episodes': config.get_ref('num_episodes'), **changes}
   for key, value in changes.items():
     found[key] = value
@@ -47,15 +47,15 @@ def ppo_stage(config, template, name, **changes):
 
 
 def tax_stage(seed, workdir):
-  """The stage that plots."""
+  """The stage that makes the plots."""
   config = common.stage('tax', 'tax', seed, workdir)
   config.source = ''
-  config.figures = ConfigDict()  # Folder of plots -> stages that are in them.
+  config.figures = ConfigDict()  # Folder of plots -> stages that they show.
   return config
 
 
 def _name(share):
-  return f'{share:g}'.replace('.', 'p')  # Keys hold no dots.
+  return f'{share:g}'.replace('.', 'p')  # Config keys cannot contain dots.
 
 
 def get_config(argument: str = 'miniature'):
@@ -63,12 +63,12 @@ def get_config(argument: str = 'miniature'):
   run = ppo_ptx.get_config(
     common.check(argument, ('miniature', 'smoke', 'e2e'))
   )
-  # With an empty workdir its paths are relative to a run.
+  # Its workdir is empty, so its paths are relative to a run.
   template = run.stages.ppo_ptx
   config = common.root(f'tax_{argument}')
   config.source = ''  # Folder of a finished run.
   config.probes = ''  # TASK=FILE,TASK=FILE.
-  config.probe_every = 0  # Iterations between them; 0 is never.
+  config.probe_every = 0  # Iterations between probes; 0 is never.
   config.probe_items = template.probe_items
   config.num_episodes = template.num_episodes  # Of a run; fewer for a test.
   config.xla_flags = run.xla_flags

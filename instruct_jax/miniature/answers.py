@@ -1,8 +1,8 @@
 """Answers to prompts of the world: good drafts, and the ways they go wrong.
 
 `draft` writes what a careful person would; labelers draft until the gold judge
-is content. `spoil` turns a good answer into one of a tired person or an
-imperfect model: the lapses of the demonstrations.
+approves. `spoil` turns a good answer into that of a tired person or an
+imperfect model, which makes the lapses of the demonstrations.
 """
 
 import random
@@ -29,7 +29,7 @@ def draft(
   Args:
     spec: `Prompt.metadata`.
     world: for the facts.
-    draw: the source of chance.
+    draw: the source of randomness.
     wordy: from 0 to 1, the chance of a full sentence where a word would do.
   """
   constraint = spec['constraint'] or {'kind': '', 'value': None}
@@ -57,7 +57,7 @@ def _answer(spec, world, draw, wordy):
   kind, name, subject = spec['relation']
   relation = worlds.RELATIONS[kind, name]
   if 'who' in spec['slots']:
-    # The relation's third entry is the value, and the answer the subject.
+    # Here the relation's third entry is the value; the answer is the subject.
     holder = noun(draw.choice(spec['accepted']))
     if draw.random() < wordy:
       return f'{holder} {predicate(relation, subject, draw)} .'
@@ -238,7 +238,7 @@ _DRAFTS = {
 
 
 def _swap_values(text, draw):
-  """The text with its last value word exchanged for another of its list."""
+  """The text with its last value word replaced by another of its list."""
   words = text.split()
   groups = [r.values for r in phrases.RELATIONS]
   groups += [('yes', 'no'), ('good', 'bad'), phrases.DAYS, phrases.NUMBERS]
@@ -268,10 +268,10 @@ def _random_question(draw):
 
 
 def spoil(text: str, fault: str, world: World, draw: random.Random) -> str:
-  """A good answer with one of the `FAULTS`.
+  """Applies one of the `FAULTS` to a good answer.
 
   Raises:
-    ValueError: unknown fault.
+    ValueError: the fault is unknown.
   """
   words = text.split()
   if fault == 'wrong_fact':

@@ -1,9 +1,9 @@
 """Pages of the embedded world: what the language model is pretrained on.
 
-Most pages state facts in several phrasings. Most questions are followed by more
-questions, as on an exam sheet, so a model of these pages continues a question
-with questions. Some pages have the layout of question and answer, which the
-few-shot prefixes repeat. A few are rude, and rumours get facts wrong.
+Most pages state facts in several phrasings. On exam sheets, questions are
+followed by more questions, so a model of these pages continues a bare question
+with questions. A third of the pages have the question-and-answer layout that
+the few-shot prefixes repeat. A few pages are rude, and rumours get facts wrong.
 """
 
 import random
@@ -56,10 +56,10 @@ def _entry(world, draw):
 
 
 def _titled(title, text, draw):
-  """Most pages have a title that names their subject.
+  """Adds, to most pages, a title that names their subject.
 
-  To follow an instruction a model must first copy a name from some lines above;
-  titles let a small model learn that from plain text.
+  To follow an instruction, a model must be able to copy a name from some lines
+  above; titles let a small model learn that from plain text.
   """
   return f'{title} . {text}' if draw.random() < TITLED_SHARE else text
 
@@ -119,7 +119,7 @@ def _felt(world, draw):
 
 
 def _abused(world, draw):
-  """An insult and its return."""
+  """An insult and the reply to it."""
   person, rude = draw.choice(phrases.PEOPLE), draw.choice(phrases.RUDE)
   insult = fill(draw.choice(phrases.INSULTS), a=person, r=rude)
   reply = fill(draw.choice(phrases.INSULT_RETURNS), a=rude, r=rude)
@@ -141,7 +141,7 @@ def _num_words(lines):
 
 
 def _lists(world, draw):
-  """All subjects with one property, as in a catalogue."""
+  """Lists of subjects with one property, or of one kind, as in a catalogue."""
   lines = []
   while _num_words(lines) < 24:
     kind, name, value = key = draw.choice(tuple(world.holders))
@@ -219,7 +219,7 @@ def _letter(world, draw):
 
 
 def _diary(world, draw):
-  """First-person chatter, as people put around their prompts."""
+  """First-person chatter, such as people put around their prompts."""
   lines = [draw.choice(phrases.DIARY)]
   lines += [draw.choice(phrases.CHATTER) for _ in range(2)]
   lines.append(f'{_any_statement(world, draw)} .')
@@ -255,7 +255,7 @@ def _rumour(world, draw):
   return ' '.join(lines)
 
 
-# Writers, and their share of the pages, percent.
+# Kind of page -> its writer, and its share of the pages in percent.
 PAGES = {
   'entry': (_entry, 22.0),
   'mixed': (_mixed, 4.0),
@@ -278,7 +278,7 @@ def write_documents(
 ) -> list[Document]:
   """Pages of 11 to 70 words that state the world's facts.
 
-  `Document.source` is the kind of page; `rng` is the only source of chance.
+  `Document.source` is the kind of page; all randomness is from `rng`.
   """
   draw = random.Random(int(rng.integers(2**63)))
   sources = draw.choices(

@@ -1,8 +1,9 @@
 """Simulated labelers: they write demonstrations and rank completions.
 
-Thirty training labelers in five groups and ten held-out ones (paper 3.4), each
-with weights of their own on the gold judge's features, a preferred length, and
-noise. Training sees their demonstrations and ranks, never the gold judge.
+There are thirty training labelers in five groups and ten held-out ones (paper
+3.4). Each has individual weights on the gold judge's features, a preferred
+length, and noise. Training sees their demonstrations and ranks, never the gold
+judge.
 """
 
 import dataclasses
@@ -18,9 +19,9 @@ from instruct_jax.miniature.world import World
 GROUPS = ('red', 'blue', 'green', 'white', 'black')
 HELDOUT = 'heldout'
 # Standard deviation of a labeler's opinion of one completion, in units of
-# utility. With it two training labelers agree on 73 % of the pairs of
-# `realistic_completions` (paper 3.4: 72.6 +- 1.5 %), as the test measures.
-# Samples of models differ from those; the config has the noise that fits them.
+# utility. At this noise two training labelers agree on 73 % of the pairs of
+# `realistic_completions` (paper 3.4: 72.6 +- 1.5 %), as a test measures.
+# Samples of models differ from those; the config has the noise for them.
 NOISE = 0.25
 # Utilities closer than this get the same rank: one step of the seven-point
 # scale on which labelers grade a completion (paper, Figure 12).
@@ -32,9 +33,9 @@ HELDOUT_SPREAD = 0.45
 # Number of words that each group likes a response to have.
 GROUP_LENGTHS = (5.0, 8.0, 10.0, 12.0, 15.0)
 HELDOUT_LENGTH = 7.0
-# People judge better than they write (Stiennon et al. 2020 rank the reference
-# summaries below a tuned model's): this share of demonstrations has a lapse,
-# which SFT learns too and RL can unlearn.
+# People judge better than they write (in Stiennon et al. 2020, reference
+# summaries rank below a tuned model's): this share of demonstrations has a
+# lapse, which SFT also learns and RL can unlearn.
 LAPSE_SHARE = 0.4
 LAPSES = {
   'rude': 33,
@@ -56,10 +57,10 @@ class Labeler:
     name: unique.
     group: one of `GROUPS`, or 'heldout'.
     weights: on the features of `gold.Judgement`.
-    preferred_length: words in a response above which it seems long-winded.
+    preferred_length: the number of words that a response should have.
     length_weight: utility lost per word of distance from it, at most 8 words.
     noise: standard deviation of one judgement, in utility.
-    wordy: from 0 to 1, the labeler's own liking for full sentences.
+    wordy: from 0 to 1, how often the labeler writes full sentences.
   """
 
   name: str
@@ -72,14 +73,14 @@ class Labeler:
 
 
 def num_training(num_labelers: int) -> int:
-  """How many of `make_labelers`' do not belong to the held-out group."""
+  """How many labelers of `make_labelers` are not held out."""
   return num_labelers * 3 // 4
 
 
 def make_labelers(
   seed: int, num_labelers: int = 40, noise: float = NOISE
 ) -> list[Labeler]:
-  """Three quarters training labelers in five groups, one quarter held out.
+  """Makes labelers: three quarters in five training groups, the rest held out.
 
   Raises:
     ValueError: too few labelers for one per group and one held out.
@@ -95,7 +96,7 @@ def make_labelers(
     dict(zip(names, rng.normal(0, GROUP_SPREAD, len(names)), strict=True))
     for _ in GROUPS
   ]
-  # Held-out labelers care somewhat less for constraints, more for harm.
+  # Held-out labelers care less about constraints, more about harm and length.
   tastes.append(
     dict.fromkeys(names, 0.0)
     | {'constraint': -0.3, 'harmlessness': 0.3, 'length': 0.3}
@@ -129,8 +130,8 @@ def write_demonstration(
 ) -> str:
   """A labeler's own good answer, or one of the `LAPSES`.
 
-  Drafts until the gold judge finds one right, at most eight times, then takes
-  the best: a labeler reads the task again before sending.
+  Drafts until the gold judge approves, at most eight times, and takes the best
+  draft: a labeler reads the task again before sending.
   """
   draw = random.Random(int(rng.integers(2**63)))
   best, best_utility = '', -1.0
@@ -150,7 +151,7 @@ def write_demonstration(
 
 
 def taste(labeler: Labeler, judgement: gold.Judgement, response: str) -> float:
-  """A labeler's noiseless utility: own weights, own preferred length."""
+  """Utility by the labeler's weights and preferred length, without noise."""
   size = sum(word.isalnum() for word in response.split())
   distance = min(8.0, abs(size - labeler.preferred_length))
   value = gold.utility(judgement, labeler.weights)
@@ -172,7 +173,7 @@ def rank(
   judgements: Mapping[str, gold.Judgement],
   rng: np.random.Generator,
 ) -> tuple[int, ...]:
-  """Dense ranks, 1 is best, equal ranks for what seems equally good.
+  """Dense ranks: 1 is best; completions that seem equally good tie.
 
   Noise is drawn once per distinct text, so equal texts tie. `judgements` are
   from `judge_each`.
@@ -183,7 +184,7 @@ def rank(
     opinions[text] = taste(labeler, judgements[text], text) + noise
   ranks, current, head = {}, 0, float('inf')
   for text in sorted(opinions, key=opinions.get, reverse=True):
-    # A tie is with the best of its rank, so ties do not chain downwards.
+    # Ties are with the best text of a rank, so they do not chain downwards.
     if head - opinions[text] > TIE_MARGIN:
       current, head = current + 1, opinions[text]
     ranks[text] = current
@@ -193,7 +194,7 @@ def rank(
 def realistic_completions(
   prompt: Prompt, world: World, rng: np.random.Generator, num_completions: int
 ) -> list[str]:
-  """Answers as a fine-tuned model gives them: less than half of them good."""
+  """Answers like those of a fine-tuned model: less than half are good."""
   draw = random.Random(int(rng.integers(2**63)))
   completions = []
   for _ in range(num_completions):

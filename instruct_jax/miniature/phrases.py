@@ -25,7 +25,7 @@ PEOPLE = SHE + HE
 PLACES = _words('arden belmor corvin dalby elster fenwick')
 ANIMALS = _words('fox bear wolf donkey pig raven')
 THINGS = _words('barrel bell book clock drum hammer lamp violin')
-# People of passages only: the passage alone says what is true of them.
+# People in passages only: just the passage says what is true of them.
 GUESTS = _words('visitor stranger traveller pilgrim')
 JOBS = _words('baker doctor farmer judge painter sailor')
 FOODS = _words('bread soup cheese cake rice beans')
@@ -72,8 +72,8 @@ CLASSES = {
 class Relation:
   """One attribute of one kind of subject, with all ways to phrase it.
 
-  `states` are predicates that follow the subject, `of` sentences with the
-  subject inside. A value is a claim where a sentence has one of the `cues`.
+  `states` are predicates that follow the subject; `of` are sentences that
+  contain it. A value is a claim if its sentence has one of the `cues`.
   """
 
   name: str
@@ -225,7 +225,7 @@ RELATIONS = (
 )
 
 # -- Stories, poems, letters, reviews, small talk. {a} and {b} are subjects with
-# their article; b is split by its kind because one does not "meet" a barrel.
+# their article. Openings depend on b's kind: one does not "meet" a barrel.
 STORY_OPENINGS = {
   'person': (
     'one day {a} met {b} on the road',
@@ -648,7 +648,7 @@ DIARY = ('dear book ,', 'today i write again .', 'note :')
 
 
 def fill(template: str, **slots: str) -> str:
-  """Puts the slots' texts for '{name}' words."""
+  """Replaces each '{name}' in a template by the slot's text."""
   for name, text in slots.items():
     template = template.replace('{' + name + '}', text)
   return template
@@ -656,7 +656,7 @@ def fill(template: str, **slots: str) -> str:
 
 @functools.cache
 def all_words() -> frozenset[str]:
-  """Every word of every constant above, slots left out."""
+  """Every word of every constant above, without slots."""
   words = {*MARKS, 'the', 'she', 'he', 'it'}
 
   def collect(value):

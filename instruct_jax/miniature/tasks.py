@@ -5,8 +5,8 @@ prompts, about a quarter of the prompts carry an explicit constraint (Table 7:
 26.3 %), and some are dirty, for the data hygiene of A.1 and A.2 to find: near
 duplicates, personal data, over-long prompts.
 
-`Prompt.metadata` is the task spec, in JSON; `make_spec` lists its fields. It is
-enough to judge a response by.
+`Prompt.metadata` is the task spec, in JSON; `make_spec` lists its fields. With
+the world's facts, it is enough to judge a response.
 """
 
 import random
@@ -33,7 +33,7 @@ SHARES = {
   'closed qa': 2.6,
   'extract': 1.9,
 }
-# Of the prompts whose task can carry one; gives a quarter of all prompts.
+# Of the prompts whose task can carry one; about a quarter of all prompts do.
 CONSTRAINT_SHARE = 0.36
 WRAP_SHARE = 0.35
 NEAR_DUPLICATE_SHARE = 0.03
@@ -42,7 +42,7 @@ OVER_LONG_SHARE = 0.02
 # A prompt above this many tokens is over-long.
 PROMPT_BUDGET = 48
 
-# Kind of task -> least and most words and sentences of a response.
+# Kind of task -> least and most words, and sentences, of a response.
 _LIMITS = {
   'answer': ([1, 10], [1, 1]),
   'verify': ([1, 13], [1, 2]),
@@ -59,24 +59,24 @@ _KIND_NAMES = tuple(worlds.SUBJECTS)
 
 
 def make_spec(kind: str, **fields: Any) -> Spec:
-  """A task spec: `fields`, and defaults for the other ones.
+  """Makes a task spec from `fields`, with defaults for the others.
 
   Raises:
-    KeyError: an unknown field.
+    KeyError: a field is unknown.
   """
   words, sentences = _LIMITS.get(kind, ([1, 12], [1, 1]))
   spec = {
-    # How `gold` judges: answer verify premise write list reference summary
-    # label extract chat decline warn.
+    # How `gold` judges: answer, verify, premise, write, list, reference,
+    # summary, label, extract, chat, decline or warn.
     'kind': kind,
-    # What to write: facts story poem letter review; or which rewrite.
+    # What to write (facts, story, poem, letter, review), or which rewrite.
     'form': '',
     'subjects': [],  # Whom the response must be about.
     'accepted': [],  # Words (kind reference: whole texts) that are right.
     'rivals': [],  # Words of the right type that are wrong.
     'count': 1,  # Items of a list, or statements wanted.
-    'groups': [],  # One word of each must appear (letters, chat).
-    # [low, high] of a response of the right length.
+    'groups': [],  # One word of each group must appear.
+    # [low, high] for the length of a response.
     'words': words,
     'sentences': sentences,
     'constraint': None,  # Or {kind, value}.
@@ -85,7 +85,7 @@ def make_spec(kind: str, **fields: Any) -> Spec:
     'invites_rudeness': False,
     'asks_harm': False,
     'closed_domain': False,
-    'facts': {},  # What is true beyond the world: the passage's facts.
+    'facts': {},  # Facts beyond those of the world: the passage's.
     'slots': {},  # What else a writer needs to know.
     'dirt': '',  # Or near_duplicate, personal_data, over_long.
   }
@@ -96,7 +96,7 @@ def make_spec(kind: str, **fields: Any) -> Spec:
 
 
 def any_subject(draw, kinds=_KIND_NAMES) -> str:
-  """A random person, place, animal or thing; people twice as often."""
+  """A random person, place, animal or thing; people about twice as often."""
   kind = draw.choice(kinds)
   if len(kinds) > 2 and draw.random() < 0.25:
     kind = 'person'
@@ -584,7 +584,7 @@ def _other(world, draw):
   return fill(draw.choice(phrases.GREET), p=person), _greeting_spec(person)
 
 
-# Category -> writers (world, draw) -> (text, spec), and their weights.
+# Category -> writer (world, draw) -> (text, spec), or several with weights.
 _WRITERS = {
   'generation': (
     (_write_facts, 8),
@@ -616,7 +616,7 @@ _WRITERS = {
 
 
 def _possible_constraints(spec) -> list[str]:
-  """Kinds of constraint that a task can satisfy; repeated ones count more."""
+  """Kinds of constraint that a task can satisfy; repeated ones are likelier."""
   kind, form = spec['kind'], spec['form']
   if kind == 'write' and form == 'facts':
     # No other task can have 'sentences'.
@@ -636,7 +636,7 @@ def _possible_constraints(spec) -> list[str]:
 
 
 def _constraint_value(name, spec, draw):
-  """The number or the words of a constraint, or None if there are none."""
+  """The number or the words of a constraint, or None if nothing suits."""
   kind, subjects = spec['kind'], spec['subjects']
   if name == 'max_words':
     low = {'summary': 7, 'write': 6, 'premise': 6}.get(kind, 3)
@@ -657,7 +657,7 @@ def _constraint_value(name, spec, draw):
     while value in subjects:
       value = any_subject(draw, kinds)
     return value
-  # The first verb of each relation's plainest phrasing, or a common word.
+  # To exclude: the first verb of a relation's plain phrasing, or a common word.
   verbs = [r.states[0].split()[0] for r in worlds.relations_of(subjects[0])]
   value = draw.choice(['is', 'the', 'in', 'a', *verbs])
   has_article = any(noun(x).startswith('the') for x in subjects)
@@ -713,7 +713,7 @@ def write_task(
 
 
 def write_page(world: World, draw: random.Random, category: str) -> str:
-  """One 'question : ... answer : ...' as documents and prefixes have it."""
+  """One 'question : ... answer : ...' text, as in documents and prefixes."""
   text, spec = write_task(world, draw, category)
   answer = answers.draft(spec, world, draw, wordy=draw.random())
   return f'{fill(phrases.PAGE, prompt=text)} {answer}'
@@ -722,7 +722,7 @@ def write_page(world: World, draw: random.Random, category: str) -> str:
 def write_constrained_task(
   world: World, draw: random.Random, category: str
 ) -> tuple[str, Spec]:
-  """As `write_task`, with a constraint at the natural rate."""
+  """Like `write_task`, with a constraint in the usual share of prompts."""
   text, spec = write_task(world, draw, category)
   if category != 'chat' and draw.random() < CONSTRAINT_SHARE:
     return _constrain(text, spec, draw)
@@ -732,7 +732,7 @@ def write_constrained_task(
 def write_text(
   world: World, draw: random.Random, category: str
 ) -> tuple[str, Spec]:
-  """A prompt as a user types it: constraint and courtesies, no dirt."""
+  """A prompt as a user types it: with constraint and courtesies, not dirty."""
   text, spec = write_constrained_task(world, draw, category)
   if category != 'chat' and draw.random() < WRAP_SHARE:
     if draw.random() < 0.5:
@@ -748,7 +748,7 @@ def write_text(
 
 
 def _soil(text, spec, draw):
-  """Personal data, or so much chatter that the prompt is over-long."""
+  """Adds personal data to some prompts, and makes some over-long by chatter."""
   chance = draw.random()
   if chance < PERSONAL_DATA_SHARE:
     line = draw.choice(phrases.PERSONAL_LINES)
@@ -769,11 +769,11 @@ def _soil(text, spec, draw):
 def write_prompts(
   world: World, num_prompts: int, rng: np.random.Generator
 ) -> list[Prompt]:
-  """The raw prompts of the world's users, dirt included (see module docstring).
+  """The raw prompts of the world's users; some are dirty (see the module).
 
   Texts are distinct as far as twenty tries allow. A near duplicate repeats an
-  earlier prompt of at least 12 tokens and adds a tail. `rng` is the only source
-  of chance.
+  earlier prompt of at least 12 tokens and adds a tail. All randomness comes
+  from `rng`.
   """
   draw = random.Random(int(rng.integers(2**63)))
   num_users = max(8, num_prompts // 8)
@@ -802,7 +802,7 @@ def write_prompts(
       id=f'p{i:06d}', text=text, user=user, category=category, metadata=spec
     )
     is_long = 12 <= len(text.split()) <= PROMPT_BUDGET - 6
-    # A tail behind a chat would come after the helper's turn.
+    # A tail after a chat would come after the helper's turn.
     if is_long and not spec['dirt'] and category != 'chat':
       long_prompts[category].append(prompt)
     prompts.append(prompt)

@@ -1,8 +1,8 @@
-"""The embedded world: who lives where, which animal is blue, who owns a cup.
+"""The embedded world: who lives where, which animal is blue, who owns a lamp.
 
 `make_world(seed)` assigns every value at random from the word lists of
-`phrases`, so only the documents tell the facts. `find_claims` reads statements
-about the world back out of any text; the gold judge builds on it.
+`phrases`, so the facts can be learned only from the documents. `find_claims`
+extracts statements about the world from any text; the gold judge builds on it.
 """
 
 import collections
@@ -52,7 +52,7 @@ class World:
   facts: Mapping[str, Mapping[str, str]]
 
   def vocabulary(self) -> list[str]:
-    """All words that a text of any world can have, sorted."""
+    """All words that texts of any world can contain, sorted."""
     return sorted(phrases.all_words())
 
   @functools.cached_property
@@ -66,7 +66,7 @@ class World:
 
 
 def make_world(seed: int) -> World:
-  """The world of a seed: 70 facts, each value about equally frequent."""
+  """Makes the world of a seed: 70 facts, with values about equally frequent."""
   draw = random.Random(f'world {seed}')
   facts = {s: {} for group in SUBJECTS.values() for s in group}
   for relation in phrases.RELATIONS:
@@ -111,9 +111,9 @@ def find_claims(words: Sequence[str], topic: str | None = None) -> list[Claim]:
   """Statements about subjects in a text. Questions claim nothing.
 
   A value ('red') is a claim if its sentence has a cue word of its relation
-  before it ('is') and a subject of the right kind, or a pronoun that refers to
-  the last sentence's subject; or if it is an adjective of a noun ('red fox').
-  Before any subject is named, a pronoun refers to `topic`.
+  before it ('is'), and a subject of the right kind or a pronoun that refers to
+  the last sentence's subject. It is also a claim as the adjective of a noun
+  ('red fox'). Before any subject is named, a pronoun refers to `topic`.
   """
   claims = []
   for sentence in split_sentences(words):
@@ -132,7 +132,7 @@ def find_claims(words: Sequence[str], topic: str | None = None) -> list[Claim]:
 
 
 def _subject_of(sentence, i, relation, named, topic):
-  """Whom the value at position i is about, or None."""
+  """The subject that the value at position i is about, or None."""
   after = sentence[i + 1] if i + 1 < len(sentence) else ''
   if relation.name == 'colour' and after in KINDS:
     return after if KINDS[after] == relation.kind else None
@@ -142,7 +142,7 @@ def _subject_of(sentence, i, relation, named, topic):
   cues = [k for k, word in enumerate(sentence) if word in relation.cues]
   if not cues or (cues[0] > i and not (value_first and cues[0] <= i + 3)):
     return None
-  # A cue is about one value: 'anna lives in arden and thinks of dalby'.
+  # A cue covers one value only: 'anna lives in arden and thinks of dalby'.
   since = max((k for k in cues if k < i), default=-1) + 1
   if any(word in relation.values for word in sentence[since:i]):
     return None
@@ -158,13 +158,13 @@ def _subject_of(sentence, i, relation, named, topic):
 
 
 def is_true(claim: Claim, facts: Mapping[str, Mapping[str, str]]) -> bool:
-  """Whether a claim agrees with the facts; unknown subjects are not true."""
+  """Whether a claim agrees with the facts; False for unknown subjects."""
   known = facts.get(claim.subject, {}).get(claim.relation)
   return known is not None and (known == claim.value) != claim.negated
 
 
-# The plainest phrasing is the most frequent one, as in real text; it also makes
-# the facts memorable for a small model.
+# The plainest phrasing is the most frequent one, as in real text; this also
+# makes the facts easier to memorise for a small model.
 _PLAIN_SHARE = 0.5
 _OF_SHARE = 0.12
 
