@@ -477,7 +477,7 @@ def test_packed_comparisons_say_where_completions_are(words):
   assert again.where.shape == (6, 16) and again.tokens.shape == (6, 8)
   assert (again.owner < 6).sum() == (packed.owner < 6).sum()
   with pytest.raises(
-    ValueError, match='completion tokens in one row; num_responses is 1'
+    ValueError, match='completion tokens in one row of 1 places'
   ):
     loader.pack_comparisons(rows, 6, 1)
   assert loader.pack_comparisons(rows).where is None

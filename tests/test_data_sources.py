@@ -634,7 +634,7 @@ def test_prompts_of_several_files_have_ids_of_their_own(tmp_path, capsys):
   assert [p.id for p in found] == ['a:2', 'b:2']
   assert convert.main([*command, '--field=id={i}', out]) == 1
   error = capsys.readouterr().err
-  assert f"{specs[1]}: the id 'p1' is in {specs[0]}, too" in error
+  assert f"{specs[1]}: the id 'p1' is also in {specs[0]}" in error
 
 
 def test_what_weights_leave_out_is_counted(tmp_path, capsys):

@@ -598,8 +598,8 @@ def test_people_judge(folder, finished, tmp_path):
     ({'tokenizer': ''}, 'tokenizer is empty'),
     ({'num_prompts': 0}, 'num_prompts must be positive: 0'),
     ({'test_comparisons': 'a'}, 'test_comparisons needs reward_model'),
-    ({'reference': 'people'}, "reference names ['people'], answers without"),
-    ({'prompted': 'people'}, "prompted names ['people'], answers without"),
+    ({'reference': 'people'}, "reference names ['people'], recorded answers"),
+    ({'prompted': 'people'}, "prompted names ['people'], recorded answers"),
     ({'prompted': 'one'}, 'prompted models need prefixes, and reward_model'),
   ],
 )

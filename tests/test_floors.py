@@ -131,6 +131,9 @@ FLOORS = {
     *MODELS,
     'models.hf',
     'judge_fns',
+    'worlds.preference_lengths',
+    'worlds.preference_sources',
+    'worlds.preference_splits',
   ),
   # 3: predictions and samples arrive as functions.
   'evals': (

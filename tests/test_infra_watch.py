@@ -55,7 +55,7 @@ def test_the_oldest_unfinished_program_is_named(capsys, monkeypatch):
     outputs['generate'].done.set()
     said = wait_for(capsys, 'update has not finished')
     assert 'ppo: no progress for ' in said
-    assert 'after step 0' in said
+    assert 'since step 0' in said
     # Said again, later and later.
     wait_for(capsys, 'update has not finished')
     outputs['update'].done.set()
@@ -93,7 +93,7 @@ def test_a_slow_step_names_the_slowest_program(capsys, monkeypatch):
       watched.lap(step + 1, 1)
   said = capsys.readouterr().err
   # No news while it lasts, and a word about it afterwards; nothing before.
-  assert 'no news' in said and 'score has not finished' in said
+  assert 'no progress' in said and 'score has not finished' in said
   assert 'ppo: step 6 took 1 s, usually' in said
   assert 'most of it in score' in said
   assert 'step 5' not in said.replace('after step 5', '')

@@ -125,7 +125,7 @@ def set_size(name, size):
 
 def follow(toy, message):
   """Deletes the folders that a message asks to delete."""
-  folders = message.strip().splitlines()[-1].rpartition('anew: ')[2].split()
+  folders = message.strip().splitlines()[-1].rpartition('again: ')[2].split()
   assert folders
   for folder in folders:
     shutil.rmtree(folder)
@@ -405,7 +405,10 @@ def test_memory_and_speed_may_change_at_any_time(toy):
 def test_stages_of_another_config_are_remembered(toy):
   toy.start()
   toy.start("--config.stage_order=('a','b')", set_size('c', 7))
-  assert 'stages.c.size: 1 there' in toy.start(set_size('c', 8), code=1).stderr
+  assert (
+    'stages.c.size: was 1, is now 8'
+    in toy.start(set_size('c', 8), code=1).stderr
+  )
   assert toy.runs() == 'a1 b1 c1 d1'
 
 

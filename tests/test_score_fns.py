@@ -139,7 +139,9 @@ def test_a_run_goes_on_with_the_function_it_began_with(tmp_path, monkeypatch):
   start(1)
   (folder / 'checkpoints' / '5').mkdir(parents=True)
   start(1)
-  with pytest.raises(run.WorkdirError, match='reward_fn: .*f=1.* there, .*f=2'):
+  with pytest.raises(
+    run.WorkdirError, match='reward_fn: was .*f=1.*, is now .*f=2'
+  ):
     start(2)
   file.write_text('def f(prompts, responses, metadata):\n  return [2.0]\n')
   with pytest.raises(run.WorkdirError, match=r'my_rewards\.py had SHA-256'):

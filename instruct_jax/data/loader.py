@@ -413,8 +413,7 @@ def pack_comparisons(
     num_responses = -(-int(counts.max()) // 8) * 8
   elif counts.max() > num_responses:
     raise ValueError(
-      f'{counts.max()} completion tokens in one row; num_responses is '
-      f'{num_responses}'
+      f'{counts.max()} completion tokens in one row of {num_responses} places'
     )
   places = rows[order], _ranges(counts)
   where = np.zeros((num_rows, num_responses), np.int32)

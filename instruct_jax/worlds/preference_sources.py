@@ -56,7 +56,8 @@ class Given:
     """Drops records that begin like a ranking of the test set.
 
     That is by `records.opening` and by `hygiene.beginning`, so that no
-    conversation and no copy of a prompt is on both sides.
+    conversation and no copy of a prompt is on both sides. Demonstrations that
+    are dropped join those of the test split.
     """
     openings = set(map(records.opening, self.test))
     begun = {hygiene.beginning(row, prefix_words) for row in self.test}
@@ -69,10 +70,14 @@ class Given:
         and hygiene.beginning(row, prefix_words) not in begun
       ]
 
+    demonstrations = kept(self.demonstrations)
+    learned = set(map(id, demonstrations))
+    dropped = [row for row in self.demonstrations if id(row) not in learned]
     return dataclasses.replace(
       self,
       comparisons=kept(self.comparisons),
-      demonstrations=kept(self.demonstrations),
+      demonstrations=demonstrations,
+      test_demonstrations=dropped + self.test_demonstrations,
       prompts=kept(self.prompts),
     )
 
