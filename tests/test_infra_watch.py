@@ -96,7 +96,7 @@ def test_a_slow_step_names_the_slowest_program(capsys, monkeypatch):
   assert 'no progress' in said and 'score has not finished' in said
   assert 'ppo: step 6 took 1 s, usually' in said
   assert 'most of it in score' in said
-  assert 'step 5' not in said.replace('after step 5', '')
+  assert 'step 5' not in said.replace('since step 5', '')
 
 
 def test_usual_steps_are_silent_and_errors_pass(capsys):
