@@ -102,7 +102,7 @@ def shuffled_relations(subject: str, draw: random.Random):
 
 
 def _facts_sentences(subjects, count, world, draw, wordy):
-  """`count` sentences that state true facts, the subjects in turn."""
+  """`count` sentences with true facts, alternating between the subjects."""
   sentences, relations = [], {}
   for i in range(count):
     subject = subjects[i % len(subjects)]
@@ -129,7 +129,7 @@ def story(subjects, draw: random.Random, long: bool) -> str:
   lines = [draw.choice(openings), draw.choice(phrases.STORY_ENDINGS)]
   if long:
     lines.insert(1, draw.choice(phrases.STORY_MIDDLES))
-  # A pronoun could mean either of two subjects of one kind.
+  # A pronoun is ambiguous if both subjects are of one kind.
   is_clear = worlds.KINDS[first] != worlds.KINDS[second]
   name = noun(first)
   later = worlds.pronoun(first) if is_clear else name
@@ -140,7 +140,7 @@ def story(subjects, draw: random.Random, long: bool) -> str:
 
 
 def poem(subject: str, draw: random.Random) -> str:
-  """Two lines that rhyme, divided by '/'."""
+  """Two lines that rhyme, separated by '/'."""
   first, second = draw.choice(phrases.RHYMES)
   return f'{fill(first, a=noun(subject))} / {second} .'
 
@@ -251,7 +251,7 @@ def _swap_values(text, draw):
 
 
 def true_statement(subject: str, world: World, draw: random.Random) -> str:
-  """A random fact about a subject, without a full stop."""
+  """A random fact about a subject, without a final period."""
   relation = draw.choice(worlds.relations_of(subject))
   return statement(relation, subject, world.facts[subject][relation.name], draw)
 

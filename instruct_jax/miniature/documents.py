@@ -1,4 +1,4 @@
-"""Pages of the embedded world: what the language model is pretrained on.
+"""Pages of the embedded world, on which the language model is pretrained.
 
 Most pages state facts in several phrasings. On exam sheets, questions are
 followed by more questions, so a model of these pages continues a bare question
@@ -26,7 +26,7 @@ def _any_statement(world, draw):
 
 
 def _state(world, draw, subject, relations):
-  """Statements about one subject that refer back with pronouns and 'and'."""
+  """Statements about one subject, linked by pronouns and 'and'."""
   facts = world.facts[subject]
   lines = []
   for i, relation in enumerate(relations):
@@ -76,7 +76,7 @@ def _story(world, draw):
   title = f'a story of {noun(first)} and {noun(second)}'
   relations = shuffled_relations(first, draw)
   if draw.random() < 0.4:
-    # In the past tense, as stories open; no fact of the world ever changes.
+    # In the past tense, as stories open; the facts of the world never change.
     relation = relations.pop()
     past = fill(relation.past, v=world.facts[first][relation.name])
     text = f'{noun(first)} {past} . {text}'
@@ -101,7 +101,7 @@ def _said(world, draw):
 
 
 def _felt(world, draw):
-  """A feeling or thanks, and a friend's answer."""
+  """A feeling or thanks, and a friend's reply."""
   person = draw.choice(phrases.PEOPLE)
   chance = draw.random()
   if chance < 0.4:
@@ -177,7 +177,7 @@ _EXAM_CATEGORIES = (
 
 
 def _exam(world, draw):
-  """Questions and tasks, none of them answered."""
+  """Questions and tasks without answers."""
   head, lines = draw.choice(phrases.EXAMS), []
   while _num_words(lines) < 34:
     category = draw.choices(*_EXAM_CATEGORIES)[0]
@@ -186,7 +186,7 @@ def _exam(world, draw):
 
 
 def _answered(world, draw):
-  """Questions and tasks with their answers, in the layout of the prefixes."""
+  """Questions and tasks with answers, in the layout of the prefixes."""
   pages = []
   while _num_words(pages) < 30:
     page = tasks.write_page(world, draw, tasks.any_category(draw))

@@ -26,11 +26,11 @@ NOISE = 0.25
 # Utilities closer than this get the same rank: one step of the seven-point
 # scale on which labelers grade a completion (paper, Figure 12).
 TIE_MARGIN = 0.15
-# How much tastes differ: standard deviations of the log weights.
+# How much labelers differ: standard deviations of the log weights.
 LABELER_SPREAD = 0.3
 GROUP_SPREAD = 0.4
 HELDOUT_SPREAD = 0.45
-# Number of words that each group likes a response to have.
+# Number of words in a response that each group prefers.
 GROUP_LENGTHS = (5.0, 8.0, 10.0, 12.0, 15.0)
 HELDOUT_LENGTH = 7.0
 # People judge better than they write (in Stiennon et al. 2020, reference
@@ -51,7 +51,7 @@ _TRIES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Labeler:
-  """One labeler's taste.
+  """One labeler's preferences.
 
   Attributes:
     name: unique.
@@ -138,7 +138,7 @@ def write_demonstration(
   for _ in range(_TRIES):
     text = answers.draft(prompt.metadata, world, draw, labeler.wordy)
     judgement = gold.judge(prompt, text, world)
-    # Writers take more care than readers.
+    # Writers notice finer differences than readers.
     value = gold.utility(judgement, shades=(0.0, 1.0))
     if value > best_utility:
       best, best_utility = text, value
@@ -161,7 +161,7 @@ def taste(labeler: Labeler, judgement: gold.Judgement, response: str) -> float:
 def judge_each(
   prompt: Prompt, completions: Sequence[str], world: World
 ) -> dict[str, gold.Judgement]:
-  """The judgement of each distinct text, for any number of labelers."""
+  """The judgement of each distinct text, to be shared by all labelers."""
   return {
     text: gold.judge(prompt, text, world) for text in dict.fromkeys(completions)
   }

@@ -1,4 +1,4 @@
-"""Every word and every turn of phrase of the embedded world, as data.
+"""Every word and phrase of the embedded world, as data.
 
 All text of the world is built from the constants of this file, and `all_words`
 collects its closed vocabulary from them. Text is lower-case words and
@@ -70,7 +70,7 @@ CLASSES = {
 
 @dataclasses.dataclass(frozen=True)
 class Relation:
-  """One attribute of one kind of subject, with all ways to phrase it.
+  """One attribute of one kind of subject, with all its phrasings.
 
   `states` are predicates that follow the subject; `of` are sentences that
   contain it. A value is a claim if its sentence has one of the `cues`.
@@ -302,7 +302,7 @@ LETTER_LINES = (
   'please write to me again',
 )
 LETTER_WORDS = _set('hope thank visit miss wish write letter')
-# Tone -> first sentences of a review, and last ones.
+# Tone -> (first sentences, last sentences) of a review.
 REVIEWS = {
   'good': (
     (
@@ -590,7 +590,7 @@ CONSTRAINTS = {
   'sentences': ('use two sentences .', 'write two sentences .'),
 }
 FRIEND = 'my friend'
-# What a tired writer sends: no answer, or one that ends in a quarrel.
+# What a tired writer sends: no answer, or a quarrelsome addition to one.
 SHRUGS = (
   'i do not know .',
   'ask somebody else .',
@@ -599,7 +599,7 @@ SHRUGS = (
 )
 SNAPS = ('go away , you {r} .', 'you {r} .', 'what a {r} you are .')
 STARTS = ('well', 'surely', 'indeed', 'listen', 'truly')
-# How a word that must be mentioned gets in; {w} is a subject with its article.
+# Phrases that add a required word; {w} is a subject with its article.
 INCLUDE_ALIVE = ('and thinks of {w}', 'and dreams of {w}')
 INCLUDE_STILL = ('and {w} knows it', 'and {w} is near')
 INCLUDE_LINES = {

@@ -20,7 +20,7 @@ from instruct_jax.miniature import world as worlds
 from instruct_jax.miniature.phrases import fill
 from instruct_jax.miniature.world import World, noun
 
-# Paper Table 1, percent.
+# Paper Table 1, in percent.
 SHARES = {
   'generation': 45.6,
   'open qa': 12.4,
@@ -39,7 +39,7 @@ WRAP_SHARE = 0.35
 NEAR_DUPLICATE_SHARE = 0.03
 PERSONAL_DATA_SHARE = 0.02
 OVER_LONG_SHARE = 0.02
-# A prompt above this many tokens is over-long.
+# A prompt with more tokens than this is over-long.
 PROMPT_BUDGET = 48
 
 # Kind of task -> least and most words, and sentences, of a response.
@@ -71,22 +71,22 @@ def make_spec(kind: str, **fields: Any) -> Spec:
     'kind': kind,
     # What to write (facts, story, poem, letter, review), or which rewrite.
     'form': '',
-    'subjects': [],  # Whom the response must be about.
-    'accepted': [],  # Words (kind reference: whole texts) that are right.
-    'rivals': [],  # Words of the right type that are wrong.
-    'count': 1,  # Items of a list, or statements wanted.
+    'subjects': [],  # Whom or what the response must be about.
+    'accepted': [],  # Right words (for kind reference, whole texts).
+    'rivals': [],  # Wrong words of the right type.
+    'count': 1,  # Number of list items or statements wanted.
     'groups': [],  # One word of each group must appear.
     # [low, high] for the length of a response.
     'words': words,
     'sentences': sentences,
     'constraint': None,  # Or {kind, value}.
-    'premise': None,  # Or {false: claim, true: value} of a false premise.
-    'relation': None,  # Or [kind, name, subject] of what is asked for.
+    'premise': None,  # Or {false: value, true: value} of a false premise.
+    'relation': None,  # Or [kind, name, subject or value] of the question.
     'invites_rudeness': False,
     'asks_harm': False,
     'closed_domain': False,
     'facts': {},  # Facts beyond those of the world: the passage's.
-    'slots': {},  # What else a writer needs to know.
+    'slots': {},  # Other values that the answer writer needs.
     'dirt': '',  # Or near_duplicate, personal_data, over_long.
   }
   unknown = sorted(set(fields) - set(spec))
@@ -104,7 +104,7 @@ def any_subject(draw, kinds=_KIND_NAMES) -> str:
 
 
 def two_subjects(draw, kinds=_KIND_NAMES) -> tuple[str, str]:
-  """A subject of one of the kinds, and another one of any kind."""
+  """A subject of one of the kinds, and a different one of any kind."""
   first, second = any_subject(draw, kinds), any_subject(draw)
   while second == first:
     second = any_subject(draw)
@@ -347,7 +347,7 @@ def _greeting_spec(person):
   )
 
 
-# Topic -> weight, and the openings of a chat; 'ask' opens with a question.
+# Topic -> (weight, openings) of a chat; 'ask' opens with a question.
 _CHATS = {
   'sad': (15, phrases.CHAT_FEEL),
   'glad': (12, phrases.CHAT_FEEL),
@@ -464,7 +464,7 @@ def _rewrite(world, draw):
 
 
 def _passage(draw, num_facts):
-  """Statements about a guest, true only in the passage."""
+  """A passage of statements about a guest, true only in that passage."""
   guest = draw.choice(phrases.GUESTS)
   relations = draw.sample(worlds.RELATIONS_OF['person'], num_facts)
   facts = {r.name: draw.choice(r.values) for r in relations}
@@ -569,7 +569,7 @@ def _other(world, draw):
     spec = make_spec(
       'answer',
       accepted=[after],
-      # The response may repeat the day of the question, so it is no rival.
+      # The response may repeat the day in the question, so it is not a rival.
       rivals=_others(phrases.DAYS, (day, after)),
       words=[1, 7],
       slots={'answers': replies},
@@ -619,7 +619,7 @@ def _possible_constraints(spec) -> list[str]:
   """Kinds of constraint that a task can satisfy; repeated ones are likelier."""
   kind, form = spec['kind'], spec['form']
   if kind == 'write' and form == 'facts':
-    # No other task can have 'sentences'.
+    # Only this task can have 'sentences'.
     single = 2 * ['max_words'] + 8 * ['sentences']
     return ['exclude', 'start', 'include', 'end'] + single * (
       spec['count'] == 1
@@ -665,7 +665,7 @@ def _constraint_value(name, spec, draw):
 
 
 def _constrain(text, spec, draw):
-  """The task with a constraint, if it can satisfy one."""
+  """Adds a constraint to the task if it can satisfy one."""
   possible = _possible_constraints(spec)
   if not possible:
     return text, spec
@@ -698,7 +698,7 @@ def _constrain(text, spec, draw):
 
 
 def any_category(draw: random.Random) -> str:
-  """A category, by the shares of paper Table 1."""
+  """A random category, with the shares of paper Table 1."""
   return draw.choices(tuple(SHARES), tuple(SHARES.values()))[0]
 
 
@@ -810,7 +810,7 @@ def write_prompts(
 
 
 def prefixes(world: World) -> list[str]:
-  """Eight few-shot prefixes with a `{prompt}` slot, laid out as the pages are.
+  """Eight few-shot prefixes with a `{prompt}` slot, in the layout of the pages.
 
   The prompted baseline puts a user's prompt into the slot; the reward model
   chooses among the eight (paper 3.5, footnote 6).

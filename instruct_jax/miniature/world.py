@@ -36,7 +36,7 @@ _VALUE_FIRST = frozenset(('weather', 'owner', 'fame'))
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """One statement of a text, true or not."""
+  """One statement in a text, true or false."""
 
   subject: str
   relation: str
@@ -57,7 +57,7 @@ class World:
 
   @functools.cached_property
   def holders(self) -> dict[tuple[str, str, str], tuple[str, ...]]:
-    """(kind, relation, value) -> the subjects of which this is true."""
+    """(kind, relation, value) -> the subjects for which this is true."""
     found = collections.defaultdict(tuple)
     for subject, relations in self.facts.items():
       for relation, value in relations.items():
@@ -92,14 +92,14 @@ def noun(subject: str) -> str:
 
 
 def pronoun(subject: str) -> str:
-  """'she', 'he' or 'it'; guests of a passage are 'he'."""
+  """'she', 'he' or 'it'; guests in a passage are 'he'."""
   if subject in phrases.SHE:
     return 'she'
   return 'he' if KINDS[subject] == 'person' else 'it'
 
 
 def split_sentences(words: Sequence[str]) -> list[list[str]]:
-  """Sentences with their closing mark; '/' closes a line of a poem."""
+  """Sentences with their end mark; '/' ends a line of a poem."""
   ends = [i + 1 for i, word in enumerate(words) if word in _BREAKS]
   bounds = [0, *ends, len(words)]
   return [
@@ -179,7 +179,7 @@ def predicate(relation: phrases.Relation, value: str, draw) -> str:
 def statement(
   relation: phrases.Relation, subject: str, value: str, draw
 ) -> str:
-  """'anna lives in arden', without a full stop."""
+  """'anna lives in arden', without a final period."""
   if draw.random() < _OF_SHARE:
     return fill(draw.choice(relation.of), s=noun(subject), v=value)
   return f'{noun(subject)} {predicate(relation, value, draw)}'

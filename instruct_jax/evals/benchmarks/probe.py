@@ -1,4 +1,4 @@
-"""Public NLP tasks asked during RL: the alignment tax as it grows (4.2, E.6).
+"""Public NLP tasks run during RL, to track the alignment tax (4.2, E.6).
 
 A probe is one task under one prompt type. Its items are drawn once, so scores
 at two times differ only because the model does.
@@ -12,7 +12,7 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import released_samples
 from instruct_jax.evals.benchmarks import runner, tasks
 
-# Scored by judges that only the suite trains.
+# Scored by judges that only the suite (configs/nlp_suite.py) trains.
 _NEED_A_JUDGE = ('real_toxicity', 'truthful_qa')
 
 

@@ -27,10 +27,10 @@ class Layout:
   """One task's file.
 
   Attributes:
-    columns: all but the unnamed one.
+    columns: all columns except the unnamed one.
     item: columns that identify an item.
-    prompts: allowed values of `prompt_type`; in a file without that column the
-      single value of all rows.
+    prompts: allowed values of `prompt_type`; if the file lacks that column, the
+      one value that all rows get.
     numbers: columns that hold a number from 0 to 1.
     released: whether OpenAI released such a file.
   """
@@ -104,12 +104,12 @@ Row = Mapping[str, str]
 
 
 def file_name(task: str) -> str:
-  """OpenAI's file name for the samples of a task."""
+  """OpenAI's name for the file with the samples of a task."""
   return f'{task}_samples.csv'
 
 
 def find(path: epath.Path) -> epath.Path | None:
-  """The file, plain or with `.gz` after its name, or None."""
+  """The path itself or with `.gz` appended, whichever exists, or None."""
   for found in (path, path.with_name(f'{path.name}.gz')):
     if found.exists():
       return found
@@ -132,9 +132,10 @@ def read(path: epath.PathLike, task: str) -> list[Row]:
     One mapping per row, with `prompt_type` filled in if the file has none.
 
   Raises:
-    RecordError: names file, line and column: not UTF-8, not CSV, a column
-      missing, no row, a number missing or outside 0 to 1, an unknown prompt
-      type, two rows for one model, prompt and item.
+    RecordError: the file is not UTF-8 or not CSV, lacks a column or has no row,
+      a number is missing or outside 0 to 1, a prompt type is unknown, or two
+      rows have the same model, prompt and item. The message names file, line
+      and column.
   """
   path, layout = epath.Path(path), LAYOUTS[task]
   reader = csv.DictReader(io.StringIO(records.read_text(path), newline=''))
@@ -210,7 +211,7 @@ def references(row: Row, task: str) -> list[str]:
 
 
 def join(texts: Iterable[str]) -> str:
-  """Texts in one cell; a `|` inside a text becomes a space."""
+  """Joins texts into one cell; a `|` inside a text becomes a space."""
   return SEPARATOR.join(text.replace(SEPARATOR, ' ') for text in texts)
 
 

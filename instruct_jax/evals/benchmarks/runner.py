@@ -22,10 +22,10 @@ from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals.benchmarks import released_csv, tasks
 
 Ids = list[int]
-# (prompts, largest number of tokens) -> sampled ids of each, temperature 0.
+# (prompts, maximum number of tokens) -> ids of each answer, at temperature 0.
 GenerateFn = Callable[[Sequence[Ids], int], list[Ids]]
 # (contexts, choices of each context) -> summed log-probability of each choice
-# given its context, nats.
+# given its context, in nats.
 ChoiceFn = Callable[[Sequence[Ids], Sequence[Sequence[Ids]]], list[list[float]]]
 # (continuations) -> toxicity of each, 0 to 1.
 ToxicityFn = Callable[[Sequence[str]], Sequence[float]]
@@ -40,9 +40,9 @@ class Query:
   """One item under one prompt type, in the model's tokens.
 
   Attributes:
-    key: hash of all that the model is given.
+    key: hash of everything that the model is given.
     ids: the prompt.
-    choices: continuations to score; empty where an answer is sampled.
+    choices: continuations to score; empty if an answer is sampled instead.
   """
 
   key: str
@@ -64,7 +64,7 @@ class Counts:
 
 
 def stop_ids(tokenizer: tokenizer_lib.Tokenizer) -> tuple[int, ...]:
-  """Tokens that end an answer: the tokenizer's, and all with a newline (D)."""
+  """Tokens that end an answer: stop ids and all tokens with a newline (D)."""
   texts = tokenizer.decode_batch([[i] for i in range(tokenizer.vocab_size)])
   newlines = [i for i, text in enumerate(texts) if '\n' in text]
   return tuple(sorted({*tokenizer.stop_ids, *newlines}))
@@ -78,10 +78,10 @@ def answer_text(tokenizer: tokenizer_lib.Tokenizer, ids: Ids) -> str:
 def read_items(
   name: str, path: str, shots_path: str, max_items: int, seed: int
 ) -> tuple[list[tasks.Item], list[tasks.Item], int]:
-  """(examples, items to ask, size of the file) of a task.
+  """(few-shot examples, items to ask, number of items in the file) of a task.
 
-  Without `shots_path` the examples are drawn from `path`, whose other items are
-  asked. Of these at most `max_items` are drawn; 0 asks all.
+  Without `shots_path` the examples are drawn from `path`, and its other items
+  are asked. At most `max_items` items are asked, drawn at random; 0 asks all.
   """
   items = tasks.load(name, path)
   if shots_path:
@@ -124,7 +124,7 @@ def make_queries(
     prompts = iter(tokenizer.encode_prompts([text for text in texts if text]))
     return [next(prompts) if text else start for text in texts]
 
-  # All at once: the tokenizer then works on every core.
+  # One call for all texts, so that the tokenizer uses every core.
   texts = [tasks.prompt(name, x, prompt_type, shots) for x in asked]
   encode_choices = tokenizer.encode_responses
   if not any(texts):  # Sentences of a bias task.
@@ -150,7 +150,7 @@ def make_queries(
 
 
 def _columns(item: tasks.Item) -> dict[str, str]:
-  """An item's cells of the released layout."""
+  """An item's cells in the released layout."""
   return {
     'context': item.context,
     'question': item.context,
@@ -161,7 +161,7 @@ def _columns(item: tasks.Item) -> dict[str, str]:
 
 
 def read_journal(path: epath.PathLike) -> dict[str, Any]:
-  """Results by key; a last line that is cut short is ignored.
+  """Results by key; a truncated last line is ignored.
 
   Raises:
     RecordError: the journal is damaged before its last line.
@@ -218,7 +218,7 @@ def run_queries(
   todo = sorted(distinct.values(), key=lambda query: -len(query.ids))
   if not todo:
     return results
-  if journal.exists():  # Removes a line that is cut short.
+  if journal.exists():  # Removes a truncated line.
     files.write_bytes(journal, _to_lines(results).encode())
   cap = tasks.TASKS[name].max_tokens
   with files.Appended(journal) as file:
@@ -254,7 +254,7 @@ def to_rows(
   toxicity_fn: ToxicityFn | None = None,
   truth_fn: TruthFn | None = None,
 ) -> list[dict[str, str]]:
-  """Rows of the released layout; sets `counts.empty`.
+  """Rows in the released layout; also adds to `counts.empty`.
 
   Raises:
     ValueError: real_toxicity has no `toxicity_fn`, or truthful_qa no

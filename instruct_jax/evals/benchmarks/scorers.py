@@ -1,10 +1,11 @@
-"""Scores of the public NLP suite, item by item (paper appendix D).
+"""Per-item scores of the public NLP suite (paper appendix D).
 
-One answer against its references gives a number in [0, 1]. BLEU is missing: it
-scores a whole set of answers (`evals/restaurant.bleu`). Metrics are those that
-the authors of each data set publish; a docstring says where the paper does not
-print its own choice. `evals/released_samples.py` shows how well they reproduce
-the paper's figures on the paper's own outputs.
+Each answer is compared with its references and scored in [0, 1]; `entropy_bits`
+is in bits. BLEU is not here because it scores a whole set of answers
+(`evals/restaurant.bleu`). Metrics are those that the authors of each data set
+publish; a docstring says where the paper does not state its own choice.
+`evals/released_samples.py` shows how well they reproduce the paper's figures on
+the paper's own outputs.
 """
 
 import calendar
@@ -19,7 +20,7 @@ import scipy.optimize
 
 SQUAD_NO_ANSWER = 'Not in background.'
 QUAC_NO_ANSWER = "I don't know."
-# The QuAC files' own mark of a question without an answer.
+# How the QuAC files mark a question without an answer.
 CANNOT_ANSWER = 'CANNOTANSWER'
 _PUNCTUATION = str.maketrans('', '', string.punctuation)
 _ARTICLES = re.compile(r'\b(?:a|an|the)\b')
@@ -41,7 +42,7 @@ _REFUSAL = re.compile(
 
 
 def answer_words(text: str) -> list[str]:
-  """Lower-cased words without ASCII punctuation and English articles.
+  """Lower-cased words, without ASCII punctuation or English articles.
 
   As in the SQuAD script (Rajpurkar et al. 2016), punctuation is deleted, not
   replaced: `co-op` is one word.
@@ -51,7 +52,7 @@ def answer_words(text: str) -> list[str]:
 
 
 def word_f1(answer: str, reference: str) -> float:
-  """F1 of the two bags of `answer_words`; two empty bags agree."""
+  """F1 of the two bags of `answer_words`; 1 if both are empty."""
   ours, theirs = answer_words(answer), answer_words(reference)
   if not ours or not theirs:
     return float(ours == theirs)
@@ -60,7 +61,7 @@ def word_f1(answer: str, reference: str) -> float:
 
 
 def says(answer: str, phrase: str) -> bool:
-  """Whether the answer is that phrase, up to case, articles, punctuation."""
+  """Whether answer and phrase match, ignoring case, articles, punctuation."""
   return answer_words(answer) == answer_words(phrase)
 
 
@@ -71,11 +72,11 @@ def _abstains(answer: str, *phrases: str) -> bool:
 
 
 def squad2_f1(answer: str, references: Sequence[str]) -> float:
-  """F1 of SQuAD 2.0: the best over the references, or all or nothing.
+  """SQuAD 2.0 F1: best over the references; 0 or 1 if either side abstains.
 
   Args:
     answer: empty or `SQUAD_NO_ANSWER` if the model abstains.
-    references: the accepted answers. If there are none but `SQUAD_NO_ANSWER`,
+    references: the accepted answers. If there is none but `SQUAD_NO_ANSWER`,
       the passage has no answer: an abstention scores 1, anything else 0.
   """
   abstains = _abstains(answer, SQUAD_NO_ANSWER)
@@ -86,7 +87,7 @@ def squad2_f1(answer: str, references: Sequence[str]) -> float:
 
 
 def quac_f1(answer: str, references: Sequence[str]) -> float:
-  """F1 of QuAC (Choi et al. 2018), by the rule that also scores people.
+  """F1 of QuAC (Choi et al. 2018), by the rule that also scores humans.
 
   A question that at least half of the annotators could not answer counts as
   unanswerable; otherwise those annotators are ignored. Each of several
@@ -111,7 +112,8 @@ def quac_f1(answer: str, references: Sequence[str]) -> float:
   scores = sorted(word_f1(answer, text) for text in known)
   if len(scores) == 1:
     return scores[0]
-  # The maximum without score i is the best, or the second if i is the best.
+  # Without score i the maximum is the best score, or the second-best if i is
+  # the best.
   return ((len(scores) - 1) * scores[-1] + scores[-2]) / len(scores)
 
 
@@ -123,7 +125,7 @@ def _as_number(word: str) -> float | None:
 
 
 def drop_words(text: str) -> set[str]:
-  """DROP's words: split at spaces and hyphens, numbers in one spelling."""
+  """DROP's words: split at spaces and hyphens, numbers normalized."""
   words = set()
   for word in re.split(r'[ \-]', text.lower()):
     if _as_number(word) is None:
@@ -139,7 +141,7 @@ def drop_words(text: str) -> set[str]:
 def _drop_span_f1(answer: set[str], reference: set[str]) -> float:
   numbers = {word for word in reference if _as_number(word) is not None}
   if numbers and not numbers & answer:
-    return 0.0  # A wrong number is wrong, whatever else agrees.
+    return 0.0  # No number matches, so the other words do not count.
   shared = len(answer & reference)
   precision = shared / len(answer) if answer else 1.0
   recall = shared / len(reference) if reference else 1.0
@@ -152,9 +154,9 @@ def drop_f1(
 ) -> float:
   """F1 of DROP (Dua et al. 2019): the best over the annotators' answers.
 
-  Words count as sets, not bags. A reference with a number scores only if the
-  answer has one of its numbers. Several spans are matched one to one so that
-  the sum of their F1 is largest; the divisor is the larger number of spans.
+  Words are compared as sets, not bags. A reference with numbers scores only if
+  the answer has one of them. Several spans are matched one to one so that the
+  sum of their F1 is largest; it is divided by the larger number of spans.
 
   Args:
     answer: one text, or several spans.
@@ -214,10 +216,10 @@ def entropy_bits(logprobs: Sequence[float]) -> float:
   """Entropy of the choice among whole sentences, in bits (D.1).
 
   P_i ∝ exp(logprob_i), H = -Σ P_i log2 P_i: 1 bit for two equally likely
-  sentences, 0 for a certain preference.
+  sentences, 0 if one sentence has all the probability.
 
   Args:
-    logprobs: summed over each sentence's tokens, nats.
+    logprobs: in nats, summed over each sentence's tokens.
 
   Raises:
     ValueError: fewer than two sentences, or a value that is not finite.
@@ -246,7 +248,7 @@ def _rouge_scorer():
 
 
 def rouge_l(answer: str, reference: str) -> float:
-  """ROUGE-L F1 of `rouge-score`, words lower-cased, not stemmed (D)."""
+  """ROUGE-L F1 by `rouge-score`, on lower-cased, unstemmed words (D)."""
   return float(_rouge_scorer().score(reference, answer)['rougeL'].fmeasure)
 
 
@@ -278,7 +280,7 @@ def answer_forms(answer: str) -> set[str]:
 
 
 def _plain(text: str) -> str:
-  """Lower case, no quotes or plus signs, single spaces, no final stop."""
+  """Lower case, no quotes or plus signs, single spaces, no final period."""
   text = re.sub(r'["“”\'‘’+]', '', text.lower())
   return ' '.join(text.split()).removesuffix('.')
 
@@ -286,9 +288,9 @@ def _plain(text: str) -> str:
 def precision_at_1(answer: str, references: Sequence[str]) -> float:
   """1 if the answer is a gold label, alias or date, else 0.
 
-  FAITH compares ids; a model that answers in words has none, so texts are
-  compared, in lower case, without quotes and plus signs. Without Wikidata's
-  aliases this is a lower bound of the published P@1.
+  FAITH compares entity ids. A model that answers in words has no ids, so texts
+  are compared, in lower case and without quotes or plus signs. Without
+  Wikidata's aliases this is a lower bound on the published P@1.
   """
   forms = {_plain(form) for gold in references for form in answer_forms(gold)}
   return float(_plain(answer) in forms - {''})

@@ -1,8 +1,8 @@
-"""Table 14 of the paper: every printed automatic result, as data.
+"""Table 14 of the paper as data: every automatic result that it prints.
 
-Four model families at three sizes (xl is 1.3B). F1 and BLEU from 0 to 100,
-entropies in bits, everything else from 0 to 1. Names of models and prompts are
-those of the sample files that OpenAI released with the paper.
+Four model families at three sizes (xl is 1.3B). F1 and BLEU run from 0 to 100,
+entropies are in bits, everything else is from 0 to 1. Names of models and
+prompts are those of the sample files that OpenAI released with the paper.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ SIZES = ('xl', '6b', '175b')
 # In the order of the columns below.
 MODELS = tuple(f'{family}-{size}' for family in FAMILIES for size in SIZES)
 
-# `TASK: METRIC`, then a line for each prompt. The paper prints one row twice,
-# for CNN/DM and for TL;DR.
+# `TASK: METRIC`, then one line per prompt. The paper prints the same row for
+# CNN/DM and for TL;DR.
 _PRINTED = """
 winogender: entropy
 basic prompt      .750 .721 .735 .583 .535 .503 .698 .587 .618 .760 .719 .737

@@ -78,13 +78,14 @@ class Item:
   """One question of a benchmark.
 
   Attributes:
-    context: the query, as in the column of that name of the released files:
-      without instruction and examples.
-    references: accepted answers, or the right choice; may be empty.
+    context: the query without instruction and examples, as in the `context`
+      column of the released files.
+    references: accepted answers, or the right choices; may be empty.
     choices: continuations to choose from, or the sentences of a bias task.
-    answer: the answer in a few-shot example; '' if unfit as an example.
-    group: items of one group (say a passage) are never examples for each other.
-    fields: further columns of the released layout.
+    answer: the answer in a few-shot example; '' if it cannot be an example.
+    group: for example the passage; items of one group never serve as examples
+      for each other.
+    fields: additional columns of the released layout.
   """
 
   context: str
@@ -120,7 +121,7 @@ class Task:
 
   @property
   def prompts(self) -> tuple[str, ...]:
-    """Names of its prompt types."""
+    """Names of the task's prompt types."""
     return released_csv.LAYOUTS[self.name].prompts
 
 
@@ -141,7 +142,7 @@ def _decoded(value: Any) -> Any:
 def read_rows(
   spec: epath.PathLike,
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-  """Yields (place, fields) of each line of a JSONL file or row of a TFDS split.
+  """Yields (place, fields) for each JSONL line or row of a TFDS split.
 
   Raises:
     RecordError: a line is not a JSON object, or the split cannot be opened.
@@ -173,10 +174,10 @@ def read_rows(
 def read_table(
   path: epath.PathLike, columns: Sequence[str], delimiter: str = ','
 ) -> Iterator[tuple[str, Mapping[str, str]]]:
-  """Yields (place, cells) of each row of a CSV or TSV file with a header.
+  """Yields (place, cells) for each row of a CSV or TSV file with a header.
 
   Raises:
-    RecordError: a column is missing, or a row ends before one.
+    RecordError: the header or a row lacks one of `columns`.
   """
   if str(path).startswith('tfds:'):
     yield from read_rows(path)
@@ -225,10 +226,10 @@ def _read_dialogues(
   """Yields items of SQuAD's JSON layout, each with its earlier questions.
 
   Args:
-    path: of the file.
+    path: the file.
     context_fn: (title, passage) -> start of the context.
     answers_fn: (place, question's fields, annotators' answers) ->
-      (references, the answer shown before later questions).
+      (references, the answer shown in the contexts of later questions).
   """
   for article in _field(records.read_json(path), 'data', str(path), list):
     title = _field(article, 'title', str(path))
@@ -323,7 +324,7 @@ def read_quac(path: epath.PathLike) -> Iterator[Item]:
 
 
 def _drop_text(answer: Mapping[str, Any], place: str) -> str:
-  """An official DROP answer as text: number, spans or date."""
+  """The text of an official DROP answer: number, spans or date."""
   number = answer.get('number')
   if number not in (None, ''):
     return str(number)
@@ -364,8 +365,8 @@ def _drop_rows(path: epath.PathLike) -> Iterator[tuple]:
 def read_drop(path: epath.PathLike) -> Iterator[Item]:
   """Reads DROP: the official JSON, a list of entries, or `tfds:drop/dev`.
 
-  The entries have the keys context, question and answer. Several spans become
-  one text joined by "and", as in the released samples.
+  Entries of a list have the keys context, question and answer. Several spans
+  are joined by "and" into one text, as in the released samples.
   """
   for place, row, texts, group in _drop_rows(path):
     texts = tuple(dict.fromkeys(text for text in texts if text.strip()))
@@ -382,7 +383,7 @@ def read_drop(path: epath.PathLike) -> Iterator[Item]:
 
 
 def read_hellaswag(path: epath.PathLike) -> Iterator[Item]:
-  """Reads HellaSwag's JSONL: the right one of four endings."""
+  """Reads HellaSwag's JSONL: the choices are the endings."""
   for place, row in read_rows(path):
     endings = [f' {ending}' for ending in _field(row, 'endings', place, list)]
     try:
@@ -397,7 +398,7 @@ def read_hellaswag(path: epath.PathLike) -> Iterator[Item]:
 
 
 def read_rte(path: epath.PathLike) -> Iterator[Item]:
-  """Reads SuperGLUE's RTE; labels by name, or TFDS's 0 for entailment."""
+  """Reads SuperGLUE's RTE; labels are names, or 0 for entailment (TFDS)."""
   answers = {'entailment': ' Yes', 'not_entailment': ' No', 0: ' Yes', 1: ' No'}
   for place, row in read_rows(path):
     label = _field(row, 'label', place, (str, int))
@@ -457,7 +458,7 @@ def _mark_pronoun(text: str, pronoun: str, index: int, place: str) -> str:
   """
   words, size, end = text.split(' '), len(pronoun.split(' ')), len(pronoun)
   spans = [' '.join(words[i : i + size]) for i in range(len(words))]
-  # A prefix is enough: a comma may follow the pronoun.
+  # Compares prefixes, because a comma may follow the pronoun.
   places = [
     i
     for i, span in enumerate(spans)
@@ -471,7 +472,7 @@ def _mark_pronoun(text: str, pronoun: str, index: int, place: str) -> str:
 
 
 def read_wsc(path: epath.PathLike) -> Iterator[Item]:
-  """Reads SuperGLUE's WSC; sampled nouns are compared with the candidate."""
+  """Reads SuperGLUE's WSC; a sampled noun is compared with the candidate."""
   for place, row in read_rows(path):
     target = row.get('target', row)
     pronoun = _field(target, 'span2_text', place)
@@ -492,7 +493,7 @@ def read_wsc(path: epath.PathLike) -> Iterator[Item]:
       f'Passage: {marked}\nQuestion: In the passage above, what does the '
       f'pronoun “**{pronoun}**” refer to?\nAnswer:',
       (label,),
-      # Only a candidate that the pronoun refers to is a right example.
+      # A candidate is an example answer only if the pronoun refers to it.
       answer=candidate if label == 'true' else '',
       fields={'candidate': candidate},
     )
@@ -512,7 +513,7 @@ def _sentences(path: str) -> list[str]:
 
 
 def read_fr_to_en(path: epath.PathLike) -> Iterator[Item]:
-  """Reads two files, `FRENCH,ENGLISH`: a sentence a line, or WMT's `.sgm`."""
+  """Reads two files, `FRENCH,ENGLISH`: WMT's `.sgm` or a sentence per line."""
   french_path, comma, english_path = str(path).partition(',')
   if not comma:
     raise records.RecordError(
@@ -533,7 +534,7 @@ def read_fr_to_en(path: epath.PathLike) -> Iterator[Item]:
 def read_summaries(
   text_key: str, summary_key: str, path: epath.PathLike
 ) -> Iterator[Item]:
-  """Reads JSONL or TFDS rows of a text and its summary."""
+  """Reads JSONL or TFDS rows that hold a text and its summary."""
   for place, row in read_rows(path):
     summary = _field(row, summary_key, place).strip()
     text = _field(row, text_key, place).strip()
@@ -543,7 +544,7 @@ def read_summaries(
       )
     yield Item(
       f'{text}\n\nTL;DR:',
-      # The released layout separates the lines of a summary by `|`.
+      # The released layout separates the lines of a summary with `|`.
       tuple(line for line in summary.split('\n') if line.strip()),
       answer=summary.replace('\n', ' '),
     )
@@ -604,7 +605,7 @@ def read_truthful_mc(form: str, path: epath.PathLike) -> Iterator[Item]:
   The references are the right choices.
 
   Args:
-    form: 'mc1': the best answer and the wrong ones; 'mc2': all answers.
+    form: 'mc1' for the best answer and the wrong ones, 'mc2' for all answers.
     path: TruthfulQA.csv or mc_task.json.
   """
   for question, group, right, wrong, best in _truthful_choices(path):
@@ -624,7 +625,7 @@ def read_truthful_mc(form: str, path: epath.PathLike) -> Iterator[Item]:
 
 
 def read_lambada(path: epath.PathLike) -> Iterator[Item]:
-  """Reads LAMBADA's JSONL: a `text`, or its `context` and last word."""
+  """Reads LAMBADA's JSONL with `text`, or `context` and `continuation`."""
   for place, row in read_rows(path):
     if 'text' in row:
       text = _field(row, 'text', place).strip()
@@ -638,7 +639,7 @@ def read_lambada(path: epath.PathLike) -> Iterator[Item]:
 
 
 def read_xstest(path: epath.PathLike) -> Iterator[Item]:
-  """Reads XSTest's CSV; prompts of a type `contrast_...` are unsafe."""
+  """Reads XSTest's CSV; without labels, types `contrast_...` are unsafe."""
   for place, row in read_table(path, ('prompt', 'type')):
     unsafe = row['type'].startswith('contrast')
     label = row.get('label') or ('unsafe' if unsafe else 'safe')
@@ -657,10 +658,10 @@ def read_real_toxicity(path: epath.PathLike) -> Iterator[Item]:
 
 
 def read_winogender(path: epath.PathLike) -> Iterator[Item]:
-  """Reads `all_sentences.tsv`: male and female form of each sentence.
+  """Reads `all_sentences.tsv`: the male and female form of each sentence.
 
-  Sentences about "someone" are left out, which gives the paper's 120 items: 60
-  occupations, the other person named, two readings.
+  Sentences about "someone" are left out. This gives the paper's 120 items: 60
+  occupations with a named participant, times two readings of the pronoun.
   """
   forms: dict[str, dict[str, str]] = collections.defaultdict(dict)
   for place, row in read_table(path, ('sentid', 'sentence'), delimiter='\t'):
@@ -692,7 +693,7 @@ def read_crows_pairs(path: epath.PathLike) -> Iterator[Item]:
 
 
 def read_temporal(path: epath.PathLike) -> Iterator[Item]:
-  """Reads TimeQuestions' JSON, and TIQ in its format.
+  """Reads TimeQuestions' JSON, or TIQ in the same format.
 
   A question with an empty answer list is always scored as wrong. The published
   P@1 counts it, so it is kept, with a reference that no answer matches.
@@ -804,7 +805,7 @@ TASKS: Mapping[str, Task] = {
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-  """Adds the task and the source of its file to a RecordError."""
+  """Adds the task and the source of its file to any RecordError."""
   try:
     yield
   except records.RecordError as error:
@@ -817,8 +818,8 @@ def load(name: str, path: epath.PathLike) -> list[Item]:
   """Reads a task's items.
 
   Raises:
-    RecordError: unknown task; or the file is missing or not in the official
-      format, with the place to get it.
+    RecordError: the task is unknown, or its file is missing or not in the
+      official format; then the message says where to get the file.
   """
   if name not in TASKS:
     raise records.RecordError(
@@ -861,7 +862,7 @@ def checksums(name: str, path: epath.PathLike, expected: str) -> str:
 def draw_shots(
   name: str, items: Sequence[Item], seed: int
 ) -> tuple[list[Item], list[Item]]:
-  """Draws few-shot examples, the same for all queries.
+  """Draws few-shot examples that all queries share.
 
   The paper does not say how it drew them. Here: `num_shots` random items that
   have an answer, at most one per group. Other items of these groups are not
@@ -900,7 +901,7 @@ def draw_shots(
 def prompt(
   name: str, item: Item, prompt_type: str, shots: Sequence[Item] = ()
 ) -> str:
-  """The text that a model reads before its answer; `shots` are for `fewshot`.
+  """The text before a model's answer; `shots` are used only for `fewshot`.
 
   Raises:
     ValueError: the task has no such prompt type.

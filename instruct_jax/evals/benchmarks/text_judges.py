@@ -1,4 +1,4 @@
-"""Local scorers of toxicity and truth: no web service, trained in a minute.
+"""Local scorers of toxicity and truth, trained in a minute, no web service.
 
   python -m instruct_jax.evals.benchmarks.text_judges --data=DIR
 
@@ -80,7 +80,7 @@ _WORD = re.compile(r"[\w']+|[^\w\s]")
 
 @functools.lru_cache(maxsize=200_000)
 def _runs(word: str) -> tuple[str, ...]:
-  """Runs of 2 to 5 characters within a word, its ends marked."""
+  """Character n-grams of length 2 to 5 in a word, with its ends marked."""
   padded = f'<{word[:30]}>'
   return tuple(
     f'c {padded[i : i + size]}'
@@ -96,7 +96,7 @@ def _words_and_pairs(text: str) -> tuple[list[str], set[str]]:
 
 
 def text_features(text: str) -> set[str]:
-  """Words, word pairs, and runs of characters within words."""
+  """Words, word pairs, and character n-grams within words."""
   words, found = _words_and_pairs(text)
   for word in set(words):
     found.update(_runs(word))
@@ -104,7 +104,7 @@ def text_features(text: str) -> set[str]:
 
 
 def answer_features(question: str, answer: str) -> set[str]:
-  """Words and word pairs, their overlap with the question, and the length."""
+  """Words and word pairs of an answer, overlap with the question, length."""
   asked = _WORD.findall(question.lower())
   said, found = _words_and_pairs(answer)
   opening = ' '.join(asked[:1])
@@ -126,7 +126,7 @@ class Classifier:
 
   Attributes:
     columns: feature -> index.
-    rarity: 1 + log(texts / texts with the feature), of the training texts.
+    rarity: 1 + log(texts / texts with the feature), over the training texts.
     weights: w.
     bias: b.
   """
@@ -149,7 +149,7 @@ class Classifier:
 def _matrix(
   features: Iterable[set[str]], columns: Mapping[str, int], rarity: np.ndarray
 ) -> scipy.sparse.csr_matrix:
-  """Rows of length 1 (or 0, for a text without a known feature)."""
+  """Rows of norm 1, or 0 for a text without a known feature."""
   indices, ends = [], [0]
   for found in features:
     indices += sorted(columns[name] for name in found if name in columns)
@@ -171,7 +171,7 @@ def fit(
   labels: Sequence[int | float] | np.ndarray,
   penalty: float = 1.0,
 ) -> Classifier:
-  """Maximum likelihood with an L2 penalty, by L-BFGS; no randomness.
+  """Fits by maximum likelihood with an L2 penalty (L-BFGS); deterministic.
 
   Args:
     features: of each text.
@@ -180,7 +180,7 @@ def fit(
       not penalised.
 
   Raises:
-    ValueError: lengths differ, a label is out of range, or all are the same.
+    ValueError: lengths differ, a label is out of range, or all are equal.
   """
   targets = np.asarray(labels, np.float64)
   values = np.unique(targets)
@@ -225,7 +225,7 @@ def _maximum_likelihood(
       transposed @ residual + penalty * weights, residual.sum()
     )
     total = value.sum() + penalty * weights @ weights / 2
-    # A mean: the tolerance must not depend on the number of texts.
+    # A mean, so that the tolerance does not depend on the number of texts.
     return total / len(targets), gradient / len(targets)
 
   found = scipy.optimize.minimize(
@@ -239,7 +239,7 @@ def _maximum_likelihood(
 
 
 def _folds(clusters: Sequence[str]) -> np.ndarray:
-  """Fold of each row, 0 to 4; a cluster lies in one fold."""
+  """Fold of each row, 0 to 4; all rows of a cluster share a fold."""
   codes, num_clusters = win_rate.cluster_codes(clusters)
   order = np.random.default_rng(0).permutation(num_clusters)
   return order[codes] % _NUM_FOLDS
@@ -251,7 +251,7 @@ def held_out_logits(
   clusters: Sequence[str],
   penalty: float,
 ) -> np.ndarray | None:
-  """Logits by classifiers that saw no row of the same cluster.
+  """Logits from classifiers that were not trained on the same cluster.
 
   None if the training rows of a fold have a single label.
   """
@@ -269,7 +269,7 @@ def held_out_logits(
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-  """A scorer that was trained here, with its figures.
+  """A locally trained scorer with its agreement figures.
 
   Attributes:
     score: called with texts, or with questions and answers.
@@ -288,7 +288,7 @@ class Scorer:
     return self.score(*arguments)
 
   def described(self) -> str:
-    """Its name and figures, to be printed beside its scores."""
+    """The scorer's name and figures, to be printed beside its scores."""
 
     def listed(figures):
       return ', '.join(
@@ -362,7 +362,7 @@ def _scored_prompts(path):
 
 
 def train_toxicity(paths: Sequence[epath.PathLike]) -> Scorer:
-  """A `runner.ToxicityFn` from files of labels; see `read_toxicity_labels`."""
+  """Trains a `runner.ToxicityFn` on files for `read_toxicity_labels`."""
   pairs = [pair for path in paths for pair in read_toxicity_labels(path)]
   texts, labels = zip(*pairs, strict=True)
   features = list(map(text_features, texts))
@@ -474,7 +474,7 @@ class References:
 
 
 def read_references(path: epath.PathLike) -> dict[str, References]:
-  """Question -> reference answers, of TruthfulQA.csv."""
+  """Reads question -> reference answers from TruthfulQA.csv."""
   columns = ('Question', 'Best Answer', 'Correct Answers', 'Incorrect Answers')
   found = {}
   for _, row in tasks.read_table(path, columns):
@@ -641,7 +641,7 @@ def train_truth(
   info_path: epath.PathLike,
   references_path: epath.PathLike = '',
 ) -> Scorer:
-  """A `runner.TruthFn` from TruthfulQA's two files of judgments.
+  """Trains a `runner.TruthFn` on TruthfulQA's two files of judgments.
 
   `references_path` is TruthfulQA.csv, or '' to judge by the words alone.
   """
@@ -664,7 +664,7 @@ def train_truth(
 
 
 def _judged(judgments, scores, references):
-  """`_figures` of the answers that are not references."""
+  """`_figures` on the answers that are not references."""
   written = _are_written(judgments, references)
   kept = np.flatnonzero(written if written.any() else ~written)
   return _figures(
@@ -712,7 +712,7 @@ def with_interval(
   theirs: win_rate.Numbers,
   clusters: win_rate.Ids,
 ) -> win_rate.Interval:
-  """A statistic of paired values and its 95 % bootstrap over clusters."""
+  """A statistic of paired values with its 95 % cluster bootstrap interval."""
   ours, theirs = np.asarray(ours), np.asarray(theirs)
   codes, num_clusters = win_rate.cluster_codes(clusters)
   order = np.argsort(codes, kind='stable')
@@ -749,7 +749,7 @@ _COMPARED_BY = {
 
 
 def _figures(scores, labels, clusters, statistics=_JUDGED_BY):
-  """Statistic -> value with interval, of scores and labels."""
+  """Statistic name -> value with interval, of scores against labels."""
   return {
     name: with_interval(statistic, scores, labels, clusters)
     for name, statistic in statistics.items()
@@ -827,7 +827,7 @@ def agreement(data: epath.PathLike) -> Iterator[str]:
   """Yields lines of a table: how well each scorer agrees with what it replaces.
 
   Raises:
-    RecordError: there is no such folder, or a file in it cannot be read.
+    RecordError: the folder does not exist, or a file in it cannot be read.
   """
   root = epath.Path(data)
   if not root.is_dir():
