@@ -261,7 +261,7 @@ def choose_l2(
     The candidate with the lowest mean of -log σ(margin) over held-out pairs.
 
   Raises:
-    ValueError: every pair of either part is tied.
+    ValueError: either part has no untied pair, as with fewer than 3 prompts.
   """
   prompts = sorted({comparison.prompt for comparison in comparisons})
   order = np.random.default_rng(0).permutation(len(prompts))

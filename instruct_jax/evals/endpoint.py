@@ -85,7 +85,7 @@ class Counts:
   """Numbers of requests and replies."""
 
   asked: int = 0  # Distinct requests, including those in the journal.
-  remembered: int = 0  # Answered from the journal.
+  remembered: int = 0  # Had a reply in the journal.
   requests: int = 0  # Sent.
   retried: int = 0  # Sent again after a failure.
   malformed: int = 0  # Replies that could not be parsed.
