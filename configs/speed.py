@@ -118,7 +118,7 @@ def get_config(argument: str = 's,iteration'):
   # JAX_PLATFORMS of our process in a comparison; '' is the environment's. With
   # JAX_PLATFORMS=cpu, the process that compares leaves a GPU to the others.
   config.platforms = ''
-  config.cores = 0  # Number of cores for each compared process; 0 is all.
+  config.cores = 0  # Compared processes run on the first N cores; 0 is all.
   config.num_rounds = 1  # Of our program and the peers, alternately.
   config.hf_python = ''  # Has torch and transformers; '' compares with none.
   config.torch_precisions = 'float32,bfloat16'  # Of the workload there.
