@@ -362,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   required = functools.partial(parser.add_argument, required=True)
   switch = functools.partial(parser.add_argument, action='store_true')
   required('--checkpoint', metavar='MODEL', help='model folder')
-  required('--tokenizer', metavar='FOLDER', help='it was trained with')
+  required('--tokenizer', metavar='FOLDER', help='with which it was trained')
   required('--output', metavar='DIR', help='to write')
   switch('--fold_shift', help="make a reward model's logit its score")
   switch('--adapters', help='write adapters apart from their base, for peft')

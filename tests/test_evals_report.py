@@ -91,8 +91,10 @@ def test_report_has_the_claims_with_their_intervals(written):
   assert '**70 %** other fork against sft (better: 68.0 to' in text.replace(
     '\u00a0', ' '
   )
-  assert '-0.900** nats a token: pretraining loss, other fork – my_fork' in text
-  assert '+1.000** nats a token: pretraining loss, my_fork – start' in text
+  assert (
+    '-0.900** nats per token: pretraining loss, other fork – my_fork' in text
+  )
+  assert '+1.000** nats per token: pretraining loss, my_fork – start' in text
   assert 'accuracy, 0.730, is the most that label noise allows' in text
   assert 'simulated, not people' in text
   assert 'sft: epoch 2 was selected, by reward-model score.' in text

@@ -48,7 +48,7 @@ def test_figures_come_from_the_logs(runs, tmp_path):
   assert summary['ppo']['end']['reward-model score'] == 0.1
   assert summary['ppo']['before'] == {
     'drop_zeroshot_F1': 21.0,
-    'pretraining loss, nats a token': 0.9,
+    'pretraining loss, nats per token': 0.9,
   }
   assert summary['ppo_ptx']['ptx_coef'] == 27.8
 

@@ -11,6 +11,24 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 MATHS = ('masked', 'losses', 'advantages', 'rewards', 'packing', 'lora')
 MODELS = ('model_fns', 'model_folder')
+WORLDS = (
+  'types',
+  'files',
+  'data',
+  'miniature',
+  'infra',
+  'evals',
+  'hub',
+  *MODELS,
+  'models.hf',
+  'judge_fns',
+)
+PREFERENCES = (
+  'worlds.preferences',
+  'worlds.preference_lengths',
+  'worlds.preference_sources',
+  'worlds.preference_splits',
+)
 
 # What each file, or folder of files, may import of this repository. The entry
 # with the longest matching name counts; a file without an entry is an error.
@@ -120,20 +138,11 @@ FLOORS = {
   ),
   'judge_fns': ('types', *MODELS, 'data', 'queries', 'score_fns', 'evals'),
   'run_figures': ('model_folder', 'asking', 'infra', 'evals'),
-  'worlds': (
-    'types',
-    'files',
-    'data',
-    'miniature',
-    'infra',
-    'evals',
-    'hub',
-    *MODELS,
-    'models.hf',
-    'judge_fns',
-    'worlds.preference_lengths',
-    'worlds.preference_sources',
-    'worlds.preference_splits',
+  'worlds': WORLDS,
+  # The preferences' data stage in parts.
+  **dict.fromkeys(
+    PREFERENCES,
+    (*WORLDS, *PREFERENCES[1:]),
   ),
   # 3: predictions and samples arrive as functions.
   'evals': (
@@ -218,10 +227,7 @@ FLOORS = {
     'infra',
     'judge_fns',
     'queries',
-    'worlds.preferences',
-    'worlds.preference_lengths',
-    'worlds.preference_sources',
-    'worlds.preference_splits',
+    *PREFERENCES,
     'jobs.plan',
   ),
   'jobs.export_models': ('export', 'files', 'hub', 'model_folder', 'infra'),

@@ -578,12 +578,12 @@ def _mixed(seed: Seed, value: float) -> str:
 # --- The claims ---------------------------------------------------------------
 
 RATE = 'win rate against SFT'
-LOSS = 'pretraining loss, nats a token'
+LOSS = 'pretraining loss, nats per token'
 JUDGE = "judge's mean score"
 SCORE = "reward model's mean score"
-LOG_LOSS = 'validation log-loss, nats a pair'
+LOG_LOSS = 'validation log-loss, nats per pair'
 ACCURACY = 'accuracy on validation pairs'
-KL = 'KL, nats a response'
+KL = 'KL, nats per response'
 GAIN = "judge's gain"
 RATE_LABEL = 'learning rate, x the own'
 
@@ -605,7 +605,7 @@ CLAIMS = {
     },
     (
       Panel(
-        'epoch', 'validation loss, nats a token', _epoch_points('valid_loss')
+        'epoch', 'validation loss, nats per token', _epoch_points('valid_loss')
       ),
       Panel('epoch', SCORE, _epoch_points('score_reward')),
     ),

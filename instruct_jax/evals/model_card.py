@@ -185,7 +185,7 @@ def _performance(shown) -> Section:
     parts += ['Reward model:', Table(['share of pairs', ''], rows)]
   if shown.text_loss:
     parts += [
-      'Loss on held-out pretraining text, nats a token (the alignment tax):',
+      'Loss on held-out pretraining text, nats per token (the alignment tax):',
       sections.pairs_table(['', ''], shown.text_loss),
     ]
   if shown.suite:

@@ -215,7 +215,7 @@ def claims(shown: figures.Figures) -> list[Claim]:
       Claim(
         'good' if loss.high < 0 else 'bad' if loss.low > 0 else '',
         f'{loss.mean:+.3f}',
-        f'nats a token: pretraining loss, {name}{other}',
+        f'nats per token: pretraining loss, {name}{other}',
         f'{loss.low:+.3f} to {loss.high:+.3f}',
       )
     )

@@ -22,7 +22,7 @@ from instruct_jax.evals import plots
 _LOSS = 'eval/pretraining_loss'
 # Shown besides the public tasks: metric of the run -> title.
 _OTHERS = {
-  _LOSS: 'pretraining loss, nats a token',
+  _LOSS: 'pretraining loss, nats per token',
   'objective/score': 'reward-model score',
 }
 _COEFFICIENTS = {
