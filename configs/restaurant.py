@@ -54,8 +54,9 @@ def restaurant():
     *('crossval', 'ppo', 'ppo_ptx', 'nlp_suite', 'evaluate'),
   )
 
-  # Tokens. Facts have at most 43; 99.5 % of the sentences have 52 or fewer, and
-  # in 99.5 % of rows, facts, ranked sentence and end together 98 or fewer.
+  # Tokens. Facts have at most 43; 99.5 % of the sentences have 52 or fewer;
+  # facts, ranked sentence and end together have 98 or fewer in 99.5 % of the
+  # rankings' rows.
   prompt_length, response_length, prefix_length = 44, 52, 96
   context = prefix_length + prompt_length + response_length
   ppos = (stages.ppo, stages.ppo_ptx)

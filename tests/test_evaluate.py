@@ -591,7 +591,7 @@ def test_people_judge(folder, finished, tmp_path):
     ({'judge': 'oracle'}, "judge 'oracle' is not a dotted name"),
     ({'judge': 'instruct_jax.nowhere.f'}, "judge 'instruct_jax.nowhere.f'"),
     ({'world': 'instruct_jax.nowhere.W'}, "world 'instruct_jax.nowhere.W'"),
-    ({'world': 'instruct_jax.worlds.miniature.Gold'}, 'is no figures.World'),
+    ({'world': 'instruct_jax.worlds.miniature.Gold'}, 'is not a figures.World'),
     ({'pairs': 'some'}, "of my_fork, people: 'some'"),
     ({'pairs': 'people=four'}, 'pairs must be all, or NAME=NAME of my_fork'),
     ({'pairs': 'one=people'}, "people: 'one=people'"),

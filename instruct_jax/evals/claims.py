@@ -585,7 +585,7 @@ LOG_LOSS = 'validation log-loss, nats per pair'
 ACCURACY = 'accuracy on validation pairs'
 KL = 'KL, nats per response'
 GAIN = "judge's gain"
-RATE_LABEL = 'learning rate, x the own'
+RATE_LABEL = 'learning rate, x the default'
 
 _HUANG = 'Huang et al. 2024'
 _METHODS = (Panel(KL, GAIN, _method_points, 'curves'),)
@@ -781,8 +781,8 @@ CLAIMS = {
       ),
     },
     (
-      Panel('gamma, x the own', LOSS, _against('gamma', Seed.loss)),
-      Panel('gamma, x the own', SCORE, _against('gamma', Seed.score)),
+      Panel('gamma, x the default', LOSS, _against('gamma', Seed.loss)),
+      Panel('gamma, x the default', SCORE, _against('gamma', Seed.score)),
     ),
   ),
   'R12': Claim(
@@ -793,8 +793,8 @@ CLAIMS = {
     ('beta', 'gamma'),
     {'distance of the best beta': _undominated},
     (
-      Panel('beta of PPO, x the own', LOSS, _against('beta', Seed.loss)),
-      Panel('beta of PPO, x the own', SCORE, _against('beta', Seed.score)),
+      Panel('beta of PPO, x the default', LOSS, _against('beta', Seed.loss)),
+      Panel('beta of PPO, x the default', SCORE, _against('beta', Seed.score)),
       Panel(SCORE, LOSS, _pareto_points, 'pairs'),
     ),
   ),
@@ -812,7 +812,7 @@ CLAIMS = {
     },
     (
       Panel(
-        'beta, x the own',
+        'beta, x the default',
         JUDGE,
         lambda s: {
           'PPO-ptx': _against('beta_ptx', Seed.judge)(s)[''],
@@ -857,7 +857,7 @@ CLAIMS = {
         s.loss(_ends(s, 'length')[1]) - s.loss(_ends(s, 'length')[0])
       )
     },
-    (Panel('episodes, x the own', LOSS, _against('length', Seed.loss)),),
+    (Panel('episodes, x the default', LOSS, _against('length', Seed.loss)),),
   ),
   'R17': Claim(
     'a tenth of pretraining data in the RL initialisation helps most',
@@ -914,7 +914,7 @@ CLAIMS = {
     },
     (
       Panel('share of the rankings', 'highest gain', _peak_points('overopt')),
-      Panel('weights, x the own', 'highest gain', _peak_points('sizes')),
+      Panel('weights, x the default', 'highest gain', _peak_points('sizes')),
     ),
   ),
   'R18c': Claim(
@@ -948,7 +948,7 @@ CLAIMS = {
       Panel('rankings', ACCURACY, _data_points(_accuracy)),
       Panel('rankings', LOG_LOSS, _data_points(_log_loss)),
       Panel(
-        'weights, x the own, 1/8 of the rankings',
+        'weights, x the default, 1/8 of the rankings',
         ACCURACY,
         _against('reward_sizes', _accuracy),
       ),

@@ -124,7 +124,7 @@ def world_of(config) -> figures.World | None:
     return None
   world = score_fns.find(config.world, 'world')
   if not isinstance(world, figures.World):
-    raise ValueError(f'world {config.world!r} is no figures.World')
+    raise ValueError(f'world {config.world!r} is not a figures.World')
   return world
 
 
