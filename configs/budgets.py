@@ -80,18 +80,18 @@ SMOKE = {
     'kept_fraction': 0.7,  # Short rows, whatever the data.
     'max_prompt_length': 768,
     'max_response_length': 128,
-    'max_demonstrations': 32,
-    'max_comparisons': 16,
+    'max_demonstrations': 16,
+    'max_comparisons': 8,
     'max_valid': 8,
-    'max_documents': 200,
+    'max_documents': 100,
   },
   'sft': {'num_epochs': 2},
   'rl_init': {'num_epochs': 1},
   'train': {'batch_size': 8, 'eval_batch_size': 8},
-  'reward': {'batch_size': 8, 'eval_batch_size': 8},
-  'select': {'num_prompts': 16, 'batch_size': 16},
-  'rl': {'num_episodes': 32, 'batch_size': 16, 'num_minibatches': 2},
-  'evaluate': {'num_prompts': 16, 'batch_size': 16, 'num_bootstrap': 200},
+  'reward': {'batch_size': 4, 'eval_batch_size': 8},
+  'select': {'num_prompts': 8, 'batch_size': 8},
+  'rl': {'num_episodes': 16, 'batch_size': 8, 'num_minibatches': 2},
+  'evaluate': {'num_prompts': 8, 'batch_size': 8, 'num_bootstrap': 200},
 }
 # Sizes and rates of Huang et al. 2024. Their PPO differs in two ways: its rate
 # follows a cosine schedule, and its loss is one sum with 0.1 of the value loss.

@@ -6,7 +6,7 @@
 
 Presets, after a colon, by the available compute:
 
-  smoke    any model, minutes; for CI and a first look, figures mean nothing
+  smoke    any model, a few steps; for CI and a first look, figures mean nothing
   cpu      a model of 135 M parameters on two cores, some hours (default)
   gpu      one card of 80 GB, a model of up to about 1.5 B parameters
   v4-8     the same on four TPU v4 chips

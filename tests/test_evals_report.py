@@ -102,6 +102,27 @@ def test_report_has_the_claims_with_their_intervals(written):
   assert '| other fork – sft | 0.700 [0.680, 0.720] | 97 | 197 |' in text
 
 
+@pytest.mark.parametrize(
+  'number, words', [(9, 'too few to tell'), (10, 'better')]
+)
+def test_a_bootstrap_of_few_prompts_or_rows_gives_no_verdict(number, words):
+  rates = {
+    'sft': made_figures.rates(0.5, 0.0, number),
+    'my_fork': made_figures.rates(1.0, 0.0, number),
+  }
+  loss = win_rate_lib.Interval(-0.1, -0.1, -0.1, number)
+  shown = minimal(
+    outcomes=made_figures.outcomes(rates),
+    text_loss_difference={'my_fork – sft': loss},
+  )
+  win, lost = sections.claims(shown)
+  kind = 'good' if number == 10 else ''
+  assert (win.kind, lost.kind) == (kind, kind)
+  assert win.doubt.startswith(words)
+  assert lost.doubt.startswith('too few to tell') == (number == 9)
+  assert lost.doubt.endswith(f'{number} rows')
+
+
 def test_the_reward_model_is_compared_on_the_same_pairs(written):
   text = (written / 'report.md').read_text()
   assert '| reward model – judge | -0.030 [-0.050, -0.010] |' in text

@@ -170,8 +170,14 @@ def _percent(share: float, decimals: int = 1) -> str:
   return f'{100 * share:.{decimals}f}\u00a0%'
 
 
+# A bootstrap of fewer prompts or rows gives intervals that are too narrow.
+MIN_CLUSTERS = 10
+
+
 def _verdict(rates: preferences.Rates) -> tuple[str, str]:
   """The kind of claim and the comparison in words, from the interval."""
+  if rates.num_prompts < MIN_CLUSTERS:
+    return '', 'too few to tell'
   if rates.low > 0.5:
     return 'good', 'better'
   if rates.high < 0.5:
@@ -211,12 +217,16 @@ def claims(shown: figures.Figures) -> list[Claim]:
     if name not in shown.rl_metrics and name in shown.text_loss:
       continue  # Neither an RL model nor a pair of models.
     other = f' – {shown.reference}' if name in shown.text_loss else ''
+    kind, words = 'good' if loss.high < 0 else 'bad' if loss.low > 0 else '', ''
+    if loss.num_clusters < MIN_CLUSTERS:
+      kind, words = '', 'too few to tell: '
     found.append(
       Claim(
-        'good' if loss.high < 0 else 'bad' if loss.low > 0 else '',
+        kind,
         f'{loss.mean:+.3f}',
         f'nats per token: pretraining loss, {name}{other}',
-        f'{loss.low:+.3f} to {loss.high:+.3f}',
+        f'{words}{loss.low:+.3f} to {loss.high:+.3f}, '
+        f'{loss.num_clusters:,} rows',
       )
     )
   return found
