@@ -88,9 +88,9 @@ SMOKE = {
   'sft': {'num_epochs': 2},
   'rl_init': {'num_epochs': 1},
   'train': {'batch_size': 8, 'eval_batch_size': 8},
-  'reward': {'batch_size': 4, 'eval_batch_size': 8},
+  'reward': {'batch_size': 8, 'eval_batch_size': 8},
   'select': {'num_prompts': 8, 'batch_size': 8},
-  'rl': {'num_episodes': 16, 'batch_size': 8, 'num_minibatches': 2},
+  'rl': {'num_episodes': 16, 'batch_size': 8, 'num_minibatches': 1},
   'evaluate': {'num_prompts': 8, 'batch_size': 8, 'num_bootstrap': 200},
 }
 # Sizes and rates of Huang et al. 2024. Their PPO differs in two ways: its rate

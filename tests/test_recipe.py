@@ -352,7 +352,7 @@ def test_activations_that_do_not_fit_are_computed_again(
   """On a CPU; rows are as long as the config lets them become."""
   shape = LLAMA
   config = make_config(data)
-  # Of 16 episodes in two minibatches, 8; of 8 rankings, 16 answers.
+  # Of 8 episodes, 8; of 8 rankings, 16 answers.
   assert recipe.largest_batch(config, 1024) == (16, 72 + 128)
   assert recipe.largest_batch(config, 128) == (16, 128)
   config.stages.reward.num_microbatches = 4
