@@ -51,7 +51,8 @@ def test_the_notebook_runs_with_the_smoke_config(tmp_path):
   (given / 'hh').mkdir()
   lines = [test_recipe.hh_line(number) for number in range(300)]
   (given / 'hh' / 'train.jsonl').write_text('\n'.join(lines))
-  (given / 'text.txt').write_text('The number 7 is a number.\n\n' * 400)
+  text = '\n\n'.join(f'The number {i} is a number.' for i in range(400))
+  (given / 'text.txt').write_text(text)
   last = notebook.cells[-1]
   for key, value in {
     'MODEL': f'hf:{given / "model"}',
