@@ -121,6 +121,7 @@ def tldr_stages(config):
     tied=False,
     rotary=ConfigDict({'dim': 64}),
     remat='full',
+    attention='auto',  # The kernel of TPUs does not take rows of 565 tokens.
   )
   config.ppo.prompt_length, config.ppo.response_length = 512, 53
   config.ppo.ptx_row_length = 640
