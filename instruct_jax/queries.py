@@ -410,12 +410,13 @@ def make_functions(
   """A policy as a `runner.GenerateFn` and a `runner.ChoiceFn`.
 
   To limit compilations, calls with fewer than `batch_size` prompts are filled
-  up, and prompts are padded to a multiple of `length_multiple`. The
-  `GenerateFn` also takes a number for each prompt, which is folded into the
-  sampling noise; by default, the prompts of a call are numbered from 0.
+  up, to a multiple of the current mesh's shards, and prompts are padded to a
+  multiple of `length_multiple`. The `GenerateFn` also takes a number for each
+  prompt, which is folded into the sampling noise; by default, the prompts of a
+  call are numbered from 0.
   Temperature 0 is greedy.
   """
-  key = jax.random.key(0)
+  key, batch_size = jax.random.key(0), sharding.whole_rows(batch_size)
 
   def filled(rows, filler):
     return [*rows, *[filler] * (batch_size - len(rows))]

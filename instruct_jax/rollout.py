@@ -95,17 +95,16 @@ def make_sizes(
   """Computes the sizes of one shard's part.
 
   Raises:
-    ValueError: the number of shards does not divide prompts or slots.
+    ValueError: the number of shards does not divide the prompts.
   """
   rows = num_prompts * num_samples
-  slots = min(num_slots or rows, rows)
-  for name, size in (('prompts', num_prompts), ('slots', slots)):
-    if size % num_shards:
-      raise ValueError(
-        f'{size} {name} do not divide over {num_shards} shards of the mesh; '
-        'choose a multiple'
-      )
-  prompts, slots = num_prompts // num_shards, slots // num_shards
+  if num_prompts % num_shards:
+    raise ValueError(
+      f'{num_prompts} prompts do not divide over {num_shards} shards of the '
+      'mesh; choose a multiple'
+    )
+  prompts = num_prompts // num_shards
+  slots = -(-min(num_slots or rows, rows) // num_shards)
   # The last token of a response is never read.
   longest = num_columns + num_response - 1
   refills = slots < prompts * num_samples
@@ -157,8 +156,8 @@ def generate_counted(
     num_response: R, the longest response, including the stop token.
     stop_ids: sampling one of these ends the response; it is kept.
     temperature: 1 in the paper's rollouts; 0 is greedy.
-    num_slots: rows sampled at a time, for which the cache has room; 0 is one
-      for each response.
+    num_slots: rows sampled at a time, for which the cache has room, rounded up
+      to a multiple of the shards; 0 is one for each response.
     num_samples: responses to each prompt, in adjacent rows; a prompt is read
       once for all of them.
 
@@ -169,7 +168,7 @@ def generate_counted(
     sampled nothing; `reads`, the batches of prompts that were read.
 
   Raises:
-    ValueError: the number of shards does not divide prompts or slots.
+    ValueError: the number of shards does not divide the prompts.
   """
   B, P = prompts.tokens.shape
   num_shards = sharding.num_batch_shards()

@@ -457,9 +457,9 @@ def test_a_cache_that_grows_gives_the_same(chance):
   assert (counts['slot_steps'] == 32 * 512) == (chance == 1e-4)
 
 
-def test_sizes_that_do_not_divide_are_named():
-  with pytest.raises(ValueError, match='6 slots do not divide over 4 shards'):
-    rollout.make_sizes(16, 5, 8, 6, 1, 4)
+def test_slots_are_rounded_up_and_prompts_that_do_not_divide_are_named():
+  assert rollout.make_sizes(16, 5, 8, 6, 1, 4).slots == 2
+  assert rollout.make_sizes(16, 5, 8, 50, 1, 4).slots == 4
   with pytest.raises(ValueError, match='10 prompts do not divide over 4'):
     rollout.make_sizes(10, 5, 8, 8, 1, 4)
 
@@ -555,6 +555,17 @@ def test_in_batches_fills_up_and_restores_the_order():
   out = slices.in_batches(double, rows, 16)
   np.testing.assert_array_equal(out['x'], 2 * rows['x'])
   assert shapes[-1] == (16,)
+
+
+def test_batches_are_rounded_up_to_the_shards_of_the_mesh():
+  rows = np.arange(21, dtype=np.int32)
+  mesh = sharding.make_mesh((4, 2, 1))
+  with sharding.use_mesh(mesh):
+    double = jax.jit(lambda x: 2 * x)
+    out = slices.in_batches(
+      lambda batch: double(sharding.put_whole(batch, mesh)), rows, 5
+    )
+  np.testing.assert_array_equal(out, 2 * rows)
 
 
 def test_in_batches_without_rows():

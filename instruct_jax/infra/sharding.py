@@ -324,6 +324,12 @@ def num_batch_shards() -> int:
   return _num_parts(BATCH_AXES, sizes) if sizes else 1
 
 
+def whole_rows(num_rows: int) -> int:
+  """The least multiple of the current mesh's shards that is not below it."""
+  num_shards = num_batch_shards()
+  return -(-num_rows // num_shards) * num_shards
+
+
 def per_shard(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
   """Makes a function of rows run on each shard of rows separately.
 

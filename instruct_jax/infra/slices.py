@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from instruct_jax.infra import sharding
 from instruct_jax.types import PyTree
 
 
@@ -47,7 +48,8 @@ def in_batches(
   Args:
     fn: maps a batch of rows to arrays with as many rows.
     rows: pytree of numpy arrays with N rows each; ValueError if N is 0.
-    batch_size: rows per call.
+    batch_size: rows per call; rounded up to a multiple of the shards of the
+      current mesh.
     progress: called with the number of rows of each batch once it is done.
 
   Returns:
@@ -56,7 +58,7 @@ def in_batches(
   num_rows = jax.tree.leaves(rows)[0].shape[0]
   if num_rows == 0:
     raise ValueError('no rows to run a model on')
-  parts = []
+  batch_size, parts = sharding.whole_rows(batch_size), []
   for start in range(0, num_rows, batch_size):
     wanted = np.arange(start, start + batch_size) % num_rows
     batch = jax.tree.map(lambda x, w=wanted: np.asarray(x)[w], rows)
