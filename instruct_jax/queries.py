@@ -481,13 +481,14 @@ def make_heldout_loss(
   """Makes a function: parameters of a policy -> its loss on held-out rows.
 
   `rows` are NumPy arrays, whole in every process; `batch_size` is rows per
-  call. `progress`: see `heldout_loss.heldout_loss`.
+  call, rounded up to a multiple of the current mesh's shards. `progress`: see
+  `heldout_loss.heldout_loss`.
   """
   program = sharding.fetched(_text_program(module))
   return lambda params: heldout_loss.heldout_loss(
     lambda batch: program(params, sharding.put_whole(batch, mesh)),
     rows,
-    batch_size,
+    sharding.whole_rows(batch_size),
     progress,
   )
 

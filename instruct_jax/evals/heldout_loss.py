@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from instruct_jax.evals import win_rate
-from instruct_jax.infra import sharding
 from instruct_jax.types import TextBatch
 
 
@@ -31,14 +30,13 @@ def heldout_loss(
   Args:
     logprobs_fn: jitted; maps a batch to log-probabilities [B, T] in nats.
     rows: NumPy, N rows; only `loss_mask` tokens count.
-    batch_size: rows per call, so that it compiles once; rounded up to a
-      multiple of the shards of the current mesh.
+    batch_size: rows per call, so that it compiles once.
     progress: called with the number of rows of each batch once it is done.
 
   Raises:
     ValueError: no token enters the loss.
   """
-  num_rows, batch_size = rows.tokens.shape[0], sharding.whole_rows(batch_size)
+  num_rows = rows.tokens.shape[0]
   sums, counts = np.zeros(num_rows), np.zeros(num_rows)
   for start in range(0, num_rows, batch_size):
     kept = np.arange(start, min(start + batch_size, num_rows))
