@@ -116,6 +116,31 @@ def test_the_compiled_kernel_has_no_bias(h100, kv_heads):
   assert flops == 7 * 2 * 4 * 8 * 1024**2 * 64
 
 
+def test_rows_of_odd_length_have_a_gradient(h100):
+  text, _ = compiled_gradient(h100, 8, 8, 565)
+  assert '__cudnn$fmhaSoftmaxBackward"' in text
+
+
+def test_the_kernel_gets_rows_of_even_length(monkeypatch):
+  """One column of padding more, which is cut from the result."""
+  shapes = []
+
+  def attend(queries, keys, values, segments, scale):
+    shapes.append((queries.shape, keys.shape, segments.shape))
+    assert not segments[:, -1].any() and not values[:, :, -1].any()
+    return scale * queries
+
+  monkeypatch.setattr(cudnn, 'attend', attend)
+  config = TransformerConfig(64, 5, 1, 8, 2, 4, 8)
+  queries = jnp.arange(80.0).reshape(2, 2, 5, 4)
+  with cudnn.described_hopper():
+    mixed = attention.flash(
+      config, 'cudnn', queries, queries, queries, jnp.ones((2, 5), jnp.int32)
+    )
+  assert shapes == [((2, 2, 6, 4), (2, 2, 6, 4), (2, 6))]
+  np.testing.assert_array_equal(mixed, config.score_scale * queries)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('topology', ['h100-1', 'h100-8', 'h100-2x8'])
 @pytest.mark.parametrize('name', list(plan.PIECES))

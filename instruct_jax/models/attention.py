@@ -198,6 +198,14 @@ def flash(
   Padding (segment 0) attends to padding, so that every row of the softmax has
   an entry; no real token sees it.
   """
+  num_tokens = segments.shape[1]
+  if kernel == 'cudnn' and num_tokens % 2:
+    # cuDNN has gradients for even lengths only: one column of padding more.
+    column = ((0, 0), (0, 0), (0, 1), (0, 0))
+    longer = (jnp.pad(x, column) for x in (queries, keys, values))
+    segments = jnp.pad(segments, ((0, 0), (0, 1)))
+    mixed = flash(config, kernel, *longer, segments)
+    return mixed[:, :, :num_tokens]
   if kernel == 'cudnn' and cudnn.is_hopper():
     return cudnn.attend(queries, keys, values, segments, config.score_scale)
   if kernel == 'cudnn':
