@@ -75,6 +75,7 @@ GPU = {
     'ema_decay': 0.95,  # Of 256 updates.
   },
 }
+# Batches divide over eight devices.
 SMOKE = {
   'data': {
     'kept_fraction': 0.7,  # Short rows, whatever the data.

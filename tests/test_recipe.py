@@ -101,6 +101,7 @@ def make_config(data, preset='smoke', **changes):
     config.other_documents = f'same={config.documents}'
     config.compute_dtype = 'float32'
     config.stages.data.max_prompt_length = 72
+    config.stages.evaluate.batch_size = 5  # Does not divide over the devices.
     for key, value in changes.items():
       config[key] = value
   return config
