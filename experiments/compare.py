@@ -114,6 +114,9 @@ def sample_answers(config, samplers, tokenizer, prompts, name, number):
 
   A prompt that is too long gets none.
 
+  Returns:
+    For each prompt, (text, whether it ended by itself) of each completion.
+
   Args:
     samplers: see `load_samplers`.
     name: name of the prompts, for messages.
@@ -126,7 +129,7 @@ def sample_answers(config, samplers, tokenizer, prompts, name, number):
   owners = np.repeat(np.arange(len(prompts)), sizes)
   shares = [each.share for each in config.policies.values()]
   sources = draw_sources(shares, sizes, rng)
-  texts = [None] * len(owners)
+  found = [None] * len(owners)
   with run_lib.Progress(f'compare {name}', len(owners)) as progress:
     for source, sample in enumerate(samplers):
       mine = np.flatnonzero(sources == source)
@@ -144,16 +147,18 @@ def sample_answers(config, samplers, tokenizer, prompts, name, number):
         progress=progress.update,
       )
       answers = tokenizer.decode_responses(rollout.response_ids(sampled))
-      for row, text in zip(rows.indices, answers, strict=True):
-        texts[mine[row]] = text
+      for row, *answer in zip(
+        rows.indices, answers, map(bool, sampled.ended), strict=True
+      ):
+        found[mine[row]] = tuple(answer)
   # Completions stay in the drawn order, which is independent of the policy.
   by_prompt = [[] for _ in prompts]
-  for owner, text in zip(owners, texts, strict=True):
-    if text is not None:  # The prompt was too long.
-      by_prompt[owner].append(text)
+  for owner, answer in zip(owners, found, strict=True):
+    if answer is not None:  # The prompt was too long.
+      by_prompt[owner].append(answer)
   run_lib.say_left_out(
     config.name,
-    sum(not texts for texts in by_prompt),
+    sum(not answers for answers in by_prompt),
     len(prompts),
     f'{name} prompts',
     f'prompt_length ({config.prompt_length} tokens)',
@@ -166,21 +171,23 @@ def rank(the_world, prompts, by_prompt, rankers, per_prompt, rng):
 
   Args:
     the_world: the world by which the labelers judge.
-    by_prompt: completions of each prompt; fewer than two are not ranked.
+    by_prompt: completions of each prompt, see `sample_answers`; fewer than two
+      are not ranked.
     rankers: labelers to draw from.
     per_prompt: number of labelers per prompt.
     rng: for the draw and the labelers' noise.
   """
   found = []
-  for prompt, completions in zip(prompts, by_prompt, strict=True):
-    if len(completions) < 2:
+  for prompt, answers in zip(prompts, by_prompt, strict=True):
+    if len(answers) < 2:
       continue
+    completions, ended = zip(*answers, strict=True)
     chosen = rng.choice(len(rankers), per_prompt, replace=False)
     judgements = labelers.judge_each(prompt, completions, the_world)
     found += [
       records.Comparison(
         prompt=prompt.text,
-        completions=tuple(completions),
+        completions=completions,
         ranks=labelers.rank(rankers[index], completions, judgements, rng),
         id=prompt.id,
         user=prompt.user,
@@ -188,6 +195,7 @@ def rank(the_world, prompts, by_prompt, rankers, per_prompt, rng):
         category=prompt.category,
         metadata=prompt.metadata,
         turns=prompt.turns,
+        ended=ended,
       )
       for index in chosen
     ]
