@@ -50,7 +50,7 @@ def stage(seed, workdir, name='reward'):
   config.learning_rate = 9e-6  # C.2; cosine to 10 %.
   config.divisor = 'surviving'  # Pairs that are not ties; or 'all'.
   config.log_every = 5
-  config.eval_batch_size = 16  # Prompts.
+  config.eval_batch_size = 16  # Packed rows.
   config.checkpoint_every = 50
   return config
 

@@ -145,7 +145,8 @@ def run(config, workdir: epath.Path):
     params = train(config, workdir, config.name, rows, model, config.seed)
     whole = lora.join(params, model.base)
     (accuracy,) = rankings.accuracy(
-      lambda rows: logprobs(whole, rows) - valid_reference, encoded
+      lambda rows: config.beta * (logprobs(whole, rows) - valid_reference),
+      encoded,
     )
     results = rankings.results(accuracy, rows, len(comparisons), dropped)
     model_folder.save(

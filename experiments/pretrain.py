@@ -43,6 +43,11 @@ def validate(config):
       f'{config.model.context_length}'
     )
   supervised.check_microbatches(config)
+  if not 0 <= config.num_warmup < config.num_steps:
+    raise ValueError(
+      f'num_warmup must be from 0 to below num_steps {config.num_steps}: '
+      f'{config.num_warmup}'
+    )
 
 
 def inputs(config):

@@ -123,6 +123,11 @@ def run(config, workdir: epath.Path):
   policy, mesh = rankings.load_policy(config, tokenizer)
   with sharding.use_mesh(mesh):
     rows, dropped = rankings.training_rows(config, comparisons, tokenizer)
+    encoded = rankings.encode(config, valid, tokenizer)
+    # Demonstrations score 0 on average; without any, the ranked answers do.
+    shown = rows
+    if config.demonstrations:
+      shown = rankings.demonstration_rows(config, tokenizer)
     # fold_in: the head's noise must differ from the batches' keys.
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     model = model_fns.scalar_from_policy(policy, mesh, key)
@@ -132,14 +137,9 @@ def run(config, workdir: epath.Path):
       config, workdir, config.name, rows, model, config.seed
     )
     score_with = rankings.scorer(config, programs['scalars'], model.base)
-    # Demonstrations score 0 on average; without any, the ranked answers do.
-    shown = rows
-    if config.demonstrations:
-      shown = rankings.demonstration_rows(config, tokenizer)
     scores = score_with(params)(shown)[shown.mask.any(axis=2)]
     params, shift = rankings.centred(params, scores)
     score = score_with(params)
-    encoded = rankings.encode(config, valid, tokenizer)
     (accuracy,) = rankings.accuracy(score, encoded)
     results = rankings.results(accuracy, rows, len(comparisons), dropped)
     results['reward_shift'] = shift

@@ -39,11 +39,6 @@ def validate(config):
     raise ValueError(f'ptx_fraction must be in [0, 1): {config.ptx_fraction}')
   if config.ptx_fraction and not config.documents:
     raise ValueError('ptx_fraction > 0 needs documents to mix in')
-  if config.max_demonstrations < 0:
-    raise ValueError(
-      'max_demonstrations must be 0 (all) or positive: '
-      f'{config.max_demonstrations}'
-    )
   supervised.check_microbatches(config)
 
 

@@ -72,8 +72,9 @@ class PPOConfig:
     num_microbatches: gradient accumulation within a minibatch.
     num_slices: parts in which a rollout is read, to save memory.
     sampler_tolerance: nats. The sampler's log-probabilities are used as the old
-      ones if, on a sample as large as a minibatch, they agree with those of the
-      training graph to within this; 0 always uses the graph's.
+      ones if, on a sample as large as a minibatch or a slice, whichever is
+      smaller, they agree with those of the training graph to within this; 0
+      always uses the graph's.
     ema_decay: decay of the average of the policy's weights (C.4).
     ema_every: average after each 'update' or 'iteration'; the paper does not
       say which.
@@ -116,12 +117,21 @@ class PPOConfig:
     counts = 'num_minibatches num_epochs num_microbatches num_slices kl_horizon'
     check(lambda x: x >= 1, counts, 'be at least 1')
     check(lambda x: x > 0, 'clip value_clip', 'be positive')
-    check(lambda x: x >= 0, 'ptx_coef sampler_tolerance', 'not be negative')
-    check(lambda x: 0 <= x < 1, 'ema_decay', 'be in [0, 1)')
+    check(lambda x: x >= 0, 'sampler_tolerance', 'not be negative')
     check(
-      lambda x: x is None or x > 0,
+      lambda x: 0 <= x < math.inf, 'ptx_coef', 'be finite, and not negative'
+    )
+    check(lambda x: 0 <= x < 1, 'ema_decay', 'be in [0, 1)')
+    check(lambda x: 0 <= x <= 1, 'discount gae_lambda', 'be in [0, 1]')
+    check(
+      lambda x: x is None or 0 < x < math.inf,
       'kl_target',
       'be positive, or None for a fixed kl_coef',
+    )
+    check(
+      lambda x: x is None or math.isfinite(x),
+      'missing_end_score',
+      "be finite, or None for a response's own score",
     )
 
 
@@ -268,16 +278,17 @@ def make_penalise(
 def _old_logprobs(read, rows, sampler, num_slices, config):
   """The log-probabilities of the old policy, and metrics.
 
-  They are the sampler's if these agree with the training graph's on every
-  `num_minibatches`-th row, otherwise the graph's.
+  They are the sampler's if these agree with the training graph's on a sample
+  of rows, otherwise the graph's.
   """
   compares = config.sampler_tolerance > 0
+  stride = max(config.num_minibatches, num_slices)
 
   def read_all():
     return slices.in_slices(read, rows, num_slices)
 
   def sample_of(x):
-    return x[:: config.num_minibatches] if compares else x
+    return x[::stride] if compares else x
 
   graph = read(jax.tree.map(sample_of, rows)) if compares else read_all()
   mask = sample_of(rows.response_mask)

@@ -95,17 +95,19 @@ def training_rows(
   comparisons: Sequence[records.Comparison],
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> tuple[ComparisonBatch, loader.Dropped]:
-  """Rankings as rows, and what was dropped, which is also printed."""
+  """Rankings as rows, and the rankings that were dropped, also printed.
+
+  With `split_pairs` the rows are of pairs, from the same rankings.
+  """
+  sizes = (tokenizer, config.max_candidates, config.merge_rankings)
+  rows, dropped = _rows(config, 'comparisons', comparisons, *sizes)
   if config.split_pairs:
-    comparisons = [pair for each in comparisons for pair in pairs_of(each)]
-  return _rows(
-    config,
-    'comparisons',
-    comparisons,
-    tokenizer,
-    config.max_candidates,
-    config.merge_rankings,
-  )
+    fitting = loader.fitting_comparisons(
+      comparisons, tokenizer, config.row_length
+    )
+    pairs = [pair for each in fitting for pair in pairs_of(each)]
+    rows, _ = _rows(config, 'pairs of comparisons', pairs, *sizes)
+  return rows, dropped
 
 
 def pairs_of(comparison: records.Comparison) -> list[records.Comparison]:
@@ -162,9 +164,10 @@ class Batches:
   ):
     self._rows, self._num_parts = rows, config.num_microbatches
     size = config.batch_size
-    if config.split_pairs:  # Keeps the number of steps as with whole prompts.
-      size = round(size * loader.num_rows(rows) / _num_prompts(rows))
-      size = max(1, size // self._num_parts) * self._num_parts
+    if config.split_pairs:
+      # About as many steps as with whole prompts. A multiple of `batch_size`
+      # divides over the same devices and microbatches.
+      size *= max(1, loader.num_rows(rows) // _num_prompts(rows))
     self._steps = loader.balanced_batches(
       rows.mask.sum(axis=(1, 2)),
       batch_size=size,
@@ -221,7 +224,12 @@ class Encoded:
 
 def _scored(comparison):
   """Key of a ranking's scores, which do not depend on labeler and ranks."""
-  return comparison.prompt, comparison.turns, comparison.completions
+  return (
+    comparison.prompt,
+    comparison.turns,
+    comparison.completions,
+    comparison.ended or (True,) * len(comparison.completions),
+  )
 
 
 def encode(
@@ -296,7 +304,7 @@ def results(
     'log_loss': accuracy.log_loss,  # Nats per pair.
     'num_pairs': accuracy.num_pairs,
     'num_comparisons': num_comparisons - dropped.total,
-    'num_prompts': loader.num_rows(rows),
+    'num_prompts': _num_prompts(rows),
     'num_forwards': int(rows.mask.any(axis=2).sum()),  # Per epoch.
     'num_dropped': dropped.total,
   }

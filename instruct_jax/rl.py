@@ -88,8 +88,8 @@ def validate(config: ConfigDict) -> None:
   bases = {'reference': 'policy'}
   if 'value_from' in config:
     run_lib.check_choice(config, 'value_from', ('reward_model', 'policy'))
-  if 'value_learning_rate' in config:
-    bases['reward'] = 'value model'
+    if config.value_from == 'reward_model':
+      bases['reward'] = 'value model'
   for name, trained in bases.items():
     if config.lora.rank and name in config.offload:
       raise ValueError(
@@ -98,6 +98,18 @@ def validate(config: ConfigDict) -> None:
       )
   if not config.temperature > 0:
     raise ValueError(f'temperature must be positive: {config.temperature}')
+  if method.kl_target is not None:
+    if not config.kl_coef > 0:
+      raise ValueError(
+        'kl_coef must be positive if kl_target is set, which multiplies it: '
+        f'{config.kl_coef}'
+      )
+    # An error of a fifth, the most that counts, then changes it by a fifth.
+    if config.kl_horizon < config.batch_size:
+      raise ValueError(
+        'kl_horizon counts episodes, and must be at least the batch_size '
+        f'{config.batch_size}: {config.kl_horizon}'
+      )
   if config.ptx_per_episode < 1 and method.ptx_coef > 0:
     raise ValueError(
       f'ptx_coef {method.ptx_coef} needs ptx_per_episode >= 1: '

@@ -128,6 +128,9 @@ def test_paper_sizes_build_their_abstract_ppo_state(size):
     ('ppo_ptx', 'pack_episodes', 0, 'pack_episodes'),
     ('ppo_ptx', 'sampler_tolerance', -1.0, 'sampler_tolerance'),
     ('ppo_ptx', 'ema_every', 'often', 'ema_every'),
+    ('ppo_ptx', 'gae_lambda', 1.5, r'gae_lambda must be in \[0, 1\]: 1.5'),
+    ('ppo_ptx', 'discount', float('nan'), 'discount must be in .*: nan'),
+    ('pretrain', 'num_warmup', 2000, 'num_warmup must be from 0 to below'),
     ('sft', 'ptx_fraction', 1.5, 'ptx_fraction'),
     ('sft', 'num_microbatches', 5, 'num_microbatches 5'),
     ('reward', 'divisor', 'some', 'divisor'),
@@ -149,6 +152,34 @@ def test_bad_values_are_named(name, key, value, text):
     config.update_from_flattened_dict({key: value})
   with pytest.raises(ValueError, match=text):
     pipeline.find_experiment(config.experiment).validate(config)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'text'),
+  [
+    ({'kl_coef': 0.0}, 'kl_coef must be positive if kl_target is set.*: 0.0'),
+    ({'kl_horizon': 127}, 'kl_horizon counts .* the batch_size 128: 127'),
+  ],
+)
+def test_a_kl_coefficient_that_cannot_adapt_is_refused(changes, text):
+  config = ppo_config_file.get_config('miniature').stages.ppo
+  with config.unlocked():
+    config.update(kl_target=6.0, kl_horizon=128)
+  rl.validate(config)
+  config.update(changes)
+  with pytest.raises(ValueError, match=text):
+    rl.validate(config)
+
+
+def test_adapters_may_offload_a_reward_model_that_is_no_base():
+  config = ppo_config_file.get_config('miniature').stages.ppo
+  with config.unlocked():
+    config.lora.rank = 2
+    config.update(offload=('reward',), value_from='policy')
+  rl.validate(config)
+  config.value_from = 'reward_model'
+  with pytest.raises(ValueError, match="'reward' are also the base of the val"):
+    rl.validate(config)
 
 
 def test_numbers_of_the_method_have_no_defaults():

@@ -344,9 +344,15 @@ def test_checkpoints_by_time(workdir, monkeypatch, uninterrupted):
   assert_same(workdir, state, uninterrupted)
 
 
-@pytest.mark.parametrize('text', ['0', '3-2', '9-11', 'all', '-2'])
-def test_steps_to_profile_that_there_are_not(workdir, text):
-  with pytest.raises(ValueError, match='toy: profile_steps .* within 1 to 10'):
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    *((text, 'counted from 1') for text in ('0', '3-2', 'all', '-2')),
+    ('9-11', 'within 1 to 10'),
+  ],
+)
+def test_steps_to_profile_that_there_are_not(workdir, text, message):
+  with pytest.raises(ValueError, match=f'toy: profile_steps .* {message}'):
     run_loop(workdir, profile_steps=text)
 
 

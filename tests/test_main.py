@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import pathlib
 import signal
@@ -14,6 +15,7 @@ import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
+from configs import common
 from instruct_jax.infra import inputs as inputs_lib
 from instruct_jax.infra import machine, pipeline
 from instruct_jax.infra import run as run_lib
@@ -113,13 +115,40 @@ def test_every_stage_is_validated_before_the_first_runs(toys, workdir):
   ('key', 'value', 'message'),
   [
     ('batch_size', 0, 'b: batch_size must be at least 1, got 0'),
-    ('learning_rate', 0.0, 'b: learning_rate must be positive, got 0.0'),
-    ('temperature', -1.0, 'b: temperature must not be negative .*, got -1.0'),
+    ('learning_rate', 0.0, 'b: learning_rate must be positive .*, got 0.0'),
+    ('value_learning_rate', math.nan, 'b: value_learning_rate .*, got nan'),
+    ('temperature', -1.0, 'b: temperature must be .* not negative .*-1.0'),
+    ('temperature', math.inf, 'b: temperature must be finite .*, got inf'),
+    ('max_comparisons', -5, 'b: max_comparisons must not be .*for all.*-5'),
+    ('adam_b1', 1.5, r'b: adam_b1 must be in \[0, 1\), got 1.5'),
+    ('max_grad_norm', math.nan, 'b: max_grad_norm must not .*, got nan'),
+    ('snapshot_every', -3, 'b: snapshot_every must not be negative .*-3'),
+    ('reward_weight', math.nan, 'b: reward_weight must be finite, got nan'),
   ],
 )
 def test_numbers_without_sense_are_named(toys, workdir, key, value, message):
   second = stage('b')
   second[key] = value
+  with pytest.raises(ValueError, match=message):
+    run(stages_of(stage('a'), second), workdir)
+  assert not list(workdir.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'checkpoint_every': 15}, r'b: checkpoint_every \(15\) .* \(10\)'),
+    ({'loop.max_skips': 0}, r'b: .*max_skips \(0\) must be at least 1'),
+    ({'loop.keep_every': 15}, r'b: keep_every \(15\) must be 0 or a multiple'),
+    ({'loop.profile_steps': 'all'}, "b: profile_steps must be .*: 'all'"),
+  ],
+)
+def test_intervals_are_checked_before_any_stage(
+  toys, workdir, changes, message
+):
+  second = common.loop(ConfigDict(stage('b')))
+  second.update(log_every=10, checkpoint_every=10)
+  second.update_from_flattened_dict(changes)
   with pytest.raises(ValueError, match=message):
     run(stages_of(stage('a'), second), workdir)
   assert not list(workdir.iterdir())

@@ -20,6 +20,7 @@ from configs import ppo_ptx as config_file
 from configs import rloo as rloo_config
 from experiments import dpo, ppo_ptx, pretrain, reward, rloo, sft
 from instruct_jax import model_fns, model_folder
+from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import (
   checkpoint,
@@ -133,6 +134,25 @@ def test_the_first_update_starts_at_the_reference(finished):
     assert abs(first['first/ppo/policy/ratio'] - 1) < 1e-5
     assert first['first/ppo/policy/clipfrac'] == 0
     assert first['objective/sampler_difference'] < 1e-4
+
+
+def test_rankings_say_which_answers_were_cut(finished):
+  """An answer that ended has a place left for its end token; a cut one none."""
+  config = config_file.get_config('smoke').stages.compare
+  tokenizer = tokenizer_lib.Tokenizer.load(finished / 'data' / 'tokenizer')
+  for name in ('train', 'valid', 'heldout'):
+    rankings = records.read_jsonl(
+      finished / 'compare' / f'comparisons_{name}.jsonl', records.Comparison
+    )
+    ended = [end for each in rankings for end in each.ended]
+    texts = [text for each in rankings for text in each.completions]
+    sizes = np.array([*map(len, tokenizer.encode_responses(texts))])
+    assert len(ended) == len(texts) and {True, False} == set(ended)
+    np.testing.assert_array_equal(ended, sizes < config.response_length)
+    # So the reward model reads what was sampled, and nothing after it.
+    _, answers, _ = loader.comparison_ids(rankings, tokenizer)
+    longest = max(len(ids) for each in answers for ids in each)
+    assert longest == config.response_length
 
 
 def test_demonstrations_score_zero_after_save_and_load(finished):
@@ -355,7 +375,8 @@ def test_forks_start_at_the_reference(copied):
     if name == 'rloo':
       stage.num_episodes = stage.batch_size
     else:
-      stage.max_comparisons = 40
+      # With so small a beta, implied rewards stay 0.
+      stage.update(max_comparisons=40, beta=1e-6)
       stage.log_every = stage.checkpoint_every = 1
     folder = copied / f'start_{name}'
     folder.mkdir()
@@ -368,6 +389,8 @@ def test_forks_start_at_the_reference(copied):
     else:
       assert first['dpo/loss'] == pytest.approx(np.log(2), abs=1e-3)
       assert first['dpo/reward'] == pytest.approx(0, abs=1e-3)
+      found = run.read_json(folder / 'results.json')
+      assert found['log_loss'] == pytest.approx(np.log(2), abs=1e-3)
 
 
 def test_a_function_scores_in_the_place_of_a_reward_model(copied):

@@ -6,6 +6,7 @@ present one alone, and a value on the token it stands at.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -885,6 +886,33 @@ def test_group_advantages_are_those_of_the_responses():
   assert returns is None
 
 
+@pytest.mark.parametrize(
+  ('num_minibatches', 'num_slices', 'expected'),
+  # Rows of the sample, and then of a slice of the whole.
+  [(1, 8, [2, 2]), (8, 1, [2, 16]), (4, 8, [2, 2]), (1, 1, [16, 16])],
+)
+def test_the_sampler_is_compared_on_at_most_a_slice(
+  num_minibatches, num_slices, expected
+):
+  sampled = make_rollout()
+  layout = tiny.lay_out(sampled)
+  rows = packing.first_epoch(packing.pack_episodes(sampled, layout), layout)
+  rows = jax.tree.map(lambda x: jnp.repeat(x[:1], 16, axis=0), rows)
+  sizes = []
+
+  def read(rows):
+    sizes.append(len(rows.tokens))
+    return jnp.zeros(rows.response_mask.shape)
+
+  config = dataclasses.replace(PPO, num_minibatches=num_minibatches)
+  # One number is far off, in a row that every sample has.
+  logprobs = jnp.zeros(rows.response_mask.shape).at[0, 0].set(-1.0)
+  found, metrics = ppo._old_logprobs(read, rows, logprobs, num_slices, config)
+  assert sizes == expected
+  np.testing.assert_array_equal(found, 0.0)
+  assert metrics['objective/sampler_trusted'][0] == 0
+
+
 def test_without_a_value_model_there_is_none():
   """No values in the batch, no value in the state, no value loss."""
   sampled, config = make_rollout(), PPO
@@ -928,7 +956,10 @@ def test_without_a_value_model_there_is_none():
     ({'num_microbatches': -1}, 'num_microbatches must be at least 1: -1'),
     ({'clip': 0.0}, 'clip must be positive: 0.0'),
     ({'value_clip': float('nan')}, 'value_clip must be positive: nan'),
-    ({'ptx_coef': -1.0}, 'ptx_coef must not be negative: -1.0'),
+    ({'ptx_coef': -1.0}, 'ptx_coef must be .* not negative: -1.0'),
+    ({'ptx_coef': math.inf}, 'ptx_coef must be finite, .*: inf'),
+    ({'missing_end_score': math.nan}, 'missing_end_score must be .*: nan'),
+    ({'kl_target': math.inf}, 'kl_target must be positive, .*: inf'),
     ({'kl_target': 0.0}, 'kl_target must be positive'),
     ({'kl_horizon': 0}, 'kl_horizon must be at least 1: 0'),
     ({'ema_decay': 1.0}, r'ema_decay must be in \[0, 1\): 1.0'),

@@ -13,7 +13,7 @@ from configs import reward as reward_config
 from configs import study as config_file
 from instruct_jax import rankings
 from instruct_jax.data import records, tokenizer
-from instruct_jax.evals import claims, plots, win_rate
+from instruct_jax.evals import claims, plots, preference_accuracy, win_rate
 from instruct_jax.evals.benchmarks import tasks
 from instruct_jax.infra import stages
 from instruct_jax.jobs import study
@@ -299,6 +299,34 @@ def test_pairs_are_learned_in_as_many_steps_as_prompts(tmp_path):
     batches = rankings.Batches(stage, batch, 0)
     found.append((len(batches), len(batch.tokens)))
   assert found == [(3, 12), (3, 72)]
+
+
+def test_batches_of_pairs_divide_as_those_of_prompts_do():
+  """Their size depends neither on devices nor on microbatches."""
+  words = tokenizer.train_word_level(['a', 'b', 'c', 'd', 'p'])
+  rows = [
+    # Six pairs, and one.
+    records.Comparison(
+      'p ' * (1 + i), tuple('abcd')[:k], tuple(range(1, k + 1))
+    )
+    for i, k in enumerate([4] * 5 + [2] * 3)
+  ]
+  # Its longer answer does not fit, so neither of them is learned from.
+  rows.append(records.Comparison('p', ('a', 'b ' * 40), (1, 2)))
+  stage = reward_config.stage(0, '')
+  stage.update(batch_size=8, row_length=32, split_pairs=True)
+  batch, dropped = rankings.training_rows(stage, rows, words)
+  assert (len(batch.tokens), dropped.total) == (33, 1)
+  steps = []
+  for number in (1, 2, 4):
+    stage.num_microbatches = number
+    steps.append(rankings.Batches(stage, batch, 0)._steps)
+  np.testing.assert_array_equal(steps[0], steps[1])
+  np.testing.assert_array_equal(steps[0], steps[2])
+  assert steps[0].shape[1] == 32  # 33 pairs of 8 prompts: 4 each.
+  accuracy = preference_accuracy.pairwise_accuracy([(1, 0)], [(1, 2)], ['p'])
+  found = rankings.results(accuracy, batch, len(rows), dropped)
+  assert (found['num_comparisons'], found['num_prompts']) == (8, 8)
 
 
 @pytest.mark.parametrize('name', list(claims.CLAIMS))

@@ -45,6 +45,38 @@ _SECONDS_WITHOUT_ASKING = 5.0
 _STEPS_UNDER_WAY = 2
 
 
+def check(
+  log_every: int,
+  checkpoint_every: int,
+  checkpoint_minutes: float = 0.0,
+  keep: int = 2,
+  keep_every: int = 0,
+  max_skips: int = 10,
+  profile_steps: str = '',
+) -> None:
+  """Checks arguments of `Loop` that do not depend on a run's length.
+
+  Raises:
+    ValueError: one is out of range, or intervals do not fit together.
+  """
+  if log_every < 1 or checkpoint_every < 1 or checkpoint_every % log_every:
+    raise ValueError(
+      f'checkpoint_every ({checkpoint_every}) must be a positive multiple of '
+      f'log_every ({log_every})'
+    )
+  if keep_every < 0 or keep_every % checkpoint_every:
+    raise ValueError(
+      f'keep_every ({keep_every}) must be 0 or a multiple of checkpoint_every '
+      f'({checkpoint_every})'
+    )
+  if keep < 1 or max_skips < 1 or not checkpoint_minutes >= 0:
+    raise ValueError(
+      f'keep ({keep}) and max_skips ({max_skips}) must be at least 1, '
+      f'checkpoint_minutes ({checkpoint_minutes}) not negative'
+    )
+  _profiled_steps(profile_steps)
+
+
 class Loop:
   """The steps of one stage that are still to run.
 
@@ -61,7 +93,8 @@ class Loop:
       time without one; 0 for never.
     keep: how many of the newest checkpoints are kept.
     keep_every: checkpoints at multiples of this step are kept too; 0 for none.
-    max_skips: consecutive non-finite updates at which the run fails.
+    max_skips: the run fails if a line of metrics.jsonl is written after this
+      many non-finite updates in a row, or more.
     profile_steps: 'FIRST-LAST' or 'STEP', counted from 1: a trace of these is
       written to WORKDIR/profile. '' traces none.
 
@@ -86,23 +119,20 @@ class Loop:
     max_skips: int = 10,
     profile_steps: str = '',
   ):
-    if log_every < 1 or checkpoint_every < 1 or checkpoint_every % log_every:
-      raise ValueError(
-        f'{name}: checkpoint_every ({checkpoint_every}) must be a positive '
-        f'multiple of log_every ({log_every})'
+    try:
+      check(
+        log_every,
+        checkpoint_every,
+        checkpoint_minutes,
+        keep,
+        keep_every,
+        max_skips,
+        profile_steps,
       )
-    if keep_every % checkpoint_every:
-      raise ValueError(
-        f'{name}: keep_every ({keep_every}) must be 0 or a multiple of '
-        f'checkpoint_every ({checkpoint_every})'
-      )
+    except ValueError as error:
+      raise ValueError(f'{name}: {error}') from error
     if num_steps < 1:
       raise ValueError(f'{name}: num_steps must be positive: {num_steps}')
-    if keep < 1 or max_skips < 1 or checkpoint_minutes < 0:
-      raise ValueError(
-        f'{name}: keep ({keep}) and max_skips ({max_skips}) must be at least '
-        f'1, checkpoint_minutes ({checkpoint_minutes}) not negative'
-      )
     self._workdir = epath.Path(workdir)
     self._name = name
     self._num_steps = num_steps
@@ -111,7 +141,12 @@ class Loop:
     self._checkpoint_seconds = 60 * checkpoint_minutes
     self._max_skips = max_skips
     self._keep, self._keep_every = keep, keep_every
-    self._profiled = _parse_steps(profile_steps, name, num_steps)
+    self._profiled = _profiled_steps(profile_steps)
+    if self._profiled and self._profiled[-1] > num_steps:
+      raise ValueError(
+        f'{name}: profile_steps must lie within 1 to {num_steps}: '
+        f'{profile_steps!r}'
+      )
     self._is_profiling = False
     self.start = 0
     self._text = ''
@@ -411,15 +446,14 @@ def _from_json(saved: Mapping[str, list]) -> Metrics:
   }
 
 
-def _parse_steps(text: str, name: str, num_steps: int) -> range:
+def _profiled_steps(text: str) -> range:
   """'3-5' -> 3, 4, 5."""
   if not text:
     return range(0)
   match = re.fullmatch(r'(\d+)(?:-(\d+))?', text)
   first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-  if not 1 <= first <= last <= num_steps:
+  if not 1 <= first <= last:
     raise ValueError(
-      f"{name}: profile_steps must be 'FIRST-LAST' or 'STEP' within 1 to "
-      f'{num_steps}: {text!r}'
+      f"profile_steps must be 'FIRST-LAST' or 'STEP', counted from 1: {text!r}"
     )
   return range(first, last + 1)

@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from instruct_jax.infra import inputs, run
+from instruct_jax.infra import inputs, loop, run
 
 CONFIG_FILE = 'config.json'
 HISTORY_FILE = 'config_history.json'
@@ -27,24 +27,44 @@ _AT_LEAST_ONE = (
   *('num_microbatches', 'row_length', 'prompt_length', 'response_length'),
   *('num_minibatches', 'num_episodes', 'samples_per_prompt', 'num_slices'),
   *('checkpoint_every', 'words_per_document', 'prompts_per_user'),
-  'duplicate_prefix_words',
+  *('duplicate_prefix_words', 'num_steps', 'log_every'),
 )
 # (key, rule for the error message, test), for keys that mean the same in every
 # stage.
 _NUMBERS = (
   *((key, 'be at least 1', lambda x: x >= 1) for key in _AT_LEAST_ONE),
-  ('learning_rate', 'be positive', lambda x: x > 0),
+  *(
+    (f'max_{name}', 'not be negative (0 for all)', lambda x: x >= 0)
+    for name in ('demonstrations', 'comparisons', 'valid_comparisons')
+  ),
+  *(
+    (key, 'be positive and finite', lambda x: 0 < x < math.inf)
+    for key in ('learning_rate', 'value_learning_rate')
+  ),
+  *(
+    (key, 'be in [0, 1)', lambda x: 0 <= x < 1)
+    for key in ('adam_b1', 'adam_b2')
+  ),
+  *(
+    (key, 'be finite, and not negative', lambda x: 0 <= x < math.inf)
+    for key in ('kl_coef', 'adam_eps')
+  ),
+  *(
+    (key, 'not be negative (0 for none)', lambda x: x >= 0)
+    for key in ('snapshot_every', 'probe_every', 'num_warmup_iterations')
+  ),
+  ('reward_weight', 'be finite', math.isfinite),
+  (
+    'max_grad_norm',
+    'not be negative (0 for no clipping)',
+    lambda x: x >= 0,
+  ),
   ('max_candidates', 'be at least 2', lambda x: x >= 2),
   ('seed', 'not be negative', lambda x: x >= 0),
   (
-    'kl_coef',
-    'be finite, and not negative',
-    lambda x: 0 <= x < math.inf,
-  ),
-  (
     'temperature',
-    'not be negative (0 takes the most probable token)',
-    lambda x: x >= 0,
+    'be finite and not negative (0 takes the most probable token)',
+    lambda x: 0 <= x < math.inf,
   ),
   (
     'mesh',
@@ -235,6 +255,11 @@ def validate(stage: Stage) -> None:
   """Raises ValueError, with the stage and the key, if a config is wrong."""
   check_numbers(stage.name, stage.config)
   try:
+    if 'loop' in stage.config and 'checkpoint_every' in stage.config:
+      config = stage.config
+      loop.check(
+        config.get('log_every', 1), config.checkpoint_every, **config.loop
+      )
     stage.experiment.validate(stage.config)
   except ValueError as error:
     raise ValueError(f'{stage.name}: {error}') from error
