@@ -4,6 +4,8 @@ Reading needs only `etils.epath`. A store can neither rename nor append, but it
 replaces an object atomically.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import math
 import os
@@ -12,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from etils import epath
 
@@ -47,6 +49,49 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
     file.flush()
     os.fsync(file.fileno())
   unfinished.replace(path)
+
+
+class InUseError(OSError):
+  """Another process writes there."""
+
+
+@contextlib.contextmanager
+def locked(folder: epath.PathLike) -> Iterator[None]:
+  """Makes an empty folder on a disk, for this process alone; removes it after.
+
+  What a killed process left there is removed first. The body may rename it.
+
+  Raises:
+    InUseError: another process has it.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  handle = os.open(folder, os.O_RDONLY)
+
+  def is_ours():
+    there = folder.exists() and folder.stat()
+    return there and os.path.samestat(there, os.fstat(handle))
+
+  try:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      is_free = False
+    else:
+      is_free = is_ours()  # Not removed or renamed in between.
+    if not is_free:
+      raise InUseError(
+        f'{folder}: another process is writing there; wait until it has ended'
+      )
+    try:
+      for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+      yield
+    finally:
+      if is_ours():
+        shutil.rmtree(folder)
+  finally:
+    os.close(handle)
 
 
 class Appended:

@@ -64,6 +64,41 @@ def test_a_run_that_fails_changes_nothing(there, tmp_path):
   assert read(tmp_path) == before and out.exists() == there
 
 
+@pytest.mark.parametrize('there', [False, True])
+def test_a_second_writer_is_refused(there, tmp_path):
+  out = tmp_path / 'out'
+  if there:
+    write(out, {'a': 'old'})
+  with folders.writing(out, ('*',), command='test') as unfinished:
+    (unfinished / 'a').write_text('first')
+    with pytest.raises(records.RecordError, match='another process is writing'):
+      write(out, {'a': 'second', 'b': 'second'})
+    assert (unfinished / 'a').read_text() == 'first'
+  assert read(out) == {'a': 'first'}
+  write(out, {'a': 'third'})
+  assert read(out) == {'a': 'third'}
+  assert not list(tmp_path.rglob('*unfinished*'))
+
+
+def test_a_folder_that_came_meanwhile_is_kept(tmp_path):
+  out = tmp_path / 'out'
+  with folders.writing(out, ('a',), command='test') as unfinished:
+    (unfinished / 'a').write_text('new')
+    out.mkdir()
+    (out / 'notes').write_text('mine')
+  assert read(out) == {'a': 'new', 'notes': 'mine'}
+
+
+def test_an_input_below_a_link_is_not_overwritten(tmp_path):
+  out, link = tmp_path / 'out', tmp_path / 'link'
+  write(out, {'a': 'old'})
+  link.symlink_to(out)
+  for target, given in ((out, link / 'a'), (link, out / 'a'), (out, link)):
+    with pytest.raises(records.RecordError, match='would be overwritten'):
+      write(target, {'a': 'new'}, inputs=[given])
+  assert read(out) == {'a': 'old'}
+
+
 def test_old_files_are_refused_or_removed_by_name(tmp_path, capsys):
   out = tmp_path / 'out'
   write(out, {'a_train': 'old', 'a_valid': 'old', 'b_train': 'old'})

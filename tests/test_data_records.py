@@ -374,6 +374,34 @@ def test_dialogues_and_their_turns():
   assert records.dialogue_turns('Q' + text) == ()
 
 
+@pytest.mark.parametrize(
+  'change',
+  [
+    lambda text: text.lstrip(),
+    lambda text: '\n' + text.lstrip(),
+    lambda text: text.replace('\n', '\r\n'),
+    lambda text: text.lstrip().replace('\n', '\r\n'),
+  ],
+)
+def test_dialogues_with_other_line_breaks(change):
+  turns = tuple(
+    records.Turn(*turn)
+    for turn in (('user', 'Q'), ('assistant', 'A'), ('user', 'R'))
+  )
+  row = records.Prompt('p', change(records.text_of_turns(turns)))
+  assert records.conversation(row) == turns
+  # So that they are in one split with their beginning.
+  first = records.Prompt('q', change(records.text_of_turns(turns[:1])))
+  assert records.opening(row) == records.opening(first) == 'q'
+
+
+def test_later_system_turns_begin_a_paragraph():
+  turns = (('user', 'Q'), ('assistant', 'Yes.'), ('system', 'Be brief.'))
+  text = records.text_of_turns(records.Turn(*turn) for turn in turns)
+  assert text.startswith('\n\nHuman: Q')
+  assert 'Assistant: Yes.\n\nBe brief.\n\nAssistant:' in text
+
+
 def test_openings_are_the_first_question_however_it_is_spelt():
   def opening(text='', *turns):
     turns = tuple(records.Turn(*turn) for turn in turns)

@@ -132,10 +132,14 @@ def _lengths(
     found = [[*ids, tokenizer.eos_id] for ids in documents]
   else:
     found, refusals = loader.encode_prompts(rows, tokenizer)
-    rows = [
-      row for row, ids in zip(rows, found, strict=True) if ids is not None
+    answers, others = loader.encode_answers(rows, tokenizer)
+    refusals += others
+    kept = [
+      each
+      for each in zip(rows, found, answers, strict=True)
+      if None not in each[1:]
     ]
-    found = [ids for ids in found if ids is not None]
+    rows, found, answers = zip(*kept, strict=True) if kept else ((), (), ())
   pieces = {field: found}
   for field in ('response', 'completions'):
     if rows and hasattr(rows[0], field):
@@ -145,7 +149,7 @@ def _lengths(
       if tokenizer is None:
         pieces[field] = [text.split() for text in texts]
       else:
-        pieces[field] = tokenizer.encode_responses(texts, ended=True)
+        pieces[field] = [ids for each in answers for ids in each]
   lengths = {name: np.array([*map(len, p)]) for name, p in pieces.items()}
   return rows, lengths, refusals
 

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import fnmatch
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -78,17 +79,17 @@ def writing(
 
   Raises:
     RecordError: an owned file would be left beside new ones, an input is among
-      the owned files, or `folder` is a file.
+      the owned files, another process writes there, or `folder` is a file.
   """
   is_remote = files.is_remote(folder)
   # Absolute, so that `.` has a name and a parent.
   folder = files.absolute(epath.Path(folder).expanduser())
   if folder.exists() and not folder.is_dir():
     raise records.RecordError(f'{folder}: is a file; name a folder')
+  place = _resolved(folder)
   for path in map(files.absolute, inputs):
-    if path == folder or (
-      path.parent == folder and _is_owned(path.name, owned)
-    ):
+    real = _resolved(path)
+    if real == place or (real.parent == place and _is_owned(real.name, owned)):
       raise records.RecordError(
         f'{path}: is an input and would be overwritten; name another folder '
         'for the output'
@@ -100,10 +101,8 @@ def writing(
     unfinished = folder.parent / f'.{folder.name}{_UNFINISHED}'
   else:
     unfinished = folder / _UNFINISHED
-  _clear(unfinished)
-  unfinished.mkdir(parents=True)
-  try:
-    yield unfinished
+
+  def finish():
     new = sorted(_names(unfinished))
     known = written(folder)
     stale = _stale(folder, owned, new, known, replace)
@@ -115,7 +114,7 @@ def writing(
         'settings': dict(settings or {}),
       }
     text = json.dumps({'files': entries}, indent=2, sort_keys=True) + '\n'
-    if is_new:
+    if is_new and not folder.exists():
       records.write_bytes(unfinished / MANIFEST, text.encode())
       unfinished.rename(folder)
       return
@@ -128,13 +127,21 @@ def writing(
       else:
         (unfinished / name).rename(folder / name)
     records.write_bytes(folder / MANIFEST, text.encode())
+
+  try:
+    with files.locked(unfinished):
+      yield unfinished
+      finish()
+  except files.InUseError as error:
+    raise records.RecordError(
+      f'{folder}: another process is writing there; wait until it has ended, '
+      'or name another folder'
+    ) from error
   except records.RecordError as error:
     # The message names a bad file by its final path.
     raise records.RecordError(
       str(error).replace(str(unfinished), str(folder))
     ) from error
-  finally:
-    _clear(unfinished)
 
 
 def add_replace(parser: argparse.ArgumentParser) -> None:
@@ -150,9 +157,11 @@ def _is_owned(name: str, owned: Sequence[str]) -> bool:
   return any(fnmatch.fnmatchcase(name, pattern) for pattern in owned)
 
 
-def _clear(folder: epath.Path) -> None:
-  if folder.exists():
-    folder.rmtree()
+def _resolved(path: epath.Path) -> epath.Path:
+  """The path without links."""
+  if files.is_remote(path):
+    return path
+  return epath.Path(os.path.realpath(path))
 
 
 def _names(folder: epath.Path, prefix: str = '') -> Iterator[str]:

@@ -111,6 +111,34 @@ def encode_prompts(
   return found, refusals
 
 
+def encode_answers(
+  rows: Sequence[records.Record], tokenizer: tokenizer_lib.Tokenizer
+) -> tuple[list[list[list[int]] | None], list[str]]:
+  """The ids of each record's answers, with the token that ends an answer.
+
+  Returns:
+    (for each record, the ids of each answer, or None if one is refused;
+    messages of the refusals).
+  """
+  answers = list(map(records.answers_of, rows))
+  try:
+    ids = tokenizer.encode_responses(
+      [text for texts in answers for text in texts], ended=True
+    )
+    flat = iter(ids)
+    return [[next(flat) for _ in texts] for texts in answers], []
+  except tokenizer_lib.TemplateError:
+    pass
+  found, refusals = [], []
+  for row, texts in zip(rows, answers, strict=True):
+    try:
+      found.append(tokenizer.encode_responses(texts, ended=True))
+    except tokenizer_lib.TemplateError as error:
+      found.append(None)
+      refusals.append(f'id {row.id!r}: {error}' if row.id else str(error))
+  return found, refusals
+
+
 def pack_documents(
   token_lists: Sequence[Sequence[int] | np.ndarray],
   row_length: int,
@@ -190,18 +218,19 @@ def demonstration_rows(
   """
   if loss_on not in ('response', 'all'):
     raise ValueError(f"loss_on is {loss_on!r}; use 'response' or 'all'")
-  prompts, refusals = encode_prompts(demonstrations, tokenizer)
-  responses = tokenizer.encode_responses(
-    [d.response for d in demonstrations], ended=True
-  )
+  prompts, responses, refusals = _encode(demonstrations, tokenizer)
+  num_refused = sum(prompt is None for prompt in prompts)
   pieces, loss_starts = [], []
-  for prompt, response in zip(prompts, responses, strict=True):
-    if prompt is None or len(prompt) + len(response) > row_length:
+  for prompt, answers in zip(prompts, responses, strict=True):
+    if not _fits(prompt, answers, row_length):
       continue
+    (response,) = answers
     pieces.append(np.asarray([*prompt, *response], np.int32))
     loss_starts.append(len(prompt) if loss_on == 'response' else 1)
   counts = len(pieces), len(demonstrations)
-  dropped = _dropped('demonstrations', *counts, row_length, refusals)
+  dropped = _dropped(
+    'demonstrations', *counts, row_length, refusals, num_refused
+  )
   rows = _text_rows(
     pieces, loss_starts, row_length, tokenizer.pad_id, pack=pack
   )
@@ -308,17 +337,30 @@ def comparison_ids(
   Completions end with the token that ends an answer, unless they were cut.
 
   Returns:
-    (ids of each prompt or None if it is refused, ids of its completions,
-    messages of the refusals).
+    (ids of each prompt, or None if it or a completion is refused; ids of its
+    completions; messages of the refusals).
   """
-  prompts, refusals = encode_prompts(comparisons, tokenizer)
-  texts = [text for c in comparisons for text in c.completions]
-  ids = iter(tokenizer.encode_responses(texts, ended=True))
+  prompts, answers, refusals = _encode(comparisons, tokenizer)
   answers = [
-    [next(ids) if ended else next(ids)[:-1] for ended in _ends_of(c)]
-    for c in comparisons
+    [
+      ids if ended else ids[:-1]
+      for ids, ended in zip(found, _ends_of(each), strict=True)
+    ]
+    if found
+    else []
+    for each, found in zip(comparisons, answers, strict=True)
   ]
   return prompts, answers, refusals
+
+
+def _encode(rows, tokenizer):
+  """(ids of each prompt, of its answers, refusals); None and [] if refused."""
+  prompts, refusals = encode_prompts(rows, tokenizer)
+  answers, others = encode_answers(rows, tokenizer)
+  for i, found in enumerate(zip(prompts, answers, strict=True)):
+    if None in found:
+      prompts[i], answers[i] = None, []
+  return prompts, answers, refusals + others
 
 
 def _ends_of(comparison) -> tuple[bool, ...]:

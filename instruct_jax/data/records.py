@@ -176,12 +176,14 @@ def text_of_turns(turns: Iterable[Turn]) -> str:
   """A conversation as plain text that asks for the assistant's next turn.
 
   The layout is that of Anthropic's HH files (Bai et al. 2022); a system turn
-  has no mark before it.
+  has no mark before it, only line breaks if it is not the first turn.
   """
-  text = ''.join(
-    f'{_MARKS[turn.role]} {turn.content}' if _MARKS[turn.role] else turn.content
-    for turn in turns
-  )
+  text = ''
+  for turn in turns:
+    if turn.role != 'system':
+      text += f'{_MARKS[turn.role]} {turn.content}'
+    else:
+      text += '\n\n' * bool(text) + turn.content
   return text + _MARKS['assistant']
 
 
@@ -215,15 +217,26 @@ def conversation(
 def turns_of(text: str) -> tuple[Turn, ...]:
   """The turns of a prompt in the layout of `text_of_turns`.
 
+  The line breaks at its start may be missing, and may be Windows' everywhere.
   Any other text is a single user turn.
   """
-  start = text.find(_MARKS['user'])
-  if start >= 0 and text.rstrip().endswith(_MARKS['assistant']):
-    *turns, last = dialogue_turns(text[start:])
+  read = text.replace('\r\n', '\n')
+  if read.lstrip().startswith(_MARKS['user'].lstrip()):
+    read = '\n\n' + read.lstrip()
+  start = read.find(_MARKS['user'])
+  if start >= 0 and read.rstrip().endswith(_MARKS['assistant']):
+    *turns, last = dialogue_turns(read[start:])
     if last == Turn('assistant', ''):
-      system = text[:start].strip()
+      system = read[:start].strip()
       return ((Turn('system', system),) if system else ()) + tuple(turns)
   return (Turn('user', text),)
+
+
+def answers_of(row: Record) -> tuple[str, ...]:
+  """A demonstration's response or a ranking's completions; () for others."""
+  if isinstance(row, Demonstration):
+    return (row.response,)
+  return row.completions if isinstance(row, Comparison) else ()
 
 
 def composed(text: str) -> str:

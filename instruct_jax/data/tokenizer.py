@@ -23,6 +23,7 @@ template that reads the clock gets a fixed date (`--date`).
 """
 
 import codecs
+import contextlib
 import copy
 import datetime
 import functools
@@ -146,33 +147,84 @@ class Tokenizer:
     self.bos_id: int | None = fast_tokenizer.bos_token_id
     self._unk_id: int | None = fast_tokenizer.unk_token_id
     self.vocab_size: int = len(fast_tokenizer)
-    self.prefix_ids: tuple[int, ...] = tuple(
-      token
-      for token in self._backend.encode('', add_special_tokens=True).ids
-      if token != eos_id
-    )
+    self.prefix_ids: tuple[int, ...] = self._read_prefix()
     self._marks_starts = _marks_starts(json.loads(self._backend.to_str()))
-    self._added = self._backend.get_added_tokens_decoder()
     self.end_id: int = eos_id
     self.end_ids: tuple[int, ...] = ()
     # The template's text before and after an answer, if it is known.
     self._around_answer: tuple[str, str] | None = None
+    self._trims_answers = False
     # What the template puts before an answer only in a generation prompt.
     self.only_asked = ''
     if template == CHAT:
       self._chat_template = _checked_chat_template(fast_tokenizer.chat_template)
+    self._protect(stop_ids)
+    if template == CHAT:
       self._read_template(set(stop_ids))
     others = sorted({*stop_ids, self.end_id} - {eos_id})
     self.stop_ids: tuple[int, ...] = (eos_id, *others)
+
+  def _read_prefix(self):
+    """The ids that the tokenizer puts before a text, without EOS."""
+    plain, whole = (
+      self._backend.encode('a', add_special_tokens=adds).ids
+      for adds in (False, True)
+    )
+    starts = range(len(whole) - len(plain) + 1)
+    found = [i for i in starts if whole[i : i + len(plain)] == plain]
+    # A text without ids, for a vocabulary that lacks its letter.
+    start = found[0] if plain and found else len(whole)
+    after = [i for i in whole[start + len(plain) :] if i != self.eos_id]
+    if after:
+      names = self._fast_tokenizer.convert_ids_to_tokens(after)
+      raise ValueError(
+        f'the tokenizer puts {" ".join(names)} after each text, and a response '
+        'could not follow; leave it out of post_processor in tokenizer.json'
+      )
+    return tuple(i for i in whole[:start] if i != self.eos_id)
+
+  def _protect(self, stop_ids):
+    """Makes stop tokens and the template's marks special, if they are added.
+
+    Otherwise a text that spells one would become one.
+    """
+    self._added = self._backend.get_added_tokens_decoder()
+    texts = ''
+    if self.template == CHAT:
+      roles = ('system', 'user', 'assistant', 'user')
+      for start in (0, 1):
+        turns = [{'role': role, 'content': '?'} for role in roles[start:]]
+        with contextlib.suppress(TemplateError):
+          texts += self._render(turns, '', add_generation_prompt=False)
+    wanted = {
+      number
+      for number, token in self._added.items()
+      if not token.special and (number in stop_ids or token.content in texts)
+    }
+    if not wanted:
+      return
+    described = json.loads(self._backend.to_str())
+    for token in described['added_tokens']:
+      token['special'] |= token['id'] in wanted
+    self._backend = tokenizers.Tokenizer.from_str(json.dumps(described))
+    self._backend.encode_special_tokens = True
+    self._fast_tokenizer._tokenizer = self._backend
+    self._added = self._backend.get_added_tokens_decoder()
 
   @functools.cached_property
   def fingerprint(self) -> str:
     """SHA-256 of all that determines ids: vocabulary, template, stop tokens."""
     if not self.template and self.stop_ids == (self.eos_id,):
       return self.vocabulary_fingerprint
-    chat = self._chat_template if self.template == CHAT else ''
-    content = [self.vocabulary_fingerprint, self.template, chat, self.stop_ids]
-    return _sha256([*content, self.end_id])
+    content = [self.vocabulary_fingerprint, self.template]
+    if self.template == CHAT:
+      given = self._fast_tokenizer.special_tokens_map
+      # The special tokens that the template asks for by name.
+      read = {k: v for k, v in given.items() if k in self._chat_template}
+      content += [self._chat_template, {k: str(v) for k, v in read.items()}]
+    else:
+      content += ['']
+    return _sha256([*content, self.stop_ids, self.end_id])
 
   @functools.cached_property
   def vocabulary_fingerprint(self) -> str:
@@ -332,7 +384,9 @@ class Tokenizer:
   def _read_template(self, stop_ids):
     """Finds what the template puts around an answer, and how an answer ends."""
     question = [{'role': 'user', 'content': '?'}]
-    answered = [*question, {'role': 'assistant', 'content': _MARK}]
+    # White space that no template writes shows whether it trims an answer.
+    spaced = f'\u2003{_MARK}\u2003'
+    answered = [*question, {'role': 'assistant', 'content': spaced}]
     name = 'a conversation of one question'
     asked = self._render(question, name)
     (self._question_ids,) = self._special_ids([asked])
@@ -340,7 +394,9 @@ class Tokenizer:
       whole = self._render(answered, name, add_generation_prompt=False)
     except TemplateError:
       return
-    before, found, after = whole.partition(_MARK)
+    self._trims_answers = spaced not in whole
+    mark = _MARK if self._trims_answers else spaced
+    before, found, after = whole.partition(mark)
     if not found:
       return
     ends = {number for number, token in self._added.items() if token.special}
@@ -374,6 +430,7 @@ class Tokenizer:
         )
       else:
         text = self._render([*map(vars, turns)], name, add_generation_prompt)
+        _check_rendered(turns, text, name)
         plain.append((number, text))
     encoded = self._special_ids([text for _, text in plain])
     for (number, _), ids in zip(plain, encoded, strict=True):
@@ -436,6 +493,8 @@ class Tokenizer:
 
   def _encode_answer_apart(self, text):
     lead, tail = self._around_answer
+    if self._trims_answers:
+      text = text.strip()
     # White space is encoded together with the adjacent words.
     if not lead.strip():
       text, lead = lead + text, ''
@@ -645,9 +704,10 @@ class Tokenizer:
 
     It also reads GPT-2's encoder.json and vocab.bpe. Stop tokens are those of
     generation_config.json (or else config.json) and those saved by `save`. A
-    PAD is added if there is none or if it also ends responses. Only `hf:` ever
-    downloads, and only the tokenizer's own files are read. Raises ValueError
-    with the folder and what is missing or wrong in it.
+    PAD is added if there is none or if it also ends responses or is part of the
+    chat template. Only `hf:` ever downloads, and only the tokenizer's own files
+    are read. Raises ValueError with the folder and what is missing or wrong in
+    it.
     """
     if str(folder).startswith('hf:'):
       folder = hub.locate(str(folder), _HUB_PATTERNS)
@@ -668,6 +728,10 @@ class Tokenizer:
       )
     try:
       fast_tokenizer = _load_fast(folder, names)
+      _check_added(
+        fast_tokenizer,
+        *(_read_object(folder / n) if n in names else {} for n in _FILES[:2]),
+      )
       described = {'template': '', 'stop_tokens': []}
       if _FORMAT_FILE in names:
         described = _read_object(folder / _FORMAT_FILE)
@@ -678,7 +742,9 @@ class Tokenizer:
           stop_ids += [found] if isinstance(found, int) else found or []
           break
       ends = (None, fast_tokenizer.eos_token_id, *stop_ids)
-      if fast_tokenizer.pad_token_id in ends:
+      if fast_tokenizer.pad_token_id in ends or _is_in_template(
+        fast_tokenizer, 'pad_token'
+      ):
         # Published tokenizers pad with EOS or not at all.
         fast_tokenizer.add_special_tokens({'pad_token': PAD})
       return cls(
@@ -834,6 +900,61 @@ def _pinned(template: str, date: datetime.date) -> str:
     # The plus keeps a line break at the start of the template.
     '{%- endmacro +%}' + template
   )
+
+
+def _check_rendered(turns, text: str, name: str) -> None:
+  """Raises TemplateError if a template left out what someone asked."""
+  for turn in turns:
+    # Of answers, templates leave out thoughts.
+    if turn.role != 'assistant' and turn.content.strip() not in text:
+      raise TemplateError(
+        f'{name}: the chat template leaves out or changes the {turn.role} turn '
+        f'{turn.content[:60]!r}'
+      )
+
+
+def _is_in_template(fast_tokenizer: Any, name: str) -> bool:
+  """Whether a chat template puts a special token ('pad_token') somewhere."""
+  found, token = (
+    fast_tokenizer.chat_template or '',
+    getattr(fast_tokenizer, name),
+  )
+  texts = [found] if isinstance(found, str) else found.values()
+  return any(name in text or token in text for text in texts)
+
+
+def _check_added(
+  fast_tokenizer: Any, described: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
+  """Checks that special and added tokens have the ids that the files give.
+
+  Args:
+    described, config: tokenizer.json and tokenizer_config.json.
+
+  Raises:
+    ValueError: a token was made up, or got another id, as it was loaded.
+  """
+  vocabulary = (described.get('model') or {}).get('vocab') or {}
+  if not isinstance(vocabulary, dict):  # Unigram: pieces with scores.
+    vocabulary = {piece[0]: i for i, piece in enumerate(vocabulary)}
+  known = dict(vocabulary)
+  for token in described.get('added_tokens') or ():
+    known[token['content']] = token['id']
+  for number, token in (config.get('added_tokens_decoder') or {}).items():
+    known.setdefault(token['content'], int(number))
+  ids = fast_tokenizer.get_vocab()
+  for token, number in known.items():
+    if ids.get(token) != number:
+      raise ValueError(
+        f'{_FILE} gives {token!r} the id {number}, which it cannot have: ids '
+        'must go on from the last without a gap'
+      )
+  for name, token in fast_tokenizer.special_tokens_map.items():
+    if name != 'pad_token' and token not in known:
+      raise ValueError(
+        f'{name} {token!r} of tokenizer_config.json is not in {_FILE}, so the '
+        'model has never seen it; name one of its tokens'
+      )
 
 
 def _text_of(prompt: Any) -> str:

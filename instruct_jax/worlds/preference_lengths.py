@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 
 from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
-from instruct_jax.worlds.preference_sources import answers_of
 
 _MULTIPLE = 8  # Prompt and response lengths are multiples of this.
 _MIN_COLUMNS = 8
@@ -40,9 +39,10 @@ def propose_lengths(
   def drawn(rows):
     return [rows[i] for i in rng.permutation(len(rows))[:_NUM_MEASURED]]
 
-  answered = drawn([row for row in rows if answers_of(row)])
-  rows = answered + drawn([row for row in rows if not answers_of(row)])
+  answered = drawn([row for row in rows if records.answers_of(row)])
+  rows = answered + drawn([row for row in rows if not records.answers_of(row)])
   encoded, refusals = loader.encode_prompts(rows, tokenizer)
+  answers, refused = loader.encode_answers(answered, tokenizer)
   if all(ids is None for ids in encoded):
     raise ValueError(
       f'preferences: the chat template refuses every prompt: {refusals[0]}; '
@@ -52,12 +52,9 @@ def propose_lengths(
   prompts = np.array([len(ids) for ids in encoded if ids is not None])
   both = np.array(
     [
-      (
-        len(ids),
-        max(map(len, tokenizer.encode_responses(answers_of(row), ended=True))),
-      )
-      for row, ids in zip(answered, encoded, strict=False)
-      if ids is not None
+      (len(ids), max(map(len, found)))
+      for found, ids in zip(answers, encoded, strict=False)
+      if ids is not None and found is not None
     ]
   ).reshape(-1, 2)
   if not len(both):

@@ -248,13 +248,6 @@ def distinct_prompts(
   return list(found.values())
 
 
-def answers_of(row: records.Record) -> tuple[str, ...]:
-  """A demonstration's response or a ranking's completions; () for a prompt."""
-  if isinstance(row, records.Demonstration):
-    return (row.response,)
-  return row.completions if isinstance(row, records.Comparison) else ()
-
-
 def words_of(row: records.Prompt | records.Demonstration) -> tuple:
   """A key that is the same for two copies of a prompt, as turns or as text."""
   turns = records.conversation(row)

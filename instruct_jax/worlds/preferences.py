@@ -29,7 +29,6 @@ from instruct_jax.worlds.preference_lengths import (
 )
 from instruct_jax.worlds.preference_sources import (
   KINDS,
-  answers_of,
   other_documents,
   sources_of,
   words_of,
@@ -404,7 +403,8 @@ def refuse_templates(
     (row, mark)
     for row in rows
     for mark in marks
-    if mark in row.prompt or any(mark in text for text in answers_of(row))
+    if mark in row.prompt
+    or any(mark in text for text in records.answers_of(row))
   ]
   number = len({id(row) for row, _ in found})
   if 2 * number > len(rows):
