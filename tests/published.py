@@ -118,10 +118,8 @@ def _put_before(backend, token):
 def _save(backend, folder, template, **specials):
   fast = transformers.PreTrainedTokenizerFast(
     tokenizer_object=backend,
-    bos_token='<s>',
-    eos_token='</s>',
     clean_up_tokenization_spaces=False,
-    **specials,
+    **{'bos_token': '<s>', 'eos_token': '</s>', **specials},
   )
   if template:
     fast.chat_template = template

@@ -231,7 +231,7 @@ _OF_OTHERS = {
   *('strftime_now', 'test_case', 'instruct_jax', 'weight_map'),
   *('num_correct', 'im_start', 'im_end', 'output_1', 'output_2'),
   *('prompt_template', 'regex_pattern', 'regex_patterns', 'system_prompt'),
-  *('completed_by', 'full_conversation', 'user_id'),
+  *('completed_by', 'full_conversation', 'user_id', 'post_processor'),
 }
 # Arguments of functions whose callers check before: a stage never gets there.
 _ARGUMENTS = {

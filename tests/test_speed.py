@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import jax.numpy as jnp
@@ -281,7 +282,7 @@ def test_a_device_agrees_with_itself(workdir):
   assert summary == {'variant': 'tiny,check'}
   saved = json.loads((workdir / 'speed.json').read_text())['differences']
   assert saved == {
-    dtype: {'tokens': 1.0, **dict.fromkeys(speed.TOLERANCES[dtype], 0.0)}
+    dtype: dict.fromkeys(speed.TOLERANCES[dtype], 0.0)
     for dtype in ('float32', 'bfloat16')
   }
 
@@ -311,7 +312,7 @@ def test_weights_that_differ_by_a_hundredth_are_found(workdir, monkeypatch):
 
 
 def test_a_device_that_does_not_agree_is_told(workdir, monkeypatch):
-  found = {'tokens': 0.2, 'logprobs': 0.3, 'sampler': 0.0}
+  found = {'flips': 0.2, 'logprobs': 0.3, 'sampler': 0.0}
   found |= {'metrics': math.nan, 'changes': 0.0}
   monkeypatch.setattr(speed, 'check_device', lambda *_: found)
   with pytest.raises(RuntimeError) as error:
@@ -319,8 +320,29 @@ def test_a_device_that_does_not_agree_is_told(workdir, monkeypatch):
   text = str(error.value)
   assert 'float32: logprobs differ by 0.3, at most 0.0001' in text
   assert 'bfloat16: metrics differ by nan' in text
-  assert 'bfloat16: 20.0% of the tokens are equal' in text
+  assert 'float32: flips differ by 0.2, at most 0.005' in text
+  assert 'bfloat16: flips' not in text
   assert not (workdir / 'speed.json').exists()
+
+
+def test_flips_are_of_the_tokens_sampled_up_to_them():
+  tokens = np.array([[9, 1, 2, 3], [9, 1, 2, 3], [9, 1, 2, 0]])
+  mask = np.array([[True] * 3, [True] * 3, [True, True, False]])
+  logprobs = np.full((3, 3), -1.0)
+
+  def sampled(tokens, logprobs):
+    return types.SimpleNamespace(
+      tokens=tokens, response_mask=mask, logprobs=logprobs
+    )
+
+  # The second row differs from its second token on: 3 and 1 and 2 tokens are
+  # equal, and one flipped. What follows a flip does not count.
+  other = tokens + [[0, 0, 0, 0], [0, 0, 7, 7], [0, 0, 0, 7]]
+  gaps = np.array([[0.0, 0, 0], [0, 5, 5], [0.6, 0, 5]])
+  found = speed._samples_differ(
+    sampled(tokens, logprobs), sampled(other, logprobs + gaps)
+  )
+  assert found == {'flips': 1 / 7, 'sampler': pytest.approx(0.1)}
 
 
 def test_every_way_to_multiply_gives_the_product(rng):
@@ -411,8 +433,8 @@ def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path):
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': '',
     # The first fails, and leaves the others alone.
-    'WORKS': 'tiny,nothing:300 tiny,check:300 tiny,iteration:300 tiny,sft:300',
-    'BESIDE': 'tiny,sft:300',
+    'WORKS': 'tiny,nothing:300 tiny,check:300 tiny,iteration:300 '
+    'tiny,sft:300 tiny,sft+torch:300',
   }
   ended = subprocess.run(
     ['bash', 'instruct_jax/infra/gpu.sh', tmp_path]
@@ -425,7 +447,7 @@ def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path):
   )
   assert ended.returncode == 1
   assert 'tiny_nothing: ended with 1' in ended.stdout
-  assert 'float32: tokens 1, sampler 0, logprobs 0' in ended.stdout
+  assert 'float32: flips 0, sampler 0, logprobs 0' in ended.stdout
   for name in ('tiny_check', 'tiny_iteration', 'tiny_sft'):
     assert (tmp_path / name / 'speed.md').exists(), ended.stderr
   if has_torch:

@@ -42,7 +42,10 @@ def prepare(config: ConfigDict) -> None:
   os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
   given = os.environ.get('XLA_FLAGS', '')
   os.environ['XLA_FLAGS'] = f'{given} {config.xla_flags}'.strip()
-  if sys.platform == 'linux':
+  # On accelerators it would only make compiler threads wait for each other.
+  is_on_cpu = os.environ.get('JAX_PLATFORMS', 'cpu') in ('', 'cpu')
+  is_on_cpu &= not pathlib.Path('/dev/nvidiactl').exists()
+  if sys.platform == 'linux' and is_on_cpu:
     _prepare_allocator()
   import jax
 

@@ -31,6 +31,8 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export COORDINATOR="$first:${PORT:-9911}"
 # From SLURM 22.05 on, srun does not know what sbatch was asked for.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-32}"
+# As plans assume; jax takes three quarters otherwise.
+export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95}"
 code=0
 # Each node fills in its own number. Where jax finds SLURM_LOCALID, it gives a
 # process one GPU alone.
