@@ -64,7 +64,7 @@ for work in $works; do
   case $name in
   *,check)
     XLA_FLAGS=$untuned measure "$work" "${name/,/_}" \
-      --config.ppo.response_length=8
+      --config.ppo.response_length=32
     ;;
   *+torch)
     name=${name%+torch}

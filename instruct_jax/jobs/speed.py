@@ -276,7 +276,8 @@ class Rollouts:
     stage.update(changes)
     scalar = model_fns.make_module('scalar', self.scalar_shape)
     ends = (self.shape.vocab_size,)  # Never occurs.
-    if self.config.variant.endswith('_ragged'):
+    # 'check' has several episodes in a row, for the attention kernels.
+    if self.config.variant.endswith(('_ragged', ',check')):
       ends = stop_ids(self.config)
     return ppo_ptx.build_programs(stage, self.module, scalar, ends)
 
