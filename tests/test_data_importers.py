@@ -116,6 +116,24 @@ def test_oasst_trees(tmp_path):
     'deleted or failed review': 2,
     'an unranked reply among ranked ones': 1,
   }
+  # A reply that repeats another one does not beat it.
+  tree = message(
+    'prompter',
+    'Q?',
+    message('assistant', 'a', rank=0),
+    message('assistant', 'b', rank=1),
+    message('assistant', 'a ', rank=2),
+    message('prompter', 'R?', *2 * [message('assistant', 'c', rank=0)]),
+  )
+  write(path, [{'message_tree_id': 't', 'prompt': tree}])
+  found = importers.FORMATS['oasst'](path)
+  (ranked,) = found.comparisons
+  assert (ranked.completions, ranked.ranks) == ((' a', ' b'), (1, 1))
+  assert found.skipped == {
+    'an answer that repeats another, merged': 1,
+    'all answers are the same': 1,
+  }
+  assert [d.response for d in found.demonstrations] == [' a', ' c']
   write(path, [{'prompt': {'role': 'prompter'}}])
   with pytest.raises(records.RecordError, match=r'trees.jsonl:1: tree 1 is no'):
     importers.FORMATS['oasst'](path)
@@ -440,7 +458,11 @@ def import_one(tmp_path, name, values, *flags):
     ('summarize_feedback', ('info', 'title'), 'TITLE: \n\nPOST'),
     ('summarize_feedback', ('info', 'post'), 'skipped: the post is empty'),
     ('summarize_feedback', ('summaries', 0, 'policy'), ''),
-    ('summarize_feedback', ('summaries', 0, 'text'), ''),
+    (
+      'summarize_feedback',
+      ('summaries', 0, 'text'),
+      'skipped: an answer is mi',
+    ),
     ('summarize_feedback', ('choice',), 'skipped: no choice was made'),
     ('summarize_feedback', ('worker',), ''),
     ('tldr', ('title',), 'TITLE: \n\nPOST'),
@@ -448,7 +470,7 @@ def import_one(tmp_path, name, values, *flags):
     ('qa_feedback', ('passages', 0, 1), ''),
     ('qa_feedback', ('question',), 'skipped: the question is empty'),
     ('qa_feedback', ('gold',), 'skipped: no demonstration: the gold'),
-    ('qa_feedback', ('prediction 2',), ''),
+    ('qa_feedback', ('prediction 2',), 'skipped: an answer is missing (null)'),
     ('dolly', ('context',), '"Name it.\\n\\n"'),
     ('dolly', ('response',), 'skipped: instruction or answer is empty'),
     ('self_instruct', ('instances', 0, 'input'), '"Add.\\n\\n"'),

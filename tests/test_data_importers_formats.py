@@ -679,6 +679,62 @@ def test_pairs_that_are_no_comparison_are_counted(row, reason, tmp_path):
   assert (found.comparisons, found.skipped) == ([], {reason: 1})
 
 
+@pytest.mark.parametrize('null', [None, float('nan')])
+@pytest.mark.parametrize(
+  ('name', 'place'),
+  [
+    ('argilla_orca', ('chosen',)),
+    ('safe_rlhf_helpful', ('response_0',)),
+    ('summarize_axis', ('summary', 'text')),
+    ('shp', ('human_ref_A',)),
+    ('ultrafeedback', ('completions', 0, 'response')),
+    ('helpsteer', ('response',)),
+    ('helpsteer2_preference', ('response_1',)),
+    ('helpsteer3', ('response1',)),
+    ('webgpt', ('answer_0',)),
+    ('nectar', ('answers', 0, 'answer')),
+    ('hhh', ('targets', 'choices', 0)),
+    ('llmbar', ('output_1',)),
+    ('pandalm', ('response1',)),
+    ('autoj', ('response 1',)),
+    ('tulu_human', ('completion_a',)),
+  ],
+)
+def test_an_answer_that_is_null_is_not_ranked(name, place, null, tmp_path):
+  row = example(name)
+  parent = row
+  for key in place[:-1]:
+    parent = parent[key]
+  parent[place[-1]] = null
+  found = read(tmp_path, name, row)
+  missing = 'is missing (null)'
+  assert [n for why, n in found.skipped.items() if missing in why] == [1]
+  assert found.comparisons == []
+  # An empty answer is one.
+  parent[place[-1]] = ''
+  found = read(tmp_path, name, row)
+  assert not any(missing in why for why in found.skipped)
+
+
+@pytest.mark.parametrize(
+  'row',
+  [
+    {'prompt': 'Q?', 'chosen': None, 'rejected': 'b'},
+    {'prompt': 'Q?', 'chosen': 'a', 'rejected': None},
+    {'chosen': None, 'rejected': 'b'},
+    {
+      'prompt': 'Q?',
+      'chosen': [{'role': 'assistant', 'content': None}],
+      'rejected': ANSWERS[1:],
+    },
+  ],
+)
+def test_a_side_that_is_null_is_not_ranked(row, tmp_path):
+  found = read(tmp_path, 'chosen_rejected', row)
+  assert found.comparisons == [] and found.skipped.total() == 1
+  assert '(null)' in str(found.skipped)
+
+
 def test_texts_without_a_prompt(tmp_path):
   """The texts of TRL begin alike; those of HH have a format of their own."""
   rows = [
@@ -968,7 +1024,8 @@ def test_arena_55k_is_a_csv_file_of_json_lists(tmp_path):
   path.write_text(
     f'{header}\n'
     f'1,x,y,{prompt},"[""hi""]","[""no""]",0,1,0\n'
-    '2,x,y,"[""A"",""C""]","[""b"",""d""]","[""b"",null]",0,0,1\n'
+    '2,x,y,"[""A"",""C""]","[""b"",""d""]","[""b"",""""]",0,0,1\n'
+    '4,x,y,"[""A""]","[""b""]","[null]",0,1,0\n'
     '3,x,y,"[""A\\ud83d""]","[""b""]","[""c""]",1,0,0\n'
   )
   found = FORMATS['arena'](path)
@@ -977,7 +1034,10 @@ def test_arena_55k_is_a_csv_file_of_json_lists(tmp_path):
   assert (first.completions, first.ranks) == ((' hi', ' no'), (2, 1))
   assert (second.completions, second.ranks) == ((' d', ''), (1, 1))
   assert [turn.content for turn in second.turns] == ['A', 'b', 'C']
-  assert found.skipped == {'a text holds a lone surrogate': 1}
+  assert found.skipped == {
+    'a text holds a lone surrogate': 1,
+    'a text is missing (null)': 1,
+  }
   path.write_text(f'{header}\n1,x,y,"[""A""]","[""b""]","[""c""]",1,1,0\n')
   with pytest.raises(records.RecordError, match=r'train.csv:2: winner_model_a'):
     FORMATS['arena'](path)
@@ -1020,6 +1080,15 @@ def test_each_answer_of_messages_is_a_demonstration(tmp_path):
     'a question or an answer is empty': 1,
     'a message is neither system, user nor assistant': 1,
   }
+  # An answer is learned from once, and one that follows no question is counted.
+  begins = {'role': 'assistant', 'content': 'Hello.'}
+  rows = [
+    {'messages': [begins, *conversation('A', 'b'), begins]},
+    {'messages': [begins]},
+  ]
+  found = read(tmp_path, 'messages', *rows)
+  assert [d.response for d in found.demonstrations] == [' b']
+  assert found.skipped == {'an answer that follows no question': 3}
   bad = {'messages': [{'role': 'user'}]}
   with pytest.raises(records.RecordError) as caught:
     read(tmp_path, 'messages', bad)
@@ -1064,9 +1133,11 @@ def test_prompts_and_completions(tmp_path):
 
 def test_a_rejected_completion_is_no_demonstration(tmp_path):
   """TRL's format of unpaired preferences; a table may hold texts."""
+  accepted = [True, 'True', ' true', 1, 1.0, '1', '1.0']
+  rejected = [False, 'False', 'FALSE', 0, 0.0, '0', '0.0']
   rows = [
-    {'prompt': 'The sky is', 'completion': f' {label}.', 'label': label}
-    for label in (True, False, 'True', 'False', 1, 0, None)
+    {'prompt': 'The sky is', 'completion': f' {label!r}.', 'label': label}
+    for label in (*accepted, *rejected, None, '')
   ]
   rows.append({
     'prompt': conversation('Name a bird.'), 'completion': ANSWERS[1:],
@@ -1074,9 +1145,22 @@ def test_a_rejected_completion_is_no_demonstration(tmp_path):
   })  # fmt: skip
   found = read(tmp_path, 'prompt_completion', *rows)
   assert [row.response for row in found.demonstrations] == [
-    ' True.', ' True.', ' 1.', ' None.',
-  ]  # fmt: skip
-  assert found.skipped == {'a completion that is labeled as rejected': 4}
+    f' {label!r}.' for label in accepted
+  ]
+  assert found.skipped == {
+    'a completion that is labeled as rejected': len(rejected) + 1,
+    'a completion without a label': 2,
+  }
+
+
+@pytest.mark.parametrize('label', ['no', 'rejected', -1, 2, 0.5, 'nan', [0]])
+def test_a_label_that_is_neither_true_nor_false_is_named(label, tmp_path):
+  rows = [
+    {'prompt': 'The sky is', 'completion': ' blue.', 'label': each}
+    for each in (True, label)
+  ]
+  with pytest.raises(records.RecordError, match=r"file.jsonl:2: 'label' is "):
+    read(tmp_path, 'prompt_completion', *rows)
 
 
 # --- Test sets ----------------------------------------------------------------

@@ -14,7 +14,8 @@ upstream writes them; `python -m instruct_jax.data formats` prints that.
 Unusable entries are counted by reason. A missing field, or a file of another
 format, is an error that names the line (or the number of the entry) and the
 key. Fields that no reader asks for are ignored. Null, and the NaN of tables,
-is read as the empty text.
+is read as the empty text, except in answers that are ranked: a missing answer
+makes its entry unusable, an empty one does not.
 
 A source that ranks more than two answers gives one ranking of all of them.
 Prompts that are conversations have `turns`, and `records.text_of_turns` gives

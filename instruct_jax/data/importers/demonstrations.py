@@ -8,6 +8,7 @@ from instruct_jax.data import invisible, records, restaurant, sources
 from instruct_jax.data.importers.entries import (
   Entry,
   Imported,
+  Skip,
   instruction_prompt,
   post_prompt,
   reader,
@@ -52,12 +53,15 @@ def read_messages(imported, entry):
     for number in range(1, len(turns))
     if (turns[number - 1].role, turns[number].role) == ('user', 'assistant')
   ]
+  answers = sum(turn.role == 'assistant' for turn in turns)
+  imported.skip('an answer that follows no question', answers - len(ends))
   for number in ends:
     before, answer = split_answer(turns[: number + 1])
     if any(invisible.is_blank(text) for text in (before[-1].content, answer)):
       imported.skip('a question or an answer is empty')
       continue
-    if entry.items('messages')[number].get('weight') == 0:
+    message = entry.entries('messages')[number]
+    if 'weight' in message.values and message.number('weight') == 0:
       imported.skip('an answer with weight 0, which is not to be learned')
       continue
     row = records.Demonstration(
@@ -68,7 +72,27 @@ def read_messages(imported, entry):
       turns=before,
     )
     imported.add(row, model)
-  return None if ends else 'a conversation without an answer'
+  return None if answers else 'a conversation without an answer'
+
+
+# Labels of TRL's unpaired preferences, also as the text of a cell.
+_ACCEPTED = {
+  **dict.fromkeys(('true', '1', '1.0'), True),
+  **dict.fromkeys(('false', '0', '0.0'), False),
+}
+
+
+def _is_accepted(entry: Entry) -> bool:
+  """Whether `label` accepts the completion; Skip if there is no label."""
+  label = entry.cell('label').strip().casefold()
+  if not label:
+    raise Skip('a completion without a label')
+  if label not in _ACCEPTED:
+    raise records.RecordError(
+      f"'label' is {entry.values['label']!r:.80}, expected true or 1, or false "
+      'or 0'
+    )
+  return _ACCEPTED[label]
 
 
 def _add_completion(imported, entry, answer):
@@ -77,8 +101,7 @@ def _add_completion(imported, entry, answer):
   In TRL's unpaired preferences (KTO) `label` says whether the completion was
   accepted; rejected ones are skipped.
   """
-  label = str(entry.values.get('label')).strip().casefold()
-  if answer != 'label' and label in ('false', '0'):
+  if answer != 'label' and 'label' in entry.values and not _is_accepted(entry):
     return 'a completion that is labeled as rejected'
   if isinstance(entry.values.get('prompt'), list):
     turns = entry.messages('prompt') + entry.messages(answer)

@@ -217,6 +217,13 @@ class Skip(Exception):  # noqa: N818
   """An entry that cannot be used; the message is the reason to count."""
 
 
+NO_ANSWER = 'an answer is missing (null)'
+
+
+def _is_null(value: Any) -> bool:
+  return value is None or value != value
+
+
 def checked(value: Any, kinds: Any, where: str, what: str) -> Any:
   """Returns the value if it is of these types; None for null and NaN.
 
@@ -225,7 +232,7 @@ def checked(value: Any, kinds: Any, where: str, what: str) -> Any:
   Raises:
     RecordError: it is of another type, or a text with a lone surrogate.
   """
-  if value is None or value != value:
+  if _is_null(value):
     return None
   if not isinstance(value, kinds) or isinstance(value, bool):
     raise records.RecordError(
@@ -284,6 +291,19 @@ class Entry:
   def text(self, key: str) -> str:
     """A text; '' for null."""
     return self.get(key, str, 'a text') or ''
+
+  def answer(
+    self, key: str, text_fn: Callable[[str], str] | None = None
+  ) -> str:
+    """The text of an answer, as `text` or another method reads it.
+
+    Raises:
+      Skip: it is null. An answer may be empty, but null is none.
+    """
+    text = (text_fn or self.text)(key)
+    if _is_null(self.values[key]):
+      raise Skip(NO_ANSWER)
+    return text
 
   def cell(self, key: str) -> str:
     """The text of a cell; numbers and bools of a table become text."""
@@ -350,6 +370,8 @@ class Entry:
       )
     if any(isinstance(v, str) and not records.encodable(v) for v in value):
       raise Skip('a text holds a lone surrogate')
+    if any(map(_is_null, value)):
+      raise Skip('a text is missing (null)')
     return texts_of(value, self.where(key))
 
   def holds_list(self, key: str) -> bool:
@@ -383,8 +405,8 @@ class Entry:
     The content may be a list of parts with `type` and `text`.
 
     Raises:
-      Skip: the role is not system, user or assistant, or there is more than
-        text, such as tool calls or reasoning.
+      Skip: the role is not system, user or assistant, there is more than text,
+        such as tool calls or reasoning, or a question or an answer is null.
     """
     role = self.text('role')
     if role not in records.ROLES:
@@ -394,7 +416,10 @@ class Entry:
     if any(self.values.get(key) for key in _THOUGHTS):
       raise Skip('a message holds reasoning beside its text')
     if not isinstance(self.values.get('content'), list):
-      return records.Turn(role, self.text('content'))
+      turn = records.Turn(role, self.text('content'))
+      if role != 'system' and _is_null(self.values['content']):
+        raise Skip('a message has no content (null)')
+      return turn
     parts = self.entries('content')
     if any(part.text('type') != 'text' for part in parts):
       raise Skip('a message holds more than text')

@@ -71,7 +71,7 @@ def read_summarize_feedback(imported, entry):
   have no comparisons.
   """
   summaries, info = entry.entries('summaries'), entry.entry('info')
-  texts = tuple(summary.text('text') for summary in summaries)
+  texts = tuple(summary.answer('text') for summary in summaries)
   choice, worker = entry.get('choice', int, 'a number'), entry.text('worker')
   if choice is None:
     return 'no choice was made'
@@ -112,7 +112,7 @@ def _add_safe_rlhf(imported, entry, label):
   """
   imported.add_ranked(
     asked(entry.text('prompt')),
-    (entry.text('response_0'), entry.text('response_1')),
+    (entry.answer('response_0'), entry.answer('response_1')),
     entry.label(label, {'0': FIRST, '1': SECOND}),
     id=f'safe_rlhf:{entry.name}',
     category=entry.optional('prompt_source'),
@@ -141,7 +141,7 @@ def _sides(entry, prompt='prompt', chosen='chosen', rejected='rejected'):
   else:
     asked_before = asked(entry.text(prompt))
   if not any(map(entry.holds_list, (chosen, rejected))):
-    answers = [entry.text(chosen), entry.text(rejected)]
+    answers = [entry.answer(chosen), entry.answer(rejected)]
     if not asked_before:
       raise records.RecordError(
         entry.where(
@@ -284,7 +284,7 @@ def read_argilla_orca(imported, entry):
   )
   imported.add_ranked(
     asked(entry.text('input'), entry.text('system')),
-    (entry.text('chosen'), entry.text('rejected')),
+    (entry.answer('chosen'), entry.answer('rejected')),
     ranks,
     id=f'argilla_orca:{entry.name}',
     metadata=entry.details('status', 'chosen_score', 'in_gsm8k_train'),

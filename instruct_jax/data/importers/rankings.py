@@ -82,11 +82,9 @@ def _visit_oasst(imported, node, turns, tree):
   if role != 'user' or not replies:
     return below
   about = {
-    'prompt': records.text_of_turns(turns),
     'id': f'oasst:{node.optional("message_id") or tree}',
     'user': node.optional('user_id'),
     'category': node.optional('lang'),
-    'turns': turns,
   }
   ranked = []
   for reply in replies:
@@ -96,14 +94,16 @@ def _visit_oasst(imported, node, turns, tree):
         ranked.append((rank, reply))
   ranked.sort(key=lambda pair: pair[0])
   if len(ranked) > 1:
-    imported.comparisons.append(
-      records.Comparison(
-        completions=tuple(f' {reply.text("text")}' for _, reply in ranked),
-        ranks=records.ranks_of_scores(-rank for rank, _ in ranked),
+    try:
+      imported.add_ranked(
+        turns,
+        [reply.text('text') for _, reply in ranked],
+        [rank for rank, _ in ranked],
         time=node.optional('created_date'),
         **about,
       )
-    )
+    except Skip as reason:
+      imported.skip(str(reason))
     unranked = len(replies) - len(ranked)
     imported.skip('an unranked reply among ranked ones', unranked)
   else:
@@ -113,7 +113,10 @@ def _visit_oasst(imported, node, turns, tree):
   if best.values.get('synthetic') is True:
     model = best.optional('model_name') or 'unnamed'
   response = f' {best.text("text")}'
-  imported.add(records.Demonstration(response=response, **about), model)
+  prompt = records.text_of_turns(turns)
+  imported.add(
+    records.Demonstration(prompt, response, turns=turns, **about), model
+  )
   return below
 
 
@@ -127,7 +130,7 @@ def _rate_summary(entry: Entry, axis: str) -> Rating:
   """
   summary, info = entry.entry('summary'), entry.entry('info')
   axes, worker = summary.entry('axes'), entry.text('worker')
-  text, score = summary.text('text'), axes.number(axis)
+  text, score = summary.answer('text'), axes.number(axis)
   prompt = post_prompt(info)
   if score is None:
     raise Skip(f'the summary has no rating of {axis!r}')
@@ -159,7 +162,6 @@ def read_qa_feedback(imported, entry):
   the demonstration.
   """
   preference, question = entry.items('preference'), entry.text('question')
-  answers = [entry.text(f'prediction {number}') for number in range(1, 5)]
   gold = entry.text('gold').strip()
   if len(preference) != 6 or any(p not in (0, 1, 2) for p in preference):
     raise records.RecordError(
@@ -182,8 +184,11 @@ def read_qa_feedback(imported, entry):
     scores[a] += points
     scores[b] += 1 - points
   # A text that was sampled twice becomes one completion, with its mean score.
-  answers = [records.composed(answer.strip()) for answer in answers]
   try:
+    answers = [
+      records.composed(entry.answer(f'prediction {number}').strip())
+      for number in range(1, 5)
+    ]
     imported.add_scored(completions=answers, scores=scores, **about)
   except Skip as reason:
     imported.skip(str(reason))
@@ -210,7 +215,7 @@ def _add_shp(imported, entry, min_ratio):
   The scores are the votes. Pairs whose score ratio is below `min_ratio` are
   left out.
   """
-  answers = entry.text('human_ref_A'), entry.text('human_ref_B')
+  answers = entry.answer('human_ref_A'), entry.answer('human_ref_B')
   scores = entry.number('score_A'), entry.number('score_B')
   ranks = entry.label('labels', {'1': FIRST, '0': SECOND})
   ratio = entry.number('score_ratio')
@@ -248,7 +253,7 @@ def read_ultrafeedback(imported, entry):
     numbers = [number for number in ratings if number is not None]
     if numbers:
       score = sum(numbers) / len(numbers)
-      rated.append((completion, completion.text('response'), score))
+      rated.append((completion, completion.answer('response'), score))
     else:
       imported.skip('an answer without a rating')
   if len(rated) < 2:
@@ -298,7 +303,7 @@ def read_helpsteer(entry):
 
   HelpSteer has up to four answers per prompt, HelpSteer 2 has two.
   """
-  prompt, response = entry.text('prompt'), entry.text('response')
+  prompt, response = entry.text('prompt'), entry.answer('response')
   score = entry.number('helpfulness')
   attributes = {name: entry.number(name) for name in _HELPSTEER}
   if score is None:
@@ -334,7 +339,7 @@ def read_helpsteer2_preference(imported, entry):
     entry,
     'preference_strength',
     _steered(entry.text('prompt')),
-    (entry.text('response_1'), entry.text('response_2')),
+    (entry.answer('response_1'), entry.answer('response_2')),
     entry.details('split', 'preference_statement'),
     id=f'helpsteer2:{entry.name}',
   )
@@ -351,7 +356,7 @@ def read_helpsteer3(imported, entry):
     entry,
     'overall_preference',
     entry.messages('context'),
-    (entry.text('response1'), entry.text('response2')),
+    (entry.answer('response1'), entry.answer('response2')),
     {'votes': votes, **entry.details('language')},
     id=f'helpsteer3:{entry.name}',
     category=entry.text('domain'),
@@ -401,7 +406,7 @@ def _is_pair(line: str) -> list[dict] | None:
 def _add_webgpt(imported, entry):
   """Two answers to a question, with scores from -1 to 1 that sum to 0."""
   question = entry.entry('question')
-  answers = entry.text('answer_0'), entry.text('answer_1')
+  answers = entry.answer('answer_0'), entry.answer('answer_1')
   scores = entry.number('score_0'), entry.number('score_1')
   if None in scores:
     raise Skip('a score is missing')
@@ -426,7 +431,7 @@ def read_nectar(imported, entry):
     raise Skip('an answer has no rank')
   imported.add_ranked(
     turns[:-1],
-    [answer.text('answer') for answer in answers],
+    [answer.answer('answer') for answer in answers],
     ranks,
     id=f'nectar:{entry.name}',
     metadata=entry.details('good_natured'),

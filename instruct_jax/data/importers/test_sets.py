@@ -70,7 +70,7 @@ def _add_ukp(imported, entry):
   ranks = entry.label('label', {'a1': FIRST, 'a2': SECOND, 'equal': TIE})
   imported.add_ranked(
     _debate(entry),
-    [_argument(entry.text(key)) for key in ('a1', 'a2')],
+    [_argument(entry.answer(key)) for key in ('a1', 'a2')],
     ranks,
     id=f'ukp:{entry.text("#id")}',
     category=stem(entry.path),
@@ -86,7 +86,7 @@ def _rate_ukp(entry):
   return Rating(
     name,
     _debate(entry),
-    _argument(entry.text('argument')),
+    _argument(entry.answer('argument')),
     -rank,
     about={'id': f'ukp_ranking:{name}', 'category': name},
     each={'ids': entry.text('#id')},
@@ -123,7 +123,7 @@ def _add_hhh(imported, entry):
     scores = [targets.number(answer) for answer in targets.values]
   else:
     targets = entry.entry('targets')
-    answers, labels = targets.texts('choices'), targets.items('labels')
+    answers, labels = targets.json_texts('choices'), targets.items('labels')
     if len(labels) != len(answers) or any(
       label not in (0, 1) for label in labels
     ):
@@ -157,7 +157,7 @@ def read_llmbar(imported, entry):
   """LLMBar: two outputs for an instruction, and the number of the better."""
   imported.add_ranked(
     asked(entry.text('input')),
-    (entry.text('output_1'), entry.text('output_2')),
+    (entry.answer('output_1'), entry.answer('output_2')),
     entry.label('label', {'1': FIRST, '2': SECOND}),
     id=f'llmbar:{_folder(entry)}:{entry.line}',
     category=_folder(entry),
@@ -178,7 +178,7 @@ def read_pandalm(imported, entry):
   prompt = instruction_prompt(entry.cell('instruction'), entry.cell('input'))
   imported.add_ranked(
     asked(prompt),
-    (entry.cell('response1'), entry.cell('response2')),
+    [entry.answer(key, entry.cell) for key in ('response1', 'response2')],
     ranks,
     id=f'pandalm:{entry.optional("idx") or entry.name}',
     category=entry.optional('motivation_app'),
@@ -194,7 +194,7 @@ def read_autoj(imported, entry):
   """testdata_pairwise.jsonl of Auto-J: two answers and a person's label."""
   imported.add_ranked(
     asked(entry.text('prompt')),
-    (entry.text('response 1'), entry.text('response 2')),
+    (entry.answer('response 1'), entry.answer('response 2')),
     entry.label('label', {'0': FIRST, '1': SECOND, '2': TIE}),
     id=f'autoj:{entry.name}',
     category=entry.text('scenario'),
@@ -217,7 +217,7 @@ def _read_all_tulu(imported, entry):
   ranks = entry.label('preference', _TULU)
   imported.add_ranked(
     asked(entry.cell('prompt')),
-    (entry.cell('completion_a'), entry.cell('completion_b')),
+    [entry.answer(f'completion_{side}', entry.cell) for side in 'ab'],
     ranks,
     id=f'tulu:{entry.cell("instance_id")}',
     labeler=entry.cell('evaluator'),
