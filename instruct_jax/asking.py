@@ -338,6 +338,9 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
     )
 
   # Read before anything is sampled, since a file may be bad.
+  for kind, path in texts_of(config).items():
+    if unread := sources.unread(sources.document_files(path), path):
+      run_lib.say(f'{config.name}: {kind}: {unread}')
   texts = {
     kind: sources.read_documents(path, words_per_document=_WORDS)
     for kind, path in texts_of(config).items()

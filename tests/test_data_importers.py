@@ -671,6 +671,22 @@ def test_hh_says_who_wrote_its_demonstrations(tmp_path, capsys):
   assert 'models wrote them, people chose' in capsys.readouterr().err
 
 
+def test_a_comparison_of_an_answer_with_itself_is_counted(tmp_path, capsys):
+  row = {'prompt': 'Q?', 'completions': ['a', 'a', 'b'], 'ranks': [1, 2, 2]}
+  rows = [
+    row,
+    {**row, 'ranks': [1, 1, 2]},
+    # The first ended, and the second was cut.
+    {**row, 'ended': [True, False, True]},
+  ]
+  path = write(tmp_path / 'file.jsonl', rows)
+  command = ['comparisons', str(path), f'--output={tmp_path / "out"}']
+  assert convert.main([*command, '--valid=0.0001']) == 0
+  out = capsys.readouterr().out
+  assert 'comparisons_train: 3\n' in out
+  assert 'kept: a comparison that prefers an answer to itself: 1\n' in out
+
+
 def test_copies_are_counted(tmp_path, capsys):
   texts = [unicodedata.normalize(f, 'Café?') for f in ('NFC', 'NFD', 'NFC')]
   rows = [{**FORMATS['alpaca'], 'instruction': text} for text in texts]

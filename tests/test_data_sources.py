@@ -31,6 +31,8 @@ def test_split_text_by_hand():
   assert sources.split_text(TEXT, 1) == ['one two three', 'four five', 'six']
   assert sources.split_text(TEXT, 99) == ['one two three\n\nfour five\n\nsix']
   assert sources.split_text(' \n\n ', 4) == []
+  # Nor are paragraphs that nobody could see.
+  assert sources.split_text('one\n\n\x00\x01\n\n\u200b', 1) == ['one']
 
 
 def test_files_and_folders(tmp_path):
@@ -51,6 +53,38 @@ def test_files_and_folders(tmp_path):
   assert one == found[3:]
 
 
+def test_what_a_folder_holds_beside_its_files_is_named(tmp_path, capsys):
+  folder, below = tmp_path / 'D', tmp_path / 'D' / 'sub'
+  below.mkdir(parents=True)
+  row = {'prompt': 'Q?', 'completions': ['a', 'b'], 'ranks': [1, 2]}
+  for name in ('train.jsonl', 'sub/b.jsonl', 'x.JSONL'):
+    (folder / name).write_text(json.dumps(row))
+  for name in ('more.jsonl.zst', 'y.arrow', 'z.TXT', 'README.md', '.hidden'):
+    (folder / name).write_text('x')
+  out = [f'--output={tmp_path / "out"}', '--valid=0.0001']
+  others = 'more.jsonl.zst, sub, x.JSONL, y.arrow, z.TXT'
+  note = f'note: {folder}: not read: {others}\n'
+  assert convert.main(['comparisons', str(folder), *out]) == 0
+  assert capsys.readouterr().err.endswith(note)
+  command = ['prompts', str(folder), *out, '--field=text={prompt}']
+  assert convert.main(command) == 0
+  assert capsys.readouterr().err.endswith(note)
+  (folder / 'train.jsonl').write_text('{"text": "An owl."}')
+  assert convert.main(['documents', str(folder), *out]) == 0
+  assert capsys.readouterr().err.endswith(note)
+  # Files of a subfolder that is read, and what is read as a whole.
+  (folder / 'train.jsonl').unlink()
+  (below / 'c.zst').write_text('x')
+  files = sources.files_of(folder)
+  others = others.replace('sub', 'sub/c.zst')
+  assert sources.unread(files, folder) == f'{folder}: not read: {others}'
+  assert sources.unread([f'datasets:{folder}'], folder) == ''
+  for number in range(30):
+    (below / f'{number:02}.zst').write_text('x')
+  unread = sources.unread(files, folder)
+  assert unread.endswith(', sub/18.zst, 15 more')
+
+
 def test_bad_sources(tmp_path):
   def error(spec):
     with pytest.raises(records.RecordError) as info:
@@ -65,6 +99,8 @@ def test_bad_sources(tmp_path):
   )
   (tmp_path / 'empty.txt').write_text(' \n')
   assert 'empty.txt: holds no text' in error(tmp_path / 'empty.txt')
+  (tmp_path / 'unseen.txt').write_bytes(b'\x00\x01\n\n\x02')
+  assert 'unseen.txt: holds no text' in error(tmp_path / 'unseen.txt')
   assert 'expected tfds:NAME/SPLIT' in error('tfds:lm1b')
   assert 'tfds:no_such_set/train: cannot be opened' in error(
     'tfds:no_such_set/train'
@@ -436,20 +472,41 @@ def test_lists_by_hand():
   assert comparison({'s': [True, False]}, scores='{s}') == ((1, 2), (1, 0))
   assert comparison({'s': ['1.5', 2]}, scores='{s}') == ((2, 1), (1.5, 2))
   assert comparison({}, ranks=['1', '2']) == ((1, 2), ())
-  # A missing answer is an empty one; a missing rank is an error.
+  # An answer may be empty; a missing one is an error, as is a missing rank.
   row = fill(
     records.Comparison,
-    {'c': ['a', None, math.nan]},
+    {'c': ['a', '', '']},
     prompt='x',
     completions='{c}',
     ranks=['1', '2', '2'],
   )
   assert row.completions == ('a', '', '')
+  for null in (None, math.nan):
+    for given in ('{c}', ['a', '{n}'], ['a', 'It is {n}.'], ['a', '{n}{n}']):
+      with pytest.raises(
+        records.RecordError,
+        match=r"S:1: 'completions' must be a list of strings, found \[.*null",
+      ):
+        comparison(
+          {'c': ['a', null], 'n': null}, completions=given, ranks=['1', '2']
+        )
   for ranks in ([1, None], [1, 1.5], [1, 'x'], [1, True], [1]):
     with pytest.raises(records.RecordError, match=r"S:1: 'ranks'"):
       comparison({'r': ranks}, ranks='{r}')
   with pytest.raises(records.RecordError, match='is a list, not a text'):
     comparison({'c': [['a'], 'b']}, ranks=['1', '2'])
+  # Each of several is a text, even one that could be a list.
+  for text in ('["owl"]', '[5]', '[null]', '[1, 2]', '[a'):
+    row = fill(
+      records.Comparison,
+      {'a': text, 'b': 7},
+      prompt='x',
+      completions=['{a}', '{b}'],
+      ranks=['1', '2'],
+    )
+    assert row.completions == (text, '7')
+  with pytest.raises(records.RecordError, match=r'\{a\} is a list, .* \{a\[0'):
+    comparison({'a': ['owl']}, completions=['{a}', 'b'], ranks=['1', '2'])
 
   turns = [{'role': 'user', 'content': 'hi'}]
   row = fill(records.Prompt, {'t': turns, 'm': None}, turns='{t}', user='{m}')

@@ -110,6 +110,7 @@ def test_all_models_and_baselines_are_measured(folder, finished):
     'ours': {job.TOO_LONG: 1},
   }
   assert about['files'] == [str(folder / 'filtered.jsonl')]
+  assert about['not read'] == ''
   assert 'hep-go' in about['missing subsets']
   assert 'chat template' in result['reads']['likes_z']
   assert '1 of 17 items of rewardbench left out' in output

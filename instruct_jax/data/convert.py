@@ -15,7 +15,8 @@ and prompts, whichever the format (see `importers`) has.
 read JSONL of `records.py` and the sources of `sources.py`, and mix them by
 weight. Tables (tfds:, datasets:, .csv, .tsv, .parquet, .xlsx, .json, other
 .jsonl) need a --field for each field of the record. A folder stands for the
-data files in it (or, if it has none, in its subfolders) and is one source.
+data files in it (or, if it has none, in its subfolders) and is one source; a
+note names what else is in it.
 
 All rows that begin with the same question (`records.opening`) are in one split,
 which depends only on that opening and the seed, so conversions with the same
@@ -117,6 +118,8 @@ def convert(
   for kind in ('comparisons', 'demonstrations'):
     if kind in kinds:
       kinds[kind] = _without_copies(kind, kinds[kind], counts)
+  reason = 'kept: a comparison that prefers an answer to itself'
+  counts[reason] = sum(map(_prefers_a_copy, kinds.get('comparisons', ())))
   counts = {reason: number for reason, number in counts.items() if number}
   if not any(kinds.values()):
     raise records.RecordError(
@@ -165,11 +168,18 @@ def _write(folder, kinds, split):
   return written
 
 
+def _files_of(spec, name, fields):
+  """The files that a source stands for."""
+  if name == 'documents' and not fields:
+    return sources.document_files(spec)
+  return sources.files_of(spec)
+
+
 def _read(spec, name, fields, words_per_document, model_outputs, counts):
   """Records of one kind from one source."""
   if name == 'documents' and not fields:
     return sources.read_documents(spec, words_per_document=words_per_document)
-  files = sources.files_of(spec)
+  files = _files_of(spec, name, fields)
   if files != [str(spec)]:
     arguments = (name, fields, words_per_document, model_outputs, counts)
     return [row for file in files for row in _read(file, *arguments)]
@@ -229,6 +239,15 @@ def _without_copies(kind, rows, counts):
   verb = 'kept' if kind == 'comparisons' else 'skipped'
   counts[f'{verb}: the same {kind[:-1]} again'] = len(rows) - len(distinct)
   return kept
+
+
+def _prefers_a_copy(row: records.Comparison) -> bool:
+  """Whether the same answer comes twice, with different ranks."""
+  ended = row.ended or (True,) * len(row.ranks)
+  ranks = collections.defaultdict(set)
+  for *answer, rank in zip(row.completions, ended, row.ranks, strict=True):
+    ranks[tuple(answer)].add(rank)
+  return any(len(found) > 1 for found in ranks.values())
 
 
 def _check_neighbours(output, kinds, split) -> None:
@@ -327,6 +346,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         'opening is in one split; or this seed has split them before',
         file=sys.stderr,
       )
+  for spec in options.files:
+    files = _files_of(spec, options.format, fields)
+    if unread := sources.unread(files, spec):
+      print(f'note: {unread}', file=sys.stderr)
   if options.format in importers.FORMATS:
     tests = [
       file

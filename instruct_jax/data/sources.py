@@ -7,16 +7,17 @@ hold
 
   nothing            null, NaN or an empty cell is the empty text. A field is
                      empty if all its columns are. A row without a prompt or a
-                     response is an error that names the row
+                     response is an error that names the row; so is one with a
+                     completion that is null, but an empty cell is an empty one
   text, a number     used unchanged; `{price:.2f}` formats a number
   a list, an object  `{answers[0]}` and `{answer[text]}` are entries of it; a
                      whole list is not a text and is an error
 
 `completions`, `ranks`, `scores` and `turns` are lists: `{answers}` alone gives
 the column's list (in a CSV file, a cell with a JSON list), or the field is
-given several times, `completions={a}` and `completions={b}`. Ranks and scores
-may be numbers or numbers written as text. `metadata={column}` keeps a column
-under its name. Prompts without an `id` are numbered by row.
+given several times, `completions={a}` and `completions={b}`, each then a text.
+Ranks and scores may be numbers or numbers written as text. `metadata={column}`
+keeps a column under its name. Prompts without an `id` are numbered by row.
 """
 
 import collections
@@ -36,7 +37,7 @@ import numpy as np
 from etils import epath
 
 from instruct_jax import command
-from instruct_jax.data import records
+from instruct_jax.data import invisible, records
 
 _TFDS = 'tfds:'
 _DATASETS = 'datasets:'
@@ -60,6 +61,8 @@ _TEST = re.compile(r'test(?:s|ing|set|sets|data|file|files|split)?(?![a-z])')
 _LIST_FIELDS = ('completions', 'ranks', 'scores', 'turns')
 # Fields that may be given instead of another one.
 _OR = {'text': 'turns', 'prompt': 'turns', 'ranks': 'scores'}
+# The most files that a line about unread ones names.
+_MOST_UNREAD = 20
 _BATCH_ROWS = 1024  # In memory at a time; rows may be long conversations.
 _DELIMITERS = (',', ';', '\t', '|')
 # `answers[text][0]`: a column, then keys.
@@ -116,35 +119,44 @@ def read_documents(
     rows, _ = read_fields(spec, records.Document, fields)
     texts, source = [row.text for row in rows], spec.partition(':')[2]
     return _split(texts, source, spec, words_per_document)
+  return [
+    document
+    for file in document_files(spec)
+    for document in _read_file(epath.Path(file), words_per_document)
+  ]
+
+
+def document_files(spec: epath.PathLike) -> list[str]:
+  """The files of a folder that `read_documents` reads; otherwise `spec`.
+
+  Raises:
+    RecordError: there is none.
+  """
+  if is_data_set(spec) or not epath.Path(spec).is_dir():
+    return [str(spec)]
   path = epath.Path(spec)
-  if not path.is_dir():
-    return _read_file(path, words_per_document)
   files = [file for file in path.iterdir() if file.name.endswith(_SUFFIXES)]
   if not files:
     raise records.RecordError(
       f'{path}: no files that end in {", ".join(_SUFFIXES)}'
     )
-  return [
-    document
-    for file in sorted(files, key=lambda file: file.name)
-    for document in _read_file(file, words_per_document)
-  ]
+  return [str(file) for file in sorted(files, key=lambda file: file.name)]
 
 
 def split_text(text: str, words_per_document: int) -> list[str]:
   """Splits a text at blank lines into pieces of about `words_per_document`.
 
   Paragraphs are collected until a piece has that many words; none is cut, so a
-  long paragraph makes a long piece. Line breaks inside a paragraph become
-  spaces, because they come from the width of a printed page and only some books
-  have them.
+  long paragraph makes a long piece. Those that cannot be seen are left out.
+  Line breaks inside a paragraph become spaces, because they come from the width
+  of a printed page and only some books have them.
   """
   pieces: list[list[str]] = []
   num_words = words_per_document
   for paragraph in re.split(r'\n\s*\n', text):
-    words = paragraph.split()
-    if not words:
+    if invisible.is_blank(paragraph):
       continue
+    words = paragraph.split()
     if num_words >= words_per_document:
       pieces.append([])
       num_words = 0
@@ -274,18 +286,34 @@ def is_test_split(file: str, spec: epath.PathLike) -> bool:
   return any(_TEST.match(part.lower()) for part in below.parts)
 
 
-def unread(files: Sequence[str], folder: epath.PathLike) -> list[str]:
-  """Names of a folder's files and subfolders that are not among `files`."""
+def unread(files: Sequence[str], folder: epath.PathLike) -> str:
+  """A line with a folder's files and subfolders that are not among `files`.
+
+  '' if there are none.
+  """
   if is_data_set(folder) or not epath.Path(folder).is_dir():
-    return []
-  read = tuple(file.removeprefix(_DATASETS) for file in files)
-  return sorted(
-    path.name
-    for path in epath.Path(folder).iterdir()
-    if not path.name.startswith(('.', 'README', 'LICENSE'))
-    and path.name not in _NO_DATA
-    and not any(f'{file}/'.startswith(f'{path}/') for file in read)
-  )
+    return ''
+  read = [file.removeprefix(_DATASETS) for file in files]
+  left = sorted(_others(epath.Path(folder), read))
+  if not left:
+    return ''
+  shown, more = left[:_MOST_UNREAD], len(left) - _MOST_UNREAD
+  shown += [f'{more} more'] if more > 0 else []
+  return f'{folder}: not read: {", ".join(shown)}'
+
+
+def _others(folder: epath.Path, read: Sequence[str]) -> Iterator[str]:
+  """Names below a folder that are neither read nor describe other files."""
+  if str(folder) in read:
+    return
+  for path in folder.iterdir():
+    name = path.name
+    if name.startswith(('.', 'README', 'LICENSE')) or name in _NO_DATA:
+      continue
+    if any(file.startswith(f'{path}/') for file in read):
+      yield from (f'{name}/{below}' for below in _others(path, read))
+    elif str(path) not in read:
+      yield name
 
 
 def _files_in(folder: epath.Path, suffixes: tuple[str, ...]) -> list[str]:
@@ -539,6 +567,8 @@ class Fields:
     for field, templates in self._templates.items():
       if field == 'metadata':
         values[field] = _metadata(templates, example)
+      elif field == 'completions' and len(templates) > 1:
+        values[field] = [_completion(each, example) for each in templates]
       elif field in _LIST_FIELDS:
         values[field] = [
           _item(field, item)
@@ -642,13 +672,22 @@ def _text(pieces: Sequence[tuple], example: Example) -> str:
   return ''.join(parts)
 
 
+def _completion(pieces: Sequence[tuple], example: Example) -> str | None:
+  """The text of a format string; None if there is null and nothing else."""
+  found = [_lookup(example, *each[1:3]) for each in pieces if each[1]]
+  if found and all(value is None for value in found):
+    return None
+  return _text(pieces, example)
+
+
 def _is_column(pieces: Sequence[tuple]) -> bool:
   return len(pieces) == 1 and not pieces[0][0] and not pieces[0][3]
 
 
 def _items(field: str, pieces: Sequence[tuple], example: Example) -> list:
   if not _is_column(pieces):
-    return [_text(pieces, example)]
+    read_fn = _completion if field == 'completions' else _text
+    return [read_fn(pieces, example)]
   value = _lookup(example, *pieces[0][1:3])
   if value is None and field == 'turns':
     return []
@@ -665,7 +704,7 @@ def _item(field: str, item: Any) -> Any:
   """One entry of a list field, converted to the type that the record needs."""
   item = _plain(item)
   if field == 'completions':
-    return _as_text(item, field, '')
+    return None if item is None else _as_text(item, field, '')
   if field == 'turns' or item is None:
     return _json(item)
   if isinstance(item, bool):

@@ -18,6 +18,8 @@ subset. A benchmark is read by one of `FORMATS`:
   others        those of `data.importers`, say hh; pairs that the label ties are
                 left out, and equal scores count one half
 
+An item of which a right answer is also a wrong one is left out and counted.
+
 A path is a file (.parquet, .jsonl, .json, .csv; the last three also .gz), a
 folder of such files, or a folder of such folders.
 """
@@ -102,12 +104,14 @@ class Benchmark:
     comparisons: the items.
     skipped: reason -> number of entries left out while reading.
     files: the files that were read.
+    unread: a line with the folder's files that were not; '' if there are none.
   """
 
   format: str
   comparisons: list[records.Comparison]
   skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
   files: Sequence[str] = ()
+  unread: str = ''
 
   def check(self) -> None:
     """Raises ValueError if no figure can be made of these items."""
@@ -186,6 +190,7 @@ def read(name: str, path: epath.PathLike, dialogue: bool = False) -> Benchmark:
   """
   check_format(name)
   found, read_files = entries.Imported(), files_of(path)
+  unread = sources.unread(read_files, path)
   if name in _WITH_PARTS:
     read_files = [
       file for file in read_files if epath.Path(file).name.startswith(_WHOLE)
@@ -201,7 +206,7 @@ def read(name: str, path: epath.PathLike, dialogue: bool = False) -> Benchmark:
     why = '; '.join(f'{reason}: {n}' for reason, n in found.skipped.items())
     why = why or 'no entry is a comparison'
     raise records.RecordError(f'{path}: {name}: nothing to compare; {why}')
-  benchmark = Benchmark(name, kept, found.skipped, read_files)
+  benchmark = Benchmark(name, kept, found.skipped, read_files, unread)
   try:
     benchmark.check()  # Before any model is asked.
   except ValueError as error:
@@ -286,6 +291,8 @@ def _item(
   question = turns[-1].content
   if invisible.is_blank(question):
     raise entries.Skip('the question is empty')
+  if {text.strip() for text in right} & {text.strip() for text in wrong}:
+    raise entries.Skip('a right answer is also a wrong one')
   prompt, lead = f'{question}\n\n', ''
   if len(turns) > 1 or dialogue:
     prompt, lead = records.text_of_turns(turns), ' '
@@ -564,12 +571,16 @@ def _ties_columns(ties):
   tanh(smaller gap / spread - 1), and 0 if both are 0.
 
   Raises:
-    ValueError: no question comes in both forms.
+    ValueError: no question comes in both forms, or one comes twice.
   """
   gaps, spreads = {}, {}
   for item, row in ties:
     right, wrong = np.split(row, [_num_right(item)])
     kind, _, number = item.id.partition(':')
+    if (kind, number) in gaps:
+      raise ValueError(
+        f'two questions of Ties have the id {item.id!r}; give each its own'
+      )
     gaps[kind, number] = right.min() - wrong.max()
     spreads[kind, number] = right.max() - right.min()
   numbers = list(dict.fromkeys(number for _, number in gaps))

@@ -255,6 +255,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
     name: reward_bench.read(kind, path, config.dialogue)
     for name, (kind, path) in named_sets(config.sets).items()
   }
+  for name, benchmark in sets.items():
+    if benchmark.unread:
+      run_lib.say(f'{config.name}: {name}: {benchmark.unread}')
   train = None
   if config.comparisons:
     train = records.read_jsonl(config.comparisons, records.Comparison)
@@ -325,6 +328,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, float]:
       'left out, by model': left_out[name],
       'skipped': dict(benchmark.skipped),
       'files': list(benchmark.files),
+      'not read': benchmark.unread,
       'missing subsets': reward_bench.missing(benchmark),
       'notes': notes[name],
     }
@@ -530,6 +534,7 @@ def _set_lines(name, by_scorer, about):
     '',
   ]
   remarks = list(about['notes'])
+  remarks += [about['not read']] * bool(about['not read'])
   if about['missing subsets']:
     remarks.append(
       'The file lacks subsets, so sections and score are those of the others: '

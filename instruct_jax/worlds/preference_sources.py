@@ -174,7 +174,7 @@ def read(
     own, before = collections.Counter(), sum(map(len, found))
     files = files_of(path, name)
     if unread := sources.unread(files, path):
-      run_lib.say(f'data: {key}: {path}: not read: {", ".join(unread[:20])}')
+      run_lib.say(f'data: {key}: {unread}')
     for file, own_name in importers.names_of(files).items():
       if name:
         imported = importers.FORMATS[name](file).named(file, own_name)

@@ -344,13 +344,19 @@ def held_out(
   ]
 
 
+def _read_documents(config, key, spec):
+  if unread := sources.unread(sources.document_files(spec), spec):
+    run_lib.say(f'data: {key}: {unread}')
+  return sources.read_documents(
+    spec, words_per_document=config.words_per_document
+  )
+
+
 def other_texts(config: ConfigDict) -> dict[str, list[records.Document]]:
   """`held_out` of each source in `other_documents`, drawn by seed."""
   found = {}
   for name, source in other_documents(config).items():
-    documents = sources.read_documents(
-      source, words_per_document=config.words_per_document
-    )
+    documents = _read_documents(config, f'documents_{name}', source)
     order = np.random.default_rng([config.seed, 3]).permutation(len(documents))
     drawn = [documents[i] for i in order]
     found[f'documents_{name}'] = held_out(config, drawn)
@@ -365,9 +371,7 @@ def split_documents(config: ConfigDict) -> dict[str, list[records.Document]]:
   documents = [
     document
     for spec in specs
-    for document in sources.read_documents(
-      spec, words_per_document=config.words_per_document
-    )
+    for document in _read_documents(config, 'documents', spec)
   ]
   documents = draw_rows(documents, config.max_documents, config.seed)
   order = np.random.default_rng([config.seed, 4]).permutation(len(documents))

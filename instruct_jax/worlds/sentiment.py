@@ -118,6 +118,9 @@ def make_prompts(
   Raises:
     ValueError: there are fewer than the config asks for.
   """
+  files = sources.document_files(config.documents)
+  if unread := sources.unread(files, config.documents):
+    run_lib.say(f'{config.name}: documents: {unread}')
   documents = sources.read_documents(
     config.documents, words_per_document=config.words_per_document
   )
