@@ -322,13 +322,112 @@ def test_temporal_questions(tmp_path):
     ('winogender', 'x.tsv', 'sentid\tsentence\na.b\tx\n', ':2: sentid'),
     ('drop', 'x.json', '[{"context": "a"}]', "field 'answer' is missing"),
     ('nonsense', 'x', '', "unknown task 'nonsense'; known: winogender"),
+    ('drop', 'x.json', '3', 'x.json: expected a list of entries, found 3'),
+    ('timequestions', 'x.json', '"a"', "expected a list of entries, found 'a'"),
+    ('truthful_mc1', 'x.json', '{}', 'expected a list of entries, found {}'),
+    ('squadv2', 'x.json', '3', "field 'data' is missing; found 3"),
   ],
 )
 def test_bad_files_are_named(tmp_path, name, file, content, message):
   path = tmp_path / file
   path.write_text(content)
-  with pytest.raises(records.RecordError, match=message):
+  with pytest.raises(records.RecordError, match=message) as error:
     tasks.load(name, path)
+  assert '\n' not in str(error.value)
+
+
+ENDINGS = ['flies', 'sits', 'eats']
+HELLASWAG = {'activity_label': 'Birds', 'ctx': 'An owl', 'endings': ENDINGS}
+
+
+@pytest.mark.parametrize('label', [0, '0', 2, '2'])
+def test_a_label_is_the_number_of_an_ending(label, tmp_path):
+  path = save(tmp_path / 'val.jsonl', [{**HELLASWAG, 'label': label}])
+  (item,) = tasks.load('hellaswag', path)
+  assert item.references == (f' {ENDINGS[int(label)]}',)
+
+
+@pytest.mark.parametrize(
+  ('values', 'message'),
+  [
+    ({'label': -1}, 'label -1 names none of 3 endings'),
+    ({'label': '-1'}, "label '-1' names none of 3 endings"),
+    ({'label': 3}, 'label 3 names none of 3 endings'),
+    ({'label': ''}, "label '' names none of 3 endings"),
+    ({'label': None}, 'label is None, not of the expected type'),
+    ({'label': True}, 'label is True, not of the expected type'),
+    (
+      {'label': 0, 'endings': ['flies', None]},
+      "endings must be a list of texts, found ['flies', None]",
+    ),
+  ],
+)
+def test_missing_labels_and_endings_are_named(values, message, tmp_path):
+  rows = [{**HELLASWAG, 'label': 0}, {**HELLASWAG, **values}]
+  path = save(tmp_path / 'val.jsonl', rows)
+  with pytest.raises(records.RecordError) as error:
+    tasks.load('hellaswag', path)
+  assert f'{path}:2: {message}' in str(error.value)
+
+
+def quac(**values):
+  qa = {'question': 'q', 'answers': [{'text': 'a'}], **values}
+  paragraph = {'context': 'c', 'qas': [qa]}
+  return {'data': [{'title': 't', 'paragraphs': [paragraph]}]}
+
+
+def drop(answer, **values):
+  qa = {'question': 'q', 'answer': answer, **values}
+  return {'p1': {'passage': 'P', 'qa_pairs': [qa]}}
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('quac', quac(orig_answer=None), 'orig_answer is None'),
+    ('quac', quac(orig_answer={'text': None}), 'text is None'),
+    ('quac', quac(answers=[None]), "field 'text' is missing; found None"),
+    ('drop', drop({'spans': [None]}), 'spans must be a list of texts'),
+    ('drop', drop({'spans': 'owl'}), "spans is 'owl', not of the"),
+    ('drop', drop({'number': [7]}), 'number is [7], not of the'),
+    ('drop', drop({'number': False}), 'number is False, not of the'),
+    ('drop', drop({'date': 'May'}), "date is 'May', not of the"),
+    ('drop', drop({'number': None}), 'an answer without number, spans, date'),
+    (
+      'drop',
+      drop({'number': '7'}, validated_answers=[None]),
+      'expected an answer, found None',
+    ),
+    ('drop', drop({'number': '7'}, validated_answers=3), 'answers is 3, not'),
+    ('drop', {'p1': 3}, "field 'passage' is missing; found 3"),
+    ('drop', [None], "entry 0: field 'context' is missing; found None"),
+    ('tiq', [3], "entry 0: field 'Answer' is missing; found 3"),
+    ('tiq', [{'Question': 'q', 'Answer': [None]}], "field 'AnswerType'"),
+    (
+      'truthful_mc1',
+      [{'question': 'q', 'mc1_targets': {'a': 1, 'b': None}}],
+      "mc1_targets: label None of 'b' is not 0 or 1",
+    ),
+    ('truthful_mc1', [{'mc1_targets': [1]}], 'mc1_targets is [1], not of the'),
+  ],
+)
+def test_null_and_other_types_are_one_line(name, content, message, tmp_path):
+  path = save(tmp_path / 'x.json', content)
+  with pytest.raises(records.RecordError) as error:
+    tasks.load(name, path)
+  assert message in str(error.value) and f'{path}: ' in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_aliases_are_texts(tmp_path):
+  row = {
+    'context': 'Title: t\nx\nContext: c\n\nQuestion: q',
+    'answer': 'a',
+    'aliases': [None],
+  }
+  path = save(tmp_path / 'quac.jsonl', [row])
+  with pytest.raises(records.RecordError, match=':1: aliases must be a list'):
+    tasks.load('quac', path)
 
 
 def test_missing_file_names_where_to_get_it(tmp_path):

@@ -533,6 +533,15 @@ def test_bad_questions_and_answers_are_named(tmp_path):
   row = {'question_id': 1, 'turns': ['x', 'y', 'z']}
   with pytest.raises(records.RecordError, match=':1: 3 turns'):
     bench.read_questions('mt_bench', lines(path, [row]))
+  for category in (None, ['math'], 3):
+    for name, row in (
+      ('mt_bench', {'question_id': 1, 'turns': ['x'], 'category': category}),
+      ('arena_hard', {'uid': 1, 'prompt': 'x', 'category': category}),
+      ('alpaca_eval', {'instruction': 'x', 'dataset': category}),
+    ):
+      key = 'dataset' if name == 'alpaca_eval' else 'category'
+      with pytest.raises(records.RecordError, match=f":1: field '{key}' is"):
+        bench.read_questions(name, lines(path, [row]))
   for messages in ([], [1], [{'content': {}}]):
     row = {'uid': 1, 'messages': messages}
     with pytest.raises(records.RecordError, match=':1: turns must be texts'):

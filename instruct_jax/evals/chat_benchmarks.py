@@ -113,6 +113,10 @@ def _get(row: Mapping[str, Any], place: str, key: str, kind: Any) -> Any:
   return row[key]
 
 
+def _category(row: Mapping[str, Any], place: str, key: str) -> str:
+  return _get(row, place, key, str) if key in row else ''
+
+
 def _texts(items: Any, place: str) -> tuple[str, ...]:
   """Turns: texts, or objects with the text as `content`."""
   texts = tuple(
@@ -134,7 +138,8 @@ def read_questions(name: str, path: epath.PathLike) -> list[Question]:
     if name == 'alpaca_eval':
       # Upstream's difficulties are indexed by position.
       turns = (_get(row, place, 'instruction', str),)
-      found.append(Question(number, turns, str(row.get('dataset', '')), row))
+      category = _category(row, place, 'dataset')
+      found.append(Question(number, turns, category, row))
       continue
     if 'uid' in row:
       key = _get(row, place, 'uid', (int, str))
@@ -146,7 +151,8 @@ def read_questions(name: str, path: epath.PathLike) -> list[Question]:
       raise records.RecordError(
         f'{place}: {len(turns)} turns; there are layouts for {_MAX_TURNS}'
       )
-    found.append(Question(key, turns, str(row.get('category', '')), row))
+    category = _category(row, place, 'category')
+    found.append(Question(key, turns, category, row))
   repeated = len(found) - len({question.id for question in found})
   if repeated:
     raise records.RecordError(f'{path}: {repeated} questions repeat an id')

@@ -208,11 +208,35 @@ def _field(values: Any, key: str, place: str, kind: type | tuple = str) -> Any:
     raise records.RecordError(
       f'{place}: field {key!r} is missing; found {found[:80]}'
     )
-  if not isinstance(values[key], kind):
+  kinds = kind if isinstance(kind, tuple) else (kind,)
+  # A bool is an int in Python, but `true` is no number.
+  is_bool = isinstance(values[key], bool) and bool not in kinds
+  if is_bool or not isinstance(values[key], kinds):
     raise records.RecordError(
       f'{place}: {key} is {values[key]!r:.60}, not of the expected type'
     )
   return values[key]
+
+
+def _texts(values: Any, key: str, place: str) -> list[str]:
+  """A field that is a list of texts."""
+  texts = _field(values, key, place, list)
+  if not all(isinstance(text, str) for text in texts):
+    raise records.RecordError(
+      f'{place}: {key} must be a list of texts, found {texts!r:.60}'
+    )
+  return texts
+
+
+def _read_list(path: epath.PathLike) -> Iterator[tuple[str, Any]]:
+  """Yields (place, entry) of a file that is one JSON list."""
+  content = records.read_json(path)
+  if not isinstance(content, list):
+    raise records.RecordError(
+      f'{path}: expected a list of entries, found {content!r:.60}'
+    )
+  for number, entry in enumerate(content):
+    yield f'{path}: entry {number}', entry
 
 
 # --- Reading comprehension ----------------------------------------------------
@@ -299,7 +323,9 @@ def read_quac(path: epath.PathLike) -> Iterator[Item]:
   def answers(place, qa, given):
     if not given:
       raise records.RecordError(f'{place} has no answer')
-    original = qa.get('orig_answer', {}).get('text', '')
+    original = ''
+    if 'orig_answer' in qa:
+      original = _field(_field(qa, 'orig_answer', place, dict), 'text', place)
     return map(_quac_text, given), _quac_text(original or given[0])
 
   if not str(path).removesuffix('.gz').endswith('.jsonl'):
@@ -318,19 +344,29 @@ def read_quac(path: epath.PathLike) -> Iterator[Item]:
       context += f'\n\nQ: {question.removeprefix("Question: ").strip()}\n\nA:'
       if separator:
         context += f' {_quac_text(answer.strip())}'
-    texts = [_field(row, 'answer', place), *_field(row, 'aliases', place, list)]
+    texts = [_field(row, 'answer', place), *_texts(row, 'aliases', place)]
     texts = tuple(dict.fromkeys(map(_quac_text, texts)))
     yield Item(context, texts, answer=texts[0], group=title)
 
 
-def _drop_text(answer: Mapping[str, Any], place: str) -> str:
-  """The text of an official DROP answer: number, spans or date."""
-  number = answer.get('number')
-  if number not in (None, ''):
-    return str(number)
-  date = answer.get('date') or {}
-  text = ' and '.join(answer.get('spans') or ()) or ' '.join(
-    str(date[part]) for part in ('day', 'month', 'year') if date.get(part)
+def _drop_text(answer: Any, place: str) -> str:
+  """The text of an official DROP answer: number, spans or date.
+
+  Parts that are missing, null or empty are not given.
+  """
+  if not isinstance(answer, Mapping):
+    raise records.RecordError(
+      f'{place}: expected an answer, found {answer!r:.60}'
+    )
+  given = {key: value for key, value in answer.items() if value or value == 0}
+  if 'number' in given:
+    return str(_field(given, 'number', place, (str, int, float)))
+  spans = _texts(given, 'spans', place) if 'spans' in given else []
+  date = _field(given, 'date', place, dict) if 'date' in given else {}
+  text = ' and '.join(spans) or ' '.join(
+    str(_field(date, part, place, (str, int)))
+    for part in ('day', 'month', 'year')
+    if date.get(part)
   )
   if not text:
     raise records.RecordError(f'{place}: an answer without number, spans, date')
@@ -341,13 +377,13 @@ def _drop_rows(path: epath.PathLike) -> Iterator[tuple]:
   """Yields (place, fields with the passage and question, answers, group)."""
   if str(path).startswith('tfds:'):
     for place, row in read_rows(path):
-      answers = [row['answer'], *row['validated_answers']]
+      answers = [_field(row, 'answer', place)]
+      answers += _texts(row, 'validated_answers', place)
       yield place, row, answers, _field(row, 'passage', place)
     return
   content = records.read_json(path)
-  if isinstance(content, list):
-    for number, row in enumerate(content):
-      place = f'{path}: entry {number}'
+  if not isinstance(content, dict):
+    for place, row in _read_list(path):
       passage = _field(row, 'context', place)
       answers = [_field(row, 'answer', place)]
       yield place, {**row, 'passage': passage}, answers, passage
@@ -357,7 +393,8 @@ def _drop_rows(path: epath.PathLike) -> Iterator[tuple]:
     passage = _field(entry, 'passage', place)
     for qa in _field(entry, 'qa_pairs', place, list):
       answers = [_field(qa, 'answer', place, dict)]
-      answers += qa.get('validated_answers') or []
+      if qa.get('validated_answers'):
+        answers += _field(qa, 'validated_answers', place, list)
       texts = [_drop_text(answer, place) for answer in answers]
       yield place, {**qa, 'passage': passage}, texts, name
 
@@ -385,13 +422,14 @@ def read_drop(path: epath.PathLike) -> Iterator[Item]:
 def read_hellaswag(path: epath.PathLike) -> Iterator[Item]:
   """Reads HellaSwag's JSONL: the choices are the endings."""
   for place, row in read_rows(path):
-    endings = [f' {ending}' for ending in _field(row, 'endings', place, list)]
-    try:
-      right = endings[int(_field(row, 'label', place, (int, str)))]
-    except (ValueError, IndexError) as error:
+    endings = [f' {ending}' for ending in _texts(row, 'endings', place)]
+    # TFDS has -1 in test rows, which are not labeled.
+    numbered = {str(number): text for number, text in enumerate(endings)}
+    right = numbered.get(str(_field(row, 'label', place, (int, str))).strip())
+    if right is None:
       raise records.RecordError(
         f'{place}: label {row["label"]!r} names none of {len(endings)} endings'
-      ) from error
+      )
     activity = _field(row, 'activity_label', place)
     context = _field(row, 'ctx' if 'ctx' in row else 'context', place)
     yield Item(f'{activity}: {context}', (right,), tuple(endings), right)
@@ -434,7 +472,8 @@ def _sst_lines(path):
   """Yields (place, sentence, label)."""
   if str(path).startswith('tfds:'):
     for place, row in read_rows(path):
-      yield place, row['sentence'], str(row['label'])
+      label = str(_field(row, 'label', place, int))
+      yield place, _field(row, 'sentence', place), label
     return
   for number, line in enumerate(records.read_text(path).split('\n'), start=1):
     if line and (number > 1 or line != 'sentence\tlabel'):
@@ -583,10 +622,15 @@ def _truthful_choices(
       )
       yield row['Question'].strip(), '', *lists, best[0] if best else ''
     return
-  for number, row in enumerate(records.read_json(path)):
-    place = f'{path}: entry {number}'
+  for place, row in _read_list(path):
     for group in ('mc1_targets', 'mc2_targets'):
       targets = _field(row, group, place, dict)
+      for text, label in targets.items():
+        if isinstance(label, bool) or label not in (0, 1):
+          raise records.RecordError(
+            f'{place}: {group}: label {label!r:.60} of {text!r:.60} is not 0 '
+            'or 1'
+          )
       lists = [
         [text for text, label in targets.items() if label == kind]
         for kind in (1, 0)
@@ -698,8 +742,7 @@ def read_temporal(path: epath.PathLike) -> Iterator[Item]:
   A question with an empty answer list is always scored as wrong. The published
   P@1 counts it, so it is kept, with a reference that no answer matches.
   """
-  for number, row in enumerate(records.read_json(path)):
-    place = f'{path}: entry {number}'
+  for place, row in _read_list(path):
     texts = []
     for answer in _field(row, 'Answer', place, list):
       is_entity = _field(answer, 'AnswerType', place) == 'Entity'
