@@ -338,13 +338,7 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
     )
 
   # Read before anything is sampled, since a file may be bad.
-  for kind, path in texts_of(config).items():
-    if unread := sources.unread(sources.document_files(path), path):
-      run_lib.say(f'{config.name}: {kind}: {unread}')
-  texts = {
-    kind: sources.read_documents(path, words_per_document=_WORDS)
-    for kind, path in texts_of(config).items()
-  }
+  texts = read_texts(config)
   found = Asked({}, {}, {}, {}, {kind: {} for kind in texts})
   prefix_prompts = ()
   if any(model.is_prompted for model in models.values()):
@@ -409,6 +403,16 @@ def ask(config, models: Mapping[str, Model], prompts, score_fn, mesh) -> Asked:
 def texts_of(config) -> dict[str, str]:
   """Name of each held-out text -> its file."""
   return model_folder.named_files(config.documents, 'documents', PRETRAINING)
+
+
+def read_texts(config) -> dict[str, list[records.Document]]:
+  """Name of each held-out text -> its documents."""
+  found = {}
+  for name, path in texts_of(config).items():
+    if unread := sources.unread(sources.document_files(path), path):
+      run_lib.say(f'{config.name}: {name}: {unread}')
+    found[name] = sources.read_documents(path, words_per_document=_WORDS)
+  return found
 
 
 def _text_loss(

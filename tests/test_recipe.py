@@ -5,15 +5,17 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from unittest import mock
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 from etils import epath
 
 from configs import recipe as recipe_config
 from configs import sentiment as sentiment_config
-from instruct_jax import model_fns, recipe, score_fns
+from instruct_jax import asking, model_fns, recipe, score_fns
 from instruct_jax.data import records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import pipeline, sharding
@@ -744,6 +746,29 @@ def test_given_models_are_opened_before_any_compute(data, tmp_path):
     make_config(data, reward_model=str(folder)), tmp_path / 'fits'
   )
   assert config.stages.data.context_length == 64
+
+
+def test_files_beside_documents_are_named(tmp_path, capsys):
+  (tmp_path / 'a.txt').write_text('\n\n'.join(f'Owl {i}.' for i in range(20)))
+  (tmp_path / 'b.md').write_text('x')
+  config = ml_collections.ConfigDict({
+    'name': 'mine', 'documents': str(tmp_path), 'words_per_document': 1,
+    'other_documents': f'more={tmp_path}', 'max_documents': 20, 'seed': 0,
+    'max_valid': 2, 'max_valid_words': 0, 'num_prompt_tokens': 4,
+    'num_train_prompts': 0, 'num_valid_prompts': 0, 'num_test_prompts': 0,
+  })  # fmt: skip
+  preference_splits.split_documents(config)
+  preference_splits.other_texts(config)
+  tokenizer = mock.Mock(spec=tokenizer_lib.Tokenizer, prefix_ids=())
+  sentiment.make_prompts(config, tokenizer)
+  asking.read_texts(config)
+  line = f': {tmp_path}: not read: b.md'
+  assert capsys.readouterr().out.splitlines() == [
+    f'data: documents{line}',
+    f'data: documents_more{line}',
+    f'mine: documents{line}',
+    f'mine: pretraining{line}',
+  ]
 
 
 def test_numbers_are_checked_before_they_divide(data, tmp_path):
