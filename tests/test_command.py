@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from instruct_jax import command
 from instruct_jax.data import tokenizer as tokenizer_lib
 from tests import tiny
 
@@ -85,12 +86,19 @@ WRONG = {
     (CONFIG, '--workdir=SITE', '--backup=/proc/nowhere.gz'),
     (CONFIG, '--workdir=SITE', '--export=/proc/nowhere'),
     (CONFIG, '--workdir=SITE', '--config.database=nope://x'),
+    *(
+      (CONFIG, '--workdir=SITE', f'--{name}=')
+      for name in ('import_file', 'export', 'backup', 'restore', 'active')
+    ),
+    (CONFIG, '--workdir=SITE', '--import_file=PROMPTS', '--batch='),
+    (CONFIG, '--workdir='),
   ],
   'infra.device_check': [(), ('--backend=tpu', '--wait=x')],
   'main': [
     (),
     ('--config=configs/ppo_ptx.py:smoke', 'word'),
     ('--config=configs/ppo_ptx.py:smoke', '--nope'),
+    ('--config=configs/ppo_ptx.py:smoke', '--workdir='),
   ],
 }
 
@@ -134,6 +142,50 @@ def test_a_mistake_is_one_line(start, places, tmp_path, module, arguments):
   (line,) = ended.stderr.splitlines()
   assert len(line) > 20
   assert not places['OUT'].exists()
+
+
+@pytest.mark.parametrize(
+  ('given', 'expected'),
+  [
+    ('~', '/home/ann'),
+    ('~/x', '/home/ann/x'),
+    ('sft=~/a,ppo=~/b#c', 'sft=/home/ann/a,ppo=/home/ann/b#c'),
+    ('--workdir=~/x', '--workdir=/home/ann/x'),
+    ('datasets:~/x', 'datasets:/home/ann/x'),
+    (['~/a', 3], ['/home/ann/a', 3]),
+    (('a~/b', 'gs://~/x', 'runs/~/x', '~5'), None),
+    (7, None),
+  ],
+)
+def test_a_tilde_is_the_home_folder(monkeypatch, given, expected):
+  monkeypatch.setenv('HOME', '/home/ann')
+  assert command.with_home(given) == (given if expected is None else expected)
+
+
+def test_a_tilde_is_the_home_folder_in_arguments(monkeypatch):
+  monkeypatch.setenv('HOME', '/home/ann')
+  parser = command.Parser()
+  parser.add_argument('--output', required=True)
+  parser.add_argument('--compare', action='append', default=[])
+  found = parser.parse_args(['--output=~/x', '--compare=~/y'])
+  assert vars(found) == {'output': '/home/ann/x', 'compare': ['/home/ann/y']}
+
+
+def test_a_tilde_is_the_home_folder_in_flags_and_configs(start, tmp_path):
+  pytest.importorskip('sqlalchemy')
+  pytest.importorskip('uvicorn')
+  home = {'HOME': str(tmp_path)}
+  text = (ROOT / 'configs/labeling.py').read_text()
+  before, after = text.split('config.default_workdir = ')
+  line, after = after.split('\n', 1)
+  (tmp_path / 'own.py').write_text(
+    f"{before}config.default_workdir = '~/b'\n{after}"
+  )
+  for flags in ((CONFIG, '--workdir=~/a'), ('--config=~/own.py',)):
+    ended = start('instruct_jax.labeling', *flags, '--admin_link', env=home)
+    assert ended.returncode == 0, ended.stderr
+  assert (tmp_path / 'a/labeling.sqlite').exists()
+  assert (tmp_path / 'b/labeling.sqlite').exists()
 
 
 def test_every_program_is_tried():

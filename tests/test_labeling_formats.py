@@ -1255,6 +1255,32 @@ BAD = {
   'beside, field': ('argilla', beside('{"task": {"colour": "red"}}'),
                     "record 1: unknown field 'colour'"),
   'NUL': ('argilla', changed(1, 'metadata', {'x': '\0'}), 'holds a NUL'),
+  'surrogate': ('argilla', changed(1, 'metadata', {'x': '\ud800'}),
+                "record 2: 'metadata' is not JSON"),
+  'endless number': (
+    'argilla',
+    json.dumps(changed(1, 'metadata', {'score': 7})).replace(
+      '"score": 7', '"score": 1e999').encode(),
+    "record 2: 'metadata' is not JSON"),
+  'key twice': ('argilla', b'[{"fields": {}, "fields": {}}]',
+                "theirs.json: not JSON (key 'fields' more than once)"),
+  'key twice in a line': ('argilla', b'{"fields": {}}\n{"id": 1, "id": 2}',
+                          "theirs.json:2: not JSON (key 'id' more than once)"),
+  'key twice in a page': ('argilla', b'{\n"items": [],\n"items": []\n}',
+                          "theirs.json: not JSON (key 'items' more than once)"),
+  'key twice beside': ('argilla', beside('{"task": {}, "task": {}}'),
+                       "(key 'task' more than once)"),
+  'line, surrogate': (
+    'jsonl',
+    b'{"prompt": "a", "completions": ["b", "c"], "metadata": {"\\ud800": 1}}',
+    "theirs.json:1: 'metadata' is not JSON"),
+  'line, endless number': (
+    'jsonl',
+    b'{"prompt": "a", "completions": ["b", "c"], "metadata": {"x": [1e999]}}',
+    "theirs.json:1: 'metadata' is not JSON"),
+  'line, key twice': (
+    'jsonl', b'{"prompt": "a", "completions": ["b", "c"], "prompt": "d"}',
+    "theirs.json:1: not JSON in UTF-8 (key 'prompt' more than once)"),
   'data': ('label_studio', changed_task(1, 'data', None),
            "record 2: 'data' is missing"),
   'no prompt': ('label_studio', changed_task(1, 'data', 'prompt', 5),

@@ -140,6 +140,11 @@ def test_researchers_and_newcomers_do_not_calibrate(tmp_path):
     ({'known_ranks': [0, 1]}, {'calibration': True}, 'integers from 1'),
     ({'known_ranks': [True, 1]}, {'calibration': True}, 'integers from 1'),
     ({'known_ranks': [2, 2]}, {'calibration': True}, 'are all equal'),
+    (
+      {'completions': ['a', 'b', 'a'], 'known_ranks': [1, 2, 3]},
+      {'calibration': True},
+      "completions 1 and 3 are the same text, and 'known_ranks' gives them 1",
+    ),
     ({'suggestion': {}}, {}, "'ranks' and a name as"),
     ({'suggestion': {'ranks': [1, 2]}}, {}, "'ranks' and a name as"),
     ({'suggestion': {'ranks': [1, 2], 'source': 3}}, {}, 'must be a string'),

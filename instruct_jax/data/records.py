@@ -387,7 +387,7 @@ def _field_problems(name, values, is_required) -> Iterator[str]:
         f'{name!r} {_shown(value)} and ranks {_shown(ranks)} differ; the '
         f'scores have ranks {list(expected)}: leave the ranks out'
       )
-  elif name == 'metadata' and not _is_json(value):
+  elif name == 'metadata' and not is_json(value):
     yield (
       f'{name!r} is not JSON: {_shown(value)}; numbers must be finite, '
       'texts without lone surrogates'
@@ -469,7 +469,8 @@ def _text_problem(values: Mapping[str, Any]) -> str:
   )
 
 
-def _is_json(value: Any) -> bool:
+def is_json(value: Any) -> bool:
+  """Whether JSON can hold it: finite numbers, no lone surrogates."""
   left = [value]  # A stack instead of recursion, because it may be deep.
   while left:
     part = left.pop()
@@ -561,12 +562,12 @@ def read_json(path: epath.PathLike) -> Any:
   """Reads a file that is one JSON value; raises RecordError if it is not."""
   text = read_text(path)
   try:
-    return json.loads(text, object_pairs_hook=_distinct_keys)
+    return json.loads(text, object_pairs_hook=distinct_keys)
   except _JSON_ERRORS as error:
     raise RecordError(f'{path}: not JSON ({error})') from error
 
 
-def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   """The object of these pairs; `json` alone would keep a repeated key's last.
 
   Raises ValueError if a key is repeated.
@@ -645,7 +646,7 @@ def iterate_lines(
       )
     is_first = False
     try:
-      values = json.loads(line.decode(), object_pairs_hook=_distinct_keys)
+      values = json.loads(line.decode(), object_pairs_hook=distinct_keys)
     except UnicodeDecodeError as error:
       yield number, f'byte {error.start} is not UTF-8; convert the file'
     except _JSON_ERRORS as error:

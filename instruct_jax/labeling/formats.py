@@ -103,7 +103,8 @@ def _records(content, source, name):
   try:
     found = parts.loads(text)
   except (ValueError, RecursionError) as error:
-    if not text.lstrip().startswith('{'):
+    first = text.strip().partition('\n')[0].rstrip()
+    if not (first.startswith('{') and first.endswith('}')):
       raise records.RecordError(
         f'{source}: not JSON ({error}); export it again as JSON'
       ) from error

@@ -46,6 +46,7 @@ def _prompt(values):
   """An imported line's prompt, in the fields of `records.Prompt`."""
   text = values['prompt'] if 'prompt' in values else values.get('text')
   prompt = {'id': '-', 'text': text, 'turns': values.get('turns', [])}
+  prompt['metadata'] = values.get('metadata', {})
   return records.completed(prompt, records.Prompt)
 
 
@@ -91,6 +92,22 @@ def _rank_problems(values, kind):
       yield f'{name} must be integers from 1 (best) to {number}'
     elif name == "'known_ranks'" and len(set(ranks)) == 1:
       yield f'{name} are all equal, so no answer can be checked by them'
+    elif name == "'known_ranks'":
+      yield from _twin_problems(values['completions'], ranks)
+
+
+def _twin_problems(completions, ranks):
+  """Names the first completion that is there twice with different ranks."""
+  first = {}
+  for place, text in enumerate(completions):
+    twin = first.setdefault(text, place)
+    if ranks[twin] != ranks[place]:
+      yield (
+        f'completions {twin + 1} and {place + 1} are the same text, and '
+        f"'known_ranks' gives them {ranks[twin]} and {ranks[place]}; give both "
+        'the same rank'
+      )
+      return
 
 
 def _problems(values, kind):

@@ -61,7 +61,11 @@ def _refuse(name):
   raise ValueError(f'{name} is not valid JSON')
 
 
-loads = functools.partial(json.loads, parse_constant=_refuse)
+loads = functools.partial(
+  json.loads,
+  parse_constant=_refuse,
+  object_pairs_hook=records.distinct_keys,
+)
 
 
 def each(found, source, function):
