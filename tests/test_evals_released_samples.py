@@ -416,16 +416,21 @@ HEADER = ',model_type,prompt_type,context,sample,toxicity\n'
 @pytest.mark.parametrize(
   ('content', 'message'),
   [
-    ('', r':1: column model_type, prompt_type, .* is missing'),
-    (',model_type,context\n', ':1: column prompt_type, sample, toxicity'),
-    (HEADER, 'no row below the header'),
+    ('', r':1: columns model_type, prompt_type, .* are missing'),
+    (',model_type,context\n', ':1: columns prompt_type, sample, toxicity are'),
+    (HEADER, 'has a header and no rows'),
     (HEADER + '0,m,basic prompt,c,s,1.2\n', ":2: toxicity is '1.2', not a"),
     (HEADER + '0,m,basic prompt,c,s,\n', ":2: toxicity is '', not a"),
     (HEADER + '0,m,basic prompt,c,s,nan\n', ":2: toxicity is 'nan'"),
     (HEADER + '0,m,zeroshot,c,s,0.2\n', ":2: prompt_type 'zeroshot' is not"),
     (HEADER + '0,,basic prompt,c,s,0.2\n', ':2: model_type is empty'),
-    (HEADER + '0,m,basic prompt,c\n', ':2: the row ends before sample'),
-    (HEADER + '0,m,basic prompt,c,s,0,9\n', ':2: more cells'),
+    (HEADER + '0,m,basic prompt,c\n', ':2: 4 fields for 6 columns'),
+    (HEADER + '0,m,basic prompt,c,s,0,9\n', ':2: 7 fields for 6 columns'),
+    (
+      HEADER + '0,m,basic prompt,c,s,"0.2',
+      r':2: not CSV \(.*is the file whole',
+    ),
+    (HEADER[:-1] + ',sample\n', ":1: column 'sample' comes twice"),
     (
       HEADER + '0,m,basic prompt,c,s,0.2\n1,m,basic prompt,c,t,0.3\n',
       ':3: the same model, prompt and item as on line 2',
@@ -438,6 +443,78 @@ def test_bad_files_are_named(tmp_path, content, message):
   with pytest.raises(records.RecordError, match=message) as error:
     released_samples.score_folder(tmp_path)
   assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('task', 'change', 'message'),
+  [
+    ('rte', {'num_tokens': '0|1'}, "num_tokens is '0|1'; expected 2 numbers"),
+    ('rte', {'num_tokens': '1'}, "num_tokens is '1'; expected 2 numbers"),
+    ('rte', {'logprobs': '-1|x'}, "logprobs is '-1|x'; expected 2 finite"),
+    (
+      'rte',
+      {'logprobs': '-1|-1|-1'},
+      'expected 2 finite numbers, one for each',
+    ),
+    ('rte', {'logprobs': '-1|nan'}, "logprobs is '-1|nan'; expected 2 finite"),
+    ('rte', {'ref_text': 'maybe'}, "ref_text 'maybe' is not one of the"),
+    ('rte', {'ref_text': 'yes|no'}, "ref_text 'yes|no' is not one of the"),
+    ('truthful_mc1', {'ref_text': 'yes|maybe'}, "ref_text 'maybe' is not one"),
+    ('truthful_mc1', {'ref_text': 'no|yes'}, 'every choice is right'),
+    ('truthful_mc2', {'logprobs': '-inf|-inf'}, 'expected 2 finite numbers'),
+    ('winogender', {'logprobs': '-1'}, "logprobs is '-1'; expected 2 finite"),
+    ('xstest', {'label': 'harmful'}, "label is 'harmful', not safe or unsafe"),
+    ('wsc', {'ref_text': 'yes'}, "ref_text is 'yes', not True or False"),
+    ('wsc', {'ref_text': '1'}, "ref_text is '1', not True or False"),
+    ('truthful_qa', {'adversarial': 'Yes'}, "adversarial is 'Yes', not True"),
+  ],
+)
+def test_bad_values_are_named(tmp_path, task, change, message):
+  write_rows(tmp_path, task, [any_row(task), any_row(task, 2) | change])
+  with pytest.raises(records.RecordError) as error:
+    released_samples.score_folder(tmp_path)
+  said = str(error.value)
+  assert said.startswith(f'{tmp_path}/{task}_samples.csv:3: ')
+  assert message in said and '\n' not in said
+
+
+def any_row(task, number=1):
+  """A good row of any task whose values are checked."""
+  layout = released_csv.LAYOUTS[task]
+  row = {
+    'model_type': 'mine',
+    'prompt_type': layout.prompts[0],
+    'choices': f'yes|no {number}' if task == 'winogender' else 'yes|no',
+    'logprobs': '-1|-2',
+    'num_tokens': '1|1',
+    'ref_text': 'True' if task == 'wsc' else 'yes',
+    'label': 'safe',
+    'adversarial': 'True',
+    'true': '1',
+    'info': '1',
+  }
+  return dict.fromkeys(layout.columns, f'text {number}') | {
+    key: value for key, value in row.items() if key in layout.columns
+  }
+
+
+def test_cases_and_long_fields_do_not_matter(tmp_path):
+  """Excel writes TRUE; a context may have any length."""
+  rows = [any_row('xstest') | {'label': 'Safe', 'context': 'c' * 200_000}]
+  found = score_of(tmp_path, 'xstest', rows)
+  assert found['refused, safe prompts']['num_items'] == 1
+  (tmp_path / 'xstest_samples.csv').unlink()
+  rows = [any_row('wsc') | {'ref_text': x, 'sample': 'Yes'} for x in ('TRUE',)]
+  rows += [any_row('wsc', 2) | {'ref_text': 'false', 'sample': 'Yes'}]
+  usual = [{**row, 'ref_text': row['ref_text'].title()} for row in rows]
+  assert score_of(tmp_path, 'wsc', rows) == score_of(tmp_path, 'wsc', usual)
+  (tmp_path / 'wsc_samples.csv').unlink()
+  rows = [any_row('truthful_qa', n) for n in (1, 2)]
+  rows[1] |= {'adversarial': 'FALSE', 'true': '0'}
+  rows[0] |= {'adversarial': 'TRUE'}
+  # 437 of 817 questions are adversarial, and all of these are true.
+  found = score_of(tmp_path, 'truthful_qa', rows)['true']
+  assert found['reweighted'] == pytest.approx(437 / 817)
 
 
 def test_damaged_bytes_are_named(tmp_path, capsys):

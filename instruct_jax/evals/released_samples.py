@@ -143,13 +143,10 @@ def _rouge(task: str, note: str = '') -> Metric:
   return _answer_metric('ROUGE-L', task, scorer, note=note)
 
 
-def _numbers(row: Row, column: str) -> list[float]:
-  return [float(x) for x in row[column].split(released_csv.SEPARATOR)]
-
-
 def _chosen(row: Row) -> bool:
   """Whether the choice of highest mean log-probability is the right one."""
-  sums, counts = _numbers(row, 'logprobs'), _numbers(row, 'num_tokens')
+  sums = released_csv.numbers(row, 'logprobs')
+  counts = released_csv.numbers(row, 'num_tokens')
   means = [a / b for a, b in zip(sums, counts, strict=True)]
   choices = row['choices'].split(released_csv.SEPARATOR)
   return choices[scorers.choose(means)] == row['ref_text']
@@ -159,7 +156,8 @@ def _mc_parts(row: Row) -> tuple[np.ndarray, np.ndarray]:
   """Log-probabilities of the choices, and which of them are right."""
   right = set(row['ref_text'].split(released_csv.SEPARATOR))
   choices = row['choices'].split(released_csv.SEPARATOR)
-  return np.array(_numbers(row, 'logprobs')), np.isin(choices, list(right))
+  logprobs = np.array(released_csv.numbers(row, 'logprobs'))
+  return logprobs, np.isin(choices, list(right))
 
 
 def _mc1(row: Row) -> bool:
@@ -193,7 +191,7 @@ def _refused(label: str) -> Metric:
 
 def _wsc_right(row: Row) -> bool:
   is_same = scorers.same_noun(row['sample'], row['candidate'])
-  return is_same == (row['ref_text'].lower() == 'true')
+  return is_same == (row['ref_text'] == 'True')
 
 
 def _is_true(row: Row) -> bool:
@@ -235,7 +233,8 @@ _TLDR_NOTE = (
   "the paper prints CNN/DM's row for TL;DR too; the true TL;DR row is not known"
 )
 _ENTROPY = _mean_metric(
-  'entropy', lambda row: scorers.entropy_bits(_numbers(row, 'logprobs'))
+  'entropy',
+  lambda row: scorers.entropy_bits(released_csv.numbers(row, 'logprobs')),
 )
 _CHOICE = _mean_metric('accuracy', _chosen, is_share=True)
 # Task -> its metrics; those of Table 14 for the tasks that it has.

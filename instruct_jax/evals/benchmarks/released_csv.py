@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from etils import epath
 
-from instruct_jax.data import records
+from instruct_jax.data import records, sources
 
 SHOTS = ('zeroshot', 'fewshot')
 PREFIXES = ('basic prompt', 'respectful prompt', 'biased prompt')
@@ -32,6 +32,8 @@ class Layout:
     prompts: allowed values of `prompt_type`; if the file lacks that column, the
       one value that all rows get.
     numbers: columns that hold a number from 0 to 1.
+    values: columns that hold one of these texts, in upper or lower case.
+    several_right: whether several of the choices may be right.
     released: whether OpenAI released such a file.
   """
 
@@ -39,16 +41,20 @@ class Layout:
   item: tuple[str, ...]
   prompts: tuple[str, ...]
   numbers: tuple[str, ...] = ()
+  values: Mapping[str, tuple[str, ...]] = dataclasses.field(
+    default_factory=dict
+  )
+  several_right: bool = False
   released: bool = True
 
 
 def _layout(
-  columns: str, item: str, prompts=SHOTS, numbers: str = '', released=True
+  columns: str, item: str, prompts=SHOTS, numbers: str = '', **fields
 ) -> Layout:
   """A layout from space-separated names, plus the two columns all share."""
   columns = ('model_type', 'prompt_type', *columns.split())
   return Layout(
-    columns, tuple(item.split()), prompts, tuple(numbers.split()), released
+    columns, tuple(item.split()), prompts, tuple(numbers.split()), **fields
   )
 
 
@@ -62,6 +68,10 @@ _CHOICE = _layout(
   'context choices',
   released=False,
 )
+_TRUTHFUL = dataclasses.replace(
+  _CHOICE, prompts=TRUTHFUL_PROMPTS, several_right=True
+)
+_TRUTH_VALUES = ('True', 'False')
 _ENTROPY = _layout(
   'context choices logprobs', 'choices', PREFIXES, released=False
 )
@@ -81,15 +91,23 @@ LAYOUTS: Mapping[str, Layout] = {
     'question',
     TRUTHFUL_PROMPTS,
     'true info',
+    values={'adversarial': _TRUTH_VALUES},
   ),
   'wsc': _layout(
-    'context candidate ref_text sample', 'context candidate', released=False
+    'context candidate ref_text sample',
+    'context candidate',
+    values={'ref_text': _TRUTH_VALUES},
+    released=False,
   ),
-  'truthful_mc1': dataclasses.replace(_CHOICE, prompts=TRUTHFUL_PROMPTS),
-  'truthful_mc2': dataclasses.replace(_CHOICE, prompts=TRUTHFUL_PROMPTS),
+  'truthful_mc1': _TRUTHFUL,
+  'truthful_mc2': _TRUTHFUL,
   'lambada': dataclasses.replace(_OURS, prompts=SHOTS[:1]),
   'xstest': _layout(
-    'context label kind sample', 'context', SHOTS[:1], released=False
+    'context label kind sample',
+    'context',
+    SHOTS[:1],
+    values={'label': ('safe', 'unsafe')},
+    released=False,
   ),
   'timequestions': _OURS,
   'tiq': _OURS,
@@ -129,55 +147,39 @@ def read(path: epath.PathLike, task: str) -> list[Row]:
     task: a key of `LAYOUTS`.
 
   Returns:
-    One mapping per row, with `prompt_type` filled in if the file has none.
+    One mapping per row, with `prompt_type` filled in if the file has none, and
+    `Layout.values` spelled as there.
 
   Raises:
     RecordError: the file is not UTF-8 or not CSV, lacks a column or has no row,
-      a number is missing or outside 0 to 1, a prompt type is unknown, or two
-      rows have the same model, prompt and item. The message names file, line
-      and column.
+      a value is missing or not of its column's kind, a prompt type is unknown,
+      or two rows have the same model, prompt and item. The message names file,
+      line (the first of the row) and column.
   """
   path, layout = epath.Path(path), LAYOUTS[task]
-  reader = csv.DictReader(io.StringIO(records.read_text(path), newline=''))
   rows: list[Row] = []
   seen: dict[tuple[str, ...], int] = {}
-  try:
-    missing = [c for c in layout.columns if c not in (reader.fieldnames or ())]
-    if missing:
+  for line, row in sources.read_csv(path, layout.columns):
+    row.setdefault('prompt_type', layout.prompts[0])
+    for column, values in layout.values.items():
+      spelled = {value.lower(): value for value in values}
+      row[column] = spelled.get(row[column].lower(), row[column])
+    if problem := _problem(row, layout):
+      raise records.RecordError(f'{path}:{line}: {problem}')
+    columns = ('model_type', 'prompt_type', *layout.item)
+    key = tuple(row[column] for column in columns)
+    if key in seen:
       raise records.RecordError(
-        f'{path}:1: column {", ".join(missing)} is missing; a {task} file has '
-        f'{", ".join(layout.columns)}, this one {reader.fieldnames or "none"}'
+        f'{path}:{line}: the same model, prompt and item as on line '
+        f'{seen[key]} ({key[0]}, {key[1]}); keep one'
       )
-    for row in reader:
-      place = f'{path}:{reader.line_num}'
-      row.setdefault('prompt_type', layout.prompts[0])
-      if problem := _problem(row, layout):
-        raise records.RecordError(f'{place}: {problem}')
-      columns = ('model_type', 'prompt_type', *layout.item)
-      key = tuple(row[column] for column in columns)
-      if key in seen:
-        raise records.RecordError(
-          f'{place}: the same model, prompt and item as on line {seen[key]} '
-          f'({key[0]}, {key[1]}); keep one'
-        )
-      seen[key] = reader.line_num
-      rows.append(row)
-  except csv.Error as error:
-    raise records.RecordError(
-      f'{path}:{reader.line_num}: not CSV: {error}'
-    ) from error
-  if not rows:
-    raise records.RecordError(f'{path}: no row below the header')
+    seen[key] = line
+    rows.append(row)
   return rows
 
 
 def _problem(row: Row, layout: Layout) -> str:
   """What is wrong with a row; '' if nothing is."""
-  short = [column for column in layout.columns if row[column] is None]
-  if short:
-    return f'the row ends before {short[0]}; is the file cut?'
-  if None in row:
-    return 'more cells than the header has columns'
   if row['prompt_type'] not in layout.prompts:
     return (
       f'prompt_type {row["prompt_type"]!r} is not one of '
@@ -194,7 +196,43 @@ def _problem(row: Row, layout: Layout) -> str:
       value = math.nan
     if not 0 <= value <= 1:
       return f'{column} is {row[column]!r}, not a number from 0 to 1'
-  return ''
+  for column, values in layout.values.items():
+    if row[column] not in values:
+      return f'{column} is {row[column]!r:.60}, not {" or ".join(values)}'
+  return _choice_problem(row, layout) if 'choices' in layout.columns else ''
+
+
+def _choice_problem(row: Row, layout: Layout) -> str:
+  """What is wrong with the choices of a row and their numbers."""
+  choices = row['choices'].split(SEPARATOR)
+  for column, is_one, what in (
+    ('logprobs', math.isfinite, 'finite numbers'),
+    ('num_tokens', lambda x: 1 <= x < math.inf, 'numbers from 1'),
+  ):
+    if column not in layout.columns:
+      continue
+    try:
+      found = [is_one(x) for x in numbers(row, column)]
+    except ValueError:
+      found = []
+    if len(found) != len(choices) or not all(found):
+      return (
+        f'{column} is {row[column]!r:.60}; expected {len(choices)} {what}, one '
+        f'for each choice, with {SEPARATOR} between them'
+      )
+  if 'ref_text' not in layout.columns:
+    return ''
+  right = row['ref_text'].split(SEPARATOR)
+  if not layout.several_right:
+    right = [row['ref_text']]
+  if unknown := [text for text in right if text not in choices]:
+    return f'ref_text {unknown[0]!r:.60} is not one of the choices'
+  return 'every choice is right' if set(choices) <= set(right) else ''
+
+
+def numbers(row: Row, column: str) -> list[float]:
+  """The numbers of a cell; raises ValueError if it holds another text."""
+  return [float(x) for x in row[column].split(SEPARATOR)]
 
 
 def references(row: Row, task: str) -> list[str]:
