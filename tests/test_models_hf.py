@@ -6,6 +6,7 @@ The goldens were computed by `transformers` (tests/golden/make_families.py).
 import dataclasses
 import gc
 import json
+import math
 import pathlib
 import shutil
 import tracemalloc
@@ -189,6 +190,38 @@ def test_what_is_not_handled_is_named():
   del described['hidden_size']
   with pytest.raises(ValueError, match='hidden_size is missing'):
     TransformerConfig.from_hf(described)
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    *(
+      {'rope_type': kind, 'factor': factor}
+      for kind in ('linear', 'dynamic')
+      for factor in (0, -2.0, math.nan, math.inf, '2', 10**400)
+    ),
+    {'rope_theta': 0},
+    {'rope_theta': -1e4},
+    {'rope_type': 'yarn', 'factor': 2, 'original_max_position_embeddings': 0},
+    {'rope_type': 'yarn', 'factor': 2.0, 'attention_factor': 0.0},
+    {'rope_type': 'yarn', 'factor': 2.0, 'beta_fast': -1},
+    {'rope_type': 'linear', 'factor': 2.0, 'partial_rotary_factor': math.nan},
+  ],
+)
+def test_rotary_fields_are_numbers_that_scale(tmp_path, fields):
+  described = json.loads(str(np.load(GOLDEN / 'family_llama3.npz')['config']))
+  described['rope_parameters'] = {
+    'rope_type': 'default',
+    'rope_theta': 10_000.0,
+    **fields,
+  }
+  (tmp_path / 'config.json').write_text(json.dumps(described))
+  *_, name = fields
+  with pytest.raises(ValueError) as error:
+    hf.shape_of(tmp_path)
+  said = str(error.value)
+  assert f'{tmp_path}: config.json: rope_parameters.{name} must be' in said
+  assert '\n' not in said
 
 
 # What the files of published models hold beside the shape, as far as it is not
@@ -529,6 +562,11 @@ def test_damaged_pickled_and_empty_folders(tmp_path):
     ('[]', 'index.json: not a JSON object'),
     ('{"metadata": {}}', "index.json: no 'weight_map' from tensors"),
     ('{"weight_map": ["a"]}', "index.json: no 'weight_map' from tensors"),
+    ('{"weight_map": {"x": 3}}', "'weight_map' gives tensor x the file 3, wh"),
+    (
+      '{"weight_map": {"x": ["a"]}}',
+      r"tensor x the file \['a'\], which is not",
+    ),
   ],
 )
 def test_a_damaged_index_is_named(tmp_path, content, message):
@@ -536,6 +574,22 @@ def test_a_damaged_index_is_named(tmp_path, content, message):
   (tmp_path / 'in' / 'model.safetensors.index.json').write_text(content)
   with pytest.raises(ValueError, match=message):
     load(tmp_path / 'in')
+
+
+def test_two_sets_of_weights_are_refused(tmp_path):
+  """`transformers` reads the single file, whatever the index says."""
+  tensors = {str(i): np.full((3, i), i, 'f4') for i in range(1, 5)}
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  hf.write_tensors(tmp_path, shapes, tensors.__getitem__, shard_bytes=50)
+  index = tmp_path / 'model.safetensors.index.json'
+  content = index.read_text()
+  index.unlink()
+  hf.write_tensors(tmp_path, {'1': (3, 1)}, tensors.__getitem__)
+  index.write_text(content)
+  with pytest.raises(ValueError, match='model.safetensors .*index.json; move'):
+    hf.open_tensors(tmp_path)
+  index.write_text('{"weight_map": {"1": "model.safetensors"}}')
+  assert set(hf.open_tensors(tmp_path)) == {'1'}
 
 
 def test_the_index_says_which_files_count(tmp_path):

@@ -9,6 +9,7 @@ field that its code does not read is not read here either.
 import copy
 import dataclasses
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -415,6 +416,10 @@ def _rotaries(family, fields, head_dim, context, window_layers):
   return plain, near if window_layers else None
 
 
+# Fields of YaRN that are 0 where they are not used.
+_MAY_BE_0 = ('mscale', 'mscale_all_dim', 'beta_slow', 'beta_fast')
+
+
 def _rotary(values, head_dim, context, partial=False, nested=False):
   """Rotary positions of one kind of layer.
 
@@ -434,6 +439,12 @@ def _rotary(values, head_dim, context, partial=False, nested=False):
       raise ValueError(
         f'config.json: rope_parameters.{name} must be a number: {value!r}'
       )
+    least = 0 if name in _MAY_BE_0 else sys.float_info.min
+    if not least <= value <= sys.float_info.max:
+      raise ValueError(
+        f'config.json: rope_parameters.{name} must be finite and '
+        f'{"not negative" if least == 0 else "above 0"}: {value!r:.40}'
+      )
     return value
 
   kind = values.get('rope_type')
@@ -442,7 +453,7 @@ def _rotary(values, head_dim, context, partial=False, nested=False):
       'config.json: rope_parameters for each kind of layer are not handled for '
       'this family; it has one rotary position for all layers'
     )
-  part = values.get('partial_rotary_factor', 1.0)
+  part = number('partial_rotary_factor', 1.0)
   if not partial and kind == 'default':
     part = 1.0  # The reference's code for this family never reads it.
   elif not partial and int(head_dim * part) != head_dim:

@@ -89,7 +89,8 @@ def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
   Raises:
     ValueError: there are none (pickled weights are refused), a file is
-      truncated or damaged, or two files hold the same tensor.
+      truncated or damaged, two files hold the same tensor, or there is both
+      an index and a `model.safetensors` that it does not name.
   """
   paths = sorted(folder.glob('*.safetensors'))
   if not paths:
@@ -119,7 +120,21 @@ def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
       raise ValueError(
         f"{index}: no 'weight_map' from tensors to files; copy the file again"
       )
+    bad = [x for x in weight_map.items() if not isinstance(x[1], str)]
+    if bad:
+      raise ValueError(
+        f"{index}: 'weight_map' gives tensor {bad[0][0]} the file "
+        f'{bad[0][1]!r:.60}, which is not a name; copy the file again'
+      )
     expected = set(weight_map.values())
+    if folder / 'model.safetensors' in paths and expected != {
+      'model.safetensors'
+    }:
+      raise ValueError(
+        f'{folder}: holds two sets of weights, model.safetensors (which '
+        f'transformers takes) and the files of {index.name}; move one of them '
+        'away'
+      )
     absent = sorted(expected - {path.name for path in paths})
     if absent:
       raise ValueError(f'{index}: files are missing: {", ".join(absent)}')
