@@ -104,16 +104,28 @@ def read_prefixes(path: str, tokenizer: tokenizer_lib.Tokenizer):
   """Reads the few-shot prefixes of a file `{"prefixes": [...], "stop": ...}`.
 
   Raises:
-    ValueError: the stop text is not a single token.
+    ValueError: the file is not of this form, or the stop text is not a single
+      token.
   """
-  content = run_lib.read_json(path)
+  content = records.read_json(path)
+  texts = content.get('prefixes') if isinstance(content, dict) else None
+  if (
+    not isinstance(texts, list)
+    or not texts
+    or not all(isinstance(text, str) and '{prompt}' in text for text in texts)
+    or not isinstance(content.get('stop'), str)
+  ):
+    raise ValueError(
+      f"{path}: expected {{'prefixes': [...], 'stop': '...'}} with at least one "
+      'prefix, each a text that contains {prompt}, and a text as stop'
+    )
   stop = tokenizer.encode(content['stop'])
   if len(stop) != 1:
     raise ValueError(
       f'{path}: the stop {content["stop"]!r} has {len(stop)} tokens; choose a '
       'text that is a single token'
     )
-  return [Prefix(text, stop[0]) for text in content['prefixes']]
+  return [Prefix(text, stop[0]) for text in texts]
 
 
 def draw(config, key: str, number: int):

@@ -106,7 +106,7 @@ def answer_ids(
   The list is never empty, since a score is read at the last id.
   """
   known = answer.metadata
-  if 'ids' in known and known['tokenizer'] == tokenizer.fingerprint:
+  if known.get('ids') and known.get('tokenizer') == tokenizer.fingerprint:
     return known['ids']
   (ids,) = tokenizer.encode_responses([answer.response], ended=answer.ended)
   return ids or [tokenizer.end_id]

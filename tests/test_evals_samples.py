@@ -1,9 +1,12 @@
 """Recorded samples and the side-by-side table."""
 
+import codecs
+import gzip
 import json
 
 import pytest
 
+from instruct_jax.data import records
 from instruct_jax.evals import samples
 
 
@@ -38,6 +41,12 @@ def test_round_trip(tmp_path):
     ({'ended': 1}, "'ended' holds 1"),
     ({'score_judge': 'high'}, "'score_judge' holds 'high'"),
     ({'color': 'red'}, r"unknown fields \['color'\]"),
+    ({'score_judge': float('nan')}, "'score_judge' is not JSON: numbers must"),
+    ({'score_reward': 10**400}, "'score_reward' is not JSON"),
+    ({'response': '\ud800'}, "'response' is not JSON: .* lone surrogates"),
+    ({'metadata': {'x': [float('inf')]}}, "'metadata' is not JSON"),
+    ({'metadata': {'ids': [1, True]}}, "'ids' of 'metadata' must be a list"),
+    ({'metadata': {'ids': 'ab'}}, "'ids' of 'metadata' must be a list"),
   ],
 )
 def test_malformed_lines_are_named(tmp_path, change, message):
@@ -57,6 +66,35 @@ def test_broken_and_empty_files(tmp_path):
   path.write_text('\n')
   with pytest.raises(ValueError, match='no sample'):
     samples.read_samples(path)
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (b'\x1f\x8b\x08', 'is compressed with gzip; let its name end in .gz'),
+    ('é'.encode('latin-1'), ':1: byte 0 is not UTF-8'),
+    ('é'.encode('utf-16'), 'is UTF-16; convert the file to UTF-8'),
+    (b'{"model": "a", "model": "b"}', r":1: not JSON \(key 'model' more than"),
+    (b'[' * 100_000, ':1: not JSON'),
+    (b'7', ':1: expected a JSON object, found 7'),
+  ],
+)
+def test_files_of_other_kinds_are_named(tmp_path, content, message):
+  path = tmp_path / 'x.jsonl'
+  path.write_bytes(content)
+  with pytest.raises(records.RecordError, match=message) as error:
+    samples.read_samples(path)
+  assert str(error.value).startswith(str(path))
+  assert '\n' not in str(error.value)
+
+
+def test_a_byte_order_mark_and_gzip_are_read(tmp_path):
+  path = samples.write_samples(tmp_path / 'x.jsonl', [_sample()])
+  path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+  assert samples.read_samples(path) == [_sample()]
+  path = samples.write_samples(tmp_path / 'x.jsonl.gz', [_sample()])
+  assert gzip.decompress(path.read_bytes()).startswith(b'{')
+  assert samples.read_samples(path) == [_sample()]
 
 
 def test_scores_must_be_finite(tmp_path):

@@ -654,6 +654,38 @@ def test_a_stop_that_sampling_cannot_meet_is_an_error(tmp_path):
     asking.read_prefixes(str(path), tokens)
 
 
+@pytest.mark.parametrize(
+  'content',
+  [
+    {'prefixes': ['{prompt}']},
+    {'prefixes': [], 'stop': 'a'},
+    {'prefixes': ['no slot'], 'stop': 'a'},
+    {'prefixes': '{prompt}', 'stop': 'a'},
+    {'prefixes': ['{prompt}'], 'stop': 3},
+    ['{prompt}'],
+  ],
+)
+def test_prefixes_of_another_form_are_refused(tmp_path, content):
+  path = tmp_path / 'prefixes.json'
+  run_lib.write_json(path, content)
+  with pytest.raises(ValueError, match=r'prefixes.json: expected .*stop'):
+    asking.read_prefixes(str(path), tokenizer_lib.train_bpe(['abc'], 258))
+
+
+def test_ids_without_a_tokenizer_are_not_used():
+  tokens = tokenizer_lib.train_bpe(['abc'], 258)
+  answer = samples_lib.Sample('people', 'p', 'a', 'c', 1, True)
+  expected = [*tokens.encode('c'), tokens.end_id]
+  fingerprint = {'tokenizer': tokens.fingerprint}
+  for known, ids in (
+    ({'ids': [5]} | fingerprint, [5]),
+    ({'ids': [5]}, expected),
+    ({'ids': []} | fingerprint, expected),
+  ):
+    found = dataclasses.replace(answer, metadata=known)
+    assert queries.answer_ids(tokens, found) == ids
+
+
 def test_config_knows_the_judges():
   for name, judge in config_file.JUDGES.items():
     assert config_file.get_config(name).judge == judge

@@ -14,7 +14,6 @@ from typing import Any
 
 from etils import epath
 
-from instruct_jax import files
 from instruct_jax.data import records
 
 
@@ -77,7 +76,7 @@ _REQUIRED = tuple(_TYPES)[:6]
 def write_samples(
   path: epath.PathLike, samples: Iterable[Sample]
 ) -> epath.Path:
-  """Writes samples as JSONL, all or nothing; returns the path.
+  """Writes samples as JSONL (or `.gz`), all or nothing; returns the path.
 
   Raises:
     ValueError: a score is not finite; JSON has no such number.
@@ -93,47 +92,59 @@ def write_samples(
         )
     values = dataclasses.asdict(sample)
     lines.append(json.dumps(values, ensure_ascii=False, allow_nan=False) + '\n')
-  files.write_bytes(path, ''.join(lines).encode())
+  records.write_bytes(path, ''.join(lines).encode())
   return epath.Path(path)
 
 
-def _sample(line: str) -> Sample:
-  values = json.loads(line)
-  if not isinstance(values, dict):
-    raise ValueError(f'expected a JSON object, got {line[:60]!r}')
+def _problem(values: Mapping[str, Any]) -> str:
+  """What is wrong with the values of a line; '' if nothing is."""
   unknown = sorted(set(values) - set(_TYPES))
   missing = [name for name in _REQUIRED if name not in values]
   if unknown or missing:
-    raise ValueError(f'unknown fields {unknown}, missing fields {missing}')
+    return f'unknown fields {unknown}, missing fields {missing}'
   for name, value in values.items():
     # Python's bool is an int.
     is_bool = isinstance(value, bool)
     if not isinstance(value, _TYPES[name]) or is_bool != (name == 'ended'):
-      raise ValueError(f'field {name!r} holds {value!r}')
-    if name in _SCORES and value is not None:
-      values[name] = float(value)  # Other programs may write 1 for 1.0.
-  return Sample(**values)
+      return f'field {name!r} holds {value!r:.60}'
+    is_score = name in _SCORES and value is not None
+    if not records.is_json(value) or is_score and not records.is_number(value):
+      return (
+        f'field {name!r} is not JSON: numbers must be finite, texts without '
+        'lone surrogates'
+      )
+  ids = values.get('metadata', {}).get('ids', [])
+  if not isinstance(ids, list) or not all(
+    type(number) is int and number >= 0 for number in ids
+  ):
+    return f"'ids' of 'metadata' must be a list of token ids, found {ids!r:.60}"
+  return ''
 
 
 def read_samples(path: epath.PathLike) -> list[Sample]:
-  """Reads what `write_samples` wrote, in order.
+  """Reads what `write_samples` wrote, plain or `.gz`, in order.
 
   Raises:
-    ValueError: a malformed line (names file and line), or no sample.
+    RecordError: the file cannot be read, bad lines (see
+      `records.raise_problems`), or no sample.
   """
-  path = epath.Path(path)
-  samples = []
-  # Not splitlines: a response may hold U+2028, which JSON does not escape.
-  for number, line in enumerate(path.read_text('utf-8').split('\n'), start=1):
-    if not line.strip():
+  found, bad = [], []
+  for number, values in records.iterate_lines(path):
+    problem = values if isinstance(values, str) else _problem(values)
+    if problem:
+      bad.append((number, problem))
       continue
-    try:
-      samples.append(_sample(line))
-    except ValueError as error:
-      raise ValueError(f'{path}:{number}: {error}') from error
-  if not samples:
-    raise ValueError(f'{path}: no sample in this file')
-  return samples
+    # Other programs may write 1 for 1.0.
+    scores = {
+      name: float(values[name])
+      for name in _SCORES
+      if values.get(name) is not None
+    }
+    found.append(Sample(**{**values, **scores}))
+  records.raise_problems(path, bad)
+  if not found:
+    raise records.RecordError(f'{path}: no sample in this file')
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
