@@ -116,8 +116,8 @@ def read_prefixes(path: str, tokenizer: tokenizer_lib.Tokenizer):
     or not isinstance(content.get('stop'), str)
   ):
     raise ValueError(
-      f"{path}: expected {{'prefixes': [...], 'stop': '...'}} with at least one "
-      'prefix, each a text that contains {prompt}, and a text as stop'
+      f"{path}: expected {{'prefixes': [...], 'stop': '...'}}, with at least "
+      'one prefix, each a text that contains {prompt}, and a text as stop'
     )
   stop = tokenizer.encode(content['stop'])
   if len(stop) != 1:

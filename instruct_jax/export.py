@@ -68,10 +68,10 @@ def export(
     ValueError: `output` is not empty, no published family has this model,
       there is no shift to fold or no bias to fold it into, `adapters` is given
       for a model without them, or both options are given.
+    files.InUseError: another process exports to `output`.
   """
   output = epath.Path(output)
-  if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-    raise ValueError(f'{output} is not an empty folder; give a new one')
+  _check_new(output)
   if adapters and fold_shift:
     raise ValueError(
       'fold_shift changes a norm of the base, which adapters do not have; give '
@@ -110,24 +110,35 @@ def export(
     (folder / 'README.md').write_text(card, 'utf-8')
 
 
+def _check_new(output):
+  if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    raise ValueError(f'{output} is not an empty folder; give a new one')
+
+
 @contextlib.contextmanager
 def _whole(output: epath.Path) -> Iterator[epath.Path]:
   """Yields a folder that is moved to `output` once it is complete."""
+  if files.is_remote(output):  # Object stores can neither rename nor lock.
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+      yield output
+    except BaseException:
+      output.rmtree()
+      raise
+    return
   unfinished = output.parent / f'.{output.name}.unfinished'
-  if files.is_remote(output):  # Object stores cannot rename.
-    unfinished = output
-  if unfinished.exists():
-    unfinished.rmtree()
-  unfinished.mkdir(parents=True)
-  try:
-    yield unfinished
-  except BaseException:
-    unfinished.rmtree()
-    raise
-  if unfinished != output:
-    if output.exists():  # An empty folder.
-      output.rmdir()
-    unfinished.rename(output)
+  with files.naming(output), files.locked(unfinished):
+    try:
+      _check_new(output)  # Another process may have written it meanwhile.
+      for path in unfinished.iterdir():  # What a killed process has left.
+        path.rmtree() if path.is_dir() else path.unlink()
+      yield unfinished
+      if output.exists():  # An empty folder.
+        output.rmdir()
+      unfinished.rename(output)
+    except BaseException:
+      unfinished.rmtree()
+      raise
 
 
 def _skipped_id(model, tokenizer):

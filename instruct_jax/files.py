@@ -20,6 +20,11 @@ from etils import epath
 
 # Local copies of a store's folders, for libraries that read only local files.
 COPIES = '~/.cache/instruct_jax_copies'
+_UNFINISHED = '.unfinished'
+
+
+class InUseError(BlockingIOError):
+  """Another process writes a folder; the message names it."""
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -36,6 +41,63 @@ def absolute(path: epath.PathLike) -> epath.Path:
   return path if is_remote(path) else path.absolute()
 
 
+@contextlib.contextmanager
+def naming(path: epath.PathLike) -> Iterator[None]:
+  """Makes an OSError of the body name `path`, if it names no finished file.
+
+  A full disk is reported without a name.
+  """
+  try:
+    yield
+  except OSError as error:
+    named = os.fspath(error.filename or _UNFINISHED)
+    if error.errno is None or not named.endswith(_UNFINISHED):
+      raise
+    raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+@contextlib.contextmanager
+def locked(folder: epath.PathLike) -> Iterator[None]:
+  """Creates a folder on a disk, and keeps other processes out of it.
+
+  The kernel releases the lock when the process ends, so no lock is ever stale.
+  It follows the folder if that is renamed.
+
+  Raises:
+    InUseError: another process holds the folder.
+  """
+  folder = os.fspath(folder)
+  while True:
+    os.makedirs(folder, exist_ok=True)
+    try:
+      handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+      continue  # It was renamed just now.
+    try:
+      try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        raise InUseError(
+          f'{folder} is in use by another process; wait for it, or name '
+          'another folder'
+        ) from error
+      except OSError:
+        pass  # Some network file systems cannot lock folders.
+      if not _is_open_as(handle, folder):
+        continue
+      yield
+      return
+    finally:
+      os.close(handle)
+
+
+def _is_open_as(handle: int, folder: str) -> bool:
+  try:
+    return os.path.samestat(os.fstat(handle), os.stat(folder))
+  except FileNotFoundError:
+    return False
+
+
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
   """Writes or replaces a file atomically, and creates its folder."""
   path = epath.Path(path)
@@ -43,12 +105,17 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
     path.write_bytes(content)
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(f'.{path.name}.{os.getpid()}.unfinished')
-  with unfinished.open('wb') as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  unfinished.replace(path)
+  unfinished = path.with_name(f'.{path.name}.{os.getpid()}{_UNFINISHED}')
+  with naming(path):
+    try:
+      with unfinished.open('wb') as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+      unfinished.replace(path)
+    except BaseException:
+      unfinished.unlink(missing_ok=True)
+      raise
 
 
 class InUseError(OSError):
@@ -123,8 +190,9 @@ class Appended:
     """Appends text, which ends in a line break."""
     with self._lock:
       if self._file is not None:
-        self._file.write(text)
-        self._file.flush()
+        with naming(self.name):
+          self._file.write(text)
+          self._file.flush()
         return
       self._text += text
       self._is_written = False
@@ -135,7 +203,8 @@ class Appended:
     """Writes what is left and closes the file."""
     with self._lock:
       if self._file is not None:
-        self._file.close()
+        with naming(self.name):
+          self._file.close()
       elif not self._is_written:
         self._replace()
 

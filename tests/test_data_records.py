@@ -2,10 +2,13 @@ import codecs
 import dataclasses
 import gzip
 import json
+import os
+import resource
 import unicodedata
 
 import pytest
 
+from instruct_jax import files
 from instruct_jax.data import __main__ as check
 from instruct_jax.data import labels, records, tokenizer
 
@@ -482,3 +485,59 @@ def test_metadata_that_is_no_json_is_refused_where_it_is_read(value, tmp_path):
   line = f'{{"id": "1", "text": "x", "metadata": {{"a": {value}}}}}'.encode()
   message = _error(tmp_path / 'a.jsonl', line, records.Prompt)
   assert "a.jsonl:1: 'metadata' is not JSON" in message
+
+
+# --- Writing ------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk():
+  """Files of at most 1,000 bytes, as on a disk that is almost full."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+  yield
+  resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_keeps_the_old_file_and_names_it(tmp_path, small_disk):
+  path = tmp_path / 'big.json'
+  path.write_bytes(b'old')
+  with pytest.raises(OSError, match='File too large') as error:
+    files.write_bytes(path, bytes(2000))
+  assert error.value.filename == str(path)
+  assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
+    'big.json': b'old'
+  }
+  path = tmp_path / 'log.jsonl'
+  log = files.Appended(path)
+  with pytest.raises(OSError, match='File too large') as error:
+    log.write('x' * 2000)
+  assert error.value.filename == str(path)
+  with pytest.raises(OSError, match='File too large') as error:
+    log.close()
+  assert error.value.filename == str(path)
+
+
+def test_what_cannot_be_replaced_is_named(tmp_path):
+  (tmp_path / 'a').mkdir()
+  with pytest.raises(OSError, match=f'{tmp_path}/a is a directory'):
+    files.write_bytes(tmp_path / 'a', b'')
+  assert [path.name for path in tmp_path.iterdir()] == ['a']
+
+
+def test_a_locked_folder_is_in_use_until_its_process_ends(tmp_path):
+  folder = tmp_path / 'deep' / 'a'
+  with files.locked(folder):
+    assert os.listdir(folder) == []
+    with (
+      pytest.raises(files.InUseError, match=f'{folder} is in use by another'),
+      files.locked(folder),
+    ):
+      pass
+    folder.rename(tmp_path / 'b')  # The lock follows it.
+    with files.locked(folder):
+      pass
+    with pytest.raises(files.InUseError), files.locked(tmp_path / 'b'):
+      pass
+  with files.locked(tmp_path / 'b'):
+    pass

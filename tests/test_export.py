@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 import transformers
 
-from instruct_jax import export, lora, model_fns, model_folder, queries
+from instruct_jax import export, files, lora, model_fns, model_folder, queries
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.infra import sharding
 from instruct_jax.models import hf
 from instruct_jax.models.config import Lora, TransformerConfig
-from tests import published, test_models_hf
+from tests import published, test_models_hf, tiny
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -173,6 +174,58 @@ def test_generation_ends_and_samples_as_training_did(tmp_path):
   assert found.pad_token_id == tokenizer.pad_id
   assert found.do_sample
   assert (found.temperature, found.top_k, found.top_p) == (1.0, 0, 1.0)
+
+
+def test_two_exports_to_one_folder_do_not_mix(tmp_path, monkeypatch):
+  tokenizer = tokenizer_lib.train_word_level(['a', 'b', 'c', 'd'])
+  tokenizer.save(tmp_path / 'tokenizer')
+  tiny.save_model(tmp_path, 'model', 'policy', tokenizer, 0)
+  arguments = tmp_path / 'model', tmp_path / 'tokenizer', tmp_path / 'out'
+  unfinished = tmp_path / '.out.unfinished'
+  with files.locked(unfinished):
+    (unfinished / 'config.json').write_text('theirs')
+    with pytest.raises(
+      files.InUseError, match='.out.unfinished is in use'
+    ) as error:
+      export.export(*arguments)
+    assert '\n' not in str(error.value)
+    assert [path.name for path in unfinished.iterdir()] == ['config.json']
+  # A killed process has left the folder.
+  (unfinished / 'old').mkdir()
+  (unfinished / 'old' / 'x').write_text('left')
+  export.export(*arguments)
+  assert not unfinished.exists() and not (tmp_path / 'out/old').exists()
+
+  # The other process ends while this one loads the model.
+  load = model_folder.load
+
+  def slow(*given, **fields):
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'config.json').write_text('theirs')
+    return load(*given, **fields)
+
+  monkeypatch.setattr(model_folder, 'load', slow)
+  with pytest.raises(ValueError, match='other is not an empty folder'):
+    export.export(*arguments[:2], tmp_path / 'other')
+  assert (tmp_path / 'other' / 'config.json').read_text() == 'theirs'
+  assert not (tmp_path / '.other.unfinished').exists()
+
+
+def test_a_full_disk_names_the_exported_folder(tmp_path):
+  tokenizer = tokenizer_lib.train_word_level(['a', 'b', 'c', 'd'])
+  tokenizer.save(tmp_path / 'tokenizer')
+  tiny.save_model(tmp_path, 'model', 'policy', tokenizer, 0)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+  try:
+    with pytest.raises(OSError, match='File too large') as error:
+      export.export(
+        tmp_path / 'model', tmp_path / 'tokenizer', tmp_path / 'out'
+      )
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert str(error.value.filename).startswith(str(tmp_path / 'out'))
+  assert not list(tmp_path.glob('*out*'))
 
 
 def test_a_reward_model_is_a_classifier_of_one_label(tmp_path):

@@ -124,7 +124,7 @@ def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     if bad:
       raise ValueError(
         f"{index}: 'weight_map' gives tensor {bad[0][0]} the file "
-        f'{bad[0][1]!r:.60}, which is not a name; copy the file again'
+        f'{bad[0][1]!r:.60}, which is not a name; the file is damaged'
       )
     expected = set(weight_map.values())
     if folder / 'model.safetensors' in paths and expected != {
