@@ -17,6 +17,7 @@ import dataclasses
 import datetime
 import functools
 import itertools
+import math
 import os
 import shutil
 import sys
@@ -339,8 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--transcript', default='', help='JSONL to write')
   flags = parser.parse_args(arguments)
-  if flags.max_tokens < 1 or flags.temperature < 0:
-    parser.error('--max_tokens is at least 1, --temperature is not negative')
+  if flags.max_tokens < 1 or not 0 <= flags.temperature < math.inf:
+    parser.error('--max_tokens is at least 1, --temperature is 0 or more')
   if flags.transcript and not files.is_remote(flags.transcript):
     # Checked now, since the transcript is written only at the end.
     folder = os.path.dirname(os.path.abspath(flags.transcript))

@@ -128,17 +128,11 @@ def _whole(output: epath.Path) -> Iterator[epath.Path]:
     return
   unfinished = output.parent / f'.{output.name}.unfinished'
   with files.naming(output), files.locked(unfinished):
-    try:
-      _check_new(output)  # Another process may have written it meanwhile.
-      for path in unfinished.iterdir():  # What a killed process has left.
-        path.rmtree() if path.is_dir() else path.unlink()
-      yield unfinished
-      if output.exists():  # An empty folder.
-        output.rmdir()
-      unfinished.rename(output)
-    except BaseException:
-      unfinished.rmtree()
-      raise
+    _check_new(output)  # Another process may have written it meanwhile.
+    yield unfinished
+    if output.exists():  # An empty folder.
+      output.rmdir()
+    unfinished.rename(output)
 
 
 def _skipped_id(model, tokenizer):

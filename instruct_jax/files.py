@@ -21,10 +21,9 @@ from etils import epath
 # Local copies of a store's folders, for libraries that read only local files.
 COPIES = '~/.cache/instruct_jax_copies'
 _UNFINISHED = '.unfinished'
-
-
-class InUseError(BlockingIOError):
-  """Another process writes a folder; the message names it."""
+# How a pointer begins, which Git LFS leaves in the place of a large file.
+LFS_MARK = b'version https://git-lfs'
+LFS_PROBLEM = 'is a pointer of Git LFS; fetch the file itself (git lfs pull)'
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -56,48 +55,6 @@ def naming(path: epath.PathLike) -> Iterator[None]:
     raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
-@contextlib.contextmanager
-def locked(folder: epath.PathLike) -> Iterator[None]:
-  """Creates a folder on a disk, and keeps other processes out of it.
-
-  The kernel releases the lock when the process ends, so no lock is ever stale.
-  It follows the folder if that is renamed.
-
-  Raises:
-    InUseError: another process holds the folder.
-  """
-  folder = os.fspath(folder)
-  while True:
-    os.makedirs(folder, exist_ok=True)
-    try:
-      handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-      continue  # It was renamed just now.
-    try:
-      try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError as error:
-        raise InUseError(
-          f'{folder} is in use by another process; wait for it, or name '
-          'another folder'
-        ) from error
-      except OSError:
-        pass  # Some network file systems cannot lock folders.
-      if not _is_open_as(handle, folder):
-        continue
-      yield
-      return
-    finally:
-      os.close(handle)
-
-
-def _is_open_as(handle: int, folder: str) -> bool:
-  try:
-    return os.path.samestat(os.fstat(handle), os.stat(folder))
-  except FileNotFoundError:
-    return False
-
-
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
   """Writes or replaces a file atomically, and creates its folder."""
   path = epath.Path(path)
@@ -126,7 +83,8 @@ class InUseError(OSError):
 def locked(folder: epath.PathLike) -> Iterator[None]:
   """Makes an empty folder on a disk, for this process alone; removes it after.
 
-  What a killed process left there is removed first. The body may rename it.
+  What a killed process left there is removed first. The body may rename it. The
+  kernel releases the lock when the process ends, so no lock is ever stale.
 
   Raises:
     InUseError: another process has it.
@@ -142,10 +100,11 @@ def locked(folder: epath.PathLike) -> Iterator[None]:
   try:
     try:
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      is_free = is_ours()  # Not removed or renamed in between.
     except BlockingIOError:
       is_free = False
-    else:
-      is_free = is_ours()  # Not removed or renamed in between.
+    except OSError:  # Some network file systems cannot lock folders.
+      is_free = True
     if not is_free:
       raise InUseError(
         f'{folder}: another process is writing there; wait until it has ended'

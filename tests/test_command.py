@@ -39,7 +39,10 @@ WRONG = {
     ('--checkpoint=MODEL',),
     ('--checkpoint=MODEL', '--tokenizer=FILE'),
     ('--checkpoint=MODEL', '--tokenizer=TOKENS', '--max_tokens=0'),
-    ('--checkpoint=MODEL', '--tokenizer=TOKENS', '--temperature=hot'),
+    *(
+      ('--checkpoint=MODEL', '--tokenizer=TOKENS', f'--temperature={number}')
+      for number in ('hot', 'nan', 'inf', '-1')
+    ),
     (
       *('--checkpoint=MODEL', '--tokenizer=TOKENS'),
       '--transcript=NOWHERE/x.jsonl',

@@ -527,10 +527,12 @@ def test_what_cannot_be_replaced_is_named(tmp_path):
 
 def test_a_locked_folder_is_in_use_until_its_process_ends(tmp_path):
   folder = tmp_path / 'deep' / 'a'
+  folder.mkdir(parents=True)
+  (folder / 'left').write_text('by a killed process')
   with files.locked(folder):
     assert os.listdir(folder) == []
     with (
-      pytest.raises(files.InUseError, match=f'{folder} is in use by another'),
+      pytest.raises(files.InUseError, match=f'{folder}: another process'),
       files.locked(folder),
     ):
       pass
@@ -539,5 +541,6 @@ def test_a_locked_folder_is_in_use_until_its_process_ends(tmp_path):
       pass
     with pytest.raises(files.InUseError), files.locked(tmp_path / 'b'):
       pass
+  assert (tmp_path / 'b').exists() and not folder.exists()
   with files.locked(tmp_path / 'b'):
     pass

@@ -118,6 +118,57 @@ def test_load_says_which_folder_and_what_is_missing(words, tmp_path):
     tokenizer.Tokenizer.load(tmp_path / 'no_eos')
 
 
+LFS = 'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n'
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    *(
+      (name, LFS, f'{name}: is a pointer of Git LFS; fetch the file itself')
+      for name in ('tokenizer.json', 'tokenizer_config.json', 'config.json')
+    ),
+    ('config.json', '{', r'config.json: not JSON \('),
+    ('config.json', '[]', 'config.json: is not a JSON object'),
+    *(
+      (
+        'config.json',
+        f'{{"eos_token_id": {value}}}',
+        "'eos_token_id' is .*; it",
+      )
+      for value in ('"256"', 'true', '[1, true]', '1.0', '{}', '[["1"]]')
+    ),
+    *(
+      ('prompt_format.json', json.dumps(value), "needs 'template', a text, and")
+      for value in (
+        {'template': ''},
+        {'stop_tokens': []},
+        {'template': '', 'stop_tokens': '<eos>'},
+        {'template': None, 'stop_tokens': []},
+        {'template': '', 'stop_tokens': [1]},
+      )
+    ),
+  ],
+)
+def test_damaged_files_of_a_folder_are_named(
+  words, tmp_path, name, content, message
+):
+  words.save(tmp_path)
+  (tmp_path / name).write_text(content)
+  with pytest.raises(records.RecordError, match=message) as error:
+    tokenizer.Tokenizer.load(tmp_path)
+  assert str(error.value).startswith(f'{tmp_path}/{name}: ')
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('value', ['null', '[]', '1', '[1, 3]'])
+def test_end_ids_of_a_config(words, tmp_path, value):
+  words.save(tmp_path)
+  (tmp_path / 'config.json').write_text(f'{{"eos_token_id": {value}}}')
+  expected = (1, 3) if value == '[1, 3]' else (1,)
+  assert tokenizer.Tokenizer.load(tmp_path).stop_ids == expected
+
+
 def test_a_pad_of_its_own_is_added_where_eos_fills_rows(words, tmp_path):
   words.save(tmp_path)
   path = tmp_path / 'tokenizer_config.json'

@@ -408,6 +408,21 @@ def test_arena_hard_weighs_clear_verdicts(tmp_path, is_v2):
   assert found['unread'] == 1
 
 
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    ('a: 1\nb: [c\n', r'l.yaml:3: not YAML \(expected .*\)'),
+    ('a: b: c', r'l.yaml:1: not YAML \(mapping values are not allowed here\)'),
+    ('a: \0', r'l.yaml: not YAML \(unacceptable character #x0000.*\)'),
+  ],
+)
+def test_bad_yaml_is_one_line(tmp_path, content, message):
+  (tmp_path / 'l.yaml').write_text(content)
+  with pytest.raises(records.RecordError, match=message) as error:
+    bench.read_layout('arena_hard', tmp_path / 'l.yaml')
+  assert '\n' not in str(error.value)
+
+
 ARENA2 = """
 judge_model: gpt-4.1
 regex_patterns: ['\\[\\[([AB<>=]+)\\]\\]', '\\[([AB<>=]+)\\]']

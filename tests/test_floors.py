@@ -49,6 +49,7 @@ FLOORS = {
   'sampling': ('types',),
   'alarms': (),
   'models': ('types', 'models'),
+  'models.hf': ('types', 'files', 'models'),
   'data': ('types', 'files', 'hub', 'command', 'data', 'miniature'),
   'miniature': ('types', 'data', 'miniature'),
   'infra': ('types', 'files', 'hub', 'command', 'infra'),

@@ -576,6 +576,15 @@ def test_a_damaged_index_is_named(tmp_path, content, message):
     load(tmp_path / 'in')
 
 
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
+def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
+  write_folder(tmp_path / 'in', 'llama3')
+  path = tmp_path / 'in' / name
+  path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\n')
+  with pytest.raises(ValueError, match=f'{path}: is a pointer of Git LFS'):
+    load(tmp_path / 'in')
+
+
 def test_two_sets_of_weights_are_refused(tmp_path):
   """`transformers` reads the single file, whatever the index says."""
   tensors = {str(i): np.full((3, i), i, 'f4') for i in range(1, 5)}

@@ -56,10 +56,10 @@ MAX_REPORTED_LINES = 10
 # Far beyond any context length; a whole corpus on one line is a mistake.
 MAX_LINE_BYTES = 8 * 1024**2
 ROLES = ('system', 'user', 'assistant')
-LFS_MARK = b'version https://git-lfs'
+LFS_MARK = files.LFS_MARK
 # First bytes of files that are not text, and what to do about them.
 NO_TEXT = {
-  LFS_MARK: 'is a pointer of Git LFS; fetch the file itself (git lfs pull)',
+  LFS_MARK: files.LFS_PROBLEM,
   b'\x1f\x8b': 'is compressed with gzip; let its name end in .gz',
   b'\xfd7zXZ': 'is compressed with xz; unpack it',
   b'\x28\xb5\x2f\xfd': 'is compressed with zstd; unpack it',
@@ -548,7 +548,7 @@ def read_text(path: epath.PathLike) -> str:
     RecordError: as in `read_bytes`; or the content is not UTF-8.
   """
   content = read_bytes(path)
-  _check_start(path, content)
+  check_start(path, content)
   try:
     return content.decode('utf-8-sig')
   except UnicodeDecodeError as error:
@@ -580,7 +580,8 @@ def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return values
 
 
-def _check_start(path: epath.PathLike, start: bytes) -> None:
+def check_start(path: epath.PathLike, start: bytes) -> None:
+  """Raises RecordError if a file that begins so is not UTF-8 text."""
   if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
     raise RecordError(f'{path}: is UTF-16; convert the file to UTF-8')
   for mark, problem in NO_TEXT.items():
@@ -662,7 +663,7 @@ def begins_with(path: epath.PathLike, mark: bytes) -> bool:
   mark and white space."""
   with _opened(epath.Path(path)) as file:
     start = file.read(64 * 1024)
-  _check_start(path, start)
+  check_start(path, start)
   return start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(mark)
 
 
@@ -694,7 +695,7 @@ def _raw_lines(path: epath.Path) -> Iterator[tuple[int, bytes | str]]:
       if not line:
         return
       if number == 1:
-        _check_start(path, line)
+        check_start(path, line)
       size = len(line)
       if size <= MAX_LINE_BYTES:
         yield number, line

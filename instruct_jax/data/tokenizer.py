@@ -734,12 +734,11 @@ class Tokenizer:
       )
       described = {'template': '', 'stop_tokens': []}
       if _FORMAT_FILE in names:
-        described = _read_object(folder / _FORMAT_FILE)
+        described = _read_format(folder / _FORMAT_FILE)
       stop_ids = _ids_of(fast_tokenizer, described['stop_tokens'])
       for name in ('generation_config.json', 'config.json'):
         if name in names:
-          found = _read_object(folder / name).get('eos_token_id')
-          stop_ids += [found] if isinstance(found, int) else found or []
+          stop_ids += _read_end_ids(folder / name)
           break
       ends = (None, fast_tokenizer.eos_token_id, *stop_ids)
       if fast_tokenizer.pad_token_id in ends or _is_in_template(
@@ -750,6 +749,8 @@ class Tokenizer:
       return cls(
         fast_tokenizer, template=described['template'], stop_ids=stop_ids
       )
+    except records.RecordError:
+      raise
     # The Rust side raises bare `Exception` on a damaged file.
     except Exception as error:
       raise ValueError(
@@ -785,6 +786,7 @@ def _load_fast(folder: epath.Path, names: Sequence[str]) -> Any:
       target.parent.mkdir(exist_ok=True)
       # The libraries' readers cannot read a byte order mark.
       content = (folder / name).read_bytes().removeprefix(codecs.BOM_UTF8)
+      records.check_start(folder / name, content)
       target.write_bytes(content)
     return transformers.PreTrainedTokenizerFast.from_pretrained(
       temporary, local_files_only=True
@@ -792,10 +794,42 @@ def _load_fast(folder: epath.Path, names: Sequence[str]) -> Any:
 
 
 def _read_object(path: epath.Path) -> dict[str, Any]:
-  found = json.loads(path.read_bytes().decode('utf-8-sig'))
+  content = path.read_bytes()
+  records.check_start(path, content)
+  try:
+    found = json.loads(content.decode('utf-8-sig'))
+  except ValueError as error:
+    raise records.RecordError(f'{path}: not JSON ({error})') from error
   if not isinstance(found, dict):
-    raise ValueError(f'{path.name} is not a JSON object')
+    raise records.RecordError(f'{path}: is not a JSON object')
   return found
+
+
+def _read_format(path: epath.Path) -> dict[str, Any]:
+  """The `template` and `stop_tokens` that `save` wrote."""
+  found = _read_object(path)
+  tokens = found.get('stop_tokens')
+  if (
+    not isinstance(found.get('template'), str)
+    or not isinstance(tokens, list)
+    or not all(isinstance(token, str) for token in tokens)
+  ):
+    raise records.RecordError(
+      f"{path}: needs 'template', a text, and 'stop_tokens', a list of texts"
+    )
+  return found
+
+
+def _read_end_ids(path: epath.Path) -> list[int]:
+  """The ids in `eos_token_id` of a model's config."""
+  found = _read_object(path).get('eos_token_id')
+  ids = found if isinstance(found, list) else [found]
+  if found is not None and not all(type(number) is int for number in ids):
+    raise records.RecordError(
+      f"{path}: 'eos_token_id' is {found!r:.60}; it must be an id or a list of "
+      'ids'
+    )
+  return [] if found is None else ids
 
 
 def _marks_starts(described: Any) -> bool:

@@ -290,7 +290,10 @@ def read_layout(name: str, path: epath.PathLike) -> Any:
   try:
     found = yaml.safe_load(records.read_text(path))
   except yaml.YAMLError as error:
-    raise records.RecordError(f'{path}: not YAML ({error})') from error
+    mark = getattr(error, 'problem_mark', None)
+    line = f':{mark.line + 1}' if mark else ''
+    text = getattr(error, 'problem', None) or ' '.join(str(error).split())
+    raise records.RecordError(f'{path}{line}: not YAML ({text})') from error
   if not isinstance(found, Mapping):
     raise records.RecordError(f'{path}: expected keys and values')
   templates, several = found.get('prompt_template'), 'regex_patterns' in found

@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
+from instruct_jax import files
 from instruct_jax.models import families
 from instruct_jax.models.config import TransformerConfig
 from instruct_jax.types import Params
@@ -58,7 +59,14 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   return _read_object(path)
 
 
+def _check_pointer(path):
+  with path.open('rb') as file:
+    if file.read(len(files.LFS_MARK)) == files.LFS_MARK:
+      raise ValueError(f'{path}: {files.LFS_PROBLEM}')
+
+
 def _read_object(path):
+  _check_pointer(path)
   try:
     values = json.loads(path.read_text('utf-8-sig'))
   except ValueError as error:
@@ -151,6 +159,7 @@ def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _open_file(path):
+  _check_pointer(path)
   size = path.stat().st_size
   with path.open('rb') as file:
     header_size = int.from_bytes(file.read(8), 'little')
