@@ -202,7 +202,7 @@ def test_what_is_not_handled_is_named():
     ),
     {'rope_theta': 0},
     {'rope_theta': -1e4},
-    {'rope_type': 'yarn', 'factor': 2, 'original_max_position_embeddings': 0},
+    {'rope_type': 'yarn', 'factor': 2, 'original_max_position_embeddings': -1},
     {'rope_type': 'yarn', 'factor': 2.0, 'attention_factor': 0.0},
     {'rope_type': 'yarn', 'factor': 2.0, 'beta_fast': -1},
     {'rope_type': 'linear', 'factor': 2.0, 'partial_rotary_factor': math.nan},

@@ -416,8 +416,11 @@ def _rotaries(family, fields, head_dim, context, window_layers):
   return plain, near if window_layers else None
 
 
-# Fields of YaRN that are 0 where they are not used.
-_MAY_BE_0 = ('mscale', 'mscale_all_dim', 'beta_slow', 'beta_fast')
+# YaRN's are 0 where they are not used; a share of 0 is refused as too few.
+_MAY_BE_0 = (
+  *('mscale', 'mscale_all_dim', 'beta_slow', 'beta_fast'),
+  'partial_rotary_factor',
+)
 
 
 def _rotary(values, head_dim, context, partial=False, nested=False):
