@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 TRACEBACK_VARIABLE = 'INSTRUCT_JAX_TRACEBACK'
 
 # `~` where a path begins: in FOLDER, NAME=FOLDER, and a list of either.
-_HOME = re.compile(r'(?:^|(?<=[=,:]))~(?=/|$)')
+_HOME = re.compile(r'(?:^|(?<=[=,:]))~(?=/)|(?:^|(?<==))~$')
 
 
 def with_home(value: Any) -> Any:

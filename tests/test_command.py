@@ -151,6 +151,8 @@ def test_a_mistake_is_one_line(start, places, tmp_path, module, arguments):
   ('given', 'expected'),
   [
     ('~', '/home/ann'),
+    ('--workdir=~', '--workdir=/home/ann'),
+    ('Question: {prompt} Answer:~', None),
     ('~/x', '/home/ann/x'),
     ('sft=~/a,ppo=~/b#c', 'sft=/home/ann/a,ppo=/home/ann/b#c'),
     ('--workdir=~/x', '--workdir=/home/ann/x'),
