@@ -325,14 +325,6 @@ def test_a_folder_is_read_once_and_unusable_entries_are_counted(tmp_path):
   assert benchmark.unread == f'{tmp_path}: not read: other.jsonl.zst'
 
 
-def test_an_answer_that_is_right_and_wrong_is_counted(tmp_path):
-  rows = [pair('hep-go', 0), pair('hep-go', 1, chosen='a', rejected='a ')]
-  path = write(tmp_path / 'filtered.jsonl', rows)
-  benchmark = reward_bench.read('rewardbench', path)
-  assert [item.id for item in benchmark.comparisons] == ['0']
-  assert benchmark.skipped == {'a right answer is also a wrong one': 1}
-
-
 def test_a_question_of_ties_that_comes_twice_is_named(tmp_path):
   rows = [four('Ties', 7, 1, 4, 'ref'), *2 * [four('Ties', 7, 2, 4, 'tied')]]
   path = write(tmp_path / 'test.jsonl', rows)

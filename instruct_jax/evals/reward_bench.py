@@ -18,8 +18,6 @@ subset. A benchmark is read by one of `FORMATS`:
   others        those of `data.importers`, say hh; pairs that the label ties are
                 left out, and equal scores count one half
 
-An item of which a right answer is also a wrong one is left out and counted.
-
 A path is a file (.parquet, .jsonl, .json, .csv; the last three also .gz), a
 folder of such files, or a folder of such folders.
 """
@@ -291,8 +289,6 @@ def _item(
   question = turns[-1].content
   if invisible.is_blank(question):
     raise entries.Skip('the question is empty')
-  if {text.strip() for text in right} & {text.strip() for text in wrong}:
-    raise entries.Skip('a right answer is also a wrong one')
   prompt, lead = f'{question}\n\n', ''
   if len(turns) > 1 or dialogue:
     prompt, lead = records.text_of_turns(turns), ' '
