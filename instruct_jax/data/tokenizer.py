@@ -968,23 +968,21 @@ def _check_added(
   Raises:
     ValueError: a token was made up, or got another id, as it was loaded.
   """
-  vocabulary = (described.get('model') or {}).get('vocab') or {}
-  if not isinstance(vocabulary, dict):  # Unigram: pieces with scores.
-    vocabulary = {piece[0]: i for i, piece in enumerate(vocabulary)}
-  known = dict(vocabulary)
-  for token in described.get('added_tokens') or ():
-    known[token['content']] = token['id']
+  added = {t['content']: t['id'] for t in described.get('added_tokens') or ()}
   for number, token in (config.get('added_tokens_decoder') or {}).items():
-    known.setdefault(token['content'], int(number))
+    added.setdefault(token['content'], int(number))
   ids = fast_tokenizer.get_vocab()
-  for token, number in known.items():
+  for token, number in added.items():
     if ids.get(token) != number:
       raise ValueError(
         f'{_FILE} gives {token!r} the id {number}, which it cannot have: ids '
         'must go on from the last without a gap'
       )
+  vocabulary = (described.get('model') or {}).get('vocab') or {}
+  if not isinstance(vocabulary, dict):  # Unigram: pieces with scores.
+    vocabulary = {piece[0] for piece in vocabulary}
   for name, token in fast_tokenizer.special_tokens_map.items():
-    if name != 'pad_token' and token not in known:
+    if name != 'pad_token' and token not in added and token not in vocabulary:
       raise ValueError(
         f'{name} {token!r} of tokenizer_config.json is not in {_FILE}, so the '
         'model has never seen it; name one of its tokens'
