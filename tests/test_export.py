@@ -185,13 +185,13 @@ def test_two_exports_to_one_folder_do_not_mix(tmp_path, monkeypatch):
   with files.locked(unfinished):
     (unfinished / 'config.json').write_text('theirs')
     with pytest.raises(
-      files.InUseError, match='.out.unfinished is in use'
+      files.InUseError, match='.out.unfinished: another process'
     ) as error:
       export.export(*arguments)
     assert '\n' not in str(error.value)
     assert [path.name for path in unfinished.iterdir()] == ['config.json']
   # A killed process has left the folder.
-  (unfinished / 'old').mkdir()
+  (unfinished / 'old').mkdir(parents=True)
   (unfinished / 'old' / 'x').write_text('left')
   export.export(*arguments)
   assert not unfinished.exists() and not (tmp_path / 'out/old').exists()

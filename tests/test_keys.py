@@ -232,6 +232,7 @@ _OF_OTHERS = {
   *('num_correct', 'im_start', 'im_end', 'output_1', 'output_2'),
   *('prompt_template', 'regex_pattern', 'regex_patterns', 'system_prompt'),
   *('completed_by', 'full_conversation', 'user_id', 'post_processor'),
+  *('eos_token_id', 'stop_tokens'),
 }
 # Arguments of functions whose callers check before: a stage never gets there.
 _ARGUMENTS = {
