@@ -228,7 +228,7 @@ def _scored(comparison):
     comparison.prompt,
     comparison.turns,
     comparison.completions,
-    comparison.ended or (True,) * len(comparison.completions),
+    records.ends_of(comparison),
   )
 
 

@@ -366,6 +366,26 @@ def test_rankings_do_not_depend_on_microbatches(copied, name, experiment):
     assert two[key] == pytest.approx(one[key], rel=1e-4)
 
 
+def test_what_a_reward_model_reads_is_refused_before_it_trains(copied):
+  config, _ = make_config(copied)
+  stage = config.copy_and_resolve_references().stages.reward
+  valid = records.read_jsonl(stage.valid_comparisons, records.Comparison)
+  many = tuple(map(str, range(stage.max_candidates + 1)))
+  valid.append(records.Comparison('p', many, tuple(range(1, len(many) + 1))))
+  for key, rows, message in (
+    ('valid_comparisons', valid, 'max_candidates is 9; raise it'),
+    ('demonstrations', [records.Demonstration('p', 'a ' * 200)], 'row_length'),
+  ):
+    other = stage.copy_and_resolve_references()
+    other[key] = str(copied / f'{key}.jsonl')
+    records.write_jsonl(other[key], rows)
+    folder = copied / f'reward_{key}'
+    folder.mkdir()
+    with pytest.raises(ValueError, match=message):
+      reward.run(other, folder)
+    assert not list(folder.iterdir())
+
+
 def test_forks_start_at_the_reference(copied):
   """RLOO: no divergence. DPO: implied rewards of 0, log 2 a pair."""
   for name, experiment in (('rloo', rloo), ('dpo', dpo)):

@@ -243,7 +243,7 @@ def _without_copies(kind, rows, counts):
 
 def _prefers_a_copy(row: records.Comparison) -> bool:
   """Whether the same answer comes twice, with different ranks."""
-  ended = row.ended or (True,) * len(row.ranks)
+  ended = records.ends_of(row)
   ranks = collections.defaultdict(set)
   for *answer, rank in zip(row.completions, ended, row.ranks, strict=True):
     ranks[tuple(answer)].add(rank)

@@ -278,7 +278,7 @@ def comparison_rows(
   for number, each in enumerate(comparisons):
     key = number
     if merge:
-      answers = zip(each.completions, _ends_of(each), strict=True)
+      answers = zip(each.completions, records.ends_of(each), strict=True)
       key = (each.prompt, each.turns, tuple(sorted(answers)))
     elements.setdefault(key, []).append(each)
   elements = list(elements.values())
@@ -344,7 +344,7 @@ def comparison_ids(
   answers = [
     [
       ids if ended else ids[:-1]
-      for ids, ended in zip(found, _ends_of(each), strict=True)
+      for ids, ended in zip(found, records.ends_of(each), strict=True)
     ]
     if found
     else []
@@ -361,10 +361,6 @@ def _encode(rows, tokenizer):
     if None in found:
       prompts[i], answers[i] = None, []
   return prompts, answers, refusals + others
-
-
-def _ends_of(comparison) -> tuple[bool, ...]:
-  return comparison.ended or (True,) * len(comparison.completions)
 
 
 def _fits(prompt, answers, row_length) -> bool:

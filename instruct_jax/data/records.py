@@ -239,6 +239,11 @@ def answers_of(row: Record) -> tuple[str, ...]:
   return row.completions if isinstance(row, Comparison) else ()
 
 
+def ends_of(comparison: Comparison) -> tuple[bool, ...]:
+  """Whether each completion ended by itself; all did if that is not said."""
+  return comparison.ended or (True,) * len(comparison.completions)
+
+
 def composed(text: str) -> str:
   """The text with composed accents (NFC), as most keyboards write them."""
   return unicodedata.normalize('NFC', text)

@@ -958,18 +958,18 @@ def _is_in_template(fast_tokenizer: Any, name: str) -> bool:
 
 
 def _check_added(
-  fast_tokenizer: Any, described: Mapping[str, Any], config: Mapping[str, Any]
+  fast_tokenizer: Any, described: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
   """Checks that special and added tokens have the ids that the files give.
 
   Args:
-    described, config: tokenizer.json and tokenizer_config.json.
+    described, settings: tokenizer.json and tokenizer_config.json.
 
   Raises:
     ValueError: a token was made up, or got another id, as it was loaded.
   """
   added = {t['content']: t['id'] for t in described.get('added_tokens') or ()}
-  for number, token in (config.get('added_tokens_decoder') or {}).items():
+  for number, token in (settings.get('added_tokens_decoder') or {}).items():
     added.setdefault(token['content'], int(number))
   ids = fast_tokenizer.get_vocab()
   for token, number in added.items():

@@ -46,15 +46,18 @@ _STEPS_UNDER_WAY = 2
 
 
 def check(
-  log_every: int,
+  *,
   checkpoint_every: int,
-  checkpoint_minutes: float = 0.0,
-  keep: int = 2,
-  keep_every: int = 0,
-  max_skips: int = 10,
-  profile_steps: str = '',
+  checkpoint_minutes: float,
+  keep: int,
+  keep_every: int,
+  max_skips: int,
+  profile_steps: str,
+  log_every: int = 1,
 ) -> None:
   """Checks arguments of `Loop` that do not depend on a run's length.
+
+  RL has a line for each step, and no `log_every`.
 
   Raises:
     ValueError: one is out of range, or intervals do not fit together.
@@ -121,13 +124,13 @@ class Loop:
   ):
     try:
       check(
-        log_every,
-        checkpoint_every,
-        checkpoint_minutes,
-        keep,
-        keep_every,
-        max_skips,
-        profile_steps,
+        log_every=log_every,
+        checkpoint_every=checkpoint_every,
+        checkpoint_minutes=checkpoint_minutes,
+        keep=keep,
+        keep_every=keep_every,
+        max_skips=max_skips,
+        profile_steps=profile_steps,
       )
     except ValueError as error:
       raise ValueError(f'{name}: {error}') from error

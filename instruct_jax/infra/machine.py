@@ -43,9 +43,9 @@ def prepare(config: ConfigDict) -> None:
   given = os.environ.get('XLA_FLAGS', '')
   os.environ['XLA_FLAGS'] = f'{given} {config.xla_flags}'.strip()
   # On accelerators it would only make compiler threads wait for each other.
-  is_on_cpu = os.environ.get('JAX_PLATFORMS', 'cpu') in ('', 'cpu')
-  is_on_cpu &= not pathlib.Path('/dev/nvidiactl').exists()
-  if sys.platform == 'linux' and is_on_cpu:
+  has_gpu = pathlib.Path('/dev/nvidiactl').exists()
+  platforms = os.environ.get('JAX_PLATFORMS') or ('cuda' if has_gpu else 'cpu')
+  if sys.platform == 'linux' and platforms == 'cpu':
     _prepare_allocator()
   import jax
 

@@ -256,9 +256,9 @@ def validate(stage: Stage) -> None:
   check_numbers(stage.name, stage.config)
   try:
     if 'loop' in stage.config and 'checkpoint_every' in stage.config:
-      config = stage.config
+      keys = {'log_every', 'checkpoint_every'} & set(stage.config)
       loop.check(
-        config.get('log_every', 1), config.checkpoint_every, **config.loop
+        **{key: stage.config[key] for key in keys}, **stage.config.loop
       )
     stage.experiment.validate(stage.config)
   except ValueError as error:

@@ -620,10 +620,9 @@ def measure_products(config) -> list[dict]:
 # 'logprobs' and 'sampler': mean absolute difference of log-probabilities, in
 # nats per token, in the training graph and in the sampler (before its first
 # different token). 'flips': responses that get a different token, by tokens
-# sampled up to there; with 8,192 almost equally probable tokens, rounding to
-# bfloat16 changes 0.08 of them. 'metrics': relative, of scores, losses and
-# gradient norms. 'changes': of the parameters, relative to their change in
-# training.
+# sampled up to there; with random weights all are almost equally probable, so
+# rounding changes some. 'metrics': relative, of scores, losses and gradient
+# norms. 'changes': of the parameters, relative to their change in training.
 TOLERANCES = {
   'float32': {
     'flips': 0.005,
@@ -1053,10 +1052,10 @@ def measure_one(config, workdir) -> dict:
 
 def table(summary) -> str:
   """The results as Markdown."""
+  machine = [*sorted(set(summary.get('devices', ()))), summary['processor']]
   lines = [
     f'{summary["variant"]} in {summary["compute_dtype"]}, on '
-    f'{", ".join((*sorted({*summary.get("devices", ())}), ""))}'
-    f'{summary["processor"]}'
+    f'{", ".join(machine)}'
   ]
   for name in (*PEERS, ''):
     part = summary.get(name) if name else summary
