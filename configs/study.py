@@ -106,4 +106,7 @@ def get_config(argument: str = 'quick'):
   # Folder of the seeds' runs, which several studies may share; '' is the
   # workdir.
   config.runs = ''
+  # Folder of records, seed_N.json, that studies elsewhere wrote; seeds that
+  # have one there are read, not run.
+  config.records = ''
   return common.single(config, argument.replace('+', '_'))

@@ -106,7 +106,7 @@ FREE = {
   *('sft_model', 'template', 'test_preferences', 'valid_labels'),
   *('base_model', 'categories', 'datasets', 'license', 'push_to'),
   'xla_flags',
-  *('runs', 'seeds'),
+  *('runs', 'seeds', 'records'),
   'loggers',  # Of the run, not of a stage; test_infra_logger.py.
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -32,6 +33,10 @@ def write(path, value):
 def config():
   """Of one seed, as main.py records it."""
   return config_file.get_config('all,seed')
+
+
+def read(folder, seed=0):
+  return claims.Seed(claims.record(folder, seed))
 
 
 def made_up(folder, config, seed=0, better=0.0):
@@ -123,7 +128,7 @@ def made_up(folder, config, seed=0, better=0.0):
     for e in range(1, 17)
   ]
   write(folder / 'select_long' / 'epochs.json', rows)
-  return claims.Seed(folder)
+  return read(folder, seed)
 
 
 def test_student_by_hand():
@@ -152,7 +157,7 @@ def test_student_by_hand():
 def test_a_rule_is_applied_to_intervals(values, text):
   class OneNumber(claims.Seed):
     def __init__(self, value):
-      self.value, self.folder = value, epath.Path('seed')
+      self.value, self.name = value, 'seed'
 
   margins = {
     'sure': lambda seed: 1.0 + hash(seed.value) % 7 / 100,
@@ -206,9 +211,7 @@ def test_ppo_has_to_be_above_one_half(config, tmp_path):
 def test_another_log_loss_than_rounding_is_seen(config, tmp_path):
   seeds = [made_up(tmp_path / str(i), config, i) for i in range(3)]
   for seed in seeds:
-    path = seed.folder / 'reward_ranked' / 'results.json'
-    found = json.loads(path.read_text())
-    write(path, found | {'log_loss': found['log_loss'] + 1e-4})
+    seed.results('reward_ranked')['log_loss'] += 1e-4
   assert claims.verdict(claims.CLAIMS['R6'], seeds).text == claims.FAILS
 
 
@@ -253,6 +256,7 @@ def points_along(folder, stage, rows):
   ]
   path = folder / f'frontier_{stage}' / 'best_of_n.json'
   write(path, {'points': {'best of n': points, 'rl': points}})
+  return read(folder)
 
 
 def test_gains_are_compared_at_equal_kl_along_its_root(config, tmp_path):
@@ -261,11 +265,11 @@ def test_gains_are_compared_at_equal_kl_along_its_root(config, tmp_path):
   ppo = [(k, k, 0.1 * math.sqrt(k)) for k in (0.5, 1.0, 4.0)]
   rloo = [(k, k, 0.09 * math.sqrt(abs(k))) for k in (-0.01, 0.2, 2.0, 3.0)]
   points_along(tmp_path, 'ppo', ppo)
-  points_along(tmp_path, 'rloo_method', rloo)
+  seed = points_along(tmp_path, 'rloo_method', rloo)
   assert claims._behind(seed, 2.0) == pytest.approx(0.1)
   stages = [seed.sweep('frontier')[x] for x in (1.0, 0.0, 3.0)]
   for stage, points in zip(stages, (ppo, rloo, ppo), strict=True):
-    points_along(tmp_path, stage.removeprefix('frontier_'), points)
+    seed = points_along(tmp_path, stage.removeprefix('frontier_'), points)
   assert claims._frontier_distance(seed) == pytest.approx(
     claims.SAME_GAIN - 0.1 / 1.9 * 2
   )
@@ -276,12 +280,12 @@ def test_a_plateau_is_no_fall(config, tmp_path):
   seed, noise = made_up(tmp_path, config), [0.01, -0.01] * 6
   stage = next(iter(seed.sweep('overopt').values())).removeprefix('frontier_')
   rows = [(i, i / 10, 0.1 + x) for i, x in enumerate(noise, 1)]
-  points_along(tmp_path, stage, rows)
+  seed = points_along(tmp_path, stage, rows)
   assert claims._fallen(seed) == pytest.approx(0.0)
   assert claims._proxy_risen(seed) == pytest.approx(0.4)
   # A peak in the first third, and then another plateau, is one.
   rows = [(i, i / 10, 0.1 if i < 5 else 0.02) for i in range(1, 13)]
-  points_along(tmp_path, stage, rows)
+  seed = points_along(tmp_path, stage, rows)
   assert claims._fallen(seed) == pytest.approx(0.08)
 
 
@@ -404,6 +408,8 @@ def test_the_study_runs_its_seeds_and_writes(
   values = saved['claims']['R7']['margins']['PPO over SFT']['values']
   assert values == pytest.approx([0.1, 0.1], abs=0.01)
   assert (tmp_path / 'R10.png').exists()
+  record = json.loads((tmp_path / 'records' / 'seed_4.json').read_text())
+  assert record['seed'] == 4 and not record['is_smoke']
   assert '| R7 |' in capsys.readouterr().out
 
 
@@ -452,12 +458,70 @@ def test_a_claim_whose_stage_left_no_figures_is_named(
   )
   assert 'seeds: 2' in row and claims.OPEN in row
   text = (tmp_path / 'study.md').read_text()
-  assert 'room left cannot be read: ' in text and 'FileNotFoundError' in text
+  assert 'room left cannot be read: ' in text and 'the run left no' in text
   saved = json.loads((tmp_path / 'study.json').read_text())['claims']['R5']
-  assert (
-    'seed_2: FileNotFoundError' in saved['margins']['room left']['missing'][0]
-  )
+  assert saved['margins']['room left']['missing'] == [
+    'seed 2: LookupError: the run left no crossval/results.json'
+  ]
   assert len(saved['panels'][0]['points']) == 2
+
+
+def test_seeds_that_ran_elsewhere_are_judged_by_their_records(
+  config, tmp_path, monkeypatch
+):
+  """As they would be here, without their runs."""
+  ran, code = [], {1: 0, 2: 0, 3: 0}
+
+  def stand_in(config_, folder, seed):
+    del config_
+    ran.append(seed)
+    made_up(folder / f'seed_{seed}', config, seed, better=0.1)
+    return [sys.executable, '-c', f'raise SystemExit({code[seed]})']
+
+  monkeypatch.setattr(study, 'command_of', stand_in)
+  parent = config_file.get_config('R1+R7+R10')
+  parent.seeds = '1,2,3'
+  here, there = tmp_path / 'here', tmp_path / 'there'
+  study.run(parent, epath.Path(here))
+  code[2] = 1  # What others finished is kept.
+  parent.seeds = '1,2'
+  with pytest.raises(RuntimeError, match='seed 2'):
+    study.run(parent, epath.Path(there))
+  kept = there / 'records'
+  assert [path.name for path in kept.iterdir()] == ['seed_1.json']
+  for seed in (1, 2):
+    shutil.copy(here / 'records' / f'seed_{seed}.json', kept)
+  ran.clear()
+  parent.update(seeds='1,2,3', records=str(kept))
+  found = study.run(parent, epath.Path(tmp_path / 'both'))
+  assert found == {'seeds': [1, 2, 3]} and ran == [3]
+  for name in ('study.md', 'study.json'):
+    text = (tmp_path / 'both' / name).read_text()
+    assert text == (here / name).read_text(), name
+  # Records that this study cannot use.
+  path = kept / 'seed_1.json'
+  good = json.loads(path.read_text())
+  less = good | {'config': good['config'] | {'stages_of': {}}}
+  for value, message in (
+    ('{', 'seed_1.json is no record of a seed'),
+    ([], 'seed_1.json is no record of a seed'),
+    (good | {'seed': 9}, 'of seed 9 with smoke=False, not of 1'),
+    (good | {'is_smoke': True}, 'smoke=True, not of 1 with smoke=False'),
+    (less, 'seed_1.json: no stages of R1. Leave R1 out of the claims'),
+  ):
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    with pytest.raises(ValueError, match=message):
+      study.validate(parent)
+  # Another record of the seed has those stages; R7 needs none.
+  (kept / 'later').mkdir()
+  write(kept / 'later' / 'seed_1.json', good)
+  study.validate(parent)
+  found = study.recorded(parent)[1]
+  assert len(found) == 2
+  assert study._of_claim(found, 'R1').config == good['config']
+  parent.records = str(tmp_path / 'nowhere')
+  with pytest.raises(FileNotFoundError, match='no folder .*nowhere'):
+    study.validate(parent)
 
 
 def test_a_study_may_grow(tmp_path):

@@ -12,7 +12,6 @@ Section numbers without a source are those of Ouyang et al. 2022.
 
 import collections
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -40,30 +39,83 @@ SAME_GAIN = 0.25  # R20: share of the judge's mean gain, at equal KL.
 NO_WORSE = 0.2  # M1: share of PPO's gain by the judge.
 
 
-def _read(path: epath.Path) -> Any:
-  return json.loads(path.read_text())
-
-
 def _number(value: float | None) -> float:
   """NaN for JSON's null, which stands for a number that was not finite."""
   return math.nan if value is None else float(value)
 
 
-class Seed:
-  """The finished run of one seed.
+# File of a stage -> its keys that claims read; () is all of it.
+_READ = {
+  'results.json': (
+    *('accuracy', 'log_loss', 'num_comparisons', 'intra', 'inter'),
+  ),
+  'epochs.json': (),
+  'best_of_n.json': ('points',),
+  'summary.json': ('everyone', 'pretraining_loss', 'kl'),
+  'done.json': ('info',),
+  'seconds.json': (),
+}
+
+
+def record(folder: epath.PathLike, seed: int) -> dict[str, Any]:
+  """What the claims read of the finished run of one seed, as JSON values.
+
+  A record says all that a study needs, so that seeds may run on different
+  machines.
 
   Args:
-    folder: its work directory.
+    folder: the work directory of the run.
+    seed: its seed.
+
+  Returns:
+    'seed'; 'commit' and 'command' of the run; 'config', the keys of it that are
+    read; 'files', contents by path below the folder. Files that the run lacks
+    are left out.
+  """
+  folder = epath.Path(folder)
+
+  def read(name):
+    path = folder / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+  config, files = read('config.json'), {}
+  for stage in config['stage_order']:
+    for name, keys in _READ.items():
+      found = read(f'{stage}/{name}')
+      if keys and found is not None:
+        found = {key: found[key] for key in keys if key in found}
+      if found not in (None, {}):
+        files[f'{stage}/{name}'] = found
+  provenance = read('provenance.json') or {}
+  kept = ('stage_order', 'sweeps', 'stages_of')
+  return {
+    'seed': seed,
+    **{key: provenance.get(key) for key in ('commit', 'command')},
+    'config': {key: config[key] for key in kept},
+    'files': files,
+  }
+
+
+class Seed:
+  """The finished run of one seed, as the claims read it.
+
+  Args:
+    values: what `record` gives.
   """
 
-  def __init__(self, folder: epath.PathLike):
-    self.folder = epath.Path(folder)
-    self.config = _read(self.folder / 'config.json')
+  def __init__(self, values: Mapping[str, Any]):
+    self.name = f'seed {values["seed"]}'
+    self.config, self.files = values['config'], values['files']
 
-  @functools.cached_property
+  def _read(self, name: str) -> Any:
+    if name not in self.files:
+      raise LookupError(f'the run left no {name}')
+    return self.files[name]
+
+  @property
   def summary(self) -> dict[str, Any]:
     """summary.json of the last stage, which judges all policies."""
-    return _read(self.folder / self.stages[-1] / 'summary.json')
+    return self._read(f'{self.stages[-1]}/summary.json')
 
   def sweep(self, name: str) -> dict[float, str]:
     """Value of the swept key -> stage, ascending."""
@@ -92,22 +144,20 @@ class Seed:
 
   def entropy(self, model: str) -> float:
     """Entropy over a minimal pair's two sentences, bits; mean over pairs."""
-    done = _read(self.folder / 'minimal_pairs' / 'done.json')
-    scores = done['info']['scores']
+    scores = self._read('minimal_pairs/done.json')['info']['scores']
     return scores[f'{model} winogender basic prompt entropy']
 
   def results(self, stage: str) -> dict[str, Any]:
     """results.json of a stage."""
-    return _read(self.folder / stage / 'results.json')
+    return self._read(f'{stage}/results.json')
 
   def epochs(self, stage: str) -> list[dict[str, Any]]:
     """Loss and score after each epoch, from a `select` stage."""
-    return _read(self.folder / stage / 'epochs.json')
+    return self._read(f'{stage}/epochs.json')
 
   def frontier(self, stage: str) -> dict[str, list[dict[str, Any]]]:
     """Points of a stage of `configs/best_of_n.py`, by curve."""
-    path = self.folder / stage / 'best_of_n.json'
-    return _read(path)['points']
+    return self._read(f'{stage}/best_of_n.json')['points']
 
   @property
   def stages(self) -> list[str]:
@@ -116,7 +166,7 @@ class Seed:
 
   def seconds(self, stage: str) -> float:
     """How long a stage took."""
-    return float(_read(self.folder / stage / 'seconds.json'))
+    return float(self._read(f'{stage}/seconds.json'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +244,7 @@ def measured(fn: Callable[[Seed], Any], seed: Seed) -> tuple[Any, str]:
     ArithmeticError,
     OSError,
   ) as error:
-    return None, f'{seed.folder.name}: {type(error).__name__}: {error}'
+    return None, f'{seed.name}: {type(error).__name__}: {error}'
 
 
 def verdict(claim: Claim, seeds: Sequence[Seed]) -> Verdict:

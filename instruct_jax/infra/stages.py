@@ -104,6 +104,7 @@ MAY_CHANGE = {
   'num_workers': 'how many questions are asked at a time',
   'num_processes': 'how many runs of a study go at a time',
   'seeds': 'which runs a study judges',
+  'records': 'which of them ran elsewhere',
   'key_variable': 'which variable holds the key of a service',
   'max_answers': 'what is refused beforehand',
 }

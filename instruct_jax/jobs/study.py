@@ -3,15 +3,20 @@
 Each seed is a separate run of main.py below the work directory, with only the
 stages that the chosen claims read. Claims share stages. An interrupted study
 resumes where it stopped, and seeds can be added later. A seed that fails does
-not stop the others. `evals/claims.py` has the claims and their rules.
+not stop the others. A seed that finished leaves a record of all that claims
+read; with records, seeds that ran on other machines are judged together.
+`evals/claims.py` has the claims and their rules.
 """
 
 import concurrent.futures
+import json
 import pathlib
 import shlex
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from etils import epath
 
@@ -43,9 +48,65 @@ def seeds_of(config) -> list[int]:
   return found
 
 
+def recorded(config) -> dict[int, list[dict[str, Any]]]:
+  """Seed -> its records, for each seed that has any in `config.records`.
+
+  A seed may have several, from studies of different claims, in that folder and
+  in the folders there.
+
+  Raises:
+    FileNotFoundError: there is no such folder.
+    ValueError: a record is damaged, is of another seed, or has the smallest
+      stages where this study has not or the reverse; or no record of a seed has
+      the stages of a claim.
+  """
+  if not config.records:
+    return {}
+  folder, found = files.absolute(config.records), {}
+  if not folder.is_dir():
+    raise FileNotFoundError(f'records: there is no folder {folder}')
+  for seed in seeds_of(config):
+    name = f'seed_{seed}.json'
+    paths = sorted([*folder.glob(name), *folder.glob(f'*/{name}')])
+    if paths:
+      found[seed] = [_checked(path, seed, config.smoke) for path in paths]
+    for name in claims.chosen(config.claims) if paths else ():
+      if not _of_claim(found[seed], name):
+        raise ValueError(
+          f'{", ".join(map(str, paths))}: no stages of {name}. Leave {name} '
+          'out of the claims, or move the file away to run the seed here'
+        )
+  return found
+
+
+def _checked(path: epath.Path, seed: int, smoke: bool) -> dict[str, Any]:
+  """A record, if it is of this seed; raises ValueError if not."""
+  try:
+    value = json.loads(path.read_text())
+    of = value['seed'], value['is_smoke']
+    claims.Seed(value)
+  except (ValueError, TypeError, KeyError) as error:
+    raise ValueError(f'{path} is no record of a seed: {error}') from error
+  if of != (seed, smoke):
+    raise ValueError(
+      f'{path} is of seed {of[0]} with smoke={of[1]}, not of {seed} with '
+      f'smoke={smoke}'
+    )
+  return value
+
+
+def _of_claim(records, name: str) -> claims.Seed | None:
+  """The first of a seed's records that has the stages of a claim."""
+  for value in records:
+    if set(claims.needs([name])) <= set(value['config']['stages_of']):
+      return claims.Seed(value)
+  return None
+
+
 def validate(config):
-  """Checks claims, seeds and the number of processes."""
+  """Checks claims, seeds, records and the number of processes."""
   claims.chosen(config.claims)
+  recorded(config)
   seeds_of(config)
   if config.num_processes < 1:
     raise ValueError(
@@ -77,10 +138,11 @@ class Runs:
   Args:
     config: the config of the study.
     folder: the folder of the runs.
+    keep: called with each seed that finished.
   """
 
-  def __init__(self, config, folder: epath.Path):
-    self._config, self._folder = config, folder
+  def __init__(self, config, folder: epath.Path, keep: Callable[[int], None]):
+    self._config, self._folder, self._keep = config, folder, keep
     self._running: list[subprocess.Popen] = []
     self._lock = threading.Lock()
     self._ends = False
@@ -128,6 +190,7 @@ class Runs:
               seed = waiting.pop(future)
               try:
                 future.result()
+                self._keep(seed)
               except RuntimeError as error:
                 failed[seed] = str(error)
                 run_lib.say(f'study: {error}')
@@ -150,7 +213,7 @@ def run(config, workdir: epath.Path):
   """Runs the seeds, applies the rules, and writes the study.
 
   Writes study.md, study.json and a figure for each claim, from the seeds that
-  finished.
+  finished, and their records.
 
   Raises:
     RuntimeError: a seed failed; raised after the study was written.
@@ -159,10 +222,21 @@ def run(config, workdir: epath.Path):
   names, seeds = claims.chosen(config.claims), seeds_of(config)
   folder = epath.Path(config.runs or workdir)
   folder.mkdir(parents=True, exist_ok=True)
-  failed = Runs(config, folder).all(seeds)
-  seeds = [seed for seed in seeds if seed not in failed]
+  records = recorded(config)
+
+  def keep(seed):
+    record = claims.record(folder / f'seed_{seed}', seed)
+    record = report.plain_json(record | {'is_smoke': config.smoke})
+    text = json.dumps(record, sort_keys=True) + '\n'
+    files.write_bytes(workdir / 'records' / f'seed_{seed}.json', text.encode())
+    records[seed] = [record]
+
+  failed = Runs(config, folder, keep).all(
+    [seed for seed in seeds if seed not in records]
+  )
+  seeds = sorted(records)
   if seeds:
-    write(config, workdir, names, seeds, folder)
+    write(config, workdir, names, records)
   if failed:
     raise RuntimeError(
       f'{"; ".join(failed.values())}. The same command goes on from where '
@@ -171,24 +245,36 @@ def run(config, workdir: epath.Path):
   return {'seeds': seeds}
 
 
-def write(config, workdir, names, seeds, folder) -> None:
-  """Judges the claims on the finished seeds, and writes the study."""
-  read = [claims.Seed(folder / f'seed_{seed}') for seed in seeds]
-  verdicts, points = {}, {}
+def write(config, workdir, names, records: Mapping[int, Any]) -> None:
+  """Judges the claims on the finished seeds, and writes the study.
+
+  Args:
+    config: the config of the study.
+    workdir: where study.md, study.json and the figures go.
+    names: the claims.
+    records: seed -> its records.
+  """
+  seeds = sorted(records)
+  verdicts, points, hours = {}, {}, {}
   for name in names:
     claim = claims.CLAIMS[name]
+    read = [_of_claim(records[seed], name) for seed in seeds]
     verdicts[name] = claims.verdict(claim, read)
     points[name] = points_of(claim, read)
     panels = [panel for panel in points[name] if panel['points']]
     if panels:
       figure = plots.over_seeds(panels, f'{name}: {claim.text}')
       files.write_bytes(workdir / f'{name}.png', figure)
+    hours[name] = cost(name, read) / 3600
   seconds = {
-    str(number): {stage: seed.seconds(stage) for stage in seed.stages}
-    for number, seed in zip(seeds, read, strict=True)
+    str(seed): {
+      stage: part.seconds(stage)
+      for part in map(claims.Seed, records[seed])
+      for stage in part.stages
+    }
+    for seed in seeds
   }
-  hours = {name: cost(name, read) / 3600 for name in names}
-  shared = shared_cost(names, read) / 3600
+  shared = shared_cost([claims.Seed(records[seed][0]) for seed in seeds]) / 3600
   text = table(verdicts, seeds, hours, shared, config.smoke)
   files.write_bytes(workdir / 'study.md', text.encode())
   summary = {
@@ -246,11 +332,11 @@ def cost(name: str, seeds) -> float:
   return sum(totals) / len(totals)
 
 
-def shared_cost(names, seeds) -> float:
+def shared_cost(seeds) -> float:
   """Seconds of the stages that all claims share, mean over seeds."""
   totals = []
   for seed in seeds:
-    own = set().union(*(_stages(name, seed) for name in names))
+    own = set().union(*seed.config['stages_of'].values())
     totals.append(sum(map(seed.seconds, set(seed.stages) - own)))
   return sum(totals) / len(totals)
 
