@@ -129,22 +129,31 @@ def comparison_scores(
 ) -> list[np.ndarray]:
   """The scores of each comparison's completions.
 
-  `score_fn` gets them as answers that the policy itself ended; `tokenizer`
-  counts their tokens. Completions that several labelers ranked are scored once.
+  `score_fn` gets them as the policy's answers, ended or cut as recorded;
+  `tokenizer` counts their tokens. Completions that several labelers ranked are
+  scored once.
   """
 
   def key(comparison):
-    return comparison.prompt, comparison.turns, comparison.completions
+    ends = records.ends_of(comparison)
+    return comparison.prompt, comparison.turns, comparison.completions, ends
 
   distinct = {key(comparison): comparison for comparison in comparisons}
-  owners, texts = zip(
-    *((c, text) for c in distinct.values() for text in c.completions),
+  owners, texts, ended = zip(
+    *(
+      (c, *answer)
+      for c in distinct.values()
+      for answer in zip(c.completions, records.ends_of(c), strict=True)
+    ),
     strict=True,
   )
-  ids = tokenizer.encode_responses(texts, ended=True)
+  ids = tokenizer.encode_responses(texts)
   pairs = [
-    (prompt_of(c), samples_lib.Sample('', c.id, c.prompt, text, len(own), True))
-    for c, text, own in zip(owners, texts, ids, strict=True)
+    (
+      prompt_of(c),
+      samples_lib.Sample('', c.id, c.prompt, text, len(own) + end, end),
+    )
+    for c, text, end, own in zip(owners, texts, ended, ids, strict=True)
   ]
   ends = np.cumsum([len(c.completions) for c in distinct.values()])
   scores = np.split(np.asarray(score_fn(pairs), float), ends[:-1])

@@ -12,7 +12,7 @@ from etils import epath
 
 from configs import evaluate as config_file
 from instruct_jax import asking, judge_fns, model_folder, queries, run_figures
-from instruct_jax.data import records
+from instruct_jax.data import loader, records
 from instruct_jax.data import tokenizer as tokenizer_lib
 from instruct_jax.evals import figures, judges, model_card, report
 from instruct_jax.evals import samples as samples_lib
@@ -220,6 +220,28 @@ def test_completions_of_rankings_have_their_number_of_tokens(folder):
   first, again = judge_fns.comparison_scores(length, [given] * 2, tokenizer)
   # "a", " ", "b", " ", "c" and the end.
   assert first.tolist() == again.tolist() == [6, 2, 1]
+
+
+def test_completions_that_were_cut_are_scored_without_an_end_token(folder):
+  """As the reward model was trained on them; else it is judged by others."""
+  tokenizer = tokenizer_lib.Tokenizer.load(folder / 'tokenizer')
+  texts, ranks = ('a b c', 'a'), (1, 2)
+  cut = records.Comparison('fox', texts, ranks, ended=(False, True))
+  whole = records.Comparison('fox', texts, ranks)
+  seen = []
+
+  def last_ids(answers):
+    seen.extend((answer.num_tokens, answer.ended) for _, answer in answers)
+    return [queries.answer_ids(tokenizer, a)[-1] for _, a in answers]
+
+  found = judge_fns.comparison_scores(last_ids, [cut, whole, cut], tokenizer)
+  (c,) = tokenizer.encode('c')
+  end = tokenizer.end_id
+  assert [each.tolist() for each in found] == [[c, end], [end, end], [c, end]]
+  assert seen == [(5, False), (2, True), (6, True), (2, True)]
+  # The same ids as in training.
+  _, trained, _ = loader.comparison_ids([cut, whole], tokenizer)
+  assert [[ids[-1] for ids in row] for row in trained] == [[c, end], [end, end]]
 
 
 def test_the_prefix_that_the_reward_model_likes_best_is_taken(folder, finished):

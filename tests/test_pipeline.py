@@ -155,6 +155,14 @@ def test_rankings_say_which_answers_were_cut(finished):
     assert longest == config.response_length
 
 
+def test_the_report_judges_the_reward_model_as_its_training_did(finished):
+  """On the same rankings, with the ends that were sampled."""
+  told = json.loads((finished / 'reward' / 'results.json').read_text())
+  found = json.loads((finished / 'summary.json').read_text())['reward_model']
+  # Equal scores in other batches may round apart.
+  assert found['accuracy'] == pytest.approx(told['accuracy'], abs=2e-3)
+
+
 def test_demonstrations_score_zero_after_save_and_load(finished):
   from instruct_jax.data import loader, records, tokenizer
   from instruct_jax.infra import sharding
