@@ -2,6 +2,8 @@
 
 import json
 import math
+import pathlib
+import re
 import shutil
 import sys
 
@@ -22,6 +24,7 @@ from instruct_jax.miniature import phrases, world
 from instruct_jax.worlds.miniature import minimal_pairs
 
 SAME = ('reward', 'reward_ranked')
+CLAIMS = pathlib.Path(__file__).parents[1] / 'experiments' / 'claims'
 
 
 def write(path, value):
@@ -522,6 +525,21 @@ def test_seeds_that_ran_elsewhere_are_judged_by_their_records(
   parent.records = str(tmp_path / 'nowhere')
   with pytest.raises(FileNotFoundError, match='no folder .*nowhere'):
     study.validate(parent)
+
+
+def test_the_page_of_claims_is_what_its_records_give(tmp_path):
+  page, found = (CLAIMS / 'README.md').read_text(), []
+  flags = (
+    r'study.py:(\S+).*\n.*seeds=(\S+).*\n.*records=experiments/claims/(\S+)'
+  )
+  for number, (names, seeds, folder) in enumerate(re.findall(flags, page)):
+    config = config_file.get_config(names)
+    config.update(seeds=seeds, records=str(CLAIMS / folder))
+    workdir = tmp_path / str(number)
+    study.run(config, epath.Path(workdir))
+    found += (workdir / 'study.md').read_text().splitlines()
+  rows = [row for row in page.splitlines() if re.match(r'\| [A-Z]\d', row)]
+  assert len(rows) >= 4 and [row for row in found if row in rows] == rows
 
 
 def test_a_study_may_grow(tmp_path):

@@ -47,14 +47,15 @@ def _number(value: float | None) -> float:
 # File of a stage -> its keys that claims read; () is all of it.
 _READ = {
   'results.json': (
-    *('accuracy', 'log_loss', 'num_comparisons', 'intra', 'inter'),
+    *('accuracy', 'log_loss', 'num_comparisons'),
+    *('intra', 'inter'),
   ),
   'epochs.json': (),
   'best_of_n.json': ('points',),
   'summary.json': ('everyone', 'pretraining_loss', 'kl'),
-  'done.json': ('info',),
   'seconds.json': (),
 }
+_PAIRS = 'minimal_pairs/done.json'
 
 
 def record(folder: epath.PathLike, seed: int) -> dict[str, Any]:
@@ -68,9 +69,9 @@ def record(folder: epath.PathLike, seed: int) -> dict[str, Any]:
     seed: its seed.
 
   Returns:
-    'seed'; 'commit' and 'command' of the run; 'config', the keys of it that are
-    read; 'files', contents by path below the folder. Files that the run lacks
-    are left out.
+    'seed'; 'commit', of the run; 'config', the keys of it that are read; and
+    'files', contents by path below the folder. Files that the run lacks are
+    left out.
   """
   folder = epath.Path(folder)
 
@@ -79,18 +80,17 @@ def record(folder: epath.PathLike, seed: int) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else None
 
   config, files = read('config.json'), {}
-  for stage in config['stage_order']:
-    for name, keys in _READ.items():
-      found = read(f'{stage}/{name}')
-      if keys and found is not None:
-        found = {key: found[key] for key in keys if key in found}
-      if found not in (None, {}):
-        files[f'{stage}/{name}'] = found
-  provenance = read('provenance.json') or {}
+  paths = itertools.product(config['stage_order'], _READ)
+  for path in (*map('/'.join, paths), _PAIRS):
+    found, keys = read(path), _READ.get(path.split('/')[1], ('info',))
+    if keys and found is not None:
+      found = {key: found[key] for key in keys if key in found}
+    if found not in (None, {}):
+      files[path] = found
   kept = ('stage_order', 'sweeps', 'stages_of')
   return {
     'seed': seed,
-    **{key: provenance.get(key) for key in ('commit', 'command')},
+    'commit': (read('provenance.json') or {}).get('commit'),
     'config': {key: config[key] for key in kept},
     'files': files,
   }
@@ -144,7 +144,7 @@ class Seed:
 
   def entropy(self, model: str) -> float:
     """Entropy over a minimal pair's two sentences, bits; mean over pairs."""
-    scores = self._read('minimal_pairs/done.json')['info']['scores']
+    scores = self._read(_PAIRS)['info']['scores']
     return scores[f'{model} winogender basic prompt entropy']
 
   def results(self, stage: str) -> dict[str, Any]:
