@@ -498,6 +498,8 @@ def test_seeds_that_ran_elsewhere_are_judged_by_their_records(
   parent.update(seeds='1,2,3', records=str(kept))
   found = study.run(parent, epath.Path(tmp_path / 'both'))
   assert found == {'seeds': [1, 2, 3]} and ran == [3]
+  saved = json.loads((tmp_path / 'both' / 'study.json').read_text())
+  assert list(saved['commits']) == ['1', '2', '3']
   for name in ('study.md', 'study.json'):
     text = (tmp_path / 'both' / name).read_text()
     assert text == (here / name).read_text(), name
@@ -508,6 +510,8 @@ def test_seeds_that_ran_elsewhere_are_judged_by_their_records(
   for value, message in (
     ('{', 'seed_1.json is no record of a seed'),
     ([], 'seed_1.json is no record of a seed'),
+    (good | {'config': {}}, 'seed_1.json is no record of a seed'),
+    (good | {'files': {}}, 'record of a seed: the run left no data/seconds'),
     (good | {'seed': 9}, 'of seed 9 with smoke=False, not of 1'),
     (good | {'is_smoke': True}, 'smoke=True, not of 1 with smoke=False'),
     (less, 'seed_1.json: no stages of R1. Leave R1 out of the claims'),

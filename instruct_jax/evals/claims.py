@@ -46,10 +46,8 @@ def _number(value: float | None) -> float:
 
 # File of a stage -> its keys that claims read; () is all of it.
 _READ = {
-  'results.json': (
-    *('accuracy', 'log_loss', 'num_comparisons'),
-    *('intra', 'inter'),
-  ),
+  'results.json': ('accuracy', 'log_loss', 'num_comparisons')
+  + ('intra', 'inter'),
   'epochs.json': (),
   'best_of_n.json': ('points',),
   'summary.json': ('everyone', 'pretraining_loss', 'kl'),
@@ -163,6 +161,11 @@ class Seed:
   def stages(self) -> list[str]:
     """All stages of its run, in order."""
     return list(self.config['stage_order'])
+
+  @property
+  def stages_of(self) -> dict[str, list[str]]:
+    """Sweep or chain -> its stages."""
+    return self.config['stages_of']
 
   def seconds(self, stage: str) -> float:
     """How long a stage took."""
@@ -525,7 +528,7 @@ def _dpo_points(seed: Seed) -> list[tuple[float, float]]:
   start = seed.judge('rl_init')
   return sorted(
     (seed.kl(stage), seed.judge(stage) - start)
-    for stage in seed.config['stages_of']['methods']
+    for stage in seed.stages_of['methods']
     if stage.startswith('dpo')
   )
 

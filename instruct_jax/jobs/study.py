@@ -9,6 +9,7 @@ read; with records, seeds that ran on other machines are judged together.
 """
 
 import concurrent.futures
+import itertools
 import json
 import pathlib
 import shlex
@@ -83,9 +84,10 @@ def _checked(path: epath.Path, seed: int, smoke: bool) -> dict[str, Any]:
   """A record, if it is of this seed; raises ValueError if not."""
   try:
     value = json.loads(path.read_text())
-    of = value['seed'], value['is_smoke']
-    claims.Seed(value)
-  except (ValueError, TypeError, KeyError) as error:
+    of, read = (value['seed'], value['is_smoke']), claims.Seed(value)
+    for stage in (*read.stages, *itertools.chain(*read.stages_of.values())):
+      read.seconds(stage)
+  except (ValueError, TypeError, LookupError, AttributeError) as error:
     raise ValueError(f'{path} is no record of a seed: {error}') from error
   if of != (seed, smoke):
     raise ValueError(
@@ -98,8 +100,9 @@ def _checked(path: epath.Path, seed: int, smoke: bool) -> dict[str, Any]:
 def _of_claim(records, name: str) -> claims.Seed | None:
   """The first of a seed's records that has the stages of a claim."""
   for value in records:
-    if set(claims.needs([name])) <= set(value['config']['stages_of']):
-      return claims.Seed(value)
+    seed = claims.Seed(value)
+    if set(claims.needs([name])) <= set(seed.stages_of):
+      return seed
   return None
 
 
@@ -291,6 +294,11 @@ def write(config, workdir, names, records: Mapping[int, Any]) -> None:
     report.plain_json(
       {
         'seeds': seeds,
+        # Of each seed's records.
+        'commits': {
+          str(seed): [part['commit'] for part in records[seed]]
+          for seed in seeds
+        },
         'shared_hours': shared,
         'seconds': seconds,
         'claims': summary,
@@ -319,7 +327,7 @@ def points_of(claim: claims.Claim, seeds) -> list[dict]:
 def _stages(name: str, seed: claims.Seed) -> set[str]:
   """The stages that a claim needs beyond the recipe."""
   needs = claims.CLAIMS[name].needs
-  return {stage for need in needs for stage in seed.config['stages_of'][need]}
+  return {stage for need in needs for stage in seed.stages_of[need]}
 
 
 def cost(name: str, seeds) -> float:
@@ -336,7 +344,7 @@ def shared_cost(seeds) -> float:
   """Seconds of the stages that all claims share, mean over seeds."""
   totals = []
   for seed in seeds:
-    own = set().union(*seed.config['stages_of'].values())
+    own = set().union(*seed.stages_of.values())
     totals.append(sum(map(seed.seconds, set(seed.stages) - own)))
   return sum(totals) / len(totals)
 
