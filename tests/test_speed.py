@@ -137,6 +137,28 @@ def test_a_rollout_is_measured(workdir, monkeypatch):
   assert result['recompilations'] == 0
 
 
+def test_a_time_limit_leaves_what_was_measured(workdir, monkeypatch):
+  mesh = one_device()
+  monkeypatch.setattr(speed.sharding, 'make_mesh', lambda _: mesh)
+  mask = np.ones((8, 4), bool)
+  sampled = types.SimpleNamespace(response_mask=mask)
+  work = types.SimpleNamespace(num_params=7, run=lambda _: (0, sampled))
+  monkeypatch.setattr(speed, 'Iteration', lambda *_: work)
+
+  def ends(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(speed, 'phase_seconds', ends)
+  with pytest.raises(KeyboardInterrupt):
+    speed.run(tiny('iteration'), epath.Path(workdir))
+  saved = json.loads((workdir / 'speed.json').read_text())
+  assert saved['unfinished'] == ['phases'] and saved['num_params'] == 7
+  assert saved['value'] == saved['seconds']['median'] > 0
+  assert 'phases' not in saved
+  text = (workdir / 'speed.md').read_text()
+  assert 'Not finished: phases.' in text and 's/iteration' in text
+
+
 @pytest.fixture
 def peers(tmp_path):
   """Scripts that answer as the peers' do, and one that fails."""
@@ -197,10 +219,31 @@ def test_ours_and_peers_are_set_side_by_side(
   assert rows[1]['peak_host_bytes'] == 3 * 2**20
   on_device = [row['peak_device_bytes'] for row in rows]
   assert on_device == [0, 0, 7 * 2**20, 7 * 2**20]
+  assert 'unfinished' not in (workdir / 'speed.json').read_text()
   printed = capsys.readouterr().out
   assert 'TRL SFTTrainer: ' in printed
   assert 'no such trainer' in printed
   assert '| sft | torch loop | 50 | tokens/s | 3 | 0 | 4.00 |' in printed
+
+
+def test_a_comparison_that_ends_early_keeps_its_rounds(workdir, monkeypatch):
+  config = tiny('all', hf_python=sys.executable, num_rounds=2)
+  ours = {'value': 2.0, 'unit': 's', 'peak_host_bytes': 1}
+  runs = iter([ours | {'peak_device_bytes': None}] * 3)  # Of ten.
+  monkeypatch.setattr(speed, 'run_ours', lambda *_: next(runs))
+  peer = {'median': 6.0, 'peak_rss_mib': 5.0}
+  monkeypatch.setattr(speed, 'run_peer', lambda *_: peer)
+  with pytest.raises((RuntimeError, StopIteration)):
+    speed.run(config, epath.Path(workdir))
+  saved = json.loads((workdir / 'speed.json').read_text())
+  first, second, *others = speed.PEERS
+  counts = {name: [] for name in speed.PEERS}
+  for row in saved['comparison']:
+    counts[row['work']].append(len(row['runs']))
+  # Three rows each: ours, and torch in two precisions.
+  assert counts == {first: [2] * 3, second: [1] * 3} | {x: [] for x in others}
+  assert saved['unfinished'] == [second, *others]
+  assert f'Not finished: {second}' in (workdir / 'speed.md').read_text()
 
 
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16'])

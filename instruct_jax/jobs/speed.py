@@ -22,6 +22,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -376,7 +377,14 @@ def measure_iteration(config, workdir) -> dict:
       lengths.append(np.asarray(sampled.response_mask).sum(axis=1))
 
     times, counts = timed(config, whole)
-    # Printed now: a time limit may end the process before phases are timed.
+    found = {
+      'unit': 's/iteration',
+      'seconds': times.summary(),
+      'value': times.median,
+      'num_params': work.num_params,
+      **counts,
+    }
+    save(config, workdir, found, ['phases'])
     run_lib.say(f'{config.name}: {times.median:.4g} s/iteration')
     seconds, last = phase_seconds(config, work)
     host_share = seconds['host'] / sum(seconds.values())
@@ -387,19 +395,14 @@ def measure_iteration(config, workdir) -> dict:
   if saved:
     phases['checkpoint'] = Phase(saved[0])
   _, sampled, layout, *_ = last
-  return {
-    'unit': 's/iteration',
-    'seconds': times.summary(),
-    'value': times.median,
+  return found | {
     'tokens_per_second': lengths.sum() / config.num_iterations / times.median,
     'phases': phases,
     'host_share': host_share,
     'checkpoint_written_seconds': saved[1] if saved else None,
     'padding': 1 - packing.fill_fraction(layout),
     'padding_without_packing': float(1 - np.mean(np.asarray(sampled.mask))),
-    'num_params': work.num_params,
     **work.sampling(lengths),
-    **counts,
   }
 
 
@@ -949,8 +952,8 @@ def measure_growth(config, variant, workdir, base) -> list[dict]:
   return rows
 
 
-def compare(config, variant, workdir) -> list[dict]:
-  """Runs ours and the peers' in turn, `num_rounds` times; rows of results."""
+def compare(config, variant, workdir) -> Iterator[list[dict]]:
+  """Runs ours and the peers' in turn; yields the table's rows at each end."""
   # Who -> (value, peak bytes on the host, on a device or 0) of each run.
   found = collections.defaultdict(list)
   for turn in range(1, config.num_rounds + 1):
@@ -967,25 +970,49 @@ def compare(config, variant, workdir) -> list[dict]:
         continue
       peaks = (result[key] * 2**20 for key in PEAKS if key in result)
       found[name].append((result['median'], next(peaks), next(peaks, 0)))
+    yield compared(variant, ours['unit'], found)
+
+
+def compared(variant, unit, found) -> list[dict]:
+  """A row for each of `found`: who -> (value, host, device bytes) of runs."""
   own = statistics.median(value for value, *_ in found['ours'])
   rows = []
   for name, runs in found.items():
     values, peaks, on_device = zip(*runs, strict=True)
     value = statistics.median(values)
-    is_rate = ours['unit'] == 'tokens/s'
     rows.append(
       {
         'work': variant,
         'who': name,
-        'unit': ours['unit'],
+        'unit': unit,
         'value': value,
         'runs': values,
         'peak_host_bytes': max(peaks),
         'peak_device_bytes': max(on_device),
-        'ours_is_faster_by': own / value if is_rate else value / own,
+        'ours_is_faster_by': own / value if unit == 'tokens/s' else value / own,
       }
     )
   return rows
+
+
+def save(config, workdir, found, unfinished=()) -> str:
+  """Writes speed.json and speed.md; returns the table.
+
+  Also what has been found so far: a time limit may end the process before the
+  `unfinished` works or parts.
+  """
+  summary = {
+    'variant': config.variant,
+    'compute_dtype': config.policy.compute_dtype,
+    'processor': measure.processor(),
+    **found,
+  }
+  if unfinished:
+    summary['unfinished'] = list(unfinished)
+  run_lib.write_json(workdir / 'speed.json', summary)
+  text = table(summary)
+  (workdir / 'speed.md').write_text(f'# Speed\n\n{text}')
+  return text
 
 
 def run(config, workdir: epath.Path):
@@ -996,28 +1023,29 @@ def run(config, workdir: epath.Path):
   validate(config)
   workdir.mkdir(parents=True, exist_ok=True)
   variants = [config.variant.partition(',')[2]]
-  summary = {
-    'variant': config.variant,
-    'compute_dtype': config.policy.compute_dtype,
-    'processor': measure.processor(),
-  }
   if config.work == 'all':
     variants = list(PEERS)
   if config.peers or config.hf_python:
-    summary['comparison'] = [
-      row for variant in variants for row in compare(config, variant, workdir)
-    ]
+    rows = []
+    for number, variant in enumerate(variants, 1):
+      new = []
+      for new in compare(config, variant, workdir):
+        left = variants[number - 1 :]
+        save(config, workdir, {'comparison': rows + new}, left)
+      rows += new
+      save(config, workdir, {'comparison': rows}, variants[number:])
+    found = {'comparison': rows}
   elif config.work == 'all':
-    for variant in variants:
-      summary[variant] = run_ours(config, variant, workdir / variant)
+    found = {}
+    for number, variant in enumerate(variants, 1):
+      found[variant] = run_ours(config, variant, workdir / variant)
+      save(config, workdir, found, variants[number:])
   else:
-    summary |= measure_one(config, workdir)
+    found = measure_one(config, workdir)
     if config.growth:
-      summary['growth'] = measure_growth(config, variants[0], workdir, summary)
-  run_lib.write_json(workdir / 'speed.json', summary)
-  text = table(summary)
-  (workdir / 'speed.md').write_text(f'# Speed\n\n{text}')
-  print(text, flush=True)
+      save(config, workdir, found, growths(config))
+      found['growth'] = measure_growth(config, variants[0], workdir, found)
+  print(save(config, workdir, found), flush=True)
   return {'variant': config.variant}
 
 
@@ -1057,6 +1085,10 @@ def table(summary) -> str:
     f'{summary["variant"]} in {summary["compute_dtype"]}, on '
     f'{", ".join(machine)}'
   ]
+  if 'unfinished' in summary:
+    lines += ['', f'Not finished: {", ".join(summary["unfinished"])}.']
+    if 'value' in summary:
+      lines.append(f'So far {summary["value"]:.4g} {summary["unit"]}.')
   for name in (*PEERS, ''):
     part = summary.get(name) if name else summary
     if part and 'phases' in part:
