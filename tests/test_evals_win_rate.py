@@ -87,6 +87,18 @@ def test_blocks_do_not_change_the_redraws(monkeypatch):
   )
 
 
+def test_redraws_that_are_kept_cannot_be_changed():
+  (first,) = win_rate.redraw_counts(9, 40, seed=5)
+  kept = first.copy()
+  first += 1
+  (again,) = win_rate.redraw_counts(9, 40, seed=5)
+  np.testing.assert_array_equal(again, kept)
+  # As a generator of that seed draws them, and other seeds do not.
+  drawn = np.random.default_rng(5).multinomial(9, [1 / 9] * 9, size=40)
+  np.testing.assert_array_equal(kept, drawn)
+  assert (next(win_rate.redraw_counts(9, 40, seed=6)) != kept).any()
+
+
 def test_paired_difference_is_narrower_than_the_two_intervals():
   generator = np.random.default_rng(5)
   counts = generator.integers(20, 60, 100).astype(float)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -242,6 +243,43 @@ def test_completions_that_were_cut_are_scored_without_an_end_token(folder):
   # The same ids as in training.
   _, trained, _ = loader.comparison_ids([cut, whole], tokenizer)
   assert [[ids[-1] for ids in row] for row in trained] == [[c, end], [end, end]]
+
+
+def test_answers_in_several_sets_of_rankings_are_scored_once(folder, tmp_path):
+  rankings = {
+    'one': [records.Comparison('fox', ('a b', 'b'), (1, 2), id='1')] * 2,
+    'two': [
+      records.Comparison('fox', ('a b', 'b'), (2, 1), id='1'),
+      records.Comparison('hen', ('c', 'a b c'), (2, 1), id='2'),
+    ],
+  }
+  for name, rows in rankings.items():
+    records.write_jsonl(tmp_path / f'{name}.jsonl', rows)
+  config = make_config(folder, tmp_path)
+  config.reward_model = f'{folder}/reward'
+  config.test_comparisons = ','.join(
+    f'{n}={tmp_path}/{n}.jsonl' for n in rankings
+  )
+  seen = []
+
+  def length(answers):
+    seen.extend(answer.response for _, answer in answers)
+    return [len(answer.response) for _, answer in answers]
+
+  judge = types.SimpleNamespace(
+    score=lambda answers: [-x for x in length(answers)],
+    gives_scores=lambda: True,
+    knows=lambda prompt: prompt.text == 'fox',  # All of the first set.
+  )
+  found = evaluate.order_rankings(config, {}, length, judge)
+  shares = {
+    name: {who: each.accuracy for who, each in rankings.accuracies.items()}
+    for name, rankings in found.items()
+  }
+  assert shares == {
+    'one': {'reward model': 1, 'judge': 0}, 'two': {'reward model': 0.5},
+  }  # fmt: skip
+  assert seen == ['a b', 'b', 'c', 'a b c', 'a b', 'b']
 
 
 def test_the_prefix_that_the_reward_model_likes_best_is_taken(folder, finished):

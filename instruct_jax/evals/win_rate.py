@@ -11,6 +11,7 @@ each cluster's sums, so 2,000 redraws are one matrix product.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -181,12 +182,28 @@ def redraw_counts(
   num_clusters: int, num_bootstrap: int, seed: int
 ) -> Iterator[np.ndarray]:
   """Yields how often each cluster is drawn, in blocks [redraws, clusters]."""
-  generator = np.random.default_rng(seed)
-  chances = np.full(num_clusters, 1 / num_clusters)
   block = max(1, _MAX_CELLS // num_clusters)
+  if num_bootstrap <= block:
+    yield _one_block(num_clusters, num_bootstrap, seed).astype(float)
+    return
+  generator = np.random.default_rng(seed)
   for start in range(0, num_bootstrap, block):
     size = min(block, num_bootstrap - start)
-    yield generator.multinomial(num_clusters, chances, size=size).astype(float)
+    yield _draw(generator, num_clusters, size).astype(float)
+
+
+def _draw(generator: np.random.Generator, number: int, size: int) -> np.ndarray:
+  chances = np.full(number, 1 / number)
+  return generator.multinomial(number, chances, size=size).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=4)
+def _one_block(number: int, size: int, seed: int) -> np.ndarray:
+  """Kept: a report has hundreds of intervals over the same prompts.
+
+  Drawing costs ten times as much as the sums that are made of it.
+  """
+  return _draw(np.random.default_rng(seed), number, size)
 
 
 def mean_interval(

@@ -272,17 +272,17 @@ def rate(config, models, prompts, answers, judge, world):
   return rated
 
 
-def order_rankings(config, score_fn, judge):
+def order_rankings(config, learned, score_fn, judge):
   """Set of rankings -> accuracy of each scorer on its pairs (3.4, 4.1).
 
   Rankings too long for a scalar model are left out. The judge is included if it
   gives scores and knows all prompts. The length and bag-of-words baselines
-  train on the training rankings of the same name, if there are any.
+  train on the rankings of the same name in `learned`, if there are any.
   """
   counter = queries.tokenizer_of(
     config.reward_model, config.tokenizer, chat=True
   )
-  learned, found = _rankings(config, 'comparisons'), {}
+  tests, found = {}, {}
   for name, path in _rankings(config, 'test_comparisons').items():
     test = records.read_jsonl(path, records.Comparison)
     what = f'test_comparisons ({name})'
@@ -292,14 +292,27 @@ def order_rankings(config, score_fn, judge):
       _say_unread(config, given - len(test), given, what, key, context_length)
     if not test:
       raise ValueError(f'{what}: no ranking is short enough')
-    by = {'reward model': judge_fns.comparison_scores(score_fn, test, counter)}
-    prompts = map(judge_fns.prompt_of, test)
-    if judge.gives_scores() and all(map(judge.knows, prompts)):
-      by['judge'] = judge_fns.comparison_scores(judge.score, test, counter)
+    tests[name] = test
+
+  def scored_together(fn, names):
+    """Set -> scores; sets often rank the same answers, scored here once."""
+    rows = [*itertools.chain(*map(tests.__getitem__, names))]
+    rows = rows and judge_fns.comparison_scores(fn, rows, counter)
+    several = iter(rows)
+    return {n: [*itertools.islice(several, len(tests[n]))] for n in names}
+
+  by_reward, by_judge = scored_together(score_fn, tests), {}
+  if judge.gives_scores():
+    prompts = {name: map(judge_fns.prompt_of, tests[name]) for name in tests}
+    known = [name for name in tests if all(map(judge.knows, prompts[name]))]
+    by_judge = scored_together(judge.score, known)
+  for name, test in tests.items():
+    by = {'reward model': by_reward[name]}
+    if name in by_judge:
+      by['judge'] = by_judge[name]
     if name in learned:
-      train = records.read_jsonl(learned[name], records.Comparison)
-      by['length only'] = baselines.fit_length(train).scores(test)
-      words = baselines.fit_bag_of_words(train)
+      by['length only'] = baselines.fit_length(learned[name]).scores(test)
+      words = baselines.fit_bag_of_words(learned[name])
       by['bag of words (Bradley-Terry)'] = words.scores(test)
     labeled = [c.ranks for c in test], [c.prompt for c in test]
     own, *others = by
@@ -344,12 +357,12 @@ def texts_by(answers) -> dict[str, list[str]]:
   }
 
 
-def varieties(config, texts) -> dict[str, figures.Rows]:
+def varieties(learned, texts) -> dict[str, figures.Rows]:
   """How varied each model's answers are, compared with the ranked texts."""
   ranked = {
     text
-    for path in _rankings(config, 'comparisons').values()
-    for row in records.read_jsonl(path, records.Comparison)
+    for rows in learned.values()
+    for row in rows
     for text in row.completions
   }
   rows = {name: variety.describe(each, ranked) for name, each in texts.items()}
@@ -438,7 +451,9 @@ def everyone_rows(config, judged, rates, answers):
   }
 
 
-def judged_figures(config, models, prompts, answers, judge, others, workdir):
+def judged_figures(
+  config, models, prompts, answers, judge, others, learned, workdir
+):
   """The fields of `figures.Figures` that come from the judges.
 
   Writes judgements.jsonl and ratings.jsonl.
@@ -487,7 +502,7 @@ def judged_figures(config, models, prompts, answers, judge, others, workdir):
     },
     'asking': dataclasses.asdict(account) | judge.account(),
     'world': world,
-    'tables': varieties(config, texts)
+    'tables': varieties(learned, texts)
     | other_rates(config, models, prompts, others)
     | (world.tables_fn(prompts, shown) if has_tables else {}),
   }
@@ -561,6 +576,10 @@ def run(config, workdir: epath.Path):
       )
       for number, each in enumerate(of_each_judge(config))
     )
+    learned = {
+      name: records.read_jsonl(path, records.Comparison)
+      for name, path in _rankings(config, 'comparisons').items()
+    }
     score_fn, rankings = None, {}
     if config.reward_model:
       score_fn, _ = judge_fns.reward_score(config, config.reward_model, mesh)
@@ -577,14 +596,14 @@ def run(config, workdir: epath.Path):
       answers = scored(prompts, answers, 'score_judge', judge.score)
     if score_fn:
       answers = scored(prompts, answers, 'score_reward', score_fn)
-      rankings = order_rankings(config, score_fn, judge)
+      rankings = order_rankings(config, learned, score_fn, judge)
   if jax.process_index() != 0:
     return {}
   recorded = [answer for several in answers.values() for answer in several]
   samples_lib.write_samples(workdir / 'samples.jsonl', recorded)
   others = list(zip(others, by_other, strict=True))
   judged = judged_figures(
-    config, models, prompts, answers, judge, others, workdir
+    config, models, prompts, answers, judge, others, learned, workdir
   )
   trained = run_figures.of_models(config, models)
   texts = texts_by(answers)
